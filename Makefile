@@ -1,0 +1,38 @@
+# Every target makes .venv and installs what it needs, with the exact versions of constraints.txt.
+PYTHON ?= python3
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help venv quickstart check test
+
+help:  ## what each target does
+	@sed -n 's/^\([a-z]*\):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+venv: $(VENV)/.dev  ## makes .venv with everything that evaluation and development need
+
+quickstart: $(VENV)/.eval  ## trains a small embedder from scratch and exports it
+	$(BIN)/python -m jaxembed.train configs/quickstart.yaml
+	$(BIN)/python -m jaxembed.export runs/quickstart runs/quickstart/export
+
+check: $(VENV)/.dev  ## ruff (lint and format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: check  ## the checks, then every test, offline
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The files below say what was installed, and when.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.eval: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -e '.[eval]'
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -e '.[eval,dev]'
+	touch $@ $(VENV)/.eval

@@ -1,0 +1,166 @@
+#!/usr/bin/env python3
+"""The baseline: the same contrastive fine-tuning with sentence-transformers' own trainer.
+
+    python benchmarks/finetune_sentence_transformers.py BASE DATA.jsonl OUT [--steps 60] [--batch-size 64]
+
+BASE is a decoder folder (Qwen2, Mistral...), DATA the main JSONL format, of which each line gives one pair
+(query, pos[0]). The model is BASE with its own causal attention, mean pooling and L2 normalisation, in float32
+on the CPU with every core; no EOS is appended and no prompt added. The loss is MultipleNegativesRankingLoss with
+scale 20 (InfoNCE at temperature 0.05, in-batch negatives, query to document); AdamW with weight decay 0.01
+(none on biases and norms, the trainer's rule), linear warm-up and decay, gradient clipping at 1.
+
+`--steps 0` saves the same modules untrained. Each step's loss goes to standard error as it is made; the last line of
+standard output is one JSON object: seconds a step, useful and padded tokens a step, peak memory, all losses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+from transformers import PrinterCallback, TrainerCallback
+
+
+def read_pairs(path: Path) -> Dataset:
+    with path.open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    return Dataset.from_dict({"query": [r["query"] for r in rows], "positive": [r["pos"][0] for r in rows]})
+
+
+def build_model(base: str, max_length: int) -> SentenceTransformer:
+    # Plain text only: left to itself, sentence-transformers 6 wraps every text in the tokenizer's chat template.
+    transformer = Transformer(
+        base,
+        max_seq_length=max_length,
+        model_kwargs={"dtype": torch.float32},
+        modality_config={"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
+        module_output_name="token_embeddings",
+    )
+    transformer.tokenizer.chat_template = None
+    pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode="mean")
+    return SentenceTransformer(modules=[transformer, pooling, Normalize()], device="cpu")
+
+
+class TokenCounter:
+    """Counts the tokens that the model is given, with and without padding."""
+
+    def __init__(self, transformer: torch.nn.Module) -> None:
+        self.useful = self.padded = 0
+        transformer.register_forward_pre_hook(self)
+
+    def __call__(self, module: torch.nn.Module, args: tuple) -> None:
+        mask = args[0]["attention_mask"]
+        self.useful += int(mask.sum())
+        self.padded += mask.numel()
+
+
+class StepLog(TrainerCallback):
+    """Keeps the loss and the wall time of every optimizer step."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.seconds.append(time.perf_counter() - self.started)
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if not logs or "loss" not in logs:
+            return
+        self.losses.append(float(logs["loss"]))
+        line = {
+            "step": state.global_step,
+            "loss": self.losses[-1],
+            "learning_rate": logs.get("learning_rate"),
+            "grad_norm": logs.get("grad_norm"),
+            "step_seconds": round(self.seconds[-1], 3),
+        }
+        print(json.dumps(line), file=sys.stderr, flush=True)
+
+
+def train(model: SentenceTransformer, pairs: Dataset, opts: argparse.Namespace) -> dict:
+    """Trains `model` in place; returns the figures of the run."""
+    log, tokens = StepLog(), TokenCounter(model[0])
+    with tempfile.TemporaryDirectory() as scratch:
+        args = SentenceTransformerTrainingArguments(
+            output_dir=scratch,
+            max_steps=opts.steps,
+            per_device_train_batch_size=opts.batch_size,
+            dataloader_drop_last=True,
+            optim="adamw_torch",
+            learning_rate=opts.learning_rate,
+            weight_decay=0.01,
+            lr_scheduler_type="linear",
+            warmup_steps=opts.warmup_steps,
+            max_grad_norm=1.0,
+            seed=opts.seed,
+            use_cpu=True,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        loss = MultipleNegativesRankingLoss(model, scale=20.0)
+        trainer = SentenceTransformerTrainer(model=model, args=args, train_dataset=pairs, loss=loss, callbacks=[log])
+        trainer.remove_callback(PrinterCallback)  # standard output is for the result
+        trainer.train()
+    useful_per_step = tokens.useful / opts.steps
+    median = statistics.median(log.seconds)
+    return {
+        "seconds_per_step": round(statistics.mean(log.seconds), 3),
+        "median_seconds_per_step": round(median, 3),
+        "useful_tokens_per_step": round(useful_per_step, 1),
+        "padded_tokens_per_step": round(tokens.padded / opts.steps, 1),
+        "useful_tokens_per_second": round(useful_per_step / median, 1),
+        "losses": log.losses,
+    }
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base", help="decoder folder in the Hugging Face form")
+    parser.add_argument("data", type=Path, help="JSONL of {query, pos, neg}")
+    parser.add_argument("out", help="folder for the sentence-transformers model")
+    parser.add_argument("--steps", type=int, default=60, help="0 saves the untrained model")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--learning-rate", type=float, default=2e-5)
+    parser.add_argument("--warmup-steps", type=int, default=6)
+    parser.add_argument("--max-length", type=int, default=256, help="in tokens; longer texts are cut")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def main() -> None:
+    opts = parse_args()
+    torch.set_num_threads(os.cpu_count() or 1)
+    torch.manual_seed(opts.seed)
+    model = build_model(opts.base, opts.max_length)
+    figures = {"steps": opts.steps, "batch_size": opts.batch_size, "max_length": opts.max_length}
+    if opts.steps:
+        figures |= train(model, read_pairs(opts.data), opts)
+    model.save(opts.out)
+    figures["peak_memory_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

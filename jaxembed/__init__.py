@@ -1,0 +1,20 @@
+"""jaxembed: text-embedding models out of pretrained decoders, in JAX."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxembed.embedder import Embedder
+
+__version__ = "0.1.0"
+__all__ = ["Embedder", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports JAX only when it is needed, so that `--help` answers at once."""
+    if name == "Embedder":
+        from jaxembed.embedder import Embedder
+
+        return Embedder
+    raise AttributeError(f"module 'jaxembed' has no attribute {name!r}")

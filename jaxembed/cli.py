@@ -1,0 +1,69 @@
+"""What the commands share: errors in one line, the result as one JSON object on the last line of standard output."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxembed.errors import UserError
+
+
+def run(main: Callable[[argparse.Namespace], Mapping[str, Any]], parser: argparse.ArgumentParser) -> None:
+    """Parses the command line, runs `main` and prints what it returns. Exits 2 on a user's error, 130 on Ctrl-C."""
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for chatty in ("absl", "jax", "orbax", "httpx", "httpx2", "datasets", "bm25s", "sentence_transformers", "mteb"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module=r"(?!jaxembed)")
+    try:
+        result = main(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    print(json.dumps(result, ensure_ascii=False))
+
+
+def parser(command: str, description: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=f"python -m jaxembed.{command}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The MODEL argument and the options that go with it."""
+    parser.add_argument("model", metavar="MODEL", help="run directory, exported or Hugging Face folder, or hub id")
+    parser.add_argument("--checkpoint", default="best", help="of a run: best (default), last, or a step")
+
+
+def cache_dir() -> Path:
+    """Where extracted data and compiled programs are kept: $JAXEMBED_CACHE, else ~/.cache/jaxembed."""
+    return Path(os.environ.get("JAXEMBED_CACHE") or Path.home() / ".cache" / "jaxembed")
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs on disk, so that a second start is quick. JAX_COMPILATION_CACHE_DIR names another place."""
+    import jax
+
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def new_output(path: str) -> Path:
+    """An output path that does not exist yet, or `UserError`."""
+    out = Path(path)
+    if out.exists():
+        raise UserError(f"{out}: already exists; remove it or name another output")
+    return out

@@ -1,0 +1,257 @@
+"""The configuration tree: typed, frozen, strict. YAML files plus dotted overrides (`train.steps=100`).
+
+Every default lives on its field. An unknown or ill-typed key raises `UserError` naming the key and, where one is near,
+the name that was probably meant.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from jaxembed.errors import UserError
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """A frozen node of the tree that refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class RunConfig(Section):
+    name: str = Field("", description="name of the run; the config file's stem if empty")
+    dir: str = Field("", description="run directory; runs/NAME if empty")
+
+
+class PoolingConfig(Section):
+    kind: Literal["mean", "last"] | None = Field(None, description="as the base says, else mean")
+    include_instruction: bool | None = Field(None, description="pool instruction tokens too; as the base says, else no")
+
+
+class ModelConfig(Section):
+    base: str = Field(description="folder, hub id, or preset:NAME (random weights, tokenizer made from the data)")
+    attention: Literal["causal", "bidirectional"] | None = Field(None, description="as the base says, else bidirectional")
+    pooling: PoolingConfig = PoolingConfig()
+    normalize: bool | None = Field(None, description="unit-length vectors; as the base says, else yes")
+    append_eos: bool | None = Field(None, description="end every text with EOS; as the base says, else yes")
+    instruction_template: str | None = Field(None, description="with {instruction}; as the base says, else E5's form")
+    dtype: Literal["float32", "bfloat16", "float64"] = Field("float32", description="of the computation, not parameters")
+    remat: bool = Field(False, description="recompute layer activations in the backward pass to save memory")
+    unroll: bool = Field(True, description="unroll the layer loop: faster steps, longer compilation")
+    attention_kernel: Literal["auto", "einsum", "rows"] = Field("auto", description="auto: rows on CPU, einsum elsewhere")
+
+    @model_validator(mode="after")
+    def _template_names_instruction(self) -> ModelConfig:
+        if self.instruction_template is not None and "{instruction}" not in self.instruction_template:
+            raise ValueError("instruction_template must contain {instruction}")
+        return self
+
+
+class SourceConfig(Section):
+    path: str = Field(description="file or folder, or python_packages")
+    format: Literal["auto", "pairs", "labels", "scored_pairs", "beir", "python_packages"] = "auto"
+    name: str = Field("", description="shown in logs and used for prompts; the path's stem if empty")
+    weight: float = Field(1.0, gt=0, description="share of the mixture, relative to the other sources' weights")
+    task: Literal["retrieval", "sts", "classification", "clustering"] = "retrieval"
+    instructions: tuple[str, ...] = Field((), description="one is drawn per example for its query")
+    document_instruction: str = Field("", description="instruction of the documents, for symmetric tasks")
+    in_batch_negatives: bool | None = Field(None, description="default: no for labels, yes otherwise")
+    label_documents: Literal["auto", "labels", "examples"] = Field("auto", description="auto: labels where there are two")
+    min_score: float = Field(4.0, description="scored_pairs: pairs below this score are not positives")
+
+
+class PythonPackagesConfig(Section):
+    packages: tuple[str, ...] = tuple("stdlib numpy scipy jax flax optax orbax grain transformers".split())
+    holdout_package: str | None = None
+    holdout_functions: int = Field(1000, ge=0)
+
+
+class DataConfig(Section):
+    max_length: Positive = Field(512, description="tokens of a text, special tokens included; longer texts are cut")
+    row_length: Positive | None = Field(None, description="tokens of a packed row (>= max_length); max_length if absent")
+    hard_negatives: int = Field(0, ge=0, description="negatives drawn per query")
+    sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    python_packages: PythonPackagesConfig = PythonPackagesConfig()
+
+    @model_validator(mode="after")
+    def _rows_hold_a_text(self) -> DataConfig:
+        if self.row_length is not None and self.row_length < self.max_length:
+            raise ValueError(f"row_length {self.row_length} is below max_length {self.max_length}; a text must fit a row")
+        return self
+
+
+class ObjectiveConfig(Section):
+    name: Literal["infonce"] = "infonce"
+    weight: float = Field(1.0, gt=0)
+    temperature: float = Field(0.05, gt=0)
+
+
+class OptimConfig(Section):
+    learning_rate: float = Field(2e-5, gt=0)
+    warmup_steps: int = Field(0, ge=0)
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    weight_decay: float = Field(0.01, ge=0, description="of kernels and embeddings; norms and biases are spared")
+    clip: float = Field(1.0, gt=0, description="largest global norm of the gradient")
+
+
+class MeshConfig(Section):
+    data: int = Field(-1, description="devices that share a batch; -1 for all")
+
+    @model_validator(mode="after")
+    def _positive_or_all(self) -> MeshConfig:
+        if self.data < 1 and self.data != -1:
+            raise ValueError(f"data is {self.data}; expected a number of devices, or -1 for all")
+        return self
+
+
+class TrainConfig(Section):
+    steps: Positive = 1000
+    batch_size: Positive = Field(64, description="queries of a step, over all devices")
+    seed: int = Field(0, ge=0)
+    log_every: Positive = 10
+    checkpoint_every: Positive = 500
+    eval_every: Positive = 500
+    keep_checkpoints: Positive = Field(2, description="latest checkpoints kept; the best one is kept beside them")
+
+
+class EvalSetConfig(Section):
+    name: str
+    kind: Literal["retrieval", "sts"] = "retrieval"
+    path: str = Field(description="BEIR folder, scored-pairs file, python_packages:functions or python_packages:package")
+    instruction: str = Field("", description="of the queries (of both sides for sts)")
+    document_instruction: str = ""
+
+
+class EvalConfig(Section):
+    sets: tuple[EvalSetConfig, ...] = ()
+    best: str = Field("", description="SET/METRIC whose maximum names the best checkpoint; the first set's main metric")
+    untrained: bool = Field(True, description="score the model before the first step")
+    bm25: bool = Field(False, description="score BM25 on the retrieval sets beside the model")
+
+
+class Config(Section):
+    """The whole tree. `load` reads it; fields are documented where they stand."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig
+    data: DataConfig
+    objectives: tuple[ObjectiveConfig, ...] = Field((ObjectiveConfig(),), min_length=1)
+    optim: OptimConfig = OptimConfig()
+    mesh: MeshConfig = MeshConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @property
+    def row_length(self) -> int:
+        return self.data.row_length or self.data.max_length
+
+    def dump(self) -> str:
+        """The resolved tree as YAML text, every default spelled out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
+    """Reads a YAML file, applies `key.sub=value` overrides, and returns the checked tree; `UserError` says what is off."""
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such config file; give the path of a YAML file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid YAML ({_one_line(error)})") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected a mapping of sections such as model: and data:, found {_kind(tree)}")
+    for override in overrides:
+        _apply(tree, override)
+    run = tree.setdefault("run", {})
+    if isinstance(run, dict):
+        run["name"] = run.get("name") or path.stem
+        run["dir"] = run.get("dir") or f"runs/{run['name']}"
+    return parse(tree, str(path))
+
+
+def parse(tree: dict[str, Any], where: str) -> Config:
+    """Checks a nested dict against the tree; `where` names its origin in errors."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_explain(error)}") from None
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    """Sets one dotted key; a number in the key indexes a list."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r}: expected key.sub=value, such as train.steps=100")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: the value is not valid YAML ({_one_line(error)})") from None
+    *parents, last = key.split(".")
+    node: Any = tree
+    for part in parents:
+        if isinstance(node, list):
+            node = node[_index(node, part, override)]
+        elif isinstance(node, dict):
+            node = node.setdefault(part, {})
+        if not isinstance(node, dict | list):
+            raise UserError(f"override {override!r}: {part} holds {_kind(node)}, not a section")
+    if isinstance(node, list):
+        node[_index(node, last, override)] = value
+    else:
+        node[last] = value
+
+
+def _index(node: list[Any], part: str, override: str) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        raise UserError(f"override {override!r}: {part!r} is no index into a list of {len(node)} entries")
+    return int(part)
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem, in one line."""
+    problem = error.errors()[0]
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        names = _field_names(problem["loc"][:-1])
+        near = difflib.get_close_matches(str(problem["loc"][-1]), names, n=1, cutoff=0.5)
+        return f"unknown key {key}; " + (f"did you mean {near[0]}?" if near else f"known here: {', '.join(names)}")
+    if problem["type"] == "missing":
+        return f"{key} is missing; it has no default"
+    given = "" if isinstance(problem["input"], dict | list) else f" (got {problem['input']!r})"
+    return f"{key}: {_one_line(problem['msg']).removeprefix('Value error, ')}{given}".lstrip(": ")
+
+
+def _field_names(loc: tuple[int | str, ...]) -> list[str]:
+    """The keys known at a place in the tree."""
+    node: Any = Config
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        node = _section(node.model_fields[part].annotation)
+    return list(node.model_fields)
+
+
+def _section(annotation: Any) -> Any:
+    """The Section class inside an annotation such as `tuple[SourceConfig, ...]`."""
+    if isinstance(annotation, types.GenericAlias) or typing.get_args(annotation):
+        return next(_section(a) for a in typing.get_args(annotation) if a is not Ellipsis)
+    return annotation
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())
+
+
+def _kind(value: object) -> str:
+    return "nothing" if value is None else f"a {type(value).__name__}"

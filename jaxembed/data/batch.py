@@ -1,0 +1,142 @@
+"""The global batch: packed texts, and for every query where its vectors lie and what the losses must know of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import flax.struct
+import numpy as np
+
+from jaxembed.data.mixture import ExampleIndex
+from jaxembed.data.packing import PackedTexts, bucket, fill, max_segments, pack
+from jaxembed.data.schema import Example, text_hash
+from jaxembed.data.sources import Source
+from jaxembed.data.tokenize import TextTokenizer, TokenizedTexts
+from jaxembed.spec import EmbeddingSpec
+
+
+@flax.struct.dataclass
+class Batch:
+    """B queries, 1 + K documents each (document 0 is the positive), P known positives each.
+
+    Shard-major: a query and its documents lie in one shard. Slots count inside the shard, -1 for an absent document.
+    Hashes are uint32 pairs of the texts, zero where absent.
+    """
+
+    texts: PackedTexts
+    query_slot: Any  # int32 [B]
+    doc_slot: Any  # int32 [B, 1+K]
+    in_batch: Any  # bool [B]: whether the source uses and lends in-batch negatives
+    query_hash: Any  # uint32 [B, 2]
+    doc_hash: Any  # uint32 [B, 1+K, 2]
+    positive_hash: Any  # uint32 [B, P, 2]
+    label: Any  # int32 [B], -1 for none
+    source: Any  # int32 [B]
+    score: Any  # float32 [B], NaN for none
+
+
+@dataclasses.dataclass(frozen=True)
+class HostBatch:
+    """A batch in host memory, with what the log says of it."""
+
+    batch: Batch
+    useful_tokens: int
+    padded_tokens: int
+
+
+class BatchBuilder:
+    """Draws, tokenises and packs the examples of a step. Pure: the same (step, ids) give the same batch."""
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        tokenizer: TextTokenizer,
+        spec: EmbeddingSpec,
+        *,
+        row_length: int,
+        hard_negatives: int,
+        seed: int,
+        shards: int,
+    ):
+        self._sources, self._tokenizer, self._spec = sources, tokenizer, spec
+        self._index = ExampleIndex(sources)
+        self._row_length, self._negatives = row_length, hard_negatives
+        self._seed, self._shards = seed, shards
+        self._positives = max(source.drawer.most_positives for source in sources)
+
+    def examples(self, step: int, ids: np.ndarray) -> list[Example]:
+        """The examples of a step, each drawn from (seed, step, id)."""
+        source, index = self._index.locate(ids)
+        return [
+            self._sources[s].draw(int(i), np.random.default_rng((self._seed, step, int(id_))), self._negatives)
+            for s, i, id_ in zip(source, index, ids, strict=True)
+        ]
+
+    def __call__(self, step: int, ids: np.ndarray) -> HostBatch:
+        examples = self.examples(step, ids)
+        texts, _ = self._padded_texts(examples)
+        present = np.array([text is not None for text in texts])
+        tokenized = self._tokenizer(*self.texts(examples))
+        packed, slots = self._pack(tokenized, present)
+        slots = slots.reshape(len(examples), -1)
+        hashes = np.stack([_hash(text) for text in texts]).reshape(len(examples), -1, 2)
+        source, _ = self._index.locate(ids)
+        batch = Batch(
+            texts=packed,
+            query_slot=slots[:, 0],
+            doc_slot=slots[:, 1:],
+            in_batch=np.array([self._sources[s].in_batch for s in source]),
+            query_hash=hashes[:, 0],
+            doc_hash=hashes[:, 1:],
+            positive_hash=np.stack([self._positive_hashes(e) for e in examples]),
+            label=np.array([e.label for e in examples], np.int32),
+            source=source.astype(np.int32),
+            score=np.array([e.score for e in examples], np.float32),
+        )
+        return HostBatch(batch, int((packed.segment_ids > 0).sum()), packed.segment_ids.size)
+
+    def texts(self, examples: Sequence[Example]) -> tuple[list[str], list[str]]:
+        """The texts of examples in the order query, positive, negatives, and the prompt of each."""
+        texts, prompts = self._padded_texts(examples)
+        kept = [(text, prompt) for text, prompt in zip(texts, prompts, strict=True) if text is not None]
+        return [text for text, _ in kept], [prompt for _, prompt in kept]
+
+    def _padded_texts(self, examples: Sequence[Example]) -> tuple[list[str | None], list[str]]:
+        """Query, positive and K negatives of each example (None for an absent one), and their prompts."""
+        texts: list[str | None] = []
+        prompts: list[str] = []
+        for e in examples:
+            negatives = [*e.negatives, *[None] * (self._negatives - len(e.negatives))]
+            texts += [e.query, e.positive, *negatives]
+            documents = self._spec.prompt(e.document_instruction)
+            prompts += [self._spec.prompt(e.instruction), *[documents] * (1 + self._negatives)]
+        return texts, prompts
+
+    def _pack(self, tokenized: TokenizedTexts, present: np.ndarray) -> tuple[PackedTexts, np.ndarray]:
+        """Packs each shard's texts into its own rows; all shards get the row count of the fullest."""
+        shard_of = np.repeat(np.arange(self._shards), len(present) // self._shards)[present]
+        members = [np.flatnonzero(shard_of == s) for s in range(self._shards)]
+        lengths = np.array([len(ids) for ids in tokenized.ids])
+        packs = [pack(lengths[m], self._row_length) for m in members]
+        shape = (bucket(max(rows for _, _, rows in packs)), self._row_length)
+        segments = max_segments(self._row_length)
+        slots = np.full(len(present), -1, np.int32)
+        where = np.flatnonzero(present)
+        parts = []
+        for m, (row, place, _) in zip(members, packs, strict=True):
+            parts.append(fill([tokenized.ids[i] for i in m], tokenized.pool_from[m], row, place, shape))
+            slots[where[m]] = row * segments + place
+        arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        return PackedTexts(**arrays, segments=segments, shards=self._shards), slots
+
+    def _positive_hashes(self, example: Example) -> np.ndarray:
+        hashes = np.zeros((self._positives, 2), np.uint32)
+        for i, text in enumerate(example.positives):
+            hashes[i] = text_hash(text)
+        return hashes
+
+
+def _hash(text: str | None) -> np.ndarray:
+    return np.zeros(2, np.uint32) if text is None else text_hash(text)

@@ -1,0 +1,109 @@
+"""BEIR folders: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv. For training and for evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from jaxembed.data.jsonl import JsonLines, write_lines
+from jaxembed.data.schema import check_corpus, check_query
+from jaxembed.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class BeirFolder:
+    """Corpus, queries that have relevant documents, and for each of those {corpus row: grade}."""
+
+    corpus: JsonLines
+    queries: JsonLines
+    query_rows: list[int]
+    relevant: list[dict[int, int]]
+
+    def query(self, i: int) -> str:
+        return str(self.queries[self.query_rows[i]]["text"])
+
+    def document(self, row: int) -> str:
+        """Title and text, joined as BEIR and MTEB join them."""
+        entry = self.corpus[row]
+        return f"{entry.get('title') or ''} {entry['text']}".strip()
+
+
+def open_beir(folder: Path, splits: tuple[str, ...]) -> BeirFolder:
+    """Opens a folder with the first of `splits` that it has. `UserError` names file and line of what is off."""
+    corpus, queries = JsonLines(folder / "corpus.jsonl", check_corpus), JsonLines(folder / "queries.jsonl", check_query)
+    qrels = next((p for s in splits if (p := folder / "qrels" / f"{s}.tsv").is_file()), None)
+    if qrels is None:
+        raise UserError(f"{folder}: expected qrels/{splits[0]}.tsv beside corpus.jsonl and queries.jsonl")
+    corpus_rows, query_rows = _row_of_id(corpus), _row_of_id(queries)
+    relevant: dict[int, dict[int, int]] = {}
+    for number, line in enumerate(qrels.read_text(encoding="utf-8").splitlines()[1:], 2):
+        if not line.strip():
+            continue
+        query, document, grade = _judgement(line, f"{qrels}:{number}")
+        for name, rows, of in ((query, query_rows, queries), (document, corpus_rows, corpus)):
+            if name not in rows:
+                raise UserError(f"{qrels}:{number}: id {name!r} is not in {of.path}")
+        if grade > 0:
+            relevant.setdefault(query_rows[query], {})[corpus_rows[document]] = grade
+    if not relevant:
+        raise UserError(f"{qrels}: no query has a relevant document; expected scores above 0")
+    return BeirFolder(corpus, queries, list(relevant), list(relevant.values()))
+
+
+def _judgement(line: str, where: str) -> tuple[str, str, int]:
+    fields = line.split("\t")
+    try:
+        query, document, grade = fields
+        return query, document, int(float(grade))
+    except ValueError:
+        raise UserError(f"{where}: expected query-id, corpus-id and score between tabs, found {line[:60]!r}") from None
+
+
+def _row_of_id(rows: JsonLines) -> dict[str, int]:
+    ids: dict[str, int] = {}
+    for i in range(len(rows)):
+        name = rows[i]["_id"]
+        if name in ids:
+            raise UserError(f"{rows.path}: _id {name!r} stands in two rows; ids must be unique")
+        ids[name] = i
+    return ids
+
+
+def write_beir(
+    folder: Path,
+    corpus: Mapping[str, str],
+    queries: Mapping[str, str],
+    relevant: Mapping[str, Mapping[str, int]],
+    split: str = "test",
+) -> None:
+    """Writes a new folder: texts by id, without titles, and the grade of each query's relevant documents."""
+    (folder / "qrels").mkdir(parents=True)
+    write_lines(folder / "corpus.jsonl", [{"_id": name, "title": "", "text": text} for name, text in corpus.items()])
+    write_lines(folder / "queries.jsonl", [{"_id": name, "text": text} for name, text in queries.items()])
+    judged = [f"{q}\t{name}\t{grade}" for q, documents in relevant.items() for name, grade in documents.items()]
+    lines = ["query-id\tcorpus-id\tscore", *judged]
+    (folder / "qrels" / f"{split}.tsv").write_text("\n".join(lines) + "\n", "utf-8")
+
+
+class BeirPairs:
+    """A BEIR folder as training rows: each query that has relevant documents, with those as positives."""
+
+    def __init__(self, folder: Path):
+        self._beir = open_beir(folder, ("train", "dev", "test"))
+        self.digest = self._beir.corpus.digest + self._beir.queries.digest
+        self.most_positives = max(len(documents) for documents in self._beir.relevant)
+
+    def __len__(self) -> int:
+        return len(self._beir.query_rows)
+
+    def __getitem__(self, index: int) -> dict[str, object]:
+        documents = [self._beir.document(row) for row in sorted(self._beir.relevant[index])]
+        return {"query": self._beir.query(index), "pos": documents}
+
+
+def relevance_matrix(relevant: list[dict[int, int]], ranked: np.ndarray) -> np.ndarray:
+    """[Q, k] grades of ranked corpus rows."""
+    return np.array([[grades.get(int(row), 0) for row in rows] for grades, rows in zip(relevant, ranked, strict=True)])

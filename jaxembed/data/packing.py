@@ -1,0 +1,99 @@
+"""Many texts in one row: best-fit packing inside a batch, and the arrays that describe it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.struct
+import numpy as np
+
+BUCKET_GROWTH = 1.06  # row counts come in steps of 6%: at most that much padding, and few programs to compile
+
+
+@flax.struct.dataclass
+class PackedTexts:
+    """R rows of T tokens; a text is a segment of a row.
+
+    tokens, segment_ids (0 = padding), positions (restart per segment): int32 [R, T]; pool_mask: bool [R, T].
+    segments: texts a row holds at most (S); shards: rows are shard-major in this many equal parts. A text's slot is
+    row * S + segment - 1, counted inside its shard.
+    """
+
+    tokens: Any
+    segment_ids: Any
+    positions: Any
+    pool_mask: Any
+    segments: int = flax.struct.field(pytree_node=False)
+    shards: int = flax.struct.field(pytree_node=False)
+
+
+def max_segments(row_length: int) -> int:
+    """Texts a row may hold: one per 8 tokens, so that the pooled vectors have a static shape."""
+    return max(1, row_length // 8)
+
+
+def pack(lengths: Sequence[int] | np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Best-fit decreasing: (row of each text, its place in the row from 0, number of rows used).
+
+    A bit set of the free lengths in use finds the fullest row that still takes a text in constant time. Deterministic.
+    """
+    limit = max_segments(row_length)
+    row, place = np.empty(len(lengths), np.int64), np.empty(len(lengths), np.int64)
+    open_rows: list[list[int]] = [[] for _ in range(row_length + 1)]  # by free length
+    free_lengths = 0
+    texts_in: list[int] = []
+    for i in np.argsort(-np.asarray(lengths), kind="stable"):
+        length = int(lengths[i])
+        fitting = free_lengths >> length
+        if fitting:
+            free = length + (fitting & -fitting).bit_length() - 1
+            r = open_rows[free].pop()
+            if not open_rows[free]:
+                free_lengths &= ~(1 << free)
+        else:
+            free, r = row_length, len(texts_in)
+            texts_in.append(0)
+        row[i], place[i] = r, texts_in[r]
+        texts_in[r] += 1
+        if texts_in[r] < limit:
+            open_rows[free - length].append(r)
+            free_lengths |= 1 << (free - length)
+    return row, place, len(texts_in)
+
+
+def bucket(rows: int) -> int:
+    """The smallest row count of the static ladder that holds `rows`: 1, 2, 3, ... then steps of 6%."""
+    size = 1
+    while size < rows:
+        size = max(size + 1, int(size * BUCKET_GROWTH))
+    return size
+
+
+def fill(
+    texts: Sequence[np.ndarray],
+    pool_from: Sequence[int] | np.ndarray,
+    row: np.ndarray,
+    place: np.ndarray,
+    shape: tuple[int, int],
+) -> dict[str, np.ndarray]:
+    """Writes token arrays into [rows, row_length] arrays at their rows, in the order of their places.
+
+    Tokens before `pool_from` of a text are kept out of its pooling (instruction tokens).
+    """
+    lengths = np.array([len(t) for t in texts], np.int64)
+    order = np.lexsort((place, row))
+    sorted_row, sorted_length = row[order], lengths[order]
+    ends = np.cumsum(sorted_length)
+    row_begin = np.searchsorted(sorted_row, sorted_row)  # first text of the same row
+    start = np.empty_like(lengths)
+    start[order] = (ends - sorted_length) - (ends - sorted_length)[row_begin]
+    within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    at = np.repeat(row * shape[1] + start, lengths) + within
+    flat = {name: np.zeros(shape[0] * shape[1], np.int32) for name in ("tokens", "segment_ids", "positions")}
+    flat["tokens"][at] = np.concatenate(texts) if len(texts) else []
+    flat["segment_ids"][at] = np.repeat(place + 1, lengths)
+    flat["positions"][at] = within
+    flat["pool_mask"] = np.zeros(shape[0] * shape[1], bool)
+    flat["pool_mask"][at] = within >= np.repeat(np.asarray(pool_from), lengths)
+    return {name: array.reshape(shape) for name, array in flat.items()}

@@ -1,0 +1,118 @@
+"""What a training example is, and the checks that rows of files pass before anything is trained on them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxembed.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One query as it is drawn for one step.
+
+    `positives` are all texts known to answer the query: they are never its negatives. `score` is a graded similarity
+    of query and positive where the source has one, else NaN; `label` a class of the source, else -1.
+    """
+
+    query: str
+    positive: str
+    negatives: tuple[str, ...]
+    positives: tuple[str, ...]
+    instruction: str = ""
+    document_instruction: str = ""
+    label: int = -1
+    score: float = float("nan")
+
+
+Row = Mapping[str, Any]
+RowCheck = Callable[[Row], str | None]  # what is wrong with a row, or None
+
+
+class PairCheck:
+    """`check_pair` that also remembers the most positives a row had."""
+
+    def __init__(self) -> None:
+        self.most_positives = 1
+
+    def __call__(self, row: Row) -> str | None:
+        problem = check_pair(row)
+        if problem is None:
+            self.most_positives = max(self.most_positives, len(row["pos"]))
+        return problem
+
+
+def check_pair(row: Row) -> str | None:
+    """A row of the main format: query, pos and neg, as FlagEmbedding, BGE and KaLM share it."""
+    if problem := _text(row, "query"):
+        return problem
+    for field, required in (("pos", True), ("neg", False)):
+        texts = row.get(field, None if required else [])
+        if isinstance(texts, str):
+            return f'"{field}" is a string; write a list: "{field}": [{json.dumps(texts[:40], ensure_ascii=False)}]'
+        if not isinstance(texts, list) or not all(isinstance(t, str) and t for t in texts):
+            return f'"{field}" must be a list of non-empty strings'
+        if required and not texts:
+            return f'"{field}" is empty; a query needs a positive'
+    return None if isinstance(row.get("prompt", ""), str) else '"prompt" must be a string'
+
+
+def check_label(row: Row) -> str | None:
+    """A (text, label) row."""
+    if problem := _text(row, "text"):
+        return problem
+    return None if isinstance(row.get("label"), str | int) else '"label" is missing; expected a string or a number'
+
+
+def check_scored(row: Row) -> str | None:
+    """A (sentence1, sentence2, score) row."""
+    if problem := _text(row, "sentence1") or _text(row, "sentence2"):
+        return problem
+    score = row.get("score")
+    ok = isinstance(score, int | float) and not isinstance(score, bool) and np.isfinite(score)
+    return None if ok else '"score" is missing; expected a finite number'
+
+
+def check_corpus(row: Row) -> str | None:
+    """A document of a BEIR corpus."""
+    if not isinstance(row.get("title", ""), str):
+        return '"title" must be a string'
+    if not isinstance(row.get("text"), str):
+        return '"text" is missing; expected a string'
+    return _text(row, "_id")
+
+
+def check_query(row: Row) -> str | None:
+    """A query of a BEIR folder."""
+    return _text(row, "_id") or _text(row, "text")
+
+
+def _text(row: Row, field: str) -> str | None:
+    value = row.get(field)
+    if isinstance(value, str) and value:
+        return None
+    return f'"{field}" is {"missing" if field not in row else "not a non-empty string"}'
+
+
+def parse_row(line: bytes, where: str) -> dict[str, Any]:
+    """A JSON object from one line of a file; `where` is file and line, for errors."""
+    try:
+        row = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not valid UTF-8 (byte {error.start}); save the file as UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not valid JSON ({error}); expected one object a line") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected a JSON object, found a {type(row).__name__}")
+    return row
+
+
+def text_hash(text: str) -> np.ndarray:
+    """uint32 [2]: 64 bits of BLAKE2 of a text, by which equal texts are recognised across a global batch."""
+    return np.frombuffer(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), np.uint32)

@@ -1,0 +1,106 @@
+"""The one way from texts to tokens, used by training, encoding, evaluation and export.
+
+Prompt and text are joined, then tokenised once. BOS and EOS come from the tokenizer's own post-processor, to which EOS
+is added where a model wants it; truncation keeps them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+
+from jaxembed.errors import UserError
+
+
+def load_tokenizer(folder: Path | str) -> Any:
+    """The fast Hugging Face tokenizer of a folder, its chat template left out; `UserError` where there is none."""
+    from transformers import AutoTokenizer  # slow to import, and not needed by --help
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises nearly anything here
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder}: no tokenizer could be loaded ({reason}); expected tokenizer.json there") from None
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(f"{folder}: only a slow tokenizer is there; expected tokenizer.json")
+    tokenizer.chat_template = None
+    return tokenizer
+
+
+def ends_with_eos(tokenizer: Any) -> bool:
+    """Whether the tokenizer itself ends every text with EOS."""
+    ids = tokenizer.backend_tokenizer.encode("a").ids
+    return bool(ids) and tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id
+
+
+def append_eos(tokenizer: Any) -> None:
+    """Makes the tokenizer's post-processor end every text with EOS, keeping the BOS it may put first."""
+    if ends_with_eos(tokenizer):
+        return
+    if tokenizer.eos_token_id is None:
+        raise UserError("model.append_eos is on, but the base's tokenizer has no EOS token; set model.append_eos=false")
+    ids = tokenizer.backend_tokenizer.encode("a").ids
+    tokens = {tokenizer.eos_token: tokenizer.eos_token_id}
+    single, pair = f"$A {tokenizer.eos_token}", f"$A $B {tokenizer.eos_token}"
+    if ids and ids[0] == tokenizer.bos_token_id:
+        tokens[tokenizer.bos_token] = tokenizer.bos_token_id
+        single, pair = f"{tokenizer.bos_token} {single}", f"{tokenizer.bos_token} {pair}"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=single, pair=pair, special_tokens=list(tokens.items())
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizedTexts:
+    """Token ids (int32) of each text, and the place where its pooling starts (past the prompt)."""
+
+    ids: list[np.ndarray]
+    pool_from: np.ndarray
+
+
+class TextTokenizer:
+    """Tokenises whole batches of texts, each with its prompt ('' for none), on all cores and without the GIL."""
+
+    def __init__(self, tokenizer: Any, max_length: int):
+        """`tokenizer` is a fast Hugging Face tokenizer; `max_length` counts special tokens."""
+        self.hf = tokenizer
+        self.max_length = max_length
+        self._special = set(tokenizer.all_special_ids)
+        self._prompt_lengths: dict[str, int] = {"": 0}
+
+    @cached_property
+    def _backend(self) -> Tokenizer:
+        backend = Tokenizer.from_str(self.hf.backend_tokenizer.to_str())
+        backend.no_padding()
+        backend.enable_truncation(self.max_length)
+        return backend
+
+    def __call__(self, texts: Sequence[str], prompts: Sequence[str]) -> TokenizedTexts:
+        joined = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
+        ids = [np.array(e.ids, np.int32) for e in self._backend.encode_batch_fast(joined)]
+        pool_from = np.array([self.prompt_length(prompt) for prompt in prompts], np.int64)
+        return TokenizedTexts(ids, pool_from)
+
+    def prompt_length(self, prompt: str) -> int:
+        """Tokens of the prompt alone, less a trailing special token: the rule of sentence-transformers' pooling.
+
+        A prompt that ends in a space counts a token that really merges into the text's first word.
+        """
+        if prompt not in self._prompt_lengths:
+            ids = self._backend.encode(prompt).ids
+            self._prompt_lengths[prompt] = len(ids) - (bool(ids) and ids[-1] in self._special)
+        return self._prompt_lengths[prompt]
+
+    def untruncated_lengths(self, texts: Sequence[str], prompts: Sequence[str]) -> np.ndarray:
+        """Tokens each text would have without `max_length`."""
+        backend = Tokenizer.from_str(self._backend.to_str())
+        backend.no_truncation()
+        joined = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
+        return np.array([len(e.ids) for e in backend.encode_batch_fast(joined)])

@@ -1,0 +1,182 @@
+"""The Python interface: `Embedder.load(MODEL).encode(texts)`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from jaxembed import parallel
+from jaxembed.data.packing import PackedTexts, fill, max_segments, pack
+from jaxembed.data.tokenize import TextTokenizer, append_eos, load_tokenizer
+from jaxembed.errors import UserError
+from jaxembed.hub.base import Base, find_base, read_json, read_spec
+from jaxembed.hub.weights import load_params
+from jaxembed.model.decoder import Compute
+from jaxembed.model.embedder import EmbeddingModel, parameter_shapes
+from jaxembed.model.presets import from_hf
+from jaxembed.spec import EmbeddingSpec
+from jaxembed.training.checkpoint import Checkpoints, pick_step
+
+WINDOW = 4096  # texts tokenised and packed together
+TOKENS_AT_ONCE = 8192  # tokens a device takes at once
+SHORTEST_ROW = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Embedder:
+    """A model with its parameters and tokenizer. Vectors do not depend on the batch, the order or the devices."""
+
+    model: EmbeddingModel
+    params: Any
+    tokenizer: TextTokenizer
+    mesh: Mesh
+    revision: str = ""
+    _apply: Callable[[Any, PackedTexts], jax.Array] | None = None
+
+    def __post_init__(self) -> None:
+        if self._apply is None:
+            model = self.model
+            object.__setattr__(self, "_apply", jax.jit(lambda params, texts: model.apply({"params": params}, texts)))
+
+    @property
+    def spec(self) -> EmbeddingSpec:
+        return self.model.spec
+
+    @classmethod
+    def load(cls, model: str | Path, *, dtype: str = "float32", checkpoint: str = "best") -> Embedder:
+        """Loads a run directory, an exported or Hugging Face folder, or a hub id.
+
+        `dtype` is that of the computation. `checkpoint` picks a run's step: best (on the held-out sets), last, or a number.
+        """
+        mesh = parallel.make_mesh()
+        compute = Compute(dtype=jnp.dtype(dtype))
+        path = Path(model)
+        if (path / "base.json").is_file():
+            return _load_run(cls, path, compute, mesh, checkpoint)
+        base = find_base(str(model))
+        if base.folder is None:
+            raise UserError(f"{model}: a preset has no weights; train it first")
+        return from_base(base, base.spec, compute, mesh)
+
+    def with_params(self, params: Any) -> Embedder:
+        """The same model with other parameters; what was compiled is shared."""
+        return dataclasses.replace(self, params=params)
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        instruction: str | None = None,
+        dim: int | None = None,
+        *,
+        prompt: str | None = None,
+        show_progress: bool = False,
+    ) -> np.ndarray:
+        """Unit vectors, float32 [N, D], in the order of `texts`.
+
+        `instruction` is put before every text by the model's template; `prompt` is put there as it is. `dim` keeps the
+        first numbers of each vector (Matryoshka) and makes it unit length again. Scores are dot products.
+        """
+        if isinstance(texts, str):
+            raise TypeError("encode takes a list of texts, not one string")
+        width = self.model.decoder.width
+        if dim is not None and not 0 < dim <= width:
+            raise UserError(f"dim is {dim}; expected 1 to {width}, the width of this model's vectors")
+        lead = self.spec.prompt(instruction) if prompt is None else prompt
+        out = np.zeros((len(texts), dim or width), np.float32)
+        starts = tqdm(range(0, len(texts), WINDOW), disable=not show_progress, unit=f"x{WINDOW} texts")
+        for start in starts:
+            window = list(texts[start : start + WINDOW])
+            vectors = self._encode_window(window, lead)[:, :dim]
+            norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+            out[start : start + len(window)] = vectors / np.maximum(norms, 1e-12)
+        return out
+
+    def similarity(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Cosines [A, B] of two sets of vectors from `encode`."""
+        return np.asarray(a @ b.T)
+
+    def _encode_window(self, texts: list[str], prompt: str) -> np.ndarray:
+        """Packs texts into rows of one length, runs them some rows at a time, and puts the vectors back in order."""
+        assert self._apply is not None
+        tokenized = self.tokenizer(texts, [prompt] * len(texts))
+        lengths = [len(ids) for ids in tokenized.ids]
+        row_length = max(SHORTEST_ROW, 1 << (max(lengths, default=1) - 1).bit_length())
+        row, place, rows = pack(lengths, row_length)
+        segments, shards = max_segments(row_length), parallel.shard_count(self.mesh)
+        pending = []
+        for first, last, shape in _groups(rows, row_length, shards):
+            members = np.flatnonzero((row >= first) & (row < last))
+            ids = [tokenized.ids[i] for i in members]
+            arrays = fill(ids, tokenized.pool_from[members], row[members] - first, place[members], shape)
+            packed = parallel.put_batch(self.mesh, PackedTexts(**arrays, segments=segments, shards=shards))
+            slots = (row[members] - first) * segments + place[members]
+            pending.append((members, slots, self._apply(self.params, packed)))
+        out = np.zeros((len(texts), self.model.decoder.width), np.float32)
+        for members, slots, vectors in pending:
+            out[members] = np.asarray(vectors, np.float32).reshape(-1, out.shape[1])[slots]
+        return out
+
+
+def _groups(rows: int, row_length: int, shards: int) -> Iterator[tuple[int, int, tuple[int, int]]]:
+    """(first row, last row, shape) of the pieces of a window: full ones of one shape, the last of a power of two."""
+    most = max(1, TOKENS_AT_ONCE // row_length) * shards
+    for first in range(0, rows, most):
+        last = min(first + most, rows)
+        per_shard = -(-(last - first) // shards)
+        yield first, last, (min(most, shards << (per_shard - 1).bit_length()), row_length)
+
+
+def from_base(base: Base, spec: EmbeddingSpec, compute: Compute, mesh: Mesh) -> Embedder:
+    """An embedder with the weights and tokenizer of a base folder, read under `spec`."""
+    assert base.folder is not None
+    model = EmbeddingModel(base.decoder, spec, compute)
+    shapes, shardings = shapes_and_shardings(model, mesh)
+    params = {"decoder": load_params(base.folder, base.decoder, shapes["decoder"], shardings["decoder"])}
+    return Embedder(model, params, text_tokenizer(base.tokenizer(), spec, base), mesh, revision=base.name)
+
+
+def text_tokenizer(tokenizer: Any, spec: EmbeddingSpec, base: Base) -> TextTokenizer:
+    """The tokenizer as `spec` wants it; `UserError` where it does not fit the base."""
+    if len(tokenizer) > base.decoder.vocab_size:
+        raise UserError(
+            f"{base.name}: the tokenizer has {len(tokenizer)} entries, the embedding {base.decoder.vocab_size}; "
+            "use the tokenizer that belongs to the weights"
+        )
+    if spec.max_length > base.decoder.max_positions:
+        raise UserError(
+            f"data.max_length is {spec.max_length}, but {base.name} has {base.decoder.max_positions} positions; lower it"
+        )
+    if spec.append_eos:
+        append_eos(tokenizer)
+    return TextTokenizer(tokenizer, spec.max_length)
+
+
+def shapes_and_shardings(model: EmbeddingModel, mesh: Mesh) -> tuple[Any, Any]:
+    """Trees of ShapeDtypeStructs and of shardings of a model's parameters."""
+    boxed = parameter_shapes(model)
+    return nn.unbox(boxed), parallel.param_shardings(mesh, nn.get_partition_spec(boxed))
+
+
+def _load_run(cls: type[Embedder], run_dir: Path, compute: Compute, mesh: Mesh, checkpoint: str) -> Embedder:
+    record = read_json(run_dir / "base.json")
+    config = record["config"]
+    decoder = from_hf(config, str(run_dir / "base.json"))
+    base = Base(record["name"], run_dir / "tokenizer", config, decoder, read_spec(run_dir, config))
+    model = EmbeddingModel(decoder, base.spec, compute)
+    shapes, shardings = shapes_and_shardings(model, mesh)
+    placed = jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), shapes, shardings)
+    checkpoints = Checkpoints(run_dir)
+    step = pick_step(checkpoints, checkpoint, run_dir)
+    params = checkpoints.restore_params(step, placed)
+    checkpoints.close()
+    tokenizer = text_tokenizer(load_tokenizer(run_dir / "tokenizer"), base.spec, base)
+    return cls(model, params, tokenizer, mesh, revision=f"{run_dir.name}-{step}")

@@ -1,0 +1,101 @@
+"""The held-out sets of a config: opened once, scored during training."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from jaxembed.config import EvalSetConfig, PythonPackagesConfig
+from jaxembed.data.beir import open_beir
+from jaxembed.data.jsonl import JsonLines
+from jaxembed.data.schema import check_scored
+from jaxembed.data.sources import packages_folder
+from jaxembed.errors import UserError
+from jaxembed.evaluation import bm25
+from jaxembed.evaluation.retrieval import Encode, ndcg, recall, search, spearman
+
+TOP = 10
+
+
+class HeldOut(Protocol):
+    """A set that scores an encoder; `metric` is its main score's name."""
+
+    config: EvalSetConfig
+    metric: str
+
+    def score(self, encode: Encode) -> dict[str, float]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class RetrievalSet:
+    """Queries, a corpus, and which documents answer which query."""
+
+    config: EvalSetConfig
+    queries: Sequence[str]
+    corpus: Sequence[str]
+    relevant: Sequence[dict[int, int]]
+    metric: str = "ndcg_at_10"
+
+    def score(self, encode: Encode) -> dict[str, float]:
+        """nDCG@10 and recall@10, each from 0 to 1."""
+        queries = encode(self.queries, self.config.instruction)
+        documents = encode(self.corpus, self.config.document_instruction)
+        return self._scores(search(queries, documents, TOP))
+
+    def score_bm25(self) -> dict[str, float]:
+        """The same of BM25, which needs no training: the baseline to beat."""
+        return self._scores(bm25.rank(self.corpus, self.queries, TOP))
+
+    def _scores(self, ranked: np.ndarray) -> dict[str, float]:
+        return {"ndcg_at_10": ndcg(self.relevant, ranked), "recall_at_10": recall(self.relevant, ranked)}
+
+
+@dataclasses.dataclass(frozen=True)
+class SimilaritySet:
+    """Sentence pairs with graded similarity."""
+
+    config: EvalSetConfig
+    first: Sequence[str]
+    second: Sequence[str]
+    scores: np.ndarray
+    metric: str = "spearman"
+
+    def score(self, encode: Encode) -> dict[str, float]:
+        """Spearman's correlation, from -1 to 1."""
+        a, b = (encode(texts, self.config.instruction) for texts in (self.first, self.second))
+        return {"spearman": spearman(a, b, self.scores)}
+
+
+def open_sets(configs: Sequence[EvalSetConfig], packages: PythonPackagesConfig, cache: Path) -> list[HeldOut]:
+    """Opens and checks every held-out set of a config."""
+    open_one: dict[str, Callable[[EvalSetConfig, Path], HeldOut]] = {"retrieval": _retrieval, "sts": _similarity}
+    sets = []
+    for config in configs:
+        path = Path(config.path)
+        if config.path.startswith("python_packages:"):
+            path = packages_folder(packages, cache) / config.path.removeprefix("python_packages:")
+        if not path.exists():
+            raise UserError(f"eval.sets: {config.name}: {config.path}: no such file or folder")
+        sets.append(open_one[config.kind](config, path))
+    return sets
+
+
+def _retrieval(config: EvalSetConfig, path: Path) -> RetrievalSet:
+    beir = open_beir(path, ("test", "dev", "train"))
+    queries = [beir.query(i) for i in range(len(beir.query_rows))]
+    return RetrievalSet(config, queries, [beir.document(row) for row in range(len(beir.corpus))], beir.relevant)
+
+
+def _similarity(config: EvalSetConfig, path: Path) -> SimilaritySet:
+    rows = [row for row in JsonLines(path, check_scored)]
+    scores = np.array([row["score"] for row in rows])
+    return SimilaritySet(config, [row["sentence1"] for row in rows], [row["sentence2"] for row in rows], scores)
+
+
+def score_all(sets: Sequence[HeldOut], encode: Encode) -> dict[str, float]:
+    """The scores of every set, by SET/METRIC."""
+    return {f"{s.config.name}/{name}": value for s in sets for name, value in s.score(encode).items()}

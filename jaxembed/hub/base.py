@@ -1,0 +1,140 @@
+"""What `model.base` or MODEL names: a preset, a Hugging Face or sentence-transformers folder, or a hub id."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxembed.data.tokenize import ends_with_eos, load_tokenizer
+from jaxembed.errors import UserError
+from jaxembed.model.presets import DecoderConfig, from_hf, preset
+from jaxembed.spec import EmbeddingSpec
+
+SPEC_FILE = "jaxembed.json"
+HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*/config.json"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """A decoder to start from. `folder` is None for a preset, which has neither weights nor a tokenizer."""
+
+    name: str
+    folder: Path | None
+    hf_config: Mapping[str, Any]
+    decoder: DecoderConfig
+    spec: EmbeddingSpec
+
+    def tokenizer(self) -> Any:
+        """The Hugging Face tokenizer of the folder."""
+        assert self.folder is not None
+        return load_tokenizer(self.folder)
+
+
+def find_base(name: str) -> Base:
+    """Resolves a name; `UserError` says what was looked for."""
+    if name.startswith("preset:"):
+        config = preset(name.removeprefix("preset:"))
+        return Base(name, None, config, from_hf(config, name), EmbeddingSpec())
+    folder = find_folder(name)
+    config = read_json(folder / "config.json")
+    return Base(name, folder, config, from_hf(config, str(folder / "config.json")), read_spec(folder, config))
+
+
+def find_folder(name: str) -> Path:
+    """A local folder with a config.json, or the local copy of a hub repository, fetched if need be."""
+    path = Path(name).expanduser()
+    if (path / "config.json").is_file():
+        return path
+    if path.exists() or name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise UserError(f"{name}: neither a folder with a config.json nor a hub id such as Qwen/Qwen2-0.5B")
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES))
+    except Exception as error:  # network, authentication and file system errors of several libraries
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{name}: not a local folder, and the hub did not give it ({reason})") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found a {type(value).__name__}")
+    return value
+
+
+def read_spec(folder: Path, config: Mapping[str, Any]) -> EmbeddingSpec:
+    """What the folder says of its texts: in jaxembed.json, else in sentence-transformers' files, else our defaults."""
+    if (folder / SPEC_FILE).is_file():
+        return spec_from_json(read_json(folder / SPEC_FILE), str(folder / SPEC_FILE))
+    if (folder / "modules.json").is_file():
+        return _sentence_transformers_spec(folder, config)
+    return EmbeddingSpec()
+
+
+def spec_from_json(values: Mapping[str, Any], where: str) -> EmbeddingSpec:
+    """A spec as `write_spec` wrote it."""
+    try:
+        return EmbeddingSpec(**values)
+    except TypeError as error:
+        raise UserError(f"{where}: not written by this version ({error})") from None
+
+
+def write_spec(folder: Path, spec: EmbeddingSpec) -> None:
+    text = json.dumps(dataclasses.asdict(spec), indent=2, ensure_ascii=False)
+    (folder / SPEC_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def _sentence_transformers_spec(folder: Path, config: Mapping[str, Any]) -> EmbeddingSpec:
+    """Reads modules.json and the files it names; `UserError` on a module that is not stock pooling or normalisation."""
+    try:
+        modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+        kinds = {str(m["type"]).rsplit(".", 1)[-1]: folder / str(m["path"]) for m in modules}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{folder / 'modules.json'}: not a list of modules ({error!r})") from None
+    unknown = set(kinds) - {"Transformer", "Pooling", "Normalize"}
+    if unknown or "Pooling" not in kinds:
+        raise UserError(f"{folder}: expected the modules Transformer, Pooling and Normalize; found {', '.join(kinds)}")
+    pooling = read_json(kinds["Pooling"] / "config.json")
+    lengths = folder / "sentence_bert_config.json"
+    extra = folder / "config_sentence_transformers.json"
+    return EmbeddingSpec(
+        attention="causal" if config.get("is_causal", True) else "bidirectional",
+        pooling=_pooling_kind(pooling, kinds["Pooling"]),
+        include_instruction=bool(pooling.get("include_prompt", True)),
+        normalize="Normalize" in kinds,
+        append_eos=ends_with_eos(load_tokenizer(folder)),
+        max_length=(read_json(lengths) if lengths.is_file() else {}).get("max_seq_length") or 512,
+        prompts=(read_json(extra) if extra.is_file() else {}).get("prompts") or {},
+    )
+
+
+def _pooling_kind(pooling: Mapping[str, Any], where: Path) -> str:
+    """mean or last, from the new form of the file ("pooling_mode") or the old one (a flag per kind)."""
+    flags = {"mean": pooling.get("pooling_mode_mean_tokens"), "last": pooling.get("pooling_mode_lasttoken")}
+    mode = pooling.get("pooling_mode")
+    named = {"mean": "mean", "lasttoken": "last", "last": "last"}.get(mode) if isinstance(mode, str) else None
+    chosen = [named] if named else [kind for kind, on in flags.items() if on]
+    if len(chosen) != 1:
+        raise UserError(f"{where / 'config.json'}: its pooling is not supported; supported: mean, lasttoken")
+    return str(chosen[0])
+
+
+def content_hash(base: Base) -> str:
+    """SHA-256 over config and weights of a folder; of the config alone for a preset."""
+    digest = hashlib.sha256(json.dumps(dict(base.hf_config), sort_keys=True).encode())
+    for path in sorted(base.folder.glob("*.safetensors")) if base.folder else []:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

@@ -1,0 +1,55 @@
+"""Decoder plus pooling: packed texts in, one vector a text out."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxembed.data.packing import PackedTexts
+from jaxembed.model.decoder import Compute, Decoder
+from jaxembed.model.masks import MASKS
+from jaxembed.model.pooling import POOLINGS, segment_mask, unit_length
+from jaxembed.model.presets import DecoderConfig
+from jaxembed.spec import EmbeddingSpec
+
+
+class EmbeddingModel(nn.Module):
+    """Vectors [R, S, D] of the texts of packed rows, in at least float32; absent texts give zeros."""
+
+    decoder: DecoderConfig
+    spec: EmbeddingSpec
+    compute: Compute = Compute()
+
+    @nn.compact
+    def __call__(self, texts: PackedTexts) -> Float[Array, "r s d"]:
+        mask = dataclasses.replace(MASKS[self.spec.attention], window=self.decoder.sliding_window)
+        hidden = Decoder(self.decoder, mask, self.compute, name="decoder")(texts)
+        pool_mask = (texts.segment_ids > 0) if self.spec.include_instruction else texts.pool_mask
+        members = segment_mask(texts.segment_ids, pool_mask, texts.segments)
+        vectors = POOLINGS[self.spec.pooling](name="pooling")(hidden, members)
+        return unit_length(vectors) if self.spec.normalize else vectors
+
+
+def example_texts(row_length: int = 8) -> PackedTexts:
+    """One row of padding: enough to trace a model's shapes."""
+    zeros = jnp.zeros((1, row_length), jnp.int32)
+    return PackedTexts(zeros, zeros, zeros, zeros.astype(bool), segments=1, shards=1)
+
+
+def parameter_shapes(model: EmbeddingModel) -> Any:
+    """The tree of ShapeDtypeStructs, boxed with the logical axes that each parameter declares; needs no memory."""
+    return jax.eval_shape(model.init, jax.random.key(0), example_texts())["params"]
+
+
+def init_params(model: EmbeddingModel, key: jax.Array, shardings: Any) -> Any:
+    """Random parameters, placed as `shardings` says while they are made."""
+
+    def init(key: jax.Array) -> Any:
+        return nn.unbox(model.init(key, example_texts())["params"])
+
+    return jax.jit(init, out_shardings=shardings)(key)

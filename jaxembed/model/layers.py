@@ -1,0 +1,108 @@
+"""The small pieces of a decoder layer. Projections work on [tokens, width]: two dimensions, the fast shape on CPUs.
+
+Letters in shapes: R rows, T tokens a row, S texts (segments) a row, N query heads, G key-value heads, H head width,
+D model width, F feed-forward width, V vocabulary, L layers, B queries, K negatives a query.
+Parameters declare their logical axes; `jaxembed.parallel` maps those to the mesh.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def at_least_float32(x: jax.Array) -> jax.Array:
+    """The array in float32, or in float64 if it already is: sums over many terms lose too much in 16 bits."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+class Linear(nn.Module):
+    """x @ kernel + bias over the last axis, computed in `dtype`."""
+
+    features: int
+    axes: tuple[str, str]
+    dtype: Any
+    use_bias: bool = False
+    init_std: float = 0.02
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.with_partitioning(nn.initializers.normal(self.init_std), self.axes)
+        kernel = self.param("kernel", init, (x.shape[-1], self.features))
+        y = x @ kernel.astype(self.dtype)
+        if self.use_bias:
+            bias_init = nn.with_partitioning(nn.initializers.zeros, self.axes[1:])
+            y = y + self.param("bias", bias_init, (self.features,)).astype(self.dtype)
+        return y
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale over the last axis (Zhang and Sennrich 2019), in at least float32."""
+
+    epsilon: float
+    dtype: Any
+    axis: str = "embed"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.with_partitioning(nn.initializers.ones, (self.axis,)), (x.shape[-1],))
+        wide = at_least_float32(x)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
+        return scale.astype(self.dtype) * wide.astype(self.dtype)
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), Shazeer 2020."""
+
+    hidden: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "tokens d"]) -> Float[Array, "tokens d"]:
+        gate = Linear(self.hidden, ("embed", "mlp"), self.dtype, name="gate")(x)
+        up = Linear(self.hidden, ("embed", "mlp"), self.dtype, name="up")(x)
+        return Linear(x.shape[-1], ("mlp", "embed"), self.dtype, name="down")(nn.silu(gate) * up)
+
+
+def rope_frequencies(head_width: int, theta: float, scaling: Mapping[str, Any]) -> jax.Array:
+    """[H/2] angle per position of each pair of channels (Su et al. 2021), scaled as Hugging Face configs say.
+
+    `scaling` holds `rope_type`: default, linear (with factor) or llama3 (factor, low_freq_factor, high_freq_factor,
+    original_max_position_embeddings).
+    """
+    frequencies = 1.0 / theta ** (jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
+    kind = scaling.get("rope_type", "default")
+    if kind == "linear":
+        return frequencies / scaling["factor"]
+    if kind == "llama3":
+        return _llama3(frequencies, scaling)
+    return frequencies
+
+
+def _llama3(frequencies: jax.Array, scaling: Mapping[str, Any]) -> jax.Array:
+    """Llama 3.1's blend: long waves are slowed by the factor, short ones kept, those between interpolated."""
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+    return frequencies * (keep + (1 - keep) / scaling["factor"])
+
+
+def rope_table(
+    positions: Int[Array, "r t"], frequencies: Float[Array, " half"], dtype: Any
+) -> tuple[Float[Array, "r t 1 half"], Float[Array, "r t 1 half"]]:
+    """Cosine and sine of each token's angles, with a heads axis of one; angles in at least float32."""
+    angles = positions[..., None, None].astype(frequencies.dtype) * frequencies
+    wide = jnp.promote_types(dtype, jnp.float32)
+    return jnp.cos(angles).astype(wide), jnp.sin(angles).astype(wide)
+
+
+def rotate(x: Float[Array, "r t n h"], cos: jax.Array, sin: jax.Array) -> Float[Array, "r t n h"]:
+    """Rotates channel i with channel i + H/2, the layout of Hugging Face checkpoints."""
+    first, second = jnp.split(at_least_float32(x), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -1,0 +1,65 @@
+"""Devices: the mesh, the table from logical to mesh axes, and the way of host arrays onto the mesh.
+
+Arrays that belong to a batch are split over their first axis, shard-major: shard i of n holds the i-th n-th of the
+rows and of the queries. Everything after that is plain mathematics on global arrays; XLA places the communication.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxembed.errors import UserError
+
+# Logical axis of a parameter -> mesh axis. One entry per axis name that the model declares.
+LOGICAL_AXES: dict[str, str | None] = {
+    "layers": None,
+    "vocab": None,
+    "embed": None,
+    "heads": None,
+    "kv_heads": None,
+    "head_width": None,
+    "mlp": None,
+}
+BATCH_AXES = ("data",)
+
+
+def make_mesh(data: int = -1) -> Mesh:
+    """A mesh of `data` devices (-1: all) with the axis `data`. Raises `UserError` where there are fewer."""
+    devices = jax.devices()
+    count = len(devices) if data == -1 else data
+    if count > len(devices):
+        raise UserError(f"mesh.data is {data}, but {len(devices)} devices are here; use at most that, or -1 for all")
+    return Mesh(np.array(devices[:count]), BATCH_AXES)
+
+
+def shard_count(mesh: Mesh) -> int:
+    """Number of shards a batch is split into."""
+    return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def split_batch(mesh: Mesh) -> NamedSharding:
+    """The sharding of batch arrays: first axis over the batch axes."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def put_batch(mesh: Mesh, tree: Any) -> Any:
+    """This process's part of host arrays as global arrays, split over the first axis."""
+    sharding = split_batch(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)
+
+
+def param_shardings(mesh: Mesh, logical_specs: Any) -> Any:
+    """Shardings of parameters from the logical axes they declare; an unmapped name raises KeyError."""
+
+    def place(spec: PartitionSpec) -> NamedSharding:
+        return NamedSharding(mesh, PartitionSpec(*(None if axis is None else LOGICAL_AXES[axis] for axis in spec)))
+
+    return jax.tree.map(place, logical_specs, is_leaf=lambda x: isinstance(x, PartitionSpec))

@@ -1,0 +1,252 @@
+"""From a config to a finished run. Reads top to bottom: devices, data, model, state, loop."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxembed import parallel
+from jaxembed.cli import cache_dir
+from jaxembed.config import Config
+from jaxembed.data.batch import BatchBuilder
+from jaxembed.data.bpe import train_tokenizer
+from jaxembed.data.mixture import make_plan, plan_hash
+from jaxembed.data.pipeline import batches
+from jaxembed.data.sources import Source, open_sources
+from jaxembed.data.tokenize import TextTokenizer, load_tokenizer
+from jaxembed.embedder import Embedder, shapes_and_shardings, text_tokenizer
+from jaxembed.errors import UserError
+from jaxembed.evaluation.heldout import HeldOut, RetrievalSet, open_sets, score_all
+from jaxembed.hub.base import Base, content_hash, find_base, write_spec
+from jaxembed.hub.weights import load_params
+from jaxembed.model.decoder import Compute
+from jaxembed.model.embedder import EmbeddingModel, init_params
+from jaxembed.spec import EmbeddingSpec
+from jaxembed.training.checkpoint import Checkpoints
+from jaxembed.training.loop import Trainer
+from jaxembed.training.metrics import Recorder, read_metrics
+from jaxembed.training.optim import learning_rate, make_optimizer
+from jaxembed.training.run_dir import open_run, write_json
+from jaxembed.training.step import TrainState, make_train_step
+
+log = logging.getLogger("jaxembed")
+
+SHOWN = 2  # examples of each source that are printed
+SAMPLED = 512  # examples of each source whose tokens are counted
+TOKENIZER_TEXTS = 200_000  # texts a new tokenizer is made from, at most
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Runs a config to its last step, from its last checkpoint if it has one.
+
+    Returns the run directory, the last step and loss, and the held-out scores by SET/METRIC: of the last step (`scores`),
+    of the model before training (`untrained`) and of BM25 (`bm25`).
+    """
+    began = time.perf_counter()
+    mesh = parallel.make_mesh(config.mesh.data)
+    shards = parallel.shard_count(mesh)
+    if config.train.batch_size % shards:
+        raise UserError(f"train.batch_size {config.train.batch_size} is not divisible by the {shards} shards of the mesh")
+    sources = open_sources(config.data, cache_dir())
+    plan = make_plan(sources, config.train.batch_size, config.train.seed)
+    held_out = open_sets(config.eval.sets, config.data.python_packages, cache_dir())
+    best_metric = _best_metric(config, held_out)
+    base = find_base(config.model.base)
+    spec = _spec(config, base)
+    run_dir = open_run(config)
+    tokenizer = _tokenizer(run_dir, base, spec, sources)
+    _record(run_dir, base, spec, sources, tokenizer)
+
+    compute = Compute(
+        jnp.dtype(config.model.dtype), config.model.remat, config.model.unroll, config.model.attention_kernel
+    )
+    model = EmbeddingModel(base.decoder, spec, compute)
+    build = BatchBuilder(
+        sources, tokenizer, spec, row_length=config.row_length, hard_negatives=config.data.hard_negatives,
+        seed=config.train.seed, shards=shards,
+    )  # fmt: skip
+    _show_examples(sources, build, tokenizer)
+    checkpoints = Checkpoints(run_dir, config.train.keep_checkpoints)
+    state = _state(config, base, model, mesh, checkpoints)
+    start = int(state.step)
+    _announce(config, state, mesh, start)
+
+    encoder = Embedder(model, state.params, tokenizer, mesh)
+    scores_at_start = _baselines(config, run_dir, held_out, encoder, start)
+    recorder = Recorder(run_dir, start, config.train.steps)
+    for name, scores in scores_at_start.items():
+        recorder.log(0, {f"{name}/{key}": value for key, value in scores.items()})
+    trainer = Trainer(
+        config=config.train,
+        mesh=mesh,
+        train_step=make_train_step(model, config.objectives, make_optimizer(config.optim, config.train.steps)),
+        schedule=learning_rate(config.optim, config.train.steps),
+        evaluate=_evaluator(encoder, held_out) if held_out else None,
+        best_metric=best_metric,
+        checkpoints=checkpoints,
+        recorder=recorder,
+        plan_hash=plan_hash(sources, config.train.batch_size, config.train.seed),
+    )
+    try:
+        state, _ = trainer.fit(state, batches(plan, build, start, config.train.steps))
+    finally:
+        checkpoints.close()
+        recorder.close()
+    return _summary(run_dir, time.perf_counter() - began)
+
+
+def _spec(config: Config, base: Base) -> EmbeddingSpec:
+    """The base's spec with the config's choices, and the prompts of its sources by name."""
+    spec = base.spec.with_choices(config.model, config.data.max_length)
+    return spec.with_prompts(
+        {
+            source.name or Path(source.path).stem: (source.instructions[0], source.document_instruction)
+            for source in config.data.sources
+            if source.instructions
+        }
+    )
+
+
+def _tokenizer(run_dir: Path, base: Base, spec: EmbeddingSpec, sources: Sequence[Source]) -> TextTokenizer:
+    """The run's tokenizer: the base's, or for a preset one made from the training texts."""
+    kept = run_dir / "tokenizer"
+    if kept.is_dir():
+        return text_tokenizer(load_tokenizer(kept), spec, base)
+    if base.folder is not None:
+        return text_tokenizer(base.tokenizer(), spec, base)
+    log.info("making a tokenizer of %s entries from the training texts", f"{base.decoder.vocab_size:,}")
+    texts = chain.from_iterable(_texts(source) for source in sources)
+    return text_tokenizer(train_tokenizer(islice(texts, TOKENIZER_TEXTS), base.decoder.vocab_size), spec, base)
+
+
+def _texts(source: Source) -> Any:
+    for index in range(len(source)):
+        example = source.draw(index, np.random.default_rng(index), 0)
+        yield example.query
+        yield example.positive
+
+
+def _record(run_dir: Path, base: Base, spec: EmbeddingSpec, sources: Sequence[Source], tokenizer: TextTokenizer) -> None:
+    """Writes, once, what identifies the run beside its config: base, texts, tokenizer and data."""
+    if (run_dir / "base.json").is_file():
+        return
+    tokenizer.hf.save_pretrained(run_dir / "tokenizer")
+    write_spec(run_dir, spec)
+    write_json(run_dir / "data_hashes.json", {source.name: source.digest for source in sources})
+    record = {"name": base.name, "hash": content_hash(base), "config": dict(base.hf_config)}
+    write_json(run_dir / "base.json", record)
+
+
+def _state(config: Config, base: Base, model: EmbeddingModel, mesh: Mesh, checkpoints: Checkpoints) -> TrainState:
+    """The state to go on from: parameters from the base (or random), then the last checkpoint over them."""
+    shapes, shardings = shapes_and_shardings(model, mesh)
+    key = jax.random.key(config.train.seed)
+    if base.folder is None:
+        params = init_params(model, key, shardings)
+    else:
+        params = {"decoder": load_params(base.folder, base.decoder, shapes["decoder"], shardings["decoder"])}
+    optimizer = make_optimizer(config.optim, config.train.steps)
+    opt_state = jax.jit(optimizer.init)(params)
+    everywhere = parallel.replicated(mesh)
+    state = TrainState(params, opt_state, jnp.zeros((), jnp.int32), key)
+    state = state.replace(**jax.device_put({"step": state.step, "key": key, "opt_state": opt_state}, everywhere))
+    latest = checkpoints.latest()
+    return state if latest is None else checkpoints.restore(latest, state)
+
+
+def _show_examples(sources: Sequence[Source], build: BatchBuilder, tokenizer: TextTokenizer) -> None:
+    """Prints the first examples of every source as the model will see them, and how many texts are cut."""
+    first = 0
+    for source in sources:
+        ids = np.arange(first, first + min(SAMPLED, len(source)))
+        first += len(source)
+        texts, prompts = build.texts(build.examples(0, ids))
+        lengths = tokenizer.untruncated_lengths(texts, prompts)
+        cut = float(np.mean(lengths > tokenizer.max_length))
+        log.info(
+            "%s: %s examples; a text has %.0f tokens on average, %.1f%% are cut at %d; in-batch negatives %s",
+            source.name, f"{len(source):,}", lengths.mean(), 100 * cut, tokenizer.max_length,
+            "on" if source.in_batch else "off",
+        )  # fmt: skip
+        for example in build.examples(0, ids[:SHOWN]):
+            texts, prompts = build.texts([example])
+            tokenized = tokenizer(texts, prompts)
+            roles = ["query", "positive", *["negative"] * (len(texts) - 2)]
+            for role, ids_, pool_from in zip(roles, tokenized.ids, tokenized.pool_from, strict=True):
+                prompt, text = tokenizer.hf.decode(ids_[:pool_from]), tokenizer.hf.decode(ids_[pool_from:])
+                log.info("  %-8s %r", role, (f"[{prompt}] " if prompt else "") + text[:300])
+
+
+def _announce(config: Config, state: TrainState, mesh: Mesh, start: int) -> None:
+    """Prints what the run is, before it begins."""
+    count = sum(x.size for x in jax.tree.leaves(state.params))
+    per_query = 1 + config.data.hard_negatives
+    negatives = config.train.batch_size * per_query - 1
+    log.info(
+        "%s parameters, all trained, on %d %s device(s); %d queries a step, each against up to %s negatives",
+        f"{count:,}", mesh.size, jax.default_backend(), config.train.batch_size, f"{negatives:,}",
+    )  # fmt: skip
+    if start:
+        log.info("resuming after step %d of %d", start, config.train.steps)
+
+
+def _evaluator(encoder: Embedder, held_out: Sequence[HeldOut]) -> Callable[[Any], Mapping[str, float]]:
+    def evaluate(params: Any) -> dict[str, float]:
+        return score_all(held_out, encoder.with_params(params).encode)
+
+    return evaluate
+
+
+def _best_metric(config: Config, held_out: Sequence[HeldOut]) -> str:
+    """SET/METRIC that picks the best checkpoint; `UserError` where the config names a set that is not there."""
+    metrics = [f"{s.config.name}/{s.metric}" for s in held_out]
+    named = config.eval.best
+    if named and named not in metrics:
+        raise UserError(f"eval.best is {named}; expected one of {', '.join(metrics) or 'eval.sets, which is empty'}")
+    return named or (metrics[0] if metrics else "")
+
+
+def _baselines(
+    config: Config, run_dir: Path, held_out: Sequence[HeldOut], encoder: Embedder, start: int
+) -> dict[str, dict[str, float]]:
+    """Scores before the first step: of the untrained model and of BM25. A resumed run has them already."""
+    if start:
+        return {}
+    scores = {}
+    if held_out and config.eval.untrained:
+        scores["untrained"] = score_all(held_out, encoder.encode)
+    if config.eval.bm25:
+        retrieval = [s for s in held_out if isinstance(s, RetrievalSet)]
+        scores["bm25"] = {f"{s.config.name}/{k}": v for s in retrieval for k, v in s.score_bm25().items()}
+    for name, values in scores.items():
+        log.info("%s: %s", name, ", ".join(f"{key} {value:.4f}" for key, value in values.items()))
+    return scores
+
+
+def _summary(run_dir: Path, seconds: float) -> dict[str, Any]:
+    """The run's result, out of its own metrics."""
+    rows = read_metrics(run_dir)
+    losses = [row for row in rows if "loss" in row]
+
+    def last(prefix: str) -> dict[str, float]:
+        scored = [row for row in rows if any(key.startswith(prefix + "/") for key in row)]
+        return {k.removeprefix(prefix + "/"): v for k, v in scored[-1].items() if k.startswith(prefix)} if scored else {}
+
+    return {
+        "run_dir": str(run_dir),
+        "step": losses[-1]["step"] if losses else 0,
+        "loss": losses[-1]["loss"] if losses else None,
+        "scores": last("eval"),
+        "untrained": last("untrained"),
+        "bm25": last("bm25"),
+        "seconds": round(seconds, 1),
+    }

@@ -1,0 +1,55 @@
+"""What a model must remember about its texts, beside its weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from jaxembed.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingSpec:
+    """How texts become vectors, beside the weights: stored once with the model, read by every command.
+
+    `instruction_template` turns an instruction into the prompt put before a text; `prompts` are whole prompts by name
+    (`query` and `document` among them) for users who name no instruction.
+    """
+
+    attention: str = "bidirectional"
+    pooling: str = "mean"
+    include_instruction: bool = False
+    normalize: bool = True
+    append_eos: bool = True
+    max_length: int = 512
+    instruction_template: str = "Instruct: {instruction}\nQuery:"
+    prompts: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
+
+    def prompt(self, instruction: str | None) -> str:
+        """The text put before a text under an instruction; empty without one."""
+        return self.instruction_template.replace("{instruction}", instruction) if instruction else ""
+
+    def with_choices(self, model: ModelConfig, max_length: int) -> EmbeddingSpec:
+        """This spec with the choices that a config makes; what it leaves open stays."""
+        chosen = {
+            "attention": model.attention,
+            "pooling": model.pooling.kind,
+            "include_instruction": model.pooling.include_instruction,
+            "normalize": model.normalize,
+            "append_eos": model.append_eos,
+            "instruction_template": model.instruction_template,
+            "max_length": max_length,
+        }
+        return dataclasses.replace(self, **{k: v for k, v in chosen.items() if v is not None})
+
+    def with_prompts(self, instructions: Mapping[str, tuple[str, str]]) -> EmbeddingSpec:
+        """This spec with whole prompts for the (query, document) instructions of named sources.
+
+        `query` and `document` are those of the first source; the queries of every source have their own too, by name.
+        """
+        if not instructions:
+            return self
+        query, document = next(iter(instructions.values()))
+        prompts = {"query": self.prompt(query), "document": self.prompt(document)}
+        prompts |= {name: self.prompt(of_query) for name, (of_query, _) in instructions.items()}
+        return dataclasses.replace(self, prompts=prompts)

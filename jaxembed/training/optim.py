@@ -1,0 +1,51 @@
+"""AdamW with warm-up, decay and clipping, by optax."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import optax
+
+from jaxembed.config import OptimConfig
+
+DECAYED = frozenset({"kernel", "embedding"})  # matrices; norm scales and biases are spared
+SPARED = frozenset({"scale", "bias"})
+
+
+def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
+    """Learning rate of each step from 0: linear warm-up, then linear or cosine decay to 0 at `steps`, or none."""
+    rest = max(1, steps - config.warmup_steps)
+    after = {
+        "linear": lambda: optax.linear_schedule(config.learning_rate, 0.0, rest),
+        "cosine": lambda: optax.cosine_decay_schedule(config.learning_rate, rest),
+        "constant": lambda: optax.constant_schedule(config.learning_rate),
+    }[config.schedule]()
+    if not config.warmup_steps:
+        return after
+    # The first step already moves: it has 1/warmup of the full rate, and the last warm-up step has all of it.
+    warmup = optax.linear_schedule(config.learning_rate / config.warmup_steps, config.learning_rate, config.warmup_steps)
+    return optax.join_schedules([warmup, after], [config.warmup_steps])
+
+
+def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
+    """Clips the global gradient norm, then AdamW."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip),
+        optax.adamw(learning_rate(config, steps), weight_decay=config.weight_decay, mask=decay_mask),
+    )
+
+
+def decay_mask(params: Any) -> Any:
+    """True where weight decay applies. Raises ValueError on a parameter of unknown kind or where the rule matches nothing."""
+
+    def decayed(path: Any, _: Any) -> bool:
+        kind = path[-1].key
+        if kind not in DECAYED | SPARED:
+            raise ValueError(f"weight decay has no rule for parameter {jax.tree_util.keystr(path)}")
+        return kind in DECAYED
+
+    mask = jax.tree_util.tree_map_with_path(decayed, params)
+    if not any(jax.tree.leaves(mask)):
+        raise ValueError("weight decay matches no parameter")
+    return mask

@@ -1,0 +1,75 @@
+"""The training state and the step: encode, pick the vectors of queries and documents, lose, update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from jaxembed.config import ObjectiveConfig
+from jaxembed.data.batch import Batch
+from jaxembed.losses.infonce import OBJECTIVES
+from jaxembed.model.embedder import EmbeddingModel
+from jaxembed.model.pooling import unit_length
+
+Metrics = dict[str, jax.Array]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """params: the model's parameters, float32; opt_state: optax's; step: int32 steps done; key: random key of the run."""
+
+    params: Any
+    opt_state: Any
+    step: jax.Array
+    key: jax.Array
+
+
+def pick(vectors: Float[Array, "r s d"], slots: Int[Array, "b *m"], shards: int) -> Float[Array, "b *m d"]:
+    """Unit vectors of the texts in shard-local `slots`; zeros, without gradient, for absent ones (-1).
+
+    Vectors and slots are shard-major, so each shard only looks at its own.
+    """
+    by_shard = vectors.reshape(shards, -1, vectors.shape[-1])
+    local = slots.reshape(shards, -1, *slots.shape[1:])
+    picked = jax.vmap(lambda v, s: v[jnp.maximum(s, 0)])(by_shard, local).reshape(*slots.shape, -1)
+    return unit_length(jnp.where(slots[..., None] >= 0, picked, 0.0))
+
+
+def batch_loss(
+    model: EmbeddingModel, objectives: Sequence[ObjectiveConfig], params: Any, batch: Batch
+) -> tuple[jax.Array, Metrics]:
+    """The weighted sum of the objectives on a global batch, and their parts by name."""
+    vectors = model.apply({"params": params}, batch.texts)
+    queries = pick(vectors, batch.query_slot, batch.texts.shards)
+    documents = pick(vectors, batch.doc_slot, batch.texts.shards)
+    total: jax.Array = jnp.zeros((), queries.dtype)
+    parts: Metrics = {}
+    for objective in objectives:
+        loss, metrics = OBJECTIVES[objective.name](queries, documents, batch, objective.temperature)
+        total = total + objective.weight * loss
+        parts |= {objective.name: loss} | {f"{objective.name}_{name}": value for name, value in metrics.items()}
+    return total, parts
+
+
+def make_train_step(
+    model: EmbeddingModel, objectives: Sequence[ObjectiveConfig], optimizer: optax.GradientTransformation
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The compiled step (state, batch) -> (state, metrics); it consumes the state. It compiles once per batch shape."""
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        def loss_of(params: Any) -> tuple[jax.Array, Metrics]:
+            return batch_loss(model, objectives, params, batch)
+
+        (loss, parts), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {"loss": loss, **parts, "grad_norm": optax.global_norm(grads)}
+        return state.replace(params=params, opt_state=opt_state, step=state.step + 1), metrics
+
+    return jax.jit(train_step, donate_argnums=0)

@@ -1,0 +1,79 @@
+"""Tiny random models of every family, written as ordinary Hugging Face folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+TEXTS = [
+    "A man is playing a guitar on a stage.",
+    "Return the indices of the maximum values along an axis.",
+    "naïve café 数学 🙂",
+    "short",
+    "The quick brown fox jumps over the lazy dog, again and again, until the evening comes and the dog goes home to sleep.",
+    "def f(x): return x + 1",
+]
+SIZES: dict[str, Any] = {
+    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.2,
+}  # fmt: skip
+CONFIGS = {
+    "qwen2": lambda: transformers.Qwen2Config(**SIZES, tie_word_embeddings=True),
+    "mistral": lambda: transformers.MistralConfig(**SIZES, head_dim=16, sliding_window=None),
+    "mistral-window": lambda: transformers.MistralConfig(**SIZES, head_dim=8, sliding_window=5),
+    "qwen3": lambda: transformers.Qwen3Config(**SIZES, head_dim=16),
+    "llama": lambda: transformers.LlamaConfig(
+        **SIZES,
+        rope_parameters={
+            "rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+        },
+    ),
+}  # fmt: skip
+
+
+def tokenizer(bos: bool = False, chat_template: str | None = None) -> transformers.PreTrainedTokenizerFast:
+    """A byte-level BPE of 300 entries; with `bos` it puts <s> before every text, as Mistral's does."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<s>", "</s>", "<pad>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    backend.train_from_iterator(TEXTS * 3, trainer)
+    if bos:
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=chat_template
+    )
+
+
+def torch_model(family: str, seed: int = 0, causal: bool = True) -> torch.nn.Module:
+    """A random model whose biases and norm scales are random too: at zeros and ones a dropped one would not show."""
+    torch.manual_seed(seed)
+    config = CONFIGS[family]()
+    config.is_causal = causal
+    model = transformers.AutoModel.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0, 0.5)
+            elif "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    return model
+
+
+def folder(path: Path, family: str = "qwen2", seed: int = 0, head: bool = False, **tokenizer_options: Any) -> Path:
+    """A base checkpoint: config, weights (with a language-model head if asked), tokenizer."""
+    model = torch_model(family, seed)
+    if head:
+        body = model
+        model = transformers.AutoModelForCausalLM.from_config(body.config)
+        model.model.load_state_dict(body.state_dict())
+    model.save_pretrained(path)
+    tokenizer(bos=family.startswith("mistral"), **tokenizer_options).save_pretrained(path)
+    return path
