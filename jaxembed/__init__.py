@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxembed.embedder import Embedder
+    from jaxembed.hub.embedder import Embedder
 
 __version__ = "0.1.0"
 __all__ = ["Embedder", "__version__"]
@@ -14,7 +14,7 @@ __all__ = ["Embedder", "__version__"]
 def __getattr__(name: str) -> Any:
     """Imports JAX only when it is needed, so that `--help` answers at once."""
     if name == "Embedder":
-        from jaxembed.embedder import Embedder
+        from jaxembed.hub.embedder import Embedder
 
         return Embedder
     raise AttributeError(f"module 'jaxembed' has no attribute {name!r}")

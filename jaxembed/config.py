@@ -69,7 +69,7 @@ class SourceConfig(Section):
 
 
 class PythonPackagesConfig(Section):
-    packages: tuple[str, ...] = tuple("stdlib numpy scipy jax flax optax orbax grain transformers".split())
+    packages: tuple[str, ...] = ("stdlib", "numpy", "scipy", "jax", "flax", "optax", "orbax", "transformers")
     holdout_package: str | None = None
     holdout_functions: int = Field(1000, ge=0)
 

@@ -23,10 +23,10 @@ from jaxembed.data.mixture import make_plan, plan_hash
 from jaxembed.data.pipeline import batches
 from jaxembed.data.sources import Source, open_sources
 from jaxembed.data.tokenize import TextTokenizer, load_tokenizer
-from jaxembed.embedder import Embedder, shapes_and_shardings, text_tokenizer
 from jaxembed.errors import UserError
 from jaxembed.evaluation.heldout import HeldOut, RetrievalSet, open_sets, score_all
 from jaxembed.hub.base import Base, content_hash, find_base, write_spec
+from jaxembed.hub.embedder import Embedder, shapes_and_shardings, text_tokenizer
 from jaxembed.hub.weights import load_params
 from jaxembed.model.decoder import Compute
 from jaxembed.model.embedder import EmbeddingModel, init_params
@@ -66,9 +66,7 @@ def train(config: Config) -> dict[str, Any]:
     tokenizer = _tokenizer(run_dir, base, spec, sources)
     _record(run_dir, base, spec, sources, tokenizer)
 
-    compute = Compute(
-        jnp.dtype(config.model.dtype), config.model.remat, config.model.unroll, config.model.attention_kernel
-    )
+    compute = Compute(jnp.dtype(config.model.dtype), config.model.remat, config.model.unroll, config.model.attention_kernel)
     model = EmbeddingModel(base.decoder, spec, compute)
     build = BatchBuilder(
         sources, tokenizer, spec, row_length=config.row_length, hard_negatives=config.data.hard_negatives,
@@ -80,7 +78,7 @@ def train(config: Config) -> dict[str, Any]:
     start = int(state.step)
     _announce(config, state, mesh, start)
 
-    encoder = Embedder(model, state.params, tokenizer, mesh)
+    encoder = Embedder(model, state.params, tokenizer, mesh, base)
     scores_at_start = _baselines(config, run_dir, held_out, encoder, start)
     recorder = Recorder(run_dir, start, config.train.steps)
     for name, scores in scores_at_start.items():
@@ -157,8 +155,8 @@ def _state(config: Config, base: Base, model: EmbeddingModel, mesh: Mesh, checkp
     optimizer = make_optimizer(config.optim, config.train.steps)
     opt_state = jax.jit(optimizer.init)(params)
     everywhere = parallel.replicated(mesh)
-    state = TrainState(params, opt_state, jnp.zeros((), jnp.int32), key)
-    state = state.replace(**jax.device_put({"step": state.step, "key": key, "opt_state": opt_state}, everywhere))
+    rest = jax.device_put({"opt_state": opt_state, "step": jnp.zeros((), jnp.int32), "key": key}, everywhere)
+    state = TrainState(params, **rest)
     latest = checkpoints.latest()
     return state if latest is None else checkpoints.restore(latest, state)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from jaxembed.config import ModelConfig
 
@@ -31,7 +32,7 @@ class EmbeddingSpec:
 
     def with_choices(self, model: ModelConfig, max_length: int) -> EmbeddingSpec:
         """This spec with the choices that a config makes; what it leaves open stays."""
-        chosen = {
+        chosen: dict[str, Any] = {
             "attention": model.attention,
             "pooling": model.pooling.kind,
             "include_instruction": model.pooling.include_instruction,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,12 +16,16 @@ from jaxembed.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class BeirFolder:
-    """Corpus, queries that have relevant documents, and for each of those {corpus row: grade}."""
+    """Corpus, queries that have relevant documents, and for each of those {corpus row: grade}.
+
+    `digest` is a SHA-256 of all three files.
+    """
 
     corpus: JsonLines
     queries: JsonLines
     query_rows: list[int]
     relevant: list[dict[int, int]]
+    digest: str
 
     def query(self, i: int) -> str:
         return str(self.queries[self.query_rows[i]]["text"])
@@ -39,7 +44,8 @@ def open_beir(folder: Path, splits: tuple[str, ...]) -> BeirFolder:
         raise UserError(f"{folder}: expected qrels/{splits[0]}.tsv beside corpus.jsonl and queries.jsonl")
     corpus_rows, query_rows = _row_of_id(corpus), _row_of_id(queries)
     relevant: dict[int, dict[int, int]] = {}
-    for number, line in enumerate(qrels.read_text(encoding="utf-8").splitlines()[1:], 2):
+    text = _read(qrels)
+    for number, line in enumerate(text.split("\n")[1:], 2):
         if not line.strip():
             continue
         query, document, grade = _judgement(line, f"{qrels}:{number}")
@@ -50,7 +56,17 @@ def open_beir(folder: Path, splits: tuple[str, ...]) -> BeirFolder:
             relevant.setdefault(query_rows[query], {})[corpus_rows[document]] = grade
     if not relevant:
         raise UserError(f"{qrels}: no query has a relevant document; expected scores above 0")
-    return BeirFolder(corpus, queries, list(relevant), list(relevant.values()))
+    digest = hashlib.sha256((corpus.digest + queries.digest + text).encode()).hexdigest()
+    return BeirFolder(corpus, queries, list(relevant), list(relevant.values()), digest)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not valid UTF-8 (byte {error.start}); save the file as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def _judgement(line: str, where: str) -> tuple[str, str, int]:
@@ -58,7 +74,7 @@ def _judgement(line: str, where: str) -> tuple[str, str, int]:
     try:
         query, document, grade = fields
         return query, document, int(float(grade))
-    except ValueError:
+    except (ValueError, OverflowError):
         raise UserError(f"{where}: expected query-id, corpus-id and score between tabs, found {line[:60]!r}") from None
 
 
@@ -93,7 +109,7 @@ class BeirPairs:
 
     def __init__(self, folder: Path):
         self._beir = open_beir(folder, ("train", "dev", "test"))
-        self.digest = self._beir.corpus.digest + self._beir.queries.digest
+        self.digest = self._beir.digest
         self.most_positives = max(len(documents) for documents in self._beir.relevant)
 
     def __len__(self) -> int:

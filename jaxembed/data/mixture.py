@@ -36,7 +36,7 @@ def make_plan(sources: Sequence[Source], batch_size: int, seed: int) -> grain.Ma
 
 def plan_hash(sources: Sequence[Source], batch_size: int, seed: int) -> str:
     """Identifies a plan and the data under it: two equal hashes see the same examples at every step."""
-    content = [[s.digest, len(s), s.config.weight] for s in sources]
+    content = [[s.digest, len(s), s.config.model_dump(mode="json", exclude={"path", "name"})] for s in sources]
     return hashlib.sha256(json.dumps([content, batch_size, seed]).encode()).hexdigest()[:16]
 
 

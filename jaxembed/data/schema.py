@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -33,6 +34,7 @@ class Example:
 
 Row = Mapping[str, Any]
 RowCheck = Callable[[Row], str | None]  # what is wrong with a row, or None
+HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")  # half of a surrogate pair, escaped
 
 
 class PairCheck:
@@ -67,7 +69,8 @@ def check_label(row: Row) -> str | None:
     """A (text, label) row."""
     if problem := _text(row, "text"):
         return problem
-    return None if isinstance(row.get("label"), str | int) else '"label" is missing; expected a string or a number'
+    label = row.get("label")
+    return None if isinstance(label, str | int) and label != "" else _wrong(row, "label", "a string or a whole number")
 
 
 def check_scored(row: Row) -> str | None:
@@ -75,8 +78,8 @@ def check_scored(row: Row) -> str | None:
     if problem := _text(row, "sentence1") or _text(row, "sentence2"):
         return problem
     score = row.get("score")
-    ok = isinstance(score, int | float) and not isinstance(score, bool) and np.isfinite(score)
-    return None if ok else '"score" is missing; expected a finite number'
+    ok = isinstance(score, int | float) and not isinstance(score, bool) and abs(score) < 1e30
+    return None if ok else _wrong(row, "score", "a finite number")
 
 
 def check_corpus(row: Row) -> str | None:
@@ -84,7 +87,7 @@ def check_corpus(row: Row) -> str | None:
     if not isinstance(row.get("title", ""), str):
         return '"title" must be a string'
     if not isinstance(row.get("text"), str):
-        return '"text" is missing; expected a string'
+        return _wrong(row, "text", "a string")
     return _text(row, "_id")
 
 
@@ -97,20 +100,34 @@ def _text(row: Row, field: str) -> str | None:
     value = row.get(field)
     if isinstance(value, str) and value:
         return None
-    return f'"{field}" is {"missing" if field not in row else "not a non-empty string"}'
+    return _wrong(row, field, "a non-empty string")
+
+
+def _wrong(row: Row, field: str, expected: str) -> str:
+    return f'"{field}" {"must be" if field in row else "is missing; expected"} {expected}'
 
 
 def parse_row(line: bytes, where: str) -> dict[str, Any]:
     """A JSON object from one line of a file; `where` is file and line, for errors."""
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not valid UTF-8 (byte {error.start}); save the file as UTF-8") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not valid JSON ({error}); expected one object a line") from None
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected a JSON object, found a {type(row).__name__}")
+    if HALF_PAIR.search(line) and not _encodable(row):
+        raise UserError(f"{where}: a text holds half of a surrogate pair, such as \\ud83d alone; it is no valid Unicode")
     return row
+
+
+def _encodable(row: Row) -> bool:
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def text_hash(text: str) -> np.ndarray:

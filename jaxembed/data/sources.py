@@ -109,7 +109,7 @@ class Labels:
             found = [str(self._names[i]) for i in _sample(others, negatives, rng)]
         else:
             positive = self._example(label, rng, besides=index)
-            picked = rng.choice(others, negatives) if others and negatives else []
+            picked: Any = rng.choice(others, negatives) if others and negatives else []
             found = [self._example(int(i), rng) for i in picked]
         found = [n for n in dict.fromkeys(found) if n not in (text, positive)]
         return Example(text, positive, tuple(found), (positive, text), label=label)

@@ -24,9 +24,10 @@ TOP = 10
 class HeldOut(Protocol):
     """A set that scores an encoder; `metric` is its main score's name."""
 
-    config: EvalSetConfig
-    metric: str
-
+    @property
+    def config(self) -> EvalSetConfig: ...
+    @property
+    def metric(self) -> str: ...
     def score(self, encode: Encode) -> dict[str, float]: ...
 
 
@@ -91,7 +92,8 @@ def _retrieval(config: EvalSetConfig, path: Path) -> RetrievalSet:
 
 
 def _similarity(config: EvalSetConfig, path: Path) -> SimilaritySet:
-    rows = [row for row in JsonLines(path, check_scored)]
+    lines = JsonLines(path, check_scored)
+    rows = [lines[i] for i in range(len(lines))]
     scores = np.array([row["score"] for row in rows])
     return SimilaritySet(config, [row["sentence1"] for row in rows], [row["sentence2"] for row in rows], scores)
 

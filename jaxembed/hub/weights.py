@@ -109,9 +109,7 @@ def load_params(folder: Path, config: DecoderConfig, shapes: Any, shardings: Any
 def _check(
     folder: Path, tensors: Mapping[str, Any], wanted: list[Entry], shapes: Mapping[Entry, tuple[int, ...]], layers: int
 ) -> None:
-    expected = {
-        e.theirs.format(i=i): _their_shape(e, shapes[e]) for e in wanted for i in range(layers if e.stacked else 1)
-    }
+    expected = {e.theirs.format(i=i): _their_shape(e, shapes[e]) for e in wanted for i in range(layers if e.stacked else 1)}
     missing = [name for name in expected if name not in tensors]
     unexpected = [name for name in tensors if name not in expected and not _ignored(name)]
     misshapen = [

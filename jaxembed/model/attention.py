@@ -54,7 +54,8 @@ def attend_by_rows(
         return x.reshape(shards, rows // shards, *x.shape[1:]).swapaxes(0, 1)
 
     def step(xs: list[jax.Array]) -> jax.Array:
-        return attend(*xs, mask)
+        q, k, v, segments, places = xs
+        return attend(q, k, v, segments, places, mask)
 
     at_once = min(max(1, SCORES_AT_ONCE // (heads * tokens * tokens)), rows // shards)
     turns = [by_turn(x) for x in (q, k, v, segment_ids, positions)]

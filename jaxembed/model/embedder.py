@@ -31,7 +31,7 @@ class EmbeddingModel(nn.Module):
         hidden = Decoder(self.decoder, mask, self.compute, name="decoder")(texts)
         pool_mask = (texts.segment_ids > 0) if self.spec.include_instruction else texts.pool_mask
         members = segment_mask(texts.segment_ids, pool_mask, texts.segments)
-        vectors = POOLINGS[self.spec.pooling](name="pooling")(hidden, members)
+        vectors = POOLINGS[self.spec.pooling]()(hidden, members)
         return unit_length(vectors) if self.spec.normalize else vectors
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from jaxembed.errors import UserError
 
@@ -35,18 +35,22 @@ class DecoderConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """What a model family's config file leaves unsaid."""
+    """What a model family's config file leaves unsaid.
+
+    `window`: a sliding window is always on where the config has one, switched by use_sliding_window, or never read.
+    """
 
     qkv_bias: bool = False
     qk_norm: bool = False
+    window: Literal["always", "switched", "never"] = "never"
     architecture: str = ""
 
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
-        "qwen2": Family(qkv_bias=True, architecture="Qwen2Model"),
-        "qwen3": Family(qk_norm=True, architecture="Qwen3Model"),
-        "mistral": Family(architecture="MistralModel"),
+        "qwen2": Family(qkv_bias=True, window="switched", architecture="Qwen2Model"),
+        "qwen3": Family(qk_norm=True, window="switched", architecture="Qwen3Model"),
+        "mistral": Family(window="always", architecture="MistralModel"),
         "llama": Family(architecture="LlamaModel"),
     }
 )
@@ -54,9 +58,11 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
 _QWEN2 = {"model_type": "qwen2", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 32_768}
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
-        "tiny": {  # for training from scratch; Qwen3's form, since transformers puts its own tokenizer on qwen2 folders
-            **_QWEN2, "model_type": "qwen3", "head_dim": 64, "vocab_size": 8192, "hidden_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4,
-            "num_key_value_heads": 4, "intermediate_size": 1024, "tie_word_embeddings": True,
+        # For training from scratch. In Qwen3's form, since transformers puts its own tokenizer on qwen2 folders.
+        "tiny": {
+            **_QWEN2, "model_type": "qwen3", "head_dim": 64, "vocab_size": 8192, "hidden_size": 256,
+            "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 1024,
+            "tie_word_embeddings": True,
         },
         "qwen2-0.5b": {
             **_QWEN2, "vocab_size": 151_936, "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14,
@@ -80,10 +86,10 @@ def preset(name: str) -> Mapping[str, Any]:
 
 
 def from_hf(config: Mapping[str, Any], where: str) -> DecoderConfig:
-    """Reads a Hugging Face config (`where` names its origin); `UserError` on a family or feature that is not supported."""
-    kind = config.get("model_type")
+    """Reads a Hugging Face config (`where` names its origin); `UserError` on a family or feature not supported."""
+    kind = str(config.get("model_type"))
     if kind not in FAMILIES:
-        raise UserError(f"{where}: model_type {kind!r} is not supported; supported: {', '.join(FAMILIES)}")
+        raise UserError(f"{where}: model_type {kind} is not supported; supported: {', '.join(FAMILIES)}")
     if config.get("hidden_act", "silu") != "silu" or config.get("mlp_bias"):
         raise UserError(f"{where}: only silu feed-forward layers without bias are supported")
     family = FAMILIES[kind]
@@ -105,7 +111,7 @@ def from_hf(config: Mapping[str, Any], where: str) -> DecoderConfig:
             qkv_bias=family.qkv_bias or bool(config.get("attention_bias")),
             out_bias=bool(config.get("attention_bias")),
             qk_norm=family.qk_norm,
-            sliding_window=_sliding_window(config, where),
+            sliding_window=_sliding_window(config, family, where),
             tie_embeddings=bool(config.get("tie_word_embeddings", False)),
             max_positions=config.get("max_position_embeddings", 32_768),
         )
@@ -123,14 +129,23 @@ def _rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     return rope
 
 
-def _sliding_window(config: Mapping[str, Any], where: str) -> int | None:
+def _sliding_window(config: Mapping[str, Any], family: Family, where: str) -> int | None:
     """The window that all layers share, or None; layers that differ are refused."""
-    window = config.get("sliding_window")
-    if window is None or config.get("use_sliding_window") is False:
+    window = config.get("sliding_window", 4096)
+    off = family.window == "never" or (family.window == "switched" and not config.get("use_sliding_window"))
+    if window is None or off:
         return None
-    kinds = set(config.get("layer_types") or ["sliding_attention"])
+    kinds = {"sliding_attention"} if family.window == "always" else _layer_kinds(config)
     if kinds == {"full_attention"}:
         return None
-    if kinds != {"sliding_attention"} or (config["model_type"] == "qwen2" and config.get("max_window_layers")):
+    if kinds != {"sliding_attention"}:
         raise UserError(f"{where}: layers with and without a sliding window are mixed; set use_sliding_window to false")
     return int(window)
+
+
+def _layer_kinds(config: Mapping[str, Any]) -> set[str]:
+    """What layer_types says, or the older max_window_layers: that many layers come first without a window."""
+    if config.get("layer_types"):
+        return set(config["layer_types"])
+    full = config.get("max_window_layers", 28)
+    return {"full_attention" if i < full else "sliding_attention" for i in range(config["num_hidden_layers"])}

@@ -24,7 +24,8 @@ def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
     if not config.warmup_steps:
         return after
     # The first step already moves: it has 1/warmup of the full rate, and the last warm-up step has all of it.
-    warmup = optax.linear_schedule(config.learning_rate / config.warmup_steps, config.learning_rate, config.warmup_steps)
+    first, rise = config.learning_rate / config.warmup_steps, max(1, config.warmup_steps - 1)
+    warmup = optax.linear_schedule(first, config.learning_rate, rise)
     return optax.join_schedules([warmup, after], [config.warmup_steps])
 
 
@@ -37,7 +38,7 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
 
 
 def decay_mask(params: Any) -> Any:
-    """True where weight decay applies. Raises ValueError on a parameter of unknown kind or where the rule matches nothing."""
+    """True where weight decay applies. ValueError on a parameter of unknown kind, or if the rule matches nothing."""
 
     def decayed(path: Any, _: Any) -> bool:
         kind = path[-1].key

@@ -14,7 +14,18 @@ import yaml
 from jaxembed.config import Config
 from jaxembed.errors import UserError
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tokenizers", "numpy", "jaxembed")
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "jaxembed",
+)
 
 
 def open_run(config: Config) -> Path:

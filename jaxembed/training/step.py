@@ -70,6 +70,6 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {"loss": loss, **parts, "grad_norm": optax.global_norm(grads)}
-        return state.replace(params=params, opt_state=opt_state, step=state.step + 1), metrics
+        return TrainState(params, opt_state, state.step + 1, state.key), metrics
 
     return jax.jit(train_step, donate_argnums=0)

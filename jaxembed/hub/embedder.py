@@ -18,7 +18,7 @@ from jaxembed import parallel
 from jaxembed.data.packing import PackedTexts, fill, max_segments, pack
 from jaxembed.data.tokenize import TextTokenizer, append_eos, load_tokenizer
 from jaxembed.errors import UserError
-from jaxembed.hub.base import Base, find_base, read_json, read_spec
+from jaxembed.hub.base import Base, content_hash, find_base, read_json, read_spec
 from jaxembed.hub.weights import load_params
 from jaxembed.model.decoder import Compute
 from jaxembed.model.embedder import EmbeddingModel, parameter_shapes
@@ -33,12 +33,16 @@ SHORTEST_ROW = 64
 
 @dataclasses.dataclass(frozen=True)
 class Embedder:
-    """A model with its parameters and tokenizer. Vectors do not depend on the batch, the order or the devices."""
+    """A model with its parameters and tokenizer. Vectors do not depend on the batch, the order or the devices.
+
+    `base` is what its shape came from; `revision` identifies its weights.
+    """
 
     model: EmbeddingModel
     params: Any
     tokenizer: TextTokenizer
     mesh: Mesh
+    base: Base
     revision: str = ""
     _apply: Callable[[Any, PackedTexts], jax.Array] | None = None
 
@@ -141,7 +145,7 @@ def from_base(base: Base, spec: EmbeddingSpec, compute: Compute, mesh: Mesh) -> 
     model = EmbeddingModel(base.decoder, spec, compute)
     shapes, shardings = shapes_and_shardings(model, mesh)
     params = {"decoder": load_params(base.folder, base.decoder, shapes["decoder"], shardings["decoder"])}
-    return Embedder(model, params, text_tokenizer(base.tokenizer(), spec, base), mesh, revision=base.name)
+    return Embedder(model, params, text_tokenizer(base.tokenizer(), spec, base), mesh, base, content_hash(base)[:16])
 
 
 def text_tokenizer(tokenizer: Any, spec: EmbeddingSpec, base: Base) -> TextTokenizer:
@@ -179,4 +183,4 @@ def _load_run(cls: type[Embedder], run_dir: Path, compute: Compute, mesh: Mesh, 
     params = checkpoints.restore_params(step, placed)
     checkpoints.close()
     tokenizer = text_tokenizer(load_tokenizer(run_dir / "tokenizer"), base.spec, base)
-    return cls(model, params, tokenizer, mesh, revision=f"{run_dir.name}-{step}")
+    return cls(model, params, tokenizer, mesh, base, f"{run_dir.resolve().name}-{step}")

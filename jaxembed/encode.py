@@ -1,0 +1,79 @@
+"""A vector for every line of a file: python -m jaxembed.encode MODEL IN.jsonl|IN.txt OUT.npy"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from jaxembed import cli
+from jaxembed.errors import UserError
+
+LINES_AT_ONCE = 4096
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the output, how many vectors it holds and their width."""
+    source, out = Path(args.input), cli.new_output(args.out)
+    count = sum(1 for _ in read_texts(source, args.field))
+    if not count:
+        raise UserError(f"{source}: the file holds no lines")
+    import numpy as np
+    from tqdm import tqdm
+
+    from jaxembed import Embedder
+
+    cli.use_compilation_cache()
+    embedder = Embedder.load(args.model, checkpoint=args.checkpoint, dtype=args.dtype)
+    width = args.dim or embedder.model.decoder.width
+    partial = out.with_name(out.name + ".partial")
+    vectors = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=(count, width))
+    lines, done = read_texts(source, args.field), 0
+    with tqdm(total=count, unit="text") as bar:
+        while texts := list(islice(lines, LINES_AT_ONCE)):
+            vectors[done : done + len(texts)] = embedder.encode(texts, args.instruction, args.dim)
+            done += len(texts)
+            bar.update(len(texts))
+    vectors.flush()
+    partial.rename(out)
+    return {"out": str(out), "vectors": count, "width": width}
+
+
+def read_texts(path: Path, field: str) -> Iterator[str]:
+    """The lines of a text file, or one field of each row of a JSONL file; `UserError` names file and line."""
+    from jaxembed.data.schema import parse_row
+
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                where = f"{path}:{number}"
+                if path.suffix != ".jsonl":
+                    yield _decode(line, where)
+                    continue
+                text = parse_row(line, where).get(field)
+                if not isinstance(text, str):
+                    raise UserError(f'{where}: no string field "{field}"; name the field to encode with --field')
+                yield text
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _decode(line: bytes, where: str) -> str:
+    try:
+        return line.decode("utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not valid UTF-8 (byte {error.start}); save the file as UTF-8") from None
+
+
+if __name__ == "__main__":
+    parser = cli.parser("encode", __doc__ + "\n\nInput order, float32, unit length. Files of any size: memory stays flat.")
+    cli.add_model(parser)
+    parser.add_argument("input", metavar="IN", help="a text file (a text a line) or .jsonl")
+    parser.add_argument("out", metavar="OUT.npy", help="must not exist")
+    parser.add_argument("--instruction", help="put before every text by the model's template")
+    parser.add_argument("--dim", type=int, help="keep the first numbers of each vector (Matryoshka)")
+    parser.add_argument("--field", default="text", help="of the rows of a .jsonl file (default: text)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the computation")
+    cli.run(main, parser)

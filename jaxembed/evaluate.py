@@ -1,0 +1,51 @@
+"""Scores a model on MTEB tasks: python -m jaxembed.evaluate MODEL --tasks STSBenchmark Banking77Classification"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from jaxembed import cli
+from jaxembed.errors import UserError
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns {"model", "scores": {task: {"score", "instruction", "subsets"}}}."""
+    if bool(args.tasks) == bool(args.benchmark):
+        raise UserError("name either --tasks or --benchmark")
+    from jaxembed.evaluation import mteb_encoder
+
+    tasks = mteb_encoder.find_tasks(args.tasks, args.benchmark)
+    out = Path(args.out) if args.out else None
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+    encoder = load_encoder(args.model, args.checkpoint, args.backend)
+    return {"model": args.model, "scores": mteb_encoder.evaluate(encoder, tasks, out)}
+
+
+def load_encoder(model: str, checkpoint: str = "best", backend: str = "jax") -> Any:
+    """MODEL as an mteb encoder, run by JAX or, for an exported folder, by sentence-transformers."""
+    from jaxembed.evaluation.mteb_encoder import MtebEncoder
+
+    if backend == "sentence-transformers":
+        from jaxembed.evaluation.torch_encoder import load_torch
+
+        return load_torch(Path(model))
+    from jaxembed import Embedder
+
+    cli.use_compilation_cache()
+    embedder = Embedder.load(model, checkpoint=checkpoint)
+    return MtebEncoder(
+        lambda texts, prompt: embedder.encode(texts, prompt=prompt), embedder.spec, Path(model).name, embedder.revision
+    )
+
+
+if __name__ == "__main__":
+    parser = cli.parser("evaluate", __doc__)
+    cli.add_model(parser)
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="MTEB tasks by name")
+    parser.add_argument("--benchmark", metavar="NAME", help="all tasks of an MTEB benchmark")
+    parser.add_argument("--out", metavar="DIR", help="keep results here; tasks already scored there are not run again")
+    parser.add_argument("--backend", choices=["jax", "sentence-transformers"], default="jax", help="default: jax")
+    cli.run(main, parser)

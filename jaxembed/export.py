@@ -1,0 +1,47 @@
+"""Writes a Hugging Face / sentence-transformers folder: python -m jaxembed.export MODEL OUT [--dtype bfloat16]"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from jaxembed import cli
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the folder, its dtype, and how far its vectors are from the model's."""
+    out = cli.new_output(args.out)
+    from jaxembed import Embedder
+    from jaxembed.hub.export import export
+
+    cli.use_compilation_cache()
+    embedder = Embedder.load(args.model, checkpoint=args.checkpoint)
+    parity = export(embedder, out, args.dtype, read_card(Path(args.model), embedder.revision))
+    return {
+        "folder": str(out), "revision": embedder.revision, "dtype": args.dtype, "largest_difference": parity.error,
+        "allowed": parity.allowed, "least_cosine": parity.cosine,
+    }  # fmt: skip
+
+
+def read_card(model: Path, revision: str) -> Any:
+    """What the model card tells of a run: base, recipe, and the scores of the exported checkpoint."""
+    from jaxembed.hub.base import read_json
+    from jaxembed.hub.card import Card
+    from jaxembed.training.metrics import read_metrics
+
+    if not (model / "base.json").is_file():
+        return Card(name=model.name, base=revision)
+    step = int(revision.rsplit("-", 1)[1])
+    rows = [row for row in read_metrics(model) if row["step"] == step]
+    scores = {k.removeprefix("eval/"): v for row in rows for k, v in row.items() if k.startswith("eval/")}
+    recipe = (model / "config.yaml").read_text(encoding="utf-8")
+    return Card(model.resolve().name, read_json(model / "base.json")["name"], f"step {step}", recipe, scores)
+
+
+if __name__ == "__main__":
+    parser = cli.parser("export", __doc__ + "\n\nNothing is written unless the folder gives the model's own vectors.")
+    cli.add_model(parser)
+    parser.add_argument("out", metavar="OUT", help="folder to write; must not exist")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights")
+    cli.run(main, parser)

@@ -1,0 +1,64 @@
+"""The model card of an exported folder: what it is, how to use it, how it was made and what it scored."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from jaxembed.spec import EmbeddingSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """What the card tells beside the spec. `recipe` is the run's config as YAML, empty for a model that was not trained."""
+
+    name: str
+    base: str
+    checkpoint: str = ""
+    recipe: str = ""
+    scores: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+def model_card(spec: EmbeddingSpec, card: Card, parity_error: float) -> str:
+    """README.md of the folder, with the hub's front matter."""
+    parts = [
+        "---\nlibrary_name: sentence-transformers\npipeline_tag: sentence-similarity\n"
+        "tags: [sentence-transformers, feature-extraction, jaxembed]\n---",
+        f"# {card.name}",
+        f"A text-embedding model trained with jaxembed from `{card.base}`{card.checkpoint and f', {card.checkpoint}'}: "
+        f"{spec.attention} attention, {spec.pooling} pooling, at most {spec.max_length} tokens a text.",
+        _usage(spec),
+        _scores(card.scores),
+        f"## Recipe\n\n```yaml\n{card.recipe.rstrip()}\n```" if card.recipe else "",
+        "## Check\n\n`probe.json` holds texts, their prompts and their vectors. At export the largest difference between "
+        f"this folder under sentence-transformers and the model in JAX (float32) was {parity_error:.1e}.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _usage(spec: EmbeddingSpec) -> str:
+    query = ', prompt_name="query"' if spec.prompts.get("query") else ""
+    document = ', prompt_name="document"' if spec.prompts.get("document") else ""
+    lines = [
+        "## Use",
+        "```python",
+        "from sentence_transformers import SentenceTransformer",
+        "",
+        'model = SentenceTransformer("PATH_OF_THIS_FOLDER")',
+        f'queries = model.encode(["a question"]{query})',
+        f'documents = model.encode(["a passage"]{document})',
+        "print(model.similarity(queries, documents))",
+        "```",
+        "",
+    ]
+    if spec.prompts:
+        lines += ["Prompts stored with the model:", ""]
+        lines += [f"- `{name}`: {text!r}" for name, text in spec.prompts.items()]
+    return "\n".join(lines).rstrip()
+
+
+def _scores(scores: Mapping[str, float]) -> str:
+    if not scores:
+        return ""
+    rows = [f"| {name} | {value:.4f} |" for name, value in scores.items()]
+    return "\n".join(["## Held-out scores", "", "| set/metric | score |", "|---|---|", *rows])

@@ -1,0 +1,190 @@
+"""Writes a model as an ordinary Hugging Face / sentence-transformers folder, and proves that it gives the same vectors.
+
+The folder is built beside its place and moved there only when the proof holds. torch is imported only here and in
+evaluation.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jaxembed.errors import UserError
+from jaxembed.hub.base import write_spec
+from jaxembed.hub.card import Card, model_card
+from jaxembed.hub.embedder import Embedder
+from jaxembed.hub.weights import save_params
+from jaxembed.model.presets import FAMILIES
+from jaxembed.spec import EmbeddingSpec
+
+POOLING_MODES = {"mean": "mean", "last": "lasttoken"}
+INSTRUCTION = "Given a question, find the passage that answers it"
+PROBES = [
+    "What is a contrastive loss?",
+    "A short text.",
+    "naïve café, 数学 and an emoji 🙂",
+    "def add(a: int, b: int) -> int:\n    return a + b",
+    "Embeddings of longer texts must not depend on the padding of shorter ones in the same batch. " * 8,
+    "This text is longer than the model reads, so its end is cut and only its special tokens stay. " * 400,
+]
+TOLERANCE = 1e-4  # largest difference of a number of a unit vector, in float32
+LEAST_COSINE = 0.9999
+BFLOAT16_SLACK = 1.5  # times transformers' own bfloat16 error
+
+
+@dataclasses.dataclass(frozen=True)
+class Parity:
+    """How far the exported folder's unit vectors are from JAX's in float32.
+
+    `error` is the largest difference of a number, `allowed` what it may be, `cosine` the least cosine of two vectors.
+    """
+
+    error: float
+    allowed: float
+    cosine: float
+
+    @classmethod
+    def of(cls, ours: np.ndarray, theirs: np.ndarray, allowed: float) -> Parity:
+        return cls(float(np.abs(ours - theirs).max()), allowed, float(np.sum(ours * theirs, axis=1).min()))
+
+
+def export(embedder: Embedder, out: Path, dtype: str, card: Card) -> Parity:
+    """Writes `out`, which must not exist, with weights in float32 or bfloat16; returns the parity that was measured.
+
+    `UserError` if the folder's vectors differ from the model's.
+    """
+    sentence_transformers()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as scratch:
+        made = _build(embedder, Path(scratch), "float32")
+        vectors = np.concatenate([embedder.encode(PROBES, prompt=prompt) for prompt in _prompts(embedder.spec)])
+        torch_vectors = _torch_vectors(made, embedder.spec)
+        parity = Parity.of(vectors, torch_vectors, TOLERANCE)
+        if parity.error > parity.allowed or parity.cosine < LEAST_COSINE:
+            raise UserError(_refusal(out, parity, embedder, made))
+        if dtype == "bfloat16":
+            own = Parity.of(torch_vectors, _torch_vectors(made, embedder.spec, dtype), 0).error
+            made = _build(embedder, Path(scratch), dtype)
+            parity = Parity.of(vectors, _torch_vectors(made, embedder.spec), BFLOAT16_SLACK * own)
+            if parity.error > parity.allowed:
+                raise UserError(_refusal(out, parity, embedder, made))
+        write_spec(made, embedder.spec)
+        _write_probe(made, embedder.spec, vectors)
+        (made / "README.md").write_text(model_card(embedder.spec, card, parity.error), encoding="utf-8")
+        shutil.move(str(made), str(out))
+    return parity
+
+
+def _build(embedder: Embedder, scratch: Path, dtype: str) -> Path:
+    """A folder saved by sentence-transformers' own classes, out of our config, weights and tokenizer."""
+    st = sentence_transformers()
+    from sentence_transformers.sentence_transformer import modules
+
+    raw, made, spec = scratch / f"raw-{dtype}", scratch / dtype, embedder.spec
+    raw.mkdir()
+    config = exported_config(embedder, dtype)
+    (raw / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    target = np.dtype(dtype if dtype == "float32" else ml_dtypes.bfloat16)
+    save_params(raw / "model.safetensors", embedder.params["decoder"], lambda x: x.astype(target))
+    tokenizer = copy.deepcopy(embedder.tokenizer.hf)
+    tokenizer.chat_template = None  # with one, sentence-transformers wraps every text in a chat
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.padding_side, tokenizer.model_max_length = "right", spec.max_length
+    tokenizer.save_pretrained(raw)
+    transformer = modules.Transformer(str(raw), max_seq_length=spec.max_length)
+    pooling = modules.Pooling(
+        embedder.model.decoder.width, POOLING_MODES[spec.pooling], include_prompt=spec.include_instruction
+    )
+    chain = [transformer, pooling, *([modules.Normalize()] if spec.normalize else [])]
+    model = st.SentenceTransformer(modules=chain, prompts=dict(spec.prompts), similarity_fn_name="cosine", device="cpu")
+    model.save(str(made), create_model_card=False)
+    shutil.rmtree(raw)
+    return made
+
+
+def exported_config(embedder: Embedder, dtype: str) -> dict[str, Any]:
+    """The base's config as the exported model needs it: its mask, its type, no head, the tokenizer's special tokens."""
+    tokenizer = embedder.tokenizer.hf
+    config = dict(embedder.base.hf_config) | {
+        "architectures": [FAMILIES[embedder.model.decoder.family].architecture],
+        "is_causal": embedder.spec.attention == "causal",
+        "dtype": dtype,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+    }
+    config.pop("torch_dtype", None)
+    config.pop("auto_map", None)
+    return config
+
+
+def _prompts(spec: EmbeddingSpec) -> list[str]:
+    """No prompt, an instruction's prompt, and the prompts stored with the model."""
+    return list(dict.fromkeys(["", spec.prompt(INSTRUCTION), *spec.prompts.values()]))
+
+
+def _torch_vectors(folder: Path, spec: EmbeddingSpec, dtype: str | None = None) -> np.ndarray:
+    """The probes by plain sentence-transformers, loaded anew without remote code; `dtype` overrides the folder's."""
+    import torch
+
+    model = load_sentence_transformer(folder)
+    if dtype:
+        model = model.to(getattr(torch, dtype))
+    return np.concatenate([encode_torch(model, PROBES, prompt) for prompt in _prompts(spec)])
+
+
+def _refusal(out: Path, parity: Parity, embedder: Embedder, made: Path) -> str:
+    """Why nothing was written; a tokenizer that stock transformers reads otherwise is named as such."""
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(str(made))(PROBES, truncation=True)["input_ids"]
+    ours = embedder.tokenizer(PROBES, [""] * len(PROBES)).ids
+    reason = ""
+    if [list(ids) for ids in ours] != [list(ids) for ids in theirs]:
+        reason = "; stock transformers tokenises otherwise than this tokenizer, so the base's model_type does not fit it"
+    return (
+        f"{out}: not written: the exported vectors differ from the model's by {parity.error:.2e} "
+        f"(allowed {parity.allowed:.2e}, cosine {parity.cosine:.6f}){reason}"
+    )
+
+
+def _write_probe(folder: Path, spec: EmbeddingSpec, vectors: np.ndarray) -> None:
+    """A few texts, their prompts and their vectors, so that whoever loads the folder can check it."""
+    texts = [(prompt, text) for prompt in _prompts(spec) for text in PROBES]
+    rows = [
+        {"prompt": prompt, "text": text, "vector": [round(float(x), 7) for x in vector]}
+        for (prompt, text), vector in zip(texts, vectors, strict=True)
+    ]
+    (folder / "probe.json").write_text(json.dumps(rows, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def sentence_transformers() -> Any:
+    """The package, or `UserError` naming the extra that brings it."""
+    try:
+        import sentence_transformers
+    except ModuleNotFoundError:
+        raise UserError('sentence-transformers is not installed; pip install "jaxembed[eval]"') from None
+    return sentence_transformers
+
+
+def load_sentence_transformer(folder: Path) -> Any:
+    """The folder by plain sentence-transformers on the CPU, without remote code."""
+    return sentence_transformers().SentenceTransformer(str(folder), device="cpu", local_files_only=True)
+
+
+def encode_torch(model: Any, texts: Sequence[str], prompt: str, batch_size: int = 32) -> np.ndarray:
+    """Unit float32 vectors [N, D] under a whole prompt ('' for none)."""
+    vectors = model.encode(
+        list(texts), prompt=prompt, batch_size=batch_size, normalize_embeddings=True, convert_to_tensor=True,
+        show_progress_bar=False,
+    )  # fmt: skip
+    return np.asarray(vectors.float().cpu().numpy())
