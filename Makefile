@@ -15,7 +15,7 @@ venv: $(VENV)/.dev  ## makes .venv with everything that evaluation and developme
 
 quickstart: $(VENV)/.eval  ## trains a small embedder from scratch and exports it
 	$(BIN)/python -m jaxembed.train configs/quickstart.yaml
-	$(BIN)/python -m jaxembed.export runs/quickstart runs/quickstart/export
+	test -d runs/quickstart/export || $(BIN)/python -m jaxembed.export runs/quickstart runs/quickstart/export
 
 check: $(VENV)/.dev  ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ the name that was probably meant.
 from __future__ import annotations
 
 import difflib
+import json
 import types
 import typing
 from pathlib import Path
@@ -43,7 +44,7 @@ class ModelConfig(Section):
     normalize: bool | None = Field(None, description="unit-length vectors; as the base says, else yes")
     append_eos: bool | None = Field(None, description="end every text with EOS; as the base says, else yes")
     instruction_template: str | None = Field(None, description="with {instruction}; as the base says, else E5's form")
-    dtype: Literal["float32", "bfloat16", "float64"] = Field("float32", description="of the computation, not parameters")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the computation, not parameters")
     remat: bool = Field(False, description="recompute layer activations in the backward pass to save memory")
     unroll: bool = Field(True, description="unroll the layer loop: faster steps, longer compilation")
     attention_kernel: Literal["auto", "einsum", "rows"] = Field("auto", description="auto: rows on CPU, einsum elsewhere")
@@ -57,10 +58,11 @@ class ModelConfig(Section):
 
 class SourceConfig(Section):
     path: str = Field(description="file or folder, or python_packages")
-    format: Literal["auto", "pairs", "labels", "scored_pairs", "beir", "python_packages"] = "auto"
+    format: Literal["auto", "pairs", "labels", "scored_pairs", "beir", "python_packages"] = Field(
+        "auto", description="auto: read off the path or the first row"
+    )
     name: str = Field("", description="shown in logs and used for prompts; the path's stem if empty")
     weight: float = Field(1.0, gt=0, description="share of the mixture, relative to the other sources' weights")
-    task: Literal["retrieval", "sts", "classification", "clustering"] = "retrieval"
     instructions: tuple[str, ...] = Field((), description="one is drawn per example for its query")
     document_instruction: str = Field("", description="instruction of the documents, for symmetric tasks")
     in_batch_negatives: bool | None = Field(None, description="default: no for labels, yes otherwise")
@@ -70,8 +72,8 @@ class SourceConfig(Section):
 
 class PythonPackagesConfig(Section):
     packages: tuple[str, ...] = ("stdlib", "numpy", "scipy", "jax", "flax", "optax", "orbax", "transformers")
-    holdout_package: str | None = None
-    holdout_functions: int = Field(1000, ge=0)
+    holdout_package: str | None = Field(None, description="a package of which nothing is trained on")
+    holdout_functions: int = Field(1000, ge=0, description="functions of the other packages kept from training")
 
 
 class DataConfig(Section):
@@ -89,15 +91,15 @@ class DataConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    name: Literal["infonce"] = "infonce"
-    weight: float = Field(1.0, gt=0)
-    temperature: float = Field(0.05, gt=0)
+    name: Literal["infonce"] = Field("infonce", description="the only one so far")
+    weight: float = Field(1.0, gt=0, description="of this objective in the sum")
+    temperature: float = Field(0.05, gt=0, description="similarities are divided by it")
 
 
 class OptimConfig(Section):
-    learning_rate: float = Field(2e-5, gt=0)
-    warmup_steps: int = Field(0, ge=0)
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    learning_rate: float = Field(2e-5, gt=0, description="the highest, reached after the warm-up")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="decay to 0 at the last step, or none")
     weight_decay: float = Field(0.01, ge=0, description="of kernels and embeddings; norms and biases are spared")
     clip: float = Field(1.0, gt=0, description="largest global norm of the gradient")
 
@@ -113,21 +115,21 @@ class MeshConfig(Section):
 
 
 class TrainConfig(Section):
-    steps: Positive = 1000
+    steps: Positive = Field(1000, description="optimizer steps")
     batch_size: Positive = Field(64, description="queries of a step, over all devices")
-    seed: int = Field(0, ge=0)
-    log_every: Positive = 10
-    checkpoint_every: Positive = 500
-    eval_every: Positive = 500
+    seed: int = Field(0, ge=0, description="of the parameters, the order of examples and every draw")
+    log_every: Positive = Field(10, description="steps between lines of metrics.jsonl")
+    checkpoint_every: Positive = Field(500, description="steps between checkpoints")
+    eval_every: Positive = Field(500, description="steps between scorings of the held-out sets, each with a checkpoint")
     keep_checkpoints: Positive = Field(2, description="latest checkpoints kept; the best one is kept beside them")
 
 
 class EvalSetConfig(Section):
-    name: str
-    kind: Literal["retrieval", "sts"] = "retrieval"
+    name: str = Field(description="SET in SET/METRIC")
+    kind: Literal["retrieval", "sts"] = Field("retrieval", description="nDCG@10 and recall@10, or Spearman")
     path: str = Field(description="BEIR folder, scored-pairs file, python_packages:functions or python_packages:package")
     instruction: str = Field("", description="of the queries (of both sides for sts)")
-    document_instruction: str = ""
+    document_instruction: str = Field("", description="of the documents")
 
 
 class EvalConfig(Section):
@@ -186,6 +188,33 @@ def parse(tree: dict[str, Any], where: str) -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise UserError(f"{where}: {_explain(error)}") from None
+
+
+def reference(section: type[Section] = Config, prefix: str = "") -> str:
+    """Every key with its default and meaning, a Markdown table row each; `[]` marks the entries of a list."""
+    rows = []
+    for name, field in section.model_fields.items():
+        inner = _section(field.annotation)
+        if isinstance(inner, type) and issubclass(inner, Section):
+            listed = typing.get_origin(field.annotation) is tuple
+            rows.append(reference(inner, f"{prefix}{name}{'[]' if listed else ''}."))
+            continue
+        default = "required" if field.is_required() else f"`{_yaml(field.default)}`"
+        choices = [str(choice) for choice in _choices(field.annotation)]
+        meaning = "; ".join(filter(None, [" or ".join(choices), field.description]))
+        rows.append(f"| `{prefix}{name}` | {default} | {meaning} |")
+    return "\n".join(rows)
+
+
+def _yaml(value: Any) -> str:
+    return json.dumps(list(value) if isinstance(value, tuple) else value)
+
+
+def _choices(annotation: Any) -> tuple[Any, ...]:
+    """The values of a Literal inside an annotation."""
+    if typing.get_origin(annotation) is Literal:
+        return typing.get_args(annotation)
+    return tuple(choice for part in typing.get_args(annotation) for choice in _choices(part))
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

@@ -37,12 +37,12 @@ CONFIGS = {
 
 
 def tokenizer(bos: bool = False, chat_template: str | None = None) -> transformers.PreTrainedTokenizerFast:
-    """A byte-level BPE of 300 entries; with `bos` it puts <s> before every text, as Mistral's does."""
+    """A byte-level BPE of 290 entries; with `bos` it puts <s> before every text, as Mistral's does."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<s>", "</s>", "<pad>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=290, special_tokens=["<s>", "</s>", "<pad>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
     backend.train_from_iterator(TEXTS * 3, trainer)
     if bos:

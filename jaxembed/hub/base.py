@@ -80,7 +80,7 @@ def read_spec(folder: Path, config: Mapping[str, Any]) -> EmbeddingSpec:
         return spec_from_json(read_json(folder / SPEC_FILE), str(folder / SPEC_FILE))
     if (folder / "modules.json").is_file():
         return _sentence_transformers_spec(folder, config)
-    return EmbeddingSpec()
+    return EmbeddingSpec(max_length=min(EmbeddingSpec.max_length, config.get("max_position_embeddings", 512)))
 
 
 def spec_from_json(values: Mapping[str, Any], where: str) -> EmbeddingSpec:
@@ -107,17 +107,24 @@ def _sentence_transformers_spec(folder: Path, config: Mapping[str, Any]) -> Embe
     if unknown or "Pooling" not in kinds:
         raise UserError(f"{folder}: expected the modules Transformer, Pooling and Normalize; found {', '.join(kinds)}")
     pooling = read_json(kinds["Pooling"] / "config.json")
-    lengths = folder / "sentence_bert_config.json"
+    tokenizer = load_tokenizer(folder)
     extra = folder / "config_sentence_transformers.json"
     return EmbeddingSpec(
         attention="causal" if config.get("is_causal", True) else "bidirectional",
         pooling=_pooling_kind(pooling, kinds["Pooling"]),
         include_instruction=bool(pooling.get("include_prompt", True)),
         normalize="Normalize" in kinds,
-        append_eos=ends_with_eos(load_tokenizer(folder)),
-        max_length=(read_json(lengths) if lengths.is_file() else {}).get("max_seq_length") or 512,
+        append_eos=ends_with_eos(tokenizer),
+        max_length=_max_length(folder, config, tokenizer),
         prompts=(read_json(extra) if extra.is_file() else {}).get("prompts") or {},
     )
+
+
+def _max_length(folder: Path, config: Mapping[str, Any], tokenizer: Any) -> int:
+    """The length texts are cut at: named in sentence_bert_config.json, else the tokenizer's or the model's limit."""
+    named = folder / "sentence_bert_config.json"
+    length = (read_json(named) if named.is_file() else {}).get("max_seq_length")
+    return int(length or min(tokenizer.model_max_length, config.get("max_position_embeddings", 512)))
 
 
 def _pooling_kind(pooling: Mapping[str, Any], where: Path) -> str:

@@ -1,0 +1,41 @@
+"""Every test runs offline, on eight simulated CPU devices, at the highest matmul precision."""
+
+import os
+import sys
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false"}
+FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # the latter compiles faster
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
+
+from collections.abc import Callable
+from pathlib import Path
+
+import hypothesis
+import jax
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+# The shapes and dtypes in the signatures of these packages are checked at every call; so they come in after this.
+CHECKED = ["jaxembed.losses", "jaxembed.model"]
+assert not [name for name in sys.modules if name.startswith(tuple(CHECKED))]
+install_import_hook(CHECKED, "beartype.beartype")
+torch.set_num_threads(1)  # more only wait for each other on models as small as these
+hypothesis.settings.register_profile("repeatable", derandomize=True, database=None, deadline=None, max_examples=60)
+hypothesis.settings.load_profile("repeatable")
+jax.config.update("jax_default_matmul_precision", "highest")
+
+import tiny  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A function from a family of `tiny.CONFIGS` to the folder of its tiny random model, made once."""
+    made: dict[str, Path] = {}
+
+    def folder(family: str) -> Path:
+        if family not in made:
+            made[family] = tiny.folder(tmp_path_factory.mktemp("bases") / family, family)
+        return made[family]
+
+    return folder

@@ -1,0 +1,120 @@
+"""An exported folder is stock, and gives the model's own vectors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+from jaxembed import Embedder, parallel
+from jaxembed.errors import UserError
+from jaxembed.hub import export as module
+from jaxembed.hub.base import find_base
+from jaxembed.hub.card import Card
+from jaxembed.hub.embedder import from_base
+from jaxembed.model.decoder import Compute
+from jaxembed.spec import EmbeddingSpec
+
+CHAT = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}{% endfor %}"
+QUERY = "Instruct: Find the answer\nQuery:"
+
+
+def embedder(base: Path, **choices: object) -> Embedder:
+    spec = EmbeddingSpec(**{"max_length": 64, **choices})  # type: ignore[arg-type]
+    return from_base(find_base(str(base)), spec, Compute(), parallel.make_mesh(1))
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Bases whose tokenizers carry a chat template, with which sentence-transformers would wrap every text."""
+    root = tmp_path_factory.mktemp("bases")
+    return {f: tiny.folder(root / f, f, chat_template=CHAT) for f in ("qwen3", "mistral", "mistral-window")}
+
+
+@pytest.mark.parametrize(
+    ("family", "choices"),
+    [
+        ("qwen3", {"attention": "bidirectional", "pooling": "mean", "prompts": {"query": QUERY, "document": ""}}),
+        ("qwen3", {"attention": "causal", "pooling": "last", "include_instruction": True}),
+        ("mistral", {"attention": "causal", "pooling": "mean", "append_eos": False}),
+        ("mistral-window", {"attention": "bidirectional", "pooling": "last"}),
+    ],
+)
+def test_stock_folder_gives_the_same_vectors(bases, tmp_path, family, choices):
+    model = embedder(bases[family], **choices)
+    parity = module.export(model, tmp_path / "out", "float32", Card("test", "base"))
+    assert parity.error < 1e-5
+    assert parity.cosine > 0.99999
+
+    stock = module.load_sentence_transformer(tmp_path / "out")
+    assert stock.tokenizer.chat_template is None
+    texts = [*tiny.TEXTS, "one more " * 60, "x"]
+    for prompt in ("", QUERY):
+        theirs = module.encode_torch(stock, texts, prompt, batch_size=3)
+        np.testing.assert_allclose(model.encode(texts, prompt=prompt), theirs, atol=1e-5)
+        assert np.abs(theirs[0] - theirs[1]).max() > 1e-2, "the vectors of different texts must differ"
+
+
+def test_round_trip_reads_the_same_model(bases, tmp_path):
+    model = embedder(bases["qwen3"], attention="causal", pooling="last", prompts={"query": QUERY})
+    module.export(model, tmp_path / "out", "float32", Card("test", "base"))
+    again = Embedder.load(tmp_path / "out")
+    assert again.spec == model.spec
+    np.testing.assert_allclose(again.encode(tiny.TEXTS), model.encode(tiny.TEXTS), atol=1e-6)
+    probe = json.loads((tmp_path / "out" / "probe.json").read_text())
+    np.testing.assert_allclose(
+        again.encode([row["text"] for row in probe[:3]], prompt=probe[0]["prompt"]),
+        [row["vector"] for row in probe[:3]],
+        atol=1e-6,
+    )
+
+
+def test_folder_without_our_spec_is_read_from_sentence_transformers_files(bases, tmp_path):
+    model = embedder(bases["mistral"], attention="causal", pooling="last", include_instruction=True, prompts={"query": "q:"})
+    module.export(model, tmp_path / "out", "float32", Card("test", "base"))
+    (tmp_path / "out" / "jaxembed.json").unlink()
+    assert Embedder.load(tmp_path / "out").spec == model.spec.__class__(
+        **{**vars(model.spec), "prompts": {"query": "q:", "document": ""}}
+    )
+
+
+def test_bfloat16_is_judged_by_transformers_own_error(bases, tmp_path):
+    model = embedder(bases["qwen3"])
+    parity = module.export(model, tmp_path / "out", "bfloat16", Card("test", "base"))
+    assert 1e-5 < parity.error <= parity.allowed
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_card_tells_recipe_scores_and_prompts(bases, tmp_path):
+    model = embedder(bases["qwen3"], prompts={"query": QUERY, "document": ""})
+    card = Card("my-model", "some/base", "step 7", "train: {steps: 7}", {"functions/ndcg_at_10": 0.5})
+    module.export(model, tmp_path / "out", "float32", card)
+    text = (tmp_path / "out" / "README.md").read_text()
+    for told in ("# my-model", "some/base", "step 7", "train: {steps: 7}", "| functions/ndcg_at_10 | 0.5000 |", 'prompt_name="query"'):
+        assert told in text
+
+
+def test_a_tokenizer_that_stock_code_reads_otherwise_is_refused(tmp_path):
+    """transformers puts Qwen2's own splitting on a qwen2 folder, whatever its tokenizer.json says."""
+    base = tiny.folder(tmp_path / "qwen2", "qwen2")
+    model = embedder(base)
+    odd = tiny.tokenizer()
+    odd.backend_tokenizer.pre_tokenizer = tiny.pre_tokenizers.Sequence(
+        [tiny.pre_tokenizers.CharDelimiterSplit("e"), tiny.pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    model.tokenizer.hf._tokenizer = odd.backend_tokenizer
+    with pytest.raises(UserError, match="tokenises otherwise"):
+        module.export(model, tmp_path / "out", "float32", Card("test", "base"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_weights_are_refused(bases, tmp_path, monkeypatch):
+    model = embedder(bases["qwen3"])
+    save = module.save_params
+    monkeypatch.setattr(module, "save_params", lambda path, params, convert: save(path, params, lambda x: convert(x) * 1.05))
+    with pytest.raises(UserError, match="not written"):
+        module.export(model, tmp_path / "out", "float32", Card("test", "base"))
+    assert list(tmp_path.iterdir()) == []

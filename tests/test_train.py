@@ -1,0 +1,182 @@
+"""The commands from end to end on tiny models: train, resume, encode, export; errors in one line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import yaml
+
+from jaxembed import Embedder, config
+from jaxembed.errors import UserError
+from jaxembed.run import train
+from jaxembed.training.metrics import read_metrics
+
+ENV = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, pairs whose query and positive share words, and a held-out set of the same kind."""
+    root = tmp_path_factory.mktemp("train")
+    tiny.folder(root / "base", "qwen3")
+    rng = np.random.default_rng(0)
+    letters = [chr(ord("a") + i) * 3 for i in range(26)]
+    rows = []
+    for _ in range(96):
+        words = [letters[i] for i in rng.choice(26, 4, replace=False)]
+        rows.append({"query": " ".join(words[:2]), "pos": [" ".join(words)], "neg": [" ".join(letters[i] for i in rng.choice(26, 4))]})
+    (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scored = [{"sentence1": r["query"], "sentence2": r["pos"][0] if i % 2 else r["neg"][0], "score": i % 2} for i, r in enumerate(rows)]
+    (root / "sts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scored))
+    return root
+
+
+def settings(root: Path, run: str, *overrides: str) -> config.Config:
+    tree = {
+        "model": {"base": str(root / "base")},
+        "data": {
+            "max_length": 32,
+            "hard_negatives": 1,
+            "sources": [{"path": str(root / "pairs.jsonl"), "instructions": ["Find it", "Find the text"]}],
+        },
+        "optim": {"learning_rate": 1e-3, "warmup_steps": 2},
+        "train": {"steps": 12, "batch_size": 16, "log_every": 1, "checkpoint_every": 4, "eval_every": 6},
+        "eval": {"sets": [{"name": "sts", "kind": "sts", "path": str(root / "sts.jsonl"), "instruction": "Find it"}]},
+        "mesh": {"data": 2},
+    }
+    path = root / f"{run}.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return config.load(path, [f"run.dir={root / run}", *overrides])
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(run_dir) if "loss" in row]
+
+
+def test_training_learns_and_records_itself(folder):
+    result = train(settings(folder, "whole"))
+    run = folder / "whole"
+    assert result["step"] == 12
+    assert result["scores"]["sts/spearman"] > result["untrained"]["sts/spearman"]
+    assert np.mean(losses(run)[-3:]) < np.mean(losses(run)[:3])
+    for name in ("config.yaml", "versions.json", "data_hashes.json", "base.json", "jaxembed.json", "metrics.jsonl"):
+        assert (run / name).stat().st_size > 0
+    row = next(row for row in read_metrics(run) if "loss" in row)
+    wanted = {
+        "stage", "step", "loss", "infonce", "learning_rate", "grad_norm", "step_seconds", "data_wait_seconds",
+        "useful_tokens_per_second", "examples_per_second", "padding_fraction",
+    }  # fmt: skip
+    assert wanted <= set(row)
+    assert row["infonce_negatives"] <= 31
+    assert list((run / "tensorboard").iterdir())
+    assert json.loads((run / "base.json").read_text())["hash"]
+
+
+def test_same_seed_same_losses_other_seed_others(folder):
+    train(settings(folder, "again", "train.steps=3"))
+    train(settings(folder, "twin", "train.steps=3"))
+    train(settings(folder, "other", "train.steps=3", "train.seed=1"))
+    assert losses(folder / "again") == losses(folder / "twin")
+    assert losses(folder / "again") != losses(folder / "other")
+
+
+def test_a_killed_run_goes_on_bit_for_bit(folder):
+    """The process dies at step 7, past the checkpoint of step 6; the same command then gives the uninterrupted losses."""
+    train(settings(folder, "straight"))
+    cut = settings(folder, "cut")
+    script = (
+        "import os, sys; from jaxembed import config, parallel; from jaxembed.run import train; from jaxembed.training import loop\n"
+        "real = loop.Recorder.log\n"
+        "def log(self, step, values, stage=0):\n"
+        "    real(self, step, values, stage)\n"
+        "    if step == 7 and 'loss' in values: os._exit(9)\n"
+        "loop.Recorder.log = log\n"
+        "train(config.load(sys.argv[1], sys.argv[2:]))\n"
+    )
+    command = [sys.executable, "-c", script, str(folder / "cut.yaml"), f"run.dir={folder / 'cut'}"]
+    assert subprocess.run(command, env=ENV, capture_output=True, check=False).returncode == 9
+    assert len(losses(folder / "cut")) == 7
+    train(cut)
+    assert losses(folder / "cut") == losses(folder / "straight")
+
+
+def test_a_run_directory_of_another_config_is_refused(folder):
+    train(settings(folder, "mine", "train.steps=1"))
+    with pytest.raises(UserError, match=r"mine: belongs to another config \(optim\.learning_rate: 0\.001 -> 0\.01\)"):
+        train(settings(folder, "mine", "train.steps=1", "optim.learning_rate=0.01"))
+
+
+def test_batch_must_be_divisible_and_within_the_data(folder):
+    with pytest.raises(UserError, match="train.batch_size 15 is not divisible by the 2 shards"):
+        train(settings(folder, "odd", "train.batch_size=15"))
+    with pytest.raises(UserError, match="train.batch_size is 128, but the sources hold 96"):
+        train(settings(folder, "big", "train.batch_size=128"))
+    with pytest.raises(UserError, match=r"data\.max_length is 256, but .* has 128 positions"):
+        train(settings(folder, "long", "data.max_length=256"))
+    with pytest.raises(UserError, match=r"eval\.best is nothing/here; expected one of sts/spearman"):
+        train(settings(folder, "best", "eval.best=nothing/here"))
+
+
+def test_best_and_last_checkpoints_load(folder):
+    train(settings(folder, "loads", "train.keep_checkpoints=1"))
+    best, last = (Embedder.load(folder / "loads", checkpoint=which) for which in ("best", "last"))
+    assert last.revision == "loads-12"
+    assert best.spec.prompts["query"] == "Instruct: Find it\nQuery:"
+    np.testing.assert_allclose(np.linalg.norm(best.encode(tiny.TEXTS), axis=1), 1, atol=1e-6)
+    with pytest.raises(UserError, match="holds no checkpoint '5'"):
+        Embedder.load(folder / "loads", checkpoint="5")
+
+
+def test_preset_makes_its_own_tokenizer(folder):
+    train(settings(folder, "scratch", "model.base=preset:tiny", "train.steps=1"))
+    model = Embedder.load(folder / "scratch")
+    ids = model.tokenizer(["aaa bbb"], [""]).ids[0]
+    assert model.tokenizer.hf.decode(ids) == "aaa bbb<|endoftext|>"
+
+
+def command(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", *args], env=ENV, capture_output=True, text=True, check=False)
+
+
+def test_encode_command_streams_in_order(folder, tmp_path):
+    texts = [f"{a} {b}" for a in tiny.TEXTS for b in ("one", "two")]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    (tmp_path / "in.txt").write_text("\n".join(texts) + "\n")
+    vectors = {}
+    for name in ("in.jsonl", "in.txt"):
+        out = tmp_path / f"{name}.npy"
+        done = command("jaxembed.encode", str(folder / "base"), str(tmp_path / name), str(out), "--instruction", "Find", "--dim", "16")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout.splitlines()[-1]) == {"out": str(out), "vectors": len(texts), "width": 16}
+        vectors[name] = np.load(out)
+    np.testing.assert_array_equal(vectors["in.jsonl"], vectors["in.txt"])
+    model = Embedder.load(folder / "base")
+    np.testing.assert_allclose(vectors["in.txt"], model.encode(texts, instruction="Find", dim=16), atol=1e-5)
+    assert np.abs(vectors["in.txt"] - model.encode(texts, dim=16)).max() > 1e-3
+
+    done = command("jaxembed.encode", str(folder / "base"), str(tmp_path / "in.txt"), str(tmp_path / "in.txt.npy"))
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith("already exists; remove it or name another output")
+
+
+def test_a_users_error_is_one_line_and_exit_code_2(folder, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"query": "a", "pos": ["b"]}\n{"query": "a", "pos": "b"}\n')
+    done = command("jaxembed.train", str(folder / "whole.yaml"), f"data.sources.0.path={bad}", f"run.dir={tmp_path / 'run'}")
+    assert done.returncode == 2
+    assert done.stderr.strip() == f'error: {bad}:2: "pos" is a string; write a list: "pos": ["b"]'
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["train", "encode", "export", "evaluate"])
+def test_help(name):
+    done = command(f"jaxembed.{name}", "--help")
+    assert done.returncode == 0
+    assert f"python -m jaxembed.{name}" in done.stdout
