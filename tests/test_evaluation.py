@@ -22,7 +22,9 @@ from jaxembed.spec import EmbeddingSpec
 def test_metrics_equal_trec_eval():
     rng = np.random.default_rng(0)
     ranked = np.stack([rng.permutation(40)[:10] for _ in range(30)])
-    relevant = [{int(d): int(rng.integers(1, 4)) for d in rng.choice(40, rng.integers(1, 15), replace=False)} for _ in range(30)]
+    relevant = [
+        {int(d): int(rng.integers(1, 4)) for d in rng.choice(40, rng.integers(1, 15), replace=False)} for _ in range(30)
+    ]
     qrels = {str(i): {str(d): g for d, g in grades.items()} for i, grades in enumerate(relevant)}
     runs = {str(i): {str(d): 100.0 - k for k, d in enumerate(rows)} for i, rows in enumerate(ranked)}
     theirs = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut.10", "recall.10"}).evaluate(runs)
@@ -92,7 +94,7 @@ def test_mteb_takes_the_encoder_and_keeps_the_instruction(tmp_path):
     scores = evaluate(MtebEncoder(encode, spec, "tiny", "1"), [MockRetrievalTask(), MockSTSTask()], tmp_path)
     assert set(scores) == {"MockRetrievalTask", "MockSTSTask"}
     for result in scores.values():
-        assert 'Instruct: {}\nQuery:'.format(result["instruction"]) in seen
+        assert "Instruct: {}\nQuery:".format(result["instruction"]) in seen
     assert "d: " in seen
     kept = json.loads((tmp_path / "scores.json").read_text())
     assert kept["MockRetrievalTask"] == scores["MockRetrievalTask"]

@@ -93,7 +93,14 @@ def test_card_tells_recipe_scores_and_prompts(bases, tmp_path):
     card = Card("my-model", "some/base", "step 7", "train: {steps: 7}", {"functions/ndcg_at_10": 0.5})
     module.export(model, tmp_path / "out", "float32", card)
     text = (tmp_path / "out" / "README.md").read_text()
-    for told in ("# my-model", "some/base", "step 7", "train: {steps: 7}", "| functions/ndcg_at_10 | 0.5000 |", 'prompt_name="query"'):
+    for told in (
+        "# my-model",
+        "some/base",
+        "step 7",
+        "train: {steps: 7}",
+        "| functions/ndcg_at_10 | 0.5000 |",
+        'prompt_name="query"',
+    ):
         assert told in text
 
 

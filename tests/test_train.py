@@ -31,9 +31,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = []
     for _ in range(96):
         words = [letters[i] for i in rng.choice(26, 4, replace=False)]
-        rows.append({"query": " ".join(words[:2]), "pos": [" ".join(words)], "neg": [" ".join(letters[i] for i in rng.choice(26, 4))]})
+        rows.append(
+            {"query": " ".join(words[:2]), "pos": [" ".join(words)], "neg": [" ".join(letters[i] for i in rng.choice(26, 4))]}
+        )
     (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    scored = [{"sentence1": r["query"], "sentence2": r["pos"][0] if i % 2 else r["neg"][0], "score": i % 2} for i, r in enumerate(rows)]
+    scored = [
+        {"sentence1": r["query"], "sentence2": r["pos"][0] if i % 2 else r["neg"][0], "score": i % 2}
+        for i, r in enumerate(rows)
+    ]
     (root / "sts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scored))
     return root
 
@@ -152,7 +157,9 @@ def test_encode_command_streams_in_order(folder, tmp_path):
     vectors = {}
     for name in ("in.jsonl", "in.txt"):
         out = tmp_path / f"{name}.npy"
-        done = command("jaxembed.encode", str(folder / "base"), str(tmp_path / name), str(out), "--instruction", "Find", "--dim", "16")
+        done = command(
+            "jaxembed.encode", str(folder / "base"), str(tmp_path / name), str(out), "--instruction", "Find", "--dim", "16"
+        )
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout.splitlines()[-1]) == {"out": str(out), "vectors": len(texts), "width": 16}
         vectors[name] = np.load(out)

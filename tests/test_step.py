@@ -1,0 +1,161 @@
+"""The training step: the same on eight devices as on one, traced once a shape, and it learns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+from jax.sharding import Mesh
+from loaded import load
+
+from jaxembed import parallel
+from jaxembed.config import ObjectiveConfig, OptimConfig, PythonPackagesConfig, SourceConfig
+from jaxembed.data.batch import BatchBuilder, HostBatch
+from jaxembed.data.mixture import make_plan
+from jaxembed.data.sources import Source, open_source
+from jaxembed.data.tokenize import TextTokenizer, append_eos
+from jaxembed.model.embedder import EmbeddingModel
+from jaxembed.spec import EmbeddingSpec
+from jaxembed.training.optim import make_optimizer
+from jaxembed.training.step import TrainState, batch_loss, make_train_step
+
+Folder = Callable[[str], Path]
+SPEC = EmbeddingSpec(attention="bidirectional", pooling="mean", max_length=16)
+BATCH = 16
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    """Queries whose positives share their letters; two hard negatives each."""
+    random = np.random.default_rng(0)
+
+    def text(letters: np.ndarray) -> str:
+        return " ".join(random.permutation(letters)[: random.integers(3, 7)])
+
+    rows = []
+    for _ in range(64):
+        own, other = random.permutation(list(LETTERS))[:12].reshape(2, 6)
+        rows.append({"query": text(own), "pos": [text(own)], "neg": [text(other), text(other)]})
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return open_source(SourceConfig(path=str(path)), PythonPackagesConfig(), path.parent)
+
+
+def host_batches(source: Source, shards: int, steps: int, row_length: int = 128) -> list[HostBatch]:
+    tokenizer = tiny.tokenizer()
+    append_eos(tokenizer)
+    build = BatchBuilder(
+        [source], TextTokenizer(tokenizer, SPEC.max_length), SPEC, row_length=row_length, hard_negatives=2, seed=0,
+        shards=shards,
+    )  # fmt: skip
+    plan = make_plan([source], BATCH, seed=0)
+    return [build(step, plan[step]) for step in range(steps)]
+
+
+def new_state(params: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    params = jax.tree.map(jnp.copy, params)  # a step consumes its state
+    state = TrainState(params, jax.jit(optimizer.init)(params), jnp.zeros((), jnp.int32), jax.random.key(0))
+    return jax.device_put(state, parallel.replicated(mesh))
+
+
+def run(
+    model: EmbeddingModel, params: Any, source: Source, devices: int, steps: int, temperature: float = 0.1
+) -> tuple[TrainState, np.ndarray, list[dict[str, float]]]:
+    """The state, the losses and the metrics after some steps on a mesh of devices."""
+    mesh = parallel.make_mesh(devices)
+    optimizer = make_optimizer(OptimConfig(learning_rate=1e-3, warmup_steps=5), steps)
+    step = make_train_step(model, [ObjectiveConfig(temperature=temperature)], optimizer)
+    state, metrics = new_state(params, optimizer, mesh), []
+    for host in host_batches(source, devices, steps):
+        state, values = step(state, parallel.put_batch(mesh, host.batch))
+        metrics.append({name: float(value) for name, value in values.items()})
+    return state, np.array([values["loss"] for values in metrics]), metrics
+
+
+def test_eight_devices_have_the_loss_and_the_gradients_of_one(base_folder: Folder, source: Source) -> None:
+    results = []
+    for devices in (1, 8):
+        model, params = load(base_folder("qwen2"), SPEC, devices)
+        batch = parallel.put_batch(parallel.make_mesh(devices), host_batches(source, devices, 1)[0].batch)
+        objectives = [ObjectiveConfig(temperature=0.2)]
+        value = jax.value_and_grad(lambda p, b: batch_loss(model, objectives, p, b)[0])  # noqa: B023
+        results.append(jax.jit(value)(params, batch))
+    (one, grads_of_one), (eight, grads_of_eight) = results
+    assert 3.0 < one < 5.0
+    assert abs(one - eight) < 1e-5 * one
+    for (path, a), b in zip(jax.tree.leaves_with_path(grads_of_one), jax.tree.leaves(grads_of_eight), strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.linalg.norm(a) > 1e-6, path
+        assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(a), path
+
+
+def test_in_float64_eight_devices_stay_with_one_for_fifty_steps(base_folder: Folder, source: Source) -> None:
+    with jax.enable_x64(True):
+        curves = []
+        for devices in (1, 8):
+            model, params = load(base_folder("qwen2"), SPEC, devices, dtype=jnp.float64)
+            params = jax.tree.map(lambda x: x.astype(jnp.float64), params)
+            state, losses, _ = run(model, params, source, devices, 50)
+            assert {leaf.dtype.name for leaf in jax.tree.leaves(state.params)} == {"float64"}
+            curves.append(losses)
+    assert np.abs(curves[0] - curves[1]).max() < 1e-7
+    assert curves[0][-1] < curves[0][0] - 0.5
+
+
+def test_training_reduces_the_loss_and_reports_itself(base_folder: Folder, source: Source) -> None:
+    model, params = load(base_folder("qwen2"), SPEC)
+    state, losses, metrics = run(model, params, source, 1, 24)
+    assert losses[-4:].mean() < 0.7 * losses[:4].mean()
+    assert metrics[-1]["infonce_accuracy"] > metrics[0]["infonce_accuracy"]
+    assert metrics[0]["infonce_negatives"] == BATCH * 3 - 1
+    assert {"loss", "infonce", "grad_norm"} < set(metrics[0])
+    assert int(state.step) == 24
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+
+
+def test_the_step_is_traced_and_compiled_once_for_each_number_of_rows(base_folder: Folder, source: Source) -> None:
+    model, params = load(base_folder("qwen2"), SPEC, devices=8)
+    mesh = parallel.make_mesh(8)
+    inner, traced = make_optimizer(OptimConfig(), 10), []
+
+    def update(grads: Any, state: Any, params: Any) -> Any:
+        traced.append(None)
+        return inner.update(grads, state, params)
+
+    optimizer = optax.GradientTransformation(inner.init, update)
+    step = make_train_step(model, [ObjectiveConfig()], optimizer)
+    state = new_state(params, optimizer, mesh)
+    shapes = set()
+    for host in [*host_batches(source, 8, 3, row_length=128), *host_batches(source, 8, 3, row_length=16)]:
+        shapes.add(host.batch.texts.tokens.shape)
+        state, _ = step(state, parallel.put_batch(mesh, host.batch))
+    assert 1 < len(shapes) < 6
+    assert len(traced) == len(shapes) == step._cache_size()
+
+
+def test_objectives_add_up_by_their_weights(base_folder: Folder, source: Source) -> None:
+    model, params = load(base_folder("qwen2"), SPEC)
+    batch = parallel.put_batch(parallel.make_mesh(1), host_batches(source, 1, 1)[0].batch)
+
+    def loss(*objectives: ObjectiveConfig) -> float:
+        return float(jax.jit(lambda p, b: batch_loss(model, objectives, p, b)[0])(params, batch))
+
+    warm, cold = ObjectiveConfig(temperature=0.5), ObjectiveConfig(temperature=0.1, weight=3.0)
+    assert loss(warm, cold) == pytest.approx(loss(warm) + loss(cold), rel=1e-5)
+    assert loss(cold) == pytest.approx(3 * loss(ObjectiveConfig(temperature=0.1)), rel=1e-5)
+
+
+def test_the_same_run_gives_the_same_bits(base_folder: Folder, source: Source) -> None:
+    model, params = load(base_folder("qwen2"), SPEC, devices=8)
+    (first, *_), (second, *_) = (run(model, params, source, 8, 3) for _ in range(2))
+    pairs = zip(jax.tree.leaves(first.params), jax.tree.leaves(second.params), strict=True)
+    assert all(np.array_equal(a, b) for a, b in pairs)
