@@ -224,7 +224,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise UserError(f"override {override!r}: expected key.sub=value, such as train.steps=100")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"override {override!r}: the value is not valid YAML ({_one_line(error)})") from None
     *parents, last = key.split(".")
     node: Any = tree
@@ -242,7 +242,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def _index(node: list[Any], part: str, override: str) -> int:
-    if not part.isdigit() or int(part) >= len(node):
+    if not part.isdecimal() or int(part) >= len(node):
         raise UserError(f"override {override!r}: {part!r} is no index into a list of {len(node)} entries")
     return int(part)
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxembed import cli
 from jaxembed.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
@@ -36,9 +40,11 @@ def load_encoder(model: str, checkpoint: str = "best", backend: str = "jax") -> 
 
     cli.use_compilation_cache()
     embedder = Embedder.load(model, checkpoint=checkpoint)
-    return MtebEncoder(
-        lambda texts, prompt: embedder.encode(texts, prompt=prompt), embedder.spec, Path(model).name, embedder.revision
-    )
+
+    def encode(texts: Sequence[str], prompt: str) -> np.ndarray:
+        return embedder.encode(texts, prompt=prompt, show_progress=True)
+
+    return MtebEncoder(encode, embedder.spec, Path(model).name, embedder.revision)
 
 
 if __name__ == "__main__":

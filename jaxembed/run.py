@@ -74,6 +74,8 @@ def train(config: Config) -> dict[str, Any]:
     )  # fmt: skip
     _show_examples(sources, build, tokenizer)
     checkpoints = Checkpoints(run_dir, config.train.keep_checkpoints)
+    plan_id = plan_hash(sources, config.train.batch_size, config.train.seed)
+    _check_plan(checkpoints, plan_id, run_dir)
     state = _state(config, base, model, mesh, checkpoints)
     start = int(state.step)
     _announce(config, state, mesh, start)
@@ -92,7 +94,7 @@ def train(config: Config) -> dict[str, Any]:
         best_metric=best_metric,
         checkpoints=checkpoints,
         recorder=recorder,
-        plan_hash=plan_hash(sources, config.train.batch_size, config.train.seed),
+        plan_hash=plan_id,
     )
     try:
         state, _ = trainer.fit(state, batches(plan, build, start, config.train.steps))
@@ -105,6 +107,8 @@ def train(config: Config) -> dict[str, Any]:
 def _spec(config: Config, base: Base) -> EmbeddingSpec:
     """The base's spec with the config's choices, and the prompts of its sources by name."""
     spec = base.spec.with_choices(config.model, config.data.max_length)
+    if not spec.include_instruction and spec.instruction_template.endswith(" "):
+        log.warning("instruction_template ends in a space, which merges into the next word: that word will not be pooled")
     return spec.with_prompts(
         {
             source.name or Path(source.path).stem: (source.instructions[0], source.document_instruction)
@@ -159,6 +163,13 @@ def _state(config: Config, base: Base, model: EmbeddingModel, mesh: Mesh, checkp
     state = TrainState(params, **rest)
     latest = checkpoints.latest()
     return state if latest is None else checkpoints.restore(latest, state)
+
+
+def _check_plan(checkpoints: Checkpoints, plan: str, run_dir: Path) -> None:
+    """Refuses to go on where the data under the run's plan has changed since its last checkpoint."""
+    latest = checkpoints.latest()
+    if latest is not None and checkpoints.cursor(latest)["plan_hash"] != plan:
+        raise UserError(f"{run_dir}: the training data changed since step {latest}; restore it, or name another run.dir")
 
 
 def _show_examples(sources: Sequence[Source], build: BatchBuilder, tokenizer: TextTokenizer) -> None:

@@ -19,7 +19,9 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 if __name__ == "__main__":
     parser = cli.parser("train", __doc__ + "\n\nThe same command resumes a run whose directory holds a checkpoint.")
-    parser.add_argument("--keys", action="version", version=config.reference().replace("%", "%%"), help="list every config key and exit")
+    parser.add_argument(
+        "--keys", action="version", version=config.reference().replace("%", "%%"), help="list every config key and exit"
+    )
     parser.add_argument("config", metavar="CONFIG.yaml", help="see configs/ for examples")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="such as train.steps=100 or run.dir=runs/a")
     cli.run(main, parser)

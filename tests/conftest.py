@@ -1,5 +1,6 @@
 """Every test runs offline, on eight simulated CPU devices, at the highest matmul precision."""
 
+# ruff: noqa: E402  (what JAX reads from the environment is set before anything imports it)
 import os
 import sys
 
@@ -25,7 +26,7 @@ hypothesis.settings.register_profile("repeatable", derandomize=True, database=No
 hypothesis.settings.load_profile("repeatable")
 jax.config.update("jax_default_matmul_precision", "highest")
 
-import tiny  # noqa: E402
+import tiny
 
 
 @pytest.fixture(scope="session")

@@ -88,7 +88,7 @@ def test_eight_devices_have_the_loss_and_the_gradients_of_one(base_folder: Folde
         batch = parallel.put_batch(parallel.make_mesh(devices), host_batches(source, devices, 1)[0].batch)
         objectives = [ObjectiveConfig(temperature=0.2)]
         value = jax.value_and_grad(lambda p, b: batch_loss(model, objectives, p, b)[0])  # noqa: B023
-        results.append(jax.jit(value)(params, batch))
+        results.append(jax.device_get(jax.jit(value)(params, batch)))
     (one, grads_of_one), (eight, grads_of_eight) = results
     assert 3.0 < one < 5.0
     assert abs(one - eight) < 1e-5 * one
@@ -122,7 +122,9 @@ def test_training_reduces_the_loss_and_reports_itself(base_folder: Folder, sourc
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
 
 
-def test_the_step_is_traced_and_compiled_once_for_each_number_of_rows(base_folder: Folder, source: Source) -> None:
+def test_the_step_is_traced_and_compiled_once_for_each_number_of_rows(
+    base_folder: Folder, source: Source, caplog: pytest.LogCaptureFixture
+) -> None:
     model, params = load(base_folder("qwen2"), SPEC, devices=8)
     mesh = parallel.make_mesh(8)
     inner, traced = make_optimizer(OptimConfig(), 10), []
@@ -135,11 +137,13 @@ def test_the_step_is_traced_and_compiled_once_for_each_number_of_rows(base_folde
     step = make_train_step(model, [ObjectiveConfig()], optimizer)
     state = new_state(params, optimizer, mesh)
     shapes = set()
-    for host in [*host_batches(source, 8, 3, row_length=128), *host_batches(source, 8, 3, row_length=16)]:
+    for host in [*host_batches(source, 8, 3, row_length=128), *host_batches(source, 8, 2, row_length=64)]:
         shapes.add(host.batch.texts.tokens.shape)
-        state, _ = step(state, parallel.put_batch(mesh, host.batch))
-    assert 1 < len(shapes) < 6
-    assert len(traced) == len(shapes) == step._cache_size()
+        with jax.log_compiles():
+            state, _ = step(state, parallel.put_batch(mesh, host.batch))
+    compiled = [line for line in caplog.messages if "Finished XLA compilation of jit(train_step)" in line]
+    assert 1 < len(shapes) < 5
+    assert len(traced) == len(shapes) == len(compiled)
 
 
 def test_objectives_add_up_by_their_weights(base_folder: Folder, source: Source) -> None:
@@ -152,10 +156,3 @@ def test_objectives_add_up_by_their_weights(base_folder: Folder, source: Source)
     warm, cold = ObjectiveConfig(temperature=0.5), ObjectiveConfig(temperature=0.1, weight=3.0)
     assert loss(warm, cold) == pytest.approx(loss(warm) + loss(cold), rel=1e-5)
     assert loss(cold) == pytest.approx(3 * loss(ObjectiveConfig(temperature=0.1)), rel=1e-5)
-
-
-def test_the_same_run_gives_the_same_bits(base_folder: Folder, source: Source) -> None:
-    model, params = load(base_folder("qwen2"), SPEC, devices=8)
-    (first, *_), (second, *_) = (run(model, params, source, 8, 3) for _ in range(2))
-    pairs = zip(jax.tree.leaves(first.params), jax.tree.leaves(second.params), strict=True)
-    assert all(np.array_equal(a, b) for a, b in pairs)

@@ -97,7 +97,7 @@ def test_a_killed_run_goes_on_bit_for_bit(folder):
     train(settings(folder, "straight"))
     cut = settings(folder, "cut")
     script = (
-        "import os, sys; from jaxembed import config, parallel; from jaxembed.run import train; from jaxembed.training import loop\n"
+        "import os, sys; from jaxembed import config; from jaxembed.run import train; from jaxembed.training import loop\n"
         "real = loop.Recorder.log\n"
         "def log(self, step, values, stage=0):\n"
         "    real(self, step, values, stage)\n"
@@ -118,10 +118,20 @@ def test_a_run_directory_of_another_config_is_refused(folder):
         train(settings(folder, "mine", "train.steps=1", "optim.learning_rate=0.01"))
 
 
+def test_changed_data_is_refused(folder):
+    pairs = folder / "edited.jsonl"
+    pairs.write_text((folder / "pairs.jsonl").read_text())
+    edited = settings(folder, "edited", "train.steps=1", f"data.sources.0.path={pairs}")
+    train(edited)
+    pairs.write_text(pairs.read_text() + pairs.read_text().splitlines()[0] + "\n")
+    with pytest.raises(UserError, match="edited: the training data changed since step 1"):
+        train(edited)
+
+
 def test_batch_must_be_divisible_and_within_the_data(folder):
-    with pytest.raises(UserError, match="train.batch_size 15 is not divisible by the 2 shards"):
+    with pytest.raises(UserError, match=r"train\.batch_size 15 is not divisible by the 2 shards"):
         train(settings(folder, "odd", "train.batch_size=15"))
-    with pytest.raises(UserError, match="train.batch_size is 128, but the sources hold 96"):
+    with pytest.raises(UserError, match=r"train\.batch_size is 128, but the sources hold 96"):
         train(settings(folder, "big", "train.batch_size=128"))
     with pytest.raises(UserError, match=r"data\.max_length is 256, but .* has 128 positions"):
         train(settings(folder, "long", "data.max_length=256"))

@@ -45,8 +45,8 @@ def open_beir(folder: Path, splits: tuple[str, ...]) -> BeirFolder:
     corpus_rows, query_rows = _row_of_id(corpus), _row_of_id(queries)
     relevant: dict[int, dict[int, int]] = {}
     text = _read(qrels)
-    for number, line in enumerate(text.split("\n")[1:], 2):
-        if not line.strip():
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip() or (number == 1 and _is_header(line)):
             continue
         query, document, grade = _judgement(line, f"{qrels}:{number}")
         for name, rows, of in ((query, query_rows, queries), (document, corpus_rows, corpus)):
@@ -67,6 +67,11 @@ def _read(path: Path) -> str:
         raise UserError(f"{path}: not valid UTF-8 (byte {error.start}); save the file as UTF-8") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _is_header(line: str) -> bool:
+    """Whether the first line names the columns; in a file without a header it is a judgement."""
+    return not line.rpartition("\t")[2].strip().replace(".", "", 1).isdecimal()
 
 
 def _judgement(line: str, where: str) -> tuple[str, str, int]:

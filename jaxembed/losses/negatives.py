@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, UInt32
 from jaxembed.data.batch import Batch
 
 
-def same_hash(a: UInt32[Array, "*x 2"], b: UInt32[Array, "*x 2"]) -> jax.Array:
+def same_hash(a: UInt32[Array, "*#x 2"], b: UInt32[Array, "*#x 2"]) -> jax.Array:
     """Whether two texts are equal, by their hashes; broadcasts."""
     return (a[..., 0] == b[..., 0]) & (a[..., 1] == b[..., 1])
 

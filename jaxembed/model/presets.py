@@ -61,7 +61,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         # For training from scratch. In Qwen3's form, since transformers puts its own tokenizer on qwen2 folders.
         "tiny": {
             **_QWEN2, "model_type": "qwen3", "head_dim": 64, "vocab_size": 8192, "hidden_size": 256,
-            "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 1024,
+            "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 256,
             "tie_word_embeddings": True,
         },
         "qwen2-0.5b": {

@@ -1,0 +1,62 @@
+"""Tiny models on the JAX side: read from the folders that `tiny` makes, run on packed texts."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxembed import parallel
+from jaxembed.data.packing import PackedTexts, fill, max_segments, pack
+from jaxembed.hub.weights import load_params
+from jaxembed.model.decoder import Compute
+from jaxembed.model.embedder import EmbeddingModel, parameter_shapes
+from jaxembed.model.presets import from_hf
+from jaxembed.spec import EmbeddingSpec
+
+
+def load(folder: Path, spec: EmbeddingSpec, devices: int = 1, **compute: Any) -> tuple[EmbeddingModel, Any]:
+    """The model of a folder under a spec, and its parameters on the first `devices`."""
+    config = from_hf(json.loads((folder / "config.json").read_text()), str(folder))
+    model = EmbeddingModel(config, spec, Compute(**compute))
+    boxed = parameter_shapes(model)
+    shardings = parallel.param_shardings(parallel.make_mesh(devices), nn.get_partition_spec(boxed))
+    decoder = load_params(folder, config, nn.unbox(boxed)["decoder"], shardings["decoder"])
+    return model, {"decoder": decoder}
+
+
+def draw_texts(lengths: Sequence[int], seed: int = 0, vocabulary: int = 300) -> list[np.ndarray]:
+    """Random tokens of texts of these lengths."""
+    random = np.random.default_rng(seed)
+    return [random.integers(3, vocabulary, length).astype(np.int32) for length in lengths]
+
+
+def in_rows(
+    texts: Sequence[np.ndarray], row_length: int, pool_from: Sequence[int] | None = None, shards: int = 1
+) -> tuple[PackedTexts, np.ndarray]:
+    """Texts packed into rows, and each one's index among the vectors [R * S] that come out."""
+    row, place, rows = pack([len(text) for text in texts], row_length)
+    shape = (-(-rows // shards) * shards, row_length)
+    arrays = fill(texts, [0] * len(texts) if pool_from is None else pool_from, row, place, shape)
+    segments = max_segments(row_length)
+    packed = PackedTexts(**arrays, segments=segments, shards=shards)
+    return jax.tree.map(jnp.asarray, packed), row * segments + place
+
+
+@functools.cache
+def compiled(model: EmbeddingModel) -> Callable[..., jax.Array]:
+    return jax.jit(model.apply)
+
+
+def vectors(model: EmbeddingModel, params: Any, packed: PackedTexts, index: np.ndarray, devices: int = 1) -> np.ndarray:
+    """The vectors [texts, D], in the order of the texts."""
+    placed = parallel.put_batch(parallel.make_mesh(devices), packed)
+    out = np.asarray(compiled(model)({"params": params}, placed))
+    return out.reshape(-1, out.shape[-1])[index]

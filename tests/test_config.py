@@ -1,0 +1,163 @@
+"""The configuration tree: what it takes, and the one line that says what is off."""
+
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import pytest
+import yaml
+
+from jaxembed.config import Config, load
+from jaxembed.errors import UserError
+from jaxembed.spec import EmbeddingSpec
+
+SMALLEST = {"model": {"base": "preset:tiny"}, "data": {"sources": [{"path": "a.jsonl"}, {"path": "b.jsonl"}]}}
+
+
+def write(folder: Path, tree: Any) -> Path:
+    path = folder / "mine.yaml"
+    path.write_text(tree if isinstance(tree, str) else yaml.safe_dump(tree))
+    return path
+
+
+def of(folder: Path, *overrides: str) -> Config:
+    return load(write(folder, SMALLEST), overrides)
+
+
+def error_of(folder: Path, *overrides: str, tree: Any = SMALLEST) -> str:
+    with pytest.raises(UserError) as error:
+        load(write(folder, tree), overrides)
+    assert "\n" not in str(error.value)
+    return str(error.value).replace(str(folder / "mine.yaml"), "FILE")
+
+
+def test_the_smallest_config_has_every_default(tmp_path: Path) -> None:
+    config = of(tmp_path)
+    assert (config.run.name, config.run.dir) == ("mine", "runs/mine")
+    assert (config.train.steps, config.objectives[0].name, config.row_length) == (1000, "infonce", 512)
+
+
+def test_what_is_dumped_reads_back_the_same(tmp_path: Path) -> None:
+    config = of(tmp_path, "data.sources.0.instructions=[é, 'b: c']", "eval.sets=[{name: x, path: y}]")
+    assert load(write(tmp_path, config.dump())) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "field", "value"),
+    [
+        ("train.steps=7", "train", "steps", 7),
+        ("optim.learning_rate=1e-5", "optim", "learning_rate", 1e-5),  # a string to YAML
+        ("model.pooling={kind: last}", "model", "pooling.kind", "last"),
+        ("model.pooling.kind=last", "model", "pooling.kind", "last"),
+        ("model.base=a=b", "model", "base", "a=b"),
+        ("data.row_length=", "data", "row_length", None),
+        ("run.name=other", "run", "dir", "runs/other"),
+        ("run.dir=x", "run", "name", "mine"),
+        ("eval.bm25=true", "eval", "bm25", True),
+    ],
+)
+def test_overrides(tmp_path: Path, override: str, section: str, field: str, value: Any) -> None:
+    found: Any = getattr(of(tmp_path, override), section)
+    for name in field.split("."):
+        found = getattr(found, name)
+    assert found == value and type(found) is type(value)
+
+
+def test_overrides_of_list_entries_and_their_order(tmp_path: Path) -> None:
+    config = of(tmp_path, "data.sources.1.path=c.jsonl", "data.sources.1.weight=2", "train.steps=1", "train.steps=2")
+    assert [(s.path, s.weight) for s in config.data.sources] == [("a.jsonl", 1.0), ("c.jsonl", 2.0)]
+    assert config.train.steps == 2
+    config = of(tmp_path, "data.sources.1={path: d.jsonl}")
+    assert [source.path for source in config.data.sources] == ["a.jsonl", "d.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.stepz=5", "FILE: unknown key train.stepz; did you mean steps?"),
+        ("optim.lerning_rate=5", "FILE: unknown key optim.lerning_rate; did you mean learning_rate?"),
+        ("modle.base=x", "FILE: unknown key modle; did you mean model?"),
+        ("data.sources.0.pth=x", "FILE: unknown key data.sources.0.pth; did you mean path?"),
+        ("model.pooling.knid=mean", "FILE: unknown key model.pooling.knid; did you mean kind?"),
+        ("mesh.qqqq=1", "FILE: unknown key mesh.qqqq; known here: data"),
+        ("train.steps=many", "FILE: train.steps: Input should be a valid integer, unable to parse string as an integer"),
+        ("train.steps=1.5", "FILE: train.steps: Input should be a valid integer"),
+        ("train.steps=0", "FILE: train.steps: Input should be greater than 0 (got 0)"),
+        ("train=5", "FILE: train: Input should be a valid dictionary"),
+        ("model.attention=sideways", "FILE: model.attention: Input should be 'causal' or 'bidirectional' (got 'sideways')"),
+        ("optim.learning_rate=.nan", "FILE: optim.learning_rate: Input should be greater than 0 (got nan)"),
+        ("data.sources=[]", "FILE: data.sources: Tuple should have at least 1 item"),
+        ("data.sources.0={weight: 2}", "FILE: data.sources.0.path is missing; it has no default"),
+        ("data.row_length=511", "FILE: data: row_length 511 is below max_length 512; a text must fit a row"),
+        ("model.instruction_template=Query", "FILE: model: instruction_template must contain {instruction}"),
+        ("mesh.data=0", "FILE: mesh: data is 0; expected a number of devices, or -1 for all"),
+        ("train.steps", "override 'train.steps': expected key.sub=value, such as train.steps=100"),
+        ("=5", "override '=5': expected key.sub=value"),
+        ("train.steps=[", "override 'train.steps=[': the value is not valid YAML"),
+        ("train.steps=2001-99-99", "override 'train.steps=2001-99-99': the value is not valid YAML"),
+        ("data.sources.2.path=x", "override 'data.sources.2.path=x': '2' is no index into a list of 2 entries"),
+        ("data.sources.²=x", "override 'data.sources.²=x': '²' is no index into a list of 2 entries"),
+        ("data.sources.path=x", "override 'data.sources.path=x': 'path' is no index into a list of 2 entries"),
+        ("model.base.x=1", "override 'model.base.x=1': base holds a str, not a section"),
+    ],
+)
+def test_errors_name_the_key(tmp_path: Path, override: str, message: str) -> None:
+    assert error_of(tmp_path, override).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ("", "FILE: expected a mapping of sections such as model: and data:, found nothing"),
+        ("[1]", "FILE: expected a mapping of sections such as model: and data:, found a list"),
+        ("a: [", "FILE: not valid YAML (while parsing"),
+        ("a: 2001-99-99", "FILE: not valid YAML (month must be in 1..12"),
+        ("a: !!python/object:os.system {}", "FILE: not valid YAML"),
+        ("1: 2", "FILE: "),
+        ({"data": SMALLEST["data"]}, "FILE: model is missing; it has no default"),
+    ],
+)
+def test_errors_of_files(tmp_path: Path, tree: Any, message: str) -> None:
+    assert error_of(tmp_path, tree=tree).startswith(message)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"absent.yaml: no such config file; give the path of a YAML file$"):
+        load(tmp_path / "absent.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"a: \xe9")
+    for path in (tmp_path, tmp_path / "latin.yaml"):
+        with pytest.raises(UserError, match="cannot be read as UTF-8 text"):
+            load(path)
+
+
+def test_the_tree_is_frozen(tmp_path: Path) -> None:
+    config = of(tmp_path)
+    with pytest.raises(pydantic.ValidationError, match="frozen"):
+        config.train.steps = 5  # type: ignore[misc]
+    hash(config)
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_the_configs_that_come_along_are_valid(path: Path) -> None:
+    assert load(path).run.name == path.stem
+
+
+def test_a_spec_takes_what_a_config_chooses_and_keeps_the_rest(tmp_path: Path) -> None:
+    spec = EmbeddingSpec(attention="causal", pooling="last", append_eos=False, prompts={"query": "q"})
+    assert spec.with_choices(of(tmp_path).model, 77) == EmbeddingSpec(
+        "causal", "last", False, True, False, 77, prompts={"query": "q"}
+    )
+    chosen = of(
+        tmp_path, "model.attention=bidirectional", "model.pooling={kind: mean, include_instruction: true}",
+        "model.normalize=false", "model.append_eos=true", "model.instruction_template='{instruction}:'",
+    )  # fmt: skip
+    expected = EmbeddingSpec("bidirectional", "mean", True, False, True, 77, "{instruction}:", {"query": "q"})
+    assert spec.with_choices(chosen.model, 77) == expected
+
+
+def test_prompts_are_made_by_the_template_and_stored_by_name() -> None:
+    spec = EmbeddingSpec(instruction_template="<{instruction}> ")
+    assert (spec.prompt("find {x}"), spec.prompt(""), spec.prompt(None)) == ("<find {x}> ", "", "")
+    assert spec.with_prompts({}) == spec
+    named = spec.with_prompts({"a": ("find", "doc"), "b": ("sort", "")}).prompts
+    assert named == {"query": "<find> ", "document": "<doc> ", "a": "<find> ", "b": "<sort> "}

@@ -1,0 +1,54 @@
+"""Meshes and shardings, on eight simulated devices."""
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from jaxembed import parallel
+from jaxembed.errors import UserError
+from jaxembed.model.embedder import EmbeddingModel, init_params, parameter_shapes
+from jaxembed.model.presets import from_hf, preset
+from jaxembed.spec import EmbeddingSpec
+
+
+def test_a_mesh_takes_all_devices_or_as_many_as_asked_for() -> None:
+    assert [parallel.shard_count(parallel.make_mesh(count)) for count in (-1, 1, 3, 8)] == [8, 1, 3, 8]
+    with pytest.raises(UserError, match=r"^mesh.data is 9, but 8 devices are here; use at most that, or -1 for all$"):
+        parallel.make_mesh(9)
+
+
+def test_a_batch_is_split_in_order_over_its_first_axis() -> None:
+    mesh = parallel.make_mesh(4)
+    placed = parallel.put_batch(mesh, {"a": np.arange(8).reshape(8, 1), "b": np.arange(4)})
+    for name, per_device in (("a", 2), ("b", 1)):
+        pieces = [np.asarray(shard.data).ravel().tolist() for shard in placed[name].addressable_shards]
+        assert pieces == np.arange(4 * per_device).reshape(4, per_device).tolist()
+
+
+def test_every_parameter_declares_axes_that_the_table_knows() -> None:
+    for name in ("qwen2-0.5b", "mistral-7b", "tiny"):
+        boxed = parameter_shapes(EmbeddingModel(from_hf(preset(name), name), EmbeddingSpec()))
+        specs = jax.tree.leaves(nn.get_partition_spec(boxed), is_leaf=lambda x: isinstance(x, PartitionSpec))
+        shapes = jax.tree.leaves(nn.unbox(boxed))
+        assert all(len(spec) == len(shape.shape) for spec, shape in zip(specs, shapes, strict=True))
+        assert {axis for spec in specs for axis in spec} <= set(parallel.LOGICAL_AXES)
+
+
+def test_an_axis_that_the_table_lacks_is_an_error() -> None:
+    mesh = parallel.make_mesh(2)
+    assert parallel.param_shardings(mesh, {"a": PartitionSpec("embed", None)})["a"].spec == PartitionSpec(None, None)
+    with pytest.raises(KeyError, match="colour"):
+        parallel.param_shardings(mesh, {"a": PartitionSpec("colour")})
+
+
+def test_random_parameters_do_not_depend_on_the_devices() -> None:
+    model = EmbeddingModel(from_hf({**preset("tiny"), "vocab_size": 50}, "test"), EmbeddingSpec())
+    specs = nn.get_partition_spec(parameter_shapes(model))
+    one, eight = (
+        init_params(model, jax.random.key(0), parallel.param_shardings(parallel.make_mesh(count), specs)) for count in (1, 8)
+    )
+    kernel, scale = one["decoder"]["layers"]["mlp"]["up"]["kernel"], one["decoder"]["norm"]["scale"]
+    assert abs(float(kernel.std()) - 0.02) < 1e-3 and (scale == 1).all()
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True))

@@ -1,0 +1,323 @@
+"""Training sources: formats, errors that name file and line, and what is drawn."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jaxembed.config import PythonPackagesConfig, SourceConfig
+from jaxembed.data.beir import open_beir, write_beir
+from jaxembed.data.jsonl import JsonLines
+from jaxembed.data.schema import Example, check_pair, text_hash
+from jaxembed.data.sources import Source, detect_format, open_source
+from jaxembed.errors import UserError
+
+PAIRS = [
+    {"query": "q0", "pos": ["p0", "p1", "p0"], "neg": ["n0", "p1", "n1", "n2", "n0"]},
+    {"query": "q1", "pos": ["p2"]},
+    {"query": "q2", "pos": ["p3"], "neg": [], "prompt": "its own"},
+]
+LABELS = [{"text": f"text {i}", "label": ["sport", "science", "world"][i % 3]} for i in range(12)]
+SCORED = [{"sentence1": f"a{i}", "sentence2": f"b{i}", "score": float(i)} for i in range(6)]
+
+
+def write(path: Path, rows: Sequence[Any]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def source(path: Path, **options: Any) -> Source:
+    return open_source(SourceConfig(path=str(path), **options), PythonPackagesConfig(), path.parent)
+
+
+def draws(opened: Source, index: int, negatives: int, count: int = 40) -> list[Example]:
+    return [opened.draw(index, np.random.default_rng(seed), negatives) for seed in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        (PAIRS[0], "pairs"),
+        ({"query": "a", "positives": ["b"]}, "pairs"),  # to say which field is missing
+        (LABELS[0], "labels"),
+        (SCORED[0], "scored_pairs"),
+    ],
+)
+def test_a_format_is_read_off_the_first_row(tmp_path: Path, row: Any, kind: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n \n" + json.dumps(row))
+    assert detect_format(SourceConfig(path=str(path))) == kind
+    assert detect_format(SourceConfig(path=str(path), format="labels")) == "labels"
+
+
+def test_a_format_is_read_off_the_path(tmp_path: Path) -> None:
+    assert detect_format(SourceConfig(path=str(tmp_path))) == "beir"
+    assert detect_format(SourceConfig(path="python_packages")) == "python_packages"
+
+
+GOOD = b'{"query": "q", "pos": ["p"]}\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (GOOD + b'{"query": "q", "pos": "p"}', ':2: "pos" is a string; write a list: "pos": ["p"]'),
+        (GOOD + b'{"query": "q"}', ':2: "pos" must be a list of non-empty strings'),
+        (GOOD + b'{"query": "q", "pos": []}', ':2: "pos" is empty; a query needs a positive'),
+        (GOOD + b'{"query": "q", "pos": [""]}', ':2: "pos" must be a list of non-empty strings'),
+        (GOOD + b'{"query": "q", "pos": ["p"], "neg": [1]}', ':2: "neg" must be a list of non-empty strings'),
+        (GOOD + b'{"query": "q", "pos": ["p"], "neg": "n"}', ':2: "neg" is a string; write a list: "neg": ["n"]'),
+        (GOOD + b'{"query": "q", "pos": ["p"], "prompt": 1}', ':2: "prompt" must be a string'),
+        (GOOD + b'{"pos": ["p"]}', ':2: "query" is missing; expected a non-empty string'),
+        (GOOD + b'{"query": 3, "pos": ["p"]}', ':2: "query" must be a non-empty string'),
+        (GOOD + b'\n{"query": "q", "pos": ["p"]', ":3: not valid JSON (Expecting"),
+        (GOOD + b'["q", "p"]', ":2: expected a JSON object, found a list"),
+        (GOOD + b'{"query": "\xff", "pos": ["p"]}', ":2: not valid UTF-8 (byte 11)"),
+        (GOOD + b'{"query": "\\ud83d!", "pos": ["p"]}', ":2: a text holds half of a surrogate pair"),
+        (GOOD + b'{"query": "\xed\xa0\xbd", "pos": ["p"]}', ":2: not valid UTF-8"),
+        (GOOD + b"[" * 100_000, ":2: not valid JSON"),
+        (b"", ": the file holds no rows; expected one JSON object a line"),
+        (b"\n \n", ": the file holds no rows; expected one JSON object a line"),
+        (b'{"title": "t"}', ":1: unknown row with keys title; expected query and pos, text and label"),
+        (b'{"text": "t", "label": "a"}\n{"text": "t"}', ':2: "label" is missing; expected a string or a whole number'),
+        (b'{"text": "t", "label": "a"}\n{"text": "t", "label": 1.5}', ':2: "label" must be a string or a whole number'),
+        (b'{"text": "t", "label": 1}\n{"label": 1}', ':2: "text" is missing'),
+        (b'{"sentence1": "a", "score": 1}', ':1: "sentence2" is missing'),
+        (b'{"sentence1": "a", "sentence2": "b", "score": NaN}', ':1: "score" must be a finite number'),
+        (b'{"sentence1": "a", "sentence2": "b", "score": "5"}', ':1: "score" must be a finite number'),
+        (b'{"sentence1": "a", "sentence2": "b", "score": 1' + b"0" * 400 + b"}", ':1: "score" must be a finite number'),
+        (b'{"sentence1": "a", "sentence2": "b", "score": 1}', ": no pair scores 4.0 or more; lower the source's min_score"),
+    ],
+)
+def test_an_error_names_file_and_line(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        source(path)
+    assert str(error.value).startswith(f"{path}{message}")
+    assert "\n" not in str(error.value)
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^data.sources: .*/absent.jsonl: no such file or folder$"):
+        source(tmp_path / "absent.jsonl")
+    with pytest.raises(UserError, match=r"/absent.jsonl: no such file$"):
+        source(tmp_path / "absent.jsonl", format="pairs")
+    with pytest.raises(UserError, match=r"cannot be read \(Is a directory\)$"):
+        source(tmp_path, format="pairs")
+
+
+def test_rows_are_read_from_any_place_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps(row, ensure_ascii=False) for row in [*PAIRS, {"query": "é🙂\u2028", "pos": ["数学"]}]]
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n\n".join(lines).encode())
+    rows = JsonLines(path, check_pair)
+    assert [rows[i] for i in (3, 0, 2, 1)] == [json.loads(lines[i]) for i in (3, 0, 2, 1)]
+    assert len(rows) == 4
+    with pytest.raises(IndexError):
+        rows[4]
+
+
+def test_an_escaped_emoji_is_one_character(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"query": "\\ud83d\\ude42", "pos": ["p"]}')
+    assert source(path).draw(0, np.random.default_rng(0), 0).query == "🙂"
+
+
+def test_one_positive_is_drawn_and_no_other_positive_is_a_negative(tmp_path: Path) -> None:
+    opened = source(write(tmp_path / "a.jsonl", PAIRS))
+    drawn = draws(opened, 0, negatives=2)
+    assert {example.positive for example in drawn} == {"p0", "p1"}
+    assert {example.positives for example in drawn} == {("p0", "p1")}
+    assert {text for example in drawn for text in example.negatives} == {"n0", "n1", "n2"}
+    assert all(len(set(example.negatives)) == 2 for example in drawn)
+    assert draws(opened, 0, negatives=9)[0].negatives == ("n0", "n1", "n2")
+    assert draws(opened, 1, negatives=9)[0].negatives == ()
+    assert opened.drawer.most_positives >= 2
+
+
+def test_a_draw_depends_on_its_random_numbers_alone(tmp_path: Path) -> None:
+    kinds = {"pairs": PAIRS, "labels": LABELS, "scored": SCORED}
+    for name, rows in kinds.items():
+        opened = source(write(tmp_path / name, rows), instructions=["one", "two"], min_score=0)
+        again = source(tmp_path / name, instructions=["one", "two"], min_score=0)
+        first = draws(opened, 0, 2)
+        again.draw(1, np.random.default_rng(9), 1)
+        assert repr(draws(again, 0, 2)) == repr(first)  # repr, since a missing score is NaN
+        assert len({repr(example) for example in first}) > 1
+
+
+def test_instructions_are_drawn_and_the_prompt_of_a_row_wins(tmp_path: Path) -> None:
+    options = {"instructions": ["one", "two"], "document_instruction": "doc"}
+    opened = source(write(tmp_path / "a.jsonl", PAIRS), **options)
+    assert {example.instruction for example in draws(opened, 1, 0)} == {"one", "two"}
+    assert {example.instruction for example in draws(opened, 2, 0)} == {"its own"}
+    assert {example.document_instruction for example in draws(opened, 2, 0)} == {"doc"}
+    assert draws(source(tmp_path / "a.jsonl"), 1, 0)[0].instruction == ""
+
+
+def test_two_labels_are_documents_themselves(tmp_path: Path) -> None:
+    rows = [{"text": f"text {i}", "label": ["good", "bad"][i % 2]} for i in range(6)]
+    example = draws(source(write(tmp_path / "a.jsonl", rows)), 1, negatives=3)[0]
+    assert (example.query, example.positive, example.negatives) == ("text 1", "bad", ("good",))
+    assert example.label == 0
+
+
+@pytest.mark.parametrize("choice", ["auto", "examples"])
+def test_of_more_labels_other_examples_are_documents(tmp_path: Path, choice: str) -> None:
+    label_of = {row["text"]: row["label"] for row in LABELS}
+    opened = source(write(tmp_path / "a.jsonl", LABELS), label_documents=choice)
+    drawn = draws(opened, 4, negatives=3)
+    assert all(example.query == "text 4" != example.positive for example in drawn)
+    assert {label_of[example.positive] for example in drawn} == {"science"}
+    assert {label_of[text] for example in drawn for text in example.negatives} == {"sport", "world"}
+    assert {example.positive for example in drawn} == {"text 1", "text 7", "text 10"}
+    assert max(len(example.negatives) for example in drawn) == 3
+    assert {example.label for example in drawn} == {0}
+
+
+def test_label_documents_can_be_chosen(tmp_path: Path) -> None:
+    opened = source(write(tmp_path / "a.jsonl", LABELS), label_documents="labels")
+    assert {example.positive for example in draws(opened, 0, 1)} == {"sport"}
+    assert {text for example in draws(opened, 0, 1) for text in example.negatives} == {"science", "world"}
+    two = [{"text": f"t{i}", "label": i % 2} for i in range(6)]
+    opened = source(write(tmp_path / "b.jsonl", two), label_documents="examples")
+    assert {example.positive for example in draws(opened, 0, 1)} == {"t2", "t4"}
+
+
+def test_a_label_alone_and_equal_texts_under_two_labels(tmp_path: Path) -> None:
+    rows = [{"text": "same", "label": "a"}, {"text": "same", "label": "b"}, {"text": "other", "label": "b"}]
+    opened = source(write(tmp_path / "a.jsonl", rows), label_documents="examples")
+    for example in draws(opened, 0, 4):
+        assert example.positive == "same"
+        assert "same" not in example.negatives
+    one = source(write(tmp_path / "b.jsonl", [{"text": "x", "label": "a"}, {"text": "y", "label": "a"}]))
+    assert {(example.positive, example.negatives) for example in draws(one, 0, 4)} == {("y", ())}
+
+
+def test_scored_pairs_above_the_threshold_go_both_ways(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", SCORED)
+    opened = source(path, min_score=3.0)
+    assert len(opened) == 3
+    assert {(e.query, e.positive) for e in draws(opened, 0, 2)} == {("a3", "b3"), ("b3", "a3")}
+    assert {(e.score, e.negatives) for e in draws(opened, 2, 2)} == {(5.0, ())}
+    assert len(source(path)) == 2
+
+
+def test_in_batch_negatives_are_off_for_labels_unless_asked_for(tmp_path: Path) -> None:
+    labels, pairs = write(tmp_path / "l", LABELS), write(tmp_path / "p", PAIRS)
+    assert (source(labels).in_batch, source(pairs).in_batch) == (False, True)
+    assert source(labels, in_batch_negatives=True).in_batch
+    assert not source(pairs, in_batch_negatives=False).in_batch
+
+
+def test_names_and_digests(tmp_path: Path) -> None:
+    path = write(tmp_path / "pairs.jsonl", PAIRS)
+    first = source(path)
+    assert (first.name, source(path, name="mine").name) == ("pairs", "mine")
+    assert source(path).digest == first.digest
+    write(path, PAIRS[:2])
+    assert source(path).digest != first.digest
+
+
+def beir(folder: Path, split: str = "train") -> Path:
+    corpus = {"d1": "one", "d2": "two", "d3": "three"}
+    write_beir(folder, corpus, {"q1": "first", "q2": "second", "q3": "third"}, {}, split)
+    (folder / "corpus.jsonl").write_text(
+        '{"_id": "d1", "title": "Title", "text": "one"}\n'
+        '{"_id": "d2", "title": "", "text": "two"}\n{"_id": "d3", "text": "three"}'
+    )
+    qrels = "query-id\tcorpus-id\tscore\nq3\td2\t1\r\nq1\td1\t2\nq1\td3\t1\n\nq2\td1\t0\n"
+    (folder / "qrels" / f"{split}.tsv").write_text(qrels)
+    return folder
+
+
+def test_queries_of_a_beir_folder_that_have_documents_are_examples(tmp_path: Path) -> None:
+    opened = source(beir(tmp_path))
+    assert len(opened) == 2
+    found = {opened.draw(i, np.random.default_rng(0), 3).query: i for i in range(2)}
+    assert sorted(found) == ["first", "third"]
+    drawn = draws(opened, found["first"], 3)
+    assert {example.positive for example in drawn} == {"Title one", "three"}
+    assert {example.positives for example in drawn} == {("Title one", "three")}
+    assert opened.drawer.most_positives == 2
+
+
+def test_the_first_split_that_is_there_is_read(tmp_path: Path) -> None:
+    beir(tmp_path, "test")
+    assert len(open_beir(tmp_path, ("dev", "test")).query_rows) == 2
+    (tmp_path / "qrels" / "dev.tsv").write_text("query-id\tcorpus-id\tscore\nq2\td2\t1\n")
+    opened = open_beir(tmp_path, ("dev", "test"))
+    assert (opened.query(0), opened.relevant, opened.document(0)) == ("second", [{1: 1}], "Title one")
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    write_beir(tmp_path, {"d1": "ein\nText", "d2": "é🙂"}, {"q1": "who?", "q2": "unasked"}, {"q1": {"d2": 3, "d1": 1}})
+    opened = open_beir(tmp_path, ("test",))
+    assert [opened.document(row) for row in range(2)] == ["ein\nText", "é🙂"]
+    assert (opened.query(0), opened.relevant) == ("who?", [{1: 3, 0: 1}])
+    assert relevance_matrix(opened.relevant, np.array([[1, 0]])).tolist() == [[3, 1]]
+
+
+def test_every_file_of_a_beir_folder_counts_in_its_digest(tmp_path: Path) -> None:
+    digests = {source(beir(tmp_path)).digest}
+    for name, old, new in [
+        ("corpus.jsonl", "two", "2"),
+        ("queries.jsonl", "third", "3rd"),
+        ("qrels/train.tsv", "d2\t1", "d3\t1"),
+    ]:
+        path = tmp_path / name
+        path.write_text(path.read_text().replace(old, new))
+        digests.add(source(tmp_path).digest)
+    assert len(digests) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("qrels/train.tsv", "h\nq1 d1 1", "train.tsv:2: expected query-id, corpus-id and score between tabs, found 'q1 d1 1'"),
+        ("qrels/train.tsv", "h\n\nq1\td1\tx", "train.tsv:3: expected query-id, corpus-id and score"),
+        ("qrels/train.tsv", "h\nq1\td1\tinf", "train.tsv:2: expected query-id, corpus-id and score"),
+        ("qrels/train.tsv", "h\nq1\td9\t1", "train.tsv:2: id 'd9' is not in .*corpus.jsonl"),
+        ("qrels/train.tsv", "h\nq9\td1\t1", "train.tsv:2: id 'q9' is not in .*queries.jsonl"),
+        ("qrels/train.tsv", "h\nq1\td1\t0", "train.tsv: no query has a relevant document"),
+        ("qrels/train.tsv", b"h\n\xff", "train.tsv: not valid UTF-8"),
+        ("corpus.jsonl", '{"_id": "d1", "text": "a"}\n' * 2, "corpus.jsonl: _id 'd1' stands in two rows"),
+        ("corpus.jsonl", '{"_id": "d1"}', 'corpus.jsonl:1: "text" is missing'),
+        ("corpus.jsonl", '{"_id": 1, "text": "a"}', 'corpus.jsonl:1: "_id" must be a non-empty string'),
+        ("corpus.jsonl", '{"_id": "d1", "text": "a", "title": null}', 'corpus.jsonl:1: "title" must be a string'),
+        ("queries.jsonl", '{"_id": "q1", "text": ""}', 'queries.jsonl:1: "text" must be a non-empty string'),
+        ("queries.jsonl", None, "queries.jsonl: no such file"),
+        ("qrels/train.tsv", None, "expected qrels/train.tsv beside corpus.jsonl and queries.jsonl"),
+    ],
+)
+def test_errors_of_a_beir_folder(tmp_path: Path, name: str, content: str | bytes | None, message: str) -> None:
+    path = beir(tmp_path) / name
+    path.unlink() if content is None else path.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(UserError, match=message):
+        source(tmp_path)
+
+
+def test_packages_of_the_environment_are_a_source(tmp_path: Path) -> None:
+    packages = PythonPackagesConfig(packages=("json",), holdout_functions=2)
+    opened = open_source(SourceConfig(path="python_packages"), packages, tmp_path)
+    assert opened.name == "python_packages" and len(opened) > 0
+    assert "def " in opened.draw(0, np.random.default_rng(0), 0).positive
+
+
+def test_equal_texts_and_only_those_have_equal_hashes() -> None:
+    texts = ["", "a", "b", "ab", "é", "e\u0301", " a"]
+    assert len({tuple(text_hash(text)) for text in texts}) == len(texts)
+    assert np.array_equal(text_hash("é"), text_hash("é"))
+    assert text_hash("a").dtype == np.uint32 and text_hash("a").shape == (2,)
+
+
+def test_qrels_without_a_header_lose_no_judgement(tmp_path):
+    write_beir(tmp_path, {"d1": "one", "d2": "two"}, {"q1": "first", "q2": "second"}, {"q1": {"d1": 1}, "q2": {"d2": 1}})
+    qrels = next((tmp_path / "qrels").iterdir())
+    whole = open_beir(tmp_path, ("test",))
+    qrels.write_text("".join(qrels.read_text().splitlines(keepends=True)[1:]))
+    assert open_beir(tmp_path, ("test",)).relevant == whole.relevant == [{0: 1}, {1: 1}]
