@@ -259,7 +259,6 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     opened = open_beir(tmp_path, ("test",))
     assert [opened.document(row) for row in range(2)] == ["ein\nText", "é🙂"]
     assert (opened.query(0), opened.relevant) == ("who?", [{1: 3, 0: 1}])
-    assert relevance_matrix(opened.relevant, np.array([[1, 0]])).tolist() == [[3, 1]]
 
 
 def test_every_file_of_a_beir_folder_counts_in_its_digest(tmp_path: Path) -> None:

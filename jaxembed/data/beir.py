@@ -7,8 +7,6 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-
 from jaxembed.data.jsonl import JsonLines, write_lines
 from jaxembed.data.schema import check_corpus, check_query
 from jaxembed.errors import UserError
@@ -123,8 +121,3 @@ class BeirPairs:
     def __getitem__(self, index: int) -> dict[str, object]:
         documents = [self._beir.document(row) for row in sorted(self._beir.relevant[index])]
         return {"query": self._beir.query(index), "pos": documents}
-
-
-def relevance_matrix(relevant: list[dict[int, int]], ranked: np.ndarray) -> np.ndarray:
-    """[Q, k] grades of ranked corpus rows."""
-    return np.array([[grades.get(int(row), 0) for row in rows] for grades, rows in zip(relevant, ranked, strict=True)])
