@@ -1,5 +1,6 @@
 """BM25, the lexical baseline that a trained embedder is measured against."""
 
+import logging
 import re
 from collections.abc import Sequence
 
@@ -24,6 +25,7 @@ def rank(corpus: Sequence[str], queries: Sequence[str], k: int) -> np.ndarray:
         from bm25s.stopwords import STOPWORDS_EN
     except ImportError:
         raise UserError('BM25 needs the library bm25s; install it by: pip install "jaxembed[eval]"') from None
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to talk on import
     stop_words = set(STOPWORDS_EN)
 
     def terms(text: str) -> list[str]:
