@@ -11,7 +11,9 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy import stats
 
-QUERIES_AT_ONCE = 256
+from jaxembed import parallel
+
+QUERIES_AT_ONCE = 256  # on a device
 
 Encode = Callable[[Sequence[str], str], np.ndarray]  # (texts, instruction) -> vectors [N, D]
 
@@ -23,12 +25,18 @@ def _top_k(queries: jax.Array, documents: jax.Array, k: int) -> jax.Array:
 
 
 def search(queries: Float[np.ndarray, "q d"], documents: Float[np.ndarray, "n d"], k: int) -> Int[np.ndarray, "q k"]:
-    """Rows of the k documents nearest to each query by dot product, best first; a block of queries at a time."""
+    """Rows of the k documents nearest to each query by dot product, best first.
+
+    A block of queries at a time is split over all devices, each of which holds all documents.
+    """
+    mesh = parallel.make_mesh()
+    at_once = QUERIES_AT_ONCE * parallel.shard_count(mesh)
     k = min(k, len(documents))
-    on_device = jnp.asarray(documents)
-    padded = np.zeros((-(-len(queries) // QUERIES_AT_ONCE) * QUERIES_AT_ONCE, queries.shape[1]), queries.dtype)
+    everywhere = jax.device_put(documents, parallel.replicated(mesh))
+    padded = np.zeros((-(-len(queries) // at_once) * at_once, queries.shape[1]), queries.dtype)
     padded[: len(queries)] = queries
-    blocks = [_top_k(padded[i : i + QUERIES_AT_ONCE], on_device, k) for i in range(0, len(padded), QUERIES_AT_ONCE)]
+    split = [parallel.put_batch(mesh, padded[i : i + at_once]) for i in range(0, len(padded), at_once)]
+    blocks = [_top_k(block, everywhere, k) for block in split]
     return np.concatenate([np.asarray(block) for block in blocks])[: len(queries)]
 
 
