@@ -62,8 +62,12 @@ def use_compilation_cache() -> None:
 
 
 def new_output(path: str) -> Path:
-    """An output path that does not exist yet, or `UserError`."""
+    """An output path that does not exist yet, its folder made; or `UserError`."""
     out = Path(path)
     if out.exists():
         raise UserError(f"{out}: already exists; remove it or name another output")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: its folder cannot be made ({error.strerror}); name another output") from None
     return out

@@ -27,7 +27,10 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
     cli.use_compilation_cache()
     embedder = Embedder.load(args.model, checkpoint=args.checkpoint, dtype=args.dtype)
-    width = args.dim or embedder.model.decoder.width
+    full = embedder.model.decoder.width
+    width = full if args.dim is None else args.dim
+    if not 0 < width <= full:
+        raise UserError(f"--dim is {width}; expected 1 to {full}, the width of this model's vectors")
     partial = out.with_name(out.name + ".partial")
     vectors = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=(count, width))
     lines, done = read_texts(source, args.field), 0

@@ -94,7 +94,11 @@ def evaluate(encoder: MtebEncoder, tasks: Sequence[Any], out: Path | None = None
     for task in tasks:
         name = task.metadata.name
         mode = "only-missing" if out else "always"
-        result = mteb.evaluate(encoder, task, cache=cache, overwrite_strategy=mode, show_progress_bar=False)
+        try:
+            result = mteb.evaluate(encoder, task, cache=cache, overwrite_strategy=mode, show_progress_bar=False)
+        except ConnectionError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{name}: its data could not be fetched ({reason}); connect, or fetch it beforehand") from None
         entries = [entry for split in result.task_results[0].scores.values() for entry in split]
         subsets = {entry["hf_subset"]: round(float(entry["main_score"]), 6) for entry in entries}
         instruction = encoder.instructions.get(name) or (task_instruction(task.metadata) if encoder.spec.prompts else "")

@@ -80,6 +80,8 @@ def export(embedder: Embedder, out: Path, dtype: str, card: Card) -> Parity:
         write_spec(made, embedder.spec)
         _write_probe(made, embedder.spec, vectors)
         (made / "README.md").write_text(model_card(embedder.spec, card, parity.error), encoding="utf-8")
+        for path in made.rglob("*.safetensors"):
+            path.chmod(0o644)  # written as private files; a server must be able to read them
         shutil.move(str(made), str(out))
     return parity
 
