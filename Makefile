@@ -3,7 +3,7 @@ PYTHON ?= python3
 
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+INSTALL = @echo "installing into $(VENV): some minutes" && $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 # glibc gives large buffers back to the system after every step, and asks for them anew; kept on large pages, a step on
 # CPUs takes about a quarter less time. Other C libraries ignore this.

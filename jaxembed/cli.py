@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from jaxembed.errors import UserError
 
@@ -33,11 +33,21 @@ def run(main: Callable[[argparse.Namespace], Mapping[str, Any]], parser: argpars
     print(json.dumps(result, ensure_ascii=False))
 
 
-def parser(command: str, description: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
+class Parser(argparse.ArgumentParser):
+    """argparse with the errors of every other bad input: one line, exit code 2. `hint` ends that line."""
+
+    hint = ""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; {self.hint}see {self.prog} --help\n")
+
+
+def parser(command: str, description: str) -> Parser:
+    return Parser(
         prog=f"python -m jaxembed.{command}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
 
 

@@ -71,7 +71,10 @@ class SourceConfig(Section):
 
 
 class PythonPackagesConfig(Section):
-    packages: tuple[str, ...] = ("stdlib", "numpy", "scipy", "jax", "flax", "optax", "orbax", "transformers")
+    packages: tuple[str, ...] = Field(
+        ("stdlib", "numpy", "scipy", "jax", "flax", "optax", "orbax", "transformers"),
+        description="import names of installed packages, or stdlib; one that is absent is skipped",
+    )
     holdout_package: str | None = Field(None, description="a package of which nothing is trained on")
     holdout_functions: int = Field(1000, ge=0, description="functions of the other packages kept from training")
 
@@ -134,7 +137,7 @@ class EvalSetConfig(Section):
 
 class EvalConfig(Section):
     sets: tuple[EvalSetConfig, ...] = ()
-    best: str = Field("", description="SET/METRIC whose maximum names the best checkpoint; the first set's main metric")
+    best: str = Field("", description="SET/METRIC whose maximum names the best checkpoint; if empty, the first set's")
     untrained: bool = Field(True, description="score the model before the first step")
     bm25: bool = Field(False, description="score BM25 on the retrieval sets beside the model")
 
@@ -188,6 +191,11 @@ def parse(tree: dict[str, Any], where: str) -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise UserError(f"{where}: {_explain(error)}") from None
+
+
+def table() -> str:
+    """`reference` under its header."""
+    return "| key | default | meaning |\n|---|---|---|\n" + reference()
 
 
 def reference(section: type[Section] = Config, prefix: str = "") -> str:
@@ -253,12 +261,14 @@ def _explain(error: ValidationError) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         names = _field_names(problem["loc"][:-1])
-        near = difflib.get_close_matches(str(problem["loc"][-1]), names, n=1, cutoff=0.5)
-        return f"unknown key {key}; " + (f"did you mean {near[0]}?" if near else f"known here: {', '.join(names)}")
+        close = difflib.get_close_matches(str(problem["loc"][-1]), names, n=1, cutoff=0.5)
+        near = ".".join([*key.split(".")[:-1], *close]) if close else ""
+        return f"unknown key {key}; " + (f"did you mean {near}?" if near else f"known here: {', '.join(names)}")
     if problem["type"] == "missing":
         return f"{key} is missing; it has no default"
     given = "" if isinstance(problem["input"], dict | list) else f" (got {problem['input']!r})"
-    return f"{key}: {_one_line(problem['msg']).removeprefix('Value error, ')}{given}".lstrip(": ")
+    told = _one_line(problem["msg"]).removeprefix("Value error, ").replace("Input should be", "expected")
+    return f"{key}: {told}{given}".lstrip(": ")
 
 
 def _field_names(loc: tuple[int | str, ...]) -> list[str]:

@@ -27,33 +27,34 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
     cli.use_compilation_cache()
     embedder = Embedder.load(args.model, checkpoint=args.checkpoint, dtype=args.dtype)
-    full = embedder.model.decoder.width
-    width = full if args.dim is None else args.dim
-    if not 0 < width <= full:
-        raise UserError(f"--dim is {width}; expected 1 to {full}, the width of this model's vectors")
+    options = {"instruction": args.instruction, "prompt_name": args.prompt_name, "dim": args.dim}
+    width = embedder.encode([], **options).shape[1]  # refuses what does not fit the model before anything is written
     partial = out.with_name(out.name + ".partial")
-    vectors = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=(count, width))
-    lines, done = read_texts(source, args.field), 0
-    with tqdm(total=count, unit="text") as bar:
-        while texts := list(islice(lines, LINES_AT_ONCE)):
-            vectors[done : done + len(texts)] = embedder.encode(texts, args.instruction, args.dim)
-            done += len(texts)
-            bar.update(len(texts))
-    vectors.flush()
-    partial.rename(out)
+    try:
+        vectors = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=(count, width))
+        lines, done = read_texts(source, args.field), 0
+        with tqdm(total=count, unit="text") as bar:
+            while texts := list(islice(lines, LINES_AT_ONCE)):
+                vectors[done : done + len(texts)] = embedder.encode(texts, **options)
+                done += len(texts)
+                bar.update(len(texts))
+        vectors.flush()
+        partial.rename(out)
+    finally:
+        partial.unlink(missing_ok=True)
     return {"out": str(out), "vectors": count, "width": width}
 
 
 def read_texts(path: Path, field: str) -> Iterator[str]:
     """The lines of a text file, or one field of each row of a JSONL file; `UserError` names file and line."""
-    from jaxembed.data.schema import parse_row
+    from jaxembed.data.schema import decode, parse_row
 
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 where = f"{path}:{number}"
                 if path.suffix != ".jsonl":
-                    yield _decode(line, where)
+                    yield decode(line, where).rstrip("\r\n")
                     continue
                 text = parse_row(line, where).get(field)
                 if not isinstance(text, str):
@@ -63,19 +64,14 @@ def read_texts(path: Path, field: str) -> Iterator[str]:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def _decode(line: bytes, where: str) -> str:
-    try:
-        return line.decode("utf-8").rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not valid UTF-8 (byte {error.start}); save the file as UTF-8") from None
-
-
 if __name__ == "__main__":
     parser = cli.parser("encode", __doc__ + "\n\nInput order, float32, unit length. Files of any size: memory stays flat.")
     cli.add_model(parser)
     parser.add_argument("input", metavar="IN", help="a text file (a text a line) or .jsonl")
     parser.add_argument("out", metavar="OUT.npy", help="must not exist")
-    parser.add_argument("--instruction", help="put before every text by the model's template")
+    prompts = parser.add_mutually_exclusive_group()
+    prompts.add_argument("--instruction", help="put before every text by the model's template")
+    prompts.add_argument("--prompt-name", metavar="NAME", help="a prompt stored with the model, such as query")
     parser.add_argument("--dim", type=int, help="keep the first numbers of each vector (Matryoshka)")
     parser.add_argument("--field", default="text", help="of the rows of a .jsonl file (default: text)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the computation")

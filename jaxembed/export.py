@@ -12,9 +12,12 @@ from jaxembed import cli
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the folder, its dtype, and how far its vectors are from the model's."""
     out = cli.new_output(args.out)
+    from transformers.utils import logging
+
     from jaxembed import Embedder
     from jaxembed.hub.export import export
 
+    logging.disable_progress_bar()  # of loading and saving, several times over
     cli.use_compilation_cache()
     embedder = Embedder.load(args.model, checkpoint=args.checkpoint)
     parity = export(embedder, out, args.dtype, read_card(Path(args.model), embedder.revision))

@@ -101,7 +101,9 @@ def train(config: Config) -> dict[str, Any]:
     finally:
         checkpoints.close()
         recorder.close()
-    return _summary(run_dir, time.perf_counter() - began)
+    summary = _summary(run_dir, time.perf_counter() - began)
+    _show_scores(summary)
+    return summary
 
 
 def _spec(config: Config, base: Base) -> EmbeddingSpec:
@@ -239,6 +241,17 @@ def _baselines(
     for name, values in scores.items():
         log.info("%s: %s", name, ", ".join(f"{key} {value:.4f}" for key, value in values.items()))
     return scores
+
+
+def _show_scores(summary: Mapping[str, Any]) -> None:
+    """Prints the held-out scores side by side, a line each."""
+    columns = {name: summary[key] for name, key in (("untrained", "untrained"), ("BM25", "bm25"), ("trained", "scores"))}
+    shown = [name for name, scores in columns.items() if scores]
+    if summary["scores"]:
+        log.info("%-32s %s", "held-out", " ".join(f"{name:>10}" for name in shown))
+    for key in summary["scores"]:
+        values = (columns[name].get(key) for name in shown)
+        log.info("%-32s %s", key, " ".join(f"{'-' if value is None else f'{value:.4f}':>10}" for value in values))
 
 
 def _summary(run_dir: Path, seconds: float) -> dict[str, Any]:

@@ -6,11 +6,14 @@ import argparse
 from typing import Any
 
 from jaxembed import cli, config
+from jaxembed.data.sources import detect_format
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Reads the config and trains; returns what `jaxembed.run.train` does."""
     settings = config.load(args.config, args.overrides)
+    for source in settings.data.sources:
+        detect_format(source)  # a mistyped path is told before JAX loads
     from jaxembed.run import train  # imports JAX: after the config is known to be good
 
     cli.use_compilation_cache()
@@ -19,9 +22,12 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 if __name__ == "__main__":
     parser = cli.parser("train", __doc__ + "\n\nThe same command resumes a run whose directory holds a checkpoint.")
+    parser.hint = "config keys are set as train.steps=3; "
     parser.add_argument(
-        "--keys", action="version", version=config.reference().replace("%", "%%"), help="list every config key and exit"
+        "--keys", action="version", version=config.table().replace("%", "%%"), help="list every config key and exit"
     )
     parser.add_argument("config", metavar="CONFIG.yaml", help="see configs/ for examples")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="such as train.steps=100 or run.dir=runs/a")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key.sub=value", help="such as train.steps=100 or run.dir=runs/a"
+    )
     cli.run(main, parser)

@@ -74,11 +74,11 @@ def test_overrides_of_list_entries_and_their_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.stepz=5", "FILE: unknown key train.stepz; did you mean steps?"),
-        ("optim.lerning_rate=5", "FILE: unknown key optim.lerning_rate; did you mean learning_rate?"),
+        ("train.stepz=5", "FILE: unknown key train.stepz; did you mean train.steps?"),
+        ("optim.lerning_rate=5", "FILE: unknown key optim.lerning_rate; did you mean optim.learning_rate?"),
         ("modle.base=x", "FILE: unknown key modle; did you mean model?"),
-        ("data.sources.0.pth=x", "FILE: unknown key data.sources.0.pth; did you mean path?"),
-        ("model.pooling.knid=mean", "FILE: unknown key model.pooling.knid; did you mean kind?"),
+        ("data.sources.0.pth=x", "FILE: unknown key data.sources.0.pth; did you mean data.sources.0.path?"),
+        ("model.pooling.knid=mean", "FILE: unknown key model.pooling.knid; did you mean model.pooling.kind?"),
         ("mesh.qqqq=1", "FILE: unknown key mesh.qqqq; known here: data"),
         ("train.steps=many", "FILE: train.steps: Input should be a valid integer, unable to parse string as an integer"),
         ("train.steps=1.5", "FILE: train.steps: Input should be a valid integer"),

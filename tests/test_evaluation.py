@@ -14,7 +14,7 @@ from jaxembed import Embedder
 from jaxembed.config import EvalSetConfig, PythonPackagesConfig
 from jaxembed.errors import UserError
 from jaxembed.evaluation.heldout import open_sets, score_all
-from jaxembed.evaluation.mteb_encoder import MtebEncoder, evaluate
+from jaxembed.evaluation.mteb_encoder import MtebEncoder, evaluate, find_tasks
 from jaxembed.evaluation.retrieval import ndcg, recall, search, spearman
 from jaxembed.spec import EmbeddingSpec
 
@@ -81,6 +81,15 @@ def test_missing_held_out_set_is_named(tmp_path):
         open_sets([EvalSetConfig(name="here", path=str(tmp_path / "nowhere"))], PythonPackagesConfig(), tmp_path)
 
 
+def fail(*_, **__):
+    raise ConnectionError("no route")
+
+
+def test_unknown_tasks_are_named():
+    with pytest.raises(UserError, match=r"^mteb knows no such task or benchmark: [^'\"]*Nonsense"):
+        find_tasks(["Nonsense"], None)
+
+
 def test_mteb_takes_the_encoder_and_keeps_the_instruction(tmp_path):
     from mteb.mocks import MockRetrievalTask, MockSTSTask
 
@@ -98,6 +107,11 @@ def test_mteb_takes_the_encoder_and_keeps_the_instruction(tmp_path):
     assert "d: " in seen
     kept = json.loads((tmp_path / "scores.json").read_text())
     assert kept["MockRetrievalTask"] == scores["MockRetrievalTask"]
+
+    unreachable = MockSTSTask()
+    unreachable.load_data = fail  # as the hub client does without a network
+    with pytest.raises(UserError, match=r"MockSTSTask: its data could not be fetched \(no route\); connect"):
+        evaluate(MtebEncoder(encode, spec, "tiny", "2"), [unreachable])
 
     plain = MtebEncoder(encode, EmbeddingSpec(), "tiny", "1")
     assert plain.prompt(SimpleNamespace(name="MockSTSTask", prompt="x"), None) == ""

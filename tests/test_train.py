@@ -183,6 +183,38 @@ def test_encode_command_streams_in_order(folder, tmp_path):
     assert done.stderr.strip().endswith("already exists; remove it or name another output")
 
 
+def test_encode_under_a_stored_prompt_and_nothing_left_of_a_refused_one(folder, tmp_path):
+    train(settings(folder, "prompted", "train.steps=1"))
+    (tmp_path / "in.txt").write_text("one\ntwo\n")
+    encode = ["jaxembed.encode", str(folder / "prompted"), str(tmp_path / "in.txt"), str(tmp_path / "out.npy")]
+    assert command(*encode, "--prompt-name", "query").returncode == 0
+    expected = Embedder.load(folder / "prompted").encode(["one", "two"], instruction="Find it")
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected, atol=1e-5)
+
+    (tmp_path / "out.npy").unlink()
+    done = command(*encode, "--prompt-name", "passage")
+    assert done.returncode == 2
+    told = "error: prompt name 'passage': not stored with this model; stored: query, document, pairs"
+    assert done.stderr.strip().splitlines()[-1] == told
+    assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["train"], "the following arguments are required: CONFIG.yaml; config keys are set as"),
+        (["train", "a.yaml", "--steps"], "unrecognized arguments: --steps; config keys are set as train.steps=3; see python"),
+        (["encode", "m", "a", "b", "--prompt-name", "x", "--instruction", "y"], "argument --instruction: not allowed with"),
+        (["evaluate", "m", "--backend", "tpu"], "argument --backend: invalid choice: 'tpu'"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(arguments, told):
+    done = command(f"jaxembed.{arguments[0]}", *arguments[1:])
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {told}")
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_users_error_is_one_line_and_exit_code_2(folder, tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"query": "a", "pos": ["b"]}\n{"query": "a", "pos": "b"}\n')

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from jaxembed.data.jsonl import JsonLines, write_lines
-from jaxembed.data.schema import check_corpus, check_query
+from jaxembed.data.schema import check_corpus, check_query, decode
 from jaxembed.errors import UserError
 
 
@@ -42,7 +42,7 @@ def open_beir(folder: Path, splits: tuple[str, ...]) -> BeirFolder:
         raise UserError(f"{folder}: expected qrels/{splits[0]}.tsv beside corpus.jsonl and queries.jsonl")
     corpus_rows, query_rows = _row_of_id(corpus), _row_of_id(queries)
     relevant: dict[int, dict[int, int]] = {}
-    text = _read(qrels)
+    text = decode(_read(qrels), str(qrels))
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip() or (number == 1 and _is_header(line)):
             continue
@@ -58,11 +58,9 @@ def open_beir(folder: Path, splits: tuple[str, ...]) -> BeirFolder:
     return BeirFolder(corpus, queries, list(relevant), list(relevant.values()), digest)
 
 
-def _read(path: Path) -> str:
+def _read(path: Path) -> bytes:
     try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not valid UTF-8 (byte {error.start}); save the file as UTF-8") from None
+        return path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 

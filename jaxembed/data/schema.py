@@ -107,12 +107,19 @@ def _wrong(row: Row, field: str, expected: str) -> str:
     return f'"{field}" {"must be" if field in row else "is missing; expected"} {expected}'
 
 
-def parse_row(line: bytes, where: str) -> dict[str, Any]:
-    """A JSON object from one line of a file; `where` is file and line, for errors."""
+def decode(content: bytes, where: str) -> str:
+    """UTF-8 text, without a byte order mark; `where` is the file and, of one of its lines, the line, for errors."""
     try:
-        row = json.loads(line.decode("utf-8-sig"))
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not valid UTF-8 (byte {error.start}); save the file as UTF-8") from None
+
+
+def parse_row(line: bytes, where: str) -> dict[str, Any]:
+    """A JSON object from one line of a file; `where` is file and line, for errors."""
+    text = decode(line, where)
+    try:
+        row = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not valid JSON ({error}); expected one object a line") from None
     if not isinstance(row, dict):

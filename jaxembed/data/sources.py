@@ -181,15 +181,15 @@ def open_source(config: SourceConfig, packages: PythonPackagesConfig, cache: Pat
 
 def detect_format(config: SourceConfig) -> str:
     """The source's format, read off its path or its first row where the config leaves it open."""
-    if config.format != "auto":
-        return config.format
-    if config.path == "python_packages":
+    if "python_packages" in (config.path, config.format):
         return "python_packages"
     path = Path(config.path)
+    if not path.exists():
+        raise UserError(f"data.sources: {path}: no such file or folder")
+    if config.format != "auto":
+        return config.format
     if path.is_dir():
         return "beir"
-    if not path.is_file():
-        raise UserError(f"data.sources: {path}: no such file or folder")
     keys = set(first_row(path))
     for kind, needed in (
         ("pairs", {"query", "pos"}),

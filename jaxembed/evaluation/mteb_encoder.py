@@ -24,7 +24,6 @@ class MtebEncoder:
     spec: EmbeddingSpec
     name: str
     revision: str
-    instructions: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def encode(
         self, inputs: Any, *, task_metadata: Any, hf_split: str, hf_subset: str, prompt_type: Any = None, **_: Any
@@ -35,13 +34,13 @@ class MtebEncoder:
 
     def prompt(self, task: Any, prompt_type: Any) -> str:
         """Empty for a model that was trained without instructions; else the task's, but for documents the model's own."""
-        if not self.spec.prompts:
-            return ""
         if getattr(prompt_type, "value", None) == "document":
             return self.spec.prompts.get("document", "")
-        instruction = task_instruction(task)
-        self.instructions[task.name] = instruction
-        return self.spec.prompt(instruction)
+        return self.spec.prompt(self.instruction(task))
+
+    def instruction(self, task: Any) -> str:
+        """The instruction of a task's queries; empty for a model that was trained without."""
+        return task_instruction(task) if self.spec.prompts else ""
 
     def similarity(self, a: Any, b: Any) -> np.ndarray:
         return np.asarray(a) @ np.asarray(b).T
@@ -70,7 +69,8 @@ def find_tasks(names: Sequence[str], benchmark: str | None) -> list[Any]:
     try:
         return list(mteb.get_benchmark(benchmark).tasks) if benchmark else list(mteb.get_tasks(tasks=list(names)))
     except (KeyError, ValueError) as error:
-        raise UserError(f"mteb knows no such task or benchmark: {' '.join(str(error).split())[:200]}") from None
+        reason = " ".join(str(error.args[0]).split())[:200]  # str() of a KeyError is quoted
+        raise UserError(f"mteb knows no such task or benchmark: {reason}") from None
 
 
 def import_mteb() -> Any:
@@ -101,7 +101,7 @@ def evaluate(encoder: MtebEncoder, tasks: Sequence[Any], out: Path | None = None
             raise UserError(f"{name}: its data could not be fetched ({reason}); connect, or fetch it beforehand") from None
         entries = [entry for split in result.task_results[0].scores.values() for entry in split]
         subsets = {entry["hf_subset"]: round(float(entry["main_score"]), 6) for entry in entries}
-        instruction = encoder.instructions.get(name) or (task_instruction(task.metadata) if encoder.spec.prompts else "")
+        instruction = encoder.instruction(task.metadata)
         scores[name] = {"score": float(np.mean(list(subsets.values()))), "instruction": instruction, "subsets": subsets}
         if out:
             (out / "scores.json").write_text(json.dumps(scores, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

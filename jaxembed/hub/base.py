@@ -58,7 +58,7 @@ def find_folder(name: str) -> Path:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES))
     except Exception as error:  # network, authentication and file system errors of several libraries
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{name}: not a local folder, and the hub did not give it ({reason})") from None
+        raise UserError(f"{name}: no such folder, and the hub gave no model of that name ({reason})") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:

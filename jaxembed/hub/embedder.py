@@ -82,19 +82,21 @@ class Embedder:
         dim: int | None = None,
         *,
         prompt: str | None = None,
+        prompt_name: str | None = None,
         show_progress: bool = False,
     ) -> np.ndarray:
         """Unit vectors, float32 [N, D], in the order of `texts`.
 
-        `instruction` is put before every text by the model's template; `prompt` is put there as it is. `dim` keeps the
-        first numbers of each vector (Matryoshka) and makes it unit length again. Scores are dot products.
+        `instruction` is put before every text by the model's template; `prompt` is put there as it is; `prompt_name`
+        names one stored with the model (`spec.prompts`). `dim` keeps the first numbers of each vector (Matryoshka) and
+        makes it unit length again. Scores are dot products. `UserError` on a dim or a name that the model does not have.
         """
         if isinstance(texts, str):
             raise TypeError("encode takes a list of texts, not one string")
         width = self.model.decoder.width
         if dim is not None and not 0 < dim <= width:
             raise UserError(f"dim is {dim}; expected 1 to {width}, the width of this model's vectors")
-        lead = self.spec.prompt(instruction) if prompt is None else prompt
+        lead = self._lead(instruction, prompt, prompt_name)
         out = np.zeros((len(texts), dim or width), np.float32)
         starts = tqdm(range(0, len(texts), WINDOW), disable=not show_progress, unit=f"x{WINDOW} texts")
         for start in starts:
@@ -103,6 +105,16 @@ class Embedder:
             norms = np.linalg.norm(vectors, axis=1, keepdims=True)
             out[start : start + len(window)] = vectors / np.maximum(norms, 1e-12)
         return out
+
+    def _lead(self, instruction: str | None, prompt: str | None, prompt_name: str | None) -> str:
+        """What is put before every text."""
+        if sum(given is not None for given in (instruction, prompt, prompt_name)) > 1:
+            raise TypeError("encode takes one of instruction, prompt and prompt_name")
+        if prompt_name is not None and prompt_name not in self.spec.prompts:
+            known = ", ".join(self.spec.prompts) or "none"
+            raise UserError(f"prompt name {prompt_name!r}: not stored with this model; stored: {known}")
+        stored = self.spec.prompts[prompt_name] if prompt_name is not None else prompt
+        return self.spec.prompt(instruction) if stored is None else stored
 
     def similarity(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """Cosines [A, B] of two sets of vectors from `encode`."""

@@ -58,12 +58,12 @@ class Parity:
 
 
 def export(embedder: Embedder, out: Path, dtype: str, card: Card) -> Parity:
-    """Writes `out`, which must not exist, with weights in float32 or bfloat16; returns the parity that was measured.
+    """Writes `out`, with weights in float32 or bfloat16; returns the parity that was measured.
 
+    `out` must not exist, the folder around it must.
     `UserError` if the folder's vectors differ from the model's.
     """
     sentence_transformers()
-    out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as scratch:
         made = _build(embedder, Path(scratch), "float32")
         vectors = np.concatenate([embedder.encode(PROBES, prompt=prompt) for prompt in _prompts(embedder.spec)])
