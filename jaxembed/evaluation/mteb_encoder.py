@@ -69,7 +69,7 @@ def find_tasks(names: Sequence[str], benchmark: str | None) -> list[Any]:
     try:
         return list(mteb.get_benchmark(benchmark).tasks) if benchmark else list(mteb.get_tasks(tasks=list(names)))
     except (KeyError, ValueError) as error:
-        reason = " ".join(str(error.args[0]).split())[:200]  # str() of a KeyError is quoted
+        reason = " ".join(str(error.args[0]).split())[:200].removeprefix("KeyError: ")
         raise UserError(f"mteb knows no such task or benchmark: {reason}") from None
 
 
