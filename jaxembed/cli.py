@@ -12,14 +12,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jaxembed.errors import UserError
+from jaxembed.errors import Stopped, UserError
 
 
 def run(main: Callable[[argparse.Namespace], Mapping[str, Any]], parser: argparse.ArgumentParser) -> None:
-    """Parses the command line, runs `main` and prints what it returns. Exits 2 on a user's error, 130 on Ctrl-C."""
+    """Parses the command line, runs `main` and prints what it returns. Exits 2 on a user's error, 128 + n on signal n."""
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for chatty in ("absl", "jax", "orbax", "httpx", "httpx2", "datasets", "bm25s", "sentence_transformers", "mteb"):
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs whole stacks of errors that it raises too
+    for chatty in ("jax", "orbax", "httpx", "httpx2", "datasets", "bm25s", "sentence_transformers", "mteb"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module=r"(?!jaxembed)")
     try:
@@ -27,6 +28,9 @@ def run(main: Callable[[argparse.Namespace], Mapping[str, Any]], parser: argpars
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Stopped as stop:
+        print(f"stopped: {stop}", file=sys.stderr)
+        sys.exit(128 + stop.signal)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -124,6 +124,10 @@ class TrainConfig(Section):
     log_every: Positive = Field(10, description="steps between lines of metrics.jsonl")
     checkpoint_every: Positive = Field(500, description="steps between checkpoints")
     eval_every: Positive = Field(500, description="steps between scorings of the held-out sets, each with a checkpoint")
+    on_nan: Literal["stop", "skip"] = Field(
+        "stop", description="at a loss or gradient that is not finite: end, or skip the step"
+    )
+    stall_timeout_s: float = Field(1800.0, gt=0, description="seconds after which a step that does not finish ends the process")
     keep_checkpoints: Positive = Field(2, description="latest checkpoints kept; the best one is kept beside them")
 
 

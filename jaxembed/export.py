@@ -29,7 +29,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 def read_card(model: Path, revision: str) -> Any:
     """What the model card tells of a run: base, recipe, and the scores of the exported checkpoint."""
-    from jaxembed.hub.base import read_json
+    from jaxembed.files import read_json
     from jaxembed.hub.card import Card
     from jaxembed.training.metrics import read_metrics
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,9 @@ from jaxembed.training.checkpoint import Checkpoints
 from jaxembed.training.loop import Trainer
 from jaxembed.training.metrics import Recorder, read_metrics
 from jaxembed.training.optim import learning_rate, make_optimizer
-from jaxembed.training.run_dir import open_run, write_json
+from jaxembed.training.run_dir import note_versions, open_run, record
 from jaxembed.training.step import TrainState, make_train_step
+from jaxembed.training.watch import StopRequest
 
 log = logging.getLogger("jaxembed")
 
@@ -88,8 +90,14 @@ def train(config: Config) -> dict[str, Any]:
     trainer = Trainer(
         config=config.train,
         mesh=mesh,
-        train_step=make_train_step(model, config.objectives, make_optimizer(config.optim, config.train.steps)),
-        schedule=learning_rate(config.optim, config.train.steps),
+        train_step=make_train_step(
+            model,
+            config.objectives,
+            make_optimizer(config.optim, config.train.steps),
+            learning_rate(config.optim, config.train.steps),
+            skip=config.train.on_nan == "skip",
+        ),
+        source_names=[source.name for source in sources],
         evaluate=_evaluator(encoder, held_out) if held_out else None,
         best_metric=best_metric,
         checkpoints=checkpoints,
@@ -97,10 +105,10 @@ def train(config: Config) -> dict[str, Any]:
         plan_hash=plan_id,
     )
     try:
-        state, _ = trainer.fit(state, batches(plan, build, start, config.train.steps))
-    finally:
-        checkpoints.close()
-        recorder.close()
+        with closing(recorder), closing(checkpoints), StopRequest() as stop:
+            trainer.fit(state, batches(plan, build, start, config.train.steps), stop)
+    except OSError as error:  # a full disk, a folder that is not writable any more
+        raise UserError(f"{run_dir}: cannot be written ({error.strerror}); mend it and run the same command") from error
     summary = _summary(run_dir, time.perf_counter() - began)
     _show_scores(summary)
     return summary
@@ -140,14 +148,18 @@ def _texts(source: Source) -> Any:
 
 
 def _record(run_dir: Path, base: Base, spec: EmbeddingSpec, sources: Sequence[Source], tokenizer: TextTokenizer) -> None:
-    """Writes, once, what identifies the run beside its config: base, texts, tokenizer and data."""
-    if (run_dir / "base.json").is_file():
-        return
-    tokenizer.hf.save_pretrained(run_dir / "tokenizer")
+    """Writes what identifies the run beside its config: tokenizer, versions, texts, data and base. `UserError` where a
+    resumed run's data or base is not what it was.
+    """
+    kept = run_dir / "tokenizer"
+    if not kept.is_dir():
+        tokenizer.hf.save_pretrained(kept.with_suffix(".partial"))
+        kept.with_suffix(".partial").rename(kept)
+    note_versions(run_dir)
     write_spec(run_dir, spec)
-    write_json(run_dir / "data_hashes.json", {source.name: source.digest for source in sources})
-    record = {"name": base.name, "hash": content_hash(base), "config": dict(base.hf_config)}
-    write_json(run_dir / "base.json", record)
+    record(run_dir, "data_hashes", {source.config.path: source.digest for source in sources}, "its training data changed")
+    identity = {"name": base.name, "hash": content_hash(base), "config": dict(base.hf_config)}
+    record(run_dir, "base", identity, "its base changed")  # last: with it the folder is a run for other commands
 
 
 def _state(config: Config, base: Base, model: EmbeddingModel, mesh: Mesh, checkpoints: Checkpoints) -> TrainState:

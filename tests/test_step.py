@@ -24,7 +24,7 @@ from jaxembed.data.sources import Source, open_source
 from jaxembed.data.tokenize import TextTokenizer, append_eos
 from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.spec import EmbeddingSpec
-from jaxembed.training.optim import make_optimizer
+from jaxembed.training.optim import learning_rate, make_optimizer
 from jaxembed.training.step import TrainState, batch_loss, make_train_step
 
 Folder = Callable[[str], Path]
@@ -72,8 +72,9 @@ def run(
 ) -> tuple[TrainState, np.ndarray, list[dict[str, float]]]:
     """The state, the losses and the metrics after some steps on a mesh of devices."""
     mesh = parallel.make_mesh(devices)
-    optimizer = make_optimizer(OptimConfig(learning_rate=1e-3, warmup_steps=5), steps)
-    step = make_train_step(model, [ObjectiveConfig(temperature=temperature)], optimizer)
+    optim = OptimConfig(learning_rate=1e-3, warmup_steps=5)
+    optimizer = make_optimizer(optim, steps)
+    step = make_train_step(model, [ObjectiveConfig(temperature=temperature)], optimizer, learning_rate(optim, steps))
     state, metrics = new_state(params, optimizer, mesh), []
     for host in host_batches(source, devices, steps):
         state, values = step(state, parallel.put_batch(mesh, host.batch))
@@ -134,7 +135,7 @@ def test_the_step_is_traced_and_compiled_once_for_each_number_of_rows(
         return inner.update(grads, state, params)
 
     optimizer = optax.GradientTransformation(inner.init, update)
-    step = make_train_step(model, [ObjectiveConfig()], optimizer)
+    step = make_train_step(model, [ObjectiveConfig()], optimizer, learning_rate(OptimConfig(), 10))
     state = new_state(params, optimizer, mesh)
     shapes = set()
     for host in [*host_batches(source, 8, 3, row_length=128), *host_batches(source, 8, 2, row_length=64)]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,58 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
-import yaml
 
-from jaxembed import Embedder, config
+from jaxembed import Embedder
 from jaxembed.errors import UserError
 from jaxembed.run import train
 from jaxembed.training.metrics import read_metrics
-
-ENV = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+from runs import ENV, command, losses, prepare, settings
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base, pairs whose query and positive share words, and a held-out set of the same kind."""
-    root = tmp_path_factory.mktemp("train")
-    tiny.folder(root / "base", "qwen3")
-    rng = np.random.default_rng(0)
-    letters = [chr(ord("a") + i) * 3 for i in range(26)]
-    rows = []
-    for _ in range(96):
-        words = [letters[i] for i in rng.choice(26, 4, replace=False)]
-        rows.append(
-            {"query": " ".join(words[:2]), "pos": [" ".join(words)], "neg": [" ".join(letters[i] for i in rng.choice(26, 4))]}
-        )
-    (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    scored = [
-        {"sentence1": r["query"], "sentence2": r["pos"][0] if i % 2 else r["neg"][0], "score": i % 2}
-        for i, r in enumerate(rows)
-    ]
-    (root / "sts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scored))
-    return root
-
-
-def settings(root: Path, run: str, *overrides: str) -> config.Config:
-    tree = {
-        "model": {"base": str(root / "base")},
-        "data": {
-            "max_length": 32,
-            "hard_negatives": 1,
-            "sources": [{"path": str(root / "pairs.jsonl"), "instructions": ["Find it", "Find the text"]}],
-        },
-        "optim": {"learning_rate": 1e-3, "warmup_steps": 2},
-        "train": {"steps": 12, "batch_size": 16, "log_every": 1, "checkpoint_every": 4, "eval_every": 6},
-        "eval": {"sets": [{"name": "sts", "kind": "sts", "path": str(root / "sts.jsonl"), "instruction": "Find it"}]},
-        "mesh": {"data": 2},
-    }
-    path = root / f"{run}.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    return config.load(path, [f"run.dir={root / run}", *overrides])
-
-
-def losses(run_dir: Path) -> list[float]:
-    return [row["loss"] for row in read_metrics(run_dir) if "loss" in row]
+    return prepare(tmp_path_factory.mktemp("train"))
 
 
 def test_training_learns_and_records_itself(folder):
@@ -124,7 +82,7 @@ def test_changed_data_is_refused(folder):
     edited = settings(folder, "edited", "train.steps=1", f"data.sources.0.path={pairs}")
     train(edited)
     pairs.write_text(pairs.read_text() + pairs.read_text().splitlines()[0] + "\n")
-    with pytest.raises(UserError, match="edited: the training data changed since step 1"):
+    with pytest.raises(UserError, match=r"edited: its training data changed \(.*edited\.jsonl: '\w+' -> '\w+'\); restore it"):
         train(edited)
 
 
@@ -154,10 +112,6 @@ def test_preset_makes_its_own_tokenizer(folder):
     model = Embedder.load(folder / "scratch")
     ids = model.tokenizer(["aaa bbb"], [""]).ids[0]
     assert model.tokenizer.hf.decode(ids) == "aaa bbb<|endoftext|>"
-
-
-def command(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", *args], env=ENV, capture_output=True, text=True, check=False)
 
 
 def test_encode_command_streams_in_order(folder, tmp_path):

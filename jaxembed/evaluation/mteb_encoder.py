@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxembed.errors import UserError
+from jaxembed.files import write_json
 from jaxembed.spec import EmbeddingSpec
 
 EncodePrompted = Callable[[Sequence[str], str], np.ndarray]  # (texts, whole prompt) -> unit vectors [N, D]
@@ -104,5 +104,5 @@ def evaluate(encoder: MtebEncoder, tasks: Sequence[Any], out: Path | None = None
         instruction = encoder.instruction(task.metadata)
         scores[name] = {"score": float(np.mean(list(subsets.values()))), "instruction": instruction, "subsets": subsets}
         if out:
-            (out / "scores.json").write_text(json.dumps(scores, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_json(out / "scores.json", scores)
     return scores

@@ -12,6 +12,7 @@ from typing import Any
 
 from jaxembed.data.tokenize import ends_with_eos, load_tokenizer
 from jaxembed.errors import UserError
+from jaxembed.files import read_json, write_json
 from jaxembed.model.presets import DecoderConfig, from_hf, preset
 from jaxembed.spec import EmbeddingSpec
 
@@ -61,19 +62,6 @@ def find_folder(name: str) -> Path:
         raise UserError(f"{name}: no such folder, and the hub gave no model of that name ({reason})") from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, found a {type(value).__name__}")
-    return value
-
-
 def read_spec(folder: Path, config: Mapping[str, Any]) -> EmbeddingSpec:
     """What the folder says of its texts: in jaxembed.json, else in sentence-transformers' files, else our defaults."""
     if (folder / SPEC_FILE).is_file():
@@ -92,8 +80,7 @@ def spec_from_json(values: Mapping[str, Any], where: str) -> EmbeddingSpec:
 
 
 def write_spec(folder: Path, spec: EmbeddingSpec) -> None:
-    text = json.dumps(dataclasses.asdict(spec), indent=2, ensure_ascii=False)
-    (folder / SPEC_FILE).write_text(text + "\n", encoding="utf-8")
+    write_json(folder / SPEC_FILE, dataclasses.asdict(spec))
 
 
 def _sentence_transformers_spec(folder: Path, config: Mapping[str, Any]) -> EmbeddingSpec:

@@ -18,7 +18,8 @@ from jaxembed import parallel
 from jaxembed.data.packing import PackedTexts, fill, max_segments, pack
 from jaxembed.data.tokenize import TextTokenizer, append_eos, load_tokenizer
 from jaxembed.errors import UserError
-from jaxembed.hub.base import Base, content_hash, find_base, read_json, read_spec
+from jaxembed.files import read_json
+from jaxembed.hub.base import Base, content_hash, find_base, read_spec
 from jaxembed.hub.weights import load_params
 from jaxembed.model.decoder import Compute
 from jaxembed.model.embedder import EmbeddingModel, parameter_shapes

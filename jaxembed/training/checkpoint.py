@@ -1,39 +1,54 @@
 """Checkpoints by Orbax: written in the background, the last few and the best kept, restored onto any mesh.
 
 A checkpoint has three items: `params`, `optimizer` (optax's state, step, key) and `cursor` (JSON: the next step of the
-plan, the plan's hash and the held-out score).
+plan, the plan's hash and the held-out score). The SHA-256 of every file of a finished one is kept beside them, so that a
+damaged checkpoint is told from a whole one before anything is restored from it.
 """
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
+from orbax.checkpoint.options import AsyncOptions
 
 from jaxembed.errors import UserError
+from jaxembed.files import read_json, write_json
 from jaxembed.training.step import TrainState
+
+DIGESTS = "digests.json"
+BOOKKEEPING = {"_CHECKPOINT_METADATA", "commit_success.txt"}  # Orbax still writes these after the digests are taken
 
 
 class Checkpoints:
-    """The checkpoints of a run directory."""
+    """The checkpoints of a run directory. Everything that reads one raises `UserError` where it is damaged."""
 
     def __init__(self, run_dir: Path, keep: int = 2):
+        self._folder = run_dir.absolute() / "checkpoints"
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(
                 [policies.LatestN(keep), policies.BestN(get_metric_fn=lambda metrics: metrics["score"], n=1)]
             ),
             best_fn=lambda metrics: metrics["score"],
             enable_async_checkpointing=True,
+            cleanup_tmp_directories=True,
+            async_options=AsyncOptions(post_finalization_callback=self._record_digests),
         )
-        self._manager = ocp.CheckpointManager((run_dir / "checkpoints").absolute(), options=options)
+        self._saving = 0
+        try:
+            self._manager = ocp.CheckpointManager(self._folder, options=options)
+        except OSError as error:
+            raise UserError(f"{self._folder}: cannot be opened ({error.strerror})") from None
 
     def save(self, state: TrainState, cursor: dict[str, Any], score: float | None) -> None:
         """Starts writing the state under its step; `score` is the held-out score it was given, if it was scored."""
         step = int(state.step)
-        if step in self._manager.all_steps():
+        if step in self.steps():
             return
         rest = {"opt_state": state.opt_state, "step": state.step, "key": state.key}
         items = ocp.args.Composite(
@@ -41,50 +56,124 @@ class Checkpoints:
             optimizer=ocp.args.StandardSave(rest),
             cursor=ocp.args.JsonSave(cursor | {"score": score}),
         )
-        self._manager.save(step, args=items, metrics={"score": -1e9 if score is None else score})
+        try:
+            self._manager.wait_until_finished()
+            self._check_space(state)
+            self._saving = step
+            self._manager.save(step, args=items, metrics={"score": -1e9 if score is None else score})
+        except Exception as error:  # file systems and Orbax raise many kinds, some of them about the checkpoint before
+            raise self._unwritten(error) from error
+
+    def close(self) -> None:
+        """Waits until everything is on disk; `UserError` where it cannot be written."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._unwritten(error) from error
+        finally:
+            self._manager.close()
+
+    def steps(self) -> list[int]:
+        """The steps that have a finished checkpoint, in order."""
+        return sorted(self._manager.all_steps())
 
     def latest(self) -> int | None:
-        return self._manager.latest_step()
+        return max(self.steps(), default=None)
 
     def best(self) -> int | None:
         """The step with the highest score; the latest where none was scored."""
-        scored = [(s, self.cursor(s)["score"]) for s in self._manager.all_steps()]
+        scored = [(s, self.cursor(s)["score"]) for s in self.steps()]
         known = [(score, step) for step, score in scored if score is not None]
         return max(known)[1] if known else self.latest()
 
     def cursor(self, step: int) -> dict[str, Any]:
-        restored = self._manager.restore(step, args=ocp.args.Composite(cursor=ocp.args.JsonRestore()))
+        restored = self._restore(step, cursor=ocp.args.JsonRestore())
         return dict(restored["cursor"])
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state of a step, placed as `like` is."""
         rest = {"opt_state": like.opt_state, "step": like.step, "key": like.key}
-        items = ocp.args.Composite(
-            params=ocp.args.StandardRestore(_abstract(like.params)),
-            optimizer=ocp.args.StandardRestore(_abstract(rest)),
+        restored = self._restore(
+            step, params=ocp.args.StandardRestore(_abstract(like.params)), optimizer=ocp.args.StandardRestore(_abstract(rest))
         )
-        restored = self._manager.restore(step, args=items)
         return TrainState(params=restored["params"], **restored["optimizer"])
 
     def restore_params(self, step: int, shapes: Any) -> Any:
         """The parameters of a step; `shapes` are ShapeDtypeStructs with shardings."""
-        items = ocp.args.Composite(params=ocp.args.StandardRestore(shapes))
-        return self._manager.restore(step, args=items)["params"]
+        return self._restore(step, params=ocp.args.StandardRestore(shapes))["params"]
 
-    def close(self) -> None:
-        """Waits until everything is on disk."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+    def _restore(self, step: int, **items: Any) -> Any:
+        """Restores items of a step whose files are as they were written."""
+        damage = self._damage(step, set(items))
+        if not damage:
+            try:
+                return self._manager.restore(step, args=ocp.args.Composite(**items))
+            except Exception as error:  # a checkpoint that has no digests yet
+                damage = f"it cannot be read: {_short(error)}"
+        older = [s for s in self.steps() if s < step and not self._damage(s)]
+        way_on = f"go on from step {older[-1]}, the last whole one" if older else "begin anew: no older one is whole"
+        raise UserError(f"{self._folder / str(step)}: this checkpoint is damaged ({damage}); remove it to {way_on}")
+
+    def _damage(self, step: int, items: set[str] | None = None) -> str:
+        """What differs from the files that were written, of some items or of all; empty if nothing does."""
+        folder = self._folder / str(step)
+        for name, digest in self._digests().get(str(step), {}).items():
+            if items is not None and name.partition("/")[0] not in items:
+                continue
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            if _digest(folder / name) != digest:
+                return f"{name} has changed"
+        return ""
+
+    def _digests(self) -> dict[str, dict[str, str]]:
+        path = self._folder.parent / DIGESTS
+        return read_json(path) if path.is_file() else {}
+
+    def _record_digests(self) -> None:
+        """Notes the digests of the checkpoint that was just written, and forgets those of removed ones."""
+        step = str(self._saving)
+        written = next(self._folder.glob(f"{step}.*"), self._folder / step)  # it gets its name after this
+        kept = {name: digests for name, digests in self._digests().items() if (self._folder / name).is_dir()}
+        write_json(self._folder.parent / DIGESTS, kept | {step: _digests_below(written)})
+
+    def _check_space(self, state: TrainState) -> None:
+        """OSError where the disk has no room for one more checkpoint."""
+        needed = sum(x.nbytes for x in jax.tree.leaves((state.params, state.opt_state)))
+        free = shutil.disk_usage(self._folder).free
+        if needed > free:
+            raise OSError(f"it takes {needed / 1e6:,.1f} MB, the disk has {free / 1e6:,.1f} MB left")
+
+    def _unwritten(self, error: Exception) -> UserError:
+        steps = [step for step in self.steps() if not self._damage(step)]
+        kept = f"the last whole one is of step {steps[-1]}" if steps else "none was written before"
+        return UserError(
+            f"{self._folder}: a checkpoint could not be written ({_short(error)}); {kept}; make room and run the same command"
+        )
 
 
 def pick_step(checkpoints: Checkpoints, which: str, run_dir: Path) -> int:
     """The step that `which` names: best, last, or a number."""
     step = checkpoints.best() if which == "best" else checkpoints.latest()
     if which not in ("best", "last"):
-        step = int(which) if which.isdigit() and int(which) in checkpoints._manager.all_steps() else None
+        step = int(which) if which.isdecimal() and int(which) in checkpoints.steps() else None
     if step is None:
         raise UserError(f"{run_dir}: holds no checkpoint {which!r}; train it first, or name another with --checkpoint")
     return step
+
+
+def _digests_below(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in BOOKKEEPING)
+    return {path.relative_to(folder).as_posix(): _digest(path) for path in files}
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _abstract(tree: Any) -> Any:

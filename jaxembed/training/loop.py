@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import optax
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxembed.config import TrainConfig
 from jaxembed.data.batch import HostBatch
+from jaxembed.errors import Stopped, UserError
 from jaxembed.parallel import put_batch
 from jaxembed.training.checkpoint import Checkpoints
 from jaxembed.training.metrics import Recorder
 from jaxembed.training.step import Metrics, TrainState
+from jaxembed.training.watch import StopRequest, must_finish
 
 Evaluate = Callable[[Any], Mapping[str, float]]  # parameters -> scores by SET/METRIC
 
@@ -48,6 +51,15 @@ class Tally:
         }
 
 
+@dataclasses.dataclass(frozen=True)
+class Running:
+    """A step that was started."""
+
+    step: int
+    host: HostBatch
+    metrics: Metrics
+
+
 @dataclasses.dataclass
 class Trainer:
     """What a run needs beside its state. `best_metric` names the score whose maximum is the best checkpoint's."""
@@ -55,7 +67,7 @@ class Trainer:
     config: TrainConfig
     mesh: Mesh
     train_step: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
-    schedule: optax.Schedule
+    source_names: Sequence[str]
     evaluate: Evaluate | None
     best_metric: str
     checkpoints: Checkpoints
@@ -63,31 +75,58 @@ class Trainer:
     plan_hash: str
     programs: set[tuple[int, ...]] = dataclasses.field(default_factory=set)
 
-    def fit(self, state: TrainState, batches: Iterator[HostBatch]) -> tuple[TrainState, dict[str, float]]:
-        """Trains to the last step; returns the state and the last held-out scores. Resumes from the state's own step."""
-        scores: dict[str, float] = {}
+    def fit(self, state: TrainState, batches: Iterator[HostBatch], stop: StopRequest) -> TrainState:
+        """Trains to the last step from the state's own. `Stopped`, with a checkpoint of the step, when `stop` asks for it.
+
+        `UserError` at a loss or gradient that is not finite, unless such steps are skipped.
+        """
         tally = Tally()
-        before: Metrics | None = None
+        running: Running | None = None
         for step in range(int(state.step) + 1, self.config.steps + 1):
-            asked = time.perf_counter()
-            host = next(batches)
-            tally.add(host, time.perf_counter() - asked)
-            state, metrics = self._step(state, host)
-            jax.block_until_ready(before)  # at most one step runs ahead of the host
-            before = metrics
-            last = step == self.config.steps
-            if last or step % self.config.log_every == 0:
+            with must_finish(f"step {step}", self.config.stall_timeout_s):
+                asked = time.perf_counter()
+                host = next(batches)
+                tally.add(host, time.perf_counter() - asked)
+                state, metrics = self._step(state, host)
+                self._check(running)  # at most one step runs ahead of the host
+                running = Running(step, host, metrics)
+                last = step == self.config.steps
+                log = last or step % self.config.log_every == 0
+                evaluate = self.evaluate is not None and (last or step % self.config.eval_every == 0)
+                stopping = bool(stop.signal)
+                save = last or evaluate or stopping or step % self.config.checkpoint_every == 0
+                if log or save:
+                    self._check(running)
+                    running = None
+            if log:
                 self._log(step, metrics, tally)
                 tally = Tally()
             self.recorder.advance()
             score = None
-            if self.evaluate and (last or step % self.config.eval_every == 0):
-                scores = self._evaluate(state, step)
-                score = scores.get(self.best_metric)
+            if evaluate and not stopping:
+                score = self._evaluate(state, step)[self.best_metric]
                 tally.since = time.perf_counter()
-            if last or score is not None or step % self.config.checkpoint_every == 0:
+            if save:
                 self.checkpoints.save(state, {"stage": 0, "step": step, "plan_hash": self.plan_hash}, score)
-        return state, scores
+            if stopping and not last:
+                raise Stopped(f"saved after step {step} of {self.config.steps}; the same command goes on", stop.signal)
+        return state
+
+    def _check(self, running: Running | None) -> None:
+        """Waits for a step; one whose loss or gradient is not finite ends the run, or is told where it was skipped."""
+        if running is None:
+            return
+        loss, norm = float(running.metrics["loss"]), float(running.metrics["grad_norm"])
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        drawn = ", ".join(self.source_names[i] for i in np.unique(running.host.batch.source))
+        told = f"step {running.step}: loss {loss}, gradient norm {norm}; its batch is from {drawn}"
+        if self.config.on_nan == "skip":
+            self.recorder.say(f"{told}; skipped")
+            return
+        latest = self.checkpoints.latest()
+        kept = "no checkpoint yet" if latest is None else f"the last good checkpoint is of step {latest}"
+        raise UserError(f"{told}; {kept}; lower optim.learning_rate, look at the data, or set train.on_nan=skip")
 
     def _step(self, state: TrainState, host: HostBatch) -> tuple[TrainState, Metrics]:
         shape = host.batch.texts.tokens.shape
@@ -104,7 +143,6 @@ class Trainer:
 
     def _log(self, step: int, metrics: Metrics, tally: Tally) -> None:
         values = {name: float(value) for name, value in metrics.items()}
-        values["learning_rate"] = float(self.schedule(step - 1))
         values |= tally.rates(self.config.batch_size)
         self.recorder.log(step, values)
         self.recorder.show(loss=f"{values['loss']:.4f}", tokens_s=f"{values['useful_tokens_per_second']:,.0f}")

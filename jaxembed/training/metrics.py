@@ -12,14 +12,16 @@ from typing import Any
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from jaxembed.files import write_text
+
 
 class Recorder:
     """Appends one JSON object a logged step, and shows progress. Lines past `start` (a resumed run's) are dropped first."""
 
     def __init__(self, run_dir: Path, start: int, steps: int):
         path = run_dir / "metrics.jsonl"
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= start]
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        kept = [line for line in _lines(path) if start and json.loads(line)["step"] <= start]
+        write_text(path, "".join(line + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
         self._events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start or None)
         self._bar = tqdm(total=steps, initial=start, unit="step", file=sys.stderr, dynamic_ncols=True)

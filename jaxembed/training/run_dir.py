@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
+import logging
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,9 @@ import yaml
 
 from jaxembed.config import Config
 from jaxembed.errors import UserError
+from jaxembed.files import read_json, write_json, write_text
+
+log = logging.getLogger("jaxembed")
 
 PACKAGES = (
     "jax",
@@ -29,7 +32,7 @@ PACKAGES = (
 
 
 def open_run(config: Config) -> Path:
-    """The run directory with config.yaml and versions.json in it. Refuses one that belongs to another config."""
+    """The run directory with config.yaml in it. Refuses one that belongs to another config."""
     run_dir = Path(config.run.dir)
     recorded = run_dir / "config.yaml"
     if recorded.is_file():
@@ -40,19 +43,36 @@ def open_run(config: Config) -> Path:
                 f"{run_dir}: belongs to another config ({'; '.join(changed[:4])}); name another run.dir, or remove it"
             )
         return run_dir
-    if run_dir.exists() and any(run_dir.iterdir()):
+    if run_dir.exists() and any(path.suffix != ".partial" for path in run_dir.iterdir()):
         raise UserError(f"{run_dir}: holds files but no run; name another run.dir")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        recorded.write_text(config.dump(), encoding="utf-8")
+        write_text(recorded, config.dump())
     except OSError as error:
         raise UserError(f"{run_dir}: cannot be written ({error.strerror}); name another run.dir") from None
-    write_json(run_dir / "versions.json", versions())
     return run_dir
 
 
-def write_json(path: Path, value: Mapping[str, Any] | Sequence[Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def record(run_dir: Path, name: str, value: Mapping[str, Any], told: str) -> None:
+    """Writes `name`.json, or compares it with what is there: `UserError` says with `told` what differs."""
+    path = run_dir / f"{name}.json"
+    if not path.is_file():
+        write_json(path, value)
+        return
+    changed = list(differences(read_json(path), value))
+    if changed:
+        raise UserError(f"{run_dir}: {told} ({'; '.join(changed[:4])}); restore it, or name another run.dir")
+
+
+def note_versions(run_dir: Path) -> None:
+    """Writes versions.json; warns where a resumed run's differ, since its losses may then differ in the last bits."""
+    path = run_dir / "versions.json"
+    now = versions()
+    if path.is_file():
+        changed = list(differences(read_json(path), now))
+        if changed:
+            log.warning("not the versions this run began with, so not bit for bit the same: %s", "; ".join(changed))
+    write_json(path, now)
 
 
 def versions() -> dict[str, str]:

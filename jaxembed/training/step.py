@@ -58,18 +58,41 @@ def batch_loss(
 
 
 def make_train_step(
-    model: EmbeddingModel, objectives: Sequence[ObjectiveConfig], optimizer: optax.GradientTransformation
+    model: EmbeddingModel,
+    objectives: Sequence[ObjectiveConfig],
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    skip: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The compiled step (state, batch) -> (state, metrics); it consumes the state. It compiles once per batch shape."""
+    """The compiled step (state, batch) -> (state, metrics); it consumes the state. It compiles once per batch shape.
+
+    `schedule` is the optimizer's learning rate, for the metrics. With `skip`, a loss or gradient that is not finite leaves
+    parameters and optimizer as they were; the step counts, the schedule stands still.
+    """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         def loss_of(params: Any) -> tuple[jax.Array, Metrics]:
             return batch_loss(model, objectives, params, batch)
 
         (loss, parts), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, **parts, "grad_norm": optax.global_norm(grads)}
+        norm = optax.global_norm(grads)
+
+        def update() -> tuple[Any, Any]:
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            return optax.apply_updates(state.params, updates), opt_state
+
+        def keep() -> tuple[Any, Any]:
+            return state.params, state.opt_state
+
+        good = jnp.isfinite(loss) & jnp.isfinite(norm)
+        params, opt_state = jax.lax.cond(good, update, keep) if skip else update()
+        rate = schedule(_updates_done(state.opt_state))
+        metrics = {"loss": loss, **parts, "grad_norm": norm, "learning_rate": jnp.asarray(rate)}
         return TrainState(params, opt_state, state.step + 1, state.key), metrics
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+def _updates_done(opt_state: Any) -> jax.Array:
+    """The updates that the optimizer has made: the steps, less the skipped ones."""
+    return optax.tree.get_all_with_path(opt_state, "count")[0][1]

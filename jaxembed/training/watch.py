@@ -1,0 +1,57 @@
+"""What ends a run from outside the loop: a signal, or a step that never finishes."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType, TracebackType
+from typing import Any
+
+
+class StopRequest:
+    """While entered, SIGTERM and the first Ctrl-C only set `signal`; a second Ctrl-C interrupts at once.
+
+    Outside the main thread Python takes no handlers, and signals do what they did before.
+    """
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+
+@contextlib.contextmanager
+def must_finish(what: str, limit_s: float) -> Iterator[None]:
+    """Ends the process with exit code 1 and the stacks of its threads if the block takes longer than `limit_s` seconds."""
+    timer = threading.Timer(limit_s, _give_up, [what, limit_s])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _give_up(what: str, limit_s: float) -> None:
+    told = f"error: {what} did not finish in {limit_s:g} s (train.stall_timeout_s); the stacks of all threads:"
+    print(f"\n{told}", file=sys.stderr, flush=True)
+    faulthandler.dump_traceback(file=2)
+    os._exit(1)
