@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jaxembed.errors import Stopped, UserError
+from jaxembed.files import exists
 
 
 def run(main: Callable[[argparse.Namespace], Mapping[str, Any]], parser: argparse.ArgumentParser) -> None:
@@ -78,10 +79,15 @@ def use_compilation_cache() -> None:
 def new_output(path: str) -> Path:
     """An output path that does not exist yet, its folder made; or `UserError`."""
     out = Path(path)
-    if out.exists():
+    if exists(out):
         raise UserError(f"{out}: already exists; remove it or name another output")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out}: its folder cannot be made ({error.strerror}); name another output") from None
+    make_folder(out.parent, f"{out}: its folder")
     return out
+
+
+def make_folder(folder: Path, told: str) -> None:
+    """Makes a folder of an output where there is none; the `UserError` begins with `told`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{told} cannot be made ({error.strerror}); name another output") from None

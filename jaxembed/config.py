@@ -14,17 +14,27 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from jaxembed.errors import UserError
+from jaxembed.fields import LARGEST, shown
 
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, le=LARGEST)]
+
+NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)  # what PyYAML raises, of which dates and numbers raise the second
 
 
 class Section(BaseModel):
-    """A frozen node of the tree that refuses unknown keys."""
+    """A frozen node of the tree that refuses unknown keys, numbers that are not finite and texts with a NUL."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _no_nul(cls, value: Any) -> Any:
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError("a text must not hold a NUL character")
+        return value
 
 
 class RunConfig(Section):
@@ -62,7 +72,7 @@ class SourceConfig(Section):
         "auto", description="auto: read off the path or the first row"
     )
     name: str = Field("", description="shown in logs and used for prompts; the path's stem if empty")
-    weight: float = Field(1.0, gt=0, description="share of the mixture, relative to the other sources' weights")
+    weight: float = Field(1.0, ge=1e-6, le=1e6, description="share of the mixture, relative to the other sources' weights")
     instructions: tuple[str, ...] = Field((), description="one is drawn per example for its query")
     document_instruction: str = Field("", description="instruction of the documents, for symmetric tasks")
     in_batch_negatives: bool | None = Field(None, description="default: no for labels, yes otherwise")
@@ -82,7 +92,7 @@ class PythonPackagesConfig(Section):
 class DataConfig(Section):
     max_length: Positive = Field(512, description="tokens of a text, special tokens included; longer texts are cut")
     row_length: Positive | None = Field(None, description="tokens of a packed row (>= max_length); max_length if absent")
-    hard_negatives: int = Field(0, ge=0, description="negatives drawn per query")
+    hard_negatives: int = Field(0, ge=0, le=1024, description="negatives drawn per query")
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
     python_packages: PythonPackagesConfig = PythonPackagesConfig()
 
@@ -101,7 +111,7 @@ class ObjectiveConfig(Section):
 
 class OptimConfig(Section):
     learning_rate: float = Field(2e-5, gt=0, description="the highest, reached after the warm-up")
-    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
+    warmup_steps: int = Field(0, ge=0, le=LARGEST, description="steps of linear warm-up")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="decay to 0 at the last step, or none")
     weight_decay: float = Field(0.01, ge=0, description="of kernels and embeddings; norms and biases are spared")
     clip: float = Field(1.0, gt=0, description="largest global norm of the gradient")
@@ -120,14 +130,16 @@ class MeshConfig(Section):
 class TrainConfig(Section):
     steps: Positive = Field(1000, description="optimizer steps")
     batch_size: Positive = Field(64, description="queries of a step, over all devices")
-    seed: int = Field(0, ge=0, description="of the parameters, the order of examples and every draw")
+    seed: int = Field(0, ge=0, le=LARGEST, description="of the parameters, the order of examples and every draw")
     log_every: Positive = Field(10, description="steps between lines of metrics.jsonl")
     checkpoint_every: Positive = Field(500, description="steps between checkpoints")
     eval_every: Positive = Field(500, description="steps between scorings of the held-out sets, each with a checkpoint")
     on_nan: Literal["stop", "skip"] = Field(
         "stop", description="at a loss or gradient that is not finite: end, or skip the step"
     )
-    stall_timeout_s: float = Field(1800.0, gt=0, description="seconds after which a step that does not finish ends the process")
+    stall_timeout_s: float = Field(
+        1800.0, gt=0, le=1e9, description="seconds after which a step that does not finish ends the process"
+    )
     keep_checkpoints: Positive = Field(2, description="latest checkpoints kept; the best one is kept beside them")
 
 
@@ -170,23 +182,30 @@ class Config(Section):
 def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     """Reads a YAML file, applies `key.sub=value` overrides, and returns the checked tree; `UserError` says what is off."""
     path = Path(path)
+    tree = read_tree(path)
+    for override in overrides:
+        _apply(tree, override)
+    run = tree.setdefault("run", {})
+    if isinstance(run, dict):
+        run["name"] = run.get("name") or path.stem
+        if isinstance(run["name"], str):
+            run["dir"] = run.get("dir") or f"runs/{run['name']}"
+    return parse(tree, str(path))
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds, unchecked."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file; give the path of a YAML file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except NOT_YAML as error:
         raise UserError(f"{path}: not valid YAML ({_one_line(error)})") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping of sections such as model: and data:, found {_kind(tree)}")
-    for override in overrides:
-        _apply(tree, override)
-    run = tree.setdefault("run", {})
-    if isinstance(run, dict):
-        run["name"] = run.get("name") or path.stem
-        run["dir"] = run.get("dir") or f"runs/{run['name']}"
-    return parse(tree, str(path))
+    return tree
 
 
 def parse(tree: dict[str, Any], where: str) -> Config:
@@ -236,7 +255,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise UserError(f"override {override!r}: expected key.sub=value, such as train.steps=100")
     try:
         value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except NOT_YAML as error:
         raise UserError(f"override {override!r}: the value is not valid YAML ({_one_line(error)})") from None
     *parents, last = key.split(".")
     node: Any = tree
@@ -270,7 +289,7 @@ def _explain(error: ValidationError) -> str:
         return f"unknown key {key}; " + (f"did you mean {near}?" if near else f"known here: {', '.join(names)}")
     if problem["type"] == "missing":
         return f"{key} is missing; it has no default"
-    given = "" if isinstance(problem["input"], dict | list) else f" (got {problem['input']!r})"
+    given = "" if isinstance(problem["input"], dict | list) else f" (got {shown(problem['input'])})"
     told = _one_line(problem["msg"]).removeprefix("Value error, ").replace("Input should be", "expected")
     return f"{key}: {told}{given}".lstrip(": ")
 

@@ -1,11 +1,20 @@
 """The exceptions that end a command in one line."""
 
+LONGEST = 2000  # characters of a message
+BREAKS = frozenset("\t\n\v\f\r\x1c\x1d\x1e\x1f\x85\u2028\u2029")
+
 
 class UserError(Exception):
     """Bad input, told in one line: what came, what was expected, what to do.
 
-    The message names the file and line or the config key. Commands print it after `error:` and exit with code 2.
+    The message names the file and line or the config key. Commands print it after `error:` and exit with code 2. It is
+    one line whatever it quotes: line breaks and other control characters are escaped, and of a very long one the middle
+    is left out.
     """
+
+    def __init__(self, message: str):
+        line = "".join(c if c.isprintable() or (c.isspace() and c not in BREAKS) else ascii(c)[1:-1] for c in message)
+        super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}")
 
 
 class Stopped(Exception):

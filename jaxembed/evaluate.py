@@ -23,7 +23,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     tasks = mteb_encoder.find_tasks(args.tasks, args.benchmark)
     out = Path(args.out) if args.out else None
     if out:
-        out.mkdir(parents=True, exist_ok=True)
+        cli.make_folder(out, f"{out}: the folder")
     encoder = load_encoder(args.model, args.checkpoint, args.backend)
     return {"model": args.model, "scores": mteb_encoder.evaluate(encoder, tasks, out)}
 

@@ -29,7 +29,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 def read_card(model: Path, revision: str) -> Any:
     """What the model card tells of a run: base, recipe, and the scores of the exported checkpoint."""
-    from jaxembed.files import read_json
+    from jaxembed.fields import Fields
+    from jaxembed.files import read_json, read_text
     from jaxembed.hub.card import Card
     from jaxembed.training.metrics import read_metrics
 
@@ -37,9 +38,9 @@ def read_card(model: Path, revision: str) -> Any:
         return Card(name=model.name, base=revision)
     step = int(revision.rsplit("-", 1)[1])
     rows = [row for row in read_metrics(model) if row["step"] == step]
-    scores = {k.removeprefix("eval/"): v for row in rows for k, v in row.items() if k.startswith("eval/")}
-    recipe = (model / "config.yaml").read_text(encoding="utf-8")
-    return Card(model.resolve().name, read_json(model / "base.json")["name"], f"step {step}", recipe, scores)
+    scores = {k.removeprefix("eval/"): v for row in rows for k, v in row.items() if k.startswith("eval/") and v is not None}
+    base = Fields(read_json(model / "base.json"), str(model / "base.json")).text("name")
+    return Card(model.resolve().name, base, f"step {step}", read_text(model / "config.yaml"), scores)
 
 
 if __name__ == "__main__":

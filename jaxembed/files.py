@@ -10,14 +10,42 @@ from typing import Any
 from jaxembed.errors import UserError
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file."""
+def exists(path: Path) -> bool:
+    """Whether a file or folder is there; `UserError` where the system does not tell, as of too long a name."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return path.exists()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be looked up ({error.strerror})") from None
+
+
+def read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:  # a name that no file can have
+        raise UserError(f"{path!r}: cannot be read ({error})") from None
+
+
+def read_text(path: Path) -> str:
+    """The UTF-8 text of a file."""
+    try:
+        return read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not valid UTF-8 (byte {error.start})") from None
+
+
+def read_json_value(path: Path) -> Any:
+    """Whatever JSON a file holds."""
+    try:
+        return json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file."""
+    value = read_json_value(path)
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found a {type(value).__name__}")
     return value

@@ -81,6 +81,13 @@ def test_missing_held_out_set_is_named(tmp_path):
         open_sets([EvalSetConfig(name="here", path=str(tmp_path / "nowhere"))], PythonPackagesConfig(), tmp_path)
 
 
+def test_a_held_out_set_without_relevant_documents_is_named(tmp_path):
+    qrels = _beir(tmp_path / "beir") / "qrels" / "test.tsv"
+    qrels.write_text("query-id\tcorpus-id\tscore\nq0\td0\t0\n")
+    with pytest.raises(UserError, match=r"qrels/test\.tsv: no query has a relevant document; expected scores above 0$"):
+        open_sets([EvalSetConfig(name="here", path=str(tmp_path / "beir"))], PythonPackagesConfig(), tmp_path)
+
+
 def fail(*_, **__):
     raise ConnectionError("no route")
 

@@ -93,6 +93,10 @@ def test_batch_must_be_divisible_and_within_the_data(folder):
         train(settings(folder, "big", "train.batch_size=128"))
     with pytest.raises(UserError, match=r"data\.max_length is 256, but .* has 128 positions"):
         train(settings(folder, "long", "data.max_length=256"))
+    with pytest.raises(UserError, match=r"data\.max_length is 1, of which 1 are special tokens; raise it"):
+        train(settings(folder, "short", "data.max_length=1"))
+    with pytest.raises(UserError, match=r"x/config\.yaml: cannot be looked up \(File name too long\)"):
+        train(settings(folder, "named", f"run.dir={'x' * 300}"))
     with pytest.raises(UserError, match=r"eval\.best is nothing/here; expected one of sts/spearman"):
         train(settings(folder, "best", "eval.best=nothing/here"))
 
@@ -176,6 +180,16 @@ def test_a_users_error_is_one_line_and_exit_code_2(folder, tmp_path):
     assert done.returncode == 2
     assert done.stderr.strip() == f'error: {bad}:2: "pos" is a string; write a list: "pos": ["b"]'
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["export", "evaluate"])
+def test_an_output_that_exists_is_one_line(folder, tmp_path, name):
+    (tmp_path / "out").write_text("mine")
+    arguments = {"export": [str(tmp_path / "out")], "evaluate": ["--tasks", "STSBenchmark", "--out", str(tmp_path / "out")]}
+    done = command(f"jaxembed.{name}", str(folder / "base"), *arguments[name])
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'out'}: ")
+    assert (tmp_path / "out").read_text() == "mine"
 
 
 @pytest.mark.parametrize("name", ["train", "encode", "export", "evaluate"])

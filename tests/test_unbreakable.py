@@ -18,6 +18,7 @@ import pytest
 from jaxembed import Embedder
 from jaxembed.data.schema import text_hash
 from jaxembed.errors import UserError
+from jaxembed.export import read_card
 from jaxembed.losses import infonce
 from jaxembed.run import train
 from jaxembed.training import run_dir
@@ -231,3 +232,42 @@ def test_a_checkpoint_of_another_plan_is_refused(folder: Path) -> None:
     (folder / "swapped" / "data_hashes.json").unlink()
     with pytest.raises(UserError, match="swapped: the training data changed since step 1"):
         train(config)
+
+
+WRONG = {
+    "config.yaml": ["run: [", "[]", "\udcff", ""],
+    "base.json": ["{", "[]", "\udcff", '{"name": 3, "config": {}}', '{"name": "a", "config": []}'],
+    "data_hashes.json": ["{", "[]", '{"a": 1}'],
+    "jaxembed.json": ["{", "[]", '{"pooling": "max"}', '{"max_length": "9"}', '{"prompts": {"query": 1}}', '{"new": 1}'],
+    "metrics.jsonl": ["{\n", "[]\n", '{"step": "x"}\n', '{"step": 1, "loss": {}}\n', "\udcff\n"],
+    "digests.json": ["{", "[]", '{"1": 2}', '{"1": {"a": 2}}'],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_damaged_file_of_a_run_is_named_and_nothing_is_lost(folder: Path, name: str) -> None:
+    run = folder / "damaged-files"
+    config = settings(folder, run.name, "train.steps=1", "eval.untrained=false")
+    if not run.exists():
+        train(config)
+    told_by = {
+        "config.yaml": [lambda: train(config)],
+        "data_hashes.json": [lambda: train(config)],
+        "base.json": [lambda: train(config), lambda: Embedder.load(run)],
+        "jaxembed.json": [lambda: Embedder.load(run)],
+        "metrics.jsonl": [lambda: train(config), lambda: read_card(run, "damaged-files-1")],
+        "digests.json": [lambda: train(config), lambda: Embedder.load(run)],
+    }[name]
+    whole = (run / name).read_bytes()
+    for content in WRONG[name]:
+        damaged = content.encode(errors="surrogateescape")
+        (run / name).write_bytes(damaged)
+        for call in told_by:
+            with pytest.raises(UserError, match=rf"^{run}(/{name}|: its)") as error:
+                call()
+            assert len(str(error.value).splitlines()) == 1
+            assert (run / name).read_bytes() == damaged
+    (run / name).write_bytes(whole)
+    train(config)
+    assert steps_of(run) == [1]
+    assert len(losses(run)) == 1

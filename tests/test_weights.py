@@ -119,6 +119,12 @@ def test_one_error_names_every_tensor_that_does_not_fit(base_folder: Folder, tmp
     )
 
 
+def test_quantised_weights_are_refused(base_folder: Folder, tmp_path: Path) -> None:
+    tensors = tensors_of(base_folder("qwen2")) | {"norm.weight": np.ones(32, np.int8)}
+    with pytest.raises(UserError, match=r"mistyped: norm.weight I8 \(expected one of F64, F32, F16, BF16\)$"):
+        params_of(write(tmp_path / "base", base_folder("qwen2"), {"model.safetensors": tensors}))
+
+
 def test_a_long_list_of_tensors_is_cut(base_folder: Folder, tmp_path: Path) -> None:
     only = {"norm.weight": tensors_of(base_folder("qwen2"))["norm.weight"]}
     with pytest.raises(UserError, match=r"missing: embed_tokens.weight, .* and 31 more$"):
@@ -139,8 +145,9 @@ def test_a_truncated_file(base_folder: Folder, tmp_path: Path, kept: int) -> Non
     [
         (None, "model.safetensors: no such file; expected the model's weights as safetensors"),
         ('{"weight_map": {"norm.weight": "part-7.safetensors"}}', "part-7.safetensors: no such file"),
-        ("[]", "index.json: not a weight index"),
-        ("{", "index.json: not a weight index"),
+        ("[]", "index.json: expected a JSON object, found a list; not a weight index, fetch it again$"),
+        ("{", "index.json: not valid JSON .*; not a weight index, fetch it again$"),
+        ('{"weight_map": {"norm.weight": 3}}', "index.json: weight_map is a dict of 1; expected an object of strings; not a"),
     ],
 )
 def test_absent_files(base_folder: Folder, tmp_path: Path, index: str | None, message: str) -> None:

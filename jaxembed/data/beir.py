@@ -10,6 +10,7 @@ from pathlib import Path
 from jaxembed.data.jsonl import JsonLines, write_lines
 from jaxembed.data.schema import check_corpus, check_query, decode
 from jaxembed.errors import UserError
+from jaxembed.files import read_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ def open_beir(folder: Path, splits: tuple[str, ...]) -> BeirFolder:
         raise UserError(f"{folder}: expected qrels/{splits[0]}.tsv beside corpus.jsonl and queries.jsonl")
     corpus_rows, query_rows = _row_of_id(corpus), _row_of_id(queries)
     relevant: dict[int, dict[int, int]] = {}
-    text = decode(_read(qrels), str(qrels))
+    text = decode(read_bytes(qrels), str(qrels))
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip() or (number == 1 and _is_header(line)):
             continue
@@ -56,13 +57,6 @@ def open_beir(folder: Path, splits: tuple[str, ...]) -> BeirFolder:
         raise UserError(f"{qrels}: no query has a relevant document; expected scores above 0")
     digest = hashlib.sha256((corpus.digest + queries.digest + text).encode()).hexdigest()
     return BeirFolder(corpus, queries, list(relevant), list(relevant.values()), digest)
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def _is_header(line: str) -> bool:

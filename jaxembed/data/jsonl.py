@@ -14,6 +14,8 @@ import numpy as np
 from jaxembed.data.schema import RowCheck, parse_row
 from jaxembed.errors import UserError
 
+BLANK = b" \t\r\n"  # what JSON takes between values
+
 
 class JsonLines:
     """A sequence of rows. Every line is checked once, on opening; `UserError` names file and line.
@@ -29,7 +31,7 @@ class JsonLines:
                 start = 0
                 for number, line in enumerate(file, 1):
                     digest.update(line)
-                    if line.strip():
+                    if line.strip(BLANK):
                         where = f"{self.path}:{number}"
                         if problem := check(parse_row(line, where)):
                             raise UserError(f"{where}: {problem}")
@@ -61,7 +63,7 @@ def first_row(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
-                if line.strip():
+                if line.strip(BLANK):
                     return parse_row(line, f"{path}:{number}")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None

@@ -18,6 +18,7 @@ from jaxembed.data.beir import BeirPairs
 from jaxembed.data.jsonl import JsonLines, first_row
 from jaxembed.data.schema import Example, PairCheck, check_label, check_scored
 from jaxembed.errors import UserError
+from jaxembed.files import exists
 
 
 class Rows(Protocol):
@@ -68,7 +69,7 @@ class ScoredPairs:
 
     def __init__(self, rows: Rows, min_score: float):
         self.rows = rows
-        scores = np.array([rows[i]["score"] for i in range(len(rows))])
+        scores = np.array([rows[i]["score"] for i in range(len(rows))], np.float64)
         self._kept = np.flatnonzero(scores >= min_score)
         self.dropped = len(rows) - len(self._kept)
 
@@ -184,7 +185,7 @@ def detect_format(config: SourceConfig) -> str:
     if "python_packages" in (config.path, config.format):
         return "python_packages"
     path = Path(config.path)
-    if not path.exists():
+    if not exists(path):
         raise UserError(f"data.sources: {path}: no such file or folder")
     if config.format != "auto":
         return config.format
@@ -201,7 +202,7 @@ def detect_format(config: SourceConfig) -> str:
     if "query" in keys:
         return "pairs"
     raise UserError(
-        f"{path}:1: unknown row with keys {', '.join(sorted(keys))}; expected query and pos, text and label, "
+        f"{path}:1: unknown row with keys {', '.join(sorted(keys)[:10])}; expected query and pos, text and label, "
         "or sentence1, sentence2 and score"
     )
 

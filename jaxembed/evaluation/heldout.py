@@ -17,6 +17,7 @@ from jaxembed.data.sources import packages_folder
 from jaxembed.errors import UserError
 from jaxembed.evaluation import bm25
 from jaxembed.evaluation.retrieval import Encode, ndcg, recall, search, spearman
+from jaxembed.files import exists
 
 TOP = 10
 
@@ -79,7 +80,7 @@ def open_sets(configs: Sequence[EvalSetConfig], packages: PythonPackagesConfig, 
         path = Path(config.path)
         if config.path.startswith("python_packages:"):
             path = packages_folder(packages, cache) / config.path.removeprefix("python_packages:")
-        if not path.exists():
+        if not exists(path):
             raise UserError(f"eval.sets: {config.name}: {config.path}: no such file or folder")
         sets.append(open_one[config.kind](config, path))
     return sets
@@ -94,7 +95,7 @@ def _retrieval(config: EvalSetConfig, path: Path) -> RetrievalSet:
 def _similarity(config: EvalSetConfig, path: Path) -> SimilaritySet:
     lines = JsonLines(path, check_scored)
     rows = [lines[i] for i in range(len(lines))]
-    scores = np.array([row["score"] for row in rows])
+    scores = np.array([row["score"] for row in rows], np.float64)
     return SimilaritySet(config, [row["sentence1"] for row in rows], [row["sentence2"] for row in rows], scores)
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from jaxembed.data.tokenize import ends_with_eos, load_tokenizer
 from jaxembed.errors import UserError
-from jaxembed.files import read_json, write_json
+from jaxembed.fields import Fields
+from jaxembed.files import exists, read_json, read_json_value, write_json
 from jaxembed.model.presets import DecoderConfig, from_hf, preset
 from jaxembed.spec import EmbeddingSpec
 
@@ -43,15 +44,16 @@ def find_base(name: str) -> Base:
         return Base(name, None, config, from_hf(config, name), EmbeddingSpec())
     folder = find_folder(name)
     config = read_json(folder / "config.json")
-    return Base(name, folder, config, from_hf(config, str(folder / "config.json")), read_spec(folder, config))
+    decoder = from_hf(config, str(folder / "config.json"))
+    return Base(name, folder, config, decoder, read_spec(folder, config, decoder))
 
 
 def find_folder(name: str) -> Path:
     """A local folder with a config.json, or the local copy of a hub repository, fetched if need be."""
     path = Path(name).expanduser()
-    if (path / "config.json").is_file():
+    if exists(path / "config.json"):
         return path
-    if path.exists() or name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if exists(path) or name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise UserError(f"{name}: neither a folder with a config.json nor a hub id such as Qwen/Qwen2-0.5B")
     import huggingface_hub
 
@@ -62,56 +64,70 @@ def find_folder(name: str) -> Path:
         raise UserError(f"{name}: no such folder, and the hub gave no model of that name ({reason})") from None
 
 
-def read_spec(folder: Path, config: Mapping[str, Any]) -> EmbeddingSpec:
+def read_spec(folder: Path, config: Mapping[str, Any], decoder: DecoderConfig) -> EmbeddingSpec:
     """What the folder says of its texts: in jaxembed.json, else in sentence-transformers' files, else our defaults."""
     if (folder / SPEC_FILE).is_file():
         return spec_from_json(read_json(folder / SPEC_FILE), str(folder / SPEC_FILE))
     if (folder / "modules.json").is_file():
-        return _sentence_transformers_spec(folder, config)
-    return EmbeddingSpec(max_length=min(EmbeddingSpec.max_length, config.get("max_position_embeddings", 512)))
+        return _sentence_transformers_spec(folder, config, decoder)
+    return EmbeddingSpec(max_length=min(EmbeddingSpec.max_length, decoder.max_positions))
 
 
 def spec_from_json(values: Mapping[str, Any], where: str) -> EmbeddingSpec:
-    """A spec as `write_spec` wrote it."""
-    try:
-        return EmbeddingSpec(**values)
-    except TypeError as error:
-        raise UserError(f"{where}: not written by this version ({error})") from None
+    """A spec as `write_spec` wrote it; `UserError` names the key that is off."""
+    unknown = values.keys() - {field.name for field in dataclasses.fields(EmbeddingSpec)}
+    if unknown:
+        raise UserError(f"{where}: not written by this version (unknown: {', '.join(sorted(unknown))})")
+    fields, default = Fields(values, where), EmbeddingSpec()
+    template = fields.text("instruction_template", default.instruction_template)
+    if "{instruction}" not in template:
+        raise UserError(f"{where}: instruction_template must contain {{instruction}}")
+    return EmbeddingSpec(
+        attention=fields.choice("attention", ("causal", "bidirectional"), default.attention),
+        pooling=fields.choice("pooling", ("mean", "last"), default.pooling),
+        include_instruction=fields.flag("include_instruction", default.include_instruction),
+        normalize=fields.flag("normalize", default.normalize),
+        append_eos=fields.flag("append_eos", default.append_eos),
+        max_length=fields.whole("max_length", default.max_length),
+        instruction_template=template,
+        prompts=fields.texts("prompts"),
+    )
 
 
 def write_spec(folder: Path, spec: EmbeddingSpec) -> None:
     write_json(folder / SPEC_FILE, dataclasses.asdict(spec))
 
 
-def _sentence_transformers_spec(folder: Path, config: Mapping[str, Any]) -> EmbeddingSpec:
+def _sentence_transformers_spec(folder: Path, config: Mapping[str, Any], decoder: DecoderConfig) -> EmbeddingSpec:
     """Reads modules.json and the files it names; `UserError` on a module that is not stock pooling or normalisation."""
+    listing = folder / "modules.json"
+    modules = read_json_value(listing)
     try:
-        modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
         kinds = {str(m["type"]).rsplit(".", 1)[-1]: folder / str(m["path"]) for m in modules}
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{folder / 'modules.json'}: not a list of modules ({error!r})") from None
+    except (TypeError, KeyError):
+        raise UserError(f"{listing}: expected a list of modules, each with type and path") from None
     unknown = set(kinds) - {"Transformer", "Pooling", "Normalize"}
     if unknown or "Pooling" not in kinds:
-        raise UserError(f"{folder}: expected the modules Transformer, Pooling and Normalize; found {', '.join(kinds)}")
+        raise UserError(f"{listing}: expected the modules Transformer, Pooling and Normalize; found {', '.join(kinds)}")
     pooling = read_json(kinds["Pooling"] / "config.json")
     tokenizer = load_tokenizer(folder)
     extra = folder / "config_sentence_transformers.json"
     return EmbeddingSpec(
-        attention="causal" if config.get("is_causal", True) else "bidirectional",
+        attention="causal" if Fields(config, str(folder / "config.json")).flag("is_causal", True) else "bidirectional",
         pooling=_pooling_kind(pooling, kinds["Pooling"]),
-        include_instruction=bool(pooling.get("include_prompt", True)),
+        include_instruction=Fields(pooling, str(kinds["Pooling"] / "config.json")).flag("include_prompt", True),
         normalize="Normalize" in kinds,
         append_eos=ends_with_eos(tokenizer),
-        max_length=_max_length(folder, config, tokenizer),
-        prompts=(read_json(extra) if extra.is_file() else {}).get("prompts") or {},
+        max_length=_max_length(folder, decoder, tokenizer),
+        prompts=Fields(read_json(extra) if extra.is_file() else {}, str(extra)).texts("prompts"),
     )
 
 
-def _max_length(folder: Path, config: Mapping[str, Any], tokenizer: Any) -> int:
+def _max_length(folder: Path, decoder: DecoderConfig, tokenizer: Any) -> int:
     """The length texts are cut at: named in sentence_bert_config.json, else the tokenizer's or the model's limit."""
     named = folder / "sentence_bert_config.json"
-    length = (read_json(named) if named.is_file() else {}).get("max_seq_length")
-    return int(length or min(tokenizer.model_max_length, config.get("max_position_embeddings", 512)))
+    limit = min(int(tokenizer.model_max_length), decoder.max_positions)
+    return Fields(read_json(named) if named.is_file() else {}, str(named)).whole("max_seq_length", limit)
 
 
 def _pooling_kind(pooling: Mapping[str, Any], where: Path) -> str:

@@ -18,6 +18,7 @@ from jaxembed import parallel
 from jaxembed.data.packing import PackedTexts, fill, max_segments, pack
 from jaxembed.data.tokenize import TextTokenizer, append_eos, load_tokenizer
 from jaxembed.errors import UserError
+from jaxembed.fields import Fields
 from jaxembed.files import read_json
 from jaxembed.hub.base import Base, content_hash, find_base, read_spec
 from jaxembed.hub.weights import load_params
@@ -26,6 +27,7 @@ from jaxembed.model.embedder import EmbeddingModel, parameter_shapes
 from jaxembed.model.presets import from_hf
 from jaxembed.spec import EmbeddingSpec
 from jaxembed.training.checkpoint import Checkpoints, pick_step
+from jaxembed.training.run_dir import kept
 
 WINDOW = 4096  # texts tokenised and packed together
 TOKENS_AT_ONCE = 8192  # tokens a device takes at once
@@ -174,6 +176,9 @@ def text_tokenizer(tokenizer: Any, spec: EmbeddingSpec, base: Base) -> TextToken
         )
     if spec.append_eos:
         append_eos(tokenizer)
+    special = tokenizer.num_special_tokens_to_add()
+    if spec.max_length <= special:
+        raise UserError(f"data.max_length is {spec.max_length}, of which {special} are special tokens; raise it")
     return TextTokenizer(tokenizer, spec.max_length)
 
 
@@ -184,10 +189,11 @@ def shapes_and_shardings(model: EmbeddingModel, mesh: Mesh) -> tuple[Any, Any]:
 
 
 def _load_run(cls: type[Embedder], run_dir: Path, compute: Compute, mesh: Mesh, checkpoint: str) -> Embedder:
-    record = read_json(run_dir / "base.json")
-    config = record["config"]
-    decoder = from_hf(config, str(run_dir / "base.json"))
-    base = Base(record["name"], run_dir / "tokenizer", config, decoder, read_spec(run_dir, config))
+    where = str(run_dir / "base.json")
+    record = Fields(kept(read_json, run_dir / "base.json", "train anew"), where)
+    config = record.mapping("config")
+    decoder = from_hf(config, f"{where}: config")
+    base = Base(record.text("name"), run_dir / "tokenizer", config, decoder, read_spec(run_dir, config, decoder))
     model = EmbeddingModel(decoder, base.spec, compute)
     shapes, shardings = shapes_and_shardings(model, mesh)
     placed = jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), shapes, shardings)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxembed.errors import UserError
+from jaxembed.fields import Fields
+from jaxembed.files import exists, read_json
 from jaxembed.model.presets import DecoderConfig
 
 
@@ -56,6 +57,9 @@ TABLE: tuple[Entry, ...] = (
 )
 
 
+FLOATS = ("F64", "F32", "F16", "BF16")  # what safetensors calls the types of weights that are not quantised
+
+
 def _ignored(name: str) -> bool:
     """Tensors of checkpoints that an embedding model has no use for: the language-model head, old RoPE buffers."""
     return name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq")
@@ -77,16 +81,15 @@ def open_tensors(folder: Path) -> Iterator[dict[str, Any]]:
 
 def _files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    paths = [folder / "model.safetensors"]
+    if exists(index):
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{index}: not a weight index ({error!r}); fetch it again") from None
-        paths = [folder / str(name) for name in names]
-    else:
-        paths = [folder / "model.safetensors"]
+            names = Fields(read_json(index), str(index)).texts("weight_map").values()
+        except UserError as error:
+            raise UserError(f"{error}; not a weight index, fetch it again") from None
+        paths = [folder / name for name in sorted(set(names))]
     for path in paths:
-        if not path.is_file():
+        if not exists(path):
             raise UserError(f"{path}: no such file; expected the model's weights as safetensors in {folder}")
     return paths
 
@@ -117,7 +120,12 @@ def _check(
         for name, shape in expected.items()
         if name in tensors and tuple(tensors[name].get_shape()) != shape
     ]
-    problems = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
+    mistyped = [
+        f"{name} {tensors[name].get_dtype()} (expected one of {', '.join(FLOATS)})"
+        for name in expected
+        if name in tensors and tensors[name].get_dtype() not in FLOATS
+    ]
+    problems = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen, "mistyped": mistyped}
     told = [f"{kind}: {_shorten(names)}" for kind, names in problems.items() if names]
     if told:
         raise UserError(f"{folder}: the weights do not fit config.json; {'; '.join(told)}")

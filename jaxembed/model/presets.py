@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from jaxembed.errors import UserError
+from jaxembed.fields import Fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +56,16 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
     }
 )
 
+# The numbers that each kind of rotary positions needs.
+ROPE_NUMBERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "default": (),
+        "linear": ("factor",),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    }
+)
+MOST, WIDEST = 2**12, 2**24  # layers or heads; numbers in a vector, entries of a vocabulary: far above any model's
+
 _QWEN2 = {"model_type": "qwen2", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 32_768}
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -86,66 +97,92 @@ def preset(name: str) -> Mapping[str, Any]:
 
 
 def from_hf(config: Mapping[str, Any], where: str) -> DecoderConfig:
-    """Reads a Hugging Face config (`where` names its origin); `UserError` on a family or feature not supported."""
+    """Reads a Hugging Face config (`where` names its origin).
+
+    `UserError` on a family or feature not supported, and on a value that is missing or makes no sense.
+    """
+    fields = Fields(config, where)
     kind = str(config.get("model_type"))
     if kind not in FAMILIES:
-        raise UserError(f"{where}: model_type {kind} is not supported; supported: {', '.join(FAMILIES)}")
-    if config.get("hidden_act", "silu") != "silu" or config.get("mlp_bias"):
+        raise UserError(f"{where}: model_type {kind[:60]} is not supported; supported: {', '.join(FAMILIES)}")
+    if config.get("hidden_act", "silu") != "silu" or fields.flag("mlp_bias"):
         raise UserError(f"{where}: only silu feed-forward layers without bias are supported")
     family = FAMILIES[kind]
     rope = _rope(config, where)
-    try:
-        heads, width = config["num_attention_heads"], config["hidden_size"]
-        return DecoderConfig(
-            family=kind,
-            vocab_size=config["vocab_size"],
-            width=width,
-            layers=config["num_hidden_layers"],
-            heads=heads,
-            kv_heads=config.get("num_key_value_heads") or heads,
-            head_width=config.get("head_dim") or width // heads,
-            mlp_width=config["intermediate_size"],
-            norm_epsilon=config.get("rms_norm_eps", 1e-6),
-            rope_theta=rope.pop("rope_theta"),
-            rope_scaling=tuple(sorted(rope.items())),
-            qkv_bias=family.qkv_bias or bool(config.get("attention_bias")),
-            out_bias=bool(config.get("attention_bias")),
-            qk_norm=family.qk_norm,
-            sliding_window=_sliding_window(config, family, where),
-            tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-            max_positions=config.get("max_position_embeddings", 32_768),
-        )
-    except KeyError as missing:
-        raise UserError(f"{where}: {missing.args[0]} is missing; is this a whole config.json?") from None
+    heads, kv_heads, head_width = _heads(config, where)
+    return DecoderConfig(
+        family=kind,
+        vocab_size=fields.whole("vocab_size", most=WIDEST),
+        width=fields.whole("hidden_size", most=WIDEST),
+        layers=fields.whole("num_hidden_layers", most=MOST),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_width=head_width,
+        mlp_width=fields.whole("intermediate_size", most=WIDEST),
+        norm_epsilon=fields.number("rms_norm_eps", 1e-6),
+        rope_theta=rope.pop("rope_theta"),
+        rope_scaling=tuple(sorted(rope.items())),
+        qkv_bias=family.qkv_bias or fields.flag("attention_bias"),
+        out_bias=fields.flag("attention_bias"),
+        qk_norm=family.qk_norm,
+        sliding_window=_sliding_window(config, family, where),
+        tie_embeddings=fields.flag("tie_word_embeddings"),
+        max_positions=fields.whole("max_position_embeddings", 32_768),
+    )
+
+
+def _heads(config: Mapping[str, Any], where: str) -> tuple[int, int, int]:
+    """Query heads, key-value heads and the width of a head, which fit each other."""
+    fields = Fields(config, where)
+    heads, width = fields.whole("num_attention_heads", most=MOST), fields.whole("hidden_size", most=WIDEST)
+    kv_heads = fields.whole("num_key_value_heads", heads, most=MOST)
+    if config.get("head_dim") is None and width % heads:
+        raise UserError(f"{where}: hidden_size {width} is not divisible by num_attention_heads {heads}")
+    head_width = fields.whole("head_dim", width // heads, most=MOST)
+    if heads % kv_heads:
+        raise UserError(f"{where}: num_attention_heads {heads} is not divisible by num_key_value_heads {kv_heads}")
+    if head_width % 2:
+        raise UserError(f"{where}: heads are {head_width} wide; expected an even width, for rotary positions")
+    return heads, kv_heads, head_width
 
 
 def _rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """rope_theta and the scaling's entries, from the new form (rope_parameters) or the old one."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    rope["rope_type"] = rope.get("rope_type") or rope.pop("type", "default")
-    rope.setdefault("rope_theta", config.get("rope_theta") or 10_000.0)
-    if rope["rope_type"] not in ("default", "linear", "llama3"):
-        raise UserError(f"{where}: rope_type {rope['rope_type']!r} is not supported; supported: default, linear, llama3")
-    return rope
+    key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    rope = Fields(config, where).mapping(key, {})
+    fields = Fields(rope, f"{where}: {key}")
+    kind = fields.text("rope_type", fields.text("type", "default"))
+    if kind not in ROPE_NUMBERS:
+        raise UserError(f"{where}: rope_type {kind!r} is not supported; supported: {', '.join(ROPE_NUMBERS)}")
+    theta = fields.number("rope_theta", Fields(config, where).number("rope_theta", 10_000.0))
+    numbers = {name: fields.number(name) for name in ROPE_NUMBERS[kind]}
+    if kind == "llama3" and numbers["high_freq_factor"] <= numbers["low_freq_factor"]:
+        raise UserError(f"{where}: {key}: high_freq_factor must be above low_freq_factor")
+    return {"rope_type": kind, "rope_theta": theta, **numbers}
 
 
 def _sliding_window(config: Mapping[str, Any], family: Family, where: str) -> int | None:
     """The window that all layers share, or None; layers that differ are refused."""
-    window = config.get("sliding_window", 4096)
-    off = family.window == "never" or (family.window == "switched" and not config.get("use_sliding_window"))
-    if window is None or off:
+    fields = Fields(config, where)
+    off = family.window == "never" or (family.window == "switched" and not fields.flag("use_sliding_window"))
+    if off or config.get("sliding_window", 4096) is None:
         return None
-    kinds = {"sliding_attention"} if family.window == "always" else _layer_kinds(config)
+    kinds = {"sliding_attention"} if family.window == "always" else _layer_kinds(config, where)
     if kinds == {"full_attention"}:
         return None
     if kinds != {"sliding_attention"}:
         raise UserError(f"{where}: layers with and without a sliding window are mixed; set use_sliding_window to false")
-    return int(window)
+    return fields.whole("sliding_window", 4096)
 
 
-def _layer_kinds(config: Mapping[str, Any]) -> set[str]:
+def _layer_kinds(config: Mapping[str, Any], where: str) -> set[str]:
     """What layer_types says, or the older max_window_layers: that many layers come first without a window."""
-    if config.get("layer_types"):
-        return set(config["layer_types"])
-    full = config.get("max_window_layers", 28)
-    return {"full_attention" if i < full else "sliding_attention" for i in range(config["num_hidden_layers"])}
+    named = config.get("layer_types")
+    if named:
+        if not isinstance(named, list) or not all(isinstance(kind, str) for kind in named):
+            raise UserError(f"{where}: layer_types must be a list of strings, one a layer")
+        return set(named)
+    fields = Fields(config, where)
+    full = fields.whole("max_window_layers", 28, least=0)
+    layers = fields.whole("num_hidden_layers", most=MOST)
+    return {"full_attention" if i < full else "sliding_attention" for i in range(layers)}

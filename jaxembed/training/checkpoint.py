@@ -18,7 +18,9 @@ from orbax.checkpoint import checkpoint_managers as policies
 from orbax.checkpoint.options import AsyncOptions
 
 from jaxembed.errors import UserError
+from jaxembed.fields import Fields
 from jaxembed.files import read_json, write_json
+from jaxembed.training.run_dir import kept
 from jaxembed.training.step import TrainState
 
 DIGESTS = "digests.json"
@@ -128,7 +130,8 @@ class Checkpoints:
 
     def _digests(self) -> dict[str, dict[str, str]]:
         path = self._folder.parent / DIGESTS
-        return read_json(path) if path.is_file() else {}
+        found = kept(read_json, path, "remove it to go on unchecked") if path.is_file() else {}
+        return {step: Fields(found, str(path)).texts(step) for step in found}
 
     def _record_digests(self) -> None:
         """Notes the digests of the checkpoint that was just written, and forgets those of removed ones."""

@@ -12,7 +12,10 @@ from typing import Any
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from jaxembed.files import write_text
+from jaxembed.data.schema import parse_row
+from jaxembed.errors import UserError
+from jaxembed.fields import Fields
+from jaxembed.files import exists, read_bytes, write_text
 
 
 class Recorder:
@@ -20,8 +23,8 @@ class Recorder:
 
     def __init__(self, run_dir: Path, start: int, steps: int):
         path = run_dir / "metrics.jsonl"
-        kept = [line for line in _lines(path) if start and json.loads(line)["step"] <= start]
-        write_text(path, "".join(line + "\n" for line in kept))
+        kept = [row for row in read_metrics(run_dir) if row["step"] <= start] if start else []
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a", encoding="utf-8")
         self._events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start or None)
         self._bar = tqdm(total=steps, initial=start, unit="step", file=sys.stderr, dynamic_ncols=True)
@@ -52,14 +55,26 @@ class Recorder:
         self._events.close()
 
 
-def _lines(path: Path) -> list[str]:
-    """The whole lines of a file; one cut short by a kill is left out."""
-    if not path.is_file():
-        return []
-    text = path.read_text(encoding="utf-8")
-    return text[: text.rfind("\n") + 1].splitlines()
-
-
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Every logged object of a run, in order."""
-    return [json.loads(line) for line in _lines(run_dir / "metrics.jsonl")]
+    """Every logged object of a run, in order; a last line cut short by a kill is left out.
+
+    `UserError` names the line that is not as it was written.
+    """
+    path = run_dir / "metrics.jsonl"
+    if not exists(path):
+        return []
+    content = read_bytes(path)
+    lines = content[: content.rfind(b"\n") + 1].splitlines()
+    return [_row(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
+
+
+def _row(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = parse_row(line, where)
+        Fields(row, where).whole("step", least=0)
+    except UserError as error:
+        raise UserError(f"{error}; this file of the run is damaged: restore it, or remove the line") from None
+    wrong = [key for key, value in row.items() if not isinstance(value, int | float | None)]
+    if wrong:
+        raise UserError(f"{where}: {wrong[0]} is no number; this file of the run is damaged: restore it, or remove the line")
+    return row

@@ -5,15 +5,15 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from jaxembed.config import Config
+from jaxembed.config import Config, read_tree
 from jaxembed.errors import UserError
-from jaxembed.files import read_json, write_json, write_text
+from jaxembed.files import exists, read_json, write_json, write_text
 
 log = logging.getLogger("jaxembed")
 
@@ -35,8 +35,8 @@ def open_run(config: Config) -> Path:
     """The run directory with config.yaml in it. Refuses one that belongs to another config."""
     run_dir = Path(config.run.dir)
     recorded = run_dir / "config.yaml"
-    if recorded.is_file():
-        before = yaml.safe_load(recorded.read_text(encoding="utf-8"))
+    if exists(recorded):
+        before = kept(read_tree, recorded)
         changed = list(differences(before, yaml.safe_load(config.dump())))
         if changed:
             raise UserError(
@@ -59,9 +59,17 @@ def record(run_dir: Path, name: str, value: Mapping[str, Any], told: str) -> Non
     if not path.is_file():
         write_json(path, value)
         return
-    changed = list(differences(read_json(path), value))
+    changed = list(differences(kept(read_json, path), value))
     if changed:
         raise UserError(f"{run_dir}: {told} ({'; '.join(changed[:4])}); restore it, or name another run.dir")
+
+
+def kept(read: Callable[[Path], dict[str, Any]], path: Path, otherwise: str = "name another run.dir") -> dict[str, Any]:
+    """What the run wrote to a file; where it is damaged, the `UserError` says to restore it, or `otherwise`."""
+    try:
+        return read(path)
+    except UserError as error:
+        raise UserError(f"{error}; this file of the run is damaged: restore it, or {otherwise}") from None
 
 
 def note_versions(run_dir: Path) -> None:
@@ -69,7 +77,7 @@ def note_versions(run_dir: Path) -> None:
     path = run_dir / "versions.json"
     now = versions()
     if path.is_file():
-        changed = list(differences(read_json(path), now))
+        changed = list(differences(kept(read_json, path), now))
         if changed:
             log.warning("not the versions this run began with, so not bit for bit the same: %s", "; ".join(changed))
     write_json(path, now)
@@ -89,7 +97,12 @@ def versions() -> dict[str, str]:
 def differences(before: Any, after: Any, key: str = "") -> Iterator[str]:
     """`key: old -> new` for every leaf that differs."""
     if isinstance(before, dict) and isinstance(after, dict):
-        for name in before.keys() | after.keys():
+        for name in dict.fromkeys([*before, *after]):
             yield from differences(before.get(name), after.get(name), f"{key}.{name}" if key else name)
     elif before != after:
-        yield f"{key}: {before!r} -> {after!r}"
+        yield f"{key}: {_short(before)} -> {_short(after)}"
+
+
+def _short(value: Any, most: int = 200) -> str:
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."
