@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import tiny
 import yaml
 
+import tiny
 from jaxembed import config
 from jaxembed.training.metrics import read_metrics
 

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import pytrec_eval
-import tiny
 
+import tiny
 from jaxembed import Embedder
 from jaxembed.config import EvalSetConfig, PythonPackagesConfig
 from jaxembed.errors import UserError

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 
+import tiny
 from jaxembed import Embedder, parallel
 from jaxembed.errors import UserError
 from jaxembed.hub import export as module

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+import tiny
 from jaxembed import parallel
 from jaxembed.config import PythonPackagesConfig, SourceConfig, load
 from jaxembed.data import schema

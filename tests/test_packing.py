@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from loaded import draw_texts, in_rows, load, vectors
 
 from jaxembed.data.packing import PackedTexts, bucket, fill, max_segments, pack
 from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.model.pooling import LastPooling, MeanPooling
 from jaxembed.spec import EmbeddingSpec
+from loaded import draw_texts, in_rows, load, vectors
 
 Folder = Callable[[str], Path]
 

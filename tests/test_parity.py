@@ -10,14 +10,14 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-import tiny
 import torch
-from loaded import draw_texts, in_rows, load, vectors
 
+import tiny
 from jaxembed.errors import UserError
 from jaxembed.model.embedder import EmbeddingModel, parameter_shapes
 from jaxembed.model.presets import PRESETS, from_hf, preset
 from jaxembed.spec import EmbeddingSpec
+from loaded import draw_texts, in_rows, load, vectors
 
 LENGTHS = (3, 17, 30, 9, 1, 12)  # more than one window of the family that has one, and rows that several texts share
 ROW = 32

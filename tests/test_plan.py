@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-import tiny
 
+import tiny
 from jaxembed.config import PythonPackagesConfig, SourceConfig
 from jaxembed.data.batch import Batch, BatchBuilder, HostBatch
 from jaxembed.data.mixture import ExampleIndex, make_plan, plan_hash

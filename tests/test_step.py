@@ -12,10 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiny
 from jax.sharding import Mesh
-from loaded import load
 
+import tiny
 from jaxembed import parallel
 from jaxembed.config import ObjectiveConfig, OptimConfig, PythonPackagesConfig, SourceConfig
 from jaxembed.data.batch import BatchBuilder, HostBatch
@@ -26,6 +25,7 @@ from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.spec import EmbeddingSpec
 from jaxembed.training.optim import learning_rate, make_optimizer
 from jaxembed.training.step import TrainState, batch_loss, make_train_step
+from loaded import load
 
 Folder = Callable[[str], Path]
 SPEC = EmbeddingSpec(attention="bidirectional", pooling="mean", max_length=16)

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 from sentence_transformers.base.modules.transformer import Transformer
 from tokenizers import processors
 from transformers import AutoTokenizer
 
+import tiny
 from jaxembed.data.tokenize import TextTokenizer, append_eos, ends_with_eos, load_tokenizer
 from jaxembed.errors import UserError
 

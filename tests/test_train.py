@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 
+import tiny
 from jaxembed import Embedder
 from jaxembed.errors import UserError
 from jaxembed.run import train

@@ -12,15 +12,15 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-import tiny
-from loaded import load
 from safetensors.numpy import load_file, save_file
 
+import tiny
 from jaxembed.errors import UserError
 from jaxembed.hub.weights import save_params
 from jaxembed.model.embedder import EmbeddingModel, parameter_shapes
 from jaxembed.model.presets import from_hf
 from jaxembed.spec import EmbeddingSpec
+from loaded import load
 
 Folder = Callable[[str], Path]
 Tensors = dict[str, np.ndarray]
