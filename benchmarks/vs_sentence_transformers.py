@@ -87,7 +87,7 @@ def encode(side: str, model: str, heldout: Path) -> dict[str, float]:
         from jaxembed.hub.export import encode_torch, load_sentence_transformer
 
         torch_model = load_sentence_transformer(Path(model))
-        lengths = [int(torch_model.tokenize([text])["input_ids"].shape[1]) for text in documents]
+        lengths = [len(ids) for ids in torch_model.tokenizer(documents, truncation=True)["input_ids"]]
 
         def run(texts: list[str]) -> Any:
             return encode_torch(torch_model, texts, "")
