@@ -23,3 +23,8 @@ class Stopped(Exception):
     def __init__(self, message: str, signal: int):
         super().__init__(message)
         self.signal = signal
+
+
+def brief(error: object, most: int = 200) -> str:
+    """What another library says of an error, on one line and not too long, to be quoted in a `UserError`."""
+    return " ".join(str(error).split())[:most]

@@ -16,7 +16,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from jaxembed.errors import UserError
+from jaxembed.errors import UserError, brief
 
 
 def load_tokenizer(folder: Path | str) -> Any:
@@ -26,8 +26,7 @@ def load_tokenizer(folder: Path | str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises nearly anything here
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder}: no tokenizer could be loaded ({reason}); expected tokenizer.json there") from None
+        raise UserError(f"{folder}: no tokenizer could be loaded ({brief(error)}); expected tokenizer.json there") from None
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{folder}: only a slow tokenizer is there; expected tokenizer.json")
     tokenizer.chat_template = None

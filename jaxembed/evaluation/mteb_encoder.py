@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxembed.errors import UserError
+from jaxembed.errors import UserError, brief
 from jaxembed.files import write_json
 from jaxembed.spec import EmbeddingSpec
 
@@ -69,7 +69,7 @@ def find_tasks(names: Sequence[str], benchmark: str | None) -> list[Any]:
     try:
         return list(mteb.get_benchmark(benchmark).tasks) if benchmark else list(mteb.get_tasks(tasks=list(names)))
     except (KeyError, ValueError) as error:
-        reason = " ".join(str(error.args[0]).split())[:200].removeprefix("KeyError: ")
+        reason = brief(error.args[0]).removeprefix("KeyError: ")
         raise UserError(f"mteb knows no such task or benchmark: {reason}") from None
 
 
@@ -97,8 +97,8 @@ def evaluate(encoder: MtebEncoder, tasks: Sequence[Any], out: Path | None = None
         try:
             result = mteb.evaluate(encoder, task, cache=cache, overwrite_strategy=mode, show_progress_bar=False)
         except ConnectionError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{name}: its data could not be fetched ({reason}); connect, or fetch it beforehand") from None
+            told = f"{name}: its data could not be fetched ({brief(error)}); connect, or fetch it beforehand"
+            raise UserError(told) from None
         entries = [entry for split in result.task_results[0].scores.values() for entry in split]
         subsets = {entry["hf_subset"]: round(float(entry["main_score"]), 6) for entry in entries}
         instruction = encoder.instruction(task.metadata)

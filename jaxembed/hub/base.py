@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxembed.data.tokenize import ends_with_eos, load_tokenizer
-from jaxembed.errors import UserError
+from jaxembed.errors import UserError, brief
 from jaxembed.fields import Fields
 from jaxembed.files import exists, read_json, read_json_value, write_json
 from jaxembed.model.presets import DecoderConfig, from_hf, preset
@@ -60,8 +60,7 @@ def find_folder(name: str) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES))
     except Exception as error:  # network, authentication and file system errors of several libraries
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{name}: no such folder, and the hub gave no model of that name ({reason})") from None
+        raise UserError(f"{name}: no such folder, and the hub gave no model of that name ({brief(error)})") from None
 
 
 def read_spec(folder: Path, config: Mapping[str, Any], decoder: DecoderConfig) -> EmbeddingSpec:

@@ -60,8 +60,7 @@ class Parity:
 def export(embedder: Embedder, out: Path, dtype: str, card: Card) -> Parity:
     """Writes `out`, with weights in float32 or bfloat16; returns the parity that was measured.
 
-    `out` must not exist, the folder around it must.
-    `UserError` if the folder's vectors differ from the model's.
+    `out` must not exist, the folder around it must. `UserError` if the folder's vectors differ from the model's.
     """
     sentence_transformers()
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as scratch:

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 from orbax.checkpoint.options import AsyncOptions
 
-from jaxembed.errors import UserError
+from jaxembed.errors import UserError, brief
 from jaxembed.fields import Fields
 from jaxembed.files import read_json, write_json
 from jaxembed.training.run_dir import kept
@@ -111,7 +111,7 @@ class Checkpoints:
             try:
                 return self._manager.restore(step, args=ocp.args.Composite(**items))
             except Exception as error:  # a checkpoint that has no digests yet
-                damage = f"it cannot be read: {_short(error)}"
+                damage = f"it cannot be read: {brief(error)}"
         older = [s for s in self.steps() if s < step and not self._damage(s)]
         way_on = f"go on from step {older[-1]}, the last whole one" if older else "begin anew: no older one is whole"
         raise UserError(f"{self._folder / str(step)}: this checkpoint is damaged ({damage}); remove it to {way_on}")
@@ -137,8 +137,8 @@ class Checkpoints:
         """Notes the digests of the checkpoint that was just written, and forgets those of removed ones."""
         step = str(self._saving)
         written = next(self._folder.glob(f"{step}.*"), self._folder / step)  # it gets its name after this
-        kept = {name: digests for name, digests in self._digests().items() if (self._folder / name).is_dir()}
-        write_json(self._folder.parent / DIGESTS, kept | {step: _digests_below(written)})
+        others = {name: digests for name, digests in self._digests().items() if (self._folder / name).is_dir()}
+        write_json(self._folder.parent / DIGESTS, others | {step: _digests_below(written)})
 
     def _check_space(self, state: TrainState) -> None:
         """OSError where the disk has no room for one more checkpoint."""
@@ -149,9 +149,9 @@ class Checkpoints:
 
     def _unwritten(self, error: Exception) -> UserError:
         steps = [step for step in self.steps() if not self._damage(step)]
-        kept = f"the last whole one is of step {steps[-1]}" if steps else "none was written before"
+        whole = f"the last whole one is of step {steps[-1]}" if steps else "none was written before"
         return UserError(
-            f"{self._folder}: a checkpoint could not be written ({_short(error)}); {kept}; make room and run the same command"
+            f"{self._folder}: a checkpoint could not be written ({brief(error)}); {whole}; make room and run the same command"
         )
 
 
@@ -173,10 +173,6 @@ def _digests_below(folder: Path) -> dict[str, str]:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def _abstract(tree: Any) -> Any:
