@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxembed.data.packing import PackedTexts, bucket, fill, max_segments, pack
+from jaxembed.data.packing import PackedTexts, bucket, fill, max_segments, pack, pack_shards
 from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.model.pooling import LastPooling, MeanPooling
 from jaxembed.spec import EmbeddingSpec
@@ -45,6 +45,25 @@ def test_at_most_one_row_is_half_empty(case: tuple[list[int], int]) -> None:
     row, _, rows = pack(lengths, row_length)
     filled = [sum(np.array(lengths)[row == r]) for r in range(rows)]
     assert sum(2 * tokens <= row_length for tokens in filled) <= 1
+
+
+@given(st.lists(lengths_and_row(), min_size=1, max_size=3))
+def test_shards_share_a_shape_that_is_never_larger_than_whole_rows(cases: list[tuple[list[int], int]]) -> None:
+    row_length = max(row for _, row in cases)
+    shards = [np.array(lengths, np.int64) for lengths, _ in cases]
+    packs, (rows, shorter) = pack_shards(shards, row_length)
+    assert shorter <= row_length
+    assert rows == bucket(max(pack(lengths, row_length)[2] for lengths in shards))
+    for lengths, (row, place) in zip(shards, packs, strict=True):
+        fill(draw_texts(lengths.tolist()), [0] * len(lengths), row, place, (rows, shorter))
+        for r in range(rows):
+            assert sum(lengths[row == r]) <= shorter
+            assert np.sum(row == r) <= max_segments(shorter)
+
+
+def test_a_half_empty_last_row_shortens_all() -> None:
+    _, shape = pack_shards([np.full(29, 30)], 256)  # 8 texts of 30 in a row, 5 in the fourth
+    assert shape == (4, 240)
 
 
 def test_the_fullest_row_that_takes_a_text_gets_it() -> None:

@@ -10,7 +10,7 @@ import flax.struct
 import numpy as np
 
 from jaxembed.data.mixture import ExampleIndex
-from jaxembed.data.packing import PackedTexts, bucket, fill, max_segments, pack
+from jaxembed.data.packing import PackedTexts, fill, max_segments, pack_shards
 from jaxembed.data.schema import Example, text_hash
 from jaxembed.data.sources import Source
 from jaxembed.data.tokenize import TextTokenizer, TokenizedTexts
@@ -115,17 +115,16 @@ class BatchBuilder:
         return texts, prompts
 
     def _pack(self, tokenized: TokenizedTexts, present: np.ndarray) -> tuple[PackedTexts, np.ndarray]:
-        """Packs each shard's texts into its own rows; all shards get the row count of the fullest."""
+        """Packs each shard's texts into its own rows; all shards get rows of one shape."""
         shard_of = np.repeat(np.arange(self._shards), len(present) // self._shards)[present]
         members = [np.flatnonzero(shard_of == s) for s in range(self._shards)]
         lengths = np.array([len(ids) for ids in tokenized.ids])
-        packs = [pack(lengths[m], self._row_length) for m in members]
-        shape = (bucket(max(rows for _, _, rows in packs)), self._row_length)
-        segments = max_segments(self._row_length)
+        packs, shape = pack_shards([lengths[m] for m in members], self._row_length)
+        segments = max_segments(shape[1])
         slots = np.full(len(present), -1, np.int32)
         where = np.flatnonzero(present)
         parts = []
-        for m, (row, place, _) in zip(members, packs, strict=True):
+        for m, (row, place) in zip(members, packs, strict=True):
             parts.append(fill([tokenized.ids[i] for i in m], tokenized.pool_from[m], row, place, shape))
             slots[where[m]] = row * segments + place
         arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -9,6 +9,7 @@ import flax.struct
 import numpy as np
 
 BUCKET_GROWTH = 1.06  # row counts come in steps of 6%: at most that much padding, and few programs to compile
+FEW_ROWS = 32  # up to this many rows, where one is a large part of the batch, rows are shortened in steps of 1/32
 
 
 @flax.struct.dataclass
@@ -68,6 +69,30 @@ def bucket(rows: int) -> int:
     while size < rows:
         size = max(size + 1, int(size * BUCKET_GROWTH))
     return size
+
+
+def pack_shards(lengths: Sequence[np.ndarray], row_length: int) -> tuple[list[tuple[np.ndarray, np.ndarray]], tuple[int, int]]:
+    """Packs each shard's texts: ((row, place) of each text, per shard) and the (rows, row length) that all shards share.
+
+    The row count is a step of `bucket`'s ladder. FEW_ROWS or less are shortened as far as that count allows, so that the
+    last row does not stay half empty: in steps of 8 tokens at least, to keep the programs few.
+    """
+    rows, packs = _packed(lengths, row_length)
+    longest = max((int(of_shard.max(initial=1)) for of_shard in lengths), default=1)
+    step, shape = max(8, row_length // FEW_ROWS), (bucket(rows), row_length)
+    shorter = row_length - step
+    while rows <= FEW_ROWS and shorter >= longest:
+        fewer_tokens = _packed(lengths, shorter)
+        if bucket(fewer_tokens[0]) > shape[0]:
+            break
+        packs, shape, shorter = fewer_tokens[1], (shape[0], shorter), shorter - step
+    return packs, shape
+
+
+def _packed(lengths: Sequence[np.ndarray], row_length: int) -> tuple[int, list[tuple[np.ndarray, np.ndarray]]]:
+    """The row count of the fullest shard, and each shard's packing."""
+    packs = [pack(of_shard, row_length) for of_shard in lengths]
+    return max(rows for _, _, rows in packs), [(row, place) for row, place, _ in packs]
 
 
 def fill(

@@ -51,8 +51,12 @@ class Embedder:
 
     def __post_init__(self) -> None:
         if self._apply is None:
-            model = self.model
-            object.__setattr__(self, "_apply", jax.jit(lambda params, texts: model.apply({"params": params}, texts)))
+            model, options = self.model, parallel.compiler_options()
+
+            def apply(params: Any, texts: PackedTexts) -> jax.Array:
+                return model.apply({"params": params}, texts)
+
+            object.__setattr__(self, "_apply", jax.jit(apply, compiler_options=options))
 
     @property
     def spec(self) -> EmbeddingSpec:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from jaxembed import parallel
 from jaxembed.config import ObjectiveConfig
 from jaxembed.data.batch import Batch
 from jaxembed.losses.infonce import OBJECTIVES
@@ -90,7 +91,7 @@ def make_train_step(
         metrics = {"loss": loss, **parts, "grad_norm": norm, "learning_rate": jnp.asarray(rate)}
         return TrainState(params, opt_state, state.step + 1, state.key), metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    return jax.jit(train_step, donate_argnums=0, compiler_options=parallel.compiler_options())
 
 
 def _updates_done(opt_state: Any) -> jax.Array:
