@@ -8,7 +8,8 @@ scored. For every seed both sides train one after the other, each in its own pro
 changes from seed to seed. Settings are those of benchmarks/finetune_sentence_transformers.py and configs/ag_news.yaml:
 causal, mean pooling, no prompts, InfoNCE at temperature 0.05 over in-batch negatives, AdamW.
 
-Tokens are useful ones, padding left out; a step's time is the median, compiling left out; memory is the peak of the process.
+Tokens are useful ones, padding left out; a step's time is the median of those that compile nothing; memory is that of the
+process at its peak.
 Prints a Markdown table and, on the last line, one JSON object. Files are kept in --out (default: a temporary folder).
 """
 
@@ -64,10 +65,11 @@ def train_jaxembed(args: argparse.Namespace, seed: int, out: Path) -> dict[str, 
         "optim.warmup_steps=2",
     ]  # fmt: skip
     _, memory = measured(["-m", "jaxembed.train", config, *overrides])
-    rows = [row for row in read_metrics(out) if "loss" in row]
+    every = [row for row in read_metrics(out) if "loss" in row]
+    rows = [row for row in every if not row["new_programs"]] or every
     seconds = statistics.median(row["step_seconds"] for row in rows)
     useful = statistics.mean(row["useful_tokens_per_second"] * row["step_seconds"] for row in rows)
-    padded = statistics.mean(row["padding_fraction"] for row in rows)
+    padded = statistics.mean(row["padding_fraction"] for row in every)
     return {"step_seconds": seconds, "tokens_per_second": useful / seconds, "memory": memory, "padding": padded}
 
 

@@ -49,7 +49,11 @@ class PoolingConfig(Section):
 
 class ModelConfig(Section):
     base: str = Field(description="folder, hub id, or preset:NAME (random weights, tokenizer made from the data)")
-    attention: Literal["causal", "bidirectional"] | None = Field(None, description="as the base says, else bidirectional")
+    attention: Literal["causal", "bidirectional", "prefix", "prefix_lm"] | None = Field(
+        None,
+        description="as the base says, else bidirectional; prefix: causal in the instruction, bidirectional in the text; "
+        "prefix_lm: the other way round",
+    )
     pooling: PoolingConfig = PoolingConfig()
     normalize: bool | None = Field(None, description="unit-length vectors; as the base says, else yes")
     append_eos: bool | None = Field(None, description="end every text with EOS; as the base says, else yes")

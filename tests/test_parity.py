@@ -79,7 +79,7 @@ def test_every_layer_and_every_vector_is_that_of_transformers(base_folder: Folde
 def test_a_wrong_mask_and_a_wrong_window_show(base_folder: Folder) -> None:
     causal, params = load(base_folder("mistral-window"), EmbeddingSpec(attention="causal"))
     both_ways = causal.clone(spec=EmbeddingSpec(attention="bidirectional"))
-    wide = causal.clone(decoder=dataclasses.replace(causal.decoder, sliding_window=6))
+    wide = causal.clone(decoder=dataclasses.replace(causal.decoder, windows=(6, 6, 6)))
     right = vectors(causal, params, *in_rows(texts(), ROW))
     for wrong in (both_ways, wide):
         apart = np.abs(vectors(wrong, params, *in_rows(texts(), ROW)) - right).max(axis=1)
@@ -141,18 +141,19 @@ def test_published_sizes(name: str, count: int) -> None:
 @pytest.mark.parametrize(
     ("changes", "window"),
     [
-        ({"model_type": "mistral"}, 4096),
-        ({"model_type": "mistral", "sliding_window": None}, None),
-        ({"model_type": "mistral", "sliding_window": 7}, 7),
-        ({"model_type": "llama", "sliding_window": 7}, None),
-        ({"model_type": "qwen2", "sliding_window": 7}, None),
-        ({"model_type": "qwen2", "sliding_window": 7, "use_sliding_window": True, "max_window_layers": 0}, 7),
-        ({"model_type": "qwen3", "sliding_window": 7, "use_sliding_window": True, "max_window_layers": 24}, None),
-        ({"model_type": "qwen3", "use_sliding_window": True, "layer_types": ["sliding_attention"] * 24}, 4096),
+        ({"model_type": "mistral"}, [4096] * 24),
+        ({"model_type": "mistral", "sliding_window": None}, [None] * 24),
+        ({"model_type": "mistral", "sliding_window": 7}, [7] * 24),
+        ({"model_type": "llama", "sliding_window": 7}, [None] * 24),
+        ({"model_type": "qwen2", "sliding_window": 7}, [None] * 24),
+        ({"model_type": "qwen2", "sliding_window": 7, "use_sliding_window": True, "max_window_layers": 0}, [7] * 24),
+        ({"model_type": "qwen3", "sliding_window": 7, "use_sliding_window": True, "max_window_layers": 24}, [None] * 24),
+        ({"sliding_window": 7, "use_sliding_window": True, "max_window_layers": 20}, [None] * 20 + [7] * 4),
+        ({"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"] * 12}, [None, 4096] * 12),
     ],
 )
-def test_sliding_windows_are_read_as_transformers_reads_them(changes: dict[str, Any], window: int | None) -> None:
-    assert from_hf({**preset("qwen2-0.5b"), **changes}, "config.json").sliding_window == window
+def test_sliding_windows_are_read_as_transformers_reads_them(changes: dict[str, Any], window: list[int | None]) -> None:
+    assert list(from_hf({**preset("qwen2-0.5b"), **changes}, "config.json").windows) == window
 
 
 @pytest.mark.parametrize(
@@ -161,7 +162,6 @@ def test_sliding_windows_are_read_as_transformers_reads_them(changes: dict[str, 
         ({"model_type": "bert"}, "model_type '?bert'? is not supported"),
         ({"hidden_act": "gelu"}, "only silu"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "'yarn'"),
-        ({"use_sliding_window": True, "max_window_layers": 3}, "mixed"),
         ({"hidden_size": ...}, "hidden_size is missing"),
         ({"hidden_size": "896"}, "hidden_size is '896'; expected a whole number from 1 to"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0; expected a whole number from 1 to"),
@@ -179,7 +179,7 @@ def test_sliding_windows_are_read_as_transformers_reads_them(changes: dict[str, 
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'; expected true or false"),
         ({"max_position_embeddings": 0}, "max_position_embeddings is 0"),
         ({"model_type": "mistral", "sliding_window": -4}, "sliding_window is -4"),
-        ({"use_sliding_window": True, "layer_types": [[]]}, "layer_types must be a list of strings"),
+        ({"use_sliding_window": True, "layer_types": [[]]}, "layer_types must be a list of 24, one a layer"),
     ],
 )
 def test_what_is_not_supported_is_refused(changes: dict[str, Any], message: str) -> None:

@@ -25,6 +25,9 @@ CONFIGS = {
     "qwen2": lambda: transformers.Qwen2Config(**SIZES, tie_word_embeddings=True),
     "mistral": lambda: transformers.MistralConfig(**SIZES, head_dim=16, sliding_window=None),
     "mistral-window": lambda: transformers.MistralConfig(**SIZES, head_dim=8, sliding_window=5),
+    "qwen2-mixed": lambda: transformers.Qwen2Config(
+        **SIZES, use_sliding_window=True, sliding_window=4, layer_types=["sliding_attention", *["full_attention"] * 2]
+    ),
     "qwen3": lambda: transformers.Qwen3Config(**SIZES, head_dim=16),
     "llama": lambda: transformers.LlamaConfig(
         **SIZES,

@@ -14,6 +14,7 @@ from jaxembed.data.tokenize import ends_with_eos, load_tokenizer
 from jaxembed.errors import UserError, brief
 from jaxembed.fields import Fields
 from jaxembed.files import exists, read_json, read_json_value, write_json
+from jaxembed.model.masks import MASKS
 from jaxembed.model.presets import DecoderConfig, from_hf, preset
 from jaxembed.spec import EmbeddingSpec
 
@@ -82,7 +83,7 @@ def spec_from_json(values: Mapping[str, Any], where: str) -> EmbeddingSpec:
     if "{instruction}" not in template:
         raise UserError(f"{where}: instruction_template must contain {{instruction}}")
     return EmbeddingSpec(
-        attention=fields.choice("attention", ("causal", "bidirectional"), default.attention),
+        attention=fields.choice("attention", tuple(MASKS), default.attention),
         pooling=fields.choice("pooling", ("mean", "last"), default.pooling),
         include_instruction=fields.flag("include_instruction", default.include_instruction),
         normalize=fields.flag("normalize", default.normalize),

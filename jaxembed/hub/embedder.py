@@ -30,7 +30,7 @@ from jaxembed.training.checkpoint import Checkpoints, pick_step
 from jaxembed.training.run_dir import kept
 
 WINDOW = 4096  # texts tokenised and packed together
-TOKENS_AT_ONCE = 8192  # tokens a device takes at once
+TOKENS_AT_ONCE, ON_CPU = 8192, 2048  # tokens a device takes at once; a CPU's caches want fewer
 SHORTEST_ROW = 64
 
 
@@ -151,7 +151,8 @@ class Embedder:
 
 def _groups(rows: int, row_length: int, shards: int) -> Iterator[tuple[int, int, tuple[int, int]]]:
     """(first row, last row, shape) of the pieces of a window: full ones of one shape, the last of a power of two."""
-    most = max(1, TOKENS_AT_ONCE // row_length) * shards
+    tokens = ON_CPU if jax.default_backend() == "cpu" else TOKENS_AT_ONCE
+    most = max(1, tokens // row_length) * shards
     for first in range(0, rows, most):
         last = min(first + most, rows)
         per_shard = -(-(last - first) // shards)

@@ -12,10 +12,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jaxembed.model.layers import Linear, RMSNorm, at_least_float32, rotate
-from jaxembed.model.masks import Mask, visible
+from jaxembed.model.masks import Mask, Places, visible
 
 # A group of rows whose scores fill about this many numbers is computed at once by the `rows` kernel.
 SCORES_AT_ONCE = 1 << 22
@@ -25,15 +25,15 @@ def attend(
     q: Float[Array, "r t n h"],
     k: Float[Array, "r t g h"],
     v: Float[Array, "r t g h"],
-    segment_ids: Int[Array, "r t"],
-    positions: Int[Array, "r t"],
+    places: Places,
     mask: Mask,
+    window: jax.Array | int | None,
 ) -> Float[Array, "r t n h"]:
     """softmax(q k / sqrt(H)) v among the tokens that the mask and the segments let each other see."""
     rows, tokens, heads, width = q.shape
     q_RTGMH = q.reshape(rows, tokens, k.shape[2], -1, width)
     scores = at_least_float32(jnp.einsum("rtgmh,rsgh->rgmts", q_RTGMH, k)) * width**-0.5
-    seen = visible(mask, segment_ids, positions)[:, None, None]
+    seen = visible(mask, places, window)[:, None, None]
     weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(scores.dtype).min), axis=-1)
     return jnp.einsum("rgmts,rsgh->rtgmh", weights.astype(q.dtype), v).reshape(rows, tokens, heads, width)
 
@@ -42,9 +42,9 @@ def attend_by_rows(
     q: Float[Array, "r t n h"],
     k: Float[Array, "r t g h"],
     v: Float[Array, "r t g h"],
-    segment_ids: Int[Array, "r t"],
-    positions: Int[Array, "r t"],
+    places: Places,
     mask: Mask,
+    window: jax.Array | int | None,
     shards: int,
 ) -> Float[Array, "r t n h"]:
     """`attend`, some rows at a time. Rows are shard-major: each step takes rows of every shard, so all devices work."""
@@ -53,12 +53,11 @@ def attend_by_rows(
     def by_turn(x: jax.Array) -> jax.Array:
         return x.reshape(shards, rows // shards, *x.shape[1:]).swapaxes(0, 1)
 
-    def step(xs: list[jax.Array]) -> jax.Array:
-        q, k, v, segments, places = xs
-        return attend(q, k, v, segments, places, mask)
+    def step(xs: tuple[jax.Array, jax.Array, jax.Array, Places]) -> jax.Array:
+        return attend(*xs, mask, window)
 
     at_once = min(max(1, SCORES_AT_ONCE // (heads * tokens * tokens)), rows // shards)
-    turns = [by_turn(x) for x in (q, k, v, segment_ids, positions)]
+    turns = jax.tree.map(by_turn, (q, k, v, places))
     out = jax.lax.map(jax.checkpoint(step), turns, batch_size=at_once)
     return out.swapaxes(0, 1).reshape(q.shape)
 
@@ -88,14 +87,14 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "tokens d"],
-        segment_ids: Int[Array, "r t"],
-        positions: Int[Array, "r t"],
+        places: Places,
         rope: tuple[jax.Array, jax.Array],
+        window: jax.Array | int | None,
         shards: int,
     ) -> Float[Array, "tokens d"]:
         def project(name: str, heads: int, axis: str) -> jax.Array:
             linear = Linear(heads * self.head_width, ("embed", axis), self.dtype, self.qkv_bias, name=name)
-            return linear(x).reshape(*segment_ids.shape, heads, self.head_width)
+            return linear(x).reshape(*places.segment.shape, heads, self.head_width)
 
         q, k = project("q", self.heads, "heads"), project("k", self.kv_heads, "kv_heads")
         v = project("v", self.kv_heads, "kv_heads")
@@ -103,6 +102,6 @@ class Attention(nn.Module):
             q = RMSNorm(self.norm_epsilon, self.dtype, "head_width", name="q_norm")(q)
             k = RMSNorm(self.norm_epsilon, self.dtype, "head_width", name="k_norm")(k)
         q, k = rotate(q, *rope), rotate(k, *rope)
-        mixed = pick_kernel(self.kernel, shards)(q, k, v, segment_ids, positions, mask=self.mask)
+        mixed = pick_kernel(self.kernel, shards)(q, k, v, places, self.mask, window)
         out = Linear(x.shape[-1], ("heads", "embed"), self.dtype, self.out_bias, name="out")
         return out(mixed.reshape(x.shape[0], -1))

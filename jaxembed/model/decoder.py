@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from jaxembed.data.packing import PackedTexts
 from jaxembed.model.attention import Attention
 from jaxembed.model.layers import GatedMLP, RMSNorm, rope_frequencies, rope_table
-from jaxembed.model.masks import Mask
+from jaxembed.model.masks import Mask, Places
 from jaxembed.model.presets import DecoderConfig
 
 
@@ -34,14 +34,14 @@ class DecoderLayer(nn.Module):
     shards: int
 
     @nn.compact
-    def __call__(self, x: jax.Array, texts: PackedTexts, rope: Any) -> tuple[jax.Array, None]:
+    def __call__(self, x: jax.Array, places: Places, rope: Any, window: Any) -> tuple[jax.Array, None]:
         c, dtype = self.config, self.compute.dtype
         attention = Attention(
             c.heads, c.kv_heads, c.head_width, c.qkv_bias, c.out_bias, c.qk_norm, c.norm_epsilon, self.mask, dtype,
             self.compute.attention_kernel, name="attention",
         )  # fmt: skip
         normed = RMSNorm(c.norm_epsilon, dtype, name="attention_norm")(x)
-        x = x + attention(normed, texts.segment_ids, texts.positions, rope, self.shards)
+        x = x + attention(normed, places, rope, window, self.shards)
         x = x + GatedMLP(c.mlp_width, dtype, name="mlp")(RMSNorm(c.norm_epsilon, dtype, name="mlp_norm")(x))
         self.sow("intermediates", "hidden", x)
         return x, None
@@ -61,16 +61,19 @@ class Decoder(nn.Module):
         table = self.param("embedding", init, (c.vocab_size, c.width))
         x = table[texts.tokens.reshape(-1)].astype(dtype)
         rope = rope_table(texts.positions, rope_frequencies(c.head_width, c.rope_theta, dict(c.rope_scaling)), dtype)
+        places = Places(texts.segment_ids, texts.positions, texts.pool_mask)
+        mixed = len(set(c.windows)) > 1  # then a window is an array over the layers, without limit where there is none
+        window = jnp.array([w or c.max_positions for w in c.windows]) if mixed else next(iter(c.windows), None)
         layer = nn.remat(DecoderLayer, prevent_cse=False) if self.compute.remat else DecoderLayer
         stack = nn.scan(
             layer,
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=(nn.broadcast, nn.broadcast, 0 if mixed else nn.broadcast),
             length=c.layers,
             unroll=c.layers if self.compute.unroll else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x, _ = stack(c, self.mask, self.compute, texts.shards, name="layers")(x, texts, rope)
+        x, _ = stack(c, self.mask, self.compute, texts.shards, name="layers")(x, places, rope, window)
         x = RMSNorm(c.norm_epsilon, dtype, name="norm")(x)
         return x.reshape(*texts.tokens.shape, c.width)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -27,8 +26,7 @@ class EmbeddingModel(nn.Module):
 
     @nn.compact
     def __call__(self, texts: PackedTexts) -> Float[Array, "r s d"]:
-        mask = dataclasses.replace(MASKS[self.spec.attention], window=self.decoder.sliding_window)
-        hidden = Decoder(self.decoder, mask, self.compute, name="decoder")(texts)
+        hidden = Decoder(self.decoder, MASKS[self.spec.attention], self.compute, name="decoder")(texts)
         pool_mask = (texts.segment_ids > 0) if self.spec.include_instruction else texts.pool_mask
         members = segment_mask(texts.segment_ids, pool_mask, texts.segments)
         vectors = POOLINGS[self.spec.pooling]()(hidden, members)

@@ -1,14 +1,15 @@
 """Attention masks as values: who may look at whom inside one text.
 
-A mask answers from the positions of two tokens of the same text. `visible` combines it with the segment ids of packed
-rows, the only place where the two meet:
+A mask answers from where two tokens of the same text stand. `visible` combines it with the segments of packed rows, the
+only place where the two meet. Two texts of three and two tokens and one of padding; `i` is an instruction's token:
 
-    segments 1 1 2 2 0, causal      bidirectional
-             1 . . . .              1 1 . . .
-             1 1 . . .              1 1 . . .
-             . . 1 . .              . . 1 1 .
-             . . 1 1 .              . . 1 1 .
-             . . . . 1              . . . . 1
+              causal            bidirectional     prefix            prefix_lm
+    text 1 i  1 . . . . .       1 1 1 . . .       1 . . . . .       1 1 . . . .
+    text 1 i  1 1 . . . .       1 1 1 . . .       1 1 . . . .       1 1 . . . .
+    text 1    1 1 1 . . .       1 1 1 . . .       1 1 1 . . .       1 1 1 . . .
+    text 2    . . . 1 . .       . . . 1 1 .       . . . 1 1 .       . . . 1 . .
+    text 2    . . . 1 1 .       . . . 1 1 .       . . . 1 1 .       . . . 1 1 .
+    padding   . . . . . 1       . . . . . 1       . . . . . 1       . . . . . 1
 
 Padding (segment 0) sees padding, so that no row of a softmax is empty.
 """
@@ -16,37 +17,66 @@ Padding (segment 0) sees padding, so that no row of a softmax is empty.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
+import flax.struct
 import jax
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool
+
+
+@flax.struct.dataclass
+class Places:
+    """Where the tokens of packed rows stand, [..., T] each.
+
+    segment: their text in the row, 0 for padding; position: counted from 0 in the text; in_text: not of the instruction.
+    """
+
+    segment: Any
+    position: Any
+    in_text: Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Mask:
-    """`causal`: only earlier tokens and itself. `window`: only near tokens, counted as transformers counts.
+    """`causal`: a token sees only earlier ones and itself; otherwise later ones too.
 
-    A causal window of w sees itself and w - 1 tokens back; a bidirectional one sees w tokens to either side.
+    `instruction_causal` says so of the instruction's tokens, where they differ from the text's: each part is then causal
+    or bidirectional within itself, and the text sees the instruction before it (the per-part choices of GRIT, Muennighoff
+    et al. 2024, figure 3).
     """
 
     causal: bool
-    window: int | None = None
+    instruction_causal: bool | None = None
 
-    def allows(self, query: jax.Array, key: jax.Array) -> jax.Array:
-        """Whether the token at position `query` sees the one at position `key`; broadcasts."""
-        ahead = query - key
-        seen = ahead >= 0 if self.causal else ahead == ahead
-        if self.window is None:
+    def allows(self, query: Places, key: Places, window: jax.Array | int | None = None) -> jax.Array:
+        """Whether the token at `query` sees the one at `key`; broadcasts.
+
+        Only near tokens are seen in a `window` of w, counted as transformers counts: where all look back only, the token
+        itself and w - 1 before it; otherwise w to either side.
+        """
+        ahead = query.position - key.position
+        seen = ahead >= 0
+        if self.instruction_causal is None:
+            seen = seen if self.causal else ahead == ahead
+        elif self.causal != self.instruction_causal:
+            looks_ahead = query.in_text if self.instruction_causal else ~query.in_text
+            seen = seen | (looks_ahead & (query.in_text == key.in_text))
+        if window is None:
             return seen
-        near = ahead < self.window if self.causal else abs(ahead) <= self.window
-        return seen & near
+        return seen & (ahead < window if self == CAUSAL else abs(ahead) <= window)
 
 
 CAUSAL = Mask(causal=True)
 BIDIRECTIONAL = Mask(causal=False)
-MASKS = {"causal": CAUSAL, "bidirectional": BIDIRECTIONAL}
+MASKS = {
+    "causal": CAUSAL,
+    "bidirectional": BIDIRECTIONAL,
+    "prefix": Mask(causal=False, instruction_causal=True),
+    "prefix_lm": Mask(causal=True, instruction_causal=False),
+}
 
 
-def visible(mask: Mask, segment_ids: Int[Array, "*r t"], positions: Int[Array, "*r t"]) -> Bool[Array, "*r t t"]:
+def visible(mask: Mask, places: Places, window: jax.Array | int | None = None) -> Bool[Array, "*r t t"]:
     """[..., query, key]: True where the query token sees the key token."""
-    same_text = segment_ids[..., :, None] == segment_ids[..., None, :]
-    return same_text & mask.allows(positions[..., :, None], positions[..., None, :])
+    query, key = (jax.tree.map(lambda x: x[..., :, None], places), jax.tree.map(lambda x: x[..., None, :], places))
+    return (query.segment == key.segment) & mask.allows(query, key, window)

@@ -13,7 +13,7 @@ from jaxembed.fields import Fields
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Shape of a decoder, in the terms of Hugging Face configs (see `from_hf`)."""
+    """Shape of a decoder, in the terms of Hugging Face configs (see `from_hf`). `windows`: of each layer, None for no limit."""
 
     family: str
     vocab_size: int
@@ -29,7 +29,7 @@ class DecoderConfig:
     qkv_bias: bool = False
     out_bias: bool = False
     qk_norm: bool = False
-    sliding_window: int | None = None
+    windows: tuple[int | None, ...] = ()
     tie_embeddings: bool = False
     max_positions: int = 32_768
 
@@ -125,7 +125,7 @@ def from_hf(config: Mapping[str, Any], where: str) -> DecoderConfig:
         qkv_bias=family.qkv_bias or fields.flag("attention_bias"),
         out_bias=fields.flag("attention_bias"),
         qk_norm=family.qk_norm,
-        sliding_window=_sliding_window(config, family, where),
+        windows=_windows(config, family, where),
         tie_embeddings=fields.flag("tie_word_embeddings"),
         max_positions=fields.whole("max_position_embeddings", 32_768),
     )
@@ -161,28 +161,25 @@ def _rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {"rope_type": kind, "rope_theta": theta, **numbers}
 
 
-def _sliding_window(config: Mapping[str, Any], family: Family, where: str) -> int | None:
-    """The window that all layers share, or None; layers that differ are refused."""
+def _windows(config: Mapping[str, Any], family: Family, where: str) -> tuple[int | None, ...]:
+    """The sliding window of each layer, None where it sees everything."""
     fields = Fields(config, where)
+    layers = fields.whole("num_hidden_layers", most=MOST)
     off = family.window == "never" or (family.window == "switched" and not fields.flag("use_sliding_window"))
     if off or config.get("sliding_window", 4096) is None:
-        return None
-    kinds = {"sliding_attention"} if family.window == "always" else _layer_kinds(config, where)
-    if kinds == {"full_attention"}:
-        return None
-    if kinds != {"sliding_attention"}:
-        raise UserError(f"{where}: layers with and without a sliding window are mixed; set use_sliding_window to false")
-    return fields.whole("sliding_window", 4096)
+        return (None,) * layers
+    window = fields.whole("sliding_window", 4096)
+    kinds = ["sliding_attention"] * layers if family.window == "always" else _layer_kinds(config, layers, where)
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
-def _layer_kinds(config: Mapping[str, Any], where: str) -> set[str]:
+def _layer_kinds(config: Mapping[str, Any], layers: int, where: str) -> list[str]:
     """What layer_types says, or the older max_window_layers: that many layers come first without a window."""
     named = config.get("layer_types")
-    if named:
-        if not isinstance(named, list) or not all(isinstance(kind, str) for kind in named):
-            raise UserError(f"{where}: layer_types must be a list of strings, one a layer")
-        return set(named)
-    fields = Fields(config, where)
-    full = fields.whole("max_window_layers", 28, least=0)
-    layers = fields.whole("num_hidden_layers", most=MOST)
-    return {"full_attention" if i < full else "sliding_attention" for i in range(layers)}
+    known = ("full_attention", "sliding_attention")
+    if not named:
+        full = Fields(config, where).whole("max_window_layers", 28, least=0)
+        return [known[i >= full] for i in range(layers)]
+    if not isinstance(named, list) or len(named) < layers or any(kind not in known for kind in named):
+        raise UserError(f"{where}: layer_types must be a list of {layers}, one a layer, each one of {', '.join(known)}")
+    return named[:layers]

@@ -33,6 +33,7 @@ class Tally:
     waited: float = 0.0
     useful: int = 0
     padded: int = 0
+    new_programs: int = 0
 
     def add(self, host: HostBatch, waited: float) -> None:
         self.steps += 1
@@ -48,6 +49,7 @@ class Tally:
             "useful_tokens_per_second": self.useful / seconds,
             "examples_per_second": batch_size * self.steps / seconds,
             "padding_fraction": 1 - self.useful / self.padded,
+            "new_programs": self.new_programs,
         }
 
 
@@ -87,7 +89,7 @@ class Trainer:
                 asked = time.perf_counter()
                 host = next(batches)
                 tally.add(host, time.perf_counter() - asked)
-                state, metrics = self._step(state, host)
+                state, metrics = self._step(state, host, tally)
                 self._check(running)  # at most one step runs ahead of the host
                 running = Running(step, host, metrics)
                 last = step == self.config.steps
@@ -128,7 +130,7 @@ class Trainer:
         kept = "no checkpoint yet" if latest is None else f"the last good checkpoint is of step {latest}"
         raise UserError(f"{told}; {kept}; lower optim.learning_rate, look at the data, or set train.on_nan=skip")
 
-    def _step(self, state: TrainState, host: HostBatch) -> tuple[TrainState, Metrics]:
+    def _step(self, state: TrainState, host: HostBatch, tally: Tally) -> tuple[TrainState, Metrics]:
         shape = host.batch.texts.tokens.shape
         batch = put_batch(self.mesh, host.batch)
         if shape in self.programs:
@@ -136,6 +138,7 @@ class Trainer:
         began = time.perf_counter()
         result = jax.block_until_ready(self.train_step(state, batch))
         self.programs.add(shape)
+        tally.new_programs += 1
         seconds = time.perf_counter() - began
         told = f"program {len(self.programs)}: {shape[0]} rows x {shape[1]} tokens, compiled and run in {seconds:.1f} s"
         self.recorder.say(told)
