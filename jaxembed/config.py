@@ -42,9 +42,16 @@ class RunConfig(Section):
     dir: str = Field("", description="run directory; runs/NAME if empty")
 
 
+PoolingKind = Literal[
+    "mean", "last", "first", "max", "weighted_mean", "latent_attention", "latent_attention_paper", "self_attention"
+]
+
+
 class PoolingConfig(Section):
-    kind: Literal["mean", "last"] | None = Field(None, description="as the base says, else mean")
+    kind: PoolingKind | None = Field(None, description="as the base says, else mean")
     include_instruction: bool | None = Field(None, description="pool instruction tokens too; as the base says, else no")
+    latents: Annotated[int, Field(ge=1, le=2**16)] | None = Field(None, description="of latent attention; 512")
+    heads: Annotated[int, Field(ge=1, le=2**12)] | None = Field(None, description="of latent and self-attention; 8")
 
 
 class ModelConfig(Section):

@@ -26,7 +26,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     from jaxembed import Embedder
 
     cli.use_compilation_cache()
-    embedder = Embedder.load(args.model, checkpoint=args.checkpoint, dtype=args.dtype)
+    embedder = Embedder.load(args.model, checkpoint=args.checkpoint, dtype=args.dtype, layers=args.layers)
     options = {"instruction": args.instruction, "prompt_name": args.prompt_name, "dim": args.dim}
     width = embedder.encode([], **options).shape[1]  # refuses what does not fit the model before anything is written
     partial = out.with_name(out.name + ".partial")

@@ -19,7 +19,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
     logging.disable_progress_bar()  # of loading and saving, several times over
     cli.use_compilation_cache()
-    embedder = Embedder.load(args.model, checkpoint=args.checkpoint)
+    embedder = Embedder.load(args.model, checkpoint=args.checkpoint, layers=args.layers)
     parity = export(embedder, out, args.dtype, read_card(Path(args.model), embedder.revision))
     return {
         "folder": str(out), "revision": embedder.revision, "dtype": args.dtype, "largest_difference": parity.error,
@@ -36,7 +36,7 @@ def read_card(model: Path, revision: str) -> Any:
 
     if not (model / "base.json").is_file():
         return Card(name=model.name, base=revision)
-    step = int(revision.rsplit("-", 1)[1])
+    step = int(revision.removeprefix(f"{model.resolve().name}-").split("-")[0])
     rows = [row for row in read_metrics(model) if row["step"] == step]
     scores = {k.removeprefix("eval/"): v for row in rows for k, v in row.items() if k.startswith("eval/") and v is not None}
     base = Fields(read_json(model / "base.json"), str(model / "base.json")).text("name")

@@ -23,6 +23,7 @@ LOGICAL_AXES: dict[str, str | None] = {
     "kv_heads": None,
     "head_width": None,
     "mlp": None,
+    "latents": None,
 }
 BATCH_AXES = ("data",)
 

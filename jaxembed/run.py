@@ -27,8 +27,7 @@ from jaxembed.data.tokenize import TextTokenizer, load_tokenizer
 from jaxembed.errors import UserError
 from jaxembed.evaluation.heldout import HeldOut, RetrievalSet, open_sets, score_all
 from jaxembed.hub.base import Base, content_hash, find_base, write_spec
-from jaxembed.hub.embedder import Embedder, shapes_and_shardings, text_tokenizer
-from jaxembed.hub.weights import load_params
+from jaxembed.hub.embedder import Embedder, base_params, shapes_and_shardings, text_tokenizer
 from jaxembed.model.decoder import Compute
 from jaxembed.model.embedder import EmbeddingModel, init_params
 from jaxembed.spec import EmbeddingSpec
@@ -166,10 +165,8 @@ def _state(config: Config, base: Base, model: EmbeddingModel, mesh: Mesh, checkp
     """The state to go on from: parameters from the base (or random), then the last checkpoint over them."""
     shapes, shardings = shapes_and_shardings(model, mesh)
     key = jax.random.key(config.train.seed)
-    if base.folder is None:
-        params = init_params(model, key, shardings)
-    else:
-        params = {"decoder": load_params(base.folder, base.decoder, shapes["decoder"], shardings["decoder"])}
+    params = {} if base.folder is None else base_params(base, shapes, shardings)
+    params |= init_params(model, key, {part: of_part for part, of_part in shardings.items() if part not in params})
     optimizer = make_optimizer(config.optim, config.train.steps)
     opt_state = jax.jit(optimizer.init)(params)
     everywhere = parallel.replicated(mesh)

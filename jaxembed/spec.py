@@ -13,12 +13,15 @@ from jaxembed.config import ModelConfig
 class EmbeddingSpec:
     """How texts become vectors, beside the weights: stored once with the model, read by every command.
 
-    `instruction_template` turns an instruction into the prompt put before a text; `prompts` are whole prompts by name
-    (`query` and `document` among them) for users who name no instruction.
+    `latents` and `pooling_heads` size the poolings that have them. `instruction_template` turns an instruction into the
+    prompt put before a text; `prompts` are whole prompts by name (`query` and `document` among them) for users who name
+    no instruction.
     """
 
     attention: str = "bidirectional"
     pooling: str = "mean"
+    latents: int = 512
+    pooling_heads: int = 8
     include_instruction: bool = False
     normalize: bool = True
     append_eos: bool = True
@@ -35,6 +38,8 @@ class EmbeddingSpec:
         chosen: dict[str, Any] = {
             "attention": model.attention,
             "pooling": model.pooling.kind,
+            "latents": model.pooling.latents,
+            "pooling_heads": model.pooling.heads,
             "include_instruction": model.pooling.include_instruction,
             "normalize": model.normalize,
             "append_eos": model.append_eos,

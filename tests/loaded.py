@@ -17,7 +17,7 @@ from jaxembed import parallel
 from jaxembed.data.packing import PackedTexts, fill, max_segments, pack
 from jaxembed.hub.weights import load_params
 from jaxembed.model.decoder import Compute
-from jaxembed.model.embedder import EmbeddingModel, parameter_shapes
+from jaxembed.model.embedder import EmbeddingModel, init_params, parameter_shapes
 from jaxembed.model.presets import from_hf
 from jaxembed.spec import EmbeddingSpec
 
@@ -28,8 +28,9 @@ def load(folder: Path, spec: EmbeddingSpec, devices: int = 1, **compute: Any) ->
     model = EmbeddingModel(config, spec, Compute(**compute))
     boxed = parameter_shapes(model)
     shardings = parallel.param_shardings(parallel.make_mesh(devices), nn.get_partition_spec(boxed))
-    decoder = load_params(folder, config, nn.unbox(boxed)["decoder"], shardings["decoder"])
-    return model, {"decoder": decoder}
+    parts = [{"decoder": tree["decoder"]} for tree in (nn.unbox(boxed), shardings)]
+    random = init_params(model, jax.random.key(0), {part: of_part for part, of_part in shardings.items() if part != "decoder"})
+    return model, load_params(folder, config.layers, *parts) | random
 
 
 def draw_texts(lengths: Sequence[int], seed: int = 0, vocabulary: int = 300) -> list[np.ndarray]:

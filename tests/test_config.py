@@ -1,5 +1,6 @@
 """The configuration tree: what it takes, and the one line that says what is off."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,10 @@ def test_overrides_of_list_entries_and_their_order(tmp_path: Path) -> None:
         ("train.steps=1.5", "FILE: train.steps: expected a valid integer"),
         ("train.steps=0", "FILE: train.steps: expected greater than 0 (got 0)"),
         ("train=5", "FILE: train: expected a valid dictionary"),
-        ("model.attention=sideways", "FILE: model.attention: expected 'causal' or 'bidirectional' (got 'sideways')"),
+        (
+            "model.attention=sideways",
+            "FILE: model.attention: expected 'causal', 'bidirectional', 'prefix' or 'prefix_lm' (got 'sideways')",
+        ),
         ("optim.learning_rate=.nan", "FILE: optim.learning_rate: expected a finite number (got nan)"),
         ("train.stall_timeout_s=.inf", "FILE: train.stall_timeout_s: expected a finite number (got inf)"),
         ("train.seed=99999999999", "FILE: train.seed: expected less than or equal to 2147483647 (got 99999999999)"),
@@ -147,14 +151,12 @@ def test_the_configs_that_come_along_are_valid(path: Path) -> None:
 
 def test_a_spec_takes_what_a_config_chooses_and_keeps_the_rest(tmp_path: Path) -> None:
     spec = EmbeddingSpec(attention="causal", pooling="last", append_eos=False, prompts={"query": "q"})
-    assert spec.with_choices(of(tmp_path).model, 77) == EmbeddingSpec(
-        "causal", "last", False, True, False, 77, prompts={"query": "q"}
-    )
+    assert spec.with_choices(of(tmp_path).model, 77) == dataclasses.replace(spec, max_length=77)
     chosen = of(
-        tmp_path, "model.attention=bidirectional", "model.pooling={kind: mean, include_instruction: true}",
+        tmp_path, "model.attention=bidirectional", "model.pooling={kind: latent_attention, include_instruction: true, latents: 9, heads: 2}",
         "model.normalize=false", "model.append_eos=true", "model.instruction_template='{instruction}:'",
     )  # fmt: skip
-    expected = EmbeddingSpec("bidirectional", "mean", True, False, True, 77, "{instruction}:", {"query": "q"})
+    expected = EmbeddingSpec("bidirectional", "latent_attention", 9, 2, True, False, True, 77, "{instruction}:", {"query": "q"})
     assert spec.with_choices(chosen.model, 77) == expected
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,9 +17,11 @@ from jaxembed.errors import UserError
 from jaxembed.hub import export as module
 from jaxembed.hub.base import find_base
 from jaxembed.hub.card import Card
-from jaxembed.hub.embedder import from_base
+from jaxembed.hub.embedder import from_base, text_tokenizer
 from jaxembed.model.decoder import Compute
+from jaxembed.model.pooling import TRAINED
 from jaxembed.spec import EmbeddingSpec
+from loaded import load
 
 CHAT = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}{% endfor %}"
 QUERY = "Instruct: Find the answer\nQuery:"
@@ -31,7 +36,7 @@ def embedder(base: Path, **choices: object) -> Embedder:
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Bases whose tokenizers carry a chat template, with which sentence-transformers would wrap every text."""
     root = tmp_path_factory.mktemp("bases")
-    return {f: tiny.folder(root / f, f, chat_template=CHAT) for f in ("qwen3", "mistral", "mistral-window")}
+    return {f: tiny.folder(root / f, f, chat_template=CHAT) for f in ("qwen2-mixed", "qwen3", "mistral", "mistral-window")}
 
 
 @pytest.mark.parametrize(
@@ -41,6 +46,9 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("qwen3", {"attention": "causal", "pooling": "last", "include_instruction": True}),
         ("mistral", {"attention": "causal", "pooling": "mean", "append_eos": False}),
         ("mistral-window", {"attention": "bidirectional", "pooling": "last"}),
+        ("qwen2-mixed", {"attention": "bidirectional", "pooling": "weighted_mean"}),
+        ("qwen3", {"attention": "causal", "pooling": "max"}),
+        ("mistral", {"attention": "bidirectional", "pooling": "first", "include_instruction": True}),
     ],
 )
 def test_stock_folder_gives_the_same_vectors(bases, tmp_path, family, choices):
@@ -56,6 +64,80 @@ def test_stock_folder_gives_the_same_vectors(bases, tmp_path, family, choices):
         theirs = module.encode_torch(stock, texts, prompt, batch_size=3)
         np.testing.assert_allclose(model.encode(texts, prompt=prompt), theirs, atol=1e-5)
         assert np.abs(theirs[0] - theirs[1]).max() > 1e-2, "the vectors of different texts must differ"
+
+
+@pytest.mark.parametrize("pooling", TRAINED)
+def test_a_pooling_with_weights_brings_its_own_module(bases, tmp_path, pooling):
+    model = with_random_pooling(embedder_of_run(bases["mistral"], pooling=pooling, latents=6, pooling_heads=4))
+    parity = module.export(model, tmp_path / "out", "float32", Card("test", "base"))
+    assert parity.error < 1e-5
+    out = tmp_path / "out"
+    mean = dataclasses.replace(
+        model, model=model.model.clone(spec=dataclasses.replace(model.spec, pooling="mean")), _apply=None
+    )
+    assert np.abs(mean.encode(tiny.TEXTS) - model.encode(tiny.TEXTS)).max() > 1e-2
+    again = Embedder.load(out)
+    assert again.spec == model.spec
+    np.testing.assert_allclose(again.encode(tiny.TEXTS), model.encode(tiny.TEXTS), atol=1e-6)
+    assert "trust_remote_code=True" in (out / "README.md").read_text()
+    with (out / module.TORCH_POOLING.name).open("a") as code:
+        code.write("# changed\n")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        module.load_sentence_transformer(out)
+
+
+def test_first_layers_are_a_model_of_their_own(bases, tmp_path):
+    cut = embedder(bases["qwen2-mixed"]).first_layers(2)
+    module.export(cut, tmp_path / "out", "float32", Card("test", "base"))
+    again = Embedder.load(tmp_path / "out")
+    assert again.model.decoder.windows == (4, None)
+    np.testing.assert_allclose(again.encode(tiny.TEXTS), cut.encode(tiny.TEXTS), atol=1e-6)
+    whole = embedder(bases["qwen2-mixed"])
+    assert np.abs(whole.encode(tiny.TEXTS) - cut.encode(tiny.TEXTS)).max() > 1e-2
+    np.testing.assert_allclose(
+        Embedder.load(bases["qwen2-mixed"], layers=2).encode(["x"]),
+        embedder(bases["qwen2-mixed"], max_length=128).first_layers(2).encode(["x"]),
+        atol=1e-6,
+    )
+    for count in (0, 4):
+        with pytest.raises(UserError, match=f"layers is {count}; expected 1 to 3"):
+            whole.first_layers(count)
+
+
+def test_latent_weights_are_a_texts_own(bases):
+    model = with_random_pooling(embedder_of_run(bases["mistral"], pooling="latent_attention", latents=6, pooling_heads=3))
+    weights = model.latent_weights(tiny.TEXTS)
+    assert weights.shape == (len(tiny.TEXTS), 3, 6)
+    np.testing.assert_allclose(weights.sum(axis=-1), 1, rtol=1e-5)
+    assert np.abs(weights[0] - weights[1]).max() > 1e-3
+    np.testing.assert_allclose(model.latent_weights(tiny.TEXTS[3:4])[0], weights[3], atol=1e-5)
+    with pytest.raises(UserError, match="mean pooling, which has no latents"):
+        embedder(bases["mistral"]).latent_weights(["x"])
+
+
+def embedder_of_run(base: Path, **choices: object) -> Embedder:
+    """As a run starts: poolings that the base has no weights of are random."""
+    spec = EmbeddingSpec(**{"max_length": 64, **choices})  # type: ignore[arg-type]
+    model, params = load(base, spec)
+    found = find_base(str(base))
+    return Embedder(model, params, text_tokenizer(found.tokenizer(), spec, found), parallel.make_mesh(1), found)
+
+
+def with_random_pooling(model: Embedder) -> Embedder:
+    """Random numbers in place of the pooling's parameters, some of which are zero until trained."""
+    random = np.random.default_rng(0)
+    pooling = jax.tree.map(lambda x: jnp.asarray(random.normal(0, 0.3, x.shape), x.dtype), model.params["pooling"])
+    return model.with_params({**model.params, "pooling": pooling})
+
+
+def test_without_weights_of_its_pooling_a_base_is_not_a_model(bases):
+    with pytest.raises(UserError, match="has no weights of its latent_attention pooling; train it"):
+        embedder(bases["qwen3"], pooling="latent_attention")
+
+
+def test_masks_that_stock_classes_do_not_know_are_refused(bases, tmp_path):
+    with pytest.raises(UserError, match="attention prefix cannot be exported"):
+        module.export(embedder(bases["qwen3"], attention="prefix"), tmp_path / "out", "float32", Card("test", "base"))
 
 
 def test_round_trip_reads_the_same_model(bases, tmp_path):
@@ -121,7 +203,7 @@ def test_a_tokenizer_that_stock_code_reads_otherwise_is_refused(tmp_path):
 def test_wrong_weights_are_refused(bases, tmp_path, monkeypatch):
     model = embedder(bases["qwen3"])
     save = module.save_params
-    monkeypatch.setattr(module, "save_params", lambda path, params, convert: save(path, params, lambda x: convert(x) * 1.05))
+    monkeypatch.setattr(module, "save_params", lambda *args: save(*args[:-1], lambda x: args[-1](x) * 1.05))
     with pytest.raises(UserError, match="not written"):
         module.export(model, tmp_path / "out", "float32", Card("test", "base"))
     assert list(tmp_path.iterdir()) == []

@@ -258,7 +258,7 @@ def opened(folder: Path) -> None:
     base = find_base(str(folder))
     assert base.folder is not None
     shapes, shardings = shapes_of(base.decoder, base.spec)
-    load_params(base.folder, base.decoder, shapes["decoder"], shardings["decoder"])
+    load_params(base.folder, base.decoder.layers, shapes, shardings)
 
 
 JSON_FILES = ["modules.json", "1_Pooling/config.json", "sentence_bert_config.json", "config_sentence_transformers.json"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from jaxembed.data.packing import PackedTexts, bucket, fill, max_segments, pack, pack_shards
 from jaxembed.model.embedder import EmbeddingModel
-from jaxembed.model.pooling import LastPooling, MeanPooling
+from jaxembed.model.pooling import POOLINGS
 from jaxembed.spec import EmbeddingSpec
 from loaded import draw_texts, in_rows, load, vectors
 
@@ -128,8 +129,9 @@ def alone(model: EmbeddingModel, params: Any, texts: list[np.ndarray], pool_from
     return np.concatenate([vectors(model, params, *placed(texts[p], pool_from[p], rows[: len(texts[p])], 1)) for p in parts])
 
 
-@pytest.mark.parametrize("pooling", ["mean", "last"])
-@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+@pytest.mark.parametrize(
+    ("attention", "pooling"), [*itertools.product(("causal", "bidirectional"), ("mean", "last")), ("prefix", "self_attention")]
+)
 def test_a_vector_depends_on_its_text_alone(base_folder: Folder, attention: str, pooling: str) -> None:
     spec = EmbeddingSpec(attention, pooling)
     loaded = {devices: load(base_folder("qwen2"), spec, devices) for devices in (1, 8)}
@@ -162,16 +164,9 @@ def test_lost_borders_of_segments_would_show(base_folder: Folder, attention: str
         assert np.abs(vectors(model, params, broken, index) - want).max() > 1e-3
 
 
-def test_poolings_by_hand() -> None:
-    hidden = jnp.array([[[1.0, 2.0], [3.0, 5.0], [10.0, 20.0], [7.0, 7.0]]])
-    members = jnp.array([[[True, False, False], [True, False, False], [False, True, False], [False, False, False]]])
-    assert MeanPooling().apply({}, hidden, members).tolist() == [[[2.0, 3.5], [10.0, 20.0], [0.0, 0.0]]]
-    assert LastPooling().apply({}, hidden, members).tolist() == [[[3.0, 5.0], [10.0, 20.0], [0.0, 0.0]]]
-
-
 def test_absent_texts_give_zeros(base_folder: Folder) -> None:
-    for pooling in ("mean", "last"):
-        model, params = load(base_folder("qwen2"), EmbeddingSpec(pooling=pooling))
+    for pooling in POOLINGS:
+        model, params = load(base_folder("qwen2"), EmbeddingSpec(pooling=pooling, latents=5))
         packed, index = in_rows(draw_texts([3, 4]), 32)
         everything = vectors(model, params, packed, np.arange(4))
         assert np.array_equal(np.linalg.norm(everything, axis=1).round(5)[[*index, 2, 3]], [1, 1, 0, 0])

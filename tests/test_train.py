@@ -9,10 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 import tiny
 from jaxembed import Embedder
 from jaxembed.errors import UserError
+from jaxembed.hub.card import Card
+from jaxembed.hub.export import export
 from jaxembed.run import train
 from jaxembed.training.metrics import read_metrics
 from runs import ENV, command, losses, prepare, settings
@@ -34,7 +37,7 @@ def test_training_learns_and_records_itself(folder):
     row = next(row for row in read_metrics(run) if "loss" in row)
     wanted = {
         "stage", "step", "loss", "infonce", "learning_rate", "grad_norm", "step_seconds", "data_wait_seconds",
-        "useful_tokens_per_second", "examples_per_second", "padding_fraction",
+        "useful_tokens_per_second", "examples_per_second", "padding_fraction", "new_programs",
     }  # fmt: skip
     assert wanted <= set(row)
     assert row["infonce_negatives"] <= 31
@@ -99,6 +102,18 @@ def test_batch_must_be_divisible_and_within_the_data(folder):
         train(settings(folder, "named", f"run.dir={'x' * 300}"))
     with pytest.raises(UserError, match=r"eval\.best is nothing/here; expected one of sts/spearman"):
         train(settings(folder, "best", "eval.best=nothing/here"))
+
+
+def test_a_pooling_with_weights_trains_and_goes_out_whole(folder, tmp_path):
+    train(settings(folder, "latent", "model.pooling.kind=latent_attention", "model.pooling.latents=7", "train.steps=4"))
+    model = Embedder.load(folder / "latent")
+    moved = {name: float(np.abs(x).max()) for name, x in flatten_dict(model.params["pooling"], sep="/").items()}
+    assert moved["attention/out/kernel"] > 0 < moved["mlp/out/kernel"]  # zero before training
+    assert model.spec.latents == 7
+    export(model, tmp_path / "out", "float32", Card("latent", "base"))
+    further = settings(folder, "further", f"model.base={tmp_path / 'out'}", "train.steps=1", "optim.learning_rate=1e-9")
+    train(further)  # starts from the exported pooling, not from a random one
+    np.testing.assert_allclose(Embedder.load(folder / "further").encode(tiny.TEXTS), model.encode(tiny.TEXTS), atol=1e-4)
 
 
 def test_best_and_last_checkpoints_load(folder):

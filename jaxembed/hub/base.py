@@ -14,11 +14,15 @@ from jaxembed.data.tokenize import ends_with_eos, load_tokenizer
 from jaxembed.errors import UserError, brief
 from jaxembed.fields import Fields
 from jaxembed.files import exists, read_json, read_json_value, write_json
+from jaxembed.hub.weights import POOLING_FOLDER
 from jaxembed.model.masks import MASKS
-from jaxembed.model.presets import DecoderConfig, from_hf, preset
+from jaxembed.model.pooling import POOLINGS
+from jaxembed.model.presets import MOST, DecoderConfig, from_hf, preset
 from jaxembed.spec import EmbeddingSpec
 
 SPEC_FILE = "jaxembed.json"
+# Our poolings without weights -> sentence-transformers' names.
+POOLING_MODES = {"mean": "mean", "last": "lasttoken", "first": "cls", "max": "max", "weighted_mean": "weightedmean"}
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*/config.json"]
 
 
@@ -84,7 +88,9 @@ def spec_from_json(values: Mapping[str, Any], where: str) -> EmbeddingSpec:
         raise UserError(f"{where}: instruction_template must contain {{instruction}}")
     return EmbeddingSpec(
         attention=fields.choice("attention", tuple(MASKS), default.attention),
-        pooling=fields.choice("pooling", ("mean", "last"), default.pooling),
+        pooling=fields.choice("pooling", tuple(POOLINGS), default.pooling),
+        latents=fields.whole("latents", default.latents, most=2**16),
+        pooling_heads=fields.whole("pooling_heads", default.pooling_heads, most=MOST),
         include_instruction=fields.flag("include_instruction", default.include_instruction),
         normalize=fields.flag("normalize", default.normalize),
         append_eos=fields.flag("append_eos", default.append_eos),
@@ -131,20 +137,23 @@ def _max_length(folder: Path, decoder: DecoderConfig, tokenizer: Any) -> int:
 
 
 def _pooling_kind(pooling: Mapping[str, Any], where: Path) -> str:
-    """mean or last, from the new form of the file ("pooling_mode") or the old one (a flag per kind)."""
-    flags = {"mean": pooling.get("pooling_mode_mean_tokens"), "last": pooling.get("pooling_mode_lasttoken")}
+    """Our name of a stock pooling, from the new form of the file ("pooling_mode") or the old one (a flag per kind)."""
+    kinds = {theirs: ours for ours, theirs in POOLING_MODES.items()} | {"last": "last"}
+    old_names = {"cls": "cls_token", "max": "max_tokens", "mean": "mean_tokens", "weightedmean": "weightedmean_tokens"}
     mode = pooling.get("pooling_mode")
-    named = {"mean": "mean", "lasttoken": "last", "last": "last"}.get(mode) if isinstance(mode, str) else None
-    chosen = [named] if named else [kind for kind, on in flags.items() if on]
+    named = kinds.get(mode) if isinstance(mode, str) else None
+    on = [kind for mode, kind in kinds.items() if pooling.get(f"pooling_mode_{old_names.get(mode, mode)}")]
+    chosen = [named] if named else on
     if len(chosen) != 1:
-        raise UserError(f"{where / 'config.json'}: its pooling is not supported; supported: mean, lasttoken")
-    return str(chosen[0])
+        raise UserError(f"{where / 'config.json'}: its pooling is not supported; supported: {', '.join(kinds)}")
+    return chosen[0]
 
 
 def content_hash(base: Base) -> str:
     """SHA-256 over config and weights of a folder; of the config alone for a preset."""
     digest = hashlib.sha256(json.dumps(dict(base.hf_config), sort_keys=True).encode())
-    for path in sorted(base.folder.glob("*.safetensors")) if base.folder else []:
+    weights = ("*.safetensors", f"{POOLING_FOLDER}/*.safetensors")
+    for path in sorted(path for kind in weights for path in base.folder.glob(kind)) if base.folder else []:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

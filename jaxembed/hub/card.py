@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from jaxembed.model.pooling import TRAINED
 from jaxembed.spec import EmbeddingSpec
 
 
@@ -39,18 +40,21 @@ def model_card(spec: EmbeddingSpec, card: Card, parity_error: float) -> str:
 def _usage(spec: EmbeddingSpec) -> str:
     query = ', prompt_name="query"' if spec.prompts.get("query") else ""
     document = ', prompt_name="document"' if spec.prompts.get("document") else ""
+    own_code = ", trust_remote_code=True" if spec.pooling in TRAINED else ""
     lines = [
         "## Use",
         "```python",
         "from sentence_transformers import SentenceTransformer",
         "",
-        'model = SentenceTransformer("PATH_OF_THIS_FOLDER")',
+        f'model = SentenceTransformer("PATH_OF_THIS_FOLDER"{own_code})',
         f'queries = model.encode(["a question"]{query})',
         f'documents = model.encode(["a passage"]{document})',
         "print(model.similarity(queries, documents))",
         "```",
         "",
     ]
+    if own_code:
+        lines += ["The pooling has weights of its own; `token_pooling.py` in this folder is its PyTorch module.", ""]
     if spec.prompts:
         lines += ["Prompts stored with the model:", ""]
         lines += [f"- `{name}`: {text!r}" for name, text in spec.prompts.items()]

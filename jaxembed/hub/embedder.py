@@ -21,7 +21,7 @@ from jaxembed.errors import UserError
 from jaxembed.fields import Fields
 from jaxembed.files import read_json
 from jaxembed.hub.base import Base, content_hash, find_base, read_spec
-from jaxembed.hub.weights import load_params
+from jaxembed.hub.weights import load_params, stored_parts
 from jaxembed.model.decoder import Compute
 from jaxembed.model.embedder import EmbeddingModel, parameter_shapes
 from jaxembed.model.presets import from_hf
@@ -63,11 +63,19 @@ class Embedder:
         return self.model.spec
 
     @classmethod
-    def load(cls, model: str | Path, *, dtype: str = "float32", checkpoint: str = "best") -> Embedder:
+    def load(
+        cls, model: str | Path, *, dtype: str = "float32", checkpoint: str = "best", layers: int | None = None
+    ) -> Embedder:
         """Loads a run directory, an exported or Hugging Face folder, or a hub id.
 
         `dtype` is that of the computation. `checkpoint` picks a run's step: best (on the held-out sets), last, or a number.
+        `layers` keeps the first ones only (early exit).
         """
+        whole = cls._load(model, dtype, checkpoint)
+        return whole if layers is None else whole.first_layers(layers)
+
+    @classmethod
+    def _load(cls, model: str | Path, dtype: str, checkpoint: str) -> Embedder:
         mesh = parallel.make_mesh()
         compute = Compute(dtype=jnp.dtype(dtype))
         path = Path(model)
@@ -81,6 +89,25 @@ class Embedder:
     def with_params(self, params: Any) -> Embedder:
         """The same model with other parameters; what was compiled is shared."""
         return dataclasses.replace(self, params=params)
+
+    def first_layers(self, count: int) -> Embedder:
+        """The model cut to its first layers, the final norm after them; it can be exported. `UserError` if it has fewer."""
+        decoder = self.model.decoder
+        if not 0 < count <= decoder.layers:
+            raise UserError(f"layers is {count}; expected 1 to {decoder.layers}, the layers of this model")
+        config = dict(self.base.hf_config) | {"num_hidden_layers": count}
+        if config.get("layer_types"):
+            config["layer_types"] = config["layer_types"][:count]
+        cut = dataclasses.replace(decoder, layers=count, windows=decoder.windows[:count])
+        kept = jax.tree.map(lambda x: x[:count], self.params["decoder"]["layers"])
+        return dataclasses.replace(
+            self,
+            model=self.model.clone(decoder=cut),
+            params={**self.params, "decoder": {**self.params["decoder"], "layers": kept}},
+            base=dataclasses.replace(self.base, hf_config=config, decoder=cut),
+            revision=f"{self.revision}-{count}-layers",
+            _apply=None,
+        )
 
     def encode(
         self,
@@ -106,12 +133,30 @@ class Embedder:
         lead = self._lead(instruction, prompt, prompt_name)
         out = np.zeros((len(texts), dim or width), np.float32)
         starts = tqdm(range(0, len(texts), WINDOW), disable=not show_progress, unit=f"x{WINDOW} texts")
+        assert self._apply is not None
         for start in starts:
             window = list(texts[start : start + WINDOW])
-            vectors = self._encode_window(window, lead)[:, :dim]
+            vectors = self._run(window, lead, self._apply)[:, :dim]
             norms = np.linalg.norm(vectors, axis=1, keepdims=True)
             out[start : start + len(window)] = vectors / np.maximum(norms, 1e-12)
         return out
+
+    def latent_weights(self, texts: Sequence[str], instruction: str | None = None) -> np.ndarray:
+        """How much each text attends to each latent, by head, mean over its tokens: float32 [N, heads, latents].
+
+        For models with latent attention (NV-Embed, appendix C); `UserError` for others.
+        """
+        if not self.spec.pooling.startswith("latent_attention"):
+            raise UserError(f"this model has {self.spec.pooling} pooling, which has no latents")
+
+        def weights(params: Any, packed: PackedTexts) -> jax.Array:
+            _, sown = self.model.apply({"params": params}, packed, mutable=["intermediates"])
+            return jnp.asarray(sown["intermediates"]["pooling"]["latent_weights"][0])
+
+        apply, lead = jax.jit(weights, compiler_options=parallel.compiler_options()), self._lead(instruction, None, None)
+        starts = range(0, len(texts), WINDOW)
+        parts = [self._run(list(texts[start : start + WINDOW]), lead, apply) for start in starts]
+        return np.concatenate(parts) if parts else np.zeros((0, self.spec.pooling_heads, self.spec.latents), np.float32)
 
     def _lead(self, instruction: str | None, prompt: str | None, prompt_name: str | None) -> str:
         """What is put before every text."""
@@ -127,9 +172,8 @@ class Embedder:
         """Cosines [A, B] of two sets of vectors from `encode`."""
         return np.asarray(a @ b.T)
 
-    def _encode_window(self, texts: list[str], prompt: str) -> np.ndarray:
-        """Packs texts into rows of one length, runs them some rows at a time, and puts the vectors back in order."""
-        assert self._apply is not None
+    def _run(self, texts: list[str], prompt: str, apply: Callable[[Any, PackedTexts], jax.Array]) -> np.ndarray:
+        """Packs texts into rows of one length, applies [R, S, ...] to some rows at a time, puts the results in order."""
         tokenized = self.tokenizer(texts, [prompt] * len(texts))
         lengths = [len(ids) for ids in tokenized.ids]
         row_length = max(SHORTEST_ROW, 1 << (max(lengths, default=1) - 1).bit_length())
@@ -142,10 +186,10 @@ class Embedder:
             arrays = fill(ids, tokenized.pool_from[members], row[members] - first, place[members], shape)
             packed = parallel.put_batch(self.mesh, PackedTexts(**arrays, segments=segments, shards=shards))
             slots = (row[members] - first) * segments + place[members]
-            pending.append((members, slots, self._apply(self.params, packed)))
-        out = np.zeros((len(texts), self.model.decoder.width), np.float32)
-        for members, slots, vectors in pending:
-            out[members] = np.asarray(vectors, np.float32).reshape(-1, out.shape[1])[slots]
+            pending.append((members, slots, apply(self.params, packed)))
+        out = np.zeros((len(texts), *pending[0][2].shape[2:]), np.float32)
+        for members, slots, results in pending:
+            out[members] = np.asarray(results, np.float32).reshape(-1, *out.shape[1:])[slots]
         return out
 
 
@@ -164,8 +208,18 @@ def from_base(base: Base, spec: EmbeddingSpec, compute: Compute, mesh: Mesh) -> 
     assert base.folder is not None
     model = EmbeddingModel(base.decoder, spec, compute)
     shapes, shardings = shapes_and_shardings(model, mesh)
-    params = {"decoder": load_params(base.folder, base.decoder, shapes["decoder"], shardings["decoder"])}
+    params = base_params(base, shapes, shardings)
+    if params.keys() != shapes.keys():
+        raise UserError(f"{base.name}: has no weights of its {spec.pooling} pooling; train it, or choose another pooling")
     return Embedder(model, params, text_tokenizer(base.tokenizer(), spec, base), mesh, base, content_hash(base)[:16])
+
+
+def base_params(base: Base, shapes: Any, shardings: Any) -> dict[str, Any]:
+    """The parameters of those parts of a model (decoder, pooling) that its base has weights of."""
+    assert base.folder is not None
+    parts = shapes.keys() & {"decoder", *stored_parts(base.folder)}
+    wanted = [{part: tree[part] for part in parts} for tree in (shapes, shardings)]
+    return dict(load_params(base.folder, base.decoder.layers, *wanted))
 
 
 def text_tokenizer(tokenizer: Any, spec: EmbeddingSpec, base: Base) -> TextTokenizer:

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,15 @@ import ml_dtypes
 import numpy as np
 
 from jaxembed.errors import UserError
-from jaxembed.hub.base import write_spec
+from jaxembed.files import read_json_value, write_json
+from jaxembed.hub.base import POOLING_MODES, write_spec
 from jaxembed.hub.card import Card, model_card
 from jaxembed.hub.embedder import Embedder
-from jaxembed.hub.weights import save_params
+from jaxembed.hub.weights import POOLING_FOLDER, save_params
 from jaxembed.model.presets import FAMILIES
 from jaxembed.spec import EmbeddingSpec
 
-POOLING_MODES = {"mean": "mean", "last": "lasttoken"}
+TORCH_POOLING = Path(__file__).with_name("token_pooling.py")  # travels with models whose pooling has weights
 INSTRUCTION = "Given a question, find the passage that answers it"
 PROBES = [
     "What is a contrastive loss?",
@@ -63,6 +64,10 @@ def export(embedder: Embedder, out: Path, dtype: str, card: Card) -> Parity:
     `out` must not exist, the folder around it must. `UserError` if the folder's vectors differ from the model's.
     """
     sentence_transformers()
+    if embedder.spec.attention not in ("causal", "bidirectional"):
+        raise UserError(
+            f"model.attention {embedder.spec.attention} cannot be exported: stock classes know causal and bidirectional"
+        )
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as scratch:
         made = _build(embedder, Path(scratch), "float32")
         vectors = np.concatenate([embedder.encode(PROBES, prompt=prompt) for prompt in _prompts(embedder.spec)])
@@ -95,21 +100,36 @@ def _build(embedder: Embedder, scratch: Path, dtype: str) -> Path:
     config = exported_config(embedder, dtype)
     (raw / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     target = np.dtype(dtype if dtype == "float32" else ml_dtypes.bfloat16)
-    save_params(raw / "model.safetensors", embedder.params["decoder"], lambda x: x.astype(target))
+    save_params(raw / "model.safetensors", embedder.params, "decoder", lambda x: x.astype(target))
     tokenizer = copy.deepcopy(embedder.tokenizer.hf)
     tokenizer.chat_template = None  # with one, sentence-transformers wraps every text in a chat
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     tokenizer.padding_side, tokenizer.model_max_length = "right", spec.max_length
     tokenizer.save_pretrained(raw)
     transformer = modules.Transformer(str(raw), max_seq_length=spec.max_length)
-    pooling = modules.Pooling(
-        embedder.model.decoder.width, POOLING_MODES[spec.pooling], include_prompt=spec.include_instruction
-    )
+    mode = POOLING_MODES.get(spec.pooling, "mean")
+    pooling = modules.Pooling(embedder.model.decoder.width, mode, include_prompt=spec.include_instruction)
     chain = [transformer, pooling, *([modules.Normalize()] if spec.normalize else [])]
     model = st.SentenceTransformer(modules=chain, prompts=dict(spec.prompts), similarity_fn_name="cosine", device="cpu")
     model.save(str(made), create_model_card=False)
     shutil.rmtree(raw)
+    if spec.pooling not in POOLING_MODES:
+        _add_token_pooling(made, embedder, lambda x: x.astype(target))
     return made
+
+
+def _add_token_pooling(made: Path, embedder: Embedder, convert: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Puts the pooling's weights and PyTorch module between the transformer and the stock mean of a saved folder."""
+    spec, folder = embedder.spec, made / POOLING_FOLDER
+    folder.mkdir()
+    sizes = {"latent_count": spec.latents, "heads": spec.pooling_heads}
+    write_json(folder / "config.json", {"width": embedder.model.decoder.width, "kind": spec.pooling, **sizes})
+    save_params(folder / "model.safetensors", embedder.params, "pooling", convert)
+    shutil.copy(TORCH_POOLING, made)
+    transformer, *rest = read_json_value(made / "modules.json")
+    ours = {"path": POOLING_FOLDER, "type": f"{TORCH_POOLING.stem}.TokenPooling"}
+    chain = [transformer, ours, *rest]
+    write_json(made / "modules.json", [module | {"idx": i, "name": str(i)} for i, module in enumerate(chain)])
 
 
 def exported_config(embedder: Embedder, dtype: str) -> dict[str, Any]:
@@ -178,8 +198,10 @@ def sentence_transformers() -> Any:
 
 
 def load_sentence_transformer(folder: Path) -> Any:
-    """The folder by plain sentence-transformers on the CPU, without remote code."""
-    return sentence_transformers().SentenceTransformer(str(folder), device="cpu", local_files_only=True)
+    """The folder by sentence-transformers on the CPU, without remote code but our own module where it has that one."""
+    code = folder / TORCH_POOLING.name
+    ours = code.is_file() and code.read_bytes() == TORCH_POOLING.read_bytes()
+    return sentence_transformers().SentenceTransformer(str(folder), device="cpu", local_files_only=True, trust_remote_code=ours)
 
 
 def encode_torch(model: Any, texts: Sequence[str], prompt: str, batch_size: int = 32) -> np.ndarray:

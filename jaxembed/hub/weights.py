@@ -20,12 +20,11 @@ from safetensors.numpy import save_file
 from jaxembed.errors import UserError
 from jaxembed.fields import Fields
 from jaxembed.files import exists, read_json
-from jaxembed.model.presets import DecoderConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One parameter: its path under `decoder`, its Hugging Face name ({i} where stacked), whether it is transposed."""
+    """One parameter: its path in our tree, its name there ({i} where stacked), whether it is transposed."""
 
     ours: str
     theirs: str
@@ -40,21 +39,41 @@ def _linear(ours: str, theirs: str) -> tuple[Entry, Entry]:
     return Entry(f"{ours}/kernel", f"{theirs}.weight", True), Entry(f"{ours}/bias", f"{theirs}.bias")
 
 
+def _norm(ours: str, theirs: str) -> tuple[Entry, Entry]:
+    return Entry(f"{ours}/scale", f"{theirs}.weight"), Entry(f"{ours}/bias", f"{theirs}.bias")
+
+
+LAYERS, BLOCKS = "decoder/layers", "pooling.cross_attend_blocks"
 TABLE: tuple[Entry, ...] = (
-    Entry("embedding", "embed_tokens.weight"),
-    *_linear("layers/attention/q", "layers.{i}.self_attn.q_proj"),
-    *_linear("layers/attention/k", "layers.{i}.self_attn.k_proj"),
-    *_linear("layers/attention/v", "layers.{i}.self_attn.v_proj"),
-    *_linear("layers/attention/out", "layers.{i}.self_attn.o_proj"),
-    Entry("layers/attention/q_norm/scale", "layers.{i}.self_attn.q_norm.weight"),
-    Entry("layers/attention/k_norm/scale", "layers.{i}.self_attn.k_norm.weight"),
-    *_linear("layers/mlp/gate", "layers.{i}.mlp.gate_proj"),
-    *_linear("layers/mlp/up", "layers.{i}.mlp.up_proj"),
-    *_linear("layers/mlp/down", "layers.{i}.mlp.down_proj"),
-    Entry("layers/attention_norm/scale", "layers.{i}.input_layernorm.weight"),
-    Entry("layers/mlp_norm/scale", "layers.{i}.post_attention_layernorm.weight"),
-    Entry("norm/scale", "norm.weight"),
+    Entry("decoder/embedding", "embed_tokens.weight"),
+    *_linear(f"{LAYERS}/attention/q", "layers.{i}.self_attn.q_proj"),
+    *_linear(f"{LAYERS}/attention/k", "layers.{i}.self_attn.k_proj"),
+    *_linear(f"{LAYERS}/attention/v", "layers.{i}.self_attn.v_proj"),
+    *_linear(f"{LAYERS}/attention/out", "layers.{i}.self_attn.o_proj"),
+    Entry(f"{LAYERS}/attention/q_norm/scale", "layers.{i}.self_attn.q_norm.weight"),
+    Entry(f"{LAYERS}/attention/k_norm/scale", "layers.{i}.self_attn.k_norm.weight"),
+    *_linear(f"{LAYERS}/mlp/gate", "layers.{i}.mlp.gate_proj"),
+    *_linear(f"{LAYERS}/mlp/up", "layers.{i}.mlp.up_proj"),
+    *_linear(f"{LAYERS}/mlp/down", "layers.{i}.mlp.down_proj"),
+    Entry(f"{LAYERS}/attention_norm/scale", "layers.{i}.input_layernorm.weight"),
+    Entry(f"{LAYERS}/mlp_norm/scale", "layers.{i}.post_attention_layernorm.weight"),
+    Entry("decoder/norm/scale", "norm.weight"),
+    # The poolings that have weights, under the names of NV-Embed's release.
+    Entry("pooling/latents", "pooling.latents"),
+    *_norm("pooling/latent_norm", f"{BLOCKS}.0.norm_context"),
+    *_norm("pooling/attention_norm", f"{BLOCKS}.0.norm"),
+    *_linear("pooling/attention/q", f"{BLOCKS}.0.fn.to_q"),
+    *_linear("pooling/attention/kv", f"{BLOCKS}.0.fn.to_kv"),
+    *_linear("pooling/attention/out", f"{BLOCKS}.0.fn.to_out"),
+    *_norm("pooling/mlp_norm", f"{BLOCKS}.1.norm"),
+    *_linear("pooling/mlp/in", f"{BLOCKS}.1.fn.net.0"),
+    *_linear("pooling/mlp/out", f"{BLOCKS}.1.fn.net.2"),
+    *_linear("pooling/mlp_in", "pooling.mlp.0"),
+    *_linear("pooling/mlp_out", "pooling.mlp.2"),
 )
+POOLING_FOLDER = "1_TokenPooling"  # of an exported folder; its file's names go without "pooling."
+# What names in published files begin with -> what they begin with in the table.
+PREFIXES = {"model.": "", "embedding_model.": "", "latent_attention_model.": "pooling."}
 
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # what safetensors calls the types of weights that are not quantised
@@ -67,16 +86,32 @@ def _ignored(name: str) -> bool:
 
 @contextlib.contextmanager
 def open_tensors(folder: Path) -> Iterator[dict[str, Any]]:
-    """Tensor name, without the `model.` prefix -> a lazy slice of the (possibly sharded) safetensors files."""
+    """Tensor name, as the table spells it -> a lazy slice of the (possibly sharded) safetensors files."""
+    files = [(path, "") for path in _files(folder)]
+    if exists(folder / POOLING_FOLDER):
+        files.append((folder / POOLING_FOLDER / "model.safetensors", "pooling."))
     with contextlib.ExitStack() as stack:
         tensors: dict[str, Any] = {}
-        for path in _files(folder):
+        for path, prefix in files:
             try:
                 file = stack.enter_context(safe_open(path, framework="np"))
-                tensors |= {name.removeprefix("model."): file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                tensors |= {prefix + _bare(name): file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{path}: not a whole safetensors file ({error}); fetch it again") from None
         yield tensors
+
+
+def _bare(name: str) -> str:
+    for prefix, ours in PREFIXES.items():
+        if name.startswith(prefix):
+            return ours + name.removeprefix(prefix)
+    return name
+
+
+def stored_parts(folder: Path) -> set[str]:
+    """Which parts of a model the folder has weights of: decoder, pooling."""
+    with open_tensors(folder) as tensors:
+        return {"pooling" if name.startswith("pooling.") else "decoder" for name in tensors}
 
 
 def _files(folder: Path) -> list[Path]:
@@ -94,17 +129,19 @@ def _files(folder: Path) -> list[Path]:
     return paths
 
 
-def load_params(folder: Path, config: DecoderConfig, shapes: Any, shardings: Any) -> Any:
-    """The decoder's parameters in float32, from the safetensors files of `folder`.
+def load_params(folder: Path, layers: int, shapes: Any, shardings: Any) -> Any:
+    """Parameters in float32, from the safetensors files of `folder`.
 
-    `shapes` and `shardings` are trees of the decoder's parameters. Tensors stream through the host one parameter at a
-    time, largest first, so that the peak stays near the size of the result. One `UserError` names every missing,
-    unexpected and misshapen tensor.
+    `shapes` and `shardings` are trees of the parts that are wanted: decoder, pooling or both. Tensors stream through the
+    host one parameter at a time, largest first, so that the peak stays near the size of the result. One `UserError`
+    names every missing, unexpected and misshapen tensor.
     """
     flat_shapes, flat_shardings = (flatten_dict(tree, sep="/") for tree in (shapes, shardings))
     wanted = sorted((e for e in TABLE if e.ours in flat_shapes), key=lambda e: -flat_shapes[e.ours].size)
     with open_tensors(folder) as tensors:
-        _check(folder, tensors, wanted, {e: flat_shapes[e.ours].shape for e in wanted}, config.layers)
+        if "pooling" not in shapes:
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("pooling.")}
+        _check(folder, tensors, wanted, {e: flat_shapes[e.ours].shape for e in wanted}, layers)
         loaded = {e.ours: _load(e, tensors, flat_shapes[e.ours].shape, flat_shardings[e.ours]) for e in wanted}
     return unflatten_dict(loaded, sep="/")
 
@@ -164,14 +201,15 @@ def _aligned_empty(shape: tuple[int, ...]) -> np.ndarray:
     return raw[skip : skip + size].reshape(shape)
 
 
-def save_params(path: Path, params: Any, convert: Callable[[np.ndarray], np.ndarray]) -> None:
-    """Writes the decoder's parameters to one safetensors file under Hugging Face names, each passed through `convert`."""
-    flat = flatten_dict(params, sep="/")
+def save_params(path: Path, params: Any, part: str, convert: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Writes one part of a model, decoder or pooling, to a safetensors file, each tensor passed through `convert`."""
+    flat = flatten_dict({part: params[part]}, sep="/")
     tensors = {}
     for entry in TABLE:
         if entry.ours not in flat:
             continue
         host = np.asarray(flat[entry.ours])
-        for i, part in enumerate(host if entry.stacked else [host]):
-            tensors[entry.theirs.format(i=i)] = np.ascontiguousarray(convert(part.T if entry.transposed else part))
+        for i, one in enumerate(host if entry.stacked else [host]):
+            name = entry.theirs.format(i=i).removeprefix(f"{part}.")
+            tensors[name] = np.ascontiguousarray(convert(one.T if entry.transposed else one))
     save_file(tensors, path, metadata={"format": "pt"})

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxembed.data.packing import PackedTexts
+from jaxembed.errors import UserError
 from jaxembed.model.decoder import Compute, Decoder
-from jaxembed.model.masks import MASKS
-from jaxembed.model.pooling import POOLINGS, segment_mask, unit_length
+from jaxembed.model.masks import MASKS, Places
+from jaxembed.model.pooling import make_pooling, segment_mask, unit_length
 from jaxembed.model.presets import DecoderConfig
 from jaxembed.spec import EmbeddingSpec
 
@@ -29,7 +30,8 @@ class EmbeddingModel(nn.Module):
         hidden = Decoder(self.decoder, MASKS[self.spec.attention], self.compute, name="decoder")(texts)
         pool_mask = (texts.segment_ids > 0) if self.spec.include_instruction else texts.pool_mask
         members = segment_mask(texts.segment_ids, pool_mask, texts.segments)
-        vectors = POOLINGS[self.spec.pooling]()(hidden, members)
+        pooling = make_pooling(self.spec.pooling, self.spec.latents, self.spec.pooling_heads, name="pooling")
+        vectors = pooling(hidden, members, Places(texts.segment_ids, texts.positions, texts.pool_mask))
         return unit_length(vectors) if self.spec.normalize else vectors
 
 
@@ -40,14 +42,21 @@ def example_texts(row_length: int = 8) -> PackedTexts:
 
 
 def parameter_shapes(model: EmbeddingModel) -> Any:
-    """The tree of ShapeDtypeStructs, boxed with the logical axes that each parameter declares; needs no memory."""
+    """The tree of ShapeDtypeStructs, boxed with the logical axes that each parameter declares; needs no memory.
+
+    `UserError` where the pooling does not fit the decoder.
+    """
+    heads, width = model.spec.pooling_heads, model.decoder.width
+    if model.spec.pooling in ("latent_attention_paper", "self_attention") and width % heads:
+        raise UserError(f"model.pooling.heads is {heads}, which does not divide the model's width {width}")
     return jax.eval_shape(model.init, jax.random.key(0), example_texts())["params"]
 
 
 def init_params(model: EmbeddingModel, key: jax.Array, shardings: Any) -> Any:
-    """Random parameters, placed as `shardings` says while they are made."""
+    """Random parameters, placed as `shardings` says while they are made: those parts of the model that it names."""
 
     def init(key: jax.Array) -> Any:
-        return nn.unbox(model.init(key, example_texts())["params"])
+        params = nn.unbox(model.init(key, example_texts())["params"])
+        return {part: params[part] for part in shardings}
 
     return jax.jit(init, out_shardings=shardings)(key)

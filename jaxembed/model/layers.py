@@ -1,7 +1,7 @@
 """The small pieces of a decoder layer. Projections work on [tokens, width]: two dimensions, the fast shape on CPUs.
 
 Letters in shapes: R rows, T tokens a row, S texts (segments) a row, N query heads, G key-value heads, H head width,
-D model width, F feed-forward width, V vocabulary, L layers, B queries, K negatives a query.
+D model width, F feed-forward width, V vocabulary, L layers (or latents), B queries, K negatives a query.
 Parameters declare their logical axes; `jaxembed.parallel` maps those to the mesh.
 """
 
@@ -55,6 +55,25 @@ class RMSNorm(nn.Module):
         wide = at_least_float32(x)
         wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
         return scale.astype(self.dtype) * wide.astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / deviation * scale + bias over the last axis (Ba et al. 2016), in at least float32."""
+
+    dtype: Any
+    epsilon: float = 1e-5
+    axis: str = "embed"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        norm = nn.LayerNorm(
+            self.epsilon,
+            scale_init=nn.with_partitioning(nn.initializers.ones, (self.axis,)),
+            bias_init=nn.with_partitioning(nn.initializers.zeros, (self.axis,)),
+            use_fast_variance=False,
+        )
+        nn.share_scope(self, norm)
+        return norm(at_least_float32(x)).astype(self.dtype)
 
 
 class GatedMLP(nn.Module):
