@@ -47,11 +47,21 @@ PoolingKind = Literal[
 ]
 
 
+LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
 class PoolingConfig(Section):
     kind: PoolingKind | None = Field(None, description="as the base says, else mean")
     include_instruction: bool | None = Field(None, description="pool instruction tokens too; as the base says, else no")
     latents: Annotated[int, Field(ge=1, le=2**16)] | None = Field(None, description="of latent attention; 512")
     heads: Annotated[int, Field(ge=1, le=2**12)] | None = Field(None, description="of latent and self-attention; 8")
+
+
+class LoraConfig(Section):
+    rank: Annotated[int, Field(ge=1, le=2**14)] = Field(16, description="width of the adapters")
+    alpha: float = Field(32.0, gt=0, description="the adapters' product is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="of the adapters' input, in training")
+    targets: tuple[LoraTarget, ...] = Field(typing.get_args(LoraTarget), min_length=1, description="projections with adapters")
 
 
 class ModelConfig(Section):
@@ -65,6 +75,7 @@ class ModelConfig(Section):
     normalize: bool | None = Field(None, description="unit-length vectors; as the base says, else yes")
     append_eos: bool | None = Field(None, description="end every text with EOS; as the base says, else yes")
     instruction_template: str | None = Field(None, description="with {instruction}; as the base says, else E5's form")
+    lora: LoraConfig | None = Field(None, description="train low-rank adapters and freeze the base; absent: train everything")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the computation, not parameters")
     remat: bool = Field(False, description="recompute layer activations in the backward pass to save memory")
     unroll: bool = Field(True, description="unroll the layer loop: faster steps, longer compilation")
@@ -239,6 +250,8 @@ def reference(section: type[Section] = Config, prefix: str = "") -> str:
         inner = _section(field.annotation)
         if isinstance(inner, type) and issubclass(inner, Section):
             listed = typing.get_origin(field.annotation) is tuple
+            if field.description and not field.is_required():
+                rows.append(f"| `{prefix}{name}` | `{_yaml(field.default)}` | {field.description} |")
             rows.append(reference(inner, f"{prefix}{name}{'[]' if listed else ''}."))
             continue
         default = "required" if field.is_required() else f"`{_yaml(field.default)}`"

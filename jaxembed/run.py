@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from jaxembed import parallel
@@ -30,6 +31,7 @@ from jaxembed.hub.base import Base, content_hash, find_base, write_spec
 from jaxembed.hub.embedder import Embedder, base_params, shapes_and_shardings, text_tokenizer
 from jaxembed.model.decoder import Compute
 from jaxembed.model.embedder import EmbeddingModel, init_params
+from jaxembed.model.lora import LoRA, split
 from jaxembed.spec import EmbeddingSpec
 from jaxembed.training.checkpoint import Checkpoints
 from jaxembed.training.loop import Trainer
@@ -62,13 +64,13 @@ def train(config: Config) -> dict[str, Any]:
     held_out = open_sets(config.eval.sets, config.data.python_packages, cache_dir())
     best_metric = _best_metric(config, held_out)
     base = find_base(config.model.base)
-    spec = _spec(config, base)
+    spec, lora = _spec(config, base), _lora(config, base)
     run_dir = open_run(config)
     tokenizer = _tokenizer(run_dir, base, spec, sources)
-    _record(run_dir, base, spec, sources, tokenizer)
+    _record(run_dir, config, base, spec, sources, tokenizer)
 
     compute = Compute(jnp.dtype(config.model.dtype), config.model.remat, config.model.unroll, config.model.attention_kernel)
-    model = EmbeddingModel(base.decoder, spec, compute)
+    model = EmbeddingModel(base.decoder, spec, compute, lora)
     build = BatchBuilder(
         sources, tokenizer, spec, row_length=config.row_length, hard_negatives=config.data.hard_negatives,
         seed=config.train.seed, shards=shards,
@@ -81,7 +83,7 @@ def train(config: Config) -> dict[str, Any]:
     start = int(state.step)
     _announce(config, state, mesh, start)
 
-    encoder = Embedder(model, state.params, tokenizer, mesh, base)
+    encoder = Embedder(model, state.weights, tokenizer, mesh, base)
     scores_at_start = _baselines(config, run_dir, held_out, encoder, start)
     recorder = Recorder(run_dir, start, config.train.steps)
     for name, scores in scores_at_start.items():
@@ -127,6 +129,13 @@ def _spec(config: Config, base: Base) -> EmbeddingSpec:
     )
 
 
+def _lora(config: Config, base: Base) -> LoRA | None:
+    chosen = config.model.lora
+    if chosen is not None and base.folder is None:
+        raise UserError(f"model.lora: {base.name} has no weights to adapt; name a base that has, or train without model.lora")
+    return None if chosen is None else LoRA(**dict(chosen))
+
+
 def _tokenizer(run_dir: Path, base: Base, spec: EmbeddingSpec, sources: Sequence[Source]) -> TextTokenizer:
     """The run's tokenizer: the base's, or for a preset one made from the training texts."""
     kept = run_dir / "tokenizer"
@@ -146,7 +155,9 @@ def _texts(source: Source) -> Any:
         yield example.positive
 
 
-def _record(run_dir: Path, base: Base, spec: EmbeddingSpec, sources: Sequence[Source], tokenizer: TextTokenizer) -> None:
+def _record(
+    run_dir: Path, config: Config, base: Base, spec: EmbeddingSpec, sources: Sequence[Source], tokenizer: TextTokenizer
+) -> None:
     """Writes what identifies the run beside its config: tokenizer, versions, texts, data and base. `UserError` where a
     resumed run's data or base is not what it was.
     """
@@ -158,6 +169,8 @@ def _record(run_dir: Path, base: Base, spec: EmbeddingSpec, sources: Sequence[So
     write_spec(run_dir, spec)
     record(run_dir, "data_hashes", {source.config.path: source.digest for source in sources}, "its training data changed")
     identity = {"name": base.name, "hash": content_hash(base), "config": dict(base.hf_config)}
+    if config.model.lora is not None:
+        identity["lora"] = config.model.lora.model_dump(mode="json")
     record(run_dir, "base", identity, "its base changed")  # last: with it the folder is a run for other commands
 
 
@@ -165,13 +178,15 @@ def _state(config: Config, base: Base, model: EmbeddingModel, mesh: Mesh, checkp
     """The state to go on from: parameters from the base (or random), then the last checkpoint over them."""
     shapes, shardings = shapes_and_shardings(model, mesh)
     key = jax.random.key(config.train.seed)
-    params = {} if base.folder is None else base_params(base, shapes, shardings)
-    params |= init_params(model, key, {part: of_part for part, of_part in shardings.items() if part not in params})
+    params = {} if base.folder is None else flatten_dict(base_params(base, shapes, shardings))
+    absent = {path: sharding for path, sharding in flatten_dict(shardings).items() if path not in params}
+    params |= flatten_dict(init_params(model, key, unflatten_dict(absent)))
+    trained, frozen = split(unflatten_dict(params))
     optimizer = make_optimizer(config.optim, config.train.steps)
-    opt_state = jax.jit(optimizer.init)(params)
+    opt_state = jax.jit(optimizer.init)(trained)
     everywhere = parallel.replicated(mesh)
     rest = jax.device_put({"opt_state": opt_state, "step": jnp.zeros((), jnp.int32), "key": key}, everywhere)
-    state = TrainState(params, **rest)
+    state = TrainState(trained, frozen=frozen, **rest)
     latest = checkpoints.latest()
     return state if latest is None else checkpoints.restore(latest, state)
 
@@ -208,12 +223,13 @@ def _show_examples(sources: Sequence[Source], build: BatchBuilder, tokenizer: Te
 
 def _announce(config: Config, state: TrainState, mesh: Mesh, start: int) -> None:
     """Prints what the run is, before it begins."""
-    count = sum(x.size for x in jax.tree.leaves(state.params))
+    trained, frozen = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (state.params, state.frozen))
     per_query = 1 + config.data.hard_negatives
     negatives = config.train.batch_size * per_query - 1
     log.info(
-        "%s parameters, all trained, on %d %s device(s); %d queries a step, each against up to %s negatives",
-        f"{count:,}", mesh.size, jax.default_backend(), config.train.batch_size, f"{negatives:,}",
+        "%s parameters, %s trained, on %d %s device(s); %d queries a step, each against up to %s negatives",
+        f"{trained + frozen:,}", f"{trained:,}" if frozen else "all", mesh.size, jax.default_backend(),
+        config.train.batch_size, f"{negatives:,}",
     )  # fmt: skip
     if start:
         log.info("resuming after step %d of %d", start, config.train.steps)

@@ -12,25 +12,31 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxembed import parallel
 from jaxembed.data.packing import PackedTexts, fill, max_segments, pack
 from jaxembed.hub.weights import load_params
 from jaxembed.model.decoder import Compute
 from jaxembed.model.embedder import EmbeddingModel, init_params, parameter_shapes
+from jaxembed.model.lora import LoRA
 from jaxembed.model.presets import from_hf
 from jaxembed.spec import EmbeddingSpec
 
 
-def load(folder: Path, spec: EmbeddingSpec, devices: int = 1, **compute: Any) -> tuple[EmbeddingModel, Any]:
-    """The model of a folder under a spec, and its parameters on the first `devices`."""
+def load(
+    folder: Path, spec: EmbeddingSpec, devices: int = 1, lora: LoRA | None = None, **compute: Any
+) -> tuple[EmbeddingModel, Any]:
+    """The model of a folder under a spec, and its parameters on the first `devices`; random where the folder has none."""
     config = from_hf(json.loads((folder / "config.json").read_text()), str(folder))
-    model = EmbeddingModel(config, spec, Compute(**compute))
+    model = EmbeddingModel(config, spec, Compute(**compute), lora)
     boxed = parameter_shapes(model)
     shardings = parallel.param_shardings(parallel.make_mesh(devices), nn.get_partition_spec(boxed))
     parts = [{"decoder": tree["decoder"]} for tree in (nn.unbox(boxed), shardings)]
-    random = init_params(model, jax.random.key(0), {part: of_part for part, of_part in shardings.items() if part != "decoder"})
-    return model, load_params(folder, config.layers, *parts) | random
+    loaded = flatten_dict(load_params(folder, config.layers, *parts))
+    absent = {path: sharding for path, sharding in flatten_dict(shardings).items() if path not in loaded}
+    random = flatten_dict(init_params(model, jax.random.key(0), unflatten_dict(absent)))
+    return model, unflatten_dict(loaded | random)
 
 
 def draw_texts(lengths: Sequence[int], seed: int = 0, vocabulary: int = 300) -> list[np.ndarray]:

@@ -153,7 +153,8 @@ def test_a_spec_takes_what_a_config_chooses_and_keeps_the_rest(tmp_path: Path) -
     spec = EmbeddingSpec(attention="causal", pooling="last", append_eos=False, prompts={"query": "q"})
     assert spec.with_choices(of(tmp_path).model, 77) == dataclasses.replace(spec, max_length=77)
     chosen = of(
-        tmp_path, "model.attention=bidirectional", "model.pooling={kind: latent_attention, include_instruction: true, latents: 9, heads: 2}",
+        tmp_path, "model.attention=bidirectional",
+        "model.pooling={kind: latent_attention, include_instruction: true, latents: 9, heads: 2}",
         "model.normalize=false", "model.append_eos=true", "model.instruction_template='{instruction}:'",
     )  # fmt: skip
     expected = EmbeddingSpec("bidirectional", "latent_attention", 9, 2, True, False, True, 77, "{instruction}:", {"query": "q"})

@@ -47,8 +47,8 @@ def test_decay_spares_norms_and_biases() -> None:
 
 
 def test_a_parameter_that_the_rule_does_not_know_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"no rule for parameter \['pooling'\]\['latents'\]"):
-        decay_mask({"a": {"kernel": 1}, "pooling": {"latents": 1}})
+    with pytest.raises(ValueError, match=r"no rule for parameter \['pooling'\]\['gain'\]"):
+        decay_mask({"a": {"kernel": 1}, "pooling": {"gain": 1}})
     with pytest.raises(ValueError, match="matches no parameter"):
         decay_mask({"a": {"bias": 1, "scale": 1}})
 

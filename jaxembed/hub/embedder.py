@@ -24,6 +24,7 @@ from jaxembed.hub.base import Base, content_hash, find_base, read_spec
 from jaxembed.hub.weights import load_params, stored_parts
 from jaxembed.model.decoder import Compute
 from jaxembed.model.embedder import EmbeddingModel, parameter_shapes
+from jaxembed.model.lora import TARGETS, LoRA, join, merge, split
 from jaxembed.model.presets import from_hf
 from jaxembed.spec import EmbeddingSpec
 from jaxembed.training.checkpoint import Checkpoints, pick_step
@@ -222,6 +223,30 @@ def base_params(base: Base, shapes: Any, shardings: Any) -> dict[str, Any]:
     return dict(load_params(base.folder, base.decoder.layers, *wanted))
 
 
+def _recorded_lora(record: Fields, where: str) -> LoRA | None:
+    """The adapters of a run, as its base.json tells of them."""
+    values = record.mapping("lora", {})
+    if not values:
+        return None
+    fields = Fields(values, f"{where}: lora")
+    targets = values.get("targets")
+    if not isinstance(targets, list) or not targets or any(target not in TARGETS for target in targets):
+        raise UserError(f"{where}: lora.targets must be a list of some of {', '.join(TARGETS)}")
+    return LoRA(fields.whole("rank", most=2**14), fields.number("alpha"), targets=tuple(targets))
+
+
+def _frozen(record: Fields, shapes: Any, shardings: Any) -> Any:
+    """The base's parameters under a run's adapters; `UserError` where the base is gone or is another one."""
+    name = record.text("name")
+    try:
+        base = find_base(name)
+    except UserError as error:
+        raise UserError(f"{error}; the run holds adapters only and needs its base: put it back there") from None
+    if content_hash(base) != record.text("hash"):
+        raise UserError(f"{name}: not the base that the run's adapters were trained on (its hash differs); put that back")
+    return base_params(base, {"decoder": shapes["decoder"]}, {"decoder": shardings["decoder"]})
+
+
 def text_tokenizer(tokenizer: Any, spec: EmbeddingSpec, base: Base) -> TextTokenizer:
     """The tokenizer as `spec` wants it; `UserError` where it does not fit the base."""
     if len(tokenizer) > base.decoder.vocab_size:
@@ -253,12 +278,16 @@ def _load_run(cls: type[Embedder], run_dir: Path, compute: Compute, mesh: Mesh, 
     config = record.mapping("config")
     decoder = from_hf(config, f"{where}: config")
     base = Base(record.text("name"), run_dir / "tokenizer", config, decoder, read_spec(run_dir, config, decoder))
-    model = EmbeddingModel(decoder, base.spec, compute)
+    lora = _recorded_lora(record, where)
+    model = EmbeddingModel(decoder, base.spec, compute, lora)
     shapes, shardings = shapes_and_shardings(model, mesh)
     placed = jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), shapes, shardings)
     checkpoints = Checkpoints(run_dir)
     step = pick_step(checkpoints, checkpoint, run_dir)
-    params = checkpoints.restore_params(step, placed)
+    params = checkpoints.restore_params(step, split(placed)[0])
+    if lora is not None:
+        params = merge(join(params, _frozen(record, shapes, shardings)), lora)
+        model = model.clone(lora=None)
     checkpoints.close()
     tokenizer = text_tokenizer(load_tokenizer(run_dir / "tokenizer"), base.spec, base)
     return cls(model, params, tokenizer, mesh, base, f"{run_dir.resolve().name}-{step}")

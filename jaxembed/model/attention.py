@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxembed.model.layers import Linear, RMSNorm, at_least_float32, rotate
+from jaxembed.model.lora import LoRA
 from jaxembed.model.masks import Mask, Places, visible
 
 # A group of rows whose scores fill about this many numbers is computed at once by the `rows` kernel.
@@ -82,6 +83,7 @@ class Attention(nn.Module):
     mask: Mask
     dtype: Any
     kernel: str
+    lora: LoRA | None = None
 
     @nn.compact
     def __call__(
@@ -93,7 +95,7 @@ class Attention(nn.Module):
         shards: int,
     ) -> Float[Array, "tokens d"]:
         def project(name: str, heads: int, axis: str) -> jax.Array:
-            linear = Linear(heads * self.head_width, ("embed", axis), self.dtype, self.qkv_bias, name=name)
+            linear = Linear(heads * self.head_width, ("embed", axis), self.dtype, self.qkv_bias, lora=self.lora, name=name)
             return linear(x).reshape(*places.segment.shape, heads, self.head_width)
 
         q, k = project("q", self.heads, "heads"), project("k", self.kv_heads, "kv_heads")
@@ -103,5 +105,5 @@ class Attention(nn.Module):
             k = RMSNorm(self.norm_epsilon, self.dtype, "head_width", name="k_norm")(k)
         q, k = rotate(q, *rope), rotate(k, *rope)
         mixed = pick_kernel(self.kernel, shards)(q, k, v, places, self.mask, window)
-        out = Linear(x.shape[-1], ("heads", "embed"), self.dtype, self.out_bias, name="out")
+        out = Linear(x.shape[-1], ("heads", "embed"), self.dtype, self.out_bias, lora=self.lora, name="out")
         return out(mixed.reshape(x.shape[0], -1))

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from jaxembed.data.packing import PackedTexts
 from jaxembed.model.attention import Attention
 from jaxembed.model.layers import GatedMLP, RMSNorm, rope_frequencies, rope_table
+from jaxembed.model.lora import LoRA
 from jaxembed.model.masks import Mask, Places
 from jaxembed.model.presets import DecoderConfig
 
@@ -32,17 +33,18 @@ class DecoderLayer(nn.Module):
     mask: Mask
     compute: Compute
     shards: int
+    lora: LoRA | None
 
     @nn.compact
     def __call__(self, x: jax.Array, places: Places, rope: Any, window: Any) -> tuple[jax.Array, None]:
         c, dtype = self.config, self.compute.dtype
         attention = Attention(
             c.heads, c.kv_heads, c.head_width, c.qkv_bias, c.out_bias, c.qk_norm, c.norm_epsilon, self.mask, dtype,
-            self.compute.attention_kernel, name="attention",
+            self.compute.attention_kernel, self.lora, name="attention",
         )  # fmt: skip
         normed = RMSNorm(c.norm_epsilon, dtype, name="attention_norm")(x)
         x = x + attention(normed, places, rope, window, self.shards)
-        x = x + GatedMLP(c.mlp_width, dtype, name="mlp")(RMSNorm(c.norm_epsilon, dtype, name="mlp_norm")(x))
+        x = x + GatedMLP(c.mlp_width, dtype, self.lora, name="mlp")(RMSNorm(c.norm_epsilon, dtype, name="mlp_norm")(x))
         self.sow("intermediates", "hidden", x)
         return x, None
 
@@ -53,6 +55,7 @@ class Decoder(nn.Module):
     config: DecoderConfig
     mask: Mask
     compute: Compute = Compute()
+    lora: LoRA | None = None
 
     @nn.compact
     def __call__(self, texts: PackedTexts) -> Float[Array, "r t d"]:
@@ -68,12 +71,12 @@ class Decoder(nn.Module):
         stack = nn.scan(
             layer,
             variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True},
+            split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast, nn.broadcast, 0 if mixed else nn.broadcast),
             length=c.layers,
             unroll=c.layers if self.compute.unroll else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x, _ = stack(c, self.mask, self.compute, texts.shards, name="layers")(x, places, rope, window)
+        x, _ = stack(c, self.mask, self.compute, texts.shards, self.lora, name="layers")(x, places, rope, window)
         x = RMSNorm(c.norm_epsilon, dtype, name="norm")(x)
         return x.reshape(*texts.tokens.shape, c.width)

@@ -7,11 +7,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
 from jaxembed.data.packing import PackedTexts
 from jaxembed.errors import UserError
 from jaxembed.model.decoder import Compute, Decoder
+from jaxembed.model.lora import LoRA
 from jaxembed.model.masks import MASKS, Places
 from jaxembed.model.pooling import make_pooling, segment_mask, unit_length
 from jaxembed.model.presets import DecoderConfig
@@ -24,10 +26,11 @@ class EmbeddingModel(nn.Module):
     decoder: DecoderConfig
     spec: EmbeddingSpec
     compute: Compute = Compute()
+    lora: LoRA | None = None
 
     @nn.compact
     def __call__(self, texts: PackedTexts) -> Float[Array, "r s d"]:
-        hidden = Decoder(self.decoder, MASKS[self.spec.attention], self.compute, name="decoder")(texts)
+        hidden = Decoder(self.decoder, MASKS[self.spec.attention], self.compute, self.lora, name="decoder")(texts)
         pool_mask = (texts.segment_ids > 0) if self.spec.include_instruction else texts.pool_mask
         members = segment_mask(texts.segment_ids, pool_mask, texts.segments)
         pooling = make_pooling(self.spec.pooling, self.spec.latents, self.spec.pooling_heads, name="pooling")
@@ -53,10 +56,11 @@ def parameter_shapes(model: EmbeddingModel) -> Any:
 
 
 def init_params(model: EmbeddingModel, key: jax.Array, shardings: Any) -> Any:
-    """Random parameters, placed as `shardings` says while they are made: those parts of the model that it names."""
+    """Random parameters, placed as `shardings` says while they are made: those of the model that it names."""
+    wanted = flatten_dict(shardings)
 
     def init(key: jax.Array) -> Any:
-        params = nn.unbox(model.init(key, example_texts())["params"])
-        return {part: params[part] for part in shardings}
+        params = flatten_dict(nn.unbox(model.init(key, example_texts())["params"]))
+        return {path: params[path] for path in wanted}
 
-    return jax.jit(init, out_shardings=shardings)(key)
+    return unflatten_dict(jax.jit(init, out_shardings=wanted)(key))

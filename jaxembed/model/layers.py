@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxembed.model.lora import LoRA
+
 
 def at_least_float32(x: jax.Array) -> jax.Array:
     """The array in float32, or in float64 if it already is: sums over many terms lose too much in 16 bits."""
@@ -23,13 +25,14 @@ def at_least_float32(x: jax.Array) -> jax.Array:
 
 
 class Linear(nn.Module):
-    """x @ kernel + bias over the last axis, computed in `dtype`."""
+    """x @ kernel + bias over the last axis, computed in `dtype`; with low-rank adapters where `lora` has this name."""
 
     features: int
     axes: tuple[str, str]
     dtype: Any
     use_bias: bool = False
     init_std: float = 0.02
+    lora: LoRA | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -39,7 +42,16 @@ class Linear(nn.Module):
         if self.use_bias:
             bias_init = nn.with_partitioning(nn.initializers.zeros, self.axes[1:])
             y = y + self.param("bias", bias_init, (self.features,)).astype(self.dtype)
+        if self.lora is not None and self.lora.adapts(self.name):
+            y = y + self._adapted(x, self.lora)
         return y
+
+    def _adapted(self, x: jax.Array, lora: LoRA) -> jax.Array:
+        into = nn.with_partitioning(nn.initializers.he_uniform(), (self.axes[0], None))
+        out = nn.with_partitioning(nn.initializers.zeros, (None, self.axes[1]))
+        a = self.param("lora_a", into, (x.shape[-1], lora.rank)).astype(self.dtype)
+        b = self.param("lora_b", out, (lora.rank, self.features)).astype(self.dtype)
+        return lora.scale * ((nn.Dropout(lora.dropout, deterministic=lora.deterministic)(x) @ a) @ b)
 
 
 class RMSNorm(nn.Module):
@@ -81,12 +93,13 @@ class GatedMLP(nn.Module):
 
     hidden: int
     dtype: Any
+    lora: LoRA | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "tokens d"]) -> Float[Array, "tokens d"]:
-        gate = Linear(self.hidden, ("embed", "mlp"), self.dtype, name="gate")(x)
-        up = Linear(self.hidden, ("embed", "mlp"), self.dtype, name="up")(x)
-        return Linear(x.shape[-1], ("mlp", "embed"), self.dtype, name="down")(nn.silu(gate) * up)
+        gate = Linear(self.hidden, ("embed", "mlp"), self.dtype, lora=self.lora, name="gate")(x)
+        up = Linear(self.hidden, ("embed", "mlp"), self.dtype, lora=self.lora, name="up")(x)
+        return Linear(x.shape[-1], ("mlp", "embed"), self.dtype, lora=self.lora, name="down")(nn.silu(gate) * up)
 
 
 def rope_frequencies(head_width: int, theta: float, scaling: Mapping[str, Any]) -> jax.Array:

@@ -1,12 +1,13 @@
 """Checkpoints by Orbax: written in the background, the last few and the best kept, restored onto any mesh.
 
-A checkpoint has three items: `params`, `optimizer` (optax's state, step, key) and `cursor` (JSON: the next step of the
-plan, the plan's hash and the held-out score). The SHA-256 of every file of a finished one is kept beside them, so that a
-damaged checkpoint is told from a whole one before anything is restored from it.
+A checkpoint has three items: `params` (the trained ones), `optimizer` (optax's state, step, key) and `cursor` (JSON: the
+next step of the plan, the plan's hash and the held-out score). The SHA-256 of every file of a finished one is kept beside
+them, so that a damaged checkpoint is told from a whole one before anything is restored from it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import shutil
 from pathlib import Path
@@ -98,7 +99,7 @@ class Checkpoints:
         restored = self._restore(
             step, params=ocp.args.StandardRestore(_abstract(like.params)), optimizer=ocp.args.StandardRestore(_abstract(rest))
         )
-        return TrainState(params=restored["params"], **restored["optimizer"])
+        return dataclasses.replace(like, params=restored["params"], **restored["optimizer"])
 
     def restore_params(self, step: int, shapes: Any) -> Any:
         """The parameters of a step; `shapes` are ShapeDtypeStructs with shardings."""

@@ -21,7 +21,7 @@ from jaxembed.training.metrics import Recorder
 from jaxembed.training.step import Metrics, TrainState
 from jaxembed.training.watch import StopRequest, must_finish
 
-Evaluate = Callable[[Any], Mapping[str, float]]  # parameters -> scores by SET/METRIC
+Evaluate = Callable[[Any], Mapping[str, float]]  # all parameters -> scores by SET/METRIC
 
 
 @dataclasses.dataclass
@@ -152,7 +152,7 @@ class Trainer:
 
     def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
         assert self.evaluate is not None
-        scores = dict(self.evaluate(state.params))
+        scores = dict(self.evaluate(state.weights))
         self.recorder.log(step, {f"eval/{name}": value for name, value in scores.items()})
         self.recorder.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
         return scores

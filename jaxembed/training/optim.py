@@ -9,7 +9,7 @@ import optax
 
 from jaxembed.config import OptimConfig
 
-DECAYED = frozenset({"kernel", "embedding", "latents"})  # matrices; norm scales and biases are spared
+DECAYED = frozenset({"kernel", "embedding", "latents", "lora_a", "lora_b"})  # matrices; norm scales and biases are spared
 SPARED = frozenset({"scale", "bias"})
 
 

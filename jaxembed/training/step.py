@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from jaxembed.config import ObjectiveConfig
 from jaxembed.data.batch import Batch
 from jaxembed.losses.infonce import OBJECTIVES
 from jaxembed.model.embedder import EmbeddingModel
+from jaxembed.model.lora import join
 from jaxembed.model.pooling import unit_length
 
 Metrics = dict[str, jax.Array]
@@ -23,12 +25,21 @@ Metrics = dict[str, jax.Array]
 
 @flax.struct.dataclass
 class TrainState:
-    """params: the model's parameters, float32; opt_state: optax's; step: int32 steps done; key: random key of the run."""
+    """params: the trained parameters, float32; opt_state: optax's; step: int32 steps done; key: random key of the run.
+
+    frozen: the parameters that are not trained (of a base under adapters), which no checkpoint holds.
+    """
 
     params: Any
     opt_state: Any
     step: jax.Array
     key: jax.Array
+    frozen: Any = flax.struct.field(default_factory=dict)
+
+    @property
+    def weights(self) -> Any:
+        """All parameters of the model."""
+        return join(self.params, self.frozen)
 
 
 def pick(vectors: Float[Array, "r s d"], slots: Int[Array, "b *m"], shards: int) -> Float[Array, "b *m d"]:
@@ -43,10 +54,10 @@ def pick(vectors: Float[Array, "r s d"], slots: Int[Array, "b *m"], shards: int)
 
 
 def batch_loss(
-    model: EmbeddingModel, objectives: Sequence[ObjectiveConfig], params: Any, batch: Batch
+    model: EmbeddingModel, objectives: Sequence[ObjectiveConfig], params: Any, batch: Batch, key: jax.Array | None = None
 ) -> tuple[jax.Array, Metrics]:
-    """The weighted sum of the objectives on a global batch, and their parts by name."""
-    vectors = model.apply({"params": params}, batch.texts)
+    """The weighted sum of the objectives on a global batch, and their parts by name. `key` is that of dropout."""
+    vectors = model.apply({"params": params}, batch.texts, rngs=None if key is None else {"dropout": key})
     queries = pick(vectors, batch.query_slot, batch.texts.shards)
     documents = pick(vectors, batch.doc_slot, batch.texts.shards)
     total: jax.Array = jnp.zeros((), queries.dtype)
@@ -71,9 +82,13 @@ def make_train_step(
     parameters and optimizer as they were; the step counts, the schedule stands still.
     """
 
+    if model.lora is not None:
+        model = model.clone(lora=model.lora.training())
+
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         def loss_of(params: Any) -> tuple[jax.Array, Metrics]:
-            return batch_loss(model, objectives, params, batch)
+            key = jax.random.fold_in(state.key, state.step)
+            return batch_loss(model, objectives, join(params, state.frozen), batch, key)
 
         (loss, parts), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
         norm = optax.global_norm(grads)
@@ -89,7 +104,7 @@ def make_train_step(
         params, opt_state = jax.lax.cond(good, update, keep) if skip else update()
         rate = schedule(_updates_done(state.opt_state))
         metrics = {"loss": loss, **parts, "grad_norm": norm, "learning_rate": jnp.asarray(rate)}
-        return TrainState(params, opt_state, state.step + 1, state.key), metrics
+        return dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1), metrics
 
     return jax.jit(train_step, donate_argnums=0, compiler_options=parallel.compiler_options())
 
