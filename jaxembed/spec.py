@@ -15,7 +15,8 @@ class EmbeddingSpec:
 
     `latents` and `pooling_heads` size the poolings that have them. `instruction_template` turns an instruction into the
     prompt put before a text; `prompts` are whole prompts by name (`query` and `document` among them) for users who name
-    no instruction.
+    no instruction. Two habits of NV-Embed's release: with `eos_as_text` EOS is part of the text when it is cut, so a cut
+    text has none; with `pool_last_instruction_token` the last token before the text is pooled too.
     """
 
     attention: str = "bidirectional"
@@ -25,6 +26,8 @@ class EmbeddingSpec:
     include_instruction: bool = False
     normalize: bool = True
     append_eos: bool = True
+    eos_as_text: bool = False
+    pool_last_instruction_token: bool = False
     max_length: int = 512
     instruction_template: str = "Instruct: {instruction}\nQuery:"
     prompts: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
@@ -36,13 +39,14 @@ class EmbeddingSpec:
     def with_choices(self, model: ModelConfig, max_length: int) -> EmbeddingSpec:
         """This spec with the choices that a config makes; what it leaves open stays."""
         chosen: dict[str, Any] = {
+            **({"eos_as_text": False, "append_eos": True} if self.eos_as_text else {}),  # in training a cut text keeps EOS
             "attention": model.attention,
             "pooling": model.pooling.kind,
             "latents": model.pooling.latents,
             "pooling_heads": model.pooling.heads,
             "include_instruction": model.pooling.include_instruction,
             "normalize": model.normalize,
-            "append_eos": model.append_eos,
+            **({} if model.append_eos is None else {"append_eos": model.append_eos}),
             "instruction_template": model.instruction_template,
             "max_length": max_length,
         }

@@ -157,7 +157,10 @@ def test_a_spec_takes_what_a_config_chooses_and_keeps_the_rest(tmp_path: Path) -
         "model.pooling={kind: latent_attention, include_instruction: true, latents: 9, heads: 2}",
         "model.normalize=false", "model.append_eos=true", "model.instruction_template='{instruction}:'",
     )  # fmt: skip
-    expected = EmbeddingSpec("bidirectional", "latent_attention", 9, 2, True, False, True, 77, "{instruction}:", {"query": "q"})
+    expected = EmbeddingSpec(
+        attention="bidirectional", pooling="latent_attention", latents=9, pooling_heads=2, include_instruction=True,
+        normalize=False, append_eos=True, max_length=77, instruction_template="{instruction}:", prompts={"query": "q"},
+    )  # fmt: skip
     assert spec.with_choices(chosen.model, 77) == expected
 
 

@@ -67,10 +67,16 @@ class TokenizedTexts:
 class TextTokenizer:
     """Tokenises whole batches of texts, each with its prompt ('' for none), on all cores and without the GIL."""
 
-    def __init__(self, tokenizer: Any, max_length: int):
-        """`tokenizer` is a fast Hugging Face tokenizer; `max_length` counts special tokens."""
+    def __init__(
+        self, tokenizer: Any, max_length: int, *, eos_as_text: bool = False, pool_last_instruction_token: bool = False
+    ):
+        """`tokenizer` is a fast Hugging Face tokenizer; `max_length` counts special tokens. For the rest see
+        `EmbeddingSpec`.
+        """
         self.hf = tokenizer
         self.max_length = max_length
+        self._end = tokenizer.eos_token if eos_as_text else ""
+        self._pooled_instruction_tokens = int(pool_last_instruction_token)
         self._special = set(tokenizer.all_special_ids)
         self._prompt_lengths: dict[str, int] = {"": 0}
 
@@ -82,7 +88,7 @@ class TextTokenizer:
         return backend
 
     def __call__(self, texts: Sequence[str], prompts: Sequence[str]) -> TokenizedTexts:
-        joined = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
+        joined = [prompt + text + self._end for prompt, text in zip(prompts, texts, strict=True)]
         ids = [np.array(e.ids, np.int32) for e in self._backend.encode_batch_fast(joined)]
         pool_from = np.array([self.prompt_length(prompt) for prompt in prompts], np.int64)
         return TokenizedTexts(ids, pool_from)
@@ -94,12 +100,13 @@ class TextTokenizer:
         """
         if prompt not in self._prompt_lengths:
             ids = self._backend.encode(prompt).ids
-            self._prompt_lengths[prompt] = len(ids) - (bool(ids) and ids[-1] in self._special)
+            length = len(ids) - (bool(ids) and ids[-1] in self._special)
+            self._prompt_lengths[prompt] = max(0, length - self._pooled_instruction_tokens)
         return self._prompt_lengths[prompt]
 
     def untruncated_lengths(self, texts: Sequence[str], prompts: Sequence[str]) -> np.ndarray:
         """Tokens each text would have without `max_length`."""
         backend = Tokenizer.from_str(self._backend.to_str())
         backend.no_truncation()
-        joined = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
+        joined = [prompt + text + self._end for prompt, text in zip(prompts, texts, strict=True)]
         return np.array([len(e.ids) for e in backend.encode_batch_fast(joined)])

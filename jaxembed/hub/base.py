@@ -14,6 +14,7 @@ from jaxembed.data.tokenize import ends_with_eos, load_tokenizer
 from jaxembed.errors import UserError, brief
 from jaxembed.fields import Fields
 from jaxembed.files import exists, read_json, read_json_value, write_json
+from jaxembed.hub.published import decoder_config, is_nv_embed, nv_embed_spec
 from jaxembed.hub.weights import POOLING_FOLDER
 from jaxembed.model.masks import MASKS
 from jaxembed.model.pooling import POOLINGS
@@ -21,6 +22,7 @@ from jaxembed.model.presets import MOST, DecoderConfig, from_hf, preset
 from jaxembed.spec import EmbeddingSpec
 
 SPEC_FILE = "jaxembed.json"
+NV_EMBED_LENGTH = 4096  # tokens, where its encode is not told otherwise
 # Our poolings without weights -> sentence-transformers' names.
 POOLING_MODES = {"mean": "mean", "last": "lasttoken", "first": "cls", "max": "max", "weighted_mean": "weightedmean"}
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*/config.json"]
@@ -48,9 +50,11 @@ def find_base(name: str) -> Base:
         config = preset(name.removeprefix("preset:"))
         return Base(name, None, config, from_hf(config, name), EmbeddingSpec())
     folder = find_folder(name)
-    config = read_json(folder / "config.json")
-    decoder = from_hf(config, str(folder / "config.json"))
-    return Base(name, folder, config, decoder, read_spec(folder, config, decoder))
+    where = str(folder / "config.json")
+    given = read_json(folder / "config.json")
+    config = decoder_config(given, where)
+    decoder = from_hf(config, where)
+    return Base(name, folder, config, decoder, read_spec(folder, given, decoder))
 
 
 def find_folder(name: str) -> Path:
@@ -69,9 +73,14 @@ def find_folder(name: str) -> Path:
 
 
 def read_spec(folder: Path, config: Mapping[str, Any], decoder: DecoderConfig) -> EmbeddingSpec:
-    """What the folder says of its texts: in jaxembed.json, else in sentence-transformers' files, else our defaults."""
+    """What the folder says of its texts: in jaxembed.json, in a published form, in sentence-transformers' files, else our
+    defaults. `config` is its config.json.
+    """
     if (folder / SPEC_FILE).is_file():
         return spec_from_json(read_json(folder / SPEC_FILE), str(folder / SPEC_FILE))
+    if is_nv_embed(config):
+        most = min(NV_EMBED_LENGTH, decoder.max_positions)
+        return nv_embed_spec(config, decoder.width, most, str(folder / "config.json"))
     if (folder / "modules.json").is_file():
         return _sentence_transformers_spec(folder, config, decoder)
     return EmbeddingSpec(max_length=min(EmbeddingSpec.max_length, decoder.max_positions))
@@ -94,6 +103,8 @@ def spec_from_json(values: Mapping[str, Any], where: str) -> EmbeddingSpec:
         include_instruction=fields.flag("include_instruction", default.include_instruction),
         normalize=fields.flag("normalize", default.normalize),
         append_eos=fields.flag("append_eos", default.append_eos),
+        eos_as_text=fields.flag("eos_as_text", default.eos_as_text),
+        pool_last_instruction_token=fields.flag("pool_last_instruction_token", default.pool_last_instruction_token),
         max_length=fields.whole("max_length", default.max_length),
         instruction_template=template,
         prompts=fields.texts("prompts"),

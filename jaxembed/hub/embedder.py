@@ -260,10 +260,13 @@ def text_tokenizer(tokenizer: Any, spec: EmbeddingSpec, base: Base) -> TextToken
         )
     if spec.append_eos:
         append_eos(tokenizer)
+    if spec.eos_as_text and tokenizer.eos_token is None:
+        raise UserError(f"{base.name}: texts are to end with EOS, but the tokenizer has no EOS token")
     special = tokenizer.num_special_tokens_to_add()
     if spec.max_length <= special:
         raise UserError(f"data.max_length is {spec.max_length}, of which {special} are special tokens; raise it")
-    return TextTokenizer(tokenizer, spec.max_length)
+    habits = {"eos_as_text": spec.eos_as_text, "pool_last_instruction_token": spec.pool_last_instruction_token}
+    return TextTokenizer(tokenizer, spec.max_length, **habits)
 
 
 def shapes_and_shardings(model: EmbeddingModel, mesh: Mesh) -> tuple[Any, Any]:

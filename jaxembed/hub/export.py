@@ -68,6 +68,10 @@ def export(embedder: Embedder, out: Path, dtype: str, card: Card) -> Parity:
         raise UserError(
             f"model.attention {embedder.spec.attention} cannot be exported: stock classes know causal and bidirectional"
         )
+    if embedder.spec.pool_last_instruction_token and embedder.spec.pooling in POOLING_MODES:
+        raise UserError(f"{embedder.spec.pooling} pooling with an instruction's last token cannot be exported by stock classes")
+    if embedder.spec.eos_as_text:
+        raise UserError("this model cuts EOS off long texts, which stock classes do not; train it further to export it")
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as scratch:
         made = _build(embedder, Path(scratch), "float32")
         vectors = np.concatenate([embedder.encode(PROBES, prompt=prompt) for prompt in _prompts(embedder.spec)])
@@ -121,8 +125,9 @@ def _build(embedder: Embedder, scratch: Path, dtype: str) -> Path:
 def _add_token_pooling(made: Path, embedder: Embedder, convert: Callable[[np.ndarray], np.ndarray]) -> None:
     """Puts the pooling's weights and PyTorch module between the transformer and the stock mean of a saved folder."""
     spec, folder = embedder.spec, made / POOLING_FOLDER
+    pooled_prompt_tokens = int(spec.pool_last_instruction_token)
     folder.mkdir()
-    sizes = {"latent_count": spec.latents, "heads": spec.pooling_heads}
+    sizes = {"latent_count": spec.latents, "heads": spec.pooling_heads, "pooled_prompt_tokens": pooled_prompt_tokens}
     write_json(folder / "config.json", {"width": embedder.model.decoder.width, "kind": spec.pooling, **sizes})
     save_params(folder / "model.safetensors", embedder.params, "pooling", convert)
     shutil.copy(TORCH_POOLING, made)

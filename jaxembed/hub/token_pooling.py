@@ -59,13 +59,17 @@ class Block(nn.Module):
 
 
 class TokenPooling(Module):
-    """`kind`: latent_attention (the release's form), latent_attention_paper (the paper's equation 1), self_attention."""
+    """`kind`: latent_attention (the release's form), latent_attention_paper (the paper's equation 1), self_attention.
 
-    config_keys: ClassVar[list[str]] = ["width", "kind", "latent_count", "heads"]
+    `pooled_prompt_tokens`: how many of a prompt's last tokens are pooled although the prompt is not.
+    """
 
-    def __init__(self, width: int, kind: str, latent_count: int, heads: int):
+    config_keys: ClassVar[list[str]] = ["width", "kind", "latent_count", "heads", "pooled_prompt_tokens"]
+
+    def __init__(self, width: int, kind: str, latent_count: int, heads: int, pooled_prompt_tokens: int = 0):
         super().__init__()
         self.width, self.kind, self.latent_count, self.heads = width, kind, latent_count, heads
+        self.pooled_prompt_tokens = pooled_prompt_tokens
         of_latents = kind != "self_attention"
         if of_latents:
             self.latents = nn.Parameter(torch.randn(latent_count, width))
@@ -77,6 +81,8 @@ class TokenPooling(Module):
             self.cross_attend_blocks = nn.ModuleList(blocks)
 
     def forward(self, features: dict[str, torch.Tensor], **kwargs: object) -> dict[str, torch.Tensor]:
+        if self.pooled_prompt_tokens and "prompt_length" in features:
+            features["prompt_length"] = features["prompt_length"] - self.pooled_prompt_tokens
         x = features["token_embeddings"]
         features["token_embeddings"] = self._plain(x) if hasattr(self, "mlp") else self._blocks(x, features)
         return features
