@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxembed import cli
+from jaxembed.errors import UserError
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
@@ -15,10 +16,17 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     from transformers.utils import logging
 
     from jaxembed import Embedder
-    from jaxembed.hub.export import export
+    from jaxembed.hub.export import export, export_adapters
 
     logging.disable_progress_bar()  # of loading and saving, several times over
     cli.use_compilation_cache()
+    if args.adapters:
+        if args.layers is not None or args.dtype != "float32":
+            raise UserError("--adapters writes a run's adapters as they are: leave --layers and --dtype out")
+        if not (Path(args.model) / "base.json").is_file():
+            raise UserError(f"{args.model}: not a run directory; --adapters needs one that was trained with model.lora")
+        parity = export_adapters(Path(args.model), out, args.checkpoint)
+        return {"folder": str(out), "largest_difference": parity.error, "allowed": parity.allowed}
     embedder = Embedder.load(args.model, checkpoint=args.checkpoint, layers=args.layers)
     parity = export(embedder, out, args.dtype, read_card(Path(args.model), embedder.revision))
     return {
@@ -48,4 +56,5 @@ if __name__ == "__main__":
     cli.add_model(parser)
     parser.add_argument("out", metavar="OUT", help="folder to write; must not exist")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights")
+    parser.add_argument("--adapters", action="store_true", help="write a run's LoRA adapters as a PEFT folder instead")
     cli.run(main, parser)

@@ -14,6 +14,8 @@ from jaxembed.data.tokenize import ends_with_eos, load_tokenizer
 from jaxembed.errors import UserError, brief
 from jaxembed.fields import Fields
 from jaxembed.files import exists, read_json, read_json_value, write_json
+from jaxembed.hub.peft import CONFIG as ADAPTER_CONFIG
+from jaxembed.hub.peft import base_of, is_peft
 from jaxembed.hub.published import decoder_config, is_nv_embed, nv_embed_spec
 from jaxembed.hub.weights import POOLING_FOLDER
 from jaxembed.model.masks import MASKS
@@ -30,17 +32,22 @@ HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*/config.js
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """A decoder to start from. `folder` is None for a preset, which has neither weights nor a tokenizer."""
+    """A decoder to start from. `folder` is None for a preset, which has neither weights nor a tokenizer; `adapters` is a
+    PEFT folder whose adapters are merged into the weights.
+    """
 
     name: str
     folder: Path | None
     hf_config: Mapping[str, Any]
     decoder: DecoderConfig
     spec: EmbeddingSpec
+    adapters: Path | None = None
 
     def tokenizer(self) -> Any:
-        """The Hugging Face tokenizer of the folder."""
+        """The Hugging Face tokenizer of the adapters' folder if it has one, else of the weights'."""
         assert self.folder is not None
+        if self.adapters is not None and exists(self.adapters / "tokenizer.json"):
+            return load_tokenizer(self.adapters)
         return load_tokenizer(self.folder)
 
 
@@ -50,6 +57,10 @@ def find_base(name: str) -> Base:
         config = preset(name.removeprefix("preset:"))
         return Base(name, None, config, from_hf(config, name), EmbeddingSpec())
     folder = find_folder(name)
+    if is_peft(folder):
+        base = find_base(base_of(folder))
+        spec = read_spec(folder, base.hf_config, base.decoder) if exists(folder / SPEC_FILE) else base.spec
+        return dataclasses.replace(base, name=name, spec=spec, adapters=folder)
     where = str(folder / "config.json")
     given = read_json(folder / "config.json")
     config = decoder_config(given, where)
@@ -60,10 +71,12 @@ def find_base(name: str) -> Base:
 def find_folder(name: str) -> Path:
     """A local folder with a config.json, or the local copy of a hub repository, fetched if need be."""
     path = Path(name).expanduser()
-    if exists(path / "config.json"):
+    if exists(path / "config.json") or is_peft(path):
         return path
     if exists(path) or name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise UserError(f"{name}: neither a folder with a config.json nor a hub id such as Qwen/Qwen2-0.5B")
+        raise UserError(
+            f"{name}: neither a folder with a config.json or an {ADAPTER_CONFIG} nor a hub id such as Qwen/Qwen2-0.5B"
+        )
     import huggingface_hub
 
     try:
@@ -161,10 +174,11 @@ def _pooling_kind(pooling: Mapping[str, Any], where: Path) -> str:
 
 
 def content_hash(base: Base) -> str:
-    """SHA-256 over config and weights of a folder; of the config alone for a preset."""
+    """SHA-256 over config and weights of a folder, adapters included; of the config alone for a preset."""
     digest = hashlib.sha256(json.dumps(dict(base.hf_config), sort_keys=True).encode())
-    weights = ("*.safetensors", f"{POOLING_FOLDER}/*.safetensors")
-    for path in sorted(path for kind in weights for path in base.folder.glob(kind)) if base.folder else []:
+    kinds = ("*.safetensors", f"{POOLING_FOLDER}/*.safetensors")
+    folders = [folder for folder in (base.folder, base.adapters) if folder is not None]
+    for path in (path for folder in folders for path in sorted(path for kind in kinds for path in folder.glob(kind))):
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from tqdm import tqdm
 
@@ -21,6 +22,7 @@ from jaxembed.errors import UserError
 from jaxembed.fields import Fields
 from jaxembed.files import read_json
 from jaxembed.hub.base import Base, content_hash, find_base, read_spec
+from jaxembed.hub.peft import read_adapters
 from jaxembed.hub.weights import load_params, stored_parts
 from jaxembed.model.decoder import Compute
 from jaxembed.model.embedder import EmbeddingModel, parameter_shapes
@@ -81,7 +83,8 @@ class Embedder:
         compute = Compute(dtype=jnp.dtype(dtype))
         path = Path(model)
         if (path / "base.json").is_file():
-            return _load_run(cls, path, compute, mesh, checkpoint)
+            parts = open_parts(path, compute, mesh, checkpoint)
+            return cls(*parts.merged, parts.tokenizer, mesh, parts.base, parts.revision)
         base = find_base(str(model))
         if base.folder is None:
             raise UserError(f"{model}: a preset has no weights; train it first")
@@ -220,7 +223,24 @@ def base_params(base: Base, shapes: Any, shardings: Any) -> dict[str, Any]:
     assert base.folder is not None
     parts = shapes.keys() & {"decoder", *stored_parts(base.folder)}
     wanted = [{part: tree[part] for part in parts} for tree in (shapes, shardings)]
-    return dict(load_params(base.folder, base.decoder.layers, *wanted))
+    params = load_params(base.folder, base.decoder.layers, *wanted)
+    if base.adapters is not None:
+        lora, adapters = read_adapters(base.adapters, base.decoder.layers)
+        _check_adapters(base.adapters, adapters, shapes)
+        params = jax.device_put(merge(join(adapters, params), lora), wanted[1])
+    return dict(params)
+
+
+def _check_adapters(folder: Path, adapters: Any, shapes: Any) -> None:
+    """`UserError` where adapters do not fit the kernels they are for."""
+    flat, ours = flatten_dict(adapters), flatten_dict(shapes)
+    for path, a in flat.items():
+        if path[-1] == "lora_a":
+            inward, outward = a.shape[-2], flat[*path[:-1], "lora_b"].shape[-1]
+            kernel = ours[*path[:-1], "kernel"].shape[-2:]
+            if (inward, outward) != kernel:
+                told = f"{'/'.join(path[1:-1])} from {inward} to {outward}; expected {kernel[0]} to {kernel[1]}"
+                raise UserError(f"{folder}: the adapters do not fit the base: {told}")
 
 
 def _recorded_lora(record: Fields, where: str) -> LoRA | None:
@@ -275,7 +295,26 @@ def shapes_and_shardings(model: EmbeddingModel, mesh: Mesh) -> tuple[Any, Any]:
     return nn.unbox(boxed), parallel.param_shardings(mesh, nn.get_partition_spec(boxed))
 
 
-def _load_run(cls: type[Embedder], run_dir: Path, compute: Compute, mesh: Mesh, checkpoint: str) -> Embedder:
+@dataclasses.dataclass(frozen=True)
+class RunParts:
+    """What a run directory holds of a model: its trained parameters, under `model`, which has the run's adapters."""
+
+    base: Base
+    model: EmbeddingModel
+    trained: Any
+    frozen: Any
+    tokenizer: TextTokenizer
+    revision: str
+
+    @property
+    def merged(self) -> tuple[EmbeddingModel, Any]:
+        """The model without adapters, and its parameters."""
+        whole, lora = join(self.trained, self.frozen), self.model.lora
+        return (self.model, whole) if lora is None else (self.model.clone(lora=None), merge(whole, lora))
+
+
+def open_parts(run_dir: Path, compute: Compute, mesh: Mesh, checkpoint: str) -> RunParts:
+    """A step of a run; the base under its adapters is read from where the run found it. `UserError` if it is not there."""
     where = str(run_dir / "base.json")
     record = Fields(kept(read_json, run_dir / "base.json", "train anew"), where)
     config = record.mapping("config")
@@ -287,10 +326,8 @@ def _load_run(cls: type[Embedder], run_dir: Path, compute: Compute, mesh: Mesh, 
     placed = jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), shapes, shardings)
     checkpoints = Checkpoints(run_dir)
     step = pick_step(checkpoints, checkpoint, run_dir)
-    params = checkpoints.restore_params(step, split(placed)[0])
-    if lora is not None:
-        params = merge(join(params, _frozen(record, shapes, shardings)), lora)
-        model = model.clone(lora=None)
+    trained = checkpoints.restore_params(step, split(placed)[0])
     checkpoints.close()
+    frozen = {} if lora is None else _frozen(record, shapes, shardings)
     tokenizer = text_tokenizer(load_tokenizer(run_dir / "tokenizer"), base.spec, base)
-    return cls(model, params, tokenizer, mesh, base, f"{run_dir.resolve().name}-{step}")
+    return RunParts(base, model, trained, frozen, tokenizer, f"{run_dir.resolve().name}-{step}")

@@ -18,12 +18,15 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jaxembed import parallel
 from jaxembed.errors import UserError
 from jaxembed.files import read_json_value, write_json
 from jaxembed.hub.base import POOLING_MODES, write_spec
 from jaxembed.hub.card import Card, model_card
-from jaxembed.hub.embedder import Embedder
+from jaxembed.hub.embedder import Embedder, open_parts
+from jaxembed.hub.peft import write_adapters
 from jaxembed.hub.weights import POOLING_FOLDER, save_params
+from jaxembed.model.decoder import Compute
 from jaxembed.model.presets import FAMILIES
 from jaxembed.spec import EmbeddingSpec
 
@@ -90,6 +93,32 @@ def export(embedder: Embedder, out: Path, dtype: str, card: Card) -> Parity:
         (made / "README.md").write_text(model_card(embedder.spec, card, parity.error), encoding="utf-8")
         for path in made.rglob("*.safetensors"):
             path.chmod(0o644)  # written as private files; a server must be able to read them
+        shutil.move(str(made), str(out))
+    return parity
+
+
+def export_adapters(run_dir: Path, out: Path, checkpoint: str) -> Parity:
+    """Writes a run's adapters as the PEFT folder `out`, with spec and tokenizer, checked as `export` checks.
+
+    `UserError` on a run without adapters, and on one that trained its pooling too, which such a folder cannot hold.
+    """
+    mesh = parallel.make_mesh()
+    parts = open_parts(run_dir, Compute(), mesh, checkpoint)
+    lora = parts.model.lora
+    if lora is None:
+        raise UserError(f"{run_dir}: trained without model.lora; export it whole, without --adapters")
+    if "pooling" in parts.trained:
+        raise UserError(f"{run_dir}: its pooling was trained too; export it whole, without --adapters")
+    embedder = Embedder(*parts.merged, parts.tokenizer, mesh, parts.base, parts.revision)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as scratch:
+        made = Path(scratch) / "adapters"
+        made.mkdir()
+        write_adapters(made, parts.trained, lora, parts.base.name)
+        parts.tokenizer.hf.save_pretrained(made)
+        write_spec(made, parts.base.spec)
+        parity = Parity.of(embedder.encode(PROBES), Embedder.load(made).encode(PROBES), TOLERANCE)
+        if parity.error > parity.allowed:
+            raise UserError(_refusal(out, parity, embedder, made))
         shutil.move(str(made), str(out))
     return parity
 
