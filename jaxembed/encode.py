@@ -28,6 +28,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     cli.use_compilation_cache()
     embedder = Embedder.load(args.model, checkpoint=args.checkpoint, dtype=args.dtype, layers=args.layers)
     options = {"instruction": args.instruction, "prompt_name": args.prompt_name, "dim": args.dim}
+    options["long_texts"] = args.long_texts
     width = embedder.encode([], **options).shape[1]  # refuses what does not fit the model before anything is written
     partial = out.with_name(out.name + ".partial")
     try:
@@ -73,6 +74,9 @@ if __name__ == "__main__":
     prompts.add_argument("--instruction", help="put before every text by the model's template")
     prompts.add_argument("--prompt-name", metavar="NAME", help="a prompt stored with the model, such as query")
     parser.add_argument("--dim", type=int, help="keep the first numbers of each vector (Matryoshka)")
+    parser.add_argument(
+        "--long-texts", choices=["cut", "mean", "max"], default="cut", help="cut (default), or combine the vectors of pieces"
+    )
     parser.add_argument("--field", default="text", help="of the rows of a .jsonl file (default: text)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the computation")
     cli.run(main, parser)

@@ -51,6 +51,18 @@ def test_without_eos_an_empty_text_has_no_tokens() -> None:
     assert [ids.tolist() for ids in TextTokenizer(made, 8)(["", "a"], ["", ""]).ids] == [[], made("a")["input_ids"]]
 
 
+def test_long_texts_come_in_pieces_that_are_not_truncated() -> None:
+    made = TextTokenizer(tokenizer(bos=True), 16)
+    texts = [*TEXTS, "naïve café 数学 🙂 " * 30, "word " * 100]
+    for prompt in ("", "query: "):
+        for text, pieces in zip(texts, made.pieces(texts, prompt), strict=True):
+            assert "".join(pieces) == text
+            assert (made.untruncated_lengths(pieces, [prompt] * len(pieces)) <= 16).all()
+            assert len(pieces) == 1 or made.untruncated_lengths([text], [prompt])[0] > 16
+    with pytest.raises(UserError, match="a prompt of 300 characters fills the 16 tokens"):
+        made.pieces(["x" * 50], "prompt" * 50)
+
+
 def test_eos_without_a_token_for_it_is_refused() -> None:
     made = tiny.tokenizer()
     made.eos_token = None

@@ -106,7 +106,34 @@ class TextTokenizer:
 
     def untruncated_lengths(self, texts: Sequence[str], prompts: Sequence[str]) -> np.ndarray:
         """Tokens each text would have without `max_length`."""
+        joined = [prompt + text + self._end for prompt, text in zip(prompts, texts, strict=True)]
+        return np.array([len(e.ids) for e in self._uncut.encode_batch_fast(joined)])
+
+    def pieces(self, texts: Sequence[str], prompt: str) -> list[list[str]]:
+        """Each text cut at token borders into pieces that are not truncated under `prompt`; short texts stay whole.
+
+        `UserError` where the prompt leaves no room for a text.
+        """
+        lengths = self.untruncated_lengths(texts, [prompt] * len(texts))
+        room = self.max_length - int(self.untruncated_lengths([""], [prompt])[0])
+        if room < 1 and (lengths > self.max_length).any():
+            raise UserError(f"a prompt of {len(prompt)} characters fills the {self.max_length} tokens that the model reads")
+        return [
+            [text] if length <= self.max_length else self._cut(text, prompt, room)
+            for text, length in zip(texts, lengths, strict=True)
+        ]
+
+    def _cut(self, text: str, prompt: str, room: int) -> list[str]:
+        spans = self._uncut.encode(text, add_special_tokens=False).offsets
+        starts = sorted({spans[i][0] for i in range(0, len(spans), room)})
+        found = [text[start:end] for start, end in zip([0, *starts[1:]], [*starts[1:], len(text)], strict=True)]
+        longest = self.untruncated_lengths(found, [prompt] * len(found)).max()
+        if longest > self.max_length and room > 1:  # tokens at the cuts came out otherwise
+            return self._cut(text, prompt, room - 1)
+        return found
+
+    @cached_property
+    def _uncut(self) -> Tokenizer:
         backend = Tokenizer.from_str(self._backend.to_str())
         backend.no_truncation()
-        joined = [prompt + text + self._end for prompt, text in zip(prompts, texts, strict=True)]
-        return np.array([len(e.ids) for e in backend.encode_batch_fast(joined)])
+        return backend

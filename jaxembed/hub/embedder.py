@@ -35,6 +35,8 @@ from jaxembed.training.run_dir import kept
 WINDOW = 4096  # texts tokenised and packed together
 TOKENS_AT_ONCE, ON_CPU = 8192, 2048  # tokens a device takes at once; a CPU's caches want fewer
 SHORTEST_ROW = 64
+# How the vectors of a long text's pieces become one; a mean is a sum, since the result is made unit length.
+COMBINED = {"mean": np.add, "max": np.maximum}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,13 +123,16 @@ class Embedder:
         *,
         prompt: str | None = None,
         prompt_name: str | None = None,
+        long_texts: str = "cut",
         show_progress: bool = False,
     ) -> np.ndarray:
         """Unit vectors, float32 [N, D], in the order of `texts`.
 
         `instruction` is put before every text by the model's template; `prompt` is put there as it is; `prompt_name`
-        names one stored with the model (`spec.prompts`). `dim` keeps the first numbers of each vector (Matryoshka) and
-        makes it unit length again. Scores are dot products. `UserError` on a dim or a name that the model does not have.
+        names one stored with the model (`spec.prompts`). Texts beyond `spec.max_length` are cut there; with `long_texts`
+        mean or max they are read in pieces, whose unit vectors are so combined. `dim` keeps the first numbers of each
+        vector (Matryoshka) and makes it unit length again. Scores are dot products. `UserError` on a dim, a name or a way
+        that the model does not have.
         """
         if isinstance(texts, str):
             raise TypeError("encode takes a list of texts, not one string")
@@ -137,10 +142,11 @@ class Embedder:
         lead = self._lead(instruction, prompt, prompt_name)
         out = np.zeros((len(texts), dim or width), np.float32)
         starts = tqdm(range(0, len(texts), WINDOW), disable=not show_progress, unit=f"x{WINDOW} texts")
-        assert self._apply is not None
+        if long_texts not in ("cut", *COMBINED):
+            raise UserError(f"long_texts is {long_texts!r}; expected cut, {', '.join(COMBINED)}")
         for start in starts:
             window = list(texts[start : start + WINDOW])
-            vectors = self._run(window, lead, self._apply)[:, :dim]
+            vectors = self._vectors(window, lead, long_texts)[:, :dim]
             norms = np.linalg.norm(vectors, axis=1, keepdims=True)
             out[start : start + len(window)] = vectors / np.maximum(norms, 1e-12)
         return out
@@ -175,6 +181,15 @@ class Embedder:
     def similarity(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """Cosines [A, B] of two sets of vectors from `encode`."""
         return np.asarray(a @ b.T)
+
+    def _vectors(self, texts: list[str], prompt: str, long_texts: str) -> np.ndarray:
+        assert self._apply is not None
+        if long_texts == "cut":
+            return self._run(texts, prompt, self._apply)
+        pieces = self.tokenizer.pieces(texts, prompt)
+        starts = np.cumsum([0, *(len(of_text) for of_text in pieces[:-1])])
+        vectors = self._run([piece for of_text in pieces for piece in of_text], prompt, self._apply)
+        return np.asarray(COMBINED[long_texts].reduceat(vectors, starts, axis=0))
 
     def _run(self, texts: list[str], prompt: str, apply: Callable[[Any, PackedTexts], jax.Array]) -> np.ndarray:
         """Packs texts into rows of one length, applies [R, S, ...] to some rows at a time, puts the results in order."""
