@@ -37,6 +37,11 @@ class Section(BaseModel):
         return value
 
 
+def is_echo(template: str) -> bool:
+    """Whether a template presents a text twice and ends with it."""
+    return template.count("{text}") == 2 and template.endswith("{text}")
+
+
 class RunConfig(Section):
     name: str = Field("", description="name of the run; the config file's stem if empty")
     dir: str = Field("", description="run directory; runs/NAME if empty")
@@ -72,6 +77,9 @@ class ModelConfig(Section):
         "prefix_lm: the other way round",
     )
     pooling: PoolingConfig = PoolingConfig()
+    echo: str | None = Field(
+        None, description="template that names {text} twice and ends with it, the second is pooled; as the base says, else none"
+    )
     normalize: bool | None = Field(None, description="unit-length vectors; as the base says, else yes")
     append_eos: bool | None = Field(None, description="end every text with EOS; as the base says, else yes")
     instruction_template: str | None = Field(None, description="with {instruction}; as the base says, else E5's form")
@@ -85,6 +93,8 @@ class ModelConfig(Section):
     def _template_names_instruction(self) -> ModelConfig:
         if self.instruction_template is not None and "{instruction}" not in self.instruction_template:
             raise ValueError("instruction_template must contain {instruction}")
+        if self.echo and not is_echo(self.echo):
+            raise ValueError("echo must name {text} twice and end with it")
         return self
 
 

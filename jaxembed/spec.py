@@ -15,8 +15,10 @@ class EmbeddingSpec:
 
     `latents` and `pooling_heads` size the poolings that have them. `instruction_template` turns an instruction into the
     prompt put before a text; `prompts` are whole prompts by name (`query` and `document` among them) for users who name
-    no instruction. Two habits of NV-Embed's release: with `eos_as_text` EOS is part of the text when it is cut, so a cut
-    text has none; with `pool_last_instruction_token` the last token before the text is pooled too.
+    no instruction. `echo` is a template that names {text} twice and ends with it (Springer et al. 2024): both copies are
+    cut at the same token, the second is pooled. Two habits of NV-Embed's release: with `eos_as_text` EOS is part of the
+    text when it is cut, so a cut text has none; with `pool_last_instruction_token` the last token before the text is
+    pooled too.
     """
 
     attention: str = "bidirectional"
@@ -28,6 +30,7 @@ class EmbeddingSpec:
     append_eos: bool = True
     eos_as_text: bool = False
     pool_last_instruction_token: bool = False
+    echo: str = ""
     max_length: int = 512
     instruction_template: str = "Instruct: {instruction}\nQuery:"
     prompts: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
@@ -46,6 +49,7 @@ class EmbeddingSpec:
             "pooling_heads": model.pooling.heads,
             "include_instruction": model.pooling.include_instruction,
             "normalize": model.normalize,
+            "echo": model.echo,
             **({} if model.append_eos is None else {"append_eos": model.append_eos}),
             "instruction_template": model.instruction_template,
             "max_length": max_length,

@@ -1,7 +1,8 @@
-"""Long texts by pieces."""
+"""Long texts by pieces, and texts that are presented twice."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,13 @@ import pytest
 
 from jaxembed import Embedder
 from jaxembed.errors import UserError
+from jaxembed.hub.base import find_base, spec_from_json
+from jaxembed.hub.card import Card
+from jaxembed.hub.embedder import from_base
+from jaxembed.hub.export import export
+from jaxembed.model.decoder import Compute
+from jaxembed.parallel import make_mesh
+from jaxembed.spec import EmbeddingSpec
 
 LONG = "the quick brown fox jumps over the lazy dog and the dog sleeps " * 20
 
@@ -38,3 +46,28 @@ def test_a_long_text_is_read_to_its_end(model: Embedder, way: str, combine: Call
 def test_an_unknown_way_is_refused(model: Embedder) -> None:
     with pytest.raises(UserError, match="long_texts is 'middle'; expected cut, mean, max"):
         model.encode(["x"], long_texts="middle")
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_an_echo_lets_the_second_copy_see_the_first(base_folder: Callable[[str], Path], pooling: str) -> None:
+    """Under a causal mask the vector is that of the second copy's tokens among all of them."""
+    base = find_base(str(base_folder("qwen3")))
+    spec = EmbeddingSpec(attention="causal", pooling=pooling, max_length=64, echo="Say: {text}\nAgain: {text}")
+    echo = from_base(base, spec, Compute(), make_mesh(1))
+    text = "the fox sleeps"
+    plain = from_base(base, EmbeddingSpec(attention="causal", pooling=pooling, max_length=64), Compute(), make_mesh(1))
+    (ours,), (theirs,) = echo.tokenizer([text], [""]).ids, plain.tokenizer([f" {text}"], [f"Say: {text}\nAgain:"]).ids
+    assert ours.tolist() == theirs.tolist()
+    np.testing.assert_allclose(echo.encode([text]), plain.encode([f" {text}"], prompt=f"Say: {text}\nAgain:"), atol=1e-5)
+    assert np.abs(echo.encode([text]) - plain.encode([text])).max() > 1e-2
+
+
+def test_an_echo_is_not_exported(base_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    base = find_base(str(base_folder("qwen3")))
+    spec = EmbeddingSpec(max_length=64, echo="{text} {text}")
+    with pytest.raises(UserError, match=r"model\.echo presents a text twice"):
+        export(from_base(base, spec, Compute(), make_mesh(1)), tmp_path / "out", "float32", Card("echo", "base"))
+    with pytest.raises(UserError, match=r"model\.echo pools the second copy .*include_instruction=false"):
+        from_base(base, dataclasses.replace(spec, include_instruction=True), Compute(), make_mesh(1))
+    with pytest.raises(UserError, match=r"echo must name \{text\} twice and end with it"):
+        spec_from_json({"echo": "{text} once"}, "FILE")

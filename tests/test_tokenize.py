@@ -63,6 +63,26 @@ def test_long_texts_come_in_pieces_that_are_not_truncated() -> None:
         made.pieces(["x" * 50], "prompt" * 50)
 
 
+ECHO = "Say: {text}\nAgain: {text}"
+
+
+@pytest.mark.parametrize("prompt", ["", "Instruct: find\nQuery: "])
+def test_an_echo_cuts_both_copies_alike_and_pools_the_second(prompt: str) -> None:
+    made = tokenizer(bos=True)
+    limit = 64
+    echoed = TextTokenizer(made, limit, echo=ECHO)
+    texts = [*TEXTS[:4], "", "the quick brown fox " * 40, "naïve café 数学 🙂 " * 30]
+    out = echoed(texts, [prompt] * len(texts))
+    for text, ids, start in zip(texts, out.ids, out.pool_from, strict=True):
+        assert len(ids) <= limit
+        assert (ids[0], ids[-1]) == (BOS, EOS)
+        first, second = made.decode(ids[1:-1]).removeprefix(f"{prompt}Say: ").rsplit("\nAgain: ", 1)
+        assert first == second
+        assert text.startswith(second.rstrip("\ufffd"))
+        assert second == text or len(ids) > limit - 12
+        assert made.decode(ids[start:-1]).strip() == second.strip()
+
+
 def test_eos_without_a_token_for_it_is_refused() -> None:
     made = tiny.tokenizer()
     made.eos_token = None

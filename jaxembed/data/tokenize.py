@@ -68,7 +68,13 @@ class TextTokenizer:
     """Tokenises whole batches of texts, each with its prompt ('' for none), on all cores and without the GIL."""
 
     def __init__(
-        self, tokenizer: Any, max_length: int, *, eos_as_text: bool = False, pool_last_instruction_token: bool = False
+        self,
+        tokenizer: Any,
+        max_length: int,
+        *,
+        eos_as_text: bool = False,
+        pool_last_instruction_token: bool = False,
+        echo: str = "",
     ):
         """`tokenizer` is a fast Hugging Face tokenizer; `max_length` counts special tokens. For the rest see
         `EmbeddingSpec`.
@@ -77,6 +83,8 @@ class TextTokenizer:
         self.max_length = max_length
         self._end = tokenizer.eos_token if eos_as_text else ""
         self._pooled_instruction_tokens = int(pool_last_instruction_token)
+        self._template = echo or "{text}"
+        self._copies = self._template.count("{text}")
         self._special = set(tokenizer.all_special_ids)
         self._prompt_lengths: dict[str, int] = {"": 0}
 
@@ -88,10 +96,34 @@ class TextTokenizer:
         return backend
 
     def __call__(self, texts: Sequence[str], prompts: Sequence[str]) -> TokenizedTexts:
-        joined = [prompt + text + self._end for prompt, text in zip(prompts, texts, strict=True)]
-        ids = [np.array(e.ids, np.int32) for e in self._backend.encode_batch_fast(joined)]
+        if self._copies > 1:
+            return self._echoed(texts, prompts)
+        ids = [np.array(e.ids, np.int32) for e in self._backend.encode_batch_fast(self._joined(texts, prompts))]
         pool_from = np.array([self.prompt_length(prompt) for prompt in prompts], np.int64)
         return TokenizedTexts(ids, pool_from)
+
+    def _joined(self, texts: Sequence[str], prompts: Sequence[str]) -> list[str]:
+        parts = zip(prompts, texts, strict=True)
+        return [prompt + self._template.replace("{text}", text) + self._end for prompt, text in parts]
+
+    def _echoed(self, texts: Sequence[str], prompts: Sequence[str]) -> TokenizedTexts:
+        """Both copies of each text cut at the same token, and pooling from the start of the second."""
+        ids, pool_from = [], []
+        for text, prompt in zip(texts, prompts, strict=True):
+            kept, room = text, (self.max_length - int(self.untruncated_lengths([""], [prompt])[0])) // self._copies
+            while True:
+                (whole,) = self._joined([kept], [prompt])
+                encoded = self._uncut.encode(whole)
+                if len(encoded.ids) <= self.max_length or not kept:
+                    break
+                spans = self._uncut.encode(text, add_special_tokens=False).offsets
+                kept = text[: spans[room][0]] if 0 < room < len(spans) else ""
+                room -= 1  # for the next round, where tokens at the cut came out otherwise
+            second = len(whole) - len(self._end) - len(kept)
+            start = next((i for i, (_, end) in enumerate(encoded.offsets) if end > second), len(encoded.ids) - 1)
+            ids.append(np.array(encoded.ids[: self.max_length], np.int32))
+            pool_from.append(min(start, self.max_length - 1))
+        return TokenizedTexts(ids, np.array(pool_from, np.int64))
 
     def prompt_length(self, prompt: str) -> int:
         """Tokens of the prompt alone, less a trailing special token: the rule of sentence-transformers' pooling.
@@ -106,8 +138,7 @@ class TextTokenizer:
 
     def untruncated_lengths(self, texts: Sequence[str], prompts: Sequence[str]) -> np.ndarray:
         """Tokens each text would have without `max_length`."""
-        joined = [prompt + text + self._end for prompt, text in zip(prompts, texts, strict=True)]
-        return np.array([len(e.ids) for e in self._uncut.encode_batch_fast(joined)])
+        return np.array([len(e.ids) for e in self._uncut.encode_batch_fast(self._joined(texts, prompts))])
 
     def pieces(self, texts: Sequence[str], prompt: str) -> list[list[str]]:
         """Each text cut at token borders into pieces that are not truncated under `prompt`; short texts stay whole.
@@ -115,7 +146,7 @@ class TextTokenizer:
         `UserError` where the prompt leaves no room for a text.
         """
         lengths = self.untruncated_lengths(texts, [prompt] * len(texts))
-        room = self.max_length - int(self.untruncated_lengths([""], [prompt])[0])
+        room = (self.max_length - int(self.untruncated_lengths([""], [prompt])[0])) // self._copies
         if room < 1 and (lengths > self.max_length).any():
             raise UserError(f"a prompt of {len(prompt)} characters fills the {self.max_length} tokens that the model reads")
         return [

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxembed.config import is_echo
 from jaxembed.data.tokenize import ends_with_eos, load_tokenizer
 from jaxembed.errors import UserError, brief
 from jaxembed.fields import Fields
@@ -108,7 +109,11 @@ def spec_from_json(values: Mapping[str, Any], where: str) -> EmbeddingSpec:
     template = fields.text("instruction_template", default.instruction_template)
     if "{instruction}" not in template:
         raise UserError(f"{where}: instruction_template must contain {{instruction}}")
+    echo = fields.text("echo", default.echo)
+    if echo and not is_echo(echo):
+        raise UserError(f"{where}: echo must name {{text}} twice and end with it")
     return EmbeddingSpec(
+        echo=echo,
         attention=fields.choice("attention", tuple(MASKS), default.attention),
         pooling=fields.choice("pooling", tuple(POOLINGS), default.pooling),
         latents=fields.whole("latents", default.latents, most=2**16),

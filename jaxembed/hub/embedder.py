@@ -300,8 +300,15 @@ def text_tokenizer(tokenizer: Any, spec: EmbeddingSpec, base: Base) -> TextToken
     special = tokenizer.num_special_tokens_to_add()
     if spec.max_length <= special:
         raise UserError(f"data.max_length is {spec.max_length}, of which {special} are special tokens; raise it")
-    habits = {"eos_as_text": spec.eos_as_text, "pool_last_instruction_token": spec.pool_last_instruction_token}
-    return TextTokenizer(tokenizer, spec.max_length, **habits)
+    if spec.echo and spec.include_instruction:
+        raise UserError("model.echo pools the second copy of a text alone; set model.pooling.include_instruction=false")
+    return TextTokenizer(
+        tokenizer,
+        spec.max_length,
+        eos_as_text=spec.eos_as_text,
+        pool_last_instruction_token=spec.pool_last_instruction_token,
+        echo=spec.echo,
+    )
 
 
 def shapes_and_shardings(model: EmbeddingModel, mesh: Mesh) -> tuple[Any, Any]:
