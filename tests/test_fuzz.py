@@ -29,12 +29,15 @@ from jaxembed.data.sources import open_source
 from jaxembed.encode import read_texts
 from jaxembed.errors import UserError
 from jaxembed.hub.base import SPEC_FILE, find_base, write_spec
-from jaxembed.hub.embedder import shapes_and_shardings
+from jaxembed.hub.embedder import base_params, shapes_and_shardings
+from jaxembed.hub.peft import write_adapters
 from jaxembed.hub.weights import load_params
 from jaxembed.model.embedder import EmbeddingModel
+from jaxembed.model.lora import LoRA
 from jaxembed.model.presets import DecoderConfig
 from jaxembed.spec import EmbeddingSpec
 from jaxembed.training.metrics import read_metrics
+from loaded import load as loaded
 
 CONFIG: dict[str, Any] = {
     "run": {"name": "a", "dir": "runs/a"},
@@ -286,6 +289,49 @@ def test_files_beside_the_config_of_any_content(small: Path, name: str, data: st
     with copied(small) as folder:
         (folder / name).write_bytes(data.draw(damaged(content) | altered(json.loads(content)).map(json_of)))
         holds(lambda: find_base(str(folder)), ".json", str(folder))
+
+
+NV_EMBED = {
+    "model_type": "nvembed",
+    "add_eos": True,
+    "is_mask_instruction": True,
+    "text_config": {"hidden_size": 32, "num_hidden_layers": 2},
+    "latent_attention_config": {"num_latents_value": 4, "num_cross_heads": 2, "cross_dim_head": 32},
+}
+
+
+@given(st.data())
+def test_a_nested_config_of_any_content(data: st.DataObject) -> None:
+    content = data.draw(damaged(json_of(NV_EMBED)) | altered(NV_EMBED).map(json_of))
+    with temporary() as folder:
+        (folder / "config.json").write_bytes(content)
+        holds(lambda: find_base(str(folder)), "config.json", str(folder))
+
+
+@pytest.fixture(scope="module")
+def adapters(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A PEFT folder on the small base."""
+    folder = tmp_path_factory.mktemp("adapters")
+    lora = LoRA(2, 4.0, targets=("q_proj", "up_proj"))
+    write_adapters(folder, loaded(small, EmbeddingSpec(), lora=lora)[1], lora, str(small))
+    return folder
+
+
+@given(st.data())
+def test_adapters_of_any_content(adapters: Path, data: st.DataObject) -> None:
+    with temporary() as folder:
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            content = (adapters / name).read_bytes()
+            broken = damaged(content)
+            if name.endswith(".json"):
+                broken |= altered(json.loads(content)).map(json_of)
+            (folder / name).write_bytes(data.draw(st.just(content) | broken))
+
+        def read() -> None:
+            base = find_base(str(folder))
+            base_params(base, *shapes_of(base.decoder, base.spec))
+
+        holds(read, "adapter_", str(folder), "base_model_name_or_path", "neither a folder")
 
 
 @given(st.data())

@@ -107,6 +107,14 @@ def test_adapters_of_other_kinds_are_refused(folder: Path, tmp_path: Path, chang
         Embedder.load(tmp_path)
 
 
+def test_adapters_that_name_themselves_are_refused(folder: Path, tmp_path: Path) -> None:
+    written_by_peft(folder / "base", tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(tmp_path)}))
+    with pytest.raises(UserError, match="names this folder"):
+        Embedder.load(tmp_path)
+
+
 def test_adapters_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -> None:
     written_by_peft(folder / "base", tmp_path)
     weights = tmp_path / "adapter_model.safetensors"

@@ -59,7 +59,10 @@ def find_base(name: str) -> Base:
         return Base(name, None, config, from_hf(config, name), EmbeddingSpec())
     folder = find_folder(name)
     if is_peft(folder):
-        base = find_base(base_of(folder))
+        named = base_of(folder)
+        if Path(named).expanduser().resolve() == folder.resolve():
+            raise UserError(f"{folder / ADAPTER_CONFIG}: base_model_name_or_path names this folder; name that of the weights")
+        base = find_base(named)
         spec = read_spec(folder, base.hf_config, base.decoder) if exists(folder / SPEC_FILE) else base.spec
         return dataclasses.replace(base, name=name, spec=spec, adapters=folder)
     where = str(folder / "config.json")
