@@ -28,7 +28,8 @@ from jaxembed.data.tokenize import TextTokenizer, load_tokenizer
 from jaxembed.errors import UserError
 from jaxembed.evaluation.heldout import HeldOut, RetrievalSet, open_sets, score_all
 from jaxembed.hub.base import Base, content_hash, find_base, write_spec
-from jaxembed.hub.embedder import Embedder, base_params, shapes_and_shardings, text_tokenizer
+from jaxembed.hub.embedder import Embedder
+from jaxembed.hub.opening import base_params, shapes_and_shardings, text_tokenizer
 from jaxembed.model.decoder import Compute
 from jaxembed.model.embedder import EmbeddingModel, init_params
 from jaxembed.model.lora import LoRA, split

@@ -17,7 +17,8 @@ from jaxembed.errors import UserError
 from jaxembed.hub import export as module
 from jaxembed.hub.base import find_base
 from jaxembed.hub.card import Card
-from jaxembed.hub.embedder import from_base, text_tokenizer
+from jaxembed.hub.embedder import from_base
+from jaxembed.hub.opening import text_tokenizer
 from jaxembed.model.decoder import Compute
 from jaxembed.model.pooling import TRAINED
 from jaxembed.spec import EmbeddingSpec

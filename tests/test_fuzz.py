@@ -29,7 +29,7 @@ from jaxembed.data.sources import open_source
 from jaxembed.encode import read_texts
 from jaxembed.errors import UserError
 from jaxembed.hub.base import SPEC_FILE, find_base, write_spec
-from jaxembed.hub.embedder import base_params, shapes_and_shardings
+from jaxembed.hub.opening import base_params, shapes_and_shardings
 from jaxembed.hub.peft import write_adapters
 from jaxembed.hub.weights import load_params
 from jaxembed.model.embedder import EmbeddingModel

@@ -23,7 +23,8 @@ from jaxembed.errors import UserError
 from jaxembed.files import read_json_value, write_json
 from jaxembed.hub.base import POOLING_MODES, write_spec
 from jaxembed.hub.card import Card, model_card
-from jaxembed.hub.embedder import Embedder, open_parts
+from jaxembed.hub.embedder import Embedder
+from jaxembed.hub.opening import open_trained
 from jaxembed.hub.peft import write_adapters
 from jaxembed.hub.weights import POOLING_FOLDER, save_params
 from jaxembed.model.decoder import Compute
@@ -105,7 +106,7 @@ def export_adapters(run_dir: Path, out: Path, checkpoint: str) -> Parity:
     `UserError` on a run without adapters, and on one that trained its pooling too, which such a folder cannot hold.
     """
     mesh = parallel.make_mesh()
-    parts = open_parts(run_dir, Compute(), mesh, checkpoint)
+    parts = open_trained(run_dir, Compute(), mesh, checkpoint)
     lora = parts.model.lora
     if lora is None:
         raise UserError(f"{run_dir}: trained without model.lora; export it whole, without --adapters")
