@@ -20,6 +20,8 @@ from jaxembed.hub.export import export_adapters
 from jaxembed.run import train
 from runs import command, prepare, settings
 
+SHORT = ("train.steps=1", "eval.sets=[]")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -63,7 +65,7 @@ def test_what_peft_writes_is_read(folder: Path, tmp_path: Path, head: bool) -> N
 
 
 def test_what_is_written_peft_reads(folder: Path, tmp_path: Path) -> None:
-    config = settings(folder, "run", "model.lora={rank: 4, alpha: 8}", "model.attention=causal", "train.steps=3")
+    config = settings(folder, "run", "model.lora={rank: 4, alpha: 8}", "model.attention=causal", *SHORT, "train.steps=3")
     train(config)
     export_adapters(folder / "run", tmp_path / "adapters", "last")
     ours = Embedder.load(folder / "run", checkpoint="last")
@@ -71,15 +73,15 @@ def test_what_is_written_peft_reads(folder: Path, tmp_path: Path) -> None:
     theirs = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapters")).eval()
     np.testing.assert_allclose(ours.encode(tiny.TEXTS), mean_vectors(theirs, ours), atol=1e-5)
     np.testing.assert_allclose(Embedder.load(tmp_path / "adapters").encode(tiny.TEXTS), ours.encode(tiny.TEXTS), atol=1e-5)
-    further = settings(folder, "further", f"model.base={tmp_path / 'adapters'}", "train.steps=1", "optim.learning_rate=1e-9")
+    further = settings(folder, "further", f"model.base={tmp_path / 'adapters'}", *SHORT, "optim.learning_rate=1e-9")
     train(further)
     np.testing.assert_allclose(Embedder.load(folder / "further").encode(tiny.TEXTS), ours.encode(tiny.TEXTS), atol=1e-4)
 
 
 def test_a_run_without_adapters_has_none_to_write(folder: Path, tmp_path: Path) -> None:
-    train(settings(folder, "whole", "train.steps=1"))
+    train(settings(folder, "whole", *SHORT))
     latent = ["model.lora={rank: 2, alpha: 2}", "model.pooling={kind: latent_attention, latents: 2}"]
-    train(settings(folder, "latent", *latent, "train.steps=1"))
+    train(settings(folder, "latent", *latent, *SHORT))
     for run, told in (("whole", "trained without model.lora"), ("latent", "its pooling was trained too")):
         with pytest.raises(UserError, match=told):
             export_adapters(folder / run, tmp_path / "out", "last")

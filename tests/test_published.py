@@ -111,7 +111,7 @@ def test_nv_embed_is_tuned_further_and_exported(nv_embed: tuple[NVEmbed, Path], 
     with pytest.raises(UserError, match="cuts EOS off long texts"):
         export(Embedder.load(folder), tmp_path / "whole", "float32", Card("nv", "base"))
     root = prepare(tmp_path)
-    config = settings(root, "tuned", f"model.base={folder}", "model.lora={rank: 2, alpha: 4}", "train.steps=3")
+    config = settings(root, "tuned", f"model.base={folder}", "model.lora={rank: 2, alpha: 4}", "train.steps=3", "eval.sets=[]")
     train(config)
     model = Embedder.load(root / "tuned")
     assert (model.spec.eos_as_text, model.spec.append_eos, model.spec.pool_last_instruction_token) == (False, True, True)

@@ -105,7 +105,11 @@ def test_batch_must_be_divisible_and_within_the_data(folder):
 
 
 def test_a_pooling_with_weights_trains_and_goes_out_whole(folder, tmp_path):
-    train(settings(folder, "latent", "model.pooling.kind=latent_attention", "model.pooling.latents=7", "train.steps=4"))
+    train(
+        settings(
+            folder, "latent", "model.pooling.kind=latent_attention", "model.pooling.latents=7", "train.steps=4", "eval.sets=[]"
+        )
+    )
     model = Embedder.load(folder / "latent")
     moved = {name: float(np.abs(x).max()) for name, x in flatten_dict(model.params["pooling"], sep="/").items()}
     assert moved["attention/out/kernel"] > 0 < moved["mlp/out/kernel"]  # zero before training

@@ -238,7 +238,7 @@ WRONG = {
     "config.yaml": ["run: [", "[]", "\udcff", ""],
     "base.json": ["{", "[]", "\udcff", '{"name": 3, "config": {}}', '{"name": "a", "config": []}'],
     "data_hashes.json": ["{", "[]", '{"a": 1}'],
-    "jaxembed.json": ["{", "[]", '{"pooling": "max"}', '{"max_length": "9"}', '{"prompts": {"query": 1}}', '{"new": 1}'],
+    "jaxembed.json": ["{", "[]", '{"pooling": "median"}', '{"max_length": "9"}', '{"prompts": {"query": 1}}', '{"new": 1}'],
     "metrics.jsonl": ["{\n", "[]\n", '{"step": "x"}\n', '{"step": 1, "loss": {}}\n', "\udcff\n"],
     "digests.json": ["{", "[]", '{"1": 2}', '{"1": {"a": 2}}'],
 }
