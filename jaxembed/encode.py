@@ -27,8 +27,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
     cli.use_compilation_cache()
     embedder = Embedder.load(args.model, checkpoint=args.checkpoint, dtype=args.dtype, layers=args.layers)
-    options = {"instruction": args.instruction, "prompt_name": args.prompt_name, "dim": args.dim}
-    options["long_texts"] = args.long_texts
+    options = {name: getattr(args, name) for name in ("instruction", "prompt_name", "dim", "long_texts")}
     width = embedder.encode([], **options).shape[1]  # refuses what does not fit the model before anything is written
     partial = out.with_name(out.name + ".partial")
     try:

@@ -14,11 +14,11 @@ class EmbeddingSpec:
     """How texts become vectors, beside the weights: stored once with the model, read by every command.
 
     `latents` and `pooling_heads` size the poolings that have them. `instruction_template` turns an instruction into the
-    prompt put before a text; `prompts` are whole prompts by name (`query` and `document` among them) for users who name
-    no instruction. `echo` is a template that names {text} twice and ends with it (Springer et al. 2024): both copies are
-    cut at the same token, the second is pooled. Two habits of NV-Embed's release: with `eos_as_text` EOS is part of the
-    text when it is cut, so a cut text has none; with `pool_last_instruction_token` the last token before the text is
-    pooled too.
+    prompt put before a text, `plain_prompt` stands before texts without one; `prompts` are whole prompts by name (`query`
+    and `document` among them) for users who name no instruction. `echo` is a template that names {text} twice and ends
+    with it (Springer et al. 2024): both copies are cut at the same token, the second is pooled. Two habits of NV-Embed's
+    release: with `eos_as_text` EOS is part of the text when it is cut, so a cut text has none; with
+    `pool_last_instruction_token` the last token before the text is pooled too.
     """
 
     attention: str = "bidirectional"
@@ -33,11 +33,12 @@ class EmbeddingSpec:
     echo: str = ""
     max_length: int = 512
     instruction_template: str = "Instruct: {instruction}\nQuery:"
+    plain_prompt: str = ""
     prompts: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
 
     def prompt(self, instruction: str | None) -> str:
-        """The text put before a text under an instruction; empty without one."""
-        return self.instruction_template.replace("{instruction}", instruction) if instruction else ""
+        """The text put before a text under an instruction, or without one."""
+        return self.instruction_template.replace("{instruction}", instruction) if instruction else self.plain_prompt
 
     def with_choices(self, model: ModelConfig, max_length: int) -> EmbeddingSpec:
         """This spec with the choices that a config makes; what it leaves open stays."""

@@ -14,6 +14,7 @@ import torch
 
 import tiny
 from jaxembed.errors import UserError
+from jaxembed.hub.base import find_base
 from jaxembed.model.embedder import EmbeddingModel, parameter_shapes
 from jaxembed.model.presets import PRESETS, from_hf, preset
 from jaxembed.spec import EmbeddingSpec
@@ -130,9 +131,25 @@ def test_layers_run_in_bfloat16_with_float32_vectors(base_folder: Folder) -> Non
     assert 1e-4 < np.abs(exact - rounded).max() < 0.1
 
 
-@pytest.mark.parametrize(("name", "count"), [("qwen2-0.5b", 494_032_768), ("mistral-7b", 7_241_732_096 - 32_000 * 4096)])
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        # Published counts, less the language-model head where it is not tied to the embedding.
+        ("qwen2-0.5b", 494_032_768),
+        ("qwen2-1.5b", 1_543_714_304),
+        ("qwen2-7b", 7_615_616_512 - 152_064 * 3584),
+        ("qwen3-0.6b", 596_049_920),
+        ("qwen3-4b", 4_022_468_096),
+        ("qwen3-8b", 8_190_735_360 - 151_936 * 4096),
+        ("mistral-7b", 7_241_732_096 - 32_000 * 4096),
+        ("llama3-8b", 8_030_261_248 - 128_256 * 4096),
+        ("nv-embed", 7_851_016_192),
+        ("kalm-embedding-v2", 494_032_768),
+    ],
+)
 def test_published_sizes(name: str, count: int) -> None:
-    model = EmbeddingModel(from_hf(preset(name), name), EmbeddingSpec())
+    base = find_base(f"preset:{name}")
+    model = EmbeddingModel(base.decoder, base.spec)
     leaves = jax.tree.leaves(nn.unbox(parameter_shapes(model)))
     assert sum(leaf.size for leaf in leaves) == count
     assert {leaf.dtype.name for leaf in leaves} == {"float32"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,15 @@ def tokenizer(bos: bool = False, chat_template: str | None = None) -> transforme
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=chat_template
     )
+
+
+def qwen_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """A byte-level BPE in the form that transformers gives every folder of a qwen2 model."""
+    state = json.loads(tokenizer().backend_tokenizer.to_str())["model"]
+    vocab = {token: i for i, token in enumerate(t for t in state["vocab"] if not t.startswith("<"))}
+    known = transformers.Qwen2Tokenizer(vocab=vocab, merges=[tuple(pair) for pair in state["merges"]])
+    known.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    return known
 
 
 def torch_model(family: str, seed: int = 0, causal: bool = True) -> torch.nn.Module:

@@ -35,7 +35,7 @@ class MtebEncoder:
     def prompt(self, task: Any, prompt_type: Any) -> str:
         """Empty for a model that was trained without instructions; else the task's, but for documents the model's own."""
         if getattr(prompt_type, "value", None) == "document":
-            return self.spec.prompts.get("document", "")
+            return self.spec.prompts.get("document", self.spec.plain_prompt)
         return self.spec.prompt(self.instruction(task))
 
     def instruction(self, task: Any) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from jaxembed.fields import Fields
 from jaxembed.files import exists, read_json, read_json_value, write_json
 from jaxembed.hub.peft import CONFIG as ADAPTER_CONFIG
 from jaxembed.hub.peft import base_of, is_peft
-from jaxembed.hub.published import decoder_config, is_nv_embed, nv_embed_spec
+from jaxembed.hub.published import LAYOUTS, decoder_config, is_nv_embed, nv_embed_spec, published_layout
 from jaxembed.hub.weights import POOLING_FOLDER
 from jaxembed.model.masks import MASKS
 from jaxembed.model.pooling import POOLINGS
@@ -28,13 +28,14 @@ SPEC_FILE = "jaxembed.json"
 NV_EMBED_LENGTH = 4096  # tokens, where its encode is not told otherwise
 # Our poolings without weights -> sentence-transformers' names.
 POOLING_MODES = {"mean": "mean", "last": "lasttoken", "first": "cls", "max": "max", "weighted_mean": "weightedmean"}
+E5_PROMPT = r"Instruct: .+?( ?\n ?Query: ?)"
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*/config.json"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """A decoder to start from. `folder` is None for a preset, which has neither weights nor a tokenizer; `adapters` is a
-    PEFT folder whose adapters are merged into the weights.
+    """A decoder to start from. `folder` is None for a preset, which has neither weights nor a tokenizer; `adapters` are PEFT
+    folders whose adapters are merged into the weights one after the other.
     """
 
     name: str
@@ -42,39 +43,43 @@ class Base:
     hf_config: Mapping[str, Any]
     decoder: DecoderConfig
     spec: EmbeddingSpec
-    adapters: Path | None = None
+    adapters: tuple[Path, ...] = ()
 
     def tokenizer(self) -> Any:
-        """The Hugging Face tokenizer of the adapters' folder if it has one, else of the weights'."""
+        """The Hugging Face tokenizer of the last adapters' folder that has one, else of the weights'."""
         assert self.folder is not None
-        if self.adapters is not None and exists(self.adapters / "tokenizer.json"):
-            return load_tokenizer(self.adapters)
-        return load_tokenizer(self.folder)
+        own = [folder for folder in self.adapters if exists(folder / "tokenizer.json")]
+        return load_tokenizer([self.folder, *own][-1])
 
 
-def find_base(name: str) -> Base:
-    """Resolves a name; `UserError` says what was looked for."""
+def find_base(name: str, asked_for_by: tuple[Path, ...] = ()) -> Base:
+    """Resolves a name; `UserError` says what was looked for. `asked_for_by` are PEFT folders that lead to this base."""
     if name.startswith("preset:"):
-        config = preset(name.removeprefix("preset:"))
-        return Base(name, None, config, from_hf(config, name), EmbeddingSpec())
+        return _base(name, None, preset(name.removeprefix("preset:")), name)
     folder = find_folder(name)
     if is_peft(folder):
-        named = base_of(folder)
-        if Path(named).expanduser().resolve() == folder.resolve():
-            raise UserError(f"{folder / ADAPTER_CONFIG}: base_model_name_or_path names this folder; name that of the weights")
-        base = find_base(named)
-        spec = read_spec(folder, base.hf_config, base.decoder) if exists(folder / SPEC_FILE) else base.spec
-        return dataclasses.replace(base, name=name, spec=spec, adapters=folder)
-    where = str(folder / "config.json")
-    given = read_json(folder / "config.json")
+        if folder.resolve() in asked_for_by:
+            told = "base_model_name_or_path leads back to this folder; name that of the weights"
+            raise UserError(f"{folder / ADAPTER_CONFIG}: {told}")
+        base = find_base(base_of(folder), (*asked_for_by, folder.resolve()))
+        spec = read_spec(name, folder, base.hf_config, base.decoder) if exists(folder / SPEC_FILE) else base.spec
+        return dataclasses.replace(base, name=name, spec=spec, adapters=(*base.adapters, folder))
+    return _base(name, folder, read_json(folder / "config.json"), str(folder / "config.json"))
+
+
+def _base(name: str, folder: Path | None, given: Mapping[str, Any], where: str) -> Base:
+    """The base that a config.json (`given`) describes."""
     config = decoder_config(given, where)
     decoder = from_hf(config, where)
-    return Base(name, folder, config, decoder, read_spec(folder, given, decoder))
+    return Base(name, folder, config, decoder, read_spec(name, folder, given, decoder))
 
 
 def find_folder(name: str) -> Path:
     """A local folder with a config.json, or the local copy of a hub repository, fetched if need be."""
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError:  # the home of a user who is not there
+        path = Path(name)
     if exists(path / "config.json") or is_peft(path):
         return path
     if exists(path) or name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -89,18 +94,26 @@ def find_folder(name: str) -> Path:
         raise UserError(f"{name}: no such folder, and the hub gave no model of that name ({brief(error)})") from None
 
 
-def read_spec(folder: Path, config: Mapping[str, Any], decoder: DecoderConfig) -> EmbeddingSpec:
-    """What the folder says of its texts: in jaxembed.json, in a published form, in sentence-transformers' files, else our
-    defaults. `config` is its config.json.
+def read_spec(name: str, folder: Path | None, config: Mapping[str, Any], decoder: DecoderConfig) -> EmbeddingSpec:
+    """What a folder says of its texts: in jaxembed.json, else in a published form, sentence-transformers' files, or our
+    defaults. `name` is what the user asked for, `config` the folder's config.json; a preset has no folder.
     """
-    if (folder / SPEC_FILE).is_file():
+    if folder is not None and (folder / SPEC_FILE).is_file():
         return spec_from_json(read_json(folder / SPEC_FILE), str(folder / SPEC_FILE))
     if is_nv_embed(config):
-        most = min(NV_EMBED_LENGTH, decoder.max_positions)
-        return nv_embed_spec(config, decoder.width, most, str(folder / "config.json"))
-    if (folder / "modules.json").is_file():
-        return _sentence_transformers_spec(folder, config, decoder)
-    return EmbeddingSpec(max_length=min(EmbeddingSpec.max_length, decoder.max_positions))
+        return nv_embed_spec(config, decoder.width, min(NV_EMBED_LENGTH, decoder.max_positions), f"{name}: config.json")
+    layout = published_layout(name, folder, config)
+    listed = folder is not None and (folder / "modules.json").is_file()
+    if layout is None and not listed and "auto_map" in config:
+        known = ", ".join(layout.title for layout in LAYOUTS)
+        raise UserError(
+            f"{folder}: its config.json asks for code of its own (auto_map), which is not run. Looked for {SPEC_FILE}, "
+            f"sentence-transformers' modules.json, and the layouts of NV-Embed, {known}. If the weights are those of a plain "
+            "decoder, take auto_map out of a copy"
+        )
+    spec = _sentence_transformers_spec(folder, config, decoder) if folder is not None and listed else EmbeddingSpec()
+    spec = dataclasses.replace(spec, **(layout.choices if layout else {}))
+    return dataclasses.replace(spec, max_length=min(spec.max_length, decoder.max_positions))
 
 
 def spec_from_json(values: Mapping[str, Any], where: str) -> EmbeddingSpec:
@@ -128,6 +141,7 @@ def spec_from_json(values: Mapping[str, Any], where: str) -> EmbeddingSpec:
         pool_last_instruction_token=fields.flag("pool_last_instruction_token", default.pool_last_instruction_token),
         max_length=fields.whole("max_length", default.max_length),
         instruction_template=template,
+        plain_prompt=fields.text("plain_prompt", default.plain_prompt),
         prompts=fields.texts("prompts"),
     )
 
@@ -150,15 +164,23 @@ def _sentence_transformers_spec(folder: Path, config: Mapping[str, Any], decoder
     pooling = read_json(kinds["Pooling"] / "config.json")
     tokenizer = load_tokenizer(folder)
     extra = folder / "config_sentence_transformers.json"
+    prompts = Fields(read_json(extra) if extra.is_file() else {}, str(extra)).texts("prompts")
     return EmbeddingSpec(
         attention="causal" if Fields(config, str(folder / "config.json")).flag("is_causal", True) else "bidirectional",
         pooling=_pooling_kind(pooling, kinds["Pooling"]),
         include_instruction=Fields(pooling, str(kinds["Pooling"] / "config.json")).flag("include_prompt", True),
         normalize="Normalize" in kinds,
-        append_eos=ends_with_eos(tokenizer),
+        append_eos=ends_with_eos(tokenizer) or bool(tokenizer.init_kwargs.get("add_eos_token")),
         max_length=_max_length(folder, decoder, tokenizer),
-        prompts=Fields(read_json(extra) if extra.is_file() else {}, str(extra)).texts("prompts"),
+        instruction_template=_template_of(prompts.values()) or EmbeddingSpec.instruction_template,
+        prompts=prompts,
     )
+
+
+def _template_of(prompts: Iterable[str]) -> str | None:
+    """The template that stored prompts of E5's form were made by, where they agree on one."""
+    found = {match.expand(r"Instruct: {instruction}\1") for p in prompts if (match := re.fullmatch(E5_PROMPT, p, re.DOTALL))}
+    return found.pop() if len(found) == 1 else None
 
 
 def _max_length(folder: Path, decoder: DecoderConfig, tokenizer: Any) -> int:
@@ -185,7 +207,7 @@ def content_hash(base: Base) -> str:
     """SHA-256 over config and weights of a folder, adapters included; of the config alone for a preset."""
     digest = hashlib.sha256(json.dumps(dict(base.hf_config), sort_keys=True).encode())
     kinds = ("*.safetensors", f"{POOLING_FOLDER}/*.safetensors")
-    folders = [folder for folder in (base.folder, base.adapters) if folder is not None]
+    folders = [folder for folder in (base.folder, *base.adapters) if folder is not None]
     for path in (path for folder in folders for path in sorted(path for kind in kinds for path in folder.glob(kind))):
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())

@@ -146,7 +146,9 @@ def _build(embedder: Embedder, scratch: Path, dtype: str) -> Path:
     mode = POOLING_MODES.get(spec.pooling, "mean")
     pooling = modules.Pooling(embedder.model.decoder.width, mode, include_prompt=spec.include_instruction)
     chain = [transformer, pooling, *([modules.Normalize()] if spec.normalize else [])]
-    model = st.SentenceTransformer(modules=chain, prompts=dict(spec.prompts), similarity_fn_name="cosine", device="cpu")
+    prompts = {**spec.prompts, **({"document": spec.plain_prompt} if spec.plain_prompt else {})}
+    model = st.SentenceTransformer(modules=chain, prompts=prompts, similarity_fn_name="cosine", device="cpu")
+    model.default_prompt_name = "document" if spec.plain_prompt else None
     model.save(str(made), create_model_card=False)
     shutil.rmtree(raw)
     if spec.pooling not in POOLING_MODES:
@@ -186,8 +188,8 @@ def exported_config(embedder: Embedder, dtype: str) -> dict[str, Any]:
 
 
 def _prompts(spec: EmbeddingSpec) -> list[str]:
-    """No prompt, an instruction's prompt, and the prompts stored with the model."""
-    return list(dict.fromkeys(["", spec.prompt(INSTRUCTION), *spec.prompts.values()]))
+    """The prompts of texts without an instruction and with one, and those stored with the model."""
+    return list(dict.fromkeys([spec.plain_prompt, spec.prompt(INSTRUCTION), *spec.prompts.values()]))
 
 
 def _torch_vectors(folder: Path, spec: EmbeddingSpec, dtype: str | None = None) -> np.ndarray:

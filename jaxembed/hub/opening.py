@@ -18,7 +18,7 @@ from jaxembed.fields import Fields
 from jaxembed.files import read_json
 from jaxembed.hub.base import Base, content_hash, find_base, read_spec
 from jaxembed.hub.peft import read_adapters
-from jaxembed.hub.weights import load_params, stored_parts
+from jaxembed.hub.weights import load_params
 from jaxembed.model.decoder import Compute
 from jaxembed.model.embedder import EmbeddingModel, parameter_shapes
 from jaxembed.model.lora import TARGETS, LoRA, join, merge, split
@@ -31,13 +31,11 @@ from jaxembed.training.run_dir import kept
 def base_params(base: Base, shapes: Any, shardings: Any) -> dict[str, Any]:
     """The parameters of those parts of a model (decoder, pooling) that its base has weights of."""
     assert base.folder is not None
-    parts = shapes.keys() & {"decoder", *stored_parts(base.folder)}
-    wanted = [{part: tree[part] for part in parts} for tree in (shapes, shardings)]
-    params = load_params(base.folder, base.decoder.layers, *wanted)
-    if base.adapters is not None:
-        lora, adapters = read_adapters(base.adapters, base.decoder.layers)
-        _check_adapters(base.adapters, adapters, shapes)
-        params = jax.device_put(merge(join(adapters, params), lora), wanted[1])
+    params = load_params(base.folder, base.decoder.layers, shapes, shardings)
+    for folder in base.adapters:
+        lora, adapters = read_adapters(folder, base.decoder.layers)
+        _check_adapters(folder, adapters, shapes)
+        params = jax.device_put(merge(join(adapters, params), lora), {part: shardings[part] for part in params})
     return dict(params)
 
 
@@ -136,7 +134,7 @@ def open_trained(run_dir: Path, compute: Compute, mesh: Mesh, checkpoint: str) -
     record = Fields(kept(read_json, run_dir / "base.json", "train anew"), where)
     config = record.mapping("config")
     decoder = from_hf(config, f"{where}: config")
-    base = Base(record.text("name"), run_dir / "tokenizer", config, decoder, read_spec(run_dir, config, decoder))
+    base = Base(record.text("name"), run_dir / "tokenizer", config, decoder, read_spec(str(run_dir), run_dir, config, decoder))
     lora = _recorded_lora(record, where)
     model = EmbeddingModel(decoder, base.spec, compute, lora)
     shapes, shardings = shapes_and_shardings(model, mesh)

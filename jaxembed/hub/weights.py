@@ -108,10 +108,9 @@ def _bare(name: str) -> str:
     return name
 
 
-def stored_parts(folder: Path) -> set[str]:
-    """Which parts of a model the folder has weights of: decoder, pooling."""
-    with open_tensors(folder) as tensors:
-        return {"pooling" if name.startswith("pooling.") else "decoder" for name in tensors}
+def _part(name: str) -> str:
+    """The part of a model that a tensor belongs to."""
+    return "pooling" if name.startswith("pooling.") else "decoder"
 
 
 def _files(folder: Path) -> list[Path]:
@@ -130,17 +129,19 @@ def _files(folder: Path) -> list[Path]:
 
 
 def load_params(folder: Path, layers: int, shapes: Any, shardings: Any) -> Any:
-    """Parameters in float32, from the safetensors files of `folder`.
+    """Parameters in float32, from the safetensors files of `folder`: the decoder, and the pooling where they hold one.
 
     `shapes` and `shardings` are trees of the parts that are wanted: decoder, pooling or both. Tensors stream through the
     host one parameter at a time, largest first, so that the peak stays near the size of the result. One `UserError`
     names every missing, unexpected and misshapen tensor.
     """
-    flat_shapes, flat_shardings = (flatten_dict(tree, sep="/") for tree in (shapes, shardings))
-    wanted = sorted((e for e in TABLE if e.ours in flat_shapes), key=lambda e: -flat_shapes[e.ours].size)
     with open_tensors(folder) as tensors:
-        if "pooling" not in shapes:
-            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("pooling.")}
+        tensors = {name: tensor for name, tensor in tensors.items() if _part(name) in shapes}
+        parts = shapes.keys() & {"decoder", *map(_part, tensors)}
+        flat_shapes, flat_shardings = (
+            flatten_dict({part: tree[part] for part in parts}, sep="/") for tree in (shapes, shardings)
+        )
+        wanted = sorted((e for e in TABLE if e.ours in flat_shapes), key=lambda e: -flat_shapes[e.ours].size)
         _check(folder, tensors, wanted, {e: flat_shapes[e.ours].shape for e in wanted}, layers)
         loaded = {e.ours: _load(e, tensors, flat_shapes[e.ours].shape, flat_shardings[e.ours]) for e in wanted}
     return unflatten_dict(loaded, sep="/")

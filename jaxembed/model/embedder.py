@@ -58,6 +58,8 @@ def parameter_shapes(model: EmbeddingModel) -> Any:
 def init_params(model: EmbeddingModel, key: jax.Array, shardings: Any) -> Any:
     """Random parameters, placed as `shardings` says while they are made: those of the model that it names."""
     wanted = flatten_dict(shardings)
+    if not wanted:
+        return {}
 
     def init(key: jax.Array) -> Any:
         params = flatten_dict(nn.unbox(model.init(key, example_texts())["params"]))

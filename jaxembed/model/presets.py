@@ -56,6 +56,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
     }
 )
 
+EXPERTS = frozenset({"num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size"})
+
 # The numbers that each kind of rotary positions needs.
 ROPE_NUMBERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -67,6 +69,19 @@ ROPE_NUMBERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 MOST, WIDEST = 2**12, 2**24  # layers or heads; numbers in a vector, entries of a vocabulary: far above any model's
 
 _QWEN2 = {"model_type": "qwen2", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 32_768}
+_QWEN2_SMALL = {
+    **_QWEN2, "vocab_size": 151_936, "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14,
+    "num_key_value_heads": 2, "intermediate_size": 4864, "tie_word_embeddings": True,
+}  # fmt: skip
+_QWEN3 = {
+    "model_type": "qwen3", "vocab_size": 151_936, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6, "max_position_embeddings": 40_960,
+}  # fmt: skip
+_MISTRAL = {
+    "model_type": "mistral", "vocab_size": 32_000, "hidden_size": 4096, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14_336, "rms_norm_eps": 1e-5,
+    "rope_theta": 10_000.0, "max_position_embeddings": 32_768, "sliding_window": 4096, "tie_word_embeddings": False,
+}  # fmt: skip
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         # For training from scratch. In Qwen3's form, since transformers puts its own tokenizer on qwen2 folders.
@@ -75,16 +90,35 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 256,
             "tie_word_embeddings": True,
         },
-        "qwen2-0.5b": {
-            **_QWEN2, "vocab_size": 151_936, "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14,
-            "num_key_value_heads": 2, "intermediate_size": 4864, "tie_word_embeddings": True,
+        "qwen2-0.5b": _QWEN2_SMALL,
+        "qwen2-1.5b": {
+            **_QWEN2, "vocab_size": 151_936, "hidden_size": 1536, "num_hidden_layers": 28, "num_attention_heads": 12,
+            "num_key_value_heads": 2, "intermediate_size": 8960, "tie_word_embeddings": True,
         },
-        "mistral-7b": {
-            "model_type": "mistral", "vocab_size": 32_000, "hidden_size": 4096, "num_hidden_layers": 32,
-            "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14_336, "rms_norm_eps": 1e-5,
-            "rope_theta": 10_000.0, "max_position_embeddings": 32_768, "sliding_window": 4096,
+        "qwen2-7b": {
+            **_QWEN2, "vocab_size": 152_064, "hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28,
+            "num_key_value_heads": 4, "intermediate_size": 18_944, "tie_word_embeddings": False,
+        },
+        "qwen3-0.6b": {
+            **_QWEN3, "hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16, "intermediate_size": 3072,
+            "tie_word_embeddings": True,
+        },
+        "qwen3-4b": {
+            **_QWEN3, "hidden_size": 2560, "num_hidden_layers": 36, "num_attention_heads": 32, "intermediate_size": 9728,
+            "tie_word_embeddings": True,
+        },
+        "qwen3-8b": {
+            **_QWEN3, "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "intermediate_size": 12_288,
             "tie_word_embeddings": False,
         },
+        "mistral-7b": _MISTRAL,
+        "llama3-8b": {
+            "model_type": "llama", "vocab_size": 128_256, "hidden_size": 4096, "num_hidden_layers": 32,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14_336, "rms_norm_eps": 1e-5,
+            "rope_theta": 500_000.0, "max_position_embeddings": 8192, "tie_word_embeddings": False,
+        },
+        "nv-embed": {"model_type": "nvembed", "text_config": _MISTRAL, "latent_attention_config": {}},
+        "kalm-embedding-v2": _QWEN2_SMALL,
     }
 )  # fmt: skip
 
@@ -102,9 +136,14 @@ def from_hf(config: Mapping[str, Any], where: str) -> DecoderConfig:
     `UserError` on a family or feature not supported, and on a value that is missing or makes no sense.
     """
     fields = Fields(config, where)
-    kind = str(config.get("model_type"))
+    kind = str(config.get("model_type"))[:60]
     if kind not in FAMILIES:
-        raise UserError(f"{where}: model_type {kind[:60]} is not supported; supported: {', '.join(FAMILIES)}")
+        experts = sorted(config.keys() & EXPERTS)
+        if experts:
+            raise UserError(
+                f"{where}: {kind} is a mixture of experts ({experts[0]}), which is not supported; take a dense base"
+            )
+        raise UserError(f"{where}: model_type {kind} is not supported; supported: {', '.join(FAMILIES)}, and nvembed")
     if config.get("hidden_act", "silu") != "silu" or fields.flag("mlp_bias"):
         raise UserError(f"{where}: only silu feed-forward layers without bias are supported")
     family = FAMILIES[kind]

@@ -1,0 +1,218 @@
+"""Published embedders, as tiny folders in the form of their repositories, beside PyTorch under each one's own rules."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from tokenizers.processors import Sequence, TemplateProcessing
+
+import tiny
+from jaxembed import Embedder
+from jaxembed.errors import UserError
+from jaxembed.hub.base import find_base
+from jaxembed.hub.card import Card
+from jaxembed.hub.export import encode_torch, export, load_sentence_transformer
+from jaxembed.run import train
+from runs import prepare, settings
+
+TASK = "Given a question, retrieve passages that answer it"
+E5 = "Instruct: {}\nQuery: "
+TEXTS = [*tiny.TEXTS, "a text that is cut at its end " * 20]
+SHORT = tiny.TEXTS[:4]
+LIMIT, POSITIONS = 100, 128  # tokens of a text where the files say so, and of the tiny models
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """How a repository looks and what its own code does.
+
+    family: of the decoder; code: its config.json names a Python file; modules: it has sentence-transformers' files with
+    this pooling; prompts: those stored there. prompt: of an instruction, plain: of a text without one. end: the token that
+    its own code puts last, past what its tokenizer.json says; eos: the key for that in tokenizer_config.json.
+    """
+
+    family: str
+    pooling: str
+    prompt: str = E5
+    plain: str = ""
+    causal: bool = True
+    code: str = ""
+    modules: bool = True
+    prompts: dict[str, str] = dataclasses.field(default_factory=dict)
+    end: str = ""
+    eos: bool = False
+    skip_prompt: bool = False
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+KALM = "Instruct: {} \n Query: "
+SEARCH = "Given a web search query, retrieve relevant passages that answer the query"
+PUBLISHED = {
+    "KaLM-embedding-multilingual-mini-v1": Published("qwen2", "mean", KALM),
+    "KaLM-embedding-multilingual-mini-instruct-v1.5": Published("qwen2", "mean", KALM),
+    "KaLM-embedding-multilingual-mini-instruct-v2": Published("qwen2", "mean", KALM, causal=False, code="modeling.Qwen2Model"),
+    "e5-mistral-7b-instruct": Published(
+        "mistral", "lasttoken", prompts={"web_search_query": E5.format(SEARCH)}, end="</s>", eos=True
+    ),
+    "SFR-Embedding-Mistral": Published("mistral", "lasttoken", end="</s>", eos=True),
+    "Linq-Embed-Mistral": Published("mistral", "lasttoken", end="</s>", eos=True),
+    "gte-Qwen2-1.5B-instruct": Published(
+        "qwen2", "lasttoken", causal=False, code="modeling_qwen.Qwen2Model", prompts={"query": E5.format(SEARCH)},
+        end="<|endoftext|>", eos=True, config={"is_causal": False},
+    ),
+    "Qwen3-Embedding-0.6B": Published(
+        "qwen3", "lasttoken", E5.rstrip(), prompts={"query": E5.rstrip().format(SEARCH), "document": ""}
+    ),
+    "GritLM-7B": Published(
+        "mistral-window", "mean", "<|user|>\n{}\n<|embed|>\n", "<|embed|>\n", causal=False, modules=False, skip_prompt=True,
+        code="modeling_gritlm7b.MistralForCausalLM",
+    ),
+}  # fmt: skip
+
+# Those whose layout is that of another one are not trained.
+DISTINCT = [name for name in PUBLISHED if not re.fullmatch(r"KaLM.*v1\.5|SFR-.*|Linq-.*", name)]
+
+
+class Reference:
+    """The tiny model of a published layout: its folder, and its vectors by transformers' stock decoder."""
+
+    def __init__(self, name: str, root: Path):
+        self.published, self.folder = PUBLISHED[name], root / name
+        family = self.published.family
+        self.decoder = tiny.torch_model(family, causal=self.published.causal)
+        self.tokenizer = tiny.tokenizer(bos=True) if family.startswith("mistral") else tiny.qwen_tokenizer()
+        if name.startswith("Qwen3"):  # its tokenizer.json ends texts with a token that is not its EOS
+            self.tokenizer.backend_tokenizer.post_processor = ends_with(self.tokenizer, "<|endoftext|>")
+            self.tokenizer.eos_token = "<|im_end|>"
+        self._save()
+
+    def _save(self) -> None:
+        p, folder = self.published, self.folder
+        self.decoder.save_pretrained(folder)
+        self.tokenizer.model_max_length = LIMIT
+        self.tokenizer.save_pretrained(folder)
+        edit(folder / "tokenizer_config.json", {"add_eos_token": True} if p.eos else {})
+        code = {"auto_map": {"AutoModel": p.code}} if p.code else {}
+        edit(folder / "config.json", {**code, **p.config}, drop=() if p.config else ("is_causal",))
+        if not p.modules:
+            return
+        kinds = ["Transformer", "Pooling", "Normalize"]
+        modules = [
+            {"idx": i, "name": str(i), "path": f"{i}_{kind}" if i else "", "type": f"sentence_transformers.models.{kind}"}
+            for i, kind in enumerate(kinds)
+        ]
+        (folder / "modules.json").write_text(json.dumps(modules))
+        (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": LIMIT, "do_lower_case": False}))
+        (folder / "1_Pooling").mkdir()
+        modes = {f"pooling_mode_{kind}": kind.startswith(p.pooling) for kind in ("cls_token", "mean_tokens", "lasttoken")}
+        pooling = {"word_embedding_dimension": 32, **modes, "include_prompt": True}
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+        (folder / "config_sentence_transformers.json").write_text(json.dumps({"prompts": p.prompts}))
+
+    def encode(self, texts: list[str], instruction: str = "") -> np.ndarray:
+        p = self.published
+        prompt = p.prompt.format(instruction) if instruction else p.plain
+        end = self.tokenizer(p.end, add_special_tokens=False)["input_ids"]
+        limit = (LIMIT if p.modules else POSITIONS) - len(end)
+        skipped = len(self.tokenizer(prompt)["input_ids"]) if p.skip_prompt else 0
+        vectors = []
+        for text in texts:
+            ids = self.tokenizer(prompt + text, truncation=True, max_length=limit)["input_ids"] + end
+            with torch.no_grad():
+                hidden = self.decoder(torch.tensor([ids])).last_hidden_state[0]
+            pooled = hidden[-1] if p.pooling == "lasttoken" else hidden[skipped:].mean(dim=0)
+            vectors.append(torch.nn.functional.normalize(pooled, dim=0).numpy())
+        return np.stack(vectors)
+
+
+def ends_with(tokenizer: transformers.PreTrainedTokenizerFast, token: str) -> Any:
+    template = TemplateProcessing(single=f"$A {token}", special_tokens=[(token, tokenizer.convert_tokens_to_ids(token))])
+    return Sequence([tokenizer.backend_tokenizer.post_processor, template])
+
+
+def edit(path: Path, changes: dict[str, Any], drop: tuple[str, ...] = ()) -> None:
+    values = {k: v for k, v in json.loads(path.read_text()).items() if k not in drop}
+    path.write_text(json.dumps(values | changes))
+
+
+@pytest.fixture(scope="module")
+def reference_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Reference]:
+    root = tmp_path_factory.mktemp("published")
+    return functools.cache(lambda name: Reference(name, root))
+
+
+def least_cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.sum(a * b, axis=1).min())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_layout_encodes_as_its_own_code(reference_of: Callable[[str], Reference], name: str) -> None:
+    reference = reference_of(name)
+    model = Embedder.load(reference.folder)
+    plain, asked = model.encode(TEXTS), model.encode(TEXTS, instruction=TASK)
+    assert least_cosine(plain, reference.encode(TEXTS)) > 0.9999
+    assert least_cosine(asked, reference.encode(TEXTS, TASK)) > 0.9999
+    assert np.abs(asked[0] - asked[1]).max() > 0.01
+    assert least_cosine(plain, asked) < 0.999
+
+
+@pytest.mark.parametrize("name", DISTINCT)
+def test_published_layout_is_tuned_further_and_exported(
+    reference_of: Callable[[str], Reference], name: str, tmp_path: Path
+) -> None:
+    reference = reference_of(name)
+    root = prepare(tmp_path)
+    small = ["train.steps=1", "train.batch_size=4", "mesh.data=1", "eval.sets=[]", "data.max_length=64", "model.unroll=false"]
+    small += ["optim.learning_rate=1e-4", "optim.warmup_steps=0"]
+    train(settings(root, "tuned", f"model.base={reference.folder}", *small))
+    before, model = Embedder.load(reference.folder), Embedder.load(root / "tuned")
+    changed = {key for key, value in vars(model.spec).items() if value != getattr(before.spec, key)}
+    assert changed <= {"max_length", "prompts"}
+    assert model.spec.prompts["query"] == reference.published.prompt.format("Find it")
+    assert 1e-5 < np.abs(model.encode(SHORT) - before.encode(SHORT)).max() < 0.02
+    export(model, tmp_path / "out", "float32", Card("tuned", "base"))
+    stock = load_sentence_transformer(tmp_path / "out")
+    for prompt in (model.spec.plain_prompt, model.spec.prompt(TASK)):
+        np.testing.assert_allclose(encode_torch(stock, TEXTS, prompt), model.encode(TEXTS, prompt=prompt), atol=1e-5)
+    default = stock.encode(TEXTS, normalize_embeddings=True)
+    np.testing.assert_allclose(default, model.encode(TEXTS), atol=1e-5)
+
+
+def test_a_repository_without_files_of_its_own_is_known_by_its_name(
+    reference_of: Callable[[str], Reference], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As fetched from the hub by its id, without sentence-transformers' files."""
+    reference = reference_of("e5-mistral-7b-instruct")
+    bare = tmp_path / "snapshots" / "0123"
+    shutil.copytree(reference.folder, bare, ignore=shutil.ignore_patterns("*sentence*", "modules.json", "1_Pooling"))
+    fetched = {"intfloat/e5-mistral-7b-instruct": str(bare)}
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: fetched[name])
+    model = Embedder.load("intfloat/e5-mistral-7b-instruct")
+    assert least_cosine(model.encode(SHORT, instruction=TASK), reference.encode(SHORT, TASK)) > 0.9999
+    assert least_cosine(Embedder.load(bare).encode(SHORT), reference.encode(SHORT)) < 0.9
+
+
+def test_a_folder_that_needs_code_of_its_own_is_refused(reference_of: Callable[[str], Reference], tmp_path: Path) -> None:
+    shutil.copytree(reference_of("KaLM-embedding-multilingual-mini-v1").folder, tmp_path / "own")
+    edit(tmp_path / "own" / "config.json", {"auto_map": {"AutoModel": "modeling_own.Own"}})
+    assert find_base(str(tmp_path / "own")).spec.pooling == "mean"
+    (tmp_path / "own" / "modules.json").unlink()
+    with pytest.raises(UserError, match=r"Looked for jaxembed.json, .* modules.json, and the layouts of NV-Embed, KaLM"):
+        find_base(str(tmp_path / "own"))
+    edit(tmp_path / "own" / "config.json", {"model_type": "qwen2_moe", "num_experts": 8})
+    with pytest.raises(UserError, match=r"qwen2_moe is a mixture of experts \(num_experts\), .* take a dense base"):
+        find_base(str(tmp_path / "own"))
+    edit(tmp_path / "own" / "config.json", {"model_type": "mixtral", "num_local_experts": 8}, drop=("num_experts",))
+    with pytest.raises(UserError, match="mixtral is a mixture of experts"):
+        find_base(str(tmp_path / "own"))
