@@ -16,19 +16,22 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     from transformers.utils import logging
 
     from jaxembed import Embedder
-    from jaxembed.hub.export import export, export_adapters
+    from jaxembed.hub.export import export, export_adapters, export_nv_embed
 
     logging.disable_progress_bar()  # of loading and saving, several times over
     cli.use_compilation_cache()
     if args.adapters:
-        if args.layers is not None or args.dtype != "float32":
-            raise UserError("--adapters writes a run's adapters as they are: leave --layers and --dtype out")
+        if args.layers is not None or args.dtype != "float32" or args.layout != "sentence-transformers":
+            raise UserError("--adapters writes a run's adapters as they are: leave --layers, --layout and --dtype out")
         if not (Path(args.model) / "base.json").is_file():
             raise UserError(f"{args.model}: not a run directory; --adapters needs one that was trained with model.lora")
         parity = export_adapters(Path(args.model), out, args.checkpoint)
         return {"folder": str(out), "largest_difference": parity.error, "allowed": parity.allowed}
     embedder = Embedder.load(args.model, checkpoint=args.checkpoint, layers=args.layers)
-    parity = export(embedder, out, args.dtype, read_card(Path(args.model), embedder.revision))
+    if args.layout == "nv-embed":
+        parity = export_nv_embed(embedder, out, args.dtype)
+    else:
+        parity = export(embedder, out, args.dtype, read_card(Path(args.model), embedder.revision))
     return {
         "folder": str(out), "revision": embedder.revision, "dtype": args.dtype, "largest_difference": parity.error,
         "allowed": parity.allowed, "least_cosine": parity.cosine,
@@ -56,5 +59,9 @@ if __name__ == "__main__":
     cli.add_model(parser)
     parser.add_argument("out", metavar="OUT", help="folder to write; must not exist")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights")
+    parser.add_argument(
+        "--layout", choices=["sentence-transformers", "nv-embed"], default="sentence-transformers",
+        help="of the folder (default: sentence-transformers); nv-embed: that of NV-Embed's release, for models of its form",
+    )  # fmt: skip
     parser.add_argument("--adapters", action="store_true", help="write a run's LoRA adapters as a PEFT folder instead")
     cli.run(main, parser)

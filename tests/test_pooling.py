@@ -84,7 +84,7 @@ def test_trained_poolings_are_those_of_pytorch(pooling: str, tmp_path: Path) -> 
     module = make_pooling(pooling, 5, 4)
     given = on_device((hidden, seen[..., None], places))
     params = randomised(nn.unbox(module.init(jax.random.key(0), *given)["params"]))
-    save_params(tmp_path / "model.safetensors", {"pooling": params}, "pooling", lambda x: x)
+    save_params(tmp_path / "model.safetensors", {"pooling": params}, {"pooling": ""}, lambda x: x)
     twin = TokenPooling(16, pooling, 5, 4)
     TokenPooling.load_torch_weights(str(tmp_path), model=twin)
     features = {"token_embeddings": torch.tensor(hidden), "attention_mask": torch.tensor(seen).long()}

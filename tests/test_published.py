@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import tiny
 from jaxembed import Embedder
@@ -18,7 +18,7 @@ from jaxembed.errors import UserError
 from jaxembed.hub.base import find_base
 from jaxembed.hub.card import Card
 from jaxembed.hub.embedder import from_base
-from jaxembed.hub.export import encode_torch, export, load_sentence_transformer
+from jaxembed.hub.export import encode_torch, export, export_nv_embed, load_sentence_transformer
 from jaxembed.hub.token_pooling import TokenPooling
 from jaxembed.model.decoder import Compute
 from jaxembed.parallel import make_mesh
@@ -110,6 +110,10 @@ def test_nv_embed_is_tuned_further_and_exported(nv_embed: tuple[NVEmbed, Path], 
     _, folder = nv_embed
     with pytest.raises(UserError, match="cuts EOS off long texts"):
         export(Embedder.load(folder), tmp_path / "whole", "float32", Card("nv", "base"))
+    export_nv_embed(Embedder.load(folder), tmp_path / "whole", "float32")
+    np.testing.assert_array_equal(Embedder.load(tmp_path / "whole").encode(TEXTS), Embedder.load(folder).encode(TEXTS))
+    theirs, ours = (load_file(place / "model.safetensors") for place in (folder, tmp_path / "whole"))
+    assert theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name]) for name in theirs)
     root = prepare(tmp_path)
     config = settings(root, "tuned", f"model.base={folder}", "model.lora={rank: 2, alpha: 4}", "train.steps=3", "eval.sets=[]")
     train(config)
@@ -119,6 +123,12 @@ def test_nv_embed_is_tuned_further_and_exported(nv_embed: tuple[NVEmbed, Path], 
     stock = load_sentence_transformer(tmp_path / "out")
     for prompt in ("", PREFIX):
         np.testing.assert_allclose(encode_torch(stock, TEXTS, prompt), model.encode(TEXTS, prompt=prompt), atol=1e-5)
+    export_nv_embed(model, tmp_path / "own", "bfloat16")
+    again, short = Embedder.load(tmp_path / "own"), [TEXTS[0], TEXTS[3]]
+    assert again.spec.eos_as_text
+    assert 1e-4 < np.abs(again.encode(short) - model.encode(short)).max() < 0.05
+    with pytest.raises(UserError, match=r"cannot hold this model \(pooling 'mean'"):
+        export_nv_embed(Embedder.load(root / "base"), tmp_path / "no", "float32")
 
 
 def test_nv_embed_of_other_sizes_is_refused(nv_embed: tuple[NVEmbed, Path], tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def same(a: Any, b: Any) -> bool:
 
 @pytest.mark.parametrize("family", tiny.CONFIGS)
 def test_saving_gives_back_the_tensors_that_were_loaded(base_folder: Folder, tmp_path: Path, family: str) -> None:
-    save_params(tmp_path / "model.safetensors", {"decoder": params_of(base_folder(family))}, "decoder", lambda x: x)
+    save_params(tmp_path / "model.safetensors", {"decoder": params_of(base_folder(family))}, {"decoder": ""}, lambda x: x)
     original, saved = tensors_of(base_folder(family)), tensors_of(tmp_path)
     assert sorted(original) == sorted(saved)
     for name, tensor in original.items():
@@ -63,7 +63,10 @@ def test_saving_gives_back_the_tensors_that_were_loaded(base_folder: Folder, tmp
 
 def test_saving_converts_every_tensor(base_folder: Folder, tmp_path: Path) -> None:
     save_params(
-        tmp_path / "model.safetensors", {"decoder": params_of(base_folder("qwen2"))}, "decoder", lambda x: x.astype(np.float16)
+        tmp_path / "model.safetensors",
+        {"decoder": params_of(base_folder("qwen2"))},
+        {"decoder": ""},
+        lambda x: x.astype(np.float16),
     )
     assert {tensor.dtype.name for tensor in tensors_of(tmp_path).values()} == {"float16"}
 
@@ -204,7 +207,7 @@ def test_loading_takes_little_more_memory_than_the_parameters(base_folder: Folde
     (tmp_path / "config.json").write_text(json.dumps(config))
     boxed = parameter_shapes(EmbeddingModel(from_hf(config, "test"), EmbeddingSpec()))["decoder"]
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), nn.unbox(boxed))
-    save_params(tmp_path / "model.safetensors", {"decoder": zeros}, "decoder", lambda x: x.astype(np.float32))
+    save_params(tmp_path / "model.safetensors", {"decoder": zeros}, {"decoder": ""}, lambda x: x.astype(np.float32))
     command = [sys.executable, "-c", LOADING, str(tmp_path), str(base_folder("llama"))]
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     environment = {"PYTHONPATH": ":".join(paths), "JAX_PLATFORMS": "cpu", "PATH": ""}

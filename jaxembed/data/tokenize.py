@@ -45,15 +45,21 @@ def append_eos(tokenizer: Any) -> None:
         return
     if tokenizer.eos_token_id is None:
         raise UserError("model.append_eos is on, but the base's tokenizer has no EOS token; set model.append_eos=false")
+    _frame(tokenizer, [(tokenizer.eos_token, tokenizer.eos_token_id)])
+
+
+def drop_eos(tokenizer: Any) -> None:
+    """Takes the EOS away that `append_eos` adds."""
+    if ends_with_eos(tokenizer):
+        _frame(tokenizer, [])
+
+
+def _frame(tokenizer: Any, end: list[tuple[str, int]]) -> None:
+    """Makes the post-processor put BOS first, where it does so now, and `end` last."""
     ids = tokenizer.backend_tokenizer.encode("a").ids
-    tokens = {tokenizer.eos_token: tokenizer.eos_token_id}
-    single, pair = f"$A {tokenizer.eos_token}", f"$A $B {tokenizer.eos_token}"
-    if ids and ids[0] == tokenizer.bos_token_id:
-        tokens[tokenizer.bos_token] = tokenizer.bos_token_id
-        single, pair = f"{tokenizer.bos_token} {single}", f"{tokenizer.bos_token} {pair}"
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=single, pair=pair, special_tokens=list(tokens.items())
-    )
+    begin = [(tokenizer.bos_token, tokenizer.bos_token_id)] if ids and ids[0] == tokenizer.bos_token_id else []
+    single, pair = (" ".join([*dict(begin), middle, *dict(end)]) for middle in ("$A", "$A $B"))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, pair=pair, special_tokens=begin + end)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,9 +15,10 @@ from jaxembed.data.tokenize import ends_with_eos, load_tokenizer
 from jaxembed.errors import UserError, brief
 from jaxembed.fields import Fields
 from jaxembed.files import exists, read_json, read_json_value, write_json
+from jaxembed.hub.nv_embed import decoder_config, is_nv_embed, nv_embed_spec
 from jaxembed.hub.peft import CONFIG as ADAPTER_CONFIG
 from jaxembed.hub.peft import base_of, is_peft
-from jaxembed.hub.published import LAYOUTS, decoder_config, is_nv_embed, nv_embed_spec, published_layout
+from jaxembed.hub.published import LAYOUTS, published_layout
 from jaxembed.hub.weights import POOLING_FOLDER
 from jaxembed.model.masks import MASKS
 from jaxembed.model.pooling import POOLINGS
@@ -25,7 +26,6 @@ from jaxembed.model.presets import MOST, DecoderConfig, from_hf, preset
 from jaxembed.spec import EmbeddingSpec
 
 SPEC_FILE = "jaxembed.json"
-NV_EMBED_LENGTH = 4096  # tokens, where its encode is not told otherwise
 # Our poolings without weights -> sentence-transformers' names.
 POOLING_MODES = {"mean": "mean", "last": "lasttoken", "first": "cls", "max": "max", "weighted_mean": "weightedmean"}
 E5_PROMPT = r"Instruct: .+?( ?\n ?Query: ?)"
@@ -101,7 +101,7 @@ def read_spec(name: str, folder: Path | None, config: Mapping[str, Any], decoder
     if folder is not None and (folder / SPEC_FILE).is_file():
         return spec_from_json(read_json(folder / SPEC_FILE), str(folder / SPEC_FILE))
     if is_nv_embed(config):
-        return nv_embed_spec(config, decoder.width, min(NV_EMBED_LENGTH, decoder.max_positions), f"{name}: config.json")
+        return nv_embed_spec(config, decoder, f"{name}: config.json")
     layout = published_layout(name, folder, config)
     listed = folder is not None and (folder / "modules.json").is_file()
     if layout is None and not listed and "auto_map" in config:

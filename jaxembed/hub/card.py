@@ -54,7 +54,11 @@ def _usage(spec: EmbeddingSpec) -> str:
         "",
     ]
     if own_code:
-        lines += ["The pooling has weights of its own; `token_pooling.py` in this folder is its PyTorch module.", ""]
+        lines += [
+            "The pooling has weights of its own; `token_pooling.py` in this folder is its PyTorch module. Where jaxembed is "
+            "installed, `jaxembed.hub.load_sentence_transformer(folder)` loads it without that flag.",
+            "",
+        ]
     if spec.prompts:
         lines += ["Prompts stored with the model:", ""]
         lines += [f"- `{name}`: {text!r}" for name, text in spec.prompts.items()]

@@ -19,11 +19,13 @@ import ml_dtypes
 import numpy as np
 
 from jaxembed import parallel
+from jaxembed.data.tokenize import drop_eos
 from jaxembed.errors import UserError
 from jaxembed.files import read_json_value, write_json
 from jaxembed.hub.base import POOLING_MODES, write_spec
 from jaxembed.hub.card import Card, model_card
 from jaxembed.hub.embedder import Embedder
+from jaxembed.hub.nv_embed import nv_embed_config, nv_embed_spec
 from jaxembed.hub.opening import open_trained
 from jaxembed.hub.peft import write_adapters
 from jaxembed.hub.weights import POOLING_FOLDER, save_params
@@ -43,6 +45,8 @@ PROBES = [
 ]
 TOLERANCE = 1e-4  # largest difference of a number of a unit vector, in float32
 LEAST_COSINE = 0.9999
+BFLOAT16_TOLERANCE = 0.05  # where there is no PyTorch model to judge by
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 BFLOAT16_SLACK = 1.5  # times transformers' own bfloat16 error
 
 
@@ -56,6 +60,13 @@ class Parity:
     error: float
     allowed: float
     cosine: float
+
+    @property
+    def told(self) -> str:
+        return (
+            f"the exported vectors differ from the model's by {self.error:.2e} "
+            f"(allowed {self.allowed:.2e}, cosine {self.cosine:.6f})"
+        )
 
     @classmethod
     def of(cls, ours: np.ndarray, theirs: np.ndarray, allowed: float) -> Parity:
@@ -77,18 +88,20 @@ def export(embedder: Embedder, out: Path, dtype: str, card: Card) -> Parity:
     if embedder.spec.echo:
         raise UserError("model.echo presents a text twice, which stock classes do not: such a model cannot be exported")
     if embedder.spec.eos_as_text:
-        raise UserError("this model cuts EOS off long texts, which stock classes do not; train it further to export it")
+        raise UserError(
+            "this model cuts EOS off long texts, which stock classes do not; export with --layout nv-embed, or train it further"
+        )
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as scratch:
         made = _build(embedder, Path(scratch), "float32")
         vectors = np.concatenate([embedder.encode(PROBES, prompt=prompt) for prompt in _prompts(embedder.spec)])
         torch_vectors = _torch_vectors(made, embedder.spec)
-        parity = Parity.of(vectors, torch_vectors, TOLERANCE)
+        parity = Parity.of(np.tile(vectors, (2, 1)), torch_vectors, TOLERANCE)
         if parity.error > parity.allowed or parity.cosine < LEAST_COSINE:
             raise UserError(_refusal(out, parity, embedder, made))
         if dtype == "bfloat16":
             own = Parity.of(torch_vectors, _torch_vectors(made, embedder.spec, dtype), 0).error
             made = _build(embedder, Path(scratch), dtype)
-            parity = Parity.of(vectors, _torch_vectors(made, embedder.spec), BFLOAT16_SLACK * own)
+            parity = Parity.of(np.tile(vectors, (2, 1)), _torch_vectors(made, embedder.spec), BFLOAT16_SLACK * own)
             if parity.error > parity.allowed:
                 raise UserError(_refusal(out, parity, embedder, made))
         write_spec(made, embedder.spec)
@@ -96,6 +109,41 @@ def export(embedder: Embedder, out: Path, dtype: str, card: Card) -> Parity:
         (made / "README.md").write_text(model_card(embedder.spec, card, parity.error), encoding="utf-8")
         for path in made.rglob("*.safetensors"):
             path.chmod(0o644)  # written as private files; a server must be able to read them
+        shutil.move(str(made), str(out))
+    return parity
+
+
+def export_nv_embed(embedder: Embedder, out: Path, dtype: str) -> Parity:
+    """Writes `out` in NV-Embed's own layout, weights in float32 or bfloat16; returns the parity of what is read back.
+
+    There EOS is part of a text when it is cut, so that texts beyond the limit lose it; they are left out of the check.
+    `UserError` for a model that this layout cannot hold.
+    """
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as scratch:
+        made = Path(scratch) / "nv-embed"
+        made.mkdir()
+        decoder, spec = embedder.model.decoder, embedder.spec
+        config = nv_embed_config(exported_config(embedder, dtype), spec, decoder.width)
+        read_back = nv_embed_spec(config, decoder, str(out))
+        settled = ("max_length", "prompts", "append_eos", "eos_as_text")
+        differing = [key for key, value in vars(read_back).items() if key not in settled and value != getattr(spec, key)]
+        if differing or decoder.family != "mistral":
+            told = ", ".join(f"{key} {getattr(spec, key)!r}" for key in differing) or f"a {decoder.family} decoder"
+            raise UserError(f"{out}: not written: NV-Embed's layout cannot hold this model ({told})")
+        write_json(made / "config.json", config)
+        prefixes = {"decoder": "embedding_model.", "pooling": "latent_attention_model."}
+        save_params(made / "model.safetensors", embedder.params, prefixes, lambda x: x.astype(DTYPES[dtype]))
+        tokenizer = copy.deepcopy(embedder.tokenizer.hf)
+        drop_eos(tokenizer)
+        tokenizer.save_pretrained(made)
+        again = Embedder.load(made)
+        parts = [
+            [model.encode(_whole(embedder, prompt), prompt=prompt) for model in (embedder, again)] for prompt in _prompts(spec)
+        ]
+        vectors, theirs = (np.concatenate(side) for side in zip(*parts, strict=True))
+        parity = Parity.of(vectors, theirs, TOLERANCE if dtype == "float32" else BFLOAT16_TOLERANCE)
+        if parity.error > parity.allowed:
+            raise UserError(f"{out}: not written: {parity.told}")
         shutil.move(str(made), str(out))
     return parity
 
@@ -135,8 +183,8 @@ def _build(embedder: Embedder, scratch: Path, dtype: str) -> Path:
     raw.mkdir()
     config = exported_config(embedder, dtype)
     (raw / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    target = np.dtype(dtype if dtype == "float32" else ml_dtypes.bfloat16)
-    save_params(raw / "model.safetensors", embedder.params, "decoder", lambda x: x.astype(target))
+    target = DTYPES[dtype]
+    save_params(raw / "model.safetensors", embedder.params, {"decoder": ""}, lambda x: x.astype(target))
     tokenizer = copy.deepcopy(embedder.tokenizer.hf)
     tokenizer.chat_template = None  # with one, sentence-transformers wraps every text in a chat
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -163,7 +211,7 @@ def _add_token_pooling(made: Path, embedder: Embedder, convert: Callable[[np.nda
     folder.mkdir()
     sizes = {"latent_count": spec.latents, "heads": spec.pooling_heads, "pooled_prompt_tokens": pooled_prompt_tokens}
     write_json(folder / "config.json", {"width": embedder.model.decoder.width, "kind": spec.pooling, **sizes})
-    save_params(folder / "model.safetensors", embedder.params, "pooling", convert)
+    save_params(folder / "model.safetensors", embedder.params, {"pooling": ""}, convert)
     shutil.copy(TORCH_POOLING, made)
     transformer, *rest = read_json_value(made / "modules.json")
     ours = {"path": POOLING_FOLDER, "type": f"{TORCH_POOLING.stem}.TokenPooling"}
@@ -192,14 +240,27 @@ def _prompts(spec: EmbeddingSpec) -> list[str]:
     return list(dict.fromkeys([spec.plain_prompt, spec.prompt(INSTRUCTION), *spec.prompts.values()]))
 
 
+def _whole(embedder: Embedder, prompt: str) -> list[str]:
+    """The probes that the model reads to their end."""
+    lengths = embedder.tokenizer.untruncated_lengths(PROBES, [prompt] * len(PROBES))
+    return [text for text, length in zip(PROBES, lengths, strict=True) if length <= embedder.spec.max_length]
+
+
 def _torch_vectors(folder: Path, spec: EmbeddingSpec, dtype: str | None = None) -> np.ndarray:
-    """The probes by plain sentence-transformers, loaded anew without remote code; `dtype` overrides the folder's."""
+    """The probes by plain sentence-transformers, padded on the right and then on the left, loaded anew without remote code.
+
+    `dtype` overrides the folder's.
+    """
     import torch
 
     model = load_sentence_transformer(folder)
     if dtype:
         model = model.to(getattr(torch, dtype))
-    return np.concatenate([encode_torch(model, PROBES, prompt) for prompt in _prompts(spec)])
+    vectors = []
+    for side in ("right", "left"):
+        model.tokenizer.padding_side = side
+        vectors += [encode_torch(model, PROBES, prompt) for prompt in _prompts(spec)]
+    return np.concatenate(vectors)
 
 
 def _refusal(out: Path, parity: Parity, embedder: Embedder, made: Path) -> str:
@@ -211,10 +272,7 @@ def _refusal(out: Path, parity: Parity, embedder: Embedder, made: Path) -> str:
     reason = ""
     if [list(ids) for ids in ours] != [list(ids) for ids in theirs]:
         reason = "; stock transformers tokenises otherwise than this tokenizer, so the base's model_type does not fit it"
-    return (
-        f"{out}: not written: the exported vectors differ from the model's by {parity.error:.2e} "
-        f"(allowed {parity.allowed:.2e}, cosine {parity.cosine:.6f}){reason}"
-    )
+    return f"{out}: not written: {parity.told}{reason}"
 
 
 def _write_probe(folder: Path, spec: EmbeddingSpec, vectors: np.ndarray) -> None:
@@ -236,9 +294,9 @@ def sentence_transformers() -> Any:
     return sentence_transformers
 
 
-def load_sentence_transformer(folder: Path) -> Any:
+def load_sentence_transformer(folder: Path | str) -> Any:
     """The folder by sentence-transformers on the CPU, without remote code but our own module where it has that one."""
-    code = folder / TORCH_POOLING.name
+    code = Path(folder) / TORCH_POOLING.name
     ours = code.is_file() and code.read_bytes() == TORCH_POOLING.read_bytes()
     return sentence_transformers().SentenceTransformer(str(folder), device="cpu", local_files_only=True, trust_remote_code=ours)
 

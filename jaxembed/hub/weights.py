@@ -202,15 +202,17 @@ def _aligned_empty(shape: tuple[int, ...]) -> np.ndarray:
     return raw[skip : skip + size].reshape(shape)
 
 
-def save_params(path: Path, params: Any, part: str, convert: Callable[[np.ndarray], np.ndarray]) -> None:
-    """Writes one part of a model, decoder or pooling, to a safetensors file, each tensor passed through `convert`."""
-    flat = flatten_dict({part: params[part]}, sep="/")
+def save_params(path: Path, params: Any, prefixes: Mapping[str, str], convert: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Writes parts of a model (decoder, pooling) to a safetensors file, each tensor passed through `convert`.
+
+    `prefixes` are what the names of a part begin with there.
+    """
     tensors = {}
-    for entry in TABLE:
-        if entry.ours not in flat:
-            continue
-        host = np.asarray(flat[entry.ours])
-        for i, one in enumerate(host if entry.stacked else [host]):
-            name = entry.theirs.format(i=i).removeprefix(f"{part}.")
-            tensors[name] = np.ascontiguousarray(convert(one.T if entry.transposed else one))
+    for part, prefix in prefixes.items():
+        flat = flatten_dict({part: params[part]}, sep="/")
+        for entry in (entry for entry in TABLE if entry.ours in flat):
+            host = np.asarray(flat[entry.ours])
+            for i, one in enumerate(host if entry.stacked else [host]):
+                name = prefix + entry.theirs.format(i=i).removeprefix(f"{part}.")
+                tensors[name] = np.ascontiguousarray(convert(one.T if entry.transposed else one))
     save_file(tensors, path, metadata={"format": "pt"})
