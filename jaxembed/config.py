@@ -62,6 +62,13 @@ class PoolingConfig(Section):
     heads: Annotated[int, Field(ge=1, le=2**12)] | None = Field(None, description="of latent and self-attention; 8")
 
 
+class ProjectionConfig(Section):
+    width: Annotated[int, Field(ge=0, le=2**16)] | None = Field(
+        None, description="of a linear layer between pooling and normalisation, 0 for none; as the base says, else none"
+    )
+    bias: bool | None = Field(None, description="of that layer; as the base says, else no")
+
+
 class LoraConfig(Section):
     rank: Annotated[int, Field(ge=1, le=2**14)] = Field(16, description="width of the adapters")
     alpha: float = Field(32.0, gt=0, description="the adapters' product is scaled by alpha / rank")
@@ -77,6 +84,7 @@ class ModelConfig(Section):
         "prefix_lm: the other way round",
     )
     pooling: PoolingConfig = PoolingConfig()
+    projection: ProjectionConfig = ProjectionConfig()
     echo: str | None = Field(
         None, description="template that names {text} twice and ends with it, the second is pooled; as the base says, else none"
     )

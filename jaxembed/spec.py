@@ -13,12 +13,13 @@ from jaxembed.config import ModelConfig
 class EmbeddingSpec:
     """How texts become vectors, beside the weights: stored once with the model, read by every command.
 
-    `latents` and `pooling_heads` size the poolings that have them. `instruction_template` turns an instruction into the
-    prompt put before a text; `prompts` are whole prompts by name (`query` and `document` among them) for users who name
-    no instruction. `echo` is a template that names {text} twice and ends with it (Springer et al. 2024): both copies are
-    cut at the same token, the second is pooled. Two habits of NV-Embed's release: with `eos_as_text` EOS is part of the
-    text when it is cut, so a cut text has none; with `pool_last_instruction_token` the last token before the text is
-    pooled too.
+    `latents` and `pooling_heads` size the poolings that have them. `projection` is the width of a linear layer between
+    pooling and normalisation (0: none); the fields after it say whether it has a bias and what follows it.
+    `instruction_template` turns an instruction into the prompt put before a text; `prompts` are whole prompts by name
+    (`query` and `document` among them) for users who name no instruction. `echo` is a template that names {text} twice and
+    ends with it (Springer et al. 2024): both copies are cut at the same token, the second is pooled. Two habits of
+    NV-Embed's release: with `eos_as_text` EOS is part of the text when it is cut, so a cut text has none; with
+    `pool_last_instruction_token` the last token before the text is pooled too.
     """
 
     attention: str = "bidirectional"
@@ -26,6 +27,9 @@ class EmbeddingSpec:
     latents: int = 512
     pooling_heads: int = 8
     include_instruction: bool = False
+    projection: int = 0
+    projection_bias: bool = False
+    projection_activation: str = "identity"
     normalize: bool = True
     append_eos: bool = True
     eos_as_text: bool = False
@@ -48,6 +52,8 @@ class EmbeddingSpec:
             "latents": model.pooling.latents,
             "pooling_heads": model.pooling.heads,
             "include_instruction": model.pooling.include_instruction,
+            "projection": model.projection.width,
+            "projection_bias": model.projection.bias,
             "normalize": model.normalize,
             "echo": model.echo,
             **({} if model.append_eos is None else {"append_eos": model.append_eos}),

@@ -127,7 +127,7 @@ class Embedder:
         """
         if isinstance(texts, str):
             raise TypeError("encode takes a list of texts, not one string")
-        width = self.model.decoder.width
+        width = self.model.width
         if dim is not None and not 0 < dim <= width:
             raise UserError(f"dim is {dim}; expected 1 to {width}, the width of this model's vectors")
         if long_texts not in ("cut", *COMBINED):
@@ -219,6 +219,7 @@ def from_base(base: Base, spec: EmbeddingSpec, compute: Compute, mesh: Mesh) -> 
     model = EmbeddingModel(base.decoder, spec, compute)
     shapes, shardings = shapes_and_shardings(model, mesh)
     params = base_params(base, shapes, shardings)
-    if params.keys() != shapes.keys():
-        raise UserError(f"{base.name}: has no weights of its {spec.pooling} pooling; train it, or choose another pooling")
+    if absent := shapes.keys() - params.keys():
+        told = f"{spec.pooling} pooling" if "pooling" in absent else "projection"
+        raise UserError(f"{base.name}: has no weights of its {told}; train it, or choose a model without")
     return Embedder(model, params, text_tokenizer(base.tokenizer(), spec, base), mesh, base, content_hash(base)[:16])

@@ -29,7 +29,7 @@ from jaxembed.training.run_dir import kept
 
 
 def base_params(base: Base, shapes: Any, shardings: Any) -> dict[str, Any]:
-    """The parameters of those parts of a model (decoder, pooling) that its base has weights of."""
+    """The parameters of those parts of a model (decoder, pooling, projection) that its base has weights of."""
     assert base.folder is not None
     parts = shapes.keys() & {"decoder", *stored_parts(base.folder)}
     wanted = [{part: tree[part] for part in parts} for tree in (shapes, shardings)]

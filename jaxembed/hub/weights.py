@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 from jaxembed.errors import UserError
 from jaxembed.fields import Fields
 from jaxembed.files import exists, read_json
+from jaxembed.hub.modules import projection_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +71,7 @@ TABLE: tuple[Entry, ...] = (
     *_linear("pooling/mlp/out", f"{BLOCKS}.1.fn.net.2"),
     *_linear("pooling/mlp_in", "pooling.mlp.0"),
     *_linear("pooling/mlp_out", "pooling.mlp.2"),
+    *_linear("projection", "projection.linear"),
 )
 POOLING_FOLDER = "1_TokenPooling"  # of an exported folder; its file's names go without "pooling."
 # What names in published files begin with -> what they begin with in the table.
@@ -88,8 +90,7 @@ def _ignored(name: str) -> bool:
 def open_tensors(folder: Path) -> Iterator[dict[str, Any]]:
     """Tensor name, as the table spells it -> a lazy slice of the (possibly sharded) safetensors files."""
     files = [(path, "") for path in _files(folder)]
-    if exists(folder / POOLING_FOLDER):
-        files.append((folder / POOLING_FOLDER / "model.safetensors", "pooling."))
+    files += [(path, f"{part}.") for part, path in part_files(folder).items()]
     with contextlib.ExitStack() as stack:
         tensors: dict[str, Any] = {}
         for path, prefix in files:
@@ -101,6 +102,26 @@ def open_tensors(folder: Path) -> Iterator[dict[str, Any]]:
         yield tensors
 
 
+def part_files(folder: Path) -> dict[str, Path]:
+    """The weights of those parts that have a file of their own in a folder; `UserError` where one is not there."""
+    pooling = folder / POOLING_FOLDER
+    files = {
+        "pooling": pooling / "model.safetensors" if exists(pooling) else None,
+        "projection": projection_weights(folder),
+    }
+    found = {part: path for part, path in files.items() if path is not None}
+    for part, path in found.items():
+        if not exists(path):
+            raise UserError(f"{path}: no such file; expected the weights of the model's {part} as safetensors")
+    return found
+
+
+def _part(name: str) -> str:
+    """The part of a model that a tensor belongs to, by its name in the table."""
+    first = name.partition(".")[0]
+    return first if first in ("pooling", "projection") else "decoder"
+
+
 def _bare(name: str) -> str:
     for prefix, ours in PREFIXES.items():
         if name.startswith(prefix):
@@ -109,9 +130,9 @@ def _bare(name: str) -> str:
 
 
 def stored_parts(folder: Path) -> set[str]:
-    """Which parts of a model the folder has weights of: decoder, pooling."""
+    """Which parts of a model the folder has weights of: decoder, pooling, projection."""
     with open_tensors(folder) as tensors:
-        return {"pooling" if name.startswith("pooling.") else "decoder" for name in tensors}
+        return {_part(name) for name in tensors}
 
 
 def _files(folder: Path) -> list[Path]:
@@ -132,15 +153,14 @@ def _files(folder: Path) -> list[Path]:
 def load_params(folder: Path, layers: int, shapes: Any, shardings: Any) -> Any:
     """Parameters in float32, from the safetensors files of `folder`.
 
-    `shapes` and `shardings` are trees of the parts that are wanted: decoder, pooling or both. Tensors stream through the
+    `shapes` and `shardings` are trees of the parts that are wanted: decoder, pooling, projection. Tensors stream through the
     host one parameter at a time, largest first, so that the peak stays near the size of the result. One `UserError`
     names every missing, unexpected and misshapen tensor.
     """
     flat_shapes, flat_shardings = (flatten_dict(tree, sep="/") for tree in (shapes, shardings))
     wanted = sorted((e for e in TABLE if e.ours in flat_shapes), key=lambda e: -flat_shapes[e.ours].size)
     with open_tensors(folder) as tensors:
-        if "pooling" not in shapes:
-            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("pooling.")}
+        tensors = {name: tensor for name, tensor in tensors.items() if _part(name) in shapes}
         _check(folder, tensors, wanted, {e: flat_shapes[e.ours].shape for e in wanted}, layers)
         loaded = {e.ours: _load(e, tensors, flat_shapes[e.ours].shape, flat_shardings[e.ours]) for e in wanted}
     return unflatten_dict(loaded, sep="/")
@@ -202,7 +222,7 @@ def _aligned_empty(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def save_params(path: Path, params: Any, part: str, convert: Callable[[np.ndarray], np.ndarray]) -> None:
-    """Writes one part of a model, decoder or pooling, to a safetensors file, each tensor passed through `convert`."""
+    """Writes one part of a model (decoder, pooling, projection) to a safetensors file, tensors passed through `convert`."""
     flat = flatten_dict({part: params[part]}, sep="/")
     tensors = {}
     for entry in TABLE:
