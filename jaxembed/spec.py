@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from jaxembed.config import ModelConfig
+
+BETWEEN = "\n\n"  # stands after every in-context example, as bge-en-icl has it (Li et al. 2024)
+OF_SHOT = re.compile(r"\{(instruction|query|response)\}")
+
+
+class Shot(NamedTuple):
+    """An in-context example: a query with its response, under an instruction."""
+
+    instruction: str
+    query: str
+    response: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,8 +27,10 @@ class EmbeddingSpec:
 
     `latents` and `pooling_heads` size the poolings that have them. `projection` is the width of a linear layer between
     pooling and normalisation (0: none); the fields after it say whether it has a bias and what follows it.
-    `instruction_template` turns an instruction into the prompt put before a text; `prompts` are whole prompts by name
-    (`query` and `document` among them) for users who name no instruction. `echo` is a template that names {text} twice and
+    `instruction_template` turns an instruction into the prompt put before a text, and `query_suffix` follows the text of
+    every input that has a prompt; `example_template` is how an in-context example is put before both (made of those two
+    where it is empty). `prompts` are whole prompts by name (`query` and `document` among them) for users who name no
+    instruction. `echo` is a template that names {text} twice and
     ends with it (Springer et al. 2024): both copies are cut at the same token, the second is pooled. Two habits of
     NV-Embed's release: with `eos_as_text` EOS is part of the text when it is cut, so a cut text has none; with
     `pool_last_instruction_token` the last token before the text is pooled too.
@@ -37,11 +51,21 @@ class EmbeddingSpec:
     echo: str = ""
     max_length: int = 512
     instruction_template: str = "Instruct: {instruction}\nQuery:"
+    query_suffix: str = ""
+    example_template: str = ""
     prompts: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
 
-    def prompt(self, instruction: str | None) -> str:
-        """The text put before a text under an instruction; empty without one."""
-        return self.instruction_template.replace("{instruction}", instruction) if instruction else ""
+    def prompt(self, instruction: str | None, shots: Sequence[Shot] = ()) -> str:
+        """The text put before a text under an instruction, in-context examples first; empty without an instruction."""
+        if not instruction:
+            return ""
+        return "".join(map(self.shown, shots)) + self.instruction_template.replace("{instruction}", instruction)
+
+    def shown(self, shot: Shot) -> str:
+        """An in-context example as it stands in a prompt."""
+        response = self.query_suffix or "\nResponse:"
+        template = self.example_template or f"{self.instruction_template}{{query}}{response}{{response}}"
+        return OF_SHOT.sub(lambda found: str(getattr(shot, found[1])), template) + BETWEEN
 
     def with_choices(self, model: ModelConfig, max_length: int) -> EmbeddingSpec:
         """This spec with the choices that a config makes; what it leaves open stays."""
@@ -58,6 +82,8 @@ class EmbeddingSpec:
             "echo": model.echo,
             **({} if model.append_eos is None else {"append_eos": model.append_eos}),
             "instruction_template": model.instruction_template,
+            "query_suffix": model.query_suffix,
+            "example_template": model.example_template,
             "max_length": max_length,
         }
         return dataclasses.replace(self, **{k: v for k, v in chosen.items() if v is not None})

@@ -54,10 +54,11 @@ ROWS: list[dict[str, Any]] = [
     {"sentence1": "a", "sentence2": "b", "score": 4.5},
     {"_id": "d", "title": "t", "text": "u"},
     {"step": 1, "loss": 0.5},
+    {"query": "q", "response": "r"},
 ]
 CHECKS = {
     "pair": schema.check_pair, "label": schema.check_label, "scored": schema.check_scored, "corpus": schema.check_corpus,
-    "query": schema.check_query,
+    "query": schema.check_query, "shot": schema.check_shot,
 }  # fmt: skip
 MODULES = [
     {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},

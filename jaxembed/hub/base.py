@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxembed.config import is_echo
+from jaxembed.config import is_echo, is_example
 from jaxembed.data.tokenize import ends_with_eos, load_tokenizer
 from jaxembed.errors import UserError, brief
 from jaxembed.fields import Fields
@@ -118,6 +118,9 @@ def spec_from_json(values: Mapping[str, Any], where: str) -> EmbeddingSpec:
     echo = fields.text("echo", default.echo)
     if echo and not is_echo(echo):
         raise UserError(f"{where}: echo must name {{text}} twice and end with it")
+    example = fields.text("example_template", default.example_template)
+    if not is_example(example):
+        raise UserError(f"{where}: example_template must contain {{query}} and {{response}}")
     return EmbeddingSpec(
         projection=fields.whole("projection", default.projection, least=0, most=MOST),
         projection_bias=fields.flag("projection_bias", default.projection_bias),
@@ -134,6 +137,8 @@ def spec_from_json(values: Mapping[str, Any], where: str) -> EmbeddingSpec:
         pool_last_instruction_token=fields.flag("pool_last_instruction_token", default.pool_last_instruction_token),
         max_length=fields.whole("max_length", default.max_length),
         instruction_template=template,
+        query_suffix=fields.text("query_suffix", default.query_suffix),
+        example_template=example,
         prompts=fields.texts("prompts"),
     )
 

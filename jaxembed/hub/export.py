@@ -76,6 +76,8 @@ def export(embedder: Embedder, out: Path, dtype: str, card: Card) -> Parity:
         raise UserError(f"{embedder.spec.pooling} pooling with an instruction's last token cannot be exported by stock classes")
     if embedder.spec.echo:
         raise UserError("model.echo presents a text twice, which stock classes do not: such a model cannot be exported")
+    if embedder.spec.query_suffix:
+        raise UserError("model.query_suffix follows a text, where stock classes put nothing: such a model cannot be exported")
     if embedder.spec.eos_as_text:
         raise UserError("this model cuts EOS off long texts, which stock classes do not; train it further to export it")
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as scratch:

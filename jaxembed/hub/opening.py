@@ -103,6 +103,7 @@ def text_tokenizer(tokenizer: Any, spec: EmbeddingSpec, base: Base) -> TextToken
         eos_as_text=spec.eos_as_text,
         pool_last_instruction_token=spec.pool_last_instruction_token,
         echo=spec.echo,
+        suffix=spec.query_suffix,
     )
 
 
