@@ -30,10 +30,9 @@ class EmbeddingSpec:
     `instruction_template` turns an instruction into the prompt put before a text, and `query_suffix` follows the text of
     every input that has a prompt; `example_template` is how an in-context example is put before both (made of those two
     where it is empty). `prompts` are whole prompts by name (`query` and `document` among them) for users who name no
-    instruction. `echo` is a template that names {text} twice and
-    ends with it (Springer et al. 2024): both copies are cut at the same token, the second is pooled. Two habits of
-    NV-Embed's release: with `eos_as_text` EOS is part of the text when it is cut, so a cut text has none; with
-    `pool_last_instruction_token` the last token before the text is pooled too.
+    instruction. `echo` is a template that names {text} twice and ends with it (Springer et al. 2024): both copies are cut at
+    the same token, the second is pooled. Two habits of NV-Embed's release: with `eos_as_text` EOS is part of the text when
+    it is cut, so a cut text has none; with `pool_last_instruction_token` the last token before the text is pooled too.
     """
 
     attention: str = "bidirectional"
