@@ -107,17 +107,31 @@ class TextTokenizer:
         return backend
 
     def __call__(self, texts: Sequence[str], prompts: Sequence[str]) -> TokenizedTexts:
-        texts = list(texts)
-        encoded = self._encoded(texts, prompts)
-        full = [i for i, e in enumerate(encoded) if len(e) == self.max_length and (self._copies > 1 or self._tail(prompts[i]))]
-        if full:
-            kept = self._fitting([texts[i] for i in full], [prompts[i] for i in full])
-            for i, text, again in zip(full, kept, self._encoded(kept, [prompts[i] for i in full]), strict=True):
-                texts[i], encoded[i] = text, again
+        kept, encoded = self._fitted(texts, prompts)
         ids = [np.array(e.ids, np.int32) for e in encoded]
         if self._copies == 1:
             return TokenizedTexts(ids, self.prompt_lengths(prompts))
-        return TokenizedTexts(ids, np.array(list(map(self._second_copy, texts, prompts, encoded)), np.int64))
+        return TokenizedTexts(ids, np.array(list(map(self._second_copy, kept, prompts, encoded)), np.int64))
+
+    def _fitted(self, texts: Sequence[str], prompts: Sequence[str]) -> tuple[list[str], list[Encoding]]:
+        """The texts, cut at one of their tokens where something follows that has to fit, and the tokens of everything."""
+        kept, encoded = list(texts), self._encoded(texts, prompts)
+        over = [i for i, e in enumerate(encoded) if self._is_cut(e) and (self._copies > 1 or self._tail(prompts[i]))]
+        alone = self._uncut.encode_batch([texts[i] for i in over], add_special_tokens=False)
+        spans = {i: e.offsets for i, e in zip(over, alone, strict=True)}
+        room = dict(zip(over, self.room([prompts[i] for i in over]), strict=True))
+        while over:
+            for i in over:
+                room[i] = min(room[i], len(spans[i]) - 1)
+                kept[i] = texts[i][: spans[i][room[i]][0]] if room[i] > 0 else ""
+                room[i] -= 1  # for the next round, where tokens at the cut came out otherwise
+            for i, e in zip(over, self._encoded([kept[i] for i in over], [prompts[i] for i in over]), strict=True):
+                encoded[i] = e
+            over = [i for i in over if self._is_cut(encoded[i]) and kept[i]]
+        return kept, encoded
+
+    def _is_cut(self, encoded: Encoding) -> bool:
+        return len(encoded) == self.max_length and bool(encoded.overflowing)
 
     def _encoded(self, texts: Sequence[str], prompts: Sequence[str]) -> list[Encoding]:
         """The texts with all that stands around them, cut at the end; for echoes with the place of each token."""
@@ -131,20 +145,6 @@ class TextTokenizer:
     def _tail(self, prompt: str) -> str:
         """What follows a text under a prompt."""
         return self._suffix if prompt else ""
-
-    def _fitting(self, texts: Sequence[str], prompts: Sequence[str]) -> list[str]:
-        """Each text cut at one of its tokens so that it fits with all that stands around it; empty where nothing does."""
-        kept = list(texts)
-        spans = [e.offsets for e in self._uncut.encode_batch(kept, add_special_tokens=False)]
-        tokens = np.minimum(self.room(prompts), [len(of_text) - 1 for of_text in spans])
-        over = [i for i, length in enumerate(self.untruncated_lengths(kept, prompts)) if length > self.max_length and kept[i]]
-        while over:
-            for i in over:
-                kept[i] = texts[i][: spans[i][tokens[i]][0]] if tokens[i] > 0 else ""
-            tokens[over] -= 1  # for the next round, where tokens at the cut came out otherwise
-            lengths = self.untruncated_lengths([kept[i] for i in over], [prompts[i] for i in over])
-            over = [i for i, length in zip(over, lengths, strict=True) if length > self.max_length and kept[i]]
-        return kept
 
     def _second_copy(self, text: str, prompt: str, encoded: Encoding) -> int:
         """The token that an echo's second copy starts with."""
