@@ -42,6 +42,11 @@ def is_echo(template: str) -> bool:
     return template.count("{text}") == 2 and template.endswith("{text}")
 
 
+def is_example(template: str) -> bool:
+    """Whether a template presents an in-context example; it may do without the instruction. Empty: made of others."""
+    return not template or ("{query}" in template and "{response}" in template)
+
+
 class RunConfig(Section):
     name: str = Field("", description="name of the run; the config file's stem if empty")
     dir: str = Field("", description="run directory; runs/NAME if empty")
@@ -62,6 +67,13 @@ class PoolingConfig(Section):
     heads: Annotated[int, Field(ge=1, le=2**12)] | None = Field(None, description="of latent and self-attention; 8")
 
 
+class ProjectionConfig(Section):
+    width: Annotated[int, Field(ge=0, le=2**16)] | None = Field(
+        None, description="of a linear layer between pooling and normalisation, 0 for none; as the base says, else none"
+    )
+    bias: bool | None = Field(None, description="of that layer; as the base says, else no")
+
+
 class LoraConfig(Section):
     rank: Annotated[int, Field(ge=1, le=2**14)] = Field(16, description="width of the adapters")
     alpha: float = Field(32.0, gt=0, description="the adapters' product is scaled by alpha / rank")
@@ -77,12 +89,21 @@ class ModelConfig(Section):
         "prefix_lm: the other way round",
     )
     pooling: PoolingConfig = PoolingConfig()
+    projection: ProjectionConfig = ProjectionConfig()
     echo: str | None = Field(
         None, description="template that names {text} twice and ends with it, the second is pooled; as the base says, else none"
     )
     normalize: bool | None = Field(None, description="unit-length vectors; as the base says, else yes")
     append_eos: bool | None = Field(None, description="end every text with EOS; as the base says, else yes")
     instruction_template: str | None = Field(None, description="with {instruction}; as the base says, else E5's form")
+    query_suffix: str | None = Field(
+        None, description="follows every text that has a prompt, kept where the text is cut; as the base says, else none"
+    )
+    example_template: str | None = Field(
+        None,
+        description="of an in-context example, with {instruction}, {query} and {response}; as the base says, else made of "
+        "instruction_template and query_suffix",
+    )
     lora: LoraConfig | None = Field(None, description="train low-rank adapters and freeze the base; absent: train everything")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the computation, not parameters")
     remat: bool = Field(False, description="recompute layer activations in the backward pass to save memory")
@@ -95,7 +116,18 @@ class ModelConfig(Section):
             raise ValueError("instruction_template must contain {instruction}")
         if self.echo and not is_echo(self.echo):
             raise ValueError("echo must name {text} twice and end with it")
+        if not is_example(self.example_template or ""):
+            raise ValueError("example_template must contain {query} and {response}")
         return self
+
+
+class FewShotConfig(Section):
+    most: Annotated[int, Field(ge=1, le=64)] = Field(
+        5,
+        description="a query has 1 to that many, out of other rows; the last are left out where its text would have less than "
+        "half of data.max_length",
+    )
+    zero_shot: float = Field(0.2, ge=0, le=1, description="share of the queries that have none")
 
 
 class SourceConfig(Section):
@@ -107,9 +139,16 @@ class SourceConfig(Section):
     weight: float = Field(1.0, ge=1e-6, le=1e6, description="share of the mixture, relative to the other sources' weights")
     instructions: tuple[str, ...] = Field((), description="one is drawn per example for its query")
     document_instruction: str = Field("", description="instruction of the documents, for symmetric tasks")
+    few_shot: FewShotConfig | None = Field(None, description="in-context examples before the queries; absent: none")
     in_batch_negatives: bool | None = Field(None, description="default: no for labels, yes otherwise")
     label_documents: Literal["auto", "labels", "examples"] = Field("auto", description="auto: labels where there are two")
     min_score: float = Field(4.0, description="scored_pairs: pairs below this score are not positives")
+
+    @model_validator(mode="after")
+    def _examples_have_an_instruction(self) -> SourceConfig:
+        if self.few_shot is not None and not all(self.instructions or [""]):
+            raise ValueError("few_shot presents its examples under an instruction; name instructions, none of them empty")
+        return self
 
 
 class PythonPackagesConfig(Section):

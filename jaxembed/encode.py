@@ -17,6 +17,9 @@ LINES_AT_ONCE = 4096
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the output, how many vectors it holds and their width."""
     source, out = Path(args.input), cli.new_output(args.out)
+    if args.examples and not args.instruction:
+        raise UserError("--examples are presented under an instruction: name it with --instruction")
+    examples = read_examples(Path(args.examples)) if args.examples else []
     count = sum(1 for _ in read_texts(source, args.field))
     if not count:
         raise UserError(f"{source}: the file holds no lines")
@@ -28,6 +31,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     cli.use_compilation_cache()
     embedder = Embedder.load(args.model, checkpoint=args.checkpoint, dtype=args.dtype, layers=args.layers)
     options = {name: getattr(args, name) for name in ("instruction", "prompt_name", "dim", "long_texts")}
+    options["examples"] = examples
     width = embedder.encode([], **options).shape[1]  # refuses what does not fit the model before anything is written
     partial = out.with_name(out.name + ".partial")
     try:
@@ -43,6 +47,15 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     finally:
         partial.unlink(missing_ok=True)
     return {"out": str(out), "vectors": count, "width": width}
+
+
+def read_examples(path: Path) -> list[tuple[str, str]]:
+    """The (query, response) of each row of a JSONL file; `UserError` names file and line."""
+    from jaxembed.data.jsonl import JsonLines
+    from jaxembed.data.schema import check_shot
+
+    rows = JsonLines(path, check_shot)
+    return [(rows[i]["query"], rows[i]["response"]) for i in range(len(rows))]
 
 
 def read_texts(path: Path, field: str) -> Iterator[str]:
@@ -72,6 +85,9 @@ if __name__ == "__main__":
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument("--instruction", help="put before every text by the model's template")
     prompts.add_argument("--prompt-name", metavar="NAME", help="a prompt stored with the model, such as query")
+    parser.add_argument(
+        "--examples", metavar="FILE.jsonl", help='few-shot: lines {"query": ..., "response": ...}, put before the instruction'
+    )
     parser.add_argument("--dim", type=int, help="keep the first numbers of each vector (Matryoshka)")
     parser.add_argument(
         "--long-texts", choices=["cut", "mean", "max"], default="cut", help="cut (default), or combine the vectors of pieces"

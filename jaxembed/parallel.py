@@ -24,6 +24,7 @@ LOGICAL_AXES: dict[str, str | None] = {
     "head_width": None,
     "mlp": None,
     "latents": None,
+    "projected": None,
 }
 BATCH_AXES = ("data",)
 

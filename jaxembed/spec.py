@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from jaxembed.config import ModelConfig
+
+BETWEEN = "\n\n"  # stands after every in-context example, as bge-en-icl has it (Li et al. 2024)
+OF_SHOT = re.compile(r"\{(instruction|query|response)\}")
+
+
+class Shot(NamedTuple):
+    """An in-context example: a query with its response, under an instruction."""
+
+    instruction: str
+    query: str
+    response: str
 
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddingSpec:
     """How texts become vectors, beside the weights: stored once with the model, read by every command.
 
-    `latents` and `pooling_heads` size the poolings that have them. `instruction_template` turns an instruction into the
-    prompt put before a text, `plain_prompt` stands before texts without one; `prompts` are whole prompts by name (`query`
-    and `document` among them) for users who name no instruction. `echo` is a template that names {text} twice and ends
-    with it (Springer et al. 2024): both copies are cut at the same token, the second is pooled. Two habits of NV-Embed's
-    release: with `eos_as_text` EOS is part of the text when it is cut, so a cut text has none; with
+    `latents` and `pooling_heads` size the poolings that have them. `projection` is the width of a linear layer between
+    pooling and normalisation (0: none); the fields after it say whether it has a bias and what follows it.
+    `instruction_template` turns an instruction into the prompt put before a text, `plain_prompt` stands before texts
+    without one, and `query_suffix` follows the text of every input that has a prompt; `example_template` is how an
+    in-context example is put before them (made of template and suffix where it is empty). `prompts` are whole prompts by
+    name (`query` and `document` among them) for users who name no instruction. `echo` is a template that names {text} twice
+    and ends with it (Springer et al. 2024): both copies are cut at the same token, the second is pooled. Two habits of
+    NV-Embed's release: with `eos_as_text` EOS is part of the text when it is cut, so a cut text has none; with
     `pool_last_instruction_token` the last token before the text is pooled too.
     """
 
@@ -26,6 +41,9 @@ class EmbeddingSpec:
     latents: int = 512
     pooling_heads: int = 8
     include_instruction: bool = False
+    projection: int = 0
+    projection_bias: bool = False
+    projection_activation: str = "identity"
     normalize: bool = True
     append_eos: bool = True
     eos_as_text: bool = False
@@ -34,11 +52,21 @@ class EmbeddingSpec:
     max_length: int = 512
     instruction_template: str = "Instruct: {instruction}\nQuery:"
     plain_prompt: str = ""
+    query_suffix: str = ""
+    example_template: str = ""
     prompts: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
 
-    def prompt(self, instruction: str | None) -> str:
-        """The text put before a text under an instruction, or without one."""
-        return self.instruction_template.replace("{instruction}", instruction) if instruction else self.plain_prompt
+    def prompt(self, instruction: str | None, shots: Sequence[Shot] = ()) -> str:
+        """The text put before a text under an instruction, in-context examples first; or without an instruction."""
+        if not instruction:
+            return self.plain_prompt
+        return "".join(map(self.shown, shots)) + self.instruction_template.replace("{instruction}", instruction)
+
+    def shown(self, shot: Shot) -> str:
+        """An in-context example as it stands in a prompt."""
+        response = self.query_suffix or "\nResponse:"
+        template = self.example_template or f"{self.instruction_template}{{query}}{response}{{response}}"
+        return OF_SHOT.sub(lambda found: str(getattr(shot, found[1])), template) + BETWEEN
 
     def with_choices(self, model: ModelConfig, max_length: int) -> EmbeddingSpec:
         """This spec with the choices that a config makes; what it leaves open stays."""
@@ -49,10 +77,14 @@ class EmbeddingSpec:
             "latents": model.pooling.latents,
             "pooling_heads": model.pooling.heads,
             "include_instruction": model.pooling.include_instruction,
+            "projection": model.projection.width,
+            "projection_bias": model.projection.bias,
             "normalize": model.normalize,
             "echo": model.echo,
             **({} if model.append_eos is None else {"append_eos": model.append_eos}),
             "instruction_template": model.instruction_template,
+            "query_suffix": model.query_suffix,
+            "example_template": model.example_template,
             "max_length": max_length,
         }
         return dataclasses.replace(self, **{k: v for k, v in chosen.items() if v is not None})

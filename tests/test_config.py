@@ -97,6 +97,8 @@ def test_overrides_of_list_entries_and_their_order(tmp_path: Path) -> None:
         ("data.sources.0={weight: 2}", "FILE: data.sources.0.path is missing; it has no default"),
         ("data.row_length=511", "FILE: data: row_length 511 is below max_length 512; a text must fit a row"),
         ("model.instruction_template=Query", "FILE: model: instruction_template must contain {instruction}"),
+        ("model.example_template=x", "FILE: model: example_template must contain {query} and {response}"),
+        ("data.sources.0.few_shot={}", "FILE: data.sources.0: few_shot presents its examples under an instruction; name"),
         ("mesh.data=0", "FILE: mesh: data is 0; expected a number of devices, or -1 for all"),
         ("train.steps", "override 'train.steps': expected key.sub=value, such as train.steps=100"),
         ("=5", "override '=5': expected key.sub=value"),
@@ -156,10 +158,12 @@ def test_a_spec_takes_what_a_config_chooses_and_keeps_the_rest(tmp_path: Path) -
         tmp_path, "model.attention=bidirectional",
         "model.pooling={kind: latent_attention, include_instruction: true, latents: 9, heads: 2}",
         "model.normalize=false", "model.append_eos=true", "model.instruction_template='{instruction}:'",
+        "model.query_suffix='?'", "model.example_template='{query}{response}'", "model.projection={width: 3, bias: true}",
     )  # fmt: skip
     expected = EmbeddingSpec(
         attention="bidirectional", pooling="latent_attention", latents=9, pooling_heads=2, include_instruction=True,
         normalize=False, append_eos=True, max_length=77, instruction_template="{instruction}:", prompts={"query": "q"},
+        query_suffix="?", example_template="{query}{response}", projection=3, projection_bias=True,
     )  # fmt: skip
     assert spec.with_choices(chosen.model, 77) == expected
 

@@ -31,7 +31,7 @@ from jaxembed.errors import UserError
 from jaxembed.hub.base import SPEC_FILE, find_base, write_spec
 from jaxembed.hub.opening import base_params, shapes_and_shardings
 from jaxembed.hub.peft import write_adapters
-from jaxembed.hub.weights import load_params
+from jaxembed.hub.weights import load_params, save_params
 from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.model.lora import LoRA
 from jaxembed.model.presets import DecoderConfig
@@ -54,14 +54,16 @@ ROWS: list[dict[str, Any]] = [
     {"sentence1": "a", "sentence2": "b", "score": 4.5},
     {"_id": "d", "title": "t", "text": "u"},
     {"step": 1, "loss": 0.5},
+    {"query": "q", "response": "r"},
 ]
 CHECKS = {
     "pair": schema.check_pair, "label": schema.check_label, "scored": schema.check_scored, "corpus": schema.check_corpus,
-    "query": schema.check_query,
+    "query": schema.check_query, "shot": schema.check_shot,
 }  # fmt: skip
 MODULES = [
     {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
     {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+    {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"},
 ]
 
 numbers = st.one_of(
@@ -239,6 +241,11 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tiny.folder(tmp_path_factory.mktemp("fuzz") / "base", "llama")
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True, "include_prompt": True}))
+    (folder / "2_Dense").mkdir()
+    dense = {"in_features": 32, "out_features": 4, "bias": False, "activation_function": "torch.nn.modules.linear.Identity"}
+    (folder / "2_Dense" / "config.json").write_text(json.dumps(dense))
+    projection = {"projection": {"kernel": np.zeros((32, 4), np.float32)}}
+    save_params(folder / "2_Dense" / "model.safetensors", projection, "projection", lambda x: x)
     (folder / "modules.json").write_text(json.dumps(MODULES))
     (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 64}))
     (folder / "config_sentence_transformers.json").write_text(json.dumps({"prompts": {"query": "q: "}}))
@@ -264,7 +271,10 @@ def opened(folder: Path) -> None:
     load_params(base.folder, base.decoder.layers, shapes, shardings)
 
 
-JSON_FILES = ["modules.json", "1_Pooling/config.json", "sentence_bert_config.json", "config_sentence_transformers.json"]
+JSON_FILES = [
+    "modules.json", "1_Pooling/config.json", "2_Dense/config.json", "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+]  # fmt: skip
 changes = st.sampled_from([0, -1, 1, 3, 2**20, 2**40, 4.0, "4", "", None, True, False, [], {}, [1], float("nan")]) | trees
 
 

@@ -97,9 +97,14 @@ def test_split_and_join() -> None:
     params = {
         "decoder": {"embedding": 1, "up": {"kernel": 2, "lora_a": 3, "lora_b": 4}},
         "pooling": {"latents": 5, "out": {"kernel": 6}},
+        "projection": {"kernel": 7},
     }
     trained, frozen = split(params)
-    assert trained == {"decoder": {"up": {"lora_a": 3, "lora_b": 4}}, "pooling": {"latents": 5, "out": {"kernel": 6}}}
+    assert trained == {
+        "decoder": {"up": {"lora_a": 3, "lora_b": 4}},
+        "pooling": {"latents": 5, "out": {"kernel": 6}},
+        "projection": {"kernel": 7},
+    }
     assert frozen == {"decoder": {"embedding": 1, "up": {"kernel": 2}}}
     assert join(trained, frozen) == params
     plain = {"decoder": {"embedding": 1}}

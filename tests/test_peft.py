@@ -109,12 +109,14 @@ def test_adapters_of_other_kinds_are_refused(folder: Path, tmp_path: Path, chang
         Embedder.load(tmp_path)
 
 
-def test_adapters_that_name_themselves_are_refused(folder: Path, tmp_path: Path) -> None:
-    written_by_peft(folder / "base", tmp_path)
-    path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(tmp_path)}))
-    with pytest.raises(UserError, match="names this folder"):
-        Embedder.load(tmp_path)
+def test_adapters_whose_base_leads_back_to_them_are_refused(folder: Path, tmp_path: Path) -> None:
+    names = {"a": str(tmp_path / "b"), "b": str(tmp_path / "a"), "c": str(tmp_path / "c"), "d": "no\0name", "e": "~nobody/x"}
+    for name, base in names.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    for name in names:
+        with pytest.raises(UserError, match="leads back to this folder" if name in "abc" else "neither a folder with"):
+            Embedder.load(tmp_path / name)
 
 
 def test_adapters_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -> None:

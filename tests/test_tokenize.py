@@ -115,7 +115,7 @@ def test_pooling_starts_where_sentence_transformers_puts_it(tmp_path: Path, bos:
         theirs = Transformer(str(tmp_path), max_seq_length=length)
         ours = TextTokenizer(load_tokenizer(tmp_path), length)
         for prompt in filter(None, PROMPTS):
-            assert ours.prompt_length(prompt) == theirs._get_prompt_length(prompt), prompt
+            assert ours.prompt_lengths([prompt])[0] == theirs._get_prompt_length(prompt), prompt
             ids = ours(TEXTS, [prompt] * len(TEXTS)).ids
             for text, mine in zip(TEXTS, ids, strict=True):
                 assert mine.tolist() == theirs.preprocess([text], prompt=prompt)["input_ids"][0].tolist()
@@ -125,7 +125,7 @@ def test_pooling_of_each_text_starts_after_its_own_prompt() -> None:
     made = TextTokenizer(tokenizer(bos=True), 512)
     prompts = ["", "query: ", "", "a longer prompt"]
     starts = made(["x"] * 4, prompts).pool_from.tolist()
-    assert starts == [made.prompt_length(prompt) for prompt in prompts]
+    assert starts == [made.prompt_lengths([prompt])[0] for prompt in prompts]
     assert starts[0] == starts[2] == 0 < starts[1] < starts[3]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import flax.struct
@@ -69,10 +70,28 @@ class BatchBuilder:
     def examples(self, step: int, ids: np.ndarray) -> list[Example]:
         """The examples of a step, each drawn from (seed, step, id)."""
         source, index = self._index.locate(ids)
-        return [
+        drawn = [
             self._sources[s].draw(int(i), np.random.default_rng((self._seed, step, int(id_))), self._negatives)
             for s, i, id_ in zip(source, index, ids, strict=True)
         ]
+        return self._with_room(drawn)
+
+    def _with_room(self, examples: list[Example]) -> list[Example]:
+        """The same without those in-context examples, the last first, that leave the text less than half of its tokens.
+
+        They are counted one by one, so that each is tokenised once.
+        """
+        parts = [[self._spec.prompt(e.instruction), *map(self._spec.shown, e.shots)] if e.shots else [] for e in examples]
+        lengths = iter(self._tokenizer.prompt_lengths([part for of_example in parts for part in of_example]))
+        made = []
+        for example, of_example in zip(examples, parts, strict=True):
+            filled = np.cumsum(list(islice(lengths, len(of_example))))
+            fitting = int((2 * filled <= self._tokenizer.max_length).sum()) - 1
+            made.append(dataclasses.replace(example, shots=example.shots[: max(0, fitting)]) if of_example else example)
+        return made
+
+    def _prompt(self, example: Example) -> str:
+        return self._spec.prompt(example.instruction, example.shots)
 
     def __call__(self, step: int, ids: np.ndarray) -> HostBatch:
         examples = self.examples(step, ids)
@@ -111,7 +130,7 @@ class BatchBuilder:
             negatives = [*e.negatives, *[None] * (self._negatives - len(e.negatives))]
             texts += [e.query, e.positive, *negatives]
             documents = self._spec.prompt(e.document_instruction)
-            prompts += [self._spec.prompt(e.instruction), *[documents] * (1 + self._negatives)]
+            prompts += [self._prompt(e), *[documents] * (1 + self._negatives)]
         return texts, prompts
 
     def _pack(self, tokenized: TokenizedTexts, present: np.ndarray) -> tuple[PackedTexts, np.ndarray]:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxembed.errors import UserError
+from jaxembed.spec import Shot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +20,8 @@ class Example:
     """One query as it is drawn for one step.
 
     `positives` are all texts known to answer the query: they are never its negatives. `score` is a graded similarity
-    of query and positive where the source has one, else NaN; `label` a class of the source, else -1.
+    of query and positive where the source has one, else NaN; `label` a class of the source, else -1. `shots` are in-context
+    examples of the query.
     """
 
     query: str
@@ -27,6 +29,7 @@ class Example:
     negatives: tuple[str, ...]
     positives: tuple[str, ...]
     instruction: str = ""
+    shots: tuple[Shot, ...] = ()
     document_instruction: str = ""
     label: int = -1
     score: float = float("nan")
@@ -94,6 +97,11 @@ def check_corpus(row: Row) -> str | None:
 def check_query(row: Row) -> str | None:
     """A query of a BEIR folder."""
     return _text(row, "_id") or _text(row, "text")
+
+
+def check_shot(row: Row) -> str | None:
+    """An in-context example."""
+    return _text(row, "query") or _text(row, "response")
 
 
 def _text(row: Row, field: str) -> str | None:

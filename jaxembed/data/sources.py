@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from jaxembed.data.jsonl import JsonLines, first_row
 from jaxembed.data.schema import Example, PairCheck, check_label, check_scored
 from jaxembed.errors import UserError
 from jaxembed.files import exists
+from jaxembed.spec import Shot
 
 
 class Rows(Protocol):
@@ -141,12 +143,26 @@ class Source:
         return len(self.drawer)
 
     def draw(self, index: int, rng: np.random.Generator, negatives: int) -> Example:
-        """The example at `index` as this visit sees it: positive, negatives and instruction drawn by `rng`."""
+        """The example at `index` as this visit sees it: all that is drawn, in-context examples too, is drawn by `rng`."""
         example = self.drawer.draw(index, rng, negatives)
         choices = self.config.instructions
         instruction = example.instruction or (choices[rng.integers(len(choices))] if choices else "")
-        documents = self.config.document_instruction
-        return dataclasses.replace(example, instruction=instruction, document_instruction=documents)
+        documents, shots = self.config.document_instruction, self._shots(index, example.query, instruction, rng)
+        return dataclasses.replace(example, instruction=instruction, document_instruction=documents, shots=shots)
+
+    def _shots(self, index: int, query: str, instruction: str, rng: np.random.Generator) -> tuple[Shot, ...]:
+        """In-context examples out of other rows that ask something else; fewer than drawn where there are not as many.
+
+        Each stands under its row's own instruction, if it has one, else under the query's.
+        """
+        chosen = self.config.few_shot
+        if chosen is None or rng.random() < chosen.zero_shot:
+            return ()
+        count = int(rng.integers(1, chosen.most + 1))
+        rows = rng.choice(len(self), min(len(self), 2 * count + 1), replace=False)
+        drawn = (self.drawer.draw(int(row), rng, 0) for row in rows if row != index)
+        shots = (Shot(e.instruction or instruction, e.query, e.positive) for e in drawn if e.query != query)
+        return tuple(islice(shots, count))
 
 
 def open_sources(config: DataConfig, cache: Path) -> list[Source]:

@@ -7,13 +7,13 @@ is added where a model wants it; truncation keeps them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from jaxembed.errors import UserError, brief
@@ -71,7 +71,11 @@ class TokenizedTexts:
 
 
 class TextTokenizer:
-    """Tokenises whole batches of texts, each with its prompt ('' for none), on all cores and without the GIL."""
+    """Tokenises whole batches of texts, each with its prompt ('' for none), on all cores and without the GIL.
+
+    What follows a text, a second copy of it or a suffix, is kept whole: the text is cut to leave room. Only where a prompt
+    fills `max_length` by itself is everything after that cut off.
+    """
 
     def __init__(
         self,
@@ -81,9 +85,10 @@ class TextTokenizer:
         eos_as_text: bool = False,
         pool_last_instruction_token: bool = False,
         echo: str = "",
+        suffix: str = "",
     ):
-        """`tokenizer` is a fast Hugging Face tokenizer; `max_length` counts special tokens. For the rest see
-        `EmbeddingSpec`.
+        """`tokenizer` is a fast Hugging Face tokenizer; `max_length` counts special tokens; `suffix` follows the texts that
+        have a prompt. For the rest see `EmbeddingSpec`.
         """
         self.hf = tokenizer
         self.max_length = max_length
@@ -91,8 +96,8 @@ class TextTokenizer:
         self._pooled_instruction_tokens = int(pool_last_instruction_token)
         self._template = echo or "{text}"
         self._copies = self._template.count("{text}")
+        self._suffix = suffix
         self._special = set(tokenizer.all_special_ids)
-        self._prompt_lengths: dict[str, int] = {"": 0}
 
     @cached_property
     def _backend(self) -> Tokenizer:
@@ -101,46 +106,75 @@ class TextTokenizer:
         backend.enable_truncation(self.max_length)
         return backend
 
+    @cached_property
+    def _uncut(self) -> Tokenizer:
+        backend = Tokenizer.from_str(self._backend.to_str())
+        backend.no_truncation()
+        return backend
+
     def __call__(self, texts: Sequence[str], prompts: Sequence[str]) -> TokenizedTexts:
-        if self._copies > 1:
-            return self._echoed(texts, prompts)
-        ids = [np.array(e.ids, np.int32) for e in self._backend.encode_batch_fast(self._joined(texts, prompts))]
-        pool_from = np.array([self.prompt_length(prompt) for prompt in prompts], np.int64)
-        return TokenizedTexts(ids, pool_from)
+        kept, encoded = self._fitted(texts, prompts)
+        ids = [np.array(e.ids, np.int32) for e in encoded]
+        if self._copies == 1:
+            return TokenizedTexts(ids, self.prompt_lengths(prompts))
+        return TokenizedTexts(ids, np.array(list(map(self._second_copy, kept, prompts, encoded)), np.int64))
+
+    def _fitted(self, texts: Sequence[str], prompts: Sequence[str]) -> tuple[list[str], list[Encoding]]:
+        """The texts, cut at one of their tokens where something follows that has to fit, and the tokens of everything."""
+        kept, encoded = list(texts), self._encoded(texts, prompts)
+        over = [i for i, e in enumerate(encoded) if self._is_cut(e) and (self._copies > 1 or self._tail(prompts[i]))]
+        alone = self._uncut.encode_batch([texts[i] for i in over], add_special_tokens=False)
+        spans = {i: e.offsets for i, e in zip(over, alone, strict=True)}
+        room = dict(zip(over, self.room([prompts[i] for i in over]), strict=True))
+        while over:
+            for i in over:
+                room[i] = min(room[i], len(spans[i]) - 1)
+                kept[i] = texts[i][: spans[i][room[i]][0]] if room[i] > 0 else ""
+                room[i] -= 1  # for the next round, where tokens at the cut came out otherwise
+            for i, e in zip(over, self._encoded([kept[i] for i in over], [prompts[i] for i in over]), strict=True):
+                encoded[i] = e
+            over = [i for i in over if self._is_cut(encoded[i]) and kept[i]]
+        return kept, encoded
+
+    def _is_cut(self, encoded: Encoding) -> bool:
+        return len(encoded) == self.max_length and bool(encoded.overflowing)
+
+    def _encoded(self, texts: Sequence[str], prompts: Sequence[str]) -> list[Encoding]:
+        """The texts with all that stands around them, cut at the end; for echoes with the place of each token."""
+        encode = self._backend.encode_batch_fast if self._copies == 1 else self._backend.encode_batch
+        return list(encode(self._joined(texts, prompts)))
 
     def _joined(self, texts: Sequence[str], prompts: Sequence[str]) -> list[str]:
         parts = zip(prompts, texts, strict=True)
-        return [prompt + self._template.replace("{text}", text) + self._end for prompt, text in parts]
+        return [prompt + self._template.replace("{text}", text) + self._tail(prompt) + self._end for prompt, text in parts]
 
-    def _echoed(self, texts: Sequence[str], prompts: Sequence[str]) -> TokenizedTexts:
-        """Both copies of each text cut at the same token, and pooling from the start of the second."""
-        ids, pool_from = [], []
-        for text, prompt in zip(texts, prompts, strict=True):
-            kept, room = text, (self.max_length - int(self.untruncated_lengths([""], [prompt])[0])) // self._copies
-            while True:
-                (whole,) = self._joined([kept], [prompt])
-                encoded = self._uncut.encode(whole)
-                if len(encoded.ids) <= self.max_length or not kept:
-                    break
-                spans = self._uncut.encode(text, add_special_tokens=False).offsets
-                kept = text[: spans[room][0]] if 0 < room < len(spans) else ""
-                room -= 1  # for the next round, where tokens at the cut came out otherwise
-            second = len(whole) - len(self._end) - len(kept)
-            start = next((i for i, (_, end) in enumerate(encoded.offsets) if end > second), len(encoded.ids) - 1)
-            ids.append(np.array(encoded.ids[: self.max_length], np.int32))
-            pool_from.append(min(start, self.max_length - 1))
-        return TokenizedTexts(ids, np.array(pool_from, np.int64))
+    def _tail(self, prompt: str) -> str:
+        """What follows a text under a prompt."""
+        return self._suffix if prompt else ""
 
-    def prompt_length(self, prompt: str) -> int:
-        """Tokens of the prompt alone, less a trailing special token: the rule of sentence-transformers' pooling.
+    def _second_copy(self, text: str, prompt: str, encoded: Encoding) -> int:
+        """The token that an echo's second copy starts with."""
+        (whole,) = self._joined([text], [prompt])
+        start = len(whole) - len(self._end) - len(self._tail(prompt)) - len(text)
+        return next((i for i, (_, end) in enumerate(encoded.offsets) if end > start), len(encoded) - 1)
+
+    def prompt_lengths(self, prompts: Sequence[str]) -> np.ndarray:
+        """Tokens of each prompt alone, less a trailing special token: the rule of sentence-transformers' pooling.
 
         A prompt that ends in a space counts a token that really merges into the text's first word.
         """
-        if prompt not in self._prompt_lengths:
-            ids = self._backend.encode(prompt).ids
-            length = len(ids) - (bool(ids) and ids[-1] in self._special)
-            self._prompt_lengths[prompt] = max(0, length - self._pooled_instruction_tokens)
-        return self._prompt_lengths[prompt]
+
+        def count(distinct: list[str]) -> Iterator[int]:
+            for prompt, encoded in zip(distinct, self._backend.encode_batch_fast(distinct), strict=True):
+                ends_special = len(encoded) > 0 and encoded.ids[-1] in self._special
+                yield max(0, len(encoded) - ends_special - self._pooled_instruction_tokens) if prompt else 0
+
+        return _of_each(prompts, count)
+
+    def room(self, prompts: Sequence[str]) -> np.ndarray:
+        """Tokens that a text may have under each prompt without being cut, give or take those that merge at its ends."""
+        around = _of_each(prompts, lambda distinct: self.untruncated_lengths([""] * len(distinct), distinct))
+        return (self.max_length - around) // self._copies
 
     def untruncated_lengths(self, texts: Sequence[str], prompts: Sequence[str]) -> np.ndarray:
         """Tokens each text would have without `max_length`."""
@@ -152,7 +186,7 @@ class TextTokenizer:
         `UserError` where the prompt leaves no room for a text.
         """
         lengths = self.untruncated_lengths(texts, [prompt] * len(texts))
-        room = (self.max_length - int(self.untruncated_lengths([""], [prompt])[0])) // self._copies
+        room = int(self.room([prompt])[0])
         if room < 1 and (lengths > self.max_length).any():
             raise UserError(f"a prompt of {len(prompt)} characters fills the {self.max_length} tokens that the model reads")
         return [
@@ -169,8 +203,9 @@ class TextTokenizer:
             return self._cut(text, prompt, room - 1)
         return found
 
-    @cached_property
-    def _uncut(self) -> Tokenizer:
-        backend = Tokenizer.from_str(self._backend.to_str())
-        backend.no_truncation()
-        return backend
+
+def _of_each(prompts: Sequence[str], count: Callable[[list[str]], Iterable[int]]) -> np.ndarray:
+    """A number of each prompt, counted once for those that are equal."""
+    distinct = list(dict.fromkeys(prompts))
+    counted = dict(zip(distinct, count(distinct), strict=True))
+    return np.array([counted[prompt] for prompt in prompts], np.int64)

@@ -10,16 +10,18 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxembed.config import is_echo
+from jaxembed.config import is_echo, is_example
 from jaxembed.data.tokenize import ends_with_eos, load_tokenizer
 from jaxembed.errors import UserError, brief
 from jaxembed.fields import Fields
-from jaxembed.files import exists, read_json, read_json_value, write_json
+from jaxembed.files import exists, read_json, write_json
+from jaxembed.hub.modules import LISTING, modules, projection_choices
 from jaxembed.hub.nv_embed import decoder_config, is_nv_embed, nv_embed_spec
 from jaxembed.hub.peft import CONFIG as ADAPTER_CONFIG
 from jaxembed.hub.peft import base_of, is_peft
 from jaxembed.hub.published import LAYOUTS, published_layout
-from jaxembed.hub.weights import POOLING_FOLDER
+from jaxembed.hub.weights import part_files
+from jaxembed.model.embedder import ACTIVATIONS
 from jaxembed.model.masks import MASKS
 from jaxembed.model.pooling import POOLINGS
 from jaxembed.model.presets import MOST, DecoderConfig, from_hf, preset
@@ -29,6 +31,7 @@ SPEC_FILE = "jaxembed.json"
 # Our poolings without weights -> sentence-transformers' names.
 POOLING_MODES = {"mean": "mean", "last": "lasttoken", "first": "cls", "max": "max", "weighted_mean": "weightedmean"}
 E5_PROMPT = r"Instruct: .+?( ?\n ?Query: ?)"
+MODULES = ("Transformer", "Pooling", "Dense", "Normalize")  # of sentence-transformers that are read, in their order
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*/config.json"]
 
 
@@ -103,7 +106,7 @@ def read_spec(name: str, folder: Path | None, config: Mapping[str, Any], decoder
     if is_nv_embed(config):
         return nv_embed_spec(config, decoder, f"{name}: config.json")
     layout = published_layout(name, folder, config)
-    listed = folder is not None and (folder / "modules.json").is_file()
+    listed = folder is not None and exists(folder / LISTING)
     if layout is None and not listed and "auto_map" in config:
         known = ", ".join(layout.title for layout in LAYOUTS)
         raise UserError(
@@ -128,7 +131,13 @@ def spec_from_json(values: Mapping[str, Any], where: str) -> EmbeddingSpec:
     echo = fields.text("echo", default.echo)
     if echo and not is_echo(echo):
         raise UserError(f"{where}: echo must name {{text}} twice and end with it")
+    example = fields.text("example_template", default.example_template)
+    if not is_example(example):
+        raise UserError(f"{where}: example_template must contain {{query}} and {{response}}")
     return EmbeddingSpec(
+        projection=fields.whole("projection", default.projection, least=0, most=MOST),
+        projection_bias=fields.flag("projection_bias", default.projection_bias),
+        projection_activation=fields.choice("projection_activation", tuple(ACTIVATIONS), default.projection_activation),
         echo=echo,
         attention=fields.choice("attention", tuple(MASKS), default.attention),
         pooling=fields.choice("pooling", tuple(POOLINGS), default.pooling),
@@ -142,6 +151,8 @@ def spec_from_json(values: Mapping[str, Any], where: str) -> EmbeddingSpec:
         max_length=fields.whole("max_length", default.max_length),
         instruction_template=template,
         plain_prompt=fields.text("plain_prompt", default.plain_prompt),
+        query_suffix=fields.text("query_suffix", default.query_suffix),
+        example_template=example,
         prompts=fields.texts("prompts"),
     )
 
@@ -151,16 +162,12 @@ def write_spec(folder: Path, spec: EmbeddingSpec) -> None:
 
 
 def _sentence_transformers_spec(folder: Path, config: Mapping[str, Any], decoder: DecoderConfig) -> EmbeddingSpec:
-    """Reads modules.json and the files it names; `UserError` on a module that is not stock pooling or normalisation."""
-    listing = folder / "modules.json"
-    modules = read_json_value(listing)
-    try:
-        kinds = {str(m["type"]).rsplit(".", 1)[-1]: folder / str(m["path"]) for m in modules}
-    except (TypeError, KeyError):
-        raise UserError(f"{listing}: expected a list of modules, each with type and path") from None
-    unknown = set(kinds) - {"Transformer", "Pooling", "Normalize"}
-    if unknown or "Pooling" not in kinds:
-        raise UserError(f"{listing}: expected the modules Transformer, Pooling and Normalize; found {', '.join(kinds)}")
+    """Reads modules.json and the files it names; `UserError` on a module that has no place here."""
+    listed = modules(folder)
+    kinds = dict(listed)
+    if [kind for kind, _ in listed] != [kind for kind in MODULES if kind in kinds] or "Pooling" not in kinds:
+        found = ", ".join(kind for kind, _ in listed) or "none"
+        raise UserError(f"{folder / LISTING}: expected the modules {', '.join(MODULES)} or some of them; found {found}")
     pooling = read_json(kinds["Pooling"] / "config.json")
     tokenizer = load_tokenizer(folder)
     extra = folder / "config_sentence_transformers.json"
@@ -169,6 +176,7 @@ def _sentence_transformers_spec(folder: Path, config: Mapping[str, Any], decoder
         attention="causal" if Fields(config, str(folder / "config.json")).flag("is_causal", True) else "bidirectional",
         pooling=_pooling_kind(pooling, kinds["Pooling"]),
         include_instruction=Fields(pooling, str(kinds["Pooling"] / "config.json")).flag("include_prompt", True),
+        **(projection_choices(kinds["Dense"], decoder.width) if "Dense" in kinds else {}),
         normalize="Normalize" in kinds,
         append_eos=ends_with_eos(tokenizer) or bool(tokenizer.init_kwargs.get("add_eos_token")),
         max_length=_max_length(folder, decoder, tokenizer),
@@ -206,9 +214,8 @@ def _pooling_kind(pooling: Mapping[str, Any], where: Path) -> str:
 def content_hash(base: Base) -> str:
     """SHA-256 over config and weights of a folder, adapters included; of the config alone for a preset."""
     digest = hashlib.sha256(json.dumps(dict(base.hf_config), sort_keys=True).encode())
-    kinds = ("*.safetensors", f"{POOLING_FOLDER}/*.safetensors")
     folders = [folder for folder in (base.folder, *base.adapters) if folder is not None]
-    for path in (path for folder in folders for path in sorted(path for kind in kinds for path in folder.glob(kind))):
+    for path in (path for folder in folders for path in sorted([*folder.glob("*.safetensors"), *part_files(folder).values()])):
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

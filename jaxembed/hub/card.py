@@ -22,12 +22,13 @@ class Card:
 
 def model_card(spec: EmbeddingSpec, card: Card, parity_error: float) -> str:
     """README.md of the folder, with the hub's front matter."""
+    projected = f", projected to {spec.projection} numbers" if spec.projection else ""
     parts = [
         "---\nlibrary_name: sentence-transformers\npipeline_tag: sentence-similarity\n"
         "tags: [sentence-transformers, feature-extraction, jaxembed]\n---",
         f"# {card.name}",
         f"A text-embedding model trained with jaxembed from `{card.base}`{card.checkpoint and f', {card.checkpoint}'}: "
-        f"{spec.attention} attention, {spec.pooling} pooling, at most {spec.max_length} tokens a text.",
+        f"{spec.attention} attention, {spec.pooling} pooling{projected}, at most {spec.max_length} tokens a text.",
         _usage(spec),
         _scores(card.scores),
         f"## Recipe\n\n```yaml\n{card.recipe.rstrip()}\n```" if card.recipe else "",

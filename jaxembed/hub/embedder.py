@@ -21,7 +21,7 @@ from jaxembed.hub.base import Base, content_hash, find_base
 from jaxembed.hub.opening import base_params, open_trained, shapes_and_shardings, text_tokenizer
 from jaxembed.model.decoder import Compute
 from jaxembed.model.embedder import EmbeddingModel
-from jaxembed.spec import EmbeddingSpec
+from jaxembed.spec import EmbeddingSpec, Shot
 
 WINDOW = 4096  # texts tokenised and packed together
 TOKENS_AT_ONCE, ON_CPU = 8192, 2048  # tokens a device takes at once; a CPU's caches want fewer
@@ -114,25 +114,27 @@ class Embedder:
         *,
         prompt: str | None = None,
         prompt_name: str | None = None,
+        examples: Sequence[tuple[str, str]] = (),
         long_texts: str = "cut",
         show_progress: bool = False,
     ) -> np.ndarray:
         """Unit vectors, float32 [N, D], in the order of `texts`.
 
         `instruction` is put before every text by the model's template; `prompt` is put there as it is; `prompt_name`
-        names one stored with the model (`spec.prompts`). Texts beyond `spec.max_length` are cut there; with `long_texts`
+        names one stored with the model (`spec.prompts`). `examples` are (query, response) pairs that show, before the
+        instruction, what it asks for (few-shot). Texts beyond `spec.max_length` are cut there; with `long_texts`
         mean or max they are read in pieces, whose unit vectors are so combined. `dim` keeps the first numbers of each
         vector (Matryoshka) and makes it unit length again. Scores are dot products. `UserError` on a dim, a name or a way
-        that the model does not have.
+        that the model does not have, and on examples that leave no room for a text.
         """
         if isinstance(texts, str):
             raise TypeError("encode takes a list of texts, not one string")
-        width = self.model.decoder.width
+        width = self.model.width
         if dim is not None and not 0 < dim <= width:
             raise UserError(f"dim is {dim}; expected 1 to {width}, the width of this model's vectors")
         if long_texts not in ("cut", *COMBINED):
             raise UserError(f"long_texts is {long_texts!r}; expected cut, {', '.join(COMBINED)}")
-        lead = self._lead(instruction, prompt, prompt_name)
+        lead = self._lead(instruction, prompt, prompt_name, examples)
         out = np.zeros((len(texts), dim or width), np.float32)
         starts = tqdm(range(0, len(texts), WINDOW), disable=not show_progress, unit=f"x{WINDOW} texts")
         for start in starts:
@@ -159,15 +161,26 @@ class Embedder:
         parts = [self._run(list(texts[start : start + WINDOW]), lead, apply) for start in starts]
         return np.concatenate(parts) if parts else np.zeros((0, self.spec.pooling_heads, self.spec.latents), np.float32)
 
-    def _lead(self, instruction: str | None, prompt: str | None, prompt_name: str | None) -> str:
+    def _lead(
+        self, instruction: str | None, prompt: str | None, prompt_name: str | None, examples: Sequence[tuple[str, str]] = ()
+    ) -> str:
         """What is put before every text."""
         if sum(given is not None for given in (instruction, prompt, prompt_name)) > 1:
             raise TypeError("encode takes one of instruction, prompt and prompt_name")
+        if examples and not instruction:
+            raise TypeError("encode presents examples under an instruction; give it one")
         if prompt_name is not None and prompt_name not in self.spec.prompts:
             known = ", ".join(self.spec.prompts) or "none"
             raise UserError(f"prompt name {prompt_name!r}: not stored with this model; stored: {known}")
         stored = self.spec.prompts[prompt_name] if prompt_name is not None else prompt
-        return self.spec.prompt(instruction) if stored is None else stored
+        if stored is not None:
+            return stored
+        lead = self.spec.prompt(instruction, [Shot(instruction or "", *example) for example in examples])
+        if examples and self.tokenizer.room([lead])[0] < 1:
+            taken, most = int(self.tokenizer.untruncated_lengths([""], [lead])[0]), self.tokenizer.max_length
+            told = f"the instruction and its {len(examples)} examples take {taken} of the {most} tokens that the model reads"
+            raise UserError(f"{told}; name fewer or shorter examples")
+        return lead
 
     def similarity(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """Cosines [A, B] of two sets of vectors from `encode`."""
@@ -219,6 +232,7 @@ def from_base(base: Base, spec: EmbeddingSpec, compute: Compute, mesh: Mesh) -> 
     model = EmbeddingModel(base.decoder, spec, compute)
     shapes, shardings = shapes_and_shardings(model, mesh)
     params = base_params(base, shapes, shardings)
-    if params.keys() != shapes.keys():
-        raise UserError(f"{base.name}: has no weights of its {spec.pooling} pooling; train it, or choose another pooling")
+    if absent := shapes.keys() - params.keys():
+        told = f"{spec.pooling} pooling" if "pooling" in absent else "projection"
+        raise UserError(f"{base.name}: has no weights of its {told}; train it, or choose a model without")
     return Embedder(model, params, text_tokenizer(base.tokenizer(), spec, base), mesh, base, content_hash(base)[:16])

@@ -28,7 +28,7 @@ from jaxembed.hub.embedder import Embedder
 from jaxembed.hub.nv_embed import nv_embed_config, nv_embed_spec
 from jaxembed.hub.opening import open_trained
 from jaxembed.hub.peft import write_adapters
-from jaxembed.hub.weights import POOLING_FOLDER, save_params
+from jaxembed.hub.weights import POOLING_FOLDER, part_files, save_params
 from jaxembed.model.decoder import Compute
 from jaxembed.model.presets import FAMILIES
 from jaxembed.spec import EmbeddingSpec
@@ -87,6 +87,8 @@ def export(embedder: Embedder, out: Path, dtype: str, card: Card) -> Parity:
         raise UserError(f"{embedder.spec.pooling} pooling with an instruction's last token cannot be exported by stock classes")
     if embedder.spec.echo:
         raise UserError("model.echo presents a text twice, which stock classes do not: such a model cannot be exported")
+    if embedder.spec.query_suffix:
+        raise UserError("model.query_suffix follows a text, where stock classes put nothing: such a model cannot be exported")
     if embedder.spec.eos_as_text:
         raise UserError(
             "this model cuts EOS off long texts, which stock classes do not; export with --layout nv-embed, or train it further"
@@ -151,15 +153,16 @@ def export_nv_embed(embedder: Embedder, out: Path, dtype: str) -> Parity:
 def export_adapters(run_dir: Path, out: Path, checkpoint: str) -> Parity:
     """Writes a run's adapters as the PEFT folder `out`, with spec and tokenizer, checked as `export` checks.
 
-    `UserError` on a run without adapters, and on one that trained its pooling too, which such a folder cannot hold.
+    `UserError` on a run without adapters, and on one that trained its pooling or projection too, which such a folder
+    cannot hold.
     """
     mesh = parallel.make_mesh()
     parts = open_trained(run_dir, Compute(), mesh, checkpoint)
     lora = parts.model.lora
     if lora is None:
         raise UserError(f"{run_dir}: trained without model.lora; export it whole, without --adapters")
-    if "pooling" in parts.trained:
-        raise UserError(f"{run_dir}: its pooling was trained too; export it whole, without --adapters")
+    if whole := parts.trained.keys() - {"decoder"}:
+        raise UserError(f"{run_dir}: its {' and '.join(sorted(whole))} was trained too; export it whole, without --adapters")
     embedder = Embedder(*parts.merged, parts.tokenizer, mesh, parts.base, parts.revision)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as scratch:
         made = Path(scratch) / "adapters"
@@ -178,6 +181,7 @@ def _build(embedder: Embedder, scratch: Path, dtype: str) -> Path:
     """A folder saved by sentence-transformers' own classes, out of our config, weights and tokenizer."""
     st = sentence_transformers()
     from sentence_transformers.sentence_transformer import modules
+    from torch import nn
 
     raw, made, spec = scratch / f"raw-{dtype}", scratch / dtype, embedder.spec
     raw.mkdir()
@@ -193,12 +197,19 @@ def _build(embedder: Embedder, scratch: Path, dtype: str) -> Path:
     transformer = modules.Transformer(str(raw), max_seq_length=spec.max_length)
     mode = POOLING_MODES.get(spec.pooling, "mean")
     pooling = modules.Pooling(embedder.model.decoder.width, mode, include_prompt=spec.include_instruction)
-    chain = [transformer, pooling, *([modules.Normalize()] if spec.normalize else [])]
+    chain = [transformer, pooling]
+    if spec.projection:
+        activation = {"identity": nn.Identity(), "tanh": nn.Tanh()}[spec.projection_activation]
+        chain.append(modules.Dense(embedder.model.decoder.width, spec.projection, spec.projection_bias, activation))
+    if spec.normalize:
+        chain.append(modules.Normalize())
     prompts = {**spec.prompts, **({"document": spec.plain_prompt} if spec.plain_prompt else {})}
     model = st.SentenceTransformer(modules=chain, prompts=prompts, similarity_fn_name="cosine", device="cpu")
     model.default_prompt_name = "document" if spec.plain_prompt else None
     model.save(str(made), create_model_card=False)
     shutil.rmtree(raw)
+    if spec.projection:
+        save_params(part_files(made)["projection"], embedder.params, {"projection": ""}, lambda x: x.astype(target))
     if spec.pooling not in POOLING_MODES:
         _add_token_pooling(made, embedder, lambda x: x.astype(target))
     return made

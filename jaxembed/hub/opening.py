@@ -29,7 +29,7 @@ from jaxembed.training.run_dir import kept
 
 
 def base_params(base: Base, shapes: Any, shardings: Any) -> dict[str, Any]:
-    """The parameters of those parts of a model (decoder, pooling) that its base has weights of."""
+    """The parameters of those parts of a model (decoder, pooling, projection) that its base has weights of."""
     assert base.folder is not None
     params = load_params(base.folder, base.decoder.layers, shapes, shardings)
     for folder in base.adapters:
@@ -101,6 +101,7 @@ def text_tokenizer(tokenizer: Any, spec: EmbeddingSpec, base: Base) -> TextToken
         eos_as_text=spec.eos_as_text,
         pool_last_instruction_token=spec.pool_last_instruction_token,
         echo=spec.echo,
+        suffix=spec.query_suffix,
     )
 
 

@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 from jaxembed.errors import UserError
 from jaxembed.fields import Fields
 from jaxembed.files import exists, read_json
+from jaxembed.hub.modules import projection_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +71,7 @@ TABLE: tuple[Entry, ...] = (
     *_linear("pooling/mlp/out", f"{BLOCKS}.1.fn.net.2"),
     *_linear("pooling/mlp_in", "pooling.mlp.0"),
     *_linear("pooling/mlp_out", "pooling.mlp.2"),
+    *_linear("projection", "projection.linear"),
 )
 POOLING_FOLDER = "1_TokenPooling"  # of an exported folder; its file's names go without "pooling."
 # What names in published files begin with -> what they begin with in the table.
@@ -88,8 +90,7 @@ def _ignored(name: str) -> bool:
 def open_tensors(folder: Path) -> Iterator[dict[str, Any]]:
     """Tensor name, as the table spells it -> a lazy slice of the (possibly sharded) safetensors files."""
     files = [(path, "") for path in _files(folder)]
-    if exists(folder / POOLING_FOLDER):
-        files.append((folder / POOLING_FOLDER / "model.safetensors", "pooling."))
+    files += [(path, f"{part}.") for part, path in part_files(folder).items()]
     with contextlib.ExitStack() as stack:
         tensors: dict[str, Any] = {}
         for path, prefix in files:
@@ -101,16 +102,31 @@ def open_tensors(folder: Path) -> Iterator[dict[str, Any]]:
         yield tensors
 
 
+def part_files(folder: Path) -> dict[str, Path]:
+    """The weights of those parts that have a file of their own in a folder; `UserError` where one is not there."""
+    pooling = folder / POOLING_FOLDER
+    files = {
+        "pooling": pooling / "model.safetensors" if exists(pooling) else None,
+        "projection": projection_weights(folder),
+    }
+    found = {part: path for part, path in files.items() if path is not None}
+    for part, path in found.items():
+        if not exists(path):
+            raise UserError(f"{path}: no such file; expected the weights of the model's {part} as safetensors")
+    return found
+
+
+def _part(name: str) -> str:
+    """The part of a model that a tensor belongs to, by its name in the table."""
+    first = name.partition(".")[0]
+    return first if first in ("pooling", "projection") else "decoder"
+
+
 def _bare(name: str) -> str:
     for prefix, ours in PREFIXES.items():
         if name.startswith(prefix):
             return ours + name.removeprefix(prefix)
     return name
-
-
-def _part(name: str) -> str:
-    """The part of a model that a tensor belongs to."""
-    return "pooling" if name.startswith("pooling.") else "decoder"
 
 
 def _files(folder: Path) -> list[Path]:
@@ -129,9 +145,9 @@ def _files(folder: Path) -> list[Path]:
 
 
 def load_params(folder: Path, layers: int, shapes: Any, shardings: Any) -> Any:
-    """Parameters in float32, from the safetensors files of `folder`: the decoder, and the pooling where they hold one.
+    """Parameters in float32, from the safetensors files of `folder`: the decoder, and what else they hold of it.
 
-    `shapes` and `shardings` are trees of the parts that are wanted: decoder, pooling or both. Tensors stream through the
+    `shapes` and `shardings` are trees of the parts that are wanted: decoder, pooling, projection. Tensors stream through the
     host one parameter at a time, largest first, so that the peak stays near the size of the result. One `UserError`
     names every missing, unexpected and misshapen tensor.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -13,28 +14,44 @@ from jaxtyping import Array, Float
 from jaxembed.data.packing import PackedTexts
 from jaxembed.errors import UserError
 from jaxembed.model.decoder import Compute, Decoder
+from jaxembed.model.layers import Linear
 from jaxembed.model.lora import LoRA
 from jaxembed.model.masks import MASKS, Places
 from jaxembed.model.pooling import make_pooling, segment_mask, unit_length
 from jaxembed.model.presets import DecoderConfig
 from jaxembed.spec import EmbeddingSpec
 
+# What may follow the projection, by name.
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"identity": lambda x: x, "tanh": jnp.tanh}
+
 
 class EmbeddingModel(nn.Module):
-    """Vectors [R, S, D] of the texts of packed rows, in at least float32; absent texts give zeros."""
+    """Vectors [R, S, D] of the texts of packed rows, in at least float32; [R, S, P] where the spec has a projection.
+
+    Absent texts give zeros, or what the projection makes of zeros.
+    """
 
     decoder: DecoderConfig
     spec: EmbeddingSpec
     compute: Compute = Compute()
     lora: LoRA | None = None
 
+    @property
+    def width(self) -> int:
+        """The width of the vectors."""
+        return self.spec.projection or self.decoder.width
+
     @nn.compact
-    def __call__(self, texts: PackedTexts) -> Float[Array, "r s d"]:
+    def __call__(self, texts: PackedTexts) -> Float[Array, "r s p"]:
         hidden = Decoder(self.decoder, MASKS[self.spec.attention], self.compute, self.lora, name="decoder")(texts)
         pool_mask = (texts.segment_ids > 0) if self.spec.include_instruction else texts.pool_mask
         members = segment_mask(texts.segment_ids, pool_mask, texts.segments)
         pooling = make_pooling(self.spec.pooling, self.spec.latents, self.spec.pooling_heads, name="pooling")
         vectors = pooling(hidden, members, Places(texts.segment_ids, texts.positions, texts.pool_mask))
+        if self.spec.projection:
+            axes, bias = ("embed", "projected"), self.spec.projection_bias
+            projected = Linear(self.spec.projection, axes, vectors.dtype, bias, name="projection")(vectors)
+            vectors = ACTIVATIONS[self.spec.projection_activation](projected)
         return unit_length(vectors) if self.spec.normalize else vectors
 
 
