@@ -245,7 +245,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     dense = {"in_features": 32, "out_features": 4, "bias": False, "activation_function": "torch.nn.modules.linear.Identity"}
     (folder / "2_Dense" / "config.json").write_text(json.dumps(dense))
     projection = {"projection": {"kernel": np.zeros((32, 4), np.float32)}}
-    save_params(folder / "2_Dense" / "model.safetensors", projection, "projection", lambda x: x)
+    save_params(folder / "2_Dense" / "model.safetensors", projection, {"projection": ""}, lambda x: x)
     (folder / "modules.json").write_text(json.dumps(MODULES))
     (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 64}))
     (folder / "config_sentence_transformers.json").write_text(json.dumps({"prompts": {"query": "q: "}}))

@@ -219,7 +219,7 @@ def _aligned_empty(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def save_params(path: Path, params: Any, prefixes: Mapping[str, str], convert: Callable[[np.ndarray], np.ndarray]) -> None:
-    """Writes parts of a model (decoder, pooling) to a safetensors file, each tensor passed through `convert`.
+    """Writes parts of a model (decoder, pooling, projection) to a safetensors file, each tensor passed through `convert`.
 
     `prefixes` are what the names of a part begin with there.
     """
