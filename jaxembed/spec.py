@@ -31,9 +31,11 @@ class EmbeddingSpec:
     without one, and `query_suffix` follows the text of every input that has a prompt; `example_template` is how an
     in-context example is put before them (made of template and suffix where it is empty). `prompts` are whole prompts by
     name (`query` and `document` among them) for users who name no instruction. `echo` is a template that names {text} twice
-    and ends with it (Springer et al. 2024): both copies are cut at the same token, the second is pooled. Two habits of
-    NV-Embed's release: with `eos_as_text` EOS is part of the text when it is cut, so a cut text has none; with
-    `pool_last_instruction_token` the last token before the text is pooled too.
+    and ends with it (Springer et al. 2024): both copies are cut at the same token, the second is pooled; `plain_echo` stands
+    in its place for texts without a prompt. `text_length` is the most tokens of a text itself (0: what `max_length` leaves).
+    Habits of releases: with `eos_as_text` EOS is part of the text when it is cut, so a cut text has none; with
+    `pool_last_instruction_token` the last token before the text is pooled too (both NV-Embed); with `pool_text_tokens` as
+    many of the last tokens are pooled as the text and its suffix have by themselves (LLM2Vec).
     """
 
     attention: str = "bidirectional"
@@ -48,7 +50,10 @@ class EmbeddingSpec:
     append_eos: bool = True
     eos_as_text: bool = False
     pool_last_instruction_token: bool = False
+    pool_text_tokens: bool = False
     echo: str = ""
+    plain_echo: str = ""
+    text_length: int = 0
     max_length: int = 512
     instruction_template: str = "Instruct: {instruction}\nQuery:"
     plain_prompt: str = ""

@@ -23,7 +23,7 @@ from jaxembed.data.tokenize import TextTokenizer, append_eos
 from jaxembed.errors import UserError
 from jaxembed.hub.base import spec_from_json, write_spec
 from jaxembed.hub.card import Card
-from jaxembed.hub.export import export
+from jaxembed.hub.export import encode_torch, export, load_sentence_transformer
 from jaxembed.run import train
 from jaxembed.spec import EmbeddingSpec, Shot
 from runs import prepare, settings
@@ -232,8 +232,11 @@ def test_bge_en_icl_encodes_as_published(icl: Path, tmp_path: Path, monkeypatch:
         model.encode(["x"], instruction=TASK, examples=PAIRS * 20)
     with pytest.raises(TypeError, match="under an instruction"):
         model.encode(["x"], examples=PAIRS)
-    with pytest.raises(UserError, match=r"model\.query_suffix follows a text.*cannot be exported"):
-        export(model, tmp_path / "exported", "float32", Card("icl", "base"))
+    export(model, tmp_path / "exported", "float32", Card("icl", "base"))
+    stock, prompt = load_sentence_transformer(tmp_path / "exported"), model.spec.prompt(TASK)
+    theirs = encode_torch(stock, [text + "\n<response>" for text in tiny.TEXTS], prompt)
+    np.testing.assert_allclose(theirs, model.encode(tiny.TEXTS, prompt=prompt), atol=1e-5)
+    assert r"put '\n<response>' behind every text" in (tmp_path / "exported" / "README.md").read_text()
 
 
 def arguments(folder: Path, **options: Any) -> argparse.Namespace:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -19,11 +20,16 @@ from tokenizers.processors import Sequence, TemplateProcessing
 
 import tiny
 from jaxembed import Embedder
+from jaxembed.data.tokenize import BORDER
 from jaxembed.errors import UserError
 from jaxembed.hub.base import find_base
 from jaxembed.hub.card import Card
-from jaxembed.hub.export import encode_torch, export, load_sentence_transformer
+from jaxembed.hub.embedder import from_base
+from jaxembed.hub.export import encode_torch, export, export_adapters, load_sentence_transformer
+from jaxembed.model.decoder import Compute
+from jaxembed.parallel import make_mesh
 from jaxembed.run import train
+from jaxembed.spec import Shot
 from runs import prepare, settings
 
 TASK = "Given a question, retrieve passages that answer it"
@@ -216,3 +222,117 @@ def test_a_folder_that_needs_code_of_its_own_is_refused(reference_of: Callable[[
     edit(tmp_path / "own" / "config.json", {"model_type": "mixtral", "num_local_experts": 8}, drop=("num_experts",))
     with pytest.raises(UserError, match="mixtral is a mixture of experts"):
         find_base(str(tmp_path / "own"))
+
+
+@pytest.fixture(scope="module")
+def mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The decoder that adapters belong to, under a name that LLM2Vec puts into a chat form."""
+    return tiny.folder(tmp_path_factory.mktemp("decoders") / "Mistral-7B-Instruct-v0.2", "mistral")
+
+
+def bidirectional(folder: Path) -> torch.nn.Module:
+    return transformers.AutoModel.from_pretrained(str(folder), is_causal=False, attn_implementation="eager").eval()
+
+
+def adapted(model: torch.nn.Module, base: Path, out: Path, seed: int) -> torch.nn.Module:
+    """The model with random adapters merged, which are saved in `out` as those of `base`."""
+    torch.manual_seed(seed)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "up_proj"]))
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    wrapped.save_pretrained(str(out))
+    edit(out / "adapter_config.json", {"base_model_name_or_path": str(base)})
+    return wrapped.merge_and_unload().eval()
+
+
+def llm2vec_vectors(model: torch.nn.Module, tokenizer: Any, texts: list[str], instruction: str = "") -> np.ndarray:
+    """As its code does it: the chat form around instruction and text; as many of the last tokens pooled as the text with
+    what follows it has by itself.
+    """
+    lead = f"{instruction} " if instruction else ""
+    vectors = []
+    for text in texts:
+        ids = tokenizer(f"[INST] {lead}{text} [/INST]")["input_ids"]
+        own = len(tokenizer(f"{text} [/INST]", add_special_tokens=False)["input_ids"])
+        with torch.no_grad():
+            pooled = model(torch.tensor([ids])).last_hidden_state[0, -own:].mean(dim=0)
+        vectors.append(torch.nn.functional.normalize(pooled, dim=0).numpy())
+    return np.stack(vectors)
+
+
+def test_llm2vec_is_read_from_its_two_stages_of_adapters(mistral: Path, tmp_path: Path) -> None:
+    first = tmp_path / "LLM2Vec-Mistral-7B-Instruct-v2-mntp"
+    second = tmp_path / f"{first.name}-supervised"
+    reference = adapted(bidirectional(mistral), mistral, first, 1)
+    code = {"architectures": ["MistralEncoderModel"], "auto_map": {"AutoModel": "modeling_mistral_encoder.MistralEncoderModel"}}
+    (first / "config.json").write_text(json.dumps({"model_type": "mistral", **code}))
+    reference = adapted(reference, mistral, second, 2)  # its files name the decoder, not the first stage
+    (second / "llm2vec_config.json").write_text(json.dumps({"pooling_mode": "mean", "max_length": 128, "doc_max_length": 90}))
+    tokenizer = tiny.tokenizer(bos=True)
+    model = Embedder.load(second)
+    for instruction in ("", TASK):
+        ours = model.encode(SHORT, instruction=instruction)
+        assert least_cosine(ours, llm2vec_vectors(reference, tokenizer, SHORT, instruction)) > 0.9999
+    assert len(model.tokenizer(["word " * 200], ["[INST] "]).ids[0]) < 128  # cut at doc_max_length, [/INST] kept
+    assert least_cosine(Embedder.load(first).encode(SHORT), model.encode(SHORT)) < 0.99
+    with pytest.raises(UserError, match="pools as many tokens as a text has by itself"):
+        export(model, tmp_path / "whole", "float32", Card("l2v", "base"))
+
+    root = prepare(tmp_path)
+    small = ["train.steps=1", "train.batch_size=4", "mesh.data=1", "eval.sets=[]", "data.max_length=64", "model.unroll=false"]
+    train(settings(root, "tuned", f"model.base={second}", "model.lora={rank: 2, alpha: 4}", *small))
+    export_adapters(root / "tuned", tmp_path / "third", "last")
+    tuned = Embedder.load(root / "tuned")
+    np.testing.assert_allclose(Embedder.load(tmp_path / "third").encode(SHORT), tuned.encode(SHORT), atol=1e-5)
+    assert least_cosine(tuned.encode(SHORT), model.encode(SHORT)) > 0.99
+
+
+def echo_vectors(model: torch.nn.Module, tokenizer: Any, texts: list[str], instruction: str, pooling: str) -> np.ndarray:
+    """As its parser does it: every piece tokenised and cut to 40 tokens by itself; the second copy and EOS are pooled."""
+
+    def tokens(piece: str) -> list[int]:
+        return tokenizer(piece, add_special_tokens=False)["input_ids"][:40]
+
+    vectors = []
+    for text in texts:
+        before = ["<s>Instruct:", f"{instruction},", "\nQuery:"] if instruction else ["<s>Document:"]
+        again = "\nQuery again:" if instruction else "\nDocument again:"
+        lead = [token for piece in (*before, text, again) for token in tokens(piece)]
+        ids = [*lead, *tokens(text), tokenizer.eos_token_id]
+        with torch.no_grad():
+            hidden = model(torch.tensor([ids])).last_hidden_state[0, len(lead) :]
+        pooled = hidden[-1] if pooling == "last" else hidden.mean(dim=0)
+        vectors.append(torch.nn.functional.normalize(pooled, dim=0).numpy())
+    return np.stack(vectors)
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_echo_encodes_as_its_parser(pooling: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / f"echo-mistral-7b-instruct-{pooling}token"
+    tiny.folder(folder, "mistral", prefix_space=True)
+    edit(folder / "config.json", {"max_position_embeddings": 256})
+    base = find_base(str(folder))
+    assert (base.spec.text_length, base.spec.max_length) == (300, 256)
+    spec = dataclasses.replace(base.spec, text_length=40)
+    model = from_base(base, spec, Compute(), make_mesh(1))
+    reference, tokenizer = transformers.AutoModel.from_pretrained(str(folder)).eval(), tiny.tokenizer(prefix_space=True)
+    for instruction in ("", "Find it"):
+        theirs = echo_vectors(reference, tokenizer, TEXTS, instruction, pooling)
+        assert least_cosine(model.encode(TEXTS, instruction=instruction), theirs) > 0.9999
+    joined = dataclasses.replace(spec, **{key: getattr(spec, key).replace(BORDER, "") for key in ("echo", "plain_echo")})
+    wrong = from_base(base, joined, Compute(), make_mesh(1))
+    assert least_cosine(wrong.encode(TEXTS), echo_vectors(reference, tokenizer, TEXTS, "", pooling)) < 0.9999
+
+
+def test_bge_en_icl_is_told_by_its_tokens(mistral: Path, tmp_path: Path) -> None:
+    shutil.copytree(mistral, tmp_path / "some-name")
+    plain = find_base(str(tmp_path / "some-name")).spec
+    tokens = {str(300 + i): {"content": token} for i, token in enumerate(("<instruct>", "<query>", "<response>"))}
+    edit(tmp_path / "some-name" / "tokenizer_config.json", {"added_tokens_decoder": tokens})
+    spec = find_base(str(tmp_path / "some-name")).spec
+    assert spec != plain
+    assert (spec.attention, spec.pooling, spec.append_eos) == ("causal", "last", True)
+    shots = [Shot("T", "q", "r")]
+    assert spec.prompt("T", shots) == "<instruct>T\n<query>q\n<response>r\n\n<instruct>T\n<query>"
+    assert spec.query_suffix == "\n<response>"

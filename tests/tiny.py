@@ -40,10 +40,14 @@ CONFIGS = {
 }  # fmt: skip
 
 
-def tokenizer(bos: bool = False, chat_template: str | None = None) -> transformers.PreTrainedTokenizerFast:
-    """A byte-level BPE of 290 entries; with `bos` it puts <s> before every text, as Mistral's does."""
+def tokenizer(
+    bos: bool = False, chat_template: str | None = None, prefix_space: bool = False
+) -> transformers.PreTrainedTokenizerFast:
+    """A byte-level BPE of 290 entries; with `bos` it puts <s> before every text, and with `prefix_space` a space, as
+    Mistral's does.
+    """
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=290, special_tokens=["<s>", "</s>", "<pad>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from tokenizers import Encoding, Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from jaxembed.errors import UserError, brief
+
+BORDER = "\x1f"  # in a template: a place that no token crosses, as where a model's own code tokenises its pieces apart
 
 
 def load_tokenizer(folder: Path | str) -> Any:
@@ -84,8 +87,11 @@ class TextTokenizer:
         *,
         eos_as_text: bool = False,
         pool_last_instruction_token: bool = False,
+        pool_text_tokens: bool = False,
         echo: str = "",
+        plain_echo: str = "",
         suffix: str = "",
+        text_length: int = 0,
     ):
         """`tokenizer` is a fast Hugging Face tokenizer; `max_length` counts special tokens; `suffix` follows the texts that
         have a prompt. For the rest see `EmbeddingSpec`.
@@ -94,9 +100,10 @@ class TextTokenizer:
         self.max_length = max_length
         self._end = tokenizer.eos_token if eos_as_text else ""
         self._pooled_instruction_tokens = int(pool_last_instruction_token)
-        self._template = echo or "{text}"
+        self._pool_text_tokens = pool_text_tokens
+        self._template, self._plain_template = echo or "{text}", plain_echo or echo or "{text}"
         self._copies = self._template.count("{text}")
-        self._suffix = suffix
+        self._suffix, self._text_length = suffix, text_length
         self._special = set(tokenizer.all_special_ids)
 
     @cached_property
@@ -115,14 +122,23 @@ class TextTokenizer:
     def __call__(self, texts: Sequence[str], prompts: Sequence[str]) -> TokenizedTexts:
         kept, encoded = self._fitted(texts, prompts)
         ids = [np.array(e.ids, np.int32) for e in encoded]
-        if self._copies == 1:
+        if self._copies > 1:
+            return TokenizedTexts(ids, np.array(list(map(self._second_copy, kept, prompts, encoded)), np.int64))
+        if not self._pool_text_tokens:
             return TokenizedTexts(ids, self.prompt_lengths(prompts))
-        return TokenizedTexts(ids, np.array(list(map(self._second_copy, kept, prompts, encoded)), np.int64))
+        alone = [text + self._tail(prompt) for text, prompt in zip(kept, prompts, strict=True)]
+        own = self._uncut.encode_batch_fast(alone, add_special_tokens=False)
+        return TokenizedTexts(ids, np.array([max(0, len(a) - len(b)) for a, b in zip(ids, own, strict=True)], np.int64))
 
     def _fitted(self, texts: Sequence[str], prompts: Sequence[str]) -> tuple[list[str], list[Encoding]]:
         """The texts, cut at one of their tokens where something follows that has to fit, and the tokens of everything."""
-        kept, encoded = list(texts), self._encoded(texts, prompts)
-        over = [i for i, e in enumerate(encoded) if self._is_cut(e) and (self._copies > 1 or self._tail(prompts[i]))]
+        kept, encoded, limits = list(texts), self._encoded(self._backend, texts, prompts), self._limits(prompts)
+
+        def is_cut(i: int) -> bool:
+            return bool(encoded[i].overflowing) or len(encoded[i]) > limits[i]
+
+        followed = self._copies > 1 or self._text_length > 0
+        over = [i for i in range(len(kept)) if is_cut(i) and (followed or self._tail(prompts[i]))]
         alone = self._uncut.encode_batch([texts[i] for i in over], add_special_tokens=False)
         spans = {i: e.offsets for i, e in zip(over, alone, strict=True)}
         room = dict(zip(over, self.room([prompts[i] for i in over]), strict=True))
@@ -131,22 +147,26 @@ class TextTokenizer:
                 room[i] = min(room[i], len(spans[i]) - 1)
                 kept[i] = texts[i][: spans[i][room[i]][0]] if room[i] > 0 else ""
                 room[i] -= 1  # for the next round, where tokens at the cut came out otherwise
-            for i, e in zip(over, self._encoded([kept[i] for i in over], [prompts[i] for i in over]), strict=True):
+            again = self._encoded(self._backend, [kept[i] for i in over], [prompts[i] for i in over])
+            for i, e in zip(over, again, strict=True):
                 encoded[i] = e
-            over = [i for i in over if self._is_cut(encoded[i]) and kept[i]]
+            over = [i for i in over if is_cut(i) and kept[i]]
         return kept, encoded
 
-    def _is_cut(self, encoded: Encoding) -> bool:
-        return len(encoded) == self.max_length and bool(encoded.overflowing)
+    def _encoded(self, backend: Tokenizer, texts: Sequence[str], prompts: Sequence[str]) -> list[Encoding]:
+        """The texts with all that stands around them; for echoes with the place of each token."""
+        pieces = list(map(self._pieces, texts, prompts))
+        if all(len(of_text) == 1 for of_text in pieces):
+            encode = backend.encode_batch_fast if self._copies == 1 else backend.encode_batch
+            return list(encode([joined for (joined,) in pieces]))
+        apart = iter(self._uncut.encode_batch(list(chain.from_iterable(pieces)), add_special_tokens=False))
+        return [backend.post_process(Encoding.merge(list(islice(apart, len(of_text))))) for of_text in pieces]
 
-    def _encoded(self, texts: Sequence[str], prompts: Sequence[str]) -> list[Encoding]:
-        """The texts with all that stands around them, cut at the end; for echoes with the place of each token."""
-        encode = self._backend.encode_batch_fast if self._copies == 1 else self._backend.encode_batch
-        return list(encode(self._joined(texts, prompts)))
-
-    def _joined(self, texts: Sequence[str], prompts: Sequence[str]) -> list[str]:
-        parts = zip(prompts, texts, strict=True)
-        return [prompt + self._template.replace("{text}", text) + self._tail(prompt) + self._end for prompt, text in parts]
+    def _pieces(self, text: str, prompt: str) -> list[str]:
+        """What stands before, in and behind a text, cut at the borders of templates."""
+        *before, last = prompt.split(BORDER)
+        first, *rest = ((self._template if prompt else self._plain_template) + self._tail(prompt) + self._end).split(BORDER)
+        return [*before, last + first.replace("{text}", text), *(piece.replace("{text}", text) for piece in rest)]
 
     def _tail(self, prompt: str) -> str:
         """What follows a text under a prompt."""
@@ -154,7 +174,7 @@ class TextTokenizer:
 
     def _second_copy(self, text: str, prompt: str, encoded: Encoding) -> int:
         """The token that an echo's second copy starts with."""
-        (whole,) = self._joined([text], [prompt])
+        whole = "".join(self._pieces(text, prompt))
         start = len(whole) - len(self._end) - len(self._tail(prompt)) - len(text)
         return next((i for i, (_, end) in enumerate(encoded.offsets) if end > start), len(encoded) - 1)
 
@@ -173,12 +193,21 @@ class TextTokenizer:
 
     def room(self, prompts: Sequence[str]) -> np.ndarray:
         """Tokens that a text may have under each prompt without being cut, give or take those that merge at its ends."""
-        around = _of_each(prompts, lambda distinct: self.untruncated_lengths([""] * len(distinct), distinct))
-        return (self.max_length - around) // self._copies
+        return (self._limits(prompts) - self._around(prompts)) // self._copies
+
+    def _limits(self, prompts: Sequence[str]) -> np.ndarray:
+        """Tokens that a text and all that stands around it may have."""
+        if not self._text_length:
+            return np.full(len(prompts), self.max_length)
+        return np.minimum(self.max_length, self._around(prompts) + self._copies * self._text_length)
+
+    def _around(self, prompts: Sequence[str]) -> np.ndarray:
+        """Tokens that stand around a text under each prompt."""
+        return _of_each(prompts, lambda distinct: self.untruncated_lengths([""] * len(distinct), distinct))
 
     def untruncated_lengths(self, texts: Sequence[str], prompts: Sequence[str]) -> np.ndarray:
         """Tokens each text would have without `max_length`."""
-        return np.array([len(e.ids) for e in self._uncut.encode_batch_fast(self._joined(texts, prompts))])
+        return np.array([len(e) for e in self._encoded(self._uncut, texts, prompts)])
 
     def pieces(self, texts: Sequence[str], prompt: str) -> list[list[str]]:
         """Each text cut at token borders into pieces that are not truncated under `prompt`; short texts stay whole.
@@ -186,12 +215,11 @@ class TextTokenizer:
         `UserError` where the prompt leaves no room for a text.
         """
         lengths = self.untruncated_lengths(texts, [prompt] * len(texts))
-        room = int(self.room([prompt])[0])
-        if room < 1 and (lengths > self.max_length).any():
+        room, limit = int(self.room([prompt])[0]), int(self._limits([prompt])[0])
+        if room < 1 and (lengths > limit).any():
             raise UserError(f"a prompt of {len(prompt)} characters fills the {self.max_length} tokens that the model reads")
         return [
-            [text] if length <= self.max_length else self._cut(text, prompt, room)
-            for text, length in zip(texts, lengths, strict=True)
+            [text] if length <= limit else self._cut(text, prompt, room) for text, length in zip(texts, lengths, strict=True)
         ]
 
     def _cut(self, text: str, prompt: str, room: int) -> list[str]:
@@ -199,7 +227,7 @@ class TextTokenizer:
         starts = sorted({spans[i][0] for i in range(0, len(spans), room)})
         found = [text[start:end] for start, end in zip([0, *starts[1:]], [*starts[1:], len(text)], strict=True)]
         longest = self.untruncated_lengths(found, [prompt] * len(found)).max()
-        if longest > self.max_length and room > 1:  # tokens at the cuts came out otherwise
+        if longest > self._limits([prompt])[0] and room > 1:  # tokens at the cuts came out otherwise
             return self._cut(text, prompt, room - 1)
         return found
 

@@ -19,7 +19,7 @@ from jaxembed.hub.modules import LISTING, modules, projection_choices
 from jaxembed.hub.nv_embed import decoder_config, is_nv_embed, nv_embed_spec
 from jaxembed.hub.peft import CONFIG as ADAPTER_CONFIG
 from jaxembed.hub.peft import base_of, is_peft
-from jaxembed.hub.published import LAYOUTS, published_layout
+from jaxembed.hub.published import LAYOUTS, first_stage, published_layout
 from jaxembed.hub.weights import part_files
 from jaxembed.model.embedder import ACTIVATIONS
 from jaxembed.model.masks import MASKS
@@ -38,7 +38,7 @@ HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*/config.js
 @dataclasses.dataclass(frozen=True)
 class Base:
     """A decoder to start from. `folder` is None for a preset, which has neither weights nor a tokenizer; `adapters` are PEFT
-    folders whose adapters are merged into the weights one after the other.
+    folders whose adapters are merged into the weights one after the other, and `root` is then the name of the weights.
     """
 
     name: str
@@ -47,6 +47,7 @@ class Base:
     decoder: DecoderConfig
     spec: EmbeddingSpec
     adapters: tuple[Path, ...] = ()
+    root: str = ""
 
     def tokenizer(self) -> Any:
         """The Hugging Face tokenizer of the last adapters' folder that has one, else of the weights'."""
@@ -64,9 +65,10 @@ def find_base(name: str, asked_for_by: tuple[Path, ...] = ()) -> Base:
         if folder.resolve() in asked_for_by:
             told = "base_model_name_or_path leads back to this folder; name that of the weights"
             raise UserError(f"{folder / ADAPTER_CONFIG}: {told}")
-        base = find_base(base_of(folder), (*asked_for_by, folder.resolve()))
-        spec = read_spec(name, folder, base.hf_config, base.decoder) if exists(folder / SPEC_FILE) else base.spec
-        return dataclasses.replace(base, name=name, spec=spec, adapters=(*base.adapters, folder))
+        base = find_base(first_stage(name, folder) or base_of(folder), (*asked_for_by, folder.resolve()))
+        own = read_json(folder / "config.json") if exists(folder / "config.json") else {}
+        spec = read_spec(name, folder, own, base.decoder, base)
+        return dataclasses.replace(base, name=name, root=base.root or base.name, spec=spec, adapters=(*base.adapters, folder))
     return _base(name, folder, read_json(folder / "config.json"), str(folder / "config.json"))
 
 
@@ -97,25 +99,32 @@ def find_folder(name: str) -> Path:
         raise UserError(f"{name}: no such folder, and the hub gave no model of that name ({brief(error)})") from None
 
 
-def read_spec(name: str, folder: Path | None, config: Mapping[str, Any], decoder: DecoderConfig) -> EmbeddingSpec:
+def read_spec(
+    name: str, folder: Path | None, config: Mapping[str, Any], decoder: DecoderConfig, under: Base | None = None
+) -> EmbeddingSpec:
     """What a folder says of its texts: in jaxembed.json, else in a published form, sentence-transformers' files, or our
-    defaults. `name` is what the user asked for, `config` the folder's config.json; a preset has no folder.
+    defaults. `name` is what the user asked for, `config` the folder's config.json, `under` the base of a folder of adapters;
+    a preset has no folder.
     """
     if folder is not None and (folder / SPEC_FILE).is_file():
         return spec_from_json(read_json(folder / SPEC_FILE), str(folder / SPEC_FILE))
     if is_nv_embed(config):
         return nv_embed_spec(config, decoder, f"{name}: config.json")
-    layout = published_layout(name, folder, config)
+    layout = published_layout(name, folder, config, (under.root or under.name) if under else str(config.get("_name_or_path")))
     listed = folder is not None and exists(folder / LISTING)
-    if layout is None and not listed and "auto_map" in config:
+    if layout is None and not listed and under is None and "auto_map" in config:
         known = ", ".join(layout.title for layout in LAYOUTS)
         raise UserError(
             f"{folder}: its config.json asks for code of its own (auto_map), which is not run. Looked for {SPEC_FILE}, "
-            f"sentence-transformers' modules.json, and the layouts of NV-Embed, {known}. If the weights are those of a plain "
-            "decoder, take auto_map out of a copy"
+            f"sentence-transformers' {LISTING}, and the layouts of NV-Embed, LLM2Vec, {known}. If the weights are those of a "
+            "plain decoder, take auto_map out of a copy"
         )
-    spec = _sentence_transformers_spec(folder, config, decoder) if folder is not None and listed else EmbeddingSpec()
-    spec = dataclasses.replace(spec, **(layout.choices if layout else {}))
+    spec = under.spec if under else EmbeddingSpec()
+    if folder is not None and listed:
+        spec = _sentence_transformers_spec(folder, config, decoder)
+    choices = {"prompts": {}, **(layout.choices if layout else {})}
+    choices["prompts"] = {**choices["prompts"], **spec.prompts}
+    spec = dataclasses.replace(spec, **choices)
     return dataclasses.replace(spec, max_length=min(spec.max_length, decoder.max_positions))
 
 
@@ -128,9 +137,10 @@ def spec_from_json(values: Mapping[str, Any], where: str) -> EmbeddingSpec:
     template = fields.text("instruction_template", default.instruction_template)
     if "{instruction}" not in template:
         raise UserError(f"{where}: instruction_template must contain {{instruction}}")
-    echo = fields.text("echo", default.echo)
-    if echo and not is_echo(echo):
-        raise UserError(f"{where}: echo must name {{text}} twice and end with it")
+    echoes = {key: fields.text(key, "") for key in ("echo", "plain_echo")}
+    for key, echo in echoes.items():
+        if echo and not is_echo(echo):
+            raise UserError(f"{where}: {key} must name {{text}} twice and end with it")
     example = fields.text("example_template", default.example_template)
     if not is_example(example):
         raise UserError(f"{where}: example_template must contain {{query}} and {{response}}")
@@ -138,7 +148,9 @@ def spec_from_json(values: Mapping[str, Any], where: str) -> EmbeddingSpec:
         projection=fields.whole("projection", default.projection, least=0, most=MOST),
         projection_bias=fields.flag("projection_bias", default.projection_bias),
         projection_activation=fields.choice("projection_activation", tuple(ACTIVATIONS), default.projection_activation),
-        echo=echo,
+        **echoes,
+        text_length=fields.whole("text_length", default.text_length, least=0),
+        pool_text_tokens=fields.flag("pool_text_tokens", default.pool_text_tokens),
         attention=fields.choice("attention", tuple(MASKS), default.attention),
         pooling=fields.choice("pooling", tuple(POOLINGS), default.pooling),
         latents=fields.whole("latents", default.latents, most=2**16),

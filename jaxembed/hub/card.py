@@ -42,13 +42,14 @@ def _usage(spec: EmbeddingSpec) -> str:
     query = ', prompt_name="query"' if spec.prompts.get("query") else ""
     document = ', prompt_name="document"' if spec.prompts.get("document") else ""
     own_code = ", trust_remote_code=True" if spec.pooling in TRAINED else ""
+    asked = f'["a question" + {spec.query_suffix!r}]' if spec.query_suffix and query else '["a question"]'
     lines = [
         "## Use",
         "```python",
         "from sentence_transformers import SentenceTransformer",
         "",
         f'model = SentenceTransformer("PATH_OF_THIS_FOLDER"{own_code})',
-        f'queries = model.encode(["a question"]{query})',
+        f"queries = model.encode({asked}{query})",
         f'documents = model.encode(["a passage"]{document})',
         "print(model.similarity(queries, documents))",
         "```",
@@ -60,6 +61,8 @@ def _usage(spec: EmbeddingSpec) -> str:
             "installed, `jaxembed.hub.load_sentence_transformer(folder)` loads it without that flag.",
             "",
         ]
+    if spec.query_suffix:
+        lines += [f"Under a prompt, put {spec.query_suffix!r} behind every text yourself: the folder has no place for it.", ""]
     if spec.prompts:
         lines += ["Prompts stored with the model:", ""]
         lines += [f"- `{name}`: {text!r}" for name, text in spec.prompts.items()]

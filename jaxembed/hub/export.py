@@ -11,7 +11,7 @@ import dataclasses
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,27 +87,30 @@ def export(embedder: Embedder, out: Path, dtype: str, card: Card) -> Parity:
         raise UserError(f"{embedder.spec.pooling} pooling with an instruction's last token cannot be exported by stock classes")
     if embedder.spec.echo:
         raise UserError("model.echo presents a text twice, which stock classes do not: such a model cannot be exported")
-    if embedder.spec.query_suffix:
-        raise UserError("model.query_suffix follows a text, where stock classes put nothing: such a model cannot be exported")
+    if embedder.spec.pool_text_tokens:
+        raise UserError(
+            "this model pools as many tokens as a text has by itself, which stock classes do not; write its adapters alone"
+        )
     if embedder.spec.eos_as_text:
         raise UserError(
             "this model cuts EOS off long texts, which stock classes do not; export with --layout nv-embed, or train it further"
         )
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as scratch:
         made = _build(embedder, Path(scratch), "float32")
-        vectors = np.concatenate([embedder.encode(PROBES, prompt=prompt) for prompt in _prompts(embedder.spec)])
-        torch_vectors = _torch_vectors(made, embedder.spec)
+        probes = {prompt: _probes(embedder, prompt) for prompt in _prompts(embedder.spec)}
+        vectors = np.concatenate([embedder.encode(texts, prompt=prompt) for prompt, texts in probes.items()])
+        torch_vectors = _torch_vectors(made, embedder.spec, probes)
         parity = Parity.of(np.tile(vectors, (2, 1)), torch_vectors, TOLERANCE)
         if parity.error > parity.allowed or parity.cosine < LEAST_COSINE:
             raise UserError(_refusal(out, parity, embedder, made))
         if dtype == "bfloat16":
-            own = Parity.of(torch_vectors, _torch_vectors(made, embedder.spec, dtype), 0).error
+            own = Parity.of(torch_vectors, _torch_vectors(made, embedder.spec, probes, dtype), 0).error
             made = _build(embedder, Path(scratch), dtype)
-            parity = Parity.of(np.tile(vectors, (2, 1)), _torch_vectors(made, embedder.spec), BFLOAT16_SLACK * own)
+            parity = Parity.of(np.tile(vectors, (2, 1)), _torch_vectors(made, embedder.spec, probes), BFLOAT16_SLACK * own)
             if parity.error > parity.allowed:
                 raise UserError(_refusal(out, parity, embedder, made))
         write_spec(made, embedder.spec)
-        _write_probe(made, embedder.spec, vectors)
+        _write_probe(made, probes, vectors)
         (made / "README.md").write_text(model_card(embedder.spec, card, parity.error), encoding="utf-8")
         for path in made.rglob("*.safetensors"):
             path.chmod(0o644)  # written as private files; a server must be able to read them
@@ -257,10 +260,15 @@ def _whole(embedder: Embedder, prompt: str) -> list[str]:
     return [text for text, length in zip(PROBES, lengths, strict=True) if length <= embedder.spec.max_length]
 
 
-def _torch_vectors(folder: Path, spec: EmbeddingSpec, dtype: str | None = None) -> np.ndarray:
+def _probes(embedder: Embedder, prompt: str) -> list[str]:
+    """The probes to compare under a prompt: where stock classes would cut a suffix, those that are not cut."""
+    return _whole(embedder, prompt) if prompt and embedder.spec.query_suffix else PROBES
+
+
+def _torch_vectors(folder: Path, spec: EmbeddingSpec, probes: Mapping[str, list[str]], dtype: str | None = None) -> np.ndarray:
     """The probes by plain sentence-transformers, padded on the right and then on the left, loaded anew without remote code.
 
-    `dtype` overrides the folder's.
+    Texts under a prompt come with the model's suffix, as its users have to give them. `dtype` overrides the folder's.
     """
     import torch
 
@@ -270,7 +278,8 @@ def _torch_vectors(folder: Path, spec: EmbeddingSpec, dtype: str | None = None) 
     vectors = []
     for side in ("right", "left"):
         model.tokenizer.padding_side = side
-        vectors += [encode_torch(model, PROBES, prompt) for prompt in _prompts(spec)]
+        for prompt, texts in probes.items():
+            vectors.append(encode_torch(model, [text + spec.query_suffix * bool(prompt) for text in texts], prompt))
     return np.concatenate(vectors)
 
 
@@ -286,9 +295,9 @@ def _refusal(out: Path, parity: Parity, embedder: Embedder, made: Path) -> str:
     return f"{out}: not written: {parity.told}{reason}"
 
 
-def _write_probe(folder: Path, spec: EmbeddingSpec, vectors: np.ndarray) -> None:
+def _write_probe(folder: Path, probes: Mapping[str, list[str]], vectors: np.ndarray) -> None:
     """A few texts, their prompts and their vectors, so that whoever loads the folder can check it."""
-    texts = [(prompt, text) for prompt in _prompts(spec) for text in PROBES]
+    texts = [(prompt, text) for prompt, of_prompt in probes.items() for text in of_prompt]
     rows = [
         {"prompt": prompt, "text": text, "vector": [round(float(x), 7) for x in vector]}
         for (prompt, text), vector in zip(texts, vectors, strict=True)

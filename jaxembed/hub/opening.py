@@ -8,7 +8,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from jaxembed import parallel
@@ -35,7 +35,10 @@ def base_params(base: Base, shapes: Any, shardings: Any) -> dict[str, Any]:
     for folder in base.adapters:
         lora, adapters = read_adapters(folder, base.decoder.layers)
         _check_adapters(folder, adapters, shapes)
-        params = jax.device_put(merge(join(adapters, params), lora), {part: shardings[part] for part in params})
+        params = merge(join(adapters, params), lora)
+    if base.adapters:  # the products were not told where to lie
+        places = flatten_dict(shardings)
+        params = jax.device_put(params, unflatten_dict({path: places[path] for path in flatten_dict(params)}))
     return dict(params)
 
 
@@ -100,8 +103,11 @@ def text_tokenizer(tokenizer: Any, spec: EmbeddingSpec, base: Base) -> TextToken
         spec.max_length,
         eos_as_text=spec.eos_as_text,
         pool_last_instruction_token=spec.pool_last_instruction_token,
+        pool_text_tokens=spec.pool_text_tokens,
         echo=spec.echo,
+        plain_echo=spec.plain_echo,
         suffix=spec.query_suffix,
+        text_length=spec.text_length,
     )
 
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from jaxembed.data.tokenize import BORDER
+from jaxembed.fields import Fields
+from jaxembed.files import exists, read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +36,13 @@ KALM = {
     "prompts": {"document": ""},
 }
 LAST = {"pooling": "last", "append_eos": True, "include_instruction": True}
+ICL = "<instruct>{instruction}\n<query>"
+ECHO = {
+    "attention": "causal", "append_eos": True, "include_instruction": False, "max_length": 1024, "text_length": 300,
+    "instruction_template": f"Instruct:{BORDER}{{instruction}},{BORDER}", "prompts": {"document": ""},
+    "echo": f"\nQuery:{BORDER}{{text}}{BORDER}\nQuery again:{BORDER}{{text}}",
+    "plain_echo": f"Document:{BORDER}{{text}}{BORDER}\nDocument again:{BORDER}{{text}}",
+}  # fmt: skip
 LAYOUTS = (
     Layout("KaLM-Embedding v1 and v1.5", r"kalm-embedding-(.*-)?v1(\.5)?", {"attention": "causal", **KALM}),
     Layout("KaLM-Embedding v2", r"kalm-embedding-(.*-)?v2(\.5)?", {"attention": "bidirectional", **KALM}),
@@ -58,12 +70,80 @@ LAYOUTS = (
         },
         lambda folder, config: "gritlm" in str(config.get("auto_map")).lower(),
     ),
+    Layout(
+        "bge-en-icl",
+        r"bge-en-icl",
+        {
+            "attention": "causal", **LAST, "instruction_template": ICL, "query_suffix": "\n<response>",
+            "example_template": f"{ICL}{{query}}\n<response>{{response}}", "prompts": {"document": ""},
+            "max_length": 4096, "text_length": 512,
+        },
+        lambda folder, config: _has_icl_tokens(folder),
+    ),
+    Layout("Echo (last token)", r"echo-.*-lasttoken", {**ECHO, "pooling": "last"}),
+    Layout("Echo (mean)", r"echo-.*-meantoken", {**ECHO, "pooling": "mean"}),
 )  # fmt: skip
 
 
-def published_layout(name: str, folder: Path | None, config: Mapping[str, Any]) -> Layout | None:
-    """The layout of what was asked for by `name`, told by its files first (`folder`, if there is one), else by its name."""
-    last = re.split("[/:]", name.rstrip("/"))[-1]
+# LLM2Vec puts texts into the chat form of some bases: name of the base -> what stands before and behind.
+CHATS = {
+    r".*(Mistral-7B-Instruct-v0\.2|Llama-2-7b-chat-hf)": ("[INST] ", " [/INST]"),
+    r".*Meta-Llama-3(\.1)?-8B-Instruct": ("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
+}
+LLM2VEC_CONFIG = "llm2vec_config.json"
+
+
+def published_layout(name: str, folder: Path | None, config: Mapping[str, Any], root: str) -> Layout | None:
+    """The layout of what was asked for by `name`, told by its files first (`folder`, if there is one), else by its name.
+
+    `config` is the folder's config.json, `root` the name of the decoder that its adapters belong to.
+    """
+    last = _last(name)
+    if last.startswith("LLM2Vec-") or (folder is not None and _is_llm2vec(folder, config)):
+        return Layout("LLM2Vec", "", llm2vec_choices(folder, root))
     marked = [layout for layout in LAYOUTS if folder is not None and layout.mark(folder, config)]
     named = [layout for layout in LAYOUTS if re.fullmatch(layout.name, last, re.IGNORECASE)]
     return next(iter(marked + named), None)
+
+
+def _last(name: str) -> str:
+    """The last part of a path, a hub id or a preset's name."""
+    return re.split("[/:]", name.rstrip("/"))[-1]
+
+
+def _is_llm2vec(folder: Path, config: Mapping[str, Any]) -> bool:
+    return exists(folder / LLM2VEC_CONFIG) or "EncoderModel" in str(config.get("auto_map"))
+
+
+def llm2vec_choices(folder: Path | None, root: str) -> dict[str, Any]:
+    """How LLM2Vec treats texts (BehnamGhader et al. 2024, and its code).
+
+    Its instruction stands before a text without a line break, both in the chat form of `root`. It cuts documents at words,
+    down to 400 tokens; here they are cut at the 400th token.
+    """
+    path = folder / LLM2VEC_CONFIG if folder is not None else None
+    fields = Fields(read_json(path) if path is not None and exists(path) else {}, str(path))
+    fields.choice("pooling_mode", ("mean",), "mean")
+    before, behind = next((chat for base, chat in CHATS.items() if re.fullmatch(base, root)), ("", ""))
+    return {
+        "attention": "bidirectional", "pooling": "mean", "append_eos": False, "pool_text_tokens": True,
+        "include_instruction": not fields.flag("skip_instruction", True), "max_length": fields.whole("max_length", 512),
+        "text_length": fields.whole("doc_max_length", 400), "instruction_template": before + "{instruction} ",
+        "plain_prompt": before, "query_suffix": behind, "prompts": {"document": before},
+    }  # fmt: skip
+
+
+def first_stage(name: str, folder: Path) -> str | None:
+    """The adapters under those of LLM2Vec's second stage, whose files name the decoder alone; None for others."""
+    match = re.fullmatch(r"(LLM2Vec-.*-mntp)-(supervised|unsup-simcse)", _last(name))
+    if match is None:
+        return None
+    beside = folder.with_name(match[1])
+    return str(beside) if exists(beside) else f"McGill-NLP/{match[1]}"
+
+
+def _has_icl_tokens(folder: Path) -> bool:
+    """Whether the tokenizer has the tokens that bge-en-icl added."""
+    path = folder / "tokenizer_config.json"
+    added = read_json(path).get("added_tokens_decoder") if exists(path) else None
+    return all(f'"{token}"' in json.dumps(added) for token in ("<instruct>", "<query>", "<response>"))
