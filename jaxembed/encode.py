@@ -26,7 +26,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     from jaxembed import Embedder
 
     cli.use_compilation_cache()
-    embedder = Embedder.load(args.model, checkpoint=args.checkpoint, dtype=args.dtype, layers=args.layers)
+    chosen = {"checkpoint": args.checkpoint, "dtype": args.dtype, "layers": args.layers, "adapter": args.adapter}
+    embedder = Embedder.load(args.model, **chosen)
     options = {"instruction": args.instruction, "prompt_name": args.prompt_name, "dim": args.dim}
     options["long_texts"] = args.long_texts
     width = embedder.encode([], **options).shape[1]  # refuses what does not fit the model before anything is written
