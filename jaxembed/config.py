@@ -10,8 +10,9 @@ import difflib
 import json
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -35,6 +36,9 @@ class Section(BaseModel):
         if isinstance(value, str) and "\0" in value:
             raise ValueError("a text must not hold a NUL character")
         return value
+
+
+AnySection = TypeVar("AnySection", bound=Section)
 
 
 def is_echo(template: str) -> bool:
@@ -74,11 +78,27 @@ class ProjectionConfig(Section):
     bias: bool | None = Field(None, description="of that layer; as the base says, else no")
 
 
+AdapterName = Annotated[str, Field(pattern=r"^[\w-]+$", max_length=100)]
+
+
 class LoraConfig(Section):
     rank: Annotated[int, Field(ge=1, le=2**14)] = Field(16, description="width of the adapters")
     alpha: float = Field(32.0, gt=0, description="the adapters' product is scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="of the adapters' input, in training")
     targets: tuple[LoraTarget, ...] = Field(typing.get_args(LoraTarget), min_length=1, description="projections with adapters")
+    base_dtype: Literal["float32", "bfloat16", "int8"] = Field(
+        "float32", description="of the frozen base; int8: its kernels, a scale an output channel, and the embedding in bfloat16"
+    )
+    names: tuple[AdapterName, ...] = Field(
+        (), description="of several adapters, each trained by the sources that name it; empty: one, trained by all"
+    )
+
+    @field_validator("names")
+    @classmethod
+    def _one_adapter_a_name(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(names)) < len(names):
+            raise ValueError("the names of adapters must differ")
+        return names
 
 
 class ModelConfig(Section):
@@ -137,6 +157,7 @@ class SourceConfig(Section):
     )
     name: str = Field("", description="shown in logs and used for prompts; the path's stem if empty")
     weight: float = Field(1.0, ge=1e-6, le=1e6, description="share of the mixture, relative to the other sources' weights")
+    adapter: str = Field("", description="of model.lora.names: the one that the source trains")
     instructions: tuple[str, ...] = Field((), description="one is drawn per example for its query")
     document_instruction: str = Field("", description="instruction of the documents, for symmetric tasks")
     few_shot: FewShotConfig | None = Field(None, description="in-context examples before the queries; absent: none")
@@ -172,6 +193,11 @@ class DataConfig(Section):
         if self.row_length is not None and self.row_length < self.max_length:
             raise ValueError(f"row_length {self.row_length} is below max_length {self.max_length}; a text must fit a row")
         return self
+
+    def instructions(self, adapter: str | None = None) -> dict[str, tuple[str, str]]:
+        """The first instruction of queries and that of documents, by the name of the source; of one adapter's if given."""
+        chosen = [s for s in self.sources if s.instructions and adapter in (None, s.adapter)]
+        return {s.name or Path(s.path).stem: (s.instructions[0], s.document_instruction) for s in chosen}
 
 
 class ObjectiveConfig(Section):
@@ -218,6 +244,7 @@ class EvalSetConfig(Section):
     name: str = Field(description="SET in SET/METRIC")
     kind: Literal["retrieval", "sts"] = Field("retrieval", description="nDCG@10 and recall@10, or Spearman")
     path: str = Field(description="BEIR folder, scored-pairs file, python_packages:functions or python_packages:package")
+    adapter: str = Field("", description="of model.lora.names: the one that is scored")
     instruction: str = Field("", description="of the queries (of both sides for sts)")
     document_instruction: str = Field("", description="of the documents")
 
@@ -240,6 +267,20 @@ class Config(Section):
     mesh: MeshConfig = MeshConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _adapters_are_named(self) -> Config:
+        names = self.model.lora.names if self.model.lora else ()
+        users = {f"data.sources.{i}.adapter": source.adapter for i, source in enumerate(self.data.sources)}
+        idle = sorted(set(names) - set(users.values()))
+        for key, adapter in (users | {f"eval.sets.{i}.adapter": s.adapter for i, s in enumerate(self.eval.sets)}).items():
+            if names and adapter not in names:
+                raise ValueError(f"{key} is {adapter!r}; expected one of model.lora.names: {', '.join(names)}")
+            if adapter and not names:
+                raise ValueError(f"{key} is {adapter!r}, but model.lora.names is empty; name the adapters there")
+        if idle:
+            raise ValueError(f"model.lora.names: no source trains {idle[0]}; name it as the adapter of one, or leave it out")
+        return self
 
     @property
     def row_length(self) -> int:
@@ -281,10 +322,15 @@ def read_tree(path: Path) -> dict[str, Any]:
 
 def parse(tree: dict[str, Any], where: str) -> Config:
     """Checks a nested dict against the tree; `where` names its origin in errors."""
+    return parse_section(Config, tree, where)
+
+
+def parse_section(section: type[AnySection], tree: Mapping[str, Any], where: str) -> AnySection:
+    """Checks a nested dict against a part of the tree."""
     try:
-        return Config.model_validate(tree)
+        return section.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{where}: {_explain(error)}") from None
+        raise UserError(f"{where}: {_explain(error, section)}") from None
 
 
 def table() -> str:
@@ -351,12 +397,12 @@ def _index(node: list[Any], part: str, override: str) -> int:
     return int(part)
 
 
-def _explain(error: ValidationError) -> str:
-    """The first problem, in one line."""
+def _explain(error: ValidationError, section: type[Section]) -> str:
+    """The first problem that a section has, in one line."""
     problem = error.errors()[0]
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        names = _field_names(problem["loc"][:-1])
+        names = _field_names(section, problem["loc"][:-1])
         close = difflib.get_close_matches(str(problem["loc"][-1]), names, n=1, cutoff=0.5)
         near = ".".join([*key.split(".")[:-1], *close]) if close else ""
         return f"unknown key {key}; " + (f"did you mean {near}?" if near else f"known here: {', '.join(names)}")
@@ -367,9 +413,9 @@ def _explain(error: ValidationError) -> str:
     return f"{key}: {told}{given}".lstrip(": ")
 
 
-def _field_names(loc: tuple[int | str, ...]) -> list[str]:
-    """The keys known at a place in the tree."""
-    node: Any = Config
+def _field_names(section: type[Section], loc: tuple[int | str, ...]) -> list[str]:
+    """The keys known at a place below a section."""
+    node: Any = section
     for part in loc:
         if isinstance(part, int):
             continue

@@ -29,7 +29,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     from jaxembed import Embedder
 
     cli.use_compilation_cache()
-    embedder = Embedder.load(args.model, checkpoint=args.checkpoint, dtype=args.dtype, layers=args.layers)
+    loading = {name: getattr(args, name) for name in ("checkpoint", "dtype", "layers", "adapter")}
+    embedder = Embedder.load(args.model, **loading)
     options = {name: getattr(args, name) for name in ("instruction", "prompt_name", "dim", "long_texts")}
     options["examples"] = examples
     width = embedder.encode([], **options).shape[1]  # refuses what does not fit the model before anything is written

@@ -24,24 +24,26 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     out = Path(args.out) if args.out else None
     if out:
         cli.make_folder(out, f"{out}: the folder")
-    encoder = load_encoder(args.model, args.checkpoint, args.backend, args.layers)
+    encoder = load_encoder(args.model, args.checkpoint, args.backend, args.layers, args.adapter)
     return {"model": args.model, "scores": mteb_encoder.evaluate(encoder, tasks, out)}
 
 
-def load_encoder(model: str, checkpoint: str = "best", backend: str = "jax", layers: int | None = None) -> Any:
+def load_encoder(
+    model: str, checkpoint: str = "best", backend: str = "jax", layers: int | None = None, adapter: str | None = None
+) -> Any:
     """MODEL as an mteb encoder, run by JAX or, for an exported folder, by sentence-transformers."""
     from jaxembed.evaluation.mteb_encoder import MtebEncoder
 
     if backend == "sentence-transformers":
-        if layers is not None:
-            raise UserError("--layers cuts the JAX model; export the cut model to score it by sentence-transformers")
+        if layers is not None or adapter is not None:
+            raise UserError("--layers and --adapter shape the JAX model; export that to score it by sentence-transformers")
         from jaxembed.evaluation.torch_encoder import load_torch
 
         return load_torch(Path(model))
     from jaxembed import Embedder
 
     cli.use_compilation_cache()
-    embedder = Embedder.load(model, checkpoint=checkpoint, layers=layers)
+    embedder = Embedder.load(model, checkpoint=checkpoint, layers=layers, adapter=adapter)
 
     def encode(texts: Sequence[str], prompt: str) -> np.ndarray:
         return embedder.encode(texts, prompt=prompt, show_progress=True)

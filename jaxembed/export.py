@@ -9,6 +9,8 @@ from typing import Any
 from jaxembed import cli
 from jaxembed.errors import UserError
 
+LAYOUTS = ("sentence-transformers", "nv-embed")
+
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the folder, its dtype, and how far its vectors are from the model's."""
@@ -21,25 +23,29 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     logging.disable_progress_bar()  # of loading and saving, several times over
     cli.use_compilation_cache()
     if args.adapters:
-        if args.layers is not None or args.dtype != "float32" or args.layout != "sentence-transformers":
-            raise UserError("--adapters writes a run's adapters as they are: leave --layers, --layout and --dtype out")
+        if args.layers is not None or args.dtype != "float32" or args.layout != LAYOUTS[0] or args.adapter is not None:
+            raise UserError(
+                "--adapters writes all adapters of a run as they are: leave --layers, --dtype, --layout and --adapter out"
+            )
         if not (Path(args.model) / "base.json").is_file():
             raise UserError(f"{args.model}: not a run directory; --adapters needs one that was trained with model.lora")
         parity = export_adapters(Path(args.model), out, args.checkpoint)
-        return {"folder": str(out), "largest_difference": parity.error, "allowed": parity.allowed}
-    embedder = Embedder.load(args.model, checkpoint=args.checkpoint, layers=args.layers)
+        return {"folder": str(out), **told(parity)}
+    embedder = Embedder.load(args.model, checkpoint=args.checkpoint, layers=args.layers, adapter=args.adapter)
     if args.layout == "nv-embed":
         parity = export_nv_embed(embedder, out, args.dtype)
     else:
-        parity = export(embedder, out, args.dtype, read_card(Path(args.model), embedder.revision))
-    return {
-        "folder": str(out), "revision": embedder.revision, "dtype": args.dtype, "largest_difference": parity.error,
-        "allowed": parity.allowed, "least_cosine": parity.cosine,
-    }  # fmt: skip
+        parity = export(embedder, out, args.dtype, read_card(Path(args.model), embedder.revision, args.adapter))
+    return {"folder": str(out), "revision": embedder.revision, "dtype": args.dtype, **told(parity)}
 
 
-def read_card(model: Path, revision: str) -> Any:
-    """What the model card tells of a run: base, recipe, and the scores of the exported checkpoint."""
+def told(parity: Any) -> dict[str, float]:
+    return {"largest_difference": parity.error, "allowed": parity.allowed, "least_cosine": parity.cosine}
+
+
+def read_card(model: Path, revision: str, adapter: str | None = None) -> Any:
+    """What the model card tells of a run: base, recipe, and the scores of the exported checkpoint under its adapter."""
+    from jaxembed.config import parse, read_tree
     from jaxembed.fields import Fields
     from jaxembed.files import read_json, read_text
     from jaxembed.hub.card import Card
@@ -50,8 +56,13 @@ def read_card(model: Path, revision: str) -> Any:
     step = int(revision.removeprefix(f"{model.resolve().name}-").split("-")[0])
     rows = [row for row in read_metrics(model) if row["step"] == step]
     scores = {k.removeprefix("eval/"): v for row in rows for k, v in row.items() if k.startswith("eval/") and v is not None}
-    base = Fields(read_json(model / "base.json"), str(model / "base.json")).text("name")
-    return Card(model.resolve().name, base, f"step {step}", read_text(model / "config.yaml"), scores)
+    base, config = Fields(read_json(model / "base.json"), str(model / "base.json")).text("name"), model / "config.yaml"
+    checkpoint = f"step {step}"
+    if adapter is not None:
+        checkpoint += f", adapter {adapter}"
+        others = {s.name for s in parse(read_tree(config), str(config)).eval.sets if s.adapter != adapter}
+        scores = {name: score for name, score in scores.items() if name.rpartition("/")[0] not in others}
+    return Card(model.resolve().name, base, checkpoint, read_text(config), scores)
 
 
 if __name__ == "__main__":
@@ -60,8 +71,8 @@ if __name__ == "__main__":
     parser.add_argument("out", metavar="OUT", help="folder to write; must not exist")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights")
     parser.add_argument(
-        "--layout", choices=["sentence-transformers", "nv-embed"], default="sentence-transformers",
+        "--layout", choices=LAYOUTS, default=LAYOUTS[0],
         help="of the folder (default: sentence-transformers); nv-embed: that of NV-Embed's release, for models of its form",
     )  # fmt: skip
-    parser.add_argument("--adapters", action="store_true", help="write a run's LoRA adapters as a PEFT folder instead")
+    parser.add_argument("--adapters", action="store_true", help="write a run's LoRA adapters as PEFT folders instead")
     cli.run(main, parser)

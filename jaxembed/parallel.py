@@ -62,9 +62,12 @@ def split_batch(mesh: Mesh) -> NamedSharding:
 
 
 def put_batch(mesh: Mesh, tree: Any) -> Any:
-    """This process's part of host arrays as global arrays, split over the first axis."""
-    sharding = split_batch(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)
+    """This process's part of host arrays as global arrays, split over the first axis; numbers are on every device."""
+
+    def put(x: Any) -> jax.Array:
+        return jax.make_array_from_process_local_data(split_batch(mesh) if np.ndim(x) else replicated(mesh), x)
+
+    return jax.tree.map(put, tree)
 
 
 def param_shardings(mesh: Mesh, logical_specs: Any) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
@@ -32,7 +33,7 @@ from jaxembed.hub.embedder import Embedder
 from jaxembed.hub.opening import base_params, shapes_and_shardings, text_tokenizer
 from jaxembed.model.decoder import Compute
 from jaxembed.model.embedder import EmbeddingModel, init_params
-from jaxembed.model.lora import LoRA, split
+from jaxembed.model.lora import ADAPTERS, LoRA, join, pick_adapter, split, stack_adapters, stacked_shapes
 from jaxembed.spec import EmbeddingSpec
 from jaxembed.training.checkpoint import Checkpoints
 from jaxembed.training.loop import Trainer
@@ -66,6 +67,7 @@ def train(config: Config) -> dict[str, Any]:
     best_metric = _best_metric(config, held_out)
     base = find_base(config.model.base)
     spec, lora = _spec(config, base), _lora(config, base)
+    names = () if lora is None else lora.names
     run_dir = open_run(config)
     tokenizer = _tokenizer(run_dir, base, spec, sources)
     _record(run_dir, config, base, spec, sources, tokenizer)
@@ -74,18 +76,19 @@ def train(config: Config) -> dict[str, Any]:
     model = EmbeddingModel(base.decoder, spec, compute, lora)
     build = BatchBuilder(
         sources, tokenizer, spec, row_length=config.row_length, hard_negatives=config.data.hard_negatives,
-        seed=config.train.seed, shards=shards,
+        seed=config.train.seed, shards=shards, adapters=names,
     )  # fmt: skip
     _show_examples(sources, build, tokenizer)
     checkpoints = Checkpoints(run_dir, config.train.keep_checkpoints)
     plan_id = plan_hash(sources, config.train.batch_size, config.train.seed)
     _check_plan(checkpoints, plan_id, run_dir)
-    state = _state(config, base, model, mesh, checkpoints)
+    optimizer = make_optimizer(config.optim, config.train.steps, several=bool(names))
+    state = _state(config, base, model, mesh, checkpoints, optimizer)
     start = int(state.step)
     _announce(config, state, mesh, start)
 
-    encoder = Embedder(model, state.weights, tokenizer, mesh, base)
-    scores_at_start = _baselines(config, run_dir, held_out, encoder, start)
+    evaluate = _evaluator(Embedder(model, {}, tokenizer, mesh, base), held_out, names)
+    scores_at_start = _baselines(config, held_out, evaluate, state)
     recorder = Recorder(run_dir, start, config.train.steps)
     for name, scores in scores_at_start.items():
         recorder.log(0, {f"{name}/{key}": value for key, value in scores.items()})
@@ -95,12 +98,12 @@ def train(config: Config) -> dict[str, Any]:
         train_step=make_train_step(
             model,
             config.objectives,
-            make_optimizer(config.optim, config.train.steps),
+            optimizer,
             learning_rate(config.optim, config.train.steps),
             skip=config.train.on_nan == "skip",
         ),
         source_names=[source.name for source in sources],
-        evaluate=_evaluator(encoder, held_out) if held_out else None,
+        evaluate=evaluate if held_out else None,
         best_metric=best_metric,
         checkpoints=checkpoints,
         recorder=recorder,
@@ -121,20 +124,14 @@ def _spec(config: Config, base: Base) -> EmbeddingSpec:
     spec = base.spec.with_choices(config.model, config.data.max_length)
     if not spec.include_instruction and spec.instruction_template.endswith(" "):
         log.warning("instruction_template ends in a space, which merges into the next word: that word will not be pooled")
-    return spec.with_prompts(
-        {
-            source.name or Path(source.path).stem: (source.instructions[0], source.document_instruction)
-            for source in config.data.sources
-            if source.instructions
-        }
-    )
+    return spec.with_prompts(config.data.instructions())
 
 
 def _lora(config: Config, base: Base) -> LoRA | None:
     chosen = config.model.lora
     if chosen is not None and base.folder is None:
         raise UserError(f"model.lora: {base.name} has no weights to adapt; name a base that has, or train without model.lora")
-    return None if chosen is None else LoRA(**dict(chosen))
+    return None if chosen is None else LoRA(**dict(chosen))  # its fields are the keys
 
 
 def _tokenizer(run_dir: Path, base: Base, spec: EmbeddingSpec, sources: Sequence[Source]) -> TextTokenizer:
@@ -175,7 +172,14 @@ def _record(
     record(run_dir, "base", identity, "its base changed")  # last: with it the folder is a run for other commands
 
 
-def _state(config: Config, base: Base, model: EmbeddingModel, mesh: Mesh, checkpoints: Checkpoints) -> TrainState:
+def _state(
+    config: Config,
+    base: Base,
+    model: EmbeddingModel,
+    mesh: Mesh,
+    checkpoints: Checkpoints,
+    optimizer: optax.GradientTransformation,
+) -> TrainState:
     """The state to go on from: parameters from the base (or random), then the last checkpoint over them."""
     shapes, shardings = shapes_and_shardings(model, mesh)
     key = jax.random.key(config.train.seed)
@@ -183,8 +187,13 @@ def _state(config: Config, base: Base, model: EmbeddingModel, mesh: Mesh, checkp
     absent = {path: sharding for path, sharding in flatten_dict(shardings).items() if path not in params}
     params |= flatten_dict(init_params(model, key, unflatten_dict(absent)))
     trained, frozen = split(unflatten_dict(params))
-    optimizer = make_optimizer(config.optim, config.train.steps)
     opt_state = jax.jit(optimizer.init)(trained)
+    if model.lora is not None and model.lora.names:
+        own = unflatten_dict({path: sharding for path, sharding in absent.items() if path[-1] in ADAPTERS})
+        drawn = [init_params(model, jax.random.fold_in(key, i), own) for i in range(len(model.lora.names))]
+        stacked = stack_adapters([join(adapter, trained) for adapter in drawn])
+        trained = jax.device_put(stacked, jax.tree.map(lambda x: x.sharding, stacked_shapes(trained, len(drawn))))
+        opt_state = stack_adapters([opt_state] * len(drawn))
     everywhere = parallel.replicated(mesh)
     rest = jax.device_put({"opt_state": opt_state, "step": jnp.zeros((), jnp.int32), "key": key}, everywhere)
     state = TrainState(trained, frozen=frozen, **rest)
@@ -236,9 +245,15 @@ def _announce(config: Config, state: TrainState, mesh: Mesh, start: int) -> None
         log.info("resuming after step %d of %d", start, config.train.steps)
 
 
-def _evaluator(encoder: Embedder, held_out: Sequence[HeldOut]) -> Callable[[Any], Mapping[str, float]]:
+def _evaluator(encoder: Embedder, held_out: Sequence[HeldOut], names: Sequence[str]) -> Callable[[Any], dict[str, float]]:
+    """From all parameters to the scores of every set, each under its adapter."""
+
     def evaluate(params: Any) -> dict[str, float]:
-        return score_all(held_out, encoder.with_params(params).encode)
+        scores: dict[str, float] = {}
+        for held in held_out:
+            one = pick_adapter(params, names.index(held.config.adapter) if names else None)
+            scores |= score_all([held], encoder.with_params(one).encode)
+        return scores
 
     return evaluate
 
@@ -253,14 +268,14 @@ def _best_metric(config: Config, held_out: Sequence[HeldOut]) -> str:
 
 
 def _baselines(
-    config: Config, run_dir: Path, held_out: Sequence[HeldOut], encoder: Embedder, start: int
+    config: Config, held_out: Sequence[HeldOut], evaluate: Callable[[Any], dict[str, float]], state: TrainState
 ) -> dict[str, dict[str, float]]:
     """Scores before the first step: of the untrained model and of BM25. A resumed run has them already."""
-    if start:
+    if int(state.step):
         return {}
     scores = {}
     if held_out and config.eval.untrained:
-        scores["untrained"] = score_all(held_out, encoder.encode)
+        scores["untrained"] = evaluate(state.weights)
     if config.eval.bm25:
         retrieval = [s for s in held_out if isinstance(s, RetrievalSet)]
         scores["bm25"] = {f"{s.config.name}/{k}": v for s in retrieval for k, v in s.score_bm25().items()}

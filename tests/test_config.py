@@ -32,6 +32,16 @@ def error_of(folder: Path, *overrides: str, tree: Any = SMALLEST) -> str:
     return str(error.value).replace(str(folder / "mine.yaml"), "FILE")
 
 
+def test_errors_of_adapters(tmp_path: Path) -> None:
+    sources = [{"path": "a.jsonl", "adapter": "a"}, {"path": "b.jsonl", "adapter": "a"}]
+    tree = {"model": {"base": "x", "lora": {"names": ["a", "b"]}}, "data": {"sources": sources}}
+    told = "FILE: model.lora.names: no source trains b; name it as the adapter of one, or leave it out"
+    assert error_of(tmp_path, tree=tree) == told
+    told = "FILE: eval.sets.0.adapter is 'c'; expected one of model.lora.names: a, b"
+    assert error_of(tmp_path, "eval.sets=[{name: s, path: x, adapter: c}]", tree=tree) == told
+    assert load(write(tmp_path, tree), ["data.sources.1.adapter=b"]).data.sources[1].adapter == "b"
+
+
 def test_the_smallest_config_has_every_default(tmp_path: Path) -> None:
     config = of(tmp_path)
     assert (config.run.name, config.run.dir) == ("mine", "runs/mine")
@@ -108,6 +118,10 @@ def test_overrides_of_list_entries_and_their_order(tmp_path: Path) -> None:
         ("data.sources.²=x", "override 'data.sources.²=x': '²' is no index into a list of 2 entries"),
         ("data.sources.path=x", "override 'data.sources.path=x': 'path' is no index into a list of 2 entries"),
         ("model.base.x=1", "override 'model.base.x=1': base holds a str, not a section"),
+        ("data.sources.1.adapter=a", "FILE: data.sources.1.adapter is 'a', but model.lora.names is empty; name the adapters"),
+        ("model.lora.names=[a, a]", "FILE: model.lora.names: the names of adapters must differ"),
+        ("model.lora.names=[../a]", "FILE: model.lora.names.0: String should match pattern '^[\\w-]+$' (got '../a')"),
+        ("model.lora.names=[a]", "FILE: data.sources.0.adapter is ''; expected one of model.lora.names: a"),
     ],
 )
 def test_errors_name_the_key(tmp_path: Path, override: str, message: str) -> None:

@@ -214,7 +214,7 @@ def test_a_folder_that_needs_code_of_its_own_is_refused(reference_of: Callable[[
     edit(tmp_path / "own" / "config.json", {"auto_map": {"AutoModel": "modeling_own.Own"}})
     assert find_base(str(tmp_path / "own")).spec.pooling == "mean"
     (tmp_path / "own" / "modules.json").unlink()
-    with pytest.raises(UserError, match=r"Looked for jaxembed.json, .* modules.json, and the layouts of NV-Embed, KaLM"):
+    with pytest.raises(UserError, match=r"Looked for jaxembed.json, .* modules.json, and the layouts of NV-Embed, LLM2Vec, KaLM"):
         find_base(str(tmp_path / "own"))
     edit(tmp_path / "own" / "config.json", {"model_type": "qwen2_moe", "num_experts": 8})
     with pytest.raises(UserError, match=r"qwen2_moe is a mixture of experts \(num_experts\), .* take a dense base"):

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec
 from jaxembed import parallel
 from jaxembed.errors import UserError
 from jaxembed.model.embedder import EmbeddingModel, init_params, parameter_shapes
+from jaxembed.model.lora import LoRA
 from jaxembed.model.presets import from_hf, preset
 from jaxembed.spec import EmbeddingSpec
 
@@ -28,12 +29,12 @@ def test_a_batch_is_split_in_order_over_its_first_axis() -> None:
 
 
 def test_every_parameter_declares_axes_that_the_table_knows() -> None:
-    for name in ("qwen2-0.5b", "mistral-7b", "tiny"):
-        boxed = parameter_shapes(EmbeddingModel(from_hf(preset(name), name), EmbeddingSpec()))
+    for name, lora in (("qwen2-0.5b", LoRA(8, 16.0, base_dtype="int8")), ("mistral-7b", LoRA(8, 16.0)), ("tiny", None)):
+        boxed = parameter_shapes(EmbeddingModel(from_hf(preset(name), name), EmbeddingSpec(), lora=lora))
         specs = jax.tree.leaves(nn.get_partition_spec(boxed), is_leaf=lambda x: isinstance(x, PartitionSpec))
         shapes = jax.tree.leaves(nn.unbox(boxed))
         assert all(len(spec) == len(shape.shape) for spec, shape in zip(specs, shapes, strict=True))
-        assert {axis for spec in specs for axis in spec} <= set(parallel.LOGICAL_AXES)
+        assert {axis for spec in specs for axis in spec} <= {*parallel.LOGICAL_AXES, None}
 
 
 def test_an_axis_that_the_table_lacks_is_an_error() -> None:

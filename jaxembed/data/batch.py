@@ -15,6 +15,7 @@ from jaxembed.data.packing import PackedTexts, fill, max_segments, pack_shards
 from jaxembed.data.schema import Example, text_hash
 from jaxembed.data.sources import Source
 from jaxembed.data.tokenize import TextTokenizer, TokenizedTexts
+from jaxembed.errors import UserError
 from jaxembed.spec import EmbeddingSpec
 
 
@@ -36,6 +37,7 @@ class Batch:
     label: Any  # int32 [B], -1 for none
     source: Any  # int32 [B]
     score: Any  # float32 [B], NaN for none
+    adapter: Any = None  # int32, the index of the adapter that the batch trains; None where there are not several
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +62,12 @@ class BatchBuilder:
         hard_negatives: int,
         seed: int,
         shards: int,
+        adapters: Sequence[str] = (),
     ):
         self._sources, self._tokenizer, self._spec = sources, tokenizer, spec
         self._index = ExampleIndex(sources)
         self._row_length, self._negatives = row_length, hard_negatives
-        self._seed, self._shards = seed, shards
+        self._seed, self._shards, self._adapters = seed, shards, tuple(adapters)
         self._positives = max(source.drawer.most_positives for source in sources)
 
     def examples(self, step: int, ids: np.ndarray) -> list[Example]:
@@ -113,8 +116,17 @@ class BatchBuilder:
             label=np.array([e.label for e in examples], np.int32),
             source=source.astype(np.int32),
             score=np.array([e.score for e in examples], np.float32),
+            adapter=self._adapter(source) if self._adapters else None,
         )
         return HostBatch(batch, int((packed.segment_ids > 0).sum()), packed.segment_ids.size)
+
+    def _adapter(self, source: np.ndarray) -> np.ndarray:
+        """The index of the adapter that the sources of a batch train; `UserError` where they train several."""
+        trained = {self._sources[s].config.adapter: self._sources[s].name for s in np.unique(source)}
+        if len(trained) > 1:
+            told = ", ".join(f"{adapter} (source {name})" for adapter, name in trained.items())
+            raise UserError(f"a batch trains one adapter, this one holds examples of {told}; batch their sources apart")
+        return np.array(self._adapters.index(*trained), np.int32)
 
     def texts(self, examples: Sequence[Example]) -> tuple[list[str], list[str]]:
         """The texts of examples in the order query, positive, negatives, and the prompt of each."""

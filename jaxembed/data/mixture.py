@@ -20,18 +20,25 @@ from jaxembed.errors import UserError
 def make_plan(sources: Sequence[Source], batch_size: int, seed: int) -> grain.MapDataset[np.ndarray]:
     """Element `step` holds the `batch_size` global ids of that step; it never ends. Sources mix by their weights.
 
-    Global ids number the examples of all sources through; each source is shuffled anew every time it is used up.
+    Global ids number the examples of all sources through; each source is shuffled anew every time it is used up. Where the
+    sources train several adapters, those of each are mixed to batches of their own, and the batches by the weights' sums.
     """
-    total = sum(len(source) for source in sources)
-    if batch_size > total:
-        raise UserError(f"train.batch_size is {batch_size}, but the sources hold {total} examples; use at most that")
-    members, start = [], 0
+    members: dict[str, list[grain.MapDataset[int]]] = {}
+    start = 0
     for i, source in enumerate(sources):
         ids = grain.MapDataset.range(start, start + len(source)).seed(seed * 1000 + i)
-        members.append(ids.shuffle().repeat())
+        members.setdefault(source.config.adapter, []).append(ids.shuffle().repeat())
         start += len(source)
-    mixed = grain.MapDataset.mix(members, weights=[source.config.weight for source in sources])
-    return mixed.batch(batch_size)
+    plans, shares = [], []
+    for adapter, datasets in members.items():
+        own = [source for source in sources if source.config.adapter == adapter]
+        total, weights = sum(len(source) for source in own), [source.config.weight for source in own]
+        if batch_size > total:
+            of = f" of adapter {adapter}" if adapter else ""
+            raise UserError(f"train.batch_size is {batch_size}, but the sources{of} hold {total} examples; use at most that")
+        plans.append(grain.MapDataset.mix(datasets, weights=weights).batch(batch_size))
+        shares.append(sum(weights))
+    return plans[0] if len(plans) == 1 else grain.MapDataset.mix(plans, weights=shares)
 
 
 def plan_hash(sources: Sequence[Source], batch_size: int, seed: int) -> str:

@@ -18,7 +18,7 @@ from jaxembed.data.packing import PackedTexts, fill, max_segments, pack
 from jaxembed.data.tokenize import TextTokenizer
 from jaxembed.errors import UserError
 from jaxembed.hub.base import Base, content_hash, find_base
-from jaxembed.hub.opening import base_params, open_trained, shapes_and_shardings, text_tokenizer
+from jaxembed.hub.opening import RunParts, base_params, open_trained, shapes_and_shardings, text_tokenizer
 from jaxembed.model.decoder import Compute
 from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.spec import EmbeddingSpec, Shot
@@ -60,24 +60,31 @@ class Embedder:
 
     @classmethod
     def load(
-        cls, model: str | Path, *, dtype: str = "float32", checkpoint: str = "best", layers: int | None = None
+        cls,
+        model: str | Path,
+        *,
+        dtype: str = "float32",
+        checkpoint: str = "best",
+        layers: int | None = None,
+        adapter: str | None = None,
     ) -> Embedder:
         """Loads a run directory, an exported or Hugging Face folder, or a hub id.
 
         `dtype` is that of the computation. `checkpoint` picks a run's step: best (on the held-out sets), last, or a number.
-        `layers` keeps the first ones only (early exit).
+        `layers` keeps the first ones only (early exit). `adapter` names one of a run that has several.
         """
-        whole = cls._load(model, dtype, checkpoint)
+        whole = cls._load(model, dtype, checkpoint, adapter)
         return whole if layers is None else whole.first_layers(layers)
 
     @classmethod
-    def _load(cls, model: str | Path, dtype: str, checkpoint: str) -> Embedder:
+    def _load(cls, model: str | Path, dtype: str, checkpoint: str, adapter: str | None) -> Embedder:
         mesh = parallel.make_mesh()
         compute = Compute(dtype=jnp.dtype(dtype))
         path = Path(model)
         if (path / "base.json").is_file():
-            parts = open_trained(path, compute, mesh, checkpoint)
-            return cls(*parts.merged, parts.tokenizer, mesh, parts.base, parts.revision)
+            return from_run(open_trained(path, compute, mesh, checkpoint).of(adapter), mesh)
+        if adapter is not None:
+            raise UserError(f"{model}: not a run directory, so it has no adapter {adapter!r} to choose; leave that out")
         base = find_base(str(model))
         if base.folder is None:
             raise UserError(f"{model}: a preset has no weights; train it first")
@@ -224,6 +231,11 @@ def _groups(rows: int, row_length: int, shards: int) -> Iterator[tuple[int, int,
         last = min(first + most, rows)
         per_shard = -(-(last - first) // shards)
         yield first, last, (min(most, shards << (per_shard - 1).bit_length()), row_length)
+
+
+def from_run(parts: RunParts, mesh: Mesh) -> Embedder:
+    """An embedder with a run's parameters, adapters merged."""
+    return Embedder(*parts.merged, parts.tokenizer, mesh, parts.base, parts.revision)
 
 
 def from_base(base: Base, spec: EmbeddingSpec, compute: Compute, mesh: Mesh) -> Embedder:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -24,14 +25,16 @@ from jaxembed.errors import UserError
 from jaxembed.files import read_json_value, write_json
 from jaxembed.hub.base import POOLING_MODES, write_spec
 from jaxembed.hub.card import Card, model_card
-from jaxembed.hub.embedder import Embedder
+from jaxembed.hub.embedder import Embedder, from_run
 from jaxembed.hub.nv_embed import nv_embed_config, nv_embed_spec
-from jaxembed.hub.opening import open_trained
+from jaxembed.hub.opening import RunParts, open_trained
 from jaxembed.hub.peft import write_adapters
 from jaxembed.hub.weights import POOLING_FOLDER, part_files, save_params
 from jaxembed.model.decoder import Compute
 from jaxembed.model.presets import FAMILIES
 from jaxembed.spec import EmbeddingSpec
+
+log = logging.getLogger("jaxembed")
 
 TORCH_POOLING = Path(__file__).with_name("token_pooling.py")  # travels with models whose pooling has weights
 INSTRUCTION = "Given a question, find the passage that answers it"
@@ -154,30 +157,51 @@ def export_nv_embed(embedder: Embedder, out: Path, dtype: str) -> Parity:
 
 
 def export_adapters(run_dir: Path, out: Path, checkpoint: str) -> Parity:
-    """Writes a run's adapters as the PEFT folder `out`, with spec and tokenizer, checked as `export` checks.
+    """Writes a run's adapters as the PEFT folder `out`, or named ones as a folder each below it, with spec and tokenizer.
 
-    `UserError` on a run without adapters, and on one that trained its pooling or projection too, which such a folder
-    cannot hold.
+    Whoever reads such a folder adds the adapters to the base's own weights, so its vectors are checked against those of the
+    adapters on these. Where the run held its base in fewer bits, its own vectors differ from both: the parity's `cosine` is
+    that to the run's own. `UserError` on a run without adapters, and on one that trained its pooling or projection too,
+    which such a folder cannot hold.
     """
     mesh = parallel.make_mesh()
-    parts = open_trained(run_dir, Compute(), mesh, checkpoint)
-    lora = parts.model.lora
-    if lora is None:
+    run = open_trained(run_dir, Compute(), mesh, checkpoint)
+    if run.model.lora is None:
         raise UserError(f"{run_dir}: trained without model.lora; export it whole, without --adapters")
-    if whole := parts.trained.keys() - {"decoder"}:
+    if whole := run.trained.keys() - {"decoder"}:
         raise UserError(f"{run_dir}: its {' and '.join(sorted(whole))} was trained too; export it whole, without --adapters")
-    embedder = Embedder(*parts.merged, parts.tokenizer, mesh, parts.base, parts.revision)
+    rounded = run.model.lora.base_dtype != "float32"
+    exact = open_trained(run_dir, Compute(), mesh, checkpoint, "float32") if rounded else run
+    parities = []
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as scratch:
-        made = Path(scratch) / "adapters"
-        made.mkdir()
-        write_adapters(made, parts.trained, lora, parts.base.name)
-        parts.tokenizer.hf.save_pretrained(made)
-        write_spec(made, parts.base.spec)
-        parity = Parity.of(embedder.encode(PROBES), Embedder.load(made).encode(PROBES), TOLERANCE)
-        if parity.error > parity.allowed:
-            raise UserError(_refusal(out, parity, embedder, made))
-        shutil.move(str(made), str(out))
-    return parity
+        for name in run.names or (None,):
+            parts, made = exact.of(name), Path(scratch) / "adapters" / (name or "")
+            made.mkdir(parents=True)
+            _write_adapter(made, parts)
+            embedder, vectors = from_run(parts, mesh), Embedder.load(made).encode(PROBES)
+            parity = Parity.of(embedder.encode(PROBES), vectors, TOLERANCE)
+            if parity.error > parity.allowed:
+                raise UserError(_refusal(out, parity, embedder, made))
+            if rounded:
+                own = embedder.with_params(run.of(name).merged[1]).encode(PROBES)
+                parity = dataclasses.replace(parity, cosine=Parity.of(own, vectors, TOLERANCE).cosine)
+            parities.append(parity)
+        shutil.move(str(Path(scratch) / "adapters"), str(out))
+    worst = Parity(max(p.error for p in parities), TOLERANCE, min(p.cosine for p in parities))
+    if rounded:
+        log.warning(
+            "the adapters were trained on a base in %s and will be added to it as its files are: a cosine of at least %.6f "
+            "to the run's own vectors",
+            run.model.lora.base_dtype, worst.cosine,
+        )  # fmt: skip
+    return worst
+
+
+def _write_adapter(folder: Path, parts: RunParts) -> None:
+    assert parts.model.lora is not None
+    write_adapters(folder, parts.trained, parts.model.lora, parts.base.name)
+    parts.tokenizer.hf.save_pretrained(folder)
+    write_spec(folder, parts.base.spec)
 
 
 def _build(embedder: Embedder, scratch: Path, dtype: str) -> Path:

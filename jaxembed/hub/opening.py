@@ -8,10 +8,12 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from flax.traverse_util import flatten_dict, unflatten_dict
+import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from jaxembed import parallel
+from jaxembed.config import LoraConfig, parse, parse_section, read_tree
 from jaxembed.data.tokenize import TextTokenizer, append_eos, load_tokenizer
 from jaxembed.errors import UserError
 from jaxembed.fields import Fields
@@ -21,7 +23,7 @@ from jaxembed.hub.peft import read_adapters
 from jaxembed.hub.weights import load_params
 from jaxembed.model.decoder import Compute
 from jaxembed.model.embedder import EmbeddingModel, parameter_shapes
-from jaxembed.model.lora import TARGETS, LoRA, join, merge, split
+from jaxembed.model.lora import LoRA, join, merge, pick_adapter, split, stacked_shapes
 from jaxembed.model.presets import from_hf
 from jaxembed.spec import EmbeddingSpec
 from jaxembed.training.checkpoint import Checkpoints, pick_step
@@ -31,39 +33,33 @@ from jaxembed.training.run_dir import kept
 def base_params(base: Base, shapes: Any, shardings: Any) -> dict[str, Any]:
     """The parameters of those parts of a model (decoder, pooling, projection) that its base has weights of."""
     assert base.folder is not None
-    params = load_params(base.folder, base.decoder.layers, shapes, shardings)
+    return dict(load_params(base.folder, base.decoder.layers, shapes, shardings, _updates(base, shapes)))
+
+
+def _updates(base: Base, shapes: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The factors of what a base's PEFT folders add to kernels, by path; `UserError` where they do not fit them."""
+    ours = flatten_dict(shapes)
+    updates: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for folder in base.adapters:
         lora, adapters = read_adapters(folder, base.decoder.layers)
-        _check_adapters(folder, adapters, shapes)
-        params = merge(join(adapters, params), lora)
-    if base.adapters:  # the products were not told where to lie
-        places = flatten_dict(shardings)
-        params = jax.device_put(params, unflatten_dict({path: places[path] for path in flatten_dict(params)}))
-    return dict(params)
-
-
-def _check_adapters(folder: Path, adapters: Any, shapes: Any) -> None:
-    """`UserError` where adapters do not fit the kernels they are for."""
-    flat, ours = flatten_dict(adapters), flatten_dict(shapes)
-    for path, a in flat.items():
-        if path[-1] == "lora_a":
-            inward, outward = a.shape[-2], flat[*path[:-1], "lora_b"].shape[-1]
-            kernel = ours[*path[:-1], "kernel"].shape[-2:]
-            if (inward, outward) != kernel:
-                told = f"{'/'.join(path[1:-1])} from {inward} to {outward}; expected {kernel[0]} to {kernel[1]}"
+        flat = flatten_dict(adapters)
+        for path in (path[:-1] for path in flat if path[-1] == "lora_a"):
+            a, b, name = flat[*path, "lora_a"], np.float32(lora.scale) * flat[*path, "lora_b"], "/".join((*path, "kernel"))
+            given, kernel = (a.shape[-2], b.shape[-1]), ours[*path, "kernel"].shape[-2:]
+            if given != kernel:
+                told = f"{'/'.join(path[1:])} from {given[0]} to {given[1]}; expected {kernel[0]} to {kernel[1]}"
                 raise UserError(f"{folder}: the adapters do not fit the base: {told}")
+            if name in updates:  # a sum of products is the product of the factors side by side
+                before_a, before_b = updates[name]
+                a, b = np.concatenate((before_a, a), axis=-1), np.concatenate((before_b, b), axis=-2)
+            updates[name] = (a, b)
+    return updates
 
 
 def _recorded_lora(record: Fields, where: str) -> LoRA | None:
     """The adapters of a run, as its base.json tells of them."""
     values = record.mapping("lora", {})
-    if not values:
-        return None
-    fields = Fields(values, f"{where}: lora")
-    targets = values.get("targets")
-    if not isinstance(targets, list) or not targets or any(target not in TARGETS for target in targets):
-        raise UserError(f"{where}: lora.targets must be a list of some of {', '.join(TARGETS)}")
-    return LoRA(fields.whole("rank", most=2**14), fields.number("alpha"), targets=tuple(targets))
+    return LoRA(**dict(parse_section(LoraConfig, values, f"{where}: lora"))) if values else None
 
 
 def _frozen(record: Fields, shapes: Any, shardings: Any) -> Any:
@@ -119,8 +115,12 @@ def shapes_and_shardings(model: EmbeddingModel, mesh: Mesh) -> tuple[Any, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class RunParts:
-    """What a run directory holds of a model: its trained parameters, under `model`, which has the run's adapters."""
+    """What a run directory holds of a model: its trained parameters, under `model`, which has the run's adapters.
 
+    Several adapters are stacked in `trained` until `of` has chosen one.
+    """
+
+    run_dir: Path
     base: Base
     model: EmbeddingModel
     trained: Any
@@ -129,27 +129,64 @@ class RunParts:
     revision: str
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Of several adapters."""
+        return () if self.model.lora is None else self.model.lora.names
+
+    def of(self, adapter: str | None) -> RunParts:
+        """The model of one adapter, with the prompts of its sources; `UserError` where that is not one of the run's.
+
+        None where the run has no named ones, or one alone.
+        """
+        lora, name = self.model.lora, self.names[0] if adapter is None and len(self.names) == 1 else adapter
+        if lora is None or not lora.names:
+            if name is None:
+                return self
+            raise UserError(f"{self.run_dir}: has no adapter {name!r}, for it was trained without model.lora.names")
+        if name not in self.names:
+            came = "has several adapters" if name is None else f"has no adapter {name!r}"
+            raise UserError(f"{self.run_dir}: {came}; choose one with --adapter (adapter=...): {', '.join(self.names)}")
+        recorded = self.run_dir / "config.yaml"
+        instructions = parse(kept(read_tree, recorded, "train anew"), str(recorded)).data.instructions(name)
+        spec = dataclasses.replace(self.base.spec, prompts={}).with_prompts(instructions)
+        return dataclasses.replace(
+            self,
+            base=dataclasses.replace(self.base, spec=spec),
+            model=self.model.clone(spec=spec, lora=dataclasses.replace(lora, names=())),
+            trained=pick_adapter(self.trained, self.names.index(name)),
+            revision=f"{self.revision}-{name}",
+        )
+
+    @property
     def merged(self) -> tuple[EmbeddingModel, Any]:
         """The model without adapters, and its parameters."""
         whole, lora = join(self.trained, self.frozen), self.model.lora
         return (self.model, whole) if lora is None else (self.model.clone(lora=None), merge(whole, lora))
 
 
-def open_trained(run_dir: Path, compute: Compute, mesh: Mesh, checkpoint: str) -> RunParts:
-    """A step of a run; the base under its adapters is read from where the run found it. `UserError` if it is not there."""
+def open_trained(run_dir: Path, compute: Compute, mesh: Mesh, checkpoint: str, base_dtype: str | None = None) -> RunParts:
+    """A step of a run; the base under its adapters is read from where the run found it. `UserError` if it is not there.
+
+    `base_dtype` holds that base otherwise than the run did.
+    """
     where = str(run_dir / "base.json")
     record = Fields(kept(read_json, run_dir / "base.json", "train anew"), where)
     config = record.mapping("config")
     decoder = from_hf(config, f"{where}: config")
     base = Base(record.text("name"), run_dir / "tokenizer", config, decoder, read_spec(str(run_dir), run_dir, config, decoder))
     lora = _recorded_lora(record, where)
+    if lora is not None and base_dtype is not None:
+        lora = dataclasses.replace(lora, base_dtype=base_dtype)
     model = EmbeddingModel(decoder, base.spec, compute, lora)
     shapes, shardings = shapes_and_shardings(model, mesh)
     placed = jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), shapes, shardings)
     checkpoints = Checkpoints(run_dir)
     step = pick_step(checkpoints, checkpoint, run_dir)
-    trained = checkpoints.restore_params(step, split(placed)[0])
+    trained = split(placed)[0]
+    if lora is not None and lora.names:
+        trained = stacked_shapes(trained, len(lora.names))
+    trained = checkpoints.restore_params(step, trained)
     checkpoints.close()
     frozen = {} if lora is None else _frozen(record, shapes, shardings)
     tokenizer = text_tokenizer(load_tokenizer(run_dir / "tokenizer"), base.spec, base)
-    return RunParts(base, model, trained, frozen, tokenizer, f"{run_dir.resolve().name}-{step}")
+    return RunParts(run_dir, base, model, trained, frozen, tokenizer, f"{run_dir.resolve().name}-{step}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from jaxembed.errors import UserError
 from jaxembed.fields import Fields
 from jaxembed.files import exists, read_json
 from jaxembed.hub.modules import projection_weights
+from jaxembed.model.frozen import quantise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,12 +146,16 @@ def _files(folder: Path) -> list[Path]:
     return paths
 
 
-def load_params(folder: Path, layers: int, shapes: Any, shardings: Any) -> Any:
-    """Parameters in float32, from the safetensors files of `folder`: the decoder, and what else they hold of it.
+def load_params(
+    folder: Path, layers: int, shapes: Any, shardings: Any, updates: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None
+) -> Any:
+    """Parameters from the safetensors files of `folder`, in the dtypes of `shapes`: float32, bfloat16, or int8 with scales.
 
-    `shapes` and `shardings` are trees of the parts that are wanted: decoder, pooling, projection. Tensors stream through the
-    host one parameter at a time, largest first, so that the peak stays near the size of the result. One `UserError`
-    names every missing, unexpected and misshapen tensor.
+    They are those of the decoder, and of what else the files hold. `shapes` and `shardings` are trees of the parts that are
+    wanted: decoder, pooling, projection. Tensors stream through the host one parameter at a time, largest first, so that the
+    peak stays near the size of the result; they are rounded there. `updates` are low-rank ones of kernels, by path:
+    ([L, in, rank], [L, rank, out]), whose product is added before that. One `UserError` names every missing, unexpected and
+    misshapen tensor.
     """
     with open_tensors(folder) as tensors:
         tensors = {name: tensor for name, tensor in tensors.items() if _part(name) in shapes}
@@ -159,7 +165,11 @@ def load_params(folder: Path, layers: int, shapes: Any, shardings: Any) -> Any:
         )
         wanted = sorted((e for e in TABLE if e.ours in flat_shapes), key=lambda e: -flat_shapes[e.ours].size)
         _check(folder, tensors, wanted, {e: flat_shapes[e.ours].shape for e in wanted}, layers)
-        loaded = {e.ours: _load(e, tensors, flat_shapes[e.ours].shape, flat_shardings[e.ours]) for e in wanted}
+        loaded: dict[str, jax.Array] = {}
+        for entry in wanted:
+            host = _read(entry, tensors, flat_shapes[entry.ours], (updates or {}).get(entry.ours))
+            loaded |= {path: jax.device_put(x, flat_shardings[path], may_alias=True) for path, x in host.items()}
+            jax.block_until_ready(loaded)
     return unflatten_dict(loaded, sep="/")
 
 
@@ -194,12 +204,22 @@ def _their_shape(entry: Entry, shape: tuple[int, ...]) -> tuple[int, ...]:
     return one[::-1] if entry.transposed else one
 
 
-def _load(entry: Entry, tensors: Mapping[str, Any], shape: tuple[int, ...], sharding: Any) -> jax.Array:
-    host = _aligned_empty(shape)
-    for i, part in enumerate(host if entry.stacked else [host]):
-        into = part.T if entry.transposed else part
-        _copy_rows(tensors[entry.theirs.format(i=i)], into)
-    return jax.block_until_ready(jax.device_put(host, sharding, may_alias=True))
+def _read(
+    entry: Entry, tensors: Mapping[str, Any], shape: Any, update: tuple[np.ndarray, np.ndarray] | None
+) -> dict[str, np.ndarray]:
+    """A parameter by its path, in the dtype of `shape`, and its scales if that is int8."""
+    held, scales = _aligned_empty(shape.shape, shape.dtype), []
+    for i, part in enumerate(held if entry.stacked else [held]):
+        one = part if part.dtype == np.float32 else np.empty(part.shape, np.float32)
+        _copy_rows(tensors[entry.theirs.format(i=i)], one.T if entry.transposed else one)
+        if update is not None:
+            one += update[0][i] @ update[1][i]
+        if part.dtype == np.int8:
+            part[...], scale = quantise(one)
+            scales.append(scale)
+        elif one is not part:
+            part[...] = one
+    return {entry.ours: held} | ({f"{entry.ours}_scale": np.stack(scales)} if scales else {})
 
 
 def _copy_rows(source: Any, into: np.ndarray, numbers_at_once: int = 1 << 24) -> None:
@@ -210,12 +230,12 @@ def _copy_rows(source: Any, into: np.ndarray, numbers_at_once: int = 1 << 24) ->
         into[start:stop] = source[start:stop]
 
 
-def _aligned_empty(shape: tuple[int, ...]) -> np.ndarray:
-    """A float32 array on a 64-byte boundary, which the CPU backend takes without another copy."""
-    size = int(np.prod(shape))
-    raw = np.empty(size + 16, np.float32)
-    skip = (-raw.ctypes.data % 64) // 4
-    return raw[skip : skip + size].reshape(shape)
+def _aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array on a 64-byte boundary, which the CPU backend takes without another copy."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(size + 64, np.uint8)
+    skip = -raw.ctypes.data % 64
+    return raw[skip : skip + size].view(dtype).reshape(shape)
 
 
 def save_params(path: Path, params: Any, prefixes: Mapping[str, str], convert: Callable[[np.ndarray], np.ndarray]) -> None:

@@ -61,7 +61,8 @@ class Decoder(nn.Module):
     def __call__(self, texts: PackedTexts) -> Float[Array, "r t d"]:
         c, dtype = self.config, self.compute.dtype
         init = nn.with_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
-        table = self.param("embedding", init, (c.vocab_size, c.width))
+        held = jnp.float32 if self.lora is None else self.lora.embedding_dtype
+        table = self.param("embedding", init, (c.vocab_size, c.width), held)
         x = table[texts.tokens.reshape(-1)].astype(dtype)
         rope = rope_table(texts.positions, rope_frequencies(c.head_width, c.rope_theta, dict(c.rope_scaling)), dtype)
         places = Places(texts.segment_ids, texts.positions, texts.pool_mask)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxembed.model.frozen import product
 from jaxembed.model.lora import LoRA
 
 
@@ -25,7 +26,10 @@ def at_least_float32(x: jax.Array) -> jax.Array:
 
 
 class Linear(nn.Module):
-    """x @ kernel + bias over the last axis, computed in `dtype`; with low-rank adapters where `lora` has this name."""
+    """x @ kernel + bias over the last axis, computed in `dtype`; with low-rank adapters where `lora` has this name.
+
+    Under `lora` the kernel is frozen and held as it says: in int8 there is a `kernel_scale` beside it.
+    """
 
     features: int
     axes: tuple[str, str]
@@ -36,15 +40,26 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        init = nn.with_partitioning(nn.initializers.normal(self.init_std), self.axes)
-        kernel = self.param("kernel", init, (x.shape[-1], self.features))
-        y = x @ kernel.astype(self.dtype)
+        y = self._product(x)
         if self.use_bias:
             bias_init = nn.with_partitioning(nn.initializers.zeros, self.axes[1:])
             y = y + self.param("bias", bias_init, (self.features,)).astype(self.dtype)
         if self.lora is not None and self.lora.adapts(self.name):
             y = y + self._adapted(x, self.lora)
         return y
+
+    def _product(self, x: jax.Array) -> jax.Array:
+        shape, held = (x.shape[-1], self.features), jnp.dtype("float32" if self.lora is None else self.lora.base_dtype)
+        if held == jnp.int8:  # read from a base: never drawn
+            kernel = self.param("kernel", nn.with_partitioning(nn.initializers.zeros, self.axes), shape, held)
+            ones = nn.with_partitioning(nn.initializers.ones, self.axes[1:])
+            scale = self.param("kernel_scale", ones, shape[1:])
+        else:
+            init = nn.with_partitioning(nn.initializers.normal(self.init_std), self.axes)
+            kernel, scale = self.param("kernel", init, shape, held), None
+        # The backward pass converts such a kernel again: those of all layers, kept from the forward pass, would be a copy
+        multiply = product if held == jnp.float32 else jax.checkpoint(product)
+        return multiply(x, kernel, scale)
 
     def _adapted(self, x: jax.Array, lora: LoRA) -> jax.Array:
         into = nn.with_partitioning(nn.initializers.he_uniform(), (self.axes[0], None))

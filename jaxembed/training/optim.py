@@ -8,6 +8,7 @@ import jax
 import optax
 
 from jaxembed.config import OptimConfig
+from jaxembed.model.lora import ADAPTERS, OWN
 
 DECAYED = frozenset({"kernel", "embedding", "latents", "lora_a", "lora_b"})  # matrices; norm scales and biases are spared
 SPARED = frozenset({"scale", "bias"})
@@ -29,12 +30,31 @@ def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, after], [config.warmup_steps])
 
 
-def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """Clips the global gradient norm, then AdamW."""
+def make_optimizer(config: OptimConfig, steps: int, several: bool = False) -> optax.GradientTransformation:
+    """Clips the global gradient norm, then AdamW.
+
+    For `several` adapters it counts their updates apart from those of the rest, so that each can have a count of its own
+    beside its moments: by a count of all steps, the steps of an adapter that every n-th batch trains were too long by up to
+    sqrt(n), until its second moments have filled.
+    """
+    adam = optax.scale_by_adam()
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
-        optax.adamw(learning_rate(config, steps), weight_decay=config.weight_decay, mask=decay_mask),
+        optax.partition({OWN: adam, "shared": adam}, _owner) if several else adam,
+        optax.add_decayed_weights(config.weight_decay, decay_mask),
+        optax.scale_by_learning_rate(learning_rate(config, steps)),
     )
+
+
+def updates_done(opt_state: Any) -> jax.Array:
+    """The updates that the optimizer has made: the steps, less the skipped ones."""
+    counts = optax.tree.get_all_with_path(opt_state, "count", lambda path, _: path[-1].tuple_name == "ScaleByScheduleState")
+    return counts[0][1]
+
+
+def _owner(params: Any) -> Any:
+    """The group of each parameter: adapters, or what all adapters share."""
+    return jax.tree.map_with_path(lambda path, _: OWN if path[-1].key in ADAPTERS else "shared", params)
 
 
 def decay_mask(params: Any) -> Any:

@@ -17,8 +17,9 @@ from jaxembed.config import ObjectiveConfig
 from jaxembed.data.batch import Batch
 from jaxembed.losses.infonce import OBJECTIVES
 from jaxembed.model.embedder import EmbeddingModel
-from jaxembed.model.lora import join
+from jaxembed.model.lora import join, pick_adapter, put_adapter
 from jaxembed.model.pooling import unit_length
+from jaxembed.training.optim import updates_done
 
 Metrics = dict[str, jax.Array]
 
@@ -27,7 +28,8 @@ Metrics = dict[str, jax.Array]
 class TrainState:
     """params: the trained parameters, float32; opt_state: optax's; step: int32 steps done; key: random key of the run.
 
-    frozen: the parameters that are not trained (of a base under adapters), which no checkpoint holds.
+    frozen: the parameters that are not trained (of a base under adapters), which no checkpoint holds. Several adapters are
+    stacked, in params and opt_state.
     """
 
     params: Any
@@ -79,36 +81,35 @@ def make_train_step(
     """The compiled step (state, batch) -> (state, metrics); it consumes the state. It compiles once per batch shape.
 
     `schedule` is the optimizer's learning rate, for the metrics. With `skip`, a loss or gradient that is not finite leaves
-    parameters and optimizer as they were; the step counts, the schedule stands still.
+    parameters and optimizer as they were; the step counts, the schedule stands still. Of several adapters, those that the
+    batch does not train keep their parameters and moments.
     """
 
     if model.lora is not None:
         model = model.clone(lora=model.lora.training())
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        before = pick_adapter((state.params, state.opt_state), batch.adapter)
+
         def loss_of(params: Any) -> tuple[jax.Array, Metrics]:
             key = jax.random.fold_in(state.key, state.step)
             return batch_loss(model, objectives, join(params, state.frozen), batch, key)
 
-        (loss, parts), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        (loss, parts), grads = jax.value_and_grad(loss_of, has_aux=True)(before[0])
         norm = optax.global_norm(grads)
 
         def update() -> tuple[Any, Any]:
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            return optax.apply_updates(state.params, updates), opt_state
-
-        def keep() -> tuple[Any, Any]:
-            return state.params, state.opt_state
+            params, opt_state = before
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            return optax.apply_updates(params, updates), opt_state
 
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
-        params, opt_state = jax.lax.cond(good, update, keep) if skip else update()
-        rate = schedule(_updates_done(state.opt_state))
+        after = jax.lax.cond(good, update, lambda: before) if skip else update()
+        params, opt_state = put_adapter((state.params, state.opt_state), batch.adapter, after)
+        rate = schedule(updates_done(state.opt_state))
         metrics = {"loss": loss, **parts, "grad_norm": norm, "learning_rate": jnp.asarray(rate)}
+        if batch.adapter is not None:
+            metrics["adapter"] = batch.adapter
         return dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1), metrics
 
     return jax.jit(train_step, donate_argnums=0, compiler_options=parallel.compiler_options())
-
-
-def _updates_done(opt_state: Any) -> jax.Array:
-    """The updates that the optimizer has made: the steps, less the skipped ones."""
-    return optax.tree.get_all_with_path(opt_state, "count")[0][1]
