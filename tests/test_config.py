@@ -1,6 +1,7 @@
 """The configuration tree: what it takes, and the one line that says what is off."""
 
 import dataclasses
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,11 @@ import pydantic
 import pytest
 import yaml
 
-from jaxembed.config import Config, load
+from jaxembed.config import Config, LoraTarget, ModelConfig, PoolingKind, load
 from jaxembed.errors import UserError
+from jaxembed.model.lora import TARGETS
+from jaxembed.model.masks import MASKS
+from jaxembed.model.pooling import POOLINGS
 from jaxembed.spec import EmbeddingSpec
 
 SMALLEST = {"model": {"base": "preset:tiny"}, "data": {"sources": [{"path": "a.jsonl"}, {"path": "b.jsonl"}]}}
@@ -188,3 +192,11 @@ def test_prompts_are_made_by_the_template_and_stored_by_name() -> None:
     assert spec.with_prompts({}) == spec
     named = spec.with_prompts({"a": ("find", "doc"), "b": ("sort", "")}).prompts
     assert named == {"query": "<find> ", "document": "<doc> ", "a": "<find> ", "b": "<sort> "}
+
+
+def test_the_names_in_the_tree_are_those_that_the_model_knows() -> None:
+    """The tree lists them anew, since reading a config must not import JAX."""
+    attention = typing.get_args(typing.get_args(ModelConfig.model_fields["attention"].annotation)[0])
+    assert set(attention) == set(MASKS)
+    assert set(typing.get_args(PoolingKind)) == set(POOLINGS)
+    assert typing.get_args(LoraTarget) == tuple(TARGETS)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxembed.hub
 import tiny
 from jaxembed import Embedder, parallel
 from jaxembed.errors import UserError
@@ -81,6 +82,8 @@ def test_a_pooling_with_weights_brings_its_own_module(bases, tmp_path, pooling):
     assert again.spec == model.spec
     np.testing.assert_allclose(again.encode(tiny.TEXTS), model.encode(tiny.TEXTS), atol=1e-6)
     assert "trust_remote_code=True" in (out / "README.md").read_text()
+    stock = jaxembed.hub.load_sentence_transformer(str(out))
+    np.testing.assert_allclose(module.encode_torch(stock, tiny.TEXTS, ""), model.encode(tiny.TEXTS), atol=1e-5)
     with (out / module.TORCH_POOLING.name).open("a") as code:
         code.write("# changed\n")
     with pytest.raises(ValueError, match="trust_remote_code"):

@@ -36,6 +36,10 @@ TASK = "Given a question, retrieve passages that answer it"
 E5 = "Instruct: {}\nQuery: "
 TEXTS = [*tiny.TEXTS, "a text that is cut at its end " * 20]
 SHORT = tiny.TEXTS[:4]
+STEP = (
+    "train.steps=1", "train.batch_size=4", "mesh.data=1", "eval.sets=[]", "data.max_length=64", "model.unroll=false",
+    "optim.learning_rate=1e-4", "optim.warmup_steps=0",
+)  # fmt: skip
 LIMIT, POSITIONS = 100, 128  # tokens of a text where the files say so, and of the tiny models
 
 
@@ -158,6 +162,12 @@ def reference_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Re
     return functools.cache(lambda name: Reference(name, root))
 
 
+@pytest.fixture(scope="module")
+def mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The decoder that adapters belong to, under a name that LLM2Vec puts into a chat form."""
+    return tiny.folder(tmp_path_factory.mktemp("decoders") / "Mistral-7B-Instruct-v0.2", "mistral")
+
+
 def least_cosine(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.sum(a * b, axis=1).min())
 
@@ -179,9 +189,7 @@ def test_published_layout_is_tuned_further_and_exported(
 ) -> None:
     reference = reference_of(name)
     root = prepare(tmp_path)
-    small = ["train.steps=1", "train.batch_size=4", "mesh.data=1", "eval.sets=[]", "data.max_length=64", "model.unroll=false"]
-    small += ["optim.learning_rate=1e-4", "optim.warmup_steps=0"]
-    train(settings(root, "tuned", f"model.base={reference.folder}", *small))
+    train(settings(root, "tuned", f"model.base={reference.folder}", *STEP))
     before, model = Embedder.load(reference.folder), Embedder.load(root / "tuned")
     changed = {key for key, value in vars(model.spec).items() if value != getattr(before.spec, key)}
     assert changed <= {"max_length", "prompts"}
@@ -209,12 +217,41 @@ def test_a_repository_without_files_of_its_own_is_known_by_its_name(
     assert least_cosine(Embedder.load(bare).encode(SHORT), reference.encode(SHORT)) < 0.9
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("nvidia/NV-Embed-v2", ("bidirectional", "latent_attention", "Instruct: T\nQuery: ", "")),
+        ("HIT-TMG/KaLM-embedding-multilingual-mini-instruct-v1.5", ("causal", "mean", "Instruct: T \n Query: ", "")),
+        ("KaLM-Embedding/KaLM-embedding-mini-v2.5", ("bidirectional", "mean", "Instruct: T \n Query: ", "")),
+        ("Salesforce/SFR-Embedding-Mistral", ("causal", "last", "Instruct: T\nQuery: ", "")),
+        ("Linq-AI-Research/Linq-Embed-Mistral", ("causal", "last", "Instruct: T\nQuery: ", "")),
+        ("Alibaba-NLP/gte-Qwen2-7B-instruct", ("bidirectional", "last", "Instruct: T\nQuery: ", "")),
+        ("Qwen/Qwen3-Embedding-4B", ("causal", "last", "Instruct: T\nQuery:", "")),
+        ("GritLM/GritLM-7B", ("bidirectional", "mean", "<|user|>\nT\n<|embed|>\n", "")),
+        ("BAAI/bge-en-icl", ("causal", "last", "<instruct>T\n<query>", "\n<response>")),
+        ("jspringer/echo-mistral-7b-instruct-meantoken", ("causal", "mean", "Instruct:\x1fT,\x1f", "")),
+        ("McGill-NLP/LLM2Vec-Sheared-LLaMA-mntp", ("bidirectional", "mean", "T ", "")),
+    ],
+)
+def test_the_id_of_a_repository_brings_its_rules(
+    mistral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, expected: tuple[str, str, str, str]
+) -> None:
+    config = json.loads((mistral / "config.json").read_text())
+    if "NV-Embed" in name:
+        latent = {"cross_dim_head": config["hidden_size"]}
+        config = {"model_type": "nvembed", "text_config": config, "latent_attention_config": latent}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda asked, **options: {name: str(tmp_path)}[asked])
+    spec = find_base(name).spec
+    assert (spec.attention, spec.pooling, spec.prompt("T"), spec.query_suffix) == expected
+
+
 def test_a_folder_that_needs_code_of_its_own_is_refused(reference_of: Callable[[str], Reference], tmp_path: Path) -> None:
     shutil.copytree(reference_of("KaLM-embedding-multilingual-mini-v1").folder, tmp_path / "own")
     edit(tmp_path / "own" / "config.json", {"auto_map": {"AutoModel": "modeling_own.Own"}})
     assert find_base(str(tmp_path / "own")).spec.pooling == "mean"
     (tmp_path / "own" / "modules.json").unlink()
-    with pytest.raises(UserError, match=r"Looked for jaxembed.json, .* modules.json, and the layouts of NV-Embed, LLM2Vec, KaLM"):
+    with pytest.raises(UserError, match=r"Looked for jaxembed.json, .* modules.json, and .* NV-Embed, LLM2Vec, KaLM"):
         find_base(str(tmp_path / "own"))
     edit(tmp_path / "own" / "config.json", {"model_type": "qwen2_moe", "num_experts": 8})
     with pytest.raises(UserError, match=r"qwen2_moe is a mixture of experts \(num_experts\), .* take a dense base"):
@@ -222,12 +259,6 @@ def test_a_folder_that_needs_code_of_its_own_is_refused(reference_of: Callable[[
     edit(tmp_path / "own" / "config.json", {"model_type": "mixtral", "num_local_experts": 8}, drop=("num_experts",))
     with pytest.raises(UserError, match="mixtral is a mixture of experts"):
         find_base(str(tmp_path / "own"))
-
-
-@pytest.fixture(scope="module")
-def mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The decoder that adapters belong to, under a name that LLM2Vec puts into a chat form."""
-    return tiny.folder(tmp_path_factory.mktemp("decoders") / "Mistral-7B-Instruct-v0.2", "mistral")
 
 
 def bidirectional(folder: Path) -> torch.nn.Module:
@@ -280,8 +311,7 @@ def test_llm2vec_is_read_from_its_two_stages_of_adapters(mistral: Path, tmp_path
         export(model, tmp_path / "whole", "float32", Card("l2v", "base"))
 
     root = prepare(tmp_path)
-    small = ["train.steps=1", "train.batch_size=4", "mesh.data=1", "eval.sets=[]", "data.max_length=64", "model.unroll=false"]
-    train(settings(root, "tuned", f"model.base={second}", "model.lora={rank: 2, alpha: 4}", *small))
+    train(settings(root, "tuned", f"model.base={second}", "model.lora={rank: 2, alpha: 4}", *STEP))
     export_adapters(root / "tuned", tmp_path / "third", "last")
     tuned = Embedder.load(root / "tuned")
     np.testing.assert_allclose(Embedder.load(tmp_path / "third").encode(SHORT), tuned.encode(SHORT), atol=1e-5)
@@ -320,9 +350,17 @@ def test_echo_encodes_as_its_parser(pooling: str, tmp_path: Path, monkeypatch: p
     for instruction in ("", "Find it"):
         theirs = echo_vectors(reference, tokenizer, TEXTS, instruction, pooling)
         assert least_cosine(model.encode(TEXTS, instruction=instruction), theirs) > 0.9999
+    with pytest.raises(UserError, match="presents a text twice"):
+        export(model, tmp_path / "out", "float32", Card("echo", "base"))
     joined = dataclasses.replace(spec, **{key: getattr(spec, key).replace(BORDER, "") for key in ("echo", "plain_echo")})
     wrong = from_base(base, joined, Compute(), make_mesh(1))
     assert least_cosine(wrong.encode(TEXTS), echo_vectors(reference, tokenizer, TEXTS, "", pooling)) < 0.9999
+    if pooling == "mean":
+        root = prepare(tmp_path)
+        train(settings(root, "tuned", f"model.base={folder}", *STEP))
+        tuned = Embedder.load(root / "tuned")
+        assert tuned.spec == dataclasses.replace(base.spec, max_length=64, prompts=tuned.spec.prompts)
+        assert 0.9 < least_cosine(tuned.encode(SHORT), model.encode(SHORT)) < 1 - 1e-6
 
 
 def test_bge_en_icl_is_told_by_its_tokens(mistral: Path, tmp_path: Path) -> None:
