@@ -29,17 +29,16 @@ class Layout:
 
 
 E5 = "Instruct: {instruction}\nQuery: "
+PLAIN = {"document": ""}  # documents have no prompt; that there are prompts tells evaluation to give instructions
 KALM = {
-    "pooling": "mean",
-    "append_eos": False,
+    "pooling": "mean", "append_eos": False, "include_instruction": True, "prompts": PLAIN,
     "instruction_template": "Instruct: {instruction} \n Query: ",
-    "prompts": {"document": ""},
-}
-LAST = {"pooling": "last", "append_eos": True, "include_instruction": True}
+}  # fmt: skip
+LAST = {"pooling": "last", "append_eos": True, "include_instruction": True, "prompts": PLAIN}
 ICL = "<instruct>{instruction}\n<query>"
 ECHO = {
     "attention": "causal", "append_eos": True, "include_instruction": False, "max_length": 1024, "text_length": 300,
-    "instruction_template": f"Instruct:{BORDER}{{instruction}},{BORDER}", "prompts": {"document": ""},
+    "instruction_template": f"Instruct:{BORDER}{{instruction}},{BORDER}", "prompts": PLAIN,
     "echo": f"\nQuery:{BORDER}{{text}}{BORDER}\nQuery again:{BORDER}{{text}}",
     "plain_echo": f"Document:{BORDER}{{text}}{BORDER}\nDocument again:{BORDER}{{text}}",
 }  # fmt: skip
@@ -75,16 +74,13 @@ LAYOUTS = (
         r"bge-en-icl",
         {
             "attention": "causal", **LAST, "instruction_template": ICL, "query_suffix": "\n<response>",
-            "example_template": f"{ICL}{{query}}\n<response>{{response}}", "prompts": {"document": ""},
-            "max_length": 4096, "text_length": 512,
+            "example_template": f"{ICL}{{query}}\n<response>{{response}}", "max_length": 4096, "text_length": 512,
         },
         lambda folder, config: _has_icl_tokens(folder),
     ),
     Layout("Echo (last token)", r"echo-.*-lasttoken", {**ECHO, "pooling": "last"}),
     Layout("Echo (mean)", r"echo-.*-meantoken", {**ECHO, "pooling": "mean"}),
 )  # fmt: skip
-
-
 # LLM2Vec puts texts into the chat form of some bases: name of the base -> what stands before and behind.
 CHATS = {
     r".*(Mistral-7B-Instruct-v0\.2|Llama-2-7b-chat-hf)": ("[INST] ", " [/INST]"),
