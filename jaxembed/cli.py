@@ -58,7 +58,7 @@ def parser(command: str, description: str) -> Parser:
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """The MODEL argument and the options that go with it."""
-    parser.add_argument("model", metavar="MODEL", help="run directory, exported or Hugging Face folder, or hub id")
+    parser.add_argument("model", metavar="MODEL", help="run directory, exported, PEFT or Hugging Face folder, or hub id")
     parser.add_argument("--checkpoint", default="best", help="of a run: best (default), last, or a step")
     parser.add_argument("--adapter", metavar="NAME", help="of a run that has several: the one to use")
     parser.add_argument("--layers", type=int, metavar="N", help="keep the first N layers only (early exit)")

@@ -25,6 +25,13 @@ Positive = Annotated[int, Field(gt=0, le=LARGEST)]
 NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)  # what PyYAML raises, of which dates and numbers raise the second
 
 
+# What is said of pydantic's errors whose own words speak of Python.
+EXPECTED = {
+    "model_type": "a mapping such as {key: value}", "model_attributes_type": "a mapping such as {key: value}",
+    "tuple_type": "a list such as [a, b]", "string_pattern_mismatch": "letters, digits, _ and - alone",
+}  # fmt: skip
+
+
 class Section(BaseModel):
     """A frozen node of the tree that refuses unknown keys, numbers that are not finite and texts with a NUL."""
 
@@ -375,7 +382,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     try:
         value = yaml.safe_load(text)
     except NOT_YAML as error:
-        raise UserError(f"override {override!r}: the value is not valid YAML ({_one_line(error)})") from None
+        raise UserError(
+            f"override {override!r}: the value is not valid YAML ({_one_line(error)}); a text wants quotes: {key}='\"...\"'"
+        ) from None
     *parents, last = key.split(".")
     node: Any = tree
     for part in parents:
@@ -408,6 +417,8 @@ def _explain(error: ValidationError, section: type[Section]) -> str:
         return f"unknown key {key}; " + (f"did you mean {near}?" if near else f"known here: {', '.join(names)}")
     if problem["type"] == "missing":
         return f"{key} is missing; it has no default"
+    if problem["type"] in EXPECTED:
+        return f"{key}: expected {EXPECTED[problem['type']]} (got {shown(problem['input'])})"
     given = "" if isinstance(problem["input"], dict | list) else f" (got {shown(problem['input'])})"
     told = _one_line(problem["msg"]).removeprefix("Value error, ").replace("Input should be", "expected")
     return f"{key}: {told}{given}".lstrip(": ")

@@ -72,7 +72,7 @@ if __name__ == "__main__":
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights")
     parser.add_argument(
         "--layout", choices=LAYOUTS, default=LAYOUTS[0],
-        help="of the folder (default: sentence-transformers); nv-embed: that of NV-Embed's release, for models of its form",
+        help="of the folder (default: sentence-transformers); nv-embed: that of NV-Embed's release, for models trained from it",
     )  # fmt: skip
     parser.add_argument("--adapters", action="store_true", help="write a run's LoRA adapters as PEFT folders instead")
     cli.run(main, parser)

@@ -28,6 +28,7 @@ from jaxembed.data.sources import Source, open_sources
 from jaxembed.data.tokenize import TextTokenizer, load_tokenizer
 from jaxembed.errors import UserError
 from jaxembed.evaluation.heldout import HeldOut, RetrievalSet, open_sets, score_all
+from jaxembed.fields import shown
 from jaxembed.hub.base import Base, content_hash, find_base, write_spec
 from jaxembed.hub.embedder import Embedder
 from jaxembed.hub.opening import base_params, shapes_and_shardings, text_tokenizer
@@ -70,6 +71,7 @@ def train(config: Config) -> dict[str, Any]:
     names = () if lora is None else lora.names
     run_dir = open_run(config)
     tokenizer = _tokenizer(run_dir, base, spec, sources)
+    _check_room(spec, tokenizer)
     _record(run_dir, config, base, spec, sources, tokenizer)
 
     compute = Compute(jnp.dtype(config.model.dtype), config.model.remat, config.model.unroll, config.model.attention_kernel)
@@ -125,6 +127,16 @@ def _spec(config: Config, base: Base) -> EmbeddingSpec:
     if not spec.include_instruction and spec.instruction_template.endswith(" "):
         log.warning("instruction_template ends in a space, which merges into the next word: that word will not be pooled")
     return spec.with_prompts(config.data.instructions())
+
+
+def _check_room(spec: EmbeddingSpec, tokenizer: TextTokenizer) -> None:
+    """`UserError` where a prompt leaves no room for a text."""
+    for name, prompt in spec.prompts.items():
+        if tokenizer.room([prompt])[0] < 1:
+            raise UserError(
+                f"data.max_length is {spec.max_length}, which the {name} prompt {shown(prompt)} and what stands behind a text "
+                "fill; raise it, or shorten the instruction"
+            )
 
 
 def _lora(config: Config, base: Base) -> LoRA | None:

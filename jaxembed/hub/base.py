@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -26,6 +27,8 @@ from jaxembed.model.masks import MASKS
 from jaxembed.model.pooling import POOLINGS
 from jaxembed.model.presets import MOST, DecoderConfig, from_hf, preset
 from jaxembed.spec import EmbeddingSpec
+
+log = logging.getLogger("jaxembed")
 
 SPEC_FILE = "jaxembed.json"
 # Our poolings without weights -> sentence-transformers' names.
@@ -65,7 +68,10 @@ def find_base(name: str, asked_for_by: tuple[Path, ...] = ()) -> Base:
         if folder.resolve() in asked_for_by:
             told = "base_model_name_or_path leads back to this folder; name that of the weights"
             raise UserError(f"{folder / ADAPTER_CONFIG}: {told}")
-        base = find_base(first_stage(name, folder) or base_of(folder), (*asked_for_by, folder.resolve()))
+        try:
+            base = find_base(first_stage(name, folder) or base_of(folder), (*asked_for_by, folder.resolve()))
+        except UserError as error:
+            raise UserError(f"the base of the adapters in {folder}: {error}") from None
         own = read_json(folder / "config.json") if exists(folder / "config.json") else {}
         spec = read_spec(name, folder, own, base.decoder, base)
         return dataclasses.replace(base, name=name, root=base.root or base.name, spec=spec, adapters=(*base.adapters, folder))
@@ -119,6 +125,8 @@ def read_spec(
             f"sentence-transformers' {LISTING}, and the layouts of NV-Embed, LLM2Vec, {known}. If the weights are those of a "
             "plain decoder, take auto_map out of a copy"
         )
+    if layout is not None:
+        log.info("%s: read as %s", name, layout.title)
     spec = under.spec if under else EmbeddingSpec()
     if folder is not None and listed:
         spec = _sentence_transformers_spec(folder, config, decoder)

@@ -38,6 +38,17 @@ def model_card(spec: EmbeddingSpec, card: Card, parity_error: float) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def adapters_card(spec: EmbeddingSpec, base: str) -> str:
+    """README.md of a folder of adapters: what reads it, and what a reader of the weights alone would miss."""
+    told = [
+        f"---\nlibrary_name: peft\nbase_model: {base}\ntags: [jaxembed]\n---",
+        f"LoRA adapters of `{base}`, trained with jaxembed, which reads this folder whole: `Embedder.load(folder)`.",
+        f"PEFT reads the weights alone. The vectors come of {spec.attention} attention, {spec.pooling} pooling, prompts "
+        "and EOS as in `jaxembed.json`; sentence-transformers does not see these: export the model whole for it.",
+    ]
+    return "\n\n".join(told) + "\n"
+
+
 def _usage(spec: EmbeddingSpec) -> str:
     query = ', prompt_name="query"' if spec.prompts.get("query") else ""
     document = ', prompt_name="document"' if spec.prompts.get("document") else ""

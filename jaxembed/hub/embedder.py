@@ -182,6 +182,8 @@ class Embedder:
         stored = self.spec.prompts[prompt_name] if prompt_name is not None else prompt
         if stored is not None:
             return stored
+        if any(not isinstance(example, tuple) or len(example) != 2 for example in examples):
+            raise TypeError("examples are pairs (query, response)")
         lead = self.spec.prompt(instruction, [Shot(instruction or "", *example) for example in examples])
         if examples and self.tokenizer.room([lead])[0] < 1:
             taken, most = int(self.tokenizer.untruncated_lengths([""], [lead])[0]), self.tokenizer.max_length

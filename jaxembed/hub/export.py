@@ -24,7 +24,7 @@ from jaxembed.data.tokenize import drop_eos
 from jaxembed.errors import UserError
 from jaxembed.files import read_json_value, write_json
 from jaxembed.hub.base import POOLING_MODES, write_spec
-from jaxembed.hub.card import Card, model_card
+from jaxembed.hub.card import Card, adapters_card, model_card
 from jaxembed.hub.embedder import Embedder, from_run
 from jaxembed.hub.nv_embed import nv_embed_config, nv_embed_spec
 from jaxembed.hub.opening import RunParts, open_trained
@@ -202,6 +202,7 @@ def _write_adapter(folder: Path, parts: RunParts) -> None:
     write_adapters(folder, parts.trained, parts.model.lora, parts.base.name)
     parts.tokenizer.hf.save_pretrained(folder)
     write_spec(folder, parts.base.spec)
+    (folder / "README.md").write_text(adapters_card(parts.base.spec, parts.base.name), encoding="utf-8")
 
 
 def _build(embedder: Embedder, scratch: Path, dtype: str) -> Path:
@@ -340,6 +341,8 @@ def sentence_transformers() -> Any:
 
 def load_sentence_transformer(folder: Path | str) -> Any:
     """The folder by sentence-transformers on the CPU, without remote code but our own module where it has that one."""
+    if not (Path(folder) / "modules.json").is_file():
+        raise UserError(f"{folder}: no sentence-transformers folder (no modules.json); export the model first")
     code = Path(folder) / TORCH_POOLING.name
     ours = code.is_file() and code.read_bytes() == TORCH_POOLING.read_bytes()
     return sentence_transformers().SentenceTransformer(str(folder), device="cpu", local_files_only=True, trust_remote_code=ours)

@@ -94,17 +94,21 @@ def published_layout(name: str, folder: Path | None, config: Mapping[str, Any], 
 
     `config` is the folder's config.json, `root` the name of the decoder that its adapters belong to.
     """
-    last = _last(name)
-    if last.startswith("LLM2Vec-") or (folder is not None and _is_llm2vec(folder, config)):
+    names = _names(name, folder)
+    if any(found.startswith("LLM2Vec-") for found in names) or (folder is not None and _is_llm2vec(folder, config)):
         return Layout("LLM2Vec", "", llm2vec_choices(folder, root))
     marked = [layout for layout in LAYOUTS if folder is not None and layout.mark(folder, config)]
-    named = [layout for layout in LAYOUTS if re.fullmatch(layout.name, last, re.IGNORECASE)]
+    named = [layout for layout in LAYOUTS if any(re.fullmatch(layout.name, found, re.IGNORECASE) for found in names)]
     return next(iter(marked + named), None)
 
 
-def _last(name: str) -> str:
-    """The last part of a path, a hub id or a preset's name."""
-    return re.split("[/:]", name.rstrip("/"))[-1]
+def _names(name: str, folder: Path | None) -> list[str]:
+    """What a repository may be called: the last part of a hub id, of a preset's name or of a folder's path, and what the
+    hub's cache calls the folder of its snapshots.
+    """
+    path = folder.resolve() if folder is not None else Path(name)
+    cached = [part.rsplit("--", 1)[-1] for part in path.parts if part.startswith("models--")]
+    return [re.split("[/:]", name.rstrip("/"))[-1], path.name, *cached]
 
 
 def _is_llm2vec(folder: Path, config: Mapping[str, Any]) -> bool:
@@ -131,7 +135,8 @@ def llm2vec_choices(folder: Path | None, root: str) -> dict[str, Any]:
 
 def first_stage(name: str, folder: Path) -> str | None:
     """The adapters under those of LLM2Vec's second stage, whose files name the decoder alone; None for others."""
-    match = re.fullmatch(r"(LLM2Vec-.*-mntp)-(supervised|unsup-simcse)", _last(name))
+    found = [re.fullmatch(r"(LLM2Vec-.*-mntp)-(supervised|unsup-simcse)", part) for part in _names(name, folder)]
+    match = next(filter(None, found), None)
     if match is None:
         return None
     beside = folder.with_name(match[1])

@@ -32,10 +32,11 @@ PACKAGES = (
 
 
 def open_run(config: Config) -> Path:
-    """The run directory with config.yaml in it. Refuses one that belongs to another config."""
+    """The run directory with config.yaml in it. Refuses one that belongs to another config; a config alone is no run yet."""
     run_dir = Path(config.run.dir)
     recorded = run_dir / "config.yaml"
-    if exists(recorded):
+    others = exists(run_dir) and any(path != recorded and path.suffix != ".partial" for path in run_dir.iterdir())
+    if others and exists(recorded):
         before = kept(read_tree, recorded)
         changed = list(differences(before, yaml.safe_load(config.dump())))
         if changed:
@@ -43,7 +44,7 @@ def open_run(config: Config) -> Path:
                 f"{run_dir}: belongs to another config ({'; '.join(changed[:4])}); name another run.dir, or remove it"
             )
         return run_dir
-    if run_dir.exists() and any(path.suffix != ".partial" for path in run_dir.iterdir()):
+    if others:
         raise UserError(f"{run_dir}: holds files but no run; name another run.dir")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -99,6 +100,9 @@ def differences(before: Any, after: Any, key: str = "") -> Iterator[str]:
     if isinstance(before, dict) and isinstance(after, dict):
         for name in dict.fromkeys([*before, *after]):
             yield from differences(before.get(name), after.get(name), f"{key}.{name}" if key else name)
+    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        for i, pair in enumerate(zip(before, after, strict=True)):
+            yield from differences(*pair, f"{key}.{i}")
     elif before != after:
         yield f"{key}: {_short(before)} -> {_short(after)}"
 
