@@ -98,7 +98,7 @@ def test_overrides_of_list_entries_and_their_order(tmp_path: Path) -> None:
         ("train.steps=many", "FILE: train.steps: expected a valid integer, unable to parse string as an integer"),
         ("train.steps=1.5", "FILE: train.steps: expected a valid integer"),
         ("train.steps=0", "FILE: train.steps: expected greater than 0 (got 0)"),
-        ("train=5", "FILE: train: expected a valid dictionary"),
+        ("train=5", "FILE: train: expected a mapping such as {key: value} (got 5)"),
         (
             "model.attention=sideways",
             "FILE: model.attention: expected 'causal', 'bidirectional', 'prefix' or 'prefix_lm' (got 'sideways')",
@@ -124,12 +124,20 @@ def test_overrides_of_list_entries_and_their_order(tmp_path: Path) -> None:
         ("model.base.x=1", "override 'model.base.x=1': base holds a str, not a section"),
         ("data.sources.1.adapter=a", "FILE: data.sources.1.adapter is 'a', but model.lora.names is empty; name the adapters"),
         ("model.lora.names=[a, a]", "FILE: model.lora.names: the names of adapters must differ"),
-        ("model.lora.names=[../a]", "FILE: model.lora.names.0: String should match pattern '^[\\w-]+$' (got '../a')"),
+        ("model.lora.names=[../a]", "FILE: model.lora.names.0: expected letters, digits, _ and - alone (got '../a')"),
         ("model.lora.names=[a]", "FILE: data.sources.0.adapter is ''; expected one of model.lora.names: a"),
     ],
 )
 def test_errors_name_the_key(tmp_path: Path, override: str, message: str) -> None:
     assert error_of(tmp_path, override).startswith(message)
+
+
+def test_a_text_that_is_no_yaml_wants_quotes(tmp_path: Path) -> None:
+    assert error_of(tmp_path, "model.echo={text}: {text}").endswith("""; a text wants quotes: model.echo='"..."'""")
+    told = error_of(tmp_path, "model.echo=A {text} B: {text}")
+    assert told.startswith(
+        """FILE: model.echo: expected a text (on the command line, one with : or { in quotes: key='"..."')"""
+    )
 
 
 @pytest.mark.parametrize(

@@ -243,7 +243,7 @@ def arguments(folder: Path, **options: Any) -> argparse.Namespace:
     """Those of the encode command on files of a folder."""
     files = {"input": str(folder / "in.txt"), "out": str(folder / "out.npy"), "examples": str(folder / "examples.jsonl")}
     others = {"instruction": None, "prompt_name": None, "dim": None, "long_texts": "cut", "field": "text"}
-    loading = {"model": "m", "checkpoint": "best", "dtype": "float32", "layers": None}
+    loading = {"model": "m", "checkpoint": "best", "dtype": "float32", "layers": None, "adapter": None}
     return argparse.Namespace(**{**files, **others, **loading, **options})
 
 
