@@ -35,8 +35,9 @@ def open_run(config: Config) -> Path:
     """The run directory with config.yaml in it. Refuses one that belongs to another config; a config alone is no run yet."""
     run_dir = Path(config.run.dir)
     recorded = run_dir / "config.yaml"
+    has_config = exists(recorded)
     others = exists(run_dir) and any(path != recorded and path.suffix != ".partial" for path in run_dir.iterdir())
-    if others and exists(recorded):
+    if has_config and others:
         before = kept(read_tree, recorded)
         changed = list(differences(before, yaml.safe_load(config.dump())))
         if changed:
