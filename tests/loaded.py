@@ -67,3 +67,8 @@ def vectors(model: EmbeddingModel, params: Any, packed: PackedTexts, index: np.n
     placed = parallel.put_batch(parallel.make_mesh(devices), packed)
     out = np.asarray(compiled(model)({"params": params}, placed))
     return out.reshape(-1, out.shape[-1])[index]
+
+
+def least_cosine(a: np.ndarray, b: np.ndarray) -> float:
+    """Of the rows of two arrays of unit vectors."""
+    return float(np.sum(a * b, axis=1).min())

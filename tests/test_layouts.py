@@ -30,6 +30,7 @@ from jaxembed.model.decoder import Compute
 from jaxembed.parallel import make_mesh
 from jaxembed.run import train
 from jaxembed.spec import Shot
+from loaded import least_cosine
 from runs import prepare, settings
 
 TASK = "Given a question, retrieve passages that answer it"
@@ -166,10 +167,6 @@ def reference_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Re
 def mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The decoder that adapters belong to, under a name that LLM2Vec puts into a chat form."""
     return tiny.folder(tmp_path_factory.mktemp("decoders") / "Mistral-7B-Instruct-v0.2", "mistral")
-
-
-def least_cosine(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.sum(a * b, axis=1).min())
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -23,6 +23,7 @@ from jaxembed.hub.token_pooling import TokenPooling
 from jaxembed.model.decoder import Compute
 from jaxembed.parallel import make_mesh
 from jaxembed.run import train
+from loaded import least_cosine
 from runs import prepare, settings
 
 INSTRUCTION = "Given a question, retrieve passages that answer it"
@@ -75,10 +76,6 @@ class NVEmbed:
 def nv_embed(tmp_path_factory: pytest.TempPathFactory) -> tuple[NVEmbed, Path]:
     model = NVEmbed()
     return model, model.save(tmp_path_factory.mktemp("published") / "NV-Embed-v2")
-
-
-def least_cosine(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.sum(a * b, axis=1).min())
 
 
 def test_nv_embed_encodes_as_its_release(nv_embed: tuple[NVEmbed, Path]) -> None:

@@ -116,23 +116,22 @@ def read_spec(
         return spec_from_json(read_json(folder / SPEC_FILE), str(folder / SPEC_FILE))
     if is_nv_embed(config):
         return nv_embed_spec(config, decoder, f"{name}: config.json")
-    layout = published_layout(name, folder, config, (under.root or under.name) if under else str(config.get("_name_or_path")))
+    layout = published_layout(name, folder, config)
     listed = folder is not None and exists(folder / LISTING)
     if layout is None and not listed and under is None and "auto_map" in config:
         known = ", ".join(layout.title for layout in LAYOUTS)
         raise UserError(
             f"{folder}: its config.json asks for code of its own (auto_map), which is not run. Looked for {SPEC_FILE}, "
-            f"sentence-transformers' {LISTING}, and the layouts of NV-Embed, LLM2Vec, {known}. If the weights are those of a "
+            f"sentence-transformers' {LISTING}, and the layouts of NV-Embed, {known}. If the weights are those of a "
             "plain decoder, take auto_map out of a copy"
         )
-    if layout is not None:
-        log.info("%s: read as %s", name, layout.title)
     spec = under.spec if under else EmbeddingSpec()
     if folder is not None and listed:
         spec = _sentence_transformers_spec(folder, config, decoder)
-    choices = {"prompts": {}, **(layout.choices if layout else {})}
-    choices["prompts"] = {**choices["prompts"], **spec.prompts}
-    spec = dataclasses.replace(spec, **choices)
+    if layout is not None:
+        log.info("%s: read as %s", name, layout.title)
+        choices = layout.choices_of(folder, (under.root or under.name) if under else str(config.get("_name_or_path")))
+        spec = dataclasses.replace(spec, **{**choices, "prompts": {**choices["prompts"], **spec.prompts}})
     return dataclasses.replace(spec, max_length=min(spec.max_length, decoder.max_positions))
 
 

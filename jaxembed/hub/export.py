@@ -101,7 +101,7 @@ def export(embedder: Embedder, out: Path, dtype: str, card: Card) -> Parity:
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as scratch:
         made = _build(embedder, Path(scratch), "float32")
         probes = {prompt: _probes(embedder, prompt) for prompt in _prompts(embedder.spec)}
-        vectors = np.concatenate([embedder.encode(texts, prompt=prompt) for prompt, texts in probes.items()])
+        vectors = _vectors(embedder, probes)
         torch_vectors = _torch_vectors(made, embedder.spec, probes)
         parity = Parity.of(np.tile(vectors, (2, 1)), torch_vectors, TOLERANCE)
         if parity.error > parity.allowed or parity.cosine < LEAST_COSINE:
@@ -144,12 +144,9 @@ def export_nv_embed(embedder: Embedder, out: Path, dtype: str) -> Parity:
         tokenizer = copy.deepcopy(embedder.tokenizer.hf)
         drop_eos(tokenizer)
         tokenizer.save_pretrained(made)
-        again = Embedder.load(made)
-        parts = [
-            [model.encode(_whole(embedder, prompt), prompt=prompt) for model in (embedder, again)] for prompt in _prompts(spec)
-        ]
-        vectors, theirs = (np.concatenate(side) for side in zip(*parts, strict=True))
-        parity = Parity.of(vectors, theirs, TOLERANCE if dtype == "float32" else BFLOAT16_TOLERANCE)
+        probes = {prompt: _whole(embedder, prompt) for prompt in _prompts(spec)}
+        allowed = TOLERANCE if dtype == "float32" else BFLOAT16_TOLERANCE
+        parity = Parity.of(_vectors(embedder, probes), _vectors(Embedder.load(made), probes), allowed)
         if parity.error > parity.allowed:
             raise UserError(f"{out}: not written: {parity.told}")
         shutil.move(str(made), str(out))
@@ -288,6 +285,11 @@ def _whole(embedder: Embedder, prompt: str) -> list[str]:
 def _probes(embedder: Embedder, prompt: str) -> list[str]:
     """The probes to compare under a prompt: where stock classes would cut a suffix, those that are not cut."""
     return _whole(embedder, prompt) if prompt and embedder.spec.query_suffix else PROBES
+
+
+def _vectors(embedder: Embedder, probes: Mapping[str, list[str]]) -> np.ndarray:
+    """The probes of every prompt by the JAX model."""
+    return np.concatenate([embedder.encode(texts, prompt=prompt) for prompt, texts in probes.items()])
 
 
 def _torch_vectors(folder: Path, spec: EmbeddingSpec, probes: Mapping[str, list[str]], dtype: str | None = None) -> np.ndarray:

@@ -18,14 +18,18 @@ from jaxembed.files import exists, read_json
 class Layout:
     """A published model: its title, the name of its repositories (a regular expression), and how it treats texts.
 
-    `mark` tells it by its files alone, given the folder and its config.json. `choices` are those of `EmbeddingSpec`; they
-    go before what sentence-transformers' files in the folder say.
+    `mark` tells it by its files alone, given the folder and its config.json. `choices` are those of `EmbeddingSpec`, or a
+    function that reads them from the folder (None for a preset) and the name of the decoder that its adapters belong to;
+    they go before what sentence-transformers' files in the folder say, but for `prompts`.
     """
 
     title: str
     name: str
-    choices: Mapping[str, Any]
+    choices: Mapping[str, Any] | Callable[[Path | None, str], Mapping[str, Any]]
     mark: Callable[[Path, Mapping[str, Any]], bool] = lambda folder, config: False
+
+    def choices_of(self, folder: Path | None, root: str) -> Mapping[str, Any]:
+        return self.choices(folder, root) if callable(self.choices) else self.choices
 
 
 E5 = "Instruct: {instruction}\nQuery: "
@@ -43,6 +47,12 @@ ECHO = {
     "plain_echo": f"Document:{BORDER}{{text}}{BORDER}\nDocument again:{BORDER}{{text}}",
 }  # fmt: skip
 LAYOUTS = (
+    Layout(
+        "LLM2Vec",
+        r"(?-i:LLM2Vec-.*)",
+        lambda folder, root: llm2vec_choices(folder, root),
+        lambda folder, config: exists(folder / LLM2VEC_CONFIG) or "EncoderModel" in str(config.get("auto_map")),
+    ),
     Layout("KaLM-Embedding v1 and v1.5", r"kalm-embedding-(.*-)?v1(\.5)?", {"attention": "causal", **KALM}),
     Layout("KaLM-Embedding v2", r"kalm-embedding-(.*-)?v2(\.5)?", {"attention": "bidirectional", **KALM}),
     Layout(
@@ -89,14 +99,12 @@ CHATS = {
 LLM2VEC_CONFIG = "llm2vec_config.json"
 
 
-def published_layout(name: str, folder: Path | None, config: Mapping[str, Any], root: str) -> Layout | None:
+def published_layout(name: str, folder: Path | None, config: Mapping[str, Any]) -> Layout | None:
     """The layout of what was asked for by `name`, told by its files first (`folder`, if there is one), else by its name.
 
-    `config` is the folder's config.json, `root` the name of the decoder that its adapters belong to.
+    `config` is the folder's config.json.
     """
     names = _names(name, folder)
-    if any(found.startswith("LLM2Vec-") for found in names) or (folder is not None and _is_llm2vec(folder, config)):
-        return Layout("LLM2Vec", "", llm2vec_choices(folder, root))
     marked = [layout for layout in LAYOUTS if folder is not None and layout.mark(folder, config)]
     named = [layout for layout in LAYOUTS if any(re.fullmatch(layout.name, found, re.IGNORECASE) for found in names)]
     return next(iter(marked + named), None)
@@ -109,10 +117,6 @@ def _names(name: str, folder: Path | None) -> list[str]:
     path = folder.resolve() if folder is not None else Path(name)
     cached = [part.rsplit("--", 1)[-1] for part in path.parts if part.startswith("models--")]
     return [re.split("[/:]", name.rstrip("/"))[-1], path.name, *cached]
-
-
-def _is_llm2vec(folder: Path, config: Mapping[str, Any]) -> bool:
-    return exists(folder / LLM2VEC_CONFIG) or "EncoderModel" in str(config.get("auto_map"))
 
 
 def llm2vec_choices(folder: Path | None, root: str) -> dict[str, Any]:
