@@ -1,52 +1,18 @@
-"""The configuration tree: typed, frozen, strict. YAML files plus dotted overrides (`train.steps=100`).
-
-Every default lives on its field. An unknown or ill-typed key raises `UserError` naming the key and, where one is near,
-the name that was probably meant.
-"""
+"""The configuration tree. Every default lives on its field; `jaxembed.sections` reads and checks it."""
 
 from __future__ import annotations
 
-import difflib
-import json
-import types
 import typing
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from jaxembed.errors import UserError
-from jaxembed.fields import LARGEST, shown
+from jaxembed.fields import LARGEST
+from jaxembed.sections import Section, apply_override, parse_section, read_tree
 
 Positive = Annotated[int, Field(gt=0, le=LARGEST)]
-
-NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)  # what PyYAML raises, of which dates and numbers raise the second
-
-
-# What is said of pydantic's errors whose own words speak of Python.
-EXPECTED = {
-    "model_type": "a mapping such as {key: value}", "model_attributes_type": "a mapping such as {key: value}",
-    "string_type": """a text (on the command line, one with : or { in quotes: key='"..."')""",
-    "tuple_type": "a list such as [a, b]", "string_pattern_mismatch": "letters, digits, _ and - alone",
-}  # fmt: skip
-
-
-class Section(BaseModel):
-    """A frozen node of the tree that refuses unknown keys, numbers that are not finite and texts with a NUL."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
-
-    @field_validator("*")
-    @classmethod
-    def _no_nul(cls, value: Any) -> Any:
-        if isinstance(value, str) and "\0" in value:
-            raise ValueError("a text must not hold a NUL character")
-        return value
-
-
-AnySection = TypeVar("AnySection", bound=Section)
 
 
 def is_echo(template: str) -> bool:
@@ -209,9 +175,97 @@ class DataConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    name: Literal["infonce"] = Field("infonce", description="the only one so far")
+    """What every objective has."""
+
+    name: str
     weight: float = Field(1.0, gt=0, description="of this objective in the sum")
+    sources: tuple[str, ...] = Field((), description="names of the sources whose queries it is for; empty: all")
+
+
+Direction = Literal["query_document", "query_query", "document_query", "document_document"]
+
+
+class InfoNCEConfig(ObjectiveConfig):
+    name: Literal["infonce"] = "infonce"
     temperature: float = Field(0.05, gt=0, description="similarities are divided by it")
+    learn_temperature: bool = Field(False, description="train the temperature from there on, down to 0.01")
+    negatives: Literal["all", "in_batch", "hard"] = Field(
+        "all", description="documents of other queries, the query's own negatives, or both"
+    )
+    directions: tuple[Direction, ...] = Field(
+        ("query_document",), min_length=1, description="of in-batch negatives; all four: GTE's loss"
+    )
+    per_direction: bool = Field(False, description="a loss a direction, averaged, instead of one denominator for all")
+    mask_same_label: bool = Field(False, description="texts with the query's label are no in-batch negatives")
+    margin: float | None = Field(None, description="what scores above the positive by more is no negative; Qwen3: 0.1")
+    guide: str | None = Field(None, description="model; what it scores above the positive is no negative (GISTEmbed)")
+    guide_margin: float = Field(0.0, description="of the guide: what it scores above the positive less that is no negative")
+    guide_margin_kind: Literal["absolute", "relative"] = Field("absolute", description="relative: to the positive's score")
+    focal: float = Field(0.0, ge=0, description="each query's loss is weighted with (1 - p)^focal (KaLM-V2)")
+    hardness: float = Field(0.0, ge=0, description="negatives are weighted with e^(hardness x similarity) (EmbeddingGemma: 5)")
+    hardness_of: Literal["hard", "in_batch", "all"] = Field("hard", description="the negatives that are weighted so")
+    mixed_negatives: int = Field(0, ge=0, le=1024, description="negatives mixed out of each query's own (KaLM-V2)")
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> InfoNCEConfig:
+        if "query_document" not in self.directions or len(set(self.directions)) < len(self.directions):
+            raise ValueError("directions must name query_document, and each at most once")
+        if self.per_direction and set(self.directions) != {"query_document", "document_query"}:
+            raise ValueError("per_direction takes directions query_document and document_query: the others hold no positive")
+        if self.negatives == "hard" and (len(self.directions) > 1 or self.mask_same_label):
+            raise ValueError(
+                "directions and mask_same_label are about in-batch negatives, and negatives is hard; leave them out"
+            )
+        if self.negatives == "in_batch" and self.mixed_negatives:
+            raise ValueError("mixed_negatives are made of a query's own, but negatives is in_batch; leave it out")
+        if self.guide is None and self.guide_margin:
+            raise ValueError("guide_margin is about a guide; name one")
+        return self
+
+
+class SpreadOutConfig(ObjectiveConfig):
+    name: Literal["spread_out"] = "spread_out"
+
+
+class DistillationConfig(ObjectiveConfig):
+    name: Literal["kl_distillation"] = "kl_distillation"
+    temperature: float = Field(0.05, gt=0, description="of the model's scores")
+    teacher_temperature: float = Field(1.0, gt=0, description="of the teacher's scores")
+    hard_labels: float = Field(0.0, ge=0, lt=1, description="share of the loss to the positive alone (E5: 0.2)")
+
+
+class MarginMSEConfig(ObjectiveConfig):
+    name: Literal["margin_mse"] = "margin_mse"
+
+
+class EmbeddingMatchingConfig(ObjectiveConfig):
+    name: Literal["embedding_matching"] = "embedding_matching"
+    teacher: str = Field(description="model whose vectors are matched, through a projection where widths differ")
+
+
+AnyObjective = Annotated[
+    InfoNCEConfig | SpreadOutConfig | DistillationConfig | MarginMSEConfig | EmbeddingMatchingConfig,
+    Field(discriminator="name"),
+]
+
+
+class MatryoshkaConfig(Section):
+    dims: tuple[Positive, ...] = Field((), description="first dimensions that the objectives hold for too, such as [512, 64]")
+    weights: tuple[float, ...] = Field((), description="of each of dims in the sum, beside 1 for the whole; empty: all 1")
+
+    @model_validator(mode="after")
+    def _one_weight_a_width(self) -> MatryoshkaConfig:
+        if self.weights and len(self.weights) != len(self.dims):
+            raise ValueError(f"{len(self.weights)} weights for {len(self.dims)} dims; give one each, or none")
+        if any(weight <= 0 for weight in self.weights):
+            raise ValueError("weights must be above 0")
+        return self
+
+
+class GradCacheConfig(Section):
+    rows: Positive | None = Field(
+        None, description="rows encoded at a time on a device, so that memory holds the activations of those; absent: all"
+    )
 
 
 class OptimConfig(Section):
@@ -270,7 +324,9 @@ class Config(Section):
     run: RunConfig = RunConfig()
     model: ModelConfig
     data: DataConfig
-    objectives: tuple[ObjectiveConfig, ...] = Field((ObjectiveConfig(),), min_length=1)
+    objectives: tuple[AnyObjective, ...] = Field((InfoNCEConfig(),), min_length=1)
+    matryoshka: MatryoshkaConfig = MatryoshkaConfig()
+    gradcache: GradCacheConfig = GradCacheConfig()
     optim: OptimConfig = OptimConfig()
     mesh: MeshConfig = MeshConfig()
     train: TrainConfig = TrainConfig()
@@ -304,7 +360,7 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     path = Path(path)
     tree = read_tree(path)
     for override in overrides:
-        _apply(tree, override)
+        apply_override(tree, override)
     run = tree.setdefault("run", {})
     if isinstance(run, dict):
         run["name"] = run.get("name") or path.stem
@@ -313,138 +369,6 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     return parse(tree, str(path))
 
 
-def read_tree(path: Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds, unchecked."""
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such config file; give the path of a YAML file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    except NOT_YAML as error:
-        raise UserError(f"{path}: not valid YAML ({_one_line(error)})") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected a mapping of sections such as model: and data:, found {_kind(tree)}")
-    return tree
-
-
 def parse(tree: dict[str, Any], where: str) -> Config:
     """Checks a nested dict against the tree; `where` names its origin in errors."""
     return parse_section(Config, tree, where)
-
-
-def parse_section(section: type[AnySection], tree: Mapping[str, Any], where: str) -> AnySection:
-    """Checks a nested dict against a part of the tree."""
-    try:
-        return section.model_validate(tree)
-    except ValidationError as error:
-        raise UserError(f"{where}: {_explain(error, section)}") from None
-
-
-def table() -> str:
-    """`reference` under its header."""
-    return "| key | default | meaning |\n|---|---|---|\n" + reference()
-
-
-def reference(section: type[Section] = Config, prefix: str = "") -> str:
-    """Every key with its default and meaning, a Markdown table row each; `[]` marks the entries of a list."""
-    rows = []
-    for name, field in section.model_fields.items():
-        inner = _section(field.annotation)
-        if isinstance(inner, type) and issubclass(inner, Section):
-            listed = typing.get_origin(field.annotation) is tuple
-            if field.description and not field.is_required():
-                rows.append(f"| `{prefix}{name}` | `{_yaml(field.default)}` | {field.description} |")
-            rows.append(reference(inner, f"{prefix}{name}{'[]' if listed else ''}."))
-            continue
-        default = "required" if field.is_required() else f"`{_yaml(field.default)}`"
-        choices = [str(choice) for choice in _choices(field.annotation)]
-        meaning = "; ".join(filter(None, [" or ".join(choices), field.description]))
-        rows.append(f"| `{prefix}{name}` | {default} | {meaning} |")
-    return "\n".join(rows)
-
-
-def _yaml(value: Any) -> str:
-    return json.dumps(list(value) if isinstance(value, tuple) else value)
-
-
-def _choices(annotation: Any) -> tuple[Any, ...]:
-    """The values of a Literal inside an annotation."""
-    if typing.get_origin(annotation) is Literal:
-        return typing.get_args(annotation)
-    return tuple(choice for part in typing.get_args(annotation) for choice in _choices(part))
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    """Sets one dotted key; a number in the key indexes a list."""
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"override {override!r}: expected key.sub=value, such as train.steps=100")
-    try:
-        value = yaml.safe_load(text)
-    except NOT_YAML as error:
-        raise UserError(
-            f"override {override!r}: the value is not valid YAML ({_one_line(error)}); a text wants quotes: {key}='\"...\"'"
-        ) from None
-    *parents, last = key.split(".")
-    node: Any = tree
-    for part in parents:
-        if isinstance(node, list):
-            node = node[_index(node, part, override)]
-        elif isinstance(node, dict):
-            node = node.setdefault(part, {})
-        if not isinstance(node, dict | list):
-            raise UserError(f"override {override!r}: {part} holds {_kind(node)}, not a section")
-    if isinstance(node, list):
-        node[_index(node, last, override)] = value
-    else:
-        node[last] = value
-
-
-def _index(node: list[Any], part: str, override: str) -> int:
-    if not part.isdecimal() or int(part) >= len(node):
-        raise UserError(f"override {override!r}: {part!r} is no index into a list of {len(node)} entries")
-    return int(part)
-
-
-def _explain(error: ValidationError, section: type[Section]) -> str:
-    """The first problem that a section has, in one line."""
-    problem = error.errors()[0]
-    key = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        names = _field_names(section, problem["loc"][:-1])
-        close = difflib.get_close_matches(str(problem["loc"][-1]), names, n=1, cutoff=0.5)
-        near = ".".join([*key.split(".")[:-1], *close]) if close else ""
-        return f"unknown key {key}; " + (f"did you mean {near}?" if near else f"known here: {', '.join(names)}")
-    if problem["type"] == "missing":
-        return f"{key} is missing; it has no default"
-    if problem["type"] in EXPECTED:
-        return f"{key}: expected {EXPECTED[problem['type']]} (got {shown(problem['input'])})"
-    given = "" if isinstance(problem["input"], dict | list) else f" (got {shown(problem['input'])})"
-    told = _one_line(problem["msg"]).removeprefix("Value error, ").replace("Input should be", "expected")
-    return f"{key}: {told}{given}".lstrip(": ")
-
-
-def _field_names(section: type[Section], loc: tuple[int | str, ...]) -> list[str]:
-    """The keys known at a place below a section."""
-    node: Any = section
-    for part in loc:
-        if isinstance(part, int):
-            continue
-        node = _section(node.model_fields[part].annotation)
-    return list(node.model_fields)
-
-
-def _section(annotation: Any) -> Any:
-    """The Section class inside an annotation such as `tuple[SourceConfig, ...]`."""
-    if isinstance(annotation, types.GenericAlias) or typing.get_args(annotation):
-        return next(_section(a) for a in typing.get_args(annotation) if a is not Ellipsis)
-    return annotation
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split())
-
-
-def _kind(value: object) -> str:
-    return "nothing" if value is None else f"a {type(value).__name__}"

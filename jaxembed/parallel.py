@@ -6,6 +6,7 @@ rows and of the queries. Everything after that is plain mathematics on global ar
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -77,3 +78,27 @@ def param_shardings(mesh: Mesh, logical_specs: Any) -> Any:
         return NamedSharding(mesh, PartitionSpec(*(None if axis is None else LOGICAL_AXES[axis] for axis in spec)))
 
     return jax.tree.map(place, logical_specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+
+def everywhere(x: jax.Array) -> jax.Array:
+    """The array on every device of the mesh that a compiled step runs on (`jax.set_mesh`); as it is without one."""
+    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, PartitionSpec())
+
+
+def by_shard(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`function(params, *arrays)` on every shard's own part of arrays that are split over their first axis.
+
+    On a mesh (`jax.set_mesh`) the gradients of `params` are those of a shard until the function ends. Without one there is
+    one shard.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return function
+
+    def local(params: Any, *arrays: Any) -> jax.Array:
+        return function(jax.tree.map(lambda x: jax.lax.pcast(x, BATCH_AXES, to="varying"), params), *arrays)
+
+    def mapped(params: Any, *arrays: Any) -> jax.Array:
+        specs = (PartitionSpec(), *[PartitionSpec(BATCH_AXES)] * len(arrays))
+        return jax.shard_map(local, in_specs=specs, out_specs=PartitionSpec(BATCH_AXES))(params, *arrays)
+
+    return mapped

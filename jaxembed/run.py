@@ -32,6 +32,7 @@ from jaxembed.fields import shown
 from jaxembed.hub.base import Base, content_hash, find_base, write_spec
 from jaxembed.hub.embedder import Embedder
 from jaxembed.hub.opening import base_params, shapes_and_shardings, text_tokenizer
+from jaxembed.losses.objectives import Objectives
 from jaxembed.model.decoder import Compute
 from jaxembed.model.embedder import EmbeddingModel, init_params
 from jaxembed.model.lora import ADAPTERS, LoRA, join, pick_adapter, split, stack_adapters, stacked_shapes
@@ -41,7 +42,7 @@ from jaxembed.training.loop import Trainer
 from jaxembed.training.metrics import Recorder, read_metrics
 from jaxembed.training.optim import learning_rate, make_optimizer
 from jaxembed.training.run_dir import note_versions, open_run, record
-from jaxembed.training.step import TrainState, make_train_step
+from jaxembed.training.step import OBJECTIVES, TrainState, make_train_step
 from jaxembed.training.watch import StopRequest
 
 log = logging.getLogger("jaxembed")
@@ -84,8 +85,9 @@ def train(config: Config) -> dict[str, Any]:
     checkpoints = Checkpoints(run_dir, config.train.keep_checkpoints)
     plan_id = plan_hash(sources, config.train.batch_size, config.train.seed)
     _check_plan(checkpoints, plan_id, run_dir)
+    objectives = _objectives(config, model, sources)
     optimizer = make_optimizer(config.optim, config.train.steps, several=bool(names))
-    state = _state(config, base, model, mesh, checkpoints, optimizer)
+    state = _state(config, base, model, mesh, checkpoints, optimizer, objectives)
     start = int(state.step)
     _announce(config, state, mesh, start)
 
@@ -99,10 +101,11 @@ def train(config: Config) -> dict[str, Any]:
         mesh=mesh,
         train_step=make_train_step(
             model,
-            config.objectives,
+            objectives,
             optimizer,
             learning_rate(config.optim, config.train.steps),
             skip=config.train.on_nan == "skip",
+            rows=config.gradcache.rows,
         ),
         source_names=[source.name for source in sources],
         evaluate=evaluate if held_out else None,
@@ -112,7 +115,7 @@ def train(config: Config) -> dict[str, Any]:
         plan_hash=plan_id,
     )
     try:
-        with closing(recorder), closing(checkpoints), StopRequest() as stop:
+        with closing(recorder), closing(checkpoints), StopRequest() as stop, jax.set_mesh(mesh):
             trainer.fit(state, batches(plan, build, start, config.train.steps), stop)
     except OSError as error:  # a full disk, a folder that is not writable any more
         raise UserError(f"{run_dir}: cannot be written ({error.strerror}); mend it and run the same command") from error
@@ -144,6 +147,18 @@ def _lora(config: Config, base: Base) -> LoRA | None:
     if chosen is not None and base.folder is None:
         raise UserError(f"model.lora: {base.name} has no weights to adapt; name a base that has, or train without model.lora")
     return None if chosen is None else LoRA(**dict(chosen))  # its fields are the keys
+
+
+def _objectives(config: Config, model: EmbeddingModel, sources: Sequence[Source]) -> Objectives:
+    """What the run minimises; `UserError` where a width or a source of the config is not there."""
+    widest = max(config.matryoshka.dims, default=0)
+    if widest >= model.width:
+        raise UserError(f"matryoshka.dims names {widest}; expected less than {model.width}, the width of this model's vectors")
+    names = [source.name for source in sources]
+    for i, objective in enumerate(config.objectives):
+        if unknown := [name for name in objective.sources if name not in names]:
+            raise UserError(f"objectives.{i}.sources names {unknown[0]!r}; expected names of sources: {', '.join(names)}")
+    return Objectives(config.objectives, config.matryoshka, names)
 
 
 def _tokenizer(run_dir: Path, base: Base, spec: EmbeddingSpec, sources: Sequence[Source]) -> TextTokenizer:
@@ -191,6 +206,7 @@ def _state(
     mesh: Mesh,
     checkpoints: Checkpoints,
     optimizer: optax.GradientTransformation,
+    objectives: Objectives,
 ) -> TrainState:
     """The state to go on from: parameters from the base (or random), then the last checkpoint over them."""
     shapes, shardings = shapes_and_shardings(model, mesh)
@@ -199,6 +215,8 @@ def _state(
     absent = {path: sharding for path, sharding in flatten_dict(shardings).items() if path not in params}
     params |= flatten_dict(init_params(model, key, unflatten_dict(absent)))
     trained, frozen = split(unflatten_dict(params))
+    if own := objectives.new_params(model.width, 0, jax.random.fold_in(key, len(OBJECTIVES))):
+        trained |= {OBJECTIVES: jax.device_put(own, parallel.replicated(mesh))}
     opt_state = jax.jit(optimizer.init)(trained)
     if model.lora is not None and model.lora.names:
         own = unflatten_dict({path: sharding for path, sharding in absent.items() if path[-1] in ADAPTERS})

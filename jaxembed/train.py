@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxembed import cli, config
 from jaxembed.data.sources import detect_format
+from jaxembed.sections import table
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
@@ -24,7 +25,7 @@ if __name__ == "__main__":
     parser = cli.parser("train", __doc__ + "\n\nThe same command resumes a run whose directory holds a checkpoint.")
     parser.hint = "config keys are set as train.steps=3; "
     parser.add_argument(
-        "--keys", action="version", version=config.table().replace("%", "%%"), help="list every config key and exit"
+        "--keys", action="version", version=table(config.Config).replace("%", "%%"), help="list every config key and exit"
     )
     parser.add_argument("config", metavar="CONFIG.yaml", help="see configs/ for examples")
     parser.add_argument(

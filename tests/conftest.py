@@ -1,12 +1,21 @@
 """Every test runs offline, on eight simulated CPU devices, at the highest matmul precision."""
 
 # ruff: noqa: E402  (what JAX reads from the environment is set before anything imports it)
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false"}
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # the latter compiles faster
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
+
+# What one test compiles, the others (and the commands that they start) need not: in a place that ends with the session.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    COMPILED = tempfile.mkdtemp(prefix="jaxembed-tests-")
+    atexit.register(shutil.rmtree, COMPILED, ignore_errors=True)
+    os.environ |= {"JAX_COMPILATION_CACHE_DIR": COMPILED, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
 
 from collections.abc import Callable
 from pathlib import Path

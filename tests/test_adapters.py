@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 
 import tiny
 from jaxembed import Embedder, cli, config, parallel
-from jaxembed.config import ObjectiveConfig, OptimConfig, PythonPackagesConfig
+from jaxembed.config import InfoNCEConfig, OptimConfig, PythonPackagesConfig
 from jaxembed.data.batch import BatchBuilder
 from jaxembed.data.mixture import make_plan
 from jaxembed.data.sources import Source, open_source
@@ -116,7 +116,7 @@ def test_each_adapter_is_trained_as_if_alone(folder: Path) -> None:
     second = jax.tree.map(lambda x: x + 0.1, first)
     optimizer = make_optimizer(optim, 9, several=True)
     fresh = optimizer.init(first)
-    step = make_train_step(model, [ObjectiveConfig()], optimizer, learning_rate(optim, 9))
+    step = make_train_step(model, Objectives([InfoNCEConfig()]), optimizer, learning_rate(optim, 9))
 
     def run(trained: Any, opt_state: Any, adapters: tuple[str, ...], order: list[int]) -> tuple[list[Any], list[float]]:
         """(params, optimizer state) before and after each step, and the losses. All steps are on the same pairs."""

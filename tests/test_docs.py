@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from jaxembed import config
+from jaxembed.sections import reference
 
 ROOT = Path(__file__).parents[1]
 
 
 def test_key_table_is_current():
-    assert config.reference() in (ROOT / "docs" / "config.md").read_text(), "run: python -m jaxembed.train --keys"
+    assert reference(config.Config) in (ROOT / "docs" / "config.md").read_text(), "run: python -m jaxembed.train --keys"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
@@ -31,7 +32,7 @@ def test_links_lead_somewhere(path):
 
 
 def test_every_key_in_the_readme_exists():
-    known = {key.replace("[]", "") for key in re.findall(r"^\| `([^`]+)`", config.reference(), re.M)}
+    known = {key.replace("[]", "") for key in re.findall(r"^\| `([^`]+)`", reference(config.Config), re.M)}
     readme = (ROOT / "README.md").read_text()
     for key in re.findall(r"\b((?:train|optim|model|data)\.[\w.]+)=", readme):
         assert re.sub(r"\.\d+", "", key) in known, key

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -12,10 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxembed.config import InfoNCEConfig
 from jaxembed.data.batch import Batch
 from jaxembed.data.schema import text_hash
+from jaxembed.losses.encoded import Encoded
 from jaxembed.losses.infonce import info_nce
-from jaxembed.losses.negatives import negative_mask
+from jaxembed.losses.negatives import document_texts, known_positive, lent, query_texts
 from jaxembed.model.pooling import unit_length
 from jaxembed.training.step import pick
 
@@ -41,6 +44,7 @@ def batch_of(queries: list[str], documents: Texts, in_batch: list[bool] | None =
         label=np.full(b, -1),
         source=np.zeros(b, np.int32),
         score=np.full(b, np.nan, np.float32),
+        teacher_scores=np.full((b, len(documents[0])), np.nan, np.float32),
     )
     return jax.tree.map(jnp.asarray, batch)
 
@@ -51,7 +55,13 @@ def unit(random: np.random.Generator, *shape: int) -> np.ndarray:
 
 
 def mask_of(*args: Any, **options: Any) -> list[list[int]]:
-    return np.asarray(negative_mask(batch_of(*args, **options))).astype(int).tolist()
+    """Rows of queries, columns of documents: a query's own further ones, and those that others lend it."""
+    batch = batch_of(*args, **options)
+    count, per_query = batch.doc_slot.shape
+    queries, documents = query_texts(batch).reshape(count, 1), document_texts(batch).reshape(count * per_query)
+    hard = (queries.owner == documents.owner) & (jnp.arange(count * per_query) % per_query > 0)
+    mask = (hard | lent(queries, documents)) & documents.present & ~known_positive(queries, documents)
+    return np.asarray(mask).astype(int).tolist()
 
 
 # The columns of a mask: query-major, the positive of a query and then its own negatives.
@@ -87,7 +97,10 @@ def test_no_known_positive_is_a_negative() -> None:
     ]
 
 
-compiled = jax.jit(info_nce, static_argnums=3)
+@functools.partial(jax.jit, static_argnums=3)
+def compiled(q: jax.Array, d: jax.Array, batch: Batch, temperature: float) -> Any:
+    share = jnp.full(len(q), 1 / len(q), q.dtype)
+    return info_nce(InfoNCEConfig(temperature=temperature), Encoded(q, d, batch, share, jax.random.key(0)))
 
 
 def test_the_loss_of_two_queries_is_the_constant_computed_by_hand() -> None:
@@ -221,7 +234,7 @@ def test_texts_of_padding_give_zero_gradients_and_no_nan() -> None:
     def loss(vectors: jax.Array) -> jax.Array:
         unit_vectors = unit_length(vectors)
         queries, documents = pick(unit_vectors, batch.query_slot, 1), pick(unit_vectors, batch.doc_slot, 1)
-        return info_nce(queries, documents, batch, 0.1)[0]
+        return compiled(queries, documents, batch, 0.1)[0]
 
     gradient = np.asarray(jax.jit(jax.grad(loss))(vectors))[0]
     assert np.isfinite(gradient).all()

@@ -16,11 +16,12 @@ from jax.sharding import Mesh
 
 import tiny
 from jaxembed import parallel
-from jaxembed.config import ObjectiveConfig, OptimConfig, PythonPackagesConfig, SourceConfig
+from jaxembed.config import InfoNCEConfig, OptimConfig, PythonPackagesConfig, SourceConfig
 from jaxembed.data.batch import BatchBuilder, HostBatch
 from jaxembed.data.mixture import make_plan
 from jaxembed.data.sources import Source, open_source
 from jaxembed.data.tokenize import TextTokenizer, append_eos
+from jaxembed.losses.objectives import Objectives
 from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.spec import EmbeddingSpec
 from jaxembed.training.optim import learning_rate, make_optimizer
@@ -74,7 +75,7 @@ def run(
     mesh = parallel.make_mesh(devices)
     optim = OptimConfig(learning_rate=1e-3, warmup_steps=5)
     optimizer = make_optimizer(optim, steps)
-    step = make_train_step(model, [ObjectiveConfig(temperature=temperature)], optimizer, learning_rate(optim, steps))
+    step = make_train_step(model, Objectives([InfoNCEConfig(temperature=temperature)]), optimizer, learning_rate(optim, steps))
     state, metrics = new_state(params, optimizer, mesh), []
     for host in host_batches(source, devices, steps):
         state, values = step(state, parallel.put_batch(mesh, host.batch))
@@ -87,8 +88,8 @@ def test_eight_devices_have_the_loss_and_the_gradients_of_one(base_folder: Folde
     for devices in (1, 8):
         model, params = load(base_folder("qwen2"), SPEC, devices)
         batch = parallel.put_batch(parallel.make_mesh(devices), host_batches(source, devices, 1)[0].batch)
-        objectives = [ObjectiveConfig(temperature=0.2)]
-        value = jax.value_and_grad(lambda p, b: batch_loss(model, objectives, p, b)[0])  # noqa: B023
+        objectives = Objectives([InfoNCEConfig(temperature=0.2)])
+        value = jax.value_and_grad(lambda p, b: batch_loss(model, objectives, p, b, jax.random.key(0))[0])  # noqa: B023
         results.append(jax.device_get(jax.jit(value)(params, batch)))
     (one, grads_of_one), (eight, grads_of_eight) = results
     assert 3.0 < one < 5.0
@@ -135,7 +136,7 @@ def test_the_step_is_traced_and_compiled_once_for_each_number_of_rows(
         return inner.update(grads, state, params)
 
     optimizer = optax.GradientTransformation(inner.init, update)
-    step = make_train_step(model, [ObjectiveConfig()], optimizer, learning_rate(OptimConfig(), 10))
+    step = make_train_step(model, Objectives([InfoNCEConfig()]), optimizer, learning_rate(OptimConfig(), 10))
     state = new_state(params, optimizer, mesh)
     shapes = set()
     for host in [*host_batches(source, 8, 3, row_length=128), *host_batches(source, 8, 2, row_length=64)]:
@@ -151,9 +152,9 @@ def test_objectives_add_up_by_their_weights(base_folder: Folder, source: Source)
     model, params = load(base_folder("qwen2"), SPEC)
     batch = parallel.put_batch(parallel.make_mesh(1), host_batches(source, 1, 1)[0].batch)
 
-    def loss(*objectives: ObjectiveConfig) -> float:
-        return float(jax.jit(lambda p, b: batch_loss(model, objectives, p, b)[0])(params, batch))
+    def loss(*objectives: InfoNCEConfig) -> float:
+        return float(jax.jit(lambda p, b: batch_loss(model, Objectives(objectives), p, b, jax.random.key(0))[0])(params, batch))
 
-    warm, cold = ObjectiveConfig(temperature=0.5), ObjectiveConfig(temperature=0.1, weight=3.0)
+    warm, cold = InfoNCEConfig(temperature=0.5), InfoNCEConfig(temperature=0.1, weight=3.0)
     assert loss(warm, cold) == pytest.approx(loss(warm) + loss(cold), rel=1e-5)
-    assert loss(cold) == pytest.approx(3 * loss(ObjectiveConfig(temperature=0.1)), rel=1e-5)
+    assert loss(cold) == pytest.approx(3 * loss(InfoNCEConfig(temperature=0.1)), rel=1e-5)

@@ -20,6 +20,14 @@ from jaxembed.spec import EmbeddingSpec
 
 
 @flax.struct.dataclass
+class OtherVectors:
+    """Unit vectors of a batch's texts by another model, zero for absent documents."""
+
+    queries: Any  # float32 [B, G]
+    documents: Any  # float32 [B, 1+K, G]
+
+
+@flax.struct.dataclass
 class Batch:
     """B queries, 1 + K documents each (document 0 is the positive), P known positives each.
 
@@ -37,7 +45,10 @@ class Batch:
     label: Any  # int32 [B], -1 for none
     source: Any  # int32 [B]
     score: Any  # float32 [B], NaN for none
+    teacher_scores: Any  # float32 [B, 1+K], NaN for none
     adapter: Any = None  # int32, the index of the adapter that the batch trains; None where there are not several
+    guide: OtherVectors | None = None
+    teacher: OtherVectors | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +127,7 @@ class BatchBuilder:
             label=np.array([e.label for e in examples], np.int32),
             source=source.astype(np.int32),
             score=np.array([e.score for e in examples], np.float32),
+            teacher_scores=self._teacher_scores(examples),
             adapter=self._adapter(source) if self._adapters else None,
         )
         return HostBatch(batch, int((packed.segment_ids > 0).sum()), packed.segment_ids.size)
@@ -160,6 +172,12 @@ class BatchBuilder:
             slots[where[m]] = row * segments + place
         arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         return PackedTexts(**arrays, segments=segments, shards=self._shards), slots
+
+    def _teacher_scores(self, examples: Sequence[Example]) -> np.ndarray:
+        scores = np.full((len(examples), 1 + self._negatives), np.nan, np.float32)
+        for row, example in zip(scores, examples, strict=True):
+            row[: len(example.teacher_scores)] = example.teacher_scores
+        return scores
 
     def _positive_hashes(self, example: Example) -> np.ndarray:
         hashes = np.zeros((self._positives, 2), np.uint32)

@@ -21,7 +21,7 @@ class Example:
 
     `positives` are all texts known to answer the query: they are never its negatives. `score` is a graded similarity
     of query and positive where the source has one, else NaN; `label` a class of the source, else -1. `shots` are in-context
-    examples of the query.
+    examples of the query. `teacher_scores` are a teacher's of the positive and of each negative, or none.
     """
 
     query: str
@@ -33,6 +33,7 @@ class Example:
     document_instruction: str = ""
     label: int = -1
     score: float = float("nan")
+    teacher_scores: tuple[float, ...] = ()
 
 
 Row = Mapping[str, Any]
@@ -65,6 +66,12 @@ def check_pair(row: Row) -> str | None:
             return f'"{field}" must be a list of non-empty strings'
         if required and not texts:
             return f'"{field}" is empty; a query needs a positive'
+        if (scores := row.get(f"{field}_scores")) is not None and not (
+            isinstance(scores, list) and len(scores) == len(texts) and all(map(_is_number, scores))
+        ):
+            return f'"{field}_scores" must be a list of {len(texts)} finite numbers, one for each of "{field}"'
+    if row.get("neg_scores") and row.get("pos_scores") is None:
+        return 'has "neg_scores" but no "pos_scores"; a teacher scores both'
     return None if isinstance(row.get("prompt", ""), str) else '"prompt" must be a string'
 
 
@@ -81,8 +88,7 @@ def check_scored(row: Row) -> str | None:
     if problem := _text(row, "sentence1") or _text(row, "sentence2"):
         return problem
     score = row.get("score")
-    ok = isinstance(score, int | float) and not isinstance(score, bool) and abs(score) < 1e30
-    return None if ok else _wrong(row, "score", "a finite number")
+    return None if _is_number(score) else _wrong(row, "score", "a finite number")
 
 
 def check_corpus(row: Row) -> str | None:
@@ -109,6 +115,10 @@ def _text(row: Row, field: str) -> str | None:
     if isinstance(value, str) and value:
         return None
     return _wrong(row, field, "a non-empty string")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
 
 
 def _wrong(row: Row, field: str, expected: str) -> str:

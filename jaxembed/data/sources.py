@@ -6,7 +6,7 @@ A source is its config plus rows of one of three shapes; the shape decides how a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -55,12 +55,15 @@ class Pairs:
         row = self.rows[index]
         positives = tuple(dict.fromkeys(row["pos"]))
         others = [text for text in dict.fromkeys(row.get("neg", ())) if text not in positives]
+        positive = positives[rng.integers(len(positives))]
+        drawn = tuple(_sample(others, negatives, rng))
         return Example(
             query=row["query"],
-            positive=positives[rng.integers(len(positives))],
-            negatives=tuple(_sample(others, negatives, rng)),
+            positive=positive,
+            negatives=drawn,
             positives=positives,
             instruction=row.get("prompt", ""),
+            teacher_scores=_teacher_scores(row, (positive, *drawn)),
         )
 
 
@@ -121,6 +124,14 @@ class Labels:
         members = self._members[label]
         members = members[members != besides] if len(members) > 1 else members
         return str(self.rows[int(rng.choice(members))]["text"])
+
+
+def _teacher_scores(row: Mapping[str, Any], texts: Sequence[str]) -> tuple[float, ...]:
+    """The row's scores of texts among its positives and negatives, NaN for those that it does not score; none without any."""
+    scores: dict[str, float] = {}
+    for field in ("neg", "pos"):
+        scores |= dict(zip(row.get(field, ()), row.get(f"{field}_scores") or (), strict=False))
+    return tuple(scores.get(text, float("nan")) for text in texts) if scores else ()
 
 
 def _sample(items: Sequence[Any], count: int, rng: np.random.Generator) -> Sequence[Any]:

@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from jaxembed import parallel
-from jaxembed.config import LoraConfig, parse, parse_section, read_tree
+from jaxembed.config import LoraConfig, parse
 from jaxembed.data.tokenize import TextTokenizer, append_eos, load_tokenizer
 from jaxembed.errors import UserError
 from jaxembed.fields import Fields
@@ -25,6 +25,7 @@ from jaxembed.model.decoder import Compute
 from jaxembed.model.embedder import EmbeddingModel, parameter_shapes
 from jaxembed.model.lora import LoRA, join, merge, pick_adapter, split, stacked_shapes
 from jaxembed.model.presets import from_hf
+from jaxembed.sections import parse_section, read_tree
 from jaxembed.spec import EmbeddingSpec
 from jaxembed.training.checkpoint import Checkpoints, pick_step
 from jaxembed.training.run_dir import kept

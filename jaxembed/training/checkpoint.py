@@ -1,8 +1,9 @@
 """Checkpoints by Orbax: written in the background, the last few and the best kept, restored onto any mesh.
 
-A checkpoint has three items: `params` (the trained ones), `optimizer` (optax's state, step, key) and `cursor` (JSON: the
-next step of the plan, the plan's hash and the held-out score). The SHA-256 of every file of a finished one is kept beside
-them, so that a damaged checkpoint is told from a whole one before anything is restored from it.
+A checkpoint has three items: `params` (the model's trained ones), `optimizer` (optax's state, step, key, the objectives' own
+parameters) and `cursor` (JSON: the next step of the plan, the plan's hash and the held-out score). The SHA-256 of every file
+of a finished one is kept beside them, so that a damaged checkpoint is told from a whole one before anything is restored from
+it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from jaxembed.errors import UserError, brief
 from jaxembed.fields import Fields
 from jaxembed.files import read_json, write_json
 from jaxembed.training.run_dir import kept
-from jaxembed.training.step import TrainState
+from jaxembed.training.step import OBJECTIVES, TrainState
 
 DIGESTS = "digests.json"
 BOOKKEEPING = {"_CHECKPOINT_METADATA", "commit_success.txt"}  # Orbax still writes these after the digests are taken
@@ -53,9 +54,9 @@ class Checkpoints:
         step = int(state.step)
         if step in self.steps():
             return
-        rest = {"opt_state": state.opt_state, "step": state.step, "key": state.key}
+        params, rest = _items(state)
         items = ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),
+            params=ocp.args.StandardSave(params),
             optimizer=ocp.args.StandardSave(rest),
             cursor=ocp.args.JsonSave(cursor | {"score": score}),
         )
@@ -95,11 +96,13 @@ class Checkpoints:
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state of a step, placed as `like` is."""
-        rest = {"opt_state": like.opt_state, "step": like.step, "key": like.key}
+        params, rest = _items(like)
         restored = self._restore(
-            step, params=ocp.args.StandardRestore(_abstract(like.params)), optimizer=ocp.args.StandardRestore(_abstract(rest))
+            step, params=ocp.args.StandardRestore(_abstract(params)), optimizer=ocp.args.StandardRestore(_abstract(rest))
         )
-        return dataclasses.replace(like, params=restored["params"], **restored["optimizer"])
+        rest = restored["optimizer"]
+        own = {OBJECTIVES: rest.pop(OBJECTIVES)} if OBJECTIVES in rest else {}
+        return dataclasses.replace(like, params=restored["params"] | own, **rest)
 
     def restore_params(self, step: int, shapes: Any) -> Any:
         """The parameters of a step; `shapes` are ShapeDtypeStructs with shardings."""
@@ -164,6 +167,13 @@ def pick_step(checkpoints: Checkpoints, which: str, run_dir: Path) -> int:
     if step is None:
         raise UserError(f"{run_dir}: holds no checkpoint {which!r}; train it first, or name another with --checkpoint")
     return step
+
+
+def _items(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The model's trained parameters, and all else that a checkpoint holds of a state."""
+    own = {OBJECTIVES: state.params[OBJECTIVES]} if OBJECTIVES in state.params else {}
+    params = {name: part for name, part in state.params.items() if name not in own}
+    return params, {"opt_state": state.opt_state, "step": state.step, "key": state.key, **own}
 
 
 def _digests_below(folder: Path) -> dict[str, str]:

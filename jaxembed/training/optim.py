@@ -11,7 +11,7 @@ from jaxembed.config import OptimConfig
 from jaxembed.model.lora import ADAPTERS, OWN
 
 DECAYED = frozenset({"kernel", "embedding", "latents", "lora_a", "lora_b"})  # matrices; norm scales and biases are spared
-SPARED = frozenset({"scale", "bias"})
+SPARED = frozenset({"scale", "bias", "log_scale"})
 
 
 def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:

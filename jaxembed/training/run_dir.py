@@ -11,9 +11,10 @@ from typing import Any
 
 import yaml
 
-from jaxembed.config import Config, read_tree
+from jaxembed.config import Config
 from jaxembed.errors import UserError
 from jaxembed.files import exists, read_json, write_json, write_text
+from jaxembed.sections import read_tree
 
 log = logging.getLogger("jaxembed")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -13,23 +13,24 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from jaxembed import parallel
-from jaxembed.config import ObjectiveConfig
 from jaxembed.data.batch import Batch
-from jaxembed.losses.infonce import OBJECTIVES
+from jaxembed.losses.objectives import Objectives
 from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.model.lora import join, pick_adapter, put_adapter
 from jaxembed.model.pooling import unit_length
+from jaxembed.training.gradcache import encode
 from jaxembed.training.optim import updates_done
 
 Metrics = dict[str, jax.Array]
+OBJECTIVES = "objectives"  # of the trained parameters: those of the objectives, which are no part of the model
 
 
 @flax.struct.dataclass
 class TrainState:
     """params: the trained parameters, float32; opt_state: optax's; step: int32 steps done; key: random key of the run.
 
-    frozen: the parameters that are not trained (of a base under adapters), which no checkpoint holds. Several adapters are
-    stacked, in params and opt_state.
+    The objectives' own parameters stand under OBJECTIVES. frozen: the parameters that are not trained (of a base under
+    adapters), which no checkpoint holds. Several adapters are stacked, in params and opt_state.
     """
 
     params: Any
@@ -41,7 +42,7 @@ class TrainState:
     @property
     def weights(self) -> Any:
         """All parameters of the model."""
-        return join(self.params, self.frozen)
+        return join({name: part for name, part in self.params.items() if name != OBJECTIVES}, self.frozen)
 
 
 def pick(vectors: Float[Array, "r s d"], slots: Int[Array, "b *m"], shards: int) -> Float[Array, "b *m d"]:
@@ -56,33 +57,33 @@ def pick(vectors: Float[Array, "r s d"], slots: Int[Array, "b *m"], shards: int)
 
 
 def batch_loss(
-    model: EmbeddingModel, objectives: Sequence[ObjectiveConfig], params: Any, batch: Batch, key: jax.Array | None = None
+    model: EmbeddingModel, objectives: Objectives, params: Any, batch: Batch, key: jax.Array, rows: int | None = None
 ) -> tuple[jax.Array, Metrics]:
-    """The weighted sum of the objectives on a global batch, and their parts by name. `key` is that of dropout."""
-    vectors = model.apply({"params": params}, batch.texts, rngs=None if key is None else {"dropout": key})
-    queries = pick(vectors, batch.query_slot, batch.texts.shards)
-    documents = pick(vectors, batch.doc_slot, batch.texts.shards)
-    total: jax.Array = jnp.zeros((), queries.dtype)
-    parts: Metrics = {}
-    for objective in objectives:
-        loss, metrics = OBJECTIVES[objective.name](queries, documents, batch, objective.temperature)
-        total = total + objective.weight * loss
-        parts |= {objective.name: loss} | {f"{objective.name}_{name}": value for name, value in metrics.items()}
-    return total, parts
+    """The weighted sum of the objectives on a global batch, and their parts by name.
+
+    `params` are the model's and, under OBJECTIVES, the objectives'. `key` is that of all draws. With `rows` so many rows are
+    encoded at a time (gradient caching).
+    """
+    of_dropout, of_objectives = jax.random.split(key)
+    shards = batch.texts.shards
+    vectors = encode(model, params, batch.texts, of_dropout, rows)
+    queries, documents = (pick(vectors, slots, shards) for slots in (batch.query_slot, batch.doc_slot))
+    return objectives(queries, documents, batch, of_objectives, params.get(OBJECTIVES, {}), shards)
 
 
 def make_train_step(
     model: EmbeddingModel,
-    objectives: Sequence[ObjectiveConfig],
+    objectives: Objectives,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     skip: bool = False,
+    rows: int | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The compiled step (state, batch) -> (state, metrics); it consumes the state. It compiles once per batch shape.
 
     `schedule` is the optimizer's learning rate, for the metrics. With `skip`, a loss or gradient that is not finite leaves
     parameters and optimizer as they were; the step counts, the schedule stands still. Of several adapters, those that the
-    batch does not train keep their parameters and moments.
+    batch does not train keep their parameters and moments. `rows`: see `batch_loss`.
     """
 
     if model.lora is not None:
@@ -93,7 +94,7 @@ def make_train_step(
 
         def loss_of(params: Any) -> tuple[jax.Array, Metrics]:
             key = jax.random.fold_in(state.key, state.step)
-            return batch_loss(model, objectives, join(params, state.frozen), batch, key)
+            return batch_loss(model, objectives, join(params, state.frozen), batch, key, rows)
 
         (loss, parts), grads = jax.value_and_grad(loss_of, has_aux=True)(before[0])
         norm = optax.global_norm(grads)

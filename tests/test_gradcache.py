@@ -1,0 +1,113 @@
+"""A batch encoded some rows at a time has the loss and the gradients of one encoded at once, in less memory."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxembed import parallel
+from jaxembed.config import InfoNCEConfig, MatryoshkaConfig, SpreadOutConfig
+from jaxembed.data.packing import PackedTexts
+from jaxembed.data.sources import Source
+from jaxembed.losses.objectives import Objectives
+from jaxembed.model.embedder import EmbeddingModel
+from jaxembed.model.lora import LoRA, join, split
+from jaxembed.training.gradcache import encode
+from jaxembed.training.step import batch_loss
+from loaded import load
+from test_objectives import ALL
+from test_step import SPEC, host_batches, source
+
+__all__ = ["source"]
+Folder = Callable[[str], Path]
+KEY, CHUNK = jax.random.key(3), 6
+OBJECTIVES = Objectives(
+    [InfoNCEConfig(temperature=0.2, directions=ALL, margin=0.1), SpreadOutConfig()], MatryoshkaConfig(dims=(8,))
+)
+
+
+def close(a: Any, b: Any) -> None:
+    for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        assert np.linalg.norm(x) > 1e-7, path
+        assert np.linalg.norm(x - y) <= 1e-5 * np.linalg.norm(x), path
+
+
+def compiled(model: EmbeddingModel, params: Any, batch: Any, rows: int | None) -> jax.stages.Compiled:
+    grad = jax.jit(jax.value_and_grad(lambda p, b: batch_loss(model, OBJECTIVES, p, b, KEY, rows)[0]))
+    return grad.lower(params, batch).compile()
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_gradients_are_those_of_the_whole_batch(base_folder: Folder, source: Source, devices: int) -> None:
+    """Also where the rows of a device are no multiple of the chunk's."""
+    model, params = load(base_folder("qwen2"), SPEC, devices)
+    mesh = parallel.make_mesh(devices)
+    host = host_batches(source, devices, 1, row_length=32)[0].batch
+    rows = len(host.texts.tokens) // devices
+    chunk = 4 if devices == 1 else 2
+    assert rows % chunk and rows > chunk
+    with jax.set_mesh(mesh):
+        batch = parallel.put_batch(mesh, host)
+        whole, cached = (compiled(model, params, batch, at_once) for at_once in (None, chunk))
+        (loss, grads), (cached_loss, cached_grads) = whole(params, batch), cached(params, batch)
+    assert float(cached_loss) == pytest.approx(float(loss), rel=1e-6)
+    close(grads, cached_grads)
+    if devices > 1:  # every device sums the gradients of its own chunks; they cross devices after the loop, once
+        assert "all-reduce" in cached.as_text()
+        assert not [body for body in bodies(cached.as_text()) if "all-reduce" in body]
+
+
+def bodies(text: str) -> list[str]:
+    """The computations of loops in a compiled program."""
+    parts = dict(re.findall(r"^%?([\w.-]+) [^\n]*\{\n(.*?)^\}", text, re.M | re.S))
+    names = re.findall(r"body=%?([\w.-]+)", text)
+    assert names
+    return [parts[name] for name in names]
+
+
+def test_a_chunk_is_encoded_with_the_same_dropout_twice(base_folder: Folder, source: Source) -> None:
+    lora = LoRA(4, 8.0, dropout=0.3, deterministic=False)
+    model, params = load(base_folder("qwen2"), SPEC, 1, lora=lora)
+    trained, frozen = split(params)
+    texts = jax.tree.map(jnp.asarray, host_batches(source, 1, 1, row_length=32)[0].batch.texts)
+    count = len(texts.tokens) // CHUNK
+    keys = jax.random.split(KEY, (1, count))[0]
+    weights = jnp.array(np.random.default_rng(0).normal(size=(len(texts.tokens), texts.segments, 32)))
+
+    def by_hand(trained: Any) -> jax.Array:
+        names, total = ("tokens", "segment_ids", "positions", "pool_mask"), jnp.zeros(())
+        for i in range(count):
+            part = {name: getattr(texts, name)[CHUNK * i : CHUNK * (i + 1)] for name in names}
+            packed = PackedTexts(**part, segments=texts.segments, shards=1)
+            vectors = model.apply({"params": join(trained, frozen)}, packed, rngs={"dropout": keys[i]})
+            total += jnp.sum(vectors * weights[CHUNK * i : CHUNK * (i + 1)])
+        return total
+
+    def cached(trained: Any) -> jax.Array:
+        return jnp.sum(encode(model, join(trained, frozen), texts, KEY, CHUNK) * weights)
+
+    assert count > 1 and len(texts.tokens) % CHUNK == 0
+    (a, grads), (b, cached_grads) = (jax.jit(jax.value_and_grad(f))(trained) for f in (by_hand, cached))
+    assert float(a) == pytest.approx(float(b), rel=1e-5)
+    for x, y in zip(jax.tree.leaves(grads), jax.tree.leaves(cached_grads), strict=True):
+        assert np.linalg.norm(x - y) <= 1e-5 * np.linalg.norm(x)
+
+
+def test_memory_is_that_of_a_chunk(base_folder: Folder) -> None:
+    model, params = load(base_folder("qwen2"), SPEC, 1)
+
+    def temporary(count: int, rows: int | None) -> int:
+        zeros = {n: jax.ShapeDtypeStruct((count, 256), jnp.int32) for n in ("tokens", "segment_ids", "positions")}
+        texts = PackedTexts(**zeros, pool_mask=jax.ShapeDtypeStruct((count, 256), bool), segments=4, shards=1)
+        grad = jax.jit(jax.grad(lambda p, t: encode(model, p, t, KEY, rows).sum()))
+        return int(grad.lower(params, texts).compile().memory_analysis().temp_size_in_bytes)
+
+    assert temporary(64, 8) < 1.3 * temporary(16, 8) < 0.7 * temporary(64, None)
