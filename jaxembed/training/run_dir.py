@@ -17,6 +17,8 @@ from jaxembed.files import exists, read_json, write_json, write_text
 
 log = logging.getLogger("jaxembed")
 
+RECORD = "base.json"  # of the base of a run: a folder that has it is a run
+
 PACKAGES = (
     "jax",
     "jaxlib",
