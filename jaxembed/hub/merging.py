@@ -51,7 +51,7 @@ def merge_models(
     first = opened[0]
     placed = jax.device_put(params, shapes_and_shardings(first.model, first.mesh)[1])
     rows = [
-        f"| {weight:.4g} | `{Path(model).name if Path(model).exists() else model}` | {one.revision} |"
+        f"| {weight:.4g} | `{Path(model).resolve().name if Path(model).exists() else model}` | {one.revision} |"
         for weight, model, one in zip(weights, models, opened, strict=True)
     ]
     table = "\n".join(["| weight | model | revision |", "|---|---|---|", *rows])
