@@ -76,7 +76,10 @@ class LoraConfig(Section):
 
 
 class ModelConfig(Section):
-    base: str = Field(description="folder, hub id, or preset:NAME (random weights, tokenizer made from the data)")
+    base: str = Field(
+        description="folder, run directory (its best checkpoint), hub id, or preset:NAME (random weights, tokenizer made from "
+        "the data)"
+    )
     attention: Literal["causal", "bidirectional", "prefix", "prefix_lm"] | None = Field(
         None,
         description="as the base says, else bidirectional; prefix: causal in the instruction, bidirectional in the text; "

@@ -211,7 +211,7 @@ def test_an_output_that_exists_is_one_line(folder, tmp_path, name):
     assert (tmp_path / "out").read_text() == "mine"
 
 
-@pytest.mark.parametrize("name", ["train", "encode", "export", "evaluate"])
+@pytest.mark.parametrize("name", ["train", "encode", "export", "merge", "evaluate"])
 def test_help(name):
     done = command(f"jaxembed.{name}", "--help")
     assert done.returncode == 0

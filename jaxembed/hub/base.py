@@ -1,4 +1,4 @@
-"""What `model.base` or MODEL names: a preset, a Hugging Face or sentence-transformers folder, or a hub id."""
+"""What `model.base` or MODEL names: a preset, a Hugging Face or sentence-transformers folder, an earlier run, or a hub id."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxembed.config import is_echo, is_example
+from jaxembed.config import LoraConfig, is_echo, is_example
 from jaxembed.data.tokenize import ends_with_eos, load_tokenizer
 from jaxembed.errors import UserError, brief
 from jaxembed.fields import Fields
-from jaxembed.files import exists, read_json, write_json
+from jaxembed.files import exists, read_bytes, read_json, write_json
 from jaxembed.hub.modules import LISTING, modules, projection_choices
 from jaxembed.hub.nv_embed import decoder_config, is_nv_embed, nv_embed_spec
 from jaxembed.hub.peft import CONFIG as ADAPTER_CONFIG
@@ -23,10 +23,14 @@ from jaxembed.hub.peft import base_of, is_peft
 from jaxembed.hub.published import LAYOUTS, first_stage, published_layout
 from jaxembed.hub.weights import part_files
 from jaxembed.model.embedder import ACTIVATIONS
+from jaxembed.model.lora import LoRA
 from jaxembed.model.masks import MASKS
 from jaxembed.model.pooling import POOLINGS
 from jaxembed.model.presets import MOST, DecoderConfig, from_hf, preset
+from jaxembed.sections import parse_section
 from jaxembed.spec import EmbeddingSpec
+from jaxembed.training.checkpoint import Checkpoints
+from jaxembed.training.run_dir import RECORD, kept
 
 log = logging.getLogger("jaxembed")
 
@@ -41,7 +45,8 @@ HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*/config.js
 @dataclasses.dataclass(frozen=True)
 class Base:
     """A decoder to start from. `folder` is None for a preset, which has neither weights nor a tokenizer; `adapters` are PEFT
-    folders whose adapters are merged into the weights one after the other, and `root` is then the name of the weights.
+    folders whose adapters are merged into the weights one after the other, and `root` is then the name of the weights. `run`
+    is a run directory and the step of it that is the base, whose tokenizer alone is in `folder`.
     """
 
     name: str
@@ -51,6 +56,7 @@ class Base:
     spec: EmbeddingSpec
     adapters: tuple[Path, ...] = ()
     root: str = ""
+    run: tuple[Path, int] | None = None
 
     def tokenizer(self) -> Any:
         """The Hugging Face tokenizer of the last adapters' folder that has one, else of the weights'."""
@@ -64,6 +70,8 @@ def find_base(name: str, asked_for_by: tuple[Path, ...] = ()) -> Base:
     if name.startswith("preset:"):
         return _base(name, None, preset(name.removeprefix("preset:")), name)
     folder = find_folder(name)
+    if exists(folder / RECORD):
+        return _earlier_run(name, folder)
     if is_peft(folder):
         if folder.resolve() in asked_for_by:
             told = "base_model_name_or_path leads back to this folder; name that of the weights"
@@ -85,17 +93,49 @@ def _base(name: str, folder: Path | None, given: Mapping[str, Any], where: str) 
     return Base(name, folder, config, decoder, read_spec(name, folder, given, decoder))
 
 
+def run_base(run_dir: Path) -> tuple[Base, Fields]:
+    """What the model of a run is: its base's name and config, its own tokenizer and spec; and the record that says so."""
+    where = str(run_dir / RECORD)
+    record = Fields(kept(read_json, run_dir / RECORD, "train anew"), where)
+    config = record.mapping("config")
+    decoder = from_hf(config, f"{where}: config")
+    spec = read_spec(str(run_dir), run_dir, config, decoder)
+    return Base(record.text("name"), run_dir / "tokenizer", config, decoder, spec), record
+
+
+def recorded_lora(record: Fields, run_dir: Path) -> LoRA | None:
+    """The adapters of a run, as its record tells of them."""
+    values = record.mapping("lora", {})
+    return LoRA(**dict(parse_section(LoraConfig, values, f"{run_dir / RECORD}: lora"))) if values else None
+
+
+def _earlier_run(name: str, run_dir: Path) -> Base:
+    """The best checkpoint of a run as a base; `UserError` where it has none, or is not one model but several adapters."""
+    base, record = run_base(run_dir)
+    lora = recorded_lora(record, run_dir)
+    if lora is not None and len(lora.names) > 1:
+        told = f"has several adapters ({', '.join(lora.names)})"
+        raise UserError(f"{name}: {told}; export one (python -m jaxembed.export --adapter NAME) and name its folder")
+    checkpoints = Checkpoints(run_dir)
+    step = checkpoints.best()
+    checkpoints.close()
+    if step is None:
+        raise UserError(f"{name}: this run holds no checkpoint; train it first")
+    return dataclasses.replace(base, name=name, run=(run_dir, step))
+
+
 def find_folder(name: str) -> Path:
-    """A local folder with a config.json, or the local copy of a hub repository, fetched if need be."""
+    """A run directory, a local folder with a config.json, or the local copy of a hub repository, fetched if need be."""
     try:
         path = Path(name).expanduser()
     except RuntimeError:  # the home of a user who is not there
         path = Path(name)
-    if exists(path / "config.json") or is_peft(path):
+    if exists(path / "config.json") or exists(path / RECORD) or is_peft(path):
         return path
     if exists(path) or name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise UserError(
-            f"{name}: neither a folder with a config.json or an {ADAPTER_CONFIG} nor a hub id such as Qwen/Qwen2-0.5B"
+            f"{name}: neither a folder with a config.json or an {ADAPTER_CONFIG}, nor a run directory, nor a hub id such as "
+            "Qwen/Qwen2-0.5B"
         )
     import huggingface_hub
 
@@ -231,8 +271,14 @@ def _pooling_kind(pooling: Mapping[str, Any], where: Path) -> str:
 
 
 def content_hash(base: Base) -> str:
-    """SHA-256 over config and weights of a folder, adapters included; of the config alone for a preset."""
+    """SHA-256 over config and weights of a folder or a run's step, adapters included; of the config alone for a preset."""
     digest = hashlib.sha256(json.dumps(dict(base.hf_config), sort_keys=True).encode())
+    if base.run is not None:
+        run_dir, step = base.run
+        checkpoints = Checkpoints(run_dir)
+        digest.update(read_bytes(run_dir / RECORD))  # it names the base that adapters lie on
+        digest.update(checkpoints.digest(step).encode())
+        checkpoints.close()
     folders = [folder for folder in (base.folder, *base.adapters) if folder is not None]
     for path in (path for folder in folders for path in sorted([*folder.glob("*.safetensors"), *part_files(folder).values()])):
         with path.open("rb") as file:

@@ -11,26 +11,33 @@ from jaxembed.spec import EmbeddingSpec
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """What the card tells beside the spec. `recipe` is the run's config as YAML, empty for a model that was not trained."""
+    """What the card tells beside the spec. `recipe` is the run's config as YAML, empty for a model that was not trained.
+
+    `merged` tells of a model that was merged out of others, which have no `base` in common to be named.
+    """
 
     name: str
-    base: str
+    base: str = ""
     checkpoint: str = ""
     recipe: str = ""
     scores: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    merged: str = ""
 
 
 def model_card(spec: EmbeddingSpec, card: Card, parity_error: float) -> str:
     """README.md of the folder, with the hub's front matter."""
     projected = f", projected to {spec.projection} numbers" if spec.projection else ""
+    trained = f"trained with jaxembed from `{card.base}`{card.checkpoint and f', {card.checkpoint}'}"
+    made = "merged with jaxembed out of others" if card.merged else trained
     parts = [
         "---\nlibrary_name: sentence-transformers\npipeline_tag: sentence-similarity\n"
         "tags: [sentence-transformers, feature-extraction, jaxembed]\n---",
         f"# {card.name}",
-        f"A text-embedding model trained with jaxembed from `{card.base}`{card.checkpoint and f', {card.checkpoint}'}: "
+        f"A text-embedding model {made}: "
         f"{spec.attention} attention, {spec.pooling} pooling{projected}, at most {spec.max_length} tokens a text.",
         _usage(spec),
         _scores(card.scores),
+        f"## Merged\n\n{card.merged}" if card.merged else "",
         f"## Recipe\n\n```yaml\n{card.recipe.rstrip()}\n```" if card.recipe else "",
         "## Check\n\n`probe.json` holds texts, their prompts and their vectors. At export the largest difference between "
         f"this folder under sentence-transformers and the model in JAX (float32) was {parity_error:.1e}.",

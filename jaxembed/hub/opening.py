@@ -13,19 +13,17 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from jaxembed import parallel
-from jaxembed.config import LoraConfig, parse
+from jaxembed.config import parse
 from jaxembed.data.tokenize import TextTokenizer, append_eos, load_tokenizer
 from jaxembed.errors import UserError
 from jaxembed.fields import Fields
-from jaxembed.files import read_json
-from jaxembed.hub.base import Base, content_hash, find_base, read_spec
+from jaxembed.hub.base import Base, content_hash, find_base, recorded_lora, run_base
 from jaxembed.hub.peft import read_adapters
-from jaxembed.hub.weights import load_params
+from jaxembed.hub.weights import load_params, place_params, slices_of
 from jaxembed.model.decoder import Compute
 from jaxembed.model.embedder import EmbeddingModel, parameter_shapes
-from jaxembed.model.lora import LoRA, join, merge, pick_adapter, split, stacked_shapes
-from jaxembed.model.presets import from_hf
-from jaxembed.sections import parse_section, read_tree
+from jaxembed.model.lora import join, merge, pick_adapter, split, stacked_shapes
+from jaxembed.sections import read_tree
 from jaxembed.spec import EmbeddingSpec
 from jaxembed.training.checkpoint import Checkpoints, pick_step
 from jaxembed.training.run_dir import kept
@@ -34,7 +32,13 @@ from jaxembed.training.run_dir import kept
 def base_params(base: Base, shapes: Any, shardings: Any) -> dict[str, Any]:
     """The parameters of those parts of a model (decoder, pooling, projection) that its base has weights of."""
     assert base.folder is not None
-    return dict(load_params(base.folder, base.decoder.layers, shapes, shardings, _updates(base, shapes)))
+    layers, updates = base.decoder.layers, _updates(base, shapes)
+    if base.run is None:
+        return dict(load_params(base.folder, layers, shapes, shardings, updates))
+    run_dir, step = base.run
+    mesh, told = jax.tree.leaves(shardings)[0].mesh, f"{run_dir}: its weights do not fit the model that is asked for"
+    _, params = open_trained(run_dir, Compute(), mesh, str(step)).of(None).merged
+    return dict(place_params(slices_of(params), told, layers, shapes, shardings, updates))
 
 
 def _updates(base: Base, shapes: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -55,12 +59,6 @@ def _updates(base: Base, shapes: Any) -> dict[str, tuple[np.ndarray, np.ndarray]
                 a, b = np.concatenate((before_a, a), axis=-1), np.concatenate((before_b, b), axis=-2)
             updates[name] = (a, b)
     return updates
-
-
-def _recorded_lora(record: Fields, where: str) -> LoRA | None:
-    """The adapters of a run, as its base.json tells of them."""
-    values = record.mapping("lora", {})
-    return LoRA(**dict(parse_section(LoraConfig, values, f"{where}: lora"))) if values else None
 
 
 def _frozen(record: Fields, shapes: Any, shardings: Any) -> Any:
@@ -170,15 +168,11 @@ def open_trained(run_dir: Path, compute: Compute, mesh: Mesh, checkpoint: str, b
 
     `base_dtype` holds that base otherwise than the run did.
     """
-    where = str(run_dir / "base.json")
-    record = Fields(kept(read_json, run_dir / "base.json", "train anew"), where)
-    config = record.mapping("config")
-    decoder = from_hf(config, f"{where}: config")
-    base = Base(record.text("name"), run_dir / "tokenizer", config, decoder, read_spec(str(run_dir), run_dir, config, decoder))
-    lora = _recorded_lora(record, where)
+    base, record = run_base(run_dir)
+    lora = recorded_lora(record, run_dir)
     if lora is not None and base_dtype is not None:
         lora = dataclasses.replace(lora, base_dtype=base_dtype)
-    model = EmbeddingModel(decoder, base.spec, compute, lora)
+    model = EmbeddingModel(base.decoder, base.spec, compute, lora)
     shapes, shardings = shapes_and_shardings(model, mesh)
     placed = jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), shapes, shardings)
     checkpoints = Checkpoints(run_dir)

@@ -158,23 +158,33 @@ def load_params(
     misshapen tensor.
     """
     with open_tensors(folder) as tensors:
-        tensors = {name: tensor for name, tensor in tensors.items() if _part(name) in shapes}
-        parts = shapes.keys() & {"decoder", *map(_part, tensors)}
-        flat_shapes, flat_shardings = (
-            flatten_dict({part: tree[part] for part in parts}, sep="/") for tree in (shapes, shardings)
-        )
-        wanted = sorted((e for e in TABLE if e.ours in flat_shapes), key=lambda e: -flat_shapes[e.ours].size)
-        _check(folder, tensors, wanted, {e: flat_shapes[e.ours].shape for e in wanted}, layers)
-        loaded: dict[str, jax.Array] = {}
-        for entry in wanted:
-            host = _read(entry, tensors, flat_shapes[entry.ours], (updates or {}).get(entry.ours))
-            loaded |= {path: jax.device_put(x, flat_shardings[path], may_alias=True) for path, x in host.items()}
-            jax.block_until_ready(loaded)
+        return place_params(tensors, f"{folder}: the weights do not fit config.json", layers, shapes, shardings, updates)
+
+
+def place_params(
+    tensors: Mapping[str, Any],
+    told: str,
+    layers: int,
+    shapes: Any,
+    shardings: Any,
+    updates: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
+) -> Any:
+    """As `load_params`, out of slices by the table's names; `told` begins the `UserError` where they do not fit."""
+    tensors = {name: tensor for name, tensor in tensors.items() if _part(name) in shapes}
+    parts = shapes.keys() & {"decoder", *map(_part, tensors)}
+    flat_shapes, flat_shardings = (flatten_dict({part: tree[part] for part in parts}, sep="/") for tree in (shapes, shardings))
+    wanted = sorted((e for e in TABLE if e.ours in flat_shapes), key=lambda e: -flat_shapes[e.ours].size)
+    _check(told, tensors, wanted, {e: flat_shapes[e.ours].shape for e in wanted}, layers)
+    loaded: dict[str, jax.Array] = {}
+    for entry in wanted:
+        host = _read(entry, tensors, flat_shapes[entry.ours], (updates or {}).get(entry.ours))
+        loaded |= {path: jax.device_put(x, flat_shardings[path], may_alias=True) for path, x in host.items()}
+        jax.block_until_ready(loaded)
     return unflatten_dict(loaded, sep="/")
 
 
 def _check(
-    folder: Path, tensors: Mapping[str, Any], wanted: list[Entry], shapes: Mapping[Entry, tuple[int, ...]], layers: int
+    told: str, tensors: Mapping[str, Any], wanted: list[Entry], shapes: Mapping[Entry, tuple[int, ...]], layers: int
 ) -> None:
     expected = {e.theirs.format(i=i): _their_shape(e, shapes[e]) for e in wanted for i in range(layers if e.stacked else 1)}
     missing = [name for name in expected if name not in tensors]
@@ -190,9 +200,9 @@ def _check(
         if name in tensors and tensors[name].get_dtype() not in FLOATS
     ]
     problems = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen, "mistyped": mistyped}
-    told = [f"{kind}: {_shorten(names)}" for kind, names in problems.items() if names]
-    if told:
-        raise UserError(f"{folder}: the weights do not fit config.json; {'; '.join(told)}")
+    found = [f"{kind}: {_shorten(names)}" for kind, names in problems.items() if names]
+    if found:
+        raise UserError(f"{told}; {'; '.join(found)}")
 
 
 def _shorten(names: list[str], most: int = 6) -> str:
@@ -238,17 +248,44 @@ def _aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return raw[skip : skip + size].view(dtype).reshape(shape)
 
 
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """A float32 tensor in memory, read as a lazy slice of a safetensors file is."""
+
+    values: np.ndarray
+
+    def get_shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    def get_dtype(self) -> str:
+        return "F32"
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        return self.values[rows]
+
+
+def slices_of(params: Any) -> dict[str, Slice]:
+    """Float32 parameters of a model, as `open_tensors` gives those of files."""
+    return {name: Slice(tensor) for name, tensor in _published(params)}
+
+
+def _published(params: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """The parameters as published files hold them, one layer at a time: the table's name of each, and a view of it."""
+    flat = flatten_dict(params, sep="/")
+    for entry in (entry for entry in TABLE if entry.ours in flat):
+        host = np.asarray(flat[entry.ours])
+        for i, one in enumerate(host if entry.stacked else [host]):
+            yield entry.theirs.format(i=i), one.T if entry.transposed else one
+
+
 def save_params(path: Path, params: Any, prefixes: Mapping[str, str], convert: Callable[[np.ndarray], np.ndarray]) -> None:
     """Writes parts of a model (decoder, pooling, projection) to a safetensors file, each tensor passed through `convert`.
 
     `prefixes` are what the names of a part begin with there.
     """
-    tensors = {}
-    for part, prefix in prefixes.items():
-        flat = flatten_dict({part: params[part]}, sep="/")
-        for entry in (entry for entry in TABLE if entry.ours in flat):
-            host = np.asarray(flat[entry.ours])
-            for i, one in enumerate(host if entry.stacked else [host]):
-                name = prefix + entry.theirs.format(i=i).removeprefix(f"{part}.")
-                tensors[name] = np.ascontiguousarray(convert(one.T if entry.transposed else one))
+    tensors = {
+        prefix + name.removeprefix(f"{part}."): np.ascontiguousarray(convert(tensor))
+        for part, prefix in prefixes.items()
+        for name, tensor in _published({part: params[part]})
+    }
     save_file(tensors, path, metadata={"format": "pt"})

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,12 @@ class Checkpoints:
     def restore_params(self, step: int, shapes: Any) -> Any:
         """The parameters of a step; `shapes` are ShapeDtypeStructs with shardings."""
         return self._restore(step, params=ocp.args.StandardRestore(shapes))["params"]
+
+    def digest(self, step: int) -> str:
+        """SHA-256 that identifies the trained parameters of a step: of the digests of their files."""
+        files = self._digests().get(str(step)) or _digests_below(self._folder / str(step))
+        of_params = {name: digest for name, digest in files.items() if name.startswith("params/")}
+        return hashlib.sha256(json.dumps(of_params, sort_keys=True).encode()).hexdigest()
 
     def _restore(self, step: int, **items: Any) -> Any:
         """Restores items of a step whose files are as they were written."""

@@ -18,6 +18,8 @@ from jaxembed.sections import read_tree
 
 log = logging.getLogger("jaxembed")
 
+RECORD = "base.json"  # of the base of a run: a folder that has it is a run
+
 PACKAGES = (
     "jax",
     "jaxlib",
