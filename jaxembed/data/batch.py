@@ -61,7 +61,10 @@ class HostBatch:
 
 
 class BatchBuilder:
-    """Draws, tokenises and packs the examples of a step. Pure: the same (step, ids) give the same batch."""
+    """Draws, tokenises and packs the examples of a step. Pure: the same (step, ids) give the same batch.
+
+    A step is that of a stage, which `steps_before` others precede.
+    """
 
     def __init__(
         self,
@@ -74,18 +77,20 @@ class BatchBuilder:
         seed: int,
         shards: int,
         adapters: Sequence[str] = (),
+        steps_before: int = 0,
     ):
         self._sources, self._tokenizer, self._spec = sources, tokenizer, spec
         self._index = ExampleIndex(sources)
         self._row_length, self._negatives = row_length, hard_negatives
         self._seed, self._shards, self._adapters = seed, shards, tuple(adapters)
+        self._before = steps_before
         self._positives = max(source.drawer.most_positives for source in sources)
 
     def examples(self, step: int, ids: np.ndarray) -> list[Example]:
         """The examples of a step, each drawn from (seed, step, id)."""
         source, index = self._index.locate(ids)
         drawn = [
-            self._sources[s].draw(int(i), np.random.default_rng((self._seed, step, int(id_))), self._negatives)
+            self._sources[s].draw(int(i), np.random.default_rng((self._seed, self._before + step, int(id_))), self._negatives)
             for s, i, id_ in zip(source, index, ids, strict=True)
         ]
         return self._with_room(drawn)
