@@ -226,7 +226,8 @@ def _show_examples(sources: Sequence[Source], build: BatchBuilder, tokenizer: Te
     for source in sources:
         ids = np.arange(first, first + min(SAMPLED, len(source)))
         first += len(source)
-        texts, prompts = build.texts(build.examples(0, ids))
+        examples = build.examples(0, ids)
+        texts, prompts = build.texts(examples)
         lengths = tokenizer.untruncated_lengths(texts, prompts)
         cut = float(np.mean(lengths > tokenizer.max_length))
         log.info(
@@ -234,7 +235,10 @@ def _show_examples(sources: Sequence[Source], build: BatchBuilder, tokenizer: Te
             source.name, f"{len(source):,}", lengths.mean(), 100 * cut, tokenizer.max_length,
             "on" if source.in_batch else "off",
         )  # fmt: skip
-        for example in build.examples(0, ids[:SHOWN]):
+        if source.config.few_shot is not None:
+            count = np.mean([len(example.shots) for example in examples])
+            log.info("  %.1f in-context examples a query; a prompt gets half of data.max_length at most", count)
+        for example in examples[:SHOWN]:
             texts, prompts = build.texts([example])
             tokenized = tokenizer(texts, prompts)
             roles = ["query", "positive", *["negative"] * (len(texts) - 2)]
