@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import peft
 import pytest
@@ -241,6 +242,19 @@ def test_the_id_of_a_repository_brings_its_rules(
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda asked, **options: {name: str(tmp_path)}[asked])
     spec = find_base(name).spec
     assert (spec.attention, spec.pooling, spec.prompt("T"), spec.query_suffix) == expected
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_a_hub_out_of_reach_is_told_in_whole_words(monkeypatch: pytest.MonkeyPatch, offline: bool) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise huggingface_hub.errors.LocalEntryNotFoundError("word " * 99) from OSError("no route to the hub, " * 20)
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    if not offline:
+        monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    why = r"HF_HUB_OFFLINE is set" if offline else r"(no route to the hub, )+no route( to)?( the)? \.\.\."
+    with pytest.raises(UserError, match=rf"not in the hub's cache, .* \({why}\); connect, or name a local folder$"):
+        Embedder.load("nobody/nothing")
 
 
 def test_a_folder_that_needs_code_of_its_own_is_refused(reference_of: Callable[[str], Reference], tmp_path: Path) -> None:

@@ -101,7 +101,11 @@ def find_folder(name: str) -> Path:
 
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES))
-    except Exception as error:  # network, authentication and file system errors of several libraries
+    except huggingface_hub.errors.LocalEntryNotFoundError as error:
+        why = "HF_HUB_OFFLINE is set" if huggingface_hub.constants.HF_HUB_OFFLINE else brief(error.__cause__ or error)
+        told = f"no such folder, not in the hub's cache, and the hub was not reached ({why}); connect, or name a local folder"
+        raise UserError(f"{name}: {told}") from None
+    except Exception as error:  # authentication and file system errors of several libraries
         raise UserError(f"{name}: no such folder, and the hub gave no model of that name ({brief(error)})") from None
 
 
