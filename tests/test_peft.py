@@ -119,6 +119,15 @@ def test_adapters_whose_base_leads_back_to_them_are_refused(folder: Path, tmp_pa
             Embedder.load(tmp_path / name)
 
 
+def test_a_folder_around_adapters_names_them(tmp_path: Path) -> None:
+    for name in ("sts", "retrieval"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text("{}")
+    told = rf"holds a folder for each of the adapters retrieval, sts; name one: {tmp_path}/retrieval"
+    with pytest.raises(UserError, match=told):
+        Embedder.load(tmp_path)
+
+
 def test_adapters_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -> None:
     written_by_peft(folder / "base", tmp_path)
     weights = tmp_path / "adapter_model.safetensors"

@@ -94,6 +94,8 @@ def find_folder(name: str) -> Path:
     if exists(path / "config.json") or is_peft(path):
         return path
     if exists(path) or name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        if found := sorted(inner.parent.name for inner in path.glob(f"*/{ADAPTER_CONFIG}")):
+            raise UserError(f"{name}: holds a folder for each of the adapters {', '.join(found)}; name one: {path / found[0]}")
         raise UserError(
             f"{name}: neither a folder with a config.json or an {ADAPTER_CONFIG} nor a hub id such as Qwen/Qwen2-0.5B"
         )
