@@ -193,7 +193,8 @@ class TextTokenizer:
 
     def room(self, prompts: Sequence[str]) -> np.ndarray:
         """Tokens that a text may have under each prompt without being cut, give or take those that merge at its ends."""
-        return (self._limits(prompts) - self._around(prompts)) // self._copies
+        left = (self.max_length - self._around(prompts)) // self._copies
+        return np.minimum(left, self._text_length or left)
 
     def _limits(self, prompts: Sequence[str]) -> np.ndarray:
         """Tokens that a text and all that stands around it may have."""
