@@ -31,8 +31,12 @@ from jaxembed.spec import EmbeddingSpec
 log = logging.getLogger("jaxembed")
 
 SPEC_FILE = "jaxembed.json"
-# Our poolings without weights -> sentence-transformers' names.
+# Our poolings without weights -> sentence-transformers' names, and what its older files call their flags.
 POOLING_MODES = {"mean": "mean", "last": "lasttoken", "first": "cls", "max": "max", "weighted_mean": "weightedmean"}
+FLAGS = {
+    "mean": "mean_tokens", "last": "lasttoken", "first": "cls_token", "max": "max_tokens",
+    "weighted_mean": "weightedmean_tokens",
+}  # fmt: skip
 E5_PROMPT = r"Instruct: .+?( ?\n ?Query: ?)"
 MODULES = ("Transformer", "Pooling", "Dense", "Normalize")  # of sentence-transformers that are read, in their order
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*/config.json"]
@@ -225,14 +229,14 @@ def _max_length(folder: Path, decoder: DecoderConfig, tokenizer: Any) -> int:
 
 def _pooling_kind(pooling: Mapping[str, Any], where: Path) -> str:
     """Our name of a stock pooling, from the new form of the file ("pooling_mode") or the old one (a flag per kind)."""
-    kinds = {theirs: ours for ours, theirs in POOLING_MODES.items()} | {"last": "last"}
-    old_names = {"cls": "cls_token", "max": "max_tokens", "mean": "mean_tokens", "weightedmean": "weightedmean_tokens"}
     mode = pooling.get("pooling_mode")
-    named = kinds.get(mode) if isinstance(mode, str) else None
-    on = [kind for mode, kind in kinds.items() if pooling.get(f"pooling_mode_{old_names.get(mode, mode)}")]
-    chosen = [named] if named else on
+    if mode is None:
+        chosen = [ours for ours, flag in FLAGS.items() if pooling.get(f"pooling_mode_{flag}")]
+    else:
+        chosen = [ours for ours, theirs in POOLING_MODES.items() if mode == theirs]
     if len(chosen) != 1:
-        raise UserError(f"{where / 'config.json'}: its pooling is not supported; supported: {', '.join(kinds)}")
+        told = f"its pooling is not supported; supported: {', '.join(POOLING_MODES.values())}"
+        raise UserError(f"{where / 'config.json'}: {told}")
     return chosen[0]
 
 
