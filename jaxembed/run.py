@@ -124,7 +124,8 @@ def train(config: Config) -> dict[str, Any]:
 def _spec(config: Config, base: Base) -> EmbeddingSpec:
     """The base's spec with the config's choices, and the prompts of its sources by name."""
     spec = base.spec.with_choices(config.model, config.data.max_length)
-    if not spec.include_instruction and spec.instruction_template.endswith(" "):
+    pooled = spec.include_instruction or spec.pool_last_instruction_token
+    if not pooled and spec.instruction_template.endswith(" "):
         log.warning("instruction_template ends in a space, which merges into the next word: that word will not be pooled")
     return spec.with_prompts(config.data.instructions())
 
