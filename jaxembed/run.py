@@ -137,7 +137,8 @@ def _spec(config: Config, base: Base) -> EmbeddingSpec:
     """The base's spec with the config's choices, and the prompts of its sources by name."""
     stages = config.in_stages()
     spec = base.spec.with_choices(config.model, stages[-1].data.max_length)
-    if not spec.include_instruction and spec.instruction_template.endswith(" "):
+    pooled = spec.include_instruction or spec.pool_last_instruction_token
+    if not pooled and spec.instruction_template.endswith(" "):
         log.warning("instruction_template ends in a space, which merges into the next word: that word will not be pooled")
     instructions = [item for stage in stages for item in stage.data.instructions().items()]
     return spec.with_prompts(dict(instructions))
@@ -215,7 +216,8 @@ def _show_examples(stage: Stage) -> None:
     for source in stage.sources:
         ids = np.arange(first, first + min(SAMPLED, len(source)))
         first += len(source)
-        texts, prompts = build.texts(build.examples(0, ids))
+        examples = build.examples(0, ids)
+        texts, prompts = build.texts(examples)
         lengths = tokenizer.untruncated_lengths(texts, prompts)
         cut = float(np.mean(lengths > tokenizer.max_length))
         log.info(
@@ -223,7 +225,10 @@ def _show_examples(stage: Stage) -> None:
             source.name, f"{len(source):,}", lengths.mean(), 100 * cut, tokenizer.max_length,
             "on" if source.in_batch else "off",
         )  # fmt: skip
-        for example in build.examples(0, ids[:SHOWN]):
+        if source.config.few_shot is not None:
+            count = np.mean([len(example.shots) for example in examples])
+            log.info("  %.1f in-context examples a query; a prompt gets half of data.max_length at most", count)
+        for example in examples[:SHOWN]:
             texts, prompts = build.texts([example])
             tokenized = tokenizer(texts, prompts)
             roles = ["query", "positive", *["negative"] * (len(texts) - 2)]

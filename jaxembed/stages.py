@@ -118,10 +118,11 @@ def first_state(config: Config, base: Base, model: EmbeddingModel, mesh: Mesh) -
     params |= flatten_dict(init_params(model, key, unflatten_dict(absent)))
     trained, frozen = split(unflatten_dict(params))
     if model.lora is not None and model.lora.names:
-        own = unflatten_dict({path: sharding for path, sharding in absent.items() if path[-1] in ADAPTERS})
-        drawn = [init_params(model, jax.random.fold_in(key, i), own) for i in range(len(model.lora.names))]
-        stacked = stack_adapters([join(adapter, trained) for adapter in drawn])
-        trained = jax.device_put(stacked, jax.tree.map(lambda x: x.sharding, stacked_shapes(trained, len(drawn))))
+        count = len(model.lora.names)
+        stacked = flatten_dict(stacked_shapes(trained, count))
+        own = unflatten_dict({path: x.sharding for path, x in stacked.items() if path[-1] in ADAPTERS})
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
+        trained = join(init_params(model, keys, own), trained)
     rest = jax.device_put({"step": jnp.zeros((), jnp.int32), "key": key}, parallel.replicated(mesh))
     return TrainState(trained, opt_state=None, frozen=frozen, **rest)
 
