@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from jaxembed import parallel
 from jaxembed.cli import cache_dir
-from jaxembed.config import Config
+from jaxembed.config import Config, InfoNCEConfig
 from jaxembed.data.bpe import train_tokenizer
 from jaxembed.data.mixture import make_plan
 from jaxembed.data.pipeline import batches
@@ -96,7 +96,7 @@ def train(config: Config) -> dict[str, Any]:
                     state = enter(stage, state, model, mesh)
                 trainer = _trainer(stage, model, mesh, evaluate if held_out else None, best_metric, checkpoints, recorder)
                 done = int(state.step) - stage.before
-                _announce_stage(stage, len(stages))
+                recorder.say(_told(stage, len(stages)))
                 state = trainer.fit(state, batches(stage.plan, stage.build, done, stage.config.train.steps), stop)
     except OSError as error:  # a full disk, a folder that is not writable any more
         raise UserError(f"{run_dir}: cannot be written ({error.strerror}); mend it and run the same command") from error
@@ -225,6 +225,8 @@ def _show_examples(stage: Stage) -> None:
             source.name, f"{len(source):,}", lengths.mean(), 100 * cut, tokenizer.max_length,
             "on" if source.in_batch else "off",
         )  # fmt: skip
+        if stage.needs_hard_negatives(source) and not any(example.negatives for example in examples):
+            log.warning("  %s has no hard negatives, and nothing else counts for it: its queries have no loss", source.name)
         if source.config.few_shot is not None:
             count = np.mean([len(example.shots) for example in examples])
             log.info("  %.1f in-context examples a query; a prompt gets half of data.max_length at most", count)
@@ -248,14 +250,15 @@ def _announce(state: TrainState, mesh: Mesh, start: int, end: int) -> None:
         log.info("resuming after step %d of %d", start, end)
 
 
-def _announce_stage(stage: Stage, count: int) -> None:
-    """Prints how much a stage does."""
+def _told(stage: Stage, count: int) -> str:
+    """How much a stage does."""
     config, name = stage.config, f"stage {stage.index + 1} of {count}: " if count > 1 else ""
-    documents = config.train.batch_size * (1 + config.data.hard_negatives)
-    log.info(
-        "%s%s steps of %d queries, each against up to %s negative documents",
-        name, f"{config.train.steps:,}", config.train.batch_size, f"{documents - 1:,}",
-    )  # fmt: skip
+    own = config.data.hard_negatives
+    others = config.train.batch_size * (1 + own) - 1 - own
+    met = {"all": own + others, "in_batch": others, "hard": own}
+    most = [met[o.negatives] for o in config.objectives if isinstance(o, InfoNCEConfig)]
+    queries = f"{config.train.steps:,} steps of {config.train.batch_size:,} queries"
+    return f"{name}{queries}" + (f", each against up to {max(most):,} negative documents" if most else "")
 
 
 def _evaluator(encoder: Embedder, held_out: Sequence[HeldOut], names: Sequence[str]) -> Callable[[Any], dict[str, float]]:

@@ -30,6 +30,13 @@ EXPECTED = {
 }  # fmt: skip
 
 
+# Keys that other projects have and this one has not, by a part of their name, with the reason.
+ABSENT = {
+    "accum": "small batches whose gradients are added have fewer negatives than one large batch; set train.batch_size to the "
+    "whole number of queries, and gradcache.rows to the rows that memory takes",
+}
+
+
 class Section(BaseModel):
     """A frozen node of the tree that refuses unknown keys, numbers that are not finite and texts with a NUL."""
 
@@ -163,6 +170,7 @@ def _explain(error: ValidationError, section: type[Section]) -> str:
         wrong, names = str(problem["loc"][-1]), list(found[0].model_fields)
         close = difflib.get_close_matches(wrong, names, n=1, cutoff=0.5)
         told = f"did you mean {'.'.join([*keys, *close])}?" if close else f"known here: {', '.join(names)}"
+        told = next((hint for part, hint in ABSENT.items() if part in wrong), told)
         return f"unknown key {'.'.join([*keys, wrong])}; {told}"
     if problem["type"] == "missing":
         return f"{key} is missing; it has no default"

@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from jaxembed import parallel
-from jaxembed.config import Config
+from jaxembed.config import Config, InfoNCEConfig
 from jaxembed.data.batch import BatchBuilder
 from jaxembed.data.mixture import make_plan, plan_hash
 from jaxembed.data.sources import Source
@@ -60,6 +60,11 @@ class Stage:
     @property
     def schedule(self) -> optax.Schedule:
         return learning_rate(self.config.optim, self.scheduled)
+
+    def needs_hard_negatives(self, source: Source) -> bool:
+        """Whether all objectives for a source compare a query with its own negatives alone."""
+        chosen = [o for o in self.config.objectives if not o.sources or source.name in o.sources]
+        return all(isinstance(o, InfoNCEConfig) and (o.negatives == "hard" or not source.in_batch) for o in chosen)
 
     def optimizer(self, several: bool) -> optax.GradientTransformation:
         """That of the stage, for several adapters or none."""
