@@ -184,6 +184,13 @@ class ObjectiveConfig(Section):
     weight: float = Field(1.0, gt=0, description="of this objective in the sum")
     sources: tuple[str, ...] = Field((), description="names of the sources whose queries it is for; empty: all")
 
+    @field_validator("guide", "teacher", check_fields=False)
+    @classmethod
+    def _names_a_model(cls, name: str | None) -> str | None:
+        if name is not None and not name.strip():
+            raise ValueError("expected a MODEL: a run directory, a folder or a hub id")
+        return name
+
 
 Direction = Literal["query_document", "query_query", "document_query", "document_document"]
 
@@ -201,7 +208,9 @@ class InfoNCEConfig(ObjectiveConfig):
     per_direction: bool = Field(False, description="a loss a direction, averaged, instead of one denominator for all")
     mask_same_label: bool = Field(False, description="texts with the query's label are no in-batch negatives")
     margin: float | None = Field(None, description="what scores above the positive by more is no negative; Qwen3: 0.1")
-    guide: str | None = Field(None, description="model; what it scores above the positive is no negative (GISTEmbed)")
+    guide: str | None = Field(
+        None, description="MODEL, one a run; what it scores above the positive is no negative (GISTEmbed)"
+    )
     guide_margin: float = Field(0.0, description="of the guide: what it scores above the positive less that is no negative")
     guide_margin_kind: Literal["absolute", "relative"] = Field("absolute", description="relative: to the positive's score")
     focal: float = Field(0.0, ge=0, description="each query's loss is weighted with (1 - p)^focal (KaLM-V2)")
@@ -243,7 +252,7 @@ class MarginMSEConfig(ObjectiveConfig):
 
 class EmbeddingMatchingConfig(ObjectiveConfig):
     name: Literal["embedding_matching"] = "embedding_matching"
-    teacher: str = Field(description="model whose vectors are matched, through a projection where widths differ")
+    teacher: str = Field(description="MODEL, one a run, whose vectors are matched, through a projection where widths differ")
 
 
 AnyObjective = Annotated[
@@ -348,6 +357,27 @@ class Config(Section):
         if idle:
             raise ValueError(f"model.lora.names: no source trains {idle[0]}; name it as the adapter of one, or leave it out")
         return self
+
+    @model_validator(mode="after")
+    def _one_model_each(self) -> Config:
+        for role in ("guide", "teacher"):
+            if len(named := self._others(role)) > 1:
+                raise ValueError(f"objectives name several models as {role} ({', '.join(named)}); a run has one")
+        return self
+
+    def _others(self, role: str) -> list[str]:
+        """The models that objectives name in a role, each once."""
+        return list(dict.fromkeys(name for o in self.objectives if (name := getattr(o, role, None)) is not None))
+
+    @property
+    def guide(self) -> str | None:
+        """The model that guides the run's objectives, if one does."""
+        return next(iter(self._others("guide")), None)
+
+    @property
+    def teacher(self) -> str | None:
+        """The model whose vectors the run's objectives match, if they do."""
+        return next(iter(self._others("teacher")), None)
 
     @property
     def row_length(self) -> int:
