@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import subprocess
 import sys
+import threading
 import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
@@ -97,6 +99,27 @@ def test_damage_and_lost_vectors_end_what_is_read(tmp_path: Path) -> None:
     assert made == list("cab") and np.array_equal(got, vectors_of("cab"))
 
 
+def test_lost_vectors_do_not_come_back_as_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even where the addition that takes their place is killed between its two files."""
+    for name in ("a", "b"):
+        fetch(VectorStore(tmp_path, WIDTH), [name])
+    (tmp_path / "vectors").write_bytes((tmp_path / "vectors").read_bytes()[: 4 * WIDTH])
+    store, append = VectorStore(tmp_path, WIDTH), VectorStore._append
+    assert len(store) == 1
+
+    def killed(self: VectorStore, name: str, end: int, content: bytes) -> None:
+        if name == "index":
+            raise KeyboardInterrupt
+        append(self, name, end, content)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(VectorStore, "_append", killed)
+        fetch(store, ["c"])
+    again = VectorStore(tmp_path, WIDTH)
+    assert len(again) == 1
+    assert np.array_equal(fetch(again, list("bc"), seed=1)[0], vectors_of("bc", 1))
+
+
 def test_the_first_vector_of_a_key_stays(tmp_path: Path) -> None:
     """Also where two opened the store before either had computed it."""
     first, second = VectorStore(tmp_path, WIDTH), VectorStore(tmp_path, WIDTH)
@@ -113,7 +136,11 @@ def test_processes_share_a_store(tmp_path: Path) -> None:
 import sys, numpy as np
 from pathlib import Path
 from jaxembed.data.vector_store import VectorStore
-store, seed = VectorStore(Path({str(tmp_path)!r}), 3), int(sys.argv[1])
+folder, seed = Path({str(tmp_path)!r}), int(sys.argv[1])
+store = VectorStore(folder, 3)
+(folder / f"ready {{seed}}").touch()
+while len(list(folder.glob("ready*"))) < 2:
+    pass
 for start in range(100):
     names = range(start, start + 20)
     store.fetch([b"%016d" % i for i in names], lambda places: np.array([[names[i], seed, 7] for i in places]))
@@ -125,6 +152,19 @@ for start in range(100):
     assert got[:, 0].tolist() == list(range(119)) and (got[:, 2] == 7).all()
     assert set(got[:, 1].tolist()) <= {1.0, 2.0}
     assert (tmp_path / "vectors").stat().st_size == 119 * 4 * 3
+
+
+def test_an_addition_waits_for_that_of_another_process(tmp_path: Path) -> None:
+    """A lock is its file's, not its process's: held here, it keeps a thread waiting just the same."""
+    store = VectorStore(tmp_path, WIDTH)
+    adding = threading.Thread(target=fetch, args=(store, ["a"]))
+    with (tmp_path / "lock").open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        adding.start()
+        adding.join(0.2)
+        assert adding.is_alive() and len(store) == 0
+    adding.join()
+    assert len(store) == 1
 
 
 def test_memory_holds_keys_and_no_vectors(tmp_path: Path) -> None:

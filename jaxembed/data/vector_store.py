@@ -71,6 +71,7 @@ class VectorStore:
             new = [i for i, row in enumerate(self._find(keys)) if row < 0]  # others may have added some meanwhile
             if not new:
                 return
+            os.truncate(self._folder / "index", self._read)  # first: no torn frame may come to hold these vectors
             self._append("vectors", len(self) * 4 * self._width, np.asarray(vectors[new], np.float32).tobytes())
             frame = NUMBER.pack(len(new)) + b"".join(keys[i] for i in new)
             self._append("index", self._read, frame + NUMBER.pack(zlib.crc32(frame)))
@@ -124,7 +125,7 @@ def _frame(content: bytes, start: int) -> bytes:
     if len(content) < start + NUMBER.size:
         return b""
     end = start + NUMBER.size + KEY * NUMBER.unpack_from(content, start)[0]
-    if end == start + NUMBER.size or len(content) < end + NUMBER.size:
+    if len(content) < end + NUMBER.size:
         return b""
     frame = content[start:end]
     return frame if NUMBER.unpack_from(content, end)[0] == zlib.crc32(frame) else b""
