@@ -32,7 +32,10 @@ from sentence_transformers import (
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
-from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.losses import (
+    CachedMultipleNegativesRankingLoss,
+    MultipleNegativesRankingLoss,
+)
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from transformers import PrinterCallback, TrainerCallback
 
@@ -120,6 +123,8 @@ def train(model: SentenceTransformer, pairs: Dataset, opts: argparse.Namespace) 
             disable_tqdm=True,
         )
         loss = MultipleNegativesRankingLoss(model, scale=20.0)
+        if opts.mini_batch_size:
+            loss = CachedMultipleNegativesRankingLoss(model, scale=20.0, mini_batch_size=opts.mini_batch_size)
         trainer = SentenceTransformerTrainer(model=model, args=args, train_dataset=pairs, loss=loss, callbacks=[log])
         trainer.remove_callback(PrinterCallback)  # standard output is for the result
         trainer.train()
@@ -145,6 +150,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=2e-5)
     parser.add_argument("--warmup-steps", type=int, default=6)
     parser.add_argument("--max-length", type=int, default=256, help="in tokens; longer texts are cut")
+    parser.add_argument("--mini-batch-size", type=int, default=0, help="texts encoded at a time (gradient caching); 0 for all")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import typing
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, field_validator, model_validator
 
+from jaxembed.errors import UserError
 from jaxembed.fields import LARGEST
 from jaxembed.sections import Section, apply_override, parse_section, read_tree
 
@@ -286,6 +288,9 @@ class OptimConfig(Section):
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="decay to 0 at the last step, or none")
     weight_decay: float = Field(0.01, ge=0, description="of kernels and embeddings; norms and biases are spared")
     clip: float = Field(1.0, gt=0, description="largest global norm of the gradient")
+    restart: bool = Field(
+        True, description="a stage begins with a new optimizer and schedule; no: it goes on with those of the stage before"
+    )
 
 
 class MeshConfig(Section):
@@ -343,6 +348,11 @@ class Config(Section):
     mesh: MeshConfig = MeshConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
+    stages: tuple[dict[str, Any], ...] = Field(
+        (),
+        description="trained one after the other, each a tree of what differs from the rest of the file: of data, objectives, "
+        "matryoshka, gradcache, optim and train; each names its train.steps",
+    )
 
     @model_validator(mode="after")
     def _adapters_are_named(self) -> Config:
@@ -358,26 +368,15 @@ class Config(Section):
             raise ValueError(f"model.lora.names: no source trains {idle[0]}; name it as the adapter of one, or leave it out")
         return self
 
-    @model_validator(mode="after")
-    def _one_model_each(self) -> Config:
-        for role in ("guide", "teacher"):
-            if len(named := self._others(role)) > 1:
-                raise ValueError(f"objectives name several models as {role} ({', '.join(named)}); a run has one")
-        return self
-
-    def _others(self, role: str) -> list[str]:
-        """The models that objectives name in a role, each once."""
-        return list(dict.fromkeys(name for o in self.objectives if (name := getattr(o, role, None)) is not None))
-
     @property
     def guide(self) -> str | None:
-        """The model that guides the run's objectives, if one does."""
-        return next(iter(self._others("guide")), None)
+        """The model that guides the objectives, of any stage; None without one."""
+        return next(iter(_named(self.in_stages(), "guide")), None)
 
     @property
     def teacher(self) -> str | None:
-        """The model whose vectors the run's objectives match, if they do."""
-        return next(iter(self._others("teacher")), None)
+        """The model whose vectors the objectives match, of any stage; None without one."""
+        return next(iter(_named(self.in_stages(), "teacher")), None)
 
     @property
     def row_length(self) -> int:
@@ -385,7 +384,31 @@ class Config(Section):
 
     def dump(self) -> str:
         """The resolved tree as YAML text, every default spelled out."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(self._tree(), sort_keys=False, allow_unicode=True)
+
+    def in_stages(self, where: str = "stages") -> tuple[Config, ...]:
+        """The config of every stage, without `stages`; of one without them, itself. `UserError` says what is off in one."""
+        if not self.stages:
+            return (self,)
+        whole = {key: value for key, value in self._tree().items() if key != "stages"}
+        return tuple(_stage(whole, changes, f"{where}.{i}") for i, changes in enumerate(self.stages))
+
+    @property
+    def total_steps(self) -> int:
+        """The steps of all stages."""
+        return sum(stage.train.steps for stage in self.in_stages())
+
+    def _tree(self) -> dict[str, Any]:
+        tree = self.model_dump(mode="json")
+        if self.stages:
+            del tree["train"]["steps"]
+        return tree
+
+    @model_validator(mode="after")
+    def _stages_have_the_steps(self) -> Config:
+        if self.stages and "steps" in self.train.model_fields_set:
+            raise ValueError("train.steps and stages do not go together; give each stage its own train.steps")
+        return self
 
 
 def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
@@ -403,5 +426,40 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
 
 
 def parse(tree: dict[str, Any], where: str) -> Config:
-    """Checks a nested dict against the tree; `where` names its origin in errors."""
-    return parse_section(Config, tree, where)
+    """Checks a nested dict against the tree, each of its stages too; `where` names its origin in errors."""
+    config = parse_section(Config, tree, where)
+    stages = config.in_stages(f"{where}: stages")
+    for role in ("guide", "teacher"):
+        if len(named := _named(stages, role)) > 1:
+            raise UserError(f"{where}: objectives name several models as {role} ({', '.join(named)}); a run has one")
+    return config
+
+
+def _named(stages: Sequence[Config], role: str) -> list[str]:
+    """The models that the objectives of stages name in a role, each once."""
+    names = [getattr(objective, role, None) for stage in stages for objective in stage.objectives]
+    return list(dict.fromkeys(name for name in names if name is not None))
+
+
+# What a stage may not differ in: one model, one run directory, one set of scores.
+OF_THE_RUN = {"run", "model", "mesh", "eval", "stages", "train.seed", "train.keep_checkpoints"}
+
+
+def _stage(whole: dict[str, Any], changes: dict[str, Any], where: str) -> Config:
+    """The config of a stage."""
+    train = changes.get("train")
+    named = {*changes, *(f"train.{key}" for key in (train if isinstance(train, dict) else {}))}
+    if shared := sorted(named & OF_THE_RUN):
+        raise UserError(f"{where}.{shared[0]}: is one for all stages; set it outside of stages")
+    if "train.steps" not in named:
+        raise UserError(f"{where}.train.steps is missing; every stage names its own")
+    return parse_section(Config, _changed(whole, changes), where)
+
+
+def _changed(tree: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A nested dict with the values of another put in; lists are replaced whole."""
+    made = dict(tree)
+    for key, value in changes.items():
+        before = made.get(key)
+        made[key] = _changed(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
+    return made

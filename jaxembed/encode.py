@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxembed import cli
 from jaxembed.errors import UserError
+from jaxembed.files import decode
 
 LINES_AT_ONCE = 4096
 
@@ -61,7 +62,7 @@ def read_examples(path: Path) -> list[tuple[str, str]]:
 
 def read_texts(path: Path, field: str) -> Iterator[str]:
     """The lines of a text file, or one field of each row of a JSONL file; `UserError` names file and line."""
-    from jaxembed.data.schema import decode, parse_row
+    from jaxembed.data.schema import parse_row
 
     try:
         with path.open("rb") as file:

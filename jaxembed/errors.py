@@ -27,4 +27,5 @@ class Stopped(Exception):
 
 def brief(error: object, most: int = 200) -> str:
     """What another library says of an error, on one line and not too long, to be quoted in a `UserError`."""
-    return " ".join(str(error).split())[:most]
+    line = " ".join(str(error).split())
+    return line if len(line) <= most else f"{line[:most].rsplit(' ', 1)[0]} ..."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     from jaxembed.hub.export import export, export_adapters, export_nv_embed
 
     logging.disable_progress_bar()  # of loading and saving, several times over
+    getLogger("sentence_transformers").setLevel(ERROR)  # it runs on the CPU to check the folder, and warns that this is slow
     cli.use_compilation_cache()
     if args.adapters:
         if args.layers is not None or args.dtype != "float32" or args.layout != LAYOUTS[0] or args.adapter is not None:

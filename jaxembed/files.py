@@ -26,12 +26,17 @@ def read_bytes(path: Path) -> bytes:
         raise UserError(f"{path!r}: cannot be read ({error})") from None
 
 
-def read_text(path: Path) -> str:
-    """The UTF-8 text of a file."""
+def decode(content: bytes, where: str) -> str:
+    """UTF-8 text, without a byte order mark; `where` is the file and, of one of its lines, the line, for errors."""
     try:
-        return read_bytes(path).decode("utf-8")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not valid UTF-8 (byte {error.start})") from None
+        raise UserError(f"{where}: not valid UTF-8 (byte {error.start}); save the file as UTF-8") from None
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file."""
+    return decode(read_bytes(path), str(path))
 
 
 def read_json_value(path: Path) -> Any:

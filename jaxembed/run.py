@@ -13,16 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from jaxembed import parallel
 from jaxembed.cli import cache_dir
 from jaxembed.config import Config
-from jaxembed.data.batch import BatchBuilder
 from jaxembed.data.bpe import train_tokenizer
-from jaxembed.data.mixture import make_plan, plan_hash
+from jaxembed.data.mixture import make_plan
 from jaxembed.data.pipeline import batches
 from jaxembed.data.sources import Source, open_sources
 from jaxembed.data.tokenize import TextTokenizer, load_tokenizer
@@ -31,18 +28,17 @@ from jaxembed.evaluation.heldout import HeldOut, RetrievalSet, open_sets, score_
 from jaxembed.fields import shown
 from jaxembed.hub.base import Base, content_hash, find_base, write_spec
 from jaxembed.hub.embedder import Embedder
-from jaxembed.hub.opening import base_params, shapes_and_shardings, text_tokenizer
-from jaxembed.losses.objectives import Objectives
+from jaxembed.hub.opening import text_tokenizer
 from jaxembed.model.decoder import Compute
-from jaxembed.model.embedder import EmbeddingModel, init_params
-from jaxembed.model.lora import ADAPTERS, LoRA, join, pick_adapter, split, stack_adapters, stacked_shapes
+from jaxembed.model.embedder import EmbeddingModel
+from jaxembed.model.lora import LoRA, pick_adapter
 from jaxembed.spec import EmbeddingSpec
+from jaxembed.stages import Stage, enter, first_state, make_stages, resume
 from jaxembed.training.checkpoint import Checkpoints
-from jaxembed.training.loop import Trainer
+from jaxembed.training.loop import Evaluate, Trainer
 from jaxembed.training.metrics import Recorder, read_metrics
-from jaxembed.training.optim import learning_rate, make_optimizer
 from jaxembed.training.run_dir import note_versions, open_run, record
-from jaxembed.training.step import OBJECTIVES, TrainState, make_train_step
+from jaxembed.training.step import TrainState, make_train_step
 from jaxembed.training.watch import StopRequest
 
 log = logging.getLogger("jaxembed")
@@ -61,62 +57,47 @@ def train(config: Config) -> dict[str, Any]:
     began = time.perf_counter()
     mesh = parallel.make_mesh(config.mesh.data)
     shards = parallel.shard_count(mesh)
-    if config.train.batch_size % shards:
-        raise UserError(f"train.batch_size {config.train.batch_size} is not divisible by the {shards} shards of the mesh")
-    sources = open_sources(config.data, cache_dir())
-    plan = make_plan(sources, config.train.batch_size, config.train.seed)
+    configs = config.in_stages()
+    for of_stage in configs:
+        if of_stage.train.batch_size % shards:
+            told = f"train.batch_size {of_stage.train.batch_size} is not divisible by the {shards} shards of the mesh"
+            raise UserError(told)
+    opened = [open_sources(of_stage.data, cache_dir()) for of_stage in configs]
+    for sources, of_stage in zip(opened, configs, strict=True):
+        make_plan(sources, of_stage.train.batch_size, of_stage.train.seed)  # refuses a batch that is larger than the data
     held_out = open_sets(config.eval.sets, config.data.python_packages, cache_dir())
     best_metric = _best_metric(config, held_out)
     base = find_base(config.model.base)
     spec, lora = _spec(config, base), _lora(config, base)
-    names = () if lora is None else lora.names
     run_dir = open_run(config)
-    tokenizer = _tokenizer(run_dir, base, spec, sources)
-    _check_room(spec, tokenizer)
-    _record(run_dir, config, base, spec, sources, tokenizer)
+    tokenizer = _tokenizer(run_dir, base, spec, [source for sources in opened for source in sources])
+    _record(run_dir, config, base, spec, opened, tokenizer)
 
     compute = Compute(jnp.dtype(config.model.dtype), config.model.remat, config.model.unroll, config.model.attention_kernel)
     model = EmbeddingModel(base.decoder, spec, compute, lora)
-    build = BatchBuilder(
-        sources, tokenizer, spec, row_length=config.row_length, hard_negatives=config.data.hard_negatives,
-        seed=config.train.seed, shards=shards, adapters=names,
-    )  # fmt: skip
-    _show_examples(sources, build, tokenizer)
+    stages = make_stages(configs, opened, tokenizer, model, base, shards)
+    for stage in stages:
+        _check_room(spec, stage)
+        _show_examples(stage)
     checkpoints = Checkpoints(run_dir, config.train.keep_checkpoints)
-    plan_id = plan_hash(sources, config.train.batch_size, config.train.seed)
-    _check_plan(checkpoints, plan_id, run_dir)
-    objectives = _objectives(config, model, sources)
-    optimizer = make_optimizer(config.optim, config.train.steps, several=bool(names))
-    state = _state(config, base, model, mesh, checkpoints, optimizer, objectives)
+    index, state = resume(stages, first_state(config, base, model, mesh), model, mesh, checkpoints)
     start = int(state.step)
-    _announce(config, state, mesh, start)
+    _announce(state, mesh, start, stages[-1].end)
 
-    evaluate = _evaluator(Embedder(model, {}, tokenizer, mesh, base), held_out, names)
+    evaluate = _evaluator(Embedder(model, {}, tokenizer, mesh, base), held_out, () if lora is None else lora.names)
     scores_at_start = _baselines(config, held_out, evaluate, state)
-    recorder = Recorder(run_dir, start, config.train.steps)
+    recorder = Recorder(run_dir, start, stages[-1].end)
     for name, scores in scores_at_start.items():
         recorder.log(0, {f"{name}/{key}": value for key, value in scores.items()})
-    trainer = Trainer(
-        config=config.train,
-        mesh=mesh,
-        train_step=make_train_step(
-            model,
-            objectives,
-            optimizer,
-            learning_rate(config.optim, config.train.steps),
-            skip=config.train.on_nan == "skip",
-            rows=config.gradcache.rows,
-        ),
-        source_names=[source.name for source in sources],
-        evaluate=evaluate if held_out else None,
-        best_metric=best_metric,
-        checkpoints=checkpoints,
-        recorder=recorder,
-        plan_hash=plan_id,
-    )
     try:
         with closing(recorder), closing(checkpoints), StopRequest() as stop, jax.set_mesh(mesh):
-            trainer.fit(state, batches(plan, build, start, config.train.steps), stop)
+            for stage in stages[index:]:
+                if int(state.step) == stage.before > 0:
+                    state = enter(stage, state, model, mesh)
+                trainer = _trainer(stage, model, mesh, evaluate if held_out else None, best_metric, checkpoints, recorder)
+                done = int(state.step) - stage.before
+                _announce_stage(stage, len(stages))
+                state = trainer.fit(state, batches(stage.plan, stage.build, done, stage.config.train.steps), stop)
     except OSError as error:  # a full disk, a folder that is not writable any more
         raise UserError(f"{run_dir}: cannot be written ({error.strerror}); mend it and run the same command") from error
     summary = _summary(run_dir, time.perf_counter() - began)
@@ -124,21 +105,52 @@ def train(config: Config) -> dict[str, Any]:
     return summary
 
 
+def _trainer(
+    stage: Stage,
+    model: EmbeddingModel,
+    mesh: Mesh,
+    evaluate: Evaluate | None,
+    best_metric: str,
+    checkpoints: Checkpoints,
+    recorder: Recorder,
+) -> Trainer:
+    """The loop of a stage."""
+    config = stage.config
+    optimizer = stage.optimizer(several=model.lora is not None and bool(model.lora.names))
+    skip = config.train.on_nan == "skip"
+    return Trainer(
+        config=config.train,
+        stage=stage.index,
+        before=stage.before,
+        mesh=mesh,
+        train_step=make_train_step(model, stage.objectives, optimizer, stage.schedule, skip, config.gradcache.rows),
+        source_names=[source.name for source in stage.sources],
+        evaluate=evaluate,
+        best_metric=best_metric,
+        checkpoints=checkpoints,
+        recorder=recorder,
+        plan_hash=stage.plan_hash,
+    )
+
+
 def _spec(config: Config, base: Base) -> EmbeddingSpec:
     """The base's spec with the config's choices, and the prompts of its sources by name."""
-    spec = base.spec.with_choices(config.model, config.data.max_length)
-    if not spec.include_instruction and spec.instruction_template.endswith(" "):
+    stages = config.in_stages()
+    spec = base.spec.with_choices(config.model, stages[-1].data.max_length)
+    pooled = spec.include_instruction or spec.pool_last_instruction_token
+    if not pooled and spec.instruction_template.endswith(" "):
         log.warning("instruction_template ends in a space, which merges into the next word: that word will not be pooled")
-    return spec.with_prompts(config.data.instructions())
+    instructions = [item for stage in stages for item in stage.data.instructions().items()]
+    return spec.with_prompts(dict(instructions))
 
 
-def _check_room(spec: EmbeddingSpec, tokenizer: TextTokenizer) -> None:
-    """`UserError` where a prompt leaves no room for a text."""
+def _check_room(spec: EmbeddingSpec, stage: Stage) -> None:
+    """`UserError` where a prompt leaves no room for a text of a stage."""
     for name, prompt in spec.prompts.items():
-        if tokenizer.room([prompt])[0] < 1:
+        if stage.tokenizer.room([prompt])[0] < 1:
             raise UserError(
-                f"data.max_length is {spec.max_length}, which the {name} prompt {shown(prompt)} and what stands behind a text "
-                "fill; raise it, or shorten the instruction"
+                f"data.max_length is {stage.tokenizer.max_length}, which the {name} prompt {shown(prompt)} and what stands "
+                "behind a text fill; raise it, or shorten the instruction"
             )
 
 
@@ -147,18 +159,6 @@ def _lora(config: Config, base: Base) -> LoRA | None:
     if chosen is not None and base.folder is None:
         raise UserError(f"model.lora: {base.name} has no weights to adapt; name a base that has, or train without model.lora")
     return None if chosen is None else LoRA(**dict(chosen))  # its fields are the keys
-
-
-def _objectives(config: Config, model: EmbeddingModel, sources: Sequence[Source]) -> Objectives:
-    """What the run minimises; `UserError` where a width or a source of the config is not there."""
-    widest = max(config.matryoshka.dims, default=0)
-    if widest >= model.width:
-        raise UserError(f"matryoshka.dims names {widest}; expected less than {model.width}, the width of this model's vectors")
-    names = [source.name for source in sources]
-    for i, objective in enumerate(config.objectives):
-        if unknown := [name for name in objective.sources if name not in names]:
-            raise UserError(f"objectives.{i}.sources names {unknown[0]!r}; expected names of sources: {', '.join(names)}")
-    return Objectives(config.objectives, config.matryoshka, names)
 
 
 def _tokenizer(run_dir: Path, base: Base, spec: EmbeddingSpec, sources: Sequence[Source]) -> TextTokenizer:
@@ -181,7 +181,12 @@ def _texts(source: Source) -> Any:
 
 
 def _record(
-    run_dir: Path, config: Config, base: Base, spec: EmbeddingSpec, sources: Sequence[Source], tokenizer: TextTokenizer
+    run_dir: Path,
+    config: Config,
+    base: Base,
+    spec: EmbeddingSpec,
+    opened: Sequence[Sequence[Source]],
+    tokenizer: TextTokenizer,
 ) -> None:
     """Writes what identifies the run beside its config: tokenizer, versions, texts, data and base. `UserError` where a
     resumed run's data or base is not what it was.
@@ -192,59 +197,27 @@ def _record(
         kept.with_suffix(".partial").rename(kept)
     note_versions(run_dir)
     write_spec(run_dir, spec)
-    record(run_dir, "data_hashes", {source.config.path: source.digest for source in sources}, "its training data changed")
+    record(
+        run_dir,
+        "data_hashes",
+        {source.config.path: source.digest for sources in opened for source in sources},
+        "its training data changed",
+    )
     identity = {"name": base.name, "hash": content_hash(base), "config": dict(base.hf_config)}
     if config.model.lora is not None:
         identity["lora"] = config.model.lora.model_dump(mode="json")
     record(run_dir, "base", identity, "its base changed")  # last: with it the folder is a run for other commands
 
 
-def _state(
-    config: Config,
-    base: Base,
-    model: EmbeddingModel,
-    mesh: Mesh,
-    checkpoints: Checkpoints,
-    optimizer: optax.GradientTransformation,
-    objectives: Objectives,
-) -> TrainState:
-    """The state to go on from: parameters from the base (or random), then the last checkpoint over them."""
-    shapes, shardings = shapes_and_shardings(model, mesh)
-    key = jax.random.key(config.train.seed)
-    params = {} if base.folder is None else flatten_dict(base_params(base, shapes, shardings))
-    absent = {path: sharding for path, sharding in flatten_dict(shardings).items() if path not in params}
-    params |= flatten_dict(init_params(model, key, unflatten_dict(absent)))
-    trained, frozen = split(unflatten_dict(params))
-    if own := objectives.new_params(model.width, 0, jax.random.fold_in(key, len(OBJECTIVES))):
-        trained |= {OBJECTIVES: jax.device_put(own, parallel.replicated(mesh))}
-    opt_state = jax.jit(optimizer.init)(trained)
-    if model.lora is not None and model.lora.names:
-        own = unflatten_dict({path: sharding for path, sharding in absent.items() if path[-1] in ADAPTERS})
-        drawn = [init_params(model, jax.random.fold_in(key, i), own) for i in range(len(model.lora.names))]
-        stacked = stack_adapters([join(adapter, trained) for adapter in drawn])
-        trained = jax.device_put(stacked, jax.tree.map(lambda x: x.sharding, stacked_shapes(trained, len(drawn))))
-        opt_state = stack_adapters([opt_state] * len(drawn))
-    everywhere = parallel.replicated(mesh)
-    rest = jax.device_put({"opt_state": opt_state, "step": jnp.zeros((), jnp.int32), "key": key}, everywhere)
-    state = TrainState(trained, frozen=frozen, **rest)
-    latest = checkpoints.latest()
-    return state if latest is None else checkpoints.restore(latest, state)
-
-
-def _check_plan(checkpoints: Checkpoints, plan: str, run_dir: Path) -> None:
-    """Refuses to go on where the data under the run's plan has changed since its last checkpoint."""
-    latest = checkpoints.latest()
-    if latest is not None and checkpoints.cursor(latest)["plan_hash"] != plan:
-        raise UserError(f"{run_dir}: the training data changed since step {latest}; restore it, or name another run.dir")
-
-
-def _show_examples(sources: Sequence[Source], build: BatchBuilder, tokenizer: TextTokenizer) -> None:
+def _show_examples(stage: Stage) -> None:
     """Prints the first examples of every source as the model will see them, and how many texts are cut."""
+    build, tokenizer = stage.build, stage.tokenizer
     first = 0
-    for source in sources:
+    for source in stage.sources:
         ids = np.arange(first, first + min(SAMPLED, len(source)))
         first += len(source)
-        texts, prompts = build.texts(build.examples(0, ids))
+        examples = build.examples(0, ids)
+        texts, prompts = build.texts(examples)
         lengths = tokenizer.untruncated_lengths(texts, prompts)
         cut = float(np.mean(lengths > tokenizer.max_length))
         log.info(
@@ -252,7 +225,10 @@ def _show_examples(sources: Sequence[Source], build: BatchBuilder, tokenizer: Te
             source.name, f"{len(source):,}", lengths.mean(), 100 * cut, tokenizer.max_length,
             "on" if source.in_batch else "off",
         )  # fmt: skip
-        for example in build.examples(0, ids[:SHOWN]):
+        if source.config.few_shot is not None:
+            count = np.mean([len(example.shots) for example in examples])
+            log.info("  %.1f in-context examples a query; a prompt gets half of data.max_length at most", count)
+        for example in examples[:SHOWN]:
             texts, prompts = build.texts([example])
             tokenized = tokenizer(texts, prompts)
             roles = ["query", "positive", *["negative"] * (len(texts) - 2)]
@@ -261,18 +237,25 @@ def _show_examples(sources: Sequence[Source], build: BatchBuilder, tokenizer: Te
                 log.info("  %-8s %r", role, (f"[{prompt}] " if prompt else "") + text[:300])
 
 
-def _announce(config: Config, state: TrainState, mesh: Mesh, start: int) -> None:
+def _announce(state: TrainState, mesh: Mesh, start: int, end: int) -> None:
     """Prints what the run is, before it begins."""
     trained, frozen = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (state.params, state.frozen))
-    per_query = 1 + config.data.hard_negatives
-    negatives = config.train.batch_size * per_query - 1
     log.info(
-        "%s parameters, %s trained, on %d %s device(s); %d queries a step, each against up to %s negatives",
+        "%s parameters, %s trained, on %d %s device(s)",
         f"{trained + frozen:,}", f"{trained:,}" if frozen else "all", mesh.size, jax.default_backend(),
-        config.train.batch_size, f"{negatives:,}",
     )  # fmt: skip
     if start:
-        log.info("resuming after step %d of %d", start, config.train.steps)
+        log.info("resuming after step %d of %d", start, end)
+
+
+def _announce_stage(stage: Stage, count: int) -> None:
+    """Prints how much a stage does."""
+    config, name = stage.config, f"stage {stage.index + 1} of {count}: " if count > 1 else ""
+    documents = config.train.batch_size * (1 + config.data.hard_negatives)
+    log.info(
+        "%s%s steps of %d queries, each against up to %s negative documents",
+        name, f"{config.train.steps:,}", config.train.batch_size, f"{documents - 1:,}",
+    )  # fmt: skip
 
 
 def _evaluator(encoder: Embedder, held_out: Sequence[HeldOut], names: Sequence[str]) -> Callable[[Any], dict[str, float]]:

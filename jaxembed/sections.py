@@ -24,6 +24,7 @@ NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)  # what PyYAML raises, o
 # What is said of pydantic's errors whose own words speak of Python.
 EXPECTED = {
     "model_type": "a mapping such as {key: value}", "model_attributes_type": "a mapping such as {key: value}",
+    "dict_type": "a mapping such as {key: value}",
     "string_type": """a text (on the command line, one with : or { in quotes: key='"..."')""",
     "tuple_type": "a list such as [a, b]", "string_pattern_mismatch": "letters, digits, _ and - alone",
 }  # fmt: skip

@@ -24,6 +24,7 @@ from jaxembed.model.decoder import Compute
 from jaxembed.model.pooling import TRAINED
 from jaxembed.spec import EmbeddingSpec
 from loaded import load
+from runs import command
 
 CHAT = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}{% endfor %}"
 QUERY = "Instruct: Find the answer\nQuery:"
@@ -168,9 +169,10 @@ def test_folder_without_our_spec_is_read_from_sentence_transformers_files(bases,
 
 
 def test_bfloat16_is_judged_by_transformers_own_error(bases, tmp_path):
-    model = embedder(bases["qwen3"])
-    parity = module.export(model, tmp_path / "out", "bfloat16", Card("test", "base"))
-    assert 1e-5 < parity.error <= parity.allowed
+    done = command("jaxembed.export", str(bases["qwen3"]), str(tmp_path / "out"), "--dtype", "bfloat16")
+    assert (done.returncode, done.stderr) == (0, "")
+    told = json.loads(done.stdout)
+    assert 1e-5 < told["largest_difference"] <= told["allowed"]
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 

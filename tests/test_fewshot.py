@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -228,7 +229,7 @@ def test_bge_en_icl_encodes_as_published(icl: Path, tmp_path: Path, monkeypatch:
     assert encode.main(arguments(tmp_path, instruction=TASK))["vectors"] == 2
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), ours[:2], atol=1e-5)
 
-    with pytest.raises(UserError, match=r"its 40 examples take \d+ of the 300 tokens .*; name fewer or shorter examples"):
+    with pytest.raises(UserError, match=r"its examples \(40\) take \d+ of the 300 tokens .*; name fewer or shorter examples"):
         model.encode(["x"], instruction=TASK, examples=PAIRS * 20)
     with pytest.raises(TypeError, match="under an instruction"):
         model.encode(["x"], examples=PAIRS)
@@ -264,14 +265,21 @@ def test_bad_example_files_are_told_in_one_line(tmp_path: Path) -> None:
         encode.main(arguments(tmp_path, instruction=TASK))
 
 
-def test_a_whole_run_with_examples_a_suffix_and_a_projection(tmp_path: Path) -> None:
+def test_a_whole_run_with_examples_a_suffix_and_a_projection(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "jaxembed")
     root = prepare(tmp_path)
     chosen = [
-        "data.sources.0.few_shot={most: 2, zero_shot: 0.2}", "data.max_length=96", "model.attention=causal",
+        "data.sources.0.few_shot={most: 2, zero_shot: 0}", "data.max_length=128", "model.attention=causal",
         "model.pooling.kind=last", 'model.query_suffix="\\n<response>"', "model.projection.width=6", "train.batch_size=8",
+        'model.instruction_template="{instruction}:"',
     ]  # fmt: skip
     result = train(settings(root, "run", *chosen, "eval.sets=[]", "train.steps=1", "mesh.data=1"))
     assert np.isfinite(result["loss"])
     model = Embedder.load(root / "run")
     assert (model.spec.query_suffix, model.model.width) == ("\n<response>", 6)
     assert model.tokenizer.hf.decode(model.tokenizer(["a"], ["p:"]).ids[0]) == "p:a\n<response></s>"
+    shown = re.findall(r"  query    '\[(.*?)\]", caplog.text)
+    of_example = r"Find .*?:.*?\\n<response>.*?\\n\\n"
+    assert len(shown) == 2 and all(re.fullmatch(rf"({of_example})+Find [\w ]*:", prompt) for prompt in shown)
+    count = re.search(r"  (\S+) in-context examples a query", caplog.text)
+    assert count and 1 <= float(count[1]) <= 2

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import peft
 import pytest
@@ -90,9 +90,6 @@ PUBLISHED = {
         code="modeling_gritlm7b.MistralForCausalLM",
     ),
 }  # fmt: skip
-
-# Those whose layout is that of another one are not trained.
-DISTINCT = [name for name in PUBLISHED if not re.fullmatch(r"KaLM.*v1\.5|SFR-.*|Linq-.*", name)]
 
 
 class Reference:
@@ -180,7 +177,7 @@ def test_published_layout_encodes_as_its_own_code(reference_of: Callable[[str], 
     assert least_cosine(plain, asked) < 0.999
 
 
-@pytest.mark.parametrize("name", DISTINCT)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_published_layout_is_tuned_further_and_exported(
     reference_of: Callable[[str], Reference], name: str, tmp_path: Path
 ) -> None:
@@ -241,6 +238,19 @@ def test_the_id_of_a_repository_brings_its_rules(
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda asked, **options: {name: str(tmp_path)}[asked])
     spec = find_base(name).spec
     assert (spec.attention, spec.pooling, spec.prompt("T"), spec.query_suffix) == expected
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_a_hub_out_of_reach_is_told_in_whole_words(monkeypatch: pytest.MonkeyPatch, offline: bool) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise huggingface_hub.errors.LocalEntryNotFoundError("word " * 99) from OSError("no route to the hub, " * 20)
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    if not offline:
+        monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    why = r"HF_HUB_OFFLINE is set" if offline else r"(no route to the hub, )+no route( to)?( the)? \.\.\."
+    with pytest.raises(UserError, match=rf"not in the hub's cache, .* \({why}\); connect, or name a local folder$"):
+        Embedder.load("nobody/nothing")
 
 
 def test_a_folder_that_needs_code_of_its_own_is_refused(reference_of: Callable[[str], Reference], tmp_path: Path) -> None:

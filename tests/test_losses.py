@@ -18,7 +18,7 @@ from jaxembed.data.batch import Batch
 from jaxembed.data.schema import text_hash
 from jaxembed.losses.encoded import Encoded
 from jaxembed.losses.infonce import info_nce
-from jaxembed.losses.negatives import document_texts, known_positive, lent, query_texts
+from jaxembed.losses.negatives import known_positive, lent, texts_of
 from jaxembed.model.pooling import unit_length
 from jaxembed.training.step import pick
 
@@ -58,8 +58,10 @@ def mask_of(*args: Any, **options: Any) -> list[list[int]]:
     """Rows of queries, columns of documents: a query's own further ones, and those that others lend it."""
     batch = batch_of(*args, **options)
     count, per_query = batch.doc_slot.shape
-    queries, documents = query_texts(batch).reshape(count, 1), document_texts(batch).reshape(count * per_query)
-    hard = (queries.owner == documents.owner) & (jnp.arange(count * per_query) % per_query > 0)
+    queries, documents = texts_of(batch)
+    queries, documents = queries.reshape(count, 1), documents.reshape(count * per_query)
+    column = jnp.arange(count * per_query)
+    hard = (jnp.arange(count)[:, None] == column // per_query) & (column % per_query > 0)
     mask = (hard | lent(queries, documents)) & documents.present & ~known_positive(queries, documents)
     return np.asarray(mask).astype(int).tolist()
 

@@ -260,6 +260,7 @@ def test_a_guide_masks_as_in_sentence_transformers(
     raw = [RawText(query, "query", "") for query in queries]
     raw += [RawText(text, "document", "") for row in documents for text in row]
     guided = np.split(opened.encode(raw), [len(queries)])
+    guided[0][0] *= -1  # a positive with a score below zero
     guide = [guided[0], guided[1].reshape(len(queries), 1 + negatives, -1)]
     q, d = (jnp.array(unit(random, *shape), jnp.float32) for shape in ((6, width), (6, 1 + negatives, width)))
     batch = batch_of(queries, documents).replace(guide=OtherVectors(*map(jnp.asarray, guide)))

@@ -53,3 +53,8 @@ def test_random_parameters_do_not_depend_on_the_devices() -> None:
     kernel, scale = one["decoder"]["layers"]["mlp"]["up"]["kernel"], one["decoder"]["norm"]["scale"]
     assert abs(float(kernel.std()) - 0.02) < 1e-3 and (scale == 1).all()
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True))
+    everywhere = parallel.replicated(parallel.make_mesh(8))
+    several = init_params(model, jax.random.split(jax.random.key(1)), {"decoder": {"embedding": everywhere}})
+    for key, drawn in zip(jax.random.split(jax.random.key(1)), several["decoder"]["embedding"], strict=True):
+        alone = init_params(model, key, {"decoder": {"embedding": everywhere}})
+        assert np.array_equal(drawn, alone["decoder"]["embedding"])

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import tiny
 from jaxembed import Embedder
+from jaxembed.data.tokenize import load_tokenizer
 from jaxembed.errors import UserError
 from jaxembed.hub.base import find_base
 from jaxembed.hub.card import Card
@@ -103,7 +105,20 @@ def test_every_habit_of_nv_embed_counts(nv_embed: tuple[NVEmbed, Path]) -> None:
         assert least_cosine(wrong.encode(TEXTS, instruction=INSTRUCTION), want) < 0.9999, change
 
 
-def test_nv_embed_is_tuned_further_and_exported(nv_embed: tuple[NVEmbed, Path], tmp_path: Path) -> None:
+def test_a_tokenizer_is_read_without_a_word_on_its_model(
+    nv_embed: tuple[NVEmbed, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    transformers.logging.enable_propagation()
+    try:
+        load_tokenizer(nv_embed[1])
+    finally:
+        transformers.logging.disable_propagation()
+    assert not caplog.records and transformers.logging.get_verbosity() == transformers.logging.WARNING
+
+
+def test_nv_embed_is_tuned_further_and_exported(
+    nv_embed: tuple[NVEmbed, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     _, folder = nv_embed
     with pytest.raises(UserError, match="cuts EOS off long texts"):
         export(Embedder.load(folder), tmp_path / "whole", "float32", Card("nv", "base"))
@@ -114,6 +129,7 @@ def test_nv_embed_is_tuned_further_and_exported(nv_embed: tuple[NVEmbed, Path], 
     root = prepare(tmp_path)
     config = settings(root, "tuned", f"model.base={folder}", "model.lora={rank: 2, alpha: 4}", "train.steps=3", "eval.sets=[]")
     train(config)
+    assert not [record.message for record in caplog.records if record.levelname == "WARNING" and record.name == "jaxembed"]
     model = Embedder.load(root / "tuned")
     assert (model.spec.eos_as_text, model.spec.append_eos, model.spec.pool_last_instruction_token) == (False, True, True)
     export(model, tmp_path / "out", "float32", Card("nv", "base"))

@@ -74,7 +74,8 @@ class HostBatch:
 class BatchBuilder:
     """Draws, tokenises and packs the examples of a step. Pure: the same (step, ids) give the same batch.
 
-    `guide` and `teacher` are other models, whose vectors of its texts a batch is to carry.
+    A step is that of a stage, which `steps_before` others precede. `guide` and `teacher` are other models, whose vectors of
+    its texts a batch is to carry.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class BatchBuilder:
         seed: int,
         shards: int,
         adapters: Sequence[str] = (),
+        steps_before: int = 0,
         guide: EncodeRaw | None = None,
         teacher: EncodeRaw | None = None,
     ):
@@ -95,6 +97,7 @@ class BatchBuilder:
         self._index = ExampleIndex(sources)
         self._row_length, self._negatives = row_length, hard_negatives
         self._seed, self._shards, self._adapters = seed, shards, tuple(adapters)
+        self._before = steps_before
         self._guide, self._teacher = guide, teacher
         self._positives = max(source.drawer.most_positives for source in sources)
 
@@ -102,7 +105,7 @@ class BatchBuilder:
         """The examples of a step, each drawn from (seed, step, id)."""
         source, index = self._index.locate(ids)
         drawn = [
-            self._sources[s].draw(int(i), np.random.default_rng((self._seed, step, int(id_))), self._negatives)
+            self._sources[s].draw(int(i), np.random.default_rng((self._seed, self._before + step, int(id_))), self._negatives)
             for s, i, id_ in zip(source, index, ids, strict=True)
         ]
         return self._with_room(drawn)

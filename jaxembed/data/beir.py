@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from jaxembed.data.jsonl import JsonLines, write_lines
-from jaxembed.data.schema import check_corpus, check_query, decode
+from jaxembed.data.schema import check_corpus, check_query
 from jaxembed.errors import UserError
-from jaxembed.files import read_bytes
+from jaxembed.files import read_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ def open_beir(folder: Path, splits: tuple[str, ...]) -> BeirFolder:
         raise UserError(f"{folder}: expected qrels/{splits[0]}.tsv beside corpus.jsonl and queries.jsonl")
     corpus_rows, query_rows = _row_of_id(corpus), _row_of_id(queries)
     relevant: dict[int, dict[int, int]] = {}
-    text = decode(read_bytes(qrels), str(qrels))
+    text = read_text(qrels)
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip() or (number == 1 and _is_header(line)):
             continue

@@ -1,7 +1,7 @@
-"""The data plan: which examples a step trains on, as a pure function of (seed, step).
+"""The data plan: which examples a step trains on, as a pure function of (seed, stage, step).
 
 Grain's index arithmetic mixes, shuffles, repeats and batches global example ids. Nothing has state, so a cursor is a
-step, the same for any number of processes.
+stage and a step of it, the same for any number of processes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jaxembed.data.sources import Source
 from jaxembed.errors import UserError
 
 
-def make_plan(sources: Sequence[Source], batch_size: int, seed: int) -> grain.MapDataset[np.ndarray]:
+def make_plan(sources: Sequence[Source], batch_size: int, seed: int, stage: int = 0) -> grain.MapDataset[np.ndarray]:
     """Element `step` holds the `batch_size` global ids of that step; it never ends. Sources mix by their weights.
 
     Global ids number the examples of all sources through; each source is shuffled anew every time it is used up. Where the
@@ -26,7 +26,7 @@ def make_plan(sources: Sequence[Source], batch_size: int, seed: int) -> grain.Ma
     members: dict[str, list[grain.MapDataset[int]]] = {}
     start = 0
     for i, source in enumerate(sources):
-        ids = grain.MapDataset.range(start, start + len(source)).seed(seed * 1000 + i)
+        ids = grain.MapDataset.range(start, start + len(source)).seed(stage * 10**15 + seed * 1000 + i)
         members.setdefault(source.config.adapter, []).append(ids.shuffle().repeat())
         start += len(source)
     plans, shares = [], []

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxembed.errors import UserError
+from jaxembed.files import decode
 from jaxembed.spec import Shot
 
 
@@ -123,14 +124,6 @@ def _is_number(value: Any) -> bool:
 
 def _wrong(row: Row, field: str, expected: str) -> str:
     return f'"{field}" {"must be" if field in row else "is missing; expected"} {expected}'
-
-
-def decode(content: bytes, where: str) -> str:
-    """UTF-8 text, without a byte order mark; `where` is the file and, of one of its lines, the line, for errors."""
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not valid UTF-8 (byte {error.start}); save the file as UTF-8") from None
 
 
 def parse_row(line: bytes, where: str) -> dict[str, Any]:

@@ -24,12 +24,16 @@ BORDER = "\x1f"  # in a template: a place that no token crosses, as where a mode
 
 def load_tokenizer(folder: Path | str) -> Any:
     """The fast Hugging Face tokenizer of a folder, its chat template left out; `UserError` where there is none."""
-    from transformers import AutoTokenizer  # slow to import, and not needed by --help
+    from transformers import AutoTokenizer, logging  # slow to import, and not needed by --help
 
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it warns of models that it does not know, whose tokenizer alone is read here
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises nearly anything here
         raise UserError(f"{folder}: no tokenizer could be loaded ({brief(error)}); expected tokenizer.json there") from None
+    finally:
+        logging.set_verbosity(verbosity)
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{folder}: only a slow tokenizer is there; expected tokenizer.json")
     tokenizer.chat_template = None
@@ -193,7 +197,8 @@ class TextTokenizer:
 
     def room(self, prompts: Sequence[str]) -> np.ndarray:
         """Tokens that a text may have under each prompt without being cut, give or take those that merge at its ends."""
-        return (self._limits(prompts) - self._around(prompts)) // self._copies
+        left = (self.max_length - self._around(prompts)) // self._copies
+        return np.minimum(left, self._text_length or left)
 
     def _limits(self, prompts: Sequence[str]) -> np.ndarray:
         """Tokens that a text and all that stands around it may have."""

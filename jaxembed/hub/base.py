@@ -35,8 +35,12 @@ from jaxembed.training.run_dir import RECORD, kept
 log = logging.getLogger("jaxembed")
 
 SPEC_FILE = "jaxembed.json"
-# Our poolings without weights -> sentence-transformers' names.
+# Our poolings without weights -> sentence-transformers' names, and what its older files call their flags.
 POOLING_MODES = {"mean": "mean", "last": "lasttoken", "first": "cls", "max": "max", "weighted_mean": "weightedmean"}
+FLAGS = {
+    "mean": "mean_tokens", "last": "lasttoken", "first": "cls_token", "max": "max_tokens",
+    "weighted_mean": "weightedmean_tokens",
+}  # fmt: skip
 E5_PROMPT = r"Instruct: .+?( ?\n ?Query: ?)"
 MODULES = ("Transformer", "Pooling", "Dense", "Normalize")  # of sentence-transformers that are read, in their order
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*/config.json"]
@@ -133,6 +137,10 @@ def find_folder(name: str) -> Path:
     if exists(path / "config.json") or exists(path / RECORD) or is_peft(path):
         return path
     if exists(path) or name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        if exists(path / "base.json"):
+            raise UserError(f"{name}: a run directory is no base; export it, and name the folder that this writes")
+        if found := sorted(inner.parent.name for inner in path.glob(f"*/{ADAPTER_CONFIG}")):
+            raise UserError(f"{name}: holds a folder for each of the adapters {', '.join(found)}; name one: {path / found[0]}")
         raise UserError(
             f"{name}: neither a folder with a config.json or an {ADAPTER_CONFIG}, nor a run directory, nor a hub id such as "
             "Qwen/Qwen2-0.5B"
@@ -141,7 +149,11 @@ def find_folder(name: str) -> Path:
 
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES))
-    except Exception as error:  # network, authentication and file system errors of several libraries
+    except huggingface_hub.errors.LocalEntryNotFoundError as error:
+        why = "HF_HUB_OFFLINE is set" if huggingface_hub.constants.HF_HUB_OFFLINE else brief(error.__cause__ or error)
+        told = f"no such folder, not in the hub's cache, and the hub was not reached ({why}); connect, or name a local folder"
+        raise UserError(f"{name}: {told}") from None
+    except Exception as error:  # authentication and file system errors of several libraries
         raise UserError(f"{name}: no such folder, and the hub gave no model of that name ({brief(error)})") from None
 
 
@@ -259,14 +271,14 @@ def _max_length(folder: Path, decoder: DecoderConfig, tokenizer: Any) -> int:
 
 def _pooling_kind(pooling: Mapping[str, Any], where: Path) -> str:
     """Our name of a stock pooling, from the new form of the file ("pooling_mode") or the old one (a flag per kind)."""
-    kinds = {theirs: ours for ours, theirs in POOLING_MODES.items()} | {"last": "last"}
-    old_names = {"cls": "cls_token", "max": "max_tokens", "mean": "mean_tokens", "weightedmean": "weightedmean_tokens"}
     mode = pooling.get("pooling_mode")
-    named = kinds.get(mode) if isinstance(mode, str) else None
-    on = [kind for mode, kind in kinds.items() if pooling.get(f"pooling_mode_{old_names.get(mode, mode)}")]
-    chosen = [named] if named else on
+    if mode is None:
+        chosen = [ours for ours, flag in FLAGS.items() if pooling.get(f"pooling_mode_{flag}")]
+    else:
+        chosen = [ours for ours, theirs in POOLING_MODES.items() if mode == theirs]
     if len(chosen) != 1:
-        raise UserError(f"{where / 'config.json'}: its pooling is not supported; supported: {', '.join(kinds)}")
+        told = f"its pooling is not supported; supported: {', '.join(POOLING_MODES.values())}"
+        raise UserError(f"{where / 'config.json'}: {told}")
     return chosen[0]
 
 

@@ -187,7 +187,7 @@ class Embedder:
         lead = self.spec.prompt(instruction, [Shot(instruction or "", *example) for example in examples])
         if examples and self.tokenizer.room([lead])[0] < 1:
             taken, most = int(self.tokenizer.untruncated_lengths([""], [lead])[0]), self.tokenizer.max_length
-            told = f"the instruction and its {len(examples)} examples take {taken} of the {most} tokens that the model reads"
+            told = f"the instruction and its examples ({len(examples)}) take {taken} of the {most} tokens that the model reads"
             raise UserError(f"{told}; name fewer or shorter examples")
         return lead
 

@@ -82,22 +82,7 @@ def export(embedder: Embedder, out: Path, dtype: str, card: Card) -> Parity:
     `out` must not exist, the folder around it must. `UserError` if the folder's vectors differ from the model's.
     """
     sentence_transformers()
-    if embedder.spec.attention not in ("causal", "bidirectional"):
-        raise UserError(
-            f"model.attention {embedder.spec.attention} cannot be exported: stock classes know causal and bidirectional"
-        )
-    if embedder.spec.pool_last_instruction_token and embedder.spec.pooling in POOLING_MODES:
-        raise UserError(f"{embedder.spec.pooling} pooling with an instruction's last token cannot be exported by stock classes")
-    if embedder.spec.echo:
-        raise UserError("model.echo presents a text twice, which stock classes do not: such a model cannot be exported")
-    if embedder.spec.pool_text_tokens:
-        raise UserError(
-            "this model pools as many tokens as a text has by itself, which stock classes do not; write its adapters alone"
-        )
-    if embedder.spec.eos_as_text:
-        raise UserError(
-            "this model cuts EOS off long texts, which stock classes do not; export with --layout nv-embed, or train it further"
-        )
+    _check_stock(embedder.spec)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as scratch:
         made = _build(embedder, Path(scratch), "float32")
         probes = {prompt: _probes(embedder, prompt) for prompt in _prompts(embedder.spec)}
@@ -119,6 +104,24 @@ def export(embedder: Embedder, out: Path, dtype: str, card: Card) -> Parity:
             path.chmod(0o644)  # written as private files; a server must be able to read them
         shutil.move(str(made), str(out))
     return parity
+
+
+def _check_stock(spec: EmbeddingSpec) -> None:
+    """`UserError` where stock classes do not treat texts as this spec does."""
+    if spec.attention not in ("causal", "bidirectional"):
+        raise UserError(f"model.attention {spec.attention} cannot be exported: stock classes know causal and bidirectional")
+    if spec.pool_last_instruction_token and spec.pooling in POOLING_MODES:
+        raise UserError(f"{spec.pooling} pooling with an instruction's last token cannot be exported by stock classes")
+    if spec.echo:
+        raise UserError("model.echo presents a text twice, which stock classes do not: such a model cannot be exported")
+    if spec.pool_text_tokens:
+        raise UserError(
+            "this model pools as many tokens as a text has by itself, which stock classes do not; write its adapters alone"
+        )
+    if spec.eos_as_text:
+        raise UserError(
+            "this model cuts EOS off long texts, which stock classes do not; export with --layout nv-embed, or train it further"
+        )
 
 
 def export_nv_embed(embedder: Embedder, out: Path, dtype: str) -> Parity:

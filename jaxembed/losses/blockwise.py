@@ -133,7 +133,7 @@ class _Blocks:
         rule = self._pairs.false_negatives
         guide = jnp.einsum("nbg,wg->nbw", self._guide, others.guide, precision=EXACT) if rule.guided else None
         false = rule(self._texts, others, scores, guide, self._positive, self._guide_positive)
-        keep = lent(self._texts, others) & others.present & ~false
+        keep = lent(self._texts, others) & ~false
         return scores, jnp.where(keep, scores * (scale + self._pairs.hardness), -jnp.inf), keep
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 from jaxembed.config import InfoNCEConfig
 from jaxembed.losses.blockwise import EXACT, Anchors, Pairs, Side, log_sum_exp
 from jaxembed.losses.encoded import Encoded, Loss
-from jaxembed.losses.negatives import FalseNegatives, document_texts, query_texts
+from jaxembed.losses.negatives import FalseNegatives, texts_of
 from jaxembed.model.pooling import unit_length
 
 TINY = 1e-12  # a power of zero has no gradient
@@ -81,8 +81,8 @@ def _hardness(config: InfoNCEConfig, of: str) -> float:
 def _sides(encoded: Encoded) -> tuple[dict[str, Anchors], dict[str, Side]]:
     """The anchors, [B] queries and their positives, and the others, [B] queries and [B(1+K)] documents."""
     queries, documents = encoded.queries, encoded.documents
-    of_queries, of_documents = query_texts(encoded.batch), document_texts(encoded.batch)
-    of_positives = jax.tree.map(lambda x: x[:, 0], of_documents).replace(positive_hash=of_queries.positive_hash)
+    of_queries, of_documents = texts_of(encoded.batch)
+    of_positives = jax.tree.map(lambda x: x[:, 0], of_documents).replace(positives=of_queries.positives)
     positive = jnp.sum(queries * documents[:, 0], axis=-1)
     guide = jnp.sum(of_queries.guide * of_positives.guide, axis=-1)
     anchors = {
@@ -103,7 +103,7 @@ def _own_negatives(
     negatives = encoded.documents[:, 1:]
     scores = jnp.einsum("bd,bkd->bk", side.vectors, negatives, precision=EXACT)
     anchors = side.texts.reshape(-1, 1)
-    others = jax.tree.map(lambda x: x[:, 1:], document_texts(encoded.batch))
+    others = jax.tree.map(lambda x: x[:, 1:], texts_of(encoded.batch)[1])
     guide = jnp.einsum("bg,bkg->bk", side.texts.guide, others.guide, precision=EXACT)
     false = rule(anchors, others, jax.lax.stop_gradient(scores), guide, side.positive[:, None], side.guide_positive[:, None])
     present = others.present & ~false

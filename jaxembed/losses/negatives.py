@@ -10,6 +10,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, UInt32
 
 from jaxembed.data.batch import Batch
@@ -17,59 +18,60 @@ from jaxembed.data.batch import Batch
 
 @flax.struct.dataclass
 class Texts:
-    """What the masks know of texts, with any leading axes. `guide` are vectors by a guide model, of width 0 without one."""
+    """What the masks know of texts, with any leading axes. A text is a number, equal for equal texts alone.
 
-    owner: Any  # int [...]: the query of the batch that the text belongs to, or is
+    `guide` are vectors by a guide model, of width 0 without one.
+    """
+
+    text: Any  # int [...]
+    query: Any  # int [...]: the query that the text belongs to, or is
+    positives: Any  # int [..., P]: all known positives of that query, -1 where absent
+    lends: Any  # bool [...]: present, of a source that uses in-batch negatives
     present: Any  # bool [...]
-    text_hash: Any  # uint32 [..., 2]
-    query_hash: Any  # uint32 [..., 2], of the owner
-    positive_hash: Any  # uint32 [..., P, 2]: known positives of the owner, zero where absent
-    in_batch: Any  # bool [...]
     label: Any  # int [...], -1 for none
     source: Any  # int [...]
     guide: Any  # float [..., G]
 
     def reshape(self, *shape: int) -> Texts:
         """The same with other leading axes."""
-        leading, shape = self.owner.ndim, self.owner.reshape(shape).shape
+        leading, shape = self.text.ndim, self.text.reshape(shape).shape
         return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[leading:]), self)
 
 
-def query_texts(batch: Batch) -> Texts:
-    """[B] of the queries."""
-    count = batch.query_slot.shape[0]
-    guide = jnp.zeros((count, 0)) if batch.guide is None else batch.guide.queries
-    return Texts(
-        jnp.arange(count), jnp.ones(count, bool), batch.query_hash, batch.query_hash, batch.positive_hash, batch.in_batch,
-        batch.label, batch.source, guide,
-    )  # fmt: skip
-
-
-def document_texts(batch: Batch) -> Texts:
-    """[B, 1+K] of the documents, the positive first. The known positives of the owner stand with the queries alone."""
-    shape = batch.doc_slot.shape
-    own = jax.tree.map(lambda x: jnp.broadcast_to(x[:, None], (*shape, *x.shape[1:])), query_texts(batch))
+def texts_of(batch: Batch) -> tuple[Texts, Texts]:
+    """The queries [B] and the documents [B, 1+K] of a batch. The known positives of a query stand with the query alone."""
+    query, document, positives = _numbered(batch.query_hash, batch.doc_hash, batch.positive_hash)
+    positives = jnp.where((batch.positive_hash > 0).any(axis=-1), positives, -1)
+    guide = jnp.zeros((*query.shape, 0)) if batch.guide is None else batch.guide.queries
+    everywhere = jnp.ones_like(batch.in_batch)
+    queries = Texts(query, query, positives, batch.in_batch, everywhere, batch.label, batch.source, guide)
+    shape, present = document.shape, batch.doc_slot >= 0
+    own = jax.tree.map(lambda x: jnp.broadcast_to(x[:, None], (*shape, *x.shape[1:])), queries)
     guide = jnp.zeros((*shape, 0)) if batch.guide is None else batch.guide.documents
-    hashes = own.positive_hash[..., :0, :]
-    return own.replace(present=batch.doc_slot >= 0, text_hash=batch.doc_hash, positive_hash=hashes, guide=guide)
+    documents = own.replace(text=document, positives=own.positives[..., :0], lends=own.lends & present, present=present)
+    return queries, documents.replace(guide=guide)
 
 
-def same_hash(a: UInt32[Array, "*#x 2"], b: UInt32[Array, "*#x 2"]) -> jax.Array:
-    """Whether two texts are equal, by their hashes; broadcasts."""
-    return (a[..., 0] == b[..., 0]) & (a[..., 1] == b[..., 1])
+def _numbered(*hashes: UInt32[Array, "..."]) -> list[jax.Array]:
+    """Numbers for the hashes [..., 2] of texts, equal for equal ones: one number is compared faster than two halves."""
+    flat = jnp.concatenate([x.reshape(-1, 2) for x in hashes])
+    order = jnp.lexsort((flat[:, 1], flat[:, 0]))
+    differs = (flat[order][1:] != flat[order][:-1]).any(axis=1)
+    number = jnp.zeros(len(flat), jnp.int32).at[order[1:]].set(jnp.cumsum(differs, dtype=jnp.int32))
+    parts = jnp.split(number, np.cumsum([x.size // 2 for x in hashes])[:-1])
+    return [part.reshape(x.shape[:-1]) for part, x in zip(parts, hashes, strict=True)]
 
 
 def known_positive(anchors: Texts, others: Texts) -> jax.Array:
     """Whether one of two texts is a known positive of the other's query; leading axes broadcast."""
-    pairs = [same_hash(anchors.positive_hash[..., p, :], others.text_hash) for p in range(anchors.positive_hash.shape[-2])]
-    pairs += [same_hash(others.positive_hash[..., p, :], anchors.text_hash) for p in range(others.positive_hash.shape[-2])]
+    pairs = [anchors.positives[..., p] == others.text for p in range(anchors.positives.shape[-1])]
+    pairs += [others.positives[..., p] == anchors.text for p in range(others.positives.shape[-1])]
     return functools.reduce(operator.or_, pairs)
 
 
 def lent(anchors: Texts, others: Texts) -> jax.Array:
-    """Whether a text of another query may be a negative: both sources use in-batch negatives and the queries differ."""
-    apart = (anchors.owner != others.owner) & ~same_hash(anchors.query_hash, others.query_hash)
-    return anchors.in_batch & others.in_batch & apart
+    """Whether a text is there that belongs to another query and may be a negative: both sources use in-batch negatives."""
+    return anchors.lends & others.lends & (anchors.query != others.query)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +106,6 @@ class FalseNegatives:
             found |= scores > positive + self.margin
         if self.guided:
             assert guide_scores is not None
-            nearest = guide_positive * (1 - self.guide_margin) if self.guide_relative else guide_positive - self.guide_margin
-            found |= guide_scores > nearest
+            unit = jnp.abs(guide_positive) if self.guide_relative else 1.0
+            found |= guide_scores > guide_positive - self.guide_margin * unit
         return found

@@ -73,7 +73,10 @@ def parameter_shapes(model: EmbeddingModel) -> Any:
 
 
 def init_params(model: EmbeddingModel, key: jax.Array, shardings: Any) -> Any:
-    """Random parameters, placed as `shardings` says while they are made: those of the model that it names."""
+    """Random parameters, placed as `shardings` says while they are made: those of the model that it names.
+
+    Of several keys [N] there are as many draws, stacked on a first axis.
+    """
     wanted = flatten_dict(shardings)
     if not wanted:
         return {}
@@ -82,4 +85,4 @@ def init_params(model: EmbeddingModel, key: jax.Array, shardings: Any) -> Any:
         params = flatten_dict(nn.unbox(model.init(key, example_texts())["params"]))
         return {path: params[path] for path in wanted}
 
-    return unflatten_dict(jax.jit(init, out_shardings=wanted)(key))
+    return unflatten_dict(jax.jit(jax.vmap(init) if key.ndim else init, out_shardings=wanted)(key))

@@ -34,6 +34,7 @@ class Checkpoints:
     """The checkpoints of a run directory. Everything that reads one raises `UserError` where it is damaged."""
 
     def __init__(self, run_dir: Path, keep: int = 2):
+        self.run_dir = run_dir
         self._folder = run_dir.absolute() / "checkpoints"
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(

@@ -64,9 +64,14 @@ class Running:
 
 @dataclasses.dataclass
 class Trainer:
-    """What a run needs beside its state. `best_metric` names the score whose maximum is the best checkpoint's."""
+    """What a stage of a run needs beside its state: its config, its index and the steps before it.
+
+    `best_metric` names the score whose maximum is the best checkpoint's. Steps are counted through all stages.
+    """
 
     config: TrainConfig
+    stage: int
+    before: int
     mesh: Mesh
     train_step: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
     source_names: Sequence[str]
@@ -78,13 +83,15 @@ class Trainer:
     programs: set[tuple[int, ...]] = dataclasses.field(default_factory=set)
 
     def fit(self, state: TrainState, batches: Iterator[HostBatch], stop: StopRequest) -> TrainState:
-        """Trains to the last step from the state's own. `Stopped`, with a checkpoint of the step, when `stop` asks for it.
+        """Trains to the last step of the stage from the state's own.
 
+        `Stopped`, with a checkpoint of the step, when `stop` asks for it.
         `UserError` at a loss or gradient that is not finite, unless such steps are skipped.
         """
         tally = Tally()
         running: Running | None = None
-        for step in range(int(state.step) + 1, self.config.steps + 1):
+        end = self.before + self.config.steps
+        for step in range(int(state.step) + 1, end + 1):
             with must_finish(f"step {step}", self.config.stall_timeout_s):
                 asked = time.perf_counter()
                 host = next(batches)
@@ -92,7 +99,7 @@ class Trainer:
                 state, metrics = self._step(state, host, tally)
                 self._check(running)  # at most one step runs ahead of the host
                 running = Running(step, host, metrics)
-                last = step == self.config.steps
+                last = step == end
                 log = last or step % self.config.log_every == 0
                 evaluate = self.evaluate is not None and (last or step % self.config.eval_every == 0)
                 stopping = bool(stop.signal)
@@ -109,9 +116,9 @@ class Trainer:
                 score = self._evaluate(state, step)[self.best_metric]
                 tally.since = time.perf_counter()
             if save:
-                self.checkpoints.save(state, {"stage": 0, "step": step, "plan_hash": self.plan_hash}, score)
+                self.checkpoints.save(state, {"stage": self.stage, "step": step, "plan_hash": self.plan_hash}, score)
             if stopping and not last:
-                raise Stopped(f"saved after step {step} of {self.config.steps}; the same command goes on", stop.signal)
+                raise Stopped(f"saved after step {step} of {end}; the same command goes on", stop.signal)
         return state
 
     def _check(self, running: Running | None) -> None:
@@ -147,12 +154,12 @@ class Trainer:
     def _log(self, step: int, metrics: Metrics, tally: Tally) -> None:
         values = {name: float(value) for name, value in metrics.items()}
         values |= tally.rates(self.config.batch_size)
-        self.recorder.log(step, values)
+        self.recorder.log(step, values, self.stage)
         self.recorder.show(loss=f"{values['loss']:.4f}", tokens_s=f"{values['useful_tokens_per_second']:,.0f}")
 
     def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
         assert self.evaluate is not None
         scores = dict(self.evaluate(state.weights))
-        self.recorder.log(step, {f"eval/{name}": value for name, value in scores.items()})
+        self.recorder.log(step, {f"eval/{name}": value for name, value in scores.items()}, self.stage)
         self.recorder.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
         return scores

@@ -1,0 +1,173 @@
+"""The stages of a run: what each trains on, towards what and how, and the state that goes from one to the next."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
+
+from jaxembed import parallel
+from jaxembed.config import Config
+from jaxembed.data.batch import BatchBuilder
+from jaxembed.data.mixture import make_plan, plan_hash
+from jaxembed.data.sources import Source
+from jaxembed.data.tokenize import TextTokenizer
+from jaxembed.errors import UserError
+from jaxembed.hub.base import Base
+from jaxembed.hub.opening import base_params, shapes_and_shardings, text_tokenizer
+from jaxembed.losses.objectives import Objectives
+from jaxembed.model.embedder import EmbeddingModel, init_params
+from jaxembed.model.lora import ADAPTERS, join, pick_adapter, split, stack_adapters, stacked_shapes
+from jaxembed.training.checkpoint import Checkpoints
+from jaxembed.training.optim import learning_rate, make_optimizer
+from jaxembed.training.step import OBJECTIVES, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A stage, opened. `before` steps precede it, `scheduled` of which, its own among them, share its schedule."""
+
+    index: int
+    config: Config
+    before: int
+    sources: Sequence[Source]
+    tokenizer: TextTokenizer
+    build: BatchBuilder
+    objectives: Objectives
+    scheduled: int
+
+    @property
+    def end(self) -> int:
+        """The last step, counted through all stages."""
+        return self.before + self.config.train.steps
+
+    @property
+    def plan(self) -> grain.MapDataset[np.ndarray]:
+        return make_plan(self.sources, self.config.train.batch_size, self.config.train.seed, self.index)
+
+    @property
+    def plan_hash(self) -> str:
+        return plan_hash(self.sources, self.config.train.batch_size, self.config.train.seed)
+
+    @property
+    def schedule(self) -> optax.Schedule:
+        return learning_rate(self.config.optim, self.scheduled)
+
+    def optimizer(self, several: bool) -> optax.GradientTransformation:
+        """That of the stage, for several adapters or none."""
+        return make_optimizer(self.config.optim, self.scheduled, several)
+
+
+def make_stages(
+    configs: Sequence[Config],
+    opened: Sequence[Sequence[Source]],
+    tokenizer: TextTokenizer,
+    model: EmbeddingModel,
+    base: Base,
+    shards: int,
+) -> list[Stage]:
+    """The stages of a run's configs, whose sources are `opened`. `UserError` where one does not fit the model."""
+    names = () if model.lora is None else model.lora.names
+    stages: list[Stage] = []
+    for index, (config, sources) in enumerate(zip(configs, opened, strict=True)):
+        before = stages[-1].end if stages else 0
+        spec = dataclasses.replace(model.spec, max_length=config.data.max_length)
+        of_stage = text_tokenizer(tokenizer.hf, spec, base)
+        build = BatchBuilder(
+            sources, of_stage, spec, row_length=config.row_length, hard_negatives=config.data.hard_negatives,
+            seed=config.train.seed, shards=shards, adapters=names, steps_before=before,
+        )  # fmt: skip
+        objectives = _objectives(config, model, sources)
+        stages.append(Stage(index, config, before, sources, of_stage, build, objectives, _scheduled(configs, index)))
+    return stages
+
+
+def _scheduled(configs: Sequence[Config], index: int) -> int:
+    """The steps of a stage and of those that share its optimizer and schedule."""
+    first = max(i for i in range(index + 1) if i == 0 or configs[i].optim.restart)
+    last = next((i for i in range(index + 1, len(configs)) if configs[i].optim.restart), len(configs))
+    return sum(config.train.steps for config in configs[first:last])
+
+
+def _objectives(config: Config, model: EmbeddingModel, sources: Sequence[Source]) -> Objectives:
+    """What a stage minimises; `UserError` where a width or a source of the config is not there."""
+    widest = max(config.matryoshka.dims, default=0)
+    if widest >= model.width:
+        raise UserError(f"matryoshka.dims names {widest}; expected less than {model.width}, the width of this model's vectors")
+    names = [source.name for source in sources]
+    for i, objective in enumerate(config.objectives):
+        if unknown := [name for name in objective.sources if name not in names]:
+            raise UserError(f"objectives.{i}.sources names {unknown[0]!r}; expected names of sources: {', '.join(names)}")
+    return Objectives(config.objectives, config.matryoshka, names)
+
+
+def first_state(config: Config, base: Base, model: EmbeddingModel, mesh: Mesh) -> TrainState:
+    """The state before the first stage: parameters from the base, random where it has none. There is no optimizer yet."""
+    shapes, shardings = shapes_and_shardings(model, mesh)
+    key = jax.random.key(config.train.seed)
+    params = {} if base.folder is None else flatten_dict(base_params(base, shapes, shardings))
+    absent = {path: sharding for path, sharding in flatten_dict(shardings).items() if path not in params}
+    params |= flatten_dict(init_params(model, key, unflatten_dict(absent)))
+    trained, frozen = split(unflatten_dict(params))
+    if model.lora is not None and model.lora.names:
+        count = len(model.lora.names)
+        stacked = flatten_dict(stacked_shapes(trained, count))
+        own = unflatten_dict({path: x.sharding for path, x in stacked.items() if path[-1] in ADAPTERS})
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
+        trained = join(init_params(model, keys, own), trained)
+    rest = jax.device_put({"step": jnp.zeros((), jnp.int32), "key": key}, parallel.replicated(mesh))
+    return TrainState(trained, opt_state=None, frozen=frozen, **rest)
+
+
+def enter(stage: Stage, state: TrainState, model: EmbeddingModel, mesh: Mesh) -> TrainState:
+    """The state at the begin of a stage: that at the end of the one before, with a new optimizer unless it shares it.
+
+    An objective that has parameters of its own keeps those that one of its label had before.
+    """
+    key = jax.random.fold_in(state.key, stage.index)
+    before = state.params.get(OBJECTIVES, {})
+    drawn = stage.objectives.new_params(model.width, 0, key)
+    own = {label: before.get(label, params) for label, params in drawn.items()}
+    params = {name: part for name, part in state.params.items() if name != OBJECTIVES}
+    if own:
+        params |= {OBJECTIVES: jax.device_put(own, parallel.replicated(mesh))}
+    opt_state = state.opt_state
+    if stage.index == 0 or stage.config.optim.restart:
+        names = () if model.lora is None else model.lora.names
+        one = pick_adapter(params, 0 if names else None)
+        fresh: Any = jax.jit(stage.optimizer(bool(names)).init)(one)
+        opt_state = jax.device_put(stack_adapters([fresh] * len(names)) if names else fresh, parallel.replicated(mesh))
+    elif own.keys() != before.keys():
+        raise UserError(
+            f"stages.{stage.index}: optim.restart is no, but its objectives train other parameters than those before; restart"
+        )
+    return dataclasses.replace(state, params=params, opt_state=opt_state)
+
+
+def resume(
+    stages: Sequence[Stage], state: TrainState, model: EmbeddingModel, mesh: Mesh, checkpoints: Checkpoints
+) -> tuple[int, TrainState]:
+    """The index of the stage to go on in, and the state there: from the last checkpoint, else from `first_state`.
+
+    `UserError` where the data of its stage changed.
+    """
+    latest = checkpoints.latest()
+    cursor = {"stage": 0} if latest is None else checkpoints.cursor(latest)
+    index = cursor["stage"]
+    for stage in stages[: index + 1]:
+        state = enter(stage, state, model, mesh)
+    if latest is None:
+        return 0, state
+    if cursor["plan_hash"] != stages[index].plan_hash:
+        raise UserError(
+            f"{checkpoints.run_dir}: the training data changed since step {latest}; restore it, or name another run.dir"
+        )
+    return index, checkpoints.restore(latest, state)

@@ -1,0 +1,137 @@
+"""Runs of several stages: what each changes, what goes from one to the next, and the way on after a kill in any."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from jaxembed import config
+from jaxembed.errors import UserError
+from jaxembed.run import train
+from jaxembed.training import loop
+from jaxembed.training.metrics import read_metrics
+from runs import losses, prepare, settings
+
+STAGES = [
+    {"train": {"steps": 5}, "objectives": [{"name": "infonce", "temperature": 0.1, "learn_temperature": True}]},
+    {
+        "train": {"steps": 4, "batch_size": 8},
+        "optim": {"learning_rate": 5e-4, "warmup_steps": 0},
+        "objectives": [
+            {"name": "infonce", "negatives": "hard", "learn_temperature": True},
+            {"name": "infonce", "sources": ["labels"], "weight": 0.5},
+        ],
+        "matryoshka": {"dims": [16], "weights": [0.3]},
+        "gradcache": {"rows": 2},
+    },
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = prepare(tmp_path_factory.mktemp("stages"))
+    rows = [{"text": f"{'abc'[i % 3] * 3} {i}", "label": i % 3} for i in range(30)]
+    (root / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+def staged(root: Path, run: str, stages: list[dict[str, Any]], *overrides: str) -> config.Config:
+    """The config of `runs.settings`, without a held-out set, in stages; the second trains on labels too."""
+    tree = yaml.safe_load(settings(root, run, "eval.sets=[]", "model.unroll=false", *overrides).dump())
+    del tree["train"]["steps"]
+    both = [*tree["data"]["sources"], {"path": str(root / "labels.jsonl"), "instructions": ["Sort it"]}]
+    tree["stages"] = [stages[0], *({"data": {"sources": both}, **stage} for stage in stages[1:])]
+    path = root / f"{run}.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return config.load(path)
+
+
+def logged(root: Path, run: str, key: str) -> list[float]:
+    return [row[key] for row in read_metrics(root / run) if key in row]
+
+
+def test_each_stage_trains_as_its_changes_say(folder: Path) -> None:
+    summary = train(staged(folder, "two", STAGES))
+    assert summary["step"] == 9
+    assert logged(folder, "two", "stage") == [0] * 5 + [1] * 4
+    assert logged(folder, "two", "step") == list(range(1, 10))
+    assert np.allclose(logged(folder, "two", "learning_rate")[:6], [5e-4, 1e-3, 1e-3, 2e-3 / 3, 1e-3 / 3, 5e-4], atol=1e-9)
+    assert logged(folder, "two", "infonce_negatives")[0] > 20 and max(logged(folder, "two", "infonce_negatives")[5:]) <= 1
+    assert len(logged(folder, "two", "infonce_16")) == len(logged(folder, "two", "infonce_2")) == 4
+    temperatures = logged(folder, "two", "infonce_temperature")
+    assert temperatures[0] == pytest.approx(0.1) and len(set(temperatures)) == 9
+    assert abs(temperatures[5] - temperatures[4]) < 1e-3  # not the 0.05 that the second stage would begin with
+    assert {"pairs", "labels"} <= set(json.loads((folder / "two" / "jaxembed.json").read_text())["prompts"])
+    assert config.load(folder / "two" / "config.yaml").total_steps == 9  # what is recorded can be read again
+
+
+@pytest.mark.parametrize("last", [3, 5, 7])
+def test_a_run_that_dies_in_any_stage_goes_on_bit_for_bit(folder: Path, last: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a checkpoint in the first stage, at its end, and in the second."""
+    every = "train.checkpoint_every=1"
+    if not (folder / "straight").exists():
+        train(staged(folder, "straight", STAGES, every))
+
+    class Dead(Exception):
+        pass
+
+    def log(self: Any, step: int, values: Any, stage: int = 0) -> None:
+        if step == last + 1:
+            raise Dead
+        real(self, step, values, stage)
+
+    real = loop.Recorder.log
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Recorder, "log", log)
+        with pytest.raises(Dead):
+            train(staged(folder, f"dies{last}", STAGES, every))
+    train(staged(folder, f"dies{last}", STAGES, every))
+    assert losses(folder / f"dies{last}") == losses(folder / "straight")
+
+
+def test_one_stage_is_a_run_without_stages(folder: Path) -> None:
+    train(staged(folder, "one", [{"train": {"steps": 3}}]))
+    train(settings(folder, "none", "train.steps=3", "eval.sets=[]", "model.unroll=false"))
+    assert losses(folder / "one") == losses(folder / "none")
+
+
+def test_a_stage_may_go_on_with_the_optimizer_before(folder: Path) -> None:
+    train(staged(folder, "joined", [{"train": {"steps": 2}}, {"train": {"steps": 4}, "optim": {"restart": False}}]))
+    rates = logged(folder, "joined", "learning_rate")
+    assert np.allclose(rates, [5e-4, 1e-3, 1e-3, 7.5e-4, 5e-4, 2.5e-4], atol=1e-9)
+    second = STAGES[0] | {"optim": {"restart": False}}
+    with pytest.raises(UserError, match=r"stages\.1: optim\.restart is no, but its objectives train other parameters"):
+        train(staged(folder, "other", [{"train": {"steps": 1}}, second]))
+
+
+@pytest.mark.parametrize(
+    ("stages", "told"),
+    [
+        ([{"train": {"batch_size": 8}}], r"stages\.0\.train\.steps is missing; every stage names its own"),
+        ([{"train": {"steps": 1}}, {"train": {"steps": 1}, "model": {}}], r"stages\.1\.model: is one for all stages"),
+        ([{"train": {"steps": 1, "seed": 3}}], r"stages\.0\.train\.seed: is one for all stages; set it outside of stages"),
+        ([{"train": {"steps": 1}, "optm": {}}], r"stages\.0: unknown key optm; did you mean optim\?"),
+        ([{"train": {"steps": 0}}], r"stages\.0: train\.steps: expected"),
+        (
+            [{"train": {"steps": 1}, "objectives": [{"name": "nce"}]}],
+            r"objectives\.0\.name: expected infonce or .*'nce'",
+        ),
+        ([3], r"stages\.0: expected a mapping"),
+    ],
+)
+def test_what_a_stage_cannot_be(folder: Path, stages: list[Any], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        staged(folder, "refused", stages)
+
+
+def test_steps_beside_stages_are_refused(folder: Path) -> None:
+    path = folder / "both.yaml"
+    tree = yaml.safe_load(settings(folder, "both").dump())
+    path.write_text(yaml.safe_dump(tree | {"stages": [{"train": {"steps": 1}}]}))
+    with pytest.raises(UserError, match=r"both\.yaml: train\.steps and stages do not go together; give each stage its own"):
+        config.load(path)
