@@ -65,7 +65,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def cache_dir() -> Path:
-    """Where extracted data and compiled programs are kept: $JAXEMBED_CACHE, else ~/.cache/jaxembed."""
+    """Where extracted data, compiled programs and other models' vectors are kept: $JAXEMBED_CACHE, else ~/.cache/jaxembed."""
     return Path(os.environ.get("JAXEMBED_CACHE") or Path.home() / ".cache" / "jaxembed")
 
 

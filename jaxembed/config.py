@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -186,6 +186,13 @@ class ObjectiveConfig(Section):
     weight: float = Field(1.0, gt=0, description="of this objective in the sum")
     sources: tuple[str, ...] = Field((), description="names of the sources whose queries it is for; empty: all")
 
+    @field_validator("guide", "teacher", check_fields=False)
+    @classmethod
+    def _names_a_model(cls, name: str | None) -> str | None:
+        if name is not None and not name.strip():
+            raise ValueError("expected a MODEL: a run directory, a folder or a hub id")
+        return name
+
 
 Direction = Literal["query_document", "query_query", "document_query", "document_document"]
 
@@ -203,7 +210,9 @@ class InfoNCEConfig(ObjectiveConfig):
     per_direction: bool = Field(False, description="a loss a direction, averaged, instead of one denominator for all")
     mask_same_label: bool = Field(False, description="texts with the query's label are no in-batch negatives")
     margin: float | None = Field(None, description="what scores above the positive by more is no negative; Qwen3: 0.1")
-    guide: str | None = Field(None, description="model; what it scores above the positive is no negative (GISTEmbed)")
+    guide: str | None = Field(
+        None, description="MODEL, one a run; what it scores above the positive is no negative (GISTEmbed)"
+    )
     guide_margin: float = Field(0.0, description="of the guide: what it scores above the positive less that is no negative")
     guide_margin_kind: Literal["absolute", "relative"] = Field("absolute", description="relative: to the positive's score")
     focal: float = Field(0.0, ge=0, description="each query's loss is weighted with (1 - p)^focal (KaLM-V2)")
@@ -245,7 +254,7 @@ class MarginMSEConfig(ObjectiveConfig):
 
 class EmbeddingMatchingConfig(ObjectiveConfig):
     name: Literal["embedding_matching"] = "embedding_matching"
-    teacher: str = Field(description="model whose vectors are matched, through a projection where widths differ")
+    teacher: str = Field(description="MODEL, one a run, whose vectors are matched, through a projection where widths differ")
 
 
 AnyObjective = Annotated[
@@ -360,6 +369,16 @@ class Config(Section):
         return self
 
     @property
+    def guide(self) -> str | None:
+        """The model that guides the objectives, of any stage; None without one."""
+        return next(iter(_named(self.in_stages(), "guide")), None)
+
+    @property
+    def teacher(self) -> str | None:
+        """The model whose vectors the objectives match, of any stage; None without one."""
+        return next(iter(_named(self.in_stages(), "teacher")), None)
+
+    @property
     def row_length(self) -> int:
         return self.data.row_length or self.data.max_length
 
@@ -409,8 +428,17 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
 def parse(tree: dict[str, Any], where: str) -> Config:
     """Checks a nested dict against the tree, each of its stages too; `where` names its origin in errors."""
     config = parse_section(Config, tree, where)
-    config.in_stages(f"{where}: stages")
+    stages = config.in_stages(f"{where}: stages")
+    for role in ("guide", "teacher"):
+        if len(named := _named(stages, role)) > 1:
+            raise UserError(f"{where}: objectives name several models as {role} ({', '.join(named)}); a run has one")
     return config
+
+
+def _named(stages: Sequence[Config], role: str) -> list[str]:
+    """The models that the objectives of stages name in a role, each once."""
+    names = [getattr(objective, role, None) for stage in stages for objective in stage.objectives]
+    return list(dict.fromkeys(name for name in names if name is not None))
 
 
 # What a stage may not differ in: one model, one run directory, one set of scores.

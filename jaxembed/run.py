@@ -29,6 +29,7 @@ from jaxembed.fields import shown
 from jaxembed.hub.base import Base, content_hash, find_base, write_spec
 from jaxembed.hub.embedder import Embedder
 from jaxembed.hub.opening import text_tokenizer
+from jaxembed.hub.other_model import OtherModel, open_encoder
 from jaxembed.model.decoder import Compute
 from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.model.lora import LoRA, pick_adapter
@@ -75,7 +76,8 @@ def train(config: Config) -> dict[str, Any]:
 
     compute = Compute(jnp.dtype(config.model.dtype), config.model.remat, config.model.unroll, config.model.attention_kernel)
     model = EmbeddingModel(base.decoder, spec, compute, lora)
-    stages = make_stages(configs, opened, tokenizer, model, base, shards)
+    others = _others(config, run_dir)
+    stages = make_stages(configs, opened, tokenizer, model, base, shards, others)
     for stage in stages:
         _check_room(spec, stage)
         _show_examples(stage)
@@ -103,6 +105,15 @@ def train(config: Config) -> dict[str, Any]:
     summary = _summary(run_dir, time.perf_counter() - began)
     _show_scores(summary)
     return summary
+
+
+def _others(config: Config, run_dir: Path) -> dict[str, OtherModel]:
+    """The guide and the teacher of a run, by role, recorded in the run directory. `UserError` where one has changed."""
+    named = {"guide": config.guide, "teacher": config.teacher}
+    others = {role: open_encoder(name, cache_dir()) for role, name in named.items() if name is not None}
+    for role, other in others.items():
+        record(run_dir, role, other.identity, f"its {role} changed")
+    return others
 
 
 def _trainer(

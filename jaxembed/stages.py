@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grain
@@ -23,6 +23,7 @@ from jaxembed.data.tokenize import TextTokenizer
 from jaxembed.errors import UserError
 from jaxembed.hub.base import Base
 from jaxembed.hub.opening import base_params, shapes_and_shardings, text_tokenizer
+from jaxembed.hub.other_model import OtherModel
 from jaxembed.losses.objectives import Objectives
 from jaxembed.model.embedder import EmbeddingModel, init_params
 from jaxembed.model.lora import ADAPTERS, join, pick_adapter, split, stack_adapters, stacked_shapes
@@ -43,6 +44,7 @@ class Stage:
     build: BatchBuilder
     objectives: Objectives
     scheduled: int
+    teacher_width: int  # 0 for none
 
     @property
     def end(self) -> int:
@@ -78,8 +80,12 @@ def make_stages(
     model: EmbeddingModel,
     base: Base,
     shards: int,
+    others: Mapping[str, OtherModel],
 ) -> list[Stage]:
-    """The stages of a run's configs, whose sources are `opened`. `UserError` where one does not fit the model."""
+    """The stages of a run's configs, whose sources are `opened`; `others` are the guide and the teacher.
+
+    `UserError` where a stage does not fit the model.
+    """
     names = () if model.lora is None else model.lora.names
     stages: list[Stage] = []
     for index, (config, sources) in enumerate(zip(configs, opened, strict=True)):
@@ -89,9 +95,12 @@ def make_stages(
         build = BatchBuilder(
             sources, of_stage, spec, row_length=config.row_length, hard_negatives=config.data.hard_negatives,
             seed=config.train.seed, shards=shards, adapters=names, steps_before=before,
+            guide=others["guide"].encode if config.guide else None,
+            teacher=others["teacher"].encode if config.teacher else None,
         )  # fmt: skip
         objectives = _objectives(config, model, sources)
-        stages.append(Stage(index, config, before, sources, of_stage, build, objectives, _scheduled(configs, index)))
+        scheduled, width = _scheduled(configs, index), others["teacher"].width if config.teacher else 0
+        stages.append(Stage(index, config, before, sources, of_stage, build, objectives, scheduled, width))
     return stages
 
 
@@ -139,7 +148,7 @@ def enter(stage: Stage, state: TrainState, model: EmbeddingModel, mesh: Mesh) ->
     """
     key = jax.random.fold_in(state.key, stage.index)
     before = state.params.get(OBJECTIVES, {})
-    drawn = stage.objectives.new_params(model.width, 0, key)
+    drawn = stage.objectives.new_params(model.width, stage.teacher_width, key)
     own = {label: before.get(label, params) for label, params in drawn.items()}
     params = {name: part for name, part in state.params.items() if name != OBJECTIVES}
     if own:

@@ -26,6 +26,7 @@ from jaxembed.export import read_card
 from jaxembed.hub.export import export_adapters
 from jaxembed.hub.opening import open_trained
 from jaxembed.hub.peft import read_adapters
+from jaxembed.losses.objectives import Objectives
 from jaxembed.model.decoder import Compute
 from jaxembed.model.lora import LoRA, join, split, stack_adapters
 from jaxembed.run import train

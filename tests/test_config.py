@@ -46,6 +46,26 @@ def test_errors_of_adapters(tmp_path: Path) -> None:
     assert load(write(tmp_path, tree), ["data.sources.1.adapter=b"]).data.sources[1].adapter == "b"
 
 
+def test_a_run_has_one_guide_and_one_teacher(tmp_path: Path) -> None:
+    def named(*objectives: str) -> str:
+        return f"objectives=[{', '.join(objectives)}]"
+
+    guided, taught = ("{name: infonce, guide: %s}", "{name: embedding_matching, teacher: %s}")
+    config = of(tmp_path, named(guided % "a", guided % "a", "{name: infonce}", taught % "b"))
+    assert (config.guide, config.teacher) == ("a", "b")
+    assert (of(tmp_path).guide, of(tmp_path).teacher) == (None, None)
+    stage = "{train: {steps: 1}, objectives: [%s]}"
+    stages = of(tmp_path, f"stages=[{stage % taught % 'b'}, {stage % '{name: infonce}'}]")
+    assert stages.teacher == "b" and [stage.teacher for stage in stages.in_stages()] == ["b", None]
+    told = "FILE: objectives name several models as {} (a, b); a run has one"
+    assert error_of(tmp_path, named(guided % "a", guided % "b")) == told.format("guide")
+    assert error_of(tmp_path, named(taught % "a", taught % "b", taught % "a")) == told.format("teacher")
+    assert error_of(tmp_path, f"stages=[{stage % guided % 'a'}, {stage % guided % 'b'}]") == told.format("guide")
+    told = "FILE: objectives.0.{}: expected a MODEL: a run directory, a folder or a hub id (got '')"
+    assert error_of(tmp_path, named(guided % "''")) == told.format("guide")
+    assert error_of(tmp_path, named(taught % "''")) == told.format("teacher")
+
+
 def test_the_smallest_config_has_every_default(tmp_path: Path) -> None:
     config = of(tmp_path)
     assert (config.run.name, config.run.dir) == ("mine", "runs/mine")

@@ -15,11 +15,12 @@ from flax.traverse_util import flatten_dict
 
 from jaxembed import Embedder, parallel
 from jaxembed.config import Config
-from jaxembed.data.batch import Batch
+from jaxembed.data.batch import Batch, RawText
 from jaxembed.errors import UserError
 from jaxembed.hub.base import find_base
 from jaxembed.hub.embedder import from_base
 from jaxembed.hub.merging import merge_models
+from jaxembed.hub.other_model import open_encoder
 from jaxembed.hub.peft import write_adapters
 from jaxembed.model.decoder import Compute
 from jaxembed.model.lora import LoRA
@@ -71,6 +72,10 @@ def test_a_run_goes_on_where_an_earlier_one_ended(folder: Path) -> None:
     assert (after.spec.attention, after.spec.pooling, after.spec.projection) == ("causal", "latent_attention", 8)
     assert largest_difference(before, after) == 0
     assert largest_difference(before, Embedder.load(folder / "first", checkpoint="1")) > 0
+    guide = open_encoder(str(folder / "second"), folder / "cache")
+    got = guide.encode([RawText("a", "query", "Find it"), RawText("a", "query", ""), RawText("a", "document", "")])
+    prompts = ("Instruct: Find it\nQuery:", asked, "")
+    np.testing.assert_allclose(got, [after.encode(["a"], prompt=prompt)[0] for prompt in prompts], atol=1e-6)
     record = json.loads((folder / "second" / "base.json").read_text())
     assert record["name"] == str(folder / "first")
 

@@ -83,7 +83,7 @@ def kept(config: InfoNCEConfig, q: jax.Array, d: jax.Array, batch: Batch) -> lis
             if config.guide is not None:
                 nearest = guide["query"][i] @ guide["document"][i * (1 + K)]
                 relative = config.guide_margin_kind == "relative"
-                nearest -= config.guide_margin * (nearest if relative else 1)
+                nearest -= config.guide_margin * (abs(nearest) if relative else 1)
                 false |= guide[one][anchor] @ guide[other][n] > nearest
             wanted = {"all": own or lent, "hard": own, "in_batch": lent}[config.negatives]
             keep[i, n] = wanted and text is not None and not false

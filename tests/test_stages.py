@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
+import tiny
 from jaxembed import config
 from jaxembed.errors import UserError
 from jaxembed.run import train
@@ -92,6 +93,26 @@ def test_a_run_that_dies_in_any_stage_goes_on_bit_for_bit(folder: Path, last: in
             train(staged(folder, f"dies{last}", STAGES, every))
     train(staged(folder, f"dies{last}", STAGES, every))
     assert losses(folder / f"dies{last}") == losses(folder / "straight")
+
+
+def test_a_guide_and_a_teacher_of_other_kinds(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guide is another decoder, the teacher a BERT of another width, in the second stage alone; vectors are kept."""
+    monkeypatch.setenv("JAXEMBED_CACHE", str(folder / "cache"))
+    teacher = tiny.bert_folder(folder / "bert", {"query": "ask "})
+    second = [
+        {"name": "infonce", "guide": str(folder / "base"), "guide_margin": 0.05},
+        {"name": "embedding_matching", "teacher": str(teacher)},
+    ]
+    stages = [{"train": {"steps": 2}}, {"train": {"steps": 2}, "objectives": second}]
+    train(staged(folder, "guided", stages))
+    matched = logged(folder, "guided", "embedding_matching")
+    assert len(matched) == 2 and all(value > 0 for value in matched)
+    plain = [stages[0], {**stages[1], "objectives": [{"name": "infonce"}, second[1]]}]
+    train(staged(folder, "unguided", plain))
+    met, all_met = (logged(folder, run, "infonce_negatives")[2:] for run in ("guided", "unguided"))
+    assert all(a < b for a, b in zip(met, all_met, strict=True))
+    assert json.loads((folder / "guided" / "teacher.json").read_text())["name"] == str(teacher)
+    assert len(list((folder / "cache" / "vectors").iterdir())) == 2
 
 
 def test_one_stage_is_a_run_without_stages(folder: Path) -> None:

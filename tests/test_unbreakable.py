@@ -20,6 +20,7 @@ from jaxembed.data.schema import text_hash
 from jaxembed.errors import UserError
 from jaxembed.export import read_card
 from jaxembed.losses import infonce
+from jaxembed.losses.objectives import OBJECTIVES
 from jaxembed.run import train
 from jaxembed.training import run_dir
 from jaxembed.training.checkpoint import Checkpoints
@@ -158,13 +159,13 @@ def test_a_place_that_cannot_be_written_is_one_line(folder: Path) -> None:
 def poisoned(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
     """Overrides that add a source of one query, in whose batches the loss is not a number."""
     (folder / "bad.jsonl").write_text(json.dumps({"query": "poison", "pos": ["aaa"]}) + "\n")
-    bad, real = text_hash("poison"), infonce.info_nce
+    bad = text_hash("poison")
 
-    def info_nce(queries, documents, batch, temperature):
-        loss, metrics = real(queries, documents, batch, temperature)
-        return loss * jnp.where((batch.query_hash == bad).all(axis=-1).any(), jnp.nan, 1.0), metrics
+    def info_nce(config, encoded):
+        loss, metrics = infonce.info_nce(config, encoded)
+        return loss * jnp.where((encoded.batch.query_hash == bad).all(axis=-1).any(), jnp.nan, 1.0), metrics
 
-    monkeypatch.setitem(infonce.OBJECTIVES, "infonce", info_nce)
+    monkeypatch.setitem(OBJECTIVES, "infonce", info_nce)
     pairs, bad_pairs = ({"path": str(folder / f"{name}.jsonl")} for name in ("pairs", "bad"))
     return (f"data.sources={json.dumps([pairs, {**bad_pairs, 'weight': 0.01}])}", "train.checkpoint_every=2")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import string
 from pathlib import Path
 from typing import Any
 
@@ -94,3 +95,21 @@ def folder(path: Path, family: str = "qwen2", seed: int = 0, head: bool = False,
     model.save_pretrained(path)
     tokenizer(bos=family.startswith("mistral"), **tokenizer_options).save_pretrained(path)
     return path
+
+
+def bert_folder(path: Path, prompts: dict[str, str] | None = None) -> Path:
+    """A sentence-transformers folder on an encoder that no decoder of ours can be."""
+    from sentence_transformers import SentenceTransformer  # takes seconds, and few tests want it
+    from sentence_transformers.sentence_transformer import modules
+
+    torch.manual_seed(0)
+    letters = string.digits + string.ascii_lowercase
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    sizes = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.BertConfig(vocab_size=len(vocab), **sizes, max_position_embeddings=64, initializer_range=0.2)
+    transformers.BertModel(config).save_pretrained(path / "body")
+    transformers.BertTokenizer(vocab={token: i for i, token in enumerate(vocab)}).save_pretrained(path / "body")
+    parts = [modules.Transformer(str(path / "body")), modules.Pooling(24, pooling_mode="cls")]
+    made = SentenceTransformer(modules=parts, prompts=prompts, device="cpu")
+    made.save(str(path / "model"), create_model_card=False)
+    return path / "model"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from itertools import islice
-from typing import Any
+from collections.abc import Callable, Sequence
+from itertools import chain, islice
+from typing import Any, NamedTuple
 
 import flax.struct
 import numpy as np
@@ -17,6 +17,17 @@ from jaxembed.data.sources import Source
 from jaxembed.data.tokenize import TextTokenizer, TokenizedTexts
 from jaxembed.errors import UserError
 from jaxembed.spec import EmbeddingSpec
+
+
+class RawText(NamedTuple):
+    """A text without any model's prompt: its side (query or document) and its instruction, '' for none, stand apart."""
+
+    text: str
+    side: str
+    instruction: str
+
+
+EncodeRaw = Callable[[Sequence[RawText]], np.ndarray]  # N texts -> unit vectors, float32 [N, G]
 
 
 @flax.struct.dataclass
@@ -63,7 +74,8 @@ class HostBatch:
 class BatchBuilder:
     """Draws, tokenises and packs the examples of a step. Pure: the same (step, ids) give the same batch.
 
-    A step is that of a stage, which `steps_before` others precede.
+    A step is that of a stage, which `steps_before` others precede. `guide` and `teacher` are other models, whose vectors of
+    its texts a batch is to carry.
     """
 
     def __init__(
@@ -78,12 +90,15 @@ class BatchBuilder:
         shards: int,
         adapters: Sequence[str] = (),
         steps_before: int = 0,
+        guide: EncodeRaw | None = None,
+        teacher: EncodeRaw | None = None,
     ):
         self._sources, self._tokenizer, self._spec = sources, tokenizer, spec
         self._index = ExampleIndex(sources)
         self._row_length, self._negatives = row_length, hard_negatives
         self._seed, self._shards, self._adapters = seed, shards, tuple(adapters)
         self._before = steps_before
+        self._guide, self._teacher = guide, teacher
         self._positives = max(source.drawer.most_positives for source in sources)
 
     def examples(self, step: int, ids: np.ndarray) -> list[Example]:
@@ -134,6 +149,8 @@ class BatchBuilder:
             score=np.array([e.score for e in examples], np.float32),
             teacher_scores=self._teacher_scores(examples),
             adapter=self._adapter(source) if self._adapters else None,
+            guide=self._others(self._guide, examples),
+            teacher=self._others(self._teacher, examples),
         )
         return HostBatch(batch, int((packed.segment_ids > 0).sum()), packed.segment_ids.size)
 
@@ -161,6 +178,19 @@ class BatchBuilder:
             documents = self._spec.prompt(e.document_instruction)
             prompts += [self._prompt(e), *[documents] * (1 + self._negatives)]
         return texts, prompts
+
+    def _others(self, encode: EncodeRaw | None, examples: Sequence[Example]) -> OtherVectors | None:
+        """What another model makes of the texts, each under its own instruction; in-context examples are not shown to it."""
+        if encode is None:
+            return None
+        texts, _ = self._padded_texts(examples)
+        documents = 1 + self._negatives
+        under = [(("query", e.instruction), *[("document", e.document_instruction)] * documents) for e in examples]
+        asked = zip(texts, chain.from_iterable(under), strict=True)
+        encoded = encode([RawText(text, *side) for text, side in asked if text is not None])
+        vectors = np.zeros((len(examples), 1 + documents, encoded.shape[1]), np.float32)
+        vectors[np.array([text is not None for text in texts]).reshape(vectors.shape[:2])] = encoded
+        return OtherVectors(vectors[:, 0], vectors[:, 1:])
 
     def _pack(self, tokenized: TokenizedTexts, present: np.ndarray) -> tuple[PackedTexts, np.ndarray]:
         """Packs each shard's texts into its own rows; all shards get rows of one shape."""

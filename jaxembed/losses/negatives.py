@@ -106,6 +106,6 @@ class FalseNegatives:
             found |= scores > positive + self.margin
         if self.guided:
             assert guide_scores is not None
-            nearest = guide_positive * (1 - self.guide_margin) if self.guide_relative else guide_positive - self.guide_margin
-            found |= guide_scores > nearest
+            unit = jnp.abs(guide_positive) if self.guide_relative else 1.0
+            found |= guide_scores > guide_positive - self.guide_margin * unit
         return found

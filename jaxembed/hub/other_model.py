@@ -1,0 +1,138 @@
+"""A model whose vectors guide or teach another: a guide of GISTEmbed, a teacher whose vectors are matched."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxembed.data.batch import RawText
+from jaxembed.data.vector_store import KEY, VectorStore
+from jaxembed.errors import UserError, brief
+from jaxembed.files import exists
+from jaxembed.hub.base import SPEC_FILE, Base, content_hash, find_base, find_folder
+from jaxembed.hub.embedder import Embedder
+from jaxembed.hub.export import load_sentence_transformer
+from jaxembed.hub.modules import LISTING
+
+log = logging.getLogger("jaxembed")
+
+READ = {".json", ".txt", ".model", ".safetensors"}  # files that decide what a sentence-transformers folder computes
+
+
+@dataclasses.dataclass(frozen=True)
+class OtherModel:
+    """A model that is not trained, with the vectors that it gave so far.
+
+    `lead` is what its own rule makes of a text's side and instruction; texts of one lead are encoded together, by `run`.
+    `hash` identifies weights, tokenizer and rule.
+    """
+
+    name: str
+    hash: str
+    width: int
+    lead: Callable[[str, str], str]
+    run: Callable[[list[str], str], np.ndarray]
+    store: VectorStore
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """For the record of a run."""
+        return {"name": self.name, "hash": self.hash}
+
+    def encode(self, texts: Sequence[RawText]) -> np.ndarray:
+        """Unit vectors, float32 [N, G]: those in the store as they are, the others computed once and kept there.
+
+        No collective runs in it, so it may go on beside a training step, in another thread. `UserError` where the model
+        gives numbers that are not finite.
+        """
+        members: dict[str, list[int]] = {}
+        for i, text in enumerate(texts):
+            members.setdefault(self.lead(text.side, text.instruction), []).append(i)
+        out = np.zeros((len(texts), self.width), np.float32)
+        for lead, of_lead in members.items():
+            out[of_lead] = self._fetch([texts[i].text for i in of_lead], lead)
+        return out
+
+    def _fetch(self, texts: list[str], lead: str) -> np.ndarray:
+        return self.store.fetch([_key(text, lead) for text in texts], lambda new: self._run([texts[i] for i in new], lead))
+
+    def _run(self, texts: list[str], lead: str) -> np.ndarray:
+        vectors = self.run(texts, lead)
+        if not np.isfinite(vectors).all():
+            raise UserError(f"{self.name}: gives vectors that are not finite; take another model as guide or teacher")
+        return vectors
+
+
+def open_encoder(name: str, cache: Path) -> OtherModel:
+    """Any model that jaxembed loads, else a sentence-transformers folder of another kind, local or by hub id.
+
+    An instruction becomes a prompt by the model's own template; texts without one get the prompt that is stored for their
+    side, query or document, if there is one. Models of sentence-transformers know the stored prompts alone. Vectors are
+    kept under `cache`. `UserError` where the model cannot be loaded.
+    """
+    try:
+        base = find_base(name)
+    except UserError as error:
+        folder = Path(name) if exists(Path(name) / LISTING) else find_folder(name)
+        if not exists(folder / LISTING) or exists(folder / SPEC_FILE):
+            raise
+        log.info("%s: loaded by sentence-transformers (%s)", name, error)
+        return _of_sentence_transformers(name, folder, cache)
+    return _of_embedder(name, base, Embedder.load(name), cache)
+
+
+def _of_embedder(name: str, base: Base, embedder: Embedder, cache: Path) -> OtherModel:
+    spec, tokenizer = embedder.spec, embedder.tokenizer.hf.backend_tokenizer.to_str()
+    rule = json.dumps([content_hash(base), dataclasses.asdict(spec), tokenizer], sort_keys=True)
+    digest = hashlib.sha256(rule.encode()).hexdigest()
+
+    def lead(side: str, instruction: str) -> str:
+        return spec.prompt(instruction) if instruction else spec.prompts.get(side, spec.plain_prompt)
+
+    def run(texts: list[str], prompt: str) -> np.ndarray:
+        return embedder.encode(texts, prompt=prompt)
+
+    width = embedder.model.width
+    return OtherModel(name, digest, width, lead, run, _store(cache, digest, width))
+
+
+def _of_sentence_transformers(name: str, folder: Path, cache: Path) -> OtherModel:
+    if not any(folder.rglob("*.safetensors")):
+        raise UserError(f"{name}: has no weights in safetensors files; save it anew with sentence-transformers")
+    model, digest = _load(name, folder), hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in READ and path.is_file()):
+        digest.update(f"{path.relative_to(folder)}\n".encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+
+    def run(texts: list[str], side: str) -> np.ndarray:
+        encode = model.encode_query if side == "query" else model.encode_document
+        return np.asarray(encode(texts, normalize_embeddings=True, show_progress_bar=False), np.float32)
+
+    width = run(["width"], "query").shape[1]
+    store = _store(cache, digest.hexdigest(), width)
+    return OtherModel(name, digest.hexdigest(), width, lambda side, _: side, run, store)
+
+
+def _load(name: str, folder: Path) -> Any:
+    try:
+        return load_sentence_transformer(folder)
+    except UserError:
+        raise
+    except Exception as error:  # transformers raises nearly anything here
+        raise UserError(f"{name}: sentence-transformers cannot load it ({brief(error)})") from None
+
+
+def _store(cache: Path, digest: str, width: int) -> VectorStore:
+    return VectorStore(cache / "vectors" / digest, width)
+
+
+def _key(text: str, lead: str) -> bytes:
+    return hashlib.sha256(f"{len(lead)} {lead}{text}".encode("utf-8", "surrogatepass")).digest()[:KEY]
