@@ -7,7 +7,8 @@ BASE is a small decoder folder, DATA the main JSONL format with at least --batch
 and, on the last line, one JSON object:
 
 1. temporary memory of the loss's value and gradient, by the compiler's own count, block by block for several objectives,
-   and where all pairs are held at once ("plain"); vectors of 256 numbers, one document a query;
+   and where all pairs are held at once ("plain"); vectors of 256 numbers, one document a query; on one device, and of each
+   device of a simulated mesh of 8;
 2. seconds of both at --timed queries, the median of 5 after the first;
 3. a step of jaxembed (gradcache.rows) and of sentence-transformers' trainer with CachedMultipleNegativesRankingLoss, each in
    its own process with every core: seconds, and the peak memory of the process.
@@ -17,7 +18,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -30,6 +33,7 @@ import jax.numpy as jnp
 import yaml
 from vs_sentence_transformers import measured
 
+from jaxembed import parallel
 from jaxembed.config import InfoNCEConfig
 from jaxembed.data.batch import Batch, OtherVectors
 from jaxembed.losses.encoded import Encoded
@@ -38,6 +42,8 @@ from jaxembed.losses.negatives import known_positive, lent, texts_of
 from jaxembed.training.metrics import read_metrics
 
 WIDTH = 256
+SIZES = (4096, 16384, 65536)
+EIGHT = "--xla_force_host_platform_device_count=8"
 ALL = ("query_document", "query_query", "document_query", "document_document")
 VARIANTS = {
     "InfoNCE": InfoNCEConfig(),
@@ -91,6 +97,22 @@ def temporary(loss: Loss, count: int) -> float:
     return float(compiled(loss, count).memory_analysis().temp_size_in_bytes / 2**20)
 
 
+def on_a_mesh(config: InfoNCEConfig, count: int) -> float:
+    """MiB of each of 8 devices that share the queries."""
+    mesh = parallel.make_mesh(8)
+
+    def loss(q: jax.Array, d: jax.Array, batch: Batch) -> jax.Array:
+        return info_nce(config, Encoded(q, d, batch, jnp.full(len(q), 1 / len(q)), jax.random.key(0), shards=8))[0]
+
+    def split(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=parallel.split_batch(mesh))
+
+    with jax.set_mesh(mesh):
+        shapes = jax.tree.map(split, jax.eval_shape(lambda: a_batch(count)))
+        program = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*shapes).compile()
+    return float(program.memory_analysis().temp_size_in_bytes / 2**20)
+
+
 def seconds(loss: Loss, count: int) -> float:
     run, arguments = compiled(loss, count), a_batch(count)
     times = []
@@ -134,12 +156,17 @@ def main() -> None:
     parser.add_argument("--peer-batch-sizes", type=int, nargs="*", default=[4096, 32768])
     parser.add_argument("--timed", type=int, default=8192)
     args = parser.parse_args()
-    sizes = (4096, 16384, 65536)
     memory: dict[str, list[float]] = {}
-    print("| loss, value and gradient | " + " | ".join(f"B = {size:,}" for size in sizes) + " |\n|---|" + "---|" * len(sizes))
+    print("| loss, value and gradient | " + " | ".join(f"B = {size:,}" for size in SIZES) + " |\n|---|" + "---|" * len(SIZES))
     for name, loss in [("plain InfoNCE", plain), *((name, blockwise(config)) for name, config in VARIANTS.items())]:
-        memory[name] = [temporary(loss, size) for size in sizes]
+        memory[name] = [temporary(loss, size) for size in SIZES]
         print(f"| {name} | " + " | ".join(f"{size:,.0f} MiB" for size in memory[name]) + " |")
+    of_mesh = subprocess.run(
+        [sys.executable, __file__, "--mesh-part"], env={**os.environ, "XLA_FLAGS": EIGHT}, stdout=subprocess.PIPE, check=True
+    )
+    for name, values in json.loads(of_mesh.stdout.splitlines()[-1]).items():
+        memory[f"{name}, each of 8 devices"] = values
+        print(f"| {name}, each of 8 devices | " + " | ".join(f"{size:,.0f} MiB" for size in values) + " |")
     times = {name: seconds(loss, args.timed) for name, loss in (("plain", plain), ("blockwise", blockwise(InfoNCEConfig())))}
     print(f"\n| InfoNCE, B = {args.timed:,} | seconds |\n|---|---|")
     for name, value in times.items():
@@ -158,4 +185,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if sys.argv[1:] == ["--mesh-part"]:
+        print(json.dumps({name: [on_a_mesh(config, size) for size in SIZES] for name, config in VARIANTS.items()}))
+    else:
+        main()

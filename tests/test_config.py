@@ -112,6 +112,12 @@ def test_overrides_of_list_entries_and_their_order(tmp_path: Path) -> None:
         ("train.stepz=5", "FILE: unknown key train.stepz; did you mean train.steps?"),
         ("optim.lerning_rate=5", "FILE: unknown key optim.lerning_rate; did you mean optim.learning_rate?"),
         ("modle.base=x", "FILE: unknown key modle; did you mean model?"),
+        (
+            "train.gradient_accumulation_steps=4",
+            "FILE: unknown key train.gradient_accumulation_steps; small batches whose gradients are added have fewer negatives "
+            "than one large batch; set train.batch_size to the whole number of queries, and gradcache.rows to the rows that "
+            "memory takes",
+        ),
         ("data.sources.0.pth=x", "FILE: unknown key data.sources.0.pth; did you mean data.sources.0.path?"),
         ("model.pooling.knid=mean", "FILE: unknown key model.pooling.knid; did you mean model.pooling.kind?"),
         ("mesh.qqqq=1", "FILE: unknown key mesh.qqqq; known here: data"),

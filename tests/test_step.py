@@ -158,3 +158,19 @@ def test_objectives_add_up_by_their_weights(base_folder: Folder, source: Source)
     warm, cold = InfoNCEConfig(temperature=0.5), InfoNCEConfig(temperature=0.1, weight=3.0)
     assert loss(warm, cold) == pytest.approx(loss(warm) + loss(cold), rel=1e-5)
     assert loss(cold) == pytest.approx(3 * loss(InfoNCEConfig(temperature=0.1)), rel=1e-5)
+
+
+def test_losses_are_float32_where_the_model_computes_in_bfloat16(base_folder: Folder, source: Source) -> None:
+    batch = parallel.put_batch(parallel.make_mesh(1), host_batches(source, 1, 1)[0].batch)
+    objectives, found = Objectives([InfoNCEConfig(temperature=0.2)]), {}
+    for dtype in (jnp.float32, jnp.bfloat16):
+        model, params = load(base_folder("qwen2"), SPEC, dtype=dtype)
+        value = jax.value_and_grad(lambda p, b: batch_loss(model, objectives, p, b, jax.random.key(0)), has_aux=True)  # noqa: B023
+        (loss, parts), grads = jax.jit(value)(params, batch)
+        assert {x.dtype.name for x in jax.tree.leaves((loss, parts, grads))} == {"float32"}
+        found[dtype] = float(loss)
+        program = str(jax.make_jaxpr(lambda v, b: objectives(v, v[:, None], b, jax.random.key(0), {}, 1))(
+            jnp.ones((BATCH, 32)), batch.replace(doc_slot=batch.doc_slot[:, :1], doc_hash=batch.doc_hash[:, :1])
+        ))  # fmt: skip
+        assert "bf16" not in program
+    assert 0 < abs(found[jnp.float32] - found[jnp.bfloat16]) < 0.05 * found[jnp.float32]
