@@ -405,6 +405,22 @@ class Config(Section):
         return tree
 
     @model_validator(mode="after")
+    def _objectives_have_negatives(self) -> Config:
+        """Each stage is checked by itself: the whole may lack what a stage brings."""
+        for i, objective in enumerate(() if self.stages else self.objectives):
+            key, needed = "", 0
+            if isinstance(objective, InfoNCEConfig) and objective.mixed_negatives:
+                key, needed = "mixed_negatives", 2
+            elif isinstance(objective, InfoNCEConfig) and objective.negatives == "hard":
+                key, needed = "negatives=hard", 1
+            elif isinstance(objective, DistillationConfig | MarginMSEConfig):
+                key, needed = objective.name, 1
+            if self.data.hard_negatives < needed:
+                told = f"objectives.{i}: {key} compares a query's own negatives, but data.hard_negatives is"
+                raise ValueError(f"{told} {self.data.hard_negatives}; set it to {needed} or more")
+        return self
+
+    @model_validator(mode="after")
     def _stages_have_the_steps(self) -> Config:
         if self.stages and "steps" in self.train.model_fields_set:
             raise ValueError("train.steps and stages do not go together; give each stage its own train.steps")

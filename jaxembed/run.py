@@ -238,6 +238,10 @@ def _show_examples(stage: Stage) -> None:
         )  # fmt: skip
         if stage.needs_hard_negatives(source) and not any(example.negatives for example in examples):
             log.warning("  %s has no hard negatives, and nothing else counts for it: its queries have no loss", source.name)
+        if stage.needs_teacher_scores(source) and not any(example.teacher_scores for example in examples):
+            log.warning(
+                "  %s has no pos_scores and neg_scores, which all its objectives follow: its queries have no loss", source.name
+            )
         if source.config.few_shot is not None:
             count = np.mean([len(example.shots) for example in examples])
             log.info("  %.1f in-context examples a query; a prompt gets half of data.max_length at most", count)

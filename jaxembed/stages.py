@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from jaxembed import parallel
-from jaxembed.config import Config, InfoNCEConfig
+from jaxembed.config import Config, DistillationConfig, InfoNCEConfig, MarginMSEConfig, ObjectiveConfig
 from jaxembed.data.batch import BatchBuilder
 from jaxembed.data.mixture import make_plan, plan_hash
 from jaxembed.data.sources import Source
@@ -65,8 +65,15 @@ class Stage:
 
     def needs_hard_negatives(self, source: Source) -> bool:
         """Whether all objectives for a source compare a query with its own negatives alone."""
-        chosen = [o for o in self.config.objectives if not o.sources or source.name in o.sources]
+        chosen = self._objectives_of(source)
         return all(isinstance(o, InfoNCEConfig) and (o.negatives == "hard" or not source.in_batch) for o in chosen)
+
+    def needs_teacher_scores(self, source: Source) -> bool:
+        """Whether all objectives for a source follow a teacher's scores."""
+        return all(isinstance(o, DistillationConfig | MarginMSEConfig) for o in self._objectives_of(source))
+
+    def _objectives_of(self, source: Source) -> list[ObjectiveConfig]:
+        return [o for o in self.config.objectives if not o.sources or source.name in o.sources]
 
     def optimizer(self, several: bool) -> optax.GradientTransformation:
         """That of the stage, for several adapters or none."""

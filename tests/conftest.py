@@ -31,7 +31,7 @@ CHECKED = ["jaxembed.losses", "jaxembed.model"]
 assert not [name for name in sys.modules if name.startswith(tuple(CHECKED))]
 install_import_hook(CHECKED, "beartype.beartype")
 torch.set_num_threads(1)  # more only wait for each other on models as small as these
-hypothesis.settings.register_profile("repeatable", derandomize=True, database=None, deadline=None, max_examples=60)
+hypothesis.settings.register_profile("repeatable", derandomize=True, database=None, deadline=None, max_examples=40)
 hypothesis.settings.load_profile("repeatable")
 jax.config.update("jax_default_matmul_precision", "highest")
 

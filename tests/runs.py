@@ -40,7 +40,7 @@ def prepare(root: Path) -> Path:
 
 def settings(root: Path, run: str, *overrides: str) -> config.Config:
     tree = {
-        "model": {"base": str(root / "base")},
+        "model": {"base": str(root / "base"), "unroll": False},
         "data": {
             "max_length": 32,
             "hard_negatives": 1,

@@ -113,6 +113,11 @@ def test_overrides_of_list_entries_and_their_order(tmp_path: Path) -> None:
         ("optim.lerning_rate=5", "FILE: unknown key optim.lerning_rate; did you mean optim.learning_rate?"),
         ("modle.base=x", "FILE: unknown key modle; did you mean model?"),
         (
+            "objectives=[{name: infonce, negatives: hard}]",
+            "FILE: objectives.0: negatives=hard compares a query's own negatives, but data.hard_negatives is 0; set it to 1 or "
+            "more",
+        ),
+        (
             "train.gradient_accumulation_steps=4",
             "FILE: unknown key train.gradient_accumulation_steps; small batches whose gradients are added have fewer negatives "
             "than one large batch; set train.batch_size to the whole number of queries, and gradcache.rows to the rows that "

@@ -16,7 +16,6 @@ from safetensors.numpy import load_file, save_file
 import tiny
 from jaxembed import Embedder
 from jaxembed.errors import UserError
-from jaxembed.hub.base import find_base
 from jaxembed.hub.export import export_adapters
 from jaxembed.run import train
 from runs import command, prepare, settings
@@ -127,12 +126,6 @@ def test_a_folder_around_adapters_names_them(tmp_path: Path) -> None:
     told = rf"holds a folder for each of the adapters retrieval, sts; name one: {tmp_path}/retrieval"
     with pytest.raises(UserError, match=told):
         Embedder.load(tmp_path)
-
-
-def test_a_run_directory_is_no_base(tmp_path: Path) -> None:
-    (tmp_path / "base.json").write_text("{}")
-    with pytest.raises(UserError, match="a run directory is no base; export it"):
-        find_base(str(tmp_path))
 
 
 def test_adapters_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -> None:

@@ -71,12 +71,11 @@ def test_each_stage_trains_as_its_changes_say(folder: Path) -> None:
     assert config.load(folder / "two" / "config.yaml").total_steps == 9  # what is recorded can be read again
 
 
-@pytest.mark.parametrize("last", [3, 5, 7])
+@pytest.mark.parametrize("last", [5, 8])
 def test_a_run_that_dies_in_any_stage_goes_on_bit_for_bit(folder: Path, last: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a checkpoint in the first stage, at its end, and in the second."""
-    every = "train.checkpoint_every=1"
+    """After the checkpoint at the end of the first stage, and after one in the second."""
     if not (folder / "straight").exists():
-        train(staged(folder, "straight", STAGES, every))
+        train(staged(folder, "straight", STAGES))
 
     class Dead(Exception):
         pass
@@ -90,8 +89,8 @@ def test_a_run_that_dies_in_any_stage_goes_on_bit_for_bit(folder: Path, last: in
     with monkeypatch.context() as patch:
         patch.setattr(loop.Recorder, "log", log)
         with pytest.raises(Dead):
-            train(staged(folder, f"dies{last}", STAGES, every))
-    train(staged(folder, f"dies{last}", STAGES, every))
+            train(staged(folder, f"dies{last}", STAGES))
+    train(staged(folder, f"dies{last}", STAGES))
     assert losses(folder / f"dies{last}") == losses(folder / "straight")
 
 
@@ -100,17 +99,13 @@ def test_a_guide_and_a_teacher_of_other_kinds(folder: Path, monkeypatch: pytest.
     monkeypatch.setenv("JAXEMBED_CACHE", str(folder / "cache"))
     teacher = tiny.bert_folder(folder / "bert", {"query": "ask "})
     second = [
-        {"name": "infonce", "guide": str(folder / "base"), "guide_margin": 0.05},
+        {"name": "infonce", "guide": str(folder / "base"), "guide_margin": 2.0},  # so that it finds no text far enough
         {"name": "embedding_matching", "teacher": str(teacher)},
     ]
-    stages = [{"train": {"steps": 2}}, {"train": {"steps": 2}, "objectives": second}]
-    train(staged(folder, "guided", stages))
-    matched = logged(folder, "guided", "embedding_matching")
+    train(staged(folder, "guided", [{"train": {"steps": 2}}, {"train": {"steps": 2}, "objectives": second}]))
+    matched, met = (logged(folder, "guided", key) for key in ("embedding_matching", "infonce_negatives"))
     assert len(matched) == 2 and all(value > 0 for value in matched)
-    plain = [stages[0], {**stages[1], "objectives": [{"name": "infonce"}, second[1]]}]
-    train(staged(folder, "unguided", plain))
-    met, all_met = (logged(folder, run, "infonce_negatives")[2:] for run in ("guided", "unguided"))
-    assert all(a < b for a, b in zip(met, all_met, strict=True))
+    assert min(met[:2]) > 20 and met[2:] == [0, 0]
     assert json.loads((folder / "guided" / "teacher.json").read_text())["name"] == str(teacher)
     assert len(list((folder / "cache" / "vectors").iterdir())) == 2
 

@@ -137,8 +137,6 @@ def find_folder(name: str) -> Path:
     if exists(path / "config.json") or exists(path / RECORD) or is_peft(path):
         return path
     if exists(path) or name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        if exists(path / "base.json"):
-            raise UserError(f"{name}: a run directory is no base; export it, and name the folder that this writes")
         if found := sorted(inner.parent.name for inner in path.glob(f"*/{ADAPTER_CONFIG}")):
             raise UserError(f"{name}: holds a folder for each of the adapters {', '.join(found)}; name one: {path / found[0]}")
         raise UserError(
