@@ -27,7 +27,7 @@ check: $(VENV)/.dev  ## ruff (lint and format) and mypy
 	$(BIN)/mypy
 
 test: check  ## the checks, then every test, offline
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The files below say what was installed, and when.
 $(BIN)/python:

@@ -37,6 +37,13 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 import tiny
 
+LONGEST = ("test_unbreakable", "test_train", "test_stages", "test_layouts", "test_step", "test_gradcache", "test_peft")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first, so that workers end together."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
 
 @pytest.fixture(scope="session")
 def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
