@@ -70,9 +70,9 @@ def a_batch(count: int) -> tuple[jax.Array, jax.Array, Batch]:
     return q[:, 0], d, batch
 
 
-def blockwise(config: InfoNCEConfig) -> Loss:
+def blockwise(config: InfoNCEConfig, shards: int = 1) -> Loss:
     def loss(q: jax.Array, d: jax.Array, batch: Batch) -> jax.Array:
-        return info_nce(config, Encoded(q, d, batch, jnp.full(len(q), 1 / len(q)), jax.random.key(0)))[0]
+        return info_nce(config, Encoded(q, d, batch, jnp.full(len(q), 1 / len(q)), jax.random.key(0), shards))[0]
 
     return loss
 
@@ -88,29 +88,20 @@ def plain(q: jax.Array, d: jax.Array, batch: Batch) -> jax.Array:
 
 
 def compiled(loss: Loss, count: int) -> jax.stages.Compiled:
-    shapes = jax.eval_shape(lambda: a_batch(count))
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*shapes).compile()
-
-
-def temporary(loss: Loss, count: int) -> float:
-    """MiB beside inputs and outputs."""
-    return float(compiled(loss, count).memory_analysis().temp_size_in_bytes / 2**20)
-
-
-def on_a_mesh(config: InfoNCEConfig, count: int) -> float:
-    """MiB of each of 8 devices that share the queries."""
-    mesh = parallel.make_mesh(8)
-
-    def loss(q: jax.Array, d: jax.Array, batch: Batch) -> jax.Array:
-        return info_nce(config, Encoded(q, d, batch, jnp.full(len(q), 1 / len(q)), jax.random.key(0), shards=8))[0]
+    """The program of value and gradient, for queries that all devices share."""
+    mesh = parallel.make_mesh()
 
     def split(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=parallel.split_batch(mesh))
 
     with jax.set_mesh(mesh):
         shapes = jax.tree.map(split, jax.eval_shape(lambda: a_batch(count)))
-        program = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*shapes).compile()
-    return float(program.memory_analysis().temp_size_in_bytes / 2**20)
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*shapes).compile()
+
+
+def temporary(loss: Loss, count: int) -> float:
+    """MiB of each device beside inputs and outputs."""
+    return float(compiled(loss, count).memory_analysis().temp_size_in_bytes / 2**20)
 
 
 def seconds(loss: Loss, count: int) -> float:
@@ -186,6 +177,8 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--mesh-part"]:
-        print(json.dumps({name: [on_a_mesh(config, size) for size in SIZES] for name, config in VARIANTS.items()}))
+        print(
+            json.dumps({name: [temporary(blockwise(config, 8), size) for size in SIZES] for name, config in VARIANTS.items()})
+        )
     else:
         main()

@@ -24,8 +24,8 @@ import numpy as np
 import yaml
 
 from jaxembed import Embedder, cli, config
-from jaxembed.data.beir import open_beir
-from jaxembed.evaluation.retrieval import ndcg, search
+from jaxembed.evaluation.heldout import open_sets
+from jaxembed.evaluation.retrieval import search
 from jaxembed.run import train
 
 DIRECTIONS = ["query_document", "query_query", "document_query", "document_document"]
@@ -84,15 +84,12 @@ def ablations(pairs: str, labels: str, steps: int) -> dict[str, dict[str, Any]]:
 class Bench:
     def __init__(self, args: argparse.Namespace, folder: Path):
         self.args, self.folder = args, folder
-        beir = open_beir(args.heldout, ("test", "dev", "train"))
-        self.documents = [beir.document(row) for row in range(len(beir.corpus))]
-        self.queries = [beir.query(i) for i in range(len(beir.query_rows))]
-        self.relevant = beir.relevant
 
-    def score(self, model: str, dim: int | None = None, instruction: str | None = None) -> float:
+    def score(self, model: str, dim: int | None = None, instruction: str = "") -> float:
         embedder = Embedder.load(model)
-        queries, documents = embedder.encode(self.queries, instruction, dim), embedder.encode(self.documents, dim=dim)
-        return ndcg(self.relevant, search(queries, documents, 10))
+        heldout = config.EvalSetConfig(name="heldout", kind="retrieval", path=str(self.args.heldout), instruction=instruction)
+        [opened] = open_sets([heldout], config.PythonPackagesConfig(), self.folder)
+        return opened.score(lambda texts, of: embedder.encode(texts, of, dim))["ndcg_at_10"]
 
     def run(self, name: str, changes: dict[str, Any], seed: int, pairs: str, steps: int) -> str:
         """Trains one row once; returns its run directory."""
@@ -160,7 +157,7 @@ def main() -> None:
             if args.only and not any(part in name for part in args.only):
                 continue
             sources = changes.get("data", {}).get("sources", [{}])
-            instruction = next(iter(sources[0].get("instructions", [])), None)
+            instruction = next(iter(sources[0].get("instructions", [])), "")
             if "data" in changes:
                 changes = changes | {"data": {"max_length": 128, "hard_negatives": 3, **changes["data"]}}
             runs = [bench.run(name, changes, seed, pairs, args.steps) for seed in range(args.seeds)]

@@ -393,11 +393,6 @@ class Config(Section):
         whole = {key: value for key, value in self._tree().items() if key != "stages"}
         return tuple(_stage(whole, changes, f"{where}.{i}") for i, changes in enumerate(self.stages))
 
-    @property
-    def total_steps(self) -> int:
-        """The steps of all stages."""
-        return sum(stage.train.steps for stage in self.in_stages())
-
     def _tree(self) -> dict[str, Any]:
         tree = self.model_dump(mode="json")
         if self.stages:

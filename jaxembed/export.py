@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxembed import cli
 from jaxembed.errors import UserError
+from jaxembed.training.run_dir import RECORD
 
 LAYOUTS = ("sentence-transformers", "nv-embed")
 
@@ -29,7 +30,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             raise UserError(
                 "--adapters writes all adapters of a run as they are: leave --layers, --dtype, --layout and --adapter out"
             )
-        if not (Path(args.model) / "base.json").is_file():
+        if not (Path(args.model) / RECORD).is_file():
             raise UserError(f"{args.model}: not a run directory; --adapters needs one that was trained with model.lora")
         parity = export_adapters(Path(args.model), out, args.checkpoint)
         return {"folder": str(out), **told(parity)}
@@ -54,12 +55,12 @@ def read_card(model: Path, revision: str, adapter: str | None = None) -> Any:
     from jaxembed.sections import read_tree
     from jaxembed.training.metrics import read_metrics
 
-    if not (model / "base.json").is_file():
+    if not (model / RECORD).is_file():
         return Card(name=model.name, base=revision)
     step = int(revision.removeprefix(f"{model.resolve().name}-").split("-")[0])
     rows = [row for row in read_metrics(model) if row["step"] == step]
     scores = {k.removeprefix("eval/"): v for row in rows for k, v in row.items() if k.startswith("eval/") and v is not None}
-    base, config = Fields(read_json(model / "base.json"), str(model / "base.json")).text("name"), model / "config.yaml"
+    base, config = Fields(read_json(model / RECORD), str(model / RECORD)).text("name"), model / "config.yaml"
     checkpoint = f"step {step}"
     if adapter is not None:
         checkpoint += f", adapter {adapter}"

@@ -59,17 +59,11 @@ def train(config: Config) -> dict[str, Any]:
     mesh = parallel.make_mesh(config.mesh.data)
     shards = parallel.shard_count(mesh)
     configs = config.in_stages()
-    for of_stage in configs:
-        if of_stage.train.batch_size % shards:
-            told = f"train.batch_size {of_stage.train.batch_size} is not divisible by the {shards} shards of the mesh"
-            raise UserError(told)
-    opened = [open_sources(of_stage.data, cache_dir()) for of_stage in configs]
-    for sources, of_stage in zip(opened, configs, strict=True):
-        make_plan(sources, of_stage.train.batch_size, of_stage.train.seed)  # refuses a batch that is larger than the data
+    opened = [_open(of_stage, shards) for of_stage in configs]
     held_out = open_sets(config.eval.sets, config.data.python_packages, cache_dir())
     best_metric = _best_metric(config, held_out)
     base = find_base(config.model.base)
-    spec, lora = _spec(config, base), _lora(config, base)
+    spec, lora = _spec(configs, base), _lora(config, base)
     run_dir = open_run(config)
     tokenizer = _tokenizer(run_dir, base, spec, [source for sources in opened for source in sources])
     _record(run_dir, config, base, spec, opened, tokenizer)
@@ -86,7 +80,7 @@ def train(config: Config) -> dict[str, Any]:
     start = int(state.step)
     _announce(state, mesh, start, stages[-1].end)
 
-    evaluate = _evaluator(Embedder(model, {}, tokenizer, mesh, base), held_out, () if lora is None else lora.names)
+    evaluate = _evaluator(Embedder(model, {}, tokenizer, mesh, base), held_out, model.adapters)
     scores_at_start = _baselines(config, held_out, evaluate, state)
     recorder = Recorder(run_dir, start, stages[-1].end)
     for name, scores in scores_at_start.items():
@@ -105,6 +99,15 @@ def train(config: Config) -> dict[str, Any]:
     summary = _summary(run_dir, time.perf_counter() - began)
     _show_scores(summary)
     return summary
+
+
+def _open(config: Config, shards: int) -> list[Source]:
+    """The sources of a stage; `UserError` where its batches cannot be made of them."""
+    if config.train.batch_size % shards:
+        raise UserError(f"train.batch_size {config.train.batch_size} is not divisible by the {shards} shards of the mesh")
+    sources = open_sources(config.data, cache_dir())
+    make_plan(sources, config.train.batch_size, config.train.seed)  # refuses a batch that is larger than the data
+    return sources
 
 
 def _others(config: Config, run_dir: Path) -> dict[str, OtherModel]:
@@ -127,7 +130,7 @@ def _trainer(
 ) -> Trainer:
     """The loop of a stage."""
     config = stage.config
-    optimizer = stage.optimizer(several=model.lora is not None and bool(model.lora.names))
+    optimizer = stage.optimizer(several=bool(model.adapters))
     skip = config.train.on_nan == "skip"
     return Trainer(
         config=config.train,
@@ -144,10 +147,9 @@ def _trainer(
     )
 
 
-def _spec(config: Config, base: Base) -> EmbeddingSpec:
-    """The base's spec with the config's choices, and the prompts of its sources by name."""
-    stages = config.in_stages()
-    spec = base.spec.with_choices(config.model, stages[-1].data.max_length)
+def _spec(stages: Sequence[Config], base: Base) -> EmbeddingSpec:
+    """The base's spec with the choices of a run's stages, and the prompts of their sources by name."""
+    spec = base.spec.with_choices(stages[-1].model, stages[-1].data.max_length)
     pooled = spec.include_instruction or spec.pool_last_instruction_token
     if not pooled and spec.instruction_template.endswith(" "):
         log.warning("instruction_template ends in a space, which merges into the next word: that word will not be pooled")

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from jaxembed.errors import UserError
+from jaxembed.errors import LONGEST, UserError, brief
 from jaxembed.fields import shown
 
 NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)  # what PyYAML raises, of which dates and numbers raise the second
@@ -62,7 +62,7 @@ def read_tree(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
     except NOT_YAML as error:
-        raise UserError(f"{path}: not valid YAML ({_one_line(error)})") from None
+        raise UserError(f"{path}: not valid YAML ({brief(error, LONGEST)})") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping of sections such as model: and data:, found {_kind(tree)}")
     return tree
@@ -136,9 +136,8 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     try:
         value = yaml.safe_load(text)
     except NOT_YAML as error:
-        raise UserError(
-            f"override {override!r}: the value is not valid YAML ({_one_line(error)}); a text wants quotes: {key}='\"...\"'"
-        ) from None
+        told = f"the value is not valid YAML ({brief(error, LONGEST)}); a text wants quotes: {key}='\"...\"'"
+        raise UserError(f"override {override!r}: {told}") from None
     *parents, last = key.split(".")
     node: Any = tree
     for part in parents:
@@ -180,7 +179,7 @@ def _explain(error: ValidationError, section: type[Section]) -> str:
     if problem["type"] in EXPECTED:
         return f"{key}: expected {EXPECTED[problem['type']]} (got {shown(problem['input'])})"
     given = "" if isinstance(problem["input"], dict | list) else f" (got {shown(problem['input'])})"
-    told = _one_line(problem["msg"]).removeprefix("Value error, ").replace("Input should be", "expected")
+    told = brief(problem["msg"], LONGEST).removeprefix("Value error, ").replace("Input should be", "expected")
     return f"{key}: {told}{given}".lstrip(": ")
 
 
@@ -209,10 +208,6 @@ def _sections(annotation: Any) -> list[type[Section]]:
 def _tag(section: type[Section]) -> str:
     """The name by which one of several sections is chosen."""
     return str(section.model_fields["name"].default)
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split())
 
 
 def _kind(value: object) -> str:

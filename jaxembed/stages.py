@@ -93,7 +93,6 @@ def make_stages(
 
     `UserError` where a stage does not fit the model.
     """
-    names = () if model.lora is None else model.lora.names
     stages: list[Stage] = []
     for index, (config, sources) in enumerate(zip(configs, opened, strict=True)):
         before = stages[-1].end if stages else 0
@@ -101,7 +100,7 @@ def make_stages(
         of_stage = text_tokenizer(tokenizer.hf, spec, base)
         build = BatchBuilder(
             sources, of_stage, spec, row_length=config.row_length, hard_negatives=config.data.hard_negatives,
-            seed=config.train.seed, shards=shards, adapters=names, steps_before=before,
+            seed=config.train.seed, shards=shards, adapters=model.adapters, steps_before=before,
             guide=others["guide"].encode if config.guide else None,
             teacher=others["teacher"].encode if config.teacher else None,
         )  # fmt: skip
@@ -138,8 +137,7 @@ def first_state(config: Config, base: Base, model: EmbeddingModel, mesh: Mesh) -
     absent = {path: sharding for path, sharding in flatten_dict(shardings).items() if path not in params}
     params |= flatten_dict(init_params(model, key, unflatten_dict(absent)))
     trained, frozen = split(unflatten_dict(params))
-    if model.lora is not None and model.lora.names:
-        count = len(model.lora.names)
+    if count := len(model.adapters):
         stacked = flatten_dict(stacked_shapes(trained, count))
         own = unflatten_dict({path: x.sharding for path, x in stacked.items() if path[-1] in ADAPTERS})
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
@@ -162,10 +160,10 @@ def enter(stage: Stage, state: TrainState, model: EmbeddingModel, mesh: Mesh) ->
         params |= {OBJECTIVES: jax.device_put(own, parallel.replicated(mesh))}
     opt_state = state.opt_state
     if stage.index == 0 or stage.config.optim.restart:
-        names = () if model.lora is None else model.lora.names
-        one = pick_adapter(params, 0 if names else None)
-        fresh: Any = jax.jit(stage.optimizer(bool(names)).init)(one)
-        opt_state = jax.device_put(stack_adapters([fresh] * len(names)) if names else fresh, parallel.replicated(mesh))
+        count = len(model.adapters)
+        one = pick_adapter(params, 0 if count else None)
+        fresh: Any = jax.jit(stage.optimizer(bool(count)).init)(one)
+        opt_state = jax.device_put(stack_adapters([fresh] * count) if count else fresh, parallel.replicated(mesh))
     elif own.keys() != before.keys():
         raise UserError(
             f"stages.{stage.index}: optim.restart is no, but its objectives train other parameters than those before; restart"

@@ -129,9 +129,9 @@ class BatchBuilder:
 
     def __call__(self, step: int, ids: np.ndarray) -> HostBatch:
         examples = self.examples(step, ids)
-        texts, _ = self._padded_texts(examples)
+        texts, prompts = self._padded_texts(examples)
         present = np.array([text is not None for text in texts])
-        tokenized = self._tokenizer(*self.texts(examples))
+        tokenized = self._tokenizer(*_without_absent(texts, prompts))
         packed, slots = self._pack(tokenized, present)
         slots = slots.reshape(len(examples), -1)
         hashes = np.stack([_hash(text) for text in texts]).reshape(len(examples), -1, 2)
@@ -149,8 +149,8 @@ class BatchBuilder:
             score=np.array([e.score for e in examples], np.float32),
             teacher_scores=self._teacher_scores(examples),
             adapter=self._adapter(source) if self._adapters else None,
-            guide=self._others(self._guide, examples),
-            teacher=self._others(self._teacher, examples),
+            guide=self._others(self._guide, examples, texts),
+            teacher=self._others(self._teacher, examples, texts),
         )
         return HostBatch(batch, int((packed.segment_ids > 0).sum()), packed.segment_ids.size)
 
@@ -164,9 +164,7 @@ class BatchBuilder:
 
     def texts(self, examples: Sequence[Example]) -> tuple[list[str], list[str]]:
         """The texts of examples in the order query, positive, negatives, and the prompt of each."""
-        texts, prompts = self._padded_texts(examples)
-        kept = [(text, prompt) for text, prompt in zip(texts, prompts, strict=True) if text is not None]
-        return [text for text, _ in kept], [prompt for _, prompt in kept]
+        return _without_absent(*self._padded_texts(examples))
 
     def _padded_texts(self, examples: Sequence[Example]) -> tuple[list[str | None], list[str]]:
         """Query, positive and K negatives of each example (None for an absent one), and their prompts."""
@@ -179,11 +177,12 @@ class BatchBuilder:
             prompts += [self._prompt(e), *[documents] * (1 + self._negatives)]
         return texts, prompts
 
-    def _others(self, encode: EncodeRaw | None, examples: Sequence[Example]) -> OtherVectors | None:
+    def _others(
+        self, encode: EncodeRaw | None, examples: Sequence[Example], texts: Sequence[str | None]
+    ) -> OtherVectors | None:
         """What another model makes of the texts, each under its own instruction; in-context examples are not shown to it."""
         if encode is None:
             return None
-        texts, _ = self._padded_texts(examples)
         documents = 1 + self._negatives
         under = [(("query", e.instruction), *[("document", e.document_instruction)] * documents) for e in examples]
         asked = zip(texts, chain.from_iterable(under), strict=True)
@@ -219,6 +218,11 @@ class BatchBuilder:
         for i, text in enumerate(example.positives):
             hashes[i] = text_hash(text)
         return hashes
+
+
+def _without_absent(texts: Sequence[str | None], prompts: Sequence[str]) -> tuple[list[str], list[str]]:
+    kept = [(text, prompt) for text, prompt in zip(texts, prompts, strict=True) if text is not None]
+    return [text for text, _ in kept], [prompt for _, prompt in kept]
 
 
 def _hash(text: str | None) -> np.ndarray:

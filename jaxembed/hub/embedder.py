@@ -22,6 +22,7 @@ from jaxembed.hub.opening import RunParts, base_params, open_trained, shapes_and
 from jaxembed.model.decoder import Compute
 from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.spec import EmbeddingSpec, Shot
+from jaxembed.training.run_dir import RECORD
 
 WINDOW = 4096  # texts tokenised and packed together
 TOKENS_AT_ONCE, ON_CPU = 8192, 2048  # tokens a device takes at once; a CPU's caches want fewer
@@ -81,7 +82,7 @@ class Embedder:
         mesh = parallel.make_mesh()
         compute = Compute(dtype=jnp.dtype(dtype))
         path = Path(model)
-        if (path / "base.json").is_file():
+        if (path / RECORD).is_file():
             return from_run(open_trained(path, compute, mesh, checkpoint).of(adapter), mesh)
         if adapter is not None:
             raise UserError(f"{model}: not a run directory, so it has no adapter {adapter!r} to choose; leave that out")

@@ -174,7 +174,7 @@ def export_adapters(run_dir: Path, out: Path, checkpoint: str) -> Parity:
     exact = open_trained(run_dir, Compute(), mesh, checkpoint, "float32") if rounded else run
     parities = []
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as scratch:
-        for name in run.names or (None,):
+        for name in run.model.adapters or (None,):
             parts, made = exact.of(name), Path(scratch) / "adapters" / (name or "")
             made.mkdir(parents=True)
             _write_adapter(made, parts)

@@ -127,24 +127,20 @@ class RunParts:
     tokenizer: TextTokenizer
     revision: str
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Of several adapters."""
-        return () if self.model.lora is None else self.model.lora.names
-
     def of(self, adapter: str | None) -> RunParts:
         """The model of one adapter, with the prompts of its sources; `UserError` where that is not one of the run's.
 
         None where the run has no named ones, or one alone.
         """
-        lora, name = self.model.lora, self.names[0] if adapter is None and len(self.names) == 1 else adapter
-        if lora is None or not lora.names:
+        lora, names = self.model.lora, self.model.adapters
+        name = names[0] if adapter is None and len(names) == 1 else adapter
+        if lora is None or not names:
             if name is None:
                 return self
             raise UserError(f"{self.run_dir}: has no adapter {name!r}, for it was trained without model.lora.names")
-        if name not in self.names:
+        if name not in names:
             came = "has several adapters" if name is None else f"has no adapter {name!r}"
-            raise UserError(f"{self.run_dir}: {came}; choose one with --adapter (adapter=...): {', '.join(self.names)}")
+            raise UserError(f"{self.run_dir}: {came}; choose one with --adapter (adapter=...): {', '.join(names)}")
         recorded = self.run_dir / "config.yaml"
         instructions = parse(kept(read_tree, recorded, "train anew"), str(recorded)).data.instructions(name)
         spec = dataclasses.replace(self.base.spec, prompts={}).with_prompts(instructions)
@@ -152,7 +148,7 @@ class RunParts:
             self,
             base=dataclasses.replace(self.base, spec=spec),
             model=self.model.clone(spec=spec, lora=dataclasses.replace(lora, names=())),
-            trained=pick_adapter(self.trained, self.names.index(name)),
+            trained=pick_adapter(self.trained, names.index(name)),
             revision=f"{self.revision}-{name}",
         )
 
@@ -178,8 +174,8 @@ def open_trained(run_dir: Path, compute: Compute, mesh: Mesh, checkpoint: str, b
     checkpoints = Checkpoints(run_dir)
     step = pick_step(checkpoints, checkpoint, run_dir)
     trained = split(placed)[0]
-    if lora is not None and lora.names:
-        trained = stacked_shapes(trained, len(lora.names))
+    if model.adapters:
+        trained = stacked_shapes(trained, len(model.adapters))
     trained = checkpoints.restore_params(step, trained)
     checkpoints.close()
     frozen = {} if lora is None else _frozen(record, shapes, shardings)

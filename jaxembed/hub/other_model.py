@@ -15,7 +15,7 @@ import numpy as np
 from jaxembed.data.batch import RawText
 from jaxembed.data.vector_store import KEY, VectorStore
 from jaxembed.errors import UserError, brief
-from jaxembed.files import exists
+from jaxembed.files import exists, file_digest
 from jaxembed.hub.base import SPEC_FILE, Base, content_hash, find_base, find_folder
 from jaxembed.hub.embedder import Embedder
 from jaxembed.hub.export import load_sentence_transformer
@@ -91,7 +91,7 @@ def open_encoder(name: str, cache: Path) -> OtherModel:
 def _of_embedder(name: str, base: Base, embedder: Embedder, cache: Path) -> OtherModel:
     spec, tokenizer = embedder.spec, embedder.tokenizer.hf.backend_tokenizer.to_str()
     rule = json.dumps([content_hash(base), dataclasses.asdict(spec), tokenizer], sort_keys=True)
-    digest = hashlib.sha256(rule.encode()).hexdigest()
+    identity = hashlib.sha256(rule.encode()).hexdigest()
 
     def lead(side: str, instruction: str) -> str:
         return spec.prompt(instruction) if instruction else spec.prompts.get(side, spec.plain_prompt)
@@ -100,25 +100,23 @@ def _of_embedder(name: str, base: Base, embedder: Embedder, cache: Path) -> Othe
         return embedder.encode(texts, prompt=prompt)
 
     width = embedder.model.width
-    return OtherModel(name, digest, width, lead, run, _store(cache, digest, width))
+    return OtherModel(name, identity, width, lead, run, _store(cache, identity, width))
 
 
 def _of_sentence_transformers(name: str, folder: Path, cache: Path) -> OtherModel:
     if not any(folder.rglob("*.safetensors")):
         raise UserError(f"{name}: has no weights in safetensors files; save it anew with sentence-transformers")
-    model, digest = _load(name, folder), hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.suffix in READ and path.is_file()):
-        digest.update(f"{path.relative_to(folder)}\n".encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+    model = _load(name, folder)
+    read = sorted(path for path in folder.rglob("*") if path.suffix in READ and path.is_file())
+    content = [f"{path.relative_to(folder)}\n{file_digest(path)}" for path in read]
+    identity = hashlib.sha256("\n".join(content).encode()).hexdigest()
 
     def run(texts: list[str], side: str) -> np.ndarray:
         encode = model.encode_query if side == "query" else model.encode_document
         return np.asarray(encode(texts, normalize_embeddings=True, show_progress_bar=False), np.float32)
 
     width = run(["width"], "query").shape[1]
-    store = _store(cache, digest.hexdigest(), width)
-    return OtherModel(name, digest.hexdigest(), width, lambda side, _: side, run, store)
+    return OtherModel(name, identity, width, lambda side, _: side, run, _store(cache, identity, width))
 
 
 def _load(name: str, folder: Path) -> Any:
@@ -130,8 +128,8 @@ def _load(name: str, folder: Path) -> Any:
         raise UserError(f"{name}: sentence-transformers cannot load it ({brief(error)})") from None
 
 
-def _store(cache: Path, digest: str, width: int) -> VectorStore:
-    return VectorStore(cache / "vectors" / digest, width)
+def _store(cache: Path, identity: str, width: int) -> VectorStore:
+    return VectorStore(cache / "vectors" / identity, width)
 
 
 def _key(text: str, lead: str) -> bytes:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 from jaxembed.config import InfoNCEConfig
 from jaxembed.losses.blockwise import EXACT, Anchors, Pairs, Side, log_sum_exp
 from jaxembed.losses.encoded import Encoded, Loss
-from jaxembed.losses.negatives import FalseNegatives, texts_of
+from jaxembed.losses.negatives import FalseNegatives, Texts, texts_of
 from jaxembed.model.pooling import unit_length
 
 TINY = 1e-12  # a power of zero has no gradient
@@ -39,7 +39,7 @@ def info_nce(config: InfoNCEConfig, encoded: Encoded) -> Loss:
     denominators = [[scale * positive]]
     highest, met = jnp.full_like(positive, -jnp.inf), jnp.zeros_like(positive)
     if config.negatives != "in_batch" and encoded.documents.shape[1] > 1:
-        logits, scores, present = _own_negatives(config, encoded, rule, anchors["query"], scale)
+        logits, scores, present = _own_negatives(config, encoded, rule, anchors["query"], others["document"].texts, scale)
         denominators[0].append(jax.nn.logsumexp(jnp.where(present, logits, jnp.finfo(logits.dtype).min), axis=-1))
         highest, met = jnp.where(present, scores, -jnp.inf).max(axis=-1), met + present.sum(axis=-1)
     for direction in config.directions if config.negatives != "hard" else ():
@@ -97,13 +97,13 @@ def _sides(encoded: Encoded) -> tuple[dict[str, Anchors], dict[str, Side]]:
 
 
 def _own_negatives(
-    config: InfoNCEConfig, encoded: Encoded, rule: FalseNegatives, side: Anchors, scale: jax.Array
+    config: InfoNCEConfig, encoded: Encoded, rule: FalseNegatives, side: Anchors, documents: Texts, scale: jax.Array
 ) -> tuple[Float[Array, "b k"], Float[Array, "b k"], Bool[Array, "b k"]]:
     """Logits, scores and presence of each query's own negatives, mixed ones behind them."""
     negatives = encoded.documents[:, 1:]
     scores = jnp.einsum("bd,bkd->bk", side.vectors, negatives, precision=EXACT)
     anchors = side.texts.reshape(-1, 1)
-    others = jax.tree.map(lambda x: x[:, 1:], texts_of(encoded.batch)[1])
+    others = jax.tree.map(lambda x: x[:, 1:], documents.reshape(*encoded.documents.shape[:2]))
     guide = jnp.einsum("bg,bkg->bk", side.texts.guide, others.guide, precision=EXACT)
     false = rule(anchors, others, jax.lax.stop_gradient(scores), guide, side.positive[:, None], side.guide_positive[:, None])
     present = others.present & ~false

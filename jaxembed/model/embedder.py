@@ -41,6 +41,11 @@ class EmbeddingModel(nn.Module):
         """The width of the vectors."""
         return self.spec.projection or self.decoder.width
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of its adapters where there are several."""
+        return () if self.lora is None else self.lora.names
+
     @nn.compact
     def __call__(self, texts: PackedTexts) -> Float[Array, "r s p"]:
         hidden = Decoder(self.decoder, MASKS[self.spec.attention], self.compute, self.lora, name="decoder")(texts)

@@ -22,7 +22,7 @@ from orbax.checkpoint.options import AsyncOptions
 
 from jaxembed.errors import UserError, brief
 from jaxembed.fields import Fields
-from jaxembed.files import read_json, write_json
+from jaxembed.files import file_digest, read_json, write_json
 from jaxembed.training.run_dir import kept
 from jaxembed.training.step import OBJECTIVES, TrainState
 
@@ -136,7 +136,7 @@ class Checkpoints:
                 continue
             if not (folder / name).is_file():
                 return f"{name} is missing"
-            if _digest(folder / name) != digest:
+            if file_digest(folder / name) != digest:
                 return f"{name} has changed"
         return ""
 
@@ -186,12 +186,7 @@ def _items(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _digests_below(folder: Path) -> dict[str, str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in BOOKKEEPING)
-    return {path.relative_to(folder).as_posix(): _digest(path) for path in files}
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
 
 
 def _abstract(tree: Any) -> Any:

@@ -17,17 +17,15 @@ from jaxembed.data.packing import PackedTexts
 from jaxembed.model.embedder import EmbeddingModel
 
 
-def encode(
-    model: EmbeddingModel, params: Any, texts: PackedTexts, key: jax.Array | None, rows: int | None
-) -> Float[Array, "r s d"]:
+def encode(model: EmbeddingModel, params: Any, texts: PackedTexts, key: jax.Array, rows: int | None) -> Float[Array, "r s d"]:
     """The vectors of a batch; with `rows` every device encodes that many rows at a time. `key` is that of dropout.
 
     Each device sums the gradients of its own chunks before they are summed over devices, once.
     """
     if rows is None or rows * texts.shards >= len(texts.tokens):
-        return model.apply({"params": params}, texts, rngs=None if key is None else {"dropout": key})
+        return model.apply({"params": params}, texts, rngs={"dropout": key})
     count = -(-len(texts.tokens) // (texts.shards * rows))
-    keys = jax.random.split(jax.random.key(0) if key is None else key, (texts.shards, count))
+    keys = jax.random.split(key, (texts.shards, count))
     arrays = {
         "tokens": texts.tokens,
         "segment_ids": texts.segment_ids,
