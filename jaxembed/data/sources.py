@@ -1,143 +1,22 @@
-"""Training sources: each answers `draw(index, rng, negatives)` with one `Example`.
-
-A source is its config plus rows of one of three shapes; the shape decides how a positive and negatives are drawn.
-"""
+"""Training sources: each answers `draw(index, rng, negatives)` with one `Example`."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 
 from jaxembed.config import DataConfig, PythonPackagesConfig, SourceConfig
 from jaxembed.data import python_packages
 from jaxembed.data.beir import BeirPairs
+from jaxembed.data.drawers import Drawer, Labels, Pairs, Rows, ScoredPairs
 from jaxembed.data.jsonl import JsonLines, first_row
 from jaxembed.data.schema import Example, PairCheck, check_label, check_scored
 from jaxembed.errors import UserError
 from jaxembed.files import exists
 from jaxembed.spec import Shot
-
-
-class Rows(Protocol):
-    """Random access to what a file holds, and a digest of its content."""
-
-    digest: str
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> Any: ...
-
-
-class Drawer(Protocol):
-    """Draws examples from rows; no example has more than `most_positives` positives."""
-
-    most_positives: int
-
-    def __len__(self) -> int: ...
-    def draw(self, index: int, rng: np.random.Generator, negatives: int) -> Example: ...
-
-
-class Pairs:
-    """Rows of the main format. One positive is drawn; up to `negatives` of the row's own negatives are."""
-
-    def __init__(self, rows: Rows, most_positives: int):
-        self.rows = rows
-        self.most_positives = most_positives
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def draw(self, index: int, rng: np.random.Generator, negatives: int) -> Example:
-        row = self.rows[index]
-        positives = tuple(dict.fromkeys(row["pos"]))
-        others = [text for text in dict.fromkeys(row.get("neg", ())) if text not in positives]
-        positive = positives[rng.integers(len(positives))]
-        drawn = tuple(_sample(others, negatives, rng))
-        return Example(
-            query=row["query"],
-            positive=positive,
-            negatives=drawn,
-            positives=positives,
-            instruction=row.get("prompt", ""),
-            teacher_scores=_teacher_scores(row, (positive, *drawn)),
-        )
-
-
-class ScoredPairs:
-    """(sentence1, sentence2, score) rows at or above a score: positives of each other, in a drawn direction."""
-
-    most_positives = 1
-
-    def __init__(self, rows: Rows, min_score: float):
-        self.rows = rows
-        scores = np.array([rows[i]["score"] for i in range(len(rows))], np.float64)
-        self._kept = np.flatnonzero(scores >= min_score)
-        self.dropped = len(rows) - len(self._kept)
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def draw(self, index: int, rng: np.random.Generator, negatives: int) -> Example:
-        row = self.rows[int(self._kept[index])]
-        pair = (row["sentence1"], row["sentence2"])
-        query, positive = pair if rng.integers(2) else pair[::-1]
-        return Example(query, positive, (), (positive,), score=float(row["score"]))
-
-
-class Labels:
-    """(text, label) rows, after NV-Embed 4.2 and 5.3.4.
-
-    With `by_label` the label's text is the positive and other labels the negatives; otherwise another example of the
-    same label is the positive and examples of other labels the negatives.
-    """
-
-    most_positives = 2
-
-    def __init__(self, rows: Rows, by_label: bool | None):
-        self.rows = rows
-        labels = [str(rows[i]["label"]) for i in range(len(rows))]
-        self._names, self._label = np.unique(labels, return_inverse=True)
-        self._members = [np.flatnonzero(self._label == i) for i in range(len(self._names))]
-        self._by_label = len(self._names) == 2 if by_label is None else by_label
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def draw(self, index: int, rng: np.random.Generator, negatives: int) -> Example:
-        label, text = int(self._label[index]), self.rows[index]["text"]
-        others = [i for i in range(len(self._names)) if i != label]
-        if self._by_label:
-            positive = str(self._names[label])
-            found = [str(self._names[i]) for i in _sample(others, negatives, rng)]
-        else:
-            positive = self._example(label, rng, besides=index)
-            picked: Any = rng.choice(others, negatives) if others and negatives else []
-            found = [self._example(int(i), rng) for i in picked]
-        found = [n for n in dict.fromkeys(found) if n not in (text, positive)]
-        return Example(text, positive, tuple(found), (positive, text), label=label)
-
-    def _example(self, label: int, rng: np.random.Generator, besides: int = -1) -> str:
-        members = self._members[label]
-        members = members[members != besides] if len(members) > 1 else members
-        return str(self.rows[int(rng.choice(members))]["text"])
-
-
-def _teacher_scores(row: Mapping[str, Any], texts: Sequence[str]) -> tuple[float, ...]:
-    """The row's scores of texts among its positives and negatives, NaN for those that it does not score; none without any."""
-    scores: dict[str, float] = {}
-    for field in ("neg", "pos"):
-        scores |= dict(zip(row.get(field, ()), row.get(f"{field}_scores") or (), strict=False))
-    return tuple(scores.get(text, float("nan")) for text in texts) if scores else ()
-
-
-def _sample(items: Sequence[Any], count: int, rng: np.random.Generator) -> Sequence[Any]:
-    if len(items) <= count:
-        return items
-    return [items[i] for i in rng.choice(len(items), count, replace=False)]
 
 
 @dataclasses.dataclass(frozen=True)
