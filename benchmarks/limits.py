@@ -29,7 +29,7 @@ import optax
 from jaxembed import config as configuration
 from jaxembed import parallel
 from jaxembed.data.batch import BatchBuilder
-from jaxembed.data.mixture import make_plan
+from jaxembed.data.mixture import Plan
 from jaxembed.data.sources import open_sources
 from jaxembed.hub.base import find_base
 from jaxembed.hub.embedder import Embedder, from_base
@@ -63,7 +63,7 @@ def main() -> None:
     build = BatchBuilder(
         sources, embedder.tokenizer, spec, row_length=config.row_length, hard_negatives=0, seed=0, shards=1
     )  # fmt: skip
-    plan = make_plan(sources, config.train.batch_size, 0)
+    plan = Plan(sources, config.train.batch_size, 0)
     host = build(0, np.asarray(plan[0]))
     batch = parallel.put_batch(mesh, host.batch)
 

@@ -142,6 +142,7 @@ class SourceConfig(Section):
     few_shot: FewShotConfig | None = Field(None, description="in-context examples before the queries; absent: none")
     in_batch_negatives: bool | None = Field(None, description="default: no for labels, yes otherwise")
     label_documents: Literal["auto", "labels", "examples"] = Field("auto", description="auto: labels where there are two")
+    max_examples: Positive | None = Field(None, description="so many, drawn once, are used; absent: all")
     min_score: float = Field(4.0, description="scored_pairs: pairs below this score are not positives")
 
     @model_validator(mode="after")
@@ -160,10 +161,36 @@ class PythonPackagesConfig(Section):
     holdout_functions: int = Field(1000, ge=0, description="functions of the other packages kept from training")
 
 
+class MixtureConfig(Section):
+    by: Literal["weight", "size"] = Field(
+        "weight", description="what a source's share is proportional to: its weight, or its weight times its examples"
+    )
+    temperature: float = Field(1.0, ge=0.1, le=1e6, description="shares are raised to 1/temperature; above 1: more even")
+
+
+class BatchingConfig(Section):
+    kind: Literal["blended", "homogeneous", "semi_homogeneous"] = Field(
+        "blended", description="a batch is of all sources, of one, or a part of it is of one"
+    )
+    ratio: float = Field(0.5, ge=0, le=1, description="semi_homogeneous: the part of a batch that is of one source")
+    no_duplicates: bool = Field(
+        False,
+        description="no query or positive stands twice in a batch: others of its source are drawn instead; of sources with "
+        "in-batch negatives",
+    )
+
+    @property
+    def of_one_source(self) -> float:
+        """The part of a batch that is of one source."""
+        return {"blended": 0.0, "homogeneous": 1.0, "semi_homogeneous": self.ratio}[self.kind]
+
+
 class DataConfig(Section):
     max_length: Positive = Field(512, description="tokens of a text, special tokens included; longer texts are cut")
     row_length: Positive | None = Field(None, description="tokens of a packed row (>= max_length); max_length if absent")
     hard_negatives: int = Field(0, ge=0, le=1024, description="negatives drawn per query")
+    batching: BatchingConfig = BatchingConfig()
+    mixture: MixtureConfig = MixtureConfig()
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
     python_packages: PythonPackagesConfig = PythonPackagesConfig()
 

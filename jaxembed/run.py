@@ -19,7 +19,7 @@ from jaxembed import parallel
 from jaxembed.cli import cache_dir
 from jaxembed.config import Config, InfoNCEConfig
 from jaxembed.data.bpe import train_tokenizer
-from jaxembed.data.mixture import make_plan
+from jaxembed.data.mixture import Plan
 from jaxembed.data.pipeline import batches
 from jaxembed.data.sources import Source, open_sources
 from jaxembed.data.tokenize import TextTokenizer, load_tokenizer
@@ -59,19 +59,19 @@ def train(config: Config) -> dict[str, Any]:
     mesh = parallel.make_mesh(config.mesh.data)
     shards = parallel.shard_count(mesh)
     configs = config.in_stages()
-    opened = [_open(of_stage, shards) for of_stage in configs]
+    plans = [_open(index, of_stage, shards) for index, of_stage in enumerate(configs)]
     held_out = open_sets(config.eval.sets, config.data.python_packages, cache_dir())
     best_metric = _best_metric(config, held_out)
     base = find_base(config.model.base)
     spec, lora = _spec(configs, base), _lora(config, base)
     run_dir = open_run(config)
-    tokenizer = _tokenizer(run_dir, base, spec, [source for sources in opened for source in sources])
-    _record(run_dir, config, base, spec, opened, tokenizer)
+    tokenizer = _tokenizer(run_dir, base, spec, [source for plan in plans for source in plan.sources])
+    _record(run_dir, config, base, spec, plans, tokenizer)
 
     compute = Compute(jnp.dtype(config.model.dtype), config.model.remat, config.model.unroll, config.model.attention_kernel)
     model = EmbeddingModel(base.decoder, spec, compute, lora)
     others = _others(config, run_dir)
-    stages = make_stages(configs, opened, tokenizer, model, base, shards, others)
+    stages = make_stages(configs, plans, tokenizer, model, base, shards, others)
     for stage in stages:
         _check_room(spec, stage)
         _show_examples(stage)
@@ -101,13 +101,12 @@ def train(config: Config) -> dict[str, Any]:
     return summary
 
 
-def _open(config: Config, shards: int) -> list[Source]:
-    """The sources of a stage; `UserError` where its batches cannot be made of them."""
+def _open(index: int, config: Config, shards: int) -> Plan:
+    """The plan of a stage and its sources; `UserError` where batches cannot be made of them."""
     if config.train.batch_size % shards:
         raise UserError(f"train.batch_size {config.train.batch_size} is not divisible by the {shards} shards of the mesh")
-    sources = open_sources(config.data, cache_dir())
-    make_plan(sources, config.train.batch_size, config.train.seed)  # refuses a batch that is larger than the data
-    return sources
+    data, sources = config.data, open_sources(config.data, cache_dir())
+    return Plan(sources, config.train.batch_size, config.train.seed, index, data.batching, data.mixture)
 
 
 def _others(config: Config, run_dir: Path) -> dict[str, OtherModel]:
@@ -143,7 +142,7 @@ def _trainer(
         best_metric=best_metric,
         checkpoints=checkpoints,
         recorder=recorder,
-        plan_hash=stage.plan_hash,
+        plan_hash=stage.plan.hash,
     )
 
 
@@ -198,7 +197,7 @@ def _record(
     config: Config,
     base: Base,
     spec: EmbeddingSpec,
-    opened: Sequence[Sequence[Source]],
+    plans: Sequence[Plan],
     tokenizer: TextTokenizer,
 ) -> None:
     """Writes what identifies the run beside its config: tokenizer, versions, texts, data and base. `UserError` where a
@@ -213,7 +212,7 @@ def _record(
     record(
         run_dir,
         "data_hashes",
-        {source.config.path: source.digest for sources in opened for source in sources},
+        {source.config.path: source.digest for plan in plans for source in plan.sources},
         "its training data changed",
     )
     identity = {"name": base.name, "hash": content_hash(base), "config": dict(base.hf_config)}
@@ -226,7 +225,7 @@ def _show_examples(stage: Stage) -> None:
     """Prints the first examples of every source as the model will see them, and how many texts are cut."""
     build, tokenizer = stage.build, stage.tokenizer
     first = 0
-    for source in stage.sources:
+    for source, epochs in zip(stage.sources, stage.plan.epochs(stage.config.train.steps), strict=True):
         ids = np.arange(first, first + min(SAMPLED, len(source)))
         first += len(source)
         examples = build.examples(0, ids)
@@ -234,8 +233,8 @@ def _show_examples(stage: Stage) -> None:
         lengths = tokenizer.untruncated_lengths(texts, prompts)
         cut = float(np.mean(lengths > tokenizer.max_length))
         log.info(
-            "%s: %s examples; a text has %.0f tokens on average, %.1f%% are cut at %d; in-batch negatives %s",
-            source.name, f"{len(source):,}", lengths.mean(), 100 * cut, tokenizer.max_length,
+            "%s: %s examples, seen %.3g times; a text has %.0f tokens on average, %.1f%% are cut at %d; in-batch negatives %s",
+            source.name, f"{len(source):,}", epochs, lengths.mean(), 100 * cut, tokenizer.max_length,
             "on" if source.in_batch else "off",
         )  # fmt: skip
         if stage.needs_hard_negatives(source) and not any(example.negatives for example in examples):

@@ -6,10 +6,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
@@ -17,7 +15,7 @@ from jax.sharding import Mesh
 from jaxembed import parallel
 from jaxembed.config import Config, DistillationConfig, InfoNCEConfig, MarginMSEConfig, ObjectiveConfig
 from jaxembed.data.batch import BatchBuilder
-from jaxembed.data.mixture import make_plan, plan_hash
+from jaxembed.data.mixture import Plan
 from jaxembed.data.sources import Source
 from jaxembed.data.tokenize import TextTokenizer
 from jaxembed.errors import UserError
@@ -39,7 +37,7 @@ class Stage:
     index: int
     config: Config
     before: int
-    sources: Sequence[Source]
+    plan: Plan
     tokenizer: TextTokenizer
     build: BatchBuilder
     objectives: Objectives
@@ -52,12 +50,8 @@ class Stage:
         return self.before + self.config.train.steps
 
     @property
-    def plan(self) -> grain.MapDataset[np.ndarray]:
-        return make_plan(self.sources, self.config.train.batch_size, self.config.train.seed, self.index)
-
-    @property
-    def plan_hash(self) -> str:
-        return plan_hash(self.sources, self.config.train.batch_size, self.config.train.seed)
+    def sources(self) -> Sequence[Source]:
+        return self.plan.sources
 
     @property
     def schedule(self) -> optax.Schedule:
@@ -82,31 +76,32 @@ class Stage:
 
 def make_stages(
     configs: Sequence[Config],
-    opened: Sequence[Sequence[Source]],
+    plans: Sequence[Plan],
     tokenizer: TextTokenizer,
     model: EmbeddingModel,
     base: Base,
     shards: int,
     others: Mapping[str, OtherModel],
 ) -> list[Stage]:
-    """The stages of a run's configs, whose sources are `opened`; `others` are the guide and the teacher.
+    """The stages of a run's configs, which train on `plans`; `others` are the guide and the teacher.
 
     `UserError` where a stage does not fit the model.
     """
     stages: list[Stage] = []
-    for index, (config, sources) in enumerate(zip(configs, opened, strict=True)):
+    for index, (config, plan) in enumerate(zip(configs, plans, strict=True)):
         before = stages[-1].end if stages else 0
         spec = dataclasses.replace(model.spec, max_length=config.data.max_length)
         of_stage = text_tokenizer(tokenizer.hf, spec, base)
         build = BatchBuilder(
-            sources, of_stage, spec, row_length=config.row_length, hard_negatives=config.data.hard_negatives,
+            plan.sources, of_stage, spec, row_length=config.row_length, hard_negatives=config.data.hard_negatives,
             seed=config.train.seed, shards=shards, adapters=model.adapters, steps_before=before,
+            distinct=config.data.batching.no_duplicates,
             guide=others["guide"].encode if config.guide else None,
             teacher=others["teacher"].encode if config.teacher else None,
         )  # fmt: skip
-        objectives = _objectives(config, model, sources)
+        objectives = _objectives(config, model, plan.sources)
         scheduled, width = _scheduled(configs, index), others["teacher"].width if config.teacher else 0
-        stages.append(Stage(index, config, before, sources, of_stage, build, objectives, scheduled, width))
+        stages.append(Stage(index, config, before, plan, of_stage, build, objectives, scheduled, width))
     return stages
 
 
@@ -185,7 +180,7 @@ def resume(
         state = enter(stage, state, model, mesh)
     if latest is None:
         return 0, state
-    if cursor["plan_hash"] != stages[index].plan_hash:
+    if cursor["plan_hash"] != stages[index].plan.hash:
         raise UserError(
             f"{checkpoints.run_dir}: the training data changed since step {latest}; restore it, or name another run.dir"
         )

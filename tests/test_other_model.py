@@ -20,7 +20,7 @@ import tiny
 from jaxembed import Embedder, parallel
 from jaxembed.config import InfoNCEConfig, PythonPackagesConfig, SourceConfig
 from jaxembed.data.batch import BatchBuilder, OtherVectors, RawText
-from jaxembed.data.mixture import make_plan
+from jaxembed.data.mixture import Plan
 from jaxembed.data.pipeline import batches
 from jaxembed.data.sources import open_source
 from jaxembed.data.tokenize import TextTokenizer
@@ -209,7 +209,7 @@ def test_they_come_with_the_batches_of_a_run(opened: OtherModel, tmp_path: Path)
         return np.array([[len(text.text), 1.0] for text in texts], np.float32)
 
     build = builder(tmp_path, guide=opened.encode, teacher=other)
-    plan = make_plan(build._sources, 8, seed=0)
+    plan = Plan(build._sources, 8, seed=0)
     mesh = parallel.make_mesh(2)
     with jax.set_mesh(mesh):
         for step, host in enumerate(batches(plan, build, 0, 3)):

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 import tiny
-from jaxembed.config import PythonPackagesConfig, SourceConfig
+from jaxembed.config import BatchingConfig, MixtureConfig, PythonPackagesConfig, SourceConfig
 from jaxembed.data.batch import Batch, BatchBuilder, HostBatch
-from jaxembed.data.mixture import ExampleIndex, make_plan, plan_hash
+from jaxembed.data.mixture import ExampleIndex, Plan
 from jaxembed.data.pipeline import batches
 from jaxembed.data.schema import Example, text_hash
+from jaxembed.data.shuffle import key_of, permuted
 from jaxembed.data.sources import Source, open_source
 from jaxembed.data.tokenize import TextTokenizer, append_eos
 from jaxembed.errors import UserError
@@ -52,11 +53,15 @@ def sources(tmp_path: Path) -> list[Source]:
     ]
 
 
-def builder(sources: Sequence[Source], shards: int = 1, seed: int = 0, negatives: int = 2) -> BatchBuilder:
+def builder(
+    sources: Sequence[Source], shards: int = 1, seed: int = 0, negatives: int = 2, distinct: bool = False
+) -> BatchBuilder:
     tokenizer = tiny.tokenizer(bos=True)
     append_eos(tokenizer)
     made = TextTokenizer(tokenizer, SPEC.max_length)
-    return BatchBuilder(sources, made, SPEC, row_length=48, hard_negatives=negatives, seed=seed, shards=shards)
+    return BatchBuilder(
+        sources, made, SPEC, row_length=48, hard_negatives=negatives, seed=seed, shards=shards, distinct=distinct
+    )
 
 
 def equal(a: HostBatch, b: HostBatch) -> bool:
@@ -65,38 +70,140 @@ def equal(a: HostBatch, b: HostBatch) -> bool:
 
 
 def test_the_plan_is_a_function_of_seed_and_step(sources: list[Source]) -> None:
-    plan, again = make_plan(sources, 8, seed=1), make_plan(sources, 8, seed=1)
+    plan, again = Plan(sources, 8, seed=1), Plan(sources, 8, seed=1)
     steps = [7, 0, 123, 3, 7]
     assert all(np.array_equal(plan[step], again[step]) for step in reversed(steps))
     assert not np.array_equal(plan[0], plan[1])
-    assert not np.array_equal(plan[0], make_plan(sources, 8, seed=2)[0])
-    assert len(make_plan(sources, 8, seed=2**40)[10**6]) == 8
+    assert not np.array_equal(plan[0], Plan(sources, 8, seed=2)[0])
+    assert len(Plan(sources, 8, seed=2**40)[10**6]) == 8
 
 
 def test_weights_are_shares_of_the_mixture(sources: list[Source]) -> None:
-    plan = make_plan(sources, 8, seed=0)
+    plan = Plan(sources, 8, seed=0)
     ids = np.concatenate([plan[step] for step in range(100)])
     assert np.sum(ids < 30) == 600  # weight 3 of 4, of 800
     assert set(ids) == set(range(40))
 
 
 def test_every_epoch_is_another_permutation(tmp_path: Path) -> None:
-    plan = make_plan([source(tmp_path, "pairs", pairs(30))], 10, seed=0)
+    plan = Plan([source(tmp_path, "pairs", pairs(30))], 10, seed=0)
     epochs = [np.concatenate([plan[3 * epoch + part] for part in range(3)]).tolist() for epoch in range(4)]
     assert all(sorted(epoch) == list(range(30)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
 
 def test_two_sources_of_one_size_are_shuffled_differently(tmp_path: Path) -> None:
-    plan = make_plan([source(tmp_path, name, pairs(30)) for name in "ab"], 60, seed=0)
+    plan = Plan([source(tmp_path, name, pairs(30)) for name in "ab"], 60, seed=0)
     ids = plan[0]
     assert (ids[ids < 30] != ids[ids >= 30] - 30).any()
 
 
+def test_permutations_are_bijections_that_look_drawn() -> None:
+    for count in (1, 7, 4096, 4097, 5000, 2**13, 70_001):
+        found = permuted(np.arange(count), count, key_of("a", count))
+        assert np.array_equal(np.sort(found), np.arange(count))
+    count = 20_000_000
+    drawn = np.stack([permuted(np.arange(512), count, key_of("b", i)) for i in range(200)])
+    assert drawn.min() >= 0 and drawn.max() < count and all(len(set(row)) == 512 for row in drawn)
+    assert abs(np.mean(drawn) / count - 0.5) < 4 * np.sqrt(1 / 12 / drawn.size)
+    followers = np.corrcoef(drawn[:, :-1].ravel(), drawn[:, 1:].ravel())[0, 1]
+    same_place = np.corrcoef(drawn[:-1].ravel(), drawn[1:].ravel())[0, 1]
+    assert max(abs(followers), abs(same_place)) < 4 / np.sqrt(drawn.size)
+
+
+@pytest.mark.parametrize("kind", ["blended", "homogeneous", "semi_homogeneous"])
+def test_every_kind_of_batch_sees_every_example_once_an_epoch(tmp_path: Path, kind: Any) -> None:
+    made = [source(tmp_path, name, pairs(size), weight=size) for name, size in (("a", 100), ("b", 60), ("c", 40))]
+    plan = Plan(made, 20, 3, batching=BatchingConfig(kind=kind, ratio=0.7))
+    steps = [plan[step] for step in range(500)]
+    for i, (start, size) in enumerate(((0, 100), (100, 60), (160, 40))):
+        ids = np.concatenate(steps)
+        ids = ids[(ids >= start) & (ids < start + size)]
+        whole = ids[: len(ids) // size * size].reshape(-1, size)
+        # Epochs end inside batches, whose order is shuffled: an example is there once an epoch but for its ends.
+        assert abs(len(ids) - 500 * 20 * size / 200) <= 30
+        assert np.abs(np.bincount(ids - start) - len(ids) / size).max() <= 1
+        assert plan.epochs(500)[i] == len(ids) / size
+        assert len({tuple(epoch) for epoch in whole}) == len(whole)
+
+
+def of_one(ids: np.ndarray) -> int:
+    """The most examples of one of four sources of 50 examples."""
+    return int(np.bincount(ids // 50).max())
+
+
+def test_batches_of_one_source_and_partly_of_one(tmp_path: Path) -> None:
+    made = [source(tmp_path, name, pairs(50), weight=1 + (name == "d")) for name in "abcd"]
+
+    def plan(kind: Any, ratio: float = 0.5, **options: Any) -> Plan:
+        return Plan(made, 20, 0, batching=BatchingConfig(kind=kind, ratio=ratio), **options)
+
+    blended, homogeneous, half = plan("blended"), plan("homogeneous"), plan("semi_homogeneous")
+    assert {tuple(np.bincount(blended[step] // 50, minlength=4)) for step in range(50)} == {(4, 4, 4, 8)}
+    assert {of_one(homogeneous[step]) for step in range(50)} == {20}
+    of_d = [step for step in range(1000) if homogeneous[step][0] >= 150]
+    assert abs(len(of_d) - 400) <= 1 and max(np.diff(of_d)) <= 3
+    assert {of_one(half[step]) for step in range(50)} == {12, 14}  # 10 of one source, and 2 or 4 of it among the others
+    assert len({int(half[step][0]) // 50 for step in range(20)}) > 1  # the parts do not stand one after another
+    assert all(np.array_equal(plan("semi_homogeneous", 0)[step], blended[step]) for step in range(20))
+    assert np.array_equal(half[700], plan("semi_homogeneous")[700]) and not np.array_equal(half[7], plan("blended", stage=1)[7])
+    with pytest.raises(
+        UserError, match=r"kind=homogeneous takes 51 examples of one source into a batch, but a holds 50; lower"
+    ):
+        Plan(made, 51, 0, batching=BatchingConfig(kind="homogeneous"))
+
+
+def test_shares_by_size_and_temperature(tmp_path: Path) -> None:
+    made = [source(tmp_path, name, pairs(size), weight=weight) for name, size, weight in (("a", 90, 1.0), ("b", 10, 4.0))]
+
+    def shares(**mixture: Any) -> list[float]:
+        plan = Plan(made, 50, 0, mixture=MixtureConfig(**mixture))
+        ids = np.concatenate([plan[step] for step in range(200)])
+        return [round(float(np.mean(ids < 90)), 3), round(float(np.mean(ids >= 90)), 3)]
+
+    assert shares() == [0.2, 0.8]
+    assert shares(by="size") == [0.692, 0.308]  # 90 to 40
+    assert shares(by="size", temperature=2.0) == [0.6, 0.4]  # the root of it, 3 to 2
+    assert shares(temperature=1e6) == [0.5, 0.5]
+
+
+def test_a_source_may_use_a_part_of_its_examples(tmp_path: Path) -> None:
+    capped, whole = source(tmp_path, "a", pairs(50), max_examples=20), source(tmp_path, "b", pairs(50), max_examples=80)
+    assert (len(capped), len(whole)) == (20, 50)
+    random = np.random.default_rng(0)
+    drawn = [capped.draw(i, random, 0).query for i in range(20)]
+    assert len(set(drawn)) == 20 and drawn != [whole.draw(i, random, 0).query for i in range(20)]
+    again = source(tmp_path, "a", pairs(50), max_examples=20)
+    assert [again.draw(i, random, 0).query for i in range(20)] == drawn
+    ids = np.concatenate([Plan([capped], 10, seed=0)[step] for step in range(2)])
+    assert sorted(ids) == list(range(20))
+
+
+def test_no_text_stands_twice_in_a_batch(tmp_path: Path) -> None:
+    rows = [{"query": f"q{i % 30}", "pos": [f"p{i // 2}"]} for i in range(60)]
+    labels = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(40)]
+    made = [source(tmp_path, "pairs", rows), source(tmp_path, "labels", labels, weight=0.5)]
+    plan = Plan(made, 24, seed=0)
+
+    def positives(build: BatchBuilder, step: int) -> list[str]:
+        examples = build.examples(step, plan[step])
+        return [text for e in examples if e.query.startswith("q") for text in (e.query, e.positive)]
+
+    build = builder(made, distinct=True)
+    for step in range(30):
+        texts = positives(build, step)
+        assert len(texts) == len(set(texts)) == 32
+        assert np.array_equal(build(step, plan[step]).batch.source, plan[step] >= 60)
+        assert positives(builder(made, distinct=True), step) == texts
+    assert any(len(set(texts)) < 32 for texts in (positives(builder(made), step) for step in range(30)))
+    few = source(tmp_path, "few", [{"query": "q", "pos": ["p"]}] * 12)
+    assert len(builder([few], distinct=True).examples(0, np.arange(12))) == 12  # there is no other
+
+
 def test_a_batch_larger_than_the_data_is_refused(sources: list[Source]) -> None:
-    make_plan(sources, 40, seed=0)
+    Plan(sources, 40, seed=0)
     with pytest.raises(UserError, match=r"^train.batch_size is 41, but the sources hold 40 examples; use at most that$"):
-        make_plan(sources, 41, seed=0)
+        Plan(sources, 41, seed=0)
 
 
 def test_ids_number_the_examples_of_all_sources(sources: list[Source]) -> None:
@@ -108,12 +215,12 @@ def test_the_hash_of_a_plan_changes_with_what_a_step_sees(tmp_path: Path) -> Non
     first = source(tmp_path, "a", pairs(30))
     other = source(tmp_path, "b", pairs(31))
     hashes = [
-        plan_hash([first], 8, 0), plan_hash([first], 9, 0), plan_hash([first], 8, 1), plan_hash([other], 8, 0),
-        plan_hash([first, other], 8, 0), plan_hash([source(tmp_path, "a", pairs(30), weight=2.0)], 8, 0),
-        plan_hash([source(tmp_path, "a", pairs(30), instructions=["find"])], 8, 0),
+        Plan([first], 8, 0).hash, Plan([first], 9, 0).hash, Plan([first], 8, 1).hash, Plan([other], 8, 0).hash,
+        Plan([first, other], 8, 0).hash, Plan([source(tmp_path, "a", pairs(30), weight=2.0)], 8, 0).hash,
+        Plan([source(tmp_path, "a", pairs(30), instructions=["find"])], 8, 0).hash,
     ]  # fmt: skip
     assert len(set(hashes)) == len(hashes)
-    assert plan_hash([source(tmp_path, "elsewhere", pairs(30), name="x")], 8, 0) == hashes[0]
+    assert Plan([source(tmp_path, "elsewhere", pairs(30), name="x")], 8, 0).hash == hashes[0]
 
 
 def text_at(batch: Batch, shard: int, slot: int) -> np.ndarray:
@@ -133,7 +240,7 @@ def texts_of(example: Example, negatives: int) -> list[tuple[str | None, str]]:
 @pytest.mark.parametrize("shards", [1, 8])
 def test_slots_point_at_the_texts_of_the_examples(sources: list[Source], shards: int) -> None:
     build = builder(sources, shards)
-    ids = make_plan(sources, 24, seed=0)[5]
+    ids = Plan(sources, 24, seed=0)[5]
     examples, batch = build.examples(5, ids), build(5, ids).batch
     tokenizer = build._tokenizer
     assert {len(example.negatives) for example in examples} == {0, 1, 2}
@@ -152,7 +259,7 @@ def test_slots_point_at_the_texts_of_the_examples(sources: list[Source], shards:
 @pytest.mark.parametrize("shards", [1, 8])
 def test_a_batch_holds_what_the_examples_say(sources: list[Source], shards: int) -> None:
     build = builder(sources, shards)
-    ids = make_plan(sources, 24, seed=0)[5]
+    ids = Plan(sources, 24, seed=0)[5]
     examples, host = build.examples(5, ids), build(5, ids)
     batch = host.batch
     assert batch.source.tolist() == [int(id_ >= 30) for id_ in ids]
@@ -171,7 +278,7 @@ def test_a_batch_holds_what_the_examples_say(sources: list[Source], shards: int)
 @pytest.mark.parametrize("shards", [1, 8])
 def test_pooling_starts_after_the_instruction(sources: list[Source], shards: int) -> None:
     build = builder(sources, shards)
-    ids = make_plan(sources, 24, seed=0)[5]
+    ids = Plan(sources, 24, seed=0)[5]
     examples, batch = build.examples(5, ids), build(5, ids).batch
     texts, rows = batch.texts, batch.texts.tokens.shape[0] // shards
     for i, example in enumerate(examples):
@@ -187,14 +294,14 @@ def test_pooling_starts_after_the_instruction(sources: list[Source], shards: int
 
 
 def test_the_examples_do_not_depend_on_the_shards(sources: list[Source]) -> None:
-    ids = make_plan(sources, 24, seed=0)[0]
+    ids = Plan(sources, 24, seed=0)[0]
     one, eight = builder(sources, 1)(0, ids).batch, builder(sources, 8)(0, ids).batch
     for name in ("query_hash", "doc_hash", "positive_hash", "in_batch", "label", "source"):
         assert np.array_equal(getattr(one, name), getattr(eight, name)), name
 
 
 def test_a_batch_is_a_function_of_seed_step_and_ids(sources: list[Source]) -> None:
-    ids = make_plan(sources, 24, seed=0)[0]
+    ids = Plan(sources, 24, seed=0)[0]
     build = builder(sources)
     first = build(3, ids)
     build(4, ids)
@@ -217,7 +324,7 @@ def test_no_negatives_asked_for(sources: list[Source]) -> None:
 
 def test_the_pipeline_resumes_at_any_step_with_the_same_batches(sources: list[Source]) -> None:
     def run(start: int, stop: int = 12) -> list[HostBatch]:
-        return list(batches(make_plan(sources, 8, seed=0), builder(sources, 2), start, stop))
+        return list(batches(Plan(sources, 8, seed=0), builder(sources, 2), start, stop))
 
     whole = run(0)
     assert len(whole) == 12

@@ -18,7 +18,7 @@ import tiny
 from jaxembed import parallel
 from jaxembed.config import InfoNCEConfig, OptimConfig, PythonPackagesConfig, SourceConfig
 from jaxembed.data.batch import BatchBuilder, HostBatch
-from jaxembed.data.mixture import make_plan
+from jaxembed.data.mixture import Plan
 from jaxembed.data.sources import Source, open_source
 from jaxembed.data.tokenize import TextTokenizer, append_eos
 from jaxembed.losses.objectives import Objectives
@@ -58,7 +58,7 @@ def host_batches(source: Source, shards: int, steps: int, row_length: int = 128)
         [source], TextTokenizer(tokenizer, SPEC.max_length), SPEC, row_length=row_length, hard_negatives=2, seed=0,
         shards=shards,
     )  # fmt: skip
-    plan = make_plan([source], BATCH, seed=0)
+    plan = Plan([source], BATCH, seed=0)
     return [build(step, plan[step]) for step in range(steps)]
 
 

@@ -18,6 +18,8 @@ from jaxembed.data.tokenize import TextTokenizer, TokenizedTexts
 from jaxembed.errors import UserError
 from jaxembed.spec import EmbeddingSpec
 
+ATTEMPTS = 100  # to find an example whose texts no other of its batch has; the loss knows those that remain as duplicates
+
 
 class RawText(NamedTuple):
     """A text without any model's prompt: its side (query or document) and its instruction, '' for none, stand apart."""
@@ -74,8 +76,9 @@ class HostBatch:
 class BatchBuilder:
     """Draws, tokenises and packs the examples of a step. Pure: the same (step, ids) give the same batch.
 
-    A step is that of a stage, which `steps_before` others precede. `guide` and `teacher` are other models, whose vectors of
-    its texts a batch is to carry.
+    A step is that of a stage, which `steps_before` others precede. With `distinct` no query or positive stands twice in a
+    batch, of those that may be negatives of each other: others of the same source are drawn in their place. `guide` and
+    `teacher` are other models, whose vectors of its texts a batch is to carry.
     """
 
     def __init__(
@@ -90,6 +93,7 @@ class BatchBuilder:
         shards: int,
         adapters: Sequence[str] = (),
         steps_before: int = 0,
+        distinct: bool = False,
         guide: EncodeRaw | None = None,
         teacher: EncodeRaw | None = None,
     ):
@@ -97,18 +101,30 @@ class BatchBuilder:
         self._index = ExampleIndex(sources)
         self._row_length, self._negatives = row_length, hard_negatives
         self._seed, self._shards, self._adapters = seed, shards, tuple(adapters)
-        self._before = steps_before
+        self._before, self._distinct = steps_before, distinct
         self._guide, self._teacher = guide, teacher
         self._positives = max(source.drawer.most_positives for source in sources)
 
     def examples(self, step: int, ids: np.ndarray) -> list[Example]:
         """The examples of a step, each drawn from (seed, step, id)."""
-        source, index = self._index.locate(ids)
-        drawn = [
-            self._sources[s].draw(int(i), np.random.default_rng((self._seed, self._before + step, int(id_))), self._negatives)
-            for s, i, id_ in zip(source, index, ids, strict=True)
-        ]
+        drawn: list[Example] = []
+        seen: set[str] = set()
+        for s, index, id_ in zip(*self._index.locate(ids), ids, strict=True):
+            source = self._sources[s]
+            example = self._draw(source, int(index), step, int(id_))
+            for attempt in range(ATTEMPTS if self._distinct and source.in_batch else 0):
+                if seen.isdisjoint((example.query, example.positive)):
+                    break
+                example = self._draw(source, None, step, int(id_), attempt)
+            if source.in_batch:
+                seen |= {example.query, example.positive}
+            drawn.append(example)
         return self._with_room(drawn)
+
+    def _draw(self, source: Source, index: int | None, step: int, *key: int) -> Example:
+        """The example at `index`, at a random one for None."""
+        random = np.random.default_rng((self._seed, self._before + step, *key))
+        return source.draw(int(random.integers(len(source))) if index is None else index, random, self._negatives)
 
     def _with_room(self, examples: list[Example]) -> list[Example]:
         """The same without those in-context examples, the last first, that leave the text less than half of its tokens.

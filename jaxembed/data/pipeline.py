@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import grain
-import numpy as np
 
 from jaxembed.data.batch import BatchBuilder, HostBatch
+from jaxembed.data.mixture import Plan
 
 PREFETCHED = 4  # batches built ahead, on a thread: tokenising releases the GIL
 
 
-def batches(plan: grain.MapDataset[np.ndarray], build: BatchBuilder, start: int, stop: int) -> Iterator[HostBatch]:
+def batches(plan: Plan, build: BatchBuilder, start: int, stop: int) -> Iterator[HostBatch]:
     """The batches of steps start to stop - 1, in order, built ahead of use."""
-    built = plan.map_with_index(build).slice(slice(start, stop))
+    built = grain.MapDataset.source(plan).map_with_index(build).slice(slice(start, stop))
     return iter(built.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCHED)))

@@ -14,7 +14,9 @@ from jaxembed.data.beir import BeirPairs
 from jaxembed.data.drawers import Drawer, Labels, Pairs, Rows, ScoredPairs
 from jaxembed.data.jsonl import JsonLines, first_row
 from jaxembed.data.schema import Example, PairCheck, check_label, check_scored
+from jaxembed.data.shuffle import key_of, permuted
 from jaxembed.errors import UserError
+from jaxembed.fields import LARGEST
 from jaxembed.files import exists
 from jaxembed.spec import Shot
 
@@ -30,15 +32,21 @@ class Source:
     digest: str
 
     def __len__(self) -> int:
-        return len(self.drawer)
+        return min(len(self.drawer), self.config.max_examples or LARGEST)
 
     def draw(self, index: int, rng: np.random.Generator, negatives: int) -> Example:
         """The example at `index` as this visit sees it: all that is drawn, in-context examples too, is drawn by `rng`."""
-        example = self.drawer.draw(index, rng, negatives)
+        example = self.drawer.draw(self._row(index), rng, negatives)
         choices = self.config.instructions
         instruction = example.instruction or (choices[rng.integers(len(choices))] if choices else "")
         documents, shots = self.config.document_instruction, self._shots(index, example.query, instruction, rng)
         return dataclasses.replace(example, instruction=instruction, document_instruction=documents, shots=shots)
+
+    def _row(self, index: int) -> int:
+        """Where an example lies among the drawer's: where not all are used, at a place drawn by their content."""
+        if len(self) == len(self.drawer):
+            return index
+        return int(permuted(np.array([index]), len(self.drawer), key_of(self.digest))[0])
 
     def _shots(self, index: int, query: str, instruction: str, rng: np.random.Generator) -> tuple[Shot, ...]:
         """In-context examples out of other rows that ask something else; fewer than drawn where there are not as many.
@@ -50,7 +58,7 @@ class Source:
             return ()
         count = int(rng.integers(1, chosen.most + 1))
         rows = rng.choice(len(self), min(len(self), 2 * count + 1), replace=False)
-        drawn = (self.drawer.draw(int(row), rng, 0) for row in rows if row != index)
+        drawn = (self.drawer.draw(self._row(int(row)), rng, 0) for row in rows if row != index)
         shots = (Shot(e.instruction or instruction, e.query, e.positive) for e in drawn if e.query != query)
         return tuple(islice(shots, count))
 
