@@ -13,24 +13,51 @@ import numpy as np
 import pytest
 
 from jaxembed import parallel
-from jaxembed.config import InfoNCEConfig, MatryoshkaConfig, SpreadOutConfig
+from jaxembed.config import (
+    DistillationConfig,
+    EmbeddingMatchingConfig,
+    InfoNCEConfig,
+    MarginMSEConfig,
+    MatryoshkaConfig,
+    SpreadOutConfig,
+)
+from jaxembed.data.batch import Batch, OtherVectors
 from jaxembed.data.packing import PackedTexts
 from jaxembed.data.sources import Source
 from jaxembed.losses.objectives import Objectives
 from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.model.lora import LoRA, join, split
 from jaxembed.training.gradcache import encode
-from jaxembed.training.step import batch_loss
+from jaxembed.training.step import OBJECTIVES, batch_loss
 from loaded import load
+from test_losses import unit
 from test_objectives import ALL
 from test_step import SPEC, host_batches, source
 
 __all__ = ["source"]
 Folder = Callable[[str], Path]
 KEY, CHUNK = jax.random.key(3), 6
-OBJECTIVES = Objectives(
+FOUR_DIRECTIONS = Objectives(
     [InfoNCEConfig(temperature=0.2, directions=ALL, margin=0.1), SpreadOutConfig()], MatryoshkaConfig(dims=(8,))
 )
+ALL_OTHERS = Objectives(
+    [
+        InfoNCEConfig(
+            temperature=0.2, learn_temperature=True, guide="a model", guide_margin=-0.5, focal=0.5, hardness=2.0,
+            hardness_of="all", mixed_negatives=2,
+        ),
+        DistillationConfig(hard_labels=0.2), MarginMSEConfig(), EmbeddingMatchingConfig(teacher="a model"),
+    ],
+)  # fmt: skip
+
+
+def with_teacher(batch: Batch, width: int) -> Batch:
+    """The batch with random vectors and scores of another model."""
+    random = np.random.default_rng(0)
+    shapes = batch.query_slot.shape, batch.doc_slot.shape
+    other = OtherVectors(*(unit(random, *shape, width).astype(np.float32) for shape in shapes))
+    scores = random.normal(size=batch.doc_slot.shape).astype(np.float32)
+    return batch.replace(teacher_scores=scores, guide=other, teacher=other)
 
 
 def close(a: Any, b: Any) -> None:
@@ -40,23 +67,27 @@ def close(a: Any, b: Any) -> None:
         assert np.linalg.norm(x - y) <= 1e-5 * np.linalg.norm(x), path
 
 
-def compiled(model: EmbeddingModel, params: Any, batch: Any, rows: int | None) -> jax.stages.Compiled:
-    grad = jax.jit(jax.value_and_grad(lambda p, b: batch_loss(model, OBJECTIVES, p, b, KEY, rows)[0]))
+def compiled(model: EmbeddingModel, objectives: Objectives, params: Any, batch: Any, rows: int | None) -> jax.stages.Compiled:
+    grad = jax.jit(jax.value_and_grad(lambda p, b: batch_loss(model, objectives, p, b, KEY, rows)[0]))
     return grad.lower(params, batch).compile()
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-def test_gradients_are_those_of_the_whole_batch(base_folder: Folder, source: Source, devices: int) -> None:
+@pytest.mark.parametrize(("devices", "objectives"), [(1, ALL_OTHERS), (8, FOUR_DIRECTIONS)])
+def test_gradients_are_those_of_the_whole_batch(
+    base_folder: Folder, source: Source, devices: int, objectives: Objectives
+) -> None:
     """Also where the rows of a device are no multiple of the chunk's."""
     model, params = load(base_folder("qwen2"), SPEC, devices)
+    params |= {OBJECTIVES: objectives.new_params(model.width, 5, KEY)}
+    assert params[OBJECTIVES].keys() == ({"infonce", "embedding_matching"} if objectives is ALL_OTHERS else set())
     mesh = parallel.make_mesh(devices)
-    host = host_batches(source, devices, 1, row_length=32)[0].batch
+    host = with_teacher(host_batches(source, devices, 1, row_length=32)[0].batch, 5)
     rows = len(host.texts.tokens) // devices
     chunk = 4 if devices == 1 else 2
     assert rows % chunk and rows > chunk
     with jax.set_mesh(mesh):
         batch = parallel.put_batch(mesh, host)
-        whole, cached = (compiled(model, params, batch, at_once) for at_once in (None, chunk))
+        whole, cached = (compiled(model, objectives, params, batch, at_once) for at_once in (None, chunk))
         (loss, grads), (cached_loss, cached_grads) = whole(params, batch), cached(params, batch)
     assert float(cached_loss) == pytest.approx(float(loss), rel=1e-6)
     close(grads, cached_grads)

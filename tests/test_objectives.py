@@ -184,13 +184,15 @@ def test_nothing_of_the_size_of_all_pairs_exists() -> None:
         assert large < 65536**2 / 4  # a sixteenth of all scores
 
 
-def numbers(config: ObjectiveConfig, q: np.ndarray, d: np.ndarray, batch: Batch | None = None) -> tuple[float, np.ndarray]:
+def numbers(
+    config: ObjectiveConfig, q: np.ndarray, d: np.ndarray, batch: Batch | None = None, params: Any = None
+) -> tuple[float, np.ndarray]:
     """Loss and its gradient by the queries."""
     names = [f"q{i}" for i in range(len(q))]
     batch = batch or batch_of(names, [[f"{name} {k}" for k in range(d.shape[1])] for name in names])
 
     def loss(q: jax.Array) -> jax.Array:
-        return OBJECTIVES[config.name](config, encoded(unit_length(q), jnp.array(d), batch))[0]
+        return OBJECTIVES[config.name](config, encoded(unit_length(q), jnp.array(d), batch, params=params or {}))[0]
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(jnp.array(q))
     return float(value), np.asarray(gradient)
@@ -258,6 +260,24 @@ def test_distillation_is_that_of_sentence_transformers() -> None:
     ours = numbers(DistillationConfig(temperature=0.5, teacher_temperature=0.5), q, d, batch)
     agree(ours, (reference[0] / 0.5**2, reference[1] / 0.5**2))  # theirs is times the temperature squared
     agree(numbers(MarginMSEConfig(), q, d, batch), in_torch(theirs.MarginMSELoss(None), q, d, labels))
+
+
+@pytest.mark.parametrize("width", [8, 5])
+def test_embedding_matching_is_that_of_sentence_transformers(width: int) -> None:
+    random = np.random.default_rng(1)
+    q, d = unit(random, 5, 8).astype(np.float32), unit(random, 5, 3, 8).astype(np.float32)
+    teacher = unit(random, 5, 4, width).astype(np.float32)
+    batch = batch_of(list("abcde"), [[f"{c}{k}" for k in range(3)] for c in "abcde"])
+    batch = batch.replace(teacher=OtherVectors(jnp.array(teacher[:, 0]), jnp.array(teacher[:, 1:])))
+    config = EmbeddingMatchingConfig(teacher="a model")
+    params = Objectives([config]).new_params(8, width, jax.random.key(0)).get("embedding_matching", {})
+    loss = theirs.EmbedDistillLoss(None, distance_metric="cosine")
+    if params:
+        loss.projection = torch.nn.Linear(8, width, bias=False)
+        loss.projection.weight.data = torch.tensor(np.asarray(params["kernel"]).T)
+    reference = in_torch(loss, q, d, [torch.tensor(teacher[:, i]) for i in range(4)])
+    ours = numbers(config, q, d, batch, params)
+    agree(ours, (2 * reference[0], 2 * reference[1]))  # |a - b|^2 = 2 (1 - cos) of unit vectors
 
 
 def test_hard_labels_and_missing_scores_by_hand() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +16,7 @@ from jaxembed.hub.card import Card
 from jaxembed.hub.export import export
 from jaxembed.run import train
 from jaxembed.training.metrics import read_metrics
-from runs import ENV, command, losses, prepare, settings
+from runs import command, losses, prepare, settings
 
 
 @pytest.fixture(scope="module")
@@ -51,26 +49,6 @@ def test_same_seed_same_losses_other_seed_others(folder):
     train(settings(folder, "other", "train.steps=3", "train.seed=1"))
     assert losses(folder / "again") == losses(folder / "twin")
     assert losses(folder / "again") != losses(folder / "other")
-
-
-def test_a_killed_run_goes_on_bit_for_bit(folder):
-    """The process dies at step 7, past the checkpoint of step 6; the same command then gives the uninterrupted losses."""
-    train(settings(folder, "straight"))
-    cut = settings(folder, "cut")
-    script = (
-        "import os, sys; from jaxembed import config; from jaxembed.run import train; from jaxembed.training import loop\n"
-        "real = loop.Recorder.log\n"
-        "def log(self, step, values, stage=0):\n"
-        "    real(self, step, values, stage)\n"
-        "    if step == 7 and 'loss' in values: os._exit(9)\n"
-        "loop.Recorder.log = log\n"
-        "train(config.load(sys.argv[1], sys.argv[2:]))\n"
-    )
-    command = [sys.executable, "-c", script, str(folder / "cut.yaml"), f"run.dir={folder / 'cut'}"]
-    assert subprocess.run(command, env=ENV, capture_output=True, check=False).returncode == 9
-    assert len(losses(folder / "cut")) == 7
-    train(cut)
-    assert losses(folder / "cut") == losses(folder / "straight")
 
 
 def test_a_run_directory_of_another_config_is_refused(folder):
