@@ -158,7 +158,7 @@ def test_a_run_of_two_adapters(folder: Path, tmp_path: Path, monkeypatch: pytest
     train(half)
     assert losses(folder / "half") == losses(folder / "whole")
     rows = read_metrics(folder / "whole")
-    assert [row["adapter"] for row in rows if "loss" in row] == [0, 0, 1, 0]
+    assert sorted(row["adapter"] for row in rows if "loss" in row) == [0, 0, 0, 1]
 
     run, vectors = open_trained(folder / "whole", Compute(unroll=False), mesh, "last"), {}
     merged, unmerged = (Embedder(m, {}, run.tokenizer, mesh, run.base) for m in (run.of("sts").merged[0], run.of("sts").model))
