@@ -13,6 +13,7 @@ over seeds. Prints Markdown tables as they grow and, on the last line, one JSON 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import statistics
@@ -81,24 +82,23 @@ def ablations(pairs: str, labels: str, steps: int) -> dict[str, dict[str, Any]]:
     }
 
 
+@dataclasses.dataclass(frozen=True)
 class Bench:
-    def __init__(self, args: argparse.Namespace, folder: Path):
-        self.args, self.folder = args, folder
+    """Trains rows of a table from one base, each run into a folder of its own."""
 
-    def score(self, model: str, dim: int | None = None, instruction: str = "") -> float:
-        embedder = Embedder.load(model)
-        heldout = config.EvalSetConfig(name="heldout", kind="retrieval", path=str(self.args.heldout), instruction=instruction)
-        [opened] = open_sets([heldout], config.PythonPackagesConfig(), self.folder)
-        return opened.score(lambda texts, of: embedder.encode(texts, of, dim))["ndcg_at_10"]
+    base: str
+    folder: Path
+    batch_size: int
+    learning_rate: float
 
     def run(self, name: str, changes: dict[str, Any], seed: int, pairs: str, steps: int) -> str:
         """Trains one row once; returns its run directory."""
-        train_ = {"batch_size": self.args.batch_size, "seed": seed, "log_every": 10, "checkpoint_every": 10**6}
+        train_ = {"batch_size": self.batch_size, "seed": seed, "log_every": 10, "checkpoint_every": 10**6}
         tree: dict[str, Any] = {
-            "model": {"base": self.args.base, "attention": "bidirectional", "pooling": {"kind": "mean"}, "unroll": False},
+            "model": {"base": self.base, "attention": "bidirectional", "pooling": {"kind": "mean"}, "unroll": False},
             "data": {"max_length": 128, "hard_negatives": 3, "sources": [{"path": pairs, "name": "news"}]},
             "objectives": [{"name": "infonce", "temperature": 0.05}],
-            "optim": {"learning_rate": self.args.learning_rate, "warmup_steps": 5},
+            "optim": {"learning_rate": self.learning_rate, "warmup_steps": 5},
             "train": train_ if "stages" in changes else {**train_, "steps": steps},
             "mesh": {"data": 1},
         }
@@ -111,21 +111,28 @@ class Bench:
         train(config.load(path))
         return str(out)
 
-    def mined(self, teacher: str) -> str:
-        """The pairs with hard negatives and the teacher's scores."""
-        rows = [json.loads(line) for line in self.args.pairs.read_text().splitlines()]
-        model, random = Embedder.load(teacher), np.random.default_rng(0)
-        positives = [row["pos"][0] for row in rows]
-        queries, documents = model.encode([row["query"] for row in rows]), model.encode(positives)
-        out = self.folder / "mined.jsonl"
-        with out.open("w") as file:
-            for i, (row, ranked) in enumerate(zip(rows, search(queries, documents, 50), strict=True)):
-                chosen = [int(j) for j in random.permutation(ranked[10:]) if positives[j] != positives[i]][:3]
-                near = [float(queries[i] @ documents[j]) for j in (i, *chosen)]
-                made = {"query": row["query"], "pos": [positives[i]], "neg": [positives[j] for j in chosen]}
-                made |= {"pos_scores": near[:1], "neg_scores": near[1:]}
-                file.write(json.dumps(made) + "\n")
-        return str(out)
+
+def scored(model: str, heldout: Path, dim: int | None = None, instruction: str = "") -> float:
+    embedder = Embedder.load(model)
+    tree = config.EvalSetConfig(name="heldout", kind="retrieval", path=str(heldout), instruction=instruction)
+    [opened] = open_sets([tree], config.PythonPackagesConfig(), heldout)
+    return opened.score(lambda texts, of: embedder.encode(texts, of, dim))["ndcg_at_10"]
+
+
+def mined(teacher: str, pairs: Path, out: Path) -> str:
+    """The pairs with hard negatives and the teacher's scores."""
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    model, random = Embedder.load(teacher), np.random.default_rng(0)
+    positives = [row["pos"][0] for row in rows]
+    queries, documents = model.encode([row["query"] for row in rows]), model.encode(positives)
+    with out.open("w") as file:
+        for i, (row, ranked) in enumerate(zip(rows, search(queries, documents, 50), strict=True)):
+            chosen = [int(j) for j in random.permutation(ranked[10:]) if positives[j] != positives[i]][:3]
+            near = [float(queries[i] @ documents[j]) for j in (i, *chosen)]
+            made = {"query": row["query"], "pos": [positives[i]], "neg": [positives[j] for j in chosen]}
+            made |= {"pos_scores": near[:1], "neg_scores": near[1:]}
+            file.write(json.dumps(made) + "\n")
+    return str(out)
 
 
 def main() -> None:
@@ -143,13 +150,14 @@ def main() -> None:
     args = parser.parse_args()
     cli.use_compilation_cache()
     logging.getLogger("jaxembed").setLevel(logging.WARNING)
-    bench = Bench(args, args.out or Path(tempfile.mkdtemp()))
-    bench.folder.mkdir(parents=True, exist_ok=True)
-    untrained = bench.score(args.base)
+    folder = args.out or Path(tempfile.mkdtemp())
+    folder.mkdir(parents=True, exist_ok=True)
+    bench = Bench(args.base, folder, args.batch_size, args.learning_rate)
+    untrained = scored(args.base, args.heldout)
     plain = {"data": {"max_length": 128, "sources": [{"path": str(args.pairs)}]}}
     teacher = bench.run("teacher", plain, 99, str(args.pairs), 2 * args.steps)
-    pairs = bench.mined(teacher)
-    print(f"Untrained {untrained:.4f}, teacher {bench.score(teacher):.4f}.\n", flush=True)
+    pairs = mined(teacher, args.pairs, folder / "mined.jsonl")
+    print(f"Untrained {untrained:.4f}, teacher {scored(teacher, args.heldout):.4f}.\n", flush=True)
     found: dict[str, list[float]] = {}
     for table in (objectives(teacher), ablations(pairs, str(args.labels), args.steps)):
         print("| trained with | nDCG@10 | spread | above untrained, in spreads |\n|---|---|---|---|", flush=True)
@@ -161,7 +169,7 @@ def main() -> None:
             if "data" in changes:
                 changes = changes | {"data": {"max_length": 128, "hard_negatives": 3, **changes["data"]}}
             runs = [bench.run(name, changes, seed, pairs, args.steps) for seed in range(args.seeds)]
-            scores = [bench.score(run, changes.get("dim"), instruction) for run in runs]
+            scores = [scored(run, args.heldout, changes.get("dim"), instruction) for run in runs]
             spread = statistics.stdev(scores) if len(scores) > 1 else float("nan")
             found[name] = scores
             above = (statistics.mean(scores) - untrained) / max(spread, 1e-9)

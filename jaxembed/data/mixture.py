@@ -51,6 +51,7 @@ class Plan:
         alike = round(self._batching.of_one_source * batch_size)
         for adapter, members in zip(adapters, self._members, strict=True):
             self._check(f" of adapter {adapter}" if adapter else "", members, alike)
+        self._spread = spread(batch_size)
         self._groups = Allotment([shares[members].sum() for members in self._members], 1, self._start("groups"))
         self._blends = [
             (alike, Allotment(shares[members], 1, self._start("one", *members)),
@@ -70,8 +71,7 @@ class Plan:
         members = self._members[group]
         parts = [self._ids(members[i], int(used[i]), int(counts[i])) for i in np.flatnonzero(counts)]
         ids = np.concatenate(parts)
-        # Shards take the batch in order, so no source may stand in one place of it.
-        return ids if len(parts) == 1 else ids[permuted(np.arange(len(ids)), len(ids), self._key("order", step))]
+        return ids if len(parts) == 1 else ids[self._spread]
 
     def epochs(self, steps: int) -> list[float]:
         """How often so many steps use each source up."""
@@ -142,6 +142,12 @@ class Allotment:
     def _of(self, steps: np.ndarray) -> np.ndarray:
         offsets = (self._start + steps * GOLDEN) % 1.0
         return np.diff(np.floor(self._edges + offsets[:, None]), axis=1).astype(np.int64)
+
+
+def spread(count: int) -> np.ndarray:
+    """An order whose neighbours come from all over: shards take a batch in order, and each is to have some of all sources."""
+    step = next(n for n in range(max(round(count * GOLDEN), 1), count + 2) if math.gcd(n, count) == 1)
+    return np.arange(count) * step % count
 
 
 def _shares(sources: Sequence[Source], sizes: Sequence[int], mixture: MixtureConfig) -> np.ndarray:
