@@ -129,10 +129,20 @@ class FewShotConfig(Section):
     zero_shot: float = Field(0.2, ge=0, le=1, description="share of the queries that have none")
 
 
+RowField = Literal[
+    "query", "pos", "neg", "prompt", "pos_scores", "neg_scores", "text", "label", "sentence1", "sentence2", "score"
+]
+
+
 class SourceConfig(Section):
-    path: str = Field(description="file or folder, or python_packages")
-    format: Literal["auto", "pairs", "labels", "scored_pairs", "beir", "python_packages"] = Field(
+    path: str = Field(
+        description="file, folder or pattern such as data/*.parquet, hf:NAME:SPLIT, tfds:NAME:SPLIT, or python_packages"
+    )
+    format: Literal["auto", "pairs", "labels", "scored_pairs", "text", "beir", "python_packages"] = Field(
         "auto", description="auto: read off the path or the first row"
+    )
+    columns: dict[RowField, str] = Field(
+        {}, description="our fields and the file's columns that hold them, such as {query: question, pos: answer}"
     )
     name: str = Field("", description="shown in logs and used for prompts; the path's stem if empty")
     weight: float = Field(1.0, ge=1e-6, le=1e6, description="share of the mixture, relative to the other sources' weights")

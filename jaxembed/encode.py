@@ -53,10 +53,11 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 def read_examples(path: Path) -> list[tuple[str, str]]:
     """The (query, response) of each row of a JSONL file; `UserError` names file and line."""
-    from jaxembed.data.jsonl import JsonLines
+    from jaxembed.data.containers import open_container
+    from jaxembed.data.rows import Rows, Shape
     from jaxembed.data.schema import check_shot
 
-    rows = JsonLines(path, check_shot)
+    rows = Rows(open_container(str(path)), Shape("shots", check_shot))
     return [(rows[i]["query"], rows[i]["response"]) for i in range(len(rows))]
 
 

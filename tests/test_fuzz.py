@@ -24,7 +24,8 @@ from jaxembed import parallel
 from jaxembed.config import PythonPackagesConfig, SourceConfig, load
 from jaxembed.data import schema
 from jaxembed.data.beir import open_beir, write_beir
-from jaxembed.data.jsonl import JsonLines
+from jaxembed.data.containers import open_container
+from jaxembed.data.rows import Rows, Shape
 from jaxembed.data.sources import open_source
 from jaxembed.encode import read_texts
 from jaxembed.errors import UserError
@@ -188,14 +189,14 @@ def test_jsonl_of_any_content(check: str, content: bytes) -> None:
         (folder / "a.jsonl").write_bytes(content)
 
         def read() -> None:
-            opened = JsonLines(folder / "a.jsonl", CHECKS[check])
+            opened = Rows(open_container(str(folder / "a.jsonl")), Shape(check, CHECKS[check]))
             for index in range(len(opened)):
                 assert CHECKS[check](opened[index]) is None, "a row that was checked reads back otherwise"
 
         holds(read, "a.jsonl")
 
 
-@given(line_files, st.sampled_from(["auto", "pairs", "labels", "scored_pairs"]))
+@given(line_files, st.sampled_from(["auto", "pairs", "labels", "scored_pairs", "text"]))
 @example(b'{"query": "q", "pos": ["p"]}\n\x0c\n', "auto")
 @example(json_of({"sentence1": "a", "sentence2": "b", "score": 10**29}) + b"\n" + json_of(ROWS[2]), "auto")
 def test_a_source_of_any_content(content: bytes, kind: Any) -> None:

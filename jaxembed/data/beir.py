@@ -6,8 +6,11 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from jaxembed.data.jsonl import JsonLines, write_lines
+from jaxembed.data.containers import open_container
+from jaxembed.data.jsonl import write_lines
+from jaxembed.data.rows import Rows, Shape
 from jaxembed.data.schema import check_corpus, check_query
 from jaxembed.errors import UserError
 from jaxembed.files import read_text
@@ -20,8 +23,8 @@ class BeirFolder:
     `digest` is a SHA-256 of all three files.
     """
 
-    corpus: JsonLines
-    queries: JsonLines
+    corpus: Rows
+    queries: Rows
     query_rows: list[int]
     relevant: list[dict[int, int]]
     digest: str
@@ -37,7 +40,10 @@ class BeirFolder:
 
 def open_beir(folder: Path, splits: tuple[str, ...]) -> BeirFolder:
     """Opens a folder with the first of `splits` that it has. `UserError` names file and line of what is off."""
-    corpus, queries = JsonLines(folder / "corpus.jsonl", check_corpus), JsonLines(folder / "queries.jsonl", check_query)
+    corpus, queries = (
+        Rows(open_container(str(folder / name)), Shape(name, check))
+        for name, check in (("corpus.jsonl", check_corpus), ("queries.jsonl", check_query))
+    )
     qrels = next((p for s in splits if (p := folder / "qrels" / f"{s}.tsv").is_file()), None)
     if qrels is None:
         raise UserError(f"{folder}: expected qrels/{splits[0]}.tsv beside corpus.jsonl and queries.jsonl")
@@ -50,7 +56,7 @@ def open_beir(folder: Path, splits: tuple[str, ...]) -> BeirFolder:
         query, document, grade = _judgement(line, f"{qrels}:{number}")
         for name, rows, of in ((query, query_rows, queries), (document, corpus_rows, corpus)):
             if name not in rows:
-                raise UserError(f"{qrels}:{number}: id {name!r} is not in {of.path}")
+                raise UserError(f"{qrels}:{number}: id {name!r} is not in {of.container.name}")
         if grade > 0:
             relevant.setdefault(query_rows[query], {})[corpus_rows[document]] = grade
     if not relevant:
@@ -73,12 +79,12 @@ def _judgement(line: str, where: str) -> tuple[str, str, int]:
         raise UserError(f"{where}: expected query-id, corpus-id and score between tabs, found {line[:60]!r}") from None
 
 
-def _row_of_id(rows: JsonLines) -> dict[str, int]:
+def _row_of_id(rows: Rows) -> dict[str, int]:
     ids: dict[str, int] = {}
     for i in range(len(rows)):
         name = rows[i]["_id"]
         if name in ids:
-            raise UserError(f"{rows.path}: _id {name!r} stands in two rows; ids must be unique")
+            raise UserError(f"{rows.container.name}: _id {name!r} stands in two rows; ids must be unique")
         ids[name] = i
     return ids
 
@@ -110,6 +116,6 @@ class BeirPairs:
     def __len__(self) -> int:
         return len(self._beir.query_rows)
 
-    def __getitem__(self, index: int) -> dict[str, object]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         documents = [self._beir.document(row) for row in sorted(self._beir.relevant[index])]
         return {"query": self._beir.query(index), "pos": documents}

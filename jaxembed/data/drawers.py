@@ -7,16 +7,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from jaxembed.data.rows import AtLeast, Rows
 from jaxembed.data.schema import Example
 
 
-class Rows(Protocol):
-    """Random access to what a file holds, and a digest of its content."""
-
-    digest: str
+class ReadRows(Protocol):
+    """Rows by their numbers, wherever they come from."""
 
     def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> Any: ...
+    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
 
 
 class Drawer(Protocol):
@@ -31,7 +30,7 @@ class Drawer(Protocol):
 class Pairs:
     """Rows of the main format. One positive is drawn; up to `negatives` of the row's own negatives are."""
 
-    def __init__(self, rows: Rows, most_positives: int):
+    def __init__(self, rows: ReadRows, most_positives: int):
         self.rows = rows
         self.most_positives = most_positives
 
@@ -61,15 +60,14 @@ class ScoredPairs:
 
     def __init__(self, rows: Rows, min_score: float):
         self.rows = rows
-        scores = np.array([rows[i]["score"] for i in range(len(rows))], np.float64)
-        self._kept = np.flatnonzero(scores >= min_score)
+        self._kept = AtLeast(rows.numbers, min_score)
         self.dropped = len(rows) - len(self._kept)
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def draw(self, index: int, rng: np.random.Generator, negatives: int) -> Example:
-        row = self.rows[int(self._kept[index])]
+        row = self.rows[self._kept[index]]
         pair = (row["sentence1"], row["sentence2"])
         query, positive = pair if rng.integers(2) else pair[::-1]
         return Example(query, positive, (), (positive,), score=float(row["score"]))
@@ -86,20 +84,18 @@ class Labels:
 
     def __init__(self, rows: Rows, by_label: bool | None):
         self.rows = rows
-        labels = [str(rows[i]["label"]) for i in range(len(rows))]
-        self._names, self._label = np.unique(labels, return_inverse=True)
-        self._members = [np.flatnonzero(self._label == i) for i in range(len(self._names))]
+        self._names, self._ends = rows.names, np.cumsum(rows.counts)
         self._by_label = len(self._names) == 2 if by_label is None else by_label
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def draw(self, index: int, rng: np.random.Generator, negatives: int) -> Example:
-        label, text = int(self._label[index]), self.rows[index]["text"]
+        label, text = int(self.rows.numbers[index]), self.rows[index]["text"]
         others = [i for i in range(len(self._names)) if i != label]
         if self._by_label:
-            positive = str(self._names[label])
-            found = [str(self._names[i]) for i in _sample(others, negatives, rng)]
+            positive = self._names[label]
+            found = [self._names[i] for i in _sample(others, negatives, rng)]
         else:
             positive = self._example(label, rng, besides=index)
             picked: Any = rng.choice(others, negatives) if others and negatives else []
@@ -108,9 +104,28 @@ class Labels:
         return Example(text, positive, tuple(found), (positive, text), label=label)
 
     def _example(self, label: int, rng: np.random.Generator, besides: int = -1) -> str:
-        members = self._members[label]
-        members = members[members != besides] if len(members) > 1 else members
-        return str(self.rows[int(rng.choice(members))]["text"])
+        """A text of a label, another one than the row `besides` if there is one."""
+        members = self.rows.by_label[self._ends[label] - self.rows.counts[label] : self._ends[label]]  # ascending
+        if besides < 0 or len(members) == 1:
+            return str(self.rows[members[rng.integers(len(members))]]["text"])
+        drawn = rng.integers(len(members) - 1)
+        return str(self.rows[members[drawn + (drawn >= np.searchsorted(members, besides))]]["text"])
+
+
+class Texts:
+    """Texts alone: each is its own positive, and the other texts of a batch are its negatives (SimCSE, arXiv:2104.08821)."""
+
+    most_positives = 1
+
+    def __init__(self, rows: Rows):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def draw(self, index: int, rng: np.random.Generator, negatives: int) -> Example:
+        text = self.rows[index]["text"]
+        return Example(text, text, (), (text,))
 
 
 def _teacher_scores(row: Mapping[str, Any], texts: Sequence[str]) -> tuple[float, ...]:

@@ -42,19 +42,6 @@ RowCheck = Callable[[Row], str | None]  # what is wrong with a row, or None
 HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")  # half of a surrogate pair, escaped
 
 
-class PairCheck:
-    """`check_pair` that also remembers the most positives a row had."""
-
-    def __init__(self) -> None:
-        self.most_positives = 1
-
-    def __call__(self, row: Row) -> str | None:
-        problem = check_pair(row)
-        if problem is None:
-            self.most_positives = max(self.most_positives, len(row["pos"]))
-        return problem
-
-
 def check_pair(row: Row) -> str | None:
     """A row of the main format: query, pos and neg, as FlagEmbedding, BGE and KaLM share it."""
     if problem := _text(row, "query"):
@@ -74,6 +61,11 @@ def check_pair(row: Row) -> str | None:
     if row.get("neg_scores") and row.get("pos_scores") is None:
         return 'has "neg_scores" but no "pos_scores"; a teacher scores both'
     return None if isinstance(row.get("prompt", ""), str) else '"prompt" must be a string'
+
+
+def check_text(row: Row) -> str | None:
+    """A text alone."""
+    return _text(row, "text")
 
 
 def check_label(row: Row) -> str | None:

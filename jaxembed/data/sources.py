@@ -11,14 +11,28 @@ import numpy as np
 from jaxembed.config import DataConfig, PythonPackagesConfig, SourceConfig
 from jaxembed.data import python_packages
 from jaxembed.data.beir import BeirPairs
-from jaxembed.data.drawers import Drawer, Labels, Pairs, Rows, ScoredPairs
-from jaxembed.data.jsonl import JsonLines, first_row
-from jaxembed.data.schema import Example, PairCheck, check_label, check_scored
+from jaxembed.data.containers import Container, is_beir, open_container
+from jaxembed.data.drawers import Drawer, Labels, Pairs, ScoredPairs, Texts
+from jaxembed.data.rows import Rows, Shape, as_row, scan
+from jaxembed.data.schema import Example, check_label, check_pair, check_scored, check_text
 from jaxembed.data.shuffle import key_of, permuted
 from jaxembed.errors import UserError
 from jaxembed.fields import LARGEST
-from jaxembed.files import exists
 from jaxembed.spec import Shot
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("pairs", check_pair, lambda row: len(row["pos"])),
+        Shape("scored_pairs", check_scored, lambda row: row["score"]),
+        Shape("labels", check_label, lambda row: str(row["label"])),
+        Shape("text", check_text),
+    )
+}
+# The fields by which the shape of rows is recognised, the first that fits.
+KEYS = {
+    "pairs": {"query", "pos"}, "scored_pairs": {"sentence1", "score"}, "labels": {"text", "label"}, "text": {"text"},
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,55 +83,57 @@ def open_sources(config: DataConfig, cache: Path) -> list[Source]:
 
 
 def open_source(config: SourceConfig, packages: PythonPackagesConfig, cache: Path) -> Source:
-    path = Path(config.path)
-    kind = detect_format(config)
-    if kind == "python_packages":
-        path = packages_folder(packages, cache) / "train.jsonl"
-    rows: Rows
+    kind, rows = open_rows(config, packages, cache)
     drawer: Drawer
-    if kind == "labels":
-        rows = JsonLines(path, check_label)
+    if isinstance(rows, BeirPairs):
+        drawer = Pairs(rows, rows.most_positives)
+    elif kind == "labels":
         drawer = Labels(rows, {"auto": None, "labels": True, "examples": False}[config.label_documents])
     elif kind == "scored_pairs":
-        rows = JsonLines(path, check_scored)
         drawer = ScoredPairs(rows, config.min_score)
         if not len(drawer):
-            raise UserError(f"{path}: no pair scores {config.min_score} or more; lower the source's min_score")
-    elif kind == "beir":
-        rows = BeirPairs(path)
-        drawer = Pairs(rows, rows.most_positives)
+            raise UserError(f"{config.path}: no pair scores {config.min_score} or more; lower the source's min_score")
+    elif kind == "text":
+        drawer = Texts(rows)
     else:
-        check = PairCheck()
-        rows = JsonLines(path, check)
-        drawer = Pairs(rows, check.most_positives)
+        drawer = Pairs(rows, int(rows.largest))
     in_batch = kind != "labels" if config.in_batch_negatives is None else config.in_batch_negatives
     return Source(config, config.name or Path(config.path).stem, drawer, in_batch, rows.digest)
+
+
+def open_rows(config: SourceConfig, packages: PythonPackagesConfig, cache: Path) -> tuple[str, Rows | BeirPairs]:
+    """The rows of a source, all of them checked, and the name of their shape, or beir."""
+    kind, container = open_unchecked(config, packages, cache)
+    if container is None:
+        return kind, BeirPairs(Path(config.path))
+    return kind, Rows(container, SHAPES[kind], cache, config.columns)
+
+
+def open_unchecked(config: SourceConfig, packages: PythonPackagesConfig, cache: Path) -> tuple[str, Container | None]:
+    """The name of a source's shape and its rows before any check; of a BEIR folder none."""
+    if "python_packages" in (config.path, config.format):
+        return "pairs", open_container(str(packages_folder(packages, cache) / "train.jsonl"))
+    kind = detect_format(config)
+    return kind, None if kind == "beir" else open_container(config.path)
 
 
 def detect_format(config: SourceConfig) -> str:
     """The source's format, read off its path or its first row where the config leaves it open."""
     if "python_packages" in (config.path, config.format):
         return "python_packages"
-    path = Path(config.path)
-    if not exists(path):
-        raise UserError(f"data.sources: {path}: no such file or folder")
+    if config.format == "beir" or (config.format == "auto" and is_beir(Path(config.path))):
+        return "beir"
+    container = open_container(config.path)
     if config.format != "auto":
         return config.format
-    if path.is_dir():
-        return "beir"
-    keys = set(first_row(path))
-    for kind, needed in (
-        ("pairs", {"query", "pos"}),
-        ("scored_pairs", {"sentence1", "score"}),
-        ("labels", {"text", "label"}),
-    ):
-        if needed <= keys:
-            return kind
-    if "query" in keys:
-        return "pairs"
+    _, where, content = next(scan(container))
+    keys = set(as_row(content, where, config.columns))
+    found = [name for name, needed in KEYS.items() if needed <= keys]
+    if found or "query" in keys:
+        return next(iter(found), "pairs")
     raise UserError(
-        f"{path}:1: unknown row with keys {', '.join(sorted(keys)[:10])}; expected query and pos, text and label, "
-        "or sentence1, sentence2 and score"
+        f"{where}: unknown row with keys {', '.join(sorted(keys)[:10])}; expected query and pos, text and label, "
+        "sentence1, sentence2 and score, or text; or name the columns that hold them in the source's columns"
     )
 
 

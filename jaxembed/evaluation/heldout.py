@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -11,9 +11,9 @@ import numpy as np
 
 from jaxembed.config import EvalSetConfig, PythonPackagesConfig
 from jaxembed.data.beir import open_beir
-from jaxembed.data.jsonl import JsonLines
-from jaxembed.data.schema import check_scored
-from jaxembed.data.sources import packages_folder
+from jaxembed.data.containers import open_container
+from jaxembed.data.rows import Rows
+from jaxembed.data.sources import SHAPES, packages_folder
 from jaxembed.errors import UserError
 from jaxembed.evaluation import bm25
 from jaxembed.evaluation.retrieval import Encode, ndcg, recall, search, spearman
@@ -74,15 +74,17 @@ class SimilaritySet:
 
 def open_sets(configs: Sequence[EvalSetConfig], packages: PythonPackagesConfig, cache: Path) -> list[HeldOut]:
     """Opens and checks every held-out set of a config."""
-    open_one: dict[str, Callable[[EvalSetConfig, Path], HeldOut]] = {"retrieval": _retrieval, "sts": _similarity}
-    sets = []
+    sets: list[HeldOut] = []
     for config in configs:
         path = Path(config.path)
         if config.path.startswith("python_packages:"):
             path = packages_folder(packages, cache) / config.path.removeprefix("python_packages:")
-        if not exists(path):
+        if config.kind == "sts":
+            sets.append(_similarity(config, Rows(open_container(str(path)), SHAPES["scored_pairs"], cache)))
+        elif exists(path):
+            sets.append(_retrieval(config, path))
+        else:
             raise UserError(f"eval.sets: {config.name}: {config.path}: no such file or folder")
-        sets.append(open_one[config.kind](config, path))
     return sets
 
 
@@ -92,11 +94,9 @@ def _retrieval(config: EvalSetConfig, path: Path) -> RetrievalSet:
     return RetrievalSet(config, queries, [beir.document(row) for row in range(len(beir.corpus))], beir.relevant)
 
 
-def _similarity(config: EvalSetConfig, path: Path) -> SimilaritySet:
-    lines = JsonLines(path, check_scored)
-    rows = [lines[i] for i in range(len(lines))]
-    scores = np.array([row["score"] for row in rows], np.float64)
-    return SimilaritySet(config, [row["sentence1"] for row in rows], [row["sentence2"] for row in rows], scores)
+def _similarity(config: EvalSetConfig, rows: Rows) -> SimilaritySet:
+    first, second = zip(*((rows[i]["sentence1"], rows[i]["sentence2"]) for i in range(len(rows))), strict=True)
+    return SimilaritySet(config, first, second, np.array(rows.numbers))
 
 
 def score_all(sets: Sequence[HeldOut], encode: Encode) -> dict[str, float]:
