@@ -16,8 +16,10 @@ from jaxembed.errors import Stopped, UserError
 from jaxembed.files import exists
 
 
-def run(main: Callable[[argparse.Namespace], Mapping[str, Any]], parser: argparse.ArgumentParser) -> None:
-    """Parses the command line, runs `main` and prints what it returns. Exits 2 on a user's error, 128 + n on signal n."""
+def run(main: Callable[[argparse.Namespace], Mapping[str, Any]], parser: argparse.ArgumentParser) -> Mapping[str, Any]:
+    """Parses the command line, runs `main`, prints what it returns and returns it too. Exits 2 on a user's error, 128 + n on
+    signal n.
+    """
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs whole stacks of errors that it raises too
@@ -36,6 +38,7 @@ def run(main: Callable[[argparse.Namespace], Mapping[str, Any]], parser: argpars
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     print(json.dumps(result, ensure_ascii=False))
+    return result
 
 
 class Parser(argparse.ArgumentParser):

@@ -248,10 +248,8 @@ def _show_examples(stage: Stage) -> None:
             log.info("  %.1f in-context examples a query; a prompt gets half of data.max_length at most", count)
         for example in examples[:SHOWN]:
             texts, prompts = build.texts([example])
-            tokenized = tokenizer(texts, prompts)
             roles = ["query", "positive", *["negative"] * (len(texts) - 2)]
-            for role, ids_, pool_from in zip(roles, tokenized.ids, tokenized.pool_from, strict=True):
-                prompt, text = tokenizer.hf.decode(ids_[:pool_from]), tokenizer.hf.decode(ids_[pool_from:])
+            for role, (prompt, text, _) in zip(roles, tokenizer.read_back(texts, prompts), strict=True):
                 log.info("  %-8s %r", role, (f"[{prompt}] " if prompt else "") + text[:300])
 
 

@@ -96,15 +96,6 @@ def as_row(content: Any, where: str, columns: Columns) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name not in columns.values()} | taken
 
 
-def checked(content: Any, where: str, check: RowCheck, columns: Columns) -> dict[str, Any]:
-    """A row that passes a check; `UserError` says where it lies and what is wrong with it."""
-    row = as_row(content, where, columns)
-    if problem := check(row):
-        under = f" (under columns {json.dumps(dict(columns), ensure_ascii=False)})" if columns else ""
-        raise UserError(f"{where}: {problem}{under}")
-    return row
-
-
 def scan(container: Container) -> Iterator[tuple[int, str, Any]]:
     """Address, place and content of each row, with a bar where it takes long; `UserError` where there are none."""
     empty = True
@@ -116,6 +107,26 @@ def scan(container: Container) -> Iterator[tuple[int, str, Any]]:
         raise UserError(f"{container.name}: cannot be read ({error.strerror})") from None
     if empty:
         raise UserError(f"{container.name}: holds no rows")
+
+
+def read_all(container: Container, check: RowCheck, columns: Columns) -> Iterator[tuple[int, Any, dict[str, Any] | UserError]]:
+    """Address and content of each row, in order, and the row; of a bad one, the error that says where and what it is.
+
+    `UserError` is raised where nothing more can be read, and where no row has one of the columns.
+    """
+    absent = set(columns)
+    under = f" (under columns {json.dumps(dict(columns), ensure_ascii=False)})" if columns else ""
+    for address, where, content in scan(container):
+        try:
+            row = as_row(content, where, columns)
+        except UserError as error:
+            yield address, content, error
+            continue
+        absent -= row.keys()
+        problem = check(row)
+        yield address, content, UserError(f"{where}: {problem}{under}") if problem else row
+    for name in absent:
+        raise UserError(f"{container.name}: no row has the column {columns[name]!r}, which columns names for {name}")
 
 
 Index = tuple[np.ndarray, np.ndarray, Mapping[str, Any]]  # entries [N], rows by label [N or 0], the rest
@@ -168,8 +179,9 @@ def _kept(path: Path, stamp: list[Any]) -> Index | None:
 def _write(file: IO[bytes], rows: Rows, stamp: list[Any]) -> None:
     """Reads and checks every row of a container, and writes its index."""
     digest, largest, count, labels = hashlib.sha256(), -np.inf, 0, dict[str, int]()
-    for address, where, content in scan(rows.container):
-        row = checked(content, where, rows.shape.check, rows.columns)
+    for address, content, row in read_all(rows.container, rows.shape.check, rows.columns):
+        if isinstance(row, UserError):
+            raise row
         digest.update(content if isinstance(content, bytes) else json.dumps(content, default=str).encode())
         kept = rows.shape.kept(row)
         number = labels.setdefault(kept, len(labels)) if isinstance(kept, str) else float(kept)
@@ -221,4 +233,4 @@ def _read(file: IO[bytes]) -> Index:
         raise ValueError("no index")
     entries = np.memmap(file, ENTRY, "r", shape=(count,))
     by_label = np.memmap(file, "<i8", "r", entries.nbytes, (count,)) if labelled else np.zeros(0, np.int64)
-    return entries, by_label, rest
+    return np.asarray(entries), np.asarray(by_label), rest  # plain views, whose elements are read faster

@@ -134,6 +134,12 @@ class TextTokenizer:
         own = self._uncut.encode_batch_fast(alone, add_special_tokens=False)
         return TokenizedTexts(ids, np.array([max(0, len(a) - len(b)) for a, b in zip(ids, own, strict=True)], np.int64))
 
+    def read_back(self, texts: Sequence[str], prompts: Sequence[str]) -> Iterator[tuple[str, str, int]]:
+        """What the model sees of each text, decoded: up to where pooling starts, from there on; and the tokens of both."""
+        tokenized = self(texts, prompts)
+        for ids, pool_from in zip(tokenized.ids, tokenized.pool_from, strict=True):
+            yield self.hf.decode(ids[:pool_from]), self.hf.decode(ids[pool_from:]), len(ids)
+
     def _fitted(self, texts: Sequence[str], prompts: Sequence[str]) -> tuple[list[str], list[Encoding]]:
         """The texts, cut at one of their tokens where something follows that has to fit, and the tokens of everything."""
         kept, encoded, limits = list(texts), self._encoded(self._backend, texts, prompts), self._limits(prompts)

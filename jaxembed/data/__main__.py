@@ -1,0 +1,133 @@
+"""Looks at training data, checks it and converts it: python -m jaxembed.data validate|preview|stats|convert SOURCE ..."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxembed import cli, config
+from jaxembed.data import reports
+from jaxembed.errors import UserError
+from jaxembed.sections import apply_override, parse_section
+from jaxembed.spec import EmbeddingSpec
+
+if TYPE_CHECKING:
+    from jaxembed.data.tokenize import TextTokenizer
+
+ABOUT = {
+    "validate": "Checks every row, tells bad ones by file and line (up to 20 a source), and exits 2 if there are any.",
+    "preview": "Prints the first batch as the model will see it, and how long its texts are.",
+    "stats": "Rows, lengths, duplicates, labels, positives and negatives of each source, and what sources share.",
+    "convert": "Writes any source as .jsonl or .array_record, its fields under our names.",
+}
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the report of a command."""
+    if args.command == "convert":
+        return convert(args)
+    settings = config.load(args.config) if args.config else None
+    data = read_data(args, settings)
+    if args.command == "validate":
+        report = reports.validate(data, cli.cache_dir())
+        for source in report["sources"]:
+            print(*source["problems"], sep="\n", end="\n" if source["problems"] else "", file=sys.stderr)
+        return report
+    spec, tokenizer = open_tokenizer(args.model, settings)
+    if args.command == "stats":
+        return reports.stats(data, cli.cache_dir(), tokenizer)
+    return preview(args, data, spec, tokenizer)
+
+
+def preview(
+    args: argparse.Namespace, data: config.DataConfig, spec: EmbeddingSpec, tokenizer: TextTokenizer | None
+) -> dict[str, Any]:
+    unit = "tokens" if tokenizer else "characters"
+    lengths: dict[str, list[int]] = {}
+    texts = reports.preview(data, cli.cache_dir(), args.batch_size, args.seed, spec, tokenizer)
+    for source, role, prompt, text, length in texts:
+        lengths.setdefault(role, []).append(length)
+        print(f"{source}  {role:8} {length:5} {unit}  {(f'[{prompt}] ' if prompt else '') + text!r}")
+    return {"lengths_in": unit, **{role: {"texts": len(n), "longest": max(n), "total": sum(n)} for role, n in lengths.items()}}
+
+
+def convert(args: argparse.Namespace) -> dict[str, Any]:
+    """Writes a source anew; returns the files and how many rows they hold."""
+    out = Path(args.out)
+    if out.suffix not in reports.WRITERS:
+        raise UserError(f"{out}: expected an output that ends in {' or '.join(reports.WRITERS)}")
+    names = (
+        [f"{out.stem}-{i:05d}-of-{args.shards:05d}{out.suffix}" for i in range(args.shards)] if args.shards > 1 else [out.name]
+    )
+    data = read_data(args, None)
+    targets = [cli.new_output(str(out.with_name(name))) for name in names]
+    rows = reports.convert(data.sources[0], data, cli.cache_dir(), targets)
+    return {"files": [str(target) for target in targets], "rows": rows}
+
+
+def read_data(args: argparse.Namespace, settings: config.Config | None) -> config.DataConfig:
+    """The data section of a config, with the sources of all its stages, or one out of the sources that are named."""
+    if bool(args.sources) == bool(settings):
+        raise UserError("name the sources to look at, or a config that has some by --config, not both")
+    if settings is None:
+        tree: dict[str, Any] = {"format": args.format}
+        if args.columns:
+            apply_override(tree, f"columns={args.columns}")
+        tree = {"sources": [tree | {"path": path} for path in args.sources], "hard_negatives": args.hard_negatives}
+        return parse_section(config.DataConfig, tree, "command line")
+    found: list[config.SourceConfig] = []
+    for stage in settings.in_stages():
+        found += [source for source in stage.data.sources if source not in found]
+    return settings.in_stages()[0].data.model_copy(update={"sources": tuple(found)})
+
+
+def open_tokenizer(model: str | None, settings: config.Config | None) -> tuple[EmbeddingSpec, TextTokenizer | None]:
+    """How a model reads texts, under the choices of a config; without a model, by the choices alone."""
+    choices = (settings.model, settings.data.max_length) if settings else None
+    if model is None:
+        return EmbeddingSpec().with_choices(*choices) if choices else EmbeddingSpec(), None
+    from jaxembed.hub.base import find_base
+    from jaxembed.hub.opening import text_tokenizer
+
+    base = find_base(model)
+    if base.folder is None:
+        raise UserError(f"--model {model}: a preset has no tokenizer; name a model that has one")
+    spec = base.spec.with_choices(*choices) if choices else base.spec
+    return spec, text_tokenizer(base.tokenizer(), spec, base)
+
+
+def at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def make_parser() -> cli.Parser:
+    parser = cli.parser("data", __doc__ + "\n\nSOURCE is what data.sources[].path takes: see docs/data.md.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, about in ABOUT.items():
+        command = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
+        many = name != "convert"
+        command.add_argument("sources", metavar="SOURCE", nargs="*" if many else 1, help="path or name, as in a config")
+        command.add_argument("--format", default="auto", help="of the rows: pairs, labels, scored_pairs, text (default: auto)")
+        command.add_argument("--columns", metavar="MAPPING", help="our fields and the file's columns: '{query: question}'")
+        command.set_defaults(config=None, hard_negatives=0)
+        if many:
+            command.add_argument("--config", metavar="CONFIG.yaml", help="take the sources of a config instead")
+        if name in ("preview", "stats"):
+            command.add_argument("--model", metavar="MODEL", help="count the tokens of this model, not characters")
+        if name == "preview":
+            command.add_argument("--batch-size", type=at_least_one, default=8, metavar="N", help="queries (default: 8)")
+            command.add_argument("--hard-negatives", type=int, default=1, metavar="N", help="of named sources (default: 1)")
+            command.add_argument("--seed", type=int, default=0, help="of the order and of what is drawn (default: 0)")
+        if name == "convert":
+            command.add_argument("out", metavar="OUT", help=".jsonl or .array_record; must not exist")
+            command.add_argument("--shards", type=at_least_one, default=1, metavar="N", help="files to write (default: 1)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(2 if cli.run(main, make_parser()).get("bad_rows") else 0)
