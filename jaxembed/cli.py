@@ -68,7 +68,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def cache_dir() -> Path:
-    """Where extracted data, compiled programs and other models' vectors are kept: $JAXEMBED_CACHE, else ~/.cache/jaxembed."""
+    """Where what is made once is kept (extracted data, indexes of rows, compiled programs, other models' vectors):
+    $JAXEMBED_CACHE, else ~/.cache/jaxembed.
+    """
     return Path(os.environ.get("JAXEMBED_CACHE") or Path.home() / ".cache" / "jaxembed")
 
 

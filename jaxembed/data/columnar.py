@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
@@ -16,6 +17,7 @@ from jaxembed.errors import UserError, brief
 
 DECODED = 256 * 2**20  # bytes of row groups of a file that are kept decoded
 AT_ONCE = 1024  # rows decoded together where all are read
+SPLIT = re.compile(r"(.+?):([\w.-]+(?:\[.*\])?(?:\+.*)?)")  # a split may be a part, as train[:10%], or a sum of several
 log = logging.getLogger(__name__)
 
 
@@ -164,10 +166,10 @@ class TfDataset:
 
 def _split_of(source: str, name: str) -> tuple[str, str]:
     """The name of a dataset and its split."""
-    dataset, _, split = name.rpartition(":")
-    if not dataset or not split:
+    found = SPLIT.fullmatch(name)
+    if found is None:
         raise UserError(f"{source}: expected NAME:SPLIT or NAME/CONFIG:SPLIT, such as {source.partition(':')[0]}:NAME:train")
-    return dataset, split
+    return found[1], found[2]
 
 
 def _present(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -114,7 +114,11 @@ def open_unchecked(config: SourceConfig, packages: PythonPackagesConfig, cache: 
     if "python_packages" in (config.path, config.format):
         return "pairs", open_container(str(packages_folder(packages, cache) / "train.jsonl"))
     kind = detect_format(config)
-    return kind, None if kind == "beir" else open_container(config.path)
+    if kind != "beir":
+        return kind, open_container(config.path)
+    if config.columns:
+        raise UserError(f"{config.path}: columns are of rows; a BEIR folder has its own fields: leave them out")
+    return kind, None
 
 
 def detect_format(config: SourceConfig) -> str:
