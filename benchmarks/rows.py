@@ -3,7 +3,7 @@
 
     python benchmarks/rows.py [--rows 1000000 20000000] [--shape pairs] [--folder DIR]
 
-Writes JSONL files of short synthetic rows into DIR (a temporary one; 20 million pairs take 1.6 GB, their index 0.3 GB). Each is
+Writes JSONL files of short synthetic rows into DIR (a temporary one; 20 million pairs take 1.9 GB, their index 0.3 GB). Each is
 opened twice, each time in a process of its own: first without an index, then with it; 100,000 examples are drawn at random
 each time. Memory is what the process holds for itself (RssAnon: no mapped file), the most that was seen in samples 10 ms apart,
 beside what it held before the opening. Prints a Markdown table and, on the last line, one JSON object.
@@ -99,7 +99,7 @@ def main() -> None:
                 told = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
                 results.append({"rows": count, "shape": args.shape, "opening": name, "file": size, **told})
                 print(
-                    f"| {count:,} | {size:,.0f} MiB | {name} | {told['seconds']:.2f} | {told['draws_per_second']:,.0f} "
+                    f"| {count:,} | {size:,.0f} MiB | {name} | {told['seconds']:.3f} | {told['draws_per_second']:,.0f} "
                     f"| {told['before']:.0f} MiB | {told['most']:.0f} MiB |",
                     flush=True,
                 )
