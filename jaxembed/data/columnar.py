@@ -37,17 +37,18 @@ class ParquetFile:
     """
 
     def __init__(self, path: Path):
-        parquet, self._arrow = needed("pyarrow.parquet", "Parquet files"), needed("pyarrow", "Parquet files")
+        parquet, arrow = needed("pyarrow.parquet", "Parquet files"), needed("pyarrow", "Parquet files")
         self.name = str(path)
         self._one, self._kept = threading.Lock(), OrderedDict[int, Any]()
+        self._errors = (OSError, UnicodeDecodeError, arrow.ArrowException)
         try:
             self._file = parquet.ParquetFile(path, memory_map=True)
-        except (OSError, self._arrow.ArrowException) as error:
+            self.columns = list(self._file.schema_arrow.names)
+        except self._errors as error:
             raise UserError(f"{path}: no whole Parquet file ({brief(error)})") from None
         metadata = self._file.metadata
         groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
         self.extent = metadata.num_rows
-        self.columns = list(self._file.schema_arrow.names)
         self._ends = list(accumulate(group.num_rows for group in groups))
         if len(groups) > 1 and sum(group.total_byte_size for group in groups) > DECODED:
             log.warning(
@@ -64,7 +65,7 @@ class ParquetFile:
                 for row in batch.to_pylist():
                     yield address, f"{self.name}: row {address + 1}", _present(row)
                     address += 1
-        except (OSError, UnicodeDecodeError, self._arrow.ArrowException) as error:
+        except self._errors as error:
             raise self._damaged(address, error) from None
 
     def read(self, address: int) -> Any:
@@ -74,7 +75,7 @@ class ParquetFile:
             with self._one:
                 row = self._group(number).slice(address - (self._ends[number - 1] if number else 0), 1)
             return _present(row.to_pylist()[0])
-        except (OSError, UnicodeDecodeError, self._arrow.ArrowException) as error:
+        except self._errors as error:
             raise self._damaged(address, error) from None
 
     def _group(self, number: int) -> Any:

@@ -113,28 +113,28 @@ def open_unchecked(config: SourceConfig, packages: PythonPackagesConfig, cache: 
     """The name of a source's shape and its rows before any check; of a BEIR folder none."""
     if "python_packages" in (config.path, config.format):
         return "pairs", open_container(str(packages_folder(packages, cache) / "train.jsonl"))
-    kind = detect_format(config)
-    if kind != "beir":
-        return kind, open_container(config.path)
-    if config.columns:
-        raise UserError(f"{config.path}: columns are of rows; a BEIR folder has its own fields: leave them out")
-    return kind, None
+    return _recognised(config)
 
 
 def detect_format(config: SourceConfig) -> str:
     """The source's format, read off its path or its first row where the config leaves it open."""
-    if "python_packages" in (config.path, config.format):
-        return "python_packages"
+    return "python_packages" if "python_packages" in (config.path, config.format) else _recognised(config)[0]
+
+
+def _recognised(config: SourceConfig) -> tuple[str, Container | None]:
+    """The format of a source that is there, and its container; of a BEIR folder none."""
     if config.format == "beir" or (config.format == "auto" and is_beir(Path(config.path))):
-        return "beir"
+        if config.columns:
+            raise UserError(f"{config.path}: columns are of rows; a BEIR folder has its own fields: leave them out")
+        return "beir", None
     container = open_container(config.path)
     if config.format != "auto":
-        return config.format
+        return config.format, container
     _, where, content = next(scan(container))
     keys = set(as_row(content, where, config.columns))
     found = [name for name, needed in KEYS.items() if needed <= keys]
     if found or "query" in keys:
-        return next(iter(found), "pairs")
+        return next(iter(found), "pairs"), container
     raise UserError(
         f"{where}: unknown row with keys {', '.join(sorted(keys)[:10])}; expected query and pos, text and label, "
         "sentence1, sentence2 and score, or text; or name the columns that hold them in the source's columns"
