@@ -293,6 +293,17 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptur
     assert "cannot be written (Not a directory): the index of" in caplog.text and len(caplog.records) == 1
 
 
+def test_no_room_for_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    write_lines(tmp_path / "a.jsonl", PAIRS)
+    monkeypatch.setattr(of_rows, "_write", full)
+    with pytest.raises(UserError, match=r"a.jsonl: its index cannot be written to .* \(No space left on device\); make room"):
+        opened(tmp_path / "a.jsonl", tmp_path / "cache")
+    assert not list((tmp_path / "cache" / "rows").iterdir())
+
+
 @pytest.mark.parametrize("block", [1, 3, 100])
 def test_rows_are_found_by_their_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     monkeypatch.setattr(of_rows, "BLOCK", block)

@@ -44,6 +44,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 def preview(
     args: argparse.Namespace, data: config.DataConfig, spec: EmbeddingSpec, tokenizer: TextTokenizer | None
 ) -> dict[str, Any]:
+    """Prints a batch, a text a line; returns how many texts there are and how long, by role."""
     unit = "tokens" if tokenizer else "characters"
     lengths: dict[str, list[int]] = {}
     texts = reports.preview(data, cli.cache_dir(), args.batch_size, args.seed, spec, tokenizer)
@@ -58,11 +59,10 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
     out = Path(args.out)
     if out.suffix not in reports.WRITERS:
         raise UserError(f"{out}: expected an output that ends in {' or '.join(reports.WRITERS)}")
-    names = (
-        [f"{out.stem}-{i:05d}-of-{args.shards:05d}{out.suffix}" for i in range(args.shards)] if args.shards > 1 else [out.name]
-    )
-    data = read_data(args, None)
-    targets = [cli.new_output(str(out.with_name(name))) for name in names]
+    data, shards = read_data(args, None), [""]
+    if args.shards > 1:
+        shards = [f"-{i:05d}-of-{args.shards:05d}" for i in range(args.shards)]
+    targets = [cli.new_output(str(out.with_name(out.stem + shard + out.suffix))) for shard in shards]
     rows = reports.convert(data.sources[0], data, cli.cache_dir(), targets)
     return {"files": [str(target) for target in targets], "rows": rows}
 

@@ -159,9 +159,13 @@ def _index(rows: Rows, cache: Path | None) -> Index:
 
 def _temporary(rows: Rows) -> Index:
     """An index in a file without a name, which the system removes with the process."""
-    with tempfile.TemporaryFile() as file:
-        _write(file, rows, [])
-        return _read(file)
+    try:
+        with tempfile.TemporaryFile() as file:
+            _write(file, rows, [])
+            return _read(file)
+    except OSError as error:
+        told = f"its index cannot be written to {tempfile.gettempdir()} ({error.strerror}); make room there, or in the cache"
+        raise UserError(f"{rows.container.name}: {told}") from None
 
 
 def _kept(path: Path, stamp: list[Any]) -> Index | None:
