@@ -26,6 +26,7 @@ from jaxembed.data.tokenize import TextTokenizer, load_tokenizer
 from jaxembed.errors import UserError
 from jaxembed.evaluation.heldout import HeldOut, RetrievalSet, open_sets, score_all
 from jaxembed.fields import shown
+from jaxembed.files import write_json
 from jaxembed.hub.base import Base, content_hash, find_base, write_spec
 from jaxembed.hub.embedder import Embedder
 from jaxembed.hub.opening import text_tokenizer
@@ -200,8 +201,8 @@ def _record(
     plans: Sequence[Plan],
     tokenizer: TextTokenizer,
 ) -> None:
-    """Writes what identifies the run beside its config: tokenizer, versions, texts, data and base. `UserError` where a
-    resumed run's data or base is not what it was.
+    """Writes what identifies the run beside its config: tokenizer, versions, texts, data and base, and how much of the data
+    each stage leaves out. `UserError` where a resumed run's data or base is not what it was.
     """
     kept = run_dir / "tokenizer"
     if not kept.is_dir():
@@ -215,6 +216,7 @@ def _record(
         {source.config.path: source.digest for plan in plans for source in plan.sources},
         "its training data changed",
     )
+    write_json(run_dir / "dropped.json", [{source.name: source.drawer.dropped for source in plan.sources} for plan in plans])
     identity = {"name": base.name, "hash": content_hash(base), "config": dict(base.hf_config)}
     if config.model.lora is not None:
         identity["lora"] = config.model.lora.model_dump(mode="json")
@@ -237,6 +239,9 @@ def _show_examples(stage: Stage) -> None:
             source.name, f"{len(source):,}", epochs, lengths.mean(), 100 * cut, tokenizer.max_length,
             "on" if source.in_batch else "off",
         )  # fmt: skip
+        for reason, dropped in source.drawer.dropped.items():
+            if dropped:
+                log.info("  left out: %s (%s)", f"{dropped:,}", reason)
         if stage.needs_hard_negatives(source) and not any(example.negatives for example in examples):
             log.warning("  %s has no hard negatives, and nothing else counts for it: its queries have no loss", source.name)
         if stage.needs_teacher_scores(source) and not any(example.teacher_scores for example in examples):

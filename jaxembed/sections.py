@@ -49,6 +49,10 @@ class Section(BaseModel):
             raise ValueError("a text must not hold a NUL character")
         return value
 
+    def __hash__(self) -> int:
+        """Of all its values, mappings too."""
+        return hash(json.dumps(self.model_dump(mode="json"), sort_keys=True))
+
 
 AnySection = TypeVar("AnySection", bound=Section)
 

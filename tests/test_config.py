@@ -200,7 +200,9 @@ def test_the_tree_is_frozen(tmp_path: Path) -> None:
     config = of(tmp_path)
     with pytest.raises(pydantic.ValidationError, match="frozen"):
         config.train.steps = 5  # type: ignore[misc]
-    hash(config)
+    named = ({0: "a", 1: "b"}, {"1": "b", "0": "a"}, {0: "a", 1: "c"})
+    first, same, other = (config.data.sources[0].model_validate({"path": "a", "label_names": names}) for names in named)
+    assert (first == same, first == other) == (True, False) and len({config, first, same, other}) == 3
 
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")), ids=lambda path: path.name)

@@ -43,7 +43,13 @@ from loaded import load as loaded
 CONFIG: dict[str, Any] = {
     "run": {"name": "a", "dir": "runs/a"},
     "model": {"base": "preset:tiny", "pooling": {"kind": "mean"}},
-    "data": {"max_length": 8, "sources": [{"path": "a.jsonl", "instructions": ["one"]}]},
+    "data": {
+        "max_length": 8,
+        "sources": [
+            {"path": "a.jsonl", "instructions": ["one"], "label_names": {"a": "b"}},
+            {"path": "b.jsonl", "pair_templates": [{"query": "{a}", "positive": "{b}"}], "where": {"c": [1, "d"]}},
+        ],
+    },
     "objectives": [{"name": "infonce"}],
     "optim": {"learning_rate": 1e-3},
     "train": {"steps": 5},
@@ -53,13 +59,14 @@ ROWS: list[dict[str, Any]] = [
     {"query": "q", "pos": ["p", "r"], "neg": ["n"], "prompt": "i"},
     {"text": "t", "label": "a"},
     {"sentence1": "a", "sentence2": "b", "score": 4.5},
+    {"premise": "a", "hypothesis": "b", "label": "entailment"},
     {"_id": "d", "title": "t", "text": "u"},
     {"step": 1, "loss": 0.5},
     {"query": "q", "response": "r"},
 ]
 CHECKS = {
-    "pair": schema.check_pair, "label": schema.check_label, "scored": schema.check_scored, "corpus": schema.check_corpus,
-    "query": schema.check_query, "shot": schema.check_shot,
+    "pair": schema.check_pair, "label": schema.check_label, "scored": schema.check_scored, "nli": schema.check_nli,
+    "corpus": schema.check_corpus, "query": schema.check_query, "shot": schema.check_shot,
 }  # fmt: skip
 MODULES = [
     {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
@@ -196,7 +203,7 @@ def test_jsonl_of_any_content(check: str, content: bytes) -> None:
         holds(read, "a.jsonl")
 
 
-@given(line_files, st.sampled_from(["auto", "pairs", "labels", "scored_pairs", "text"]))
+@given(line_files, st.sampled_from(["auto", "pairs", "labels", "scored_pairs", "text", "nli", "documents"]))
 @example(b'{"query": "q", "pos": ["p"]}\n\x0c\n', "auto")
 @example(json_of({"sentence1": "a", "sentence2": "b", "score": 10**29}) + b"\n" + json_of(ROWS[2]), "auto")
 def test_a_source_of_any_content(content: bytes, kind: Any) -> None:
@@ -205,9 +212,12 @@ def test_a_source_of_any_content(content: bytes, kind: Any) -> None:
         path.write_bytes(content)
 
         def draw() -> None:
-            source = open_source(SourceConfig(path=str(path), format=kind), PythonPackagesConfig(), folder)
+            templates: Any = [{"query": "{title}", "positive": "{text}"}] if kind == "documents" else ()
+            config = SourceConfig(path=str(path), format=kind, pair_templates=templates)
+            source = open_source(config, PythonPackagesConfig(), folder)
             for index in range(len(source)):
                 source.draw(index, np.random.default_rng(0), 2)
+            assert all(schema.check_pair(row) is None for row in source.drawer.as_pairs())
 
         holds(draw, "a.jsonl")
 

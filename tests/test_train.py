@@ -43,6 +43,14 @@ def test_training_learns_and_records_itself(folder):
     assert json.loads((run / "base.json").read_text())["hash"]
 
 
+def test_what_a_source_leaves_out_is_told_and_kept(folder, caplog):
+    kept = f"data.sources=[{{path: {folder / 'sts.jsonl'}, name: sts, min_score: 1}}]"
+    with caplog.at_level("INFO", "jaxembed"):
+        train(settings(folder, "part", kept, "train.steps=1", "data.hard_negatives=0", "eval.sets=[]"))
+    assert "  left out: 48 (score below min_score)" in caplog.messages
+    assert json.loads((folder / "part" / "dropped.json").read_text()) == [{"sts": {"score below min_score": 48}}]
+
+
 def test_same_seed_same_losses_other_seed_others(folder):
     train(settings(folder, "again", "train.steps=3"))
     train(settings(folder, "twin", "train.steps=3"))

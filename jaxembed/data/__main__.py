@@ -63,7 +63,7 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
     if args.shards > 1:
         shards = [f"-{i:05d}-of-{args.shards:05d}" for i in range(args.shards)]
     targets = [cli.new_output(str(out.with_name(out.stem + shard + out.suffix))) for shard in shards]
-    rows = reports.convert(data.sources[0], data, cli.cache_dir(), targets)
+    rows = reports.convert(data.sources[0], data, cli.cache_dir(), targets, args.pairs)
     return {"files": [str(target) for target in targets], "rows": rows}
 
 
@@ -112,7 +112,9 @@ def make_parser() -> cli.Parser:
         command = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
         many = name != "convert"
         command.add_argument("sources", metavar="SOURCE", nargs="*" if many else 1, help="path or name, as in a config")
-        command.add_argument("--format", default="auto", help="of the rows: pairs, labels, scored_pairs, text (default: auto)")
+        command.add_argument(
+            "--format", default="auto", help="of the rows: pairs, labels, scored_pairs, nli, text (default: auto)"
+        )
         command.add_argument("--columns", metavar="MAPPING", help="our fields and the file's columns: '{query: question}'")
         command.set_defaults(config=None, hard_negatives=0)
         if many:
@@ -125,6 +127,7 @@ def make_parser() -> cli.Parser:
             command.add_argument("--seed", type=int, default=0, help="of the order and of what is drawn (default: 0)")
         if name == "convert":
             command.add_argument("out", metavar="OUT", help=".jsonl or .array_record; must not exist")
+            command.add_argument("--pairs", action="store_true", help="as rows of pairs (query, pos, neg), whatever they are")
             command.add_argument("--shards", type=at_least_one, default=1, metavar="N", help="files to write (default: 1)")
     return parser
 

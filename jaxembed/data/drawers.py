@@ -1,14 +1,19 @@
-"""How a row of a file becomes a training example: the shape of the rows decides how a positive and negatives are drawn."""
+"""How a row of a file becomes a training example: the shape of the rows decides how a positive and negatives are drawn.
+
+Labels and documents have files of their own; entailment (`nli.py`) and BEIR folders (`beir.py`) are read as rows of pairs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
+from jaxembed.config import SourceConfig
 from jaxembed.data.rows import AtLeast, Rows
-from jaxembed.data.schema import Example
+from jaxembed.data.schema import Example, Row
+from jaxembed.errors import UserError
 
 
 class ReadRows(Protocol):
@@ -19,20 +24,28 @@ class ReadRows(Protocol):
 
 
 class Drawer(Protocol):
-    """Draws examples from rows; no example has more than `most_positives` positives."""
+    """Draws examples from rows; no example has more than `most_positives` positives.
+
+    `dropped` counts what is not drawn from, by the reason. `as_pairs` gives every example as a row of the main format, all
+    at once instead of drawn, for conversion and mining; where there is no end of positives and negatives, `most` of each,
+    chosen by (seed, index).
+    """
 
     most_positives: int
+    dropped: dict[str, int]
 
     def __len__(self) -> int: ...
     def draw(self, index: int, rng: np.random.Generator, negatives: int) -> Example: ...
+    def as_pairs(self, seed: int = 0, most: int = 8) -> Iterator[Row]: ...
 
 
 class Pairs:
     """Rows of the main format. One positive is drawn; up to `negatives` of the row's own negatives are."""
 
-    def __init__(self, rows: ReadRows, most_positives: int):
+    def __init__(self, rows: ReadRows, most_positives: int, dropped: dict[str, int] | None = None):
         self.rows = rows
         self.most_positives = most_positives
+        self.dropped = dropped or {}
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -52,64 +65,43 @@ class Pairs:
             teacher_scores=_teacher_scores(row, (positive, *drawn)),
         )
 
+    def as_pairs(self, seed: int = 0, most: int = 8) -> Iterator[Row]:
+        return each(self.rows)
+
 
 class ScoredPairs:
-    """(sentence1, sentence2, score) rows at or above a score: positives of each other, in a drawn direction."""
+    """(sentence1, sentence2, score) rows at or above a score: positives of each other, in a drawn direction.
+
+    NV-Embed 4.2 makes two examples of such a row; over the visits a row here is both. It has no negatives of its own:
+    NV-Embed mines them.
+    """
 
     most_positives = 1
 
-    def __init__(self, rows: Rows, min_score: float):
+    def __init__(self, rows: Rows, config: SourceConfig):
         self.rows = rows
-        self._kept = AtLeast(rows.numbers, min_score)
-        self.dropped = len(rows) - len(self._kept)
+        self._kept = AtLeast(rows.numbers, config.min_score)
+        self.dropped = {"score below min_score": len(rows) - len(self._kept)}
+        if not len(self._kept):
+            raise UserError(f"{config.path}: no pair scores {config.min_score} or more; lower the source's min_score")
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def draw(self, index: int, rng: np.random.Generator, negatives: int) -> Example:
-        row = self.rows[self._kept[index]]
-        pair = (row["sentence1"], row["sentence2"])
+        pair, score = self._pair(index)
         query, positive = pair if rng.integers(2) else pair[::-1]
-        return Example(query, positive, (), (positive,), score=float(row["score"]))
+        return Example(query, positive, (), (positive,), score=score)
 
+    def as_pairs(self, seed: int = 0, most: int = 8) -> Iterator[Row]:
+        """Both directions of every pair."""
+        for index in range(len(self)):
+            (first, second), _ = self._pair(index)
+            yield from ({"query": first, "pos": [second]}, {"query": second, "pos": [first]})
 
-class Labels:
-    """(text, label) rows, after NV-Embed 4.2 and 5.3.4.
-
-    With `by_label` the label's text is the positive and other labels the negatives; otherwise another example of the
-    same label is the positive and examples of other labels the negatives.
-    """
-
-    most_positives = 2
-
-    def __init__(self, rows: Rows, by_label: bool | None):
-        self.rows = rows
-        self._names, self._ends = rows.names, np.cumsum(rows.counts)
-        self._by_label = len(self._names) == 2 if by_label is None else by_label
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def draw(self, index: int, rng: np.random.Generator, negatives: int) -> Example:
-        label, text = int(self.rows.numbers[index]), self.rows[index]["text"]
-        others = [i for i in range(len(self._names)) if i != label]
-        if self._by_label:
-            positive = self._names[label]
-            found = [self._names[i] for i in _sample(others, negatives, rng)]
-        else:
-            positive = self._example(label, rng, besides=index)
-            picked: Any = rng.choice(others, negatives) if others and negatives else []
-            found = [self._example(int(i), rng) for i in picked]
-        found = [n for n in dict.fromkeys(found) if n not in (text, positive)]
-        return Example(text, positive, tuple(found), (positive, text), label=label)
-
-    def _example(self, label: int, rng: np.random.Generator, besides: int = -1) -> str:
-        """A text of a label, another one than the row `besides` if there is one."""
-        members = self.rows.by_label[self._ends[label] - self.rows.counts[label] : self._ends[label]]  # ascending
-        if besides < 0 or len(members) == 1:
-            return str(self.rows[members[rng.integers(len(members))]]["text"])
-        drawn = rng.integers(len(members) - 1)
-        return str(self.rows[members[drawn + (drawn >= np.searchsorted(members, besides))]]["text"])
+    def _pair(self, index: int) -> tuple[tuple[str, str], float]:
+        row = self.rows[self._kept[index]]
+        return (row["sentence1"], row["sentence2"]), float(row["score"])
 
 
 class Texts:
@@ -119,6 +111,7 @@ class Texts:
 
     def __init__(self, rows: Rows):
         self.rows = rows
+        self.dropped: dict[str, int] = {}
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -126,6 +119,14 @@ class Texts:
     def draw(self, index: int, rng: np.random.Generator, negatives: int) -> Example:
         text = self.rows[index]["text"]
         return Example(text, text, (), (text,))
+
+    def as_pairs(self, seed: int = 0, most: int = 8) -> Iterator[Row]:
+        return ({"query": row["text"], "pos": [row["text"]]} for row in each(self.rows))
+
+
+def each(rows: ReadRows) -> Iterator[Row]:
+    """All rows once, in order."""
+    return (rows[i] for i in range(len(rows)))
 
 
 def _teacher_scores(row: Mapping[str, Any], texts: Sequence[str]) -> tuple[float, ...]:

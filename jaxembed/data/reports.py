@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import typing
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import combinations
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,12 @@ from tqdm import tqdm
 from jaxembed.config import DataConfig, RowField, SourceConfig
 from jaxembed.data.array_record import write_array_record
 from jaxembed.data.beir import BeirPairs
+from jaxembed.data.documents import Documents
+from jaxembed.data.drawers import each
 from jaxembed.data.jsonl import write_lines
 from jaxembed.data.rows import Rows, read_all
 from jaxembed.data.schema import Row, text_hash
-from jaxembed.data.sources import SHAPES, open_rows, open_sources, open_unchecked
+from jaxembed.data.sources import SHAPES, open_rows, open_source, open_sources, open_unchecked
 from jaxembed.data.tokenize import TextTokenizer
 from jaxembed.errors import UserError
 from jaxembed.spec import EmbeddingSpec
@@ -65,7 +67,10 @@ def stats(data: DataConfig, cache: Path, tokenizer: TextTokenizer | None) -> dic
     reports, hashes = [], []
     for source in data.sources:
         kind, rows = open_rows(source, data.python_packages, cache)
-        report, of_source = _figures(rows, f"reading {source.path}", measure)
+        read = Documents(rows, source).as_pairs() if isinstance(rows, Rows) and kind == "documents" else each(rows)
+        told = tqdm(read, f"reading {source.path}", len(rows), unit="row", delay=2, leave=False)
+        report, of_source = _figures(told, len(rows), measure)
+        report |= _label_figures(rows) if isinstance(rows, Rows) and kind == "labels" else {}
         reports.append({"source": source.path, "format": kind, "rows": len(rows), **report})
         hashes.append(of_source)
     shared = [
@@ -78,14 +83,14 @@ def stats(data: DataConfig, cache: Path, tokenizer: TextTokenizer | None) -> dic
     return {"lengths_in": "tokens" if tokenizer else "characters", "sources": reports, "shared": shared}
 
 
-def _figures(rows: Rows | BeirPairs, told: str, measure: Measure) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _figures(rows: Iterable[Row], count: int, measure: Measure) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The figures of a source, and the distinct hashes of its queries and of all its texts."""
     queries, texts, pairs = array("Q"), array("Q"), array("Q")
     found: dict[str, list[str]] = {"query": [], "positive": [], "negative": []}
     counts = {"positives": array("I"), "negatives": array("I")}
-    every = -(-len(rows) // MEASURED)
-    for i in tqdm(range(len(rows)), told, unit="row", delay=2, leave=False):
-        query, positives, negatives = row_texts(rows[i])
+    every = -(-count // MEASURED)
+    for i, row in enumerate(rows):
+        query, positives, negatives = row_texts(row)
         queries.append(_hash(query))
         texts.extend(map(_hash, (query, *positives, *negatives)))
         pairs.extend(_hash(f"{query}\0{positive}") for positive in positives)
@@ -101,10 +106,12 @@ def _figures(rows: Rows | BeirPairs, told: str, measure: Measure) -> tuple[dict[
         "a_row": {name: _spread(np.frombuffer(of_rows, np.uint32)) for name, of_rows in counts.items()},
         "lengths": {role: _spread(measure(of_role)) for role, of_role in found.items() if of_role},
     }
-    if isinstance(rows, Rows) and rows.names:
-        ranked = sorted(zip(rows.names, rows.counts, strict=True), key=lambda of_label: -of_label[1])
-        figures |= {"labels": len(ranked), "largest_labels": dict(ranked[:TOLD])}
     return figures, distinct
+
+
+def _label_figures(rows: Rows) -> dict[str, Any]:
+    ranked = sorted(zip(rows.names, rows.counts, strict=True), key=lambda of_label: -of_label[1])
+    return {"labels": len(ranked), "largest_labels": dict(ranked[:TOLD])}
 
 
 def _spread(values: np.ndarray) -> dict[str, float]:
@@ -153,15 +160,23 @@ def preview(
             yield sources[source].name, role, prompt, text, length
 
 
-def convert(source: SourceConfig, data: DataConfig, cache: Path, targets: Sequence[Path]) -> int:
-    """Writes the rows of a source, under our names of their fields, evenly into files; returns how many there are."""
-    rows = open_rows(source, data.python_packages, cache)[1]
+def convert(source: SourceConfig, data: DataConfig, cache: Path, targets: Sequence[Path], pairs: bool = False) -> int:
+    """Writes the rows of a source, under our names of their fields, evenly into files; returns how many there are.
+
+    With `pairs` they are those of the main format that its examples make.
+    """
+    if pairs:
+        drawer = open_source(source, data.python_packages, cache).drawer
+        count, rows = sum(1 for _ in drawer.as_pairs()), drawer.as_pairs()
+    else:
+        opened = open_rows(source, data.python_packages, cache)[1]
+        count, rows = len(opened), each(opened)
     partial = {target: target.with_name(target.name + ".partial") for target in targets}
-    ends = [len(rows) * (i + 1) // len(targets) for i in range(len(targets))]
+    ends = [count * (i + 1) // len(targets) for i in range(len(targets))]
     try:
         for target, start, end in zip(targets, [0, *ends], ends, strict=False):
-            written = tqdm(range(start, end), f"writing {target}", unit="row", delay=2, leave=False)
-            WRITERS[target.suffix](partial[target], (_fields(rows[i]) for i in written))
+            written = tqdm(islice(rows, end - start), f"writing {target}", end - start, unit="row", delay=2, leave=False)
+            WRITERS[target.suffix](partial[target], map(_fields, written))
         for target, whole in partial.items():
             whole.rename(target)
     except OSError as error:
@@ -169,7 +184,7 @@ def convert(source: SourceConfig, data: DataConfig, cache: Path, targets: Sequen
     finally:
         for unfinished in partial.values():
             unfinished.unlink(missing_ok=True)
-    return len(rows)
+    return count
 
 
 def _fields(row: Row) -> Mapping[str, Any]:

@@ -84,6 +84,33 @@ def check_scored(row: Row) -> str | None:
     return None if _is_number(score) else _wrong(row, "score", "a finite number")
 
 
+NLI_LABELS = {"entailment": 0, "neutral": 1, "contradiction": 2, "-": -1}  # and the numbers; -1: annotators did not agree
+
+
+def check_nli(row: Row) -> str | None:
+    """A (premise, hypothesis, label) row; the texts may be called sentence1 and sentence2."""
+    premise, hypothesis = nli_fields(row)
+    if problem := _text(row, premise) or _text(row, hypothesis):
+        return problem
+    label = row.get("label")
+    known = isinstance(label, str | int) and not isinstance(label, bool)
+    return (
+        None
+        if known and label in {*NLI_LABELS, *NLI_LABELS.values()}
+        else _wrong(row, "label", "entailment, neutral or contradiction, or 0, 1 or 2 (-1: none)")
+    )
+
+
+def nli_fields(row: Row) -> tuple[str, str]:
+    """How a row calls its premise and its hypothesis."""
+    return ("premise", "hypothesis") if "premise" in row else ("sentence1", "sentence2")
+
+
+def check_document(row: Row) -> str | None:
+    """A row of any fields."""
+    return None
+
+
 def check_corpus(row: Row) -> str | None:
     """A document of a BEIR corpus."""
     if not isinstance(row.get("title", ""), str):

@@ -12,9 +12,13 @@ from jaxembed.config import DataConfig, PythonPackagesConfig, SourceConfig
 from jaxembed.data import python_packages
 from jaxembed.data.beir import BeirPairs
 from jaxembed.data.containers import Container, is_beir, open_container
-from jaxembed.data.drawers import Drawer, Labels, Pairs, ScoredPairs, Texts
+from jaxembed.data.documents import Documents, document_shape
+from jaxembed.data.drawers import Drawer, Pairs, ScoredPairs, Texts
+from jaxembed.data.labels import Labels
+from jaxembed.data.nli import SHAPE as NLI
+from jaxembed.data.nli import NliPairs
 from jaxembed.data.rows import Rows, Shape, as_row, scan
-from jaxembed.data.schema import Example, check_label, check_pair, check_scored, check_text
+from jaxembed.data.schema import NLI_LABELS, Example, Row, check_document, check_label, check_pair, check_scored, check_text
 from jaxembed.data.shuffle import key_of, permuted
 from jaxembed.errors import UserError
 from jaxembed.fields import LARGEST
@@ -26,12 +30,15 @@ SHAPES = {
         Shape("pairs", check_pair, lambda row: len(row["pos"])),
         Shape("scored_pairs", check_scored, lambda row: row["score"]),
         Shape("labels", check_label, lambda row: str(row["label"])),
+        NLI,
         Shape("text", check_text),
+        Shape("documents", check_document),  # of which `document_shape` keeps what a source makes of them
     )
 }
 # The fields by which the shape of rows is recognised, the first that fits.
 KEYS = {
-    "pairs": {"query", "pos"}, "scored_pairs": {"sentence1", "score"}, "labels": {"text", "label"}, "text": {"text"},
+    "pairs": {"query", "pos"}, "scored_pairs": {"sentence1", "score"}, "labels": {"text", "label"},
+    "nli": {"premise", "hypothesis", "label"}, "text": {"text"},
 }  # fmt: skip
 
 
@@ -53,7 +60,8 @@ class Source:
         example = self.drawer.draw(self._row(index), rng, negatives)
         choices = self.config.instructions
         instruction = example.instruction or (choices[rng.integers(len(choices))] if choices else "")
-        documents, shots = self.config.document_instruction, self._shots(index, example.query, instruction, rng)
+        documents = self.config.instruction_of_documents(instruction)
+        shots = self._shots(index, example.query, instruction, rng)
         return dataclasses.replace(example, instruction=instruction, document_instruction=documents, shots=shots)
 
     def _row(self, index: int) -> int:
@@ -79,7 +87,19 @@ class Source:
 
 def open_sources(config: DataConfig, cache: Path) -> list[Source]:
     """Opens and checks every source of a config; `UserError` names file and line of the first bad row."""
-    return [open_source(source, config.python_packages, cache) for source in config.sources]
+    return _sharing_labels([open_source(source, config.python_packages, cache) for source in config.sources])
+
+
+def _sharing_labels(sources: list[Source]) -> list[Source]:
+    """The same; those that ask for it draw their negatives from the label texts of all."""
+    labels = {i: source.drawer for i, source in enumerate(sources) if isinstance(source.drawer, Labels)}
+    texts = [text for drawer in labels.values() for text in drawer.label_texts]
+    return [
+        dataclasses.replace(source, drawer=labels[i].among(texts))
+        if i in labels and source.config.label_negatives == "all"
+        else source
+        for i, source in enumerate(sources)
+    ]
 
 
 def open_source(config: SourceConfig, packages: PythonPackagesConfig, cache: Path) -> Source:
@@ -87,12 +107,14 @@ def open_source(config: SourceConfig, packages: PythonPackagesConfig, cache: Pat
     drawer: Drawer
     if isinstance(rows, BeirPairs):
         drawer = Pairs(rows, rows.most_positives)
+    elif isinstance(rows, NliPairs):
+        drawer = Pairs(rows, rows.most_positives, rows.dropped)
     elif kind == "labels":
-        drawer = Labels(rows, {"auto": None, "labels": True, "examples": False}[config.label_documents])
+        drawer = Labels(rows, config)
     elif kind == "scored_pairs":
-        drawer = ScoredPairs(rows, config.min_score)
-        if not len(drawer):
-            raise UserError(f"{config.path}: no pair scores {config.min_score} or more; lower the source's min_score")
+        drawer = ScoredPairs(rows, config)
+    elif kind == "documents":
+        drawer = Documents(rows, config)
     elif kind == "text":
         drawer = Texts(rows)
     else:
@@ -101,12 +123,13 @@ def open_source(config: SourceConfig, packages: PythonPackagesConfig, cache: Pat
     return Source(config, config.name or Path(config.path).stem, drawer, in_batch, rows.digest)
 
 
-def open_rows(config: SourceConfig, packages: PythonPackagesConfig, cache: Path) -> tuple[str, Rows | BeirPairs]:
+def open_rows(config: SourceConfig, packages: PythonPackagesConfig, cache: Path) -> tuple[str, Rows | BeirPairs | NliPairs]:
     """The rows of a source, all of them checked, and the name of their shape, or beir."""
     kind, container = open_unchecked(config, packages, cache)
     if container is None:
         return kind, BeirPairs(Path(config.path))
-    return kind, Rows(container, SHAPES[kind], cache, config.columns)
+    rows = Rows(container, document_shape(config) if kind == "documents" else SHAPES[kind], cache, config.columns)
+    return kind, NliPairs(rows) if kind == "nli" else rows
 
 
 def open_unchecked(config: SourceConfig, packages: PythonPackagesConfig, cache: Path) -> tuple[str, Container | None]:
@@ -130,14 +153,31 @@ def _recognised(config: SourceConfig) -> tuple[str, Container | None]:
     container = open_container(config.path)
     if config.format != "auto":
         return config.format, container
+    if config.pair_templates:
+        return "documents", container
     _, where, content = next(scan(container))
-    keys = set(as_row(content, where, config.columns))
-    found = [name for name, needed in KEYS.items() if needed <= keys]
-    if found or "query" in keys:
-        return next(iter(found), "pairs"), container
+    return _shape_of(as_row(content, where, config.columns), where), container
+
+
+def _shape_of(row: Row, where: str) -> str:
+    """The name of the shape that a row's fields tell.
+
+    Where a number is the label of (sentence1, sentence2, label), they do not: it is 0 of entailments, 1 of paraphrases.
+    """
+    found = [name for name, needed in KEYS.items() if needed <= row.keys()]
+    if found or "query" in row:
+        return next(iter(found), "pairs")
+    if {"sentence1", "sentence2", "label"} <= row.keys():
+        if isinstance(row["label"], str) and row["label"] in NLI_LABELS:
+            return "nli"
+        raise UserError(
+            f"{where}: sentence1, sentence2 and a label that is neither entailment, neutral nor contradiction; if 0 is "
+            "entailment, 1 neutral and 2 contradiction, set the source's format to nli"
+        )
     raise UserError(
-        f"{where}: unknown row with keys {', '.join(sorted(keys)[:10])}; expected query and pos, text and label, "
-        "sentence1, sentence2 and score, or text; or name the columns that hold them in the source's columns"
+        f"{where}: unknown row with keys {', '.join(sorted(row)[:10])}; expected query and pos, text and label, "
+        "sentence1, sentence2 and score, premise, hypothesis and label, or text; or name the columns that hold them in the "
+        "source's columns, or make pairs of other fields by its pair_templates"
     )
 
 
