@@ -25,8 +25,8 @@ import yaml
 
 from jaxembed import Embedder, cli, config
 from jaxembed.evaluation.heldout import open_sets
-from jaxembed.evaluation.retrieval import search
 from jaxembed.run import train
+from jaxembed.search.nearest import search
 
 DIRECTIONS = ["query_document", "query_query", "document_query", "document_document"]
 
@@ -119,7 +119,7 @@ class Bench:
         queries, documents = model.encode([row["query"] for row in rows]), model.encode(positives)
         out = self.folder / "mined.jsonl"
         with out.open("w") as file:
-            for i, (row, ranked) in enumerate(zip(rows, search(queries, documents, 50), strict=True)):
+            for i, (row, ranked) in enumerate(zip(rows, search(queries, documents, 50).rows, strict=True)):
                 chosen = [int(j) for j in random.permutation(ranked[10:]) if positives[j] != positives[i]][:3]
                 near = [float(queries[i] @ documents[j]) for j in (i, *chosen)]
                 made = {"query": row["query"], "pos": [positives[i]], "neg": [positives[j] for j in chosen]}

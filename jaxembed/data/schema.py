@@ -92,13 +92,16 @@ def check_scored(row: Row) -> str | None:
     return None if _is_number(score) else _wrong(row, "score", "a finite number")
 
 
-def check_corpus(row: Row) -> str | None:
-    """A document of a BEIR corpus."""
+def check_document(row: Row) -> str | None:
+    """A document by itself."""
     if not isinstance(row.get("title", ""), str):
         return '"title" must be a string'
-    if not isinstance(row.get("text"), str):
-        return _wrong(row, "text", "a string")
-    return _text(row, "_id")
+    return None if isinstance(row.get("text"), str) else _wrong(row, "text", "a string")
+
+
+def check_corpus(row: Row) -> str | None:
+    """A document of a BEIR corpus."""
+    return check_document(row) or _text(row, "_id")
 
 
 def check_query(row: Row) -> str | None:
