@@ -16,7 +16,7 @@ from jaxembed import parallel
 from jaxembed.parallel import BATCH_AXES
 
 GROUP = 32  # documents whose best score stands for them
-MOST_QUERIES, MOST_DOCUMENTS = 1024, 65536  # of a block; larger ones are no faster
+MOST_QUERIES, MOST_DOCUMENTS = 512, 65536  # of a block; larger ones are no faster
 MEMORY_MB = 512
 
 
@@ -63,12 +63,10 @@ def search(
     firsts = range(0, len(documents), blocks.documents)
     with tqdm(total=len(starts) * len(firsts), unit="block", disable=not show_progress) as bar:
         for first in firsts:
-            block = documents[first : first + blocks.documents]
-            count = np.array([first, len(block)], np.int32)
-            everywhere = jax.device_put(_padded(block, blocks.documents), parallel.replicated(mesh))
+            block = jax.device_put(documents[first : first + blocks.documents], parallel.replicated(mesh))
             for i, start in enumerate(starts):
                 some = parallel.put_batch(mesh, _padded(queries[start : start + at_once], at_once))
-                best[i] = merge(best[i], some, everywhere, count)
+                best[i] = merge(best[i], some, block, np.int32(first))
                 jax.block_until_ready(best[i - 1])  # no more than two at a time are in memory
                 bar.update()
     return Found(*(np.concatenate(parts)[: len(queries)] for parts in zip(_none(0, k), *best, strict=True)))
@@ -101,27 +99,29 @@ def _merge(mesh: Mesh, approximate: bool) -> jax.stages.Wrapped:
     return jax.jit(mapped, donate_argnums=0)
 
 
-def _merged(best: Best, queries: jax.Array, documents: jax.Array, block: jax.Array, *, approximate: bool) -> Best:
-    """The best so far merged with those of a block of documents; `block` is its first row and its count."""
+def _merged(best: Best, queries: jax.Array, documents: jax.Array, first: jax.Array, *, approximate: bool) -> Best:
+    """The best so far merged with those of a block of documents, of which `first` is the first one's row."""
     k = best[0].shape[1]
     scores = jnp.matmul(queries, documents.T, precision=jax.lax.Precision.HIGHEST)
-    scores = jnp.where(jnp.arange(len(documents)) < block[1], scores, -jnp.inf)
     of_block = min(k, len(documents))
     values, columns = jax.lax.approx_max_k(scores, of_block) if approximate else top_k(scores, of_block)
     values, order = jax.lax.top_k(jnp.concatenate([best[1], values], axis=1), k)
-    rows = jnp.concatenate([best[0], block[0] + columns], axis=1)
+    rows = jnp.concatenate([best[0], first + columns], axis=1)
     return jnp.take_along_axis(rows, order, axis=1), values
 
 
 def top_k(scores: Float[jax.Array, "q n"], k: int) -> tuple[jax.Array, jax.Array]:
-    """What `jax.lax.top_k` gives, sooner, for n a multiple of GROUP: the k best lie in the k groups of columns whose
-    maxima are best, since each other group has k scores at least as high above it.
+    """What `jax.lax.top_k` gives, sooner. The k best of groups of columns lie in the k groups whose maxima are best, since
+    each of those holds a score at least as high; columns behind the last whole group are looked at one by one.
     """
     queries, n = scores.shape
-    if n <= GROUP * k:
+    count, rest = divmod(n, GROUP)
+    if count <= k:
         return jax.lax.top_k(scores, k)
-    groups = scores.reshape(queries, n // GROUP, GROUP)
+    groups = scores[:, : count * GROUP].reshape(queries, count, GROUP)
     chosen = jnp.sort(jax.lax.top_k(groups.max(axis=2), k)[1])  # in order, so that the first of equals stays first
-    members = jnp.take_along_axis(groups, chosen[:, :, None], axis=1)
-    values, place = jax.lax.top_k(members.reshape(queries, k * GROUP), k)
-    return values, jnp.take_along_axis(chosen, place // GROUP, axis=1) * GROUP + place % GROUP
+    members = jnp.take_along_axis(groups, chosen[:, :, None], axis=1).reshape(queries, k * GROUP)
+    values, place = jax.lax.top_k(jnp.concatenate([members, scores[:, n - rest :]], axis=1), k)
+    group = jnp.take_along_axis(chosen, jnp.minimum(place // GROUP, k - 1), axis=1)
+    behind = place - k * GROUP
+    return values, jnp.where(behind < 0, group * GROUP + place % GROUP, n - rest + behind)
