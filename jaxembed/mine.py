@@ -28,20 +28,19 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     cli.use_compilation_cache()
     cache = cli.cache_dir()
     by_bm25 = args.candidates == "bm25"
-    ways = Ways(
-        rule, args.seed, args.consistency_top_k, args.keep_negatives, by_bm25, args.memory_mb, args.approximate
-    )  # fmt: skip
+    ways = Ways(rule, args.seed, args.consistency_top_k, args.keep_negatives, by_bm25, args.memory_mb, args.approximate)
     source = open_input(args.input, args.instruction, cache)
     pool = read_pool(source, read_corpus(args.corpus) if args.corpus else None, args.seed)
     rescore = of_texts(open_cross_encoder(args.cross_encoder, cache), pool) if args.cross_encoder else None
-    encode = open_encoder(args.model, cache).encode
-    queries = embed(pool.queries, encode, "queries")
-    documents = embed([RawText(text, "document", "") for text in pool.documents], encode, "documents")
-    result = mine(pool, queries, documents, ways, rescore)
+    model = open_encoder(args.model, cache)
+    queries = embed(pool.queries, model.encode, model.width, "queries")
+    texts = [RawText(text, "document", "") for text in pool.documents]
+    result = mine(pool, queries, embed(texts, model.encode, model.width, "documents"), ways, rescore)
     counts, partial = summary(pool, result, rule), out.with_name(out.name + ".partial")
+    named = {"model": model.identity, "cross_encoder": args.cross_encoder, "input": args.input, "digest": source.digest}
     try:
         write_lines(partial, (line(pool, row) for row in result.rows))
-        write_json(report, {**counts, "model": args.model, "ways": dataclasses.asdict(ways), **details(pool, result)})
+        write_json(report, {**counts, **named, "ways": dataclasses.asdict(ways), **details(pool, result)})
         partial.rename(out)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); name another output") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import runpy
@@ -201,11 +202,19 @@ def test_positives_that_the_model_does_not_find_leave(pairs: list[dict[str, Any]
     for query, row in lines(pool, result).items():  # a positive that left is still no negative
         assert not set(row["neg"]) & {f"answer {query.split()[1]}", f"another {query.split()[1]}"}
     assert summary(pool, result, Rule())["dropped"] == {"blank": 0, "inconsistent": len(rows) - len(expected)}
+    few = {"positives": sum(map(len, expected.values())), "inconsistent_positives": 120 - sum(map(len, expected.values()))}
+    assert summary(pool, result, Rule()).items() >= few.items()
     told = details(pool, result)
     assert len(told["samples"]["kept"]) == len(told["samples"]["inconsistent"]) == 5
     assert sum(told["scores"]["positive"]) == sum(map(len, expected.values()))
     everything = mined(pool, rule="topk_margin_pos", consistency=3, by_bm25=True)
     assert [row.positives for row in everything.rows] == [row.positives for row in result.rows]
+    far = pool_of(
+        tmp_path, [{"query": "query 1", "pos": [min(pool.documents, key=lambda text: vector("query 1") @ vector(text))]}]
+    )
+    far = dataclasses.replace(far, documents=[*far.documents, *pool.documents], searched=1 + len(pool.documents))
+    with pytest.raises(UserError, match="no positive is among the 2 nearest of its query; raise --consistency-top-k"):
+        mined(far, consistency=2)
 
 
 def test_an_approximate_search_tells_its_recall(pairs: list[dict[str, Any]], tmp_path: Path) -> None:
@@ -304,7 +313,8 @@ def test_a_killed_command_goes_on_where_it_was(
     rows = [json.loads(row) for row in out.read_text().splitlines()]
     assert [row["query"] for row in rows] == [pair["query"] for pair in pairs]
     assert all(row["prompt"] == "Find it" and len(row["neg"]) == len(row["neg_scores"]) == 7 for row in rows)
-    assert json.loads(Path(told["report"]).read_text())["written"] == 20
+    report = json.loads(Path(told["report"]).read_text())
+    assert report["written"] == 20 and report["model"]["name"] == arguments[0] and report["ways"]["rule"]["name"] == "top_k"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "in.jsonl", "out.jsonl", "out.jsonl.report.json"]
 
 
@@ -316,7 +326,7 @@ def test_giant_texts_are_cut_and_counted(tmp_path: Path) -> None:
         seen.extend(texts)
         return vectors([text.text for text in texts])
 
-    documents = mining.embed([pool.queries[0]._replace(text=text) for text in pool.documents], encode, "documents")
+    documents = mining.embed([pool.queries[0]._replace(text=text) for text in pool.documents], encode, 6, "documents")
     assert [len(text.text) for text in seen] == [mining.LONGEST, 1] and len(documents) == 2
     result = mine(pool, vectors(["a"]), documents, Ways(Rule()))
     assert summary(pool, result, Rule())["cut_texts"] == 1

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from jaxembed.curation.pool import Pool, Row
 from jaxembed.curation.rules import Rule
 from jaxembed.data.batch import EncodeRaw, RawText
+from jaxembed.errors import UserError
 from jaxembed.hub.cross_encoder import ScorePairs
 from jaxembed.search import bm25
 from jaxembed.search.nearest import MEMORY_MB, Found, search
@@ -58,12 +59,13 @@ class Result(NamedTuple):
     recall: float | None
 
 
-def embed(texts: Sequence[RawText], encode: EncodeRaw, told: str) -> np.ndarray:
-    """Vectors [N, D] of one or more texts, some at a time, so that a cache behind `encode` keeps each part that is done."""
-    parts = []
+def embed(texts: Sequence[RawText], encode: EncodeRaw, width: int, told: str) -> np.ndarray:
+    """Vectors [N, width] of texts, some at a time, so that a cache behind `encode` keeps each part that is done."""
+    out = np.zeros((len(texts), width), np.float32)
     for start in tqdm(range(0, len(texts), AT_ONCE), unit=f"x{AT_ONCE}", desc=told):
-        parts.append(encode([text._replace(text=text.text[:LONGEST]) for text in texts[start : start + AT_ONCE]]))
-    return np.concatenate(parts)
+        part = texts[start : start + AT_ONCE]
+        out[start : start + len(part)] = encode([text._replace(text=text.text[:LONGEST]) for text in part])
+    return out
 
 
 def of_texts(score: ScorePairs, pool: Pool) -> Score:
@@ -76,7 +78,7 @@ def mine(pool: Pool, queries: np.ndarray, documents: np.ndarray, ways: Ways, res
 
     `rescore` gives candidates another order and all documents other scores, as of a cross-encoder. Consistency is judged by
     the vectors (KaLM-Embedding, arXiv:2501.01028: 50; E5, arXiv:2212.03533: 2): a positive above which `consistency`
-    documents score that are no positives leaves its row.
+    documents score that are no positives leaves its row. `UserError` where that leaves no row.
     """
 
     def cosines(pairs: np.ndarray) -> np.ndarray:
@@ -90,6 +92,8 @@ def mine(pool: Pool, queries: np.ndarray, documents: np.ndarray, ways: Ways, res
     found = _by_bm25(pool, cosines, ways.rule.candidates) if ways.by_bm25 else nearest
     score = cosines if rescore is None else rescore
     kept = [row for row in rows if row.positives]
+    if not kept:
+        raise UserError(f"no positive is among the {ways.consistency} nearest of its query; raise --consistency-top-k")
     if rescore is not None:
         found = _rescored(found, {row.query for row in kept}, ways.rule.candidates, rescore)
     of_positives = _scores(score, [(row.query, row.positives) for row in kept], "positives")
@@ -172,6 +176,6 @@ def _scores(score: Score, asked: Sequence[tuple[int, Sequence[int] | np.ndarray]
     pairs = np.zeros((sum(counts), 2), np.int64)
     pairs[:, 0] = np.repeat([query for query, _ in asked], counts)
     pairs[:, 1] = np.concatenate([np.asarray(documents, np.int64) for _, documents in asked])
-    starts = tqdm(range(0, len(pairs), AT_ONCE), unit=f"x{AT_ONCE} pairs", desc=told)
+    starts = tqdm(range(0, len(pairs), AT_ONCE), unit=f"x{AT_ONCE} pairs", desc=told, disable=len(pairs) <= AT_ONCE)
     scores = np.concatenate([np.zeros(0, np.float32), *(score(pairs[start : start + AT_ONCE]) for start in starts)])
     return np.split(scores, np.cumsum(counts)[:-1])

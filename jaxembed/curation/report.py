@@ -22,6 +22,8 @@ def summary(pool: Pool, result: Result, rule: Rule) -> dict[str, Any]:
         "rows": len(pool.rows) + pool.blank["rows"],
         "written": len(result.rows),
         "dropped": {"blank": pool.blank["rows"], "inconsistent": len(result.inconsistent)},
+        "positives": sum(len(row.positives) for row in result.rows),
+        "inconsistent_positives": sum(len(row.positives) for row in pool.rows) - sum(len(row.positives) for row in result.rows),
         "queries": len(pool.queries),
         "corpus": pool.searched,
         "blank_documents": pool.blank["documents"],
