@@ -15,13 +15,11 @@ import argparse
 import json
 import logging
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from objectives import Bench
+from objectives import Bench, mined
 from score import load_tasks
 
 from jaxembed import cli
@@ -29,16 +27,6 @@ from jaxembed.evaluate import load_encoder
 from jaxembed.evaluation.mteb_encoder import evaluate
 
 TASKS = ("AGNewsTitleRetrieval", "STSBenchmarkMultilingualSTS", "Banking77Classification")
-NEGATIVES = 3
-
-
-def mined(miner: str, pairs: Path, out: Path, *options: str) -> str:
-    """The file of pairs with mined negatives, made unless it is there."""
-    if not out.exists():
-        command = [sys.executable, "-m", "jaxembed.mine", miner, str(pairs), str(out), f"--negatives={NEGATIVES}", *options]
-        told = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1]
-        print(f"mined {out.name}: {told}", file=sys.stderr)
-    return str(out)
 
 
 def rows(data: Path, miner: str, folder: Path) -> dict[str, tuple[list[str], dict[str, Any]]]:
@@ -47,7 +35,7 @@ def rows(data: Path, miner: str, folder: Path) -> dict[str, tuple[list[str], dic
     banking = {"path": str(data / "banking77" / "train.jsonl"), "name": "banking"}
     own = {"name": "mined"}
 
-    def sources(*chosen: dict[str, Any], negatives: int = NEGATIVES, **more: Any) -> dict[str, Any]:
+    def sources(*chosen: dict[str, Any], negatives: int = 3, **more: Any) -> dict[str, Any]:
         return {"data": {"max_length": 128, "hard_negatives": negatives, "sources": list(chosen), **more}}
 
     def blend(ratio: float) -> dict[str, Any]:

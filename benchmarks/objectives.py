@@ -4,8 +4,8 @@
     python benchmarks/objectives.py BASE PAIRS.jsonl HELDOUT LABELS.jsonl [--steps 60] [--seeds 3] [--only NAME ...] [--out DIR]
 
 BASE is a small pretrained decoder folder, PAIRS the main JSONL format, HELDOUT a BEIR folder of the same kind, LABELS lines
-of text and label. First a teacher is made: the base, trained on the pairs with InfoNCE for twice the steps. It ranks all
-positives for every query; three that stand at ranks 10 to 50 become the query's hard negatives, with the teacher's scores.
+of text and label. First a teacher is made: the base, trained on the pairs with InfoNCE for twice the steps. Three of the
+positives that it ranks 50 to 100 for a query (KaLM's window) become the query's hard negatives, with the teacher's scores.
 Then each row of the tables is trained from the base, once a seed. Scores are nDCG@10 of HELDOUT, mean and standard deviation
 over seeds. Prints Markdown tables as they grow and, on the last line, one JSON object.
 """
@@ -17,16 +17,16 @@ import dataclasses
 import json
 import logging
 import statistics
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from jaxembed import Embedder, cli, config
 from jaxembed.evaluation.heldout import open_sets
-from jaxembed.evaluation.retrieval import search
 from jaxembed.run import train
 
 DIRECTIONS = ["query_document", "query_query", "document_query", "document_document"]
@@ -119,19 +119,11 @@ def scored(model: str, heldout: Path, dim: int | None = None, instruction: str =
     return opened.score(lambda texts, of: embedder.encode(texts, of, dim))["ndcg_at_10"]
 
 
-def mined(teacher: str, pairs: Path, out: Path) -> str:
-    """The pairs with hard negatives and the teacher's scores."""
-    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
-    model, random = Embedder.load(teacher), np.random.default_rng(0)
-    positives = [row["pos"][0] for row in rows]
-    queries, documents = model.encode([row["query"] for row in rows]), model.encode(positives)
-    with out.open("w") as file:
-        for i, (row, ranked) in enumerate(zip(rows, search(queries, documents, 50), strict=True)):
-            chosen = [int(j) for j in random.permutation(ranked[10:]) if positives[j] != positives[i]][:3]
-            near = [float(queries[i] @ documents[j]) for j in (i, *chosen)]
-            made = {"query": row["query"], "pos": [positives[i]], "neg": [positives[j] for j in chosen]}
-            made |= {"pos_scores": near[:1], "neg_scores": near[1:]}
-            file.write(json.dumps(made) + "\n")
+def mined(miner: str, pairs: Path, out: Path, *options: str) -> str:
+    """The file of pairs with 3 mined negatives each and the miner's scores, made unless it is there."""
+    if not out.exists():
+        command = [sys.executable, "-m", "jaxembed.mine", miner, str(pairs), str(out), "--negatives=3", *options]
+        print(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout, file=sys.stderr)
     return str(out)
 
 
@@ -156,7 +148,7 @@ def main() -> None:
     untrained = scored(args.base, args.heldout)
     plain = {"data": {"max_length": 128, "sources": [{"path": str(args.pairs)}]}}
     teacher = bench.run("teacher", plain, 99, str(args.pairs), 2 * args.steps)
-    pairs = mined(teacher, args.pairs, folder / "mined.jsonl")
+    pairs = mined(teacher, args.pairs, folder / "mined.jsonl", "--rule=window", "--window", "50", "100")
     print(f"Untrained {untrained:.4f}, teacher {scored(teacher, args.heldout):.4f}.\n", flush=True)
     found: dict[str, list[float]] = {}
     for table in (objectives(teacher), ablations(pairs, str(args.labels), args.steps)):

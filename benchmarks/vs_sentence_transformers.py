@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxembed.data.beir import open_beir
-from jaxembed.evaluation.retrieval import ndcg, search
+from jaxembed.evaluation.retrieval import ndcg
+from jaxembed.search.nearest import search
 from jaxembed.training.metrics import read_metrics
 
 HERE = Path(__file__).parent
@@ -98,7 +99,7 @@ def encode(side: str, model: str, heldout: Path) -> dict[str, float]:
     began = time.perf_counter()
     run(documents)
     seconds = time.perf_counter() - began
-    return {"encode_tokens_per_second": sum(lengths) / seconds, "ndcg": ndcg(beir.relevant, search(*encoded, 10))}
+    return {"encode_tokens_per_second": sum(lengths) / seconds, "ndcg": ndcg(beir.relevant, search(*encoded, 10).rows)}
 
 
 def parse_args() -> argparse.Namespace:

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from jaxembed.errors import UserError
-from jaxembed.evaluation.bm25 import rank
+from jaxembed.search.bm25 import rank
 
 CORPUS = ["", "def read_file(path): ...", "def writeJSON(value): ...", "class HTTPServer: ..."]
 

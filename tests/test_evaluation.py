@@ -15,7 +15,7 @@ from jaxembed.config import EvalSetConfig, PythonPackagesConfig
 from jaxembed.errors import UserError
 from jaxembed.evaluation.heldout import open_sets, score_all
 from jaxembed.evaluation.mteb_encoder import MtebEncoder, evaluate, find_tasks
-from jaxembed.evaluation.retrieval import ndcg, recall, search, spearman
+from jaxembed.evaluation.retrieval import ndcg, recall, spearman
 from jaxembed.spec import EmbeddingSpec
 
 
@@ -30,13 +30,6 @@ def test_metrics_equal_trec_eval():
     theirs = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut.10", "recall.10"}).evaluate(runs)
     assert ndcg(relevant, ranked) == pytest.approx(np.mean([r["ndcg_cut_10"] for r in theirs.values()]), abs=1e-9)
     assert recall(relevant, ranked) == pytest.approx(np.mean([r["recall_10"] for r in theirs.values()]), abs=1e-9)
-
-
-def test_search_is_exact_across_blocks():
-    rng = np.random.default_rng(1)
-    queries, documents = rng.normal(size=(2100, 8)).astype(np.float32), rng.normal(size=(50, 8)).astype(np.float32)
-    np.testing.assert_array_equal(search(queries, documents, 7), np.argsort(-(queries @ documents.T), axis=1)[:, :7])
-    assert search(queries, documents[:3], 7).shape == (2100, 3)
 
 
 def test_spearman_follows_ranks():

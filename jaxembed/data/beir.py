@@ -11,7 +11,7 @@ from typing import Any
 from jaxembed.data.containers import open_container
 from jaxembed.data.jsonl import write_lines
 from jaxembed.data.rows import Rows, Shape
-from jaxembed.data.schema import check_corpus, check_query
+from jaxembed.data.schema import Row, check_corpus, check_query
 from jaxembed.errors import UserError
 from jaxembed.files import read_text
 
@@ -33,21 +33,28 @@ class BeirFolder:
         return str(self.queries[self.query_rows[i]]["text"])
 
     def document(self, row: int) -> str:
-        """Title and text, joined as BEIR and MTEB join them."""
-        entry = self.corpus[row]
-        return f"{entry.get('title') or ''} {entry['text']}".strip()
+        return document_text(self.corpus[row])
+
+
+def document_text(entry: Row) -> str:
+    """Title and text of a document, joined as BEIR and MTEB join them."""
+    return f"{entry.get('title') or ''} {entry['text']}".strip()
+
+
+def open_corpus(folder: Path) -> tuple[Rows, dict[str, int]]:
+    """The documents of a folder and the row of each id; `UserError` names what is off."""
+    corpus = Rows(open_container(str(folder / "corpus.jsonl")), Shape("corpus", check_corpus))
+    return corpus, _row_of_id(corpus)
 
 
 def open_beir(folder: Path, splits: tuple[str, ...]) -> BeirFolder:
     """Opens a folder with the first of `splits` that it has. `UserError` names file and line of what is off."""
-    corpus, queries = (
-        Rows(open_container(str(folder / name)), Shape(name, check))
-        for name, check in (("corpus.jsonl", check_corpus), ("queries.jsonl", check_query))
-    )
+    corpus, corpus_rows = open_corpus(folder)
+    queries = Rows(open_container(str(folder / "queries.jsonl")), Shape("queries", check_query))
     qrels = next((p for s in splits if (p := folder / "qrels" / f"{s}.tsv").is_file()), None)
     if qrels is None:
         raise UserError(f"{folder}: expected qrels/{splits[0]}.tsv beside corpus.jsonl and queries.jsonl")
-    corpus_rows, query_rows = _row_of_id(corpus), _row_of_id(queries)
+    query_rows = _row_of_id(queries)
     relevant: dict[int, dict[int, int]] = {}
     text = read_text(qrels)
     for number, line in enumerate(text.split("\n"), 1):

@@ -111,13 +111,16 @@ def check_document(row: Row) -> str | None:
     return None
 
 
-def check_corpus(row: Row) -> str | None:
-    """A document of a BEIR corpus."""
+def check_passage(row: Row) -> str | None:
+    """A text of a corpus, with or without a title."""
     if not isinstance(row.get("title", ""), str):
         return '"title" must be a string'
-    if not isinstance(row.get("text"), str):
-        return _wrong(row, "text", "a string")
-    return _text(row, "_id")
+    return None if isinstance(row.get("text"), str) else _wrong(row, "text", "a string")
+
+
+def check_corpus(row: Row) -> str | None:
+    """A document of a BEIR corpus."""
+    return check_passage(row) or _text(row, "_id")
 
 
 def check_query(row: Row) -> str | None:

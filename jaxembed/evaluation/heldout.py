@@ -15,9 +15,10 @@ from jaxembed.data.containers import open_container
 from jaxembed.data.rows import Rows
 from jaxembed.data.sources import SHAPES, packages_folder
 from jaxembed.errors import UserError
-from jaxembed.evaluation import bm25
-from jaxembed.evaluation.retrieval import Encode, ndcg, recall, search, spearman
+from jaxembed.evaluation.retrieval import Encode, ndcg, recall, spearman
 from jaxembed.files import exists
+from jaxembed.search import bm25
+from jaxembed.search.nearest import search
 
 TOP = 10
 
@@ -46,7 +47,7 @@ class RetrievalSet:
         """nDCG@10 and recall@10, each from 0 to 1."""
         queries = encode(self.queries, self.config.instruction)
         documents = encode(self.corpus, self.config.document_instruction)
-        return self._scores(search(queries, documents, TOP))
+        return self._scores(search(queries, documents, TOP).rows)
 
     def score_bm25(self) -> dict[str, float]:
         """The same of BM25, which needs no training: the baseline to beat."""

@@ -1,43 +1,14 @@
-"""Held-out retrieval and similarity: exact search by blocks on the mesh, nDCG, recall, Spearman."""
+"""Scores of retrieval and similarity: nDCG, recall, Spearman."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 from scipy import stats
 
-from jaxembed import parallel
-
-QUERIES_AT_ONCE = 256  # on a device
-
 Encode = Callable[[Sequence[str], str], np.ndarray]  # (texts, instruction) -> vectors [N, D]
-
-
-@functools.partial(jax.jit, static_argnames="k")
-def _top_k(queries: jax.Array, documents: jax.Array, k: int) -> jax.Array:
-    scores = jnp.matmul(queries, documents.T, precision=jax.lax.Precision.HIGHEST)
-    return jax.lax.top_k(scores, k)[1]
-
-
-def search(queries: Float[np.ndarray, "q d"], documents: Float[np.ndarray, "n d"], k: int) -> Int[np.ndarray, "q k"]:
-    """Rows of the k documents nearest to each query by dot product, best first.
-
-    A block of queries at a time is split over all devices, each of which holds all documents.
-    """
-    mesh = parallel.make_mesh()
-    at_once = QUERIES_AT_ONCE * parallel.shard_count(mesh)
-    k = min(k, len(documents))
-    everywhere = jax.device_put(documents, parallel.replicated(mesh))
-    padded = np.zeros((-(-len(queries) // at_once) * at_once, queries.shape[1]), queries.dtype)
-    padded[: len(queries)] = queries
-    split = [parallel.put_batch(mesh, padded[i : i + at_once]) for i in range(0, len(padded), at_once)]
-    blocks = [_top_k(block, everywhere, k) for block in split]
-    return np.concatenate([np.asarray(block) for block in blocks])[: len(queries)]
 
 
 def ndcg(relevant: Sequence[Mapping[int, int]], ranked: Int[np.ndarray, "q k"]) -> float:

@@ -1,4 +1,4 @@
-"""A model whose vectors guide or teach another: a guide of GISTEmbed, a teacher whose vectors are matched."""
+"""A model whose vectors serve another: a guide of GISTEmbed, a teacher whose vectors are matched, a miner of negatives."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class OtherModel:
     def _run(self, texts: list[str], lead: str) -> np.ndarray:
         vectors = self.run(texts, lead)
         if not np.isfinite(vectors).all():
-            raise UserError(f"{self.name}: gives vectors that are not finite; take another model as guide or teacher")
+            raise UserError(f"{self.name}: gives vectors that are not finite; take another model")
         return vectors
 
 
@@ -106,10 +106,7 @@ def _of_embedder(name: str, base: Base, embedder: Embedder, cache: Path) -> Othe
 def _of_sentence_transformers(name: str, folder: Path, cache: Path) -> OtherModel:
     if not any(folder.rglob("*.safetensors")):
         raise UserError(f"{name}: has no weights in safetensors files; save it anew with sentence-transformers")
-    model = _load(name, folder)
-    read = sorted(path for path in folder.rglob("*") if path.suffix in READ and path.is_file())
-    content = [f"{path.relative_to(folder)}\n{file_digest(path)}" for path in read]
-    identity = hashlib.sha256("\n".join(content).encode()).hexdigest()
+    model, identity = _load(name, folder), folder_digest(folder)
 
     def run(texts: list[str], side: str) -> np.ndarray:
         encode = model.encode_query if side == "query" else model.encode_document
@@ -117,6 +114,13 @@ def _of_sentence_transformers(name: str, folder: Path, cache: Path) -> OtherMode
 
     width = run(["width"], "query").shape[1]
     return OtherModel(name, identity, width, lambda side, _: side, run, _store(cache, identity, width))
+
+
+def folder_digest(folder: Path) -> str:
+    """The SHA-256 of what decides what a sentence-transformers folder computes."""
+    read = sorted(path for path in folder.rglob("*") if path.suffix in READ and path.is_file())
+    content = [f"{path.relative_to(folder)}\n{file_digest(path)}" for path in read]
+    return hashlib.sha256("\n".join(content).encode()).hexdigest()
 
 
 def _load(name: str, folder: Path) -> Any:

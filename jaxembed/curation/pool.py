@@ -1,0 +1,120 @@
+"""What negatives are mined for and from: the queries of a source, their positives, and a corpus, each text once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from jaxembed.config import PythonPackagesConfig, SourceConfig
+from jaxembed.data.batch import RawText
+from jaxembed.data.beir import document_text, open_corpus
+from jaxembed.data.containers import is_beir, open_container
+from jaxembed.data.drawers import each
+from jaxembed.data.rows import Rows, Shape
+from jaxembed.data.schema import check_passage, text_hash
+from jaxembed.data.sources import Source, detect_format, open_source
+from jaxembed.errors import UserError
+
+
+class Row(NamedTuple):
+    """A row of the input, by the numbers of its query and documents. `draw` seeds what is drawn for it."""
+
+    query: int
+    positives: tuple[int, ...]
+    negatives: tuple[int, ...]
+    draw: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pool:
+    """`rows` are those with a query and a positive; the corpus is the first `searched` of `documents`.
+
+    Texts that differ only in the white space around them are one. `known` are, for each query, the documents that are never
+    its negatives: the positives of every row with that text, and the text itself. `blank` counts the rows and the documents
+    of the corpus that hold nothing but white space.
+    """
+
+    rows: list[Row]
+    queries: list[RawText]
+    documents: list[str]
+    searched: int
+    known: list[set[int]]
+    blank: Counter[str]
+
+
+class Numbers:
+    """Numbers of texts, in the order of their first coming."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.number: dict[str, int] = {}
+
+    def __call__(self, text: str) -> int:
+        number = self.number.setdefault(text.strip(), len(self.texts))
+        if number == len(self.texts):
+            self.texts.append(text)
+        return number
+
+
+def open_input(path: str, instruction: str, cache: Path) -> Source:
+    """The source of the rows: any format but (text, label)."""
+    config = SourceConfig(path=path, instructions=[instruction] if instruction else [])
+    if detect_format(config) == "labels":
+        raise UserError(f"{path}: rows of text and label draw their negatives by label; name rows of query and pos")
+    return open_source(config, PythonPackagesConfig(), cache)
+
+
+def read_corpus(paths: Sequence[str], cache: Path) -> Iterator[str]:
+    """The documents of BEIR folders, and of any container of rows with "text", and perhaps "title" before it."""
+    for path in paths:
+        if is_beir(Path(path)):
+            rows, _ = open_corpus(Path(path))
+        else:
+            rows = Rows(open_container(path), Shape("passages", check_passage), cache)
+        yield from map(document_text, each(rows))
+
+
+def read_pool(source: Source, corpus: Iterable[str] | None, seed: int) -> Pool:
+    """The pool of a source and a corpus; without one, all positives and negatives of the source are the corpus.
+
+    `UserError` where there is no query or no document.
+    """
+    documents, queries, blank = Numbers(), dict[RawText, int](), Counter[str]()
+    for text in corpus or ():
+        if text.strip():
+            documents(text)
+        else:
+            blank["documents"] += 1
+    searched = len(documents.texts)
+    if corpus is not None and not searched:
+        raise UserError("--corpus: holds no text; name files or BEIR folders with documents")
+    rows, positives = [], dict[str, set[int]]()
+    for row in tqdm(source.drawer.as_pairs(seed), unit="row", desc="rows"):
+        found, others = (_numbered(row.get(name, ()), documents) for name in ("pos", "neg"))
+        if not found or not row["query"].strip():
+            blank["rows"] += 1
+            continue
+        positives.setdefault(row["query"].strip(), set()).update(found)
+        instruction = row.get("prompt") or next(iter(source.config.instructions), "")
+        query = RawText(row["query"], "query", instruction)
+        draw = (seed, *text_hash("\n".join([instruction, row["query"], *row["pos"]])).tolist())
+        rows.append(Row(queries.setdefault(query, len(queries)), found, others, draw))
+    if not rows:
+        raise UserError(f"{source.config.path}: no row has a query and a positive that are more than white space")
+    known = [positives[query.text.strip()] | _own(query.text, documents) for query in queries]
+    searched = len(documents.texts) if corpus is None else searched
+    return Pool(rows, list(queries), documents.texts, searched, known, blank)
+
+
+def _numbered(texts: Iterable[str], documents: Numbers) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(documents(text) for text in texts if text.strip()))
+
+
+def _own(text: str, documents: Numbers) -> set[int]:
+    number = documents.number.get(text.strip())
+    return set() if number is None else {number}
