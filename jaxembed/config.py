@@ -411,6 +411,28 @@ class GradCacheConfig(Section):
     )
 
 
+MiningRule = Literal["topk_perc_pos", "topk_margin_pos", "topk_abs", "top_k", "sampled_top_k", "window"]
+
+
+class MineConfig(Section):
+    rule: MiningRule = Field("topk_perc_pos", description="which candidates become negatives: docs/mining.md")
+    negatives: Positive = Field(7, description="of a query")
+    depth: Positive = Field(100, description="candidates of a query")
+    window: tuple[Positive, Positive] = Field((50, 100), description="window: ranks, counted from 1")
+    max_score: float = Field(0.7, description="topk_abs: the highest score of a negative")
+    margin: float = Field(0.05, description="topk_margin_pos: below the positive's score")
+    share: float = Field(0.95, description="topk_perc_pos: of the positive's score")
+
+    @model_validator(mode="after")
+    def _candidates_suffice(self) -> MineConfig:
+        first, last = self.window
+        if first > last:
+            raise ValueError(f"window is {first} to {last}; expected two ranks, the first not after the last")
+        if self.negatives > (last if self.rule == "window" else self.depth):
+            raise ValueError(f"{self.negatives} negatives of fewer candidates; raise depth, or the window's end")
+        return self
+
+
 class OptimConfig(Section):
     learning_rate: float = Field(2e-5, gt=0, description="the highest, reached after the warm-up")
     warmup_steps: int = Field(0, ge=0, le=LARGEST, description="steps of linear warm-up")
@@ -473,6 +495,9 @@ class Config(Section):
     objectives: tuple[AnyObjective, ...] = Field((InfoNCEConfig(),), min_length=1)
     matryoshka: MatryoshkaConfig = MatryoshkaConfig()
     gradcache: GradCacheConfig = GradCacheConfig()
+    mine: MineConfig | None = Field(
+        None, description="as a stage begins, find hard negatives for its pairs with the model as it is then; absent: do not"
+    )
     optim: OptimConfig = OptimConfig()
     mesh: MeshConfig = MeshConfig()
     train: TrainConfig = TrainConfig()
@@ -480,7 +505,7 @@ class Config(Section):
     stages: tuple[dict[str, Any], ...] = Field(
         (),
         description="trained one after the other, each a tree of what differs from the rest of the file: of data, objectives, "
-        "matryoshka, gradcache, optim and train; each names its train.steps",
+        "matryoshka, gradcache, mine, optim and train; each names its train.steps",
     )
 
     @model_validator(mode="after")
@@ -527,6 +552,12 @@ class Config(Section):
         if self.stages:
             del tree["train"]["steps"]
         return tree
+
+    @model_validator(mode="after")
+    def _mined_negatives_are_drawn(self) -> Config:
+        if self.mine is not None and not self.stages and not self.data.hard_negatives:
+            raise ValueError("mine finds hard negatives, but data.hard_negatives is 0; set how many of them a query draws")
+        return self
 
     @model_validator(mode="after")
     def _objectives_have_negatives(self) -> Config:

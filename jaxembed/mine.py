@@ -1,4 +1,4 @@
-"""Finds hard negatives for pairs: python -m jaxembed.mine MODEL IN OUT.jsonl [--corpus FILE|FOLDER ...]"""
+"""Finds hard negatives for pairs: python -m jaxembed.mine MODEL IN OUT.jsonl [--corpus PATH ...]"""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ if __name__ == "__main__":
     parser.add_argument("out", metavar="OUT.jsonl", help="must not exist")
     parser.add_argument(
         "--corpus", nargs="+", metavar="PATH",
-        help='BEIR folders, .jsonl files of rows with "text", text files of a document a line (default: all texts of IN)',
+        help='BEIR folders, or whatever holds rows with "text", such as .jsonl, .parquet or .txt (default: all texts of IN)',
     )  # fmt: skip
     parser.add_argument("--instruction", default="", help='of the queries whose row has no "prompt"')
     group = parser.add_argument_group("negatives")

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from jaxembed import parallel
 from jaxembed.cli import cache_dir
 from jaxembed.config import Config, InfoNCEConfig
 from jaxembed.data.bpe import train_tokenizer
+from jaxembed.data.drawers import Pairs
 from jaxembed.data.mixture import Plan
 from jaxembed.data.pipeline import batches
 from jaxembed.data.sources import Source, open_sources
@@ -35,7 +37,7 @@ from jaxembed.model.decoder import Compute
 from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.model.lora import LoRA, pick_adapter
 from jaxembed.spec import EmbeddingSpec
-from jaxembed.stages import Stage, enter, first_state, make_stages, resume
+from jaxembed.stages import Stage, enter, first_state, make_stages, resume, with_mined_negatives
 from jaxembed.training.checkpoint import Checkpoints
 from jaxembed.training.loop import Evaluate, Trainer
 from jaxembed.training.metrics import Recorder, read_metrics
@@ -81,7 +83,8 @@ def train(config: Config) -> dict[str, Any]:
     start = int(state.step)
     _announce(state, mesh, start, stages[-1].end)
 
-    evaluate = _evaluator(Embedder(model, {}, tokenizer, mesh, base), held_out, model.adapters)
+    encoder = Embedder(model, {}, tokenizer, mesh, base)
+    evaluate = _evaluator(encoder, held_out)
     scores_at_start = _baselines(config, held_out, evaluate, state)
     recorder = Recorder(run_dir, start, stages[-1].end)
     for name, scores in scores_at_start.items():
@@ -91,6 +94,7 @@ def train(config: Config) -> dict[str, Any]:
             for stage in stages[index:]:
                 if int(state.step) == stage.before > 0:
                     state = enter(stage, state, model, mesh)
+                stage = with_mined_negatives(stage, partial(_of_adapter, encoder, state.weights), run_dir)
                 trainer = _trainer(stage, model, mesh, evaluate if held_out else None, best_metric, checkpoints, recorder)
                 done = int(state.step) - stage.before
                 recorder.say(_told(stage, len(stages)))
@@ -242,7 +246,8 @@ def _show_examples(stage: Stage) -> None:
         for reason, dropped in source.drawer.dropped.items():
             if dropped:
                 log.info("  left out: %s (%s)", f"{dropped:,}", reason)
-        if stage.needs_hard_negatives(source) and not any(example.negatives for example in examples):
+        mined = stage.config.mine is not None and isinstance(source.drawer, Pairs)
+        if stage.needs_hard_negatives(source) and not mined and not any(example.negatives for example in examples):
             log.warning("  %s has no hard negatives, and nothing else counts for it: its queries have no loss", source.name)
         if stage.needs_teacher_scores(source) and not any(example.teacher_scores for example in examples):
             log.warning(
@@ -280,14 +285,19 @@ def _told(stage: Stage, count: int) -> str:
     return f"{name}{queries}" + (f", each against up to {max(most):,} negative documents" if most else "")
 
 
-def _evaluator(encoder: Embedder, held_out: Sequence[HeldOut], names: Sequence[str]) -> Callable[[Any], dict[str, float]]:
+def _of_adapter(encoder: Embedder, params: Any, adapter: str) -> Embedder:
+    """The model under one adapter, of all parameters; '' where there are not several."""
+    names = encoder.model.adapters
+    return encoder.with_params(pick_adapter(params, names.index(adapter) if names else None))
+
+
+def _evaluator(encoder: Embedder, held_out: Sequence[HeldOut]) -> Callable[[Any], dict[str, float]]:
     """From all parameters to the scores of every set, each under its adapter."""
 
     def evaluate(params: Any) -> dict[str, float]:
         scores: dict[str, float] = {}
         for held in held_out:
-            one = pick_adapter(params, names.index(held.config.adapter) if names else None)
-            scores |= score_all([held], encoder.with_params(one).encode)
+            scores |= score_all([held], _of_adapter(encoder, params, held.config.adapter).encode)
         return scores
 
     return evaluate

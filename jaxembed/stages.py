@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,12 +15,17 @@ from jax.sharding import Mesh
 
 from jaxembed import parallel
 from jaxembed.config import Config, DistillationConfig, InfoNCEConfig, MarginMSEConfig, ObjectiveConfig
+from jaxembed.curation.remining import write_mined
 from jaxembed.data.batch import BatchBuilder
+from jaxembed.data.containers import open_container
+from jaxembed.data.drawers import Pairs
 from jaxembed.data.mixture import Plan
-from jaxembed.data.sources import Source
+from jaxembed.data.rows import Rows
+from jaxembed.data.sources import SHAPES, Source
 from jaxembed.data.tokenize import TextTokenizer
 from jaxembed.errors import UserError
 from jaxembed.hub.base import Base
+from jaxembed.hub.embedder import Embedder
 from jaxembed.hub.opening import base_params, shapes_and_shardings, text_tokenizer
 from jaxembed.hub.other_model import OtherModel
 from jaxembed.losses.objectives import Objectives
@@ -164,6 +170,25 @@ def enter(stage: Stage, state: TrainState, model: EmbeddingModel, mesh: Mesh) ->
             f"stages.{stage.index}: optim.restart is no, but its objectives train other parameters than those before; restart"
         )
     return dataclasses.replace(state, params=params, opt_state=opt_state)
+
+
+def with_mined_negatives(stage: Stage, encoder_of: Callable[[str], Embedder], run_dir: Path) -> Stage:
+    """A stage whose pairs have the negatives that the model finds as it begins; those that it has found are read again.
+
+    `encoder_of` gives the model under an adapter. Other shapes than pairs keep their own way to negatives.
+    """
+    chosen, sources = stage.config.mine, list(stage.sources)
+    if chosen is None:
+        return stage
+    for number, source in enumerate(stage.sources):
+        if not isinstance(source.drawer, Pairs):
+            continue
+        path = run_dir / "mined" / f"stage-{stage.index}-source-{number}.jsonl"
+        if not path.exists():
+            write_mined(source, chosen, encoder_of(source.config.adapter), stage.config.train.seed, path)
+        rows = Rows(open_container(str(path)), SHAPES["pairs"])
+        sources[number] = dataclasses.replace(source, drawer=Pairs(rows, source.drawer.most_positives))
+    return dataclasses.replace(stage, build=stage.build.with_sources(sources))
 
 
 def resume(

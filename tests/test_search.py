@@ -50,6 +50,8 @@ def test_no_queries_and_an_approximate_search() -> None:
     random = np.random.default_rng(2)
     queries, documents = random.normal(size=(40, 8)).astype(np.float32), random.normal(size=(3000, 8)).astype(np.float32)
     assert search(queries[:0], documents, 5).rows.shape == (0, 5)
+    with jax.set_mesh(parallel.make_mesh(2)):  # as in training on a part of the devices
+        np.testing.assert_array_equal(search(queries, documents, 5).rows, sorted_whole(queries, documents, 5))
     found = search(queries, documents, 5, approximate=True).rows
     assert np.mean([np.isin(a, b).mean() for a, b in zip(sorted_whole(queries, documents, 5), found, strict=True)]) > 0.9
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import tiny
-from jaxembed import config
+from jaxembed import Embedder, config
 from jaxembed.errors import UserError
 from jaxembed.run import train
 from jaxembed.training import loop
@@ -29,6 +29,7 @@ STAGES = [
         ],
         "matryoshka": {"dims": [16], "weights": [0.3]},
         "gradcache": {"rows": 2},
+        "mine": {"rule": "top_k", "negatives": 3},
     },
 ]
 
@@ -91,8 +92,29 @@ def test_a_run_that_dies_in_any_stage_goes_on_bit_for_bit(folder: Path, last: in
         patch.setattr(loop.Recorder, "log", log)
         with pytest.raises(Dead):
             train(staged(folder, f"dies{last}", STAGES))
+    mined = folder / f"dies{last}" / "mined"
+    before = {path: path.stat().st_mtime_ns for path in mined.iterdir()}
+    assert [path.name for path in before] == ["stage-1-source-0.jsonl"]  # labels have negatives of their own
+    if last == 5:
+        check_nearest(folder, mined / "stage-1-source-0.jsonl")
     train(staged(folder, f"dies{last}", STAGES))
     assert losses(folder / f"dies{last}") == losses(folder / "straight")
+    assert {path: path.stat().st_mtime_ns for path in mined.iterdir()} == before
+
+
+def check_nearest(folder: Path, mined: Path) -> None:
+    """The negatives are the texts that the model at the end of the first stage finds nearest, but for positives."""
+    rows, pairs = ([json.loads(line) for line in path.read_text().splitlines()] for path in (mined, folder / "pairs.jsonl"))
+    assert [(row["query"], row["pos"]) for row in rows] == [(pair["query"], pair["pos"]) for pair in pairs]
+    model = Embedder.load(folder / "dies5", checkpoint="5")
+    texts = list(dict.fromkeys(text for pair in pairs for text in (*pair["pos"], *pair["neg"])))
+    near = model.encode([pair["query"] for pair in pairs], "Find it") @ model.encode(texts).T
+    for pair, row, scores in zip(pairs, rows, near, strict=True):
+        known = {text for other in pairs if other["query"] == pair["query"] for text in other["pos"]} | {pair["query"]}
+        nearest = [texts[i] for i in np.argsort(-scores) if texts[i] not in known][:3]
+        found = [scores[texts.index(text)] for text in row["neg"]]
+        assert not known & set(row["neg"]) and len(row["neg"]) == 3
+        assert found == pytest.approx([scores[texts.index(text)] for text in nearest], abs=1e-5)
 
 
 def test_a_guide_and_a_teacher_of_other_kinds(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

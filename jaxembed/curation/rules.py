@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import typing
 
 import numpy as np
 
+from jaxembed.config import MineConfig, MiningRule
 from jaxembed.errors import UserError
 
-RULES = ("topk_perc_pos", "topk_margin_pos", "topk_abs", "top_k", "sampled_top_k", "window")
+RULES = typing.get_args(MiningRule)
 SAMPLED = ("sampled_top_k", "window")
 
 
@@ -48,6 +50,11 @@ class Rule:
             raise UserError(f"--negatives is {self.negatives}; expected 1 or more")
         if self.candidates < self.negatives:
             raise UserError(f"--depth is {self.depth}, less than the {self.negatives} --negatives asked for; raise it")
+
+    @classmethod
+    def of(cls, config: MineConfig) -> Rule:
+        """The rule that a config names."""
+        return cls(config.rule, *(value for name, value in config if name != "rule"))
 
     @property
     def candidates(self) -> int:

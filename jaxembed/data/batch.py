@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from itertools import chain, islice
@@ -104,6 +105,12 @@ class BatchBuilder:
         self._before, self._distinct = steps_before, distinct
         self._guide, self._teacher = guide, teacher
         self._positives = max(source.drawer.most_positives for source in sources)
+
+    def with_sources(self, sources: Sequence[Source]) -> BatchBuilder:
+        """The same with sources that have other negatives."""
+        made = copy.copy(self)
+        made._sources = sources
+        return made
 
     def examples(self, step: int, ids: np.ndarray) -> list[Example]:
         """The examples of a step, each drawn from (seed, step, id)."""

@@ -52,13 +52,7 @@ class OtherModel:
         No collective runs in it, so it may go on beside a training step, in another thread. `UserError` where the model
         gives numbers that are not finite.
         """
-        members: dict[str, list[int]] = {}
-        for i, text in enumerate(texts):
-            members.setdefault(self.lead(text.side, text.instruction), []).append(i)
-        out = np.zeros((len(texts), self.width), np.float32)
-        for lead, of_lead in members.items():
-            out[of_lead] = self._fetch([texts[i].text for i in of_lead], lead)
-        return out
+        return in_groups(texts, [self.lead(text.side, text.instruction) for text in texts], self._fetch, self.width)
 
     def _fetch(self, texts: list[str], lead: str) -> np.ndarray:
         return self.store.fetch([_key(text, lead) for text in texts], lambda new: self._run([texts[i] for i in new], lead))
@@ -68,6 +62,17 @@ class OtherModel:
         if not np.isfinite(vectors).all():
             raise UserError(f"{self.name}: gives vectors that are not finite; take another model")
         return vectors
+
+
+def in_groups(
+    texts: Sequence[RawText], leads: Sequence[str], run: Callable[[list[str], str], np.ndarray], width: int
+) -> np.ndarray:
+    """Vectors [N, width] of texts, where those of one lead are run together."""
+    out = np.zeros((len(texts), width), np.float32)
+    for lead in dict.fromkeys(leads):
+        members = [i for i, of_text in enumerate(leads) if of_text == lead]
+        out[members] = run([texts[i].text for i in members], lead)
+    return out
 
 
 def open_encoder(name: str, cache: Path) -> OtherModel:

@@ -61,7 +61,8 @@ def search(
     best = [parallel.put_batch(mesh, _none(at_once, k)) for _ in starts]
     merge = _merge(mesh, approximate)
     firsts = range(0, len(documents), blocks.documents)
-    with tqdm(total=len(starts) * len(firsts), unit="block", disable=not show_progress) as bar:
+    # A caller may have set a mesh of fewer devices, as training does.
+    with jax.set_mesh(mesh), tqdm(total=len(starts) * len(firsts), unit="block", disable=not show_progress) as bar:
         for first in firsts:
             block = jax.device_put(documents[first : first + blocks.documents], parallel.replicated(mesh))
             for i, start in enumerate(starts):

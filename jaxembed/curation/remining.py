@@ -1,0 +1,57 @@
+"""Hard negatives that the model in training finds for its own data, as a stage begins (ANCE, arXiv:2007.00808)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jaxembed.config import MineConfig
+from jaxembed.curation.mining import Ways, embed, mine
+from jaxembed.curation.pool import read_pool
+from jaxembed.curation.rules import Rule
+from jaxembed.data.batch import RawText
+from jaxembed.data.jsonl import write_lines
+from jaxembed.data.schema import Row
+from jaxembed.data.sources import Source
+from jaxembed.errors import UserError
+from jaxembed.hub.embedder import Embedder
+from jaxembed.hub.other_model import in_groups
+
+log = logging.getLogger("jaxembed")
+
+
+def write_mined(source: Source, chosen: MineConfig, embedder: Embedder, seed: int, path: Path) -> None:
+    """Writes the rows of a source of pairs, their negatives replaced by those that the model finds among all its texts.
+
+    Prompts are those of training, of several instructions the first. The file is moved to its place whole. `UserError` where
+    a row holds white space alone.
+    """
+    pool = read_pool(source, None, seed)
+    if pool.blank["rows"]:
+        told = f"{pool.blank['rows']} rows have a query or positives of white space alone; remove them to mine its negatives"
+        raise UserError(f"{source.config.path}: {told}")
+
+    def encode(texts: Sequence[RawText]) -> np.ndarray:
+        prompts = [embedder.spec.prompt(text.instruction) for text in texts]
+        return in_groups(texts, prompts, lambda of_prompt, prompt: embedder.encode(of_prompt, prompt=prompt), width)
+
+    width = embedder.model.width
+    instruction = source.config.instruction_of_documents(next(iter(source.config.instructions), ""))
+    queries = embed(pool.queries, encode, width, f"{source.name}: queries")
+    documents = embed([RawText(text, "document", instruction) for text in pool.documents], encode, width, "documents")
+    found = mine(pool, queries, documents, Ways(Rule.of(chosen), seed)).rows
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    texts = ([pool.documents[number] for number in row.negatives] for row in found)
+    rows = zip(source.drawer.as_pairs(seed), texts, strict=True)
+    write_lines(partial, ({"query": row["query"], **_prompt(row), "pos": row["pos"], "neg": neg} for row, neg in rows))
+    partial.rename(path)
+    counts = [row.mined for row in found]
+    log.info("%s: mined %.1f negatives a query; %d queries have none", source.name, np.mean(counts), counts.count(0))
+
+
+def _prompt(row: Row) -> dict[str, str]:
+    return {"prompt": row["prompt"]} if row.get("prompt") else {}
