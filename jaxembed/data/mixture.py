@@ -63,11 +63,11 @@ class Plan:
         return sys.maxsize
 
     def __getitem__(self, step: int) -> np.ndarray:
-        group = int(self._groups.counts(step).argmax())
-        before = int(self._groups.before(step)[group])
+        batches, is_next = self._groups.at(step)
+        group = int(is_next.argmax())
         alike, one, blend = self._blends[group]
-        counts = alike * one.counts(before) + blend.counts(before)
-        used = alike * one.before(before) + blend.before(before)
+        (used, counts), (used_alike, next_alike) = blend.at(int(batches[group])), one.at(int(batches[group]))
+        used, counts = used + alike * used_alike, counts + alike * next_alike
         members = self._members[group]
         parts = [self._ids(members[i], int(used[i]), int(counts[i])) for i in np.flatnonzero(counts)]
         ids = np.concatenate(parts)
@@ -76,8 +76,8 @@ class Plan:
     def epochs(self, steps: int) -> list[float]:
         """How often so many steps use each source up."""
         used = np.zeros(len(self.sources))
-        for members, batches, (alike, one, blend) in zip(self._members, self._groups.before(steps), self._blends, strict=True):
-            used[members] = alike * one.before(int(batches)) + blend.before(int(batches))
+        for members, batches, (alike, one, blend) in zip(self._members, self._groups.at(steps)[0], self._blends, strict=True):
+            used[members] = alike * one.at(int(batches))[0] + blend.at(int(batches))[0]
         return [float(n / size) for n, size in zip(used, self._sizes, strict=True)]
 
     @property
@@ -89,10 +89,10 @@ class Plan:
 
     def _ids(self, source: int, used: int, count: int) -> np.ndarray:
         """The ids of the next `count` examples of a source of which `used` were taken before."""
-        size = self._sizes[source]
-        places = np.arange(used, used + count)
-        epochs = range(used // size, (used + count - 1) // size + 1)
-        rows = [permuted(places[places // size == e] % size, size, self._key(self._stage, source, e)) for e in epochs]
+        size, end, rows = self._sizes[source], used + count, []
+        for epoch in range(used // size, (end - 1) // size + 1):
+            first, last = max(used - epoch * size, 0), min(end - epoch * size, size)
+            rows.append(permuted(np.arange(first, last), size, self._key(self._stage, source, epoch)))
         return self._starts[source] + np.concatenate(rows)
 
     def _key(self, *parts: int | str) -> bytes:
@@ -127,17 +127,14 @@ class Allotment:
         self._start = start
         self._sums = [np.zeros(len(edges) - 1, np.int64)]  # before every CHUNK-th step
 
-    def counts(self, step: int) -> np.ndarray:
-        """int64 [parts]."""
-        return self._of(np.array([step]))[0]
-
-    def before(self, step: int) -> np.ndarray:
-        """The sum of the counts of all earlier steps, int64 [parts]."""
+    def at(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """What all earlier steps got together, and what this one gets, int64 [parts]."""
         while len(self._sums) * CHUNK <= step:
             done = len(self._sums) * CHUNK
             self._sums.append(self._sums[-1] + self._of(np.arange(done - CHUNK, done)).sum(axis=0))
         whole = step // CHUNK
-        return self._sums[whole] + self._of(np.arange(whole * CHUNK, step)).sum(axis=0)
+        counts = self._of(np.arange(whole * CHUNK, step + 1))
+        return self._sums[whole] + counts[:-1].sum(axis=0), counts[-1]
 
     def _of(self, steps: np.ndarray) -> np.ndarray:
         offsets = (self._start + steps * GOLDEN) % 1.0

@@ -1,4 +1,4 @@
-"""Permutations by a key that take no memory: where each of some places goes is computed when it is asked for."""
+"""Permutations by a key that take little memory: where each of some places goes is computed when it is asked for."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ SMALL = 4096  # up to that many items are shuffled by a drawn permutation
 
 def key_of(*parts: int | str) -> bytes:
     """A key that depends on all parts."""
-    return hashlib.blake2b(repr(parts).encode(), digest_size=8 * ROUNDS).digest()
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
 
 
 def permuted(places: np.ndarray, count: int, key: bytes) -> np.ndarray:
     """Where a permutation of `count` items (below 2^32), drawn by `key`, takes each of `places`: int64.
 
     The generalised Feistel network of Black and Rogaway (2002), over the least rectangle that holds all items, walked until
-    it ends at one of them.
+    it ends at one of them: column and row are moved in turn, by a drawn function of the other.
     """
     if count <= SMALL:
         return _drawn(count, key)[places]
@@ -36,19 +36,24 @@ def _drawn(count: int, key: bytes) -> np.ndarray:
     return np.random.default_rng(np.frombuffer(key, np.uint32)).permutation(count)
 
 
-def _feistel(x: np.ndarray, count: int, key: bytes) -> np.ndarray:
-    """A permutation of the rectangle's cells: column and row are moved in turn, by a hash of the other."""
+def _sides(count: int) -> tuple[int, int]:
+    """Columns and rows of the rectangle."""
     width = math.isqrt(count - 1) + 1
-    sides = [np.uint32(width), np.uint32(-(-count // width))]
-    row, column = np.divmod(x, sides[0])
-    place = [column, row]
-    for i, (factor, term) in enumerate(np.frombuffer(key, np.uint32).reshape(ROUNDS, 2)):
-        moved, by = place[i % 2], place[1 - i % 2] * (factor | np.uint32(1))
-        by ^= by >> np.uint32(15)
-        by *= term | np.uint32(1)
-        by >>= np.uint32(16)
-        by *= sides[i % 2]
-        by >>= np.uint32(16)  # below the side
-        moved += by
-        np.minimum(moved, moved - sides[i % 2], out=moved)  # modulo the side: what is less than zero wraps to more
+    return width, -(-count // width)
+
+
+@functools.lru_cache(maxsize=64)
+def _moves(count: int, key: bytes) -> list[np.ndarray]:
+    """Of each round, how far one side is moved at each place of the other."""
+    sides, random = _sides(count), np.random.default_rng(np.frombuffer(key, np.uint32))
+    return [random.integers(sides[i % 2], size=sides[1 - i % 2], dtype=np.uint32) for i in range(ROUNDS)]
+
+
+def _feistel(x: np.ndarray, count: int, key: bytes) -> np.ndarray:
+    sides = [np.uint32(side) for side in _sides(count)]
+    place = list(np.divmod(x, sides[0]))[::-1]  # column, row
+    for i, moves in enumerate(_moves(count, key)):
+        moved, side = place[i % 2], sides[i % 2]
+        moved += moves[place[1 - i % 2]]
+        np.minimum(moved, moved - side, out=moved)  # modulo the side: what is less than zero wraps to more
     return place[1] * sides[0] + place[0]
