@@ -13,16 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import statistics
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from objectives import Bench, mined
+from objectives import mined, opened
 from score import load_tasks
 
-from jaxembed import cli
 from jaxembed.evaluate import load_encoder
 from jaxembed.evaluation.mteb_encoder import evaluate
 
@@ -69,22 +66,11 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("miner")
     parser.add_argument("tasks_file", metavar="TASKS.py")
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--only", nargs="*", help="rows whose name holds one of these")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    cli.use_compilation_cache()
-    logging.getLogger("jaxembed").setLevel(logging.WARNING)
-    folder = args.out or Path(tempfile.mkdtemp())
-    folder.mkdir(parents=True, exist_ok=True)
-    bench = Bench(args.base, folder, args.batch_size, args.learning_rate)
+    args, bench = opened(parser)
     print("| trained on | " + " | ".join(TASKS) + " |\n|---|" + "---|" * len(TASKS), flush=True)
     found: dict[str, Any] = {"untrained": [scores_of(args.base, args.tasks_file, list(TASKS))]}
     show("untrained", found["untrained"])
-    for name, (tasks, changes) in rows(args.data, args.miner, folder).items():
+    for name, (tasks, changes) in rows(args.data, args.miner, bench.folder).items():
         if args.only and not any(part in name for part in args.only):
             continue
         runs = [bench.run(name, changes, seed, "", args.steps) for seed in range(args.seeds)]

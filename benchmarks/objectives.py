@@ -127,13 +127,8 @@ def mined(miner: str, pairs: Path, out: Path, *options: str) -> str:
     return str(out)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("base")
-    parser.add_argument("pairs", type=Path)
-    parser.add_argument("heldout", type=Path)
-    parser.add_argument("labels", type=Path)
-    parser.add_argument("teacher")
+def opened(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Bench]:
+    """The command line, with the options that tables of trained rows share, and what trains the rows."""
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=64)
@@ -145,9 +140,19 @@ def main() -> None:
     logging.getLogger("jaxembed").setLevel(logging.WARNING)
     folder = args.out or Path(tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
-    bench = Bench(args.base, folder, args.batch_size, args.learning_rate)
+    return args, Bench(args.base, folder, args.batch_size, args.learning_rate)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base")
+    parser.add_argument("pairs", type=Path)
+    parser.add_argument("heldout", type=Path)
+    parser.add_argument("labels", type=Path)
+    parser.add_argument("teacher")
+    args, bench = opened(parser)
     untrained = scored(args.base, args.heldout)
-    pairs = mined(args.teacher, args.pairs, folder / "mined.jsonl", "--rule=window", "--window", "50", "100")
+    pairs = mined(args.teacher, args.pairs, bench.folder / "mined.jsonl", "--rule=window", "--window", "50", "100")
     print(f"Untrained {untrained:.4f}.\n", flush=True)
     found: dict[str, list[float]] = {}
     for table in (objectives(args.teacher), ablations(pairs, str(args.labels), args.steps)):

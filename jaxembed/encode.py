@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxembed import cli
 from jaxembed.errors import UserError
-from jaxembed.files import decode
+from jaxembed.files import decode, written_whole
 
 LINES_AT_ONCE = 4096
 
@@ -35,8 +35,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     options = {name: getattr(args, name) for name in ("instruction", "prompt_name", "dim", "long_texts")}
     options["examples"] = examples
     width = embedder.encode([], **options).shape[1]  # refuses what does not fit the model before anything is written
-    partial = out.with_name(out.name + ".partial")
-    try:
+    with written_whole(out) as partial:
         vectors = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=(count, width))
         lines, done = read_texts(source, args.field), 0
         with tqdm(total=count, unit="text") as bar:
@@ -45,20 +44,18 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
                 done += len(texts)
                 bar.update(len(texts))
         vectors.flush()
-        partial.rename(out)
-    finally:
-        partial.unlink(missing_ok=True)
     return {"out": str(out), "vectors": count, "width": width}
 
 
 def read_examples(path: Path) -> list[tuple[str, str]]:
     """The (query, response) of each row of a JSONL file; `UserError` names file and line."""
     from jaxembed.data.containers import open_container
+    from jaxembed.data.drawers import each
     from jaxembed.data.rows import Rows, Shape
     from jaxembed.data.schema import check_shot
 
     rows = Rows(open_container(str(path)), Shape("shots", check_shot))
-    return [(rows[i]["query"], rows[i]["response"]) for i in range(len(rows))]
+    return [(row["query"], row["response"]) for row in each(rows)]
 
 
 def read_texts(path: Path, field: str) -> Iterator[str]:

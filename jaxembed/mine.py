@@ -21,7 +21,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     from jaxembed.curation.report import details, line, summary
     from jaxembed.data.batch import RawText
     from jaxembed.data.jsonl import write_lines
-    from jaxembed.files import write_json
+    from jaxembed.files import write_json, written_whole
     from jaxembed.hub.cross_encoder import open_cross_encoder
     from jaxembed.hub.other_model import open_encoder
 
@@ -36,16 +36,14 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     queries = embed(pool.queries, model.encode, model.width, "queries")
     texts = [RawText(text, "document", "") for text in pool.documents]
     result = mine(pool, queries, embed(texts, model.encode, model.width, "documents"), ways, rescore)
-    counts, partial = summary(pool, result, rule), out.with_name(out.name + ".partial")
+    counts = summary(pool, result, rule)
     named = {"model": model.identity, "cross_encoder": args.cross_encoder, "input": args.input, "digest": source.digest}
     try:
-        write_lines(partial, (line(pool, row) for row in result.rows))
-        write_json(report, {**counts, **named, "ways": dataclasses.asdict(ways), **details(pool, result)})
-        partial.rename(out)
+        with written_whole(out) as partial:
+            write_lines(partial, (line(pool, row) for row in result.rows))
+            write_json(report, {**counts, **named, "ways": dataclasses.asdict(ways), **details(pool, result)})
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); name another output") from None
-    finally:
-        partial.unlink(missing_ok=True)
     return {"out": str(out), "report": str(report), **counts}
 
 

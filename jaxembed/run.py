@@ -19,8 +19,8 @@ from jax.sharding import Mesh
 from jaxembed import parallel
 from jaxembed.cli import cache_dir
 from jaxembed.config import Config, InfoNCEConfig
+from jaxembed.data.batch import roles
 from jaxembed.data.bpe import train_tokenizer
-from jaxembed.data.drawers import Pairs
 from jaxembed.data.mixture import Plan
 from jaxembed.data.pipeline import batches
 from jaxembed.data.sources import Source, open_sources
@@ -246,8 +246,7 @@ def _show_examples(stage: Stage) -> None:
         for reason, dropped in source.drawer.dropped.items():
             if dropped:
                 log.info("  left out: %s (%s)", f"{dropped:,}", reason)
-        mined = stage.config.mine is not None and isinstance(source.drawer, Pairs)
-        if stage.needs_hard_negatives(source) and not mined and not any(example.negatives for example in examples):
+        if stage.needs_hard_negatives(source) and not any(example.negatives for example in examples):
             log.warning("  %s has no hard negatives, and nothing else counts for it: its queries have no loss", source.name)
         if stage.needs_teacher_scores(source) and not any(example.teacher_scores for example in examples):
             log.warning(
@@ -258,8 +257,7 @@ def _show_examples(stage: Stage) -> None:
             log.info("  %.1f in-context examples a query; a prompt gets half of data.max_length at most", count)
         for example in examples[:SHOWN]:
             texts, prompts = build.texts([example])
-            roles = ["query", "positive", *["negative"] * (len(texts) - 2)]
-            for role, (prompt, text, _) in zip(roles, tokenizer.read_back(texts, prompts), strict=True):
+            for role, (prompt, text, _) in zip(roles(texts), tokenizer.read_back(texts, prompts), strict=True):
                 log.info("  %-8s %r", role, (f"[{prompt}] " if prompt else "") + text[:300])
 
 

@@ -63,10 +63,15 @@ class Stage:
     def schedule(self) -> optax.Schedule:
         return learning_rate(self.config.optim, self.scheduled)
 
+    def mines_for(self, source: Source) -> bool:
+        """Whether the stage begins with finding negatives for a source; other shapes than pairs have their own way to them."""
+        return self.config.mine is not None and isinstance(source.drawer, Pairs)
+
     def needs_hard_negatives(self, source: Source) -> bool:
-        """Whether all objectives for a source compare a query with its own negatives alone."""
+        """Whether all objectives for a source compare a query with its own negatives alone, which are not to be found first."""
         chosen = self._objectives_of(source)
-        return all(isinstance(o, InfoNCEConfig) and (o.negatives == "hard" or not source.in_batch) for o in chosen)
+        alone = all(isinstance(o, InfoNCEConfig) and (o.negatives == "hard" or not source.in_batch) for o in chosen)
+        return alone and not self.mines_for(source)
 
     def needs_teacher_scores(self, source: Source) -> bool:
         """Whether all objectives for a source follow a teacher's scores."""
@@ -175,13 +180,13 @@ def enter(stage: Stage, state: TrainState, model: EmbeddingModel, mesh: Mesh) ->
 def with_mined_negatives(stage: Stage, encoder_of: Callable[[str], Embedder], run_dir: Path) -> Stage:
     """A stage whose pairs have the negatives that the model finds as it begins; those that it has found are read again.
 
-    `encoder_of` gives the model under an adapter. Other shapes than pairs keep their own way to negatives.
+    `encoder_of` gives the model under an adapter.
     """
     chosen, sources = stage.config.mine, list(stage.sources)
     if chosen is None:
         return stage
     for number, source in enumerate(stage.sources):
-        if not isinstance(source.drawer, Pairs):
+        if not stage.mines_for(source):
             continue
         path = run_dir / "mined" / f"stage-{stage.index}-source-{number}.jsonl"
         if not path.exists():

@@ -14,12 +14,13 @@ from jaxembed.curation.pool import read_pool
 from jaxembed.curation.rules import Rule
 from jaxembed.data.batch import RawText
 from jaxembed.data.jsonl import write_lines
-from jaxembed.data.schema import Row
 from jaxembed.data.sources import Source
 from jaxembed.errors import UserError
+from jaxembed.files import written_whole
 from jaxembed.hub.embedder import Embedder
 from jaxembed.hub.other_model import in_groups
 
+KEPT = ("query", "prompt", "pos")  # fields of a row that stay
 log = logging.getLogger("jaxembed")
 
 
@@ -44,14 +45,9 @@ def write_mined(source: Source, chosen: MineConfig, embedder: Embedder, seed: in
     documents = embed([RawText(text, "document", instruction) for text in pool.documents], encode, width, "documents")
     found = mine(pool, queries, documents, Ways(Rule.of(chosen), seed)).rows
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     texts = ([pool.documents[number] for number in row.negatives] for row in found)
     rows = zip(source.drawer.as_pairs(seed), texts, strict=True)
-    write_lines(partial, ({"query": row["query"], **_prompt(row), "pos": row["pos"], "neg": neg} for row, neg in rows))
-    partial.rename(path)
+    with written_whole(path) as partial:
+        write_lines(partial, ({**{name: row[name] for name in KEPT if name in row}, "neg": neg} for row, neg in rows))
     counts = [row.mined for row in found]
     log.info("%s: mined %.1f negatives a query; %d queries have none", source.name, np.mean(counts), counts.count(0))
-
-
-def _prompt(row: Row) -> dict[str, str]:
-    return {"prompt": row["prompt"]} if row.get("prompt") else {}

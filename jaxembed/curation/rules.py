@@ -12,6 +12,7 @@ from jaxembed.config import MineConfig, MiningRule
 from jaxembed.errors import UserError
 
 RULES = typing.get_args(MiningRule)
+DEFAULTS = MineConfig()
 SAMPLED = ("sampled_top_k", "window")
 
 
@@ -34,13 +35,13 @@ class Rule:
     `UserError` where a number is out of range.
     """
 
-    name: str = RULES[0]
-    negatives: int = 7
-    depth: int = 100
-    window: tuple[int, int] = (50, 100)
-    max_score: float = 0.7
-    margin: float = 0.05
-    share: float = 0.95
+    name: str = DEFAULTS.rule
+    negatives: int = DEFAULTS.negatives
+    depth: int = DEFAULTS.depth
+    window: tuple[int, int] = DEFAULTS.window
+    max_score: float = DEFAULTS.max_score
+    margin: float = DEFAULTS.margin
+    share: float = DEFAULTS.share
 
     def __post_init__(self) -> None:
         first, last = self.window

@@ -243,6 +243,11 @@ class BatchBuilder:
         return hashes
 
 
+def roles(texts: Sequence[str]) -> list[str]:
+    """What each text of one example is to it."""
+    return ["query", "positive", *["negative"] * (len(texts) - 2)]
+
+
 def _without_absent(texts: Sequence[str | None], prompts: Sequence[str]) -> tuple[list[str], list[str]]:
     kept = [(text, prompt) for text, prompt in zip(texts, prompts, strict=True) if text is not None]
     return [text for text, _ in kept], [prompt for _, prompt in kept]

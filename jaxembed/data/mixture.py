@@ -48,16 +48,14 @@ class Plan:
         shares = _shares(sources, self._sizes, self._mixture)
         adapters = list(dict.fromkeys(source.config.adapter for source in sources))
         self._members = [[i for i, s in enumerate(sources) if s.config.adapter == adapter] for adapter in adapters]
-        alike = round(self._batching.of_one_source * batch_size)
+        self._alike = round(self._batching.of_one_source * batch_size)
         for adapter, members in zip(adapters, self._members, strict=True):
-            self._check(f" of adapter {adapter}" if adapter else "", members, alike)
+            self._check(f" of adapter {adapter}" if adapter else "", members)
         self._spread = spread(batch_size)
         self._groups = Allotment([shares[members].sum() for members in self._members], 1, self._start("groups"))
-        self._blends = [
-            (alike, Allotment(shares[members], 1, self._start("one", *members)),
-             Allotment(shares[members], batch_size - alike, self._start("blend", *members)))
-            for members in self._members
-        ]  # fmt: skip
+        self._ones = [Allotment(shares[members], 1, self._start("one", *members)) for members in self._members]
+        rest = batch_size - self._alike
+        self._blends = [Allotment(shares[members], rest, self._start("blend", *members)) for members in self._members]
 
     def __len__(self) -> int:
         return sys.maxsize
@@ -65,9 +63,7 @@ class Plan:
     def __getitem__(self, step: int) -> np.ndarray:
         batches, is_next = self._groups.at(step)
         group = int(is_next.argmax())
-        alike, one, blend = self._blends[group]
-        (used, counts), (used_alike, next_alike) = blend.at(int(batches[group])), one.at(int(batches[group]))
-        used, counts = used + alike * used_alike, counts + alike * next_alike
+        used, counts = self._of_group(group, int(batches[group]))
         members = self._members[group]
         parts = [self._ids(members[i], int(used[i]), int(counts[i])) for i in np.flatnonzero(counts)]
         ids = np.concatenate(parts)
@@ -76,9 +72,14 @@ class Plan:
     def epochs(self, steps: int) -> list[float]:
         """How often so many steps use each source up."""
         used = np.zeros(len(self.sources))
-        for members, batches, (alike, one, blend) in zip(self._members, self._groups.at(steps)[0], self._blends, strict=True):
-            used[members] = alike * one.at(int(batches))[0] + blend.at(int(batches))[0]
+        for group, batches in enumerate(self._groups.at(steps)[0]):
+            used[self._members[group]], _ = self._of_group(group, int(batches))
         return [float(n / size) for n, size in zip(used, self._sizes, strict=True)]
+
+    def _of_group(self, group: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
+        """How many examples of each of a group's sources its earlier batches took, and this one takes."""
+        (used, counts), (batches, is_next) = self._blends[group].at(batch), self._ones[group].at(batch)
+        return used + self._alike * batches, counts + self._alike * is_next
 
     @property
     def hash(self) -> str:
@@ -101,15 +102,15 @@ class Plan:
     def _start(self, *parts: int | str) -> float:
         return int.from_bytes(self._key(self._stage, *parts)[:4], "little") / 2**32
 
-    def _check(self, of: str, members: Sequence[int], alike: int) -> None:
+    def _check(self, of: str, members: Sequence[int]) -> None:
         total = sum(self._sizes[i] for i in members)
         if self._batch_size > total:
             told = f"train.batch_size is {self._batch_size}, but the sources{of} hold {total} examples; use at most that"
             raise UserError(told)
         least = min(members, key=lambda i: self._sizes[i])
-        if alike > self._sizes[least]:
+        if self._alike > self._sizes[least]:
             raise UserError(
-                f"data.batching.kind={self._batching.kind} takes {alike} examples of one source into a batch, but "
+                f"data.batching.kind={self._batching.kind} takes {self._alike} examples of one source into a batch, but "
                 f"{self.sources[least].name} holds {self._sizes[least]}; lower train.batch_size, or blend the sources"
             )
 

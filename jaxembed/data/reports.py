@@ -5,6 +5,7 @@ from __future__ import annotations
 import typing
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from jaxembed.data.schema import Row, text_hash
 from jaxembed.data.sources import SHAPES, open_rows, open_source, open_sources, open_unchecked
 from jaxembed.data.tokenize import TextTokenizer
 from jaxembed.errors import UserError
+from jaxembed.files import written_whole
 from jaxembed.spec import EmbeddingSpec
 
 TOLD = 20  # bad rows of a source, and labels, that are named
@@ -139,7 +141,7 @@ def preview(
 
     Without a tokenizer the text is whole and its characters are counted.
     """
-    from jaxembed.data.batch import BatchBuilder  # imports JAX, which the other commands do without
+    from jaxembed.data.batch import BatchBuilder, roles  # imports JAX, which the other commands do without
     from jaxembed.data.bpe import BYTES, train_tokenizer
     from jaxembed.data.mixture import ExampleIndex, Plan
     from jaxembed.fields import LARGEST
@@ -154,9 +156,8 @@ def preview(
     of_source, _ = ExampleIndex(sources).locate(plan[0])
     for source, example in zip(of_source, build.examples(0, plan[0]), strict=True):
         texts, prompts = build.texts([example])
-        roles = ["query", "positive", *["negative"] * (len(texts) - 2)]
         seen = tokenizer.read_back(texts, prompts) if tokenizer else zip(prompts, texts, map(len, texts), strict=True)
-        for role, (prompt, text, length) in zip(roles, seen, strict=True):
+        for role, (prompt, text, length) in zip(roles(texts), seen, strict=True):
             yield sources[source].name, role, prompt, text, length
 
 
@@ -171,19 +172,15 @@ def convert(source: SourceConfig, data: DataConfig, cache: Path, targets: Sequen
     else:
         opened = open_rows(source, data.python_packages, cache)[1]
         count, rows = len(opened), each(opened)
-    partial = {target: target.with_name(target.name + ".partial") for target in targets}
     ends = [count * (i + 1) // len(targets) for i in range(len(targets))]
     try:
-        for target, start, end in zip(targets, [0, *ends], ends, strict=False):
-            written = tqdm(islice(rows, end - start), f"writing {target}", end - start, unit="row", delay=2, leave=False)
-            WRITERS[target.suffix](partial[target], map(_fields, written))
-        for target, whole in partial.items():
-            whole.rename(target)
+        with ExitStack() as all_whole:
+            partial = [all_whole.enter_context(written_whole(target)) for target in targets]
+            for target, unfinished, start, end in zip(targets, partial, [0, *ends], ends, strict=False):
+                written = tqdm(islice(rows, end - start), f"writing {target}", end - start, unit="row", delay=2, leave=False)
+                WRITERS[target.suffix](unfinished, map(_fields, written))
     except OSError as error:
         raise UserError(f"{targets[0]}: cannot be written ({error.strerror or error})") from None
-    finally:
-        for unfinished in partial.values():
-            unfinished.unlink(missing_ok=True)
     return count
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import struct
 import threading
@@ -118,6 +119,11 @@ class VectorStore:
         except OSError as error:
             told = f"vectors cannot be kept there ({error.strerror}); mend it, or name another place with JAXEMBED_CACHE"
             raise UserError(f"{self._folder}: {told}") from error
+
+
+def key_of(first: str, second: str) -> bytes:
+    """The key of two texts: of a query and a document, or of what leads a text and the text."""
+    return hashlib.sha256(f"{len(first)} {first}{second}".encode("utf-8", "surrogatepass")).digest()[:KEY]
 
 
 def _frame(content: bytes, start: int) -> bytes:

@@ -12,6 +12,7 @@ import numpy as np
 from jaxembed.config import EvalSetConfig, PythonPackagesConfig
 from jaxembed.data.beir import open_beir
 from jaxembed.data.containers import open_container
+from jaxembed.data.drawers import each
 from jaxembed.data.rows import Rows
 from jaxembed.data.sources import SHAPES, packages_folder
 from jaxembed.errors import UserError
@@ -96,7 +97,7 @@ def _retrieval(config: EvalSetConfig, path: Path) -> RetrievalSet:
 
 
 def _similarity(config: EvalSetConfig, rows: Rows) -> SimilaritySet:
-    first, second = zip(*((rows[i]["sentence1"], rows[i]["sentence2"]) for i in range(len(rows))), strict=True)
+    first, second = zip(*((row["sentence1"], row["sentence2"]) for row in each(rows)), strict=True)
     return SimilaritySet(config, first, second, np.array(rows.numbers))
 
 

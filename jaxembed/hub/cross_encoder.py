@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from jaxembed.data.vector_store import KEY, VectorStore
+from jaxembed.data.vector_store import VectorStore, key_of
 from jaxembed.errors import UserError, brief
 from jaxembed.hub.base import find_folder
 from jaxembed.hub.export import sentence_transformers
@@ -38,10 +37,6 @@ def open_cross_encoder(name: str, cache: Path) -> ScorePairs:
                 raise UserError(f"{name}: gives scores that are not finite; take another cross-encoder")
             return found[:, None]
 
-        return store.fetch([_key(*pair) for pair in pairs], computed)[:, 0]
+        return store.fetch([key_of(*pair) for pair in pairs], computed)[:, 0]
 
     return score
-
-
-def _key(query: str, document: str) -> bytes:
-    return hashlib.sha256(f"{len(query)} {query}{document}".encode("utf-8", "surrogatepass")).digest()[:KEY]

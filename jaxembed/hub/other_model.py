@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxembed.data.batch import RawText
-from jaxembed.data.vector_store import KEY, VectorStore
+from jaxembed.data.vector_store import VectorStore, key_of
 from jaxembed.errors import UserError, brief
 from jaxembed.files import exists, file_digest
 from jaxembed.hub.base import SPEC_FILE, Base, content_hash, find_base, find_folder
@@ -55,7 +55,7 @@ class OtherModel:
         return in_groups(texts, [self.lead(text.side, text.instruction) for text in texts], self._fetch, self.width)
 
     def _fetch(self, texts: list[str], lead: str) -> np.ndarray:
-        return self.store.fetch([_key(text, lead) for text in texts], lambda new: self._run([texts[i] for i in new], lead))
+        return self.store.fetch([key_of(lead, text) for text in texts], lambda new: self._run([texts[i] for i in new], lead))
 
     def _run(self, texts: list[str], lead: str) -> np.ndarray:
         vectors = self.run(texts, lead)
@@ -68,10 +68,12 @@ def in_groups(
     texts: Sequence[RawText], leads: Sequence[str], run: Callable[[list[str], str], np.ndarray], width: int
 ) -> np.ndarray:
     """Vectors [N, width] of texts, where those of one lead are run together."""
+    members: dict[str, list[int]] = {}
+    for i, lead in enumerate(leads):
+        members.setdefault(lead, []).append(i)
     out = np.zeros((len(texts), width), np.float32)
-    for lead in dict.fromkeys(leads):
-        members = [i for i, of_text in enumerate(leads) if of_text == lead]
-        out[members] = run([texts[i].text for i in members], lead)
+    for lead, of_lead in members.items():
+        out[of_lead] = run([texts[i].text for i in of_lead], lead)
     return out
 
 
@@ -139,7 +141,3 @@ def _load(name: str, folder: Path) -> Any:
 
 def _store(cache: Path, identity: str, width: int) -> VectorStore:
     return VectorStore(cache / "vectors" / identity, width)
-
-
-def _key(text: str, lead: str) -> bytes:
-    return hashlib.sha256(f"{len(lead)} {lead}{text}".encode("utf-8", "surrogatepass")).digest()[:KEY]
