@@ -445,12 +445,19 @@ class OptimConfig(Section):
 
 
 class MeshConfig(Section):
-    data: int = Field(-1, description="devices that share a batch; -1 for all")
+    data: int = Field(-1, description="devices that share a batch, each with all parameters; -1 for the rest of the devices")
+    fsdp: int = Field(1, description="devices that share a batch and hold a part of every parameter each; -1 for the rest")
+    tensor: int = Field(1, description="devices that share the heads and the feed-forward of a layer; -1 for the rest")
 
     @model_validator(mode="after")
-    def _positive_or_all(self) -> MeshConfig:
-        if self.data < 1 and self.data != -1:
-            raise ValueError(f"data is {self.data}; expected a number of devices, or -1 for all")
+    def _positive_or_the_rest(self) -> MeshConfig:
+        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        for axis, size in sizes.items():
+            if size < 1 and size != -1:
+                raise ValueError(f"{axis} is {size}; expected a number of devices, or -1 for the rest")
+        rest = [axis for axis, size in sizes.items() if size == -1]
+        if len(rest) > 1:
+            raise ValueError(f"{' and '.join(rest)} are -1; only one of them can have the rest of the devices")
         return self
 
 

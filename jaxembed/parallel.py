@@ -1,42 +1,86 @@
 """Devices: the mesh, the table from logical to mesh axes, and the way of host arrays onto the mesh.
 
-Arrays that belong to a batch are split over their first axis, shard-major: shard i of n holds the i-th n-th of the
-rows and of the queries. Everything after that is plain mathematics on global arrays; XLA places the communication.
+The mesh has three axes. `data` and `fsdp` split a batch over its first axis, shard-major: shard i of n = data x fsdp holds the
+i-th n-th of the rows and of the queries. `fsdp` also splits the parameters by the model's width, `tensor` by heads and by the
+feed-forward's width. Everything after that is plain mathematics on global arrays; XLA places the communication.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxembed.errors import UserError
 
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
 # Logical axis of a parameter -> mesh axis. One entry per axis name that the model declares.
 LOGICAL_AXES: dict[str, str | None] = {
     "layers": None,
     "vocab": None,
-    "embed": None,
-    "heads": None,
-    "kv_heads": None,
-    "head_width": None,
-    "mlp": None,
+    "embed": "fsdp",
+    "channel": None,  # of norms and of single heads: too little to be worth a message
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
     "latents": None,
+    "pooling_heads": None,
     "projected": None,
 }
-BATCH_AXES = ("data",)
 
 
-def make_mesh(data: int = -1) -> Mesh:
-    """A mesh of `data` devices (-1: all) with the axis `data`. Raises `UserError` where there are fewer."""
-    devices = jax.devices()
-    count = len(devices) if data == -1 else data
-    if count > len(devices):
-        raise UserError(f"mesh.data is {data}, but {len(devices)} devices are here; use at most that, or -1 for all")
-    return Mesh(np.array(devices[:count]), BATCH_AXES)
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of so many devices along each axis, of which one may be -1: the rest of them.
+
+    Neighbours in `tensor`, then in `fsdp`, are neighbours on the machine; several slices of a pod lie along `data`. Raises
+    `UserError` where there are too few devices, or they do not come out even.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    told = ", ".join(f"mesh.{axis} is {size}" for axis, size in sizes.items() if size != 1 or axis == "data")
+    named = math.prod(size for size in sizes.values() if size != -1)
+    if named > len(devices):
+        raise UserError(f"{told}, but {len(devices)} devices are here; use at most that, or -1 for all")
+    if -1 in sizes.values() and len(devices) % named:
+        raise UserError(f"{told}: {named} does not divide the {len(devices)} devices that are here; use a divisor of that")
+    shape = tuple(len(devices) // named if size == -1 else size for size in sizes.values())
+    return Mesh(_arranged(shape, devices[: math.prod(shape)]), AXES)
+
+
+def _arranged(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices)
+    if shape[0] % slices:
+        raise UserError(f"mesh.data is {shape[0]}, which the {slices} slices of devices do not divide; use a multiple of that")
+    within = (shape[0] // slices, *shape[1:])
+    return mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices)
+
+
+def axis_table(mesh: Mesh, sizes: Mapping[str, int]) -> dict[str, str | None]:
+    """The table for a model with `sizes` of logical axes: key-value heads that `tensor` does not divide are on every device.
+
+    Any other axis that does not come out even raises `UserError`.
+    """
+    table = dict(LOGICAL_AXES)
+    if sizes["kv_heads"] % mesh.shape["tensor"]:
+        table["kv_heads"] = None
+    for axis in ("fsdp", "tensor"):
+        split = {name: size for name, size in sizes.items() if table[name] == axis}
+        common, count = math.gcd(*split.values()), mesh.shape[axis]
+        if common % count:
+            fits = max(n for n in range(1, count) if common % n == 0)
+            told = ", ".join(f"{name} ({size})" for name, size in split.items() if size % count)
+            raise UserError(
+                f"mesh.{axis} is {count}, which does not divide the model's {told}; the largest that fits is {fits}"
+            )
+    return table
 
 
 def compiler_options() -> dict[str, str]:
@@ -71,11 +115,11 @@ def put_batch(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(put, tree)
 
 
-def param_shardings(mesh: Mesh, logical_specs: Any) -> Any:
-    """Shardings of parameters from the logical axes they declare; an unmapped name raises KeyError."""
+def param_shardings(mesh: Mesh, logical_specs: Any, table: Mapping[str, str | None] = LOGICAL_AXES) -> Any:
+    """Shardings of parameters from the logical axes they declare; an unmapped name raises KeyError, a clash ValueError."""
 
     def place(spec: PartitionSpec) -> NamedSharding:
-        return NamedSharding(mesh, PartitionSpec(*(None if axis is None else LOGICAL_AXES[axis] for axis in spec)))
+        return NamedSharding(mesh, PartitionSpec(*(None if axis is None else table[axis] for axis in spec)))
 
     return jax.tree.map(place, logical_specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
@@ -85,20 +129,51 @@ def everywhere(x: jax.Array) -> jax.Array:
     return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, PartitionSpec())
 
 
+def split_rows(x: jax.Array) -> jax.Array:
+    """The array, split over its first axis as a batch is, and no other; as it is without a mesh (`jax.set_mesh`)."""
+    axes = tuple(axis for axis in BATCH_AXES if _is_placed_by_xla(axis))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
+
+
+def looked_up(table: jax.Array, rows: jax.Array, dtype: Any) -> jax.Array:
+    """Rows of a table whose width is split over `fsdp`, [N, D], split over their first axis as a batch is.
+
+    Each device reads its part of the width of its neighbours' rows too; then they exchange these. Left to itself, XLA
+    may send all rows to all devices.
+    """
+    x = table[rows].astype(dtype)
+    if _is_placed_by_xla("fsdp"):
+        x = jax.lax.with_sharding_constraint(x, PartitionSpec("data" if _is_placed_by_xla("data") else None, "fsdp"))
+    return split_rows(x)
+
+
+def _is_placed_by_xla(axis: str) -> bool:
+    """Whether arrays of a compiled step are split over an axis by XLA: there is a mesh, and no `by_shard` around."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return dict(zip(mesh.axis_names, mesh.axis_types, strict=True)).get(axis) == AxisType.Auto
+
+
+def parts_by_shard() -> int:
+    """How many parts `by_shard` splits arrays into."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty or mesh.shape["fsdp"] > 1 else mesh.shape["data"]
+
+
 def by_shard(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """`function(params, *arrays)` on every shard's own part of arrays that are split over their first axis.
 
-    On a mesh (`jax.set_mesh`) the gradients of `params` are those of a shard until the function ends. Without one there is
-    one shard.
+    On a mesh (`jax.set_mesh`) whose shards hold all parameters, their gradients are those of a shard until the function ends,
+    and are summed over the shards then, once. Where `fsdp` splits the parameters there is one part, and XLA places everything:
+    gradients go to where their parameters are as these come from there, layer by layer. Without a mesh there is one part.
     """
-    if jax.sharding.get_abstract_mesh().empty:
+    if parts_by_shard() == 1:
         return function
 
     def local(params: Any, *arrays: Any) -> jax.Array:
-        return function(jax.tree.map(lambda x: jax.lax.pcast(x, BATCH_AXES, to="varying"), params), *arrays)
+        return function(jax.tree.map(lambda x: jax.lax.pcast(x, "data", to="varying"), params), *arrays)
 
     def mapped(params: Any, *arrays: Any) -> jax.Array:
-        specs = (PartitionSpec(), *[PartitionSpec(BATCH_AXES)] * len(arrays))
-        return jax.shard_map(local, in_specs=specs, out_specs=PartitionSpec(BATCH_AXES))(params, *arrays)
+        specs = (PartitionSpec(), *[PartitionSpec("data")] * len(arrays))
+        return jax.shard_map(local, in_specs=specs, out_specs=PartitionSpec("data"), axis_names={"data"})(params, *arrays)
 
     return mapped

@@ -59,13 +59,14 @@ def train(config: Config) -> dict[str, Any]:
     of the model before training (`untrained`) and of BM25 (`bm25`).
     """
     began = time.perf_counter()
-    mesh = parallel.make_mesh(config.mesh.data)
+    mesh = parallel.make_mesh(**dict(config.mesh))
     shards = parallel.shard_count(mesh)
     configs = config.in_stages()
     plans = [_open(index, of_stage, shards) for index, of_stage in enumerate(configs)]
     held_out = open_sets(config.eval.sets, config.data.python_packages, cache_dir())
     best_metric = _best_metric(config, held_out)
     base = find_base(config.model.base)
+    parallel.axis_table(mesh, base.decoder.axis_sizes)  # a mesh that does not fit is told before anything is written
     spec, lora = _spec(configs, base), _lora(config, base)
     run_dir = open_run(config)
     tokenizer = _tokenizer(run_dir, base, spec, [source for plan in plans for source in plan.sources])
@@ -95,7 +96,9 @@ def train(config: Config) -> dict[str, Any]:
                 if int(state.step) == stage.before > 0:
                     state = enter(stage, state, model, mesh)
                 stage = with_mined_negatives(stage, partial(_of_adapter, encoder, state.weights), run_dir)
-                trainer = _trainer(stage, model, mesh, evaluate if held_out else None, best_metric, checkpoints, recorder)
+                trainer = _trainer(
+                    stage, state, model, mesh, evaluate if held_out else None, best_metric, checkpoints, recorder
+                )
                 done = int(state.step) - stage.before
                 recorder.say(_told(stage, len(stages)))
                 state = trainer.fit(state, batches(stage.plan, stage.build, done, stage.config.train.steps), stop)
@@ -125,6 +128,7 @@ def _others(config: Config, run_dir: Path) -> dict[str, OtherModel]:
 
 def _trainer(
     stage: Stage,
+    state: TrainState,
     model: EmbeddingModel,
     mesh: Mesh,
     evaluate: Evaluate | None,
@@ -132,7 +136,7 @@ def _trainer(
     checkpoints: Checkpoints,
     recorder: Recorder,
 ) -> Trainer:
-    """The loop of a stage."""
+    """The loop of a stage, which begins with `state`."""
     config = stage.config
     optimizer = stage.optimizer(several=bool(model.adapters))
     skip = config.train.on_nan == "skip"
@@ -141,7 +145,15 @@ def _trainer(
         stage=stage.index,
         before=stage.before,
         mesh=mesh,
-        train_step=make_train_step(model, stage.objectives, optimizer, stage.schedule, skip, config.gradcache.rows),
+        train_step=make_train_step(
+            model,
+            stage.objectives,
+            optimizer,
+            stage.schedule,
+            skip,
+            config.gradcache.rows,
+            jax.tree.map(lambda x: x.sharding, state),
+        ),  # fmt: skip
         source_names=[source.name for source in stage.sources],
         evaluate=evaluate,
         best_metric=best_metric,

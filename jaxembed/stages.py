@@ -168,13 +168,31 @@ def enter(stage: Stage, state: TrainState, model: EmbeddingModel, mesh: Mesh) ->
     if stage.index == 0 or stage.config.optim.restart:
         count = len(model.adapters)
         one = pick_adapter(params, 0 if count else None)
-        fresh: Any = jax.jit(stage.optimizer(bool(count)).init)(one)
-        opt_state = jax.device_put(stack_adapters([fresh] * count) if count else fresh, parallel.replicated(mesh))
+        opt_state = _fresh(stage.optimizer(bool(count)), one, count, mesh)
     elif own.keys() != before.keys():
         raise UserError(
             f"stages.{stage.index}: optim.restart is no, but its objectives train other parameters than those before; restart"
         )
     return dataclasses.replace(state, params=params, opt_state=opt_state)
+
+
+def _fresh(optimizer: optax.GradientTransformation, params: Any, count: int, mesh: Mesh) -> Any:
+    """The optimizer's state before its first update, placed as the parameters are; stacked for `count` adapters."""
+
+    def init(params: Any) -> Any:
+        state = optimizer.init(params)
+        return stack_adapters([state] * count) if count else state
+
+    def place(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    everywhere = parallel.replicated(mesh)
+    placed = optax.tree.map_params(
+        optimizer, lambda x, like: place(x, like.sharding), jax.eval_shape(optimizer.init, params), params,
+        transform_non_params=lambda x: place(x, everywhere),
+    )  # fmt: skip
+    placed = stacked_shapes(placed, count) if count else placed
+    return jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, placed))(params)
 
 
 def with_mined_negatives(stage: Stage, encoder_of: Callable[[str], Embedder], run_dir: Path) -> Stage:

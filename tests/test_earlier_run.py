@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its programs compile faster."""
     mesh = parallel.make_mesh(1)
-    monkeypatch.setattr(parallel, "make_mesh", lambda data=-1: mesh)
+    monkeypatch.setattr(parallel, "make_mesh", lambda **_: mesh)
 
 
 def run(folder: Path, name: str, base: str, *overrides: str, moved: float = 0.0) -> Config:

@@ -107,9 +107,9 @@ def text_tokenizer(tokenizer: Any, spec: EmbeddingSpec, base: Base) -> TextToken
 
 
 def shapes_and_shardings(model: EmbeddingModel, mesh: Mesh) -> tuple[Any, Any]:
-    """Trees of ShapeDtypeStructs and of shardings of a model's parameters."""
-    boxed = parameter_shapes(model)
-    return nn.unbox(boxed), parallel.param_shardings(mesh, nn.get_partition_spec(boxed))
+    """Trees of ShapeDtypeStructs and of shardings of a model's parameters; `UserError` where the mesh cannot split them."""
+    boxed, table = parameter_shapes(model), parallel.axis_table(mesh, model.decoder.axis_sizes)
+    return nn.unbox(boxed), parallel.param_shardings(mesh, nn.get_partition_spec(boxed), table)
 
 
 @dataclasses.dataclass(frozen=True)

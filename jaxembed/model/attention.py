@@ -101,8 +101,8 @@ class Attention(nn.Module):
         q, k = project("q", self.heads, "heads"), project("k", self.kv_heads, "kv_heads")
         v = project("v", self.kv_heads, "kv_heads")
         if self.qk_norm:
-            q = RMSNorm(self.norm_epsilon, self.dtype, "head_width", name="q_norm")(q)
-            k = RMSNorm(self.norm_epsilon, self.dtype, "head_width", name="k_norm")(k)
+            q = RMSNorm(self.norm_epsilon, self.dtype, name="q_norm")(q)
+            k = RMSNorm(self.norm_epsilon, self.dtype, name="k_norm")(k)
         q, k = rotate(q, *rope), rotate(k, *rope)
         mixed = pick_kernel(self.kernel, shards)(q, k, v, places, self.mask, window)
         out = Linear(x.shape[-1], ("heads", "embed"), self.dtype, self.out_bias, lora=self.lora, name="out")

@@ -74,11 +74,10 @@ class RMSNorm(nn.Module):
 
     epsilon: float
     dtype: Any
-    axis: str = "embed"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.with_partitioning(nn.initializers.ones, (self.axis,)), (x.shape[-1],))
+        scale = self.param("scale", nn.with_partitioning(nn.initializers.ones, ("channel",)), (x.shape[-1],))
         wide = at_least_float32(x)
         wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
         return scale.astype(self.dtype) * wide.astype(self.dtype)
@@ -89,14 +88,13 @@ class LayerNorm(nn.Module):
 
     dtype: Any
     epsilon: float = 1e-5
-    axis: str = "embed"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         norm = nn.LayerNorm(
             self.epsilon,
-            scale_init=nn.with_partitioning(nn.initializers.ones, (self.axis,)),
-            bias_init=nn.with_partitioning(nn.initializers.zeros, (self.axis,)),
+            scale_init=nn.with_partitioning(nn.initializers.ones, ("channel",)),
+            bias_init=nn.with_partitioning(nn.initializers.zeros, ("channel",)),
             use_fast_variance=False,
         )
         nn.share_scope(self, norm)

@@ -117,14 +117,14 @@ class CrossAttention(nn.Module):
         def by_head(y: jax.Array) -> jax.Array:
             return y.reshape(*y.shape[:-1], self.heads, self.head_width)
 
-        q = by_head(Linear(width, ("embed", "heads"), self.dtype, name="q")(x))
-        k, v = jnp.split(Linear(2 * width, ("embed", "heads"), self.dtype, name="kv")(context), 2, axis=-1)
+        q = by_head(Linear(width, ("embed", "pooling_heads"), self.dtype, name="q")(x))
+        k, v = jnp.split(Linear(2 * width, ("embed", "pooling_heads"), self.dtype, name="kv")(context), 2, axis=-1)
         scores = at_least_float32(jnp.einsum("...tnh,...cnh->...ntc", q, by_head(k))) * self.head_width**-0.5
         if seen is not None:
             scores = jnp.where(seen[..., None, :, :], scores, jnp.finfo(scores.dtype).min)
         weights = jax.nn.softmax(scores, axis=-1)
         mixed = jnp.einsum("...ntc,...cnh->...tnh", weights.astype(self.dtype), by_head(v))
-        out = Linear(x.shape[-1], ("heads", "embed"), self.dtype, init_std=0.0, name="out")
+        out = Linear(x.shape[-1], ("pooling_heads", "embed"), self.dtype, init_std=0.0, name="out")
         return out(mixed.reshape(*x.shape[:-1], width)), weights
 
 

@@ -33,6 +33,11 @@ class DecoderConfig:
     tie_embeddings: bool = False
     max_positions: int = 32_768
 
+    @property
+    def axis_sizes(self) -> dict[str, int]:
+        """The logical axes of parameters that a mesh may split (`parallel.axis_table`), and into how many at most."""
+        return {"embed": self.width, "heads": self.heads, "kv_heads": self.kv_heads, "mlp": self.mlp_width}
+
 
 @dataclasses.dataclass(frozen=True)
 class Family:

@@ -78,12 +78,14 @@ def make_train_step(
     schedule: optax.Schedule,
     skip: bool = False,
     rows: int | None = None,
+    shardings: TrainState | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The compiled step (state, batch) -> (state, metrics); it consumes the state. It compiles once per batch shape.
 
     `schedule` is the optimizer's learning rate, for the metrics. With `skip`, a loss or gradient that is not finite leaves
     parameters and optimizer as they were; the step counts, the schedule stands still. Of several adapters, those that the
-    batch does not train keep their parameters and moments. `rows`: see `batch_loss`.
+    batch does not train keep their parameters and moments. `rows`: see `batch_loss`. `shardings` are those of the state, which
+    it keeps; XLA's choice if absent.
     """
 
     if model.lora is not None:
@@ -113,4 +115,5 @@ def make_train_step(
             metrics["adapter"] = batch.adapter
         return dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1), metrics
 
-    return jax.jit(train_step, donate_argnums=0, compiler_options=parallel.compiler_options())
+    options = {} if shardings is None else {"out_shardings": (shardings, None)}
+    return jax.jit(train_step, donate_argnums=0, compiler_options=parallel.compiler_options(), **options)
