@@ -139,21 +139,13 @@ def _trainer(
     """The loop of a stage, which begins with `state`."""
     config = stage.config
     optimizer = stage.optimizer(several=bool(model.adapters))
-    skip = config.train.on_nan == "skip"
+    skip, placed = config.train.on_nan == "skip", jax.tree.map(lambda x: x.sharding, state)
     return Trainer(
         config=config.train,
         stage=stage.index,
         before=stage.before,
         mesh=mesh,
-        train_step=make_train_step(
-            model,
-            stage.objectives,
-            optimizer,
-            stage.schedule,
-            skip,
-            config.gradcache.rows,
-            jax.tree.map(lambda x: x.sharding, state),
-        ),  # fmt: skip
+        train_step=make_train_step(model, stage.objectives, optimizer, stage.schedule, skip, config.gradcache.rows, placed),
         source_names=[source.name for source in stage.sources],
         evaluate=evaluate,
         best_metric=best_metric,

@@ -115,5 +115,5 @@ def make_train_step(
             metrics["adapter"] = batch.adapter
         return dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1), metrics
 
-    options = {} if shardings is None else {"out_shardings": (shardings, None)}
-    return jax.jit(train_step, donate_argnums=0, compiler_options=parallel.compiler_options(), **options)
+    options = parallel.compiler_options()
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
