@@ -116,7 +116,7 @@ def put_batch(mesh: Mesh, tree: Any) -> Any:
 
 
 def param_shardings(mesh: Mesh, logical_specs: Any, table: Mapping[str, str | None] = LOGICAL_AXES) -> Any:
-    """Shardings of parameters from the logical axes they declare; an unmapped name raises KeyError, a clash ValueError."""
+    """Shardings of parameters from the logical axes they declare; an unmapped name raises KeyError, a clash JAX's own error."""
 
     def place(spec: PartitionSpec) -> NamedSharding:
         return NamedSharding(mesh, PartitionSpec(*(None if axis is None else table[axis] for axis in spec)))

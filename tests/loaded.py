@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
 
 from jaxembed import parallel
 from jaxembed.data.packing import PackedTexts, fill, max_segments, pack
@@ -25,13 +26,16 @@ from jaxembed.spec import EmbeddingSpec
 
 
 def load(
-    folder: Path, spec: EmbeddingSpec, devices: int = 1, lora: LoRA | None = None, **compute: Any
+    folder: Path, spec: EmbeddingSpec, devices: int | Mesh = 1, lora: LoRA | None = None, **compute: Any
 ) -> tuple[EmbeddingModel, Any]:
-    """The model of a folder under a spec, and its parameters on the first `devices`; random where the folder has none."""
+    """The model of a folder under a spec, and its parameters on the first `devices`, or as a mesh splits them; random where the
+    folder has none.
+    """
     config = from_hf(json.loads((folder / "config.json").read_text()), str(folder))
     model = EmbeddingModel(config, spec, Compute(**compute), lora)
     boxed = parameter_shapes(model)
-    shardings = parallel.param_shardings(parallel.make_mesh(devices), nn.get_partition_spec(boxed))
+    mesh = parallel.make_mesh(devices) if isinstance(devices, int) else devices
+    shardings = parallel.param_shardings(mesh, nn.get_partition_spec(boxed), parallel.axis_table(mesh, config.axis_sizes))
     parts = [{"decoder": tree["decoder"]} for tree in (nn.unbox(boxed), shardings)]
     loaded = flatten_dict(load_params(folder, config.layers, *parts))
     absent = {path: sharding for path, sharding in flatten_dict(shardings).items() if path not in loaded}

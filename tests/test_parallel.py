@@ -7,7 +7,6 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from jaxembed import parallel
-from jaxembed.errors import UserError
 from jaxembed.model.embedder import EmbeddingModel, init_params, parameter_shapes
 from jaxembed.model.lora import LoRA
 from jaxembed.model.presets import from_hf, preset
@@ -16,8 +15,7 @@ from jaxembed.spec import EmbeddingSpec
 
 def test_a_mesh_takes_all_devices_or_as_many_as_asked_for() -> None:
     assert [parallel.shard_count(parallel.make_mesh(count)) for count in (-1, 1, 3, 8)] == [8, 1, 3, 8]
-    with pytest.raises(UserError, match=r"^mesh.data is 9, but 8 devices are here; use at most that, or -1 for all$"):
-        parallel.make_mesh(9)
+    assert dict(parallel.make_mesh(-1, 2, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
 
 
 def test_a_batch_is_split_in_order_over_its_first_axis() -> None:
@@ -39,16 +37,19 @@ def test_every_parameter_declares_axes_that_the_table_knows() -> None:
 
 def test_an_axis_that_the_table_lacks_is_an_error() -> None:
     mesh = parallel.make_mesh(2)
-    assert parallel.param_shardings(mesh, {"a": PartitionSpec("embed", None)})["a"].spec == PartitionSpec(None, None)
+    assert parallel.param_shardings(mesh, {"a": PartitionSpec("embed", None)})["a"].spec == PartitionSpec("fsdp", None)
     with pytest.raises(KeyError, match="colour"):
         parallel.param_shardings(mesh, {"a": PartitionSpec("colour")})
+    with pytest.raises(Exception, match="at most one positional dimension"):
+        parallel.param_shardings(mesh, {"a": PartitionSpec("heads", "mlp")})  # both on one mesh axis
 
 
 def test_random_parameters_do_not_depend_on_the_devices() -> None:
     model = EmbeddingModel(from_hf({**preset("tiny"), "vocab_size": 50}, "test"), EmbeddingSpec())
     specs = nn.get_partition_spec(parameter_shapes(model))
     one, eight = (
-        init_params(model, jax.random.key(0), parallel.param_shardings(parallel.make_mesh(count), specs)) for count in (1, 8)
+        init_params(model, jax.random.key(0), parallel.param_shardings(parallel.make_mesh(*shape), specs))
+        for shape in ((1, 1, 1), (2, 2, 2))
     )
     kernel, scale = one["decoder"]["layers"]["mlp"]["up"]["kernel"], one["decoder"]["norm"]["scale"]
     assert abs(float(kernel.std()) - 0.02) < 1e-3 and (scale == 1).all()
