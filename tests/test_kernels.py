@@ -158,7 +158,7 @@ def on(monkeypatch: pytest.MonkeyPatch, platform: str) -> None:
 
 def test_each_platform_has_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parallel.platform() == "cpu"
-    assert pick_kernel("auto", 2).func is kernels.attend_by_rows  # type: ignore[attr-defined]
+    assert pick_kernel("auto", 2).func is kernels.attend_by_rows
     told = "^model.attention_kernel is cudnn, which runs on gpu, and this is cpu; choose auto, einsum or rows$"
     with pytest.raises(UserError, match=told):
         pick_kernel("cudnn", 1)

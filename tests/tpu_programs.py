@@ -98,7 +98,7 @@ def step() -> jax.stages.Compiled:
     state = placed(jax.eval_shape(first), parallel.replicated(mesh))
     with jax.set_mesh(mesh):
         train = make_train_step(model, Objectives([InfoNCEConfig()]), optimizer, learning_rate(optim, 10))
-        return train.lower(state, placed(batch(), parallel.split_batch(mesh))).compile()  # type: ignore[attr-defined]
+        return train.lower(state, placed(batch(), parallel.split_batch(mesh))).compile()
 
 
 if __name__ == "__main__":
