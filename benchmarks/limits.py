@@ -34,8 +34,8 @@ from jaxembed.data.sources import open_sources
 from jaxembed.hub.base import find_base
 from jaxembed.hub.embedder import Embedder, from_base
 from jaxembed.losses.infonce import OBJECTIVES
-from jaxembed.model.attention import pick_kernel
 from jaxembed.model.decoder import Compute
+from jaxembed.model.kernels import pick_kernel
 from jaxembed.model.layers import RMSNorm, rope_frequencies, rope_table, rotate
 from jaxembed.model.masks import MASKS, Places
 from jaxembed.training.optim import learning_rate, make_optimizer

@@ -108,7 +108,9 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the computation, not parameters")
     remat: bool = Field(False, description="recompute layer activations in the backward pass to save memory")
     unroll: bool = Field(True, description="unroll the layer loop: faster steps, longer compilation")
-    attention_kernel: Literal["auto", "einsum", "rows"] = Field("auto", description="auto: rows on CPU, einsum elsewhere")
+    attention_kernel: Literal["auto", "einsum", "rows", "splash", "cudnn"] = Field(
+        "auto", description="auto: rows on CPU, splash on TPU, else einsum; cudnn: on NVIDIA's GPUs, in bfloat16"
+    )
 
     @model_validator(mode="after")
     def _template_names_instruction(self) -> ModelConfig:

@@ -37,7 +37,9 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 import tiny
 
-LONGEST = ("test_unbreakable", "test_train", "test_stages", "test_layouts", "test_step", "test_gradcache", "test_peft")
+LONGEST = (
+    "test_unbreakable", "test_train", "test_stages", "test_kernels", "test_layouts", "test_step", "test_gradcache", "test_peft",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from itertools import cycle, islice
 from pathlib import Path
@@ -150,6 +151,21 @@ def test_objectives_add_up_by_their_weights(base_folder: Folder, source: Source)
     warm, cold = InfoNCEConfig(temperature=0.5), InfoNCEConfig(temperature=0.1, weight=3.0)
     assert loss(warm, cold) == pytest.approx(loss(warm) + loss(cold), rel=1e-5)
     assert loss(cold) == pytest.approx(3 * loss(InfoNCEConfig(temperature=0.1)), rel=1e-5)
+
+
+def test_all_sums_are_float32_where_the_model_computes_in_bfloat16(base_folder: Folder, source: Source) -> None:
+    """Norms, softmax, pooling, similarities, the gradients of biases and scales; parameters and moments are held so."""
+    model, params = load(base_folder("qwen2"), SPEC, dtype=jnp.bfloat16)
+    optimizer = make_optimizer(OptimConfig(), 10)
+    state, batch = new_state(params, optimizer, parallel.make_mesh(1)), host_batches(source, 1, 1)[0].batch
+    step = make_train_step(model, Objectives([InfoNCEConfig()]), optimizer, learning_rate(OptimConfig(), 10))
+    traced = step.trace(state, batch)
+    made = {(name, dtype) for dtype, name in re.findall(r":(\w+)\[[^\]]*\] = (\w+)", str(traced.jaxpr))}
+    assert ("dot_general", "bf16") in made  # the layers' products
+    assert {("reduce_sum", "f32"), ("rsqrt", "f32"), ("exp", "f32"), ("reduce_max", "f32"), ("log", "f32")} <= made
+    sums = {name for name, dtype in made if dtype == "bf16" and (name.startswith(("reduce", "cum", "scatter")))}
+    assert not sums | {name for name in ("exp", "log", "rsqrt", "div", "sqrt") if (name, "bf16") in made}
+    assert not [leaf for leaf in jax.tree.leaves(traced.out_info) if leaf.dtype == jnp.bfloat16]
 
 
 def test_losses_are_float32_where_the_model_computes_in_bfloat16(base_folder: Folder, source: Source) -> None:

@@ -219,7 +219,8 @@ class Embedder:
             arrays = fill(ids, tokenized.pool_from[members], row[members] - first, place[members], shape)
             packed = parallel.put_batch(self.mesh, PackedTexts(**arrays, segments=segments, shards=shards))
             slots = (row[members] - first) * segments + place[members]
-            pending.append((members, slots, apply(self.params, packed)))
+            with jax.set_mesh(self.mesh):
+                pending.append((members, slots, apply(self.params, packed)))
         out = np.zeros((len(texts), *pending[0][2].shape[2:]), np.float32)
         for members, slots, results in pending:
             out[members] = np.asarray(results, np.float32).reshape(-1, *out.shape[1:])[slots]

@@ -70,7 +70,9 @@ class Decoder(nn.Module):
         places = Places(texts.segment_ids, texts.positions, texts.pool_mask)
         mixed = len(set(c.windows)) > 1  # then a window is an array over the layers, without limit where there is none
         window = jnp.array([w or c.max_positions for w in c.windows]) if mixed else next(iter(c.windows), None)
-        layer = nn.remat(DecoderLayer, prevent_cse=False) if self.compute.remat else DecoderLayer
+        layer = DecoderLayer
+        if self.compute.remat:  # one window of all layers (argument 4) stays a number, which kernels need
+            layer = nn.remat(DecoderLayer, prevent_cse=False, static_argnums=() if mixed else (4,))
         stack = nn.scan(
             layer,
             variable_axes={"params": 0, "intermediates": 0},

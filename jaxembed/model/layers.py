@@ -43,7 +43,8 @@ class Linear(nn.Module):
         y = self._product(x)
         if self.use_bias:
             bias_init = nn.with_partitioning(nn.initializers.zeros, self.axes[1:])
-            y = y + self.param("bias", bias_init, (self.features,)).astype(self.dtype)
+            # The gradient of a bias or a scale is a sum over all tokens: what is summed must be in float32
+            y = (at_least_float32(y) + self.param("bias", bias_init, (self.features,))).astype(self.dtype)
         if self.lora is not None and self.lora.adapts(self.name):
             y = y + self._adapted(x, self.lora)
         return y
@@ -80,7 +81,7 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", nn.with_partitioning(nn.initializers.ones, ("channel",)), (x.shape[-1],))
         wide = at_least_float32(x)
         wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
-        return scale.astype(self.dtype) * wide.astype(self.dtype)
+        return (scale * wide).astype(self.dtype)
 
 
 class LayerNorm(nn.Module):
