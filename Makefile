@@ -38,5 +38,5 @@ $(VENV)/.eval: pyproject.toml constraints.txt | $(BIN)/python
 	touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) -e '.[eval,data,dev]'
+	$(INSTALL) -e '.[eval,plots,data,dev]'
 	touch $@ $(VENV)/.eval

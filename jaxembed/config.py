@@ -477,6 +477,19 @@ class TrainConfig(Section):
         1800.0, gt=0, le=1e9, description="seconds after which a step that does not finish ends the process"
     )
     keep_checkpoints: Positive = Field(2, description="latest checkpoints kept; the best one is kept beside them")
+    profile_steps: tuple[Positive, Positive] | None = Field(
+        None, description="first and last step of a trace in the run directory's profile/, such as [20, 22]; absent: none"
+    )
+    peak_flops: float | None = Field(
+        None, gt=0, description="FLOP/s of a device, of which mfu is a share; absent: as its data sheet says of bfloat16"
+    )
+
+    @field_validator("profile_steps")
+    @classmethod
+    def _in_order(cls, steps: tuple[int, int] | None) -> tuple[int, int] | None:
+        if steps is not None and steps[0] > steps[1]:
+            raise ValueError(f"steps {steps[0]} to {steps[1]}; expected two steps, the first not after the last")
+        return steps
 
 
 class EvalSetConfig(Section):
@@ -621,8 +634,10 @@ def _named(stages: Sequence[Config], role: str) -> list[str]:
     return list(dict.fromkeys(name for name in names if name is not None))
 
 
-# What a stage may not differ in: one model, one run directory, one set of scores.
-OF_THE_RUN = {"run", "model", "mesh", "eval", "stages", "train.seed", "train.keep_checkpoints"}
+# What a stage may not differ in: one model, one run directory, one set of scores, one trace by steps of the run.
+OF_THE_RUN = {
+    "run", "model", "mesh", "eval", "stages", "train.seed", "train.keep_checkpoints", "train.profile_steps", "train.peak_flops",
+}  # fmt: skip
 
 
 def _stage(whole: dict[str, Any], changes: dict[str, Any], where: str) -> Config:

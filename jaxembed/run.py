@@ -39,8 +39,10 @@ from jaxembed.model.lora import LoRA, pick_adapter
 from jaxembed.spec import EmbeddingSpec
 from jaxembed.stages import Stage, enter, first_state, make_stages, resume, with_mined_negatives
 from jaxembed.training.checkpoint import Checkpoints
+from jaxembed.training.flops import Utilisation, device_peak, utilisation
 from jaxembed.training.loop import Evaluate, Trainer
 from jaxembed.training.metrics import Recorder, read_metrics
+from jaxembed.training.profile import Profile
 from jaxembed.training.run_dir import note_versions, open_run, record
 from jaxembed.training.step import TrainState, make_train_step
 from jaxembed.training.watch import StopRequest
@@ -88,17 +90,17 @@ def train(config: Config) -> dict[str, Any]:
     evaluate = _evaluator(encoder, held_out)
     scores_at_start = _baselines(config, held_out, evaluate, state)
     recorder = Recorder(run_dir, start, stages[-1].end)
+    profile, used = Profile(config.train.profile_steps, run_dir / "profile"), _utilisation(config, model, mesh, state)
     for name, scores in scores_at_start.items():
         recorder.log(0, {f"{name}/{key}": value for key, value in scores.items()})
     try:
-        with closing(recorder), closing(checkpoints), StopRequest() as stop, jax.set_mesh(mesh):
+        with closing(recorder), closing(checkpoints), closing(profile), StopRequest() as stop, jax.set_mesh(mesh):
             for stage in stages[index:]:
                 if int(state.step) == stage.before > 0:
                     state = enter(stage, state, model, mesh)
                 stage = with_mined_negatives(stage, partial(_of_adapter, encoder, state.weights), run_dir)
-                trainer = _trainer(
-                    stage, state, model, mesh, evaluate if held_out else None, best_metric, checkpoints, recorder
-                )
+                scored = evaluate if held_out else None
+                trainer = _trainer(stage, state, model, mesh, scored, best_metric, checkpoints, recorder, profile, used)
                 done = int(state.step) - stage.before
                 recorder.say(_told(stage, len(stages)))
                 state = trainer.fit(state, batches(stage.plan, stage.build, done, stage.config.train.steps), stop)
@@ -135,6 +137,8 @@ def _trainer(
     best_metric: str,
     checkpoints: Checkpoints,
     recorder: Recorder,
+    profile: Profile,
+    used: Utilisation | None,
 ) -> Trainer:
     """The loop of a stage, which begins with `state`."""
     config = stage.config
@@ -152,7 +156,17 @@ def _trainer(
         checkpoints=checkpoints,
         recorder=recorder,
         plan_hash=stage.plan.hash,
+        profile=profile,
+        utilisation=used,
     )
+
+
+def _utilisation(config: Config, model: EmbeddingModel, mesh: Mesh, state: TrainState) -> Utilisation | None:
+    """How the log reckons mfu; None where the devices' peak is not known."""
+    peak = config.train.peak_flops or device_peak(config.model.dtype)
+    if peak is None:
+        return None
+    return utilisation(model.decoder, state.params, state.frozen, len(model.adapters), peak * mesh.size)
 
 
 def _spec(stages: Sequence[Config], base: Base) -> EmbeddingSpec:

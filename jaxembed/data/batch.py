@@ -67,11 +67,12 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class HostBatch:
-    """A batch in host memory, with what the log says of it."""
+    """A batch in host memory, with what the log says of it. `pairs`: of tokens in one text, each with each."""
 
     batch: Batch
     useful_tokens: int
     padded_tokens: int
+    pairs: int
 
 
 class BatchBuilder:
@@ -175,7 +176,8 @@ class BatchBuilder:
             guide=self._others(self._guide, examples, texts),
             teacher=self._others(self._teacher, examples, texts),
         )
-        return HostBatch(batch, int((packed.segment_ids > 0).sum()), packed.segment_ids.size)
+        pairs = sum(len(ids) ** 2 for ids in tokenized.ids)
+        return HostBatch(batch, int((packed.segment_ids > 0).sum()), packed.segment_ids.size, pairs)
 
     def _adapter(self, source: np.ndarray) -> np.ndarray:
         """The index of the adapter that the sources of a batch train; `UserError` where they train several."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.profiler import StepTraceAnnotation
 from jax.sharding import Mesh
 
 from jaxembed.config import TrainConfig
@@ -17,7 +18,9 @@ from jaxembed.data.batch import HostBatch
 from jaxembed.errors import Stopped, UserError
 from jaxembed.parallel import put_batch
 from jaxembed.training.checkpoint import Checkpoints
+from jaxembed.training.flops import Utilisation
 from jaxembed.training.metrics import Recorder
+from jaxembed.training.profile import Profile
 from jaxembed.training.step import Metrics, TrainState
 from jaxembed.training.watch import StopRequest, must_finish
 
@@ -33,6 +36,7 @@ class Tally:
     waited: float = 0.0
     useful: int = 0
     padded: int = 0
+    pairs: int = 0
     new_programs: int = 0
 
     def add(self, host: HostBatch, waited: float) -> None:
@@ -40,10 +44,11 @@ class Tally:
         self.waited += waited
         self.useful += host.useful_tokens
         self.padded += host.padded_tokens
+        self.pairs += host.pairs
 
-    def rates(self, batch_size: int) -> dict[str, float]:
+    def rates(self, batch_size: int, utilisation: Utilisation | None) -> dict[str, float]:
         seconds = time.perf_counter() - self.since
-        return {
+        rates = {
             "step_seconds": seconds / self.steps,
             "data_wait_seconds": self.waited / self.steps,
             "useful_tokens_per_second": self.useful / seconds,
@@ -51,6 +56,9 @@ class Tally:
             "padding_fraction": 1 - self.useful / self.padded,
             "new_programs": self.new_programs,
         }
+        if utilisation is not None:
+            rates["mfu"] = utilisation.mfu(self.useful, self.pairs, seconds)
+        return rates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +74,8 @@ class Running:
 class Trainer:
     """What a stage of a run needs beside its state: its config, its index and the steps before it.
 
-    `best_metric` names the score whose maximum is the best checkpoint's. Steps are counted through all stages.
+    `best_metric` names the score whose maximum is the best checkpoint's. Without `utilisation` none is logged. Steps are
+    counted through all stages.
     """
 
     config: TrainConfig
@@ -80,6 +89,8 @@ class Trainer:
     checkpoints: Checkpoints
     recorder: Recorder
     plan_hash: str
+    profile: Profile
+    utilisation: Utilisation | None
     programs: set[tuple[int, ...]] = dataclasses.field(default_factory=set)
 
     def fit(self, state: TrainState, batches: Iterator[HostBatch], stop: StopRequest) -> TrainState:
@@ -92,7 +103,8 @@ class Trainer:
         running: Running | None = None
         end = self.before + self.config.steps
         for step in range(int(state.step) + 1, end + 1):
-            with must_finish(f"step {step}", self.config.stall_timeout_s):
+            self.profile.before(step)
+            with must_finish(f"step {step}", self.config.stall_timeout_s), StepTraceAnnotation("train", step_num=step):
                 asked = time.perf_counter()
                 host = next(batches)
                 tally.add(host, time.perf_counter() - asked)
@@ -107,6 +119,7 @@ class Trainer:
                 if log or save:
                     self._check(running)
                     running = None
+            self.profile.after(step, metrics)
             if log:
                 self._log(step, metrics, tally)
                 tally = Tally()
@@ -153,7 +166,7 @@ class Trainer:
 
     def _log(self, step: int, metrics: Metrics, tally: Tally) -> None:
         values = {name: float(value) for name, value in metrics.items()}
-        values |= tally.rates(self.config.batch_size)
+        values |= tally.rates(self.config.batch_size, self.utilisation)
         self.recorder.log(step, values, self.stage)
         self.recorder.show(loss=f"{values['loss']:.4f}", tokens_s=f"{values['useful_tokens_per_second']:,.0f}")
 

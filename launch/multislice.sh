@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# Trains on several TPU slices, joined over the data centre's network, by a queued resource of gcloud:
+#
+#   launch/multislice.sh --name NAME --zone ZONE [options] -- CONFIG.yaml [key.sub=value ...]
+#
+#   --name NAME              of the queued resource; its slices are NAME-0, NAME-1, ...
+#   --zone ZONE              where it is
+#   --project PROJECT        as gcloud is configured if left out
+#   --create                 asks for it first and waits until it is there, which needs the next three
+#   --slices N               how many, 2 or more
+#   --accelerator-type TYPE  of a slice, such as v5litepod-16, v5p-32 or v6e-16
+#   --version VERSION        of the runtime, such as v2-alpha-tpuv5-lite, v2-alpha-tpuv5 or v2-alpha-tpuv6e
+#   --spot                   of --create: cheaper, and may be taken away
+#   --dry-run                prints the commands and runs none
+#
+# Copies this checkout to every worker, installs it there and starts the train command on all of them. The runtime tells
+# JAX the slices and their coordinator (MEGASCALE_...): nothing is set here. CONFIG.yaml is a path in the checkout.
+# run.dir must be a folder that all workers share.
+
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+name='' zone='' project='' slices='' accelerator='' version='' create='' spot=''
+while (($#)); do
+  case $1 in
+    --help | -h) usage && exit ;;
+    --dry-run) dry_run=yes ;;
+    --create) create=yes ;;
+    --spot) spot=yes ;;
+    --name) name=${2-} && shift ;;
+    --zone) zone=${2-} && shift ;;
+    --project) project=${2-} && shift ;;
+    --slices) slices=${2-} && shift ;;
+    --accelerator-type) accelerator=${2-} && shift ;;
+    --version) version=${2-} && shift ;;
+    --) break ;;
+    *) fail "unknown argument $1" ;;
+  esac
+  (($#)) && shift
+done
+needs --name "$name"
+needs --zone "$zone"
+[[ ${1-} == -- && -n ${2-} ]] || fail "-- CONFIG.yaml is missing"
+place=(--zone="$zone" ${project:+--project="$project"})
+
+wait_until_active() {
+  local state
+  while true; do
+    state=$(gcloud compute tpus queued-resources describe "$name" "${place[@]}" --format='value(state.state)')
+    case $state in
+      ACTIVE) return ;;
+      FAILED | SUSPENDED) echo "error: $name is $state" >&2 && exit 1 ;;
+    esac
+    sleep 30
+  done
+}
+
+if [[ -n $create ]]; then
+  needs --slices "$slices"
+  needs --accelerator-type "$accelerator"
+  needs --version "$version"
+  whole --slices "$slices"
+  ((slices > 1)) || fail "--slices is $slices; one slice is for launch/tpu_vm.sh"
+  run gcloud compute tpus queued-resources create "$name" "${place[@]}" --node-count="$slices" --node-prefix="$name" \
+    --accelerator-type="$accelerator" --runtime-version="$version" ${spot:+--spot}
+  [[ -n $dry_run ]] || wait_until_active
+elif [[ -n $slices$accelerator$version$spot ]]; then
+  fail "--slices, --accelerator-type, --version and --spot are of a resource that --create asks for"
+fi
+train_on_all_workers queued-resources "$name" "${place[@]}" --node=all "$@"

@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Trains on one TPU slice, of one worker or many, by gcloud:
+#
+#   launch/tpu_vm.sh --name NAME --zone ZONE [options] -- CONFIG.yaml [key.sub=value ...]
+#
+#   --name NAME              of the TPU VM
+#   --zone ZONE              where it is
+#   --project PROJECT        as gcloud is configured if left out
+#   --create                 makes it first, which needs the next two
+#   --accelerator-type TYPE  such as v5litepod-16, v5p-32 or v6e-16
+#   --version VERSION        of the runtime, such as v2-alpha-tpuv5-lite, v2-alpha-tpuv5 or v2-alpha-tpuv6e
+#   --spot                   of --create: cheaper, and may be taken away
+#   --dry-run                prints the commands and runs none
+#
+# Copies this checkout to every worker, installs it there and starts the train command on all of them; JAX finds the
+# others by itself. CONFIG.yaml is a path in the checkout. run.dir must be a folder that all workers share.
+
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+name='' zone='' project='' accelerator='' version='' create='' spot=''
+while (($#)); do
+  case $1 in
+    --help | -h) usage && exit ;;
+    --dry-run) dry_run=yes ;;
+    --create) create=yes ;;
+    --spot) spot=yes ;;
+    --name) name=${2-} && shift ;;
+    --zone) zone=${2-} && shift ;;
+    --project) project=${2-} && shift ;;
+    --accelerator-type) accelerator=${2-} && shift ;;
+    --version) version=${2-} && shift ;;
+    --) break ;;
+    *) fail "unknown argument $1" ;;
+  esac
+  (($#)) && shift
+done
+needs --name "$name"
+needs --zone "$zone"
+[[ ${1-} == -- && -n ${2-} ]] || fail "-- CONFIG.yaml is missing"
+place=(--zone="$zone" ${project:+--project="$project"})
+
+if [[ -n $create ]]; then
+  needs --accelerator-type "$accelerator"
+  needs --version "$version"
+  run gcloud compute tpus tpu-vm create "$name" "${place[@]}" \
+    --accelerator-type="$accelerator" --version="$version" ${spot:+--spot}
+elif [[ -n $accelerator$version$spot ]]; then
+  fail "--accelerator-type, --version and --spot are of a TPU that --create makes"
+fi
+train_on_all_workers tpu-vm "$name" "${place[@]}" "$@"
