@@ -18,6 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from jaxembed import parallel
 from jaxembed.errors import UserError
 from jaxembed.fields import Fields
 from jaxembed.files import exists, read_json
@@ -178,9 +179,15 @@ def place_params(
     loaded: dict[str, jax.Array] = {}
     for entry in wanted:
         host = _read(entry, tensors, flat_shapes[entry.ours], (updates or {}).get(entry.ours))
-        loaded |= {path: jax.device_put(x, flat_shardings[path], may_alias=True) for path, x in host.items()}
+        loaded |= {path: _placed(x, flat_shardings[path]) for path, x in host.items()}
         jax.block_until_ready(loaded)
     return unflatten_dict(loaded, sep="/")
+
+
+def _placed(x: np.ndarray, sharding: jax.sharding.NamedSharding) -> jax.Array:
+    if sharding.is_fully_addressable:
+        return jax.device_put(x, sharding, may_alias=True)
+    return parallel.put_whole(sharding, x)
 
 
 def _check(

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from jaxembed import processes
 from jaxembed.config import Config
 from jaxembed.errors import UserError
 from jaxembed.files import exists, read_json, write_json, write_text
@@ -40,7 +41,7 @@ def open_run(config: Config) -> Path:
     recorded = run_dir / "config.yaml"
     has_config = exists(recorded)
     others = exists(run_dir) and any(path != recorded and path.suffix != ".partial" for path in run_dir.iterdir())
-    if has_config and others:
+    if has_config and (others or not processes.is_first()):
         before = kept(read_tree, recorded)
         changed = list(differences(before, yaml.safe_load(config.dump())))
         if changed:
@@ -85,7 +86,8 @@ def note_versions(run_dir: Path) -> None:
         changed = list(differences(kept(read_json, path), now))
         if changed:
             log.warning("not the versions this run began with, so not bit for bit the same: %s", "; ".join(changed))
-    write_json(path, now)
+    if processes.is_first():
+        write_json(path, now)
 
 
 def versions() -> dict[str, str]:
