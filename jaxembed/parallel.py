@@ -166,9 +166,25 @@ def made(mesh: Mesh, make: Callable[..., Any], *arrays: jax.Array) -> Any:
     return jax.jit(make, out_shardings=replicated(mesh))(*arrays)
 
 
-def to_host(x: jax.Array) -> np.ndarray:
+def put_parts(sharding: NamedSharding, shape: tuple[int, ...], part: Callable[[tuple[slice, ...]], np.ndarray]) -> jax.Array:
+    """A global array of those parts that this process's devices hold, each made once, where it lies in the whole.
+
+    On CPUs the array takes over the memory of parts that lie on a 64-byte boundary.
+    """
+    indices = sharding.addressable_devices_indices_map(shape)
+    made: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+    arrays = []
+    for device, index in indices.items():
+        where = tuple(of_axis.indices(size)[:2] for of_axis, size in zip(index or (), shape, strict=True))
+        if where not in made:
+            made[where] = part(tuple(slice(*ends) for ends in where))
+        arrays.append(jax.device_put(made[where], device, may_alias=True))
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+def to_host(x: jax.Array | np.ndarray) -> np.ndarray:
     """The values of an array on every process; where it is split over several, all of them must ask."""
-    if not (x.is_fully_addressable or x.is_fully_replicated):
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
         assert isinstance(x.sharding, NamedSharding)
         x = _gather(x.sharding.mesh)(x)
     return np.asarray(x)

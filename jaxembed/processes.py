@@ -8,12 +8,14 @@ public name in JAX, so nothing else touches it.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import json
 import logging
 import math
 import os
+import signal
 import sys
 import threading
 import time
@@ -28,6 +30,7 @@ ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PRO
 VERDICT = f"{PREFIX}/verdict"  # why all of them end: written once
 DONE = "done"
 BEATS, HEARD = f"{PREFIX}/beats/", f"{PREFIX}/heard/"
+LOST = ("Gloo", "NCCL", "UNAVAILABLE", "CoordinationService")  # what JAX's errors about other processes name
 POLL_MS = 1000
 LINGER_S = 3.0
 GO_ON = "run the same command on all processes to go on from the last checkpoint"
@@ -47,7 +50,7 @@ class _Group:
 
 
 _group = _Group()
-_took_leave = threading.Event()
+_ending, _took_leave = threading.Lock(), threading.Event()
 
 
 def index() -> int:
@@ -87,8 +90,12 @@ def together(limit_s: float) -> Iterator[None]:
         _end_all(130, "was interrupted")
     except UserError as error:
         _end_all(2, str(error))
-    except BaseException as error:
-        _end_all(1, f"ended with {type(error).__name__}: {brief(error)}", error)
+    except Exception as error:
+        if isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST):
+            _await_verdict()  # where the other had time to say why it ended
+            _end_all(1, f"another process has ended, or cannot be reached ({brief(error, 120)}); {GO_ON}")
+        traceback.print_exc()
+        _end_all(1, f"ended with {type(error).__name__}: {brief(error)}")
     _leave(watch)
 
 
@@ -115,7 +122,25 @@ def _join(limit_s: float) -> None:
     joined = distributed.global_state
     _group.index, _group.count, _group.client = joined.process_id, joined.num_processes, joined.client
     if not is_first():
+        _tell_at_abort()
         _be_quiet()
+
+
+def _tell_at_abort() -> None:
+    """JAX aborts a process as soon as it has lost the first one: then this makes the last line one that says what to do.
+
+    Python's own handlers wait for the main thread, which an abort does not.
+    """
+    libc = ctypes.CDLL(None)
+    libc.signal.restype = ctypes.c_void_p
+    libc.signal(int(signal.SIGABRT), _abort_handler)
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _abort_handler(number: int) -> None:
+    told = f"aborted, as JAX does where process 0 of {count()} has ended or cannot be reached; {GO_ON}"
+    print(f"\nerror: {told}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _be_quiet() -> None:
@@ -176,9 +201,9 @@ def barrier() -> None:
     _main.agree(b"", lambda messages: b"")
 
 
-def first_says(value: bool) -> bool:
-    """The first process's value, on all."""
-    return bool(_main.agree(bytes([value]), lambda messages: messages[0])[0])
+def of_first(message: bytes) -> bytes:
+    """The first process's message, on all."""
+    return _main.agree(message, lambda messages: messages[0])
 
 
 def in_turn(function: Callable[[], T]) -> T:
@@ -263,19 +288,21 @@ def _give_up(told: str) -> None:
     _exit(1, f"{told}; {GO_ON}")
 
 
-def _end_all(code: int, told: str, error: BaseException | None = None) -> NoReturn:
-    """Ends this process with one line and its stack, if it is due to no user, and the others with that line."""
-    verdict = _verdict(POLL_MS) if error is not None else None  # where another has failed, that is the cause
-    if verdict is not None:
-        _obey(verdict)
-    if error is not None:
-        traceback.print_exception(error)
+def _await_verdict() -> None:
+    with contextlib.suppress(RuntimeError):
+        if verdict := _verdict(POLL_MS):
+            _obey(verdict)
+
+
+def _end_all(code: int, told: str) -> NoReturn:
+    """Ends this process with one line, and the others with that line."""
     _set(VERDICT, json.dumps([code, f"process {index()} of {count()}: {told}"]))
     _exit(code, told)
 
 
 def _exit(code: int, told: str) -> NoReturn:
     """Ends the process at once: JAX's way out of a group would wait for the others."""
+    _ending.acquire()  # for good: another thread that is about to end the process waits for it here
     print(f"\nerror: {told}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     threading.Thread(target=_take_leave, daemon=True).start()

@@ -41,7 +41,7 @@ from jaxembed.stages import Stage, enter, first_state, make_stages, resume, with
 from jaxembed.training.checkpoint import Checkpoints
 from jaxembed.training.loop import Evaluate, Trainer
 from jaxembed.training.metrics import Recorder, Unrecorded, read_metrics
-from jaxembed.training.run_dir import note_versions, open_run, record
+from jaxembed.training.run_dir import check_alike, note_versions, open_run, record
 from jaxembed.training.step import TrainState, make_train_step
 from jaxembed.training.watch import StopRequest
 
@@ -59,6 +59,7 @@ def train(config: Config) -> dict[str, Any]:
     of the model before training (`untrained`) and of BM25 (`bm25`).
     """
     began = time.perf_counter()
+    check_alike(config)
     mesh = parallel.make_mesh(**dict(config.mesh))
     shards = parallel.shards_of(mesh)
     configs = config.in_stages()

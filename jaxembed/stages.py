@@ -208,7 +208,7 @@ def with_mined_negatives(stage: Stage, encoder_of: Callable[[str], Embedder], ru
         if not stage.mines_for(source):
             continue
         path = run_dir / "mined" / f"stage-{stage.index}-source-{number}.jsonl"
-        if not processes.first_says(path.exists()):
+        if not processes.of_first(bytes([path.exists()]))[0]:
             write_mined(source, chosen, encoder_of(source.config.adapter), stage.config.train.seed, path)
             processes.barrier()
         rows = Rows(open_container(str(path)), SHAPES["pairs"])
