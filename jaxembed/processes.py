@@ -72,8 +72,8 @@ def is_first() -> bool:
 def together(limit_s: float) -> Iterator[None]:
     """The block as one of the processes of a run, if there are several; before it, nothing may have used a device.
 
-    They leave together. An error in one ends all, each with one line, and so does one that is not heard of for half of
-    `limit_s`: a process that hangs takes no part in any step, so the rest of the time is left for these to be told.
+    They leave together. An error in one ends all, each with one line; so does one that is not heard of for half of `limit_s`,
+    so that all have ended before `limit_s` is over.
     """
     _join(limit_s)
     if count() == 1:
@@ -107,7 +107,7 @@ def _join(limit_s: float) -> None:
     told = {name: os.environ[name] for name in (ADDRESS, COUNT, INDEX) if os.environ.get(name)}
     if wrong := [name for name in (COUNT, INDEX) if name in told and not told[name].isdecimal()]:
         raise UserError(f"{wrong[0]} is {told[wrong[0]]!r}; expected a number")
-    seconds = math.ceil(limit_s)
+    seconds = min(math.ceil(limit_s), 86_400)
     try:
         jax.distributed.initialize(  # which itself reads the address alone
             num_processes=int(told[COUNT]) if COUNT in told else None,

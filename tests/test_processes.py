@@ -10,13 +10,19 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import flax.linen as nn
+import jax
 import numpy as np
 import pytest
 
+from jaxembed.hub.weights import save_params
+from jaxembed.model.embedder import EmbeddingModel, parameter_shapes
+from jaxembed.model.presets import from_hf
 from jaxembed.run import train
+from jaxembed.spec import EmbeddingSpec
 from jaxembed.training.checkpoint import Checkpoints
 from jaxembed.training.metrics import read_metrics
 from runs import ENV, prepare, settings
@@ -42,19 +48,23 @@ def free_port() -> int:
         return int(listening.getsockname()[1])
 
 
-def launch(root: Path, run: str, *overrides: str, count: int = 2, devices: int = 4) -> list[subprocess.Popen[str]]:
-    """So many processes of one run, each with so many devices."""
-    settings(root, run, *overrides)
-    command = [sys.executable, "-m", "jaxembed.train", str(root / f"{run}.yaml"), f"run.dir={root / run}", *overrides]
-    address = f"127.0.0.1:{free_port()}"
-    processes = []
+def start_all(command: Sequence[str], root: Path, count: int, devices: int) -> list[subprocess.Popen[str]]:
+    """The command as so many processes of one run, each with so many devices."""
+    address, children = f"127.0.0.1:{free_port()}", []
     for i in range(count):
         flags = re.sub(r"(device_count)=\d+", rf"\1={devices}", ENV["XLA_FLAGS"])
         of_group = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(i)}
         env = {**ENV, **of_group, "XLA_FLAGS": flags, "JAXEMBED_CACHE": str(root / "cache")}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        processes.append(subprocess.Popen(command, env=env, text=True, **pipes))
-    return processes
+        pipe = subprocess.PIPE
+        children.append(subprocess.Popen(command, env=env, text=True, stdout=pipe, stderr=pipe))
+    return children
+
+
+def launch(root: Path, run: str, *overrides: str) -> list[subprocess.Popen[str]]:
+    """The train command on a run's config, as two processes with four devices each."""
+    settings(root, run, *overrides)
+    command = [sys.executable, "-m", "jaxembed.train", str(root / f"{run}.yaml"), f"run.dir={root / run}", *overrides]
+    return start_all(command, root, count=2, devices=4)
 
 
 def signal_at(run: Path, step: int, processes: Sequence[subprocess.Popen[str]], which: int, number: int) -> None:
@@ -133,3 +143,62 @@ def test_a_process_that_dies_or_hangs_ends_the_others_in_time(folder: Path, numb
     assert len(errors) == 1 and re.match(f"error: ({lost})", errors[0])
     reached, kept = last_step(run), whole_steps(run)[-1]
     assert 0 < reached - kept <= 2 * 4, "a checkpoint is written every 4 steps; one may be on its way"
+
+
+# Each of two processes loads a model that is split over both, while a thread samples its anonymous memory.
+LOADING = """
+import json, sys, threading, time
+from pathlib import Path
+import jax
+from jaxembed import parallel, processes
+from jaxembed.hub.opening import shapes_and_shardings
+from jaxembed.hub.weights import load_params
+from jaxembed.model.embedder import EmbeddingModel
+from jaxembed.model.presets import from_hf
+from jaxembed.spec import EmbeddingSpec
+
+def anonymous():
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("RssAnon:")[1].split()[0])
+
+def sample():
+    while not done:
+        peaks.append(anonymous())
+        time.sleep(0.002)
+
+def load(folder):
+    config = from_hf(json.loads((folder / "config.json").read_text()), str(folder))
+    trees = shapes_and_shardings(EmbeddingModel(config, EmbeddingSpec()), parallel.make_mesh(1, 2))
+    return load_params(folder, config.layers, *({"decoder": tree["decoder"]} for tree in trees))
+
+big, small = map(Path, sys.argv[1:])
+with processes.together(100):
+    load(small)
+    done, before, peaks = False, anonymous(), []
+    thread = threading.Thread(target=sample)
+    thread.start()
+    leaves = jax.tree.leaves(load(big))
+    done = True
+    thread.join()
+    own = sum(leaf.addressable_data(0).nbytes for leaf in leaves)
+    sums = [float(leaf.sum()) for leaf in leaves]
+    print(json.dumps([sum(x.nbytes for x in leaves), max(x.nbytes for x in leaves), own, max(peaks) - before, sums]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_each_process_loads_its_part_of_the_weights(base_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    sizes = {"vocab_size": 30_000, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "head_dim": 64}
+    config = json.loads((base_folder("llama") / "config.json").read_text()) | sizes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    boxed = parameter_shapes(EmbeddingModel(from_hf(config, "test"), EmbeddingSpec()))["decoder"]
+    random = np.random.default_rng(0)
+    drawn = jax.tree.map(lambda leaf: random.random(leaf.shape, np.float32), nn.unbox(boxed))
+    save_params(tmp_path / "model.safetensors", {"decoder": drawn}, {"decoder": ""}, lambda x: x)
+    command = [sys.executable, "-c", LOADING, str(tmp_path), str(base_folder("llama"))]
+    children = start_all(command, tmp_path, count=2, devices=1)
+    reports = [json.loads(child.communicate()[0].splitlines()[-1]) for child in children]
+    for total, largest, own, peak, sums in reports:
+        assert total > 50e6 and own < 0.51 * total
+        assert peak < total / 2 + largest
+        np.testing.assert_allclose(sums, [leaf.sum() for leaf in jax.tree.leaves(drawn)], rtol=1e-4)

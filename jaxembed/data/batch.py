@@ -280,12 +280,12 @@ class Agreement:
         """The rows that the fullest shard of any process needs, given those of this one's, at one row length after another."""
         if self.channel.alone:
             return needed
-        merged = np.frombuffer(self.channel.agree(np.array([self.useful_tokens, *needed]).tobytes(), _merged), np.int64)
-        self.useful_tokens = int(merged[0])
-        return iter(merged[1:].tolist())
+        of_all = self.channel.agree(np.array([self.useful_tokens, *needed]).tobytes(), merged)
+        self.useful_tokens, *rows = np.frombuffer(of_all, np.int64).tolist()
+        return iter(rows)
 
 
-def _merged(messages: Sequence[bytes]) -> bytes:
+def merged(messages: Sequence[bytes]) -> bytes:
     """The sum of the tokens and the most rows at each length; where one process needs too many, the others' go unread."""
     tokens, *rows = zip(*(np.frombuffer(message, np.int64).tolist() for message in messages), strict=False)
     return np.array([sum(tokens), *map(max, rows)]).tobytes()
