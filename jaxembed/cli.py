@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from jaxembed import processes
 from jaxembed.errors import Stopped, UserError
 from jaxembed.files import exists
 
@@ -37,7 +38,8 @@ def run(main: Callable[[argparse.Namespace], Mapping[str, Any]], parser: argpars
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    print(json.dumps(result, ensure_ascii=False))
+    if processes.is_first():
+        print(json.dumps(result, ensure_ascii=False))
     return result
 
 

@@ -7,6 +7,8 @@ feed-forward's width. Everything after that is plain mathematics on global array
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -50,7 +52,10 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
     if -1 in sizes.values() and len(devices) % named:
         raise UserError(f"{told}: {named} does not divide the {len(devices)} devices that are here; use a divisor of that")
     shape = tuple(len(devices) // named if size == -1 else size for size in sizes.values())
-    return Mesh(_arranged(shape, devices[: math.prod(shape)]), AXES)
+    chosen = devices[: math.prod(shape)]
+    if idle := {device.process_index for device in devices} - {device.process_index for device in chosen}:
+        raise UserError(f"{told}, which leaves process {min(idle)} without a device; use all {len(devices)}")
+    return Mesh(_arranged(shape, chosen), AXES)
 
 
 def _arranged(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
@@ -103,6 +108,30 @@ def shard_count(mesh: Mesh) -> int:
     return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
 
 
+@dataclasses.dataclass(frozen=True)
+class Shards:
+    """The shards of a batch: how many, those of which this process's devices hold parts, and those of these that no process
+    before it holds (where `tensor` or a shard's devices span processes, several build the same shard).
+    """
+
+    count: int
+    own: tuple[int, ...]
+    counted: tuple[int, ...]
+
+
+def all_shards(count: int) -> Shards:
+    """Those of a process that holds them all."""
+    return Shards(count, tuple(range(count)), tuple(range(count)))
+
+
+def shards_of(mesh: Mesh) -> Shards:
+    """The shards of a batch on a mesh."""
+    here = jax.process_index()
+    holders = [{device.process_index for device in group.flat} for group in mesh.devices.reshape(shard_count(mesh), -1)]
+    own = [shard for shard, processes in enumerate(holders) if here in processes]
+    return Shards(len(holders), tuple(own), tuple(shard for shard in own if min(holders[shard]) == here))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
@@ -113,12 +142,63 @@ def split_batch(mesh: Mesh) -> NamedSharding:
 
 
 def put_batch(mesh: Mesh, tree: Any) -> Any:
-    """This process's part of host arrays as global arrays, split over the first axis; numbers are on every device."""
+    """Host arrays that hold a process's own shards one after the other as global ones, split over the first axis.
+
+    Numbers, the same on all processes, are on every device.
+    """
+    shards = shards_of(mesh)
 
     def put(x: Any) -> jax.Array:
-        return jax.make_array_from_process_local_data(split_batch(mesh) if np.ndim(x) else replicated(mesh), x)
+        if not np.ndim(x):
+            return put_whole(replicated(mesh), x)
+        size = len(x) // len(shards.own)
+
+        def part(index: Any) -> np.ndarray:
+            first = shards.own.index((index[0].start or 0) // size) * size
+            return np.asarray(x[first : first + size])
+
+        return jax.make_array_from_callback((size * shards.count, *x.shape[1:]), split_batch(mesh), part)
 
     return jax.tree.map(put, tree)
+
+
+def put_whole(sharding: NamedSharding, tree: Any) -> Any:
+    """Host arrays that every process has whole as global ones."""
+    return jax.tree.map(lambda x: jax.make_array_from_callback(np.shape(x), sharding, lambda i: np.asarray(x)[i]), tree)
+
+
+def made(mesh: Mesh, make: Callable[..., Any], *arrays: jax.Array) -> Any:
+    """What a function makes of global arrays, or of nothing, computed on every device."""
+    return jax.jit(make, out_shardings=replicated(mesh))(*arrays)
+
+
+def put_parts(sharding: NamedSharding, shape: tuple[int, ...], part: Callable[[tuple[slice, ...]], np.ndarray]) -> jax.Array:
+    """A global array of those parts that this process's devices hold, each made once, where it lies in the whole.
+
+    On CPUs the array takes over the memory of parts that lie on a 64-byte boundary.
+    """
+    indices = sharding.addressable_devices_indices_map(shape)
+    made: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+    arrays = []
+    for device, index in indices.items():
+        where = tuple(of_axis.indices(size)[:2] for of_axis, size in zip(index or (), shape, strict=True))
+        if where not in made:
+            made[where] = part(tuple(slice(*ends) for ends in where))
+        arrays.append(jax.device_put(made[where], device, may_alias=True))
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+def to_host(x: jax.Array | np.ndarray) -> np.ndarray:
+    """The values of an array on every process; where it is split over several, all of them must ask."""
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+        assert isinstance(x.sharding, NamedSharding)
+        x = _gather(x.sharding.mesh)(x)
+    return np.asarray(x)
+
+
+@functools.cache
+def _gather(mesh: Mesh) -> jax.stages.Wrapped:
+    return jax.jit(lambda x: x, out_shardings=replicated(mesh))
 
 
 def param_shardings(mesh: Mesh, logical_specs: Any, table: Mapping[str, str | None] = LOGICAL_AXES) -> Any:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxembed import parallel
+from jaxembed import parallel, processes
 from jaxembed.cli import cache_dir
 from jaxembed.config import Config, InfoNCEConfig
 from jaxembed.data.batch import roles
@@ -41,9 +41,9 @@ from jaxembed.stages import Stage, enter, first_state, make_stages, resume, with
 from jaxembed.training.checkpoint import Checkpoints
 from jaxembed.training.flops import Utilisation, device_peak, utilisation
 from jaxembed.training.loop import Evaluate, Trainer
-from jaxembed.training.metrics import Recorder, read_metrics
+from jaxembed.training.metrics import Recorder, Unrecorded, read_metrics
 from jaxembed.training.profile import Profile
-from jaxembed.training.run_dir import note_versions, open_run, record
+from jaxembed.training.run_dir import check_alike, note_versions, open_run, record
 from jaxembed.training.step import TrainState, make_train_step
 from jaxembed.training.watch import StopRequest
 
@@ -61,18 +61,16 @@ def train(config: Config) -> dict[str, Any]:
     of the model before training (`untrained`) and of BM25 (`bm25`).
     """
     began = time.perf_counter()
+    check_alike(config)
     mesh = parallel.make_mesh(**dict(config.mesh))
-    shards = parallel.shard_count(mesh)
+    shards = parallel.shards_of(mesh)
     configs = config.in_stages()
-    plans = [_open(index, of_stage, shards) for index, of_stage in enumerate(configs)]
-    held_out = open_sets(config.eval.sets, config.data.python_packages, cache_dir())
+    plans, held_out = processes.in_turn(partial(_open_data, config, shards.count))
     best_metric = _best_metric(config, held_out)
     base = find_base(config.model.base)
     parallel.axis_table(mesh, base.decoder.axis_sizes)  # a mesh that does not fit is told before anything is written
     spec, lora = _spec(configs, base), _lora(config, base)
-    run_dir = open_run(config)
-    tokenizer = _tokenizer(run_dir, base, spec, [source for plan in plans for source in plan.sources])
-    _record(run_dir, config, base, spec, plans, tokenizer)
+    run_dir, tokenizer = processes.in_turn(partial(_open_run, config, base, spec, plans))
 
     compute = Compute(jnp.dtype(config.model.dtype), config.model.remat, config.model.unroll, config.model.attention_kernel)
     model = EmbeddingModel(base.decoder, spec, compute, lora)
@@ -80,7 +78,8 @@ def train(config: Config) -> dict[str, Any]:
     stages = make_stages(configs, plans, tokenizer, model, base, shards, others)
     for stage in stages:
         _check_room(spec, stage)
-        _show_examples(stage)
+        if processes.is_first():
+            _show_examples(stage)
     checkpoints = Checkpoints(run_dir, config.train.keep_checkpoints)
     index, state = resume(stages, first_state(config, base, model, mesh), model, mesh, checkpoints)
     start = int(state.step)
@@ -89,7 +88,7 @@ def train(config: Config) -> dict[str, Any]:
     encoder = Embedder(model, {}, tokenizer, mesh, base)
     evaluate = _evaluator(encoder, held_out)
     scores_at_start = _baselines(config, held_out, evaluate, state)
-    recorder = Recorder(run_dir, start, stages[-1].end)
+    recorder = Recorder(run_dir, start, stages[-1].end) if processes.is_first() else Unrecorded()
     profile, used = Profile(config.train.profile_steps, run_dir / "profile"), _utilisation(config, model, mesh, state)
     for name, scores in scores_at_start.items():
         recorder.log(0, {f"{name}/{key}": value for key, value in scores.items()})
@@ -106,9 +105,24 @@ def train(config: Config) -> dict[str, Any]:
                 state = trainer.fit(state, batches(stage.plan, stage.build, done, stage.config.train.steps), stop)
     except OSError as error:  # a full disk, a folder that is not writable any more
         raise UserError(f"{run_dir}: cannot be written ({error.strerror}); mend it and run the same command") from error
+    processes.barrier()  # what the first one wrote is read by all
     summary = _summary(run_dir, time.perf_counter() - began)
     _show_scores(summary)
     return summary
+
+
+def _open_data(config: Config, shards: int) -> tuple[list[Plan], list[HeldOut]]:
+    """The plans of a run's stages, and its held-out sets."""
+    plans = [_open(index, of_stage, shards) for index, of_stage in enumerate(config.in_stages())]
+    return plans, open_sets(config.eval.sets, config.data.python_packages, cache_dir())
+
+
+def _open_run(config: Config, base: Base, spec: EmbeddingSpec, plans: Sequence[Plan]) -> tuple[Path, TextTokenizer]:
+    """The run directory, in which the run is recorded, and the run's tokenizer."""
+    run_dir = open_run(config)
+    tokenizer = _tokenizer(run_dir, base, spec, [source for plan in plans for source in plan.sources])
+    _record(run_dir, config, base, spec, plans, tokenizer)
+    return run_dir, tokenizer
 
 
 def _open(index: int, config: Config, shards: int) -> Plan:
@@ -136,7 +150,7 @@ def _trainer(
     evaluate: Evaluate | None,
     best_metric: str,
     checkpoints: Checkpoints,
-    recorder: Recorder,
+    recorder: Recorder | Unrecorded,
     profile: Profile,
     used: Utilisation | None,
 ) -> Trainer:
@@ -231,14 +245,16 @@ def _record(
         tokenizer.hf.save_pretrained(kept.with_suffix(".partial"))
         kept.with_suffix(".partial").rename(kept)
     note_versions(run_dir)
-    write_spec(run_dir, spec)
+    if processes.is_first():
+        write_spec(run_dir, spec)
+        dropped = [{source.name: source.drawer.dropped for source in plan.sources} for plan in plans]
+        write_json(run_dir / "dropped.json", dropped)
     record(
         run_dir,
         "data_hashes",
         {source.config.path: source.digest for plan in plans for source in plan.sources},
         "its training data changed",
     )
-    write_json(run_dir / "dropped.json", [{source.name: source.drawer.dropped for source in plan.sources} for plan in plans])
     identity = {"name": base.name, "hash": content_hash(base), "config": dict(base.hf_config)}
     if config.model.lora is not None:
         identity["lora"] = config.model.lora.model_dump(mode="json")

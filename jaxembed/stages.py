@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
-from jaxembed import parallel
+from jaxembed import parallel, processes
 from jaxembed.config import Config, DistillationConfig, InfoNCEConfig, MarginMSEConfig, ObjectiveConfig
 from jaxembed.curation.remining import write_mined
 from jaxembed.data.batch import BatchBuilder
@@ -91,7 +92,7 @@ def make_stages(
     tokenizer: TextTokenizer,
     model: EmbeddingModel,
     base: Base,
-    shards: int,
+    shards: parallel.Shards,
     others: Mapping[str, OtherModel],
 ) -> list[Stage]:
     """The stages of a run's configs, which train on `plans`; `others` are the guide and the teacher.
@@ -148,7 +149,7 @@ def first_state(config: Config, base: Base, model: EmbeddingModel, mesh: Mesh) -
         own = unflatten_dict({path: x.sharding for path, x in stacked.items() if path[-1] in ADAPTERS})
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
         trained = join(init_params(model, keys, own), trained)
-    rest = jax.device_put({"step": jnp.zeros((), jnp.int32), "key": key}, parallel.replicated(mesh))
+    rest = parallel.made(mesh, lambda: {"step": jnp.zeros((), jnp.int32), "key": jax.random.key(config.train.seed)})
     return TrainState(trained, opt_state=None, frozen=frozen, **rest)
 
 
@@ -159,11 +160,11 @@ def enter(stage: Stage, state: TrainState, model: EmbeddingModel, mesh: Mesh) ->
     """
     key = jax.random.fold_in(state.key, stage.index)
     before = state.params.get(OBJECTIVES, {})
-    drawn = stage.objectives.new_params(model.width, stage.teacher_width, key)
+    drawn = parallel.made(mesh, partial(stage.objectives.new_params, model.width, stage.teacher_width), key)
     own = {label: before.get(label, params) for label, params in drawn.items()}
     params = {name: part for name, part in state.params.items() if name != OBJECTIVES}
     if own:
-        params |= {OBJECTIVES: jax.device_put(own, parallel.replicated(mesh))}
+        params |= {OBJECTIVES: own}
     opt_state = state.opt_state
     if stage.index == 0 or stage.config.optim.restart:
         count = len(model.adapters)
@@ -207,8 +208,9 @@ def with_mined_negatives(stage: Stage, encoder_of: Callable[[str], Embedder], ru
         if not stage.mines_for(source):
             continue
         path = run_dir / "mined" / f"stage-{stage.index}-source-{number}.jsonl"
-        if not path.exists():
+        if not processes.of_first(bytes([path.exists()]))[0]:
             write_mined(source, chosen, encoder_of(source.config.adapter), stage.config.train.seed, path)
+            processes.barrier()
         rows = Rows(open_container(str(path)), SHAPES["pairs"])
         sources[number] = dataclasses.replace(source, drawer=Pairs(rows, source.drawer.most_positives))
     return dataclasses.replace(stage, build=stage.build.with_sources(sources))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from jaxembed import cli, config
+from jaxembed import cli, config, processes
 from jaxembed.data.sources import detect_format
 from jaxembed.sections import table
 
@@ -18,7 +18,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     from jaxembed.run import train  # imports JAX: after the config is known to be good
 
     cli.use_compilation_cache()
-    return train(settings)
+    with processes.together(settings.train.stall_timeout_s):
+        return train(settings)
 
 
 if __name__ == "__main__":

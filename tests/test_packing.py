@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxembed.data.batch import merged
 from jaxembed.data.packing import PackedTexts, bucket, fill, max_segments, pack, pack_shards
 from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.model.pooling import POOLINGS
@@ -60,6 +61,27 @@ def test_shards_share_a_shape_that_is_never_larger_than_whole_rows(cases: list[t
         for r in range(rows):
             assert sum(lengths[row == r]) <= shorter
             assert np.sum(row == r) <= max_segments(shorter)
+
+
+@given(st.lists(lengths_and_row(), min_size=2, max_size=3))
+def test_processes_that_pack_a_shard_each_agree_on_the_shape_that_one_would_choose(cases: list[tuple[list[int], int]]) -> None:
+    row_length = max(row for _, row in cases)
+    shards = [np.array(lengths, np.int64) for lengths, _ in cases]
+    messages: list[bytes] = []
+
+    def tell(needed: Iterator[int]) -> Iterator[int]:
+        messages.append(np.array([1, *needed]).tobytes())
+        return iter(np.frombuffer(messages[-1], np.int64)[1:].tolist())
+
+    for shard in shards:
+        pack_shards([shard], row_length, tell)
+    tokens, *rows = np.frombuffer(merged(messages), np.int64).tolist()
+    packs, shape = pack_shards(shards, row_length)
+    assert tokens == len(shards)
+    for shard, of_one in zip(shards, packs, strict=True):
+        (alone,), agreed = pack_shards([shard], row_length, lambda needed: iter(rows))
+        assert agreed == shape
+        assert all(np.array_equal(*pair) for pair in zip(alone, of_one, strict=True))
 
 
 def test_a_half_empty_last_row_shortens_all() -> None:

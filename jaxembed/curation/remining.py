@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxembed import processes
 from jaxembed.config import MineConfig
 from jaxembed.curation.mining import Ways, embed, mine
 from jaxembed.curation.pool import read_pool
@@ -27,8 +28,8 @@ log = logging.getLogger("jaxembed")
 def write_mined(source: Source, chosen: MineConfig, embedder: Embedder, seed: int, path: Path) -> None:
     """Writes the rows of a source of pairs, their negatives replaced by those that the model finds among all its texts.
 
-    Prompts are those of training, of several instructions the first. The file is moved to its place whole. `UserError` where
-    a row holds white space alone.
+    Prompts are those of training, of several instructions the first. All processes of a run find them together, the first one
+    writes the file, which is moved to its place whole. `UserError` where a row holds white space alone.
     """
     pool = read_pool(source, None, seed)
     if pool.blank["rows"]:
@@ -44,6 +45,8 @@ def write_mined(source: Source, chosen: MineConfig, embedder: Embedder, seed: in
     queries = embed(pool.queries, encode, width, f"{source.name}: queries")
     documents = embed([RawText(text, "document", instruction) for text in pool.documents], encode, width, "documents")
     found = mine(pool, queries, documents, Ways(Rule.of(chosen), seed)).rows
+    if not processes.is_first():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     texts = ([pool.documents[number] for number in row.negatives] for row in found)
     rows = zip(source.drawer.as_pairs(seed), texts, strict=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
@@ -17,6 +17,8 @@ from jaxembed.data.schema import Example, text_hash
 from jaxembed.data.sources import Source
 from jaxembed.data.tokenize import TextTokenizer, TokenizedTexts
 from jaxembed.errors import UserError
+from jaxembed.parallel import Shards, all_shards
+from jaxembed.processes import Channel
 from jaxembed.spec import EmbeddingSpec
 
 ATTEMPTS = 100  # to find an example whose texts no other of its batch has; the loss knows those that remain as duplicates
@@ -67,16 +69,23 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class HostBatch:
-    """A batch in host memory, with what the log says of it. `pairs`: of tokens in one text, each with each."""
+    """The part of a batch that this process's devices hold, in host memory; the numbers for the log are the whole batch's.
+
+    `pairs`: of tokens in one text, each with each. `sources` are those that it has examples of.
+    """
 
     batch: Batch
     useful_tokens: int
     padded_tokens: int
     pairs: int
+    sources: Sequence[int]
 
 
 class BatchBuilder:
     """Draws, tokenises and packs the examples of a step. Pure: the same (step, ids) give the same batch.
+
+    Of several processes each builds its own shards; they agree on the shape of the rows, so all build the same steps in the
+    same order.
 
     A step is that of a stage, which `steps_before` others precede. With `distinct` no query or positive stands twice in a
     batch, of those that may be negatives of each other: others of the same source are drawn in their place. `guide` and
@@ -92,7 +101,7 @@ class BatchBuilder:
         row_length: int,
         hard_negatives: int,
         seed: int,
-        shards: int,
+        shards: Shards | int,
         adapters: Sequence[str] = (),
         steps_before: int = 0,
         distinct: bool = False,
@@ -102,9 +111,11 @@ class BatchBuilder:
         self._sources, self._tokenizer, self._spec = sources, tokenizer, spec
         self._index = ExampleIndex(sources)
         self._row_length, self._negatives = row_length, hard_negatives
-        self._seed, self._shards, self._adapters = seed, shards, tuple(adapters)
+        self._seed, self._adapters = seed, tuple(adapters)
+        self._shards = all_shards(shards) if isinstance(shards, int) else shards
         self._before, self._distinct = steps_before, distinct
         self._guide, self._teacher = guide, teacher
+        self._channel = Channel()
         self._positives = max(source.drawer.most_positives for source in sources)
 
     def with_sources(self, sources: Sequence[Source]) -> BatchBuilder:
@@ -115,6 +126,17 @@ class BatchBuilder:
 
     def examples(self, step: int, ids: np.ndarray) -> list[Example]:
         """The examples of a step, each drawn from (seed, step, id)."""
+        return self._with_room(self._drawn(step, ids))
+
+    def _own_examples(self, step: int, ids: np.ndarray) -> list[Example]:
+        """Those of this process's shards. Where no text may stand in a batch twice, it takes all to know which do."""
+        own = np.arange(len(ids)).reshape(self._shards.count, -1)[list(self._shards.own)].ravel()
+        if not self._distinct:
+            return self.examples(step, ids[own])
+        drawn = self._drawn(step, ids)
+        return self._with_room([drawn[i] for i in own])
+
+    def _drawn(self, step: int, ids: np.ndarray) -> list[Example]:
         drawn: list[Example] = []
         seen: set[str] = set()
         for s, index, id_ in zip(*self._index.locate(ids), ids, strict=True):
@@ -127,7 +149,7 @@ class BatchBuilder:
             if source.in_batch:
                 seen |= {example.query, example.positive}
             drawn.append(example)
-        return self._with_room(drawn)
+        return drawn
 
     def _draw(self, source: Source, index: int | None, step: int, *key: int) -> Example:
         """The example at `index`, at a random one for None."""
@@ -152,14 +174,15 @@ class BatchBuilder:
         return self._spec.prompt(example.instruction, example.shots)
 
     def __call__(self, step: int, ids: np.ndarray) -> HostBatch:
-        examples = self.examples(step, ids)
+        examples = self._own_examples(step, ids)
         texts, prompts = self._padded_texts(examples)
         present = np.array([text is not None for text in texts])
         tokenized = self._tokenizer(*_without_absent(texts, prompts))
-        packed, slots = self._pack(tokenized, present)
+        packed, slots, agreement = self._pack(tokenized, present)
         slots = slots.reshape(len(examples), -1)
         hashes = np.stack([_hash(text) for text in texts]).reshape(len(examples), -1, 2)
-        source, _ = self._index.locate(ids)
+        of_all, _ = self._index.locate(ids)
+        source = of_all.reshape(self._shards.count, -1)[list(self._shards.own)].ravel()
         batch = Batch(
             texts=packed,
             query_slot=slots[:, 0],
@@ -172,12 +195,12 @@ class BatchBuilder:
             source=source.astype(np.int32),
             score=np.array([e.score for e in examples], np.float32),
             teacher_scores=self._teacher_scores(examples),
-            adapter=self._adapter(source) if self._adapters else None,
+            adapter=self._adapter(of_all) if self._adapters else None,
             guide=self._others(self._guide, examples, texts),
             teacher=self._others(self._teacher, examples, texts),
         )
-        pairs = sum(len(ids) ** 2 for ids in tokenized.ids)
-        return HostBatch(batch, int((packed.segment_ids > 0).sum()), packed.segment_ids.size, pairs)
+        padded = packed.segment_ids.size // len(self._shards.own) * self._shards.count
+        return HostBatch(batch, agreement.useful_tokens, padded, agreement.pairs, np.unique(of_all).tolist())
 
     def _adapter(self, source: np.ndarray) -> np.ndarray:
         """The index of the adapter that the sources of a batch train; `UserError` where they train several."""
@@ -216,12 +239,15 @@ class BatchBuilder:
         vectors[np.array([text is not None for text in texts]).reshape(vectors.shape[:2])] = encoded
         return OtherVectors(vectors[:, 0], vectors[:, 1:])
 
-    def _pack(self, tokenized: TokenizedTexts, present: np.ndarray) -> tuple[PackedTexts, np.ndarray]:
-        """Packs each shard's texts into its own rows; all shards get rows of one shape."""
-        shard_of = np.repeat(np.arange(self._shards), len(present) // self._shards)[present]
-        members = [np.flatnonzero(shard_of == s) for s in range(self._shards)]
+    def _pack(self, tokenized: TokenizedTexts, present: np.ndarray) -> tuple[PackedTexts, np.ndarray, Agreement]:
+        """Packs each shard's texts into its own rows, and their slots; all shards get rows of one shape."""
+        own = self._shards.own
+        shard_of = np.repeat(own, len(present) // len(own))[present]
+        members = [np.flatnonzero(shard_of == s) for s in own]
         lengths = np.array([len(ids) for ids in tokenized.ids])
-        packs, shape = pack_shards([lengths[m] for m in members], self._row_length)
+        counted = lengths[np.isin(shard_of, self._shards.counted)]
+        agreement = Agreement(self._channel, int(counted.sum()), int(np.square(counted).sum()))
+        packs, shape = pack_shards([lengths[m] for m in members], self._row_length, agreement.rows)
         segments = max_segments(shape[1])
         slots = np.full(len(present), -1, np.int32)
         where = np.flatnonzero(present)
@@ -230,7 +256,7 @@ class BatchBuilder:
             parts.append(fill([tokenized.ids[i] for i in m], tokenized.pool_from[m], row, place, shape))
             slots[where[m]] = row * segments + place
         arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        return PackedTexts(**arrays, segments=segments, shards=self._shards), slots
+        return PackedTexts(**arrays, segments=segments, shards=self._shards.count), slots, agreement
 
     def _teacher_scores(self, examples: Sequence[Example]) -> np.ndarray:
         scores = np.full((len(examples), 1 + self._negatives), np.nan, np.float32)
@@ -243,6 +269,32 @@ class BatchBuilder:
         for i, text in enumerate(example.positives):
             hashes[i] = text_hash(text)
         return hashes
+
+
+@dataclasses.dataclass
+class Agreement:
+    """What the processes must know of each other's texts of a batch: how many tokens they have, and how many rows they fill.
+
+    `useful_tokens` and `pairs` of tokens are first those of this process's texts, then those of all.
+    """
+
+    channel: Channel
+    useful_tokens: int
+    pairs: int
+
+    def rows(self, needed: Iterator[int]) -> Iterator[int]:
+        """The rows that the fullest shard of any process needs, given those of this one's, at one row length after another."""
+        if self.channel.alone:
+            return needed
+        of_all = self.channel.agree(np.array([self.useful_tokens, self.pairs, *needed]).tobytes(), merged)
+        self.useful_tokens, self.pairs, *rows = np.frombuffer(of_all, np.int64).tolist()
+        return iter(rows)
+
+
+def merged(messages: Sequence[bytes]) -> bytes:
+    """The sums of tokens and pairs, and the most rows at each length; where one process needs too many, the others' go unread."""
+    tokens, pairs, *rows = zip(*(np.frombuffer(message, np.int64).tolist() for message in messages), strict=False)
+    return np.array([sum(tokens), sum(pairs), *map(max, rows)]).tobytes()
 
 
 def roles(texts: Sequence[str]) -> list[str]:

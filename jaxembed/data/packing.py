@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.struct
@@ -10,6 +11,9 @@ import numpy as np
 
 BUCKET_GROWTH = 1.06  # row counts come in steps of 6%: at most that much padding, and few programs to compile
 FEW_ROWS = 32  # up to this many rows, where one is a large part of the batch, rows are shortened in steps of 1/32
+
+Packed = tuple[np.ndarray, np.ndarray, int]  # row of each text, its place there, rows used
+Agree = Callable[[Iterator[int]], Iterator[int]]
 
 
 @flax.struct.dataclass
@@ -34,7 +38,7 @@ def max_segments(row_length: int) -> int:
     return max(1, row_length // 8)
 
 
-def pack(lengths: Sequence[int] | np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray, int]:
+def pack(lengths: Sequence[int] | np.ndarray, row_length: int) -> Packed:
     """Best-fit decreasing: (row of each text, its place in the row from 0, number of rows used).
 
     A bit set of the free lengths in use finds the fullest row that still takes a text in constant time. Deterministic.
@@ -71,28 +75,49 @@ def bucket(rows: int) -> int:
     return size
 
 
-def pack_shards(lengths: Sequence[np.ndarray], row_length: int) -> tuple[list[tuple[np.ndarray, np.ndarray]], tuple[int, int]]:
+def pack_shards(
+    lengths: Sequence[np.ndarray], row_length: int, agree: Agree = lambda needed: needed
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], tuple[int, int]]:
     """Packs each shard's texts: ((row, place) of each text, per shard) and the (rows, row length) that all shards share.
 
     The row count is a step of `bucket`'s ladder. FEW_ROWS or less are shortened as far as that count allows, so that the
-    last row does not stay half empty: in steps of 8 tokens at least, to keep the programs few.
+    last row does not stay half empty: in steps of 8 tokens at least, to keep the programs few. `agree` takes the rows that
+    the fullest shard needs at each length of `row_lengths`, as far as it is asked for, and gives those of the fullest of
+    shards that are packed elsewhere too.
     """
-    rows, packs = _packed(lengths, row_length)
+    packed = functools.cache(lambda length: [pack(of_shard, length) for of_shard in lengths])
     longest = max((int(of_shard.max(initial=1)) for of_shard in lengths), default=1)
-    step, shape = max(8, row_length // FEW_ROWS), (bucket(rows), row_length)
-    shorter = row_length - step
-    while rows <= FEW_ROWS and shorter >= longest:
-        fewer_tokens = _packed(lengths, shorter)
-        if bucket(fewer_tokens[0]) > shape[0]:
+    shape = _shape(agree(_rows_needed(packed, longest, row_length)), row_length)
+    return [(row, place) for row, place, _ in packed(shape[1])], shape
+
+
+def row_lengths(row_length: int) -> range:
+    """The row lengths to choose from, longest first."""
+    return range(row_length, 0, -max(8, row_length // FEW_ROWS))
+
+
+def _rows_needed(packed: Callable[[int], list[Packed]], longest: int, row_length: int) -> Iterator[int]:
+    """The rows of the fullest shard at each row length that takes the longest text; they end where too many are needed."""
+    for length in row_lengths(row_length):
+        if length < longest:
+            return
+        rows = max(rows for _, _, rows in packed(length))
+        yield rows
+        if rows > bucket(FEW_ROWS):
+            return
+
+
+def _shape(needed: Iterator[int], row_length: int) -> tuple[int, int]:
+    """The (rows, row length) of a batch, given the rows that it needs at each row length."""
+    rows = next(needed)
+    shape = (bucket(rows), row_length)
+    if rows > FEW_ROWS:
+        return shape
+    for length, fewer_tokens in zip(row_lengths(row_length)[1:], needed, strict=False):
+        if bucket(fewer_tokens) > shape[0]:
             break
-        packs, shape, shorter = fewer_tokens[1], (shape[0], shorter), shorter - step
-    return packs, shape
-
-
-def _packed(lengths: Sequence[np.ndarray], row_length: int) -> tuple[int, list[tuple[np.ndarray, np.ndarray]]]:
-    """The row count of the fullest shard, and each shard's packing."""
-    packs = [pack(of_shard, row_length) for of_shard in lengths]
-    return max(rows for _, _, rows in packs), [(row, place) for row, place, _ in packs]
+        shape = (shape[0], length)
+    return shape
 
 
 def fill(

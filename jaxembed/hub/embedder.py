@@ -68,18 +68,19 @@ class Embedder:
         checkpoint: str = "best",
         layers: int | None = None,
         adapter: str | None = None,
+        devices: Sequence[jax.Device] | None = None,
     ) -> Embedder:
         """Loads a run directory, an exported or Hugging Face folder, or a hub id.
 
         `dtype` is that of the computation. `checkpoint` picks a run's step: best (on the held-out sets), last, or a number.
-        `layers` keeps the first ones only (early exit). `adapter` names one of a run that has several.
+        `layers` keeps the first ones only (early exit). `adapter` names one of a run that has several. `devices` are those to
+        compute on, all if absent.
         """
-        whole = cls._load(model, dtype, checkpoint, adapter)
+        whole = cls._load(model, dtype, checkpoint, adapter, parallel.make_mesh(devices=devices))
         return whole if layers is None else whole.first_layers(layers)
 
     @classmethod
-    def _load(cls, model: str | Path, dtype: str, checkpoint: str, adapter: str | None) -> Embedder:
-        mesh = parallel.make_mesh()
+    def _load(cls, model: str | Path, dtype: str, checkpoint: str, adapter: str | None, mesh: Mesh) -> Embedder:
         compute = Compute(dtype=jnp.dtype(dtype))
         path = Path(model)
         if (path / RECORD).is_file():
@@ -212,18 +213,18 @@ class Embedder:
         row_length = max(SHORTEST_ROW, 1 << (max(lengths, default=1) - 1).bit_length())
         row, place, rows = pack(lengths, row_length)
         segments, shards = max_segments(row_length), parallel.shard_count(self.mesh)
-        pending = []
+        pending, split = [], parallel.split_batch(self.mesh)
         for first, last, shape in _groups(rows, row_length, shards):
             members = np.flatnonzero((row >= first) & (row < last))
             ids = [tokenized.ids[i] for i in members]
             arrays = fill(ids, tokenized.pool_from[members], row[members] - first, place[members], shape)
-            packed = parallel.put_batch(self.mesh, PackedTexts(**arrays, segments=segments, shards=shards))
+            packed = parallel.put_whole(split, PackedTexts(**arrays, segments=segments, shards=shards))
             slots = (row[members] - first) * segments + place[members]
             with jax.set_mesh(self.mesh):
                 pending.append((members, slots, apply(self.params, packed)))
         out = np.zeros((len(texts), *pending[0][2].shape[2:]), np.float32)
         for members, slots, results in pending:
-            out[members] = np.asarray(results, np.float32).reshape(-1, *out.shape[1:])[slots]
+            out[members] = np.asarray(parallel.to_host(results), np.float32).reshape(-1, *out.shape[1:])[slots]
         return out
 
 

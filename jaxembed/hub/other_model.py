@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxembed.data.batch import RawText
@@ -49,8 +50,8 @@ class OtherModel:
     def encode(self, texts: Sequence[RawText]) -> np.ndarray:
         """Unit vectors, float32 [N, G]: those in the store as they are, the others computed once and kept there.
 
-        No collective runs in it, so it may go on beside a training step, in another thread. `UserError` where the model
-        gives numbers that are not finite.
+        No collective runs in it, and it keeps to this process's devices, so it may go on beside a training step, in another
+        thread. `UserError` where the model gives numbers that are not finite.
         """
         return in_groups(texts, [self.lead(text.side, text.instruction) for text in texts], self._fetch, self.width)
 
@@ -92,7 +93,7 @@ def open_encoder(name: str, cache: Path) -> OtherModel:
             raise
         log.info("%s: loaded by sentence-transformers (%s)", name, error)
         return _of_sentence_transformers(name, folder, cache)
-    return _of_embedder(name, base, Embedder.load(name), cache)
+    return _of_embedder(name, base, Embedder.load(name, devices=jax.local_devices()), cache)
 
 
 def _of_embedder(name: str, base: Base, embedder: Embedder, cache: Path) -> OtherModel:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from jaxembed import parallel
 from jaxembed.errors import UserError
 from jaxembed.fields import Fields
 from jaxembed.files import exists, read_json
@@ -153,7 +155,8 @@ def load_params(
 
     They are those of the decoder, and of what else the files hold. `shapes` and `shardings` are trees of the parts that are
     wanted: decoder, pooling, projection. Tensors stream through the host one parameter at a time, largest first, so that the
-    peak stays near the size of the result; they are rounded there. `updates` are low-rank ones of kernels, by path:
+    peak stays near the size of the result; they are rounded there. A process reads what its own devices hold, of parameters
+    that are updated or become int8 all. `updates` are low-rank ones of kernels, by path:
     ([L, in, rank], [L, rank, out]), whose product is added before that. One `UserError` names every missing, unexpected and
     misshapen tensor.
     """
@@ -177,10 +180,25 @@ def place_params(
     _check(told, tensors, wanted, {e: flat_shapes[e.ours].shape for e in wanted}, layers)
     loaded: dict[str, jax.Array] = {}
     for entry in wanted:
-        host = _read(entry, tensors, flat_shapes[entry.ours], (updates or {}).get(entry.ours))
-        loaded |= {path: jax.device_put(x, flat_shardings[path], may_alias=True) for path, x in host.items()}
+        shape, update = flat_shapes[entry.ours], (updates or {}).get(entry.ours)
+        if shape.dtype == np.int8:
+            paths = entry.ours, f"{entry.ours}_scale"
+            for path, host in zip(paths, _read_int8(entry, tensors, shape.shape, update), strict=True):
+                loaded[path] = _placed(host, flat_shardings[path])
+        elif update is not None:
+            host = _read(entry, tensors, shape.dtype, _whole(shape.shape), update)
+            loaded[entry.ours] = _placed(host, flat_shardings[entry.ours])
+        else:
+            read = functools.partial(_read, entry, tensors, shape.dtype)
+            loaded[entry.ours] = parallel.put_parts(flat_shardings[entry.ours], shape.shape, read)
         jax.block_until_ready(loaded)
     return unflatten_dict(loaded, sep="/")
+
+
+def _placed(x: np.ndarray, sharding: jax.sharding.NamedSharding) -> jax.Array:
+    if sharding.is_fully_addressable:
+        return jax.device_put(x, sharding, may_alias=True)
+    return parallel.put_whole(sharding, x)
 
 
 def _check(
@@ -215,29 +233,65 @@ def _their_shape(entry: Entry, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _read(
-    entry: Entry, tensors: Mapping[str, Any], shape: Any, update: tuple[np.ndarray, np.ndarray] | None
-) -> dict[str, np.ndarray]:
-    """A parameter by its path, in the dtype of `shape`, and its scales if that is int8."""
-    held, scales = _aligned_empty(shape.shape, shape.dtype), []
-    for i, part in enumerate(held if entry.stacked else [held]):
+    entry: Entry,
+    tensors: Mapping[str, Any],
+    dtype: Any,
+    index: tuple[slice, ...],
+    update: tuple[np.ndarray, np.ndarray] | None = None,
+) -> np.ndarray:
+    """The part of a parameter at `index`, with an update that is added to the whole of it."""
+    held = _aligned_empty(tuple(one.stop - one.start for one in index), dtype)
+    layers, rest = (range(index[0].start, index[0].stop), index[1:]) if entry.stacked else (range(1), index)
+    for i, part in zip(layers, held if entry.stacked else [held], strict=True):
         one = part if part.dtype == np.float32 else np.empty(part.shape, np.float32)
-        _copy_rows(tensors[entry.theirs.format(i=i)], one.T if entry.transposed else one)
-        if update is not None:
-            one += update[0][i] @ update[1][i]
-        if part.dtype == np.int8:
-            part[...], scale = quantise(one)
-            scales.append(scale)
-        elif one is not part:
+        _read_one(entry, tensors, i, rest, one, update)
+        if one is not part:
             part[...] = one
-    return {entry.ours: held} | ({f"{entry.ours}_scale": np.stack(scales)} if scales else {})
+    return held
 
 
-def _copy_rows(source: Any, into: np.ndarray, numbers_at_once: int = 1 << 24) -> None:
-    """Copies a lazy tensor into a float32 array a block of rows at a time, so that no second whole copy exists."""
+def _read_int8(
+    entry: Entry, tensors: Mapping[str, Any], shape: tuple[int, ...], update: tuple[np.ndarray, np.ndarray] | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """A stacked kernel rounded to int8, and its scales."""
+    held, scales = _aligned_empty(shape, np.int8), []
+    for i, part in enumerate(held):
+        one = np.empty(part.shape, np.float32)
+        _read_one(entry, tensors, i, _whole(part.shape), one, update)
+        part[...], scale = quantise(one)
+        scales.append(scale)
+    return held, np.stack(scales)
+
+
+def _read_one(
+    entry: Entry,
+    tensors: Mapping[str, Any],
+    i: int,
+    index: tuple[slice, ...],
+    into: np.ndarray,
+    update: tuple[np.ndarray, np.ndarray] | None,
+) -> None:
+    """Copies what lies at `index` of a tensor, that of layer i where there are several, and adds the layer's update."""
+    tensor = tensors[entry.theirs.format(i=i)]
+    if entry.transposed:
+        _copy_rows(tensor, index[::-1], into.T)
+    else:
+        _copy_rows(tensor, index, into)
+    if update is not None:
+        into += update[0][i] @ update[1][i]
+
+
+def _whole(shape: tuple[int, ...]) -> tuple[slice, ...]:
+    return tuple(slice(0, size) for size in shape)
+
+
+def _copy_rows(source: Any, index: tuple[slice, ...], into: np.ndarray, numbers_at_once: int = 1 << 24) -> None:
+    """Copies a part of a lazy tensor into a float32 array, a block of rows at a time: there is never a second copy of it."""
     block = max(1, numbers_at_once // max(1, into[0].size))
+    first = index[0].start
     for start in range(0, into.shape[0], block):
         stop = min(start + block, into.shape[0])
-        into[start:stop] = source[start:stop]
+        into[start:stop] = source[slice(first + start, first + stop), *index[1:]]
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -260,8 +314,8 @@ class Slice:
     def get_dtype(self) -> str:
         return "F32"
 
-    def __getitem__(self, rows: slice) -> np.ndarray:
-        return self.values[rows]
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        return self.values[index]
 
 
 def slices_of(params: Any) -> dict[str, Slice]:
@@ -273,7 +327,7 @@ def _published(params: Any) -> Iterator[tuple[str, np.ndarray]]:
     """The parameters as published files hold them, one layer at a time: the table's name of each, and a view of it."""
     flat = flatten_dict(params, sep="/")
     for entry in (entry for entry in TABLE if entry.ours in flat):
-        host = np.asarray(flat[entry.ours])
+        host = parallel.to_host(flat[entry.ours])
         for i, one in enumerate(host if entry.stacked else [host]):
             yield entry.theirs.format(i=i), one.T if entry.transposed else one
 

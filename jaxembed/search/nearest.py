@@ -58,19 +58,21 @@ def search(
     blocks = block_sizes(memory_mb, queries.shape[1], k, len(queries), len(documents))
     at_once = blocks.queries * parallel.shard_count(mesh)
     starts = range(0, len(queries), at_once)
-    best = [parallel.put_batch(mesh, _none(at_once, k)) for _ in starts]
+    split, whole = parallel.split_batch(mesh), parallel.replicated(mesh)
+    best = [parallel.put_whole(split, _none(at_once, k)) for _ in starts]
     merge = _merge(mesh, approximate)
     firsts = range(0, len(documents), blocks.documents)
     # A caller may have set a mesh of fewer devices, as training does.
     with jax.set_mesh(mesh), tqdm(total=len(starts) * len(firsts), unit="block", disable=not show_progress) as bar:
         for first in firsts:
-            block = jax.device_put(documents[first : first + blocks.documents], parallel.replicated(mesh))
+            block = parallel.put_whole(whole, documents[first : first + blocks.documents])
             for i, start in enumerate(starts):
-                some = parallel.put_batch(mesh, _padded(queries[start : start + at_once], at_once))
+                some = parallel.put_whole(split, _padded(queries[start : start + at_once], at_once))
                 best[i] = merge(best[i], some, block, np.int32(first))
                 jax.block_until_ready(best[i - 1])  # no more than two at a time are in memory
                 bar.update()
-    return Found(*(np.concatenate(parts)[: len(queries)] for parts in zip(_none(0, k), *best, strict=True)))
+    found = [tuple(parallel.to_host(x) for x in of_queries) for of_queries in best]
+    return Found(*(np.concatenate(parts)[: len(queries)] for parts in zip(_none(0, k), *found, strict=True)))
 
 
 def block_sizes(memory_mb: int, width: int, k: int, queries: int, documents: int) -> Blocks:

@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 from orbax.checkpoint.options import AsyncOptions
 
+from jaxembed import processes
 from jaxembed.errors import UserError, brief
 from jaxembed.fields import Fields
 from jaxembed.files import file_digest, read_json, write_json
@@ -117,8 +118,8 @@ class Checkpoints:
         return hashlib.sha256(json.dumps(of_params, sort_keys=True).encode()).hexdigest()
 
     def _restore(self, step: int, **items: Any) -> Any:
-        """Restores items of a step whose files are as they were written."""
-        damage = self._damage(step, set(items))
+        """Restores items of a step whose files are as they were written; of several processes the first one looks at them."""
+        damage = self._damage(step, set(items)) if processes.is_first() else ""
         if not damage:
             try:
                 return self._manager.restore(step, args=ocp.args.Composite(**items))
@@ -146,7 +147,9 @@ class Checkpoints:
         return {step: Fields(found, str(path)).texts(step) for step in found}
 
     def _record_digests(self) -> None:
-        """Notes the digests of the checkpoint that was just written, and forgets those of removed ones."""
+        """Notes the digests of the checkpoint that all processes just wrote, and forgets those of removed ones."""
+        if not processes.is_first():
+            return
         step = str(self._saving)
         written = next(self._folder.glob(f"{step}.*"), self._folder / step)  # it gets its name after this
         others = {name: digests for name, digests in self._digests().items() if (self._folder / name).is_dir()}

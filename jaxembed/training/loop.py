@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.profiler import StepTraceAnnotation
 from jax.sharding import Mesh
 
@@ -19,7 +18,7 @@ from jaxembed.errors import Stopped, UserError
 from jaxembed.parallel import put_batch
 from jaxembed.training.checkpoint import Checkpoints
 from jaxembed.training.flops import Utilisation
-from jaxembed.training.metrics import Recorder
+from jaxembed.training.metrics import Recorder, Unrecorded
 from jaxembed.training.profile import Profile
 from jaxembed.training.step import Metrics, TrainState
 from jaxembed.training.watch import StopRequest, must_finish
@@ -87,7 +86,7 @@ class Trainer:
     evaluate: Evaluate | None
     best_metric: str
     checkpoints: Checkpoints
-    recorder: Recorder
+    recorder: Recorder | Unrecorded
     plan_hash: str
     profile: Profile
     utilisation: Utilisation | None
@@ -114,7 +113,7 @@ class Trainer:
                 last = step == end
                 log = last or step % self.config.log_every == 0
                 evaluate = self.evaluate is not None and (last or step % self.config.eval_every == 0)
-                stopping = bool(stop.signal)
+                stopping = stop.due(step)
                 save = last or evaluate or stopping or step % self.config.checkpoint_every == 0
                 if log or save:
                     self._check(running)
@@ -141,7 +140,7 @@ class Trainer:
         loss, norm = float(running.metrics["loss"]), float(running.metrics["grad_norm"])
         if math.isfinite(loss) and math.isfinite(norm):
             return
-        drawn = ", ".join(self.source_names[i] for i in np.unique(running.host.batch.source))
+        drawn = ", ".join(self.source_names[i] for i in running.host.sources)
         told = f"step {running.step}: loss {loss}, gradient norm {norm}; its batch is from {drawn}"
         if self.config.on_nan == "skip":
             self.recorder.say(f"{told}; skipped")
@@ -151,8 +150,8 @@ class Trainer:
         raise UserError(f"{told}; {kept}; lower optim.learning_rate, look at the data, or set train.on_nan=skip")
 
     def _step(self, state: TrainState, host: HostBatch, tally: Tally) -> tuple[TrainState, Metrics]:
-        shape = host.batch.texts.tokens.shape
         batch = put_batch(self.mesh, host.batch)
+        shape = batch.texts.tokens.shape
         if shape in self.programs:
             return self.train_step(state, batch)
         began = time.perf_counter()

@@ -55,6 +55,16 @@ class Recorder:
         self._events.close()
 
 
+class Unrecorded:
+    """What the other processes of a run have in place of the first one's `Recorder`."""
+
+    def advance(self) -> None: ...
+    def show(self, **values: str) -> None: ...
+    def log(self, step: int, values: Mapping[str, float], stage: int = 0) -> None: ...
+    def say(self, text: str) -> None: ...
+    def close(self) -> None: ...
+
+
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """Every logged object of a run, in order; a last line cut short by a kill is left out.
 

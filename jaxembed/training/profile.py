@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 
+from jaxembed import processes
+
 
 class Profile:
     """Records the steps `first` to `last` of a run with jax.profiler into a folder; of None, nothing.
@@ -21,7 +23,7 @@ class Profile:
 
     def before(self, step: int) -> None:
         """A step is about to begin."""
-        if not self._recording and self._first <= step <= self._last and jax.process_index() == 0:
+        if not self._recording and self._first <= step <= self._last and processes.is_first():
             jax.profiler.start_trace(self._folder)
             self._recording = True
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from jaxembed import processes
 from jaxembed.config import Config
 from jaxembed.errors import UserError
 from jaxembed.files import exists, read_json, write_json, write_text
@@ -35,14 +36,23 @@ PACKAGES = (
 
 
 def open_run(config: Config) -> Path:
-    """The run directory with config.yaml in it. Refuses one that belongs to another config; a config alone is no run yet."""
+    """The run directory with config.yaml in it. Refuses one that belongs to another config; a config alone is no run yet.
+
+    The mesh may be another: a run goes on with any number of devices. The first of several processes makes the directory,
+    which the others, after it, must find.
+    """
     run_dir = Path(config.run.dir)
     recorded = run_dir / "config.yaml"
     has_config = exists(recorded)
     others = exists(run_dir) and any(path != recorded and path.suffix != ".partial" for path in run_dir.iterdir())
+    if not processes.is_first():
+        if not has_config:
+            told = f"process {processes.index()} does not find what the first one wrote; name a run.dir that all of them share"
+            raise UserError(f"{run_dir}: {told}")
+        return run_dir
     if has_config and others:
-        before = kept(read_tree, recorded)
-        changed = list(differences(before, yaml.safe_load(config.dump())))
+        before, now = ({**tree, "mesh": None} for tree in (kept(read_tree, recorded), yaml.safe_load(config.dump())))
+        changed = list(differences(before, now))
         if changed:
             raise UserError(
                 f"{run_dir}: belongs to another config ({'; '.join(changed[:4])}); name another run.dir, or remove it"
@@ -56,6 +66,14 @@ def open_run(config: Config) -> Path:
     except OSError as error:
         raise UserError(f"{run_dir}: cannot be written ({error.strerror}); name another run.dir") from None
     return run_dir
+
+
+def check_alike(config: Config) -> None:
+    """`UserError` where the first process of a run has another config than this one."""
+    firsts = processes.of_first(config.dump().encode()).decode()
+    changed = list(differences(yaml.safe_load(firsts), yaml.safe_load(config.dump())))
+    if changed:
+        raise UserError(f"not the config of the run's first process ({'; '.join(changed[:4])}); give all of them the same")
 
 
 def record(run_dir: Path, name: str, value: Mapping[str, Any], told: str) -> None:
@@ -85,7 +103,8 @@ def note_versions(run_dir: Path) -> None:
         changed = list(differences(kept(read_json, path), now))
         if changed:
             log.warning("not the versions this run began with, so not bit for bit the same: %s", "; ".join(changed))
-    write_json(path, now)
+    if processes.is_first():
+        write_json(path, now)
 
 
 def versions() -> dict[str, str]:

@@ -12,11 +12,14 @@ from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
+from jaxembed import processes
+
 
 class StopRequest:
     """While entered, SIGTERM and the first Ctrl-C only set `signal`; a second Ctrl-C interrupts at once.
 
-    Outside the main thread Python takes no handlers, and signals do what they did before.
+    Outside the main thread Python takes no handlers, and signals do what they did before. Of several processes JAX takes
+    SIGTERM, to tell the others of it; a Ctrl-C is a SIGTERM there.
     """
 
     def __init__(self) -> None:
@@ -25,8 +28,15 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+            taken = (signal.SIGTERM, signal.SIGINT) if processes.count() == 1 else (signal.SIGINT,)
+            self._before = {number: signal.signal(number, self._note) for number in taken}
         return self
+
+    def due(self, step: int) -> bool:
+        """Whether to stop after a step: the same for all processes of a run."""
+        if processes.count() > 1 and processes.asked_to_stop(step):
+            self.signal = signal.SIGTERM
+        return bool(self.signal) if processes.count() == 1 else self.signal == signal.SIGTERM
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._before.items():
@@ -36,6 +46,8 @@ class StopRequest:
         if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
+        if processes.count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextlib.contextmanager
