@@ -292,7 +292,7 @@ class Agreement:
 
 
 def merged(messages: Sequence[bytes]) -> bytes:
-    """The sums of tokens and pairs, and the most rows at each length; where one process needs too many, the others' go unread."""
+    """The sums of tokens and pairs, and the most rows at each length, as far as all processes tell them."""
     tokens, pairs, *rows = zip(*(np.frombuffer(message, np.int64).tolist() for message in messages), strict=False)
     return np.array([sum(tokens), sum(pairs), *map(max, rows)]).tobytes()
 
