@@ -99,10 +99,11 @@ def assert_same(run: Path, wanted: Sequence[dict[str, float]]) -> None:
 def test_two_processes_go_on_where_one_left_off_and_end_as_it_does(folder: Path, straight: list[dict[str, float]]) -> None:
     run = folder / "two"
     shutil.copytree(folder / "straight", run)
-    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace(str(folder / "straight"), str(run)))
+    overrides = ("mesh.data=8", "train.keep_checkpoints=9")
+    (run / "config.yaml").write_text(settings(folder, "two", *overrides).dump())
     for step in (6, 8, 12):
         shutil.rmtree(run / "checkpoints" / str(step))
-    processes = launch(folder, "two", "mesh.data=8", "train.keep_checkpoints=9")
+    processes = launch(folder, "two", *overrides)
     (result, _), (nothing, told) = (process.communicate() for process in processes)
     assert [process.returncode for process in processes] == [0, 0]
     assert json.loads(result.splitlines()[-1])["step"] == 12
