@@ -88,8 +88,13 @@ def compiler_options() -> dict[str, str]:
 
     On CPUs, XLA's memory-minded order of operations: less memory, and products that do not run two at once, a core each.
     """
-    cpu = jax.default_backend() == "cpu"
-    return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if cpu else {}
+    return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if platform() == "cpu" else {}
+
+
+def platform() -> str:
+    """Of the devices that a program is for: those of the mesh (`jax.set_mesh`), else those that are here."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else str(device.platform)
 
 
 def shard_count(mesh: Mesh) -> int:
@@ -109,10 +114,16 @@ def split_batch(mesh: Mesh) -> NamedSharding:
 def put_batch(mesh: Mesh, tree: Any) -> Any:
     """This process's part of host arrays as global arrays, split over the first axis; numbers are on every device."""
 
-    def put(x: Any) -> jax.Array:
-        return jax.make_array_from_process_local_data(split_batch(mesh) if np.ndim(x) else replicated(mesh), x)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(_of_batch(mesh, x), x), tree)
 
-    return jax.tree.map(put, tree)
+
+def batch_shapes(mesh: Mesh, tree: Any) -> Any:
+    """The shapes that `put_batch` would make of one process's host arrays, or of their shapes."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_of_batch(mesh, x)), tree)
+
+
+def _of_batch(mesh: Mesh, x: Any) -> NamedSharding:
+    return split_batch(mesh) if np.ndim(x) else replicated(mesh)
 
 
 def param_shardings(mesh: Mesh, logical_specs: Any, table: Mapping[str, str | None] = LOGICAL_AXES) -> Any:

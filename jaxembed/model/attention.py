@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxembed import parallel
 from jaxembed.model.layers import Linear, RMSNorm, at_least_float32, rotate
 from jaxembed.model.lora import LoRA
 from jaxembed.model.masks import Mask, Places, visible
@@ -66,7 +67,7 @@ def attend_by_rows(
 def pick_kernel(name: str, shards: int) -> Any:
     """The attention function of a config's `attention_kernel`; auto takes `rows` on CPUs and `einsum` elsewhere."""
     if name == "auto":
-        name = "rows" if jax.default_backend() == "cpu" else "einsum"
+        name = "rows" if parallel.platform() == "cpu" else "einsum"
     return functools.partial(attend_by_rows, shards=shards) if name == "rows" else attend
 
 
