@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import re
 from typing import Any
@@ -13,6 +14,8 @@ from jax.sharding import Mesh
 from jaxembed.planning.collectives import Collectives, collectives
 from jaxembed.planning.flops import product_flops
 from jaxembed.training.step import SCOPES, TrainState
+
+log = logging.getLogger("jaxembed")
 
 NO_ROOM = re.compile(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)")
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -66,8 +69,17 @@ def compile_step(step: Any, state: TrainState, batch: Any, mesh: Mesh) -> tuple[
         temporaries=memory.temp_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
         flops=product_flops(traced.jaxpr),
-        collectives=collectives(compiled.as_text(), SCOPES),
+        collectives=collectives(_text(compiled), SCOPES),
     ), compiled
+
+
+def _text(compiled: Any) -> str:
+    """The program's text; none where XLA cannot write it, as of some programs whose messages overlap (libtpu 0.0.51)."""
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        log.warning("collectives are not counted: XLA cannot print the program (%s)", str(error).splitlines()[0][:160])
+        return ""
 
 
 def numbers(tree: Any) -> int:
