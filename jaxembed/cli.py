@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ def run(main: Callable[[argparse.Namespace], Mapping[str, Any]], parser: argpars
     signal n.
     """
     args = parser.parse_args()
+    _skip_absent_tpu()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs whole stacks of errors that it raises too
     for chatty in ("jax", "orbax", "httpx", "httpx2", "datasets", "bm25s", "sentence_transformers", "mteb"):
@@ -41,6 +43,18 @@ def run(main: Callable[[argparse.Namespace], Mapping[str, Any]], parser: argpars
     if processes.is_first():
         print(json.dumps(result, ensure_ascii=False))
     return result
+
+
+def _skip_absent_tpu() -> None:
+    """Where the TPU compiler is installed without a TPU, and no other accelerator's plugin: JAX need not look for one.
+
+    It would take seconds and print a page of warnings.
+    """
+    if "JAX_PLATFORMS" in os.environ or importlib.util.find_spec("libtpu") is None:
+        return
+    devices = [*Path("/dev").glob("accel*"), *Path("/dev/vfio").glob("[0-9]*")]
+    if not devices and importlib.util.find_spec("jax_plugins") is None:
+        os.environ["JAX_PLATFORMS"] = "cpu"
 
 
 class Parser(argparse.ArgumentParser):

@@ -150,16 +150,25 @@ def put_batch(mesh: Mesh, tree: Any) -> Any:
 
     def put(x: Any) -> jax.Array:
         if not np.ndim(x):
-            return put_whole(replicated(mesh), x)
+            return put_whole(_of_batch(mesh, x), x)
         size = len(x) // len(shards.own)
 
         def part(index: Any) -> np.ndarray:
             first = shards.own.index((index[0].start or 0) // size) * size
             return np.asarray(x[first : first + size])
 
-        return jax.make_array_from_callback((size * shards.count, *x.shape[1:]), split_batch(mesh), part)
+        return jax.make_array_from_callback((size * shards.count, *x.shape[1:]), _of_batch(mesh, x), part)
 
     return jax.tree.map(put, tree)
+
+
+def batch_shapes(mesh: Mesh, tree: Any) -> Any:
+    """The shapes that `put_batch` would make of one process's host arrays, or of their shapes."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_of_batch(mesh, x)), tree)
+
+
+def _of_batch(mesh: Mesh, x: Any) -> NamedSharding:
+    return split_batch(mesh) if np.ndim(x) else replicated(mesh)
 
 
 def put_whole(sharding: NamedSharding, tree: Any) -> Any:

@@ -32,7 +32,7 @@ from jaxembed.files import write_json
 from jaxembed.hub.base import Base, content_hash, find_base, write_spec
 from jaxembed.hub.embedder import Embedder
 from jaxembed.hub.opening import text_tokenizer
-from jaxembed.hub.other_model import OtherModel, open_encoder
+from jaxembed.hub.other_model import OtherModel, Silent, open_encoder
 from jaxembed.model.decoder import Compute
 from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.model.lora import LoRA, pick_adapter
@@ -72,8 +72,7 @@ def train(config: Config) -> dict[str, Any]:
     spec, lora = _spec(configs, base), _lora(config, base)
     run_dir, tokenizer = processes.in_turn(partial(_open_run, config, base, spec, plans))
 
-    compute = Compute(jnp.dtype(config.model.dtype), config.model.remat, config.model.unroll, config.model.attention_kernel)
-    model = EmbeddingModel(base.decoder, spec, compute, lora)
+    model = EmbeddingModel(base.decoder, spec, _compute(config), lora)
     others = _others(config, run_dir)
     stages = make_stages(configs, plans, tokenizer, model, base, shards, others)
     for stage in stages:
@@ -125,6 +124,26 @@ def _open_run(config: Config, base: Base, spec: EmbeddingSpec, plans: Sequence[P
     return run_dir, tokenizer
 
 
+def open_stages(config: Config, mesh: Mesh) -> tuple[EmbeddingModel, list[Stage]]:
+    """The model of a run and its stages, opened but not begun: no weights of the base are read, and nothing is written.
+
+    Where a guide or a teacher belongs to a batch, zeros stand for its vectors.
+    """
+    shards, configs = parallel.all_shards(parallel.shard_count(mesh)), config.in_stages()
+    plans = [_open(index, of_stage, shards.count) for index, of_stage in enumerate(configs)]
+    base = find_base(config.model.base)
+    spec = _spec(configs, base)
+    model = EmbeddingModel(base.decoder, spec, _compute(config), _lora(config, base))
+    tokenizer = _tokenizer(None, base, spec, [source for plan in plans for source in plan.sources])
+    others = {role: Silent(**vars(other)) for role, other in _opened(config).items()}
+    return model, make_stages(configs, plans, tokenizer, model, base, shards, others)
+
+
+def _compute(config: Config) -> Compute:
+    chosen = config.model
+    return Compute(jnp.dtype(chosen.dtype), chosen.remat, chosen.unroll, chosen.attention_kernel)
+
+
 def _open(index: int, config: Config, shards: int) -> Plan:
     """The plan of a stage and its sources; `UserError` where batches cannot be made of them."""
     if config.train.batch_size % shards:
@@ -135,11 +154,15 @@ def _open(index: int, config: Config, shards: int) -> Plan:
 
 def _others(config: Config, run_dir: Path) -> dict[str, OtherModel]:
     """The guide and the teacher of a run, by role, recorded in the run directory. `UserError` where one has changed."""
-    named = {"guide": config.guide, "teacher": config.teacher}
-    others = {role: open_encoder(name, cache_dir()) for role, name in named.items() if name is not None}
+    others = _opened(config)
     for role, other in others.items():
         record(run_dir, role, other.identity, f"its {role} changed")
     return others
+
+
+def _opened(config: Config) -> dict[str, OtherModel]:
+    named = {"guide": config.guide, "teacher": config.teacher}
+    return {role: open_encoder(name, cache_dir()) for role, name in named.items() if name is not None}
 
 
 def _trainer(
@@ -210,10 +233,10 @@ def _lora(config: Config, base: Base) -> LoRA | None:
     return None if chosen is None else LoRA(**dict(chosen))  # its fields are the keys
 
 
-def _tokenizer(run_dir: Path, base: Base, spec: EmbeddingSpec, sources: Sequence[Source]) -> TextTokenizer:
+def _tokenizer(run_dir: Path | None, base: Base, spec: EmbeddingSpec, sources: Sequence[Source]) -> TextTokenizer:
     """The run's tokenizer: the base's, or for a preset one made from the training texts."""
-    kept = run_dir / "tokenizer"
-    if kept.is_dir():
+    kept = run_dir / "tokenizer" if run_dir else None
+    if kept and kept.is_dir():
         return text_tokenizer(load_tokenizer(kept), spec, base)
     if base.folder is not None:
         return text_tokenizer(base.tokenizer(), spec, base)

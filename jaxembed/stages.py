@@ -27,7 +27,7 @@ from jaxembed.data.tokenize import TextTokenizer
 from jaxembed.errors import UserError
 from jaxembed.hub.base import Base
 from jaxembed.hub.embedder import Embedder
-from jaxembed.hub.opening import base_params, shapes_and_shardings, text_tokenizer
+from jaxembed.hub.opening import base_params, placed_shapes, shapes_and_shardings, text_tokenizer
 from jaxembed.hub.other_model import OtherModel
 from jaxembed.losses.objectives import Objectives
 from jaxembed.model.embedder import EmbeddingModel, init_params
@@ -145,7 +145,7 @@ def first_state(config: Config, base: Base, model: EmbeddingModel, mesh: Mesh) -
     params |= flatten_dict(init_params(model, key, unflatten_dict(absent)))
     trained, frozen = split(unflatten_dict(params))
     if count := len(model.adapters):
-        stacked = flatten_dict(stacked_shapes(trained, count))
+        stacked = flatten_dict(stacked_shapes(split(placed_shapes(model, mesh))[0], count))
         own = unflatten_dict({path: x.sharding for path, x in stacked.items() if path[-1] in ADAPTERS})
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
         trained = join(init_params(model, keys, own), trained)
@@ -184,6 +184,13 @@ def _fresh(optimizer: optax.GradientTransformation, params: Any, count: int, mes
         state = optimizer.init(params)
         return stack_adapters([state] * count) if count else state
 
+    placed = _optimizer_shapes(optimizer, params, count, mesh)
+    return jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, placed))(params)
+
+
+def _optimizer_shapes(optimizer: optax.GradientTransformation, params: Any, count: int, mesh: Mesh) -> Any:
+    """The shapes, with shardings, of what `_fresh` makes; `params` may be shapes too."""
+
     def place(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
@@ -192,8 +199,22 @@ def _fresh(optimizer: optax.GradientTransformation, params: Any, count: int, mes
         optimizer, lambda x, like: place(x, like.sharding), jax.eval_shape(optimizer.init, params), params,
         transform_non_params=lambda x: place(x, everywhere),
     )  # fmt: skip
-    placed = stacked_shapes(placed, count) if count else placed
-    return jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, placed))(params)
+    return stacked_shapes(placed, count) if count else placed
+
+
+def state_shapes(optimizer: optax.GradientTransformation, model: EmbeddingModel, mesh: Mesh, own: Any = None) -> TrainState:
+    """The shapes, with shardings, of the state that a stage begins with (`first_state`, then `enter`); needs no memory.
+
+    `own` are the shapes of its objectives' parameters.
+    """
+    everywhere, count = parallel.replicated(mesh), len(model.adapters)
+    trained, frozen = split(placed_shapes(model, mesh))
+    if own:
+        trained |= {OBJECTIVES: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), own)}
+    opt_state = _optimizer_shapes(optimizer, trained, count, mesh)
+    rest = jax.eval_shape(lambda: {"step": jnp.zeros((), jnp.int32), "key": jax.random.key(0)})
+    rest = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), rest)
+    return TrainState(stacked_shapes(trained, count) if count else trained, opt_state, frozen=frozen, **rest)
 
 
 def with_mined_negatives(stage: Stage, encoder_of: Callable[[str], Embedder], run_dir: Path) -> Stage:

@@ -7,14 +7,21 @@ from typing import Any
 
 from jaxembed import cli, config, processes
 from jaxembed.data.sources import detect_format
+from jaxembed.planning.topology import look_for_no_tpu
 from jaxembed.sections import table
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    """Reads the config and trains; returns what `jaxembed.run.train` does."""
+    """Reads the config and trains; returns what `jaxembed.run.train` does, or `jaxembed.planning.plan` with --plan."""
     settings = config.load(args.config, args.overrides)
     for source in settings.data.sources:
         detect_format(source)  # a mistyped path is told before JAX loads
+    if args.topology:
+        look_for_no_tpu()
+    if args.plan or args.topology:
+        from jaxembed.planning.plan import plan
+
+        return plan(settings, args.topology)
     from jaxembed.run import train  # imports JAX: after the config is known to be good
 
     cli.use_compilation_cache()
@@ -32,4 +39,6 @@ if __name__ == "__main__":
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key.sub=value", help="such as train.steps=100 or run.dir=runs/a"
     )
+    parser.add_argument("--plan", action="store_true", help="compile ahead of time, tell what a step needs, and exit")
+    parser.add_argument("--topology", metavar="NAME:SHAPE", help="of a plan: a TPU slice that is not here, such as v5e:16x16")
     cli.run(main, parser)

@@ -112,6 +112,12 @@ def shapes_and_shardings(model: EmbeddingModel, mesh: Mesh) -> tuple[Any, Any]:
     return nn.unbox(boxed), parallel.param_shardings(mesh, nn.get_partition_spec(boxed), table)
 
 
+def placed_shapes(model: EmbeddingModel, mesh: Mesh) -> Any:
+    """The tree of ShapeDtypeStructs, with shardings, of a model's parameters with one adapter."""
+    shapes, shardings = shapes_and_shardings(model, mesh)
+    return jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings)
+
+
 @dataclasses.dataclass(frozen=True)
 class RunParts:
     """What a run directory holds of a model: its trained parameters, under `model`, which has the run's adapters.
@@ -170,10 +176,9 @@ def open_trained(run_dir: Path, compute: Compute, mesh: Mesh, checkpoint: str, b
         lora = dataclasses.replace(lora, base_dtype=base_dtype)
     model = EmbeddingModel(base.decoder, base.spec, compute, lora)
     shapes, shardings = shapes_and_shardings(model, mesh)
-    placed = jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), shapes, shardings)
     checkpoints = Checkpoints(run_dir)
     step = pick_step(checkpoints, checkpoint, run_dir)
-    trained = split(placed)[0]
+    trained = split(placed_shapes(model, mesh))[0]
     if model.adapters:
         trained = stacked_shapes(trained, len(model.adapters))
     trained = checkpoints.restore_params(step, trained)

@@ -65,6 +65,13 @@ class OtherModel:
         return vectors
 
 
+class Silent(OtherModel):
+    """The same of a plan, which needs shapes alone: zeros for all vectors, and nothing is kept in the store."""
+
+    def encode(self, texts: Sequence[RawText]) -> np.ndarray:
+        return np.zeros((len(texts), self.width), np.float32)
+
+
 def in_groups(
     texts: Sequence[RawText], leads: Sequence[str], run: Callable[[list[str], str], np.ndarray], width: int
 ) -> np.ndarray:

@@ -10,22 +10,21 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, UInt32
+from jaxtyping import Array, Bool, UInt32
 
 from jaxembed.data.batch import Batch
 
 
 @flax.struct.dataclass
 class Texts:
-    """What the masks know of texts, with any leading axes. A text is a number, equal for equal texts alone.
+    """What the masks know of texts, with any leading axes. A text is its hash, zero where absent.
 
     `guide` are vectors by a guide model, of width 0 without one.
     """
 
-    text: Any  # int [...]
-    query: Any  # int [...]: the query that the text belongs to, or is
-    positives: Any  # int [..., P]: all known positives of that query, -1 where absent
+    text: Any  # uint32 [..., 2]
+    query: Any  # uint32 [..., 2]: the query that the text belongs to, or is
+    positives: Any  # uint32 [..., P, 2]: all known positives of that query
     lends: Any  # bool [...]: present, of a source that uses in-batch negatives
     present: Any  # bool [...]
     label: Any  # int [...], -1 for none
@@ -34,44 +33,39 @@ class Texts:
 
     def reshape(self, *shape: int) -> Texts:
         """The same with other leading axes."""
-        leading, shape = self.text.ndim, self.text.reshape(shape).shape
+        leading, shape = self.lends.ndim, self.lends.reshape(shape).shape
         return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[leading:]), self)
 
 
 def texts_of(batch: Batch) -> tuple[Texts, Texts]:
     """The queries [B] and the documents [B, 1+K] of a batch. The known positives of a query stand with the query alone."""
-    query, document, positives = _numbered(batch.query_hash, batch.doc_hash, batch.positive_hash)
-    positives = jnp.where((batch.positive_hash > 0).any(axis=-1), positives, -1)
-    guide = jnp.zeros((*query.shape, 0)) if batch.guide is None else batch.guide.queries
+    query, shape, present = batch.query_hash, batch.doc_slot.shape, batch.doc_slot >= 0
+    guide = jnp.zeros((len(query), 0)) if batch.guide is None else batch.guide.queries
     everywhere = jnp.ones_like(batch.in_batch)
-    queries = Texts(query, query, positives, batch.in_batch, everywhere, batch.label, batch.source, guide)
-    shape, present = document.shape, batch.doc_slot >= 0
+    queries = Texts(query, query, batch.positive_hash, batch.in_batch, everywhere, batch.label, batch.source, guide)
     own = jax.tree.map(lambda x: jnp.broadcast_to(x[:, None], (*shape, *x.shape[1:])), queries)
     guide = jnp.zeros((*shape, 0)) if batch.guide is None else batch.guide.documents
-    documents = own.replace(text=document, positives=own.positives[..., :0], lends=own.lends & present, present=present)
+    documents = own.replace(
+        text=batch.doc_hash, positives=own.positives[..., :0, :], lends=own.lends & present, present=present
+    )
     return queries, documents.replace(guide=guide)
 
 
-def _numbered(*hashes: UInt32[Array, "..."]) -> list[jax.Array]:
-    """Numbers for the hashes [..., 2] of texts, equal for equal ones: one number is compared faster than two halves."""
-    flat = jnp.concatenate([x.reshape(-1, 2) for x in hashes])
-    order = jnp.lexsort((flat[:, 1], flat[:, 0]))
-    differs = (flat[order][1:] != flat[order][:-1]).any(axis=1)
-    number = jnp.zeros(len(flat), jnp.int32).at[order[1:]].set(jnp.cumsum(differs, dtype=jnp.int32))
-    parts = jnp.split(number, np.cumsum([x.size // 2 for x in hashes])[:-1])
-    return [part.reshape(x.shape[:-1]) for part, x in zip(parts, hashes, strict=True)]
+def same(a: UInt32[Array, "*#n 2"], b: UInt32[Array, "*#n 2"]) -> Bool[Array, "*n"]:
+    """Whether two texts are equal; leading axes broadcast."""
+    return (a[..., 0] == b[..., 0]) & (a[..., 1] == b[..., 1])
 
 
 def known_positive(anchors: Texts, others: Texts) -> jax.Array:
     """Whether one of two texts is a known positive of the other's query; leading axes broadcast."""
-    pairs = [anchors.positives[..., p] == others.text for p in range(anchors.positives.shape[-1])]
-    pairs += [others.positives[..., p] == anchors.text for p in range(others.positives.shape[-1])]
+    pairs = [same(anchors.positives[..., p, :], others.text) for p in range(anchors.positives.shape[-2])]
+    pairs += [same(others.positives[..., p, :], anchors.text) for p in range(others.positives.shape[-2])]
     return functools.reduce(operator.or_, pairs)
 
 
 def lent(anchors: Texts, others: Texts) -> jax.Array:
     """Whether a text is there that belongs to another query and may be a negative: both sources use in-batch negatives."""
-    return anchors.lends & others.lends & (anchors.query != others.query)
+    return anchors.lends & others.lends & ~same(anchors.query, others.query)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,7 @@ from jaxembed.training.gradcache import encode
 from jaxembed.training.optim import updates_done
 
 Metrics = dict[str, jax.Array]
+SCOPES = ("loss", "encode", "optimizer")  # of a step, named in the compiled program
 OBJECTIVES = "objectives"  # of the trained parameters: those of the objectives, which are no part of the model
 
 
@@ -66,9 +67,11 @@ def batch_loss(
     """
     of_dropout, of_objectives = jax.random.split(key)
     shards = batch.texts.shards
-    vectors = encode(model, params, batch.texts, of_dropout, rows)
-    queries, documents = (pick(vectors, slots, shards) for slots in (batch.query_slot, batch.doc_slot))
-    return objectives(queries, documents, batch, of_objectives, params.get(OBJECTIVES, {}), shards)
+    with jax.named_scope("encode"):
+        vectors = encode(model, params, batch.texts, of_dropout, rows)
+    with jax.named_scope("loss"):
+        queries, documents = (pick(vectors, slots, shards) for slots in (batch.query_slot, batch.doc_slot))
+        return objectives(queries, documents, batch, of_objectives, params.get(OBJECTIVES, {}), shards)
 
 
 def make_train_step(
@@ -99,7 +102,8 @@ def make_train_step(
             return batch_loss(model, objectives, join(params, state.frozen), batch, key, rows)
 
         (loss, parts), grads = jax.value_and_grad(loss_of, has_aux=True)(before[0])
-        norm = optax.global_norm(grads)
+        with jax.named_scope("optimizer"):
+            norm = optax.global_norm(grads)
 
         def update() -> tuple[Any, Any]:
             params, opt_state = before
@@ -107,7 +111,8 @@ def make_train_step(
             return optax.apply_updates(params, updates), opt_state
 
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
-        after = jax.lax.cond(good, update, lambda: before) if skip else update()
+        with jax.named_scope("optimizer"):
+            after = jax.lax.cond(good, update, lambda: before) if skip else update()
         params, opt_state = put_adapter((state.params, state.opt_state), batch.adapter, after)
         rate = schedule(updates_done(state.opt_state))
         metrics = {"loss": loss, **parts, "grad_norm": norm, "learning_rate": jnp.asarray(rate)}
