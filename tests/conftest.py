@@ -38,7 +38,8 @@ jax.config.update("jax_default_matmul_precision", "highest")
 import tiny
 
 LONGEST = (
-    "test_unbreakable", "test_train", "test_stages", "test_kernels", "test_layouts", "test_step", "test_gradcache", "test_peft",
+    "test_unbreakable", "test_processes", "test_train", "test_stages", "test_mesh", "test_planning", "test_kernels",
+    "test_layouts", "test_step", "test_gradcache", "test_peft",
 )  # fmt: skip
 
 
