@@ -189,17 +189,20 @@ def _fresh(optimizer: optax.GradientTransformation, params: Any, count: int, mes
 
 
 def _optimizer_shapes(optimizer: optax.GradientTransformation, params: Any, count: int, mesh: Mesh) -> Any:
-    """The shapes, with shardings, of what `_fresh` makes; `params` may be shapes too."""
+    """The shapes, with shardings, of what `_fresh` makes; `params` may be shapes too.
 
-    def place(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    What ends in a parameter's path is placed as that parameter is, the rest is everywhere.
+    """
+    placed = {tuple(key.key for key in path): x.sharding for path, x in jax.tree.leaves_with_path(params)}
+    everywhere = parallel.replicated(mesh)
+
+    def place(path: Any, x: Any) -> jax.ShapeDtypeStruct:
+        keys = tuple(getattr(key, "key", None) for key in path)
+        sharding = next((placed[keys[i:]] for i in range(len(keys)) if keys[i:] in placed), everywhere)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    everywhere = parallel.replicated(mesh)
-    placed = optax.tree.map_params(
-        optimizer, lambda x, like: place(x, like.sharding), jax.eval_shape(optimizer.init, params), params,
-        transform_non_params=lambda x: place(x, everywhere),
-    )  # fmt: skip
-    return stacked_shapes(placed, count) if count else placed
+    shapes = jax.tree.map_with_path(place, jax.eval_shape(optimizer.init, params))
+    return stacked_shapes(shapes, count) if count else shapes
 
 
 def state_shapes(optimizer: optax.GradientTransformation, model: EmbeddingModel, mesh: Mesh, own: Any = None) -> TrainState:

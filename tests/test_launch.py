@@ -253,7 +253,10 @@ def test_a_local_pod_ends_as_the_first_process_that_failed(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_reach_all_processes_of_a_local_pod(number, tmp_path):
     (tmp_path / "waits.py").write_text(WAITS)
-    command = ["bash", "launch/local_pod.sh", "--module", "waits", "3", "1", "--", str(tmp_path)]
+    # A shell that runs the tests in the background lets its children ignore Ctrl-C.
+    heeding = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp('bash', sys.argv)"
+    pod_of_three = ["launch/local_pod.sh", "--module", "waits", "3", "1", "--", str(tmp_path)]
+    command = [sys.executable, "-c", heeding, *pod_of_three]
     env = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(tmp_path)}
     pod = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
     until = time.monotonic() + 60

@@ -70,14 +70,14 @@ def test_processes_that_pack_a_shard_each_agree_on_the_shape_that_one_would_choo
     messages: list[bytes] = []
 
     def tell(needed: Iterator[int]) -> Iterator[int]:
-        messages.append(np.array([1, *needed]).tobytes())
-        return iter(np.frombuffer(messages[-1], np.int64)[1:].tolist())
+        messages.append(np.array([1, 2, *needed]).tobytes())
+        return iter(np.frombuffer(messages[-1], np.int64)[2:].tolist())
 
     for shard in shards:
         pack_shards([shard], row_length, tell)
-    tokens, *rows = np.frombuffer(merged(messages), np.int64).tolist()
+    tokens, pairs, *rows = np.frombuffer(merged(messages), np.int64).tolist()
     packs, shape = pack_shards(shards, row_length)
-    assert tokens == len(shards)
+    assert (tokens, pairs) == (len(shards), 2 * len(shards))
     for shard, of_one in zip(shards, packs, strict=True):
         (alone,), agreed = pack_shards([shard], row_length, lambda needed: iter(rows))
         assert agreed == shape

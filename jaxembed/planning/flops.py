@@ -28,7 +28,9 @@ def _of_equation(equation: Any) -> int:
     if name == "cond":
         return max(inner)
     if name == "shard_map":  # its shapes are those of a part
-        return sum(inner) * math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"])
+        return sum(inner) * math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
+    if name == "pallas_call":  # a kernel's are those of a block; one that skips blocks is counted as if it did not
+        return sum(inner) * math.prod(params["grid_mapping"].grid)
     return sum(inner) * (params["length"] if name == "scan" else 1)
 
 
