@@ -226,7 +226,7 @@ def everywhere(x: jax.Array) -> jax.Array:
 
 def split_rows(x: jax.Array) -> jax.Array:
     """The array, split over its first axis as a batch is, and no other; as it is without a mesh (`jax.set_mesh`)."""
-    axes = tuple(axis for axis in BATCH_AXES if _is_placed_by_xla(axis))
+    axes = tuple(axis for axis in BATCH_AXES if axis in free_axes())
     return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
 
 
@@ -236,16 +236,16 @@ def looked_up(table: jax.Array, rows: jax.Array, dtype: Any) -> jax.Array:
     Each device reads its part of the width of its neighbours' rows too; then they exchange these. Left to itself, XLA
     may send all rows to all devices.
     """
-    x = table[rows].astype(dtype)
-    if _is_placed_by_xla("fsdp"):
-        x = jax.lax.with_sharding_constraint(x, PartitionSpec("data" if _is_placed_by_xla("data") else None, "fsdp"))
+    x, free = table[rows].astype(dtype), free_axes()
+    if "fsdp" in free:
+        x = jax.lax.with_sharding_constraint(x, PartitionSpec("data" if "data" in free else None, "fsdp"))
     return split_rows(x)
 
 
-def _is_placed_by_xla(axis: str) -> bool:
-    """Whether arrays of a compiled step are split over an axis by XLA: there is a mesh, and no `by_shard` around."""
+def free_axes() -> tuple[str, ...]:
+    """The axes of the mesh (`jax.set_mesh`) over which XLA splits arrays, no `by_shard` being around; none without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
-    return dict(zip(mesh.axis_names, mesh.axis_types, strict=True)).get(axis) == AxisType.Auto
+    return tuple(axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto)
 
 
 def parts_by_shard() -> int:

@@ -145,7 +145,7 @@ def first_state(config: Config, base: Base, model: EmbeddingModel, mesh: Mesh) -
     params |= flatten_dict(init_params(model, key, unflatten_dict(absent)))
     trained, frozen = split(unflatten_dict(params))
     if count := len(model.adapters):
-        stacked = flatten_dict(stacked_shapes(split(placed_shapes(model, mesh))[0], count))
+        stacked = flatten_dict(stacked_shapes(split(placed_shapes(shapes, shardings))[0], count))
         own = unflatten_dict({path: x.sharding for path, x in stacked.items() if path[-1] in ADAPTERS})
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
         trained = join(init_params(model, keys, own), trained)
@@ -211,7 +211,7 @@ def state_shapes(optimizer: optax.GradientTransformation, model: EmbeddingModel,
     `own` are the shapes of its objectives' parameters.
     """
     everywhere, count = parallel.replicated(mesh), len(model.adapters)
-    trained, frozen = split(placed_shapes(model, mesh))
+    trained, frozen = split(placed_shapes(*shapes_and_shardings(model, mesh)))
     if own:
         trained |= {OBJECTIVES: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), own)}
     opt_state = _optimizer_shapes(optimizer, trained, count, mesh)

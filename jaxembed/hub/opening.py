@@ -112,9 +112,8 @@ def shapes_and_shardings(model: EmbeddingModel, mesh: Mesh) -> tuple[Any, Any]:
     return nn.unbox(boxed), parallel.param_shardings(mesh, nn.get_partition_spec(boxed), table)
 
 
-def placed_shapes(model: EmbeddingModel, mesh: Mesh) -> Any:
-    """The tree of ShapeDtypeStructs, with shardings, of a model's parameters with one adapter."""
-    shapes, shardings = shapes_and_shardings(model, mesh)
+def placed_shapes(shapes: Any, shardings: Any) -> Any:
+    """What `shapes_and_shardings` gives as one tree: ShapeDtypeStructs with shardings."""
     return jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings)
 
 
@@ -178,7 +177,7 @@ def open_trained(run_dir: Path, compute: Compute, mesh: Mesh, checkpoint: str, b
     shapes, shardings = shapes_and_shardings(model, mesh)
     checkpoints = Checkpoints(run_dir)
     step = pick_step(checkpoints, checkpoint, run_dir)
-    trained = split(placed_shapes(model, mesh))[0]
+    trained = split(placed_shapes(shapes, shardings))[0]
     if model.adapters:
         trained = stacked_shapes(trained, len(model.adapters))
     trained = checkpoints.restore_params(step, trained)

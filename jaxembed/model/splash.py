@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as library
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxembed import parallel
@@ -93,8 +93,7 @@ def _over_mesh(function: Callable[..., jax.Array], rows: int, kv_heads: int) -> 
     Of the mesh (`jax.set_mesh`) only the axes count that are not split by hand already. Rows go over the batch axes and
     heads over `tensor`, where they divide evenly; else every device takes all.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    free = [axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto]
+    mesh, free = jax.sharding.get_abstract_mesh(), parallel.free_axes()
     if not free:
         return function
     of_rows = tuple(axis for axis in parallel.BATCH_AXES if axis in free)
