@@ -11,11 +11,14 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from jaxembed import processes
 from jaxembed.errors import Stopped, UserError
 from jaxembed.files import exists
+
+if TYPE_CHECKING:
+    from jaxembed import Embedder
 
 
 def run(main: Callable[[argparse.Namespace], Mapping[str, Any]], parser: argparse.ArgumentParser) -> Mapping[str, Any]:
@@ -81,6 +84,35 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", default="best", help="of a run: best (default), last, or a step")
     parser.add_argument("--adapter", metavar="NAME", help="of a run that has several: the one to use")
     parser.add_argument("--layers", type=int, metavar="N", help="keep the first N layers only (early exit)")
+    add_fsdp(parser)
+
+
+def add_fsdp(parser: argparse.ArgumentParser) -> None:
+    """The option for models that no device holds alone."""
+    told = "devices that share one copy of the model; default: 1, each has its own"
+    parser.add_argument("--fsdp", type=whole(1), default=1, metavar="N", help=told)
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """A reader of whole numbers from `least` on."""
+
+    def number(text: str) -> int:
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+        return value
+
+    return number
+
+
+def load_model(args: argparse.Namespace, dtype: str = "float32") -> Embedder:
+    """The model that `add_model`'s arguments name."""
+    from jaxembed import Embedder, parallel
+
+    use_compilation_cache()
+    mesh = parallel.make_mesh(fsdp=args.fsdp)
+    return Embedder.load(
+        args.model, dtype=dtype, checkpoint=args.checkpoint, layers=args.layers, adapter=args.adapter, mesh=mesh
+    )
 
 
 def cache_dir() -> Path:

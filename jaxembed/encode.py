@@ -27,11 +27,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
     from tqdm import tqdm
 
-    from jaxembed import Embedder
-
-    cli.use_compilation_cache()
-    loading = {name: getattr(args, name) for name in ("checkpoint", "dtype", "layers", "adapter")}
-    embedder = Embedder.load(args.model, **loading)
+    embedder = cli.load_model(args, args.dtype)
     options = {name: getattr(args, name) for name in ("instruction", "prompt_name", "dim", "long_texts")}
     options["examples"] = examples
     width = embedder.encode([], **options).shape[1]  # refuses what does not fit the model before anything is written

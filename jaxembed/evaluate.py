@@ -24,12 +24,17 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     out = Path(args.out) if args.out else None
     if out:
         cli.make_folder(out, f"{out}: the folder")
-    encoder = load_encoder(args.model, args.checkpoint, args.backend, args.layers, args.adapter)
+    encoder = load_encoder(args.model, args.checkpoint, args.backend, args.layers, args.adapter, args.fsdp)
     return {"model": args.model, "scores": mteb_encoder.evaluate(encoder, tasks, out)}
 
 
 def load_encoder(
-    model: str, checkpoint: str = "best", backend: str = "jax", layers: int | None = None, adapter: str | None = None
+    model: str,
+    checkpoint: str = "best",
+    backend: str = "jax",
+    layers: int | None = None,
+    adapter: str | None = None,
+    fsdp: int = 1,
 ) -> Any:
     """MODEL as an mteb encoder, run by JAX or, for an exported folder, by sentence-transformers."""
     from jaxembed.evaluation.mteb_encoder import MtebEncoder
@@ -40,10 +45,11 @@ def load_encoder(
         from jaxembed.evaluation.torch_encoder import load_torch
 
         return load_torch(Path(model))
-    from jaxembed import Embedder
+    from jaxembed import Embedder, parallel
 
     cli.use_compilation_cache()
-    embedder = Embedder.load(model, checkpoint=checkpoint, layers=layers, adapter=adapter)
+    mesh = parallel.make_mesh(fsdp=fsdp)
+    embedder = Embedder.load(model, checkpoint=checkpoint, layers=layers, adapter=adapter, mesh=mesh)
 
     def encode(texts: Sequence[str], prompt: str) -> np.ndarray:
         return embedder.encode(texts, prompt=prompt, show_progress=True)

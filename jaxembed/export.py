@@ -19,13 +19,12 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     out = cli.new_output(args.out)
     from transformers.utils import logging
 
-    from jaxembed import Embedder
     from jaxembed.hub.export import export, export_adapters, export_nv_embed
 
     logging.disable_progress_bar()  # of loading and saving, several times over
     getLogger("sentence_transformers").setLevel(ERROR)  # it runs on the CPU to check the folder, and warns that this is slow
-    cli.use_compilation_cache()
     if args.adapters:
+        cli.use_compilation_cache()
         if args.layers is not None or args.dtype != "float32" or args.layout != LAYOUTS[0] or args.adapter is not None:
             raise UserError(
                 "--adapters writes all adapters of a run as they are: leave --layers, --dtype, --layout and --adapter out"
@@ -34,7 +33,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             raise UserError(f"{args.model}: not a run directory; --adapters needs one that was trained with model.lora")
         parity = export_adapters(Path(args.model), out, args.checkpoint)
         return {"folder": str(out), **told(parity)}
-    embedder = Embedder.load(args.model, checkpoint=args.checkpoint, layers=args.layers, adapter=args.adapter)
+    embedder = cli.load_model(args)
     if args.layout == "nv-embed":
         parity = export_nv_embed(embedder, out, args.dtype)
     else:

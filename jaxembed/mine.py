@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any
 
 from jaxembed import cli
+from jaxembed.cli import whole
 from jaxembed.curation.rules import RULES, SAMPLED, Rule
 from jaxembed.errors import UserError
 
@@ -16,6 +17,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     out = cli.new_output(args.out)
     report = cli.new_output(args.report) if args.report else out.with_name(f"{out.name}.report.json")
     rule = Rule(args.rule, args.negatives, args.depth, tuple(args.window), args.max_score, args.margin, args.share)
+    from jaxembed import parallel
     from jaxembed.curation.mining import Ways, embed, mine, of_texts
     from jaxembed.curation.pool import open_input, read_corpus, read_pool
     from jaxembed.curation.report import details, line, summary
@@ -32,7 +34,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     source = open_input(args.input, args.instruction, cache)
     pool = read_pool(source, read_corpus(args.corpus, cache) if args.corpus else None, args.seed)
     rescore = of_texts(open_cross_encoder(args.cross_encoder, cache), pool) if args.cross_encoder else None
-    model = open_encoder(args.model, cache)
+    model = open_encoder(args.model, cache, parallel.make_mesh(fsdp=args.fsdp))
     queries = embed(pool.queries, model.encode, model.width, "queries")
     texts = [RawText(text, "document", "") for text in pool.documents]
     result = mine(pool, queries, embed(texts, model.encode, model.width, "documents"), ways, rescore)
@@ -45,17 +47,6 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); name another output") from None
     return {"out": str(out), "report": str(report), **counts}
-
-
-def whole(least: int) -> Any:
-    """A reader of whole numbers from `least` on."""
-
-    def number(text: str) -> int:
-        if (value := int(text)) < least:
-            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
-        return value
-
-    return number
 
 
 if __name__ == "__main__":
@@ -83,7 +74,7 @@ if __name__ == "__main__":
     group.add_argument("--max-score", type=float, default=default.max_score, help="topk_abs: the highest; default: 0.7")
     group.add_argument(
         "--window", type=whole(1), nargs=2, default=default.window, metavar=("A", "B"), help="window: ranks; default: 50 100"
-    )
+    )  # fmt: skip
     group.add_argument("--seed", type=whole(0), default=0, help=f"of {' and '.join(SAMPLED)}; default: 0")
     group.add_argument("--keep-negatives", action="store_true", help="IN's own come first")
     group.add_argument(
@@ -93,6 +84,7 @@ if __name__ == "__main__":
     group.add_argument("--candidates", choices=["model", "bm25"], default="model", help="found by MODEL (default) or by BM25")
     group.add_argument("--cross-encoder", metavar="MODEL", help="scores candidates anew, for the rule and for OUT")
     parser.add_argument("--memory-mb", type=whole(1), default=512, help="of the search, beside the vectors; default: 512")
+    cli.add_fsdp(parser)
     parser.add_argument("--approximate", action="store_true", help="a faster search on TPUs; its recall is in the report")
     parser.add_argument("--report", metavar="FILE.json", help="counts, histograms, samples; default: OUT.jsonl.report.json")
     cli.run(main, parser)

@@ -242,6 +242,29 @@ def looked_up(table: jax.Array, rows: jax.Array, dtype: Any) -> jax.Array:
     return split_rows(x)
 
 
+def splits_parameters() -> bool:
+    """Whether XLA splits parameters over `fsdp` (`jax.set_mesh`)."""
+    return "fsdp" in free_axes() and jax.sharding.get_abstract_mesh().shape["fsdp"] > 1
+
+
+def fetched(kernel: jax.Array, axis: int) -> jax.Array:
+    """A matrix of which `fsdp` splits an axis, whole along it on every device."""
+    return _along(kernel, axis, None)
+
+
+def split_width(kernel: jax.Array, axis: int) -> jax.Array:
+    """A matrix, split over `fsdp` along an axis."""
+    return _along(kernel, axis, "fsdp")
+
+
+def _along(x: jax.Array, axis: int, mesh_axis: str | None) -> jax.Array:
+    if not splits_parameters():
+        return x
+    spec: list[Any] = [PartitionSpec.UNCONSTRAINED] * x.ndim
+    spec[axis] = mesh_axis
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
 def free_axes() -> tuple[str, ...]:
     """The axes of the mesh (`jax.set_mesh`) over which XLA splits arrays, no `by_shard` being around; none without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()

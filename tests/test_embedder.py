@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxembed import Embedder
+from jaxembed import Embedder, cli
 from jaxembed.errors import UserError
 from jaxembed.hub.base import find_base, spec_from_json
 from jaxembed.hub.card import Card
@@ -41,6 +41,19 @@ def test_a_long_text_is_read_to_its_end(model: Embedder, way: str, combine: Call
     assert np.abs(got[1] - got[3]).max() > 1e-3
     narrow = model.encode(texts, prompt="query: ", long_texts=way, dim=8)
     np.testing.assert_allclose(narrow, got[:, :8] / np.linalg.norm(got[:, :8], axis=1, keepdims=True), atol=1e-5)
+
+
+def test_a_model_split_over_devices_gives_the_same_vectors(model: Embedder, base_folder: Callable[[str], Path]) -> None:
+    """As `--fsdp` loads it for the commands; where its width does not split, that is told."""
+    parser = cli.parser("encode", "")
+    cli.add_model(parser)
+    folder = str(base_folder("qwen3"))
+    split = cli.load_model(parser.parse_args([folder, "--fsdp", "4"]))
+    part = split.params["decoder"]["layers"]["mlp"]["up"]["kernel"].addressable_shards[0].data
+    assert part.shape[1] == model.model.decoder.width // 4
+    np.testing.assert_allclose(split.encode([LONG, "short"]), model.encode([LONG, "short"]), atol=1e-5)
+    with pytest.raises(UserError, match=r"^mesh\.fsdp is 3, which does not divide the model's embed"):
+        Embedder.load(folder, mesh=make_mesh(2, 3))
 
 
 def test_an_unknown_way_is_refused(model: Embedder) -> None:

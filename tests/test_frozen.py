@@ -19,9 +19,10 @@ from jaxembed.hub.opening import base_params, shapes_and_shardings
 from jaxembed.hub.peft import write_adapters
 from jaxembed.model.decoder import Compute
 from jaxembed.model.embedder import EmbeddingModel, parameter_shapes
-from jaxembed.model.frozen import dequantise, product, quantise
+from jaxembed.model.frozen import dequantise, quantise
 from jaxembed.model.lora import LoRA, merge, split
 from jaxembed.model.presets import from_hf, preset
+from jaxembed.model.product import frozen_product
 from jaxembed.spec import EmbeddingSpec
 from loaded import draw_texts, in_rows, load, vectors
 from test_lora import adapted
@@ -45,7 +46,7 @@ def test_the_product_is_that_of_the_dequantised_kernel(dtype: str) -> None:
     random = np.random.default_rng(0)
     numbers, scale = (jnp.asarray(x) for x in quantise(random.normal(size=(64, 32)).astype(np.float32)))
     x = jnp.asarray(random.normal(size=(5, 64)), dtype)
-    out, expected = product(x, numbers, scale), x.astype(jnp.float32) @ dequantise(numbers, scale)
+    out, expected = frozen_product(x, numbers, scale, 0), x.astype(jnp.float32) @ dequantise(numbers, scale)
     assert out.dtype == x.dtype
     np.testing.assert_allclose(out.astype(jnp.float32), expected, rtol=1e-2 if dtype == "bfloat16" else 1e-5, atol=1e-4)
 

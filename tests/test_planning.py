@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import pytest
 
 import runs
+from jaxembed import cli
 from jaxembed.errors import UserError
 from jaxembed.planning.collectives import collectives
 from jaxembed.planning.flops import product_flops
@@ -95,6 +97,33 @@ def test_too_little_memory_is_told_with_what_would_help(tmp_path: Path) -> None:
         "a step needs 40.0 GiB of a device that has 16.0 GiB; try mesh.fsdp=-1, a smaller gradcache.rows, "
         "model.dtype=bfloat16, model.lora"
     )
+
+
+def test_a_step_that_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs.prepare(tmp_path)
+    monkeypatch.setattr("jaxembed.planning.plan._memory_here", lambda: 1 << 10)
+    with pytest.raises(UserError, match=r"^a step needs 0\.0 GiB of a device that has 0\.0 GiB; try mesh\.fsdp=-1, "):
+        plan(runs.settings(tmp_path, "run"), None)
+
+
+def test_without_the_tpu_compiler_a_slice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"^--topology needs the TPU compiler, which is not installed; pip install"):
+        topology_devices("v5e:2x2")
+
+
+def test_a_tpu_that_is_not_there_is_not_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the TPU compiler installed alone; with another plugin, or a choice in the environment, JAX looks by itself."""
+    for modules, chosen, expected in (
+        ({"libtpu"}, None, "cpu"), ({"libtpu", "jax_plugins"}, None, None), (set(), None, None), ({"libtpu"}, "cuda", "cuda"),
+    ):  # fmt: skip
+        monkeypatch.setattr("importlib.util.find_spec", lambda name, there=modules: name if name in there else None)
+        monkeypatch.setattr(Path, "glob", lambda *_: iter(()))
+        monkeypatch.setenv("JAX_PLATFORMS", chosen or "")  # undone at the end, whatever is set in between
+        if chosen is None:
+            monkeypatch.delenv("JAX_PLATFORMS")
+        cli._skip_absent_tpu()
+        assert os.environ.get("JAX_PLATFORMS") == expected
 
 
 @pytest.mark.parametrize("name", ["v9:2x2", "v5e", "v5e:4xx4", ""])

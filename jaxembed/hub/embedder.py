@@ -68,15 +68,15 @@ class Embedder:
         checkpoint: str = "best",
         layers: int | None = None,
         adapter: str | None = None,
-        devices: Sequence[jax.Device] | None = None,
+        mesh: Mesh | None = None,
     ) -> Embedder:
         """Loads a run directory, an exported or Hugging Face folder, or a hub id.
 
         `dtype` is that of the computation. `checkpoint` picks a run's step: best (on the held-out sets), last, or a number.
-        `layers` keeps the first ones only (early exit). `adapter` names one of a run that has several. `devices` are those to
-        compute on, all if absent.
+        `layers` keeps the first ones only (early exit). `adapter` names one of a run that has several. `mesh` says on
+        which devices texts and parameters lie (`parallel.make_mesh`): on all, with all parameters on each, if absent.
         """
-        whole = cls._load(model, dtype, checkpoint, adapter, parallel.make_mesh(devices=devices))
+        whole = cls._load(model, dtype, checkpoint, adapter, parallel.make_mesh() if mesh is None else mesh)
         return whole if layers is None else whole.first_layers(layers)
 
     @classmethod

@@ -12,7 +12,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from jaxembed import parallel
 from jaxembed.data.batch import RawText
 from jaxembed.data.vector_store import VectorStore, key_of
 from jaxembed.errors import UserError, brief
@@ -85,12 +87,13 @@ def in_groups(
     return out
 
 
-def open_encoder(name: str, cache: Path) -> OtherModel:
+def open_encoder(name: str, cache: Path, mesh: Mesh | None = None) -> OtherModel:
     """Any model that jaxembed loads, else a sentence-transformers folder of another kind, local or by hub id.
 
     An instruction becomes a prompt by the model's own template; texts without one get the prompt that is stored for their
     side, query or document, if there is one. Models of sentence-transformers know the stored prompts alone. Vectors are
-    kept under `cache`. `UserError` where the model cannot be loaded.
+    kept under `cache`. Models that jaxembed loads run on `mesh`, on this process's devices if absent. `UserError` where the
+    model cannot be loaded.
     """
     try:
         base = find_base(name)
@@ -100,7 +103,8 @@ def open_encoder(name: str, cache: Path) -> OtherModel:
             raise
         log.info("%s: loaded by sentence-transformers (%s)", name, error)
         return _of_sentence_transformers(name, folder, cache)
-    return _of_embedder(name, base, Embedder.load(name, devices=jax.local_devices()), cache)
+    mesh = parallel.make_mesh(devices=jax.local_devices()) if mesh is None else mesh
+    return _of_embedder(name, base, Embedder.load(name, mesh=mesh), cache)
 
 
 def _of_embedder(name: str, base: Base, embedder: Embedder, cache: Path) -> OtherModel:

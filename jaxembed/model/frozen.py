@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int8, Shaped
+from jaxtyping import Array, Float, Float32, Int8
 
 INT8_MAX = 127
 
@@ -22,9 +22,3 @@ def quantise(kernel: Float32[np.ndarray, "i o"]) -> tuple[Int8[np.ndarray, "i o"
 def dequantise(kernel: Int8[Array, "*l i o"], scale: Float[Array, "*l o"]) -> Float[Array, "*l i o"]:
     """The kernel in float32."""
     return kernel.astype(jnp.float32) * scale[..., None, :]
-
-
-def product(x: Float[Array, "*t i"], kernel: Shaped[Array, "i o"], scale: Float[Array, " o"] | None) -> Float[Array, "*t o"]:
-    """x @ kernel in the dtype of x, in which int8 numbers are exact: the scales, common factors of the sums, come after."""
-    y = x @ kernel.astype(x.dtype)
-    return y if scale is None else (y * scale).astype(x.dtype)

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxembed.model.frozen import product
 from jaxembed.model.lora import LoRA
+from jaxembed.model.product import frozen_product, product
 
 
 def at_least_float32(x: jax.Array) -> jax.Array:
@@ -50,7 +50,8 @@ class Linear(nn.Module):
         return y
 
     def _product(self, x: jax.Array) -> jax.Array:
-        shape, held = (x.shape[-1], self.features), jnp.dtype("float32" if self.lora is None else self.lora.base_dtype)
+        shape, split = (x.shape[-1], self.features), self.axes.index("embed")
+        held = jnp.dtype("float32" if self.lora is None else self.lora.base_dtype)
         if held == jnp.int8:  # read from a base: never drawn
             kernel = self.param("kernel", nn.with_partitioning(nn.initializers.zeros, self.axes), shape, held)
             ones = nn.with_partitioning(nn.initializers.ones, self.axes[1:])
@@ -58,9 +59,11 @@ class Linear(nn.Module):
         else:
             init = nn.with_partitioning(nn.initializers.normal(self.init_std), self.axes)
             kernel, scale = self.param("kernel", init, shape, held), None
+        if self.lora is None:
+            return product(x, kernel, split)
         # The backward pass converts such a kernel again: those of all layers, kept from the forward pass, would be a copy
-        multiply = product if held == jnp.float32 else jax.checkpoint(product)
-        return multiply(x, kernel, scale)
+        multiply = frozen_product if held == jnp.float32 else jax.checkpoint(frozen_product, static_argnums=3)
+        return multiply(x, kernel, scale, split)
 
     def _adapted(self, x: jax.Array, lora: LoRA) -> jax.Array:
         into = nn.with_partitioning(nn.initializers.he_uniform(), (self.axes[0], None))
