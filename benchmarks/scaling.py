@@ -94,8 +94,8 @@ def roofline(args: argparse.Namespace, decoder: DecoderConfig, program: Program,
 
 def memory_traffic(args: argparse.Namespace, decoder: DecoderConfig, chips: int) -> float:
     """Bytes that a chip reads and writes, reckoned: in each pass over a chunk of rows every matrix once, in bfloat16, and
-    for every token and layer what products read and write (also bfloat16), scores in float32 four times over; the
-    optimizer's eight float32 numbers a parameter.
+    for every token and layer what products read and write (also bfloat16), scores in float32 four times over unless the
+    kernel is splash, which keeps them on the chip; the optimizer's eight float32 numbers a parameter.
     """
     width, heads, kv_heads = decoder.width, decoder.heads * decoder.head_width, decoder.kv_heads * decoder.head_width
     matrices = width * (2 * heads + 2 * kv_heads + 3 * decoder.mlp_width)
@@ -103,7 +103,8 @@ def memory_traffic(args: argparse.Namespace, decoder: DecoderConfig, chips: int)
     chunks = -(-rows // (args.rows or rows))
     forward = 1 + (args.rows is not None) + args.remat
     passes = forward + (1 if args.lora else 2)
-    a_token = 2 * (4 * width + 3 * heads + 2 * kv_heads + 4 * decoder.mlp_width) + 16 * decoder.heads * TOKENS
+    scores = 0 if args.attention in ("auto", "splash") else 16 * decoder.heads * TOKENS
+    a_token = 2 * (4 * width + 3 * heads + 2 * kv_heads + 4 * decoder.mlp_width) + scores
     trained = 0 if args.lora else decoder.layers * matrices + decoder.vocab_size * width
     moved = chunks * passes * 2 * matrices * decoder.layers + passes * rows * TOKENS * decoder.layers * a_token
     return moved + 32 * trained / chips
@@ -162,7 +163,7 @@ if __name__ == "__main__":
     parser.add_argument("--rows", type=int, help="gradcache.rows; none: all rows at once")
     parser.add_argument("--fsdp", type=int, help="devices that share the parameters (all)")
     parser.add_argument("--remat", action="store_true", help="model.remat")
-    parser.add_argument("--attention", default="rows", help="model.attention_kernel (rows)")
+    parser.add_argument("--attention", default="auto", help="model.attention_kernel (auto: splash)")
     parser.add_argument("--batch-size", type=int, default=32_768)
     parser.add_argument("--negatives", type=int, default=0, help="hard negatives a query (0)")
     parser.add_argument("--segments", type=int, help="texts a row holds at most (one per 8 tokens)")

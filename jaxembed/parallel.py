@@ -197,6 +197,14 @@ def put_parts(sharding: NamedSharding, shape: tuple[int, ...], part: Callable[[t
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 
+def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array on a 64-byte boundary, which the CPU backend takes without another copy."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(size + 64, np.uint8)
+    skip = -raw.ctypes.data % 64
+    return raw[skip : skip + size].view(dtype).reshape(shape)
+
+
 def to_host(x: jax.Array | np.ndarray) -> np.ndarray:
     """The values of an array on every process; where it is split over several, all of them must ask."""
     if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):

@@ -32,6 +32,33 @@ run() { # a command, or what it would be
   if [[ -n $dry_run ]]; then quoted "$@"; else "$@"; fi
 }
 
+# What the two scripts for gcloud take; sets a variable for each option, `place` for gcloud, and `train` for what is after --.
+# shellcheck disable=SC2034 # the scripts read them
+gcloud_options() {
+  name='' zone='' project='' slices='' accelerator='' version='' create='' spot=''
+  while (($#)); do
+    case $1 in
+      --help | -h) usage && exit ;;
+      --dry-run) dry_run=yes ;;
+      --create) create=yes ;;
+      --spot) spot=yes ;;
+      --name) name=${2-} && shift ;;
+      --zone) zone=${2-} && shift ;;
+      --project) project=${2-} && shift ;;
+      --slices) slices=${2-} && shift ;;
+      --accelerator-type) accelerator=${2-} && shift ;;
+      --version) version=${2-} && shift ;;
+      --) break ;;
+      *) fail "unknown argument $1" ;;
+    esac
+    (($#)) && shift
+  done
+  needs --name "$name"
+  needs --zone "$zone"
+  [[ ${1-} == -- && -n ${2-} ]] || fail "-- CONFIG.yaml is missing"
+  place=(--zone="$zone" ${project:+--project="$project"}) train=("$@")
+}
+
 train_on_all_workers() { # KIND (tpu-vm or queued-resources) NAME FLAGS... -- CONFIG.yaml [key.sub=value ...]
   local kind=$1 name=$2 flags=() checkout archive
   shift 2

@@ -20,28 +20,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-name='' zone='' project='' slices='' accelerator='' version='' create='' spot=''
-while (($#)); do
-  case $1 in
-    --help | -h) usage && exit ;;
-    --dry-run) dry_run=yes ;;
-    --create) create=yes ;;
-    --spot) spot=yes ;;
-    --name) name=${2-} && shift ;;
-    --zone) zone=${2-} && shift ;;
-    --project) project=${2-} && shift ;;
-    --slices) slices=${2-} && shift ;;
-    --accelerator-type) accelerator=${2-} && shift ;;
-    --version) version=${2-} && shift ;;
-    --) break ;;
-    *) fail "unknown argument $1" ;;
-  esac
-  (($#)) && shift
-done
-needs --name "$name"
-needs --zone "$zone"
-[[ ${1-} == -- && -n ${2-} ]] || fail "-- CONFIG.yaml is missing"
-place=(--zone="$zone" ${project:+--project="$project"})
+gcloud_options "$@"
 
 wait_until_active() {
   local state
@@ -67,4 +46,4 @@ if [[ -n $create ]]; then
 elif [[ -n $slices$accelerator$version$spot ]]; then
   fail "--slices, --accelerator-type, --version and --spot are of a resource that --create asks for"
 fi
-train_on_all_workers queued-resources "$name" "${place[@]}" --node=all "$@"
+train_on_all_workers queued-resources "$name" "${place[@]}" --node=all "${train[@]}"

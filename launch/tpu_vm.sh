@@ -18,27 +18,8 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-name='' zone='' project='' accelerator='' version='' create='' spot=''
-while (($#)); do
-  case $1 in
-    --help | -h) usage && exit ;;
-    --dry-run) dry_run=yes ;;
-    --create) create=yes ;;
-    --spot) spot=yes ;;
-    --name) name=${2-} && shift ;;
-    --zone) zone=${2-} && shift ;;
-    --project) project=${2-} && shift ;;
-    --accelerator-type) accelerator=${2-} && shift ;;
-    --version) version=${2-} && shift ;;
-    --) break ;;
-    *) fail "unknown argument $1" ;;
-  esac
-  (($#)) && shift
-done
-needs --name "$name"
-needs --zone "$zone"
-[[ ${1-} == -- && -n ${2-} ]] || fail "-- CONFIG.yaml is missing"
-place=(--zone="$zone" ${project:+--project="$project"})
+gcloud_options "$@"
+[[ -z $slices ]] || fail "several slices are for launch/multislice.sh"
 
 if [[ -n $create ]]; then
   needs --accelerator-type "$accelerator"
@@ -48,4 +29,4 @@ if [[ -n $create ]]; then
 elif [[ -n $accelerator$version$spot ]]; then
   fail "--accelerator-type, --version and --spot are of a TPU that --create makes"
 fi
-train_on_all_workers tpu-vm "$name" "${place[@]}" "$@"
+train_on_all_workers tpu-vm "$name" "${place[@]}" "${train[@]}"

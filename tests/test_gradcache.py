@@ -27,6 +27,7 @@ from jaxembed.data.sources import Source
 from jaxembed.losses.objectives import Objectives
 from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.model.lora import LoRA, join, split
+from jaxembed.model.pooling import unit_length
 from jaxembed.training.gradcache import encode
 from jaxembed.training.step import OBJECTIVES, batch_loss
 from loaded import load
@@ -65,6 +66,12 @@ def close(a: Any, b: Any) -> None:
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
         assert np.linalg.norm(x) > 1e-7, path
         assert np.linalg.norm(x - y) <= 1e-5 * np.linalg.norm(x), path
+
+
+def every_slot(texts: PackedTexts) -> jax.Array:
+    """All slots of a batch, one a row, also those that hold no text."""
+    of_shard = jnp.arange(len(texts.tokens) // texts.shards * texts.segments, dtype=jnp.int32)
+    return jnp.tile(of_shard, texts.shards)[:, None]
 
 
 def compiled(model: EmbeddingModel, objectives: Objectives, params: Any, batch: Any, rows: int | None) -> jax.stages.Compiled:
@@ -119,12 +126,13 @@ def test_a_chunk_is_encoded_with_the_same_dropout_twice(base_folder: Folder, sou
         for i in range(count):
             part = {name: getattr(texts, name)[CHUNK * i : CHUNK * (i + 1)] for name in names}
             packed = PackedTexts(**part, segments=texts.segments, shards=1)
-            vectors = model.apply({"params": join(trained, frozen)}, packed, rngs={"dropout": keys[i]})
+            vectors = unit_length(model.apply({"params": join(trained, frozen)}, packed, rngs={"dropout": keys[i]}))
             total += jnp.sum(vectors * weights[CHUNK * i : CHUNK * (i + 1)])
         return total
 
     def cached(trained: Any) -> jax.Array:
-        return jnp.sum(encode(model, join(trained, frozen), texts, KEY, CHUNK) * weights)
+        vectors = encode(model, join(trained, frozen), texts, every_slot(texts), KEY, CHUNK)
+        return jnp.sum(vectors * weights.reshape(vectors.shape))
 
     assert count > 1 and len(texts.tokens) % CHUNK == 0
     (a, grads), (b, cached_grads) = (jax.jit(jax.value_and_grad(f))(trained) for f in (by_hand, cached))
@@ -139,7 +147,8 @@ def test_memory_is_that_of_a_chunk(base_folder: Folder) -> None:
     def temporary(count: int, rows: int | None) -> int:
         zeros = {n: jax.ShapeDtypeStruct((count, 256), jnp.int32) for n in ("tokens", "segment_ids", "positions")}
         texts = PackedTexts(**zeros, pool_mask=jax.ShapeDtypeStruct((count, 256), bool), segments=4, shards=1)
-        grad = jax.jit(jax.grad(lambda p, t: encode(model, p, t, KEY, rows).sum()))
+        slots = 4 * jnp.arange(count)[:, None]
+        grad = jax.jit(jax.grad(lambda p, t: encode(model, p, t, slots, KEY, rows).sum()))
         return int(grad.lower(params, texts).compile().memory_analysis().temp_size_in_bytes)
 
     assert temporary(64, 8) < 1.3 * temporary(16, 8) < 0.7 * temporary(64, None)

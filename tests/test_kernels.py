@@ -26,6 +26,7 @@ from jaxembed.model.masks import MASKS, Places
 from jaxembed.spec import EmbeddingSpec
 from jaxembed.training.gradcache import encode
 from loaded import draw_texts, in_rows, load
+from test_gradcache import every_slot
 
 ROWS, HEADS, WIDTH = 4, 4, 8
 Inputs = tuple[jax.Array, jax.Array, jax.Array, Places]
@@ -123,7 +124,8 @@ def test_a_model_with_splash_has_the_gradients_of_one_without(
         key = jax.random.key(0)
 
         def total(params: Any, texts: Any, model: Any = model, rows: Any = rows, key: Any = key) -> jax.Array:
-            return jnp.sum(encode(model, params, texts, key, rows) * weights)
+            vectors = encode(model, params, texts, every_slot(texts), key, rows)
+            return jnp.sum(vectors * weights.reshape(vectors.shape))
 
         with jax.set_mesh(mesh):
             grads[kernel] = jax.tree.leaves(jax.jit(jax.grad(total))(params, parallel.put_batch(mesh, packed)))

@@ -76,6 +76,7 @@ def test_help(name):
         ("tpu_vm", [*PLACE, "--create", "--", *TRAIN], "--accelerator-type is missing"),
         ("tpu_vm", [*PLACE, "--spot", "--", *TRAIN], "--accelerator-type, --version and --spot are of a TPU that --create"),
         ("tpu_vm", [*PLACE, "--", "no.yaml"], "no.yaml: no such file in "),
+        ("tpu_vm", [*PLACE, "--slices", "2", "--", *TRAIN], "several slices are for launch/multislice.sh"),
         ("multislice", [*PLACE, *MADE, "--", *TRAIN], "--slices is missing"),
         ("multislice", [*PLACE, *MADE, "--slices", "1", "--", *TRAIN], "--slices is 1; one slice is for launch/tpu_vm.sh"),
         ("gke_jobset", [*GKE, "--name", "My_Pod", "--", *TRAIN], "--name is 'My_Pod'; expected lower-case letters"),

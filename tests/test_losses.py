@@ -20,7 +20,7 @@ from jaxembed.losses.encoded import Encoded
 from jaxembed.losses.infonce import info_nce
 from jaxembed.losses.negatives import known_positive, lent, texts_of
 from jaxembed.model.pooling import unit_length
-from jaxembed.training.step import pick
+from jaxembed.training.gradcache import pick
 
 Texts = list[list[str | None]]
 

@@ -27,6 +27,7 @@ from jaxembed.training.checkpoint import Checkpoints
 from jaxembed.training.metrics import read_metrics
 from runs import ENV, prepare, settings
 
+POD = Path(__file__).parents[1] / "launch" / "local_pod.sh"
 STALL = 30.0  # seconds in which a run of which a process is lost must end
 
 
@@ -97,17 +98,19 @@ def assert_same(run: Path, wanted: Sequence[dict[str, float]]) -> None:
 
 
 def test_two_processes_go_on_where_one_left_off_and_end_as_it_does(folder: Path, straight: list[dict[str, float]]) -> None:
+    """As launch/local_pod.sh starts them."""
     run = folder / "two"
     shutil.copytree(folder / "straight", run)
     overrides = ("mesh.data=8", "train.keep_checkpoints=9")
     (run / "config.yaml").write_text(settings(folder, "two", *overrides).dump())
     for step in (6, 8, 12):
         shutil.rmtree(run / "checkpoints" / str(step))
-    processes = launch(folder, "two", *overrides)
-    (result, _), (nothing, told) = (process.communicate() for process in processes)
-    assert [process.returncode for process in processes] == [0, 0]
-    assert json.loads(result.splitlines()[-1])["step"] == 12
-    assert "{" not in nothing and not told.strip(), "the first process alone writes and logs"
+    command = ["bash", str(POD), "2", "4", "--", str(folder / "two.yaml"), f"run.dir={run}", *overrides]
+    env = {**ENV, "PYTHON": sys.executable, "JAXEMBED_CACHE": str(folder / "cache")}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout)["step"] == 12
+    assert not [line for line in done.stderr.splitlines() if line.startswith("[1]")], "the first process alone logs"
     assert_same(run, straight)
     assert whole_steps(run) == [4, 6, 8, 12]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -240,7 +239,7 @@ def _read(
     update: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> np.ndarray:
     """The part of a parameter at `index`, with an update that is added to the whole of it."""
-    held = _aligned_empty(tuple(one.stop - one.start for one in index), dtype)
+    held = parallel.aligned_empty(tuple(one.stop - one.start for one in index), dtype)
     layers, rest = (range(index[0].start, index[0].stop), index[1:]) if entry.stacked else (range(1), index)
     for i, part in zip(layers, held if entry.stacked else [held], strict=True):
         one = part if part.dtype == np.float32 else np.empty(part.shape, np.float32)
@@ -254,7 +253,7 @@ def _read_int8(
     entry: Entry, tensors: Mapping[str, Any], shape: tuple[int, ...], update: tuple[np.ndarray, np.ndarray] | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """A stacked kernel rounded to int8, and its scales."""
-    held, scales = _aligned_empty(shape, np.int8), []
+    held, scales = parallel.aligned_empty(shape, np.int8), []
     for i, part in enumerate(held):
         one = np.empty(part.shape, np.float32)
         _read_one(entry, tensors, i, _whole(part.shape), one, update)
@@ -292,14 +291,6 @@ def _copy_rows(source: Any, index: tuple[slice, ...], into: np.ndarray, numbers_
     for start in range(0, into.shape[0], block):
         stop = min(start + block, into.shape[0])
         into[start:stop] = source[slice(first + start, first + stop), *index[1:]]
-
-
-def _aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An array on a 64-byte boundary, which the CPU backend takes without another copy."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    raw = np.empty(size + 64, np.uint8)
-    skip = -raw.ctypes.data % 64
-    return raw[skip : skip + size].view(dtype).reshape(shape)
 
 
 @dataclasses.dataclass(frozen=True)

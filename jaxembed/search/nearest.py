@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -16,7 +18,7 @@ from jaxembed import parallel
 from jaxembed.parallel import BATCH_AXES
 
 GROUP = 32  # documents whose best score stands for them
-MOST_QUERIES, MOST_DOCUMENTS = 512, 65536  # of a block; larger ones are no faster
+MOST_QUERIES, MOST_DOCUMENTS = 512, 131072  # of a block; larger ones are no faster
 MEMORY_MB = 512
 
 
@@ -58,17 +60,16 @@ def search(
     blocks = block_sizes(memory_mb, queries.shape[1], k, len(queries), len(documents))
     at_once = blocks.queries * parallel.shard_count(mesh)
     starts = range(0, len(queries), at_once)
-    split, whole = parallel.split_batch(mesh), parallel.replicated(mesh)
-    best = [parallel.put_whole(split, _none(at_once, k)) for _ in starts]
-    merge = _merge(mesh, approximate)
+    best = [parallel.put_whole(parallel.split_batch(mesh), _none(at_once, k)) for _ in starts]
+    merge, product = _merge(mesh, approximate), _product(mesh, at_once, blocks.documents)
     firsts = range(0, len(documents), blocks.documents)
     # A caller may have set a mesh of fewer devices, as training does.
     with jax.set_mesh(mesh), tqdm(total=len(starts) * len(firsts), unit="block", disable=not show_progress) as bar:
         for first in firsts:
-            block = parallel.put_whole(whole, documents[first : first + blocks.documents])
+            scores_of = product(documents[first : first + blocks.documents])
             for i, start in enumerate(starts):
-                some = parallel.put_whole(split, _padded(queries[start : start + at_once], at_once))
-                best[i] = merge(best[i], some, block, np.int32(first))
+                scores = scores_of(_padded(queries[start : start + at_once], at_once))
+                best[i] = merge(best[i], scores, np.int32(first))
                 jax.block_until_ready(best[i - 1])  # no more than two at a time are in memory
                 bar.update()
     found = [tuple(parallel.to_host(x) for x in of_queries) for of_queries in best]
@@ -93,20 +94,50 @@ def _padded(x: np.ndarray, rows: int) -> np.ndarray:
     return x if len(x) == rows else np.concatenate([x, np.zeros((rows - len(x), x.shape[1]), x.dtype)])
 
 
+def _product(mesh: Mesh, queries: int, documents: int) -> Callable[[np.ndarray], Callable[[np.ndarray], jax.Array]]:
+    """From a block of documents, to a function from a block of queries to the scores [q, n] on the devices of the queries.
+
+    On CPUs numpy's BLAS multiplies, sooner than XLA, into one of two places by turns: the scores of a block are to be used
+    before those of the next but one are asked for.
+    """
+    split, whole = parallel.split_batch(mesh), parallel.replicated(mesh)
+    if jax.default_backend() != "cpu":
+        return lambda block: functools.partial(_multiplied(mesh), parallel.put_whole(whole, block))
+    places = itertools.cycle([parallel.aligned_empty((queries, documents), np.float32) for _ in range(2)])
+
+    def by_blas(block: np.ndarray, some: np.ndarray) -> jax.Array:
+        scores = next(places).reshape(-1)[: queries * len(block)].reshape(queries, -1)
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            return np.matmul(some[index[0]], block.T, out=scores[index[0]])
+
+        return parallel.put_parts(split, scores.shape, part)
+
+    return lambda block: functools.partial(by_blas, block)
+
+
+@functools.cache
+def _multiplied(mesh: Mesh) -> jax.stages.Wrapped:
+    def scores(documents: jax.Array, queries: jax.Array) -> jax.Array:
+        return jnp.matmul(queries, documents.T, precision=jax.lax.Precision.HIGHEST)
+
+    split, whole = parallel.split_batch(mesh), parallel.replicated(mesh)
+    return jax.jit(scores, in_shardings=(whole, split), out_shardings=split)
+
+
 @functools.cache
 def _merge(mesh: Mesh, approximate: bool) -> jax.stages.Wrapped:
     """The compiled `_merged` on each device's queries, in place of the best so far."""
     split, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
     merged = functools.partial(_merged, approximate=approximate)
-    mapped = jax.shard_map(merged, mesh=mesh, in_specs=(split, split, whole, whole), out_specs=split)
+    mapped = jax.shard_map(merged, mesh=mesh, in_specs=(split, split, whole), out_specs=split)
     return jax.jit(mapped, donate_argnums=0)
 
 
-def _merged(best: Best, queries: jax.Array, documents: jax.Array, first: jax.Array, *, approximate: bool) -> Best:
-    """The best so far merged with those of a block of documents, of which `first` is the first one's row."""
+def _merged(best: Best, scores: jax.Array, first: jax.Array, *, approximate: bool) -> Best:
+    """The best so far merged with the scores of a block of documents, of which `first` is the first one's row."""
     k = best[0].shape[1]
-    scores = jnp.matmul(queries, documents.T, precision=jax.lax.Precision.HIGHEST)
-    of_block = min(k, len(documents))
+    of_block = min(k, scores.shape[1])
     values, columns = jax.lax.approx_max_k(scores, of_block) if approximate else top_k(scores, of_block)
     values, order = jax.lax.top_k(jnp.concatenate([best[1], values], axis=1), k)
     rows = jnp.concatenate([best[0], first + columns], axis=1)

@@ -10,21 +10,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxembed import parallel
 from jaxembed.data.packing import PackedTexts
 from jaxembed.model.embedder import EmbeddingModel
+from jaxembed.model.pooling import unit_length
 
 
-def encode(model: EmbeddingModel, params: Any, texts: PackedTexts, key: jax.Array, rows: int | None) -> Float[Array, "r s d"]:
-    """The vectors of a batch; with `rows` every device encodes that many rows at a time. `key` is that of dropout.
+def encode(
+    model: EmbeddingModel, params: Any, texts: PackedTexts, slots: Int[Array, "b m"], key: jax.Array, rows: int | None
+) -> Float[Array, "b m d"]:
+    """Unit vectors of the texts in shard-local `slots`, shard-major; zeros, without gradient, for absent ones (-1).
 
-    Each device sums the gradients of its own chunks before they are summed over devices, once, unless the parameters are split
-    too (`parallel.by_shard`).
+    With `rows` every device encodes that many rows at a time. `key` is that of dropout. Each device sums the gradients of its
+    own chunks before they are summed over devices, once, unless the parameters are split too (`parallel.by_shard`).
     """
     if rows is None or rows * texts.shards >= len(texts.tokens):
-        return model.apply({"params": params}, texts, rngs={"dropout": key})
+        return pick(model.apply({"params": params}, texts, rngs={"dropout": key}), slots, texts.shards)
     parts = parallel.parts_by_shard()
     shards = texts.shards // parts  # of a part
     count = -(-len(texts.tokens) // (texts.shards * rows))
@@ -36,16 +39,40 @@ def encode(model: EmbeddingModel, params: Any, texts: PackedTexts, key: jax.Arra
         "pool_mask": texts.pool_mask,
     }
 
-    def of_part(params: Any, arrays: dict[str, jax.Array], keys: jax.Array) -> jax.Array:
+    def of_part(params: Any, arrays: dict[str, jax.Array], slots: jax.Array, keys: jax.Array) -> jax.Array:
         def chunk(part: tuple[dict[str, jax.Array], jax.Array]) -> jax.Array:
             packed = PackedTexts(**part[0], segments=texts.segments, shards=shards)
             return model.apply({"params": params}, packed, rngs={"dropout": part[1]})
 
-        chunks = jax.tree.map(lambda x: _in_chunks(x, shards, count, rows), arrays)
-        vectors = jax.lax.map(jax.checkpoint(chunk, prevent_cse=False), (chunks, keys[0]))
-        return _in_order(vectors, shards, rows, len(arrays["tokens"]))
+        def add(made: jax.Array, part: tuple[Any, jax.Array]) -> tuple[jax.Array, None]:
+            vectors = jax.checkpoint(chunk, prevent_cse=False)(part[0]).reshape(shards, -1, made.shape[-1])
+            made = jax.vmap(lambda made, texts, new: made.at[texts].add(new, mode="drop"))(made, part[1], vectors)
+            return parallel.split_rows(made), None
 
-    return parallel.by_shard(of_part)(params, arrays, keys)
+        chunks = jax.tree.map(lambda x: _in_chunks(x, shards, count, rows), arrays), keys[0]
+        vector = jax.eval_shape(chunk, jax.tree.map(lambda x: x[0], chunks))
+        none = jnp.zeros((shards, slots.size // shards, vector.shape[-1]), vector.dtype)
+        made, _ = jax.lax.scan(add, parallel.split_rows(none), (chunks, _texts_in(slots, shards, count, rows * texts.segments)))
+        return unit_length(made).reshape(*slots.shape, -1)
+
+    return parallel.by_shard(of_part)(params, arrays, slots, keys)
+
+
+def pick(vectors: Float[Array, "r s d"], slots: Int[Array, "b *m"], shards: int) -> Float[Array, "b *m d"]:
+    """The unit vectors in shard-local `slots` of encoded rows, as `encode` gives them."""
+    by_shard = vectors.reshape(shards, -1, vectors.shape[-1])
+    local = slots.reshape(shards, -1, *slots.shape[1:])
+    picked = jax.vmap(lambda v, s: v[jnp.maximum(s, 0)])(by_shard, local).reshape(*slots.shape, -1)
+    return unit_length(jnp.where(slots[..., None] >= 0, picked, 0.0))
+
+
+def _texts_in(slots: jax.Array, shards: int, count: int, size: int) -> Int[Array, "c s t"]:
+    """Which of its shard's texts each slot of each chunk holds; a number that no text has where it holds none."""
+    local = slots.reshape(shards, -1)
+    absent, texts = count * size, local.shape[1]
+    none = jnp.full((shards, count * size), texts, jnp.int32)
+    filled = jax.vmap(lambda none, at: none.at[at].set(jnp.arange(texts, dtype=jnp.int32), mode="drop"))
+    return filled(none, jnp.where(local < 0, absent, local)).reshape(shards, count, size).swapaxes(0, 1)
 
 
 def _in_chunks(x: jax.Array, shards: int, count: int, rows: int) -> jax.Array:
@@ -53,9 +80,3 @@ def _in_chunks(x: jax.Array, shards: int, count: int, rows: int) -> jax.Array:
     by_shard = x.reshape(shards, -1, *x.shape[1:])
     padded = jnp.pad(by_shard, [(0, 0), (0, count * rows - by_shard.shape[1]), *[(0, 0)] * (x.ndim - 1)])
     return padded.reshape(shards, count, rows, *x.shape[1:]).swapaxes(0, 1).reshape(count, shards * rows, *x.shape[1:])
-
-
-def _in_order(x: jax.Array, shards: int, rows: int, present: int) -> jax.Array:
-    """What `_in_chunks` made, [count, shards * rows, ...], as it was, [present, ...]."""
-    by_shard = x.reshape(len(x), shards, rows, *x.shape[2:]).swapaxes(0, 1).reshape(shards, len(x) * rows, *x.shape[2:])
-    return by_shard[:, : present // shards].reshape(present, *x.shape[2:])

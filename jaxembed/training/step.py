@@ -1,4 +1,4 @@
-"""The training state and the step: encode, pick the vectors of queries and documents, lose, update."""
+"""The training state and the step: encode, lose, update."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
 
 from jaxembed import parallel
 from jaxembed.data.batch import Batch
 from jaxembed.losses.objectives import Objectives
 from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.model.lora import join, pick_adapter, put_adapter
-from jaxembed.model.pooling import unit_length
 from jaxembed.training.gradcache import encode
 from jaxembed.training.optim import updates_done
 
@@ -46,17 +44,6 @@ class TrainState:
         return join({name: part for name, part in self.params.items() if name != OBJECTIVES}, self.frozen)
 
 
-def pick(vectors: Float[Array, "r s d"], slots: Int[Array, "b *m"], shards: int) -> Float[Array, "b *m d"]:
-    """Unit vectors of the texts in shard-local `slots`; zeros, without gradient, for absent ones (-1).
-
-    Vectors and slots are shard-major, so each shard only looks at its own.
-    """
-    by_shard = vectors.reshape(shards, -1, vectors.shape[-1])
-    local = slots.reshape(shards, -1, *slots.shape[1:])
-    picked = jax.vmap(lambda v, s: v[jnp.maximum(s, 0)])(by_shard, local).reshape(*slots.shape, -1)
-    return unit_length(jnp.where(slots[..., None] >= 0, picked, 0.0))
-
-
 def batch_loss(
     model: EmbeddingModel, objectives: Objectives, params: Any, batch: Batch, key: jax.Array, rows: int | None = None
 ) -> tuple[jax.Array, Metrics]:
@@ -66,12 +53,12 @@ def batch_loss(
     encoded at a time (gradient caching).
     """
     of_dropout, of_objectives = jax.random.split(key)
-    shards = batch.texts.shards
     with jax.named_scope("encode"):
-        vectors = encode(model, params, batch.texts, of_dropout, rows)
+        slots = jnp.concatenate([batch.query_slot[:, None], batch.doc_slot], axis=1)
+        vectors = encode(model, params, batch.texts, slots, of_dropout, rows)
     with jax.named_scope("loss"):
-        queries, documents = (pick(vectors, slots, shards) for slots in (batch.query_slot, batch.doc_slot))
-        return objectives(queries, documents, batch, of_objectives, params.get(OBJECTIVES, {}), shards)
+        own = params.get(OBJECTIVES, {})
+        return objectives(vectors[:, 0], vectors[:, 1:], batch, of_objectives, own, batch.texts.shards)
 
 
 def make_train_step(
