@@ -14,11 +14,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from jaxembed import parallel
+from jaxembed.model import blas
 
 
 def product(x: Float[Array, "*t i"], kernel: Float[Array, "i o"], axis: int) -> Float[Array, "*t o"]:
     """x @ kernel in the dtype of x; `axis` of the kernel is the one that may be split."""
-    return _split(axis, x, kernel) if parallel.splits_parameters() else x @ kernel.astype(x.dtype)
+    if parallel.splits_parameters():
+        return _split(axis, x, kernel)
+    return _multiplied(x, kernel.astype(x.dtype))
 
 
 def frozen_product(
@@ -27,8 +30,12 @@ def frozen_product(
     """The same with a kernel that has no gradient, maybe of int8 numbers, which are exact in any dtype of x: their scales,
     common factors of the sums, come after.
     """
-    y = x @ parallel.fetched(kernel.astype(x.dtype), axis)
+    y = _multiplied(x, parallel.fetched(kernel.astype(x.dtype), axis))
     return y if scale is None else (y * scale).astype(x.dtype)
+
+
+def _multiplied(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return blas.product(x, kernel) if blas.multiplies(x, kernel) else x @ kernel
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

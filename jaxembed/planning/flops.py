@@ -24,6 +24,9 @@ def _of_equation(equation: Any) -> int:
         kernel = equation.invars[1].aval
         outputs = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
         return 2 * equation.outvars[0].aval.size * kernel.size // outputs
+    if name == "ffi_call":  # a product by BLAS (`model/blas.py`), the only such call
+        a, b, made = (variable.aval.size for variable in (*equation.invars, *equation.outvars))
+        return 2 * made * math.isqrt(a * b // made)
     inner = [product_flops(jaxpr) for jaxpr in _jaxprs(params)]
     if name == "cond":
         return max(inner)
