@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from jaxembed.model.presets import from_hf
 from jaxembed.model.product import product
 from jaxembed.planning.flops import product_flops
 from loaded import draw_texts, in_rows, load
+from runs import ENV
 from test_step import SPEC
 
 
@@ -52,11 +54,11 @@ def test_where_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not blas.multiplies(x, kernel), "XLA does not split such a call over devices"
 
 
-@pytest.mark.parametrize("how", [{}, {"remat": True, "unroll": False}])
-def test_a_model_is_the_same(base_folder: Callable[[str], Path], how: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_is_the_same(base_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In layers that are looped over and computed again in the backward pass."""
     packed, _ = in_rows(draw_texts((3, 17, 30, 9)), 32)
     config = from_hf(json.loads((base_folder("qwen2") / "config.json").read_text()), "qwen2")
-    model, (_, params) = EmbeddingModel(config, SPEC, Compute(**how)), load(base_folder("qwen2"), SPEC, 1)
+    model, (_, params) = EmbeddingModel(config, SPEC, Compute(remat=True, unroll=False)), load(base_folder("qwen2"), SPEC, 1)
     weights = drawn(len(packed.tokens), packed.segments, 32)
     found = []
     for least in (1 << 40, 0):
@@ -66,3 +68,17 @@ def test_a_model_is_the_same(base_folder: Callable[[str], Path], how: dict[str, 
         found.append(jax.tree.leaves(run(params)))
     for a, b in zip(*found, strict=True):
         assert np.linalg.norm(a) > 0 and np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(a)
+
+
+LEFT_ALONE = """
+import jax, jax.numpy as jnp
+from jaxembed.model import blas
+x = jnp.ones((512, 512))
+jax.jit(lambda x: jax.lax.fori_loop(0, 300, lambda i, y: jnp.tanh(blas.product(y, x)), x))(x)
+print("left")
+"""
+
+
+def test_the_interpreter_ends_while_a_program_runs() -> None:
+    done = subprocess.run([sys.executable, "-c", LEFT_ALONE], env=ENV, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, "left\n"), done.stderr[-2000:]

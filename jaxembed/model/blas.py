@@ -6,7 +6,10 @@ operands and the result, so nothing is copied. Programs refer to the functions b
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,10 +20,7 @@ from jaxtyping import Array, Float32
 from jaxembed import parallel
 
 LEAST = 1 << 28  # operations of a product that is worth the way through Python
-
-# A program that still ran when the interpreter ended would wait for this process for ever: on one CPU device, calls now
-# return when the program has ended.
-jax.config.update("jax_cpu_enable_async_dispatch", False)
+QUIET = 1.0  # seconds without a product after which no program is under way
 
 
 class _Version(ctypes.Structure):
@@ -70,14 +70,22 @@ def _matrix(buffer: Any) -> np.ndarray:
     return np.frombuffer(numbers, np.float32).reshape(rows, columns)
 
 
+class _Calls:
+    """When the last call ended; infinite while one runs."""
+
+    ended = -math.inf
+
+
 def _multiplier(first: Callable[[np.ndarray], np.ndarray], second: Callable[[np.ndarray], np.ndarray]) -> Any:
     def multiply(call: Any) -> None:
         if call.contents.extension:
             version = call.contents.extension.contents.metadata.contents.version
             version.major, version.minor = 0, 1
             return
+        _Calls.ended = math.inf
         a, b = (_matrix(call.contents.operands.buffers[i]) for i in range(2))
         np.matmul(first(a), second(b), out=_matrix(call.contents.results.buffers[0]))
+        _Calls.ended = time.monotonic()
 
     return _Function(multiply)
 
@@ -107,6 +115,13 @@ def _name(transposed: str) -> str:
 
 
 _register()
+
+
+@atexit.register
+def _wait() -> None:
+    """A program that was left alone, as by an error, still calls; it would wait for an interpreter that has ended for ever."""
+    while time.monotonic() - _Calls.ended < QUIET:
+        time.sleep(0.02)
 
 
 def multiplies(x: jax.Array, kernel: jax.Array) -> bool:
