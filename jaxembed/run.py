@@ -285,9 +285,12 @@ def _record(
 
 
 def _show_examples(stage: Stage) -> None:
-    """Prints the first examples of every source as the model will see them, and how many texts are cut."""
+    """Prints the first examples of every source as the model will see them, and how many texts are cut.
+
+    `UserError` where no query of them has a loss.
+    """
     build, tokenizer = stage.build, stage.tokenizer
-    first = 0
+    first, without = 0, []
     for source, epochs in zip(stage.sources, stage.plan.epochs(stage.config.train.steps), strict=True):
         ids = np.arange(first, first + min(SAMPLED, len(source)))
         first += len(source)
@@ -304,11 +307,11 @@ def _show_examples(stage: Stage) -> None:
             if dropped:
                 log.info("  left out: %s (%s)", f"{dropped:,}", reason)
         if stage.needs_hard_negatives(source) and not any(example.negatives for example in examples):
-            log.warning("  %s has no hard negatives, and nothing else counts for it: its queries have no loss", source.name)
-        if stage.needs_teacher_scores(source) and not any(example.teacher_scores for example in examples):
-            log.warning(
-                "  %s has no pos_scores and neg_scores, which all its objectives follow: its queries have no loss", source.name
-            )
+            without.append(f"{source.name} has no hard negatives, and nothing else counts for it")
+            log.warning("  %s: its queries have no loss", without[-1])
+        elif stage.needs_teacher_scores(source) and not any(example.teacher_scores for example in examples):
+            without.append(f"{source.name} has no pos_scores and neg_scores, which all its objectives follow")
+            log.warning("  %s: its queries have no loss", without[-1])
         if source.config.few_shot is not None:
             count = np.mean([len(example.shots) for example in examples])
             log.info("  %.1f in-context examples a query; a prompt gets half of data.max_length at most", count)
@@ -316,6 +319,8 @@ def _show_examples(stage: Stage) -> None:
             texts, prompts = build.texts([example])
             for role, (prompt, text, _) in zip(roles(texts), tokenizer.read_back(texts, prompts), strict=True):
                 log.info("  %-8s %r", role, (f"[{prompt}] " if prompt else "") + text[:300])
+    if len(without) == len(stage.sources):
+        raise UserError(f"nothing to train on: {'; '.join(without)}; name other data, or other objectives")
 
 
 def _announce(state: TrainState, mesh: Mesh, start: int, end: int) -> None:

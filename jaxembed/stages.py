@@ -111,7 +111,8 @@ def make_stages(
             guide=others["guide"].encode if config.guide else None,
             teacher=others["teacher"].encode if config.teacher else None,
         )  # fmt: skip
-        objectives = _objectives(config, model, plan.sources)
+        place = f"stages.{index}." if len(configs) > 1 else ""
+        objectives = _objectives(config, model, plan.sources, place)
         scheduled, width = _scheduled(configs, index), others["teacher"].width if config.teacher else 0
         stages.append(Stage(index, config, before, plan, of_stage, build, objectives, scheduled, width))
     return stages
@@ -124,15 +125,19 @@ def _scheduled(configs: Sequence[Config], index: int) -> int:
     return sum(config.train.steps for config in configs[first:last])
 
 
-def _objectives(config: Config, model: EmbeddingModel, sources: Sequence[Source]) -> Objectives:
-    """What a stage minimises; `UserError` where a width or a source of the config is not there."""
+def _objectives(config: Config, model: EmbeddingModel, sources: Sequence[Source], place: str) -> Objectives:
+    """What a stage minimises, its keys beginning with `place`; `UserError` where a width or a source they name is not there."""
     widest = max(config.matryoshka.dims, default=0)
     if widest >= model.width:
-        raise UserError(f"matryoshka.dims names {widest}; expected less than {model.width}, the width of this model's vectors")
+        raise UserError(
+            f"{place}matryoshka.dims names {widest}; expected less than {model.width}, the width of this model's vectors"
+        )
     names = [source.name for source in sources]
     for i, objective in enumerate(config.objectives):
         if unknown := [name for name in objective.sources if name not in names]:
-            raise UserError(f"objectives.{i}.sources names {unknown[0]!r}; expected names of sources: {', '.join(names)}")
+            raise UserError(
+                f"{place}objectives.{i}.sources names {unknown[0]!r}; expected names of sources: {', '.join(names)}"
+            )
     return Objectives(config.objectives, config.matryoshka, names)
 
 

@@ -174,3 +174,16 @@ def test_steps_beside_stages_are_refused(folder: Path) -> None:
     path.write_text(yaml.safe_dump(tree | {"stages": [{"train": {"steps": 1}}]}))
     with pytest.raises(UserError, match=r"both\.yaml: train\.steps and stages do not go together; give each stage its own"):
         config.load(path)
+
+
+@pytest.mark.parametrize(
+    ("objective", "told"),
+    [
+        ({"name": "kl_distillation"}, "nothing to train on: pairs has no pos_scores and neg_scores, which all its"),
+        ({"name": "infonce", "sources": ["labels"]}, r"^stages\.0\.objectives\.0\.sources names 'labels'; expected .*: pairs$"),
+    ],
+)  # fmt: skip
+def test_objectives_that_find_nothing_are_refused(folder: Path, objective: dict[str, Any], told: str) -> None:
+    stage = {"train": {"steps": 1}, "objectives": [objective]}
+    with pytest.raises(UserError, match=told):
+        train(staged(folder, f"nothing_{objective['name']}", [stage, {"train": {"steps": 1}}]))

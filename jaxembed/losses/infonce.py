@@ -64,7 +64,7 @@ def info_nce(config: InfoNCEConfig, encoded: Encoded) -> Loss:
 
 def new_params(config: InfoNCEConfig) -> dict[str, Any]:
     """The parameters that the objective trains."""
-    return {"log_scale": jnp.array(-math.log(config.temperature))} if config.learn_temperature else {}
+    return {"log_scale": jnp.array(-math.log(config.temperature), float)} if config.learn_temperature else {}
 
 
 def _scale(config: InfoNCEConfig, encoded: Encoded) -> jax.Array:
