@@ -38,8 +38,8 @@ from jaxembed.model.decoder import Compute
 from jaxembed.model.kernels import pick_kernel
 from jaxembed.model.layers import RMSNorm, rope_frequencies, rope_table, rotate
 from jaxembed.model.masks import MASKS, Places
-from jaxembed.training.optim import learning_rate, make_optimizer
 from jaxembed.training.gradcache import pick
+from jaxembed.training.optim import learning_rate, make_optimizer
 from jaxembed.training.step import TrainState, make_train_step
 
 TRIES = 30  # of one product and of the addition, of which the best counts
