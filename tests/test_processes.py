@@ -109,7 +109,7 @@ def test_two_processes_go_on_where_one_left_off_and_end_as_it_does(folder: Path,
     env = {**ENV, "PYTHON": sys.executable, "JAXEMBED_CACHE": str(folder / "cache")}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout)["step"] == 12
+    assert json.loads(done.stdout.splitlines()[-1])["step"] == 12
     assert not [line for line in done.stderr.splitlines() if line.startswith("[1]")], "the first process alone logs"
     assert_same(run, straight)
     assert whole_steps(run) == [4, 6, 8, 12]
