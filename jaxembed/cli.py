@@ -104,15 +104,17 @@ def whole(least: int) -> Callable[[str], int]:
     return number
 
 
-def load_model(args: argparse.Namespace, dtype: str = "float32") -> Embedder:
-    """The model that `add_model`'s arguments name."""
+def model_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_model`'s options say, for `load_model`."""
+    return {name: getattr(args, name) for name in ("checkpoint", "layers", "adapter", "fsdp")}
+
+
+def load_model(model: str, *, fsdp: int = 1, **options: Any) -> Embedder:
+    """A model with the options of `Embedder.load`, on all devices, `fsdp` of which share a copy."""
     from jaxembed import Embedder, parallel
 
     use_compilation_cache()
-    mesh = parallel.make_mesh(fsdp=args.fsdp)
-    return Embedder.load(
-        args.model, dtype=dtype, checkpoint=args.checkpoint, layers=args.layers, adapter=args.adapter, mesh=mesh
-    )
+    return Embedder.load(model, mesh=parallel.make_mesh(fsdp=fsdp), **options)
 
 
 def cache_dir() -> Path:

@@ -27,7 +27,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
     from tqdm import tqdm
 
-    embedder = cli.load_model(args, args.dtype)
+    embedder = cli.load_model(args.model, dtype=args.dtype, **cli.model_options(args))
     options = {name: getattr(args, name) for name in ("instruction", "prompt_name", "dim", "long_texts")}
     options["examples"] = examples
     width = embedder.encode([], **options).shape[1]  # refuses what does not fit the model before anything is written

@@ -45,11 +45,7 @@ def load_encoder(
         from jaxembed.evaluation.torch_encoder import load_torch
 
         return load_torch(Path(model))
-    from jaxembed import Embedder, parallel
-
-    cli.use_compilation_cache()
-    mesh = parallel.make_mesh(fsdp=fsdp)
-    embedder = Embedder.load(model, checkpoint=checkpoint, layers=layers, adapter=adapter, mesh=mesh)
+    embedder = cli.load_model(model, checkpoint=checkpoint, layers=layers, adapter=adapter, fsdp=fsdp)
 
     def encode(texts: Sequence[str], prompt: str) -> np.ndarray:
         return embedder.encode(texts, prompt=prompt, show_progress=True)

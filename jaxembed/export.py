@@ -33,7 +33,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             raise UserError(f"{args.model}: not a run directory; --adapters needs one that was trained with model.lora")
         parity = export_adapters(Path(args.model), out, args.checkpoint)
         return {"folder": str(out), **told(parity)}
-    embedder = cli.load_model(args)
+    embedder = cli.load_model(args.model, **cli.model_options(args))
     if args.layout == "nv-embed":
         parity = export_nv_embed(embedder, out, args.dtype)
     else:

@@ -74,7 +74,7 @@ if __name__ == "__main__":
     group.add_argument("--max-score", type=float, default=default.max_score, help="topk_abs: the highest; default: 0.7")
     group.add_argument(
         "--window", type=whole(1), nargs=2, default=default.window, metavar=("A", "B"), help="window: ranks; default: 50 100"
-    )  # fmt: skip
+    )
     group.add_argument("--seed", type=whole(0), default=0, help=f"of {' and '.join(SAMPLED)}; default: 0")
     group.add_argument("--keep-negatives", action="store_true", help="IN's own come first")
     group.add_argument(

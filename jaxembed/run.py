@@ -23,6 +23,7 @@ from jaxembed.data.batch import roles
 from jaxembed.data.bpe import train_tokenizer
 from jaxembed.data.mixture import Plan
 from jaxembed.data.pipeline import batches
+from jaxembed.data.schema import Example
 from jaxembed.data.sources import Source, open_sources
 from jaxembed.data.tokenize import TextTokenizer, load_tokenizer
 from jaxembed.errors import UserError
@@ -306,11 +307,8 @@ def _show_examples(stage: Stage) -> None:
         for reason, dropped in source.drawer.dropped.items():
             if dropped:
                 log.info("  left out: %s (%s)", f"{dropped:,}", reason)
-        if stage.needs_hard_negatives(source) and not any(example.negatives for example in examples):
-            without.append(f"{source.name} has no hard negatives, and nothing else counts for it")
-            log.warning("  %s: its queries have no loss", without[-1])
-        elif stage.needs_teacher_scores(source) and not any(example.teacher_scores for example in examples):
-            without.append(f"{source.name} has no pos_scores and neg_scores, which all its objectives follow")
+        if lack := _lack(stage, source, examples):
+            without.append(f"{source.name} has {lack}")
             log.warning("  %s: its queries have no loss", without[-1])
         if source.config.few_shot is not None:
             count = np.mean([len(example.shots) for example in examples])
@@ -321,6 +319,15 @@ def _show_examples(stage: Stage) -> None:
                 log.info("  %-8s %r", role, (f"[{prompt}] " if prompt else "") + text[:300])
     if len(without) == len(stage.sources):
         raise UserError(f"nothing to train on: {'; '.join(without)}; name other data, or other objectives")
+
+
+def _lack(stage: Stage, source: Source, examples: Sequence[Example]) -> str:
+    """What of the examples of a source is missing without which none of its queries has a loss; empty where nothing is."""
+    if stage.needs_hard_negatives(source) and not any(example.negatives for example in examples):
+        return "no hard negatives, and nothing else counts for it"
+    if stage.needs_teacher_scores(source) and not any(example.teacher_scores for example in examples):
+        return "no pos_scores and neg_scores, which all its objectives follow"
+    return ""
 
 
 def _announce(state: TrainState, mesh: Mesh, start: int, end: int) -> None:

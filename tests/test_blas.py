@@ -39,7 +39,9 @@ def test_value_and_gradients_are_those_of_a_product(monkeypatch: pytest.MonkeyPa
     np.testing.assert_allclose(value, np.sum(wide[0] @ wide[1] * wide[2]), rtol=1e-5)
     for got, wanted in zip(gradients, (wide[2] @ wide[1].T, wide[0].T @ wide[2]), strict=True):
         np.testing.assert_allclose(got, wanted, atol=1e-5)
-    assert product_flops(jax.make_jaxpr(jax.grad(lambda *a: product(*a, 0).sum(), (0, 1)))(x, kernel)) == 6 * 37 * 24 * 50
+    for of, products in (((0, 1), 3), (0, 2)):  # forward too
+        traced = jax.make_jaxpr(jax.grad(lambda *a: jnp.square(product(*a, 0)).sum(), of))(x, kernel)
+        assert product_flops(traced) == products * 2 * 37 * 24 * 50
 
 
 def test_where_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,8 @@ def test_a_model_split_over_devices_gives_the_same_vectors(model: Embedder, base
     parser = cli.parser("encode", "")
     cli.add_model(parser)
     folder = str(base_folder("qwen3"))
-    split = cli.load_model(parser.parse_args([folder, "--fsdp", "4"]))
+    args = parser.parse_args([folder, "--fsdp", "4"])
+    split = cli.load_model(args.model, **cli.model_options(args))
     part = split.params["decoder"]["layers"]["mlp"]["up"]["kernel"].addressable_shards[0].data
     assert part.shape[1] == model.model.decoder.width // 4
     np.testing.assert_allclose(split.encode([LONG, "short"]), model.encode([LONG, "short"]), atol=1e-5)

@@ -84,8 +84,14 @@ def _multiplier(first: Callable[[np.ndarray], np.ndarray], second: Callable[[np.
             return
         _Calls.ended = math.inf
         a, b = (_matrix(call.contents.operands.buffers[i]) for i in range(2))
-        np.matmul(first(a), second(b), out=_matrix(call.contents.results.buffers[0]))
-        _Calls.ended = time.monotonic()
+        made = _matrix(call.contents.results.buffers[0])
+        try:
+            np.matmul(first(a), second(b), out=made)
+        except BaseException:  # ctypes prints it and goes on: nobody must take what is there for a product
+            made.fill(np.nan)
+            raise
+        finally:
+            _Calls.ended = time.monotonic()
 
     return _Function(multiply)
 
