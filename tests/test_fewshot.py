@@ -244,7 +244,7 @@ def arguments(folder: Path, **options: Any) -> argparse.Namespace:
     """Those of the encode command on files of a folder."""
     files = {"input": str(folder / "in.txt"), "out": str(folder / "out.npy"), "examples": str(folder / "examples.jsonl")}
     others = {"instruction": None, "prompt_name": None, "dim": None, "long_texts": "cut", "field": "text"}
-    loading = {"model": "m", "checkpoint": "best", "dtype": "float32", "layers": None, "adapter": None}
+    loading = {"model": "m", "checkpoint": "best", "dtype": "float32", "layers": None, "adapter": None, "fsdp": 1}
     return argparse.Namespace(**{**files, **others, **loading, **options})
 
 
