@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,9 @@ def a_batch(count: int) -> tuple[jax.Array, jax.Array, Batch]:
     q, d, of_queries, of_documents = (jax.random.normal(key, (count, 1, WIDTH)) / WIDTH**0.5 for key in keys)
     hashes = jnp.arange(4 * count, dtype=jnp.uint32).reshape(2, count, 2)
     documents = hashes[1][:, None]
+    no_texts: Any = None
     batch = Batch(
-        texts=None, query_slot=jnp.arange(count), doc_slot=jnp.zeros((count, 1), jnp.int32), in_batch=jnp.ones(count, bool),
+        texts=no_texts, query_slot=jnp.arange(count), doc_slot=jnp.zeros((count, 1), jnp.int32), in_batch=jnp.ones(count, bool),
         query_hash=hashes[0], doc_hash=documents, positive_hash=documents, label=jnp.arange(count) % 100,
         source=jnp.zeros(count, jnp.int32), score=jnp.zeros(count), teacher_scores=jnp.zeros((count, 1)),
         guide=OtherVectors(of_queries[:, 0], of_documents),
@@ -101,7 +103,9 @@ def compiled(loss: Loss, count: int) -> jax.stages.Compiled:
 
 def temporary(loss: Loss, count: int) -> float:
     """MiB of each device beside inputs and outputs."""
-    return float(compiled(loss, count).memory_analysis().temp_size_in_bytes / 2**20)
+    memory = compiled(loss, count).memory_analysis()
+    assert memory is not None
+    return memory.temp_size_in_bytes / 2**20
 
 
 def seconds(loss: Loss, count: int) -> float:
@@ -164,10 +168,8 @@ def main() -> None:
         print(f"| {name} | {value:.3f} |")
     print("\n| a step | queries | seconds | peak memory |\n|---|---|---|---|", flush=True)
     steps: list[dict[str, Any]] = []
-    runs = [("jaxembed", lambda: step_of_jaxembed(args))]
-    runs += [
-        ("sentence-transformers", lambda size=size: step_of_sentence_transformers(args, size)) for size in args.peer_batch_sizes
-    ]
+    runs = [("jaxembed", partial(step_of_jaxembed, args))]
+    runs += [("sentence-transformers", partial(step_of_sentence_transformers, args, size)) for size in args.peer_batch_sizes]
     for name, run in runs:
         steps.append({"side": name, **run()})
         told = steps[-1]

@@ -13,6 +13,7 @@ Prints a Markdown table and, on the last line, one JSON object.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import tempfile
@@ -33,12 +34,12 @@ from jaxembed.data.mixture import Plan
 from jaxembed.data.sources import open_sources
 from jaxembed.hub.base import find_base
 from jaxembed.hub.embedder import Embedder, from_base
-from jaxembed.losses.infonce import OBJECTIVES
+from jaxembed.losses.objectives import Objectives
 from jaxembed.model.decoder import Compute
 from jaxembed.model.kernels import pick_kernel
 from jaxembed.model.layers import RMSNorm, rope_frequencies, rope_table, rotate
 from jaxembed.model.masks import MASKS, Places
-from jaxembed.training.gradcache import pick
+from jaxembed.model.product import product
 from jaxembed.training.optim import learning_rate, make_optimizer
 from jaxembed.training.step import TrainState, make_train_step
 
@@ -119,7 +120,8 @@ def normal(*shape: int) -> jax.Array:
 
 def largest_product(embedder: Embedder, batch: Any) -> Part:
     c, tokens = embedder.model.decoder, batch.texts.tokens.size
-    return compiled(jnp.matmul, normal(tokens, c.width), normal(c.width, c.mlp_width), flops=2 * tokens * c.width * c.mlp_width)
+    one, flops = functools.partial(product, axis=0), 2 * tokens * c.width * c.mlp_width
+    return compiled(one, normal(tokens, c.width), normal(c.width, c.mlp_width), flops=flops)
 
 
 def addition() -> Part:
@@ -136,14 +138,15 @@ def projections(embedder: Embedder, batch: Any) -> Part:
     """x @ W of every layer, the gradient of x and that of W, one product after the other."""
     weights, tokens = list(kernels(embedder)), batch.texts.tokens.size
     inputs = {width: normal(tokens, width) for weight in weights for width in weight.shape}
-    forward = jax.jit(lambda x, w: x @ w)
-    of_input, of_weight = jax.jit(lambda d, w: d @ w.T), jax.jit(lambda x, d: x.T @ d)
+
+    @jax.jit
+    def one(x: jax.Array, weight: jax.Array, of_y: jax.Array) -> Any:
+        y, back = jax.vjp(functools.partial(product, axis=0), x, weight)
+        return y, back(of_y)
 
     def run() -> None:
         for weight in weights:
-            x, d = inputs[weight.shape[0]], inputs[weight.shape[1]]
-            for product in (forward(x, weight), of_input(d, weight), of_weight(x, d)):
-                product.block_until_ready()
+            jax.block_until_ready(one(inputs[weight.shape[0]], weight, inputs[weight.shape[1]]))
 
     count = sum(weight.size for weight in weights)
     moved = sum(3 * 4 * (tokens * sum(weight.shape) + weight.size) for weight in weights)
@@ -160,7 +163,8 @@ def attention(embedder: Embedder, batch: Any) -> Part:
 
     def all_layers(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
         def total(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            return sum(attend(q + i, k, v, places, MASKS["causal"], None).sum() for i in range(c.layers))
+            sums = [attend(q + i, k, v, places, MASKS["causal"], None).sum() for i in range(c.layers)]
+            return jnp.stack(sums).sum()
 
         return jax.grad(total, (0, 1, 2))(q, k, v)
 
@@ -200,15 +204,15 @@ def embedding(embedder: Embedder, batch: Any) -> Part:
 
 
 def loss(config: configuration.Config, embedder: Embedder, batch: Any) -> Part:
-    objective, texts = config.objectives[0], batch.texts
-    vectors = normal(texts.tokens.shape[0], texts.segments, embedder.model.decoder.width)
-
-    def value(vectors: jax.Array) -> jax.Array:
-        queries, documents = (pick(vectors, slots, 1) for slots in (batch.query_slot, batch.doc_slot))
-        return OBJECTIVES[objective.name](queries, documents, batch, objective.temperature)[0]
-
+    objectives = Objectives(config.objectives)
     queries, documents = batch.query_slot.size, batch.doc_slot.size
-    return compiled(jax.grad(value), vectors, flops=6 * queries * documents * vectors.shape[-1])
+    width = embedder.model.decoder.width
+
+    def value(queries: jax.Array, documents: jax.Array) -> jax.Array:
+        return objectives(queries, documents, batch, jax.random.key(0), {}, 1)[0]
+
+    vectors = normal(queries, width), normal(*batch.doc_slot.shape, width)
+    return compiled(jax.grad(value, (0, 1)), *vectors, flops=6 * queries * documents * width)
 
 
 def optimizer(config: configuration.Config, embedder: Embedder) -> Part:
@@ -232,7 +236,8 @@ def optimizer(config: configuration.Config, embedder: Embedder) -> Part:
 
 def whole_step(config: configuration.Config, embedder: Embedder, batch: Any) -> Part:
     update = make_optimizer(config.optim, config.train.steps)
-    step = make_train_step(embedder.model, config.objectives, update, learning_rate(config.optim, config.train.steps))
+    schedule = learning_rate(config.optim, config.train.steps)
+    step = make_train_step(embedder.model, Objectives(config.objectives), update, schedule)
     params = jax.tree.map(jnp.copy, embedder.params)
     held = [TrainState(params, update.init(params), jnp.zeros((), jnp.int32), jax.random.key(0))]
 

@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,7 +32,7 @@ from jaxembed.spec import EmbeddingSpec
 LEAST_COSINE = 0.99999
 
 
-def pick_texts(path: Path, field: str, count: int, tokenizer) -> list[str]:
+def pick_texts(path: Path, field: str, count: int, tokenizer: Any) -> list[str]:
     """`count` texts whose lengths run from 5 to 400 tokens."""
     rows = [json.loads(line)[field] for line in path.read_text(encoding="utf-8").splitlines()]
     words = " ".join(rows).split()

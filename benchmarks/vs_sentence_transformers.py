@@ -84,7 +84,6 @@ def encode(side: str, model: str, heldout: Path) -> dict[str, float]:
 
         cli.use_compilation_cache()
         embedder = Embedder.load(model, checkpoint="last")
-        run = embedder.encode
         lengths = [len(ids) for ids in embedder.tokenizer(documents, [""] * len(documents)).ids]
     else:
         from jaxembed.hub.export import encode_torch, load_sentence_transformer
@@ -92,8 +91,8 @@ def encode(side: str, model: str, heldout: Path) -> dict[str, float]:
         torch_model = load_sentence_transformer(Path(model))
         lengths = [len(ids) for ids in torch_model.tokenizer(documents, truncation=True)["input_ids"]]
 
-        def run(texts: list[str]) -> Any:
-            return encode_torch(torch_model, texts, "")
+    def run(texts: list[str]) -> Any:
+        return embedder.encode(texts) if side == "jaxembed" else encode_torch(torch_model, texts, "")
 
     encoded = run(queries), run(documents)
     began = time.perf_counter()

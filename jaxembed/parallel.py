@@ -257,20 +257,28 @@ def splits_parameters() -> bool:
 
 def fetched(kernel: jax.Array, axis: int) -> jax.Array:
     """A matrix of which `fsdp` splits an axis, whole along it on every device."""
-    return _along(kernel, axis, None)
-
-
-def split_width(kernel: jax.Array, axis: int) -> jax.Array:
-    """A matrix, split over `fsdp` along an axis."""
-    return _along(kernel, axis, "fsdp")
-
-
-def _along(x: jax.Array, axis: int, mesh_axis: str | None) -> jax.Array:
     if not splits_parameters():
-        return x
-    spec: list[Any] = [PartitionSpec.UNCONSTRAINED] * x.ndim
-    spec[axis] = mesh_axis
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+        return kernel
+    gather = functools.partial(jax.lax.all_gather, axis_name="fsdp", axis=axis, tiled=True)
+    return jax.shard_map(gather, in_specs=_along(axis), out_specs=PartitionSpec(), axis_names={"fsdp"}, check_vma=False)(kernel)
+
+
+def summed_parts(function: Callable[..., jax.Array], axis: int, *arrays: jax.Array) -> jax.Array:
+    """The sum over all shards of what `function` makes of their parts of arrays, a matrix, split over `fsdp` along an axis.
+
+    Each device gets the sum of the part that it keeps. Left to itself, XLA may send whole sums to all devices.
+    """
+
+    def part(*arrays: jax.Array) -> jax.Array:
+        made = jax.lax.psum_scatter(function(*arrays), "fsdp", scatter_dimension=axis, tiled=True)
+        return jax.lax.psum(made, "data")
+
+    specs, axes = (PartitionSpec(BATCH_AXES),) * len(arrays), set(BATCH_AXES)
+    return jax.shard_map(part, in_specs=specs, out_specs=_along(axis), axis_names=axes, check_vma=False)(*arrays)
+
+
+def _along(axis: int) -> PartitionSpec:
+    return PartitionSpec(*[None] * axis, "fsdp")
 
 
 def free_axes() -> tuple[str, ...]:

@@ -50,8 +50,8 @@ def _forward(axis: int, x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tup
 def _backward(axis: int, kept: tuple[jax.Array, jax.Array], of_y: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = kept
     of_x = of_y @ parallel.fetched(kernel.astype(x.dtype), axis).T
-    of_kernel = jnp.einsum("...i,...o->io", x, of_y, preferred_element_type=kernel.dtype)
-    return of_x, parallel.split_width(of_kernel, axis)
+    of_kernel = functools.partial(jnp.einsum, "...i,...o->io", preferred_element_type=kernel.dtype)
+    return of_x, parallel.summed_parts(of_kernel, axis, x, of_y)
 
 
 _split.defvjp(_forward, _backward)
