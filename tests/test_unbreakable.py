@@ -27,7 +27,7 @@ from jaxembed.training.checkpoint import Checkpoints
 from jaxembed.training.metrics import read_metrics
 from runs import losses, prepare, settings, start
 
-MANY = ("train.steps=60", "train.checkpoint_every=7", "train.eval_every=20")
+MANY = ("train.steps=36", "train.checkpoint_every=7", "train.eval_every=12", "train.keep_checkpoints=9")
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +62,10 @@ def kill_when(process: subprocess.Popen[str], due: Callable[[], bool], number: i
 
 
 def test_kill_9_at_any_moment_loses_no_more_than_since_the_last_checkpoint(folder: Path, straight: list[float]) -> None:
-    run, random_step = folder / "killed", random.Random(time.time_ns()).randrange(22, 40)
+    run, random_step = folder / "killed", random.Random(time.time_ns()).randrange(14, 30)
     moments: list[Callable[[], bool]] = [
         lambda: any(run.glob("checkpoints/*.orbax-checkpoint-tmp*")),  # while a checkpoint is written
-        lambda: last_step(run) == 20,  # the 20th step is logged, its evaluation begins
+        lambda: last_step(run) == 12,  # the 12th step is logged, its evaluation begins
         lambda: last_step(run) == random_step,
     ]
     for due in moments:
@@ -87,7 +87,7 @@ def test_sigterm_saves_the_step_and_exits(folder: Path, straight: list[float]) -
     told = kill_when(process, lambda: last_step(run) >= 3, signal.SIGTERM).splitlines()[-1]
     step = last_step(run)
     assert process.returncode == 128 + signal.SIGTERM
-    assert told == f"stopped: saved after step {step} of 60; the same command goes on"
+    assert told == f"stopped: saved after step {step} of 36; the same command goes on"
     assert steps_of(run)[-1] == step
     train(settings(folder, "stopped", *MANY))
     assert losses(run) == straight
@@ -130,8 +130,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(folder, item, 
 
 def test_a_full_disk_stops_the_run_with_a_whole_last_checkpoint(folder: Path, straight: list[float]) -> None:
     run = folder / "full"
-    kill_when(start(folder, "full", *MANY), lambda: last_step(run) >= 8, signal.SIGTERM)
-    kept = steps_of(run)[-1]
+    shutil.copytree(folder / "straight", run)
+    (run / "config.yaml").write_text(settings(folder, "full", *MANY).dump())
+    kept, *later = steps_of(run)
+    for step in later:
+        shutil.rmtree(run / "checkpoints" / str(step))
     small = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))"  # files cannot grow past that
     process = start(folder, "full", *MANY, ahead=small)
     told = process.communicate()[1]
@@ -199,10 +202,10 @@ def test_a_step_that_hangs_ends_the_process_with_its_stacks(folder: Path) -> Non
         "def build(self, step, ids):\n    if step == 9: time.sleep(1000)\n    return real(self, step, ids)\n"
         "batch.BatchBuilder.__call__ = build"
     )
-    process = start(folder, "hang", "train.stall_timeout_s=15", ahead=hang)
+    process = start(folder, "hang", "train.stall_timeout_s=10", ahead=hang)
     told = process.communicate()[1]
     assert process.returncode == 1
-    assert "error: step 10 did not finish in 15 s (train.stall_timeout_s); the stacks of all threads:" in told
+    assert "error: step 10 did not finish in 10 s (train.stall_timeout_s); the stacks of all threads:" in told
     assert "in fit" in told
     assert "in build" in told
 

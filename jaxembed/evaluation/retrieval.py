@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy import stats
 
 Encode = Callable[[Sequence[str], str], np.ndarray]  # (texts, instruction) -> vectors [N, D]
 
@@ -30,4 +29,6 @@ def recall(relevant: Sequence[Mapping[int, int]], ranked: Int[np.ndarray, "q k"]
 
 def spearman(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "n d"], scores: Float[np.ndarray, " n"]) -> float:
     """Spearman's correlation of the pairs' cosines (of unit vectors) with given scores."""
+    from scipy import stats  # takes a second to import
+
     return float(stats.spearmanr(np.sum(a * b, axis=1), scores).statistic)
