@@ -61,11 +61,19 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
 def _arranged(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
-        return mesh_utils.create_device_mesh(shape, devices)
+        return _along_wires(functools.partial(mesh_utils.create_device_mesh, shape, devices))
     if shape[0] % slices:
         raise UserError(f"mesh.data is {shape[0]}, which the {slices} slices of devices do not divide; use a multiple of that")
     within = (shape[0] // slices, *shape[1:])
-    return mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices)
+    return _along_wires(functools.partial(mesh_utils.create_hybrid_device_mesh, within, (slices, 1, 1), devices))
+
+
+def _along_wires(arrange: Callable[..., np.ndarray]) -> np.ndarray:
+    """The devices, each axis of the mesh along whole axes of the machine if that is possible, else along parts of them."""
+    try:
+        return arrange()
+    except NotImplementedError:
+        return arrange(allow_split_physical_axes=True)
 
 
 def axis_table(mesh: Mesh, sizes: Mapping[str, int]) -> dict[str, str | None]:

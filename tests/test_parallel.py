@@ -1,5 +1,7 @@
 """Meshes and shardings, on eight simulated devices."""
 
+from types import SimpleNamespace
+
 import flax.linen as nn
 import jax
 import numpy as np
@@ -16,6 +18,17 @@ from jaxembed.spec import EmbeddingSpec
 def test_a_mesh_takes_all_devices_or_as_many_as_asked_for() -> None:
     assert [parallel.shard_count(parallel.make_mesh(count)) for count in (-1, 1, 3, 8)] == [8, 1, 3, 8]
     assert dict(parallel.make_mesh(-1, 2, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+def test_an_axis_may_lie_along_parts_of_the_machines() -> None:
+    """Eight of a square of 4 x 4 chips: two rows of it, neighbours beside each other."""
+    places = [(i % 4, i // 4, 0) for i in range(16)]
+    kind = {"platform": "tpu", "device_kind": "TPU v5 lite", "core_on_chip": 0, "process_index": 0}
+    chips = [SimpleNamespace(id=i, coords=place, **kind) for i, place in enumerate(places)]
+    groups = parallel._arranged((2, 8, 1), chips).reshape(2, 8)
+    rows = [{chip.coords[1] for chip in group} for group in groups]
+    assert rows == [{0, 1}, {2, 3}]
+    assert parallel._arranged((1, 16, 1), chips).shape == (1, 16, 1)
 
 
 def test_a_batch_is_split_in_order_over_its_first_axis() -> None:

@@ -75,7 +75,13 @@ def new_state(params: Any, optimizer: optax.GradientTransformation, mesh: Mesh) 
 
 
 def run(
-    model: EmbeddingModel, params: Any, source: Source, mesh: Mesh, steps: int, temperature: float = 0.1
+    model: EmbeddingModel,
+    params: Any,
+    source: Source,
+    mesh: Mesh,
+    steps: int,
+    temperature: float = 0.1,
+    row_length: int = 128,
 ) -> tuple[TrainState, np.ndarray, list[dict[str, float]]]:
     """The state, the losses and the metrics after some steps on a mesh, over the same few batches: each shape is a program."""
     optim = OptimConfig(learning_rate=1e-3, warmup_steps=5)
@@ -83,7 +89,7 @@ def run(
     state, metrics = new_state(params, optimizer, mesh), []
     objectives, placed = Objectives([InfoNCEConfig(temperature=temperature)]), jax.tree.map(lambda x: x.sharding, state)
     step = make_train_step(model, objectives, optimizer, learning_rate(optim, steps), shardings=placed)
-    few = host_batches(source, parallel.shard_count(mesh), 2)
+    few = host_batches(source, parallel.shard_count(mesh), 2, row_length)
     for host in islice(cycle(few), steps):
         with jax.set_mesh(mesh):
             state, values = step(state, parallel.put_batch(mesh, host.batch))
@@ -98,7 +104,7 @@ def test_in_float64_meshes_of_eight_devices_stay_with_one_for_fifty_steps(base_f
             mesh = parallel.make_mesh(*shape)
             model, params = load(base_folder("qwen2"), SPEC, mesh, dtype=jnp.float64, unroll=False)
             params = jax.tree.map(lambda x: x.astype(jnp.float64), params)
-            state, losses, _ = run(model, params, source, mesh, 50)
+            state, losses, _ = run(model, params, source, mesh, 50, row_length=32)
             assert {leaf.dtype.name for leaf in jax.tree.leaves(state.params)} == {"float64"}
             curves.append(losses)
     assert np.abs(np.array(curves[1:]) - curves[0]).max() < 1e-7
