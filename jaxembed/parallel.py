@@ -274,7 +274,7 @@ def fetched(kernel: jax.Array, axis: int) -> jax.Array:
 def summed_parts(function: Callable[..., jax.Array], axis: int, *arrays: jax.Array) -> jax.Array:
     """The sum over all shards of what `function` makes of their parts of arrays, a matrix, split over `fsdp` along an axis.
 
-    Each device gets the sum of the part that it keeps. Left to itself, XLA may send whole sums to all devices.
+    Each device gets the sum of the part that it keeps.
     """
 
     def part(*arrays: jax.Array) -> jax.Array:

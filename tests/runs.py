@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,17 @@ def settings(root: Path, run: str, *overrides: str) -> config.Config:
     path = root / f"{run}.yaml"
     path.write_text(yaml.safe_dump(tree))
     return config.load(path, [f"run.dir={root / run}", *overrides])
+
+
+def rewound(straight: Path, of: config.Config) -> int:
+    """Makes a config's run out of a finished one, as that was at the first of its checkpoints; returns that step."""
+    run = Path(of.run.dir)
+    shutil.copytree(straight, run)
+    (run / "config.yaml").write_text(of.dump())
+    first, *later = sorted(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdecimal())
+    for step in later:
+        shutil.rmtree(run / "checkpoints" / str(step))
+    return first
 
 
 def losses(run_dir: Path) -> list[float]:

@@ -116,8 +116,8 @@ def test_a_chunk_is_encoded_with_the_same_dropout_twice(base_folder: Folder, sou
     model, params = load(base_folder("qwen2"), SPEC, 1, lora=lora)
     trained, frozen = split(params)
     texts = host_batches(source, 1, 1, row_length=32)[0].batch.texts
-    count = 3  # whole chunks
-    texts = jax.tree.map(lambda x: jnp.asarray(x[: count * CHUNK]), texts)
+    count = len(texts.tokens) // CHUNK
+    texts = jax.tree.map(lambda x: jnp.asarray(x[: count * CHUNK]), texts)  # whole chunks
     keys = jax.random.split(KEY, (1, count))[0]
     weights = jnp.array(np.random.default_rng(0).normal(size=(len(texts.tokens), texts.segments, 32)))
 
@@ -135,7 +135,7 @@ def test_a_chunk_is_encoded_with_the_same_dropout_twice(base_folder: Folder, sou
         vectors = encode(model, join(trained, frozen), texts, every_slot(texts), KEY, CHUNK)
         return jnp.sum(vectors * weights.reshape(vectors.shape))
 
-    assert len(texts.tokens) == count * CHUNK
+    assert count > 1 and len(texts.tokens) % CHUNK == 0
     chunks = zip(parts, keys, weights.reshape(count, CHUNK, *weights.shape[1:]), strict=True)
     a, grads = jax.tree.map(lambda *of_chunks: sum(of_chunks), *(of_chunk(trained, *chunk) for chunk in chunks))
     b, cached_grads = jax.jit(jax.value_and_grad(cached))(trained)

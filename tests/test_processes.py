@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -25,7 +24,7 @@ from jaxembed.run import train
 from jaxembed.spec import EmbeddingSpec
 from jaxembed.training.checkpoint import Checkpoints
 from jaxembed.training.metrics import read_metrics
-from runs import ENV, prepare, settings
+from runs import ENV, prepare, rewound, settings
 
 POD = Path(__file__).parents[1] / "launch" / "local_pod.sh"
 STALL = 30.0  # seconds in which a run of which a process is lost must end
@@ -100,11 +99,8 @@ def assert_same(run: Path, wanted: Sequence[dict[str, float]]) -> None:
 def test_two_processes_go_on_where_one_left_off_and_end_as_it_does(folder: Path, straight: list[dict[str, float]]) -> None:
     """As launch/local_pod.sh starts them."""
     run = folder / "two"
-    shutil.copytree(folder / "straight", run)
     overrides = ("mesh.data=8", "train.keep_checkpoints=9")
-    (run / "config.yaml").write_text(settings(folder, "two", *overrides).dump())
-    for step in (6, 8, 12):
-        shutil.rmtree(run / "checkpoints" / str(step))
+    assert rewound(folder / "straight", settings(folder, "two", *overrides)) == 4
     python, out = folder / "python", folder / "printed"  # the script throws away what others than the first process print
     python.write_text(
         f'#!/bin/bash\n[[ -z ${{JAX_PROCESS_ID-}} ]] || exec >"{out}.$JAX_PROCESS_ID"\nexec {sys.executable} "$@"\n'
@@ -135,7 +131,9 @@ def test_sigterm_to_one_stops_all_at_one_step_and_one_device_goes_on(folder: Pat
     assert_same(run, straight)
 
 
-@pytest.mark.parametrize(("number", "which"), [(signal.SIGKILL, 0), (signal.SIGSTOP, 1), (signal.SIGSTOP, 0)])
+@pytest.mark.parametrize(
+    ("number", "which"), [(signal.SIGKILL, 1), (signal.SIGSTOP, 1), (signal.SIGKILL, 0), (signal.SIGSTOP, 0)]
+)
 def test_a_process_that_dies_or_hangs_ends_the_others_in_time(folder: Path, number: int, which: int) -> None:
     run = folder / "lost"  # each goes on where the one before ended
     before = last_step(run)
