@@ -7,17 +7,23 @@ import importlib.util
 import json
 import logging
 import os
+import signal
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from jaxembed import processes
 from jaxembed.errors import Stopped, UserError
-from jaxembed.files import exists
+from jaxembed.files import check_writable, exists
+from jaxembed.sections import apply_override
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from jaxembed import Embedder
 
 
@@ -87,6 +93,21 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     add_fsdp(parser)
 
 
+def add_rows(parser: argparse.ArgumentParser) -> None:
+    """The options that say what the rows of a named source are."""
+    told = "of the rows: pairs, labels, scored_pairs, nli, text (default: auto, by the first row)"
+    parser.add_argument("--format", default="auto", help=told)
+    parser.add_argument("--columns", metavar="MAPPING", help="our fields and its columns: '{query: question, pos: answer}'")
+
+
+def row_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_rows`'s options say, as keys of a source in a config."""
+    tree = {"format": args.format}
+    if args.columns:
+        apply_override(tree, f"columns={args.columns}")
+    return tree
+
+
 def add_fsdp(parser: argparse.ArgumentParser) -> None:
     """The option for models that no device holds alone."""
     told = "devices that share one copy of the model; default: 1, each has its own"
@@ -111,10 +132,41 @@ def model_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def load_model(model: str, *, fsdp: int = 1, **options: Any) -> Embedder:
     """A model with the options of `Embedder.load`, on all devices, `fsdp` of which share a copy."""
-    from jaxembed import Embedder, parallel
+    from jaxembed import Embedder
 
     use_compilation_cache()
-    return Embedder.load(model, mesh=parallel.make_mesh(fsdp=fsdp), **options)
+    return Embedder.load(model, mesh=make_mesh(fsdp), **options)
+
+
+def make_mesh(fsdp: int) -> Mesh:
+    """All devices, `fsdp` of which share one copy of the model; `UserError` where they do not come out even."""
+    import jax
+
+    from jaxembed import parallel
+
+    if (count := jax.device_count()) % fsdp:
+        raise UserError(f"--fsdp is {fsdp}, which does not divide the {count} devices that are here; use a divisor of that")
+    return parallel.make_mesh(fsdp=fsdp)
+
+
+@contextmanager
+def stoppable(told: str) -> Iterator[None]:
+    """While entered, SIGTERM and Ctrl-C end the block by `Stopped`, which says `told`. For the main thread alone."""
+    found = signal.SIGINT
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal found
+        found = signal.Signals(number)
+        raise KeyboardInterrupt  # which no library takes for an error of its own
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Stopped(told, found) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def cache_dir() -> Path:
@@ -133,12 +185,23 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def new_output(path: str) -> Path:
-    """An output path that does not exist yet, its folder made; or `UserError`."""
+def new_output(path: str, endings: Collection[str] = ()) -> Path:
+    """An output path that does not exist yet, of one of the endings if there are any, and can be written; or `UserError`."""
     out = Path(path)
+    if endings and out.suffix not in endings:
+        raise UserError(f"{out}: expected an output that ends in {' or '.join(endings)}")
     if exists(out):
         raise UserError(f"{out}: already exists; remove it or name another output")
+    return writable(out)
+
+
+def writable(out: Path) -> Path:
+    """The path, its folder made; `UserError` where `written_whole` cannot write there."""
     make_folder(out.parent, f"{out}: its folder")
+    try:
+        check_writable(out)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror}); name another output") from None
     return out
 
 

@@ -422,16 +422,18 @@ class MineConfig(Section):
     depth: Positive = Field(100, description="candidates of a query")
     window: tuple[Positive, Positive] = Field((50, 100), description="window: ranks, counted from 1")
     max_score: float = Field(0.7, description="topk_abs: the highest score of a negative")
-    margin: float = Field(0.05, description="topk_margin_pos: below the positive's score")
-    share: float = Field(0.95, description="topk_perc_pos: of the positive's score")
+    margin: float = Field(0.05, ge=0, description="topk_margin_pos: below the positive's score")
+    share: float = Field(0.95, ge=0, le=1, description="topk_perc_pos: of the positive's score")
 
     @model_validator(mode="after")
     def _candidates_suffice(self) -> MineConfig:
         first, last = self.window
         if first > last:
             raise ValueError(f"window is {first} to {last}; expected two ranks, the first not after the last")
-        if self.negatives > (last if self.rule == "window" else self.depth):
-            raise ValueError(f"{self.negatives} negatives of fewer candidates; raise depth, or the window's end")
+        if self.rule == "window" and self.negatives > 1 + last - first:
+            raise ValueError(f"window is {first} to {last}, fewer ranks than the {self.negatives} negatives; raise its end")
+        if self.rule != "window" and self.negatives > self.depth:
+            raise ValueError(f"depth is {self.depth}, fewer candidates than the {self.negatives} negatives; raise it")
         return self
 
 
@@ -568,6 +570,10 @@ class Config(Section):
             return (self,)
         whole = {key: value for key, value in self._tree().items() if key != "stages"}
         return tuple(_stage(whole, changes, f"{where}.{i}") for i, changes in enumerate(self.stages))
+
+    def all_sources(self) -> tuple[SourceConfig, ...]:
+        """The sources of all stages, each once."""
+        return tuple(dict.fromkeys(source for stage in self.in_stages() for source in stage.data.sources))
 
     def _tree(self) -> dict[str, Any]:
         tree = self.model_dump(mode="json")

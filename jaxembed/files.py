@@ -76,9 +76,22 @@ def write_text(path: Path, text: str) -> None:
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """A place beside the file's to write to, moved there at the end: a reader, or a kill, never meets half of it."""
-    partial = path.with_name(path.name + ".partial")
+    partial = _partial(path)
     try:
         yield partial
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Raises the `OSError` that `written_whole` would meet."""
+    partial = _partial(path)
+    there = partial.exists()
+    partial.touch()
+    if not there:
+        partial.unlink()
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from jaxembed import cli, config
 from jaxembed.data import reports
 from jaxembed.errors import UserError
-from jaxembed.sections import apply_override, parse_section
+from jaxembed.sections import parse_section
 from jaxembed.spec import EmbeddingSpec
 
 if TYPE_CHECKING:
@@ -56,13 +56,10 @@ def preview(
 
 def convert(args: argparse.Namespace) -> dict[str, Any]:
     """Writes a source anew; returns the files and how many rows they hold."""
-    out = Path(args.out)
-    if out.suffix not in reports.WRITERS:
-        raise UserError(f"{out}: expected an output that ends in {' or '.join(reports.WRITERS)}")
-    data, shards = read_data(args, None), [""]
+    out, data, shards = Path(args.out), read_data(args, None), [""]
     if args.shards > 1:
         shards = [f"-{i:05d}-of-{args.shards:05d}" for i in range(args.shards)]
-    targets = [cli.new_output(str(out.with_name(out.stem + shard + out.suffix))) for shard in shards]
+    targets = [cli.new_output(str(out.with_name(out.stem + shard + out.suffix)), reports.WRITERS) for shard in shards]
     rows = reports.convert(data.sources[0], data, cli.cache_dir(), targets, args.pairs)
     return {"files": [str(target) for target in targets], "rows": rows}
 
@@ -72,15 +69,10 @@ def read_data(args: argparse.Namespace, settings: config.Config | None) -> confi
     if bool(args.sources) == bool(settings):
         raise UserError("name the sources to look at, or a config that has some by --config, not both")
     if settings is None:
-        tree: dict[str, Any] = {"format": args.format}
-        if args.columns:
-            apply_override(tree, f"columns={args.columns}")
-        tree = {"sources": [tree | {"path": path} for path in args.sources], "hard_negatives": args.hard_negatives}
+        rows = cli.row_options(args)
+        tree = {"sources": [rows | {"path": path} for path in args.sources], "hard_negatives": args.hard_negatives}
         return parse_section(config.DataConfig, tree, "command line")
-    found: list[config.SourceConfig] = []
-    for stage in settings.in_stages():
-        found += [source for source in stage.data.sources if source not in found]
-    return settings.in_stages()[0].data.model_copy(update={"sources": tuple(found)})
+    return settings.in_stages()[0].data.model_copy(update={"sources": settings.all_sources()})
 
 
 def open_tokenizer(model: str | None, settings: config.Config | None) -> tuple[EmbeddingSpec, TextTokenizer | None]:
@@ -112,10 +104,7 @@ def make_parser() -> cli.Parser:
         command = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
         many = name != "convert"
         command.add_argument("sources", metavar="SOURCE", nargs="*" if many else 1, help="path or name, as in a config")
-        command.add_argument(
-            "--format", default="auto", help="of the rows: pairs, labels, scored_pairs, nli, text (default: auto)"
-        )
-        command.add_argument("--columns", metavar="MAPPING", help="our fields and the file's columns: '{query: question}'")
+        cli.add_rows(command)
         command.set_defaults(config=None, hard_negatives=0)
         if many:
             command.add_argument("--config", metavar="CONFIG.yaml", help="take the sources of a config instead")
