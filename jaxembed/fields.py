@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -79,6 +80,8 @@ class Fields:
 
 def shown(value: object, most: int = 80) -> str:
     """A value as it stands in an error, however large it is."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
     if isinstance(value, int) and abs(value) >= 10**30:
         return f"a number of about {math.log10(abs(value)):.0f} digits"
     if isinstance(value, dict | list | tuple | set):

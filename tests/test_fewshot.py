@@ -254,7 +254,7 @@ def test_bad_example_files_are_told_in_one_line(tmp_path: Path) -> None:
         encode.main(arguments(tmp_path))
     for row, told in (
         ('{"query": "q"}', '"response" is missing; expected a non-empty string'),
-        ('{"query": "", "response": "r"}', '"query" must be a non-empty string'),
+        ('{"query": "", "response": "r"}', "\"query\" is ''; expected a non-empty string"),
         ("[]", "expected a JSON object, found a list"),
     ):
         (tmp_path / "examples.jsonl").write_text('{"query": "q", "response": "r"}\n' + row)

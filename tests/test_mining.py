@@ -162,9 +162,7 @@ def test_no_positive_is_a_negative(tmp_path: Path) -> None:
     rows = [
         {"query": "q 1", "pos": ["a 1", "b 1"], "prompt": "Find it"},
         {"query": " q 1", "pos": ["c 1"], "neg": ["b 1 ", "d 2"]},
-        {"query": "q 2", "pos": ["d 2", " "], "neg": ["a 1"]},
-        {"query": " ", "pos": ["e"]},
-        {"query": "e", "pos": ["\n"]},
+        {"query": "q 2", "pos": ["d 2"], "neg": ["a 1"]},
     ]
     pool = pool_of(tmp_path, rows, ["a 1\n", " b 1", "b 1", "c 1", "q 1 ", "d 2", "q 2", "", " ", "e"])
     assert (pool.searched, len(pool.documents), len(pool.queries)) == (7, 7, 3)
@@ -175,7 +173,7 @@ def test_no_positive_is_a_negative(tmp_path: Path) -> None:
     assert [set(row["neg"]) for row in written] == [{"d 2", "q 2", "e"}] * 2 + [{"a 1\n", " b 1", "c 1", "q 1 ", "e"} - {min(
         ["a 1\n", " b 1", "c 1", "q 1 ", "e"], key=lambda text: vector("q 2") @ vector(text))}]  # fmt: skip
     counts = summary(pool, result, Rule(**RULE))
-    expected = {"rows": 5, "written": 3, "dropped": {"blank": 2, "inconsistent": 0}, "corpus": 7, "blank_documents": 2}
+    expected = {"rows": 3, "written": 3, "dropped": {"blank": 0, "inconsistent": 0}, "corpus": 7, "blank_documents": 2}
     expected |= {"negatives": 10, "short_rows": 2, "missing_negatives": 2, "rows_without_negatives": 0, "queries": 3}
     assert counts.items() >= expected.items()
     kept = [line(pool, row) for row in mined(pool, keep_negatives=True).rows]

@@ -73,7 +73,7 @@ def test_every_container_holds_the_same_rows(tmp_path: Path, suffix: str) -> Non
 
 
 def test_a_plain_text_is_its_own_positive(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes("\ufeffeins\r\n\r\n zwei \n数学".encode())
+    (tmp_path / "a.txt").write_bytes("\ufeffeins\r\n\r\n zwei \n\x0c\u3000\n数学".encode())
     write_lines(tmp_path / "b.jsonl", [{"text": "eins"}, {"text": " zwei "}, {"text": "数学"}])
     for name in ("a.txt", "b.jsonl"):
         texts = source(tmp_path / name, tmp_path)
@@ -94,10 +94,22 @@ def test_columns_name_fields_and_wrap_single_texts(tmp_path: Path) -> None:
     (tmp_path / "queries.jsonl").touch()
     with pytest.raises(UserError, match="columns are of rows; a BEIR folder has its own fields"):
         source(tmp_path, tmp_path, columns=columns)
-    with pytest.raises(UserError, match=r"a.jsonl: no row has the column 'wrnog', which columns names for neg$"):
+    with pytest.raises(
+        UserError, match=r"a.jsonl: no row has the column 'wrnog', which columns .*; the first row has question, ans"
+    ):
         opened(tmp_path / "a.jsonl", **columns | {"neg": "wrnog"})
-    with pytest.raises(UserError, match=r'a.jsonl:1: "query" is missing; .* \(under columns {"query": "quest"'):
-        opened(tmp_path / "a.jsonl", **columns | {"query": "quest"})
+    told = r'a.jsonl:1: "query" is missing; .*; the row has question, answer, wrong \(under columns {"query": "quest"'
+    for options in ({}, {"format": "pairs"}):
+        with pytest.raises(UserError, match=told):
+            source(tmp_path / "a.jsonl", tmp_path, columns=columns | {"query": "quest"}, **options)
+    write_lines(tmp_path / "a.jsonl", [{"answer": None, **PAIRS[0]}])
+    for ours, theirs, told in [
+        ("query", "quest", '"query" is missing; expected a non-empty string; the row has answer, query, pos, neg'),
+        ("neg", "wrong", "no row has the column 'wrong', which columns names for neg; the first row has answer, query, pos"),
+        ("pos", "answer", '"pos" holds null; expected non-empty strings'),
+    ]:  # a row's own field does not stand in for a column
+        with pytest.raises(UserError, match=told):
+            source(tmp_path / "a.jsonl", tmp_path, columns={ours: theirs})
 
 
 def test_a_null_is_an_absent_field(tmp_path: Path) -> None:
@@ -209,7 +221,9 @@ def test_files_that_are_cut_off_or_damaged(tmp_path: Path, suffix: str, place: f
 
 def test_records_that_are_no_rows(tmp_path: Path) -> None:
     write_array_record(tmp_path / "a.array_record", [*PAIRS[:2], {"query": "q"}])
-    with pytest.raises(UserError, match=r'a.array_record: record 3: "pos" must be a list of non-empty strings$'):
+    with pytest.raises(
+        UserError, match=r'a.array_record: record 3: "pos" is missing; expected a list of .*; the row has query$'
+    ):
         opened(tmp_path / "a.array_record")
     write_array_record(tmp_path / "b.array_record", [["no", "object"]])  # type: ignore[list-item]
     with pytest.raises(UserError, match=r"b.array_record: record 1: expected a JSON object, found a list$"):

@@ -213,10 +213,10 @@ def test_entailment_by_numbers_and_other_names(tmp_path: Path) -> None:
         ({"premise": "p", "label": 0}, ':1: "hypothesis" is missing; expected a non-empty string'),
         (
             {"premise": "p", "hypothesis": "h", "label": 3},
-            ':1: "label" must be entailment, neutral or contradiction, or 0, 1 or 2',
+            ':1: "label" is 3; expected entailment, neutral or contradiction, or 0, 1 or 2',
         ),
-        ({"premise": "p", "hypothesis": "h", "label": True}, ':1: "label" must be entailment'),
-        ({"premise": "p", "hypothesis": "h", "label": ["-"]}, ':1: "label" must be entailment'),
+        ({"premise": "p", "hypothesis": "h", "label": True}, ':1: "label" is true; expected entailment'),
+        ({"premise": "p", "hypothesis": "h", "label": ["-"]}, ':1: "label" is a list of 1; expected entailment'),
         (
             {"premise": "p", "hypothesis": "h", "label": "neutral"},
             ": no premise has an entailed hypothesis; expected rows with",

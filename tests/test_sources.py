@@ -61,6 +61,7 @@ def test_a_format_is_read_off_the_path(tmp_path: Path) -> None:
     assert detect_format(SourceConfig(path="python_packages")) == "python_packages"
 
 
+HEADER = "query-id\tcorpus-id\tscore"
 GOOD = b'{"query": "q", "pos": ["p"]}\n'
 
 
@@ -68,14 +69,19 @@ GOOD = b'{"query": "q", "pos": ["p"]}\n'
     ("content", "message"),
     [
         (GOOD + b'{"query": "q", "pos": "p"}', ':2: "pos" is a string; write a list: "pos": ["p"]'),
-        (GOOD + b'{"query": "q"}', ':2: "pos" must be a list of non-empty strings'),
+        (GOOD + b'{"query": "q"}', ':2: "pos" is missing; expected a list of non-empty strings; the row has query'),
+        (GOOD + b'{"query": "q", "pos": 1}', ':2: "pos" is 1; expected a list of non-empty strings'),
         (GOOD + b'{"query": "q", "pos": []}', ':2: "pos" is empty; a query needs a positive'),
-        (GOOD + b'{"query": "q", "pos": [""]}', ':2: "pos" must be a list of non-empty strings'),
-        (GOOD + b'{"query": "q", "pos": ["p"], "neg": [1]}', ':2: "neg" must be a list of non-empty strings'),
+        (GOOD + b'{"query": "q", "pos": [""]}', ":2: \"pos\" holds ''; expected non-empty strings"),
+        (GOOD + b'{"query": "q", "pos": ["p", "\\u3000"]}', ":2: \"pos\" holds '\\u3000'; expected non-empty strings"),
+        (GOOD + b'{"query": "q", "pos": ["p"], "neg": [1]}', ':2: "neg" holds 1; expected non-empty strings'),
         (GOOD + b'{"query": "q", "pos": ["p"], "neg": "n"}', ':2: "neg" is a string; write a list: "neg": ["n"]'),
-        (GOOD + b'{"query": "q", "pos": ["p"], "prompt": 1}', ':2: "prompt" must be a string'),
-        (GOOD + b'{"pos": ["p"]}', ':2: "query" is missing; expected a non-empty string'),
-        (GOOD + b'{"query": 3, "pos": ["p"]}', ':2: "query" must be a non-empty string'),
+        (GOOD + b'{"query": "q", "pos": ["p"], "prompt": 1}', ':2: "prompt" is 1; expected a string'),
+        (GOOD + b'{"pos": ["p"]}', ':2: "query" is missing; expected a non-empty string; the row has pos'),
+        (GOOD + b'{"text": "t", "label": 1}', ':2: "query" is missing; expected a non-empty string; the row has text, label'),
+        (GOOD + b"{}", ':2: "query" is missing; expected a non-empty string; the row has no fields'),
+        (GOOD + b'{"query": 3, "pos": ["p"]}', ':2: "query" is 3; expected a non-empty string'),
+        (GOOD + b'{"query": " \\t ", "pos": ["p"]}', ":2: \"query\" is ' \\t '; expected a non-empty string"),
         (GOOD + b'\n{"query": "q", "pos": ["p"]', ":3: not valid JSON (Expecting"),
         (GOOD + b'["q", "p"]', ":2: expected a JSON object, found a list"),
         (GOOD + b'{"query": "\xff", "pos": ["p"]}', ":2: not valid UTF-8 (byte 11)"),
@@ -85,13 +91,16 @@ GOOD = b'{"query": "q", "pos": ["p"]}\n'
         (b"", ": holds no rows"),
         (b"\n \n", ": holds no rows"),
         (b'{"title": "t"}', ":1: unknown row with keys title; expected query and pos, text and label"),
-        (b'{"text": "t", "label": "a"}\n{"text": "t"}', ':2: "label" is missing; expected a string or a whole number'),
-        (b'{"text": "t", "label": "a"}\n{"text": "t", "label": 1.5}', ':2: "label" must be a string or a whole number'),
+        (b'{"text": "t", "label": "a"}\n{"text": "t"}', ':2: "label" is missing; expected a non-empty string or a whole'),
+        (b'{"text": "t", "label": "a"}\n{"text": "t", "label": 1.5}', ':2: "label" is 1.5; expected a non-empty string or'),
+        (b'{"text": "t", "label": "a"}\n{"text": "t", "label": " "}', ":2: \"label\" is ' '; expected a non-empty string or"),
+        (b'{"text": "t", "label": "a"}\n{"text": " ", "label": "a"}', ":2: \"text\" is ' '; expected a non-empty string"),
         (b'{"text": "t", "label": 1}\n{"label": 1}', ':2: "text" is missing'),
         (b'{"sentence1": "a", "score": 1}', ':1: "sentence2" is missing'),
-        (b'{"sentence1": "a", "sentence2": "b", "score": NaN}', ':1: "score" must be a finite number'),
-        (b'{"sentence1": "a", "sentence2": "b", "score": "5"}', ':1: "score" must be a finite number'),
-        (b'{"sentence1": "a", "sentence2": "b", "score": 1' + b"0" * 400 + b"}", ':1: "score" must be a finite number'),
+        (b'{"sentence1": "a", "sentence2": "b", "score": NaN}', ':1: "score" is nan; expected a finite number'),
+        (b'{"sentence1": "a", "sentence2": "b", "score": "5"}', ":1: \"score\" is '5'; expected a finite number"),
+        (b'{"sentence1": "a", "sentence2": "b", "score": null}', ':1: "score" is null; expected a finite number'),
+        (b'{"sentence1": "a", "sentence2": "b", "score": 1' + b"0" * 400 + b"}", ':1: "score" is a number of about 400 digits'),
         (b'{"sentence1": "a", "sentence2": "b", "score": 1}', ": no pair scores 4.0 or more; lower the source's min_score"),
     ],
 )
@@ -220,7 +229,7 @@ def beir(folder: Path, split: str = "train") -> Path:
         '{"_id": "d1", "title": "Title", "text": "one"}\n'
         '{"_id": "d2", "title": "", "text": "two"}\n{"_id": "d3", "text": "three"}'
     )
-    qrels = "query-id\tcorpus-id\tscore\nq3\td2\t1\r\nq1\td1\t2\nq1\td3\t1\n\nq2\td1\t0\n"
+    qrels = f"{HEADER}\nq3\td2\t1\r\nq1\td1\t2\nq1\td3\t1\n\nq2\td1\t0\n"
     (folder / "qrels" / f"{split}.tsv").write_text(qrels)
     return folder
 
@@ -234,6 +243,17 @@ def test_queries_of_a_beir_folder_that_have_documents_are_examples(tmp_path: Pat
     assert {example.positive for example in drawn} == {"Title one", "three"}
     assert {example.positives for example in drawn} == {("Title one", "three")}
     assert opened.drawer.most_positives == 2
+
+
+def test_a_document_without_a_text_is_no_positive(tmp_path: Path) -> None:
+    corpus = beir(tmp_path) / "corpus.jsonl"
+    corpus.write_text(corpus.read_text().replace('"two"', '" "').replace('"three"', '""'))
+    opened = source(tmp_path)
+    assert list(opened.as_pairs()) == [{"query": "first", "pos": ["Title one"]}]
+    assert opened.drawer.dropped == {"queries without a document that has a text": 1}
+    corpus.write_text(corpus.read_text().replace('"one"', '""').replace('"Title"', '""'))
+    with pytest.raises(UserError, match=r"no query has a relevant document with a text$"):
+        source(tmp_path)
 
 
 def test_the_first_split_that_is_there_is_read(tmp_path: Path) -> None:
@@ -267,18 +287,19 @@ def test_every_file_of_a_beir_folder_counts_in_its_digest(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("qrels/train.tsv", "h\nq1 d1 1", "train.tsv:2: expected query-id, corpus-id and score between tabs, found 'q1 d1 1'"),
-        ("qrels/train.tsv", "h\n\nq1\td1\tx", "train.tsv:3: expected query-id, corpus-id and score"),
-        ("qrels/train.tsv", "h\nq1\td1\tinf", "train.tsv:2: expected query-id, corpus-id and score"),
-        ("qrels/train.tsv", "h\nq1\td9\t1", "train.tsv:2: id 'd9' is not in .*corpus.jsonl"),
-        ("qrels/train.tsv", "h\nq9\td1\t1", "train.tsv:2: id 'q9' is not in .*queries.jsonl"),
-        ("qrels/train.tsv", "h\nq1\td1\t0", "train.tsv: no query has a relevant document"),
-        ("qrels/train.tsv", b"h\n\xff", "train.tsv: not valid UTF-8"),
-        ("corpus.jsonl", '{"_id": "d1", "text": "a"}\n' * 2, "corpus.jsonl: _id 'd1' stands in two rows"),
+        ("qrels/train.tsv", "q1\td1\tscore\n", "train.tsv:1: expected query-id, corpus-id, score between tabs"),
+        ("qrels/train.tsv", f"{HEADER}\nq1 d1 1", "train.tsv:2: expected query-id, .* tabs, found 'q1 d1 1'"),
+        ("qrels/train.tsv", f"{HEADER}\n\nq1\td1\tx", "train.tsv:3: expected query-id, corpus-id, score"),
+        ("qrels/train.tsv", f"{HEADER}\nq1\td1\tinf", "train.tsv:2: expected query-id, corpus-id, score"),
+        ("qrels/train.tsv", f"{HEADER}\nq1\td9\t1", "train.tsv:2: id 'd9' is not in .*corpus.jsonl"),
+        ("qrels/train.tsv", f"{HEADER}\nq9\td1\t1", "train.tsv:2: id 'q9' is not in .*queries.jsonl"),
+        ("qrels/train.tsv", f"{HEADER}\nq1\td1\t0", "train.tsv: no query has a relevant document"),
+        ("qrels/train.tsv", HEADER.encode() + b"\n\xff", "train.tsv: not valid UTF-8"),
+        ("corpus.jsonl", '{"_id": "d1", "text": "a"}\n\n' * 2, "corpus.jsonl:3: _id 'd1' is that of .*corpus.jsonl:1 too"),
         ("corpus.jsonl", '{"_id": "d1"}', 'corpus.jsonl:1: "text" is missing'),
-        ("corpus.jsonl", '{"_id": 1, "text": "a"}', 'corpus.jsonl:1: "_id" must be a non-empty string'),
-        ("corpus.jsonl", '{"_id": "d1", "text": "a", "title": null}', 'corpus.jsonl:1: "title" must be a string'),
-        ("queries.jsonl", '{"_id": "q1", "text": ""}', 'queries.jsonl:1: "text" must be a non-empty string'),
+        ("corpus.jsonl", '{"_id": 1, "text": "a"}', 'corpus.jsonl:1: "_id" is 1; expected a non-empty string'),
+        ("corpus.jsonl", '{"_id": "d1", "text": "a", "title": null}', 'corpus.jsonl:1: "title" is null; expected a string'),
+        ("queries.jsonl", '{"_id": "q1", "text": ""}', "queries.jsonl:1: \"text\" is ''; expected a non-empty string"),
         ("queries.jsonl", None, "queries.jsonl: no such file"),
         ("qrels/train.tsv", None, "expected qrels/train.tsv beside corpus.jsonl and queries.jsonl"),
     ],

@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from jaxembed.data.containers import open_container
 from jaxembed.data.jsonl import write_lines
 from jaxembed.data.rows import Rows, Shape
-from jaxembed.data.schema import Row, check_corpus, check_query
+from jaxembed.data.schema import Row, check_corpus, check_query, is_text
 from jaxembed.errors import UserError
 from jaxembed.files import read_text
+
+HEADER = ["query-id", "corpus-id", "score"]  # the first line of qrels, which may do without
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +61,7 @@ def open_beir(folder: Path, splits: tuple[str, ...]) -> BeirFolder:
     relevant: dict[int, dict[int, int]] = {}
     text = read_text(qrels)
     for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip() or (number == 1 and _is_header(line)):
+        if not line.strip() or (number == 1 and _fields(line) == HEADER):
             continue
         query, document, grade = _judgement(line, f"{qrels}:{number}")
         for name, rows, of in ((query, query_rows, queries), (document, corpus_rows, corpus)):
@@ -72,18 +75,16 @@ def open_beir(folder: Path, splits: tuple[str, ...]) -> BeirFolder:
     return BeirFolder(corpus, queries, list(relevant), list(relevant.values()), digest)
 
 
-def _is_header(line: str) -> bool:
-    """Whether the first line names the columns; in a file without a header it is a judgement."""
-    return not line.rpartition("\t")[2].strip().replace(".", "", 1).isdecimal()
+def _fields(line: str) -> list[str]:
+    return line.rstrip("\r").split("\t")
 
 
 def _judgement(line: str, where: str) -> tuple[str, str, int]:
-    fields = line.split("\t")
     try:
-        query, document, grade = fields
+        query, document, grade = _fields(line)
         return query, document, int(float(grade))
     except (ValueError, OverflowError):
-        raise UserError(f"{where}: expected query-id, corpus-id and score between tabs, found {line[:60]!r}") from None
+        raise UserError(f"{where}: expected {', '.join(HEADER)} between tabs, found {line[:60]!r}") from None
 
 
 def _row_of_id(rows: Rows) -> dict[str, int]:
@@ -91,7 +92,8 @@ def _row_of_id(rows: Rows) -> dict[str, int]:
     for i in range(len(rows)):
         name = rows[i]["_id"]
         if name in ids:
-            raise UserError(f"{rows.container.name}: _id {name!r} stands in two rows; ids must be unique")
+            places = [where for _, where, _ in islice(rows.container.scan(), i + 1)]
+            raise UserError(f"{places[i]}: _id {name!r} is that of {places[ids[name]]} too; ids must be unique")
         ids[name] = i
     return ids
 
@@ -108,21 +110,30 @@ def write_beir(
     write_lines(folder / "corpus.jsonl", [{"_id": name, "title": "", "text": text} for name, text in corpus.items()])
     write_lines(folder / "queries.jsonl", [{"_id": name, "text": text} for name, text in queries.items()])
     judged = [f"{q}\t{name}\t{grade}" for q, documents in relevant.items() for name, grade in documents.items()]
-    lines = ["query-id\tcorpus-id\tscore", *judged]
+    lines = ["\t".join(HEADER), *judged]
     (folder / "qrels" / f"{split}.tsv").write_text("\n".join(lines) + "\n", "utf-8")
 
 
 class BeirPairs:
-    """A BEIR folder as training rows: each query that has relevant documents, with those as positives."""
+    """A BEIR folder as training rows: each query that has relevant documents, with those as positives.
+
+    A document without a text is none of them, and a query that has no other is dropped.
+    """
 
     def __init__(self, folder: Path):
-        self._beir = open_beir(folder, ("train", "dev", "test"))
-        self.digest = self._beir.digest
-        self.most_positives = max(len(documents) for documents in self._beir.relevant)
+        beir = self._beir = open_beir(folder, ("train", "dev", "test"))
+        self.digest, self.row_count = beir.digest, len(beir.relevant)
+        with_text = [[row for row in sorted(rows) if is_text(beir.document(row))] for rows in beir.relevant]
+        self._relevant = {i: rows for i, rows in enumerate(with_text) if rows}
+        self._queries = list(self._relevant)
+        if not self._queries:
+            raise UserError(f"{folder}: no query has a relevant document with a text")
+        self.most_positives = max(map(len, self._relevant.values()))
+        self.dropped = {"queries without a document that has a text": self.row_count - len(self)}
 
     def __len__(self) -> int:
-        return len(self._beir.query_rows)
+        return len(self._queries)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        documents = [self._beir.document(row) for row in sorted(self._beir.relevant[index])]
-        return {"query": self._beir.query(index), "pos": documents}
+        query = self._queries[index]
+        return {"query": self._beir.query(query), "pos": [self._beir.document(row) for row in self._relevant[query]]}

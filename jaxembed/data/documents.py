@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from jaxembed.config import FIELD, PairTemplate, SourceConfig
+from jaxembed.data.drawers import Drawer
 from jaxembed.data.rows import AtLeast, Rows, Shape
-from jaxembed.data.schema import Example, Row, check_document
+from jaxembed.data.schema import Example, Row, check_document, fields_of, is_text
 from jaxembed.errors import UserError
 
 INCOMPLETE = "no template has all its fields"
@@ -23,7 +24,7 @@ def document_shape(config: SourceConfig) -> Shape:
     return Shape(f"documents by {keys}", check_document, lambda row: _kept(row, config))
 
 
-class Documents:
+class Documents(Drawer):
     """Rows of any fields, from which a source's `pair_templates` make pairs (KaLM-Embedding 2.1: title and body).
 
     A row is kept that has the metadata of `where` and makes a pair of the right length by one template at least. One of
@@ -46,7 +47,7 @@ class Documents:
                 raise UserError(
                     f"{config.path}: pair_templates.{i} makes no pair: no row has texts in all of "
                     f"{', '.join(sorted(template.fields))} and is as where, min_chars and max_chars say{counts}; the first row "
-                    f"has {', '.join(list(rows[0])[:10])}"
+                    f"has {fields_of(rows[0])}"
                 )
 
     def __len__(self) -> int:
@@ -57,10 +58,9 @@ class Documents:
         query, positive = pairs[rng.integers(len(pairs))]
         return Example(query, positive, (), (positive,))
 
-    def as_pairs(self, seed: int = 0, most: int = 8) -> Iterator[Row]:
-        """The pairs of all templates."""
-        for index in range(len(self)):
-            yield from ({"query": query, "pos": [positive]} for query, positive in self._pairs(index))
+    def pairs(self, index: int, seed: int, most: int) -> Iterator[Row]:
+        """Those of all templates."""
+        return ({"query": query, "pos": [positive]} for query, positive in self._pairs(index))
 
     def _pairs(self, index: int) -> list[tuple[str, str]]:
         """The good pairs of a kept row, one at least."""
@@ -92,7 +92,7 @@ def _wrong(pair: tuple[str, str], config: SourceConfig) -> str | None:
 
 def filled(template: PairTemplate, row: Row) -> tuple[str, str] | None:
     """Query and positive of a row; None where one of the fields is absent, empty or no text."""
-    if not all(isinstance(text := row.get(field), str) and text.strip() for field in template.fields):
+    if not all(is_text(row.get(field)) for field in template.fields):
         return None
     query, positive = (FIELD.sub(lambda found: row[found[1]], side) for side in (template.query, template.positive))
     return query, positive

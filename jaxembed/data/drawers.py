@@ -6,6 +6,7 @@ Labels and documents have files of their own; entailment (`nli.py`) and BEIR fol
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,9 +27,9 @@ class ReadRows(Protocol):
 class Drawer(Protocol):
     """Draws examples from rows; no example has more than `most_positives` positives.
 
-    `dropped` counts what is not drawn from, by the reason. `as_pairs` gives every example as a row of the main format, all
-    at once instead of drawn, for conversion and mining; where there is no end of positives and negatives, `most` of each,
-    chosen by (seed, index).
+    `dropped` counts what is not drawn from, by the reason. `pairs` gives an example as rows of the main format, all at once
+    instead of drawn, for conversion and mining; where there is no end of positives and negatives, `most` of each, chosen by
+    (seed, index).
     """
 
     most_positives: int
@@ -36,10 +37,14 @@ class Drawer(Protocol):
 
     def __len__(self) -> int: ...
     def draw(self, index: int, rng: np.random.Generator, negatives: int) -> Example: ...
-    def as_pairs(self, seed: int = 0, most: int = 8) -> Iterator[Row]: ...
+    def pairs(self, index: int, seed: int, most: int) -> Iterator[Row]: ...
+
+    def as_pairs(self, seed: int = 0, most: int = 8) -> Iterator[Row]:
+        """The rows of all examples, in order."""
+        return chain.from_iterable(self.pairs(index, seed, most) for index in range(len(self)))
 
 
-class Pairs:
+class Pairs(Drawer):
     """Rows of the main format. One positive is drawn; up to `negatives` of the row's own negatives are."""
 
     def __init__(self, rows: ReadRows, most_positives: int, dropped: dict[str, int] | None = None):
@@ -65,11 +70,11 @@ class Pairs:
             teacher_scores=_teacher_scores(row, (positive, *drawn)),
         )
 
-    def as_pairs(self, seed: int = 0, most: int = 8) -> Iterator[Row]:
-        return each(self.rows)
+    def pairs(self, index: int, seed: int, most: int) -> Iterator[Row]:
+        yield self.rows[index]
 
 
-class ScoredPairs:
+class ScoredPairs(Drawer):
     """(sentence1, sentence2, score) rows at or above a score: positives of each other, in a drawn direction.
 
     NV-Embed 4.2 makes two examples of such a row; over the visits a row here is both. It has no negatives of its own:
@@ -93,18 +98,17 @@ class ScoredPairs:
         query, positive = pair if rng.integers(2) else pair[::-1]
         return Example(query, positive, (), (positive,), score=score)
 
-    def as_pairs(self, seed: int = 0, most: int = 8) -> Iterator[Row]:
-        """Both directions of every pair."""
-        for index in range(len(self)):
-            (first, second), _ = self._pair(index)
-            yield from ({"query": first, "pos": [second]}, {"query": second, "pos": [first]})
+    def pairs(self, index: int, seed: int, most: int) -> Iterator[Row]:
+        """Both directions."""
+        (first, second), _ = self._pair(index)
+        yield from ({"query": first, "pos": [second]}, {"query": second, "pos": [first]})
 
     def _pair(self, index: int) -> tuple[tuple[str, str], float]:
         row = self.rows[self._kept[index]]
         return (row["sentence1"], row["sentence2"]), float(row["score"])
 
 
-class Texts:
+class Texts(Drawer):
     """Texts alone: each is its own positive, and the other texts of a batch are its negatives (SimCSE, arXiv:2104.08821)."""
 
     most_positives = 1
@@ -120,8 +124,9 @@ class Texts:
         text = self.rows[index]["text"]
         return Example(text, text, (), (text,))
 
-    def as_pairs(self, seed: int = 0, most: int = 8) -> Iterator[Row]:
-        return ({"query": row["text"], "pos": [row["text"]]} for row in each(self.rows))
+    def pairs(self, index: int, seed: int, most: int) -> Iterator[Row]:
+        text = self.rows[index]["text"]
+        yield {"query": text, "pos": [text]}
 
 
 def each(rows: ReadRows) -> Iterator[Row]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxembed.data.schema import is_text
 from jaxembed.errors import UserError
 from jaxembed.files import decode
 
@@ -35,9 +36,9 @@ class JsonLines:
         start = 0
         with self._path.open("rb") as file:
             for number, line in enumerate(file, 1):
-                if line.strip(BLANK):
-                    where = f"{self.name}:{number}"
-                    yield start, where, self._content(line, where)
+                where = f"{self.name}:{number}"
+                if (content := self._content(line, where)) is not None:
+                    yield start, where, content
                 start += len(line)
 
     def read(self, address: int) -> Any:
@@ -46,14 +47,16 @@ class JsonLines:
         return self._content(self._map[address : end or self.extent], self.name)
 
     def _content(self, line: bytes, where: str) -> Any:
-        return line
+        """The row of a line, None of a blank one."""
+        return line if line.strip(BLANK) else None
 
 
 class TextLines(JsonLines):
     """The lines of a plain text, each a row {"text": ...}."""
 
     def _content(self, line: bytes, where: str) -> Any:
-        return {"text": decode(line, where).strip("\r\n")}
+        text = decode(line, where).strip("\r\n")
+        return {"text": text} if is_text(text) else None
 
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from jaxembed.config import SourceConfig
+from jaxembed.data.drawers import Drawer
 from jaxembed.data.rows import Rows
 from jaxembed.data.schema import Example, Row
 from jaxembed.errors import UserError
@@ -15,7 +16,7 @@ from jaxembed.errors import UserError
 SHOWN = 10  # labels that an error lists
 
 
-class Labels:
+class Labels(Drawer):
     """(text, label) rows, after NV-Embed 4.2 and 5.3.4.
 
     Documents are label texts (two labels, or chosen so): the label's text is the positive, those of other labels the
@@ -58,12 +59,11 @@ class Labels:
         text, label, (positive,), found = self._drawn(index, rng, 1, negatives)
         return Example(text, positive, tuple(found), (positive, text), label=label)
 
-    def as_pairs(self, seed: int = 0, most: int = 8) -> Iterator[Row]:
-        """Every text with its label and all others, or with `most` examples of its label and of others."""
+    def pairs(self, index: int, seed: int, most: int) -> Iterator[Row]:
+        """The text with its label and all others, or with `most` examples of its label and of others."""
         negatives = len(self._pool) if self._by_label else most
-        for index in range(len(self)):
-            text, _, positives, found = self._drawn(index, np.random.default_rng((seed, index)), most, negatives)
-            yield {"query": text, "pos": positives, "neg": found}
+        text, _, positives, found = self._drawn(index, np.random.default_rng((seed, index)), most, negatives)
+        yield {"query": text, "pos": positives, "neg": found}
 
     def _drawn(
         self, index: int, rng: np.random.Generator, positives: int, negatives: int

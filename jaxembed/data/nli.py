@@ -34,8 +34,8 @@ class NliPairs:
     """
 
     def __init__(self, rows: Rows):
-        """`rows` are of `SHAPE`. Holds 4 bytes of each, and 16 of each premise."""
-        self._rows = rows
+        """`rows` are of `SHAPE`, `row_count` how many there are. Holds 4 bytes of each, and 16 of each premise."""
+        self._rows, self.row_count = rows, len(rows)
         self.digest = rows.digest
         premise, label = np.divmod(rows.numbers.astype(np.int64), 4)
         label += NONE

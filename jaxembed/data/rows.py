@@ -22,10 +22,10 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxembed.data.containers import Container
-from jaxembed.data.schema import Row, RowCheck, parse_row
+from jaxembed.data.schema import MISSING, Row, RowCheck, fields_of, parse_row
 from jaxembed.errors import UserError
 
-FORMAT = 1  # part of an index's name: raise it when what is checked, kept or written changes
+FORMAT = 2  # part of an index's name: raise it when what is checked, kept or written changes
 ENTRY = np.dtype([("address", "<i8"), ("number", "<f8")])
 PACKED, LENGTH = struct.Struct("<qd"), struct.Struct("<q")
 BLOCK = 2**16  # rows handled at a time
@@ -87,13 +87,24 @@ class AtLeast:
 
 
 def as_row(content: Any, where: str, columns: Columns) -> dict[str, Any]:
-    """A row under our names of its fields. A column of single texts makes lists of one where lists are expected."""
-    row: dict[str, Any] = parse_row(content, where) if isinstance(content, bytes) else content
+    """A row under our names of its fields."""
+    return _renamed(_parsed(content, where), columns)
+
+
+def _parsed(content: Any, where: str) -> dict[str, Any]:
+    """A row as its container has it."""
+    return parse_row(content, where) if isinstance(content, bytes) else content
+
+
+def _renamed(row: dict[str, Any], columns: Columns) -> dict[str, Any]:
+    """The row under our names: what `columns` names is taken from that column alone, and a single value makes a list where
+    a list is expected.
+    """
     if not columns:
         return row
     taken = {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
-    taken |= {name: [taken[name]] for name in LISTS if isinstance(taken.get(name), str)}
-    return {name: value for name, value in row.items() if name not in columns.values()} | taken
+    taken |= {name: [taken[name]] for name in LISTS if name in taken and not isinstance(taken[name], list)}
+    return {name: value for name, value in row.items() if name not in {*columns, *columns.values()}} | taken
 
 
 def scan(container: Container) -> Iterator[tuple[int, str, Any]]:
@@ -114,19 +125,22 @@ def read_all(container: Container, check: RowCheck, columns: Columns) -> Iterato
 
     `UserError` is raised where nothing more can be read, and where no row has one of the columns.
     """
-    absent = set(columns)
+    absent, first = set(columns), ""
     under = f" (under columns {json.dumps(dict(columns), ensure_ascii=False)})" if columns else ""
     for address, where, content in scan(container):
         try:
-            row = as_row(content, where, columns)
+            given = _parsed(content, where)
         except UserError as error:
             yield address, content, error
             continue
-        absent -= row.keys()
-        problem = check(row)
-        yield address, content, UserError(f"{where}: {problem}{under}") if problem else row
+        first = first or fields_of(given)
+        absent = {name for name in absent if columns[name] not in given}
+        problem = check(row := _renamed(given, columns))
+        has = f"; the row has {fields_of(given)}" if problem and f'" is {MISSING};' in problem else ""
+        yield address, content, UserError(f"{where}: {problem}{has}{under}") if problem else row
     for name in absent:
-        raise UserError(f"{container.name}: no row has the column {columns[name]!r}, which columns names for {name}")
+        told = f"no row has the column {columns[name]!r}, which columns names for {name}; the first row has {first}"
+        raise UserError(f"{container.name}: {told}")
 
 
 Index = tuple[np.ndarray, np.ndarray, Mapping[str, Any]]  # entries [N], rows by label [N or 0], the rest

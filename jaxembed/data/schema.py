@@ -7,11 +7,13 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from jaxembed.errors import UserError
+from jaxembed.fields import shown
 from jaxembed.files import decode
 from jaxembed.spec import Shot
 
@@ -39,6 +41,8 @@ class Example:
 
 Row = Mapping[str, Any]
 RowCheck = Callable[[Row], str | None]  # what is wrong with a row, or None
+MISSING = "missing"  # what a check calls a field that is not there
+SHOWN = 10  # fields of a row that an error lists
 HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")  # half of a surrogate pair, escaped
 
 
@@ -50,17 +54,19 @@ def check_pair(row: Row) -> str | None:
         texts = row.get(field, None if required else [])
         if isinstance(texts, str):
             return f'"{field}" is a string; write a list: "{field}": [{json.dumps(texts[:40], ensure_ascii=False)}]'
-        if not isinstance(texts, list) or not all(isinstance(t, str) and t for t in texts):
-            return f'"{field}" must be a list of non-empty strings'
+        if not isinstance(texts, list):
+            return _wrong(row, field, "a list of non-empty strings")
+        if not all(map(is_text, texts)):
+            return f'"{field}" holds {shown(next(t for t in texts if not is_text(t)))}; expected non-empty strings'
         if required and not texts:
             return f'"{field}" is empty; a query needs a positive'
         if (scores := row.get(f"{field}_scores")) is not None and not (
             isinstance(scores, list) and len(scores) == len(texts) and all(map(_is_number, scores))
         ):
-            return f'"{field}_scores" must be a list of {len(texts)} finite numbers, one for each of "{field}"'
+            return _wrong(row, f"{field}_scores", f'a list of {len(texts)} finite numbers, one for each of "{field}"')
     if row.get("neg_scores") and row.get("pos_scores") is None:
         return 'has "neg_scores" but no "pos_scores"; a teacher scores both'
-    return None if isinstance(row.get("prompt", ""), str) else '"prompt" must be a string'
+    return None if isinstance(row.get("prompt", ""), str) else _wrong(row, "prompt", "a string")
 
 
 def check_text(row: Row) -> str | None:
@@ -73,7 +79,8 @@ def check_label(row: Row) -> str | None:
     if problem := _text(row, "text"):
         return problem
     label = row.get("label")
-    return None if isinstance(label, str | int) and label != "" else _wrong(row, "label", "a string or a whole number")
+    good = is_text(label) or isinstance(label, int)
+    return None if good else _wrong(row, "label", "a non-empty string or a whole number")
 
 
 def check_scored(row: Row) -> str | None:
@@ -114,7 +121,7 @@ def check_document(row: Row) -> str | None:
 def check_passage(row: Row) -> str | None:
     """A text of a corpus, with or without a title."""
     if not isinstance(row.get("title", ""), str):
-        return '"title" must be a string'
+        return _wrong(row, "title", "a string")
     return None if isinstance(row.get("text"), str) else _wrong(row, "text", "a string")
 
 
@@ -133,11 +140,13 @@ def check_shot(row: Row) -> str | None:
     return _text(row, "query") or _text(row, "response")
 
 
+def is_text(value: Any) -> bool:
+    """Whether a value is a string that holds more than white space: what counts as a text everywhere."""
+    return isinstance(value, str) and bool(value.strip())
+
+
 def _text(row: Row, field: str) -> str | None:
-    value = row.get(field)
-    if isinstance(value, str) and value:
-        return None
-    return _wrong(row, field, "a non-empty string")
+    return None if is_text(row.get(field)) else _wrong(row, field, "a non-empty string")
 
 
 def _is_number(value: Any) -> bool:
@@ -145,7 +154,12 @@ def _is_number(value: Any) -> bool:
 
 
 def _wrong(row: Row, field: str, expected: str) -> str:
-    return f'"{field}" {"must be" if field in row else "is missing; expected"} {expected}'
+    return f'"{field}" is {shown(row[field]) if field in row else MISSING}; expected {expected}'
+
+
+def fields_of(row: Row) -> str:
+    """The names of a row's fields, the first of them, as an error lists them."""
+    return ", ".join([*islice(row, SHOWN), *(["..."] if len(row) > SHOWN else [])]) or "no fields"
 
 
 def parse_row(line: bytes, where: str) -> dict[str, Any]:

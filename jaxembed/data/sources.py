@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from itertools import islice
+from collections.abc import Iterator, Set
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,17 @@ from jaxembed.data.labels import Labels
 from jaxembed.data.nli import SHAPE as NLI
 from jaxembed.data.nli import NliPairs
 from jaxembed.data.rows import Rows, Shape, as_row, scan
-from jaxembed.data.schema import NLI_LABELS, Example, Row, check_document, check_label, check_pair, check_scored, check_text
+from jaxembed.data.schema import (
+    NLI_LABELS,
+    Example,
+    Row,
+    check_document,
+    check_label,
+    check_pair,
+    check_scored,
+    check_text,
+    fields_of,
+)
 from jaxembed.data.shuffle import key_of, permuted
 from jaxembed.errors import UserError
 from jaxembed.fields import LARGEST
@@ -44,16 +55,22 @@ KEYS = {
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A source of a config, opened."""
+    """A source of a config, opened: `format` is the shape of its rows, or beir, and `rows` how many there are."""
 
     config: SourceConfig
     name: str
     drawer: Drawer
     in_batch: bool
     digest: str
+    format: str
+    rows: int
 
     def __len__(self) -> int:
         return min(len(self.drawer), self.config.max_examples or LARGEST)
+
+    def as_pairs(self, seed: int = 0, most: int = 8) -> Iterator[Row]:
+        """The rows of the main format of the examples that are used (`Drawer.as_pairs`)."""
+        return chain.from_iterable(self.drawer.pairs(self._row(index), seed, most) for index in range(len(self)))
 
     def draw(self, index: int, rng: np.random.Generator, negatives: int) -> Example:
         """The example at `index` as this visit sees it: all that is drawn, in-context examples too, is drawn by `rng`."""
@@ -105,9 +122,7 @@ def _sharing_labels(sources: list[Source]) -> list[Source]:
 def open_source(config: SourceConfig, packages: PythonPackagesConfig, cache: Path) -> Source:
     kind, rows = open_rows(config, packages, cache)
     drawer: Drawer
-    if isinstance(rows, BeirPairs):
-        drawer = Pairs(rows, rows.most_positives)
-    elif isinstance(rows, NliPairs):
+    if isinstance(rows, BeirPairs | NliPairs):
         drawer = Pairs(rows, rows.most_positives, rows.dropped)
     elif kind == "labels":
         drawer = Labels(rows, config)
@@ -120,7 +135,8 @@ def open_source(config: SourceConfig, packages: PythonPackagesConfig, cache: Pat
     else:
         drawer = Pairs(rows, int(rows.largest))
     in_batch = kind != "labels" if config.in_batch_negatives is None else config.in_batch_negatives
-    return Source(config, config.name or Path(config.path).stem, drawer, in_batch, rows.digest)
+    count = len(rows) if isinstance(rows, Rows) else rows.row_count
+    return Source(config, config.name or Path(config.path).stem, drawer, in_batch, rows.digest, kind, count)
 
 
 def open_rows(config: SourceConfig, packages: PythonPackagesConfig, cache: Path) -> tuple[str, Rows | BeirPairs | NliPairs]:
@@ -156,26 +172,27 @@ def _recognised(config: SourceConfig) -> tuple[str, Container | None]:
     if config.pair_templates:
         return "documents", container
     _, where, content = next(scan(container))
-    return _shape_of(as_row(content, where, config.columns), where), container
+    return _shape_of(as_row(content, where, config.columns), where, {*config.columns}), container
 
 
-def _shape_of(row: Row, where: str) -> str:
-    """The name of the shape that a row's fields tell.
+def _shape_of(row: Row, where: str, named: Set[str]) -> str:
+    """The name of the shape that a row's fields tell, those that `columns` names among them.
 
     Where a number is the label of (sentence1, sentence2, label), they do not: it is 0 of entailments, 1 of paraphrases.
     """
-    found = [name for name, needed in KEYS.items() if needed <= row.keys()]
-    if found or "query" in row:
+    fields = row.keys() | named
+    found = [name for name, needed in KEYS.items() if needed <= fields]
+    if found or "query" in fields:
         return next(iter(found), "pairs")
-    if {"sentence1", "sentence2", "label"} <= row.keys():
-        if isinstance(row["label"], str) and row["label"] in NLI_LABELS:
+    if {"sentence1", "sentence2", "label"} <= fields:
+        if isinstance(label := row.get("label"), str) and label in NLI_LABELS:
             return "nli"
         raise UserError(
             f"{where}: sentence1, sentence2 and a label that is neither entailment, neutral nor contradiction; if 0 is "
             "entailment, 1 neutral and 2 contradiction, set the source's format to nli"
         )
     raise UserError(
-        f"{where}: unknown row with keys {', '.join(sorted(row)[:10])}; expected query and pos, text and label, "
+        f"{where}: unknown row with keys {fields_of(row)}; expected query and pos, text and label, "
         "sentence1, sentence2 and score, premise, hypothesis and label, or text; or name the columns that hold them in the "
         "source's columns, or make pairs of other fields by its pair_templates"
     )
