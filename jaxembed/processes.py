@@ -33,6 +33,7 @@ BEATS, HEARD = f"{PREFIX}/beats/", f"{PREFIX}/heard/"
 LOST = ("Gloo", "NCCL", "UNAVAILABLE", "CoordinationService")  # what JAX's errors about other processes name
 POLL_MS = 1000
 LINGER_S = 3.0
+SILENCE_S = 120.0  # after which a process counts as lost, or after half of the limit if that is less
 GO_ON = "run the same command on all processes to go on from the last checkpoint"
 
 T = TypeVar("T")
@@ -72,8 +73,8 @@ def is_first() -> bool:
 def together(limit_s: float) -> Iterator[None]:
     """The block as one of the processes of a run, if there are several; before it, nothing may have used a device.
 
-    They leave together. An error in one ends all, each with one line; so does one that is not heard of for half of `limit_s`,
-    so that all have ended before `limit_s` is over.
+    They leave together. An error in one ends all, each with one line; so does one that is not heard of for two minutes, or for
+    half of `limit_s` if that is less, so that all have ended before `limit_s` is over.
     """
     _join(limit_s)
     if count() == 1:
@@ -254,7 +255,7 @@ def _verdict(wait_ms: int) -> str | None:
 
 def _watch(limit_s: float) -> None:
     """Ends this process when the run's verdict is spoken; the first one speaks it when another's beats have stopped."""
-    silence = limit_s / 2
+    silence = min(limit_s / 2, SILENCE_S)
     period, beat, heard = min(silence / 5, 5.0), 0, dict.fromkeys(range(count()), ("", time.monotonic()))
     while True:
         timer = threading.Timer(silence, _give_up, [f"process 0 of {count()} has not been heard of for {silence:g} s"])

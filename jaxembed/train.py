@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxembed import cli, config, processes
 from jaxembed.data.sources import detect_format
+from jaxembed.errors import UserError
 from jaxembed.planning.topology import look_for_no_tpu
 from jaxembed.sections import table
 
@@ -16,12 +17,14 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     settings = config.load(args.config, args.overrides)
     for source in settings.data.sources:
         detect_format(source)  # a mistyped path is told before JAX loads
+    if args.slices and not args.topology:
+        raise UserError(f"--slices is {args.slices} without --topology; name the slice, such as --topology v5e:16x16")
     if args.topology:
         look_for_no_tpu()
     if args.plan or args.topology:
         from jaxembed.planning.plan import plan
 
-        return plan(settings, args.topology)
+        return plan(settings, args.topology, args.slices or 1)
     from jaxembed.run import train  # imports JAX: after the config is known to be good
 
     cli.use_compilation_cache()
@@ -41,4 +44,5 @@ if __name__ == "__main__":
     )
     parser.add_argument("--plan", action="store_true", help="compile ahead of time, tell what a step needs, and exit")
     parser.add_argument("--topology", metavar="NAME:SHAPE", help="of a plan: a TPU slice that is not here, such as v5e:16x16")
+    parser.add_argument("--slices", type=cli.whole(1), metavar="N", help="of a topology: how many such slices (default: 1)")
     cli.run(main, parser)

@@ -12,8 +12,12 @@ fail() {
   exit 2
 }
 
-needs() { # OPTION VALUE
-  [[ -n $2 ]] || fail "$1 is missing"
+needs() { # OPTION...: that they were given
+  local option variable
+  for option; do
+    variable=${option#--} && variable=${variable//-/_}
+    [[ -n ${!variable} ]] || fail "$option is missing"
+  done
 }
 
 whole() { # NAME VALUE
@@ -32,51 +36,50 @@ run() { # a command, or what it would be
   if [[ -n $dry_run ]]; then quoted "$@"; else "$@"; fi
 }
 
-# What the two scripts for gcloud take; sets a variable for each option, `place` for gcloud, and `train` for what is after --.
-# shellcheck disable=SC2034 # the scripts read them
-gcloud_options() {
-  name='' zone='' project='' slices='' accelerator='' version='' create='' spot=''
-  while (($#)); do
-    case $1 in
-      --help | -h) usage && exit ;;
-      --dry-run) dry_run=yes ;;
-      --create) create=yes ;;
-      --spot) spot=yes ;;
-      --name) name=${2-} && shift ;;
-      --zone) zone=${2-} && shift ;;
-      --project) project=${2-} && shift ;;
-      --slices) slices=${2-} && shift ;;
-      --accelerator-type) accelerator=${2-} && shift ;;
-      --version) version=${2-} && shift ;;
-      --) break ;;
-      *) fail "unknown argument $1" ;;
-    esac
-    (($#)) && shift
-  done
-  needs --name "$name"
-  needs --zone "$zone"
-  [[ ${1-} == -- && -n ${2-} ]] || fail "-- CONFIG.yaml is missing"
-  place=(--zone="$zone" ${project:+--project="$project"}) train=("$@")
-}
-
-train_on_all_workers() { # KIND (tpu-vm or queued-resources) NAME FLAGS... -- CONFIG.yaml [key.sub=value ...]
-  local kind=$1 name=$2 flags=() checkout archive
+# Sets a variable for each option of a script, and `train` to what is after --.
+options() { # "options with a value" "options without" THE SCRIPT'S ARGUMENTS...
+  local valued=" $1 " flags=" $2 dry_run " option value
+  for option in $1 $2; do printf -v "$option" ''; done
   shift 2
-  while [[ $1 != -- ]]; do
-    flags+=("$1")
+  while (($#)) && [[ $1 != -- ]]; do
+    [[ $1 != --help && $1 != -h ]] || { usage && exit; }
+    option=${1%%=*} && option=${option#--} && option=${option//-/_}
+    if [[ $1 == --* && $1 != *=* && $flags == *" $option "* ]]; then
+      printf -v "$option" yes
+    elif [[ $1 == --* && $valued == *" $option "* ]]; then
+      if [[ $1 == *=* ]]; then value=${1#*=}; else value=${2-} && shift; fi
+      [[ -n $value && $value != -- ]] || fail "--${option//_/-} needs a value"
+      printf -v "$option" %s "$value"
+    else
+      fail "unknown argument $1"
+    fi
     shift
   done
-  shift
-  checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-  [[ -f $checkout/$1 ]] || fail "$1: no such file in $checkout, which is what the workers get"
-  archive=${TMPDIR:-/tmp}/jaxembed-$name.tar.gz
+  shift || true # the --
+  # shellcheck disable=SC2034 # the scripts read it
+  train=("$@")
+}
+
+checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+# For `train` of the workers, which get this checkout.
+needs_config() {
+  ((${#train[@]})) || fail "-- CONFIG.yaml is missing"
+  train[0]=${train[0]#"$checkout"/}
+  [[ ${train[0]} != /* && -f $checkout/${train[0]} ]] || fail "${train[0]}: no such file in $checkout, which is what the workers get"
+}
+
+train_on_all_workers() { # KIND (tpu-vm or queued-resources) NAME FLAGS...
+  local kind=$1 name=$2 archive=${TMPDIR:-/tmp}/jaxembed-$2.tar.gz
+  shift 2
+  local flags=("$@")
   on_all() { run gcloud compute tpus "$kind" ssh "$name" "${flags[@]}" --worker=all --command="$1"; }
 
-  run tar -czf "$archive" -C "$checkout" --exclude=./.git --exclude=./.venv --exclude=./runs --exclude=__pycache__ .
+  run tar -czf "$archive" -C "$checkout" -X "$checkout/.dockerignore" .
   run gcloud compute tpus "$kind" scp "$archive" "$name:jaxembed.tar.gz" "${flags[@]}" --worker=all
   # The runtimes' own Python may be older than 3.11: uv brings one.
   on_all "mkdir -p jaxembed && tar -xzf jaxembed.tar.gz -C jaxembed && cd jaxembed && \
 python3 -m pip install --user --quiet uv && ~/.local/bin/uv venv --quiet --allow-existing --python 3.11 .venv && \
 ~/.local/bin/uv pip install --quiet --python .venv -c constraints.txt '.[tpu]'"
-  on_all "cd jaxembed && .venv/bin/python -m jaxembed.train $(quoted "$@")"
+  on_all "cd jaxembed && .venv/bin/python -m jaxembed.train $(quoted "${train[@]}")"
 }

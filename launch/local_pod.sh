@@ -18,7 +18,7 @@ while [[ ${1-} == -* && $1 != -- ]]; do
   case $1 in
     --help | -h) usage && exit ;;
     --dry-run) dry_run=yes ;;
-    --module) module=${2-} && needs --module "$module" && shift ;;
+    --module) module=${2-} && needs --module && shift ;;
     *) fail "unknown argument $1" ;;
   esac
   shift
@@ -28,6 +28,7 @@ whole DEVICES_EACH "${2-}"
 [[ ${3-} == -- && -n ${4-} ]] || fail "-- CONFIG.yaml is missing"
 count=$1 devices=$2 python=${PYTHON:-python}
 shift 3
+type -P "$python" >/dev/null || fail "$python: no such command; activate the environment, or let PYTHON name its interpreter"
 
 port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])')
 pids=()

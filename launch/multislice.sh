@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# Trains on several TPU slices, joined over the data centre's network, by a queued resource of gcloud:
+# Trains on several TPU slices, joined over the data centre's network, by a queued resource of gcloud; with --create it asks
+# for the slices first, or alone:
 #
 #   launch/multislice.sh --name NAME --zone ZONE [options] -- CONFIG.yaml [key.sub=value ...]
+#   launch/multislice.sh --name NAME --zone ZONE --create [options]
 #
 #   --name NAME              of the queued resource; its slices are NAME-0, NAME-1, ...
 #   --zone ZONE              where it is
 #   --project PROJECT        as gcloud is configured if left out
-#   --create                 asks for it first and waits until it is there, which needs the next three
+#   --create                 asks for it and waits until it is there, which needs the next three
 #   --slices N               how many, 2 or more
 #   --accelerator-type TYPE  of a slice, such as v5litepod-16, v5p-32 or v6e-16
 #   --version VERSION        of the runtime, such as v2-alpha-tpuv5-lite, v2-alpha-tpuv5 or v2-alpha-tpuv6e
@@ -17,10 +19,14 @@
 # JAX the slices and their coordinator (MEGASCALE_...): nothing is set here. CONFIG.yaml is a path in the checkout.
 # run.dir must be a folder that all workers share.
 
+# shellcheck disable=SC2154 # `options` sets them
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-gcloud_options "$@"
+options 'name zone project slices accelerator_type version' 'create spot' "$@"
+needs --name --zone
+[[ -n $create && ${#train[@]} == 0 ]] || needs_config
+place=(--zone="$zone" ${project:+--project="$project"})
 
 wait_until_active() {
   local state
@@ -35,15 +41,14 @@ wait_until_active() {
 }
 
 if [[ -n $create ]]; then
-  needs --slices "$slices"
-  needs --accelerator-type "$accelerator"
-  needs --version "$version"
+  needs --slices --accelerator-type --version
   whole --slices "$slices"
   ((slices > 1)) || fail "--slices is $slices; one slice is for launch/tpu_vm.sh"
   run gcloud compute tpus queued-resources create "$name" "${place[@]}" --node-count="$slices" --node-prefix="$name" \
-    --accelerator-type="$accelerator" --runtime-version="$version" ${spot:+--spot}
+    --accelerator-type="$accelerator_type" --runtime-version="$version" ${spot:+--spot}
   [[ -n $dry_run ]] || wait_until_active
-elif [[ -n $slices$accelerator$version$spot ]]; then
+elif [[ -n $slices$accelerator_type$version$spot ]]; then
   fail "--slices, --accelerator-type, --version and --spot are of a resource that --create asks for"
 fi
-train_on_all_workers queued-resources "$name" "${place[@]}" --node=all "${train[@]}"
+# Left to itself, gcloud starts 64 workers and waits for them before it starts more.
+((${#train[@]} == 0)) || train_on_all_workers queued-resources "$name" "${place[@]}" --node=all --batch-size=all

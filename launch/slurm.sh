@@ -6,10 +6,10 @@
 #
 #   --dry-run  prints the command that the job would run, and runs none
 #
-# Ask for as many tasks as GPUs of a node: sbatch --nodes=4 --ntasks-per-node=8 --gpus-per-node=8 ... Activate the
-# environment first; PYTHON names another interpreter. The folder that sbatch is called in, and run.dir, must be shared by
-# the nodes. Two minutes before its time is over, and where Slurm takes its nodes away, the job saves its step and stops;
-# the same command goes on.
+# Ask for as many tasks as GPUs of a node: sbatch --nodes=4 --ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=8 ...
+# Activate the environment first; PYTHON names another interpreter. The folder that sbatch is called in, and run.dir, must be
+# shared by the nodes. Two minutes before its time is over, and where Slurm takes its nodes away, the job saves its step and
+# stops; the same command goes on.
 
 #SBATCH --job-name=jaxembed
 #SBATCH --nodes=1
@@ -44,4 +44,5 @@ fi
 [[ -n ${SLURM_JOB_ID-} ]] || fail "this is no Slurm job; submit it with sbatch"
 tasks=${SLURM_NTASKS_PER_NODE:-1} gpus=${SLURM_GPUS_ON_NODE:-$tasks}
 ((tasks == gpus)) || fail "$tasks tasks for $gpus GPUs of a node; set --ntasks-per-node and --gpus-per-node to one number"
+[[ -z ${SLURM_CPUS_PER_TASK-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun does not take sbatch's
 exec "${command[@]}"

@@ -70,17 +70,31 @@ def test_help(name):
     ("name", "args", "told"),
     [
         ("tpu_vm", [], "--name is missing"),
-        ("tpu_vm", ["--name"], "--name is missing"),
+        ("tpu_vm", ["--name"], "--name needs a value"),
+        ("tpu_vm", ["--name=", "--zone"], "--name needs a value"),
+        ("tpu_vm", ["--spot=yes"], "unknown argument --spot=yes"),
+        ("tpu_vm", [*PLACE, *MADE, "--", "no.yaml"], "no.yaml: no such file in "),
         ("tpu_vm", ["--size", "3"], "unknown argument --size"),
         ("tpu_vm", [*PLACE, "--"], "-- CONFIG.yaml is missing"),
         ("tpu_vm", [*PLACE, "--create", "--", *TRAIN], "--accelerator-type is missing"),
         ("tpu_vm", [*PLACE, "--spot", "--", *TRAIN], "--accelerator-type, --version and --spot are of a TPU that --create"),
         ("tpu_vm", [*PLACE, "--", "no.yaml"], "no.yaml: no such file in "),
-        ("tpu_vm", [*PLACE, "--slices", "2", "--", *TRAIN], "several slices are for launch/multislice.sh"),
+        ("tpu_vm", [*PLACE, "--slices", "2", "--", *TRAIN], "unknown argument --slices"),
         ("multislice", [*PLACE, *MADE, "--", *TRAIN], "--slices is missing"),
         ("multislice", [*PLACE, *MADE, "--slices", "1", "--", *TRAIN], "--slices is 1; one slice is for launch/tpu_vm.sh"),
-        ("gke_jobset", [*GKE, "--name", "My_Pod", "--", *TRAIN], "--name is 'My_Pod'; expected lower-case letters"),
-        ("gke_jobset", [*GKE, "--topology", "16", "--", *TRAIN], "--topology is '16'; expected numbers of chips"),
+        ("gke_jobset", [*GKE, "--name", "My_Pod", "--", *TRAIN], "--name is 'My_Pod'; expected up to 45 lower-case"),
+        ("gke_jobset", [*GKE, "--name", "p" * 46, "--", *TRAIN], f"--name is '{'p' * 46}'; expected up to 45 lower-case"),
+        ("gke_jobset", [*GKE, "--name", "7b", "--", *TRAIN], "--name is '7b'; expected up to 45 lower-case letters"),
+        ("gke_jobset", [*GKE, "--accelerator=v5litepod-16", "--", *TRAIN], "--accelerator is 'v5litepod-16'; expected GKE's"),
+        ("gke_jobset", [*GKE, "--topology", "16", "--", *TRAIN], "--topology is '16'; expected 2 numbers of chips"),
+        ("gke_jobset", [*GKE, "--topology", "2x2x4", "--", *TRAIN], "--topology is '2x2x4'; expected 2 numbers of chips"),
+        (
+            "gke_jobset",
+            [*GKE, "--topology", "2x2", "--slices=2", "--", *TRAIN],
+            "--slices is 2, but --topology 2x2 has one host",
+        ),
+        ("gke_jobset", [*GKE, "--slices", "--", *TRAIN], "--slices needs a value"),
+        ("gke_jobset", [*GKE, "--", "no.yaml"], "no.yaml: no such file in "),
         ("gke_jobset", [*GKE, "--topology", "3x3", "--", *TRAIN], "--topology 3x3 is not divisible by --chips 4"),
         ("gke_jobset", [*GKE, "--slices", "0", "--", *TRAIN], "--slices is '0'; expected a whole number above 0"),
         ("slurm", [], "CONFIG.yaml is missing"),
@@ -88,10 +102,11 @@ def test_help(name):
         ("slurm", TRAIN, "this is no Slurm job; submit it with sbatch"),
         ("local_pod", ["2", "-1", "--", *TRAIN], "DEVICES_EACH is '-1'; expected a whole number above 0"),
         ("local_pod", ["2", "2", *TRAIN], "-- CONFIG.yaml is missing"),
+        ("local_pod", ["2", "2", "--", *TRAIN], "no-python: no such command; activate the environment"),
     ],
 )
 def test_bad_arguments_are_one_line(name, args, told):
-    done = launch(name, *args, SLURM_JOB_ID="")
+    done = launch(name, *args, SLURM_JOB_ID="", PYTHON="no-python")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"error: {told}")
     assert done.stderr.count("\n") == 1
@@ -123,13 +138,21 @@ def test_commands_of_a_slice():
     assert remote == ["cd", "jaxembed", "&&", ".venv/bin/python", "-m", "jaxembed.train", *TRAIN]
 
 
+def test_a_slice_may_be_made_alone_and_a_config_named_from_anywhere():
+    create, *_ = commands(launch("tpu_vm", "--dry-run", *WHOLE["tpu_vm"]).stdout)
+    assert commands(launch("tpu_vm", "--dry-run", *PLACE, *MADE, "--spot").stdout) == [create]
+    [_, copy, *_, train] = commands(launch("tpu_vm", "--dry-run", *PLACE, "--", f"{ROOT}/configs/lora.yaml").stdout)
+    assert "scp" in copy
+    assert shlex.split(train[-1])[-1] == "configs/lora.yaml"
+
+
 def test_commands_of_several_slices():
     create, _, copy, install, train = commands(launch("multislice", "--dry-run", *WHOLE["multislice"]).stdout)
     wanted = {"--node-count=2", "--node-prefix=pod", "--runtime-version=v2-alpha-tpuv5-lite", "--accelerator-type=v5litepod-16"}
     assert create[:6] == ["gcloud", "compute", "tpus", "queued-resources", "create", "pod"]
     assert wanted <= set(create)
     for command in (copy, install, train):
-        assert {"--node=all", "--worker=all"} <= set(command)
+        assert {"--node=all", "--worker=all", "--batch-size=all"} <= set(command)
 
 
 def test_slices_that_fail_end_the_wait(tmp_path):
@@ -138,19 +161,24 @@ def test_slices_that_fail_end_the_wait(tmp_path):
     assert (done.returncode, done.stderr) == (1, "error: pod is FAILED\n")
 
 
-# The fields that the JobSet controller and GKE read: key -> type, a mapping below, or a list of one kind.
+# The fields that the JobSet controller and GKE read: key -> type, a mapping below, a list of one kind, or one of each in turn.
 CONTAINER = {
     "name": str, "image": str, "command": [str], "args": [str], "ports": [{"containerPort": int}],
     "resources": {"limits": {"google.com/tpu": int}, "requests": {"google.com/tpu": int}},
 }  # fmt: skip
 SELECTOR = {"cloud.google.com/gke-tpu-accelerator": str, "cloud.google.com/gke-tpu-topology": str}
 POD = {"restartPolicy": str, "terminationGracePeriodSeconds": int, "nodeSelector": SELECTOR, "containers": [CONTAINER]}
-JOB = {"parallelism": int, "completions": int, "backoffLimit": int, "template": {"spec": POD}}
+TAKEN = {"action": str, "onPodConditions": [{"type": str, "status": str}]}
+SAVED = {"action": str, "onExitCodes": {"containerName": str, "operator": str, "values": [int]}}
+JOB = {
+    "parallelism": int, "completions": int, "backoffLimit": int, "podFailurePolicy": {"rules": (TAKEN, SAVED)},
+    "template": {"spec": POD},
+}  # fmt: skip
 JOBSET = {
     "apiVersion": str, "kind": str,
     "metadata": {"name": str, "annotations": {"alpha.jobset.sigs.k8s.io/exclusive-topology": str}},
     "spec": {
-        "failurePolicy": {"maxRestarts": int},
+        "failurePolicy": {"maxRestarts": int, "rules": [{"action": str, "onJobFailureReasons": [str]}]},
         "replicatedJobs": [{"name": str, "replicas": int, "template": {"spec": JOB}}],
     },
 }  # fmt: skip
@@ -166,6 +194,9 @@ def follows(value: Any, schema: Any, where: str = "") -> None:
         assert isinstance(value, list) and value, where
         for item in value:
             follows(item, schema[0], f"{where}[]")
+    elif isinstance(schema, tuple):
+        for item, inner in zip(value, schema, strict=True):
+            follows(item, inner, f"{where}[]")
     else:
         assert type(value) is schema, where
 
@@ -189,7 +220,7 @@ def test_the_manifest_of_one_slice(tmp_path):
 
 
 def test_the_manifest_of_several_slices_on_shared_storage():
-    more = ["--slices", "3", "--chips", "8", "--claim", "shared", "--restarts", "2", "--spot", "--namespace", "team"]
+    more = ["--slices=3", "--chips", "8", "--claim", "team.shared", "--restarts", "2", "--spot", "--namespace", "team"]
     tree = yaml.safe_load(launch("gke_jobset", "--dry-run", *GKE, *more, "--", *TRAIN).stdout)
     spot = {**SELECTOR, "cloud.google.com/gke-spot": str}
     claim = [{"name": str, "persistentVolumeClaim": {"claimName": str}}]
@@ -204,9 +235,10 @@ def test_the_manifest_of_several_slices_on_shared_storage():
 def test_slurm_starts_a_task_a_gpu(tmp_path):
     [printed] = commands(launch("slurm", "--dry-run", *TRAIN).stdout)
     assert printed == ["srun", "--gpu-bind=none", sys.executable, "-m", "jaxembed.train", *TRAIN]
-    path = stand_in(tmp_path / "bin", "srun", "exit 143")
+    path = stand_in(tmp_path / "bin", "srun", 'echo "$SRUN_CPUS_PER_TASK"; exit 143')
     job = {"PATH": path, "SLURM_JOB_ID": "7", "SLURM_GPUS_ON_NODE": "4"}
-    assert launch("slurm", *TRAIN, **job, SLURM_NTASKS_PER_NODE="4").returncode == 143
+    done = launch("slurm", *TRAIN, **job, SLURM_NTASKS_PER_NODE="4", SLURM_CPUS_PER_TASK="8")
+    assert (done.returncode, done.stdout) == (143, "8\n")
     assert ran(tmp_path / "bin") == [printed]
     done = launch("slurm", *TRAIN, **job, SLURM_NTASKS_PER_NODE="1")
     assert (done.returncode, done.stderr.startswith("error: 1 tasks for 4 GPUs of a node")) == (2, True)

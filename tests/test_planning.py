@@ -42,6 +42,7 @@ ENTRY %main (a: f32[4,8]) -> f32[4,8] {
   %twice = (s32[], f32[4,8]) while(%t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"2"}}
   %start = (bf16[4,8], bf16[16,8]) all-gather-start(%x), channel_id=3, replica_groups=[2,4]<=[8], metadata={op_name="jit(f)/jvp(loss)/d"}
   %rest = f32[16,8] fusion(%y), kind=kLoop, calls=%way
+  %send = (f32[4,8]{1,0}, u32[], token[]) send(%x, %t), channel_id=5, is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,2,3}x{0:7}",_xla_megascale_transfer_type="ALL_GATHER"}
   %sum = f32[10]{0} all-reduce(%z), channel_id=4, replica_groups=mesh['a'=2,'b'=4] {'b'}, to_apply=%add
 }
 """  # noqa: E501
@@ -52,7 +53,10 @@ def test_collectives_of_a_program_with_loops() -> None:
     assert found.table() == {
         "encode": {"all-gather": {"count": 26, "result_bytes": 26 * 1024, "sent_bytes": 26 * 768}},
         "loss": {"all-gather": {"count": 1, "result_bytes": 512, "sent_bytes": 384}},
-        "other": {"all-reduce": {"count": 1, "result_bytes": 40, "sent_bytes": 60}},
+        "other": {
+            "all-reduce": {"count": 1, "result_bytes": 40, "sent_bytes": 60},
+            "all-gather between slices": {"count": 1, "result_bytes": 384, "sent_bytes": 256},
+        },
     }
     assert found.unknown_loops == 0
     assert collectives(HLO.replace("constant(24)", "parameter(0)"), ()).unknown_loops == 1
@@ -94,7 +98,7 @@ def test_too_little_memory_is_told_with_what_would_help(tmp_path: Path) -> None:
     stage = type("Stage", (), {"index": 0})()
     told = str(_no_room(config, stage, 40 << 30, 16 << 30))
     assert told == (
-        "a step needs 40.0 GiB of a device that has 16.0 GiB; try mesh.fsdp=-1, a smaller gradcache.rows, "
+        "a step needs 40.00 GiB of a device that has 16.00 GiB; try mesh.fsdp=-1, a smaller gradcache.rows, "
         "model.dtype=bfloat16, model.lora"
     )
 
@@ -102,7 +106,7 @@ def test_too_little_memory_is_told_with_what_would_help(tmp_path: Path) -> None:
 def test_a_step_that_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs.prepare(tmp_path)
     monkeypatch.setattr("jaxembed.planning.plan._memory_here", lambda: 1 << 10)
-    with pytest.raises(UserError, match=r"^a step needs 0\.0 GiB of a device that has 0\.0 GiB; try mesh\.fsdp=-1, "):
+    with pytest.raises(UserError, match=r"^a step needs [\d.]+ MiB of a device that has 1\.00 KiB; try mesh\.fsdp=-1, "):
         plan(runs.settings(tmp_path, "run"), None)
 
 
@@ -136,12 +140,16 @@ def test_an_unknown_slice_is_told(name: str) -> None:
 def test_a_plan_by_the_tpu_compiler(tmp_path: Path) -> None:
     runs.prepare(tmp_path)
     runs.settings(tmp_path, "run")
-    overrides = [f"run.dir={tmp_path / 'run'}", "mesh.data=1", "mesh.fsdp=-1"]
-    command = [sys.executable, "-m", "jaxembed.train", str(tmp_path / "run.yaml"), *overrides, "--topology", "v5e:2x2"]
+    overrides = [f"run.dir={tmp_path / 'run'}", "mesh.data=-1", "mesh.fsdp=4"]
+    where = ["--topology", "v5e:2x2", "--slices", "2"]
+    command = [sys.executable, "-m", "jaxembed.train", str(tmp_path / "run.yaml"), *overrides, *where]
     env = {name: value for name, value in runs.ENV.items() if name != "XLA_FLAGS"} | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     told = json.loads(done.stdout.splitlines()[-1])
-    assert (told["devices"], told["device"]) == (4, "TPU v5 lite") and not (tmp_path / "run").exists()
+    assert (told["devices"], told["device"], told["mesh"]["data"]) == (8, "TPU v5 lite", 2)
+    assert not (tmp_path / "run").exists()
+    assert "libtpu" not in done.stderr and "hostname" not in done.stderr, "nothing here is a TPU's worker, nor should be"
     assert told["stages"][0]["memory"]["device"] == 16 << 30
-    assert told["stages"][0]["collectives"]["encode"] and told["stages"][0]["collectives"]["loss"]
+    kinds = {kind for of_scope in told["stages"][0]["collectives"].values() for kind in of_scope}
+    assert {"all-gather", "all-gather between slices", "all-reduce between slices"} <= kinds

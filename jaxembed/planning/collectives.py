@@ -21,16 +21,20 @@ CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 CONSTANT = re.compile(r" [su]32\[\]\S* constant\((\d+)\)")
 GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\]|mesh\[([^\]]*)\] \{([^}]*)\})")
+# Messages between slices: on TPUs the hosts carry them, and the program only hands them over.
+ACROSS = re.compile(r' send\(.*_xla_megascale_target="\{([\d,]+)\}.*_xla_megascale_transfer_type="(\w+)"')
+BETWEEN = " between slices"
 CHANNEL = re.compile(r"channel_id=(\d+)")
 SCOPE = re.compile(r'op_name="([^"]*)"')
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One that a program runs `count` times a step.
+    """One that a program runs `count` times a step, between the devices of a slice, or between slices as its kind says.
 
-    `result_bytes` is its result's size on a device, once; `sent_bytes` what a device sends, once, where the devices of a
-    group (so many) stand in a ring. `scope` is the part of the step that it belongs to, by the names in its metadata.
+    `result_bytes` is its result's size on a device, once; `sent_bytes` what a device sends, once, where the `devices` (or
+    slices) of a group stand in a ring. `scope` is the part of the step that it belongs to, by the names in its metadata: the
+    TPU compiler leaves these out where there are several slices.
     """
 
     kind: str
@@ -43,7 +47,7 @@ class Collective:
     def sent_bytes(self) -> float:
         others = (self.devices - 1) / self.devices
         turns = {"all-reduce": 2 * others, "reduce-scatter": self.devices - 1, "collective-permute": 1}
-        return self.result_bytes * turns.get(self.kind, others)
+        return self.result_bytes * turns.get(self.kind.removesuffix(BETWEEN), others)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +107,8 @@ def _times(computations: dict[str, list[str]], entry: str) -> tuple[dict[str, in
             turns = _turns(line, computations) if " while(" in line else 1
             inside = [run(called, count * (turns or 1)) for called in _called(line)]
             unknown += turns is None and any(inside)
-            speaks |= any(inside) or any(f" {kind}(" in line or f" {kind}-start(" in line for kind in KINDS)
+            speaks |= any(inside) or ACROSS.search(line) is not None
+            speaks |= any(f" {kind}(" in line or f" {kind}-start(" in line for kind in KINDS)
         return speaks
 
     run(entry, 1)
@@ -126,6 +131,8 @@ def _turns(line: str, computations: dict[str, list[str]]) -> int | None:
 
 
 def _collective(line: str, count: int, scopes: tuple[str, ...]) -> Collective | None:
+    if across := ACROSS.search(line):
+        return _between_slices(line, len(across[1].split(",")), across[2], count)
     instruction = INSTRUCTION.match(line)
     kind = instruction[3].removesuffix("-start") if instruction else ""
     if instruction is None or kind not in KINDS:
@@ -136,6 +143,13 @@ def _collective(line: str, count: int, scopes: tuple[str, ...]) -> Collective | 
     scope = SCOPE.search(line)
     parts = re.findall(r"\w+", scope[1]) if scope else []
     return Collective(kind, count, sum(shapes), _group(line), next((s for s in scopes if s in parts), "other"))
+
+
+def _between_slices(line: str, slices: int, transfer: str, count: int) -> Collective:
+    """One of the host's, by the array that it is given; such programs do not say what it is for."""
+    kind, (given, *_) = transfer.lower().replace("_", "-"), ARRAY.findall(line)
+    shares = {"all-gather": slices, "reduce-scatter": 1 / slices}
+    return Collective(kind + BETWEEN, count, round(_size(*given) * shares.get(kind, 1)), slices, "other")
 
 
 def _group(line: str) -> int:

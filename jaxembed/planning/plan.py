@@ -26,12 +26,13 @@ log = logging.getLogger("jaxembed")
 LOOKED_AT = 8  # batches of a stage, of which the largest is compiled for
 
 
-def plan(config: Config, topology: str | None) -> dict[str, Any]:
+def plan(config: Config, topology: str | None, slices: int = 1) -> dict[str, Any]:
     """Compiles the largest known step of every stage and tells what it needs; nothing is written.
 
-    `topology` names a slice that is not here. `UserError` where a step does not fit the memory of its device.
+    `topology` names a slice that is not here, of which there are `slices`. `UserError` where a step does not fit the memory of
+    its device.
     """
-    devices, memory = (None, _memory_here()) if topology is None else topology_devices(topology)
+    devices, memory = (None, _memory_here()) if topology is None else topology_devices(topology, slices)
     mesh = parallel.make_mesh(**dict(config.mesh), devices=devices)
     model, stages = open_stages(config, mesh)
     told = [_of_stage(stage, model, mesh, memory) for stage in stages]
@@ -100,7 +101,7 @@ def _no_room(config: Config, stage: Stage, needed: int, there: int) -> UserError
         "model.lora": model.lora is None,
     }
     which = f"stages.{stage.index}: " if stage.index else ""
-    told = f"{which}a step needs {needed / GIB:.1f} GiB of a device that has {there / GIB:.1f} GiB"
+    told = f"{which}a step needs {_told(needed)} of a device that has {_told(there)}"
     return UserError(f"{told}; try {', '.join(name for name, open_ in helps.items() if open_) or 'more devices'}")
 
 
@@ -127,4 +128,7 @@ def _show(stage: Stage, row: dict[str, Any], count: int) -> None:
 
 
 def _told(size: float) -> str:
-    return f"{size / GIB:,.2f} GiB" if size >= GIB else f"{size / (GIB >> 10):,.2f} MiB"
+    for unit, name in ((GIB, "GiB"), (GIB >> 10, "MiB"), (GIB >> 20, "KiB")):
+        if size >= unit:
+            return f"{size / unit:,.2f} {name}"
+    return f"{size:.0f} bytes"

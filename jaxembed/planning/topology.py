@@ -33,12 +33,15 @@ CHIPS = {
 
 
 def look_for_no_tpu() -> None:
-    """Lets the TPU compiler load where there is no TPU; to be called before JAX is."""
-    os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+    """Lets the TPU compiler load where there is no TPU, without warnings of that; to be called before JAX is."""
+    none_here = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
+    os.environ |= {"JAX_PLATFORMS": "cpu", **none_here}
 
 
-def topology_devices(name: str) -> tuple[list[Any], int]:
-    """The devices of a slice such as v5e:16x16, and the memory of one in bytes. `UserError` where that is not to be had."""
+def topology_devices(name: str, slices: int = 1) -> tuple[list[Any], int]:
+    """The devices of so many slices such as v5e:16x16, and the memory of one in bytes. `UserError` where that is not to be
+    had.
+    """
     kind, _, shape = name.partition(":")
     if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
         raise UserError(f"--topology is {name!r}; expected {', '.join(CHIPS)} with a shape, such as v5e:16x16 or v5p:4x4x4")
@@ -47,10 +50,11 @@ def topology_devices(name: str) -> tuple[list[Any], int]:
     import jax
     from jax.experimental import topologies
 
+    sides = [int(n) for n in shape.split("x")]
+    host = {"chips_per_host_bounds": (1, 1, 1)} if any(side % 2 for side in sides[:2]) else {}  # by default four chips
     try:
-        devices = list(topologies.get_topology_desc(name, platform="tpu").devices)
+        devices = list(topologies.get_topology_desc(name, platform="tpu", num_slices=slices, **host).devices)
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
         told = str(error).splitlines()[0][:200]
         raise UserError(f"--topology {name}: the TPU compiler knows no such slice ({told}); name another shape") from None
-    chips = math.prod(int(n) for n in shape.split("x"))
-    return devices, CHIPS[kind].memory * chips // len(devices)
+    return devices, CHIPS[kind].memory * slices * math.prod(sides) // len(devices)
