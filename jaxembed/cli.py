@@ -14,9 +14,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from jaxembed import processes
+from jaxembed.config import Format
 from jaxembed.errors import Stopped, UserError
 from jaxembed.files import check_writable, exists
 from jaxembed.sections import apply_override
@@ -93,9 +94,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     add_fsdp(parser)
 
 
-def add_rows(parser: argparse.ArgumentParser) -> None:
+def add_rows(parser: argparse._ActionsContainer) -> None:
     """The options that say what the rows of a named source are."""
-    told = "of the rows: pairs, labels, scored_pairs, nli, text (default: auto, by the first row)"
+    told = f"of the rows: {', '.join(get_args(Format))} (default: auto, by the path or the first row)"
     parser.add_argument("--format", default="auto", help=told)
     parser.add_argument("--columns", metavar="MAPPING", help="our fields and its columns: '{query: question, pos: answer}'")
 
@@ -108,7 +109,7 @@ def row_options(args: argparse.Namespace) -> dict[str, Any]:
     return tree
 
 
-def add_fsdp(parser: argparse.ArgumentParser) -> None:
+def add_fsdp(parser: argparse._ActionsContainer) -> None:
     """The option for models that no device holds alone."""
     told = "devices that share one copy of the model; default: 1, each has its own"
     parser.add_argument("--fsdp", type=whole(1), default=1, metavar="N", help=told)
@@ -145,7 +146,7 @@ def make_mesh(fsdp: int) -> Mesh:
     from jaxembed import parallel
 
     if (count := jax.device_count()) % fsdp:
-        raise UserError(f"--fsdp is {fsdp}, which does not divide the {count} devices that are here; use a divisor of that")
+        raise UserError(f"--fsdp is {fsdp}, which does not divide the number of devices here, {count}; use a divisor of that")
     return parallel.make_mesh(fsdp=fsdp)
 
 

@@ -172,13 +172,14 @@ RowField = Literal[
 ]
 
 
+Format = Literal["auto", "pairs", "labels", "scored_pairs", "nli", "documents", "text", "beir", "python_packages"]
+
+
 class SourceConfig(Section):
     path: str = Field(
         description="file, folder or pattern such as data/*.parquet, hf:NAME:SPLIT, tfds:NAME:SPLIT, or python_packages"
     )
-    format: Literal["auto", "pairs", "labels", "scored_pairs", "nli", "documents", "text", "beir", "python_packages"] = Field(
-        "auto", description="auto: read off the path or the first row"
-    )
+    format: Format = Field("auto", description="auto: read off the path or the first row")
     columns: dict[RowField, str] = Field(
         {}, description="our fields and the file's columns that hold them, such as {query: question, pos: answer}"
     )
@@ -226,6 +227,11 @@ class SourceConfig(Section):
             if not values or not all(isinstance(value, str | int | float) for value in values):
                 raise ValueError(f"of {field}: expected a text, a number, true, false, or a list of these")
         return listed
+
+    @property
+    def known_as(self) -> str:
+        """Its name, else the stem of its path."""
+        return self.name or Path(self.path).stem
 
     def instruction_of_documents(self, of_query: str) -> str:
         """The instruction of the documents of a query that stands under `of_query`."""
@@ -307,7 +313,7 @@ class DataConfig(Section):
         """The first instruction of queries and that of documents, by the name of the source; of one adapter's if given."""
         chosen = [s for s in self.sources if s.instructions and adapter in (None, s.adapter)]
         first = ((s, s.instructions[0]) for s in chosen)
-        return {s.name or Path(s.path).stem: (asked, s.instruction_of_documents(asked)) for s, asked in first}
+        return {s.known_as: (asked, s.instruction_of_documents(asked)) for s, asked in first}
 
 
 class ObjectiveConfig(Section):
@@ -610,12 +616,17 @@ class Config(Section):
         return self
 
 
-def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
-    """Reads a YAML file, applies `key.sub=value` overrides, and returns the checked tree; `UserError` says what is off."""
+def load(path: str | Path, overrides: typing.Sequence[str] = (), base: str | None = None) -> Config:
+    """Reads a YAML file, applies `key.sub=value` overrides, and returns the checked tree; `UserError` says what is off.
+
+    `base` is `model.base` where the file names none: for those who read its data alone.
+    """
     path = Path(path)
     tree = read_tree(path)
     for override in overrides:
         apply_override(tree, override)
+    if base is not None and isinstance(model := tree.setdefault("model", {}), dict):
+        model.setdefault("base", base)
     run = tree.setdefault("run", {})
     if isinstance(run, dict):
         run["name"] = run.get("name") or path.stem

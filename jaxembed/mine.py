@@ -4,20 +4,38 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
+from pathlib import Path
 from typing import Any
 
-from jaxembed import cli
+from jaxembed import cli, config
 from jaxembed.cli import whole
-from jaxembed.curation.rules import RULES, SAMPLED, Rule
+from jaxembed.curation.rules import NUMBERS, RULES, SAMPLED, Rule
 from jaxembed.errors import UserError
+from jaxembed.sections import parse_section
+
+ABOUT = """\
+IN is whatever training takes, but for rows of text and label. OUT has its rows in the main format, with the negatives that
+were found and the scores of positives and negatives. A query's positives, in whatever row, and the query itself are never its
+negatives. Vectors are kept: the same command goes on after a stop."""
+log = logging.getLogger("jaxembed")
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the files that were written and the counts of the report."""
-    out = cli.new_output(args.out)
-    report = cli.new_output(args.report) if args.report else out.with_name(f"{out.name}.report.json")
-    rule = Rule(args.rule, args.negatives, args.depth, tuple(args.window), args.max_score, args.margin, args.share)
-    from jaxembed import parallel
+    cache = cli.cache_dir()
+    with cli.stoppable(f"vectors and scores are kept in {cache}, 2,048 at a time; the same command goes on"):
+        return write_negatives(args, cache)
+
+
+def write_negatives(args: argparse.Namespace, cache: Path) -> dict[str, Any]:
+    """Mines, and writes OUT and the report; bad options, inputs and outputs are told before anything is encoded."""
+    out = cli.new_output(args.out, [".jsonl"])
+    report = cli.new_output(args.report) if args.report else cli.writable(out.with_name(f"{out.name}.report.json"))
+    if report.absolute() == out.absolute():
+        raise UserError(f"--report {report}: is OUT itself; name another file")
+    rule = Rule.given(args.rule, {name: value for name in NUMBERS if (value := getattr(args, name)) is not None})
+    source_config, packages = read_source(args)
     from jaxembed.curation.mining import Ways, embed, mine, of_texts
     from jaxembed.curation.pool import open_input, read_corpus, read_pool
     from jaxembed.curation.report import details, line, summary
@@ -28,63 +46,106 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     from jaxembed.hub.other_model import open_encoder
 
     cli.use_compilation_cache()
-    cache = cli.cache_dir()
     by_bm25 = args.candidates == "bm25"
     ways = Ways(rule, args.seed, args.consistency_top_k, args.keep_negatives, by_bm25, args.memory_mb, args.approximate)
-    source = open_input(args.input, args.instruction, cache)
+    source = open_input(source_config, packages, cache)
     pool = read_pool(source, read_corpus(args.corpus, cache) if args.corpus else None, args.seed)
+    if pool.candidates < rule.first:
+        told = f"of {pool.searched} documents at most {pool.candidates} may be negatives of one query"
+        raise UserError(f"{told}, and {rule.limit} takes them from rank {rule.first} on; name more documents by --corpus")
     rescore = of_texts(open_cross_encoder(args.cross_encoder, cache), pool) if args.cross_encoder else None
-    model = open_encoder(args.model, cache, parallel.make_mesh(fsdp=args.fsdp))
+    model = open_encoder(args.model, cache, cli.make_mesh(args.fsdp))
+    of_documents = source_config.instruction_of_documents(next(iter(source_config.instructions), ""))
     queries = embed(pool.queries, model.encode, model.width, "queries")
-    texts = [RawText(text, "document", "") for text in pool.documents]
+    texts = [RawText(text, "document", of_documents) for text in pool.documents]
     result = mine(pool, queries, embed(texts, model.encode, model.width, "documents"), ways, rescore)
     counts = summary(pool, result, rule)
-    named = {"model": model.identity, "cross_encoder": args.cross_encoder, "input": args.input, "digest": source.digest}
+    if "warning" in counts:
+        log.warning("warning: %s", counts["warning"])
+    named = {
+        "model": model.identity, "cross_encoder": args.cross_encoder, "corpus_paths": args.corpus, "digest": source.digest,
+        "source": source_config.model_dump(mode="json", exclude_defaults=True),
+    }  # fmt: skip
     try:
         with written_whole(out) as partial:
             write_lines(partial, (line(pool, row) for row in result.rows))
-            write_json(report, {**counts, **named, "ways": dataclasses.asdict(ways), **details(pool, result)})
+        write_json(report, {**counts, **named, "ways": dataclasses.asdict(ways), **details(pool, result)})
     except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}); name another output") from None
+        failed, kept = (report, f"{out} is whole") if out.exists() else (out, "make room, and the same command goes on")
+        raise UserError(f"{failed}: cannot be written ({error.strerror}); {kept}") from None
     return {"out": str(out), "report": str(report), **counts}
 
 
-if __name__ == "__main__":
-    about = (
-        "IN is whatever training takes, but for rows of text and label. OUT has its rows in the main format, with the\n"
-        "negatives that were found and MODEL's scores of positives and negatives. A query's positives, in whatever row, and\n"
-        "the query itself are never its negatives. Vectors are kept: a command that was stopped goes on."
-    )
+def read_source(args: argparse.Namespace) -> tuple[config.SourceConfig, config.PythonPackagesConfig]:
+    """What IN says of rows and instructions: by the options, or as the source of a config that it names."""
+    asked = {"instructions": (args.instruction,)} if args.instruction else {}
+    if not args.config:
+        tree = {"path": args.input, **cli.row_options(args), **asked}
+        return parse_section(config.SourceConfig, tree, "command line"), config.PythonPackagesConfig()
+    if args.columns or args.format != "auto":
+        raise UserError("--config: its sources say what their rows are; leave --format and --columns out")
+    settings = config.load(args.config)
+    sources = settings.all_sources()
+    found = [source for source in sources if args.input in (source.known_as, source.path)]
+    if len(found) != 1:
+        names = ", ".join(source.known_as for source in sources)
+        raise UserError(f"{args.config}: {len(found)} sources are named {args.input}; expected the name of one: {names}")
+    return found[0].model_copy(update=asked), settings.in_stages()[0].data.python_packages
+
+
+def make_parser() -> cli.Parser:
     default = Rule()
-    parser = cli.parser("mine", f"{__doc__}\n\n{about}")
-    parser.add_argument("model", metavar="MODEL", help="any that jaxembed or sentence-transformers loads")
-    parser.add_argument("input", metavar="IN", help="queries and positives")
+    parser = cli.parser("mine", f"{__doc__}\n\n{ABOUT}")
+    parser.add_argument("model", metavar="MODEL", help="any that jaxembed or sentence-transformers loads: a folder or hub id")
+    parser.add_argument("input", metavar="IN", help="queries and positives: path or name, as in a config, or see --config")
     parser.add_argument("out", metavar="OUT.jsonl", help="must not exist")
-    parser.add_argument(
-        "--corpus", nargs="+", metavar="PATH",
-        help='BEIR folders, or whatever holds rows with "text", such as .jsonl, .parquet or .txt (default: all texts of IN)',
-    )  # fmt: skip
-    parser.add_argument("--instruction", default="", help='of the queries whose row has no "prompt"')
-    group = parser.add_argument_group("negatives")
-    group.add_argument("--rule", choices=RULES, default=default.name, help=f"default: {default.name}; docs/mining.md has all")
-    group.add_argument("--negatives", type=whole(1), default=default.negatives, metavar="N", help="of a row; default: 7")
-    group.add_argument("--depth", type=whole(1), default=default.depth, metavar="N", help="candidates of a query; default: 100")
-    group.add_argument("--share", type=float, default=default.share, help="topk_perc_pos: of the positive's; default: 0.95")
-    group.add_argument("--margin", type=float, default=default.margin, help="topk_margin_pos: below it; default: 0.05")
-    group.add_argument("--max-score", type=float, default=default.max_score, help="topk_abs: the highest; default: 0.7")
+    group = parser.add_argument_group("input")
+    cli.add_rows(group)
+    group.add_argument("--config", metavar="CONFIG.yaml", help="IN is the name of a source there, taken as it says")
+    group.add_argument("--instruction", default="", help='of queries whose row has no "prompt"')
     group.add_argument(
-        "--window", type=whole(1), nargs=2, default=default.window, metavar=("A", "B"), help="window: ranks; default: 50 100"
+        "--corpus", nargs="+", metavar="PATH",
+        help='where negatives are looked for: BEIR folders, or whatever holds rows with "text" (and "title"), such as .jsonl, '
+        ".parquet or .txt (default: the positives and negatives of IN)",
+    )  # fmt: skip
+    group = parser.add_argument_group("candidates", "the documents nearest to a query, but for its positives and itself")
+    group.add_argument("--depth", type=whole(1), metavar="N", help=f"how many a query has; default: {default.depth}")
+    group.add_argument(
+        "--candidates", choices=["model", "bm25"], default="model", help="nearest by MODEL (default), or by BM25"
     )
-    group.add_argument("--seed", type=whole(0), default=0, help=f"of {' and '.join(SAMPLED)}; default: 0")
-    group.add_argument("--keep-negatives", action="store_true", help="IN's own come first")
+    group.add_argument(
+        "--cross-encoder", metavar="MODEL",
+        help="a sentence-transformers cross-encoder, whose scores order candidates, feed the rule and stand in OUT",
+    )  # fmt: skip
+    group = parser.add_argument_group("negatives", "the candidates that a rule chooses; docs/mining.md has all rules")
+    group.add_argument("--rule", choices=RULES, default=default.name, help=f"default: {default.name}")
+    group.add_argument("--negatives", type=whole(1), metavar="N", help=f"of a row, at most; default: {default.negatives}")
+    told = f"topk_perc_pos: the highest score, as a part of the positive's, 0 to 1; default: {default.share}"
+    group.add_argument("--share", type=float, metavar="X", help=told)
+    told = f"topk_margin_pos: the highest score is so far below the positive's; default: {default.margin}"
+    group.add_argument("--margin", type=float, metavar="X", help=told)
+    group.add_argument(
+        "--max-score", type=float, metavar="X", help=f"topk_abs: the highest score; default: {default.max_score}"
+    )
+    told = f"window: the first and the last rank, counted from 1; default: {' '.join(map(str, default.window))}"
+    group.add_argument("--window", type=whole(1), nargs=2, metavar=("A", "B"), help=told)
+    group.add_argument(
+        "--seed", type=whole(0), default=0, metavar="N", help=f"of what {' and '.join(SAMPLED)} draw; default: 0"
+    )
+    group.add_argument("--keep-negatives", action="store_true", help="IN's own come first, and --negatives more")
     group.add_argument(
         "--consistency-top-k", type=whole(1), default=0, metavar="K",
-        help="leave out positives that are not among the K nearest of their query, and rows without any other",
+        help="leave out positives above which K other documents score, and rows without any other (default: keep all)",
     )  # fmt: skip
-    group.add_argument("--candidates", choices=["model", "bm25"], default="model", help="found by MODEL (default) or by BM25")
-    group.add_argument("--cross-encoder", metavar="MODEL", help="scores candidates anew, for the rule and for OUT")
-    parser.add_argument("--memory-mb", type=whole(1), default=512, help="of the search, beside the vectors; default: 512")
-    cli.add_fsdp(parser)
-    parser.add_argument("--approximate", action="store_true", help="a faster search on TPUs; its recall is in the report")
-    parser.add_argument("--report", metavar="FILE.json", help="counts, histograms, samples; default: OUT.jsonl.report.json")
-    cli.run(main, parser)
+    group = parser.add_argument_group("search and report")
+    group.add_argument(
+        "--memory-mb", type=whole(1), default=512, metavar="N", help="of the search, on each device; default: 512"
+    )
+    cli.add_fsdp(group)
+    group.add_argument("--approximate", action="store_true", help="a faster search on TPUs; its recall is in the report")
+    group.add_argument("--report", metavar="FILE.json", help="counts, histograms, samples; default: OUT.jsonl.report.json")
+    return parser
+
+
+if __name__ == "__main__":
+    cli.run(main, make_parser())

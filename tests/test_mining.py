@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import json
-import runpy
+import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -18,13 +21,18 @@ import pytest
 import torch
 
 import tiny
+from jaxembed import cli
+from jaxembed import mine as mine_command
+from jaxembed.config import PythonPackagesConfig, SourceConfig
 from jaxembed.curation import mining
 from jaxembed.curation.mining import Result, Ways, mine
 from jaxembed.curation.pool import Pool, open_input, read_corpus, read_pool
 from jaxembed.curation.report import details, line, summary
 from jaxembed.curation.rules import RULES, Rule
+from jaxembed.data.batch import RawText
 from jaxembed.data.beir import write_beir
-from jaxembed.errors import UserError
+from jaxembed.data.sources import Source
+from jaxembed.errors import Stopped, UserError
 from jaxembed.hub.cross_encoder import open_cross_encoder
 from jaxembed.hub.other_model import OtherModel
 from runs import ENV
@@ -38,8 +46,12 @@ def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     return path
 
 
+def opened(path: Path, cache: Path) -> Source:
+    return open_input(SourceConfig(path=str(path)), PythonPackagesConfig(), cache)
+
+
 def pool_of(folder: Path, rows: Sequence[Mapping[str, Any]], corpus: Sequence[str] | None = None, seed: int = 0) -> Pool:
-    return read_pool(open_input(str(write(folder / "pairs.jsonl", rows)), "", folder), corpus, seed)
+    return read_pool(opened(write(folder / "pairs.jsonl", rows), folder), corpus, seed)
 
 
 @functools.cache
@@ -173,7 +185,7 @@ def test_no_positive_is_a_negative(tmp_path: Path) -> None:
     assert [set(row["neg"]) for row in written] == [{"d 2", "q 2", "e"}] * 2 + [{"a 1\n", " b 1", "c 1", "q 1 ", "e"} - {min(
         ["a 1\n", " b 1", "c 1", "q 1 ", "e"], key=lambda text: vector("q 2") @ vector(text))}]  # fmt: skip
     counts = summary(pool, result, Rule(**RULE))
-    expected = {"rows": 3, "written": 3, "dropped": {"blank": 0, "inconsistent": 0}, "corpus": 7, "blank_documents": 2}
+    expected = {"rows": 3, "written": 3, "dropped": {"inconsistent": 0}, "corpus": 7, "blank_documents": 2}
     expected |= {"negatives": 10, "short_rows": 2, "missing_negatives": 2, "rows_without_negatives": 0, "queries": 3}
     assert counts.items() >= expected.items()
     kept = [line(pool, row) for row in mined(pool, keep_negatives=True).rows]
@@ -199,7 +211,7 @@ def test_positives_that_the_model_does_not_find_leave(pairs: list[dict[str, Any]
     assert 0 < sum(len(positives) == 1 for positives in expected.values()) < len(expected)
     for query, row in lines(pool, result).items():  # a positive that left is still no negative
         assert not set(row["neg"]) & {f"answer {query.split()[1]}", f"another {query.split()[1]}"}
-    assert summary(pool, result, Rule())["dropped"] == {"blank": 0, "inconsistent": len(rows) - len(expected)}
+    assert summary(pool, result, Rule())["dropped"] == {"inconsistent": len(rows) - len(expected)}
     few = {"positives": sum(map(len, expected.values())), "inconsistent_positives": 120 - sum(map(len, expected.values()))}
     assert summary(pool, result, Rule()).items() >= few.items()
     told = details(pool, result)
@@ -265,8 +277,15 @@ def test_a_cross_encoder_scores_anew(
     with pytest.raises(UserError, match="nowhere: neither a folder"):
         open_cross_encoder(str(tmp_path / "nowhere"), tmp_path)
     (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="has no weights in safetensors files"):
+        open_cross_encoder(str(tmp_path), tmp_path)
+    (tmp_path / "model.safetensors").touch()
     with pytest.raises(UserError, match="sentence-transformers cannot load it as a cross-encoder"):
         open_cross_encoder(str(tmp_path), tmp_path)
+    with pytest.raises(
+        UserError, match=r"model: holds no classifier\.weight and no classifier\.bias, so that its scores would be"
+    ):
+        open_cross_encoder(str(cross_encoder.with_name("model")), tmp_path)
 
 
 KILLED = """
@@ -303,7 +322,7 @@ def test_a_killed_command_goes_on_where_it_was(
     run = OtherModel._run
     monkeypatch.setattr(OtherModel, "_run", lambda self, new, lead: texts.extend(new) or run(self, new, lead))
     monkeypatch.setattr(sys, "argv", ["mine", *arguments])
-    runpy.run_module("jaxembed.mine", run_name="__main__")
+    cli.run(mine_command.main, mine_command.make_parser())
     assert texts == [f"answer {i}" for i in range(8, 20)]
     assert kept.read_bytes()[: len(before)] == before
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -343,9 +362,8 @@ def test_bad_input_is_told_in_a_line(tmp_path: Path) -> None:
 
     pairs = [{"query": "a", "pos": ["b"]}]
     labels = write(tmp_path / "labels.jsonl", [{"text": "a", "label": "b"}])
-    assert "rows of text and label draw their negatives by label" in error_of(open_input, str(labels), "", tmp_path)
+    assert "rows of text and label draw their negatives by label" in error_of(opened, labels, tmp_path)
     assert "holds no text" in error_of(pool_of, tmp_path, pairs, [" ", ""])
-    assert "no row has a query and a positive" in error_of(pool_of, tmp_path, [{"query": " ", "pos": ["b"]}])
     assert "nowhere: no such file or folder" in error_of(list, read_corpus([str(tmp_path / "nowhere")], tmp_path))
     assert '"text" is missing' in error_of(list, read_corpus([corpus("bad.jsonl", '{"id": 1}\n')], tmp_path))
     write_beir(tmp_path / "beir", {"1": "one", "2": "two"}, {"q": "?"}, {"q": {"1": 1}})
@@ -353,6 +371,126 @@ def test_bad_input_is_told_in_a_line(tmp_path: Path) -> None:
     assert list(read_corpus([str(tmp_path / "beir"), *lines], tmp_path)) == ["one", "two", "three", "four", "five six"]
     with (tmp_path / "beir" / "corpus.jsonl").open("a") as file:
         file.write('{"_id": "1", "text": "again"}\n')
-    assert "_id '1' stands in two rows" in error_of(list, read_corpus([str(tmp_path / "beir")], tmp_path))
-    assert "--window is 9 3" in error_of(lambda: Rule(window=(9, 3)))
-    assert "--depth is 5, less than the 7 --negatives" in error_of(lambda: Rule(depth=5))
+    assert "corpus.jsonl:3: _id '1' is that of" in error_of(list, read_corpus([str(tmp_path / "beir")], tmp_path))
+
+
+class Encoder:
+    """What mining asks of a model; `asked` are the texts that it encoded."""
+
+    identity, width = {"name": "stub"}, 6
+
+    def __init__(self) -> None:
+        self.asked: list[RawText] = []
+
+    def encode(self, texts: Sequence[RawText]) -> np.ndarray:
+        self.asked += texts
+        return vectors([text.text for text in texts])
+
+
+@pytest.fixture
+def encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pairs: list[dict[str, Any]]) -> Encoder:
+    """The model of commands that run in a folder with pairs.jsonl and config.yaml."""
+    stub = Encoder()
+    monkeypatch.setattr("jaxembed.hub.other_model.open_encoder", lambda *_: stub)
+    monkeypatch.setenv("JAXEMBED_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "pairs.jsonl", pairs)
+    write(tmp_path / "documents.jsonl", [{"title": row["query"], "body": row["pos"][0]} for row in pairs])
+    templates = [{"query": "{title}", "positive": "{body}"}]
+    documents = {"path": "documents.jsonl", "name": "titles", "pair_templates": templates, "max_examples": 30}
+    documents |= {"instructions": ["Find it"], "document_instruction": "A body"}
+    sources = [documents, {"path": "pairs.jsonl"}]
+    tree = {"model": {"base": "preset:tiny"}, "data": {"sources": sources}, "train": {"steps": 1}}
+    (tmp_path / "config.yaml").write_text(json.dumps(tree))
+    return stub
+
+
+def command(*arguments: str) -> dict[str, Any]:
+    return mine_command.main(mine_command.make_parser().parse_args(["MODEL", *arguments]))
+
+
+LONG = "x" * 245 + ".jsonl"  # a name that leaves no room for what is added while it is written
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("pairs.jsonl out.parquet", "out.parquet: expected an output that ends in .jsonl"),
+        (f"pairs.jsonl {LONG}", "x.jsonl: cannot be written (File name too long); name another output"),
+        (f"pairs.jsonl out.jsonl --report {LONG}", "x.jsonl: cannot be written (File name too long); name another output"),
+        (f"pairs.jsonl {LONG[10:]}", "x.jsonl.report.json: cannot be written (File name too long); name another output"),
+        ("pairs.jsonl out.jsonl --report ./out.jsonl", "--report out.jsonl: is OUT itself; name another file"),
+        ("pairs.jsonl out.jsonl --share 2", "--rule topk_perc_pos: share: expected less than or equal to 1 (got 2.0)"),
+        ("pairs.jsonl out.jsonl --rule topk_margin_pos --margin -1", "margin: expected greater than or equal to 0 (got -1.0)"),
+        ("pairs.jsonl out.jsonl --depth 5", "--rule topk_perc_pos: depth is 5, fewer candidates than the 7 negatives"),
+        ("pairs.jsonl out.jsonl --rule window --window 9 3", "window is 9 to 3; expected two ranks, the first not after"),
+        ("pairs.jsonl out.jsonl --rule window --window 3 8", "window is 3 to 8, fewer ranks than the 7 negatives"),
+        ("pairs.jsonl out.jsonl --rule window --share 1", "--share is not read by --rule window, but by topk_perc_pos; leave"),
+        ("pairs.jsonl out.jsonl --rule window --depth 9", "--depth is not read by --rule window, but by topk_perc_pos, topk_"),
+        ("pairs.jsonl out.jsonl --window 1 9", "--window is not read by --rule topk_perc_pos, but by window; leave it out"),
+        (
+            "pairs.jsonl out.jsonl --rule window --window 180 190",
+            "of 180 documents at most 179 may be negatives of one query, and --rule window --window 180 190 takes them from",
+        ),
+        ("pairs.jsonl out.jsonl --fsdp 3", "--fsdp is 3, which does not divide the number of devices here, 8; use a divisor"),
+        ("pairs.jsonl out.jsonl --format pair", "command line: format: expected 'auto', 'pairs'"),
+        ("no out.jsonl --config config.yaml", "config.yaml: 0 sources are named no; expected the name of one: titles, pairs"),
+        ("pairs out.jsonl --config config.yaml --format text", "--config: its sources say what their rows are; leave --format"),
+    ],
+)
+def test_what_cannot_work_is_told_before_anything_is_encoded(encoder: Encoder, arguments: str, told: str) -> None:
+    with pytest.raises(UserError) as error:
+        command(*arguments.split())
+    assert told in str(error.value)
+    assert not encoder.asked and not list(Path().glob("*out*")) and not list(Path().glob("x*"))
+
+
+def test_documents_of_a_config_are_mined_as_it_says(encoder: Encoder, pairs: list[dict[str, Any]]) -> None:
+    """With its instructions, of its first `max_examples`; and other columns by an option."""
+    told = command("titles", "out.jsonl", "--config", "config.yaml", "--rule", "top_k")
+    assert (told["rows"], told["corpus"], told["negatives"]) == (30, 30, 30 * 7)
+    assert {(text.side, text.instruction) for text in encoder.asked} == {("query", "Find it"), ("document", "A body")}
+    rows = [json.loads(row) for row in Path("out.jsonl").read_text().splitlines()]
+    positives = {pair["query"]: pair["pos"] for pair in pairs}
+    assert all(row["prompt"] == "Find it" and row["pos"] == positives[row["query"]] for row in rows)
+    assert json.loads(Path("out.jsonl.report.json").read_text())["source"]["name"] == "titles"
+    mapping = "{query: title, pos: body}"
+    told = command("documents.jsonl", "other.jsonl", "--columns", mapping, "--instruction", "Ask", "--rule", "top_k")
+    assert told["rows"] == 60 and '"prompt": "Ask"' in Path("other.jsonl").read_text()
+
+
+def test_a_rule_that_nothing_passes_is_warned_of(encoder: Encoder, caplog: pytest.LogCaptureFixture) -> None:
+    told = command("pairs.jsonl", "out.jsonl", "--rule", "topk_abs", "--max-score", "-2")
+    warning = "nothing was mined: no query has a candidate that passes --rule topk_abs --max-score -2.0"
+    assert told["negatives"] == 0 and told["warning"] == warning == json.loads(Path(told["report"]).read_text())["warning"]
+    assert f"warning: {warning}" in caplog.text
+    assert "warning" not in command("pairs.jsonl", "some.jsonl", "--rule", "topk_abs")
+
+
+@pytest.mark.parametrize(
+    ("writer", "told"),
+    [
+        ("files.write_json", "report.json: cannot be written (No space left on device); out.jsonl is whole"),
+        ("data.jsonl.write_lines", "out.jsonl: cannot be written (No space left on device); make room, and the same command"),
+    ],
+)
+def test_a_full_disk_costs_one_file(encoder: Encoder, monkeypatch: pytest.MonkeyPatch, writer: str, told: str) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(f"jaxembed.{writer}", full)
+    with pytest.raises(UserError, match=f"^{re.escape(told)}"):
+        command("pairs.jsonl", "out.jsonl", "--report", "report.json")
+    assert [path.name for path in Path().glob("out.jsonl*")] == ["out.jsonl"] * (writer == "files.write_json")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_says_what_is_kept(encoder: Encoder, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    before = signal.getsignal(number)
+    monkeypatch.setattr(encoder, "encode", lambda texts: os.kill(os.getpid(), number))
+    with pytest.raises(
+        Stopped, match=r"vectors and scores are kept in .*cache, 2,048 at a time; the same command goes on"
+    ) as stop:
+        command("pairs.jsonl", "out.jsonl")
+    assert stop.value.signal == number and signal.getsignal(number) == before
+    assert not Path("out.jsonl").exists()

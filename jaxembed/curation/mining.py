@@ -62,9 +62,11 @@ class Result(NamedTuple):
 def embed(texts: Sequence[RawText], encode: EncodeRaw, width: int, told: str) -> np.ndarray:
     """Vectors [N, width] of texts, some at a time, so that a cache behind `encode` keeps each part that is done."""
     out = np.zeros((len(texts), width), np.float32)
-    for start in tqdm(range(0, len(texts), AT_ONCE), unit=f"x{AT_ONCE}", desc=told):
-        part = texts[start : start + AT_ONCE]
-        out[start : start + len(part)] = encode([text._replace(text=text.text[:LONGEST]) for text in part])
+    with tqdm(total=len(texts), unit="text", desc=told) as bar:
+        for start in range(0, len(texts), AT_ONCE):
+            part = texts[start : start + AT_ONCE]
+            out[start : start + len(part)] = encode([text._replace(text=text.text[:LONGEST]) for text in part])
+            bar.update(len(part))
     return out
 
 
@@ -176,6 +178,10 @@ def _scores(score: Score, asked: Sequence[tuple[int, Sequence[int] | np.ndarray]
     pairs = np.zeros((sum(counts), 2), np.int64)
     pairs[:, 0] = np.repeat([query for query, _ in asked], counts)
     pairs[:, 1] = np.concatenate([np.asarray(documents, np.int64) for _, documents in asked])
-    starts = tqdm(range(0, len(pairs), AT_ONCE), unit=f"x{AT_ONCE} pairs", desc=told, disable=len(pairs) <= AT_ONCE)
-    scores = np.concatenate([np.zeros(0, np.float32), *(score(pairs[start : start + AT_ONCE]) for start in starts)])
+    scores = np.zeros(len(pairs), np.float32)
+    with tqdm(total=len(pairs), unit="pair", desc=f"scores of {told}", disable=len(pairs) <= AT_ONCE) as bar:
+        for start in range(0, len(pairs), AT_ONCE):
+            part = pairs[start : start + AT_ONCE]
+            scores[start : start + len(part)] = score(part)
+            bar.update(len(part))
     return np.split(scores, np.cumsum(counts)[:-1])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +15,7 @@ from jaxembed.data.beir import document_text, open_corpus
 from jaxembed.data.containers import is_beir, open_container
 from jaxembed.data.drawers import each
 from jaxembed.data.rows import Rows, Shape
-from jaxembed.data.schema import check_passage, text_hash
+from jaxembed.data.schema import check_passage, is_text, text_hash
 from jaxembed.data.sources import Source, detect_format, open_source
 from jaxembed.errors import UserError
 
@@ -32,11 +31,11 @@ class Row(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
-    """`rows` are those with a query and a positive; the corpus is the first `searched` of `documents`.
+    """Rows with their queries and positives; the corpus is the first `searched` of `documents`.
 
     Texts that differ only in the white space around them are one. `known` are, for each query, the documents that are never
-    its negatives: the positives of every row with that text, and the text itself. `blank` counts the rows and the documents
-    of the corpus that hold nothing but white space.
+    its negatives: the positives of every row with that text, and the text itself. `blank` counts the documents of the corpus
+    without a text, `dropped` what the source leaves out, by the reason.
     """
 
     rows: list[Row]
@@ -44,7 +43,13 @@ class Pool:
     documents: list[str]
     searched: int
     known: list[set[int]]
-    blank: Counter[str]
+    blank: int
+    dropped: dict[str, int]
+
+    @property
+    def candidates(self) -> int:
+        """The most documents of the corpus that may be negatives of one query."""
+        return self.searched - min(sum(number < self.searched for number in known) for known in self.known)
 
 
 class Numbers:
@@ -61,12 +66,11 @@ class Numbers:
         return number
 
 
-def open_input(path: str, instruction: str, cache: Path) -> Source:
+def open_input(config: SourceConfig, packages: PythonPackagesConfig, cache: Path) -> Source:
     """The source of the rows: any format but (text, label)."""
-    config = SourceConfig(path=path, instructions=[instruction] if instruction else [])
     if detect_format(config) == "labels":
-        raise UserError(f"{path}: rows of text and label draw their negatives by label; name rows of query and pos")
-    return open_source(config, PythonPackagesConfig(), cache)
+        raise UserError(f"{config.path}: rows of text and label draw their negatives by label; name rows of query and pos")
+    return open_source(config, packages, cache)
 
 
 def read_corpus(paths: Sequence[str], cache: Path) -> Iterator[str]:
@@ -82,37 +86,28 @@ def read_corpus(paths: Sequence[str], cache: Path) -> Iterator[str]:
 def read_pool(source: Source, corpus: Iterable[str] | None, seed: int) -> Pool:
     """The pool of a source and a corpus; without one, all positives and negatives of the source are the corpus.
 
-    `UserError` where there is no query or no document.
+    `UserError` where the corpus has no document with a text.
     """
-    documents, queries, blank = Numbers(), dict[RawText, int](), Counter[str]()
+    documents, queries, blank = Numbers(), dict[RawText, int](), 0
     for text in corpus or ():
-        if text.strip():
+        if is_text(text):
             documents(text)
         else:
-            blank["documents"] += 1
+            blank += 1
     searched = len(documents.texts)
     if corpus is not None and not searched:
         raise UserError("--corpus: holds no text; name files or BEIR folders with documents")
     rows, positives = [], dict[str, set[int]]()
-    for row in tqdm(source.drawer.as_pairs(seed), unit="row", desc="rows"):
-        found, others = (_numbered(row.get(name, ()), documents) for name in ("pos", "neg"))
-        if not found or not row["query"].strip():
-            blank["rows"] += 1
-            continue
+    for row in tqdm(source.as_pairs(seed), unit="row", desc="rows"):
+        found, others = (tuple(dict.fromkeys(map(documents, row.get(name, ())))) for name in ("pos", "neg"))
         positives.setdefault(row["query"].strip(), set()).update(found)
         instruction = row.get("prompt") or next(iter(source.config.instructions), "")
         query = RawText(row["query"], "query", instruction)
         draw = (seed, *text_hash("\n".join([instruction, row["query"], *row["pos"]])).tolist())
         rows.append(Row(queries.setdefault(query, len(queries)), found, others, draw))
-    if not rows:
-        raise UserError(f"{source.config.path}: no row has a query and a positive that are more than white space")
     known = [positives[query.text.strip()] | _own(query.text, documents) for query in queries]
     searched = len(documents.texts) if corpus is None else searched
-    return Pool(rows, list(queries), documents.texts, searched, known, blank)
-
-
-def _numbered(texts: Iterable[str], documents: Numbers) -> tuple[int, ...]:
-    return tuple(dict.fromkeys(documents(text) for text in texts if text.strip()))
+    return Pool(rows, list(queries), documents.texts, searched, known, blank, source.drawer.dropped)
 
 
 def _own(text: str, documents: Numbers) -> set[int]:

@@ -16,7 +16,6 @@ from jaxembed.curation.rules import Rule
 from jaxembed.data.batch import RawText
 from jaxembed.data.jsonl import write_lines
 from jaxembed.data.sources import Source
-from jaxembed.errors import UserError
 from jaxembed.files import written_whole
 from jaxembed.hub.embedder import Embedder
 from jaxembed.hub.other_model import in_groups
@@ -29,12 +28,9 @@ def write_mined(source: Source, chosen: MineConfig, embedder: Embedder, seed: in
     """Writes the rows of a source of pairs, their negatives replaced by those that the model finds among all its texts.
 
     Prompts are those of training, of several instructions the first. All processes of a run find them together, the first one
-    writes the file, which is moved to its place whole. `UserError` where a row holds white space alone.
+    writes the file, which is moved to its place whole.
     """
     pool = read_pool(source, None, seed)
-    if pool.blank["rows"]:
-        told = f"{pool.blank['rows']} rows have a query or positives of white space alone; remove them to mine its negatives"
-        raise UserError(f"{source.config.path}: {told}")
 
     def encode(texts: Sequence[RawText]) -> np.ndarray:
         prompts = [embedder.spec.prompt(text.instruction) for text in texts]
@@ -49,7 +45,7 @@ def write_mined(source: Source, chosen: MineConfig, embedder: Embedder, seed: in
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     texts = ([pool.documents[number] for number in row.negatives] for row in found)
-    rows = zip(source.drawer.as_pairs(seed), texts, strict=True)
+    rows = zip(source.as_pairs(seed), texts, strict=True)
     with written_whole(path) as partial:
         write_lines(partial, ({**{name: row[name] for name in KEPT if name in row}, "neg": neg} for row, neg in rows))
     counts = [row.mined for row in found]

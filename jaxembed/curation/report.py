@@ -19,20 +19,21 @@ def summary(pool: Pool, result: Result, rule: Rule) -> dict[str, Any]:
     """Counts. A row is short where fewer candidates than wanted passed the rule."""
     found = np.array([row.mined for row in result.rows], np.int64)
     return {
-        "rows": len(pool.rows) + pool.blank["rows"],
+        "rows": len(pool.rows),
         "written": len(result.rows),
-        "dropped": {"blank": pool.blank["rows"], "inconsistent": len(result.inconsistent)},
+        "dropped": {**{reason: n for reason, n in pool.dropped.items() if n}, "inconsistent": len(result.inconsistent)},
         "positives": sum(len(row.positives) for row in result.rows),
         "inconsistent_positives": sum(len(row.positives) for row in pool.rows) - sum(len(row.positives) for row in result.rows),
         "queries": len(pool.queries),
         "corpus": pool.searched,
-        "blank_documents": pool.blank["documents"],
+        "blank_documents": pool.blank,
         "cut_texts": sum(len(text) > LONGEST for text in [*pool.documents, *(query.text for query in pool.queries)]),
         "negatives": int(found.sum()),
         "short_rows": int((found < rule.negatives).sum()),
         "missing_negatives": int((rule.negatives - found).sum()),
         "rows_without_negatives": sum(not row.negatives for row in result.rows),
         **({} if result.recall is None else {"recall": round(result.recall, 6)}),
+        **({} if found.any() else {"warning": f"nothing was mined: no query has a candidate that passes {rule.limit}"}),
     }
 
 

@@ -123,8 +123,7 @@ def _of_embedder(name: str, base: Base, embedder: Embedder, cache: Path) -> Othe
 
 
 def _of_sentence_transformers(name: str, folder: Path, cache: Path) -> OtherModel:
-    if not any(folder.rglob("*.safetensors")):
-        raise UserError(f"{name}: has no weights in safetensors files; save it anew with sentence-transformers")
+    weight_files(name, folder)
     model, identity = _load(name, folder), folder_digest(folder)
 
     def run(texts: list[str], side: str) -> np.ndarray:
@@ -133,6 +132,13 @@ def _of_sentence_transformers(name: str, folder: Path, cache: Path) -> OtherMode
 
     width = run(["width"], "query").shape[1]
     return OtherModel(name, identity, width, lambda side, _: side, run, _store(cache, identity, width))
+
+
+def weight_files(name: str, folder: Path) -> list[Path]:
+    """The files of a sentence-transformers folder that hold its weights; `UserError` where there are none."""
+    if not (files := sorted(folder.rglob("*.safetensors"))):
+        raise UserError(f"{name}: has no weights in safetensors files; save it anew with sentence-transformers")
+    return files
 
 
 def folder_digest(folder: Path) -> str:
