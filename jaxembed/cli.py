@@ -68,9 +68,18 @@ def _skip_absent_tpu() -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with the errors of every other bad input: one line, exit code 2. `hint` ends that line."""
+    """argparse with the errors of every other bad input: one line, exit code 2. `hint` ends that line. With `intermixed`
+    arguments may stand behind options too: they are `behind` of what is parsed.
+    """
 
-    hint = ""
+    hint, intermixed = "", False
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, behind = self.parse_known_args(args, namespace)
+        if unknown := [text for text in behind if text.startswith("-") or not self.intermixed]:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        found.behind = behind
+        return found
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}; {self.hint}see {self.prog} --help\n")
@@ -119,7 +128,11 @@ def whole(least: int) -> Callable[[str], int]:
     """A reader of whole numbers from `least` on."""
 
     def number(text: str) -> int:
-        if (value := int(text)) < least:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+        if value < least:
             raise argparse.ArgumentTypeError(f"{value} is less than {least}")
         return value
 

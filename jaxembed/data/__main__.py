@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import glob
+import re
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,10 +29,14 @@ ABOUT = {
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the report of a command."""
+    named = [*args.sources, *([args.out] if args.command == "convert" else []), *args.behind]
     if args.command == "convert":
-        return convert(args)
-    settings = config.load(args.config) if args.config else None
+        args.out = named.pop()
+    args.sources = named
+    settings = config.load(args.config, base="") if args.config else None
     data = read_data(args, settings)
+    if args.command == "convert":
+        return convert(args, data)
     if args.command == "validate":
         report = reports.validate(data, cli.cache_dir())
         for source in report["sources"]:
@@ -54,24 +61,44 @@ def preview(
     return {"lengths_in": unit, **{role: {"texts": len(n), "longest": max(n), "total": sum(n)} for role, n in lengths.items()}}
 
 
-def convert(args: argparse.Namespace) -> dict[str, Any]:
-    """Writes a source anew; returns the files and how many rows they hold."""
-    out, data, shards = Path(args.out), read_data(args, None), [""]
-    if args.shards > 1:
-        shards = [f"-{i:05d}-of-{args.shards:05d}" for i in range(args.shards)]
-    targets = [cli.new_output(str(out.with_name(out.stem + shard + out.suffix)), reports.WRITERS) for shard in shards]
-    rows = reports.convert(data.sources[0], data, cli.cache_dir(), targets, args.pairs)
-    return {"files": [str(target) for target in targets], "rows": rows}
+def convert(args: argparse.Namespace, data: config.DataConfig) -> dict[str, Any]:
+    """Writes sources anew; returns the files, the paths that name what was made of each source, and how many rows there are."""
+    names = [re.sub(r"[^\w.-]", "_", source.known_as) for source in data.sources]
+    if len(names) > 1 and "*" not in args.out:
+        told = f"{len(names)} sources want a file each: put a * where their names are to stand, as in 'out/*.jsonl'"
+        raise UserError(f"{args.out}: {told}")
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise UserError(f"{args.out}: several sources are called {twice[0]}; give each a name of its own in the config")
+    outs = [args.out.replace("*", name) for name in names]
+    targets = [[cli.new_output(path, reports.WRITERS) for path in shards(out, args.shards)] for out in outs]
+    rows = reports.convert(data, cli.cache_dir(), targets, args.pairs)
+    paths = outs if args.shards == 1 else [named(glob.escape(out), "*", args.shards) for out in outs]
+    return {"files": [str(target) for of_source in targets for target in of_source], "paths": paths, "rows": rows}
+
+
+def shards(out: str, count: int) -> list[str]:
+    """The names of the files of a set."""
+    return [out] if count == 1 else [named(out, f"{i:05d}", count) for i in range(count)]
+
+
+def named(out: str, number: str, count: int) -> str:
+    path = Path(out)
+    return str(path.with_name(f"{path.stem}-{number}-of-{count:05d}{path.suffix}"))
 
 
 def read_data(args: argparse.Namespace, settings: config.Config | None) -> config.DataConfig:
     """The data section of a config, with the sources of all its stages, or one out of the sources that are named."""
     if bool(args.sources) == bool(settings):
         raise UserError("name the sources to look at, or a config that has some by --config, not both")
+    rows, negatives = cli.row_options(args), args.hard_negatives
     if settings is None:
-        rows = cli.row_options(args)
-        tree = {"sources": [rows | {"path": path} for path in args.sources], "hard_negatives": args.hard_negatives}
+        tree = {
+            "sources": [rows | {"path": path} for path in args.sources],
+            "hard_negatives": 1 if negatives is None else negatives,
+        }
         return parse_section(config.DataConfig, tree, "command line")
+    if rows != {"format": "auto"} or negatives is not None:
+        raise UserError("--format, --columns and --hard-negatives are of sources that are named; set them in the config")
     return settings.in_stages()[0].data.model_copy(update={"sources": settings.all_sources()})
 
 
@@ -90,34 +117,28 @@ def open_tokenizer(model: str | None, settings: config.Config | None) -> tuple[E
     return spec, text_tokenizer(base.tokenizer(), spec, base)
 
 
-def at_least_one(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
-
-
 def make_parser() -> cli.Parser:
     parser = cli.parser("data", __doc__ + "\n\nSOURCE is what data.sources[].path takes: see docs/data.md.")
+    parser.intermixed = True
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, about in ABOUT.items():
         command = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
-        many = name != "convert"
-        command.add_argument("sources", metavar="SOURCE", nargs="*" if many else 1, help="path or name, as in a config")
+        command.add_argument("sources", metavar="SOURCE", nargs="*", help="path or name, as in a config")
+        command.add_argument("--config", metavar="CONFIG.yaml", help="take the sources of a config instead")
         cli.add_rows(command)
-        command.set_defaults(config=None, hard_negatives=0)
-        if many:
-            command.add_argument("--config", metavar="CONFIG.yaml", help="take the sources of a config instead")
+        command.set_defaults(hard_negatives=None)
         if name in ("preview", "stats"):
             command.add_argument("--model", metavar="MODEL", help="count the tokens of this model, not characters")
         if name == "preview":
-            command.add_argument("--batch-size", type=at_least_one, default=8, metavar="N", help="queries (default: 8)")
-            command.add_argument("--hard-negatives", type=int, default=1, metavar="N", help="of named sources (default: 1)")
-            command.add_argument("--seed", type=int, default=0, help="of the order and of what is drawn (default: 0)")
+            command.add_argument("--batch-size", type=cli.whole(1), default=8, metavar="N", help="queries (default: 8)")
+            command.add_argument("--hard-negatives", type=cli.whole(0), metavar="N", help="of named sources (default: 1)")
+            command.add_argument("--seed", type=cli.whole(0), default=0, help="of the order and of what is drawn (default: 0)")
         if name == "convert":
-            command.add_argument("out", metavar="OUT", help=".jsonl or .array_record; must not exist")
+            command.add_argument(
+                "out", metavar="OUT", help=".jsonl or .array_record; must not exist; a * is the name of the source"
+            )
             command.add_argument("--pairs", action="store_true", help="as rows of pairs (query, pos, neg), whatever they are")
-            command.add_argument("--shards", type=at_least_one, default=1, metavar="N", help="files to write (default: 1)")
+            command.add_argument("--shards", type=cli.whole(1), default=1, metavar="N", help="files of a source (default: 1)")
     return parser
 
 

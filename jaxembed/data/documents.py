@@ -58,7 +58,7 @@ class Documents(Drawer):
         query, positive = pairs[rng.integers(len(pairs))]
         return Example(query, positive, (), (positive,))
 
-    def pairs(self, index: int, seed: int, most: int) -> Iterator[Row]:
+    def pairs(self, index: int, seed: int, most: int | None) -> Iterator[Row]:
         """Those of all templates."""
         return ({"query": query, "pos": [positive]} for query, positive in self._pairs(index))
 

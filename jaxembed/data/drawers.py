@@ -28,8 +28,8 @@ class Drawer(Protocol):
     """Draws examples from rows; no example has more than `most_positives` positives.
 
     `dropped` counts what is not drawn from, by the reason. `pairs` gives an example as rows of the main format, all at once
-    instead of drawn, for conversion and mining; where there is no end of positives and negatives, `most` of each, chosen by
-    (seed, index).
+    instead of drawn, for conversion and mining; where a source has no end of positives and negatives, `most` of each, chosen
+    by (seed, index), or for None all label texts, or 8 examples.
     """
 
     most_positives: int
@@ -37,9 +37,9 @@ class Drawer(Protocol):
 
     def __len__(self) -> int: ...
     def draw(self, index: int, rng: np.random.Generator, negatives: int) -> Example: ...
-    def pairs(self, index: int, seed: int, most: int) -> Iterator[Row]: ...
+    def pairs(self, index: int, seed: int, most: int | None) -> Iterator[Row]: ...
 
-    def as_pairs(self, seed: int = 0, most: int = 8) -> Iterator[Row]:
+    def as_pairs(self, seed: int = 0, most: int | None = None) -> Iterator[Row]:
         """The rows of all examples, in order."""
         return chain.from_iterable(self.pairs(index, seed, most) for index in range(len(self)))
 
@@ -70,7 +70,7 @@ class Pairs(Drawer):
             teacher_scores=_teacher_scores(row, (positive, *drawn)),
         )
 
-    def pairs(self, index: int, seed: int, most: int) -> Iterator[Row]:
+    def pairs(self, index: int, seed: int, most: int | None) -> Iterator[Row]:
         yield self.rows[index]
 
 
@@ -98,7 +98,7 @@ class ScoredPairs(Drawer):
         query, positive = pair if rng.integers(2) else pair[::-1]
         return Example(query, positive, (), (positive,), score=score)
 
-    def pairs(self, index: int, seed: int, most: int) -> Iterator[Row]:
+    def pairs(self, index: int, seed: int, most: int | None) -> Iterator[Row]:
         """Both directions."""
         (first, second), _ = self._pair(index)
         yield from ({"query": first, "pos": [second]}, {"query": second, "pos": [first]})
@@ -124,7 +124,7 @@ class Texts(Drawer):
         text = self.rows[index]["text"]
         return Example(text, text, (), (text,))
 
-    def pairs(self, index: int, seed: int, most: int) -> Iterator[Row]:
+    def pairs(self, index: int, seed: int, most: int | None) -> Iterator[Row]:
         text = self.rows[index]["text"]
         yield {"query": text, "pos": [text]}
 

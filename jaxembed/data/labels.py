@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -14,6 +15,7 @@ from jaxembed.data.schema import Example, Row
 from jaxembed.errors import UserError
 
 SHOWN = 10  # labels that an error lists
+EXAMPLES = 8  # positives, and negatives, of a row of pairs where there is no end of them
 
 
 class Labels(Drawer):
@@ -46,6 +48,14 @@ class Labels(Drawer):
         """The documents that are label texts; none where documents are examples."""
         return tuple(self._texts) if self._by_label else ()
 
+    @property
+    def sizes(self) -> Counter[str]:
+        """How many rows each label has, by its text."""
+        sizes = Counter[str]()
+        for label, count in zip(self._label, self.rows.counts, strict=True):
+            sizes[self._texts[label]] += count
+        return sizes
+
     def among(self, texts: Sequence[str]) -> Labels:
         """The same, its negatives drawn from `texts` too."""
         made = copy.copy(self)
@@ -59,10 +69,10 @@ class Labels(Drawer):
         text, label, (positive,), found = self._drawn(index, rng, 1, negatives)
         return Example(text, positive, tuple(found), (positive, text), label=label)
 
-    def pairs(self, index: int, seed: int, most: int) -> Iterator[Row]:
-        """The text with its label and all others, or with `most` examples of its label and of others."""
-        negatives = len(self._pool) if self._by_label else most
-        text, _, positives, found = self._drawn(index, np.random.default_rng((seed, index)), most, negatives)
+    def pairs(self, index: int, seed: int, most: int | None) -> Iterator[Row]:
+        """The text with its label and `most` others, or with `most` examples of its label and of others."""
+        count = most or (len(self._pool) if self._by_label else EXAMPLES)
+        text, _, positives, found = self._drawn(index, np.random.default_rng((seed, index)), count, count)
         yield {"query": text, "pos": positives, "neg": found}
 
     def _drawn(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import typing
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,13 +16,12 @@ from tqdm import tqdm
 
 from jaxembed.config import DataConfig, RowField, SourceConfig
 from jaxembed.data.array_record import write_array_record
-from jaxembed.data.beir import BeirPairs
-from jaxembed.data.documents import Documents
 from jaxembed.data.drawers import each
 from jaxembed.data.jsonl import write_lines
-from jaxembed.data.rows import Rows, read_all
+from jaxembed.data.labels import Labels
+from jaxembed.data.rows import read_all
 from jaxembed.data.schema import Row, text_hash
-from jaxembed.data.sources import SHAPES, open_rows, open_source, open_sources, open_unchecked
+from jaxembed.data.sources import SHAPES, Source, open_rows, open_source, open_sources, open_unchecked
 from jaxembed.data.tokenize import TextTokenizer
 from jaxembed.errors import UserError
 from jaxembed.files import written_whole
@@ -30,35 +30,55 @@ from jaxembed.spec import EmbeddingSpec
 TOLD = 20  # bad rows of a source, and labels, that are named
 MEASURED = 10_000  # rows of a source whose texts are measured, evenly spread
 WRITERS = {".jsonl": write_lines, ".array_record": write_array_record}
+log = logging.getLogger(__name__)
 Measure = Callable[[list[str]], np.ndarray]  # the length of each text
 
 
 def validate(data: DataConfig, cache: Path) -> dict[str, Any]:
-    """Reads every row of every source: how many there are, how many are bad, and what is wrong with the first ones."""
+    """Opens every source as training does: how many rows it has and how many examples they make; of one that training would
+    refuse, how many rows are bad, and what is wrong with the first ones.
+    """
     told = [_validated(source, data, cache) for source in data.sources]
     return {"sources": told, "bad_rows": sum(report["bad_rows"] for report in told)}
 
 
 def _validated(source: SourceConfig, data: DataConfig, cache: Path) -> dict[str, Any]:
+    try:
+        return {**_counts(open_source(source, data.python_packages, cache)), "bad_rows": 0, "problems": []}
+    except UserError as error:
+        return {"source": _told(source), **_problems(source, data, cache, str(error))}
+
+
+def _problems(source: SourceConfig, data: DataConfig, cache: Path, refusal: str) -> dict[str, Any]:
+    """Every bad row of a source that is refused; where there are none, `refusal` counts as one."""
     kind: str = source.format
     rows, bad = 0, list[str]()
     try:
         kind, container = open_unchecked(source, data.python_packages, cache)
-        if container is None:
-            rows = len(BeirPairs(Path(source.path)))
         for _, _, row in read_all(container, SHAPES[kind].check, source.columns) if container else ():
             rows += 1
             if isinstance(row, UserError):
                 bad.append(str(row))
     except UserError as error:  # nothing after it can be read
         bad.append(str(error))
-    return {"source": source.path, "format": kind, "rows": rows, "bad_rows": len(bad), "problems": bad[:TOLD]}
+    bad = bad or [refusal]
+    return {"format": kind, "rows": rows, "examples": 0, "bad_rows": len(bad), "problems": bad[:TOLD]}
+
+
+def _counts(source: Source) -> dict[str, Any]:
+    """What a source is, how many rows it has, and how many examples training draws from."""
+    return {"source": _told(source.config), "format": source.format, "rows": source.rows, "examples": len(source)}
+
+
+def _told(source: SourceConfig) -> str:
+    return source.name or source.path
 
 
 def stats(data: DataConfig, cache: Path, tokenizer: TextTokenizer | None) -> dict[str, Any]:
-    """Figures of every source and of the texts that each two share; lengths are of texts alone, without instructions.
+    """Figures of the examples of every source that training draws from, and of the texts that each two share.
 
-    Holds 8 bytes of every query, text and pair in memory.
+    Of labels one positive and one negative of a text stand for all. Lengths are of texts alone, without instructions. Holds 8
+    bytes of every query, text and pair in memory.
     """
 
     def measure(texts: list[str]) -> np.ndarray:
@@ -67,13 +87,13 @@ def stats(data: DataConfig, cache: Path, tokenizer: TextTokenizer | None) -> dic
         return tokenizer.untruncated_lengths(texts, [""] * len(texts))
 
     reports, hashes = [], []
-    for source in data.sources:
-        kind, rows = open_rows(source, data.python_packages, cache)
-        read = Documents(rows, source).as_pairs() if isinstance(rows, Rows) and kind == "documents" else each(rows)
-        told = tqdm(read, f"reading {source.path}", len(rows), unit="row", delay=2, leave=False)
-        report, of_source = _figures(told, len(rows), measure)
-        report |= _label_figures(rows) if isinstance(rows, Rows) and kind == "labels" else {}
-        reports.append({"source": source.path, "format": kind, "rows": len(rows), **report})
+    for source in open_sources(data, cache):
+        report, drawer = _counts(source), source.drawer
+        if left_out := {reason: count for reason, count in drawer.dropped.items() if count}:
+            report["left_out"] = left_out
+        rows = tqdm(source.as_pairs(most=1), f"reading {report['source']}", unit="row", delay=2, leave=False)
+        figures, of_source = _figures(rows, len(source), measure)
+        reports.append({**report, **figures, **(_label_figures(drawer) if isinstance(drawer, Labels) else {})})
         hashes.append(of_source)
     shared = [
         {
@@ -92,7 +112,7 @@ def _figures(rows: Iterable[Row], count: int, measure: Measure) -> tuple[dict[st
     counts = {"positives": array("I"), "negatives": array("I")}
     every = -(-count // MEASURED)
     for i, row in enumerate(rows):
-        query, positives, negatives = row_texts(row)
+        query, positives, negatives = row["query"], row["pos"], row.get("neg") or []
         queries.append(_hash(query))
         texts.extend(map(_hash, (query, *positives, *negatives)))
         pairs.extend(_hash(f"{query}\0{positive}") for positive in positives)
@@ -111,9 +131,9 @@ def _figures(rows: Iterable[Row], count: int, measure: Measure) -> tuple[dict[st
     return figures, distinct
 
 
-def _label_figures(rows: Rows) -> dict[str, Any]:
-    ranked = sorted(zip(rows.names, rows.counts, strict=True), key=lambda of_label: -of_label[1])
-    return {"labels": len(ranked), "largest_labels": dict(ranked[:TOLD])}
+def _label_figures(drawer: Labels) -> dict[str, Any]:
+    documents = "labels" if drawer.label_texts else "examples"
+    return {"label_documents": documents, "labels": len(drawer.sizes), "largest_labels": dict(drawer.sizes.most_common(TOLD))}
 
 
 def _spread(values: np.ndarray) -> dict[str, float]:
@@ -127,19 +147,12 @@ def _hash(text: str) -> int:
     return int(text_hash(text).view(np.uint64)[0])
 
 
-def row_texts(row: Row) -> tuple[str, list[str], list[str]]:
-    """The query, positives and negatives that a row of any shape holds; a label is its text's positive."""
-    query = next(row[name] for name in ("query", "sentence1", "text") if name in row)
-    positives = row.get("pos") or [str(row[name]) for name in ("sentence2", "label") if name in row]
-    return query, positives, row.get("neg") or []
-
-
 def preview(
     data: DataConfig, cache: Path, batch_size: int, seed: int, spec: EmbeddingSpec, tokenizer: TextTokenizer | None
 ) -> Iterator[tuple[str, str, str, str, int]]:
     """Of every text of the first batch that training would see: source, role, prompt, text, and its tokens.
 
-    Without a tokenizer the text is whole and its characters are counted.
+    Without a tokenizer the text is whole, and its characters and those of its prompt are counted.
     """
     from jaxembed.data.batch import BatchBuilder, roles  # imports JAX, which the other commands do without
     from jaxembed.data.bpe import BYTES, train_tokenizer
@@ -147,7 +160,9 @@ def preview(
     from jaxembed.fields import LARGEST
 
     sources = open_sources(data, cache)
-    plan = Plan(sources, min(batch_size, sum(map(len, sources))), seed, 0, data.batching, data.mixture)
+    if batch_size > (examples := sum(map(len, sources))):
+        log.warning("a batch of %s is asked for, but the sources hold %s examples: it has these", batch_size, examples)
+    plan = Plan(sources, min(batch_size, examples), seed, 0, data.batching, data.mixture)
     build = BatchBuilder(
         sources, tokenizer or TextTokenizer(train_tokenizer([], BYTES + 2), LARGEST), spec,
         row_length=data.row_length or data.max_length, hard_negatives=data.hard_negatives, seed=seed, shards=1,
@@ -156,32 +171,46 @@ def preview(
     of_source, _ = ExampleIndex(sources).locate(plan[0])
     for source, example in zip(of_source, build.examples(0, plan[0]), strict=True):
         texts, prompts = build.texts([example])
-        seen = tokenizer.read_back(texts, prompts) if tokenizer else zip(prompts, texts, map(len, texts), strict=True)
+        characters = (len(prompt) + len(text) for prompt, text in zip(prompts, texts, strict=True))
+        seen = tokenizer.read_back(texts, prompts) if tokenizer else zip(prompts, texts, characters, strict=True)
         for role, (prompt, text, length) in zip(roles(texts), seen, strict=True):
             yield sources[source].name, role, prompt, text, length
 
 
-def convert(source: SourceConfig, data: DataConfig, cache: Path, targets: Sequence[Path], pairs: bool = False) -> int:
-    """Writes the rows of a source, under our names of their fields, evenly into files; returns how many there are.
+def convert(data: DataConfig, cache: Path, targets: Sequence[Sequence[Path]], pairs: bool = False) -> int:
+    """Writes the rows of every source, under our names of their fields, evenly into its files; returns how many there are.
 
-    With `pairs` they are those of the main format that its examples make.
+    With `pairs` they are those of the main format that its examples make, as they are of documents always. All sources are
+    opened before anything is written, and all files are whole or none is there.
     """
-    if pairs:
-        drawer = open_source(source, data.python_packages, cache).drawer
-        count, rows = sum(1 for _ in drawer.as_pairs()), drawer.as_pairs()
-    else:
-        opened = open_rows(source, data.python_packages, cache)[1]
-        count, rows = len(opened), each(opened)
-    ends = [count * (i + 1) // len(targets) for i in range(len(targets))]
-    try:
-        with ExitStack() as all_whole:
-            partial = [all_whole.enter_context(written_whole(target)) for target in targets]
-            for target, unfinished, start, end in zip(targets, partial, [0, *ends], ends, strict=False):
+    opened = _examples(data, cache) if pairs else [_rows(source, data, cache) for source in data.sources]
+    with ExitStack() as all_whole:
+        for of_source, (count, rows) in zip(targets, opened, strict=True):
+            ends = [count * (i + 1) // len(of_source) for i in range(len(of_source))]
+            for target, start, end in zip(of_source, [0, *ends], ends, strict=False):
                 written = tqdm(islice(rows, end - start), f"writing {target}", end - start, unit="row", delay=2, leave=False)
-                WRITERS[target.suffix](unfinished, map(_fields, written))
-    except OSError as error:
-        raise UserError(f"{targets[0]}: cannot be written ({error.strerror or error})") from None
-    return count
+                try:
+                    unfinished = all_whole.enter_context(written_whole(target))
+                    WRITERS[target.suffix](unfinished, map(_fields, written))
+                except OSError as error:
+                    raise UserError(f"{target}: cannot be written ({error.strerror or error})") from None
+    return sum(count for count, _ in opened)
+
+
+Counted = tuple[int, Iterator[Row]]
+
+
+def _examples(data: DataConfig, cache: Path) -> list[Counted]:
+    """What the examples of every source make in the main format."""
+    return [(sum(1 for _ in source.as_pairs()), source.as_pairs()) for source in open_sources(data, cache)]
+
+
+def _rows(source: SourceConfig, data: DataConfig, cache: Path) -> Counted:
+    """The rows of a source as they are; of documents, whose fields are not ours, the pairs."""
+    kind, rows = open_rows(source, data.python_packages, cache)
+    if kind == "documents":
+        return _examples(data.model_copy(update={"sources": (source,)}), cache)[0]
+    return len(rows), each(rows)
 
 
 def _fields(row: Row) -> Mapping[str, Any]:

@@ -68,7 +68,7 @@ class Source:
     def __len__(self) -> int:
         return min(len(self.drawer), self.config.max_examples or LARGEST)
 
-    def as_pairs(self, seed: int = 0, most: int = 8) -> Iterator[Row]:
+    def as_pairs(self, seed: int = 0, most: int | None = None) -> Iterator[Row]:
         """The rows of the main format of the examples that are used (`Drawer.as_pairs`)."""
         return chain.from_iterable(self.drawer.pairs(self._row(index), seed, most) for index in range(len(self)))
 
