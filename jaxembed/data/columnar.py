@@ -139,12 +139,15 @@ class TfDataset:
     """A split of a dataset of TensorFlow Datasets, read without TensorFlow; an address is the number of an example."""
 
     def __init__(self, name: str):
-        """`name` is NAME/CONFIG:SPLIT, below $TFDS_DATA_DIR or ~/tensorflow_datasets; it is made there if it can be."""
+        """`name` is NAME/CONFIG:SPLIT, below $TFDS_DATA_DIR or ~/tensorflow_datasets, as `tfds build` leaves it there."""
         tfds = needed("tensorflow_datasets", "TensorFlow Datasets")
         self.name = f"tfds:{name}"
-        builder, split = _split_of(self.name, name)
+        dataset, split = _split_of(self.name, name)
         try:
-            self._source = tfds.data_source(builder, split=split)
+            self._source = tfds.core.read_only_builder.builder_from_files(dataset).as_data_source(split=split)
+        except tfds.core.DatasetNotFoundError:
+            told = f"`tfds build {dataset} --file_format=array_record` makes it there; TFDS_DATA_DIR names another folder"
+            raise UserError(f"{self.name}: no such dataset in {tfds.core.constants.DATA_DIR}; {told}") from None
         except (OSError, ValueError, KeyError, ImportError, AssertionError, NotImplementedError) as error:
             raise UserError(f"{self.name}: cannot be loaded ({brief(error)})") from None
         info = self._source.dataset_info
