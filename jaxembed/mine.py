@@ -24,7 +24,7 @@ log = logging.getLogger("jaxembed")
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the files that were written and the counts of the report."""
     cache = cli.cache_dir()
-    with cli.stoppable(f"vectors and scores are kept in {cache}, 2,048 at a time; the same command goes on"):
+    with cli.stoppable(f"the vectors and scores so far are kept in {cache}; the same command goes on"):
         return write_negatives(args, cache)
 
 
@@ -49,7 +49,8 @@ def write_negatives(args: argparse.Namespace, cache: Path) -> dict[str, Any]:
     by_bm25 = args.candidates == "bm25"
     ways = Ways(rule, args.seed, args.consistency_top_k, args.keep_negatives, by_bm25, args.memory_mb, args.approximate)
     source = open_input(source_config, packages, cache)
-    pool = read_pool(source, read_corpus(args.corpus, cache) if args.corpus else None, args.seed)
+    corpus = read_corpus(args.corpus, cache, args.text_column) if args.corpus else None
+    pool = read_pool(source, corpus, args.seed)
     if pool.candidates < rule.first:
         told = f"of {pool.searched} documents at most {pool.candidates} may be negatives of one query"
         raise UserError(f"{told}, and {rule.limit} takes them from rank {rule.first} on; name more documents by --corpus")
@@ -84,7 +85,7 @@ def read_source(args: argparse.Namespace) -> tuple[config.SourceConfig, config.P
         return parse_section(config.SourceConfig, tree, "command line"), config.PythonPackagesConfig()
     if args.columns or args.format != "auto":
         raise UserError("--config: its sources say what their rows are; leave --format and --columns out")
-    settings = config.load(args.config)
+    settings = config.load(args.config, base="")
     sources = settings.all_sources()
     found = [source for source in sources if args.input in (source.known_as, source.path)]
     if len(found) != 1:
@@ -108,6 +109,7 @@ def make_parser() -> cli.Parser:
         help='where negatives are looked for: BEIR folders, or whatever holds rows with "text" (and "title"), such as .jsonl, '
         ".parquet or .txt (default: the positives and negatives of IN)",
     )  # fmt: skip
+    group.add_argument("--text-column", default="text", metavar="NAME", help='of the corpus, instead of "text"')
     group = parser.add_argument_group("candidates", "the documents nearest to a query, but for its positives and itself")
     group.add_argument("--depth", type=whole(1), metavar="N", help=f"how many a query has; default: {default.depth}")
     group.add_argument(

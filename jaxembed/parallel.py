@@ -91,7 +91,7 @@ def axis_table(mesh: Mesh, sizes: Mapping[str, int]) -> dict[str, str | None]:
             fits = max(n for n in range(1, count) if common % n == 0)
             told = ", ".join(f"{name} ({size})" for name, size in split.items() if size % count)
             raise UserError(
-                f"mesh.{axis} is {count}, which does not divide the model's {told}; the largest that fits is {fits}"
+                f"mesh: {axis} is {count}, which does not divide the model's {told}; the largest that fits is {fits}"
             )
     return table
 

@@ -90,8 +90,8 @@ def test_key_value_heads_that_do_not_come_out_even_are_on_every_device(base_fold
 def test_a_mesh_that_does_not_fit_is_refused() -> None:
     sizes = {"embed": 896, "heads": 14, "kv_heads": 2, "mlp": 4864}
     for shape, told in (
-        ((1, 1, 4), r"mesh.tensor is 4, which does not divide the model's heads \(14\); the largest that fits is 2"),
-        ((1, 6, 1), r"mesh.fsdp is 6, which does not divide the model's embed \(896\); the largest that fits is 4"),
+        ((1, 1, 4), r"mesh: tensor is 4, which does not divide the model's heads \(14\); the largest that fits is 2"),
+        ((1, 6, 1), r"mesh: fsdp is 6, which does not divide the model's embed \(896\); the largest that fits is 4"),
     ):
         with pytest.raises(UserError, match=f"^{told}$"):
             parallel.axis_table(parallel.make_mesh(*shape), sizes)

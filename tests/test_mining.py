@@ -369,6 +369,7 @@ def test_bad_input_is_told_in_a_line(tmp_path: Path) -> None:
     write_beir(tmp_path / "beir", {"1": "one", "2": "two"}, {"q": "?"}, {"q": {"1": 1}})
     lines = [corpus("lines.txt", "three\nfour"), corpus("rows.jsonl", '{"title": "five", "text": "six"}\n')]
     assert list(read_corpus([str(tmp_path / "beir"), *lines], tmp_path)) == ["one", "two", "three", "four", "five six"]
+    assert list(read_corpus([corpus("other.jsonl", '{"body": "seven"}\n')], tmp_path, "body")) == ["seven"]
     with (tmp_path / "beir" / "corpus.jsonl").open("a") as file:
         file.write('{"_id": "1", "text": "again"}\n')
     assert "corpus.jsonl:3: _id '1' is that of" in error_of(list, read_corpus([str(tmp_path / "beir")], tmp_path))
@@ -489,7 +490,7 @@ def test_a_stop_says_what_is_kept(encoder: Encoder, monkeypatch: pytest.MonkeyPa
     before = signal.getsignal(number)
     monkeypatch.setattr(encoder, "encode", lambda texts: os.kill(os.getpid(), number))
     with pytest.raises(
-        Stopped, match=r"vectors and scores are kept in .*cache, 2,048 at a time; the same command goes on"
+        Stopped, match=r"the vectors and scores so far are kept in .*cache; the same command goes on"
     ) as stop:
         command("pairs.jsonl", "out.jsonl")
     assert stop.value.signal == number and signal.getsignal(number) == before

@@ -73,13 +73,14 @@ def open_input(config: SourceConfig, packages: PythonPackagesConfig, cache: Path
     return open_source(config, packages, cache)
 
 
-def read_corpus(paths: Sequence[str], cache: Path) -> Iterator[str]:
-    """The documents of BEIR folders, and of any container of rows with "text", and perhaps "title" before it."""
+def read_corpus(paths: Sequence[str], cache: Path, text_column: str = "text") -> Iterator[str]:
+    """The documents of BEIR folders, and of any container of rows with a text, and perhaps "title" before it."""
+    columns = {} if text_column == "text" else {"text": text_column}
     for path in paths:
         if is_beir(Path(path)):
             rows, _ = open_corpus(Path(path))
         else:
-            rows = Rows(open_container(path), Shape("passages", check_passage), cache)
+            rows = Rows(open_container(path), Shape("passages", check_passage), cache, columns)
         yield from map(document_text, each(rows))
 
 
