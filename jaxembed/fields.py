@@ -84,8 +84,8 @@ def shown(value: object, most: int = 80) -> str:
         return json.dumps(value)
     if isinstance(value, int) and abs(value) >= 10**30:
         return f"a number of about {math.log10(abs(value)):.0f} digits"
-    if isinstance(value, dict | list | tuple | set):
-        return f"a {type(value).__name__} of {len(value)}"
+    if isinstance(value, dict | list | tuple):
+        return f"a {'mapping' if isinstance(value, dict) else 'list'} of {len(value)}"
     if isinstance(value, str | bytes) and len(value) > most:
         return f"{value[:most]!r}..."
     text = repr(value)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -21,12 +22,20 @@ from jaxembed.fields import shown
 NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)  # what PyYAML raises, of which dates and numbers raise the second
 
 
-# What is said of pydantic's errors whose own words speak of Python.
+# What is said of pydantic's errors, whose own words speak of Python, by their type; %(...)s are its limits.
 EXPECTED = {
     "model_type": "a mapping such as {key: value}", "model_attributes_type": "a mapping such as {key: value}",
     "dict_type": "a mapping such as {key: value}",
     "string_type": """a text (on the command line, one with : or { in quotes: key='"..."')""",
-    "tuple_type": "a list such as [a, b]", "string_pattern_mismatch": "letters, digits, _ and - alone",
+    "string_pattern_mismatch": "letters, digits, _ and - alone",
+    "string_too_short": "a text that is not empty", "string_too_long": "%(max_length)s characters at most",
+    "tuple_type": "a list such as [a, b]",
+    "too_short": "a list of %(min_length)s or more", "too_long": "a list of %(max_length)s at most",
+    **dict.fromkeys(("int_type", "int_parsing", "int_parsing_size", "int_from_float"), "a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "a number"), "finite_number": "a finite number",
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+    "greater_than": "a number above %(gt)s", "greater_than_equal": "a number from %(ge)s on",
+    "less_than": "a number below %(lt)s", "less_than_equal": "a number up to %(le)s",
 }  # fmt: skip
 
 
@@ -166,11 +175,14 @@ def _index(node: list[Any], part: str, override: str) -> int:
 def _explain(error: ValidationError, section: type[Section]) -> str:
     """The first problem that a section has, in one line."""
     problem = error.errors()[0]
-    unknown = problem["type"] == "extra_forbidden"
-    keys, found = _place(section, problem["loc"][:-1] if unknown else problem["loc"])
+    loc, of_mapping = problem["loc"], problem["loc"][-1:] == ("[key]",)
+    loc = loc[:-1] if of_mapping else loc
+    unknown = of_mapping or problem["type"] == "extra_forbidden"
+    keys, found = _place(section, loc[:-1] if unknown else loc)
     key = ".".join(keys)
     if unknown:
-        wrong, names = str(problem["loc"][-1]), list(found[0].model_fields)
+        wrong = str(loc[-1])
+        names = re.findall(r"'(.+?)'", problem["ctx"]["expected"]) if of_mapping else list(found[0].model_fields)
         close = difflib.get_close_matches(wrong, names, n=1, cutoff=0.5)
         told = f"did you mean {'.'.join([*keys, *close])}?" if close else f"known here: {', '.join(names)}"
         told = next((hint for part, hint in ABSENT.items() if part in wrong), told)
@@ -181,7 +193,7 @@ def _explain(error: ValidationError, section: type[Section]) -> str:
         got = problem["input"].get("name") if isinstance(problem["input"], dict) else problem["input"]
         return f"{key}.name: expected {' or '.join(map(_tag, found))} (got {shown(got)})"
     if problem["type"] in EXPECTED:
-        return f"{key}: expected {EXPECTED[problem['type']]} (got {shown(problem['input'])})"
+        return f"{key}: expected {EXPECTED[problem['type']] % problem.get('ctx', {})} (got {shown(problem['input'])})"
     given = "" if isinstance(problem["input"], dict | list) else f" (got {shown(problem['input'])})"
     told = brief(problem["msg"], LONGEST).removeprefix("Value error, ").replace("Input should be", "expected")
     return f"{key}: {told}{given}".lstrip(": ")

@@ -92,10 +92,8 @@ def read_data(args: argparse.Namespace, settings: config.Config | None) -> confi
         raise UserError("name the sources to look at, or a config that has some by --config, not both")
     rows, negatives = cli.row_options(args), args.hard_negatives
     if settings is None:
-        tree = {
-            "sources": [rows | {"path": path} for path in args.sources],
-            "hard_negatives": 1 if negatives is None else negatives,
-        }
+        named = [parse_section(config.SourceConfig, rows | {"path": path}, "command line") for path in args.sources]
+        tree = {"sources": named, "hard_negatives": 1 if negatives is None else negatives}
         return parse_section(config.DataConfig, tree, "command line")
     if rows != {"format": "auto"} or negatives is not None:
         raise UserError("--format, --columns and --hard-negatives are of sources that are named; set them in the config")
