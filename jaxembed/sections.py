@@ -175,8 +175,8 @@ def _index(node: list[Any], part: str, override: str) -> int:
 def _explain(error: ValidationError, section: type[Section]) -> str:
     """The first problem that a section has, in one line."""
     problem = error.errors()[0]
-    loc, of_mapping = problem["loc"], problem["loc"][-1:] == ("[key]",)
-    loc = loc[:-1] if of_mapping else loc
+    loc = tuple(part for part in problem["loc"] if part != "[key]")  # which marks the keys of a mapping
+    of_mapping = loc != problem["loc"] and problem["type"] == "literal_error"
     unknown = of_mapping or problem["type"] == "extra_forbidden"
     keys, found = _place(section, loc[:-1] if unknown else loc)
     key = ".".join(keys)

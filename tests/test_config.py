@@ -135,6 +135,7 @@ def test_overrides_of_list_entries_and_their_order(tmp_path: Path) -> None:
         ("model={base: x, lora: {dropout: 1}}", "FILE: model.lora.dropout: expected a number below 1.0 (got 1)"),
         ("mine={window: [1, 2, 3]}", "FILE: mine.window: expected a list of 2 at most (got a list of 3)"),
         ("data.sources.0.columns={qury: a}", "FILE: unknown key data.sources.0.columns.qury; did you mean data.sources.0.col"),
+        ("data.sources.0.where={3: a}", "FILE: data.sources.0.where.3: expected a text"),
         ("data.sources.0.columns={x: a}", "FILE: unknown key data.sources.0.columns.x; known here: query, pos, neg, prompt"),
         ("data.sources.0.label_names={a: ''}", "FILE: data.sources.0.label_names.a: expected a text that is not empty"),
         ("train.steps=0", "FILE: train.steps: expected a number above 0 (got 0)"),
