@@ -107,7 +107,9 @@ def add_rows(parser: argparse._ActionsContainer) -> None:
     """The options that say what the rows of a named source are."""
     told = f"of the rows: {', '.join(get_args(Format))} (default: auto, by the path or the first row)"
     parser.add_argument("--format", default="auto", help=told)
-    parser.add_argument("--columns", metavar="MAPPING", help="our fields and its columns: '{query: question, pos: answer}'")
+    parser.add_argument(
+        "--columns", metavar="MAPPING", help="our fields and the columns that hold them: '{query: question, pos: answer}'"
+    )
 
 
 def row_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,6 @@ def write_negatives(args: argparse.Namespace, cache: Path) -> dict[str, Any]:
     from jaxembed.curation.pool import open_input, read_corpus, read_pool
     from jaxembed.curation.report import details, line, summary
     from jaxembed.data.batch import RawText
-    from jaxembed.data.jsonl import write_lines
-    from jaxembed.files import write_json, written_whole
     from jaxembed.hub.cross_encoder import open_cross_encoder
     from jaxembed.hub.other_model import open_encoder
 
@@ -67,14 +66,23 @@ def write_negatives(args: argparse.Namespace, cache: Path) -> dict[str, Any]:
         "model": model.identity, "cross_encoder": args.cross_encoder, "corpus_paths": args.corpus, "digest": source.digest,
         "source": source_config.model_dump(mode="json", exclude_defaults=True),
     }  # fmt: skip
+    settings = {**named, "ways": dataclasses.asdict(ways)}
+    write(out, (line(pool, row) for row in result.rows), report, {**counts, **settings, **details(pool, result)})
+    return {"out": str(out), "report": str(report), **counts}
+
+
+def write(out: Path, rows: Iterable[Mapping[str, Any]], report: Path, told: Mapping[str, Any]) -> None:
+    """Writes OUT, then the report; `UserError` says which of them could not be written."""
+    from jaxembed.data.jsonl import write_lines
+    from jaxembed.files import write_json, written_whole
+
     try:
         with written_whole(out) as partial:
-            write_lines(partial, (line(pool, row) for row in result.rows))
-        write_json(report, {**counts, **named, "ways": dataclasses.asdict(ways), **details(pool, result)})
+            write_lines(partial, rows)
+        write_json(report, told)
     except OSError as error:
         failed, kept = (report, f"{out} is whole") if out.exists() else (out, "make room, and the same command goes on")
         raise UserError(f"{failed}: cannot be written ({error.strerror}); {kept}") from None
-    return {"out": str(out), "report": str(report), **counts}
 
 
 def read_source(args: argparse.Namespace) -> tuple[config.SourceConfig, config.PythonPackagesConfig]:
@@ -98,12 +106,12 @@ def make_parser() -> cli.Parser:
     default = Rule()
     parser = cli.parser("mine", f"{__doc__}\n\n{ABOUT}")
     parser.add_argument("model", metavar="MODEL", help="any that jaxembed or sentence-transformers loads: a folder or hub id")
-    parser.add_argument("input", metavar="IN", help="queries and positives: path or name, as in a config, or see --config")
+    parser.add_argument("input", metavar="IN", help="queries and positives: a path or name, as in a config (docs/data.md)")
     parser.add_argument("out", metavar="OUT.jsonl", help="must not exist")
     group = parser.add_argument_group("input")
     cli.add_rows(group)
-    group.add_argument("--config", metavar="CONFIG.yaml", help="IN is the name of a source there, taken as it says")
-    group.add_argument("--instruction", default="", help='of queries whose row has no "prompt"')
+    group.add_argument("--config", metavar="CONFIG.yaml", help="IN is the name of one of its sources, taken as it says")
+    group.add_argument("--instruction", default="", metavar="TEXT", help='of queries whose row has no "prompt"')
     group.add_argument(
         "--corpus", nargs="+", metavar="PATH",
         help='where negatives are looked for: BEIR folders, or whatever holds rows with "text" (and "title"), such as .jsonl, '

@@ -282,9 +282,7 @@ def test_a_cross_encoder_scores_anew(
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(UserError, match="sentence-transformers cannot load it as a cross-encoder"):
         open_cross_encoder(str(tmp_path), tmp_path)
-    with pytest.raises(
-        UserError, match=r"model: holds no classifier\.weight and no classifier\.bias, so that its scores would be"
-    ):
+    with pytest.raises(UserError, match=r"model: holds no classifier\.weight, classifier\.bias, so that its scores would be"):
         open_cross_encoder(str(cross_encoder.with_name("model")), tmp_path)
 
 
@@ -421,8 +419,8 @@ LONG = "x" * 245 + ".jsonl"  # a name that leaves no room for what is added whil
         (f"pairs.jsonl out.jsonl --report {LONG}", "x.jsonl: cannot be written (File name too long); name another output"),
         (f"pairs.jsonl {LONG[10:]}", "x.jsonl.report.json: cannot be written (File name too long); name another output"),
         ("pairs.jsonl out.jsonl --report ./out.jsonl", "--report out.jsonl: is OUT itself; name another file"),
-        ("pairs.jsonl out.jsonl --share 2", "--rule topk_perc_pos: share: expected less than or equal to 1 (got 2.0)"),
-        ("pairs.jsonl out.jsonl --rule topk_margin_pos --margin -1", "margin: expected greater than or equal to 0 (got -1.0)"),
+        ("pairs.jsonl out.jsonl --share 2", "--rule topk_perc_pos: share: expected "),
+        ("pairs.jsonl out.jsonl --rule topk_margin_pos --margin -1", "--rule topk_margin_pos: margin: expected "),
         ("pairs.jsonl out.jsonl --depth 5", "--rule topk_perc_pos: depth is 5, fewer candidates than the 7 negatives"),
         ("pairs.jsonl out.jsonl --rule window --window 9 3", "window is 9 to 3; expected two ranks, the first not after"),
         ("pairs.jsonl out.jsonl --rule window --window 3 8", "window is 3 to 8, fewer ranks than the 7 negatives"),
@@ -489,9 +487,7 @@ def test_a_full_disk_costs_one_file(encoder: Encoder, monkeypatch: pytest.Monkey
 def test_a_stop_says_what_is_kept(encoder: Encoder, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     before = signal.getsignal(number)
     monkeypatch.setattr(encoder, "encode", lambda texts: os.kill(os.getpid(), number))
-    with pytest.raises(
-        Stopped, match=r"the vectors and scores so far are kept in .*cache; the same command goes on"
-    ) as stop:
+    with pytest.raises(Stopped, match=r"the vectors and scores so far are kept in .*cache; the same command goes on") as stop:
         command("pairs.jsonl", "out.jsonl")
     assert stop.value.signal == number and signal.getsignal(number) == before
     assert not Path("out.jsonl").exists()

@@ -33,7 +33,7 @@ def open_cross_encoder(name: str, cache: Path) -> ScorePairs:
     if model.num_labels != 1:
         raise UserError(f"{name}: gives {model.num_labels} numbers a pair; expected a cross-encoder with one, a relevance")
     if drawn := _not_held(model.model, files):
-        told = f"holds no {' and no '.join(drawn)}, so that its scores would be random"
+        told = f"holds no {', '.join(drawn)}, so that its scores would be random"
         raise UserError(f"{name}: {told}; expected a model that was trained as a cross-encoder, head and all")
     store = VectorStore(cache / "scores" / folder_digest(folder), 1)
 

@@ -64,7 +64,10 @@ def search(
     merge, product = _merge(mesh, approximate), _product(mesh, at_once, blocks.documents)
     firsts = range(0, len(documents), blocks.documents)
     # A caller may have set a mesh of fewer devices, as training does.
-    with jax.set_mesh(mesh), tqdm(total=len(starts) * len(firsts), unit="block", disable=not show_progress) as bar:
+    with (
+        jax.set_mesh(mesh),
+        tqdm(total=len(starts) * len(firsts), unit="block", desc="search", disable=not show_progress) as bar,
+    ):
         for first in firsts:
             scores_of = product(documents[first : first + blocks.documents])
             for i, start in enumerate(starts):
