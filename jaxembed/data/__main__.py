@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from jaxembed.data.tokenize import TextTokenizer
 
 ABOUT = {
-    "validate": "Checks every row, tells bad ones by file and line (up to 20 a source), and exits 2 if there are any.",
+    "validate": "Opens sources as training does, tells bad rows by file and line (up to 20 a source), and exits 2 if there are.",
     "preview": "Prints the first batch as the model will see it, and how long its texts are.",
-    "stats": "Rows, lengths, duplicates, labels, positives and negatives of each source, and what sources share.",
-    "convert": "Writes any source as .jsonl or .array_record, its fields under our names.",
+    "stats": "Rows, examples, lengths, duplicates, labels, positives and negatives of each source, and what sources share.",
+    "convert": "Writes any sources as .jsonl or .array_record, a file each, their fields under our names.",
 }
 
 

@@ -136,7 +136,7 @@ def open_source(config: SourceConfig, packages: PythonPackagesConfig, cache: Pat
         drawer = Pairs(rows, int(rows.largest))
     in_batch = kind != "labels" if config.in_batch_negatives is None else config.in_batch_negatives
     count = len(rows) if isinstance(rows, Rows) else rows.row_count
-    return Source(config, config.name or Path(config.path).stem, drawer, in_batch, rows.digest, kind, count)
+    return Source(config, config.known_as, drawer, in_batch, rows.digest, kind, count)
 
 
 def open_rows(config: SourceConfig, packages: PythonPackagesConfig, cache: Path) -> tuple[str, Rows | BeirPairs | NliPairs]:
