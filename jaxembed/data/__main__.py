@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from jaxembed.data.tokenize import TextTokenizer
 
 ABOUT = {
-    "validate": "Opens sources as training does, tells bad rows by file and line (up to 20 a source), and exits 2 if there are.",
+    "validate": "Opens sources as training does, tells bad rows by file and line (up to 20 a source), and exits 2 for any.",
     "preview": "Prints the first batch as the model will see it, and how long its texts are.",
     "stats": "Rows, examples, lengths, duplicates, labels, positives and negatives of each source, and what sources share.",
     "convert": "Writes any sources as .jsonl or .array_record, a file each, their fields under our names.",

@@ -111,8 +111,7 @@ class Plan:
         if self._alike > self._sizes[least]:
             raise UserError(
                 f"data.batching.kind={self._batching.kind} takes {self._alike} examples of one source into a batch, but "
-                f"{self.sources[least].name} holds {self._sizes[least]}; lower train.batch_size (of a preview --batch-size), or "
-                "blend the sources"
+                f"{self.sources[least].name} holds {self._sizes[least]}; lower train.batch_size (--batch-size), or blend them"
             )
 
 
