@@ -113,7 +113,9 @@ def add_rows(parser: argparse._ActionsContainer) -> None:
 
 
 def row_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What `add_rows`'s options say, as keys of a source in a config."""
+    """What `add_rows`'s options say, as keys of a source; `UserError` where --config names one that says it itself."""
+    if args.config and (args.columns or args.format != "auto"):
+        raise UserError("--config: its sources say what their rows are; leave --format and --columns out")
     tree = {"format": args.format}
     if args.columns:
         apply_override(tree, f"columns={args.columns}")

@@ -87,12 +87,10 @@ def write(out: Path, rows: Iterable[Mapping[str, Any]], report: Path, told: Mapp
 
 def read_source(args: argparse.Namespace) -> tuple[config.SourceConfig, config.PythonPackagesConfig]:
     """What IN says of rows and instructions: by the options, or as the source of a config that it names."""
-    asked = {"instructions": (args.instruction,)} if args.instruction else {}
+    asked, rows = {"instructions": (args.instruction,)} if args.instruction else {}, cli.row_options(args)
     if not args.config:
-        tree = {"path": args.input, **cli.row_options(args), **asked}
+        tree = {"path": args.input, **rows, **asked}
         return parse_section(config.SourceConfig, tree, "command line"), config.PythonPackagesConfig()
-    if args.columns or args.format != "auto":
-        raise UserError("--config: its sources say what their rows are; leave --format and --columns out")
     settings = config.load(args.config, base="")
     sources = settings.all_sources()
     found = [source for source in sources if args.input in (source.known_as, source.path)]

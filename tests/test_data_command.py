@@ -216,8 +216,8 @@ def test_the_sources_of_a_config_are_converted(data: Path) -> None:
         (["stats", "labels.jsonl", "--format", "lables"], "command line: format: expected 'auto', 'pairs'"),
         (["preview", "labels.jsonl", "--model", "preset:tiny"], "--model preset:tiny: a preset has no tokenizer"),
         (["validate", "--config", "absent.yaml"], "absent.yaml: no such config file"),
-        (["stats", "--config", "three.yaml", "--columns", "{text: a}"], "--format, --columns and --hard-negatives are of"),
-        (["preview", "--config", "three.yaml", "--hard-negatives", "2"], "--format, --columns and --hard-negatives are of"),
+        (["stats", "--config", "three.yaml", "--columns", "{text: a}"], "--config: its sources say what their rows are; leave"),
+        (["preview", "--config", "three.yaml", "--hard-negatives", "2"], "--hard-negatives is of sources that are named; set"),
         (
             ["stats", "--config", "typo.yaml"],
             "typo.yaml: unknown key data.sources.0.formt; did you mean data.sources.0.format?",

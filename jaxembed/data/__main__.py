@@ -95,8 +95,8 @@ def read_data(args: argparse.Namespace, settings: config.Config | None) -> confi
         named = [parse_section(config.SourceConfig, rows | {"path": path}, "command line") for path in args.sources]
         tree = {"sources": named, "hard_negatives": 1 if negatives is None else negatives}
         return parse_section(config.DataConfig, tree, "command line")
-    if rows != {"format": "auto"} or negatives is not None:
-        raise UserError("--format, --columns and --hard-negatives are of sources that are named; set them in the config")
+    if negatives is not None:
+        raise UserError("--hard-negatives is of sources that are named; set data.hard_negatives in the config")
     return settings.in_stages()[0].data.model_copy(update={"sources": settings.all_sources()})
 
 
