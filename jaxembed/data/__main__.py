@@ -29,10 +29,10 @@ ABOUT = {
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the report of a command."""
-    named = [*args.sources, *([args.out] if args.command == "convert" else []), *args.behind]
     if args.command == "convert":
-        args.out = named.pop()
-    args.sources = named
+        *args.sources, args.out = *args.sources, args.out, *args.behind
+    else:
+        args.sources += args.behind
     settings = config.load(args.config, base="") if args.config else None
     data = read_data(args, settings)
     if args.command == "convert":
@@ -72,16 +72,16 @@ def convert(args: argparse.Namespace, data: config.DataConfig) -> dict[str, Any]
     outs = [args.out.replace("*", name) for name in names]
     targets = [[cli.new_output(path, reports.WRITERS) for path in shards(out, args.shards)] for out in outs]
     rows = reports.convert(data, cli.cache_dir(), targets, args.pairs)
-    paths = outs if args.shards == 1 else [named(glob.escape(out), "*", args.shards) for out in outs]
+    paths = outs if args.shards == 1 else [shard(glob.escape(out), "*", args.shards) for out in outs]
     return {"files": [str(target) for of_source in targets for target in of_source], "paths": paths, "rows": rows}
 
 
 def shards(out: str, count: int) -> list[str]:
     """The names of the files of a set."""
-    return [out] if count == 1 else [named(out, f"{i:05d}", count) for i in range(count)]
+    return [out] if count == 1 else [shard(out, f"{i:05d}", count) for i in range(count)]
 
 
-def named(out: str, number: str, count: int) -> str:
+def shard(out: str, number: str, count: int) -> str:
     path = Path(out)
     return str(path.with_name(f"{path.stem}-{number}-of-{count:05d}{path.suffix}"))
 
