@@ -29,10 +29,10 @@ ABOUT = {
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the report of a command."""
-    if args.command == "convert":
-        *args.sources, args.out = *args.sources, args.out, *args.behind
-    else:
-        args.sources += args.behind
+    if args.command == "convert" and args.behind:  # the last is OUT, wherever the options stand
+        args.sources.append(args.out)
+        args.out = args.behind.pop()
+    args.sources += args.behind
     settings = config.load(args.config, base="") if args.config else None
     data = read_data(args, settings)
     if args.command == "convert":
