@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from jaxembed import Embedder, parallel
+from jaxembed import Embedder, parallel, processes
 from jaxembed.config import Config
 from jaxembed.data.batch import Batch, RawText
 from jaxembed.errors import UserError
@@ -54,9 +56,18 @@ def run(folder: Path, name: str, base: str, *overrides: str, moved: float = 0.0)
         params = jax.tree.map(lambda x: x + jnp.float32(moved * random.normal(size=x.shape)), state.params)
         return dataclasses.replace(state, params=params, step=state.step + 1), {"loss": zero, "grad_norm": zero}
 
+    in_turn = processes.in_turn
+
+    def alone(function: Callable[[], Any]) -> Any:
+        """What the first of several processes does while others wait may not wait for them, as Orbax would."""
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr("orbax.checkpoint.CheckpointManager", lambda *args, **kwargs: pytest.fail("opened by one process"))
+            return in_turn(function)
+
     config = settings(folder, name, *QUICK, f"model.base={folder / base}", *overrides)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("jaxembed.run.make_train_step", lambda *args, **kwargs: step)
+        patch.setattr(processes, "in_turn", alone)
         train(config)
     return config
 

@@ -29,7 +29,7 @@ from jaxembed.model.pooling import POOLINGS
 from jaxembed.model.presets import MOST, DecoderConfig, from_hf, preset
 from jaxembed.sections import parse_section
 from jaxembed.spec import EmbeddingSpec
-from jaxembed.training.checkpoint import Checkpoints
+from jaxembed.training.checkpoint import Checkpoints, params_digest
 from jaxembed.training.run_dir import RECORD, kept
 
 log = logging.getLogger("jaxembed")
@@ -285,10 +285,8 @@ def content_hash(base: Base) -> str:
     digest = hashlib.sha256(json.dumps(dict(base.hf_config), sort_keys=True).encode())
     if base.run is not None:
         run_dir, step = base.run
-        checkpoints = Checkpoints(run_dir)
         digest.update(read_bytes(run_dir / RECORD))  # it names the base that adapters lie on
-        digest.update(checkpoints.digest(step).encode())
-        checkpoints.close()
+        digest.update(params_digest(run_dir, step).encode())
     folders = [folder for folder in (base.folder, *base.adapters) if folder is not None]
     for path in (path for folder in folders for path in sorted([*folder.glob("*.safetensors"), *part_files(folder).values()])):
         with path.open("rb") as file:

@@ -36,7 +36,7 @@ class Checkpoints:
 
     def __init__(self, run_dir: Path, keep: int = 2):
         self.run_dir = run_dir
-        self._folder = run_dir.absolute() / "checkpoints"
+        self._folder = _folder(run_dir)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(
                 [policies.LatestN(keep), policies.BestN(get_metric_fn=lambda metrics: metrics["score"], n=1)]
@@ -111,12 +111,6 @@ class Checkpoints:
         """The parameters of a step; `shapes` are ShapeDtypeStructs with shardings."""
         return self._restore(step, params=ocp.args.StandardRestore(shapes))["params"]
 
-    def digest(self, step: int) -> str:
-        """SHA-256 that identifies the trained parameters of a step: of the digests of their files."""
-        files = self._digests().get(str(step)) or _digests_below(self._folder / str(step))
-        of_params = {name: digest for name, digest in files.items() if name.startswith("params/")}
-        return hashlib.sha256(json.dumps(of_params, sort_keys=True).encode()).hexdigest()
-
     def _restore(self, step: int, **items: Any) -> Any:
         """Restores items of a step whose files are as they were written; of several processes the first one looks at them."""
         damage = self._damage(step, set(items)) if processes.is_first() else ""
@@ -132,7 +126,7 @@ class Checkpoints:
     def _damage(self, step: int, items: set[str] | None = None) -> str:
         """What differs from the files that were written, of some items or of all; empty if nothing does."""
         folder = self._folder / str(step)
-        for name, digest in self._digests().get(str(step), {}).items():
+        for name, digest in _digests(self.run_dir).get(str(step), {}).items():
             if items is not None and name.partition("/")[0] not in items:
                 continue
             if not (folder / name).is_file():
@@ -141,19 +135,14 @@ class Checkpoints:
                 return f"{name} has changed"
         return ""
 
-    def _digests(self) -> dict[str, dict[str, str]]:
-        path = self._folder.parent / DIGESTS
-        found = kept(read_json, path, "remove it to go on unchecked") if path.is_file() else {}
-        return {step: Fields(found, str(path)).texts(step) for step in found}
-
     def _record_digests(self) -> None:
         """Notes the digests of the checkpoint that all processes just wrote, and forgets those of removed ones."""
         if not processes.is_first():
             return
         step = str(self._saving)
         written = next(self._folder.glob(f"{step}.*"), self._folder / step)  # it gets its name after this
-        others = {name: digests for name, digests in self._digests().items() if (self._folder / name).is_dir()}
-        write_json(self._folder.parent / DIGESTS, others | {step: _digests_below(written)})
+        others = {name: digests for name, digests in _digests(self.run_dir).items() if (self._folder / name).is_dir()}
+        write_json(self.run_dir / DIGESTS, others | {step: _digests_below(written)})
 
     def _check_space(self, state: TrainState) -> None:
         """OSError where the disk has no room for one more checkpoint."""
@@ -178,6 +167,24 @@ def pick_step(checkpoints: Checkpoints, which: str, run_dir: Path) -> int:
     if step is None:
         raise UserError(f"{run_dir}: holds no checkpoint {which!r}; train it first, or name another with --checkpoint")
     return step
+
+
+def params_digest(run_dir: Path, step: int) -> str:
+    """SHA-256 that identifies the trained parameters of a step: of the digests of their files. Any process may ask alone."""
+    files = _digests(run_dir).get(str(step)) or _digests_below(_folder(run_dir) / str(step))
+    of_params = {name: digest for name, digest in files.items() if name.startswith("params/")}
+    return hashlib.sha256(json.dumps(of_params, sort_keys=True).encode()).hexdigest()
+
+
+def _folder(run_dir: Path) -> Path:
+    return run_dir.absolute() / "checkpoints"
+
+
+def _digests(run_dir: Path) -> dict[str, dict[str, str]]:
+    """Those that were noted of a run's checkpoints: step -> file -> SHA-256."""
+    path = run_dir / DIGESTS
+    found = kept(read_json, path, "remove it to go on unchecked") if path.is_file() else {}
+    return {step: Fields(found, str(path)).texts(step) for step in found}
 
 
 def _items(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
