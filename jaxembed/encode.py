@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -31,6 +32,10 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     options = {name: getattr(args, name) for name in ("instruction", "prompt_name", "dim", "long_texts")}
     options["examples"] = examples
     width = embedder.encode([], **options).shape[1]  # refuses what does not fit the model before anything is written
+    needed, free = 4 * count * width, shutil.disk_usage(out.parent).free
+    if needed > free:  # a file that is mapped into memory would end the process where the disk is full
+        told = f"it takes {needed / 1e6:,.1f} MB, the disk has {free / 1e6:,.1f} MB left"
+        raise UserError(f"{out}: {told}; make room or name another output")
     with written_whole(out) as partial:
         vectors = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=(count, width))
         lines, done = read_texts(source, args.field), 0

@@ -217,7 +217,7 @@ def test_a_source_of_any_content(content: bytes, kind: Any) -> None:
             source = open_source(config, PythonPackagesConfig(), folder)
             for index in range(len(source)):
                 source.draw(index, np.random.default_rng(0), 2)
-            assert all(schema.check_pair(row) is None for row in source.drawer.as_pairs())
+            assert all(schema.check_pair(row) is None for row in source.as_pairs())
 
         holds(draw, "a.jsonl")
 

@@ -63,8 +63,8 @@ def test_a_shape_draws_by_its_random_numbers_and_gives_rows_of_the_main_format(t
     again.draw(len(again) - 1, np.random.default_rng(9), 1)
     assert repr([draws(again, index, 2) for index in reversed(range(len(again)))][::-1]) == repr(first)
     assert any(len({repr(example) for example in drawn}) > 1 for drawn in first)
-    converted = list(opened.drawer.as_pairs(seed=3))
-    assert converted == list(again.drawer.as_pairs(seed=3)) and converted
+    converted = list(opened.as_pairs(seed=3))
+    assert converted == list(again.as_pairs(seed=3)) and converted
     assert [check_pair(row) for row in converted] == [None] * len(converted)
     assert all(len(example.positives) <= opened.drawer.most_positives for drawn in first for example in drawn)
     pairs = {(row["query"], positive) for row in converted for positive in row["pos"]}
@@ -75,7 +75,7 @@ def test_label_names_spell_labels_out(tmp_path: Path) -> None:
     opened = source(write(tmp_path / "a.jsonl", TOPICS), label_names=NAMES)
     example = opened.draw(1, np.random.default_rng(0), 3)
     assert (example.query, example.positive, example.negatives) == ("text 1", "the bad", ("the good",))
-    assert next(opened.drawer.as_pairs()) == {"query": "text 0", "pos": ["the good"], "neg": ["the bad"]}
+    assert next(opened.as_pairs()) == {"query": "text 0", "pos": ["the good"], "neg": ["the bad"]}
     told = "label_names has no name for '1'; name every label of the data"
     assert error_of(tmp_path / "a.jsonl", label_names={0: "the good", "unused": "x"}) == told
 
@@ -142,14 +142,14 @@ def test_a_label_with_one_text_is_an_error_or_skipped(tmp_path: Path) -> None:
 def test_examples_of_labels_in_the_main_format(tmp_path: Path) -> None:
     label_of = {row["text"]: row["label"] for row in LABELS}
     opened = source(write(tmp_path / "a.jsonl", LABELS))
-    converted = list(opened.drawer.as_pairs(seed=1, most=2))
+    converted = list(opened.as_pairs(seed=1, most=2))
     assert [row["query"] for row in converted] == [row["text"] for row in LABELS]
     for row in converted:
         assert {label_of[text] for text in row["pos"]} == {label_of[row["query"]]}
         assert len(row["pos"]) == 2 and row["query"] not in row["pos"]
         assert row["neg"] and label_of[row["query"]] not in {label_of[text] for text in row["neg"]}
-    assert list(opened.drawer.as_pairs(seed=2, most=2)) != converted
-    assert set(next(opened.drawer.as_pairs())["pos"]) == {"text 3", "text 6", "text 9"}
+    assert list(opened.as_pairs(seed=2, most=2)) != converted
+    assert set(next(opened.as_pairs())["pos"]) == {"text 3", "text 6", "text 9"}
 
 
 def test_positives_among_many_examples_of_a_label_are_drawn_evenly(tmp_path: Path) -> None:
@@ -175,14 +175,14 @@ def test_a_symmetric_source_has_its_instruction_on_both_sides(tmp_path: Path) ->
 
 def test_scored_pairs_in_the_main_format_go_both_ways(tmp_path: Path) -> None:
     opened = source(write(tmp_path / "a.jsonl", SCORED), min_score=5.0)
-    assert list(opened.drawer.as_pairs()) == [{"query": "a5", "pos": ["b5"]}, {"query": "b5", "pos": ["a5"]}]
+    assert list(opened.as_pairs()) == [{"query": "a5", "pos": ["b5"]}, {"query": "b5", "pos": ["a5"]}]
     assert opened.drawer.dropped == {"score below min_score": 5}
 
 
 def test_a_premise_has_its_entailments_and_its_contradictions(tmp_path: Path) -> None:
     opened = source(write(tmp_path / "a.jsonl", NLI))
     assert len(opened) == 2 and opened.in_batch
-    assert list(opened.drawer.as_pairs()) == [
+    assert list(opened.as_pairs()) == [
         {"query": "two dogs run", "pos": ["animals move", "dogs run"], "neg": ["cats sit", "dogs lie still"]},
         {"query": "a bird sings", "pos": ["a bird is heard"], "neg": []},
     ]
@@ -197,14 +197,14 @@ def test_entailment_by_numbers_and_other_names(tmp_path: Path) -> None:
     numbers = {"entailment": 0, "neutral": 1, "contradiction": 2, "-": -1}
     renamed = [{"sentence1": row["premise"], "sentence2": row["hypothesis"], "label": row["label"]} for row in NLI]
     numbered = [{**row, "label": numbers[row["label"]]} for row in renamed]
-    whole = list(source(write(tmp_path / "a.jsonl", NLI)).drawer.as_pairs())
+    whole = list(source(write(tmp_path / "a.jsonl", NLI)).as_pairs())
     path = write(tmp_path / "b.jsonl", renamed)
     assert detect_format(SourceConfig(path=str(path))) == "nli"
-    assert list(source(path).drawer.as_pairs()) == whole
-    assert list(source(write(path, numbered), format="nli").drawer.as_pairs()) == whole
+    assert list(source(path).as_pairs()) == whole
+    assert list(source(write(path, numbered), format="nli").as_pairs()) == whole
     assert "set the source's format to nli" in error_of(path)  # 0 is what paraphrases call no paraphrase
     write(path, [{**row, "label": numbers[row["label"]]} for row in NLI])
-    assert list(source(path).drawer.as_pairs()) == whole
+    assert list(source(path).as_pairs()) == whole
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_documents_make_pairs_by_templates(tmp_path: Path) -> None:
     assert {(e.query, e.positive) for e in draws(opened, 1, 3)} == {tee}
     assert {(e.query, e.positive, e.positives, e.negatives) for e in draws(opened, 2, 3)} == {(*ink, (ink[1],), ())}
     assert (len(opened), opened.in_batch, opened.drawer.dropped) == (3, True, {"no template has all its fields": 2})
-    assert list(opened.drawer.as_pairs()) == [
+    assert list(opened.as_pairs()) == [
         {"query": query, "pos": [positive]} for query, positive in (tea, ("Tea (2020)", "A drink."), tee, ink)
     ]
 
@@ -267,14 +267,14 @@ def test_filters_of_documents_tell_what_they_drop(
         assert error_of(path, pair_templates=[TITLE], **options).endswith(f"as where, min_chars and max_chars say{counts}")
         return
     opened = source(path, pair_templates=[TITLE], **options)
-    assert [row["query"] for row in opened.drawer.as_pairs()] == kept
+    assert [row["query"] for row in opened.as_pairs()] == kept
     assert opened.drawer.dropped == dropped
 
 
 def test_a_pair_of_equal_sides_and_a_field_that_no_row_has(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"a": "x", "b": "x"}, {"a": "{b}", "b": "y"}])
     opened = source(path, pair_templates=[{"query": "{a}", "positive": "{b}"}])
-    assert list(opened.drawer.as_pairs()) == [{"query": "{b}", "pos": ["y"]}]  # what a row holds is no template
+    assert list(opened.as_pairs()) == [{"query": "{b}", "pos": ["y"]}]  # what a row holds is no template
     assert opened.drawer.dropped == {"query and positive are equal": 1}
     templates = [{"query": "{a}", "positive": "{b}"}, {"query": "{a}", "positive": "{c}"}]
     told = (
@@ -298,7 +298,7 @@ def test_scored_pairs_are_converted_to_rows_of_pairs(tmp_path: Path, monkeypatch
     told = main(make_parser().parse_args(arguments))
     written = [json.loads(line) for file in told["files"] for line in Path(file).read_text().splitlines()]
     assert told["rows"] == 4 and len(told["files"]) == 3
-    assert written == list(source(path).drawer.as_pairs()) == list(source(write(out, written)).drawer.as_pairs())
+    assert written == list(source(path).as_pairs()) == list(source(write(out, written)).as_pairs())
 
 
 @pytest.mark.parametrize(

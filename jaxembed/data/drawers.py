@@ -6,7 +6,6 @@ Labels and documents have files of their own; entailment (`nli.py`) and BEIR fol
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
@@ -38,10 +37,6 @@ class Drawer(Protocol):
     def __len__(self) -> int: ...
     def draw(self, index: int, rng: np.random.Generator, negatives: int) -> Example: ...
     def pairs(self, index: int, seed: int, most: int | None) -> Iterator[Row]: ...
-
-    def as_pairs(self, seed: int = 0, most: int | None = None) -> Iterator[Row]:
-        """The rows of all examples, in order."""
-        return chain.from_iterable(self.pairs(index, seed, most) for index in range(len(self)))
 
 
 class Pairs(Drawer):

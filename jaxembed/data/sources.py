@@ -69,7 +69,7 @@ class Source:
         return min(len(self.drawer), self.config.max_examples or LARGEST)
 
     def as_pairs(self, seed: int = 0, most: int | None = None) -> Iterator[Row]:
-        """The rows of the main format of the examples that are used (`Drawer.as_pairs`)."""
+        """Every example that is used as rows of the main format, in order (`Drawer.pairs`)."""
         return chain.from_iterable(self.drawer.pairs(self._row(index), seed, most) for index in range(len(self)))
 
     def draw(self, index: int, rng: np.random.Generator, negatives: int) -> Example:
