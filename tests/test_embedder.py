@@ -53,7 +53,7 @@ def test_a_model_split_over_devices_gives_the_same_vectors(model: Embedder, base
     part = split.params["decoder"]["layers"]["mlp"]["up"]["kernel"].addressable_shards[0].data
     assert part.shape[1] == model.model.decoder.width // 4
     np.testing.assert_allclose(split.encode([LONG, "short"]), model.encode([LONG, "short"]), atol=1e-5)
-    with pytest.raises(UserError, match=r"^mesh\.fsdp is 3, which does not divide the model's embed"):
+    with pytest.raises(UserError, match=r"^mesh: fsdp is 3, which does not divide the model's embed"):
         Embedder.load(folder, mesh=make_mesh(2, 3))
 
 

@@ -230,7 +230,7 @@ def test_bge_en_icl_encodes_as_published(icl: Path, tmp_path: Path, monkeypatch:
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), ours[:2], atol=1e-5)
     with monkeypatch.context() as full, pytest.raises(UserError, match=r"new.npy: it takes \d.* MB, the disk has 0.0 MB left"):
         full.setattr("shutil.disk_usage", lambda folder: argparse.Namespace(free=9))
-        encode.main(arguments(tmp_path, out=str(tmp_path / "new.npy")))
+        encode.main(arguments(tmp_path, instruction=TASK, out=str(tmp_path / "new.npy")))
     assert not list(tmp_path.glob("new*"))
 
     with pytest.raises(UserError, match=r"its examples \(40\) take \d+ of the 300 tokens .*; name fewer or shorter examples"):
