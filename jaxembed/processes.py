@@ -282,7 +282,7 @@ def _watch(limit_s: float) -> None:
 
 def _obey(verdict: str) -> NoReturn:
     code, told = json.loads(verdict)
-    _exit(code, told)
+    _exit(code, told.removeprefix(_name()))  # this process's own verdict, read by its watch before it could tell it itself
 
 
 def _give_up(told: str) -> None:
@@ -297,8 +297,12 @@ def _await_verdict() -> None:
 
 def _end_all(code: int, told: str) -> NoReturn:
     """Ends this process with one line, and the others with that line."""
-    _set(VERDICT, json.dumps([code, f"process {index()} of {count()}: {told}"]))
+    _set(VERDICT, json.dumps([code, _name() + told]))
     _exit(code, told)
+
+
+def _name() -> str:
+    return f"process {index()} of {count()}: "
 
 
 def _exit(code: int, told: str) -> NoReturn:

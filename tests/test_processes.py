@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxembed import processes
 from jaxembed.hub.weights import save_params
 from jaxembed.model.embedder import EmbeddingModel, parameter_shapes
 from jaxembed.model.presets import from_hf
@@ -210,3 +211,16 @@ def test_each_process_loads_its_part_of_the_weights(base_folder: Callable[[str],
         assert total > 50e6 and own < 0.51 * total
         assert peak < total / 2 + largest
         np.testing.assert_allclose(sums, [leaf.sum() for leaf in jax.tree.leaves(drawn)], rtol=1e-4)
+
+
+def test_what_ends_a_process_is_told_alike_by_whichever_of_its_threads_is_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    verdicts, told = [], []
+    monkeypatch.setattr(processes, "_set", lambda key, value: verdicts.append(value))
+    monkeypatch.setattr(processes, "_exit", lambda code, line: told.append((code, line)))
+    for index in (0, 1):
+        monkeypatch.setattr(processes, "_group", processes._Group(index, 2))
+        if index == 0:
+            processes._end_all(1, "the loss is not finite")
+        processes._obey(verdicts[0])
+    own = (1, "the loss is not finite")
+    assert told == [own, own, (1, "process 0 of 2: the loss is not finite")]
