@@ -5,10 +5,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL = @echo "installing into $(VENV): some minutes" && $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-# glibc gives large buffers back to the system after every step, and asks for them anew; kept on large pages, a step on
-# CPUs takes about a quarter less time. Other C libraries ignore this.
-MALLOC := GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000
-
 .DEFAULT_GOAL := help
 .PHONY: help venv quickstart check test
 
@@ -18,7 +14,7 @@ help:  ## what each target does
 venv: $(VENV)/.dev  ## makes .venv with everything that evaluation and development need
 
 quickstart: $(VENV)/.eval  ## trains a small embedder from scratch and exports it
-	$(MALLOC) $(BIN)/python -m jaxembed.train configs/quickstart.yaml
+	$(BIN)/python -m jaxembed.train configs/quickstart.yaml
 	test -d runs/quickstart/export || $(BIN)/python -m jaxembed.export runs/quickstart runs/quickstart/export
 
 check: $(VENV)/.dev  ## ruff (lint and format) and mypy

@@ -136,7 +136,7 @@ def opened(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Bench]:
     parser.add_argument("--only", nargs="*", help="rows whose name holds one of these")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    cli.use_compilation_cache()
+    cli.set_up_jax()
     logging.getLogger("jaxembed").setLevel(logging.WARNING)
     folder = args.out or Path(tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)

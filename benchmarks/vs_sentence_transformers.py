@@ -80,10 +80,9 @@ def encode(side: str, model: str, heldout: Path) -> dict[str, float]:
     documents = [beir.document(row) for row in range(len(beir.corpus))]
     queries = [beir.query(i) for i in range(len(beir.query_rows))]
     if side == "jaxembed":
-        from jaxembed import Embedder, cli
+        from jaxembed import cli
 
-        cli.use_compilation_cache()
-        embedder = Embedder.load(model, checkpoint="last")
+        embedder = cli.load_model(model, checkpoint="last")
         lengths = [len(ids) for ids in embedder.tokenizer(documents, [""] * len(documents)).ids]
     else:
         from jaxembed.hub.export import encode_torch, load_sentence_transformer

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxembed.hub.embedder import Embedder
+
+# Where numpy is imported later: its BLAS multiplies for XLA, on whose cores its threads are not to spin between two products
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 
 __version__ = "0.1.0"
 __all__ = ["Embedder", "__version__"]

@@ -152,7 +152,7 @@ def load_model(model: str, *, fsdp: int = 1, **options: Any) -> Embedder:
     """A model with the options of `Embedder.load`, on all devices, `fsdp` of which share a copy."""
     from jaxembed import Embedder
 
-    use_compilation_cache()
+    set_up_jax()
     return Embedder.load(model, mesh=make_mesh(fsdp), **options)
 
 
@@ -164,6 +164,7 @@ def make_mesh(fsdp: int) -> Mesh:
 
     if (count := jax.device_count()) % fsdp:
         raise UserError(f"--fsdp is {fsdp}, which does not divide the number of devices here, {count}; use a divisor of that")
+    parallel.keep_memory()
     return parallel.make_mesh(fsdp=fsdp)
 
 
@@ -194,10 +195,14 @@ def cache_dir() -> Path:
     return Path(os.environ.get("JAXEMBED_CACHE") or Path.home() / ".cache" / "jaxembed")
 
 
-def use_compilation_cache() -> None:
-    """Keeps compiled programs on disk, so that a second start is quick. JAX_COMPILATION_CACHE_DIR names another place."""
+def set_up_jax() -> None:
+    """Keeps compiled programs on disk, so that a second start is quick. JAX_COMPILATION_CACHE_DIR names another place.
+
+    Before JAX's first use. On CPUs, programs run in the thread that calls them, as `parallel.keep_memory` needs it.
+    """
     import jax
 
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

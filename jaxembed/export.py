@@ -24,7 +24,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     logging.disable_progress_bar()  # of loading and saving, several times over
     getLogger("sentence_transformers").setLevel(ERROR)  # it runs on the CPU to check the folder, and warns that this is slow
     if args.adapters:
-        cli.use_compilation_cache()
+        cli.set_up_jax()
         if args.layers is not None or args.dtype != "float32" or args.layout != LAYOUTS[0] or args.adapter is not None:
             raise UserError(
                 "--adapters writes all adapters of a run as they are: leave --layers, --dtype, --layout and --adapter out"

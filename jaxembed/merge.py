@@ -23,7 +23,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     from jaxembed.hub.merging import merge_models
 
     logging.disable_progress_bar()
-    cli.use_compilation_cache()
+    cli.set_up_jax()
     sentence_transformers()  # refuses where it is not there before anything is read
     embedder, card = merge_models(args.models, weights, args.method, out.name, args.checkpoint)
     parity = export(embedder, out, args.dtype, card)

@@ -44,7 +44,7 @@ def write_negatives(args: argparse.Namespace, cache: Path) -> dict[str, Any]:
     from jaxembed.hub.cross_encoder import open_cross_encoder
     from jaxembed.hub.other_model import open_encoder
 
-    cli.use_compilation_cache()
+    cli.set_up_jax()
     by_bm25 = args.candidates == "bm25"
     ways = Ways(rule, args.seed, args.consistency_top_k, args.keep_negatives, by_bm25, args.memory_mb, args.approximate)
     source = open_input(source_config, packages, cache)

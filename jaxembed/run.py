@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from jaxembed import parallel, processes
 from jaxembed.cli import cache_dir
 from jaxembed.config import Config, InfoNCEConfig
+from jaxembed.curation.remining import check_reach
 from jaxembed.data.batch import roles
 from jaxembed.data.bpe import train_tokenizer
 from jaxembed.data.mixture import Plan
@@ -92,6 +93,7 @@ def train(config: Config) -> dict[str, Any]:
     profile, used = Profile(config.train.profile_steps, run_dir / "profile"), _utilisation(config, model, mesh, state)
     for name, scores in scores_at_start.items():
         recorder.log(0, {f"{name}/{key}": value for key, value in scores.items()})
+    parallel.keep_memory()  # from here on: what loading gave back is not kept
     try:
         with closing(recorder), closing(checkpoints), closing(profile), StopRequest() as stop, jax.set_mesh(mesh):
             for stage in stages[index:]:
@@ -150,6 +152,8 @@ def _open(index: int, config: Config, shards: int) -> Plan:
     if config.train.batch_size % shards:
         raise UserError(f"train.batch_size {config.train.batch_size} is not divisible by the {shards} shards of the mesh")
     data, sources = config.data, open_sources(config.data, cache_dir())
+    if config.mine is not None:
+        check_reach(sources, config.mine, config.train.seed, f"stages.{index}.")
     return Plan(sources, config.train.batch_size, config.train.seed, index, data.batching, data.mixture)
 
 

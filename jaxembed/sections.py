@@ -187,6 +187,8 @@ def _explain(error: ValidationError, section: type[Section]) -> str:
         told = f"did you mean {'.'.join([*keys, *close])}?" if close else f"known here: {', '.join(names)}"
         told = next((hint for part, hint in ABSENT.items() if part in wrong), told)
         return f"unknown key {'.'.join([*keys, wrong])}; {told}"
+    if problem["type"] == "missing" and isinstance(loc[-1], int):
+        return f"{'.'.join(keys[:-1])}: expected a longer list (got {shown(problem['input'])})"
     if problem["type"] == "missing":
         return f"{key} is missing; it has no default"
     if problem["type"].startswith("union_tag"):

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from jaxembed import parallel, processes
 from jaxembed.config import Config, DistillationConfig, InfoNCEConfig, MarginMSEConfig, ObjectiveConfig
-from jaxembed.curation.remining import write_mined
+from jaxembed.curation.remining import is_mined, write_mined
 from jaxembed.data.batch import BatchBuilder
 from jaxembed.data.containers import open_container
 from jaxembed.data.drawers import Pairs
@@ -65,8 +65,8 @@ class Stage:
         return learning_rate(self.config.optim, self.scheduled)
 
     def mines_for(self, source: Source) -> bool:
-        """Whether the stage begins with finding negatives for a source; other shapes than pairs have their own way to them."""
-        return self.config.mine is not None and isinstance(source.drawer, Pairs)
+        """Whether the stage begins with finding negatives for a source."""
+        return self.config.mine is not None and is_mined(source)
 
     def needs_hard_negatives(self, source: Source) -> bool:
         """Whether all objectives for a source compare a query with its own negatives alone, which are not to be found first."""

@@ -27,7 +27,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         return plan(settings, args.topology, args.slices or 1)
     from jaxembed.run import train  # imports JAX: after the config is known to be good
 
-    cli.use_compilation_cache()
+    cli.set_up_jax()
     with processes.together(settings.train.stall_timeout_s):
         return train(settings)
 

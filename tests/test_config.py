@@ -133,6 +133,7 @@ def test_overrides_of_list_entries_and_their_order(tmp_path: Path) -> None:
         ("optim.learning_rate=[]", "FILE: optim.learning_rate: expected a number (got a list of 0)"),
         ("train.seed=-1", "FILE: train.seed: expected a number from 0 on (got -1)"),
         ("model={base: x, lora: {dropout: 1}}", "FILE: model.lora.dropout: expected a number below 1.0 (got 1)"),
+        ("mine={window: [50]}", "FILE: mine.window: expected a longer list (got a list of 1)"),
         ("mine={window: [1, 2, 3]}", "FILE: mine.window: expected a list of 2 at most (got a list of 3)"),
         ("data.sources.0.columns={qury: a}", "FILE: unknown key data.sources.0.columns.qury; did you mean data.sources.0.col"),
         ("data.sources.0.where={3: a}", "FILE: data.sources.0.where.3: expected a text"),

@@ -224,7 +224,7 @@ def test_bge_en_icl_encodes_as_published(icl: Path, tmp_path: Path, monkeypatch:
     (tmp_path / "in.txt").write_text("\n".join(tiny.TEXTS[:2]) + "\n")
     rows = [{"query": query, "response": response} for query, response in PAIRS]
     (tmp_path / "examples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(cli, "use_compilation_cache", lambda: None)
+    monkeypatch.setattr(cli, "set_up_jax", lambda: None)
     monkeypatch.setattr(Embedder, "load", lambda *_, **__: model)
     assert encode.main(arguments(tmp_path, instruction=TASK))["vectors"] == 2
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), ours[:2], atol=1e-5)

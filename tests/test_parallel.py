@@ -1,5 +1,9 @@
 """Meshes and shardings, on eight simulated devices."""
 
+import os
+import platform
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import flax.linen as nn
@@ -18,6 +22,29 @@ from jaxembed.spec import EmbeddingSpec
 def test_a_mesh_takes_all_devices_or_as_many_as_asked_for() -> None:
     assert [parallel.shard_count(parallel.make_mesh(count)) for count in (-1, 1, 3, 8)] == [8, 1, 3, 8]
     assert dict(parallel.make_mesh(-1, 2, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+KEPT = """
+import jax, resource
+from jaxembed import cli, parallel
+
+cli.set_up_jax()
+parallel.keep_memory()
+held = lambda: int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+run, numbers = jax.jit(lambda x: jax.numpy.sort(x)[::1000]), jax.numpy.arange(1 << 24)
+before = held()
+run(numbers).block_until_ready()
+kept = held() - before
+parallel.release_memory()
+print(kept, held() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such settings")
+def test_a_programs_memory_is_kept_for_the_next() -> None:
+    told = subprocess.run([sys.executable, "-c", KEPT], env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, check=True)
+    kept, left = map(int, told.stdout.split())
+    assert kept >= 4 << 24 > 3 * left
 
 
 def test_an_axis_may_lie_along_parts_of_the_machines() -> None:

@@ -168,6 +168,14 @@ def test_what_a_stage_cannot_be(folder: Path, stages: list[Any], told: str) -> N
         staged(folder, "refused", stages)
 
 
+def test_a_window_beyond_all_texts_is_refused_before_anything_is_written(folder: Path) -> None:
+    mine = {"rule": "window", "window": [500, 600]}
+    told = r"stages\.1\.mine\.window takes negatives from rank 500 on, and source pairs has 192 texts, at least one"
+    with pytest.raises(UserError, match=told):
+        train(staged(folder, "beyond", [STAGES[0], {**STAGES[1], "mine": mine}]))
+    assert not (folder / "beyond").exists()
+
+
 def test_steps_beside_stages_are_refused(folder: Path) -> None:
     path = folder / "both.yaml"
     tree = yaml.safe_load(settings(folder, "both").dump())

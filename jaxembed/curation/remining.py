@@ -11,17 +11,48 @@ import numpy as np
 from jaxembed import processes
 from jaxembed.config import MineConfig
 from jaxembed.curation.mining import Ways, embed, mine
-from jaxembed.curation.pool import read_pool
+from jaxembed.curation.pool import Numbers, read_pool
 from jaxembed.curation.rules import Rule
 from jaxembed.data.batch import RawText
+from jaxembed.data.drawers import Pairs
 from jaxembed.data.jsonl import write_lines
 from jaxembed.data.sources import Source
+from jaxembed.errors import UserError
 from jaxembed.files import written_whole
 from jaxembed.hub.embedder import Embedder
 from jaxembed.hub.other_model import in_groups
 
 KEPT = ("query", "prompt", "pos")  # fields of a row that stay
 log = logging.getLogger("jaxembed")
+
+
+def is_mined(source: Source) -> bool:
+    """Whether its negatives are those that the model finds: other shapes than pairs have their own way to them."""
+    return isinstance(source.drawer, Pairs)
+
+
+def check_reach(sources: Sequence[Source], chosen: MineConfig, seed: int, place: str) -> None:
+    """`UserError`, its key beginning with `place`, where a source has too few texts for the rule's first rank.
+
+    No more of its rows are read than it takes to know.
+    """
+    first = Rule.of(chosen).first
+    for source in filter(is_mined, sources):
+        count = _texts(source, seed, first + 1)  # one is the query's own positive
+        if count <= first:
+            told = f"and source {source.name} has {count} texts, at least one of them a query's own; lower its begin"
+            raise UserError(f"{place}mine.window takes negatives from rank {first} on, {told}")
+
+
+def _texts(source: Source, seed: int, most: int) -> int:
+    """How many texts a source of pairs has, counted to `most` or a little beyond."""
+    texts = Numbers()
+    for row in source.as_pairs(seed):
+        for text in (*row["pos"], *row.get("neg", ())):
+            texts(text)
+        if len(texts.texts) >= most:
+            break
+    return len(texts.texts)
 
 
 def write_mined(source: Source, chosen: MineConfig, embedder: Embedder, seed: int, path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
@@ -22,18 +23,28 @@ from jaxembed.errors import UserError, brief
 BORDER = "\x1f"  # in a template: a place that no token crosses, as where a model's own code tokenises its pieces apart
 
 
-def load_tokenizer(folder: Path | str) -> Any:
-    """The fast Hugging Face tokenizer of a folder, its chat template left out; `UserError` where there is none."""
-    from transformers import AutoTokenizer, logging  # slow to import, and not needed by --help
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' warnings, as of models that it does not know or of weights that it draws."""
+    from transformers import logging  # slow to import, and not needed by --help
 
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it warns of models that it does not know, whose tokenizer alone is read here
+    logging.set_verbosity_error()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises nearly anything here
-        raise UserError(f"{folder}: no tokenizer could be loaded ({brief(error)}); expected tokenizer.json there") from None
+        yield
     finally:
         logging.set_verbosity(verbosity)
+
+
+def load_tokenizer(folder: Path | str) -> Any:
+    """The fast Hugging Face tokenizer of a folder, its chat template left out; `UserError` where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises nearly anything here
+        raise UserError(f"{folder}: no tokenizer could be loaded ({brief(error)}); expected tokenizer.json there") from None
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{folder}: only a slow tokenizer is there; expected tokenizer.json")
     tokenizer.chat_template = None

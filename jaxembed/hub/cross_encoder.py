@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
+from jaxembed.data.tokenize import quiet_transformers
 from jaxembed.data.vector_store import VectorStore, key_of
 from jaxembed.errors import UserError, brief
 from jaxembed.hub.base import find_folder
@@ -27,7 +28,8 @@ def open_cross_encoder(name: str, cache: Path) -> ScorePairs:
     classes, folder = sentence_transformers(), find_folder(name)
     files = weight_files(name, folder)
     try:
-        model = classes.CrossEncoder(str(folder), device="cpu", local_files_only=True)
+        with quiet_transformers():
+            model = classes.CrossEncoder(str(folder), device="cpu", local_files_only=True)
     except Exception as error:  # transformers raises nearly anything here
         raise UserError(f"{name}: sentence-transformers cannot load it as a cross-encoder ({brief(error)})") from None
     if model.num_labels != 1:

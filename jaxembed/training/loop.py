@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxembed.config import TrainConfig
 from jaxembed.data.batch import HostBatch
 from jaxembed.errors import Stopped, UserError
-from jaxembed.parallel import put_batch
+from jaxembed.parallel import put_batch, release_memory
 from jaxembed.training.checkpoint import Checkpoints
 from jaxembed.training.flops import Utilisation
 from jaxembed.training.metrics import Recorder, Unrecorded
@@ -154,6 +154,7 @@ class Trainer:
         shape = batch.texts.tokens.shape
         if shape in self.programs:
             return self.train_step(state, batch)
+        release_memory()
         began = time.perf_counter()
         result = jax.block_until_ready(self.train_step(state, batch))
         self.programs.add(shape)
