@@ -27,8 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxembed import cli, parallel
 from jaxembed import config as configuration
-from jaxembed import parallel
 from jaxembed.data.batch import BatchBuilder
 from jaxembed.data.mixture import Plan
 from jaxembed.data.sources import open_sources
@@ -58,6 +58,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     config = read_config(args)
+    cli.set_up_jax()
+    parallel.keep_memory()
     mesh = parallel.make_mesh(1)
     base = find_base(args.base)
     spec = base.spec.with_choices(config.model, config.data.max_length)

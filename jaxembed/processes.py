@@ -113,6 +113,7 @@ def _join(limit_s: float) -> None:
         jax.distributed.initialize(  # which itself reads the address alone
             num_processes=int(told[COUNT]) if COUNT in told else None,
             process_id=int(told[INDEX]) if INDEX in told else None,
+            initialization_timeout=seconds,  # nodes of one cluster may be there many minutes apart
             heartbeat_timeout_seconds=2 * seconds,  # `_watch` is to speak first, with a line
             shutdown_timeout_seconds=seconds,
         )

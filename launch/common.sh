@@ -48,7 +48,7 @@ options() { # "options with a value" "options without" THE SCRIPT'S ARGUMENTS...
       printf -v "$option" yes
     elif [[ $1 == --* && $valued == *" $option "* ]]; then
       if [[ $1 == *=* ]]; then value=${1#*=}; else value=${2-} && shift; fi
-      [[ -n $value && $value != -- ]] || fail "--${option//_/-} needs a value"
+      [[ -n $value && $value != -* ]] || fail "--${option//_/-} needs a value"
       printf -v "$option" %s "$value"
     else
       fail "unknown argument $1"
@@ -58,6 +58,11 @@ options() { # "options with a value" "options without" THE SCRIPT'S ARGUMENTS...
   shift || true # the --
   # shellcheck disable=SC2034 # the scripts read it
   train=("$@")
+  no_late_dry_run "$@"
+}
+
+no_late_dry_run() { # the train command's arguments
+  [[ " $* " != *" --dry-run "* ]] || fail "--dry-run is among the train command's arguments; put it before --"
 }
 
 checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -69,17 +74,21 @@ needs_config() {
   [[ ${train[0]} != /* && -f $checkout/${train[0]} ]] || fail "${train[0]}: no such file in $checkout, which is what the workers get"
 }
 
-train_on_all_workers() { # KIND (tpu-vm or queued-resources) NAME FLAGS...
+install_on_all_workers() { # KIND (tpu-vm or queued-resources) NAME FLAGS...
   local kind=$1 name=$2 archive=${TMPDIR:-/tmp}/jaxembed-$2.tar.gz
   shift 2
-  local flags=("$@")
-  on_all() { run gcloud compute tpus "$kind" ssh "$name" "${flags[@]}" --worker=all --command="$1"; }
-
   run tar -czf "$archive" -C "$checkout" -X "$checkout/.dockerignore" .
-  run gcloud compute tpus "$kind" scp "$archive" "$name:jaxembed.tar.gz" "${flags[@]}" --worker=all
+  run gcloud compute tpus "$kind" scp "$archive" "$name:jaxembed.tar.gz" "$@" --worker=all
   # The runtimes' own Python may be older than 3.11: uv brings one.
-  on_all "mkdir -p jaxembed && tar -xzf jaxembed.tar.gz -C jaxembed && cd jaxembed && \
+  run gcloud compute tpus "$kind" ssh "$name" "$@" --worker=all --command="mkdir -p jaxembed && \
+tar -xzf jaxembed.tar.gz -C jaxembed && cd jaxembed && \
 python3 -m pip install --user --quiet uv && ~/.local/bin/uv venv --quiet --allow-existing --python 3.11 .venv && \
 ~/.local/bin/uv pip install --quiet --python .venv -c constraints.txt '.[tpu]'"
-  on_all "cd jaxembed && .venv/bin/python -m jaxembed.train $(quoted "${train[@]}")"
+}
+
+train_on_all_workers() { # TPU_VM FLAGS...
+  local name=$1
+  shift
+  run gcloud compute tpus tpu-vm ssh "$name" "$@" --worker=all \
+    --command="cd jaxembed && .venv/bin/python -m jaxembed.train $(quoted "${train[@]}")"
 }

@@ -9,8 +9,9 @@
 #   --topology AxB      of a slice, such as 4x4 or 2x2x4
 #   --chips N           of a host (default: 4)
 #   --slices N          node pools to train on (default: 1)
-#   --claim NAME        a PersistentVolumeClaim that all pods mount as /runs, for run.dir=/runs/...
-#   --restarts N        of the whole after a failure (default: 10); where nodes are taken away it starts again uncounted
+#   --claim NAME        a PersistentVolumeClaim that all pods mount as /runs, for run.dir=/runs/...; several hosts need one
+#   --restarts N        of the whole after a failure, 0 for none (default: 10); where nodes are taken away it starts again
+#                       uncounted
 #   --spot              on spot nodes
 #   --namespace NAME    as kubectl is configured if left out
 #   --dry-run           prints the manifest and applies nothing
@@ -42,10 +43,12 @@ esac
   fail "--topology is '$topology'; expected $axes numbers of chips for $accelerator, such as $( ((axes == 2)) && echo 4x4 || echo 2x2x4)"
 whole --chips "$chips"
 whole --slices "$slices"
-whole --restarts "$restarts"
+[[ $restarts =~ ^[0-9]+$ ]] || fail "--restarts is '$restarts'; expected a whole number"
 ((${topology//x/*} % chips == 0)) || fail "--topology $topology is not divisible by --chips $chips of a host"
 hosts=$((${topology//x/*} / chips))
 ((hosts > 1 || slices == 1)) || fail "--slices is $slices, but --topology $topology has one host; GKE joins slices of several hosts alone"
+
+((hosts * slices == 1)) || [[ -n $claim ]] || fail "--claim is missing; the $((hosts * slices)) hosts need one folder for run.dir"
 
 yaml() { # a text as a YAML string
   echo "'${1//\'/\'\'}'"
@@ -93,6 +96,11 @@ spec:
               cloud.google.com/gke-tpu-accelerator: $(yaml "$accelerator")
               cloud.google.com/gke-tpu-topology: $(yaml "$topology")
 ${spot:+              cloud.google.com/gke-spot: 'true'
+            tolerations:
+            - key: cloud.google.com/gke-spot
+              operator: Equal
+              value: 'true'
+              effect: NoSchedule
 }            containers:
             - name: train
               image: $(yaml "$image")

@@ -18,7 +18,10 @@ while [[ ${1-} == -* && $1 != -- ]]; do
   case $1 in
     --help | -h) usage && exit ;;
     --dry-run) dry_run=yes ;;
-    --module) module=${2-} && needs --module && shift ;;
+    --module)
+      [[ ${2-} != -* ]] || fail "--module needs a value"
+      module=${2-} && needs --module && shift
+      ;;
     *) fail "unknown argument $1" ;;
   esac
   shift
@@ -28,6 +31,8 @@ whole DEVICES_EACH "${2-}"
 [[ ${3-} == -- && -n ${4-} ]] || fail "-- CONFIG.yaml is missing"
 count=$1 devices=$2 python=${PYTHON:-python}
 shift 3
+no_late_dry_run "$@"
+[[ $module != jaxembed.train || -f $1 ]] || fail "$1: no such config file"
 type -P "$python" >/dev/null || fail "$python: no such command; activate the environment, or let PYTHON name its interpreter"
 
 port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])')

@@ -32,4 +32,6 @@ if [[ -n $create ]]; then
 elif [[ -n $accelerator_type$version$spot ]]; then
   fail "--accelerator-type, --version and --spot are of a TPU that --create makes"
 fi
-((${#train[@]} == 0)) || train_on_all_workers tpu-vm "$name" "${place[@]}"
+((${#train[@]})) || exit 0
+install_on_all_workers tpu-vm "$name" "${place[@]}"
+train_on_all_workers "$name" "${place[@]}"

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(path.name for path in (ROOT / "launch").glob("*.sh") if os.access(path, os.X_OK))
 PLACE = ["--name", "pod", "--zone", "us-west4-a", "--project", "mine"]
 MADE = ["--create", "--accelerator-type", "v5litepod-16", "--version", "v2-alpha-tpuv5-lite"]
-GKE = ["--name", "pod", "--image", "registry/team/train:1", "--accelerator", "tpu-v5-lite-podslice", "--topology", "4x4"]
+GKE = ["--name", "pod", "--image", "registry/team/train:1", "--accelerator", "tpu-v5-lite-podslice", "--topology", "2x2"]
 TRAIN = ["configs/lora.yaml", "model.base=my base", """model.query_suffix="it's\\n" """]
 WHOLE = {
     "tpu_vm": [*PLACE, *MADE, "--spot", "--", *TRAIN],
@@ -72,6 +72,8 @@ def test_help(name):
         ("tpu_vm", [], "--name is missing"),
         ("tpu_vm", ["--name"], "--name needs a value"),
         ("tpu_vm", ["--name=", "--zone"], "--name needs a value"),
+        ("tpu_vm", ["--zone", "z", "--name", "--dry-run", "--create"], "--name needs a value"),
+        ("tpu_vm", [*PLACE, "--", *TRAIN, "--dry-run"], "--dry-run is among the train command's arguments"),
         ("tpu_vm", ["--spot=yes"], "unknown argument --spot=yes"),
         ("tpu_vm", [*PLACE, *MADE, "--", "no.yaml"], "no.yaml: no such file in "),
         ("tpu_vm", ["--size", "3"], "unknown argument --size"),
@@ -81,6 +83,7 @@ def test_help(name):
         ("tpu_vm", [*PLACE, "--", "no.yaml"], "no.yaml: no such file in "),
         ("tpu_vm", [*PLACE, "--slices", "2", "--", *TRAIN], "unknown argument --slices"),
         ("multislice", [*PLACE, *MADE, "--", *TRAIN], "--slices is missing"),
+        ("multislice", [*PLACE, "--slices", "2", "--spot", "--", *TRAIN], "--accelerator-type, --version and --spot are of a"),
         ("multislice", [*PLACE, *MADE, "--slices", "1", "--", *TRAIN], "--slices is 1; one slice is for launch/tpu_vm.sh"),
         ("gke_jobset", [*GKE, "--name", "My_Pod", "--", *TRAIN], "--name is 'My_Pod'; expected up to 45 lower-case"),
         ("gke_jobset", [*GKE, "--name", "p" * 46, "--", *TRAIN], f"--name is '{'p' * 46}'; expected up to 45 lower-case"),
@@ -96,10 +99,19 @@ def test_help(name):
         ("gke_jobset", [*GKE, "--slices", "--", *TRAIN], "--slices needs a value"),
         ("gke_jobset", [*GKE, "--", "no.yaml"], "no.yaml: no such file in "),
         ("gke_jobset", [*GKE, "--topology", "3x3", "--", *TRAIN], "--topology 3x3 is not divisible by --chips 4"),
+        ("gke_jobset", [*GKE, "--restarts", "-1", "--", *TRAIN], "--restarts needs a value"),
+        ("gke_jobset", [*GKE, "--restarts", "few", "--", *TRAIN], "--restarts is 'few'; expected a whole number"),
+        (
+            "gke_jobset",
+            [*GKE, "--topology", "4x4", "--", *TRAIN],
+            "--claim is missing; the 4 hosts need one folder for run.dir",
+        ),
         ("gke_jobset", [*GKE, "--slices", "0", "--", *TRAIN], "--slices is '0'; expected a whole number above 0"),
         ("slurm", [], "CONFIG.yaml is missing"),
         ("slurm", ["no.yaml"], "no.yaml: no such config file"),
         ("slurm", TRAIN, "this is no Slurm job; submit it with sbatch"),
+        ("slurm", [*TRAIN, "--dry-run"], "--dry-run is among the train command's arguments"),
+        ("local_pod", ["--module", "--dry-run", "2", "4", "--", *TRAIN], "--module needs a value"),
         ("local_pod", ["2", "-1", "--", *TRAIN], "DEVICES_EACH is '-1'; expected a whole number above 0"),
         ("local_pod", ["2", "2", *TRAIN], "-- CONFIG.yaml is missing"),
         ("local_pod", ["2", "2", "--", *TRAIN], "no-python: no such command; activate the environment"),
@@ -119,11 +131,18 @@ def test_a_dry_run_of_gcloud_prints_what_a_run_does(name, tmp_path):
     path = stand_in(tmp_path / "bin", "gcloud", "[[ $* != *describe* ]] || echo ACTIVE")
     done = launch(name, *WHOLE[name], TMPDIR=str(tmp_path), PATH=path)
     assert done.returncode == 0, done.stderr
-    assert [c for c in ran(tmp_path / "bin") if "describe" not in c] == [c for c in printed if c[0] == "gcloud"]
+    done = [c for c in ran(tmp_path / "bin") if "describe" not in c]
+    assert sorted(done) == sorted(c for c in printed if c[0] == "gcloud")  # several slices start at once
+    assert done[:3] == [c for c in printed if c[0] == "gcloud"][:3]
     with tarfile.open(tmp_path / "jaxembed-pod.tar.gz") as archive:
         names = set(archive.getnames())
     assert {"./pyproject.toml", "./constraints.txt", "./jaxembed/train.py", "./configs/lora.yaml"} <= names
     assert not [n for n in names if n.startswith(("./.git/", "./.venv", "./runs")) or "__pycache__" in n]
+
+
+def test_a_local_pod_wants_a_config_that_is_there():
+    done = launch("local_pod", "--dry-run", "2", "4", "--", "no.yaml")
+    assert (done.returncode, done.stderr.startswith("error: no.yaml: no such config file")) == (2, True)
 
 
 def test_commands_of_a_slice():
@@ -147,12 +166,25 @@ def test_a_slice_may_be_made_alone_and_a_config_named_from_anywhere():
 
 
 def test_commands_of_several_slices():
-    create, _, copy, install, train = commands(launch("multislice", "--dry-run", *WHOLE["multislice"]).stdout)
+    create, _, copy, install, *train = commands(launch("multislice", "--dry-run", *WHOLE["multislice"]).stdout)
     wanted = {"--node-count=2", "--node-prefix=pod", "--runtime-version=v2-alpha-tpuv5-lite", "--accelerator-type=v5litepod-16"}
     assert create[:6] == ["gcloud", "compute", "tpus", "queued-resources", "create", "pod"]
     assert wanted <= set(create)
-    for command in (copy, install, train):
+    for command in (copy, install):
         assert {"--node=all", "--worker=all", "--batch-size=all"} <= set(command)
+    for number, command in enumerate(train):  # each by its own name, for not all workers of many slices start by the resource's
+        assert command[3:6] == ["tpu-vm", "ssh", f"pod-{number}"]
+        assert command[-1].startswith("--command=cd jaxembed && .venv/bin/python -m jaxembed.train configs/lora.yaml")
+    assert len(train) == 2
+
+
+def test_a_slice_whose_training_fails_is_told_by_the_exit_code(tmp_path):
+    path = stand_in(
+        tmp_path / "bin",
+        "gcloud",
+        "[[ $* != *describe* ]] || echo ACTIVE; [[ $* != *jaxembed.train*  || $* != *pod-0* ]] || exit 7",
+    )
+    assert launch("multislice", *WHOLE["multislice"], PATH=path, TMPDIR=str(tmp_path)).returncode == 7
 
 
 def test_slices_that_fail_end_the_wait(tmp_path):
@@ -208,7 +240,7 @@ def test_the_manifest_of_one_slice(tmp_path):
     assert (tree["apiVersion"], tree["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     [job] = tree["spec"]["replicatedJobs"]
     spec = job["template"]["spec"]
-    assert (job["replicas"], spec["parallelism"], spec["completions"], spec["backoffLimit"]) == (1, 4, 4, 0)
+    assert (job["replicas"], spec["parallelism"], spec["completions"], spec["backoffLimit"]) == (1, 1, 1, 0)
     [container] = spec["template"]["spec"]["containers"]
     assert container["command"] == ["python", "-m", "jaxembed.train"]
     assert container["args"] == TRAIN
@@ -220,28 +252,32 @@ def test_the_manifest_of_one_slice(tmp_path):
 
 
 def test_the_manifest_of_several_slices_on_shared_storage():
-    more = ["--slices=3", "--chips", "8", "--claim", "team.shared", "--restarts", "2", "--spot", "--namespace", "team"]
+    more = ["--topology=4x4", "--slices=3", "--chips", "8", "--claim=team.shared", "--restarts=0", "--spot", "--namespace=team"]
     tree = yaml.safe_load(launch("gke_jobset", "--dry-run", *GKE, *more, "--", *TRAIN).stdout)
     spot = {**SELECTOR, "cloud.google.com/gke-spot": str}
     claim = [{"name": str, "persistentVolumeClaim": {"claimName": str}}]
-    pod = {**POD, "nodeSelector": spot, "containers": [{**CONTAINER, **OF_A_CLAIM}], "volumes": claim}
+    borne = [{"key": str, "operator": str, "value": str, "effect": str}]
+    pod = {**POD, "nodeSelector": spot, "tolerations": borne, "containers": [{**CONTAINER, **OF_A_CLAIM}], "volumes": claim}
     [job] = tree["spec"]["replicatedJobs"]
     follows(job["template"]["spec"]["template"]["spec"], pod)
     assert (job["replicas"], job["template"]["spec"]["parallelism"]) == (3, 2)
     assert tree["metadata"]["namespace"] == "team"
-    assert tree["spec"]["failurePolicy"]["maxRestarts"] == 2
+    assert tree["spec"]["failurePolicy"]["maxRestarts"] == 0
 
 
 def test_slurm_starts_a_task_a_gpu(tmp_path):
     [printed] = commands(launch("slurm", "--dry-run", *TRAIN).stdout)
     assert printed == ["srun", "--gpu-bind=none", sys.executable, "-m", "jaxembed.train", *TRAIN]
     path = stand_in(tmp_path / "bin", "srun", 'echo "$SRUN_CPUS_PER_TASK"; exit 143')
-    job = {"PATH": path, "SLURM_JOB_ID": "7", "SLURM_GPUS_ON_NODE": "4"}
+    job = {"PATH": path, "SLURM_JOB_ID": "7", "SLURM_GPUS_ON_NODE": "4", "JAX_PLATFORMS": "cpu"}
     done = launch("slurm", *TRAIN, **job, SLURM_NTASKS_PER_NODE="4", SLURM_CPUS_PER_TASK="8")
     assert (done.returncode, done.stdout) == (143, "8\n")
     assert ran(tmp_path / "bin") == [printed]
     done = launch("slurm", *TRAIN, **job, SLURM_NTASKS_PER_NODE="1")
     assert (done.returncode, done.stderr.startswith("error: 1 tasks for 4 GPUs of a node")) == (2, True)
+    stand_in(tmp_path / "bin", "python", "exit 1")  # to import jax_plugins
+    done = launch("slurm", *TRAIN, **job | {"JAX_PLATFORMS": "", "PYTHON": "python"}, SLURM_NTASKS_PER_NODE="4")
+    assert (done.returncode, done.stderr.startswith("error: python has no JAX for GPUs and would train on CPUs")) == (2, True)
     directives = [line for line in (ROOT / "launch" / "slurm.sh").read_text().splitlines() if line.startswith("#SBATCH")]
     assert "#SBATCH --signal=TERM@120" in directives
 
