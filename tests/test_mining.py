@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import functools
 import json
+import logging
 import os
 import re
 import shutil
@@ -257,7 +258,11 @@ def cross_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_cross_encoder_scores_anew(
-    cross_encoder: Path, pairs: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cross_encoder: Path,
+    pairs: list[dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     from sentence_transformers import CrossEncoder
 
@@ -282,8 +287,11 @@ def test_a_cross_encoder_scores_anew(
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(UserError, match="sentence-transformers cannot load it as a cross-encoder"):
         open_cross_encoder(str(tmp_path), tmp_path)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    caplog.clear()
     with pytest.raises(UserError, match=r"model: holds no classifier\.weight, classifier\.bias, so that its scores would be"):
         open_cross_encoder(str(cross_encoder.with_name("model")), tmp_path)
+    assert "classifier" not in caplog.text  # transformers' own report of it
 
 
 KILLED = """
