@@ -157,7 +157,10 @@ def load_model(model: str, *, fsdp: int = 1, **options: Any) -> Embedder:
 
 
 def make_mesh(fsdp: int) -> Mesh:
-    """All devices, `fsdp` of which share one copy of the model; `UserError` where they do not come out even."""
+    """All devices, `fsdp` of which share one copy of the model; `UserError` where they do not come out even.
+
+    From here on the memory of programs is kept (`parallel.keep_memory`).
+    """
     import jax
 
     from jaxembed import parallel

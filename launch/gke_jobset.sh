@@ -47,8 +47,7 @@ whole --slices "$slices"
 ((${topology//x/*} % chips == 0)) || fail "--topology $topology is not divisible by --chips $chips of a host"
 hosts=$((${topology//x/*} / chips))
 ((hosts > 1 || slices == 1)) || fail "--slices is $slices, but --topology $topology has one host; GKE joins slices of several hosts alone"
-
-((hosts * slices == 1)) || [[ -n $claim ]] || fail "--claim is missing; the $((hosts * slices)) hosts need one folder for run.dir"
+((hosts == 1)) || [[ -n $claim ]] || fail "--claim is missing; the $((hosts * slices)) hosts need one folder for run.dir"
 
 yaml() { # a text as a YAML string
   echo "'${1//\'/\'\'}'"

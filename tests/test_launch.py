@@ -260,7 +260,8 @@ def test_the_manifest_of_several_slices_on_shared_storage():
     pod = {**POD, "nodeSelector": spot, "tolerations": borne, "containers": [{**CONTAINER, **OF_A_CLAIM}], "volumes": claim}
     [job] = tree["spec"]["replicatedJobs"]
     follows(job["template"]["spec"]["template"]["spec"], pod)
-    assert (job["replicas"], job["template"]["spec"]["parallelism"]) == (3, 2)
+    spec = job["template"]["spec"]
+    assert (job["replicas"], spec["parallelism"], spec["completions"], spec["backoffLimit"]) == (3, 2, 2, 0)
     assert tree["metadata"]["namespace"] == "team"
     assert tree["spec"]["failurePolicy"]["maxRestarts"] == 0
 
