@@ -11,6 +11,7 @@ import pytest
 
 from jaxembed import Embedder, cli
 from jaxembed.errors import UserError
+from jaxembed.hub import embedder
 from jaxembed.hub.base import find_base, spec_from_json
 from jaxembed.hub.card import Card
 from jaxembed.hub.embedder import from_base
@@ -55,6 +56,22 @@ def test_a_model_split_over_devices_gives_the_same_vectors(model: Embedder, base
     np.testing.assert_allclose(split.encode([LONG, "short"]), model.encode([LONG, "short"]), atol=1e-5)
     with pytest.raises(UserError, match=r"^mesh: fsdp is 3, which does not divide the model's embed"):
         Embedder.load(folder, mesh=make_mesh(2, 3))
+
+
+def test_short_texts_beside_a_long_one_keep_their_vectors_and_order(
+    base_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedder, "ON_CPU", 256)  # so that few texts fill rows of several lengths
+    read, fill = [], embedder.fill
+    monkeypatch.setattr(embedder, "fill", lambda *given: read.append(given[-1]) or fill(*given))
+    base = find_base(str(base_folder("qwen3")))
+    model = from_base(base, EmbeddingSpec(attention="causal", pooling="mean", max_length=128), Compute(), make_mesh(1))
+    texts = [f"fox {i} " + "sleeps " * (i % 7) for i in range(120)]
+    texts.insert(50, LONG)
+    got = model.encode(texts)
+    assert {row_length for _, row_length in read} == {64, 128}
+    for i in (0, 49, 50, 51, 120):
+        np.testing.assert_allclose(got[i], model.encode([texts[i]])[0], atol=1e-5)
 
 
 def test_an_unknown_way_is_refused(model: Embedder) -> None:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxembed.data.batch import merged
-from jaxembed.data.packing import PackedTexts, bucket, fill, max_segments, pack, pack_shards
+from jaxembed.data.packing import FULL, PackedTexts, bucket, fill, max_segments, pack, pack_by_length, pack_shards
 from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.model.pooling import POOLINGS
 from jaxembed.spec import EmbeddingSpec
@@ -94,6 +94,25 @@ def test_the_fullest_row_that_takes_a_text_gets_it() -> None:
     assert rows == 3
     assert row.tolist() == [2, 1, 1, 2, 0]  # 32 | 22 + 10 | 20 + 9
     assert place.tolist() == [1, 1, 0, 0, 0]
+
+
+@given(st.lists(st.integers(0, 100), min_size=1, max_size=300))
+def test_short_texts_that_fill_short_rows_lie_in_them(drawn: list[int]) -> None:
+    lengths, at_once = np.array(drawn), lambda row_length: 128 // row_length
+    *shorter, (_, _, longest) = packed = list(pack_by_length(lengths, 16, at_once))
+    assert sorted(np.concatenate([texts for texts, *_ in packed])) == list(range(len(lengths)))
+    assert longest // 2 < max(16, lengths.max()) <= longest
+    for texts, (row, _, rows), row_length in packed:
+        filled = np.bincount(row, weights=lengths[texts], minlength=rows)
+        assert len(filled) == rows and filled.max(initial=0) <= row_length
+    for texts, (_, _, rows), row_length in shorter:
+        assert rows % at_once(row_length) == 0 and lengths[texts].sum() > FULL * rows * row_length
+    assert [row_length for *_, row_length in packed] == sorted({row_length for *_, row_length in packed})
+
+
+def test_rows_are_short_for_all_but_the_long_texts_and_a_remainder() -> None:
+    packed = list(pack_by_length(np.array([8] * 70 + [100]), 16, lambda row_length: 128 // row_length))
+    assert [(len(texts), rows, row_length) for texts, (_, _, rows), row_length in packed] == [(64, 32, 16), (7, 2, 128)]
 
 
 @given(lengths_and_row(), st.randoms(use_true_random=False))

@@ -11,6 +11,7 @@ import numpy as np
 
 BUCKET_GROWTH = 1.06  # row counts come in steps of 6%: at most that much padding, and few programs to compile
 FEW_ROWS = 32  # up to this many rows, where one is a large part of the batch, rows are shortened in steps of 1/32
+FULL = 31 / 32  # of the tokens of shorter rows, which are worth it only where texts fill them
 
 Packed = tuple[np.ndarray, np.ndarray, int]  # row of each text, its place there, rows used
 Agree = Callable[[Iterator[int]], Iterator[int]]
@@ -65,6 +66,28 @@ def pack(lengths: Sequence[int] | np.ndarray, row_length: int) -> Packed:
             open_rows[free - length].append(r)
             free_lengths |= 1 << (free - length)
     return row, place, len(texts_in)
+
+
+def pack_by_length(
+    lengths: np.ndarray, shortest: int, at_once: Callable[[int], int]
+) -> Iterator[tuple[np.ndarray, Packed, int]]:
+    """Packs many texts into rows of several lengths, since attention costs a text what its row is long.
+
+    Yields (texts, their packing, row length). Lengths double from `shortest` to the first that takes the longest text;
+    shorter rows come in full groups of `at_once(row length)`, and only where texts fill them; the longest takes the rest.
+    """
+    longest, length = max(shortest, 1 << (int(lengths.max(initial=1)) - 1).bit_length()), shortest
+    left = np.arange(len(lengths))
+    while length < longest:
+        texts = left[lengths[left] <= length]
+        row, place, rows = pack(lengths[texts], length)
+        rows -= rows % at_once(length)
+        kept = row < rows
+        if lengths[texts[kept]].sum() > FULL * rows * length:
+            yield texts[kept], (row[kept], place[kept], rows), length
+            left = np.setdiff1d(left, texts[kept])
+        length *= 2
+    yield left, pack(lengths[left], longest), longest
 
 
 def bucket(rows: int) -> int:

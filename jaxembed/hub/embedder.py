@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jaxembed import parallel
-from jaxembed.data.packing import PackedTexts, fill, max_segments, pack
+from jaxembed.data.packing import PackedTexts, fill, max_segments, pack_by_length
 from jaxembed.data.tokenize import TextTokenizer
 from jaxembed.errors import UserError
 from jaxembed.hub.base import Base, content_hash, find_base
@@ -207,35 +208,39 @@ class Embedder:
         return np.asarray(COMBINED[long_texts].reduceat(vectors, starts, axis=0))
 
     def _run(self, texts: list[str], prompt: str, apply: Callable[[Any, PackedTexts], jax.Array]) -> np.ndarray:
-        """Packs texts into rows of one length, applies [R, S, ...] to some rows at a time, puts the results in order."""
+        """Packs texts into rows, applies [R, S, ...] to some rows at a time, puts the results in order."""
         tokenized = self.tokenizer(texts, [prompt] * len(texts))
-        lengths = [len(ids) for ids in tokenized.ids]
-        row_length = max(SHORTEST_ROW, 1 << (max(lengths, default=1) - 1).bit_length())
-        row, place, rows = pack(lengths, row_length)
-        segments, shards = max_segments(row_length), parallel.shard_count(self.mesh)
-        pending, split = [], parallel.split_batch(self.mesh)
-        for first, last, shape in _groups(rows, row_length, shards):
-            members = np.flatnonzero((row >= first) & (row < last))
-            ids = [tokenized.ids[i] for i in members]
-            arrays = fill(ids, tokenized.pool_from[members], row[members] - first, place[members], shape)
-            packed = parallel.put_whole(split, PackedTexts(**arrays, segments=segments, shards=shards))
-            slots = (row[members] - first) * segments + place[members]
-            with jax.set_mesh(self.mesh):
-                pending.append((members, slots, apply(self.params, packed)))
+        lengths = np.array([len(ids) for ids in tokenized.ids], np.int64)
+        shards, split = parallel.shard_count(self.mesh), parallel.split_batch(self.mesh)
+        pending = []
+        for among, (row, place, rows), length in pack_by_length(lengths, SHORTEST_ROW, partial(_rows_at_once, shards)):
+            segments = max_segments(length)
+            for first, last, count in _groups(rows, _rows_at_once(shards, length), shards):
+                here = np.flatnonzero((row >= first) & (row < last))
+                members = among[here]
+                ids = [tokenized.ids[i] for i in members]
+                arrays = fill(ids, tokenized.pool_from[members], row[here] - first, place[here], (count, length))
+                packed = parallel.put_whole(split, PackedTexts(**arrays, segments=segments, shards=shards))
+                slots = (row[here] - first) * segments + place[here]
+                with jax.set_mesh(self.mesh):
+                    pending.append((members, slots, apply(self.params, packed)))
         out = np.zeros((len(texts), *pending[0][2].shape[2:]), np.float32)
         for members, slots, results in pending:
             out[members] = np.asarray(parallel.to_host(results), np.float32).reshape(-1, *out.shape[1:])[slots]
         return out
 
 
-def _groups(rows: int, row_length: int, shards: int) -> Iterator[tuple[int, int, tuple[int, int]]]:
-    """(first row, last row, shape) of the pieces of a window: full ones of one shape, the last of a power of two."""
+def _rows_at_once(shards: int, row_length: int) -> int:
     tokens = ON_CPU if jax.default_backend() == "cpu" else TOKENS_AT_ONCE
-    most = max(1, tokens // row_length) * shards
+    return max(1, tokens // row_length) * shards
+
+
+def _groups(rows: int, most: int, shards: int) -> Iterator[tuple[int, int, int]]:
+    """(first row, last row, rows with padding) of what is computed at once: full groups, the last of a power of two."""
     for first in range(0, rows, most):
         last = min(first + most, rows)
         per_shard = -(-(last - first) // shards)
-        yield first, last, (min(most, shards << (per_shard - 1).bit_length()), row_length)
+        yield first, last, min(most, shards << (per_shard - 1).bit_length())
 
 
 def from_run(parts: RunParts, mesh: Mesh) -> Embedder:
