@@ -148,6 +148,8 @@ def test_what_cannot_be_opened_is_told(ours: Path, theirs: Path, tmp_path: Path,
     assert error_of(bare) == f"{bare}: has no weights in safetensors files; save it anew with sentence-transformers"
     (bare / "model.safetensors").write_bytes(b"?")
     assert error_of(bare).startswith(f"{bare}: sentence-transformers cannot load it (")
+    with pytest.raises(UserError, match="loaded by sentence-transformers, which does not split a model; leave --fsdp out"):
+        open_encoder(str(theirs), tmp_path / "cache", parallel.make_mesh(fsdp=2))
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     assert error_of(theirs) == 'sentence-transformers is not installed; pip install "jaxembed[eval]"'
 

@@ -101,6 +101,9 @@ def open_encoder(name: str, cache: Path, mesh: Mesh | None = None) -> OtherModel
         folder = Path(name) if exists(Path(name) / LISTING) else find_folder(name)
         if not exists(folder / LISTING) or exists(folder / SPEC_FILE):
             raise
+        if mesh is not None and mesh.shape["fsdp"] > 1:
+            told = "which does not split a model; leave --fsdp out"
+            raise UserError(f"{name}: loaded by sentence-transformers, {told}") from None
         log.info("%s: loaded by sentence-transformers (%s)", name, error)
         return _of_sentence_transformers(name, folder, cache)
     mesh = parallel.make_mesh(devices=jax.local_devices()) if mesh is None else mesh
