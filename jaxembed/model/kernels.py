@@ -24,7 +24,7 @@ from jaxembed.model.masks import Mask, Places, visible
 log = logging.getLogger("jaxembed")
 
 # A group of rows whose scores fill about this many numbers is computed at once by the `rows` kernel.
-SCORES_AT_ONCE = 1 << 22
+SCORES_AT_ONCE = 1 << 21
 
 
 def attend(
@@ -38,10 +38,10 @@ def attend(
     """softmax(q k / sqrt(H)) v among the tokens that the mask and the segments let each other see."""
     rows, tokens, heads, width = q.shape
     q_RTGMH = q.reshape(rows, tokens, k.shape[2], -1, width)
-    scores = at_least_float32(jnp.einsum("rtgmh,rsgh->rgmts", q_RTGMH, k)) * width**-0.5
-    seen = visible(mask, places, window)[:, None, None]
+    scores = at_least_float32(jnp.einsum("rtgmh,rsgh->rgtms", q_RTGMH, k)) * width**-0.5
+    seen = visible(mask, places, window)[:, None, :, None]
     weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(scores.dtype).min), axis=-1)
-    return jnp.einsum("rgmts,rsgh->rtgmh", weights.astype(q.dtype), v).reshape(rows, tokens, heads, width)
+    return jnp.einsum("rgtms,rsgh->rtgmh", weights.astype(q.dtype), v).reshape(rows, tokens, heads, width)
 
 
 def attend_by_rows(
