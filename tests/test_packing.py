@@ -99,20 +99,24 @@ def test_the_fullest_row_that_takes_a_text_gets_it() -> None:
 @given(st.lists(st.integers(0, 100), min_size=1, max_size=300))
 def test_short_texts_that_fill_short_rows_lie_in_them(drawn: list[int]) -> None:
     lengths, at_once = np.array(drawn), lambda row_length: 128 // row_length
-    *shorter, (_, _, longest) = packed = list(pack_by_length(lengths, 16, at_once))
+    packed = list(pack_by_length(lengths, 16, at_once))
+    *longer, (rest, (*_, last), shortest) = packed
     assert sorted(np.concatenate([texts for texts, *_ in packed])) == list(range(len(lengths)))
-    assert longest // 2 < max(16, lengths.max()) <= longest
     for texts, (row, _, rows), row_length in packed:
         filled = np.bincount(row, weights=lengths[texts], minlength=rows)
         assert len(filled) == rows and filled.max(initial=0) <= row_length
-    for texts, (_, _, rows), row_length in shorter:
-        assert rows % at_once(row_length) == 0 and lengths[texts].sum() > FULL * rows * row_length
-    assert [row_length for *_, row_length in packed] == sorted({row_length for *_, row_length in packed})
+    for texts, (_, _, rows), row_length in longer:
+        assert 0 <= rows - (lengths[texts] > row_length // 2).sum() < at_once(row_length) and rows % at_once(row_length) == 0
+    assert [row_length for *_, row_length in packed] == sorted({row_length for *_, row_length in packed}, reverse=True)
+    if not longer:
+        assert shortest // 2 < max(16, lengths.max()) <= shortest
+    elif last > 1:
+        assert lengths[rest].sum() > FULL * (last - 1) * shortest
 
 
-def test_rows_are_short_for_all_but_the_long_texts_and_a_remainder() -> None:
+def test_rows_are_short_for_all_but_the_long_texts() -> None:
     packed = list(pack_by_length(np.array([8] * 70 + [100]), 16, lambda row_length: 128 // row_length))
-    assert [(len(texts), rows, row_length) for texts, (_, _, rows), row_length in packed] == [(64, 32, 16), (7, 2, 128)]
+    assert [(len(texts), rows, row_length) for texts, (_, _, rows), row_length in packed] == [(4, 1, 128), (67, 34, 16)]
 
 
 @given(lengths_and_row(), st.randoms(use_true_random=False))

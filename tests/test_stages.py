@@ -12,6 +12,7 @@ import yaml
 
 import tiny
 from jaxembed import Embedder, config
+from jaxembed.data.sources import open_sources
 from jaxembed.errors import UserError
 from jaxembed.run import train
 from jaxembed.training import loop
@@ -115,6 +116,19 @@ def check_nearest(folder: Path, mined: Path) -> None:
         found = [scores[texts.index(text)] for text in row["neg"]]
         assert not known & set(row["neg"]) and len(row["neg"]) == 3
         assert found == pytest.approx([scores[texts.index(text)] for text in nearest], abs=1e-5)
+
+
+def test_a_stage_mines_for_the_examples_that_its_source_uses(folder: Path) -> None:
+    second = {"train": {"steps": 2, "batch_size": 8}, "mine": {"rule": "top_k", "negatives": 3}}
+    configured = staged(folder, "capped", [{"train": {"steps": 1}}, second], "data.sources.0.max_examples=24")
+    train(configured)
+    used = [(row["query"], row["pos"]) for row in open_sources(configured.data, folder)[0].as_pairs()]
+    mined, pairs = (
+        [(row["query"], row["pos"]) for row in map(json.loads, path.read_text().splitlines())]
+        for path in (folder / "capped" / "mined" / "stage-1-source-0.jsonl", folder / "pairs.jsonl")
+    )
+    assert mined == used and len(mined) == 24 and mined != pairs[:24]
+    assert logged(folder, "capped", "step") == [1, 2, 3]
 
 
 def test_a_guide_and_a_teacher_of_other_kinds(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 BUCKET_GROWTH = 1.06  # row counts come in steps of 6%: at most that much padding, and few programs to compile
 FEW_ROWS = 32  # up to this many rows, where one is a large part of the batch, rows are shortened in steps of 1/32
-FULL = 31 / 32  # of the tokens of shorter rows, which are worth it only where texts fill them
+FULL = 31 / 32  # of the tokens of rows, that texts must take to lie in rows of half the length
 
 Packed = tuple[np.ndarray, np.ndarray, int]  # row of each text, its place there, rows used
 Agree = Callable[[Iterator[int]], Iterator[int]]
@@ -73,21 +73,27 @@ def pack_by_length(
 ) -> Iterator[tuple[np.ndarray, Packed, int]]:
     """Packs many texts into rows of several lengths, since attention costs a text what its row is long.
 
-    Yields (texts, their packing, row length). Lengths double from `shortest` to the first that takes the longest text;
-    shorter rows come in full groups of `at_once(row length)`, and only where texts fill them; the longest takes the rest.
+    Yields (texts, their packing, row length). Lengths halve from the power of two that takes the longest text to
+    `shortest`. A length has the rows that texts beyond its half need, shorter ones between them, in full groups of
+    `at_once(row length)`; what is left goes to its half where it fills all rows of that but the last, and stays otherwise.
     """
-    longest, length = max(shortest, 1 << (int(lengths.max(initial=1)) - 1).bit_length()), shortest
-    left = np.arange(len(lengths))
-    while length < longest:
-        texts = left[lengths[left] <= length]
-        row, place, rows = pack(lengths[texts], length)
-        rows -= rows % at_once(length)
-        kept = row < rows
-        if lengths[texts[kept]].sum() > FULL * rows * length:
-            yield texts[kept], (row[kept], place[kept], rows), length
-            left = np.setdiff1d(left, texts[kept])
-        length *= 2
-    yield left, pack(lengths[left], longest), longest
+    left, length = np.arange(len(lengths)), max(shortest, 1 << (int(lengths.max(initial=1)) - 1).bit_length())
+    packed = pack(lengths, length)
+    while length > shortest:
+        row, place, rows = packed
+        group, half = at_once(length), length // 2
+        needed = -(-int(np.count_nonzero(lengths[left] > half)) // group) * group
+        if needed >= rows:
+            break
+        kept = row < needed  # where the long texts are: they have opened rows before all others
+        packed = pack(lengths[left[~kept]], half)
+        if lengths[left[~kept]].sum() <= FULL * (packed[2] - 1) * half:
+            packed = row, place, rows
+            break
+        if needed:
+            yield left[kept], (row[kept], place[kept], needed), length
+        left, length = left[~kept], half
+    yield left, packed, length
 
 
 def bucket(rows: int) -> int:

@@ -145,10 +145,13 @@ def _llama3(frequencies: jax.Array, scaling: Mapping[str, Any]) -> jax.Array:
 def rope_table(
     positions: Int[Array, "r t"], frequencies: Float[Array, " half"], dtype: Any
 ) -> tuple[Float[Array, "r t 1 half"], Float[Array, "r t 1 half"]]:
-    """Cosine and sine of each token's angles, with a heads axis of one; angles in at least float32."""
-    angles = positions[..., None, None].astype(frequencies.dtype) * frequencies
+    """Cosine and sine of each token's angles, with a heads axis of one; angles in at least float32.
+
+    They are looked up among those of a row's positions: XLA would compute them anew for every head of every layer.
+    """
+    angles = jnp.arange(positions.shape[-1], dtype=frequencies.dtype)[:, None] * frequencies
     wide = jnp.promote_types(dtype, jnp.float32)
-    return jnp.cos(angles).astype(wide), jnp.sin(angles).astype(wide)
+    return jnp.cos(angles).astype(wide)[positions, None], jnp.sin(angles).astype(wide)[positions, None]
 
 
 def rotate(x: Float[Array, "r t n h"], cos: jax.Array, sin: jax.Array) -> Float[Array, "r t n h"]:
