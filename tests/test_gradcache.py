@@ -154,4 +154,4 @@ def test_memory_is_that_of_a_chunk(base_folder: Folder) -> None:
         grad = jax.jit(jax.grad(lambda p, t: encode(model, p, t, slots, KEY, rows).sum()))
         return int(grad.lower(params, texts).compile().memory_analysis().temp_size_in_bytes)
 
-    assert temporary(64, 8) < 1.3 * temporary(16, 8) < 0.7 * temporary(64, None)
+    assert temporary(128, 8) < 1.3 * temporary(32, 8) < 0.5 * temporary(128, None)
