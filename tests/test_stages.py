@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +104,19 @@ def test_a_run_that_dies_in_any_stage_goes_on_bit_for_bit(folder: Path, last: in
     assert {path: path.stat().st_mtime_ns for path in mined.iterdir()} == before
 
 
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def asked(rows: Iterable[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    """Queries and their positives."""
+    return [(row["query"], row["pos"]) for row in rows]
+
+
 def check_nearest(folder: Path, mined: Path) -> None:
     """The negatives are the texts that the model at the end of the first stage finds nearest, but for positives."""
-    rows, pairs = ([json.loads(line) for line in path.read_text().splitlines()] for path in (mined, folder / "pairs.jsonl"))
-    assert [(row["query"], row["pos"]) for row in rows] == [(pair["query"], pair["pos"]) for pair in pairs]
+    rows, pairs = rows_of(mined), rows_of(folder / "pairs.jsonl")
+    assert asked(rows) == asked(pairs)
     model = Embedder.load(folder / "dies5", checkpoint="5")
     texts = list(dict.fromkeys(text for pair in pairs for text in (*pair["pos"], *pair["neg"])))
     near = model.encode([pair["query"] for pair in pairs], "Find it") @ model.encode(texts).T
@@ -122,12 +132,9 @@ def test_a_stage_mines_for_the_examples_that_its_source_uses(folder: Path) -> No
     second = {"train": {"steps": 2, "batch_size": 8}, "mine": {"rule": "top_k", "negatives": 3}}
     configured = staged(folder, "capped", [{"train": {"steps": 1}}, second], "data.sources.0.max_examples=24")
     train(configured)
-    used = [(row["query"], row["pos"]) for row in open_sources(configured.data, folder)[0].as_pairs()]
-    mined, pairs = (
-        [(row["query"], row["pos"]) for row in map(json.loads, path.read_text().splitlines())]
-        for path in (folder / "capped" / "mined" / "stage-1-source-0.jsonl", folder / "pairs.jsonl")
-    )
-    assert mined == used and len(mined) == 24 and mined != pairs[:24]
+    mined = asked(rows_of(folder / "capped" / "mined" / "stage-1-source-0.jsonl"))
+    used = asked(open_sources(configured.data, folder)[0].as_pairs())
+    assert mined == used and len(mined) == 24 and mined != asked(rows_of(folder / "pairs.jsonl"))[:24]
     assert logged(folder, "capped", "step") == [1, 2, 3]
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 BUCKET_GROWTH = 1.06  # row counts come in steps of 6%: at most that much padding, and few programs to compile
 FEW_ROWS = 32  # up to this many rows, where one is a large part of the batch, rows are shortened in steps of 1/32
-FULL = 31 / 32  # of the tokens of rows, that texts must take to lie in rows of half the length
+FULL = 31 / 32  # of the tokens of shorter rows, which are worth it only where texts fill them
 
 Packed = tuple[np.ndarray, np.ndarray, int]  # row of each text, its place there, rows used
 Agree = Callable[[Iterator[int]], Iterator[int]]
@@ -83,16 +83,14 @@ def pack_by_length(
         row, place, rows = packed
         group, half = at_once(length), length // 2
         needed = -(-int(np.count_nonzero(lengths[left] > half)) // group) * group
-        if needed >= rows:
-            break
         kept = row < needed  # where the long texts are: they have opened rows before all others
-        packed = pack(lengths[left[~kept]], half)
-        if lengths[left[~kept]].sum() <= FULL * (packed[2] - 1) * half:
-            packed = row, place, rows
+        rest = left[~kept]
+        shorter = pack(lengths[rest], half)
+        if needed >= rows or lengths[rest].sum() <= FULL * (shorter[2] - 1) * half:
             break
         if needed:
             yield left[kept], (row[kept], place[kept], needed), length
-        left, length = left[~kept], half
+        left, packed, length = rest, shorter, half
     yield left, packed, length
 
 

@@ -147,7 +147,8 @@ def rope_table(
 ) -> tuple[Float[Array, "r t 1 half"], Float[Array, "r t 1 half"]]:
     """Cosine and sine of each token's angles, with a heads axis of one; angles in at least float32.
 
-    They are looked up among those of a row's positions: XLA would compute them anew for every head of every layer.
+    They are looked up among those of positions below T, which are all, as no text is longer than its row: XLA would compute
+    them anew for every head of every layer.
     """
     angles = jnp.arange(positions.shape[-1], dtype=frequencies.dtype)[:, None] * frequencies
     wide = jnp.promote_types(dtype, jnp.float32)
