@@ -109,9 +109,11 @@ def compiler_options() -> dict[str, str]:
     """Options for compiling a model's program (`jax.jit`'s compiler_options).
 
     On CPUs, XLA's memory-minded order of operations: less memory, and products that do not run two at once, a core each.
+    And vectors as wide as the widest registers there are, where XLA's default is half of AVX-512's.
     """
-    cpu = platform() == "cpu"
-    return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if cpu else {}
+    if platform() != "cpu":
+        return {}
+    return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED", "xla_cpu_prefer_vector_width": "512"}
 
 
 def keep_memory() -> None:
@@ -235,6 +237,13 @@ def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     raw = np.empty(size + 64, np.uint8)
     skip = -raw.ctypes.data % 64
     return raw[skip : skip + size].view(dtype).reshape(shape)
+
+
+def views(mesh: Mesh, x: jax.Array) -> list[jax.Array]:
+    """The entries of an array's first axis. On one CPU they are the array's own memory where they lie on a 64-byte boundary; as
+    long as one is there, a program that the array is given away to works on a copy.
+    """
+    return [jax.device_put(entry, replicated(mesh), may_alias=True) for entry in np.asarray(x)]
 
 
 def to_host(x: jax.Array | np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -42,6 +43,19 @@ def test_a_long_text_is_read_to_its_end(model: Embedder, way: str, combine: Call
     assert np.abs(got[1] - got[3]).max() > 1e-3
     narrow = model.encode(texts, prompt="query: ", long_texts=way, dim=8)
     np.testing.assert_allclose(narrow, got[:, :8] / np.linalg.norm(got[:, :8], axis=1, keepdims=True), atol=1e-5)
+
+
+def test_a_program_of_one_cpu_takes_the_layers_where_they_lie(model: Embedder, base_folder: Callable[[str], Path]) -> None:
+    """Each layer's matrices are arguments of their own, which are not copied, and the vectors the same."""
+    one = Embedder.load(base_folder("qwen3"), mesh=make_mesh(devices=jax.devices()[:1]))
+    stacked = one.params["decoder"]["layers"]["mlp"]["up"]["kernel"]
+    apart = [of_layer["mlp"]["up"]["kernel"] for of_layer in one._by_layer["decoder"]["layers"]]
+    begins = [x.unsafe_buffer_pointer() - stacked.unsafe_buffer_pointer() for x in apart]
+    assert begins == [layer * stacked[0].nbytes for layer in range(one.model.decoder.layers)]
+    for other in (model, one.first_layers(one.model.decoder.layers), one.with_params(one.params)):
+        np.testing.assert_allclose(other.encode([LONG, "short"]), one.encode([LONG, "short"]), atol=1e-5)
+    shortened = one.first_layers(1)
+    assert np.abs(shortened.encode(["short"]) - one.encode(["short"])).max() > 1e-3
 
 
 def test_a_model_split_over_devices_gives_the_same_vectors(model: Embedder, base_folder: Callable[[str], Path]) -> None:

@@ -47,6 +47,17 @@ def test_a_programs_memory_is_kept_for_the_next() -> None:
     assert kept >= 4 << 24 > 3 * left
 
 
+def test_views_are_the_memory_of_their_array_and_nobody_overwrites_them() -> None:
+    mesh = parallel.make_mesh(devices=jax.devices()[:1])
+    x = parallel.made(mesh, lambda: jax.numpy.arange(3 * 32.0).reshape(3, 32))
+    wanted, entries = np.array(x), parallel.views(mesh, x)
+    begins = [entry.unsafe_buffer_pointer() for entry in entries]
+    assert begins == [x.unsafe_buffer_pointer() + row * 128 for row in range(3)]
+    given_away = jax.jit(lambda x: x + 1, donate_argnums=0)(x)
+    assert given_away.unsafe_buffer_pointer() not in begins
+    np.testing.assert_array_equal(entries, wanted)
+
+
 def test_an_axis_may_lie_along_parts_of_the_machines() -> None:
     """Eight of a square of 4 x 4 chips: two rows of it, neighbours beside each other."""
     places = [(i % 4, i // 4, 0) for i in range(16)]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +52,24 @@ class Embedder:
             model, options = self.model, parallel.compiler_options()
 
             def apply(params: Any, texts: PackedTexts) -> jax.Array:
-                return model.apply({"params": params}, texts)
+                return model.apply({"params": _layers_stacked(params)}, texts)
 
             object.__setattr__(self, "_apply", jax.jit(apply, compiler_options=options))
 
     @property
     def spec(self) -> EmbeddingSpec:
         return self.model.spec
+
+    @functools.cached_property
+    def _by_layer(self) -> Any:
+        """The parameters as programs take them: on one CPU with each layer by itself, which XLA would otherwise copy out of
+        the stacked ones for every program.
+        """
+        if self.mesh.size > 1 or self.mesh.devices.flat[0].platform != "cpu" or not self.model.compute.unroll:
+            return self.params
+        leaves, tree = jax.tree.flatten(self.params["decoder"]["layers"])
+        layers = [tree.unflatten(of_layer) for of_layer in zip(*(parallel.views(self.mesh, x) for x in leaves), strict=True)]
+        return _with_layers(self.params, layers)
 
     @classmethod
     def load(
@@ -110,7 +121,7 @@ class Embedder:
         return dataclasses.replace(
             self,
             model=self.model.clone(decoder=cut),
-            params={**self.params, "decoder": {**self.params["decoder"], "layers": kept}},
+            params=_with_layers(self.params, kept),
             base=dataclasses.replace(self.base, hf_config=config, decoder=cut),
             revision=f"{self.revision}-{count}-layers",
             _apply=None,
@@ -163,7 +174,7 @@ class Embedder:
             raise UserError(f"this model has {self.spec.pooling} pooling, which has no latents")
 
         def weights(params: Any, packed: PackedTexts) -> jax.Array:
-            _, sown = self.model.apply({"params": params}, packed, mutable=["intermediates"])
+            _, sown = self.model.apply({"params": _layers_stacked(params)}, packed, mutable=["intermediates"])
             return jnp.asarray(sown["intermediates"]["pooling"]["latent_weights"][0])
 
         apply, lead = jax.jit(weights, compiler_options=parallel.compiler_options()), self._lead(instruction, None, None)
@@ -213,7 +224,7 @@ class Embedder:
         lengths = np.array([len(ids) for ids in tokenized.ids], np.int64)
         shards, split = parallel.shard_count(self.mesh), parallel.split_batch(self.mesh)
         pending = []
-        for among, (row, place, rows), length in pack_by_length(lengths, SHORTEST_ROW, partial(_rows_at_once, shards)):
+        for among, (row, place, rows), length in pack_by_length(lengths, SHORTEST_ROW, functools.partial(_rows_at_once, shards)):
             segments = max_segments(length)
             for first, last, count in _groups(rows, _rows_at_once(shards, length), shards):
                 here = np.flatnonzero((row >= first) & (row < last))
@@ -223,11 +234,23 @@ class Embedder:
                 packed = parallel.put_whole(split, PackedTexts(**arrays, segments=segments, shards=shards))
                 slots = (row[here] - first) * segments + place[here]
                 with jax.set_mesh(self.mesh):
-                    pending.append((members, slots, apply(self.params, packed)))
+                    pending.append((members, slots, apply(self._by_layer, packed)))
         out = np.zeros((len(texts), *pending[0][2].shape[2:]), np.float32)
         for members, slots, results in pending:
             out[members] = np.asarray(parallel.to_host(results), np.float32).reshape(-1, *out.shape[1:])[slots]
         return out
+
+
+def _with_layers(params: Any, layers: Any) -> Any:
+    return {**params, "decoder": {**params["decoder"], "layers": layers}}
+
+
+def _layers_stacked(params: Any) -> Any:
+    """The parameters as the model takes them."""
+    layers = params["decoder"]["layers"]
+    if not isinstance(layers, list):
+        return params
+    return _with_layers(params, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *layers))
 
 
 def _rows_at_once(shards: int, row_length: int) -> int:
