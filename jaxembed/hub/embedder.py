@@ -223,10 +223,11 @@ class Embedder:
         tokenized = self.tokenizer(texts, [prompt] * len(texts))
         lengths = np.array([len(ids) for ids in tokenized.ids], np.int64)
         shards, split = parallel.shard_count(self.mesh), parallel.split_batch(self.mesh)
+        at_once = functools.partial(_rows_at_once, shards)
         pending = []
-        for among, (row, place, rows), length in pack_by_length(lengths, SHORTEST_ROW, functools.partial(_rows_at_once, shards)):
+        for among, (row, place, rows), length in pack_by_length(lengths, SHORTEST_ROW, at_once):
             segments = max_segments(length)
-            for first, last, count in _groups(rows, _rows_at_once(shards, length), shards):
+            for first, last, count in _groups(rows, at_once(length), shards):
                 here = np.flatnonzero((row >= first) & (row < last))
                 members = among[here]
                 ids = [tokenized.ids[i] for i in members]
