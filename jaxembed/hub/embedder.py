@@ -68,7 +68,8 @@ class Embedder:
         if self.mesh.size > 1 or self.mesh.devices.flat[0].platform != "cpu" or not self.model.compute.unroll:
             return self.params
         leaves, tree = jax.tree.flatten(self.params["decoder"]["layers"])
-        layers = [tree.unflatten(of_layer) for of_layer in zip(*(parallel.views(self.mesh, x) for x in leaves), strict=True)]
+        by_leaf = (parallel.views(self.mesh, x) for x in leaves)
+        layers = [jax.tree.unflatten(tree, of_layer) for of_layer in zip(*by_leaf, strict=True)]
         return _with_layers(self.params, layers)
 
     @classmethod
