@@ -20,8 +20,10 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn, TypeVar
+
+from tqdm import tqdm
 
 from jaxembed.errors import Stopped, UserError, brief
 
@@ -67,6 +69,11 @@ def count() -> int:
 def is_first() -> bool:
     """Whether this process writes the files, the log and the progress of the run."""
     return _group.index == 0
+
+
+def progress(iterable: Iterable[Any] | None = None, *, disable: bool = False, **options: Any) -> tqdm[Any]:
+    """A bar of tqdm on standard error, which of several processes the first one alone shows."""
+    return tqdm(iterable, disable=disable or not is_first(), **options)
 
 
 @contextlib.contextmanager

@@ -101,7 +101,9 @@ def train(config: Config) -> dict[str, Any]:
                     state = enter(stage, state, model, mesh)
                 stage = with_mined_negatives(stage, partial(_of_adapter, encoder, state.weights), run_dir)
                 scored = evaluate if held_out else None
-                trainer = _trainer(stage, state, model, mesh, scored, best_metric, checkpoints, recorder, profile, used)
+                trainer = _trainer(
+                    stage, stages[-1].end, state, model, mesh, scored, best_metric, checkpoints, recorder, profile, used
+                )
                 done = int(state.step) - stage.before
                 recorder.say(_told(stage, len(stages)))
                 state = trainer.fit(state, batches(stage.plan, stage.build, done, stage.config.train.steps), stop)
@@ -172,6 +174,7 @@ def _opened(config: Config) -> dict[str, OtherModel]:
 
 def _trainer(
     stage: Stage,
+    total: int,
     state: TrainState,
     model: EmbeddingModel,
     mesh: Mesh,
@@ -182,7 +185,7 @@ def _trainer(
     profile: Profile,
     used: Utilisation | None,
 ) -> Trainer:
-    """The loop of a stage, which begins with `state`."""
+    """The loop of a stage, which begins with `state`, in a run of `total` steps."""
     config = stage.config
     optimizer = stage.optimizer(several=bool(model.adapters))
     skip, placed = config.train.on_nan == "skip", jax.tree.map(lambda x: x.sharding, state)
@@ -190,6 +193,7 @@ def _trainer(
         config=config.train,
         stage=stage.index,
         before=stage.before,
+        total=total,
         mesh=mesh,
         train_step=make_train_step(model, stage.objectives, optimizer, stage.schedule, skip, config.gradcache.rows, placed),
         source_names=[source.name for source in stage.sources],

@@ -65,6 +65,7 @@ def rewound(straight: Path, of: config.Config) -> int:
     first, *later = sorted(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdecimal())
     for step in later:
         shutil.rmtree(run / "checkpoints" / str(step))
+    shutil.rmtree(run / "mined", ignore_errors=True)
     return first
 
 

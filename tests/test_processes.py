@@ -11,13 +11,15 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+import yaml
 
-from jaxembed import processes
+from jaxembed import config, processes
 from jaxembed.hub.weights import save_params
 from jaxembed.model.embedder import EmbeddingModel, parameter_shapes
 from jaxembed.model.presets import from_hf
@@ -38,9 +40,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def straight(folder: Path) -> list[dict[str, float]]:
-    """What one process with eight devices logs."""
-    train(settings(folder, "straight", "mesh.data=8", "train.keep_checkpoints=9"))
+    """What one process with eight devices logs; for the last steps it mines negatives with the model it has by then."""
+    train(mining(folder, "straight", "mesh.data=8", "train.keep_checkpoints=9"))
     return read_metrics(folder / "straight")
+
+
+def mining(root: Path, run: str, *overrides: str) -> config.Config:
+    """The config of `runs.settings` in two stages."""
+    tree = yaml.safe_load(settings(root, run, *overrides).dump())
+    del tree["train"]["steps"]
+    tree["stages"] = [{"train": {"steps": 8}}, {"train": {"steps": 4}, "mine": {"rule": "top_k", "negatives": 3}}]
+    path = root / f"{run}.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return config.load(path)
 
 
 def free_port() -> int:
@@ -61,9 +73,9 @@ def start_all(command: Sequence[str], root: Path, count: int, devices: int) -> l
     return children
 
 
-def launch(root: Path, run: str, *overrides: str) -> list[subprocess.Popen[str]]:
+def launch(root: Path, run: str, *overrides: str, written: Callable[..., Any] = settings) -> list[subprocess.Popen[str]]:
     """The train command on a run's config, as two processes with four devices each."""
-    settings(root, run, *overrides)
+    written(root, run, *overrides)
     command = [sys.executable, "-m", "jaxembed.train", str(root / f"{run}.yaml"), f"run.dir={root / run}", *overrides]
     return start_all(command, root, count=2, devices=4)
 
@@ -101,7 +113,7 @@ def test_two_processes_go_on_where_one_left_off_and_end_as_it_does(folder: Path,
     """As launch/local_pod.sh starts them."""
     run = folder / "two"
     overrides = ("mesh.data=8", "train.keep_checkpoints=9")
-    assert rewound(folder / "straight", settings(folder, "two", *overrides)) == 4
+    assert rewound(folder / "straight", mining(folder, "two", *overrides)) == 4
     python, out = folder / "python", folder / "printed"  # the script throws away what others than the first process print
     python.write_text(
         f'#!/bin/bash\n[[ -z ${{JAX_PROCESS_ID-}} ]] || exec >"{out}.$JAX_PROCESS_ID"\nexec {sys.executable} "$@"\n'
@@ -117,18 +129,20 @@ def test_two_processes_go_on_where_one_left_off_and_end_as_it_does(folder: Path,
     assert "{" not in nothing and not told, "the first process alone writes and logs"
     assert_same(run, straight)
     assert whole_steps(run) == [4, 6, 8, 12]
+    (mined,) = (run / "mined").glob("*.jsonl")
+    assert mined.read_bytes() == (folder / "straight" / "mined" / mined.name).read_bytes()
 
 
 def test_sigterm_to_one_stops_all_at_one_step_and_one_device_goes_on(folder: Path, straight: list[dict[str, float]]) -> None:
     run = folder / "stopped"
-    processes = launch(folder, "stopped", "mesh.data=8")
+    processes = launch(folder, "stopped", "mesh.data=8", written=mining)
     signal_at(run, 2, processes, 1, signal.SIGTERM)
     told = [process.communicate()[1].splitlines()[-1] for process in processes]
     step = last_step(run)
     assert [process.returncode for process in processes] == [128 + signal.SIGTERM] * 2
     assert told == [f"stopped: saved after step {step} of 12; the same command goes on"] * 2
     assert whole_steps(run)[-1] == step < 12
-    train(settings(folder, "stopped", "mesh.data=1"))
+    train(mining(folder, "stopped", "mesh.data=1"))
     assert_same(run, straight)
 
 

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from jaxembed.curation.pool import Pool, Row
 from jaxembed.curation.rules import Rule
 from jaxembed.data.batch import EncodeRaw, RawText
 from jaxembed.errors import UserError
 from jaxembed.hub.cross_encoder import ScorePairs
+from jaxembed.processes import progress
 from jaxembed.search import bm25
 from jaxembed.search.nearest import MEMORY_MB, Found, search
 
@@ -62,7 +62,7 @@ class Result(NamedTuple):
 def embed(texts: Sequence[RawText], encode: EncodeRaw, width: int, told: str) -> np.ndarray:
     """Vectors [N, width] of texts, some at a time, so that a cache behind `encode` keeps each part that is done."""
     out = np.zeros((len(texts), width), np.float32)
-    with tqdm(total=len(texts), unit="text", desc=told) as bar:
+    with progress(total=len(texts), unit="text", desc=told) as bar:
         for start in range(0, len(texts), AT_ONCE):
             part = texts[start : start + AT_ONCE]
             out[start : start + len(part)] = encode([text._replace(text=text.text[:LONGEST]) for text in part])
@@ -179,7 +179,7 @@ def _scores(score: Score, asked: Sequence[tuple[int, Sequence[int] | np.ndarray]
     pairs[:, 0] = np.repeat([query for query, _ in asked], counts)
     pairs[:, 1] = np.concatenate([np.asarray(documents, np.int64) for _, documents in asked])
     scores = np.zeros(len(pairs), np.float32)
-    with tqdm(total=len(pairs), unit="pair", desc=f"scores of {told}", disable=len(pairs) <= AT_ONCE) as bar:
+    with progress(total=len(pairs), unit="pair", desc=f"scores of {told}", disable=len(pairs) <= AT_ONCE) as bar:
         for start in range(0, len(pairs), AT_ONCE):
             part = pairs[start : start + AT_ONCE]
             scores[start : start + len(part)] = score(part)

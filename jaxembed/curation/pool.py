@@ -7,8 +7,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from jaxembed.config import PythonPackagesConfig, SourceConfig
 from jaxembed.data.batch import RawText
 from jaxembed.data.beir import document_text, open_corpus
@@ -18,6 +16,7 @@ from jaxembed.data.rows import Rows, Shape
 from jaxembed.data.schema import check_passage, is_text, text_hash
 from jaxembed.data.sources import Source, detect_format, open_source
 from jaxembed.errors import UserError
+from jaxembed.processes import progress
 
 
 class Row(NamedTuple):
@@ -99,7 +98,7 @@ def read_pool(source: Source, corpus: Iterable[str] | None, seed: int) -> Pool:
     if corpus is not None and not searched:
         raise UserError("--corpus: holds no text; name files or BEIR folders with documents")
     rows, positives = [], dict[str, set[int]]()
-    for row in tqdm(source.as_pairs(seed), unit="row", desc="rows"):
+    for row in progress(source.as_pairs(seed), unit="row", desc="rows"):
         found, others = (tuple(dict.fromkeys(map(documents, row.get(name, ())))) for name in ("pos", "neg"))
         positives.setdefault(row["query"].strip(), set()).update(found)
         instruction = row.get("prompt") or next(iter(source.config.instructions), "")

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from jaxembed.data.containers import Container
 from jaxembed.data.schema import MISSING, Row, RowCheck, fields_of, parse_row
 from jaxembed.errors import UserError
+from jaxembed.processes import progress
 
 FORMAT = 2  # part of an index's name: raise it when what is checked, kept or written changes
 ENTRY = np.dtype([("address", "<i8"), ("number", "<f8")])
@@ -111,7 +111,7 @@ def scan(container: Container) -> Iterator[tuple[int, str, Any]]:
     """Address, place and content of each row, with a bar where it takes long; `UserError` where there are none."""
     empty = True
     try:
-        for found in tqdm(container.scan(), f"reading {container.name}", unit="row", delay=2, leave=False):
+        for found in progress(container.scan(), desc=f"reading {container.name}", unit="row", delay=2, leave=False):
             empty = False
             yield found
     except OSError as error:

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Float
-from tqdm import tqdm
 
 from jaxembed import parallel
 from jaxembed.parallel import BATCH_AXES
+from jaxembed.processes import progress
 
 GROUP = 32  # documents whose best score stands for them
 MOST_QUERIES, MOST_DOCUMENTS = 512, 131072  # of a block; larger ones are no faster
@@ -66,7 +66,7 @@ def search(
     # A caller may have set a mesh of fewer devices, as training does.
     with (
         jax.set_mesh(mesh),
-        tqdm(total=len(starts) * len(firsts), unit="block", desc="search", disable=not show_progress) as bar,
+        progress(total=len(starts) * len(firsts), unit="block", desc="search", disable=not show_progress) as bar,
     ):
         for first in firsts:
             scores_of = product(documents[first : first + blocks.documents])

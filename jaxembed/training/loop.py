@@ -71,7 +71,7 @@ class Running:
 
 @dataclasses.dataclass
 class Trainer:
-    """What a stage of a run needs beside its state: its config, its index and the steps before it.
+    """What a stage of a run needs beside its state: its config, its index, the steps before it and those of all.
 
     `best_metric` names the score whose maximum is the best checkpoint's. Without `utilisation` none is logged. Steps are
     counted through all stages.
@@ -80,6 +80,7 @@ class Trainer:
     config: TrainConfig
     stage: int
     before: int
+    total: int
     mesh: Mesh
     train_step: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
     source_names: Sequence[str]
@@ -130,7 +131,7 @@ class Trainer:
             if save:
                 self.checkpoints.save(state, {"stage": self.stage, "step": step, "plan_hash": self.plan_hash}, score)
             if stopping and not last:
-                raise Stopped(f"saved after step {step} of {end}; the same command goes on", stop.signal)
+                raise Stopped(f"saved after step {step} of {self.total}; the same command goes on", stop.signal)
         return state
 
     def _check(self, running: Running | None) -> None:
