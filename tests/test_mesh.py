@@ -54,7 +54,7 @@ def value_and_grad(model: EmbeddingModel, source: Source, shape: tuple[int, int,
     return float(loss), grads
 
 
-@pytest.mark.parametrize(("lora", "meshes"), [(False, ["data", "all three", "fsdp"]), (True, ["more than key-value heads"])])
+@pytest.mark.parametrize(("lora", "meshes"), [(False, ["data", "all three", "fsdp"]), (True, list(MESHES))])
 def test_gradients_are_those_of_one_device(
     base_folder: Folder, source: Source, lora: bool, meshes: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
