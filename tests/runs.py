@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -55,6 +57,16 @@ def settings(root: Path, run: str, *overrides: str) -> config.Config:
     path = root / f"{run}.yaml"
     path.write_text(yaml.safe_dump(tree))
     return config.load(path, [f"run.dir={root / run}", *overrides])
+
+
+def staged(root: Path, run: str, stages: Sequence[Mapping[str, Any]], *overrides: str) -> config.Config:
+    """The config of `settings` in stages."""
+    tree = yaml.safe_load(settings(root, run, *overrides).dump())
+    del tree["train"]["steps"]
+    tree["stages"] = stages
+    path = root / f"{run}.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return config.load(path)
 
 
 def rewound(straight: Path, of: config.Config) -> int:

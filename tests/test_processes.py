@@ -17,7 +17,6 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-import yaml
 
 from jaxembed import config, processes
 from jaxembed.hub.weights import save_params
@@ -27,7 +26,7 @@ from jaxembed.run import train
 from jaxembed.spec import EmbeddingSpec
 from jaxembed.training.checkpoint import Checkpoints
 from jaxembed.training.metrics import read_metrics
-from runs import ENV, prepare, rewound, settings
+from runs import ENV, prepare, rewound, settings, staged
 
 POD = Path(__file__).parents[1] / "launch" / "local_pod.sh"
 STALL = 30.0  # seconds in which a run of which a process is lost must end
@@ -46,13 +45,9 @@ def straight(folder: Path) -> list[dict[str, float]]:
 
 
 def mining(root: Path, run: str, *overrides: str) -> config.Config:
-    """The config of `runs.settings` in two stages."""
-    tree = yaml.safe_load(settings(root, run, *overrides).dump())
-    del tree["train"]["steps"]
-    tree["stages"] = [{"train": {"steps": 8}}, {"train": {"steps": 4}, "mine": {"rule": "top_k", "negatives": 3}}]
-    path = root / f"{run}.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    return config.load(path)
+    """The config of `runs.settings` in two stages, with negatives mined for the second."""
+    mined = {"train": {"steps": 4}, "mine": {"rule": "top_k", "negatives": 3}}
+    return staged(root, run, [{"train": {"steps": 8}}, mined], *overrides)
 
 
 def free_port() -> int:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
+import runs
 import tiny
 from jaxembed import Embedder, config
 from jaxembed.data.sources import open_sources
@@ -46,13 +47,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def staged(root: Path, run: str, stages: list[dict[str, Any]], *overrides: str) -> config.Config:
     """The config of `runs.settings`, without a held-out set, in stages; the second trains on labels too."""
-    tree = yaml.safe_load(settings(root, run, "eval.sets=[]", "model.unroll=false", *overrides).dump())
-    del tree["train"]["steps"]
-    both = [*tree["data"]["sources"], {"path": str(root / "labels.jsonl"), "instructions": ["Sort it"]}]
-    tree["stages"] = [stages[0], *({"data": {"sources": both}, **stage} for stage in stages[1:])]
-    path = root / f"{run}.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    return config.load(path)
+    pairs = yaml.safe_load(settings(root, run, *overrides).dump())["data"]["sources"]
+    both = [*pairs, {"path": str(root / "labels.jsonl"), "instructions": ["Sort it"]}]
+    later = [{"data": {"sources": both}, **stage} for stage in stages[1:]]
+    return runs.staged(root, run, [stages[0], *later], "eval.sets=[]", "model.unroll=false", *overrides)
 
 
 def logged(root: Path, run: str, key: str) -> list[float]:

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from jaxembed import parallel
 from jaxembed.data.packing import PackedTexts, fill, max_segments, pack_by_length
@@ -22,6 +21,7 @@ from jaxembed.hub.base import Base, content_hash, find_base
 from jaxembed.hub.opening import RunParts, base_params, open_trained, shapes_and_shardings, text_tokenizer
 from jaxembed.model.decoder import Compute
 from jaxembed.model.embedder import EmbeddingModel
+from jaxembed.processes import progress
 from jaxembed.spec import EmbeddingSpec, Shot
 from jaxembed.training.run_dir import RECORD
 
@@ -158,7 +158,7 @@ class Embedder:
             raise UserError(f"long_texts is {long_texts!r}; expected cut, {', '.join(COMBINED)}")
         lead = self._lead(instruction, prompt, prompt_name, examples)
         out = np.zeros((len(texts), dim or width), np.float32)
-        starts = tqdm(range(0, len(texts), WINDOW), disable=not show_progress, unit=f"x{WINDOW} texts")
+        starts = progress(range(0, len(texts), WINDOW), disable=not show_progress, unit=f"x{WINDOW} texts")
         for start in starts:
             window = list(texts[start : start + WINDOW])
             vectors = self._vectors(window, lead, long_texts)[:, :dim]
