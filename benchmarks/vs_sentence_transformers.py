@@ -8,8 +8,9 @@ scored. For every seed both sides train one after the other, each in its own pro
 changes from seed to seed. Settings are those of benchmarks/finetune_sentence_transformers.py and configs/ag_news.yaml:
 causal, mean pooling, no prompts, InfoNCE at temperature 0.05 over in-batch negatives, AdamW.
 
-Tokens are useful ones, padding left out; a step's time is the median of those that compile nothing; memory is that of the
-process at its peak.
+Tokens are useful ones, padding left out; tokens a second are those of all steps that compile nothing over their time, since
+sentence-transformers takes for a batch what its longest text takes, twice as long for one as for another, and a median leaves
+the long ones out; memory is that of the process at its peak.
 Prints a Markdown table and, on the last line, one JSON object. Files are kept in --out (default: a temporary folder).
 """
 
@@ -50,12 +51,13 @@ def train_sentence_transformers(args: argparse.Namespace, seed: int, out: Path) 
     script = [str(HERE / "finetune_sentence_transformers.py"), args.base, str(args.data), str(out)]
     options = [f"--steps={args.steps}", f"--batch-size={args.batch_size}", f"--seed={seed}", "--warmup-steps=2"]
     result, memory = measured([*script, *options, f"--learning-rate={args.learning_rate}"])
-    seconds, useful = result["median_seconds_per_step"], result["useful_tokens_per_step"]
-    return {"step_seconds": seconds, "tokens_per_second": useful / seconds, "memory": memory, "padding": padding(result)}
-
-
-def padding(result: dict[str, Any]) -> float:
-    return 1 - float(result["useful_tokens_per_step"]) / float(result["padded_tokens_per_step"])
+    return {
+        "step_seconds": result["seconds_per_step"],
+        "median_step_seconds": result["median_seconds_per_step"],
+        "tokens_per_second": result["useful_tokens_per_second"],
+        "memory": memory,
+        "padding": 1 - result["useful_tokens_per_step"] / result["padded_tokens_per_step"],
+    }
 
 
 def train_jaxembed(args: argparse.Namespace, seed: int, out: Path) -> dict[str, Any]:
@@ -68,10 +70,14 @@ def train_jaxembed(args: argparse.Namespace, seed: int, out: Path) -> dict[str, 
     _, memory = measured(["-m", "jaxembed.train", config, *overrides])
     every = [row for row in read_metrics(out) if "loss" in row]
     rows = [row for row in every if not row["new_programs"]] or every
-    seconds = statistics.median(row["step_seconds"] for row in rows)
-    useful = statistics.mean(row["useful_tokens_per_second"] * row["step_seconds"] for row in rows)
-    padded = statistics.mean(row["padding_fraction"] for row in every)
-    return {"step_seconds": seconds, "tokens_per_second": useful / seconds, "memory": memory, "padding": padded}
+    seconds = [row["step_seconds"] for row in rows]
+    return {
+        "step_seconds": statistics.mean(seconds),
+        "median_step_seconds": statistics.median(seconds),
+        "tokens_per_second": sum(row["useful_tokens_per_second"] * row["step_seconds"] for row in rows) / sum(seconds),
+        "memory": memory,
+        "padding": statistics.mean(row["padding_fraction"] for row in every),
+    }
 
 
 def encode(side: str, model: str, heldout: Path) -> dict[str, float]:

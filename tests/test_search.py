@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +12,17 @@ import pytest
 
 from jaxembed import parallel
 from jaxembed.search import nearest
-from jaxembed.search.nearest import GROUP, block_sizes, search, top_k
+from jaxembed.search.nearest import GROUP, block_sizes, faiss_queries, search, top_k
+
+
+@pytest.fixture(params=["faiss", "mesh"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How a search is made: as on a CPU with FAISS, or as elsewhere."""
+    if request.param == "faiss":
+        pytest.importorskip("faiss")
+    else:
+        monkeypatch.setattr(nearest, "_faiss", lambda: None)
+    return str(request.param)
 
 
 def sorted_whole(queries: np.ndarray, documents: np.ndarray, k: int) -> np.ndarray:
@@ -19,18 +32,22 @@ def sorted_whole(queries: np.ndarray, documents: np.ndarray, k: int) -> np.ndarr
 @pytest.mark.parametrize(
     ("queries", "documents", "k"), [(2100, 50, 7), (130, 1500, 3), (5, 1000, 40), (3, 8, 20), (1, 1, 1)], ids=str
 )
-def test_search_is_exact_across_blocks(queries: int, documents: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of whole numbers, so that many scores are equal: of those the first documents come first. All may be below zero."""
+def test_search_is_exact_across_blocks(queries: int, documents: int, k: int, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of whole numbers, so that many scores are equal: of those the first documents come first. All may be below zero, or the
+    same.
+    """
     monkeypatch.setattr(nearest, "MOST_DOCUMENTS", 200)
-    monkeypatch.setattr(nearest, "MOST_QUERIES", 32)
+    for most in ("MOST_QUERIES", "FAISS_QUERIES"):
+        monkeypatch.setattr(nearest, most, 32)
     random = np.random.default_rng(1)
     a, b = (random.integers(-3, 4, (count, 8)).astype(np.float32) for count in (queries, documents))
-    for negative in (b, -10 - abs(b)):
-        found, asked = search(abs(a) + 1, negative, k), abs(a) + 1
-        expected = sorted_whole(asked, negative, k)
+    a = abs(a) + 1
+    for these in (b, -10 - abs(b), np.zeros_like(b)):
+        found, expected = search(a, these, k), sorted_whole(a, these, k)
         np.testing.assert_array_equal(found.rows, expected)
-        np.testing.assert_array_equal(found.scores, np.take_along_axis(asked @ negative.T, expected, axis=1))
+        np.testing.assert_array_equal(found.scores, np.take_along_axis(a @ these.T, expected, axis=1))
         assert found.rows.shape == (queries, min(k, documents))
+        assert (found.rows.dtype, found.scores.dtype) == (np.int32, np.float32)
 
 
 def test_the_best_of_groups_are_the_best_of_all() -> None:
@@ -46,10 +63,11 @@ def test_the_best_of_groups_are_the_best_of_all() -> None:
         np.testing.assert_array_equal(ours[1], theirs[1])
 
 
-def test_no_queries_and_an_approximate_search() -> None:
+def test_no_queries_no_documents_and_an_approximate_search(way: str) -> None:
     random = np.random.default_rng(2)
     queries, documents = random.normal(size=(40, 8)).astype(np.float32), random.normal(size=(3000, 8)).astype(np.float32)
     assert search(queries[:0], documents, 5).rows.shape == (0, 5)
+    assert search(queries, documents[:0], 5).rows.shape == (40, 0)
     with jax.set_mesh(parallel.make_mesh(2)):  # as in training on a part of the devices
         np.testing.assert_array_equal(search(queries, documents, 5).rows, sorted_whole(queries, documents, 5))
     found = search(queries, documents, 5, approximate=True).rows
@@ -62,9 +80,31 @@ def test_a_block_fits_in_the_memory(memory_mb: int, width: int, k: int) -> None:
     mesh = parallel.make_mesh(1)
     blocks = block_sizes(memory_mb, width, k, 10**6, 10**6)
     shapes = [((blocks.queries, k), np.int32), ((blocks.queries, k), np.float32)]
-    shapes += [((blocks.queries, blocks.documents), np.float32), ((), np.int32)]
+    shapes += [((blocks.queries, width), np.float32), ((blocks.documents, width), np.float32), ((), np.int32)]
     rows, scores, *others = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
     memory = nearest._merge(mesh, False).lower((rows, scores), *others).compile().memory_analysis()
     held = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
-    held += 4 * blocks.documents * width  # the documents, beside which the next scores are made
     assert memory_mb / 4 < held / 2**20 < memory_mb
+
+
+SEARCH = """
+import resource, sys
+import numpy as np
+from jaxembed.search.nearest import search
+
+memory_mb, k = map(int, sys.argv[1:])
+queries, documents = (np.random.default_rng(0).standard_normal((n, 8), np.float32) for n in (6000, 20000))
+search(queries[:100], documents, 10, memory_mb=memory_mb)  # loads the libraries
+held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+search(queries, documents, k, memory_mb=memory_mb)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held) / 1024 - queries.shape[0] * k * 8 / 2**20)
+"""
+
+
+def test_faiss_is_asked_for_what_fits_in_the_memory() -> None:
+    """By the growth of a process's memory, less what is returned."""
+    pytest.importorskip("faiss")
+    assert faiss_queries(64, 1000) < faiss_queries(512, 1000) == nearest.FAISS_QUERIES
+    assert faiss_queries(1, 10**6) == 1
+    done = subprocess.run([sys.executable, "-c", SEARCH, "64", "1000"], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 64

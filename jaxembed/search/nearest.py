@@ -1,11 +1,9 @@
-"""Exact nearest documents by dot product, block by block on the mesh: no score matrix is ever whole."""
+"""Exact nearest documents by dot product, block by block, on the mesh or by FAISS: no score matrix is ever whole."""
 
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +17,7 @@ from jaxembed.processes import progress
 
 GROUP = 32  # documents whose best score stands for them
 MOST_QUERIES, MOST_DOCUMENTS = 512, 131072  # of a block; larger ones are no faster
+FAISS_QUERIES, FAISS_DOCUMENTS = 1024, 1024  # given at a time; of the blocks that it makes of them by itself
 MEMORY_MB = 512
 
 
@@ -50,18 +49,68 @@ def search(
 ) -> Found:
     """The k documents nearest to each query by dot product, int32 and float32 [Q, min(k, N)].
 
-    Of equal scores the document that comes first is first. Queries are split over all devices; a block of documents at a
-    time is on each, and the best of a query so far are merged with the block's. `memory_mb` is what that takes on a device,
-    beside the vectors and what is returned. `approximate` asks `jax.lax.approx_max_k` for a block's best, which is faster
-    on TPUs and finds nearly all.
+    Of equal scores the document that comes first is first. On CPUs FAISS searches, where it is installed; else queries are
+    split over all devices, a block of documents at a time is on each, and the best of a query so far are merged with the
+    block's. `memory_mb` is what that takes on a device, beside the vectors and what is returned. `approximate` asks
+    `jax.lax.approx_max_k` for a block's best, which is faster on TPUs and finds nearly all.
     """
-    mesh = parallel.make_mesh()
     k = min(k, len(documents))
+    if not k:
+        return Found(*_none(len(queries), 0))
+    faiss = None if approximate else _faiss()
+    if faiss is None:
+        return _on_mesh(queries, documents, k, memory_mb, approximate, show_progress)
+    return _by_faiss(faiss, queries, documents, k, min(k + 1, len(documents)), memory_mb, show_progress)
+
+
+def _faiss() -> Any:
+    """The library, or None where vectors are not searched on CPUs, or it is not installed."""
+    if jax.default_backend() != "cpu":
+        return None
+    try:
+        import faiss
+    except ImportError:
+        return None
+    return faiss
+
+
+def _by_faiss(
+    faiss: Any, queries: np.ndarray, documents: np.ndarray, k: int, asked: int, memory_mb: int, show_progress: bool = False
+) -> Found:
+    """As `search`. FAISS leaves open which of equal scores come first, and which are left out: it is asked for more than k,
+    and for twice as many where these still end with the k-th score.
+    """
+    found = Found(*_none(len(queries), k))
+    at_once = faiss_queries(memory_mb, asked)
+    for start in progress(range(0, len(queries), at_once), unit="block", desc="search", disable=not show_progress):
+        scores, rows = faiss.knn(queries[start : start + at_once], documents, asked, faiss.METRIC_INNER_PRODUCT)
+        tied = (scores[:, 1:] == scores[:, :-1]).any(axis=1)
+        rows[tied] = np.take_along_axis(rows[tied], np.lexsort((rows[tied], -scores[tied])), axis=1)
+        found.rows[start : start + at_once], found.scores[start : start + at_once] = rows[:, :k], scores[:, :k]
+        cut = start + np.flatnonzero(scores[:, k - 1] == scores[:, -1])
+        if len(cut) and asked < len(documents):
+            again = _by_faiss(faiss, queries[cut], documents, k, min(2 * asked, len(documents)), memory_mb)
+            found.rows[cut], found.scores[cut] = again
+    return found
+
+
+def faiss_queries(memory_mb: int, k: int) -> int:
+    """How many queries FAISS is given at a time: it holds scores of each, twice its best, and what it returns."""
+    of_query = 4 * FAISS_DOCUMENTS + k * (2 * 12 + 12)
+    return max(1, min(FAISS_QUERIES, memory_mb * 2**20 // of_query))
+
+
+def _on_mesh(
+    queries: np.ndarray, documents: np.ndarray, k: int, memory_mb: int, approximate: bool, show_progress: bool
+) -> Found:
+    """As `search`, by the devices of JAX."""
+    mesh = parallel.make_mesh()
+    split, whole = parallel.split_batch(mesh), parallel.replicated(mesh)
     blocks = block_sizes(memory_mb, queries.shape[1], k, len(queries), len(documents))
     at_once = blocks.queries * parallel.shard_count(mesh)
     starts = range(0, len(queries), at_once)
-    best = [parallel.put_whole(parallel.split_batch(mesh), _none(at_once, k)) for _ in starts]
-    merge, product = _merge(mesh, approximate), _product(mesh, at_once, blocks.documents)
+    best = [parallel.put_whole(split, _none(at_once, k)) for _ in starts]
+    merge = _merge(mesh, approximate)
     firsts = range(0, len(documents), blocks.documents)
     # A caller may have set a mesh of fewer devices, as training does.
     with (
@@ -69,10 +118,10 @@ def search(
         progress(total=len(starts) * len(firsts), unit="block", desc="search", disable=not show_progress) as bar,
     ):
         for first in firsts:
-            scores_of = product(documents[first : first + blocks.documents])
+            block = parallel.put_whole(whole, documents[first : first + blocks.documents])
             for i, start in enumerate(starts):
-                scores = scores_of(_padded(queries[start : start + at_once], at_once))
-                best[i] = merge(best[i], scores, np.int32(first))
+                some = parallel.put_whole(split, _padded(queries[start : start + at_once], at_once))
+                best[i] = merge(best[i], some, block, np.int32(first))
                 jax.block_until_ready(best[i - 1])  # no more than two at a time are in memory
                 bar.update()
     found = [tuple(parallel.to_host(x) for x in of_queries) for of_queries in best]
@@ -97,50 +146,20 @@ def _padded(x: np.ndarray, rows: int) -> np.ndarray:
     return x if len(x) == rows else np.concatenate([x, np.zeros((rows - len(x), x.shape[1]), x.dtype)])
 
 
-def _product(mesh: Mesh, queries: int, documents: int) -> Callable[[np.ndarray], Callable[[np.ndarray], jax.Array]]:
-    """From a block of documents, to a function from a block of queries to the scores [q, n] on the devices of the queries.
-
-    On CPUs numpy's BLAS multiplies, sooner than XLA, into one of two places by turns: the scores of a block are to be used
-    before those of the next but one are asked for.
-    """
-    split, whole = parallel.split_batch(mesh), parallel.replicated(mesh)
-    if jax.default_backend() != "cpu":
-        return lambda block: functools.partial(_multiplied(mesh), parallel.put_whole(whole, block))
-    places = itertools.cycle([parallel.aligned_empty((queries, documents), np.float32) for _ in range(2)])
-
-    def by_blas(block: np.ndarray, some: np.ndarray) -> jax.Array:
-        scores = next(places).reshape(-1)[: queries * len(block)].reshape(queries, -1)
-
-        def part(index: tuple[slice, ...]) -> np.ndarray:
-            return np.matmul(some[index[0]], block.T, out=scores[index[0]])
-
-        return parallel.put_parts(split, scores.shape, part)
-
-    return lambda block: functools.partial(by_blas, block)
-
-
-@functools.cache
-def _multiplied(mesh: Mesh) -> jax.stages.Wrapped:
-    def scores(documents: jax.Array, queries: jax.Array) -> jax.Array:
-        return jnp.matmul(queries, documents.T, precision=jax.lax.Precision.HIGHEST)
-
-    split, whole = parallel.split_batch(mesh), parallel.replicated(mesh)
-    return jax.jit(scores, in_shardings=(whole, split), out_shardings=split)
-
-
 @functools.cache
 def _merge(mesh: Mesh, approximate: bool) -> jax.stages.Wrapped:
     """The compiled `_merged` on each device's queries, in place of the best so far."""
     split, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
     merged = functools.partial(_merged, approximate=approximate)
-    mapped = jax.shard_map(merged, mesh=mesh, in_specs=(split, split, whole), out_specs=split)
+    mapped = jax.shard_map(merged, mesh=mesh, in_specs=(split, split, whole, whole), out_specs=split)
     return jax.jit(mapped, donate_argnums=0)
 
 
-def _merged(best: Best, scores: jax.Array, first: jax.Array, *, approximate: bool) -> Best:
-    """The best so far merged with the scores of a block of documents, of which `first` is the first one's row."""
+def _merged(best: Best, queries: jax.Array, documents: jax.Array, first: jax.Array, *, approximate: bool) -> Best:
+    """The best so far merged with those of a block of documents, of which `first` is the first one's row."""
     k = best[0].shape[1]
-    of_block = min(k, scores.shape[1])
+    scores = jnp.matmul(queries, documents.T, precision=jax.lax.Precision.HIGHEST)
+    of_block = min(k, len(documents))
     values, columns = jax.lax.approx_max_k(scores, of_block) if approximate else top_k(scores, of_block)
     values, order = jax.lax.top_k(jnp.concatenate([best[1], values], axis=1), k)
     rows = jnp.concatenate([best[0], first + columns], axis=1)
