@@ -4,9 +4,10 @@
     python benchmarks/vs_sentence_transformers.py BASE DATA.jsonl HELDOUT [--steps 20] [--seeds 3] [--out DIR]
 
 BASE is a decoder folder, DATA the main JSONL format (one positive a line), HELDOUT a BEIR folder that is encoded and
-scored. For every seed both sides train one after the other, each in its own process with every core; the side that begins
-changes from seed to seed. Settings are those of benchmarks/finetune_sentence_transformers.py and configs/ag_news.yaml:
-causal, mean pooling, no prompts, InfoNCE at temperature 0.05 over in-batch negatives, AdamW.
+scored. For every seed both sides train one after the other, each in its own process with every core, the side that begins
+changing from seed to seed, and then encode by turns, five times each. Settings are those of
+benchmarks/finetune_sentence_transformers.py and configs/ag_news.yaml: causal, mean pooling, no prompts, InfoNCE at
+temperature 0.05 over in-batch negatives, AdamW.
 
 Tokens are useful ones, padding left out; tokens a second are those of all steps that compile nothing over their time, since
 sentence-transformers takes for a batch what its longest text takes, twice as long for one as for another, and a median leaves
@@ -17,6 +18,7 @@ Prints a Markdown table and, on the last line, one JSON object. Files are kept i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -80,8 +82,8 @@ def train_jaxembed(args: argparse.Namespace, seed: int, out: Path) -> dict[str, 
     }
 
 
-def encode(side: str, model: str, heldout: Path) -> dict[str, float]:
-    """nDCG@10 of a model on a BEIR folder, and the tokens a second of encoding its corpus (the second time)."""
+def encode(side: str, model: str, heldout: Path) -> None:
+    """Prints nDCG@10 of a model on a BEIR folder, then for each line that comes the tokens a second of encoding its corpus."""
     beir = open_beir(heldout, ("test", "dev", "train"))
     documents = [beir.document(row) for row in range(len(beir.corpus))]
     queries = [beir.query(i) for i in range(len(beir.query_rows))]
@@ -99,11 +101,35 @@ def encode(side: str, model: str, heldout: Path) -> dict[str, float]:
     def run(texts: list[str]) -> Any:
         return embedder.encode(texts) if side == "jaxembed" else encode_torch(torch_model, texts, "")
 
-    encoded = run(queries), run(documents)
-    began = time.perf_counter()
-    run(documents)
-    seconds = time.perf_counter() - began
-    return {"encode_tokens_per_second": sum(lengths) / seconds, "ndcg": ndcg(beir.relevant, search(*encoded, 10).rows)}
+    print(ndcg(beir.relevant, search(run(queries), run(documents), 10).rows), flush=True)
+    for _ in sys.stdin:
+        began = time.perf_counter()
+        run(documents)
+        print(sum(lengths) / (time.perf_counter() - began), flush=True)
+
+
+def encode_by_turns(models: dict[str, Path], args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Of each side the score and the median of its tokens a second."""
+    with contextlib.ExitStack() as stack:
+
+        def start(side: str) -> subprocess.Popen[str]:
+            command = [sys.executable, __file__, str(models[side]), str(args.data), str(args.heldout), "--encode", side]
+            return stack.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+
+        def told(process: subprocess.Popen[str]) -> float:
+            assert process.stdout is not None
+            return float(process.stdout.readline() or sys.exit("encoding failed"))
+
+        def again(process: subprocess.Popen[str]) -> float:
+            assert process.stdin is not None
+            print(file=process.stdin, flush=True)
+            return told(process)
+
+        processes = {side: start(side) for side in SIDES}
+        scores = {side: told(process) for side, process in processes.items()}
+        turns = [{side: again(process) for side, process in processes.items()} for _ in range(5)]
+    speeds = {side: statistics.median(turn[side] for turn in turns) for side in SIDES}
+    return {side: {"encode_tokens_per_second": speeds[side], "ndcg": scores[side]} for side in SIDES}
 
 
 def parse_args() -> argparse.Namespace:
@@ -123,17 +149,17 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     if args.encode:
-        print(json.dumps(encode(args.encode, args.base, args.heldout)))
+        encode(args.encode, args.base, args.heldout)
         return
     out = args.out or Path(tempfile.mkdtemp(prefix="vs-"))
     train = {"sentence-transformers": train_sentence_transformers, "jaxembed": train_jaxembed}
     figures: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     for seed in range(args.seeds):
-        for side in SIDES if seed % 2 == 0 else SIDES[::-1]:
-            folder = out / f"{side}-{seed}"
-            found = train[side](args, seed, folder)
-            scored, _ = measured([__file__, str(folder), str(args.data), str(args.heldout), "--encode", side])
-            figures[side].append(found | scored)
+        models = {side: out / f"{side}-{seed}" for side in SIDES}
+        order = SIDES if seed % 2 == 0 else SIDES[::-1]
+        trained = {side: train[side](args, seed, models[side]) for side in order}
+        for side, scored in encode_by_turns(models, args).items():
+            figures[side].append(trained[side] | scored)
             print(f"seed {seed}, {side}: {json.dumps(figures[side][-1])}", file=sys.stderr, flush=True)
     report(figures)
 

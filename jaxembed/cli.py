@@ -36,7 +36,7 @@ def run(main: Callable[[argparse.Namespace], Mapping[str, Any]], parser: argpars
     _skip_absent_tpu()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs whole stacks of errors that it raises too
-    for chatty in ("jax", "orbax", "httpx", "httpx2", "datasets", "bm25s", "sentence_transformers", "mteb"):
+    for chatty in ("jax", "orbax", "httpx", "httpx2", "datasets", "bm25s", "faiss", "sentence_transformers", "mteb"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module=r"(?!jaxembed)")
     try:
