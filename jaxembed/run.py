@@ -168,8 +168,9 @@ def _others(config: Config, run_dir: Path) -> dict[str, OtherModel]:
 
 
 def _opened(config: Config) -> dict[str, OtherModel]:
-    named = {"guide": config.guide, "teacher": config.teacher}
-    return {role: open_encoder(name, cache_dir()) for role, name in named.items() if name is not None}
+    named = {role: name for role, name in (("guide", config.guide), ("teacher", config.teacher)) if name is not None}
+    opened = {name: open_encoder(name, cache_dir()) for name in dict.fromkeys(named.values())}  # one for both, where it is both
+    return {role: opened[name] for role, name in named.items()}
 
 
 def _trainer(
@@ -356,8 +357,9 @@ def _told(stage: Stage, count: int) -> str:
     others = config.train.batch_size * (1 + own) - 1 - own
     met = {"all": own + others, "in_batch": others, "hard": own}
     most = [met[o.negatives] for o in config.objectives if isinstance(o, InfoNCEConfig)]
-    queries = f"{config.train.steps:,} steps of {config.train.batch_size:,} queries"
-    return f"{name}{queries}" + (f", each against up to {max(most):,} negative documents" if most else "")
+    steps = "1 step" if config.train.steps == 1 else f"{config.train.steps:,} steps"
+    told = f"{name}{steps} of {config.train.batch_size:,} queries"
+    return told + (f", each against up to {max(most):,} negative documents" if most else "")
 
 
 def _of_adapter(encoder: Embedder, params: Any, adapter: str) -> Embedder:
