@@ -81,6 +81,21 @@ def test_kill_9_at_any_moment_loses_no_more_than_since_the_last_checkpoint(folde
     assert len([row for row in read_metrics(run) if "untrained/sts/spearman" in row]) == 1
 
 
+def test_only_the_run_itself_removes_what_is_half_written(folder: Path, straight: list[float]) -> None:
+    """Other commands may read a run that is at work, while it writes a checkpoint."""
+    run, config = folder / "half", settings(folder, "half", *MANY)
+    rewound(folder / "straight", config)
+    half = run / "checkpoints" / "8.orbax-checkpoint-tmp"
+    half.mkdir()
+    (half / "cursor").write_text("{}")
+    Embedder.load(run)
+    assert steps_of(run) == [7]
+    assert (half / "cursor").is_file()
+    train(config)
+    assert losses(run) == straight
+    assert not half.exists()
+
+
 def test_sigterm_saves_the_step_and_exits(folder: Path, straight: list[float]) -> None:
     run = folder / "stopped"
     process = start(folder, "stopped", *MANY)

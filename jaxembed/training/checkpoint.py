@@ -32,20 +32,27 @@ BOOKKEEPING = {"_CHECKPOINT_METADATA", "commit_success.txt"}  # Orbax still writ
 
 
 class Checkpoints:
-    """The checkpoints of a run directory. Everything that reads one raises `UserError` where it is damaged."""
+    """The checkpoints of a run directory. Everything that reads one raises `UserError` where it is damaged.
 
-    def __init__(self, run_dir: Path, keep: int = 2):
+    The run itself opens them with `keep`, how many it keeps, and removes what a killed one left half-written. Without it
+    they are only read: the run may be at work, and what looks half-written may be what it is writing.
+    """
+
+    def __init__(self, run_dir: Path, keep: int | None = None):
         self.run_dir = run_dir
         self._folder = _folder(run_dir)
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(
-                [policies.LatestN(keep), policies.BestN(get_metric_fn=lambda metrics: metrics["score"], n=1)]
-            ),
-            best_fn=lambda metrics: metrics["score"],
-            enable_async_checkpointing=True,
-            cleanup_tmp_directories=True,
-            async_options=AsyncOptions(post_finalization_callback=self._record_digests),
-        )
+        if keep is None:
+            options = ocp.CheckpointManagerOptions(create=False)
+        else:
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(
+                    [policies.LatestN(keep), policies.BestN(get_metric_fn=lambda metrics: metrics["score"], n=1)]
+                ),
+                best_fn=lambda metrics: metrics["score"],
+                enable_async_checkpointing=True,
+                cleanup_tmp_directories=True,
+                async_options=AsyncOptions(post_finalization_callback=self._record_digests),
+            )
         self._saving = 0
         try:
             self._manager = ocp.CheckpointManager(self._folder, options=options)
