@@ -168,9 +168,10 @@ def _others(config: Config, run_dir: Path) -> dict[str, OtherModel]:
 
 
 def _opened(config: Config) -> dict[str, OtherModel]:
-    named = {role: name for role, name in (("guide", config.guide), ("teacher", config.teacher)) if name is not None}
-    opened = {name: open_encoder(name, cache_dir()) for name in dict.fromkeys(named.values())}  # one for both, where it is both
-    return {role: opened[name] for role, name in named.items()}
+    """The same, not recorded; a model that is both is opened once."""
+    named = {"guide": config.guide, "teacher": config.teacher}
+    opened = {name: open_encoder(name, cache_dir()) for name in dict.fromkeys(named.values()) if name is not None}
+    return {role: opened[name] for role, name in named.items() if name is not None}
 
 
 def _trainer(

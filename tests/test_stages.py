@@ -13,9 +13,10 @@ import yaml
 
 import runs
 import tiny
-from jaxembed import Embedder, config
+from jaxembed import Embedder, config, run
 from jaxembed.data.sources import open_sources
 from jaxembed.errors import UserError
+from jaxembed.hub.other_model import open_encoder
 from jaxembed.run import train
 from jaxembed.training import loop
 from jaxembed.training.metrics import read_metrics
@@ -150,6 +151,19 @@ def test_a_guide_and_a_teacher_of_other_kinds(folder: Path, monkeypatch: pytest.
     assert min(met[:2]) > 20 and met[2:] == [0, 0]
     assert json.loads((folder / "guided" / "teacher.json").read_text())["name"] == str(teacher)
     assert len(list((folder / "cache" / "vectors").iterdir())) == 2
+
+
+def test_a_guide_that_is_the_teacher_too_is_opened_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAXEMBED_CACHE", str(folder / "cache"))
+    opened: list[str] = []
+    monkeypatch.setattr(run, "open_encoder", lambda name, cache: opened.append(name) or open_encoder(name, cache))
+    base = str(folder / "base")
+    both = [{"name": "infonce", "guide": base}, {"name": "embedding_matching", "teacher": base}]
+    train(staged(folder, "both", [{"train": {"steps": 2}, "objectives": both}]))
+    assert opened == [base]
+    records = [json.loads((folder / "both" / f"{role}.json").read_text()) for role in ("guide", "teacher")]
+    assert records[0] == records[1] and records[0]["name"] == base
+    assert len(logged(folder, "both", "embedding_matching")) == 2
 
 
 def test_one_stage_is_a_run_without_stages(folder: Path) -> None:
