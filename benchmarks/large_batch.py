@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import yaml
 from vs_sentence_transformers import measured
 
-from jaxembed import parallel
+from jaxembed.devices import parallel
 from jaxembed.config import InfoNCEConfig
 from jaxembed.data.batch import Batch, OtherVectors
 from jaxembed.losses.encoded import Encoded

@@ -27,10 +27,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxembed import cli, parallel
+from jaxembed import cli
+from jaxembed.devices import parallel
 from jaxembed import config as configuration
 from jaxembed.data.batch import BatchBuilder
-from jaxembed.data.mixture import Plan
+from jaxembed.data.batch_plan import Plan
 from jaxembed.data.sources import open_sources
 from jaxembed.hub.base import find_base
 from jaxembed.hub.embedder import Embedder, from_base
@@ -39,7 +40,7 @@ from jaxembed.model.decoder import Compute
 from jaxembed.model.kernels import pick_kernel
 from jaxembed.model.layers import RMSNorm, rope_frequencies, rope_table, rotate
 from jaxembed.model.masks import MASKS, Places
-from jaxembed.model.product import product
+from jaxembed.model.matmul import product
 from jaxembed.training.optim import learning_rate, make_optimizer
 from jaxembed.training.step import TrainState, make_train_step
 

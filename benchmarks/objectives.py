@@ -27,7 +27,7 @@ import yaml
 
 from jaxembed import Embedder, cli, config
 from jaxembed.evaluation.heldout import open_sets
-from jaxembed.run import train
+from jaxembed.runs.train import train
 
 DIRECTIONS = ["query_document", "query_query", "document_query", "document_document"]
 

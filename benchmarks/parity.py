@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from transformers import AutoModel
 
-from jaxembed import parallel
+from jaxembed.devices import parallel
 from jaxembed.hub.base import find_base
 from jaxembed.hub.embedder import Embedder, from_base
 from jaxembed.model.decoder import Compute
 from jaxembed.model.embedder import EmbeddingModel
-from jaxembed.spec import EmbeddingSpec
+from jaxembed.config.spec import EmbeddingSpec
 
 LEAST_COSINE = 0.99999
 

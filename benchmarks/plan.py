@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 from jaxembed.config import BatchingConfig, SourceConfig
-from jaxembed.data.mixture import Plan
+from jaxembed.data.batch_plan import Plan
 
 SIZES = {"a": (20_000_000, 3.0), "b": (1_000_000, 1.0), "c": (300_000, 0.5), "d": (9_000, 0.1)}  # examples and weight
 

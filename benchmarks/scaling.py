@@ -31,10 +31,10 @@ from jaxembed.losses.objectives import Objectives  # noqa: E402
 from jaxembed.model.decoder import Compute  # noqa: E402
 from jaxembed.model.embedder import EmbeddingModel  # noqa: E402
 from jaxembed.model.lora import LoRA  # noqa: E402
-from jaxembed.model.presets import DecoderConfig, from_hf, preset  # noqa: E402
+from jaxembed.model.families import DecoderConfig, from_hf, preset  # noqa: E402
 from jaxembed.planning.program import NoRoom, Program, compile_step, numbers, size  # noqa: E402
-from jaxembed.spec import EmbeddingSpec  # noqa: E402
-from jaxembed.stages import state_shapes  # noqa: E402
+from jaxembed.config.spec import EmbeddingSpec  # noqa: E402
+from jaxembed.runs.stages import state_shapes  # noqa: E402
 from jaxembed.training.optim import learning_rate, make_optimizer  # noqa: E402
 from jaxembed.training.step import make_train_step  # noqa: E402
 

@@ -16,11 +16,11 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
-from jaxembed import processes
+from jaxembed.devices import processes
 from jaxembed.config import Format
 from jaxembed.errors import Stopped, UserError
 from jaxembed.files import check_writable, exists
-from jaxembed.sections import apply_override
+from jaxembed.config.sections import apply_override
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -163,7 +163,7 @@ def make_mesh(fsdp: int) -> Mesh:
     """
     import jax
 
-    from jaxembed import parallel
+    from jaxembed.devices import parallel
 
     if (count := jax.device_count()) % fsdp:
         raise UserError(f"--fsdp is {fsdp}, which does not divide the number of devices here, {count}; use a divisor of that")

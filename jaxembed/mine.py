@@ -13,7 +13,7 @@ from jaxembed import cli, config
 from jaxembed.cli import whole
 from jaxembed.curation.rules import NUMBERS, RULES, SAMPLED, Rule
 from jaxembed.errors import UserError
-from jaxembed.sections import parse_section
+from jaxembed.config.sections import parse_section
 
 ABOUT = """\
 IN is whatever training takes, but for rows of text and label. OUT has its rows in the main format, with the negatives that
@@ -42,7 +42,7 @@ def write_negatives(args: argparse.Namespace, cache: Path) -> dict[str, Any]:
     from jaxembed.curation.report import details, line, summary
     from jaxembed.data.batch import RawText
     from jaxembed.hub.cross_encoder import open_cross_encoder
-    from jaxembed.hub.other_model import open_encoder
+    from jaxembed.hub.frozen_encoder import open_encoder
 
     cli.set_up_jax()
     by_bm25 = args.candidates == "bm25"

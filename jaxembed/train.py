@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from jaxembed import cli, config, processes
+from jaxembed import cli, config
+from jaxembed.devices import processes
 from jaxembed.data.sources import detect_format
 from jaxembed.errors import UserError
 from jaxembed.planning.topology import look_for_no_tpu
-from jaxembed.sections import table
+from jaxembed.config.sections import table
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    """Reads the config and trains; returns what `jaxembed.run.train` does, or `jaxembed.planning.plan` with --plan."""
+    """Reads the config and trains; returns what `jaxembed.runs.train.train` does, or `jaxembed.planning.plan` with --plan."""
     settings = config.load(args.config, args.overrides)
     for source in settings.data.sources:
         detect_format(source)  # a mistyped path is told before JAX loads
@@ -25,7 +26,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         from jaxembed.planning.plan import plan
 
         return plan(settings, args.topology, args.slices or 1)
-    from jaxembed.run import train  # imports JAX: after the config is known to be good
+    from jaxembed.runs.train import train  # imports JAX: after the config is known to be good
 
     cli.set_up_jax()
     with processes.together(settings.train.stall_timeout_s):

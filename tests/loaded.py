@@ -15,14 +15,14 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
-from jaxembed import parallel
+from jaxembed.devices import parallel
 from jaxembed.data.packing import PackedTexts, fill, max_segments, pack
-from jaxembed.hub.weights import load_params
+from jaxembed.formats.weights import load_params
 from jaxembed.model.decoder import Compute
 from jaxembed.model.embedder import EmbeddingModel, init_params, parameter_shapes
 from jaxembed.model.lora import LoRA
-from jaxembed.model.presets import from_hf
-from jaxembed.spec import EmbeddingSpec
+from jaxembed.model.families import from_hf
+from jaxembed.config.spec import EmbeddingSpec
 
 
 def load(

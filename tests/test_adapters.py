@@ -13,10 +13,11 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import tiny
-from jaxembed import Embedder, cli, config, parallel
+from jaxembed import Embedder, cli, config
+from jaxembed.devices import parallel
 from jaxembed.config import InfoNCEConfig, OptimConfig, PythonPackagesConfig
 from jaxembed.data.batch import BatchBuilder
-from jaxembed.data.mixture import Plan
+from jaxembed.data.batch_plan import Plan
 from jaxembed.data.sources import Source, open_source
 from jaxembed.data.tokenize import TextTokenizer, append_eos
 from jaxembed.errors import UserError
@@ -24,13 +25,13 @@ from jaxembed.evaluate import load_encoder
 from jaxembed.evaluation.heldout import open_sets
 from jaxembed.export import read_card
 from jaxembed.hub.export import export_adapters
-from jaxembed.hub.opening import open_trained
-from jaxembed.hub.peft import read_adapters
+from jaxembed.hub.restore import open_trained
+from jaxembed.formats.peft import read_adapters
 from jaxembed.losses.objectives import Objectives
 from jaxembed.model.decoder import Compute
 from jaxembed.model.lora import LoRA, join, split, stack_adapters
-from jaxembed.run import train
-from jaxembed.spec import EmbeddingSpec
+from jaxembed.runs.train import train
+from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.training.metrics import read_metrics
 from jaxembed.training.optim import learning_rate, make_optimizer
 from jaxembed.training.step import TrainState, make_train_step

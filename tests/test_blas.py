@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxembed import parallel
-from jaxembed.model import blas
+from jaxembed.devices import parallel
+from jaxembed.devices import blas
 from jaxembed.model.decoder import Compute
 from jaxembed.model.embedder import EmbeddingModel
-from jaxembed.model.presets import from_hf
-from jaxembed.model.product import product
+from jaxembed.model.families import from_hf
+from jaxembed.model.matmul import product
 from jaxembed.planning.flops import product_flops
 from loaded import draw_texts, in_rows, load
 from runs import ENV
@@ -74,7 +74,7 @@ def test_a_model_is_the_same(base_folder: Callable[[str], Path], monkeypatch: py
 
 LEFT_ALONE = """
 import jax, jax.numpy as jnp
-from jaxembed.model import blas
+from jaxembed.devices import blas
 x = jnp.ones((512, 512))
 jax.jit(lambda x: jax.lax.fori_loop(0, 300, lambda i, y: jnp.tanh(blas.product(y, x)), x))(x)
 print("left")

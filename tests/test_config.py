@@ -14,7 +14,7 @@ from jaxembed.errors import UserError
 from jaxembed.model.lora import TARGETS
 from jaxembed.model.masks import MASKS
 from jaxembed.model.pooling import POOLINGS
-from jaxembed.spec import EmbeddingSpec
+from jaxembed.config.spec import EmbeddingSpec
 
 SMALLEST = {"model": {"base": "preset:tiny"}, "data": {"sources": [{"path": "a.jsonl"}, {"path": "b.jsonl"}]}}
 

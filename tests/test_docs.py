@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jaxembed import config
-from jaxembed.sections import reference
+from jaxembed.config.sections import reference
 
 ROOT = Path(__file__).parents[1]
 

@@ -15,18 +15,20 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from jaxembed import Embedder, parallel, processes
+from jaxembed import Embedder
+from jaxembed.devices import parallel
+from jaxembed.devices import processes
 from jaxembed.config import Config
 from jaxembed.data.batch import Batch, RawText
 from jaxembed.errors import UserError
 from jaxembed.hub.base import find_base
 from jaxembed.hub.embedder import from_base
 from jaxembed.hub.merging import merge_models
-from jaxembed.hub.other_model import open_encoder
-from jaxembed.hub.peft import write_adapters
+from jaxembed.hub.frozen_encoder import open_encoder
+from jaxembed.formats.peft import write_adapters
 from jaxembed.model.decoder import Compute
 from jaxembed.model.lora import LoRA
-from jaxembed.run import train
+from jaxembed.runs.train import train
 from jaxembed.training.step import TrainState
 from runs import prepare, settings
 
@@ -66,7 +68,7 @@ def run(folder: Path, name: str, base: str, *overrides: str, moved: float = 0.0)
 
     config = settings(folder, name, *QUICK, f"model.base={folder / base}", *overrides)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jaxembed.run.make_train_step", lambda *args, **kwargs: step)
+        patch.setattr("jaxembed.runs.train.make_train_step", lambda *args, **kwargs: step)
         patch.setattr(processes, "in_turn", alone)
         train(config)
     return config

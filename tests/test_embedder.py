@@ -18,8 +18,8 @@ from jaxembed.hub.card import Card
 from jaxembed.hub.embedder import from_base
 from jaxembed.hub.export import export
 from jaxembed.model.decoder import Compute
-from jaxembed.parallel import make_mesh
-from jaxembed.spec import EmbeddingSpec
+from jaxembed.devices.parallel import make_mesh
+from jaxembed.config.spec import EmbeddingSpec
 
 LONG = "the quick brown fox jumps over the lazy dog and the dog sleeps " * 20
 

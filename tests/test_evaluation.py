@@ -16,7 +16,7 @@ from jaxembed.errors import UserError
 from jaxembed.evaluation.heldout import open_sets, score_all
 from jaxembed.evaluation.mteb_encoder import MtebEncoder, evaluate, find_tasks
 from jaxembed.evaluation.retrieval import ndcg, recall, spearman
-from jaxembed.spec import EmbeddingSpec
+from jaxembed.config.spec import EmbeddingSpec
 
 
 def test_metrics_equal_trec_eval():

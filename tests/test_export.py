@@ -13,16 +13,17 @@ import pytest
 
 import jaxembed.hub
 import tiny
-from jaxembed import Embedder, parallel
+from jaxembed import Embedder
+from jaxembed.devices import parallel
 from jaxembed.errors import UserError
 from jaxembed.hub import export as module
 from jaxembed.hub.base import find_base
 from jaxembed.hub.card import Card
 from jaxembed.hub.embedder import from_base
-from jaxembed.hub.opening import text_tokenizer
+from jaxembed.hub.restore import text_tokenizer
 from jaxembed.model.decoder import Compute
 from jaxembed.model.pooling import TRAINED
-from jaxembed.spec import EmbeddingSpec
+from jaxembed.config.spec import EmbeddingSpec
 from loaded import load
 from runs import command
 

@@ -25,8 +25,8 @@ from jaxembed.errors import UserError
 from jaxembed.hub.base import spec_from_json, write_spec
 from jaxembed.hub.card import Card
 from jaxembed.hub.export import encode_torch, export, load_sentence_transformer
-from jaxembed.run import train
-from jaxembed.spec import EmbeddingSpec, Shot
+from jaxembed.runs.train import train
+from jaxembed.config.spec import EmbeddingSpec, Shot
 from runs import prepare, settings
 
 # bge-en-icl's form (Li et al. 2024).

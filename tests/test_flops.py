@@ -13,10 +13,10 @@ from jaxembed.errors import UserError
 from jaxembed.model.decoder import Compute
 from jaxembed.model.embedder import EmbeddingModel, parameter_shapes
 from jaxembed.model.lora import LoRA, split, stacked_shapes
-from jaxembed.model.presets import DecoderConfig
-from jaxembed.run import train
-from jaxembed.spec import EmbeddingSpec
-from jaxembed.training import flops
+from jaxembed.model.families import DecoderConfig
+from jaxembed.runs.train import train
+from jaxembed.config.spec import EmbeddingSpec
+from jaxembed.training import mfu as flops
 from jaxembed.training.metrics import read_metrics
 from jaxembed.training.profile import Profile
 from runs import prepare, settings

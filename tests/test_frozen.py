@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from jaxembed import parallel
+from jaxembed.devices import parallel
 from jaxembed.hub.base import find_base
-from jaxembed.hub.opening import base_params, shapes_and_shardings
-from jaxembed.hub.peft import write_adapters
+from jaxembed.hub.restore import base_params, shapes_and_shardings
+from jaxembed.formats.peft import write_adapters
 from jaxembed.model.decoder import Compute
 from jaxembed.model.embedder import EmbeddingModel, parameter_shapes
-from jaxembed.model.frozen import dequantise, quantise
+from jaxembed.model.quantization import dequantise, quantise
 from jaxembed.model.lora import LoRA, merge, split
-from jaxembed.model.presets import from_hf, preset
-from jaxembed.model.product import frozen_product
-from jaxembed.spec import EmbeddingSpec
+from jaxembed.model.families import from_hf, preset
+from jaxembed.model.matmul import frozen_product
+from jaxembed.config.spec import EmbeddingSpec
 from loaded import draw_texts, in_rows, load, vectors
 from test_lora import adapted
 

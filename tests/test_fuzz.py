@@ -20,7 +20,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import tiny
-from jaxembed import parallel
+from jaxembed.devices import parallel
 from jaxembed.config import PythonPackagesConfig, SourceConfig, load
 from jaxembed.data import schema
 from jaxembed.data.beir import open_beir, write_beir
@@ -30,13 +30,13 @@ from jaxembed.data.sources import open_source
 from jaxembed.encode import read_texts
 from jaxembed.errors import UserError
 from jaxembed.hub.base import SPEC_FILE, find_base, write_spec
-from jaxembed.hub.opening import base_params, shapes_and_shardings
-from jaxembed.hub.peft import write_adapters
-from jaxembed.hub.weights import load_params, save_params
+from jaxembed.hub.restore import base_params, shapes_and_shardings
+from jaxembed.formats.peft import write_adapters
+from jaxembed.formats.weights import load_params, save_params
 from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.model.lora import LoRA
-from jaxembed.model.presets import DecoderConfig
-from jaxembed.spec import EmbeddingSpec
+from jaxembed.model.families import DecoderConfig
+from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.training.metrics import read_metrics
 from loaded import load as loaded
 

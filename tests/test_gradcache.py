@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxembed import parallel
+from jaxembed.devices import parallel
 from jaxembed.config import (
     DistillationConfig,
     EmbeddingMatchingConfig,

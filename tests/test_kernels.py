@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxembed import parallel
+from jaxembed.devices import parallel
 from jaxembed.errors import UserError
 from jaxembed.model import kernels
 from jaxembed.model.kernels import attend, pick_kernel
 from jaxembed.model.masks import MASKS, Places
-from jaxembed.spec import EmbeddingSpec
+from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.training.gradcache import encode
 from loaded import draw_texts, in_rows, load
 from test_gradcache import every_slot

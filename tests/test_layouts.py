@@ -27,9 +27,9 @@ from jaxembed.hub.card import Card
 from jaxembed.hub.embedder import from_base
 from jaxembed.hub.export import encode_torch, export, export_adapters, load_sentence_transformer
 from jaxembed.model.decoder import Compute
-from jaxembed.parallel import make_mesh
-from jaxembed.run import train
-from jaxembed.spec import Shot
+from jaxembed.devices.parallel import make_mesh
+from jaxembed.runs.train import train
+from jaxembed.config.spec import Shot
 from loaded import least_cosine
 from runs import prepare, settings
 

@@ -22,8 +22,8 @@ from jaxembed.hub.export import export
 from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.model.layers import Linear
 from jaxembed.model.lora import TARGETS, LoRA, join, merge, split
-from jaxembed.run import train
-from jaxembed.spec import EmbeddingSpec
+from jaxembed.runs.train import train
+from jaxembed.config.spec import EmbeddingSpec
 from loaded import draw_texts, in_rows, load, vectors
 from runs import losses, prepare, settings
 

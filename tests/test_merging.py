@@ -18,17 +18,18 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import tiny
-from jaxembed import Embedder, merge, parallel
+from jaxembed import Embedder, merge
+from jaxembed.devices import parallel
 from jaxembed.errors import UserError
 from jaxembed.hub.base import write_spec
 from jaxembed.hub.export import encode_torch, load_sentence_transformer
 from jaxembed.hub.merging import merge_models
-from jaxembed.hub.peft import write_adapters
+from jaxembed.formats.peft import write_adapters
 from jaxembed.merge import model_weights
 from jaxembed.model import interpolation
 from jaxembed.model.interpolation import METHODS, interpolate
 from jaxembed.model.lora import LoRA
-from jaxembed.spec import EmbeddingSpec
+from jaxembed.config.spec import EmbeddingSpec
 
 SPEC = EmbeddingSpec(attention="causal", pooling="last", max_length=64, prompts={"query": "q:"})
 

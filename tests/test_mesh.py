@@ -11,17 +11,17 @@ import jax
 import pytest
 from flax.traverse_util import flatten_dict
 
-from jaxembed import parallel
+from jaxembed.devices import parallel
 from jaxembed.config import InfoNCEConfig, MatryoshkaConfig
 from jaxembed.data.sources import Source
 from jaxembed.errors import UserError
-from jaxembed.hub.opening import shapes_and_shardings
+from jaxembed.hub.restore import shapes_and_shardings
 from jaxembed.losses import blockwise
 from jaxembed.losses.objectives import Objectives
 from jaxembed.model.decoder import Compute
 from jaxembed.model.embedder import EmbeddingModel, init_params
 from jaxembed.model.lora import LoRA, join, split
-from jaxembed.model.presets import from_hf
+from jaxembed.model.families import from_hf
 from jaxembed.training.step import batch_loss
 from test_gradcache import close
 from test_step import SPEC, host_batches, source

@@ -35,7 +35,7 @@ from jaxembed.data.beir import write_beir
 from jaxembed.data.sources import Source
 from jaxembed.errors import Stopped, UserError
 from jaxembed.hub.cross_encoder import open_cross_encoder
-from jaxembed.hub.other_model import OtherModel
+from jaxembed.hub.frozen_encoder import OtherModel
 from runs import ENV
 
 DEPTH = 40
@@ -297,7 +297,7 @@ def test_a_cross_encoder_scores_anew(
 KILLED = """
 import os, runpy, signal
 from jaxembed.curation import mining
-from jaxembed.hub.other_model import OtherModel
+from jaxembed.hub.frozen_encoder import OtherModel
 mining.AT_ONCE, run, calls = 8, OtherModel._run, []
 def killed(self, texts, lead):
     calls.append(texts)
@@ -398,7 +398,7 @@ class Encoder:
 def encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pairs: list[dict[str, Any]]) -> Encoder:
     """The model of commands that run in a folder with pairs.jsonl and config.yaml."""
     stub = Encoder()
-    monkeypatch.setattr("jaxembed.hub.other_model.open_encoder", lambda *_: stub)
+    monkeypatch.setattr("jaxembed.hub.frozen_encoder.open_encoder", lambda *_: stub)
     monkeypatch.setenv("JAXEMBED_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "pairs.jsonl", pairs)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from sentence_transformers.sentence_transformer import losses as theirs
 
-from jaxembed import parallel
+from jaxembed.devices import parallel
 from jaxembed.config import (
     DistillationConfig,
     EmbeddingMatchingConfig,

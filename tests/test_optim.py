@@ -13,8 +13,8 @@ import pytest
 
 from jaxembed.config import OptimConfig
 from jaxembed.model.embedder import EmbeddingModel, parameter_shapes
-from jaxembed.model.presets import from_hf, preset
-from jaxembed.spec import EmbeddingSpec
+from jaxembed.model.families import from_hf, preset
+from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.training.optim import decay_mask, learning_rate, make_optimizer
 
 

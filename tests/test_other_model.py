@@ -17,20 +17,21 @@ import pytest
 import torch
 
 import tiny
-from jaxembed import Embedder, parallel
+from jaxembed import Embedder
+from jaxembed.devices import parallel
 from jaxembed.config import InfoNCEConfig, PythonPackagesConfig, SourceConfig
 from jaxembed.data.batch import BatchBuilder, OtherVectors, RawText
-from jaxembed.data.mixture import Plan
+from jaxembed.data.batch_plan import Plan
 from jaxembed.data.pipeline import batches
 from jaxembed.data.sources import open_source
 from jaxembed.data.tokenize import TextTokenizer
 from jaxembed.errors import UserError
 from jaxembed.hub.base import find_base, write_spec
-from jaxembed.hub.other_model import OtherModel, open_encoder
+from jaxembed.hub.frozen_encoder import OtherModel, open_encoder
 from jaxembed.losses.encoded import Encoded
 from jaxembed.losses.infonce import info_nce
 from jaxembed.model.pooling import unit_length
-from jaxembed.spec import EmbeddingSpec
+from jaxembed.config.spec import EmbeddingSpec
 from test_losses import batch_of, unit
 
 PROMPTS = {"query": "search: ", "document": "passage: "}

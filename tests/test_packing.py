@@ -17,7 +17,7 @@ from jaxembed.data.batch import merged
 from jaxembed.data.packing import FULL, PackedTexts, bucket, fill, max_segments, pack, pack_by_length, pack_shards
 from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.model.pooling import POOLINGS
-from jaxembed.spec import EmbeddingSpec
+from jaxembed.config.spec import EmbeddingSpec
 from loaded import draw_texts, in_rows, load, vectors
 
 Folder = Callable[[str], Path]

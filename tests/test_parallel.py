@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from jaxembed import parallel
+from jaxembed.devices import parallel
 from jaxembed.model.embedder import EmbeddingModel, init_params, parameter_shapes
 from jaxembed.model.lora import LoRA
-from jaxembed.model.presets import from_hf, preset
-from jaxembed.spec import EmbeddingSpec
+from jaxembed.model.families import from_hf, preset
+from jaxembed.config.spec import EmbeddingSpec
 
 
 def test_a_mesh_takes_all_devices_or_as_many_as_asked_for() -> None:
@@ -26,7 +26,8 @@ def test_a_mesh_takes_all_devices_or_as_many_as_asked_for() -> None:
 
 KEPT = """
 import jax, resource
-from jaxembed import cli, parallel
+from jaxembed import cli
+from jaxembed.devices import parallel
 
 cli.set_up_jax()
 parallel.keep_memory()

@@ -16,8 +16,8 @@ import tiny
 from jaxembed.errors import UserError
 from jaxembed.hub.base import find_base
 from jaxembed.model.embedder import EmbeddingModel, parameter_shapes
-from jaxembed.model.presets import PRESETS, from_hf, preset
-from jaxembed.spec import EmbeddingSpec
+from jaxembed.model.families import PRESETS, from_hf, preset
+from jaxembed.config.spec import EmbeddingSpec
 from loaded import draw_texts, in_rows, load, vectors
 
 LENGTHS = (3, 17, 30, 9, 1, 12)  # more than one window of the family that has one, and rows that several texts share

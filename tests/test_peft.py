@@ -17,7 +17,7 @@ import tiny
 from jaxembed import Embedder
 from jaxembed.errors import UserError
 from jaxembed.hub.export import export_adapters
-from jaxembed.run import train
+from jaxembed.runs.train import train
 from runs import command, prepare, settings
 
 SHORT = ("train.steps=1", "eval.sets=[]")

@@ -14,14 +14,14 @@ import pytest
 import tiny
 from jaxembed.config import BatchingConfig, MixtureConfig, PythonPackagesConfig, SourceConfig
 from jaxembed.data.batch import Batch, BatchBuilder, HostBatch
-from jaxembed.data.mixture import ExampleIndex, Plan
+from jaxembed.data.batch_plan import ExampleIndex, Plan
 from jaxembed.data.pipeline import batches
 from jaxembed.data.schema import Example, text_hash
 from jaxembed.data.shuffle import key_of, permuted
 from jaxembed.data.sources import Source, open_source
 from jaxembed.data.tokenize import TextTokenizer, append_eos
 from jaxembed.errors import UserError
-from jaxembed.spec import EmbeddingSpec
+from jaxembed.config.spec import EmbeddingSpec
 
 SPEC = EmbeddingSpec(max_length=24, instruction_template="I: {instruction} Q: ")
 

@@ -17,12 +17,12 @@ from sentence_transformers.sentence_transformer import modules
 
 from jaxembed.errors import UserError
 from jaxembed.hub.base import POOLING_MODES
-from jaxembed.hub.token_pooling import TokenPooling
-from jaxembed.hub.weights import save_params
+from jaxembed.formats.token_pooling import TokenPooling
+from jaxembed.formats.weights import save_params
 from jaxembed.model.embedder import parameter_shapes
 from jaxembed.model.masks import Places
 from jaxembed.model.pooling import TRAINED, LatentAttentionPooling, make_pooling
-from jaxembed.spec import EmbeddingSpec
+from jaxembed.config.spec import EmbeddingSpec
 from loaded import draw_texts, in_rows, load, vectors
 
 Folder = Callable[[str], Path]

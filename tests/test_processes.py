@@ -18,12 +18,13 @@ import jax
 import numpy as np
 import pytest
 
-from jaxembed import config, processes
-from jaxembed.hub.weights import save_params
+from jaxembed import config
+from jaxembed.devices import processes
+from jaxembed.formats.weights import save_params
 from jaxembed.model.embedder import EmbeddingModel, parameter_shapes
-from jaxembed.model.presets import from_hf
-from jaxembed.run import train
-from jaxembed.spec import EmbeddingSpec
+from jaxembed.model.families import from_hf
+from jaxembed.runs.train import train
+from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.training.checkpoint import Checkpoints
 from jaxembed.training.metrics import read_metrics
 from runs import ENV, prepare, rewound, settings, staged
@@ -169,12 +170,13 @@ LOADING = """
 import json, sys, threading, time
 from pathlib import Path
 import jax
-from jaxembed import parallel, processes
-from jaxembed.hub.opening import shapes_and_shardings
-from jaxembed.hub.weights import load_params
+from jaxembed.devices import parallel
+from jaxembed.devices import processes
+from jaxembed.hub.restore import shapes_and_shardings
+from jaxembed.formats.weights import load_params
 from jaxembed.model.embedder import EmbeddingModel
-from jaxembed.model.presets import from_hf
-from jaxembed.spec import EmbeddingSpec
+from jaxembed.model.families import from_hf
+from jaxembed.config.spec import EmbeddingSpec
 
 def anonymous():
     status = Path("/proc/self/status").read_text()

@@ -13,16 +13,17 @@ import numpy as np
 import pytest
 
 import tiny
-from jaxembed import Embedder, parallel
+from jaxembed import Embedder
+from jaxembed.devices import parallel
 from jaxembed.errors import UserError
 from jaxembed.hub.base import SPEC_FILE, find_base
 from jaxembed.hub.card import Card
 from jaxembed.hub.embedder import from_base
 from jaxembed.hub.export import encode_torch, export, load_sentence_transformer
-from jaxembed.hub.opening import text_tokenizer
+from jaxembed.hub.restore import text_tokenizer
 from jaxembed.model.decoder import Compute
-from jaxembed.run import train
-from jaxembed.spec import EmbeddingSpec
+from jaxembed.runs.train import train
+from jaxembed.config.spec import EmbeddingSpec
 from loaded import load
 from runs import prepare, settings
 

@@ -21,10 +21,10 @@ from jaxembed.hub.base import find_base
 from jaxembed.hub.card import Card
 from jaxembed.hub.embedder import from_base
 from jaxembed.hub.export import encode_torch, export, export_nv_embed, load_sentence_transformer
-from jaxembed.hub.token_pooling import TokenPooling
+from jaxembed.formats.token_pooling import TokenPooling
 from jaxembed.model.decoder import Compute
-from jaxembed.parallel import make_mesh
-from jaxembed.run import train
+from jaxembed.devices.parallel import make_mesh
+from jaxembed.runs.train import train
 from loaded import least_cosine
 from runs import prepare, settings
 

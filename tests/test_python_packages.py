@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from jaxembed.data import python_packages
-from jaxembed.data.near_copies import NearCopies
-from jaxembed.data.python_packages import extract
+from jaxembed.curation import python_packages
+from jaxembed.curation.near_duplicates import NearCopies
+from jaxembed.curation.python_packages import extract
 from jaxembed.errors import UserError
 
 Write = Callable[[str, str], None]

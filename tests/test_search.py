@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxembed import parallel
+from jaxembed.devices import parallel
 from jaxembed.search import nearest
 from jaxembed.search.nearest import GROUP, block_sizes, faiss_queries, search, top_k
 

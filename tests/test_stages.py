@@ -13,11 +13,12 @@ import yaml
 
 import runs
 import tiny
-from jaxembed import Embedder, config, run
+from jaxembed import Embedder, config
+from jaxembed.runs import train as run
 from jaxembed.data.sources import open_sources
 from jaxembed.errors import UserError
-from jaxembed.hub.other_model import open_encoder
-from jaxembed.run import train
+from jaxembed.hub.frozen_encoder import open_encoder
+from jaxembed.runs.train import train
 from jaxembed.training import loop
 from jaxembed.training.metrics import read_metrics
 from runs import losses, prepare, settings

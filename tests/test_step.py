@@ -17,15 +17,15 @@ import pytest
 from jax.sharding import Mesh
 
 import tiny
-from jaxembed import parallel
+from jaxembed.devices import parallel
 from jaxembed.config import InfoNCEConfig, OptimConfig, PythonPackagesConfig, SourceConfig
 from jaxembed.data.batch import BatchBuilder, HostBatch
-from jaxembed.data.mixture import Plan
+from jaxembed.data.batch_plan import Plan
 from jaxembed.data.sources import Source, open_source
 from jaxembed.data.tokenize import TextTokenizer, append_eos
 from jaxembed.losses.objectives import Objectives
 from jaxembed.model.embedder import EmbeddingModel
-from jaxembed.spec import EmbeddingSpec
+from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.training.optim import learning_rate, make_optimizer
 from jaxembed.training.step import TrainState, batch_loss, make_train_step
 from loaded import load

@@ -14,7 +14,7 @@ from jaxembed import Embedder
 from jaxembed.errors import UserError
 from jaxembed.hub.card import Card
 from jaxembed.hub.export import export
-from jaxembed.run import train
+from jaxembed.runs.train import train
 from jaxembed.training.metrics import read_metrics
 from runs import command, losses, prepare, settings
 

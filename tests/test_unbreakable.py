@@ -21,7 +21,7 @@ from jaxembed.errors import UserError
 from jaxembed.export import read_card
 from jaxembed.losses import infonce
 from jaxembed.losses.objectives import OBJECTIVES
-from jaxembed.run import train
+from jaxembed.runs.train import train
 from jaxembed.training import run_dir
 from jaxembed.training.checkpoint import Checkpoints
 from jaxembed.training.metrics import read_metrics

@@ -16,10 +16,10 @@ from safetensors.numpy import load_file, save_file
 
 import tiny
 from jaxembed.errors import UserError
-from jaxembed.hub.weights import save_params
+from jaxembed.formats.weights import save_params
 from jaxembed.model.embedder import EmbeddingModel, parameter_shapes
-from jaxembed.model.presets import from_hf
-from jaxembed.spec import EmbeddingSpec
+from jaxembed.model.families import from_hf
+from jaxembed.config.spec import EmbeddingSpec
 from loaded import load
 
 Folder = Callable[[str], Path]
@@ -174,7 +174,7 @@ LOADING = """
 import json, sys, threading, time
 from pathlib import Path
 import jax
-from jaxembed.spec import EmbeddingSpec
+from jaxembed.config.spec import EmbeddingSpec
 from loaded import load
 
 def anonymous():

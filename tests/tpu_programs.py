@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxembed import parallel
+from jaxembed.devices import parallel
 from jaxembed.config import InfoNCEConfig, OptimConfig
 from jaxembed.data.batch import Batch
 from jaxembed.data.packing import PackedTexts
@@ -25,8 +25,8 @@ from jaxembed.model.decoder import Compute
 from jaxembed.model.embedder import EmbeddingModel, parameter_shapes
 from jaxembed.model.kernels import pick_kernel
 from jaxembed.model.masks import MASKS, Places
-from jaxembed.model.presets import from_hf, preset
-from jaxembed.spec import EmbeddingSpec
+from jaxembed.model.families import from_hf, preset
+from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.training.optim import learning_rate, make_optimizer
 from jaxembed.training.step import TrainState, make_train_step
 

@@ -13,7 +13,7 @@ from jaxembed.curation.rules import Rule
 from jaxembed.data.batch import EncodeRaw, RawText
 from jaxembed.errors import UserError
 from jaxembed.hub.cross_encoder import ScorePairs
-from jaxembed.processes import progress
+from jaxembed.devices.processes import progress
 from jaxembed.search import bm25
 from jaxembed.search.nearest import MEMORY_MB, Found, search
 

@@ -8,19 +8,19 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxembed import processes
+from jaxembed.devices import processes
 from jaxembed.config import MineConfig
 from jaxembed.curation.mining import Ways, embed, mine
 from jaxembed.curation.pool import Numbers, read_pool
 from jaxembed.curation.rules import Rule
 from jaxembed.data.batch import RawText
-from jaxembed.data.drawers import Pairs
+from jaxembed.data.sampling import Pairs
 from jaxembed.data.jsonl import write_lines
 from jaxembed.data.sources import Source
 from jaxembed.errors import UserError
 from jaxembed.files import written_whole
 from jaxembed.hub.embedder import Embedder
-from jaxembed.hub.other_model import in_groups
+from jaxembed.hub.frozen_encoder import in_groups
 
 KEPT = ("query", "prompt", "pos")  # fields of a row that stay
 log = logging.getLogger("jaxembed")

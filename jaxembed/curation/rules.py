@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxembed.config import MineConfig, MiningRule
 from jaxembed.errors import UserError
-from jaxembed.sections import parse_section
+from jaxembed.config.sections import parse_section
 
 RULES = typing.get_args(MiningRule)
 DEFAULTS = MineConfig()

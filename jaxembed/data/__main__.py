@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from jaxembed import cli, config
 from jaxembed.data import reports
 from jaxembed.errors import UserError
-from jaxembed.sections import parse_section
-from jaxembed.spec import EmbeddingSpec
+from jaxembed.config.sections import parse_section
+from jaxembed.config.spec import EmbeddingSpec
 
 if TYPE_CHECKING:
     from jaxembed.data.tokenize import TextTokenizer
@@ -106,7 +106,7 @@ def open_tokenizer(model: str | None, settings: config.Config | None) -> tuple[E
     if model is None:
         return EmbeddingSpec().with_choices(*choices) if choices else EmbeddingSpec(), None
     from jaxembed.hub.base import find_base
-    from jaxembed.hub.opening import text_tokenizer
+    from jaxembed.hub.restore import text_tokenizer
 
     base = find_base(model)
     if base.folder is None:

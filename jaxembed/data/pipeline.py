@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import grain
 
 from jaxembed.data.batch import BatchBuilder, HostBatch
-from jaxembed.data.mixture import Plan
+from jaxembed.data.batch_plan import Plan
 
 PREFETCHED = 4  # batches built ahead, on a thread: tokenising releases the GIL
 

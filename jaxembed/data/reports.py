@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from jaxembed.config import DataConfig, RowField, SourceConfig
 from jaxembed.data.array_record import write_array_record
-from jaxembed.data.drawers import each
+from jaxembed.data.sampling import each
 from jaxembed.data.jsonl import write_lines
 from jaxembed.data.labels import Labels
 from jaxembed.data.rows import read_all
@@ -25,7 +25,7 @@ from jaxembed.data.sources import SHAPES, Source, open_rows, open_source, open_s
 from jaxembed.data.tokenize import TextTokenizer
 from jaxembed.errors import UserError
 from jaxembed.files import written_whole
-from jaxembed.spec import EmbeddingSpec
+from jaxembed.config.spec import EmbeddingSpec
 
 TOLD = 20  # bad rows of a source, and labels, that are named
 MEASURED = 10_000  # rows of a source whose texts are measured, evenly spread
@@ -156,8 +156,8 @@ def preview(
     """
     from jaxembed.data.batch import BatchBuilder, roles  # imports JAX, which the other commands do without
     from jaxembed.data.bpe import BYTES, train_tokenizer
-    from jaxembed.data.mixture import ExampleIndex, Plan
-    from jaxembed.fields import LARGEST
+    from jaxembed.data.batch_plan import ExampleIndex, Plan
+    from jaxembed.config.fields import LARGEST
 
     sources = open_sources(data, cache)
     if batch_size > (examples := sum(map(len, sources))):

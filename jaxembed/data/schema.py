@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from jaxembed.errors import UserError
-from jaxembed.fields import shown
+from jaxembed.config.fields import shown
 from jaxembed.files import decode
-from jaxembed.spec import Shot
+from jaxembed.config.spec import Shot
 
 
 @dataclasses.dataclass(frozen=True)

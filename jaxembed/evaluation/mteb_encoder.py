@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxembed.errors import UserError, brief
 from jaxembed.files import write_json
-from jaxembed.spec import EmbeddingSpec
+from jaxembed.config.spec import EmbeddingSpec
 
 EncodePrompted = Callable[[Sequence[str], str], np.ndarray]  # (texts, whole prompt) -> unit vectors [N, D]
 

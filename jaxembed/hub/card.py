@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from jaxembed.model.pooling import TRAINED
-from jaxembed.spec import EmbeddingSpec
+from jaxembed.config.spec import EmbeddingSpec
 
 
 @dataclasses.dataclass(frozen=True)

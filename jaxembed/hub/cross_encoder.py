@@ -14,7 +14,7 @@ from jaxembed.data.vector_store import VectorStore, key_of
 from jaxembed.errors import UserError, brief
 from jaxembed.hub.base import find_folder
 from jaxembed.hub.export import sentence_transformers
-from jaxembed.hub.other_model import folder_digest, weight_files
+from jaxembed.hub.frozen_encoder import folder_digest, weight_files
 
 ScorePairs = Callable[[Sequence[tuple[str, str]]], np.ndarray]  # (query, document) texts -> scores [P]
 

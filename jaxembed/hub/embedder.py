@@ -13,16 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxembed import parallel
+from jaxembed.devices import parallel
 from jaxembed.data.packing import PackedTexts, fill, max_segments, pack_by_length
 from jaxembed.data.tokenize import TextTokenizer
 from jaxembed.errors import UserError
 from jaxembed.hub.base import Base, content_hash, find_base
-from jaxembed.hub.opening import RunParts, base_params, open_trained, shapes_and_shardings, text_tokenizer
+from jaxembed.hub.restore import RunParts, base_params, open_trained, shapes_and_shardings, text_tokenizer
 from jaxembed.model.decoder import Compute
 from jaxembed.model.embedder import EmbeddingModel
-from jaxembed.processes import progress
-from jaxembed.spec import EmbeddingSpec, Shot
+from jaxembed.devices.processes import progress
+from jaxembed.config.spec import EmbeddingSpec, Shot
 from jaxembed.training.run_dir import RECORD
 
 WINDOW = 4096  # texts tokenised and packed together

@@ -19,20 +19,20 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxembed import parallel
+from jaxembed.devices import parallel
 from jaxembed.data.tokenize import drop_eos
 from jaxembed.errors import UserError
 from jaxembed.files import read_json_value, write_json
 from jaxembed.hub.base import POOLING_MODES, write_spec
 from jaxembed.hub.card import Card, adapters_card, model_card
 from jaxembed.hub.embedder import Embedder, from_run
-from jaxembed.hub.nv_embed import nv_embed_config, nv_embed_spec
-from jaxembed.hub.opening import RunParts, open_trained
-from jaxembed.hub.peft import write_adapters
-from jaxembed.hub.weights import POOLING_FOLDER, part_files, save_params
+from jaxembed.formats.nv_embed import nv_embed_config, nv_embed_spec
+from jaxembed.hub.restore import RunParts, open_trained
+from jaxembed.formats.peft import write_adapters
+from jaxembed.formats.weights import POOLING_FOLDER, part_files, save_params
 from jaxembed.model.decoder import Compute
-from jaxembed.model.presets import FAMILIES
-from jaxembed.spec import EmbeddingSpec
+from jaxembed.model.families import FAMILIES
+from jaxembed.config.spec import EmbeddingSpec
 
 log = logging.getLogger("jaxembed")
 

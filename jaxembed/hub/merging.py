@@ -16,7 +16,7 @@ from jaxembed.errors import UserError
 from jaxembed.hub.base import Base, find_base
 from jaxembed.hub.card import Card
 from jaxembed.hub.embedder import Embedder
-from jaxembed.hub.opening import shapes_and_shardings, text_tokenizer
+from jaxembed.hub.restore import shapes_and_shardings, text_tokenizer
 from jaxembed.model.interpolation import interpolate
 from jaxembed.training.run_dir import differences
 

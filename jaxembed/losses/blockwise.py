@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxembed import parallel
+from jaxembed.devices import parallel
 from jaxembed.losses.negatives import FalseNegatives, Texts, lent
 
 # Scores of a block, on each device: enough for fast products, little beside the activations of a step.

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxembed import parallel
+from jaxembed.devices import parallel
 from jaxembed.data.packing import PackedTexts
 from jaxembed.model.attention import Attention
 from jaxembed.model.layers import GatedMLP, RMSNorm, rope_frequencies, rope_table
 from jaxembed.model.lora import LoRA
 from jaxembed.model.masks import Mask, Places
-from jaxembed.model.presets import DecoderConfig
+from jaxembed.model.families import DecoderConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,8 +18,8 @@ from jaxembed.model.layers import Linear
 from jaxembed.model.lora import LoRA
 from jaxembed.model.masks import MASKS, Places
 from jaxembed.model.pooling import make_pooling, segment_mask, unit_length
-from jaxembed.model.presets import DecoderConfig
-from jaxembed.spec import EmbeddingSpec
+from jaxembed.model.families import DecoderConfig
+from jaxembed.config.spec import EmbeddingSpec
 
 # What may follow the projection, by name.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"identity": lambda x: x, "tanh": jnp.tanh}

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxembed import parallel
+from jaxembed.devices import parallel
 from jaxembed.errors import UserError
 from jaxembed.model import splash
 from jaxembed.model.layers import at_least_float32

@@ -2,7 +2,7 @@
 
 Letters in shapes: R rows, T tokens a row, S texts (segments) a row, N query heads, G key-value heads, H head width,
 D model width, F feed-forward width, V vocabulary, L layers (or latents), B queries, K negatives a query.
-Parameters declare their logical axes; `jaxembed.parallel` maps those to the mesh.
+Parameters declare their logical axes; `jaxembed.devices.parallel` maps those to the mesh.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxembed.model.lora import LoRA
-from jaxembed.model.product import frozen_product, product
+from jaxembed.model.matmul import frozen_product, product
 
 
 def at_least_float32(x: jax.Array) -> jax.Array:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxembed.model.frozen import dequantise
+from jaxembed.model.quantization import dequantise
 
 # PEFT's names of the projections that may have adapters -> ours.
 TARGETS = {

@@ -13,7 +13,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jaxembed import parallel
+from jaxembed.devices import parallel
 from jaxembed.model.masks import BIDIRECTIONAL, CAUSAL, Mask, Places
 
 LANES = 128  # a block of tokens is a multiple of a TPU's lanes

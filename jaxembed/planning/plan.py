@@ -10,15 +10,15 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxembed import parallel
+from jaxembed.devices import parallel
 from jaxembed.config import Config
 from jaxembed.data.batch import HostBatch
 from jaxembed.data.pipeline import batches
 from jaxembed.errors import UserError
 from jaxembed.planning.program import NoRoom, Program, compile_step, numbers, size
 from jaxembed.planning.topology import GIB, topology_devices
-from jaxembed.run import open_stages
-from jaxembed.stages import Stage, state_shapes
+from jaxembed.runs.train import open_stages
+from jaxembed.runs.stages import Stage, state_shapes
 from jaxembed.training.step import TrainState, make_train_step
 
 log = logging.getLogger("jaxembed")

@@ -11,9 +11,9 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Float
 
-from jaxembed import parallel
-from jaxembed.parallel import BATCH_AXES
-from jaxembed.processes import progress
+from jaxembed.devices import parallel
+from jaxembed.devices.parallel import BATCH_AXES
+from jaxembed.devices.processes import progress
 
 GROUP = 32  # documents whose best score stands for them
 MOST_QUERIES, MOST_DOCUMENTS = 512, 131072  # of a block; larger ones are no faster

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxembed import parallel
+from jaxembed.devices import parallel
 from jaxembed.data.packing import PackedTexts
 from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.model.pooling import unit_length

@@ -15,13 +15,13 @@ from jax.sharding import Mesh
 from jaxembed.config import TrainConfig
 from jaxembed.data.batch import HostBatch
 from jaxembed.errors import Stopped, UserError
-from jaxembed.parallel import put_batch, release_memory
+from jaxembed.devices.parallel import put_batch, release_memory
 from jaxembed.training.checkpoint import Checkpoints
-from jaxembed.training.flops import Utilisation
+from jaxembed.training.mfu import Utilisation
 from jaxembed.training.metrics import Recorder, Unrecorded
 from jaxembed.training.profile import Profile
 from jaxembed.training.step import Metrics, TrainState
-from jaxembed.training.watch import StopRequest, must_finish
+from jaxembed.training.shutdown import StopRequest, must_finish
 
 Evaluate = Callable[[Any], Mapping[str, float]]  # all parameters -> scores by SET/METRIC
 

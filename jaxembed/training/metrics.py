@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from jaxembed.data.schema import parse_row
 from jaxembed.errors import UserError
-from jaxembed.fields import Fields
+from jaxembed.config.fields import Fields
 from jaxembed.files import exists, read_bytes, write_text
 
 

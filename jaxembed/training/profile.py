@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from jaxembed import processes
+from jaxembed.devices import processes
 
 
 class Profile:

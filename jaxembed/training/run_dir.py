@@ -11,11 +11,11 @@ from typing import Any
 
 import yaml
 
-from jaxembed import processes
+from jaxembed.devices import processes
 from jaxembed.config import Config
 from jaxembed.errors import UserError
 from jaxembed.files import exists, read_json, write_json, write_text
-from jaxembed.sections import read_tree
+from jaxembed.config.sections import read_tree
 
 log = logging.getLogger("jaxembed")
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxembed import parallel
+from jaxembed.devices import parallel
 from jaxembed.data.batch import Batch
 from jaxembed.losses.objectives import Objectives
 from jaxembed.model.embedder import EmbeddingModel

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from jaxembed.errors import UserError
-from jaxembed.fields import Fields
+from jaxembed.config.fields import Fields
 
 
 @dataclasses.dataclass(frozen=True)

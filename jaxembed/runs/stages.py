@@ -14,21 +14,22 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
-from jaxembed import parallel, processes
+from jaxembed.devices import parallel
+from jaxembed.devices import processes
 from jaxembed.config import Config, DistillationConfig, InfoNCEConfig, MarginMSEConfig, ObjectiveConfig
 from jaxembed.curation.remining import is_mined, write_mined
 from jaxembed.data.batch import BatchBuilder
 from jaxembed.data.containers import open_container
-from jaxembed.data.drawers import Pairs
-from jaxembed.data.mixture import Plan
+from jaxembed.data.sampling import Pairs
+from jaxembed.data.batch_plan import Plan
 from jaxembed.data.rows import Rows
 from jaxembed.data.sources import SHAPES, Source
 from jaxembed.data.tokenize import TextTokenizer
 from jaxembed.errors import UserError
 from jaxembed.hub.base import Base
 from jaxembed.hub.embedder import Embedder
-from jaxembed.hub.opening import base_params, placed_shapes, shapes_and_shardings, text_tokenizer
-from jaxembed.hub.other_model import OtherModel
+from jaxembed.hub.restore import base_params, placed_shapes, shapes_and_shardings, text_tokenizer
+from jaxembed.hub.frozen_encoder import OtherModel
 from jaxembed.losses.objectives import Objectives
 from jaxembed.model.embedder import EmbeddingModel, init_params
 from jaxembed.model.lora import ADAPTERS, join, pick_adapter, split, stack_adapters, stacked_shapes

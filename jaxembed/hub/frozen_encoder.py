@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxembed import parallel
+from jaxembed.devices import parallel
 from jaxembed.data.batch import RawText
 from jaxembed.data.vector_store import VectorStore, key_of
 from jaxembed.errors import UserError, brief
@@ -22,7 +22,7 @@ from jaxembed.files import exists, file_digest
 from jaxembed.hub.base import SPEC_FILE, Base, content_hash, find_base, find_folder
 from jaxembed.hub.embedder import Embedder
 from jaxembed.hub.export import load_sentence_transformer
-from jaxembed.hub.modules import LISTING
+from jaxembed.formats.sentence_transformers import LISTING
 
 log = logging.getLogger("jaxembed")
 

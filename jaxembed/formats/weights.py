@@ -18,12 +18,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxembed import parallel
+from jaxembed.devices import parallel
 from jaxembed.errors import UserError
-from jaxembed.fields import Fields
+from jaxembed.config.fields import Fields
 from jaxembed.files import exists, read_json
-from jaxembed.hub.modules import projection_weights
-from jaxembed.model.frozen import quantise
+from jaxembed.formats.sentence_transformers import projection_weights
+from jaxembed.model.quantization import quantise
 
 
 @dataclasses.dataclass(frozen=True)

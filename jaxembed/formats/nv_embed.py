@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxembed.errors import UserError
-from jaxembed.fields import Fields
-from jaxembed.model.presets import DecoderConfig
-from jaxembed.spec import EmbeddingSpec
+from jaxembed.config.fields import Fields
+from jaxembed.model.families import DecoderConfig
+from jaxembed.config.spec import EmbeddingSpec
 
 LENGTH = 4096  # tokens of a text, where the release is not told otherwise
 # What transformers' MistralConfig takes for a key that a config leaves out.

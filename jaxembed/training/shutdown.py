@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
-from jaxembed import processes
+from jaxembed.devices import processes
 
 
 class StopRequest:

@@ -12,19 +12,19 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from jaxembed import parallel
+from jaxembed.devices import parallel
 from jaxembed.config import parse
 from jaxembed.data.tokenize import TextTokenizer, append_eos, load_tokenizer
 from jaxembed.errors import UserError
-from jaxembed.fields import Fields
+from jaxembed.config.fields import Fields
 from jaxembed.hub.base import Base, content_hash, find_base, recorded_lora, run_base
-from jaxembed.hub.peft import read_adapters
-from jaxembed.hub.weights import load_params, place_params, slices_of
+from jaxembed.formats.peft import read_adapters
+from jaxembed.formats.weights import load_params, place_params, slices_of
 from jaxembed.model.decoder import Compute
 from jaxembed.model.embedder import EmbeddingModel, parameter_shapes
 from jaxembed.model.lora import join, merge, pick_adapter, split, stacked_shapes
-from jaxembed.sections import read_tree
-from jaxembed.spec import EmbeddingSpec
+from jaxembed.config.sections import read_tree
+from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.training.checkpoint import Checkpoints, pick_step
 from jaxembed.training.run_dir import kept
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxembed.data.tokenize import BORDER
-from jaxembed.fields import Fields
+from jaxembed.config.fields import Fields
 from jaxembed.files import exists, read_json
 
 

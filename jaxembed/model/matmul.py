@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from jaxembed import parallel
-from jaxembed.model import blas
+from jaxembed.devices import parallel
+from jaxembed.devices import blas
 
 
 def product(x: Float[Array, "*t i"], kernel: Float[Array, "i o"], axis: int) -> Float[Array, "*t o"]:

@@ -1,4 +1,4 @@
-"""The configuration tree. Every default lives on its field; `jaxembed.sections` reads and checks it."""
+"""The configuration tree. Every default lives on its field; `jaxembed.config.sections` reads and checks it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from jaxembed.errors import UserError
-from jaxembed.fields import LARGEST
-from jaxembed.sections import Section, apply_override, parse_section, read_tree
+from jaxembed.config.fields import LARGEST
+from jaxembed.config.sections import Section, apply_override, parse_section, read_tree
 
 Positive = Annotated[int, Field(gt=0, le=LARGEST)]
 

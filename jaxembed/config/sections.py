@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from jaxembed.errors import LONGEST, UserError, brief
-from jaxembed.fields import shown
+from jaxembed.config.fields import shown
 
 NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)  # what PyYAML raises, of which dates and numbers raise the second
 

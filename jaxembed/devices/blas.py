@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float32
 
-from jaxembed import parallel
+from jaxembed.devices import parallel
 
 LEAST = 1 << 28  # operations of a product that is worth the way through Python
 QUIET = 1.0  # seconds without a product after which no program is under way

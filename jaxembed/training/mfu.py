@@ -23,7 +23,7 @@ import jax
 from flax.traverse_util import flatten_dict
 
 from jaxembed.model.lora import ADAPTERS
-from jaxembed.model.presets import DecoderConfig
+from jaxembed.model.families import DecoderConfig
 
 # JAX's name of a device, as a pattern -> FLOP/s; the first that is found in the name counts.
 PEAKS = {

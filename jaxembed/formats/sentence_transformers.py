@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxembed.errors import UserError
-from jaxembed.fields import Fields
+from jaxembed.config.fields import Fields
 from jaxembed.files import exists, read_json, read_json_value
 from jaxembed.model.embedder import ACTIVATIONS
-from jaxembed.model.presets import MOST
+from jaxembed.model.families import MOST
 
 LISTING = "modules.json"
 

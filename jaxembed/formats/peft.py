@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from jaxembed.errors import UserError
-from jaxembed.fields import Fields
+from jaxembed.config.fields import Fields
 from jaxembed.files import exists, read_json, write_json
-from jaxembed.hub.weights import TABLE
+from jaxembed.formats.weights import TABLE
 from jaxembed.model.lora import TARGETS, LoRA
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -16,38 +16,39 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxembed import parallel, processes
+from jaxembed.devices import parallel
+from jaxembed.devices import processes
 from jaxembed.cli import cache_dir
 from jaxembed.config import Config, InfoNCEConfig
 from jaxembed.curation.remining import check_reach
 from jaxembed.data.batch import roles
 from jaxembed.data.bpe import train_tokenizer
-from jaxembed.data.mixture import Plan
+from jaxembed.data.batch_plan import Plan
 from jaxembed.data.pipeline import batches
 from jaxembed.data.schema import Example
 from jaxembed.data.sources import Source, open_sources
 from jaxembed.data.tokenize import TextTokenizer, load_tokenizer
 from jaxembed.errors import UserError
 from jaxembed.evaluation.heldout import HeldOut, RetrievalSet, open_sets, score_all
-from jaxembed.fields import shown
+from jaxembed.config.fields import shown
 from jaxembed.files import write_json
 from jaxembed.hub.base import Base, content_hash, find_base, write_spec
 from jaxembed.hub.embedder import Embedder
-from jaxembed.hub.opening import text_tokenizer
-from jaxembed.hub.other_model import OtherModel, Silent, open_encoder
+from jaxembed.hub.restore import text_tokenizer
+from jaxembed.hub.frozen_encoder import OtherModel, Silent, open_encoder
 from jaxembed.model.decoder import Compute
 from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.model.lora import LoRA, pick_adapter
-from jaxembed.spec import EmbeddingSpec
-from jaxembed.stages import Stage, enter, first_state, make_stages, resume, with_mined_negatives
+from jaxembed.config.spec import EmbeddingSpec
+from jaxembed.runs.stages import Stage, enter, first_state, make_stages, resume, with_mined_negatives
 from jaxembed.training.checkpoint import Checkpoints
-from jaxembed.training.flops import Utilisation, device_peak, utilisation
+from jaxembed.training.mfu import Utilisation, device_peak, utilisation
 from jaxembed.training.loop import Evaluate, Trainer
 from jaxembed.training.metrics import Recorder, Unrecorded, read_metrics
 from jaxembed.training.profile import Profile
 from jaxembed.training.run_dir import check_alike, note_versions, open_run, record
 from jaxembed.training.step import TrainState, make_train_step
-from jaxembed.training.watch import StopRequest
+from jaxembed.training.shutdown import StopRequest
 
 log = logging.getLogger("jaxembed")
 
