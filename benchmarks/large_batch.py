@@ -34,9 +34,10 @@ import jax.numpy as jnp
 import yaml
 from vs_sentence_transformers import measured
 
-from jaxembed.devices import parallel
 from jaxembed.config import InfoNCEConfig
 from jaxembed.data.batch import Batch, OtherVectors
+from jaxembed.devices.mesh import make_mesh
+from jaxembed.devices.placement import batch_sharding
 from jaxembed.losses.encoded import Encoded
 from jaxembed.losses.infonce import info_nce
 from jaxembed.losses.negatives import known_positive, lent, texts_of
@@ -91,10 +92,10 @@ def plain(q: jax.Array, d: jax.Array, batch: Batch) -> jax.Array:
 
 def compiled(loss: Loss, count: int) -> jax.stages.Compiled:
     """The program of value and gradient, for queries that all devices share."""
-    mesh = parallel.make_mesh()
+    mesh = make_mesh()
 
     def split(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=parallel.split_batch(mesh))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh))
 
     with jax.set_mesh(mesh):
         shapes = jax.tree.map(split, jax.eval_shape(lambda: a_batch(count)))

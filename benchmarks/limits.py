@@ -28,11 +28,13 @@ import numpy as np
 import optax
 
 from jaxembed import cli
-from jaxembed.devices import parallel
 from jaxembed import config as configuration
 from jaxembed.data.batch import BatchBuilder
 from jaxembed.data.batch_plan import Plan
 from jaxembed.data.sources import open_sources
+from jaxembed.devices.cpu import compiler_options, retain_freed_memory
+from jaxembed.devices.mesh import make_mesh
+from jaxembed.devices.placement import put_batch
 from jaxembed.hub.base import find_base
 from jaxembed.hub.embedder import Embedder, from_base
 from jaxembed.losses.objectives import Objectives
@@ -60,8 +62,8 @@ def main() -> None:
     args = parser.parse_args()
     config = read_config(args)
     cli.set_up_jax()
-    parallel.keep_memory()
-    mesh = parallel.make_mesh(1)
+    retain_freed_memory()
+    mesh = make_mesh(1)
     base = find_base(args.base)
     spec = base.spec.with_choices(config.model, config.data.max_length)
     embedder = from_base(base, spec, Compute(), mesh)
@@ -71,7 +73,7 @@ def main() -> None:
     )  # fmt: skip
     plan = Plan(sources, config.train.batch_size, 0)
     host = build(0, np.asarray(plan[0]))
-    batch = parallel.put_batch(mesh, host.batch)
+    batch = put_batch(mesh, host.batch)
 
     parts: dict[str, Part] = {
         "one matrix product": largest_product(embedder, batch),
@@ -114,7 +116,7 @@ def compiled(run: Callable[..., Any], *arrays: Any, flops: float = 0) -> Part:
     """A function of arrays as a part; the bytes are those of its arrays and results."""
     moved = sum(x.nbytes for x in jax.tree.leaves(arrays))
     moved += sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(run, *arrays)))
-    jitted = jax.jit(run, compiler_options=parallel.compiler_options())
+    jitted = jax.jit(run, compiler_options=compiler_options())
     return lambda: jitted(*arrays), flops, moved
 
 
@@ -228,7 +230,7 @@ def optimizer(config: configuration.Config, embedder: Embedder) -> Part:
         updates, state = update.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    jitted = jax.jit(apply, donate_argnums=(0, 1), compiler_options=parallel.compiler_options())
+    jitted = jax.jit(apply, donate_argnums=(0, 1), compiler_options=compiler_options())
     held = [jax.tree.map(jnp.copy, params), update.init(params)]
 
     def run() -> Any:

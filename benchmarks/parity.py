@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from transformers import AutoModel
 
-from jaxembed.devices import parallel
+from jaxembed.config.spec import EmbeddingSpec
+from jaxembed.devices.mesh import make_mesh
 from jaxembed.hub.base import find_base
 from jaxembed.hub.embedder import Embedder, from_base
 from jaxembed.model.decoder import Compute
 from jaxembed.model.embedder import EmbeddingModel
-from jaxembed.config.spec import EmbeddingSpec
 
 LEAST_COSINE = 0.99999
 
@@ -64,7 +64,7 @@ def main() -> None:
     jax.config.update("jax_default_matmul_precision", "highest")
 
     base = find_base(args.base)
-    embedder = from_base(base, EmbeddingSpec(max_length=512), Compute(), parallel.make_mesh())
+    embedder = from_base(base, EmbeddingSpec(max_length=512), Compute(), make_mesh())
     texts = pick_texts(args.texts, args.field, args.count, embedder.tokenizer.hf)
     lengths = [len(ids) for ids in embedder.tokenizer(texts, [""] * len(texts)).ids]
     print(f"{len(texts)} texts of {min(lengths)} to {max(lengths)} tokens, {sum(lengths)} in all")

@@ -23,17 +23,18 @@ look_for_no_tpu()
 import jax  # noqa: E402  (after what it reads from the environment)
 import jax.numpy as jnp  # noqa: E402
 
-from jaxembed import parallel  # noqa: E402
 from jaxembed.config import InfoNCEConfig, OptimConfig  # noqa: E402
+from jaxembed.config.spec import EmbeddingSpec  # noqa: E402
 from jaxembed.data.batch import Batch  # noqa: E402
 from jaxembed.data.packing import PackedTexts, max_segments  # noqa: E402
+from jaxembed.devices.mesh import make_mesh, shard_count  # noqa: E402
+from jaxembed.devices.placement import batch_shapes  # noqa: E402
 from jaxembed.losses.objectives import Objectives  # noqa: E402
 from jaxembed.model.decoder import Compute  # noqa: E402
 from jaxembed.model.embedder import EmbeddingModel  # noqa: E402
-from jaxembed.model.lora import LoRA  # noqa: E402
 from jaxembed.model.families import DecoderConfig, from_hf, preset  # noqa: E402
+from jaxembed.model.lora import LoRA  # noqa: E402
 from jaxembed.planning.program import NoRoom, Program, compile_step, numbers, size  # noqa: E402
-from jaxembed.config.spec import EmbeddingSpec  # noqa: E402
 from jaxembed.runs.stages import state_shapes  # noqa: E402
 from jaxembed.training.optim import learning_rate, make_optimizer  # noqa: E402
 from jaxembed.training.step import make_train_step  # noqa: E402
@@ -41,7 +42,7 @@ from jaxembed.training.step import make_train_step  # noqa: E402
 TOKENS, STEPS = 512, 1000
 
 
-def batch_shapes(args: argparse.Namespace, mesh: Any) -> Batch:
+def full_batch_shapes(args: argparse.Namespace, mesh: Any) -> Batch:
     """A batch whose texts fill a row each."""
     b, k, rows = args.batch_size, args.negatives, args.batch_size * (2 + args.negatives)
 
@@ -50,14 +51,14 @@ def batch_shapes(args: argparse.Namespace, mesh: Any) -> Batch:
 
     ids = of(rows, TOKENS)
     segments = args.segments or max_segments(TOKENS)
-    texts = PackedTexts(ids, ids, ids, of(rows, TOKENS, dtype=bool), segments, parallel.shard_count(mesh))
+    texts = PackedTexts(ids, ids, ids, of(rows, TOKENS, dtype=bool), segments, shard_count(mesh))
     batch = Batch(
         texts=texts, query_slot=of(b), doc_slot=of(b, 1 + k), in_batch=of(b, dtype=bool),
         query_hash=of(b, 2, dtype=jnp.uint32), doc_hash=of(b, 1 + k, 2, dtype=jnp.uint32),
         positive_hash=of(b, 1, 2, dtype=jnp.uint32), label=of(b), source=of(b), score=of(b, dtype=jnp.float32),
         teacher_scores=of(b, 1 + k, dtype=jnp.float32),
     )  # fmt: skip
-    return parallel.batch_shapes(mesh, batch)
+    return batch_shapes(mesh, batch)
 
 
 def model_flops(decoder: DecoderConfig, lora: bool, tokens: int) -> float:
@@ -129,14 +130,14 @@ def step_of(args: argparse.Namespace, mesh: Any) -> tuple[DecoderConfig, Any, An
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     devices, memory = topology_devices(args.topology)
-    mesh = parallel.make_mesh(fsdp=args.fsdp or len(devices), devices=devices)
+    mesh = make_mesh(fsdp=args.fsdp or len(devices), devices=devices)
     decoder, step, state = step_of(args, mesh)
     began = time.perf_counter()
     row = {**vars(args), "chips": len(devices), "parameters": numbers(state.weights), "trained": numbers(state.params)}
     row |= {"state_bytes": size((state.params, state.opt_state, state.frozen)), "device_bytes": memory}
     del row["hlo"]
     try:
-        program, compiled = compile_step(step, state, batch_shapes(args, mesh), mesh)
+        program, compiled = compile_step(step, state, full_batch_shapes(args, mesh), mesh)
     except NoRoom as error:
         return row | {"needs_bytes": error.needed, "fits": False, "compile_seconds": round(time.perf_counter() - began)}
     if args.hlo:

@@ -16,11 +16,11 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
-from jaxembed.devices import processes
 from jaxembed.config import Format
+from jaxembed.config.sections import apply_override
+from jaxembed.devices import processes
 from jaxembed.errors import Stopped, UserError
 from jaxembed.files import check_writable, exists
-from jaxembed.config.sections import apply_override
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -159,16 +159,17 @@ def load_model(model: str, *, fsdp: int = 1, **options: Any) -> Embedder:
 def make_mesh(fsdp: int) -> Mesh:
     """All devices, `fsdp` of which share one copy of the model; `UserError` where they do not come out even.
 
-    From here on the memory of programs is kept (`parallel.keep_memory`).
+    From here on the memory of programs is kept (`retain_freed_memory`).
     """
     import jax
 
-    from jaxembed.devices import parallel
+    from jaxembed.devices.cpu import retain_freed_memory
+    from jaxembed.devices.mesh import make_mesh
 
     if (count := jax.device_count()) % fsdp:
         raise UserError(f"--fsdp is {fsdp}, which does not divide the number of devices here, {count}; use a divisor of that")
-    parallel.keep_memory()
-    return parallel.make_mesh(fsdp=fsdp)
+    retain_freed_memory()
+    return make_mesh(fsdp=fsdp)
 
 
 @contextmanager
@@ -201,7 +202,7 @@ def cache_dir() -> Path:
 def set_up_jax() -> None:
     """Keeps compiled programs on disk, so that a second start is quick. JAX_COMPILATION_CACHE_DIR names another place.
 
-    Before JAX's first use. On CPUs, programs run in the thread that calls them, as `parallel.keep_memory` needs it.
+    Before JAX's first use. On CPUs, programs run in the thread that calls them, as `retain_freed_memory` needs it.
     """
     import jax
 

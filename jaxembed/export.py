@@ -49,9 +49,9 @@ def read_card(model: Path, revision: str, adapter: str | None = None) -> Any:
     """What the model card tells of a run: base, recipe, and the scores of the exported checkpoint under its adapter."""
     from jaxembed.config import parse
     from jaxembed.config.fields import Fields
+    from jaxembed.config.sections import read_tree
     from jaxembed.files import read_json, read_text
     from jaxembed.hub.card import Card
-    from jaxembed.config.sections import read_tree
     from jaxembed.training.metrics import read_metrics
 
     if not (model / RECORD).is_file():

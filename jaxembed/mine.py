@@ -11,9 +11,9 @@ from typing import Any
 
 from jaxembed import cli, config
 from jaxembed.cli import whole
+from jaxembed.config.sections import parse_section
 from jaxembed.curation.rules import NUMBERS, RULES, SAMPLED, Rule
 from jaxembed.errors import UserError
-from jaxembed.config.sections import parse_section
 
 ABOUT = """\
 IN is whatever training takes, but for rows of text and label. OUT has its rows in the main format, with the negatives that

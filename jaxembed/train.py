@@ -6,11 +6,11 @@ import argparse
 from typing import Any
 
 from jaxembed import cli, config
-from jaxembed.devices import processes
+from jaxembed.config.sections import table
 from jaxembed.data.sources import detect_format
+from jaxembed.devices import processes
 from jaxembed.errors import UserError
 from jaxembed.planning.topology import look_for_no_tpu
-from jaxembed.config.sections import table
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:

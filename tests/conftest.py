@@ -35,10 +35,10 @@ hypothesis.settings.register_profile("repeatable", derandomize=True, database=No
 hypothesis.settings.load_profile("repeatable")
 jax.config.update("jax_default_matmul_precision", "highest")
 
-import tiny
+from helpers import tiny
 
 LONGEST = (
-    "test_unbreakable", "test_processes", "test_train", "test_stages", "test_mesh", "test_planning", "test_kernels",
+    "test_crashes", "test_processes", "test_train", "test_stages", "test_sharded_step", "test_planning", "test_kernels",
     "test_layouts", "test_step", "test_gradcache", "test_peft",
 )  # fmt: skip
 

@@ -19,26 +19,26 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-import tiny
-from jaxembed.devices import parallel
+from helpers import tiny
+from helpers.loading import load as loaded
 from jaxembed.config import PythonPackagesConfig, SourceConfig, load
+from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.data import schema
 from jaxembed.data.beir import open_beir, write_beir
 from jaxembed.data.containers import open_container
 from jaxembed.data.rows import Rows, Shape
 from jaxembed.data.sources import open_source
+from jaxembed.devices.mesh import make_mesh
 from jaxembed.encode import read_texts
 from jaxembed.errors import UserError
-from jaxembed.hub.base import SPEC_FILE, find_base, write_spec
-from jaxembed.hub.restore import base_params, shapes_and_shardings
 from jaxembed.formats.peft import write_adapters
 from jaxembed.formats.weights import load_params, save_params
+from jaxembed.hub.base import SPEC_FILE, find_base, write_spec
+from jaxembed.hub.restore import base_params, shapes_and_shardings
 from jaxembed.model.embedder import EmbeddingModel
-from jaxembed.model.lora import LoRA
 from jaxembed.model.families import DecoderConfig
-from jaxembed.config.spec import EmbeddingSpec
+from jaxembed.model.lora import LoRA
 from jaxembed.training.metrics import read_metrics
-from loaded import load as loaded
 
 CONFIG: dict[str, Any] = {
     "run": {"name": "a", "dir": "runs/a"},
@@ -271,7 +271,7 @@ def copied(base: Path) -> Iterator[Path]:
 
 @functools.lru_cache(maxsize=4)
 def shapes_of(decoder: DecoderConfig, spec: EmbeddingSpec) -> tuple[Any, Any]:
-    return shapes_and_shardings(EmbeddingModel(decoder, spec), parallel.make_mesh(1))
+    return shapes_and_shardings(EmbeddingModel(decoder, spec), make_mesh(1))
 
 
 def opened(folder: Path) -> None:

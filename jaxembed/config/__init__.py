@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from jaxembed.errors import UserError
 from jaxembed.config.fields import LARGEST
 from jaxembed.config.sections import Section, apply_override, parse_section, read_tree
+from jaxembed.errors import UserError
 
 Positive = Annotated[int, Field(gt=0, le=LARGEST)]
 

@@ -16,8 +16,8 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from jaxembed.errors import LONGEST, UserError, brief
 from jaxembed.config.fields import shown
+from jaxembed.errors import LONGEST, UserError, brief
 
 NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)  # what PyYAML raises, of which dates and numbers raise the second
 

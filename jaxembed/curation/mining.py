@@ -11,9 +11,9 @@ import numpy as np
 from jaxembed.curation.pool import Pool, Row
 from jaxembed.curation.rules import Rule
 from jaxembed.data.batch import EncodeRaw, RawText
+from jaxembed.devices.processes import progress
 from jaxembed.errors import UserError
 from jaxembed.hub.cross_encoder import ScorePairs
-from jaxembed.devices.processes import progress
 from jaxembed.search import bm25
 from jaxembed.search.nearest import MEMORY_MB, Found, search
 

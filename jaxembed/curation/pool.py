@@ -11,12 +11,12 @@ from jaxembed.config import PythonPackagesConfig, SourceConfig
 from jaxembed.data.batch import RawText
 from jaxembed.data.beir import document_text, open_corpus
 from jaxembed.data.containers import is_beir, open_container
-from jaxembed.data.sampling import each
 from jaxembed.data.rows import Rows, Shape
+from jaxembed.data.sampling import each
 from jaxembed.data.schema import check_passage, is_text, text_hash
 from jaxembed.data.sources import Source, detect_format, open_source
-from jaxembed.errors import UserError
 from jaxembed.devices.processes import progress
+from jaxembed.errors import UserError
 
 
 class Row(NamedTuple):

@@ -26,9 +26,9 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from jaxembed.curation.near_duplicates import NearCopies
 from jaxembed.data.beir import write_beir
 from jaxembed.data.jsonl import write_lines
-from jaxembed.curation.near_duplicates import NearCopies
 from jaxembed.errors import UserError
 
 FORMAT = 1  # part of the cache key: raise it when the output of this file changes

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxembed.devices import processes
 from jaxembed.config import MineConfig
 from jaxembed.curation.mining import Ways, embed, mine
 from jaxembed.curation.pool import Numbers, read_pool
 from jaxembed.curation.rules import Rule
 from jaxembed.data.batch import RawText
-from jaxembed.data.sampling import Pairs
 from jaxembed.data.jsonl import write_lines
+from jaxembed.data.sampling import Pairs
 from jaxembed.data.sources import Source
+from jaxembed.devices import processes
 from jaxembed.errors import UserError
 from jaxembed.files import written_whole
 from jaxembed.hub.embedder import Embedder

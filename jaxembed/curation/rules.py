@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from jaxembed.config import MineConfig, MiningRule
-from jaxembed.errors import UserError
 from jaxembed.config.sections import parse_section
+from jaxembed.errors import UserError
 
 RULES = typing.get_args(MiningRule)
 DEFAULTS = MineConfig()

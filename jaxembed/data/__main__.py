@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxembed import cli, config
-from jaxembed.data import reports
-from jaxembed.errors import UserError
 from jaxembed.config.sections import parse_section
 from jaxembed.config.spec import EmbeddingSpec
+from jaxembed.data import reports
+from jaxembed.errors import UserError
 
 if TYPE_CHECKING:
     from jaxembed.data.tokenize import TextTokenizer

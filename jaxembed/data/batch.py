@@ -11,15 +11,15 @@ from typing import Any, NamedTuple
 import flax.struct
 import numpy as np
 
+from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.data.batch_plan import ExampleIndex
 from jaxembed.data.packing import PackedTexts, fill, max_segments, pack_shards
 from jaxembed.data.schema import Example, text_hash
 from jaxembed.data.sources import Source
 from jaxembed.data.tokenize import TextTokenizer, TokenizedTexts
-from jaxembed.errors import UserError
-from jaxembed.devices.parallel import Shards, all_shards
+from jaxembed.devices.mesh import Shards, all_shards
 from jaxembed.devices.processes import Channel
-from jaxembed.config.spec import EmbeddingSpec
+from jaxembed.errors import UserError
 
 ATTEMPTS = 100  # to find an example whose texts no other of its batch has; the loss knows those that remain as duplicates
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from jaxembed.config import FIELD, PairTemplate, SourceConfig
-from jaxembed.data.sampling import Drawer
 from jaxembed.data.rows import AtLeast, Rows, Shape
+from jaxembed.data.sampling import Drawer
 from jaxembed.data.schema import Example, Row, check_document, fields_of, is_text
 from jaxembed.errors import UserError
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from jaxembed.config import SourceConfig
-from jaxembed.data.sampling import Drawer
 from jaxembed.data.rows import Rows
+from jaxembed.data.sampling import Drawer
 from jaxembed.data.schema import Example, Row
 from jaxembed.errors import UserError
 

@@ -15,17 +15,17 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxembed.config import DataConfig, RowField, SourceConfig
+from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.data.array_record import write_array_record
-from jaxembed.data.sampling import each
 from jaxembed.data.jsonl import write_lines
 from jaxembed.data.labels import Labels
 from jaxembed.data.rows import read_all
+from jaxembed.data.sampling import each
 from jaxembed.data.schema import Row, text_hash
 from jaxembed.data.sources import SHAPES, Source, open_rows, open_source, open_sources, open_unchecked
 from jaxembed.data.tokenize import TextTokenizer
 from jaxembed.errors import UserError
 from jaxembed.files import written_whole
-from jaxembed.config.spec import EmbeddingSpec
 
 TOLD = 20  # bad rows of a source, and labels, that are named
 MEASURED = 10_000  # rows of a source whose texts are measured, evenly spread
@@ -154,10 +154,10 @@ def preview(
 
     Without a tokenizer the text is whole, and its characters and those of its prompt are counted.
     """
-    from jaxembed.data.batch import BatchBuilder, roles  # imports JAX, which the other commands do without
-    from jaxembed.data.bpe import BYTES, train_tokenizer
-    from jaxembed.data.batch_plan import ExampleIndex, Plan
     from jaxembed.config.fields import LARGEST
+    from jaxembed.data.batch import BatchBuilder, roles  # imports JAX, which the other commands do without
+    from jaxembed.data.batch_plan import ExampleIndex, Plan
+    from jaxembed.data.bpe import BYTES, train_tokenizer
 
     sources = open_sources(data, cache)
     if batch_size > (examples := sum(map(len, sources))):

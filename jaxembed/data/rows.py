@@ -22,8 +22,8 @@ import numpy as np
 
 from jaxembed.data.containers import Container
 from jaxembed.data.schema import MISSING, Row, RowCheck, fields_of, parse_row
-from jaxembed.errors import UserError
 from jaxembed.devices.processes import progress
+from jaxembed.errors import UserError
 
 FORMAT = 2  # part of an index's name: raise it when what is checked, kept or written changes
 ENTRY = np.dtype([("address", "<i8"), ("number", "<f8")])

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxembed.errors import UserError
 from jaxembed.config.fields import shown
-from jaxembed.files import decode
 from jaxembed.config.spec import Shot
+from jaxembed.errors import UserError
+from jaxembed.files import decode
 
 
 @dataclasses.dataclass(frozen=True)

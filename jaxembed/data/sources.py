@@ -10,15 +10,17 @@ from pathlib import Path
 import numpy as np
 
 from jaxembed.config import DataConfig, PythonPackagesConfig, SourceConfig
+from jaxembed.config.fields import LARGEST
+from jaxembed.config.spec import Shot
 from jaxembed.curation import python_packages
 from jaxembed.data.beir import BeirPairs
 from jaxembed.data.containers import Container, is_beir, open_container
 from jaxembed.data.documents import Documents, document_shape
-from jaxembed.data.sampling import Drawer, Pairs, ScoredPairs, Texts
 from jaxembed.data.labels import Labels
 from jaxembed.data.nli import SHAPE as NLI
 from jaxembed.data.nli import NliPairs
 from jaxembed.data.rows import Rows, Shape, as_row, scan
+from jaxembed.data.sampling import Drawer, Pairs, ScoredPairs, Texts
 from jaxembed.data.schema import (
     NLI_LABELS,
     Example,
@@ -32,8 +34,6 @@ from jaxembed.data.schema import (
 )
 from jaxembed.data.shuffle import key_of, permuted
 from jaxembed.errors import UserError
-from jaxembed.config.fields import LARGEST
-from jaxembed.config.spec import Shot
 
 SHAPES = {
     shape.name: shape

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float32
 
-from jaxembed.devices import parallel
+from jaxembed.devices.mesh import target_platform
 
 LEAST = 1 << 28  # operations of a product that is worth the way through Python
 QUIET = 1.0  # seconds without a product after which no program is under way
@@ -136,7 +136,7 @@ def _wait() -> None:
 def multiplies(x: jax.Array, kernel: jax.Array) -> bool:
     """Whether `product` is for these: large matrices of float32, on a CPU that is not split into several devices."""
     mesh = jax.sharding.get_abstract_mesh()
-    plain = x.ndim == 2 and x.dtype == kernel.dtype == np.float32 and parallel.platform() == "cpu"
+    plain = x.ndim == 2 and x.dtype == kernel.dtype == np.float32 and target_platform() == "cpu"
     return plain and (mesh.empty or mesh.size == 1) and 2 * x.size * kernel.shape[1] >= LEAST
 
 

@@ -12,8 +12,8 @@ import numpy as np
 from jaxembed.config import EvalSetConfig, PythonPackagesConfig
 from jaxembed.data.beir import open_beir
 from jaxembed.data.containers import open_container
-from jaxembed.data.sampling import each
 from jaxembed.data.rows import Rows
+from jaxembed.data.sampling import each
 from jaxembed.data.sources import SHAPES, packages_folder
 from jaxembed.errors import UserError
 from jaxembed.evaluation.retrieval import Encode, ndcg, recall, spearman

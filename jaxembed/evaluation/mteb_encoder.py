@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.errors import UserError, brief
 from jaxembed.files import write_json
-from jaxembed.config.spec import EmbeddingSpec
 
 EncodePrompted = Callable[[Sequence[str], str], np.ndarray]  # (texts, whole prompt) -> unit vectors [N, D]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxembed.errors import UserError
 from jaxembed.config.fields import Fields
-from jaxembed.model.families import DecoderConfig
 from jaxembed.config.spec import EmbeddingSpec
+from jaxembed.errors import UserError
+from jaxembed.model.families import DecoderConfig
 
 LENGTH = 4096  # tokens of a text, where the release is not told otherwise
 # What transformers' MistralConfig takes for a key that a config leaves out.

@@ -11,8 +11,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from jaxembed.errors import UserError
 from jaxembed.config.fields import Fields
+from jaxembed.errors import UserError
 from jaxembed.files import exists, read_json, write_json
 from jaxembed.formats.weights import TABLE
 from jaxembed.model.lora import TARGETS, LoRA

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxembed.data.tokenize import BORDER
 from jaxembed.config.fields import Fields
+from jaxembed.data.tokenize import BORDER
 from jaxembed.files import exists, read_json
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from jaxembed.errors import UserError
 from jaxembed.config.fields import Fields
+from jaxembed.errors import UserError
 from jaxembed.files import exists, read_json, read_json_value
 from jaxembed.model.embedder import ACTIVATIONS
 from jaxembed.model.families import MOST

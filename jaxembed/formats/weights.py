@@ -18,9 +18,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxembed.devices import parallel
-from jaxembed.errors import UserError
 from jaxembed.config.fields import Fields
+from jaxembed.devices.placement import aligned_empty, put_global, put_local_parts, to_host
+from jaxembed.errors import UserError
 from jaxembed.files import exists, read_json
 from jaxembed.formats.sentence_transformers import projection_weights
 from jaxembed.model.quantization import quantise
@@ -189,7 +189,7 @@ def place_params(
             loaded[entry.ours] = _placed(host, flat_shardings[entry.ours])
         else:
             read = functools.partial(_read, entry, tensors, shape.dtype)
-            loaded[entry.ours] = parallel.put_parts(flat_shardings[entry.ours], shape.shape, read)
+            loaded[entry.ours] = put_local_parts(flat_shardings[entry.ours], shape.shape, read)
         jax.block_until_ready(loaded)
     return unflatten_dict(loaded, sep="/")
 
@@ -197,7 +197,7 @@ def place_params(
 def _placed(x: np.ndarray, sharding: jax.sharding.NamedSharding) -> jax.Array:
     if sharding.is_fully_addressable:
         return jax.device_put(x, sharding, may_alias=True)
-    return parallel.put_whole(sharding, x)
+    return put_global(sharding, x)
 
 
 def _check(
@@ -239,7 +239,7 @@ def _read(
     update: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> np.ndarray:
     """The part of a parameter at `index`, with an update that is added to the whole of it."""
-    held = parallel.aligned_empty(tuple(one.stop - one.start for one in index), dtype)
+    held = aligned_empty(tuple(one.stop - one.start for one in index), dtype)
     layers, rest = (range(index[0].start, index[0].stop), index[1:]) if entry.stacked else (range(1), index)
     for i, part in zip(layers, held if entry.stacked else [held], strict=True):
         one = part if part.dtype == np.float32 else np.empty(part.shape, np.float32)
@@ -253,7 +253,7 @@ def _read_int8(
     entry: Entry, tensors: Mapping[str, Any], shape: tuple[int, ...], update: tuple[np.ndarray, np.ndarray] | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """A stacked kernel rounded to int8, and its scales."""
-    held, scales = parallel.aligned_empty(shape, np.int8), []
+    held, scales = aligned_empty(shape, np.int8), []
     for i, part in enumerate(held):
         one = np.empty(part.shape, np.float32)
         _read_one(entry, tensors, i, _whole(part.shape), one, update)
@@ -318,7 +318,7 @@ def _published(params: Any) -> Iterator[tuple[str, np.ndarray]]:
     """The parameters as published files hold them, one layer at a time: the table's name of each, and a view of it."""
     flat = flatten_dict(params, sep="/")
     for entry in (entry for entry in TABLE if entry.ours in flat):
-        host = parallel.to_host(flat[entry.ours])
+        host = to_host(flat[entry.ours])
         for i, one in enumerate(host if entry.stacked else [host]):
             yield entry.theirs.format(i=i), one.T if entry.transposed else one
 

@@ -12,23 +12,23 @@ from pathlib import Path
 from typing import Any
 
 from jaxembed.config import LoraConfig, is_echo, is_example
+from jaxembed.config.fields import Fields
+from jaxembed.config.sections import parse_section
+from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.data.tokenize import ends_with_eos, load_tokenizer
 from jaxembed.errors import UserError, brief
-from jaxembed.config.fields import Fields
 from jaxembed.files import exists, read_bytes, read_json, write_json
-from jaxembed.formats.sentence_transformers import LISTING, modules, projection_choices
 from jaxembed.formats.nv_embed import decoder_config, is_nv_embed, nv_embed_spec
 from jaxembed.formats.peft import CONFIG as ADAPTER_CONFIG
 from jaxembed.formats.peft import base_of, is_peft
 from jaxembed.formats.published import LAYOUTS, first_stage, published_layout
+from jaxembed.formats.sentence_transformers import LISTING, modules, projection_choices
 from jaxembed.formats.weights import part_files
 from jaxembed.model.embedder import ACTIVATIONS
+from jaxembed.model.families import MOST, DecoderConfig, from_hf, preset
 from jaxembed.model.lora import LoRA
 from jaxembed.model.masks import MASKS
 from jaxembed.model.pooling import POOLINGS
-from jaxembed.model.families import MOST, DecoderConfig, from_hf, preset
-from jaxembed.config.sections import parse_section
-from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.training.checkpoint import Checkpoints, params_digest
 from jaxembed.training.run_dir import RECORD, kept
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from jaxembed.model.pooling import TRAINED
 from jaxembed.config.spec import EmbeddingSpec
+from jaxembed.model.pooling import TRAINED
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,16 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxembed.devices import parallel
+from jaxembed.config.spec import EmbeddingSpec, Shot
 from jaxembed.data.packing import PackedTexts, fill, max_segments, pack_by_length
 from jaxembed.data.tokenize import TextTokenizer
+from jaxembed.devices.cpu import compiler_options
+from jaxembed.devices.mesh import make_mesh, shard_count
+from jaxembed.devices.placement import batch_sharding, put_global, to_host, unstack_views
+from jaxembed.devices.processes import progress
 from jaxembed.errors import UserError
 from jaxembed.hub.base import Base, content_hash, find_base
 from jaxembed.hub.restore import RunParts, base_params, open_trained, shapes_and_shardings, text_tokenizer
 from jaxembed.model.decoder import Compute
 from jaxembed.model.embedder import EmbeddingModel
-from jaxembed.devices.processes import progress
-from jaxembed.config.spec import EmbeddingSpec, Shot
 from jaxembed.training.run_dir import RECORD
 
 WINDOW = 4096  # texts tokenised and packed together
@@ -49,7 +51,7 @@ class Embedder:
 
     def __post_init__(self) -> None:
         if self._apply is None:
-            model, options = self.model, parallel.compiler_options()
+            model, options = self.model, compiler_options()
 
             def apply(params: Any, texts: PackedTexts) -> jax.Array:
                 return model.apply({"params": _layers_stacked(params)}, texts)
@@ -68,7 +70,7 @@ class Embedder:
         if self.mesh.size > 1 or self.mesh.devices.flat[0].platform != "cpu" or not self.model.compute.unroll:
             return self.params
         leaves, tree = jax.tree.flatten(self.params["decoder"]["layers"])
-        by_leaf = (parallel.views(self.mesh, x) for x in leaves)
+        by_leaf = (unstack_views(self.mesh, x) for x in leaves)
         layers = [jax.tree.unflatten(tree, of_layer) for of_layer in zip(*by_leaf, strict=True)]
         return _with_layers(self.params, layers)
 
@@ -87,9 +89,9 @@ class Embedder:
 
         `dtype` is that of the computation. `checkpoint` picks a run's step: best (on the held-out sets), last, or a number.
         `layers` keeps the first ones only (early exit). `adapter` names one of a run that has several. `mesh` says on
-        which devices texts and parameters lie (`parallel.make_mesh`): on all, with all parameters on each, if absent.
+        which devices texts and parameters lie (`make_mesh`): on all, with all parameters on each, if absent.
         """
-        whole = cls._load(model, dtype, checkpoint, adapter, parallel.make_mesh() if mesh is None else mesh)
+        whole = cls._load(model, dtype, checkpoint, adapter, make_mesh() if mesh is None else mesh)
         return whole if layers is None else whole.first_layers(layers)
 
     @classmethod
@@ -178,7 +180,7 @@ class Embedder:
             _, sown = self.model.apply({"params": _layers_stacked(params)}, packed, mutable=["intermediates"])
             return jnp.asarray(sown["intermediates"]["pooling"]["latent_weights"][0])
 
-        apply, lead = jax.jit(weights, compiler_options=parallel.compiler_options()), self._lead(instruction, None, None)
+        apply, lead = jax.jit(weights, compiler_options=compiler_options()), self._lead(instruction, None, None)
         starts = range(0, len(texts), WINDOW)
         parts = [self._run(list(texts[start : start + WINDOW]), lead, apply) for start in starts]
         return np.concatenate(parts) if parts else np.zeros((0, self.spec.pooling_heads, self.spec.latents), np.float32)
@@ -223,7 +225,7 @@ class Embedder:
         """Packs texts into rows, applies [R, S, ...] to some rows at a time, puts the results in order."""
         tokenized = self.tokenizer(texts, [prompt] * len(texts))
         lengths = np.array([len(ids) for ids in tokenized.ids], np.int64)
-        shards, split = parallel.shard_count(self.mesh), parallel.split_batch(self.mesh)
+        shards, split = shard_count(self.mesh), batch_sharding(self.mesh)
         at_once = functools.partial(_rows_at_once, shards)
         pending = []
         for among, (row, place, rows), length in pack_by_length(lengths, SHORTEST_ROW, at_once):
@@ -233,13 +235,13 @@ class Embedder:
                 members = among[here]
                 ids = [tokenized.ids[i] for i in members]
                 arrays = fill(ids, tokenized.pool_from[members], row[here] - first, place[here], (count, length))
-                packed = parallel.put_whole(split, PackedTexts(**arrays, segments=segments, shards=shards))
+                packed = put_global(split, PackedTexts(**arrays, segments=segments, shards=shards))
                 slots = (row[here] - first) * segments + place[here]
                 with jax.set_mesh(self.mesh):
                     pending.append((members, slots, apply(self._by_layer, packed)))
         out = np.zeros((len(texts), *pending[0][2].shape[2:]), np.float32)
         for members, slots, results in pending:
-            out[members] = np.asarray(parallel.to_host(results), np.float32).reshape(-1, *out.shape[1:])[slots]
+            out[members] = np.asarray(to_host(results), np.float32).reshape(-1, *out.shape[1:])[slots]
         return out
 
 

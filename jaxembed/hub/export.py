@@ -19,20 +19,20 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxembed.devices import parallel
+from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.data.tokenize import drop_eos
+from jaxembed.devices.mesh import make_mesh
 from jaxembed.errors import UserError
 from jaxembed.files import read_json_value, write_json
+from jaxembed.formats.nv_embed import nv_embed_config, nv_embed_spec
+from jaxembed.formats.peft import write_adapters
+from jaxembed.formats.weights import POOLING_FOLDER, part_files, save_params
 from jaxembed.hub.base import POOLING_MODES, write_spec
 from jaxembed.hub.card import Card, adapters_card, model_card
 from jaxembed.hub.embedder import Embedder, from_run
-from jaxembed.formats.nv_embed import nv_embed_config, nv_embed_spec
 from jaxembed.hub.restore import RunParts, open_trained
-from jaxembed.formats.peft import write_adapters
-from jaxembed.formats.weights import POOLING_FOLDER, part_files, save_params
 from jaxembed.model.decoder import Compute
 from jaxembed.model.families import FAMILIES
-from jaxembed.config.spec import EmbeddingSpec
 
 log = logging.getLogger("jaxembed")
 
@@ -164,7 +164,7 @@ def export_adapters(run_dir: Path, out: Path, checkpoint: str) -> Parity:
     that to the run's own. `UserError` on a run without adapters, and on one that trained its pooling or projection too,
     which such a folder cannot hold.
     """
-    mesh = parallel.make_mesh()
+    mesh = make_mesh()
     run = open_trained(run_dir, Compute(), mesh, checkpoint)
     if run.model.lora is None:
         raise UserError(f"{run_dir}: trained without model.lora; export it whole, without --adapters")

@@ -14,15 +14,15 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxembed.devices import parallel
 from jaxembed.data.batch import RawText
 from jaxembed.data.vector_store import VectorStore, key_of
+from jaxembed.devices.mesh import make_mesh
 from jaxembed.errors import UserError, brief
 from jaxembed.files import exists, file_digest
+from jaxembed.formats.sentence_transformers import LISTING
 from jaxembed.hub.base import SPEC_FILE, Base, content_hash, find_base, find_folder
 from jaxembed.hub.embedder import Embedder
 from jaxembed.hub.export import load_sentence_transformer
-from jaxembed.formats.sentence_transformers import LISTING
 
 log = logging.getLogger("jaxembed")
 
@@ -106,7 +106,7 @@ def open_encoder(name: str, cache: Path, mesh: Mesh | None = None) -> OtherModel
             raise UserError(f"{name}: loaded by sentence-transformers, {told}") from None
         log.info("%s: loaded by sentence-transformers (%s)", name, error)
         return _of_sentence_transformers(name, folder, cache)
-    mesh = parallel.make_mesh(devices=jax.local_devices()) if mesh is None else mesh
+    mesh = make_mesh(devices=jax.local_devices()) if mesh is None else mesh
     return _of_embedder(name, base, Embedder.load(name, mesh=mesh), cache)
 
 

@@ -12,19 +12,19 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from jaxembed.devices import parallel
 from jaxembed.config import parse
-from jaxembed.data.tokenize import TextTokenizer, append_eos, load_tokenizer
-from jaxembed.errors import UserError
 from jaxembed.config.fields import Fields
-from jaxembed.hub.base import Base, content_hash, find_base, recorded_lora, run_base
+from jaxembed.config.sections import read_tree
+from jaxembed.config.spec import EmbeddingSpec
+from jaxembed.data.tokenize import TextTokenizer, append_eos, load_tokenizer
+from jaxembed.devices.mesh import logical_axis_table, param_shardings
+from jaxembed.errors import UserError
 from jaxembed.formats.peft import read_adapters
 from jaxembed.formats.weights import load_params, place_params, slices_of
+from jaxembed.hub.base import Base, content_hash, find_base, recorded_lora, run_base
 from jaxembed.model.decoder import Compute
 from jaxembed.model.embedder import EmbeddingModel, parameter_shapes
 from jaxembed.model.lora import join, merge, pick_adapter, split, stacked_shapes
-from jaxembed.config.sections import read_tree
-from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.training.checkpoint import Checkpoints, pick_step
 from jaxembed.training.run_dir import kept
 
@@ -108,8 +108,8 @@ def text_tokenizer(tokenizer: Any, spec: EmbeddingSpec, base: Base) -> TextToken
 
 def shapes_and_shardings(model: EmbeddingModel, mesh: Mesh) -> tuple[Any, Any]:
     """Trees of ShapeDtypeStructs and of shardings of a model's parameters; `UserError` where the mesh cannot split them."""
-    boxed, table = parameter_shapes(model), parallel.axis_table(mesh, model.decoder.axis_sizes)
-    return nn.unbox(boxed), parallel.param_shardings(mesh, nn.get_partition_spec(boxed), table)
+    boxed, table = parameter_shapes(model), logical_axis_table(mesh, model.decoder.axis_sizes)
+    return nn.unbox(boxed), param_shardings(mesh, nn.get_partition_spec(boxed), table)
 
 
 def placed_shapes(shapes: Any, shardings: Any) -> Any:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxembed.devices import parallel
+from jaxembed.devices.collectives import replicate
 from jaxembed.losses.negatives import FalseNegatives, Texts, lent
 
 # Scores of a block, on each device: enough for fast products, little beside the activations of a step.
@@ -124,7 +124,7 @@ class _Blocks:
         self._positive, self._guide_positive = (x.reshape(n, rows, 1) for x in (positive, guide_positive))
         count = -(-len(others) * rows // SCORES_AT_ONCE)
         width = -(-len(others) // count)
-        self.columns = jax.tree.map(lambda x: _in_blocks(parallel.everywhere(x), count, width), (others, other_texts))
+        self.columns = jax.tree.map(lambda x: _in_blocks(replicate(x), count, width), (others, other_texts))
 
     def logits(self, block: tuple[jax.Array, Texts], scale: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Scores, logits (-inf where the pair does not count), and whether it counts: each [n, B/n, W]."""

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxembed.devices import parallel
 from jaxembed.data.packing import PackedTexts
+from jaxembed.devices.collectives import embedding_lookup, shard_rows
 from jaxembed.model.attention import Attention
+from jaxembed.model.families import DecoderConfig
 from jaxembed.model.layers import GatedMLP, RMSNorm, rope_frequencies, rope_table
 from jaxembed.model.lora import LoRA
 from jaxembed.model.masks import Mask, Places
-from jaxembed.model.families import DecoderConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class DecoderLayer(nn.Module):
         normed = RMSNorm(c.norm_epsilon, dtype, name="attention_norm")(x)
         x = x + attention(normed, places, rope, window, self.shards)
         x = x + GatedMLP(c.mlp_width, dtype, self.lora, name="mlp")(RMSNorm(c.norm_epsilon, dtype, name="mlp_norm")(x))
-        x = parallel.split_rows(x)
+        x = shard_rows(x)
         self.sow("intermediates", "hidden", x)
         return x, None
 
@@ -65,7 +65,7 @@ class Decoder(nn.Module):
         init = nn.with_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
         held = jnp.float32 if self.lora is None else self.lora.embedding_dtype
         table = self.param("embedding", init, (c.vocab_size, c.width), held)
-        x = parallel.looked_up(table, texts.tokens.reshape(-1), dtype)
+        x = embedding_lookup(table, texts.tokens.reshape(-1), dtype)
         rope = rope_table(texts.positions, rope_frequencies(c.head_width, c.rope_theta, dict(c.rope_scaling)), dtype)
         places = Places(texts.segment_ids, texts.positions, texts.pool_mask)
         mixed = len(set(c.windows)) > 1  # then a window is an array over the layers, without limit where there is none

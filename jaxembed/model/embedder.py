@@ -11,15 +11,15 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
+from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.data.packing import PackedTexts
 from jaxembed.errors import UserError
 from jaxembed.model.decoder import Compute, Decoder
+from jaxembed.model.families import DecoderConfig
 from jaxembed.model.layers import Linear
 from jaxembed.model.lora import LoRA
 from jaxembed.model.masks import MASKS, Places
 from jaxembed.model.pooling import make_pooling, segment_mask, unit_length
-from jaxembed.model.families import DecoderConfig
-from jaxembed.config.spec import EmbeddingSpec
 
 # What may follow the projection, by name.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"identity": lambda x: x, "tanh": jnp.tanh}

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal
 
-from jaxembed.errors import UserError
 from jaxembed.config.fields import Fields
+from jaxembed.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class DecoderConfig:
 
     @property
     def axis_sizes(self) -> dict[str, int]:
-        """The logical axes of parameters that a mesh may split (`parallel.axis_table`), and into how many at most."""
+        """The logical axes of parameters that a mesh may split (`logical_axis_table`), and into how many at most."""
         return {"embed": self.width, "heads": self.heads, "kv_heads": self.kv_heads, "mlp": self.mlp_width}
 
 

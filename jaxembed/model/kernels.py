@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxembed.devices import parallel
+from jaxembed.devices.mesh import target_platform
 from jaxembed.errors import UserError
 from jaxembed.model import splash
 from jaxembed.model.layers import at_least_float32
@@ -114,7 +114,7 @@ def pick_kernel(name: str, shards: int) -> Callable[..., jax.Array]:
 
     What it cannot compute is left to `attend`, and one line of the log says so.
     """
-    platform = parallel.platform()
+    platform = target_platform()
     name = FASTEST.get(platform, "einsum") if name == "auto" else name
     if name == "einsum":
         return attend

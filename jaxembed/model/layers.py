@@ -2,7 +2,7 @@
 
 Letters in shapes: R rows, T tokens a row, S texts (segments) a row, N query heads, G key-value heads, H head width,
 D model width, F feed-forward width, V vocabulary, L layers (or latents), B queries, K negatives a query.
-Parameters declare their logical axes; `jaxembed.devices.parallel` maps those to the mesh.
+Parameters declare their logical axes; `jaxembed.devices.mesh` maps those to the mesh.
 """
 
 from __future__ import annotations

@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from jaxembed.devices import parallel
 from jaxembed.devices import blas
+from jaxembed.devices.collectives import all_gather_fsdp, has_sharded_parameters, reduce_scatter_sum
 
 
 def product(x: Float[Array, "*t i"], kernel: Float[Array, "i o"], axis: int) -> Float[Array, "*t o"]:
     """x @ kernel in the dtype of x; `axis` of the kernel is the one that may be split."""
-    if parallel.splits_parameters():
+    if has_sharded_parameters():
         return _split(axis, x, kernel)
     return _multiplied(x, kernel.astype(x.dtype))
 
@@ -30,7 +30,7 @@ def frozen_product(
     """The same with a kernel that has no gradient, maybe of int8 numbers, which are exact in any dtype of x: their scales,
     common factors of the sums, come after.
     """
-    y = _multiplied(x, parallel.fetched(kernel.astype(x.dtype), axis))
+    y = _multiplied(x, all_gather_fsdp(kernel.astype(x.dtype), axis))
     return y if scale is None else (y * scale).astype(x.dtype)
 
 
@@ -40,7 +40,7 @@ def _multiplied(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _split(axis: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return x @ parallel.fetched(kernel.astype(x.dtype), axis)
+    return x @ all_gather_fsdp(kernel.astype(x.dtype), axis)
 
 
 def _forward(axis: int, x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -49,9 +49,9 @@ def _forward(axis: int, x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tup
 
 def _backward(axis: int, kept: tuple[jax.Array, jax.Array], of_y: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = kept
-    of_x = of_y @ parallel.fetched(kernel.astype(x.dtype), axis).T
+    of_x = of_y @ all_gather_fsdp(kernel.astype(x.dtype), axis).T
     of_kernel = functools.partial(jnp.einsum, "...i,...o->io", preferred_element_type=kernel.dtype)
-    return of_x, parallel.summed_parts(of_kernel, axis, x, of_y)
+    return of_x, reduce_scatter_sum(of_kernel, axis, x, of_y)
 
 
 _split.defvjp(_forward, _backward)

@@ -13,7 +13,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jaxembed.devices import parallel
+from jaxembed.devices.collectives import auto_axes
+from jaxembed.devices.mesh import BATCH_AXES, target_platform
 from jaxembed.model.masks import BIDIRECTIONAL, CAUSAL, Mask, Places
 
 LANES = 128  # a block of tokens is a multiple of a TPU's lanes
@@ -38,7 +39,7 @@ def attend(
     window: int | None,
 ) -> Float[Array, "r t n h"]:
     """Attention as `kernels.attend` gives it, except at padding. On CPUs the kernel is interpreted, which is slow."""
-    function = functools.partial(_attend, mask=mask, window=window, interpret=parallel.platform() == "cpu")
+    function = functools.partial(_attend, mask=mask, window=window, interpret=target_platform() == "cpu")
     return _over_mesh(function, q.shape[0], k.shape[2])(q, k, v, places.segment)
 
 
@@ -93,10 +94,10 @@ def _over_mesh(function: Callable[..., jax.Array], rows: int, kv_heads: int) -> 
     Of the mesh (`jax.set_mesh`) only the axes count that are not split by hand already. Rows go over the batch axes and
     heads over `tensor`, where they divide evenly; else every device takes all.
     """
-    mesh, free = jax.sharding.get_abstract_mesh(), parallel.free_axes()
+    mesh, free = jax.sharding.get_abstract_mesh(), auto_axes()
     if not free:
         return function
-    of_rows = tuple(axis for axis in parallel.BATCH_AXES if axis in free)
+    of_rows = tuple(axis for axis in BATCH_AXES if axis in free)
     if rows % math.prod(mesh.shape[axis] for axis in of_rows):
         of_rows = ()
     of_heads = "tensor" if "tensor" in free and kv_heads % mesh.shape["tensor"] == 0 else None

@@ -10,15 +10,16 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxembed.devices import parallel
 from jaxembed.config import Config
 from jaxembed.data.batch import HostBatch
 from jaxembed.data.pipeline import batches
+from jaxembed.devices.mesh import make_mesh
+from jaxembed.devices.placement import batch_shapes
 from jaxembed.errors import UserError
 from jaxembed.planning.program import NoRoom, Program, compile_step, numbers, size
 from jaxembed.planning.topology import GIB, topology_devices
-from jaxembed.runs.train import open_stages
 from jaxembed.runs.stages import Stage, state_shapes
+from jaxembed.runs.train import open_stages
 from jaxembed.training.step import TrainState, make_train_step
 
 log = logging.getLogger("jaxembed")
@@ -33,7 +34,7 @@ def plan(config: Config, topology: str | None, slices: int = 1) -> dict[str, Any
     its device.
     """
     devices, memory = (None, _memory_here()) if topology is None else topology_devices(topology, slices)
-    mesh = parallel.make_mesh(**dict(config.mesh), devices=devices)
+    mesh = make_mesh(**dict(config.mesh), devices=devices)
     model, stages = open_stages(config, mesh)
     told = [_of_stage(stage, model, mesh, memory) for stage in stages]
     for stage, row in zip(stages, told, strict=True):
@@ -57,7 +58,7 @@ def _of_stage(stage: Stage, model: Any, mesh: Mesh, memory: int | None) -> dict[
         skip = config.train.on_nan == "skip"
         step = make_train_step(model, stage.objectives, optimizer, stage.schedule, skip, config.gradcache.rows, placed)
     try:
-        program, _ = compile_step(step, state, parallel.batch_shapes(mesh, host.batch), mesh)
+        program, _ = compile_step(step, state, batch_shapes(mesh, host.batch), mesh)
     except NoRoom as error:
         raise _no_room(config, stage, error.needed, error.there) from None
     if memory is not None and program.memory > memory:

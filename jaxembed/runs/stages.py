@@ -14,7 +14,8 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
-from jaxembed.devices import parallel
+from jaxembed.devices.mesh import Shards
+from jaxembed.devices.placement import replicated_jit, replicated_sharding
 from jaxembed.devices import processes
 from jaxembed.config import Config, DistillationConfig, InfoNCEConfig, MarginMSEConfig, ObjectiveConfig
 from jaxembed.curation.remining import is_mined, write_mined
@@ -93,7 +94,7 @@ def make_stages(
     tokenizer: TextTokenizer,
     model: EmbeddingModel,
     base: Base,
-    shards: parallel.Shards,
+    shards: Shards,
     others: Mapping[str, OtherModel],
 ) -> list[Stage]:
     """The stages of a run's configs, which train on `plans`; `others` are the guide and the teacher.
@@ -155,7 +156,7 @@ def first_state(config: Config, base: Base, model: EmbeddingModel, mesh: Mesh) -
         own = unflatten_dict({path: x.sharding for path, x in stacked.items() if path[-1] in ADAPTERS})
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
         trained = join(init_params(model, keys, own), trained)
-    rest = parallel.made(mesh, lambda: {"step": jnp.zeros((), jnp.int32), "key": jax.random.key(config.train.seed)})
+    rest = replicated_jit(mesh, lambda: {"step": jnp.zeros((), jnp.int32), "key": jax.random.key(config.train.seed)})
     return TrainState(trained, opt_state=None, frozen=frozen, **rest)
 
 
@@ -166,7 +167,7 @@ def enter(stage: Stage, state: TrainState, model: EmbeddingModel, mesh: Mesh) ->
     """
     key = jax.random.fold_in(state.key, stage.index)
     before = state.params.get(OBJECTIVES, {})
-    drawn = parallel.made(mesh, partial(stage.objectives.new_params, model.width, stage.teacher_width), key)
+    drawn = replicated_jit(mesh, partial(stage.objectives.new_params, model.width, stage.teacher_width), key)
     own = {label: before.get(label, params) for label, params in drawn.items()}
     params = {name: part for name, part in state.params.items() if name != OBJECTIVES}
     if own:
@@ -200,7 +201,7 @@ def _optimizer_shapes(optimizer: optax.GradientTransformation, params: Any, coun
     What ends in a parameter's path is placed as that parameter is, the rest is everywhere.
     """
     placed = {tuple(key.key for key in path): x.sharding for path, x in jax.tree.leaves_with_path(params)}
-    everywhere = parallel.replicated(mesh)
+    everywhere = replicated_sharding(mesh)
 
     def place(path: Any, x: Any) -> jax.ShapeDtypeStruct:
         keys = tuple(getattr(key, "key", None) for key in path)
@@ -216,7 +217,7 @@ def state_shapes(optimizer: optax.GradientTransformation, model: EmbeddingModel,
 
     `own` are the shapes of its objectives' parameters.
     """
-    everywhere, count = parallel.replicated(mesh), len(model.adapters)
+    everywhere, count = replicated_sharding(mesh), len(model.adapters)
     trained, frozen = split(placed_shapes(*shapes_and_shardings(model, mesh)))
     if own:
         trained |= {OBJECTIVES: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), own)}

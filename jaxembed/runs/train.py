@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxembed.devices import parallel
+from jaxembed.devices.cpu import retain_freed_memory
+from jaxembed.devices.mesh import all_shards, local_shards, logical_axis_table, make_mesh, shard_count
 from jaxembed.devices import processes
 from jaxembed.cli import cache_dir
 from jaxembed.config import Config, InfoNCEConfig
@@ -65,13 +66,13 @@ def train(config: Config) -> dict[str, Any]:
     """
     began = time.perf_counter()
     check_alike(config)
-    mesh = parallel.make_mesh(**dict(config.mesh))
-    shards = parallel.shards_of(mesh)
+    mesh = make_mesh(**dict(config.mesh))
+    shards = local_shards(mesh)
     configs = config.in_stages()
     plans, held_out = processes.in_turn(partial(_open_data, config, shards.count))
     best_metric = _best_metric(config, held_out)
     base = find_base(config.model.base)
-    parallel.axis_table(mesh, base.decoder.axis_sizes)  # a mesh that does not fit is told before anything is written
+    logical_axis_table(mesh, base.decoder.axis_sizes)  # a mesh that does not fit is told before anything is written
     spec, lora = _spec(configs, base), _lora(config, base)
     run_dir, tokenizer = processes.in_turn(partial(_open_run, config, base, spec, plans))
 
@@ -94,7 +95,7 @@ def train(config: Config) -> dict[str, Any]:
     profile, used = Profile(config.train.profile_steps, run_dir / "profile"), _utilisation(config, model, mesh, state)
     for name, scores in scores_at_start.items():
         recorder.log(0, {f"{name}/{key}": value for key, value in scores.items()})
-    parallel.keep_memory()  # from here on: what loading gave back is not kept
+    retain_freed_memory()  # from here on: what loading gave back is not kept
     try:
         with closing(recorder), closing(checkpoints), closing(profile), StopRequest() as stop, jax.set_mesh(mesh):
             for stage in stages[index:]:
@@ -135,7 +136,7 @@ def open_stages(config: Config, mesh: Mesh) -> tuple[EmbeddingModel, list[Stage]
 
     Where a guide or a teacher belongs to a batch, zeros stand for its vectors.
     """
-    shards, configs = parallel.all_shards(parallel.shard_count(mesh)), config.in_stages()
+    shards, configs = all_shards(shard_count(mesh)), config.in_stages()
     plans = [_open(index, of_stage, shards.count) for index, of_stage in enumerate(configs)]
     base = find_base(config.model.base)
     spec = _spec(configs, base)

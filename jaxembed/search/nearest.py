@@ -11,8 +11,8 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Float
 
-from jaxembed.devices import parallel
-from jaxembed.devices.parallel import BATCH_AXES
+from jaxembed.devices.mesh import BATCH_AXES, make_mesh, shard_count
+from jaxembed.devices.placement import batch_sharding, put_global, replicated_sharding, to_host
 from jaxembed.devices.processes import progress
 
 GROUP = 32  # documents whose best score stands for them
@@ -104,12 +104,12 @@ def _on_mesh(
     queries: np.ndarray, documents: np.ndarray, k: int, memory_mb: int, approximate: bool, show_progress: bool
 ) -> Found:
     """As `search`, by the devices of JAX."""
-    mesh = parallel.make_mesh()
-    split, whole = parallel.split_batch(mesh), parallel.replicated(mesh)
+    mesh = make_mesh()
+    split, whole = batch_sharding(mesh), replicated_sharding(mesh)
     blocks = block_sizes(memory_mb, queries.shape[1], k, len(queries), len(documents))
-    at_once = blocks.queries * parallel.shard_count(mesh)
+    at_once = blocks.queries * shard_count(mesh)
     starts = range(0, len(queries), at_once)
-    best = [parallel.put_whole(split, _none(at_once, k)) for _ in starts]
+    best = [put_global(split, _none(at_once, k)) for _ in starts]
     merge = _merge(mesh, approximate)
     firsts = range(0, len(documents), blocks.documents)
     # A caller may have set a mesh of fewer devices, as training does.
@@ -118,13 +118,13 @@ def _on_mesh(
         progress(total=len(starts) * len(firsts), unit="block", desc="search", disable=not show_progress) as bar,
     ):
         for first in firsts:
-            block = parallel.put_whole(whole, documents[first : first + blocks.documents])
+            block = put_global(whole, documents[first : first + blocks.documents])
             for i, start in enumerate(starts):
-                some = parallel.put_whole(split, _padded(queries[start : start + at_once], at_once))
+                some = put_global(split, _padded(queries[start : start + at_once], at_once))
                 best[i] = merge(best[i], some, block, np.int32(first))
                 jax.block_until_ready(best[i - 1])  # no more than two at a time are in memory
                 bar.update()
-    found = [tuple(parallel.to_host(x) for x in of_queries) for of_queries in best]
+    found = [tuple(to_host(x) for x in of_queries) for of_queries in best]
     return Found(*(np.concatenate(parts)[: len(queries)] for parts in zip(_none(0, k), *found, strict=True)))
 
 

@@ -20,9 +20,9 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 from orbax.checkpoint.options import AsyncOptions
 
+from jaxembed.config.fields import Fields
 from jaxembed.devices import processes
 from jaxembed.errors import UserError, brief
-from jaxembed.config.fields import Fields
 from jaxembed.files import file_digest, read_json, write_json
 from jaxembed.training.run_dir import kept
 from jaxembed.training.step import OBJECTIVES, TrainState

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxembed.devices import parallel
 from jaxembed.data.packing import PackedTexts
+from jaxembed.devices.collectives import map_over_shards, shard_map_size, shard_rows
 from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.model.pooling import unit_length
 
@@ -24,11 +24,11 @@ def encode(
     """Unit vectors of the texts in shard-local `slots`, shard-major; zeros, without gradient, for absent ones (-1).
 
     With `rows` every device encodes that many rows at a time. `key` is that of dropout. Each device sums the gradients of its
-    own chunks before they are summed over devices, once, unless the parameters are split too (`parallel.by_shard`).
+    own chunks before they are summed over devices, once, unless the parameters are split too (`map_over_shards`).
     """
     if rows is None or rows * texts.shards >= len(texts.tokens):
         return pick(model.apply({"params": params}, texts, rngs={"dropout": key}), slots, texts.shards)
-    parts = parallel.parts_by_shard()
+    parts = shard_map_size()
     shards = texts.shards // parts  # of a part
     count = -(-len(texts.tokens) // (texts.shards * rows))
     keys = jax.random.split(key, (parts, count))
@@ -47,15 +47,15 @@ def encode(
         def add(made: jax.Array, part: tuple[Any, jax.Array]) -> tuple[jax.Array, None]:
             vectors = jax.checkpoint(chunk, prevent_cse=False)(part[0]).reshape(shards, -1, made.shape[-1])
             made = jax.vmap(lambda made, texts, new: made.at[texts].add(new, mode="drop"))(made, part[1], vectors)
-            return parallel.split_rows(made), None
+            return shard_rows(made), None
 
         chunks = jax.tree.map(lambda x: _in_chunks(x, shards, count, rows), arrays), keys[0]
         vector = jax.eval_shape(chunk, jax.tree.map(lambda x: x[0], chunks))
         none = jnp.zeros((shards, slots.size // shards, vector.shape[-1]), vector.dtype)
-        made, _ = jax.lax.scan(add, parallel.split_rows(none), (chunks, _texts_in(slots, shards, count, rows * texts.segments)))
+        made, _ = jax.lax.scan(add, shard_rows(none), (chunks, _texts_in(slots, shards, count, rows * texts.segments)))
         return unit_length(made).reshape(*slots.shape, -1)
 
-    return parallel.by_shard(of_part)(params, arrays, slots, keys)
+    return map_over_shards(of_part)(params, arrays, slots, keys)
 
 
 def pick(vectors: Float[Array, "r s d"], slots: Int[Array, "b *m"], shards: int) -> Float[Array, "b *m d"]:

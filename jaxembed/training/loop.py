@@ -14,14 +14,15 @@ from jax.sharding import Mesh
 
 from jaxembed.config import TrainConfig
 from jaxembed.data.batch import HostBatch
+from jaxembed.devices.cpu import release_freed_memory
+from jaxembed.devices.placement import put_batch
 from jaxembed.errors import Stopped, UserError
-from jaxembed.devices.parallel import put_batch, release_memory
 from jaxembed.training.checkpoint import Checkpoints
-from jaxembed.training.mfu import Utilisation
 from jaxembed.training.metrics import Recorder, Unrecorded
+from jaxembed.training.mfu import Utilisation
 from jaxembed.training.profile import Profile
-from jaxembed.training.step import Metrics, TrainState
 from jaxembed.training.shutdown import StopRequest, must_finish
+from jaxembed.training.step import Metrics, TrainState
 
 Evaluate = Callable[[Any], Mapping[str, float]]  # all parameters -> scores by SET/METRIC
 
@@ -155,7 +156,7 @@ class Trainer:
         shape = batch.texts.tokens.shape
         if shape in self.programs:
             return self.train_step(state, batch)
-        release_memory()
+        release_freed_memory()
         began = time.perf_counter()
         result = jax.block_until_ready(self.train_step(state, batch))
         self.programs.add(shape)

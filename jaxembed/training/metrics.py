@@ -12,9 +12,9 @@ from typing import Any
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from jaxembed.config.fields import Fields
 from jaxembed.data.schema import parse_row
 from jaxembed.errors import UserError
-from jaxembed.config.fields import Fields
 from jaxembed.files import exists, read_bytes, write_text
 
 

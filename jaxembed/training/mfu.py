@@ -22,8 +22,8 @@ from typing import Any
 import jax
 from flax.traverse_util import flatten_dict
 
-from jaxembed.model.lora import ADAPTERS
 from jaxembed.model.families import DecoderConfig
+from jaxembed.model.lora import ADAPTERS
 
 # JAX's name of a device, as a pattern -> FLOP/s; the first that is found in the name counts.
 PEAKS = {

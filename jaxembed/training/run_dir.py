@@ -11,11 +11,11 @@ from typing import Any
 
 import yaml
 
-from jaxembed.devices import processes
 from jaxembed.config import Config
+from jaxembed.config.sections import read_tree
+from jaxembed.devices import processes
 from jaxembed.errors import UserError
 from jaxembed.files import exists, read_json, write_json, write_text
-from jaxembed.config.sections import read_tree
 
 log = logging.getLogger("jaxembed")
 

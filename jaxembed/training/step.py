@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxembed.devices import parallel
 from jaxembed.data.batch import Batch
+from jaxembed.devices.cpu import compiler_options
 from jaxembed.losses.objectives import Objectives
 from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.model.lora import join, pick_adapter, put_adapter
@@ -107,5 +107,5 @@ def make_train_step(
             metrics["adapter"] = batch.adapter
         return dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1), metrics
 
-    options = parallel.compiler_options()
+    options = compiler_options()
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)

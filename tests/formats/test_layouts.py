@@ -1,0 +1,383 @@
+"""Published embedders, as tiny folders in the form of their repositories, beside PyTorch under each one's own rules."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from tokenizers.processors import Sequence, TemplateProcessing
+
+from helpers import tiny
+from helpers.loading import least_cosine
+from helpers.runs import prepare, settings
+from jaxembed import Embedder
+from jaxembed.config.spec import Shot
+from jaxembed.data.tokenize import BORDER
+from jaxembed.devices.mesh import make_mesh
+from jaxembed.errors import UserError
+from jaxembed.hub.base import find_base
+from jaxembed.hub.card import Card
+from jaxembed.hub.embedder import from_base
+from jaxembed.hub.export import encode_torch, export, export_adapters, load_sentence_transformer
+from jaxembed.model.decoder import Compute
+from jaxembed.runs.train import train
+
+TASK = "Given a question, retrieve passages that answer it"
+E5 = "Instruct: {}\nQuery: "
+TEXTS = [*tiny.TEXTS, "a text that is cut at its end " * 20]
+SHORT = tiny.TEXTS[:4]
+STEP = (
+    "train.steps=1", "train.batch_size=4", "mesh.data=1", "eval.sets=[]", "data.max_length=64", "model.unroll=false",
+    "optim.learning_rate=1e-4", "optim.warmup_steps=0",
+)  # fmt: skip
+LIMIT, POSITIONS = 100, 128  # tokens of a text where the files say so, and of the tiny models
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """How a repository looks and what its own code does.
+
+    family: of the decoder; code: its config.json names a Python file; modules: it has sentence-transformers' files with
+    this pooling; prompts: those stored there. prompt: of an instruction, plain: of a text without one. end: the token that
+    its own code puts last, past what its tokenizer.json says; eos: the key for that in tokenizer_config.json.
+    """
+
+    family: str
+    pooling: str
+    prompt: str = E5
+    plain: str = ""
+    causal: bool = True
+    code: str = ""
+    modules: bool = True
+    prompts: dict[str, str] = dataclasses.field(default_factory=dict)
+    end: str = ""
+    eos: bool = False
+    skip_prompt: bool = False
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+KALM = "Instruct: {} \n Query: "
+SEARCH = "Given a web search query, retrieve relevant passages that answer the query"
+PUBLISHED = {
+    "KaLM-embedding-multilingual-mini-v1": Published("qwen2", "mean", KALM),
+    "KaLM-embedding-multilingual-mini-instruct-v1.5": Published("qwen2", "mean", KALM),
+    "KaLM-embedding-multilingual-mini-instruct-v2": Published("qwen2", "mean", KALM, causal=False, code="modeling.Qwen2Model"),
+    "e5-mistral-7b-instruct": Published(
+        "mistral", "lasttoken", prompts={"web_search_query": E5.format(SEARCH)}, end="</s>", eos=True
+    ),
+    "SFR-Embedding-Mistral": Published("mistral", "lasttoken", end="</s>", eos=True),
+    "Linq-Embed-Mistral": Published("mistral", "lasttoken", end="</s>", eos=True),
+    "gte-Qwen2-1.5B-instruct": Published(
+        "qwen2", "lasttoken", causal=False, code="modeling_qwen.Qwen2Model", prompts={"query": E5.format(SEARCH)},
+        end="<|endoftext|>", eos=True, config={"is_causal": False},
+    ),
+    "Qwen3-Embedding-0.6B": Published(
+        "qwen3", "lasttoken", E5.rstrip(), prompts={"query": E5.rstrip().format(SEARCH), "document": ""}
+    ),
+    "GritLM-7B": Published(
+        "mistral-window", "mean", "<|user|>\n{}\n<|embed|>\n", "<|embed|>\n", causal=False, modules=False, skip_prompt=True,
+        code="modeling_gritlm7b.MistralForCausalLM",
+    ),
+}  # fmt: skip
+
+
+class Reference:
+    """The tiny model of a published layout: its folder, and its vectors by transformers' stock decoder."""
+
+    def __init__(self, name: str, root: Path):
+        self.published, self.folder = PUBLISHED[name], root / name
+        family = self.published.family
+        self.decoder = tiny.torch_model(family, causal=self.published.causal)
+        self.tokenizer = tiny.tokenizer(bos=True) if family.startswith("mistral") else tiny.qwen_tokenizer()
+        if name.startswith("Qwen3"):  # its tokenizer.json ends texts with a token that is not its EOS
+            self.tokenizer.backend_tokenizer.post_processor = ends_with(self.tokenizer, "<|endoftext|>")
+            self.tokenizer.eos_token = "<|im_end|>"
+        self._save()
+
+    def _save(self) -> None:
+        p, folder = self.published, self.folder
+        self.decoder.save_pretrained(folder)
+        self.tokenizer.model_max_length = LIMIT
+        self.tokenizer.save_pretrained(folder)
+        edit(folder / "tokenizer_config.json", {"add_eos_token": True} if p.eos else {})
+        code = {"auto_map": {"AutoModel": p.code}} if p.code else {}
+        edit(folder / "config.json", {**code, **p.config}, drop=() if p.config else ("is_causal",))
+        if not p.modules:
+            return
+        kinds = ["Transformer", "Pooling", "Normalize"]
+        modules = [
+            {"idx": i, "name": str(i), "path": f"{i}_{kind}" if i else "", "type": f"sentence_transformers.models.{kind}"}
+            for i, kind in enumerate(kinds)
+        ]
+        (folder / "modules.json").write_text(json.dumps(modules))
+        (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": LIMIT, "do_lower_case": False}))
+        (folder / "1_Pooling").mkdir()
+        modes = {f"pooling_mode_{kind}": kind.startswith(p.pooling) for kind in ("cls_token", "mean_tokens", "lasttoken")}
+        pooling = {"word_embedding_dimension": 32, **modes, "include_prompt": True}
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+        (folder / "config_sentence_transformers.json").write_text(json.dumps({"prompts": p.prompts}))
+
+    def encode(self, texts: list[str], instruction: str = "") -> np.ndarray:
+        p = self.published
+        prompt = p.prompt.format(instruction) if instruction else p.plain
+        end = self.tokenizer(p.end, add_special_tokens=False)["input_ids"]
+        limit = (LIMIT if p.modules else POSITIONS) - len(end)
+        skipped = len(self.tokenizer(prompt)["input_ids"]) if p.skip_prompt else 0
+        vectors = []
+        for text in texts:
+            ids = self.tokenizer(prompt + text, truncation=True, max_length=limit)["input_ids"] + end
+            with torch.no_grad():
+                hidden = self.decoder(torch.tensor([ids])).last_hidden_state[0]
+            pooled = hidden[-1] if p.pooling == "lasttoken" else hidden[skipped:].mean(dim=0)
+            vectors.append(torch.nn.functional.normalize(pooled, dim=0).numpy())
+        return np.stack(vectors)
+
+
+def ends_with(tokenizer: transformers.PreTrainedTokenizerFast, token: str) -> Any:
+    template = TemplateProcessing(single=f"$A {token}", special_tokens=[(token, tokenizer.convert_tokens_to_ids(token))])
+    return Sequence([tokenizer.backend_tokenizer.post_processor, template])
+
+
+def edit(path: Path, changes: dict[str, Any], drop: tuple[str, ...] = ()) -> None:
+    values = {k: v for k, v in json.loads(path.read_text()).items() if k not in drop}
+    path.write_text(json.dumps(values | changes))
+
+
+@pytest.fixture(scope="module")
+def reference_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Reference]:
+    root = tmp_path_factory.mktemp("published")
+    return functools.cache(lambda name: Reference(name, root))
+
+
+@pytest.fixture(scope="module")
+def mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The decoder that adapters belong to, under a name that LLM2Vec puts into a chat form."""
+    return tiny.folder(tmp_path_factory.mktemp("decoders") / "Mistral-7B-Instruct-v0.2", "mistral")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_layout_encodes_as_its_own_code(reference_of: Callable[[str], Reference], name: str) -> None:
+    reference = reference_of(name)
+    model = Embedder.load(reference.folder)
+    plain, asked = model.encode(TEXTS), model.encode(TEXTS, instruction=TASK)
+    assert least_cosine(plain, reference.encode(TEXTS)) > 0.9999
+    assert least_cosine(asked, reference.encode(TEXTS, TASK)) > 0.9999
+    assert np.abs(asked[0] - asked[1]).max() > 0.01
+    assert least_cosine(plain, asked) < 0.999
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_layout_is_tuned_further_and_exported(
+    reference_of: Callable[[str], Reference], name: str, tmp_path: Path
+) -> None:
+    reference = reference_of(name)
+    root = prepare(tmp_path)
+    train(settings(root, "tuned", f"model.base={reference.folder}", *STEP))
+    before, model = Embedder.load(reference.folder), Embedder.load(root / "tuned")
+    changed = {key for key, value in vars(model.spec).items() if value != getattr(before.spec, key)}
+    assert changed <= {"max_length", "prompts"}
+    assert model.spec.prompts["query"] == reference.published.prompt.format("Find it")
+    assert 1e-5 < np.abs(model.encode(SHORT) - before.encode(SHORT)).max() < 0.02
+    export(model, tmp_path / "out", "float32", Card("tuned", "base"))
+    stock = load_sentence_transformer(tmp_path / "out")
+    for prompt in (model.spec.plain_prompt, model.spec.prompt(TASK)):
+        np.testing.assert_allclose(encode_torch(stock, TEXTS, prompt), model.encode(TEXTS, prompt=prompt), atol=1e-5)
+    default = stock.encode(TEXTS, normalize_embeddings=True)
+    np.testing.assert_allclose(default, model.encode(TEXTS), atol=1e-5)
+
+
+def test_a_repository_without_files_of_its_own_is_known_by_its_name(
+    reference_of: Callable[[str], Reference], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As fetched from the hub by its id, without sentence-transformers' files."""
+    reference = reference_of("e5-mistral-7b-instruct")
+    bare = tmp_path / "snapshots" / "0123"
+    shutil.copytree(reference.folder, bare, ignore=shutil.ignore_patterns("*sentence*", "modules.json", "1_Pooling"))
+    fetched = {"intfloat/e5-mistral-7b-instruct": str(bare)}
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: fetched[name])
+    model = Embedder.load("intfloat/e5-mistral-7b-instruct")
+    assert least_cosine(model.encode(SHORT, instruction=TASK), reference.encode(SHORT, TASK)) > 0.9999
+    assert least_cosine(Embedder.load(bare).encode(SHORT), reference.encode(SHORT)) < 0.9
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("nvidia/NV-Embed-v2", ("bidirectional", "latent_attention", "Instruct: T\nQuery: ", "")),
+        ("HIT-TMG/KaLM-embedding-multilingual-mini-instruct-v1.5", ("causal", "mean", "Instruct: T \n Query: ", "")),
+        ("KaLM-Embedding/KaLM-embedding-mini-v2.5", ("bidirectional", "mean", "Instruct: T \n Query: ", "")),
+        ("Salesforce/SFR-Embedding-Mistral", ("causal", "last", "Instruct: T\nQuery: ", "")),
+        ("Linq-AI-Research/Linq-Embed-Mistral", ("causal", "last", "Instruct: T\nQuery: ", "")),
+        ("Alibaba-NLP/gte-Qwen2-7B-instruct", ("bidirectional", "last", "Instruct: T\nQuery: ", "")),
+        ("Qwen/Qwen3-Embedding-4B", ("causal", "last", "Instruct: T\nQuery:", "")),
+        ("GritLM/GritLM-7B", ("bidirectional", "mean", "<|user|>\nT\n<|embed|>\n", "")),
+        ("BAAI/bge-en-icl", ("causal", "last", "<instruct>T\n<query>", "\n<response>")),
+        ("jspringer/echo-mistral-7b-instruct-meantoken", ("causal", "mean", "Instruct:\x1fT,\x1f", "")),
+        ("McGill-NLP/LLM2Vec-Sheared-LLaMA-mntp", ("bidirectional", "mean", "T ", "")),
+    ],
+)
+def test_the_id_of_a_repository_brings_its_rules(
+    mistral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, expected: tuple[str, str, str, str]
+) -> None:
+    config = json.loads((mistral / "config.json").read_text())
+    if "NV-Embed" in name:
+        latent = {"cross_dim_head": config["hidden_size"]}
+        config = {"model_type": "nvembed", "text_config": config, "latent_attention_config": latent}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda asked, **options: {name: str(tmp_path)}[asked])
+    spec = find_base(name).spec
+    assert (spec.attention, spec.pooling, spec.prompt("T"), spec.query_suffix) == expected
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_a_hub_out_of_reach_is_told_in_whole_words(monkeypatch: pytest.MonkeyPatch, offline: bool) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise huggingface_hub.errors.LocalEntryNotFoundError("word " * 99) from OSError("no route to the hub, " * 20)
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    if not offline:
+        monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    why = r"HF_HUB_OFFLINE is set" if offline else r"(no route to the hub, )+no route( to)?( the)? \.\.\."
+    with pytest.raises(UserError, match=rf"not in the hub's cache, .* \({why}\); connect, or name a local folder$"):
+        Embedder.load("nobody/nothing")
+
+
+def test_a_folder_that_needs_code_of_its_own_is_refused(reference_of: Callable[[str], Reference], tmp_path: Path) -> None:
+    shutil.copytree(reference_of("KaLM-embedding-multilingual-mini-v1").folder, tmp_path / "own")
+    edit(tmp_path / "own" / "config.json", {"auto_map": {"AutoModel": "modeling_own.Own"}})
+    assert find_base(str(tmp_path / "own")).spec.pooling == "mean"
+    (tmp_path / "own" / "modules.json").unlink()
+    with pytest.raises(UserError, match=r"Looked for jaxembed.json, .* modules.json, and .* NV-Embed, LLM2Vec, KaLM"):
+        find_base(str(tmp_path / "own"))
+    edit(tmp_path / "own" / "config.json", {"model_type": "qwen2_moe", "num_experts": 8})
+    with pytest.raises(UserError, match=r"qwen2_moe is a mixture of experts \(num_experts\), .* take a dense base"):
+        find_base(str(tmp_path / "own"))
+    edit(tmp_path / "own" / "config.json", {"model_type": "mixtral", "num_local_experts": 8}, drop=("num_experts",))
+    with pytest.raises(UserError, match="mixtral is a mixture of experts"):
+        find_base(str(tmp_path / "own"))
+
+
+def bidirectional(folder: Path) -> torch.nn.Module:
+    return transformers.AutoModel.from_pretrained(str(folder), is_causal=False, attn_implementation="eager").eval()
+
+
+def adapted(model: torch.nn.Module, base: Path, out: Path, seed: int) -> torch.nn.Module:
+    """The model with random adapters merged, which are saved in `out` as those of `base`."""
+    torch.manual_seed(seed)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "up_proj"]))
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    wrapped.save_pretrained(str(out))
+    edit(out / "adapter_config.json", {"base_model_name_or_path": str(base)})
+    return wrapped.merge_and_unload().eval()
+
+
+def llm2vec_vectors(model: torch.nn.Module, tokenizer: Any, texts: list[str], instruction: str = "") -> np.ndarray:
+    """As its code does it: the chat form around instruction and text; as many of the last tokens pooled as the text with
+    what follows it has by itself.
+    """
+    lead = f"{instruction} " if instruction else ""
+    vectors = []
+    for text in texts:
+        ids = tokenizer(f"[INST] {lead}{text} [/INST]")["input_ids"]
+        own = len(tokenizer(f"{text} [/INST]", add_special_tokens=False)["input_ids"])
+        with torch.no_grad():
+            pooled = model(torch.tensor([ids])).last_hidden_state[0, -own:].mean(dim=0)
+        vectors.append(torch.nn.functional.normalize(pooled, dim=0).numpy())
+    return np.stack(vectors)
+
+
+def test_llm2vec_is_read_from_its_two_stages_of_adapters(mistral: Path, tmp_path: Path) -> None:
+    first = tmp_path / "LLM2Vec-Mistral-7B-Instruct-v2-mntp"
+    second = tmp_path / f"{first.name}-supervised"
+    reference = adapted(bidirectional(mistral), mistral, first, 1)
+    code = {"architectures": ["MistralEncoderModel"], "auto_map": {"AutoModel": "modeling_mistral_encoder.MistralEncoderModel"}}
+    (first / "config.json").write_text(json.dumps({"model_type": "mistral", **code}))
+    reference = adapted(reference, mistral, second, 2)  # its files name the decoder, not the first stage
+    (second / "llm2vec_config.json").write_text(json.dumps({"pooling_mode": "mean", "max_length": 128, "doc_max_length": 90}))
+    tokenizer = tiny.tokenizer(bos=True)
+    model = Embedder.load(second)
+    for instruction in ("", TASK):
+        ours = model.encode(SHORT, instruction=instruction)
+        assert least_cosine(ours, llm2vec_vectors(reference, tokenizer, SHORT, instruction)) > 0.9999
+    assert len(model.tokenizer(["word " * 200], ["[INST] "]).ids[0]) < 128  # cut at doc_max_length, [/INST] kept
+    assert least_cosine(Embedder.load(first).encode(SHORT), model.encode(SHORT)) < 0.99
+    with pytest.raises(UserError, match="pools as many tokens as a text has by itself"):
+        export(model, tmp_path / "whole", "float32", Card("l2v", "base"))
+
+    root = prepare(tmp_path)
+    train(settings(root, "tuned", f"model.base={second}", "model.lora={rank: 2, alpha: 4}", *STEP))
+    export_adapters(root / "tuned", tmp_path / "third", "last")
+    tuned = Embedder.load(root / "tuned")
+    np.testing.assert_allclose(Embedder.load(tmp_path / "third").encode(SHORT), tuned.encode(SHORT), atol=1e-5)
+    assert least_cosine(tuned.encode(SHORT), model.encode(SHORT)) > 0.99
+
+
+def echo_vectors(model: torch.nn.Module, tokenizer: Any, texts: list[str], instruction: str, pooling: str) -> np.ndarray:
+    """As its parser does it: every piece tokenised and cut to 40 tokens by itself; the second copy and EOS are pooled."""
+
+    def tokens(piece: str) -> list[int]:
+        return tokenizer(piece, add_special_tokens=False)["input_ids"][:40]
+
+    vectors = []
+    for text in texts:
+        before = ["<s>Instruct:", f"{instruction},", "\nQuery:"] if instruction else ["<s>Document:"]
+        again = "\nQuery again:" if instruction else "\nDocument again:"
+        lead = [token for piece in (*before, text, again) for token in tokens(piece)]
+        ids = [*lead, *tokens(text), tokenizer.eos_token_id]
+        with torch.no_grad():
+            hidden = model(torch.tensor([ids])).last_hidden_state[0, len(lead) :]
+        pooled = hidden[-1] if pooling == "last" else hidden.mean(dim=0)
+        vectors.append(torch.nn.functional.normalize(pooled, dim=0).numpy())
+    return np.stack(vectors)
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_echo_encodes_as_its_parser(pooling: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / f"echo-mistral-7b-instruct-{pooling}token"
+    tiny.folder(folder, "mistral", prefix_space=True)
+    edit(folder / "config.json", {"max_position_embeddings": 256})
+    base = find_base(str(folder))
+    assert (base.spec.text_length, base.spec.max_length) == (300, 256)
+    spec = dataclasses.replace(base.spec, text_length=40)
+    model = from_base(base, spec, Compute(), make_mesh(1))
+    reference, tokenizer = transformers.AutoModel.from_pretrained(str(folder)).eval(), tiny.tokenizer(prefix_space=True)
+    for instruction in ("", "Find it"):
+        theirs = echo_vectors(reference, tokenizer, TEXTS, instruction, pooling)
+        assert least_cosine(model.encode(TEXTS, instruction=instruction), theirs) > 0.9999
+    with pytest.raises(UserError, match="presents a text twice"):
+        export(model, tmp_path / "out", "float32", Card("echo", "base"))
+    joined = dataclasses.replace(spec, **{key: getattr(spec, key).replace(BORDER, "") for key in ("echo", "plain_echo")})
+    wrong = from_base(base, joined, Compute(), make_mesh(1))
+    assert least_cosine(wrong.encode(TEXTS), echo_vectors(reference, tokenizer, TEXTS, "", pooling)) < 0.9999
+    if pooling == "mean":
+        root = prepare(tmp_path)
+        train(settings(root, "tuned", f"model.base={folder}", *STEP))
+        tuned = Embedder.load(root / "tuned")
+        assert tuned.spec == dataclasses.replace(base.spec, max_length=64, prompts=tuned.spec.prompts)
+        assert 0.9 < least_cosine(tuned.encode(SHORT), model.encode(SHORT)) < 1 - 1e-6
+
+
+def test_bge_en_icl_is_told_by_its_tokens(mistral: Path, tmp_path: Path) -> None:
+    shutil.copytree(mistral, tmp_path / "some-name")
+    plain = find_base(str(tmp_path / "some-name")).spec
+    tokens = {str(300 + i): {"content": token} for i, token in enumerate(("<instruct>", "<query>", "<response>"))}
+    edit(tmp_path / "some-name" / "tokenizer_config.json", {"added_tokens_decoder": tokens})
+    spec = find_base(str(tmp_path / "some-name")).spec
+    assert spec != plain
+    assert (spec.attention, spec.pooling, spec.append_eos) == ("causal", "last", True)
+    shots = [Shot("T", "q", "r")]
+    assert spec.prompt("T", shots) == "<instruct>T\n<query>q\n<response>r\n\n<instruct>T\n<query>"
+    assert spec.query_suffix == "\n<response>"

@@ -1,0 +1,107 @@
+"""Runs of a tiny model: their files, configs, commands and losses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from helpers import tiny
+from jaxembed import config
+from jaxembed.devices.mesh import make_mesh
+from jaxembed.training.metrics import read_metrics
+
+ENV = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+
+
+def prepare(root: Path) -> Path:
+    """A base, pairs whose query and positive share words, and a held-out set of the same kind."""
+    tiny.folder(root / "base", "qwen3")
+    rng = np.random.default_rng(0)
+    letters = [chr(ord("a") + i) * 3 for i in range(26)]
+    rows = []
+    for _ in range(96):
+        words = [letters[i] for i in rng.choice(26, 4, replace=False)]
+        rows.append(
+            {"query": " ".join(words[:2]), "pos": [" ".join(words)], "neg": [" ".join(letters[i] for i in rng.choice(26, 4))]}
+        )
+    (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scored = [
+        {"sentence1": r["query"], "sentence2": r["pos"][0] if i % 2 else r["neg"][0], "score": i % 2}
+        for i, r in enumerate(rows)
+    ]
+    (root / "sts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scored))
+    return root
+
+
+def settings(root: Path, run: str, *overrides: str) -> config.Config:
+    tree = {
+        "model": {"base": str(root / "base"), "unroll": False},
+        "data": {
+            "max_length": 32,
+            "hard_negatives": 1,
+            "sources": [{"path": str(root / "pairs.jsonl"), "instructions": ["Find it", "Find the text"]}],
+        },
+        "optim": {"learning_rate": 1e-3, "warmup_steps": 2},
+        "train": {"steps": 12, "batch_size": 16, "log_every": 1, "checkpoint_every": 4, "eval_every": 6},
+        "eval": {"sets": [{"name": "sts", "kind": "sts", "path": str(root / "sts.jsonl"), "instruction": "Find it"}]},
+        "mesh": {"data": 2},
+    }
+    path = root / f"{run}.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return config.load(path, [f"run.dir={root / run}", *overrides])
+
+
+def staged(root: Path, run: str, stages: Sequence[Mapping[str, Any]], *overrides: str) -> config.Config:
+    """The config of `settings` in stages."""
+    tree = yaml.safe_load(settings(root, run, *overrides).dump())
+    del tree["train"]["steps"]
+    tree["stages"] = stages
+    path = root / f"{run}.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return config.load(path)
+
+
+def rewound(straight: Path, of: config.Config) -> int:
+    """Makes a config's run out of a finished one, as that was at the first of its checkpoints; returns that step."""
+    run = Path(of.run.dir)
+    shutil.copytree(straight, run)
+    (run / "config.yaml").write_text(of.dump())
+    first, *later = sorted(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdecimal())
+    for step in later:
+        shutil.rmtree(run / "checkpoints" / str(step))
+    shutil.rmtree(run / "mined", ignore_errors=True)
+    return first
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(run_dir) if "loss" in row]
+
+
+def command(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", *args], env=ENV, capture_output=True, text=True, check=False)
+
+
+def start(root: Path, run: str, *overrides: str, ahead: str = "") -> subprocess.Popen[str]:
+    """The train command on a run's config, in the background; the code `ahead` runs in its process first."""
+    settings(root, run, *overrides)
+    code = f"{ahead}\nimport runpy\nrunpy.run_module('jaxembed.train', run_name='__main__')"
+    arguments = [sys.executable, "-c", code, str(root / f"{run}.yaml"), f"run.dir={root / run}", *overrides]
+    return subprocess.Popen(arguments, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def use_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make every mesh that the package builds by itself a mesh of one device, for which programs compile faster."""
+    mesh = make_mesh(1)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("jaxembed.") and getattr(module, "make_mesh", None) is make_mesh:
+            monkeypatch.setattr(module, "make_mesh", lambda **_: mesh)

@@ -1,0 +1,155 @@
+"""What a plan counts: operations, collectives and memory, with hand-made figures and with the real TPU compiler."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from helpers import runs
+from jaxembed import cli
+from jaxembed.errors import UserError
+from jaxembed.planning.collectives import collectives
+from jaxembed.planning.flops import product_flops
+from jaxembed.planning.plan import _no_room, plan
+from jaxembed.planning.topology import topology_devices
+
+HLO = """\
+HloModule jit_step
+
+%body (p: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
+  %ag = f32[32,8]{1,0} all-gather(%x), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}, metadata={op_name="jit(f)/encode/w"}
+}
+
+%condition (p: (s32[], f32[4,8])) -> pred[] {
+  %limit = s32[] constant(24)
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}
+
+%way (p: f32[4,8]) -> f32[16,8] {
+  %again = f32[16,8]{1,0} all-gather(%x), channel_id=3, replica_groups=[2,4]<=[8], metadata={op_name="jit(f)/jvp(loss)/d"}
+}
+
+ENTRY %main (a: f32[4,8]) -> f32[4,8] {
+  %loop = (s32[], f32[4,8]) while(%t), condition=%condition, body=%body
+  %twice = (s32[], f32[4,8]) while(%t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"2"}}
+  %start = (bf16[4,8], bf16[16,8]) all-gather-start(%x), channel_id=3, replica_groups=[2,4]<=[8], metadata={op_name="jit(f)/jvp(loss)/d"}
+  %rest = f32[16,8] fusion(%y), kind=kLoop, calls=%way
+  %send = (f32[4,8]{1,0}, u32[], token[]) send(%x, %t), channel_id=5, is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,2,3}x{0:7}",_xla_megascale_transfer_type="ALL_GATHER"}
+  %sum = f32[10]{0} all-reduce(%z), channel_id=4, replica_groups=mesh['a'=2,'b'=4] {'b'}, to_apply=%add
+}
+"""  # noqa: E501
+
+
+def test_collectives_of_a_program_with_loops() -> None:
+    found = collectives(HLO, ("loss", "encode"))
+    assert found.table() == {
+        "encode": {"all-gather": {"count": 26, "result_bytes": 26 * 1024, "sent_bytes": 26 * 768}},
+        "loss": {"all-gather": {"count": 1, "result_bytes": 512, "sent_bytes": 384}},
+        "other": {
+            "all-reduce": {"count": 1, "result_bytes": 40, "sent_bytes": 60},
+            "all-gather between slices": {"count": 1, "result_bytes": 384, "sent_bytes": 256},
+        },
+    }
+    assert found.unknown_loops == 0
+    assert collectives(HLO.replace("constant(24)", "parameter(0)"), ()).unknown_loops == 1
+
+
+def test_flops_of_loops_and_what_is_computed_twice() -> None:
+    def layer(x: jax.Array) -> jax.Array:
+        return jnp.sin(x @ jnp.ones((8, 8)))
+
+    def looped(x: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda c, _: (layer(c), None), x, length=5)[0].sum()
+
+    product = 2 * 4 * 8 * 8
+    x = jnp.ones((4, 8))
+    assert product_flops(jax.make_jaxpr(looped)(x)) == 5 * product
+    twice = jax.make_jaxpr(jax.grad(lambda x: jax.checkpoint(layer)(x).sum()))(x)
+    assert product_flops(twice) == 3 * product  # forward, again, backward
+    branches = jax.make_jaxpr(lambda x: jax.lax.cond(x[0, 0] > 0, layer, lambda x: x, x))(x)
+    assert product_flops(branches) == product
+
+
+def test_a_plan_counts_parameters_moments_and_documents(tmp_path: Path) -> None:
+    runs.prepare(tmp_path)
+    for file in (tmp_path / "base").glob("*.safetensors"):
+        file.unlink()  # it needs no weights
+    told = plan(runs.settings(tmp_path, "run", "mesh.data=-1", "optim.warmup_steps=0"), None)
+    (stage,) = told["stages"]
+    assert told["devices"] == 8 and stage["memory"]["estimate"] and not (tmp_path / "run").exists()
+    assert stage["trained"] == stage["parameters"]
+    assert stage["optimizer_bytes"] == 2 * 4 * stage["parameters"] + 2 * 4  # two moments, two counts
+    # Gathered are 16 queries' 2 documents each, 32 numbers wide, and little of each text.
+    gathered = stage["collectives"]["loss"]["all-gather"]["result_bytes"]
+    assert 16 * 2 * 32 * 4 <= gathered < 16 * 2 * 32 * 4 * 1.2
+
+
+def test_too_little_memory_is_told_with_what_would_help(tmp_path: Path) -> None:
+    runs.prepare(tmp_path)
+    config = runs.settings(tmp_path, "run", "model.remat=true", "gradcache.rows=4")
+    stage = type("Stage", (), {"index": 0})()
+    told = str(_no_room(config, stage, 40 << 30, 16 << 30))
+    assert told == (
+        "a step needs 40.00 GiB of a device that has 16.00 GiB; try mesh.fsdp=-1, a smaller gradcache.rows, "
+        "model.dtype=bfloat16, model.lora"
+    )
+
+
+def test_a_step_that_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs.prepare(tmp_path)
+    monkeypatch.setattr("jaxembed.planning.plan._memory_here", lambda: 1 << 10)
+    with pytest.raises(UserError, match=r"^a step needs [\d.]+ MiB of a device that has 1\.00 KiB; try mesh\.fsdp=-1, "):
+        plan(runs.settings(tmp_path, "run"), None)
+
+
+def test_without_the_tpu_compiler_a_slice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"^--topology needs the TPU compiler, which is not installed; pip install"):
+        topology_devices("v5e:2x2")
+
+
+def test_a_tpu_that_is_not_there_is_not_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the TPU compiler installed alone; with another plugin, or a choice in the environment, JAX looks by itself."""
+    for modules, chosen, expected in (
+        ({"libtpu"}, None, "cpu"), ({"libtpu", "jax_plugins"}, None, None), (set(), None, None), ({"libtpu"}, "cuda", "cuda"),
+    ):  # fmt: skip
+        monkeypatch.setattr("importlib.util.find_spec", lambda name, there=modules: name if name in there else None)
+        monkeypatch.setattr(Path, "glob", lambda *_: iter(()))
+        monkeypatch.setenv("JAX_PLATFORMS", chosen or "")  # undone at the end, whatever is set in between
+        if chosen is None:
+            monkeypatch.delenv("JAX_PLATFORMS")
+        cli._skip_absent_tpu()
+        assert os.environ.get("JAX_PLATFORMS") == expected
+
+
+@pytest.mark.parametrize("name", ["v9:2x2", "v5e", "v5e:4xx4", ""])
+def test_an_unknown_slice_is_told(name: str) -> None:
+    with pytest.raises(UserError, match="expected v4, v5e, v5p, v6e with a shape"):
+        topology_devices(name)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_a_plan_by_the_tpu_compiler(tmp_path: Path) -> None:
+    runs.prepare(tmp_path)
+    runs.settings(tmp_path, "run")
+    overrides = [f"run.dir={tmp_path / 'run'}", "mesh.data=-1", "mesh.fsdp=4"]
+    where = ["--topology", "v5e:2x2", "--slices", "2"]
+    command = [sys.executable, "-m", "jaxembed.train", str(tmp_path / "run.yaml"), *overrides, *where]
+    env = {name: value for name, value in runs.ENV.items() if name != "XLA_FLAGS"} | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert (told["devices"], told["device"], told["mesh"]["data"]) == (8, "TPU v5 lite", 2)
+    assert not (tmp_path / "run").exists()
+    assert "libtpu" not in done.stderr and "hostname" not in done.stderr, "nothing here is a TPU's worker, nor should be"
+    assert told["stages"][0]["memory"]["device"] == 16 << 30
+    kinds = {kind for of_scope in told["stages"][0]["collectives"].values() for kind in of_scope}
+    assert {"all-gather", "all-gather between slices", "all-reduce between slices"} <= kinds

@@ -1,0 +1,288 @@
+"""Runs that are killed, stopped, starved of disk, damaged or poisoned: what is lost, what is said, and how they go on."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import pytest
+
+from jaxembed import Embedder
+from jaxembed.data.schema import text_hash
+from jaxembed.errors import UserError
+from jaxembed.export import read_card
+from jaxembed.losses import infonce
+from jaxembed.losses.objectives import OBJECTIVES
+from jaxembed.runs.train import train
+from jaxembed.training import run_dir
+from jaxembed.training.checkpoint import Checkpoints
+from jaxembed.training.metrics import read_metrics
+from helpers.runs import losses, prepare, rewound, settings, start
+
+MANY = ("train.steps=36", "train.checkpoint_every=7", "train.eval_every=12")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare(tmp_path_factory.mktemp("unbreakable"))
+
+
+@pytest.fixture(scope="module")
+def straight(folder: Path) -> list[float]:
+    """The losses of a run that nothing happened to."""
+    train(settings(folder, "straight", *MANY, "train.keep_checkpoints=9"))
+    return losses(folder / "straight")
+
+
+def steps_of(run: Path) -> list[int]:
+    checkpoints = Checkpoints(run)
+    steps = checkpoints.steps()
+    checkpoints.close()
+    return steps
+
+
+def last_step(run: Path) -> int:
+    return max((row["step"] for row in read_metrics(run)), default=0)
+
+
+def kill_when(process: subprocess.Popen[str], due: Callable[[], bool], number: int = signal.SIGKILL) -> str:
+    """Sends a signal as soon as `due`; returns what the process wrote to standard error."""
+    while process.poll() is None and not due():
+        time.sleep(0.0005)
+    process.send_signal(number)
+    return process.communicate()[1]
+
+
+def test_kill_9_at_any_moment_loses_no_more_than_since_the_last_checkpoint(folder: Path, straight: list[float]) -> None:
+    run, random_step = folder / "killed", random.Random(time.time_ns()).randrange(14, 30)
+    moments: list[Callable[[], bool]] = [
+        lambda: any(run.glob("checkpoints/*.orbax-checkpoint-tmp*")),  # while a checkpoint is written
+        lambda: last_step(run) == 12,  # the 12th step is logged, its evaluation begins
+        lambda: last_step(run) == random_step,
+    ]
+    for due in moments:
+        process = start(folder, "killed", *MANY)
+        kill_when(process, due)
+        assert process.returncode == -signal.SIGKILL
+        reached, kept = last_step(run), max(steps_of(run), default=0)
+        assert reached - kept <= 2 * 7, "a checkpoint is written every 7 steps; one may be on its way"
+        assert losses(run) == straight[:reached]
+    assert kept > 0
+    train(settings(folder, "killed", *MANY))
+    assert losses(run) == straight
+    assert len([row for row in read_metrics(run) if "untrained/sts/spearman" in row]) == 1
+
+
+def test_only_the_run_itself_removes_what_is_half_written(folder: Path, straight: list[float]) -> None:
+    """Other commands may read a run that is at work, while it writes a checkpoint."""
+    run, config = folder / "half", settings(folder, "half", *MANY)
+    rewound(folder / "straight", config)
+    half = run / "checkpoints" / "8.orbax-checkpoint-tmp"
+    half.mkdir()
+    (half / "cursor").write_text("{}")
+    Embedder.load(run)
+    assert steps_of(run) == [7]
+    assert (half / "cursor").is_file()
+    train(config)
+    assert losses(run) == straight
+    assert not half.exists()
+
+
+def test_sigterm_saves_the_step_and_exits(folder: Path, straight: list[float]) -> None:
+    run = folder / "stopped"
+    process = start(folder, "stopped", *MANY)
+    told = kill_when(process, lambda: last_step(run) >= 3, signal.SIGTERM).splitlines()[-1]
+    step = last_step(run)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert told == f"stopped: saved after step {step} of 36; the same command goes on"
+    assert steps_of(run)[-1] == step
+    train(settings(folder, "stopped", *MANY))
+    assert losses(run) == straight
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def largest_file(folder: Path) -> Path:
+    """Of those that hold content: Orbax's marker of success does not."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "commit_success.txt"]
+    return max(files, key=lambda path: path.stat().st_size)
+
+
+@pytest.mark.parametrize(
+    ("item", "damage", "told"),
+    [("params", flip_a_byte, "has changed"), ("optimizer", Path.unlink, "is missing"), ("cursor", flip_a_byte, "has changed")],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(folder, item, damage, told) -> None:
+    run = folder / f"damaged-{item}"
+    config = settings(folder, run.name, "train.steps=8")
+    train(config)
+    wanted = losses(run)
+    older, latest = steps_of(run)[-2:]
+    damage(largest_file(run / "checkpoints" / str(latest) / item))
+    line = rf"/{latest}: this checkpoint is damaged \({item}/.* {told}\); remove it to go on from step {older}, the last whole"
+    with pytest.raises(UserError, match=line):
+        train(config)
+    if item == "params":
+        with pytest.raises(UserError, match=line):
+            Embedder.load(run, checkpoint="last")
+        Embedder.load(run, checkpoint=str(older))
+    shutil.rmtree(run / "checkpoints" / str(latest))
+    train(config)
+    assert losses(run) == wanted
+
+
+def test_a_full_disk_stops_the_run_with_a_whole_last_checkpoint(folder: Path, straight: list[float]) -> None:
+    run = folder / "full"
+    kept = rewound(folder / "straight", settings(folder, "full", *MANY))
+    small = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))"  # files cannot grow past that
+    process = start(folder, "full", *MANY, ahead=small)
+    told = process.communicate()[1]
+    assert process.returncode == 2, told
+    line = next(line for line in told.splitlines() if line.startswith("error: "))
+    assert line.startswith(f"error: {run}/checkpoints: a checkpoint could not be written (OUT_OF_RANGE")
+    assert line.endswith(f"the last whole one is of step {kept}; make room and run the same command")
+    train(settings(folder, "full", *MANY))
+    assert losses(run) == straight
+
+
+def test_a_disk_without_room_for_a_checkpoint(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=400_000))
+    line = r"could not be written \(it takes 0\.5 MB, the disk has 0\.4 MB left\); none was written before; make room"
+    with pytest.raises(UserError, match=line):
+        train(settings(folder, "room"))
+
+
+def test_a_place_that_cannot_be_written_is_one_line(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"^/proc/here: cannot be written \(.*\); name another run\.dir$"):
+        train(settings(folder, "x", "run.dir=/proc/here"))
+
+
+@pytest.fixture
+def poisoned(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
+    """Overrides that add a source of one query, in whose batches the loss is not a number."""
+    (folder / "bad.jsonl").write_text(json.dumps({"query": "poison", "pos": ["aaa"]}) + "\n")
+    bad = text_hash("poison")
+
+    def info_nce(config, encoded):
+        loss, metrics = infonce.info_nce(config, encoded)
+        return loss * jnp.where((encoded.batch.query_hash == bad).all(axis=-1).any(), jnp.nan, 1.0), metrics
+
+    monkeypatch.setitem(OBJECTIVES, "infonce", info_nce)
+    pairs, bad_pairs = ({"path": str(folder / f"{name}.jsonl")} for name in ("pairs", "bad"))
+    return (f"data.sources={json.dumps([pairs, {**bad_pairs, 'weight': 0.01}])}", "train.checkpoint_every=2")
+
+
+def test_nan_stops_the_run_before_it_is_saved(folder: Path, poisoned: tuple[str, ...]) -> None:
+    line = (
+        r"^step (\d+): loss nan, gradient norm nan; its batch is from pairs, bad; the last good checkpoint is of step (\d+); "
+        r"lower optim\.learning_rate, look at the data, or set train\.on_nan=skip$"
+    )
+    with pytest.raises(UserError, match=line) as error:
+        train(settings(folder, "nan", *poisoned))
+    step = int(str(error.value).split()[1].rstrip(":"))
+    assert step - 2 <= steps_of(folder / "nan")[-1] < step
+    assert all(loss is not None for loss in losses(folder / "nan"))
+
+
+def test_nan_steps_can_be_skipped(folder: Path, poisoned: tuple[str, ...], capfd: pytest.CaptureFixture[str]) -> None:
+    train(settings(folder, "skip", *poisoned, "train.on_nan=skip"))
+    rows = {row["step"]: row for row in read_metrics(folder / "skip") if "loss" in row}
+    skipped = [step for step, row in rows.items() if row["loss"] is None]
+    assert 0 < len(skipped) < 6
+    assert len(rows) == 12
+    assert capfd.readouterr().err.count("its batch is from pairs, bad; skipped") == len(skipped)
+    for step in set(skipped) - {12}:
+        assert rows[step]["learning_rate"] == rows[step + 1]["learning_rate"]  # the optimizer did not move
+
+
+def test_a_step_that_hangs_ends_the_process_with_its_stacks(folder: Path) -> None:
+    hang = (
+        "import time\nfrom jaxembed.data import batch\nreal = batch.BatchBuilder.__call__\n"
+        "def build(self, step, ids):\n    if step == 9: time.sleep(1000)\n    return real(self, step, ids)\n"
+        "batch.BatchBuilder.__call__ = build"
+    )
+    process = start(folder, "hang", "train.stall_timeout_s=15", ahead=hang)
+    told = process.communicate()[1]
+    assert process.returncode == 1
+    assert "error: step 10 did not finish in 15 s (train.stall_timeout_s); the stacks of all threads:" in told
+    assert "in fit" in told
+    assert "in build" in told
+
+
+def test_another_base_and_other_versions_are_told(folder: Path, monkeypatch, caplog) -> None:
+    config = settings(folder, "mine", "train.steps=1")
+    train(config)
+    monkeypatch.setattr(run_dir, "versions", lambda: {"python": "3.99"})
+    with caplog.at_level("WARNING"):
+        train(config)
+    assert "python: '3.11" in caplog.text
+    weights = folder / "base" / "model.safetensors"
+    before = weights.read_bytes()
+    flip_a_byte(weights)
+    try:
+        with pytest.raises(UserError, match=r"mine: its base changed \(hash: .* -> .*\); restore it"):
+            train(config)
+    finally:
+        weights.write_bytes(before)
+
+
+def test_a_checkpoint_of_another_plan_is_refused(folder: Path) -> None:
+    pairs = folder / "swapped.jsonl"
+    pairs.write_text((folder / "pairs.jsonl").read_text())
+    config = settings(folder, "swapped", "train.steps=1", f"data.sources.0.path={pairs}")
+    train(config)
+    pairs.write_text("".join(reversed(pairs.read_text().splitlines(keepends=True))))
+    (folder / "swapped" / "data_hashes.json").unlink()
+    with pytest.raises(UserError, match="swapped: the training data changed since step 1"):
+        train(config)
+
+
+WRONG = {
+    "config.yaml": ["run: [", "[]", "\udcff", ""],
+    "base.json": ["{", "[]", "\udcff", '{"name": 3, "config": {}}', '{"name": "a", "config": []}'],
+    "data_hashes.json": ["{", "[]", '{"a": 1}'],
+    "jaxembed.json": ["{", "[]", '{"pooling": "median"}', '{"max_length": "9"}', '{"prompts": {"query": 1}}', '{"new": 1}'],
+    "metrics.jsonl": ["{\n", "[]\n", '{"step": "x"}\n', '{"step": 1, "loss": {}}\n', "\udcff\n"],
+    "digests.json": ["{", "[]", '{"1": 2}', '{"1": {"a": 2}}'],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_damaged_file_of_a_run_is_named_and_nothing_is_lost(folder: Path, name: str) -> None:
+    run = folder / "damaged-files"
+    config = settings(folder, run.name, "train.steps=1", "eval.untrained=false")
+    if not run.exists():
+        train(config)
+    told_by = {
+        "config.yaml": [lambda: train(config)],
+        "data_hashes.json": [lambda: train(config)],
+        "base.json": [lambda: train(config), lambda: Embedder.load(run)],
+        "jaxembed.json": [lambda: Embedder.load(run)],
+        "metrics.jsonl": [lambda: train(config), lambda: read_card(run, "damaged-files-1")],
+        "digests.json": [lambda: train(config), lambda: Embedder.load(run)],
+    }[name]
+    whole = (run / name).read_bytes()
+    for content in WRONG[name]:
+        damaged = content.encode(errors="surrogateescape")
+        (run / name).write_bytes(damaged)
+        for call in told_by:
+            with pytest.raises(UserError, match=rf"^{run}(/{name}|: its)") as error:
+                call()
+            assert len(str(error.value).splitlines()) == 1
+            assert (run / name).read_bytes() == damaged
+    (run / name).write_bytes(whole)
+    train(config)
+    assert steps_of(run) == [1]
+    assert len(losses(run)) == 1
