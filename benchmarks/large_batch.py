@@ -40,7 +40,7 @@ from jaxembed.devices.mesh import make_mesh
 from jaxembed.devices.placement import batch_sharding
 from jaxembed.losses.encoded import Encoded
 from jaxembed.losses.infonce import info_nce
-from jaxembed.losses.negatives import known_positive, lent, texts_of
+from jaxembed.losses.negatives import in_batch_candidates, known_positive, texts_of
 from jaxembed.training.metrics import read_metrics
 
 WIDTH = 256
@@ -85,7 +85,7 @@ def plain(q: jax.Array, d: jax.Array, batch: Batch) -> jax.Array:
     of_queries, of_documents = texts_of(batch)
     queries, documents = of_queries.reshape(-1, 1), of_documents.reshape(-1)
     scores = (q @ d.reshape(-1, WIDTH).T) / 0.05
-    keep = lent(queries, documents) & ~known_positive(queries, documents)
+    keep = in_batch_candidates(queries, documents) & ~known_positive(queries, documents)
     positive = jnp.sum(q * d[:, 0], axis=-1) / 0.05
     return jnp.mean(jnp.logaddexp(positive, jax.nn.logsumexp(jnp.where(keep, scores, -1e30), axis=-1)) - positive)
 

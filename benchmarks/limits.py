@@ -30,7 +30,7 @@ import optax
 from jaxembed import cli
 from jaxembed import config as configuration
 from jaxembed.data.batch import BatchBuilder
-from jaxembed.data.batch_plan import Plan
+from jaxembed.data.batch_plan import BatchPlan
 from jaxembed.data.sources import open_sources
 from jaxembed.devices.cpu import compiler_options, retain_freed_memory
 from jaxembed.devices.mesh import make_mesh
@@ -41,7 +41,7 @@ from jaxembed.losses.objectives import Objectives
 from jaxembed.model.decoder import Compute
 from jaxembed.model.kernels import pick_kernel
 from jaxembed.model.layers import RMSNorm, rope_frequencies, rope_table, rotate
-from jaxembed.model.masks import MASKS, Places
+from jaxembed.model.masks import MASKS, TokenInfo
 from jaxembed.model.matmul import product
 from jaxembed.training.optim import learning_rate, make_optimizer
 from jaxembed.training.step import TrainState, make_train_step
@@ -71,7 +71,7 @@ def main() -> None:
     build = BatchBuilder(
         sources, embedder.tokenizer, spec, row_length=config.row_length, hard_negatives=0, seed=0, shards=1
     )  # fmt: skip
-    plan = Plan(sources, config.train.batch_size, 0)
+    plan = BatchPlan(sources, config.train.batch_size, 0)
     host = build(0, np.asarray(plan[0]))
     batch = put_batch(mesh, host.batch)
 
@@ -99,7 +99,7 @@ def read_config(args: argparse.Namespace) -> configuration.Config:
         "data": {"max_length": args.max_length, "sources": [{"path": args.data}]},
         "train": {"batch_size": args.batch_size},
     }
-    return configuration.parse(tree, "benchmark")
+    return configuration.parse_config(tree, "benchmark")
 
 
 def in_turn(parts: dict[str, Part], rounds: int) -> dict[str, list[float]]:
@@ -163,7 +163,7 @@ def attention(embedder: Embedder, batch: Any) -> Part:
     """Scores, softmax and mixing of every layer, forward and backward, with the scores computed twice."""
     c, texts = embedder.model.decoder, batch.texts
     rows, length = texts.tokens.shape
-    places = Places(texts.segment_ids, texts.positions, texts.pool_mask)
+    places = TokenInfo(texts.segment_ids, texts.positions, texts.pool_mask)
     q, k, v = normal(rows, length, c.heads, c.head_width), *(normal(rows, length, c.kv_heads, c.head_width) for _ in "kv")
     attend = pick_kernel("auto", 1)
 

@@ -108,7 +108,7 @@ class Bench:
         out = self.folder / f"{name}-{seed}".replace(" ", "_").replace(",", "").replace(":", "")
         path = out.with_suffix(".yaml")
         path.write_text(yaml.safe_dump(tree | {"run": {"dir": str(out)}}))
-        train(config.load(path))
+        train(config.load_config(path))
         return str(out)
 
 

@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 from jaxembed.config import BatchingConfig, SourceConfig
-from jaxembed.data.batch_plan import Plan
+from jaxembed.data.batch_plan import BatchPlan
 
 SIZES = {"a": (20_000_000, 3.0), "b": (1_000_000, 1.0), "c": (300_000, 0.5), "d": (9_000, 0.1)}  # examples and weight
 
@@ -39,12 +39,12 @@ def main() -> None:
     print("|---|---|---|")
     for kind in ("blended", "homogeneous", "semi_homogeneous"):
         batching = BatchingConfig(kind=kind)
-        plan = Plan(sources, args.batch_size, 0, batching=batching)
+        plan = BatchPlan(sources, args.batch_size, 0, batching=batching)
         began = time.perf_counter()
         for step in range(args.batches):
             plan[step]
         whole = time.perf_counter() - began
-        plan = Plan(sources, args.batch_size, 0, batching=batching)
+        plan = BatchPlan(sources, args.batch_size, 0, batching=batching)
         began = time.perf_counter()
         plan[args.batches]
         print(f"| {kind} | {whole:.1f} | {1000 * (time.perf_counter() - began):.0f} |", flush=True)

@@ -20,7 +20,7 @@ from jaxembed.config import Format
 from jaxembed.config.sections import apply_override
 from jaxembed.devices import processes
 from jaxembed.errors import Stopped, UserError
-from jaxembed.files import check_writable, exists
+from jaxembed.files import cache_dir, check_writable, exists
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -190,13 +190,6 @@ def stoppable(told: str) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def cache_dir() -> Path:
-    """Where what is made once is kept (extracted data, indexes of rows, compiled programs, other models' vectors):
-    $JAXEMBED_CACHE, else ~/.cache/jaxembed.
-    """
-    return Path(os.environ.get("JAXEMBED_CACHE") or Path.home() / ".cache" / "jaxembed")
 
 
 def set_up_jax() -> None:

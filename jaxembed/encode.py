@@ -51,12 +51,12 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 def read_examples(path: Path) -> list[tuple[str, str]]:
     """The (query, response) of each row of a JSONL file; `UserError` names file and line."""
     from jaxembed.data.containers import open_container
-    from jaxembed.data.rows import Rows, Shape
-    from jaxembed.data.sampling import each
+    from jaxembed.data.rows import Rows, RowSchema
+    from jaxembed.data.sampling import iter_rows
     from jaxembed.data.schema import check_shot
 
-    rows = Rows(open_container(str(path)), Shape("shots", check_shot))
-    return [(row["query"], row["response"]) for row in each(rows)]
+    rows = Rows(open_container(str(path)), RowSchema("shots", check_shot))
+    return [(row["query"], row["response"]) for row in iter_rows(rows)]
 
 
 def read_texts(path: Path, field: str) -> Iterator[str]:

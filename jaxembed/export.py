@@ -47,7 +47,7 @@ def told(parity: Any) -> dict[str, float]:
 
 def read_card(model: Path, revision: str, adapter: str | None = None) -> Any:
     """What the model card tells of a run: base, recipe, and the scores of the exported checkpoint under its adapter."""
-    from jaxembed.config import parse
+    from jaxembed.config import parse_config
     from jaxembed.config.fields import Fields
     from jaxembed.config.sections import read_tree
     from jaxembed.files import read_json, read_text
@@ -63,7 +63,7 @@ def read_card(model: Path, revision: str, adapter: str | None = None) -> Any:
     checkpoint = f"step {step}"
     if adapter is not None:
         checkpoint += f", adapter {adapter}"
-        others = {s.name for s in parse(read_tree(config), str(config)).eval.sets if s.adapter != adapter}
+        others = {s.name for s in parse_config(read_tree(config), str(config)).eval.sets if s.adapter != adapter}
         scores = {name: score for name, score in scores.items() if name.rpartition("/")[0] not in others}
     return Card(model.resolve().name, base, checkpoint, read_text(config), scores)
 

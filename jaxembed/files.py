@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from jaxembed.errors import UserError
+
+
+def cache_dir() -> Path:
+    """Return the folder of everything that is computed once: extracted data, row indexes, compiled programs, encoded vectors.
+
+    It is $JAXEMBED_CACHE if set, else ~/.cache/jaxembed.
+    """
+    return Path(os.environ.get("JAXEMBED_CACHE") or Path.home() / ".cache" / "jaxembed")
 
 
 def exists(path: Path) -> bool:

@@ -14,6 +14,7 @@ from jaxembed.cli import whole
 from jaxembed.config.sections import parse_section
 from jaxembed.curation.rules import NUMBERS, RULES, SAMPLED, Rule
 from jaxembed.errors import UserError
+from jaxembed.files import cache_dir
 
 ABOUT = """\
 IN is whatever training takes, but for rows of text and label. OUT has its rows in the main format, with the negatives that
@@ -24,7 +25,7 @@ log = logging.getLogger("jaxembed")
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the files that were written and the counts of the report."""
-    cache = cli.cache_dir()
+    cache = cache_dir()
     with cli.stoppable(f"the vectors and scores so far are kept in {cache}; the same command goes on"):
         return write_negatives(args, cache)
 
@@ -37,16 +38,18 @@ def write_negatives(args: argparse.Namespace, cache: Path) -> dict[str, Any]:
         raise UserError(f"--report {report}: is OUT itself; name another file")
     rule = Rule.given(args.rule, {name: value for name in NUMBERS if (value := getattr(args, name)) is not None})
     source_config, packages = read_source(args)
-    from jaxembed.curation.mining import Ways, embed, mine, of_texts
+    from jaxembed.curation.mining import MiningOptions, embed, mine, of_texts
     from jaxembed.curation.pool import open_input, read_corpus, read_pool
     from jaxembed.curation.report import details, line, summary
     from jaxembed.data.batch import RawText
     from jaxembed.hub.cross_encoder import open_cross_encoder
-    from jaxembed.hub.frozen_encoder import open_encoder
+    from jaxembed.hub.frozen_encoder import open_frozen_encoder
 
     cli.set_up_jax()
     by_bm25 = args.candidates == "bm25"
-    ways = Ways(rule, args.seed, args.consistency_top_k, args.keep_negatives, by_bm25, args.memory_mb, args.approximate)
+    ways = MiningOptions(
+        rule, args.seed, args.consistency_top_k, args.keep_negatives, by_bm25, args.memory_mb, args.approximate
+    )
     source = open_input(source_config, packages, cache)
     corpus = read_corpus(args.corpus, cache, args.text_column) if args.corpus else None
     pool = read_pool(source, corpus, args.seed)
@@ -54,7 +57,7 @@ def write_negatives(args: argparse.Namespace, cache: Path) -> dict[str, Any]:
         told = f"of {pool.searched} documents at most {pool.candidates} may be negatives of one query"
         raise UserError(f"{told}, and {rule.limit} takes them from rank {rule.first} on; name more documents by --corpus")
     rescore = of_texts(open_cross_encoder(args.cross_encoder, cache), pool) if args.cross_encoder else None
-    model = open_encoder(args.model, cache, cli.make_mesh(args.fsdp))
+    model = open_frozen_encoder(args.model, cache, cli.make_mesh(args.fsdp))
     of_documents = source_config.instruction_of_documents(next(iter(source_config.instructions), ""))
     queries = embed(pool.queries, model.encode, model.width, "queries")
     texts = [RawText(text, "document", of_documents) for text in pool.documents]
@@ -91,11 +94,11 @@ def read_source(args: argparse.Namespace) -> tuple[config.SourceConfig, config.P
     if not args.config:
         tree = {"path": args.input, **rows, **asked}
         return parse_section(config.SourceConfig, tree, "command line"), config.PythonPackagesConfig()
-    settings = config.load(args.config, base="")
+    settings = config.load_config(args.config, base="")
     sources = settings.all_sources()
-    found = [source for source in sources if args.input in (source.known_as, source.path)]
+    found = [source for source in sources if args.input in (source.display_name, source.path)]
     if len(found) != 1:
-        names = ", ".join(source.known_as for source in sources)
+        names = ", ".join(source.display_name for source in sources)
         raise UserError(f"{args.config}: {len(found)} sources are named {args.input}; expected the name of one: {names}")
     return found[0].model_copy(update=asked), settings.in_stages()[0].data.python_packages
 

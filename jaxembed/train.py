@@ -15,7 +15,7 @@ from jaxembed.planning.topology import look_for_no_tpu
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Reads the config and trains; returns what `jaxembed.runs.train.train` does, or `jaxembed.planning.plan` with --plan."""
-    settings = config.load(args.config, args.overrides)
+    settings = config.load_config(args.config, args.overrides)
     for source in settings.data.sources:
         detect_format(source)  # a mistyped path is told before JAX loads
     if args.slices and not args.topology:

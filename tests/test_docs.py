@@ -19,7 +19,7 @@ def test_key_table_is_current():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_config_loads_and_opens_with_its_command(path):
-    settings = config.load(path)
+    settings = config.load_config(path)
     assert settings.run.dir == f"runs/{path.stem}"
     first = path.read_text().splitlines()[0]
     assert first.startswith(("# python -m jaxembed.train configs/", "# make "))

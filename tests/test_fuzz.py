@@ -21,12 +21,12 @@ from hypothesis import strategies as st
 
 from helpers import tiny
 from helpers.loading import load as loaded
-from jaxembed.config import PythonPackagesConfig, SourceConfig, load
+from jaxembed.config import PythonPackagesConfig, SourceConfig, load_config
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.data import schema
 from jaxembed.data.beir import open_beir, write_beir
 from jaxembed.data.containers import open_container
-from jaxembed.data.rows import Rows, Shape
+from jaxembed.data.rows import Rows, RowSchema
 from jaxembed.data.sources import open_source
 from jaxembed.devices.mesh import make_mesh
 from jaxembed.encode import read_texts
@@ -161,14 +161,14 @@ def holds(call: Callable[[], object], *named: str) -> None:
 def test_a_config_of_any_bytes(content: bytes) -> None:
     with temporary() as folder:
         (folder / "c.yaml").write_bytes(content)
-        holds(lambda: load(folder / "c.yaml"), "c.yaml")
+        holds(lambda: load_config(folder / "c.yaml"), "c.yaml")
 
 
 @given(trees | altered(CONFIG))
 def test_a_config_of_any_tree(tree: Any) -> None:
     with temporary() as folder:
         (folder / "c.yaml").write_text(yaml.safe_dump(tree, allow_unicode=False), encoding="utf-8")
-        holds(lambda: load(folder / "c.yaml"), "c.yaml")
+        holds(lambda: load_config(folder / "c.yaml"), "c.yaml")
 
 
 KEYS = [".".join(map(str, path)) for path in places(CONFIG)]
@@ -181,7 +181,7 @@ KEYS = [".".join(map(str, path)) for path in places(CONFIG)]
 def test_any_override(overrides: list[str]) -> None:
     with temporary() as folder:
         (folder / "c.yaml").write_text(yaml.safe_dump(CONFIG))
-        holds(lambda: load(folder / "c.yaml", overrides), "c.yaml", "override ")
+        holds(lambda: load_config(folder / "c.yaml", overrides), "c.yaml", "override ")
 
 
 rows = st.lists(st.sampled_from(ROWS).flatmap(lambda row: altered(row) | st.just(row)) | trees, max_size=3)
@@ -196,7 +196,7 @@ def test_jsonl_of_any_content(check: str, content: bytes) -> None:
         (folder / "a.jsonl").write_bytes(content)
 
         def read() -> None:
-            opened = Rows(open_container(str(folder / "a.jsonl")), Shape(check, CHECKS[check]))
+            opened = Rows(open_container(str(folder / "a.jsonl")), RowSchema(check, CHECKS[check]))
             for index in range(len(opened)):
                 assert CHECKS[check](opened[index]) is None, "a row that was checked reads back otherwise"
 

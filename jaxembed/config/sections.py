@@ -11,12 +11,12 @@ import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from jaxembed.config.fields import shown
+from jaxembed.config.fields import LARGEST, shown
 from jaxembed.errors import LONGEST, UserError, brief
 
 NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)  # what PyYAML raises, of which dates and numbers raise the second
@@ -63,6 +63,7 @@ class Section(BaseModel):
         return hash(json.dumps(self.model_dump(mode="json"), sort_keys=True))
 
 
+Positive = Annotated[int, Field(gt=0, le=LARGEST)]
 AnySection = TypeVar("AnySection", bound=Section)
 
 

@@ -13,7 +13,7 @@ BETWEEN = "\n\n"  # stands after every in-context example, as bge-en-icl has it 
 OF_SHOT = re.compile(r"\{(instruction|query|response)\}")
 
 
-class Shot(NamedTuple):
+class FewShotExample(NamedTuple):
     """An in-context example: a query with its response, under an instruction."""
 
     instruction: str
@@ -61,13 +61,13 @@ class EmbeddingSpec:
     example_template: str = ""
     prompts: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
 
-    def prompt(self, instruction: str | None, shots: Sequence[Shot] = ()) -> str:
+    def prompt(self, instruction: str | None, shots: Sequence[FewShotExample] = ()) -> str:
         """The text put before a text under an instruction, in-context examples first; or without an instruction."""
         if not instruction:
             return self.plain_prompt
         return "".join(map(self.shown, shots)) + self.instruction_template.replace("{instruction}", instruction)
 
-    def shown(self, shot: Shot) -> str:
+    def shown(self, shot: FewShotExample) -> str:
         """An in-context example as it stands in a prompt."""
         response = self.query_suffix or "\nResponse:"
         template = self.example_template or f"{self.instruction_template}{{query}}{response}{{response}}"

@@ -26,7 +26,7 @@ Score = Callable[[np.ndarray], np.ndarray]  # (query, document) numbers [P, 2] -
 
 
 @dataclasses.dataclass(frozen=True)
-class Ways:
+class MiningOptions:
     """How candidates are found and filtered. `consistency` is the rank that a positive needs, 0 for any."""
 
     rule: Rule
@@ -75,7 +75,7 @@ def of_texts(score: ScorePairs, pool: Pool) -> Score:
     return lambda pairs: score([(pool.queries[q].text[:LONGEST], pool.documents[d][:LONGEST]) for q, d in pairs.tolist()])
 
 
-def mine(pool: Pool, queries: np.ndarray, documents: np.ndarray, ways: Ways, rescore: Score | None = None) -> Result:
+def mine(pool: Pool, queries: np.ndarray, documents: np.ndarray, ways: MiningOptions, rescore: Score | None = None) -> Result:
     """Negatives for the rows of a pool, given the unit vectors of its queries and documents.
 
     `rescore` gives candidates another order and all documents other scores, as of a cross-encoder. Consistency is judged by
@@ -120,7 +120,7 @@ def _mined(
     return Mined(row, row.positives, positive_scores, negatives, np.concatenate([old_scores, scores[chosen]]), len(chosen))
 
 
-def _nearest(pool: Pool, queries: np.ndarray, documents: np.ndarray, ways: Ways) -> tuple[list[Found], float | None]:
+def _nearest(pool: Pool, queries: np.ndarray, documents: np.ndarray, ways: MiningOptions) -> tuple[list[Found], float | None]:
     """Each query's nearest documents of the corpus that may be negatives, and the recall of an approximate search."""
     depth, corpus = max(ways.rule.candidates, ways.consistency), documents[: pool.searched]
     k = _reach(pool, depth)

@@ -11,8 +11,8 @@ from jaxembed.config import PythonPackagesConfig, SourceConfig
 from jaxembed.data.batch import RawText
 from jaxembed.data.beir import document_text, open_corpus
 from jaxembed.data.containers import is_beir, open_container
-from jaxembed.data.rows import Rows, Shape
-from jaxembed.data.sampling import each
+from jaxembed.data.rows import Rows, RowSchema
+from jaxembed.data.sampling import iter_rows
 from jaxembed.data.schema import check_passage, is_text, text_hash
 from jaxembed.data.sources import Source, detect_format, open_source
 from jaxembed.devices.processes import progress
@@ -51,7 +51,7 @@ class Pool:
         return self.searched - min(sum(number < self.searched for number in known) for known in self.known)
 
 
-class Numbers:
+class TextIds:
     """Numbers of texts, in the order of their first coming."""
 
     def __init__(self) -> None:
@@ -79,8 +79,8 @@ def read_corpus(paths: Sequence[str], cache: Path, text_column: str = "text") ->
         if is_beir(Path(path)):
             rows, _ = open_corpus(Path(path))
         else:
-            rows = Rows(open_container(path), Shape("passages", check_passage), cache, columns)
-        yield from map(document_text, each(rows))
+            rows = Rows(open_container(path), RowSchema("passages", check_passage), cache, columns)
+        yield from map(document_text, iter_rows(rows))
 
 
 def read_pool(source: Source, corpus: Iterable[str] | None, seed: int) -> Pool:
@@ -88,7 +88,7 @@ def read_pool(source: Source, corpus: Iterable[str] | None, seed: int) -> Pool:
 
     `UserError` where the corpus has no document with a text.
     """
-    documents, queries, blank = Numbers(), dict[RawText, int](), 0
+    documents, queries, blank = TextIds(), dict[RawText, int](), 0
     for text in corpus or ():
         if is_text(text):
             documents(text)
@@ -107,9 +107,9 @@ def read_pool(source: Source, corpus: Iterable[str] | None, seed: int) -> Pool:
         rows.append(Row(queries.setdefault(query, len(queries)), found, others, draw))
     known = [positives[query.text.strip()] | _own(query.text, documents) for query in queries]
     searched = len(documents.texts) if corpus is None else searched
-    return Pool(rows, list(queries), documents.texts, searched, known, blank, source.drawer.dropped)
+    return Pool(rows, list(queries), documents.texts, searched, known, blank, source.sampler.dropped)
 
 
-def _own(text: str, documents: Numbers) -> set[int]:
+def _own(text: str, documents: TextIds) -> set[int]:
     number = documents.number.get(text.strip())
     return set() if number is None else {number}

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from jaxembed.config import MineConfig
-from jaxembed.curation.mining import Ways, embed, mine
-from jaxembed.curation.pool import Numbers, read_pool
+from jaxembed.curation.mining import MiningOptions, embed, mine
+from jaxembed.curation.pool import TextIds, read_pool
 from jaxembed.curation.rules import Rule
 from jaxembed.data.batch import RawText
 from jaxembed.data.jsonl import write_lines
@@ -28,7 +28,7 @@ log = logging.getLogger("jaxembed")
 
 def is_mined(source: Source) -> bool:
     """Whether its negatives are those that the model finds: other shapes than pairs have their own way to them."""
-    return isinstance(source.drawer, Pairs)
+    return isinstance(source.sampler, Pairs)
 
 
 def check_reach(sources: Sequence[Source], chosen: MineConfig, seed: int, place: str) -> None:
@@ -46,7 +46,7 @@ def check_reach(sources: Sequence[Source], chosen: MineConfig, seed: int, place:
 
 def _texts(source: Source, seed: int, most: int) -> int:
     """How many texts a source of pairs has, counted to `most` or a little beyond."""
-    texts = Numbers()
+    texts = TextIds()
     for row in source.as_pairs(seed):
         for text in (*row["pos"], *row.get("neg", ())):
             texts(text)
@@ -71,7 +71,7 @@ def write_mined(source: Source, chosen: MineConfig, embedder: Embedder, seed: in
     instruction = source.config.instruction_of_documents(next(iter(source.config.instructions), ""))
     queries = embed(pool.queries, encode, width, f"{source.name}: queries")
     documents = embed([RawText(text, "document", instruction) for text in pool.documents], encode, width, "documents")
-    found = mine(pool, queries, documents, Ways(Rule.of(chosen), seed)).rows
+    found = mine(pool, queries, documents, MiningOptions(Rule.of(chosen), seed)).rows
     if not processes.is_first():
         return
     path.parent.mkdir(parents=True, exist_ok=True)

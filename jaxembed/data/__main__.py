@@ -15,6 +15,7 @@ from jaxembed.config.sections import parse_section
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.data import reports
 from jaxembed.errors import UserError
+from jaxembed.files import cache_dir
 
 if TYPE_CHECKING:
     from jaxembed.data.tokenize import TextTokenizer
@@ -33,18 +34,18 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         args.sources.append(args.out)
         args.out = args.behind.pop()
     args.sources += args.behind
-    settings = config.load(args.config, base="") if args.config else None
+    settings = config.load_config(args.config, base="") if args.config else None
     data = read_data(args, settings)
     if args.command == "convert":
         return convert(args, data)
     if args.command == "validate":
-        report = reports.validate(data, cli.cache_dir())
+        report = reports.validate(data, cache_dir())
         for source in report["sources"]:
             print(*source["problems"], sep="\n", end="\n" if source["problems"] else "", file=sys.stderr)
         return report
     spec, tokenizer = open_tokenizer(args.model, settings)
     if args.command == "stats":
-        return reports.stats(data, cli.cache_dir(), tokenizer)
+        return reports.stats(data, cache_dir(), tokenizer)
     return preview(args, data, spec, tokenizer)
 
 
@@ -54,7 +55,7 @@ def preview(
     """Prints a batch, a text a line; returns how many texts there are and how long, by role."""
     unit = "tokens" if tokenizer else "characters"
     lengths: dict[str, list[int]] = {}
-    texts = reports.preview(data, cli.cache_dir(), args.batch_size, args.seed, spec, tokenizer)
+    texts = reports.preview(data, cache_dir(), args.batch_size, args.seed, spec, tokenizer)
     for source, role, prompt, text, length in texts:
         lengths.setdefault(role, []).append(length)
         print(f"{source}  {role:8} {length:5} {unit}  {(f'[{prompt}] ' if prompt else '') + text!r}")
@@ -63,7 +64,7 @@ def preview(
 
 def convert(args: argparse.Namespace, data: config.DataConfig) -> dict[str, Any]:
     """Writes sources anew; returns the files, the paths that name what was made of each source, and how many rows there are."""
-    names = [re.sub(r"[^\w.-]", "_", source.known_as) for source in data.sources]
+    names = [re.sub(r"[^\w.-]", "_", source.display_name) for source in data.sources]
     if len(names) > 1 and "*" not in args.out:
         told = f"{len(names)} sources want a file each: put a * where their names are to stand, as in 'out/*.jsonl'"
         raise UserError(f"{args.out}: {told}")
@@ -71,7 +72,7 @@ def convert(args: argparse.Namespace, data: config.DataConfig) -> dict[str, Any]
         raise UserError(f"{args.out}: several sources are called {twice[0]}; give each a name of its own in the config")
     outs = [args.out.replace("*", name) for name in names]
     targets = [[cli.new_output(path, reports.WRITERS) for path in shards(out, args.shards)] for out in outs]
-    rows = reports.convert(data, cli.cache_dir(), targets, args.pairs)
+    rows = reports.convert(data, cache_dir(), targets, args.pairs)
     paths = outs if args.shards == 1 else [shard(glob.escape(out), "*", args.shards) for out in outs]
     return {"files": [str(target) for of_source in targets for target in of_source], "paths": paths, "rows": rows}
 

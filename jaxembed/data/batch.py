@@ -116,7 +116,7 @@ class BatchBuilder:
         self._before, self._distinct = steps_before, distinct
         self._guide, self._teacher = guide, teacher
         self._channel = Channel()
-        self._positives = max(source.drawer.most_positives for source in sources)
+        self._positives = max(source.sampler.most_positives for source in sources)
 
     def with_sources(self, sources: Sequence[Source]) -> BatchBuilder:
         """The same with sources that have other negatives."""
@@ -239,14 +239,14 @@ class BatchBuilder:
         vectors[np.array([text is not None for text in texts]).reshape(vectors.shape[:2])] = encoded
         return OtherVectors(vectors[:, 0], vectors[:, 1:])
 
-    def _pack(self, tokenized: TokenizedTexts, present: np.ndarray) -> tuple[PackedTexts, np.ndarray, Agreement]:
+    def _pack(self, tokenized: TokenizedTexts, present: np.ndarray) -> tuple[PackedTexts, np.ndarray, RowShapeSync]:
         """Packs each shard's texts into its own rows, and their slots; all shards get rows of one shape."""
         own = self._shards.own
         shard_of = np.repeat(own, len(present) // len(own))[present]
         members = [np.flatnonzero(shard_of == s) for s in own]
         lengths = np.array([len(ids) for ids in tokenized.ids])
         counted = lengths[np.isin(shard_of, self._shards.counted)]
-        agreement = Agreement(self._channel, int(counted.sum()), int(np.square(counted).sum()))
+        agreement = RowShapeSync(self._channel, int(counted.sum()), int(np.square(counted).sum()))
         packs, shape = pack_shards([lengths[m] for m in members], self._row_length, agreement.rows)
         segments = max_segments(shape[1])
         slots = np.full(len(present), -1, np.int32)
@@ -272,7 +272,7 @@ class BatchBuilder:
 
 
 @dataclasses.dataclass
-class Agreement:
+class RowShapeSync:
     """What the processes must know of each other's texts of a batch: how many tokens they have, and how many rows they fill.
 
     `useful_tokens` and `pairs` of tokens are first those of this process's texts, then those of all.

@@ -23,7 +23,7 @@ GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples, modulo 1, fill the unit interv
 CHUNK = 256  # steps whose counts are added up at once
 
 
-class Plan:
+class BatchPlan:
     """Element `step` holds the `batch_size` global ids of that step; it never ends.
 
     Global ids number the examples of all sources through; each source is shuffled anew every time it is used up. `mixture`
@@ -52,10 +52,10 @@ class Plan:
         for adapter, members in zip(adapters, self._members, strict=True):
             self._check(f" of adapter {adapter}" if adapter else "", members)
         self._spread = spread(batch_size)
-        self._groups = Allotment([shares[members].sum() for members in self._members], 1, self._start("groups"))
-        self._ones = [Allotment(shares[members], 1, self._start("one", *members)) for members in self._members]
+        self._groups = QuotaSchedule([shares[members].sum() for members in self._members], 1, self._start("groups"))
+        self._ones = [QuotaSchedule(shares[members], 1, self._start("one", *members)) for members in self._members]
         rest = batch_size - self._alike
-        self._blends = [Allotment(shares[members], rest, self._start("blend", *members)) for members in self._members]
+        self._blends = [QuotaSchedule(shares[members], rest, self._start("blend", *members)) for members in self._members]
 
     def __len__(self) -> int:
         return sys.maxsize
@@ -115,7 +115,7 @@ class Plan:
             )
 
 
-class Allotment:
+class QuotaSchedule:
     """How many of a step's `unit` items each of several parts gets, in proportion to `shares`.
 
     Systematic sampling: a comb of `unit` teeth, moved by a step's own offset, over intervals as long as the shares. A step's

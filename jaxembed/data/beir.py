@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxembed.data.containers import open_container
 from jaxembed.data.jsonl import write_lines
-from jaxembed.data.rows import Rows, Shape
+from jaxembed.data.rows import Rows, RowSchema
 from jaxembed.data.schema import Row, check_corpus, check_query, is_text
 from jaxembed.errors import UserError
 from jaxembed.files import read_text
@@ -46,14 +46,14 @@ def document_text(entry: Row) -> str:
 
 def open_corpus(folder: Path) -> tuple[Rows, dict[str, int]]:
     """The documents of a folder and the row of each id; `UserError` names what is off."""
-    corpus = Rows(open_container(str(folder / "corpus.jsonl")), Shape("corpus", check_corpus))
+    corpus = Rows(open_container(str(folder / "corpus.jsonl")), RowSchema("corpus", check_corpus))
     return corpus, _row_of_id(corpus)
 
 
 def open_beir(folder: Path, splits: tuple[str, ...]) -> BeirFolder:
     """Opens a folder with the first of `splits` that it has. `UserError` names file and line of what is off."""
     corpus, corpus_rows = open_corpus(folder)
-    queries = Rows(open_container(str(folder / "queries.jsonl")), Shape("queries", check_query))
+    queries = Rows(open_container(str(folder / "queries.jsonl")), RowSchema("queries", check_query))
     qrels = next((p for s in splits if (p := folder / "qrels" / f"{s}.tsv").is_file()), None)
     if qrels is None:
         raise UserError(f"{folder}: expected qrels/{splits[0]}.tsv beside corpus.jsonl and queries.jsonl")

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from jaxembed.config import FIELD, PairTemplate, SourceConfig
-from jaxembed.data.rows import AtLeast, Rows, Shape
-from jaxembed.data.sampling import Drawer
+from jaxembed.config import PairTemplate, SourceConfig
+from jaxembed.config.data import FIELD
+from jaxembed.data.rows import Rows, RowsAbove, RowSchema
+from jaxembed.data.sampling import ExampleSampler
 from jaxembed.data.schema import Example, Row, check_document, fields_of, is_text
 from jaxembed.errors import UserError
 
@@ -16,15 +17,15 @@ INCOMPLETE = "no template has all its fields"
 REASONS = (INCOMPLETE, "query and positive are equal", "shorter than min_chars", "longer than max_chars")
 
 
-def document_shape(config: SourceConfig) -> Shape:
+def document_shape(config: SourceConfig) -> RowSchema:
     """What is kept of a row: the sum of 2^i over the `pair_templates` i that make a good pair of it, or -1 - the number of the
     reason why none does.
     """
     keys = config.model_dump_json(include={"pair_templates", "where", "min_chars", "max_chars"})
-    return Shape(f"documents by {keys}", check_document, lambda row: _kept(row, config))
+    return RowSchema(f"documents by {keys}", check_document, lambda row: _kept(row, config))
 
 
-class Documents(Drawer):
+class Documents(ExampleSampler):
     """Rows of any fields, from which a source's `pair_templates` make pairs (KaLM-Embedding 2.1: title and body).
 
     A row is kept that has the metadata of `where` and makes a pair of the right length by one template at least. One of
@@ -40,7 +41,7 @@ class Documents(Drawer):
         found = {int(value): int(count) for value, count in zip(*np.unique(rows.numbers, return_counts=True), strict=True)}
         reasons = [*REASONS, *(f"where {field}" for field in config.where)]
         self.dropped = {reason: found[-1 - i] for i, reason in enumerate(reasons) if -1 - i in found}
-        self._usable = AtLeast(rows.numbers, 1) if self.dropped else range(len(rows))
+        self._usable = RowsAbove(rows.numbers, 1) if self.dropped else range(len(rows))
         for i, template in enumerate(self._templates):
             if not any(value > 0 and value >> i & 1 for value in found):
                 counts = "".join(f"; {reason}: {count:,}" for reason, count in self.dropped.items())

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxembed.config import SourceConfig
 from jaxembed.data.rows import Rows
-from jaxembed.data.sampling import Drawer
+from jaxembed.data.sampling import ExampleSampler
 from jaxembed.data.schema import Example, Row
 from jaxembed.errors import UserError
 
@@ -18,7 +18,7 @@ SHOWN = 10  # labels that an error lists
 EXAMPLES = 8  # positives, and negatives, of a row of pairs where there is no end of them
 
 
-class Labels(Drawer):
+class Labels(ExampleSampler):
     """(text, label) rows, after NV-Embed 4.2 and 5.3.4.
 
     Documents are label texts (two labels, or chosen so): the label's text is the positive, those of other labels the

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from jaxembed.data.rows import Rows, Shape
+from jaxembed.data.rows import Rows, RowSchema
 from jaxembed.data.schema import NLI_LABELS, Row, check_nli, nli_fields, text_hash
 from jaxembed.errors import UserError
 
@@ -23,7 +23,7 @@ def _number(row: Row) -> int:
     return (int(text_hash(premise).view(np.uint64)[0]) >> 13) * 4 + label - NONE
 
 
-SHAPE = Shape("nli", check_nli, _number)
+SHAPE = RowSchema("nli", check_nli, _number)
 
 
 class NliPairs:

@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from jaxembed.config import DataConfig, RowField, SourceConfig
+from jaxembed.config import DataConfig, SourceConfig
+from jaxembed.config.data import RowField
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.data.array_record import write_array_record
 from jaxembed.data.jsonl import write_lines
 from jaxembed.data.labels import Labels
 from jaxembed.data.rows import read_all
-from jaxembed.data.sampling import each
+from jaxembed.data.sampling import iter_rows
 from jaxembed.data.schema import Row, text_hash
 from jaxembed.data.sources import SHAPES, Source, open_rows, open_source, open_sources, open_unchecked
 from jaxembed.data.tokenize import TextTokenizer
@@ -88,12 +89,12 @@ def stats(data: DataConfig, cache: Path, tokenizer: TextTokenizer | None) -> dic
 
     reports, hashes = [], []
     for source in open_sources(data, cache):
-        report, drawer = _counts(source), source.drawer
-        if left_out := {reason: count for reason, count in drawer.dropped.items() if count}:
+        report, sampler = _counts(source), source.sampler
+        if left_out := {reason: count for reason, count in sampler.dropped.items() if count}:
             report["left_out"] = left_out
         rows = tqdm(source.as_pairs(most=1), f"reading {report['source']}", unit="row", delay=2, leave=False)
         figures, of_source = _figures(rows, len(source), measure)
-        reports.append({**report, **figures, **(_label_figures(drawer) if isinstance(drawer, Labels) else {})})
+        reports.append({**report, **figures, **(_label_figures(sampler) if isinstance(sampler, Labels) else {})})
         hashes.append(of_source)
     shared = [
         {
@@ -131,9 +132,9 @@ def _figures(rows: Iterable[Row], count: int, measure: Measure) -> tuple[dict[st
     return figures, distinct
 
 
-def _label_figures(drawer: Labels) -> dict[str, Any]:
-    documents = "labels" if drawer.label_texts else "examples"
-    return {"label_documents": documents, "labels": len(drawer.sizes), "largest_labels": dict(drawer.sizes.most_common(TOLD))}
+def _label_figures(sampler: Labels) -> dict[str, Any]:
+    documents = "labels" if sampler.label_texts else "examples"
+    return {"label_documents": documents, "labels": len(sampler.sizes), "largest_labels": dict(sampler.sizes.most_common(TOLD))}
 
 
 def _spread(values: np.ndarray) -> dict[str, float]:
@@ -156,13 +157,13 @@ def preview(
     """
     from jaxembed.config.fields import LARGEST
     from jaxembed.data.batch import BatchBuilder, roles  # imports JAX, which the other commands do without
-    from jaxembed.data.batch_plan import ExampleIndex, Plan
+    from jaxembed.data.batch_plan import BatchPlan, ExampleIndex
     from jaxembed.data.bpe import BYTES, train_tokenizer
 
     sources = open_sources(data, cache)
     if batch_size > (examples := sum(map(len, sources))):
         log.warning("a batch of %s is asked for, but the sources hold %s examples: it has these", batch_size, examples)
-    plan = Plan(sources, min(batch_size, examples), seed, 0, data.batching, data.mixture)
+    plan = BatchPlan(sources, min(batch_size, examples), seed, 0, data.batching, data.mixture)
     build = BatchBuilder(
         sources, tokenizer or TextTokenizer(train_tokenizer([], BYTES + 2), LARGEST), spec,
         row_length=data.row_length or data.max_length, hard_negatives=data.hard_negatives, seed=seed, shards=1,
@@ -210,7 +211,7 @@ def _rows(source: SourceConfig, data: DataConfig, cache: Path) -> Counted:
     kind, rows = open_rows(source, data.python_packages, cache)
     if kind == "documents":
         return _examples(data.model_copy(update={"sources": (source,)}), cache)[0]
-    return len(rows), each(rows)
+    return len(rows), iter_rows(rows)
 
 
 def _fields(row: Row) -> Mapping[str, Any]:

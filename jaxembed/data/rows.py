@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 Columns = Mapping[Any, str]  # our field -> the container's
 
 
-class Shape(NamedTuple):
+class RowSchema(NamedTuple):
     """What rows of a format are checked for, and what is kept of each: a number, or the text of a label."""
 
     name: str
@@ -51,7 +51,7 @@ class Rows:
     is a SHA-256 of the content: of a JSONL file without blank lines that of its bytes.
     """
 
-    def __init__(self, container: Container, shape: Shape, cache: Path | None = None, columns: Columns | None = None):
+    def __init__(self, container: Container, shape: RowSchema, cache: Path | None = None, columns: Columns | None = None):
         """`columns` are names of our fields -> the container's; without a `cache`, or where it cannot be written, the index
         lives as long as the rows.
         """
@@ -69,7 +69,7 @@ class Rows:
         return as_row(self.container.read(address), f"{self.container.name} (row {index + 1})", self.columns)
 
 
-class AtLeast:
+class RowsAbove:
     """The rows whose number is `least` or more, in order, found by counts of blocks, so that there is no list of them."""
 
     def __init__(self, numbers: np.ndarray, least: float):

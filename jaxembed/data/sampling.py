@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from jaxembed.config import SourceConfig
-from jaxembed.data.rows import AtLeast, Rows
+from jaxembed.data.rows import Rows, RowsAbove
 from jaxembed.data.schema import Example, Row
 from jaxembed.errors import UserError
 
@@ -23,7 +23,7 @@ class ReadRows(Protocol):
     def __getitem__(self, index: int) -> Mapping[str, Any]: ...
 
 
-class Drawer(Protocol):
+class ExampleSampler(Protocol):
     """Draws examples from rows; no example has more than `most_positives` positives.
 
     `dropped` counts what is not drawn from, by the reason. `pairs` gives an example as rows of the main format, all at once
@@ -39,7 +39,7 @@ class Drawer(Protocol):
     def pairs(self, index: int, seed: int, most: int | None) -> Iterator[Row]: ...
 
 
-class Pairs(Drawer):
+class Pairs(ExampleSampler):
     """Rows of the main format. One positive is drawn; up to `negatives` of the row's own negatives are."""
 
     def __init__(self, rows: ReadRows, most_positives: int, dropped: dict[str, int] | None = None):
@@ -69,7 +69,7 @@ class Pairs(Drawer):
         yield self.rows[index]
 
 
-class ScoredPairs(Drawer):
+class ScoredPairs(ExampleSampler):
     """(sentence1, sentence2, score) rows at or above a score: positives of each other, in a drawn direction.
 
     NV-Embed 4.2 makes two examples of such a row; over the visits a row here is both. It has no negatives of its own:
@@ -80,7 +80,7 @@ class ScoredPairs(Drawer):
 
     def __init__(self, rows: Rows, config: SourceConfig):
         self.rows = rows
-        self._kept = AtLeast(rows.numbers, config.min_score)
+        self._kept = RowsAbove(rows.numbers, config.min_score)
         self.dropped = {"score below min_score": len(rows) - len(self._kept)}
         if not len(self._kept):
             raise UserError(f"{config.path}: no pair scores {config.min_score} or more; lower the source's min_score")
@@ -103,7 +103,7 @@ class ScoredPairs(Drawer):
         return (row["sentence1"], row["sentence2"]), float(row["score"])
 
 
-class Texts(Drawer):
+class Texts(ExampleSampler):
     """Texts alone: each is its own positive, and the other texts of a batch are its negatives (SimCSE, arXiv:2104.08821)."""
 
     most_positives = 1
@@ -124,7 +124,7 @@ class Texts(Drawer):
         yield {"query": text, "pos": [text]}
 
 
-def each(rows: ReadRows) -> Iterator[Row]:
+def iter_rows(rows: ReadRows) -> Iterator[Row]:
     """All rows once, in order."""
     return (rows[i] for i in range(len(rows)))
 

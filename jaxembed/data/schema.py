@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxembed.config.fields import shown
-from jaxembed.config.spec import Shot
+from jaxembed.config.spec import FewShotExample
 from jaxembed.errors import UserError
 from jaxembed.files import decode
 
@@ -32,7 +32,7 @@ class Example:
     negatives: tuple[str, ...]
     positives: tuple[str, ...]
     instruction: str = ""
-    shots: tuple[Shot, ...] = ()
+    shots: tuple[FewShotExample, ...] = ()
     document_instruction: str = ""
     label: int = -1
     score: float = float("nan")

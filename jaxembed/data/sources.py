@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxembed.config import DataConfig, PythonPackagesConfig, SourceConfig
 from jaxembed.config.fields import LARGEST
-from jaxembed.config.spec import Shot
+from jaxembed.config.spec import FewShotExample
 from jaxembed.curation import python_packages
 from jaxembed.data.beir import BeirPairs
 from jaxembed.data.containers import Container, is_beir, open_container
@@ -19,8 +19,8 @@ from jaxembed.data.documents import Documents, document_shape
 from jaxembed.data.labels import Labels
 from jaxembed.data.nli import SHAPE as NLI
 from jaxembed.data.nli import NliPairs
-from jaxembed.data.rows import Rows, Shape, as_row, scan
-from jaxembed.data.sampling import Drawer, Pairs, ScoredPairs, Texts
+from jaxembed.data.rows import Rows, RowSchema, as_row, scan
+from jaxembed.data.sampling import ExampleSampler, Pairs, ScoredPairs, Texts
 from jaxembed.data.schema import (
     NLI_LABELS,
     Example,
@@ -38,12 +38,12 @@ from jaxembed.errors import UserError
 SHAPES = {
     shape.name: shape
     for shape in (
-        Shape("pairs", check_pair, lambda row: len(row["pos"])),
-        Shape("scored_pairs", check_scored, lambda row: row["score"]),
-        Shape("labels", check_label, lambda row: str(row["label"])),
+        RowSchema("pairs", check_pair, lambda row: len(row["pos"])),
+        RowSchema("scored_pairs", check_scored, lambda row: row["score"]),
+        RowSchema("labels", check_label, lambda row: str(row["label"])),
         NLI,
-        Shape("text", check_text),
-        Shape("documents", check_document),  # of which `document_shape` keeps what a source makes of them
+        RowSchema("text", check_text),
+        RowSchema("documents", check_document),  # of which `document_shape` keeps what a source makes of them
     )
 }
 # The fields by which the shape of rows is recognised, the first that fits.
@@ -59,22 +59,22 @@ class Source:
 
     config: SourceConfig
     name: str
-    drawer: Drawer
+    sampler: ExampleSampler
     in_batch: bool
     digest: str
     format: str
     rows: int
 
     def __len__(self) -> int:
-        return min(len(self.drawer), self.config.max_examples or LARGEST)
+        return min(len(self.sampler), self.config.max_examples or LARGEST)
 
     def as_pairs(self, seed: int = 0, most: int | None = None) -> Iterator[Row]:
-        """Every example that is used as rows of the main format, in order (`Drawer.pairs`)."""
-        return chain.from_iterable(self.drawer.pairs(self._row(index), seed, most) for index in range(len(self)))
+        """Every example that is used as rows of the main format, in order (`ExampleSampler.pairs`)."""
+        return chain.from_iterable(self.sampler.pairs(self._row(index), seed, most) for index in range(len(self)))
 
     def draw(self, index: int, rng: np.random.Generator, negatives: int) -> Example:
         """The example at `index` as this visit sees it: all that is drawn, in-context examples too, is drawn by `rng`."""
-        example = self.drawer.draw(self._row(index), rng, negatives)
+        example = self.sampler.draw(self._row(index), rng, negatives)
         choices = self.config.instructions
         instruction = example.instruction or (choices[rng.integers(len(choices))] if choices else "")
         documents = self.config.instruction_of_documents(instruction)
@@ -83,11 +83,11 @@ class Source:
 
     def _row(self, index: int) -> int:
         """Where an example lies among the drawer's: where not all are used, at a place drawn by their content."""
-        if len(self) == len(self.drawer):
+        if len(self) == len(self.sampler):
             return index
-        return int(permuted(np.array([index]), len(self.drawer), key_of(self.digest))[0])
+        return int(permuted(np.array([index]), len(self.sampler), key_of(self.digest))[0])
 
-    def _shots(self, index: int, query: str, instruction: str, rng: np.random.Generator) -> tuple[Shot, ...]:
+    def _shots(self, index: int, query: str, instruction: str, rng: np.random.Generator) -> tuple[FewShotExample, ...]:
         """In-context examples out of other rows that ask something else; fewer than drawn where there are not as many.
 
         Each stands under its row's own instruction, if it has one, else under the query's.
@@ -97,8 +97,8 @@ class Source:
             return ()
         count = int(rng.integers(1, chosen.most + 1))
         rows = rng.choice(len(self), min(len(self), 2 * count + 1), replace=False)
-        drawn = (self.drawer.draw(self._row(int(row)), rng, 0) for row in rows if row != index)
-        shots = (Shot(e.instruction or instruction, e.query, e.positive) for e in drawn if e.query != query)
+        drawn = (self.sampler.draw(self._row(int(row)), rng, 0) for row in rows if row != index)
+        shots = (FewShotExample(e.instruction or instruction, e.query, e.positive) for e in drawn if e.query != query)
         return tuple(islice(shots, count))
 
 
@@ -109,10 +109,10 @@ def open_sources(config: DataConfig, cache: Path) -> list[Source]:
 
 def _sharing_labels(sources: list[Source]) -> list[Source]:
     """The same; those that ask for it draw their negatives from the label texts of all."""
-    labels = {i: source.drawer for i, source in enumerate(sources) if isinstance(source.drawer, Labels)}
-    texts = [text for drawer in labels.values() for text in drawer.label_texts]
+    labels = {i: source.sampler for i, source in enumerate(sources) if isinstance(source.sampler, Labels)}
+    texts = [text for sampler in labels.values() for text in sampler.label_texts]
     return [
-        dataclasses.replace(source, drawer=labels[i].among(texts))
+        dataclasses.replace(source, sampler=labels[i].among(texts))
         if i in labels and source.config.label_negatives == "all"
         else source
         for i, source in enumerate(sources)
@@ -121,22 +121,22 @@ def _sharing_labels(sources: list[Source]) -> list[Source]:
 
 def open_source(config: SourceConfig, packages: PythonPackagesConfig, cache: Path) -> Source:
     kind, rows = open_rows(config, packages, cache)
-    drawer: Drawer
+    sampler: ExampleSampler
     if isinstance(rows, BeirPairs | NliPairs):
-        drawer = Pairs(rows, rows.most_positives, rows.dropped)
+        sampler = Pairs(rows, rows.most_positives, rows.dropped)
     elif kind == "labels":
-        drawer = Labels(rows, config)
+        sampler = Labels(rows, config)
     elif kind == "scored_pairs":
-        drawer = ScoredPairs(rows, config)
+        sampler = ScoredPairs(rows, config)
     elif kind == "documents":
-        drawer = Documents(rows, config)
+        sampler = Documents(rows, config)
     elif kind == "text":
-        drawer = Texts(rows)
+        sampler = Texts(rows)
     else:
-        drawer = Pairs(rows, int(rows.largest))
+        sampler = Pairs(rows, int(rows.largest))
     in_batch = kind != "labels" if config.in_batch_negatives is None else config.in_batch_negatives
     count = len(rows) if isinstance(rows, Rows) else rows.row_count
-    return Source(config, config.known_as, drawer, in_batch, rows.digest, kind, count)
+    return Source(config, config.display_name, sampler, in_batch, rows.digest, kind, count)
 
 
 def open_rows(config: SourceConfig, packages: PythonPackagesConfig, cache: Path) -> tuple[str, Rows | BeirPairs | NliPairs]:

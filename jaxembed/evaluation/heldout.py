@@ -13,7 +13,7 @@ from jaxembed.config import EvalSetConfig, PythonPackagesConfig
 from jaxembed.data.beir import open_beir
 from jaxembed.data.containers import open_container
 from jaxembed.data.rows import Rows
-from jaxembed.data.sampling import each
+from jaxembed.data.sampling import iter_rows
 from jaxembed.data.sources import SHAPES, packages_folder
 from jaxembed.errors import UserError
 from jaxembed.evaluation.retrieval import Encode, ndcg, recall, spearman
@@ -97,7 +97,7 @@ def _retrieval(config: EvalSetConfig, path: Path) -> RetrievalSet:
 
 
 def _similarity(config: EvalSetConfig, rows: Rows) -> SimilaritySet:
-    first, second = zip(*((row["sentence1"], row["sentence2"]) for row in each(rows)), strict=True)
+    first, second = zip(*((row["sentence1"], row["sentence2"]) for row in iter_rows(rows)), strict=True)
     return SimilaritySet(config, first, second, np.array(rows.numbers))
 
 

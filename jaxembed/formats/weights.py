@@ -23,7 +23,7 @@ from jaxembed.devices.placement import aligned_empty, put_global, put_local_part
 from jaxembed.errors import UserError
 from jaxembed.files import exists, read_json
 from jaxembed.formats.sentence_transformers import projection_weights
-from jaxembed.model.quantization import quantise
+from jaxembed.model.quantization import quantize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,7 +257,7 @@ def _read_int8(
     for i, part in enumerate(held):
         one = np.empty(part.shape, np.float32)
         _read_one(entry, tensors, i, _whole(part.shape), one, update)
-        part[...], scale = quantise(one)
+        part[...], scale = quantize(one)
         scales.append(scale)
     return held, np.stack(scales)
 

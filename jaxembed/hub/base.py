@@ -30,7 +30,7 @@ from jaxembed.model.lora import LoRA
 from jaxembed.model.masks import MASKS
 from jaxembed.model.pooling import POOLINGS
 from jaxembed.training.checkpoint import Checkpoints, params_digest
-from jaxembed.training.run_dir import RECORD, kept
+from jaxembed.training.run_dir import RECORD, read_run_file
 
 log = logging.getLogger("jaxembed")
 
@@ -100,7 +100,7 @@ def _base(name: str, folder: Path | None, given: Mapping[str, Any], where: str) 
 def run_base(run_dir: Path) -> tuple[Base, Fields]:
     """What the model of a run is: its base's name and config, its own tokenizer and spec; and the record that says so."""
     where = str(run_dir / RECORD)
-    record = Fields(kept(read_json, run_dir / RECORD, "train anew"), where)
+    record = Fields(read_run_file(read_json, run_dir / RECORD, "train anew"), where)
     config = record.mapping("config")
     decoder = from_hf(config, f"{where}: config")
     spec = read_spec(str(run_dir), run_dir, config, decoder)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxembed.config.spec import EmbeddingSpec, Shot
+from jaxembed.config.spec import EmbeddingSpec, FewShotExample
 from jaxembed.data.packing import PackedTexts, fill, max_segments, pack_by_length
 from jaxembed.data.tokenize import TextTokenizer
 from jaxembed.devices.cpu import compiler_options
@@ -201,7 +201,7 @@ class Embedder:
             return stored
         if any(not isinstance(example, tuple) or len(example) != 2 for example in examples):
             raise TypeError("examples are pairs (query, response)")
-        lead = self.spec.prompt(instruction, [Shot(instruction or "", *example) for example in examples])
+        lead = self.spec.prompt(instruction, [FewShotExample(instruction or "", *example) for example in examples])
         if examples and self.tokenizer.room([lead])[0] < 1:
             taken, most = int(self.tokenizer.untruncated_lengths([""], [lead])[0]), self.tokenizer.max_length
             told = f"the instruction and its examples ({len(examples)}) take {taken} of the {most} tokens that the model reads"

@@ -30,7 +30,7 @@ READ = {".json", ".txt", ".model", ".safetensors"}  # files that decide what a s
 
 
 @dataclasses.dataclass(frozen=True)
-class OtherModel:
+class FrozenEncoder:
     """A model that is not trained, with the vectors that it gave so far.
 
     `lead` is what its own rule makes of a text's side and instruction; texts of one lead are encoded together, by `run`.
@@ -67,7 +67,7 @@ class OtherModel:
         return vectors
 
 
-class Silent(OtherModel):
+class ZeroEncoder(FrozenEncoder):
     """The same of a plan, which needs shapes alone: zeros for all vectors, and nothing is kept in the store."""
 
     def encode(self, texts: Sequence[RawText]) -> np.ndarray:
@@ -87,7 +87,7 @@ def in_groups(
     return out
 
 
-def open_encoder(name: str, cache: Path, mesh: Mesh | None = None) -> OtherModel:
+def open_frozen_encoder(name: str, cache: Path, mesh: Mesh | None = None) -> FrozenEncoder:
     """Any model that jaxembed loads, else a sentence-transformers folder of another kind, local or by hub id.
 
     An instruction becomes a prompt by the model's own template; texts without one get the prompt that is stored for their
@@ -110,7 +110,7 @@ def open_encoder(name: str, cache: Path, mesh: Mesh | None = None) -> OtherModel
     return _of_embedder(name, base, Embedder.load(name, mesh=mesh), cache)
 
 
-def _of_embedder(name: str, base: Base, embedder: Embedder, cache: Path) -> OtherModel:
+def _of_embedder(name: str, base: Base, embedder: Embedder, cache: Path) -> FrozenEncoder:
     spec, tokenizer = embedder.spec, embedder.tokenizer.hf.backend_tokenizer.to_str()
     rule = json.dumps([content_hash(base), dataclasses.asdict(spec), tokenizer], sort_keys=True)
     identity = hashlib.sha256(rule.encode()).hexdigest()
@@ -122,10 +122,10 @@ def _of_embedder(name: str, base: Base, embedder: Embedder, cache: Path) -> Othe
         return embedder.encode(texts, prompt=prompt)
 
     width = embedder.model.width
-    return OtherModel(name, identity, width, lead, run, _store(cache, identity, width))
+    return FrozenEncoder(name, identity, width, lead, run, _store(cache, identity, width))
 
 
-def _of_sentence_transformers(name: str, folder: Path, cache: Path) -> OtherModel:
+def _of_sentence_transformers(name: str, folder: Path, cache: Path) -> FrozenEncoder:
     weight_files(name, folder)
     model, identity = _load(name, folder), folder_digest(folder)
 
@@ -134,7 +134,7 @@ def _of_sentence_transformers(name: str, folder: Path, cache: Path) -> OtherMode
         return np.asarray(encode(texts, normalize_embeddings=True, show_progress_bar=False), np.float32)
 
     width = run(["width"], "query").shape[1]
-    return OtherModel(name, identity, width, lambda side, _: side, run, _store(cache, identity, width))
+    return FrozenEncoder(name, identity, width, lambda side, _: side, run, _store(cache, identity, width))
 
 
 def weight_files(name: str, folder: Path) -> list[Path]:

@@ -12,7 +12,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from jaxembed.config import parse
+from jaxembed.config import parse_config
 from jaxembed.config.fields import Fields
 from jaxembed.config.sections import read_tree
 from jaxembed.config.spec import EmbeddingSpec
@@ -26,7 +26,7 @@ from jaxembed.model.decoder import Compute
 from jaxembed.model.embedder import EmbeddingModel, parameter_shapes
 from jaxembed.model.lora import join, merge, pick_adapter, split, stacked_shapes
 from jaxembed.training.checkpoint import Checkpoints, pick_step
-from jaxembed.training.run_dir import kept
+from jaxembed.training.run_dir import read_run_file
 
 
 def base_params(base: Base, shapes: Any, shardings: Any) -> dict[str, Any]:
@@ -147,7 +147,7 @@ class RunParts:
             came = "has several adapters" if name is None else f"has no adapter {name!r}"
             raise UserError(f"{self.run_dir}: {came}; choose one with --adapter (adapter=...): {', '.join(names)}")
         recorded = self.run_dir / "config.yaml"
-        instructions = parse(kept(read_tree, recorded, "train anew"), str(recorded)).data.instructions(name)
+        instructions = parse_config(read_run_file(read_tree, recorded, "train anew"), str(recorded)).data.instructions(name)
         spec = dataclasses.replace(self.base.spec, prompts={}).with_prompts(instructions)
         return dataclasses.replace(
             self,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxembed.devices.collectives import replicate
-from jaxembed.losses.negatives import FalseNegatives, Texts, lent
+from jaxembed.losses.negatives import FalseNegatives, Texts, in_batch_candidates
 
 # Scores of a block, on each device: enough for fast products, little beside the activations of a step.
 SCORES_AT_ONCE = 1 << 22
@@ -133,7 +133,7 @@ class _Blocks:
         rule = self._pairs.false_negatives
         guide = jnp.einsum("nbg,wg->nbw", self._guide, others.guide, precision=EXACT) if rule.guided else None
         false = rule(self._texts, others, scores, guide, self._positive, self._guide_positive)
-        keep = lent(self._texts, others) & ~false
+        keep = in_batch_candidates(self._texts, others) & ~false
         return scores, jnp.where(keep, scores * (scale + self._pairs.hardness), -jnp.inf), keep
 
 

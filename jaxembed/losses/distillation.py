@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from jaxembed.config import DistillationConfig, EmbeddingMatchingConfig, MarginMSEConfig
 from jaxembed.losses.blockwise import EXACT
 from jaxembed.losses.encoded import Encoded, Loss
-from jaxembed.model.pooling import unit_length
+from jaxembed.model.layers import unit_length
 
 
 def kl_distillation(config: DistillationConfig, encoded: Encoded) -> Loss:

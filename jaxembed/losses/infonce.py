@@ -14,7 +14,7 @@ from jaxembed.config import InfoNCEConfig
 from jaxembed.losses.blockwise import EXACT, Anchors, Pairs, Side, log_sum_exp
 from jaxembed.losses.encoded import Encoded, Loss
 from jaxembed.losses.negatives import FalseNegatives, Texts, texts_of
-from jaxembed.model.pooling import unit_length
+from jaxembed.model.layers import unit_length
 
 TINY = 1e-12  # a power of zero has no gradient
 LEAST_TEMPERATURE = 0.01  # of a learned one, as in CLIP (Radford et al. 2021, section 2.5)

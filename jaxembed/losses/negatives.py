@@ -25,7 +25,7 @@ class Texts:
     text: Any  # uint32 [..., 2]
     query: Any  # uint32 [..., 2]: the query that the text belongs to, or is
     positives: Any  # uint32 [..., P, 2]: all known positives of that query
-    lends: Any  # bool [...]: present, of a source that uses in-batch negatives
+    in_batch: Any  # bool [...]: present, of a source that uses in-batch negatives
     present: Any  # bool [...]
     label: Any  # int [...], -1 for none
     source: Any  # int [...]
@@ -33,7 +33,7 @@ class Texts:
 
     def reshape(self, *shape: int) -> Texts:
         """The same with other leading axes."""
-        leading, shape = self.lends.ndim, self.lends.reshape(shape).shape
+        leading, shape = self.in_batch.ndim, self.in_batch.reshape(shape).shape
         return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[leading:]), self)
 
 
@@ -46,7 +46,7 @@ def texts_of(batch: Batch) -> tuple[Texts, Texts]:
     own = jax.tree.map(lambda x: jnp.broadcast_to(x[:, None], (*shape, *x.shape[1:])), queries)
     guide = jnp.zeros((*shape, 0)) if batch.guide is None else batch.guide.documents
     documents = own.replace(
-        text=batch.doc_hash, positives=own.positives[..., :0, :], lends=own.lends & present, present=present
+        text=batch.doc_hash, positives=own.positives[..., :0, :], in_batch=own.in_batch & present, present=present
     )
     return queries, documents.replace(guide=guide)
 
@@ -63,9 +63,9 @@ def known_positive(anchors: Texts, others: Texts) -> jax.Array:
     return functools.reduce(operator.or_, pairs)
 
 
-def lent(anchors: Texts, others: Texts) -> jax.Array:
+def in_batch_candidates(anchors: Texts, others: Texts) -> jax.Array:
     """Whether a text is there that belongs to another query and may be a negative: both sources use in-batch negatives."""
-    return anchors.lends & others.lends & ~same(anchors.query, others.query)
+    return anchors.in_batch & others.in_batch & ~same(anchors.query, others.query)
 
 
 @dataclasses.dataclass(frozen=True)

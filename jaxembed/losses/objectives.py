@@ -17,7 +17,7 @@ from jaxembed.losses.distillation import embedding_matching, kl_distillation, ma
 from jaxembed.losses.encoded import Encoded, Loss
 from jaxembed.losses.infonce import info_nce
 from jaxembed.losses.spread_out import spread_out
-from jaxembed.model.pooling import unit_length
+from jaxembed.model.layers import unit_length
 
 OBJECTIVES: dict[str, Callable[[Any, Encoded], Loss]] = {
     "infonce": info_nce,

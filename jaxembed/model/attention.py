@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from jaxembed.model.kernels import pick_kernel
 from jaxembed.model.layers import Linear, RMSNorm, rotate
 from jaxembed.model.lora import LoRA
-from jaxembed.model.masks import Mask, Places
+from jaxembed.model.masks import Mask, TokenInfo
 
 
 class Attention(nn.Module):
@@ -33,7 +33,7 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "tokens d"],
-        places: Places,
+        places: TokenInfo,
         rope: tuple[jax.Array, jax.Array],
         window: jax.Array | int | None,
         shards: int,

@@ -16,7 +16,7 @@ from jaxembed.model.attention import Attention
 from jaxembed.model.families import DecoderConfig
 from jaxembed.model.layers import GatedMLP, RMSNorm, rope_frequencies, rope_table
 from jaxembed.model.lora import LoRA
-from jaxembed.model.masks import Mask, Places
+from jaxembed.model.masks import Mask, TokenInfo
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class DecoderLayer(nn.Module):
     lora: LoRA | None
 
     @nn.compact
-    def __call__(self, x: jax.Array, places: Places, rope: Any, window: Any) -> tuple[jax.Array, None]:
+    def __call__(self, x: jax.Array, places: TokenInfo, rope: Any, window: Any) -> tuple[jax.Array, None]:
         c, dtype = self.config, self.compute.dtype
         attention = Attention(
             c.heads, c.kv_heads, c.head_width, c.qkv_bias, c.out_bias, c.qk_norm, c.norm_epsilon, self.mask, dtype,
@@ -67,7 +67,7 @@ class Decoder(nn.Module):
         table = self.param("embedding", init, (c.vocab_size, c.width), held)
         x = embedding_lookup(table, texts.tokens.reshape(-1), dtype)
         rope = rope_table(texts.positions, rope_frequencies(c.head_width, c.rope_theta, dict(c.rope_scaling)), dtype)
-        places = Places(texts.segment_ids, texts.positions, texts.pool_mask)
+        places = TokenInfo(texts.segment_ids, texts.positions, texts.pool_mask)
         mixed = len(set(c.windows)) > 1  # then a window is an array over the layers, without limit where there is none
         window = jnp.array([w or c.max_positions for w in c.windows]) if mixed else next(iter(c.windows), None)
         layer = DecoderLayer

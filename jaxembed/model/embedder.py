@@ -16,10 +16,10 @@ from jaxembed.data.packing import PackedTexts
 from jaxembed.errors import UserError
 from jaxembed.model.decoder import Compute, Decoder
 from jaxembed.model.families import DecoderConfig
-from jaxembed.model.layers import Linear
+from jaxembed.model.layers import Linear, unit_length
 from jaxembed.model.lora import LoRA
-from jaxembed.model.masks import MASKS, Places
-from jaxembed.model.pooling import make_pooling, segment_mask, unit_length
+from jaxembed.model.masks import MASKS, TokenInfo
+from jaxembed.model.pooling import make_pooling, segment_mask
 
 # What may follow the projection, by name.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"identity": lambda x: x, "tanh": jnp.tanh}
@@ -52,7 +52,7 @@ class EmbeddingModel(nn.Module):
         pool_mask = (texts.segment_ids > 0) if self.spec.include_instruction else texts.pool_mask
         members = segment_mask(texts.segment_ids, pool_mask, texts.segments)
         pooling = make_pooling(self.spec.pooling, self.spec.latents, self.spec.pooling_heads, name="pooling")
-        vectors = pooling(hidden, members, Places(texts.segment_ids, texts.positions, texts.pool_mask))
+        vectors = pooling(hidden, members, TokenInfo(texts.segment_ids, texts.positions, texts.pool_mask))
         if self.spec.projection:
             axes, bias = ("embed", "projected"), self.spec.projection_bias
             projected = Linear(self.spec.projection, axes, vectors.dtype, bias, name="projection")(vectors)

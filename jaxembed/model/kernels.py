@@ -19,7 +19,7 @@ from jaxembed.devices.mesh import target_platform
 from jaxembed.errors import UserError
 from jaxembed.model import splash
 from jaxembed.model.layers import at_least_float32
-from jaxembed.model.masks import Mask, Places, visible
+from jaxembed.model.masks import Mask, TokenInfo, visible
 
 log = logging.getLogger("jaxembed")
 
@@ -31,7 +31,7 @@ def attend(
     q: Float[Array, "r t n h"],
     k: Float[Array, "r t g h"],
     v: Float[Array, "r t g h"],
-    places: Places,
+    places: TokenInfo,
     mask: Mask,
     window: jax.Array | int | None,
 ) -> Float[Array, "r t n h"]:
@@ -49,7 +49,7 @@ def attend_by_rows(
     q: Float[Array, "r t n h"],
     k: Float[Array, "r t g h"],
     v: Float[Array, "r t g h"],
-    places: Places,
+    places: TokenInfo,
     mask: Mask,
     window: jax.Array | int | None,
     shards: int,
@@ -60,7 +60,7 @@ def attend_by_rows(
     def by_turn(x: jax.Array) -> jax.Array:
         return x.reshape(shards, rows // shards, *x.shape[1:]).swapaxes(0, 1)
 
-    def step(xs: tuple[jax.Array, jax.Array, jax.Array, Places]) -> jax.Array:
+    def step(xs: tuple[jax.Array, jax.Array, jax.Array, TokenInfo]) -> jax.Array:
         return attend(*xs, mask, window)
 
     at_once = min(max(1, SCORES_AT_ONCE // (heads * tokens * tokens)), rows // shards)
@@ -73,7 +73,7 @@ def attend_by_cudnn(
     q: Float[Array, "r t n h"],
     k: Float[Array, "r t g h"],
     v: Float[Array, "r t g h"],
-    places: Places,
+    places: TokenInfo,
     mask: Mask,
     window: jax.Array | int | None,
 ) -> Float[Array, "r t n h"]:
@@ -126,7 +126,7 @@ def pick_kernel(name: str, shards: int) -> Callable[..., jax.Array]:
         raise UserError(f"{told}; choose auto, einsum or rows")
 
     def or_einsum(
-        q: jax.Array, k: jax.Array, v: jax.Array, places: Places, mask: Mask, window: jax.Array | int | None
+        q: jax.Array, k: jax.Array, v: jax.Array, places: TokenInfo, mask: Mask, window: jax.Array | int | None
     ) -> jax.Array:
         refused = kernel.refusal(q, mask, window)
         if refused:

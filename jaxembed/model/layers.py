@@ -159,3 +159,9 @@ def rotate(x: Float[Array, "r t n h"], cos: jax.Array, sin: jax.Array) -> Float[
     """Rotates channel i with channel i + H/2, the layout of Hugging Face checkpoints."""
     first, second = jnp.split(at_least_float32(x), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def unit_length(x: Float[Array, "*b d"], floor: float = 1e-12) -> Float[Array, "*b d"]:
+    """x / |x|; zero stays zero, with a zero gradient (a plain norm would give NaN there)."""
+    square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.maximum(square, floor**2))

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxembed.model.quantization import dequantise
+from jaxembed.model.quantization import dequantize
 
 # PEFT's names of the projections that may have adapters -> ours.
 TARGETS = {
@@ -87,7 +87,7 @@ def merge(params: Any, lora: LoRA) -> Any:
         if path[-1] in (*ADAPTERS, "kernel_scale"):
             continue
         scale = flat.get((*path[:-1], f"{path[-1]}_scale"))
-        merged[path] = x.astype(jnp.float32) if scale is None else dequantise(x, scale)
+        merged[path] = x.astype(jnp.float32) if scale is None else dequantize(x, scale)
         if path[-1] == "kernel" and (*path[:-1], "lora_a") in flat:
             a, b = (flat[*path[:-1], name] for name in ADAPTERS)
             merged[path] += lora.scale * jnp.einsum("...ir,...ro->...io", a, b, precision=jax.lax.Precision.HIGHEST)

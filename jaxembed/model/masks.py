@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool
 
 
 @flax.struct.dataclass
-class Places:
+class TokenInfo:
     """Where the tokens of packed rows stand, [..., T] each.
 
     segment: their text in the row, 0 for padding; position: counted from 0 in the text; in_text: not of the instruction.
@@ -48,7 +48,7 @@ class Mask:
     causal: bool
     instruction_causal: bool | None = None
 
-    def allows(self, query: Places, key: Places, window: jax.Array | int | None = None) -> jax.Array:
+    def allows(self, query: TokenInfo, key: TokenInfo, window: jax.Array | int | None = None) -> jax.Array:
         """Whether the token at `query` sees the one at `key`; broadcasts.
 
         Only near tokens are seen in a `window` of w, counted as transformers counts: where all look back only, the token
@@ -76,7 +76,7 @@ MASKS = {
 }
 
 
-def visible(mask: Mask, places: Places, window: jax.Array | int | None = None) -> Bool[Array, "*r t t"]:
+def visible(mask: Mask, places: TokenInfo, window: jax.Array | int | None = None) -> Bool[Array, "*r t t"]:
     """[..., query, key]: True where the query token sees the key token."""
     query, key = (jax.tree.map(lambda x: x[..., :, None], places), jax.tree.map(lambda x: x[..., None, :], places))
     return (query.segment == key.segment) & mask.allows(query, key, window)

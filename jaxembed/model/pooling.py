@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxembed.model.layers import LayerNorm, Linear, at_least_float32
-from jaxembed.model.masks import BIDIRECTIONAL, Places, visible
+from jaxembed.model.masks import BIDIRECTIONAL, TokenInfo, visible
 
 
 def segment_mask(segment_ids: Int[Array, "r t"], pool_mask: Bool[Array, "r t"], segments: int) -> Bool[Array, "r t s"]:
@@ -37,7 +37,7 @@ class MeanPooling(nn.Module):
     """Mean over a text's pooled tokens."""
 
     @nn.compact
-    def __call__(self, hidden: jax.Array, members: jax.Array, places: Places) -> Float[Array, "r s d"]:
+    def __call__(self, hidden: jax.Array, members: jax.Array, places: TokenInfo) -> Float[Array, "r s d"]:
         return weighted_mean(hidden, members)
 
 
@@ -47,7 +47,7 @@ class PositionWeightedMeanPooling(nn.Module):
     """
 
     @nn.compact
-    def __call__(self, hidden: jax.Array, members: jax.Array, places: Places) -> Float[Array, "r s d"]:
+    def __call__(self, hidden: jax.Array, members: jax.Array, places: TokenInfo) -> Float[Array, "r s d"]:
         return weighted_mean(hidden, members * (places.position + 1)[..., None])
 
 
@@ -55,7 +55,7 @@ class LastPooling(nn.Module):
     """The last pooled token, which is EOS where the tokenizer appends it."""
 
     @nn.compact
-    def __call__(self, hidden: jax.Array, members: jax.Array, places: Places) -> Float[Array, "r s d"]:
+    def __call__(self, hidden: jax.Array, members: jax.Array, places: TokenInfo) -> Float[Array, "r s d"]:
         order = jnp.arange(members.shape[1])[:, None]
         return _picked(hidden, jnp.max(jnp.where(members, order, -1), axis=1))
 
@@ -64,7 +64,7 @@ class FirstPooling(nn.Module):
     """The first pooled token, which is BOS where the tokenizer puts one and the instruction is pooled too."""
 
     @nn.compact
-    def __call__(self, hidden: jax.Array, members: jax.Array, places: Places) -> Float[Array, "r s d"]:
+    def __call__(self, hidden: jax.Array, members: jax.Array, places: TokenInfo) -> Float[Array, "r s d"]:
         first = jnp.argmax(members, axis=1)
         return _picked(hidden, jnp.where(members.any(axis=1), first, -1))
 
@@ -79,7 +79,7 @@ class MaxPooling(nn.Module):
     """The maximum of each channel over a text's pooled tokens."""
 
     @nn.compact
-    def __call__(self, hidden: jax.Array, members: jax.Array, places: Places) -> Float[Array, "r s d"]:
+    def __call__(self, hidden: jax.Array, members: jax.Array, places: TokenInfo) -> Float[Array, "r s d"]:
         texts = members.shape[-1]
         text = jnp.where(members.any(axis=-1), jnp.argmax(members, axis=-1), texts)  # pooled into none: one past the last
         largest = jax.vmap(lambda h, t: jax.ops.segment_max(h, t, num_segments=texts + 1))(at_least_float32(hidden), text)
@@ -145,7 +145,7 @@ class LatentAttentionPooling(nn.Module):
     paper: bool = False
 
     @nn.compact
-    def __call__(self, hidden: jax.Array, members: jax.Array, places: Places) -> Float[Array, "r s d"]:
+    def __call__(self, hidden: jax.Array, members: jax.Array, places: TokenInfo) -> Float[Array, "r s d"]:
         width, dtype = hidden.shape[-1], hidden.dtype
         init = nn.with_partitioning(nn.initializers.normal(1.0), ("latents", "embed"))
         latents = self.param("latents", init, (self.latents, width)).astype(dtype)
@@ -180,7 +180,7 @@ class SelfAttentionPooling(nn.Module):
     heads: int
 
     @nn.compact
-    def __call__(self, hidden: jax.Array, members: jax.Array, places: Places) -> Float[Array, "r s d"]:
+    def __call__(self, hidden: jax.Array, members: jax.Array, places: TokenInfo) -> Float[Array, "r s d"]:
         width, dtype = hidden.shape[-1], hidden.dtype
         normed = LayerNorm(dtype, name="attention_norm")(hidden)
         attention = CrossAttention(self.heads, width // self.heads, dtype, name="attention")
@@ -206,9 +206,3 @@ def make_pooling(kind: str, latents: int, heads: int, name: str | None = None) -
     """The pooling of this name; `latents` and `heads` are the sizes of those that have them."""
     sizes = {"latents": latents, "heads": heads} if kind.startswith("latent") else {"heads": heads}
     return POOLINGS[kind](name=name, **(sizes if kind in TRAINED else {}))
-
-
-def unit_length(x: Float[Array, "*b d"], floor: float = 1e-12) -> Float[Array, "*b d"]:
-    """x / |x|; zero stays zero, with a zero gradient (a plain norm would give NaN there)."""
-    square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.maximum(square, floor**2))

@@ -13,12 +13,12 @@ from jaxtyping import Array, Float, Float32, Int8
 INT8_MAX = 127
 
 
-def quantise(kernel: Float32[np.ndarray, "i o"]) -> tuple[Int8[np.ndarray, "i o"], Float32[np.ndarray, " o"]]:
+def quantize(kernel: Float32[np.ndarray, "i o"]) -> tuple[Int8[np.ndarray, "i o"], Float32[np.ndarray, " o"]]:
     """(int8 numbers, scale of each output channel): their product is the kernel to within half a scale."""
     scale = np.abs(kernel).max(axis=0) / INT8_MAX
     return np.rint(kernel / np.where(scale > 0, scale, 1)).astype(np.int8), scale
 
 
-def dequantise(kernel: Int8[Array, "*l i o"], scale: Float[Array, "*l o"]) -> Float[Array, "*l i o"]:
+def dequantize(kernel: Int8[Array, "*l i o"], scale: Float[Array, "*l o"]) -> Float[Array, "*l i o"]:
     """The kernel in float32."""
     return kernel.astype(jnp.float32) * scale[..., None, :]

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxembed.devices.collectives import auto_axes
 from jaxembed.devices.mesh import BATCH_AXES, target_platform
-from jaxembed.model.masks import BIDIRECTIONAL, CAUSAL, Mask, Places
+from jaxembed.model.masks import BIDIRECTIONAL, CAUSAL, Mask, TokenInfo
 
 LANES = 128  # a block of tokens is a multiple of a TPU's lanes
 BLOCKS = (4 * LANES, 3 * LANES, 2 * LANES, LANES)  # tokens of a block: as many as divide the row
@@ -34,7 +34,7 @@ def attend(
     q: Float[Array, "r t n h"],
     k: Float[Array, "r t g h"],
     v: Float[Array, "r t g h"],
-    places: Places,
+    places: TokenInfo,
     mask: Mask,
     window: int | None,
 ) -> Float[Array, "r t n h"]:

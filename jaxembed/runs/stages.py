@@ -22,7 +22,7 @@ from jaxembed.curation.remining import is_mined, write_mined
 from jaxembed.data.batch import BatchBuilder
 from jaxembed.data.containers import open_container
 from jaxembed.data.sampling import Pairs
-from jaxembed.data.batch_plan import Plan
+from jaxembed.data.batch_plan import BatchPlan
 from jaxembed.data.rows import Rows
 from jaxembed.data.sources import SHAPES, Source
 from jaxembed.data.tokenize import TextTokenizer
@@ -30,7 +30,7 @@ from jaxembed.errors import UserError
 from jaxembed.hub.base import Base
 from jaxembed.hub.embedder import Embedder
 from jaxembed.hub.restore import base_params, placed_shapes, shapes_and_shardings, text_tokenizer
-from jaxembed.hub.frozen_encoder import OtherModel
+from jaxembed.hub.frozen_encoder import FrozenEncoder
 from jaxembed.losses.objectives import Objectives
 from jaxembed.model.embedder import EmbeddingModel, init_params
 from jaxembed.model.lora import ADAPTERS, join, pick_adapter, split, stack_adapters, stacked_shapes
@@ -46,7 +46,7 @@ class Stage:
     index: int
     config: Config
     before: int
-    plan: Plan
+    plan: BatchPlan
     tokenizer: TextTokenizer
     build: BatchBuilder
     objectives: Objectives
@@ -90,12 +90,12 @@ class Stage:
 
 def make_stages(
     configs: Sequence[Config],
-    plans: Sequence[Plan],
+    plans: Sequence[BatchPlan],
     tokenizer: TextTokenizer,
     model: EmbeddingModel,
     base: Base,
     shards: Shards,
-    others: Mapping[str, OtherModel],
+    others: Mapping[str, FrozenEncoder],
 ) -> list[Stage]:
     """The stages of a run's configs, which train on `plans`; `others` are the guide and the teacher.
 
@@ -160,7 +160,7 @@ def first_state(config: Config, base: Base, model: EmbeddingModel, mesh: Mesh) -
     return TrainState(trained, opt_state=None, frozen=frozen, **rest)
 
 
-def enter(stage: Stage, state: TrainState, model: EmbeddingModel, mesh: Mesh) -> TrainState:
+def begin_stage(stage: Stage, state: TrainState, model: EmbeddingModel, mesh: Mesh) -> TrainState:
     """The state at the begin of a stage: that at the end of the one before, with a new optimizer unless it shares it.
 
     An objective that has parameters of its own keeps those that one of its label had before.
@@ -213,7 +213,7 @@ def _optimizer_shapes(optimizer: optax.GradientTransformation, params: Any, coun
 
 
 def state_shapes(optimizer: optax.GradientTransformation, model: EmbeddingModel, mesh: Mesh, own: Any = None) -> TrainState:
-    """The shapes, with shardings, of the state that a stage begins with (`first_state`, then `enter`); needs no memory.
+    """The shapes, with shardings, of the state that a stage begins with (`first_state`, then `begin_stage`); needs no memory.
 
     `own` are the shapes of its objectives' parameters.
     """
@@ -243,7 +243,7 @@ def with_mined_negatives(stage: Stage, encoder_of: Callable[[str], Embedder], ru
             write_mined(source, chosen, encoder_of(source.config.adapter), stage.config.train.seed, path)
             processes.barrier()
         rows = Rows(open_container(str(path)), SHAPES["pairs"])
-        sources[number] = dataclasses.replace(source, drawer=Pairs(rows, source.drawer.most_positives))
+        sources[number] = dataclasses.replace(source, sampler=Pairs(rows, source.sampler.most_positives))
     return dataclasses.replace(stage, build=stage.build.with_sources(sources))
 
 
@@ -258,7 +258,7 @@ def resume(
     cursor = {"stage": 0} if latest is None else checkpoints.cursor(latest)
     index = cursor["stage"]
     for stage in stages[: index + 1]:
-        state = enter(stage, state, model, mesh)
+        state = begin_stage(stage, state, model, mesh)
     if latest is None:
         return 0, state
     if cursor["plan_hash"] != stages[index].plan.hash:

@@ -19,12 +19,12 @@ from jax.sharding import Mesh
 from jaxembed.devices.cpu import retain_freed_memory
 from jaxembed.devices.mesh import all_shards, local_shards, logical_axis_table, make_mesh, shard_count
 from jaxembed.devices import processes
-from jaxembed.cli import cache_dir
+from jaxembed.files import cache_dir
 from jaxembed.config import Config, InfoNCEConfig
 from jaxembed.curation.remining import check_reach
 from jaxembed.data.batch import roles
 from jaxembed.data.bpe import train_tokenizer
-from jaxembed.data.batch_plan import Plan
+from jaxembed.data.batch_plan import BatchPlan
 from jaxembed.data.pipeline import batches
 from jaxembed.data.schema import Example
 from jaxembed.data.sources import Source, open_sources
@@ -36,14 +36,14 @@ from jaxembed.files import write_json
 from jaxembed.hub.base import Base, content_hash, find_base, write_spec
 from jaxembed.hub.embedder import Embedder
 from jaxembed.hub.restore import text_tokenizer
-from jaxembed.hub.frozen_encoder import OtherModel, Silent, open_encoder
+from jaxembed.hub.frozen_encoder import FrozenEncoder, ZeroEncoder, open_frozen_encoder
 from jaxembed.model.decoder import Compute
 from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.model.lora import LoRA, pick_adapter
 from jaxembed.config.spec import EmbeddingSpec
-from jaxembed.runs.stages import Stage, enter, first_state, make_stages, resume, with_mined_negatives
+from jaxembed.runs.stages import Stage, begin_stage, first_state, make_stages, resume, with_mined_negatives
 from jaxembed.training.checkpoint import Checkpoints
-from jaxembed.training.mfu import Utilisation, device_peak, utilisation
+from jaxembed.training.mfu import MfuMeter, device_peak, make_mfu_meter
 from jaxembed.training.loop import Evaluate, Trainer
 from jaxembed.training.metrics import Recorder, Unrecorded, read_metrics
 from jaxembed.training.profile import Profile
@@ -100,7 +100,7 @@ def train(config: Config) -> dict[str, Any]:
         with closing(recorder), closing(checkpoints), closing(profile), StopRequest() as stop, jax.set_mesh(mesh):
             for stage in stages[index:]:
                 if int(state.step) == stage.before > 0:
-                    state = enter(stage, state, model, mesh)
+                    state = begin_stage(stage, state, model, mesh)
                 stage = with_mined_negatives(stage, partial(_of_adapter, encoder, state.weights), run_dir)
                 scored = evaluate if held_out else None
                 trainer = _trainer(
@@ -117,13 +117,13 @@ def train(config: Config) -> dict[str, Any]:
     return summary
 
 
-def _open_data(config: Config, shards: int) -> tuple[list[Plan], list[HeldOut]]:
+def _open_data(config: Config, shards: int) -> tuple[list[BatchPlan], list[HeldOut]]:
     """The plans of a run's stages, and its held-out sets."""
     plans = [_open(index, of_stage, shards) for index, of_stage in enumerate(config.in_stages())]
     return plans, open_sets(config.eval.sets, config.data.python_packages, cache_dir())
 
 
-def _open_run(config: Config, base: Base, spec: EmbeddingSpec, plans: Sequence[Plan]) -> tuple[Path, TextTokenizer]:
+def _open_run(config: Config, base: Base, spec: EmbeddingSpec, plans: Sequence[BatchPlan]) -> tuple[Path, TextTokenizer]:
     """The run directory, in which the run is recorded, and the run's tokenizer."""
     run_dir = open_run(config)
     tokenizer = _tokenizer(run_dir, base, spec, [source for plan in plans for source in plan.sources])
@@ -142,7 +142,7 @@ def open_stages(config: Config, mesh: Mesh) -> tuple[EmbeddingModel, list[Stage]
     spec = _spec(configs, base)
     model = EmbeddingModel(base.decoder, spec, _compute(config), _lora(config, base))
     tokenizer = _tokenizer(None, base, spec, [source for plan in plans for source in plan.sources])
-    others = {role: Silent(**vars(other)) for role, other in _opened(config).items()}
+    others = {role: ZeroEncoder(**vars(other)) for role, other in _opened(config).items()}
     return model, make_stages(configs, plans, tokenizer, model, base, shards, others)
 
 
@@ -151,17 +151,17 @@ def _compute(config: Config) -> Compute:
     return Compute(jnp.dtype(chosen.dtype), chosen.remat, chosen.unroll, chosen.attention_kernel)
 
 
-def _open(index: int, config: Config, shards: int) -> Plan:
+def _open(index: int, config: Config, shards: int) -> BatchPlan:
     """The plan of a stage and its sources; `UserError` where batches cannot be made of them."""
     if config.train.batch_size % shards:
         raise UserError(f"train.batch_size {config.train.batch_size} is not divisible by the {shards} shards of the mesh")
     data, sources = config.data, open_sources(config.data, cache_dir())
     if config.mine is not None:
         check_reach(sources, config.mine, config.train.seed, f"stages.{index}.")
-    return Plan(sources, config.train.batch_size, config.train.seed, index, data.batching, data.mixture)
+    return BatchPlan(sources, config.train.batch_size, config.train.seed, index, data.batching, data.mixture)
 
 
-def _others(config: Config, run_dir: Path) -> dict[str, OtherModel]:
+def _others(config: Config, run_dir: Path) -> dict[str, FrozenEncoder]:
     """The guide and the teacher of a run, by role, recorded in the run directory. `UserError` where one has changed."""
     others = _opened(config)
     for role, other in others.items():
@@ -169,10 +169,10 @@ def _others(config: Config, run_dir: Path) -> dict[str, OtherModel]:
     return others
 
 
-def _opened(config: Config) -> dict[str, OtherModel]:
+def _opened(config: Config) -> dict[str, FrozenEncoder]:
     """The same, not recorded; a model that is both is opened once."""
     named = {"guide": config.guide, "teacher": config.teacher}
-    opened = {name: open_encoder(name, cache_dir()) for name in dict.fromkeys(named.values()) if name is not None}
+    opened = {name: open_frozen_encoder(name, cache_dir()) for name in dict.fromkeys(named.values()) if name is not None}
     return {role: opened[name] for role, name in named.items() if name is not None}
 
 
@@ -187,7 +187,7 @@ def _trainer(
     checkpoints: Checkpoints,
     recorder: Recorder | Unrecorded,
     profile: Profile,
-    used: Utilisation | None,
+    used: MfuMeter | None,
 ) -> Trainer:
     """The loop of a stage, which begins with `state`, in a run of `total` steps."""
     config = stage.config
@@ -207,16 +207,16 @@ def _trainer(
         recorder=recorder,
         plan_hash=stage.plan.hash,
         profile=profile,
-        utilisation=used,
+        mfu_meter=used,
     )
 
 
-def _utilisation(config: Config, model: EmbeddingModel, mesh: Mesh, state: TrainState) -> Utilisation | None:
+def _utilisation(config: Config, model: EmbeddingModel, mesh: Mesh, state: TrainState) -> MfuMeter | None:
     """How the log reckons mfu; None where the devices' peak is not known."""
     peak = config.train.peak_flops or device_peak(config.model.dtype)
     if peak is None:
         return None
-    return utilisation(model.decoder, state.params, state.frozen, len(model.adapters), peak * mesh.size)
+    return make_mfu_meter(model.decoder, state.params, state.frozen, len(model.adapters), peak * mesh.size)
 
 
 def _spec(stages: Sequence[Config], base: Base) -> EmbeddingSpec:
@@ -270,7 +270,7 @@ def _record(
     config: Config,
     base: Base,
     spec: EmbeddingSpec,
-    plans: Sequence[Plan],
+    plans: Sequence[BatchPlan],
     tokenizer: TextTokenizer,
 ) -> None:
     """Writes what identifies the run beside its config: tokenizer, versions, texts, data and base, and how much of the data
@@ -283,7 +283,7 @@ def _record(
     note_versions(run_dir)
     if processes.is_first():
         write_spec(run_dir, spec)
-        dropped = [{source.name: source.drawer.dropped for source in plan.sources} for plan in plans]
+        dropped = [{source.name: source.sampler.dropped for source in plan.sources} for plan in plans]
         write_json(run_dir / "dropped.json", dropped)
     record(
         run_dir,
@@ -316,7 +316,7 @@ def _show_examples(stage: Stage) -> None:
             source.name, f"{len(source):,}", epochs, lengths.mean(), 100 * cut, tokenizer.max_length,
             "on" if source.in_batch else "off",
         )  # fmt: skip
-        for reason, dropped in source.drawer.dropped.items():
+        for reason, dropped in source.sampler.dropped.items():
             if dropped:
                 log.info("  left out: %s (%s)", f"{dropped:,}", reason)
         if lack := _lack(stage, source, examples):

@@ -24,7 +24,7 @@ from jaxembed.config.fields import Fields
 from jaxembed.devices import processes
 from jaxembed.errors import UserError, brief
 from jaxembed.files import file_digest, read_json, write_json
-from jaxembed.training.run_dir import kept
+from jaxembed.training.run_dir import read_run_file
 from jaxembed.training.step import OBJECTIVES, TrainState
 
 DIGESTS = "digests.json"
@@ -190,7 +190,7 @@ def _folder(run_dir: Path) -> Path:
 def _digests(run_dir: Path) -> dict[str, dict[str, str]]:
     """Those that were noted of a run's checkpoints: step -> file -> SHA-256."""
     path = run_dir / DIGESTS
-    found = kept(read_json, path, "remove it to go on unchecked") if path.is_file() else {}
+    found = read_run_file(read_json, path, "remove it to go on unchecked") if path.is_file() else {}
     return {step: Fields(found, str(path)).texts(step) for step in found}
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from jaxembed.data.packing import PackedTexts
 from jaxembed.devices.collectives import map_over_shards, shard_map_size, shard_rows
 from jaxembed.model.embedder import EmbeddingModel
-from jaxembed.model.pooling import unit_length
+from jaxembed.model.layers import unit_length
 
 
 def encode(

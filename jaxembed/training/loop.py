@@ -19,7 +19,7 @@ from jaxembed.devices.placement import put_batch
 from jaxembed.errors import Stopped, UserError
 from jaxembed.training.checkpoint import Checkpoints
 from jaxembed.training.metrics import Recorder, Unrecorded
-from jaxembed.training.mfu import Utilisation
+from jaxembed.training.mfu import MfuMeter
 from jaxembed.training.profile import Profile
 from jaxembed.training.shutdown import StopRequest, must_finish
 from jaxembed.training.step import Metrics, TrainState
@@ -28,7 +28,7 @@ Evaluate = Callable[[Any], Mapping[str, float]]  # all parameters -> scores by S
 
 
 @dataclasses.dataclass
-class Tally:
+class StepStats:
     """What happened since the last logged step."""
 
     since: float = dataclasses.field(default_factory=time.perf_counter)
@@ -46,7 +46,7 @@ class Tally:
         self.padded += host.padded_tokens
         self.pairs += host.pairs
 
-    def rates(self, batch_size: int, utilisation: Utilisation | None) -> dict[str, float]:
+    def rates(self, batch_size: int, mfu_meter: MfuMeter | None) -> dict[str, float]:
         seconds = time.perf_counter() - self.since
         rates = {
             "step_seconds": seconds / self.steps,
@@ -56,13 +56,13 @@ class Tally:
             "padding_fraction": 1 - self.useful / self.padded,
             "new_programs": self.new_programs,
         }
-        if utilisation is not None:
-            rates["mfu"] = utilisation.mfu(self.useful, self.pairs, seconds)
+        if mfu_meter is not None:
+            rates["mfu"] = mfu_meter.mfu(self.useful, self.pairs, seconds)
         return rates
 
 
 @dataclasses.dataclass(frozen=True)
-class Running:
+class InFlightStep:
     """A step that was started."""
 
     step: int
@@ -74,7 +74,7 @@ class Running:
 class Trainer:
     """What a stage of a run needs beside its state: its config, its index, the steps before it and those of all.
 
-    `best_metric` names the score whose maximum is the best checkpoint's. Without `utilisation` none is logged. Steps are
+    `best_metric` names the score whose maximum is the best checkpoint's. Without `mfu_meter` none is logged. Steps are
     counted through all stages.
     """
 
@@ -91,7 +91,7 @@ class Trainer:
     recorder: Recorder | Unrecorded
     plan_hash: str
     profile: Profile
-    utilisation: Utilisation | None
+    mfu_meter: MfuMeter | None
     programs: set[tuple[int, ...]] = dataclasses.field(default_factory=set)
 
     def fit(self, state: TrainState, batches: Iterator[HostBatch], stop: StopRequest) -> TrainState:
@@ -100,8 +100,8 @@ class Trainer:
         `Stopped`, with a checkpoint of the step, when `stop` asks for it.
         `UserError` at a loss or gradient that is not finite, unless such steps are skipped.
         """
-        tally = Tally()
-        running: Running | None = None
+        tally = StepStats()
+        running: InFlightStep | None = None
         end = self.before + self.config.steps
         for step in range(int(state.step) + 1, end + 1):
             self.profile.before(step)
@@ -111,7 +111,7 @@ class Trainer:
                 tally.add(host, time.perf_counter() - asked)
                 state, metrics = self._step(state, host, tally)
                 self._check(running)  # at most one step runs ahead of the host
-                running = Running(step, host, metrics)
+                running = InFlightStep(step, host, metrics)
                 last = step == end
                 log = last or step % self.config.log_every == 0
                 evaluate = self.evaluate is not None and (last or step % self.config.eval_every == 0)
@@ -123,7 +123,7 @@ class Trainer:
             self.profile.after(step, metrics)
             if log:
                 self._log(step, metrics, tally)
-                tally = Tally()
+                tally = StepStats()
             self.recorder.advance()
             score = None
             if evaluate and not stopping:
@@ -135,7 +135,7 @@ class Trainer:
                 raise Stopped(f"saved after step {step} of {self.total}; the same command goes on", stop.signal)
         return state
 
-    def _check(self, running: Running | None) -> None:
+    def _check(self, running: InFlightStep | None) -> None:
         """Waits for a step; one whose loss or gradient is not finite ends the run, or is told where it was skipped."""
         if running is None:
             return
@@ -151,7 +151,7 @@ class Trainer:
         kept = "no checkpoint yet" if latest is None else f"the last good checkpoint is of step {latest}"
         raise UserError(f"{told}; {kept}; lower optim.learning_rate, look at the data, or set train.on_nan=skip")
 
-    def _step(self, state: TrainState, host: HostBatch, tally: Tally) -> tuple[TrainState, Metrics]:
+    def _step(self, state: TrainState, host: HostBatch, tally: StepStats) -> tuple[TrainState, Metrics]:
         batch = put_batch(self.mesh, host.batch)
         shape = batch.texts.tokens.shape
         if shape in self.programs:
@@ -166,9 +166,9 @@ class Trainer:
         self.recorder.say(told)
         return result
 
-    def _log(self, step: int, metrics: Metrics, tally: Tally) -> None:
+    def _log(self, step: int, metrics: Metrics, tally: StepStats) -> None:
         values = {name: float(value) for name, value in metrics.items()}
-        values |= tally.rates(self.config.batch_size, self.utilisation)
+        values |= tally.rates(self.config.batch_size, self.mfu_meter)
         self.recorder.log(step, values, self.stage)
         self.recorder.show(loss=f"{values['loss']:.4f}", tokens_s=f"{values['useful_tokens_per_second']:,.0f}")
 

@@ -42,7 +42,7 @@ PEAKS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Utilisation:
+class MfuMeter:
     """FLOPs of a step by its useful tokens and the pairs of tokens in one text, and the FLOP/s of all devices together."""
 
     a_token: float
@@ -54,10 +54,10 @@ class Utilisation:
         return (self.a_token * tokens + self.a_pair * pairs) / (seconds * self.peak)
 
 
-def utilisation(decoder: DecoderConfig, trained: Any, frozen: Any, adapters: int, peak: float) -> Utilisation:
+def make_mfu_meter(decoder: DecoderConfig, trained: Any, frozen: Any, adapters: int, peak: float) -> MfuMeter:
     """That of a model by its parameters; so many `adapters` are stacked in the trained ones, 0 for none."""
     a_token = 6 * numbers(trained, adapters) + 4 * numbers(frozen)
-    return Utilisation(a_token, 12 * decoder.head_width * decoder.heads * decoder.layers, peak)
+    return MfuMeter(a_token, 12 * decoder.head_width * decoder.heads * decoder.layers, peak)
 
 
 def numbers(params: Any, adapters: int = 0) -> int:

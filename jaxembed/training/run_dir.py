@@ -51,7 +51,7 @@ def open_run(config: Config) -> Path:
             raise UserError(f"{run_dir}: {told}")
         return run_dir
     if has_config and others:
-        before, now = ({**tree, "mesh": None} for tree in (kept(read_tree, recorded), yaml.safe_load(config.dump())))
+        before, now = ({**tree, "mesh": None} for tree in (read_run_file(read_tree, recorded), yaml.safe_load(config.dump())))
         changed = list(differences(before, now))
         if changed:
             raise UserError(
@@ -82,12 +82,14 @@ def record(run_dir: Path, name: str, value: Mapping[str, Any], told: str) -> Non
     if not path.is_file():
         write_json(path, value)
         return
-    changed = list(differences(kept(read_json, path), value))
+    changed = list(differences(read_run_file(read_json, path), value))
     if changed:
         raise UserError(f"{run_dir}: {told} ({'; '.join(changed[:4])}); restore it, or name another run.dir")
 
 
-def kept(read: Callable[[Path], dict[str, Any]], path: Path, otherwise: str = "name another run.dir") -> dict[str, Any]:
+def read_run_file(
+    read: Callable[[Path], dict[str, Any]], path: Path, otherwise: str = "name another run.dir"
+) -> dict[str, Any]:
     """What the run wrote to a file; where it is damaged, the `UserError` says to restore it, or `otherwise`."""
     try:
         return read(path)
@@ -100,7 +102,7 @@ def note_versions(run_dir: Path) -> None:
     path = run_dir / "versions.json"
     now = versions()
     if path.is_file():
-        changed = list(differences(kept(read_json, path), now))
+        changed = list(differences(read_run_file(read_json, path), now))
         if changed:
             log.warning("not the versions this run began with, so not bit for bit the same: %s", "; ".join(changed))
     if processes.is_first():

@@ -9,7 +9,8 @@ import pydantic
 import pytest
 import yaml
 
-from jaxembed.config import Config, LoraTarget, ModelConfig, PoolingKind, load
+from jaxembed.config import Config, ModelConfig, load_config
+from jaxembed.config.model import LoraTarget, PoolingKind
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.errors import UserError
 from jaxembed.model.lora import TARGETS
@@ -26,12 +27,12 @@ def write(folder: Path, tree: Any) -> Path:
 
 
 def of(folder: Path, *overrides: str) -> Config:
-    return load(write(folder, SMALLEST), overrides)
+    return load_config(write(folder, SMALLEST), overrides)
 
 
 def error_of(folder: Path, *overrides: str, tree: Any = SMALLEST) -> str:
     with pytest.raises(UserError) as error:
-        load(write(folder, tree), overrides)
+        load_config(write(folder, tree), overrides)
     assert "\n" not in str(error.value)
     return str(error.value).replace(str(folder / "mine.yaml"), "FILE")
 
@@ -43,7 +44,7 @@ def test_errors_of_adapters(tmp_path: Path) -> None:
     assert error_of(tmp_path, tree=tree) == told
     told = "FILE: eval.sets.0.adapter is 'c'; expected one of model.lora.names: a, b"
     assert error_of(tmp_path, "eval.sets=[{name: s, path: x, adapter: c}]", tree=tree) == told
-    assert load(write(tmp_path, tree), ["data.sources.1.adapter=b"]).data.sources[1].adapter == "b"
+    assert load_config(write(tmp_path, tree), ["data.sources.1.adapter=b"]).data.sources[1].adapter == "b"
 
 
 def test_a_run_has_one_guide_and_one_teacher(tmp_path: Path) -> None:
@@ -74,7 +75,7 @@ def test_the_smallest_config_has_every_default(tmp_path: Path) -> None:
 
 def test_what_is_dumped_reads_back_the_same(tmp_path: Path) -> None:
     config = of(tmp_path, "data.sources.0.instructions=[é, 'b: c']", "eval.sets=[{name: x, path: y}]")
-    assert load(write(tmp_path, config.dump())) == config
+    assert load_config(write(tmp_path, config.dump())) == config
 
 
 @pytest.mark.parametrize(
@@ -201,11 +202,11 @@ def test_errors_of_files(tmp_path: Path, tree: Any, message: str) -> None:
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"absent.yaml: no such config file; give the path of a YAML file$"):
-        load(tmp_path / "absent.yaml")
+        load_config(tmp_path / "absent.yaml")
     (tmp_path / "latin.yaml").write_bytes(b"a: \xe9")
     for path in (tmp_path, tmp_path / "latin.yaml"):
         with pytest.raises(UserError, match="cannot be read as UTF-8 text"):
-            load(path)
+            load_config(path)
 
 
 def test_the_tree_is_frozen(tmp_path: Path) -> None:
@@ -219,7 +220,7 @@ def test_the_tree_is_frozen(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_the_configs_that_come_along_are_valid(path: Path) -> None:
-    assert load(path).run.name == path.stem
+    assert load_config(path).run.name == path.stem
 
 
 def test_a_spec_takes_what_a_config_chooses_and_keeps_the_rest(tmp_path: Path) -> None:

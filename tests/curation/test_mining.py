@@ -27,7 +27,7 @@ from jaxembed import cli
 from jaxembed import mine as mine_command
 from jaxembed.config import PythonPackagesConfig, SourceConfig
 from jaxembed.curation import mining
-from jaxembed.curation.mining import Result, Ways, mine
+from jaxembed.curation.mining import MiningOptions, Result, mine
 from jaxembed.curation.pool import Pool, open_input, read_corpus, read_pool
 from jaxembed.curation.report import details, line, summary
 from jaxembed.curation.rules import RULES, Rule
@@ -36,7 +36,7 @@ from jaxembed.data.beir import write_beir
 from jaxembed.data.sources import Source
 from jaxembed.errors import Stopped, UserError
 from jaxembed.hub.cross_encoder import open_cross_encoder
-from jaxembed.hub.frozen_encoder import OtherModel
+from jaxembed.hub.frozen_encoder import FrozenEncoder
 
 DEPTH = 40
 RULE = {"negatives": 4, "depth": DEPTH, "window": (5, 12), "max_score": 0.2, "margin": 0.1, "share": 0.8}
@@ -71,7 +71,7 @@ def vectors(texts: Sequence[str]) -> np.ndarray:
 def mined(pool: Pool, rescore: mining.Score | None = None, rule: str = "top_k", **ways: Any) -> Result:
     changed = {name: ways.pop(name) for name in list(ways) if name in RULE}
     queries, documents = vectors([query.text for query in pool.queries]), vectors(pool.documents)
-    return mine(pool, queries, documents, Ways(Rule(rule, **{**RULE, **changed}), **ways), rescore)
+    return mine(pool, queries, documents, MiningOptions(Rule(rule, **{**RULE, **changed}), **ways), rescore)
 
 
 def lines(pool: Pool, result: Result) -> dict[str, dict[str, Any]]:
@@ -325,8 +325,8 @@ def test_a_killed_command_goes_on_where_it_was(
     before = kept.read_bytes()
     assert len(before) == 28 * 4 * 32  # three parts of the queries, one of the documents
 
-    run = OtherModel._run
-    monkeypatch.setattr(OtherModel, "_run", lambda self, new, lead: texts.extend(new) or run(self, new, lead))
+    run = FrozenEncoder._run
+    monkeypatch.setattr(FrozenEncoder, "_run", lambda self, new, lead: texts.extend(new) or run(self, new, lead))
     monkeypatch.setattr(sys, "argv", ["mine", *arguments])
     cli.run(mine_command.main, mine_command.make_parser())
     assert texts == [f"answer {i}" for i in range(8, 20)]
@@ -351,7 +351,7 @@ def test_giant_texts_are_cut_and_counted(tmp_path: Path) -> None:
 
     documents = mining.embed([pool.queries[0]._replace(text=text) for text in pool.documents], encode, 6, "documents")
     assert [len(text.text) for text in seen] == [mining.LONGEST, 1] and len(documents) == 2
-    result = mine(pool, vectors(["a"]), documents, Ways(Rule()))
+    result = mine(pool, vectors(["a"]), documents, MiningOptions(Rule()))
     assert summary(pool, result, Rule())["cut_texts"] == 1
     assert line(pool, result.rows[0])["pos"] == [giant, "b"]
 

@@ -15,7 +15,7 @@ from helpers import tiny
 from jaxembed.config import BatchingConfig, MixtureConfig, PythonPackagesConfig, SourceConfig
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.data.batch import Batch, BatchBuilder, HostBatch
-from jaxembed.data.batch_plan import ExampleIndex, Plan
+from jaxembed.data.batch_plan import BatchPlan, ExampleIndex
 from jaxembed.data.pipeline import batches
 from jaxembed.data.schema import Example, text_hash
 from jaxembed.data.shuffle import key_of, permuted
@@ -70,30 +70,30 @@ def equal(a: HostBatch, b: HostBatch) -> bool:
 
 
 def test_the_plan_is_a_function_of_seed_and_step(sources: list[Source]) -> None:
-    plan, again = Plan(sources, 8, seed=1), Plan(sources, 8, seed=1)
+    plan, again = BatchPlan(sources, 8, seed=1), BatchPlan(sources, 8, seed=1)
     steps = [7, 0, 123, 3, 7]
     assert all(np.array_equal(plan[step], again[step]) for step in reversed(steps))
     assert not np.array_equal(plan[0], plan[1])
-    assert not np.array_equal(plan[0], Plan(sources, 8, seed=2)[0])
-    assert len(Plan(sources, 8, seed=2**40)[10**6]) == 8
+    assert not np.array_equal(plan[0], BatchPlan(sources, 8, seed=2)[0])
+    assert len(BatchPlan(sources, 8, seed=2**40)[10**6]) == 8
 
 
 def test_weights_are_shares_of_the_mixture(sources: list[Source]) -> None:
-    plan = Plan(sources, 8, seed=0)
+    plan = BatchPlan(sources, 8, seed=0)
     ids = np.concatenate([plan[step] for step in range(100)])
     assert np.sum(ids < 30) == 600  # weight 3 of 4, of 800
     assert set(ids) == set(range(40))
 
 
 def test_every_epoch_is_another_permutation(tmp_path: Path) -> None:
-    plan = Plan([source(tmp_path, "pairs", pairs(30))], 10, seed=0)
+    plan = BatchPlan([source(tmp_path, "pairs", pairs(30))], 10, seed=0)
     epochs = [np.concatenate([plan[3 * epoch + part] for part in range(3)]).tolist() for epoch in range(4)]
     assert all(sorted(epoch) == list(range(30)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
 
 def test_two_sources_of_one_size_are_shuffled_differently(tmp_path: Path) -> None:
-    plan = Plan([source(tmp_path, name, pairs(30)) for name in "ab"], 60, seed=0)
+    plan = BatchPlan([source(tmp_path, name, pairs(30)) for name in "ab"], 60, seed=0)
     ids = plan[0]
     assert (ids[ids < 30] != ids[ids >= 30] - 30).any()
 
@@ -114,7 +114,7 @@ def test_permutations_are_bijections_that_look_drawn() -> None:
 @pytest.mark.parametrize("kind", ["blended", "homogeneous", "semi_homogeneous"])
 def test_every_kind_of_batch_sees_every_example_once_an_epoch(tmp_path: Path, kind: Any) -> None:
     made = [source(tmp_path, name, pairs(size), weight=size) for name, size in (("a", 100), ("b", 60), ("c", 40))]
-    plan = Plan(made, 20, 3, batching=BatchingConfig(kind=kind, ratio=0.7))
+    plan = BatchPlan(made, 20, 3, batching=BatchingConfig(kind=kind, ratio=0.7))
     steps = [plan[step] for step in range(500)]
     for i, (start, size) in enumerate(((0, 100), (100, 60), (160, 40))):
         ids = np.concatenate(steps)
@@ -135,8 +135,8 @@ def of_one(ids: np.ndarray) -> int:
 def test_batches_of_one_source_and_partly_of_one(tmp_path: Path) -> None:
     made = [source(tmp_path, name, pairs(50), weight=1 + (name == "d")) for name in "abcd"]
 
-    def plan(kind: Any, ratio: float = 0.5, **options: Any) -> Plan:
-        return Plan(made, 20, 0, batching=BatchingConfig(kind=kind, ratio=ratio), **options)
+    def plan(kind: Any, ratio: float = 0.5, **options: Any) -> BatchPlan:
+        return BatchPlan(made, 20, 0, batching=BatchingConfig(kind=kind, ratio=ratio), **options)
 
     blended, homogeneous, half = plan("blended"), plan("homogeneous"), plan("semi_homogeneous")
     assert {tuple(np.bincount(blended[step] // 50, minlength=4)) for step in range(50)} == {(4, 4, 4, 8)}
@@ -151,14 +151,14 @@ def test_batches_of_one_source_and_partly_of_one(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"kind=homogeneous takes 51 examples of one source into a batch, but a holds 50; lower"
     ):
-        Plan(made, 51, 0, batching=BatchingConfig(kind="homogeneous"))
+        BatchPlan(made, 51, 0, batching=BatchingConfig(kind="homogeneous"))
 
 
 def test_shares_by_size_and_temperature(tmp_path: Path) -> None:
     made = [source(tmp_path, name, pairs(size), weight=weight) for name, size, weight in (("a", 90, 1.0), ("b", 10, 4.0))]
 
     def shares(**mixture: Any) -> list[float]:
-        plan = Plan(made, 50, 0, mixture=MixtureConfig(**mixture))
+        plan = BatchPlan(made, 50, 0, mixture=MixtureConfig(**mixture))
         ids = np.concatenate([plan[step] for step in range(200)])
         return [round(float(np.mean(ids < 90)), 3), round(float(np.mean(ids >= 90)), 3)]
 
@@ -176,7 +176,7 @@ def test_a_source_may_use_a_part_of_its_examples(tmp_path: Path) -> None:
     assert len(set(drawn)) == 20 and drawn != [whole.draw(i, random, 0).query for i in range(20)]
     again = source(tmp_path, "a", pairs(50), max_examples=20)
     assert [again.draw(i, random, 0).query for i in range(20)] == drawn
-    ids = np.concatenate([Plan([capped], 10, seed=0)[step] for step in range(2)])
+    ids = np.concatenate([BatchPlan([capped], 10, seed=0)[step] for step in range(2)])
     assert sorted(ids) == list(range(20))
 
 
@@ -184,7 +184,7 @@ def test_no_text_stands_twice_in_a_batch(tmp_path: Path) -> None:
     rows = [{"query": f"q{i % 30}", "pos": [f"p{i // 2}"]} for i in range(60)]
     labels = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(40)]
     made = [source(tmp_path, "pairs", rows), source(tmp_path, "labels", labels, weight=0.5)]
-    plan = Plan(made, 24, seed=0)
+    plan = BatchPlan(made, 24, seed=0)
 
     def positives(build: BatchBuilder, step: int) -> list[str]:
         examples = build.examples(step, plan[step])
@@ -202,9 +202,9 @@ def test_no_text_stands_twice_in_a_batch(tmp_path: Path) -> None:
 
 
 def test_a_batch_larger_than_the_data_is_refused(sources: list[Source]) -> None:
-    Plan(sources, 40, seed=0)
+    BatchPlan(sources, 40, seed=0)
     with pytest.raises(UserError, match=r"^train.batch_size is 41, but the sources hold 40 examples; use at most that$"):
-        Plan(sources, 41, seed=0)
+        BatchPlan(sources, 41, seed=0)
 
 
 def test_ids_number_the_examples_of_all_sources(sources: list[Source]) -> None:
@@ -216,12 +216,13 @@ def test_the_hash_of_a_plan_changes_with_what_a_step_sees(tmp_path: Path) -> Non
     first = source(tmp_path, "a", pairs(30))
     other = source(tmp_path, "b", pairs(31))
     hashes = [
-        Plan([first], 8, 0).hash, Plan([first], 9, 0).hash, Plan([first], 8, 1).hash, Plan([other], 8, 0).hash,
-        Plan([first, other], 8, 0).hash, Plan([source(tmp_path, "a", pairs(30), weight=2.0)], 8, 0).hash,
-        Plan([source(tmp_path, "a", pairs(30), instructions=["find"])], 8, 0).hash,
+        BatchPlan([first], 8, 0).hash, BatchPlan([first], 9, 0).hash, BatchPlan([first], 8, 1).hash,
+        BatchPlan([other], 8, 0).hash,
+        BatchPlan([first, other], 8, 0).hash, BatchPlan([source(tmp_path, "a", pairs(30), weight=2.0)], 8, 0).hash,
+        BatchPlan([source(tmp_path, "a", pairs(30), instructions=["find"])], 8, 0).hash,
     ]  # fmt: skip
     assert len(set(hashes)) == len(hashes)
-    assert Plan([source(tmp_path, "elsewhere", pairs(30), name="x")], 8, 0).hash == hashes[0]
+    assert BatchPlan([source(tmp_path, "elsewhere", pairs(30), name="x")], 8, 0).hash == hashes[0]
 
 
 def text_at(batch: Batch, shard: int, slot: int) -> np.ndarray:
@@ -241,7 +242,7 @@ def texts_of(example: Example, negatives: int) -> list[tuple[str | None, str]]:
 @pytest.mark.parametrize("shards", [1, 8])
 def test_slots_point_at_the_texts_of_the_examples(sources: list[Source], shards: int) -> None:
     build = builder(sources, shards)
-    ids = Plan(sources, 24, seed=0)[5]
+    ids = BatchPlan(sources, 24, seed=0)[5]
     examples, batch = build.examples(5, ids), build(5, ids).batch
     tokenizer = build._tokenizer
     assert {len(example.negatives) for example in examples} == {0, 1, 2}
@@ -260,7 +261,7 @@ def test_slots_point_at_the_texts_of_the_examples(sources: list[Source], shards:
 @pytest.mark.parametrize("shards", [1, 8])
 def test_a_batch_holds_what_the_examples_say(sources: list[Source], shards: int) -> None:
     build = builder(sources, shards)
-    ids = Plan(sources, 24, seed=0)[5]
+    ids = BatchPlan(sources, 24, seed=0)[5]
     examples, host = build.examples(5, ids), build(5, ids)
     batch = host.batch
     assert batch.source.tolist() == [int(id_ >= 30) for id_ in ids]
@@ -279,7 +280,7 @@ def test_a_batch_holds_what_the_examples_say(sources: list[Source], shards: int)
 @pytest.mark.parametrize("shards", [1, 8])
 def test_pooling_starts_after_the_instruction(sources: list[Source], shards: int) -> None:
     build = builder(sources, shards)
-    ids = Plan(sources, 24, seed=0)[5]
+    ids = BatchPlan(sources, 24, seed=0)[5]
     examples, batch = build.examples(5, ids), build(5, ids).batch
     texts, rows = batch.texts, batch.texts.tokens.shape[0] // shards
     for i, example in enumerate(examples):
@@ -295,14 +296,14 @@ def test_pooling_starts_after_the_instruction(sources: list[Source], shards: int
 
 
 def test_the_examples_do_not_depend_on_the_shards(sources: list[Source]) -> None:
-    ids = Plan(sources, 24, seed=0)[0]
+    ids = BatchPlan(sources, 24, seed=0)[0]
     one, eight = builder(sources, 1)(0, ids).batch, builder(sources, 8)(0, ids).batch
     for name in ("query_hash", "doc_hash", "positive_hash", "in_batch", "label", "source"):
         assert np.array_equal(getattr(one, name), getattr(eight, name)), name
 
 
 def test_a_batch_is_a_function_of_seed_step_and_ids(sources: list[Source]) -> None:
-    ids = Plan(sources, 24, seed=0)[0]
+    ids = BatchPlan(sources, 24, seed=0)[0]
     build = builder(sources)
     first = build(3, ids)
     build(4, ids)
@@ -325,7 +326,7 @@ def test_no_negatives_asked_for(sources: list[Source]) -> None:
 
 def test_the_pipeline_resumes_at_any_step_with_the_same_batches(sources: list[Source]) -> None:
     def run(start: int, stop: int = 12) -> list[HostBatch]:
-        return list(batches(Plan(sources, 8, seed=0), builder(sources, 2), start, stop))
+        return list(batches(BatchPlan(sources, 8, seed=0), builder(sources, 2), start, stop))
 
     whole = run(0)
     assert len(whole) == 12

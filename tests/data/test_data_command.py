@@ -14,7 +14,7 @@ import yaml
 
 from helpers import tiny
 from helpers.runs import command
-from jaxembed.config import PythonPackagesConfig, SourceConfig, load
+from jaxembed.config import PythonPackagesConfig, SourceConfig, load_config
 from jaxembed.data.__main__ import main, make_parser
 from jaxembed.data.beir import write_beir
 from jaxembed.data.jsonl import write_lines
@@ -150,7 +150,7 @@ def test_the_configs_of_the_page_are_read(tmp_path: Path) -> None:
     assert len(configs) == 2
     for text in configs:
         (tmp_path / "a.yaml").write_text(text)
-        assert load(tmp_path / "a.yaml", base="").data.sources
+        assert load_config(tmp_path / "a.yaml", base="").data.sources
 
 
 def test_preview_shows_what_a_model_sees(

@@ -18,7 +18,7 @@ from helpers import tiny
 from helpers.runs import prepare, settings
 from jaxembed import Embedder, cli, encode
 from jaxembed.config import PythonPackagesConfig, SourceConfig
-from jaxembed.config.spec import EmbeddingSpec, Shot
+from jaxembed.config.spec import EmbeddingSpec, FewShotExample
 from jaxembed.data.batch import BatchBuilder
 from jaxembed.data.schema import Example
 from jaxembed.data.sources import Source, open_source
@@ -49,13 +49,13 @@ def presented(query: str, examples: Sequence[tuple[str, str]]) -> str:
 
 
 def test_a_prompt_is_that_of_the_release() -> None:
-    shots = [Shot(TASK, *pair) for pair in PAIRS]
+    shots = [FewShotExample(TASK, *pair) for pair in PAIRS]
     made_of_others = dataclasses.replace(ICL, example_template="")
     for spec in (ICL, made_of_others):
         assert spec.prompt(TASK, shots) + "why" + spec.query_suffix == presented("why", PAIRS)
         assert spec.prompt(TASK) + "why" + spec.query_suffix == presented("why", [])
         assert spec.prompt("", shots) == ""
-    plain = EmbeddingSpec().prompt("b", [Shot("a", "q", "r")])
+    plain = EmbeddingSpec().prompt("b", [FewShotExample("a", "q", "r")])
     assert plain == "Instruct: a\nQuery:q\nResponse:r\n\nInstruct: b\nQuery:"
     with pytest.raises(UserError, match=r"FILE: example_template must contain \{query\} and \{response\}"):
         spec_from_json({"example_template": "{query}"}, "FILE")

@@ -22,7 +22,7 @@ from jaxembed.data import rows as of_rows
 from jaxembed.data.array_record import write_array_record
 from jaxembed.data.containers import open_container
 from jaxembed.data.jsonl import write_lines
-from jaxembed.data.rows import AtLeast, Rows
+from jaxembed.data.rows import Rows, RowsAbove
 from jaxembed.data.sources import SHAPES, Source, open_source
 from jaxembed.errors import UserError
 from jaxembed.evaluation.heldout import open_sets
@@ -90,7 +90,7 @@ def test_columns_name_fields_and_wrap_single_texts(tmp_path: Path) -> None:
         assert opened(tmp_path / name, **columns)[0] == {"query": "q", "pos": ["a"], "neg": ["w", "v"]}
         example = source(tmp_path / name, tmp_path, columns=columns).draw(0, np.random.default_rng(0), 2)
         assert (example.query, example.positive, example.negatives) == ("q", "a", ("w", "v"))
-        assert source(tmp_path / name, tmp_path, columns={"text": "answer"}, format="text").drawer.rows[0]["text"] == "a"
+        assert source(tmp_path / name, tmp_path, columns={"text": "answer"}, format="text").sampler.rows[0]["text"] == "a"
     (tmp_path / "queries.jsonl").touch()
     with pytest.raises(UserError, match="columns are of rows; a BEIR folder has its own fields"):
         source(tmp_path, tmp_path, columns=columns)
@@ -329,9 +329,9 @@ def test_rows_are_found_by_their_numbers(tmp_path: Path, monkeypatch: pytest.Mon
     assert [rows.names[int(number)] for number in rows.numbers] == [row["label"] for row in LABELS]
     assert rows.by_label.tolist() == [*range(1, 20, 3), *range(2, 20, 3), *range(0, 20, 3)]
     scores = np.random.default_rng(0).random(40)
-    kept = AtLeast(scores, 0.6)
+    kept = RowsAbove(scores, 0.6)
     assert [kept[i] for i in range(len(kept))] == np.flatnonzero(scores >= 0.6).tolist()
-    assert len(AtLeast(scores, 2.0)) == 0
+    assert len(RowsAbove(scores, 2.0)) == 0
 
 
 def test_a_held_out_set_of_any_container(tmp_path: Path) -> None:

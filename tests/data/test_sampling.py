@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_sources import LABELS, PAIRS, SCORED, draws, source, write
 
-from jaxembed.config import DataConfig, SourceConfig, load
+from jaxembed.config import DataConfig, SourceConfig, load_config
 from jaxembed.data.__main__ import main, make_parser
 from jaxembed.data.schema import check_pair
 from jaxembed.data.sources import detect_format, open_sources
@@ -66,7 +66,7 @@ def test_a_shape_draws_by_its_random_numbers_and_gives_rows_of_the_main_format(t
     converted = list(opened.as_pairs(seed=3))
     assert converted == list(again.as_pairs(seed=3)) and converted
     assert [check_pair(row) for row in converted] == [None] * len(converted)
-    assert all(len(example.positives) <= opened.drawer.most_positives for drawn in first for example in drawn)
+    assert all(len(example.positives) <= opened.sampler.most_positives for drawn in first for example in drawn)
     pairs = {(row["query"], positive) for row in converted for positive in row["pos"]}
     assert {(example.query, example.positive) for drawn in first for example in drawn} <= pairs
 
@@ -128,7 +128,7 @@ def test_a_label_with_one_text_is_an_error_or_skipped(tmp_path: Path) -> None:
     told = "1 of 4 labels have one text, without another as its positive: 'art'; add texts, or set single_labels to skip"
     assert error_of(path) == told
     opened = source(path, single_labels="skip")
-    assert (len(opened), opened.drawer.dropped) == (6, {"label with one text": 1})
+    assert (len(opened), opened.sampler.dropped) == (6, {"label with one text": 1})
     drawn = [example for index in range(6) for example in draws(opened, index, 3)]
     assert "lonely" not in {example.query for example in drawn} | {example.positive for example in drawn}
     assert "lonely" in {text for example in drawn for text in example.negatives}  # it is another label's example still
@@ -176,7 +176,7 @@ def test_a_symmetric_source_has_its_instruction_on_both_sides(tmp_path: Path) ->
 def test_scored_pairs_in_the_main_format_go_both_ways(tmp_path: Path) -> None:
     opened = source(write(tmp_path / "a.jsonl", SCORED), min_score=5.0)
     assert list(opened.as_pairs()) == [{"query": "a5", "pos": ["b5"]}, {"query": "b5", "pos": ["a5"]}]
-    assert opened.drawer.dropped == {"score below min_score": 5}
+    assert opened.sampler.dropped == {"score below min_score": 5}
 
 
 def test_a_premise_has_its_entailments_and_its_contradictions(tmp_path: Path) -> None:
@@ -189,8 +189,8 @@ def test_a_premise_has_its_entailments_and_its_contradictions(tmp_path: Path) ->
     drawn = draws(opened, 0, 1)
     assert {e.positive for e in drawn} == {"animals move", "dogs run"}
     assert {e.negatives for e in drawn} == {("cats sit",), ("dogs lie still",)}
-    assert opened.drawer.most_positives == 2
-    assert opened.drawer.dropped == {"rows without a label": 1, "premises without an entailed hypothesis": 2}
+    assert opened.sampler.most_positives == 2
+    assert opened.sampler.dropped == {"rows without a label": 1, "premises without an entailed hypothesis": 2}
 
 
 def test_entailment_by_numbers_and_other_names(tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_documents_make_pairs_by_templates(tmp_path: Path) -> None:
     assert {(e.query, e.positive) for e in draws(opened, 0, 3)} == {tea, ("Tea (2020)", "A drink.")}
     assert {(e.query, e.positive) for e in draws(opened, 1, 3)} == {tee}
     assert {(e.query, e.positive, e.positives, e.negatives) for e in draws(opened, 2, 3)} == {(*ink, (ink[1],), ())}
-    assert (len(opened), opened.in_batch, opened.drawer.dropped) == (3, True, {"no template has all its fields": 2})
+    assert (len(opened), opened.in_batch, opened.sampler.dropped) == (3, True, {"no template has all its fields": 2})
     assert list(opened.as_pairs()) == [
         {"query": query, "pos": [positive]} for query, positive in (tea, ("Tea (2020)", "A drink."), tee, ink)
     ]
@@ -268,14 +268,14 @@ def test_filters_of_documents_tell_what_they_drop(
         return
     opened = source(path, pair_templates=[TITLE], **options)
     assert [row["query"] for row in opened.as_pairs()] == kept
-    assert opened.drawer.dropped == dropped
+    assert opened.sampler.dropped == dropped
 
 
 def test_a_pair_of_equal_sides_and_a_field_that_no_row_has(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"a": "x", "b": "x"}, {"a": "{b}", "b": "y"}])
     opened = source(path, pair_templates=[{"query": "{a}", "positive": "{b}"}])
     assert list(opened.as_pairs()) == [{"query": "{b}", "pos": ["y"]}]  # what a row holds is no template
-    assert opened.drawer.dropped == {"query and positive are equal": 1}
+    assert opened.sampler.dropped == {"query and positive are equal": 1}
     templates = [{"query": "{a}", "positive": "{b}"}, {"query": "{a}", "positive": "{c}"}]
     told = (
         "makes no pair: no row has texts in all of a, {} and is as where, min_chars and max_chars say{}; the first row has a, b"
@@ -323,5 +323,5 @@ def test_keys_that_do_not_go_together(tmp_path: Path, keys: Any, told: str) -> N
     tree = {"model": {"base": "x"}, "data": {"sources": [{"path": "a.jsonl", **keys}]}}
     (tmp_path / "c.yaml").write_text(json.dumps(tree))
     with pytest.raises(UserError) as error:
-        load(tmp_path / "c.yaml")
+        load_config(tmp_path / "c.yaml")
     assert told in str(error.value)

@@ -148,7 +148,7 @@ def test_one_positive_is_drawn_and_no_other_positive_is_a_negative(tmp_path: Pat
     assert all(len(set(example.negatives)) == 2 for example in drawn)
     assert draws(opened, 0, negatives=9)[0].negatives == ("n0", "n1", "n2")
     assert draws(opened, 1, negatives=9)[0].negatives == ()
-    assert opened.drawer.most_positives >= 2
+    assert opened.sampler.most_positives >= 2
 
 
 def test_instructions_are_drawn_and_the_prompt_of_a_row_wins(tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_queries_of_a_beir_folder_that_have_documents_are_examples(tmp_path: Pat
     drawn = draws(opened, found["first"], 3)
     assert {example.positive for example in drawn} == {"Title one", "three"}
     assert {example.positives for example in drawn} == {("Title one", "three")}
-    assert opened.drawer.most_positives == 2
+    assert opened.sampler.most_positives == 2
 
 
 def test_a_document_without_a_text_is_no_positive(tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def test_a_document_without_a_text_is_no_positive(tmp_path: Path) -> None:
     corpus.write_text(corpus.read_text().replace('"two"', '" "').replace('"three"', '""'))
     opened = source(tmp_path)
     assert list(opened.as_pairs()) == [{"query": "first", "pos": ["Title one"]}]
-    assert opened.drawer.dropped == {"queries without a document that has a text": 1}
+    assert opened.sampler.dropped == {"queries without a document that has a text": 1}
     corpus.write_text(corpus.read_text().replace('"one"', '""').replace('"Title"', '""'))
     with pytest.raises(UserError, match=r"no query has a relevant document with a text$"):
         source(tmp_path)

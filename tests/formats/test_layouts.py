@@ -22,7 +22,7 @@ from helpers import tiny
 from helpers.loading import least_cosine
 from helpers.runs import prepare, settings
 from jaxembed import Embedder
-from jaxembed.config.spec import Shot
+from jaxembed.config.spec import FewShotExample
 from jaxembed.data.tokenize import BORDER
 from jaxembed.devices.mesh import make_mesh
 from jaxembed.errors import UserError
@@ -378,6 +378,6 @@ def test_bge_en_icl_is_told_by_its_tokens(mistral: Path, tmp_path: Path) -> None
     spec = find_base(str(tmp_path / "some-name")).spec
     assert spec != plain
     assert (spec.attention, spec.pooling, spec.append_eos) == ("causal", "last", True)
-    shots = [Shot("T", "q", "r")]
+    shots = [FewShotExample("T", "q", "r")]
     assert spec.prompt("T", shots) == "<instruct>T\n<query>q\n<response>r\n\n<instruct>T\n<query>"
     assert spec.query_suffix == "\n<response>"

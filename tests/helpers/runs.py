@@ -58,7 +58,7 @@ def settings(root: Path, run: str, *overrides: str) -> config.Config:
     }
     path = root / f"{run}.yaml"
     path.write_text(yaml.safe_dump(tree))
-    return config.load(path, [f"run.dir={root / run}", *overrides])
+    return config.load_config(path, [f"run.dir={root / run}", *overrides])
 
 
 def staged(root: Path, run: str, stages: Sequence[Mapping[str, Any]], *overrides: str) -> config.Config:
@@ -68,7 +68,7 @@ def staged(root: Path, run: str, stages: Sequence[Mapping[str, Any]], *overrides
     tree["stages"] = stages
     path = root / f"{run}.yaml"
     path.write_text(yaml.safe_dump(tree))
-    return config.load(path)
+    return config.load_config(path)
 
 
 def rewound(straight: Path, of: config.Config) -> int:

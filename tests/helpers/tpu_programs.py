@@ -27,7 +27,7 @@ from jaxembed.model.decoder import Compute
 from jaxembed.model.embedder import EmbeddingModel, parameter_shapes
 from jaxembed.model.families import from_hf, preset
 from jaxembed.model.kernels import pick_kernel
-from jaxembed.model.masks import MASKS, Places
+from jaxembed.model.masks import MASKS, TokenInfo
 from jaxembed.training.optim import learning_rate, make_optimizer
 from jaxembed.training.step import TrainState, make_train_step
 
@@ -59,11 +59,11 @@ def attention() -> jax.stages.Compiled:
     by_head = NamedSharding(mesh, PartitionSpec("data", None, "tensor"))
     q, k, v = (placed(shape(ROWS, TOKENS, heads, 64, dtype=jnp.bfloat16), by_head) for heads in (8, 2, 2))
     numbers, flags = shape(ROWS, TOKENS), shape(ROWS, TOKENS, dtype=bool)
-    places = placed(Places(numbers, numbers, flags), NamedSharding(mesh, PartitionSpec("data")))
+    places = placed(TokenInfo(numbers, numbers, flags), NamedSharding(mesh, PartitionSpec("data")))
     with jax.set_mesh(mesh):
         kernel = pick_kernel("auto", 2)
 
-        def total(q: jax.Array, k: jax.Array, v: jax.Array, places: Places) -> jax.Array:
+        def total(q: jax.Array, k: jax.Array, v: jax.Array, places: TokenInfo) -> jax.Array:
             return kernel(q, k, v, places, MASKS["causal"], 100).astype(jnp.float32).sum()
 
         return jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(q, k, v, places).compile()

@@ -24,7 +24,7 @@ from jaxembed.errors import UserError
 from jaxembed.formats.peft import write_adapters
 from jaxembed.hub.base import find_base
 from jaxembed.hub.embedder import from_base
-from jaxembed.hub.frozen_encoder import open_encoder
+from jaxembed.hub.frozen_encoder import open_frozen_encoder
 from jaxembed.hub.merging import merge_models
 from jaxembed.model.decoder import Compute
 from jaxembed.model.lora import LoRA
@@ -83,7 +83,7 @@ def test_a_run_goes_on_where_an_earlier_one_ended(folder: Path) -> None:
     assert (after.spec.attention, after.spec.pooling, after.spec.projection) == ("causal", "latent_attention", 8)
     assert largest_difference(before, after) == 0
     assert largest_difference(before, Embedder.load(folder / "first", checkpoint="1")) > 0
-    guide = open_encoder(str(folder / "second"), folder / "cache")
+    guide = open_frozen_encoder(str(folder / "second"), folder / "cache")
     got = guide.encode([RawText("a", "query", "Find it"), RawText("a", "query", ""), RawText("a", "document", "")])
     prompts = ("Instruct: Find it\nQuery:", asked, "")
     np.testing.assert_allclose(got, [after.encode(["a"], prompt=prompt)[0] for prompt in prompts], atol=1e-6)

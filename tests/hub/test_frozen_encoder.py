@@ -22,7 +22,7 @@ from jaxembed import Embedder
 from jaxembed.config import InfoNCEConfig, PythonPackagesConfig, SourceConfig
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.data.batch import BatchBuilder, OtherVectors, RawText
-from jaxembed.data.batch_plan import Plan
+from jaxembed.data.batch_plan import BatchPlan
 from jaxembed.data.pipeline import batches
 from jaxembed.data.sources import open_source
 from jaxembed.data.tokenize import TextTokenizer
@@ -30,10 +30,10 @@ from jaxembed.devices.mesh import make_mesh
 from jaxembed.devices.placement import put_batch
 from jaxembed.errors import UserError
 from jaxembed.hub.base import find_base, write_spec
-from jaxembed.hub.frozen_encoder import OtherModel, open_encoder
+from jaxembed.hub.frozen_encoder import FrozenEncoder, open_frozen_encoder
 from jaxembed.losses.encoded import Encoded
 from jaxembed.losses.infonce import info_nce
-from jaxembed.model.pooling import unit_length
+from jaxembed.model.layers import unit_length
 
 PROMPTS = {"query": "search: ", "document": "passage: "}
 RAW = [
@@ -58,11 +58,11 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def opened(ours: Path, tmp_path_factory: pytest.TempPathFactory) -> OtherModel:
-    return open_encoder(str(ours), tmp_path_factory.mktemp("cache"))
+def opened(ours: Path, tmp_path_factory: pytest.TempPathFactory) -> FrozenEncoder:
+    return open_frozen_encoder(str(ours), tmp_path_factory.mktemp("cache"))
 
 
-def counted(model: OtherModel) -> tuple[OtherModel, list[tuple[list[str], str]]]:
+def counted(model: FrozenEncoder) -> tuple[FrozenEncoder, list[tuple[list[str], str]]]:
     """The model, and the calls that it will make."""
     calls: list[tuple[list[str], str]] = []
 
@@ -73,7 +73,7 @@ def counted(model: OtherModel) -> tuple[OtherModel, list[tuple[list[str], str]]]
     return dataclasses.replace(model, run=run), calls
 
 
-def test_vectors_are_those_of_encode(ours: Path, opened: OtherModel) -> None:
+def test_vectors_are_those_of_encode(ours: Path, opened: FrozenEncoder) -> None:
     """Under an instruction by the model's template, else under the prompt stored for the side."""
     embedder, got = Embedder.load(ours), opened.encode(RAW)
     assert got.dtype == np.float32 and got.shape == (len(RAW), opened.width) == (10, 32)
@@ -88,18 +88,18 @@ def test_a_model_of_another_kind_is_read_by_sentence_transformers(theirs: Path, 
 
     with pytest.raises(UserError, match="model_type bert is not supported"):
         find_base(str(theirs))
-    model, calls = counted(open_encoder(str(theirs), tmp_path))
+    model, calls = counted(open_frozen_encoder(str(theirs), tmp_path))
     reference = SentenceTransformer(str(theirs), device="cpu")
     got = model.encode(RAW)
     for vector, (text, side, _) in zip(got, RAW, strict=True):
         expected = reference.encode(text, prompt="ask: " if side == "query" else "", normalize_embeddings=True)
         np.testing.assert_allclose(vector, expected, atol=1e-6)
     assert (model.width, len(calls)) == (24, 2)
-    assert np.array_equal(open_encoder(str(theirs), tmp_path).encode(RAW), got)
+    assert np.array_equal(open_frozen_encoder(str(theirs), tmp_path).encode(RAW), got)
 
 
 def test_texts_seen_before_are_not_encoded_again(ours: Path, tmp_path: Path) -> None:
-    model, calls = counted(open_encoder(str(ours), tmp_path / "cache"))
+    model, calls = counted(open_frozen_encoder(str(ours), tmp_path / "cache"))
     first = model.encode([*RAW, RAW[0]])
     assert [lead for _, lead in calls] == ["Do Find it:", "search: ", "passage: "]  # a call each
     assert calls[0][0] == [*tiny.TEXTS[:3], "short"]
@@ -108,14 +108,14 @@ def test_texts_seen_before_are_not_encoded_again(ours: Path, tmp_path: Path) -> 
     second = model.encode([RAW[4], new, RAW[3]])
     assert calls[3:] == [(["something new"], "search: ")]
     moved = shutil.copytree(ours, tmp_path / "moved")  # the same model under another name
-    again, calls = counted(open_encoder(str(moved), tmp_path / "cache"))
+    again, calls = counted(open_frozen_encoder(str(moved), tmp_path / "cache"))
     assert np.array_equal(again.encode(RAW), first[:-1])
     assert np.array_equal(again.encode([new]), second[1:2])
     assert calls == []
 
 
 def test_a_model_is_known_by_weights_tokenizer_and_rule(
-    ours: Path, theirs: Path, opened: OtherModel, base_folder: Callable[[str], Path], tmp_path: Path
+    ours: Path, theirs: Path, opened: FrozenEncoder, base_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     assert opened.identity == {"name": str(ours), "hash": opened.hash}
     changed = shutil.copytree(ours, tmp_path / "prompts")
@@ -129,14 +129,14 @@ def test_a_model_is_known_by_weights_tokenizer_and_rule(
     bert = shutil.copytree(theirs, tmp_path / "bert")
     (bert / "config_sentence_transformers.json").write_text(json.dumps({"prompts": {"query": "? "}}))
     names = [ours, changed, weights, words, base_folder("qwen3"), theirs, bert]
-    hashes = [open_encoder(str(name), tmp_path / "cache").hash for name in names]
+    hashes = [open_frozen_encoder(str(name), tmp_path / "cache").hash for name in names]
     assert hashes[0] == opened.hash and len(set(hashes)) == len(hashes)
 
 
 def test_what_cannot_be_opened_is_told(ours: Path, theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def error_of(name: object) -> str:
         with pytest.raises(UserError) as error:
-            open_encoder(str(name), tmp_path / "cache")
+            open_frozen_encoder(str(name), tmp_path / "cache")
         return str(error.value)
 
     assert "neither a folder with a config.json" in error_of(tmp_path / "nothing")
@@ -151,13 +151,13 @@ def test_what_cannot_be_opened_is_told(ours: Path, theirs: Path, tmp_path: Path,
     (bare / "model.safetensors").write_bytes(b"?")
     assert error_of(bare).startswith(f"{bare}: sentence-transformers cannot load it (")
     with pytest.raises(UserError, match="loaded by sentence-transformers, which does not split a model; leave --fsdp out"):
-        open_encoder(str(theirs), tmp_path / "cache", make_mesh(fsdp=2))
+        open_frozen_encoder(str(theirs), tmp_path / "cache", make_mesh(fsdp=2))
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     assert error_of(theirs) == 'sentence-transformers is not installed; pip install "jaxembed[eval]"'
 
 
 def test_vectors_that_are_not_finite_are_refused_and_not_kept(ours: Path, tmp_path: Path) -> None:
-    model = open_encoder(str(ours), tmp_path)
+    model = open_frozen_encoder(str(ours), tmp_path)
     broken = dataclasses.replace(model, run=lambda texts, lead: np.full((len(texts), 32), np.nan, np.float32))
     with pytest.raises(UserError, match="ours: gives vectors that are not finite"):
         broken.encode(RAW)
@@ -184,7 +184,7 @@ def builder(folder: Path, **others: Any) -> BatchBuilder:
     return BatchBuilder(sources, tokenizer, spec, row_length=256, hard_negatives=2, seed=0, shards=2, **others)
 
 
-def test_the_vectors_of_a_batch_lie_at_its_texts(opened: OtherModel, tmp_path: Path) -> None:
+def test_the_vectors_of_a_batch_lie_at_its_texts(opened: FrozenEncoder, tmp_path: Path) -> None:
     build = builder(tmp_path, guide=opened.encode)
     ids = np.arange(20)
     batch, examples = build(3, ids).batch, build.examples(3, ids)
@@ -206,14 +206,14 @@ def test_the_vectors_of_a_batch_lie_at_its_texts(opened: OtherModel, tmp_path: P
     assert absent > 4
 
 
-def test_they_come_with_the_batches_of_a_run(opened: OtherModel, tmp_path: Path) -> None:
+def test_they_come_with_the_batches_of_a_run(opened: FrozenEncoder, tmp_path: Path) -> None:
     """Built in another thread, beside steps on a mesh of more devices; a guide and a teacher are apart."""
 
     def other(texts: Sequence[RawText]) -> np.ndarray:
         return np.array([[len(text.text), 1.0] for text in texts], np.float32)
 
     build = builder(tmp_path, guide=opened.encode, teacher=other)
-    plan = Plan(build._sources, 8, seed=0)
+    plan = BatchPlan(build._sources, 8, seed=0)
     mesh = make_mesh(2)
     with jax.set_mesh(mesh):
         for step, host in enumerate(batches(plan, build, 0, 3)):
@@ -252,7 +252,7 @@ WITHIN = ("query_document", "query_query", "document_document")
     ids=["all", "absolute margin", "relative margin"],
 )
 def test_a_guide_masks_as_in_sentence_transformers(
-    opened: OtherModel, monkeypatch: pytest.MonkeyPatch, choices: dict[str, Any], options: dict[str, Any], negatives: int
+    opened: FrozenEncoder, monkeypatch: pytest.MonkeyPatch, choices: dict[str, Any], options: dict[str, Any], negatives: int
 ) -> None:
     """Loss and gradients on a real guide's vectors of texts, of which the related ones are told."""
     from sentence_transformers.sentence_transformer.losses import gist_embed

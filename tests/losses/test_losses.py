@@ -18,8 +18,8 @@ from jaxembed.data.batch import Batch
 from jaxembed.data.schema import text_hash
 from jaxembed.losses.encoded import Encoded
 from jaxembed.losses.infonce import info_nce
-from jaxembed.losses.negatives import known_positive, lent, texts_of
-from jaxembed.model.pooling import unit_length
+from jaxembed.losses.negatives import in_batch_candidates, known_positive, texts_of
+from jaxembed.model.layers import unit_length
 from jaxembed.training.gradcache import pick
 
 Texts = list[list[str | None]]
@@ -62,7 +62,7 @@ def mask_of(*args: Any, **options: Any) -> list[list[int]]:
     queries, documents = queries.reshape(count, 1), documents.reshape(count * per_query)
     column = jnp.arange(count * per_query)
     hard = (jnp.arange(count)[:, None] == column // per_query) & (column % per_query > 0)
-    mask = (hard | lent(queries, documents)) & documents.present & ~known_positive(queries, documents)
+    mask = (hard | in_batch_candidates(queries, documents)) & documents.present & ~known_positive(queries, documents)
     return np.asarray(mask).astype(int).tolist()
 
 

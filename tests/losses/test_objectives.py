@@ -29,7 +29,7 @@ from jaxembed.devices.placement import put_batch
 from jaxembed.losses import blockwise, infonce
 from jaxembed.losses.encoded import Encoded
 from jaxembed.losses.objectives import OBJECTIVES, Objectives
-from jaxembed.model.pooling import unit_length
+from jaxembed.model.layers import unit_length
 
 B, K, D, G = 8, 2, 6, 5
 ALL = ("query_document", "query_query", "document_query", "document_document")
@@ -75,7 +75,7 @@ def kept(config: InfoNCEConfig, q: jax.Array, d: jax.Array, batch: Batch) -> lis
         for i, (n, (j, k, text)) in itertools.product(range(B), enumerate(TEXTS[other])):
             anchor = i if one == "query" else i * (1 + K)  # its place among the texts of its kind
             own = i == j and direction == "query_document" and k > 0
-            lent = i != j and IN_BATCH[i] and IN_BATCH[j] and QUERIES[i] != QUERIES[j]
+            in_batch_candidates = i != j and IN_BATCH[i] and IN_BATCH[j] and QUERIES[i] != QUERIES[j]
             false = text in POSITIVES[i] or (other == "query" and TEXTS[one][anchor][2] in POSITIVES[j])
             false |= config.mask_same_label and LABELS[i] == LABELS[j] >= 0 and SOURCES[i] == SOURCES[j]
             if config.margin is not None:
@@ -86,7 +86,7 @@ def kept(config: InfoNCEConfig, q: jax.Array, d: jax.Array, batch: Batch) -> lis
                 relative = config.guide_margin_kind == "relative"
                 nearest -= config.guide_margin * (abs(nearest) if relative else 1)
                 false |= guide[one][anchor] @ guide[other][n] > nearest
-            wanted = {"all": own or lent, "hard": own, "in_batch": lent}[config.negatives]
+            wanted = {"all": own or in_batch_candidates, "hard": own, "in_batch": in_batch_candidates}[config.negatives]
             keep[i, n] = wanted and text is not None and not false
             if direction == "query_document" and config.hardness_of in ("hard" if own else "in_batch", "all"):
                 bias[i, n] = config.hardness

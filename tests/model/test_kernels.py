@@ -26,11 +26,11 @@ from jaxembed.devices.placement import put_batch
 from jaxembed.errors import UserError
 from jaxembed.model import kernels
 from jaxembed.model.kernels import attend, pick_kernel
-from jaxembed.model.masks import MASKS, Places
+from jaxembed.model.masks import MASKS, TokenInfo
 from jaxembed.training.gradcache import encode
 
 ROWS, HEADS, WIDTH = 4, 4, 8
-Inputs = tuple[jax.Array, jax.Array, jax.Array, Places]
+Inputs = tuple[jax.Array, jax.Array, jax.Array, TokenInfo]
 
 
 def inputs(tokens: int, kv_heads: int = 2, dtype: Any = jnp.float32, rows: int = ROWS) -> Inputs:
@@ -44,14 +44,14 @@ def inputs(tokens: int, kv_heads: int = 2, dtype: Any = jnp.float32, rows: int =
             if row == 0 or text < 4:
                 segment[row, start:end], position[row, start:end] = text + 1, np.arange(end - start)
     in_text = jnp.asarray(position > 1)
-    return *(jnp.asarray(x, dtype) for x in (q, k, v)), Places(jnp.asarray(segment), jnp.asarray(position), in_text)
+    return *(jnp.asarray(x, dtype) for x in (q, k, v)), TokenInfo(jnp.asarray(segment), jnp.asarray(position), in_text)
 
 
 def outcome(kernel: Callable[..., jax.Array], given: Inputs, mask: str, window: Any) -> Callable[..., Any]:
     """A function of (q, k, v, places): the outcome at texts, and the gradients of q, k and v of a weighted sum of it."""
     weights = jnp.asarray(np.random.default_rng(1).normal(size=given[0].shape), given[0].dtype)
 
-    def run(q: jax.Array, k: jax.Array, v: jax.Array, places: Places) -> Any:
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, places: TokenInfo) -> Any:
         def total(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
             out = jnp.where(places.segment[..., None, None] > 0, kernel(q, k, v, places, MASKS[mask], window), 0)
             return jnp.sum(out * weights), out

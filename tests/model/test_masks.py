@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxembed.model.masks import MASKS, Mask, Places, visible
+from jaxembed.model.masks import MASKS, Mask, TokenInfo, visible
 
 SEGMENTS = jnp.array([1, 1, 1, 2, 2, 0])
 POSITIONS = jnp.array([0, 1, 2, 0, 1, 0])
 IN_TEXT = jnp.array([False, False, True, True, True, False])
-ROW = Places(SEGMENTS, POSITIONS, IN_TEXT)
+ROW = TokenInfo(SEGMENTS, POSITIONS, IN_TEXT)
 
 DRAWINGS = {
     "causal": """
@@ -103,18 +103,18 @@ def test_a_prefix_without_instruction_is_the_texts_mask() -> None:
 
 
 def test_rows_do_not_meet() -> None:
-    whole = Places(jnp.ones(6, int), jnp.arange(6), jnp.ones(6, bool))
-    seen = visible(MASKS["causal"], Places(*(jnp.stack(pair) for pair in zip(fields(ROW), fields(whole), strict=True))))
+    whole = TokenInfo(jnp.ones(6, int), jnp.arange(6), jnp.ones(6, bool))
+    seen = visible(MASKS["causal"], TokenInfo(*(jnp.stack(pair) for pair in zip(fields(ROW), fields(whole), strict=True))))
     assert np.array_equal(seen[0], matrix("causal"))
     assert np.array_equal(seen[1], np.tri(6, dtype=bool))
 
 
-def fields(places: Places) -> tuple[jnp.ndarray, ...]:
+def fields(places: TokenInfo) -> tuple[jnp.ndarray, ...]:
     return places.segment, places.position, places.in_text
 
 
 @pytest.mark.parametrize("window", [None, 1])
 def test_no_row_is_empty(window: int | None) -> None:
-    places = Places(jnp.array([0, 0, 1]), jnp.array([0, 0, 0]), jnp.array([False, False, True]))
+    places = TokenInfo(jnp.array([0, 0, 1]), jnp.array([0, 0, 0]), jnp.array([False, False, True]))
     for mask in MASKS.values():
         assert visible(mask, places, window).any(axis=-1).all()

@@ -22,13 +22,13 @@ from jaxembed.formats.token_pooling import TokenPooling
 from jaxembed.formats.weights import save_params
 from jaxembed.hub.base import POOLING_MODES
 from jaxembed.model.embedder import parameter_shapes
-from jaxembed.model.masks import Places
+from jaxembed.model.masks import TokenInfo
 from jaxembed.model.pooling import TRAINED, LatentAttentionPooling, make_pooling
 
 Folder = Callable[[str], Path]
 HIDDEN = jnp.array([[[1.0, 2.0], [3.0, 5.0], [10.0, 20.0], [7.0, 7.0]]])
 MEMBERS = jnp.array([[[True, False, False], [True, False, False], [False, True, False], [False, False, False]]])
-PLACES = Places(jnp.array([[1, 1, 2, 0]]), jnp.array([[1, 2, 0, 0]]), jnp.array([[True, True, True, False]]))
+PLACES = TokenInfo(jnp.array([[1, 1, 2, 0]]), jnp.array([[1, 2, 0, 0]]), jnp.array([[True, True, True, False]]))
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_poolings_are_those_of_sentence_transformers(pooling: str, include_promp
     stock = modules.Pooling(8, POOLING_MODES[pooling], include_prompt=include_prompt)
     want = stock({"token_embeddings": torch.tensor(hidden), "attention_mask": torch.tensor(seen), "prompt_length": prompt})
     pooled = seen if include_prompt else seen & (np.arange(9) >= prompt)
-    places = Places(seen.astype(np.int32), np.tile(np.arange(9), (3, 1)), pooled)
+    places = TokenInfo(seen.astype(np.int32), np.tile(np.arange(9), (3, 1)), pooled)
     got = make_pooling(pooling, 0, 0).apply({}, *on_device((hidden, pooled[..., None], places)))
     np.testing.assert_allclose(got[:, 0], want["sentence_embedding"].numpy(), atol=1e-6)
 
@@ -80,7 +80,7 @@ LENGTHS = np.array([7, 9, 4])
 def test_trained_poolings_are_those_of_pytorch(pooling: str, tmp_path: Path) -> None:
     hidden = np.random.default_rng(1).normal(size=(3, 9, 16)).astype(np.float32)
     seen = np.arange(9) < LENGTHS[:, None]
-    places = Places(seen.astype(np.int32), np.tile(np.arange(9), (3, 1)), seen)
+    places = TokenInfo(seen.astype(np.int32), np.tile(np.arange(9), (3, 1)), seen)
     module = make_pooling(pooling, 5, 4)
     given = on_device((hidden, seen[..., None], places))
     params = randomised(nn.unbox(module.init(jax.random.key(0), *given)["params"]))
@@ -136,7 +136,7 @@ def test_latent_attention_is_nv_embeds() -> None:
             "out": kernel(to_width[0]) | {"bias": to_width[1].numpy()},
         },
     }
-    places = Places(jnp.ones((1, 5), int), jnp.arange(5)[None], jnp.ones((1, 5), bool))
+    places = TokenInfo(jnp.ones((1, 5), int), jnp.arange(5)[None], jnp.ones((1, 5), bool))
     given = on_device((x.numpy()[None], np.ones((1, 5, 1), bool), places))
     got = LatentAttentionPooling(latents, heads).apply({"params": on_device(params)}, *given)
     np.testing.assert_allclose(got[0, 0], want, rtol=1e-4, atol=1e-4)
@@ -153,7 +153,7 @@ def test_paper_form_is_equation_one() -> None:
         "mlp_in": {"kernel": wide, "bias": np.zeros(8)},
         "mlp_out": {"kernel": narrow, "bias": np.zeros(2)},
     }
-    places = Places(jnp.ones((1, 2), int), jnp.arange(2)[None], jnp.ones((1, 2), bool))
+    places = TokenInfo(jnp.ones((1, 2), int), jnp.arange(2)[None], jnp.ones((1, 2), bool))
     module = LatentAttentionPooling(2, 1, paper=True)
     out, sown = module.apply(
         {"params": on_device(params)}, hidden, jnp.ones((1, 2, 1), bool), places, mutable=["intermediates"]

@@ -25,28 +25,28 @@ from jaxembed.model.embedder import EmbeddingModel, parameter_shapes
 from jaxembed.model.families import from_hf, preset
 from jaxembed.model.lora import LoRA, merge, split
 from jaxembed.model.matmul import frozen_product
-from jaxembed.model.quantization import dequantise, quantise
+from jaxembed.model.quantization import dequantize, quantize
 
 Folder = Callable[[str], Path]
 
 
 def test_int8_is_within_half_a_scale_of_the_kernel() -> None:
     kernel = np.array([[1.27, 0.0, -4.0], [-0.5, 0.0, 2.0]], np.float32)
-    numbers, scale = quantise(kernel)
+    numbers, scale = quantize(kernel)
     assert numbers.tolist() == [[127, 0, -127], [-50, 0, 64]]  # 2 / (4 / 127) = 63.5, to even
     np.testing.assert_allclose(scale, [0.01, 0, 4 / 127], rtol=1e-6)
     drawn = np.random.default_rng(0).normal(size=(64, 32)).astype(np.float32)
-    numbers, scale = quantise(drawn)
-    error = np.abs(np.asarray(dequantise(jnp.asarray(numbers), jnp.asarray(scale))) - drawn)
+    numbers, scale = quantize(drawn)
+    error = np.abs(np.asarray(dequantize(jnp.asarray(numbers), jnp.asarray(scale))) - drawn)
     assert (error <= 0.5001 * scale).all() and error.max() > 0.4 * scale.min()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_product_is_that_of_the_dequantised_kernel(dtype: str) -> None:
     random = np.random.default_rng(0)
-    numbers, scale = (jnp.asarray(x) for x in quantise(random.normal(size=(64, 32)).astype(np.float32)))
+    numbers, scale = (jnp.asarray(x) for x in quantize(random.normal(size=(64, 32)).astype(np.float32)))
     x = jnp.asarray(random.normal(size=(5, 64)), dtype)
-    out, expected = frozen_product(x, numbers, scale, 0), x.astype(jnp.float32) @ dequantise(numbers, scale)
+    out, expected = frozen_product(x, numbers, scale, 0), x.astype(jnp.float32) @ dequantize(numbers, scale)
     assert out.dtype == x.dtype
     np.testing.assert_allclose(out.astype(jnp.float32), expected, rtol=1e-2 if dtype == "bfloat16" else 1e-5, atol=1e-4)
 
@@ -99,5 +99,5 @@ def test_a_peft_base_is_merged_before_it_is_rounded(base_folder: Folder, tmp_pat
     rounded = flatten_dict(base_params(base, *shapes_and_shardings(model, make_mesh(1))))
     for path in (path for path in rounded if path[-1] == "kernel"):
         scale = rounded[*path[:-1], "kernel_scale"]
-        error = np.abs(dequantise(rounded[path], scale) - exact[path])
+        error = np.abs(dequantize(rounded[path], scale) - exact[path])
         assert (error <= 0.501 * scale[:, None]).all(), path

@@ -17,7 +17,7 @@ from jaxembed import Embedder, cli, config
 from jaxembed.config import InfoNCEConfig, OptimConfig, PythonPackagesConfig
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.data.batch import BatchBuilder
-from jaxembed.data.batch_plan import Plan
+from jaxembed.data.batch_plan import BatchPlan
 from jaxembed.data.sources import Source, open_source
 from jaxembed.data.tokenize import TextTokenizer, append_eos
 from jaxembed.devices.mesh import make_mesh
@@ -79,18 +79,18 @@ def builder(sources: list[Source], adapters: tuple[str, ...]) -> BatchBuilder:
 
 def test_batches_of_adapters_mix_by_the_weights_of_their_sources(folder: Path) -> None:
     sources = opened(folder, "sts", "retrieval", "sts", "other")  # weights 1 + 3, 2, 4
-    plan, build = Plan(sources, 8, seed=0), builder(sources, ("other", "retrieval", "sts"))
+    plan, build = BatchPlan(sources, 8, seed=0), builder(sources, ("other", "retrieval", "sts"))
     batches = [build(step, plan[step]).batch for step in range(20)]
     counts = np.bincount([batch.adapter for batch in batches])
     assert np.abs(counts - [8, 4, 8]).max() <= 1
     assert np.abs(np.bincount([sources[plan[s][0] // 96].config.adapter == "other" for s in range(5000)])[1] - 2000) <= 1
     of_sts = np.concatenate([batch.source for batch in batches if batch.adapter == 2])
     assert np.bincount(of_sts).tolist() == [2 * counts[2], 0, 6 * counts[2]]
-    assert np.array_equal(plan[17], Plan(sources, 8, seed=0)[17])
-    one, unnamed = (Plan(opened(folder, *names), 8, seed=0) for names in (("a", "a"), ("", "")))
+    assert np.array_equal(plan[17], BatchPlan(sources, 8, seed=0)[17])
+    one, unnamed = (BatchPlan(opened(folder, *names), 8, seed=0) for names in (("a", "a"), ("", "")))
     assert all(np.array_equal(one[step], unnamed[step]) for step in range(20))
     with pytest.raises(UserError, match="batch_size is 100, but the sources of adapter retrieval hold 96 examples"):
-        Plan(sources, 100, seed=0)
+        BatchPlan(sources, 100, seed=0)
 
 
 def test_a_batch_of_two_adapters_is_refused(folder: Path) -> None:

@@ -16,7 +16,7 @@ from helpers import tiny
 from jaxembed import Embedder, config
 from jaxembed.data.sources import open_sources
 from jaxembed.errors import UserError
-from jaxembed.hub.frozen_encoder import open_encoder
+from jaxembed.hub.frozen_encoder import open_frozen_encoder
 from jaxembed.runs import train as run
 from jaxembed.runs.train import train
 from jaxembed.training import loop
@@ -71,7 +71,7 @@ def test_each_stage_trains_as_its_changes_say(folder: Path) -> None:
     assert temperatures[0] == pytest.approx(0.1) and len(set(temperatures)) == 9
     assert abs(temperatures[5] - temperatures[4]) < 1e-3  # not the 0.05 that the second stage would begin with
     assert {"pairs", "labels"} <= set(json.loads((folder / "two" / "jaxembed.json").read_text())["prompts"])
-    recorded = config.load(folder / "two" / "config.yaml")  # can be read again
+    recorded = config.load_config(folder / "two" / "config.yaml")  # can be read again
     assert [stage.train.steps for stage in recorded.in_stages()] == [5, 4]
 
 
@@ -157,7 +157,7 @@ def test_a_guide_and_a_teacher_of_other_kinds(folder: Path, monkeypatch: pytest.
 def test_a_guide_that_is_the_teacher_too_is_opened_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAXEMBED_CACHE", str(folder / "cache"))
     opened: list[str] = []
-    monkeypatch.setattr(run, "open_encoder", lambda name, cache: opened.append(name) or open_encoder(name, cache))
+    monkeypatch.setattr(run, "open_encoder", lambda name, cache: opened.append(name) or open_frozen_encoder(name, cache))
     base = str(folder / "base")
     both = [{"name": "infonce", "guide": base}, {"name": "embedding_matching", "teacher": base}]
     train(staged(folder, "both", [{"train": {"steps": 2}, "objectives": both}]))
@@ -215,7 +215,7 @@ def test_steps_beside_stages_are_refused(folder: Path) -> None:
     tree = yaml.safe_load(settings(folder, "both").dump())
     path.write_text(yaml.safe_dump(tree | {"stages": [{"train": {"steps": 1}}]}))
     with pytest.raises(UserError, match=r"both\.yaml: train\.steps and stages do not go together; give each stage its own"):
-        config.load(path)
+        config.load_config(path)
 
 
 @pytest.mark.parametrize(

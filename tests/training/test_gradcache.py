@@ -31,8 +31,8 @@ from jaxembed.devices.mesh import make_mesh
 from jaxembed.devices.placement import put_batch
 from jaxembed.losses.objectives import Objectives
 from jaxembed.model.embedder import EmbeddingModel
+from jaxembed.model.layers import unit_length
 from jaxembed.model.lora import LoRA, join, split
-from jaxembed.model.pooling import unit_length
 from jaxembed.training.gradcache import encode
 from jaxembed.training.step import OBJECTIVES, batch_loss
 

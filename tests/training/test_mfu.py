@@ -32,18 +32,18 @@ def shapes(spec: EmbeddingSpec, lora: LoRA | None = None) -> tuple:
 
 
 def test_a_token_costs_six_of_each_number_and_a_pair_twelve_of_each_channel():
-    used = flops.utilisation(DECODER, *shapes(EmbeddingSpec()), adapters=0, peak=1e6)
+    used = flops.make_mfu_meter(DECODER, *shapes(EmbeddingSpec()), adapters=0, peak=1e6)
     assert (used.a_token, used.a_pair) == (6 * KERNELS, 12 * 3 * 2 * 4)
     assert used.mfu(tokens=10, pairs=25, seconds=0.5) == (10 * 6 * 1728 + 25 * 288) / 0.5e6
 
 
 def test_frozen_kernels_cost_four_and_one_adapter_is_counted():
     trained, frozen = shapes(EmbeddingSpec(), LoRA(2, 4.0))
-    one = flops.utilisation(DECODER, trained, frozen, adapters=0, peak=1.0)
+    one = flops.make_mfu_meter(DECODER, trained, frozen, adapters=0, peak=1.0)
     assert one.a_token == 4 * KERNELS + 6 * ADAPTERS
     mesh = jax.sharding.NamedSharding(jax.make_mesh((1,), ("data",)), jax.sharding.PartitionSpec())
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=mesh), trained)
-    assert flops.utilisation(DECODER, stacked_shapes(placed, 3), frozen, adapters=3, peak=1.0).a_token == one.a_token
+    assert flops.make_mfu_meter(DECODER, stacked_shapes(placed, 3), frozen, adapters=3, peak=1.0).a_token == one.a_token
 
 
 def test_poolings_count_what_tokens_pass():

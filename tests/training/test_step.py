@@ -21,7 +21,7 @@ from helpers.loading import load
 from jaxembed.config import InfoNCEConfig, OptimConfig, PythonPackagesConfig, SourceConfig
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.data.batch import BatchBuilder, HostBatch
-from jaxembed.data.batch_plan import Plan
+from jaxembed.data.batch_plan import BatchPlan
 from jaxembed.data.sources import Source, open_source
 from jaxembed.data.tokenize import TextTokenizer, append_eos
 from jaxembed.devices.mesh import make_mesh, shard_count
@@ -61,7 +61,7 @@ def host_batches(source: Source, shards: int, steps: int, row_length: int = 128)
         [source], TextTokenizer(tokenizer, SPEC.max_length), SPEC, row_length=row_length, hard_negatives=2, seed=0,
         shards=shards,
     )  # fmt: skip
-    plan = Plan([source], BATCH, seed=0)
+    plan = BatchPlan([source], BATCH, seed=0)
     return [build(step, plan[step]) for step in range(steps)]
 
 
