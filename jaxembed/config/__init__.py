@@ -7,11 +7,10 @@ from jaxembed.config.data import (
     Format,
     MixtureConfig,
     PairTemplate,
-    PythonPackagesConfig,
     SourceConfig,
 )
 from jaxembed.config.mining import MineConfig, MiningRule
-from jaxembed.config.model import LoraConfig, ModelConfig, PoolingConfig, ProjectionConfig, is_echo, is_example
+from jaxembed.config.model import LoraConfig, ModelConfig, PoolingConfig, ProjectionConfig
 from jaxembed.config.objectives import (
     DistillationConfig,
     EmbeddingMatchingConfig,
@@ -23,7 +22,7 @@ from jaxembed.config.objectives import (
     SpreadOutConfig,
 )
 from jaxembed.config.training import EvalConfig, EvalSetConfig, MeshConfig, OptimConfig, RunConfig, TrainConfig
-from jaxembed.config.tree import Config, load_config, parse_config
+from jaxembed.config.tree import Config, load_config, parse_config, read_run_tree
 
 __all__ = [
     "BatchingConfig",
@@ -50,13 +49,11 @@ __all__ = [
     "PairTemplate",
     "PoolingConfig",
     "ProjectionConfig",
-    "PythonPackagesConfig",
     "RunConfig",
     "SourceConfig",
     "SpreadOutConfig",
     "TrainConfig",
-    "is_echo",
-    "is_example",
     "load_config",
     "parse_config",
+    "read_run_tree",
 ]

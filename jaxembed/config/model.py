@@ -10,12 +10,12 @@ from pydantic import Field, field_validator, model_validator
 from jaxembed.config.sections import Section
 
 
-def is_echo(template: str) -> bool:
+def is_echo_template(template: str) -> bool:
     """Whether a template presents a text twice and ends with it."""
     return template.count("{text}") == 2 and template.endswith("{text}")
 
 
-def is_example(template: str) -> bool:
+def is_example_template(template: str) -> bool:
     """Whether a template presents an in-context example; it may do without the instruction. Empty: made of others."""
     return not template or ("{query}" in template and "{response}" in template)
 
@@ -25,6 +25,7 @@ PoolingKind = Literal[
 ]
 
 
+Attention = Literal["causal", "bidirectional", "prefix", "prefix_lm"]
 LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -70,7 +71,7 @@ class ModelConfig(Section):
         description="folder, run directory (its best checkpoint), hub id, or preset:NAME (random weights, tokenizer made from "
         "the data)"
     )
-    attention: Literal["causal", "bidirectional", "prefix", "prefix_lm"] | None = Field(
+    attention: Attention | None = Field(
         None,
         description="as the base says, else bidirectional; prefix: causal in the instruction, bidirectional in the text; "
         "prefix_lm: the other way round",
@@ -103,8 +104,8 @@ class ModelConfig(Section):
     def _template_names_instruction(self) -> ModelConfig:
         if self.instruction_template is not None and "{instruction}" not in self.instruction_template:
             raise ValueError("instruction_template must contain {instruction}")
-        if self.echo and not is_echo(self.echo):
+        if self.echo and not is_echo_template(self.echo):
             raise ValueError("echo must name {text} twice and end with it")
-        if not is_example(self.example_template or ""):
+        if not is_example_template(self.example_template or ""):
             raise ValueError("example_template must contain {query} and {response}")
         return self

@@ -11,12 +11,13 @@ import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from jaxembed.config.fields import LARGEST, shown
+from jaxembed.config.removed import SECTION_HINT as PYTHON_PACKAGES_HINT
 from jaxembed.errors import LONGEST, UserError, brief
 
 NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)  # what PyYAML raises, of which dates and numbers raise the second
@@ -43,6 +44,7 @@ EXPECTED = {
 ABSENT = {
     "accum": "small batches whose gradients are added have fewer negatives than one large batch; set train.batch_size to the "
     "whole number of queries, and gradcache.rows to the rows that memory takes",
+    "python_packages": PYTHON_PACKAGES_HINT,
 }
 
 
@@ -58,8 +60,12 @@ class Section(BaseModel):
             raise ValueError("a text must not hold a NUL character")
         return value
 
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with other values of some fields, checked as any input is."""
+        return type(self).model_validate({**dict(self), **changes})
+
     def __hash__(self) -> int:
-        """Of all its values, mappings too."""
+        """Hash all values, mappings included."""
         return hash(json.dumps(self.model_dump(mode="json"), sort_keys=True))
 
 
@@ -197,8 +203,9 @@ def _explain(error: ValidationError, section: type[Section]) -> str:
         return f"{key}.name: expected {' or '.join(map(_tag, found))} (got {shown(got)})"
     if problem["type"] in EXPECTED:
         return f"{key}: expected {EXPECTED[problem['type']] % problem.get('ctx', {})} (got {shown(problem['input'])})"
-    given = "" if isinstance(problem["input"], dict | list) else f" (got {shown(problem['input'])})"
     told = brief(problem["msg"], LONGEST).removeprefix("Value error, ").replace("Input should be", "expected")
+    quoted = isinstance(problem["input"], dict | list) or shown(problem["input"]) in told
+    given = "" if quoted else f" (got {shown(problem['input'])})"
     return f"{key}: {told}{given}".lstrip(": ")
 
 

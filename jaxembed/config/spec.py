@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from jaxembed.config import ModelConfig
+from pydantic import ConfigDict, Field, model_validator
 
-BETWEEN = "\n\n"  # stands after every in-context example, as bge-en-icl has it (Li et al. 2024)
-OF_SHOT = re.compile(r"\{(instruction|query|response)\}")
+from jaxembed.config.fields import LARGEST
+from jaxembed.config.model import Attention, ModelConfig, PoolingKind, is_echo_template, is_example_template
+from jaxembed.config.sections import Section
+
+EXAMPLE_SEPARATOR = "\n\n"  # follows every in-context example (bge-en-icl, Li et al. 2024)
+EXAMPLE_FIELD = re.compile(r"\{(instruction|query|response)\}")
+
+Length = Annotated[int, Field(ge=1, le=LARGEST)]
+LengthOrZero = Annotated[int, Field(ge=0, le=LARGEST)]
 
 
 class FewShotExample(NamedTuple):
@@ -21,62 +27,86 @@ class FewShotExample(NamedTuple):
     response: str
 
 
-@dataclasses.dataclass(frozen=True)
-class EmbeddingSpec:
-    """How texts become vectors, beside the weights: stored once with the model, read by every command.
+class EmbeddingSpec(Section):
+    """How texts become vectors, beside the weights. It is stored once with the model and read by every command."""
 
-    `latents` and `pooling_heads` size the poolings that have them. `projection` is the width of a linear layer between
-    pooling and normalisation (0: none); the fields after it say whether it has a bias and what follows it.
-    `instruction_template` turns an instruction into the prompt put before a text, `plain_prompt` stands before texts
-    without one, and `query_suffix` follows the text of every input that has a prompt; `example_template` is how an
-    in-context example is put before them (made of template and suffix where it is empty). `prompts` are whole prompts by
-    name (`query` and `document` among them) for users who name no instruction. `echo` is a template that names {text} twice
-    and ends with it (Springer et al. 2024): both copies are cut at the same token, the second is pooled; `plain_echo` stands
-    in its place for texts without a prompt. `text_length` is the most tokens of a text itself (0: what `max_length` leaves).
-    Habits of releases: with `eos_as_text` EOS is part of the text when it is cut, so a cut text has none; with
-    `pool_last_instruction_token` the last token before the text is pooled too (both NV-Embed); with `pool_text_tokens` as
-    many of the last tokens are pooled as the text and its suffix have by themselves (LLM2Vec).
-    """
+    model_config = ConfigDict(strict=True)
 
-    attention: str = "bidirectional"
-    pooling: str = "mean"
-    latents: int = 512
-    pooling_heads: int = 8
-    include_instruction: bool = False
-    projection: int = 0
-    projection_bias: bool = False
-    projection_activation: str = "identity"
-    normalize: bool = True
-    append_eos: bool = True
-    eos_as_text: bool = False
-    pool_last_instruction_token: bool = False
-    pool_text_tokens: bool = False
-    echo: str = ""
-    plain_echo: str = ""
-    text_length: int = 0
-    max_length: int = 512
-    instruction_template: str = "Instruct: {instruction}\nQuery:"
-    plain_prompt: str = ""
-    query_suffix: str = ""
-    example_template: str = ""
-    prompts: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
+    attention: Attention = Field("bidirectional", description="Attention mask.")
+    pooling: PoolingKind = Field("mean", description="Pooling over the tokens of a text.")
+    latents: Annotated[int, Field(ge=1, le=2**16)] = Field(512, description="Number of latents of latent attention.")
+    pooling_heads: Annotated[int, Field(ge=1, le=2**12)] = Field(8, description="Heads of latent and self-attention.")
+    include_instruction: bool = Field(False, description="Pool the instruction tokens too.")
+    projection: Annotated[int, Field(ge=0, le=2**16)] = Field(
+        0, description="Width of the linear layer between pooling and normalization. 0: no layer."
+    )
+    projection_bias: bool = Field(False, description="Bias of the projection layer.")
+    projection_activation: Literal["identity", "tanh"] = Field("identity", description="Activation after the projection layer.")
+    normalize: bool = Field(True, description="Scale vectors to unit length.")
+    append_eos: bool = Field(True, description="End every text with the EOS token.")
+    eos_as_text: bool = Field(False, description="Append EOS before truncation, so that a truncated text has none (NV-Embed).")
+    pool_last_instruction_token: bool = Field(
+        False, description="Pool the last token before the text too, although the instruction is left out (NV-Embed)."
+    )
+    pool_text_tokens: bool = Field(
+        False, description="Pool as many of the last tokens as the text and its suffix have on their own (LLM2Vec)."
+    )
+    echo: str = Field(
+        "",
+        description="Template that names {text} twice and ends with it (Springer et al. 2024). Both copies are truncated at the "
+        "same token, and the second one is pooled.",
+    )
+    plain_echo: str = Field("", description="Echo template for texts without a prompt.")
+    text_length: LengthOrZero = Field(
+        0, description="Maximum tokens of the text itself. 0: whatever the prompt leaves of max_length."
+    )
+    max_length: Length = Field(512, description="Maximum tokens of prompt and text together, special tokens included.")
+    instruction_template: str = Field(
+        "Instruct: {instruction}\nQuery:", description="Turns an instruction into the prompt that precedes a text."
+    )
+    plain_prompt: str = Field("", description="Prompt of texts without an instruction.")
+    query_suffix: str = Field("", description="Follows the text of every input that has a prompt.")
+    example_template: str = Field(
+        "",
+        description="Template of an in-context example before the instruction. Empty: built from instruction_template and "
+        "query_suffix.",
+    )
+    prompts: dict[str, str] = Field({}, description="Whole prompts by name, `query` and `document` among them.")
 
-    def prompt(self, instruction: str | None, shots: Sequence[FewShotExample] = ()) -> str:
-        """The text put before a text under an instruction, in-context examples first; or without an instruction."""
+    @model_validator(mode="after")
+    def _templates_have_placeholders(self) -> EmbeddingSpec:
+        if "{instruction}" not in self.instruction_template:
+            raise ValueError("instruction_template must contain {instruction}")
+        for key in ("echo", "plain_echo"):
+            if (template := getattr(self, key)) and not is_echo_template(template):
+                raise ValueError(f"{key} must contain {{text}} twice and end with it")
+        if not is_example_template(self.example_template):
+            raise ValueError("example_template must contain {query} and {response}")
+        return self
+
+    def prompt(self, instruction: str | None, examples: Sequence[FewShotExample] = ()) -> str:
+        """Return the prompt that precedes a text.
+
+        Args:
+            instruction: The instruction. Without one, the prompt is `plain_prompt`.
+            examples: In-context examples that precede the instruction.
+        """
         if not instruction:
             return self.plain_prompt
-        return "".join(map(self.shown, shots)) + self.instruction_template.replace("{instruction}", instruction)
+        shown = "".join(map(self.format_example, examples))
+        return shown + self.instruction_template.replace("{instruction}", instruction)
 
-    def shown(self, shot: FewShotExample) -> str:
-        """An in-context example as it stands in a prompt."""
+    def format_example(self, example: FewShotExample) -> str:
+        """Return an in-context example as it appears in a prompt."""
         response = self.query_suffix or "\nResponse:"
         template = self.example_template or f"{self.instruction_template}{{query}}{response}{{response}}"
-        return OF_SHOT.sub(lambda found: str(getattr(shot, found[1])), template) + BETWEEN
+        return EXAMPLE_FIELD.sub(lambda match: str(getattr(example, match[1])), template) + EXAMPLE_SEPARATOR
 
     def with_choices(self, model: ModelConfig, max_length: int) -> EmbeddingSpec:
-        """This spec with the choices that a config makes; what it leaves open stays."""
-        chosen: dict[str, Any] = {
-            **({"eos_as_text": False, "append_eos": True} if self.eos_as_text else {}),  # in training a cut text keeps EOS
+        """Return this spec with the choices of a `model` section. Keys that the section leaves open keep their values."""
+        choices: dict[str, Any] = {
+            # Training keeps EOS on truncated texts.
+            **({"eos_as_text": False, "append_eos": True} if self.eos_as_text else {}),
             "attention": model.attention,
             "pooling": model.pooling.kind,
             "latents": model.pooling.latents,
@@ -92,16 +122,18 @@ class EmbeddingSpec:
             "example_template": model.example_template,
             "max_length": max_length,
         }
-        return dataclasses.replace(self, **{k: v for k, v in chosen.items() if v is not None})
+        return self.replace(**{key: value for key, value in choices.items() if value is not None})
 
     def with_prompts(self, instructions: Mapping[str, tuple[str, str]]) -> EmbeddingSpec:
-        """This spec with whole prompts for the (query, document) instructions of named sources.
+        """Return this spec with the prompts of named sources stored.
 
-        `query` and `document` are those of the first source; the queries of every source have their own too, by name.
+        Args:
+            instructions: (query, document) instructions by source name. The first source also gives the prompts `query` and
+                `document`; each source's name stores its query prompt.
         """
         if not instructions:
             return self
         query, document = next(iter(instructions.values()))
         prompts = {"query": self.prompt(query), "document": self.prompt(document)}
-        prompts |= {name: self.prompt(of_query) for name, (of_query, _) in instructions.items()}
-        return dataclasses.replace(self, prompts=prompts)
+        prompts |= {name: self.prompt(query_instruction) for name, (query_instruction, _) in instructions.items()}
+        return self.replace(prompts=prompts)

@@ -11,24 +11,21 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxembed.config import LoraConfig, is_echo, is_example
+from jaxembed.config import LoraConfig
 from jaxembed.config.fields import Fields
+from jaxembed.config.model import PoolingKind
 from jaxembed.config.sections import parse_section
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.data.tokenize import ends_with_eos, load_tokenizer
 from jaxembed.errors import UserError, brief
 from jaxembed.files import exists, read_bytes, read_json, write_json
-from jaxembed.formats.nv_embed import decoder_config, is_nv_embed, nv_embed_spec
-from jaxembed.formats.peft import CONFIG as ADAPTER_CONFIG
-from jaxembed.formats.peft import base_of, is_peft
-from jaxembed.formats.published import LAYOUTS, first_stage, published_layout
-from jaxembed.formats.sentence_transformers import LISTING, modules, projection_choices
-from jaxembed.formats.weights import part_files
-from jaxembed.model.embedder import ACTIVATIONS
-from jaxembed.model.families import MOST, DecoderConfig, from_hf, preset
+from jaxembed.formats.nv_embed import is_nv_embed, read_decoder_config, read_nv_embed_spec
+from jaxembed.formats.peft import ADAPTER_CONFIG_FILE, is_peft_folder, read_base_name
+from jaxembed.formats.published import PUBLISHED_LAYOUTS, find_first_stage_adapters, find_published_layout
+from jaxembed.formats.sentence_transformers import MODULES_FILE, read_modules, read_projection_choices
+from jaxembed.formats.weights import find_part_files
+from jaxembed.model.families import DecoderConfig, from_hf, preset
 from jaxembed.model.lora import LoRA
-from jaxembed.model.masks import MASKS
-from jaxembed.model.pooling import POOLINGS
 from jaxembed.training.checkpoint import Checkpoints, params_digest
 from jaxembed.training.run_dir import RECORD, read_run_file
 
@@ -36,8 +33,14 @@ log = logging.getLogger("jaxembed")
 
 SPEC_FILE = "jaxembed.json"
 # Our poolings without weights -> sentence-transformers' names, and what its older files call their flags.
-POOLING_MODES = {"mean": "mean", "last": "lasttoken", "first": "cls", "max": "max", "weighted_mean": "weightedmean"}
-FLAGS = {
+POOLING_MODES: dict[PoolingKind, str] = {
+    "mean": "mean",
+    "last": "lasttoken",
+    "first": "cls",
+    "max": "max",
+    "weighted_mean": "weightedmean",
+}
+FLAGS: dict[PoolingKind, str] = {
     "mean": "mean_tokens", "last": "lasttoken", "first": "cls_token", "max": "max_tokens",
     "weighted_mean": "weightedmean_tokens",
 }  # fmt: skip
@@ -76,12 +79,14 @@ def find_base(name: str, asked_for_by: tuple[Path, ...] = ()) -> Base:
     folder = find_folder(name)
     if exists(folder / RECORD):
         return _earlier_run(name, folder)
-    if is_peft(folder):
+    if is_peft_folder(folder):
         if folder.resolve() in asked_for_by:
             told = "base_model_name_or_path leads back to this folder; name that of the weights"
-            raise UserError(f"{folder / ADAPTER_CONFIG}: {told}")
+            raise UserError(f"{folder / ADAPTER_CONFIG_FILE}: {told}")
         try:
-            base = find_base(first_stage(name, folder) or base_of(folder), (*asked_for_by, folder.resolve()))
+            base = find_base(
+                find_first_stage_adapters(name, folder) or read_base_name(folder), (*asked_for_by, folder.resolve())
+            )
         except UserError as error:
             raise UserError(f"the base of the adapters in {folder}: {error}") from None
         own = read_json(folder / "config.json") if exists(folder / "config.json") else {}
@@ -92,7 +97,7 @@ def find_base(name: str, asked_for_by: tuple[Path, ...] = ()) -> Base:
 
 def _base(name: str, folder: Path | None, given: Mapping[str, Any], where: str) -> Base:
     """The base that a config.json (`given`) describes."""
-    config = decoder_config(given, where)
+    config = read_decoder_config(given, where)
     decoder = from_hf(config, where)
     return Base(name, folder, config, decoder, read_spec(name, folder, given, decoder))
 
@@ -134,14 +139,14 @@ def find_folder(name: str) -> Path:
         path = Path(name).expanduser()
     except RuntimeError:  # the home of a user who is not there
         path = Path(name)
-    if exists(path / "config.json") or exists(path / RECORD) or is_peft(path):
+    if exists(path / "config.json") or exists(path / RECORD) or is_peft_folder(path):
         return path
     if exists(path) or name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        if found := sorted(inner.parent.name for inner in path.glob(f"*/{ADAPTER_CONFIG}")):
+        if found := sorted(inner.parent.name for inner in path.glob(f"*/{ADAPTER_CONFIG_FILE}")):
             raise UserError(f"{name}: holds a folder for each of the adapters {', '.join(found)}; name one: {path / found[0]}")
         raise UserError(
-            f"{name}: neither a folder with a config.json or an {ADAPTER_CONFIG}, nor a run directory, nor a hub id such as "
-            "Qwen/Qwen2-0.5B"
+            f"{name}: neither a folder with a config.json or an {ADAPTER_CONFIG_FILE}, nor a run directory, nor a hub id such "
+            "as Qwen/Qwen2-0.5B"
         )
     import huggingface_hub
 
@@ -165,14 +170,14 @@ def read_spec(
     if folder is not None and (folder / SPEC_FILE).is_file():
         return spec_from_json(read_json(folder / SPEC_FILE), str(folder / SPEC_FILE))
     if is_nv_embed(config):
-        return nv_embed_spec(config, decoder, f"{name}: config.json")
-    layout = published_layout(name, folder, config)
-    listed = folder is not None and exists(folder / LISTING)
+        return read_nv_embed_spec(config, decoder, f"{name}: config.json")
+    layout = find_published_layout(name, folder, config)
+    listed = folder is not None and exists(folder / MODULES_FILE)
     if layout is None and not listed and under is None and "auto_map" in config:
-        known = ", ".join(layout.title for layout in LAYOUTS)
+        known = ", ".join(layout.title for layout in PUBLISHED_LAYOUTS)
         raise UserError(
             f"{folder}: its config.json asks for code of its own (auto_map), which is not run. Looked for {SPEC_FILE}, "
-            f"sentence-transformers' {LISTING}, and the layouts of NV-Embed, {known}. If the weights are those of a "
+            f"sentence-transformers' {MODULES_FILE}, and the layouts of NV-Embed, {known}. If the weights are those of a "
             "plain decoder, take auto_map out of a copy"
         )
     spec = under.spec if under else EmbeddingSpec()
@@ -180,63 +185,31 @@ def read_spec(
         spec = _sentence_transformers_spec(folder, config, decoder)
     if layout is not None:
         log.info("%s: read as %s", name, layout.title)
-        choices = layout.choices_of(folder, (under.root or under.name) if under else str(config.get("_name_or_path")))
-        spec = dataclasses.replace(spec, **{**choices, "prompts": {**choices["prompts"], **spec.prompts}})
-    return dataclasses.replace(spec, max_length=min(spec.max_length, decoder.max_positions))
+        choices = layout.get_spec_choices(folder, (under.root or under.name) if under else str(config.get("_name_or_path")))
+        spec = spec.replace(**{**choices, "prompts": {**choices["prompts"], **spec.prompts}})
+    return spec.replace(max_length=min(spec.max_length, decoder.max_positions))
 
 
 def spec_from_json(values: Mapping[str, Any], where: str) -> EmbeddingSpec:
-    """A spec as `write_spec` wrote it; `UserError` names the key that is off."""
-    unknown = values.keys() - {field.name for field in dataclasses.fields(EmbeddingSpec)}
-    if unknown:
-        raise UserError(f"{where}: not written by this version (unknown: {', '.join(sorted(unknown))})")
-    fields, default = Fields(values, where), EmbeddingSpec()
-    template = fields.text("instruction_template", default.instruction_template)
-    if "{instruction}" not in template:
-        raise UserError(f"{where}: instruction_template must contain {{instruction}}")
-    echoes = {key: fields.text(key, "") for key in ("echo", "plain_echo")}
-    for key, echo in echoes.items():
-        if echo and not is_echo(echo):
-            raise UserError(f"{where}: {key} must name {{text}} twice and end with it")
-    example = fields.text("example_template", default.example_template)
-    if not is_example(example):
-        raise UserError(f"{where}: example_template must contain {{query}} and {{response}}")
-    return EmbeddingSpec(
-        projection=fields.whole("projection", default.projection, least=0, most=MOST),
-        projection_bias=fields.flag("projection_bias", default.projection_bias),
-        projection_activation=fields.choice("projection_activation", tuple(ACTIVATIONS), default.projection_activation),
-        **echoes,
-        text_length=fields.whole("text_length", default.text_length, least=0),
-        pool_text_tokens=fields.flag("pool_text_tokens", default.pool_text_tokens),
-        attention=fields.choice("attention", tuple(MASKS), default.attention),
-        pooling=fields.choice("pooling", tuple(POOLINGS), default.pooling),
-        latents=fields.whole("latents", default.latents, most=2**16),
-        pooling_heads=fields.whole("pooling_heads", default.pooling_heads, most=MOST),
-        include_instruction=fields.flag("include_instruction", default.include_instruction),
-        normalize=fields.flag("normalize", default.normalize),
-        append_eos=fields.flag("append_eos", default.append_eos),
-        eos_as_text=fields.flag("eos_as_text", default.eos_as_text),
-        pool_last_instruction_token=fields.flag("pool_last_instruction_token", default.pool_last_instruction_token),
-        max_length=fields.whole("max_length", default.max_length),
-        instruction_template=template,
-        plain_prompt=fields.text("plain_prompt", default.plain_prompt),
-        query_suffix=fields.text("query_suffix", default.query_suffix),
-        example_template=example,
-        prompts=fields.texts("prompts"),
-    )
+    """Parse a spec that `write_spec` wrote. null counts as absent.
+
+    Raises:
+        UserError: A key is unknown or has a wrong value; the line starts with `where`.
+    """
+    return parse_section(EmbeddingSpec, {key: value for key, value in values.items() if value is not None}, where)
 
 
 def write_spec(folder: Path, spec: EmbeddingSpec) -> None:
-    write_json(folder / SPEC_FILE, dataclasses.asdict(spec))
+    write_json(folder / SPEC_FILE, spec.model_dump(mode="json"))
 
 
 def _sentence_transformers_spec(folder: Path, config: Mapping[str, Any], decoder: DecoderConfig) -> EmbeddingSpec:
     """Reads modules.json and the files it names; `UserError` on a module that has no place here."""
-    listed = modules(folder)
+    listed = read_modules(folder)
     kinds = dict(listed)
     if [kind for kind, _ in listed] != [kind for kind in MODULES if kind in kinds] or "Pooling" not in kinds:
         found = ", ".join(kind for kind, _ in listed) or "none"
-        raise UserError(f"{folder / LISTING}: expected the modules {', '.join(MODULES)} or some of them; found {found}")
+        raise UserError(f"{folder / MODULES_FILE}: expected the modules {', '.join(MODULES)} or some of them; found {found}")
     pooling = read_json(kinds["Pooling"] / "config.json")
     tokenizer = load_tokenizer(folder)
     extra = folder / "config_sentence_transformers.json"
@@ -245,7 +218,7 @@ def _sentence_transformers_spec(folder: Path, config: Mapping[str, Any], decoder
         attention="causal" if Fields(config, str(folder / "config.json")).flag("is_causal", True) else "bidirectional",
         pooling=_pooling_kind(pooling, kinds["Pooling"]),
         include_instruction=Fields(pooling, str(kinds["Pooling"] / "config.json")).flag("include_prompt", True),
-        **(projection_choices(kinds["Dense"], decoder.width) if "Dense" in kinds else {}),
+        **(read_projection_choices(kinds["Dense"], decoder.width) if "Dense" in kinds else {}),
         normalize="Normalize" in kinds,
         append_eos=ends_with_eos(tokenizer) or bool(tokenizer.init_kwargs.get("add_eos_token")),
         max_length=_max_length(folder, decoder, tokenizer),
@@ -267,7 +240,7 @@ def _max_length(folder: Path, decoder: DecoderConfig, tokenizer: Any) -> int:
     return Fields(read_json(named) if named.is_file() else {}, str(named)).whole("max_seq_length", limit)
 
 
-def _pooling_kind(pooling: Mapping[str, Any], where: Path) -> str:
+def _pooling_kind(pooling: Mapping[str, Any], where: Path) -> PoolingKind:
     """Our name of a stock pooling, from the new form of the file ("pooling_mode") or the old one (a flag per kind)."""
     mode = pooling.get("pooling_mode")
     if mode is None:
@@ -288,7 +261,9 @@ def content_hash(base: Base) -> str:
         digest.update(read_bytes(run_dir / RECORD))  # it names the base that adapters lie on
         digest.update(params_digest(run_dir, step).encode())
     folders = [folder for folder in (base.folder, *base.adapters) if folder is not None]
-    for path in (path for folder in folders for path in sorted([*folder.glob("*.safetensors"), *part_files(folder).values()])):
+    for path in (
+        path for folder in folders for path in sorted([*folder.glob("*.safetensors"), *find_part_files(folder).values()])
+    ):
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

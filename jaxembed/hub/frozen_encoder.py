@@ -14,12 +14,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxembed.data.batch import RawText
+from jaxembed.data.batch import EncoderInput
 from jaxembed.data.vector_store import VectorStore, key_of
 from jaxembed.devices.mesh import make_mesh
 from jaxembed.errors import UserError, brief
 from jaxembed.files import exists, file_digest
-from jaxembed.formats.sentence_transformers import LISTING
+from jaxembed.formats.sentence_transformers import MODULES_FILE
 from jaxembed.hub.base import SPEC_FILE, Base, content_hash, find_base, find_folder
 from jaxembed.hub.embedder import Embedder
 from jaxembed.hub.export import load_sentence_transformer
@@ -49,7 +49,7 @@ class FrozenEncoder:
         """For the record of a run."""
         return {"name": self.name, "hash": self.hash}
 
-    def encode(self, texts: Sequence[RawText]) -> np.ndarray:
+    def encode(self, texts: Sequence[EncoderInput]) -> np.ndarray:
         """Unit vectors, float32 [N, G]: those in the store as they are, the others computed once and kept there.
 
         No collective runs in it, and it keeps to this process's devices, so it may go on beside a training step, in another
@@ -70,12 +70,12 @@ class FrozenEncoder:
 class ZeroEncoder(FrozenEncoder):
     """The same of a plan, which needs shapes alone: zeros for all vectors, and nothing is kept in the store."""
 
-    def encode(self, texts: Sequence[RawText]) -> np.ndarray:
+    def encode(self, texts: Sequence[EncoderInput]) -> np.ndarray:
         return np.zeros((len(texts), self.width), np.float32)
 
 
 def in_groups(
-    texts: Sequence[RawText], leads: Sequence[str], run: Callable[[list[str], str], np.ndarray], width: int
+    texts: Sequence[EncoderInput], leads: Sequence[str], run: Callable[[list[str], str], np.ndarray], width: int
 ) -> np.ndarray:
     """Vectors [N, width] of texts, where those of one lead are run together."""
     members: dict[str, list[int]] = {}
@@ -98,8 +98,8 @@ def open_frozen_encoder(name: str, cache: Path, mesh: Mesh | None = None) -> Fro
     try:
         base = find_base(name)
     except UserError as error:
-        folder = Path(name) if exists(Path(name) / LISTING) else find_folder(name)
-        if not exists(folder / LISTING) or exists(folder / SPEC_FILE):
+        folder = Path(name) if exists(Path(name) / MODULES_FILE) else find_folder(name)
+        if not exists(folder / MODULES_FILE) or exists(folder / SPEC_FILE):
             raise
         if mesh is not None and mesh.shape["fsdp"] > 1:
             told = "which does not split a model; leave --fsdp out"
@@ -111,8 +111,8 @@ def open_frozen_encoder(name: str, cache: Path, mesh: Mesh | None = None) -> Fro
 
 
 def _of_embedder(name: str, base: Base, embedder: Embedder, cache: Path) -> FrozenEncoder:
-    spec, tokenizer = embedder.spec, embedder.tokenizer.hf.backend_tokenizer.to_str()
-    rule = json.dumps([content_hash(base), dataclasses.asdict(spec), tokenizer], sort_keys=True)
+    spec, tokenizer = embedder.spec, embedder.tokenizer.hf_tokenizer.backend_tokenizer.to_str()
+    rule = json.dumps([content_hash(base), spec.model_dump(mode="json"), tokenizer], sort_keys=True)
     identity = hashlib.sha256(rule.encode()).hexdigest()
 
     def lead(side: str, instruction: str) -> str:

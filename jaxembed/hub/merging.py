@@ -75,7 +75,7 @@ def _check(models: Sequence[str], bases: Sequence[Base]) -> None:
 
 def _described(base: Base) -> dict[str, Any]:
     """What models must have in common to be merged. Their parameters' shapes follow from it."""
-    tokenizer = text_tokenizer(base.tokenizer(), base.spec, base).hf.backend_tokenizer
-    spec = {key: value for key, value in dataclasses.asdict(base.spec).items() if key not in OWN}
+    tokenizer = text_tokenizer(base.tokenizer(), base.spec, base).hf_tokenizer.backend_tokenizer
+    spec = {key: value for key, value in base.spec.model_dump(mode="json").items() if key not in OWN}
     rules = {key: value for key, value in json.loads(tokenizer.to_str()).items() if key not in ("truncation", "padding")}
     return {"decoder": dataclasses.asdict(base.decoder), "spec": spec, "tokenizer": rules}

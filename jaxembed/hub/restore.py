@@ -12,15 +12,14 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from jaxembed.config import parse_config
+from jaxembed.config import parse_config, read_run_tree
 from jaxembed.config.fields import Fields
-from jaxembed.config.sections import read_tree
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.data.tokenize import TextTokenizer, append_eos, load_tokenizer
 from jaxembed.devices.mesh import logical_axis_table, param_shardings
 from jaxembed.errors import UserError
 from jaxembed.formats.peft import read_adapters
-from jaxembed.formats.weights import load_params, place_params, slices_of
+from jaxembed.formats.weights import load_params, place_params, to_tensors
 from jaxembed.hub.base import Base, content_hash, find_base, recorded_lora, run_base
 from jaxembed.model.decoder import Compute
 from jaxembed.model.embedder import EmbeddingModel, parameter_shapes
@@ -38,7 +37,7 @@ def base_params(base: Base, shapes: Any, shardings: Any) -> dict[str, Any]:
     run_dir, step = base.run
     mesh, told = jax.tree.leaves(shardings)[0].mesh, f"{run_dir}: its weights do not fit the model that is asked for"
     _, params = open_trained(run_dir, Compute(), mesh, str(step)).of(None).merged
-    return dict(place_params(slices_of(params), told, layers, shapes, shardings, updates))
+    return dict(place_params(to_tensors(params), told, layers, shapes, shardings, updates))
 
 
 def _updates(base: Base, shapes: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -93,17 +92,7 @@ def text_tokenizer(tokenizer: Any, spec: EmbeddingSpec, base: Base) -> TextToken
         raise UserError(f"data.max_length is {spec.max_length}, of which {special} are special tokens; raise it")
     if spec.echo and spec.include_instruction:
         raise UserError("model.echo pools the second copy of a text alone; set model.pooling.include_instruction=false")
-    return TextTokenizer(
-        tokenizer,
-        spec.max_length,
-        eos_as_text=spec.eos_as_text,
-        pool_last_instruction_token=spec.pool_last_instruction_token,
-        pool_text_tokens=spec.pool_text_tokens,
-        echo=spec.echo,
-        plain_echo=spec.plain_echo,
-        suffix=spec.query_suffix,
-        text_length=spec.text_length,
-    )
+    return TextTokenizer(tokenizer, spec)
 
 
 def shapes_and_shardings(model: EmbeddingModel, mesh: Mesh) -> tuple[Any, Any]:
@@ -147,8 +136,8 @@ class RunParts:
             came = "has several adapters" if name is None else f"has no adapter {name!r}"
             raise UserError(f"{self.run_dir}: {came}; choose one with --adapter (adapter=...): {', '.join(names)}")
         recorded = self.run_dir / "config.yaml"
-        instructions = parse_config(read_run_file(read_tree, recorded, "train anew"), str(recorded)).data.instructions(name)
-        spec = dataclasses.replace(self.base.spec, prompts={}).with_prompts(instructions)
+        instructions = parse_config(read_run_file(read_run_tree, recorded, "train anew"), str(recorded)).data.instructions(name)
+        spec = self.base.spec.replace(prompts={}).with_prompts(instructions)
         return dataclasses.replace(
             self,
             base=dataclasses.replace(self.base, spec=spec),

@@ -21,10 +21,10 @@ from jaxembed.config import Config, DistillationConfig, InfoNCEConfig, MarginMSE
 from jaxembed.curation.remining import is_mined, write_mined
 from jaxembed.data.batch import BatchBuilder
 from jaxembed.data.containers import open_container
-from jaxembed.data.sampling import Pairs
+from jaxembed.data.sampling import PairSampler
 from jaxembed.data.batch_plan import BatchPlan
-from jaxembed.data.rows import Rows
-from jaxembed.data.sources import SHAPES, Source
+from jaxembed.data.rows import IndexedRows
+from jaxembed.data.sources import ROW_SCHEMAS, Source
 from jaxembed.data.tokenize import TextTokenizer
 from jaxembed.errors import UserError
 from jaxembed.hub.base import Base
@@ -104,8 +104,8 @@ def make_stages(
     stages: list[Stage] = []
     for index, (config, plan) in enumerate(zip(configs, plans, strict=True)):
         before = stages[-1].end if stages else 0
-        spec = dataclasses.replace(model.spec, max_length=config.data.max_length)
-        of_stage = text_tokenizer(tokenizer.hf, spec, base)
+        spec = model.spec.replace(max_length=config.data.max_length)
+        of_stage = text_tokenizer(tokenizer.hf_tokenizer, spec, base)
         build = BatchBuilder(
             plan.sources, of_stage, spec, row_length=config.row_length, hard_negatives=config.data.hard_negatives,
             seed=config.train.seed, shards=shards, adapters=model.adapters, steps_before=before,
@@ -242,8 +242,8 @@ def with_mined_negatives(stage: Stage, encoder_of: Callable[[str], Embedder], ru
         if not processes.of_first(bytes([path.exists()]))[0]:
             write_mined(source, chosen, encoder_of(source.config.adapter), stage.config.train.seed, path)
             processes.barrier()
-        rows = Rows(open_container(str(path)), SHAPES["pairs"])
-        sources[number] = dataclasses.replace(source, sampler=Pairs(rows, source.sampler.most_positives))
+        rows = IndexedRows(open_container(str(path)), ROW_SCHEMAS["pairs"])
+        sources[number] = dataclasses.replace(source, sampler=PairSampler(rows, source.sampler.max_positives))
     return dataclasses.replace(stage, build=stage.build.with_sources(sources))
 
 

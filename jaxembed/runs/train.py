@@ -22,15 +22,15 @@ from jaxembed.devices import processes
 from jaxembed.files import cache_dir
 from jaxembed.config import Config, InfoNCEConfig
 from jaxembed.curation.remining import check_reach
-from jaxembed.data.batch import roles
+from jaxembed.data.batch import text_roles
 from jaxembed.data.bpe import train_tokenizer
 from jaxembed.data.batch_plan import BatchPlan
-from jaxembed.data.pipeline import batches
+from jaxembed.data.pipeline import iter_batches
 from jaxembed.data.schema import Example
 from jaxembed.data.sources import Source, open_sources
 from jaxembed.data.tokenize import TextTokenizer, load_tokenizer
 from jaxembed.errors import UserError
-from jaxembed.evaluation.heldout import HeldOut, RetrievalSet, open_sets, score_all
+from jaxembed.evaluation.heldout import HeldOutSet, RetrievalSet, open_held_out_sets, score_sets
 from jaxembed.config.fields import shown
 from jaxembed.files import write_json
 from jaxembed.hub.base import Base, content_hash, find_base, write_spec
@@ -108,7 +108,7 @@ def train(config: Config) -> dict[str, Any]:
                 )
                 done = int(state.step) - stage.before
                 recorder.say(_told(stage, len(stages)))
-                state = trainer.fit(state, batches(stage.plan, stage.build, done, stage.config.train.steps), stop)
+                state = trainer.fit(state, iter_batches(stage.plan, stage.build, done, stage.config.train.steps), stop)
     except OSError as error:  # a full disk, a folder that is not writable any more
         raise UserError(f"{run_dir}: cannot be written ({error.strerror}); mend it and run the same command") from error
     processes.barrier()  # what the first one wrote is read by all
@@ -117,10 +117,10 @@ def train(config: Config) -> dict[str, Any]:
     return summary
 
 
-def _open_data(config: Config, shards: int) -> tuple[list[BatchPlan], list[HeldOut]]:
+def _open_data(config: Config, shards: int) -> tuple[list[BatchPlan], list[HeldOutSet]]:
     """The plans of a run's stages, and its held-out sets."""
     plans = [_open(index, of_stage, shards) for index, of_stage in enumerate(config.in_stages())]
-    return plans, open_sets(config.eval.sets, config.data.python_packages, cache_dir())
+    return plans, open_held_out_sets(config.eval.sets, cache_dir())
 
 
 def _open_run(config: Config, base: Base, spec: EmbeddingSpec, plans: Sequence[BatchPlan]) -> tuple[Path, TextTokenizer]:
@@ -232,9 +232,9 @@ def _spec(stages: Sequence[Config], base: Base) -> EmbeddingSpec:
 def _check_room(spec: EmbeddingSpec, stage: Stage) -> None:
     """`UserError` where a prompt leaves no room for a text of a stage."""
     for name, prompt in spec.prompts.items():
-        if stage.tokenizer.room([prompt])[0] < 1:
+        if stage.tokenizer.max_text_tokens([prompt])[0] < 1:
             raise UserError(
-                f"data.max_length is {stage.tokenizer.max_length}, which the {name} prompt {shown(prompt)} and what stands "
+                f"data.max_length is {stage.tokenizer.spec.max_length}, which the {name} prompt {shown(prompt)} and what stands "
                 "behind a text fill; raise it, or shorten the instruction"
             )
 
@@ -278,12 +278,12 @@ def _record(
     """
     kept = run_dir / "tokenizer"
     if not kept.is_dir():
-        tokenizer.hf.save_pretrained(kept.with_suffix(".partial"))
+        tokenizer.hf_tokenizer.save_pretrained(kept.with_suffix(".partial"))
         kept.with_suffix(".partial").rename(kept)
     note_versions(run_dir)
     if processes.is_first():
         write_spec(run_dir, spec)
-        dropped = [{source.name: source.sampler.dropped for source in plan.sources} for plan in plans]
+        dropped = [{source.name: source.sampler.drop_counts for source in plan.sources} for plan in plans]
         write_json(run_dir / "dropped.json", dropped)
     record(
         run_dir,
@@ -309,25 +309,25 @@ def _show_examples(stage: Stage) -> None:
         first += len(source)
         examples = build.examples(0, ids)
         texts, prompts = build.texts(examples)
-        lengths = tokenizer.untruncated_lengths(texts, prompts)
-        cut = float(np.mean(lengths > tokenizer.max_length))
+        lengths = tokenizer.count_untruncated_tokens(texts, prompts)
+        cut = float(np.mean(lengths > tokenizer.spec.max_length))
         log.info(
             "%s: %s examples, seen %.3g times; a text has %.0f tokens on average, %.1f%% are cut at %d; in-batch negatives %s",
-            source.name, f"{len(source):,}", epochs, lengths.mean(), 100 * cut, tokenizer.max_length,
+            source.name, f"{len(source):,}", epochs, lengths.mean(), 100 * cut, tokenizer.spec.max_length,
             "on" if source.in_batch else "off",
         )  # fmt: skip
-        for reason, dropped in source.sampler.dropped.items():
+        for reason, dropped in source.sampler.drop_counts.items():
             if dropped:
                 log.info("  left out: %s (%s)", f"{dropped:,}", reason)
         if lack := _lack(stage, source, examples):
             without.append(f"{source.name} has {lack}")
             log.warning("  %s: its queries have no loss", without[-1])
         if source.config.few_shot is not None:
-            count = np.mean([len(example.shots) for example in examples])
+            count = np.mean([len(example.few_shot) for example in examples])
             log.info("  %.1f in-context examples a query; a prompt gets half of data.max_length at most", count)
         for example in examples[:SHOWN]:
             texts, prompts = build.texts([example])
-            for role, (prompt, text, _) in zip(roles(texts), tokenizer.read_back(texts, prompts), strict=True):
+            for role, (prompt, text, _) in zip(text_roles(texts), tokenizer.decode_inputs(texts, prompts), strict=True):
                 log.info("  %-8s %r", role, (f"[{prompt}] " if prompt else "") + text[:300])
     if len(without) == len(stage.sources):
         raise UserError(f"nothing to train on: {'; '.join(without)}; name other data, or other objectives")
@@ -371,19 +371,19 @@ def _of_adapter(encoder: Embedder, params: Any, adapter: str) -> Embedder:
     return encoder.with_params(pick_adapter(params, names.index(adapter) if names else None))
 
 
-def _evaluator(encoder: Embedder, held_out: Sequence[HeldOut]) -> Callable[[Any], dict[str, float]]:
+def _evaluator(encoder: Embedder, held_out: Sequence[HeldOutSet]) -> Callable[[Any], dict[str, float]]:
     """From all parameters to the scores of every set, each under its adapter."""
 
     def evaluate(params: Any) -> dict[str, float]:
         scores: dict[str, float] = {}
         for held in held_out:
-            scores |= score_all([held], _of_adapter(encoder, params, held.config.adapter).encode)
+            scores |= score_sets([held], _of_adapter(encoder, params, held.config.adapter).encode)
         return scores
 
     return evaluate
 
 
-def _best_metric(config: Config, held_out: Sequence[HeldOut]) -> str:
+def _best_metric(config: Config, held_out: Sequence[HeldOutSet]) -> str:
     """SET/METRIC that picks the best checkpoint; `UserError` where the config names a set that is not there."""
     metrics = [f"{s.config.name}/{s.metric}" for s in held_out]
     named = config.eval.best
@@ -393,7 +393,7 @@ def _best_metric(config: Config, held_out: Sequence[HeldOut]) -> str:
 
 
 def _baselines(
-    config: Config, held_out: Sequence[HeldOut], evaluate: Callable[[Any], dict[str, float]], state: TrainState
+    config: Config, held_out: Sequence[HeldOutSet], evaluate: Callable[[Any], dict[str, float]], state: TrainState
 ) -> dict[str, dict[str, float]]:
     """Scores before the first step: of the untrained model and of BM25. A resumed run has them already."""
     if int(state.step):

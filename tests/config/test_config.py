@@ -1,6 +1,5 @@
 """The configuration tree: what it takes, and the one line that says what is off."""
 
-import dataclasses
 import typing
 from pathlib import Path
 from typing import Any
@@ -225,7 +224,7 @@ def test_the_configs_that_come_along_are_valid(path: Path) -> None:
 
 def test_a_spec_takes_what_a_config_chooses_and_keeps_the_rest(tmp_path: Path) -> None:
     spec = EmbeddingSpec(attention="causal", pooling="last", append_eos=False, prompts={"query": "q"})
-    assert spec.with_choices(of(tmp_path).model, 77) == dataclasses.replace(spec, max_length=77)
+    assert spec.with_choices(of(tmp_path).model, 77) == spec.replace(max_length=77)
     chosen = of(
         tmp_path, "model.attention=bidirectional",
         "model.pooling={kind: latent_attention, include_instruction: true, latents: 9, heads: 2}",

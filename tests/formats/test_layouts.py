@@ -23,7 +23,7 @@ from helpers.loading import least_cosine
 from helpers.runs import prepare, settings
 from jaxembed import Embedder
 from jaxembed.config.spec import FewShotExample
-from jaxembed.data.tokenize import BORDER
+from jaxembed.data.tokenize import TOKEN_BOUNDARY
 from jaxembed.devices.mesh import make_mesh
 from jaxembed.errors import UserError
 from jaxembed.hub.base import find_base
@@ -351,7 +351,7 @@ def test_echo_encodes_as_its_parser(pooling: str, tmp_path: Path, monkeypatch: p
     edit(folder / "config.json", {"max_position_embeddings": 256})
     base = find_base(str(folder))
     assert (base.spec.text_length, base.spec.max_length) == (300, 256)
-    spec = dataclasses.replace(base.spec, text_length=40)
+    spec = base.spec.replace(text_length=40)
     model = from_base(base, spec, Compute(), make_mesh(1))
     reference, tokenizer = transformers.AutoModel.from_pretrained(str(folder)).eval(), tiny.tokenizer(prefix_space=True)
     for instruction in ("", "Find it"):
@@ -359,14 +359,14 @@ def test_echo_encodes_as_its_parser(pooling: str, tmp_path: Path, monkeypatch: p
         assert least_cosine(model.encode(TEXTS, instruction=instruction), theirs) > 0.9999
     with pytest.raises(UserError, match="presents a text twice"):
         export(model, tmp_path / "out", "float32", Card("echo", "base"))
-    joined = dataclasses.replace(spec, **{key: getattr(spec, key).replace(BORDER, "") for key in ("echo", "plain_echo")})
+    joined = spec.replace(**{key: getattr(spec, key).replace(TOKEN_BOUNDARY, "") for key in ("echo", "plain_echo")})
     wrong = from_base(base, joined, Compute(), make_mesh(1))
     assert least_cosine(wrong.encode(TEXTS), echo_vectors(reference, tokenizer, TEXTS, "", pooling)) < 0.9999
     if pooling == "mean":
         root = prepare(tmp_path)
         train(settings(root, "tuned", f"model.base={folder}", *STEP))
         tuned = Embedder.load(root / "tuned")
-        assert tuned.spec == dataclasses.replace(base.spec, max_length=64, prompts=tuned.spec.prompts)
+        assert tuned.spec == base.spec.replace(max_length=64, prompts=tuned.spec.prompts)
         assert 0.9 < least_cosine(tuned.encode(SHORT), model.encode(SHORT)) < 1 - 1e-6
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -101,7 +100,7 @@ def test_every_habit_of_nv_embed_counts(nv_embed: tuple[NVEmbed, Path]) -> None:
         {"eos_as_text": False}, {"eos_as_text": False, "append_eos": True}, {"pool_last_instruction_token": False},
         {"attention": "causal"}, {"include_instruction": True},
     ):  # fmt: skip
-        wrong = from_base(base, dataclasses.replace(base.spec, **change), Compute(), make_mesh(1))
+        wrong = from_base(base, base.spec.replace(**change), Compute(), make_mesh(1))
         assert least_cosine(wrong.encode(TEXTS, instruction=INSTRUCTION), want) < 0.9999, change
 
 

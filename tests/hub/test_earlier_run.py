@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict
 from helpers.runs import prepare, settings, use_one_device
 from jaxembed import Embedder
 from jaxembed.config import Config
-from jaxembed.data.batch import Batch, RawText
+from jaxembed.data.batch import Batch, EncoderInput
 from jaxembed.devices import processes
 from jaxembed.errors import UserError
 from jaxembed.formats.peft import write_adapters
@@ -79,12 +79,12 @@ def test_a_run_goes_on_where_an_earlier_one_ended(folder: Path) -> None:
     before, after = Embedder.load(folder / "first"), Embedder.load(folder / "second")
     asked = "Instruct: Look it up\nQuery:"
     told = {"max_length": 48, "prompts": {"query": asked, "document": "", "pairs": asked}}
-    assert after.spec == dataclasses.replace(before.spec, **told)
+    assert after.spec == before.spec.replace(**told)
     assert (after.spec.attention, after.spec.pooling, after.spec.projection) == ("causal", "latent_attention", 8)
     assert largest_difference(before, after) == 0
     assert largest_difference(before, Embedder.load(folder / "first", checkpoint="1")) > 0
     guide = open_frozen_encoder(str(folder / "second"), folder / "cache")
-    got = guide.encode([RawText("a", "query", "Find it"), RawText("a", "query", ""), RawText("a", "document", "")])
+    got = guide.encode([EncoderInput("a", "query", "Find it"), EncoderInput("a", "query", ""), EncoderInput("a", "document", "")])
     prompts = ("Instruct: Find it\nQuery:", asked, "")
     np.testing.assert_allclose(got, [after.encode(["a"], prompt=prompt)[0] for prompt in prompts], atol=1e-6)
     record = json.loads((folder / "second" / "base.json").read_text())

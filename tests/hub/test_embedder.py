@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,7 +31,7 @@ def model(base_folder: Callable[[str], Path]) -> Embedder:
 @pytest.mark.parametrize(("way", "combine"), [("mean", np.mean), ("max", np.max)])
 def test_a_long_text_is_read_to_its_end(model: Embedder, way: str, combine: Callable[..., np.ndarray]) -> None:
     texts = ["short", LONG + "and wakes up", "also short", LONG]
-    (pieces,) = model.tokenizer.pieces([texts[1]], "query: ")
+    (pieces,) = model.tokenizer.split_texts([texts[1]], "query: ")
     assert len(pieces) > 2
     together = combine(model.encode(pieces, prompt="query: "), axis=0)
     got = model.encode(texts, prompt="query: ", long_texts=way)
@@ -76,8 +75,8 @@ def test_short_texts_beside_a_long_one_keep_their_vectors_and_order(
     base_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(embedder, "ON_CPU", 256)  # so that few texts fill rows of several lengths
-    read, fill = [], embedder.fill
-    monkeypatch.setattr(embedder, "fill", lambda *given: read.append(given[-1]) or fill(*given))
+    read, fill_rows = [], embedder.fill_rows
+    monkeypatch.setattr(embedder, "fill_rows", lambda *given: read.append(given[-1]) or fill_rows(*given))
     base = find_base(str(base_folder("qwen3")))
     model = from_base(base, EmbeddingSpec(attention="causal", pooling="mean", max_length=128), Compute(), make_mesh(1))
     texts = [f"fox {i} " + "sleeps " * (i % 7) for i in range(120)]
@@ -113,6 +112,6 @@ def test_an_echo_is_not_exported(base_folder: Callable[[str], Path], tmp_path: P
     with pytest.raises(UserError, match=r"model\.echo presents a text twice"):
         export(from_base(base, spec, Compute(), make_mesh(1)), tmp_path / "out", "float32", Card("echo", "base"))
     with pytest.raises(UserError, match=r"model\.echo pools the second copy .*include_instruction=false"):
-        from_base(base, dataclasses.replace(spec, include_instruction=True), Compute(), make_mesh(1))
+        from_base(base, spec.replace(include_instruction=True), Compute(), make_mesh(1))
     with pytest.raises(UserError, match=r"echo must name \{text\} twice and end with it"):
         spec_from_json({"echo": "{text} once"}, "FILE")

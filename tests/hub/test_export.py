@@ -77,7 +77,7 @@ def test_a_pooling_with_weights_brings_its_own_module(bases, tmp_path, pooling):
     assert parity.error < 1e-5
     out = tmp_path / "out"
     mean = dataclasses.replace(
-        model, model=model.model.clone(spec=dataclasses.replace(model.spec, pooling="mean")), _apply=None
+        model, model=model.model.clone(spec=model.spec.replace(pooling="mean")), _apply=None
     )
     assert np.abs(mean.encode(tiny.TEXTS) - model.encode(tiny.TEXTS)).max() > 1e-2
     again = Embedder.load(out)
@@ -201,7 +201,7 @@ def test_a_tokenizer_that_stock_code_reads_otherwise_is_refused(tmp_path):
     odd.backend_tokenizer.pre_tokenizer = tiny.pre_tokenizers.Sequence(
         [tiny.pre_tokenizers.CharDelimiterSplit("e"), tiny.pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    model.tokenizer.hf._tokenizer = odd.backend_tokenizer
+    model.tokenizer.hf_tokenizer._tokenizer = odd.backend_tokenizer
     with pytest.raises(UserError, match="tokenises otherwise"):
         module.export(model, tmp_path / "out", "float32", Card("test", "base"))
     assert not (tmp_path / "out").exists()

@@ -15,15 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from test_losses import batch_of, unit
 
 from helpers import tiny
+from helpers.text_batches import draw_unit_vectors, make_batch
 from jaxembed import Embedder
-from jaxembed.config import InfoNCEConfig, PythonPackagesConfig, SourceConfig
+from jaxembed.config import InfoNCEConfig, SourceConfig
 from jaxembed.config.spec import EmbeddingSpec
-from jaxembed.data.batch import BatchBuilder, OtherVectors, RawText
+from jaxembed.data.batch import BatchBuilder, FrozenVectors, EncoderInput
 from jaxembed.data.batch_plan import BatchPlan
-from jaxembed.data.pipeline import batches
+from jaxembed.data.pipeline import iter_batches
 from jaxembed.data.sources import open_source
 from jaxembed.data.tokenize import TextTokenizer
 from jaxembed.devices.mesh import make_mesh
@@ -37,9 +37,9 @@ from jaxembed.model.layers import unit_length
 
 PROMPTS = {"query": "search: ", "document": "passage: "}
 RAW = [
-    *(RawText(text, "query", "Find it") for text in tiny.TEXTS[:3]),
-    *(RawText(text, side, "") for text in tiny.TEXTS[2:5] for side in ("query", "document")),
-    RawText("short", "document", "Find it"),
+    *(EncoderInput(text, "query", "Find it") for text in tiny.TEXTS[:3]),
+    *(EncoderInput(text, side, "") for text in tiny.TEXTS[2:5] for side in ("query", "document")),
+    EncoderInput("short", "document", "Find it"),
 ]
 
 
@@ -104,7 +104,7 @@ def test_texts_seen_before_are_not_encoded_again(ours: Path, tmp_path: Path) -> 
     assert [lead for _, lead in calls] == ["Do Find it:", "search: ", "passage: "]  # a call each
     assert calls[0][0] == [*tiny.TEXTS[:3], "short"]
     assert np.array_equal(first[0], first[-1])
-    new = RawText("something new", "query", "")
+    new = EncoderInput("something new", "query", "")
     second = model.encode([RAW[4], new, RAW[3]])
     assert calls[3:] == [(["something new"], "search: ")]
     moved = shutil.copytree(ours, tmp_path / "moved")  # the same model under another name
@@ -119,7 +119,7 @@ def test_a_model_is_known_by_weights_tokenizer_and_rule(
 ) -> None:
     assert opened.identity == {"name": str(ours), "hash": opened.hash}
     changed = shutil.copytree(ours, tmp_path / "prompts")
-    write_spec(changed, dataclasses.replace(find_base(str(ours)).spec, prompts=PROMPTS | {"query": "? "}))
+    write_spec(changed, find_base(str(ours)).spec.replace(prompts=PROMPTS | {"query": "? "}))
     weights = tiny.folder(tmp_path / "weights", "qwen3", seed=1)
     shutil.copy(ours / "jaxembed.json", weights)
     words = shutil.copytree(ours, tmp_path / "words")
@@ -178,7 +178,7 @@ def builder(folder: Path, **others: Any) -> BatchBuilder:
     ):
         path = folder / f"{name}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        sources.append(open_source(SourceConfig(path=str(path), **options), PythonPackagesConfig(), folder))
+        sources.append(open_source(SourceConfig(path=str(path), **options), folder))
     spec = EmbeddingSpec(max_length=256)
     tokenizer = TextTokenizer(tiny.tokenizer(), spec.max_length)
     return BatchBuilder(sources, tokenizer, spec, row_length=256, hard_negatives=2, seed=0, shards=2, **others)
@@ -191,7 +191,7 @@ def test_the_vectors_of_a_batch_lie_at_its_texts(opened: FrozenEncoder, tmp_path
     assert batch.teacher is None
     found = batch.guide
     assert (found.queries.shape, found.documents.shape, found.documents.dtype) == ((20, 32), (20, 3, 32), np.float32)
-    assert any(example.shots for example in examples)  # which are not shown to a guide
+    assert any(example.few_shot for example in examples)  # which are not shown to a guide
     embedder = Embedder.load(opened.name)
     absent = 0
     for i, example in enumerate(examples):
@@ -209,14 +209,14 @@ def test_the_vectors_of_a_batch_lie_at_its_texts(opened: FrozenEncoder, tmp_path
 def test_they_come_with_the_batches_of_a_run(opened: FrozenEncoder, tmp_path: Path) -> None:
     """Built in another thread, beside steps on a mesh of more devices; a guide and a teacher are apart."""
 
-    def other(texts: Sequence[RawText]) -> np.ndarray:
+    def other(texts: Sequence[EncoderInput]) -> np.ndarray:
         return np.array([[len(text.text), 1.0] for text in texts], np.float32)
 
     build = builder(tmp_path, guide=opened.encode, teacher=other)
     plan = BatchPlan(build._sources, 8, seed=0)
     mesh = make_mesh(2)
     with jax.set_mesh(mesh):
-        for step, host in enumerate(batches(plan, build, 0, 3)):
+        for step, host in enumerate(iter_batches(plan, build, 0, 3)):
             expected = build(step, plan[step]).batch
             placed = put_batch(mesh, host.batch)
             for a, b in ((placed.guide, expected.guide), (placed.teacher, expected.teacher)):
@@ -261,13 +261,13 @@ def test_a_guide_masks_as_in_sentence_transformers(
     words = ["guitar", "dog", "values", "stage", "night", "home"]
     queries = [f"{word} {i % 3}" for i, word in enumerate(words)]
     documents = [[f"a {word} {i}", f"the {word} of {i}"][: 1 + negatives] for i, word in enumerate(words)]
-    raw = [RawText(query, "query", "") for query in queries]
-    raw += [RawText(text, "document", "") for row in documents for text in row]
+    raw = [EncoderInput(query, "query", "") for query in queries]
+    raw += [EncoderInput(text, "document", "") for row in documents for text in row]
     guided = np.split(opened.encode(raw), [len(queries)])
     guided[0][0] *= -1  # a positive with a score below zero
     guide = [guided[0], guided[1].reshape(len(queries), 1 + negatives, -1)]
-    q, d = (jnp.array(unit(random, *shape), jnp.float32) for shape in ((6, width), (6, 1 + negatives, width)))
-    batch = batch_of(queries, documents).replace(guide=OtherVectors(*map(jnp.asarray, guide)))
+    q, d = (jnp.array(draw_unit_vectors(random, *shape), jnp.float32) for shape in ((6, width), (6, 1 + negatives, width)))
+    batch = make_batch(queries, documents).replace(guide=FrozenVectors(*map(jnp.asarray, guide)))
     config = GUIDED.model_copy(update=choices)
 
     def loss(q: jax.Array, d: jax.Array, config: InfoNCEConfig) -> tuple[jax.Array, Any]:

@@ -13,8 +13,10 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from helpers import tiny
+from helpers.loading import load
+from helpers.runs import losses, prepare, settings, train_until_stopped, use_one_device
 from jaxembed import Embedder, cli, config
-from jaxembed.config import InfoNCEConfig, OptimConfig, PythonPackagesConfig
+from jaxembed.config import InfoNCEConfig, OptimConfig
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.data.batch import BatchBuilder
 from jaxembed.data.batch_plan import BatchPlan
@@ -24,7 +26,7 @@ from jaxembed.devices.mesh import make_mesh
 from jaxembed.devices.placement import put_batch, replicated_sharding
 from jaxembed.errors import UserError
 from jaxembed.evaluate import load_encoder
-from jaxembed.evaluation.heldout import open_sets
+from jaxembed.evaluation.heldout import open_held_out_sets
 from jaxembed.export import read_card
 from jaxembed.formats.peft import read_adapters
 from jaxembed.hub.export import export_adapters
@@ -36,9 +38,6 @@ from jaxembed.runs.train import train
 from jaxembed.training.metrics import read_metrics
 from jaxembed.training.optim import learning_rate, make_optimizer
 from jaxembed.training.step import TrainState, make_train_step
-from helpers.loading import load
-from helpers.runs import losses, prepare, settings, use_one_device
-from test_lora import stop_after
 
 NAMES = ("retrieval", "sts")
 
@@ -65,7 +64,7 @@ def named(root: Path, run: str, *overrides: str) -> config.Config:
 def opened(root: Path, *adapters: str) -> list[Source]:
     """A source of the 96 pairs for each adapter, the weight of the i-th being i."""
     tree = [{"path": str(root / "pairs.jsonl"), "adapter": name, "weight": i} for i, name in enumerate(adapters, 1)]
-    return [open_source(config.SourceConfig(**one), PythonPackagesConfig(), root) for one in tree]
+    return [open_source(config.SourceConfig(**one), root) for one in tree]
 
 
 def builder(sources: list[Source], adapters: tuple[str, ...]) -> BatchBuilder:
@@ -156,7 +155,7 @@ def test_a_run_of_two_adapters(folder: Path, tmp_path: Path, monkeypatch: pytest
     config = named(folder, "whole", f"eval.sets={json.dumps(sets)}", "eval.untrained=false")
     train(config)
     half = named(folder, "half", "eval.sets=[]")
-    stop_after(half, 3)
+    train_until_stopped(half, 3)
     train(half)
     assert losses(folder / "half") == losses(folder / "whole")
     rows = read_metrics(folder / "whole")
@@ -176,7 +175,7 @@ def test_a_run_of_two_adapters(folder: Path, tmp_path: Path, monkeypatch: pytest
         assert (model.revision, card.checkpoint, len(card.scores)) == (f"whole-4-{name}", f"step 4, adapter {name}", 1)
     assert np.abs(vectors["retrieval"] - vectors["sts"]).max() > 1e-3
     (scored,) = (row for row in rows if "eval/sts/spearman" in row)
-    held = open_sets(config.eval.sets, PythonPackagesConfig(), folder)[1]
+    held = open_held_out_sets(config.eval.sets, folder)[1]
     assert held.score(unmerged.encode) == {"spearman": pytest.approx(scored["eval/sts/spearman"], abs=1e-5)}
     assert scored["eval/sts/spearman"] != pytest.approx(scored["eval/retrieval/spearman"], abs=1e-4)
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxembed import Embedder
-from jaxembed.data.schema import text_hash
+from jaxembed.data.schema import hash_text
 from jaxembed.errors import UserError
 from jaxembed.export import read_card
 from jaxembed.losses import infonce
@@ -173,7 +173,7 @@ def test_a_place_that_cannot_be_written_is_one_line(folder: Path) -> None:
 def poisoned(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
     """Overrides that add a source of one query, in whose batches the loss is not a number."""
     (folder / "bad.jsonl").write_text(json.dumps({"query": "poison", "pos": ["aaa"]}) + "\n")
-    bad = text_hash("poison")
+    bad = hash_text("poison")
 
     def info_nce(config, encoded):
         loss, metrics = infonce.info_nce(config, encoded)

@@ -133,7 +133,7 @@ def test_a_stage_mines_for_the_examples_that_its_source_uses(folder: Path) -> No
     configured = staged(folder, "capped", [{"train": {"steps": 1}}, second], "data.sources.0.max_examples=24")
     train(configured)
     mined = asked(rows_of(folder / "capped" / "mined" / "stage-1-source-0.jsonl"))
-    used = asked(open_sources(configured.data, folder)[0].as_pairs())
+    used = asked(open_sources(configured.data, folder)[0].iter_pairs())
     assert mined == used and len(mined) == 24 and mined != asked(rows_of(folder / "pairs.jsonl"))[:24]
     assert logged(folder, "capped", "step") == [1, 2, 3]
 

@@ -120,7 +120,7 @@ def test_preset_makes_its_own_tokenizer(folder):
     train(settings(folder, "scratch", "model.base=preset:tiny", "train.steps=1"))
     model = Embedder.load(folder / "scratch")
     ids = model.tokenizer(["aaa bbb"], [""]).ids[0]
-    assert model.tokenizer.hf.decode(ids) == "aaa bbb<|endoftext|>"
+    assert model.tokenizer.hf_tokenizer.decode(ids) == "aaa bbb<|endoftext|>"
 
 
 def test_encode_command_streams_in_order(folder, tmp_path):
