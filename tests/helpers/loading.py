@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from jaxembed.config.spec import EmbeddingSpec
-from jaxembed.data.packing import PackedTexts, fill, max_segments, pack
+from jaxembed.data.packing import PackedTexts, fill_rows, max_segments, pack_rows
 from jaxembed.devices.mesh import logical_axis_table, make_mesh, param_shardings
 from jaxembed.devices.placement import put_batch
 from jaxembed.formats.weights import load_params
@@ -51,12 +51,12 @@ def draw_texts(lengths: Sequence[int], seed: int = 0, vocabulary: int = 300) -> 
 
 
 def in_rows(
-    texts: Sequence[np.ndarray], row_length: int, pool_from: Sequence[int] | None = None, shards: int = 1
+    texts: Sequence[np.ndarray], row_length: int, pool_start: Sequence[int] | None = None, shards: int = 1
 ) -> tuple[PackedTexts, np.ndarray]:
     """Texts packed into rows, and each one's index among the vectors [R * S] that come out."""
-    row, place, rows = pack([len(text) for text in texts], row_length)
+    row, place, rows = pack_rows([len(text) for text in texts], row_length)
     shape = (-(-rows // shards) * shards, row_length)
-    arrays = fill(texts, [0] * len(texts) if pool_from is None else pool_from, row, place, shape)
+    arrays = fill_rows(texts, [0] * len(texts) if pool_start is None else pool_start, row, place, shape)
     segments = max_segments(row_length)
     packed = PackedTexts(**arrays, segments=segments, shards=shards)
     return jax.tree.map(jnp.asarray, packed), row * segments + place

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,9 @@ import yaml
 from helpers import tiny
 from jaxembed import config
 from jaxembed.devices.mesh import make_mesh
-from jaxembed.training.metrics import read_metrics
+from jaxembed.errors import Stopped
+from jaxembed.runs.train import train
+from jaxembed.training.metrics import Recorder, read_metrics
 
 ENV = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
 
@@ -97,6 +100,22 @@ def start(root: Path, run: str, *overrides: str, ahead: str = "") -> subprocess.
     code = f"{ahead}\nimport runpy\nrunpy.run_module('jaxembed.train', run_name='__main__')"
     arguments = [sys.executable, "-c", code, str(root / f"{run}.yaml"), f"run.dir={root / run}", *overrides]
     return subprocess.Popen(arguments, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def train_until_stopped(chosen: config.Config, steps: int) -> None:
+    """Train until a SIGTERM that arrives in this step stops the run."""
+    advance, done = Recorder.advance, 0
+
+    def advance_and_signal(recorder: Recorder) -> None:
+        nonlocal done
+        advance(recorder)
+        done += 1
+        if done == steps - 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(Recorder, "advance", advance_and_signal)
+        train(chosen)
 
 
 def use_one_device(monkeypatch: pytest.MonkeyPatch) -> None:

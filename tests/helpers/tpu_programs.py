@@ -79,7 +79,6 @@ def batch() -> Batch:
         query_hash=shape(QUERIES, 2, dtype=jnp.uint32),
         doc_hash=shape(QUERIES, 2, 2, dtype=jnp.uint32),
         positive_hash=shape(QUERIES, 1, 2, dtype=jnp.uint32),
-        score=shape(QUERIES, dtype=jnp.float32),
         teacher_scores=shape(QUERIES, 2, dtype=jnp.float32),
         **of_queries,
     )

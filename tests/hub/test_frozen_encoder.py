@@ -23,10 +23,11 @@ from jaxembed.config import InfoNCEConfig, SourceConfig
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.data.batch import BatchBuilder, FrozenVectors, EncoderInput
 from jaxembed.data.batch_plan import BatchPlan
+from jaxembed.data.batch_sampler import BatchSampler
 from jaxembed.data.pipeline import iter_batches
 from jaxembed.data.sources import open_source
 from jaxembed.data.tokenize import TextTokenizer
-from jaxembed.devices.mesh import make_mesh
+from jaxembed.devices.mesh import all_shards, make_mesh
 from jaxembed.devices.placement import put_batch
 from jaxembed.errors import UserError
 from jaxembed.hub.base import find_base, write_spec
@@ -179,15 +180,15 @@ def builder(folder: Path, **others: Any) -> BatchBuilder:
         path = folder / f"{name}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         sources.append(open_source(SourceConfig(path=str(path), **options), folder))
-    spec = EmbeddingSpec(max_length=256)
-    tokenizer = TextTokenizer(tiny.tokenizer(), spec.max_length)
-    return BatchBuilder(sources, tokenizer, spec, row_length=256, hard_negatives=2, seed=0, shards=2, **others)
+    tokenizer = TextTokenizer(tiny.tokenizer(), EmbeddingSpec(max_length=256))
+    sampler = BatchSampler(sources=sources, tokenizer=tokenizer, hard_negatives=2, seed=0)
+    return BatchBuilder(sampler=sampler, row_length=256, shards=all_shards(2), **others)
 
 
 def test_the_vectors_of_a_batch_lie_at_its_texts(opened: FrozenEncoder, tmp_path: Path) -> None:
     build = builder(tmp_path, guide=opened.encode)
     ids = np.arange(20)
-    batch, examples = build(3, ids).batch, build.examples(3, ids)
+    batch, examples = build(3, ids).batch, build.sampler.sample(3, ids)
     assert batch.teacher is None
     found = batch.guide
     assert (found.queries.shape, found.documents.shape, found.documents.dtype) == ((20, 32), (20, 3, 32), np.float32)
@@ -213,7 +214,7 @@ def test_they_come_with_the_batches_of_a_run(opened: FrozenEncoder, tmp_path: Pa
         return np.array([[len(text.text), 1.0] for text in texts], np.float32)
 
     build = builder(tmp_path, guide=opened.encode, teacher=other)
-    plan = BatchPlan(build._sources, 8, seed=0)
+    plan = BatchPlan(build.sampler.sources, 8, seed=0)
     mesh = make_mesh(2)
     with jax.set_mesh(mesh):
         for step, host in enumerate(iter_batches(plan, build, 0, 3)):

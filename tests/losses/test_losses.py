@@ -13,50 +13,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.text_batches import TextRows, draw_unit_vectors, make_batch
 from jaxembed.config import InfoNCEConfig
 from jaxembed.data.batch import Batch
-from jaxembed.data.schema import text_hash
 from jaxembed.losses.encoded import Encoded
 from jaxembed.losses.infonce import info_nce
 from jaxembed.losses.negatives import in_batch_candidates, known_positive, texts_of
 from jaxembed.model.layers import unit_length
 from jaxembed.training.gradcache import pick
 
-Texts = list[list[str | None]]
-
-
-def batch_of(queries: list[str], documents: Texts, in_batch: list[bool] | None = None, positives: Any = None) -> Batch:
-    """A batch of these texts; None is an absent document. A query's positives are its first document if not given."""
-    positives = positives or [[row[0]] for row in documents]
-    most = max(3, *(len(texts) for texts in positives))
-    zero = np.zeros(2, np.uint32)
-    hashes = [[text_hash(text) if text is not None else zero for text in row] for row in documents]
-    known = [[*map(text_hash, texts), *[zero] * (most - len(texts))] for texts in positives]
-    b = len(queries)
-    batch = Batch(
-        texts=None,
-        query_slot=np.arange(b),
-        doc_slot=np.array([[-1 if text is None else 0 for text in row] for row in documents]),
-        in_batch=np.array(in_batch or [True] * b),
-        query_hash=np.array([text_hash(text) for text in queries]),
-        doc_hash=np.array(hashes),
-        positive_hash=np.array(known),
-        label=np.full(b, -1),
-        source=np.zeros(b, np.int32),
-        score=np.full(b, np.nan, np.float32),
-        teacher_scores=np.full((b, len(documents[0])), np.nan, np.float32),
-    )
-    return jax.tree.map(jnp.asarray, batch)
-
-
-def unit(random: np.random.Generator, *shape: int) -> np.ndarray:
-    x = random.normal(size=shape)
-    return x / np.linalg.norm(x, axis=-1, keepdims=True)
-
 
 def mask_of(*args: Any, **options: Any) -> list[list[int]]:
     """Rows of queries, columns of documents: a query's own further ones, and those that others lend it."""
-    batch = batch_of(*args, **options)
+    batch = make_batch(*args, **options)
     count, per_query = batch.doc_slot.shape
     queries, documents = texts_of(batch)
     queries, documents = queries.reshape(count, 1), documents.reshape(count * per_query)
@@ -74,7 +43,7 @@ def test_own_negatives_and_the_documents_of_others() -> None:
 
 
 def test_a_source_without_in_batch_negatives_neither_uses_nor_lends() -> None:
-    documents: Texts = [["A", "x"], ["B", "y"], ["C", "z"]]
+    documents: TextRows = [["A", "x"], ["B", "y"], ["C", "z"]]
     assert mask_of(["a", "b", "c"], documents, in_batch=[True, False, True]) == [
         [0, 1, 0, 0, 1, 1],
         [0, 0, 0, 1, 0, 0],
@@ -91,7 +60,7 @@ def test_documents_of_an_equal_query_are_no_negatives() -> None:
 
 
 def test_no_known_positive_is_a_negative() -> None:
-    documents: Texts = [["A", "B"], ["B", "x"], ["A2", "A"]]
+    documents: TextRows = [["A", "B"], ["B", "x"], ["A2", "A"]]
     assert mask_of(["a", "b", "c"], documents, positives=[["A", "A2"], ["B"], ["A2"]]) == [
         [0, 1, 1, 1, 0, 0],
         [1, 0, 0, 1, 1, 1],
@@ -107,7 +76,7 @@ def compiled(q: jax.Array, d: jax.Array, batch: Batch, temperature: float) -> An
 
 def test_the_loss_of_two_queries_is_the_constant_computed_by_hand() -> None:
     queries, documents = jnp.eye(2), jnp.array([[[1.0, 0.0]], [[0.6, 0.8]]])
-    loss, metrics = compiled(queries, documents, batch_of(["a", "b"], [["A"], ["B"]]), 0.5)
+    loss, metrics = compiled(queries, documents, make_batch(["a", "b"], [["A"], ["B"]]), 0.5)
     # log(1 + e^(1.2 - 2)) = 0.3711007 and log(1 + e^(0 - 1.6)) = 0.1839010
     assert float(loss) == pytest.approx(0.2775007, abs=1e-6)
     assert (float(metrics["accuracy"]), float(metrics["negatives"])) == (1.0, 1.0)
@@ -115,20 +84,20 @@ def test_the_loss_of_two_queries_is_the_constant_computed_by_hand() -> None:
 
 def test_a_hard_negative_and_a_wrong_answer_by_hand() -> None:
     queries, documents = jnp.array([[1.0, 0.0]]), jnp.array([[[0.6, 0.8], [0.8, 0.6], [0.0, 0.0]]])
-    loss, metrics = compiled(queries, documents, batch_of(["a"], [["A", "x", None]]), 0.1)
+    loss, metrics = compiled(queries, documents, make_batch(["a"], [["A", "x", None]]), 0.1)
     assert float(loss) == pytest.approx(math.log(1 + math.exp(2)), rel=1e-6)
     assert (float(metrics["accuracy"]), float(metrics["negatives"])) == (0.0, 1.0)
 
 
 def test_the_lowest_temperature_overflows_nowhere() -> None:
     queries, documents = jnp.eye(2), jnp.array([[[0.0, 1.0]], [[1.0, 0.0]]])  # every answer is the worst one
-    loss = compiled(queries, documents, batch_of(["a", "b"], [["A"], ["B"]]), 0.001)[0]
+    loss = compiled(queries, documents, make_batch(["a", "b"], [["A"], ["B"]]), 0.001)[0]
     assert float(loss) == pytest.approx(1000.0)
 
 
 def test_a_query_without_negatives_has_neither_loss_nor_gradient() -> None:
     queries, documents = jnp.eye(2), jnp.eye(2)[:, None]
-    batch = batch_of(["a", "b"], [["A"], ["B"]], in_batch=[False, False])
+    batch = make_batch(["a", "b"], [["A"], ["B"]], in_batch=[False, False])
     loss, grads = jax.value_and_grad(lambda q, d: compiled(q, d, batch, 0.1)[0], argnums=(0, 1))(queries, documents)
     assert float(loss) == 0.0
     assert not any(np.asarray(grad).any() for grad in grads)
@@ -168,21 +137,21 @@ def loop(q: np.ndarray, d: np.ndarray, case: tuple[Any, ...], temperature: float
 def test_any_batch_has_the_loss_of_a_plain_loop(case: tuple[Any, ...]) -> None:
     queries, documents, in_batch, positives, seed = case
     random = np.random.default_rng(seed)
-    q, d = unit(random, len(queries), 6), unit(random, len(queries), len(documents[0]), 6)
-    loss, metrics = compiled(jnp.array(q), jnp.array(d), batch_of(queries, documents, in_batch, positives), 0.2)
+    q, d = draw_unit_vectors(random, len(queries), 6), draw_unit_vectors(random, len(queries), len(documents[0]), 6)
+    loss, metrics = compiled(jnp.array(q), jnp.array(d), make_batch(queries, documents, in_batch, positives), 0.2)
     expected, met = loop(q, d, case, 0.2)
     assert float(loss) == pytest.approx(expected, rel=1e-5, abs=1e-6)
     assert float(metrics["negatives"]) == pytest.approx(met)
 
 
-DOCUMENTS: Texts = [["A", "x", None], ["B", "A", "y"], ["C", "z", "z2"], ["D", None, None]]
-MIXED = batch_of(list("abca"), DOCUMENTS, in_batch=[True, False, True, True], positives=[["A"], ["B"], ["C", "x"], ["D"]])
+DOCUMENTS: TextRows = [["A", "x", None], ["B", "A", "y"], ["C", "z", "z2"], ["D", None, None]]
+MIXED = make_batch(list("abca"), DOCUMENTS, in_batch=[True, False, True, True], positives=[["A"], ["B"], ["C", "x"], ["D"]])
 
 
 def test_gradients_are_those_of_finite_differences() -> None:
     random = np.random.default_rng(0)
     with jax.enable_x64(True):
-        q, d = jnp.array(unit(random, 4, 6)), jnp.array(unit(random, 4, 3, 6))
+        q, d = jnp.array(draw_unit_vectors(random, 4, 6)), jnp.array(draw_unit_vectors(random, 4, 3, 6))
 
         def loss(q: jax.Array, d: jax.Array) -> jax.Array:
             return compiled(q, d, MIXED, 0.1)[0]
@@ -199,7 +168,7 @@ def test_gradients_are_those_of_finite_differences() -> None:
 
 def test_no_gradient_crosses_where_documents_are_not_lent() -> None:
     random = np.random.default_rng(0)
-    q, d = jnp.array(unit(random, 4, 6)), jnp.array(unit(random, 4, 3, 6))
+    q, d = jnp.array(draw_unit_vectors(random, 4, 6)), jnp.array(draw_unit_vectors(random, 4, 3, 6))
     of_query = jax.grad(lambda q, d: compiled(q, d, MIXED, 0.1)[0])
     crossing = np.abs(jax.jacobian(of_query, argnums=1)(q, d)).sum(axis=(1, 4))  # [query, owner, document]
     mixes = crossing.sum(axis=2) > 0
@@ -229,7 +198,7 @@ def test_absent_slots_have_zero_vectors_and_zero_gradients() -> None:
 
 def test_texts_of_padding_give_zero_gradients_and_no_nan() -> None:
     vectors = jnp.array(np.random.default_rng(0).normal(size=(1, 8, 6))).at[:, 6:].set(0.0)
-    batch = batch_of(["a", "b"], [["A", "x"], ["B", None]]).replace(
+    batch = make_batch(["a", "b"], [["A", "x"], ["B", None]]).replace(
         query_slot=jnp.array([0, 1]), doc_slot=jnp.array([[2, 3], [4, -1]])
     )
 

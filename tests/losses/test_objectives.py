@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers.sentence_transformer import losses as theirs
-from test_losses import batch_of, unit
 
+from helpers.text_batches import ALL_DIRECTIONS, draw_unit_vectors, make_batch
 from jaxembed.config import (
     DistillationConfig,
     EmbeddingMatchingConfig,
@@ -23,7 +23,7 @@ from jaxembed.config import (
     ObjectiveConfig,
     SpreadOutConfig,
 )
-from jaxembed.data.batch import Batch, OtherVectors
+from jaxembed.data.batch import Batch, FrozenVectors
 from jaxembed.devices.mesh import make_mesh
 from jaxembed.devices.placement import put_batch
 from jaxembed.losses import blockwise, infonce
@@ -32,7 +32,6 @@ from jaxembed.losses.objectives import OBJECTIVES, Objectives
 from jaxembed.model.layers import unit_length
 
 B, K, D, G = 8, 2, 6, 5
-ALL = ("query_document", "query_query", "document_query", "document_document")
 # Queries and documents repeat, some sources lend nothing, some documents are absent, queries have labels.
 QUERIES = list("abcadefg")
 DOCUMENTS: list[list[str | None]] = [
@@ -45,9 +44,11 @@ LABELS, SOURCES = [0, 0, 1, -1, 1, -1, 1, 0], [0, 0, 0, 0, 1, 0, 0, 0]
 
 
 def a_batch(random: np.random.Generator, dtype: Any = jnp.float64) -> Batch:
-    guide = OtherVectors(jnp.array(unit(random, B, G), dtype), jnp.array(unit(random, B, 1 + K, G), dtype))
+    guide = FrozenVectors(
+        jnp.array(draw_unit_vectors(random, B, G), dtype), jnp.array(draw_unit_vectors(random, B, 1 + K, G), dtype)
+    )
     scores = np.where(random.uniform(size=(B, 1 + K)) < 0.2, np.nan, random.normal(size=(B, 1 + K)))
-    batch = batch_of(QUERIES, DOCUMENTS, IN_BATCH, POSITIVES)
+    batch = make_batch(QUERIES, DOCUMENTS, IN_BATCH, POSITIVES)
     return batch.replace(
         label=jnp.array(LABELS), source=jnp.array(SOURCES), guide=guide, teacher=guide, teacher_scores=jnp.array(scores)
     )
@@ -55,7 +56,9 @@ def a_batch(random: np.random.Generator, dtype: Any = jnp.float64) -> Batch:
 
 def vectors(random: np.random.Generator, dtype: Any = jnp.float64) -> tuple[jax.Array, jax.Array]:
     present = np.array([[text is not None for text in row] for row in DOCUMENTS])
-    return jnp.array(unit(random, B, D), dtype), jnp.array(unit(random, B, 1 + K, D) * present[..., None], dtype)
+    return jnp.array(draw_unit_vectors(random, B, D), dtype), jnp.array(
+        draw_unit_vectors(random, B, 1 + K, D) * present[..., None], dtype
+    )
 
 
 TEXTS = {
@@ -116,12 +119,12 @@ INFONCE = {
     "default": InfoNCEConfig(temperature=0.1),
     "hard": InfoNCEConfig(temperature=0.1, negatives="hard"),
     "in_batch": InfoNCEConfig(temperature=0.1, negatives="in_batch"),
-    "gte": InfoNCEConfig(temperature=0.1, directions=ALL),
-    "samtone": InfoNCEConfig(temperature=0.1, directions=ALL[:2]),
+    "gte": InfoNCEConfig(temperature=0.1, directions=ALL_DIRECTIONS),
+    "samtone": InfoNCEConfig(temperature=0.1, directions=ALL_DIRECTIONS[:2]),
     "symmetric": InfoNCEConfig(temperature=0.1, directions=("query_document", "document_query"), per_direction=True),
-    "labels": InfoNCEConfig(temperature=0.1, directions=ALL, mask_same_label=True),
-    "margin": InfoNCEConfig(temperature=0.1, directions=ALL, margin=0.1),
-    "guide": InfoNCEConfig(temperature=0.1, directions=ALL, guide="a model", guide_margin=0.05),
+    "labels": InfoNCEConfig(temperature=0.1, directions=ALL_DIRECTIONS, mask_same_label=True),
+    "margin": InfoNCEConfig(temperature=0.1, directions=ALL_DIRECTIONS, margin=0.1),
+    "guide": InfoNCEConfig(temperature=0.1, directions=ALL_DIRECTIONS, guide="a model", guide_margin=0.05),
     "relative guide": InfoNCEConfig(temperature=0.1, guide="a model", guide_margin=0.05, guide_margin_kind="relative"),
     "focal": InfoNCEConfig(temperature=0.1, focal=0.5),
     "hardness": InfoNCEConfig(temperature=0.1, hardness=5.0),
@@ -173,13 +176,13 @@ def test_nothing_of_the_size_of_all_pairs_exists() -> None:
     """Temporary memory of value and gradient grows with the batch, not with its square."""
 
     def temporary(count: int, config: InfoNCEConfig) -> int:
-        shapes = jax.eval_shape(lambda: batch_of(["a"] * 8, [["b", "c"]] * 8))
+        shapes = jax.eval_shape(lambda: make_batch(["a"] * 8, [["b", "c"]] * 8))
         batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype), shapes)
         q, d = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((count, 16), (count, 2, 16)))
         grad = jax.jit(jax.grad(lambda q, d, b: infonce.info_nce(config, encoded(q, d, b))[0], argnums=(0, 1)))
         return int(grad.lower(q, d, batch).compile().memory_analysis().temp_size_in_bytes)
 
-    for config in (InfoNCEConfig(), InfoNCEConfig(directions=ALL, margin=0.1, mask_same_label=True)):
+    for config in (InfoNCEConfig(), InfoNCEConfig(directions=ALL_DIRECTIONS, margin=0.1, mask_same_label=True)):
         small, large = temporary(4096, config), temporary(65536, config)
         assert large < 17 * small
         assert large < 65536**2 / 4  # a sixteenth of all scores
@@ -190,7 +193,7 @@ def numbers(
 ) -> tuple[float, np.ndarray]:
     """Loss and its gradient by the queries."""
     names = [f"q{i}" for i in range(len(q))]
-    batch = batch or batch_of(names, [[f"{name} {k}" for k in range(d.shape[1])] for name in names])
+    batch = batch or make_batch(names, [[f"{name} {k}" for k in range(d.shape[1])] for name in names])
 
     def loss(q: jax.Array) -> jax.Array:
         return OBJECTIVES[config.name](config, encoded(unit_length(q), jnp.array(d), batch, params=params or {}))[0]
@@ -219,7 +222,7 @@ def agree(ours: tuple[float, np.ndarray], reference: tuple[float, np.ndarray]) -
     ("config", "options"),
     [
         (InfoNCEConfig(), {}),
-        (InfoNCEConfig(directions=ALL), {"directions": ALL}),
+        (InfoNCEConfig(directions=ALL_DIRECTIONS), {"directions": ALL_DIRECTIONS}),
         (
             InfoNCEConfig(directions=("query_document", "document_query"), per_direction=True),
             {"directions": ("query_document", "document_query"), "partition_mode": "per_direction"},
@@ -234,7 +237,7 @@ def agree(ours: tuple[float, np.ndarray], reference: tuple[float, np.ndarray]) -
 )  # fmt: skip
 def test_infonce_is_that_of_sentence_transformers(config: InfoNCEConfig, options: dict[str, Any]) -> None:
     random = np.random.default_rng(1)
-    q, d = unit(random, 5, 8), unit(random, 5, 3, 8)
+    q, d = draw_unit_vectors(random, 5, 8), draw_unit_vectors(random, 5, 3, 8)
     if "directions" in options:
         names = tuple(name.replace("document", "doc").replace("_", "_to_") for name in options["directions"])
         options = options | {"directions": names}
@@ -244,7 +247,7 @@ def test_infonce_is_that_of_sentence_transformers(config: InfoNCEConfig, options
 
 def test_spread_out_is_that_of_sentence_transformers() -> None:
     random = np.random.default_rng(1)
-    q, d = (unit(random, *shape).astype(np.float32) + 0.3 for shape in ((7, 6), (7, 1, 6)))
+    q, d = (draw_unit_vectors(random, *shape).astype(np.float32) + 0.3 for shape in ((7, 6), (7, 1, 6)))
     q, d = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (q, d))
     loss = theirs.GlobalOrthogonalRegularizationLoss(None, aggregation="sum")
     agree(numbers(SpreadOutConfig(), q, d), in_torch(loss, q, d))
@@ -252,9 +255,9 @@ def test_spread_out_is_that_of_sentence_transformers() -> None:
 
 def test_distillation_is_that_of_sentence_transformers() -> None:
     random = np.random.default_rng(1)
-    q, d = unit(random, 5, 8).astype(np.float32), unit(random, 5, 3, 8).astype(np.float32)
+    q, d = draw_unit_vectors(random, 5, 8).astype(np.float32), draw_unit_vectors(random, 5, 3, 8).astype(np.float32)
     scores = random.normal(size=(5, 3)).astype(np.float32)
-    batch = batch_of(list("abcde"), [[f"{c}{k}" for k in range(3)] for c in "abcde"])
+    batch = make_batch(list("abcde"), [[f"{c}{k}" for k in range(3)] for c in "abcde"])
     batch = batch.replace(teacher_scores=jnp.array(scores))
     labels = torch.tensor(scores)
     reference = in_torch(theirs.DistillKLDivLoss(None, temperature=0.5), q, d, labels)
@@ -266,10 +269,10 @@ def test_distillation_is_that_of_sentence_transformers() -> None:
 @pytest.mark.parametrize("width", [8, 5])
 def test_embedding_matching_is_that_of_sentence_transformers(width: int) -> None:
     random = np.random.default_rng(1)
-    q, d = unit(random, 5, 8).astype(np.float32), unit(random, 5, 3, 8).astype(np.float32)
-    teacher = unit(random, 5, 4, width).astype(np.float32)
-    batch = batch_of(list("abcde"), [[f"{c}{k}" for k in range(3)] for c in "abcde"])
-    batch = batch.replace(teacher=OtherVectors(jnp.array(teacher[:, 0]), jnp.array(teacher[:, 1:])))
+    q, d = draw_unit_vectors(random, 5, 8).astype(np.float32), draw_unit_vectors(random, 5, 3, 8).astype(np.float32)
+    teacher = draw_unit_vectors(random, 5, 4, width).astype(np.float32)
+    batch = make_batch(list("abcde"), [[f"{c}{k}" for k in range(3)] for c in "abcde"])
+    batch = batch.replace(teacher=FrozenVectors(jnp.array(teacher[:, 0]), jnp.array(teacher[:, 1:])))
     config = EmbeddingMatchingConfig(teacher="a model")
     params = Objectives([config]).new_params(8, width, jax.random.key(0)).get("embedding_matching", {})
     loss = theirs.EmbedDistillLoss(None, distance_metric="cosine")
@@ -278,13 +281,13 @@ def test_embedding_matching_is_that_of_sentence_transformers(width: int) -> None
         loss.projection.weight.data = torch.tensor(np.asarray(params["kernel"]).T)
     reference = in_torch(loss, q, d, [torch.tensor(teacher[:, i]) for i in range(4)])
     ours = numbers(config, q, d, batch, params)
-    agree(ours, (2 * reference[0], 2 * reference[1]))  # |a - b|^2 = 2 (1 - cos) of unit vectors
+    agree(ours, (2 * reference[0], 2 * reference[1]))  # |a - b|^2 = 2 (1 - cos) of draw_unit_vectors vectors
 
 
 def test_hard_labels_and_missing_scores_by_hand() -> None:
     q, d = jnp.array([[1.0, 0.0], [1.0, 0.0]]), jnp.array([[[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]] * 2)
     scores = jnp.array([[2.0, 1.0, math.nan], [1.0, math.nan, math.nan]])  # the second query has nothing to compare
-    batch = batch_of(["a", "b"], [["A", "x", "y"], ["B", "z", "w"]]).replace(teacher_scores=scores)
+    batch = make_batch(["a", "b"], [["A", "x", "y"], ["B", "z", "w"]]).replace(teacher_scores=scores)
     p = 1 / (1 + math.exp(-0.4 / 0.5))
     t = 1 / (1 + math.exp(-1.0))
     kl = t * math.log(t / p) + (1 - t) * math.log((1 - t) / (1 - p))
@@ -323,8 +326,8 @@ def test_mixed_negatives_lie_between_a_querys_own() -> None:
     assert np.allclose(np.linalg.norm(first, axis=-1), 1, atol=1e-6) and not first[:, 2].any()
     weight = first[:, 0] / (first[:, 0] + first[:, 1])
     assert 0.4 < weight.mean() < 0.6 and 0.03 < weight.var() < 0.07  # Beta(2, 2): 1/2 and 1/20
-    q = jnp.array(unit(np.random.default_rng(0), 2, 3), jnp.float32)
-    batch = batch_of(["a", "b"], [["A", "x", "y", None], ["B", "z", None, None]])
+    q = jnp.array(draw_unit_vectors(np.random.default_rng(0), 2, 3), jnp.float32)
+    batch = make_batch(["a", "b"], [["A", "x", "y", None], ["B", "z", None, None]])
     documents = jnp.concatenate([q[:, None], negatives * present[..., None]], axis=1)
     _, told = infonce.info_nce(InfoNCEConfig(negatives="hard", mixed_negatives=4), encoded(q, documents, batch))
     assert float(told["negatives"]) == pytest.approx((2 + 4 + 1) / 2)

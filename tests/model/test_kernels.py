@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from test_gradcache import every_slot
 
 from helpers.loading import draw_texts, in_rows, load
+from helpers.training_batches import list_all_slots
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.devices.mesh import make_mesh, target_platform
 from jaxembed.devices.placement import put_batch
@@ -125,7 +125,7 @@ def test_a_model_with_splash_has_the_gradients_of_one_without(
         key = jax.random.key(0)
 
         def total(params: Any, texts: Any, model: Any = model, rows: Any = rows, key: Any = key) -> jax.Array:
-            vectors = encode(model, params, texts, every_slot(texts), key, rows)
+            vectors = encode(model, params, texts, list_all_slots(texts), key, rows)
             return jnp.sum(vectors * weights.reshape(vectors.shape))
 
         with jax.set_mesh(mesh):

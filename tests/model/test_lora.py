@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,14 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from helpers import tiny
+from helpers.adapters import load_adapted
 from helpers.loading import draw_texts, in_rows, load, vectors
-from helpers.runs import losses, prepare, settings
+from helpers.runs import losses, prepare, settings, train_until_stopped
 from jaxembed import Embedder
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.errors import UserError
 from jaxembed.hub.card import Card
 from jaxembed.hub.export import export
-from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.model.layers import Linear
 from jaxembed.model.lora import TARGETS, LoRA, join, merge, split
 from jaxembed.runs.train import train
@@ -36,14 +35,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepare(tmp_path_factory.mktemp("lora"))
 
 
-def adapted(base: Path, lora: LoRA, seed: int = 0) -> tuple[EmbeddingModel, Any]:
-    """A model with random adapters, whose `lora_b` is not zero."""
-    model, params = load(base, EmbeddingSpec(), lora=lora)
-    random, flat = np.random.default_rng(seed), flatten_dict(params)
-    drawn = {path: jnp.asarray(random.normal(0, 0.3, x.shape), x.dtype) for path, x in flat.items() if "lora" in path[-1]}
-    return model, unflatten_dict(flat | drawn)
-
-
 def test_the_update_is_that_of_the_paper() -> None:
     random = np.random.default_rng(0)
     x, w, a, b = (jnp.asarray(random.normal(size=shape), jnp.float32) for shape in ((5, 6), (6, 4), (6, 2), (2, 4)))
@@ -55,7 +46,7 @@ def test_the_update_is_that_of_the_paper() -> None:
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 def test_merged_is_unmerged(base_folder: Folder, family: str) -> None:
     lora = LoRA(rank=3, alpha=6.0)
-    model, params = adapted(base_folder(family), lora)
+    model, params = load_adapted(base_folder(family), lora)
     packed = in_rows(draw_texts((5, 20, 9)), 32)
     plain, _ = load(base_folder(family), EmbeddingSpec())
     unmerged = vectors(model, params, *packed)
@@ -79,9 +70,9 @@ def test_targets_and_sizes(base_folder: Folder) -> None:
 
 def test_dropout_is_drawn_in_training_alone(base_folder: Folder) -> None:
     lora = LoRA(rank=4, alpha=8.0, dropout=0.5)
-    model, params = adapted(base_folder("qwen2"), lora)
+    model, params = load_adapted(base_folder("qwen2"), lora)
     packed, _ = in_rows(draw_texts((5, 20)), 32)
-    without, _ = adapted(base_folder("qwen2"), LoRA(rank=4, alpha=8.0))
+    without, _ = load_adapted(base_folder("qwen2"), LoRA(rank=4, alpha=8.0))
     same = [jax.jit(one.apply)({"params": params}, packed) for one in (model, without)]
     assert np.array_equal(*same)
     training = jax.jit(model.clone(lora=lora.training()).apply)
@@ -117,7 +108,7 @@ def test_adapters_train_resume_and_go_out_merged(folder: Path, tmp_path: Path) -
     nv_embed.append("eval.sets=[]")
     whole = train(settings(folder, "whole", *nv_embed, "train.steps=4"))
     half = settings(folder, "half", *nv_embed, "train.steps=4")
-    stop_after(half, 2)
+    train_until_stopped(half, 2)
     assert len(losses(folder / "half")) == 2
     train(half)
     assert losses(folder / "half") == losses(folder / "whole")
@@ -136,26 +127,6 @@ def test_adapters_train_resume_and_go_out_merged(folder: Path, tmp_path: Path) -
 
 def split_of(base: Path) -> tuple[Any, Any]:
     return split(load(base, EmbeddingSpec(pooling="latent_attention", latents=5), lora=LoRA(16, 32.0))[1])
-
-
-def stop_after(config: Any, steps: int) -> None:
-    """Trains, and stops as a SIGTERM in that step would."""
-    from jaxembed.errors import Stopped
-    from jaxembed.training import loop
-
-    real = loop.Recorder.advance
-    done = 0
-
-    def advance(self: Any) -> None:
-        nonlocal done
-        real(self)
-        done += 1
-        if done == steps - 1:
-            signal.raise_signal(signal.SIGTERM)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(loop.Recorder, "advance", advance)
-        train(config)
 
 
 def test_the_base_of_adapters_must_be_the_one_they_were_trained_on(folder: Path, tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from test_lora import adapted
 
+from helpers.adapters import load_adapted
 from helpers.loading import draw_texts, in_rows, load, vectors
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.devices.mesh import make_mesh
@@ -54,13 +54,13 @@ def test_the_product_is_that_of_the_dequantised_kernel(dtype: str) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_merged_is_unmerged(base_folder: Folder, dtype: str) -> None:
     lora = LoRA(rank=3, alpha=6.0, base_dtype=dtype)
-    model, params = adapted(base_folder("qwen2"), lora)
+    model, params = load_adapted(base_folder("qwen2"), lora)
     model, packed = model.clone(compute=Compute(unroll=False)), in_rows(draw_texts((5, 20, 9)), 32)
     unmerged, merged = vectors(model, params, *packed), merge(params, lora)
     assert {x.dtype.name for x in jax.tree.leaves(merged)} == {"float32"}
     plain = model.clone(lora=None)
     np.testing.assert_allclose(vectors(plain, merged, *packed), unmerged, atol=1e-5)
-    exact = merge(adapted(base_folder("qwen2"), LoRA(rank=3, alpha=6.0))[1], lora)
+    exact = merge(load_adapted(base_folder("qwen2"), LoRA(rank=3, alpha=6.0))[1], lora)
     rounded = np.abs(vectors(plain, exact, *packed) - unmerged).max()
     assert 1e-4 < rounded < 0.05
 
@@ -92,7 +92,7 @@ def test_what_is_loaded_is_as_the_model_declares_it(base_folder: Folder) -> None
 
 def test_a_peft_base_is_merged_before_it_is_rounded(base_folder: Folder, tmp_path: Path) -> None:
     lora = LoRA(2, 8.0, targets=("q_proj", "down_proj"))
-    _, params = adapted(base_folder("qwen3"), lora)
+    _, params = load_adapted(base_folder("qwen3"), lora)
     write_adapters(tmp_path, params, lora, str(base_folder("qwen3")))
     base, exact = find_base(str(tmp_path)), flatten_dict(merge(params, lora))
     model = EmbeddingModel(base.decoder, base.spec, lora=LoRA(2, 8.0, base_dtype="int8"))

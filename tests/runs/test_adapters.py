@@ -20,9 +20,10 @@ from jaxembed.config import InfoNCEConfig, OptimConfig
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.data.batch import BatchBuilder
 from jaxembed.data.batch_plan import BatchPlan
+from jaxembed.data.batch_sampler import BatchSampler
 from jaxembed.data.sources import Source, open_source
 from jaxembed.data.tokenize import TextTokenizer, append_eos
-from jaxembed.devices.mesh import make_mesh
+from jaxembed.devices.mesh import all_shards, make_mesh
 from jaxembed.devices.placement import put_batch, replicated_sharding
 from jaxembed.errors import UserError
 from jaxembed.evaluate import load_encoder
@@ -70,10 +71,9 @@ def opened(root: Path, *adapters: str) -> list[Source]:
 def builder(sources: list[Source], adapters: tuple[str, ...]) -> BatchBuilder:
     tokenizer = tiny.tokenizer()
     append_eos(tokenizer)
-    return BatchBuilder(
-        sources, TextTokenizer(tokenizer, 32), EmbeddingSpec(max_length=32), row_length=64, hard_negatives=0, seed=0, shards=1,
-        adapters=adapters,
-    )  # fmt: skip
+    tokenizer = TextTokenizer(tokenizer, EmbeddingSpec(max_length=32))
+    sampler = BatchSampler(sources=sources, tokenizer=tokenizer, hard_negatives=0, seed=0)
+    return BatchBuilder(sampler=sampler, row_length=64, shards=all_shards(1), adapters=adapters)
 
 
 def test_batches_of_adapters_mix_by_the_weights_of_their_sources(folder: Path) -> None:
@@ -88,14 +88,14 @@ def test_batches_of_adapters_mix_by_the_weights_of_their_sources(folder: Path) -
     assert np.array_equal(plan[17], BatchPlan(sources, 8, seed=0)[17])
     one, unnamed = (BatchPlan(opened(folder, *names), 8, seed=0) for names in (("a", "a"), ("", "")))
     assert all(np.array_equal(one[step], unnamed[step]) for step in range(20))
-    with pytest.raises(UserError, match="batch_size is 100, but the sources of adapter retrieval hold 96 examples"):
+    with pytest.raises(UserError, match=r"batch_size: 100 is more than the examples of the sources of adapter retrieval \(96\)"):
         BatchPlan(sources, 100, seed=0)
 
 
 def test_a_batch_of_two_adapters_is_refused(folder: Path) -> None:
     build = builder(opened(folder, *NAMES), NAMES)
     assert build(0, np.arange(96, 104)).batch.adapter == 1
-    told = r"a batch trains one adapter, this one holds examples of retrieval \(source pairs\), sts \(source pairs\)"
+    told = r"batch: trains several adapters: retrieval \(source pairs\), sts \(source pairs\); expected one"
     with pytest.raises(UserError, match=told):
         build(0, np.arange(92, 100))
 

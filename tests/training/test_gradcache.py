@@ -11,11 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_losses import unit
-from test_objectives import ALL
-from test_step import SPEC, host_batches, source
 
 from helpers.loading import load
+from helpers.text_batches import ALL_DIRECTIONS, draw_unit_vectors
+from helpers.training_batches import SPEC, assert_trees_close, build_host_batches, list_all_slots
 from jaxembed.config import (
     DistillationConfig,
     EmbeddingMatchingConfig,
@@ -24,8 +23,7 @@ from jaxembed.config import (
     MatryoshkaConfig,
     SpreadOutConfig,
 )
-from jaxembed.data.batch import Batch, OtherVectors
-from jaxembed.data.packing import PackedTexts
+from jaxembed.data.batch import Batch, FrozenVectors
 from jaxembed.data.sources import Source
 from jaxembed.devices.mesh import make_mesh
 from jaxembed.devices.placement import put_batch
@@ -36,11 +34,10 @@ from jaxembed.model.lora import LoRA, join, split
 from jaxembed.training.gradcache import encode
 from jaxembed.training.step import OBJECTIVES, batch_loss
 
-__all__ = ["source"]
 Folder = Callable[[str], Path]
 KEY, CHUNK = jax.random.key(3), 6
 FOUR_DIRECTIONS = Objectives(
-    [InfoNCEConfig(temperature=0.2, directions=ALL, margin=0.1), SpreadOutConfig()], MatryoshkaConfig(dims=(8,))
+    [InfoNCEConfig(temperature=0.2, directions=ALL_DIRECTIONS, margin=0.1), SpreadOutConfig()], MatryoshkaConfig(dims=(8,))
 )
 ALL_OTHERS = Objectives(
     [
@@ -57,22 +54,9 @@ def with_teacher(batch: Batch, width: int) -> Batch:
     """The batch with random vectors and scores of another model."""
     random = np.random.default_rng(0)
     shapes = batch.query_slot.shape, batch.doc_slot.shape
-    other = OtherVectors(*(unit(random, *shape, width).astype(np.float32) for shape in shapes))
+    other = FrozenVectors(*(draw_unit_vectors(random, *shape, width).astype(np.float32) for shape in shapes))
     scores = random.normal(size=batch.doc_slot.shape).astype(np.float32)
     return batch.replace(teacher_scores=scores, guide=other, teacher=other)
-
-
-def close(a: Any, b: Any) -> None:
-    for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
-        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-        assert np.linalg.norm(x) > 1e-7, path
-        assert np.linalg.norm(x - y) <= 1e-5 * np.linalg.norm(x), path
-
-
-def every_slot(texts: PackedTexts) -> jax.Array:
-    """All slots of a batch, one a row, also those that hold no text."""
-    of_shard = jnp.arange(len(texts.tokens) // texts.shards * texts.segments, dtype=jnp.int32)
-    return jnp.tile(of_shard, texts.shards)[:, None]
 
 
 def compiled(model: EmbeddingModel, objectives: Objectives, params: Any, batch: Any, rows: int | None) -> jax.stages.Compiled:
@@ -89,7 +73,7 @@ def test_gradients_are_those_of_the_whole_batch(
     params |= {OBJECTIVES: objectives.new_params(model.width, 5, KEY)}
     assert params[OBJECTIVES].keys() == ({"infonce", "embedding_matching"} if objectives is ALL_OTHERS else set())
     mesh = make_mesh(devices)
-    host = with_teacher(host_batches(source, devices, 1, row_length=32)[0].batch, 5)
+    host = with_teacher(build_host_batches(source, devices, 1, row_length=32)[0].batch, 5)
     rows = len(host.texts.tokens) // devices
     chunk = 4 if devices == 1 else 2
     assert rows % chunk and rows > chunk
@@ -98,7 +82,7 @@ def test_gradients_are_those_of_the_whole_batch(
         whole, cached = (compiled(model, objectives, params, batch, at_once) for at_once in (None, chunk))
         (loss, grads), (cached_loss, cached_grads) = whole(params, batch), cached(params, batch)
     assert float(cached_loss) == pytest.approx(float(loss), rel=1e-6)
-    close(grads, cached_grads)
+    assert_trees_close(grads, cached_grads)
     if devices > 1:  # every device sums the gradients of its own chunks; they cross devices after the loop, once
         assert "all-reduce" in cached.as_text()
         assert not [body for body in bodies(cached.as_text()) if "all-reduce" in body]
@@ -116,7 +100,7 @@ def test_a_chunk_is_encoded_with_the_same_dropout_twice(base_folder: Folder, sou
     lora = LoRA(4, 8.0, dropout=0.3, deterministic=False)
     model, params = load(base_folder("qwen2"), SPEC, 1, lora=lora)
     trained, frozen = split(params)
-    texts = host_batches(source, 1, 1, row_length=32)[0].batch.texts
+    texts = build_host_batches(source, 1, 1, row_length=32)[0].batch.texts
     count = len(texts.tokens) // CHUNK
     texts = jax.tree.map(lambda x: jnp.asarray(x[: count * CHUNK]), texts)  # whole chunks
     keys = jax.random.split(KEY, (1, count))[0]
@@ -133,7 +117,7 @@ def test_a_chunk_is_encoded_with_the_same_dropout_twice(base_folder: Folder, sou
         return jnp.sum(vectors * weights)
 
     def cached(trained: Any) -> jax.Array:
-        vectors = encode(model, join(trained, frozen), texts, every_slot(texts), KEY, CHUNK)
+        vectors = encode(model, join(trained, frozen), texts, list_all_slots(texts), KEY, CHUNK)
         return jnp.sum(vectors * weights.reshape(vectors.shape))
 
     assert count > 1 and len(texts.tokens) % CHUNK == 0

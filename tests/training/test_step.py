@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from itertools import cycle, islice
@@ -16,14 +15,10 @@ import optax
 import pytest
 from jax.sharding import Mesh
 
-from helpers import tiny
 from helpers.loading import load
-from jaxembed.config import InfoNCEConfig, OptimConfig, PythonPackagesConfig, SourceConfig
-from jaxembed.config.spec import EmbeddingSpec
-from jaxembed.data.batch import BatchBuilder, HostBatch
-from jaxembed.data.batch_plan import BatchPlan
-from jaxembed.data.sources import Source, open_source
-from jaxembed.data.tokenize import TextTokenizer, append_eos
+from helpers.training_batches import BATCH_SIZE, SPEC, build_host_batches
+from jaxembed.config import InfoNCEConfig, OptimConfig
+from jaxembed.data.sources import Source
 from jaxembed.devices.mesh import make_mesh, shard_count
 from jaxembed.devices.placement import put_batch, replicated_sharding
 from jaxembed.losses.objectives import Objectives
@@ -32,39 +27,6 @@ from jaxembed.training.optim import learning_rate, make_optimizer
 from jaxembed.training.step import TrainState, batch_loss, make_train_step
 
 Folder = Callable[[str], Path]
-SPEC = EmbeddingSpec(attention="bidirectional", pooling="mean", max_length=16)
-BATCH = 16
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    """Queries whose positives share their letters; two hard negatives each."""
-    random = np.random.default_rng(0)
-
-    def text(letters: np.ndarray) -> str:
-        return " ".join(random.permutation(letters)[: random.integers(3, 7)])
-
-    rows = []
-    for _ in range(64):
-        own, other = random.permutation(list(LETTERS))[:12].reshape(2, 6)
-        rows.append({"query": text(own), "pos": [text(own)], "neg": [text(other), text(other)]})
-    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return open_source(SourceConfig(path=str(path)), PythonPackagesConfig(), path.parent)
-
-
-def host_batches(source: Source, shards: int, steps: int, row_length: int = 128) -> list[HostBatch]:
-    tokenizer = tiny.tokenizer()
-    append_eos(tokenizer)
-    build = BatchBuilder(
-        [source], TextTokenizer(tokenizer, SPEC.max_length), SPEC, row_length=row_length, hard_negatives=2, seed=0,
-        shards=shards,
-    )  # fmt: skip
-    plan = BatchPlan([source], BATCH, seed=0)
-    return [build(step, plan[step]) for step in range(steps)]
-
-
 def new_state(params: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     params = jax.tree.map(jnp.copy, params)  # a step consumes its state
     everywhere = replicated_sharding(mesh)
@@ -90,7 +52,7 @@ def run(
     state, metrics = new_state(params, optimizer, mesh), []
     objectives, placed = Objectives([InfoNCEConfig(temperature=temperature)]), jax.tree.map(lambda x: x.sharding, state)
     step = make_train_step(model, objectives, optimizer, learning_rate(optim, steps), shardings=placed)
-    few = host_batches(source, shard_count(mesh), 2, row_length)
+    few = build_host_batches(source, shard_count(mesh), 2, row_length)
     for host in islice(cycle(few), steps):
         with jax.set_mesh(mesh):
             state, values = step(state, put_batch(mesh, host.batch))
@@ -117,7 +79,7 @@ def test_training_reduces_the_loss_and_reports_itself(base_folder: Folder, sourc
     state, losses, metrics = run(model, params, source, make_mesh(1), 24)
     assert losses[-4:].mean() < 0.7 * losses[:4].mean()
     assert metrics[-1]["infonce_accuracy"] > metrics[0]["infonce_accuracy"]
-    assert metrics[0]["infonce_negatives"] == BATCH * 3 - 1
+    assert metrics[0]["infonce_negatives"] == BATCH_SIZE * 3 - 1
     assert {"loss", "infonce", "grad_norm"} < set(metrics[0])
     assert int(state.step) == 24
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
@@ -139,7 +101,7 @@ def test_the_step_is_traced_and_compiled_once_for_each_number_of_rows(
     objectives, placed = Objectives([InfoNCEConfig()]), jax.tree.map(lambda x: x.sharding, state)
     step = make_train_step(model, objectives, optimizer, learning_rate(OptimConfig(), 10), shardings=placed)
     shapes = set()
-    for host in [*host_batches(source, 8, 3, row_length=128), *host_batches(source, 8, 2, row_length=64)]:
+    for host in [*build_host_batches(source, 8, 3, row_length=128), *build_host_batches(source, 8, 2, row_length=64)]:
         shapes.add(host.batch.texts.tokens.shape)
         with jax.log_compiles():
             state, _ = step(state, put_batch(mesh, host.batch))
@@ -150,7 +112,7 @@ def test_the_step_is_traced_and_compiled_once_for_each_number_of_rows(
 
 def test_objectives_add_up_by_their_weights(base_folder: Folder, source: Source) -> None:
     model, params = load(base_folder("qwen2"), SPEC)
-    batch = put_batch(make_mesh(1), host_batches(source, 1, 1)[0].batch)
+    batch = put_batch(make_mesh(1), build_host_batches(source, 1, 1)[0].batch)
 
     def loss(*objectives: InfoNCEConfig) -> float:
         return float(jax.jit(lambda p, b: batch_loss(model, Objectives(objectives), p, b, jax.random.key(0))[0])(params, batch))
@@ -164,7 +126,7 @@ def test_all_sums_are_float32_where_the_model_computes_in_bfloat16(base_folder: 
     """Norms, softmax, pooling, similarities, the gradients of biases and scales; parameters and moments are held so."""
     model, params = load(base_folder("qwen2"), SPEC, dtype=jnp.bfloat16)
     optimizer = make_optimizer(OptimConfig(), 10)
-    state, batch = new_state(params, optimizer, make_mesh(1)), host_batches(source, 1, 1)[0].batch
+    state, batch = new_state(params, optimizer, make_mesh(1)), build_host_batches(source, 1, 1)[0].batch
     step = make_train_step(model, Objectives([InfoNCEConfig()]), optimizer, learning_rate(OptimConfig(), 10))
     traced = step.trace(state, batch)
     made = {(name, dtype) for dtype, name in re.findall(r":(\w+)\[[^\]]*\] = (\w+)", str(traced.jaxpr))}
@@ -176,7 +138,7 @@ def test_all_sums_are_float32_where_the_model_computes_in_bfloat16(base_folder: 
 
 
 def test_losses_are_float32_where_the_model_computes_in_bfloat16(base_folder: Folder, source: Source) -> None:
-    batch = put_batch(make_mesh(1), host_batches(source, 1, 1)[0].batch)
+    batch = put_batch(make_mesh(1), build_host_batches(source, 1, 1)[0].batch)
     objectives, found = Objectives([InfoNCEConfig(temperature=0.2)]), {}
     for dtype in (jnp.float32, jnp.bfloat16):
         model, params = load(base_folder("qwen2"), SPEC, dtype=dtype)
@@ -185,7 +147,7 @@ def test_losses_are_float32_where_the_model_computes_in_bfloat16(base_folder: Fo
         assert {x.dtype.name for x in jax.tree.leaves((loss, parts, grads))} == {"float32"}
         found[dtype] = float(loss)
         program = str(jax.make_jaxpr(lambda v, b: objectives(v, v[:, None], b, jax.random.key(0), {}, 1))(
-            jnp.ones((BATCH, 32)), batch.replace(doc_slot=batch.doc_slot[:, :1], doc_hash=batch.doc_hash[:, :1])
+            jnp.ones((BATCH_SIZE, 32)), batch.replace(doc_slot=batch.doc_slot[:, :1], doc_hash=batch.doc_hash[:, :1])
         ))  # fmt: skip
         assert "bf16" not in program
     assert 0 < abs(found[jnp.float32] - found[jnp.bfloat16]) < 0.05 * found[jnp.float32]

@@ -1,0 +1,66 @@
+"""Batches for training steps: a source of letter pairs, tokenized and packed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from helpers import tiny
+from jaxembed.config import SourceConfig
+from jaxembed.config.spec import EmbeddingSpec
+from jaxembed.data.batch import BatchBuilder, HostBatch
+from jaxembed.data.batch_plan import BatchPlan
+from jaxembed.data.batch_sampler import BatchSampler
+from jaxembed.data.packing import PackedTexts
+from jaxembed.data.sources import Source, open_source
+from jaxembed.data.tokenize import TextTokenizer, append_eos
+from jaxembed.devices.mesh import all_shards
+
+SPEC = EmbeddingSpec(attention="bidirectional", pooling="mean", max_length=16)
+BATCH_SIZE = 16
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def open_letter_pairs(folder: Path) -> Source:
+    """Write and open pairs whose query and positive share their letters, with two hard negatives each."""
+    random = np.random.default_rng(0)
+
+    def text(letters: np.ndarray) -> str:
+        return " ".join(random.permutation(letters)[: random.integers(3, 7)])
+
+    rows = []
+    for _ in range(64):
+        own, other = random.permutation(list(LETTERS))[:12].reshape(2, 6)
+        rows.append({"query": text(own), "pos": [text(own)], "neg": [text(other), text(other)]})
+    path = folder / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return open_source(SourceConfig(path=str(path)), path.parent)
+
+
+def build_host_batches(source: Source, shards: int, steps: int, row_length: int = 128) -> list[HostBatch]:
+    """Build the batches of the first steps of a run on one source."""
+    tokenizer = tiny.tokenizer()
+    append_eos(tokenizer)
+    sampler = BatchSampler(sources=[source], tokenizer=TextTokenizer(tokenizer, SPEC), hard_negatives=2, seed=0)
+    build = BatchBuilder(sampler=sampler, row_length=row_length, shards=all_shards(shards))
+    plan = BatchPlan([source], BATCH_SIZE, seed=0)
+    return [build(step, plan[step]) for step in range(steps)]
+
+
+def list_all_slots(texts: PackedTexts) -> jax.Array:
+    """Return every slot of a batch [slots, 1], also those that hold no text."""
+    shard_slots = jnp.arange(len(texts.tokens) // texts.shards * texts.segments, dtype=jnp.int32)
+    return jnp.tile(shard_slots, texts.shards)[:, None]
+
+
+def assert_trees_close(a: Any, b: Any) -> None:
+    """Check that the leaves of two trees are not zero and equal to 1e-5 of their norm."""
+    for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        assert np.linalg.norm(x) > 1e-7, path
+        assert np.linalg.norm(x - y) <= 1e-5 * np.linalg.norm(x), path
