@@ -10,8 +10,8 @@ FOLDER = "data/packages"
 TRAIN_FILE = f"{FOLDER}/train.jsonl"
 COMMAND = f"Run 'python -m jaxembed.data packages {FOLDER}'"
 SECTION_HINT = (
-    f"its keys are now options of a command. {COMMAND} (--packages, --holdout-package, --holdout-functions) "
-    "and remove the section"
+    f"Its keys are now options of a command. {COMMAND} (--packages, --holdout-package, --holdout-functions) "
+    "and remove the section."
 )
 
 
@@ -23,10 +23,10 @@ def reject_python_packages(key: str, value: Any) -> None:
         value: Value of the key, not checked yet.
     """
     if value == NAME:
-        extra = " and remove format" if key == "format" else ""
-        raise ValueError(f"{value!r} is no longer a source. {COMMAND} and set path: {TRAIN_FILE}{extra}")
+        extra = ", without format" if key == "format" else ""
+        raise ValueError(f"{value!r} is no longer a source. {COMMAND} and set path: {TRAIN_FILE}{extra}.")
     if isinstance(value, str) and value.startswith(f"{NAME}:"):
-        raise ValueError(f"{value!r} is no longer a held-out set. {COMMAND} and set path: {_held_out_folder(value)}")
+        raise ValueError(f"{value!r} is no longer a held-out set. {COMMAND} and set path: {_held_out_folder(value)}.")
 
 
 def upgrade_run_tree(tree: Mapping[str, Any]) -> dict[str, Any]:
