@@ -1,31 +1,32 @@
-"""The exceptions that end a command in one line."""
+"""Exceptions that end a command with one line."""
 
-LONGEST = 2000  # characters of a message
-BREAKS = frozenset("\t\n\v\f\r\x1c\x1d\x1e\x1f\x85\u2028\u2029")
+MAX_MESSAGE_CHARS = 2000
+LINE_BREAKS = frozenset("\t\n\v\f\r\x1c\x1d\x1e\x1f\x85\u2028\u2029")
 
 
 class UserError(Exception):
-    """Bad input, told in one line: what came, what was expected, what to do.
+    """Bad input. The message says in one line what is wrong, what was found and expected, and what to do.
 
-    The message names the file and line or the config key. Commands print it after `error:` and exit with code 2. It is
-    one line whatever it quotes: line breaks and other control characters are escaped, and of a very long one the middle
-    is left out.
+    The message names the file and line, or the config key. Commands print it after `error:` and exit with code 2. Whatever the
+    message quotes, it stays one line: line breaks and other control characters are escaped, and the middle of a very long
+    message is cut out.
     """
 
     def __init__(self, message: str):
-        line = "".join(c if c.isprintable() or (c.isspace() and c not in BREAKS) else ascii(c)[1:-1] for c in message)
-        super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}")
+        line = "".join(c if c.isprintable() or (c.isspace() and c not in LINE_BREAKS) else ascii(c)[1:-1] for c in message)
+        half = MAX_MESSAGE_CHARS // 2
+        super().__init__(line if len(line) <= MAX_MESSAGE_CHARS else f"{line[:half]} ... {line[-half:]}")
 
 
 class Stopped(Exception):
-    """A run was asked to stop and has saved itself. Commands exit with 128 + `signal`, as shells count it."""
+    """A run was asked to stop and has saved its state. Commands exit with 128 + `signal`, as shells do."""
 
     def __init__(self, message: str, signal: int):
         super().__init__(message)
         self.signal = signal
 
 
-def brief(error: object, most: int = 200) -> str:
-    """What another library says of an error, on one line and not too long, to be quoted in a `UserError`."""
+def summarize(error: object, max_chars: int = 200) -> str:
+    """Return the message of another library's error on one short line, to be quoted in a `UserError`."""
     line = " ".join(str(error).split())
-    return line if len(line) <= most else f"{line[:most].rsplit(' ', 1)[0]} ..."
+    return line if len(line) <= max_chars else f"{line[:max_chars].rsplit(' ', 1)[0]} ..."

@@ -1,4 +1,4 @@
-"""Small files: read with one line on what is off, written whole or not at all."""
+"""Small files: one-line errors on reading, and atomic writes."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ def cache_dir() -> Path:
 
 
 def exists(path: Path) -> bool:
-    """Whether a file or folder is there; `UserError` where the system does not tell, as of too long a name."""
+    """Return whether a file or folder exists. Raises `UserError` if the system cannot tell, as for a name that is too long."""
     try:
         return path.exists()
     except OSError as error:
-        raise UserError(f"{path}: cannot be looked up ({error.strerror})") from None
+        raise UserError(f"{path}: cannot be accessed ({error.strerror})") from None
 
 
 def read_bytes(path: Path) -> bytes:
+    """Return the bytes of a file, or raise `UserError`."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -39,26 +40,31 @@ def read_bytes(path: Path) -> bytes:
 
 
 def file_digest(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal digits."""
+    """Return the SHA-256 of a file's bytes in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def decode(content: bytes, where: str) -> str:
-    """UTF-8 text, without a byte order mark; `where` is the file and, of one of its lines, the line, for errors."""
+    """Decode UTF-8 and drop a byte order mark.
+
+    Args:
+        content: The bytes of a file or of one of its lines.
+        where: The file, or file and line, which starts an error's line.
+    """
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not valid UTF-8 (byte {error.start}); save the file as UTF-8") from None
+        raise UserError(f"{where}: not valid UTF-8 (byte {error.start}). Save the file as UTF-8.") from None
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file."""
+    """Return the text of a UTF-8 file, or raise `UserError`."""
     return decode(read_bytes(path), str(path))
 
 
 def read_json_value(path: Path) -> Any:
-    """Whatever JSON a file holds."""
+    """Return the JSON value in a file, or raise `UserError`."""
     try:
         return json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
@@ -66,7 +72,7 @@ def read_json_value(path: Path) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file."""
+    """Return the JSON object in a file, or raise `UserError`."""
     value = read_json_value(path)
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found a {type(value).__name__}")
@@ -74,18 +80,23 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    with written_whole(path) as partial:
+    """Write a UTF-8 file atomically."""
+    with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A place beside the file's to write to, moved there at the end: a reader, or a kill, never meets half of it."""
-    partial = _partial(path)
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a path beside `path` to write to, and move it there at the end.
+
+    Neither a reader nor a kill ever leaves half a file at `path`.
+    """
+    partial = _partial_path(path)
     try:
         yield partial
         partial.replace(path)
@@ -94,13 +105,13 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def check_writable(path: Path) -> None:
-    """Raises the `OSError` that `written_whole` would meet."""
-    partial = _partial(path)
-    there = partial.exists()
+    """Raise the `OSError` that `atomic_write` would meet."""
+    partial = _partial_path(path)
+    existed = partial.exists()
     partial.touch()
-    if not there:
+    if not existed:
         partial.unlink()
 
 
-def _partial(path: Path) -> Path:
+def _partial_path(path: Path) -> Path:
     return path.with_name(path.name + ".partial")

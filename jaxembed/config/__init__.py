@@ -1,4 +1,4 @@
-"""The configuration tree. Every default lives on its field; `load_config` reads and checks a file."""
+"""The configuration tree. Every default is on its field; `load_config` reads and checks a file."""
 
 from jaxembed.config.data import (
     BatchingConfig,
@@ -21,8 +21,10 @@ from jaxembed.config.objectives import (
     ObjectiveConfig,
     SpreadOutConfig,
 )
+from jaxembed.config.spec import EmbeddingSpec, FewShotExample
+from jaxembed.config.stage import StageConfig
 from jaxembed.config.training import EvalConfig, EvalSetConfig, MeshConfig, OptimConfig, RunConfig, TrainConfig
-from jaxembed.config.tree import Config, load_config, parse_config, read_run_tree
+from jaxembed.config.tree import Config, load_config, parse_config, read_run_config
 
 __all__ = [
     "BatchingConfig",
@@ -30,9 +32,11 @@ __all__ = [
     "DataConfig",
     "DistillationConfig",
     "EmbeddingMatchingConfig",
+    "EmbeddingSpec",
     "EvalConfig",
     "EvalSetConfig",
     "FewShotConfig",
+    "FewShotExample",
     "Format",
     "GradCacheConfig",
     "InfoNCEConfig",
@@ -52,8 +56,9 @@ __all__ = [
     "RunConfig",
     "SourceConfig",
     "SpreadOutConfig",
+    "StageConfig",
     "TrainConfig",
     "load_config",
     "parse_config",
-    "read_run_tree",
+    "read_run_config",
 ]

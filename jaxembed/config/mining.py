@@ -1,7 +1,9 @@
-"""The `mine` section: negatives found between stages."""
+"""The `mine` section: how hard negatives are selected among the documents nearest to a query."""
 
 from __future__ import annotations
 
+import math
+import typing
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -9,24 +11,72 @@ from pydantic import Field, model_validator
 from jaxembed.config.sections import Positive, Section
 
 MiningRule = Literal["topk_perc_pos", "topk_margin_pos", "topk_abs", "top_k", "sampled_top_k", "window"]
+RULES: tuple[str, ...] = typing.get_args(MiningRule)
+SAMPLED_RULES = ("sampled_top_k", "window")
+# The rules that read a key. All rules read the other keys.
+RULES_BY_KEY = {
+    "share": ("topk_perc_pos",), "margin": ("topk_margin_pos",), "max_score": ("topk_abs",), "window": ("window",),
+    "depth": tuple(rule for rule in RULES if rule != "window"),
+}  # fmt: skip
 
 
 class MineConfig(Section):
-    rule: MiningRule = Field("topk_perc_pos", description="which candidates become negatives: docs/mining.md")
-    negatives: Positive = Field(7, description="of a query")
-    depth: Positive = Field(100, description="candidates of a query")
-    window: tuple[Positive, Positive] = Field((50, 100), description="window: ranks, counted from 1")
-    max_score: float = Field(0.7, description="topk_abs: the highest score of a negative")
-    margin: float = Field(0.05, ge=0, description="topk_margin_pos: below the positive's score")
-    share: float = Field(0.95, ge=0, le=1, description="topk_perc_pos: of the positive's score")
+    """How negatives are selected among candidates that are sorted by score, best first, and contain no positive.
+
+    Four rules take the best candidates that score at most:
+
+    - `top_k`: anything (ANCE, arXiv:2007.00808).
+    - `topk_abs`: `max_score`.
+    - `topk_margin_pos`: the positive's score minus `margin`.
+    - `topk_perc_pos`: `share` of the positive's score. Below a negative score, the distance is the same.
+
+    NV-Retriever (arXiv:2407.15831) names these four. Two rules take a random sample:
+
+    - `sampled_top_k`: of the first `depth` candidates (NV-Retriever).
+    - `window`: of the ranks A to B, counted from 1 (KaLM-Embedding-V2, arXiv:2506.20923: 7 of ranks 50 to 100).
+    """
+
+    rule: MiningRule = Field(
+        "topk_perc_pos", description="Rule that selects negatives among the candidates (docs/guides/mining.md)."
+    )
+    negatives: Positive = Field(7, description="Maximum number of mined negatives per query.")
+    depth: Positive = Field(100, description="Number of candidates per query. Rule window does not read it.")
+    window: tuple[Positive, Positive] = Field((50, 100), description="First and last rank, counted from 1. For rule window.")
+    max_score: float = Field(0.7, description="Maximum score of a negative. For rule topk_abs.")
+    margin: float = Field(0.05, ge=0, description="Minimum distance below the positive's score. For rule topk_margin_pos.")
+    share: float = Field(0.95, ge=0, le=1, description="Maximum share of the positive's score. For rule topk_perc_pos.")
 
     @model_validator(mode="after")
-    def _candidates_suffice(self) -> MineConfig:
+    def _has_enough_candidates(self) -> MineConfig:
         first, last = self.window
         if first > last:
-            raise ValueError(f"window is {first} to {last}; expected two ranks, the first not after the last")
+            raise ValueError(f"window is {first} to {last}; expected two ranks in ascending order.")
         if self.rule == "window" and self.negatives > 1 + last - first:
-            raise ValueError(f"window is {first} to {last}, fewer ranks than the {self.negatives} negatives; raise its end")
+            raise ValueError(f"window is {first} to {last}, fewer ranks than the {self.negatives} negatives. Raise its end.")
         if self.rule != "window" and self.negatives > self.depth:
-            raise ValueError(f"depth is {self.depth}, fewer candidates than the {self.negatives} negatives; raise it")
+            raise ValueError(f"depth is {self.depth}, fewer candidates than the {self.negatives} negatives. Raise it.")
         return self
+
+    @property
+    def first_rank(self) -> int:
+        """Rank of the first candidate that may become a negative, counted from 1."""
+        return self.window[0] if self.rule == "window" else 1
+
+    @property
+    def last_rank(self) -> int:
+        """Rank of the last candidate that may become a negative: the number of candidates that the rule needs."""
+        return self.window[1] if self.rule == "window" else self.depth
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether negatives are drawn at random, instead of the best ones."""
+        return self.rule in SAMPLED_RULES
+
+    def max_negative_score(self, positive_score: float) -> float:
+        """Return the maximum score of a negative, given the positive's score."""
+        limits = {
+            "topk_abs": self.max_score,
+            "topk_margin_pos": positive_score - self.margin,
+            "topk_perc_pos": positive_score - (1 - self.share) * abs(positive_score),
+        }
+        return limits.get(self.rule, math.inf)

@@ -13,14 +13,16 @@ class ObjectiveConfig(Section):
     """What every objective has."""
 
     name: str
-    weight: float = Field(1.0, gt=0, description="of this objective in the sum")
-    sources: tuple[str, ...] = Field((), description="names of the sources whose queries it is for; empty: all")
+    weight: float = Field(1.0, gt=0, description="Weight of this objective in the sum.")
+    sources: tuple[str, ...] = Field(
+        (), description="Names of the sources whose queries this objective applies to. Default: all sources."
+    )
 
     @field_validator("guide", "teacher", check_fields=False)
     @classmethod
     def _names_a_model(cls, name: str | None) -> str | None:
         if name is not None and not name.strip():
-            raise ValueError("expected a MODEL: a run directory, a folder or a hub id")
+            raise ValueError("expected a MODEL: a run directory, a folder, or a hub id")
         return name
 
 
@@ -28,63 +30,90 @@ Direction = Literal["query_document", "query_query", "document_query", "document
 
 
 class InfoNCEConfig(ObjectiveConfig):
+    """InfoNCE over the global batch (van den Oord et al. 2018), and its variants."""
+
     name: Literal["infonce"] = "infonce"
-    temperature: float = Field(0.05, gt=0, description="similarities are divided by it")
-    learn_temperature: bool = Field(False, description="train the temperature from there on, down to 0.01")
+    temperature: float = Field(0.05, gt=0, description="Similarities are divided by the temperature.")
+    learn_temperature: bool = Field(False, description="Train the temperature from this value on. It stays at least 0.01.")
     negatives: Literal["all", "in_batch", "hard"] = Field(
-        "all", description="documents of other queries, the query's own negatives, or both"
+        "all", description="Negatives: documents of other queries (in_batch), the query's own negatives (hard), or both."
     )
     directions: tuple[Direction, ...] = Field(
-        ("query_document",), min_length=1, description="of in-batch negatives; all four: GTE's loss"
+        ("query_document",), min_length=1, description="Directions of the in-batch negatives. All four give GTE's loss."
     )
-    per_direction: bool = Field(False, description="a loss a direction, averaged, instead of one denominator for all")
-    mask_same_label: bool = Field(False, description="texts with the query's label are no in-batch negatives")
-    margin: float | None = Field(None, description="what scores above the positive by more is no negative; Qwen3: 0.1")
+    per_direction: bool = Field(
+        False, description="Average one loss per direction, instead of sharing one denominator among all directions."
+    )
+    mask_same_label: bool = Field(False, description="Exclude texts with the query's label from the in-batch negatives.")
+    margin: float | None = Field(
+        None,
+        description="Exclude negatives that score above the positive by more than this margin (Qwen3-Embedding: 0.1). "
+        "Default: no margin.",
+    )
     guide: str | None = Field(
-        None, description="MODEL, one a run; what it scores above the positive is no negative (GISTEmbed)"
+        None,
+        description="MODEL that excludes negatives it scores above the positive (GISTEmbed). A run has at most one guide.",
     )
-    guide_margin: float = Field(0.0, description="of the guide: what it scores above the positive less that is no negative")
-    guide_margin_kind: Literal["absolute", "relative"] = Field("absolute", description="relative: to the positive's score")
-    focal: float = Field(0.0, ge=0, description="each query's loss is weighted with (1 - p)^focal (KaLM-V2)")
-    hardness: float = Field(0.0, ge=0, description="negatives are weighted with e^(hardness x similarity) (EmbeddingGemma: 5)")
-    hardness_of: Literal["hard", "in_batch", "all"] = Field("hard", description="the negatives that are weighted so")
-    mixed_negatives: int = Field(0, ge=0, le=1024, description="negatives mixed out of each query's own (KaLM-V2)")
+    guide_margin: float = Field(
+        0.0, description="Margin of the guide: it excludes what it scores above the positive's score minus this margin."
+    )
+    guide_margin_kind: Literal["absolute", "relative"] = Field(
+        "absolute", description="Whether guide_margin is a difference, or relative to the positive's score."
+    )
+    focal: float = Field(0.0, ge=0, description="Exponent of the focal weight (1 - p)^focal of each query's loss (KaLM-V2).")
+    hardness: float = Field(0.0, ge=0, description="Negatives are weighted by e^(hardness * similarity) (EmbeddingGemma: 5).")
+    hardness_of: Literal["hard", "in_batch", "all"] = Field("hard", description="Negatives that hardness weights.")
+    mixed_negatives: int = Field(
+        0, ge=0, le=1024, description="Number of negatives synthesized by mixing each query's own negatives (KaLM-V2)."
+    )
 
     @model_validator(mode="after")
-    def _goes_together(self) -> InfoNCEConfig:
+    def _options_are_consistent(self) -> InfoNCEConfig:
         if "query_document" not in self.directions or len(set(self.directions)) < len(self.directions):
-            raise ValueError("directions must name query_document, and each at most once")
+            raise ValueError("directions must contain query_document, and each direction at most once")
         if self.per_direction and set(self.directions) != {"query_document", "document_query"}:
-            raise ValueError("per_direction takes directions query_document and document_query: the others hold no positive")
-        if self.negatives == "hard" and (len(self.directions) > 1 or self.mask_same_label):
             raise ValueError(
-                "directions and mask_same_label are about in-batch negatives, and negatives is hard; leave them out"
+                "per_direction needs directions query_document and document_query; the other directions have no positive"
             )
+        if self.negatives == "hard" and (len(self.directions) > 1 or self.mask_same_label):
+            raise ValueError("directions and mask_same_label concern in-batch negatives, but negatives is hard. Remove them.")
         if self.negatives == "in_batch" and self.mixed_negatives:
-            raise ValueError("mixed_negatives are made of a query's own, but negatives is in_batch; leave it out")
+            raise ValueError("mixed_negatives mixes a query's own negatives, but negatives is in_batch. Remove it.")
         if self.guide is None and self.guide_margin:
-            raise ValueError("guide_margin is about a guide; name one")
+            raise ValueError("guide_margin needs a guide. Set guide.")
         return self
 
 
 class SpreadOutConfig(ObjectiveConfig):
+    """The spread-out regularizer (Zhang et al. 2017; EmbeddingGemma)."""
+
     name: Literal["spread_out"] = "spread_out"
 
 
 class DistillationConfig(ObjectiveConfig):
+    """KL divergence from a teacher's scores of a query's own documents."""
+
     name: Literal["kl_distillation"] = "kl_distillation"
-    temperature: float = Field(0.05, gt=0, description="of the model's scores")
-    teacher_temperature: float = Field(1.0, gt=0, description="of the teacher's scores")
-    hard_labels: float = Field(0.0, ge=0, lt=1, description="share of the loss to the positive alone (E5: 0.2)")
+    temperature: float = Field(0.05, gt=0, description="Temperature of the model's scores.")
+    teacher_temperature: float = Field(1.0, gt=0, description="Temperature of the teacher's scores.")
+    hard_labels: float = Field(
+        0.0, ge=0, lt=1, description="Share of the loss that treats the positive as the only target (E5: 0.2)."
+    )
 
 
 class MarginMSEConfig(ObjectiveConfig):
+    """Mean squared error between the margins of the model's and a teacher's scores (Hofstätter et al. 2020)."""
+
     name: Literal["margin_mse"] = "margin_mse"
 
 
 class EmbeddingMatchingConfig(ObjectiveConfig):
+    """Distance to a teacher's vectors (EmbeddingGemma)."""
+
     name: Literal["embedding_matching"] = "embedding_matching"
-    teacher: str = Field(description="MODEL, one a run, whose vectors are matched, through a projection where widths differ")
+    teacher: str = Field(
+        description="MODEL whose vectors are matched, through a projection if the widths differ. A run has at most one teacher."
+    )
 
 
 AnyObjective = Annotated[
@@ -94,19 +123,28 @@ AnyObjective = Annotated[
 
 
 class MatryoshkaConfig(Section):
-    dims: tuple[Positive, ...] = Field((), description="first dimensions that the objectives hold for too, such as [512, 64]")
-    weights: tuple[float, ...] = Field((), description="of each of dims in the sum, beside 1 for the whole; empty: all 1")
+    """Matryoshka representation learning (Kusupati et al. 2022)."""
+
+    dims: tuple[Positive, ...] = Field(
+        (), description="Also apply the objectives to the first dimensions of the vectors, such as [512, 64]."
+    )
+    weights: tuple[float, ...] = Field(
+        (), description="Weights of dims in the sum, where the whole vector has weight 1. Default: all 1."
+    )
 
     @model_validator(mode="after")
-    def _one_weight_a_width(self) -> MatryoshkaConfig:
+    def _each_width_has_a_weight(self) -> MatryoshkaConfig:
         if self.weights and len(self.weights) != len(self.dims):
-            raise ValueError(f"{len(self.weights)} weights for {len(self.dims)} dims; give one each, or none")
+            raise ValueError(f"{len(self.weights)} weights for {len(self.dims)} dims; expected one weight per dim, or none")
         if any(weight <= 0 for weight in self.weights):
             raise ValueError("weights must be above 0")
         return self
 
 
 class GradCacheConfig(Section):
+    """Gradient caching (Gao et al. 2021)."""
+
     rows: Positive | None = Field(
-        None, description="rows encoded at a time on a device, so that memory holds the activations of those; absent: all"
+        None,
+        description="Rows that a device encodes at a time. Memory holds the activations of these rows only. Default: all rows.",
     )

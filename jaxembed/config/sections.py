@@ -1,5 +1,6 @@
-"""A tree of settings in general: typed, frozen, strict sections, read from YAML, changed by dotted overrides, listed as a
-table, and every problem told in one line.
+"""Sections of a settings tree: typed, frozen, strict; read from YAML, changed by dotted overrides, listed as a table.
+
+Every problem is reported in one line.
 """
 
 from __future__ import annotations
@@ -16,48 +17,48 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from jaxembed.config.fields import LARGEST, shown
+from jaxembed.config.fields import LARGEST, quote_value
 from jaxembed.config.removed import SECTION_HINT as PYTHON_PACKAGES_HINT
-from jaxembed.errors import LONGEST, UserError, brief
+from jaxembed.errors import MAX_MESSAGE_CHARS, UserError, summarize
 
-NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)  # what PyYAML raises, of which dates and numbers raise the second
+# What PyYAML raises. Dates and numbers that do not exist raise ValueError.
+YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
 
-
-# What is said of pydantic's errors, whose own words speak of Python, by their type; %(...)s are its limits.
-EXPECTED = {
+# What a key expects, by pydantic's error type, whose own messages use Python's terms. %(...)s are the limits.
+EXPECTATIONS = {
     "model_type": "a mapping such as {key: value}", "model_attributes_type": "a mapping such as {key: value}",
     "dict_type": "a mapping such as {key: value}",
-    "string_type": """a text (on the command line, one with : or { in quotes: key='"..."')""",
-    "string_pattern_mismatch": "letters, digits, _ and - alone",
-    "string_too_short": "a text that is not empty", "string_too_long": "%(max_length)s characters at most",
+    "string_type": """a text (on the command line, quote one that has : or {: key='"..."')""",
+    "string_pattern_mismatch": "only letters, digits, _, and -",
+    "string_too_short": "a text that is not empty", "string_too_long": "at most %(max_length)s characters",
     "tuple_type": "a list such as [a, b]",
-    "too_short": "a list of %(min_length)s or more", "too_long": "a list of %(max_length)s at most",
-    **dict.fromkeys(("int_type", "int_parsing", "int_parsing_size", "int_from_float"), "a whole number"),
+    "too_short": "a list of at least %(min_length)s", "too_long": "a list of at most %(max_length)s",
+    **dict.fromkeys(("int_type", "int_parsing", "int_parsing_size", "int_from_float"), "an integer"),
     **dict.fromkeys(("float_type", "float_parsing"), "a number"), "finite_number": "a finite number",
     **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
-    "greater_than": "a number above %(gt)s", "greater_than_equal": "a number from %(ge)s on",
-    "less_than": "a number below %(lt)s", "less_than_equal": "a number up to %(le)s",
+    "greater_than": "a number above %(gt)s", "greater_than_equal": "a number that is at least %(ge)s",
+    "less_than": "a number below %(lt)s", "less_than_equal": "a number that is at most %(le)s",
 }  # fmt: skip
 
 
-# Keys that other projects have and this one has not, by a part of their name, with the reason.
-ABSENT = {
-    "accum": "small batches whose gradients are added have fewer negatives than one large batch; set train.batch_size to the "
-    "whole number of queries, and gradcache.rows to the rows that memory takes",
+# Keys of other projects that this one does not have, by a part of their name, with what to do instead.
+UNSUPPORTED_KEYS = {
+    "accum": "gradient accumulation over small batches gives fewer negatives than one large batch. Set train.batch_size to all "
+    "queries of a step, and gradcache.rows to the rows that fit into memory.",
     "python_packages": PYTHON_PACKAGES_HINT,
 }
 
 
 class Section(BaseModel):
-    """A frozen node of the tree that refuses unknown keys, numbers that are not finite and texts with a NUL."""
+    """A frozen node of the tree. It refuses unknown keys, numbers that are not finite, and texts with a NUL character."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
     @field_validator("*")
     @classmethod
-    def _no_nul(cls, value: Any) -> Any:
+    def _has_no_nul(cls, value: Any) -> Any:
         if isinstance(value, str) and "\0" in value:
-            raise ValueError("a text must not hold a NUL character")
+            raise ValueError("a text must not contain a NUL character")
         return value
 
     def replace(self, **changes: Any) -> Self:
@@ -74,22 +75,35 @@ AnySection = TypeVar("AnySection", bound=Section)
 
 
 def read_tree(path: Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds, unchecked."""
+    """Read the mapping in a YAML file, unchecked.
+
+    Raises:
+        UserError: The file is missing, not UTF-8, not YAML, or not a mapping.
+    """
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such config file; give the path of a YAML file") from None
+        raise UserError(f"{path}: no such config file. Give the path of a YAML file.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    except NOT_YAML as error:
-        raise UserError(f"{path}: not valid YAML ({brief(error, LONGEST)})") from None
+    except YAML_ERRORS as error:
+        raise UserError(f"{path}: not valid YAML ({summarize(error, MAX_MESSAGE_CHARS)})") from None
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected a mapping of sections such as model: and data:, found {_kind(tree)}")
+        raise UserError(f"{path}: expected a mapping of sections such as model: and data:, found {_type_name(tree)}")
     return tree
 
 
 def parse_section(section: type[AnySection], tree: Mapping[str, Any], where: str) -> AnySection:
-    """Checks a nested dict against a part of the tree."""
+    """Check a nested mapping against a section.
+
+    Args:
+        section: The section's class.
+        tree: The settings.
+        where: Their origin, which starts an error's line.
+
+    Raises:
+        UserError: A key is unknown, missing, or has a wrong value.
+    """
     try:
         return section.model_validate(tree)
     except ValidationError as error:
@@ -97,144 +111,159 @@ def parse_section(section: type[AnySection], tree: Mapping[str, Any], where: str
 
 
 def table(section: type[Section]) -> str:
-    """`reference` under its header."""
-    return "| key | default | meaning |\n|---|---|---|\n" + reference(section)
+    """Return a Markdown table of every key of a section: key, default, meaning."""
+    return "| key | default | meaning |\n|---|---|---|\n" + reference_rows(section)
 
 
-def reference(section: type[Section], prefix: str = "") -> str:
-    """Every key with its default and meaning, a Markdown table row each; `[]` marks the entries of a list.
+def reference_rows(section: type[Section], prefix: str = "") -> str:
+    """Return one Markdown table row per key, with its default and meaning.
 
-    Where an entry is one of several sections by its name, the keys of each are told with that name.
+    `[]` marks the entries of a list. If an entry is one of several sections, chosen by its `name`, rows of keys that only some
+    of them have start with those names.
     """
     rows: list[str] = []
     for name, field in section.model_fields.items():
-        inner = _sections(field.annotation)
-        if inner:
-            listed = typing.get_origin(field.annotation) is tuple
+        nested = _sections_in(field.annotation)
+        if nested and (field.json_schema_extra or {}) == {"nested_rows": False}:
+            rows.append(f"| `{prefix}{name}` | `[]` | {field.description} |")
+        elif nested:
             if field.description and not field.is_required():
-                rows.append(f"| `{prefix}{name}` | `{_yaml(field.default)}` | {field.description} |")
-            below = f"{prefix}{name}{'[]' if listed else ''}."
-            tables = [reference(member, below).splitlines() for member in inner]
-            if len(inner) == 1:
-                rows += tables[0]
-                continue
-            shared = [row for row in tables[0] if all(row in other for other in tables)]
-            rows += [f"| `{below}name` | required | {' or '.join(map(_tag, inner))} |", *shared]
-            for member, of_member in zip(inner, tables, strict=True):
-                own = [row for row in of_member if row not in shared and not row.startswith(f"| `{below}name`")]
-                rows += [_of_member(row, member) for row in own]
-            continue
-        default = "required" if field.is_required() else f"`{_yaml(field.default)}`"
-        choices = [str(choice) for choice in _choices(field.annotation)]
-        meaning = "; ".join(filter(None, [" or ".join(choices), field.description]))
-        rows.append(f"| `{prefix}{name}` | {default} | {meaning} |")
+                rows.append(f"| `{prefix}{name}` | `{_to_json(field.default)}` | {field.description} |")
+            is_list = typing.get_origin(field.annotation) is tuple
+            rows += _nested_rows(nested, f"{prefix}{name}{'[]' if is_list else ''}.")
+        else:
+            default = "required" if field.is_required() else f"`{_to_json(field.default)}`"
+            choices = " or ".join(str(choice) for choice in _choices(field.annotation))
+            meaning = ". ".join(filter(None, [choices, field.description]))
+            rows.append(f"| `{prefix}{name}` | {default} | {meaning} |")
     return "\n".join(rows)
 
 
-def _of_member(row: str, member: type[Section]) -> str:
-    """A row of `reference` whose meaning begins with the name of the section that has the key."""
-    key, default, meaning = row.split(" | ", 2)
-    return f"{key} | {default} | {_tag(member)}: {meaning}"
+def _nested_rows(sections: list[type[Section]], prefix: str) -> list[str]:
+    """Return the rows of the sections that a key may hold; keys that all of them have come first."""
+    tables = [reference_rows(member, prefix).splitlines() for member in sections]
+    if len(sections) == 1:
+        return tables[0]
+    shared = [row for row in tables[0] if all(row in other for other in tables)]
+    rows = [f"| `{prefix}name` | required | {' or '.join(map(_tag, sections))} |", *shared]
+    for member, member_rows in zip(sections, tables, strict=True):
+        own = [row for row in member_rows if row not in shared and not row.startswith(f"| `{prefix}name`")]
+        for row in own:
+            key, default, meaning = row.split(" | ", 2)
+            rows.append(f"{key} | {default} | {_tag(member)}: {meaning}")
+    return rows
 
 
-def _yaml(value: Any) -> str:
+def _to_json(value: Any) -> str:
     return json.dumps(list(value) if isinstance(value, tuple) else value)
 
 
 def _choices(annotation: Any) -> tuple[Any, ...]:
-    """The values of a Literal inside an annotation."""
+    """Return the values of a Literal inside an annotation."""
     if typing.get_origin(annotation) is Literal:
         return typing.get_args(annotation)
     return tuple(choice for part in typing.get_args(annotation) for choice in _choices(part))
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Sets one dotted key; a number in the key indexes a list."""
+    """Set one dotted key of a tree in place. A number in the key indexes a list.
+
+    Raises:
+        UserError: The override is not `key.sub=value`, its value is not YAML, or its key leads nowhere.
+    """
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"override {override!r}: expected key.sub=value, such as train.steps=100")
     try:
         value = yaml.safe_load(text)
-    except NOT_YAML as error:
-        told = f"the value is not valid YAML ({brief(error, LONGEST)}); a text wants quotes: {key}='\"...\"'"
-        raise UserError(f"override {override!r}: {told}") from None
+    except YAML_ERRORS as error:
+        reason = summarize(error, MAX_MESSAGE_CHARS)
+        raise UserError(
+            f"override {override!r}: the value is not valid YAML ({reason}). Quote a text: {key}='\"...\"'"
+        ) from None
     *parents, last = key.split(".")
     node: Any = tree
     for part in parents:
         if isinstance(node, list):
-            node = node[_index(node, part, override)]
+            node = node[_list_index(node, part, override)]
         elif isinstance(node, dict):
             node = node.setdefault(part, {})
         if not isinstance(node, dict | list):
-            raise UserError(f"override {override!r}: {part} holds {_kind(node)}, not a section")
+            raise UserError(f"override {override!r}: {part} is {_type_name(node)}, not a section")
     if isinstance(node, list):
-        node[_index(node, last, override)] = value
+        node[_list_index(node, last, override)] = value
     else:
         node[last] = value
 
 
-def _index(node: list[Any], part: str, override: str) -> int:
+def _list_index(node: list[Any], part: str, override: str) -> int:
     if not part.isdecimal() or int(part) >= len(node):
-        raise UserError(f"override {override!r}: {part!r} is no index into a list of {len(node)} entries")
+        raise UserError(f"override {override!r}: {part!r} is not an index into a list of {len(node)} entries")
     return int(part)
 
 
 def _explain(error: ValidationError, section: type[Section]) -> str:
-    """The first problem that a section has, in one line."""
+    """Return one line about the first problem of a section."""
     problem = error.errors()[0]
-    loc = tuple(part for part in problem["loc"] if part != "[key]")  # which marks the keys of a mapping
-    of_mapping = loc != problem["loc"] and problem["type"] == "literal_error"
-    unknown = of_mapping or problem["type"] == "extra_forbidden"
-    keys, found = _place(section, loc[:-1] if unknown else loc)
+    kind, value = problem["type"], problem["input"]
+    # pydantic marks the keys of a mapping with "[key]".
+    loc = tuple(part for part in problem["loc"] if part != "[key]")
+    is_mapping_key = loc != problem["loc"] and kind == "literal_error"
+    if is_mapping_key or kind == "extra_forbidden":
+        keys, sections = _locate(section, loc[:-1])
+        known = re.findall(r"'(.+?)'", problem["ctx"]["expected"]) if is_mapping_key else list(sections[0].model_fields)
+        return _explain_unknown_key(keys, str(loc[-1]), known)
+    keys, sections = _locate(section, loc)
     key = ".".join(keys)
-    if unknown:
-        wrong = str(loc[-1])
-        names = re.findall(r"'(.+?)'", problem["ctx"]["expected"]) if of_mapping else list(found[0].model_fields)
-        close = difflib.get_close_matches(wrong, names, n=1, cutoff=0.5)
-        told = f"did you mean {'.'.join([*keys, *close])}?" if close else f"known here: {', '.join(names)}"
-        told = next((hint for part, hint in ABSENT.items() if part in wrong), told)
-        return f"unknown key {'.'.join([*keys, wrong])}; {told}"
-    if problem["type"] == "missing" and isinstance(loc[-1], int):
-        return f"{'.'.join(keys[:-1])}: expected a longer list (got {shown(problem['input'])})"
-    if problem["type"] == "missing":
-        return f"{key} is missing; it has no default"
-    if problem["type"].startswith("union_tag"):
-        got = problem["input"].get("name") if isinstance(problem["input"], dict) else problem["input"]
-        return f"{key}.name: expected {' or '.join(map(_tag, found))} (got {shown(got)})"
-    if problem["type"] in EXPECTED:
-        return f"{key}: expected {EXPECTED[problem['type']] % problem.get('ctx', {})} (got {shown(problem['input'])})"
-    told = brief(problem["msg"], LONGEST).removeprefix("Value error, ").replace("Input should be", "expected")
-    quoted = isinstance(problem["input"], dict | list) or shown(problem["input"]) in told
-    given = "" if quoted else f" (got {shown(problem['input'])})"
-    return f"{key}: {told}{given}".lstrip(": ")
+    if kind == "missing" and isinstance(loc[-1], int):
+        return f"{'.'.join(keys[:-1])}: expected a longer list (got {quote_value(value)})"
+    if kind == "missing":
+        return f"{key} is missing. It has no default."
+    if kind.startswith("union_tag"):
+        name = value.get("name") if isinstance(value, dict) else value
+        return f"{key}.name: expected {' or '.join(map(_tag, sections))} (got {quote_value(name)})"
+    if kind in EXPECTATIONS:
+        return f"{key}: expected {EXPECTATIONS[kind] % problem.get('ctx', {})} (got {quote_value(value)})"
+    message = summarize(problem["msg"], MAX_MESSAGE_CHARS).removeprefix("Value error, ").replace("Input should be", "expected")
+    is_quoted = isinstance(value, dict | list) or quote_value(value) in message
+    got = "" if is_quoted else f" (got {quote_value(value)})"
+    return f"{key}: {message}{got}".lstrip(": ")
 
 
-def _place(section: type[Section], loc: tuple[int | str, ...]) -> tuple[list[str], list[type[Section]]]:
-    """The keys down to a place below a section, and the sections that may stand there."""
+def _explain_unknown_key(keys: list[str], unknown: str, known: list[str]) -> str:
+    """Return one line about an unknown key below `keys`, with the nearest known one."""
+    nearest = difflib.get_close_matches(unknown, known, n=1, cutoff=0.5)
+    hint = f"Did you mean {'.'.join([*keys, *nearest])}?" if nearest else f"Known keys: {', '.join(known)}"
+    hint = next((reason for part, reason in UNSUPPORTED_KEYS.items() if part in unknown), hint)
+    return f"unknown key {'.'.join([*keys, unknown])}. {hint[0].upper()}{hint[1:]}"
+
+
+def _locate(section: type[Section], loc: tuple[int | str, ...]) -> tuple[list[str], list[type[Section]]]:
+    """Return the keys down to a location below a section, and the sections that may be there."""
     keys: list[str] = []
-    found = [section]
+    sections = [section]
     for part in loc:
-        named = [member for member in found if len(found) > 1 and _tag(member) == part]
-        if named:
-            found = named
+        tagged = [member for member in sections if len(sections) > 1 and _tag(member) == part]
+        if tagged:  # pydantic puts the name that chose one of several sections into the location
+            sections = tagged
             continue
         keys.append(str(part))
-        if isinstance(part, str) and found and part in found[0].model_fields:
-            found = _sections(found[0].model_fields[part].annotation)
-    return keys, found
+        if isinstance(part, str) and sections and part in sections[0].model_fields:
+            sections = _sections_in(sections[0].model_fields[part].annotation)
+    return keys, sections
 
 
-def _sections(annotation: Any) -> list[type[Section]]:
-    """The Section classes inside an annotation such as `tuple[SourceConfig, ...]`."""
+def _sections_in(annotation: Any) -> list[type[Section]]:
+    """Return the Section classes inside an annotation such as `tuple[SourceConfig, ...]`."""
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
         return [annotation] if issubclass(annotation, Section) else []
-    return [section for part in typing.get_args(annotation) for section in _sections(part)]
+    return [section for part in typing.get_args(annotation) for section in _sections_in(part)]
 
 
 def _tag(section: type[Section]) -> str:
-    """The name by which one of several sections is chosen."""
+    """Return the name that chooses one of several sections."""
     return str(section.model_fields["name"].default)
 
 
-def _kind(value: object) -> str:
+def _type_name(value: object) -> str:
     return "nothing" if value is None else f"a {type(value).__name__}"

@@ -53,8 +53,8 @@ class EmbeddingSpec(Section):
     )
     echo: str = Field(
         "",
-        description="Template that names {text} twice and ends with it (Springer et al. 2024). Both copies are truncated at the "
-        "same token, and the second one is pooled.",
+        description="Template that names {text} twice and ends with it (Springer et al. 2024). Both copies are truncated at "
+        "the same token, and the second one is pooled.",
     )
     plain_echo: str = Field("", description="Echo template for texts without a prompt.")
     text_length: LengthOrZero = Field(

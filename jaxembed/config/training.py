@@ -1,4 +1,4 @@
-"""The `run`, `optim`, `mesh`, `train` and `eval` sections."""
+"""The `run`, `optim`, `mesh`, `train`, and `eval` sections."""
 
 from __future__ import annotations
 
@@ -7,82 +7,114 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from jaxembed.config.fields import LARGEST
+from jaxembed.config.removed import reject_python_packages
 from jaxembed.config.sections import Positive, Section
 
 
 class RunConfig(Section):
-    name: str = Field("", description="name of the run; the config file's stem if empty")
-    dir: str = Field("", description="run directory; runs/NAME if empty")
+    """The name and the directory of a run."""
+
+    name: str = Field("", description="Name of the run. Default: the stem of the config file.")
+    dir: str = Field("", description="Run directory. Default: runs/NAME.")
 
 
 class OptimConfig(Section):
-    learning_rate: float = Field(2e-5, gt=0, description="the highest, reached after the warm-up")
-    warmup_steps: int = Field(0, ge=0, le=LARGEST, description="steps of linear warm-up")
-    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="decay to 0 at the last step, or none")
-    weight_decay: float = Field(0.01, ge=0, description="of kernels and embeddings; norms and biases are spared")
-    clip: float = Field(1.0, gt=0, description="largest global norm of the gradient")
+    """The optimizer, AdamW, and its schedule."""
+
+    learning_rate: float = Field(2e-5, gt=0, description="Peak learning rate, reached after the warm-up.")
+    warmup_steps: int = Field(0, ge=0, le=LARGEST, description="Steps of linear warm-up.")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="Decay of the learning rate to 0 at the last step. constant: no decay."
+    )
+    weight_decay: float = Field(0.01, ge=0, description="Weight decay of kernels and embeddings. Norms and biases have none.")
+    clip: float = Field(1.0, gt=0, description="Maximum global norm of the gradient.")
     restart: bool = Field(
-        True, description="a stage begins with a new optimizer and schedule; no: it goes on with those of the stage before"
+        True,
+        description="Start a stage with a new optimizer and schedule. false: continue those of the previous stage.",
     )
 
 
 class MeshConfig(Section):
-    data: int = Field(-1, description="devices that share a batch, each with all parameters; -1 for the rest of the devices")
-    fsdp: int = Field(1, description="devices that share a batch and hold a part of every parameter each; -1 for the rest")
-    tensor: int = Field(1, description="devices that share the heads and the feed-forward of a layer; -1 for the rest")
+    """The device mesh. At most one axis may be -1, which stands for the remaining devices."""
+
+    data: int = Field(
+        -1, description="Devices that share a batch, each with a copy of the parameters. -1: the remaining devices."
+    )
+    fsdp: int = Field(
+        1, description="Devices that share a batch and each hold a part of every parameter. -1: the remaining devices."
+    )
+    tensor: int = Field(
+        1, description="Devices that share the heads and the feed-forward of a layer. -1: the remaining devices."
+    )
 
     @model_validator(mode="after")
-    def _positive_or_the_rest(self) -> MeshConfig:
+    def _sizes_are_positive_or_rest(self) -> MeshConfig:
         sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
         for axis, size in sizes.items():
             if size < 1 and size != -1:
-                raise ValueError(f"{axis} is {size}; expected a number of devices, or -1 for the rest")
+                raise ValueError(f"{axis} is {size}; expected a number of devices, or -1 for the remaining ones")
         rest = [axis for axis, size in sizes.items() if size == -1]
         if len(rest) > 1:
-            raise ValueError(f"{' and '.join(rest)} are -1; only one of them can have the rest of the devices")
+            raise ValueError(f"{' and '.join(rest)} are -1; only one axis can take the remaining devices")
         return self
 
 
 class TrainConfig(Section):
-    steps: Positive = Field(1000, description="optimizer steps")
-    batch_size: Positive = Field(64, description="queries of a step, over all devices")
-    seed: int = Field(0, ge=0, le=LARGEST, description="of the parameters, the order of examples and every draw")
-    log_every: Positive = Field(10, description="steps between lines of metrics.jsonl")
-    checkpoint_every: Positive = Field(500, description="steps between checkpoints")
-    eval_every: Positive = Field(500, description="steps between scorings of the held-out sets, each with a checkpoint")
+    """The length of training, the batch, and what happens between steps."""
+
+    steps: Positive = Field(1000, description="Number of optimizer steps.")
+    batch_size: Positive = Field(64, description="Queries per step, over all devices.")
+    seed: int = Field(0, ge=0, le=LARGEST, description="Seed of the parameters, the order of examples, and every random draw.")
+    log_every: Positive = Field(10, description="Steps between lines of metrics.jsonl.")
+    checkpoint_every: Positive = Field(500, description="Steps between checkpoints.")
+    eval_every: Positive = Field(500, description="Steps between evaluations of the held-out sets. Each saves a checkpoint.")
     on_nan: Literal["stop", "skip"] = Field(
-        "stop", description="at a loss or gradient that is not finite: end, or skip the step"
+        "stop", description="What to do at a loss or gradient that is not finite: stop the run, or skip the step."
     )
     stall_timeout_s: float = Field(
-        1800.0, gt=0, le=1e9, description="seconds after which a step that does not finish ends the process"
+        1800.0, gt=0, le=1e9, description="Seconds after which a step that does not finish ends the process."
     )
-    keep_checkpoints: Positive = Field(2, description="latest checkpoints kept; the best one is kept beside them")
+    keep_checkpoints: Positive = Field(2, description="Number of latest checkpoints to keep, beside the best one.")
     profile_steps: tuple[Positive, Positive] | None = Field(
-        None, description="first and last step of a trace in the run directory's profile/, such as [20, 22]; absent: none"
+        None,
+        description="First and last step of a trace, written to profile/ in the run directory, such as [20, 22]. "
+        "Default: no trace.",
     )
     peak_flops: float | None = Field(
-        None, gt=0, description="FLOP/s of a device, of which mfu is a share; absent: as its data sheet says of bfloat16"
+        None, gt=0, description="Peak FLOP/s of a device, the denominator of mfu. Default: the data sheet's bfloat16 value."
     )
 
     @field_validator("profile_steps")
     @classmethod
-    def _in_order(cls, steps: tuple[int, int] | None) -> tuple[int, int] | None:
+    def _steps_are_ordered(cls, steps: tuple[int, int] | None) -> tuple[int, int] | None:
         if steps is not None and steps[0] > steps[1]:
-            raise ValueError(f"steps {steps[0]} to {steps[1]}; expected two steps, the first not after the last")
+            raise ValueError(f"steps {steps[0]} to {steps[1]}; expected a first step that is not after the last")
         return steps
 
 
 class EvalSetConfig(Section):
-    name: str = Field(description="SET in SET/METRIC")
-    kind: Literal["retrieval", "sts"] = Field("retrieval", description="nDCG@10 and recall@10, or Spearman")
-    path: str = Field(description="BEIR folder, scored-pairs file, python_packages:functions or python_packages:package")
-    adapter: str = Field("", description="of model.lora.names: the one that is scored")
-    instruction: str = Field("", description="of the queries (of both sides for sts)")
-    document_instruction: str = Field("", description="of the documents")
+    """A held-out set that is scored during training."""
+
+    name: str = Field(description="Name of the set, SET in SET/METRIC.")
+    kind: Literal["retrieval", "sts"] = Field(
+        "retrieval", description="retrieval scores nDCG@10 and recall@10; sts scores Spearman's correlation."
+    )
+    path: str = Field(description="BEIR folder, or a file of scored pairs for sts.")
+    adapter: str = Field("", description="The adapter that is scored, one of model.lora.names.")
+    instruction: str = Field("", description="Instruction of the queries; of both sides for sts.")
+    document_instruction: str = Field("", description="Instruction of the documents.")
+
+    @field_validator("path")
+    @classmethod
+    def _is_no_removed_set(cls, path: str) -> str:
+        reject_python_packages("path", path)
+        return path
 
 
 class EvalConfig(Section):
+    """Evaluation during training."""
+
     sets: tuple[EvalSetConfig, ...] = ()
-    best: str = Field("", description="SET/METRIC whose maximum names the best checkpoint; if empty, the first set's")
-    untrained: bool = Field(True, description="score the model before the first step")
-    bm25: bool = Field(False, description="score BM25 on the retrieval sets beside the model")
+    best: str = Field("", description="SET/METRIC whose maximum selects the best checkpoint. Default: the first set's.")
+    untrained: bool = Field(True, description="Score the model before the first step.")
+    bm25: bool = Field(False, description="Score BM25 on the retrieval sets, for comparison.")

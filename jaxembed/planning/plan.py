@@ -4,42 +4,61 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from jaxembed.config import Config
+from jaxembed.config import Config, MeshConfig
 from jaxembed.data.batch import HostBatch
-from jaxembed.data.pipeline import batches
+from jaxembed.data.pipeline import iter_batches
+from jaxembed.devices.chips import GIB
 from jaxembed.devices.mesh import make_mesh
 from jaxembed.devices.placement import batch_shapes
 from jaxembed.errors import UserError
+from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.planning.program import NoRoom, Program, compile_step, numbers, size
-from jaxembed.planning.topology import GIB, topology_devices
-from jaxembed.runs.stages import Stage, state_shapes
-from jaxembed.runs.train import open_stages
-from jaxembed.training.step import TrainState, make_train_step
+from jaxembed.planning.topology import topology_devices
+from jaxembed.training.stage import Stage
+from jaxembed.training.state import state_shapes
+from jaxembed.training.step import TrainState
 
 log = logging.getLogger("jaxembed")
 
 LOOKED_AT = 8  # batches of a stage, of which the largest is compiled for
 
 
-def plan(config: Config, topology: str | None, slices: int = 1) -> dict[str, Any]:
-    """Compiles the largest known step of every stage and tells what it needs; nothing is written.
+def planning_mesh(config: MeshConfig, topology: str | None = None, slices: int = 1) -> tuple[Mesh, int | None]:
+    """Return the mesh to plan for, and the memory of one of its devices in bytes if it is known.
 
-    `topology` names a slice that is not here, of which there are `slices`. `UserError` where a step does not fit the memory of
-    its device.
+    Args:
+        config: Sizes of the mesh.
+        topology: Name of a TPU slice that is not here, such as v5e:16x16. Default: the devices here.
+        slices: Number of such slices.
     """
     devices, memory = (None, _memory_here()) if topology is None else topology_devices(topology, slices)
-    mesh = make_mesh(**dict(config.mesh), devices=devices)
-    model, stages = open_stages(config, mesh)
-    told = [_of_stage(stage, model, mesh, memory) for stage in stages]
-    for stage, row in zip(stages, told, strict=True):
+    return make_mesh(**dict(config), devices=devices), memory
+
+
+def plan(config: Config, mesh: Mesh, memory: int | None, model: EmbeddingModel, stages: Sequence[Stage]) -> dict[str, Any]:
+    """Compile the largest known step of every stage and report what it needs. Nothing is written.
+
+    Args:
+        config: Settings of the run.
+        mesh: The devices.
+        memory: Bytes of memory of a device, or None if unknown.
+        model: The model of the run.
+        stages: The stages of the run.
+
+    Raises:
+        UserError: A step does not fit the memory of its device.
+    """
+    rows = [_plan_stage(stage, config, model, mesh, memory) for stage in stages]
+    for stage, row in zip(stages, rows, strict=True):
         _show(stage, row, len(stages))
-    return {"devices": mesh.size, "device": mesh.devices.flat[0].device_kind, "mesh": dict(mesh.shape), "stages": told}
+    return {"devices": mesh.size, "device": mesh.devices.flat[0].device_kind, "mesh": dict(mesh.shape), "stages": rows}
 
 
 def _memory_here() -> int | None:
@@ -48,15 +67,12 @@ def _memory_here() -> int | None:
     return stats.get("bytes_limit")
 
 
-def _of_stage(stage: Stage, model: Any, mesh: Mesh, memory: int | None) -> dict[str, Any]:
-    own = jax.eval_shape(lambda: stage.objectives.new_params(model.width, stage.teacher_width, jax.random.key(0)))
-    optimizer = stage.optimizer(bool(model.adapters))
-    state = state_shapes(optimizer, model, mesh, own)
-    host, looked_at = _largest(stage)
-    config, placed = stage.config, jax.tree.map(lambda x: x.sharding, state)
+def _plan_stage(stage: Stage, config: Config, model: EmbeddingModel, mesh: Mesh, memory: int | None) -> dict[str, Any]:
+    """Compile the largest known step of a stage and return what it needs."""
+    state = state_shapes(stage, model, mesh)
+    host, examined = _largest(stage)
     with jax.set_mesh(mesh):
-        skip = config.train.on_nan == "skip"
-        step = make_train_step(model, stage.objectives, optimizer, stage.schedule, skip, config.gradcache.rows, placed)
+        step = stage.make_train_step(model, state)
     try:
         program, _ = compile_step(step, state, batch_shapes(mesh, host.batch), mesh)
     except NoRoom as error:
@@ -64,13 +80,13 @@ def _of_stage(stage: Stage, model: Any, mesh: Mesh, memory: int | None) -> dict[
     if memory is not None and program.memory > memory:
         raise _no_room(config, stage, program.memory, memory)
     rows, tokens = host.batch.texts.tokens.shape
-    return _row(state, program, memory, mesh) | {"rows": rows, "row_length": tokens, "batches_looked_at": looked_at}
+    return _row(state, program, memory, mesh) | {"rows": rows, "row_length": tokens, "batches_looked_at": examined}
 
 
 def _largest(stage: Stage) -> tuple[HostBatch, int]:
     """The batch of most tokens among the first, and how many those are."""
     steps = min(LOOKED_AT, stage.config.train.steps)
-    first = list(islice(batches(stage.plan, stage.build, 0, steps), steps))
+    first = list(islice(iter_batches(stage.plan, stage.build, 0, steps), steps))
     return max(first, key=lambda host: host.padded_tokens), len(first)
 
 
@@ -94,8 +110,8 @@ def _no_room(config: Config, stage: Stage, needed: int, there: int) -> UserError
     model = config.model
     helps = {
         "mesh.fsdp=-1": config.mesh.fsdp == 1,
-        "gradcache.rows=8": config.gradcache.rows is None,
-        "a smaller gradcache.rows": (config.gradcache.rows or 1) > 1,
+        "gradcache.rows=8": stage.config.gradcache.rows is None,
+        "a smaller gradcache.rows": (stage.config.gradcache.rows or 1) > 1,
         "model.remat=true": not model.remat,
         "model.unroll=false": model.unroll,
         "model.dtype=bfloat16": model.dtype == "float32",

@@ -1,4 +1,4 @@
-"""The run directory: what identifies a run, written once and compared when it is resumed."""
+"""The run directory: what identifies a run is written once, and compared when the run is resumed."""
 
 from __future__ import annotations
 
@@ -7,19 +7,22 @@ import logging
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
-from jaxembed.config import Config
-from jaxembed.config.sections import read_tree
+from jaxembed.config import Config, read_run_config
 from jaxembed.devices import processes
 from jaxembed.errors import UserError
 from jaxembed.files import exists, read_json, write_json, write_text
 
 log = logging.getLogger("jaxembed")
 
-RECORD = "base.json"  # of the base of a run: a folder that has it is a run
+T = TypeVar("T")
+
+BASE_RECORD_FILE = "base.json"  # describes the base of a run; a folder with this file is a run
+MAX_LISTED_CHANGES = 4
+MAX_VALUE_CHARS = 200
 
 PACKAGES = (
     "jax",
@@ -35,103 +38,131 @@ PACKAGES = (
 )
 
 
-def open_run(config: Config) -> Path:
-    """The run directory with config.yaml in it. Refuses one that belongs to another config; a config alone is no run yet.
+def open_run_dir(config: Config) -> Path:
+    """Return the run directory of a config, with config.yaml in it.
 
-    The mesh may be another: a run goes on with any number of devices. The first of several processes makes the directory,
-    which the others, after it, must find.
+    Process 0 creates the directory. Call this on the other processes afterwards: they must find it.
+
+    A run may be resumed on another mesh, so the mesh may differ from the recorded config. A directory that holds nothing but
+    a config is not a run yet, and gets the new config.
+
+    Raises:
+        UserError: The directory belongs to another config, holds other files, or cannot be written.
     """
     run_dir = Path(config.run.dir)
-    recorded = run_dir / "config.yaml"
-    has_config = exists(recorded)
-    others = exists(run_dir) and any(path != recorded and path.suffix != ".partial" for path in run_dir.iterdir())
+    config_path = run_dir / "config.yaml"
+    has_config = exists(config_path)
     if not processes.is_first():
         if not has_config:
-            told = f"process {processes.index()} does not find what the first one wrote; name a run.dir that all of them share"
-            raise UserError(f"{run_dir}: {told}")
+            problem = f"process {processes.index()} does not find what process 0 wrote"
+            raise UserError(f"{run_dir}: {problem}. Name a run.dir that all processes share.")
         return run_dir
-    if has_config and others:
-        before, now = ({**tree, "mesh": None} for tree in (read_run_file(read_tree, recorded), yaml.safe_load(config.dump())))
-        changed = list(differences(before, now))
-        if changed:
-            raise UserError(
-                f"{run_dir}: belongs to another config ({'; '.join(changed[:4])}); name another run.dir, or remove it"
-            )
+    has_files = exists(run_dir) and any(path != config_path and path.suffix != ".partial" for path in run_dir.iterdir())
+    if has_config and has_files:
+        _check_config(config, config_path)
         return run_dir
-    if others:
-        raise UserError(f"{run_dir}: holds files but no run; name another run.dir")
+    if has_files:
+        raise UserError(f"{run_dir}: holds files, but not a run. Name another run.dir.")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_text(recorded, config.dump())
+        write_text(config_path, config.dump())
     except OSError as error:
-        raise UserError(f"{run_dir}: cannot be written ({error.strerror}); name another run.dir") from None
+        raise UserError(f"{run_dir}: cannot be written ({error.strerror}). Name another run.dir.") from None
     return run_dir
 
 
-def check_alike(config: Config) -> None:
-    """`UserError` where the first process of a run has another config than this one."""
-    firsts = processes.of_first(config.dump().encode()).decode()
-    changed = list(differences(yaml.safe_load(firsts), yaml.safe_load(config.dump())))
-    if changed:
-        raise UserError(f"not the config of the run's first process ({'; '.join(changed[:4])}); give all of them the same")
+def _check_config(config: Config, recorded: Path) -> None:
+    """Raise `UserError` if a run was recorded with another config. Its mesh may differ."""
+    before, after = (
+        {**yaml.safe_load(settings.dump()), "mesh": None} for settings in (read_run_file(read_run_config, recorded), config)
+    )
+    if changes := _summarize_differences(before, after):
+        raise UserError(f"{recorded.parent}: belongs to another config ({changes}). Name another run.dir, or remove it.")
 
 
-def record(run_dir: Path, name: str, value: Mapping[str, Any], told: str) -> None:
-    """Writes `name`.json, or compares it with what is there: `UserError` says with `told` what differs."""
+def check_same_config(config: Config) -> None:
+    """Raise `UserError` if process 0 has another config than this process."""
+    first_config = processes.broadcast_from_first(config.dump().encode()).decode()
+    if changes := _summarize_differences(yaml.safe_load(first_config), yaml.safe_load(config.dump())):
+        raise UserError(f"config: differs from that of process 0 ({changes}). Give all processes the same config.")
+
+
+def record_or_check(run_dir: Path, name: str, value: Mapping[str, Any], problem: str) -> None:
+    """Write `name`.json to the run directory, or compare it with the file that is there.
+
+    Args:
+        run_dir: The run directory.
+        name: Name of the file without its suffix.
+        value: What identifies a part of the run.
+        problem: What the error says if the value differs, such as "its base changed".
+
+    Raises:
+        UserError: The value differs from the recorded one.
+    """
     path = run_dir / f"{name}.json"
     if not path.is_file():
         write_json(path, value)
         return
-    changed = list(differences(read_run_file(read_json, path), value))
-    if changed:
-        raise UserError(f"{run_dir}: {told} ({'; '.join(changed[:4])}); restore it, or name another run.dir")
+    if changes := _summarize_differences(read_run_file(read_json, path), value):
+        raise UserError(f"{run_dir}: {problem} ({changes}). Restore it, or name another run.dir.")
 
 
-def read_run_file(
-    read: Callable[[Path], dict[str, Any]], path: Path, otherwise: str = "name another run.dir"
-) -> dict[str, Any]:
-    """What the run wrote to a file; where it is damaged, the `UserError` says to restore it, or `otherwise`."""
+def read_run_file(read: Callable[[Path], T], path: Path, alternative: str = "name another run.dir") -> T:
+    """Read a file that a run has written.
+
+    Args:
+        read: Reads the file.
+        path: The file.
+        alternative: What the error offers besides restoring the file.
+
+    Raises:
+        UserError: The file is damaged.
+    """
     try:
         return read(path)
     except UserError as error:
-        raise UserError(f"{error}; this file of the run is damaged: restore it, or {otherwise}") from None
+        problem = str(error).removesuffix(".")
+        raise UserError(f"{problem}. This file of the run is damaged: restore it, or {alternative}.") from None
 
 
-def note_versions(run_dir: Path) -> None:
-    """Writes versions.json; warns where a resumed run's differ, since its losses may then differ in the last bits."""
+def record_versions(run_dir: Path) -> None:
+    """Write versions.json. Warn if a resumed run had other versions: its losses may differ in the last bits."""
     path = run_dir / "versions.json"
-    now = versions()
-    if path.is_file():
-        changed = list(differences(read_run_file(read_json, path), now))
-        if changed:
-            log.warning("not the versions this run began with, so not bit for bit the same: %s", "; ".join(changed))
+    versions = package_versions()
+    if path.is_file() and (changes := _summarize_differences(read_run_file(read_json, path), versions)):
+        log.warning("versions differ from those at the start of this run, so results are not bit-identical: %s", changes)
     if processes.is_first():
-        write_json(path, now)
+        write_json(path, versions)
 
 
-def versions() -> dict[str, str]:
-    """Python and the packages that decide what a run computes."""
-    found = {"python": platform.python_version()}
+def package_versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that determine what a run computes."""
+    versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            versions[name] = "not installed"
+    return versions
 
 
-def differences(before: Any, after: Any, key: str = "") -> Iterator[str]:
-    """`key: old -> new` for every leaf that differs."""
+def _summarize_differences(before: Any, after: Any) -> str:
+    """Return the first differences of two trees on one line; empty if they are equal."""
+    return "; ".join(list(iter_differences(before, after))[:MAX_LISTED_CHANGES])
+
+
+def iter_differences(before: Any, after: Any, key: str = "") -> Iterator[str]:
+    """Yield `key: old -> new` for every leaf in which two trees of dicts and lists differ."""
     if isinstance(before, dict) and isinstance(after, dict):
         for name in dict.fromkeys([*before, *after]):
-            yield from differences(before.get(name), after.get(name), f"{key}.{name}" if key else name)
+            yield from iter_differences(before.get(name), after.get(name), f"{key}.{name}" if key else name)
     elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
         for i, pair in enumerate(zip(before, after, strict=True)):
-            yield from differences(*pair, f"{key}.{i}")
+            yield from iter_differences(*pair, f"{key}.{i}")
     elif before != after:
-        yield f"{key}: {_short(before)} -> {_short(after)}"
+        yield f"{key}: {_shorten(before)} -> {_shorten(after)}"
 
 
-def _short(value: Any, most: int = 200) -> str:
+def _shorten(value: Any) -> str:
     text = repr(value)
-    return text if len(text) <= most else f"{text[:most]}..."
+    return text if len(text) <= MAX_VALUE_CHARS else f"{text[:MAX_VALUE_CHARS]}..."

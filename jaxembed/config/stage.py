@@ -1,0 +1,121 @@
+"""The sections that every stage of a run has: what it trains on, its objectives, and how it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from jaxembed.config.data import DataConfig
+from jaxembed.config.mining import MineConfig
+from jaxembed.config.objectives import (
+    AnyObjective,
+    DistillationConfig,
+    GradCacheConfig,
+    InfoNCEConfig,
+    MarginMSEConfig,
+    MatryoshkaConfig,
+    ObjectiveConfig,
+)
+from jaxembed.config.sections import Section
+from jaxembed.config.training import OptimConfig, TrainConfig
+
+
+class StageSections(Section):
+    """The sections that a stage may set for itself. In `Config` they are the defaults of all stages."""
+
+    data: DataConfig
+    objectives: tuple[AnyObjective, ...] = Field((InfoNCEConfig(),), min_length=1)
+    matryoshka: MatryoshkaConfig = MatryoshkaConfig()
+    gradcache: GradCacheConfig = GradCacheConfig()
+    mine: MineConfig | None = Field(
+        None,
+        description="Before a stage, find hard negatives for its pairs with the model as it is then. Default: no mining.",
+    )
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+
+    def check_negatives(self) -> None:
+        """Raise `ValueError` if an objective needs more hard negatives than `data.hard_negatives` draws."""
+        drawn = self.data.hard_negatives
+        if self.mine is not None and not drawn:
+            raise ValueError("mine finds hard negatives, but data.hard_negatives is 0. Set how many a query draws.")
+        for i, objective in enumerate(self.objectives):
+            cause, needed = _needed_hard_negatives(objective)
+            if drawn < needed:
+                raise ValueError(
+                    f"objectives.{i}: {cause} compares a query with its own negatives, but data.hard_negatives is {drawn}. "
+                    f"Set it to {needed} or more."
+                )
+
+    def models_with_role(self, role: str) -> list[str]:
+        """Return the models that the objectives name as `guide` or `teacher`, each once."""
+        names = [getattr(objective, role, None) for objective in self.objectives]
+        return list(dict.fromkeys(name for name in names if name is not None))
+
+    @property
+    def row_length(self) -> int:
+        """Tokens of a packed row."""
+        return self.data.row_length or self.data.max_length
+
+    @property
+    def guide(self) -> str | None:
+        """The model that guides the objectives of this stage, if any."""
+        return next(iter(self.models_with_role("guide")), None)
+
+    @property
+    def teacher(self) -> str | None:
+        """The model whose vectors the objectives of this stage match, if any."""
+        return next(iter(self.models_with_role("teacher")), None)
+
+
+class StageConfig(StageSections):
+    """One stage, with every default resolved."""
+
+    @model_validator(mode="after")
+    def _objectives_have_negatives(self) -> StageConfig:
+        self.check_negatives()
+        return self
+
+
+# Keys that all stages share: one model, one run directory, one set of scores, one trace by steps of the run.
+RUN_SECTIONS = frozenset({"run", "model", "mesh", "eval", "stages"})
+RUN_TRAIN_KEYS = frozenset({"seed", "keep_checkpoints", "profile_steps", "peak_flops"})
+
+
+def resolve_stage(defaults: Mapping[str, Any], changes: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """Return the sections of a stage: the defaults with the changes of the stage merged in, both unchecked.
+
+    Raises:
+        ValueError: The stage sets a key that all stages share, or lacks `train.steps`.
+    """
+    where = f"stages.{index}"
+    train = changes.get("train")
+    train_keys = set(train) if isinstance(train, Mapping) else set()
+    shared = [*sorted(set(changes) & RUN_SECTIONS), *(f"train.{key}" for key in sorted(train_keys & RUN_TRAIN_KEYS))]
+    if shared:
+        raise ValueError(f"{where}.{shared[0]}: all stages share this key. Set it outside of stages.")
+    if "steps" not in train_keys:
+        raise ValueError(f"{where}.train.steps is missing. Every stage names its own number of steps.")
+    return merge_trees(defaults, changes)
+
+
+def merge_trees(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a nested mapping with the values of another merged in. Lists are replaced, not merged."""
+    merged = dict(tree)
+    for key, value in changes.items():
+        default = merged.get(key)
+        merged[key] = merge_trees(default, value) if isinstance(default, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _needed_hard_negatives(objective: ObjectiveConfig) -> tuple[str, int]:
+    """Return what makes an objective compare a query with its own negatives, and how many of them it needs at least."""
+    if isinstance(objective, InfoNCEConfig) and objective.mixed_negatives:
+        return "mixed_negatives", 2
+    if isinstance(objective, InfoNCEConfig) and objective.negatives == "hard":
+        return "negatives=hard", 1
+    if isinstance(objective, DistillationConfig | MarginMSEConfig):
+        return objective.name, 1
+    return objective.name, 0

@@ -1,0 +1,27 @@
+"""Shapes and shardings of a model's parameters on a mesh."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import Mesh
+
+from jaxembed.devices.mesh import logical_axis_table, param_shardings
+from jaxembed.model.embedder import EmbeddingModel, infer_parameter_shapes
+
+
+def shapes_and_shardings(model: EmbeddingModel, mesh: Mesh) -> tuple[Any, Any]:
+    """Return a tree of `jax.ShapeDtypeStruct` and a tree of shardings of a model's parameters.
+
+    Raises:
+        UserError: The mesh does not divide the model.
+    """
+    boxed, table = infer_parameter_shapes(model), logical_axis_table(mesh, model.decoder.axis_sizes)
+    return nn.unbox(boxed), param_shardings(mesh, nn.get_partition_spec(boxed), table)
+
+
+def attach_shardings(shapes: Any, shardings: Any) -> Any:
+    """Return one tree of `jax.ShapeDtypeStruct` with shardings out of what `shapes_and_shardings` returns."""
+    return jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings)

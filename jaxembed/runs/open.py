@@ -1,0 +1,293 @@
+"""Opening a run: everything that training and planning need, checked and put together once."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import chain
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxembed.config import Config, EmbeddingSpec, StageConfig
+from jaxembed.config.fields import quote_value
+from jaxembed.curation.remining import check_first_rank
+from jaxembed.data.batch import BatchBuilder
+from jaxembed.data.batch_plan import BatchPlan
+from jaxembed.data.batch_sampler import BatchSampler
+from jaxembed.data.sources import Source, open_sources
+from jaxembed.data.tokenize import TextTokenizer, load_tokenizer
+from jaxembed.devices import processes
+from jaxembed.devices.mesh import Shards, all_shards, local_shards, logical_axis_table, shard_count
+from jaxembed.errors import UserError
+from jaxembed.evaluation.heldout import HeldOutSet, open_held_out_sets
+from jaxembed.files import cache_dir
+from jaxembed.hub.base import Base
+from jaxembed.hub.frozen_encoder import FrozenEncoder, ZeroEncoder, open_frozen_encoder
+from jaxembed.hub.resolve import find_base
+from jaxembed.hub.text_tokenizer import build_text_tokenizer
+from jaxembed.losses.objectives import Objectives
+from jaxembed.model.decoder import ComputeOptions
+from jaxembed.model.embedder import EmbeddingModel
+from jaxembed.training.run_dir import check_run_dir, create_run_dir
+from jaxembed.training.stage import Stage
+
+log = logging.getLogger("jaxembed")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OpenedRun:
+    """A run with its parts opened. No weights are read yet.
+
+    Attributes:
+        config: Settings of the run.
+        base: What the model starts from.
+        mesh: The devices.
+        model: The model, without parameters. `model.spec` says how texts become vectors.
+        tokenizer: The run's tokenizer, with the maximum length of the last stage.
+        stages: The stages, in order.
+        encoders: The guide and the teacher, by role.
+        held_out: The held-out sets. A planned run has none.
+    """
+
+    config: Config
+    base: Base
+    mesh: Mesh
+    model: EmbeddingModel
+    tokenizer: TextTokenizer
+    stages: Sequence[Stage]
+    encoders: Mapping[str, FrozenEncoder]
+    held_out: Sequence[HeldOutSet] = ()
+
+    @property
+    def run_dir(self) -> Path:
+        """The directory of the run."""
+        return Path(self.config.run.dir)
+
+    @property
+    def spec(self) -> EmbeddingSpec:
+        """How texts become vectors."""
+        return self.model.spec
+
+    @property
+    def sources(self) -> list[Source]:
+        """The sources of all stages."""
+        return [source for stage in self.stages for source in stage.sources]
+
+    @property
+    def total_steps(self) -> int:
+        """The steps of all stages."""
+        return self.stages[-1].last_step
+
+
+def open_run(config: Config, mesh: Mesh, *, is_planned: bool = False) -> OpenedRun:
+    """Open what a run needs, and create its directory.
+
+    Cheap checks come first: no data is read before the run directory, the base, and the mesh are known to fit.
+
+    Args:
+        config: Settings of the run.
+        mesh: The devices.
+        is_planned: Open the run for planning only: nothing is written, this process builds every shard of a batch, and zeros
+            stand for the vectors of guide and teacher. The mesh may then be one of a topology that is not here.
+
+    Raises:
+        UserError: The run directory, the base, the mesh, the data, or the objectives do not fit together.
+    """
+    if not is_planned:
+        check_run_dir(config)
+    # Base, mesh, and model: no data is read.
+    base = find_base(config.model.base)
+    logical_axis_table(mesh, base.decoder.axis_sizes)
+    if config.model.lora is not None and not base.has_weights:
+        raise UserError(f"model.lora: {base.name} has no weights to adapt. Name a base that has weights, or remove model.lora.")
+    spec = _resolve_spec(config, base)
+    model = EmbeddingModel(base.decoder, spec, _compute(config), config.model.lora)
+    shards = all_shards(shard_count(mesh)) if is_planned else local_shards(mesh)
+    for index, stage in enumerate(config.stages):
+        _check_stage(stage, model, shards.count, _key_prefix(config, index))
+    encoders = _open_encoders(config)
+    if is_planned:
+        encoders = {role: ZeroEncoder(**vars(encoder)) for role, encoder in encoders.items()}
+    # Data: the first process reads it and writes indexes to the cache, which the others then find.
+    first = processes.run_on_first_process_first
+    plans = first(partial(_open_plans, config))
+    held_out = () if is_planned else first(partial(open_held_out_sets, config.eval.sets, cache_dir()))
+    # The run directory, now that the data is known to be good; a new tokenizer is written there.
+    run_dir = None if is_planned else first(partial(create_run_dir, config))
+    tokenizer = first(partial(_open_tokenizer, run_dir, base, spec, plans))
+    stages = _open_stages(config, plans, model, tokenizer, base, shards, encoders)
+    return OpenedRun(
+        config=config,
+        base=base,
+        mesh=mesh,
+        model=model,
+        tokenizer=tokenizer,
+        stages=stages,
+        encoders=encoders,
+        held_out=held_out,
+    )
+
+
+def _resolve_spec(config: Config, base: Base) -> EmbeddingSpec:
+    """Return the base's spec with the choices of the config, and the prompts of all sources by name."""
+    spec = base.spec.with_choices(config.model, config.stages[-1].data.max_length)
+    pools_instruction = spec.include_instruction or spec.pool_last_instruction_token
+    if not pools_instruction and spec.instruction_template.endswith(" "):
+        log.warning(
+            "model.instruction_template ends in a space, which merges into the next word. That word will not be pooled."
+        )
+    instructions: dict[str, tuple[str, str]] = {}
+    for stage in config.stages:
+        instructions |= stage.data.first_instructions()
+    return spec.with_prompts(instructions)
+
+
+def _compute(config: Config) -> ComputeOptions:
+    """Return how the model computes."""
+    model = config.model
+    return ComputeOptions(
+        dtype=jnp.dtype(model.dtype), remat=model.remat, unroll=model.unroll, attention_kernel=model.attention_kernel
+    )
+
+
+def _key_prefix(config: Config, index: int) -> str:
+    """Return what precedes a key of a stage in errors."""
+    return f"stages.{index}." if len(config.stages) > 1 else ""
+
+
+def _check_stage(stage: StageConfig, model: EmbeddingModel, shards: int, prefix: str) -> None:
+    """Raise `UserError` if the batch does not divide among the shards, or a Matryoshka width is not below the model's."""
+    if stage.train.batch_size % shards:
+        raise UserError(
+            f"{prefix}train.batch_size is {stage.train.batch_size}; expected a multiple of {shards}, the shards of the mesh"
+        )
+    if (widest := max(stage.matryoshka.dims, default=0)) >= model.width:
+        raise UserError(
+            f"{prefix}matryoshka.dims contains {widest}; expected less than {model.width}, the width of this model's vectors"
+        )
+
+
+def _open_plans(config: Config) -> list[BatchPlan]:
+    """Open the sources of every stage, and plan its batches."""
+    plans = []
+    for index, stage in enumerate(config.stages):
+        sources = open_sources(stage.data, cache_dir())
+        if stage.mine is not None:
+            check_first_rank(sources, stage.mine, stage.train.seed, _key_prefix(config, index))
+        batching, mixture = stage.data.batching, stage.data.mixture
+        plans.append(BatchPlan(sources, stage.train.batch_size, stage.train.seed, index, batching, mixture))
+    return plans
+
+
+def _open_tokenizer(run_dir: Path | None, base: Base, spec: EmbeddingSpec, plans: Sequence[BatchPlan]) -> TextTokenizer:
+    """Return the tokenizer that the run directory holds, else the base's, which is then written there.
+
+    A preset has no tokenizer: it trains one on the training texts.
+    """
+    recorded = run_dir / "tokenizer" if run_dir else None
+    if recorded and recorded.is_dir():
+        return build_text_tokenizer(load_tokenizer(recorded), spec, base)
+    texts = chain.from_iterable(_iter_texts(source) for plan in plans for source in plan.sources)
+    tokenizer = build_text_tokenizer(base.tokenizer(texts), spec, base)
+    if recorded:
+        partial_folder = recorded.with_suffix(".partial")
+        tokenizer.hf_tokenizer.save_pretrained(partial_folder)
+        partial_folder.rename(recorded)
+    return tokenizer
+
+
+def _iter_texts(source: Source) -> Iterator[str]:
+    """Yield query and positive of every example of a source."""
+    for index in range(len(source)):
+        example = source.draw(index, np.random.default_rng(index), 0)
+        yield example.query
+        yield example.positive
+
+
+def _open_encoders(config: Config) -> dict[str, FrozenEncoder]:
+    """Open the guide and the teacher, by role. A model with both roles is opened once."""
+    names = config.models_by_role
+    opened = {name: open_frozen_encoder(name, cache_dir()) for name in dict.fromkeys(names.values())}
+    return {role: opened[name] for role, name in names.items()}
+
+
+def _open_stages(
+    config: Config,
+    plans: Sequence[BatchPlan],
+    model: EmbeddingModel,
+    tokenizer: TextTokenizer,
+    base: Base,
+    shards: Shards,
+    encoders: Mapping[str, FrozenEncoder],
+) -> list[Stage]:
+    """Put the stages together. It takes the parts of a run, because `OpenedRun` needs the stages to be complete."""
+    stages: list[Stage] = []
+    for index, (stage, plan) in enumerate(zip(config.stages, plans, strict=True)):
+        first_step = stages[-1].last_step if stages else 0
+        stage_tokenizer = build_text_tokenizer(
+            tokenizer.hf_tokenizer, model.spec.replace(max_length=stage.data.max_length), base
+        )
+        _check_prompts_fit(model.spec.prompts, stage_tokenizer)
+        sampler = BatchSampler(
+            sources=plan.sources,
+            tokenizer=stage_tokenizer,
+            hard_negatives=stage.data.hard_negatives,
+            seed=stage.train.seed,
+            step_offset=first_step,
+            no_duplicates=stage.data.batching.no_duplicates,
+        )
+        build = BatchBuilder(
+            sampler=sampler,
+            row_length=stage.row_length,
+            shards=shards,
+            adapters=model.adapters,
+            guide=encoders["guide"].encode if stage.guide else None,
+            teacher=encoders["teacher"].encode if stage.teacher else None,
+        )
+        stages.append(
+            Stage(
+                index=index,
+                config=stage,
+                first_step=first_step,
+                schedule_steps=_count_schedule_steps(config.stages, index),
+                plan=plan,
+                build=build,
+                tokenizer=stage_tokenizer,
+                objectives=_make_objectives(stage, plan.sources, _key_prefix(config, index)),
+                teacher_width=encoders["teacher"].width if stage.teacher else 0,
+            )
+        )
+    return stages
+
+
+def _count_schedule_steps(stages: Sequence[StageConfig], index: int) -> int:
+    """Return the steps of a stage and of the neighbors that share its optimizer and schedule."""
+    first = max(i for i in range(index + 1) if i == 0 or stages[i].optim.restart)
+    end = next((i for i in range(index + 1, len(stages)) if stages[i].optim.restart), len(stages))
+    return sum(stage.train.steps for stage in stages[first:end])
+
+
+def _make_objectives(stage: StageConfig, sources: Sequence[Source], prefix: str) -> Objectives:
+    """Return what a stage minimizes. Raises `UserError` if an objective names a source that the stage does not have."""
+    names = [source.name for source in sources]
+    for i, objective in enumerate(stage.objectives):
+        if unknown := [name for name in objective.sources if name not in names]:
+            raise UserError(
+                f"{prefix}objectives.{i}.sources contains {unknown[0]!r}; expected names of sources: {', '.join(names)}"
+            )
+    return Objectives(stage.objectives, stage.matryoshka, names)
+
+
+def _check_prompts_fit(prompts: Mapping[str, str], tokenizer: TextTokenizer) -> None:
+    """Raise `UserError` if a prompt leaves no room for a text."""
+    for name, prompt in prompts.items():
+        if tokenizer.max_text_tokens([prompt])[0] < 1:
+            raise UserError(
+                f"data.max_length is {tokenizer.spec.max_length}, but the {name} prompt {quote_value(prompt)} and the tokens "
+                "after a text take all of it. Raise it, or shorten the instruction."
+            )

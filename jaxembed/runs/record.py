@@ -1,0 +1,32 @@
+"""What identifies a run, written to its directory and compared when the run resumes."""
+
+from __future__ import annotations
+
+from jaxembed.devices import processes
+from jaxembed.files import write_json
+from jaxembed.hub.spec_files import write_spec
+from jaxembed.runs.open import OpenedRun
+from jaxembed.training.run_dir import record, record_versions
+
+
+def record_run(run: OpenedRun) -> None:
+    """Write versions, spec, data hashes, frozen encoders, and base beside the config of a run.
+
+    Raises:
+        UserError: A resumed run has other data, another frozen encoder, or another base.
+    """
+    run_dir = run.run_dir
+    record_versions(run_dir)
+    if processes.is_first():
+        write_spec(run_dir, run.spec)
+        dropped = [{source.name: source.sampler.drop_counts for source in stage.sources} for stage in run.stages]
+        write_json(run_dir / "dropped.json", dropped)
+    digests = {source.config.path: source.digest for source in run.sources}
+    record(run_dir, "data_hashes", digests, "its training data changed")
+    for role, encoder in run.encoders.items():
+        record(run_dir, role, encoder.identity, f"its {role} changed")
+    base = {"name": run.base.name, "hash": run.base.hash(), "config": dict(run.base.hf_config)}
+    if run.model.lora is not None:
+        base["lora"] = run.model.lora.model_dump(mode="json")
+    # Last, because this file makes the folder a run for other commands.
+    record(run_dir, "base", base, "its base changed")

@@ -1,0 +1,138 @@
+"""What a run prints: its data, its size, its stages, and its scores."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxembed.config import InfoNCEConfig
+from jaxembed.data.batch_sampler import assign_roles
+from jaxembed.data.schema import Example
+from jaxembed.data.sources import Source
+from jaxembed.errors import UserError
+from jaxembed.runs.open import OpenedRun
+from jaxembed.training.metrics import read_metrics
+from jaxembed.training.stage import Stage
+from jaxembed.training.step import TrainState
+
+log = logging.getLogger("jaxembed")
+
+SHOWN_EXAMPLES = 2  # examples of each source that are printed
+MEASURED_EXAMPLES = 512  # examples of each source whose tokens are counted
+MAX_SHOWN_CHARS = 300  # characters of a printed text
+
+
+def show_data(stage: Stage) -> None:
+    """Print the size of every source of a stage, how many of its texts are truncated, and its first examples.
+
+    The examples are printed as the model reads them.
+
+    Raises:
+        UserError: No query of any source has a loss.
+    """
+    first_id, problems = 0, []
+    for source, epochs in zip(stage.sources, stage.plan.count_epochs(stage.config.train.steps), strict=True):
+        ids = np.arange(first_id, first_id + min(MEASURED_EXAMPLES, len(source)))
+        first_id += len(source)
+        examples = stage.build.sampler.sample(0, ids)
+        _show_source(stage, source, epochs, examples)
+        if missing := _missing_for_loss(stage, source, examples):
+            problems.append(f"{source.name} has {missing}")
+            log.warning("  %s: its queries have no loss", problems[-1])
+        _show_examples(stage, source, examples)
+    if len(problems) == len(stage.sources):
+        raise UserError(f"nothing to train on: {'; '.join(problems)}. Name other data, or other objectives.")
+
+
+def _show_source(stage: Stage, source: Source, epochs: float, examples: Sequence[Example]) -> None:
+    """Print one line about a source, and one about each reason for which rows were dropped."""
+    tokenizer = stage.tokenizer
+    lengths = tokenizer.count_untruncated_tokens(*stage.build.sampler.list_texts(examples))
+    truncated = float(np.mean(lengths > tokenizer.spec.max_length))
+    log.info(
+        "%s: %s examples, %.3g epochs; %.0f tokens per text on average, %.1f%% truncated at %d; in-batch negatives %s",
+        source.name, f"{len(source):,}", epochs, lengths.mean(), 100 * truncated, tokenizer.spec.max_length,
+        "on" if source.in_batch else "off",
+    )  # fmt: skip
+    for reason, count in source.sampler.drop_counts.items():
+        if count:
+            log.info("  dropped: %s rows (%s)", f"{count:,}", reason)
+
+
+def _show_examples(stage: Stage, source: Source, examples: Sequence[Example]) -> None:
+    """Print the first examples of a source as the model reads them."""
+    if source.config.few_shot is not None:
+        count = np.mean([len(example.few_shot) for example in examples])
+        log.info("  %.1f in-context examples per query; a prompt gets at most half of data.max_length", count)
+    for example in examples[:SHOWN_EXAMPLES]:
+        texts, prompts = stage.build.sampler.list_texts([example])
+        for role, (prompt, text, _) in zip(assign_roles(texts), stage.tokenizer.decode_inputs(texts, prompts), strict=True):
+            log.info("  %-8s %r", role, (f"[{prompt}] " if prompt else "") + text[:MAX_SHOWN_CHARS])
+
+
+def _missing_for_loss(stage: Stage, source: Source, examples: Sequence[Example]) -> str:
+    """Return what the examples of a source lack so that none of its queries has a loss, or an empty string."""
+    if stage.needs_hard_negatives(source) and not any(example.negatives for example in examples):
+        return "no hard negatives, and its objectives use nothing else"
+    if stage.needs_teacher_scores(source) and not any(example.teacher_scores for example in examples):
+        return "no pos_scores and neg_scores, which all its objectives need"
+    return ""
+
+
+def show_size(run: OpenedRun, state: TrainState) -> None:
+    """Print the number of parameters and devices, and where a resumed run continues."""
+    trained, frozen = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (state.params, state.frozen))
+    log.info(
+        "%s parameters, %s trained, on %d %s device(s)",
+        f"{trained + frozen:,}", f"{trained:,}" if frozen else "all", run.mesh.size, jax.default_backend(),
+    )  # fmt: skip
+    if step := int(state.step):
+        log.info("resuming after step %d of %d", step, run.total_steps)
+
+
+def describe_stage(stage: Stage, count: int) -> str:
+    """Return one line about the steps, queries, and negatives of a stage, in a run of `count` stages."""
+    train, own = stage.config.train, stage.config.data.hard_negatives
+    in_batch = train.batch_size * (1 + own) - 1 - own
+    by_kind = {"all": own + in_batch, "in_batch": in_batch, "hard": own}
+    negatives = [by_kind[o.negatives] for o in stage.config.objectives if isinstance(o, InfoNCEConfig)]
+    name = f"stage {stage.index + 1} of {count}: " if count > 1 else ""
+    steps = "1 step" if train.steps == 1 else f"{train.steps:,} steps"
+    line = f"{name}{steps} of {train.batch_size:,} queries"
+    return line + (f", each with up to {max(negatives):,} negatives" if negatives else "")
+
+
+def show_scores(summary: Mapping[str, Any]) -> None:
+    """Print the held-out scores of the untrained model, BM25, and the trained model side by side."""
+    keys = {"untrained": "untrained", "BM25": "bm25", "trained": "scores"}
+    columns = {name: summary[key] for name, key in keys.items() if summary[key]}
+    if summary["scores"]:
+        log.info("%-32s %s", "held-out", " ".join(f"{name:>10}" for name in columns))
+    for metric in summary["scores"]:
+        values = (scores.get(metric) for scores in columns.values())
+        log.info("%-32s %s", metric, " ".join(f"{'-' if value is None else f'{value:.4f}':>10}" for value in values))
+
+
+def summarize_run(run: OpenedRun, seconds: float) -> dict[str, Any]:
+    """Return the result of a run, read from its metrics: last step and loss, held-out scores, and duration in seconds."""
+    rows = read_metrics(run.run_dir)
+    losses = [row for row in rows if "loss" in row]
+
+    def last_scores(prefix: str) -> dict[str, float]:
+        scored = [row for row in rows if any(key.startswith(f"{prefix}/") for key in row)]
+        last = scored[-1] if scored else {}
+        return {key.removeprefix(f"{prefix}/"): value for key, value in last.items() if key.startswith(prefix)}
+
+    return {
+        "run_dir": str(run.run_dir),
+        "step": losses[-1]["step"] if losses else 0,
+        "loss": losses[-1]["loss"] if losses else None,
+        "scores": last_scores("eval"),
+        "untrained": last_scores("untrained"),
+        "bm25": last_scores("bm25"),
+        "seconds": round(seconds, 1),
+    }

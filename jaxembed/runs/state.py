@@ -1,0 +1,63 @@
+"""The state of a run: before its first step, and where it resumes."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from jaxembed.devices.placement import replicated_jit
+from jaxembed.errors import UserError
+from jaxembed.model.embedder import init_params
+from jaxembed.model.lora import ADAPTER_PARAMS, join_params, split_params, stack_shapes
+from jaxembed.model.parameters import attach_shardings, shapes_and_shardings
+from jaxembed.runs.open import OpenedRun
+from jaxembed.training.checkpoint import Checkpoints
+from jaxembed.training.state import begin_stage
+from jaxembed.training.step import TrainState
+
+
+def initial_state(run: OpenedRun) -> TrainState:
+    """Return the state before the first stage: parameters of the base, random where it has none, and no optimizer."""
+    shapes, shardings = shapes_and_shardings(run.model, run.mesh)
+    key = jax.random.key(run.config.train.seed)
+    # Parameters of the base.
+    params = flatten_dict(run.base.load(shapes, shardings))
+    # Random parameters for the rest.
+    missing = {path: sharding for path, sharding in flatten_dict(shardings).items() if path not in params}
+    params |= flatten_dict(init_params(run.model, key, unflatten_dict(missing)))
+    trained, frozen = split_params(unflatten_dict(params))
+    # Several adapters: each starts from its own random key, stacked over the first axis.
+    if count := len(run.model.adapters):
+        stacked = flatten_dict(stack_shapes(split_params(attach_shardings(shapes, shardings))[0], count))
+        adapters = unflatten_dict({path: x.sharding for path, x in stacked.items() if path[-1] in ADAPTER_PARAMS})
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
+        trained = join_params(init_params(run.model, keys, adapters), trained)
+    rest = replicated_jit(run.mesh, lambda: {"step": jnp.zeros((), jnp.int32), "key": jax.random.key(run.config.train.seed)})
+    return TrainState(trained, opt_state=None, frozen=frozen, **rest)
+
+
+def resume(run: OpenedRun, checkpoints: Checkpoints) -> tuple[int, TrainState]:
+    """Return the index of the stage to continue with, and the state there.
+
+    The state comes from the last checkpoint, or is the initial one if there is no checkpoint.
+
+    Raises:
+        UserError: The data of the stage has changed since the checkpoint.
+    """
+    # Which stage the last checkpoint belongs to.
+    latest = checkpoints.latest()
+    cursor = {"stage": 0} if latest is None else checkpoints.cursor(latest)
+    index = cursor["stage"]
+    # A state of the same structure: every stage up to this one may add parameters and replace the optimizer.
+    state = initial_state(run)
+    for stage in run.stages[: index + 1]:
+        state = begin_stage(stage, state, run.model, run.mesh)
+    if latest is None:
+        return 0, state
+    # The arrays of the checkpoint, if its batches are still those that this run would draw.
+    if cursor["plan_hash"] != run.stages[index].plan.hash:
+        raise UserError(
+            f"{checkpoints.run_dir}: the training data changed since step {latest}. Restore it, or name another run.dir."
+        )
+    return index, checkpoints.restore(latest, state)

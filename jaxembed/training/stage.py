@@ -1,0 +1,107 @@
+"""One stage of a run, opened: its data, its objectives, its optimizer, and its train step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import optax
+
+from jaxembed.config import DistillationConfig, InfoNCEConfig, MarginMSEConfig, ObjectiveConfig, StageConfig
+from jaxembed.data.batch import Batch, BatchBuilder
+from jaxembed.data.batch_plan import BatchPlan
+from jaxembed.data.sampling import PairSampler
+from jaxembed.data.sources import Source
+from jaxembed.data.tokenize import TextTokenizer
+from jaxembed.losses.objectives import Objectives
+from jaxembed.model.embedder import EmbeddingModel
+from jaxembed.training.optim import learning_rate, make_optimizer
+from jaxembed.training.step import Metrics, TrainState, make_train_step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A stage of a run.
+
+    Attributes:
+        index: Position among the stages of the run.
+        config: Settings of the stage.
+        first_step: Steps of the run before this stage.
+        schedule_steps: Steps that share the optimizer and the learning-rate schedule, those of this stage among them.
+        plan: The examples of every batch.
+        build: Builds a batch from the ids of its examples.
+        tokenizer: Tokenizer with the stage's maximum length.
+        objectives: What the stage minimizes.
+        teacher_width: Width of the teacher's vectors, 0 without a teacher.
+    """
+
+    index: int
+    config: StageConfig
+    first_step: int
+    schedule_steps: int
+    plan: BatchPlan
+    build: BatchBuilder
+    tokenizer: TextTokenizer
+    objectives: Objectives
+    teacher_width: int = 0
+
+    @property
+    def last_step(self) -> int:
+        """The last step of this stage, counted through all stages."""
+        return self.first_step + self.config.train.steps
+
+    @property
+    def sources(self) -> Sequence[Source]:
+        """The sources of the stage."""
+        return self.plan.sources
+
+    @property
+    def schedule(self) -> optax.Schedule:
+        """The learning rate by number of updates."""
+        return learning_rate(self.config.optim, self.schedule_steps)
+
+    def make_optimizer(self, model: EmbeddingModel) -> optax.GradientTransformation:
+        """Return the optimizer of this stage for a model."""
+        return make_optimizer(self.config.optim, self.schedule_steps, bool(model.adapters))
+
+    def make_train_step(self, model: EmbeddingModel, state: Any) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+        """Return the compiled train step of this stage.
+
+        Args:
+            model: The model.
+            state: A `TrainState` of arrays or of shapes, whose shardings the step keeps.
+        """
+        return make_train_step(
+            model,
+            self.objectives,
+            self.make_optimizer(model),
+            self.schedule,
+            skip=self.config.train.on_nan == "skip",
+            rows=self.config.gradcache.rows,
+            shardings=jax.tree.map(lambda x: x.sharding, state),
+        )
+
+    def new_objective_params(self, model: EmbeddingModel, key: jax.Array) -> Any:
+        """Return fresh parameters of the objectives that have some, by the label of the objective."""
+        return self.objectives.new_params(model.width, self.teacher_width, key)
+
+    def mines(self, source: Source) -> bool:
+        """Return whether the stage starts with mining negatives for a source. Only pairs are mined."""
+        return self.config.mine is not None and isinstance(source.sampler, PairSampler)
+
+    def needs_hard_negatives(self, source: Source) -> bool:
+        """Return whether a query of this source has a loss only if its row has hard negatives."""
+        hard_only = all(
+            isinstance(objective, InfoNCEConfig) and (objective.negatives == "hard" or not source.in_batch)
+            for objective in self._objectives_for(source)
+        )
+        return hard_only and not self.mines(source)
+
+    def needs_teacher_scores(self, source: Source) -> bool:
+        """Return whether a query of this source has a loss only if its row has a teacher's scores."""
+        return all(isinstance(o, DistillationConfig | MarginMSEConfig) for o in self._objectives_for(source))
+
+    def _objectives_for(self, source: Source) -> list[ObjectiveConfig]:
+        return [o for o in self.config.objectives if not o.sources or source.name in o.sources]

@@ -1,0 +1,98 @@
+"""The training state: how a stage starts, and its shapes for compiling without memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jaxembed.devices.placement import replicated_jit, replicated_sharding
+from jaxembed.errors import UserError
+from jaxembed.model.embedder import EmbeddingModel
+from jaxembed.model.lora import pick_adapter, split_params, stack_adapters, stack_shapes
+from jaxembed.model.parameters import attach_shardings, shapes_and_shardings
+from jaxembed.training.stage import Stage
+from jaxembed.training.step import OBJECTIVES, TrainState
+
+
+def begin_stage(stage: Stage, state: TrainState, model: EmbeddingModel, mesh: Mesh) -> TrainState:
+    """Return the state a stage starts from: the previous stage's, with a fresh optimizer if the stage restarts.
+
+    An objective with parameters of its own keeps those that an objective of the same label had in the previous stage.
+
+    Raises:
+        UserError: The stage continues the optimizer, but its objectives train other parameters.
+    """
+    # Parameters of objectives: from the previous stage where the label is the same, else fresh.
+    key = jax.random.fold_in(state.key, stage.index)
+    previous = state.params.get(OBJECTIVES, {})
+    fresh = replicated_jit(mesh, partial(stage.new_objective_params, model), key)
+    objective_params = {label: previous.get(label, params) for label, params in fresh.items()}
+    params = {name: part for name, part in state.params.items() if name != OBJECTIVES}
+    if objective_params:
+        params |= {OBJECTIVES: objective_params}
+    # Optimizer: fresh, or the previous stage's if it fits.
+    opt_state = state.opt_state
+    if stage.index == 0 or stage.config.optim.restart:
+        opt_state = _init_optimizer(stage.make_optimizer(model), params, len(model.adapters), mesh)
+    elif objective_params.keys() != previous.keys():
+        raise UserError(
+            f"stages.{stage.index}: optim.restart is false, but the objectives train other parameters than those of the "
+            "previous stage. Set optim.restart=true."
+        )
+    return dataclasses.replace(state, params=params, opt_state=opt_state)
+
+
+def state_shapes(stage: Stage, model: EmbeddingModel, mesh: Mesh) -> TrainState:
+    """Return the shapes, with shardings, of the state that a stage starts from. No memory is needed."""
+    replicated, adapter_count = replicated_sharding(mesh), len(model.adapters)
+
+    def replicate_shapes(shapes: Any) -> Any:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), shapes)
+
+    trained, frozen = split_params(attach_shardings(*shapes_and_shardings(model, mesh)))
+    objective_params = jax.eval_shape(partial(stage.new_objective_params, model), jax.random.key(0))
+    if objective_params:
+        trained |= {OBJECTIVES: replicate_shapes(objective_params)}
+    opt_state = _optimizer_shapes(stage.make_optimizer(model), trained, adapter_count, mesh)
+    rest = jax.eval_shape(lambda: {"step": jnp.zeros((), jnp.int32), "key": jax.random.key(0)})
+    params = stack_shapes(trained, adapter_count) if adapter_count else trained
+    return TrainState(params, opt_state, frozen=frozen, **replicate_shapes(rest))
+
+
+def _init_optimizer(optimizer: optax.GradientTransformation, params: Any, adapter_count: int, mesh: Mesh) -> Any:
+    """Return the optimizer's initial state, placed like the parameters.
+
+    With several adapters, `params` are stacked, and so is the state: one entry per adapter.
+    """
+    if adapter_count:
+        params = pick_adapter(params, 0)
+
+    def init(params: Any) -> Any:
+        state = optimizer.init(params)
+        return stack_adapters([state] * adapter_count) if adapter_count else state
+
+    shapes = _optimizer_shapes(optimizer, params, adapter_count, mesh)
+    return jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, shapes))(params)
+
+
+def _optimizer_shapes(optimizer: optax.GradientTransformation, params: Any, adapter_count: int, mesh: Mesh) -> Any:
+    """Return the shapes, with shardings, of the optimizer's state. `params` may be shapes too.
+
+    An entry whose path ends in a parameter's path is placed like that parameter; everything else is replicated.
+    """
+    shardings = {tuple(key.key for key in path): x.sharding for path, x in jax.tree.leaves_with_path(params)}
+    replicated = replicated_sharding(mesh)
+
+    def place(path: Any, x: Any) -> jax.ShapeDtypeStruct:
+        keys = tuple(getattr(key, "key", None) for key in path)
+        sharding = next((shardings[keys[i:]] for i in range(len(keys)) if keys[i:] in shardings), replicated)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    shapes = jax.tree.map_with_path(place, jax.eval_shape(optimizer.init, params))
+    return stack_shapes(shapes, adapter_count) if adapter_count else shapes
