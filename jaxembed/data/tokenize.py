@@ -1,7 +1,7 @@
-"""The one way from texts to tokens, used by training, encoding, evaluation and export.
+"""Turn texts into tokens, in one way for training, encoding, evaluation and export.
 
-Prompt and text are joined, then tokenised once. BOS and EOS come from the tokenizer's own post-processor, to which EOS
-is added where a model wants it; truncation keeps them.
+Prompt and text are joined first, then tokenized once. BOS and EOS come from the tokenizer's own post-processor, to which EOS
+is added if a model wants it. Truncation keeps both.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from jaxembed.errors import UserError, brief
+from jaxembed.config.spec import EmbeddingSpec
+from jaxembed.errors import UserError, summarize
 
-BORDER = "\x1f"  # in a template: a place that no token crosses, as where a model's own code tokenises its pieces apart
+# In a template: a boundary that no token crosses. It reproduces models whose own code tokenizes the parts separately.
+TOKEN_BOUNDARY = "\x1f"
 
 
 @contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Without transformers' warnings, as of models that it does not know or of weights that it draws."""
+def silence_transformers() -> Iterator[None]:
+    """Silence the warnings of transformers, such as those about unknown models or newly initialized weights."""
     from transformers import logging  # slow to import, and not needed by --help
 
     verbosity = logging.get_verbosity()
@@ -37,225 +39,251 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def load_tokenizer(folder: Path | str) -> Any:
-    """The fast Hugging Face tokenizer of a folder, its chat template left out; `UserError` where there is none."""
+    """Load the fast Hugging Face tokenizer of a folder, without its chat template.
+
+    Raises:
+        UserError: If the folder has no tokenizer, or only a slow one.
+    """
     from transformers import AutoTokenizer
 
     try:
-        with quiet_transformers():
+        with silence_transformers():
             tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises nearly anything here
-        raise UserError(f"{folder}: no tokenizer could be loaded ({brief(error)}); expected tokenizer.json there") from None
+        raise UserError(f"{folder}: cannot load a tokenizer ({summarize(error)}); expected a tokenizer.json") from None
     if not getattr(tokenizer, "is_fast", False):
-        raise UserError(f"{folder}: only a slow tokenizer is there; expected tokenizer.json")
+        raise UserError(f"{folder}: has only a slow tokenizer; expected a tokenizer.json")
     tokenizer.chat_template = None
     return tokenizer
 
 
 def ends_with_eos(tokenizer: Any) -> bool:
-    """Whether the tokenizer itself ends every text with EOS."""
+    """Return whether the tokenizer itself ends every text with EOS."""
     ids = tokenizer.backend_tokenizer.encode("a").ids
     return bool(ids) and tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id
 
 
 def append_eos(tokenizer: Any) -> None:
-    """Makes the tokenizer's post-processor end every text with EOS, keeping the BOS it may put first."""
+    """Make the tokenizer's post-processor end every text with EOS, and keep its BOS.
+
+    Raises:
+        UserError: If the tokenizer has no EOS token.
+    """
     if ends_with_eos(tokenizer):
         return
     if tokenizer.eos_token_id is None:
-        raise UserError("model.append_eos is on, but the base's tokenizer has no EOS token; set model.append_eos=false")
-    _frame(tokenizer, [(tokenizer.eos_token, tokenizer.eos_token_id)])
+        raise UserError("model.append_eos: is on, but the base's tokenizer has no EOS token. Set model.append_eos=false.")
+    _set_last_tokens(tokenizer, [(tokenizer.eos_token, tokenizer.eos_token_id)])
 
 
 def drop_eos(tokenizer: Any) -> None:
-    """Takes the EOS away that `append_eos` adds."""
+    """Remove the EOS that `append_eos` adds."""
     if ends_with_eos(tokenizer):
-        _frame(tokenizer, [])
+        _set_last_tokens(tokenizer, [])
 
 
-def _frame(tokenizer: Any, end: list[tuple[str, int]]) -> None:
-    """Makes the post-processor put BOS first, where it does so now, and `end` last."""
+def _set_last_tokens(tokenizer: Any, last: list[tuple[str, int]]) -> None:
+    """Make the post-processor append the tokens `last`, and prepend BOS if it does so now."""
     ids = tokenizer.backend_tokenizer.encode("a").ids
-    begin = [(tokenizer.bos_token, tokenizer.bos_token_id)] if ids and ids[0] == tokenizer.bos_token_id else []
-    single, pair = (" ".join([*dict(begin), middle, *dict(end)]) for middle in ("$A", "$A $B"))
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, pair=pair, special_tokens=begin + end)
+    first = [(tokenizer.bos_token, tokenizer.bos_token_id)] if ids and ids[0] == tokenizer.bos_token_id else []
+    single, pair = (" ".join([*dict(first), texts, *dict(last)]) for texts in ("$A", "$A $B"))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, pair=pair, special_tokens=first + last)
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizedTexts:
-    """Token ids (int32) of each text, and the place where its pooling starts (past the prompt)."""
+    """Token ids of N texts.
+
+    Attributes:
+        ids: Token ids of each text, int32 [tokens].
+        pool_start: Index of the first pooled token of each text, past its prompt, int64 [N].
+    """
 
     ids: list[np.ndarray]
-    pool_from: np.ndarray
+    pool_start: np.ndarray
 
 
 class TextTokenizer:
-    """Tokenises whole batches of texts, each with its prompt ('' for none), on all cores and without the GIL.
+    """Tokenizes batches of texts, each with its prompt ('' for none), on all cores and without the GIL.
 
-    What follows a text, a second copy of it or a suffix, is kept whole: the text is cut to leave room. Only where a prompt
-    fills `max_length` by itself is everything after that cut off.
+    Whatever follows a text, such as its second copy (`spec.echo`) or a suffix, survives truncation: the text is truncated to
+    leave room for it. Only a prompt that fills `spec.max_length` on its own cuts off everything after it.
+
+    Attributes:
+        hf_tokenizer: Fast Hugging Face tokenizer.
+        spec: How texts become tokens: echo, suffix, EOS, truncation, and which tokens are pooled.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        max_length: int,
-        *,
-        eos_as_text: bool = False,
-        pool_last_instruction_token: bool = False,
-        pool_text_tokens: bool = False,
-        echo: str = "",
-        plain_echo: str = "",
-        suffix: str = "",
-        text_length: int = 0,
-    ):
-        """`tokenizer` is a fast Hugging Face tokenizer; `max_length` counts special tokens; `suffix` follows the texts that
-        have a prompt. For the rest see `EmbeddingSpec`.
-        """
-        self.hf = tokenizer
-        self.max_length = max_length
-        self._end = tokenizer.eos_token if eos_as_text else ""
-        self._pooled_instruction_tokens = int(pool_last_instruction_token)
-        self._pool_text_tokens = pool_text_tokens
-        self._template, self._plain_template = echo or "{text}", plain_echo or echo or "{text}"
-        self._copies = self._template.count("{text}")
-        self._suffix, self._text_length = suffix, text_length
-        self._special = set(tokenizer.all_special_ids)
+    def __init__(self, hf_tokenizer: Any, spec: EmbeddingSpec):
+        self.hf_tokenizer, self.spec = hf_tokenizer, spec
+        self._special_ids = set(hf_tokenizer.all_special_ids)
+        self._eos_text = hf_tokenizer.eos_token if spec.eos_as_text else ""
+        self._copies = self._template("prompt").count("{text}")  # of the text in one input
 
     @cached_property
-    def _backend(self) -> Tokenizer:
-        backend = Tokenizer.from_str(self.hf.backend_tokenizer.to_str())
+    def _truncating_backend(self) -> Tokenizer:
+        backend = Tokenizer.from_str(self.hf_tokenizer.backend_tokenizer.to_str())
         backend.no_padding()
-        backend.enable_truncation(self.max_length)
+        backend.enable_truncation(self.spec.max_length)
         return backend
 
     @cached_property
-    def _uncut(self) -> Tokenizer:
-        backend = Tokenizer.from_str(self._backend.to_str())
+    def _full_backend(self) -> Tokenizer:
+        """The tokenizer without truncation."""
+        backend = Tokenizer.from_str(self._truncating_backend.to_str())
         backend.no_truncation()
         return backend
 
     def __call__(self, texts: Sequence[str], prompts: Sequence[str]) -> TokenizedTexts:
-        kept, encoded = self._fitted(texts, prompts)
-        ids = [np.array(e.ids, np.int32) for e in encoded]
+        """Tokenize N texts, each under its prompt."""
+        truncated, encodings = self._encode_truncated(texts, prompts)
+        ids = [np.array(encoding.ids, np.int32) for encoding in encodings]
         if self._copies > 1:
-            return TokenizedTexts(ids, np.array(list(map(self._second_copy, kept, prompts, encoded)), np.int64))
-        if not self._pool_text_tokens:
-            return TokenizedTexts(ids, self.prompt_lengths(prompts))
-        alone = [text + self._tail(prompt) for text, prompt in zip(kept, prompts, strict=True)]
-        own = self._uncut.encode_batch_fast(alone, add_special_tokens=False)
-        return TokenizedTexts(ids, np.array([max(0, len(a) - len(b)) for a, b in zip(ids, own, strict=True)], np.int64))
+            starts = list(map(self._second_copy_start, truncated, prompts, encodings))
+        elif self.spec.pool_text_tokens:
+            inputs = [text + self._suffix(prompt) for text, prompt in zip(truncated, prompts, strict=True)]
+            alone = self._full_backend.encode_batch_fast(inputs, add_special_tokens=False)
+            starts = [max(0, len(whole) - len(text)) for whole, text in zip(ids, alone, strict=True)]
+        else:
+            return TokenizedTexts(ids, self.count_prompt_tokens(prompts))
+        return TokenizedTexts(ids, np.array(starts, np.int64))
 
-    def read_back(self, texts: Sequence[str], prompts: Sequence[str]) -> Iterator[tuple[str, str, int]]:
-        """What the model sees of each text, decoded: up to where pooling starts, from there on; and the tokens of both."""
+    def decode_inputs(self, texts: Sequence[str], prompts: Sequence[str]) -> Iterator[tuple[str, str, int]]:
+        """Yield what the model reads of each text: the part before pooling starts, the pooled part, and the token count."""
         tokenized = self(texts, prompts)
-        for ids, pool_from in zip(tokenized.ids, tokenized.pool_from, strict=True):
-            yield self.hf.decode(ids[:pool_from]), self.hf.decode(ids[pool_from:]), len(ids)
+        for ids, start in zip(tokenized.ids, tokenized.pool_start, strict=True):
+            yield self.hf_tokenizer.decode(ids[:start]), self.hf_tokenizer.decode(ids[start:]), len(ids)
 
-    def _fitted(self, texts: Sequence[str], prompts: Sequence[str]) -> tuple[list[str], list[Encoding]]:
-        """The texts, cut at one of their tokens where something follows that has to fit, and the tokens of everything."""
-        kept, encoded, limits = list(texts), self._encoded(self._backend, texts, prompts), self._limits(prompts)
+    def _encode_truncated(self, texts: Sequence[str], prompts: Sequence[str]) -> tuple[list[str], list[Encoding]]:
+        """Return the texts as they are truncated, and the tokens of the whole inputs.
 
-        def is_cut(i: int) -> bool:
-            return bool(encoded[i].overflowing) or len(encoded[i]) > limits[i]
+        Only texts that are followed by something are truncated as strings. For all others the backend truncates the tokens.
+        """
+        truncated, limits = list(texts), self._max_input_tokens(prompts)
+        encodings = self._encode(self._truncating_backend, texts, prompts)
 
-        followed = self._copies > 1 or self._text_length > 0
-        over = [i for i in range(len(kept)) if is_cut(i) and (followed or self._tail(prompts[i]))]
-        alone = self._uncut.encode_batch([texts[i] for i in over], add_special_tokens=False)
-        spans = {i: e.offsets for i, e in zip(over, alone, strict=True)}
-        room = dict(zip(over, self.room([prompts[i] for i in over]), strict=True))
-        while over:
-            for i in over:
-                room[i] = min(room[i], len(spans[i]) - 1)
-                kept[i] = texts[i][: spans[i][room[i]][0]] if room[i] > 0 else ""
-                room[i] -= 1  # for the next round, where tokens at the cut came out otherwise
-            again = self._encoded(self._backend, [kept[i] for i in over], [prompts[i] for i in over])
-            for i, e in zip(over, again, strict=True):
-                encoded[i] = e
-            over = [i for i in over if is_cut(i) and kept[i]]
-        return kept, encoded
+        def is_too_long(i: int) -> bool:
+            return bool(encodings[i].overflowing) or len(encodings[i]) > limits[i]
 
-    def _encoded(self, backend: Tokenizer, texts: Sequence[str], prompts: Sequence[str]) -> list[Encoding]:
-        """The texts with all that stands around them; for echoes with the place of each token."""
-        pieces = list(map(self._pieces, texts, prompts))
-        if all(len(of_text) == 1 for of_text in pieces):
+        # Find the texts that are too long and followed by something.
+        always_followed = self._copies > 1 or self.spec.text_length > 0
+        long = [i for i in range(len(truncated)) if is_too_long(i) and (always_followed or self._suffix(prompts[i]))]
+        # Find where their own tokens start, and how many of those fit.
+        alone = self._full_backend.encode_batch([texts[i] for i in long], add_special_tokens=False)
+        offsets = {i: encoding.offsets for i, encoding in zip(long, alone, strict=True)}
+        room = dict(zip(long, self.max_text_tokens([prompts[i] for i in long]), strict=True))
+        while long:
+            # Truncate each text at the start of the first token that does not fit.
+            for i in long:
+                room[i] = min(room[i], len(offsets[i]) - 1)
+                truncated[i] = texts[i][: offsets[i][room[i]][0]] if room[i] > 0 else ""
+                room[i] -= 1
+            # The text may tokenize differently near the cut and still be too long: try again with one token less.
+            retried = self._encode(self._truncating_backend, [truncated[i] for i in long], [prompts[i] for i in long])
+            for i, encoding in zip(long, retried, strict=True):
+                encodings[i] = encoding
+            long = [i for i in long if is_too_long(i) and truncated[i]]
+        return truncated, encodings
+
+    def _encode(self, backend: Tokenizer, texts: Sequence[str], prompts: Sequence[str]) -> list[Encoding]:
+        """Encode the whole inputs; for echoes with the character offsets of each token."""
+        inputs = list(map(self._input_parts, texts, prompts))
+        if all(len(parts) == 1 for parts in inputs):
             encode = backend.encode_batch_fast if self._copies == 1 else backend.encode_batch
-            return list(encode([joined for (joined,) in pieces]))
-        apart = iter(self._uncut.encode_batch(list(chain.from_iterable(pieces)), add_special_tokens=False))
-        return [backend.post_process(Encoding.merge(list(islice(apart, len(of_text))))) for of_text in pieces]
+            return list(encode([joined for (joined,) in inputs]))
+        encoded_parts = iter(self._full_backend.encode_batch(list(chain.from_iterable(inputs)), add_special_tokens=False))
+        return [backend.post_process(Encoding.merge(list(islice(encoded_parts, len(parts))))) for parts in inputs]
 
-    def _pieces(self, text: str, prompt: str) -> list[str]:
-        """What stands before, in and behind a text, cut at the borders of templates."""
-        *before, last = prompt.split(BORDER)
-        first, *rest = ((self._template if prompt else self._plain_template) + self._tail(prompt) + self._end).split(BORDER)
-        return [*before, last + first.replace("{text}", text), *(piece.replace("{text}", text) for piece in rest)]
+    def _input_parts(self, text: str, prompt: str) -> list[str]:
+        """Return the whole input of a text, split at the token boundaries of its templates."""
+        *before, last = prompt.split(TOKEN_BOUNDARY)
+        template = self._template(prompt) + self._suffix(prompt) + self._eos_text
+        first, *rest = template.split(TOKEN_BOUNDARY)
+        return [*before, last + first.replace("{text}", text), *(part.replace("{text}", text) for part in rest)]
 
-    def _tail(self, prompt: str) -> str:
-        """What follows a text under a prompt."""
-        return self._suffix if prompt else ""
+    def _template(self, prompt: str) -> str:
+        """Return the template of a text under a prompt; that of plain texts for an empty one."""
+        spec = self.spec
+        return (spec.echo if prompt else spec.plain_echo or spec.echo) or "{text}"
 
-    def _second_copy(self, text: str, prompt: str, encoded: Encoding) -> int:
-        """The token that an echo's second copy starts with."""
-        whole = "".join(self._pieces(text, prompt))
-        start = len(whole) - len(self._end) - len(self._tail(prompt)) - len(text)
-        return next((i for i, (_, end) in enumerate(encoded.offsets) if end > start), len(encoded) - 1)
+    def _suffix(self, prompt: str) -> str:
+        """Return what follows a text under a prompt."""
+        return self.spec.query_suffix if prompt else ""
 
-    def prompt_lengths(self, prompts: Sequence[str]) -> np.ndarray:
-        """Tokens of each prompt alone, less a trailing special token: the rule of sentence-transformers' pooling.
+    def _second_copy_start(self, text: str, prompt: str, encoding: Encoding) -> int:
+        """Return the index of the first token of the second copy of an echo."""
+        joined = "".join(self._input_parts(text, prompt))
+        start = len(joined) - len(self._eos_text) - len(self._suffix(prompt)) - len(text)
+        return next((i for i, (_, end) in enumerate(encoding.offsets) if end > start), len(encoding) - 1)
 
-        A prompt that ends in a space counts a token that really merges into the text's first word.
+    def count_prompt_tokens(self, prompts: Sequence[str]) -> np.ndarray:
+        """Count the tokens of each prompt on its own, without a trailing special token, int64 [N].
+
+        This is the rule of sentence-transformers' pooling. A prompt that ends in a space counts a token that is in fact merged
+        into the first word of the text.
         """
 
         def count(distinct: list[str]) -> Iterator[int]:
-            for prompt, encoded in zip(distinct, self._backend.encode_batch_fast(distinct), strict=True):
-                ends_special = len(encoded) > 0 and encoded.ids[-1] in self._special
-                yield max(0, len(encoded) - ends_special - self._pooled_instruction_tokens) if prompt else 0
+            for prompt, encoding in zip(distinct, self._truncating_backend.encode_batch_fast(distinct), strict=True):
+                ends_with_special = len(encoding) > 0 and encoding.ids[-1] in self._special_ids
+                not_counted = ends_with_special + self.spec.pool_last_instruction_token
+                yield max(0, len(encoding) - not_counted) if prompt else 0
 
-        return _of_each(prompts, count)
+        return _count_once(prompts, count)
 
-    def room(self, prompts: Sequence[str]) -> np.ndarray:
-        """Tokens that a text may have under each prompt without being cut, give or take those that merge at its ends."""
-        left = (self.max_length - self._around(prompts)) // self._copies
-        return np.minimum(left, self._text_length or left)
+    def max_text_tokens(self, prompts: Sequence[str]) -> np.ndarray:
+        """Return how many tokens of a text fit under each prompt, int64 [N].
 
-    def _limits(self, prompts: Sequence[str]) -> np.ndarray:
-        """Tokens that a text and all that stands around it may have."""
-        if not self._text_length:
-            return np.full(len(prompts), self.max_length)
-        return np.minimum(self.max_length, self._around(prompts) + self._copies * self._text_length)
-
-    def _around(self, prompts: Sequence[str]) -> np.ndarray:
-        """Tokens that stand around a text under each prompt."""
-        return _of_each(prompts, lambda distinct: self.untruncated_lengths([""] * len(distinct), distinct))
-
-    def untruncated_lengths(self, texts: Sequence[str], prompts: Sequence[str]) -> np.ndarray:
-        """Tokens each text would have without `max_length`."""
-        return np.array([len(e) for e in self._encoded(self._uncut, texts, prompts)])
-
-    def pieces(self, texts: Sequence[str], prompt: str) -> list[list[str]]:
-        """Each text cut at token borders into pieces that are not truncated under `prompt`; short texts stay whole.
-
-        `UserError` where the prompt leaves no room for a text.
+        The number may be off by tokens that merge at the ends of the text. It is below 1 if the prompt leaves no room.
         """
-        lengths = self.untruncated_lengths(texts, [prompt] * len(texts))
-        room, limit = int(self.room([prompt])[0]), int(self._limits([prompt])[0])
+        room = (self.spec.max_length - self._surrounding_tokens(prompts)) // self._copies
+        return np.minimum(room, self.spec.text_length or room)
+
+    def _max_input_tokens(self, prompts: Sequence[str]) -> np.ndarray:
+        """Return how many tokens a text and everything around it may have, under each prompt."""
+        if not self.spec.text_length:
+            return np.full(len(prompts), self.spec.max_length)
+        return np.minimum(self.spec.max_length, self._surrounding_tokens(prompts) + self._copies * self.spec.text_length)
+
+    def _surrounding_tokens(self, prompts: Sequence[str]) -> np.ndarray:
+        """Count the tokens around a text under each prompt: prompt, templates, suffix and special tokens."""
+        return _count_once(prompts, lambda distinct: self.count_untruncated_tokens([""] * len(distinct), distinct))
+
+    def count_untruncated_tokens(self, texts: Sequence[str], prompts: Sequence[str]) -> np.ndarray:
+        """Count the tokens that each whole input has without truncation, int64 [N]."""
+        return np.array([len(encoding) for encoding in self._encode(self._full_backend, texts, prompts)])
+
+    def split_texts(self, texts: Sequence[str], prompt: str) -> list[list[str]]:
+        """Split each text at token boundaries into pieces that fit under a prompt. A text that fits stays whole.
+
+        Raises:
+            UserError: If the prompt leaves no room for a text.
+        """
+        lengths = self.count_untruncated_tokens(texts, [prompt] * len(texts))
+        room, limit = int(self.max_text_tokens([prompt])[0]), int(self._max_input_tokens([prompt])[0])
         if room < 1 and (lengths > limit).any():
-            raise UserError(f"a prompt of {len(prompt)} characters fills the {self.max_length} tokens that the model reads")
+            raise UserError(
+                f"prompt: {len(prompt)} characters fill the {self.spec.max_length} tokens that the model reads. "
+                "Shorten the prompt."
+            )
         return [
-            [text] if length <= limit else self._cut(text, prompt, room) for text, length in zip(texts, lengths, strict=True)
+            [text] if length <= limit else self._split_text(text, prompt, room)
+            for text, length in zip(texts, lengths, strict=True)
         ]
 
-    def _cut(self, text: str, prompt: str, room: int) -> list[str]:
-        spans = self._uncut.encode(text, add_special_tokens=False).offsets
-        starts = sorted({spans[i][0] for i in range(0, len(spans), room)})
-        found = [text[start:end] for start, end in zip([0, *starts[1:]], [*starts[1:], len(text)], strict=True)]
-        longest = self.untruncated_lengths(found, [prompt] * len(found)).max()
-        if longest > self._limits([prompt])[0] and room > 1:  # tokens at the cuts came out otherwise
-            return self._cut(text, prompt, room - 1)
-        return found
+    def _split_text(self, text: str, prompt: str, piece_tokens: int) -> list[str]:
+        offsets = self._full_backend.encode(text, add_special_tokens=False).offsets
+        starts = sorted({offsets[i][0] for i in range(0, len(offsets), piece_tokens)})
+        pieces = [text[start:end] for start, end in zip([0, *starts[1:]], [*starts[1:], len(text)], strict=True)]
+        longest = self.count_untruncated_tokens(pieces, [prompt] * len(pieces)).max()
+        if longest > self._max_input_tokens([prompt])[0] and piece_tokens > 1:
+            # Pieces may tokenize differently near the cuts: try again with one token less.
+            return self._split_text(text, prompt, piece_tokens - 1)
+        return pieces
 
 
-def _of_each(prompts: Sequence[str], count: Callable[[list[str]], Iterable[int]]) -> np.ndarray:
-    """A number of each prompt, counted once for those that are equal."""
+def _count_once(prompts: Sequence[str], count: Callable[[list[str]], Iterable[int]]) -> np.ndarray:
+    """Return the count of each prompt, int64 [N], with equal prompts counted once."""
     distinct = list(dict.fromkeys(prompts))
-    counted = dict(zip(distinct, count(distinct), strict=True))
-    return np.array([counted[prompt] for prompt in prompts], np.int64)
+    counts = dict(zip(distinct, count(distinct), strict=True))
+    return np.array([counts[prompt] for prompt in prompts], np.int64)
