@@ -1,7 +1,7 @@
 """The data plan: which examples a step trains on, as a pure function of (seed, stage, step).
 
-Index arithmetic mixes, shuffles, repeats and batches global example ids, a batch at a time. Nothing has state, so a cursor is
-a stage and a step of it, the same for any number of processes.
+Index arithmetic mixes, shuffles, repeats and batches global example ids, one batch at a time. Nothing has state, so a cursor is
+a stage and a step in it, the same for any number of processes.
 """
 
 from __future__ import annotations
@@ -15,21 +15,29 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxembed.config import BatchingConfig, MixtureConfig
-from jaxembed.data.shuffle import key_of, permuted
+from jaxembed.data.shuffle import make_key, permute_indices
 from jaxembed.data.sources import Source
 from jaxembed.errors import UserError
 
-GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples, modulo 1, fill the unit interval evenly
-CHUNK = 256  # steps whose counts are added up at once
+GOLDEN_RATIO_CONJUGATE = (math.sqrt(5) - 1) / 2  # its multiples, modulo 1, fill the unit interval evenly
+STEPS_PER_CHUNK = 256  # steps whose counts are summed at once
 
 
 class BatchPlan:
-    """Element `step` holds the `batch_size` global ids of that step; it never ends.
+    """An endless sequence: element `step` holds the global ids of that step, int64 [batch_size].
 
-    Global ids number the examples of all sources through; each source is shuffled anew every time it is used up. `mixture`
-    says what share of the examples a source has, `batching` how those of one batch go together: blended (NV-Embed), of one
-    source (SFR-Embedding-Mistral), or a part of them of one source (KaLM-Embedding, arXiv:2501.01028, section 2.2). Where
-    sources train several adapters, a batch has examples of one's. `UserError` where a batch is larger than its data.
+    Global ids number the examples of all sources consecutively. Each source is shuffled again in every epoch, which ends when
+    all its examples are used.
+
+    How a batch is composed:
+
+    1. Sources are grouped by the adapter that they train. A batch has examples of one group. Without adapters there is one.
+    2. A fixed number of its examples comes from one source of the group: none (blended, as NV-Embed), all (homogeneous, as
+       SFR-Embedding-Mistral), or a part (semi-homogeneous: KaLM-Embedding, arXiv:2501.01028, section 2.2).
+    3. The remaining examples are blended from all sources of the group in proportion to their shares.
+
+    Which group, which single source, and how many blended examples of each source a step gets are `QuotaSchedule`s. They also
+    give the totals of all earlier steps, and thus where each source continues.
     """
 
     def __init__(
@@ -41,125 +49,175 @@ class BatchPlan:
         batching: BatchingConfig | None = None,
         mixture: MixtureConfig | None = None,
     ):
+        """Plan the batches of a stage.
+
+        Args:
+            sources: Sources of the stage.
+            batch_size: Examples of a batch.
+            seed: Seed of the run.
+            stage: Index of the stage.
+            batching: How the examples of one batch go together. Default: blended.
+            mixture: How the shares of the sources follow from weights and sizes. Default: the weights are the shares.
+
+        Raises:
+            UserError: If a batch needs more examples than its sources have.
+        """
         self.sources, self._batch_size, self._seed, self._stage = sources, batch_size, seed, stage
         self._batching, self._mixture = batching or BatchingConfig(), mixture or MixtureConfig()
         self._sizes = [len(source) for source in sources]
-        self._starts = ExampleIndex(sources).starts
-        shares = _shares(sources, self._sizes, self._mixture)
+        self._first_ids = ExampleIndex(sources).first_ids
+        # Group the sources by adapter.
         adapters = list(dict.fromkeys(source.config.adapter for source in sources))
-        self._members = [[i for i, s in enumerate(sources) if s.config.adapter == adapter] for adapter in adapters]
-        self._alike = round(self._batching.of_one_source * batch_size)
-        for adapter, members in zip(adapters, self._members, strict=True):
-            self._check(f" of adapter {adapter}" if adapter else "", members)
-        self._spread = spread(batch_size)
-        self._groups = QuotaSchedule([shares[members].sum() for members in self._members], 1, self._start("groups"))
-        self._ones = [QuotaSchedule(shares[members], 1, self._start("one", *members)) for members in self._members]
-        rest = batch_size - self._alike
-        self._blends = [QuotaSchedule(shares[members], rest, self._start("blend", *members)) for members in self._members]
+        self._groups = [[i for i, s in enumerate(sources) if s.config.adapter == adapter] for adapter in adapters]
+        # Split each batch into examples of a single source and blended ones.
+        self._single_source_size = round(self._batching.single_source_share * batch_size)
+        blended_size = batch_size - self._single_source_size
+        for adapter, group in zip(adapters, self._groups, strict=True):
+            self._check_sizes(f" of adapter {adapter}" if adapter else "", group)
+        # Schedule the group of each step, and for each group its single sources and its blends.
+        shares = _compute_shares(sources, self._sizes, self._mixture)
+        self._group_schedule = QuotaSchedule([shares[g].sum() for g in self._groups], 1, self._draw_start("groups"))
+        self._single_schedules = [QuotaSchedule(shares[g], 1, self._draw_start("one", *g)) for g in self._groups]
+        self._blend_schedules = [QuotaSchedule(shares[g], blended_size, self._draw_start("blend", *g)) for g in self._groups]
+        self._interleaving = interleave(batch_size)
 
     def __len__(self) -> int:
         return sys.maxsize
 
     def __getitem__(self, step: int) -> np.ndarray:
-        batches, is_next = self._groups.at(step)
+        # Find the group of this step, and how many batches of that group came before.
+        group_batches, is_next = self._group_schedule.at(step)
         group = int(is_next.argmax())
-        used, counts = self._of_group(group, int(batches[group]))
-        members = self._members[group]
-        parts = [self._ids(members[i], int(used[i]), int(counts[i])) for i in np.flatnonzero(counts)]
+        # Take the next ids of each source that this batch has examples of.
+        used, counts = self._count_examples(group, int(group_batches[group]))
+        members = self._groups[group]
+        parts = [self._next_ids(members[i], int(used[i]), int(counts[i])) for i in np.flatnonzero(counts)]
         ids = np.concatenate(parts)
-        return ids if len(parts) == 1 else ids[self._spread]
+        # Interleave the sources, so that each shard gets a similar mix.
+        return ids if len(parts) == 1 else ids[self._interleaving]
 
-    def epochs(self, steps: int) -> list[float]:
-        """How often so many steps use each source up."""
+    def count_epochs(self, steps: int) -> list[float]:
+        """Return how many epochs of each source the first `steps` steps see."""
         used = np.zeros(len(self.sources))
-        for group, batches in enumerate(self._groups.at(steps)[0]):
-            used[self._members[group]], _ = self._of_group(group, int(batches))
+        for group, batches in enumerate(self._group_schedule.at(steps)[0]):
+            used[self._groups[group]], _ = self._count_examples(group, int(batches))
         return [float(n / size) for n, size in zip(used, self._sizes, strict=True)]
 
-    def _of_group(self, group: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
-        """How many examples of each of a group's sources its earlier batches took, and this one takes."""
-        (used, counts), (batches, is_next) = self._blends[group].at(batch), self._ones[group].at(batch)
-        return used + self._alike * batches, counts + self._alike * is_next
+    def _count_examples(self, group: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Count the examples of each source of a group in its batches before number `batch`, and in that batch."""
+        used, counts = self._blend_schedules[group].at(batch)
+        single_batches, is_next = self._single_schedules[group].at(batch)
+        return used + self._single_source_size * single_batches, counts + self._single_source_size * is_next
 
     @property
     def hash(self) -> str:
-        """Identifies the plan and the data under it: two equal hashes see the same examples at every step."""
+        """Hash of the plan and its data. Plans with equal hashes see the same examples at every step."""
         content = [[s.digest, len(s), s.config.model_dump(mode="json", exclude={"path", "name"})] for s in self.sources]
-        chosen = [self._batching.model_dump(mode="json"), self._mixture.model_dump(mode="json")]
-        return hashlib.sha256(json.dumps([content, chosen, self._batch_size, self._seed]).encode()).hexdigest()[:16]
+        configs = [self._batching.model_dump(mode="json"), self._mixture.model_dump(mode="json")]
+        return hashlib.sha256(json.dumps([content, configs, self._batch_size, self._seed]).encode()).hexdigest()[:16]
 
-    def _ids(self, source: int, used: int, count: int) -> np.ndarray:
-        """The ids of the next `count` examples of a source of which `used` were taken before."""
-        size, end, rows = self._sizes[source], used + count, []
+    def _next_ids(self, source: int, used: int, count: int) -> np.ndarray:
+        """Return the ids of the next `count` examples of a source after the first `used` ones."""
+        size, end, indices = self._sizes[source], used + count, []
+        # The range may span several epochs, each a permutation of its own.
         for epoch in range(used // size, (end - 1) // size + 1):
             first, last = max(used - epoch * size, 0), min(end - epoch * size, size)
-            rows.append(permuted(np.arange(first, last), size, self._key(self._stage, source, epoch)))
-        return self._starts[source] + np.concatenate(rows)
+            indices.append(permute_indices(np.arange(first, last), size, self._make_key(self._stage, source, epoch)))
+        return self._first_ids[source] + np.concatenate(indices)
 
-    def _key(self, *parts: int | str) -> bytes:
-        return key_of(self._seed, *parts)
+    def _make_key(self, *parts: int | str) -> bytes:
+        return make_key(self._seed, *parts)
 
-    def _start(self, *parts: int | str) -> float:
-        return int.from_bytes(self._key(self._stage, *parts)[:4], "little") / 2**32
+    def _draw_start(self, *parts: int | str) -> float:
+        """Draw the start of a schedule from [0, 1)."""
+        return int.from_bytes(self._make_key(self._stage, *parts)[:4], "little") / 2**32
 
-    def _check(self, of: str, members: Sequence[int]) -> None:
-        total = sum(self._sizes[i] for i in members)
+    def _check_sizes(self, owner: str, group: Sequence[int]) -> None:
+        """Raise `UserError` if a group, or one of its sources, has fewer examples than a batch takes from it."""
+        total = sum(self._sizes[i] for i in group)
         if self._batch_size > total:
-            told = f"train.batch_size is {self._batch_size}, but the sources{of} hold {total} examples; use at most that"
-            raise UserError(told)
-        least = min(members, key=lambda i: self._sizes[i])
-        if self._alike > self._sizes[least]:
             raise UserError(
-                f"data.batching.kind={self._batching.kind} takes {self._alike} examples of one source into a batch, but "
-                f"{self.sources[least].name} holds {self._sizes[least]}; lower train.batch_size (--batch-size), or blend them"
+                f"train.batch_size: {self._batch_size} is more than the examples of the sources{owner} ({total}). "
+                f"Use at most {total}."
+            )
+        smallest = min(group, key=lambda i: self._sizes[i])
+        if self._single_source_size > self._sizes[smallest]:
+            raise UserError(
+                f"data.batching.kind: {self._batching.kind} takes {self._single_source_size} examples of one source into a "
+                f"batch, but {self.sources[smallest].name} has {self._sizes[smallest]}. Lower train.batch_size (--batch-size), "
+                "or set data.batching.kind=blended."
             )
 
 
 class QuotaSchedule:
-    """How many of a step's `unit` items each of several parts gets, in proportion to `shares`.
+    """Divides the `unit` items of every step among parts, in proportion to `shares`.
 
-    Systematic sampling: a comb of `unit` teeth, moved by a step's own offset, over intervals as long as the shares. A step's
-    count is the exact one, rounded up or down; over many steps the roundings cancel.
+    This is systematic sampling. The parts are intervals of the line [0, unit], as long as their shares. A comb with a tooth at
+    every integer is shifted by an offset that each step has of its own, and a part gets the teeth that fall into its interval.
+    So the count of a step is the exact quota, rounded up or down. The offsets are multiples of the golden ratio's conjugate,
+    modulo 1, which are spread evenly, so that over many steps the roundings cancel.
     """
 
     def __init__(self, shares: Sequence[float] | np.ndarray, unit: int, start: float):
+        """Create a schedule.
+
+        Args:
+            shares: Share of each part, up to a common factor.
+            unit: Items of a step.
+            start: Offset of step 0, in [0, 1).
+        """
         edges = np.cumsum([0.0, *shares])
         self._edges = edges / edges[-1] * unit
         self._start = start
-        self._sums = [np.zeros(len(edges) - 1, np.int64)]  # before every CHUNK-th step
+        self._chunk_totals = [np.zeros(len(edges) - 1, np.int64)]  # totals before every chunk of steps
 
     def at(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """What all earlier steps got together, and what this one gets, int64 [parts]."""
-        while len(self._sums) * CHUNK <= step:
-            done = len(self._sums) * CHUNK
-            self._sums.append(self._sums[-1] + self._of(np.arange(done - CHUNK, done)).sum(axis=0))
-        whole = step // CHUNK
-        counts = self._of(np.arange(whole * CHUNK, step + 1))
-        return self._sums[whole] + counts[:-1].sum(axis=0), counts[-1]
+        """Return the total of each part before `step`, and its count at `step`, both int64 [parts]."""
+        # Extend the cached totals up to the chunk of this step.
+        while len(self._chunk_totals) * STEPS_PER_CHUNK <= step:
+            end = len(self._chunk_totals) * STEPS_PER_CHUNK
+            counts = self._count(np.arange(end - STEPS_PER_CHUNK, end))
+            self._chunk_totals.append(self._chunk_totals[-1] + counts.sum(axis=0))
+        # Add the earlier steps of the chunk.
+        chunk = step // STEPS_PER_CHUNK
+        counts = self._count(np.arange(chunk * STEPS_PER_CHUNK, step + 1))
+        return self._chunk_totals[chunk] + counts[:-1].sum(axis=0), counts[-1]
 
-    def _of(self, steps: np.ndarray) -> np.ndarray:
-        offsets = (self._start + steps * GOLDEN) % 1.0
+    def _count(self, steps: np.ndarray) -> np.ndarray:
+        """Return the count of each part at each step, int64 [steps, parts]."""
+        offsets = (self._start + steps * GOLDEN_RATIO_CONJUGATE) % 1.0
+        # The teeth inside an interval are the integers between its shifted edges.
         return np.diff(np.floor(self._edges + offsets[:, None]), axis=1).astype(np.int64)
 
 
-def spread(count: int) -> np.ndarray:
-    """An order whose neighbours come from all over: shards take a batch in order, and each is to have some of all sources."""
-    step = next(n for n in range(max(round(count * GOLDEN), 1), count + 2) if math.gcd(n, count) == 1)
+def interleave(count: int) -> np.ndarray:
+    """Return a permutation of `count` places that spreads neighbors evenly over the result, int64 [count].
+
+    Shards take the examples of a batch in order, and each should get some of every source. The permutation steps by about the
+    golden ratio's conjugate of `count`, rounded up to a step that is coprime with `count`.
+    """
+    first = max(round(count * GOLDEN_RATIO_CONJUGATE), 1)
+    step = next(n for n in range(first, count + 2) if math.gcd(n, count) == 1)
     return np.arange(count) * step % count
 
 
-def _shares(sources: Sequence[Source], sizes: Sequence[int], mixture: MixtureConfig) -> np.ndarray:
-    """What a source's share of the examples is proportional to."""
+def _compute_shares(sources: Sequence[Source], sizes: Sequence[int], mixture: MixtureConfig) -> np.ndarray:
+    """Return the share of each source in the examples, up to a common factor, float64 [sources]."""
     weights = np.array([source.config.weight for source in sources])
     return (weights * sizes if mixture.by == "size" else weights) ** (1 / mixture.temperature)
 
 
 class ExampleIndex:
-    """Which source a global id belongs to, and its index there."""
+    """Maps global ids to sources.
+
+    Attributes:
+        first_ids: First id of each source, and the number of all ids, int64 [sources + 1].
+    """
 
     def __init__(self, sources: Sequence[Source]):
-        self.starts = np.cumsum([0, *map(len, sources)])
+        self.first_ids = np.cumsum([0, *map(len, sources)])
 
     def locate(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        source = np.searchsorted(self.starts, ids, side="right") - 1
-        return source, ids - self.starts[source]
+        """Return the source of each id, and the index of its example there."""
+        source = np.searchsorted(self.first_ids, ids, side="right") - 1
+        return source, ids - self.first_ids[source]

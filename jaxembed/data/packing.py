@@ -1,29 +1,49 @@
-"""Many texts in one row: best-fit packing inside a batch, and the arrays that describe it."""
+"""Pack many texts into one row: best-fit packing inside a batch, and the arrays that describe it."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import numpy as np
 
-BUCKET_GROWTH = 1.06  # row counts come in steps of 6%: at most that much padding, and few programs to compile
-FEW_ROWS = 32  # up to this many rows, where one is a large part of the batch, rows are shortened in steps of 1/32
-FULL = 31 / 32  # of the tokens of shorter rows, which are worth it only where texts fill them
+ROW_COUNT_GROWTH = 1.06  # ratio of successive row counts: at most 6% padding, and few programs to compile
+MAX_ROWS_TO_SHORTEN = 32  # up to this many rows, where one row is a large part of the batch, rows may be shorter
+MIN_FILL = 31 / 32  # share of the tokens of shorter rows that texts must fill to make them worthwhile
+TOKENS_PER_SEGMENT = 8  # a row has room for one text per so many tokens
 
-Packed = tuple[np.ndarray, np.ndarray, int]  # row of each text, its place there, rows used
-Agree = Callable[[Iterator[int]], Iterator[int]]
+SyncRowCounts = Callable[[Iterator[int]], Iterator[int]]  # rows that this process needs -> rows that any process needs
+
+
+class Packing(NamedTuple):
+    """The place of each of N texts.
+
+    Attributes:
+        row: Row of each text, int64 [N].
+        segment: Index of each text in its row, from 0, int64 [N].
+        row_count: Number of rows used.
+    """
+
+    row: np.ndarray
+    segment: np.ndarray
+    row_count: int
 
 
 @flax.struct.dataclass
 class PackedTexts:
-    """R rows of T tokens; a text is a segment of a row.
+    """R rows of T tokens. A text is a segment of a row.
 
-    tokens, segment_ids (0 = padding), positions (restart per segment): int32 [R, T]; pool_mask: bool [R, T].
-    segments: texts a row holds at most (S); shards: rows are shard-major in this many equal parts. A text's slot is
-    row * S + segment - 1, counted inside its shard.
+    The slot of a text is row * S + segment, counted inside its shard, with segments counted from 0.
+
+    Attributes:
+        tokens: Token ids, int32 [R, T].
+        segment_ids: Segment of each token, counted from 1, 0 for padding, int32 [R, T].
+        positions: Position of each token in its text, int32 [R, T].
+        pool_mask: True for tokens that are pooled, bool [R, T].
+        segments: Maximum texts of a row (S).
+        shards: Number of equal parts of the rows, which are shard-major.
     """
 
     tokens: Any
@@ -35,142 +55,185 @@ class PackedTexts:
 
 
 def max_segments(row_length: int) -> int:
-    """Texts a row may hold: one per 8 tokens, so that the pooled vectors have a static shape."""
-    return max(1, row_length // 8)
+    """Return the maximum texts of a row. It is fixed so that the pooled vectors have a static shape."""
+    return max(1, row_length // TOKENS_PER_SEGMENT)
 
 
-def pack(lengths: Sequence[int] | np.ndarray, row_length: int) -> Packed:
-    """Best-fit decreasing: (row of each text, its place in the row from 0, number of rows used).
+def pack_rows(lengths: Sequence[int] | np.ndarray, row_length: int) -> Packing:
+    """Pack texts into rows by best-fit decreasing. The result is deterministic.
 
-    A bit set of the free lengths in use finds the fullest row that still takes a text in constant time. Deterministic.
+    Args:
+        lengths: Tokens of each text, at most `row_length`.
+        row_length: Tokens of a row.
     """
-    limit = max_segments(row_length)
-    row, place = np.empty(len(lengths), np.int64), np.empty(len(lengths), np.int64)
-    open_rows: list[list[int]] = [[] for _ in range(row_length + 1)]  # by free length
-    free_lengths = 0
-    texts_in: list[int] = []
+    max_texts = max_segments(row_length)
+    row, segment = np.empty(len(lengths), np.int64), np.empty(len(lengths), np.int64)
+    # Open rows by their free tokens. Bit n of `free_bits` is set if there is an open row with n free tokens, so the fullest
+    # row that still takes a text is found in constant time.
+    rows_by_free: list[list[int]] = [[] for _ in range(row_length + 1)]
+    free_bits = 0
+    texts_in_row: list[int] = []
     for i in np.argsort(-np.asarray(lengths), kind="stable"):
         length = int(lengths[i])
-        fitting = free_lengths >> length
+        # Take the open row with the fewest free tokens that are enough, else open a new row.
+        fitting = free_bits >> length
         if fitting:
-            free = length + (fitting & -fitting).bit_length() - 1
-            r = open_rows[free].pop()
-            if not open_rows[free]:
-                free_lengths &= ~(1 << free)
+            lowest_bit = (fitting & -fitting).bit_length() - 1
+            free = length + lowest_bit
+            r = rows_by_free[free].pop()
+            if not rows_by_free[free]:
+                free_bits &= ~(1 << free)
         else:
-            free, r = row_length, len(texts_in)
-            texts_in.append(0)
-        row[i], place[i] = r, texts_in[r]
-        texts_in[r] += 1
-        if texts_in[r] < limit:
-            open_rows[free - length].append(r)
-            free_lengths |= 1 << (free - length)
-    return row, place, len(texts_in)
+            free, r = row_length, len(texts_in_row)
+            texts_in_row.append(0)
+        # Place the text, and keep the row open while it may hold more texts.
+        row[i], segment[i] = r, texts_in_row[r]
+        texts_in_row[r] += 1
+        if texts_in_row[r] < max_texts:
+            rows_by_free[free - length].append(r)
+            free_bits |= 1 << (free - length)
+    return Packing(row, segment, len(texts_in_row))
 
 
 def pack_by_length(
-    lengths: np.ndarray, shortest: int, at_once: Callable[[int], int]
-) -> Iterator[tuple[np.ndarray, Packed, int]]:
-    """Packs many texts into rows of several lengths, since attention costs a text what its row is long.
+    lengths: np.ndarray, min_row_length: int, rows_per_call: Callable[[int], int]
+) -> Iterator[tuple[np.ndarray, Packing, int]]:
+    """Pack many texts into rows of several lengths, because attention costs a text as much as its row is long.
 
-    Yields (texts, their packing, row length). Lengths halve from the power of two that takes the longest text to
-    `shortest`. A length has the rows that texts beyond its half need, shorter ones between them, in full groups of
-    `at_once(row length)`; what is left goes to its half where it fills all rows of that but the last, and stays otherwise.
+    Row lengths halve from the power of two that takes the longest text down to `min_row_length`. The rows of one length are as
+    many as the texts beyond half that length need, rounded up to full calls; shorter texts fill the space between. The other
+    texts go to rows of half the length if they fill them, and otherwise stay.
+
+    Args:
+        lengths: Tokens of each text, int64 [N].
+        min_row_length: Shortest row length, a power of two.
+        rows_per_call: Maps a row length to the rows that are computed at once.
+
+    Yields:
+        Indices of texts, their packing, and its row length.
     """
-    left, length = np.arange(len(lengths)), max(shortest, 1 << (int(lengths.max(initial=1)) - 1).bit_length())
-    packed = pack(lengths, length)
-    while length > shortest:
-        row, place, rows = packed
-        group, half = at_once(length), length // 2
-        needed = -(-int(np.count_nonzero(lengths[left] > half)) // group) * group
-        kept = row < needed  # where the long texts are: they have opened rows before all others
-        rest = left[~kept]
-        shorter = pack(lengths[rest], half)
-        if needed >= rows or lengths[rest].sum() <= FULL * (shorter[2] - 1) * half:
+    # Start with all texts in rows that take the longest one.
+    longest = int(lengths.max(initial=1))
+    texts, row_length = np.arange(len(lengths)), max(min_row_length, 1 << (longest - 1).bit_length())
+    packing = pack_rows(lengths, row_length)
+    while row_length > min_row_length:
+        # Keep the rows that hold texts too long for half the length. Texts are packed by decreasing length, so these texts
+        # opened the first rows.
+        group, half = rows_per_call(row_length), row_length // 2
+        long_texts = int(np.count_nonzero(lengths[texts] > half))
+        rows_to_keep = -(-long_texts // group) * group
+        stays = packing.row < rows_to_keep
+        # Pack the other texts into rows of half the length. Stop if there are none, or if they leave too much padding: they
+        # must fill all rows but the last one.
+        rest = texts[~stays]
+        shorter = pack_rows(lengths[rest], half)
+        if rows_to_keep >= packing.row_count or lengths[rest].sum() <= MIN_FILL * (shorter.row_count - 1) * half:
             break
-        if needed:
-            yield left[kept], (row[kept], place[kept], needed), length
-        left, packed, length = rest, shorter, half
-    yield left, packed, length
+        if rows_to_keep:
+            yield texts[stays], Packing(packing.row[stays], packing.segment[stays], rows_to_keep), row_length
+        texts, packing, row_length = rest, shorter, half
+    yield texts, packing, row_length
 
 
-def bucket(rows: int) -> int:
-    """The smallest row count of the static ladder that holds `rows`: 1, 2, 3, ... then steps of 6%."""
+def round_up_rows(rows: int) -> int:
+    """Return the smallest allowed row count that is at least `rows`: 1, 2, 3, ..., then in steps of 6%."""
     size = 1
     while size < rows:
-        size = max(size + 1, int(size * BUCKET_GROWTH))
+        size = max(size + 1, int(size * ROW_COUNT_GROWTH))
     return size
 
 
 def pack_shards(
-    lengths: Sequence[np.ndarray], row_length: int, agree: Agree = lambda needed: needed
-) -> tuple[list[tuple[np.ndarray, np.ndarray]], tuple[int, int]]:
-    """Packs each shard's texts: ((row, place) of each text, per shard) and the (rows, row length) that all shards share.
+    lengths: Sequence[np.ndarray], row_length: int, sync: SyncRowCounts = lambda needed: needed
+) -> tuple[list[Packing], tuple[int, int]]:
+    """Pack the texts of each shard into rows of one shape.
 
-    The row count is a step of `bucket`'s ladder. FEW_ROWS or less are shortened as far as that count allows, so that the
-    last row does not stay half empty: in steps of 8 tokens at least, to keep the programs few. `agree` takes the rows that
-    the fullest shard needs at each length of `row_lengths`, as far as it is asked for, and gives those of the fullest of
-    shards that are packed elsewhere too.
+    The row count is an allowed one (`round_up_rows`). Up to MAX_ROWS_TO_SHORTEN rows are shortened as far as that count allows,
+    so that the last row does not stay half empty.
+
+    Args:
+        lengths: Tokens of each text, for each shard.
+        row_length: Maximum tokens of a row.
+        sync: Replaces the rows that the fullest shard here needs, at each of `candidate_row_lengths`, by those that the fullest
+            shard of any process needs. It may end early.
+
+    Returns:
+        The packing of each shard, and the shape (rows, row length) that all shards share.
     """
-    packed = functools.cache(lambda length: [pack(of_shard, length) for of_shard in lengths])
+    pack_at = functools.cache(lambda length: [pack_rows(of_shard, length) for of_shard in lengths])
     longest = max((int(of_shard.max(initial=1)) for of_shard in lengths), default=1)
-    shape = _shape(agree(_rows_needed(packed, longest, row_length)), row_length)
-    return [(row, place) for row, place, _ in packed(shape[1])], shape
+    shape = _choose_shape(sync(_iter_rows_needed(pack_at, longest, row_length)), row_length)
+    return pack_at(shape[1]), shape
 
 
-def row_lengths(row_length: int) -> range:
-    """The row lengths to choose from, longest first."""
-    return range(row_length, 0, -max(8, row_length // FEW_ROWS))
+def candidate_row_lengths(row_length: int) -> range:
+    """Return the row lengths to choose from, longest first.
+
+    Steps are 1/32 of `row_length`, and at least 8 tokens, so that few programs are compiled.
+    """
+    return range(row_length, 0, -max(8, row_length // MAX_ROWS_TO_SHORTEN))
 
 
-def _rows_needed(packed: Callable[[int], list[Packed]], longest: int, row_length: int) -> Iterator[int]:
-    """The rows of the fullest shard at each row length that takes the longest text; they end where too many are needed."""
-    for length in row_lengths(row_length):
+def _iter_rows_needed(pack_at: Callable[[int], list[Packing]], longest: int, row_length: int) -> Iterator[int]:
+    """Yield the rows that the fullest shard needs at each candidate length, until these are too many or too short."""
+    for length in candidate_row_lengths(row_length):
         if length < longest:
             return
-        rows = max(rows for _, _, rows in packed(length))
+        rows = max(packing.row_count for packing in pack_at(length))
         yield rows
-        if rows > bucket(FEW_ROWS):
+        if rows > round_up_rows(MAX_ROWS_TO_SHORTEN):
             return
 
 
-def _shape(needed: Iterator[int], row_length: int) -> tuple[int, int]:
-    """The (rows, row length) of a batch, given the rows that it needs at each row length."""
-    rows = next(needed)
-    shape = (bucket(rows), row_length)
-    if rows > FEW_ROWS:
+def _choose_shape(rows_needed: Iterator[int], row_length: int) -> tuple[int, int]:
+    """Return the (rows, row length) of a batch, from the rows needed at each of `candidate_row_lengths`."""
+    # The row count follows from rows of full length.
+    rows = next(rows_needed)
+    shape = (round_up_rows(rows), row_length)
+    if rows > MAX_ROWS_TO_SHORTEN:
         return shape
-    for length, fewer_tokens in zip(row_lengths(row_length)[1:], needed, strict=False):
-        if bucket(fewer_tokens) > shape[0]:
+    # Take the shortest row length that needs no more rows.
+    for length, rows_at_length in zip(candidate_row_lengths(row_length)[1:], rows_needed, strict=False):
+        if round_up_rows(rows_at_length) > shape[0]:
             break
         shape = (shape[0], length)
     return shape
 
 
-def fill(
+def fill_rows(
     texts: Sequence[np.ndarray],
-    pool_from: Sequence[int] | np.ndarray,
+    pool_start: Sequence[int] | np.ndarray,
     row: np.ndarray,
-    place: np.ndarray,
+    segment: np.ndarray,
     shape: tuple[int, int],
 ) -> dict[str, np.ndarray]:
-    """Writes token arrays into [rows, row_length] arrays at their rows, in the order of their places.
+    """Write token arrays into rows.
 
-    Tokens before `pool_from` of a text are kept out of its pooling (instruction tokens).
+    Args:
+        texts: Token ids of each text.
+        pool_start: Index of the first pooled token of each text. Earlier tokens (the instruction) are not pooled.
+        row: Row of each text.
+        segment: Index of each text in its row, from 0.
+        shape: (rows, row length) of the arrays.
+
+    Returns:
+        The arrays of `PackedTexts` by name.
     """
-    lengths = np.array([len(t) for t in texts], np.int64)
-    order = np.lexsort((place, row))
+    # Find where each text starts in its row: after all texts of that row with a smaller segment.
+    lengths = np.array([len(text) for text in texts], np.int64)
+    order = np.lexsort((segment, row))
     sorted_row, sorted_length = row[order], lengths[order]
-    ends = np.cumsum(sorted_length)
-    row_begin = np.searchsorted(sorted_row, sorted_row)  # first text of the same row
+    sorted_start = np.cumsum(sorted_length) - sorted_length  # as if all rows were one
+    first_of_row = np.searchsorted(sorted_row, sorted_row)
     start = np.empty_like(lengths)
-    start[order] = (ends - sorted_length) - (ends - sorted_length)[row_begin]
-    within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    at = np.repeat(row * shape[1] + start, lengths) + within
+    start[order] = sorted_start - sorted_start[first_of_row]
+    # Write all tokens at once into flat arrays.
+    position = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    index = np.repeat(row * shape[1] + start, lengths) + position
     flat = {name: np.zeros(shape[0] * shape[1], np.int32) for name in ("tokens", "segment_ids", "positions")}
-    flat["tokens"][at] = np.concatenate(texts) if len(texts) else []
-    flat["segment_ids"][at] = np.repeat(place + 1, lengths)
-    flat["positions"][at] = within
+    flat["tokens"][index] = np.concatenate(texts) if len(texts) else []
+    flat["segment_ids"][index] = np.repeat(segment + 1, lengths)
+    flat["positions"][index] = position
     flat["pool_mask"] = np.zeros(shape[0] * shape[1], bool)
-    flat["pool_mask"][at] = within >= np.repeat(np.asarray(pool_from), lengths)
+    flat["pool_mask"][index] = position >= np.repeat(np.asarray(pool_start), lengths)
     return {name: array.reshape(shape) for name, array in flat.items()}
