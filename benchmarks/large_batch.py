@@ -35,7 +35,7 @@ import yaml
 from vs_sentence_transformers import measured
 
 from jaxembed.config import InfoNCEConfig
-from jaxembed.data.batch import Batch, OtherVectors
+from jaxembed.data.batch import Batch, FrozenVectors
 from jaxembed.devices.mesh import make_mesh
 from jaxembed.devices.placement import batch_sharding
 from jaxembed.losses.encoded import Encoded
@@ -67,8 +67,8 @@ def a_batch(count: int) -> tuple[jax.Array, jax.Array, Batch]:
     batch = Batch(
         texts=no_texts, query_slot=jnp.arange(count), doc_slot=jnp.zeros((count, 1), jnp.int32), in_batch=jnp.ones(count, bool),
         query_hash=hashes[0], doc_hash=documents, positive_hash=documents, label=jnp.arange(count) % 100,
-        source=jnp.zeros(count, jnp.int32), score=jnp.zeros(count), teacher_scores=jnp.zeros((count, 1)),
-        guide=OtherVectors(of_queries[:, 0], of_documents),
+        source=jnp.zeros(count, jnp.int32), teacher_scores=jnp.zeros((count, 1)),
+        guide=FrozenVectors(of_queries[:, 0], of_documents),
     )  # fmt: skip
     return q[:, 0], d, batch
 

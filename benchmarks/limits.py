@@ -30,25 +30,26 @@ import optax
 from jaxembed import cli
 from jaxembed import config as configuration
 from jaxembed.data.batch import BatchBuilder
+from jaxembed.data.batch_sampler import BatchSampler
 from jaxembed.data.batch_plan import BatchPlan
 from jaxembed.data.sources import open_sources
 from jaxembed.devices.cpu import compiler_options, retain_freed_memory
-from jaxembed.devices.mesh import make_mesh
+from jaxembed.devices.mesh import all_shards, make_mesh
 from jaxembed.devices.placement import put_batch
-from jaxembed.hub.base import find_base
+from jaxembed.hub.resolve import find_base
 from jaxembed.hub.embedder import Embedder, from_base
 from jaxembed.losses.objectives import Objectives
-from jaxembed.model.decoder import Compute
+from jaxembed.model.decoder import ComputeOptions
 from jaxembed.model.kernels import pick_kernel
-from jaxembed.model.layers import RMSNorm, rope_frequencies, rope_table, rotate
+from jaxembed.model.layers import RMSNorm, apply_rope, build_rope_table, compute_rope_frequencies
 from jaxembed.model.masks import MASKS, TokenInfo
-from jaxembed.model.matmul import product
+from jaxembed.model.matmul import sharded_matmul
 from jaxembed.training.optim import learning_rate, make_optimizer
 from jaxembed.training.step import TrainState, make_train_step
 
 TRIES = 30  # of one product and of the addition, of which the best counts
 WARMUPS = 2  # the first compiles, the second too where a result is not placed as the argument was
-multiplied = functools.partial(product, axis=0)  # x @ W as the model computes it
+multiplied = functools.partial(sharded_matmul, fsdp_axis=0)  # x @ W as the model computes it
 Part = tuple[Callable[[], Any], float, float]  # what to run, its matrix products' FLOPs, the bytes it must move
 
 
@@ -66,11 +67,10 @@ def main() -> None:
     mesh = make_mesh(1)
     base = find_base(args.base)
     spec = base.spec.with_choices(config.model, config.data.max_length)
-    embedder = from_base(base, spec, Compute(), mesh)
+    embedder = from_base(base, spec, ComputeOptions(), mesh)
     sources = open_sources(config.data, Path(tempfile.gettempdir()))
-    build = BatchBuilder(
-        sources, embedder.tokenizer, spec, row_length=config.row_length, hard_negatives=0, seed=0, shards=1
-    )  # fmt: skip
+    sampler = BatchSampler(sources=sources, tokenizer=embedder.tokenizer, hard_negatives=0, seed=0)
+    build = BatchBuilder(sampler=sampler, row_length=config.row_length, shards=all_shards(1))
     plan = BatchPlan(sources, config.train.batch_size, 0)
     host = build(0, np.asarray(plan[0]))
     batch = put_batch(mesh, host.batch)
@@ -163,13 +163,13 @@ def attention(embedder: Embedder, batch: Any) -> Part:
     """Scores, softmax and mixing of every layer, forward and backward, with the scores computed twice."""
     c, texts = embedder.model.decoder, batch.texts
     rows, length = texts.tokens.shape
-    places = TokenInfo(texts.segment_ids, texts.positions, texts.pool_mask)
+    token_info = TokenInfo(texts.segment_ids, texts.positions, texts.pool_mask)
     q, k, v = normal(rows, length, c.heads, c.head_width), *(normal(rows, length, c.kv_heads, c.head_width) for _ in "kv")
     attend = pick_kernel("auto", 1)
 
     def all_layers(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
         def total(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            sums = [attend(q + i, k, v, places, MASKS["causal"], None).sum() for i in range(c.layers)]
+            sums = [attend(q + i, k, v, token_info, MASKS["causal"], None).sum() for i in range(c.layers)]
             return jnp.stack(sums).sum()
 
         return jax.grad(total, (0, 1, 2))(q, k, v)
@@ -186,11 +186,12 @@ def pointwise(embedder: Embedder, batch: Any) -> Part:
     x, gate, up = normal(rows * length, c.width), *(normal(rows * length, c.mlp_width) for _ in "gu")
     heads = normal(rows, length, c.heads + c.kv_heads, c.head_width)
     norm, scale = RMSNorm(c.norm_epsilon, jnp.float32), {"params": {"scale": jnp.ones(c.width)}}
-    rope = rope_table(texts.positions, rope_frequencies(c.head_width, c.rope_theta, dict(c.rope_scaling)), jnp.float32)
+    frequencies = compute_rope_frequencies(c.head_width, c.rope_theta, dict(c.rope_scaling))
+    rope = build_rope_table(texts.positions, frequencies, jnp.float32)
 
     def one_layer(x: jax.Array, heads: jax.Array, gate: jax.Array, up: jax.Array) -> Any:
         def values(x: jax.Array, heads: jax.Array, gate: jax.Array, up: jax.Array) -> Any:
-            return norm.apply(scale, x), norm.apply(scale, x + 1), rotate(heads, *rope), jax.nn.silu(gate) * up
+            return norm.apply(scale, x), norm.apply(scale, x + 1), apply_rope(heads, *rope), jax.nn.silu(gate) * up
 
         out, back = jax.vjp(values, x, heads, gate, up)
         return out, back(out)

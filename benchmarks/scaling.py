@@ -5,7 +5,7 @@
 
 MODEL is a preset (qwen2-0.5b, mistral-7b), TOPOLOGY a slice such as v5e:16x16. Compiles the step (bfloat16, the layer loop
 rolled, rows of 512 tokens with a text each, AdamW) and prints one JSON object: memory a chip, collectives of the loss apart
-from those of parameters and gradients, and the roofline of docs/scaling.md. Needs libtpu (the extra `tpu`).
+from those of parameters and gradients, and the roofline of docs/results/scaling.md. Needs libtpu (the extra `tpu`).
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ import sys
 import time
 from typing import Any
 
-from jaxembed.planning.topology import CHIPS, Chip, look_for_no_tpu, topology_devices
+from jaxembed.config import LoraConfig  # noqa: E402
+from jaxembed.devices.chips import TPU_CHIPS
+from jaxembed.planning.topology import skip_tpu_discovery, topology_devices
 
-look_for_no_tpu()
+skip_tpu_discovery()
 
 import jax  # noqa: E402  (after what it reads from the environment)
 import jax.numpy as jnp  # noqa: E402
@@ -30,10 +32,9 @@ from jaxembed.data.packing import PackedTexts, max_segments  # noqa: E402
 from jaxembed.devices.mesh import make_mesh, shard_count  # noqa: E402
 from jaxembed.devices.placement import batch_shapes  # noqa: E402
 from jaxembed.losses.objectives import Objectives  # noqa: E402
-from jaxembed.model.decoder import Compute  # noqa: E402
+from jaxembed.model.decoder import ComputeOptions  # noqa: E402
 from jaxembed.model.embedder import EmbeddingModel  # noqa: E402
-from jaxembed.model.families import DecoderConfig, from_hf, preset  # noqa: E402
-from jaxembed.model.lora import LoRA  # noqa: E402
+from jaxembed.model.families import DecoderConfig, parse_hf_config, find_preset  # noqa: E402
 from jaxembed.planning.program import NoRoom, Program, compile_step, numbers, size  # noqa: E402
 from jaxembed.runs.stages import state_shapes  # noqa: E402
 from jaxembed.training.optim import learning_rate, make_optimizer  # noqa: E402
@@ -55,7 +56,7 @@ def full_batch_shapes(args: argparse.Namespace, mesh: Any) -> Batch:
     batch = Batch(
         texts=texts, query_slot=of(b), doc_slot=of(b, 1 + k), in_batch=of(b, dtype=bool),
         query_hash=of(b, 2, dtype=jnp.uint32), doc_hash=of(b, 1 + k, 2, dtype=jnp.uint32),
-        positive_hash=of(b, 1, 2, dtype=jnp.uint32), label=of(b), source=of(b), score=of(b, dtype=jnp.float32),
+        positive_hash=of(b, 1, 2, dtype=jnp.uint32), label=of(b), source=of(b),
         teacher_scores=of(b, 1 + k, dtype=jnp.float32),
     )  # fmt: skip
     return batch_shapes(mesh, batch)
@@ -74,15 +75,15 @@ def model_flops(decoder: DecoderConfig, lora: bool, tokens: int) -> float:
 
 def roofline(args: argparse.Namespace, decoder: DecoderConfig, program: Program, chips: int) -> dict[str, Any]:
     """Seconds of a step's products, memory traffic and collectives on a chip, each at its published rate."""
-    chip: Chip = CHIPS[args.topology.split(":")[0]]
+    chip = TPU_CHIPS[args.topology.split(":")[0]]
     rows = args.batch_size * (2 + args.negatives)
     useful = model_flops(decoder, args.lora, rows * TOKENS)
     seconds = {
-        "compute": program.flops / chips / chip.flops,
-        "memory": memory_traffic(args, decoder, chips) / chip.memory_rate,
-        "collectives": sum(c.count * c.sent_bytes for c in program.collectives.found) / chip.link_rate,
+        "compute": program.flops / chips / chip.peak_flops,
+        "memory": memory_traffic(args, decoder, chips) / chip.memory_bandwidth,
+        "collectives": sum(c.count * c.sent_bytes for c in program.collectives.found) / chip.link_bandwidth,
     }
-    at_best = useful / chips / chip.flops
+    at_best = useful / chips / chip.peak_flops
     return {
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "step_overlapped": round(max(seconds.values()), 3),
@@ -113,9 +114,9 @@ def memory_traffic(args: argparse.Namespace, decoder: DecoderConfig, chips: int)
 
 def step_of(args: argparse.Namespace, mesh: Any) -> tuple[DecoderConfig, Any, Any]:
     """The decoder, the jitted step and the shapes of its state."""
-    decoder = from_hf(preset(args.model), args.model)
-    lora = LoRA(rank=16, alpha=32, base_dtype="bfloat16") if args.lora else None
-    compute = Compute(jnp.bfloat16, args.remat, False, args.attention)
+    decoder = parse_hf_config(find_preset(args.model), args.model)
+    lora = LoraConfig(rank=16, alpha=32, base_dtype="bfloat16") if args.lora else None
+    compute = ComputeOptions(jnp.bfloat16, args.remat, False, args.attention)
     model = EmbeddingModel(decoder, EmbeddingSpec(), compute, lora)
     optim = OptimConfig()
     optimizer = make_optimizer(optim, STEPS)

@@ -1,311 +1,298 @@
-"""The global batch: packed texts, and for every query where its vectors lie and what the losses must know of it."""
+"""The global batch: packed texts, and for every query where its vectors are and what the losses must know about it."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain, islice
+from functools import cached_property
+from itertools import chain
 from typing import Any, NamedTuple
 
 import flax.struct
 import numpy as np
 
-from jaxembed.config.spec import EmbeddingSpec
-from jaxembed.data.batch_plan import ExampleIndex
-from jaxembed.data.packing import PackedTexts, fill, max_segments, pack_shards
-from jaxembed.data.schema import Example, text_hash
+from jaxembed.data.batch_sampler import BatchSampler, drop_absent
+from jaxembed.data.packing import PackedTexts, fill_rows, max_segments, pack_shards
+from jaxembed.data.schema import Example, hash_text
 from jaxembed.data.sources import Source
-from jaxembed.data.tokenize import TextTokenizer, TokenizedTexts
-from jaxembed.devices.mesh import Shards, all_shards
+from jaxembed.data.tokenize import TokenizedTexts
+from jaxembed.devices.mesh import Shards
 from jaxembed.devices.processes import Channel
 from jaxembed.errors import UserError
 
-ATTEMPTS = 100  # to find an example whose texts no other of its batch has; the loss knows those that remain as duplicates
 
+class EncoderInput(NamedTuple):
+    """A text for any model, before that model's own prompt is applied.
 
-class RawText(NamedTuple):
-    """A text without any model's prompt: its side (query or document) and its instruction, '' for none, stand apart."""
+    Attributes:
+        text: The text itself.
+        side: query or document.
+        instruction: Instruction of the text, '' for none.
+    """
 
     text: str
     side: str
     instruction: str
 
 
-EncodeRaw = Callable[[Sequence[RawText]], np.ndarray]  # N texts -> unit vectors, float32 [N, G]
+EncodeInputs = Callable[[Sequence[EncoderInput]], np.ndarray]  # N inputs -> unit vectors, float32 [N, G]
 
 
 @flax.struct.dataclass
-class OtherVectors:
-    """Unit vectors of a batch's texts by another model, zero for absent documents."""
+class FrozenVectors:
+    """Unit vectors of the texts of a batch by a frozen model, zero for absent documents.
 
-    queries: Any  # float32 [B, G]
-    documents: Any  # float32 [B, 1+K, G]
+    Attributes:
+        queries: float32 [B, G].
+        documents: float32 [B, 1+K, G].
+    """
+
+    queries: Any
+    documents: Any
 
 
 @flax.struct.dataclass
 class Batch:
     """B queries, 1 + K documents each (document 0 is the positive), P known positives each.
 
-    Shard-major: a query and its documents lie in one shard. Slots count inside the shard, -1 for an absent document.
-    Hashes are uint32 pairs of the texts, zero where absent.
+    Arrays are shard-major: a query and its documents are in one shard. Hashes are uint32 pairs, zero where a text is absent.
+
+    Attributes:
+        texts: The packed texts.
+        query_slot: Slot of each query inside its shard, int32 [B].
+        doc_slot: Slot of each document inside its shard, -1 for an absent one, int32 [B, 1+K].
+        in_batch: True if the source uses in-batch negatives and its texts may be such negatives, bool [B].
+        query_hash: uint32 [B, 2].
+        doc_hash: uint32 [B, 1+K, 2].
+        positive_hash: Hashes of all known positives of a query, uint32 [B, P, 2].
+        label: Label in its source, -1 for none, int32 [B].
+        source: Index of the source, int32 [B].
+        teacher_scores: Scores of the documents by a teacher, NaN for none, float32 [B, 1+K].
+        adapter: Index of the adapter that the batch trains, int32 scalar. None without named adapters.
+        guide: Vectors by the guide model, if there is one.
+        teacher: Vectors by the teacher model, if there is one.
     """
 
     texts: PackedTexts
-    query_slot: Any  # int32 [B]
-    doc_slot: Any  # int32 [B, 1+K]
-    in_batch: Any  # bool [B]: whether the source uses and lends in-batch negatives
-    query_hash: Any  # uint32 [B, 2]
-    doc_hash: Any  # uint32 [B, 1+K, 2]
-    positive_hash: Any  # uint32 [B, P, 2]
-    label: Any  # int32 [B], -1 for none
-    source: Any  # int32 [B]
-    score: Any  # float32 [B], NaN for none
-    teacher_scores: Any  # float32 [B, 1+K], NaN for none
-    adapter: Any = None  # int32, the index of the adapter that the batch trains; None where there are not several
-    guide: OtherVectors | None = None
-    teacher: OtherVectors | None = None
+    query_slot: Any
+    doc_slot: Any
+    in_batch: Any
+    query_hash: Any
+    doc_hash: Any
+    positive_hash: Any
+    label: Any
+    source: Any
+    teacher_scores: Any
+    adapter: Any = None
+    guide: FrozenVectors | None = None
+    teacher: FrozenVectors | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class HostBatch:
-    """The part of a batch that this process's devices hold, in host memory; the numbers for the log are the whole batch's.
+    """The part of a batch that belongs to this process's devices, in host memory, and numbers of the whole batch for logs.
 
-    `pairs`: of tokens in one text, each with each. `sources` are those that it has examples of.
+    Attributes:
+        batch: The shards of this process, one after the other.
+        useful_tokens: Tokens of texts in the whole batch.
+        padded_tokens: Tokens of all rows of the whole batch, padding included.
+        token_pairs: Sum of the squared text lengths of the whole batch, to which the FLOPs of attention are proportional.
+        sources: Indices of the sources that the batch has examples of.
     """
 
     batch: Batch
     useful_tokens: int
     padded_tokens: int
-    pairs: int
+    token_pairs: int
     sources: Sequence[int]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class BatchBuilder:
-    """Draws, tokenises and packs the examples of a step. Pure: the same (step, ids) give the same batch.
+    """Builds the batch of a step: draws its examples, tokenizes and packs their texts.
 
-    Of several processes each builds its own shards; they agree on the shape of the rows, so all build the same steps in the
-    same order.
+    Pure: the same (step, ids) give the same batch. Each of several processes builds its own shards. They agree on the shape of
+    the rows, so all of them must build the same steps in the same order.
 
-    A step is that of a stage, which `steps_before` others precede. With `distinct` no query or positive stands twice in a
-    batch, of those that may be negatives of each other: others of the same source are drawn in their place. `guide` and
-    `teacher` are other models, whose vectors of its texts a batch is to carry.
+    Attributes:
+        sampler: Draws the examples.
+        row_length: Tokens of a packed row, at most.
+        shards: The shards of a batch, and which of them this process builds.
+        adapters: Names of the adapters, in the order of their indices.
+        guide: Encodes texts for `Batch.guide`.
+        teacher: Encodes texts for `Batch.teacher`.
+        channel: Connects the processes.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[Source],
-        tokenizer: TextTokenizer,
-        spec: EmbeddingSpec,
-        *,
-        row_length: int,
-        hard_negatives: int,
-        seed: int,
-        shards: Shards | int,
-        adapters: Sequence[str] = (),
-        steps_before: int = 0,
-        distinct: bool = False,
-        guide: EncodeRaw | None = None,
-        teacher: EncodeRaw | None = None,
-    ):
-        self._sources, self._tokenizer, self._spec = sources, tokenizer, spec
-        self._index = ExampleIndex(sources)
-        self._row_length, self._negatives = row_length, hard_negatives
-        self._seed, self._adapters = seed, tuple(adapters)
-        self._shards = all_shards(shards) if isinstance(shards, int) else shards
-        self._before, self._distinct = steps_before, distinct
-        self._guide, self._teacher = guide, teacher
-        self._channel = Channel()
-        self._positives = max(source.sampler.most_positives for source in sources)
+    sampler: BatchSampler
+    row_length: int
+    shards: Shards
+    adapters: Sequence[str] = ()
+    guide: EncodeInputs | None = None
+    teacher: EncodeInputs | None = None
+    channel: Channel = dataclasses.field(default_factory=Channel)
+
+    @cached_property
+    def _max_positives(self) -> int:
+        return max(source.sampler.max_positives for source in self.sampler.sources)
 
     def with_sources(self, sources: Sequence[Source]) -> BatchBuilder:
-        """The same with sources that have other negatives."""
-        made = copy.copy(self)
-        made._sources = sources
-        return made
-
-    def examples(self, step: int, ids: np.ndarray) -> list[Example]:
-        """The examples of a step, each drawn from (seed, step, id)."""
-        return self._with_room(self._drawn(step, ids))
-
-    def _own_examples(self, step: int, ids: np.ndarray) -> list[Example]:
-        """Those of this process's shards. Where no text may stand in a batch twice, it takes all to know which do."""
-        own = np.arange(len(ids)).reshape(self._shards.count, -1)[list(self._shards.own)].ravel()
-        if not self._distinct:
-            return self.examples(step, ids[own])
-        drawn = self._drawn(step, ids)
-        return self._with_room([drawn[i] for i in own])
-
-    def _drawn(self, step: int, ids: np.ndarray) -> list[Example]:
-        drawn: list[Example] = []
-        seen: set[str] = set()
-        for s, index, id_ in zip(*self._index.locate(ids), ids, strict=True):
-            source = self._sources[s]
-            example = self._draw(source, int(index), step, int(id_))
-            for attempt in range(ATTEMPTS if self._distinct and source.in_batch else 0):
-                if seen.isdisjoint((example.query, example.positive)):
-                    break
-                example = self._draw(source, None, step, int(id_), attempt)
-            if source.in_batch:
-                seen |= {example.query, example.positive}
-            drawn.append(example)
-        return drawn
-
-    def _draw(self, source: Source, index: int | None, step: int, *key: int) -> Example:
-        """The example at `index`, at a random one for None."""
-        random = np.random.default_rng((self._seed, self._before + step, *key))
-        return source.draw(int(random.integers(len(source))) if index is None else index, random, self._negatives)
-
-    def _with_room(self, examples: list[Example]) -> list[Example]:
-        """The same without those in-context examples, the last first, that leave the text less than half of its tokens.
-
-        They are counted one by one, so that each is tokenised once.
-        """
-        parts = [[self._spec.prompt(e.instruction), *map(self._spec.shown, e.shots)] if e.shots else [] for e in examples]
-        lengths = iter(self._tokenizer.prompt_lengths([part for of_example in parts for part in of_example]))
-        made = []
-        for example, of_example in zip(examples, parts, strict=True):
-            filled = np.cumsum(list(islice(lengths, len(of_example))))
-            fitting = int((2 * filled <= self._tokenizer.max_length).sum()) - 1
-            made.append(dataclasses.replace(example, shots=example.shots[: max(0, fitting)]) if of_example else example)
-        return made
-
-    def _prompt(self, example: Example) -> str:
-        return self._spec.prompt(example.instruction, example.shots)
+        """Return a copy whose sources have other negatives, but the same examples."""
+        return dataclasses.replace(self, sampler=dataclasses.replace(self.sampler, sources=sources))
 
     def __call__(self, step: int, ids: np.ndarray) -> HostBatch:
-        examples = self._own_examples(step, ids)
-        texts, prompts = self._padded_texts(examples)
+        """Build the batch of a step.
+
+        Args:
+            step: Step of the stage.
+            ids: Global ids of the examples of the whole batch (`BatchPlan`), int64 [B].
+        """
+        # Draw the examples of this process's shards.
+        members = np.arange(len(ids)).reshape(self.shards.count, -1)[list(self.shards.own)].ravel()
+        examples = self.sampler.sample(step, ids, members)
+        # Tokenize and pack the texts.
+        texts, prompts = self.sampler.list_padded_texts(examples)
         present = np.array([text is not None for text in texts])
-        tokenized = self._tokenizer(*_without_absent(texts, prompts))
-        packed, slots, agreement = self._pack(tokenized, present)
+        tokenized = self.sampler.tokenizer(*drop_absent(texts, prompts))
+        packed, slots, sync = self._pack(tokenized, present)
+        # Describe each query for the losses.
         slots = slots.reshape(len(examples), -1)
-        hashes = np.stack([_hash(text) for text in texts]).reshape(len(examples), -1, 2)
-        of_all, _ = self._index.locate(ids)
-        source = of_all.reshape(self._shards.count, -1)[list(self._shards.own)].ravel()
+        hashes = np.stack([_hash_or_zero(text) for text in texts]).reshape(len(examples), -1, 2)
+        batch_sources, _ = self.sampler.index.locate(ids)
+        source = batch_sources[members]
         batch = Batch(
             texts=packed,
             query_slot=slots[:, 0],
             doc_slot=slots[:, 1:],
-            in_batch=np.array([self._sources[s].in_batch for s in source]),
+            in_batch=np.array([self.sampler.sources[s].in_batch for s in source]),
             query_hash=hashes[:, 0],
             doc_hash=hashes[:, 1:],
-            positive_hash=np.stack([self._positive_hashes(e) for e in examples]),
-            label=np.array([e.label for e in examples], np.int32),
+            positive_hash=np.stack([self._hash_positives(example) for example in examples]),
+            label=np.array([example.label for example in examples], np.int32),
             source=source.astype(np.int32),
-            score=np.array([e.score for e in examples], np.float32),
-            teacher_scores=self._teacher_scores(examples),
-            adapter=self._adapter(of_all) if self._adapters else None,
-            guide=self._others(self._guide, examples, texts),
-            teacher=self._others(self._teacher, examples, texts),
+            teacher_scores=self._stack_teacher_scores(examples),
+            adapter=self._find_adapter(batch_sources) if self.adapters else None,
+            guide=self._encode_frozen(self.guide, examples, texts),
+            teacher=self._encode_frozen(self.teacher, examples, texts),
         )
-        padded = packed.segment_ids.size // len(self._shards.own) * self._shards.count
-        return HostBatch(batch, agreement.useful_tokens, padded, agreement.pairs, np.unique(of_all).tolist())
+        return HostBatch(
+            batch=batch,
+            useful_tokens=sync.useful_tokens,
+            padded_tokens=packed.segment_ids.size // len(self.shards.own) * self.shards.count,
+            token_pairs=sync.token_pairs,
+            sources=np.unique(batch_sources).tolist(),
+        )
 
-    def _adapter(self, source: np.ndarray) -> np.ndarray:
-        """The index of the adapter that the sources of a batch train; `UserError` where they train several."""
-        trained = {self._sources[s].config.adapter: self._sources[s].name for s in np.unique(source)}
+    def _find_adapter(self, batch_sources: np.ndarray) -> np.ndarray:
+        """Return the index of the adapter that the sources of a batch train.
+
+        Raises:
+            UserError: If they train several adapters.
+        """
+        sources = [self.sampler.sources[s] for s in np.unique(batch_sources)]
+        trained = {source.config.adapter: source.name for source in sources}
         if len(trained) > 1:
-            told = ", ".join(f"{adapter} (source {name})" for adapter, name in trained.items())
-            raise UserError(f"a batch trains one adapter, this one holds examples of {told}; batch their sources apart")
-        return np.array(self._adapters.index(*trained), np.int32)
+            names = ", ".join(f"{adapter} (source {name})" for adapter, name in trained.items())
+            raise UserError(f"batch: trains several adapters: {names}; expected one. Batch their sources separately.")
+        return np.array(self.adapters.index(*trained), np.int32)
 
-    def texts(self, examples: Sequence[Example]) -> tuple[list[str], list[str]]:
-        """The texts of examples in the order query, positive, negatives, and the prompt of each."""
-        return _without_absent(*self._padded_texts(examples))
-
-    def _padded_texts(self, examples: Sequence[Example]) -> tuple[list[str | None], list[str]]:
-        """Query, positive and K negatives of each example (None for an absent one), and their prompts."""
-        texts: list[str | None] = []
-        prompts: list[str] = []
-        for e in examples:
-            negatives = [*e.negatives, *[None] * (self._negatives - len(e.negatives))]
-            texts += [e.query, e.positive, *negatives]
-            documents = self._spec.prompt(e.document_instruction)
-            prompts += [self._prompt(e), *[documents] * (1 + self._negatives)]
-        return texts, prompts
-
-    def _others(
-        self, encode: EncodeRaw | None, examples: Sequence[Example], texts: Sequence[str | None]
-    ) -> OtherVectors | None:
-        """What another model makes of the texts, each under its own instruction; in-context examples are not shown to it."""
+    def _encode_frozen(
+        self, encode: EncodeInputs | None, examples: Sequence[Example], texts: Sequence[str | None]
+    ) -> FrozenVectors | None:
+        """Encode the texts by a frozen model, each under its own instruction, without in-context examples."""
         if encode is None:
             return None
-        documents = 1 + self._negatives
-        under = [(("query", e.instruction), *[("document", e.document_instruction)] * documents) for e in examples]
-        asked = zip(texts, chain.from_iterable(under), strict=True)
-        encoded = encode([RawText(text, *side) for text, side in asked if text is not None])
+        documents = 1 + self.sampler.hard_negatives
+        contexts = [
+            [("query", example.instruction), *[("document", example.document_instruction)] * documents] for example in examples
+        ]
+        pairs = zip(texts, chain.from_iterable(contexts), strict=True)
+        encoded = encode([EncoderInput(text, *context) for text, context in pairs if text is not None])
         vectors = np.zeros((len(examples), 1 + documents, encoded.shape[1]), np.float32)
         vectors[np.array([text is not None for text in texts]).reshape(vectors.shape[:2])] = encoded
-        return OtherVectors(vectors[:, 0], vectors[:, 1:])
+        return FrozenVectors(vectors[:, 0], vectors[:, 1:])
 
     def _pack(self, tokenized: TokenizedTexts, present: np.ndarray) -> tuple[PackedTexts, np.ndarray, RowShapeSync]:
-        """Packs each shard's texts into its own rows, and their slots; all shards get rows of one shape."""
-        own = self._shards.own
-        shard_of = np.repeat(own, len(present) // len(own))[present]
-        members = [np.flatnonzero(shard_of == s) for s in own]
+        """Pack the texts of each shard into its own rows, all of one shape.
+
+        Args:
+            tokenized: The texts that are present.
+            present: Which texts of the batch these are, bool [B * (2+K)].
+
+        Returns:
+            The packed texts, the slot of each text of the batch (-1 if absent), and the numbers of the whole batch.
+        """
+        # Find the texts of each shard.
+        own = self.shards.own
+        shard_of_text = np.repeat(own, len(present) // len(own))[present]
+        members = [np.flatnonzero(shard_of_text == shard) for shard in own]
+        # Pack all shards, of all processes, into rows of one shape.
         lengths = np.array([len(ids) for ids in tokenized.ids])
-        counted = lengths[np.isin(shard_of, self._shards.counted)]
-        agreement = RowShapeSync(self._channel, int(counted.sum()), int(np.square(counted).sum()))
-        packs, shape = pack_shards([lengths[m] for m in members], self._row_length, agreement.rows)
+        counted = lengths[np.isin(shard_of_text, self.shards.counted)]
+        sync = RowShapeSync(self.channel, int(counted.sum()), int(np.square(counted).sum()))
+        packings, shape = pack_shards([lengths[m] for m in members], self.row_length, sync.sync_rows)
+        # Fill the rows, and note the slot of each text.
         segments = max_segments(shape[1])
         slots = np.full(len(present), -1, np.int32)
-        where = np.flatnonzero(present)
+        places = np.flatnonzero(present)
         parts = []
-        for m, (row, place) in zip(members, packs, strict=True):
-            parts.append(fill([tokenized.ids[i] for i in m], tokenized.pool_from[m], row, place, shape))
-            slots[where[m]] = row * segments + place
+        for m, (row, segment, _) in zip(members, packings, strict=True):
+            parts.append(fill_rows([tokenized.ids[i] for i in m], tokenized.pool_start[m], row, segment, shape))
+            slots[places[m]] = row * segments + segment
         arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        return PackedTexts(**arrays, segments=segments, shards=self._shards.count), slots, agreement
+        return PackedTexts(**arrays, segments=segments, shards=self.shards.count), slots, sync
 
-    def _teacher_scores(self, examples: Sequence[Example]) -> np.ndarray:
-        scores = np.full((len(examples), 1 + self._negatives), np.nan, np.float32)
+    def _stack_teacher_scores(self, examples: Sequence[Example]) -> np.ndarray:
+        scores = np.full((len(examples), 1 + self.sampler.hard_negatives), np.nan, np.float32)
         for row, example in zip(scores, examples, strict=True):
             row[: len(example.teacher_scores)] = example.teacher_scores
         return scores
 
-    def _positive_hashes(self, example: Example) -> np.ndarray:
-        hashes = np.zeros((self._positives, 2), np.uint32)
+    def _hash_positives(self, example: Example) -> np.ndarray:
+        hashes = np.zeros((self._max_positives, 2), np.uint32)
         for i, text in enumerate(example.positives):
-            hashes[i] = text_hash(text)
+            hashes[i] = hash_text(text)
         return hashes
 
 
 @dataclasses.dataclass
 class RowShapeSync:
-    """What the processes must know of each other's texts of a batch: how many tokens they have, and how many rows they fill.
+    """Makes the processes that build one batch agree on its row shape, and adds up their numbers.
 
-    `useful_tokens` and `pairs` of tokens are first those of this process's texts, then those of all.
+    Every process must choose the same shape, but knows the texts of its own shards only. So each sends the rows that its
+    fullest shard needs at each candidate row length, and all get the maximum at each length. They then choose the shape from
+    the same numbers (`pack_shards`). The counts of tokens travel in the same message.
+
+    Attributes:
+        channel: Connects the processes.
+        useful_tokens: Tokens of this process's texts; after `sync_rows`, of all processes.
+        token_pairs: Sum of the squared lengths of this process's texts; after `sync_rows`, of all processes.
     """
 
     channel: Channel
     useful_tokens: int
-    pairs: int
+    token_pairs: int
 
-    def rows(self, needed: Iterator[int]) -> Iterator[int]:
-        """The rows that the fullest shard of any process needs, given those of this one's, at one row length after another."""
-        if self.channel.alone:
+    def sync_rows(self, needed: Iterator[int]) -> Iterator[int]:
+        """Turn the rows that this process needs at each candidate row length into those that any process needs."""
+        if self.channel.is_single_process:
             return needed
-        of_all = self.channel.agree(np.array([self.useful_tokens, self.pairs, *needed]).tobytes(), merged)
-        self.useful_tokens, self.pairs, *rows = np.frombuffer(of_all, np.int64).tolist()
+        message = np.array([self.useful_tokens, self.token_pairs, *needed]).tobytes()
+        merged = self.channel.agree(message, merge_row_counts)
+        self.useful_tokens, self.token_pairs, *rows = np.frombuffer(merged, np.int64).tolist()
         return iter(rows)
 
 
-def merged(messages: Sequence[bytes]) -> bytes:
-    """The sums of tokens and pairs, and the most rows at each length, as far as all processes tell them."""
-    tokens, pairs, *rows = zip(*(np.frombuffer(message, np.int64).tolist() for message in messages), strict=False)
-    return np.array([sum(tokens), sum(pairs), *map(max, rows)]).tobytes()
+def merge_row_counts(messages: Sequence[bytes]) -> bytes:
+    """Merge the messages of all processes: sum tokens and token pairs, and take the most rows at each row length.
+
+    A process sends no numbers for row lengths that its longest text exceeds, or that need too many rows. Row lengths that any
+    process left out are dropped.
+    """
+    numbers = [np.frombuffer(message, np.int64).tolist() for message in messages]
+    tokens, token_pairs, *rows_by_length = zip(*numbers, strict=False)
+    return np.array([sum(tokens), sum(token_pairs), *map(max, rows_by_length)]).tobytes()
 
 
-def roles(texts: Sequence[str]) -> list[str]:
-    """What each text of one example is to it."""
-    return ["query", "positive", *["negative"] * (len(texts) - 2)]
-
-
-def _without_absent(texts: Sequence[str | None], prompts: Sequence[str]) -> tuple[list[str], list[str]]:
-    kept = [(text, prompt) for text, prompt in zip(texts, prompts, strict=True) if text is not None]
-    return [text for text, _ in kept], [prompt for _, prompt in kept]
-
-
-def _hash(text: str | None) -> np.ndarray:
-    return np.zeros(2, np.uint32) if text is None else text_hash(text)
+def _hash_or_zero(text: str | None) -> np.ndarray:
+    return np.zeros(2, np.uint32) if text is None else hash_text(text)

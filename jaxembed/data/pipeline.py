@@ -1,4 +1,4 @@
-"""From the plan to batches that wait in memory before the step needs them."""
+"""Build batches ahead of the steps that need them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import grain
 from jaxembed.data.batch import BatchBuilder, HostBatch
 from jaxembed.data.batch_plan import BatchPlan
 
-PREFETCHED = 4  # batches built ahead, on a thread: tokenising releases the GIL
+PREFETCH_BATCHES = 4  # built ahead in one thread, which is enough because tokenization releases the GIL
 
 
-def batches(plan: BatchPlan, build: BatchBuilder, start: int, stop: int) -> Iterator[HostBatch]:
-    """The batches of steps start to stop - 1, in order, built ahead of use."""
-    built = grain.MapDataset.source(plan).map_with_index(build).slice(slice(start, stop))
-    return iter(built.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCHED)))
+def iter_batches(plan: BatchPlan, build: BatchBuilder, start: int, stop: int) -> Iterator[HostBatch]:
+    """Iterate over the batches of steps `start` to `stop - 1`, in order, built ahead of use."""
+    batches = grain.MapDataset.source(plan).map_with_index(build).slice(slice(start, stop))
+    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH_BATCHES)))
