@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer for models trained from scratch, which sees the words inside identifiers."""
+"""Train a byte-level BPE tokenizer for models without a base. It splits identifiers into words."""
 
 import re
 from collections.abc import Iterable
@@ -9,41 +9,55 @@ from jaxembed.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-EOS, PAD = "<|endoftext|>", "<|pad|>"
-BYTES = 256
+EOS_TOKEN, PAD_TOKEN = "<|endoftext|>", "<|pad|>"
+BYTE_TOKENS = 256
 # The words of text and of identifiers: `parseHTTPHeader_v2` is parse, HTTP, Header, v, 2. Letters outside ASCII count
 # as lower case. The syntax is the common part of Python's `re` and of the tokenizers library's Oniguruma.
-WORD = r"[A-Z]+(?![^\W\d_A-Z])|[A-Z]?[^\W\d_A-Z]+|\d+"
-PIECE = rf" ?(?:{WORD})| ?[^\w\s]+|_+|\s+(?!\S)|\s+"
+WORD_PATTERN = r"[A-Z]+(?![^\W\d_A-Z])|[A-Z]?[^\W\d_A-Z]+|\d+"
+PRETOKEN_PATTERN = rf" ?(?:{WORD_PATTERN})| ?[^\w\s]+|_+|\s+(?!\S)|\s+"
 
 
-def words(text: str) -> list[str]:
-    """Returns the words of a text in lower case, identifiers split at underscores, case changes and digits."""
-    return [word.lower() for word in re.findall(WORD, text)]
+def split_words(text: str) -> list[str]:
+    """Return the words of a text in lower case. Identifiers are split at underscores, case changes and digits."""
+    return [word.lower() for word in re.findall(WORD_PATTERN, text)]
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
-    """Returns a byte-level BPE tokenizer with at most `vocab_size` tokens, the same for the same texts.
+    """Train a byte-level BPE tokenizer. The same texts give the same tokenizer.
 
-    No token crosses the border of a word of an identifier. Decoding gives back any text exactly. No token is added to
-    a text by itself; eos is <|endoftext|> and pad is <|pad|>.
+    No token crosses the boundary of a word of an identifier. Decoding restores any text exactly. No token is added to a text
+    by itself. EOS is <|endoftext|> and padding is <|pad|>.
 
-    Saved, it loads by AutoTokenizer, but not beside a config.json of model_type qwen2: transformers 5 then silently
-    puts Qwen2's own splitting in place of this one. Another model_type, or PreTrainedTokenizerFast, keeps it.
+    When saved, it loads by AutoTokenizer, except beside a config.json of model_type qwen2: transformers 5 then silently
+    replaces its pre-tokenizer by Qwen2's own. Another model_type, or PreTrainedTokenizerFast, keeps it.
+
+    Args:
+        texts: Texts to train on.
+        vocab_size: Maximum number of tokens.
+
+    Raises:
+        UserError: If `vocab_size` has no room for all bytes and the special tokens.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    if vocab_size < BYTES + 2:
-        raise UserError(f"vocab_size is {vocab_size}; a byte-level tokenizer needs {BYTES} bytes and 2 special tokens")
+    if vocab_size < BYTE_TOKENS + 2:
+        raise UserError(
+            f"vocab_size: {vocab_size} is too small; expected at least {BYTE_TOKENS + 2}, for {BYTE_TOKENS} bytes and 2 "
+            "special tokens"
+        )
     tokenizer = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(PIECE), "isolated")
-    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, as_bytes])
+    split = pre_tokenizers.Split(Regex(PRETOKEN_PATTERN), "isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[EOS, PAD], initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=[EOS_TOKEN, PAD_TOKEN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=EOS_TOKEN, pad_token=PAD_TOKEN, clean_up_tokenization_spaces=False
+    )

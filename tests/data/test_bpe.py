@@ -1,4 +1,4 @@
-"""The tokenizer: its pieces, its round trip, and that Hugging Face loads back the same one."""
+"""The trained BPE tokenizer: its pre-tokens, its round trip, and that Hugging Face loads the same one."""
 
 import json
 from pathlib import Path
@@ -7,12 +7,12 @@ import pytest
 from tokenizers import Regex, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from jaxembed.data.bpe import PIECE, train_tokenizer, words
+from jaxembed.data.bpe import PRETOKEN_PATTERN, split_words, train_tokenizer
 from jaxembed.errors import UserError
 
 CODE = "def parse_HTTPHeader(snakeCase_v2=10):\n    return XMLParser.café(größe)\n"
 TEXTS = [CODE, "Return the parser of an HTTP header.", "x = parse_header(y)  # parse the header"] * 3
-ODD = [
+ODD_TEXTS = [
     "",
     " ",
     "\n\n\t x  ",
@@ -40,33 +40,35 @@ def tokenizer() -> PreTrainedTokenizerFast:
         ("Größe.naïve", "größe naïve"),
     ],
 )
-def test_words_split_identifiers(identifier: str, expected: str) -> None:
-    assert words(identifier) == expected.split()
+def test_split_words_splits_identifiers(identifier: str, expected: str) -> None:
+    assert split_words(identifier) == expected.split()
 
 
-@pytest.mark.parametrize("text", [*TEXTS[:3], *ODD])
-def test_pieces_of_the_tokenizer_hold_the_same_words(text: str) -> None:
-    pieces = [piece for piece, _ in pre_tokenizers.Split(Regex(PIECE), "isolated").pre_tokenize_str(text)]
-    assert "".join(pieces) == text
-    assert [word for piece in pieces for word in words(piece)] == words(text)
-    assert max([len(words(piece)) for piece in pieces], default=0) <= 1
+@pytest.mark.parametrize("text", [*TEXTS[:3], *ODD_TEXTS])
+def test_each_pretoken_holds_at_most_one_word(text: str) -> None:
+    split = pre_tokenizers.Split(Regex(PRETOKEN_PATTERN), "isolated")
+    pretokens = [pretoken for pretoken, _ in split.pre_tokenize_str(text)]
+    assert "".join(pretokens) == text
+    assert [word for pretoken in pretokens for word in split_words(pretoken)] == split_words(text)
+    assert max([len(split_words(pretoken)) for pretoken in pretokens], default=0) <= 1
 
 
-def test_no_token_crosses_a_border_inside_an_identifier() -> None:
+def test_no_token_crosses_a_word_boundary_inside_an_identifier() -> None:
     tokens = train_tokenizer(["fooBar foo_bar foo2bar FOOBar"] * 100, 500).get_vocab()
-    assert {"foo", "Ġfoo", "Bar", "FOO", "bar"} - set(tokens) == {"FOO"}  # " FOO" stands after a space
-    assert not [token for token in tokens if len(words(token.lstrip("Ġ"))) > 1 and token.isascii() and "|" not in token]
+    assert {"foo", "Ġfoo", "Bar", "FOO", "bar"} - set(tokens) == {"FOO"}  # only " FOO" occurs, with its space
+    plain = [token.lstrip("Ġ") for token in tokens if "|" not in token]
+    assert not [token for token in plain if token.isascii() and len(split_words(token)) > 1]
 
 
-@pytest.mark.parametrize("text", [*TEXTS[:3], *ODD])
-def test_decoding_gives_the_text_back(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+@pytest.mark.parametrize("text", [*TEXTS[:3], *ODD_TEXTS])
+def test_decoding_restores_the_text(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_training_is_deterministic_and_keeps_to_its_size(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_training_is_deterministic_and_limits_the_vocabulary(tokenizer: PreTrainedTokenizerFast) -> None:
     assert train_tokenizer(iter(TEXTS), 400).get_vocab() == tokenizer.get_vocab()
     assert len(train_tokenizer(TEXTS, 300)) == 300
-    with pytest.raises(UserError, match="vocab_size is 100"):
+    with pytest.raises(UserError, match=r"vocab_size: 100 is too small; expected at least 258"):
         train_tokenizer(TEXTS, 100)
 
 
@@ -77,22 +79,22 @@ def test_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 @pytest.mark.parametrize("model_type", [None, "mistral", "llama", "qwen3"])
-def test_auto_tokenizer_loads_the_same_ids(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, model_type: str | None) -> None:
-    save(tokenizer, tmp_path, model_type)
+def test_auto_tokenizer_gives_the_same_ids(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, model_type: str | None) -> None:
+    save_with_config(tokenizer, tmp_path, model_type)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
-    assert [loaded(text)["input_ids"] for text in TEXTS + ODD] == [tokenizer(text)["input_ids"] for text in TEXTS + ODD]
+    assert [loaded(text)["input_ids"] for text in TEXTS + ODD_TEXTS] == [
+        tokenizer(text)["input_ids"] for text in TEXTS + ODD_TEXTS
+    ]
     assert (loaded.eos_token_id, loaded.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
 
 
-def test_beside_a_qwen2_config_only_the_generic_class_loads_the_same_ids(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    save(tokenizer, tmp_path, "qwen2")
+def test_generic_class_gives_the_same_ids_beside_a_qwen2_config(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    save_with_config(tokenizer, tmp_path, "qwen2")
     expected = tokenizer(CODE)["input_ids"]
     assert PreTrainedTokenizerFast.from_pretrained(tmp_path)(CODE)["input_ids"] == expected
 
 
-def save(tokenizer: PreTrainedTokenizerFast, folder: Path, model_type: str | None) -> None:
+def save_with_config(tokenizer: PreTrainedTokenizerFast, folder: Path, model_type: str | None) -> None:
     tokenizer.save_pretrained(folder)
     if model_type:
         (folder / "config.json").write_text(json.dumps({"model_type": model_type}))

@@ -1,4 +1,4 @@
-"""Vectors on disk by key: what comes back, what a kill or another process does to it, what it costs in memory."""
+"""The vector store: what it returns, what a kill or another process does to it, and its memory."""
 
 from __future__ import annotations
 
@@ -21,52 +21,54 @@ from jaxembed.errors import UserError
 WIDTH = 3
 
 
-def keys_of(names: Sequence[object]) -> list[bytes]:
+def make_keys(names: Sequence[object]) -> list[bytes]:
     return [hashlib.sha256(str(name).encode()).digest()[:16] for name in names]
 
 
-def vectors_of(names: Sequence[object], seed: int = 0) -> np.ndarray:
-    """Other numbers for every name and seed, in the order of the names."""
+def make_vectors(names: Sequence[object], seed: int = 0) -> np.ndarray:
+    """Return different numbers for every name and seed, in the order of the names."""
     return np.array([np.random.default_rng((seed, *str(name).encode())).normal(size=WIDTH) for name in names], np.float32)
 
 
 def fetch(store: VectorStore, names: Sequence[object], seed: int = 0) -> tuple[np.ndarray, list[object]]:
-    """The vectors of names, and those that had to be computed."""
-    made: list[object] = []
+    """Fetch the vectors of names, and return them and the names whose vectors were computed."""
+    computed: list[object] = []
 
-    def make(places: list[int]) -> np.ndarray:
-        made.extend(names[i] for i in places)
-        return vectors_of(made, seed)
+    def compute(places: list[int]) -> np.ndarray:
+        computed.extend(names[i] for i in places)
+        return make_vectors(computed, seed)
 
-    return store.fetch(keys_of(names), make), made
+    return store.fetch(make_keys(names), compute), computed
 
 
-def test_what_is_there_is_not_computed_again(tmp_path: Path) -> None:
+def test_stored_vectors_are_not_computed_again(tmp_path: Path) -> None:
     store = VectorStore(tmp_path, WIDTH)
-    got, made = fetch(store, list("cabac"))
-    assert made == list("cab")
-    assert np.array_equal(got, vectors_of("cabac"))
-    got, made = fetch(store, list("bdae"), seed=1)
-    assert made == list("de")
-    assert np.array_equal(got, np.concatenate([vectors_of("b"), vectors_of("d", 1), vectors_of("a"), vectors_of("e", 1)]))
+    vectors, computed = fetch(store, list("cabac"))
+    assert computed == list("cab")
+    assert np.array_equal(vectors, make_vectors("cabac"))
+    vectors, computed = fetch(store, list("bdae"), seed=1)
+    assert computed == list("de")
+    assert np.array_equal(
+        vectors, np.concatenate([make_vectors("b"), make_vectors("d", 1), make_vectors("a"), make_vectors("e", 1)])
+    )
     again = VectorStore(tmp_path, WIDTH)
     assert (len(store), len(again)) == (5, 5)
     assert fetch(again, list("deabc"), seed=2)[1] == []
-    assert np.array_equal(fetch(again, ["d"])[0], vectors_of("d", 1))
+    assert np.array_equal(fetch(again, ["d"])[0], make_vectors("d", 1))
     assert fetch(again, [])[0].shape == (0, WIDTH)
 
 
-def test_keys_that_end_in_zeros_are_told_apart(tmp_path: Path) -> None:
+def test_keys_that_end_in_zeros_stay_distinct(tmp_path: Path) -> None:
     keys = [bytes(16), b"\1" + bytes(15), b"\1\1" + bytes(14), bytes(15) + b"\1"]
-    vectors = vectors_of(range(4))
+    vectors = make_vectors(range(4))
     store = VectorStore(tmp_path, WIDTH)
     store.fetch(keys, lambda places: vectors[places])
     assert np.array_equal(VectorStore(tmp_path, WIDTH).fetch(keys[::-1], lambda places: vectors[:0]), vectors[::-1])
 
 
 @pytest.mark.parametrize("file", ["index", "vectors"])
-def test_an_addition_that_a_kill_tore_is_dropped_whole(tmp_path: Path, file: str) -> None:
-    """Cut at any of its bytes; what comes after it is kept well."""
+def test_incomplete_addition_is_dropped(tmp_path: Path, file: str) -> None:
+    """The addition may be cut at any byte. Later additions are stored correctly."""
     folder = tmp_path / "whole"
     fetch(VectorStore(folder, WIDTH), list("ab"))
     first = {name: (folder / name).stat().st_size for name in ("index", "vectors")}
@@ -74,64 +76,64 @@ def test_an_addition_that_a_kill_tore_is_dropped_whole(tmp_path: Path, file: str
     content = (folder / file).read_bytes()
     for size in range(first[file], len(content)):
         (folder / file).write_bytes(content[:size])
-        if file == "vectors":  # which are written first
+        if file == "vectors":  # written before the index
             (folder / "index").write_bytes((folder / "index").read_bytes()[: first["index"]])
-        torn = VectorStore(folder, WIDTH)
-        assert len(torn) == 2
-        got, made = fetch(torn, list("dacfb"), seed=1)
-        assert made == list("dcf")
-        expected = np.concatenate([vectors_of("d", 1), vectors_of("a"), vectors_of("cf", 1), vectors_of("b")])
-        assert np.array_equal(got, expected)
+        store = VectorStore(folder, WIDTH)
+        assert len(store) == 2
+        vectors, computed = fetch(store, list("dacfb"), seed=1)
+        assert computed == list("dcf")
+        expected = np.concatenate([make_vectors("d", 1), make_vectors("a"), make_vectors("cf", 1), make_vectors("b")])
+        assert np.array_equal(vectors, expected)
         assert np.array_equal(fetch(VectorStore(folder, WIDTH), list("dacfb"), seed=2)[0], expected)
 
 
-def test_damage_and_lost_vectors_end_what_is_read(tmp_path: Path) -> None:
+def test_reading_stops_at_damage_and_lost_vectors(tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         fetch(VectorStore(tmp_path, WIDTH), [name])
-    index, vectors = ((tmp_path / name).read_bytes() for name in ("index", "vectors"))
-    (tmp_path / "vectors").write_bytes(vectors[:-1])
+    index, stored = ((tmp_path / name).read_bytes() for name in ("index", "vectors"))
+    (tmp_path / "vectors").write_bytes(stored[:-1])
     assert len(VectorStore(tmp_path, WIDTH)) == 2
     (tmp_path / "index").write_bytes(index[:30] + bytes([index[30] ^ 1]) + index[31:])
     assert len(VectorStore(tmp_path, WIDTH)) == 1
-    (tmp_path / "index").write_bytes(bytes(len(index)))  # a disk may leave zeros behind
+    (tmp_path / "index").write_bytes(bytes(len(index)))  # a disk may leave zeros after a crash
     assert len(VectorStore(tmp_path, WIDTH)) == 0
-    got, made = fetch(VectorStore(tmp_path, WIDTH), list("cab"))
-    assert made == list("cab") and np.array_equal(got, vectors_of("cab"))
+    vectors, computed = fetch(VectorStore(tmp_path, WIDTH), list("cab"))
+    assert computed == list("cab") and np.array_equal(vectors, make_vectors("cab"))
 
 
-def test_lost_vectors_do_not_come_back_as_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not even where the addition that takes their place is killed between its two files."""
+def test_lost_vectors_are_never_replaced_by_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This also holds if the next addition is killed between writing its two files."""
     for name in ("a", "b"):
         fetch(VectorStore(tmp_path, WIDTH), [name])
     (tmp_path / "vectors").write_bytes((tmp_path / "vectors").read_bytes()[: 4 * WIDTH])
-    store, append = VectorStore(tmp_path, WIDTH), VectorStore._append
+    store, write_at_end = VectorStore(tmp_path, WIDTH), VectorStore._write_at_end
     assert len(store) == 1
 
-    def killed(self: VectorStore, name: str, end: int, content: bytes) -> None:
+    def die_before_index(self: VectorStore, name: str, end: int, content: bytes) -> None:
         if name == "index":
             raise KeyboardInterrupt
-        append(self, name, end, content)
+        write_at_end(self, name, end, content)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(VectorStore, "_append", killed)
+        patch.setattr(VectorStore, "_write_at_end", die_before_index)
         fetch(store, ["c"])
     again = VectorStore(tmp_path, WIDTH)
     assert len(again) == 1
-    assert np.array_equal(fetch(again, list("bc"), seed=1)[0], vectors_of("bc", 1))
+    assert np.array_equal(fetch(again, list("bc"), seed=1)[0], make_vectors("bc", 1))
 
 
 def test_the_first_vector_of_a_key_stays(tmp_path: Path) -> None:
-    """Also where two opened the store before either had computed it."""
+    """This also holds if two stores were open before either computed it."""
     first, second = VectorStore(tmp_path, WIDTH), VectorStore(tmp_path, WIDTH)
     fetch(first, list("ab"), seed=1)
-    got, made = fetch(second, list("bc"), seed=2)
-    assert made == list("bc")
-    assert np.array_equal(got, np.concatenate([vectors_of("b", 1), vectors_of("c", 2)]))
-    assert np.array_equal(fetch(first, list("cb"), seed=3)[0], got[::-1])
+    vectors, computed = fetch(second, list("bc"), seed=2)
+    assert computed == list("bc")
+    assert np.array_equal(vectors, np.concatenate([make_vectors("b", 1), make_vectors("c", 2)]))
+    assert np.array_equal(fetch(first, list("cb"), seed=3)[0], vectors[::-1])
 
 
 def test_processes_share_a_store(tmp_path: Path) -> None:
-    """Each vector is one's or the other's whole, and there is one a key."""
+    """Each key has one vector, computed by one process or the other."""
     code = f"""
 import sys, numpy as np
 from pathlib import Path
@@ -148,14 +150,14 @@ for start in range(100):
     started = [subprocess.Popen([sys.executable, "-c", code, str(seed)], env=ENV) for seed in (1, 2)]
     assert [process.wait() for process in started] == [0, 0]
     store = VectorStore(tmp_path, 3)
-    got = store.fetch([b"%016d" % i for i in range(119)], lambda places: np.zeros((0, 3)))
-    assert got[:, 0].tolist() == list(range(119)) and (got[:, 2] == 7).all()
-    assert set(got[:, 1].tolist()) <= {1.0, 2.0}
+    vectors = store.fetch([b"%016d" % i for i in range(119)], lambda places: np.zeros((0, 3)))
+    assert vectors[:, 0].tolist() == list(range(119)) and (vectors[:, 2] == 7).all()
+    assert set(vectors[:, 1].tolist()) <= {1.0, 2.0}
     assert (tmp_path / "vectors").stat().st_size == 119 * 4 * 3
 
 
-def test_an_addition_waits_for_that_of_another_process(tmp_path: Path) -> None:
-    """A lock is its file's, not its process's: held here, it keeps a thread waiting just the same."""
+def test_addition_waits_for_the_lock_of_another_process(tmp_path: Path) -> None:
+    """The lock belongs to an open file, not to a process, so a thread waits for it just the same."""
     store = VectorStore(tmp_path, WIDTH)
     adding = threading.Thread(target=fetch, args=(store, ["a"]))
     with (tmp_path / "lock").open("ab") as file:
@@ -167,21 +169,21 @@ def test_an_addition_waits_for_that_of_another_process(tmp_path: Path) -> None:
     assert len(store) == 1
 
 
-def test_memory_holds_keys_and_no_vectors(tmp_path: Path) -> None:
+def test_memory_holds_keys_but_no_vectors(tmp_path: Path) -> None:
     count, width = 5000, 1024
-    keys = keys_of(range(count))
+    keys = make_keys(range(count))
     VectorStore(tmp_path, width).fetch(keys, lambda places: np.ones((len(places), width), np.float32))
     tracemalloc.start()
     store = VectorStore(tmp_path, width)
     row = store.fetch(keys[77:78], lambda places: np.zeros((0, width), np.float32))
-    held, most = tracemalloc.get_traced_memory()
+    current, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert row.all() and len(store) == count
-    assert held < 32 * count
-    assert most < count * width  # a quarter of the vectors
+    assert current < 32 * count
+    assert peak < count * width  # bytes: a quarter of the vectors
 
 
-def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+def test_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"file/here: vectors cannot be kept there \(Not a directory\); mend it, or name"):
+    with pytest.raises(UserError, match=r"file/here: cannot store vectors \(Not a directory\)\. Make the folder writable"):
         VectorStore(tmp_path / "file" / "here", WIDTH)
