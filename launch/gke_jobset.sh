@@ -1,59 +1,58 @@
 #!/usr/bin/env bash
-# Trains on TPU slices of a GKE cluster, as a JobSet that kubectl applies:
+# Trains on TPU slices of a GKE cluster. Applies a JobSet with kubectl.
 #
 #   launch/gke_jobset.sh --name NAME --image IMAGE --accelerator TYPE --topology AxB [options] -- CONFIG.yaml [key.sub=value ...]
 #
-#   --name NAME         of the JobSet: up to 45 lower-case letters, digits and -
-#   --image IMAGE       a container image in which `python -m jaxembed.train` runs (docs/pods.md)
-#   --accelerator TYPE  GKE's name, such as tpu-v5-lite-podslice, tpu-v5p-slice or tpu-v6e-slice
-#   --topology AxB      of a slice, such as 4x4 or 2x2x4
-#   --chips N           of a host (default: 4)
-#   --slices N          node pools to train on (default: 1)
-#   --claim NAME        a PersistentVolumeClaim that all pods mount as /runs, for run.dir=/runs/...; several hosts need one
-#   --restarts N        of the whole after a failure, 0 for none (default: 10); where nodes are taken away it starts again
-#                       uncounted
-#   --spot              on spot nodes
-#   --namespace NAME    as kubectl is configured if left out
-#   --dry-run           prints the manifest and applies nothing
+#   --name NAME         name of the JobSet: up to 45 lowercase letters, digits and hyphens
+#   --image IMAGE       container image that runs `python -m jaxembed.train` (docs/guides/pods.md)
+#   --accelerator TYPE  GKE's accelerator type, for example tpu-v5-lite-podslice, tpu-v5p-slice or tpu-v6e-slice
+#   --topology AxB      topology of a slice, for example 4x4 or 2x2x4
+#   --chips N           chips per host (default: 4)
+#   --slices N          number of slices, each in its own node pool (default: 1)
+#   --claim NAME        PersistentVolumeClaim that all pods mount as /runs, for run.dir=/runs/...; required for several hosts
+#   --restarts N        how often the JobSet restarts after a failure (default: 10, 0: never); preempted nodes do not count
+#   --spot              use spot nodes
+#   --namespace NAME    Kubernetes namespace (default: the one kubectl is configured with)
+#   --dry-run           print the manifest and apply nothing
 #
-# A job for each slice, a pod for each of its hosts, all in one node pool. GKE tells JAX the hosts, the JobSet controller the
-# slices. The cluster needs the JobSet controller (0.6 or newer) and node pools of that accelerator and topology. CONFIG.yaml
-# is a path in this checkout, which the image holds, or one that begins with / in the pods.
+# Creates one job per slice, and one pod per host. The pods of a slice share one node pool. JAX learns the hosts from GKE and the
+# slices from the JobSet controller. The cluster needs the JobSet controller 0.6 or newer, and node pools with this
+# accelerator and topology. CONFIG.yaml is a path in this checkout, which the image contains, or an absolute path in the pods.
 
-# shellcheck disable=SC2154 # `options` sets them
+# shellcheck disable=SC2154 # parse_options sets the variables
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-options 'name image accelerator topology chips slices claim restarts namespace' 'spot' "$@"
+parse_options 'name image accelerator topology chips slices claim restarts namespace' 'spot' "$@"
 : "${chips:=4}" "${slices:=1}" "${restarts:=10}"
-needs --name --image --accelerator --topology
-[[ ${train[0]-} == /* && ${train[0]} != "$checkout"/* ]] || needs_config
+require_options --name --image --accelerator --topology
+[[ ${train_args[0]-} == /* && ${train_args[0]} != "$checkout"/* ]] || require_config
 
 label='[a-z0-9]([a-z0-9-]*[a-z0-9])?'
-[[ $name =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ && ${#name} -le 45 ]] || # the pods' names, which add to it, may have 63 characters
-  fail "--name is '$name'; expected up to 45 lower-case letters, digits and -, a letter first"
-[[ $namespace =~ ^($label)?$ ]] || fail "--namespace is '$namespace'; expected lower-case letters, digits and -"
-[[ $claim =~ ^($label(\.$label)*)?$ ]] || fail "--claim is '$claim'; expected lower-case letters, digits, - and ."
+[[ $name =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ && ${#name} -le 45 ]] || # names of pods, limited to 63 characters, extend it
+  fail "--name: '$name' is not a valid name (expected a letter, then up to 44 lowercase letters, digits and hyphens)"
+[[ $namespace =~ ^($label)?$ ]] || fail "--namespace: '$namespace' is not a valid name (expected lowercase letters, digits and hyphens)"
+[[ $claim =~ ^($label(\.$label)*)?$ ]] || fail "--claim: '$claim' is not a valid name (expected lowercase letters, digits, hyphens and dots)"
 case $accelerator in
   tpu-v4-* | tpu-v5p-* | tpu7x*) axes=3 ;;
   tpu-v5-lite-* | tpu-v6e-*) axes=2 ;;
-  *) fail "--accelerator is '$accelerator'; expected GKE's name, such as tpu-v5-lite-podslice, tpu-v5p-slice or tpu-v6e-slice" ;;
+  *) fail "--accelerator: '$accelerator' is not a GKE TPU type (expected tpu-v5-lite-podslice, tpu-v5p-slice or similar)" ;;
 esac
 [[ $topology =~ ^[1-9][0-9]*(x[1-9][0-9]*){$((axes - 1))}$ ]] ||
-  fail "--topology is '$topology'; expected $axes numbers of chips for $accelerator, such as $( ((axes == 2)) && echo 4x4 || echo 2x2x4)"
-whole --chips "$chips"
-whole --slices "$slices"
-[[ $restarts =~ ^[0-9]+$ ]] || fail "--restarts is '$restarts'; expected a whole number"
-((${topology//x/*} % chips == 0)) || fail "--topology $topology is not divisible by --chips $chips of a host"
+  fail "--topology: '$topology' does not fit $accelerator (expected $axes axes, such as $( ((axes == 2)) && echo 4x4 || echo 2x2x4))"
+require_positive_integer --chips "$chips"
+require_positive_integer --slices "$slices"
+[[ $restarts =~ ^[0-9]+$ ]] || fail "--restarts: '$restarts' is not a non-negative integer"
+((${topology//x/*} % chips == 0)) || fail "--topology: the chips of $topology are not divisible by --chips $chips per host"
 hosts=$((${topology//x/*} / chips))
-((hosts > 1 || slices == 1)) || fail "--slices is $slices, but --topology $topology has one host; GKE joins slices of several hosts alone"
-((hosts == 1)) || [[ -n $claim ]] || fail "--claim is missing; the $((hosts * slices)) hosts need one folder for run.dir"
+((hosts > 1 || slices == 1)) || fail "--slices: GKE joins only slices of several hosts ($slices slices, but --topology $topology has one host)"
+((hosts == 1)) || [[ -n $claim ]] || fail "--claim is missing: the $((hosts * slices)) hosts need a shared folder for run.dir"
 
-yaml() { # a text as a YAML string
+quote_yaml() { # prints a text as a YAML string
   echo "'${1//\'/\'\'}'"
 }
 
-manifest() {
+print_manifest() {
   cat <<EOF
 apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
@@ -76,7 +75,7 @@ spec:
         parallelism: $hosts
         completions: $hosts
         backoffLimit: 0
-        podFailurePolicy:  # taken away, at once or in time to save the step
+        podFailurePolicy:  # preempted: at once, or after saving the step (exit code 143)
           rules:
           - action: FailJob
             onPodConditions:
@@ -92,8 +91,8 @@ spec:
             restartPolicy: Never
             terminationGracePeriodSeconds: 300  # time to save the step
             nodeSelector:
-              cloud.google.com/gke-tpu-accelerator: $(yaml "$accelerator")
-              cloud.google.com/gke-tpu-topology: $(yaml "$topology")
+              cloud.google.com/gke-tpu-accelerator: $(quote_yaml "$accelerator")
+              cloud.google.com/gke-tpu-topology: $(quote_yaml "$topology")
 ${spot:+              cloud.google.com/gke-spot: 'true'
             tolerations:
             - key: cloud.google.com/gke-spot
@@ -102,14 +101,14 @@ ${spot:+              cloud.google.com/gke-spot: 'true'
               effect: NoSchedule
 }            containers:
             - name: train
-              image: $(yaml "$image")
+              image: $(quote_yaml "$image")
               command: [python, -m, jaxembed.train]
               args:
-$(for argument; do echo "              - $(yaml "$argument")"; done)
+$(for argument; do echo "              - $(quote_yaml "$argument")"; done)
               ports:
-              - containerPort: 8471  # between the hosts of a slice
-              - containerPort: 8080  # between slices
-              - containerPort: 8482  # JAX's coordinator
+              - containerPort: 8471  # hosts of a slice
+              - containerPort: 8080  # slices
+              - containerPort: 8482  # JAX coordinator
               resources:
                 requests:
                   google.com/tpu: $chips
@@ -131,7 +130,7 @@ EOF
 }
 
 if [[ -n $dry_run ]]; then
-  manifest "${train[@]}"
+  print_manifest "${train_args[@]}"
 else
-  manifest "${train[@]}" | kubectl apply -f -
+  print_manifest "${train_args[@]}" | kubectl apply -f -
 fi

@@ -1,39 +1,39 @@
 #!/usr/bin/env bash
-# Trains on several TPU slices, joined over the data centre's network, by a queued resource of gcloud; with --create it asks
-# for the slices first, or alone:
+# Trains on several TPU slices, joined over the data center network, as a queued resource of gcloud. With --create it
+# requests the slices first, or does only that.
 #
 #   launch/multislice.sh --name NAME --zone ZONE --slices N [options] -- CONFIG.yaml [key.sub=value ...]
 #   launch/multislice.sh --name NAME --zone ZONE --slices N --create [options]
 #
-#   --name NAME              of the queued resource; its slices are NAME-0, NAME-1, ...
-#   --zone ZONE              where it is
-#   --slices N               how many, 2 or more
-#   --project PROJECT        as gcloud is configured if left out
-#   --create                 asks for it and waits until it is there, which needs the next two
-#   --accelerator-type TYPE  of a slice, such as v5litepod-16, v5p-32 or v6e-16
-#   --version VERSION        of the runtime, such as v2-alpha-tpuv5-lite, v2-alpha-tpuv5 or v2-alpha-tpuv6e
-#   --spot                   of --create: cheaper, and may be taken away
-#   --dry-run                prints the commands and runs none
+#   --name NAME              name of the queued resource; its slices are NAME-0, NAME-1, ...
+#   --zone ZONE              zone of the slices
+#   --slices N               number of slices, 2 or more
+#   --project PROJECT        Google Cloud project (default: the one gcloud is configured with)
+#   --create                 request the slices and wait until they are active; needs the next two options
+#   --accelerator-type TYPE  type of a slice, for example v5litepod-16, v5p-32 or v6e-16
+#   --version VERSION        version of the runtime, for example v2-alpha-tpuv5-lite, v2-alpha-tpuv5 or v2-alpha-tpuv6e
+#   --spot                   with --create: request spot capacity, which is cheaper and can be preempted
+#   --dry-run                print the commands and run nothing
 #
-# Copies this checkout to every worker, installs it there and starts the train command on all of them. The runtime tells
-# JAX the slices and their coordinator (MEGASCALE_...): nothing is set here. CONFIG.yaml is a path in the checkout.
-# run.dir must be a folder that all workers share.
+# Copies this checkout to every worker, installs it there, and starts the train command on all workers. JAX learns the
+# slices and their coordinator from the runtime (MEGASCALE_... variables). CONFIG.yaml is a path in the checkout. run.dir
+# must be a folder that all workers share.
 
-# shellcheck disable=SC2154 # `options` sets them
+# shellcheck disable=SC2154 # parse_options sets the variables
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-options 'name zone project slices accelerator_type version' 'create spot' "$@"
-needs --name --zone --slices
-whole --slices "$slices"
-((slices > 1)) || fail "--slices is $slices; one slice is for launch/tpu_vm.sh"
-[[ -n $create && ${#train[@]} == 0 ]] || needs_config
-place=(--zone="$zone" ${project:+--project="$project"})
+parse_options 'name zone project slices accelerator_type version' 'create spot' "$@"
+require_options --name --zone --slices
+require_positive_integer --slices "$slices"
+((slices > 1)) || fail "--slices: expected 2 or more (found $slices). Use launch/tpu_vm.sh for one slice"
+[[ -n $create && ${#train_args[@]} == 0 ]] || require_config
+location=(--zone="$zone" ${project:+--project="$project"})
 
 wait_until_active() {
   local state
   while true; do
-    state=$(gcloud compute tpus queued-resources describe "$name" "${place[@]}" --format='value(state.state)')
+    state=$(gcloud compute tpus queued-resources describe "$name" "${location[@]}" --format='value(state.state)')
     case $state in
       ACTIVE) return ;;
       FAILED | SUSPENDED) echo "error: $name is $state" >&2 && exit 1 ;;
@@ -43,23 +43,23 @@ wait_until_active() {
 }
 
 if [[ -n $create ]]; then
-  needs --accelerator-type --version
-  run gcloud compute tpus queued-resources create "$name" "${place[@]}" --node-count="$slices" --node-prefix="$name" \
+  require_options --accelerator-type --version
+  run gcloud compute tpus queued-resources create "$name" "${location[@]}" --node-count="$slices" --node-prefix="$name" \
     --accelerator-type="$accelerator_type" --runtime-version="$version" ${spot:+--spot}
   [[ -n $dry_run ]] || wait_until_active
 elif [[ -n $accelerator_type$version$spot ]]; then
-  fail "--accelerator-type, --version and --spot are of a resource that --create asks for"
+  fail "--accelerator-type, --version and --spot are only used with --create"
 fi
-((${#train[@]})) || exit 0
-install_on_all_workers queued-resources "$name" "${place[@]}" --node=all --batch-size=all
-# Not by the queued resource: gcloud would start no more than 64 of its workers, and wait for these to end.
+((${#train_args[@]})) || exit 0
+install_on_all_workers queued-resources "$name" "${location[@]}" --node=all --batch-size=all
+# Start slice by slice. Given the queued resource, gcloud would start at most 64 workers and wait for them to end.
 pids=()
 trap 'kill "${pids[@]}" 2>/dev/null || true' INT TERM
 for ((slice = 0; slice < slices; slice++)); do
   if [[ -n $dry_run ]]; then
-    train_on_all_workers "$name-$slice" "${place[@]}"
+    train_on_all_workers "$name-$slice" "${location[@]}"
   else
-    train_on_all_workers "$name-$slice" "${place[@]}" &
+    train_on_all_workers "$name-$slice" "${location[@]}" &
     pids+=($!)
   fi
 done

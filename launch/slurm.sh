@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Trains on the GPUs of a Slurm job, a process for each; JAX finds the others by Slurm's own variables:
+# Trains on the GPUs of a Slurm job, with one process per GPU.
 #
 #   sbatch [sbatch's options] launch/slurm.sh CONFIG.yaml [key.sub=value ...]
 #   bash launch/slurm.sh --dry-run CONFIG.yaml [key.sub=value ...]
 #
-#   --dry-run  prints the command that the job would run, and runs none
+#   --dry-run  print the command of the job and run nothing
 #
-# Ask for as many tasks as GPUs of a node: sbatch --nodes=4 --ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=8 ...
-# Activate the environment first; PYTHON names another interpreter. The folder that sbatch is called in, and run.dir, must be
-# shared by the nodes. Two minutes before its time is over, and where Slurm takes its nodes away with as much grace, the job
-# saves its step and stops; the same command goes on.
+# Request as many tasks per node as GPUs: sbatch --nodes=4 --ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=8 ...
+# Activate the environment first, or set PYTHON to its interpreter. The nodes must share the folder in which sbatch is
+# called, and run.dir. The processes find each other through Slurm's variables. Two minutes before its time limit, and when
+# Slurm preempts its nodes with as much notice, the job saves its step and stops. The same command resumes it.
 
 #SBATCH --job-name=jaxembed
 #SBATCH --nodes=1
@@ -20,7 +20,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 
-# sbatch runs a copy of this file, so it stands alone.
+# sbatch runs a copy of this file, so it cannot source common.sh.
 set -euo pipefail
 
 fail() {
@@ -36,17 +36,17 @@ case ${1-} in
 esac
 [[ -n ${1-} ]] || fail "CONFIG.yaml is missing"
 [[ -f $1 ]] || fail "$1: no such config file"
-[[ " $* " != *" --dry-run "* ]] || fail "--dry-run is among the train command's arguments; put it before CONFIG.yaml"
-# Each task sees all GPUs of its node and takes the one of its own number, as JAX expects.
+[[ " $* " != *" --dry-run "* ]] || fail "--dry-run is among the arguments of the train command; put it before CONFIG.yaml"
+# JAX expects each task to see all GPUs of its node, and uses the one with the task's local number.
 python=${PYTHON:-python}
 command=(srun --gpu-bind=none "$python" -m jaxembed.train "$@")
 if [[ -n $dry_run ]]; then
   printf '%q ' "${command[@]}" && echo && exit
 fi
-[[ -n ${SLURM_JOB_ID-} ]] || fail "this is no Slurm job; submit it with sbatch"
+[[ -n ${SLURM_JOB_ID-} ]] || fail "not in a Slurm job. Submit this script with sbatch"
 tasks=${SLURM_NTASKS_PER_NODE:-1} gpus=${SLURM_GPUS_ON_NODE:-$tasks}
-((tasks == gpus)) || fail "$tasks tasks for $gpus GPUs of a node; set --ntasks-per-node and --gpus-per-node to one number"
+((tasks == gpus)) || fail "$tasks tasks per node, but $gpus GPUs. Set --ntasks-per-node and --gpus-per-node to the same number"
 [[ -n ${JAX_PLATFORMS-} ]] || "$python" -c 'import jax_plugins' 2>/dev/null ||
-  fail "$python has no JAX for GPUs and would train on CPUs; pip install -c constraints.txt '.[cuda]'"
-[[ -z ${SLURM_CPUS_PER_TASK-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun does not take sbatch's
+  fail "$python has no JAX for GPUs and would train on CPUs. Run: pip install -c constraints.txt '.[cuda]'"
+[[ -z ${SLURM_CPUS_PER_TASK-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun ignores sbatch's --cpus-per-task
 exec "${command[@]}"

@@ -1,37 +1,38 @@
 #!/usr/bin/env bash
-# Trains on one TPU slice, of one worker or many, by gcloud; with --create it makes the slice first, or alone:
+# Trains on one TPU slice with one or more workers, through gcloud. With --create it creates the slice first, or does only
+# that.
 #
 #   launch/tpu_vm.sh --name NAME --zone ZONE [options] -- CONFIG.yaml [key.sub=value ...]
 #   launch/tpu_vm.sh --name NAME --zone ZONE --create [options]
 #
-#   --name NAME              of the TPU VM
-#   --zone ZONE              where it is
-#   --project PROJECT        as gcloud is configured if left out
-#   --create                 makes it, which needs the next two
-#   --accelerator-type TYPE  such as v5litepod-16, v5p-32 or v6e-16
-#   --version VERSION        of the runtime, such as v2-alpha-tpuv5-lite, v2-alpha-tpuv5 or v2-alpha-tpuv6e
-#   --spot                   of --create: cheaper, and may be taken away
-#   --dry-run                prints the commands and runs none
+#   --name NAME              name of the TPU VM
+#   --zone ZONE              zone of the TPU VM
+#   --project PROJECT        Google Cloud project (default: the one gcloud is configured with)
+#   --create                 create the TPU VM; needs the next two options
+#   --accelerator-type TYPE  type of the slice, for example v5litepod-16, v5p-32 or v6e-16
+#   --version VERSION        version of the runtime, for example v2-alpha-tpuv5-lite, v2-alpha-tpuv5 or v2-alpha-tpuv6e
+#   --spot                   with --create: request spot capacity, which is cheaper and can be preempted
+#   --dry-run                print the commands and run nothing
 #
-# Copies this checkout to every worker, installs it there and starts the train command on all of them; JAX finds the
-# others by itself. CONFIG.yaml is a path in the checkout. run.dir must be a folder that all workers share.
+# Copies this checkout to every worker, installs it there, and starts the train command on all workers. The workers find
+# each other through JAX. CONFIG.yaml is a path in the checkout. run.dir must be a folder that all workers share.
 
-# shellcheck disable=SC2154 # `options` sets them
+# shellcheck disable=SC2154 # parse_options sets the variables
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-options 'name zone project accelerator_type version' 'create spot' "$@"
-needs --name --zone
-[[ -n $create && ${#train[@]} == 0 ]] || needs_config
-place=(--zone="$zone" ${project:+--project="$project"})
+parse_options 'name zone project accelerator_type version' 'create spot' "$@"
+require_options --name --zone
+[[ -n $create && ${#train_args[@]} == 0 ]] || require_config
+location=(--zone="$zone" ${project:+--project="$project"})
 
 if [[ -n $create ]]; then
-  needs --accelerator-type --version
-  run gcloud compute tpus tpu-vm create "$name" "${place[@]}" \
+  require_options --accelerator-type --version
+  run gcloud compute tpus tpu-vm create "$name" "${location[@]}" \
     --accelerator-type="$accelerator_type" --version="$version" ${spot:+--spot}
 elif [[ -n $accelerator_type$version$spot ]]; then
-  fail "--accelerator-type, --version and --spot are of a TPU that --create makes"
+  fail "--accelerator-type, --version and --spot are only used with --create"
 fi
-((${#train[@]})) || exit 0
-install_on_all_workers tpu-vm "$name" "${place[@]}"
-train_on_all_workers "$name" "${place[@]}"
+((${#train_args[@]})) || exit 0
+install_on_all_workers tpu-vm "$name" "${location[@]}"
+train_on_all_workers "$name" "${location[@]}"
