@@ -1,4 +1,7 @@
-"""NV-Embed's own folders: a decoder nested in the config, latent attention beside it in the weights (Lee et al. 2024)."""
+"""NV-Embed's own folder layout (Lee et al. 2024).
+
+The config of the decoder is nested in config.json. The weights of the latent attention lie beside those of the decoder.
+"""
 
 from __future__ import annotations
 
@@ -10,30 +13,46 @@ from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.errors import UserError
 from jaxembed.model.families import DecoderConfig
 
-LENGTH = 4096  # tokens of a text, where the release is not told otherwise
-# What transformers' MistralConfig takes for a key that a config leaves out.
-MISTRAL = {
+PUBLISHED_REPOSITORY = "nvidia/NV-Embed-v2"  # exported configs refer to the Python code of this repository
+DEFAULT_MAX_LENGTH = 4096  # tokens; the length that the release uses by default
+# Defaults of transformers' MistralConfig for keys that a config leaves out.
+MISTRAL_CONFIG_DEFAULTS = {
     "vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131_072, "rms_norm_eps": 1e-6,
     "rope_theta": 10_000.0, "tie_word_embeddings": False,
 }  # fmt: skip
 
 
-def decoder_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The Hugging Face config of the decoder that a folder's config.json describes, which may be nested in it."""
+def is_nv_embed(config: Mapping[str, Any]) -> bool:
+    """Return whether a config.json is in NV-Embed's layout."""
+    return config.get("model_type") == "nvembed"
+
+
+def read_decoder_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the Hugging Face config of the decoder: the nested one in NV-Embed's layout, otherwise `config` itself.
+
+    Args:
+        config: Content of a config.json.
+        where: Origin of the config, for errors.
+    """
     if not is_nv_embed(config):
         return dict(config)
-    inner = Fields(config, where).mapping("text_config")
-    return MISTRAL | inner | {"model_type": "mistral", "sliding_window": None}  # its mask is whole, whatever the config says
+    decoder = Fields(config, where).mapping("text_config")
+    # The release attends to every token, whatever sliding window its config names.
+    return MISTRAL_CONFIG_DEFAULTS | decoder | {"model_type": "mistral", "sliding_window": None}
 
 
-def nv_embed_config(config: Mapping[str, Any], spec: EmbeddingSpec, width: int) -> dict[str, Any]:
-    """The config.json of a model in this form: what `decoder_config` and `nv_embed_spec` read. `config` is the decoder's.
+def build_nv_embed_config(decoder_config: Mapping[str, Any], spec: EmbeddingSpec, width: int) -> dict[str, Any]:
+    """Build the config.json of a model in NV-Embed's layout.
 
-    The code that it names is that of the published repository.
+    It is the inverse of `read_decoder_config` and `read_nv_embed_spec`.
+
+    Args:
+        decoder_config: Hugging Face config of the decoder.
+        spec: Spec of the model.
+        width: Width of the decoder.
     """
-    code = "nvidia/NV-Embed-v2"
-    latent = {
+    latent_attention = {
         "model_type": "latent_attention",
         "num_latents_value": spec.latents,
         "num_cross_heads": spec.pooling_heads,
@@ -47,40 +66,49 @@ def nv_embed_config(config: Mapping[str, Any], spec: EmbeddingSpec, width: int) 
         "architectures": ["NVEmbedModel"], "model_type": "nvembed", "padding_side": "right", "mask_type": "b",
         "add_eos": True, "add_pad_token": True, "is_mask_instruction": not spec.include_instruction,
         "auto_map": {
-            "AutoConfig": f"{code}--configuration_nvembed.NVEmbedConfig",
-            "AutoModel": f"{code}--modeling_nvembed.NVEmbedModel",
+            "AutoConfig": f"{PUBLISHED_REPOSITORY}--configuration_nvembed.NVEmbedConfig",
+            "AutoModel": f"{PUBLISHED_REPOSITORY}--modeling_nvembed.NVEmbedModel",
         },
-        "text_config": {**config, "model_type": "bidir_mistral", "architectures": ["MistralModel"]},
-        "latent_attention_config": latent,
+        "text_config": {**decoder_config, "model_type": "bidir_mistral", "architectures": ["MistralModel"]},
+        "latent_attention_config": latent_attention,
     }  # fmt: skip
 
 
-def is_nv_embed(config: Mapping[str, Any]) -> bool:
-    return config.get("model_type") == "nvembed"
+def read_nv_embed_spec(config: Mapping[str, Any], decoder: DecoderConfig, where: str) -> EmbeddingSpec:
+    """Return how NV-Embed v1 and v2 treat texts (Lee et al. 2024, and the code of the release).
 
+    The release has two habits that the paper does not mention:
 
-def nv_embed_spec(config: Mapping[str, Any], decoder: DecoderConfig, where: str) -> EmbeddingSpec:
-    """How NV-Embed v1 and v2 treat texts (Lee et al. 2024, and the release's own code).
+    - It appends EOS before it truncates, so truncated texts have none.
+    - It leaves the instruction out of the pooling, but counts its tokens without BOS and skips that many from BOS on. The
+      last token of the instruction is therefore pooled.
 
-    EOS is put behind the text before it is cut, so a cut text has none; of the instruction, as many tokens stay out of
-    the pooling as it has without BOS, counted from BOS, so its last one is pooled.
+    Args:
+        config: Content of a config.json in NV-Embed's layout.
+        decoder: The decoder that the config describes.
+        where: Origin of the config, for errors.
+
+    Raises:
+        UserError: If the latent attention has other sizes than in the published models.
     """
     fields = Fields(config, where)
-    latent = Fields(fields.mapping("latent_attention_config", {}), f"{where}: latent_attention_config")
-    head_width = latent.whole("cross_dim_head", 4096)
+    latent_attention = Fields(fields.mapping("latent_attention_config", {}), f"{where}: latent_attention_config")
+    head_width = latent_attention.integer("cross_dim_head", 4096)
     if head_width != decoder.width:
-        told = f"expected hidden_size, {decoder.width}, as in the published models"
-        raise UserError(f"{where}: cross_dim_head is {head_width}; {told}")
+        raise UserError(
+            f"{where}: cross_dim_head is {head_width} (expected hidden_size, {decoder.width}). "
+            "Heads of other widths than in the published models are not supported."
+        )
     return EmbeddingSpec(
         attention="bidirectional",
         pooling="latent_attention",
-        latents=latent.whole("num_latents_value", 512),
-        pooling_heads=latent.whole("num_cross_heads", 8),
-        include_instruction=not fields.flag("is_mask_instruction", True),
-        normalize=latent.flag("output_normalize", True),
+        latents=latent_attention.integer("num_latents_value", 512),
+        pooling_heads=latent_attention.integer("num_cross_heads", 8),
+        include_instruction=not fields.boolean("is_mask_instruction", True),
+        normalize=latent_attention.boolean("output_normalize", True),
         append_eos=False,
-        eos_as_text=fields.flag("add_eos", True),
+        eos_as_text=fields.boolean("add_eos", True),
         pool_last_instruction_token=True,
-        max_length=min(LENGTH, decoder.max_positions),
+        max_length=min(DEFAULT_MAX_LENGTH, decoder.max_positions),
         instruction_template="Instruct: {instruction}\nQuery: ",
     )

@@ -1,8 +1,8 @@
-"""Adapters as PEFT folders: adapter_config.json and adapter_model.safetensors, read and written."""
+"""LoRA adapters as PEFT folders: reads and writes adapter_config.json and adapter_model.safetensors."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,94 +11,147 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from jaxembed.config import LoraConfig
 from jaxembed.config.fields import Fields
 from jaxembed.errors import UserError
 from jaxembed.files import exists, read_json, write_json
-from jaxembed.formats.weights import TABLE
-from jaxembed.model.lora import TARGETS, LoRA
+from jaxembed.formats.weight_table import TENSOR_MAPPINGS
+from jaxembed.model.lora import TARGET_PROJECTIONS
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# What PEFT puts before names, for a base without and with a language-model head.
-PREFIXES = ("base_model.model.model.", "base_model.model.")
-# Keys of variants that compute something else -> the value that leaves them off.
-OFF = {"use_dora": False, "use_rslora": False, "fan_in_fan_out": False, "bias": "none"}
-
-
-def is_peft(folder: Path) -> bool:
-    return exists(folder / CONFIG)
-
-
-def base_of(folder: Path) -> str:
-    """The base that a PEFT folder names."""
-    return Fields(read_json(folder / CONFIG), str(folder / CONFIG)).text("base_model_name_or_path")
+ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+# Prefixes of PEFT's tensor names: on a base with a language-model head, and on one without.
+TENSOR_NAME_PREFIXES = ("base_model.model.model.", "base_model.model.")
+# PEFT's names of the two factors, and ours.
+FACTORS = {"lora_A": "lora_a", "lora_B": "lora_b"}
+# Keys of LoRA variants that compute something else, with the values that turn these variants off.
+DISABLED_VARIANTS = {"use_dora": False, "use_rslora": False, "fan_in_fan_out": False, "bias": "none"}
+UNSUPPORTED_KEYS = ("rank_pattern", "alpha_pattern", "layers_to_transform", "modules_to_save")
 
 
-def read_adapters(folder: Path, layers: int) -> tuple[LoRA, Any]:
-    """Sizes and parameters (`lora_a`, `lora_b` stacked over the layers) of a PEFT folder.
+def is_peft_folder(folder: Path) -> bool:
+    """Return whether a folder contains PEFT adapters."""
+    return exists(folder / ADAPTER_CONFIG_FILE)
 
-    `UserError` on another kind of adapters than LoRA, on tensors that are missing and on those that have no place here.
+
+def read_base_name(folder: Path) -> str:
+    """Return the name of the base model that a PEFT folder refers to."""
+    path = folder / ADAPTER_CONFIG_FILE
+    return Fields(read_json(path), str(path)).string("base_model_name_or_path")
+
+
+def read_adapters(folder: Path, num_layers: int) -> tuple[LoraConfig, Any]:
+    """Read the LoRA adapters of a PEFT folder for a base with `num_layers` layers.
+
+    Returns:
+        The sizes of the adapters, and their parameters: `lora_a` [L, in, rank] and `lora_b` [L, rank, out] in float32 at the
+        paths of the projections.
+
+    Raises:
+        UserError: If the adapters are of another kind than LoRA, or if tensors are missing, misshapen or unexpected.
     """
-    path = folder / CONFIG
-    config = read_json(path)
-    fields = Fields(config, str(path))
-    if fields.text("peft_type") != "LORA":
-        raise UserError(f"{path}: peft_type is {fields.text('peft_type')}; only LORA is supported")
-    wrong = [key for key, off in OFF.items() if config.get(key, off) not in (off, None)]
-    wrong += [key for key in ("rank_pattern", "alpha_pattern", "layers_to_transform", "modules_to_save") if config.get(key)]
-    if wrong:
-        raise UserError(f"{path}: {wrong[0]} is {config[wrong[0]]!r}, which is not supported")
-    try:
-        stored = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder / WEIGHTS}: not a whole safetensors file ({error}); fetch it again") from None
-    tensors = {_bare(name): tensor.astype(np.float32) for name, tensor in stored.items()}
+    fields = _read_lora_config(folder / ADAPTER_CONFIG_FILE)
+    path, rank = folder / ADAPTER_WEIGHTS_FILE, fields.integer("r")
+    tensors = _load_tensors(path)
     params: dict[tuple[str, ...], np.ndarray] = {}
     targets = []
-    for target, (path_here, theirs) in _projections().items():
-        names = {part: [f"{theirs.format(i=i)}.{part}.weight" for i in range(layers)] for part in ("lora_A", "lora_B")}
-        found = [name for part in names.values() for name in part if name in tensors]
-        if not found:
+    for target, (param_path, module) in _list_projections().items():
+        names = {factor: [f"{module.format(i=i)}.{factor}.weight" for i in range(num_layers)] for factor in FACTORS}
+        missing = [name for factor in FACTORS for name in names[factor] if name not in tensors]
+        if len(missing) == len(FACTORS) * num_layers:  # no adapter on this projection
             continue
-        absent = [name for part in names.values() for name in part if name not in tensors]
-        if absent:
-            raise UserError(f"{folder / WEIGHTS}: {absent[0]} is missing; adapters must stand in every layer or in none")
+        if missing:
+            raise UserError(f"{path}: {missing[0]} is missing (expected adapters of {target} in every layer).")
         targets.append(target)
-        for part, ours in (("lora_A", "lora_a"), ("lora_B", "lora_b")):
-            params[(*path_here, ours)] = np.stack([tensors.pop(name).T for name in names[part]])
+        for factor, param_name in FACTORS.items():
+            params[*param_path, param_name] = _stack_layers(tensors, names[factor], factor, rank, path)
     if tensors or not targets:
-        told = next(iter(tensors), "nothing")
-        raise UserError(f"{folder / WEIGHTS}: holds {told}; expected adapters of {', '.join(TARGETS)} in {layers} layers")
-    return LoRA(fields.whole("r"), fields.number("lora_alpha"), targets=tuple(targets)), unflatten_dict(params)
+        found = f"unexpected tensor {next(iter(tensors))}" if tensors else "no adapters"
+        raise UserError(f"{path}: {found} (expected adapters of {', '.join(TARGET_PROJECTIONS)} in {num_layers} layers).")
+    return LoraConfig(rank=rank, alpha=fields.positive_number("lora_alpha"), targets=tuple(targets)), unflatten_dict(params)
 
 
-def write_adapters(folder: Path, params: Any, lora: LoRA, base: str) -> None:
-    """Writes a PEFT folder, which must exist, of the adapters among a model's parameters."""
-    flat = flatten_dict(params)
+def _read_lora_config(path: Path) -> Fields:
+    """Read an adapter_config.json.
+
+    Raises:
+        UserError: If it describes anything but plain LoRA with one rank.
+    """
+    config = read_json(path)
+    fields = Fields(config, str(path))
+    kind = fields.string("peft_type")
+    if kind != "LORA":
+        raise UserError(f"{path}: peft_type {kind} is not supported (expected LORA).")
+    unsupported = [key for key, off in DISABLED_VARIANTS.items() if config.get(key, off) not in (off, None)]
+    unsupported += [key for key in UNSUPPORTED_KEYS if config.get(key)]
+    if unsupported:
+        raise UserError(f"{path}: {unsupported[0]} {config[unsupported[0]]!r} is not supported (expected plain LoRA).")
+    return fields
+
+
+def _load_tensors(path: Path) -> dict[str, np.ndarray]:
+    """Load the adapters' tensors in float32, by their names without PEFT's prefix."""
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: not a complete safetensors file ({error}). Download it again.") from None
+    return {_strip_prefix(name): tensor.astype(np.float32) for name, tensor in tensors.items()}
+
+
+def _strip_prefix(name: str) -> str:
+    for prefix in TENSOR_NAME_PREFIXES:
+        if name.startswith(prefix):
+            return name.removeprefix(prefix)
+    return name
+
+
+def _stack_layers(tensors: dict[str, np.ndarray], names: Sequence[str], factor: str, rank: int, path: Path) -> np.ndarray:
+    """Take a factor's tensors of all layers, [rank, in] or [out, rank], and stack their transposes.
+
+    Raises:
+        UserError: If a tensor has another rank than the config, or another shape than in the first layer.
+    """
+    first = tensors[names[0]].shape
+    expected = (rank, *first[1:]) if factor == "lora_A" else (*first[:1], rank)
+    for name in names:
+        if tensors[name].shape != expected:
+            raise UserError(f"{path}: {name} is misshapen ({tensors[name].shape}; expected {expected}).")
+    return np.stack([tensors.pop(name).T for name in names])
+
+
+def write_adapters(folder: Path, params: Any, lora: LoraConfig, base: str) -> None:
+    """Write the adapters among a model's parameters as a PEFT folder.
+
+    Args:
+        folder: Existing folder to write to.
+        params: The parameters of the model, with adapters.
+        lora: Sizes of the adapters.
+        base: Name of the base model.
+    """
+    flat, projections = flatten_dict(params), _list_projections()
     tensors = {}
     for target in lora.targets:
-        path, theirs = _projections()[target]
-        for part, ours in (("lora_A", "lora_a"), ("lora_B", "lora_b")):
-            for i, one in enumerate(np.asarray(flat[(*path, ours)])):
-                tensors[f"{PREFIXES[1]}{theirs.format(i=i)}.{part}.weight"] = np.ascontiguousarray(one.T)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        param_path, module = projections[target]
+        for factor, param_name in FACTORS.items():
+            for i, layer in enumerate(np.asarray(flat[*param_path, param_name])):
+                name = f"{TENSOR_NAME_PREFIXES[1]}{module.format(i=i)}.{factor}.weight"
+                tensors[name] = np.ascontiguousarray(layer.T)
+    save_file(tensors, folder / ADAPTER_WEIGHTS_FILE, metadata={"format": "pt"})
     write_json(
-        folder / CONFIG,
+        folder / ADAPTER_CONFIG_FILE,
         {
             "peft_type": "LORA", "task_type": "FEATURE_EXTRACTION", "base_model_name_or_path": base, "r": lora.rank,
             "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "target_modules": list(lora.targets),
-            "inference_mode": True, **OFF,
+            "inference_mode": True, **DISABLED_VARIANTS,
         },
     )  # fmt: skip
 
 
-def _projections() -> Mapping[str, tuple[tuple[str, ...], str]]:
-    """PEFT's name of each projection -> its path in our tree and its name in the base's files, without .weight."""
-    kernels = {e.theirs.removesuffix(".weight"): tuple(e.ours.split("/")[:-1]) for e in TABLE if e.ours.endswith("/kernel")}
-    return {name.rsplit(".", 1)[-1]: (path, name) for name, path in kernels.items() if name.rsplit(".", 1)[-1] in TARGETS}
-
-
-def _bare(name: str) -> str:
-    for prefix in PREFIXES:
-        if name.startswith(prefix):
-            return name.removeprefix(prefix)
-    return name
+def _list_projections() -> dict[str, tuple[tuple[str, ...], str]]:
+    """Return, by PEFT's name of each projection, its path in our tree and the name of its module in the base's files."""
+    projections = {}
+    for mapping in TENSOR_MAPPINGS:
+        module = mapping.tensor_name.removesuffix(".weight")
+        target = module.rsplit(".", 1)[-1]
+        if mapping.path.endswith("/kernel") and target in TARGET_PROJECTIONS:
+            projections[target] = (tuple(mapping.path.split("/")[:-1]), module)
+    return projections

@@ -1,53 +1,171 @@
-"""The modules that a sentence-transformers folder lists, and its Dense module, which is our projection."""
+"""Sentence-transformers folders: their modules, what they say of texts, and our module for token poolings."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxembed.config.fields import Fields
+from jaxembed.config.model import PoolingKind
+from jaxembed.config.spec import EmbeddingSpec
+from jaxembed.data.tokenize import ends_with_eos, load_tokenizer
 from jaxembed.errors import UserError
-from jaxembed.files import exists, read_json, read_json_value
-from jaxembed.model.embedder import ACTIVATIONS
-from jaxembed.model.families import MOST
+from jaxembed.files import exists, file_digest, read_json, read_json_value
+from jaxembed.model.embedder import PROJECTION_ACTIVATIONS
+from jaxembed.model.families import DecoderConfig
 
-LISTING = "modules.json"
+MODULES_FILE = "modules.json"
+MAX_PROJECTION_WIDTH = 2**12  # numbers
+MODULE_ORDER = ("Transformer", "Pooling", "Dense", "Normalize")  # the modules that are supported, in their order
+# sentence-transformers' names of the poolings without weights, and the suffixes of the flags in its older files.
+POOLING_MODES: dict[PoolingKind, str] = {
+    "mean": "mean",
+    "last": "lasttoken",
+    "first": "cls",
+    "max": "max",
+    "weighted_mean": "weightedmean",
+}
+POOLING_FLAGS: dict[PoolingKind, str] = {
+    "mean": "mean_tokens",
+    "last": "lasttoken",
+    "first": "cls_token",
+    "max": "max_tokens",
+    "weighted_mean": "weightedmean_tokens",
+}
+E5_PROMPT = re.compile(r"Instruct: .+?( ?\n ?Query: ?)", re.DOTALL)  # form of E5's stored prompts
+# The PyTorch module of poolings with weights. Export copies this file beside the model.
+TOKEN_POOLING_FILE = Path(__file__).with_name("token_pooling.py")
+# SHA-256 of the versions of this file in models that older versions exported.
+EARLIER_TOKEN_POOLING_DIGESTS = frozenset(
+    {
+        "8a1a3602c7515bc20e5fb86c1eec16ec83c197042fe78d89d5d39070abe972a8",
+        "59aa31bc580d11d3ded36e26ada2de1e322af3d04dc6a1eec610dbbdd4ad390e",
+    }
+)
 
 
-def modules(folder: Path) -> list[tuple[str, Path]]:
-    """Kind and folder of each module in order; none where the folder lists none."""
-    listing = folder / LISTING
+def has_own_token_pooling(folder: Path) -> bool:
+    """Return whether the Python file of the token pooling in `folder` is one that jaxembed wrote, so that it is safe to run."""
+    path = folder / TOKEN_POOLING_FILE.name
+    return path.is_file() and file_digest(path) in {file_digest(TOKEN_POOLING_FILE), *EARLIER_TOKEN_POOLING_DIGESTS}
+
+
+def read_modules(folder: Path) -> list[tuple[str, Path]]:
+    """Return the kind and folder of each module that a folder lists, in order; none if it lists none."""
+    listing = folder / MODULES_FILE
     if not exists(listing):
         return []
     try:
         return [(str(m["type"]).rsplit(".", 1)[-1], folder / str(m["path"])) for m in read_json_value(listing)]
     except (TypeError, KeyError):
-        raise UserError(f"{listing}: expected a list of modules, each with type and path") from None
+        raise UserError(
+            f"{listing}: not a list of modules (expected a type and a path for each). Export the model again."
+        ) from None
 
 
-def projection_weights(folder: Path) -> Path | None:
-    """The file with the weights of a folder's Dense module, if it lists one."""
-    return next((path / "model.safetensors" for kind, path in modules(folder) if kind == "Dense"), None)
+def find_projection_weights(folder: Path) -> Path | None:
+    """Return the weight file of a folder's Dense module, or None if it has no such module."""
+    return next((path / "model.safetensors" for kind, path in read_modules(folder) if kind == "Dense"), None)
 
 
-def projection_choices(dense: Path, width: int) -> dict[str, Any]:
-    """What the folder of a Dense module says, under the names of `EmbeddingSpec`; `width` is that of the model before it.
+def read_projection_choices(dense: Path, width: int) -> dict[str, Any]:
+    """Read the config of a Dense module.
 
-    `UserError` on what goes beyond a matrix, a bias and an activation that we know.
+    Args:
+        dense: Folder of the module.
+        width: Width of the vectors before it.
+
+    Returns:
+        The fields of `EmbeddingSpec` that describe the projection.
+
+    Raises:
+        UserError: If the module is more than a matrix, a bias and a supported activation.
     """
     where = str(dense / "config.json")
     fields = Fields(read_json(dense / "config.json"), where)
-    theirs = fields.text("activation_function", "torch.nn.modules.activation.Tanh")
-    activation = theirs.rsplit(".", 1)[-1].lower()
-    if activation not in ACTIVATIONS or not theirs.startswith("torch.nn."):
-        raise UserError(f"{where}: activation_function is {theirs}; supported: torch.nn's Identity and Tanh")
-    if fields.whole("in_features", most=MOST) != width:
-        raise UserError(f"{where}: in_features is {fields.whole('in_features')}; expected {width}, the width of the model")
-    around = {fields.text(key, "sentence_embedding") for key in ("module_input_name", "module_output_name")}
-    if around != {"sentence_embedding"} or fields.flag("use_residual"):
-        raise UserError(f"{where}: only a Dense module from sentence_embedding to itself, without use_residual, is supported")
+    torch_activation = fields.string("activation_function", "torch.nn.modules.activation.Tanh")
+    activation = torch_activation.rsplit(".", 1)[-1].lower()
+    if activation not in PROJECTION_ACTIVATIONS or not torch_activation.startswith("torch.nn."):
+        raise UserError(
+            f"{where}: activation_function {torch_activation} is not supported (expected Identity or Tanh of torch.nn)."
+        )
+    in_features = fields.integer("in_features", maximum=MAX_PROJECTION_WIDTH)
+    if in_features != width:
+        raise UserError(f"{where}: in_features is {in_features} (expected {width}, the width of the model).")
+    features = {fields.string(key, "sentence_embedding") for key in ("module_input_name", "module_output_name")}
+    if features != {"sentence_embedding"} or fields.boolean("use_residual"):
+        raise UserError(
+            f"{where}: this Dense module is not supported (expected input and output sentence_embedding, without use_residual)."
+        )
     return {
-        "projection": fields.whole("out_features", most=MOST),
-        "projection_bias": fields.flag("bias", True),
+        "projection": fields.integer("out_features", maximum=MAX_PROJECTION_WIDTH),
+        "projection_bias": fields.boolean("bias", True),
         "projection_activation": activation,
     }
+
+
+def read_sentence_transformers_spec(folder: Path, config: Mapping[str, Any], decoder: DecoderConfig) -> EmbeddingSpec:
+    """Read a spec from modules.json and the files that it names.
+
+    Args:
+        folder: Sentence-transformers folder.
+        config: Content of its config.json.
+        decoder: The decoder that `config` describes.
+
+    Raises:
+        UserError: If the folder has a module, or an order of modules, that is not supported.
+    """
+    modules = read_modules(folder)
+    module_folders = dict(modules)
+    if [kind for kind, _ in modules] != [kind for kind in MODULE_ORDER if kind in module_folders] or (
+        "Pooling" not in module_folders
+    ):
+        found = ", ".join(kind for kind, _ in modules) or "none"
+        raise UserError(
+            f"{folder / MODULES_FILE}: these modules are not supported (found {found}; expected {', '.join(MODULE_ORDER)} or "
+            "some of them, Pooling among them)."
+        )
+    pooling_path = module_folders["Pooling"] / "config.json"
+    pooling_config = read_json(pooling_path)
+    tokenizer = load_tokenizer(folder)
+    prompts_path = folder / "config_sentence_transformers.json"
+    prompts = Fields(read_json(prompts_path) if prompts_path.is_file() else {}, str(prompts_path)).strings("prompts")
+    return EmbeddingSpec(
+        attention="causal" if Fields(config, str(folder / "config.json")).boolean("is_causal", True) else "bidirectional",
+        pooling=_read_pooling_kind(pooling_config, pooling_path),
+        include_instruction=Fields(pooling_config, str(pooling_path)).boolean("include_prompt", True),
+        **(read_projection_choices(module_folders["Dense"], decoder.width) if "Dense" in module_folders else {}),
+        normalize="Normalize" in module_folders,
+        append_eos=ends_with_eos(tokenizer) or bool(tokenizer.init_kwargs.get("add_eos_token")),
+        max_length=_read_max_length(folder, decoder, tokenizer),
+        instruction_template=_infer_template(prompts.values()) or EmbeddingSpec().instruction_template,
+        prompts=prompts,
+    )
+
+
+def _read_pooling_kind(config: Mapping[str, Any], path: Path) -> PoolingKind:
+    """Return our name of a stock pooling. Newer files name its mode, older ones have a flag for each."""
+    mode = config.get("pooling_mode")
+    if mode is None:
+        matches = [kind for kind, flag in POOLING_FLAGS.items() if config.get(f"pooling_mode_{flag}")]
+    else:
+        matches = [kind for kind, stock_mode in POOLING_MODES.items() if mode == stock_mode]
+    if len(matches) != 1:
+        raise UserError(f"{path}: this pooling is not supported (expected one of {', '.join(POOLING_MODES.values())}).")
+    return matches[0]
+
+
+def _read_max_length(folder: Path, decoder: DecoderConfig, tokenizer: Any) -> int:
+    """Return max_seq_length of sentence_bert_config.json, otherwise the limit of the tokenizer or the decoder."""
+    path = folder / "sentence_bert_config.json"
+    limit = min(int(tokenizer.model_max_length), decoder.max_positions)
+    return Fields(read_json(path) if path.is_file() else {}, str(path)).integer("max_seq_length", limit)
+
+
+def _infer_template(prompts: Iterable[str]) -> str | None:
+    """Return the template that all stored prompts of E5's form share, or None."""
+    matches = (E5_PROMPT.fullmatch(prompt) for prompt in prompts)
+    templates = {match.expand(r"Instruct: {instruction}\1") for match in matches if match}
+    return templates.pop() if len(templates) == 1 else None

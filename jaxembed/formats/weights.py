@@ -1,7 +1,4 @@
-"""Hugging Face safetensors <-> our parameter tree, by one table read both ways.
-
-Linear weights are [out, in] there and [in, out] here; the tensors of all layers are stacked on a leading axis here.
-"""
+"""Reading and writing the weights of Hugging Face safetensors files, by the table in `weight_table`."""
 
 from __future__ import annotations
 
@@ -22,315 +19,308 @@ from jaxembed.config.fields import Fields
 from jaxembed.devices.placement import aligned_empty, put_global, put_local_parts, to_host
 from jaxembed.errors import UserError
 from jaxembed.files import exists, read_json
-from jaxembed.formats.sentence_transformers import projection_weights
+from jaxembed.formats.sentence_transformers import find_projection_weights
+from jaxembed.formats.weight_table import TENSOR_MAPPINGS, TensorMapping, get_model_part, is_unused, to_table_name
 from jaxembed.model.quantization import quantize
 
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """One parameter: its path in our tree, its name there ({i} where stacked), whether it is transposed."""
-
-    ours: str
-    theirs: str
-    transposed: bool = False
-
-    @property
-    def stacked(self) -> bool:
-        return "{i}" in self.theirs
+LowRankUpdate = tuple[np.ndarray, np.ndarray]  # factors ([L, in, rank], [L, rank, out]) of what is added to a stacked kernel
+TensorIndex = tuple[slice, ...]  # one slice with start and stop per axis
 
 
-def _linear(ours: str, theirs: str) -> tuple[Entry, Entry]:
-    return Entry(f"{ours}/kernel", f"{theirs}.weight", True), Entry(f"{ours}/bias", f"{theirs}.bias")
-
-
-def _norm(ours: str, theirs: str) -> tuple[Entry, Entry]:
-    return Entry(f"{ours}/scale", f"{theirs}.weight"), Entry(f"{ours}/bias", f"{theirs}.bias")
-
-
-LAYERS, BLOCKS = "decoder/layers", "pooling.cross_attend_blocks"
-TABLE: tuple[Entry, ...] = (
-    Entry("decoder/embedding", "embed_tokens.weight"),
-    *_linear(f"{LAYERS}/attention/q", "layers.{i}.self_attn.q_proj"),
-    *_linear(f"{LAYERS}/attention/k", "layers.{i}.self_attn.k_proj"),
-    *_linear(f"{LAYERS}/attention/v", "layers.{i}.self_attn.v_proj"),
-    *_linear(f"{LAYERS}/attention/out", "layers.{i}.self_attn.o_proj"),
-    Entry(f"{LAYERS}/attention/q_norm/scale", "layers.{i}.self_attn.q_norm.weight"),
-    Entry(f"{LAYERS}/attention/k_norm/scale", "layers.{i}.self_attn.k_norm.weight"),
-    *_linear(f"{LAYERS}/mlp/gate", "layers.{i}.mlp.gate_proj"),
-    *_linear(f"{LAYERS}/mlp/up", "layers.{i}.mlp.up_proj"),
-    *_linear(f"{LAYERS}/mlp/down", "layers.{i}.mlp.down_proj"),
-    Entry(f"{LAYERS}/attention_norm/scale", "layers.{i}.input_layernorm.weight"),
-    Entry(f"{LAYERS}/mlp_norm/scale", "layers.{i}.post_attention_layernorm.weight"),
-    Entry("decoder/norm/scale", "norm.weight"),
-    # The poolings that have weights, under the names of NV-Embed's release.
-    Entry("pooling/latents", "pooling.latents"),
-    *_norm("pooling/latent_norm", f"{BLOCKS}.0.norm_context"),
-    *_norm("pooling/attention_norm", f"{BLOCKS}.0.norm"),
-    *_linear("pooling/attention/q", f"{BLOCKS}.0.fn.to_q"),
-    *_linear("pooling/attention/kv", f"{BLOCKS}.0.fn.to_kv"),
-    *_linear("pooling/attention/out", f"{BLOCKS}.0.fn.to_out"),
-    *_norm("pooling/mlp_norm", f"{BLOCKS}.1.norm"),
-    *_linear("pooling/mlp/in", f"{BLOCKS}.1.fn.net.0"),
-    *_linear("pooling/mlp/out", f"{BLOCKS}.1.fn.net.2"),
-    *_linear("pooling/mlp_in", "pooling.mlp.0"),
-    *_linear("pooling/mlp_out", "pooling.mlp.2"),
-    *_linear("projection", "projection.linear"),
-)
-POOLING_FOLDER = "1_TokenPooling"  # of an exported folder; its file's names go without "pooling."
-# What names in published files begin with -> what they begin with in the table.
-PREFIXES = {"model.": "", "embedding_model.": "", "latent_attention_model.": "pooling."}
-
-
-FLOATS = ("F64", "F32", "F16", "BF16")  # what safetensors calls the types of weights that are not quantised
-
-
-def _ignored(name: str) -> bool:
-    """Tensors of checkpoints that an embedding model has no use for: the language-model head, old RoPE buffers."""
-    return name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq")
+POOLING_FOLDER = "1_TokenPooling"  # subfolder of an exported model; tensor names in its file lack "pooling."
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names of the dtypes of unquantized weights
+MAX_LISTED_TENSORS = 6  # names that an error lists for each kind of problem
+MAX_COPIED_NUMBERS = 1 << 24  # numbers that are read from a file at a time
 
 
 @contextlib.contextmanager
 def open_tensors(folder: Path) -> Iterator[dict[str, Any]]:
-    """Tensor name, as the table spells it -> a lazy slice of the (possibly sharded) safetensors files."""
-    files = [(path, "") for path in _files(folder)]
-    files += [(path, f"{part}.") for part, path in part_files(folder).items()]
+    """Open a model's (possibly sharded) safetensors files and yield their tensors without reading them.
+
+    Yields:
+        Lazy slices of the files by the tensor names of the table.
+
+    Raises:
+        UserError: If a file is missing or damaged, or if two tensors have the same name.
+    """
+    files = [(path, "") for path in _find_weight_files(folder)]
+    files += [(path, f"{part}.") for part, path in find_part_files(folder).items()]
+    tensors: dict[str, Any] = {}
+    duplicates: list[str] = []
     with contextlib.ExitStack() as stack:
-        tensors: dict[str, Any] = {}
         for path, prefix in files:
             try:
                 file = stack.enter_context(safe_open(path, framework="np"))
-                tensors |= {prefix + _bare(name): file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                for name in file.keys():  # noqa: SIM118  (safe_open is not iterable)
+                    table_name = prefix + to_table_name(name)
+                    if table_name in tensors and not is_unused(table_name):
+                        duplicates.append(f"{name} in {path.name}")
+                    tensors[table_name] = file.get_slice(name)
             except (SafetensorError, OSError) as error:
-                raise UserError(f"{path}: not a whole safetensors file ({error}); fetch it again") from None
+                raise UserError(f"{path}: not a complete safetensors file ({error}). Download it again.") from None
+        if duplicates:
+            raise UserError(f"{folder}: duplicate tensors ({_format_names(duplicates)}). Keep one copy of each tensor.")
         yield tensors
 
 
-def part_files(folder: Path) -> dict[str, Path]:
-    """The weights of those parts that have a file of their own in a folder; `UserError` where one is not there."""
+def find_part_files(folder: Path) -> dict[str, Path]:
+    """Return the weight files of the parts (pooling, projection) that have a file of their own in `folder`.
+
+    Raises:
+        UserError: If the folder names such a file and it does not exist.
+    """
     pooling = folder / POOLING_FOLDER
     files = {
         "pooling": pooling / "model.safetensors" if exists(pooling) else None,
-        "projection": projection_weights(folder),
+        "projection": find_projection_weights(folder),
     }
     found = {part: path for part, path in files.items() if path is not None}
     for part, path in found.items():
         if not exists(path):
-            raise UserError(f"{path}: no such file; expected the weights of the model's {part} as safetensors")
+            raise UserError(f"{path}: no such file (expected the weights of the {part}). Save them as safetensors.")
     return found
 
 
-def _part(name: str) -> str:
-    """The part of a model that a tensor belongs to, by its name in the table."""
-    first = name.partition(".")[0]
-    return first if first in ("pooling", "projection") else "decoder"
-
-
-def _bare(name: str) -> str:
-    for prefix, ours in PREFIXES.items():
-        if name.startswith(prefix):
-            return ours + name.removeprefix(prefix)
-    return name
-
-
-def _files(folder: Path) -> list[Path]:
+def _find_weight_files(folder: Path) -> list[Path]:
+    """Return the files of the model's main weights: one file, or the shards that the index lists."""
     index = folder / "model.safetensors.index.json"
     paths = [folder / "model.safetensors"]
     if exists(index):
         try:
-            names = Fields(read_json(index), str(index)).texts("weight_map").values()
+            names = Fields(read_json(index), str(index)).strings("weight_map").values()
         except UserError as error:
-            raise UserError(f"{error}; not a weight index, fetch it again") from None
+            raise UserError(f"{str(error).rstrip('.')}. Download this index of the weight files again.") from None
         paths = [folder / name for name in sorted(set(names))]
     for path in paths:
         if not exists(path):
-            raise UserError(f"{path}: no such file; expected the model's weights as safetensors in {folder}")
+            raise UserError(f"{path}: no such file (expected the weights of the model). Save them as safetensors in {folder}.")
     return paths
 
 
 def load_params(
-    folder: Path, layers: int, shapes: Any, shardings: Any, updates: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None
+    folder: Path, num_layers: int, shapes: Any, shardings: Any, updates: Mapping[str, LowRankUpdate] | None = None
 ) -> Any:
-    """Parameters from the safetensors files of `folder`, in the dtypes of `shapes`: float32, bfloat16, or int8 with scales.
+    """Load parameters from the safetensors files of `folder` onto the devices.
 
-    They are those of the decoder, and of what else the files hold. `shapes` and `shardings` are trees of the parts that are
-    wanted: decoder, pooling, projection. Tensors stream through the host one parameter at a time, largest first, so that the
-    peak stays near the size of the result; they are rounded there. A process reads what its own devices hold, of parameters
-    that are updated or become int8 all. `updates` are low-rank ones of kernels, by path:
-    ([L, in, rank], [L, rank, out]), whose product is added before that. One `UserError` names every missing, unexpected and
-    misshapen tensor.
+    Tensors stream through the host one parameter at a time, largest first, so that the peak stays near the size of the
+    result. They are rounded on the host. A process reads only what its own devices hold, except for parameters that are
+    updated or become int8: it reads these in full.
+
+    Args:
+        folder: Folder of the model.
+        num_layers: Number of decoder layers.
+        shapes: Tree of `ShapeDtypeStruct`s with the parts to load (decoder, pooling, projection). Its dtypes are those of
+            the result: float32, bfloat16, or int8 with scales.
+        shardings: Tree of shardings with the same parts.
+        updates: Low-rank updates by the path of their kernel. Their product is added before rounding.
+
+    Returns:
+        The parameters of the decoder, and those of the other parts that the files contain.
+
+    Raises:
+        UserError: If a file cannot be read. One error lists all missing, unexpected and misshapen tensors.
     """
     with open_tensors(folder) as tensors:
-        return place_params(tensors, f"{folder}: the weights do not fit config.json", layers, shapes, shardings, updates)
+        error_prefix = f"{folder}: the weights do not match config.json"
+        return place_params(tensors, error_prefix, num_layers, shapes, shardings, updates)
 
 
 def place_params(
     tensors: Mapping[str, Any],
-    told: str,
-    layers: int,
+    error_prefix: str,
+    num_layers: int,
     shapes: Any,
     shardings: Any,
-    updates: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
+    updates: Mapping[str, LowRankUpdate] | None = None,
 ) -> Any:
-    """As `load_params`, out of slices by the table's names; `told` begins the `UserError` where they do not fit."""
-    tensors = {name: tensor for name, tensor in tensors.items() if _part(name) in shapes}
-    parts = shapes.keys() & {"decoder", *map(_part, tensors)}
+    """Convert tensors to parameters and place them on the devices, as `load_params` does.
+
+    Args:
+        tensors: Lazy slices by the tensor names of the table, as `open_tensors` yields them.
+        error_prefix: Start of the error for tensors that do not match `shapes`: where, and what is wrong.
+        num_layers: See `load_params`.
+        shapes: See `load_params`.
+        shardings: See `load_params`.
+        updates: See `load_params`.
+    """
+    tensors = {name: tensor for name, tensor in tensors.items() if get_model_part(name) in shapes}
+    parts = shapes.keys() & {"decoder", *map(get_model_part, tensors)}
     flat_shapes, flat_shardings = (flatten_dict({part: tree[part] for part in parts}, sep="/") for tree in (shapes, shardings))
-    wanted = sorted((e for e in TABLE if e.ours in flat_shapes), key=lambda e: -flat_shapes[e.ours].size)
-    _check(told, tensors, wanted, {e: flat_shapes[e.ours].shape for e in wanted}, layers)
-    loaded: dict[str, jax.Array] = {}
-    for entry in wanted:
-        shape, update = flat_shapes[entry.ours], (updates or {}).get(entry.ours)
+    mappings = sorted((m for m in TENSOR_MAPPINGS if m.path in flat_shapes), key=lambda m: -flat_shapes[m.path].size)
+    _check_tensors(tensors, _list_tensor_shapes(mappings, flat_shapes, num_layers), error_prefix)
+    params: dict[str, jax.Array] = {}
+    for mapping in mappings:
+        shape, update = flat_shapes[mapping.path], (updates or {}).get(mapping.path)
         if shape.dtype == np.int8:
-            paths = entry.ours, f"{entry.ours}_scale"
-            for path, host in zip(paths, _read_int8(entry, tensors, shape.shape, update), strict=True):
-                loaded[path] = _placed(host, flat_shardings[path])
+            paths = mapping.path, f"{mapping.path}_scale"
+            for path, array in zip(paths, _read_int8_kernel(mapping, tensors, shape.shape, update), strict=True):
+                params[path] = _put_on_devices(array, flat_shardings[path])
         elif update is not None:
-            host = _read(entry, tensors, shape.dtype, _whole(shape.shape), update)
-            loaded[entry.ours] = _placed(host, flat_shardings[entry.ours])
+            array = _read_param(mapping, tensors, shape.dtype, _full_index(shape.shape), update)
+            params[mapping.path] = _put_on_devices(array, flat_shardings[mapping.path])
         else:
-            read = functools.partial(_read, entry, tensors, shape.dtype)
-            loaded[entry.ours] = put_local_parts(flat_shardings[entry.ours], shape.shape, read)
-        jax.block_until_ready(loaded)
-    return unflatten_dict(loaded, sep="/")
+            read_part = functools.partial(_read_param, mapping, tensors, shape.dtype)
+            params[mapping.path] = put_local_parts(flat_shardings[mapping.path], shape.shape, read_part)
+        jax.block_until_ready(params)  # so that the host never holds two parameters
+    return unflatten_dict(params, sep="/")
 
 
-def _placed(x: np.ndarray, sharding: jax.sharding.NamedSharding) -> jax.Array:
+def _put_on_devices(array: np.ndarray, sharding: jax.sharding.NamedSharding) -> jax.Array:
     if sharding.is_fully_addressable:
-        return jax.device_put(x, sharding, may_alias=True)
-    return put_global(sharding, x)
+        return jax.device_put(array, sharding, may_alias=True)
+    return put_global(sharding, array)
 
 
-def _check(
-    told: str, tensors: Mapping[str, Any], wanted: list[Entry], shapes: Mapping[Entry, tuple[int, ...]], layers: int
-) -> None:
-    expected = {e.theirs.format(i=i): _their_shape(e, shapes[e]) for e in wanted for i in range(layers if e.stacked else 1)}
-    missing = [name for name in expected if name not in tensors]
-    unexpected = [name for name in tensors if name not in expected and not _ignored(name)]
-    misshapen = [
-        f"{name} {tuple(tensors[name].get_shape())} (expected {shape})"
-        for name, shape in expected.items()
-        if name in tensors and tuple(tensors[name].get_shape()) != shape
-    ]
-    mistyped = [
-        f"{name} {tensors[name].get_dtype()} (expected one of {', '.join(FLOATS)})"
-        for name in expected
-        if name in tensors and tensors[name].get_dtype() not in FLOATS
-    ]
-    problems = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen, "mistyped": mistyped}
-    found = [f"{kind}: {_shorten(names)}" for kind, names in problems.items() if names]
-    if found:
-        raise UserError(f"{told}; {'; '.join(found)}")
+def _list_tensor_shapes(
+    mappings: list[TensorMapping], flat_shapes: Mapping[str, Any], num_layers: int
+) -> dict[str, tuple[int, ...]]:
+    """Return the shape that each tensor must have in the files, by name."""
+    shapes = {}
+    for mapping in mappings:
+        shape = flat_shapes[mapping.path].shape[1 if mapping.is_stacked else 0 :]
+        for i in range(num_layers if mapping.is_stacked else 1):
+            shapes[mapping.tensor_name.format(i=i)] = shape[::-1] if mapping.is_transposed else shape
+    return shapes
 
 
-def _shorten(names: list[str], most: int = 6) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def _check_tensors(tensors: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]], error_prefix: str) -> None:
+    """Check that the files hold the expected tensors in their shapes, and no others.
+
+    Raises:
+        UserError: If they do not. It starts with `error_prefix` and lists all problems.
+    """
+    found = {name: tensors[name] for name in expected if name in tensors}
+    problems = {
+        "missing": [name for name in expected if name not in found],
+        "unexpected": [name for name in tensors if name not in expected and not is_unused(name)],
+        "misshapen": [
+            f"{name} {tuple(tensor.get_shape())}, expected {expected[name]}"
+            for name, tensor in found.items()
+            if tuple(tensor.get_shape()) != expected[name]
+        ],
+        "unsupported dtype": [
+            f"{name} {tensor.get_dtype()}, expected one of {', '.join(FLOAT_DTYPES)}"
+            for name, tensor in found.items()
+            if tensor.get_dtype() not in FLOAT_DTYPES
+        ],
+    }
+    listed = "; ".join(f"{kind}: {_format_names(names)}" for kind, names in problems.items() if names)
+    if listed:
+        raise UserError(f"{error_prefix} ({listed}). Use weights and a config of the same model.")
 
 
-def _their_shape(entry: Entry, shape: tuple[int, ...]) -> tuple[int, ...]:
-    one = shape[1:] if entry.stacked else shape
-    return one[::-1] if entry.transposed else one
+def _format_names(names: list[str]) -> str:
+    more = len(names) - MAX_LISTED_TENSORS
+    return ", ".join(names[:MAX_LISTED_TENSORS]) + (f" and {more} more" if more > 0 else "")
 
 
-def _read(
-    entry: Entry,
-    tensors: Mapping[str, Any],
-    dtype: Any,
-    index: tuple[slice, ...],
-    update: tuple[np.ndarray, np.ndarray] | None = None,
+def _read_param(
+    mapping: TensorMapping, tensors: Mapping[str, Any], dtype: Any, index: TensorIndex, update: LowRankUpdate | None = None
 ) -> np.ndarray:
-    """The part of a parameter at `index`, with an update that is added to the whole of it."""
-    held = aligned_empty(tuple(one.stop - one.start for one in index), dtype)
-    layers, rest = (range(index[0].start, index[0].stop), index[1:]) if entry.stacked else (range(1), index)
-    for i, part in zip(layers, held if entry.stacked else [held], strict=True):
-        one = part if part.dtype == np.float32 else np.empty(part.shape, np.float32)
-        _read_one(entry, tensors, i, rest, one, update)
-        if one is not part:
-            part[...] = one
-    return held
+    """Read the part of a parameter at `index`. With an update, `index` must cover the whole parameter."""
+    out = aligned_empty(tuple(axis.stop - axis.start for axis in index), dtype)
+    if mapping.is_stacked:
+        layers, layer_arrays, layer_index = range(index[0].start, index[0].stop), list(out), index[1:]
+    else:
+        layers, layer_arrays, layer_index = range(1), [out], index
+    for i, layer_array in zip(layers, layer_arrays, strict=True):
+        # Files are read in float32, into the result itself where it is in float32.
+        is_float32 = layer_array.dtype == np.float32
+        buffer = layer_array if is_float32 else np.empty(layer_array.shape, np.float32)
+        _read_layer(mapping, tensors, i, layer_index, buffer, update)
+        if not is_float32:
+            layer_array[...] = buffer
+    return out
 
 
-def _read_int8(
-    entry: Entry, tensors: Mapping[str, Any], shape: tuple[int, ...], update: tuple[np.ndarray, np.ndarray] | None
+def _read_int8_kernel(
+    mapping: TensorMapping, tensors: Mapping[str, Any], shape: tuple[int, ...], update: LowRankUpdate | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A stacked kernel rounded to int8, and its scales."""
-    held, scales = aligned_empty(shape, np.int8), []
-    for i, part in enumerate(held):
-        one = np.empty(part.shape, np.float32)
-        _read_one(entry, tensors, i, _whole(part.shape), one, update)
-        part[...], scale = quantize(one)
+    """Read a stacked kernel and quantize it. Returns the int8 kernel and its scales."""
+    kernel, scales = aligned_empty(shape, np.int8), []
+    for i, layer_kernel in enumerate(kernel):
+        buffer = np.empty(layer_kernel.shape, np.float32)
+        _read_layer(mapping, tensors, i, _full_index(layer_kernel.shape), buffer, update)
+        layer_kernel[...], scale = quantize(buffer)
         scales.append(scale)
-    return held, np.stack(scales)
+    return kernel, np.stack(scales)
 
 
-def _read_one(
-    entry: Entry,
+def _read_layer(
+    mapping: TensorMapping,
     tensors: Mapping[str, Any],
     i: int,
-    index: tuple[slice, ...],
-    into: np.ndarray,
-    update: tuple[np.ndarray, np.ndarray] | None,
+    index: TensorIndex,
+    out: np.ndarray,
+    update: LowRankUpdate | None,
 ) -> None:
-    """Copies what lies at `index` of a tensor, that of layer i where there are several, and adds the layer's update."""
-    tensor = tensors[entry.theirs.format(i=i)]
-    if entry.transposed:
-        _copy_rows(tensor, index[::-1], into.T)
+    """Copy the part of a tensor at `index` to `out` and add its update; of a stacked parameter, the tensor of layer `i`."""
+    tensor = tensors[mapping.tensor_name.format(i=i)]
+    if mapping.is_transposed:
+        _copy_rows(tensor, index[::-1], out.T)
     else:
-        _copy_rows(tensor, index, into)
+        _copy_rows(tensor, index, out)
     if update is not None:
-        into += update[0][i] @ update[1][i]
+        out += update[0][i] @ update[1][i]
 
 
-def _whole(shape: tuple[int, ...]) -> tuple[slice, ...]:
+def _full_index(shape: tuple[int, ...]) -> TensorIndex:
     return tuple(slice(0, size) for size in shape)
 
 
-def _copy_rows(source: Any, index: tuple[slice, ...], into: np.ndarray, numbers_at_once: int = 1 << 24) -> None:
-    """Copies a part of a lazy tensor into a float32 array, a block of rows at a time: there is never a second copy of it."""
-    block = max(1, numbers_at_once // max(1, into[0].size))
+def _copy_rows(tensor: Any, index: TensorIndex, out: np.ndarray) -> None:
+    """Copy a part of a lazy tensor to a float32 array, a block of rows at a time, so that no second copy of it exists."""
+    block = max(1, MAX_COPIED_NUMBERS // max(1, out[0].size))
     first = index[0].start
-    for start in range(0, into.shape[0], block):
-        stop = min(start + block, into.shape[0])
-        into[start:stop] = source[slice(first + start, first + stop), *index[1:]]
+    for start in range(0, out.shape[0], block):
+        stop = min(start + block, out.shape[0])
+        out[start:stop] = tensor[slice(first + start, first + stop), *index[1:]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Slice:
-    """A float32 tensor in memory, read as a lazy slice of a safetensors file is."""
+class InMemoryTensor:
+    """A float32 tensor in memory with the interface of a lazy slice of a safetensors file."""
 
     values: np.ndarray
 
     def get_shape(self) -> tuple[int, ...]:
+        """Return the shape, as safetensors does."""
         return self.values.shape
 
     def get_dtype(self) -> str:
+        """Return safetensors' name of the dtype."""
         return "F32"
 
-    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+    def __getitem__(self, index: TensorIndex) -> np.ndarray:
         return self.values[index]
 
 
-def slices_of(params: Any) -> dict[str, Slice]:
-    """Float32 parameters of a model, as `open_tensors` gives those of files."""
-    return {name: Slice(tensor) for name, tensor in _published(params)}
+def to_tensors(params: Any) -> dict[str, InMemoryTensor]:
+    """Return a model's float32 parameters as tensors like those of `open_tensors`."""
+    return {name: InMemoryTensor(tensor) for name, tensor in _iter_tensors(params)}
 
 
-def _published(params: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """The parameters as published files hold them, one layer at a time: the table's name of each, and a view of it."""
+def _iter_tensors(params: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the parameters as files hold them, one layer at a time: the table's name of each tensor and a view of it."""
     flat = flatten_dict(params, sep="/")
-    for entry in (entry for entry in TABLE if entry.ours in flat):
-        host = to_host(flat[entry.ours])
-        for i, one in enumerate(host if entry.stacked else [host]):
-            yield entry.theirs.format(i=i), one.T if entry.transposed else one
+    for mapping in (mapping for mapping in TENSOR_MAPPINGS if mapping.path in flat):
+        array = to_host(flat[mapping.path])
+        for i, layer in enumerate(array if mapping.is_stacked else [array]):
+            yield mapping.tensor_name.format(i=i), layer.T if mapping.is_transposed else layer
 
 
 def save_params(path: Path, params: Any, prefixes: Mapping[str, str], convert: Callable[[np.ndarray], np.ndarray]) -> None:
-    """Writes parts of a model (decoder, pooling, projection) to a safetensors file, each tensor passed through `convert`.
+    """Write parts of a model to a safetensors file.
 
-    `prefixes` are what the names of a part begin with there.
+    Args:
+        path: The file to write.
+        params: The parameters of the model.
+        prefixes: The parts to write (decoder, pooling, projection), each with the prefix of its tensor names in the file.
+        convert: Function applied to each tensor, for example a cast.
     """
     tensors = {
         prefix + name.removeprefix(f"{part}."): np.ascontiguousarray(convert(tensor))
         for part, prefix in prefixes.items()
-        for name, tensor in _published({part: params[part]})
+        for name, tensor in _iter_tensors({part: params[part]})
     }
     save_file(tensors, path, metadata={"format": "pt"})
