@@ -1,4 +1,4 @@
-"""What a training example is, and the checks that rows of files pass before anything is trained on them."""
+"""The training example, and the checks that every row passes before training uses it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxembed.config.fields import shown
+from jaxembed.config.fields import quote_value
 from jaxembed.config.spec import FewShotExample
 from jaxembed.errors import UserError
 from jaxembed.files import decode
@@ -20,11 +20,18 @@ from jaxembed.files import decode
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One query as it is drawn for one step.
+    """One query with its documents, as drawn for one training step.
 
-    `positives` are all texts known to answer the query: they are never its negatives. `score` is a graded similarity
-    of query and positive where the source has one, else NaN; `label` a class of the source, else -1. `shots` are in-context
-    examples of the query. `teacher_scores` are a teacher's of the positive and of each negative, or none.
+    Attributes:
+        query: The text of the query.
+        positive: The document that answers the query in this step.
+        negatives: Hard negatives of the query.
+        positives: All texts known to answer the query. They are never used as its negatives.
+        instruction: Instruction of the query, '' for none.
+        few_shot: In-context examples that precede the query.
+        document_instruction: Instruction of the documents, '' for none.
+        label: Class of the query within its source, -1 for none.
+        teacher_scores: A teacher's scores of the positive and of each negative, or empty.
     """
 
     query: str
@@ -32,151 +39,166 @@ class Example:
     negatives: tuple[str, ...]
     positives: tuple[str, ...]
     instruction: str = ""
-    shots: tuple[FewShotExample, ...] = ()
+    few_shot: tuple[FewShotExample, ...] = ()
     document_instruction: str = ""
     label: int = -1
-    score: float = float("nan")
     teacher_scores: tuple[float, ...] = ()
 
 
 Row = Mapping[str, Any]
-RowCheck = Callable[[Row], str | None]  # what is wrong with a row, or None
-MISSING = "missing"  # what a check calls a field that is not there
-SHOWN = 10  # fields of a row that an error lists
-HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")  # half of a surrogate pair, escaped
+RowCheck = Callable[[Row], str | None]  # returns what is wrong with a row, or None
+MISSING = "missing"  # how a check describes an absent field
+MAX_LISTED_FIELDS = 10
+MAX_SUGGESTED_CHARS = 40  # characters of a value that an error repeats in the form it should have
+MAX_ABS_NUMBER = 1e30  # larger numbers count as infinite
+SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")  # the JSON escape of one half of a surrogate pair
 
 
 def check_pair(row: Row) -> str | None:
-    """A row of the main format: query, pos and neg, as FlagEmbedding, BGE and KaLM share it."""
-    if problem := _text(row, "query"):
+    """Check a row of the main format: query, pos and neg, as FlagEmbedding, BGE and KaLM use it."""
+    if problem := _check_text_field(row, "query"):
         return problem
-    for field, required in (("pos", True), ("neg", False)):
-        texts = row.get(field, None if required else [])
-        if isinstance(texts, str):
-            return f'"{field}" is a string; write a list: "{field}": [{json.dumps(texts[:40], ensure_ascii=False)}]'
-        if not isinstance(texts, list):
-            return _wrong(row, field, "a list of non-empty strings")
-        if not all(map(is_text, texts)):
-            return f'"{field}" holds {shown(next(t for t in texts if not is_text(t)))}; expected non-empty strings'
-        if required and not texts:
-            return f'"{field}" is empty; a query needs a positive'
-        if (scores := row.get(f"{field}_scores")) is not None and not (
-            isinstance(scores, list) and len(scores) == len(texts) and all(map(_is_number, scores))
-        ):
-            return _wrong(row, f"{field}_scores", f'a list of {len(texts)} finite numbers, one for each of "{field}"')
+    for field, is_required in (("pos", True), ("neg", False)):
+        if problem := _check_text_list(row, field, is_required) or _check_teacher_scores(row, field):
+            return problem
     if row.get("neg_scores") and row.get("pos_scores") is None:
-        return 'has "neg_scores" but no "pos_scores"; a teacher scores both'
-    return None if isinstance(row.get("prompt", ""), str) else _wrong(row, "prompt", "a string")
+        return '"neg_scores" is present without "pos_scores"; expected teacher scores for both'
+    return None if isinstance(row.get("prompt", ""), str) else _describe_field_problem(row, "prompt", "a string")
+
+
+def _check_text_list(row: Row, field: str, is_required: bool) -> str | None:
+    texts = row.get(field, None if is_required else [])
+    if isinstance(texts, str):
+        suggestion = json.dumps(texts[:MAX_SUGGESTED_CHARS], ensure_ascii=False)
+        return f'"{field}" is a string; expected a list of strings. Write "{field}": [{suggestion}].'
+    if not isinstance(texts, list):
+        return _describe_field_problem(row, field, "a list of non-empty strings")
+    if not all(map(is_text, texts)):
+        return f'"{field}" contains {quote_value(next(t for t in texts if not is_text(t)))}; expected non-empty strings'
+    return f'"{field}" is empty; expected at least one positive' if is_required and not texts else None
+
+
+def _check_teacher_scores(row: Row, field: str) -> str | None:
+    """Check the teacher's scores of the texts in `field`, which is a valid list."""
+    scores, count = row.get(f"{field}_scores"), len(row.get(field, ()))
+    if scores is None or (isinstance(scores, list) and len(scores) == count and all(map(_is_finite_number, scores))):
+        return None
+    return _describe_field_problem(row, f"{field}_scores", f'a list of {count} finite numbers, one for each text of "{field}"')
 
 
 def check_text(row: Row) -> str | None:
-    """A text alone."""
-    return _text(row, "text")
+    """Check a row that holds a single text."""
+    return _check_text_field(row, "text")
 
 
 def check_label(row: Row) -> str | None:
-    """A (text, label) row."""
-    if problem := _text(row, "text"):
+    """Check a (text, label) row."""
+    if problem := _check_text_field(row, "text"):
         return problem
     label = row.get("label")
-    good = is_text(label) or isinstance(label, int)
-    return None if good else _wrong(row, "label", "a non-empty string or a whole number")
+    if is_text(label) or isinstance(label, int):
+        return None
+    return _describe_field_problem(row, "label", "a non-empty string or an integer")
 
 
 def check_scored(row: Row) -> str | None:
-    """A (sentence1, sentence2, score) row."""
-    if problem := _text(row, "sentence1") or _text(row, "sentence2"):
+    """Check a (sentence1, sentence2, score) row."""
+    if problem := _check_text_field(row, "sentence1") or _check_text_field(row, "sentence2"):
         return problem
-    score = row.get("score")
-    return None if _is_number(score) else _wrong(row, "score", "a finite number")
+    return None if _is_finite_number(row.get("score")) else _describe_field_problem(row, "score", "a finite number")
 
 
-NLI_LABELS = {"entailment": 0, "neutral": 1, "contradiction": 2, "-": -1}  # and the numbers; -1: annotators did not agree
+NLI_LABELS = {"entailment": 0, "neutral": 1, "contradiction": 2, "-": -1}  # -1: the annotators did not agree
 
 
 def check_nli(row: Row) -> str | None:
-    """A (premise, hypothesis, label) row; the texts may be called sentence1 and sentence2."""
-    premise, hypothesis = nli_fields(row)
-    if problem := _text(row, premise) or _text(row, hypothesis):
+    """Check a (premise, hypothesis, label) row. The texts may be named sentence1 and sentence2 instead."""
+    premise, hypothesis = get_nli_fields(row)
+    if problem := _check_text_field(row, premise) or _check_text_field(row, hypothesis):
         return problem
     label = row.get("label")
-    known = isinstance(label, str | int) and not isinstance(label, bool)
-    return (
-        None
-        if known and label in {*NLI_LABELS, *NLI_LABELS.values()}
-        else _wrong(row, "label", "entailment, neutral or contradiction, or 0, 1 or 2 (-1: none)")
-    )
+    if isinstance(label, str | int) and not isinstance(label, bool) and label in {*NLI_LABELS, *NLI_LABELS.values()}:
+        return None
+    return _describe_field_problem(row, "label", "entailment, neutral or contradiction, or 0, 1 or 2 (-1: no label)")
 
 
-def nli_fields(row: Row) -> tuple[str, str]:
-    """How a row calls its premise and its hypothesis."""
+def get_nli_fields(row: Row) -> tuple[str, str]:
+    """Return the names of the fields that hold the premise and the hypothesis of an NLI row."""
     return ("premise", "hypothesis") if "premise" in row else ("sentence1", "sentence2")
 
 
 def check_document(row: Row) -> str | None:
-    """A row of any fields."""
+    """Accept a row with any fields."""
     return None
 
 
 def check_passage(row: Row) -> str | None:
-    """A text of a corpus, with or without a title."""
+    """Check a text of a corpus, with or without a title."""
     if not isinstance(row.get("title", ""), str):
-        return _wrong(row, "title", "a string")
-    return None if isinstance(row.get("text"), str) else _wrong(row, "text", "a string")
+        return _describe_field_problem(row, "title", "a string")
+    return None if isinstance(row.get("text"), str) else _describe_field_problem(row, "text", "a string")
 
 
-def check_corpus(row: Row) -> str | None:
-    """A document of a BEIR corpus."""
-    return check_passage(row) or _text(row, "_id")
+def check_beir_document(row: Row) -> str | None:
+    """Check a document of a BEIR corpus."""
+    return check_passage(row) or _check_text_field(row, "_id")
 
 
-def check_query(row: Row) -> str | None:
-    """A query of a BEIR folder."""
-    return _text(row, "_id") or _text(row, "text")
+def check_beir_query(row: Row) -> str | None:
+    """Check a query of a BEIR folder."""
+    return _check_text_field(row, "_id") or _check_text_field(row, "text")
 
 
-def check_shot(row: Row) -> str | None:
-    """An in-context example."""
-    return _text(row, "query") or _text(row, "response")
+def check_few_shot_example(row: Row) -> str | None:
+    """Check an in-context example."""
+    return _check_text_field(row, "query") or _check_text_field(row, "response")
 
 
 def is_text(value: Any) -> bool:
-    """Whether a value is a string that holds more than white space: what counts as a text everywhere."""
+    """Return whether a value is a string with more than white space. Only such a value counts as a text."""
     return isinstance(value, str) and bool(value.strip())
 
 
-def _text(row: Row, field: str) -> str | None:
-    return None if is_text(row.get(field)) else _wrong(row, field, "a non-empty string")
+def _check_text_field(row: Row, field: str) -> str | None:
+    return None if is_text(row.get(field)) else _describe_field_problem(row, field, "a non-empty string")
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
+def _is_finite_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_ABS_NUMBER
 
 
-def _wrong(row: Row, field: str, expected: str) -> str:
-    return f'"{field}" is {shown(row[field]) if field in row else MISSING}; expected {expected}'
+def _describe_field_problem(row: Row, field: str, expected: str) -> str:
+    return f'"{field}" is {quote_value(row[field]) if field in row else MISSING}; expected {expected}'
 
 
-def fields_of(row: Row) -> str:
-    """The names of a row's fields, the first of them, as an error lists them."""
-    return ", ".join([*islice(row, SHOWN), *(["..."] if len(row) > SHOWN else [])]) or "no fields"
+def list_fields(row: Row) -> str:
+    """Return the field names of a row for an error, at most `MAX_LISTED_FIELDS` of them."""
+    return ", ".join([*islice(row, MAX_LISTED_FIELDS), *(["..."] if len(row) > MAX_LISTED_FIELDS else [])]) or "no fields"
 
 
 def parse_row(line: bytes, where: str) -> dict[str, Any]:
-    """A JSON object from one line of a file; `where` is file and line, for errors."""
+    """Parse the JSON object in one line of a file.
+
+    Args:
+        line: The bytes of the line.
+        where: File and line, for errors.
+
+    Raises:
+        UserError: If the line is not UTF-8, not a JSON object, or holds half of a surrogate pair.
+    """
     text = decode(line, where)
     try:
         row = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not valid JSON ({error}); expected one object a line") from None
+        raise UserError(f"{where}: not valid JSON ({error}); expected one object per line") from None
     if not isinstance(row, dict):
-        raise UserError(f"{where}: expected a JSON object, found a {type(row).__name__}")
-    if HALF_PAIR.search(line) and not _encodable(row):
-        raise UserError(f"{where}: a text holds half of a surrogate pair, such as \\ud83d alone; it is no valid Unicode")
+        raise UserError(f"{where}: not a JSON object (found a {type(row).__name__})")
+    if SURROGATE_ESCAPE.search(line) and not _is_encodable(row):
+        raise UserError(f"{where}: not valid Unicode: a text has half of a surrogate pair, such as \\ud83d alone")
     return row
 
 
-def _encodable(row: Row) -> bool:
+def _is_encodable(row: Row) -> bool:
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -184,6 +206,9 @@ def _encodable(row: Row) -> bool:
     return True
 
 
-def text_hash(text: str) -> np.ndarray:
-    """uint32 [2]: 64 bits of BLAKE2 of a text, by which equal texts are recognised across a global batch."""
+def hash_text(text: str) -> np.ndarray:
+    """Return the 64-bit BLAKE2b hash of a text, as uint32 [2].
+
+    Equal texts are recognized by it across a global batch.
+    """
     return np.frombuffer(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), np.uint32)
