@@ -1,4 +1,4 @@
-"""ArrayRecord files: JSON objects as records, each read by its number."""
+"""ArrayRecord files: records of JSON objects, read at random by number."""
 
 from __future__ import annotations
 
@@ -7,45 +7,51 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxembed.errors import UserError, brief
+from jaxembed.errors import UserError, summarize
 
-ONE_BY_ONE = "readahead_buffer_size:0"
-AT_ONCE = 1024  # records read together where all are
+NO_READAHEAD = "readahead_buffer_size:0"  # records are read one at a time, in a random order
+READ_BUFFER_BYTES = 2**15
+RECORDS_PER_READ = 1024  # of a scan
 
 
 class ArrayRecordFile:
-    """An ArrayRecord file; an address is the number of a record."""
+    """An ArrayRecord file. An address is the number of a record, from 0."""
 
     def __init__(self, path: Path):
+        """Open the file, whose records are read later."""
         from array_record.python.array_record_module import ArrayRecordReader
 
         self.name = str(path)
-        self._reader = ArrayRecordReader(self.name, options=ONE_BY_ONE, file_reader_buffer_size=2**15)
+        self._reader = ArrayRecordReader(self.name, options=NO_READAHEAD, file_reader_buffer_size=READ_BUFFER_BYTES)
         if not self._reader.ok():
-            raise UserError(f"{path}: no whole ArrayRecord file; it may be cut off: write or fetch it again")
-        self.extent = self._reader.num_records()
+            raise UserError(f"{path}: not a complete ArrayRecord file. If it is truncated, write or download it again.")
+        self.address_limit = self._reader.num_records()
 
     def scan(self) -> Iterator[tuple[int, str, Any]]:
-        """Address, file and record, and content of each record."""
-        for start in range(0, self.extent, AT_ONCE):
-            numbers = range(start, min(start + AT_ONCE, self.extent))
-            for number, content in zip(numbers, self._read(list(numbers)), strict=True):
-                yield number, f"{self.name}: record {number + 1}", content
+        """Yield address, file and record number, and content of every record."""
+        for start in range(0, self.address_limit, RECORDS_PER_READ):
+            addresses = range(start, min(start + RECORDS_PER_READ, self.address_limit))
+            for address, content in zip(addresses, self._read_records(list(addresses)), strict=True):
+                yield address, f"{self.name}: record {address + 1}", content
 
     def read(self, address: int) -> Any:
-        """The content of the record there."""
-        return self._read([address])[0]
+        """Return the content of the record at an address."""
+        return self._read_records([address])[0]
 
-    def _read(self, numbers: list[int]) -> Any:
+    def _read_records(self, addresses: list[int]) -> Any:
         try:
-            return self._reader.read(numbers)
+            return self._reader.read(addresses)
         except RuntimeError as error:
-            told = f"record {numbers[0] + 1} or a record after it is damaged ({brief(error)})"
-            raise UserError(f"{self.name}: {told}") from None
+            raise UserError(
+                f"{self.name}: record {addresses[0] + 1} or a later record is damaged ({summarize(error)})"
+            ) from None
 
 
 def write_array_record(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes rows as JSON, one a record, in groups of one, so that each is read alone."""
+    """Write rows as JSON, one per record.
+
+    Groups hold one record each, so that each record can be read alone.
+    """
     from array_record.python.array_record_module import ArrayRecordWriter
 
     try:
@@ -54,4 +60,4 @@ def write_array_record(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
             writer.write(json.dumps(row, ensure_ascii=False).encode())
         writer.close()
     except RuntimeError as error:
-        raise OSError(f"{path}: cannot be written ({brief(error)})") from error
+        raise OSError(f"{path}: cannot be written ({summarize(error)})") from error

@@ -1,4 +1,4 @@
-"""Rows out of tables: Parquet files, Hugging Face datasets, TensorFlow Datasets. A null is an absent field."""
+"""Rows of tables: Parquet files, Hugging Face datasets, TensorFlow Datasets. A null is an absent field."""
 
 from __future__ import annotations
 
@@ -13,191 +13,208 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from jaxembed.errors import UserError, brief
+from jaxembed.errors import UserError, summarize
 
-DECODED = 256 * 2**20  # bytes of row groups of a file that are kept decoded
-AT_ONCE = 1024  # rows decoded together where all are read
-SPLIT = re.compile(r"(.+?):([\w.-]+(?:\[.*\])?(?:\+.*)?)")  # a split may be a part, as train[:10%], or a sum of several
+MAX_DECODED_BYTES = 256 * 2**20  # of decoded row groups that stay in memory, per file
+ROWS_PER_READ = 1024  # of a scan
+DATASET_SPLIT = re.compile(r"(.+?):([\w.-]+(?:\[.*\])?(?:\+.*)?)")  # a split may be a slice (train[:10%]) or a sum of several
 log = logging.getLogger(__name__)
 
 
-def needed(module: str, told: str) -> Any:
-    """A module of the extra `data`; `UserError` where it is not installed."""
+def import_data_extra(module: str, feature: str) -> Any:
+    """Import a module of the optional dependencies `data`.
+
+    Args:
+        module: Full name of the module.
+        feature: What needs it, a plural that starts the error.
+
+    Raises:
+        UserError: If the module is not installed.
+    """
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise UserError(f'{told} need the package {module.partition(".")[0]}; pip install "jaxembed[data]"') from None
+        package = module.partition(".")[0]
+        raise UserError(f'{feature} need the package {package}. Install it with: pip install "jaxembed[data]"') from None
 
 
 class ParquetFile:
-    """A Parquet file; an address is the number of a row.
+    """A Parquet file. An address is the number of a row, from 0.
 
-    A row group is decoded whole to read one row of it. Those used last are kept, DECODED bytes of them; where a file's
-    groups are more than that, rows drawn at random are slow, and the log says so.
+    Reading one row decodes its whole row group. The most recently used groups stay in memory, up to
+    `MAX_DECODED_BYTES`. If the groups of a file are larger than that together, random reads are slow, and a warning says so.
     """
 
     def __init__(self, path: Path):
-        parquet, arrow = needed("pyarrow.parquet", "Parquet files"), needed("pyarrow", "Parquet files")
+        """Read the metadata of the file."""
+        parquet, arrow = (import_data_extra(module, "Parquet files") for module in ("pyarrow.parquet", "pyarrow"))
         self.name = str(path)
-        self._one, self._kept = threading.Lock(), OrderedDict[int, Any]()
-        self._errors = (OSError, UnicodeDecodeError, arrow.ArrowException)
+        self._lock, self._decoded_groups = threading.Lock(), OrderedDict[int, Any]()
+        self._read_errors = (OSError, UnicodeDecodeError, arrow.ArrowException)
         try:
             self._file = parquet.ParquetFile(path, memory_map=True)
             self.columns = list(self._file.schema_arrow.names)
-        except self._errors as error:
-            raise UserError(f"{path}: no whole Parquet file ({brief(error)})") from None
+        except self._read_errors as error:
+            raise UserError(f"{path}: not a complete Parquet file ({summarize(error)})") from None
         metadata = self._file.metadata
         groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-        self.extent = metadata.num_rows
-        self._ends = list(accumulate(group.num_rows for group in groups))
-        if len(groups) > 1 and sum(group.total_byte_size for group in groups) > DECODED:
+        self.address_limit = metadata.num_rows
+        self._group_ends = list(accumulate(group.num_rows for group in groups))
+        if len(groups) > 1 and sum(group.total_byte_size for group in groups) > MAX_DECODED_BYTES:
             log.warning(
-                "%s: %s row groups, each decoded whole to read one of its rows: convert the file to train on it faster "
-                "(python -m jaxembed.data convert)",
+                "%s: random reads will be slow, because each one decodes one of %s large row groups. Convert the file once to "
+                "train faster: python -m jaxembed.data convert",
                 path, f"{len(groups):,}",
             )  # fmt: skip
 
     def scan(self) -> Iterator[tuple[int, str, Any]]:
-        """Address, file and row, and content of each row."""
+        """Yield address, file and row number, and content of every row."""
         address = 0
         try:
-            for batch in self._file.iter_batches(AT_ONCE):
+            for batch in self._file.iter_batches(ROWS_PER_READ):
                 for row in batch.to_pylist():
-                    yield address, f"{self.name}: row {address + 1}", _present(row)
+                    yield address, f"{self.name}: row {address + 1}", _drop_nulls(row)
                     address += 1
-        except self._errors as error:
-            raise self._damaged(address, error) from None
+        except self._read_errors as error:
+            raise self._damage_error(address, error) from None
 
     def read(self, address: int) -> Any:
-        """The content of the row there."""
-        number = bisect_right(self._ends, address)
+        """Return the content of the row at an address."""
+        group = bisect_right(self._group_ends, address)
+        start = self._group_ends[group - 1] if group else 0
         try:
-            with self._one:
-                row = self._group(number).slice(address - (self._ends[number - 1] if number else 0), 1)
-            return _present(row.to_pylist()[0])
-        except self._errors as error:
-            raise self._damaged(address, error) from None
+            with self._lock:
+                row = self._decode_group(group).slice(address - start, 1)
+            return _drop_nulls(row.to_pylist()[0])
+        except self._read_errors as error:
+            raise self._damage_error(address, error) from None
 
-    def _group(self, number: int) -> Any:
-        if number not in self._kept:
-            self._kept[number] = self._file.read_row_group(number)
-            while len(self._kept) > 1 and sum(group.nbytes for group in self._kept.values()) > DECODED:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(number)
-        return self._kept[number]
+    def _decode_group(self, group: int) -> Any:
+        """Return a decoded row group, and drop the least recently used ones beyond `MAX_DECODED_BYTES`."""
+        decoded = self._decoded_groups
+        if group not in decoded:
+            decoded[group] = self._file.read_row_group(group)
+            while len(decoded) > 1 and sum(table.nbytes for table in decoded.values()) > MAX_DECODED_BYTES:
+                decoded.popitem(last=False)
+        decoded.move_to_end(group)
+        return decoded[group]
 
-    def _damaged(self, address: int, error: Exception) -> UserError:
-        return UserError(f"{self.name}: row {address + 1} or a row after it is damaged ({brief(error)})")
+    def _damage_error(self, address: int, error: Exception) -> UserError:
+        return UserError(f"{self.name}: row {address + 1} or a later row is damaged ({summarize(error)})")
 
 
 class HubDataset:
-    """A split of a Hugging Face dataset; an address is the number of a row. Labels are told by their names."""
+    """One split of a Hugging Face dataset, with class labels as their names. An address is the number of a row, from 0."""
 
     def __init__(self, name: str, dataset: Any):
-        self.name, self.extent = name, len(dataset)
+        """Wrap a loaded `datasets.Dataset`; `name` appears in errors."""
+        self.name, self.address_limit = name, len(dataset)
         self.files = [Path(part["filename"]) for part in dataset.cache_files]
         self._dataset = dataset
-        self._names = _label_names(dataset.features)
+        self._class_names = _get_class_names(dataset.features)
 
     def scan(self) -> Iterator[tuple[int, str, Any]]:
-        """Address, dataset and row, and content of each row."""
+        """Yield address, dataset and row number, and content of every row."""
         for address, row in enumerate(self._dataset):
-            yield address, f"{self.name}: row {address + 1}", self._content(row)
+            yield address, f"{self.name}: row {address + 1}", self._convert_row(row)
 
     def read(self, address: int) -> Any:
-        """The content of the row there."""
-        return self._content(self._dataset[address])
+        """Return the content of the row at an address."""
+        return self._convert_row(self._dataset[address])
 
-    def _content(self, row: Mapping[str, Any]) -> Any:
-        return _named(_present(row), self._names)
+    def _convert_row(self, row: Mapping[str, Any]) -> Any:
+        return _name_classes(_drop_nulls(row), self._class_names)
 
 
 def load_hub_dataset(name: str) -> HubDataset:
-    """The dataset that NAME:SPLIT or NAME/CONFIG:SPLIT means, fetched from the hub if it is not in its cache."""
-    datasets = needed("datasets", "Hugging Face datasets")
-    repository, split = _split_of(f"hf:{name}", name)
+    """Load the dataset NAME:SPLIT or NAME/CONFIG:SPLIT from the Hugging Face cache, the hub or a local folder."""
+    datasets = import_data_extra("datasets", "Hugging Face datasets")
+    repository, split = _parse_dataset_name(f"hf:{name}", name)
     parts, config = repository.split("/"), None
-    if len(parts) == 3 and parts[0] not in ("", ".", ".."):  # no path of a folder
+    if len(parts) == 3 and parts[0] not in ("", ".", ".."):  # ORG/NAME/CONFIG, not the path of a folder
         repository, config = "/".join(parts[:2]), parts[2]
     try:
         dataset = datasets.load_dataset(repository, config, split=split)
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"hf:{name}: cannot be loaded ({brief(error)})") from None
+        raise UserError(f"hf:{name}: cannot be loaded ({summarize(error)})") from None
     return HubDataset(f"hf:{name}", dataset)
 
 
 def load_saved_dataset(folder: Path) -> HubDataset:
-    """The dataset that `save_to_disk` wrote into a folder."""
-    datasets = needed("datasets", "Hugging Face datasets")
+    """Load the dataset that `Dataset.save_to_disk` wrote to a folder."""
+    datasets = import_data_extra("datasets", "Hugging Face datasets")
     try:
         return HubDataset(str(folder), datasets.Dataset.load_from_disk(str(folder)))
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: no whole dataset ({brief(error)})") from None
+        raise UserError(f"{folder}: not a complete saved dataset ({summarize(error)})") from None
 
 
 class TfDataset:
-    """A split of a dataset of TensorFlow Datasets, read without TensorFlow; an address is the number of an example."""
+    """One split of a TensorFlow Dataset, read without TensorFlow. An address is the number of an example, from 0."""
 
     def __init__(self, name: str):
-        """`name` is NAME/CONFIG:SPLIT, below $TFDS_DATA_DIR or ~/tensorflow_datasets, as `tfds build` leaves it there."""
-        tfds = needed("tensorflow_datasets", "TensorFlow Datasets")
+        """Open NAME:SPLIT or NAME/CONFIG:SPLIT, which `tfds build` wrote to $TFDS_DATA_DIR or ~/tensorflow_datasets."""
+        tfds = import_data_extra("tensorflow_datasets", "TensorFlow Datasets")
         self.name = f"tfds:{name}"
-        dataset, split = _split_of(self.name, name)
+        dataset, split = _parse_dataset_name(self.name, name)
         try:
             self._source = tfds.core.read_only_builder.builder_from_files(dataset).as_data_source(split=split)
         except tfds.core.DatasetNotFoundError:
-            told = f"`tfds build {dataset} --file_format=array_record` makes it there; TFDS_DATA_DIR names another folder"
-            raise UserError(f"{self.name}: no such dataset in {tfds.core.constants.DATA_DIR}; {told}") from None
+            raise UserError(
+                f"{self.name}: no such dataset in {tfds.core.constants.DATA_DIR}. Create it with "
+                f"`tfds build {dataset} --file_format=array_record`, or set TFDS_DATA_DIR to the folder that contains it."
+            ) from None
         except (OSError, ValueError, KeyError, ImportError, AssertionError, NotImplementedError) as error:
-            raise UserError(f"{self.name}: cannot be loaded ({brief(error)})") from None
+            raise UserError(f"{self.name}: cannot be loaded ({summarize(error)})") from None
         info = self._source.dataset_info
-        self.extent = len(self._source)
+        self.address_limit = len(self._source)
         self.files = [Path(path) for path in info.splits[split].filepaths]
-        self._names = _label_names(info.features)
+        self._class_names = _get_class_names(info.features)
 
     def scan(self) -> Iterator[tuple[int, str, Any]]:
-        """Address, dataset and row, and content of each row."""
-        for address in range(self.extent):
+        """Yield address, dataset and row number, and content of every row."""
+        for address in range(self.address_limit):
             yield address, f"{self.name}: row {address + 1}", self.read(address)
 
     def read(self, address: int) -> Any:
-        """The content of the row there."""
+        """Return the content of the row at an address."""
         try:
-            return _named({name: _plain(value) for name, value in self._source[address].items()}, self._names)
+            row = {name: _to_python(value) for name, value in self._source[address].items()}
+            return _name_classes(row, self._class_names)
         except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"{self.name}: row {address + 1} cannot be read ({brief(error)})") from None
+            raise UserError(f"{self.name}: row {address + 1} cannot be read ({summarize(error)})") from None
 
 
-def _split_of(source: str, name: str) -> tuple[str, str]:
-    """The name of a dataset and its split."""
-    found = SPLIT.fullmatch(name)
-    if found is None:
+def _parse_dataset_name(source: str, name: str) -> tuple[str, str]:
+    """Split NAME:SPLIT into its two parts."""
+    match = DATASET_SPLIT.fullmatch(name)
+    if match is None:
         raise UserError(f"{source}: expected NAME:SPLIT or NAME/CONFIG:SPLIT, such as {source.partition(':')[0]}:NAME:train")
-    return found[1], found[2]
+    return match[1], match[2]
 
 
-def _present(row: Mapping[str, Any]) -> dict[str, Any]:
+def _drop_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if value is not None}
 
 
-def _label_names(features: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The names of the classes of every column that holds labels."""
+def _get_class_names(features: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the class names of every column that holds class labels."""
     return {column: list(names) for column, feature in features.items() if (names := getattr(feature, "names", None))}
 
 
-def _named(row: dict[str, Any], names: Mapping[str, list[str]]) -> dict[str, Any]:
-    """A row with labels by their names; one that is not known, told by a number below 0, is absent."""
-    for column in names.keys() & row.keys():
+def _name_classes(row: dict[str, Any], class_names: Mapping[str, list[str]]) -> dict[str, Any]:
+    """Replace class numbers by their names, in place. A negative number means no label, and its field is removed."""
+    for column in class_names.keys() & row.keys():
         label = row.pop(column)
         if label >= 0:
-            row[column] = names[column][label]
+            row[column] = class_names[column][label]
     return row
 
 
-def _plain(value: Any) -> Any:
-    """Texts and numbers of Python out of bytes and of arrays."""
+def _to_python(value: Any) -> Any:
+    """Convert bytes to str, and NumPy arrays and scalars to lists and numbers."""
     if isinstance(value, bytes):
         return value.decode()
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return _plain(value.tolist()) if hasattr(value, "tolist") else value
+        return [_to_python(item) for item in value]
+    return _to_python(value.tolist()) if hasattr(value, "tolist") else value
