@@ -1,4 +1,4 @@
-"""Permutations by a key that take little memory: where each of some places goes is computed when it is asked for."""
+"""Keyed permutations that need little memory: each index is permuted on demand."""
 
 from __future__ import annotations
 
@@ -8,52 +8,65 @@ import math
 
 import numpy as np
 
-ROUNDS = 4
-SMALL = 4096  # up to that many items are shuffled by a drawn permutation
+FEISTEL_ROUNDS = 4
+MAX_STORED_PERMUTATION = 4096  # up to this many items are permuted by a stored permutation
 
 
-def key_of(*parts: int | str) -> bytes:
-    """A key that depends on all parts."""
+def make_key(*parts: int | str) -> bytes:
+    """Return a 16-byte key that depends on all parts."""
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
 
 
-def permuted(places: np.ndarray, count: int, key: bytes) -> np.ndarray:
-    """Where a permutation of `count` items (below 2^32), drawn by `key`, takes each of `places`: int64.
+def permute_indices(indices: np.ndarray, count: int, key: bytes) -> np.ndarray:
+    """Return where a pseudorandom permutation of `count` items takes each index.
 
-    The generalised Feistel network of Black and Rogaway (2002), over the least rectangle that holds all items, walked until
-    it ends at one of them: column and row are moved in turn, by a drawn function of the other.
+    The permutation is the generalized Feistel network of Black and Rogaway ("Ciphers with Arbitrary Finite Domains", 2002)
+    over the smallest near-square rectangle that has a cell for every item. A result outside the items is permuted again
+    until it is one of them (cycle walking).
+
+    Args:
+        indices: Integers below `count`, [N].
+        count: The number of items, below 2^32.
+        key: Selects the permutation (`make_key`).
+
+    Returns:
+        The permuted indices, int64 [N].
     """
-    if count <= SMALL:
-        return _drawn(count, key)[places]
-    found = _feistel(places.astype(np.uint32), count, key)
-    while (outside := np.flatnonzero(found >= count)).size:
-        found[outside] = _feistel(found[outside], count, key)
-    return found.astype(np.int64)
+    if count <= MAX_STORED_PERMUTATION:
+        return _draw_permutation(count, key)[indices]
+    permuted = _apply_feistel(indices.astype(np.uint32), count, key)
+    while (outside := np.flatnonzero(permuted >= count)).size:
+        permuted[outside] = _apply_feistel(permuted[outside], count, key)
+    return permuted.astype(np.int64)
 
 
 @functools.lru_cache(maxsize=256)
-def _drawn(count: int, key: bytes) -> np.ndarray:
+def _draw_permutation(count: int, key: bytes) -> np.ndarray:
     return np.random.default_rng(np.frombuffer(key, np.uint32)).permutation(count)
 
 
-def _sides(count: int) -> tuple[int, int]:
-    """Columns and rows of the rectangle."""
-    width = math.isqrt(count - 1) + 1
-    return width, -(-count // width)
+def _rectangle_sides(count: int) -> tuple[int, int]:
+    """Return the columns and rows of the rectangle."""
+    columns = math.isqrt(count - 1) + 1
+    return columns, -(-count // columns)
 
 
 @functools.lru_cache(maxsize=64)
-def _moves(count: int, key: bytes) -> list[np.ndarray]:
-    """Of each round, how far one side is moved at each place of the other."""
-    sides, random = _sides(count), np.random.default_rng(np.frombuffer(key, np.uint32))
-    return [random.integers(sides[i % 2], size=sides[1 - i % 2], dtype=np.uint32) for i in range(ROUNDS)]
+def _draw_round_shifts(count: int, key: bytes) -> list[np.ndarray]:
+    """Draw the round functions: for each round, how far one coordinate moves at each value of the other."""
+    sides, rng = _rectangle_sides(count), np.random.default_rng(np.frombuffer(key, np.uint32))
+    return [rng.integers(sides[i % 2], size=sides[1 - i % 2], dtype=np.uint32) for i in range(FEISTEL_ROUNDS)]
 
 
-def _feistel(x: np.ndarray, count: int, key: bytes) -> np.ndarray:
-    sides = [np.uint32(side) for side in _sides(count)]
-    place = list(np.divmod(x, sides[0]))[::-1]  # column, row
-    for i, moves in enumerate(_moves(count, key)):
-        moved, side = place[i % 2], sides[i % 2]
-        moved += moves[place[1 - i % 2]]
-        np.minimum(moved, moved - side, out=moved)  # modulo the side: what is less than zero wraps to more
-    return place[1] * sides[0] + place[0]
+def _apply_feistel(cells: np.ndarray, count: int, key: bytes) -> np.ndarray:
+    """Permute the cells of the rectangle once. Cells are numbered row by row."""
+    sides = [np.uint32(side) for side in _rectangle_sides(count)]
+    rows, columns = np.divmod(cells, sides[0])
+    coordinates = [columns, rows]
+    for i, shifts in enumerate(_draw_round_shifts(count, key)):
+        # Columns move by a function of the row in even rounds, rows by a function of the column in odd ones.
+        shifted, side = coordinates[i % 2], sides[i % 2]
+        shifted += shifts[coordinates[1 - i % 2]]
+        # The sum modulo the side: below it, the unsigned difference wraps around to a larger number.
+        np.minimum(shifted, shifted - side, out=shifted)
+    return coordinates[1] * sides[0] + coordinates[0]
