@@ -1,9 +1,9 @@
-"""Rows of one shape in any container: all checked once, then read from any place, with memory that does not grow with them.
+"""Rows of one schema in any container: all checked once, then read at random, with constant memory.
 
-What the one pass over a container learns is an index: of each row its address and one number that its shape keeps, such as a
-score. It is a file in the cache, mapped into memory, so that the next opening reads nothing but its end:
+One pass over the container checks every row and builds an index: the address of each row and one number that its schema
+derives, such as a score. The index is a file in the cache. It is memory-mapped, so opening it again reads only its end:
 
-    (address, number) of each row | rows by label, where the number is that of a label | JSON of the rest | its length
+    (address, value) per row | row indices grouped by label, if the values are labels | JSON footer | length of the footer
 """
 
 from __future__ import annotations
@@ -21,234 +21,299 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from jaxembed.data.containers import Container
-from jaxembed.data.schema import MISSING, Row, RowCheck, fields_of, parse_row
-from jaxembed.devices.processes import progress
+from jaxembed.data.schema import MISSING, Row, RowCheck, list_fields, parse_row
+from jaxembed.devices.processes import progress_bar
 from jaxembed.errors import UserError
 
-FORMAT = 2  # part of an index's name: raise it when what is checked, kept or written changes
-ENTRY = np.dtype([("address", "<i8"), ("number", "<f8")])
-PACKED, LENGTH = struct.Struct("<qd"), struct.Struct("<q")
-BLOCK = 2**16  # rows handled at a time
-TICK = 50_000_000  # nanoseconds in which a file may change twice without a new time
-LISTS = ("pos", "neg")  # fields that `columns` may take from a column of texts
+INDEX_VERSION = 2  # part of an index's file name; raise it when the checks, the index values or the format change
+INDEX_ENTRY = np.dtype([("address", "<i8"), ("value", "<f8")])
+PACKED_ENTRY, FOOTER_LENGTH = struct.Struct("<qd"), struct.Struct("<q")
+ROWS_PER_BLOCK = 2**16  # rows that are processed at a time
+FILE_CLOCK_TICK_NS = 50_000_000  # a file may change twice within this time without a new modification time
+LIST_FIELDS = ("pos", "neg")  # fields whose column may hold a single text
 log = logging.getLogger(__name__)
-Columns = Mapping[Any, str]  # our field -> the container's
+Columns = Mapping[Any, str]  # our field -> the container's column
 
 
 class RowSchema(NamedTuple):
-    """What rows of a format are checked for, and what is kept of each: a number, or the text of a label."""
+    """What a row of a format must satisfy, and what the index stores of it.
+
+    Attributes:
+        name: Name of the format.
+        check: Returns what is wrong with a row, or None.
+        index_value: Returns the number that the index stores of a row, or the name of its label.
+    """
 
     name: str
     check: RowCheck
-    kept: Callable[[Row], float | str] = lambda row: 0.0
+    index_value: Callable[[Row], float | str] = lambda row: 0.0
 
 
-class Rows:
-    """A sequence of rows. `UserError` names file and line of the first bad one.
+class IndexedRows:
+    """A sequence of checked rows.
 
-    `numbers` [N] is what the shape keeps of each row and `largest` the largest of them. Where it keeps labels, `numbers` are
-    those of `names`, which are sorted; `by_label` [N] lists the rows label by label and `counts` how many each has. `digest`
-    is a SHA-256 of the content: of a JSONL file without blank lines that of its bytes.
+    Attributes:
+        container: Where the rows are stored.
+        schema: The schema that every row satisfies.
+        columns: Our field -> the container's column.
+        index_values: What the schema derives of each row, float64 [N]. Labels are indices into `label_names`.
+        max_value: The largest of `index_values`.
+        label_names: Sorted names of the labels, or empty.
+        label_counts: The number of rows of each label.
+        rows_grouped_by_label: Row indices, int64 [N]: those of the first label, then those of the second, and so on.
+        digest: SHA-256 of the content. For a JSONL file without blank lines it is the SHA-256 of the file.
     """
 
-    def __init__(self, container: Container, shape: RowSchema, cache: Path | None = None, columns: Columns | None = None):
-        """`columns` are names of our fields -> the container's; without a `cache`, or where it cannot be written, the index
-        lives as long as the rows.
+    def __init__(self, container: Container, schema: RowSchema, cache: Path | None = None, columns: Columns | None = None):
+        """Check all rows, or load the index of an earlier check.
+
+        Args:
+            container: Where the rows are stored.
+            schema: The schema that every row must satisfy.
+            cache: Folder of the index. Without it, or if it is not writable, the index is a temporary file.
+            columns: Our field -> the container's column.
+
+        Raises:
+            UserError: Names file and line of the first bad row.
         """
-        self.container, self.shape, self.columns = container, shape, columns or {}
-        entries, self.by_label, rest = _index(self, cache)
-        self._addresses, self.numbers = entries["address"], entries["number"]
-        self.digest, self.largest = str(rest["digest"]), float(rest["largest"])
-        self.names, self.counts = tuple(rest["names"]), tuple(rest["counts"])
+        self.container, self.schema, self.columns = container, schema, columns or {}
+        entries, self.rows_grouped_by_label, footer = _load_index(self, cache)
+        self._addresses, self.index_values = entries["address"], entries["value"]
+        self.digest, self.max_value = str(footer["digest"]), float(footer["largest"])
+        self.label_names, self.label_counts = tuple(footer["names"]), tuple(footer["counts"])
 
     def __len__(self) -> int:
         return len(self._addresses)
 
     def __getitem__(self, index: int) -> Row:
         address = int(self._addresses[index])
-        return as_row(self.container.read(address), f"{self.container.name} (row {index + 1})", self.columns)
+        return build_row(self.container.read(address), f"{self.container.name} (row {index + 1})", self.columns)
 
 
 class RowsAbove:
-    """The rows whose number is `least` or more, in order, found by counts of blocks, so that there is no list of them."""
+    """Indices of the values that are at least `threshold`, in order.
 
-    def __init__(self, numbers: np.ndarray, least: float):
-        self._numbers, self._least = numbers, least
-        blocks = range(0, len(numbers), BLOCK)
-        self._ends = np.cumsum([np.count_nonzero(numbers[start : start + BLOCK] >= least) for start in blocks])
+    It stores one count per block of values instead of a list of indices.
+    """
+
+    def __init__(self, values: np.ndarray, threshold: float):
+        """Count the values at or above the threshold in each block."""
+        self._values, self._threshold = values, threshold
+        starts = range(0, len(values), ROWS_PER_BLOCK)
+        self._ends = np.cumsum([np.count_nonzero(values[start : start + ROWS_PER_BLOCK] >= threshold) for start in starts])
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> int:
         block = int(np.searchsorted(self._ends, index, side="right"))
-        start, before = block * BLOCK, int(self._ends[block - 1]) if block else 0
-        return start + int(np.flatnonzero(self._numbers[start : start + BLOCK] >= self._least)[index - before])
+        start, count_before = block * ROWS_PER_BLOCK, int(self._ends[block - 1]) if block else 0
+        matches = np.flatnonzero(self._values[start : start + ROWS_PER_BLOCK] >= self._threshold)
+        return start + int(matches[index - count_before])
 
 
-def as_row(content: Any, where: str, columns: Columns) -> dict[str, Any]:
-    """A row under our names of its fields."""
-    return _renamed(_parsed(content, where), columns)
+def build_row(content: Any, where: str, columns: Columns) -> dict[str, Any]:
+    """Return the content of a container as a row with our field names."""
+    return _rename_columns(_parse_content(content, where), columns)
 
 
-def _parsed(content: Any, where: str) -> dict[str, Any]:
-    """A row as its container has it."""
+def _parse_content(content: Any, where: str) -> dict[str, Any]:
+    """Return the content of a container as a row with the container's column names."""
     return parse_row(content, where) if isinstance(content, bytes) else content
 
 
-def _renamed(row: dict[str, Any], columns: Columns) -> dict[str, Any]:
-    """The row under our names: what `columns` names is taken from that column alone, and a single value makes a list where
-    a list is expected.
+def _rename_columns(row: dict[str, Any], columns: Columns) -> dict[str, Any]:
+    """Return a row with our field names.
+
+    A field in `columns` is read from that column alone. A single value becomes a list where the field is a list.
     """
     if not columns:
         return row
-    taken = {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
-    taken |= {name: [taken[name]] for name in LISTS if name in taken and not isinstance(taken[name], list)}
-    return {name: value for name, value in row.items() if name not in {*columns, *columns.values()}} | taken
+    renamed = {field: row[column] for field, column in columns.items() if column in row}
+    renamed |= {field: [renamed[field]] for field in LIST_FIELDS if field in renamed and not isinstance(renamed[field], list)}
+    return {name: value for name, value in row.items() if name not in {*columns, *columns.values()}} | renamed
 
 
-def scan(container: Container) -> Iterator[tuple[int, str, Any]]:
-    """Address, place and content of each row, with a bar where it takes long; `UserError` where there are none."""
-    empty = True
+def scan_with_progress(container: Container) -> Iterator[tuple[int, str, Any]]:
+    """Yield address, location and content of every row, and show a progress bar if it takes long.
+
+    Raises:
+        UserError: If the container cannot be read or has no rows.
+    """
+    is_empty = True
     try:
-        for found in progress(container.scan(), desc=f"reading {container.name}", unit="row", delay=2, leave=False):
-            empty = False
-            yield found
+        for entry in progress_bar(container.scan(), desc=f"reading {container.name}", unit="row", delay=2, leave=False):
+            is_empty = False
+            yield entry
     except OSError as error:
         raise UserError(f"{container.name}: cannot be read ({error.strerror})") from None
-    if empty:
-        raise UserError(f"{container.name}: holds no rows")
+    if is_empty:
+        raise UserError(f"{container.name}: contains no rows")
 
 
-def read_all(container: Container, check: RowCheck, columns: Columns) -> Iterator[tuple[int, Any, dict[str, Any] | UserError]]:
-    """Address and content of each row, in order, and the row; of a bad one, the error that says where and what it is.
+def iter_checked_rows(
+    container: Container, check: RowCheck, columns: Columns
+) -> Iterator[tuple[int, Any, dict[str, Any] | UserError]]:
+    """Yield address, content and row of every row, in order. A bad row is replaced by its error, which names its location.
 
-    `UserError` is raised where nothing more can be read, and where no row has one of the columns.
+    Raises:
+        UserError: If the rest cannot be read, or no row has one of the columns.
     """
-    absent, first = set(columns), ""
-    under = f" (under columns {json.dumps(dict(columns), ensure_ascii=False)})" if columns else ""
-    for address, where, content in scan(container):
+    missing_fields, first_row_fields = set(columns), ""
+    columns_note = f" (with columns {json.dumps(dict(columns), ensure_ascii=False)})" if columns else ""
+    for address, where, content in scan_with_progress(container):
         try:
-            given = _parsed(content, where)
+            original = _parse_content(content, where)
         except UserError as error:
             yield address, content, error
             continue
-        first = first or fields_of(given)
-        absent = {name for name in absent if columns[name] not in given}
-        problem = check(row := _renamed(given, columns))
-        has = f"; the row has {fields_of(given)}" if problem and f'" is {MISSING};' in problem else ""
-        yield address, content, UserError(f"{where}: {problem}{has}{under}") if problem else row
-    for name in absent:
-        told = f"no row has the column {columns[name]!r}, which columns names for {name}; the first row has {first}"
-        raise UserError(f"{container.name}: {told}")
+        first_row_fields = first_row_fields or list_fields(original)
+        missing_fields = {field for field in missing_fields if columns[field] not in original}
+        problem = check(row := _rename_columns(original, columns))
+        fields_note = f"; the row has {list_fields(original)}" if problem and f'" is {MISSING};' in problem else ""
+        yield address, content, UserError(f"{where}: {problem}{fields_note}{columns_note}") if problem else row
+    for field in missing_fields:
+        raise UserError(
+            f"{container.name}: no row has the column {columns[field]!r}, which `columns` names for {field} (the first row has "
+            f"{first_row_fields})"
+        )
 
 
-Index = tuple[np.ndarray, np.ndarray, Mapping[str, Any]]  # entries [N], rows by label [N or 0], the rest
+Index = tuple[np.ndarray, np.ndarray, Mapping[str, Any]]  # entries [N], row indices grouped by label [N or 0], footer
 
 
-def _index(rows: Rows, cache: Path | None) -> Index:
-    """The index that the cache holds of these rows, else a new one."""
-    stamp = [[os.path.abspath(path), stat.st_size, stat.st_mtime_ns] for path in rows.container.files if (stat := path.stat())]
-    if cache is None or not stamp:
-        return _temporary(rows)
-    identity = [FORMAT, rows.shape.name, rows.columns, rows.container.name, *(path for path, _, _ in stamp)]
+def _load_index(rows: IndexedRows, cache: Path | None) -> Index:
+    """Return the index of these rows from the cache, or build it."""
+    stamps = [[os.path.abspath(path), stat.st_size, stat.st_mtime_ns] for path in rows.container.files if (stat := path.stat())]
+    if cache is None or not stamps:
+        return _build_temporary_index(rows)
+    identity = [INDEX_VERSION, rows.schema.name, rows.columns, rows.container.name, *(path for path, _, _ in stamps)]
     path = cache / "rows" / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
-    if (found := _kept(path, stamp)) is not None:
-        return found
-    partial = ""
+    if (cached := _read_cached_index(path, stamps)) is not None:
+        return cached
+    unfinished = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix="unfinished-", delete=False) as file:
-            partial = file.name
-            _write(file, rows, stamp)
-        os.replace(partial, path)
+            unfinished = file.name
+            _write_index(file, rows, stamps)
+        os.replace(unfinished, path)
         with path.open("rb") as file:
-            return _read(file)
+            return _read_index(file)
     except OSError as error:
-        log.warning("%s: cannot be written (%s): the index of %s is not kept", path, error.strerror, rows.container.name)
-        return _temporary(rows)
+        log.warning("%s: cannot be written (%s). The index of %s is not cached.", path, error.strerror, rows.container.name)
+        return _build_temporary_index(rows)
     finally:
-        Path(partial).unlink(missing_ok=True) if partial else None
+        Path(unfinished).unlink(missing_ok=True) if unfinished else None
 
 
-def _temporary(rows: Rows) -> Index:
-    """An index in a file without a name, which the system removes with the process."""
+def _build_temporary_index(rows: IndexedRows) -> Index:
+    """Build an index in an unnamed file, which the system removes with the process."""
     try:
         with tempfile.TemporaryFile() as file:
-            _write(file, rows, [])
-            return _read(file)
+            _write_index(file, rows, [])
+            return _read_index(file)
     except OSError as error:
-        told = f"its index cannot be written to {tempfile.gettempdir()} ({error.strerror}); make room there, or in the cache"
-        raise UserError(f"{rows.container.name}: {told}") from None
+        raise UserError(
+            f"{rows.container.name}: the index cannot be written to {tempfile.gettempdir()} ({error.strerror}). "
+            "Free some space there or in the cache."
+        ) from None
 
 
-def _kept(path: Path, stamp: list[Any]) -> Index | None:
-    """The index in a file; None where it is damaged, is of other content, or was made while that could still change."""
+def _read_cached_index(path: Path, stamps: list[Any]) -> Index | None:
+    """Return the index in a file, or None if it is damaged or out of date.
+
+    An index as young as its data files is out of date too, because they can change without a new modification time.
+    """
     try:
         with path.open("rb") as file:
-            index = _read(file)
-            made = os.fstat(file.fileno()).st_mtime_ns
+            index = _read_index(file)
+            index_time = os.fstat(file.fileno()).st_mtime_ns
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    fresh = made > TICK + max(modified for _, _, modified in stamp)
-    return index if fresh and index[2]["stamp"] == stamp else None
+    is_younger = index_time > FILE_CLOCK_TICK_NS + max(modified for _, _, modified in stamps)
+    return index if is_younger and index[2]["stamp"] == stamps else None
 
 
-def _write(file: IO[bytes], rows: Rows, stamp: list[Any]) -> None:
-    """Reads and checks every row of a container, and writes its index."""
+def _write_index(file: IO[bytes], rows: IndexedRows, stamps: list[Any]) -> None:
+    """Read and check every row of a container, and write its index."""
     digest, largest, count, labels = hashlib.sha256(), -np.inf, 0, dict[str, int]()
-    for address, content, row in read_all(rows.container, rows.shape.check, rows.columns):
+    for address, content, row in iter_checked_rows(rows.container, rows.schema.check, rows.columns):
         if isinstance(row, UserError):
             raise row
         digest.update(content if isinstance(content, bytes) else json.dumps(content, default=str).encode())
-        kept = rows.shape.kept(row)
-        number = labels.setdefault(kept, len(labels)) if isinstance(kept, str) else float(kept)
-        file.write(PACKED.pack(address, number))
+        value = rows.schema.index_value(row)
+        # Labels are numbered in order of appearance, and renumbered in sorted order at the end.
+        number = labels.setdefault(value, len(labels)) if isinstance(value, str) else float(value)
+        file.write(PACKED_ENTRY.pack(address, number))
         largest, count = max(largest, number), count + 1
     file.flush()
     names = sorted(labels)
-    counts = _group(file, count, np.argsort([labels[name] for name in names])) if labels else []
-    rest = {"rows": count, "stamp": stamp, "digest": digest.hexdigest(), "largest": largest, "names": names, "counts": counts}
-    encoded = json.dumps(rest).encode()
+    counts = _group_by_label(file, count, np.argsort([labels[name] for name in names])) if labels else []
+    footer = {
+        "rows": count,
+        "stamp": stamps,
+        "digest": digest.hexdigest(),
+        "largest": largest,
+        "names": names,
+        "counts": counts,
+    }
+    encoded = json.dumps(footer).encode()
     file.seek(0, os.SEEK_END)
-    file.write(encoded + LENGTH.pack(len(encoded)))
+    file.write(encoded + FOOTER_LENGTH.pack(len(encoded)))
     file.flush()
 
 
-def _group(file: IO[bytes], count: int, renumbered: np.ndarray) -> list[int]:
-    """Renumbers the labels of an index, appends the rows label by label, and returns how many each label has."""
-    entries = np.memmap(file, ENTRY, "r+", shape=(count,))
+def _group_by_label(file: IO[bytes], count: int, new_labels: np.ndarray) -> list[int]:
+    """Renumber the labels of an index and append its rows grouped by label.
+
+    Args:
+        file: The index, with the entries alone.
+        count: The number of rows.
+        new_labels: The new number of each label, int [L].
+
+    Returns:
+        The number of rows of each label.
+    """
+    entries = np.memmap(file, INDEX_ENTRY, "r+", shape=(count,))
     grouped = np.memmap(file, "<i8", "r+", entries.nbytes, (count,))
-    blocks = [slice(start, start + BLOCK) for start in range(0, count, BLOCK)]
-    counts = np.zeros(len(renumbered), np.int64)
+    blocks = [slice(start, start + ROWS_PER_BLOCK) for start in range(0, count, ROWS_PER_BLOCK)]
+    counts = np.zeros(len(new_labels), np.int64)
+    # First pass: renumber the labels and count their rows.
     for block in blocks:
-        entries["number"][block] = renumbered[entries["number"][block].astype(np.int64)]
-        counts += np.bincount(entries["number"][block].astype(np.int64), minlength=len(counts))
-    free = np.cumsum(counts) - counts  # the place of each label's next row
+        entries["value"][block] = new_labels[entries["value"][block].astype(np.int64)]
+        counts += np.bincount(entries["value"][block].astype(np.int64), minlength=len(counts))
+    # Second pass: a stable counting sort, one block of rows at a time.
+    next_positions = np.cumsum(counts) - counts  # where the next row of each label goes
     for block in blocks:
-        numbers = entries["number"][block].astype(np.int64)
-        order = np.argsort(numbers, kind="stable")
-        labels, first, of_block = np.unique(numbers[order], return_index=True, return_counts=True)
-        within = np.arange(len(order)) - np.repeat(first, of_block)
-        grouped[free[numbers[order]] + within] = block.start + order
-        free[labels] += of_block
+        row_labels = entries["value"][block].astype(np.int64)
+        order = np.argsort(row_labels, kind="stable")
+        labels, first, block_counts = np.unique(row_labels[order], return_index=True, return_counts=True)
+        rank_in_label = np.arange(len(order)) - np.repeat(first, block_counts)
+        grouped[next_positions[row_labels[order]] + rank_in_label] = block.start + order
+        next_positions[labels] += block_counts
     return counts.tolist()
 
 
-def _read(file: IO[bytes]) -> Index:
-    """Maps an index; `ValueError` where it is not whole."""
-    end = file.seek(0, os.SEEK_END) - LENGTH.size
-    if end < 0:
-        raise ValueError("no index")
-    file.seek(end)
-    (length,) = LENGTH.unpack(file.read())
-    if not 0 <= length <= end:
-        raise ValueError("no index")
-    file.seek(end - length)
-    rest = json.loads(file.read(length))
-    count, labelled = rest["rows"], bool(rest["names"])
-    if end - length != count * (ENTRY.itemsize + 8 * labelled):
-        raise ValueError("no index")
-    entries = np.memmap(file, ENTRY, "r", shape=(count,))
-    by_label = np.memmap(file, "<i8", "r", entries.nbytes, (count,)) if labelled else np.zeros(0, np.int64)
-    return np.asarray(entries), np.asarray(by_label), rest  # plain views, whose elements are read faster
+def _read_index(file: IO[bytes]) -> Index:
+    """Map an index into memory.
+
+    Raises:
+        ValueError: If it is incomplete.
+    """
+    footer_end = file.seek(0, os.SEEK_END) - FOOTER_LENGTH.size
+    if footer_end < 0:
+        raise ValueError("incomplete index")
+    file.seek(footer_end)
+    (footer_length,) = FOOTER_LENGTH.unpack(file.read())
+    if not 0 <= footer_length <= footer_end:
+        raise ValueError("incomplete index")
+    file.seek(footer_end - footer_length)
+    footer = json.loads(file.read(footer_length))
+    count, has_labels = footer["rows"], bool(footer["names"])
+    if footer_end - footer_length != count * (INDEX_ENTRY.itemsize + 8 * has_labels):
+        raise ValueError("incomplete index")
+    entries = np.memmap(file, INDEX_ENTRY, "r", shape=(count,))
+    grouped = np.memmap(file, "<i8", "r", entries.nbytes, (count,)) if has_labels else np.zeros(0, np.int64)
+    # Plain arrays instead of np.memmap: their elements are read faster.
+    return np.asarray(entries), np.asarray(grouped), footer
