@@ -1,4 +1,4 @@
-"""BEIR folders: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv. For training and for evaluation."""
+"""BEIR folders (corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv), for training and for evaluation."""
 
 from __future__ import annotations
 
@@ -10,63 +10,79 @@ from pathlib import Path
 from typing import Any
 
 from jaxembed.data.containers import open_container
-from jaxembed.data.jsonl import write_lines
-from jaxembed.data.rows import Rows, RowSchema
-from jaxembed.data.schema import Row, check_corpus, check_query, is_text
+from jaxembed.data.jsonl import write_jsonl
+from jaxembed.data.rows import IndexedRows, RowSchema
+from jaxembed.data.schema import Row, check_beir_document, check_beir_query, is_text
 from jaxembed.errors import UserError
 from jaxembed.files import read_text
 
-HEADER = ["query-id", "corpus-id", "score"]  # the first line of qrels, which may do without
+QRELS_HEADER = ["query-id", "corpus-id", "score"]  # the first line of qrels, which may be absent
+MAX_QUOTED_CHARS = 60  # characters of a bad line that an error quotes
 
 
 @dataclasses.dataclass(frozen=True)
 class BeirFolder:
-    """Corpus, queries that have relevant documents, and for each of those {corpus row: grade}.
+    """A corpus, queries, and the relevant documents of the queries that have any.
 
-    `digest` is a SHA-256 of all three files.
+    Attributes:
+        corpus: The documents.
+        queries: All queries.
+        query_rows: Rows of the queries that have relevant documents.
+        relevant: For each of `query_rows`, {corpus row: relevance grade above 0}.
+        digest: SHA-256 of all three files.
     """
 
-    corpus: Rows
-    queries: Rows
+    corpus: IndexedRows
+    queries: IndexedRows
     query_rows: list[int]
     relevant: list[dict[int, int]]
     digest: str
 
-    def query(self, i: int) -> str:
-        return str(self.queries[self.query_rows[i]]["text"])
+    def query_text(self, index: int) -> str:
+        """Return the text of a query, by its index in `query_rows`."""
+        return str(self.queries[self.query_rows[index]]["text"])
 
-    def document(self, row: int) -> str:
-        return document_text(self.corpus[row])
-
-
-def document_text(entry: Row) -> str:
-    """Title and text of a document, joined as BEIR and MTEB join them."""
-    return f"{entry.get('title') or ''} {entry['text']}".strip()
+    def document_text(self, row: int) -> str:
+        """Return title and text of a document, by its row of the corpus."""
+        return join_title_and_text(self.corpus[row])
 
 
-def open_corpus(folder: Path) -> tuple[Rows, dict[str, int]]:
-    """The documents of a folder and the row of each id; `UserError` names what is off."""
-    corpus = Rows(open_container(str(folder / "corpus.jsonl")), RowSchema("corpus", check_corpus))
-    return corpus, _row_of_id(corpus)
+def join_title_and_text(document: Row) -> str:
+    """Join title and text of a document with a space, as BEIR and MTEB do."""
+    return f"{document.get('title') or ''} {document['text']}".strip()
+
+
+def open_corpus(folder: Path) -> tuple[IndexedRows, dict[str, int]]:
+    """Return the documents of a BEIR folder, and id -> row.
+
+    Raises:
+        UserError: If the corpus is missing or has a bad row.
+    """
+    corpus = IndexedRows(open_container(str(folder / "corpus.jsonl")), RowSchema("corpus", check_beir_document))
+    return corpus, _map_ids_to_rows(corpus)
 
 
 def open_beir(folder: Path, splits: tuple[str, ...]) -> BeirFolder:
-    """Opens a folder with the first of `splits` that it has. `UserError` names file and line of what is off."""
+    """Open a BEIR folder with the first of `splits` that it has.
+
+    Raises:
+        UserError: If a file is missing or has a bad line; the error names file and line.
+    """
     corpus, corpus_rows = open_corpus(folder)
-    queries = Rows(open_container(str(folder / "queries.jsonl")), RowSchema("queries", check_query))
-    qrels = next((p for s in splits if (p := folder / "qrels" / f"{s}.tsv").is_file()), None)
+    queries = IndexedRows(open_container(str(folder / "queries.jsonl")), RowSchema("queries", check_beir_query))
+    qrels = next((path for split in splits if (path := folder / "qrels" / f"{split}.tsv").is_file()), None)
     if qrels is None:
-        raise UserError(f"{folder}: expected qrels/{splits[0]}.tsv beside corpus.jsonl and queries.jsonl")
-    query_rows = _row_of_id(queries)
+        raise UserError(f"{folder}: qrels/{splits[0]}.tsv is missing; expected it next to corpus.jsonl and queries.jsonl")
+    query_rows = _map_ids_to_rows(queries)
     relevant: dict[int, dict[int, int]] = {}
     text = read_text(qrels)
     for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip() or (number == 1 and _fields(line) == HEADER):
+        if not line.strip() or (number == 1 and _split_fields(line) == QRELS_HEADER):
             continue
-        query, document, grade = _judgement(line, f"{qrels}:{number}")
-        for name, rows, of in ((query, query_rows, queries), (document, corpus_rows, corpus)):
-            if name not in rows:
-                raise UserError(f"{qrels}:{number}: id {name!r} is not in {of.container.name}")
+        query, document, grade = _parse_judgment(line, f"{qrels}:{number}")
+        for id_, id_rows, rows in ((query, query_rows, queries), (document, corpus_rows, corpus)):
+            if id_ not in id_rows:
+                raise UserError(f"{qrels}:{number}: id {id_!r} is not in {rows.container.name}")
         if grade > 0:
             relevant.setdefault(query_rows[query], {})[corpus_rows[document]] = grade
     if not relevant:
@@ -75,27 +91,30 @@ def open_beir(folder: Path, splits: tuple[str, ...]) -> BeirFolder:
     return BeirFolder(corpus, queries, list(relevant), list(relevant.values()), digest)
 
 
-def _fields(line: str) -> list[str]:
+def _split_fields(line: str) -> list[str]:
     return line.rstrip("\r").split("\t")
 
 
-def _judgement(line: str, where: str) -> tuple[str, str, int]:
+def _parse_judgment(line: str, where: str) -> tuple[str, str, int]:
+    """Return query id, document id and relevance grade of a line of qrels."""
     try:
-        query, document, grade = _fields(line)
+        query, document, grade = _split_fields(line)
         return query, document, int(float(grade))
     except (ValueError, OverflowError):
-        raise UserError(f"{where}: expected {', '.join(HEADER)} between tabs, found {line[:60]!r}") from None
+        raise UserError(
+            f"{where}: expected {', '.join(QRELS_HEADER)} separated by tabs (found {line[:MAX_QUOTED_CHARS]!r})"
+        ) from None
 
 
-def _row_of_id(rows: Rows) -> dict[str, int]:
-    ids: dict[str, int] = {}
+def _map_ids_to_rows(rows: IndexedRows) -> dict[str, int]:
+    id_rows: dict[str, int] = {}
     for i in range(len(rows)):
-        name = rows[i]["_id"]
-        if name in ids:
-            places = [where for _, where, _ in islice(rows.container.scan(), i + 1)]
-            raise UserError(f"{places[i]}: _id {name!r} is that of {places[ids[name]]} too; ids must be unique")
-        ids[name] = i
-    return ids
+        id_ = rows[i]["_id"]
+        if id_ in id_rows:
+            locations = [where for _, where, _ in islice(rows.container.scan(), i + 1)]
+            raise UserError(f"{locations[i]}: duplicate _id {id_!r} (first in {locations[id_rows[id_]]})")
+        id_rows[id_] = i
+    return id_rows
 
 
 def write_beir(
@@ -105,35 +124,51 @@ def write_beir(
     relevant: Mapping[str, Mapping[str, int]],
     split: str = "test",
 ) -> None:
-    """Writes a new folder: texts by id, without titles, and the grade of each query's relevant documents."""
+    """Write a new BEIR folder, whose documents have no titles.
+
+    Args:
+        folder: Must not have a subfolder qrels.
+        corpus: Document id -> text.
+        queries: Query id -> text.
+        relevant: Query id -> {document id: relevance grade}.
+        split: Name of the qrels file.
+    """
     (folder / "qrels").mkdir(parents=True)
-    write_lines(folder / "corpus.jsonl", [{"_id": name, "title": "", "text": text} for name, text in corpus.items()])
-    write_lines(folder / "queries.jsonl", [{"_id": name, "text": text} for name, text in queries.items()])
-    judged = [f"{q}\t{name}\t{grade}" for q, documents in relevant.items() for name, grade in documents.items()]
-    lines = ["\t".join(HEADER), *judged]
+    write_jsonl(folder / "corpus.jsonl", [{"_id": id_, "title": "", "text": text} for id_, text in corpus.items()])
+    write_jsonl(folder / "queries.jsonl", [{"_id": id_, "text": text} for id_, text in queries.items()])
+    judgments = [f"{query}\t{document}\t{grade}" for query, grades in relevant.items() for document, grade in grades.items()]
+    lines = ["\t".join(QRELS_HEADER), *judgments]
     (folder / "qrels" / f"{split}.tsv").write_text("\n".join(lines) + "\n", "utf-8")
 
 
-class BeirPairs:
-    """A BEIR folder as training rows: each query that has relevant documents, with those as positives.
+class BeirPairRows:
+    """A BEIR folder as rows of pairs: each query that has relevant documents, with those as positives.
 
-    A document without a text is none of them, and a query that has no other is dropped.
+    A document without a text is no positive, and a query without any positive is dropped.
+
+    Attributes:
+        row_count: The number of queries that have relevant documents.
+        digest: SHA-256 of the three files.
+        max_positives: The most positives of a query.
+        drop_counts: Reason -> how many queries are dropped.
     """
 
     def __init__(self, folder: Path):
+        """Open the folder's split train, else dev, else test."""
         beir = self._beir = open_beir(folder, ("train", "dev", "test"))
         self.digest, self.row_count = beir.digest, len(beir.relevant)
-        with_text = [[row for row in sorted(rows) if is_text(beir.document(row))] for rows in beir.relevant]
-        self._relevant = {i: rows for i, rows in enumerate(with_text) if rows}
-        self._queries = list(self._relevant)
-        if not self._queries:
+        non_empty = [[row for row in sorted(grades) if is_text(beir.document_text(row))] for grades in beir.relevant]
+        self._positive_rows = {i: rows for i, rows in enumerate(non_empty) if rows}
+        self._query_indices = list(self._positive_rows)
+        if not self._query_indices:
             raise UserError(f"{folder}: no query has a relevant document with a text")
-        self.most_positives = max(map(len, self._relevant.values()))
-        self.dropped = {"queries without a document that has a text": self.row_count - len(self)}
+        self.max_positives = max(map(len, self._positive_rows.values()))
+        self.drop_counts = {"queries without a document that has a text": self.row_count - len(self)}
 
     def __len__(self) -> int:
-        return len(self._queries)
+        return len(self._query_indices)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        query = self._queries[index]
-        return {"query": self._beir.query(query), "pos": [self._beir.document(row) for row in self._relevant[query]]}
+        query = self._query_indices[index]
+        positives = [self._beir.document_text(row) for row in self._positive_rows[query]]
+        return {"query": self._beir.query_text(query), "pos": positives}
