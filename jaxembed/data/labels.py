@@ -9,134 +9,167 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from jaxembed.config import SourceConfig
-from jaxembed.data.rows import Rows
+from jaxembed.data.rows import IndexedRows
 from jaxembed.data.sampling import ExampleSampler
 from jaxembed.data.schema import Example, Row
 from jaxembed.errors import UserError
 
-SHOWN = 10  # labels that an error lists
-EXAMPLES = 8  # positives, and negatives, of a row of pairs where there is no end of them
+MAX_LISTED_LABELS = 10
+EXAMPLES_PER_PAIR_ROW = 8  # positives, and negatives, of a row of pairs whose documents are examples
 
 
-class Labels(ExampleSampler):
-    """(text, label) rows, after NV-Embed 4.2 and 5.3.4.
+class LabelSampler(ExampleSampler):
+    """Draws from (text, label) rows, after NV-Embed (sections 4.2 and 5.3.4).
 
-    Documents are label texts (two labels, or chosen so): the label's text is the positive, those of other labels the
-    negatives, of this source or, after KaLM-Embedding 2.1, of all (`among`). Or they are examples: another text of the
-    label is the positive, texts of other labels, drawn evenly over the labels, the negatives.
+    The documents are of one of two kinds:
+
+    - Label texts, if there are two labels or `label_documents` says so. The positive is the text of the row's label, the
+      negatives are the texts of other labels of this source, or of all sources (`add_negative_labels`, KaLM-Embedding 2.1).
+    - Examples otherwise. The positive is another text with the same label. The negatives are texts of other labels, each of
+      a label drawn uniformly.
     """
 
-    most_positives = 2
+    max_positives = 2  # the positive and, since no text is its own negative, the query
 
-    def __init__(self, rows: Rows, config: SourceConfig):
+    def __init__(self, rows: IndexedRows, config: SourceConfig):
+        """Resolve the label texts and find the usable rows.
+
+        Args:
+            rows: Rows with the schema `labels`.
+            config: The source.
+
+        Raises:
+            UserError: If a label has no name in `label_names`, or a text has no positive and `single_labels` is `error`.
+        """
         self.rows = rows
         self._path = config.path
-        text_of = self._spelled_out(config)
-        self._texts = sorted(set(text_of))
-        place = {text: i for i, text in enumerate(self._texts)}
-        self._label = [place[text] for text in text_of]  # of each of the rows' labels
-        self._ends = np.cumsum(rows.counts)
-        self._pool = tuple(self._texts)
-        self._by_label = {"auto": len(self._texts) == 2, "labels": True, "examples": False}[config.label_documents]
-        self._kept: Sequence[int] | np.ndarray = range(len(rows))
-        self.dropped: dict[str, int] = {}
-        if not self._by_label:
-            self._keep_those_with_positives(config)
+        texts = self._resolve_label_texts(config)  # of each label of the rows; several labels may share a text
+        self._label_texts = sorted(set(texts))
+        class_ids = {text: i for i, text in enumerate(self._label_texts)}
+        self._class_ids = [class_ids[text] for text in texts]  # index into `_label_texts`, of each label of the rows
+        self._group_ends = np.cumsum(rows.label_counts)
+        self._candidate_labels = tuple(self._label_texts)
+        uses_label_texts = {"auto": len(self._label_texts) == 2, "labels": True, "examples": False}
+        self._uses_label_texts = uses_label_texts[config.label_documents]
+        self._usable_rows: Sequence[int] | np.ndarray = range(len(rows))
+        self.drop_counts: dict[str, int] = {}
+        if not self._uses_label_texts:
+            self._drop_single_labels(config)
 
     @property
     def label_texts(self) -> tuple[str, ...]:
-        """The documents that are label texts; none where documents are examples."""
-        return tuple(self._texts) if self._by_label else ()
+        """Return the label texts that are documents, or () if the documents are examples."""
+        return tuple(self._label_texts) if self._uses_label_texts else ()
 
     @property
-    def sizes(self) -> Counter[str]:
-        """How many rows each label has, by its text."""
-        sizes = Counter[str]()
-        for label, count in zip(self._label, self.rows.counts, strict=True):
-            sizes[self._texts[label]] += count
-        return sizes
+    def rows_per_label(self) -> Counter[str]:
+        """Return the number of rows of each label, by the label's text."""
+        rows_per_label = Counter[str]()
+        for class_id, count in zip(self._class_ids, self.rows.label_counts, strict=True):
+            rows_per_label[self._label_texts[class_id]] += count
+        return rows_per_label
 
-    def among(self, texts: Sequence[str]) -> Labels:
-        """The same, its negatives drawn from `texts` too."""
-        made = copy.copy(self)
-        made._pool = tuple(dict.fromkeys((*self._texts, *texts)))
-        return made
+    def add_negative_labels(self, texts: Sequence[str]) -> LabelSampler:
+        """Return a copy that draws its negatives from `texts` too."""
+        sampler = copy.copy(self)
+        sampler._candidate_labels = tuple(dict.fromkeys((*self._label_texts, *texts)))
+        return sampler
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._usable_rows)
 
-    def draw(self, index: int, rng: np.random.Generator, negatives: int) -> Example:
-        text, label, (positive,), found = self._drawn(index, rng, 1, negatives)
-        return Example(text, positive, tuple(found), (positive, text), label=label)
+    def draw(self, index: int, rng: np.random.Generator, max_negatives: int) -> Example:
+        """Draw a positive and negatives of the text."""
+        text, class_id, (positive,), negatives = self._draw_texts(index, rng, 1, max_negatives)
+        return Example(
+            query=text,
+            positive=positive,
+            negatives=tuple(negatives),
+            positives=(positive, text),
+            label=class_id,
+        )
 
-    def pairs(self, index: int, seed: int, most: int | None) -> Iterator[Row]:
-        """The text with its label and `most` others, or with `most` examples of its label and of others."""
-        count = most or (len(self._pool) if self._by_label else EXAMPLES)
-        text, _, positives, found = self._drawn(index, np.random.default_rng((seed, index)), count, count)
-        yield {"query": text, "pos": positives, "neg": found}
+    def iter_pairs(self, index: int, seed: int, max_texts: int | None) -> Iterator[Row]:
+        """Yield one row of pairs for the text.
 
-    def _drawn(
-        self, index: int, rng: np.random.Generator, positives: int, negatives: int
+        Its documents are the label's text and up to `max_texts` other label texts, or up to `max_texts` examples of the label
+        and as many of other labels.
+        """
+        count = max_texts or (len(self._candidate_labels) if self._uses_label_texts else EXAMPLES_PER_PAIR_ROW)
+        text, _, positives, negatives = self._draw_texts(index, np.random.default_rng((seed, index)), count, count)
+        yield {"query": text, "pos": positives, "neg": negatives}
+
+    def _draw_texts(
+        self, index: int, rng: np.random.Generator, max_positives: int, max_negatives: int
     ) -> tuple[str, int, list[str], list[str]]:
-        """A text, its label, and so many different positives and negatives at most."""
-        row = int(self._kept[index])
-        text, label = self._text(row), self._label[int(self.rows.numbers[row])]
-        if self._by_label:
-            answers = [self._texts[label]]
-            found = [self._pool[i] for i in _besides(label, len(self._pool), negatives, rng)]
+        """Return a text, its class, and different positives and negatives of it."""
+        row = int(self._usable_rows[index])
+        text, class_id = self._read_text(row), self._class_ids[int(self.rows.index_values[row])]
+        if self._uses_label_texts:
+            positives = [self._label_texts[class_id]]
+            others = _sample_except(class_id, len(self._candidate_labels), max_negatives, rng)
+            negatives = [self._candidate_labels[i] for i in others]
         else:
-            own = self._members(label)
-            answers = [self._text(own[i]) for i in _besides(int(np.searchsorted(own, row)), len(own), positives, rng)]
-            others = rng.integers(len(self._texts) - 1, size=negatives) if len(self._texts) > 1 else np.empty(0, int)
-            found = [self._text(rng.choice(self._members(i))) for i in others + (others >= label)]
-        return text, label, list(dict.fromkeys(answers)), [t for t in dict.fromkeys(found) if t not in (text, *answers)]
+            same_label = self._get_label_rows(class_id)
+            others = _sample_except(int(np.searchsorted(same_label, row)), len(same_label), max_positives, rng)
+            positives = [self._read_text(same_label[i]) for i in others]
+            count = len(self._label_texts) - 1  # other labels
+            drawn = rng.integers(count, size=max_negatives) if count else np.empty(0, int)
+            negatives = [self._read_text(rng.choice(self._get_label_rows(i))) for i in drawn + (drawn >= class_id)]
+        positives = list(dict.fromkeys(positives))
+        return text, class_id, positives, [t for t in dict.fromkeys(negatives) if t not in (text, *positives)]
 
-    def _text(self, row: int) -> str:
+    def _read_text(self, row: int) -> str:
         return str(self.rows[int(row)]["text"])
 
-    def _members(self, label: int) -> np.ndarray:
-        """The rows of a label, ascending."""
-        return self.rows.by_label[self._ends[label] - self.rows.counts[label] : self._ends[label]]
+    def _get_label_rows(self, class_id: int) -> np.ndarray:
+        """Return the rows of a class, in ascending order. Here every class is one label of the rows."""
+        end = self._group_ends[class_id]
+        return self.rows.rows_grouped_by_label[end - self.rows.label_counts[class_id] : end]
 
-    def _spelled_out(self, config: SourceConfig) -> Sequence[str]:
-        """The text of each label; `UserError` lists those that `label_names` lacks."""
-        names = self.rows.names
+    def _resolve_label_texts(self, config: SourceConfig) -> Sequence[str]:
+        """Return the text of each label: its entry in `label_names`, or the label itself if there are no names."""
+        labels = self.rows.label_names
         if not config.label_names:
-            return names
-        if absent := [name for name in names if name not in config.label_names]:
-            raise UserError(f"{self._path}: label_names has no name for {_listed(absent)}; name every label of the data")
-        return [config.label_names[name] for name in names]
+            return labels
+        if missing := [label for label in labels if label not in config.label_names]:
+            raise UserError(f"{self._path}: label_names has no name for {_list_labels(missing)}. Name every label of the data.")
+        return [config.label_names[label] for label in labels]
 
-    def _keep_those_with_positives(self, config: SourceConfig) -> None:
-        """Leaves out texts without another example of their label, or raises `UserError`, as `single_labels` says."""
+    def _drop_single_labels(self, config: SourceConfig) -> None:
+        """Skip texts without another example of their label.
+
+        Raises:
+            UserError: If `single_labels` is `error`, no row would be left, or keys for label texts are set.
+        """
         if config.label_names or config.label_negatives == "all":
             key = "label_names" if config.label_names else "label_negatives=all"
             raise UserError(
-                f"{self._path}: {key} is about label texts, but the documents of its {len(self._texts)} labels are examples; "
-                f"set label_documents to labels, or leave {key} out"
+                f"{self._path}: {key} needs documents that are label texts (the documents of these {len(self._label_texts)} "
+                f"labels are examples). Set label_documents to labels, or remove {key}."
             )
-        counts = np.array(self.rows.counts)
+        counts = np.array(self.rows.label_counts)
         single = np.flatnonzero(counts == 1)
         if not len(single):
             return
         if len(single) == len(counts):
-            raise UserError(f"{self._path}: no label has two texts, each other's positives; set label_documents to labels")
+            raise UserError(f"{self._path}: no label has two texts, so no text has a positive. Set label_documents to labels.")
         if config.single_labels == "error":
             raise UserError(
-                f"{self._path}: {len(single):,} of {len(counts):,} labels have one text, without another as its positive: "
-                f"{_listed([self._texts[i] for i in single])}; add texts, or set single_labels to skip"
+                f"{self._path}: {len(single):,} of {len(counts):,} labels have a single text, which has no positive: "
+                f"{_list_labels([self._label_texts[i] for i in single])}. Add texts, or set single_labels to skip."
             )
-        self._kept = np.flatnonzero((counts > 1)[self.rows.numbers.astype(np.int32)]).astype(np.int32)
-        self.dropped = {"label with one text": len(single)}
+        self._usable_rows = np.flatnonzero((counts > 1)[self.rows.index_values.astype(np.int32)]).astype(np.int32)
+        self.drop_counts = {"label with one text": len(single)}
 
 
-def _besides(place: int, count: int, most: int, rng: np.random.Generator) -> np.ndarray:
-    """Up to `most` different numbers below `count`, none of them `place`."""
-    drawn = rng.choice(count - 1, min(most, count - 1), replace=False)
-    return drawn + (drawn >= place)
+def _sample_except(excluded: int, count: int, max_samples: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw up to `max_samples` different integers below `count`, none of them `excluded`."""
+    drawn = rng.choice(count - 1, min(max_samples, count - 1), replace=False)
+    return drawn + (drawn >= excluded)
 
 
-def _listed(labels: Sequence[str]) -> str:
-    """The first of some labels."""
-    more = f" and {len(labels) - SHOWN:,} more" if len(labels) > SHOWN else ""
-    return f"{', '.join(map(repr, labels[:SHOWN]))}{more}"
+def _list_labels(labels: Sequence[str]) -> str:
+    """Return the first `MAX_LISTED_LABELS` labels, and how many more there are."""
+    more = f" and {len(labels) - MAX_LISTED_LABELS:,} more" if len(labels) > MAX_LISTED_LABELS else ""
+    return f"{', '.join(map(repr, labels[:MAX_LISTED_LABELS]))}{more}"

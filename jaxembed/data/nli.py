@@ -1,66 +1,81 @@
-"""Natural language inference as pairs: what a premise entails answers it, what contradicts it does not."""
+"""Natural language inference as pairs: what a premise entails is a positive, what contradicts it is a negative."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from jaxembed.data.rows import Rows, RowSchema
-from jaxembed.data.schema import NLI_LABELS, Row, check_nli, nli_fields, text_hash
+from jaxembed.data.rows import IndexedRows, RowSchema
+from jaxembed.data.schema import NLI_LABELS, Row, check_nli, get_nli_fields, hash_text
 from jaxembed.errors import UserError
 
-ENTAILMENT, CONTRADICTION, NONE = NLI_LABELS["entailment"], NLI_LABELS["contradiction"], NLI_LABELS["-"]
+ENTAILMENT, CONTRADICTION, NO_LABEL = NLI_LABELS["entailment"], NLI_LABELS["contradiction"], NLI_LABELS["-"]
 
 
-def _parts(row: Row) -> tuple[str, str, int]:
-    """Premise, hypothesis and the number of the label."""
-    (premise, hypothesis), label = nli_fields(row), row["label"]
+def _parse_nli_row(row: Row) -> tuple[str, str, int]:
+    """Return premise, hypothesis and label number."""
+    (premise, hypothesis), label = get_nli_fields(row), row["label"]
     return row[premise], row[hypothesis], NLI_LABELS[label] if isinstance(label, str) else label
 
 
-def _number(row: Row) -> int:
-    """51 bits of the premise's hash and 2 of the label: as much as a float64 holds."""
-    premise, _, label = _parts(row)
-    return (int(text_hash(premise).view(np.uint64)[0]) >> 13) * 4 + label - NONE
+def _encode_premise_and_label(row: Row) -> int:
+    """Return 51 bits of the premise's hash, then 2 bits of the label. A float64 holds 53 bits exactly."""
+    premise, _, label = _parse_nli_row(row)
+    return (int(hash_text(premise).view(np.uint64)[0]) >> 13) * 4 + label - NO_LABEL
 
 
-SHAPE = RowSchema("nli", check_nli, _number)
+NLI_SCHEMA = RowSchema("nli", check_nli, _encode_premise_and_label)
 
 
-class NliPairs:
-    """(premise, hypothesis, label) rows as rows of pairs, one for every premise, in the order of the file.
+class NliPairRows:
+    """(premise, hypothesis, label) rows as rows of pairs: one per premise, in the order of the file.
 
-    Entailed hypotheses are its positives, contradicting ones its negatives, neutral ones neither, after the supervised
-    SimCSE (Gao et al. 2021, arXiv:2104.08821). A premise that entails nothing is dropped.
+    Entailed hypotheses are positives, contradicting ones are negatives, and neutral ones are neither, as in supervised
+    SimCSE (Gao et al. 2021, arXiv:2104.08821). A premise without an entailed hypothesis is dropped. Memory: 4 bytes per
+    row and 16 per premise.
+
+    Attributes:
+        row_count: The number of (premise, hypothesis, label) rows.
+        digest: SHA-256 of the content.
+        max_positives: The most entailed hypotheses of a premise.
+        drop_counts: Reason -> how many rows or premises are dropped.
     """
 
-    def __init__(self, rows: Rows):
-        """`rows` are of `SHAPE`, `row_count` how many there are. Holds 4 bytes of each, and 16 of each premise."""
+    def __init__(self, rows: IndexedRows):
+        """Group the rows, which have the `NLI_SCHEMA`, by premise.
+
+        Raises:
+            UserError: If no premise has an entailed hypothesis.
+        """
         self._rows, self.row_count = rows, len(rows)
         self.digest = rows.digest
-        premise, label = np.divmod(rows.numbers.astype(np.int64), 4)
-        label += NONE
-        order = np.argsort(premise, kind="stable")
-        changes = np.diff(premise[order]) != 0
-        first = np.flatnonzero(np.concatenate([[True], changes]))
-        entailed = np.add.reduceat(label[order] == ENTAILMENT, first, dtype=np.int64)
-        kept = np.flatnonzero(entailed)
-        if not len(kept):
-            told = "no premise has an entailed hypothesis; expected rows with the label entailment or 0"
-            raise UserError(f"{rows.container.name}: {told}")
-        kept = kept[np.argsort(order[first[kept]])]
+        premises, labels = np.divmod(rows.index_values.astype(np.int64), 4)
+        labels += NO_LABEL
+        # Sort rows by premise; the stable sort keeps the order of the file within a premise.
+        order = np.argsort(premises, kind="stable")
+        is_new_premise = np.diff(premises[order]) != 0
+        starts = np.flatnonzero(np.concatenate([[True], is_new_premise]))
+        entailed_counts = np.add.reduceat(labels[order] == ENTAILMENT, starts, dtype=np.int64)
+        usable = np.flatnonzero(entailed_counts)
+        if not len(usable):
+            raise UserError(
+                f"{rows.container.name}: no premise has an entailed hypothesis; expected rows with the label entailment or 0"
+            )
+        # Restore the order of the file: sort the premises by their first rows.
+        usable = usable[np.argsort(order[starts[usable]])]
         self._order = order.astype(np.int32)
-        self._start, self._end = first[kept], np.append(first, len(order))[kept + 1]
-        self.most_positives = int(entailed.max())
-        self.dropped = {
-            "rows without a label": int((label == NONE).sum()),
-            "premises without an entailed hypothesis": len(first) - len(kept),
+        self._starts, self._ends = starts[usable], np.append(starts, len(order))[usable + 1]
+        self.max_positives = int(entailed_counts.max())
+        self.drop_counts = {
+            "rows without a label": int((labels == NO_LABEL).sum()),
+            "premises without an entailed hypothesis": len(starts) - len(usable),
         }
 
     def __len__(self) -> int:
-        return len(self._start)
+        return len(self._starts)
 
     def __getitem__(self, index: int) -> Row:
-        rows = (self._rows[int(i)] for i in self._order[self._start[index] : self._end[index]])
-        parts = [_parts(row) for row in rows]
-        entailed, contradicting = ([text for _, text, label in parts if label == of] for of in (ENTAILMENT, CONTRADICTION))
-        return {"query": parts[0][0], "pos": entailed, "neg": contradicting}
+        rows = [_parse_nli_row(self._rows[int(i)]) for i in self._order[self._starts[index] : self._ends[index]]]
+        positives, negatives = (
+            [hypothesis for _, hypothesis, label in rows if label == wanted] for wanted in (ENTAILMENT, CONTRADICTION)
+        )
+        return {"query": rows[0][0], "pos": positives, "neg": negatives}

@@ -1,6 +1,6 @@
-"""How a row of a file becomes a training example: the shape of the rows decides how a positive and negatives are drawn.
+"""Samplers: how the rows of a file become training examples. Each row schema draws positives and negatives in its own way.
 
-Labels and documents have files of their own; entailment (`nli.py`) and BEIR folders (`beir.py`) are read as rows of pairs.
+Labels and documents have modules of their own. Entailment (`nli.py`) and BEIR folders (`beir.py`) are read as rows of pairs.
 """
 
 from __future__ import annotations
@@ -11,126 +11,144 @@ from typing import Any, Protocol
 import numpy as np
 
 from jaxembed.config import SourceConfig
-from jaxembed.data.rows import Rows, RowsAbove
+from jaxembed.data.rows import IndexedRows, RowsAbove
 from jaxembed.data.schema import Example, Row
 from jaxembed.errors import UserError
 
 
-class ReadRows(Protocol):
-    """Rows by their numbers, wherever they come from."""
+class RowSequence(Protocol):
+    """Rows by index, wherever they come from."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Mapping[str, Any]: ...
 
 
 class ExampleSampler(Protocol):
-    """Draws examples from rows; no example has more than `most_positives` positives.
+    """Draws examples from rows.
 
-    `dropped` counts what is not drawn from, by the reason. `pairs` gives an example as rows of the main format, all at once
-    instead of drawn, for conversion and mining; where a source has no end of positives and negatives, `most` of each, chosen
-    by (seed, index), or for None all label texts, or 8 examples.
+    Attributes:
+        max_positives: No example has more positives than this.
+        drop_counts: Reason -> how many rows, premises, queries or labels are not drawn from because of it.
     """
 
-    most_positives: int
-    dropped: dict[str, int]
+    max_positives: int
+    drop_counts: dict[str, int]
 
     def __len__(self) -> int: ...
-    def draw(self, index: int, rng: np.random.Generator, negatives: int) -> Example: ...
-    def pairs(self, index: int, seed: int, most: int | None) -> Iterator[Row]: ...
+
+    def draw(self, index: int, rng: np.random.Generator, max_negatives: int) -> Example:
+        """Draw an example from the row or rows at `index`."""
+
+    def iter_pairs(self, index: int, seed: int, max_texts: int | None) -> Iterator[Row]:
+        """Yield everything that `draw` can draw at `index` as rows of the main format, for conversion and mining.
+
+        Args:
+            index: Which example.
+            seed: Selects the texts, together with `index`, where a row could be paired with a whole source.
+            max_texts: In that case, the most positives and the most negatives. None: all label texts, or 8 examples.
+        """
 
 
-class Pairs(ExampleSampler):
-    """Rows of the main format. One positive is drawn; up to `negatives` of the row's own negatives are."""
+class PairSampler(ExampleSampler):
+    """Draws from rows of the main format: one of a row's positives, and up to `max_negatives` of its own negatives."""
 
-    def __init__(self, rows: ReadRows, most_positives: int, dropped: dict[str, int] | None = None):
+    def __init__(self, rows: RowSequence, max_positives: int, drop_counts: dict[str, int] | None = None):
+        """Draw from `rows`, none of which has more than `max_positives` positives."""
         self.rows = rows
-        self.most_positives = most_positives
-        self.dropped = dropped or {}
+        self.max_positives = max_positives
+        self.drop_counts = drop_counts or {}
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def draw(self, index: int, rng: np.random.Generator, negatives: int) -> Example:
+    def draw(self, index: int, rng: np.random.Generator, max_negatives: int) -> Example:
+        """Draw a positive and negatives of the row."""
         row = self.rows[index]
         positives = tuple(dict.fromkeys(row["pos"]))
-        others = [text for text in dict.fromkeys(row.get("neg", ())) if text not in positives]
+        candidates = [text for text in dict.fromkeys(row.get("neg", ())) if text not in positives]
         positive = positives[rng.integers(len(positives))]
-        drawn = tuple(_sample(others, negatives, rng))
+        negatives = tuple(_sample(candidates, max_negatives, rng))
         return Example(
             query=row["query"],
             positive=positive,
-            negatives=drawn,
+            negatives=negatives,
             positives=positives,
             instruction=row.get("prompt", ""),
-            teacher_scores=_teacher_scores(row, (positive, *drawn)),
+            teacher_scores=_get_teacher_scores(row, (positive, *negatives)),
         )
 
-    def pairs(self, index: int, seed: int, most: int | None) -> Iterator[Row]:
+    def iter_pairs(self, index: int, seed: int, max_texts: int | None) -> Iterator[Row]:
+        """Yield the row itself."""
         yield self.rows[index]
 
 
-class ScoredPairs(ExampleSampler):
-    """(sentence1, sentence2, score) rows at or above a score: positives of each other, in a drawn direction.
+class ScoredPairSampler(ExampleSampler):
+    """Draws from (sentence1, sentence2, score) rows with a score of at least `min_score`, in a random direction.
 
-    NV-Embed 4.2 makes two examples of such a row; over the visits a row here is both. It has no negatives of its own:
-    NV-Embed mines them.
+    NV-Embed (section 4.2) makes two examples of each such row, one per direction. Here a row becomes either of them when it
+    is drawn. It has no hard negatives of its own; NV-Embed mines them.
     """
 
-    most_positives = 1
+    max_positives = 1
 
-    def __init__(self, rows: Rows, config: SourceConfig):
+    def __init__(self, rows: IndexedRows, config: SourceConfig):
+        """Find the rows that score high enough."""
         self.rows = rows
-        self._kept = RowsAbove(rows.numbers, config.min_score)
-        self.dropped = {"score below min_score": len(rows) - len(self._kept)}
-        if not len(self._kept):
-            raise UserError(f"{config.path}: no pair scores {config.min_score} or more; lower the source's min_score")
+        self._usable_rows = RowsAbove(rows.index_values, config.min_score)
+        self.drop_counts = {"score below min_score": len(rows) - len(self._usable_rows)}
+        if not len(self._usable_rows):
+            raise UserError(f"{config.path}: no pair has a score of {config.min_score} or more. Lower the source's min_score.")
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._usable_rows)
 
-    def draw(self, index: int, rng: np.random.Generator, negatives: int) -> Example:
-        pair, score = self._pair(index)
+    def draw(self, index: int, rng: np.random.Generator, max_negatives: int) -> Example:
+        """Draw a direction of the row."""
+        pair = self._read_pair(index)
         query, positive = pair if rng.integers(2) else pair[::-1]
-        return Example(query, positive, (), (positive,), score=score)
+        return Example(query=query, positive=positive, negatives=(), positives=(positive,))
 
-    def pairs(self, index: int, seed: int, most: int | None) -> Iterator[Row]:
-        """Both directions."""
-        (first, second), _ = self._pair(index)
+    def iter_pairs(self, index: int, seed: int, max_texts: int | None) -> Iterator[Row]:
+        """Yield both directions of the row."""
+        first, second = self._read_pair(index)
         yield from ({"query": first, "pos": [second]}, {"query": second, "pos": [first]})
 
-    def _pair(self, index: int) -> tuple[tuple[str, str], float]:
-        row = self.rows[self._kept[index]]
-        return (row["sentence1"], row["sentence2"]), float(row["score"])
+    def _read_pair(self, index: int) -> tuple[str, str]:
+        row = self.rows[self._usable_rows[index]]
+        return row["sentence1"], row["sentence2"]
 
 
-class Texts(ExampleSampler):
-    """Texts alone: each is its own positive, and the other texts of a batch are its negatives (SimCSE, arXiv:2104.08821)."""
+class TextSampler(ExampleSampler):
+    """Makes each text its own positive; the other texts of a batch are its negatives (SimCSE, arXiv:2104.08821)."""
 
-    most_positives = 1
+    max_positives = 1
 
-    def __init__(self, rows: Rows):
+    def __init__(self, rows: IndexedRows):
+        """Draw from all rows."""
         self.rows = rows
-        self.dropped: dict[str, int] = {}
+        self.drop_counts: dict[str, int] = {}
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def draw(self, index: int, rng: np.random.Generator, negatives: int) -> Example:
+    def draw(self, index: int, rng: np.random.Generator, max_negatives: int) -> Example:
+        """Return the text as query and positive."""
         text = self.rows[index]["text"]
-        return Example(text, text, (), (text,))
+        return Example(query=text, positive=text, negatives=(), positives=(text,))
 
-    def pairs(self, index: int, seed: int, most: int | None) -> Iterator[Row]:
+    def iter_pairs(self, index: int, seed: int, max_texts: int | None) -> Iterator[Row]:
+        """Yield the text as a pair."""
         text = self.rows[index]["text"]
         yield {"query": text, "pos": [text]}
 
 
-def iter_rows(rows: ReadRows) -> Iterator[Row]:
-    """All rows once, in order."""
+def iter_rows(rows: RowSequence) -> Iterator[Row]:
+    """Yield all rows once, in order."""
     return (rows[i] for i in range(len(rows)))
 
 
-def _teacher_scores(row: Mapping[str, Any], texts: Sequence[str]) -> tuple[float, ...]:
-    """The row's scores of texts among its positives and negatives, NaN for those that it does not score; none without any."""
+def _get_teacher_scores(row: Mapping[str, Any], texts: Sequence[str]) -> tuple[float, ...]:
+    """Return the row's scores of `texts`, NaN for a text without a score, or () if the row has no scores."""
     scores: dict[str, float] = {}
     for field in ("neg", "pos"):
         scores |= dict(zip(row.get(field, ()), row.get(f"{field}_scores") or (), strict=False))
@@ -138,6 +156,7 @@ def _teacher_scores(row: Mapping[str, Any], texts: Sequence[str]) -> tuple[float
 
 
 def _sample(items: Sequence[Any], count: int, rng: np.random.Generator) -> Sequence[Any]:
+    """Draw up to `count` different items."""
     if len(items) <= count:
         return items
     return [items[i] for i in rng.choice(len(items), count, replace=False)]
