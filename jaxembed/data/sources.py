@@ -1,4 +1,4 @@
-"""Training sources: each answers `draw(index, rng, negatives)` with one `Example`."""
+"""Training sources: each one opens its data and draws examples from it."""
 
 from __future__ import annotations
 
@@ -9,18 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxembed.config import DataConfig, PythonPackagesConfig, SourceConfig
+from jaxembed.config import DataConfig, SourceConfig
 from jaxembed.config.fields import LARGEST
 from jaxembed.config.spec import FewShotExample
-from jaxembed.curation import python_packages
-from jaxembed.data.beir import BeirPairs
-from jaxembed.data.containers import Container, is_beir, open_container
-from jaxembed.data.documents import Documents, document_shape
-from jaxembed.data.labels import Labels
-from jaxembed.data.nli import SHAPE as NLI
-from jaxembed.data.nli import NliPairs
-from jaxembed.data.rows import Rows, RowSchema, as_row, scan
-from jaxembed.data.sampling import ExampleSampler, Pairs, ScoredPairs, Texts
+from jaxembed.data.beir import BeirPairRows
+from jaxembed.data.containers import Container, is_beir_folder, open_container
+from jaxembed.data.documents import DocumentSampler, document_schema
+from jaxembed.data.labels import LabelSampler
+from jaxembed.data.nli import NLI_SCHEMA, NliPairRows
+from jaxembed.data.rows import IndexedRows, RowSchema, build_row, scan_with_progress
+from jaxembed.data.sampling import ExampleSampler, PairSampler, ScoredPairSampler, TextSampler
 from jaxembed.data.schema import (
     NLI_LABELS,
     Example,
@@ -30,24 +28,24 @@ from jaxembed.data.schema import (
     check_pair,
     check_scored,
     check_text,
-    fields_of,
+    list_fields,
 )
-from jaxembed.data.shuffle import key_of, permuted
+from jaxembed.data.shuffle import make_key, permute_indices
 from jaxembed.errors import UserError
 
-SHAPES = {
-    shape.name: shape
-    for shape in (
+ROW_SCHEMAS = {
+    schema.name: schema
+    for schema in (
         RowSchema("pairs", check_pair, lambda row: len(row["pos"])),
         RowSchema("scored_pairs", check_scored, lambda row: row["score"]),
         RowSchema("labels", check_label, lambda row: str(row["label"])),
-        NLI,
+        NLI_SCHEMA,
         RowSchema("text", check_text),
-        RowSchema("documents", check_document),  # of which `document_shape` keeps what a source makes of them
+        RowSchema("documents", check_document),  # for checks alone; `document_schema` has the index value for a source
     )
 }
-# The fields by which the shape of rows is recognised, the first that fits.
-KEYS = {
+# The fields that identify each schema. The first match wins.
+IDENTIFYING_FIELDS = {
     "pairs": {"query", "pos"}, "scored_pairs": {"sentence1", "score"}, "labels": {"text", "label"},
     "nli": {"premise", "hypothesis", "label"}, "text": {"text"},
 }  # fmt: skip
@@ -55,7 +53,17 @@ KEYS = {
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A source of a config, opened: `format` is the shape of its rows, or beir, and `rows` how many there are."""
+    """An open source of a config.
+
+    Attributes:
+        config: The source's section of the config.
+        name: Name for logs and prompts.
+        sampler: Draws examples from the rows.
+        in_batch: Whether other documents of a batch are negatives of its queries, and its documents are negatives of theirs.
+        digest: SHA-256 of the content.
+        format: Name of the row schema, or beir.
+        row_count: The number of rows in the data, used or not.
+    """
 
     config: SourceConfig
     name: str
@@ -63,141 +71,166 @@ class Source:
     in_batch: bool
     digest: str
     format: str
-    rows: int
+    row_count: int
 
     def __len__(self) -> int:
         return min(len(self.sampler), self.config.max_examples or LARGEST)
 
-    def as_pairs(self, seed: int = 0, most: int | None = None) -> Iterator[Row]:
-        """Every example that is used as rows of the main format, in order (`ExampleSampler.pairs`)."""
-        return chain.from_iterable(self.sampler.pairs(self._row(index), seed, most) for index in range(len(self)))
+    def iter_pairs(self, seed: int = 0, max_texts: int | None = None) -> Iterator[Row]:
+        """Yield every used example as rows of the main format, in order (see `ExampleSampler.iter_pairs`)."""
+        indices = map(self._to_sampler_index, range(len(self)))
+        return chain.from_iterable(self.sampler.iter_pairs(index, seed, max_texts) for index in indices)
 
-    def draw(self, index: int, rng: np.random.Generator, negatives: int) -> Example:
-        """The example at `index` as this visit sees it: all that is drawn, in-context examples too, is drawn by `rng`."""
-        example = self.sampler.draw(self._row(index), rng, negatives)
+    def draw(self, index: int, rng: np.random.Generator, max_negatives: int) -> Example:
+        """Draw an example with its instructions and in-context examples.
+
+        Args:
+            index: Which example, below `len(self)`.
+            rng: The source of all randomness: the same state gives the same example.
+            max_negatives: The most hard negatives.
+        """
+        example = self.sampler.draw(self._to_sampler_index(index), rng, max_negatives)
         choices = self.config.instructions
         instruction = example.instruction or (choices[rng.integers(len(choices))] if choices else "")
-        documents = self.config.instruction_of_documents(instruction)
-        shots = self._shots(index, example.query, instruction, rng)
-        return dataclasses.replace(example, instruction=instruction, document_instruction=documents, shots=shots)
+        return dataclasses.replace(
+            example,
+            instruction=instruction,
+            document_instruction=self.config.instruction_for_documents(instruction),
+            few_shot=self._draw_few_shot_examples(index, example.query, instruction, rng),
+        )
 
-    def _row(self, index: int) -> int:
-        """Where an example lies among the drawer's: where not all are used, at a place drawn by their content."""
+    def _to_sampler_index(self, index: int) -> int:
+        """Return the sampler's index of an example.
+
+        With `max_examples` it is a pseudorandom one, which depends on the content of the source alone.
+        """
         if len(self) == len(self.sampler):
             return index
-        return int(permuted(np.array([index]), len(self.sampler), key_of(self.digest))[0])
+        return int(permute_indices(np.array([index]), len(self.sampler), make_key(self.digest))[0])
 
-    def _shots(self, index: int, query: str, instruction: str, rng: np.random.Generator) -> tuple[FewShotExample, ...]:
-        """In-context examples out of other rows that ask something else; fewer than drawn where there are not as many.
+    def _draw_few_shot_examples(
+        self, index: int, query: str, instruction: str, rng: np.random.Generator
+    ) -> tuple[FewShotExample, ...]:
+        """Draw in-context examples from other rows, with queries other than `query`. There may be fewer than drawn for.
 
-        Each stands under its row's own instruction, if it has one, else under the query's.
+        Each has its row's own instruction, if any, otherwise that of the query.
         """
-        chosen = self.config.few_shot
-        if chosen is None or rng.random() < chosen.zero_shot:
+        few_shot = self.config.few_shot
+        if few_shot is None or rng.random() < few_shot.zero_shot:
             return ()
-        count = int(rng.integers(1, chosen.most + 1))
-        rows = rng.choice(len(self), min(len(self), 2 * count + 1), replace=False)
-        drawn = (self.sampler.draw(self._row(int(row)), rng, 0) for row in rows if row != index)
-        shots = (FewShotExample(e.instruction or instruction, e.query, e.positive) for e in drawn if e.query != query)
-        return tuple(islice(shots, count))
+        count = int(rng.integers(1, few_shot.most + 1))
+        # More candidates than needed: some may be this row, or have the same query.
+        candidates = rng.choice(len(self), min(len(self), 2 * count + 1), replace=False)
+        others = (self.sampler.draw(self._to_sampler_index(int(i)), rng, 0) for i in candidates if i != index)
+        few_shot_examples = (
+            FewShotExample(other.instruction or instruction, other.query, other.positive)
+            for other in others
+            if other.query != query
+        )
+        return tuple(islice(few_shot_examples, count))
 
 
 def open_sources(config: DataConfig, cache: Path) -> list[Source]:
-    """Opens and checks every source of a config; `UserError` names file and line of the first bad row."""
-    return _sharing_labels([open_source(source, config.python_packages, cache) for source in config.sources])
+    """Open and check every source of a config.
+
+    Raises:
+        UserError: Names file and line of the first bad row.
+    """
+    return _share_label_texts([open_source(source, cache) for source in config.sources])
 
 
-def _sharing_labels(sources: list[Source]) -> list[Source]:
-    """The same; those that ask for it draw their negatives from the label texts of all."""
-    labels = {i: source.sampler for i, source in enumerate(sources) if isinstance(source.sampler, Labels)}
-    texts = [text for sampler in labels.values() for text in sampler.label_texts]
+def _share_label_texts(sources: list[Source]) -> list[Source]:
+    """Let sources with `label_negatives: all` draw negatives from the label texts of all sources."""
+    samplers = {i: source.sampler for i, source in enumerate(sources) if isinstance(source.sampler, LabelSampler)}
+    label_texts = [text for sampler in samplers.values() for text in sampler.label_texts]
     return [
-        dataclasses.replace(source, sampler=labels[i].among(texts))
-        if i in labels and source.config.label_negatives == "all"
+        dataclasses.replace(source, sampler=samplers[i].add_negative_labels(label_texts))
+        if i in samplers and source.config.label_negatives == "all"
         else source
         for i, source in enumerate(sources)
     ]
 
 
-def open_source(config: SourceConfig, packages: PythonPackagesConfig, cache: Path) -> Source:
-    kind, rows = open_rows(config, packages, cache)
+def open_source(config: SourceConfig, cache: Path) -> Source:
+    """Open and check one source.
+
+    Raises:
+        UserError: Names file and line of the first bad row.
+    """
+    format_name, rows = open_rows(config, cache)
     sampler: ExampleSampler
-    if isinstance(rows, BeirPairs | NliPairs):
-        sampler = Pairs(rows, rows.most_positives, rows.dropped)
-    elif kind == "labels":
-        sampler = Labels(rows, config)
-    elif kind == "scored_pairs":
-        sampler = ScoredPairs(rows, config)
-    elif kind == "documents":
-        sampler = Documents(rows, config)
-    elif kind == "text":
-        sampler = Texts(rows)
+    if isinstance(rows, BeirPairRows | NliPairRows):
+        sampler = PairSampler(rows, rows.max_positives, rows.drop_counts)
+    elif format_name == "labels":
+        sampler = LabelSampler(rows, config)
+    elif format_name == "scored_pairs":
+        sampler = ScoredPairSampler(rows, config)
+    elif format_name == "documents":
+        sampler = DocumentSampler(rows, config)
+    elif format_name == "text":
+        sampler = TextSampler(rows)
     else:
-        sampler = Pairs(rows, int(rows.largest))
-    in_batch = kind != "labels" if config.in_batch_negatives is None else config.in_batch_negatives
-    count = len(rows) if isinstance(rows, Rows) else rows.row_count
-    return Source(config, config.display_name, sampler, in_batch, rows.digest, kind, count)
+        sampler = PairSampler(rows, int(rows.max_value))
+    return Source(
+        config=config,
+        name=config.display_name,
+        sampler=sampler,
+        in_batch=format_name != "labels" if config.in_batch_negatives is None else config.in_batch_negatives,
+        digest=rows.digest,
+        format=format_name,
+        row_count=len(rows) if isinstance(rows, IndexedRows) else rows.row_count,
+    )
 
 
-def open_rows(config: SourceConfig, packages: PythonPackagesConfig, cache: Path) -> tuple[str, Rows | BeirPairs | NliPairs]:
-    """The rows of a source, all of them checked, and the name of their shape, or beir."""
-    kind, container = open_unchecked(config, packages, cache)
+def open_rows(config: SourceConfig, cache: Path) -> tuple[str, IndexedRows | BeirPairRows | NliPairRows]:
+    """Open and check the rows of a source. Return the format and the rows."""
+    format_name, container = open_source_container(config)
     if container is None:
-        return kind, BeirPairs(Path(config.path))
-    rows = Rows(container, document_shape(config) if kind == "documents" else SHAPES[kind], cache, config.columns)
-    return kind, NliPairs(rows) if kind == "nli" else rows
-
-
-def open_unchecked(config: SourceConfig, packages: PythonPackagesConfig, cache: Path) -> tuple[str, Container | None]:
-    """The name of a source's shape and its rows before any check; of a BEIR folder none."""
-    if "python_packages" in (config.path, config.format):
-        return "pairs", open_container(str(packages_folder(packages, cache) / "train.jsonl"))
-    return _recognised(config)
+        return format_name, BeirPairRows(Path(config.path))
+    schema = document_schema(config) if format_name == "documents" else ROW_SCHEMAS[format_name]
+    rows = IndexedRows(container, schema, cache, config.columns)
+    return format_name, NliPairRows(rows) if format_name == "nli" else rows
 
 
 def detect_format(config: SourceConfig) -> str:
-    """The source's format, read off its path or its first row where the config leaves it open."""
-    return "python_packages" if "python_packages" in (config.path, config.format) else _recognised(config)[0]
+    """Return the format of a source: the one in the config, or the one its path or first row suggests."""
+    return open_source_container(config)[0]
 
 
-def _recognised(config: SourceConfig) -> tuple[str, Container | None]:
-    """The format of a source that is there, and its container; of a BEIR folder none."""
-    if config.format == "beir" or (config.format == "auto" and is_beir(Path(config.path))):
+def open_source_container(config: SourceConfig) -> tuple[str, Container | None]:
+    """Return the format of a source and its unchecked container, which is None for a BEIR folder."""
+    if config.format == "beir" or (config.format == "auto" and is_beir_folder(Path(config.path))):
         if config.columns:
-            raise UserError(f"{config.path}: columns are of rows; a BEIR folder has its own fields: leave them out")
+            raise UserError(f"{config.path}: a BEIR folder has fixed fields. Remove `columns`.")
         return "beir", None
     container = open_container(config.path)
     if config.format != "auto":
         return config.format, container
     if config.pair_templates:
         return "documents", container
-    _, where, content = next(scan(container))
-    return _shape_of(as_row(content, where, config.columns), where, {*config.columns}), container
+    _, where, content = next(scan_with_progress(container))
+    return _detect_schema(build_row(content, where, config.columns), where, {*config.columns}), container
 
 
-def _shape_of(row: Row, where: str, named: Set[str]) -> str:
-    """The name of the shape that a row's fields tell, those that `columns` names among them.
+def _detect_schema(row: Row, where: str, renamed_fields: Set[str]) -> str:
+    """Return the name of the schema that fits a row's fields, with those that `columns` renames.
 
-    Where a number is the label of (sentence1, sentence2, label), they do not: it is 0 of entailments, 1 of paraphrases.
+    A numeric label of (sentence1, sentence2, label) is ambiguous: 0 is entailment in NLI data, but 1 is a paraphrase in
+    paraphrase data.
     """
-    fields = row.keys() | named
-    found = [name for name, needed in KEYS.items() if needed <= fields]
-    if found or "query" in fields:
-        return next(iter(found), "pairs")
+    fields = row.keys() | renamed_fields
+    matches = [name for name, identifying in IDENTIFYING_FIELDS.items() if identifying <= fields]
+    if matches or "query" in fields:
+        return next(iter(matches), "pairs")
     if {"sentence1", "sentence2", "label"} <= fields:
         if isinstance(label := row.get("label"), str) and label in NLI_LABELS:
             return "nli"
         raise UserError(
-            f"{where}: sentence1, sentence2 and a label that is neither entailment, neutral nor contradiction; if 0 is "
-            "entailment, 1 neutral and 2 contradiction, set the source's format to nli"
+            f"{where}: ambiguous label of sentence1 and sentence2; expected entailment, neutral or contradiction. If 0 is "
+            "entailment, 1 neutral and 2 contradiction, set the source's format to nli."
         )
     raise UserError(
-        f"{where}: unknown row with keys {fields_of(row)}; expected query and pos, text and label, "
-        "sentence1, sentence2 and score, premise, hypothesis and label, or text; or name the columns that hold them in the "
-        "source's columns, or make pairs of other fields by its pair_templates"
+        f"{where}: unknown format (the row has {list_fields(row)}; expected query and pos, text and label, "
+        "sentence1, sentence2 and score, premise, hypothesis and label, or text). "
+        "Map the fields with the source's columns, or make pairs of other fields with pair_templates."
     )
-
-
-def packages_folder(config: PythonPackagesConfig, cache: Path) -> Path:
-    """The folder with pairs and held-out sets out of the environment's Python packages; made on the first call."""
-    return python_packages.extract(config.packages, config.holdout_package, config.holdout_functions, cache)

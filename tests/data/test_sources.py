@@ -1,4 +1,4 @@
-"""Training sources: formats, errors that name file and line, and what is drawn."""
+"""Training sources: formats, errors that name file and line, and the examples that are examples."""
 
 import json
 from pathlib import Path
@@ -13,63 +13,69 @@ from jaxembed.data.beir import open_beir, write_beir
 from jaxembed.data.containers import open_container
 from jaxembed.data.rows import IndexedRows
 from jaxembed.data.schema import hash_text
-from jaxembed.data.sources import ROW_SCHEMAS, detect_format, open_source
+from jaxembed.data.sources import ROW_SCHEMAS, detect_format
 from jaxembed.errors import UserError
 
 
 @pytest.mark.parametrize(
-    ("row", "kind"),
+    ("row", "expected"),
     [
         (PAIR_ROWS[0], "pairs"),
-        ({"query": "a", "positives": ["b"]}, "pairs"),  # to say which field is missing
+        ({"query": "a", "positives": ["b"]}, "pairs"),  # so that the error names the missing field
         (LABEL_ROWS[0], "labels"),
         (SCORED_ROWS[0], "scored_pairs"),
         ({"text": "alone"}, "text"),
     ],
 )
-def test_a_format_is_read_off_the_first_row(tmp_path: Path, row: Any, kind: str) -> None:
+def test_the_first_row_determines_the_format(tmp_path: Path, row: Any, expected: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("\n \n" + json.dumps(row))
-    assert detect_format(SourceConfig(path=str(path))) == kind
+    assert detect_format(SourceConfig(path=str(path))) == expected
     assert detect_format(SourceConfig(path=str(path), format="labels")) == "labels"
 
 
-def test_a_format_is_read_off_the_path(tmp_path: Path) -> None:
+def test_the_path_determines_the_format(tmp_path: Path) -> None:
     (tmp_path / "queries.jsonl").touch()
     assert detect_format(SourceConfig(path=str(tmp_path))) == "beir"
 
 
 HEADER = "query-id\tcorpus-id\tscore"
-GOOD = b'{"query": "q", "pos": ["p"]}\n'
+GOOD_LINE = b'{"query": "q", "pos": ["p"]}\n'
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (GOOD + b'{"query": "q", "pos": "p"}', ':2: "pos" is a string; write a list: "pos": ["p"]'),
-        (GOOD + b'{"query": "q"}', ':2: "pos" is missing; expected a list of non-empty strings; the row has query'),
-        (GOOD + b'{"query": "q", "pos": 1}', ':2: "pos" is 1; expected a list of non-empty strings'),
-        (GOOD + b'{"query": "q", "pos": []}', ':2: "pos" is empty; a query needs a positive'),
-        (GOOD + b'{"query": "q", "pos": [""]}', ":2: \"pos\" holds ''; expected non-empty strings"),
-        (GOOD + b'{"query": "q", "pos": ["p", "\\u3000"]}', ":2: \"pos\" holds '\\u3000'; expected non-empty strings"),
-        (GOOD + b'{"query": "q", "pos": ["p"], "neg": [1]}', ':2: "neg" holds 1; expected non-empty strings'),
-        (GOOD + b'{"query": "q", "pos": ["p"], "neg": "n"}', ':2: "neg" is a string; write a list: "neg": ["n"]'),
-        (GOOD + b'{"query": "q", "pos": ["p"], "prompt": 1}', ':2: "prompt" is 1; expected a string'),
-        (GOOD + b'{"pos": ["p"]}', ':2: "query" is missing; expected a non-empty string; the row has pos'),
-        (GOOD + b'{"text": "t", "label": 1}', ':2: "query" is missing; expected a non-empty string; the row has text, label'),
-        (GOOD + b"{}", ':2: "query" is missing; expected a non-empty string; the row has no fields'),
-        (GOOD + b'{"query": 3, "pos": ["p"]}', ':2: "query" is 3; expected a non-empty string'),
-        (GOOD + b'{"query": " \\t ", "pos": ["p"]}', ":2: \"query\" is ' \\t '; expected a non-empty string"),
-        (GOOD + b'\n{"query": "q", "pos": ["p"]', ":3: not valid JSON (Expecting"),
-        (GOOD + b'["q", "p"]', ":2: expected a JSON object, found a list"),
-        (GOOD + b'{"query": "\xff", "pos": ["p"]}', ":2: not valid UTF-8 (byte 11)"),
-        (GOOD + b'{"query": "\\ud83d!", "pos": ["p"]}', ":2: a text holds half of a surrogate pair"),
-        (GOOD + b'{"query": "\xed\xa0\xbd", "pos": ["p"]}', ":2: not valid UTF-8"),
-        (GOOD + b"[" * 100_000, ":2: not valid JSON"),
-        (b"", ": holds no rows"),
-        (b"\n \n", ": holds no rows"),
-        (b'{"title": "t"}', ":1: unknown row with keys title; expected query and pos, text and label"),
-        (b'{"text": "t", "label": "a"}\n{"text": "t"}', ':2: "label" is missing; expected a non-empty string or a whole'),
+        (GOOD_LINE + b'{"query": "q", "pos": "p"}', ':2: "pos" is a string; expected a list of strings. Write "pos": ["p"].'),
+        (GOOD_LINE + b'{"query": "q"}', ':2: "pos" is missing; expected a list of non-empty strings; the row has query'),
+        (GOOD_LINE + b'{"query": "q", "pos": 1}', ':2: "pos" is 1; expected a list of non-empty strings'),
+        (GOOD_LINE + b'{"query": "q", "pos": []}', ':2: "pos" is empty; expected at least one positive'),
+        (GOOD_LINE + b'{"query": "q", "pos": [""]}', ":2: \"pos\" contains ''; expected non-empty strings"),
+        (GOOD_LINE + b'{"query": "q", "pos": ["p", "\\u3000"]}', ":2: \"pos\" contains '\\u3000'; expected non-empty strings"),
+        (GOOD_LINE + b'{"query": "q", "pos": ["p"], "neg": [1]}', ':2: "neg" contains 1; expected non-empty strings'),
+        (
+            GOOD_LINE + b'{"query": "q", "pos": ["p"], "neg": "n"}',
+            ':2: "neg" is a string; expected a list of strings. Write "neg": ["n"].',
+        ),
+        (GOOD_LINE + b'{"query": "q", "pos": ["p"], "prompt": 1}', ':2: "prompt" is 1; expected a string'),
+        (GOOD_LINE + b'{"pos": ["p"]}', ':2: "query" is missing; expected a non-empty string; the row has pos'),
+        (
+            GOOD_LINE + b'{"text": "t", "label": 1}',
+            ':2: "query" is missing; expected a non-empty string; the row has text, label',
+        ),
+        (GOOD_LINE + b"{}", ':2: "query" is missing; expected a non-empty string; the row has no fields'),
+        (GOOD_LINE + b'{"query": 3, "pos": ["p"]}', ':2: "query" is 3; expected a non-empty string'),
+        (GOOD_LINE + b'{"query": " \\t ", "pos": ["p"]}', ":2: \"query\" is ' \\t '; expected a non-empty string"),
+        (GOOD_LINE + b'\n{"query": "q", "pos": ["p"]', ":3: not valid JSON (Expecting"),
+        (GOOD_LINE + b'["q", "p"]', ":2: not a JSON object (found a list)"),
+        (GOOD_LINE + b'{"query": "\xff", "pos": ["p"]}', ":2: not valid UTF-8 (byte 11)"),
+        (GOOD_LINE + b'{"query": "\\ud83d!", "pos": ["p"]}', ":2: not valid Unicode: a text has half of a surrogate pair"),
+        (GOOD_LINE + b'{"query": "\xed\xa0\xbd", "pos": ["p"]}', ":2: not valid UTF-8"),
+        (GOOD_LINE + b"[" * 100_000, ":2: not valid JSON"),
+        (b"", ": contains no rows"),
+        (b"\n \n", ": contains no rows"),
+        (b'{"title": "t"}', ":1: unknown format (the row has title; expected query and pos, text and label"),
+        (b'{"text": "t", "label": "a"}\n{"text": "t"}', ':2: "label" is missing; expected a non-empty string or an integer'),
         (b'{"text": "t", "label": "a"}\n{"text": "t", "label": 1.5}', ':2: "label" is 1.5; expected a non-empty string or'),
         (b'{"text": "t", "label": "a"}\n{"text": "t", "label": " "}', ":2: \"label\" is ' '; expected a non-empty string or"),
         (b'{"text": "t", "label": "a"}\n{"text": " ", "label": "a"}', ":2: \"text\" is ' '; expected a non-empty string"),
@@ -79,10 +85,13 @@ GOOD = b'{"query": "q", "pos": ["p"]}\n'
         (b'{"sentence1": "a", "sentence2": "b", "score": "5"}', ":1: \"score\" is '5'; expected a finite number"),
         (b'{"sentence1": "a", "sentence2": "b", "score": null}', ':1: "score" is null; expected a finite number'),
         (b'{"sentence1": "a", "sentence2": "b", "score": 1' + b"0" * 400 + b"}", ':1: "score" is a number of about 400 digits'),
-        (b'{"sentence1": "a", "sentence2": "b", "score": 1}', ": no pair scores 4.0 or more; lower the source's min_score"),
+        (
+            b'{"sentence1": "a", "sentence2": "b", "score": 1}',
+            ": no pair has a score of 4.0 or more. Lower the source's min_score.",
+        ),
     ],
 )
-def test_an_error_names_file_and_line(tmp_path: Path, content: bytes, message: str) -> None:
+def test_errors_name_file_and_line(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "data.jsonl"
     path.write_bytes(content)
     with pytest.raises(UserError) as error:
@@ -91,16 +100,16 @@ def test_an_error_names_file_and_line(tmp_path: Path, content: bytes, message: s
     assert "\n" not in str(error.value)
 
 
-def test_missing_files(tmp_path: Path) -> None:
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^/.*/absent.jsonl: no such file or folder$"):
         open_source_file(tmp_path / "absent.jsonl")
     with pytest.raises(UserError, match=r"^/.*/absent.jsonl: no such file or folder$"):
         open_source_file(tmp_path / "absent.jsonl", format="pairs")
-    with pytest.raises(UserError, match=r"found no files of rows; expected one of .jsonl, .txt, .parquet"):
+    with pytest.raises(UserError, match=r"found no data files; expected one of .jsonl, .txt, .parquet"):
         open_source_file(tmp_path, format="pairs")
 
 
-def test_rows_are_read_from_any_place_of_the_file(tmp_path: Path) -> None:
+def test_rows_are_read_in_any_order(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     lines = [json.dumps(row, ensure_ascii=False) for row in [*PAIR_ROWS, {"query": "é🙂\u2028", "pos": ["数学"]}]]
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n\n".join(lines).encode())
@@ -111,34 +120,34 @@ def test_rows_are_read_from_any_place_of_the_file(tmp_path: Path) -> None:
         rows[4]
 
 
-def test_an_escaped_emoji_is_one_character(tmp_path: Path) -> None:
+def test_an_escaped_surrogate_pair_is_one_character(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"query": "\\ud83d\\ude42", "pos": ["p"]}')
     assert open_source_file(path).draw(0, np.random.default_rng(0), 0).query == "🙂"
 
 
-def test_one_positive_is_drawn_and_no_other_positive_is_a_negative(tmp_path: Path) -> None:
-    opened = open_source_file(write_jsonl(tmp_path / "a.jsonl", PAIR_ROWS))
-    drawn = draw_examples(opened, 0, negatives=2)
-    assert {example.positive for example in drawn} == {"p0", "p1"}
-    assert {example.positives for example in drawn} == {("p0", "p1")}
-    assert {text for example in drawn for text in example.negatives} == {"n0", "n1", "n2"}
-    assert all(len(set(example.negatives)) == 2 for example in drawn)
-    assert draw_examples(opened, 0, negatives=9)[0].negatives == ("n0", "n1", "n2")
-    assert draw_examples(opened, 1, negatives=9)[0].negatives == ()
-    assert opened.sampler.max_positives >= 2
+def test_no_positive_of_a_query_is_its_negative(tmp_path: Path) -> None:
+    source = open_source_file(write_jsonl(tmp_path / "a.jsonl", PAIR_ROWS))
+    examples = draw_examples(source, 0, negatives=2)
+    assert {example.positive for example in examples} == {"p0", "p1"}
+    assert {example.positives for example in examples} == {("p0", "p1")}
+    assert {text for example in examples for text in example.negatives} == {"n0", "n1", "n2"}
+    assert all(len(set(example.negatives)) == 2 for example in examples)
+    assert draw_examples(source, 0, negatives=9)[0].negatives == ("n0", "n1", "n2")
+    assert draw_examples(source, 1, negatives=9)[0].negatives == ()
+    assert source.sampler.max_positives >= 2
 
 
-def test_instructions_are_drawn_and_the_prompt_of_a_row_wins(tmp_path: Path) -> None:
+def test_the_prompt_of_a_row_overrides_the_instructions(tmp_path: Path) -> None:
     options = {"instructions": ["one", "two"], "document_instruction": "doc"}
-    opened = open_source_file(write_jsonl(tmp_path / "a.jsonl", PAIR_ROWS), **options)
-    assert {example.instruction for example in draw_examples(opened, 1, 0)} == {"one", "two"}
-    assert {example.instruction for example in draw_examples(opened, 2, 0)} == {"its own"}
-    assert {example.document_instruction for example in draw_examples(opened, 2, 0)} == {"doc"}
+    source = open_source_file(write_jsonl(tmp_path / "a.jsonl", PAIR_ROWS), **options)
+    assert {example.instruction for example in draw_examples(source, 1, 0)} == {"one", "two"}
+    assert {example.instruction for example in draw_examples(source, 2, 0)} == {"its own"}
+    assert {example.document_instruction for example in draw_examples(source, 2, 0)} == {"doc"}
     assert draw_examples(open_source_file(tmp_path / "a.jsonl"), 1, 0)[0].instruction == ""
 
 
-def test_two_labels_are_documents_themselves(tmp_path: Path) -> None:
+def test_two_labels_are_documents(tmp_path: Path) -> None:
     rows = [{"text": f"text {i}", "label": ["good", "bad"][i % 2]} for i in range(6)]
     example = draw_examples(open_source_file(write_jsonl(tmp_path / "a.jsonl", rows)), 1, negatives=3)[0]
     assert (example.query, example.positive, example.negatives) == ("text 1", "bad", ("good",))
@@ -146,55 +155,55 @@ def test_two_labels_are_documents_themselves(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("choice", ["auto", "examples"])
-def test_of_more_labels_other_examples_are_documents(tmp_path: Path, choice: str) -> None:
+def test_examples_are_documents_if_there_are_more_labels(tmp_path: Path, choice: str) -> None:
     label_of = {row["text"]: row["label"] for row in LABEL_ROWS}
-    opened = open_source_file(write_jsonl(tmp_path / "a.jsonl", LABEL_ROWS), label_documents=choice)
-    drawn = draw_examples(opened, 4, negatives=3)
-    assert all(example.query == "text 4" != example.positive for example in drawn)
-    assert {label_of[example.positive] for example in drawn} == {"science"}
-    assert {label_of[text] for example in drawn for text in example.negatives} == {"sport", "world"}
-    assert {example.positive for example in drawn} == {"text 1", "text 7", "text 10"}
-    assert max(len(example.negatives) for example in drawn) == 3
-    assert {example.label for example in drawn} == {0}
+    source = open_source_file(write_jsonl(tmp_path / "a.jsonl", LABEL_ROWS), label_documents=choice)
+    examples = draw_examples(source, 4, negatives=3)
+    assert all(example.query == "text 4" != example.positive for example in examples)
+    assert {label_of[example.positive] for example in examples} == {"science"}
+    assert {label_of[text] for example in examples for text in example.negatives} == {"sport", "world"}
+    assert {example.positive for example in examples} == {"text 1", "text 7", "text 10"}
+    assert max(len(example.negatives) for example in examples) == 3
+    assert {example.label for example in examples} == {0}
 
 
 def test_label_documents_can_be_chosen(tmp_path: Path) -> None:
-    opened = open_source_file(write_jsonl(tmp_path / "a.jsonl", LABEL_ROWS), label_documents="labels")
-    assert {example.positive for example in draw_examples(opened, 0, 1)} == {"sport"}
-    assert {text for example in draw_examples(opened, 0, 1) for text in example.negatives} == {"science", "world"}
-    two = [{"text": f"t{i}", "label": i % 2} for i in range(6)]
-    opened = open_source_file(write_jsonl(tmp_path / "b.jsonl", two), label_documents="examples")
-    assert {example.positive for example in draw_examples(opened, 0, 1)} == {"t2", "t4"}
+    source = open_source_file(write_jsonl(tmp_path / "a.jsonl", LABEL_ROWS), label_documents="labels")
+    assert {example.positive for example in draw_examples(source, 0, 1)} == {"sport"}
+    assert {text for example in draw_examples(source, 0, 1) for text in example.negatives} == {"science", "world"}
+    two_labels = [{"text": f"t{i}", "label": i % 2} for i in range(6)]
+    source = open_source_file(write_jsonl(tmp_path / "b.jsonl", two_labels), label_documents="examples")
+    assert {example.positive for example in draw_examples(source, 0, 1)} == {"t2", "t4"}
 
 
-def test_one_label_and_equal_texts_under_two(tmp_path: Path) -> None:
+def test_a_single_label_and_equal_texts_with_two_labels(tmp_path: Path) -> None:
     rows = [{"text": text, "label": label} for text, label in (("same", "a"), ("one", "a"), ("same", "b"), ("other", "b"))]
-    opened = open_source_file(write_jsonl(tmp_path / "a.jsonl", rows), label_documents="examples")
-    assert {(example.positive, example.negatives) for example in draw_examples(opened, 0, 4)} == {
+    source = open_source_file(write_jsonl(tmp_path / "a.jsonl", rows), label_documents="examples")
+    assert {(example.positive, example.negatives) for example in draw_examples(source, 0, 4)} == {
         ("one", ("other",)),
         ("one", ()),
     }
-    one = open_source_file(write_jsonl(tmp_path / "b.jsonl", [{"text": "x", "label": "a"}, {"text": "y", "label": "a"}]))
-    assert {(example.positive, example.negatives) for example in draw_examples(one, 0, 4)} == {("y", ())}
+    single = open_source_file(write_jsonl(tmp_path / "b.jsonl", [{"text": "x", "label": "a"}, {"text": "y", "label": "a"}]))
+    assert {(example.positive, example.negatives) for example in draw_examples(single, 0, 4)} == {("y", ())}
 
 
-def test_scored_pairs_above_the_threshold_go_both_ways(tmp_path: Path) -> None:
+def test_scored_pairs_above_the_threshold_are_drawn_in_both_directions(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", SCORED_ROWS)
-    opened = open_source_file(path, min_score=3.0)
-    assert len(opened) == 3
-    assert {(e.query, e.positive) for e in draw_examples(opened, 0, 2)} == {("a3", "b3"), ("b3", "a3")}
-    assert {e.negatives for e in draw_examples(opened, 2, 2)} == {()}
+    source = open_source_file(path, min_score=3.0)
+    assert len(source) == 3
+    assert {(e.query, e.positive) for e in draw_examples(source, 0, 2)} == {("a3", "b3"), ("b3", "a3")}
+    assert {e.negatives for e in draw_examples(source, 2, 2)} == {()}
     assert len(open_source_file(path)) == 2
 
 
-def test_in_batch_negatives_are_off_for_labels_unless_asked_for(tmp_path: Path) -> None:
+def test_in_batch_negatives_are_off_by_default_for_labels(tmp_path: Path) -> None:
     labels, pairs = write_jsonl(tmp_path / "l", LABEL_ROWS), write_jsonl(tmp_path / "p", PAIR_ROWS)
     assert (open_source_file(labels).in_batch, open_source_file(pairs).in_batch) == (False, True)
     assert open_source_file(labels, in_batch_negatives=True).in_batch
     assert not open_source_file(pairs, in_batch_negatives=False).in_batch
 
 
-def test_names_and_digests(tmp_path: Path) -> None:
+def test_source_names_and_digests(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "pairs.jsonl", PAIR_ROWS)
     first = open_source_file(path)
     assert (first.name, open_source_file(path, name="mine").name) == ("pairs", "mine")
@@ -203,7 +212,7 @@ def test_names_and_digests(tmp_path: Path) -> None:
     assert open_source_file(path).digest != first.digest
 
 
-def beir(folder: Path, split: str = "train") -> Path:
+def write_beir_folder(folder: Path, split: str = "train") -> Path:
     corpus = {"d1": "one", "d2": "two", "d3": "three"}
     write_beir(folder, corpus, {"q1": "first", "q2": "second", "q3": "third"}, {}, split)
     (folder / "corpus.jsonl").write_text(
@@ -215,45 +224,45 @@ def beir(folder: Path, split: str = "train") -> Path:
     return folder
 
 
-def test_queries_of_a_beir_folder_that_have_documents_are_examples(tmp_path: Path) -> None:
-    opened = open_source_file(beir(tmp_path))
-    assert len(opened) == 2
-    found = {opened.draw(i, np.random.default_rng(0), 3).query: i for i in range(2)}
-    assert sorted(found) == ["first", "third"]
-    drawn = draw_examples(opened, found["first"], 3)
-    assert {example.positive for example in drawn} == {"Title one", "three"}
-    assert {example.positives for example in drawn} == {("Title one", "three")}
-    assert opened.sampler.max_positives == 2
+def test_beir_queries_with_relevant_documents_are_examples(tmp_path: Path) -> None:
+    source = open_source_file(write_beir_folder(tmp_path))
+    assert len(source) == 2
+    indices = {source.draw(i, np.random.default_rng(0), 3).query: i for i in range(2)}
+    assert sorted(indices) == ["first", "third"]
+    examples = draw_examples(source, indices["first"], 3)
+    assert {example.positive for example in examples} == {"Title one", "three"}
+    assert {example.positives for example in examples} == {("Title one", "three")}
+    assert source.sampler.max_positives == 2
 
 
-def test_a_document_without_a_text_is_no_positive(tmp_path: Path) -> None:
-    corpus = beir(tmp_path) / "corpus.jsonl"
+def test_a_beir_document_without_text_is_not_a_positive(tmp_path: Path) -> None:
+    corpus = write_beir_folder(tmp_path) / "corpus.jsonl"
     corpus.write_text(corpus.read_text().replace('"two"', '" "').replace('"three"', '""'))
-    opened = open_source_file(tmp_path)
-    assert list(opened.iter_pairs()) == [{"query": "first", "pos": ["Title one"]}]
-    assert opened.sampler.drop_counts == {"queries without a document that has a text": 1}
+    source = open_source_file(tmp_path)
+    assert list(source.iter_pairs()) == [{"query": "first", "pos": ["Title one"]}]
+    assert source.sampler.drop_counts == {"queries without a document that has a text": 1}
     corpus.write_text(corpus.read_text().replace('"one"', '""').replace('"Title"', '""'))
     with pytest.raises(UserError, match=r"no query has a relevant document with a text$"):
         open_source_file(tmp_path)
 
 
-def test_the_first_split_that_is_there_is_read(tmp_path: Path) -> None:
-    beir(tmp_path, "test")
+def test_the_first_existing_split_is_read(tmp_path: Path) -> None:
+    write_beir_folder(tmp_path, "test")
     assert len(open_beir(tmp_path, ("dev", "test")).query_rows) == 2
     (tmp_path / "qrels" / "dev.tsv").write_text("query-id\tcorpus-id\tscore\nq2\td2\t1\n")
-    opened = open_beir(tmp_path, ("dev", "test"))
-    assert (opened.query_text(0), opened.relevant, opened.document_text(0)) == ("second", [{1: 1}], "Title one")
+    beir = open_beir(tmp_path, ("dev", "test"))
+    assert (beir.query_text(0), beir.relevant, beir.document_text(0)) == ("second", [{1: 1}], "Title one")
 
 
-def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+def test_a_written_beir_folder_is_read_back(tmp_path: Path) -> None:
     write_beir(tmp_path, {"d1": "ein\nText", "d2": "é🙂"}, {"q1": "who?", "q2": "unasked"}, {"q1": {"d2": 3, "d1": 1}})
-    opened = open_beir(tmp_path, ("test",))
-    assert [opened.document_text(row) for row in range(2)] == ["ein\nText", "é🙂"]
-    assert (opened.query_text(0), opened.relevant) == ("who?", [{1: 3, 0: 1}])
+    beir = open_beir(tmp_path, ("test",))
+    assert [beir.document_text(row) for row in range(2)] == ["ein\nText", "é🙂"]
+    assert (beir.query_text(0), beir.relevant) == ("who?", [{1: 3, 0: 1}])
 
 
-def test_every_file_of_a_beir_folder_counts_in_its_digest(tmp_path: Path) -> None:
-    digests = {open_source_file(beir(tmp_path)).digest}
+def test_the_digest_of_a_beir_folder_depends_on_every_file(tmp_path: Path) -> None:
+    digests = {open_source_file(write_beir_folder(tmp_path)).digest}
     for name, old, new in [
         ("corpus.jsonl", "two", "2"),
         ("queries.jsonl", "third", "3rd"),
@@ -268,40 +277,40 @@ def test_every_file_of_a_beir_folder_counts_in_its_digest(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("qrels/train.tsv", "q1\td1\tscore\n", "train.tsv:1: expected query-id, corpus-id, score between tabs"),
-        ("qrels/train.tsv", f"{HEADER}\nq1 d1 1", "train.tsv:2: expected query-id, .* tabs, found 'q1 d1 1'"),
+        ("qrels/train.tsv", "q1\td1\tscore\n", "train.tsv:1: expected query-id, corpus-id, score separated by tabs"),
+        ("qrels/train.tsv", f"{HEADER}\nq1 d1 1", "train.tsv:2: expected query-id, .* tabs .found 'q1 d1 1'"),
         ("qrels/train.tsv", f"{HEADER}\n\nq1\td1\tx", "train.tsv:3: expected query-id, corpus-id, score"),
         ("qrels/train.tsv", f"{HEADER}\nq1\td1\tinf", "train.tsv:2: expected query-id, corpus-id, score"),
         ("qrels/train.tsv", f"{HEADER}\nq1\td9\t1", "train.tsv:2: id 'd9' is not in .*corpus.jsonl"),
         ("qrels/train.tsv", f"{HEADER}\nq9\td1\t1", "train.tsv:2: id 'q9' is not in .*queries.jsonl"),
         ("qrels/train.tsv", f"{HEADER}\nq1\td1\t0", "train.tsv: no query has a relevant document"),
         ("qrels/train.tsv", HEADER.encode() + b"\n\xff", "train.tsv: not valid UTF-8"),
-        ("corpus.jsonl", '{"_id": "d1", "text": "a"}\n\n' * 2, "corpus.jsonl:3: _id 'd1' is that of .*corpus.jsonl:1 too"),
+        ("corpus.jsonl", '{"_id": "d1", "text": "a"}\n\n' * 2, "corpus.jsonl:3: duplicate _id 'd1' .first in .*corpus.jsonl:1"),
         ("corpus.jsonl", '{"_id": "d1"}', 'corpus.jsonl:1: "text" is missing'),
         ("corpus.jsonl", '{"_id": 1, "text": "a"}', 'corpus.jsonl:1: "_id" is 1; expected a non-empty string'),
         ("corpus.jsonl", '{"_id": "d1", "text": "a", "title": null}', 'corpus.jsonl:1: "title" is null; expected a string'),
         ("queries.jsonl", '{"_id": "q1", "text": ""}', "queries.jsonl:1: \"text\" is ''; expected a non-empty string"),
         ("queries.jsonl", None, "queries.jsonl: no such file"),
-        ("qrels/train.tsv", None, "expected qrels/train.tsv beside corpus.jsonl and queries.jsonl"),
+        ("qrels/train.tsv", None, "qrels/train.tsv is missing; expected it next to corpus.jsonl and queries.jsonl"),
     ],
 )
-def test_errors_of_a_beir_folder(tmp_path: Path, name: str, content: str | bytes | None, message: str) -> None:
-    path = beir(tmp_path) / name
+def test_beir_errors_name_the_file(tmp_path: Path, name: str, content: str | bytes | None, message: str) -> None:
+    path = write_beir_folder(tmp_path) / name
     path.unlink() if content is None else path.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(UserError, match=message):
         open_source_file(tmp_path)
 
 
-def test_equal_texts_and_only_those_have_equal_hashes() -> None:
+def test_only_equal_texts_have_equal_hashes() -> None:
     texts = ["", "a", "b", "ab", "é", "e\u0301", " a"]
     assert len({tuple(hash_text(text)) for text in texts}) == len(texts)
     assert np.array_equal(hash_text("é"), hash_text("é"))
     assert hash_text("a").dtype == np.uint32 and hash_text("a").shape == (2,)
 
 
-def test_qrels_without_a_header_lose_no_judgement(tmp_path):
+def test_qrels_without_a_header_keep_every_judgment(tmp_path: Path) -> None:
     write_beir(tmp_path, {"d1": "one", "d2": "two"}, {"q1": "first", "q2": "second"}, {"q1": {"d1": 1}, "q2": {"d2": 1}})
     qrels = next((tmp_path / "qrels").iterdir())
-    whole = open_beir(tmp_path, ("test",))
+    beir = open_beir(tmp_path, ("test",))
     qrels.write_text("".join(qrels.read_text().splitlines(keepends=True)[1:]))
-    assert open_beir(tmp_path, ("test",)).relevant == whole.relevant == [{0: 1}, {1: 1}]
+    assert open_beir(tmp_path, ("test",)).relevant == beir.relevant == [{0: 1}, {1: 1}]
