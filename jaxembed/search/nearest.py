@@ -1,9 +1,9 @@
-"""Exact nearest documents by dot product, block by block, on the mesh or by FAISS: no score matrix is ever whole."""
+"""Exact nearest documents by dot product, block by block, on the mesh or by FAISS. No score matrix is ever complete."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,28 +11,40 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Float
 
+from jaxembed.devices.cpu import is_tuned
 from jaxembed.devices.mesh import BATCH_AXES, make_mesh, shard_count
 from jaxembed.devices.placement import batch_sharding, put_global, replicated_sharding, to_host
-from jaxembed.devices.processes import progress
+from jaxembed.devices.processes import progress_bar
 
-GROUP = 32  # documents whose best score stands for them
-MOST_QUERIES, MOST_DOCUMENTS = 512, 131072  # of a block; larger ones are no faster
-FAISS_QUERIES, FAISS_DOCUMENTS = 1024, 1024  # given at a time; of the blocks that it makes of them by itself
-MEMORY_MB = 512
-
-
-Best = tuple[jax.Array, jax.Array]  # rows and scores [q, k]
+GROUP_SIZE = 32  # documents of a group, which `top_k` represents by its best score
+MAX_QUERIES_PER_BLOCK, MAX_DOCUMENTS_PER_BLOCK = 512, 131072  # larger blocks are no faster
+MAX_FAISS_QUERIES = 1024  # of one call
+FAISS_BLOCK_DOCUMENTS = 1024  # of the blocks that FAISS itself makes
+DEFAULT_MEMORY_MB = 512
 
 
-class Found(NamedTuple):
-    """Rows of documents and their scores, best first: of a query [k], or of several [Q, k]."""
+TopK = tuple[jax.Array, jax.Array]  # rows int32 [q, k] and scores float32 [q, k]
+
+
+class SearchResult(NamedTuple):
+    """The best documents of one query [k] or of several [Q, k], best first.
+
+    Attributes:
+        rows: Rows of the documents, int32.
+        scores: Their dot products with the query, float32.
+    """
 
     rows: np.ndarray
     scores: np.ndarray
 
 
-class Blocks(NamedTuple):
-    """How many queries, on each device, meet how many documents at a time."""
+class BlockSizes(NamedTuple):
+    """The sizes of a block of scores.
+
+    Attributes:
+        queries: Queries on each device.
+        documents: Documents on each device.
+    """
 
     queries: int
     documents: int
@@ -43,141 +55,182 @@ def search(
     documents: Float[np.ndarray, "n d"],
     k: int,
     *,
-    memory_mb: int = MEMORY_MB,
+    memory_mb: int = DEFAULT_MEMORY_MB,
     approximate: bool = False,
     show_progress: bool = False,
-) -> Found:
-    """The k documents nearest to each query by dot product, int32 and float32 [Q, min(k, N)].
+) -> SearchResult:
+    """Find the k documents nearest to each query by dot product.
 
-    Of equal scores the document that comes first is first. On CPUs FAISS searches, where it is installed; else queries are
-    split over all devices, a block of documents at a time is on each, and the best of a query so far are merged with the
-    block's. `memory_mb` is what that takes on a device, beside the vectors and what is returned. `approximate` asks
-    `jax.lax.approx_max_k` for a block's best, which is faster on TPUs and finds nearly all.
+    On CPUs FAISS searches, if it is installed. Otherwise queries are split over all devices and meet one block of documents
+    after another.
+
+    Args:
+        queries: Query vectors.
+        documents: Document vectors.
+        k: Documents per query. If there are fewer documents, all are returned.
+        memory_mb: Memory of the search on each device in MiB, besides the vectors and the result.
+        approximate: Use `jax.lax.approx_max_k`, which is faster on TPUs and finds nearly all of the nearest documents.
+        show_progress: Show a progress bar.
+
+    Returns:
+        Rows and scores, [Q, min(k, N)]. Of equal scores, the document with the lower row is first.
     """
     k = min(k, len(documents))
     if not k:
-        return Found(*_none(len(queries), 0))
-    faiss = None if approximate else _faiss()
-    if faiss is None:
-        return _on_mesh(queries, documents, k, memory_mb, approximate, show_progress)
-    return _by_faiss(faiss, queries, documents, k, min(k + 1, len(documents)), memory_mb, show_progress)
+        return SearchResult(*_empty_top_k(len(queries), 0))
+    if approximate or not _can_use_faiss():
+        return _search_on_mesh(queries, documents, k, memory_mb, approximate, show_progress)
+    return _search_by_faiss(queries, documents, k, min(k + 1, len(documents)), memory_mb, show_progress)
 
 
-def _faiss() -> Any:
-    """The library, or None where vectors are not searched on CPUs, or it is not installed."""
-    if jax.default_backend() != "cpu":
-        return None
+def _can_use_faiss() -> bool:
+    """Return whether vectors are searched on CPUs, and FAISS is installed."""
+    if not is_tuned(jax.default_backend()):
+        return False
     try:
-        import faiss
+        import faiss  # noqa: F401
     except ImportError:
-        return None
-    return faiss
+        return False
+    return True
 
 
-def _by_faiss(
-    faiss: Any, queries: np.ndarray, documents: np.ndarray, k: int, asked: int, memory_mb: int, show_progress: bool = False
-) -> Found:
-    """As `search`. FAISS leaves open which of equal scores come first, and which are left out: it is asked for more than k,
-    and for twice as many where these still end with the k-th score.
+def _search_by_faiss(
+    queries: np.ndarray, documents: np.ndarray, k: int, fetch_k: int, memory_mb: int, show_progress: bool = False
+) -> SearchResult:
+    """Search by FAISS, with the order of `search` for equal scores.
+
+    FAISS leaves open which of several equal scores come first, and which are left out. So more than k documents are fetched,
+    and twice as many again for queries whose equal scores may go on behind the last one.
+
+    Args:
+        queries: Query vectors.
+        documents: Document vectors.
+        k: Documents to return per query.
+        fetch_k: Documents to fetch from FAISS per query, more than k if there are more.
+        memory_mb: Memory of the search in MiB.
+        show_progress: Show a progress bar.
     """
-    found = Found(*_none(len(queries), k))
-    at_once = faiss_queries(memory_mb, asked)
-    for start in progress(range(0, len(queries), at_once), unit="block", desc="search", disable=not show_progress):
-        scores, rows = faiss.knn(queries[start : start + at_once], documents, asked, faiss.METRIC_INNER_PRODUCT)
+    import faiss
+
+    result = SearchResult(*_empty_top_k(len(queries), k))
+    step = choose_faiss_queries(memory_mb, fetch_k)
+    for start in progress_bar(range(0, len(queries), step), unit="block", desc="search", disable=not show_progress):
+        scores, rows = faiss.knn(queries[start : start + step], documents, fetch_k, faiss.METRIC_INNER_PRODUCT)
+        # Sort equal scores by row.
         tied = (scores[:, 1:] == scores[:, :-1]).any(axis=1)
         rows[tied] = np.take_along_axis(rows[tied], np.lexsort((rows[tied], -scores[tied])), axis=1)
-        found.rows[start : start + at_once], found.scores[start : start + at_once] = rows[:, :k], scores[:, :k]
+        result.rows[start : start + step], result.scores[start : start + step] = rows[:, :k], scores[:, :k]
+        # Search again, deeper, where the last fetched score equals the k-th one: lower rows of that score may be missing.
         cut = start + np.flatnonzero(scores[:, k - 1] == scores[:, -1])
-        if len(cut) and asked < len(documents):
-            again = _by_faiss(faiss, queries[cut], documents, k, min(2 * asked, len(documents)), memory_mb)
-            found.rows[cut], found.scores[cut] = again
-    return found
+        if len(cut) and fetch_k < len(documents):
+            deeper = _search_by_faiss(queries[cut], documents, k, min(2 * fetch_k, len(documents)), memory_mb)
+            result.rows[cut], result.scores[cut] = deeper
+    return result
 
 
-def faiss_queries(memory_mb: int, k: int) -> int:
-    """How many queries FAISS is given at a time: it holds scores of each, twice its best, and what it returns."""
-    of_query = 4 * FAISS_DOCUMENTS + k * (2 * 12 + 12)
-    return max(1, min(FAISS_QUERIES, memory_mb * 2**20 // of_query))
+def choose_faiss_queries(memory_mb: int, k: int) -> int:
+    """Return how many queries one call of FAISS gets. For each it keeps scores, twice its k best, and the result."""
+    bytes_per_query = 4 * FAISS_BLOCK_DOCUMENTS + k * (2 * 12 + 12)
+    return max(1, min(MAX_FAISS_QUERIES, memory_mb * 2**20 // bytes_per_query))
 
 
-def _on_mesh(
+def _search_on_mesh(
     queries: np.ndarray, documents: np.ndarray, k: int, memory_mb: int, approximate: bool, show_progress: bool
-) -> Found:
-    """As `search`, by the devices of JAX."""
+) -> SearchResult:
+    """Search on the devices of JAX. Queries are split over them, and each block of documents is on all of them."""
     mesh = make_mesh()
-    split, whole = batch_sharding(mesh), replicated_sharding(mesh)
-    blocks = block_sizes(memory_mb, queries.shape[1], k, len(queries), len(documents))
-    at_once = blocks.queries * shard_count(mesh)
-    starts = range(0, len(queries), at_once)
-    best = [put_global(split, _none(at_once, k)) for _ in starts]
-    merge = _merge(mesh, approximate)
-    firsts = range(0, len(documents), blocks.documents)
-    # A caller may have set a mesh of fewer devices, as training does.
+    split, replicated = batch_sharding(mesh), replicated_sharding(mesh)
+    sizes = choose_block_sizes(memory_mb, queries.shape[1], k, len(queries), len(documents))
+    query_step = sizes.queries * shard_count(mesh)
+    query_starts = range(0, len(queries), query_step)
+    document_starts = range(0, len(documents), sizes.documents)
+    # Every block of queries starts without documents, and keeps its k best while the blocks of documents pass.
+    best = [put_global(split, _empty_top_k(query_step, k)) for _ in query_starts]
+    merge_block = _compile_merge_block(mesh, approximate)
+    blocks = len(query_starts) * len(document_starts)
     with (
-        jax.set_mesh(mesh),
-        progress(total=len(starts) * len(firsts), unit="block", desc="search", disable=not show_progress) as bar,
+        jax.set_mesh(mesh),  # a caller may have set a mesh of fewer devices, as training does
+        progress_bar(total=blocks, unit="block", desc="search", disable=not show_progress) as bar,
     ):
-        for first in firsts:
-            block = put_global(whole, documents[first : first + blocks.documents])
-            for i, start in enumerate(starts):
-                some = put_global(split, _padded(queries[start : start + at_once], at_once))
-                best[i] = merge(best[i], some, block, np.int32(first))
-                jax.block_until_ready(best[i - 1])  # no more than two at a time are in memory
+        for first in document_starts:
+            document_block = put_global(replicated, documents[first : first + sizes.documents])
+            for i, start in enumerate(query_starts):
+                query_block = put_global(split, _pad_rows(queries[start : start + query_step], query_step))
+                best[i] = merge_block(best[i], query_block, document_block, np.int32(first))
+                jax.block_until_ready(best[i - 1])  # so that at most two blocks are in memory
                 bar.update()
-    found = [tuple(to_host(x) for x in of_queries) for of_queries in best]
-    return Found(*(np.concatenate(parts)[: len(queries)] for parts in zip(_none(0, k), *found, strict=True)))
+    results = [tuple(to_host(x) for x in block) for block in best]
+    return SearchResult(*(np.concatenate(parts)[: len(queries)] for parts in zip(_empty_top_k(0, k), *results, strict=True)))
 
 
-def block_sizes(memory_mb: int, width: int, k: int, queries: int, documents: int) -> Blocks:
-    """The largest useful blocks that fit: documents take up to a quarter of the memory, scores and their best the rest."""
-    numbers = memory_mb * 2**20 // 4
-    most = min(MOST_DOCUMENTS, max(numbers // (4 * width), 1), documents)
-    of_documents = -(-most // GROUP) * GROUP
-    of_query = 2 * (of_documents + k * (GROUP + 4))  # the scores, what is gathered of them, and copies
-    fitting = max(1, (numbers - of_documents * width) // of_query)
-    return Blocks(min(MOST_QUERIES, fitting, max(queries, 1)), of_documents)
+def choose_block_sizes(memory_mb: int, width: int, k: int, queries: int, documents: int) -> BlockSizes:
+    """Return the largest useful block sizes that fit into memory.
+
+    Documents take up to a quarter of the memory; scores and the best of them take the rest.
+
+    Args:
+        memory_mb: Memory on each device in MiB.
+        width: Width of the vectors.
+        k: Documents to find per query.
+        queries: Number of all queries.
+        documents: Number of all documents.
+    """
+    floats = memory_mb * 2**20 // 4
+    max_documents = min(MAX_DOCUMENTS_PER_BLOCK, max(floats // (4 * width), 1), documents)
+    block_documents = -(-max_documents // GROUP_SIZE) * GROUP_SIZE
+    floats_per_query = 2 * (block_documents + k * (GROUP_SIZE + 4))  # scores and what is gathered from them, with copies
+    fitting_queries = max(1, (floats - block_documents * width) // floats_per_query)
+    return BlockSizes(min(MAX_QUERIES_PER_BLOCK, fitting_queries, max(queries, 1)), block_documents)
 
 
-def _none(queries: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+def _empty_top_k(queries: int, k: int) -> tuple[np.ndarray, np.ndarray]:
     return np.full((queries, k), -1, np.int32), np.full((queries, k), -np.inf, np.float32)
 
 
-def _padded(x: np.ndarray, rows: int) -> np.ndarray:
+def _pad_rows(x: np.ndarray, rows: int) -> np.ndarray:
     return x if len(x) == rows else np.concatenate([x, np.zeros((rows - len(x), x.shape[1]), x.dtype)])
 
 
 @functools.cache
-def _merge(mesh: Mesh, approximate: bool) -> jax.stages.Wrapped:
-    """The compiled `_merged` on each device's queries, in place of the best so far."""
-    split, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
-    merged = functools.partial(_merged, approximate=approximate)
-    mapped = jax.shard_map(merged, mesh=mesh, in_specs=(split, split, whole, whole), out_specs=split)
+def _compile_merge_block(mesh: Mesh, approximate: bool) -> jax.stages.Wrapped:
+    """Return `_merge_block` jitted for the queries of each device. It overwrites the best so far."""
+    split, replicated = PartitionSpec(BATCH_AXES), PartitionSpec()
+    merge = functools.partial(_merge_block, approximate=approximate)
+    mapped = jax.shard_map(merge, mesh=mesh, in_specs=(split, split, replicated, replicated), out_specs=split)
     return jax.jit(mapped, donate_argnums=0)
 
 
-def _merged(best: Best, queries: jax.Array, documents: jax.Array, first: jax.Array, *, approximate: bool) -> Best:
-    """The best so far merged with those of a block of documents, of which `first` is the first one's row."""
+def _merge_block(best: TopK, queries: jax.Array, documents: jax.Array, first_row: jax.Array, *, approximate: bool) -> TopK:
+    """Merge the k best documents so far with those of a block, whose first document has row `first_row`."""
+    # Score the block and keep its k best.
     k = best[0].shape[1]
     scores = jnp.matmul(queries, documents.T, precision=jax.lax.Precision.HIGHEST)
-    of_block = min(k, len(documents))
-    values, columns = jax.lax.approx_max_k(scores, of_block) if approximate else top_k(scores, of_block)
-    values, order = jax.lax.top_k(jnp.concatenate([best[1], values], axis=1), k)
-    rows = jnp.concatenate([best[0], first + columns], axis=1)
-    return jnp.take_along_axis(rows, order, axis=1), values
+    block_k = min(k, len(documents))
+    block_scores, columns = jax.lax.approx_max_k(scores, block_k) if approximate else top_k(scores, block_k)
+    # Merge both lists. Earlier documents come first in it, so that they stay first among equal scores.
+    merged_scores, order = jax.lax.top_k(jnp.concatenate([best[1], block_scores], axis=1), k)
+    merged_rows = jnp.concatenate([best[0], first_row + columns], axis=1)
+    return jnp.take_along_axis(merged_rows, order, axis=1), merged_scores
 
 
 def top_k(scores: Float[jax.Array, "q n"], k: int) -> tuple[jax.Array, jax.Array]:
-    """What `jax.lax.top_k` gives, sooner. The k best of groups of columns lie in the k groups whose maxima are best, since
-    each of those holds a score at least as high; columns behind the last whole group are looked at one by one.
+    """Return what `jax.lax.top_k` returns, but faster: values and columns [q, k].
+
+    Columns are divided into groups. The k best scores are in the k groups with the highest maxima, because each of these groups
+    has a score at least as high as any score outside them. So only these groups are searched, and the columns behind the last
+    full group.
     """
     queries, n = scores.shape
-    count, rest = divmod(n, GROUP)
-    if count <= k:
+    group_count, rest = divmod(n, GROUP_SIZE)
+    if group_count <= k:
         return jax.lax.top_k(scores, k)
-    groups = scores[:, : count * GROUP].reshape(queries, count, GROUP)
-    chosen = jnp.sort(jax.lax.top_k(groups.max(axis=2), k)[1])  # in order, so that the first of equals stays first
-    members = jnp.take_along_axis(groups, chosen[:, :, None], axis=1).reshape(queries, k * GROUP)
+    # Choose the k groups with the highest maxima. Sort them, so that the first of equal scores stays first.
+    groups = scores[:, : group_count * GROUP_SIZE].reshape(queries, group_count, GROUP_SIZE)
+    chosen = jnp.sort(jax.lax.top_k(groups.max(axis=2), k)[1])
+    # Find the k best among the members of these groups and the columns behind the last group.
+    members = jnp.take_along_axis(groups, chosen[:, :, None], axis=1).reshape(queries, k * GROUP_SIZE)
     values, place = jax.lax.top_k(jnp.concatenate([members, scores[:, n - rest :]], axis=1), k)
-    group = jnp.take_along_axis(chosen, jnp.minimum(place // GROUP, k - 1), axis=1)
-    behind = place - k * GROUP
-    return values, jnp.where(behind < 0, group * GROUP + place % GROUP, n - rest + behind)
+    # Turn places among these candidates back into columns.
+    group = jnp.take_along_axis(chosen, jnp.minimum(place // GROUP_SIZE, k - 1), axis=1)
+    place_behind = place - k * GROUP_SIZE
+    return values, jnp.where(place_behind < 0, group * GROUP_SIZE + place % GROUP_SIZE, n - rest + place_behind)

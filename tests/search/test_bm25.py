@@ -5,29 +5,29 @@ import sys
 import pytest
 
 from jaxembed.errors import UserError
-from jaxembed.search.bm25 import rank
+from jaxembed.search.bm25 import rank_documents
 
 CORPUS = ["", "def read_file(path): ...", "def writeJSON(value): ...", "class HTTPServer: ..."]
 
 
-def test_words_inside_identifiers_are_found_in_any_form() -> None:
-    best = rank(CORPUS, ["Reading the files", "json writer", "a server"], 2)
+def test_words_inside_identifiers_match_in_any_form() -> None:
+    best = rank_documents(CORPUS, ["Reading the files", "json writer", "a server"], 2)
     assert best.shape == (3, 2) and best.dtype == "int64"
     assert best[:, 0].tolist() == [1, 2, 3]
 
 
-def test_a_rare_word_outweighs_a_common_one_and_stop_words_count_for_nothing() -> None:
+def test_rare_word_outweighs_common_one_and_stop_words_are_ignored() -> None:
     corpus = ["the file of the file", "file alpha", "file beta", "the of and with"]
-    assert rank(corpus, ["the file and the beta"], 1).tolist() == [[2]]
-    assert rank(corpus, ["alpha of the with"], 1).tolist() == [[1]]
+    assert rank_documents(corpus, ["the file and the beta"], 1).tolist() == [[2]]
+    assert rank_documents(corpus, ["alpha of the with"], 1).tolist() == [[1]]
 
 
-def test_a_query_without_known_words_and_a_k_beyond_the_corpus() -> None:
-    best = rank(CORPUS, ["", "unheard"], 10)
+def test_query_without_known_words_and_k_beyond_the_corpus() -> None:
+    best = rank_documents(CORPUS, ["", "unheard"], 10)
     assert [sorted(row) for row in best.tolist()] == [[0, 1, 2, 3]] * 2
 
 
-def test_without_the_library_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_library_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bm25s", None)
     with pytest.raises(UserError, match=r"pip install \"jaxembed\[eval\]\""):
-        rank(CORPUS, ["file"], 1)
+        rank_documents(CORPUS, ["file"], 1)
