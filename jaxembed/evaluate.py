@@ -1,4 +1,7 @@
-"""Scores a model on MTEB tasks: python -m jaxembed.evaluate MODEL --tasks STSBenchmark Banking77Classification"""
+"""Score a model on MTEB tasks.
+
+Usage: python -m jaxembed.evaluate MODEL --tasks STSBenchmark Banking77Classification
+"""
 
 from __future__ import annotations
 
@@ -15,17 +18,17 @@ if TYPE_CHECKING:
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns {"model", "scores": {task: {"score", "instruction", "subsets"}}}."""
+    """Return {"model", "scores": {task: {"score", "instruction", "subsets"}}}."""
     if bool(args.tasks) == bool(args.benchmark):
-        raise UserError("name either --tasks or --benchmark")
+        raise UserError("evaluate: expected either --tasks or --benchmark")
     from jaxembed.evaluation import mteb_encoder
 
     tasks = mteb_encoder.find_tasks(args.tasks, args.benchmark)
     out = Path(args.out) if args.out else None
     if out:
-        cli.make_folder(out, f"{out}: the folder")
-    encoder = load_encoder(args.model, args.checkpoint, args.backend, args.layers, args.adapter, args.fsdp)
-    return {"model": args.model, "scores": mteb_encoder.evaluate(encoder, tasks, out)}
+        cli.make_output_folder(out, f"{out}: the folder")
+    encoder = load_encoder(args.model, backend=args.backend, **cli.model_options(args))
+    return {"model": args.model, "scores": mteb_encoder.score_tasks(encoder, tasks, out)}
 
 
 def load_encoder(
@@ -36,15 +39,30 @@ def load_encoder(
     adapter: str | None = None,
     fsdp: int = 1,
 ) -> Any:
-    """MODEL as an mteb encoder, run by JAX or, for an exported folder, by sentence-transformers."""
+    """Load a model as an mteb encoder.
+
+    Args:
+        model: Run directory, folder or hub id.
+        checkpoint: Checkpoint of a run: best, last, or a step.
+        backend: jax, or sentence-transformers for an exported folder.
+        layers: Number of layers to keep. Default: all.
+        adapter: Adapter of a run that has several.
+        fsdp: Devices that share one copy of the model.
+
+    Raises:
+        UserError: If the model cannot be loaded, or an option does not apply to the backend.
+    """
     from jaxembed.evaluation.mteb_encoder import MtebEncoder
 
     if backend == "sentence-transformers":
         if layers is not None or adapter is not None:
-            raise UserError("--layers and --adapter shape the JAX model; export that to score it by sentence-transformers")
-        from jaxembed.evaluation.torch_encoder import load_torch
+            raise UserError(
+                "--backend sentence-transformers: --layers and --adapter apply to the JAX model only. Export the model with "
+                "these options, and score that folder."
+            )
+        from jaxembed.evaluation.torch_encoder import load_torch_encoder
 
-        return load_torch(Path(model))
+        return load_torch_encoder(Path(model))
     embedder = cli.load_model(model, checkpoint=checkpoint, layers=layers, adapter=adapter, fsdp=fsdp)
 
     def encode(texts: Sequence[str], prompt: str) -> np.ndarray:
@@ -54,10 +72,15 @@ def load_encoder(
 
 
 if __name__ == "__main__":
-    parser = cli.parser("evaluate", __doc__)
-    cli.add_model(parser)
-    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="MTEB tasks by name")
-    parser.add_argument("--benchmark", metavar="NAME", help="all tasks of an MTEB benchmark")
-    parser.add_argument("--out", metavar="DIR", help="keep results here; tasks already scored there are not run again")
-    parser.add_argument("--backend", choices=["jax", "sentence-transformers"], default="jax", help="default: jax")
-    cli.run(main, parser)
+    parser = cli.new_parser("evaluate", __doc__)
+    cli.add_model_arguments(parser)
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="names of MTEB tasks")
+    parser.add_argument("--benchmark", metavar="NAME", help="MTEB benchmark whose tasks are scored")
+    parser.add_argument("--out", metavar="DIR", help="folder for the results; tasks already scored there are not run again")
+    parser.add_argument(
+        "--backend",
+        choices=["jax", "sentence-transformers"],
+        default="jax",
+        help="library that runs the model (default: jax); sentence-transformers runs exported folders",
+    )
+    cli.run_command(main, parser)

@@ -1,4 +1,4 @@
-"""The held-out sets of a config: opened once, scored during training."""
+"""Held-out sets of a config: opened once, scored during training."""
 
 from __future__ import annotations
 
@@ -9,34 +9,50 @@ from typing import Protocol
 
 import numpy as np
 
-from jaxembed.config import EvalSetConfig, PythonPackagesConfig
+from jaxembed.config import EvalSetConfig
 from jaxembed.data.beir import open_beir
 from jaxembed.data.containers import open_container
-from jaxembed.data.rows import Rows
+from jaxembed.data.rows import IndexedRows
 from jaxembed.data.sampling import iter_rows
-from jaxembed.data.sources import SHAPES, packages_folder
+from jaxembed.data.sources import ROW_SCHEMAS
 from jaxembed.errors import UserError
 from jaxembed.evaluation.retrieval import Encode, ndcg, recall, spearman
 from jaxembed.files import exists
 from jaxembed.search import bm25
 from jaxembed.search.nearest import search
 
-TOP = 10
+CUTOFF = 10  # ranks that nDCG and recall count
 
 
-class HeldOut(Protocol):
-    """A set that scores an encoder; `metric` is its main score's name."""
+class HeldOutSet(Protocol):
+    """A set that scores an encoder."""
 
     @property
-    def config(self) -> EvalSetConfig: ...
+    def config(self) -> EvalSetConfig:
+        """The config section of the set."""
+        ...
+
     @property
-    def metric(self) -> str: ...
-    def score(self, encode: Encode) -> dict[str, float]: ...
+    def metric(self) -> str:
+        """The name of the main score."""
+        ...
+
+    def score(self, encode: Encode) -> dict[str, float]:
+        """Return the scores of an encoder by name."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
 class RetrievalSet:
-    """Queries, a corpus, and which documents answer which query."""
+    """Queries, a corpus, and which documents are relevant to which query.
+
+    Attributes:
+        config: The config section of the set.
+        queries: Texts of the queries.
+        corpus: Texts of the documents.
+        relevant: For each query, the grade of each relevant document by its index in the corpus.
+        metric: Name of the main score.
+    """
 
     config: EvalSetConfig
     queries: Sequence[str]
@@ -45,14 +61,14 @@ class RetrievalSet:
     metric: str = "ndcg_at_10"
 
     def score(self, encode: Encode) -> dict[str, float]:
-        """nDCG@10 and recall@10, each from 0 to 1."""
+        """Return nDCG@10 and recall@10, each from 0 to 1."""
         queries = encode(self.queries, self.config.instruction)
         documents = encode(self.corpus, self.config.document_instruction)
-        return self._scores(search(queries, documents, TOP).rows)
+        return self._scores(search(queries, documents, CUTOFF).rows)
 
     def score_bm25(self) -> dict[str, float]:
-        """The same of BM25, which needs no training: the baseline to beat."""
-        return self._scores(bm25.rank(self.corpus, self.queries, TOP))
+        """Return the same scores for BM25, the baseline without training."""
+        return self._scores(bm25.rank_documents(self.corpus, self.queries, CUTOFF))
 
     def _scores(self, ranked: np.ndarray) -> dict[str, float]:
         return {"ndcg_at_10": ndcg(self.relevant, ranked), "recall_at_10": recall(self.relevant, ranked)}
@@ -60,7 +76,15 @@ class RetrievalSet:
 
 @dataclasses.dataclass(frozen=True)
 class SimilaritySet:
-    """Sentence pairs with graded similarity."""
+    """Sentence pairs with graded similarity.
+
+    Attributes:
+        config: The config section of the set.
+        first: First sentence of each pair.
+        second: Second sentence of each pair.
+        scores: Similarity of each pair, float64 [N].
+        metric: Name of the main score.
+    """
 
     config: EvalSetConfig
     first: Sequence[str]
@@ -69,38 +93,41 @@ class SimilaritySet:
     metric: str = "spearman"
 
     def score(self, encode: Encode) -> dict[str, float]:
-        """Spearman's correlation, from -1 to 1."""
+        """Return Spearman's correlation, from -1 to 1."""
         a, b = (encode(texts, self.config.instruction) for texts in (self.first, self.second))
         return {"spearman": spearman(a, b, self.scores)}
 
 
-def open_sets(configs: Sequence[EvalSetConfig], packages: PythonPackagesConfig, cache: Path) -> list[HeldOut]:
-    """Opens and checks every held-out set of a config."""
-    sets: list[HeldOut] = []
+def open_held_out_sets(configs: Sequence[EvalSetConfig], cache: Path) -> list[HeldOutSet]:
+    """Open and check every held-out set of a config.
+
+    Raises:
+        UserError: If a set does not exist or is malformed.
+    """
+    sets: list[HeldOutSet] = []
     for config in configs:
-        path = Path(config.path)
-        if config.path.startswith("python_packages:"):
-            path = packages_folder(packages, cache) / config.path.removeprefix("python_packages:")
         if config.kind == "sts":
-            sets.append(_similarity(config, Rows(open_container(str(path)), SHAPES["scored_pairs"], cache)))
-        elif exists(path):
-            sets.append(_retrieval(config, path))
+            sets.append(_read_similarity_set(config, cache))
+        elif exists(Path(config.path)):
+            sets.append(_read_retrieval_set(config))
         else:
-            raise UserError(f"eval.sets: {config.name}: {config.path}: no such file or folder")
+            raise UserError(f"eval.sets: {config.name}: no such file or folder {config.path!r}")
     return sets
 
 
-def _retrieval(config: EvalSetConfig, path: Path) -> RetrievalSet:
-    beir = open_beir(path, ("test", "dev", "train"))
-    queries = [beir.query(i) for i in range(len(beir.query_rows))]
-    return RetrievalSet(config, queries, [beir.document(row) for row in range(len(beir.corpus))], beir.relevant)
+def _read_retrieval_set(config: EvalSetConfig) -> RetrievalSet:
+    beir = open_beir(Path(config.path), ("test", "dev", "train"))
+    queries = [beir.query_text(i) for i in range(len(beir.query_rows))]
+    corpus = [beir.document_text(row) for row in range(len(beir.corpus))]
+    return RetrievalSet(config, queries, corpus, beir.relevant)
 
 
-def _similarity(config: EvalSetConfig, rows: Rows) -> SimilaritySet:
+def _read_similarity_set(config: EvalSetConfig, cache: Path) -> SimilaritySet:
+    rows = IndexedRows(open_container(config.path), ROW_SCHEMAS["scored_pairs"], cache)
     first, second = zip(*((row["sentence1"], row["sentence2"]) for row in iter_rows(rows)), strict=True)
-    return SimilaritySet(config, first, second, np.array(rows.numbers))
+    return SimilaritySet(config, first, second, np.array(rows.index_values))
 
 
-def score_all(sets: Sequence[HeldOut], encode: Encode) -> dict[str, float]:
-    """The scores of every set, by SET/METRIC."""
+def score_sets(sets: Sequence[HeldOutSet], encode: Encode) -> dict[str, float]:
+    """Return the scores of every set by SET/METRIC."""
     return {f"{s.config.name}/{name}": value for s in sets for name, value in s.score(encode).items()}

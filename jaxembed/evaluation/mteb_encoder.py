@@ -1,4 +1,4 @@
-"""MTEB on any encoder: the instruction of each task, the scores, and both written side by side."""
+"""Score any encoder on MTEB: choose each task's instruction, run the tasks, write the scores."""
 
 from __future__ import annotations
 
@@ -10,17 +10,24 @@ from typing import Any
 import numpy as np
 
 from jaxembed.config.spec import EmbeddingSpec
-from jaxembed.errors import UserError, brief
+from jaxembed.errors import UserError, summarize
 from jaxembed.files import write_json
 
-EncodePrompted = Callable[[Sequence[str], str], np.ndarray]  # (texts, whole prompt) -> unit vectors [N, D]
+EncodeWithPrompt = Callable[[Sequence[str], str], np.ndarray]  # (texts, whole prompt) -> unit vectors [N, D]
 
 
 @dataclasses.dataclass
 class MtebEncoder:
-    """mteb's EncoderProtocol around an encode function. `revision` must identify the weights: results are cached by it."""
+    """An encode function as mteb's EncoderProtocol.
 
-    run: EncodePrompted
+    Attributes:
+        encode_with_prompt: Encodes texts under a whole prompt.
+        spec: Builds the prompts.
+        name: Name of the model.
+        revision: Identifies the weights. mteb caches results by it.
+    """
+
+    encode_with_prompt: EncodeWithPrompt
     spec: EmbeddingSpec
     name: str
     revision: str
@@ -28,35 +35,38 @@ class MtebEncoder:
     def encode(
         self, inputs: Any, *, task_metadata: Any, hf_split: str, hf_subset: str, prompt_type: Any = None, **_: Any
     ) -> np.ndarray:
-        """Vectors of the batches of texts that mteb hands over, under the task's instruction."""
+        """Encode batches of texts under the instruction of the task. mteb defines the parameters."""
         texts = [text for batch in inputs for text in batch["text"]]
-        return self.run(texts, self.prompt(task_metadata, prompt_type))
+        return self.encode_with_prompt(texts, self.build_prompt(task_metadata, prompt_type))
 
-    def prompt(self, task: Any, prompt_type: Any) -> str:
-        """Empty for a model that was trained without instructions; else the task's, but for documents the model's own."""
+    def build_prompt(self, task: Any, prompt_type: Any) -> str:
+        """Return the model's own prompt for documents, and the prompt with the task's instruction for other texts."""
         if getattr(prompt_type, "value", None) == "document":
             return self.spec.prompts.get("document", self.spec.plain_prompt)
-        return self.spec.prompt(self.instruction(task))
+        return self.spec.prompt(self.get_instruction(task))
 
-    def instruction(self, task: Any) -> str:
-        """The instruction of a task's queries; empty for a model that was trained without."""
-        return task_instruction(task) if self.spec.prompts else ""
+    def get_instruction(self, task: Any) -> str:
+        """Return the instruction of a task's queries; empty for a model that was trained without instructions."""
+        return get_task_instruction(task) if self.spec.prompts else ""
 
     def similarity(self, a: Any, b: Any) -> np.ndarray:
+        """Return the dot products [A, B] of two sets of vectors."""
         return np.asarray(a) @ np.asarray(b).T
 
     def similarity_pairwise(self, a: Any, b: Any) -> np.ndarray:
+        """Return the dot products [N] of N pairs of vectors."""
         return np.sum(np.asarray(a) * np.asarray(b), axis=1)
 
     @property
     def mteb_model_meta(self) -> Any:
+        """The model's name and revision for mteb."""
         from mteb.models.model_meta import ModelMeta
 
         return ModelMeta.create_empty({"name": f"jaxembed/{self.name}", "revision": self.revision})
 
 
-def task_instruction(task: Any) -> str:
-    """The instruction in a task's metadata, else mteb's default for its kind."""
+def get_task_instruction(task: Any) -> str:
+    """Return the instruction in a task's metadata, else mteb's default for its type."""
     from mteb.abstasks.abstask import get_abstask_prompt
 
     prompt = task.prompt.get("query") if isinstance(task.prompt, dict) else task.prompt
@@ -64,27 +74,41 @@ def task_instruction(task: Any) -> str:
 
 
 def find_tasks(names: Sequence[str], benchmark: str | None) -> list[Any]:
-    """mteb's task objects by name, or those of a benchmark; `UserError` names what mteb does not know."""
+    """Return mteb's tasks of some names, or those of a benchmark.
+
+    Raises:
+        UserError: If mteb does not have a task or the benchmark.
+    """
     mteb = import_mteb()
     try:
         return list(mteb.get_benchmark(benchmark).tasks) if benchmark else list(mteb.get_tasks(tasks=list(names)))
     except (KeyError, ValueError) as error:
-        reason = brief(error.args[0]).removeprefix("KeyError: ")
-        raise UserError(f"mteb knows no such task or benchmark: {reason}") from None
+        reason = summarize(error.args[0]).removeprefix("KeyError: ")
+        raise UserError(f"mteb: no such task or benchmark: {reason}") from None
 
 
 def import_mteb() -> Any:
+    """Import mteb, or raise a `UserError` that says how to install it."""
     try:
         import mteb
     except ModuleNotFoundError:
-        raise UserError('mteb is not installed; pip install "jaxembed[eval]"') from None
+        raise UserError('mteb is not installed. Install it by: pip install "jaxembed[eval]"') from None
     return mteb
 
 
-def evaluate(encoder: MtebEncoder, tasks: Sequence[Any], out: Path | None = None) -> dict[str, Any]:
-    """Runs the tasks; {task: {"score", "instruction", "subsets"}}, scores from 0 to 1 by each task's main metric.
+def score_tasks(encoder: MtebEncoder, tasks: Sequence[Any], out: Path | None = None) -> dict[str, Any]:
+    """Score an encoder on MTEB tasks.
 
-    With `out`, mteb's full results and `scores.json` are kept there, and tasks scored before are not run again.
+    Args:
+        encoder: The encoder.
+        tasks: Task objects of mteb.
+        out: Folder for mteb's full results and `scores.json`. Tasks that were scored there before are not run again.
+
+    Returns:
+        {task: {"score", "instruction", "subsets"}}. Scores are the main metric of each task, from 0 to 1.
+
+    Raises:
+        UserError: If the data of a task cannot be downloaded.
     """
     mteb = import_mteb()
     from mteb.cache import ResultCache
@@ -97,11 +121,12 @@ def evaluate(encoder: MtebEncoder, tasks: Sequence[Any], out: Path | None = None
         try:
             result = mteb.evaluate(encoder, task, cache=cache, overwrite_strategy=mode, show_progress_bar=False)
         except ConnectionError as error:
-            told = f"{name}: its data could not be fetched ({brief(error)}); connect, or fetch it beforehand"
-            raise UserError(told) from None
+            raise UserError(
+                f"{name}: cannot download its data ({summarize(error)}). Connect to the network, or download it beforehand."
+            ) from None
         entries = [entry for split in result.task_results[0].scores.values() for entry in split]
         subsets = {entry["hf_subset"]: round(float(entry["main_score"]), 6) for entry in entries}
-        instruction = encoder.instruction(task.metadata)
+        instruction = encoder.get_instruction(task.metadata)
         scores[name] = {"score": float(np.mean(list(subsets.values()))), "instruction": instruction, "subsets": subsets}
         if out:
             write_json(out / "scores.json", scores)

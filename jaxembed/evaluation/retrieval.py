@@ -1,4 +1,4 @@
-"""Scores of retrieval and similarity: nDCG, recall, Spearman."""
+"""Scores of retrieval and similarity: nDCG, recall, Spearman's correlation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ Encode = Callable[[Sequence[str], str], np.ndarray]  # (texts, instruction) -> v
 
 
 def ndcg(relevant: Sequence[Mapping[int, int]], ranked: Int[np.ndarray, "q k"]) -> float:
-    """Mean nDCG@k with the grade as gain, as trec_eval and BEIR count it; k is the width of `ranked`."""
+    """Return the mean nDCG@k with the grade as gain, as in trec_eval and BEIR.
+
+    Args:
+        relevant: For each query, the grade of each relevant document.
+        ranked: Documents of each query, best first.
+    """
     discounts = 1 / np.log2(np.arange(ranked.shape[1]) + 2)
     scores = []
     for grades, rows in zip(relevant, ranked, strict=True):
@@ -22,13 +27,13 @@ def ndcg(relevant: Sequence[Mapping[int, int]], ranked: Int[np.ndarray, "q k"]) 
 
 
 def recall(relevant: Sequence[Mapping[int, int]], ranked: Int[np.ndarray, "q k"]) -> float:
-    """Mean share of a query's relevant documents among the first k."""
+    """Return the mean recall@k: the share of a query's relevant documents that are among its first k."""
     shares = [len(grades.keys() & set(rows.tolist())) / len(grades) for grades, rows in zip(relevant, ranked, strict=True)]
     return float(np.mean(shares))
 
 
 def spearman(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "n d"], scores: Float[np.ndarray, " n"]) -> float:
-    """Spearman's correlation of the pairs' cosines (of unit vectors) with given scores."""
+    """Return Spearman's correlation of the cosines of N pairs of unit vectors with given scores."""
     from scipy import stats  # takes a second to import
 
     return float(stats.spearmanr(np.sum(a * b, axis=1), scores).statistic)

@@ -1,4 +1,4 @@
-"""An exported folder under sentence-transformers as an mteb encoder: scores what users will deploy."""
+"""Run an exported folder by sentence-transformers as an mteb encoder, to score what users deploy."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 
 from jaxembed.evaluation.mteb_encoder import MtebEncoder
-from jaxembed.hub.base import content_hash, find_base
-from jaxembed.hub.export import encode_torch, load_sentence_transformer
+from jaxembed.hub.resolve import find_base
+from jaxembed.hub.torch_model import encode_torch, load_sentence_transformer
 
 
-def load_torch(folder: Path) -> MtebEncoder:
-    """The folder by plain sentence-transformers, under the same instructions as the JAX model gets."""
+def load_torch_encoder(folder: Path) -> MtebEncoder:
+    """Load a folder by plain sentence-transformers. It gets the same instructions as the JAX model."""
     base = find_base(str(folder))
     model = load_sentence_transformer(folder)
 
     def encode(texts: Sequence[str], prompt: str) -> np.ndarray:
         return encode_torch(model, texts, prompt)
 
-    return MtebEncoder(encode, base.spec, f"{folder.name}-torch", content_hash(base)[:16])
+    return MtebEncoder(encode, base.spec, f"{folder.name}-torch", base.hash()[:16])

@@ -1,9 +1,12 @@
-"""Retrieval metrics against another implementation, and the mteb encoder."""
+"""Retrieval metrics against trec_eval, held-out sets, and the mteb encoder."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,15 +14,15 @@ import pytrec_eval
 
 from helpers import tiny
 from jaxembed import Embedder
-from jaxembed.config import EvalSetConfig, PythonPackagesConfig
+from jaxembed.config import EvalSetConfig
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.errors import UserError
-from jaxembed.evaluation.heldout import open_sets, score_all
-from jaxembed.evaluation.mteb_encoder import MtebEncoder, evaluate, find_tasks
+from jaxembed.evaluation.heldout import open_held_out_sets, score_sets
+from jaxembed.evaluation.mteb_encoder import MtebEncoder, find_tasks, score_tasks
 from jaxembed.evaluation.retrieval import ndcg, recall, spearman
 
 
-def test_metrics_equal_trec_eval():
+def test_metrics_equal_trec_eval() -> None:
     rng = np.random.default_rng(0)
     ranked = np.stack([rng.permutation(40)[:10] for _ in range(30)])
     relevant = [
@@ -32,14 +35,15 @@ def test_metrics_equal_trec_eval():
     assert recall(relevant, ranked) == pytest.approx(np.mean([r["recall_10"] for r in theirs.values()]), abs=1e-9)
 
 
-def test_spearman_follows_ranks():
+def test_spearman_follows_ranks() -> None:
     a = np.eye(3, dtype=np.float32)[[0, 0, 0]]
     b = np.array([[1, 0, 0], [0.8, 0.6, 0], [0, 1, 0]], np.float32)
     assert spearman(a, b, np.array([5.0, 4.0, 0.5])) == pytest.approx(1)
     assert spearman(a, b, np.array([0.0, 1.0, 2.0])) == pytest.approx(-1)
 
 
-def _beir(folder):
+def write_beir_folder(folder: Path) -> Path:
+    """Write a BEIR folder whose queries are its documents."""
     (folder / "qrels").mkdir(parents=True)
     corpus = [{"_id": f"d{i}", "title": "", "text": text} for i, text in enumerate(tiny.TEXTS)]
     queries = [{"_id": f"q{i}", "text": text} for i, text in enumerate(tiny.TEXTS)]
@@ -50,68 +54,68 @@ def _beir(folder):
     return folder
 
 
-def test_held_out_sets_score_a_model(tmp_path):
+def test_held_out_sets_score_a_model(tmp_path: Path) -> None:
     pairs = [{"sentence1": t, "sentence2": t if i % 2 else "short", "score": i % 2} for i, t in enumerate(tiny.TEXTS)]
     (tmp_path / "sts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     configs = [
-        EvalSetConfig(name="same", path=str(_beir(tmp_path / "beir"))),
+        EvalSetConfig(name="same", path=str(write_beir_folder(tmp_path / "beir"))),
         EvalSetConfig(name="sts", kind="sts", path=str(tmp_path / "sts.jsonl")),
     ]
-    sets = open_sets(configs, PythonPackagesConfig(), tmp_path)
+    sets = open_held_out_sets(configs, tmp_path)
     model = Embedder.load(tiny.folder(tmp_path / "base", "qwen3"))
-    scores = score_all(sets, model.encode)
+    scores = score_sets(sets, model.encode)
     assert scores["same/ndcg_at_10"] == scores["same/recall_at_10"] == 1  # every text finds itself
     assert scores["sts/spearman"] > 0.8
     noise = np.random.default_rng(0)
-    random = score_all(sets, lambda texts, instruction: noise.normal(size=(len(texts), 4)).astype(np.float32))
+    random = score_sets(sets, lambda texts, instruction: noise.normal(size=(len(texts), 4)).astype(np.float32))
     assert random["sts/spearman"] < 0.8
     assert random["same/ndcg_at_10"] < 0.9
     assert sets[0].score_bm25()["ndcg_at_10"] > 0.5
 
 
-def test_missing_held_out_set_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"eval\.sets: here: .*nowhere"):
-        open_sets([EvalSetConfig(name="here", path=str(tmp_path / "nowhere"))], PythonPackagesConfig(), tmp_path)
+def test_missing_held_out_set_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"eval\.sets: here: no such file or folder '.*nowhere'"):
+        open_held_out_sets([EvalSetConfig(name="here", path=str(tmp_path / "nowhere"))], tmp_path)
 
 
-def test_a_held_out_set_without_relevant_documents_is_named(tmp_path):
-    qrels = _beir(tmp_path / "beir") / "qrels" / "test.tsv"
+def test_held_out_set_without_relevant_documents_is_named(tmp_path: Path) -> None:
+    qrels = write_beir_folder(tmp_path / "beir") / "qrels" / "test.tsv"
     qrels.write_text("query-id\tcorpus-id\tscore\nq0\td0\t0\n")
     with pytest.raises(UserError, match=r"qrels/test\.tsv: no query has a relevant document; expected scores above 0$"):
-        open_sets([EvalSetConfig(name="here", path=str(tmp_path / "beir"))], PythonPackagesConfig(), tmp_path)
+        open_held_out_sets([EvalSetConfig(name="here", path=str(tmp_path / "beir"))], tmp_path)
 
 
-def fail(*_, **__):
+def fail_to_connect(*_: Any, **__: Any) -> None:
     raise ConnectionError("no route")
 
 
-def test_unknown_tasks_are_named():
-    with pytest.raises(UserError, match=r"^mteb knows no such task or benchmark: 'Nonsense' not found"):
+def test_unknown_tasks_are_named() -> None:
+    with pytest.raises(UserError, match=r"^mteb: no such task or benchmark: 'Nonsense' not found"):
         find_tasks(["Nonsense"], None)
 
 
-def test_mteb_takes_the_encoder_and_keeps_the_instruction(tmp_path):
+def test_mteb_scores_the_encoder_under_task_instructions(tmp_path: Path) -> None:
     from mteb.mocks import MockRetrievalTask, MockSTSTask
 
-    seen = []
+    prompts: list[str] = []
 
-    def encode(texts, prompt):
-        seen.append(prompt)
+    def encode(texts: Sequence[str], prompt: str) -> np.ndarray:
+        prompts.append(prompt)
         return np.random.default_rng(len(texts)).normal(size=(len(texts), 4)).astype(np.float32)
 
     spec = EmbeddingSpec(prompts={"query": "q", "document": "d: "})
-    scores = evaluate(MtebEncoder(encode, spec, "tiny", "1"), [MockRetrievalTask(), MockSTSTask()], tmp_path)
+    scores = score_tasks(MtebEncoder(encode, spec, "tiny", "1"), [MockRetrievalTask(), MockSTSTask()], tmp_path)
     assert set(scores) == {"MockRetrievalTask", "MockSTSTask"}
     for result in scores.values():
-        assert "Instruct: {}\nQuery:".format(result["instruction"]) in seen
-    assert "d: " in seen
-    kept = json.loads((tmp_path / "scores.json").read_text())
-    assert kept["MockRetrievalTask"] == scores["MockRetrievalTask"]
+        assert "Instruct: {}\nQuery:".format(result["instruction"]) in prompts
+    assert "d: " in prompts
+    written = json.loads((tmp_path / "scores.json").read_text())
+    assert written["MockRetrievalTask"] == scores["MockRetrievalTask"]
 
     unreachable = MockSTSTask()
-    unreachable.load_data = fail  # as the hub client does without a network
-    with pytest.raises(UserError, match=r"MockSTSTask: its data could not be fetched \(no route\); connect"):
-        evaluate(MtebEncoder(encode, spec, "tiny", "2"), [unreachable])
+    unreachable.load_data = fail_to_connect  # as the hub client does without a network
+    with pytest.raises(UserError, match=r"MockSTSTask: cannot download its data \(no route\)\. Connect"):
+        score_tasks(MtebEncoder(encode, spec, "tiny", "2"), [unreachable])
 
     plain = MtebEncoder(encode, EmbeddingSpec(), "tiny", "1")
-    assert plain.prompt(SimpleNamespace(name="MockSTSTask", prompt="x"), None) == ""
+    assert plain.build_prompt(SimpleNamespace(name="MockSTSTask", prompt="x"), None) == ""
