@@ -101,8 +101,7 @@ def read_texts(path: Path, field: str) -> Iterator[str]:
 
 if __name__ == "__main__":
     about = "OUT.npy has one float32 vector of unit length per line, in input order. Memory does not grow with the file."
-    parser = cli.new_parser("encode", f"{__doc__}
-{about}")
+    parser = cli.new_parser("encode", f"{__doc__}\n{about}")
     cli.add_model_arguments(parser)
     parser.add_argument("input", metavar="IN", help="text file (one text per line) or .jsonl file")
     parser.add_argument("out", metavar="OUT.npy", help="output; must not exist")
