@@ -1,4 +1,4 @@
-"""What the commands share: errors in one line, the result as one JSON object on the last line of standard output."""
+"""What all commands share: one-line errors, and the result as one JSON object on the last line of standard output."""
 
 from __future__ import annotations
 
@@ -19,26 +19,27 @@ from typing import TYPE_CHECKING, Any, NoReturn, get_args
 from jaxembed.config import Format
 from jaxembed.config.sections import apply_override
 from jaxembed.devices import processes
+from jaxembed.devices.cpu import configure_jax
 from jaxembed.errors import Stopped, UserError
 from jaxembed.files import cache_dir, check_writable, exists
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from jaxembed import Embedder
+    from jaxembed.hub.embedder import Embedder
+
+# Libraries whose progress messages are not ours to print.
+CHATTY_LOGGERS = ("jax", "orbax", "httpx", "httpx2", "datasets", "bm25s", "faiss", "sentence_transformers", "mteb")
 
 
-def run(main: Callable[[argparse.Namespace], Mapping[str, Any]], parser: argparse.ArgumentParser) -> Mapping[str, Any]:
-    """Parses the command line, runs `main`, prints what it returns and returns it too. Exits 2 on a user's error, 128 + n on
-    signal n.
+def run_command(main: Callable[[argparse.Namespace], Mapping[str, Any]], parser: argparse.ArgumentParser) -> Mapping[str, Any]:
+    """Parse the command line, run `main`, print its result as JSON, and return it.
+
+    Exits with 2 on a `UserError`, and with 128 + n on signal n.
     """
     args = parser.parse_args()
     _skip_absent_tpu()
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs whole stacks of errors that it raises too
-    for chatty in ("jax", "orbax", "httpx", "httpx2", "datasets", "bm25s", "faiss", "sentence_transformers", "mteb"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module=r"(?!jaxembed)")
+    _configure_logging()
     try:
         result = main(args)
     except UserError as error:
@@ -55,10 +56,19 @@ def run(main: Callable[[argparse.Namespace], Mapping[str, Any]], parser: argpars
     return result
 
 
-def _skip_absent_tpu() -> None:
-    """Where the TPU compiler is installed without a TPU, and no other accelerator's plugin: JAX need not look for one.
+def _configure_logging() -> None:
+    """Print our own messages without decoration, and silence those of libraries."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs stack traces of errors that it also raises
+    for name in CHATTY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module=r"(?!jaxembed)")
 
-    It would take seconds and print a page of warnings.
+
+def _skip_absent_tpu() -> None:
+    """Keep JAX from searching for a TPU if only its compiler is installed, and no plugin of another accelerator.
+
+    The search takes seconds and prints a page of warnings.
     """
     if "JAX_PLATFORMS" in os.environ or importlib.util.find_spec("libtpu") is None:
         return
@@ -68,24 +78,21 @@ def _skip_absent_tpu() -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with the errors of every other bad input: one line, exit code 2. `hint` ends that line. With `intermixed`
-    arguments may stand behind options too: they are `behind` of what is parsed.
+    """An argument parser whose errors are one line with exit code 2.
+
+    Attributes:
+        hint: A sentence that precedes the pointer to --help in errors.
     """
 
-    hint, intermixed = "", False
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        found, behind = self.parse_known_args(args, namespace)
-        if unknown := [text for text in behind if text.startswith("-") or not self.intermixed]:
-            self.error(f"unrecognized arguments: {' '.join(unknown)}")
-        found.behind = behind
-        return found
+    hint = ""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; {self.hint}see {self.prog} --help\n")
+        """Print one line and exit with code 2."""
+        self.exit(2, f"error: {message}. {self.hint}See {self.prog} --help.\n")
 
 
-def parser(command: str, description: str) -> Parser:
+def new_parser(command: str, description: str) -> Parser:
+    """Return a parser for `python -m jaxembed.COMMAND`."""
     return Parser(
         prog=f"python -m jaxembed.{command}",
         description=description,
@@ -94,72 +101,92 @@ def parser(command: str, description: str) -> Parser:
     )
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """The MODEL argument and the options that go with it."""
-    parser.add_argument("model", metavar="MODEL", help="run directory, exported, PEFT or Hugging Face folder, or hub id")
-    parser.add_argument("--checkpoint", default="best", help="of a run: best (default), last, or a step")
-    parser.add_argument("--adapter", metavar="NAME", help="of a run that has several: the one to use")
-    parser.add_argument("--layers", type=int, metavar="N", help="keep the first N layers only (early exit)")
-    add_fsdp(parser)
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the MODEL argument and the options that select a part of it."""
+    parser.add_argument("model", metavar="MODEL", help="run directory; exported, PEFT, or Hugging Face folder; or hub id")
+    parser.add_argument("--checkpoint", default="best", help="checkpoint of a run: best (default), last, or a step")
+    parser.add_argument("--adapter", metavar="NAME", help="adapter of a run that has several")
+    parser.add_argument("--layers", type=int, metavar="N", help="keep only the first N layers (early exit)")
+    add_fsdp_argument(parser)
 
 
-def add_rows(parser: argparse._ActionsContainer) -> None:
-    """The options that say what the rows of a named source are."""
-    told = f"of the rows: {', '.join(get_args(Format))} (default: auto, by the path or the first row)"
-    parser.add_argument("--format", default="auto", help=told)
+def add_row_arguments(parser: argparse._ActionsContainer) -> None:
+    """Add the options that describe the rows of a source."""
+    formats = ", ".join(get_args(Format))
     parser.add_argument(
-        "--columns", metavar="MAPPING", help="our fields and the columns that hold them: '{query: question, pos: answer}'"
+        "--format", default="auto", help=f"format of the rows: {formats} (default: auto, detected from path or first row)"
+    )
+    parser.add_argument(
+        "--columns", metavar="MAPPING", help="column that holds each of our fields: '{query: question, pos: answer}'"
     )
 
 
-def row_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What `add_rows`'s options say, as keys of a source; `UserError` where --config names one that says it itself."""
+def row_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of `add_row_arguments` as keys of a source.
+
+    Raises:
+        UserError: --config is given too, whose sources describe their rows themselves.
+    """
     if args.config and (args.columns or args.format != "auto"):
-        raise UserError("--config: its sources say what their rows are; leave --format and --columns out")
+        raise UserError("--config: its sources describe their own rows. Remove --format and --columns.")
     tree = {"format": args.format}
     if args.columns:
         apply_override(tree, f"columns={args.columns}")
     return tree
 
 
-def add_fsdp(parser: argparse._ActionsContainer) -> None:
-    """The option for models that no device holds alone."""
-    told = "devices that share one copy of the model; default: 1, each has its own"
-    parser.add_argument("--fsdp", type=whole(1), default=1, metavar="N", help=told)
+def add_fsdp_argument(parser: argparse._ActionsContainer) -> None:
+    """Add the option for models that do not fit on one device."""
+    parser.add_argument(
+        "--fsdp",
+        type=integer_from(1),
+        default=1,
+        metavar="N",
+        help="devices that share one copy of the model (default: 1, each device has its own copy)",
+    )
 
 
-def whole(least: int) -> Callable[[str], int]:
-    """A reader of whole numbers from `least` on."""
+def integer_from(minimum: int) -> Callable[[str], int]:
+    """Return a parser of integers that are at least `minimum`, for `argparse`."""
 
-    def number(text: str) -> int:
+    def integer(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"{value} is less than {minimum}")
         return value
 
-    return number
+    return integer
 
 
 def model_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What `add_model`'s options say, for `load_model`."""
+    """Return the options of `add_model_arguments` for `load_model`."""
     return {name: getattr(args, name) for name in ("checkpoint", "layers", "adapter", "fsdp")}
 
 
 def load_model(model: str, *, fsdp: int = 1, **options: Any) -> Embedder:
-    """A model with the options of `Embedder.load`, on all devices, `fsdp` of which share a copy."""
-    from jaxembed import Embedder
+    """Load a model onto all devices.
+
+    Args:
+        model: Run directory, folder, or hub id.
+        fsdp: Devices that share one copy of the model.
+        **options: Options of `Embedder.load`.
+    """
+    from jaxembed.hub.embedder import Embedder
 
     set_up_jax()
-    return Embedder.load(model, mesh=make_mesh(fsdp), **options)
+    return Embedder.load(model, mesh=make_fsdp_mesh(fsdp), **options)
 
 
-def make_mesh(fsdp: int) -> Mesh:
-    """All devices, `fsdp` of which share one copy of the model; `UserError` where they do not come out even.
+def make_fsdp_mesh(fsdp: int) -> Mesh:
+    """Return a mesh of all devices, `fsdp` of which share one copy of the model.
 
-    From here on the memory of programs is kept (`retain_freed_memory`).
+    Programs keep their memory from here on (`retain_freed_memory`).
+
+    Raises:
+        UserError: `fsdp` does not divide the number of devices.
     """
     import jax
 
@@ -167,67 +194,79 @@ def make_mesh(fsdp: int) -> Mesh:
     from jaxembed.devices.mesh import make_mesh
 
     if (count := jax.device_count()) % fsdp:
-        raise UserError(f"--fsdp is {fsdp}, which does not divide the number of devices here, {count}; use a divisor of that")
+        raise UserError(f"--fsdp is {fsdp}; expected a divisor of {count}, the number of devices here")
     retain_freed_memory()
     return make_mesh(fsdp=fsdp)
 
 
 @contextmanager
-def stoppable(told: str) -> Iterator[None]:
-    """While entered, SIGTERM and Ctrl-C end the block by `Stopped`, which says `told`. For the main thread alone."""
-    found = signal.SIGINT
+def stop_on_signals(message: str) -> Iterator[None]:
+    """Turn SIGTERM and Ctrl-C inside the block into `Stopped` with a message. Only for the main thread."""
+    received = signal.SIGINT
 
     def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal found
-        found = signal.Signals(number)
-        raise KeyboardInterrupt  # which no library takes for an error of its own
+        nonlocal received
+        received = signal.Signals(number)
+        raise KeyboardInterrupt  # no library handles this as an error of its own
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     except KeyboardInterrupt:
-        raise Stopped(told, found) from None
+        raise Stopped(message, received) from None
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 def set_up_jax() -> None:
-    """Keeps compiled programs on disk, so that a second start is quick. JAX_COMPILATION_CACHE_DIR names another place.
+    """Cache compiled programs on disk, so that a second start is quick, and configure JAX for CPUs.
 
-    Before JAX's first use. On CPUs, programs run in the thread that calls them, as `retain_freed_memory` needs it.
+    Call it before JAX is first used. JAX_COMPILATION_CACHE_DIR overrides the place of the cache.
     """
     import jax
 
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    configure_jax()
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def new_output(path: str, endings: Collection[str] = ()) -> Path:
-    """An output path that does not exist yet, of one of the endings if there are any, and can be written; or `UserError`."""
+    """Return the path of an output that does not exist yet and can be written.
+
+    Args:
+        path: The output.
+        endings: Allowed endings. Default: any.
+
+    Raises:
+        UserError: The output exists, has another ending, or cannot be written.
+    """
     out = Path(path)
     if endings and out.suffix not in endings:
         raise UserError(f"{out}: expected an output that ends in {' or '.join(endings)}")
     if exists(out):
-        raise UserError(f"{out}: already exists; remove it or name another output")
-    return writable(out)
+        raise UserError(f"{out}: already exists. Remove it, or name another output.")
+    return writable_output(out)
 
 
-def writable(out: Path) -> Path:
-    """The path, its folder made; `UserError` where `written_whole` cannot write there."""
-    make_folder(out.parent, f"{out}: its folder")
+def writable_output(out: Path) -> Path:
+    """Return the path of an output after creating its folder.
+
+    Raises:
+        UserError: `atomic_write` could not write there.
+    """
+    make_output_folder(out.parent, f"{out}: its folder")
     try:
         check_writable(out)
     except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}); name another output") from None
+        raise UserError(f"{out}: cannot be written ({error.strerror}). Name another output.") from None
     return out
 
 
-def make_folder(folder: Path, told: str) -> None:
-    """Makes a folder of an output where there is none; the `UserError` begins with `told`."""
+def make_output_folder(folder: Path, subject: str) -> None:
+    """Create the folder of an output if it does not exist. The `UserError` starts with `subject`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{told} cannot be made ({error.strerror}); name another output") from None
+        raise UserError(f"{subject} cannot be created ({error.strerror}). Name another output.") from None

@@ -1,49 +1,66 @@
-"""Trains an embedding model: python -m jaxembed.train CONFIG.yaml [key.sub=value ...]"""
+"""Train an embedding model.
+
+Usage: python -m jaxembed.train CONFIG.yaml [key.sub=value ...]
+"""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
 
-from jaxembed import cli, config
+from jaxembed import cli
+from jaxembed.config import Config, load_config
 from jaxembed.config.sections import table
 from jaxembed.data.sources import detect_format
 from jaxembed.devices import processes
 from jaxembed.errors import UserError
-from jaxembed.planning.topology import look_for_no_tpu
+from jaxembed.planning.topology import skip_tpu_discovery
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    """Reads the config and trains; returns what `jaxembed.runs.train.train` does, or `jaxembed.planning.plan` with --plan."""
-    settings = config.load_config(args.config, args.overrides)
-    for source in settings.data.sources:
-        detect_format(source)  # a mistyped path is told before JAX loads
+    """Read the config, then train, or plan the run with --plan. Return the result."""
+    config = load_config(args.config, args.overrides)
+    for source in config.all_sources():
+        detect_format(source)  # a mistyped path is reported before JAX loads
     if args.slices and not args.topology:
-        raise UserError(f"--slices is {args.slices} without --topology; name the slice, such as --topology v5e:16x16")
-    if args.topology:
-        look_for_no_tpu()
+        raise UserError(f"--slices is {args.slices} without --topology. Name the slice, such as --topology v5e:16x16.")
     if args.plan or args.topology:
-        from jaxembed.planning.plan import plan
-
-        return plan(settings, args.topology, args.slices or 1)
-    from jaxembed.runs.train import train  # imports JAX: after the config is known to be good
+        return _plan(config, args)
+    from jaxembed.runs.train import train  # imports JAX, so only once the config is known to be good
 
     cli.set_up_jax()
-    with processes.together(settings.train.stall_timeout_s):
-        return train(settings)
+    with processes.process_group(config.train.stall_timeout_s):
+        return train(config)
 
 
-if __name__ == "__main__":
-    parser = cli.parser("train", __doc__ + "\n\nThe same command resumes a run whose directory holds a checkpoint.")
-    parser.hint = "config keys are set as train.steps=3; "
+def _plan(config: Config, args: argparse.Namespace) -> dict[str, Any]:
+    """Compile the steps of a run ahead of time and return what they need."""
+    if args.topology:
+        skip_tpu_discovery()
+    from jaxembed.planning.plan import plan, planning_mesh
+    from jaxembed.runs.open import open_run
+
+    mesh, memory = planning_mesh(config.mesh, args.topology, args.slices or 1)
+    run = open_run(config, mesh, is_planned=True)
+    return plan(config, mesh, memory, run.model, run.stages)
+
+
+def make_parser() -> cli.Parser:
+    """Return the parser of the command line."""
+    parser = cli.new_parser("train", f"{__doc__}\nThe same command resumes a run whose directory holds a checkpoint.")
+    parser.hint = "Set config keys as train.steps=3. "
     parser.add_argument(
-        "--keys", action="version", version=table(config.Config).replace("%", "%%"), help="list every config key and exit"
+        "--keys", action="version", version=table(Config).replace("%", "%%"), help="list every config key and exit"
     )
-    parser.add_argument("config", metavar="CONFIG.yaml", help="see configs/ for examples")
+    parser.add_argument("config", metavar="CONFIG.yaml", help="config file; examples are in configs/")
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key.sub=value", help="such as train.steps=100 or run.dir=runs/a"
     )
-    parser.add_argument("--plan", action="store_true", help="compile ahead of time, tell what a step needs, and exit")
-    parser.add_argument("--topology", metavar="NAME:SHAPE", help="of a plan: a TPU slice that is not here, such as v5e:16x16")
-    parser.add_argument("--slices", type=cli.whole(1), metavar="N", help="of a topology: how many such slices (default: 1)")
-    cli.run(main, parser)
+    parser.add_argument("--plan", action="store_true", help="compile ahead of time, print what a step needs, and exit")
+    parser.add_argument("--topology", metavar="NAME:SHAPE", help="plan for a TPU slice that is not here, such as v5e:16x16")
+    parser.add_argument("--slices", type=cli.integer_from(1), metavar="N", help="number of slices of the topology (default: 1)")
+    return parser
+
+
+if __name__ == "__main__":
+    cli.run_command(main, make_parser())

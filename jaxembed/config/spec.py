@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import ConfigDict, Field, model_validator
 
 from jaxembed.config.fields import LARGEST
-from jaxembed.config.model import Attention, ModelConfig, PoolingKind, is_echo_template, is_example_template
+from jaxembed.config.model import AttentionKind, ModelConfig, PoolingKind, is_echo_template, is_example_template
 from jaxembed.config.sections import Section
 
 EXAMPLE_SEPARATOR = "\n\n"  # follows every in-context example (bge-en-icl, Li et al. 2024)
@@ -32,7 +32,7 @@ class EmbeddingSpec(Section):
 
     model_config = ConfigDict(strict=True)
 
-    attention: Attention = Field("bidirectional", description="Attention mask.")
+    attention: AttentionKind = Field("bidirectional", description="Attention mask.")
     pooling: PoolingKind = Field("mean", description="Pooling over the tokens of a text.")
     latents: Annotated[int, Field(ge=1, le=2**16)] = Field(512, description="Number of latents of latent attention.")
     pooling_heads: Annotated[int, Field(ge=1, le=2**12)] = Field(8, description="Heads of latent and self-attention.")

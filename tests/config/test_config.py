@@ -1,4 +1,4 @@
-"""The configuration tree: what it takes, and the one line that says what is off."""
+"""The configuration tree: what it accepts, and its one-line errors."""
 
 import typing
 from pathlib import Path
@@ -12,7 +12,7 @@ from jaxembed.config import Config, ModelConfig, load_config
 from jaxembed.config.model import LoraTarget, PoolingKind
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.errors import UserError
-from jaxembed.model.lora import TARGETS
+from jaxembed.model.lora import TARGET_PROJECTIONS
 from jaxembed.model.masks import MASKS
 from jaxembed.model.pooling import POOLINGS
 
@@ -25,7 +25,7 @@ def write(folder: Path, tree: Any) -> Path:
     return path
 
 
-def of(folder: Path, *overrides: str) -> Config:
+def load_smallest(folder: Path, *overrides: str) -> Config:
     return load_config(write(folder, SMALLEST), overrides)
 
 
@@ -39,42 +39,53 @@ def error_of(folder: Path, *overrides: str, tree: Any = SMALLEST) -> str:
 def test_errors_of_adapters(tmp_path: Path) -> None:
     sources = [{"path": "a.jsonl", "adapter": "a"}, {"path": "b.jsonl", "adapter": "a"}]
     tree = {"model": {"base": "x", "lora": {"names": ["a", "b"]}}, "data": {"sources": sources}}
-    told = "FILE: model.lora.names: no source trains b; name it as the adapter of one, or leave it out"
-    assert error_of(tmp_path, tree=tree) == told
-    told = "FILE: eval.sets.0.adapter is 'c'; expected one of model.lora.names: a, b"
-    assert error_of(tmp_path, "eval.sets=[{name: s, path: x, adapter: c}]", tree=tree) == told
+    expected = "FILE: model.lora.names: no source trains 'b'. Name it as the adapter of a source, or remove it."
+    assert error_of(tmp_path, tree=tree) == expected
+    expected = "FILE: eval.sets.0.adapter is 'c'; expected one of model.lora.names: a, b"
+    assert error_of(tmp_path, "eval.sets=[{name: s, path: x, adapter: c}]", tree=tree) == expected
     assert load_config(write(tmp_path, tree), ["data.sources.1.adapter=b"]).data.sources[1].adapter == "b"
 
 
 def test_a_run_has_one_guide_and_one_teacher(tmp_path: Path) -> None:
-    def named(*objectives: str) -> str:
-        return f"objectives=[{', '.join(objectives)}]"
+    def objectives(*entries: str) -> str:
+        return f"objectives=[{', '.join(entries)}]"
 
     guided, taught = ("{name: infonce, guide: %s}", "{name: embedding_matching, teacher: %s}")
-    config = of(tmp_path, named(guided % "a", guided % "a", "{name: infonce}", taught % "b"))
-    assert (config.guide, config.teacher) == ("a", "b")
-    assert (of(tmp_path).guide, of(tmp_path).teacher) == (None, None)
+    config = load_smallest(tmp_path, objectives(guided % "a", guided % "a", "{name: infonce}", taught % "b"))
+    assert (config.guide, config.teacher) == ("a", "b") and config.models_by_role == {"guide": "a", "teacher": "b"}
+    assert (load_smallest(tmp_path).guide, load_smallest(tmp_path).teacher) == (None, None)
     stage = "{train: {steps: 1}, objectives: [%s]}"
-    stages = of(tmp_path, f"stages=[{stage % taught % 'b'}, {stage % '{name: infonce}'}]")
-    assert stages.teacher == "b" and [stage.teacher for stage in stages.in_stages()] == ["b", None]
-    told = "FILE: objectives name several models as {} (a, b); a run has one"
-    assert error_of(tmp_path, named(guided % "a", guided % "b")) == told.format("guide")
-    assert error_of(tmp_path, named(taught % "a", taught % "b", taught % "a")) == told.format("teacher")
-    assert error_of(tmp_path, f"stages=[{stage % guided % 'a'}, {stage % guided % 'b'}]") == told.format("guide")
-    told = "FILE: objectives.0.{}: expected a MODEL: a run directory, a folder or a hub id (got '')"
-    assert error_of(tmp_path, named(guided % "''")) == told.format("guide")
-    assert error_of(tmp_path, named(taught % "''")) == told.format("teacher")
+    stages = load_smallest(tmp_path, f"stages=[{stage % taught % 'b'}, {stage % '{name: infonce}'}]")
+    assert stages.models_by_role == {"teacher": "b"} and [stage.teacher for stage in stages.stages] == ["b", None]
+    expected = "FILE: objectives name several models as {} (a, b); a run has one"
+    assert error_of(tmp_path, objectives(guided % "a", guided % "b")) == expected.format("guide")
+    assert error_of(tmp_path, objectives(taught % "a", taught % "b", taught % "a")) == expected.format("teacher")
+    assert error_of(tmp_path, f"stages=[{stage % guided % 'a'}, {stage % guided % 'b'}]") == expected.format("guide")
+    expected = "FILE: objectives.0.{}: expected a MODEL: a run directory, a folder, or a hub id (got '')"
+    assert error_of(tmp_path, objectives(guided % "''")) == expected.format("guide")
+    assert error_of(tmp_path, objectives(taught % "''")) == expected.format("teacher")
 
 
 def test_the_smallest_config_has_every_default(tmp_path: Path) -> None:
-    config = of(tmp_path)
+    config = load_smallest(tmp_path)
     assert (config.run.name, config.run.dir) == ("mine", "runs/mine")
     assert (config.train.steps, config.objectives[0].name, config.row_length) == (1000, "infonce", 512)
 
 
-def test_what_is_dumped_reads_back_the_same(tmp_path: Path) -> None:
-    config = of(tmp_path, "data.sources.0.instructions=[é, 'b: c']", "eval.sets=[{name: x, path: y}]")
+def test_dump_reads_back_the_same(tmp_path: Path) -> None:
+    config = load_smallest(tmp_path, "data.sources.0.instructions=[é, 'b: c']", "eval.sets=[{name: x, path: y}]")
     assert load_config(write(tmp_path, config.dump())) == config
+    staged = load_smallest(
+        tmp_path, "stages=[{train: {steps: 2}}, {train: {steps: 3}, optim: {learning_rate: 0.5}}]", "train.seed=7"
+    )
+    assert [(s.train.steps, s.train.seed, s.optim.learning_rate) for s in staged.stages] == [(2, 7, 2e-5), (3, 7, 0.5)]
+    assert load_config(write(tmp_path, staged.dump())) == staged
+
+
+def test_a_file_without_stages_has_one_stage(tmp_path: Path) -> None:
+    config = load_smallest(tmp_path, "train.steps=5")
+    (stage,) = config.stages
+    assert stage.data == config.data and stage.train == config.train and config.total_steps == 5
 
 
 @pytest.mark.parametrize(
@@ -92,52 +103,59 @@ def test_what_is_dumped_reads_back_the_same(tmp_path: Path) -> None:
     ],
 )
 def test_overrides(tmp_path: Path, override: str, section: str, field: str, value: Any) -> None:
-    found: Any = getattr(of(tmp_path, override), section)
+    found: Any = getattr(load_smallest(tmp_path, override), section)
     for name in field.split("."):
         found = getattr(found, name)
     assert found == value and type(found) is type(value)
 
 
 def test_overrides_of_list_entries_and_their_order(tmp_path: Path) -> None:
-    config = of(tmp_path, "data.sources.1.path=c.jsonl", "data.sources.1.weight=2", "train.steps=1", "train.steps=2")
+    config = load_smallest(tmp_path, "data.sources.1.path=c.jsonl", "data.sources.1.weight=2", "train.steps=1", "train.steps=2")
     assert [(s.path, s.weight) for s in config.data.sources] == [("a.jsonl", 1.0), ("c.jsonl", 2.0)]
     assert config.train.steps == 2
-    config = of(tmp_path, "data.sources.1={path: d.jsonl}")
+    config = load_smallest(tmp_path, "data.sources.1={path: d.jsonl}")
     assert [source.path for source in config.data.sources] == ["a.jsonl", "d.jsonl"]
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.stepz=5", "FILE: unknown key train.stepz; did you mean train.steps?"),
-        ("optim.lerning_rate=5", "FILE: unknown key optim.lerning_rate; did you mean optim.learning_rate?"),
-        ("modle.base=x", "FILE: unknown key modle; did you mean model?"),
+        ("train.stepz=5", "FILE: unknown key train.stepz. Did you mean train.steps?"),
+        ("optim.lerning_rate=5", "FILE: unknown key optim.lerning_rate. Did you mean optim.learning_rate?"),
+        ("modle.base=x", "FILE: unknown key modle. Did you mean model?"),
         (
             "objectives=[{name: infonce, negatives: hard}]",
-            "FILE: objectives.0: negatives=hard compares a query's own negatives, but data.hard_negatives is 0; set it to 1 or "
-            "more",
+            "FILE: objectives.0: negatives=hard compares a query with its own negatives, but data.hard_negatives is 0. Set "
+            "it to 1 or more.",
         ),
         (
             "train.gradient_accumulation_steps=4",
-            "FILE: unknown key train.gradient_accumulation_steps; small batches whose gradients are added have fewer negatives "
-            "than one large batch; set train.batch_size to the whole number of queries, and gradcache.rows to the rows that "
-            "memory takes",
+            "FILE: unknown key train.gradient_accumulation_steps. Gradient accumulation over small batches gives fewer "
+            "negatives than one large batch. Set train.batch_size to all queries of a step, and gradcache.rows to the rows "
+            "that fit into memory.",
         ),
-        ("data.sources.0.pth=x", "FILE: unknown key data.sources.0.pth; did you mean data.sources.0.path?"),
-        ("model.pooling.knid=mean", "FILE: unknown key model.pooling.knid; did you mean model.pooling.kind?"),
-        ("mesh.qqqq=1", "FILE: unknown key mesh.qqqq; known here: data"),
-        ("train.steps=many", "FILE: train.steps: expected a whole number (got 'many')"),
-        ("train.steps=1.5", "FILE: train.steps: expected a whole number (got 1.5)"),
-        ("train.steps=null", "FILE: train.steps: expected a whole number (got null)"),
+        ("data.sources.0.pth=x", "FILE: unknown key data.sources.0.pth. Did you mean data.sources.0.path?"),
+        ("model.pooling.knid=mean", "FILE: unknown key model.pooling.knid. Did you mean model.pooling.kind?"),
+        ("mesh.qqqq=1", "FILE: unknown key mesh.qqqq. Known keys: data, fsdp, tensor"),
+        ("train.steps=many", "FILE: train.steps: expected an integer (got 'many')"),
+        ("train.steps=1.5", "FILE: train.steps: expected an integer (got 1.5)"),
+        ("train.steps=null", "FILE: train.steps: expected an integer (got null)"),
         ("model.remat=maybe", "FILE: model.remat: expected true or false (got 'maybe')"),
         ("optim.learning_rate=[]", "FILE: optim.learning_rate: expected a number (got a list of 0)"),
-        ("train.seed=-1", "FILE: train.seed: expected a number from 0 on (got -1)"),
+        ("train.seed=-1", "FILE: train.seed: expected a number that is at least 0 (got -1)"),
         ("model={base: x, lora: {dropout: 1}}", "FILE: model.lora.dropout: expected a number below 1.0 (got 1)"),
         ("mine={window: [50]}", "FILE: mine.window: expected a longer list (got a list of 1)"),
-        ("mine={window: [1, 2, 3]}", "FILE: mine.window: expected a list of 2 at most (got a list of 3)"),
-        ("data.sources.0.columns={qury: a}", "FILE: unknown key data.sources.0.columns.qury; did you mean data.sources.0.col"),
+        ("mine={window: [1, 2, 3]}", "FILE: mine.window: expected a list of at most 2 (got a list of 3)"),
+        (
+            "data.sources.0.columns={qury: a}",
+            "FILE: unknown key data.sources.0.columns.qury. Did you mean data.sources.0.columns.query?",
+        ),
         ("data.sources.0.where={3: a}", "FILE: data.sources.0.where.3: expected a text"),
-        ("data.sources.0.columns={x: a}", "FILE: unknown key data.sources.0.columns.x; known here: query, pos, neg, prompt"),
+        (
+            "data.sources.0.columns={x: a}",
+            "FILE: unknown key data.sources.0.columns.x. Known keys: query, pos, neg, prompt, pos_scores, neg_scores, "
+            "text, label, sentence1, sentence2, score, premise, hypothesis",
+        ),
         ("data.sources.0.label_names={a: ''}", "FILE: data.sources.0.label_names.a: expected a text that is not empty"),
         ("train.steps=0", "FILE: train.steps: expected a number above 0 (got 0)"),
         ("train=5", "FILE: train: expected a mapping such as {key: value} (got 5)"),
@@ -147,27 +165,33 @@ def test_overrides_of_list_entries_and_their_order(tmp_path: Path) -> None:
         ),
         ("optim.learning_rate=.nan", "FILE: optim.learning_rate: expected a finite number (got nan)"),
         ("train.stall_timeout_s=.inf", "FILE: train.stall_timeout_s: expected a finite number (got inf)"),
-        ("train.seed=99999999999", "FILE: train.seed: expected a number up to 2147483647 (got 99999999999)"),
-        ('run.dir="a\\0b"', "FILE: run.dir: a text must not hold a NUL character"),
-        ("data.sources=[]", "FILE: data.sources: expected a list of 1 or more (got a list of 0)"),
-        ("data.sources.0={weight: 2}", "FILE: data.sources.0.path is missing; it has no default"),
-        ("data.row_length=511", "FILE: data: row_length 511 is below max_length 512; a text must fit a row"),
+        ("train.seed=99999999999", "FILE: train.seed: expected a number that is at most 2147483647 (got 99999999999)"),
+        ('run.dir="a\\0b"', "FILE: run.dir: a text must not contain a NUL character"),
+        ("data.sources=[]", "FILE: data.sources: expected a list of at least 1 (got a list of 0)"),
+        ("data.sources.0={weight: 2}", "FILE: data.sources.0.path is missing. It has no default."),
+        ("data.row_length=511", "FILE: data: row_length is 511; expected at least max_length, 512: a text must fit a row"),
         ("model.instruction_template=Query", "FILE: model: instruction_template must contain {instruction}"),
         ("model.example_template=x", "FILE: model: example_template must contain {query} and {response}"),
-        ("data.sources.0.few_shot={}", "FILE: data.sources.0: few_shot presents its examples under an instruction; name"),
-        ("mesh.data=0", "FILE: mesh: data is 0; expected a number of devices, or -1 for the rest"),
-        ("mesh.fsdp=-1", "FILE: mesh: data and fsdp are -1; only one of them can have the rest of the devices"),
+        (
+            "data.sources.0.few_shot={}",
+            "FILE: data.sources.0: few_shot shows its examples under an instruction. Set instructions, none of them empty.",
+        ),
+        ("mesh.data=0", "FILE: mesh: data is 0; expected a number of devices, or -1 for the remaining ones"),
+        ("mesh.fsdp=-1", "FILE: mesh: data and fsdp are -1; only one axis can take the remaining devices"),
         ("train.steps", "override 'train.steps': expected key.sub=value, such as train.steps=100"),
         ("=5", "override '=5': expected key.sub=value"),
         ("train.steps=[", "override 'train.steps=[': the value is not valid YAML"),
         ("train.steps=2001-99-99", "override 'train.steps=2001-99-99': the value is not valid YAML"),
-        ("data.sources.2.path=x", "override 'data.sources.2.path=x': '2' is no index into a list of 2 entries"),
-        ("data.sources.²=x", "override 'data.sources.²=x': '²' is no index into a list of 2 entries"),
-        ("data.sources.path=x", "override 'data.sources.path=x': 'path' is no index into a list of 2 entries"),
-        ("model.base.x=1", "override 'model.base.x=1': base holds a str, not a section"),
-        ("data.sources.1.adapter=a", "FILE: data.sources.1.adapter is 'a', but model.lora.names is empty; name the adapters"),
+        ("data.sources.2.path=x", "override 'data.sources.2.path=x': '2' is not an index into a list of 2 entries"),
+        ("data.sources.²=x", "override 'data.sources.²=x': '²' is not an index into a list of 2 entries"),
+        ("data.sources.path=x", "override 'data.sources.path=x': 'path' is not an index into a list of 2 entries"),
+        ("model.base.x=1", "override 'model.base.x=1': base is a str, not a section"),
+        (
+            "data.sources.1.adapter=a",
+            "FILE: data.sources.1.adapter is 'a', but model.lora.names is empty. Name the adapters there.",
+        ),
         ("model.lora.names=[a, a]", "FILE: model.lora.names: the names of adapters must differ"),
-        ("model.lora.names=[../a]", "FILE: model.lora.names.0: expected letters, digits, _ and - alone (got '../a')"),
+        ("model.lora.names=[../a]", "FILE: model.lora.names.0: expected only letters, digits, _, and - (got '../a')"),
         ("model.lora.names=[a]", "FILE: data.sources.0.adapter is ''; expected one of model.lora.names: a"),
     ],
 )
@@ -175,11 +199,11 @@ def test_errors_name_the_key(tmp_path: Path, override: str, message: str) -> Non
     assert error_of(tmp_path, override).startswith(message)
 
 
-def test_a_text_that_is_no_yaml_wants_quotes(tmp_path: Path) -> None:
-    assert error_of(tmp_path, "model.echo={text}: {text}").endswith("""; a text wants quotes: model.echo='"..."'""")
-    told = error_of(tmp_path, "model.echo=A {text} B: {text}")
-    assert told.startswith(
-        """FILE: model.echo: expected a text (on the command line, one with : or { in quotes: key='"..."')"""
+def test_a_text_that_is_not_yaml_needs_quotes(tmp_path: Path) -> None:
+    assert error_of(tmp_path, "model.echo={text}: {text}").endswith(""". Quote a text: model.echo='"..."'""")
+    message = error_of(tmp_path, "model.echo=A {text} B: {text}")
+    assert message.startswith(
+        """FILE: model.echo: expected a text (on the command line, quote one that has : or {: key='"..."')"""
     )
 
 
@@ -192,7 +216,7 @@ def test_a_text_that_is_no_yaml_wants_quotes(tmp_path: Path) -> None:
         ("a: 2001-99-99", "FILE: not valid YAML (month must be in 1..12"),
         ("a: !!python/object:os.system {}", "FILE: not valid YAML"),
         ("1: 2", "FILE: "),
-        ({"data": SMALLEST["data"]}, "FILE: model is missing; it has no default"),
+        ({"data": SMALLEST["data"]}, "FILE: model is missing. It has no default."),
     ],
 )
 def test_errors_of_files(tmp_path: Path, tree: Any, message: str) -> None:
@@ -200,7 +224,7 @@ def test_errors_of_files(tmp_path: Path, tree: Any, message: str) -> None:
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"absent.yaml: no such config file; give the path of a YAML file$"):
+    with pytest.raises(UserError, match=r"absent.yaml: no such config file. Give the path of a YAML file.$"):
         load_config(tmp_path / "absent.yaml")
     (tmp_path / "latin.yaml").write_bytes(b"a: \xe9")
     for path in (tmp_path, tmp_path / "latin.yaml"):
@@ -209,7 +233,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_the_tree_is_frozen(tmp_path: Path) -> None:
-    config = of(tmp_path)
+    config = load_smallest(tmp_path)
     with pytest.raises(pydantic.ValidationError, match="frozen"):
         config.train.steps = 5  # type: ignore[misc]
     named = ({0: "a", 1: "b"}, {"1": "b", "0": "a"}, {0: "a", 1: "c"})
@@ -218,14 +242,14 @@ def test_the_tree_is_frozen(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")), ids=lambda path: path.name)
-def test_the_configs_that_come_along_are_valid(path: Path) -> None:
+def test_shipped_configs_are_valid(path: Path) -> None:
     assert load_config(path).run.name == path.stem
 
 
-def test_a_spec_takes_what_a_config_chooses_and_keeps_the_rest(tmp_path: Path) -> None:
+def test_a_spec_takes_the_choices_of_a_config_and_keeps_the_rest(tmp_path: Path) -> None:
     spec = EmbeddingSpec(attention="causal", pooling="last", append_eos=False, prompts={"query": "q"})
-    assert spec.with_choices(of(tmp_path).model, 77) == spec.replace(max_length=77)
-    chosen = of(
+    assert spec.with_choices(load_smallest(tmp_path).model, 77) == spec.replace(max_length=77)
+    chosen = load_smallest(
         tmp_path, "model.attention=bidirectional",
         "model.pooling={kind: latent_attention, include_instruction: true, latents: 9, heads: 2}",
         "model.normalize=false", "model.append_eos=true", "model.instruction_template='{instruction}:'",
@@ -239,7 +263,7 @@ def test_a_spec_takes_what_a_config_chooses_and_keeps_the_rest(tmp_path: Path) -
     assert spec.with_choices(chosen.model, 77) == expected
 
 
-def test_prompts_are_made_by_the_template_and_stored_by_name() -> None:
+def test_prompts_are_built_from_the_template_and_stored_by_name() -> None:
     spec = EmbeddingSpec(instruction_template="<{instruction}> ")
     assert (spec.prompt("find {x}"), spec.prompt(""), spec.prompt(None)) == ("<find {x}> ", "", "")
     assert spec.with_prompts({}) == spec
@@ -247,9 +271,9 @@ def test_prompts_are_made_by_the_template_and_stored_by_name() -> None:
     assert named == {"query": "<find> ", "document": "<doc> ", "a": "<find> ", "b": "<sort> "}
 
 
-def test_the_names_in_the_tree_are_those_that_the_model_knows() -> None:
-    """The tree lists them anew, since reading a config must not import JAX."""
+def test_choices_in_the_tree_are_those_of_the_model() -> None:
+    """The tree lists them again, because reading a config must not import JAX."""
     attention = typing.get_args(typing.get_args(ModelConfig.model_fields["attention"].annotation)[0])
     assert set(attention) == set(MASKS)
     assert set(typing.get_args(PoolingKind)) == set(POOLINGS)
-    assert typing.get_args(LoraTarget) == tuple(TARGETS)
+    assert typing.get_args(LoraTarget) == tuple(TARGET_PROJECTIONS)

@@ -1,0 +1,94 @@
+"""The structure of the package: imports point downward, public names have docstrings, and files stay short."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "jaxembed"
+FILES = sorted(PACKAGE.rglob("*.py"))
+MAX_LINES = 400
+
+
+def read_layers() -> list[str]:
+    """Return the layers of the package, top first, as the design page lists them in its line `commands > cli > ...`."""
+    pages = [page.read_text() for page in (ROOT / "docs").rglob("design.md")]
+    (order,) = re.findall(r"commands(?:\s+>\s+\w+)+", "\n".join(pages).replace("`", ""))
+    return re.findall(r"\w+", order)
+
+
+def find_layer(parts: tuple[str, ...]) -> str:
+    """Return the layer of a module, given the parts of its dotted name after `jaxembed`."""
+    name = parts[0] if parts else "__init__"
+    is_command = name in ("__init__", "__main__") or parts == ("data", "__main__")
+    return name if name in read_layers() and not is_command else "commands"
+
+
+def iter_imports(path: Path) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """Yield line and module, as parts after `jaxembed`, of every import of the package in a file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            # `from jaxembed import cli` imports the module jaxembed.cli.
+            is_package = (ROOT / node.module.replace(".", "/")).is_dir()
+            names = [f"{node.module}.{alias.name}" for alias in node.names] if is_package else [node.module]
+        for name in names:
+            if name.split(".")[0] == "jaxembed":
+                yield node.lineno, tuple(name.split(".")[1:])
+
+
+def find_upward_imports(files: list[Path]) -> list[str]:
+    layers = read_layers()
+    found = []
+    for path in files:
+        own = find_layer(path.relative_to(PACKAGE).with_suffix("").parts)
+        for line, parts in iter_imports(path):
+            if layers.index(find_layer(parts)) < layers.index(own):
+                found.append(f"{path.relative_to(ROOT)}:{line}: {own} imports jaxembed.{'.'.join(parts)}")
+    return found
+
+
+def test_every_folder_has_a_layer() -> None:
+    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and any(path.glob("*.py"))}
+    assert folders <= set(read_layers())
+
+
+def test_imports_point_downward() -> None:
+    assert find_upward_imports(FILES) == []
+
+
+def test_an_upward_import_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{__name__}.PACKAGE", tmp_path)
+    monkeypatch.setattr(f"{__name__}.ROOT", tmp_path.parent)
+    monkeypatch.setattr(f"{__name__}.read_layers", lambda: ["commands", "cli", "runs", "model", "errors"])
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "layers.py").write_text("from jaxembed.errors import UserError\nimport jaxembed.runs.train\n")
+    found = find_upward_imports([tmp_path / "model" / "layers.py"])
+    assert len(found) == 1 and "layers.py:2: model imports jaxembed.runs.train" in found[0]
+
+
+def iter_undocumented(path: Path) -> Iterator[str]:
+    """Yield the public modules, classes, functions, and methods of a file that have no docstring."""
+
+    def visit(node: ast.AST, name: str) -> Iterator[str]:
+        if not ast.get_docstring(node):  # type: ignore[arg-type]
+            yield name
+        for child in ast.iter_child_nodes(node):
+            is_definition = isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+            if is_definition and not child.name.startswith("_") and not isinstance(node, ast.FunctionDef):
+                yield from visit(child, f"{name}.{child.name}")
+
+    yield from visit(ast.parse(path.read_text()), str(path.relative_to(ROOT)))
+
+
+def test_public_names_have_docstrings() -> None:
+    files = [path for path in FILES if path.name != "__init__.py" or path.read_text()]
+    assert [name for path in files for name in iter_undocumented(path)] == []
+
+
+def test_files_are_short() -> None:
+    lengths = {path: len(path.read_text().splitlines()) for path in [*FILES, *(ROOT / "benchmarks").glob("*.py")]}
+    assert {path: length for path, length in lengths.items() if length > MAX_LINES} == {}
