@@ -99,7 +99,8 @@ def read_texts(path: Path, field: str) -> Iterator[str]:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-if __name__ == "__main__":
+def make_parser() -> cli.Parser:
+    """Return the parser of the command line."""
     about = "OUT.npy has one float32 vector of unit length per line, in input order. Memory does not grow with the file."
     parser = cli.new_parser("encode", f"{__doc__}\n{about}")
     cli.add_model_arguments(parser)
@@ -124,4 +125,8 @@ if __name__ == "__main__":
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16"], default="float32", help="dtype of the computation (default: float32)"
     )
-    cli.run_command(main, parser)
+    return parser
+
+
+if __name__ == "__main__":
+    cli.run_command(main, make_parser())

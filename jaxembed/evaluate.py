@@ -71,7 +71,8 @@ def load_encoder(
     return MtebEncoder(encode, embedder.spec, Path(model).name, embedder.revision)
 
 
-if __name__ == "__main__":
+def make_parser() -> cli.Parser:
+    """Return the parser of the command line."""
     parser = cli.new_parser("evaluate", __doc__)
     cli.add_model_arguments(parser)
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="names of MTEB tasks")
@@ -83,4 +84,8 @@ if __name__ == "__main__":
         default="jax",
         help="library that runs the model (default: jax); sentence-transformers runs exported folders",
     )
-    cli.run_command(main, parser)
+    return parser
+
+
+if __name__ == "__main__":
+    cli.run_command(main, make_parser())
