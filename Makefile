@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALL = @echo "installing into $(VENV): some minutes" && $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart check test
+.PHONY: help venv quickstart check docs test
 
 help:  ## what each target does
 	@sed -n 's/^\([a-z]*\):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -22,7 +22,10 @@ check: $(VENV)/.dev  ## ruff (lint and format) and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: check  ## the checks, then every test, offline
+docs: $(VENV)/.dev  ## builds the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+test: check docs  ## the checks, then every test, offline
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The files below say what was installed, and when.
@@ -34,5 +37,5 @@ $(VENV)/.eval: pyproject.toml constraints.txt | $(BIN)/python
 	touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) -e '.[eval,plots,data,dev]'
+	$(INSTALL) -e '.[eval,plots,data,dev,docs]'
 	touch $@ $(VENV)/.eval
