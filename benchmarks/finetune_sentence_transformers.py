@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""The baseline: the same contrastive fine-tuning with sentence-transformers' own trainer.
+"""Measures the baseline: contrastive fine-tuning with sentence-transformers' own trainer.
 
     python benchmarks/finetune_sentence_transformers.py BASE DATA.jsonl OUT [--steps 60] [--batch-size 64]
 
-BASE is a decoder folder (Qwen2, Mistral...), DATA the main JSONL format, of which each line gives one pair
-(query, pos[0]). The model is BASE with its own causal attention, mean pooling and L2 normalisation, in float32
-on the CPU with every core; no EOS is appended and no prompt added. The loss is MultipleNegativesRankingLoss with
-scale 20 (InfoNCE at temperature 0.05, in-batch negatives, query to document); AdamW with weight decay 0.01
-(none on biases and norms, the trainer's rule), linear warm-up and decay, gradient clipping at 1.
+BASE is a decoder folder (Qwen2, Mistral, ...). Each line of DATA.jsonl gives one pair: query and pos[0]. The model is BASE
+with its causal attention, mean pooling and L2 normalization, in float32 on the CPU with all cores, without EOS and prompts.
+The loss is MultipleNegativesRankingLoss with scale 20 (InfoNCE at temperature 0.05 with in-batch negatives, from query to
+document). The optimizer is AdamW with weight decay 0.01 (none on biases and norms, as the trainer does it), linear warmup
+and decay, and gradient clipping at 1. `--steps 0` saves the untrained model.
 
-`--steps 0` saves the same modules untrained. Each step's loss goes to standard error as it is made; the last line of
-standard output is one JSON object: seconds a step, useful and padded tokens a step, peak memory, all losses.
+Prints the loss of each step to standard error and, as the last line of standard output, one JSON object: seconds per step,
+useful and padded tokens per step, peak memory, and all losses.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def read_pairs(path: Path) -> Dataset:
 
 
 def build_model(base: str, max_length: int) -> SentenceTransformer:
-    # Plain text only: left to itself, sentence-transformers 6 wraps every text in the tokenizer's chat template.
+    # By default, sentence-transformers 6 wraps every text in the tokenizer's chat template.
     transformer = Transformer(
         base,
         max_seq_length=max_length,
@@ -62,7 +62,7 @@ def build_model(base: str, max_length: int) -> SentenceTransformer:
 
 
 class TokenCounter:
-    """Counts the tokens that the model is given, with and without padding."""
+    """Counts the tokens that the model receives, with and without padding."""
 
     def __init__(self, transformer: torch.nn.Module) -> None:
         self.useful = self.padded = 0
@@ -75,17 +75,17 @@ class TokenCounter:
 
 
 class StepLog(TrainerCallback):
-    """Keeps the loss and the wall time of every optimizer step."""
+    """Records the loss and the wall time of each optimizer step."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
         self.seconds: list[float] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.started = time.perf_counter()
+        self.step_start = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seconds.append(time.perf_counter() - self.started)
+        self.seconds.append(time.perf_counter() - self.step_start)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs:
@@ -102,7 +102,7 @@ class StepLog(TrainerCallback):
 
 
 def train(model: SentenceTransformer, pairs: Dataset, opts: argparse.Namespace) -> dict:
-    """Trains `model` in place; returns the figures of the run."""
+    """Train `model` in place and return the measurements."""
     log, tokens = StepLog(), TokenCounter(model[0])
     with tempfile.TemporaryDirectory() as scratch:
         args = SentenceTransformerTrainingArguments(
@@ -127,7 +127,7 @@ def train(model: SentenceTransformer, pairs: Dataset, opts: argparse.Namespace) 
         if opts.mini_batch_size:
             loss = CachedMultipleNegativesRankingLoss(model, scale=20.0, mini_batch_size=opts.mini_batch_size)
         trainer = SentenceTransformerTrainer(model=model, args=args, train_dataset=pairs, loss=loss, callbacks=[log])
-        trainer.remove_callback(PrinterCallback)  # standard output is for the result
+        trainer.remove_callback(PrinterCallback)  # standard output has only the result
         trainer.train()
     useful_per_step = tokens.useful / opts.steps
     mean = statistics.mean(log.seconds)
@@ -143,16 +143,22 @@ def train(model: SentenceTransformer, pairs: Dataset, opts: argparse.Namespace) 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("base", help="decoder folder in the Hugging Face form")
-    parser.add_argument("data", type=Path, help="JSONL of {query, pos, neg}")
-    parser.add_argument("out", help="folder for the sentence-transformers model")
-    parser.add_argument("--steps", type=int, default=60, help="0 saves the untrained model")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=2e-5)
-    parser.add_argument("--warmup-steps", type=int, default=6)
-    parser.add_argument("--max-length", type=int, default=256, help="in tokens; longer texts are cut")
-    parser.add_argument("--mini-batch-size", type=int, default=0, help="texts encoded at a time (gradient caching); 0 for all")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("base", metavar="BASE", help="decoder folder in Hugging Face format")
+    parser.add_argument("data", metavar="DATA.jsonl", type=Path, help="JSONL file of {query, pos, neg}")
+    parser.add_argument("out", metavar="OUT", help="folder to write the sentence-transformers model to")
+    parser.add_argument(
+        "--steps", type=int, default=60, help="training steps; 0 saves the untrained model (default: %(default)s)"
+    )
+    parser.add_argument("--batch-size", type=int, default=64, help="pairs per step (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=2e-5, help="(default: %(default)s)")
+    parser.add_argument("--warmup-steps", type=int, default=6, help="(default: %(default)s)")
+    parser.add_argument(
+        "--max-length", type=int, default=256, help="tokens per text; longer texts are truncated (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--mini-batch-size", type=int, default=0, help="texts encoded at a time, with gradient caching (default: 0, all)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     return parser.parse_args()
 
 
@@ -161,12 +167,12 @@ def main() -> None:
     torch.set_num_threads(os.cpu_count() or 1)
     torch.manual_seed(opts.seed)
     model = build_model(opts.base, opts.max_length)
-    figures = {"steps": opts.steps, "batch_size": opts.batch_size, "max_length": opts.max_length}
+    results: dict[str, Any] = {"steps": opts.steps, "batch_size": opts.batch_size, "max_length": opts.max_length}
     if opts.steps:
-        figures |= train(model, read_pairs(opts.data), opts)
+        results |= train(model, read_pairs(opts.data), opts)
     model.save(opts.out)
-    figures["peak_memory_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
-    print(json.dumps(figures))
+    results["peak_memory_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

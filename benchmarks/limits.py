@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
-"""Where the time of a train step goes, each part beside what the machine allows.
+"""Measures where the time of a train step goes, and compares each part with the limit of the machine.
 
     python benchmarks/limits.py BASE DATA.jsonl [--batch-size 64] [--max-length 256] [--rounds 5]
 
-BASE is a decoder folder, DATA the main JSONL format. One batch is built as training builds it (causal, mean pooling, InfoNCE,
-AdamW, float32), and the whole step and its parts, each compiled alone, are run in turn. A part's limit is the longer of
-two times: its matrix products at the best rate that one product reaches here, and its inputs and outputs moved once at the
-rate of adding two large arrays. The parts run apart from each other, so that what XLA fuses in the step is not seen.
-Prints a Markdown table and, on the last line, one JSON object.
+BASE is a decoder folder, DATA a JSONL file of pairs. The script builds one batch as training does (causal attention, mean
+pooling, InfoNCE, AdamW, float32). Then it runs the whole step and its parts in turn, each compiled on its own. The limit of
+a part is the longer of two times: its matmuls at the best rate of one large matmul, and its inputs and outputs moved once at
+the rate of adding two large arrays. Because the parts run separately, the fusions of XLA in the whole step do not show.
+
+Prints token counts and rates of the machine, a Markdown table (seconds, fraction of the step, limit, fraction of the limit)
+and, on the last line, one JSON object.
 """
 
 from __future__ import annotations
@@ -30,14 +32,14 @@ import optax
 from jaxembed import cli
 from jaxembed import config as configuration
 from jaxembed.data.batch import BatchBuilder
-from jaxembed.data.batch_sampler import BatchSampler
 from jaxembed.data.batch_plan import BatchPlan
+from jaxembed.data.batch_sampler import BatchSampler
 from jaxembed.data.sources import open_sources
 from jaxembed.devices.cpu import compiler_options, retain_freed_memory
 from jaxembed.devices.mesh import all_shards, make_mesh
 from jaxembed.devices.placement import put_batch
+from jaxembed.hub.embedder import Embedder, load_embedder
 from jaxembed.hub.resolve import find_base
-from jaxembed.hub.embedder import Embedder, from_base
 from jaxembed.losses.objectives import Objectives
 from jaxembed.model.decoder import ComputeOptions
 from jaxembed.model.kernels import pick_kernel
@@ -47,53 +49,53 @@ from jaxembed.model.matmul import sharded_matmul
 from jaxembed.training.optim import learning_rate, make_optimizer
 from jaxembed.training.step import TrainState, make_train_step
 
-TRIES = 30  # of one product and of the addition, of which the best counts
-WARMUPS = 2  # the first compiles, the second too where a result is not placed as the argument was
-multiplied = functools.partial(sharded_matmul, fsdp_axis=0)  # x @ W as the model computes it
-Part = tuple[Callable[[], Any], float, float]  # what to run, its matrix products' FLOPs, the bytes it must move
+MACHINE_ROUNDS = 30  # runs of the matmul and the addition that measure the machine; the best counts
+WARMUP_ROUNDS = 2  # the first compiles, and so does the second if a result is placed otherwise than the argument
+model_matmul = functools.partial(sharded_matmul, fsdp_axis=0)  # x @ W as the model computes it
+Part = tuple[Callable[[], Any], float, float]  # function to time, FLOPs of its matmuls, bytes it must move
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("base")
-    parser.add_argument("data")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--max-length", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("base", metavar="BASE", help="decoder folder")
+    parser.add_argument("data", metavar="DATA.jsonl", help="JSONL file of pairs")
+    parser.add_argument("--batch-size", type=int, default=64, help="queries per step (default: %(default)s)")
+    parser.add_argument("--max-length", type=int, default=256, help="tokens per text (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="runs of each part; the median counts (default: %(default)s)")
     args = parser.parse_args()
-    config = read_config(args)
+    config = build_config(args)
     cli.set_up_jax()
     retain_freed_memory()
     mesh = make_mesh(1)
     base = find_base(args.base)
     spec = base.spec.with_choices(config.model, config.data.max_length)
-    embedder = from_base(base, spec, ComputeOptions(), mesh)
+    embedder = load_embedder(base, spec, ComputeOptions(), mesh)
     sources = open_sources(config.data, Path(tempfile.gettempdir()))
     sampler = BatchSampler(sources=sources, tokenizer=embedder.tokenizer, hard_negatives=0, seed=0)
-    build = BatchBuilder(sampler=sampler, row_length=config.row_length, shards=all_shards(1))
+    build_batch = BatchBuilder(sampler=sampler, row_length=config.row_length, shards=all_shards(1))
     plan = BatchPlan(sources, config.train.batch_size, 0)
-    host = build(0, np.asarray(plan[0]))
-    batch = put_batch(mesh, host.batch)
+    host_batch = build_batch(0, np.asarray(plan[0]))
+    batch = put_batch(mesh, host_batch.batch)
 
     parts: dict[str, Part] = {
-        "one matrix product": largest_product(embedder, batch),
-        "adding two arrays": addition(),
-        "batch on the host": (lambda: build(1, np.asarray(plan[1])), 0, 0),
-        "projections": projections(embedder, batch),
-        "attention": attention(embedder, batch),
-        "norms, rotation, gate": pointwise(embedder, batch),
-        "embedding and its gradient": embedding(embedder, batch),
-        "loss": loss(config, embedder, batch),
-        "optimizer": optimizer(config, embedder),
-        "whole step": whole_step(config, embedder, batch),
+        "one matrix product": build_largest_matmul(embedder, batch),
+        "adding two arrays": build_addition(),
+        "batch on the host": (lambda: build_batch(1, np.asarray(plan[1])), 0, 0),
+        "projections": build_projections(embedder, batch),
+        "attention": build_attention(embedder, batch),
+        "norms, rotation, gate": build_pointwise(embedder, batch),
+        "embedding and its gradient": build_embedding(embedder, batch),
+        "loss": build_loss(config, embedder, batch),
+        "optimizer": build_optimizer(config, embedder),
+        "whole step": build_whole_step(config, embedder, batch),
     }
-    seconds = {name: statistics.median(times) for name, times in in_turn(parts, args.rounds).items()}
+    seconds = {name: statistics.median(times) for name, times in time_in_turns(parts, args.rounds).items()}
     machine = {name: parts[name] for name in ("one matrix product", "adding two arrays")}
-    seconds |= {name: min(times) for name, times in in_turn(machine, TRIES).items()}
-    report(parts, seconds, host)
+    seconds |= {name: min(times) for name, times in time_in_turns(machine, MACHINE_ROUNDS).items()}
+    print_report(parts, seconds, host_batch)
 
 
-def read_config(args: argparse.Namespace) -> configuration.Config:
+def build_config(args: argparse.Namespace) -> configuration.Config:
     tree = {
         "model": {"base": args.base, "attention": "causal", "pooling": {"kind": "mean"}},
         "data": {"max_length": args.max_length, "sources": [{"path": args.data}]},
@@ -102,69 +104,74 @@ def read_config(args: argparse.Namespace) -> configuration.Config:
     return configuration.parse_config(tree, "benchmark")
 
 
-def in_turn(parts: dict[str, Part], rounds: int) -> dict[str, list[float]]:
+def time_in_turns(parts: dict[str, Part], rounds: int) -> dict[str, list[float]]:
+    """Return the seconds of each part in each round, after the warmup rounds."""
     times: dict[str, list[float]] = {name: [] for name in parts}
-    for _ in range(WARMUPS + rounds):
+    for _ in range(WARMUP_ROUNDS + rounds):
         for name, (run, _, _) in parts.items():
-            began = time.perf_counter()
+            start = time.perf_counter()
             jax.block_until_ready(run())
-            times[name].append(time.perf_counter() - began)
-    return {name: of_part[WARMUPS:] for name, of_part in times.items()}
+            times[name].append(time.perf_counter() - start)
+    return {name: part_times[WARMUP_ROUNDS:] for name, part_times in times.items()}
 
 
-def compiled(run: Callable[..., Any], *arrays: Any, flops: float = 0) -> Part:
-    """A function of arrays as a part; the bytes are those of its arrays and results."""
-    moved = sum(x.nbytes for x in jax.tree.leaves(arrays))
-    moved += sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(run, *arrays)))
+def jit_part(run: Callable[..., Any], *arrays: Any, flops: float = 0) -> Part:
+    """Jit a function of arrays as a part. It must move the bytes of its arguments and results."""
+    bytes_moved = sum(x.nbytes for x in jax.tree.leaves(arrays))
+    bytes_moved += sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(run, *arrays)))
     jitted = jax.jit(run, compiler_options=compiler_options())
-    return lambda: jitted(*arrays), flops, moved
+    return lambda: jitted(*arrays), flops, bytes_moved
 
 
-def normal(*shape: int) -> jax.Array:
+def draw_normal(*shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(0).standard_normal(shape, np.float32))
 
 
-def largest_product(embedder: Embedder, batch: Any) -> Part:
+def build_largest_matmul(embedder: Embedder, batch: Any) -> Part:
     c, tokens = embedder.model.decoder, batch.texts.tokens.size
     flops = 2 * tokens * c.width * c.mlp_width
-    return compiled(multiplied, normal(tokens, c.width), normal(c.width, c.mlp_width), flops=flops)
+    return jit_part(model_matmul, draw_normal(tokens, c.width), draw_normal(c.width, c.mlp_width), flops=flops)
 
 
-def addition() -> Part:
-    return compiled(jnp.add, normal(1 << 26), normal(1 << 26))
+def build_addition() -> Part:
+    return jit_part(jnp.add, draw_normal(1 << 26), draw_normal(1 << 26))
 
 
-def kernels(embedder: Embedder) -> Iterator[jax.Array]:
+def iter_kernels(embedder: Embedder) -> Iterator[jax.Array]:
+    """Yield the kernels of all layers."""
     for path, x in jax.tree_util.tree_leaves_with_path(embedder.params["decoder"]["layers"]):
         if path[-1].key == "kernel":
             yield from x
 
 
-def projections(embedder: Embedder, batch: Any) -> Part:
-    """x @ W of every layer, the gradient of x and that of W, one product after the other."""
-    weights, tokens = list(kernels(embedder)), batch.texts.tokens.size
-    inputs = {width: normal(tokens, width) for weight in weights for width in weight.shape}
+def build_projections(embedder: Embedder, batch: Any) -> Part:
+    """Build x @ W of all layers with the gradients of x and W, one matmul after the other."""
+    weights, tokens = list(iter_kernels(embedder)), batch.texts.tokens.size
+    inputs = {width: draw_normal(tokens, width) for weight in weights for width in weight.shape}
 
     @jax.jit
-    def one(x: jax.Array, weight: jax.Array, of_y: jax.Array) -> Any:
-        y, back = jax.vjp(multiplied, x, weight)
-        return y, back(of_y)
+    def run_one(x: jax.Array, weight: jax.Array, y_gradient: jax.Array) -> Any:
+        y, backward = jax.vjp(model_matmul, x, weight)
+        return y, backward(y_gradient)
 
     def run() -> None:
         for weight in weights:
-            jax.block_until_ready(one(inputs[weight.shape[0]], weight, inputs[weight.shape[1]]))
+            jax.block_until_ready(run_one(inputs[weight.shape[0]], weight, inputs[weight.shape[1]]))
 
     count = sum(weight.size for weight in weights)
-    moved = sum(3 * 4 * (tokens * sum(weight.shape) + weight.size) for weight in weights)
-    return run, 6 * count * tokens, moved
+    bytes_moved = sum(3 * 4 * (tokens * sum(weight.shape) + weight.size) for weight in weights)
+    return run, 6 * count * tokens, bytes_moved
 
 
-def attention(embedder: Embedder, batch: Any) -> Part:
-    """Scores, softmax and mixing of every layer, forward and backward, with the scores computed twice."""
+def build_attention(embedder: Embedder, batch: Any) -> Part:
+    """Build attention of all layers, forward and backward. The scores are computed twice."""
     c, texts = embedder.model.decoder, batch.texts
     rows, length = texts.tokens.shape
     token_info = TokenInfo(texts.segment_ids, texts.positions, texts.pool_mask)
-    q, k, v = normal(rows, length, c.heads, c.head_width), *(normal(rows, length, c.kv_heads, c.head_width) for _ in "kv")
+    q, k, v = (
+        draw_normal(rows, length, c.heads, c.head_width),
+        *(draw_normal(rows, length, c.kv_heads, c.head_width) for _ in "kv"),
+    )
     attend = pick_kernel("auto", 1)
 
     def all_layers(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
@@ -175,16 +182,16 @@ def attention(embedder: Embedder, batch: Any) -> Part:
         return jax.grad(total, (0, 1, 2))(q, k, v)
 
     flops = 2 * rows * length**2 * c.heads * c.head_width * c.layers * 8
-    run, _, moved = compiled(all_layers, q, k, v)
-    return run, flops, moved * c.layers
+    run, _, bytes_moved = jit_part(all_layers, q, k, v)
+    return run, flops, bytes_moved * c.layers
 
 
-def pointwise(embedder: Embedder, batch: Any) -> Part:
-    """Both norms, the rotation of queries and keys, and the gate of every layer, forward and backward."""
+def build_pointwise(embedder: Embedder, batch: Any) -> Part:
+    """Build both norms, RoPE on queries and keys, and the gate of all layers, forward and backward."""
     c, texts = embedder.model.decoder, batch.texts
     rows, length = texts.tokens.shape
-    x, gate, up = normal(rows * length, c.width), *(normal(rows * length, c.mlp_width) for _ in "gu")
-    heads = normal(rows, length, c.heads + c.kv_heads, c.head_width)
+    x, gate, up = draw_normal(rows * length, c.width), *(draw_normal(rows * length, c.mlp_width) for _ in "gu")
+    heads = draw_normal(rows, length, c.heads + c.kv_heads, c.head_width)
     norm, scale = RMSNorm(c.norm_epsilon, jnp.float32), {"params": {"scale": jnp.ones(c.width)}}
     frequencies = compute_rope_frequencies(c.head_width, c.rope_theta, dict(c.rope_scaling))
     rope = build_rope_table(texts.positions, frequencies, jnp.float32)
@@ -193,24 +200,24 @@ def pointwise(embedder: Embedder, batch: Any) -> Part:
         def values(x: jax.Array, heads: jax.Array, gate: jax.Array, up: jax.Array) -> Any:
             return norm.apply(scale, x), norm.apply(scale, x + 1), apply_rope(heads, *rope), jax.nn.silu(gate) * up
 
-        out, back = jax.vjp(values, x, heads, gate, up)
-        return out, back(out)
+        out, backward = jax.vjp(values, x, heads, gate, up)
+        return out, backward(out)
 
-    run, _, moved = compiled(one_layer, x, heads, gate, up)
-    return lambda: [run() for _ in range(c.layers)], 0, moved * c.layers
+    run, _, bytes_moved = jit_part(one_layer, x, heads, gate, up)
+    return lambda: [run() for _ in range(c.layers)], 0, bytes_moved * c.layers
 
 
-def embedding(embedder: Embedder, batch: Any) -> Part:
+def build_embedding(embedder: Embedder, batch: Any) -> Part:
     tokens, table = batch.texts.tokens.reshape(-1), embedder.params["decoder"]["embedding"]
 
     def gather(table: jax.Array, weight: jax.Array) -> jax.Array:
         return jnp.vdot(table[tokens], weight)
 
-    run, _, _ = compiled(jax.grad(gather), table, normal(tokens.size, table.shape[1]))
-    return run, 0, table.nbytes + 3 * tokens.size * table.shape[1] * 4  # the table is not read whole
+    run, _, _ = jit_part(jax.grad(gather), table, draw_normal(tokens.size, table.shape[1]))
+    return run, 0, table.nbytes + 3 * tokens.size * table.shape[1] * 4  # most rows of the table are not read
 
 
-def loss(config: configuration.Config, embedder: Embedder, batch: Any) -> Part:
+def build_loss(config: configuration.Config, embedder: Embedder, batch: Any) -> Part:
     objectives = Objectives(config.objectives)
     queries, documents = batch.query_slot.size, batch.doc_slot.size
     width = embedder.model.decoder.width
@@ -218,12 +225,12 @@ def loss(config: configuration.Config, embedder: Embedder, batch: Any) -> Part:
     def value(queries: jax.Array, documents: jax.Array) -> jax.Array:
         return objectives(queries, documents, batch, jax.random.key(0), {}, 1)[0]
 
-    vectors = normal(queries, width), normal(*batch.doc_slot.shape, width)
-    return compiled(jax.grad(value, (0, 1)), *vectors, flops=6 * queries * documents * width)
+    vectors = draw_normal(queries, width), draw_normal(*batch.doc_slot.shape, width)
+    return jit_part(jax.grad(value, (0, 1)), *vectors, flops=6 * queries * documents * width)
 
 
-def optimizer(config: configuration.Config, embedder: Embedder) -> Part:
-    """AdamW over every parameter: gradient, two moments and parameters read, the last three written."""
+def build_optimizer(config: configuration.Config, embedder: Embedder) -> Part:
+    """Build an AdamW step over all parameters. It reads gradients, two moments and parameters, and writes the last three."""
     update, params = make_optimizer(config.optim, config.train.steps), embedder.params
     grads = jax.tree.map(lambda x: 1e-3 * x, params)
 
@@ -232,42 +239,42 @@ def optimizer(config: configuration.Config, embedder: Embedder) -> Part:
         return optax.apply_updates(params, updates), state
 
     jitted = jax.jit(apply, donate_argnums=(0, 1), compiler_options=compiler_options())
-    held = [jax.tree.map(jnp.copy, params), update.init(params)]
+    state = [jax.tree.map(jnp.copy, params), update.init(params)]
 
     def run() -> Any:
-        held[:] = jitted(*held, grads)
-        return held[0]
+        state[:] = jitted(*state, grads)  # the arguments are donated
+        return state[0]
 
     return run, 0, 7 * sum(x.nbytes for x in jax.tree.leaves(params))
 
 
-def whole_step(config: configuration.Config, embedder: Embedder, batch: Any) -> Part:
+def build_whole_step(config: configuration.Config, embedder: Embedder, batch: Any) -> Part:
     update = make_optimizer(config.optim, config.train.steps)
     schedule = learning_rate(config.optim, config.train.steps)
     step = make_train_step(embedder.model, Objectives(config.objectives), update, schedule)
     params = jax.tree.map(jnp.copy, embedder.params)
-    held = [TrainState(params, update.init(params), jnp.zeros((), jnp.int32), jax.random.key(0))]
+    state = [TrainState(params, update.init(params), jnp.zeros((), jnp.int32), jax.random.key(0))]
 
     def run() -> Any:
-        held[0], metrics = step(held[0], batch)
+        state[0], metrics = step(state[0], batch)
         return metrics
 
     return run, 0, 0
 
 
-def report(parts: dict[str, Part], seconds: dict[str, float], host: Any) -> None:
+def print_report(parts: dict[str, Part], seconds: dict[str, float], host_batch: Any) -> None:
     rate = parts["one matrix product"][1] / seconds["one matrix product"]
     bandwidth = parts["adding two arrays"][2] / seconds["adding two arrays"]
     step = seconds["whole step"]
-    print(f"{host.padded_tokens} tokens, {host.useful_tokens} of them useful; ", end="")
-    print(f"a product {rate / 1e9:.0f} GFLOP/s, memory {bandwidth / 1e9:.1f} GB/s\n")
-    print("| part | seconds | of the step | limit, seconds | limit / time |\n|---|---|---|---|---|")
+    print(f"{host_batch.padded_tokens} tokens, {host_batch.useful_tokens} of them useful; ", end="")
+    print(f"a matmul {rate / 1e9:.0f} GFLOP/s, memory {bandwidth / 1e9:.1f} GB/s\n")
+    print("| part | seconds | fraction of the step | limit, seconds | limit / time |\n|---|---|---|---|---|")
     rows = {}
-    for name, (_, flops, moved) in parts.items():
-        limit = max(flops / rate, moved / bandwidth)
+    for name, (_, flops, bytes_moved) in parts.items():
+        limit = max(flops / rate, bytes_moved / bandwidth)
         rows[name] = {"seconds": seconds[name], "limit": limit}
-        told = f"{limit:.3f} | {limit / seconds[name]:.2f}" if limit else "|"
-        print(f"| {name} | {seconds[name]:.3f} | {seconds[name] / step:.2f} | {told} |")
+        cells = f"{limit:.3f} | {limit / seconds[name]:.2f}" if limit else "|"
+        print(f"| {name} | {seconds[name]:.3f} | {seconds[name] / step:.2f} | {cells} |")
     print(json.dumps({"gflops": rate / 1e9, "gbytes_per_second": bandwidth / 1e9, "parts": rows}))
 
 

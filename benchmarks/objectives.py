@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
-"""Every objective, and the papers' ablations that fit a small model, on real data: held-out scores with their spread.
+"""Measures the held-out score of each objective, and of papers' ablations that fit a small model, with its spread over seeds.
 
     python benchmarks/objectives.py BASE PAIRS.jsonl HELDOUT LABELS.jsonl TEACHER [--steps 60] [--seeds 3] [--only NAME ...]
 
-BASE is a small pretrained decoder folder, PAIRS the main JSONL format, HELDOUT a BEIR folder of the same kind, LABELS lines
-of text and label, TEACHER any embedding model, better than BASE. Three of the positives that TEACHER ranks 50 to 100 for a
-query (KaLM's window) become the query's hard negatives, with TEACHER's scores; it is the guide and gives vectors to match, too.
-Then each row of the tables is trained from the base, once a seed. Scores are nDCG@10 of HELDOUT, mean and standard deviation
-over seeds. Prints Markdown tables as they grow and, on the last line, one JSON object.
+BASE is a small pretrained decoder folder, PAIRS a JSONL file of pairs, HELDOUT a BEIR folder of the same kind, LABELS a JSONL
+file of texts and labels, TEACHER any embedding model that is better than BASE. TEACHER mines 3 hard negatives per query, at
+ranks 50 to 100 (KaLM's window), with scores. It is also the guide and the teacher of the objectives that need one. Then each
+row of the tables is trained from BASE, once per seed. Scores are nDCG@10 on HELDOUT.
+
+Prints the score of BASE, Markdown tables row by row (mean, standard deviation, and gain over BASE in standard deviations)
+and, on the last line, one JSON object.
 """
 
 from __future__ import annotations
@@ -26,33 +28,33 @@ from typing import Any
 import yaml
 
 from jaxembed import Embedder, cli, config
-from jaxembed.evaluation.heldout import open_sets
+from jaxembed.evaluation.heldout import open_held_out_sets
 from jaxembed.runs.train import train
 
 DIRECTIONS = ["query_document", "query_query", "document_query", "document_document"]
 
 
-def objective(**keys: Any) -> dict[str, Any]:
+def with_infonce(**keys: Any) -> dict[str, Any]:
     return {"objectives": [{"name": "infonce", "temperature": 0.05, **keys}]}
 
 
-def objectives(teacher: str) -> dict[str, dict[str, Any]]:
-    """A row's name -> what it changes."""
-    beside = {"name": "infonce", "temperature": 0.05}
+def list_objectives(teacher: str) -> dict[str, dict[str, Any]]:
+    """Return the rows of the first table: the changes to the config, by name."""
+    infonce = {"name": "infonce", "temperature": 0.05}
     return {
-        "InfoNCE": objective(),
-        "in-batch negatives alone": objective(negatives="in_batch"),
-        "hard negatives alone": objective(negatives="hard"),
-        "GTE's four directions": objective(directions=DIRECTIONS),
-        "same tower (SamToNe)": objective(directions=DIRECTIONS[:2]),
-        "symmetric": objective(directions=[DIRECTIONS[0], DIRECTIONS[2]], per_direction=True),
-        "margin 0.1 (Qwen3)": objective(margin=0.1),
-        "guide (GISTEmbed)": objective(guide=teacher),
-        "focal 0.5 (KaLM-V2)": objective(focal=0.5),
-        "hardness 5 (EmbeddingGemma)": objective(hardness=5.0),
-        "4 mixed negatives (KaLM-V2)": objective(mixed_negatives=4),
-        "learned temperature": objective(learn_temperature=True),
-        "InfoNCE + spread-out": {"objectives": [beside, {"name": "spread_out"}]},
+        "InfoNCE": with_infonce(),
+        "in-batch negatives alone": with_infonce(negatives="in_batch"),
+        "hard negatives alone": with_infonce(negatives="hard"),
+        "GTE's four directions": with_infonce(directions=DIRECTIONS),
+        "same tower (SamToNe)": with_infonce(directions=DIRECTIONS[:2]),
+        "symmetric": with_infonce(directions=[DIRECTIONS[0], DIRECTIONS[2]], per_direction=True),
+        "margin 0.1 (Qwen3)": with_infonce(margin=0.1),
+        "guide (GISTEmbed)": with_infonce(guide=teacher),
+        "focal 0.5 (KaLM-V2)": with_infonce(focal=0.5),
+        "hardness 5 (EmbeddingGemma)": with_infonce(hardness=5.0),
+        "4 mixed negatives (KaLM-V2)": with_infonce(mixed_negatives=4),
+        "learned temperature": with_infonce(learn_temperature=True),
+        "InfoNCE + spread-out": {"objectives": [infonce, {"name": "spread_out"}]},
         "KL to a teacher": {"objectives": [{"name": "kl_distillation", "teacher_temperature": 0.05, "hard_labels": 0.2}]},
         "MarginMSE": {"objectives": [{"name": "margin_mse", "weight": 10.0}]},
         "embedding matching": {"objectives": [{"name": "embedding_matching", "teacher": teacher}]},
@@ -61,12 +63,13 @@ def objectives(teacher: str) -> dict[str, dict[str, Any]]:
     }
 
 
-def ablations(pairs: str, labels: str, steps: int) -> dict[str, dict[str, Any]]:
+def list_ablations(pairs: str, labels: str, steps: int) -> dict[str, dict[str, Any]]:
+    """Return the rows of the second table: the changes to the config, by name."""
     instruction = "Given a headline, retrieve its news text"
     news = {"path": pairs, "name": "news"}
     classes = {"path": labels, "name": "classes", "format": "labels", "label_documents": "examples"}
     blend = {"data": {"sources": [news, classes]}}
-    hard, halves = objective(negatives="hard"), {"train": {"steps": steps // 2}}
+    hard_only, half_steps = with_infonce(negatives="hard"), {"train": {"steps": steps // 2}}
     return {
         "causal": {"model": {"attention": "causal"}},
         "bidirectional": {"model": {"attention": "bidirectional"}},
@@ -74,32 +77,32 @@ def ablations(pairs: str, labels: str, steps: int) -> dict[str, dict[str, Any]]:
         "with instructions": {"data": {"sources": [news | {"instructions": [instruction]}]}},
         "labels beside pairs, without in-batch negatives": blend,
         "labels beside pairs, with them": {"data": {"sources": [news, classes | {"in_batch_negatives": True}]}},
-        "one stage: pairs and labels, hard negatives": blend | hard,
-        "two stages: pairs in-batch, then both, hard": {"stages": [halves, halves | blend | hard]},
-        "two stages, reversed": {"stages": [halves | blend | hard, halves]},
+        "one stage: pairs and labels, hard negatives": blend | hard_only,
+        "two stages: pairs in-batch, then both, hard": {"stages": [half_steps, half_steps | blend | hard_only]},
+        "two stages, reversed": {"stages": [half_steps | blend | hard_only, half_steps]},
         "plain, cut to 64": {"dim": 64},
         "Matryoshka 64, cut to 64": {"matryoshka": {"dims": [64]}, "dim": 64},
     }
 
 
 @dataclasses.dataclass(frozen=True)
-class Bench:
-    """Trains rows of a table from one base, each run into a folder of its own."""
+class RowTrainer:
+    """Trains the rows of a table from one base, each in its own run directory."""
 
     base: str
     folder: Path
     batch_size: int
     learning_rate: float
 
-    def run(self, name: str, changes: dict[str, Any], seed: int, pairs: str, steps: int) -> str:
-        """Trains one row once; returns its run directory."""
-        train_ = {"batch_size": self.batch_size, "seed": seed, "log_every": 10, "checkpoint_every": 10**6}
+    def train_row(self, name: str, changes: dict[str, Any], seed: int, pairs: str, steps: int) -> str:
+        """Train one row with one seed and return its run directory."""
+        train_keys = {"batch_size": self.batch_size, "seed": seed, "log_every": 10, "checkpoint_every": 10**6}
         tree: dict[str, Any] = {
             "model": {"base": self.base, "attention": "bidirectional", "pooling": {"kind": "mean"}, "unroll": False},
             "data": {"max_length": 128, "hard_negatives": 3, "sources": [{"path": pairs, "name": "news"}]},
             "objectives": [{"name": "infonce", "temperature": 0.05}],
             "optim": {"learning_rate": self.learning_rate, "warmup_steps": 5},
-            "train": train_ if "stages" in changes else {**train_, "steps": steps},
+            "train": train_keys if "stages" in changes else {**train_keys, "steps": steps},
             "mesh": {"data": 1},
         }
         for key, value in changes.items():
@@ -112,51 +115,55 @@ class Bench:
         return str(out)
 
 
-def scored(model: str, heldout: Path, dim: int | None = None, instruction: str = "") -> float:
+def score_model(model: str, heldout: Path, dim: int | None = None, instruction: str = "") -> float:
+    """Return the nDCG@10 of a model on a BEIR folder, with vectors truncated to `dim`."""
     embedder = Embedder.load(model)
-    tree = config.EvalSetConfig(name="heldout", kind="retrieval", path=str(heldout), instruction=instruction)
-    [opened] = open_sets([tree], config.PythonPackagesConfig(), heldout)
-    return opened.score(lambda texts, of: embedder.encode(texts, of, dim))["ndcg_at_10"]
+    set_config = config.EvalSetConfig(name="heldout", kind="retrieval", path=str(heldout), instruction=instruction)
+    [held_out] = open_held_out_sets([set_config], heldout)
+    return held_out.score(lambda texts, prompt: embedder.encode(texts, prompt, dim))["ndcg_at_10"]
 
 
-def mined(miner: str, pairs: Path, out: Path, *options: str) -> str:
-    """The file of pairs with 3 mined negatives each and the miner's scores, made unless it is there."""
+def mine_pairs(miner: str, pairs: Path, out: Path, *options: str) -> str:
+    """Mine 3 negatives per pair with the miner's scores, unless `out` exists, and return the path of `out`."""
     if not out.exists():
         command = [sys.executable, "-m", "jaxembed.mine", miner, str(pairs), str(out), "--negatives=3", *options]
         print(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout, file=sys.stderr)
     return str(out)
 
 
-def opened(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Bench]:
-    """The command line, with the options that tables of trained rows share, and what trains the rows."""
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--only", nargs="*", help="rows whose name holds one of these")
-    parser.add_argument("--out", type=Path)
+def parse_and_set_up(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, RowTrainer]:
+    """Parse the command line with the options shared by tables of trained rows, and return the trainer of the rows."""
+    parser.add_argument("--steps", type=int, default=60, help="training steps per row (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="runs per row (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=64, help="queries per step (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="(default: %(default)s)")
+    parser.add_argument("--only", nargs="*", help="train only rows whose name contains one of these texts")
+    parser.add_argument("--out", type=Path, help="folder of the runs (default: a temporary folder)")
     args = parser.parse_args()
     cli.set_up_jax()
     logging.getLogger("jaxembed").setLevel(logging.WARNING)
     folder = args.out or Path(tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
-    return args, Bench(args.base, folder, args.batch_size, args.learning_rate)
+    return args, RowTrainer(args.base, folder, args.batch_size, args.learning_rate)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("base")
-    parser.add_argument("pairs", type=Path)
-    parser.add_argument("heldout", type=Path)
-    parser.add_argument("labels", type=Path)
-    parser.add_argument("teacher")
-    args, bench = opened(parser)
-    untrained = scored(args.base, args.heldout)
-    pairs = mined(args.teacher, args.pairs, bench.folder / "mined.jsonl", "--rule=window", "--window", "50", "100")
+    parser.add_argument("base", metavar="BASE", help="small pretrained decoder folder")
+    parser.add_argument("pairs", metavar="PAIRS.jsonl", type=Path, help="JSONL file of pairs")
+    parser.add_argument("heldout", metavar="HELDOUT", type=Path, help="BEIR folder to score")
+    parser.add_argument("labels", metavar="LABELS.jsonl", type=Path, help="JSONL file of texts and labels")
+    parser.add_argument("teacher", metavar="TEACHER", help="embedding model that mines, guides and teaches")
+    args, trainer = parse_and_set_up(parser)
+    untrained = score_model(args.base, args.heldout)
+    pairs = mine_pairs(args.teacher, args.pairs, trainer.folder / "mined.jsonl", "--rule=window", "--window", "50", "100")
     print(f"Untrained {untrained:.4f}.\n", flush=True)
-    found: dict[str, list[float]] = {}
-    for table in (objectives(args.teacher), ablations(pairs, str(args.labels), args.steps)):
-        print("| trained with | nDCG@10 | spread | above untrained, in spreads |\n|---|---|---|---|", flush=True)
+    all_scores: dict[str, list[float]] = {}
+    for table in (list_objectives(args.teacher), list_ablations(pairs, str(args.labels), args.steps)):
+        print(
+            "| trained with | nDCG@10 | standard deviation | gain over untrained, in standard deviations |\n|---|---|---|---|",
+            flush=True,
+        )
         for name, changes in table.items():
             if args.only and not any(part in name for part in args.only):
                 continue
@@ -164,14 +171,14 @@ def main() -> None:
             instruction = next(iter(sources[0].get("instructions", [])), "")
             if "data" in changes:
                 changes = changes | {"data": {"max_length": 128, "hard_negatives": 3, **changes["data"]}}
-            runs = [bench.run(name, changes, seed, pairs, args.steps) for seed in range(args.seeds)]
-            scores = [scored(run, args.heldout, changes.get("dim"), instruction) for run in runs]
-            spread = statistics.stdev(scores) if len(scores) > 1 else float("nan")
-            found[name] = scores
-            above = (statistics.mean(scores) - untrained) / max(spread, 1e-9)
-            print(f"| {name} | {statistics.mean(scores):.4f} | {spread:.4f} | {above:.0f} |", flush=True)
+            runs = [trainer.train_row(name, changes, seed, pairs, args.steps) for seed in range(args.seeds)]
+            scores = [score_model(run, args.heldout, changes.get("dim"), instruction) for run in runs]
+            deviation = statistics.stdev(scores) if len(scores) > 1 else float("nan")
+            all_scores[name] = scores
+            gain = (statistics.mean(scores) - untrained) / max(deviation, 1e-9)
+            print(f"| {name} | {statistics.mean(scores):.4f} | {deviation:.4f} | {gain:.0f} |", flush=True)
         print()
-    print(json.dumps({"untrained": untrained, "scores": found}))
+    print(json.dumps({"untrained": untrained, "scores": all_scores}))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Compares our decoder with transformers on a real checkpoint and real texts, in float32.
+"""Measures how closely our decoder matches transformers on a real checkpoint and real texts, in float32.
 
     python benchmarks/parity.py BASE TEXTS.jsonl [--field text] [--count 64]
 
-Takes `count` texts of 5 to 400 tokens, spread over the lengths (texts are joined where the file has no long ones), embeds
-them packed with jaxembed and one by one with transformers, causal with last-token pooling and bidirectional with mean
-pooling, and prints the least cosine and the largest difference. The last line is one JSON object. Exits 1 below a cosine of
-0.99999.
+BASE is a decoder folder, TEXTS.jsonl has texts in the field --field. The script cuts --count texts of 5 to 400 tokens from
+them. jaxembed encodes them packed, transformers one by one: with causal attention and last-token pooling, and with
+bidirectional attention and mean pooling. Prints a Markdown table (least cosine, largest difference of a number) and, on the
+last line, one JSON object. Exits with code 1 if a cosine is below 0.99999.
 """
 
 from __future__ import annotations
@@ -24,64 +24,66 @@ from transformers import AutoModel
 
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.devices.mesh import make_mesh
-from jaxembed.hub.base import find_base
-from jaxembed.hub.embedder import Embedder, from_base
-from jaxembed.model.decoder import Compute
+from jaxembed.hub.embedder import Embedder, load_embedder
+from jaxembed.hub.resolve import find_base
+from jaxembed.model.decoder import ComputeOptions
 from jaxembed.model.embedder import EmbeddingModel
 
-LEAST_COSINE = 0.99999
+MIN_COSINE = 0.99999
 
 
 def pick_texts(path: Path, field: str, count: int, tokenizer: Any) -> list[str]:
-    """`count` texts whose lengths run from 5 to 400 tokens."""
+    """Return `count` texts with 5 to 400 tokens, evenly spaced."""
     rows = [json.loads(line)[field] for line in path.read_text(encoding="utf-8").splitlines()]
     words = " ".join(rows).split()
-    texts, at = [], 0
+    texts, position = [], 0
     for target in np.linspace(5, 400, count).astype(int):
-        ids = tokenizer(" ".join(words[at : at + target]))["input_ids"][:target]
+        ids = tokenizer(" ".join(words[position : position + target]))["input_ids"][:target]
         texts.append(tokenizer.decode(ids))
-        at = (at + target) % (len(words) - 400)
+        position = (position + target) % (len(words) - 400)
     return texts
 
 
-def torch_vectors(model: torch.nn.Module, embedder: Embedder, texts: list[str]) -> np.ndarray:
-    out = []
+def encode_with_transformers(model: torch.nn.Module, embedder: Embedder, texts: list[str]) -> np.ndarray:
+    """Return unit vectors [N, D], with the tokenizer and the pooling of `embedder`."""
+    vectors = []
     for ids in embedder.tokenizer(texts, [""] * len(texts)).ids:
         with torch.no_grad():
             hidden = model(torch.tensor(ids[None].astype(np.int64))).last_hidden_state[0]
         pooled = hidden.mean(0) if embedder.spec.pooling == "mean" else hidden[-1]
-        out.append(torch.nn.functional.normalize(pooled, dim=0).numpy())
-    return np.stack(out)
+        vectors.append(torch.nn.functional.normalize(pooled, dim=0).numpy())
+    return np.stack(vectors)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("base")
-    parser.add_argument("texts", type=Path)
-    parser.add_argument("--field", default="text")
-    parser.add_argument("--count", type=int, default=64)
+    parser.add_argument("base", metavar="BASE", help="decoder folder")
+    parser.add_argument("texts", metavar="TEXTS.jsonl", type=Path, help="JSONL file of texts")
+    parser.add_argument("--field", default="text", help="field of the text (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=64, help="number of texts (default: %(default)s)")
     args = parser.parse_args()
     jax.config.update("jax_default_matmul_precision", "highest")
 
     base = find_base(args.base)
-    embedder = from_base(base, EmbeddingSpec(max_length=512), Compute(), make_mesh())
-    texts = pick_texts(args.texts, args.field, args.count, embedder.tokenizer.hf)
+    embedder = load_embedder(base, EmbeddingSpec(max_length=512), ComputeOptions(), make_mesh())
+    texts = pick_texts(args.texts, args.field, args.count, embedder.tokenizer.hf_tokenizer)
     lengths = [len(ids) for ids in embedder.tokenizer(texts, [""] * len(texts)).ids]
     print(f"{len(texts)} texts of {min(lengths)} to {max(lengths)} tokens, {sum(lengths)} in all")
-    worst = 1.0
+    least_cosine = 1.0
     print("| mask | pooling | least cosine | largest difference |\n|---|---|---|---|")
-    for attention, pooling in (("causal", "last"), ("bidirectional", "mean")):
+    specs = EmbeddingSpec(attention="causal", pooling="last"), EmbeddingSpec(attention="bidirectional", pooling="mean")
+    for spec in specs:
         reference = AutoModel.from_pretrained(args.base, dtype=torch.float32, attn_implementation="eager")
-        reference.config.is_causal = attention == "causal"
-        model = EmbeddingModel(base.decoder, EmbeddingSpec(attention=attention, pooling=pooling))
-        ours = Embedder(model, embedder.params, embedder.tokenizer, embedder.mesh, base)
-        theirs = torch_vectors(reference, ours, texts)
+        reference.config.is_causal = spec.attention == "causal"
+        model = EmbeddingModel(base.decoder, spec)
+        ours = Embedder(model, embedder.params, embedder.tokenizer, embedder.mesh, base.hf_config)
+        expected = encode_with_transformers(reference, ours, texts)
         vectors = ours.encode(texts)
-        cosine, difference = float((vectors * theirs).sum(1).min()), float(np.abs(vectors - theirs).max())
-        worst = min(worst, cosine)
-        print(f"| {attention} | {pooling} | {cosine:.8f} | {difference:.2e} |", flush=True)
-    print(json.dumps({"texts": len(texts), "least_cosine": worst, "passed": worst >= LEAST_COSINE}))
-    sys.exit(0 if worst >= LEAST_COSINE else 1)
+        cosine, difference = float((vectors * expected).sum(1).min()), float(np.abs(vectors - expected).max())
+        least_cosine = min(least_cosine, cosine)
+        print(f"| {spec.attention} | {spec.pooling} | {cosine:.8f} | {difference:.2e} |", flush=True)
+    print(json.dumps({"texts": len(texts), "least_cosine": least_cosine, "passed": least_cosine >= MIN_COSINE}))
+    sys.exit(0 if least_cosine >= MIN_COSINE else 1)
 
 
 if __name__ == "__main__":
