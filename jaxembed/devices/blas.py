@@ -1,7 +1,9 @@
-"""Large float32 products on CPUs by numpy's BLAS, which takes about four fifths of the time of XLA's own.
+"""Large float32 matmuls on CPUs by numpy's BLAS, which takes about four fifths of the time of XLA's own.
 
-XLA calls back into this process, by its foreign function interface (xla/ffi/api/c_api.h, version 0), with pointers to the
-operands and the result, so nothing is copied. Programs refer to the functions by name and are cached as others are.
+XLA calls back into this process through its foreign function interface (xla/ffi/api/c_api.h, version 0). It passes pointers to
+the operands and the result, so nothing is copied. Compiled programs refer to the functions by name and are cached like others.
+
+`jaxembed.devices.cpu` documents the switch that turns this off.
 """
 
 from __future__ import annotations
@@ -18,12 +20,15 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float32
 
+from jaxembed.devices.cpu import is_tuned
 from jaxembed.devices.mesh import target_platform
 
-LEAST = 1 << 28  # operations of a product that is worth the way through Python
-QUIET = 1.0  # seconds without a product after which no program is under way
+MIN_FLOPS = 1 << 28  # of a matmul for which the detour through Python pays off
+IDLE_S = 1.0  # without a call for so long, no program is running
+API_VERSION = (0, 1)  # major and minor version of the interface that the structures below describe
 
 
+# The structures of c_api.h, as far as they are read here.
 class _Version(ctypes.Structure):
     _fields_ = (("size", ctypes.c_size_t), ("extension", ctypes.c_void_p), ("major", ctypes.c_int), ("minor", ctypes.c_int))
 
@@ -33,7 +38,7 @@ class _Metadata(ctypes.Structure):
 
 
 class _Extension(ctypes.Structure):
-    """Its presence asks a function for its version, and for nothing else."""
+    """A call with an extension asks the function for its version, and for nothing else."""
 
     _fields_ = (
         ("size", ctypes.c_size_t), ("type", ctypes.c_int), ("next", ctypes.c_void_p),
@@ -55,112 +60,124 @@ class _Buffers(ctypes.Structure):
     )  # fmt: skip
 
 
-class _Call(ctypes.Structure):
+class _CallFrame(ctypes.Structure):
     _fields_ = (
         ("size", ctypes.c_size_t), ("extension", ctypes.POINTER(_Extension)), ("api", ctypes.c_void_p),
         ("context", ctypes.c_void_p), ("stage", ctypes.c_int), ("operands", _Buffers), ("results", _Buffers),
     )  # fmt: skip
 
 
-_Function = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.POINTER(_Call))
+_Handler = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.POINTER(_CallFrame))
 
 
-def _matrix(buffer: Any) -> np.ndarray:
+def _as_matrix(buffer: Any) -> np.ndarray:
+    """Return a numpy view of a buffer of XLA's."""
     rows, columns = buffer.contents.shape[:2]
-    numbers = (ctypes.c_float * (rows * columns)).from_address(buffer.contents.data)
-    return np.frombuffer(numbers, np.float32).reshape(rows, columns)
+    data = (ctypes.c_float * (rows * columns)).from_address(buffer.contents.data)
+    return np.frombuffer(data, np.float32).reshape(rows, columns)
 
 
 class _Calls:
-    """When the last call ended; infinite while one runs. `turn`: two at once, each on every core, would take twice as long."""
+    """Bookkeeping of the calls from XLA.
 
-    ended = -math.inf
-    turn = threading.Lock()
+    Attributes:
+        last_end: When the last call ended (`time.monotonic`); infinite while one runs.
+        lock: Held during a call: two calls at once, each on all cores, would take twice as long.
+    """
+
+    last_end = -math.inf
+    lock = threading.Lock()
 
 
-def _multiplier(first: Callable[[np.ndarray], np.ndarray], second: Callable[[np.ndarray], np.ndarray]) -> Any:
-    def multiply(call: Any) -> None:
-        if call.contents.extension:
-            version = call.contents.extension.contents.metadata.contents.version
-            version.major, version.minor = 0, 1
+def _make_handler(view_a: Callable[[np.ndarray], np.ndarray], view_b: Callable[[np.ndarray], np.ndarray]) -> Any:
+    """Build the function that XLA calls: it multiplies the given views of its two operands."""
+
+    def multiply(frame: Any) -> None:
+        if frame.contents.extension:
+            version = frame.contents.extension.contents.metadata.contents.version
+            version.major, version.minor = API_VERSION
             return
-        a, b = (_matrix(call.contents.operands.buffers[i]) for i in range(2))
-        made = _matrix(call.contents.results.buffers[0])
-        with _Calls.turn:
-            _Calls.ended = math.inf
+        a, b = (_as_matrix(frame.contents.operands.buffers[i]) for i in range(2))
+        result = _as_matrix(frame.contents.results.buffers[0])
+        with _Calls.lock:
+            _Calls.last_end = math.inf
             try:
-                np.matmul(first(a), second(b), out=made)
-            except BaseException:  # ctypes prints it and goes on: nobody must take what is there for a product
-                made.fill(np.nan)
+                np.matmul(view_a(a), view_b(b), out=result)
+            except BaseException:  # ctypes prints it and goes on: an unfinished result must not be mistaken for a matmul
+                result.fill(np.nan)
                 raise
             finally:
-                _Calls.ended = time.monotonic()
+                _Calls.last_end = time.monotonic()
 
-    return _Function(multiply)
+    return _Handler(multiply)
 
 
-def _whole(x: np.ndarray) -> np.ndarray:
+def _identity(x: np.ndarray) -> np.ndarray:
     return x
 
 
-# By which operand is transposed; they live as long as XLA may call them.
-_FUNCTIONS = {
-    "": _multiplier(_whole, _whole),
-    "first": _multiplier(np.transpose, _whole),
-    "second": _multiplier(_whole, np.transpose),
+# By the operand that is transposed. The handlers must live as long as XLA may call them.
+_HANDLERS = {
+    "": _make_handler(_identity, _identity),
+    "first": _make_handler(np.transpose, _identity),
+    "second": _make_handler(_identity, np.transpose),
 }
 
 
-def _register() -> None:
+def _register_handlers() -> None:
     capsule = ctypes.pythonapi.PyCapsule_New
     capsule.restype, capsule.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
-    for transposed, function in _FUNCTIONS.items():
-        address = ctypes.cast(function, ctypes.c_void_p)
-        jax.ffi.register_ffi_target(_name(transposed), capsule(address, None, None), platform="cpu")
+    for transposed, handler in _HANDLERS.items():
+        address = ctypes.cast(handler, ctypes.c_void_p)
+        jax.ffi.register_ffi_target(_target_name(transposed), capsule(address, None, None), platform="cpu")
 
 
-def _name(transposed: str) -> str:
-    return f"jaxembed_product_{transposed}"
+def _target_name(transposed: str) -> str:
+    return f"jaxembed_matmul_{transposed}"
 
 
-_register()
+_register_handlers()
 
 
 @atexit.register
-def _wait() -> None:
-    """A program that was left alone, as by an error, still calls; it would wait for an interpreter that has ended for ever."""
-    while time.monotonic() - _Calls.ended < QUIET:
+def _wait_until_idle() -> None:
+    """Wait for programs that still run at exit, such as after an error.
+
+    Their next call would wait forever for an interpreter that has ended.
+    """
+    while time.monotonic() - _Calls.last_end < IDLE_S:
         time.sleep(0.02)
 
 
-def multiplies(x: jax.Array, kernel: jax.Array) -> bool:
-    """Whether `product` is for these: large matrices of float32, on a CPU that is not split into several devices."""
+def is_worthwhile(x: jax.Array, kernel: jax.Array) -> bool:
+    """Return whether `matmul` should compute `x @ kernel`: large float32 matrices on a CPU that is a single device."""
     mesh = jax.sharding.get_abstract_mesh()
-    plain = x.ndim == 2 and x.dtype == kernel.dtype == np.float32 and target_platform() == "cpu"
-    return plain and (mesh.empty or mesh.size == 1) and 2 * x.size * kernel.shape[1] >= LEAST
+    is_float32_matrix = x.ndim == 2 and x.dtype == kernel.dtype == np.float32
+    is_one_cpu = is_tuned(target_platform()) and (mesh.empty or mesh.size == 1)
+    return is_float32_matrix and is_one_cpu and 2 * x.size * kernel.shape[1] >= MIN_FLOPS
 
 
-def _by_blas(transposed: str, a: jax.Array, b: jax.Array) -> jax.Array:
+def _call_blas(transposed: str, a: jax.Array, b: jax.Array) -> jax.Array:
     rows = a.shape[1] if transposed == "first" else a.shape[0]
     columns = b.shape[0] if transposed == "second" else b.shape[1]
-    made = jax.ffi.ffi_call(_name(transposed), jax.ShapeDtypeStruct((rows, columns), np.float32))(a, b)
-    assert isinstance(made, jax.Array)
-    return made
+    y = jax.ffi.ffi_call(_target_name(transposed), jax.ShapeDtypeStruct((rows, columns), np.float32))(a, b)
+    assert isinstance(y, jax.Array)
+    return y
 
 
 @jax.custom_vjp
-def product(x: Float32[Array, "t i"], kernel: Float32[Array, "i o"]) -> Float32[Array, "t o"]:
-    """x @ kernel."""
-    return _by_blas("", x, kernel)
+def matmul(x: Float32[Array, "t i"], kernel: Float32[Array, "i o"]) -> Float32[Array, "t o"]:
+    """Compute `x @ kernel` by BLAS, and its gradients too."""
+    return _call_blas("", x, kernel)
 
 
-def _forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return product(x, kernel), (x, kernel)
+def _matmul_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return matmul(x, kernel), (x, kernel)
 
 
-def _backward(kept: tuple[jax.Array, jax.Array], of_y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, kernel = kept
-    return _by_blas("second", of_y, kernel), _by_blas("first", x, of_y)
+def _matmul_backward(residuals: tuple[jax.Array, jax.Array], y_grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = residuals
+    return _call_blas("second", y_grad, kernel), _call_blas("first", x, y_grad)
 
 
-product.defvjp(_forward, _backward)
+matmul.defvjp(_matmul_forward, _matmul_backward)

@@ -1,4 +1,7 @@
-"""Sharding constraints and collectives used inside a compiled step. Without a mesh they do nothing."""
+"""Sharding constraints and collectives inside a compiled step.
+
+They apply to the mesh that the step runs on (`jax.set_mesh`). Without a mesh they do nothing.
+"""
 
 from __future__ import annotations
 
@@ -13,55 +16,70 @@ from jaxembed.devices.mesh import BATCH_AXES
 
 
 def replicate(x: jax.Array) -> jax.Array:
-    """The array on every device of the mesh that a compiled step runs on (`jax.set_mesh`); as it is without one."""
+    """Constrain an array to be replicated on every device of the mesh."""
     return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, PartitionSpec())
 
 
 def shard_rows(x: jax.Array) -> jax.Array:
-    """The array, split over its first axis as a batch is, and no other; as it is without a mesh (`jax.set_mesh`)."""
+    """Constrain an array to be split over its first axis as a batch is, and over no other axis."""
     axes = tuple(axis for axis in BATCH_AXES if axis in auto_axes())
     return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
 
 
 def embedding_lookup(table: jax.Array, rows: jax.Array, dtype: Any) -> jax.Array:
-    """Rows of a table whose width is split over `fsdp`, [N, D], split over their first axis as a batch is.
+    """Look up rows of a table whose width is split over `fsdp`.
 
-    Each device reads its part of the width of its neighbours' rows too; then they exchange these. Left to itself, XLA
-    may send all rows to all devices.
+    Each device first reads its part of the width, for its neighbors' rows too; then the devices exchange these parts. Left to
+    itself, XLA may send all rows to all devices.
+
+    Args:
+        table: [V, D].
+        rows: Indices into the table [N].
+        dtype: Data type of the result.
+
+    Returns:
+        [N, D], split over the first axis as a batch is.
     """
-    x, free = table[rows].astype(dtype), auto_axes()
-    if "fsdp" in free:
-        x = jax.lax.with_sharding_constraint(x, PartitionSpec("data" if "data" in free else None, "fsdp"))
+    x, axes = table[rows].astype(dtype), auto_axes()
+    if "fsdp" in axes:
+        x = jax.lax.with_sharding_constraint(x, PartitionSpec("data" if "data" in axes else None, "fsdp"))
     return shard_rows(x)
 
 
 def has_sharded_parameters() -> bool:
-    """Whether XLA splits parameters over `fsdp` (`jax.set_mesh`)."""
+    """Return whether XLA splits parameters over `fsdp`."""
     return "fsdp" in auto_axes() and jax.sharding.get_abstract_mesh().shape["fsdp"] > 1
 
 
 def all_gather_fsdp(kernel: jax.Array, axis: int) -> jax.Array:
-    """A matrix of which `fsdp` splits an axis, whole along it on every device."""
+    """All-gather a matrix along the axis that `fsdp` splits, so that every device holds it whole."""
     if not has_sharded_parameters():
         return kernel
-    gather = functools.partial(jax.lax.all_gather, axis_name="fsdp", axis=axis, tiled=True)
-    return jax.shard_map(gather, in_specs=_fsdp_spec(axis), out_specs=PartitionSpec(), axis_names={"fsdp"}, check_vma=False)(
-        kernel
-    )
+    gather = jax.shard_map(
+        functools.partial(jax.lax.all_gather, axis_name="fsdp", axis=axis, tiled=True),
+        in_specs=_fsdp_spec(axis), out_specs=PartitionSpec(), axis_names={"fsdp"}, check_vma=False,
+    )  # fmt: skip
+    return gather(kernel)
 
 
 def reduce_scatter_sum(function: Callable[..., jax.Array], axis: int, *arrays: jax.Array) -> jax.Array:
-    """The sum over all shards of what `function` makes of their parts of arrays, a matrix, split over `fsdp` along an axis.
+    """Sum a function of each shard's rows over all shards, and scatter the sum over `fsdp`.
 
-    Each device gets the sum of the part that it keeps.
+    Each device receives the sum of the part that it holds.
+
+    Args:
+        function: Maps one shard's rows of `arrays` to a matrix.
+        axis: Axis of that matrix that `fsdp` splits.
+        *arrays: Arrays split over their first axis as a batch is.
     """
 
-    def part(*arrays: jax.Array) -> jax.Array:
-        made = jax.lax.psum_scatter(function(*arrays), "fsdp", scatter_dimension=axis, tiled=True)
-        return jax.lax.psum(made, "data")
+    def reduce_scatter(*local_arrays: jax.Array) -> jax.Array:
+        part = jax.lax.psum_scatter(function(*local_arrays), "fsdp", scatter_dimension=axis, tiled=True)
+        return jax.lax.psum(part, "data")
 
     specs, axes = (PartitionSpec(BATCH_AXES),) * len(arrays), set(BATCH_AXES)
-    return jax.shard_map(part, in_specs=specs, out_specs=_fsdp_spec(axis), axis_names=axes, check_vma=False)(*arrays)
+    mapped = jax.shard_map(reduce_scatter, in_specs=specs, out_specs=_fsdp_spec(axis), axis_names=axes, check_vma=False)
+    return mapped(*arrays)
 
 
 def _fsdp_spec(axis: int) -> PartitionSpec:
@@ -69,31 +87,33 @@ def _fsdp_spec(axis: int) -> PartitionSpec:
 
 
 def auto_axes() -> tuple[str, ...]:
-    """Return the mesh axes (`jax.set_mesh`) that XLA may shard over here: none inside `map_over_shards` or without a mesh."""
+    """Return the mesh axes that XLA may shard over here: none inside `map_over_shards` or without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return tuple(axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto)
 
 
 def shard_map_size() -> int:
-    """How many parts `map_over_shards` splits arrays into."""
+    """Return the number of parts that `map_over_shards` splits arrays into."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty or mesh.shape["fsdp"] > 1 else mesh.shape["data"]
 
 
 def map_over_shards(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """`function(params, *arrays)` on every shard's own part of arrays that are split over their first axis.
+    """Map `function(params, *arrays)` over the shards of `arrays`, which are split over their first axis.
 
-    On a mesh (`jax.set_mesh`) whose shards hold all parameters, their gradients are those of a shard until the function ends,
-    and are summed over the shards then, once. Where `fsdp` splits the parameters there is one part, and XLA places everything:
-    gradients go to where their parameters are as these come from there, layer by layer. Without a mesh there is one part.
+    - Where each shard holds all parameters, gradients stay local to a shard until the function ends. They are summed over the
+      shards once, at the end.
+    - Where `fsdp` splits the parameters there is a single part, and XLA places everything: each layer's gradients are reduced
+      to the devices that its parameters were gathered from.
+    - Without a mesh there is a single part.
     """
     if shard_map_size() == 1:
         return function
 
     def mapped(params: Any, *arrays: Any) -> jax.Array:
-        specs, split = (PartitionSpec(), *[PartitionSpec("data")] * len(arrays)), PartitionSpec("data")
-        # Not checked: kernels for attention do not say over which axes their results vary.
-        run = jax.shard_map(function, in_specs=specs, out_specs=split, axis_names={"data"}, check_vma=False)
+        in_specs, out_specs = (PartitionSpec(), *[PartitionSpec("data")] * len(arrays)), PartitionSpec("data")
+        # Unchecked: attention kernels do not declare the axes over which their results vary.
+        run = jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names={"data"}, check_vma=False)
         return run(params, *arrays)
 
     return mapped

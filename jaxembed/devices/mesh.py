@@ -1,8 +1,13 @@
 """The device mesh, and the table from logical parameter axes to mesh axes.
 
-The mesh has three axes. `data` and `fsdp` split a batch over its first axis, shard-major: shard i of n = data x fsdp holds the
-i-th n-th of the rows and of the queries. `fsdp` also splits the parameters by model width; `tensor` splits them by heads and by
-feed-forward width. Everything else is mathematics on global arrays; XLA places the communication.
+The mesh has three axes:
+
+- `data` and `fsdp` split a batch over its first axis, shard-major: shard i of n = data x fsdp holds the i-th n-th of the rows
+  and of the queries.
+- `fsdp` also splits the parameters by model width.
+- `tensor` splits the parameters by heads and by feed-forward width.
+
+All other code is mathematics on global arrays; XLA places the communication.
 """
 
 from __future__ import annotations
@@ -22,12 +27,12 @@ from jaxembed.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
-# Logical axis of a parameter -> mesh axis. One entry per axis name that the model declares.
+# Logical axis of a parameter -> mesh axis. One entry for each axis name that the model declares.
 LOGICAL_AXES: dict[str, str | None] = {
     "layers": None,
     "vocab": None,
     "embed": "fsdp",
-    "channel": None,  # of norms and of single heads: too little to be worth a message
+    "channel": None,  # norms and single heads: too small to be worth a message
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
@@ -38,23 +43,33 @@ LOGICAL_AXES: dict[str, str | None] = {
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of so many devices along each axis, of which one may be -1: the rest of them.
+    """Build a mesh with the given number of devices along each axis.
 
-    Neighbours in `tensor`, then in `fsdp`, are neighbours on the machine; several slices of a pod lie along `data`. Raises
-    `UserError` where there are too few devices, or they do not come out even.
+    Neighbors along `tensor`, then along `fsdp`, are neighbors on the machine. Several slices of a pod lie along `data`.
+
+    Args:
+        data: Size of the `data` axis. One of the three sizes may be -1: all remaining devices.
+        fsdp: Size of the `fsdp` axis.
+        tensor: Size of the `tensor` axis.
+        devices: Devices to use. Default: all devices of the run.
+
+    Raises:
+        UserError: There are too few devices, or the sizes do not divide them.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    told = ", ".join(f"mesh.{axis} is {size}" for axis, size in sizes.items() if size != 1 or axis == "data")
-    named = math.prod(size for size in sizes.values() if size != -1)
-    if named > len(devices):
-        raise UserError(f"{told}, but {len(devices)} devices are here; use at most that, or -1 for all")
-    if -1 in sizes.values() and len(devices) % named:
-        raise UserError(f"{told}: {named} does not divide the {len(devices)} devices that are here; use a divisor of that")
-    shape = tuple(len(devices) // named if size == -1 else size for size in sizes.values())
+    where = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if size != 1 or axis == "data")
+    requested = math.prod(size for size in sizes.values() if size != -1)
+    if requested > len(devices):
+        raise UserError(f"{where}: more devices than available ({len(devices)}). Use at most that many, or -1 for all.")
+    if -1 in sizes.values() and len(devices) % requested:
+        raise UserError(
+            f"{where}: {requested} does not divide the number of available devices ({len(devices)}). Use a divisor."
+        )
+    shape = tuple(len(devices) // requested if size == -1 else size for size in sizes.values())
     chosen = devices[: math.prod(shape)]
     if idle := {device.process_index for device in devices} - {device.process_index for device in chosen}:
-        raise UserError(f"{told}, which leaves process {min(idle)} without a device; use all {len(devices)}")
+        raise UserError(f"{where}: process {min(idle)} would have no device. Use all {len(devices)} devices.")
     return Mesh(_arrange_devices(shape, chosen), AXES)
 
 
@@ -63,13 +78,13 @@ def _arrange_devices(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarr
     if slices == 1:
         return _prefer_whole_axes(functools.partial(mesh_utils.create_device_mesh, shape, devices))
     if shape[0] % slices:
-        raise UserError(f"mesh.data is {shape[0]}, which the {slices} slices of devices do not divide; use a multiple of that")
-    within = (shape[0] // slices, *shape[1:])
-    return _prefer_whole_axes(functools.partial(mesh_utils.create_hybrid_device_mesh, within, (slices, 1, 1), devices))
+        raise UserError(f"mesh.data={shape[0]}: not a multiple of the number of device slices ({slices}). Use a multiple.")
+    shape_per_slice = (shape[0] // slices, *shape[1:])
+    return _prefer_whole_axes(functools.partial(mesh_utils.create_hybrid_device_mesh, shape_per_slice, (slices, 1, 1), devices))
 
 
 def _prefer_whole_axes(arrange: Callable[..., np.ndarray]) -> np.ndarray:
-    """The devices, each axis of the mesh along whole axes of the machine if that is possible, else along parts of them."""
+    """Lay each mesh axis along whole physical axes of the machine if possible, else along parts of them."""
     try:
         return arrange()
     except NotImplementedError:
@@ -77,40 +92,54 @@ def _prefer_whole_axes(arrange: Callable[..., np.ndarray]) -> np.ndarray:
 
 
 def logical_axis_table(mesh: Mesh, sizes: Mapping[str, int]) -> dict[str, str | None]:
-    """The table for a model with `sizes` of logical axes: key-value heads that `tensor` does not divide are on every device.
+    """Return the table from logical to mesh axes for a model.
 
-    Any other axis that does not come out even raises `UserError`.
+    Key-value heads that `tensor` does not divide are replicated.
+
+    Args:
+        mesh: The device mesh.
+        sizes: Size of each logical axis of the model.
+
+    Raises:
+        UserError: A mesh axis does not divide another logical axis that it splits.
     """
     table = dict(LOGICAL_AXES)
     if sizes["kv_heads"] % mesh.shape["tensor"]:
         table["kv_heads"] = None
     for axis in ("fsdp", "tensor"):
-        split = {name: size for name, size in sizes.items() if table[name] == axis}
-        common, count = math.gcd(*split.values()), mesh.shape[axis]
+        split_sizes = {name: size for name, size in sizes.items() if table[name] == axis}
+        common, count = math.gcd(*split_sizes.values()), mesh.shape[axis]
         if common % count:
-            fits = max(n for n in range(1, count) if common % n == 0)
-            told = ", ".join(f"{name} ({size})" for name, size in split.items() if size % count)
-            raise UserError(
-                f"mesh: {axis} is {count}, which does not divide the model's {told}; the largest that fits is {fits}"
-            )
+            largest = max(n for n in range(1, count) if common % n == 0)
+            indivisible = ", ".join(f"{name} ({size})" for name, size in split_sizes.items() if size % count)
+            raise UserError(f"mesh.{axis}={count}: does not divide the model's {indivisible}. Use at most {largest}.")
     return table
 
 
 def target_platform() -> str:
-    """What a program is compiled for, such as cpu, gpu or tpu: the mesh's devices (`jax.set_mesh`), else JAX's default."""
-    devices = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if devices is None else devices.platform
+    """Return the platform that a program is compiled for: "cpu", "gpu" or "tpu".
+
+    It is that of the current mesh (`jax.set_mesh`), else JAX's default backend.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def shard_count(mesh: Mesh) -> int:
-    """Number of shards a batch is split into."""
+    """Return the number of shards that a batch is split into."""
     return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
 
 
 @dataclasses.dataclass(frozen=True)
 class Shards:
-    """The shards of a batch: how many, those of which this process's devices hold parts, and those of these that no process
-    before it holds (where `tensor` or a shard's devices span processes, several build the same shard).
+    """The shards of a batch, as seen by one process.
+
+    Several processes build the same shard where `tensor`, or the devices of one shard, span processes.
+
+    Attributes:
+        count: Number of shards of the global batch.
+        own: Indices of the shards that this process's devices hold, whole or in part.
+        counted: Those of `own` that no process with a lower index holds, so that each shard is counted once.
     """
 
     count: int
@@ -119,22 +148,32 @@ class Shards:
 
 
 def all_shards(count: int) -> Shards:
-    """Those of a process that holds them all."""
+    """Return the shards of a process that holds all of them."""
     return Shards(count, tuple(range(count)), tuple(range(count)))
 
 
 def local_shards(mesh: Mesh) -> Shards:
-    """The shards of a batch on a mesh."""
-    here = jax.process_index()
-    holders = [{device.process_index for device in group.flat} for group in mesh.devices.reshape(shard_count(mesh), -1)]
-    own = [shard for shard, processes in enumerate(holders) if here in processes]
-    return Shards(len(holders), tuple(own), tuple(shard for shard in own if min(holders[shard]) == here))
+    """Return the shards of a batch on a mesh, as seen by this process."""
+    this_process = jax.process_index()
+    devices_by_shard = mesh.devices.reshape(shard_count(mesh), -1)
+    holders = [{device.process_index for device in devices.flat} for devices in devices_by_shard]
+    own = [shard for shard, processes in enumerate(holders) if this_process in processes]
+    return Shards(len(holders), tuple(own), tuple(shard for shard in own if min(holders[shard]) == this_process))
 
 
 def param_shardings(mesh: Mesh, logical_specs: Any, table: Mapping[str, str | None] = LOGICAL_AXES) -> Any:
-    """Shardings of parameters from the logical axes they declare; an unmapped name raises KeyError, a clash JAX's own error."""
+    """Return the shardings of parameters from the logical axes that they declare.
 
-    def place(spec: PartitionSpec) -> NamedSharding:
+    Args:
+        mesh: The device mesh.
+        logical_specs: Tree of `PartitionSpec`s over logical axis names.
+        table: Logical axis -> mesh axis.
+
+    Raises:
+        KeyError: The table lacks an axis name. Two axes of one parameter on one mesh axis raise JAX's own error.
+    """
+
+    def to_sharding(spec: PartitionSpec) -> NamedSharding:
         return NamedSharding(mesh, PartitionSpec(*(None if axis is None else table[axis] for axis in spec)))
 
-    return jax.tree.map(place, logical_specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    return jax.tree.map(to_sharding, logical_specs, is_leaf=lambda x: isinstance(x, PartitionSpec))

@@ -13,39 +13,49 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxembed.devices.mesh import BATCH_AXES, local_shards
 
+ALIGNMENT_BYTES = 64  # the CPU backend takes over host memory that begins on such a boundary, without a copy
+
 
 def replicated_sharding(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of arrays that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of batch arrays: first axis over the batch axes."""
+    """Return the sharding of batch arrays: the first axis over the batch axes."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def put_batch(mesh: Mesh, tree: Any) -> Any:
-    """Host arrays that hold a process's own shards one after the other as global ones, split over the first axis.
+    """Build the global arrays of a batch from the host arrays of each process.
 
-    Numbers, the same on all processes, are on every device.
+    Args:
+        mesh: The device mesh.
+        tree: Host arrays, the process's own shards concatenated along the first axis. Scalars must be the same on all
+            processes.
+
+    Returns:
+        Global arrays split over their first axis. Scalars are replicated.
     """
     shards = local_shards(mesh)
 
     def put(x: Any) -> jax.Array:
         if not np.ndim(x):
             return put_global(_leaf_sharding(mesh, x), x)
-        size = len(x) // len(shards.own)
+        rows_per_shard = len(x) // len(shards.own)
 
-        def part(index: Any) -> np.ndarray:
-            first = shards.own.index((index[0].start or 0) // size) * size
-            return np.asarray(x[first : first + size])
+        def read_shard(index: Any) -> np.ndarray:
+            start = shards.own.index((index[0].start or 0) // rows_per_shard) * rows_per_shard
+            return np.asarray(x[start : start + rows_per_shard])
 
-        return jax.make_array_from_callback((size * shards.count, *x.shape[1:]), _leaf_sharding(mesh, x), part)
+        global_shape = (rows_per_shard * shards.count, *x.shape[1:])
+        return jax.make_array_from_callback(global_shape, _leaf_sharding(mesh, x), read_shard)
 
     return jax.tree.map(put, tree)
 
 
 def batch_shapes(mesh: Mesh, tree: Any) -> Any:
-    """The shapes that `put_batch` would make of one process's host arrays, or of their shapes."""
+    """Return the shapes, with shardings, that `put_batch` gives for a single process's host arrays or their shapes."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_leaf_sharding(mesh, x)), tree)
 
 
@@ -54,56 +64,66 @@ def _leaf_sharding(mesh: Mesh, x: Any) -> NamedSharding:
 
 
 def put_global(sharding: NamedSharding, tree: Any) -> Any:
-    """Host arrays that every process has whole as global ones."""
+    """Build global arrays from host arrays that every process holds whole."""
     return jax.tree.map(lambda x: jax.make_array_from_callback(np.shape(x), sharding, lambda i: np.asarray(x)[i]), tree)
 
 
 def replicated_jit(mesh: Mesh, make: Callable[..., Any], *arrays: jax.Array) -> Any:
-    """What a function makes of global arrays, or of nothing, computed on every device."""
+    """Run `make` on global arrays (or on none) under jit, with replicated outputs."""
     return jax.jit(make, out_shardings=replicated_sharding(mesh))(*arrays)
 
 
 def put_local_parts(
-    sharding: NamedSharding, shape: tuple[int, ...], part: Callable[[tuple[slice, ...]], np.ndarray]
+    sharding: NamedSharding, shape: tuple[int, ...], make_part: Callable[[tuple[slice, ...]], np.ndarray]
 ) -> jax.Array:
-    """A global array of those parts that this process's devices hold, each made once, where it lies in the whole.
+    """Build a global array from the parts that this process's devices hold.
 
-    On CPUs the array takes over the memory of parts that lie on a 64-byte boundary.
+    On CPUs the array takes over the memory of parts that begin on a 64-byte boundary (`aligned_empty`).
+
+    Args:
+        sharding: Sharding of the global array.
+        shape: Shape of the global array.
+        make_part: Returns the part at an index of the global array. It is called once for each distinct part.
     """
     indices = sharding.addressable_devices_indices_map(shape)
-    made: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+    parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
     arrays = []
     for device, index in indices.items():
-        where = tuple(of_axis.indices(size)[:2] for of_axis, size in zip(index or (), shape, strict=True))
-        if where not in made:
-            made[where] = part(tuple(slice(*ends) for ends in where))
-        arrays.append(jax.device_put(made[where], device, may_alias=True))
+        bounds = tuple(axis_slice.indices(size)[:2] for axis_slice, size in zip(index or (), shape, strict=True))
+        if bounds not in parts:
+            parts[bounds] = make_part(tuple(slice(*ends) for ends in bounds))
+        arrays.append(jax.device_put(parts[bounds], device, may_alias=True))
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An array on a 64-byte boundary, which the CPU backend takes without another copy."""
+    """Return an uninitialized array on a 64-byte boundary, which the CPU backend takes over without a copy."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
-    raw = np.empty(size + 64, np.uint8)
-    skip = -raw.ctypes.data % 64
-    return raw[skip : skip + size].view(dtype).reshape(shape)
+    buffer = np.empty(size + ALIGNMENT_BYTES, np.uint8)
+    offset = -buffer.ctypes.data % ALIGNMENT_BYTES
+    return buffer[offset : offset + size].view(dtype).reshape(shape)
 
 
 def unstack_views(mesh: Mesh, x: jax.Array) -> list[jax.Array]:
-    """The entries of an array's first axis. On one CPU they are the array's own memory where they lie on a 64-byte boundary; as
-    long as one is there, a program that the array is given away to works on a copy.
+    """Return the entries of an array's first axis as separate arrays.
+
+    On one CPU they are views of the array's own memory, where they begin on a 64-byte boundary. As long as such a view is
+    alive, a program that the array is donated to works on a copy.
     """
     return [jax.device_put(entry, replicated_sharding(mesh), may_alias=True) for entry in np.asarray(x)]
 
 
 def to_host(x: jax.Array | np.ndarray) -> np.ndarray:
-    """The values of an array on every process; where it is split over several, all of them must ask."""
+    """Return an array's values on every process.
+
+    All processes must call it together if the array is split over several.
+    """
     if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
         assert isinstance(x.sharding, NamedSharding)
-        x = _gather_program(x.sharding.mesh)(x)
+        x = _all_gather_program(x.sharding.mesh)(x)
     return np.asarray(x)
 
 
 @functools.cache
-def _gather_program(mesh: Mesh) -> jax.stages.Wrapped:
+def _all_gather_program(mesh: Mesh) -> jax.stages.Wrapped:
     return jax.jit(lambda x: x, out_shardings=replicated_sharding(mesh))

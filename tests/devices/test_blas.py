@@ -18,10 +18,10 @@ from helpers.runs import ENV
 from helpers.training_batches import SPEC
 from jaxembed.devices import blas
 from jaxembed.devices.mesh import make_mesh
-from jaxembed.model.decoder import Compute
+from jaxembed.model.decoder import ComputeOptions
 from jaxembed.model.embedder import EmbeddingModel
-from jaxembed.model.families import from_hf
-from jaxembed.model.matmul import product
+from jaxembed.model.families import parse_hf_config
+from jaxembed.model.matmul import sharded_matmul
 from jaxembed.planning.flops import matmul_flops
 
 
@@ -32,7 +32,7 @@ def draw_normal(*shape: int) -> jax.Array:
 def test_values_and_gradients_equal_those_of_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blas, "MIN_FLOPS", 0)
     x, kernel, weights = draw_normal(37, 24), draw_normal(24, 50), draw_normal(37, 50)
-    run = jax.jit(jax.value_and_grad(lambda x, kernel: jnp.sum(product(x, kernel, 0) * weights), (0, 1)))
+    run = jax.jit(jax.value_and_grad(lambda x, kernel: jnp.sum(sharded_matmul(x, kernel, 0) * weights), (0, 1)))
     assert run.lower(x, kernel).as_text().count("@jaxembed_matmul") == 3
     value, gradients = run(x, kernel)
     x64, kernel64, weights64 = (np.asarray(a, np.float64) for a in (x, kernel, weights))
@@ -40,7 +40,7 @@ def test_values_and_gradients_equal_those_of_numpy(monkeypatch: pytest.MonkeyPat
     for gradient, expected in zip(gradients, (weights64 @ kernel64.T, x64.T @ weights64), strict=True):
         np.testing.assert_allclose(gradient, expected, atol=1e-5)
     for arguments, matmuls in (((0, 1), 3), (0, 2)):  # one of them forward
-        traced = jax.make_jaxpr(jax.grad(lambda *a: jnp.square(product(*a, 0)).sum(), arguments))(x, kernel)
+        traced = jax.make_jaxpr(jax.grad(lambda *a: jnp.square(sharded_matmul(*a, 0)).sum(), arguments))(x, kernel)
         assert matmul_flops(traced) == matmuls * 2 * 37 * 24 * 50
 
 
@@ -59,8 +59,11 @@ def test_blas_is_used_for_large_float32_matrices_on_one_cpu(monkeypatch: pytest.
 def test_a_model_has_the_same_gradients(base_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Its layers run in a loop and are recomputed in the backward pass."""
     packed, _ = in_rows(draw_texts((3, 17, 30, 9)), 32)
-    config = from_hf(json.loads((base_folder("qwen2") / "config.json").read_text()), "qwen2")
-    model, (_, params) = EmbeddingModel(config, SPEC, Compute(remat=True, unroll=False)), load(base_folder("qwen2"), SPEC, 1)
+    config = parse_hf_config(json.loads((base_folder("qwen2") / "config.json").read_text()), "qwen2")
+    model, (_, params) = (
+        EmbeddingModel(config, SPEC, ComputeOptions(remat=True, unroll=False)),
+        load(base_folder("qwen2"), SPEC, 1),
+    )
     weights = draw_normal(len(packed.tokens), packed.segments, 32)
     gradients = []
     for min_flops in (1 << 40, 0):
