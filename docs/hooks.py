@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
-import subprocess
+import runpy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from jaxembed import config  # noqa: E402  (after the checkout is on the path)
+from jaxembed.__main__ import COMMANDS  # noqa: E402
 from jaxembed.config.sections import table  # noqa: E402
 
 PLACEHOLDER = re.compile(r"<!-- generated: ([\w-]+) -->")
@@ -37,24 +40,19 @@ def config_keys() -> str:
 
 def command_options() -> str:
     """Return the help text of every command and subcommand."""
-    return "\n\n".join(f"## {' '.join(['jaxembed', *command])}\n\n```text\n{help_text(command)}```" for command in commands())
+    os.environ["COLUMNS"] = str(HELP_COLUMNS)  # the width that argparse wraps at
+    parts = []
+    for name in COMMANDS:
+        parser = runpy.run_module(f"jaxembed.{name}", run_name="command")["make_parser"]()
+        parts += [(f"jaxembed {name}", parser), *((f"jaxembed {name} {sub}", its) for sub, its in subparsers(parser))]
+    return "\n\n".join(f"## {name}\n\n```text\n{parser.format_help()}```" for name, parser in parts)
 
 
-def commands() -> list[list[str]]:
-    """Return the words that select each command: top-level modules that run, and the subcommands of `data`."""
-    package = ROOT / "jaxembed"
-    runnable = [path.stem for path in sorted(package.glob("[!_]*.py")) if '__name__ == "__main__"' in path.read_text()]
-    listing = help_text(["data"]).partition("\n  COMMAND\n")[2].partition("\n\n")[0]
-    names = re.findall(r"^    (\w+)", listing, re.M)
-    return [*([name] for name in runnable), ["data"], *(["data", name] for name in names)]
-
-
-def help_text(command: list[str]) -> str:
-    """Return what a command prints for `--help`."""
-    name, *rest = command
-    run = [sys.executable, "-m", f"jaxembed.{name}", *rest, "--help"]
-    env = {**os.environ, "COLUMNS": str(HELP_COLUMNS), "PYTHONPATH": str(ROOT)}
-    return subprocess.run(run, env=env, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+def subparsers(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """Yield the name and the parser of each subcommand."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            yield from action.choices.items()
 
 
 GENERATORS = {"config-keys": config_keys, "command-options": command_options}

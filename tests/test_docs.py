@@ -14,9 +14,8 @@ import runpy
 import shlex
 import subprocess
 import sys
-import warnings
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,8 +27,8 @@ import yaml
 
 from helpers import tiny
 from helpers.runs import ENV, use_one_device
-from jaxembed import cli, config
-from jaxembed.config.sections import reference
+from jaxembed import config
+from jaxembed.config.sections import table
 from jaxembed.data.jsonl import write_jsonl
 
 ROOT = Path(__file__).parents[1]
@@ -120,7 +119,7 @@ def anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", PAGES, ids=page_id)
 def test_every_key_exists(path: Path) -> None:
-    known = {key.replace("[]", "") for key in re.findall(r"^\| `([^`]+)`", reference(config.Config), re.M)}
+    known = {key.replace("[]", "") for key in re.findall(r"^\| `([^`]+)`", table(config.Config), re.M)}
     parents = {key.rpartition(".")[0] for key in known}
     text = re.sub(r"python -m [\w.]+|jaxembed/[\w/]+\.py", "", path.read_text())
     keys = re.findall(rf"\b((?:{SECTIONS})\.[\w.]+)=", text) + re.findall(rf"`((?:{SECTIONS})\.[\w.\[\]]+)[`=]", text)
@@ -139,7 +138,7 @@ def test_paths_of_the_checkout_exist(path: Path) -> None:
 def test_the_config_reference_has_every_key() -> None:
     hooks = runpy.run_path(str(DOCS / "hooks.py"))
     page = hooks["on_page_markdown"]((DOCS / "reference" / "config.md").read_text())
-    assert set(reference(config.Config).splitlines()) <= set(page.splitlines())
+    assert set(table(config.Config).splitlines()) <= set(page.splitlines())
 
 
 def test_every_page_is_in_the_navigation() -> None:
@@ -211,36 +210,22 @@ def sandbox(stand_ins: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return stand_ins
 
 
-def call(command: Command, monkeypatch: pytest.MonkeyPatch, extra: list[str], execute: bool) -> Namespace:
+def call(command: Command, extra: list[str], execute: bool) -> Namespace:
     """Parse the arguments of `python -m jaxembed.NAME ...` in this process, and run it if asked."""
-    parsed: list[Namespace] = []
-
-    def run(main: Any, parser: Any) -> Mapping[str, Any]:
-        parsed.append(parser.parse_args())
-        return main(parsed[0]) if execute else {}
-
-    def initialize(**_: Any) -> None:
-        raise ValueError("no cluster here")  # as without one; JAX asks no process twice
-
-    module = command.words[2]
-    monkeypatch.setattr(cli, "run", run)
-    monkeypatch.setattr(jax.distributed, "initialize", initialize)
-    monkeypatch.setattr(sys, "argv", [module, *command.words[3:], *extra])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            runpy.run_module(module, run_name="__main__", alter_sys=True)
-        except SystemExit as end:
-            assert not end.code, f"{command} ended with {end.code}"
-    return parsed[0]
+    # Not imported: an attribute `jaxembed.train` would hide the function of that name.
+    module = runpy.run_module(command.words[2], run_name="command")
+    arguments = module["make_parser"]().parse_args([*command.words[3:], *extra])
+    if execute:
+        module["main"](arguments)
+    return arguments
 
 
 @pytest.mark.parametrize("command", ALL_COMMANDS, ids=str)
-def test_command_is_known(command: Command, sandbox: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_is_known(command: Command, sandbox: Path) -> None:
     """Its program exists and takes the options; a config loads with the overrides."""
     match command.words:
         case ["python", "-m", module, *_] if module.startswith("jaxembed."):
-            arguments = call(command, monkeypatch, [], execute=False)
+            arguments = call(command, [], execute=False)
             if module == "jaxembed.train":
                 config.load_config(arguments.config, arguments.overrides)
         case ["python", script, *arguments]:
@@ -280,11 +265,15 @@ FINE_TUNE = next(command for command in RUNNABLE.values() if command.words[2] ==
 
 @pytest.mark.parametrize("command", RUNNABLE.values(), ids=str)
 def test_command_runs(command: Command, sandbox: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def initialize(**_: Any) -> None:
+        raise ValueError("no cluster here")  # as without one; JAX can be asked only once per process
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
     use_one_device(monkeypatch)
     needs_run = any(word.startswith("runs/finetune") for word in command.words)
     todo = [FINE_TUNE, command] if needs_run and not (sandbox / "runs" / "finetune").exists() else [command]
     for each in todo:
-        call(each, monkeypatch, SHORT_RUN if each.words[2] == "jaxembed.train" else [], execute=True)
+        call(each, SHORT_RUN if each.words[2] == "jaxembed.train" else [], execute=True)
 
 
 def test_most_commands_run() -> None:
