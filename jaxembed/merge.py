@@ -1,4 +1,7 @@
-"""Merges models of one shape into one: python -m jaxembed.merge OUT MODEL MODEL ... [--method slerp] [--weights 0.7,0.3]"""
+"""Merge models of one shape into one.
+
+Usage: python -m jaxembed.merge OUT MODEL MODEL ... [--method slerp] [--weights 0.7,0.3]
+"""
 
 from __future__ import annotations
 
@@ -13,59 +16,77 @@ METHODS = ("soup", "slerp")
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the folder, what was merged and how, and how far the folder's vectors are from the merged model's."""
-    weights = model_weights(args.weights, args.method, len(args.models))
+    """Run the command. Returns the folder, the models and weights, and how far its vectors are from the merged model's."""
+    weights = parse_weights(args.weights, args.method, len(args.models))
     out = cli.new_output(args.out)
     from transformers.utils import logging
 
-    from jaxembed.export import told
-    from jaxembed.hub.export import export, sentence_transformers
+    from jaxembed.hub.export import export
     from jaxembed.hub.merging import merge_models
+    from jaxembed.hub.torch_model import import_sentence_transformers
 
     logging.disable_progress_bar()
     cli.set_up_jax()
-    sentence_transformers()  # refuses where it is not there before anything is read
+    import_sentence_transformers()  # if it is missing, say so before anything is read
     embedder, card = merge_models(args.models, weights, args.method, out.name, args.checkpoint)
     parity = export(embedder, out, args.dtype, card)
-    merged = {"method": args.method, "models": args.models, "weights": weights}
-    return {"folder": str(out), **merged, "dtype": args.dtype, **told(parity)}
+    sources = {"method": args.method, "models": args.models, "weights": weights}
+    return {"folder": str(out), **sources, "dtype": args.dtype, **parity.summarize()}
 
 
-def model_weights(given: str | None, method: str, models: int) -> list[float]:
-    """The weight of each model; they sum to 1. `UserError` where `given` is not what the method asks for."""
-    if models < 2 or (method == "slerp" and models > 2):
+def parse_weights(option: str | None, method: str, model_count: int) -> list[float]:
+    """Return the weight of each model. They sum to 1.
+
+    Args:
+        option: Value of --weights. None: equal weights.
+        method: soup or slerp.
+        model_count: Number of models.
+
+    Raises:
+        UserError: The weights, or the number of models, do not fit the method.
+    """
+    if model_count < 2 or (method == "slerp" and model_count > 2):
         expected = "two models, between which it interpolates" if method == "slerp" else "two models or more"
-        raise UserError(f"{method} of {models} model{'s' * (models > 1)}: name {expected}")
+        raise UserError(f"{method} of {model_count} model{'s' * (model_count > 1)}: expected {expected}. Change the MODELs.")
     try:
-        numbers = [1.0] * models if given is None else [float(number) for number in given.split(",")]
+        numbers = [1.0] * model_count if option is None else [float(number) for number in option.split(",")]
     except ValueError:
-        raise UserError(f"--weights is {given!r}; expected numbers with commas between them, such as 0.7,0.3") from None
-    if method == "slerp" and given is not None:
+        raise UserError(f"--weights: {option!r} is not a list of numbers (expected numbers such as 0.7,0.3).") from None
+    if method == "slerp" and option is not None:
         if len(numbers) != 1 or not 0 <= numbers[0] <= 1:
-            raise UserError(f"--weights is {given}; slerp expects one number from 0 to 1, the weight of the second model")
+            raise UserError(f"--weights: {option} does not fit slerp (expected one number from 0 to 1, of the second model).")
         numbers = [1 - numbers[0], numbers[0]]
     total = sum(numbers)
-    if len(numbers) != models or min(numbers) < 0 or not 0 < total < math.inf:
-        raise UserError(f"--weights is {given}; expected {models} numbers, one a model, of at least 0 and not all 0")
+    if len(numbers) != model_count or min(numbers) < 0 or not 0 < total < math.inf:
+        raise UserError(
+            f"--weights: {option} does not fit the models (expected {model_count} numbers, one per model, none negative and "
+            "not all 0)."
+        )
     return [number / total for number in numbers]
 
 
-if __name__ == "__main__":
-    about = (
-        "Writes what jaxembed.export writes, with the same check. soup is the weighted mean of the parameters; slerp goes\n"
-        "along the arc between two models, tensor by tensor. Models must agree in shape, tokenizer, mask, pooling and\n"
-        "template; prompts and the longest text are those of the first. Adapters are merged into their base first."
+def make_parser() -> cli.Parser:
+    """Return the parser of the command line."""
+    description = (
+        "The result is exported and checked as by jaxembed.export. soup is the weighted mean of the parameters. slerp\n"
+        "follows the arc between two models, tensor by tensor. Models must agree in shape, tokenizer, mask, pooling and\n"
+        "template. Prompts and maximum length are those of the first model. Adapters are first merged into their base."
     )
-    parser = cli.parser("merge", f"{__doc__}\n\n{about}")
+    parser = cli.new_parser("merge", f"{__doc__}\n{description}")
     parser.add_argument("out", metavar="OUT", help="folder to write; must not exist")
     parser.add_argument(
-        "models", metavar="MODEL", nargs="+", help="run directory, exported, PEFT or Hugging Face folder, or hub id"
+        "models", metavar="MODEL", nargs="+", help="run directory; exported, PEFT, or Hugging Face folder; or hub id"
     )
-    parser.add_argument("--method", choices=METHODS, default=METHODS[0], help="default: soup")
+    parser.add_argument("--method", choices=METHODS, default=METHODS[0], help="merging method (default: soup)")
     parser.add_argument(
         "--weights", metavar="A,B,...",
-        help="soup: one a model, divided by their sum (default: equal); slerp: that of the second model, 0 to 1 (default: 0.5)",
+        help="soup: one number per model, divided by their sum (default: equal); slerp: weight of the second model, 0 to 1 "
+        "(default: 0.5)",
     )  # fmt: skip
-    parser.add_argument("--checkpoint", default="best", help="of runs: best (default), last, or a step")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights")
-    cli.run(main, parser)
+    parser.add_argument("--checkpoint", default="best", help="checkpoint of runs: best (default), last, or a step")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="dtype of the weights")
+    return parser
+
+
+if __name__ == "__main__":
+    cli.run_command(main, make_parser())

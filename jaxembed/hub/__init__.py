@@ -1,4 +1,4 @@
-"""Models on disk: bases, published layouts, exports."""
+"""Models on disk and on the hub: find, load, restore, merge and export them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what is asked for only then, as it needs JAX."""
+    """Import a public name on first use, because it needs JAX, which is slow to import."""
     if name == "load_sentence_transformer":
-        from jaxembed.hub.export import load_sentence_transformer
+        from jaxembed.hub.torch_model import load_sentence_transformer
 
         return load_sentence_transformer
     raise AttributeError(f"module 'jaxembed.hub' has no attribute {name!r}")

@@ -1,19 +1,31 @@
-"""The model card of an exported folder: what it is, how to use it, how it was made and what it scored."""
+"""The model card of an exported folder: what the model is, how to use it, how it was trained, and its scores."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 
+from jaxembed.config import read_run_config
+from jaxembed.config.fields import Fields
 from jaxembed.config.spec import EmbeddingSpec
-from jaxembed.model.pooling import TRAINED
+from jaxembed.files import read_json, read_text
+from jaxembed.model.pooling import TRAINABLE_POOLINGS
+from jaxembed.training.metrics import read_metrics
+from jaxembed.training.run_dir import BASE_RECORD_FILE
 
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """What the card tells beside the spec. `recipe` is the run's config as YAML, empty for a model that was not trained.
+    """What a model card says besides the spec.
 
-    `merged` tells of a model that was merged out of others, which have no `base` in common to be named.
+    Attributes:
+        name: Title.
+        base: Name of the base.
+        checkpoint: Which checkpoint of the run was exported.
+        recipe: Config of the run in YAML; empty for a model that was not trained.
+        scores: Held-out scores by SET/METRIC.
+        merged: How the model was merged from others; empty if it was not.
     """
 
     name: str
@@ -24,70 +36,101 @@ class Card:
     merged: str = ""
 
 
-def model_card(spec: EmbeddingSpec, card: Card, parity_error: float) -> str:
-    """README.md of the folder, with the hub's front matter."""
-    projected = f", projected to {spec.projection} numbers" if spec.projection else ""
-    trained = f"trained with jaxembed from `{card.base}`{card.checkpoint and f', {card.checkpoint}'}"
-    made = "merged with jaxembed out of others" if card.merged else trained
+def read_card(model: Path, revision: str, adapter: str | None = None) -> Card:
+    """Return what the model card of a run says: its base, its recipe, and the scores of the exported checkpoint.
+
+    Args:
+        model: Run directory. For other models the card has only a name and a base.
+        revision: Revision of the loaded model, which contains the step of its checkpoint.
+        adapter: Name of the exported adapter. The card then has the scores of the sets that are scored under it.
+    """
+    record_path, config_path = model / BASE_RECORD_FILE, model / "config.yaml"
+    if not record_path.is_file():
+        return Card(name=model.name, base=revision)
+    step = int(revision.removeprefix(f"{model.resolve().name}-").split("-")[0])
+    rows = [row for row in read_metrics(model) if row["step"] == step]
+    scores = {k.removeprefix("eval/"): v for row in rows for k, v in row.items() if k.startswith("eval/") and v is not None}
+    checkpoint = f"step {step}"
+    if adapter is not None:
+        checkpoint += f", adapter {adapter}"
+        other_sets = {s.name for s in read_run_config(config_path).eval.sets if s.adapter != adapter}
+        scores = {name: score for name, score in scores.items() if name.rpartition("/")[0] not in other_sets}
+    base = Fields(read_json(record_path), str(record_path)).string("name")
+    return Card(name=model.resolve().name, base=base, checkpoint=checkpoint, recipe=read_text(config_path), scores=scores)
+
+
+def format_model_card(spec: EmbeddingSpec, card: Card, parity_error: float) -> str:
+    """Return the README.md of an exported folder, with the hub's front matter.
+
+    Args:
+        spec: How texts become vectors.
+        card: What to say besides the spec.
+        parity_error: Largest difference of a number between the exported vectors and the model's.
+    """
+    projection = f", projected to {spec.projection} numbers" if spec.projection else ""
+    checkpoint = f", {card.checkpoint}" if card.checkpoint else ""
+    trained = f"trained with jaxembed from `{card.base}`{checkpoint}"
+    origin = "merged with jaxembed from other models" if card.merged else trained
     parts = [
         "---\nlibrary_name: sentence-transformers\npipeline_tag: sentence-similarity\n"
         "tags: [sentence-transformers, feature-extraction, jaxembed]\n---",
         f"# {card.name}",
-        f"A text-embedding model {made}: "
-        f"{spec.attention} attention, {spec.pooling} pooling{projected}, at most {spec.max_length} tokens a text.",
-        _usage(spec),
-        _scores(card.scores),
-        f"## Merged\n\n{card.merged}" if card.merged else "",
+        f"A text-embedding model {origin}: "
+        f"{spec.attention} attention, {spec.pooling} pooling{projection}, up to {spec.max_length} tokens per text.",
+        _format_usage(spec),
+        _format_scores(card.scores),
+        f"## Merged models\n\n{card.merged}" if card.merged else "",
         f"## Recipe\n\n```yaml\n{card.recipe.rstrip()}\n```" if card.recipe else "",
-        "## Check\n\n`probe.json` holds texts, their prompts and their vectors. At export the largest difference between "
+        "## Check\n\n`probe.json` contains texts, their prompts and their vectors. At export the largest difference between "
         f"this folder under sentence-transformers and the model in JAX (float32) was {parity_error:.1e}.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def adapters_card(spec: EmbeddingSpec, base: str) -> str:
-    """README.md of a folder of adapters: what reads it, and what a reader of the weights alone would miss."""
-    told = [
+def format_adapter_card(spec: EmbeddingSpec, base: str) -> str:
+    """Return the README.md of a folder of adapters: how to load it, and what PEFT does not read."""
+    parts = [
         f"---\nlibrary_name: peft\nbase_model: {base}\ntags: [jaxembed]\n---",
-        f"LoRA adapters of `{base}`, trained with jaxembed, which reads this folder whole: `Embedder.load(folder)`.",
-        f"PEFT reads the weights alone. The vectors come of {spec.attention} attention, {spec.pooling} pooling, prompts "
-        "and EOS as in `jaxembed.json`; sentence-transformers does not see these: export the model whole for it.",
+        f"LoRA adapters of `{base}`, trained with jaxembed. `jaxembed.Embedder.load(folder)` loads the complete model.",
+        f"PEFT reads only the weights. The vectors also need {spec.attention} attention, {spec.pooling} pooling, and the "
+        "prompts and EOS in `jaxembed.json`. sentence-transformers does not read that file: export the whole model for it.",
     ]
-    return "\n\n".join(told) + "\n"
+    return "\n\n".join(parts) + "\n"
 
 
-def _usage(spec: EmbeddingSpec) -> str:
+def _format_usage(spec: EmbeddingSpec) -> str:
     query = ', prompt_name="query"' if spec.prompts.get("query") else ""
     document = ', prompt_name="document"' if spec.prompts.get("document") else ""
-    own_code = ", trust_remote_code=True" if spec.pooling in TRAINED else ""
-    asked = f'["a question" + {spec.query_suffix!r}]' if spec.query_suffix and query else '["a question"]'
+    has_own_code = spec.pooling in TRAINABLE_POOLINGS
+    trust = ", trust_remote_code=True" if has_own_code else ""
+    question = f'["a question" + {spec.query_suffix!r}]' if spec.query_suffix and query else '["a question"]'
     lines = [
         "## Use",
         "```python",
         "from sentence_transformers import SentenceTransformer",
         "",
-        f'model = SentenceTransformer("PATH_OF_THIS_FOLDER"{own_code})',
-        f"queries = model.encode({asked}{query})",
+        f'model = SentenceTransformer("PATH_OF_THIS_FOLDER"{trust})',
+        f"queries = model.encode({question}{query})",
         f'documents = model.encode(["a passage"]{document})',
         "print(model.similarity(queries, documents))",
         "```",
         "",
     ]
-    if own_code:
+    if has_own_code:
         lines += [
-            "The pooling has weights of its own; `token_pooling.py` in this folder is its PyTorch module. Where jaxembed is "
-            "installed, `jaxembed.hub.load_sentence_transformer(folder)` loads it without that flag.",
+            "The pooling has weights of its own. `token_pooling.py` in this folder is its PyTorch module. If jaxembed is "
+            "installed, `jaxembed.hub.load_sentence_transformer(folder)` loads the folder without `trust_remote_code`.",
             "",
         ]
     if spec.query_suffix:
-        lines += [f"Under a prompt, put {spec.query_suffix!r} behind every text yourself: the folder has no place for it.", ""]
+        lines += [f"Append {spec.query_suffix!r} to every text that has a prompt: the folder cannot store this.", ""]
     if spec.prompts:
         lines += ["Prompts stored with the model:", ""]
         lines += [f"- `{name}`: {text!r}" for name, text in spec.prompts.items()]
     return "\n".join(lines).rstrip()
 
 
-def _scores(scores: Mapping[str, float]) -> str:
+def _format_scores(scores: Mapping[str, float]) -> str:
     if not scores:
         return ""
     rows = [f"| {name} | {value:.4f} |" for name, value in scores.items()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,65 +14,63 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxembed.config.spec import EmbeddingSpec, FewShotExample
-from jaxembed.data.packing import PackedTexts, fill, max_segments, pack_by_length
+from jaxembed.data.packing import PackedTexts, fill_rows, max_segments, pack_by_length
 from jaxembed.data.tokenize import TextTokenizer
-from jaxembed.devices.cpu import compiler_options
+from jaxembed.devices.cpu import ENCODE_TOKENS_PER_CALL, compiler_options, is_tuned
 from jaxembed.devices.mesh import make_mesh, shard_count
 from jaxembed.devices.placement import batch_sharding, put_global, to_host, unstack_views
-from jaxembed.devices.processes import progress
+from jaxembed.devices.processes import progress_bar
 from jaxembed.errors import UserError
-from jaxembed.hub.base import Base, content_hash, find_base
-from jaxembed.hub.restore import RunParts, base_params, open_trained, shapes_and_shardings, text_tokenizer
-from jaxembed.model.decoder import Compute
+from jaxembed.hub.base import Base
+from jaxembed.hub.resolve import find_base_with_weights, open_run
+from jaxembed.hub.restore import RestoredRun
+from jaxembed.hub.text_tokenizer import build_text_tokenizer
+from jaxembed.model.decoder import ComputeOptions
 from jaxembed.model.embedder import EmbeddingModel
-from jaxembed.training.run_dir import RECORD
+from jaxembed.model.parameters import shapes_and_shardings
+from jaxembed.training.run_dir import BASE_RECORD_FILE
 
-WINDOW = 4096  # texts tokenised and packed together
-TOKENS_AT_ONCE, ON_CPU = 8192, 2048  # tokens a device takes at once; a CPU's caches want fewer
-SHORTEST_ROW = 64
-# How the vectors of a long text's pieces become one; a mean is a sum, since the result is made unit length.
-COMBINED = {"mean": np.add, "max": np.maximum}
+TEXTS_PER_WINDOW = 4096  # texts that are tokenized and packed together
+TOKENS_PER_CALL = 8192  # tokens that each device takes at once; CPUs take `ENCODE_TOKENS_PER_CALL`
+MIN_ROW_LENGTH = 64  # tokens
+# How the vectors of a long text's pieces are combined. The mean is a sum, because the result is scaled to unit length.
+COMBINE_PIECES = {"mean": np.add, "max": np.maximum}
+
+Apply = Callable[[Any, PackedTexts], jax.Array]  # (parameters, packed texts [R, T]) -> arrays [R, S, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Embedder:
-    """A model with its parameters and tokenizer. Vectors do not depend on the batch, the order or the devices.
+    """A text-embedding model, ready to encode.
 
-    `base` is what its shape came from; `revision` identifies its weights.
+    The vector of a text does not depend on the other texts, their order, or the devices.
+
+    Attributes:
+        model: The model.
+        params: Its parameters, on the devices of `mesh`.
+        tokenizer: Its tokenizer.
+        mesh: The devices.
+        hf_config: Hugging Face config of its decoder.
+        revision: Identifies its weights.
     """
 
     model: EmbeddingModel
     params: Any
     tokenizer: TextTokenizer
     mesh: Mesh
-    base: Base
+    hf_config: Mapping[str, Any]
     revision: str = ""
-    _apply: Callable[[Any, PackedTexts], jax.Array] | None = None
+    _apply: Apply | None = None
 
     def __post_init__(self) -> None:
+        """Prepare the compiled program. Copies that `dataclasses.replace` makes share it."""
         if self._apply is None:
-            model, options = self.model, compiler_options()
+            model = self.model
 
             def apply(params: Any, texts: PackedTexts) -> jax.Array:
-                return model.apply({"params": _layers_stacked(params)}, texts)
+                return model.apply({"params": _stack_layers(params)}, texts)
 
-            object.__setattr__(self, "_apply", jax.jit(apply, compiler_options=options))
-
-    @property
-    def spec(self) -> EmbeddingSpec:
-        return self.model.spec
-
-    @functools.cached_property
-    def _by_layer(self) -> Any:
-        """The parameters as programs take them: on one CPU with each layer by itself, which XLA would otherwise copy out of
-        the stacked ones for every program.
-        """
-        if self.mesh.size > 1 or self.mesh.devices.flat[0].platform != "cpu" or not self.model.compute.unroll:
-            return self.params
-        leaves, tree = jax.tree.flatten(self.params["decoder"]["layers"])
-        by_leaf = (unstack_views(self.mesh, x) for x in leaves)
-        layers = [jax.tree.unflatten(tree, of_layer) for of_layer in zip(*by_leaf, strict=True)]
-        return _with_layers(self.params, layers)
+            object.__setattr__(self, "_apply", jax.jit(apply, compiler_options=compiler_options()))
 
     @classmethod
     def load(
@@ -85,47 +83,71 @@ class Embedder:
         adapter: str | None = None,
         mesh: Mesh | None = None,
     ) -> Embedder:
-        """Loads a run directory, an exported or Hugging Face folder, or a hub id.
+        """Load a model.
 
-        `dtype` is that of the computation. `checkpoint` picks a run's step: best (on the held-out sets), last, or a number.
-        `layers` keeps the first ones only (early exit). `adapter` names one of a run that has several. `mesh` says on
-        which devices texts and parameters lie (`make_mesh`): on all, with all parameters on each, if absent.
+        Args:
+            model: Run directory, exported, PEFT or Hugging Face folder, or hub id.
+            dtype: Dtype of the computation: float32 or bfloat16.
+            checkpoint: Checkpoint of a run: best (on its held-out sets), last, or a step.
+            layers: Keep only this many of the first decoder layers (early exit). Default: all.
+            adapter: Name of the adapter to use, for a run that has several.
+            mesh: Devices for texts and parameters (`make_mesh`). Default: all devices, each with all parameters.
+
+        Returns:
+            The model. Adapters are merged into its weights.
+
+        Raises:
+            UserError: There is no such model, checkpoint or adapter, or its files cannot be read.
         """
-        whole = cls._load(model, dtype, checkpoint, adapter, make_mesh() if mesh is None else mesh)
-        return whole if layers is None else whole.first_layers(layers)
+        embedder = cls._load(model, dtype, checkpoint, adapter, make_mesh() if mesh is None else mesh)
+        return embedder if layers is None else embedder.first_layers(layers)
 
     @classmethod
     def _load(cls, model: str | Path, dtype: str, checkpoint: str, adapter: str | None, mesh: Mesh) -> Embedder:
-        compute = Compute(dtype=jnp.dtype(dtype))
-        path = Path(model)
-        if (path / RECORD).is_file():
-            return from_run(open_trained(path, compute, mesh, checkpoint).of(adapter), mesh)
+        compute = ComputeOptions(dtype=jnp.dtype(dtype))
+        if (Path(model) / BASE_RECORD_FILE).is_file():
+            run = open_run(str(model), Path(model), checkpoint).restore(compute, mesh)
+            return build_embedder(run.select_adapter(adapter), mesh)
         if adapter is not None:
-            raise UserError(f"{model}: not a run directory, so it has no adapter {adapter!r} to choose; leave that out")
-        base = find_base(str(model))
-        if base.folder is None:
-            raise UserError(f"{model}: a preset has no weights; train it first")
-        return from_base(base, base.spec, compute, mesh)
+            raise UserError(f"{model}: no adapter {adapter!r} to choose (this is not a run directory). Omit the adapter.")
+        base = find_base_with_weights(str(model))
+        return load_embedder(base, base.spec, compute, mesh)
+
+    @property
+    def spec(self) -> EmbeddingSpec:
+        """How texts become vectors: mask, pooling, prompts, maximum length."""
+        return self.model.spec
 
     def with_params(self, params: Any) -> Embedder:
-        """The same model with other parameters; what was compiled is shared."""
+        """Return the same model with other parameters of the same shapes. It shares the compiled programs.
+
+        Args:
+            params: Tree of the parameters.
+        """
         return dataclasses.replace(self, params=params)
 
     def first_layers(self, count: int) -> Embedder:
-        """The model cut to its first layers, the final norm after them; it can be exported. `UserError` if it has fewer."""
+        """Return the model cut to its first decoder layers, followed by the final norm. It can be exported.
+
+        Args:
+            count: Number of layers.
+
+        Raises:
+            UserError: The model does not have so many layers.
+        """
         decoder = self.model.decoder
         if not 0 < count <= decoder.layers:
-            raise UserError(f"layers is {count}; expected 1 to {decoder.layers}, the layers of this model")
-        config = dict(self.base.hf_config) | {"num_hidden_layers": count}
-        if config.get("layer_types"):
-            config["layer_types"] = config["layer_types"][:count]
-        cut = dataclasses.replace(decoder, layers=count, windows=decoder.windows[:count])
-        kept = jax.tree.map(lambda x: x[:count], self.params["decoder"]["layers"])
+            raise UserError(f"layers: {count} is out of range (this model has {decoder.layers}). Choose 1 to {decoder.layers}.")
+        hf_config = dict(self.hf_config) | {"num_hidden_layers": count}
+        if hf_config.get("layer_types"):
+            hf_config["layer_types"] = hf_config["layer_types"][:count]
+        cut_decoder = dataclasses.replace(decoder, layers=count, windows=decoder.windows[:count])
+        first_layers = jax.tree.map(lambda x: x[:count], self.params["decoder"]["layers"])
         return dataclasses.replace(
             self,
-            model=self.model.clone(decoder=cut),
-            params=_with_layers(self.params, kept),
-            base=dataclasses.replace(self.base, hf_config=config, decoder=cut),
+            model=self.model.clone(decoder=cut_decoder),
+            params=_replace_layers(self.params, first_layers),
+            hf_config=hf_config,
             revision=f"{self.revision}-{count}-layers",
             _apply=None,
         )
@@ -142,146 +164,211 @@ class Embedder:
         long_texts: str = "cut",
         show_progress: bool = False,
     ) -> np.ndarray:
-        """Unit vectors, float32 [N, D], in the order of `texts`.
+        """Encode texts as unit vectors. The score of two texts is the dot product of their vectors.
 
-        `instruction` is put before every text by the model's template; `prompt` is put there as it is; `prompt_name`
-        names one stored with the model (`spec.prompts`). `examples` are (query, response) pairs that show, before the
-        instruction, what it asks for (few-shot). Texts beyond `spec.max_length` are cut there; with `long_texts`
-        mean or max they are read in pieces, whose unit vectors are so combined. `dim` keeps the first numbers of each
-        vector (Matryoshka) and makes it unit length again. Scores are dot products. `UserError` on a dim, a name or a way
-        that the model does not have, and on examples that leave no room for a text.
+        At most one of `instruction`, `prompt` and `prompt_name` may be given.
+
+        Args:
+            texts: N texts.
+            instruction: Describes the task. The model's template turns it into the prompt of every text.
+            dim: Keep only the first `dim` numbers of each vector (Matryoshka), scaled to unit length again. Default: all.
+            prompt: Text that precedes every text as it is.
+            prompt_name: Name of a prompt that is stored with the model (`spec.prompts`).
+            examples: (query, response) pairs that precede the instruction and show what it asks for (few-shot).
+            long_texts: What happens to texts beyond `spec.max_length` tokens. cut: the rest is dropped. mean, max: the text is
+                encoded in pieces, whose unit vectors are averaged or combined by their maximum.
+            show_progress: Show a progress bar.
+
+        Returns:
+            Vectors, float32 [N, D], in the order of `texts`.
+
+        Raises:
+            UserError: The model has no such `dim` or `prompt_name`, `long_texts` is unknown, or the examples leave no room for
+                a text.
+            TypeError: `texts` is a single string, two kinds of prompts are given, or `examples` is malformed.
         """
         if isinstance(texts, str):
-            raise TypeError("encode takes a list of texts, not one string")
+            raise TypeError("encode: texts is a string; expected a list of strings")
         width = self.model.width
         if dim is not None and not 0 < dim <= width:
-            raise UserError(f"dim is {dim}; expected 1 to {width}, the width of this model's vectors")
-        if long_texts not in ("cut", *COMBINED):
-            raise UserError(f"long_texts is {long_texts!r}; expected cut, {', '.join(COMBINED)}")
-        lead = self._lead(instruction, prompt, prompt_name, examples)
+            raise UserError(f"dim: {dim} is out of range (vectors of this model have {width} numbers). Choose 1 to {width}.")
+        if long_texts not in ("cut", *COMBINE_PIECES):
+            raise UserError(f"long_texts: {long_texts!r} is unknown (expected cut, {', '.join(COMBINE_PIECES)}).")
+        prefix = self._choose_prompt(instruction, prompt, prompt_name, examples)
         out = np.zeros((len(texts), dim or width), np.float32)
-        starts = progress(range(0, len(texts), WINDOW), disable=not show_progress, unit=f"x{WINDOW} texts")
-        for start in starts:
-            window = list(texts[start : start + WINDOW])
-            vectors = self._vectors(window, lead, long_texts)[:, :dim]
+        starts = range(0, len(texts), TEXTS_PER_WINDOW)
+        for start in progress_bar(starts, disable=not show_progress, unit=f"x{TEXTS_PER_WINDOW} texts"):
+            window = list(texts[start : start + TEXTS_PER_WINDOW])
+            vectors = self._encode_window(window, prefix, long_texts)[:, :dim]
             norms = np.linalg.norm(vectors, axis=1, keepdims=True)
             out[start : start + len(window)] = vectors / np.maximum(norms, 1e-12)
         return out
 
-    def latent_weights(self, texts: Sequence[str], instruction: str | None = None) -> np.ndarray:
-        """How much each text attends to each latent, by head, mean over its tokens: float32 [N, heads, latents].
-
-        For models with latent attention (NV-Embed, appendix C); `UserError` for others.
-        """
-        if not self.spec.pooling.startswith("latent_attention"):
-            raise UserError(f"this model has {self.spec.pooling} pooling, which has no latents")
-
-        def weights(params: Any, packed: PackedTexts) -> jax.Array:
-            _, sown = self.model.apply({"params": _layers_stacked(params)}, packed, mutable=["intermediates"])
-            return jnp.asarray(sown["intermediates"]["pooling"]["latent_weights"][0])
-
-        apply, lead = jax.jit(weights, compiler_options=compiler_options()), self._lead(instruction, None, None)
-        starts = range(0, len(texts), WINDOW)
-        parts = [self._run(list(texts[start : start + WINDOW]), lead, apply) for start in starts]
-        return np.concatenate(parts) if parts else np.zeros((0, self.spec.pooling_heads, self.spec.latents), np.float32)
-
-    def _lead(
-        self, instruction: str | None, prompt: str | None, prompt_name: str | None, examples: Sequence[tuple[str, str]] = ()
-    ) -> str:
-        """What is put before every text."""
-        if sum(given is not None for given in (instruction, prompt, prompt_name)) > 1:
-            raise TypeError("encode takes one of instruction, prompt and prompt_name")
-        if examples and not instruction:
-            raise TypeError("encode presents examples under an instruction; give it one")
-        if prompt_name is not None and prompt_name not in self.spec.prompts:
-            known = ", ".join(self.spec.prompts) or "none"
-            raise UserError(f"prompt name {prompt_name!r}: not stored with this model; stored: {known}")
-        stored = self.spec.prompts[prompt_name] if prompt_name is not None else prompt
-        if stored is not None:
-            return stored
-        if any(not isinstance(example, tuple) or len(example) != 2 for example in examples):
-            raise TypeError("examples are pairs (query, response)")
-        lead = self.spec.prompt(instruction, [FewShotExample(instruction or "", *example) for example in examples])
-        if examples and self.tokenizer.room([lead])[0] < 1:
-            taken, most = int(self.tokenizer.untruncated_lengths([""], [lead])[0]), self.tokenizer.max_length
-            told = f"the instruction and its examples ({len(examples)}) take {taken} of the {most} tokens that the model reads"
-            raise UserError(f"{told}; name fewer or shorter examples")
-        return lead
-
     def similarity(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """Cosines [A, B] of two sets of vectors from `encode`."""
+        """Return the cosine similarities [A, B] of two sets of vectors from `encode`.
+
+        Args:
+            a: Unit vectors [A, D].
+            b: Unit vectors [B, D].
+        """
         return np.asarray(a @ b.T)
 
-    def _vectors(self, texts: list[str], prompt: str, long_texts: str) -> np.ndarray:
+    def latent_weights(self, texts: Sequence[str], instruction: str | None = None) -> np.ndarray:
+        """Return the attention weights of latent attention, averaged over the tokens of each text.
+
+        This is the analysis of NV-Embed (Lee et al. 2024, appendix C).
+
+        Args:
+            texts: N texts.
+            instruction: Describes the task, as in `encode`.
+
+        Returns:
+            Weights, float32 [N, heads, latents]. They sum to 1 over the latents.
+
+        Raises:
+            UserError: The model has another pooling.
+        """
+        if not self.spec.pooling.startswith("latent_attention"):
+            raise UserError(f"latent_weights: this model has {self.spec.pooling} pooling (expected latent attention).")
+
+        def apply(params: Any, packed: PackedTexts) -> jax.Array:
+            _, sown = self.model.apply({"params": _stack_layers(params)}, packed, mutable=["intermediates"])
+            return jnp.asarray(sown["intermediates"]["pooling"]["latent_weights"][0])
+
+        program = jax.jit(apply, compiler_options=compiler_options())
+        prompt = self._choose_prompt(instruction, None, None)
+        starts = range(0, len(texts), TEXTS_PER_WINDOW)
+        windows = [list(texts[start : start + TEXTS_PER_WINDOW]) for start in starts]
+        weights = [self._apply_to_texts(window, prompt, program) for window in windows]
+        return np.concatenate(weights) if weights else np.zeros((0, self.spec.pooling_heads, self.spec.latents), np.float32)
+
+    def _choose_prompt(
+        self, instruction: str | None, prompt: str | None, prompt_name: str | None, examples: Sequence[tuple[str, str]] = ()
+    ) -> str:
+        """Return the prompt of every text, out of the arguments of `encode`."""
+        if sum(argument is not None for argument in (instruction, prompt, prompt_name)) > 1:
+            raise TypeError("encode: give one of instruction, prompt and prompt_name")
+        if examples and not instruction:
+            raise TypeError("encode: examples need an instruction")
+        if prompt is not None:
+            return prompt
+        if prompt_name is not None:
+            if prompt_name not in self.spec.prompts:
+                stored = ", ".join(self.spec.prompts) or "none"
+                raise UserError(f"prompt_name: {prompt_name!r} is not stored with this model (stored: {stored}).")
+            return self.spec.prompts[prompt_name]
+        if any(not isinstance(example, tuple) or len(example) != 2 for example in examples):
+            raise TypeError("encode: examples must be pairs (query, response)")
+        full_prompt = self.spec.prompt(instruction, [FewShotExample(instruction or "", *example) for example in examples])
+        if examples and self.tokenizer.max_text_tokens([full_prompt])[0] < 1:
+            tokens, limit = int(self.tokenizer.count_untruncated_tokens([""], [full_prompt])[0]), self.spec.max_length
+            raise UserError(
+                f"examples: no room for a text (instruction and {len(examples)} examples take {tokens} of {limit} tokens). "
+                "Give fewer or shorter examples."
+            )
+        return full_prompt
+
+    def _encode_window(self, texts: list[str], prompt: str, long_texts: str) -> np.ndarray:
+        """Return vectors [N, D]; long texts are cut, or encoded in pieces whose vectors are combined."""
         assert self._apply is not None
         if long_texts == "cut":
-            return self._run(texts, prompt, self._apply)
-        pieces = self.tokenizer.pieces(texts, prompt)
-        starts = np.cumsum([0, *(len(of_text) for of_text in pieces[:-1])])
-        vectors = self._run([piece for of_text in pieces for piece in of_text], prompt, self._apply)
-        return np.asarray(COMBINED[long_texts].reduceat(vectors, starts, axis=0))
+            return self._apply_to_texts(texts, prompt, self._apply)
+        pieces = self.tokenizer.split_texts(texts, prompt)
+        starts = np.cumsum([0, *(len(text_pieces) for text_pieces in pieces[:-1])])
+        vectors = self._apply_to_texts([piece for text_pieces in pieces for piece in text_pieces], prompt, self._apply)
+        return np.asarray(COMBINE_PIECES[long_texts].reduceat(vectors, starts, axis=0))
 
-    def _run(self, texts: list[str], prompt: str, apply: Callable[[Any, PackedTexts], jax.Array]) -> np.ndarray:
-        """Packs texts into rows, applies [R, S, ...] to some rows at a time, puts the results in order."""
+    def _apply_to_texts(self, texts: list[str], prompt: str, apply: Apply) -> np.ndarray:
+        """Apply a program to packed texts, some rows at a time.
+
+        Args:
+            texts: N texts.
+            prompt: Their prompt.
+            apply: The program, which returns [R, S, ...].
+
+        Returns:
+            Results, float32 [N, ...], in the order of `texts`.
+        """
         tokenized = self.tokenizer(texts, [prompt] * len(texts))
         lengths = np.array([len(ids) for ids in tokenized.ids], np.int64)
-        shards, split = shard_count(self.mesh), batch_sharding(self.mesh)
-        at_once = functools.partial(_rows_at_once, shards)
+        shards, sharding = shard_count(self.mesh), batch_sharding(self.mesh)
+        rows_per_call = functools.partial(_rows_per_call, shards)
+        # Start all programs before the first result is read, so that the devices do not wait.
         pending = []
-        for among, (row, place, rows), length in pack_by_length(lengths, SHORTEST_ROW, at_once):
-            segments = max_segments(length)
-            for first, last, count in _groups(rows, at_once(length), shards):
-                here = np.flatnonzero((row >= first) & (row < last))
-                members = among[here]
+        for indices, (row, segment, row_count), row_length in pack_by_length(lengths, MIN_ROW_LENGTH, rows_per_call):
+            segments = max_segments(row_length)
+            for first, last, padded in _split_rows(row_count, rows_per_call(row_length), shards):
+                selected = np.flatnonzero((row >= first) & (row < last))
+                members, call_row, call_segment = indices[selected], row[selected] - first, segment[selected]
                 ids = [tokenized.ids[i] for i in members]
-                arrays = fill(ids, tokenized.pool_from[members], row[here] - first, place[here], (count, length))
-                packed = put_global(split, PackedTexts(**arrays, segments=segments, shards=shards))
-                slots = (row[here] - first) * segments + place[here]
+                arrays = fill_rows(ids, tokenized.pool_start[members], call_row, call_segment, (padded, row_length))
+                packed = put_global(sharding, PackedTexts(**arrays, segments=segments, shards=shards))
                 with jax.set_mesh(self.mesh):
-                    pending.append((members, slots, apply(self._by_layer, packed)))
+                    results = apply(self._program_params, packed)
+                pending.append((members, call_row * segments + call_segment, results))
+        # Put the results in the order of the texts.
         out = np.zeros((len(texts), *pending[0][2].shape[2:]), np.float32)
         for members, slots, results in pending:
             out[members] = np.asarray(to_host(results), np.float32).reshape(-1, *out.shape[1:])[slots]
         return out
 
+    @functools.cached_property
+    def _program_params(self) -> Any:
+        """The parameters as arguments of programs.
 
-def _with_layers(params: Any, layers: Any) -> Any:
+        On a single CPU each layer is an argument of its own: XLA would otherwise copy it out of the stack in every program.
+        """
+        if self.mesh.size > 1 or not is_tuned(self.mesh.devices.flat[0].platform) or not self.model.compute.unroll:
+            return self.params
+        leaves, tree = jax.tree.flatten(self.params["decoder"]["layers"])
+        unstacked_leaves = (unstack_views(self.mesh, x) for x in leaves)
+        layers = [jax.tree.unflatten(tree, layer) for layer in zip(*unstacked_leaves, strict=True)]
+        return _replace_layers(self.params, layers)
+
+
+def build_embedder(run: RestoredRun, mesh: Mesh) -> Embedder:
+    """Return the embedder of a restored run, with its adapters merged."""
+    model, params = run.merge_adapters()
+    return Embedder(model, params, run.build_tokenizer(), mesh, run.base.hf_config, run.revision)
+
+
+def load_embedder(base: Base, spec: EmbeddingSpec, compute: ComputeOptions, mesh: Mesh) -> Embedder:
+    """Load the weights and the tokenizer of a base under a spec.
+
+    Raises:
+        UserError: The base lacks weights that the spec needs.
+    """
+    model = EmbeddingModel(base.decoder, spec, compute)
+    shapes, shardings = shapes_and_shardings(model, mesh)
+    params = base.load(shapes, shardings)
+    if missing := shapes.keys() - params.keys():
+        part = f"{spec.pooling} pooling" if "pooling" in missing else "projection"
+        raise UserError(f"{base.name}: has no weights of its {part}. Train it, or choose a model without that part.")
+    tokenizer = build_text_tokenizer(base.tokenizer(), spec, base)
+    return Embedder(model, params, tokenizer, mesh, base.hf_config, base.hash()[:16])
+
+
+def _replace_layers(params: Any, layers: Any) -> Any:
     return {**params, "decoder": {**params["decoder"], "layers": layers}}
 
 
-def _layers_stacked(params: Any) -> Any:
-    """The parameters as the model takes them."""
+def _stack_layers(params: Any) -> Any:
+    """Return the parameters as the model takes them, with the layers stacked."""
     layers = params["decoder"]["layers"]
     if not isinstance(layers, list):
         return params
-    return _with_layers(params, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *layers))
+    return _replace_layers(params, jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers))
 
 
-def _rows_at_once(shards: int, row_length: int) -> int:
-    tokens = ON_CPU if jax.default_backend() == "cpu" else TOKENS_AT_ONCE
+def _rows_per_call(shards: int, row_length: int) -> int:
+    """Return how many rows of a length all shards take at once."""
+    tokens = ENCODE_TOKENS_PER_CALL if is_tuned(jax.default_backend()) else TOKENS_PER_CALL
     return max(1, tokens // row_length) * shards
 
 
-def _groups(rows: int, most: int, shards: int) -> Iterator[tuple[int, int, int]]:
-    """(first row, last row, rows with padding) of what is computed at once: full groups, the last of a power of two."""
-    for first in range(0, rows, most):
-        last = min(first + most, rows)
+def _split_rows(row_count: int, rows_per_call: int, shards: int) -> Iterator[tuple[int, int, int]]:
+    """Yield (first row, last row, rows with padding) of each call. The last call pads its shards' rows to a power of two."""
+    for first in range(0, row_count, rows_per_call):
+        last = min(first + rows_per_call, row_count)
         per_shard = -(-(last - first) // shards)
-        yield first, last, min(most, shards << (per_shard - 1).bit_length())
-
-
-def from_run(parts: RunParts, mesh: Mesh) -> Embedder:
-    """An embedder with a run's parameters, adapters merged."""
-    return Embedder(*parts.merged, parts.tokenizer, mesh, parts.base, parts.revision)
-
-
-def from_base(base: Base, spec: EmbeddingSpec, compute: Compute, mesh: Mesh) -> Embedder:
-    """An embedder with the weights and tokenizer of a base folder, read under `spec`."""
-    assert base.folder is not None
-    model = EmbeddingModel(base.decoder, spec, compute)
-    shapes, shardings = shapes_and_shardings(model, mesh)
-    params = base_params(base, shapes, shardings)
-    if absent := shapes.keys() - params.keys():
-        told = f"{spec.pooling} pooling" if "pooling" in absent else "projection"
-        raise UserError(f"{base.name}: has no weights of its {told}; train it, or choose a model without")
-    return Embedder(model, params, text_tokenizer(base.tokenizer(), spec, base), mesh, base, content_hash(base)[:16])
+        yield first, last, min(rows_per_call, shards << (per_shard - 1).bit_length())

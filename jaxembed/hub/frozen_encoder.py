@@ -1,4 +1,4 @@
-"""A model whose vectors serve another: a guide of GISTEmbed, a teacher whose vectors are matched, a miner of negatives."""
+"""Models whose vectors help to train or mine for another model: guides (GISTEmbed), teachers, and miners of negatives."""
 
 from __future__ import annotations
 
@@ -15,139 +15,177 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxembed.data.batch import EncoderInput
-from jaxembed.data.vector_store import VectorStore, key_of
+from jaxembed.data.vector_store import VectorStore, make_text_key
 from jaxembed.devices.mesh import make_mesh
-from jaxembed.errors import UserError, brief
+from jaxembed.errors import UserError, summarize
 from jaxembed.files import exists, file_digest
 from jaxembed.formats.sentence_transformers import MODULES_FILE
-from jaxembed.hub.base import SPEC_FILE, Base, content_hash, find_base, find_folder
 from jaxembed.hub.embedder import Embedder
-from jaxembed.hub.export import load_sentence_transformer
+from jaxembed.hub.resolve import find_base_with_weights, find_folder
+from jaxembed.hub.spec_files import SPEC_FILE
+from jaxembed.hub.torch_model import load_sentence_transformer
 
 log = logging.getLogger("jaxembed")
 
-READ = {".json", ".txt", ".model", ".safetensors"}  # files that decide what a sentence-transformers folder computes
+EncodeGroup = Callable[[list[str], str], np.ndarray]  # (N texts, their common prompt) -> vectors [N, D]
+
+HASHED_SUFFIXES = {".json", ".txt", ".model", ".safetensors"}  # files that decide what a sentence-transformers folder computes
 
 
 @dataclasses.dataclass(frozen=True)
 class FrozenEncoder:
-    """A model that is not trained, with the vectors that it gave so far.
+    """A model that is not trained, and a store of the vectors it has computed.
 
-    `lead` is what its own rule makes of a text's side and instruction; texts of one lead are encoded together, by `run`.
-    `hash` identifies weights, tokenizer and rule.
+    Attributes:
+        name: Name that the user gave.
+        hash: Identifies weights, tokenizer and spec.
+        width: Width of the vectors.
+        select_prompt: Maps the side (query or document) and the instruction of a text to its prompt.
+        encode_group: Encodes texts that have the same prompt.
+        store: Vectors by prompt and text.
     """
 
     name: str
     hash: str
     width: int
-    lead: Callable[[str, str], str]
-    run: Callable[[list[str], str], np.ndarray]
+    select_prompt: Callable[[str, str], str]
+    encode_group: EncodeGroup
     store: VectorStore
 
     @property
     def identity(self) -> dict[str, str]:
-        """For the record of a run."""
+        """Name and hash, as a run records them."""
         return {"name": self.name, "hash": self.hash}
 
     def encode(self, texts: Sequence[EncoderInput]) -> np.ndarray:
-        """Unit vectors, float32 [N, G]: those in the store as they are, the others computed once and kept there.
+        """Encode texts. Vectors in the store are read; the others are computed once and stored.
 
-        No collective runs in it, and it keeps to this process's devices, so it may go on beside a training step, in another
-        thread. `UserError` where the model gives numbers that are not finite.
+        It runs no collective and uses the devices of this process only, so another thread may call it during a training step.
+
+        Returns:
+            Unit vectors, float32 [N, D].
+
+        Raises:
+            UserError: The model returns numbers that are not finite.
         """
-        return in_groups(texts, [self.lead(text.side, text.instruction) for text in texts], self._fetch, self.width)
+        prompts = [self.select_prompt(text.side, text.instruction) for text in texts]
+        return encode_in_groups(texts, prompts, self._read_or_encode, self.width)
 
-    def _fetch(self, texts: list[str], lead: str) -> np.ndarray:
-        return self.store.fetch([key_of(lead, text) for text in texts], lambda new: self._run([texts[i] for i in new], lead))
+    def _read_or_encode(self, texts: list[str], prompt: str) -> np.ndarray:
+        keys = [make_text_key(prompt, text) for text in texts]
+        return self.store.fetch(keys, lambda missing: self._encode_new([texts[i] for i in missing], prompt))
 
-    def _run(self, texts: list[str], lead: str) -> np.ndarray:
-        vectors = self.run(texts, lead)
+    def _encode_new(self, texts: list[str], prompt: str) -> np.ndarray:
+        vectors = self.encode_group(texts, prompt)
         if not np.isfinite(vectors).all():
-            raise UserError(f"{self.name}: gives vectors that are not finite; take another model")
+            raise UserError(f"{self.name}: returns vectors that are not finite. Choose another model.")
         return vectors
 
 
 class ZeroEncoder(FrozenEncoder):
-    """The same of a plan, which needs shapes alone: zeros for all vectors, and nothing is kept in the store."""
+    """Returns zeros instead of vectors, and stores nothing. Planning needs only their shapes."""
 
     def encode(self, texts: Sequence[EncoderInput]) -> np.ndarray:
+        """Return zeros, float32 [N, D]."""
         return np.zeros((len(texts), self.width), np.float32)
 
 
-def in_groups(
-    texts: Sequence[EncoderInput], leads: Sequence[str], run: Callable[[list[str], str], np.ndarray], width: int
+def encode_in_groups(
+    texts: Sequence[EncoderInput], prompts: Sequence[str], encode_group: EncodeGroup, width: int
 ) -> np.ndarray:
-    """Vectors [N, width] of texts, where those of one lead are run together."""
-    members: dict[str, list[int]] = {}
-    for i, lead in enumerate(leads):
-        members.setdefault(lead, []).append(i)
+    """Encode texts of one prompt together.
+
+    Args:
+        texts: N texts.
+        prompts: Prompt of each text.
+        encode_group: Encodes texts that have the same prompt.
+        width: Width of the vectors.
+
+    Returns:
+        Vectors, float32 [N, width], in the order of `texts`.
+    """
+    indices_by_prompt: dict[str, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        indices_by_prompt.setdefault(prompt, []).append(i)
     out = np.zeros((len(texts), width), np.float32)
-    for lead, of_lead in members.items():
-        out[of_lead] = run([texts[i].text for i in of_lead], lead)
+    for prompt, indices in indices_by_prompt.items():
+        out[indices] = encode_group([texts[i].text for i in indices], prompt)
     return out
 
 
 def open_frozen_encoder(name: str, cache: Path, mesh: Mesh | None = None) -> FrozenEncoder:
-    """Any model that jaxembed loads, else a sentence-transformers folder of another kind, local or by hub id.
+    """Open a model that jaxembed can load, or any other sentence-transformers folder.
 
-    An instruction becomes a prompt by the model's own template; texts without one get the prompt that is stored for their
-    side, query or document, if there is one. Models of sentence-transformers know the stored prompts alone. Vectors are
-    kept under `cache`. Models that jaxembed loads run on `mesh`, on this process's devices if absent. `UserError` where the
-    model cannot be loaded.
+    The template of the model turns an instruction into a prompt. Texts without an instruction get the prompt that is stored
+    for their side. Folders that only sentence-transformers can load use their stored prompts, whatever the instruction.
+
+    Args:
+        name: Name of the model: a local folder, a run directory, or a hub id.
+        cache: Folder under which vectors are stored.
+        mesh: Devices for models that jaxembed loads. Default: the devices of this process.
+
+    Raises:
+        UserError: The model cannot be loaded.
     """
     try:
-        base = find_base(name)
+        content_hash = find_base_with_weights(name).hash()
     except UserError as error:
         folder = Path(name) if exists(Path(name) / MODULES_FILE) else find_folder(name)
         if not exists(folder / MODULES_FILE) or exists(folder / SPEC_FILE):
             raise
         if mesh is not None and mesh.shape["fsdp"] > 1:
-            told = "which does not split a model; leave --fsdp out"
-            raise UserError(f"{name}: loaded by sentence-transformers, {told}") from None
+            raise UserError(
+                f"{name}: loaded by sentence-transformers, which cannot split a model over devices. Omit --fsdp."
+            ) from None
         log.info("%s: loaded by sentence-transformers (%s)", name, error)
-        return _of_sentence_transformers(name, folder, cache)
+        return _open_sentence_transformer(name, folder, cache)
     mesh = make_mesh(devices=jax.local_devices()) if mesh is None else mesh
-    return _of_embedder(name, base, Embedder.load(name, mesh=mesh), cache)
+    return _open_embedder(name, content_hash, Embedder.load(name, mesh=mesh), cache)
 
 
-def _of_embedder(name: str, base: Base, embedder: Embedder, cache: Path) -> FrozenEncoder:
-    spec, tokenizer = embedder.spec, embedder.tokenizer.hf_tokenizer.backend_tokenizer.to_str()
-    rule = json.dumps([content_hash(base), spec.model_dump(mode="json"), tokenizer], sort_keys=True)
-    identity = hashlib.sha256(rule.encode()).hexdigest()
+def _open_embedder(name: str, content_hash: str, embedder: Embedder, cache: Path) -> FrozenEncoder:
+    spec, tokenizer_state = embedder.spec, embedder.tokenizer.hf_tokenizer.backend_tokenizer.to_str()
+    identity = json.dumps([content_hash, spec.model_dump(mode="json"), tokenizer_state], sort_keys=True)
+    digest = hashlib.sha256(identity.encode()).hexdigest()
 
-    def lead(side: str, instruction: str) -> str:
+    def select_prompt(side: str, instruction: str) -> str:
         return spec.prompt(instruction) if instruction else spec.prompts.get(side, spec.plain_prompt)
 
-    def run(texts: list[str], prompt: str) -> np.ndarray:
+    def encode_group(texts: list[str], prompt: str) -> np.ndarray:
         return embedder.encode(texts, prompt=prompt)
 
     width = embedder.model.width
-    return FrozenEncoder(name, identity, width, lead, run, _store(cache, identity, width))
+    return FrozenEncoder(name, digest, width, select_prompt, encode_group, _open_store(cache, digest, width))
 
 
-def _of_sentence_transformers(name: str, folder: Path, cache: Path) -> FrozenEncoder:
-    weight_files(name, folder)
-    model, identity = _load(name, folder), folder_digest(folder)
+def _open_sentence_transformer(name: str, folder: Path, cache: Path) -> FrozenEncoder:
+    """Open a folder with sentence-transformers. It has one prompt for each side, so that the side stands for the prompt."""
+    find_weight_files(name, folder)
+    model, digest = _load(name, folder), hash_folder(folder)
 
-    def run(texts: list[str], side: str) -> np.ndarray:
+    def encode_group(texts: list[str], side: str) -> np.ndarray:
         encode = model.encode_query if side == "query" else model.encode_document
         return np.asarray(encode(texts, normalize_embeddings=True, show_progress_bar=False), np.float32)
 
-    width = run(["width"], "query").shape[1]
-    return FrozenEncoder(name, identity, width, lambda side, _: side, run, _store(cache, identity, width))
+    width = encode_group(["a text"], "query").shape[1]
+    return FrozenEncoder(name, digest, width, lambda side, _: side, encode_group, _open_store(cache, digest, width))
 
 
-def weight_files(name: str, folder: Path) -> list[Path]:
-    """The files of a sentence-transformers folder that hold its weights; `UserError` where there are none."""
+def find_weight_files(name: str, folder: Path) -> list[Path]:
+    """Return the safetensors files of a sentence-transformers folder.
+
+    Raises:
+        UserError: There are none.
+    """
     if not (files := sorted(folder.rglob("*.safetensors"))):
-        raise UserError(f"{name}: has no weights in safetensors files; save it anew with sentence-transformers")
+        raise UserError(f"{name}: has no weights in safetensors files. Save it again with sentence-transformers.")
     return files
 
 
-def folder_digest(folder: Path) -> str:
-    """The SHA-256 of what decides what a sentence-transformers folder computes."""
-    read = sorted(path for path in folder.rglob("*") if path.suffix in READ and path.is_file())
-    content = [f"{path.relative_to(folder)}\n{file_digest(path)}" for path in read]
+def hash_folder(folder: Path) -> str:
+    """Return the SHA-256 of the files that decide what a sentence-transformers folder computes, in hexadecimal digits."""
+    paths = sorted(path for path in folder.rglob("*") if path.suffix in HASHED_SUFFIXES and path.is_file())
+    content = [f"{path.relative_to(folder)}\n{file_digest(path)}" for path in paths]
     return hashlib.sha256("\n".join(content).encode()).hexdigest()
 
 
@@ -157,8 +195,8 @@ def _load(name: str, folder: Path) -> Any:
     except UserError:
         raise
     except Exception as error:  # transformers raises nearly anything here
-        raise UserError(f"{name}: sentence-transformers cannot load it ({brief(error)})") from None
+        raise UserError(f"{name}: sentence-transformers cannot load it ({summarize(error)}).") from None
 
 
-def _store(cache: Path, identity: str, width: int) -> VectorStore:
-    return VectorStore(cache / "vectors" / identity, width)
+def _open_store(cache: Path, digest: str, width: int) -> VectorStore:
+    return VectorStore(cache / "vectors" / digest, width)

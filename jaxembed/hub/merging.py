@@ -1,4 +1,4 @@
-"""One model out of several of one shape: what they must agree on, and their parameters merged."""
+"""Merge several models of one shape into one."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from typing import Any
 import jax
 
 from jaxembed.errors import UserError
-from jaxembed.hub.base import Base, find_base
+from jaxembed.hub.base import BaseWithWeights
 from jaxembed.hub.card import Card
 from jaxembed.hub.embedder import Embedder
-from jaxembed.hub.restore import shapes_and_shardings, text_tokenizer
+from jaxembed.hub.resolve import find_base_with_weights
+from jaxembed.hub.text_tokenizer import build_text_tokenizer
 from jaxembed.model.interpolation import interpolate
-from jaxembed.training.run_dir import differences
+from jaxembed.model.parameters import shapes_and_shardings
+from jaxembed.training.run_dir import iter_differences
 
 log = logging.getLogger("jaxembed")
 
-OWN = ("prompts", "max_length")  # of a spec: in what models that are merged may differ
-NAMED = 4  # differences that an error names
-TOLD = {
+FIRST_MODEL_FIELDS = ("prompts", "max_length")  # fields of a spec in which models may differ; the first model's are used
+MAX_LISTED_DIFFERENCES = 4
+METHOD_DESCRIPTIONS = {
     "soup": "The weighted mean of the parameters of these models (a model soup, https://arxiv.org/abs/2203.05482).",
     "slerp": "Each tensor lies on the arc between those of these models (spherical linear interpolation, Shoemake 1985).",
 }
@@ -33,49 +35,66 @@ TOLD = {
 def merge_models(
     models: Sequence[str], weights: Sequence[float], method: str, name: str, checkpoint: str = "best"
 ) -> tuple[Embedder, Card]:
-    """The models merged by a method of `interpolation.METHODS`, and the card of the result, which has `name`.
+    """Merge the parameters of several models. Everything else is the first model's.
 
-    `weights` sum to 1. Everything but the parameters is the first model's. `UserError` on models that differ in what the
-    result can have only once, before any weights are read.
+    Args:
+        models: Names of the models.
+        weights: Weight of each model; they sum to 1.
+        method: Name of a method of `interpolation.METHODS`.
+        name: Name of the result, for its card.
+        checkpoint: Checkpoint of runs: best, last, or a step.
+
+    Returns:
+        The merged model and its card.
+
+    Raises:
+        UserError: The models differ in more than their parameters. This is checked before any weights are read.
     """
-    _check(models, [find_base(model) for model in models])
-    opened: list[Embedder] = []  # without parameters
+    _check_models_match(models, [find_base_with_weights(model) for model in models])
+    loaded: list[Embedder] = []  # without parameters, so that one model at a time is in memory
 
-    def parameters(model: str) -> Any:
+    def load_params(model: str) -> Any:
         embedder = Embedder.load(model, checkpoint=checkpoint)
-        opened.append(embedder.with_params({}))
-        log.info("%s: %s, weight %.4g", model, embedder.revision, weights[len(opened) - 1])
+        loaded.append(embedder.with_params({}))
+        log.info("%s: %s, weight %.4g", model, embedder.revision, weights[len(loaded) - 1])
         return embedder.params
 
-    params = interpolate(map(parameters, models), weights, method)
-    first = opened[0]
-    placed = jax.device_put(params, shapes_and_shardings(first.model, first.mesh)[1])
+    params = interpolate(map(load_params, models), weights, method)
+    first = loaded[0]
+    _, shardings = shapes_and_shardings(first.model, first.mesh)
+    merged = dataclasses.replace(first, params=jax.device_put(params, shardings), revision="")
+    table = _format_table(models, weights, [embedder.revision for embedder in loaded])
+    return merged, Card(name, merged=f"{METHOD_DESCRIPTIONS[method]}\n\n{table}")
+
+
+def _format_table(models: Sequence[str], weights: Sequence[float], revisions: Sequence[str]) -> str:
+    """Return a Markdown table of the merged models. Local folders appear by name, not by path."""
+    names = [Path(model).resolve().name if Path(model).exists() else model for model in models]
     rows = [
-        f"| {weight:.4g} | `{Path(model).resolve().name if Path(model).exists() else model}` | {one.revision} |"
-        for weight, model, one in zip(weights, models, opened, strict=True)
+        f"| {weight:.4g} | `{name}` | {revision} |" for weight, name, revision in zip(weights, names, revisions, strict=True)
     ]
-    table = "\n".join(["| weight | model | revision |", "|---|---|---|", *rows])
-    return dataclasses.replace(first, params=placed, revision=""), Card(name, merged=f"{TOLD[method]}\n\n{table}")
+    return "\n".join(["| weight | model | revision |", "|---|---|---|", *rows])
 
 
-def _check(models: Sequence[str], bases: Sequence[Base]) -> None:
-    """`UserError` unless the models have weights, and all of them the first one's shape, tokenizer and spec."""
-    for model, base in zip(models, bases, strict=True):
-        if base.folder is None:
-            raise UserError(f"{model}: a preset has no weights; train it first")
-    first = _described(bases[0])
+def _check_models_match(models: Sequence[str], bases: Sequence[BaseWithWeights]) -> None:
+    """Check that all models have the shape, tokenizer and spec of the first one.
+
+    Raises:
+        UserError: A model differs.
+    """
+    first = _collect_shared_properties(bases[0])
     for model, base in zip(models[1:], bases[1:], strict=True):
-        differing = list(islice(differences(first, _described(base)), NAMED))
-        if differing:
-            raise UserError(f"{model}: cannot be merged with {models[0]}, from which it differs ({'; '.join(differing)})")
-        for key in OWN:
+        found = list(islice(iter_differences(first, _collect_shared_properties(base)), MAX_LISTED_DIFFERENCES))
+        if found:
+            raise UserError(f"{model}: cannot be merged with {models[0]}, because they differ ({'; '.join(found)}).")
+        for key in FIRST_MODEL_FIELDS:
             if getattr(base.spec, key) != getattr(bases[0].spec, key):
-                log.warning("%s: its %s differs from that of %s, which is kept", model, key, models[0])
+                log.warning("%s: %s differs from that of %s, which is used", model, key, models[0])
 
 
-def _described(base: Base) -> dict[str, Any]:
-    """What models must have in common to be merged. Their parameters' shapes follow from it."""
-    tokenizer = text_tokenizer(base.tokenizer(), base.spec, base).hf_tokenizer.backend_tokenizer
-    spec = {key: value for key, value in base.spec.model_dump(mode="json").items() if key not in OWN}
-    rules = {key: value for key, value in json.loads(tokenizer.to_str()).items() if key not in ("truncation", "padding")}
-    return {"decoder": dataclasses.asdict(base.decoder), "spec": spec, "tokenizer": rules}
+def _collect_shared_properties(base: BaseWithWeights) -> dict[str, Any]:
+    """Return what models must have in common to be merged. The shapes of their parameters follow from it."""
+    tokenizer = build_text_tokenizer(base.tokenizer(), base.spec, base).hf_tokenizer.backend_tokenizer
+    tokenizer_state = {k: v for k, v in json.loads(tokenizer.to_str()).items() if k not in ("truncation", "padding")}
+    spec = {key: value for key, value in base.spec.model_dump(mode="json").items() if key not in FIRST_MODEL_FIELDS}
+    return {"decoder": dataclasses.asdict(base.decoder), "spec": spec, "tokenizer": tokenizer_state}

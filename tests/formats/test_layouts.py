@@ -1,4 +1,4 @@
-"""Published embedders, as tiny folders in the form of their repositories, beside PyTorch under each one's own rules."""
+"""Published embedders as tiny folders in the layout of their repositories, compared with PyTorch under their own rules."""
 
 from __future__ import annotations
 
@@ -26,31 +26,43 @@ from jaxembed.config.spec import FewShotExample
 from jaxembed.data.tokenize import TOKEN_BOUNDARY
 from jaxembed.devices.mesh import make_mesh
 from jaxembed.errors import UserError
-from jaxembed.hub.base import find_base
 from jaxembed.hub.card import Card
-from jaxembed.hub.embedder import from_base
-from jaxembed.hub.export import encode_torch, export, export_adapters, load_sentence_transformer
-from jaxembed.model.decoder import Compute
+from jaxembed.hub.embedder import load_embedder
+from jaxembed.hub.export import export
+from jaxembed.hub.export_adapters import export_adapters
+from jaxembed.hub.resolve import find_base
+from jaxembed.hub.torch_model import encode_torch, load_sentence_transformer
+from jaxembed.model.decoder import ComputeOptions
 from jaxembed.runs.train import train
 
-TASK = "Given a question, retrieve passages that answer it"
+INSTRUCTION = "Given a question, retrieve passages that answer it"
 E5 = "Instruct: {}\nQuery: "
 TEXTS = [*tiny.TEXTS, "a text that is cut at its end " * 20]
 SHORT = tiny.TEXTS[:4]
-STEP = (
+ONE_STEP = (
     "train.steps=1", "train.batch_size=4", "mesh.data=1", "eval.sets=[]", "data.max_length=64", "model.unroll=false",
     "optim.learning_rate=1e-4", "optim.warmup_steps=0",
 )  # fmt: skip
-LIMIT, POSITIONS = 100, 128  # tokens of a text where the files say so, and of the tiny models
+MAX_LENGTH, MAX_POSITIONS = 100, 128  # tokens: what the files say of a text, and what the tiny models have
 
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """How a repository looks and what its own code does.
+    """The files of a repository, and what its own code does.
 
-    family: of the decoder; code: its config.json names a Python file; modules: it has sentence-transformers' files with
-    this pooling; prompts: those stored there. prompt: of an instruction, plain: of a text without one. end: the token that
-    its own code puts last, past what its tokenizer.json says; eos: the key for that in tokenizer_config.json.
+    Attributes:
+        family: Family of the decoder.
+        pooling: Name of the pooling in sentence-transformers' files.
+        prompt: Template of the prompt of an instruction.
+        plain: Prompt of a text without an instruction.
+        causal: Whether the mask is causal.
+        code: Python class that config.json names (auto_map).
+        modules: Whether it has sentence-transformers' files.
+        prompts: Prompts stored in these files.
+        end: Token that its code appends, which its tokenizer.json does not.
+        eos: Whether tokenizer_config.json sets add_eos_token.
+        skip_prompt: Whether the prompt is not pooled.
+        config: More keys of config.json.
     """
 
     family: str
@@ -93,7 +105,7 @@ PUBLISHED = {
 
 
 class Reference:
-    """The tiny model of a published layout: its folder, and its vectors by transformers' stock decoder."""
+    """The tiny model of a published layout: its folder, and its vectors from transformers' stock decoder."""
 
     def __init__(self, name: str, root: Path):
         self.published, self.folder = PUBLISHED[name], root / name
@@ -101,18 +113,18 @@ class Reference:
         self.decoder = tiny.torch_model(family, causal=self.published.causal)
         self.tokenizer = tiny.tokenizer(bos=True) if family.startswith("mistral") else tiny.qwen_tokenizer()
         if name.startswith("Qwen3"):  # its tokenizer.json ends texts with a token that is not its EOS
-            self.tokenizer.backend_tokenizer.post_processor = ends_with(self.tokenizer, "<|endoftext|>")
+            self.tokenizer.backend_tokenizer.post_processor = make_end_processor(self.tokenizer, "<|endoftext|>")
             self.tokenizer.eos_token = "<|im_end|>"
         self._save()
 
     def _save(self) -> None:
         p, folder = self.published, self.folder
         self.decoder.save_pretrained(folder)
-        self.tokenizer.model_max_length = LIMIT
+        self.tokenizer.model_max_length = MAX_LENGTH
         self.tokenizer.save_pretrained(folder)
-        edit(folder / "tokenizer_config.json", {"add_eos_token": True} if p.eos else {})
+        edit_json(folder / "tokenizer_config.json", {"add_eos_token": True} if p.eos else {})
         code = {"auto_map": {"AutoModel": p.code}} if p.code else {}
-        edit(folder / "config.json", {**code, **p.config}, drop=() if p.config else ("is_causal",))
+        edit_json(folder / "config.json", {**code, **p.config}, drop=() if p.config else ("is_causal",))
         if not p.modules:
             return
         kinds = ["Transformer", "Pooling", "Normalize"]
@@ -121,7 +133,7 @@ class Reference:
             for i, kind in enumerate(kinds)
         ]
         (folder / "modules.json").write_text(json.dumps(modules))
-        (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": LIMIT, "do_lower_case": False}))
+        (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": MAX_LENGTH, "do_lower_case": False}))
         (folder / "1_Pooling").mkdir()
         modes = {f"pooling_mode_{kind}": kind.startswith(p.pooling) for kind in ("cls_token", "mean_tokens", "lasttoken")}
         pooling = {"word_embedding_dimension": 32, **modes, "include_prompt": True}
@@ -132,7 +144,7 @@ class Reference:
         p = self.published
         prompt = p.prompt.format(instruction) if instruction else p.plain
         end = self.tokenizer(p.end, add_special_tokens=False)["input_ids"]
-        limit = (LIMIT if p.modules else POSITIONS) - len(end)
+        limit = (MAX_LENGTH if p.modules else MAX_POSITIONS) - len(end)
         skipped = len(self.tokenizer(prompt)["input_ids"]) if p.skip_prompt else 0
         vectors = []
         for text in texts:
@@ -144,70 +156,67 @@ class Reference:
         return np.stack(vectors)
 
 
-def ends_with(tokenizer: transformers.PreTrainedTokenizerFast, token: str) -> Any:
+def make_end_processor(tokenizer: transformers.PreTrainedTokenizerFast, token: str) -> Any:
     template = TemplateProcessing(single=f"$A {token}", special_tokens=[(token, tokenizer.convert_tokens_to_ids(token))])
     return Sequence([tokenizer.backend_tokenizer.post_processor, template])
 
 
-def edit(path: Path, changes: dict[str, Any], drop: tuple[str, ...] = ()) -> None:
+def edit_json(path: Path, changes: dict[str, Any], drop: tuple[str, ...] = ()) -> None:
     values = {k: v for k, v in json.loads(path.read_text()).items() if k not in drop}
     path.write_text(json.dumps(values | changes))
 
 
 @pytest.fixture(scope="module")
-def reference_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Reference]:
+def get_reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Reference]:
     root = tmp_path_factory.mktemp("published")
     return functools.cache(lambda name: Reference(name, root))
 
 
 @pytest.fixture(scope="module")
 def mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The decoder that adapters belong to, under a name that LLM2Vec puts into a chat form."""
+    """Write the decoder under the adapters. LLM2Vec puts texts into a chat form for a decoder of this name."""
     return tiny.folder(tmp_path_factory.mktemp("decoders") / "Mistral-7B-Instruct-v0.2", "mistral")
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_layout_encodes_as_its_own_code(reference_of: Callable[[str], Reference], name: str) -> None:
-    reference = reference_of(name)
+def test_published_model_gives_the_vectors_of_its_own_code(get_reference: Callable[[str], Reference], name: str) -> None:
+    reference = get_reference(name)
     model = Embedder.load(reference.folder)
-    plain, asked = model.encode(TEXTS), model.encode(TEXTS, instruction=TASK)
+    plain, prompted = model.encode(TEXTS), model.encode(TEXTS, instruction=INSTRUCTION)
     assert least_cosine(plain, reference.encode(TEXTS)) > 0.9999
-    assert least_cosine(asked, reference.encode(TEXTS, TASK)) > 0.9999
-    assert np.abs(asked[0] - asked[1]).max() > 0.01
-    assert least_cosine(plain, asked) < 0.999
+    assert least_cosine(prompted, reference.encode(TEXTS, INSTRUCTION)) > 0.9999
+    assert np.abs(prompted[0] - prompted[1]).max() > 0.01, "different texts have different vectors"
+    assert least_cosine(plain, prompted) < 0.999, "the instruction matters"
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_layout_is_tuned_further_and_exported(
-    reference_of: Callable[[str], Reference], name: str, tmp_path: Path
-) -> None:
-    reference = reference_of(name)
+def test_published_model_is_trained_and_exported(get_reference: Callable[[str], Reference], name: str, tmp_path: Path) -> None:
+    reference = get_reference(name)
     root = prepare(tmp_path)
-    train(settings(root, "tuned", f"model.base={reference.folder}", *STEP))
+    train(settings(root, "tuned", f"model.base={reference.folder}", *ONE_STEP))
     before, model = Embedder.load(reference.folder), Embedder.load(root / "tuned")
-    changed = {key for key, value in vars(model.spec).items() if value != getattr(before.spec, key)}
-    assert changed <= {"max_length", "prompts"}
+    changed_fields = {key for key, value in vars(model.spec).items() if value != getattr(before.spec, key)}
+    assert changed_fields <= {"max_length", "prompts"}
     assert model.spec.prompts["query"] == reference.published.prompt.format("Find it")
     assert 1e-5 < np.abs(model.encode(SHORT) - before.encode(SHORT)).max() < 0.02
     export(model, tmp_path / "out", "float32", Card("tuned", "base"))
-    stock = load_sentence_transformer(tmp_path / "out")
-    for prompt in (model.spec.plain_prompt, model.spec.prompt(TASK)):
-        np.testing.assert_allclose(encode_torch(stock, TEXTS, prompt), model.encode(TEXTS, prompt=prompt), atol=1e-5)
-    default = stock.encode(TEXTS, normalize_embeddings=True)
-    np.testing.assert_allclose(default, model.encode(TEXTS), atol=1e-5)
+    stock_model = load_sentence_transformer(tmp_path / "out")
+    for prompt in (model.spec.plain_prompt, model.spec.prompt(INSTRUCTION)):
+        np.testing.assert_allclose(encode_torch(stock_model, TEXTS, prompt), model.encode(TEXTS, prompt=prompt), atol=1e-5)
+    default_vectors = stock_model.encode(TEXTS, normalize_embeddings=True)
+    np.testing.assert_allclose(default_vectors, model.encode(TEXTS), atol=1e-5)
 
 
-def test_a_repository_without_files_of_its_own_is_known_by_its_name(
-    reference_of: Callable[[str], Reference], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_repository_without_sentence_transformers_files_is_recognized_by_its_name(
+    get_reference: Callable[[str], Reference], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As fetched from the hub by its id, without sentence-transformers' files."""
-    reference = reference_of("e5-mistral-7b-instruct")
+    reference = get_reference("e5-mistral-7b-instruct")
     bare = tmp_path / "snapshots" / "0123"
     shutil.copytree(reference.folder, bare, ignore=shutil.ignore_patterns("*sentence*", "modules.json", "1_Pooling"))
-    fetched = {"intfloat/e5-mistral-7b-instruct": str(bare)}
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: fetched[name])
+    snapshots = {"intfloat/e5-mistral-7b-instruct": str(bare)}
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: snapshots[name])
     model = Embedder.load("intfloat/e5-mistral-7b-instruct")
-    assert least_cosine(model.encode(SHORT, instruction=TASK), reference.encode(SHORT, TASK)) > 0.9999
+    assert least_cosine(model.encode(SHORT, instruction=INSTRUCTION), reference.encode(SHORT, INSTRUCTION)) > 0.9999
     assert least_cosine(Embedder.load(bare).encode(SHORT), reference.encode(SHORT)) < 0.9
 
 
@@ -227,7 +236,7 @@ def test_a_repository_without_files_of_its_own_is_known_by_its_name(
         ("McGill-NLP/LLM2Vec-Sheared-LLaMA-mntp", ("bidirectional", "mean", "T ", "")),
     ],
 )
-def test_the_id_of_a_repository_brings_its_rules(
+def test_hub_id_selects_the_published_layout(
     mistral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, expected: tuple[str, str, str, str]
 ) -> None:
     config = json.loads((mistral / "config.json").read_text())
@@ -235,98 +244,103 @@ def test_the_id_of_a_repository_brings_its_rules(
         latent = {"cross_dim_head": config["hidden_size"]}
         config = {"model_type": "nvembed", "text_config": config, "latent_attention_config": latent}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda asked, **options: {name: str(tmp_path)}[asked])
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda hub_id, **options: {name: str(tmp_path)}[hub_id])
     spec = find_base(name).spec
     assert (spec.attention, spec.pooling, spec.prompt("T"), spec.query_suffix) == expected
 
 
 @pytest.mark.parametrize("offline", [True, False])
-def test_a_hub_out_of_reach_is_told_in_whole_words(monkeypatch: pytest.MonkeyPatch, offline: bool) -> None:
+def test_hub_that_cannot_be_reached_is_explained_in_one_line(monkeypatch: pytest.MonkeyPatch, offline: bool) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise huggingface_hub.errors.LocalEntryNotFoundError("word " * 99) from OSError("no route to the hub, " * 20)
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
     if not offline:
         monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
-    why = r"HF_HUB_OFFLINE is set" if offline else r"(no route to the hub, )+no route( to)?( the)? \.\.\."
-    with pytest.raises(UserError, match=rf"not in the hub's cache, .* \({why}\); connect, or name a local folder$"):
+    reason = r"HF_HUB_OFFLINE is set" if offline else r"(no route to the hub, )+no route( to)?( the)? \.\.\."
+    with pytest.raises(UserError, match=rf"not in the hub's cache, .* \({reason}\)\. Connect, or give a local folder\.$"):
         Embedder.load("nobody/nothing")
 
 
-def test_a_folder_that_needs_code_of_its_own_is_refused(reference_of: Callable[[str], Reference], tmp_path: Path) -> None:
-    shutil.copytree(reference_of("KaLM-embedding-multilingual-mini-v1").folder, tmp_path / "own")
-    edit(tmp_path / "own" / "config.json", {"auto_map": {"AutoModel": "modeling_own.Own"}})
+def test_folder_that_needs_its_own_code_is_refused(get_reference: Callable[[str], Reference], tmp_path: Path) -> None:
+    shutil.copytree(get_reference("KaLM-embedding-multilingual-mini-v1").folder, tmp_path / "own")
+    edit_json(tmp_path / "own" / "config.json", {"auto_map": {"AutoModel": "modeling_own.Own"}})
     assert find_base(str(tmp_path / "own")).spec.pooling == "mean"
     (tmp_path / "own" / "modules.json").unlink()
-    with pytest.raises(UserError, match=r"Looked for jaxembed.json, .* modules.json, and .* NV-Embed, LLM2Vec, KaLM"):
+    with pytest.raises(UserError, match=r"\(expected jaxembed.json, .* modules.json, or .* NV-Embed, LLM2Vec, KaLM"):
         find_base(str(tmp_path / "own"))
-    edit(tmp_path / "own" / "config.json", {"model_type": "qwen2_moe", "num_experts": 8})
-    with pytest.raises(UserError, match=r"qwen2_moe is a mixture of experts \(num_experts\), .* take a dense base"):
+    edit_json(tmp_path / "own" / "config.json", {"model_type": "qwen2_moe", "num_experts": 8})
+    with pytest.raises(UserError, match=r"qwen2_moe is a mixture of experts \(num_experts\), .* Use a dense base"):
         find_base(str(tmp_path / "own"))
-    edit(tmp_path / "own" / "config.json", {"model_type": "mixtral", "num_local_experts": 8}, drop=("num_experts",))
+    edit_json(tmp_path / "own" / "config.json", {"model_type": "mixtral", "num_local_experts": 8}, drop=("num_experts",))
     with pytest.raises(UserError, match="mixtral is a mixture of experts"):
         find_base(str(tmp_path / "own"))
 
 
-def bidirectional(folder: Path) -> torch.nn.Module:
+def load_bidirectional(folder: Path) -> torch.nn.Module:
     return transformers.AutoModel.from_pretrained(str(folder), is_causal=False, attn_implementation="eager").eval()
 
 
-def adapted(model: torch.nn.Module, base: Path, out: Path, seed: int) -> torch.nn.Module:
-    """The model with random adapters merged, which are saved in `out` as those of `base`."""
+def add_random_adapters(model: torch.nn.Module, base: Path, out: Path, seed: int) -> torch.nn.Module:
+    """Save random adapters of `base` in `out`, and return the model with them merged."""
     torch.manual_seed(seed)
     wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "up_proj"]))
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
     wrapped.save_pretrained(str(out))
-    edit(out / "adapter_config.json", {"base_model_name_or_path": str(base)})
+    edit_json(out / "adapter_config.json", {"base_model_name_or_path": str(base)})
     return wrapped.merge_and_unload().eval()
 
 
-def llm2vec_vectors(model: torch.nn.Module, tokenizer: Any, texts: list[str], instruction: str = "") -> np.ndarray:
-    """As its code does it: the chat form around instruction and text; as many of the last tokens pooled as the text with
-    what follows it has by itself.
+def encode_llm2vec(model: torch.nn.Module, tokenizer: Any, texts: list[str], instruction: str = "") -> np.ndarray:
+    """Encode texts as LLM2Vec's code does.
+
+    The chat form encloses instruction and text. Of the last tokens, as many are pooled as the text with the end of the form
+    has on its own.
     """
-    lead = f"{instruction} " if instruction else ""
+    prefix = f"{instruction} " if instruction else ""
     vectors = []
     for text in texts:
-        ids = tokenizer(f"[INST] {lead}{text} [/INST]")["input_ids"]
-        own = len(tokenizer(f"{text} [/INST]", add_special_tokens=False)["input_ids"])
+        ids = tokenizer(f"[INST] {prefix}{text} [/INST]")["input_ids"]
+        pooled_tokens = len(tokenizer(f"{text} [/INST]", add_special_tokens=False)["input_ids"])
         with torch.no_grad():
-            pooled = model(torch.tensor([ids])).last_hidden_state[0, -own:].mean(dim=0)
+            pooled = model(torch.tensor([ids])).last_hidden_state[0, -pooled_tokens:].mean(dim=0)
         vectors.append(torch.nn.functional.normalize(pooled, dim=0).numpy())
     return np.stack(vectors)
 
 
-def test_llm2vec_is_read_from_its_two_stages_of_adapters(mistral: Path, tmp_path: Path) -> None:
+def test_llm2vec_is_loaded_with_both_stages_of_adapters(mistral: Path, tmp_path: Path) -> None:
     first = tmp_path / "LLM2Vec-Mistral-7B-Instruct-v2-mntp"
     second = tmp_path / f"{first.name}-supervised"
-    reference = adapted(bidirectional(mistral), mistral, first, 1)
+    reference = add_random_adapters(load_bidirectional(mistral), mistral, first, 1)
     code = {"architectures": ["MistralEncoderModel"], "auto_map": {"AutoModel": "modeling_mistral_encoder.MistralEncoderModel"}}
     (first / "config.json").write_text(json.dumps({"model_type": "mistral", **code}))
-    reference = adapted(reference, mistral, second, 2)  # its files name the decoder, not the first stage
+    reference = add_random_adapters(reference, mistral, second, 2)  # its files name the decoder, not the first stage
     (second / "llm2vec_config.json").write_text(json.dumps({"pooling_mode": "mean", "max_length": 128, "doc_max_length": 90}))
     tokenizer = tiny.tokenizer(bos=True)
     model = Embedder.load(second)
-    for instruction in ("", TASK):
+    for instruction in ("", INSTRUCTION):
         ours = model.encode(SHORT, instruction=instruction)
-        assert least_cosine(ours, llm2vec_vectors(reference, tokenizer, SHORT, instruction)) > 0.9999
+        assert least_cosine(ours, encode_llm2vec(reference, tokenizer, SHORT, instruction)) > 0.9999
     assert len(model.tokenizer(["word " * 200], ["[INST] "]).ids[0]) < 128  # cut at doc_max_length, [/INST] kept
     assert least_cosine(Embedder.load(first).encode(SHORT), model.encode(SHORT)) < 0.99
     with pytest.raises(UserError, match="pools as many tokens as a text has by itself"):
         export(model, tmp_path / "whole", "float32", Card("l2v", "base"))
 
     root = prepare(tmp_path)
-    train(settings(root, "tuned", f"model.base={second}", "model.lora={rank: 2, alpha: 4}", *STEP))
+    train(settings(root, "tuned", f"model.base={second}", "model.lora={rank: 2, alpha: 4}", *ONE_STEP))
     export_adapters(root / "tuned", tmp_path / "third", "last")
     tuned = Embedder.load(root / "tuned")
     np.testing.assert_allclose(Embedder.load(tmp_path / "third").encode(SHORT), tuned.encode(SHORT), atol=1e-5)
     assert least_cosine(tuned.encode(SHORT), model.encode(SHORT)) > 0.99
 
 
-def echo_vectors(model: torch.nn.Module, tokenizer: Any, texts: list[str], instruction: str, pooling: str) -> np.ndarray:
-    """As its parser does it: every piece tokenised and cut to 40 tokens by itself; the second copy and EOS are pooled."""
+def encode_echo(model: torch.nn.Module, tokenizer: Any, texts: list[str], instruction: str, pooling: str) -> np.ndarray:
+    """Encode texts as Echo's parser does: each piece is tokenized and cut to 40 tokens on its own.
+
+    The second copy and EOS are pooled.
+    """
 
     def tokens(piece: str) -> list[int]:
         return tokenizer(piece, add_special_tokens=False)["input_ids"][:40]
@@ -335,46 +349,46 @@ def echo_vectors(model: torch.nn.Module, tokenizer: Any, texts: list[str], instr
     for text in texts:
         before = ["<s>Instruct:", f"{instruction},", "\nQuery:"] if instruction else ["<s>Document:"]
         again = "\nQuery again:" if instruction else "\nDocument again:"
-        lead = [token for piece in (*before, text, again) for token in tokens(piece)]
-        ids = [*lead, *tokens(text), tokenizer.eos_token_id]
+        first_tokens = [token for piece in (*before, text, again) for token in tokens(piece)]
+        ids = [*first_tokens, *tokens(text), tokenizer.eos_token_id]
         with torch.no_grad():
-            hidden = model(torch.tensor([ids])).last_hidden_state[0, len(lead) :]
+            hidden = model(torch.tensor([ids])).last_hidden_state[0, len(first_tokens) :]
         pooled = hidden[-1] if pooling == "last" else hidden.mean(dim=0)
         vectors.append(torch.nn.functional.normalize(pooled, dim=0).numpy())
     return np.stack(vectors)
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])
-def test_echo_encodes_as_its_parser(pooling: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_echo_gives_the_vectors_of_its_own_code(pooling: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / f"echo-mistral-7b-instruct-{pooling}token"
     tiny.folder(folder, "mistral", prefix_space=True)
-    edit(folder / "config.json", {"max_position_embeddings": 256})
+    edit_json(folder / "config.json", {"max_position_embeddings": 256})
     base = find_base(str(folder))
     assert (base.spec.text_length, base.spec.max_length) == (300, 256)
     spec = base.spec.replace(text_length=40)
-    model = from_base(base, spec, Compute(), make_mesh(1))
+    model = load_embedder(base, spec, ComputeOptions(), make_mesh(1))
     reference, tokenizer = transformers.AutoModel.from_pretrained(str(folder)).eval(), tiny.tokenizer(prefix_space=True)
     for instruction in ("", "Find it"):
-        theirs = echo_vectors(reference, tokenizer, TEXTS, instruction, pooling)
+        theirs = encode_echo(reference, tokenizer, TEXTS, instruction, pooling)
         assert least_cosine(model.encode(TEXTS, instruction=instruction), theirs) > 0.9999
     with pytest.raises(UserError, match="presents a text twice"):
         export(model, tmp_path / "out", "float32", Card("echo", "base"))
     joined = spec.replace(**{key: getattr(spec, key).replace(TOKEN_BOUNDARY, "") for key in ("echo", "plain_echo")})
-    wrong = from_base(base, joined, Compute(), make_mesh(1))
-    assert least_cosine(wrong.encode(TEXTS), echo_vectors(reference, tokenizer, TEXTS, "", pooling)) < 0.9999
+    wrong = load_embedder(base, joined, ComputeOptions(), make_mesh(1))
+    assert least_cosine(wrong.encode(TEXTS), encode_echo(reference, tokenizer, TEXTS, "", pooling)) < 0.9999
     if pooling == "mean":
         root = prepare(tmp_path)
-        train(settings(root, "tuned", f"model.base={folder}", *STEP))
+        train(settings(root, "tuned", f"model.base={folder}", *ONE_STEP))
         tuned = Embedder.load(root / "tuned")
         assert tuned.spec == base.spec.replace(max_length=64, prompts=tuned.spec.prompts)
         assert 0.9 < least_cosine(tuned.encode(SHORT), model.encode(SHORT)) < 1 - 1e-6
 
 
-def test_bge_en_icl_is_told_by_its_tokens(mistral: Path, tmp_path: Path) -> None:
+def test_bge_en_icl_is_recognized_by_its_tokens(mistral: Path, tmp_path: Path) -> None:
     shutil.copytree(mistral, tmp_path / "some-name")
     plain = find_base(str(tmp_path / "some-name")).spec
     tokens = {str(300 + i): {"content": token} for i, token in enumerate(("<instruct>", "<query>", "<response>"))}
-    edit(tmp_path / "some-name" / "tokenizer_config.json", {"added_tokens_decoder": tokens})
+    edit_json(tmp_path / "some-name" / "tokenizer_config.json", {"added_tokens_decoder": tokens})
     spec = find_base(str(tmp_path / "some-name")).spec
     assert spec != plain
     assert (spec.attention, spec.pooling, spec.append_eos) == ("causal", "last", True)

@@ -18,7 +18,7 @@ import pytest
 from jaxembed import Embedder
 from jaxembed.data.schema import hash_text
 from jaxembed.errors import UserError
-from jaxembed.export import read_card
+from jaxembed.hub.card import read_card
 from jaxembed.losses import infonce
 from jaxembed.losses.objectives import OBJECTIVES
 from jaxembed.runs.train import train

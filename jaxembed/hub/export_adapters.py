@@ -1,0 +1,93 @@
+"""Export the adapters of a run as PEFT folders."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shutil
+import tempfile
+from pathlib import Path
+
+from jaxembed.config import LoraConfig
+from jaxembed.devices.mesh import make_mesh
+from jaxembed.errors import UserError
+from jaxembed.formats.peft import write_adapters
+from jaxembed.hub.card import format_adapter_card
+from jaxembed.hub.embedder import Embedder, build_embedder
+from jaxembed.hub.export import explain_mismatch
+from jaxembed.hub.parity import FLOAT32_TOLERANCE, PROBE_TEXTS, Parity, compare_vectors
+from jaxembed.hub.resolve import open_run
+from jaxembed.hub.restore import RestoredRun
+from jaxembed.hub.spec_files import write_spec
+from jaxembed.model.decoder import ComputeOptions
+
+log = logging.getLogger("jaxembed")
+
+
+def export_adapters(run_dir: Path, out: Path, checkpoint: str) -> Parity:
+    """Write the adapters of a run with their spec and tokenizer. Named adapters get a folder each below `out`.
+
+    Readers of such a folder add the adapters to the files of the base. The vectors are therefore compared with those of the
+    adapters on the base in float32. A run that stored its base in fewer bits had slightly different vectors: the returned
+    `cosine` is then to these.
+
+    Args:
+        run_dir: The run directory.
+        out: The new folder. Its parent must exist.
+        checkpoint: best, last, or a step.
+
+    Returns:
+        The worst comparison of all adapters.
+
+    Raises:
+        UserError: The run has no adapters, it trained its pooling or projection too, or the vectors differ. Nothing is written
+            then.
+    """
+    mesh = make_mesh()
+    run_base = open_run(str(run_dir), run_dir, checkpoint)
+    lora = run_base.lora
+    if lora is None:
+        raise UserError(f"{run_dir}: no adapters (the run was trained without model.lora). Export it without --adapters.")
+    run = run_base.restore(ComputeOptions(), mesh)
+    if other_parts := run.trained.keys() - {"decoder"}:
+        raise UserError(
+            f"{run_dir}: its {' and '.join(sorted(other_parts))} was trained too, which a PEFT folder cannot hold. "
+            "Export it without --adapters."
+        )
+    is_rounded = lora.base_dtype != "float32"
+    float32_run = run_base.restore(ComputeOptions(), mesh, base_dtype="float32") if is_rounded else run
+    comparisons = []
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as scratch:
+        root = Path(scratch) / "adapters"
+        for name in lora.names or (None,):
+            # Write the adapter, and compare its vectors as they are read back.
+            adapted, folder = float32_run.select_adapter(name), root / (name or "")
+            folder.mkdir(parents=True)
+            _write_adapter(folder, adapted, lora)
+            embedder, vectors = build_embedder(adapted, mesh), Embedder.load(folder).encode(PROBE_TEXTS)
+            parity = compare_vectors(embedder.encode(PROBE_TEXTS), vectors, FLOAT32_TOLERANCE)
+            if parity.error > parity.allowed:
+                raise UserError(explain_mismatch(out, parity, embedder, folder))
+            # Compare with the vectors of the run itself.
+            if is_rounded:
+                _, params = run.select_adapter(name).merge_adapters()
+                rounded = compare_vectors(embedder.with_params(params).encode(PROBE_TEXTS), vectors, FLOAT32_TOLERANCE)
+                parity = dataclasses.replace(parity, cosine=rounded.cosine)
+            comparisons.append(parity)
+        shutil.move(str(root), str(out))
+    worst = Parity(max(p.error for p in comparisons), FLOAT32_TOLERANCE, min(p.cosine for p in comparisons))
+    if is_rounded:
+        log.warning(
+            "the adapters were trained on a base in %s and will be added to the base as its files are: cosine to the run's own "
+            "vectors at least %.6f",
+            lora.base_dtype, worst.cosine,
+        )  # fmt: skip
+    return worst
+
+
+def _write_adapter(folder: Path, run: RestoredRun, lora: LoraConfig) -> None:
+    spec, base_name = run.model.spec, run.base.trained_from
+    write_adapters(folder, run.trained, lora, base_name)
+    run.build_tokenizer().hf_tokenizer.save_pretrained(folder)
+    write_spec(folder, spec)
+    (folder / "README.md").write_text(format_adapter_card(spec, base_name), encoding="utf-8")

@@ -1,0 +1,121 @@
+"""Compare the vectors of an exported folder with those of the model on a few probe texts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from jaxembed.config.spec import EmbeddingSpec
+from jaxembed.hub.embedder import Embedder
+from jaxembed.hub.torch_model import encode_torch, load_sentence_transformer
+
+FLOAT32_TOLERANCE = 1e-4  # largest difference of a number of a unit vector
+MIN_COSINE = 0.9999
+PROBE_INSTRUCTION = "Given a question, find the passage that answers it"
+PROBE_TEXTS = [
+    "What is a contrastive loss?",
+    "A short text.",
+    "naïve café, 数学 and an emoji 🙂",
+    "def add(a: int, b: int) -> int:\n    return a + b",
+    "Embeddings of longer texts must not depend on the padding of shorter ones in the same batch. " * 8,
+    "This text is longer than the model reads, so its end is cut and only its special tokens stay. " * 400,
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Parity:
+    """Distance between two sets of unit vectors of the same texts.
+
+    Attributes:
+        error: Largest difference of a number.
+        allowed: Largest `error` that passes.
+        cosine: Smallest cosine of two vectors of the same text.
+    """
+
+    error: float
+    allowed: float
+    cosine: float
+
+    def __str__(self) -> str:
+        """Return the comparison as part of an error message."""
+        return (
+            f"the exported vectors differ from the model's by {self.error:.2e} "
+            f"(allowed {self.allowed:.2e}, cosine {self.cosine:.6f})"
+        )
+
+    def summarize(self) -> dict[str, float]:
+        """Return the comparison as commands print it."""
+        return {"largest_difference": self.error, "allowed": self.allowed, "least_cosine": self.cosine}
+
+
+def compare_vectors(a: np.ndarray, b: np.ndarray, allowed: float) -> Parity:
+    """Compare two arrays of unit vectors [N, D], row by row."""
+    return Parity(float(np.abs(a - b).max()), allowed, float(np.sum(a * b, axis=1).min()))
+
+
+def select_probes(embedder: Embedder, *, truncated: bool = True) -> dict[str, list[str]]:
+    """Return probe texts by prompt: no instruction, an instruction, and every prompt that is stored with the model.
+
+    Args:
+        embedder: The model.
+        truncated: Include texts that the model truncates. Under a prompt with a suffix they are left out anyway, because
+            stock classes would truncate the suffix.
+    """
+    spec = embedder.spec
+    prompts = dict.fromkeys([spec.plain_prompt, spec.prompt(PROBE_INSTRUCTION), *spec.prompts.values()])
+    return {
+        prompt: PROBE_TEXTS if truncated and not (prompt and spec.query_suffix) else _select_complete(embedder, prompt)
+        for prompt in prompts
+    }
+
+
+def _select_complete(embedder: Embedder, prompt: str) -> list[str]:
+    """Return the probe texts that the model does not truncate."""
+    lengths = embedder.tokenizer.count_untruncated_tokens(PROBE_TEXTS, [prompt] * len(PROBE_TEXTS))
+    return [text for text, length in zip(PROBE_TEXTS, lengths, strict=True) if length <= embedder.spec.max_length]
+
+
+def encode_probes(embedder: Embedder, probes: Mapping[str, list[str]]) -> np.ndarray:
+    """Encode the probes of every prompt with the model, [N, D]."""
+    return np.concatenate([embedder.encode(texts, prompt=prompt) for prompt, texts in probes.items()])
+
+
+def encode_probes_torch(
+    folder: Path, spec: EmbeddingSpec, probes: Mapping[str, list[str]], dtype: str | None = None
+) -> np.ndarray:
+    """Encode the probes with sentence-transformers, first with padding on the right, then on the left.
+
+    Args:
+        folder: The exported folder.
+        spec: Spec of the model. Its suffix is appended to texts under a prompt, as users have to do it.
+        probes: Texts by prompt.
+        dtype: Dtype of the computation. Default: that of the folder.
+
+    Returns:
+        Unit vectors [2 N, D].
+    """
+    import torch
+
+    model = load_sentence_transformer(folder)
+    if dtype:
+        model = model.to(getattr(torch, dtype))
+    vectors = []
+    for side in ("right", "left"):
+        model.tokenizer.padding_side = side
+        for prompt, texts in probes.items():
+            vectors.append(encode_torch(model, [text + spec.query_suffix * bool(prompt) for text in texts], prompt))
+    return np.concatenate(vectors)
+
+
+def write_probe_file(folder: Path, probes: Mapping[str, list[str]], vectors: np.ndarray) -> None:
+    """Write probe.json: texts, their prompts and their vectors, with which users can check the folder."""
+    inputs = [(prompt, text) for prompt, texts in probes.items() for text in texts]
+    rows = [
+        {"prompt": prompt, "text": text, "vector": [round(float(x), 7) for x in vector]}
+        for (prompt, text), vector in zip(inputs, vectors, strict=True)
+    ]
+    (folder / "probe.json").write_text(json.dumps(rows, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,177 @@
+"""Find the model that a name means: a preset, a run directory, a folder, or a hub id."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+from jaxembed.config import LoraConfig
+from jaxembed.config.fields import Fields
+from jaxembed.config.sections import parse_section
+from jaxembed.errors import UserError
+from jaxembed.files import exists, read_json
+from jaxembed.formats.nv_embed import read_decoder_config
+from jaxembed.formats.peft import ADAPTER_CONFIG_FILE, is_peft_folder, read_base_name
+from jaxembed.formats.published import find_first_stage_adapters
+from jaxembed.hub.base import Base, BaseWithWeights, FolderBase, PresetBase
+from jaxembed.hub.download import download_model, is_hub_id
+from jaxembed.hub.restore import RunBase
+from jaxembed.hub.spec_files import make_preset_spec, read_adapter_spec, read_folder_spec
+from jaxembed.model.families import find_preset, parse_hf_config
+from jaxembed.training.checkpoint import Checkpoints, pick_step
+from jaxembed.training.run_dir import BASE_RECORD_FILE, read_run_file
+
+PRESET_PREFIX = "preset:"
+
+
+def find_base(name: str) -> Base:
+    """Find the model that `model.base` or MODEL names.
+
+    Args:
+        name: preset:NAME, a run directory (its best checkpoint), a model folder, a PEFT folder, or a hub id.
+
+    Raises:
+        UserError: There is no such model, or it cannot be a base.
+    """
+    if name.startswith(PRESET_PREFIX):
+        return _find_preset(name)
+    return _find_base_with_weights(name, ())
+
+
+def find_base_with_weights(name: str) -> BaseWithWeights:
+    """Find a model as `find_base` does.
+
+    Raises:
+        UserError: The model is a preset, which has no weights.
+    """
+    return _find_base_with_weights(name, ())
+
+
+def find_folder(name: str) -> Path:
+    """Return the folder that a name means: a run directory, a model folder, or the local snapshot of a hub repository.
+
+    Raises:
+        UserError: There is no such folder, or it is none of these.
+    """
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError:  # the home folder of an unknown user
+        path = Path(name)
+    if exists(path / "config.json") or exists(path / BASE_RECORD_FILE) or is_peft_folder(path):
+        return path
+    if not exists(path) and not name.startswith((".", "/", "~")) and is_hub_id(name):
+        return download_model(name)
+    if adapters := sorted(inner.parent.name for inner in path.glob(f"*/{ADAPTER_CONFIG_FILE}")):
+        raise UserError(
+            f"{name}: has one folder for each of the adapters {', '.join(adapters)}. Choose one, such as {path / adapters[0]}."
+        )
+    raise UserError(
+        f"{name}: neither a folder with a config.json or an {ADAPTER_CONFIG_FILE}, nor a run directory, nor a hub id such as "
+        "Qwen/Qwen2-0.5B. Check the name."
+    )
+
+
+def open_run(name: str, run_dir: Path, checkpoint: str = "best") -> RunBase:
+    """Return the model of a run directory at a checkpoint.
+
+    Args:
+        name: Name that the user gave.
+        run_dir: The run directory.
+        checkpoint: best (on the held-out sets), last, or a step.
+
+    Raises:
+        UserError: The run has no such checkpoint, or its files are damaged.
+    """
+    where = str(run_dir / BASE_RECORD_FILE)
+    record = Fields(read_run_file(read_json, run_dir / BASE_RECORD_FILE, "train again"), where)
+    hf_config = record.mapping("config")
+    decoder = parse_hf_config(hf_config, f"{where}: config")
+    spec = read_folder_spec(str(run_dir), run_dir, hf_config, decoder)
+    lora = record.mapping("lora", {})
+    return RunBase(
+        name=name,
+        hf_config=hf_config,
+        decoder=decoder,
+        spec=spec,
+        weights_name=name,
+        run_dir=run_dir,
+        step=_pick_checkpoint(run_dir, checkpoint),
+        trained_from=record.string("name"),
+        trained_spec=spec,
+        lora=parse_section(LoraConfig, lora, f"{where}: lora") if lora else None,
+        find_frozen_base=functools.partial(_find_frozen_base, record),
+    )
+
+
+def _pick_checkpoint(run_dir: Path, checkpoint: str) -> int:
+    checkpoints = Checkpoints(run_dir)
+    try:
+        return pick_step(checkpoints, checkpoint, run_dir)
+    finally:
+        checkpoints.close()
+
+
+def _find_frozen_base(record: Fields) -> Base:
+    """Return the base under the adapters of a run, from the name and hash in the run's base.json."""
+    name = record.string("name")
+    try:
+        base = find_base(name)
+    except UserError as error:
+        raise UserError(f"{error} The run contains adapters only and needs its base. Restore it.") from None
+    if base.hash() != record.string("hash"):
+        raise UserError(f"{name}: not the base that the run's adapters were trained on (its hash differs). Restore that base.")
+    return base
+
+
+def _find_preset(name: str) -> PresetBase:
+    config = find_preset(name.removeprefix(PRESET_PREFIX))
+    hf_config = read_decoder_config(config, name)
+    decoder = parse_hf_config(hf_config, name)
+    return PresetBase(name=name, hf_config=hf_config, decoder=decoder, spec=make_preset_spec(name, config, decoder))
+
+
+def _find_base_with_weights(name: str, visited: tuple[Path, ...]) -> BaseWithWeights:
+    """Find a model with weights. `visited` are the PEFT folders that led to this name."""
+    if name.startswith(PRESET_PREFIX):
+        raise UserError(f"{name}: a preset has no weights. Train it first.")
+    folder = find_folder(name)
+    if exists(folder / BASE_RECORD_FILE):
+        return _find_earlier_run(name, folder)
+    if is_peft_folder(folder):
+        return _find_adapted_base(name, folder, visited)
+    return _find_model_folder(name, folder)
+
+
+def _find_earlier_run(name: str, run_dir: Path) -> RunBase:
+    run = open_run(name, run_dir)
+    if run.lora is not None and len(run.lora.names) > 1:
+        raise UserError(
+            f"{name}: several adapters ({', '.join(run.lora.names)}). Export one (python -m jaxembed.export --adapter NAME) "
+            "and name its folder."
+        )
+    return run
+
+
+def _find_adapted_base(name: str, folder: Path, visited: tuple[Path, ...]) -> BaseWithWeights:
+    """Return the base of a PEFT folder with the folder's adapters."""
+    if folder.resolve() in visited:
+        raise UserError(
+            f"{folder / ADAPTER_CONFIG_FILE}: base_model_name_or_path leads back to this folder (expected the folder of the "
+            "weights). Change it."
+        )
+    base_name = find_first_stage_adapters(name, folder) or read_base_name(folder)
+    try:
+        base = _find_base_with_weights(base_name, (*visited, folder.resolve()))
+    except UserError as error:
+        raise UserError(f"the base of the adapters in {folder}: {error}") from None
+    spec = read_adapter_spec(name, folder, base.decoder, base.spec, base.weights_name)
+    return base.with_adapters(name, folder, spec)
+
+
+def _find_model_folder(name: str, folder: Path) -> FolderBase:
+    config_path = folder / "config.json"
+    config = read_json(config_path)
+    hf_config = read_decoder_config(config, str(config_path))
+    decoder = parse_hf_config(hf_config, str(config_path))
+    spec = read_folder_spec(name, folder, config, decoder)
+    return FolderBase(name=name, hf_config=hf_config, decoder=decoder, spec=spec, weights_name=name, folder=folder)

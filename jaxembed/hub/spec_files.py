@@ -1,0 +1,120 @@
+"""Read and write the spec of a model: how its folder says that texts become vectors."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxembed.config.sections import parse_section
+from jaxembed.config.spec import EmbeddingSpec
+from jaxembed.errors import UserError
+from jaxembed.files import exists, read_json, write_json
+from jaxembed.formats.nv_embed import is_nv_embed, read_nv_embed_spec
+from jaxembed.formats.published import PUBLISHED_LAYOUTS, PublishedLayout, find_published_layout
+from jaxembed.formats.sentence_transformers import MODULES_FILE, read_sentence_transformers_spec
+from jaxembed.model.families import DecoderConfig
+
+log = logging.getLogger("jaxembed")
+
+SPEC_FILE = "jaxembed.json"
+
+
+def write_spec(folder: Path, spec: EmbeddingSpec) -> None:
+    """Write jaxembed.json."""
+    write_json(folder / SPEC_FILE, spec.model_dump(mode="json"))
+
+
+def parse_spec(values: Mapping[str, Any], where: str) -> EmbeddingSpec:
+    """Parse the content of a jaxembed.json. null counts as absent.
+
+    Raises:
+        UserError: A key is unknown or has a wrong value; the line starts with `where`.
+    """
+    return parse_section(EmbeddingSpec, {key: value for key, value in values.items() if value is not None}, where)
+
+
+def make_preset_spec(name: str, config: Mapping[str, Any], decoder: DecoderConfig) -> EmbeddingSpec:
+    """Return the spec of a preset: that of the published model whose name it has, otherwise our defaults."""
+    if is_nv_embed(config):
+        return read_nv_embed_spec(config, decoder, f"{name}: config.json")
+    layout = find_published_layout(name, None, config)
+    return _apply_layout(EmbeddingSpec(), layout, name, None, str(config.get("_name_or_path")), decoder)
+
+
+def read_folder_spec(name: str, folder: Path, config: Mapping[str, Any], decoder: DecoderConfig) -> EmbeddingSpec:
+    """Read the spec of a model folder.
+
+    The first of these that exists decides: jaxembed.json, NV-Embed's config, a published layout (with the prompts of
+    sentence-transformers' files), sentence-transformers' files, our defaults.
+
+    Args:
+        name: Name that the user gave. Published models are recognized by it.
+        folder: Folder of the model.
+        config: Content of the folder's config.json.
+        decoder: The decoder that `config` describes.
+
+    Raises:
+        UserError: A file is invalid, or the folder needs Python code of its own.
+    """
+    if (folder / SPEC_FILE).is_file():
+        return parse_spec(read_json(folder / SPEC_FILE), str(folder / SPEC_FILE))
+    if is_nv_embed(config):
+        return read_nv_embed_spec(config, decoder, f"{name}: config.json")
+    layout = find_published_layout(name, folder, config)
+    if layout is None and not exists(folder / MODULES_FILE) and "auto_map" in config:
+        supported = ", ".join(layout.title for layout in PUBLISHED_LAYOUTS)
+        raise UserError(
+            f"{folder}: config.json needs Python code of its own (auto_map), which is not run (expected {SPEC_FILE}, "
+            f"sentence-transformers' {MODULES_FILE}, or the layout of NV-Embed, {supported}). "
+            "If the weights are those of a plain decoder, remove auto_map from a copy."
+        )
+    spec = _read_listed_modules(EmbeddingSpec(), folder, config, decoder)
+    return _apply_layout(spec, layout, name, folder, str(config.get("_name_or_path")), decoder)
+
+
+def read_adapter_spec(
+    name: str, folder: Path, decoder: DecoderConfig, base_spec: EmbeddingSpec, weights_name: str
+) -> EmbeddingSpec:
+    """Read the spec of a PEFT folder, as `read_folder_spec` does. Without files of its own it has the spec of its base.
+
+    Args:
+        name: Name that the user gave.
+        folder: The PEFT folder.
+        decoder: The decoder of the base.
+        base_spec: The spec of the base.
+        weights_name: Name of the model under all adapters.
+    """
+    if (folder / SPEC_FILE).is_file():
+        return parse_spec(read_json(folder / SPEC_FILE), str(folder / SPEC_FILE))
+    config = read_json(folder / "config.json") if exists(folder / "config.json") else {}
+    layout = find_published_layout(name, folder, config)
+    spec = _read_listed_modules(base_spec, folder, config, decoder)
+    return _apply_layout(spec, layout, name, folder, weights_name, decoder)
+
+
+def _read_listed_modules(
+    default: EmbeddingSpec, folder: Path, config: Mapping[str, Any], decoder: DecoderConfig
+) -> EmbeddingSpec:
+    """Return the spec of sentence-transformers' files, or `default` if the folder has no modules.json."""
+    return read_sentence_transformers_spec(folder, config, decoder) if exists(folder / MODULES_FILE) else default
+
+
+def _apply_layout(
+    spec: EmbeddingSpec,
+    layout: PublishedLayout | None,
+    name: str,
+    folder: Path | None,
+    weights_name: str,
+    decoder: DecoderConfig,
+) -> EmbeddingSpec:
+    """Return the spec with the choices of a published layout, if there is one. Prompts of the files remain.
+
+    The six arguments are those of a spec's readers; a section that groups them would serve this function alone.
+    """
+    if layout is not None:
+        log.info("%s: read as %s", name, layout.title)
+        choices = layout.read_spec_choices(folder, weights_name)
+        spec = spec.replace(**{**choices, "prompts": {**choices["prompts"], **spec.prompts}})
+    return spec.replace(max_length=min(spec.max_length, decoder.max_positions))
