@@ -1,4 +1,4 @@
-"""The collectives of a compiled program, out of its HLO text: how often each runs, how much it moves, and for what."""
+"""The collectives of a compiled program, read from its HLO text: how often each runs, how much it moves, and for what."""
 
 from __future__ import annotations
 
@@ -9,32 +9,39 @@ import re
 from collections.abc import Iterator
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16}  # of other types the digits in their names are
+DTYPE_BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16}  # the names of other dtypes contain their bits, as f32
+BETWEEN_SLICES = " between slices"
 
+# A line that opens a computation, and an instruction in it: name, result type, operation.
 COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .* )?\{$")
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\(")
-ARRAY = re.compile(r"([a-z]+[0-9]*(?:e[0-9]m[0-9]\w*)?)\[([0-9,]*)\]")
+ARRAY_TYPE = re.compile(r"([a-z]+[0-9]*(?:e[0-9]m[0-9]\w*)?)\[([0-9,]*)\]")
+# The computations that an instruction calls.
 CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-BODY = re.compile(r"body=%?([\w.\-]+)")
+# The number of iterations of a loop.
 CONDITION = re.compile(r"condition=%?([\w.\-]+)")
-TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 CONSTANT = re.compile(r" [su]32\[\]\S* constant\((\d+)\)")
-GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\]|mesh\[([^\]]*)\] \{([^}]*)\})")
-# Messages between slices: on TPUs the hosts carry them, and the program only hands them over.
-ACROSS = re.compile(r' send\(.*_xla_megascale_target="\{([\d,]+)\}.*_xla_megascale_transfer_type="(\w+)"')
-BETWEEN = " between slices"
-CHANNEL = re.compile(r"channel_id=(\d+)")
-SCOPE = re.compile(r'op_name="([^"]*)"')
+# Who takes part in a collective, which one it is, and what it is for.
+REPLICA_GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\]|mesh\[([^\]]*)\] \{([^}]*)\})")
+CHANNEL_ID = re.compile(r"channel_id=(\d+)")
+OP_NAME = re.compile(r'op_name="([^"]*)"')
+# A collective between slices. On TPUs the hosts carry it out, and the program only hands the array over.
+HOST_SEND = re.compile(r' send\(.*_xla_megascale_target="\{([\d,]+)\}.*_xla_megascale_transfer_type="(\w+)"')
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One that a program runs `count` times a step, between the devices of a slice, or between slices as its kind says.
+    """A collective of a program, between the devices of a slice, or between slices (as its kind says).
 
-    `result_bytes` is its result's size on a device, once; `sent_bytes` what a device sends, once, where the `devices` (or
-    slices) of a group stand in a ring. `scope` is the part of the step that it belongs to, by the names in its metadata: the
-    TPU compiler leaves these out where there are several slices.
+    Attributes:
+        kind: Name of the operation, such as all-gather or "all-gather between slices".
+        count: How often it runs in a step.
+        result_bytes: Size of its result on a device, each time it runs.
+        devices: Number of devices (or slices) in a group.
+        scope: Part of the step that it belongs to, by the names in its metadata. The TPU compiler omits these names if there
+            are several slices.
     """
 
     kind: str
@@ -45,126 +52,143 @@ class Collective:
 
     @property
     def sent_bytes(self) -> float:
-        others = (self.devices - 1) / self.devices
-        turns = {"all-reduce": 2 * others, "reduce-scatter": self.devices - 1, "collective-permute": 1}
-        return self.result_bytes * turns.get(self.kind.removesuffix(BETWEEN), others)
+        """Bytes that a device sends each time it runs, if the devices (or slices) of a group form a ring."""
+        share = (self.devices - 1) / self.devices
+        factors = {"all-reduce": 2 * share, "reduce-scatter": self.devices - 1, "collective-permute": 1}
+        return self.result_bytes * factors.get(self.kind.removesuffix(BETWEEN_SLICES), share)
 
 
 @dataclasses.dataclass(frozen=True)
 class Collectives:
-    """Those of a program; `unknown_loops` are loops whose turns the text does not say, counted as one."""
+    """The collectives of a program.
 
-    found: tuple[Collective, ...]
+    Attributes:
+        collectives: All of them.
+        unknown_loops: Number of loops with collectives whose iterations the text does not state. They are counted once.
+    """
+
+    collectives: tuple[Collective, ...]
     unknown_loops: int
 
     def table(self) -> dict[str, dict[str, dict[str, float]]]:
-        """By scope and kind: how many a step, the bytes of their results and those that a device sends."""
-        rows: dict[str, dict[str, dict[str, float]]] = collections.defaultdict(dict)
-        for one in self.found:
-            row = rows[one.scope].setdefault(one.kind, {"count": 0, "result_bytes": 0, "sent_bytes": 0})
-            row["count"] += one.count
-            row["result_bytes"] += one.count * one.result_bytes
-            row["sent_bytes"] += round(one.count * one.sent_bytes)
-        return dict(rows)
+        """Return totals of a step by scope and kind: count, bytes of the results, bytes that a device sends."""
+        scopes: dict[str, dict[str, dict[str, float]]] = collections.defaultdict(dict)
+        for collective in self.collectives:
+            row = scopes[collective.scope].setdefault(collective.kind, {"count": 0, "result_bytes": 0, "sent_bytes": 0})
+            row["count"] += collective.count
+            row["result_bytes"] += collective.count * collective.result_bytes
+            row["sent_bytes"] += round(collective.count * collective.sent_bytes)
+        return dict(scopes)
 
 
-def collectives(text: str, scopes: tuple[str, ...]) -> Collectives:
-    """The collectives of a compiled program's text. A scope is a name of `jax.named_scope`; what has none is `other`."""
-    computations, entry = _computations(text)
-    times, unknown = _times(computations, entry)
-    found: dict[str, Collective] = {}  # by channel: on TPUs one that overlaps others stands in every piece of its way
+def find_collectives(text: str, scopes: tuple[str, ...]) -> Collectives:
+    """Find the collectives in the HLO text of a compiled program.
+
+    Args:
+        text: The HLO text.
+        scopes: Names given by `jax.named_scope`. A collective outside all of them has the scope "other".
+    """
+    computations, entry = _split_computations(text)
+    runs, unknown_loops = _count_runs(computations, entry)
+    # On TPUs a collective that overlaps with computation is repeated in every fusion on its way: its channel tells.
+    by_channel: dict[str, Collective] = {}
     for name, lines in computations.items():
         for line in lines:
-            one = _collective(line, times[name], scopes) if times[name] else None
-            if one is not None:
-                channel = CHANNEL.search(line)
-                found.setdefault(channel[1] if channel else f"{name} {line}", one)
-    return Collectives(tuple(found.values()), unknown)
+            collective = _parse_collective(line, runs[name], scopes) if runs[name] else None
+            if collective is not None:
+                channel = CHANNEL_ID.search(line)
+                by_channel.setdefault(channel[1] if channel else f"{name} {line}", collective)
+    return Collectives(tuple(by_channel.values()), unknown_loops)
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+def _split_computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """Return the lines of each computation by its name, and the name of the entry computation."""
     computations: dict[str, list[str]] = {}
     entry, lines = "", []
     for line in text.splitlines():
-        if begin := COMPUTATION.match(line):
-            lines = computations.setdefault(begin[2], [])
-            entry = begin[2] if begin[1] else entry
+        if start := COMPUTATION.match(line):
+            lines = computations.setdefault(start[2], [])
+            entry = start[2] if start[1] else entry
         else:
             lines.append(line)
     return computations, entry
 
 
-def _times(computations: dict[str, list[str]], entry: str) -> tuple[dict[str, int], int]:
-    """How often each computation runs, and the number of loops with collectives whose turns are unknown."""
-    times: dict[str, int] = collections.defaultdict(int)
-    unknown = 0
+def _count_runs(computations: dict[str, list[str]], entry: str) -> tuple[dict[str, int], int]:
+    """Return how often each computation runs, and the number of loops with collectives and unknown iterations."""
+    runs: dict[str, int] = collections.defaultdict(int)
+    unknown_loops = 0
 
-    def run(name: str, count: int) -> bool:
-        nonlocal unknown
-        times[name] += count
-        speaks = False
+    def visit(name: str, count: int) -> bool:
+        """Add `count` runs of a computation and of all that it calls. Return whether there is a collective in it."""
+        nonlocal unknown_loops
+        runs[name] += count
+        has_collectives = False
         for line in computations.get(name, ()):
-            turns = _turns(line, computations) if " while(" in line else 1
-            inside = [run(called, count * (turns or 1)) for called in _called(line)]
-            unknown += turns is None and any(inside)
-            speaks |= any(inside) or ACROSS.search(line) is not None
-            speaks |= any(f" {kind}(" in line or f" {kind}-start(" in line for kind in KINDS)
-        return speaks
+            trips = _trip_count(line, computations) if " while(" in line else 1
+            called = [visit(called_name, count * (trips or 1)) for called_name in _called_computations(line)]
+            unknown_loops += trips is None and any(called)
+            has_collectives |= any(called) or HOST_SEND.search(line) is not None
+            has_collectives |= any(f" {kind}(" in line or f" {kind}-start(" in line for kind in KINDS)
+        return has_collectives
 
-    run(entry, 1)
-    return times, unknown
+    visit(entry, 1)
+    return runs, unknown_loops
 
 
-def _called(line: str) -> Iterator[str]:
+def _called_computations(line: str) -> Iterator[str]:
     yield from CALLED.findall(line)
     for branches in BRANCHES.findall(line):
         yield from (name.strip().lstrip("%") for name in branches.split(","))
 
 
-def _turns(line: str, computations: dict[str, list[str]]) -> int | None:
-    """The turns of a loop: as its line says, else the one number that its condition compares with."""
-    if told := TRIPS.search(line):
-        return int(told[1])
+def _trip_count(line: str, computations: dict[str, list[str]]) -> int | None:
+    """Return the iterations of a loop: as its line states, else the only number that its condition compares with."""
+    if known := TRIP_COUNT.search(line):
+        return int(known[1])
     condition = CONDITION.search(line)
-    numbers = CONSTANT.findall("\n".join(computations.get(condition[1], ()))) if condition else []
-    return int(numbers[0]) if len(numbers) == 1 else None
+    constants = CONSTANT.findall("\n".join(computations.get(condition[1], ()))) if condition else []
+    return int(constants[0]) if len(constants) == 1 else None
 
 
-def _collective(line: str, count: int, scopes: tuple[str, ...]) -> Collective | None:
-    if across := ACROSS.search(line):
-        return _between_slices(line, len(across[1].split(",")), across[2], count)
+def _parse_collective(line: str, count: int, scopes: tuple[str, ...]) -> Collective | None:
+    """Return the collective of a line that runs `count` times, or None if the line is none."""
+    if send := HOST_SEND.search(line):
+        return _parse_send(line, len(send[1].split(",")), send[2], count)
     instruction = INSTRUCTION.match(line)
     kind = instruction[3].removesuffix("-start") if instruction else ""
     if instruction is None or kind not in KINDS:
         return None
-    shapes = [_size(*array) for array in ARRAY.findall(instruction[2])]
+    sizes = [_array_bytes(*array) for array in ARRAY_TYPE.findall(instruction[2])]
     if instruction[3].endswith("-start") and kind != "all-reduce":
-        shapes = shapes[1:2]  # (operand, result, ...)
-    scope = SCOPE.search(line)
-    parts = re.findall(r"\w+", scope[1]) if scope else []
-    return Collective(kind, count, sum(shapes), _group(line), next((s for s in scopes if s in parts), "other"))
+        sizes = sizes[1:2]  # (operand, result, ...)
+    op_name = OP_NAME.search(line)
+    names = re.findall(r"\w+", op_name[1]) if op_name else []
+    scope = next((scope for scope in scopes if scope in names), "other")
+    return Collective(kind, count, sum(sizes), _group_size(line), scope)
 
 
-def _between_slices(line: str, slices: int, transfer: str, count: int) -> Collective:
-    """One of the host's, by the array that it is given; such programs do not say what it is for."""
-    kind, (given, *_) = transfer.lower().replace("_", "-"), ARRAY.findall(line)
-    shares = {"all-gather": slices, "reduce-scatter": 1 / slices}
-    return Collective(kind + BETWEEN, count, round(_size(*given) * shares.get(kind, 1)), slices, "other")
+def _parse_send(line: str, slices: int, transfer: str, count: int) -> Collective:
+    """Return a collective between slices, from the array that the host is given. Its line does not say what it is for."""
+    kind, (operand, *_) = transfer.lower().replace("_", "-"), ARRAY_TYPE.findall(line)
+    result_per_operand = {"all-gather": slices, "reduce-scatter": 1 / slices}
+    result_bytes = round(_array_bytes(*operand) * result_per_operand.get(kind, 1))
+    return Collective(kind + BETWEEN_SLICES, count, result_bytes, slices, "other")
 
 
-def _group(line: str) -> int:
-    """How many devices speak with each other: {{0,1},...}, [groups,devices] or mesh['a'=4,'b'=2] {'b'}."""
-    groups = GROUPS.search(line)
+def _group_size(line: str) -> int:
+    """Return the devices in a group: {{0,1},...}, [groups,devices] or mesh['a'=4,'b'=2] {'b'}."""
+    groups = REPLICA_GROUPS.search(line)
     if groups is None:
         return 1
     if groups[1]:
         return len(groups[1].split(","))
     if groups[2]:
         return int(groups[2])
-    sizes = dict(re.findall(r"'(\w+)'=(\d+)", groups[3]))
-    return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", groups[4]))
+    axis_sizes = dict(re.findall(r"'(\w+)'=(\d+)", groups[3]))
+    return math.prod(int(axis_sizes[axis]) for axis in re.findall(r"'(\w+)'", groups[4]))
 
 
-def _size(dtype: str, shape: str) -> int:
-    bits = BITS.get(dtype) or int("".join(re.findall(r"\d+", dtype)[:1]) or 0)
+def _array_bytes(dtype: str, shape: str) -> int:
+    bits = DTYPE_BITS.get(dtype) or int("".join(re.findall(r"\d+", dtype)[:1]) or 0)
     return math.prod(int(n) for n in shape.split(",") if n) * bits // 8

@@ -1,6 +1,7 @@
-"""Floating-point operations of the products in a traced function: all of them, loops as often as they run.
+"""Floating-point operations of the matmuls in a traced function.
 
-XLA's own count takes the body of a loop once, so this one walks the jaxpr. Elementwise work is left out.
+All matmuls are counted, and loops as often as they run: XLA's own count takes the body of a loop once, so this one walks the
+jaxpr. Elementwise work is not counted.
 """
 
 from __future__ import annotations
@@ -10,40 +11,44 @@ from collections.abc import Iterator
 from typing import Any
 
 
-def product_flops(jaxpr: Any) -> int:
-    """Two a multiplication and addition, over all devices; a branch counts as the longest, an endless loop once.
+def matmul_flops(jaxpr: Any) -> int:
+    """Count the FLOPs of all matmuls in a jaxpr, over all devices: two for each multiplication and addition.
 
-    What nobody takes is not counted: XLA leaves it out.
+    The longest branch of a conditional is counted, and a loop without a known number of iterations once. An equation whose
+    results nothing uses is not counted: XLA removes it.
     """
     inner = getattr(jaxpr, "jaxpr", jaxpr)
     used = {id(variable) for part in (*(equation.invars for equation in inner.eqns), inner.outvars) for variable in part}
-    return sum(_of_equation(equation) for equation in inner.eqns if any(id(made) in used for made in equation.outvars))
+    return sum(_equation_flops(equation) for equation in inner.eqns if any(id(output) in used for output in equation.outvars))
 
 
-def _of_equation(equation: Any) -> int:
+def _equation_flops(equation: Any) -> int:
     name, params = equation.primitive.name, equation.params
+    # Matmuls themselves.
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         return 2 * equation.outvars[0].aval.size * math.prod(equation.invars[0].aval.shape[i] for i in contracted)
     if name == "conv_general_dilated":
         kernel = equation.invars[1].aval
-        outputs = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
-        return 2 * equation.outvars[0].aval.size * kernel.size // outputs
-    if name == "ffi_call":  # a product by BLAS (`model/blas.py`), the only such call
-        a, b, made = (variable.aval.size for variable in (*equation.invars, *equation.outvars))
-        return 2 * made * math.isqrt(a * b // made)
-    inner = [product_flops(jaxpr) for jaxpr in _jaxprs(params)]
+        output_channels = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
+        return 2 * equation.outvars[0].aval.size * kernel.size // output_channels
+    if name == "ffi_call":  # a matmul by BLAS (`jaxembed.devices.blas`), the only such call
+        # [m, k] x [k, n] = [m, n]: the sizes a, b, y give k = sqrt(a b / y).
+        a, b, y = (variable.aval.size for variable in (*equation.invars, *equation.outvars))
+        return 2 * y * math.isqrt(a * b // y)
+    # Equations that contain other jaxprs.
+    inner = [matmul_flops(jaxpr) for jaxpr in _inner_jaxprs(params)]
     if name == "cond":
         return max(inner)
-    if name == "shard_map":  # its shapes are those of a part
+    if name == "shard_map":  # its shapes are those of one shard
         return sum(inner) * math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
-    if name == "pallas_call":  # a kernel's are those of a block; one that skips blocks is counted as if it did not
+    if name == "pallas_call":  # its shapes are those of one block; blocks that a kernel skips are counted too
         return sum(inner) * math.prod(params["grid_mapping"].grid)
     return sum(inner) * (params["length"] if name == "scan" else 1)
 
 
-def _jaxprs(params: dict[str, Any]) -> Iterator[Any]:
+def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
     for value in params.values():
-        for one in value if isinstance(value, tuple | list) else (value,):
-            if hasattr(getattr(one, "jaxpr", one), "eqns"):
-                yield one
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if hasattr(getattr(item, "jaxpr", item), "eqns"):
+                yield item

@@ -1,10 +1,11 @@
-"""What a run would need, told before its first step: each stage's step compiled from shapes, without weights and memory."""
+"""Report what a run needs before its first step: each stage's step is compiled from shapes, without weights or memory."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
 from collections.abc import Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -19,7 +20,7 @@ from jaxembed.devices.mesh import make_mesh
 from jaxembed.devices.placement import batch_shapes
 from jaxembed.errors import UserError
 from jaxembed.model.embedder import EmbeddingModel
-from jaxembed.planning.program import NoRoom, Program, compile_step, numbers, size
+from jaxembed.planning.program import OutOfMemory, Program, compile_step, count_bytes, count_elements
 from jaxembed.planning.topology import topology_devices
 from jaxembed.training.stage import Stage
 from jaxembed.training.state import state_shapes
@@ -27,77 +28,85 @@ from jaxembed.training.step import TrainState
 
 log = logging.getLogger("jaxembed")
 
-LOOKED_AT = 8  # batches of a stage, of which the largest is compiled for
+MAX_EXAMINED_BATCHES = 8  # of a stage; the step is compiled for the largest of them
 
 
 def planning_mesh(config: MeshConfig, topology: str | None = None, slices: int = 1) -> tuple[Mesh, int | None]:
-    """Return the mesh to plan for, and the memory of one of its devices in bytes if it is known.
+    """Return the mesh to plan for, and the memory of one of its devices in bytes, or None if that is unknown.
 
     Args:
         config: Sizes of the mesh.
-        topology: Name of a TPU slice that is not here, such as v5e:16x16. Default: the devices here.
+        topology: Name of a TPU slice that need not exist here, such as v5e:16x16. Default: the devices here.
         slices: Number of such slices.
     """
-    devices, memory = (None, _memory_here()) if topology is None else topology_devices(topology, slices)
+    devices, memory = (None, _local_device_memory()) if topology is None else topology_devices(topology, slices)
     return make_mesh(**dict(config), devices=devices), memory
 
 
 def plan(config: Config, mesh: Mesh, memory: int | None, model: EmbeddingModel, stages: Sequence[Stage]) -> dict[str, Any]:
-    """Compile the largest known step of every stage and report what it needs. Nothing is written.
+    """Compile the largest known step of every stage, and report what it needs. Nothing is written.
 
     Args:
         config: Settings of the run.
-        mesh: The devices.
-        memory: Bytes of memory of a device, or None if unknown.
+        mesh: The devices to plan for (`planning_mesh`).
+        memory: Bytes of memory of a device, or None if that is unknown.
         model: The model of the run.
         stages: The stages of the run.
+
+    Returns:
+        Number and kind of devices, shape of the mesh, and a row for each stage: parameters, memory, FLOPs, and collectives.
 
     Raises:
         UserError: A step does not fit the memory of its device.
     """
     rows = [_plan_stage(stage, config, model, mesh, memory) for stage in stages]
     for stage, row in zip(stages, rows, strict=True):
-        _show(stage, row, len(stages))
+        _show_row(stage, row, len(stages))
     return {"devices": mesh.size, "device": mesh.devices.flat[0].device_kind, "mesh": dict(mesh.shape), "stages": rows}
 
 
-def _memory_here() -> int | None:
-    """Bytes of a device that is here; None where it does not tell."""
+def _local_device_memory() -> int | None:
+    """Return the bytes of memory of a device here, or None if it does not report that."""
     stats = jax.local_devices()[0].memory_stats() or {}
     return stats.get("bytes_limit")
 
 
 def _plan_stage(stage: Stage, config: Config, model: EmbeddingModel, mesh: Mesh, memory: int | None) -> dict[str, Any]:
-    """Compile the largest known step of a stage and return what it needs."""
-    state = state_shapes(stage, model, mesh)
-    host, examined = _largest(stage)
+    """Compile the largest known step of a stage, and return what it needs."""
+    # Shapes of the state, and of the largest of the first batches.
+    objective_params = jax.eval_shape(partial(stage.new_objective_params, model), jax.random.key(0))
+    state = state_shapes(model, stage.make_optimizer(model), mesh, objective_params)
+    host, examined = _find_largest_batch(stage)
+    # Compile, and compare with the memory of a device.
     with jax.set_mesh(mesh):
         step = stage.make_train_step(model, state)
     try:
         program, _ = compile_step(step, state, batch_shapes(mesh, host.batch), mesh)
-    except NoRoom as error:
-        raise _no_room(config, stage, error.needed, error.there) from None
+    except OutOfMemory as error:
+        raise _out_of_memory_error(config, stage, error.needed, error.available) from None
     if memory is not None and program.memory > memory:
-        raise _no_room(config, stage, program.memory, memory)
+        raise _out_of_memory_error(config, stage, program.memory, memory)
     rows, tokens = host.batch.texts.tokens.shape
-    return _row(state, program, memory, mesh) | {"rows": rows, "row_length": tokens, "batches_looked_at": examined}
+    return _make_row(state, program, memory, mesh) | {"rows": rows, "row_length": tokens, "batches_looked_at": examined}
 
 
-def _largest(stage: Stage) -> tuple[HostBatch, int]:
-    """The batch of most tokens among the first, and how many those are."""
-    steps = min(LOOKED_AT, stage.config.train.steps)
-    first = list(islice(iter_batches(stage.plan, stage.build, 0, steps), steps))
-    return max(first, key=lambda host: host.padded_tokens), len(first)
+def _find_largest_batch(stage: Stage) -> tuple[HostBatch, int]:
+    """Return the batch with the most tokens among the first ones, and how many those are."""
+    steps = min(MAX_EXAMINED_BATCHES, stage.config.train.steps)
+    first_batches = list(islice(iter_batches(stage.plan, stage.build, 0, steps), steps))
+    return max(first_batches, key=lambda host: host.padded_tokens), len(first_batches)
 
 
-def _row(state: TrainState, program: Program, memory: int | None, mesh: Mesh) -> dict[str, Any]:
-    parts = dataclasses.asdict(program)
-    del parts["collectives"], parts["flops"]
+def _make_row(state: TrainState, program: Program, memory: int | None, mesh: Mesh) -> dict[str, Any]:
+    """Return the JSON object of a stage."""
+    memory_parts = dataclasses.asdict(program)
+    del memory_parts["collectives"], memory_parts["flops"]
+    is_estimate = mesh.devices.flat[0].platform == "cpu"
     return {
-        "parameters": numbers(state.weights),
-        "trained": numbers(state.params),
-        "optimizer_bytes": size(state.opt_state),
-        "memory": {**parts, "all": program.memory, "device": memory, "estimate": mesh.devices.flat[0].platform == "cpu"},
+        "parameters": count_elements(state.weights),
+        "trained": count_elements(state.params),
+        "optimizer_bytes": count_bytes(state.opt_state),
+        "memory": {**memory_parts, "all": program.memory, "device": memory, "estimate": is_estimate},
         "flops": program.flops,
         "flops_a_device": program.flops // mesh.size,
         "collectives": program.collectives.table(),
@@ -105,46 +114,49 @@ def _row(state: TrainState, program: Program, memory: int | None, mesh: Mesh) ->
     }
 
 
-def _no_room(config: Config, stage: Stage, needed: int, there: int) -> UserError:
-    """One line, with those settings that are not yet as they would help."""
-    model = config.model
-    helps = {
+def _out_of_memory_error(config: Config, stage: Stage, needed: int, available: int) -> UserError:
+    """Return the error of a step that does not fit. It lists the settings that would help and are not in use."""
+    model, chunk_rows = config.model, stage.config.gradcache.rows
+    is_applicable = {
         "mesh.fsdp=-1": config.mesh.fsdp == 1,
-        "gradcache.rows=8": stage.config.gradcache.rows is None,
-        "a smaller gradcache.rows": (stage.config.gradcache.rows or 1) > 1,
+        "gradcache.rows=8": chunk_rows is None,
+        "a smaller gradcache.rows": (chunk_rows or 1) > 1,
         "model.remat=true": not model.remat,
         "model.unroll=false": model.unroll,
         "model.dtype=bfloat16": model.dtype == "float32",
         "model.lora": model.lora is None,
     }
-    which = f"stages.{stage.index}: " if stage.index else ""
-    told = f"{which}a step needs {_told(needed)} of a device that has {_told(there)}"
-    return UserError(f"{told}; try {', '.join(name for name, open_ in helps.items() if open_) or 'more devices'}")
+    remedies = ", ".join(remedy for remedy, applies in is_applicable.items() if applies) or "more devices"
+    where = f"stages.{stage.index}: " if stage.index else ""
+    problem = f"a step needs {_format_bytes(needed)}, but a device has {_format_bytes(available)}"
+    return UserError(f"{where}{problem}. Try {remedies}.")
 
 
-def _show(stage: Stage, row: dict[str, Any], count: int) -> None:
-    """The same for a reader."""
-    memory, name = row["memory"], f"stage {stage.index + 1} of {count}: " if count > 1 else ""
+def _show_row(stage: Stage, row: dict[str, Any], count: int) -> None:
+    """Log the row of a stage for a human reader."""
+    name = f"stage {stage.index + 1} of {count}: " if count > 1 else ""
     counts = f"{row['parameters']:,} parameters, {row['trained']:,} trained"
-    log.info("%s%s, optimizer %s in all", name, counts, _told(row["optimizer_bytes"]))
+    log.info("%s%s, optimizer %s in total", name, counts, _format_bytes(row["optimizer_bytes"]))
     log.info(
         "compiled for %d rows x %d tokens, the largest of the first %d batches",
         row["rows"], row["row_length"], row["batches_looked_at"],
     )  # fmt: skip
-    parts = ", ".join(f"{part} {_told(memory[part])}" for part in ("arguments", "outputs", "aliased", "temporaries", "code"))
-    there = f"of {_told(memory['device'])}" if memory["device"] else "(the device does not tell how much it has)"
-    how = ", an estimate by the CPU's compiler" if memory["estimate"] else ""
-    log.info("memory a device%s: %s %s: %s", how, _told(memory["all"]), there, parts)
-    log.info("%.3g FLOPs in products a step, %.3g a device", row["flops"], row["flops_a_device"])
+    memory = row["memory"]
+    names = ("arguments", "outputs", "aliased", "temporaries", "code")
+    parts = ", ".join(f"{name} {_format_bytes(memory[name])}" for name in names)
+    limit = f"of {_format_bytes(memory['device'])}" if memory["device"] else "(the device does not report how much it has)"
+    source = ", estimated by the CPU compiler" if memory["estimate"] else ""
+    log.info("memory per device%s: %s %s: %s", source, _format_bytes(memory["all"]), limit, parts)
+    log.info("%.3g FLOPs in matmuls per step, %.3g per device", row["flops"], row["flops_a_device"])
     for scope, kinds in row["collectives"].items():
-        for kind, of_kind in kinds.items():
-            results, sent = _told(of_kind["result_bytes"]), _told(of_kind["sent_bytes"])
-            log.info("collectives of %s: %s %s, results %s, sent %s", scope, f"{of_kind['count']:,}", kind, results, sent)
+        for kind, totals in kinds.items():
+            results, sent = _format_bytes(totals["result_bytes"]), _format_bytes(totals["sent_bytes"])
+            log.info("collectives of %s: %s %s, results %s, sent %s", scope, f"{totals['count']:,}", kind, results, sent)
     if row["loops_counted_once"]:
-        log.info("the turns of %d loops are unknown: their collectives are counted once", row["loops_counted_once"])
+        log.info("%d loops have unknown iterations: their collectives are counted once", row["loops_counted_once"])
 
 
-def _told(size: float) -> str:
+def _format_bytes(size: float) -> str:
     for unit, name in ((GIB, "GiB"), (GIB >> 10, "MiB"), (GIB >> 20, "KiB")):
         if size >= unit:
             return f"{size / unit:,.2f} {name}"

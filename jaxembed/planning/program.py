@@ -1,4 +1,4 @@
-"""A training step compiled ahead of time, from shapes alone, and what the compiler tells of it."""
+"""A train step compiled ahead of time, from shapes alone, and what the compiler reports about it."""
 
 from __future__ import annotations
 
@@ -11,21 +11,29 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxembed.planning.collectives import Collectives, collectives
-from jaxembed.planning.flops import product_flops
+from jaxembed.planning.collectives import Collectives, find_collectives
+from jaxembed.planning.flops import matmul_flops
 from jaxembed.training.step import SCOPES, TrainState
 
 log = logging.getLogger("jaxembed")
 
-NO_ROOM = re.compile(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)")
-UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+# What XLA's error says of a program that is too large for a TPU.
+OUT_OF_MEMORY = re.compile(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)")
+UNIT_BYTES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Counts of numbers, bytes and operations. Memory is that of a device; what is aliased stands in the arguments too.
+    """What a compiled program needs.
 
-    `flops` are those of all devices in products.
+    Attributes:
+        arguments: Bytes of the arguments on a device.
+        outputs: Bytes of the outputs on a device.
+        aliased: Bytes of outputs that reuse the memory of arguments. They are counted in `arguments` and in `outputs`.
+        temporaries: Bytes of temporary buffers on a device.
+        code: Bytes of the program itself.
+        flops: FLOPs of all matmuls, over all devices.
+        collectives: The collectives of the program.
     """
 
     arguments: int
@@ -38,29 +46,50 @@ class Program:
 
     @property
     def memory(self) -> int:
+        """Bytes that the program needs on a device."""
         return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
 
 
-class NoRoom(Exception):
-    """A program does not fit the memory of its device: bytes needed and bytes there."""
+class OutOfMemory(Exception):
+    """A program does not fit the memory of its device.
 
-    def __init__(self, needed: int, there: int):
-        super().__init__(f"{needed} bytes of {there}")
-        self.needed, self.there = needed, there
+    Attributes:
+        needed: Bytes that it needs.
+        available: Bytes that the device has.
+    """
+
+    def __init__(self, needed: int, available: int):
+        super().__init__(f"{needed} bytes of {available}")
+        self.needed, self.available = needed, available
 
 
 def compile_step(step: Any, state: TrainState, batch: Any, mesh: Mesh) -> tuple[Program, Any]:
-    """What is known of a jitted step on shapes with shardings, and the compiled step. `NoRoom` where a TPU cannot hold it."""
+    """Compile a jitted train step for shapes with shardings.
+
+    Args:
+        step: The jitted step.
+        state: Shapes of the state.
+        batch: Shapes of the batch.
+        mesh: The device mesh.
+
+    Returns:
+        What the program needs, and the compiled step.
+
+    Raises:
+        OutOfMemory: The program is too large for a TPU. Other compilers do not check this.
+    """
     with jax.set_mesh(mesh):
         traced = step.trace(state, batch)
         try:
             compiled = traced.lower().compile()
         except jax.errors.JaxRuntimeError as error:
-            found = NO_ROOM.search(str(error))
-            if found is None:
+            match = OUT_OF_MEMORY.search(str(error))
+            if match is None:
                 raise
-            used, unit, there, unit_there = found.groups()
-            raise NoRoom(round(float(used) * UNITS[unit]), round(float(there) * UNITS[unit_there])) from None
+            needed, needed_unit, available, available_unit = match.groups()
+            raise OutOfMemory(
+                round(float(needed) * UNIT_BYTES[needed_unit]), round(float(available) * UNIT_BYTES[available_unit])
+            ) from None
     memory = compiled.memory_analysis()
     return Program(
         arguments=memory.argument_size_in_bytes,
@@ -68,13 +97,16 @@ def compile_step(step: Any, state: TrainState, batch: Any, mesh: Mesh) -> tuple[
         aliased=memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
-        flops=product_flops(traced.jaxpr),
-        collectives=collectives(_text(compiled), SCOPES),
+        flops=matmul_flops(traced.jaxpr),
+        collectives=find_collectives(_program_text(compiled), SCOPES),
     ), compiled
 
 
-def _text(compiled: Any) -> str:
-    """The program's text; none where XLA cannot write it, as of some programs whose messages overlap (libtpu 0.0.51)."""
+def _program_text(compiled: Any) -> str:
+    """Return the HLO text of a program; empty if XLA cannot print it.
+
+    libtpu 0.0.51 cannot print some programs whose collectives overlap with computation.
+    """
     try:
         return compiled.as_text()
     except jax.errors.JaxRuntimeError as error:
@@ -82,11 +114,11 @@ def _text(compiled: Any) -> str:
         return ""
 
 
-def numbers(tree: Any) -> int:
-    """How many numbers a tree of arrays or shapes has."""
+def count_elements(tree: Any) -> int:
+    """Count the elements of a tree of arrays or shapes."""
     return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
 
 
-def size(tree: Any) -> int:
-    """Its bytes, over all devices, what stands on several of them once."""
+def count_bytes(tree: Any) -> int:
+    """Count the bytes of a tree of arrays or shapes. Replicated arrays count once."""
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -78,14 +78,14 @@ class Stage:
             self.objectives,
             self.make_optimizer(model),
             self.schedule,
-            skip=self.config.train.on_nan == "skip",
-            rows=self.config.gradcache.rows,
+            skip_nonfinite=self.config.train.on_nan == "skip",
+            chunk_rows=self.config.gradcache.rows,
             shardings=jax.tree.map(lambda x: x.sharding, state),
         )
 
     def new_objective_params(self, model: EmbeddingModel, key: jax.Array) -> Any:
         """Return fresh parameters of the objectives that have some, by the label of the objective."""
-        return self.objectives.new_params(model.width, self.teacher_width, key)
+        return self.objectives.init_params(model.width, self.teacher_width, key)
 
     def mines(self, source: Source) -> bool:
         """Return whether the stage starts with mining negatives for a source. Only pairs are mined."""

@@ -48,18 +48,26 @@ def begin_stage(stage: Stage, state: TrainState, model: EmbeddingModel, mesh: Me
     return dataclasses.replace(state, params=params, opt_state=opt_state)
 
 
-def state_shapes(stage: Stage, model: EmbeddingModel, mesh: Mesh) -> TrainState:
-    """Return the shapes, with shardings, of the state that a stage starts from. No memory is needed."""
+def state_shapes(
+    model: EmbeddingModel, optimizer: optax.GradientTransformation, mesh: Mesh, objective_params: Any = None
+) -> TrainState:
+    """Return the shapes, with shardings, of the state that a stage starts from. No memory is needed.
+
+    Args:
+        model: The model.
+        optimizer: The optimizer of the stage.
+        mesh: The device mesh.
+        objective_params: Shapes of the parameters of the stage's objectives.
+    """
     replicated, adapter_count = replicated_sharding(mesh), len(model.adapters)
 
     def replicate_shapes(shapes: Any) -> Any:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), shapes)
 
     trained, frozen = split_params(attach_shardings(*shapes_and_shardings(model, mesh)))
-    objective_params = jax.eval_shape(partial(stage.new_objective_params, model), jax.random.key(0))
     if objective_params:
         trained |= {OBJECTIVES: replicate_shapes(objective_params)}
-    opt_state = _optimizer_shapes(stage.make_optimizer(model), trained, adapter_count, mesh)
+    opt_state = _optimizer_shapes(optimizer, trained, adapter_count, mesh)
     rest = jax.eval_shape(lambda: {"step": jnp.zeros((), jnp.int32), "key": jax.random.key(0)})
     params = stack_shapes(trained, adapter_count) if adapter_count else trained
     return TrainState(params, opt_state, frozen=frozen, **replicate_shapes(rest))

@@ -1,4 +1,4 @@
-"""What a plan counts: operations, collectives and memory, with hand-made figures and with the real TPU compiler."""
+"""What a plan counts: FLOPs, collectives and memory, against constants by hand and with the real TPU compiler."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +17,13 @@ import pytest
 
 from helpers import runs
 from jaxembed import cli
+from jaxembed.config import Config
 from jaxembed.errors import UserError
-from jaxembed.planning.collectives import collectives
-from jaxembed.planning.flops import product_flops
-from jaxembed.planning.plan import _no_room, plan
+from jaxembed.planning.collectives import find_collectives
+from jaxembed.planning.flops import matmul_flops
+from jaxembed.planning.plan import _out_of_memory_error, plan, planning_mesh
 from jaxembed.planning.topology import topology_devices
+from jaxembed.runs.open import open_run
 
 HLO = """\
 HloModule jit_step
@@ -48,8 +52,15 @@ ENTRY %main (a: f32[4,8]) -> f32[4,8] {
 """  # noqa: E501
 
 
-def test_collectives_of_a_program_with_loops() -> None:
-    found = collectives(HLO, ("loss", "encode"))
+def make_plan(config: Config) -> dict[str, Any]:
+    """Plan a run for the devices here."""
+    mesh, memory = planning_mesh(config.mesh)
+    run = open_run(config, mesh, is_planned=True)
+    return plan(config, mesh, memory, run.model, run.stages)
+
+
+def test_collectives_in_loops_are_counted_as_often_as_they_run() -> None:
+    found = find_collectives(HLO, ("loss", "encode"))
     assert found.table() == {
         "encode": {"all-gather": {"count": 26, "result_bytes": 26 * 1024, "sent_bytes": 26 * 768}},
         "loss": {"all-gather": {"count": 1, "result_bytes": 512, "sent_bytes": 384}},
@@ -59,71 +70,72 @@ def test_collectives_of_a_program_with_loops() -> None:
         },
     }
     assert found.unknown_loops == 0
-    assert collectives(HLO.replace("constant(24)", "parameter(0)"), ()).unknown_loops == 1
+    assert find_collectives(HLO.replace("constant(24)", "parameter(0)"), ()).unknown_loops == 1
 
 
-def test_flops_of_loops_and_what_is_computed_twice() -> None:
+def test_flops_count_loops_and_recomputation() -> None:
     def layer(x: jax.Array) -> jax.Array:
         return jnp.sin(x @ jnp.ones((8, 8)))
 
     def looped(x: jax.Array) -> jax.Array:
         return jax.lax.scan(lambda c, _: (layer(c), None), x, length=5)[0].sum()
 
-    product = 2 * 4 * 8 * 8
+    layer_flops = 2 * 4 * 8 * 8
     x = jnp.ones((4, 8))
-    assert product_flops(jax.make_jaxpr(looped)(x)) == 5 * product
-    twice = jax.make_jaxpr(jax.grad(lambda x: jax.checkpoint(layer)(x).sum()))(x)
-    assert product_flops(twice) == 3 * product  # forward, again, backward
+    assert matmul_flops(jax.make_jaxpr(looped)(x)) == 5 * layer_flops
+    checkpointed = jax.make_jaxpr(jax.grad(lambda x: jax.checkpoint(layer)(x).sum()))(x)
+    assert matmul_flops(checkpointed) == 3 * layer_flops  # forward, recomputed, backward
     branches = jax.make_jaxpr(lambda x: jax.lax.cond(x[0, 0] > 0, layer, lambda x: x, x))(x)
-    assert product_flops(branches) == product
+    assert matmul_flops(branches) == layer_flops
 
 
-def test_a_plan_counts_parameters_moments_and_documents(tmp_path: Path) -> None:
+def test_a_plan_counts_parameters_moments_and_collectives(tmp_path: Path) -> None:
     runs.prepare(tmp_path)
     for file in (tmp_path / "base").glob("*.safetensors"):
         file.unlink()  # it needs no weights
-    told = plan(runs.settings(tmp_path, "run", "mesh.data=-1", "optim.warmup_steps=0"), None)
-    (stage,) = told["stages"]
-    assert told["devices"] == 8 and stage["memory"]["estimate"] and not (tmp_path / "run").exists()
+    result = make_plan(runs.settings(tmp_path, "run", "mesh.data=-1", "optim.warmup_steps=0"))
+    (stage,) = result["stages"]
+    assert result["devices"] == 8 and stage["memory"]["estimate"] and not (tmp_path / "run").exists()
     assert stage["trained"] == stage["parameters"]
     assert stage["optimizer_bytes"] == 2 * 4 * stage["parameters"] + 2 * 4  # two moments, two counts
-    # Gathered are 16 queries' 2 documents each, 32 numbers wide, and little of each text.
-    gathered = stage["collectives"]["loss"]["all-gather"]["result_bytes"]
-    assert 16 * 2 * 32 * 4 <= gathered < 16 * 2 * 32 * 4 * 1.2
+    # The loss gathers 2 documents of each of 16 queries, 32 wide, and a few numbers for each text.
+    gathered_bytes = stage["collectives"]["loss"]["all-gather"]["result_bytes"]
+    assert 16 * 2 * 32 * 4 <= gathered_bytes < 16 * 2 * 32 * 4 * 1.2
 
 
-def test_too_little_memory_is_told_with_what_would_help(tmp_path: Path) -> None:
+def test_the_error_of_too_little_memory_lists_remedies(tmp_path: Path) -> None:
     runs.prepare(tmp_path)
     config = runs.settings(tmp_path, "run", "model.remat=true", "gradcache.rows=4")
-    stage = type("Stage", (), {"index": 0})()
-    told = str(_no_room(config, stage, 40 << 30, 16 << 30))
-    assert told == (
-        "a step needs 40.00 GiB of a device that has 16.00 GiB; try mesh.fsdp=-1, a smaller gradcache.rows, "
-        "model.dtype=bfloat16, model.lora"
+    stage: Any = SimpleNamespace(index=0, config=config.stages[0])
+    message = str(_out_of_memory_error(config, stage, 40 << 30, 16 << 30))
+    assert message == (
+        "a step needs 40.00 GiB, but a device has 16.00 GiB. Try mesh.fsdp=-1, a smaller gradcache.rows, "
+        "model.dtype=bfloat16, model.lora."
     )
 
 
-def test_a_step_that_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_does_not_fit_its_device_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs.prepare(tmp_path)
-    monkeypatch.setattr("jaxembed.planning.plan._memory_here", lambda: 1 << 10)
-    with pytest.raises(UserError, match=r"^a step needs [\d.]+ MiB of a device that has 1\.00 KiB; try mesh\.fsdp=-1, "):
-        plan(runs.settings(tmp_path, "run"), None)
+    monkeypatch.setattr("jaxembed.planning.plan._local_device_memory", lambda: 1 << 10)
+    message = r"^a step needs [\d.]+ MiB, but a device has 1\.00 KiB\. Try mesh\.fsdp=-1, "
+    with pytest.raises(UserError, match=message):
+        make_plan(runs.settings(tmp_path, "run"))
 
 
-def test_without_the_tpu_compiler_a_slice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_topology_needs_the_tpu_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"^--topology needs the TPU compiler, which is not installed; pip install"):
+    with pytest.raises(UserError, match=r"^--topology: the TPU compiler is not installed\. Run pip install"):
         topology_devices("v5e:2x2")
 
 
-def test_a_tpu_that_is_not_there_is_not_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the TPU compiler installed alone; with another plugin, or a choice in the environment, JAX looks by itself."""
+def test_jax_does_not_look_for_a_tpu_on_a_machine_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This is for the TPU compiler alone. With another plugin, or a choice in the environment, JAX looks by itself."""
     for modules, chosen, expected in (
         ({"libtpu"}, None, "cpu"), ({"libtpu", "jax_plugins"}, None, None), (set(), None, None), ({"libtpu"}, "cuda", "cuda"),
     ):  # fmt: skip
-        monkeypatch.setattr("importlib.util.find_spec", lambda name, there=modules: name if name in there else None)
+        monkeypatch.setattr("importlib.util.find_spec", lambda name, installed=modules: name if name in installed else None)
         monkeypatch.setattr(Path, "glob", lambda *_: iter(()))
-        monkeypatch.setenv("JAX_PLATFORMS", chosen or "")  # undone at the end, whatever is set in between
+        monkeypatch.setenv("JAX_PLATFORMS", chosen or "")  # restored at the end, whatever is set in between
         if chosen is None:
             monkeypatch.delenv("JAX_PLATFORMS")
         cli._skip_absent_tpu()
@@ -131,25 +143,26 @@ def test_a_tpu_that_is_not_there_is_not_looked_for(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("name", ["v9:2x2", "v5e", "v5e:4xx4", ""])
-def test_an_unknown_slice_is_told(name: str) -> None:
-    with pytest.raises(UserError, match="expected v4, v5e, v5p, v6e with a shape"):
+def test_an_unknown_topology_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match=r"^--topology: no such slice .* Expected v4, v5e, v5p, v6e with a shape"):
         topology_devices(name)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-def test_a_plan_by_the_tpu_compiler(tmp_path: Path) -> None:
+def test_the_tpu_compiler_plans_for_two_slices(tmp_path: Path) -> None:
     runs.prepare(tmp_path)
     runs.settings(tmp_path, "run")
     overrides = [f"run.dir={tmp_path / 'run'}", "mesh.data=-1", "mesh.fsdp=4"]
-    where = ["--topology", "v5e:2x2", "--slices", "2"]
-    command = [sys.executable, "-m", "jaxembed.train", str(tmp_path / "run.yaml"), *overrides, *where]
+    topology = ["--topology", "v5e:2x2", "--slices", "2"]
+    command = [sys.executable, "-m", "jaxembed.train", str(tmp_path / "run.yaml"), *overrides, *topology]
     env = {name: value for name, value in runs.ENV.items() if name != "XLA_FLAGS"} | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert (told["devices"], told["device"], told["mesh"]["data"]) == (8, "TPU v5 lite", 2)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert (result["devices"], result["device"], result["mesh"]["data"]) == (8, "TPU v5 lite", 2)
     assert not (tmp_path / "run").exists()
-    assert "libtpu" not in done.stderr and "hostname" not in done.stderr, "nothing here is a TPU's worker, nor should be"
-    assert told["stages"][0]["memory"]["device"] == 16 << 30
-    kinds = {kind for of_scope in told["stages"][0]["collectives"].values() for kind in of_scope}
+    assert "libtpu" not in done.stderr and "hostname" not in done.stderr, "no warnings of a missing TPU"
+    (stage,) = result["stages"]
+    assert stage["memory"]["device"] == 16 << 30
+    kinds = {kind for scope in stage["collectives"].values() for kind in scope}
     assert {"all-gather", "all-gather between slices", "all-reduce between slices"} <= kinds
