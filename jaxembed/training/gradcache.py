@@ -1,7 +1,8 @@
-"""Encoding a batch some rows at a time, so that memory holds the activations of those rows alone.
+"""Gradient caching: encode a batch in chunks of rows, so that memory holds the activations of one chunk only.
 
-Gradient caching (Gao et al. 2021, arXiv:2101.06983) as JAX says it: a loop over chunks of rows whose body is recomputed in
-the backward pass. The loss sees the vectors of the whole batch, so values and gradients are those of one large step.
+Gao et al. 2021, arXiv:2101.06983. In JAX it is a loop over chunks whose body is recomputed in the backward pass
+(`jax.checkpoint` in `jax.lax.scan`). The loss sees the vectors of the whole batch, so values and gradients are those of one
+large step.
 """
 
 from __future__ import annotations
@@ -15,68 +16,112 @@ from jaxtyping import Array, Float, Int
 from jaxembed.data.packing import PackedTexts
 from jaxembed.devices.collectives import map_over_shards, shard_map_size, shard_rows
 from jaxembed.model.embedder import EmbeddingModel
-from jaxembed.model.layers import unit_length
+from jaxembed.model.layers import l2_normalize
 
 
 def encode(
-    model: EmbeddingModel, params: Any, texts: PackedTexts, slots: Int[Array, "b m"], key: jax.Array, rows: int | None
+    model: EmbeddingModel, params: Any, texts: PackedTexts, slots: Int[Array, "b m"], key: jax.Array, chunk_rows: int | None
 ) -> Float[Array, "b m d"]:
-    """Unit vectors of the texts in shard-local `slots`, shard-major; zeros, without gradient, for absent ones (-1).
+    """Encode the texts in the given slots as unit vectors.
 
-    With `rows` every device encodes that many rows at a time. `key` is that of dropout. Each device sums the gradients of its
-    own chunks before they are summed over devices, once, unless the parameters are split too (`map_over_shards`).
+    Each device sums the gradients of its own chunks. They are summed over devices once, after the loop, unless the parameters
+    are sharded too (`map_over_shards`).
+
+    Args:
+        model: The model.
+        params: Its parameters.
+        texts: The packed texts of a batch.
+        slots: Shard-local slots of texts, shard-major [B, M]; -1 for an absent text.
+        key: Random key of dropout.
+        chunk_rows: Rows that each device encodes at a time; None for all.
+
+    Returns:
+        Unit vectors [B, M, D]. Absent texts have zeros, without gradient.
     """
-    if rows is None or rows * texts.shards >= len(texts.tokens):
-        return pick(model.apply({"params": params}, texts, rngs={"dropout": key}), slots, texts.shards)
+    # Without chunks: encode all rows, then gather the vectors.
+    if chunk_rows is None or chunk_rows * texts.shards >= len(texts.tokens):
+        return gather_vectors(model.apply({"params": params}, texts, rngs={"dropout": key}), slots, texts.shards)
+    # Each part of the batch is mapped over its own shards. Every chunk has its own dropout key.
     parts = shard_map_size()
     shards = texts.shards // parts  # of a part
-    count = -(-len(texts.tokens) // (texts.shards * rows))
-    keys = jax.random.split(key, (parts, count))
-    arrays = {
+    chunks = -(-len(texts.tokens) // (texts.shards * chunk_rows))
+    keys = jax.random.split(key, (parts, chunks))
+    row_arrays = {
         "tokens": texts.tokens,
         "segment_ids": texts.segment_ids,
         "positions": texts.positions,
         "pool_mask": texts.pool_mask,
     }
 
-    def of_part(params: Any, arrays: dict[str, jax.Array], slots: jax.Array, keys: jax.Array) -> jax.Array:
-        def chunk(part: tuple[dict[str, jax.Array], jax.Array]) -> jax.Array:
-            packed = PackedTexts(**part[0], segments=texts.segments, shards=shards)
-            return model.apply({"params": params}, packed, rngs={"dropout": part[1]})
+    def encode_part(params: Any, row_arrays: dict[str, jax.Array], slots: jax.Array, keys: jax.Array) -> jax.Array:
+        def encode_chunk(chunk: tuple[dict[str, jax.Array], jax.Array]) -> jax.Array:
+            arrays, chunk_key = chunk
+            packed = PackedTexts(**arrays, segments=texts.segments, shards=shards)
+            return model.apply({"params": params}, packed, rngs={"dropout": chunk_key})
 
-        def add(made: jax.Array, part: tuple[Any, jax.Array]) -> tuple[jax.Array, None]:
-            vectors = jax.checkpoint(chunk, prevent_cse=False)(part[0]).reshape(shards, -1, made.shape[-1])
-            made = jax.vmap(lambda made, texts, new: made.at[texts].add(new, mode="drop"))(made, part[1], vectors)
-            return shard_rows(made), None
+        def add_chunk(sums: jax.Array, inputs: tuple[Any, jax.Array]) -> tuple[jax.Array, None]:
+            chunk, text_indices = inputs
+            # Encode, and recompute in the backward pass instead of keeping activations.
+            vectors = jax.checkpoint(encode_chunk, prevent_cse=False)(chunk).reshape(shards, -1, sums.shape[-1])
+            # Add each slot's vector to its text's row. Empty slots have an index out of bounds, and are dropped.
+            add = jax.vmap(lambda sums, indices, new: sums.at[indices].add(new, mode="drop"))
+            return shard_rows(add(sums, text_indices, vectors)), None
 
-        chunks = jax.tree.map(lambda x: _in_chunks(x, shards, count, rows), arrays), keys[0]
-        vector = jax.eval_shape(chunk, jax.tree.map(lambda x: x[0], chunks))
-        none = jnp.zeros((shards, slots.size // shards, vector.shape[-1]), vector.dtype)
-        made, _ = jax.lax.scan(add, shard_rows(none), (chunks, _texts_in(slots, shards, count, rows * texts.segments)))
-        return unit_length(made).reshape(*slots.shape, -1)
+        # Cut rows and slots into chunks: the same slots, seen from the rows.
+        inputs = jax.tree.map(lambda x: _split_into_chunks(x, shards, chunks, chunk_rows), row_arrays), keys[0]
+        text_indices = _text_index_of_slots(slots, shards, chunks, chunk_rows * texts.segments)
+        # Loop over the chunks. Every text is in one chunk only, so the sums are the vectors.
+        vector = jax.eval_shape(encode_chunk, jax.tree.map(lambda x: x[0], inputs))
+        zeros = jnp.zeros((shards, slots.size // shards, vector.shape[-1]), vector.dtype)
+        sums, _ = jax.lax.scan(add_chunk, shard_rows(zeros), (inputs, text_indices))
+        return l2_normalize(sums).reshape(*slots.shape, -1)
 
-    return map_over_shards(of_part)(params, arrays, slots, keys)
-
-
-def pick(vectors: Float[Array, "r s d"], slots: Int[Array, "b *m"], shards: int) -> Float[Array, "b *m d"]:
-    """The unit vectors in shard-local `slots` of encoded rows, as `encode` gives them."""
-    by_shard = vectors.reshape(shards, -1, vectors.shape[-1])
-    local = slots.reshape(shards, -1, *slots.shape[1:])
-    picked = jax.vmap(lambda v, s: v[jnp.maximum(s, 0)])(by_shard, local).reshape(*slots.shape, -1)
-    return unit_length(jnp.where(slots[..., None] >= 0, picked, 0.0))
-
-
-def _texts_in(slots: jax.Array, shards: int, count: int, size: int) -> Int[Array, "c s t"]:
-    """Which of its shard's texts each slot of each chunk holds; a number that no text has where it holds none."""
-    local = slots.reshape(shards, -1)
-    absent, texts = count * size, local.shape[1]
-    none = jnp.full((shards, count * size), texts, jnp.int32)
-    filled = jax.vmap(lambda none, at: none.at[at].set(jnp.arange(texts, dtype=jnp.int32), mode="drop"))
-    return filled(none, jnp.where(local < 0, absent, local)).reshape(shards, count, size).swapaxes(0, 1)
+    return map_over_shards(encode_part)(params, row_arrays, slots, keys)
 
 
-def _in_chunks(x: jax.Array, shards: int, count: int, rows: int) -> jax.Array:
-    """[count, shards * rows, ...]: each chunk has rows of every shard, so that all devices work; zeros behind the last."""
-    by_shard = x.reshape(shards, -1, *x.shape[1:])
-    padded = jnp.pad(by_shard, [(0, 0), (0, count * rows - by_shard.shape[1]), *[(0, 0)] * (x.ndim - 1)])
-    return padded.reshape(shards, count, rows, *x.shape[1:]).swapaxes(0, 1).reshape(count, shards * rows, *x.shape[1:])
+def gather_vectors(vectors: Float[Array, "r s d"], slots: Int[Array, "b *m"], shards: int) -> Float[Array, "b *m d"]:
+    """Return the unit vectors in the given slots of encoded rows.
+
+    Args:
+        vectors: Vectors of R rows of S slots each, shard-major.
+        slots: Shard-local slots, shard-major; -1 for an absent text.
+        shards: Number of shards.
+
+    Returns:
+        Unit vectors. Absent texts have zeros, without gradient.
+    """
+    shard_vectors = vectors.reshape(shards, -1, vectors.shape[-1])
+    shard_slots = slots.reshape(shards, -1, *slots.shape[1:])
+    gathered = jax.vmap(lambda v, s: v[jnp.maximum(s, 0)])(shard_vectors, shard_slots).reshape(*slots.shape, -1)
+    return l2_normalize(jnp.where(slots[..., None] >= 0, gathered, 0.0))
+
+
+def _text_index_of_slots(slots: jax.Array, shards: int, chunks: int, chunk_slots: int) -> Int[Array, "c s t"]:
+    """Invert slots: return the text in each slot of each chunk, as an index into the texts of its shard.
+
+    An empty slot gets the number of texts, which is out of bounds.
+
+    Args:
+        slots: Shard-local slot of each text, shard-major; -1 for an absent text.
+        shards: Number of shards.
+        chunks: Number of chunks.
+        chunk_slots: Slots of one shard in one chunk.
+    """
+    shard_slots = slots.reshape(shards, -1)
+    total_slots, texts = chunks * chunk_slots, shard_slots.shape[1]
+    empty = jnp.full((shards, total_slots), texts, jnp.int32)
+    fill = jax.vmap(lambda row, at: row.at[at].set(jnp.arange(texts, dtype=jnp.int32), mode="drop"))
+    indices = fill(empty, jnp.where(shard_slots < 0, total_slots, shard_slots))  # absent texts are dropped
+    return indices.reshape(shards, chunks, chunk_slots).swapaxes(0, 1)
+
+
+def _split_into_chunks(x: jax.Array, shards: int, chunks: int, chunk_rows: int) -> jax.Array:
+    """Split rows into chunks [chunks, shards * chunk_rows, ...], the last one padded with zeros.
+
+    Each chunk has rows of every shard, so that all devices work on it.
+    """
+    shard_major = x.reshape(shards, -1, *x.shape[1:])
+    padding = chunks * chunk_rows - shard_major.shape[1]
+    padded = jnp.pad(shard_major, [(0, 0), (0, padding), *[(0, 0)] * (x.ndim - 1)])
+    by_chunk = padded.reshape(shards, chunks, chunk_rows, *x.shape[1:]).swapaxes(0, 1)
+    return by_chunk.reshape(chunks, shards * chunk_rows, *x.shape[1:])

@@ -1,11 +1,11 @@
-"""The loop: next batch, step, then is it time to log, to evaluate, to checkpoint?"""
+"""The training loop: next batch, step, then is it time to log, to evaluate, to checkpoint?"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,10 +18,11 @@ from jaxembed.devices.cpu import release_freed_memory
 from jaxembed.devices.placement import put_batch
 from jaxembed.errors import Stopped, UserError
 from jaxembed.training.checkpoint import Checkpoints
-from jaxembed.training.metrics import Recorder, Unrecorded
+from jaxembed.training.metrics import NullRecorder, Recorder
 from jaxembed.training.mfu import MfuMeter
 from jaxembed.training.profile import Profile
 from jaxembed.training.shutdown import StopRequest, must_finish
+from jaxembed.training.stage import Stage
 from jaxembed.training.step import Metrics, TrainState
 
 Evaluate = Callable[[Any], Mapping[str, float]]  # all parameters -> scores by SET/METRIC
@@ -29,152 +30,193 @@ Evaluate = Callable[[Any], Mapping[str, float]]  # all parameters -> scores by S
 
 @dataclasses.dataclass
 class StepStats:
-    """What happened since the last logged step."""
+    """Counts and times since the last logged step.
 
-    since: float = dataclasses.field(default_factory=time.perf_counter)
+    Attributes:
+        start_time: When the count began (`time.perf_counter`).
+        steps: Number of steps.
+        data_wait_seconds: Seconds of waiting for batches.
+        useful_tokens: Tokens of texts.
+        padded_tokens: Tokens of rows, padding included.
+        token_pairs: Pairs of tokens in one text, for `MfuMeter`.
+        new_programs: Number of programs that were compiled.
+    """
+
+    start_time: float = dataclasses.field(default_factory=time.perf_counter)
     steps: int = 0
-    waited: float = 0.0
-    useful: int = 0
-    padded: int = 0
-    pairs: int = 0
+    data_wait_seconds: float = 0.0
+    useful_tokens: int = 0
+    padded_tokens: int = 0
+    token_pairs: int = 0
     new_programs: int = 0
 
-    def add(self, host: HostBatch, waited: float) -> None:
+    def add(self, host: HostBatch, data_wait_seconds: float) -> None:
+        """Count a step on a batch that took so many seconds to arrive."""
         self.steps += 1
-        self.waited += waited
-        self.useful += host.useful_tokens
-        self.padded += host.padded_tokens
-        self.pairs += host.pairs
+        self.data_wait_seconds += data_wait_seconds
+        self.useful_tokens += host.useful_tokens
+        self.padded_tokens += host.padded_tokens
+        self.token_pairs += host.token_pairs
 
     def rates(self, batch_size: int, mfu_meter: MfuMeter | None) -> dict[str, float]:
-        seconds = time.perf_counter() - self.since
+        """Return the metrics of speed, by name."""
+        seconds = time.perf_counter() - self.start_time
         rates = {
             "step_seconds": seconds / self.steps,
-            "data_wait_seconds": self.waited / self.steps,
-            "useful_tokens_per_second": self.useful / seconds,
+            "data_wait_seconds": self.data_wait_seconds / self.steps,
+            "useful_tokens_per_second": self.useful_tokens / seconds,
             "examples_per_second": batch_size * self.steps / seconds,
-            "padding_fraction": 1 - self.useful / self.padded,
+            "padding_fraction": 1 - self.useful_tokens / self.padded_tokens,
             "new_programs": self.new_programs,
         }
         if mfu_meter is not None:
-            rates["mfu"] = mfu_meter.mfu(self.useful, self.pairs, seconds)
+            rates["mfu"] = mfu_meter.mfu(self.useful_tokens, self.token_pairs, seconds)
         return rates
 
 
 @dataclasses.dataclass(frozen=True)
 class InFlightStep:
-    """A step that was started."""
+    """A step that was started, and may not have finished."""
 
     step: int
     host: HostBatch
     metrics: Metrics
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class Trainer:
-    """What a stage of a run needs beside its state: its config, its index, the steps before it and those of all.
+    """The loop of one stage, and what it needs besides the state. Steps are counted through all stages.
 
-    `best_metric` names the score whose maximum is the best checkpoint's. Without `mfu_meter` none is logged. Steps are
-    counted through all stages.
+    Attributes:
+        stage: The stage to train.
+        total_steps: Steps of all stages.
+        mesh: The device mesh.
+        train_step: The compiled step of the stage.
+        evaluate: Scores all parameters on the held-out sets; None without such sets.
+        best_metric: SET/METRIC whose maximum picks the best checkpoint.
+        checkpoints: Where states are saved.
+        recorder: Where metrics are written.
+        profile: Records a trace of some steps.
+        mfu_meter: Computes MFU; None if the peak of the devices is unknown.
+        program_shapes: Shapes of the batches that a program is compiled for.
     """
 
-    config: TrainConfig
-    stage: int
-    before: int
-    total: int
+    stage: Stage
+    total_steps: int
     mesh: Mesh
     train_step: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
-    source_names: Sequence[str]
     evaluate: Evaluate | None
     best_metric: str
     checkpoints: Checkpoints
-    recorder: Recorder | Unrecorded
-    plan_hash: str
+    recorder: Recorder | NullRecorder
     profile: Profile
     mfu_meter: MfuMeter | None
-    programs: set[tuple[int, ...]] = dataclasses.field(default_factory=set)
+    program_shapes: set[tuple[int, ...]] = dataclasses.field(default_factory=set)
+
+    @property
+    def config(self) -> TrainConfig:
+        """The `train` section of the stage."""
+        return self.stage.config.train
 
     def fit(self, state: TrainState, batches: Iterator[HostBatch], stop: StopRequest) -> TrainState:
-        """Trains to the last step of the stage from the state's own.
+        """Train from the state's step to the last step of the stage.
 
-        `Stopped`, with a checkpoint of the step, when `stop` asks for it.
-        `UserError` at a loss or gradient that is not finite, unless such steps are skipped.
+        Args:
+            state: The state to start from. It is consumed.
+            batches: The batches of the remaining steps.
+            stop: Whether the run was asked to stop.
+
+        Returns:
+            The state after the last step.
+
+        Raises:
+            Stopped: `stop` was due. A checkpoint of the step is saved.
+            UserError: A loss or gradient is not finite, and train.on_nan does not skip such steps.
         """
-        tally = StepStats()
-        running: InFlightStep | None = None
-        end = self.before + self.config.steps
-        for step in range(int(state.step) + 1, end + 1):
+        stats = StepStats()
+        in_flight: InFlightStep | None = None
+        last_step = self.stage.last_step
+        for step in range(int(state.step) + 1, last_step + 1):
             self.profile.before(step)
             with must_finish(f"step {step}", self.config.stall_timeout_s), StepTraceAnnotation("train", step_num=step):
-                asked = time.perf_counter()
+                # Next batch.
+                wait_start = time.perf_counter()
                 host = next(batches)
-                tally.add(host, time.perf_counter() - asked)
-                state, metrics = self._step(state, host, tally)
-                self._check(running)  # at most one step runs ahead of the host
-                running = InFlightStep(step, host, metrics)
-                last = step == end
-                log = last or step % self.config.log_every == 0
-                evaluate = self.evaluate is not None and (last or step % self.config.eval_every == 0)
-                stopping = stop.due(step)
-                save = last or evaluate or stopping or step % self.config.checkpoint_every == 0
+                stats.add(host, time.perf_counter() - wait_start)
+                # Start the step, then wait for the one before: at most one step runs ahead of the host.
+                state, metrics = self._start_step(state, host, stats)
+                self._check(in_flight)
+                in_flight = InFlightStep(step, host, metrics)
+                # Is it time? What follows needs a step that has finished.
+                is_last = step == last_step
+                log = is_last or step % self.config.log_every == 0
+                evaluate = self.evaluate is not None and (is_last or step % self.config.eval_every == 0)
+                is_stopping = stop.is_due(step)
+                save = is_last or evaluate or is_stopping or step % self.config.checkpoint_every == 0
                 if log or save:
-                    self._check(running)
-                    running = None
+                    self._check(in_flight)
+                    in_flight = None
             self.profile.after(step, metrics)
             if log:
-                self._log(step, metrics, tally)
-                tally = StepStats()
+                self._log(step, metrics, stats)
+                stats = StepStats()
             self.recorder.advance()
             score = None
-            if evaluate and not stopping:
+            if evaluate and not is_stopping:
                 score = self._evaluate(state, step)[self.best_metric]
-                tally.since = time.perf_counter()
+                stats.start_time = time.perf_counter()
             if save:
-                self.checkpoints.save(state, {"stage": self.stage, "step": step, "plan_hash": self.plan_hash}, score)
-            if stopping and not last:
-                raise Stopped(f"saved after step {step} of {self.total}; the same command goes on", stop.signal)
+                self._save(state, step, score)
+            if is_stopping and not is_last:
+                message = f"saved a checkpoint after step {step} of {self.total_steps}. Run the same command to resume."
+                raise Stopped(message, stop.signal)
         return state
 
-    def _check(self, running: InFlightStep | None) -> None:
-        """Waits for a step; one whose loss or gradient is not finite ends the run, or is told where it was skipped."""
-        if running is None:
-            return
-        loss, norm = float(running.metrics["loss"]), float(running.metrics["grad_norm"])
-        if math.isfinite(loss) and math.isfinite(norm):
-            return
-        drawn = ", ".join(self.source_names[i] for i in running.host.sources)
-        told = f"step {running.step}: loss {loss}, gradient norm {norm}; its batch is from {drawn}"
-        if self.config.on_nan == "skip":
-            self.recorder.say(f"{told}; skipped")
-            return
-        latest = self.checkpoints.latest()
-        kept = "no checkpoint yet" if latest is None else f"the last good checkpoint is of step {latest}"
-        raise UserError(f"{told}; {kept}; lower optim.learning_rate, look at the data, or set train.on_nan=skip")
-
-    def _step(self, state: TrainState, host: HostBatch, tally: StepStats) -> tuple[TrainState, Metrics]:
+    def _start_step(self, state: TrainState, host: HostBatch, stats: StepStats) -> tuple[TrainState, Metrics]:
         batch = put_batch(self.mesh, host.batch)
         shape = batch.texts.tokens.shape
-        if shape in self.programs:
+        if shape in self.program_shapes:
             return self.train_step(state, batch)
+        # A new shape compiles a program: wait for it, and report how long it took.
         release_freed_memory()
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         result = jax.block_until_ready(self.train_step(state, batch))
-        self.programs.add(shape)
-        tally.new_programs += 1
-        seconds = time.perf_counter() - began
-        told = f"program {len(self.programs)}: {shape[0]} rows x {shape[1]} tokens, compiled and run in {seconds:.1f} s"
-        self.recorder.say(told)
+        seconds = time.perf_counter() - start_time
+        self.program_shapes.add(shape)
+        stats.new_programs += 1
+        number, (rows, tokens) = len(self.program_shapes), shape
+        self.recorder.say(f"program {number}: {rows} rows x {tokens} tokens, compiled and run in {seconds:.1f} s")
         return result
 
-    def _log(self, step: int, metrics: Metrics, tally: StepStats) -> None:
+    def _check(self, in_flight: InFlightStep | None) -> None:
+        """Wait for a step. If its loss or gradient is not finite, end the run, or report it if such steps are skipped."""
+        if in_flight is None:
+            return
+        loss, norm = float(in_flight.metrics["loss"]), float(in_flight.metrics["grad_norm"])
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        sources = ", ".join(self.stage.sources[i].name for i in in_flight.host.sources)
+        problem = f"step {in_flight.step}: not finite (loss {loss}, gradient norm {norm}; batch from {sources})"
+        if self.config.on_nan == "skip":
+            self.recorder.say(f"{problem}. Skipped the update.")
+            return
+        latest = self.checkpoints.latest()
+        checkpoint = "There is no checkpoint yet" if latest is None else f"The last good checkpoint is of step {latest}"
+        raise UserError(f"{problem}. {checkpoint}. Lower optim.learning_rate, check the data, or set train.on_nan=skip.")
+
+    def _log(self, step: int, metrics: Metrics, stats: StepStats) -> None:
         values = {name: float(value) for name, value in metrics.items()}
-        values |= tally.rates(self.config.batch_size, self.mfu_meter)
-        self.recorder.log(step, values, self.stage)
+        values |= stats.rates(self.config.batch_size, self.mfu_meter)
+        self.recorder.log(step, values, self.stage.index)
         self.recorder.show(loss=f"{values['loss']:.4f}", tokens_s=f"{values['useful_tokens_per_second']:,.0f}")
 
     def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
         assert self.evaluate is not None
         scores = dict(self.evaluate(state.weights))
-        self.recorder.log(step, {f"eval/{name}": value for name, value in scores.items()}, self.stage)
+        self.recorder.log(step, {f"eval/{name}": value for name, value in scores.items()}, self.stage.index)
         self.recorder.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
         return scores
+
+    def _save(self, state: TrainState, step: int, score: float | None) -> None:
+        cursor = {"stage": self.stage.index, "step": step, "plan_hash": self.stage.plan.hash}
+        self.checkpoints.save(state, cursor, score)

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard events, and the progress bar on standard error."""
+"""The metrics of a run: metrics.jsonl, TensorBoard events, and the progress bar on standard error."""
 
 from __future__ import annotations
 
@@ -19,72 +19,91 @@ from jaxembed.files import exists, read_bytes, write_text
 
 
 class Recorder:
-    """Appends one JSON object a logged step, and shows progress. Lines past `start` (a resumed run's) are dropped first."""
+    """Writes the metrics of a run and shows its progress. It appends one JSON object for each logged step."""
 
     def __init__(self, run_dir: Path, start: int, steps: int):
+        """Open the metrics of a run.
+
+        Args:
+            run_dir: The run directory.
+            start: Last step of the checkpoint that the run resumes from, 0 for a new run. Rows after it are dropped.
+            steps: Number of steps of the whole run.
+        """
         path = run_dir / "metrics.jsonl"
-        kept = [row for row in read_metrics(run_dir) if row["step"] <= start] if start else []
-        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        rows = [row for row in read_metrics(run_dir) if row["step"] <= start] if start else []
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = path.open("a", encoding="utf-8")
         self._events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start or None)
         self._bar = tqdm(total=steps, initial=start, unit="step", file=sys.stderr, dynamic_ncols=True)
 
     def advance(self) -> None:
-        """One step done."""
+        """Advance the progress bar by one step."""
         self._bar.update()
 
     def show(self, **values: str) -> None:
-        """Values that stand beside the bar."""
+        """Show values beside the progress bar."""
         self._bar.set_postfix(values)
 
     def log(self, step: int, values: Mapping[str, float], stage: int = 0) -> None:
-        """Writes the numbers of a step; what is not finite becomes null in JSON."""
-        finite = {k: (v if math.isfinite(v) else None) for k, v in values.items()}
+        """Write the values of a step. A value that is not finite becomes null in JSON."""
+        finite = {name: (value if math.isfinite(value) else None) for name, value in values.items()}
         self._file.write(json.dumps({"stage": stage, "step": step, **finite}) + "\n")
         self._file.flush()
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
 
     def say(self, text: str) -> None:
-        """A line on standard error that does not disturb the bar."""
+        """Print a line on standard error, above the progress bar."""
         self._bar.write(text, file=sys.stderr)
 
     def close(self) -> None:
+        """Close all files and the progress bar."""
         self._bar.close()
         self._file.close()
         self._events.close()
 
 
-class Unrecorded:
-    """What the other processes of a run have in place of the first one's `Recorder`."""
+class NullRecorder:
+    """Records nothing. Every process but the first has it in place of a `Recorder`."""
 
-    def advance(self) -> None: ...
-    def show(self, **values: str) -> None: ...
-    def log(self, step: int, values: Mapping[str, float], stage: int = 0) -> None: ...
-    def say(self, text: str) -> None: ...
-    def close(self) -> None: ...
+    def advance(self) -> None:
+        """Do nothing."""
+
+    def show(self, **values: str) -> None:
+        """Do nothing."""
+
+    def log(self, step: int, values: Mapping[str, float], stage: int = 0) -> None:
+        """Do nothing."""
+
+    def say(self, text: str) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Every logged object of a run, in order; a last line cut short by a kill is left out.
+    """Read every logged row of a run, in order. A last line that a kill cut short is left out.
 
-    `UserError` names the line that is not as it was written.
+    Raises:
+        UserError: A line is damaged. The message names it.
     """
     path = run_dir / "metrics.jsonl"
     if not exists(path):
         return []
     content = read_bytes(path)
     lines = content[: content.rfind(b"\n") + 1].splitlines()
-    return [_row(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
+    return [_parse_metrics(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
 
 
-def _row(line: bytes, where: str) -> dict[str, Any]:
+def _parse_metrics(line: bytes, where: str) -> dict[str, Any]:
+    advice = "This file of the run is damaged: restore it, or remove the line."
     try:
         row = parse_row(line, where)
-        Fields(row, where).whole("step", least=0)
+        Fields(row, where).integer("step", minimum=0)
     except UserError as error:
-        raise UserError(f"{error}; this file of the run is damaged: restore it, or remove the line") from None
-    wrong = [key for key, value in row.items() if not isinstance(value, int | float | None)]
-    if wrong:
-        raise UserError(f"{where}: {wrong[0]} is no number; this file of the run is damaged: restore it, or remove the line")
+        raise UserError(f"{str(error).removesuffix('.')}. {advice}") from None
+    for key, value in row.items():
+        if not isinstance(value, int | float | None):
+            raise UserError(f"{where}: {key} is not a number. {advice}")
     return row

@@ -11,30 +11,34 @@ from jaxembed.devices import processes
 
 
 class Profile:
-    """Records the steps `first` to `last` of a run with jax.profiler into a folder; of None, nothing.
-
-    Of several processes the first one records, its own devices. A run that begins after `first` is recorded from there.
-    """
+    """Records some steps of a run with `jax.profiler`. Of several processes, process 0 records its own devices."""
 
     def __init__(self, steps: tuple[int, int] | None, folder: Path):
+        """Choose the steps to record.
+
+        Args:
+            steps: The first and the last step to record, or None to record nothing. A run that starts later than the first
+                step is recorded from its start.
+            folder: Folder for the trace.
+        """
         self._first, self._last = steps or (0, -1)
         self._folder = folder
-        self._recording = False
+        self._is_recording = False
 
     def before(self, step: int) -> None:
-        """A step is about to begin."""
-        if not self._recording and self._first <= step <= self._last and processes.is_first():
+        """Start the trace if the step that begins now is one of those to record."""
+        if not self._is_recording and self._first <= step <= self._last and processes.is_first():
             jax.profiler.start_trace(self._folder)
-            self._recording = True
+            self._is_recording = True
 
     def after(self, step: int, result: Any) -> None:
-        """A step was started that gives `result`; after the last one, the trace is written when its devices are done."""
-        if self._recording and step == self._last:
+        """Write the trace if this was the last step to record, once the devices have computed its result."""
+        if self._is_recording and step == self._last:
             jax.block_until_ready(result)
             self.close()
 
     def close(self) -> None:
-        """Writes what was recorded of a run that ends before `last`."""
-        if self._recording:
+        """Write the trace of a run that ends before the last step to record."""
+        if self._is_recording:
             jax.profiler.stop_trace()
-            self._recording = False
+            self._is_recording = False

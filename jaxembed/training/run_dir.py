@@ -38,31 +38,44 @@ PACKAGES = (
 )
 
 
-def open_run_dir(config: Config) -> Path:
-    """Return the run directory of a config, with config.yaml in it.
+def check_run_dir(config: Config) -> None:
+    """Check that the run directory of a config is new, or holds a run of the same config.
 
-    Process 0 creates the directory. Call this on the other processes afterwards: they must find it.
-
-    A run may be resumed on another mesh, so the mesh may differ from the recorded config. A directory that holds nothing but
-    a config is not a run yet, and gets the new config.
+    A run may be resumed on another mesh, so the mesh may differ. A directory that holds nothing but a config is not a run yet.
 
     Raises:
-        UserError: The directory belongs to another config, holds other files, or cannot be written.
+        UserError: The directory belongs to another config, or holds files of something else.
     """
     run_dir = Path(config.run.dir)
     config_path = run_dir / "config.yaml"
-    has_config = exists(config_path)
+    if not _holds_files(run_dir):
+        return
+    if not exists(config_path):
+        raise UserError(f"{run_dir}: holds files, but not a run. Name another run.dir.")
+    before, after = (
+        {**yaml.safe_load(settings.dump()), "mesh": None} for settings in (read_run_file(read_run_config, config_path), config)
+    )
+    if changes := _summarize_differences(before, after):
+        raise UserError(f"{run_dir}: belongs to another config ({changes}). Name another run.dir, or remove it.")
+
+
+def create_run_dir(config: Config) -> Path:
+    """Create the run directory of a config with config.yaml in it, unless it holds a run (`check_run_dir`).
+
+    Process 0 creates it. Call this on the other processes afterwards: they must find it.
+
+    Raises:
+        UserError: The directory cannot be written, or another process does not find it.
+    """
+    run_dir = Path(config.run.dir)
+    config_path = run_dir / "config.yaml"
     if not processes.is_first():
-        if not has_config:
+        if not exists(config_path):
             problem = f"process {processes.index()} does not find what process 0 wrote"
             raise UserError(f"{run_dir}: {problem}. Name a run.dir that all processes share.")
         return run_dir
-    has_files = exists(run_dir) and any(path != config_path and path.suffix != ".partial" for path in run_dir.iterdir())
-    if has_config and has_files:
-        _check_config(config, config_path)
+    if _holds_files(run_dir):
         return run_dir
-    if has_files:
-        raise UserError(f"{run_dir}: holds files, but not a run. Name another run.dir.")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_text(config_path, config.dump())
@@ -71,13 +84,9 @@ def open_run_dir(config: Config) -> Path:
     return run_dir
 
 
-def _check_config(config: Config, recorded: Path) -> None:
-    """Raise `UserError` if a run was recorded with another config. Its mesh may differ."""
-    before, after = (
-        {**yaml.safe_load(settings.dump()), "mesh": None} for settings in (read_run_file(read_run_config, recorded), config)
-    )
-    if changes := _summarize_differences(before, after):
-        raise UserError(f"{recorded.parent}: belongs to another config ({changes}). Name another run.dir, or remove it.")
+def _holds_files(run_dir: Path) -> bool:
+    """Return whether a directory holds files besides a config and unfinished files."""
+    return exists(run_dir) and any(path.name != "config.yaml" and path.suffix != ".partial" for path in run_dir.iterdir())
 
 
 def check_same_config(config: Config) -> None:

@@ -16,33 +16,40 @@ from jaxembed.devices import processes
 
 
 class StopRequest:
-    """While entered, SIGTERM and the first Ctrl-C only set `signal`; a second Ctrl-C interrupts at once.
+    """Turns SIGTERM and the first Ctrl-C into a request to stop after a step. A second Ctrl-C interrupts at once.
 
-    Outside the main thread Python takes no handlers, and signals do what they did before. Of several processes JAX takes
-    SIGTERM, to tell the others of it; a Ctrl-C is a SIGTERM there.
+    It is a context manager: the signals are handled inside the block. Outside the main thread Python accepts no handlers, and
+    signals keep their meaning.
+
+    With several processes JAX handles SIGTERM, to notify the others; Ctrl-C is turned into a SIGTERM there.
+
+    Attributes:
+        signal: The signal that requested the stop; 0 without one.
     """
 
     def __init__(self) -> None:
         self.signal = 0
-        self._before: dict[int, Any] = {}
+        self._previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            taken = (signal.SIGTERM, signal.SIGINT) if processes.count() == 1 else (signal.SIGINT,)
-            self._before = {number: signal.signal(number, self._note) for number in taken}
+            handled = (signal.SIGTERM, signal.SIGINT) if processes.count() == 1 else (signal.SIGINT,)
+            self._previous_handlers = {number: signal.signal(number, self._handle) for number in handled}
         return self
 
-    def due(self, step: int) -> bool:
-        """Whether to stop after a step: the same for all processes of a run."""
-        if processes.count() > 1 and processes.asked_to_stop(step):
+    def is_due(self, step: int) -> bool:
+        """Return whether to stop after this step: the same answer on all processes of a run."""
+        if processes.count() == 1:
+            return bool(self.signal)
+        if processes.should_stop_at(step):
             self.signal = signal.SIGTERM
-        return bool(self.signal) if processes.count() == 1 else self.signal == signal.SIGTERM
+        return self.signal == signal.SIGTERM
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
@@ -51,9 +58,14 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def must_finish(what: str, limit_s: float) -> Iterator[None]:
-    """Ends the process with exit code 1 and the stacks of its threads if the block takes longer than `limit_s` seconds."""
-    timer = threading.Timer(limit_s, _give_up, [what, limit_s])
+def must_finish(name: str, limit_s: float) -> Iterator[None]:
+    """End the process if the block takes too long: exit code 1, and the stacks of all threads on standard error.
+
+    Args:
+        name: What the error calls the block.
+        limit_s: Seconds that the block may take.
+    """
+    timer = threading.Timer(limit_s, _exit_with_stacks, [name, limit_s])
     timer.daemon = True
     timer.start()
     try:
@@ -62,8 +74,8 @@ def must_finish(what: str, limit_s: float) -> Iterator[None]:
         timer.cancel()
 
 
-def _give_up(what: str, limit_s: float) -> None:
-    told = f"error: {what} did not finish in {limit_s:g} s (train.stall_timeout_s); the stacks of all threads:"
-    print(f"\n{told}", file=sys.stderr, flush=True)
+def _exit_with_stacks(name: str, limit_s: float) -> None:
+    message = f"error: {name} did not finish in {limit_s:g} s (train.stall_timeout_s). Stacks of all threads:"
+    print(f"\n{message}", file=sys.stderr, flush=True)
     faulthandler.dump_traceback(file=2)
     os._exit(1)

@@ -1,4 +1,4 @@
-"""The training state and the step: encode, lose, update."""
+"""The training state and the train step: encode, compute the loss, update."""
 
 from __future__ import annotations
 
@@ -15,21 +15,27 @@ from jaxembed.data.batch import Batch
 from jaxembed.devices.cpu import compiler_options
 from jaxembed.losses.objectives import Objectives
 from jaxembed.model.embedder import EmbeddingModel
-from jaxembed.model.lora import join, pick_adapter, put_adapter
+from jaxembed.model.lora import join_params, pick_adapter, put_adapter
 from jaxembed.training.gradcache import encode
-from jaxembed.training.optim import updates_done
+from jaxembed.training.optim import count_updates
 
 Metrics = dict[str, jax.Array]
-SCOPES = ("loss", "encode", "optimizer")  # of a step, named in the compiled program
-OBJECTIVES = "objectives"  # of the trained parameters: those of the objectives, which are no part of the model
+SCOPES = ("loss", "encode", "optimizer")  # names of the parts of a step in the compiled program
+OBJECTIVES = "objectives"  # name of the objectives' parameters among the trained ones; the model does not have them
 
 
 @flax.struct.dataclass
 class TrainState:
-    """params: the trained parameters, float32; opt_state: optax's; step: int32 steps done; key: random key of the run.
+    """The state of training, a pytree.
 
-    The objectives' own parameters stand under OBJECTIVES. frozen: the parameters that are not trained (of a base under
-    adapters), which no checkpoint holds. Several adapters are stacked, in params and opt_state.
+    Several adapters are stacked, in `params` and in `opt_state`.
+
+    Attributes:
+        params: The trained parameters, float32. Those of the objectives are under OBJECTIVES.
+        opt_state: State of the optax optimizer.
+        step: Number of steps done, int32.
+        key: Random key of the run.
+        frozen: Parameters that are not trained: those of a base under adapters. No checkpoint holds them.
     """
 
     params: Any
@@ -41,24 +47,37 @@ class TrainState:
     @property
     def weights(self) -> Any:
         """All parameters of the model."""
-        return join({name: part for name, part in self.params.items() if name != OBJECTIVES}, self.frozen)
+        return join_params({name: part for name, part in self.params.items() if name != OBJECTIVES}, self.frozen)
 
 
 def batch_loss(
-    model: EmbeddingModel, objectives: Objectives, params: Any, batch: Batch, key: jax.Array, rows: int | None = None
+    model: EmbeddingModel,
+    objectives: Objectives,
+    params: Any,
+    batch: Batch,
+    key: jax.Array,
+    chunk_rows: int | None = None,
 ) -> tuple[jax.Array, Metrics]:
-    """The weighted sum of the objectives on a global batch, and their parts by name.
+    """Compute the loss of a global batch.
 
-    `params` are the model's and, under OBJECTIVES, the objectives'. `key` is that of all draws. With `rows` so many rows are
-    encoded at a time (gradient caching).
+    Args:
+        model: The model.
+        objectives: What is minimized.
+        params: Parameters of the model, and of the objectives under OBJECTIVES.
+        batch: The batch.
+        key: Random key of dropout and of the objectives.
+        chunk_rows: Rows that each device encodes at a time (gradient caching); None for all.
+
+    Returns:
+        The weighted sum of the objectives, and its parts by name.
     """
-    of_dropout, of_objectives = jax.random.split(key)
+    dropout_key, objectives_key = jax.random.split(key)
     with jax.named_scope("encode"):
         slots = jnp.concatenate([batch.query_slot[:, None], batch.doc_slot], axis=1)
-        vectors = encode(model, params, batch.texts, slots, of_dropout, rows)
+        vectors = encode(model, params, batch.texts, slots, dropout_key, chunk_rows)
     with jax.named_scope("loss"):
-        own = params.get(OBJECTIVES, {})
-        return objectives(vectors[:, 0], vectors[:, 1:], batch, of_objectives, own, batch.texts.shards)
+        objective_params = params.get(OBJECTIVES, {})
+        return objectives(vectors[:, 0], vectors[:, 1:], batch, objectives_key, objective_params, batch.texts.shards)
 
 
 def make_train_step(
@@ -66,46 +85,58 @@ def make_train_step(
     objectives: Objectives,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
-    skip: bool = False,
-    rows: int | None = None,
+    *,
+    skip_nonfinite: bool = False,
+    chunk_rows: int | None = None,
     shardings: TrainState | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The compiled step (state, batch) -> (state, metrics); it consumes the state. It compiles once per batch shape.
+    """Build the compiled train step. It takes seven parameters because a stage may choose each of them.
 
-    `schedule` is the optimizer's learning rate, for the metrics. With `skip`, a loss or gradient that is not finite leaves
-    parameters and optimizer as they were; the step counts, the schedule stands still. Of several adapters, those that the
-    batch does not train keep their parameters and moments. `rows`: see `batch_loss`. `shardings` are those of the state, which
-    it keeps; XLA's choice if absent.
+    Of several adapters, those that a batch does not train keep their parameters and moments.
+
+    Args:
+        model: The model.
+        objectives: What is minimized.
+        optimizer: Updates the trained parameters.
+        schedule: The learning rate of `optimizer`, for the metrics.
+        skip_nonfinite: If the loss or the gradient is not finite, leave parameters and optimizer as they are. The step counts,
+            but the schedule does not advance.
+        chunk_rows: Rows that each device encodes at a time (gradient caching); None for all.
+        shardings: Shardings of the state, which the step keeps. Default: XLA's choice.
+
+    Returns:
+        A function (state, batch) -> (state, metrics). It donates the state, and compiles once for each shape of a batch.
     """
 
-    if model.lora is not None:
-        model = model.clone(lora=model.lora.training())
-
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        before = pick_adapter((state.params, state.opt_state), batch.adapter)
+        # The adapter of this batch, if there are several: all that follows sees only that one.
+        params, opt_state = before = pick_adapter((state.params, state.opt_state), batch.adapter)
 
-        def loss_of(params: Any) -> tuple[jax.Array, Metrics]:
+        # Loss and gradients of the trained parameters.
+        def compute_loss(params: Any) -> tuple[jax.Array, Metrics]:
             key = jax.random.fold_in(state.key, state.step)
-            return batch_loss(model, objectives, join(params, state.frozen), batch, key, rows)
+            return batch_loss(model, objectives, join_params(params, state.frozen), batch, key, chunk_rows)
 
-        (loss, parts), grads = jax.value_and_grad(loss_of, has_aux=True)(before[0])
+        (loss, parts), grads = jax.value_and_grad(compute_loss, has_aux=True)(params)
         with jax.named_scope("optimizer"):
-            norm = optax.global_norm(grads)
+            grad_norm = optax.global_norm(grads)
 
+        # Update, unless the step is skipped.
         def update() -> tuple[Any, Any]:
-            params, opt_state = before
-            updates, opt_state = optimizer.update(grads, opt_state, params)
-            return optax.apply_updates(params, updates), opt_state
+            updates, new_opt_state = optimizer.update(grads, opt_state, params)
+            return optax.apply_updates(params, updates), new_opt_state
 
-        good = jnp.isfinite(loss) & jnp.isfinite(norm)
+        is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         with jax.named_scope("optimizer"):
-            after = jax.lax.cond(good, update, lambda: before) if skip else update()
-        params, opt_state = put_adapter((state.params, state.opt_state), batch.adapter, after)
-        rate = schedule(updates_done(state.opt_state))
-        metrics = {"loss": loss, **parts, "grad_norm": norm, "learning_rate": jnp.asarray(rate)}
+            after = jax.lax.cond(is_finite, update, lambda: before) if skip_nonfinite else update()
+
+        # Put the adapter back beside the others.
+        new_params, new_opt_state = put_adapter((state.params, state.opt_state), batch.adapter, after)
+        rate = schedule(count_updates(state.opt_state))
+        metrics = {"loss": loss, **parts, "grad_norm": grad_norm, "learning_rate": jnp.asarray(rate)}
         if batch.adapter is not None:
             metrics["adapter"] = batch.adapter
-        return dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1), metrics
+        return dataclasses.replace(state, params=new_params, opt_state=new_opt_state, step=state.step + 1), metrics
 
     options = compiler_options()
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
