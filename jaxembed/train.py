@@ -14,7 +14,9 @@ from jaxembed.config.sections import table
 from jaxembed.data.sources import detect_format
 from jaxembed.devices import processes
 from jaxembed.errors import UserError
+from jaxembed.hub.folders import check_base_exists
 from jaxembed.planning.topology import skip_tpu_discovery
+from jaxembed.training.run_dir import check_run_dir
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
@@ -26,10 +28,16 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"--slices is {args.slices} without --topology. Name the slice, such as --topology v5e:16x16.")
     if args.plan or args.topology:
         return _plan(config, args)
-    from jaxembed.runs.train import train  # imports JAX, so only once the config is known to be good
-
+    check_base_exists(config.model.base)
+    check_run_dir(config)
+    # These import JAX, so only after the checks that need none.
     cli.set_up_jax()
+    from jaxembed.devices.mesh import make_mesh
+
     with processes.process_group(config.train.stall_timeout_s):
+        make_mesh(**dict(config.mesh))
+        from jaxembed.runs.train import train
+
         return train(config)
 
 

@@ -1,4 +1,4 @@
-"""LoRA adapters as PEFT folders: reads and writes adapter_config.json and adapter_model.safetensors."""
+"""LoRA adapters as PEFT folders: reads adapter_model.safetensors, and writes whole folders."""
 
 from __future__ import annotations
 
@@ -12,31 +12,18 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from jaxembed.config import LoraConfig
-from jaxembed.config.fields import Fields
+from jaxembed.config.model import MAX_LORA_RANK
 from jaxembed.errors import UserError
-from jaxembed.files import exists, read_json, write_json
+from jaxembed.files import write_json
+from jaxembed.formats.peft_config import ADAPTER_CONFIG_FILE, read_lora_config
 from jaxembed.formats.weight_table import TENSOR_MAPPINGS
 from jaxembed.model.lora import TARGET_PROJECTIONS
 
-ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 # Prefixes of PEFT's tensor names: on a base with a language-model head, and on one without.
 TENSOR_NAME_PREFIXES = ("base_model.model.model.", "base_model.model.")
 # PEFT's names of the two factors, and ours.
 FACTORS = {"lora_A": "lora_a", "lora_B": "lora_b"}
-# Keys of LoRA variants that compute something else, with the values that turn these variants off.
-DISABLED_VARIANTS = {"use_dora": False, "use_rslora": False, "fan_in_fan_out": False, "bias": "none"}
-UNSUPPORTED_KEYS = ("rank_pattern", "alpha_pattern", "layers_to_transform", "modules_to_save")
-
-
-def is_peft_folder(folder: Path) -> bool:
-    """Return whether a folder contains PEFT adapters."""
-    return exists(folder / ADAPTER_CONFIG_FILE)
-
-
-def read_base_name(folder: Path) -> str:
-    """Return the name of the base model that a PEFT folder refers to."""
-    path = folder / ADAPTER_CONFIG_FILE
-    return Fields(read_json(path), str(path)).string("base_model_name_or_path")
 
 
 def read_adapters(folder: Path, num_layers: int) -> tuple[LoraConfig, Any]:
@@ -49,8 +36,8 @@ def read_adapters(folder: Path, num_layers: int) -> tuple[LoraConfig, Any]:
     Raises:
         UserError: If the adapters are of another kind than LoRA, or if tensors are missing, misshapen or unexpected.
     """
-    fields = _read_lora_config(folder / ADAPTER_CONFIG_FILE)
-    path, rank = folder / ADAPTER_WEIGHTS_FILE, fields.integer("r")
+    fields = read_lora_config(folder / ADAPTER_CONFIG_FILE)
+    path, rank = folder / ADAPTER_WEIGHTS_FILE, fields.integer("r", maximum=MAX_LORA_RANK)
     tensors = _load_tensors(path)
     params: dict[tuple[str, ...], np.ndarray] = {}
     targets = []
@@ -68,24 +55,6 @@ def read_adapters(folder: Path, num_layers: int) -> tuple[LoraConfig, Any]:
         found = f"unexpected tensor {next(iter(tensors))}" if tensors else "no adapters"
         raise UserError(f"{path}: {found} (expected adapters of {', '.join(TARGET_PROJECTIONS)} in {num_layers} layers).")
     return LoraConfig(rank=rank, alpha=fields.positive_number("lora_alpha"), targets=tuple(targets)), unflatten_dict(params)
-
-
-def _read_lora_config(path: Path) -> Fields:
-    """Read an adapter_config.json.
-
-    Raises:
-        UserError: If it describes anything but plain LoRA with one rank.
-    """
-    config = read_json(path)
-    fields = Fields(config, str(path))
-    kind = fields.string("peft_type")
-    if kind != "LORA":
-        raise UserError(f"{path}: peft_type {kind} is not supported (expected LORA).")
-    unsupported = [key for key, off in DISABLED_VARIANTS.items() if config.get(key, off) not in (off, None)]
-    unsupported += [key for key in UNSUPPORTED_KEYS if config.get(key)]
-    if unsupported:
-        raise UserError(f"{path}: {unsupported[0]} {config[unsupported[0]]!r} is not supported (expected plain LoRA).")
-    return fields
 
 
 def _load_tensors(path: Path) -> dict[str, np.ndarray]:

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from jaxembed.data.tokenize import silence_transformers
 from jaxembed.data.vector_store import VectorStore, make_text_key
 from jaxembed.errors import UserError, summarize
+from jaxembed.hub.folders import find_folder
 from jaxembed.hub.frozen_encoder import find_weight_files, hash_folder
-from jaxembed.hub.resolve import find_folder
 from jaxembed.hub.torch_model import import_sentence_transformers
 
 ScorePairs = Callable[[Sequence[tuple[str, str]]], np.ndarray]  # P (query, document) texts -> scores [P]

@@ -20,8 +20,10 @@ from jaxembed.devices.mesh import make_mesh
 from jaxembed.errors import UserError, summarize
 from jaxembed.files import exists, file_digest
 from jaxembed.formats.sentence_transformers import MODULES_FILE
+from jaxembed.hub.base import Base
 from jaxembed.hub.embedder import Embedder
-from jaxembed.hub.resolve import find_base_with_weights, find_folder
+from jaxembed.hub.folders import find_folder
+from jaxembed.hub.resolve import find_base
 from jaxembed.hub.spec_files import SPEC_FILE
 from jaxembed.hub.torch_model import load_sentence_transformer
 
@@ -128,7 +130,7 @@ def open_frozen_encoder(name: str, cache: Path, mesh: Mesh | None = None) -> Fro
         UserError: The model cannot be loaded.
     """
     try:
-        content_hash = find_base_with_weights(name).hash()
+        base = find_base(name)
     except UserError as error:
         folder = Path(name) if exists(Path(name) / MODULES_FILE) else find_folder(name)
         if not exists(folder / MODULES_FILE) or exists(folder / SPEC_FILE):
@@ -140,12 +142,12 @@ def open_frozen_encoder(name: str, cache: Path, mesh: Mesh | None = None) -> Fro
         log.info("%s: loaded by sentence-transformers (%s)", name, error)
         return _open_sentence_transformer(name, folder, cache)
     mesh = make_mesh(devices=jax.local_devices()) if mesh is None else mesh
-    return _open_embedder(name, content_hash, Embedder.load(name, mesh=mesh), cache)
+    return _open_embedder(name, base, Embedder.load(name, mesh=mesh), cache)
 
 
-def _open_embedder(name: str, content_hash: str, embedder: Embedder, cache: Path) -> FrozenEncoder:
+def _open_embedder(name: str, base: Base, embedder: Embedder, cache: Path) -> FrozenEncoder:
     spec, tokenizer_state = embedder.spec, embedder.tokenizer.hf_tokenizer.backend_tokenizer.to_str()
-    identity = json.dumps([content_hash, spec.model_dump(mode="json"), tokenizer_state], sort_keys=True)
+    identity = json.dumps([base.hash(), spec.model_dump(mode="json"), tokenizer_state], sort_keys=True)
     digest = hashlib.sha256(identity.encode()).hexdigest()
 
     def select_prompt(side: str, instruction: str) -> str:

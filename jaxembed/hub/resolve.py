@@ -11,17 +11,15 @@ from jaxembed.config.sections import parse_section
 from jaxembed.errors import UserError
 from jaxembed.files import exists, read_json
 from jaxembed.formats.nv_embed import read_decoder_config
-from jaxembed.formats.peft import ADAPTER_CONFIG_FILE, is_peft_folder, read_base_name
+from jaxembed.formats.peft_config import ADAPTER_CONFIG_FILE, is_peft_folder, read_base_name
 from jaxembed.formats.published import find_first_stage_adapters
 from jaxembed.hub.base import Base, BaseWithWeights, FolderBase, PresetBase
-from jaxembed.hub.download import download_model, is_hub_id
+from jaxembed.hub.folders import PRESET_PREFIX, find_folder
 from jaxembed.hub.restore import RunBase
 from jaxembed.hub.spec_files import make_preset_spec, read_adapter_spec, read_folder_spec
 from jaxembed.model.families import find_preset, parse_hf_config
 from jaxembed.training.checkpoint import Checkpoints, pick_step
 from jaxembed.training.run_dir import BASE_RECORD_FILE, read_run_file
-
-PRESET_PREFIX = "preset:"
 
 
 def find_base(name: str) -> Base:
@@ -45,30 +43,6 @@ def find_base_with_weights(name: str) -> BaseWithWeights:
         UserError: The model is a preset, which has no weights.
     """
     return _find_base_with_weights(name, ())
-
-
-def find_folder(name: str) -> Path:
-    """Return the folder that a name means: a run directory, a model folder, or the local snapshot of a hub repository.
-
-    Raises:
-        UserError: There is no such folder, or it is none of these.
-    """
-    try:
-        path = Path(name).expanduser()
-    except RuntimeError:  # the home folder of an unknown user
-        path = Path(name)
-    if exists(path / "config.json") or exists(path / BASE_RECORD_FILE) or is_peft_folder(path):
-        return path
-    if not exists(path) and not name.startswith((".", "/", "~")) and is_hub_id(name):
-        return download_model(name)
-    if adapters := sorted(inner.parent.name for inner in path.glob(f"*/{ADAPTER_CONFIG_FILE}")):
-        raise UserError(
-            f"{name}: has one folder for each of the adapters {', '.join(adapters)}. Choose one, such as {path / adapters[0]}."
-        )
-    raise UserError(
-        f"{name}: neither a folder with a config.json or an {ADAPTER_CONFIG_FILE}, nor a run directory, nor a hub id such as "
-        "Qwen/Qwen2-0.5B. Check the name."
-    )
 
 
 def open_run(name: str, run_dir: Path, checkpoint: str = "best") -> RunBase:
