@@ -86,7 +86,7 @@ class BatchSampler:
         token_counts = iter(self.tokenizer.count_prompt_tokens(list(chain.from_iterable(parts))))
         limited = []
         for example, of_example in zip(examples, parts, strict=True):
-            # Keep as many in-context examples as fit behind the instruction.
+            # Keep as many in-context examples as fit, together with the instruction.
             prompt_tokens = np.cumsum(list(islice(token_counts, len(of_example))))
             fitting = int((2 * prompt_tokens <= spec.max_length).sum()) - 1
             few_shot = example.few_shot[: max(0, fitting)]

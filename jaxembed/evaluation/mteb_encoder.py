@@ -13,7 +13,7 @@ from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.errors import UserError, summarize
 from jaxembed.files import write_json
 
-EncodeWithPrompt = Callable[[Sequence[str], str], np.ndarray]  # (texts, whole prompt) -> unit vectors [N, D]
+EncodeWithPrompt = Callable[[Sequence[str], str], np.ndarray]  # (texts, complete prompt) -> unit vectors [N, D]
 
 
 @dataclasses.dataclass
@@ -21,7 +21,7 @@ class MtebEncoder:
     """An encode function as mteb's EncoderProtocol.
 
     Attributes:
-        encode_with_prompt: Encodes texts under a whole prompt.
+        encode_with_prompt: Encodes texts under a complete prompt.
         spec: Builds the prompts.
         name: Name of the model.
         revision: Identifies the weights. mteb caches results by it.

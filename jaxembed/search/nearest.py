@@ -99,8 +99,8 @@ def _search_by_faiss(
 ) -> SearchResult:
     """Search by FAISS, with the order of `search` for equal scores.
 
-    FAISS leaves open which of several equal scores come first, and which are left out. So more than k documents are fetched,
-    and twice as many again for queries whose equal scores may go on behind the last one.
+    FAISS leaves open which of several equal scores come first, and which are left out. So more than k documents are fetched.
+    Queries whose equal scores may continue after the last fetched one are searched again for twice as many.
 
     Args:
         queries: Query vectors.
@@ -217,7 +217,7 @@ def top_k(scores: Float[jax.Array, "q n"], k: int) -> tuple[jax.Array, jax.Array
     """Return what `jax.lax.top_k` returns, but faster: values and columns [q, k].
 
     Columns are divided into groups. The k best scores are in the k groups with the highest maxima, because each of these groups
-    has a score at least as high as any score outside them. So only these groups are searched, and the columns behind the last
+    has a score at least as high as any score outside them. So only these groups are searched, and the columns after the last
     full group.
     """
     queries, n = scores.shape
@@ -227,10 +227,10 @@ def top_k(scores: Float[jax.Array, "q n"], k: int) -> tuple[jax.Array, jax.Array
     # Choose the k groups with the highest maxima. Sort them, so that the first of equal scores stays first.
     groups = scores[:, : group_count * GROUP_SIZE].reshape(queries, group_count, GROUP_SIZE)
     chosen = jnp.sort(jax.lax.top_k(groups.max(axis=2), k)[1])
-    # Find the k best among the members of these groups and the columns behind the last group.
+    # Find the k best among the members of these groups and the columns after the last group.
     members = jnp.take_along_axis(groups, chosen[:, :, None], axis=1).reshape(queries, k * GROUP_SIZE)
     values, place = jax.lax.top_k(jnp.concatenate([members, scores[:, n - rest :]], axis=1), k)
     # Turn places among these candidates back into columns.
     group = jnp.take_along_axis(chosen, jnp.minimum(place // GROUP_SIZE, k - 1), axis=1)
-    place_behind = place - k * GROUP_SIZE
-    return values, jnp.where(place_behind < 0, group * GROUP_SIZE + place % GROUP_SIZE, n - rest + place_behind)
+    place_in_rest = place - k * GROUP_SIZE
+    return values, jnp.where(place_in_rest < 0, group * GROUP_SIZE + place % GROUP_SIZE, n - rest + place_in_rest)
