@@ -1,162 +1,211 @@
-"""Finds hard negatives for pairs: python -m jaxembed.mine MODEL IN OUT.jsonl [--corpus PATH ...]"""
+"""Mine hard negatives for pairs.
+
+Usage: python -m jaxembed.mine MODEL IN OUT.jsonl [--corpus PATH ...]
+"""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import logging
+import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxembed import cli, config
-from jaxembed.cli import whole
+from jaxembed.config.mining import RULES, RULES_BY_KEY, SAMPLED_RULES, MineConfig
 from jaxembed.config.sections import parse_section
-from jaxembed.curation.rules import NUMBERS, RULES, SAMPLED, Rule
+from jaxembed.curation.rules import format_rule_options, option_name
 from jaxembed.errors import UserError
 from jaxembed.files import cache_dir
 
 ABOUT = """\
-IN is whatever training takes, but for rows of text and label. OUT has its rows in the main format, with the negatives that
-were found and the scores of positives and negatives. A query's positives, in whatever row, and the query itself are never its
-negatives. Vectors are kept: the same command goes on after a stop."""
+IN is anything that training reads, except rows of text and label. OUT has the rows of IN in the main format, with the mined
+negatives and the scores of positives and negatives. Neither the positives of a query, in whatever row, nor the query itself
+become its negatives. Vectors are cached, so the same command continues after a stop."""
 log = logging.getLogger("jaxembed")
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the files that were written and the counts of the report."""
+    """Mine negatives. Return the files that were written and the counts of the report."""
     cache = cache_dir()
-    with cli.stoppable(f"the vectors and scores so far are kept in {cache}; the same command goes on"):
+    with cli.stop_on_signals(f"the vectors and scores so far are kept in {cache}; the same command continues"):
         return write_negatives(args, cache)
 
 
 def write_negatives(args: argparse.Namespace, cache: Path) -> dict[str, Any]:
-    """Mines, and writes OUT and the report; bad options, inputs and outputs are told before anything is encoded."""
+    """Mine negatives, then write OUT and the report. Bad options, inputs and outputs fail before anything is encoded."""
+    # Check the options and the outputs.
     out = cli.new_output(args.out, [".jsonl"])
-    report = cli.new_output(args.report) if args.report else cli.writable(out.with_name(f"{out.name}.report.json"))
-    if report.absolute() == out.absolute():
-        raise UserError(f"--report {report}: is OUT itself; name another file")
-    rule = Rule.given(args.rule, {name: value for name in NUMBERS if (value := getattr(args, name)) is not None})
-    source_config, packages = read_source(args)
-    from jaxembed.curation.mining import MiningOptions, embed, mine, of_texts
-    from jaxembed.curation.pool import open_input, read_corpus, read_pool
-    from jaxembed.curation.report import details, line, summary
-    from jaxembed.data.batch import RawText
+    report_path = cli.new_output(args.report) if args.report else cli.writable_output(out.with_name(f"{out.name}.report.json"))
+    if report_path.absolute() == out.absolute():
+        raise UserError(f"--report {report_path}: is the same file as OUT. Name another file.")
+    rule_config = read_rule(args)
+    source_config = read_source(args)
+    from jaxembed.curation.mining import MiningOptions, embed_texts, mine_negatives, score_by_text
+    from jaxembed.curation.pool import open_mining_source, read_corpus, read_pool
+    from jaxembed.curation.report import collect_scores_and_samples, count_outcomes, describe_options, to_output_row
+    from jaxembed.data.batch import EncoderInput
     from jaxembed.hub.cross_encoder import open_cross_encoder
     from jaxembed.hub.frozen_encoder import open_frozen_encoder
 
     cli.set_up_jax()
-    by_bm25 = args.candidates == "bm25"
-    ways = MiningOptions(
-        rule, args.seed, args.consistency_top_k, args.keep_negatives, by_bm25, args.memory_mb, args.approximate
+    options = MiningOptions(
+        config=rule_config,
+        seed=args.seed,
+        consistency_top_k=args.consistency_top_k,
+        keep_negatives=args.keep_negatives,
+        use_bm25=args.candidates == "bm25",
+        memory_mb=args.memory_mb,
+        approximate=args.approximate,
     )
-    source = open_input(source_config, packages, cache)
+
+    # Read all texts.
+    source = open_mining_source(source_config, cache)
     corpus = read_corpus(args.corpus, cache, args.text_column) if args.corpus else None
     pool = read_pool(source, corpus, args.seed)
-    if pool.candidates < rule.first:
-        told = f"of {pool.searched} documents at most {pool.candidates} may be negatives of one query"
-        raise UserError(f"{told}, and {rule.limit} takes them from rank {rule.first} on; name more documents by --corpus")
-    rescore = of_texts(open_cross_encoder(args.cross_encoder, cache), pool) if args.cross_encoder else None
-    model = open_frozen_encoder(args.model, cache, cli.make_mesh(args.fsdp))
-    of_documents = source_config.instruction_of_documents(next(iter(source_config.instructions), ""))
-    queries = embed(pool.queries, model.encode, model.width, "queries")
-    texts = [RawText(text, "document", of_documents) for text in pool.documents]
-    result = mine(pool, queries, embed(texts, model.encode, model.width, "documents"), ways, rescore)
-    counts = summary(pool, result, rule)
+    if pool.max_candidates < rule_config.first_rank:
+        raise UserError(
+            f"{format_rule_options(rule_config)}: negatives start at rank {rule_config.first_rank}, but a query has at most "
+            f"{pool.max_candidates} candidates among {pool.corpus_size} documents. Name more documents with --corpus."
+        )
+
+    # Open the models and encode the texts.
+    rescore = score_by_text(open_cross_encoder(args.cross_encoder, cache), pool) if args.cross_encoder else None
+    encoder = open_frozen_encoder(args.model, cache, cli.make_fsdp_mesh(args.fsdp))
+    document_instruction = source_config.instruction_for_documents(next(iter(source_config.instructions), ""))
+    query_vectors = embed_texts(pool.queries, encoder.encode, encoder.width, "queries")
+    document_inputs = [EncoderInput(text, "document", document_instruction) for text in pool.documents]
+    document_vectors = embed_texts(document_inputs, encoder.encode, encoder.width, "documents")
+
+    # Mine, report and write.
+    result = mine_negatives(pool, query_vectors, document_vectors, options, rescore)
+    counts = count_outcomes(pool, result, rule_config)
     if "warning" in counts:
         log.warning("warning: %s", counts["warning"])
-    named = {
-        "model": model.identity, "cross_encoder": args.cross_encoder, "corpus_paths": args.corpus, "digest": source.digest,
+    report = {
+        **counts,
+        "model": encoder.identity,
+        "cross_encoder": args.cross_encoder,
+        "corpus_paths": args.corpus,
+        "digest": source.digest,
         "source": source_config.model_dump(mode="json", exclude_defaults=True),
-    }  # fmt: skip
-    settings = {**named, "ways": dataclasses.asdict(ways)}
-    write(out, (line(pool, row) for row in result.rows), report, {**counts, **settings, **details(pool, result)})
-    return {"out": str(out), "report": str(report), **counts}
+        "ways": describe_options(options),
+        **collect_scores_and_samples(pool, result),
+    }
+    write_outputs(out, (to_output_row(pool, row) for row in result.rows), report_path, report)
+    return {"out": str(out), "report": str(report_path), **counts}
 
 
-def write(out: Path, rows: Iterable[Mapping[str, Any]], report: Path, told: Mapping[str, Any]) -> None:
-    """Writes OUT, then the report; `UserError` says which of them could not be written."""
-    from jaxembed.data.jsonl import write_lines
-    from jaxembed.files import write_json, written_whole
+def write_outputs(out: Path, rows: Iterable[Mapping[str, Any]], report_path: Path, report: Mapping[str, Any]) -> None:
+    """Write OUT, then the report. A `UserError` names the file that could not be written."""
+    from jaxembed.data.jsonl import write_jsonl
+    from jaxembed.files import atomic_write, write_json
 
     try:
-        with written_whole(out) as partial:
-            write_lines(partial, rows)
-        write_json(report, told)
+        with atomic_write(out) as partial:
+            write_jsonl(partial, rows)
+        write_json(report_path, report)
     except OSError as error:
-        failed, kept = (report, f"{out} is whole") if out.exists() else (out, "make room, and the same command goes on")
-        raise UserError(f"{failed}: cannot be written ({error.strerror}); {kept}") from None
+        if out.exists():
+            raise UserError(f"{report_path}: cannot be written ({error.strerror}). {out} is complete.") from None
+        raise UserError(f"{out}: cannot be written ({error.strerror}). Make room, and the same command continues.") from None
 
 
-def read_source(args: argparse.Namespace) -> tuple[config.SourceConfig, config.PythonPackagesConfig]:
-    """What IN says of rows and instructions: by the options, or as the source of a config that it names."""
-    asked, rows = {"instructions": (args.instruction,)} if args.instruction else {}, cli.row_options(args)
+def read_rule(args: argparse.Namespace) -> MineConfig:
+    """Return the `mine` section that the options define. Raise `UserError` for an option that the rule does not read."""
+    given = {key: value for key in MineConfig.model_fields if (value := getattr(args, key)) is not None}
+    rule = given.setdefault("rule", MineConfig().rule)
+    for key in given:
+        if rule not in (rules := RULES_BY_KEY.get(key, RULES)):
+            raise UserError(
+                f"{option_name(key)}: --rule {rule} does not read it (read by: {', '.join(rules)}). Remove it or choose "
+                "another rule."
+            )
+    return parse_section(MineConfig, given, f"--rule {rule}")
+
+
+def read_source(args: argparse.Namespace) -> config.SourceConfig:
+    """Return the source section of IN, built from the options or taken from the config that they name."""
+    changes = {"instructions": (args.instruction,)} if args.instruction else {}
+    row_options = cli.row_settings(args)
     if not args.config:
-        tree = {"path": args.input, **rows, **asked}
-        return parse_section(config.SourceConfig, tree, "command line"), config.PythonPackagesConfig()
-    settings = config.load_config(args.config, base="")
-    sources = settings.all_sources()
-    found = [source for source in sources if args.input in (source.display_name, source.path)]
-    if len(found) != 1:
+        return parse_section(config.SourceConfig, {"path": args.input, **row_options, **changes}, "command line")
+    sources = config.load_config(args.config, base="").all_sources()
+    matches = [source for source in sources if args.input in (source.display_name, source.path)]
+    if len(matches) != 1:
         names = ", ".join(source.display_name for source in sources)
-        raise UserError(f"{args.config}: {len(found)} sources are named {args.input}; expected the name of one: {names}")
-    return found[0].model_copy(update=asked), settings.in_stages()[0].data.python_packages
+        raise UserError(f"{args.config}: {len(matches)} sources are named {args.input} (expected one of: {names}).")
+    return matches[0].model_copy(update=changes)
+
+
+def add_rule_options(parser: argparse.ArgumentParser) -> None:
+    """Add an option for each key of the `mine` section, with the key's type, default and description."""
+    group = parser.add_argument_group("rule", "as the keys of a config's section mine; see docs/guides/mining.md")
+    for key, field in MineConfig.model_fields.items():
+        default = " ".join(map(str, np.ravel(field.default)))
+        group.add_argument(
+            option_name(key), help=f"{field.description} Default: {default}.", **_argument_type(field.annotation)
+        )
+
+
+def _argument_type(annotation: Any) -> dict[str, Any]:
+    """Return the settings of an option that reads values of a type. Integers are positive, tuples have two integers."""
+    if typing.get_origin(annotation) is typing.Literal:
+        return {"choices": typing.get_args(annotation)}
+    if typing.get_origin(annotation) is tuple:
+        return {"type": cli.integer_from(1), "nargs": 2, "metavar": ("A", "B")}
+    return {"type": cli.integer_from(1), "metavar": "N"} if annotation is int else {"type": float, "metavar": "X"}
 
 
 def make_parser() -> cli.Parser:
-    default = Rule()
-    parser = cli.parser("mine", f"{__doc__}\n\n{ABOUT}")
-    parser.add_argument("model", metavar="MODEL", help="any that jaxembed or sentence-transformers loads: a folder or hub id")
-    parser.add_argument("input", metavar="IN", help="queries and positives: a path or name, as in a config (docs/data.md)")
-    parser.add_argument("out", metavar="OUT.jsonl", help="must not exist")
+    """Build the parser of the command."""
+    parser = cli.new_parser("mine", f"{__doc__}\n{ABOUT}")
+    parser.add_argument(
+        "model", metavar="MODEL", help="any model that jaxembed or sentence-transformers loads: folder or hub id"
+    )
+    parser.add_argument("input", metavar="IN", help="queries and positives: a path or name, as in a config")
+    parser.add_argument("out", metavar="OUT.jsonl", help="output file, which must not exist")
     group = parser.add_argument_group("input")
-    cli.add_rows(group)
-    group.add_argument("--config", metavar="CONFIG.yaml", help="IN is the name of one of its sources, taken as it says")
-    group.add_argument("--instruction", default="", metavar="TEXT", help='of queries whose row has no "prompt"')
+    cli.add_row_arguments(group)
+    group.add_argument("--config", metavar="CONFIG.yaml", help="take IN from this config, by the name of a source")
+    group.add_argument("--instruction", default="", metavar="TEXT", help='instruction of queries whose row has no "prompt"')
     group.add_argument(
         "--corpus", nargs="+", metavar="PATH",
-        help='where negatives are looked for: BEIR folders, or whatever holds rows with "text" (and "title"), such as .jsonl, '
-        ".parquet or .txt (default: the positives and negatives of IN)",
+        help='documents to search: BEIR folders, or files of rows with "text" (and "title"), such as .jsonl, .parquet or .txt. '
+        "Default: the positives and negatives of IN.",
     )  # fmt: skip
-    group.add_argument("--text-column", default="text", metavar="NAME", help='of the corpus, instead of "text"')
-    group = parser.add_argument_group("candidates", "the documents nearest to a query, but for its positives and itself")
-    group.add_argument("--depth", type=whole(1), metavar="N", help=f"how many a query has; default: {default.depth}")
+    group.add_argument("--text-column", default="text", metavar="NAME", help="column of the corpus that has the text")
+    add_rule_options(parser)
+    group = parser.add_argument_group("candidates", "the best documents of a query, without its positives and itself")
     group.add_argument(
-        "--candidates", choices=["model", "bm25"], default="model", help="nearest by MODEL (default), or by BM25"
+        "--candidates", choices=["model", "bm25"], default="model", help="nearest by MODEL (default), or best by BM25"
     )
     group.add_argument(
         "--cross-encoder", metavar="MODEL",
-        help="a sentence-transformers cross-encoder, whose scores order candidates, feed the rule and stand in OUT",
+        help="sentence-transformers cross-encoder whose scores order the candidates, apply to the rule, and are written to OUT",
     )  # fmt: skip
-    group = parser.add_argument_group("negatives", "the candidates that a rule chooses; docs/mining.md has all rules")
-    group.add_argument("--rule", choices=RULES, default=default.name, help=f"default: {default.name}")
-    group.add_argument("--negatives", type=whole(1), metavar="N", help=f"of a row, at most; default: {default.negatives}")
-    told = f"topk_perc_pos: the highest score, as a part of the positive's, 0 to 1; default: {default.share}"
-    group.add_argument("--share", type=float, metavar="X", help=told)
-    told = f"topk_margin_pos: the highest score is so far below the positive's; default: {default.margin}"
-    group.add_argument("--margin", type=float, metavar="X", help=told)
+    group.add_argument("--keep-negatives", action="store_true", help="keep the negatives of IN, before the mined ones")
     group.add_argument(
-        "--max-score", type=float, metavar="X", help=f"topk_abs: the highest score; default: {default.max_score}"
-    )
-    told = f"window: the first and the last rank, counted from 1; default: {' '.join(map(str, default.window))}"
-    group.add_argument("--window", type=whole(1), nargs=2, metavar=("A", "B"), help=told)
+        "--consistency-top-k", type=cli.integer_from(1), default=0, metavar="K",
+        help="remove a positive if K other documents score higher, and rows without any positive left. Default: keep all.",
+    )  # fmt: skip
     group.add_argument(
-        "--seed", type=whole(0), default=0, metavar="N", help=f"of what {' and '.join(SAMPLED)} draw; default: 0"
-    )
-    group.add_argument("--keep-negatives", action="store_true", help="IN's own come first, and --negatives more")
-    group.add_argument(
-        "--consistency-top-k", type=whole(1), default=0, metavar="K",
-        help="leave out positives above which K other documents score, and rows without any other (default: keep all)",
+        "--seed", type=cli.integer_from(0), default=0, metavar="N",
+        help=f"seed of the samples that {' and '.join(SAMPLED_RULES)} draw. Default: 0.",
     )  # fmt: skip
     group = parser.add_argument_group("search and report")
     group.add_argument(
-        "--memory-mb", type=whole(1), default=512, metavar="N", help="of the search, on each device; default: 512"
-    )
-    cli.add_fsdp(group)
-    group.add_argument("--approximate", action="store_true", help="a faster search on TPUs; its recall is in the report")
-    group.add_argument("--report", metavar="FILE.json", help="counts, histograms, samples; default: OUT.jsonl.report.json")
+        "--memory-mb", type=cli.integer_from(1), default=512, metavar="N",
+        help="memory of the search on each device, in MiB. Default: 512.",
+    )  # fmt: skip
+    cli.add_fsdp_argument(group)
+    group.add_argument("--approximate", action="store_true", help="search faster on TPUs; the report has the recall")
+    group.add_argument("--report", metavar="FILE.json", help="counts, histograms and samples. Default: OUT.jsonl.report.json.")
     return parser
 
 
 if __name__ == "__main__":
-    cli.run(main, make_parser())
+    cli.run_command(main, make_parser())

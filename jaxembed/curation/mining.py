@@ -1,4 +1,4 @@
-"""Hard negatives: candidates by search, filtered by rank and rule, with the scores that chose them."""
+"""Hard negatives: candidates by search, filtered by rank and score, with the scores that selected them."""
 
 from __future__ import annotations
 
@@ -8,180 +8,258 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxembed.curation.pool import Pool, Row
-from jaxembed.curation.rules import Rule
-from jaxembed.data.batch import EncodeRaw, RawText
-from jaxembed.devices.processes import progress
+from jaxembed.config import MineConfig
+from jaxembed.curation.pool import MiningPool, PoolRow
+from jaxembed.curation.rules import choose_negatives
+from jaxembed.data.batch import EncodeInputs, EncoderInput
+from jaxembed.devices.processes import progress_bar
 from jaxembed.errors import UserError
 from jaxembed.hub.cross_encoder import ScorePairs
 from jaxembed.search import bm25
-from jaxembed.search.nearest import MEMORY_MB, Found, search
+from jaxembed.search.nearest import DEFAULT_MEMORY_MB, SearchResult, search
 
-AT_ONCE = 2048  # texts, or pairs of them, between which a kill loses nothing
-LONGEST = 100_000  # characters of a text that is encoded
-ROUNDING = 1e-6  # of scores: documents this near score the same
-SAMPLE = 256  # queries by which an approximate search is judged
+TEXTS_PER_CALL = 2048  # Texts, or pairs of them. What earlier calls computed survives a kill.
+MAX_TEXT_CHARS = 100_000  # Texts are truncated before they are encoded.
+SCORE_TOLERANCE = 1e-6  # Documents with scores this close count as equal.
+RECALL_SAMPLE_QUERIES = 256  # Sample that estimates the recall of an approximate search.
 
-Score = Callable[[np.ndarray], np.ndarray]  # (query, document) numbers [P, 2] -> scores [P]
+ScoreIds = Callable[[np.ndarray], np.ndarray]  # (query, document) ids [P, 2] -> scores [P]
 
 
 @dataclasses.dataclass(frozen=True)
 class MiningOptions:
-    """How candidates are found and filtered. `consistency` is the rank that a positive needs, 0 for any."""
+    """How candidates are found and filtered.
 
-    rule: Rule
+    Attributes:
+        config: Rule that selects negatives among the candidates.
+        seed: Seed of the sample that estimates the recall.
+        consistency_top_k: Rank that a positive needs. 0: any rank.
+        keep_negatives: Keep the negatives of the rows, before the mined ones.
+        use_bm25: Take candidates from BM25, in its order, instead of from the vectors.
+        memory_mb: Memory of the search on each device, in MiB.
+        approximate: Search with `jax.lax.approx_max_k`.
+    """
+
+    config: MineConfig
     seed: int = 0
-    consistency: int = 0
+    consistency_top_k: int = 0
     keep_negatives: bool = False
-    by_bm25: bool = False
-    memory_mb: int = MEMORY_MB
+    use_bm25: bool = False
+    memory_mb: int = DEFAULT_MEMORY_MB
     approximate: bool = False
 
 
-class Mined(NamedTuple):
-    """A row's documents by number, with their scores; the last `mined` of the negatives are new."""
+class MinedRow(NamedTuple):
+    """A row with the scores of its positives, and its negatives with theirs. The last `num_mined` negatives are new."""
 
-    row: Row
-    positives: tuple[int, ...]
+    row: PoolRow
     positive_scores: np.ndarray
     negatives: tuple[int, ...]
     negative_scores: np.ndarray
-    mined: int
+    num_mined: int
 
 
-class Result(NamedTuple):
-    """`rows` are those of the pool that have a positive left. `recall` is the share of the nearest documents that an
-    approximate search found for a sample of the queries.
+class MiningResult(NamedTuple):
+    """The outcome of mining.
+
+    Attributes:
+        rows: Rows of the pool that have a positive left.
+        inconsistent_rows: Rows that lost all positives to the consistency filter.
+        recall: Share of the exact nearest documents that an approximate search found for a sample of the queries, or
+            None for an exact search.
     """
 
-    rows: list[Mined]
-    inconsistent: list[Row]
+    rows: list[MinedRow]
+    inconsistent_rows: list[PoolRow]
     recall: float | None
 
 
-def embed(texts: Sequence[RawText], encode: EncodeRaw, width: int, told: str) -> np.ndarray:
-    """Vectors [N, width] of texts, some at a time, so that a cache behind `encode` keeps each part that is done."""
-    out = np.zeros((len(texts), width), np.float32)
-    with progress(total=len(texts), unit="text", desc=told) as bar:
-        for start in range(0, len(texts), AT_ONCE):
-            part = texts[start : start + AT_ONCE]
-            out[start : start + len(part)] = encode([text._replace(text=text.text[:LONGEST]) for text in part])
+def embed_texts(texts: Sequence[EncoderInput], encode: EncodeInputs, width: int, description: str) -> np.ndarray:
+    """Encode texts in parts, so that a cache behind `encode` keeps every finished part.
+
+    Returns:
+        Unit vectors, float32 [N, width].
+    """
+    vectors = np.zeros((len(texts), width), np.float32)
+    with progress_bar(total=len(texts), unit="text", desc=description) as bar:
+        for start in range(0, len(texts), TEXTS_PER_CALL):
+            part = texts[start : start + TEXTS_PER_CALL]
+            truncated = [text._replace(text=text.text[:MAX_TEXT_CHARS]) for text in part]
+            vectors[start : start + len(part)] = encode(truncated)
             bar.update(len(part))
-    return out
+    return vectors
 
 
-def of_texts(score: ScorePairs, pool: Pool) -> Score:
-    """Scores of pairs by their texts."""
-    return lambda pairs: score([(pool.queries[q].text[:LONGEST], pool.documents[d][:LONGEST]) for q, d in pairs.tolist()])
+def score_by_text(score_pairs: ScorePairs, pool: MiningPool) -> ScoreIds:
+    """Turn a function that scores pairs of texts into one that scores pairs of ids of a pool."""
+
+    def score_ids(ids: np.ndarray) -> np.ndarray:
+        pairs = [(pool.queries[query].text, pool.documents[document]) for query, document in ids.tolist()]
+        return score_pairs([(query[:MAX_TEXT_CHARS], document[:MAX_TEXT_CHARS]) for query, document in pairs])
+
+    return score_ids
 
 
-def mine(pool: Pool, queries: np.ndarray, documents: np.ndarray, ways: MiningOptions, rescore: Score | None = None) -> Result:
-    """Negatives for the rows of a pool, given the unit vectors of its queries and documents.
+def mine_negatives(
+    pool: MiningPool,
+    query_vectors: np.ndarray,
+    document_vectors: np.ndarray,
+    options: MiningOptions,
+    rescore: ScoreIds | None = None,
+) -> MiningResult:
+    """Mine negatives for the rows of a pool.
 
-    `rescore` gives candidates another order and all documents other scores, as of a cross-encoder. Consistency is judged by
-    the vectors (KaLM-Embedding, arXiv:2501.01028: 50; E5, arXiv:2212.03533: 2): a positive above which `consistency`
-    documents score that are no positives leaves its row. `UserError` where that leaves no row.
+    The consistency filter removes a positive if `consistency_top_k` documents that are no positives score higher
+    (KaLM-Embedding, arXiv:2501.01028: 50. E5, arXiv:2212.03533: 2). It always uses the vectors.
+
+    Args:
+        pool: Rows, queries and documents.
+        query_vectors: Unit vectors of the queries [Q, D].
+        document_vectors: Unit vectors of the documents [N, D].
+        options: How candidates are found and filtered.
+        rescore: Scores that replace the cosines, such as those of a cross-encoder. They reorder the candidates.
+
+    Raises:
+        UserError: If the consistency filter leaves no positive.
     """
 
-    def cosines(pairs: np.ndarray) -> np.ndarray:
-        return np.einsum("pd,pd->p", queries[pairs[:, 0]], documents[pairs[:, 1]])
+    def compute_cosines(ids: np.ndarray) -> np.ndarray:
+        return np.einsum("pd,pd->p", query_vectors[ids[:, 0]], document_vectors[ids[:, 1]])
 
-    rows, recall = pool.rows, None
-    if ways.consistency or not ways.by_bm25:
-        nearest, recall = _nearest(pool, queries, documents, ways)
-    if ways.consistency:
-        rows = list(_consistent(rows, nearest, cosines, ways.consistency))
-    found = _by_bm25(pool, cosines, ways.rule.candidates) if ways.by_bm25 else nearest
-    score = cosines if rescore is None else rescore
-    kept = [row for row in rows if row.positives]
-    if not kept:
-        raise UserError(f"no positive is among the {ways.consistency} nearest of its query; raise --consistency-top-k")
+    # Search, unless BM25 finds the candidates and nothing else needs the nearest documents.
+    recall: float | None = None
+    nearest: list[SearchResult] = []
+    if options.consistency_top_k or not options.use_bm25:
+        nearest, recall = _find_nearest(pool, query_vectors, document_vectors, options)
+
+    # Remove positives that the model does not find.
+    rows = pool.rows
+    if options.consistency_top_k:
+        rows = list(_remove_inconsistent(rows, nearest, compute_cosines, options.consistency_top_k))
+    kept_rows = [row for row in rows if row.positives]
+    inconsistent_rows = [before for before, row in zip(pool.rows, rows, strict=True) if not row.positives]
+
+    # Candidates, each with the score that the rule compares.
+    candidates = _find_by_bm25(pool, compute_cosines, options.config.last_rank) if options.use_bm25 else nearest
+    if not kept_rows:
+        raise UserError(
+            f"--consistency-top-k: no positive is among the {options.consistency_top_k} nearest documents of its query. "
+            "Raise it."
+        )
+    score = rescore or compute_cosines
     if rescore is not None:
-        found = _rescored(found, {row.query for row in kept}, ways.rule.candidates, rescore)
-    of_positives = _scores(score, [(row.query, row.positives) for row in kept], "positives")
-    olds = [_own(row, pool.known[row.query]) if ways.keep_negatives else () for row in kept]
-    of_olds = _scores(score, [(row.query, old) for row, old in zip(kept, olds, strict=True)], "negatives")
-    mined = [
-        _mined(row, scores, old, old_scores, found[row.query], ways.rule)
-        for row, scores, old, old_scores in zip(kept, of_positives, olds, of_olds, strict=True)
+        candidates = _rerank(candidates, {row.query for row in kept_rows}, options.config.last_rank, rescore)
+
+    # Scores of the positives, and of the negatives that the rows keep.
+    positive_scores = _score_documents(score, [(row.query, row.positives) for row in kept_rows], "positives")
+    kept_negatives = [
+        tuple(document for document in row.negatives if document not in pool.excluded[row.query])
+        if options.keep_negatives
+        else ()
+        for row in kept_rows
     ]
-    dropped = [before for before, row in zip(pool.rows, rows, strict=True) if not row.positives]
-    return Result(mined, dropped, recall)
+    queries = [row.query for row in kept_rows]
+    kept_scores = _score_documents(score, list(zip(queries, kept_negatives, strict=True)), "negatives")
+
+    # Apply the rule.
+    per_row = zip(kept_rows, positive_scores, kept_negatives, kept_scores, strict=True)
+    mined_rows = [
+        _mine_row(row, pos_scores, negatives, neg_scores, candidates[row.query], options.config)
+        for row, pos_scores, negatives, neg_scores in per_row
+    ]
+    return MiningResult(mined_rows, inconsistent_rows, recall)
 
 
-def _mined(
-    row: Row, positive_scores: np.ndarray, old: tuple[int, ...], old_scores: np.ndarray, found: Found, rule: Rule
-) -> Mined:
-    """A row with its own negatives and, behind them, those that the rule takes of the candidates."""
-    new = ~np.isin(found.rows, old)
-    rows, scores = found.rows[new], found.scores[new]
-    chosen = rule.choose(scores, float(positive_scores.min()), np.random.default_rng(row.draw))
-    negatives = (*old, *rows[chosen].tolist())
-    return Mined(row, row.positives, positive_scores, negatives, np.concatenate([old_scores, scores[chosen]]), len(chosen))
+def _mine_row(
+    row: PoolRow,
+    positive_scores: np.ndarray,
+    kept_negatives: tuple[int, ...],
+    kept_scores: np.ndarray,
+    candidates: SearchResult,
+    config: MineConfig,
+) -> MinedRow:
+    """Append the negatives that the rule chooses to those that the row keeps."""
+    is_new = ~np.isin(candidates.rows, kept_negatives)
+    documents, scores = candidates.rows[is_new], candidates.scores[is_new]
+    rng = np.random.default_rng(row.draw_seed)
+    chosen = choose_negatives(config, scores, float(positive_scores.min()), rng)
+    negatives = (*kept_negatives, *documents[chosen].tolist())
+    return MinedRow(row, positive_scores, negatives, np.concatenate([kept_scores, scores[chosen]]), len(chosen))
 
 
-def _nearest(pool: Pool, queries: np.ndarray, documents: np.ndarray, ways: MiningOptions) -> tuple[list[Found], float | None]:
-    """Each query's nearest documents of the corpus that may be negatives, and the recall of an approximate search."""
-    depth, corpus = max(ways.rule.candidates, ways.consistency), documents[: pool.searched]
-    k = _reach(pool, depth)
-    found = search(queries, corpus, k, memory_mb=ways.memory_mb, approximate=ways.approximate, show_progress=True)
+def _find_nearest(
+    pool: MiningPool, query_vectors: np.ndarray, document_vectors: np.ndarray, options: MiningOptions
+) -> tuple[list[SearchResult], float | None]:
+    """Return the nearest corpus documents of each query that may be negatives, and the recall of an approximate search."""
+    depth = max(options.config.last_rank, options.consistency_top_k)
+    corpus, k = document_vectors[: pool.corpus_size], _search_depth(pool, depth)
+    found = search(query_vectors, corpus, k, memory_mb=options.memory_mb, approximate=options.approximate, show_progress=True)
     recall = None
-    if ways.approximate:
-        sample = np.random.default_rng(ways.seed).permutation(len(queries))[:SAMPLE]
-        exact = search(queries[sample], corpus, k, memory_mb=ways.memory_mb)
+    if options.approximate:
+        sample = np.random.default_rng(options.seed).permutation(len(query_vectors))[:RECALL_SAMPLE_QUERIES]
+        exact = search(query_vectors[sample], corpus, k, memory_mb=options.memory_mb)
         shares = [np.isin(a, b).mean() for a, b in zip(exact.rows, found.rows[sample], strict=True)]
         recall = float(np.mean(shares))
-    return [_allowed(Found(*of_query), known, depth) for *of_query, known in zip(*found, pool.known, strict=True)], recall
+    per_query = zip(found.rows, found.scores, pool.excluded, strict=True)
+    return [_remove_excluded(SearchResult(rows, scores), excluded, depth) for rows, scores, excluded in per_query], recall
 
 
-def _by_bm25(pool: Pool, score: Score, depth: int) -> list[Found]:
-    """Each query's best documents by BM25 that may be negatives, in its order, with the scores of `score`."""
-    ranked = bm25.rank(pool.documents[: pool.searched], [query.text for query in pool.queries], _reach(pool, depth))
-    places = np.arange(ranked.shape[1])
-    allowed = [_allowed(Found(rows, places), known, depth).rows for rows, known in zip(ranked, pool.known, strict=True)]
-    return [Found(*both) for both in zip(allowed, _scores(score, list(enumerate(allowed)), "candidates"), strict=True)]
+def _find_by_bm25(pool: MiningPool, score: ScoreIds, depth: int) -> list[SearchResult]:
+    """Return the best documents of each query by BM25 that may be negatives, in its order, with the scores of `score`."""
+    queries = [query.text for query in pool.queries]
+    ranked = bm25.rank_documents(pool.documents[: pool.corpus_size], queries, _search_depth(pool, depth))
+    ranks = np.arange(ranked.shape[1])
+    candidates = [
+        _remove_excluded(SearchResult(rows, ranks), excluded, depth).rows
+        for rows, excluded in zip(ranked, pool.excluded, strict=True)
+    ]
+    scores = _score_documents(score, list(enumerate(candidates)), "candidates")
+    return [SearchResult(rows, row_scores) for rows, row_scores in zip(candidates, scores, strict=True)]
 
 
-def _reach(pool: Pool, depth: int) -> int:
-    """How many documents to ask for, so that `depth` are left without those known to answer a query, or nearly as many."""
-    return depth + min(depth, max(map(len, pool.known)))
+def _search_depth(pool: MiningPool, depth: int) -> int:
+    """Return how many documents to search so that about `depth` are left after excluded ones are removed."""
+    return depth + min(depth, max(map(len, pool.excluded)))
 
 
-def _allowed(found: Found, known: set[int], depth: int) -> Found:
-    allowed = ~np.isin(found.rows, list(known))
-    return Found(found.rows[allowed][:depth], found.scores[allowed][:depth])
+def _remove_excluded(found: SearchResult, excluded: set[int], depth: int) -> SearchResult:
+    is_allowed = ~np.isin(found.rows, list(excluded))
+    return SearchResult(found.rows[is_allowed][:depth], found.scores[is_allowed][:depth])
 
 
-def _rescored(found: list[Found], wanted: set[int], most: int, score: Score) -> list[Found]:
-    """The first candidates of the wanted queries in the order of other scores."""
-    found = [Found(*(x[: most if query in wanted else 0] for x in of_query)) for query, of_query in enumerate(found)]
-    scores = _scores(score, [(query, of_query.rows) for query, of_query in enumerate(found)], "candidates")
-    orders = [np.argsort(-of_query, kind="stable") for of_query in scores]
-    return [Found(f.rows[order], s[order]) for f, s, order in zip(found, scores, orders, strict=True)]
+def _rerank(candidates: list[SearchResult], queries: set[int], depth: int, score: ScoreIds) -> list[SearchResult]:
+    """Reorder the first `depth` candidates by other scores. Queries that are not in `queries` lose their candidates."""
+    candidate_ids = [found.rows[: depth if query in queries else 0] for query, found in enumerate(candidates)]
+    scores = _score_documents(score, list(enumerate(candidate_ids)), "candidates")
+    orders = [np.argsort(-query_scores, kind="stable") for query_scores in scores]
+    per_query = zip(candidate_ids, scores, orders, strict=True)
+    return [SearchResult(ids[order], query_scores[order]) for ids, query_scores, order in per_query]
 
 
-def _consistent(rows: Sequence[Row], nearest: list[Found], score: Score, most: int) -> Iterator[Row]:
-    """The rows without the positives above which `most` other documents score."""
-    scores = _scores(score, [(row.query, row.positives) for row in rows], "positives")
-    for row, of_row in zip(rows, scores, strict=True):
-        above = (nearest[row.query].scores > of_row[:, None] + ROUNDING).sum(axis=1)
-        yield row._replace(positives=tuple(p for p, count in zip(row.positives, above, strict=True) if count < most))
+def _remove_inconsistent(
+    rows: Sequence[PoolRow], nearest: list[SearchResult], score: ScoreIds, top_k: int
+) -> Iterator[PoolRow]:
+    """Iterate over the rows without the positives below which `top_k` other documents rank."""
+    scores = _score_documents(score, [(row.query, row.positives) for row in rows], "positives")
+    for row, row_scores in zip(rows, scores, strict=True):
+        num_above = (nearest[row.query].scores > row_scores[:, None] + SCORE_TOLERANCE).sum(axis=1)
+        consistent = tuple(p for p, count in zip(row.positives, num_above, strict=True) if count < top_k)
+        yield row._replace(positives=consistent)
 
 
-def _own(row: Row, known: set[int]) -> tuple[int, ...]:
-    return tuple(number for number in row.negatives if number not in known)
-
-
-def _scores(score: Score, asked: Sequence[tuple[int, Sequence[int] | np.ndarray]], told: str) -> list[np.ndarray]:
-    """The scores of the documents of each (query, documents)."""
-    counts = [len(documents) for _, documents in asked]
-    pairs = np.zeros((sum(counts), 2), np.int64)
-    pairs[:, 0] = np.repeat([query for query, _ in asked], counts)
-    pairs[:, 1] = np.concatenate([np.asarray(documents, np.int64) for _, documents in asked])
-    scores = np.zeros(len(pairs), np.float32)
-    with progress(total=len(pairs), unit="pair", desc=f"scores of {told}", disable=len(pairs) <= AT_ONCE) as bar:
-        for start in range(0, len(pairs), AT_ONCE):
-            part = pairs[start : start + AT_ONCE]
+def _score_documents(
+    score: ScoreIds, documents_per_query: Sequence[tuple[int, Sequence[int] | np.ndarray]], description: str
+) -> list[np.ndarray]:
+    """Return the scores of the documents of each (query, documents) entry, computed in parts."""
+    counts = [len(documents) for _, documents in documents_per_query]
+    ids = np.zeros((sum(counts), 2), np.int64)
+    ids[:, 0] = np.repeat([query for query, _ in documents_per_query], counts)
+    ids[:, 1] = np.concatenate([np.asarray(documents, np.int64) for _, documents in documents_per_query])
+    scores = np.zeros(len(ids), np.float32)
+    is_short = len(ids) <= TEXTS_PER_CALL
+    with progress_bar(total=len(ids), unit="pair", desc=f"scores of {description}", disable=is_short) as bar:
+        for start in range(0, len(ids), TEXTS_PER_CALL):
+            part = ids[start : start + TEXTS_PER_CALL]
             scores[start : start + len(part)] = score(part)
             bar.update(len(part))
     return np.split(scores, np.cumsum(counts)[:-1])

@@ -1,4 +1,4 @@
-"""What negatives are mined for and from: the queries of a source, their positives, and a corpus, each text once."""
+"""The texts that mining works on: queries of a source, their positives, and a corpus. Each text is stored once."""
 
 from __future__ import annotations
 
@@ -7,109 +7,154 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxembed.config import PythonPackagesConfig, SourceConfig
-from jaxembed.data.batch import RawText
-from jaxembed.data.beir import document_text, open_corpus
-from jaxembed.data.containers import is_beir, open_container
-from jaxembed.data.rows import Rows, RowSchema
+from jaxembed.config import SourceConfig
+from jaxembed.data.batch import EncoderInput
+from jaxembed.data.beir import join_title_and_text, open_corpus
+from jaxembed.data.containers import is_beir_folder, open_container
+from jaxembed.data.equality import hash_text
+from jaxembed.data.rows import IndexedRows, RowSchema
 from jaxembed.data.sampling import iter_rows
-from jaxembed.data.schema import check_passage, is_text, text_hash
+from jaxembed.data.schema import check_passage, is_text
 from jaxembed.data.sources import Source, detect_format, open_source
-from jaxembed.devices.processes import progress
+from jaxembed.devices.processes import progress_bar
 from jaxembed.errors import UserError
 
 
-class Row(NamedTuple):
-    """A row of the input, by the numbers of its query and documents. `draw` seeds what is drawn for it."""
+class PoolRow(NamedTuple):
+    """A row of the input, by the ids of its query and documents. `draw_seed` seeds what is drawn for the row."""
 
     query: int
     positives: tuple[int, ...]
     negatives: tuple[int, ...]
-    draw: tuple[int, ...]
+    draw_seed: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Pool:
-    """Rows with their queries and positives; the corpus is the first `searched` of `documents`.
+class MiningPool:
+    """Rows with their queries and documents. Texts that differ only in surrounding white space are one text.
 
-    Texts that differ only in the white space around them are one. `known` are, for each query, the documents that are never
-    its negatives: the positives of every row with that text, and the text itself. `blank` counts the documents of the corpus
-    without a text, `dropped` what the source leaves out, by the reason.
+    Attributes:
+        rows: Rows of the source.
+        queries: Queries by id.
+        documents: Documents by id. The first `corpus_size` of them are searched.
+        corpus_size: Number of documents in the corpus.
+        excluded: For each query the documents that are never its negatives: the positives of every row with the same
+            query text, and the query text itself.
+        num_blank_documents: Number of corpus documents without text, which are left out.
+        drop_counts: Number of rows that the source leaves out, by reason.
     """
 
-    rows: list[Row]
-    queries: list[RawText]
+    rows: list[PoolRow]
+    queries: list[EncoderInput]
     documents: list[str]
-    searched: int
-    known: list[set[int]]
-    blank: int
-    dropped: dict[str, int]
+    corpus_size: int
+    excluded: list[set[int]]
+    num_blank_documents: int
+    drop_counts: dict[str, int]
 
     @property
-    def candidates(self) -> int:
-        """The most documents of the corpus that may be negatives of one query."""
-        return self.searched - min(sum(number < self.searched for number in known) for known in self.known)
+    def max_candidates(self) -> int:
+        """The largest number of corpus documents that may be negatives of one query."""
+        return self.corpus_size - min(sum(document < self.corpus_size for document in ids) for ids in self.excluded)
 
 
 class TextIds:
-    """Numbers of texts, in the order of their first coming."""
+    """Ids of texts, in order of first appearance. Surrounding white space makes no difference."""
 
     def __init__(self) -> None:
+        """Start without texts."""
         self.texts: list[str] = []
-        self.number: dict[str, int] = {}
+        self._ids: dict[str, int] = {}
 
-    def __call__(self, text: str) -> int:
-        number = self.number.setdefault(text.strip(), len(self.texts))
-        if number == len(self.texts):
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def add(self, text: str) -> int:
+        """Return the id of a text, a new one if the text is new."""
+        text_id = self._ids.setdefault(text.strip(), len(self.texts))
+        if text_id == len(self.texts):
             self.texts.append(text)
-        return number
+        return text_id
+
+    def find(self, text: str) -> int | None:
+        """Return the id of a text, or None if it has none."""
+        return self._ids.get(text.strip())
 
 
-def open_input(config: SourceConfig, packages: PythonPackagesConfig, cache: Path) -> Source:
-    """The source of the rows: any format but (text, label)."""
+def open_mining_source(config: SourceConfig, cache: Path) -> Source:
+    """Open the source of queries and positives. Raise `UserError` for rows of text and label."""
     if detect_format(config) == "labels":
-        raise UserError(f"{config.path}: rows of text and label draw their negatives by label; name rows of query and pos")
-    return open_source(config, packages, cache)
+        raise UserError(
+            f"{config.path}: negatives of rows with text and label come from other labels (expected rows with query and "
+            "pos). Name a file of pairs."
+        )
+    return open_source(config, cache)
 
 
 def read_corpus(paths: Sequence[str], cache: Path, text_column: str = "text") -> Iterator[str]:
-    """The documents of BEIR folders, and of any container of rows with a text, and perhaps "title" before it."""
+    """Iterate over the documents of a corpus.
+
+    Args:
+        paths: BEIR folders, or containers of rows with a text and optionally a title, which precedes the text.
+        cache: Folder for the row indexes.
+        text_column: Column of the text in containers.
+    """
     columns = {} if text_column == "text" else {"text": text_column}
     for path in paths:
-        if is_beir(Path(path)):
+        if is_beir_folder(Path(path)):
             rows, _ = open_corpus(Path(path))
         else:
-            rows = Rows(open_container(path), RowSchema("passages", check_passage), cache, columns)
-        yield from map(document_text, iter_rows(rows))
+            rows = IndexedRows(open_container(path), RowSchema("passages", check_passage), cache, columns)
+        yield from map(join_title_and_text, iter_rows(rows))
 
 
-def read_pool(source: Source, corpus: Iterable[str] | None, seed: int) -> Pool:
-    """The pool of a source and a corpus; without one, all positives and negatives of the source are the corpus.
+def read_pool(source: Source, corpus: Iterable[str] | None, seed: int) -> MiningPool:
+    """Read the pool of a source and a corpus.
 
-    `UserError` where the corpus has no document with a text.
+    Args:
+        source: Source of queries, positives and negatives.
+        corpus: Documents to search. None: all positives and negatives of the source.
+        seed: Seed of everything drawn for a row, together with the row's texts. The order of rows makes no difference.
+
+    Raises:
+        UserError: If no document of the corpus has a text.
     """
-    documents, queries, blank = TextIds(), dict[RawText, int](), 0
+    documents = TextIds()
+
+    # The corpus comes first, so that the searched documents are the first ones.
+    num_blank_documents = 0
     for text in corpus or ():
         if is_text(text):
-            documents(text)
+            documents.add(text)
         else:
-            blank += 1
-    searched = len(documents.texts)
-    if corpus is not None and not searched:
-        raise UserError("--corpus: holds no text; name files or BEIR folders with documents")
-    rows, positives = [], dict[str, set[int]]()
-    for row in progress(source.as_pairs(seed), unit="row", desc="rows"):
-        found, others = (tuple(dict.fromkeys(map(documents, row.get(name, ())))) for name in ("pos", "neg"))
-        positives.setdefault(row["query"].strip(), set()).update(found)
+            num_blank_documents += 1
+    corpus_size = len(documents)
+    if corpus is not None and not corpus_size:
+        raise UserError("--corpus: contains no text. Name files or BEIR folders with documents.")
+
+    # Rows by the ids of their texts.
+    rows: list[PoolRow] = []
+    query_ids: dict[EncoderInput, int] = {}
+    positives_by_text: dict[str, set[int]] = {}
+    for row in progress_bar(source.iter_pairs(seed), unit="row", desc="rows"):
+        positives, negatives = (tuple(dict.fromkeys(map(documents.add, row.get(key, ())))) for key in ("pos", "neg"))
+        positives_by_text.setdefault(row["query"].strip(), set()).update(positives)
         instruction = row.get("prompt") or next(iter(source.config.instructions), "")
-        query = RawText(row["query"], "query", instruction)
-        draw = (seed, *text_hash("\n".join([instruction, row["query"], *row["pos"]])).tolist())
-        rows.append(Row(queries.setdefault(query, len(queries)), found, others, draw))
-    known = [positives[query.text.strip()] | _own(query.text, documents) for query in queries]
-    searched = len(documents.texts) if corpus is None else searched
-    return Pool(rows, list(queries), documents.texts, searched, known, blank, source.sampler.dropped)
+        query = EncoderInput(row["query"], "query", instruction)
+        draw_seed = (seed, *hash_text("\n".join([instruction, row["query"], *row["pos"]])).tolist())
+        rows.append(PoolRow(query_ids.setdefault(query, len(query_ids)), positives, negatives, draw_seed))
+
+    return MiningPool(
+        rows=rows,
+        queries=list(query_ids),
+        documents=documents.texts,
+        corpus_size=len(documents) if corpus is None else corpus_size,
+        excluded=[positives_by_text[query.text.strip()] | _find_ids(documents, query.text) for query in query_ids],
+        num_blank_documents=num_blank_documents,
+        drop_counts=source.sampler.drop_counts,
+    )
 
 
-def _own(text: str, documents: TextIds) -> set[int]:
-    number = documents.number.get(text.strip())
-    return set() if number is None else {number}
+def _find_ids(documents: TextIds, text: str) -> set[int]:
+    text_id = documents.find(text)
+    return set() if text_id is None else {text_id}

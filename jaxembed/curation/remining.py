@@ -1,4 +1,4 @@
-"""Hard negatives that the model in training finds for its own data, as a stage begins (ANCE, arXiv:2007.00808)."""
+"""Hard negatives that the model in training mines for its own data at the start of a stage (ANCE, arXiv:2007.00808)."""
 
 from __future__ import annotations
 
@@ -9,75 +9,86 @@ from pathlib import Path
 import numpy as np
 
 from jaxembed.config import MineConfig
-from jaxembed.curation.mining import MiningOptions, embed, mine
+from jaxembed.curation.mining import MiningOptions, embed_texts, mine_negatives
 from jaxembed.curation.pool import TextIds, read_pool
-from jaxembed.curation.rules import Rule
-from jaxembed.data.batch import RawText
-from jaxembed.data.jsonl import write_lines
-from jaxembed.data.sampling import Pairs
+from jaxembed.data.batch import EncoderInput
+from jaxembed.data.jsonl import write_jsonl
+from jaxembed.data.sampling import PairSampler
 from jaxembed.data.sources import Source
 from jaxembed.devices import processes
 from jaxembed.errors import UserError
-from jaxembed.files import written_whole
+from jaxembed.files import atomic_write
 from jaxembed.hub.embedder import Embedder
-from jaxembed.hub.frozen_encoder import in_groups
+from jaxembed.hub.frozen_encoder import encode_in_groups
 
-KEPT = ("query", "prompt", "pos")  # fields of a row that stay
+KEPT_FIELDS = ("query", "prompt", "pos")
 log = logging.getLogger("jaxembed")
 
 
-def is_mined(source: Source) -> bool:
-    """Whether its negatives are those that the model finds: other shapes than pairs have their own way to them."""
-    return isinstance(source.sampler, Pairs)
+def can_mine_for(source: Source) -> bool:
+    """Return whether negatives can be mined for a source. Sources other than pairs define their own negatives."""
+    return isinstance(source.sampler, PairSampler)
 
 
-def check_reach(sources: Sequence[Source], chosen: MineConfig, seed: int, place: str) -> None:
-    """`UserError`, its key beginning with `place`, where a source has too few texts for the rule's first rank.
+def check_first_rank(sources: Sequence[Source], config: MineConfig, seed: int, prefix: str) -> None:
+    """Check that every source has enough texts for the first rank of the rule. Read no more rows than needed.
 
-    No more of its rows are read than it takes to know.
+    Args:
+        sources: Sources of a stage.
+        config: The `mine` section of the stage.
+        seed: Training seed.
+        prefix: Prefix of the keys in errors, such as "stages.1.".
+
+    Raises:
+        UserError: If a source has too few texts.
     """
-    first = Rule.of(chosen).first
-    for source in filter(is_mined, sources):
-        count = _texts(source, seed, first + 1)  # one is the query's own positive
-        if count <= first:
-            told = f"and source {source.name} has {count} texts, at least one of them a query's own; lower its begin"
-            raise UserError(f"{place}mine.window takes negatives from rank {first} on, {told}")
+    for source in filter(can_mine_for, sources):
+        num_texts = _count_texts(source, seed, limit=config.first_rank + 1)  # One text is the query's own positive.
+        if num_texts <= config.first_rank:
+            raise UserError(
+                f"{prefix}mine.window: negatives start at rank {config.first_rank}, but source {source.name} has only "
+                f"{num_texts} texts, and at least one of them is a query's own positive. Lower the start of the window."
+            )
 
 
-def _texts(source: Source, seed: int, most: int) -> int:
-    """How many texts a source of pairs has, counted to `most` or a little beyond."""
+def _count_texts(source: Source, seed: int, limit: int) -> int:
+    """Count the distinct texts of a source of pairs up to about `limit`."""
     texts = TextIds()
-    for row in source.as_pairs(seed):
+    for row in source.iter_pairs(seed):
         for text in (*row["pos"], *row.get("neg", ())):
-            texts(text)
-        if len(texts.texts) >= most:
+            texts.add(text)
+        if len(texts) >= limit:
             break
-    return len(texts.texts)
+    return len(texts)
 
 
-def write_mined(source: Source, chosen: MineConfig, embedder: Embedder, seed: int, path: Path) -> None:
-    """Writes the rows of a source of pairs, their negatives replaced by those that the model finds among all its texts.
+def write_mined_rows(source: Source, config: MineConfig, embedder: Embedder, seed: int, path: Path) -> None:
+    """Write the rows of a source of pairs with negatives that the model mines among all texts of the source.
 
-    Prompts are those of training, of several instructions the first. All processes of a run find them together, the first one
-    writes the file, which is moved to its place whole.
+    Prompts are those of training. If the source has several instructions, the first one is used. All processes of a run
+    mine together. The first process writes the file atomically.
     """
-    pool = read_pool(source, None, seed)
-
-    def encode(texts: Sequence[RawText]) -> np.ndarray:
-        prompts = [embedder.spec.prompt(text.instruction) for text in texts]
-        return in_groups(texts, prompts, lambda of_prompt, prompt: embedder.encode(of_prompt, prompt=prompt), width)
-
     width = embedder.model.width
-    instruction = source.config.instruction_of_documents(next(iter(source.config.instructions), ""))
-    queries = embed(pool.queries, encode, width, f"{source.name}: queries")
-    documents = embed([RawText(text, "document", instruction) for text in pool.documents], encode, width, "documents")
-    found = mine(pool, queries, documents, MiningOptions(Rule.of(chosen), seed)).rows
+
+    def encode(texts: Sequence[EncoderInput]) -> np.ndarray:
+        prompts = [embedder.spec.prompt(text.instruction) for text in texts]
+        return encode_in_groups(texts, prompts, lambda group, prompt: embedder.encode(group, prompt=prompt), width)
+
+    # Mine on all processes.
+    pool = read_pool(source, None, seed)
+    instruction = source.config.instruction_for_documents(next(iter(source.config.instructions), ""))
+    document_inputs = [EncoderInput(text, "document", instruction) for text in pool.documents]
+    query_vectors = embed_texts(pool.queries, encode, width, f"{source.name}: queries")
+    document_vectors = embed_texts(document_inputs, encode, width, "documents")
+    mined_rows = mine_negatives(pool, query_vectors, document_vectors, MiningOptions(config, seed)).rows
     if not processes.is_first():
         return
+
+    # Write on the first process.
     path.parent.mkdir(parents=True, exist_ok=True)
-    texts = ([pool.documents[number] for number in row.negatives] for row in found)
-    rows = zip(source.as_pairs(seed), texts, strict=True)
-    with written_whole(path) as partial:
-        write_lines(partial, ({**{name: row[name] for name in KEPT if name in row}, "neg": neg} for row, neg in rows))
-    counts = [row.mined for row in found]
-    log.info("%s: mined %.1f negatives a query; %d queries have none", source.name, np.mean(counts), counts.count(0))
+    negatives = ([pool.documents[document] for document in mined.negatives] for mined in mined_rows)
+    rows = zip(source.iter_pairs(seed), negatives, strict=True)
+    with atomic_write(path) as partial:
+        write_jsonl(partial, ({**{key: row[key] for key in KEPT_FIELDS if key in row}, "neg": neg} for row, neg in rows))
+    counts = [mined.num_mined for mined in mined_rows]
+    log.info("%s: mined %.1f negatives per query; %d queries have none", source.name, np.mean(counts), counts.count(0))

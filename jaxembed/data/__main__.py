@@ -1,9 +1,14 @@
-"""Looks at training data, checks it and converts it: python -m jaxembed.data validate|preview|stats|convert SOURCE ..."""
+"""Inspect, check, convert and create training data.
+
+Usage: python -m jaxembed.data validate|preview|stats|convert SOURCE ...
+       python -m jaxembed.data packages OUT
+"""
 
 from __future__ import annotations
 
 import argparse
 import glob
+import logging
 import re
 import sys
 from collections import Counter
@@ -13,133 +18,213 @@ from typing import TYPE_CHECKING, Any
 from jaxembed import cli, config
 from jaxembed.config.sections import parse_section
 from jaxembed.config.spec import EmbeddingSpec
+from jaxembed.curation import python_packages
 from jaxembed.data import reports
+from jaxembed.data.convert import WRITERS, convert_sources
 from jaxembed.errors import UserError
 from jaxembed.files import cache_dir
 
 if TYPE_CHECKING:
     from jaxembed.data.tokenize import TextTokenizer
 
-ABOUT = {
-    "validate": "Opens sources as training does, tells bad rows by file and line (up to 20 a source), and exits 2 for any.",
-    "preview": "Prints the first batch as the model will see it, and how long its texts are.",
-    "stats": "Rows, examples, lengths, duplicates, labels, positives and negatives of each source, and what sources share.",
-    "convert": "Writes any sources as .jsonl or .array_record, a file each, their fields under our names.",
+DESCRIPTIONS = {
+    "validate": "Open sources as training does, list bad rows by file and line (up to 20 per source), exit with 2 for any.",
+    "preview": "Print the first batch as the model sees it, and the lengths of its texts.",
+    "stats": "Print rows, examples, lengths, duplicates, labels, positives and negatives of each source, and shared texts.",
+    "convert": "Write sources as .jsonl or .array_record files, one per source, with our field names.",
+    "packages": "Write docstring -> function pairs of installed Python packages: train.jsonl, and the held-out BEIR folders "
+    "functions/ and package/. Does nothing if OUT holds the pairs of the same packages and versions.",
 }
+log = logging.getLogger("jaxembed")
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the report of a command."""
-    if args.command == "convert" and args.behind:  # the last is OUT, wherever the options stand
-        args.sources.append(args.out)
-        args.out = args.behind.pop()
-    args.sources += args.behind
+    """Run a command and return its report."""
+    if args.command == "packages":
+        return write_packages(args)
+    if args.command == "convert" and args.out is None:
+        args.out = take_last_source(args)
     settings = config.load_config(args.config, base="") if args.config else None
     data = read_data(args, settings)
     if args.command == "convert":
         return convert(args, data)
     if args.command == "validate":
-        report = reports.validate(data, cache_dir())
+        report = reports.validate_sources(data, cache_dir())
         for source in report["sources"]:
             print(*source["problems"], sep="\n", end="\n" if source["problems"] else "", file=sys.stderr)
         return report
     spec, tokenizer = open_tokenizer(args.model, settings)
     if args.command == "stats":
-        return reports.stats(data, cache_dir(), tokenizer)
+        return reports.compute_stats(data, cache_dir(), tokenizer)
     return preview(args, data, spec, tokenizer)
+
+
+def write_packages(args: argparse.Namespace) -> dict[str, Any]:
+    """Write the pairs of installed packages. Return the folder and the number of pairs of each split."""
+    out = cli.writable_output(Path(args.out))
+    with cli.stop_on_signals(f"{out} was not written; the same command starts over"):
+        sizes = python_packages.write_package_pairs(out, args.packages, args.holdout_package or None, args.holdout_functions)
+    return {"out": str(out), **sizes}
 
 
 def preview(
     args: argparse.Namespace, data: config.DataConfig, spec: EmbeddingSpec, tokenizer: TextTokenizer | None
 ) -> dict[str, Any]:
-    """Prints a batch, a text a line; returns how many texts there are and how long, by role."""
+    """Print a batch, one text per line. Return the number of texts and their lengths, by role."""
     unit = "tokens" if tokenizer else "characters"
     lengths: dict[str, list[int]] = {}
-    texts = reports.preview(data, cache_dir(), args.batch_size, args.seed, spec, tokenizer)
-    for source, role, prompt, text, length in texts:
-        lengths.setdefault(role, []).append(length)
-        print(f"{source}  {role:8} {length:5} {unit}  {(f'[{prompt}] ' if prompt else '') + text!r}")
-    return {"lengths_in": unit, **{role: {"texts": len(n), "longest": max(n), "total": sum(n)} for role, n in lengths.items()}}
+    for entry in reports.preview_batch(data, cache_dir(), args.batch_size, args.seed, spec, tokenizer):
+        lengths.setdefault(entry.role, []).append(entry.length)
+        text = (f"[{entry.prompt}] " if entry.prompt else "") + entry.text
+        print(f"{entry.source}  {entry.role:8} {entry.length:5} {unit}  {text!r}")
+    totals = {role: {"texts": len(n), "longest": max(n), "total": sum(n)} for role, n in lengths.items()}
+    return {"lengths_in": unit, **totals}
+
+
+def take_last_source(args: argparse.Namespace) -> str:
+    """Remove the last SOURCE and return it as the output, as earlier versions read it."""
+    if not args.sources:
+        raise UserError("convert: the output is missing. Name it with --out OUT.")
+    out = str(args.sources.pop())
+    log.warning("convert: the last SOURCE, %s, is taken as the output. Name it with --out %s instead.", out, out)
+    return out
 
 
 def convert(args: argparse.Namespace, data: config.DataConfig) -> dict[str, Any]:
-    """Writes sources anew; returns the files, the paths that name what was made of each source, and how many rows there are."""
+    """Convert sources. Return the files, a path for each source that names all its files, and the number of rows."""
     names = [re.sub(r"[^\w.-]", "_", source.display_name) for source in data.sources]
     if len(names) > 1 and "*" not in args.out:
-        told = f"{len(names)} sources want a file each: put a * where their names are to stand, as in 'out/*.jsonl'"
-        raise UserError(f"{args.out}: {told}")
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise UserError(f"{args.out}: several sources are called {twice[0]}; give each a name of its own in the config")
+        raise UserError(
+            f"{args.out}: needs a * (replaced by the source name) because there are {len(names)} sources. "
+            "Write for example 'out/*.jsonl'."
+        )
+    if duplicates := [name for name, count in Counter(names).items() if count > 1]:
+        raise UserError(f"{args.out}: several sources are named {duplicates[0]}. Give each its own name in a config.")
     outs = [args.out.replace("*", name) for name in names]
-    targets = [[cli.new_output(path, reports.WRITERS) for path in shards(out, args.shards)] for out in outs]
-    rows = reports.convert(data, cache_dir(), targets, args.pairs)
-    paths = outs if args.shards == 1 else [shard(glob.escape(out), "*", args.shards) for out in outs]
-    return {"files": [str(target) for of_source in targets for target in of_source], "paths": paths, "rows": rows}
+    outputs = [[cli.new_output(path, WRITERS) for path in list_shards(out, args.shards)] for out in outs]
+    rows = convert_sources(data, cache_dir(), outputs, args.pairs)
+    paths = outs if args.shards == 1 else [shard_path(glob.escape(out), "*", args.shards) for out in outs]
+    return {"files": [str(path) for source_paths in outputs for path in source_paths], "paths": paths, "rows": rows}
 
 
-def shards(out: str, count: int) -> list[str]:
-    """The names of the files of a set."""
-    return [out] if count == 1 else [shard(out, f"{i:05d}", count) for i in range(count)]
+def list_shards(out: str, count: int) -> list[str]:
+    """Return the paths of the shards of an output: NAME-00000-of-00002.jsonl, and so on. A single one keeps its name."""
+    return [out] if count == 1 else [shard_path(out, f"{i:05d}", count) for i in range(count)]
 
 
-def shard(out: str, number: str, count: int) -> str:
+def shard_path(out: str, number: str, count: int) -> str:
+    """Return the path of one shard."""
     path = Path(out)
     return str(path.with_name(f"{path.stem}-{number}-of-{count:05d}{path.suffix}"))
 
 
 def read_data(args: argparse.Namespace, settings: config.Config | None) -> config.DataConfig:
-    """The data section of a config, with the sources of all its stages, or one out of the sources that are named."""
+    """Return the data section of a config, with the sources of all its stages, or one with the sources that are named."""
     if bool(args.sources) == bool(settings):
-        raise UserError("name the sources to look at, or a config that has some by --config, not both")
-    rows, negatives = cli.row_options(args), args.hard_negatives
+        raise UserError("SOURCE: expected either sources or --config CONFIG.yaml. Name one of the two.")
+    row_settings, hard_negatives = cli.row_settings(args), args.hard_negatives
     if settings is None:
-        named = [parse_section(config.SourceConfig, rows | {"path": path}, "command line") for path in args.sources]
-        tree = {"sources": named, "hard_negatives": 1 if negatives is None else negatives}
+        sources = [parse_section(config.SourceConfig, row_settings | {"path": path}, "command line") for path in args.sources]
+        tree = {"sources": sources, "hard_negatives": 1 if hard_negatives is None else hard_negatives}
         return parse_section(config.DataConfig, tree, "command line")
-    if negatives is not None:
-        raise UserError("--hard-negatives is of sources that are named; set data.hard_negatives in the config")
-    return settings.in_stages()[0].data.model_copy(update={"sources": settings.all_sources()})
+    if hard_negatives is not None:
+        raise UserError("--hard-negatives: applies to named sources only. Set data.hard_negatives in the config.")
+    return settings.stages[0].data.model_copy(update={"sources": settings.all_sources()})
 
 
 def open_tokenizer(model: str | None, settings: config.Config | None) -> tuple[EmbeddingSpec, TextTokenizer | None]:
-    """How a model reads texts, under the choices of a config; without a model, by the choices alone."""
+    """Return how a model reads texts, changed by the choices of a config. Without a model there is no tokenizer."""
     choices = (settings.model, settings.data.max_length) if settings else None
     if model is None:
         return EmbeddingSpec().with_choices(*choices) if choices else EmbeddingSpec(), None
-    from jaxembed.hub.base import find_base
-    from jaxembed.hub.restore import text_tokenizer
+    from jaxembed.hub.resolve import find_base
+    from jaxembed.hub.text_tokenizer import build_text_tokenizer
 
     base = find_base(model)
-    if base.folder is None:
-        raise UserError(f"--model {model}: a preset has no tokenizer; name a model that has one")
+    if not base.has_weights:
+        raise UserError(f"--model {model}: a preset has no tokenizer. Name a model that has one.")
     spec = base.spec.with_choices(*choices) if choices else base.spec
-    return spec, text_tokenizer(base.tokenizer(), spec, base)
+    return spec, build_text_tokenizer(base.tokenizer(), spec, base)
 
 
-def make_parser() -> cli.Parser:
-    parser = cli.parser("data", __doc__ + "\n\nSOURCE is what data.sources[].path takes: see docs/data.md.")
-    parser.intermixed = True
+class DataParser(cli.Parser):
+    """A parser that accepts sources after options too, which argparse does not support together with subcommands."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse the command line. Arguments that argparse leaves over are sources, unless they look like options."""
+        parsed, rest = self.parse_known_args(args, namespace)
+        unknown = [text for text in rest if text.startswith("-") or not hasattr(parsed, "sources")]
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        if rest:
+            parsed.sources += rest
+        return parsed
+
+
+def make_parser() -> DataParser:
+    """Build the parser of all data commands."""
+    parser = DataParser(
+        prog="python -m jaxembed.data",
+        description=f"{__doc__}\nSOURCE is a value of data.sources[].path: see docs/guides/data.md.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, about in ABOUT.items():
-        command = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
+    for name, description in DESCRIPTIONS.items():
+        command = commands.add_parser(name, help=description, description=description, allow_abbrev=False)
+        if name == "packages":
+            add_package_arguments(command)
+            continue
         command.add_argument("sources", metavar="SOURCE", nargs="*", help="path or name, as in a config")
         command.add_argument("--config", metavar="CONFIG.yaml", help="take the sources of a config instead")
-        cli.add_rows(command)
+        cli.add_row_arguments(command)
         command.set_defaults(hard_negatives=None)
         if name in ("preview", "stats"):
-            command.add_argument("--model", metavar="MODEL", help="count the tokens of this model, not characters")
+            command.add_argument("--model", metavar="MODEL", help="model whose tokens are counted (default: count characters)")
         if name == "preview":
-            command.add_argument("--batch-size", type=cli.whole(1), default=8, metavar="N", help="queries (default: 8)")
-            command.add_argument("--hard-negatives", type=cli.whole(0), metavar="N", help="of named sources (default: 1)")
-            command.add_argument("--seed", type=cli.whole(0), default=0, help="of the order and of what is drawn (default: 0)")
+            add_preview_arguments(command)
         if name == "convert":
-            command.add_argument(
-                "out", metavar="OUT", help=".jsonl or .array_record; must not exist; a * is the name of the source"
-            )
-            command.add_argument("--pairs", action="store_true", help="as rows of pairs (query, pos, neg), whatever they are")
-            command.add_argument("--shards", type=cli.whole(1), default=1, metavar="N", help="files of a source (default: 1)")
+            add_convert_arguments(command)
     return parser
 
 
+def add_preview_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that shape the batch."""
+    number = cli.integer_from
+    parser.add_argument("--batch-size", type=number(1), default=8, metavar="N", help="queries of the batch (default: 8)")
+    parser.add_argument(
+        "--hard-negatives", type=number(0), metavar="N", help="negatives per query of named sources (default: 1)"
+    )
+    parser.add_argument("--seed", type=number(0), default=0, help="seed of the order and of every draw (default: 0)")
+
+
+def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that describe the output."""
+    parser.add_argument(
+        "--out", metavar="OUT",
+        help=".jsonl or .array_record file, which must not exist; * is replaced by the source name (default: the last SOURCE)",
+    )  # fmt: skip
+    parser.add_argument("--pairs", action="store_true", help="write rows of pairs (query, pos, neg), whatever the format")
+    parser.add_argument("--shards", type=cli.integer_from(1), default=1, metavar="N", help="files per source (default: 1)")
+
+
+def add_package_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the output folder and the choice of packages."""
+    default_names = " ".join(python_packages.DEFAULT_PACKAGES)
+    parser.add_argument("out", metavar="OUT", help="folder to write")
+    parser.add_argument(
+        "--packages", nargs="+", metavar="NAME", default=python_packages.DEFAULT_PACKAGES,
+        help=f"import names of packages, or stdlib; absent ones are skipped (default: {default_names})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--holdout-package", metavar="NAME", default=python_packages.DEFAULT_HOLDOUT_PACKAGE,
+        help=f"package that is held out as a whole, or '' for none (default: {python_packages.DEFAULT_HOLDOUT_PACKAGE})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--holdout-functions", type=cli.integer_from(0), metavar="N", default=python_packages.DEFAULT_HOLDOUT_FUNCTIONS,
+        help=f"functions of the other packages to hold out (default: {python_packages.DEFAULT_HOLDOUT_FUNCTIONS})",
+    )  # fmt: skip
+
+
 if __name__ == "__main__":
-    sys.exit(2 if cli.run(main, make_parser()).get("bad_rows") else 0)
+    sys.exit(2 if cli.run_command(main, make_parser()).get("bad_rows") else 0)

@@ -1,4 +1,4 @@
-"""The data command: what it tells of sources, and what it writes."""
+"""The data command: its reports, previews, conversions and errors."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import pytest
 import yaml
 
 from helpers import tiny
-from helpers.runs import command
-from jaxembed.config import PythonPackagesConfig, SourceConfig, load_config
+from helpers.runs import run_command
+from jaxembed.config import SourceConfig, load_config
 from jaxembed.data.__main__ import main, make_parser
 from jaxembed.data.beir import write_beir
-from jaxembed.data.jsonl import write_lines
+from jaxembed.data.jsonl import write_jsonl
 from jaxembed.data.sources import open_rows, open_source
 from jaxembed.errors import UserError
 
@@ -28,19 +28,19 @@ PREMISES = [("p", 0), ("p", 2), ("q", 1), ("r", -1)]
 
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with sources, where the command looks and keeps its indexes."""
+    """Create a folder with sources and make it the working directory and the cache."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("JAXEMBED_CACHE", str(tmp_path / "cache"))
-    write_lines(tmp_path / "pairs.jsonl", [*PAIRS, PAIRS[0]])
-    write_lines(tmp_path / "labels.jsonl", LABELS)
+    write_jsonl(tmp_path / "pairs.jsonl", [*PAIRS, PAIRS[0]])
+    write_jsonl(tmp_path / "labels.jsonl", LABELS)
     (tmp_path / "texts.txt").write_text("one\ntwo words\n")
     write_beir(tmp_path / "beir", {"d": "one"}, {"q": "q 1"}, {"q": {"d": 1}})
-    write_lines(tmp_path / "nli.jsonl", [{"premise": p, "hypothesis": f"h {i}", "label": i} for p, i in PREMISES])
-    write_lines(tmp_path / "sts.jsonl", [{"sentence1": f"a{i}", "sentence2": f"b{i}", "score": i} for i in range(6)])
-    write_lines(tmp_path / "three.jsonl", [{"text": f"t {i}", "label": i % 3} for i in range(6)])
+    write_jsonl(tmp_path / "nli.jsonl", [{"premise": p, "hypothesis": f"h {i}", "label": i} for p, i in PREMISES])
+    write_jsonl(tmp_path / "sts.jsonl", [{"sentence1": f"a{i}", "sentence2": f"b{i}", "score": i} for i in range(6)])
+    write_jsonl(tmp_path / "three.jsonl", [{"text": f"t {i}", "label": i % 3} for i in range(6)])
     tea = {"title": "Tea", "body": "Tea is a drink.", "lang": "en"}
-    write_lines(tmp_path / "docs.jsonl", [tea, tea | {"lang": "de"}, {"title": "Ink", "lang": "en"}])
-    write_lines(tmp_path / "odd names.jsonl", [{"question": "q 0", "answers": ["a", "b"], "id": 1}])
+    write_jsonl(tmp_path / "docs.jsonl", [tea, tea | {"lang": "de"}, {"title": "Ink", "lang": "en"}])
+    write_jsonl(tmp_path / "odd names.jsonl", [{"question": "q 0", "answers": ["a", "b"], "id": 1}])
     templates = [*TEMPLATES, {"query": "{title}", "positive": "{title}: {body}"}]
     docs = {"path": "docs.jsonl", "pair_templates": templates, "where": {"lang": "en"}}
     scored = {"path": "sts.jsonl", "name": "sts", "min_score": 3}
@@ -61,21 +61,26 @@ def run(*args: str) -> dict[str, Any]:
     return main(make_parser().parse_args(args))
 
 
-def test_validate_tells_every_bad_row(data: Path) -> None:
+def test_validate_lists_every_bad_row(data: Path) -> None:
     bad = ['{"query": "q"}', "no json", '{"query": "q", "pos": "p"}', *['{"pos": ["p"]}'] * 30]
     (data / "bad.jsonl").write_text("\n\n".join([json.dumps(PAIRS[0]), *bad]))
-    done = command("jaxembed.data", "validate", "pairs.jsonl", "bad.jsonl", "texts.txt", "beir", "labels.jsonl")
+    done = run_command("jaxembed.data", "validate", "pairs.jsonl", "bad.jsonl", "texts.txt", "beir", "labels.jsonl")
     report = json.loads(done.stdout.splitlines()[-1])
     assert done.returncode == 2 and report["bad_rows"] == 33
     kinds = [(r["format"], r["rows"], r["bad_rows"]) for r in report["sources"]]
     assert kinds == [("pairs", 13, 0), ("pairs", 34, 33), ("text", 2, 0), ("beir", 1, 0), ("labels", 9, 0)]
-    told = report["sources"][1]["problems"]
-    assert told == done.stderr.splitlines() and len(told) == 20
-    assert [problem.split(" ")[0] for problem in told[:4]] == ["bad.jsonl:3:", "bad.jsonl:5:", "bad.jsonl:7:", "bad.jsonl:9:"]
+    problems = report["sources"][1]["problems"]
+    assert problems == done.stderr.splitlines() and len(problems) == 20
+    assert [problem.split(" ")[0] for problem in problems[:4]] == [
+        "bad.jsonl:3:",
+        "bad.jsonl:5:",
+        "bad.jsonl:7:",
+        "bad.jsonl:9:",
+    ]
 
 
-def test_validate_of_good_and_of_absent_sources(data: Path) -> None:
-    done = command("jaxembed.data", "validate", "pairs.jsonl")
+def test_validate_good_and_absent_sources(data: Path) -> None:
+    done = run_command("jaxembed.data", "validate", "pairs.jsonl")
     assert (done.returncode, done.stderr, json.loads(done.stdout)["bad_rows"]) == (0, "", 0)
     absent = run("validate", "absent.jsonl", "--format", "labels", "pairs.jsonl")["sources"]
     assert absent[0]["problems"] == ["absent.jsonl: no such file or folder"]
@@ -87,22 +92,22 @@ TEMPLATES = [{"query": "{title}", "positive": "{body}"}]
 
 
 @pytest.mark.parametrize(
-    ("rows", "options", "told"),
+    ("rows", "options", "message"),
     [
-        ([*LABELS, ONE], {}, "1 of 3 labels have one text, without another as its positive: 'c'; add texts"),
+        ([*LABELS, ONE], {}, "1 of 3 labels have a single text, which has no positive: 'c'. Add texts"),
         (LABELS, {"label_names": {"a": "x"}}, "label_names has no name for 'b'"),
         ([{"title": "t", "body": "b"}], {"pair_templates": [{"query": "{titel}", "positive": "{body}"}]}, "makes no pair"),
         ([{"title": "t", "body": "b"}], {"pair_templates": TEMPLATES, "where": {"lang": "en"}}, "where lang: 1"),
-        ([{"sentence1": "a", "sentence2": "b", "score": 1}], {}, "no pair scores 4.0 or more"),
+        ([{"sentence1": "a", "sentence2": "b", "score": 1}], {}, "no pair has a score of 4.0 or more"),
         ([{"premise": "a", "hypothesis": "b", "label": 1}], {}, "no premise has an entailed hypothesis"),
-        (PAIRS, {"columns": {"prompt": "task"}}, "no row has the column 'task', which columns names for prompt"),
+        (PAIRS, {"columns": {"prompt": "task"}}, "no row has the column 'task', which `columns` names for prompt"),
     ],
 )
-def test_validate_refuses_what_training_does(data: Path, rows: Any, options: Any, told: str) -> None:
-    write_lines(data / "a.jsonl", rows)
+def test_validate_refuses_what_training_does(data: Path, rows: Any, options: Any, message: str) -> None:
+    write_jsonl(data / "a.jsonl", rows)
     (data / "a.yaml").write_text(yaml.safe_dump({"data": {"sources": [{"path": "a.jsonl", "name": "mine", **options}]}}))
-    with pytest.raises(UserError, match=told) as error:
-        open_source(SourceConfig(path="a.jsonl", **options), PythonPackagesConfig(), data)
+    with pytest.raises(UserError, match=message) as error:
+        open_source(SourceConfig(path="a.jsonl", **options), data)
     (report,) = run("validate", "--config", "a.yaml")["sources"]
     assert report == {"source": "mine", "format": report["format"], "rows": len(rows), "examples": 0} | {
         "bad_rows": 1, "problems": [str(error.value)]
@@ -121,13 +126,13 @@ def test_stats(data: Path, base_folder: Callable[[str], Path]) -> None:
     shared = {"+".join(s["sources"]): (s["queries"], s["texts"]) for s in report["shared"]}
     assert shared == {"pairs.jsonl+labels.jsonl": (9, 9), "pairs.jsonl+beir": (1, 1), "labels.jsonl+beir": (1, 1)}
     tokens = run("stats", "texts.txt", "--model", str(base_folder("qwen3")))
-    tokenizer = tiny.tokenizer()
+    tokenizer = tiny.build_tokenizer()
     counted = [len(tokenizer(text)["input_ids"]) + 1 for text in ("one", "two words")]  # and EOS
     assert tokens["lengths_in"] == "tokens"
     assert tokens["sources"][0]["lengths"]["query"]["most"] == max(counted)
 
 
-def test_stats_are_of_what_training_draws_from(data: Path) -> None:
+def test_stats_count_what_training_draws_from(data: Path) -> None:
     (nli, scored, some, documents, two, three, texts) = run("stats", "--config", "all.yaml")["sources"]
     counted = lambda report: (report["source"], report["rows"], report["examples"], report.get("left_out"))  # noqa: E731
     assert counted(nli) == ("nli.jsonl", 4, 1, {"rows without a label": 1, "premises without an entailed hypothesis": 2})
@@ -143,9 +148,9 @@ def test_stats_are_of_what_training_draws_from(data: Path) -> None:
     assert texts["a_row"]["positives"]["mean"] == 1 and texts["lengths"]["positive"] == texts["lengths"]["query"]
 
 
-def test_the_configs_of_the_page_are_read(tmp_path: Path) -> None:
-    """They name no model: the data commands need none."""
-    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+def test_configs_of_the_guide_load(tmp_path: Path) -> None:
+    """They have no model, because the data commands need none."""
+    page = (Path(__file__).parents[2] / "docs" / "guides" / "data.md").read_text()
     configs = re.findall(r"```yaml\n(data:\n.*?)```", page, re.S)
     assert len(configs) == 2
     for text in configs:
@@ -153,11 +158,11 @@ def test_the_configs_of_the_page_are_read(tmp_path: Path) -> None:
         assert load_config(tmp_path / "a.yaml", base="").data.sources
 
 
-def test_preview_shows_what_a_model_sees(
+def test_preview_shows_what_the_model_sees(
     data: Path, base_folder: Callable[[str], Path], capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     report = run("preview", "pairs.jsonl", "texts.txt", "--batch-size", "16")
-    assert caplog.messages == ["a batch of 16 is asked for, but the sources hold 15 examples: it has these"]
+    assert caplog.messages == ["--batch-size: the sources have only 15 examples (got 16); all are shown"]
     shown = capsys.readouterr().out.splitlines()
     assert report["query"]["texts"] == 15 and report["lengths_in"] == "characters"
     assert sum("'the answer 3'" in line or "'x'" in line for line in shown) and any("negative" in line for line in shown)
@@ -178,55 +183,90 @@ def test_preview_shows_what_a_model_sees(
     assert all("[Do find it:] q " in line and "</s>" in line for line in shown if " query " in line)
 
 
-def test_convert(data: Path) -> None:
-    write_lines(data / "odd.jsonl", [{"question": r["query"], "answer": r["pos"][0], "id": 3} for r in PAIRS])
+def test_convert_renames_columns_and_writes_shards(data: Path) -> None:
+    write_jsonl(data / "odd.jsonl", [{"question": r["query"], "answer": r["pos"][0], "id": 3} for r in PAIRS])
     columns = ("--columns", "{query: question, pos: answer}")
-    report = run("convert", "odd.jsonl", "--shards", "5", "out/a.array_record", *columns)
+    report = run("convert", "odd.jsonl", "--shards", "5", "--out", "out/a.array_record", *columns)
     assert report["files"] == [f"out/a-{i:05d}-of-00005.array_record" for i in range(5)] and report["rows"] == 12
-    assert run("convert", *report["paths"], "b.jsonl") == {"files": ["b.jsonl"], "paths": ["b.jsonl"], "rows": 12}
+    assert run("convert", *report["paths"], "--out", "b.jsonl") == {"files": ["b.jsonl"], "paths": ["b.jsonl"], "rows": 12}
     expected = [{"query": r["query"], "pos": r["pos"][:1]} for r in PAIRS]
     assert [json.loads(line) for line in (data / "b.jsonl").read_text().splitlines()] == expected
-    run("convert", "beir", "c.array_record")
-    kind, rows = open_rows(SourceConfig(path="c.array_record"), PythonPackagesConfig(), data)
+    run("convert", "beir", "--out", "c.array_record")
+    kind, rows = open_rows(SourceConfig(path="c.array_record"), data)
     assert (kind, len(rows), rows[0]) == ("pairs", 1, {"query": "q 1", "pos": ["one"]})
     assert not list(data.glob("**/*.partial"))
 
 
-def test_the_sources_of_a_config_are_converted(data: Path) -> None:
-    done = run("convert", "--pairs", "--config", "three.yaml", "out/*.jsonl")
+def test_convert_writes_the_sources_of_a_config(data: Path) -> None:
+    done = run("convert", "--pairs", "--config", "three.yaml", "--out", "out/*.jsonl")
     assert done["paths"] == done["files"] == ["out/docs.jsonl", "out/odd_names.jsonl", "out/sts.jsonl"] and done["rows"] == 9
     docs, odd, sts = ([json.loads(line) for line in Path(path).read_text().splitlines()] for path in done["files"])
     assert docs == [{"query": "Tea", "pos": ["Tea is a drink."]}, {"query": "Tea", "pos": ["Tea: Tea is a drink."]}]
     assert odd == [{"query": "q 0", "pos": ["a", "b"]}]
     assert [row["query"] for row in sts] == ["a3", "b3", "a4", "b4", "a5", "b5"]
-    done = run("convert", "--config", "three.yaml", "again/*.jsonl", "--shards", "2")
+    done = run("convert", "--config", "three.yaml", "--shards", "2", "--out", "again/*.jsonl")
     assert done["rows"] == 2 + 1 + 6 and done["paths"][2] == "again/sts-*-of-00002.jsonl"
     assert [run("validate", path)["sources"][0]["rows"] for path in done["paths"]] == [2, 1, 6]
 
 
 @pytest.mark.parametrize(
+    "args",
+    [
+        ("pairs.jsonl", "out.jsonl"),
+        ("pairs.jsonl", "--format", "pairs", "out.jsonl"),
+        ("--pairs", "pairs.jsonl", "out.jsonl"),
+    ],
+)
+def test_convert_takes_the_last_source_as_output_with_a_note(
+    data: Path, args: tuple[str, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert run("convert", *args) == {"files": ["out.jsonl"], "paths": ["out.jsonl"], "rows": 13}
+    note = "convert: the last SOURCE, out.jsonl, is taken as the output. Name it with --out out.jsonl instead."
+    assert caplog.messages == [note]
+    caplog.clear()
+    run("convert", "pairs.jsonl", "--out", "same.jsonl")
+    assert not caplog.messages and (data / "same.jsonl").read_bytes() == (data / "out.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["stats"], "name the sources to look at, or a config that has some by --config, not both"),
+        (["stats"], "SOURCE: expected either sources or --config CONFIG.yaml. Name one of the two."),
+        (["convert"], "convert: the output is missing. Name it with --out OUT."),
+        (["convert", "--out", "a.jsonl"], "SOURCE: expected either sources or --config"),
+        (["convert", "pairs.jsonl", "--out", "labels.jsonl"], "labels.jsonl: already exists"),
         (["convert", "pairs.jsonl", "labels.jsonl"], "labels.jsonl: already exists"),
         (["convert", "pairs.jsonl", "a.csv"], "a.csv: expected an output that ends in .jsonl or .array_record"),
         (["convert", "labels.jsonl", "a.jsonl", "--format", "pairs"], 'labels.jsonl:1: "query" is missing'),
-        (["stats", "labels.jsonl", "--columns", "{qury: text}"], "command line: unknown key columns.qury; did you mean"),
+        (["stats", "labels.jsonl", "--columns", "{qury: text}"], "command line: unknown key columns.qury. Did you mean"),
         (["stats", "labels.jsonl", "--columns", "text"], "command line: columns: expected a mapping"),
         (["stats", "labels.jsonl", "--format", "lables"], "command line: format: expected 'auto', 'pairs'"),
-        (["preview", "labels.jsonl", "--model", "preset:tiny"], "--model preset:tiny: a preset has no tokenizer"),
+        (["preview", "labels.jsonl", "--model", "preset:tiny"], "--model preset:tiny: a preset has no tokenizer. Name a model"),
+        (
+            ["stats", "python_packages"],
+            "command line: path: 'python_packages' is no longer a source. Run 'python -m jaxembed.data",
+        ),
         (["validate", "--config", "absent.yaml"], "absent.yaml: no such config file"),
-        (["stats", "--config", "three.yaml", "--columns", "{text: a}"], "--config: its sources say what their rows are; leave"),
-        (["preview", "--config", "three.yaml", "--hard-negatives", "2"], "--hard-negatives is of sources that are named; set"),
+        (["stats", "--config", "three.yaml", "--columns", "{text: a}"], "--config: its sources describe their own rows."),
+        (
+            ["preview", "--config", "three.yaml", "--hard-negatives", "2"],
+            "--hard-negatives: applies to named sources only. Set data",
+        ),
         (
             ["stats", "--config", "typo.yaml"],
-            "typo.yaml: unknown key data.sources.0.formt; did you mean data.sources.0.format?",
+            "typo.yaml: unknown key data.sources.0.formt. Did you mean data.sources.0.format?",
         ),
-        (["convert", "--config", "three.yaml", "a.jsonl"], "a.jsonl: 3 sources want a file each: put a * where their names"),
-        (["convert", "labels.jsonl", "beir/../labels.jsonl", "*.jsonl"], "*.jsonl: several sources are called labels; give"),
+        (
+            ["convert", "--config", "three.yaml", "a.jsonl"],
+            "a.jsonl: needs a * (replaced by the source name) because there are 3 sources.",
+        ),
+        (
+            ["convert", "labels.jsonl", "beir/../labels.jsonl", "*.jsonl"],
+            "*.jsonl: several sources are named labels. Give each its own",
+        ),
     ],
 )
-def test_bad_input_is_told_in_one_line(data: Path, args: list[str], message: str) -> None:
+def test_bad_input_raises_user_errors(data: Path, args: list[str], message: str) -> None:
     with pytest.raises(UserError) as error:
         run(*args)
     assert str(error.value).startswith(message)
@@ -234,19 +274,19 @@ def test_bad_input_is_told_in_one_line(data: Path, args: list[str], message: str
 
 
 @pytest.mark.parametrize("option", ["--batch-size", "--hard-negatives", "--seed"])
-def test_numbers_that_are_none(data: Path, capsys: pytest.CaptureFixture[str], option: str) -> None:
+def test_bad_numbers_are_argument_errors(data: Path, capsys: pytest.CaptureFixture[str], option: str) -> None:
     with pytest.raises(SystemExit, match="2"):
         run("preview", "labels.jsonl", option, "-1")
     assert f"argument {option}: -1 is less than" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         run("preview", "labels.jsonl", option, "x")
-    assert f"argument {option}: 'x' is no whole number; see" in capsys.readouterr().err
+    assert f"argument {option}: 'x' is not an integer. See" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         run("preview", "labels.jsonl", f"{option}s", "-1")
     assert "error: unrecognized arguments: --" in capsys.readouterr().err
 
 
-def test_a_batch_is_that_of_the_plan(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_preview_depends_on_the_seed_only(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     seen = []
     for seed in ("0", "0", "1"):
         run("preview", "pairs.jsonl", "--seed", seed)

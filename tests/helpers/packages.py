@@ -1,0 +1,17 @@
+"""Source code of small Python packages."""
+
+from __future__ import annotations
+
+import random
+
+
+def make_function(name: str, docstring: str, seed: int) -> str:
+    """Return a function whose body resembles that of no other seed."""
+    rng = random.Random(seed)
+    lines = [f"    v{rng.randrange(10**6)} = w{rng.randrange(10**6)}({rng.randrange(10**6)})" for _ in range(6)]
+    return f'def {name}(x):\n    """{docstring}"""\n' + "\n".join(lines) + "\n    return x\n\n"
+
+
+def make_module(first: int, last: int) -> str:
+    """Return a module of numbered functions."""
+    return "".join(make_function(f"f{i}", f"Does the thing of number {i}.", i) for i in range(first, last))
