@@ -61,7 +61,7 @@ def read_modules(folder: Path) -> list[tuple[str, Path]]:
         return [(str(m["type"]).rsplit(".", 1)[-1], folder / str(m["path"])) for m in read_json_value(listing)]
     except (TypeError, KeyError):
         raise UserError(
-            f"{listing}: not a list of modules (expected a type and a path for each). Export the model again."
+            f"{listing}: not a list of modules (expected each with type and path). Download or export it again."
         ) from None
 
 

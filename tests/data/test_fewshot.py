@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from helpers import tiny
-from helpers.runs import prepare, settings
+from helpers.runs import make_config, write_base_and_data
 from helpers.sources import draw_examples, open_source_file, write_jsonl
 from jaxembed import Embedder, cli, encode
 from jaxembed.config.spec import EmbeddingSpec, FewShotExample
@@ -68,7 +68,7 @@ SUFFIX = " and so?"
 
 def make_tokenizer(max_length: int, **options: Any) -> TextTokenizer:
     """Make a tokenizer with BOS and EOS; options are fields of the spec."""
-    hf_tokenizer = tiny.tokenizer(bos=True)
+    hf_tokenizer = tiny.build_tokenizer(bos=True)
     append_eos(hf_tokenizer)
     return TextTokenizer(hf_tokenizer, EmbeddingSpec(max_length=max_length, **options))
 
@@ -158,7 +158,7 @@ def test_few_rows_give_few_examples(tmp_path: Path) -> None:
 def test_examples_leave_the_text_half_of_its_tokens(tmp_path: Path) -> None:
     rows = [{"query": f"q{i} " + "long " * (i % 5), "pos": [f"p{i} " + "word " * (i % 7)]} for i in range(40)]
     source = make_source(tmp_path, rows, few_shot={"most": 4, "zero_shot": 0.1})
-    hf_tokenizer = tiny.tokenizer(bos=True)
+    hf_tokenizer = tiny.build_tokenizer(bos=True)
     append_eos(hf_tokenizer)
     tokenizer = TextTokenizer(hf_tokenizer, ICL.replace(max_length=220))
     sampler = BatchSampler(sources=[source], tokenizer=tokenizer, hard_negatives=0, seed=0)
@@ -187,7 +187,7 @@ class TinyBgeEnIcl:
     """A tiny bge-en-icl: a causal Mistral, BOS before and EOS after the whole string, pooling of the last token."""
 
     def __init__(self) -> None:
-        self.decoder, self.tokenizer = tiny.torch_model("mistral"), tiny.tokenizer(bos=True)
+        self.decoder, self.tokenizer = tiny.build_torch_model("mistral"), tiny.build_tokenizer(bos=True)
 
     def encode(self, strings: Sequence[str]) -> np.ndarray:
         vectors = []
@@ -275,13 +275,13 @@ def test_bad_example_files_give_one_line_errors(tmp_path: Path) -> None:
 
 def test_whole_run_with_few_shot_suffix_and_projection(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "jaxembed")
-    root = prepare(tmp_path)
+    root = write_base_and_data(tmp_path)
     overrides = [
         "data.sources.0.few_shot={most: 2, zero_shot: 0}", "data.max_length=128", "model.attention=causal",
         "model.pooling.kind=last", 'model.query_suffix="\\n<response>"', "model.projection.width=6", "train.batch_size=8",
         'model.instruction_template="{instruction}:"',
     ]  # fmt: skip
-    result = train(settings(root, "run", *overrides, "eval.sets=[]", "train.steps=1", "mesh.data=1"))
+    result = train(make_config(root, "run", *overrides, "eval.sets=[]", "train.steps=1", "mesh.data=1"))
     assert np.isfinite(result["loss"])
     model = Embedder.load(root / "run")
     assert (model.spec.query_suffix, model.model.width) == ("\n<response>", 6)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from helpers.runs import ENV, prepare, settings
+from helpers.runs import ENV, make_config, write_base_and_data
 
 
 def run_script(code: str, *args: str, **env: str) -> Any:
@@ -79,10 +79,10 @@ print(json.dumps({"tuned": tuned, "losses": losses}))
 
 def test_a_step_computes_the_same_loss_with_tuning_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(ENV, "OPENBLAS_THREAD_TIMEOUT", raising=False)  # set when this process imported the package
-    prepare(tmp_path)
+    write_base_and_data(tmp_path)
     results = {}
     for switch in ("on", "off"):
-        config = settings(tmp_path, switch, "train.steps=2", "mesh.data=1", "eval.sets=[]")
+        config = make_config(tmp_path, switch, "train.steps=2", "mesh.data=1", "eval.sets=[]")
         path = tmp_path / f"{switch}.yaml"
         path.write_text(config.dump())
         results[switch] = run_script(STEP_SCRIPT, str(path), JAXEMBED_CPU_TUNING=switch)

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import pytest
 
-from helpers.runs import ENV, prepare, rewound, settings, staged
+from helpers.runs import ENV, copy_run_at_first_checkpoint, make_config, make_staged_config, write_base_and_data
 from jaxembed import config
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.formats.weights import save_params
@@ -34,7 +34,7 @@ STALL_TIMEOUT_S = 30.0  # a run that loses a process must end within this time
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare(tmp_path_factory.mktemp("processes"))
+    return write_base_and_data(tmp_path_factory.mktemp("processes"))
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def straight(folder: Path) -> list[dict[str, float]]:
 def write_mining_config(root: Path, run: str, *overrides: str) -> config.Config:
     """Write a config with two stages. The second mines negatives with the model that the first has trained."""
     mining_stage = {"train": {"steps": 4}, "mine": {"rule": "top_k", "negatives": 3}}
-    return staged(root, run, [{"train": {"steps": 8}}, mining_stage], *overrides)
+    return make_staged_config(root, run, [{"train": {"steps": 8}}, mining_stage], *overrides)
 
 
 def find_free_port() -> int:
@@ -69,7 +69,7 @@ def start_all(command: Sequence[str], root: Path, count: int, devices: int) -> l
 
 
 def start_training(
-    root: Path, run: str, *overrides: str, write_config: Callable[..., Any] = settings
+    root: Path, run: str, *overrides: str, write_config: Callable[..., Any] = make_config
 ) -> list[subprocess.Popen[str]]:
     """Start the train command as two processes with four devices each."""
     write_config(root, run, *overrides)
@@ -110,7 +110,7 @@ def test_two_processes_resume_the_run_of_one_with_the_same_result(folder: Path, 
     """The processes are started by launch/local_pod.sh."""
     run = folder / "two"
     overrides = ("mesh.data=8", "train.keep_checkpoints=9")
-    assert rewound(folder / "straight", write_mining_config(folder, "two", *overrides)) == 4
+    assert copy_run_at_first_checkpoint(folder / "straight", write_mining_config(folder, "two", *overrides)) == 4
     # The script discards the standard output of all processes but the first: this interpreter keeps it.
     python, out = folder / "python", folder / "printed"
     python.write_text(

@@ -1,4 +1,4 @@
-"""Adapters as PEFT folders, both ways, against the peft package."""
+"""Adapters as PEFT folders, read and written, compared with the peft package."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from helpers import tiny
-from helpers.runs import command, prepare, settings
+from helpers.runs import make_config, run_command, write_base_and_data
 from jaxembed import Embedder
 from jaxembed.errors import UserError
-from jaxembed.hub.export import export_adapters
+from jaxembed.hub.export_adapters import export_adapters
 from jaxembed.runs.train import train
 
-SHORT = ("train.steps=1", "eval.sets=[]")
+ONE_STEP = ("train.steps=1", "eval.sets=[]")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare(tmp_path_factory.mktemp("peft"))
+    return write_base_and_data(tmp_path_factory.mktemp("peft"))
 
 
-def written_by_peft(base: Path, out: Path, head: bool = False, **options: Any) -> Any:
-    """A PEFT model with random adapters on the base, saved in `out`."""
-    auto = transformers.AutoModelForCausalLM if head else transformers.AutoModel
+def save_random_adapters(base: Path, out: Path, has_head: bool = False, **options: Any) -> Any:
+    """Add random adapters to the base with peft, save them in `out`, and return the model."""
+    auto_class = transformers.AutoModelForCausalLM if has_head else transformers.AutoModel
     torch.manual_seed(0)
     config = peft.LoraConfig(**{"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "v_proj", "down_proj"]} | options)
-    model = peft.get_peft_model(auto.from_pretrained(str(base)), config).eval()
+    model = peft.get_peft_model(auto_class.from_pretrained(str(base)), config).eval()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -41,75 +41,78 @@ def written_by_peft(base: Path, out: Path, head: bool = False, **options: Any) -
     return model
 
 
-def mean_vectors(model: Any, ours: Embedder) -> np.ndarray:
-    """Unit mean vectors by PyTorch of the token ids that `ours` would see."""
+def encode_with_torch(model: Any, embedder: Embedder) -> np.ndarray:
+    """Return unit vectors of `tiny.TEXTS` by mean pooling in PyTorch, on the token ids of `embedder`."""
     vectors = []
-    for ids in ours.tokenizer(tiny.TEXTS, [""] * len(tiny.TEXTS)).ids:
+    for ids in embedder.tokenizer(tiny.TEXTS, [""] * len(tiny.TEXTS)).ids:
         with torch.no_grad():
             hidden = model(torch.tensor(ids[None].astype(np.int64)), output_hidden_states=True).hidden_states[-1][0]
         vectors.append(torch.nn.functional.normalize(hidden.mean(dim=0), dim=0).numpy())
     return np.stack(vectors)
 
 
-@pytest.mark.parametrize("head", [False, True])
-def test_what_peft_writes_is_read(folder: Path, tmp_path: Path, head: bool) -> None:
-    model = written_by_peft(folder / "base", tmp_path / "adapters", head)
-    tiny.tokenizer().save_pretrained(tmp_path / "adapters")
+@pytest.mark.parametrize("has_head", [False, True])
+def test_adapters_saved_by_peft_load(folder: Path, tmp_path: Path, has_head: bool) -> None:
+    model = save_random_adapters(folder / "base", tmp_path / "adapters", has_head)
+    tiny.build_tokenizer().save_pretrained(tmp_path / "adapters")
     (tmp_path / "adapters" / "jaxembed.json").write_text('{"attention": "causal", "max_length": 64}')
-    ours = Embedder.load(tmp_path / "adapters")
-    assert ours.spec.attention == "causal"
-    np.testing.assert_allclose(ours.encode(tiny.TEXTS), mean_vectors(model, ours), atol=1e-5)
-    plain = Embedder.load(folder / "base")
-    assert np.abs(plain.encode(tiny.TEXTS) - ours.encode(tiny.TEXTS)).max() > 1e-2
-    assert ours.revision != plain.revision
+    embedder = Embedder.load(tmp_path / "adapters")
+    assert embedder.spec.attention == "causal"
+    np.testing.assert_allclose(embedder.encode(tiny.TEXTS), encode_with_torch(model, embedder), atol=1e-5)
+    base = Embedder.load(folder / "base")
+    assert np.abs(base.encode(tiny.TEXTS) - embedder.encode(tiny.TEXTS)).max() > 1e-2
+    assert embedder.revision != base.revision
 
 
-def test_what_is_written_peft_reads(folder: Path, tmp_path: Path) -> None:
-    config = settings(folder, "run", "model.lora={rank: 4, alpha: 8}", "model.attention=causal", *SHORT, "train.steps=3")
+def test_peft_loads_exported_adapters(folder: Path, tmp_path: Path) -> None:
+    config = make_config(folder, "run", "model.lora={rank: 4, alpha: 8}", "model.attention=causal", *ONE_STEP, "train.steps=3")
     train(config)
     export_adapters(folder / "run", tmp_path / "adapters", "last")
     ours = Embedder.load(folder / "run", checkpoint="last")
     base = transformers.AutoModel.from_pretrained(str(folder / "base"))
-    theirs = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapters")).eval()
-    np.testing.assert_allclose(ours.encode(tiny.TEXTS), mean_vectors(theirs, ours), atol=1e-5)
+    reference = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapters")).eval()
+    np.testing.assert_allclose(ours.encode(tiny.TEXTS), encode_with_torch(reference, ours), atol=1e-5)
     np.testing.assert_allclose(Embedder.load(tmp_path / "adapters").encode(tiny.TEXTS), ours.encode(tiny.TEXTS), atol=1e-5)
-    further = settings(folder, "further", f"model.base={tmp_path / 'adapters'}", *SHORT, "optim.learning_rate=1e-9")
+    further = make_config(folder, "further", f"model.base={tmp_path / 'adapters'}", *ONE_STEP, "optim.learning_rate=1e-9")
     train(further)
     np.testing.assert_allclose(Embedder.load(folder / "further").encode(tiny.TEXTS), ours.encode(tiny.TEXTS), atol=1e-4)
 
 
-def test_a_run_without_adapters_has_none_to_write(folder: Path, tmp_path: Path) -> None:
-    train(settings(folder, "whole", *SHORT))
+def test_export_of_adapters_needs_a_run_that_trained_adapters_only(folder: Path, tmp_path: Path) -> None:
+    train(make_config(folder, "whole", *ONE_STEP))
     latent = ["model.lora={rank: 2, alpha: 2}", "model.pooling={kind: latent_attention, latents: 2}"]
-    train(settings(folder, "latent", *latent, *SHORT))
-    for run, told in (("whole", "trained without model.lora"), ("latent", "its pooling was trained too")):
-        with pytest.raises(UserError, match=told):
+    train(make_config(folder, "latent", *latent, *ONE_STEP))
+    for run, message in (
+        ("whole", "no adapters .the run was trained without model.lora"),
+        ("latent", "its pooling was trained too"),
+    ):
+        with pytest.raises(UserError, match=message):
             export_adapters(folder / run, tmp_path / "out", "last")
-    done = command("jaxembed.export", str(folder / "base"), str(tmp_path / "out"), "--adapters")
+    done = run_command("jaxembed.export", str(folder / "base"), str(tmp_path / "out"), "--adapters")
     assert done.returncode == 2
-    assert "not a run directory; --adapters needs one" in done.stderr
+    assert "not a run directory" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
-        ({"peft_type": "IA3"}, "peft_type is IA3; only LORA"),
-        ({"use_dora": True}, "use_dora is True, which is not supported"),
-        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern is .* not supported"),
-        ({"r": 0}, "r is 0; expected a whole number"),
+        ({"peft_type": "IA3"}, "peft_type IA3 is not supported .expected LORA"),
+        ({"use_dora": True}, "use_dora True is not supported"),
+        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern .* is not supported"),
+        ({"r": 0}, "r is 0|r: 0"),
         ({"base_model_name_or_path": "/nowhere"}, "/nowhere: neither a folder"),
     ],
 )
-def test_adapters_of_other_kinds_are_refused(folder: Path, tmp_path: Path, change: dict[str, Any], told: str) -> None:
-    written_by_peft(folder / "base", tmp_path)
+def test_unsupported_adapters_are_refused(folder: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    save_random_adapters(folder / "base", tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         Embedder.load(tmp_path)
 
 
-def test_adapters_whose_base_leads_back_to_them_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_circular_bases_of_adapters_are_refused(folder: Path, tmp_path: Path) -> None:
     names = {"a": str(tmp_path / "b"), "b": str(tmp_path / "a"), "c": str(tmp_path / "c"), "d": "no\0name", "e": "~nobody/x"}
     for name, base in names.items():
         (tmp_path / name).mkdir()
@@ -119,31 +122,36 @@ def test_adapters_whose_base_leads_back_to_them_are_refused(folder: Path, tmp_pa
             Embedder.load(tmp_path / name)
 
 
-def test_a_folder_around_adapters_names_them(tmp_path: Path) -> None:
+def test_error_for_a_folder_of_adapter_folders_lists_them(tmp_path: Path) -> None:
     for name in ("sts", "retrieval"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "adapter_config.json").write_text("{}")
-    told = rf"holds a folder for each of the adapters retrieval, sts; name one: {tmp_path}/retrieval"
-    with pytest.raises(UserError, match=told):
+    message = rf"has one folder for each of the adapters retrieval, sts. Choose one, such as {tmp_path}/retrieval"
+    with pytest.raises(UserError, match=message):
         Embedder.load(tmp_path)
 
 
-def test_adapters_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -> None:
-    written_by_peft(folder / "base", tmp_path)
+def test_missing_unexpected_and_misshapen_tensors_are_refused(folder: Path, tmp_path: Path) -> None:
+    save_random_adapters(folder / "base", tmp_path)
     weights = tmp_path / "adapter_model.safetensors"
-    whole = load_file(weights)
-    name = next(name for name in whole if "layers.1.self_attn.q_proj.lora_A" in name)
-    for changed, told in (
-        ({key: x for key, x in whole.items() if key != name}, "layers.1.self_attn.q_proj.lora_A.weight is missing"),
-        (whole | {"base_model.model.lm_head.lora_A.weight": np.zeros((3, 32), np.float32)}, "holds lm_head.lora_A.weight"),
+    tensors = load_file(weights)
+    name = next(name for name in tensors if "layers.1.self_attn.q_proj.lora_A" in name)
+    for changed, message in (
+        ({key: x for key, x in tensors.items() if key != name}, "layers.1.self_attn.q_proj.lora_A.weight is missing"),
         (
-            {key: x[:, :-1] if "q_proj.lora_A" in key else x for key, x in whole.items()},
-            "q from 31 to 64; expected 32",
+            tensors | {"base_model.model.lm_head.lora_A.weight": np.zeros((3, 32), np.float32)},
+            "unexpected tensor lm_head.lora_A.weight",
+        ),
+        (tensors | {name: tensors[name][:2]}, r"q_proj.lora_A.weight is misshapen \(\(2, 32\); expected \(3, 32\)\)"),
+        (tensors | {name: tensors[name][:, :-1]}, "q_proj.lora_A.weight is misshapen"),
+        (
+            {key: x[:, :-1] if "q_proj.lora_A" in key else x for key, x in tensors.items()},
+            r"q maps 31 to 64; expected 32 to 64",
         ),
     ):
         save_file({key: np.ascontiguousarray(x) for key, x in changed.items()}, weights)
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             Embedder.load(tmp_path)
     weights.write_bytes(weights.read_bytes()[:-9])
-    with pytest.raises(UserError, match="not a whole safetensors file"):
+    with pytest.raises(UserError, match="not a complete safetensors file"):
         Embedder.load(tmp_path)

@@ -1,4 +1,4 @@
-"""Published checkpoints, as tiny folders of the same layout, against PyTorch."""
+"""NV-Embed's layout: a tiny folder of the same form, compared with PyTorch."""
 
 from __future__ import annotations
 
@@ -13,34 +13,36 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from helpers import tiny
-from helpers.loading import least_cosine
-from helpers.runs import prepare, settings
+from helpers.loading import min_cosine
+from helpers.runs import make_config, write_base_and_data
 from jaxembed import Embedder
 from jaxembed.data.tokenize import load_tokenizer
 from jaxembed.devices.mesh import make_mesh
 from jaxembed.errors import UserError
 from jaxembed.formats.token_pooling import TokenPooling
-from jaxembed.hub.base import find_base
 from jaxembed.hub.card import Card
-from jaxembed.hub.embedder import from_base
-from jaxembed.hub.export import encode_torch, export, export_nv_embed, load_sentence_transformer
-from jaxembed.model.decoder import Compute
+from jaxembed.hub.embedder import load_embedder
+from jaxembed.hub.export import export
+from jaxembed.hub.export_nv_embed import export_nv_embed
+from jaxembed.hub.resolve import find_base
+from jaxembed.hub.torch_model import encode_torch, load_sentence_transformer
+from jaxembed.model.decoder import ComputeOptions
 from jaxembed.runs.train import train
 
 INSTRUCTION = "Given a question, retrieve passages that answer it"
-PREFIX = f"Instruct: {INSTRUCTION}\nQuery: "
-TEXTS = [*tiny.TEXTS, "a text that is cut at its end " * 20]
-LIMIT = 128  # positions of the tiny models
+PROMPT = f"Instruct: {INSTRUCTION}\nQuery: "
+TEXTS = [*tiny.TEXTS, "a text that is truncated at its end " * 20]
+MAX_POSITIONS = 128  # of the tiny models
 
 
-class NVEmbed:
-    """A tiny NV-Embed: a bidirectional Mistral, latent attention with heads as wide as the model, masked mean."""
+class TinyNVEmbed:
+    """A tiny NV-Embed: bidirectional Mistral, latent attention with heads as wide as the model, masked mean."""
 
     def __init__(self) -> None:
-        self.decoder = tiny.torch_model("mistral", causal=False)
+        self.decoder = tiny.build_torch_model("mistral", causal=False)
         torch.manual_seed(1)
         self.latent = TokenPooling(32, "latent_attention", 6, 2)
-        self.tokenizer = tiny.tokenizer(bos=True)
+        self.tokenizer = tiny.build_tokenizer(bos=True)
 
     def save(self, folder: Path) -> Path:
         folder.mkdir()
@@ -60,53 +62,51 @@ class NVEmbed:
         return folder
 
     def encode(self, texts: list[str], instruction: str) -> np.ndarray:
-        """As the release does it: EOS as text, then truncation; the first tokens of the instruction's number masked."""
-        skipped = len(self.tokenizer.tokenize(instruction))
+        """Encode as the release does: append EOS, truncate, and leave out as many first tokens as the instruction has."""
+        skipped_tokens = len(self.tokenizer.tokenize(instruction))
         vectors = []
         for text in texts:
-            ids = self.tokenizer(instruction + text + "</s>", truncation=True, max_length=LIMIT)["input_ids"]
+            ids = self.tokenizer(instruction + text + "</s>", truncation=True, max_length=MAX_POSITIONS)["input_ids"]
             with torch.no_grad():
                 hidden = self.decoder(torch.tensor([ids])).last_hidden_state
                 mask = torch.ones(1, len(ids), dtype=torch.long)
                 tokens = self.latent({"token_embeddings": hidden, "attention_mask": mask})["token_embeddings"]
-            vectors.append(torch.nn.functional.normalize(tokens[0, skipped:].mean(dim=0), dim=0).numpy())
+            vectors.append(torch.nn.functional.normalize(tokens[0, skipped_tokens:].mean(dim=0), dim=0).numpy())
         return np.stack(vectors)
 
 
 @pytest.fixture(scope="module")
-def nv_embed(tmp_path_factory: pytest.TempPathFactory) -> tuple[NVEmbed, Path]:
-    model = NVEmbed()
+def nv_embed(tmp_path_factory: pytest.TempPathFactory) -> tuple[TinyNVEmbed, Path]:
+    model = TinyNVEmbed()
     return model, model.save(tmp_path_factory.mktemp("published") / "NV-Embed-v2")
 
 
-def test_nv_embed_encodes_as_its_release(nv_embed: tuple[NVEmbed, Path]) -> None:
+def test_nv_embed_matches_its_release(nv_embed: tuple[TinyNVEmbed, Path]) -> None:
     reference, folder = nv_embed
     model = Embedder.load(folder)
-    assert (model.spec.latents, model.spec.pooling_heads, model.spec.max_length) == (6, 2, LIMIT)
+    assert (model.spec.latents, model.spec.pooling_heads, model.spec.max_length) == (6, 2, MAX_POSITIONS)
     ours = model.encode(TEXTS, instruction=INSTRUCTION)
-    assert least_cosine(ours, reference.encode(TEXTS, PREFIX)) > 0.99999
-    assert least_cosine(model.encode(TEXTS), reference.encode(TEXTS, "")) > 0.99999
+    assert min_cosine(ours, reference.encode(TEXTS, PROMPT)) > 0.99999
+    assert min_cosine(model.encode(TEXTS), reference.encode(TEXTS, "")) > 0.99999
     assert np.abs(ours[0] - ours[1]).max() > 0.05
     weights = model.latent_weights(TEXTS)
     assert weights.shape == (len(TEXTS), 2, 6)
 
 
-def test_every_habit_of_nv_embed_counts(nv_embed: tuple[NVEmbed, Path]) -> None:
-    """Without one of them, or with another mask, the vectors are others: the comparison above would show it."""
+def test_each_choice_of_nv_embed_changes_the_vectors(nv_embed: tuple[TinyNVEmbed, Path]) -> None:
+    """The comparison above can fail: it would notice each of these changes."""
     reference, folder = nv_embed
-    want = reference.encode(TEXTS, PREFIX)
+    expected = reference.encode(TEXTS, PROMPT)
     base = find_base(str(folder))
     for change in (
         {"eos_as_text": False}, {"eos_as_text": False, "append_eos": True}, {"pool_last_instruction_token": False},
         {"attention": "causal"}, {"include_instruction": True},
     ):  # fmt: skip
-        wrong = from_base(base, base.spec.replace(**change), Compute(), make_mesh(1))
-        assert least_cosine(wrong.encode(TEXTS, instruction=INSTRUCTION), want) < 0.9999, change
+        changed = load_embedder(base, base.spec.replace(**change), ComputeOptions(), make_mesh(1))
+        assert min_cosine(changed.encode(TEXTS, instruction=INSTRUCTION), expected) < 0.9999, change
 
 
-def test_a_tokenizer_is_read_without_a_word_on_its_model(
-    nv_embed: tuple[NVEmbed, Path], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_loading_a_tokenizer_logs_nothing(nv_embed: tuple[TinyNVEmbed, Path], caplog: pytest.LogCaptureFixture) -> None:
     transformers.logging.enable_propagation()
     try:
         load_tokenizer(nv_embed[1])
@@ -115,37 +115,38 @@ def test_a_tokenizer_is_read_without_a_word_on_its_model(
     assert not caplog.records and transformers.logging.get_verbosity() == transformers.logging.WARNING
 
 
-def test_nv_embed_is_tuned_further_and_exported(
-    nv_embed: tuple[NVEmbed, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_nv_embed_can_be_fine_tuned_and_exported(
+    nv_embed: tuple[TinyNVEmbed, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     _, folder = nv_embed
     with pytest.raises(UserError, match="cuts EOS off long texts"):
         export(Embedder.load(folder), tmp_path / "whole", "float32", Card("nv", "base"))
     export_nv_embed(Embedder.load(folder), tmp_path / "whole", "float32")
     np.testing.assert_array_equal(Embedder.load(tmp_path / "whole").encode(TEXTS), Embedder.load(folder).encode(TEXTS))
-    theirs, ours = (load_file(place / "model.safetensors") for place in (folder, tmp_path / "whole"))
-    assert theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name]) for name in theirs)
-    root = prepare(tmp_path)
-    config = settings(root, "tuned", f"model.base={folder}", "model.lora={rank: 2, alpha: 4}", "train.steps=3", "eval.sets=[]")
+    original, exported = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "whole"))
+    assert original.keys() == exported.keys() and all(torch.equal(original[name], exported[name]) for name in original)
+    root = write_base_and_data(tmp_path)
+    overrides = f"model.base={folder}", "model.lora={rank: 2, alpha: 4}", "train.steps=3", "eval.sets=[]"
+    config = make_config(root, "tuned", *overrides)
     train(config)
     assert not [record.message for record in caplog.records if record.levelname == "WARNING" and record.name == "jaxembed"]
     model = Embedder.load(root / "tuned")
     assert (model.spec.eos_as_text, model.spec.append_eos, model.spec.pool_last_instruction_token) == (False, True, True)
     export(model, tmp_path / "out", "float32", Card("nv", "base"))
     stock = load_sentence_transformer(tmp_path / "out")
-    for prompt in ("", PREFIX):
+    for prompt in ("", PROMPT):
         np.testing.assert_allclose(encode_torch(stock, TEXTS, prompt), model.encode(TEXTS, prompt=prompt), atol=1e-5)
     export_nv_embed(model, tmp_path / "own", "bfloat16")
-    again, short = Embedder.load(tmp_path / "own"), [TEXTS[0], TEXTS[3]]
-    assert again.spec.eos_as_text
-    assert 1e-4 < np.abs(again.encode(short) - model.encode(short)).max() < 0.05
-    with pytest.raises(UserError, match=r"cannot hold this model \(pooling 'mean'"):
+    reloaded, short_texts = Embedder.load(tmp_path / "own"), [TEXTS[0], TEXTS[3]]
+    assert reloaded.spec.eos_as_text
+    assert 1e-4 < np.abs(reloaded.encode(short_texts) - model.encode(short_texts)).max() < 0.05
+    with pytest.raises(UserError, match=r"cannot represent this model \(pooling 'mean'"):
         export_nv_embed(Embedder.load(root / "base"), tmp_path / "no", "float32")
 
 
-def test_nv_embed_of_other_sizes_is_refused(nv_embed: tuple[NVEmbed, Path], tmp_path: Path) -> None:
+def test_nv_embed_with_other_head_widths_is_refused(nv_embed: tuple[TinyNVEmbed, Path], tmp_path: Path) -> None:
     config: dict[str, Any] = json.loads((nv_embed[1] / "config.json").read_text())
     config["latent_attention_config"]["cross_dim_head"] = 16
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="cross_dim_head is 16; expected hidden_size, 32"):
+    with pytest.raises(UserError, match=r"cross_dim_head is 16 \(expected hidden_size, 32\)"):
         Embedder.load(tmp_path)

@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from helpers import tiny
-from helpers.loading import load
+from helpers.loading import load_model
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.errors import UserError
 from jaxembed.formats.weights import save_params
@@ -43,7 +43,7 @@ def read_tensors(folder: Path) -> Tensors:
 
 
 def load_decoder(folder: Path) -> Any:
-    return load(folder, EmbeddingSpec())[1]["decoder"]
+    return load_model(folder, EmbeddingSpec())[1]["decoder"]
 
 
 def are_equal(a: Any, b: Any) -> bool:
@@ -90,13 +90,13 @@ def test_every_common_file_layout_loads_the_same_parameters(base_folder: FolderF
         write_model(tmp_path / "prefixed", base, {"model.safetensors": prefixed}),
         write_model(tmp_path / "with head", base, {"model.safetensors": prefixed | unused}),
         write_model(tmp_path / "sharded", base, shards, index=True),
-        tiny.folder(tmp_path / "causal", "qwen2", head=True),
+        tiny.write_folder(tmp_path / "causal", "qwen2", head=True),
     ]
     assert all(are_equal(load_decoder(folder), expected) for folder in folders)
 
 
 def test_an_untied_language_model_head_is_ignored(base_folder: FolderFixture, tmp_path: Path) -> None:
-    folder = tiny.folder(tmp_path, "mistral", head=True)
+    folder = tiny.write_folder(tmp_path, "mistral", head=True)
     assert "lm_head.weight" in read_tensors(folder)
     assert are_equal(load_decoder(folder), load_decoder(base_folder("mistral")))
 
@@ -182,7 +182,7 @@ def test_missing_files_are_named(base_folder: FolderFixture, tmp_path: Path, ind
 
 
 def test_parameters_are_placed_on_every_device(base_folder: FolderFixture) -> None:
-    _, params = load(base_folder("qwen2"), EmbeddingSpec(), devices=8)
+    _, params = load_model(base_folder("qwen2"), EmbeddingSpec(), devices=8)
     assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(params)} == {8}
     assert are_equal(params["decoder"], load_decoder(base_folder("qwen2")))
 
@@ -205,11 +205,11 @@ def sample():
         time.sleep(0.002)
 
 big, small = map(Path, sys.argv[1:])
-load(small, EmbeddingSpec())
+load_model(small, EmbeddingSpec())
 is_done, before, samples = False, read_anonymous_bytes(), []
 thread = threading.Thread(target=sample)
 thread.start()
-_, params = load(big, EmbeddingSpec())
+_, params = load_model(big, EmbeddingSpec())
 is_done = True
 thread.join()
 size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))

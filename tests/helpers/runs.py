@@ -1,4 +1,4 @@
-"""Runs of a tiny model: their files, configs, commands and losses."""
+"""Training runs of a tiny model: their files, configs, commands and losses."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from jaxembed.training.metrics import Recorder, read_metrics
 ENV = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
 
 
-def prepare(root: Path) -> Path:
-    """A base, pairs whose query and positive share words, and a held-out set of the same kind."""
-    tiny.folder(root / "base", "qwen3")
+def write_base_and_data(root: Path) -> Path:
+    """Write a base model, training pairs whose query and positive share words, and a held-out set of the same kind."""
+    tiny.write_folder(root / "base", "qwen3")
     rng = np.random.default_rng(0)
     letters = [chr(ord("a") + i) * 3 for i in range(26)]
     rows = []
@@ -38,15 +38,16 @@ def prepare(root: Path) -> Path:
             {"query": " ".join(words[:2]), "pos": [" ".join(words)], "neg": [" ".join(letters[i] for i in rng.choice(26, 4))]}
         )
     (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    scored = [
+    scored_pairs = [
         {"sentence1": r["query"], "sentence2": r["pos"][0] if i % 2 else r["neg"][0], "score": i % 2}
         for i, r in enumerate(rows)
     ]
-    (root / "sts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scored))
+    (root / "sts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scored_pairs))
     return root
 
 
-def settings(root: Path, run: str, *overrides: str) -> config.Config:
+def make_config(root: Path, run: str, *overrides: str) -> config.Config:
+    """Write the config of a short run on the files of `write_base_and_data`, and load it with overrides."""
     tree = {
         "model": {"base": str(root / "base"), "unroll": False},
         "data": {
@@ -64,9 +65,9 @@ def settings(root: Path, run: str, *overrides: str) -> config.Config:
     return config.load_config(path, [f"run.dir={root / run}", *overrides])
 
 
-def staged(root: Path, run: str, stages: Sequence[Mapping[str, Any]], *overrides: str) -> config.Config:
-    """The config of `settings` in stages."""
-    tree = yaml.safe_load(settings(root, run, *overrides).dump())
+def make_staged_config(root: Path, run: str, stages: Sequence[Mapping[str, Any]], *overrides: str) -> config.Config:
+    """Write and load the config of `make_config` with stages."""
+    tree = yaml.safe_load(make_config(root, run, *overrides).dump())
     del tree["train"]["steps"]
     tree["stages"] = stages
     path = root / f"{run}.yaml"
@@ -74,11 +75,11 @@ def staged(root: Path, run: str, stages: Sequence[Mapping[str, Any]], *overrides
     return config.load_config(path)
 
 
-def rewound(straight: Path, of: config.Config) -> int:
-    """Makes a config's run out of a finished one, as that was at the first of its checkpoints; returns that step."""
-    run = Path(of.run.dir)
-    shutil.copytree(straight, run)
-    (run / "config.yaml").write_text(of.dump())
+def copy_run_at_first_checkpoint(finished_run: Path, new_config: config.Config) -> int:
+    """Copy a finished run to the run directory of a config, as it was at its first checkpoint; return that step."""
+    run = Path(new_config.run.dir)
+    shutil.copytree(finished_run, run)
+    (run / "config.yaml").write_text(new_config.dump())
     first, *later = sorted(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdecimal())
     for step in later:
         shutil.rmtree(run / "checkpoints" / str(step))
@@ -86,24 +87,26 @@ def rewound(straight: Path, of: config.Config) -> int:
     return first
 
 
-def losses(run_dir: Path) -> list[float]:
+def read_losses(run_dir: Path) -> list[float]:
+    """Return the logged training losses of a run."""
     return [row["loss"] for row in read_metrics(run_dir) if "loss" in row]
 
 
-def command(*args: str) -> subprocess.CompletedProcess[str]:
+def run_command(*args: str) -> subprocess.CompletedProcess[str]:
+    """Run a module of the package in a new process."""
     return subprocess.run([sys.executable, "-m", *args], env=ENV, capture_output=True, text=True, check=False)
 
 
-def start(root: Path, run: str, *overrides: str, ahead: str = "") -> subprocess.Popen[str]:
-    """The train command on a run's config, in the background; the code `ahead` runs in its process first."""
-    settings(root, run, *overrides)
-    code = f"{ahead}\nimport runpy\nrunpy.run_module('jaxembed.train', run_name='__main__')"
+def start_training(root: Path, run: str, *overrides: str, setup_code: str = "") -> subprocess.Popen[str]:
+    """Start the train command on a run's config in the background, after `setup_code` in the same process."""
+    make_config(root, run, *overrides)
+    code = f"{setup_code}\nimport runpy\nrunpy.run_module('jaxembed.train', run_name='__main__')"
     arguments = [sys.executable, "-c", code, str(root / f"{run}.yaml"), f"run.dir={root / run}", *overrides]
     return subprocess.Popen(arguments, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-def train_until_stopped(chosen: config.Config, steps: int) -> None:
-    """Train until a SIGTERM that arrives in this step stops the run."""
+def train_until_stopped(run_config: config.Config, steps: int) -> None:
+    """Train until a SIGTERM during step `steps` stops the run."""
     advance, done = Recorder.advance, 0
 
     def advance_and_signal(recorder: Recorder) -> None:
@@ -115,11 +118,11 @@ def train_until_stopped(chosen: config.Config, steps: int) -> None:
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(Recorder, "advance", advance_and_signal)
-        train(chosen)
+        train(run_config)
 
 
 def use_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make every mesh that the package builds by itself a mesh of one device, for which programs compile faster."""
+    """Replace every mesh that the package builds by itself by a mesh of one device, for which programs compile faster."""
     mesh = make_mesh(1)
     for name, module in list(sys.modules.items()):
         if name.startswith("jaxembed.") and getattr(module, "make_mesh", None) is make_mesh:

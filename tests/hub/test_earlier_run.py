@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from helpers.runs import prepare, settings, use_one_device
+from helpers.runs import make_config, use_one_device, write_base_and_data
 from jaxembed import Embedder
 from jaxembed.config import Config, LoraConfig
 from jaxembed.config.spec import EmbeddingSpec
@@ -38,7 +38,7 @@ LORA = 'model.lora={"rank": 2, "alpha": 4, "targets": ["q_proj", "down_proj"]}'
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare(tmp_path_factory.mktemp("earlier"))
+    return write_base_and_data(tmp_path_factory.mktemp("earlier"))
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +66,7 @@ def run(folder: Path, name: str, base: str, *overrides: str, noise: float = 0.0)
             inner.setattr("orbax.checkpoint.CheckpointManager", lambda *args, **kwargs: pytest.fail("opened by one process"))
             return run_on_first_process_first(function)
 
-    config = settings(folder, name, *QUICK, f"model.base={folder / base}", *overrides)
+    config = make_config(folder, name, *QUICK, f"model.base={folder / base}", *overrides)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("jaxembed.training.stage.make_train_step", lambda *args, **kwargs: step)
         patch.setattr(processes, "run_on_first_process_first", refuse_checkpoints)

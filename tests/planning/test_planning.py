@@ -90,10 +90,10 @@ def test_flops_count_loops_and_recomputation() -> None:
 
 
 def test_a_plan_counts_parameters_moments_and_collectives(tmp_path: Path) -> None:
-    runs.prepare(tmp_path)
+    runs.write_base_and_data(tmp_path)
     for file in (tmp_path / "base").glob("*.safetensors"):
         file.unlink()  # it needs no weights
-    result = make_plan(runs.settings(tmp_path, "run", "mesh.data=-1", "optim.warmup_steps=0"))
+    result = make_plan(runs.make_config(tmp_path, "run", "mesh.data=-1", "optim.warmup_steps=0"))
     (stage,) = result["stages"]
     assert result["devices"] == 8 and stage["memory"]["estimate"] and not (tmp_path / "run").exists()
     assert stage["trained"] == stage["parameters"]
@@ -104,8 +104,8 @@ def test_a_plan_counts_parameters_moments_and_collectives(tmp_path: Path) -> Non
 
 
 def test_the_error_of_too_little_memory_lists_remedies(tmp_path: Path) -> None:
-    runs.prepare(tmp_path)
-    config = runs.settings(tmp_path, "run", "model.remat=true", "gradcache.rows=4")
+    runs.write_base_and_data(tmp_path)
+    config = runs.make_config(tmp_path, "run", "model.remat=true", "gradcache.rows=4")
     stage: Any = SimpleNamespace(index=0, config=config.stages[0])
     message = str(_out_of_memory_error(config, stage, 40 << 30, 16 << 30))
     assert message == (
@@ -115,11 +115,11 @@ def test_the_error_of_too_little_memory_lists_remedies(tmp_path: Path) -> None:
 
 
 def test_a_step_that_does_not_fit_its_device_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs.prepare(tmp_path)
+    runs.write_base_and_data(tmp_path)
     monkeypatch.setattr("jaxembed.planning.plan._local_device_memory", lambda: 1 << 10)
     message = r"^a step needs [\d.]+ MiB, but a device has 1\.00 KiB\. Try mesh\.fsdp=-1, "
     with pytest.raises(UserError, match=message):
-        make_plan(runs.settings(tmp_path, "run"))
+        make_plan(runs.make_config(tmp_path, "run"))
 
 
 def test_a_topology_needs_the_tpu_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,8 +150,8 @@ def test_an_unknown_topology_is_refused(name: str) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 def test_the_tpu_compiler_plans_for_two_slices(tmp_path: Path) -> None:
-    runs.prepare(tmp_path)
-    runs.settings(tmp_path, "run")
+    runs.write_base_and_data(tmp_path)
+    runs.make_config(tmp_path, "run")
     overrides = [f"run.dir={tmp_path / 'run'}", "mesh.data=-1", "mesh.fsdp=4"]
     topology = ["--topology", "v5e:2x2", "--slices", "2"]
     command = [sys.executable, "-m", "jaxembed.train", str(tmp_path / "run.yaml"), *overrides, *topology]
