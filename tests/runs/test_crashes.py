@@ -15,8 +15,9 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import pytest
 
+from helpers.runs import copy_run_at_first_checkpoint, make_config, read_losses, start_training, write_base_and_data
 from jaxembed import Embedder
-from jaxembed.data.schema import hash_text
+from jaxembed.data.equality import hash_text
 from jaxembed.errors import UserError
 from jaxembed.hub.card import read_card
 from jaxembed.losses import infonce
@@ -25,21 +26,20 @@ from jaxembed.runs.train import train
 from jaxembed.training import run_dir
 from jaxembed.training.checkpoint import Checkpoints
 from jaxembed.training.metrics import read_metrics
-from helpers.runs import losses, prepare, rewound, settings, start
 
 MANY = ("train.steps=36", "train.checkpoint_every=7", "train.eval_every=12")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare(tmp_path_factory.mktemp("unbreakable"))
+    return write_base_and_data(tmp_path_factory.mktemp("unbreakable"))
 
 
 @pytest.fixture(scope="module")
 def straight(folder: Path) -> list[float]:
     """The losses of a run that nothing happened to."""
-    train(settings(folder, "straight", *MANY, "train.keep_checkpoints=9"))
-    return losses(folder / "straight")
+    train(make_config(folder, "straight", *MANY, "train.keep_checkpoints=9"))
+    return read_losses(folder / "straight")
 
 
 def steps_of(run: Path) -> list[int]:
@@ -69,22 +69,22 @@ def test_kill_9_at_any_moment_loses_no_more_than_since_the_last_checkpoint(folde
         lambda: last_step(run) == random_step,
     ]
     for due in moments:
-        process = start(folder, "killed", *MANY)
+        process = start_training(folder, "killed", *MANY)
         kill_when(process, due)
         assert process.returncode == -signal.SIGKILL
         reached, kept = last_step(run), max(steps_of(run), default=0)
         assert reached - kept <= 2 * 7, "a checkpoint is written every 7 steps; one may be on its way"
-        assert losses(run) == straight[:reached]
+        assert read_losses(run) == straight[:reached]
     assert kept > 0
-    train(settings(folder, "killed", *MANY))
-    assert losses(run) == straight
+    train(make_config(folder, "killed", *MANY))
+    assert read_losses(run) == straight
     assert len([row for row in read_metrics(run) if "untrained/sts/spearman" in row]) == 1
 
 
 def test_only_the_run_itself_removes_what_is_half_written(folder: Path, straight: list[float]) -> None:
     """Other commands may read a run that is at work, while it writes a checkpoint."""
-    run, config = folder / "half", settings(folder, "half", *MANY)
-    rewound(folder / "straight", config)
+    run, config = folder / "half", make_config(folder, "half", *MANY)
+    copy_run_at_first_checkpoint(folder / "straight", config)
     half = run / "checkpoints" / "8.orbax-checkpoint-tmp"
     half.mkdir()
     (half / "cursor").write_text("{}")
@@ -92,20 +92,20 @@ def test_only_the_run_itself_removes_what_is_half_written(folder: Path, straight
     assert steps_of(run) == [7]
     assert (half / "cursor").is_file()
     train(config)
-    assert losses(run) == straight
+    assert read_losses(run) == straight
     assert not half.exists()
 
 
 def test_sigterm_saves_the_step_and_exits(folder: Path, straight: list[float]) -> None:
     run = folder / "stopped"
-    process = start(folder, "stopped", *MANY)
+    process = start_training(folder, "stopped", *MANY)
     told = kill_when(process, lambda: last_step(run) >= 3, signal.SIGTERM).splitlines()[-1]
     step = last_step(run)
     assert process.returncode == 128 + signal.SIGTERM
-    assert told == f"stopped: saved after step {step} of 36; the same command goes on"
+    assert told == f"stopped: saved a checkpoint after step {step} of 36. Run the same command to resume."
     assert steps_of(run)[-1] == step
-    train(settings(folder, "stopped", *MANY))
-    assert losses(run) == straight
+    train(make_config(folder, "stopped", *MANY))
+    assert read_losses(run) == straight
 
 
 def flip_a_byte(path: Path) -> None:
@@ -126,12 +126,14 @@ def largest_file(folder: Path) -> Path:
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(folder, item, damage, told) -> None:
     run = folder / f"damaged-{item}"
-    config = settings(folder, run.name, "train.steps=8")
+    config = make_config(folder, run.name, "train.steps=8")
     train(config)
-    wanted = losses(run)
+    wanted = read_losses(run)
     older, latest = steps_of(run)[-2:]
     damage(largest_file(run / "checkpoints" / str(latest) / item))
-    line = rf"/{latest}: this checkpoint is damaged \({item}/.* {told}\); remove it to go on from step {older}, the last whole"
+    line = (
+        rf"/{latest}: this checkpoint is damaged \({item}/.* {told}\)\. Remove it to resume from step {older}, the last intact"
+    )
     with pytest.raises(UserError, match=line):
         train(config)
     if item == "params":
@@ -140,33 +142,33 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(folder, item, 
         Embedder.load(run, checkpoint=str(older))
     shutil.rmtree(run / "checkpoints" / str(latest))
     train(config)
-    assert losses(run) == wanted
+    assert read_losses(run) == wanted
 
 
 def test_a_full_disk_stops_the_run_with_a_whole_last_checkpoint(folder: Path, straight: list[float]) -> None:
     run = folder / "full"
-    kept = rewound(folder / "straight", settings(folder, "full", *MANY))
+    kept = copy_run_at_first_checkpoint(folder / "straight", make_config(folder, "full", *MANY))
     small = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))"  # files cannot grow past that
-    process = start(folder, "full", *MANY, ahead=small)
+    process = start_training(folder, "full", *MANY, setup_code=small)
     told = process.communicate()[1]
     assert process.returncode == 2, told
     line = next(line for line in told.splitlines() if line.startswith("error: "))
     assert line.startswith(f"error: {run}/checkpoints: a checkpoint could not be written (OUT_OF_RANGE")
-    assert line.endswith(f"the last whole one is of step {kept}; make room and run the same command")
-    train(settings(folder, "full", *MANY))
-    assert losses(run) == straight
+    assert line.endswith(f"The last intact one is of step {kept}. Make room and run the same command.")
+    train(make_config(folder, "full", *MANY))
+    assert read_losses(run) == straight
 
 
 def test_a_disk_without_room_for_a_checkpoint(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=400_000))
-    line = r"could not be written \(it takes 0\.5 MB, the disk has 0\.4 MB left\); none was written before; make room"
+    line = r"could not be written \(it takes 0\.5 MB, the disk has 0\.4 MB left\)\. There is no earlier one\. Make room"
     with pytest.raises(UserError, match=line):
-        train(settings(folder, "room"))
+        train(make_config(folder, "room"))
 
 
 def test_a_place_that_cannot_be_written_is_one_line(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"^/proc/here: cannot be written \(.*\); name another run\.dir$"):
-        train(settings(folder, "x", "run.dir=/proc/here"))
+    with pytest.raises(UserError, match=r"^/proc/here: cannot be written \(.*\)\. Name another run\.dir\.$"):
+        train(make_config(folder, "x", "run.dir=/proc/here"))
 
 
 @pytest.fixture
@@ -186,23 +188,23 @@ def poisoned(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
 
 def test_nan_stops_the_run_before_it_is_saved(folder: Path, poisoned: tuple[str, ...]) -> None:
     line = (
-        r"^step (\d+): loss nan, gradient norm nan; its batch is from pairs, bad; the last good checkpoint is of step (\d+); "
-        r"lower optim\.learning_rate, look at the data, or set train\.on_nan=skip$"
+        r"^step (\d+): not finite \(loss nan, gradient norm nan; batch from pairs, bad\)\. "
+        r"The last good checkpoint is of step (\d+)\. Lower optim\.learning_rate, check the data, or set train\.on_nan=skip\.$"
     )
     with pytest.raises(UserError, match=line) as error:
-        train(settings(folder, "nan", *poisoned))
+        train(make_config(folder, "nan", *poisoned))
     step = int(str(error.value).split()[1].rstrip(":"))
     assert step - 2 <= steps_of(folder / "nan")[-1] < step
-    assert all(loss is not None for loss in losses(folder / "nan"))
+    assert all(loss is not None for loss in read_losses(folder / "nan"))
 
 
 def test_nan_steps_can_be_skipped(folder: Path, poisoned: tuple[str, ...], capfd: pytest.CaptureFixture[str]) -> None:
-    train(settings(folder, "skip", *poisoned, "train.on_nan=skip"))
+    train(make_config(folder, "skip", *poisoned, "train.on_nan=skip"))
     rows = {row["step"]: row for row in read_metrics(folder / "skip") if "loss" in row}
     skipped = [step for step, row in rows.items() if row["loss"] is None]
     assert 0 < len(skipped) < 6
     assert len(rows) == 12
-    assert capfd.readouterr().err.count("its batch is from pairs, bad; skipped") == len(skipped)
+    assert capfd.readouterr().err.count("batch from pairs, bad). Skipped the update.") == len(skipped)
     for step in set(skipped) - {12}:
         assert rows[step]["learning_rate"] == rows[step + 1]["learning_rate"]  # the optimizer did not move
 
@@ -213,18 +215,18 @@ def test_a_step_that_hangs_ends_the_process_with_its_stacks(folder: Path) -> Non
         "def build(self, step, ids):\n    if step == 9: time.sleep(1000)\n    return real(self, step, ids)\n"
         "batch.BatchBuilder.__call__ = build"
     )
-    process = start(folder, "hang", "train.stall_timeout_s=15", ahead=hang)
+    process = start_training(folder, "hang", "train.stall_timeout_s=15", setup_code=hang)
     told = process.communicate()[1]
     assert process.returncode == 1
-    assert "error: step 10 did not finish in 15 s (train.stall_timeout_s); the stacks of all threads:" in told
+    assert "error: step 10 did not finish in 15 s (train.stall_timeout_s). Stacks of all threads:" in told
     assert "in fit" in told
     assert "in build" in told
 
 
 def test_another_base_and_other_versions_are_told(folder: Path, monkeypatch, caplog) -> None:
-    config = settings(folder, "mine", "train.steps=1")
+    config = make_config(folder, "mine", "train.steps=1")
     train(config)
-    monkeypatch.setattr(run_dir, "versions", lambda: {"python": "3.99"})
+    monkeypatch.setattr(run_dir, "package_versions", lambda: {"python": "3.99"})
     with caplog.at_level("WARNING"):
         train(config)
     assert "python: '3.11" in caplog.text
@@ -232,7 +234,7 @@ def test_another_base_and_other_versions_are_told(folder: Path, monkeypatch, cap
     before = weights.read_bytes()
     flip_a_byte(weights)
     try:
-        with pytest.raises(UserError, match=r"mine: its base changed \(hash: .* -> .*\); restore it"):
+        with pytest.raises(UserError, match=r"mine: its base changed \(hash: .* -> .*\)\. Restore it"):
             train(config)
     finally:
         weights.write_bytes(before)
@@ -241,7 +243,7 @@ def test_another_base_and_other_versions_are_told(folder: Path, monkeypatch, cap
 def test_a_checkpoint_of_another_plan_is_refused(folder: Path) -> None:
     pairs = folder / "swapped.jsonl"
     pairs.write_text((folder / "pairs.jsonl").read_text())
-    config = settings(folder, "swapped", "train.steps=1", f"data.sources.0.path={pairs}")
+    config = make_config(folder, "swapped", "train.steps=1", f"data.sources.0.path={pairs}")
     train(config)
     pairs.write_text("".join(reversed(pairs.read_text().splitlines(keepends=True))))
     (folder / "swapped" / "data_hashes.json").unlink()
@@ -262,7 +264,7 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_a_damaged_file_of_a_run_is_named_and_nothing_is_lost(folder: Path, name: str) -> None:
     run = folder / "damaged-files"
-    config = settings(folder, run.name, "train.steps=1", "eval.untrained=false")
+    config = make_config(folder, run.name, "train.steps=1", "eval.untrained=false")
     if not run.exists():
         train(config)
     told_by = {
@@ -285,4 +287,4 @@ def test_a_damaged_file_of_a_run_is_named_and_nothing_is_lost(folder: Path, name
     (run / name).write_bytes(whole)
     train(config)
     assert steps_of(run) == [1]
-    assert len(losses(run)) == 1
+    assert len(read_losses(run)) == 1
