@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from helpers.loading import draw_texts, in_rows, load
+from helpers.loading import draw_texts, load_model, pack_texts
 from helpers.runs import ENV
 from helpers.training_batches import SPEC
 from jaxembed.devices import blas
@@ -58,11 +58,11 @@ def test_blas_is_used_for_large_float32_matrices_on_one_cpu(monkeypatch: pytest.
 
 def test_a_model_has_the_same_gradients(base_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Its layers run in a loop and are recomputed in the backward pass."""
-    packed, _ = in_rows(draw_texts((3, 17, 30, 9)), 32)
+    packed, _ = pack_texts(draw_texts((3, 17, 30, 9)), 32)
     config = parse_hf_config(json.loads((base_folder("qwen2") / "config.json").read_text()), "qwen2")
     model, (_, params) = (
         EmbeddingModel(config, SPEC, ComputeOptions(remat=True, unroll=False)),
-        load(base_folder("qwen2"), SPEC, 1),
+        load_model(base_folder("qwen2"), SPEC, 1),
     )
     weights = draw_normal(len(packed.tokens), packed.segments, 32)
     gradients = []

@@ -1,4 +1,4 @@
-"""Learning rates, weight decay and clipping."""
+"""Learning-rate schedules, weight decay and clipping."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 
 from jaxembed.config import OptimConfig
 from jaxembed.config.spec import EmbeddingSpec
-from jaxembed.model.embedder import EmbeddingModel, parameter_shapes
-from jaxembed.model.families import from_hf, preset
+from jaxembed.model.embedder import EmbeddingModel, infer_parameter_shapes
+from jaxembed.model.families import find_preset, parse_hf_config
 from jaxembed.training.optim import decay_mask, learning_rate, make_optimizer
 
 
@@ -31,22 +31,22 @@ from jaxembed.training.optim import decay_mask, learning_rate, make_optimizer
         ({"schedule": "linear", "warmup_steps": 200}, {0: 0.005, 99: 0.5}),
     ],
 )
-def test_rates_of_given_steps(options: dict[str, Any], expected: dict[int, float]) -> None:
+def test_learning_rates_of_given_steps(options: dict[str, Any], expected: dict[int, float]) -> None:
     rate = learning_rate(OptimConfig(learning_rate=2.0, **options), steps=100)
-    for step, share in expected.items():
-        assert float(rate(step)) == pytest.approx(2.0 * share, abs=1e-6), step
+    for step, fraction in expected.items():
+        assert float(rate(step)) == pytest.approx(2.0 * fraction, abs=1e-6), step
 
 
-def test_decay_spares_norms_and_biases() -> None:
-    model = EmbeddingModel(from_hf(preset("qwen2-0.5b"), "test"), EmbeddingSpec())
-    mask = decay_mask(nn.unbox(parameter_shapes(model)))
-    by_kind: dict[str, set[bool]] = {}
-    for path, decayed in jax.tree.leaves_with_path(mask):
-        by_kind.setdefault(path[-1].key, set()).add(decayed)
-    assert by_kind == {"kernel": {True}, "embedding": {True}, "bias": {False}, "scale": {False}}
+def test_norms_and_biases_do_not_decay() -> None:
+    model = EmbeddingModel(parse_hf_config(find_preset("qwen2-0.5b"), "test"), EmbeddingSpec())
+    mask = decay_mask(nn.unbox(infer_parameter_shapes(model)))
+    decays: dict[str, set[bool]] = {}
+    for path, is_decayed in jax.tree.leaves_with_path(mask):
+        decays.setdefault(path[-1].key, set()).add(is_decayed)
+    assert decays == {"kernel": {True}, "embedding": {True}, "bias": {False}, "scale": {False}}
 
 
-def test_a_parameter_that_the_rule_does_not_know_is_an_error() -> None:
+def test_a_parameter_without_a_decay_rule_raises() -> None:
     with pytest.raises(ValueError, match=r"no rule for parameter \['pooling'\]\['gain'\]"):
         decay_mask({"a": {"kernel": 1}, "pooling": {"gain": 1}})
     with pytest.raises(ValueError, match="matches no parameter"):
@@ -56,25 +56,25 @@ def test_a_parameter_that_the_rule_does_not_know_is_an_error() -> None:
 PARAMS = {"kernel": jnp.full((2, 3), 2.0), "scale": jnp.full(3, 2.0), "bias": jnp.full(3, 2.0)}
 
 
-def updated(config: OptimConfig, grads: Any) -> tuple[Any, Any]:
-    """The parameters and the optimizer's state after one step."""
+def update_once(config: OptimConfig, grads: Any) -> tuple[Any, Any]:
+    """Return the parameters and the optimizer state after one step."""
     optimizer = make_optimizer(config, steps=10)
     updates, state = jax.jit(optimizer.update)(grads, optimizer.init(PARAMS), PARAMS)
     return optax.apply_updates(PARAMS, updates), state
 
 
-def test_weights_decay_by_rate_times_decay() -> None:
+def test_weights_decay_by_learning_rate_times_decay() -> None:
     config = OptimConfig(learning_rate=0.5, weight_decay=0.1)
-    params, _ = updated(config, jax.tree.map(jnp.zeros_like, PARAMS))
+    params, _ = update_once(config, jax.tree.map(jnp.zeros_like, PARAMS))
     assert np.allclose(params["kernel"], 2.0 * (1 - 0.05))
     assert np.array_equal(params["scale"], PARAMS["scale"])
     assert np.array_equal(params["bias"], PARAMS["bias"])
 
 
-@pytest.mark.parametrize(("size", "after"), [(100.0, 1.5), (1.0, 1.0)])
-def test_the_global_norm_is_clipped(size: float, after: float) -> None:
+@pytest.mark.parametrize(("norm", "clipped_norm"), [(100.0, 1.5), (1.0, 1.0)])
+def test_the_global_norm_is_clipped(norm: float, clipped_norm: float) -> None:
     grads = jax.tree.map(jnp.ones_like, PARAMS)
-    grads = jax.tree.map(lambda g: g * size / optax.global_norm(grads), grads)
-    _, state = updated(OptimConfig(clip=1.5), grads)
-    momentum = optax.tree_utils.tree_get(state, "mu")  # after one step, a tenth of the gradient
-    assert float(optax.global_norm(momentum)) == pytest.approx(0.1 * after, rel=1e-5)
+    grads = jax.tree.map(lambda g: g * norm / optax.global_norm(grads), grads)
+    _, state = update_once(OptimConfig(clip=1.5), grads)
+    momentum = optax.tree_utils.tree_get(state, "mu")  # after one step: a tenth of the gradient
+    assert float(optax.global_norm(momentum)) == pytest.approx(0.1 * clipped_norm, rel=1e-5)

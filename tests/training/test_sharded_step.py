@@ -12,17 +12,17 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from helpers.training_batches import SPEC, assert_trees_close, build_host_batches
-from jaxembed.config import InfoNCEConfig, MatryoshkaConfig
+from jaxembed.config import InfoNCEConfig, LoraConfig, MatryoshkaConfig
 from jaxembed.data.sources import Source
 from jaxembed.devices.mesh import make_mesh, shard_count
 from jaxembed.devices.placement import put_batch
-from jaxembed.hub.restore import shapes_and_shardings
 from jaxembed.losses import blockwise
 from jaxembed.losses.objectives import Objectives
-from jaxembed.model.decoder import Compute
+from jaxembed.model.decoder import ComputeOptions
 from jaxembed.model.embedder import EmbeddingModel, init_params
-from jaxembed.model.families import from_hf
-from jaxembed.model.lora import LoRA, join, split
+from jaxembed.model.families import parse_hf_config
+from jaxembed.model.lora import join_params, split_params
+from jaxembed.model.parameters import shapes_and_shardings
 from jaxembed.training.step import batch_loss
 
 Folder = Callable[[str], Path]
@@ -33,8 +33,8 @@ MESHES = {"data": (8, 1, 1), "all three": (2, 2, 2), "fsdp": (1, 8, 1), "more th
 
 
 def build_model(base: Path, lora: bool) -> EmbeddingModel:
-    config = from_hf(json.loads((base / "config.json").read_text()), str(base))
-    return EmbeddingModel(config, SPEC, Compute(unroll=False), LoRA(4, 8.0) if lora else None)
+    config = parse_hf_config(json.loads((base / "config.json").read_text()), str(base))
+    return EmbeddingModel(config, SPEC, ComputeOptions(unroll=False), LoraConfig(rank=4, alpha=8.0) if lora else None)
 
 
 def value_and_grad(model: EmbeddingModel, source: Source, shape: tuple[int, int, int], rows: int | None) -> tuple[float, Any]:
@@ -44,10 +44,10 @@ def value_and_grad(model: EmbeddingModel, source: Source, shape: tuple[int, int,
     # Adapters and poolings start at zero, which would hide half of the gradients.
     params = jax.tree.map(lambda x: x if x.any() else x + 0.02, params)
     host = build_host_batches(source, shard_count(mesh), 1, row_length=32)[0].batch
-    trained, frozen = split(params)
+    trained, frozen = split_params(params)
     with jax.set_mesh(mesh):
         batch = put_batch(mesh, host)
-        run = jax.value_and_grad(lambda p, b: batch_loss(model, OBJECTIVES, join(p, frozen), b, KEY, rows)[0])
+        run = jax.value_and_grad(lambda p, b: batch_loss(model, OBJECTIVES, join_params(p, frozen), b, KEY, rows)[0])
         loss, grads = jax.jit(run)(trained, batch)
     return float(loss), grads
 
@@ -57,7 +57,7 @@ def test_gradients_equal_those_of_one_device(
     base_folder: Folder, source: Source, lora: bool, meshes: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With hard negatives, gradient caching, Matryoshka, two directions and sums over blocks, with and without adapters."""
-    monkeypatch.setattr(blockwise, "SCORES_AT_ONCE", 64)
+    monkeypatch.setattr(blockwise, "MAX_SCORES_PER_BLOCK", 64)
     model = build_model(base_folder("qwen2"), lora)
     expected_loss, expected_grads = value_and_grad(model, source, (1, 1, 1), None)
     assert 3.0 < expected_loss < 20.0
