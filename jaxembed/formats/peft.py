@@ -15,7 +15,7 @@ from jaxembed.config import LoraConfig
 from jaxembed.config.model import MAX_LORA_RANK
 from jaxembed.errors import UserError
 from jaxembed.files import write_json
-from jaxembed.formats.peft_config import ADAPTER_CONFIG_FILE, read_lora_config
+from jaxembed.formats.peft_config import ADAPTER_CONFIG_FILE, DISABLED_VARIANTS, read_lora_config
 from jaxembed.formats.weight_table import TENSOR_MAPPINGS
 from jaxembed.model.lora import TARGET_PROJECTIONS
 
