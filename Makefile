@@ -3,17 +3,18 @@ PYTHON ?= python3
 
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALL = @echo "installing into $(VENV): some minutes" && $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+INSTALL = @echo "installing into $(VENV), which takes some minutes" && $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help venv quickstart check docs test
 
-help:  ## what each target does
+help:  ## lists the targets
 	@sed -n 's/^\([a-z]*\):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
-venv: $(VENV)/.dev  ## makes .venv with everything that evaluation and development need
+venv: $(VENV)/.dev  ## makes .venv with all dependencies of evaluation and development
 
-quickstart: $(VENV)/.eval  ## trains a small embedder from scratch and exports it
+quickstart: $(VENV)/.eval  ## writes training pairs, trains a small embedder from scratch, and exports it
+	$(BIN)/python -m jaxembed.data packages data/packages
 	$(BIN)/python -m jaxembed.train configs/quickstart.yaml
 	test -d runs/quickstart/export || $(BIN)/python -m jaxembed.export runs/quickstart runs/quickstart/export
 
@@ -28,7 +29,7 @@ docs: $(VENV)/.dev  ## builds the documentation into site/
 test: check docs  ## the checks, then every test, offline
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# The files below say what was installed, and when.
+# These files record what was installed, and when.
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
