@@ -13,10 +13,10 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from helpers import tiny
-from helpers.loading import load
-from helpers.runs import losses, prepare, settings, train_until_stopped, use_one_device
+from helpers.loading import load_model
+from helpers.runs import make_config, read_losses, train_until_stopped, use_one_device, write_base_and_data
 from jaxembed import Embedder, cli, config
-from jaxembed.config import InfoNCEConfig, OptimConfig
+from jaxembed.config import InfoNCEConfig, LoraConfig, OptimConfig
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.data.batch import BatchBuilder
 from jaxembed.data.batch_plan import BatchPlan
@@ -28,13 +28,13 @@ from jaxembed.devices.placement import put_batch, replicated_sharding
 from jaxembed.errors import UserError
 from jaxembed.evaluate import load_encoder
 from jaxembed.evaluation.heldout import open_held_out_sets
-from jaxembed.export import read_card
+from jaxembed.hub.card import read_card
 from jaxembed.formats.peft import read_adapters
-from jaxembed.hub.export import export_adapters
-from jaxembed.hub.restore import open_trained
+from jaxembed.hub.export_adapters import export_adapters
+from jaxembed.hub.resolve import open_run
 from jaxembed.losses.objectives import Objectives
-from jaxembed.model.decoder import Compute
-from jaxembed.model.lora import LoRA, join, split, stack_adapters
+from jaxembed.model.decoder import ComputeOptions
+from jaxembed.model.lora import join_params, split_params, stack_adapters
 from jaxembed.runs.train import train
 from jaxembed.training.metrics import read_metrics
 from jaxembed.training.optim import learning_rate, make_optimizer
@@ -45,7 +45,7 @@ NAMES = ("retrieval", "sts")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare(tmp_path_factory.mktemp("adapters"))
+    return write_base_and_data(tmp_path_factory.mktemp("adapters"))
 
 
 def named(root: Path, run: str, *overrides: str) -> config.Config:
@@ -55,7 +55,7 @@ def named(root: Path, run: str, *overrides: str) -> config.Config:
         {"path": str(root / "pairs.jsonl"), "adapter": "sts", "name": "same", "instructions": ["Find me"]},
     ]
     lora = {"rank": 2, "alpha": 4, "base_dtype": "int8", "names": NAMES, "targets": ["q_proj", "down_proj"]}
-    return settings(
+    return make_config(
         root, run, f"data.sources={json.dumps(sources)}", f"model.lora={json.dumps(lora)}", "data.hard_negatives=0",
         "model.unroll=false", "model.attention_kernel=einsum", "train.steps=4", "optim.learning_rate=0.01", "mesh.data=1",
         *overrides,
@@ -69,7 +69,7 @@ def opened(root: Path, *adapters: str) -> list[Source]:
 
 
 def builder(sources: list[Source], adapters: tuple[str, ...]) -> BatchBuilder:
-    tokenizer = tiny.tokenizer()
+    tokenizer = tiny.build_tokenizer()
     append_eos(tokenizer)
     tokenizer = TextTokenizer(tokenizer, EmbeddingSpec(max_length=32))
     sampler = BatchSampler(sources=sources, tokenizer=tokenizer, hard_negatives=0, seed=0)
@@ -88,7 +88,9 @@ def test_batches_of_adapters_mix_by_the_weights_of_their_sources(folder: Path) -
     assert np.array_equal(plan[17], BatchPlan(sources, 8, seed=0)[17])
     one, unnamed = (BatchPlan(opened(folder, *names), 8, seed=0) for names in (("a", "a"), ("", "")))
     assert all(np.array_equal(one[step], unnamed[step]) for step in range(20))
-    with pytest.raises(UserError, match=r"batch_size: 100 is more than the examples of the sources of adapter retrieval \(96\)"):
+    with pytest.raises(
+        UserError, match=r"batch_size: 100 is more than the examples of the sources of adapter retrieval \(96\)"
+    ):
         BatchPlan(sources, 100, seed=0)
 
 
@@ -113,12 +115,14 @@ def equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 def test_each_adapter_is_trained_as_if_alone(folder: Path) -> None:
     """What a batch does not train stays as it is; what it trains has the parameters, moments and count of one trained alone."""
-    lora = LoRA(2, 4.0, targets=("q_proj", "down_proj"))
+    lora = LoraConfig(rank=2, alpha=4.0, targets=("q_proj", "down_proj"))
     mesh, optim = make_mesh(1), OptimConfig(learning_rate=0.01, schedule="constant", weight_decay=0.1)
-    model, params = load(folder / "base", EmbeddingSpec(max_length=32), lora=lora, unroll=False, attention_kernel="einsum")
-    first, frozen = split(params)
+    model, params = load_model(
+        folder / "base", EmbeddingSpec(max_length=32), lora=lora, unroll=False, attention_kernel="einsum"
+    )
+    first, frozen = split_params(params)
     second = jax.tree.map(lambda x: x + 0.1, first)
-    optimizer = make_optimizer(optim, 9, several=True)
+    optimizer = make_optimizer(optim, 9, has_adapters=True)
     fresh = optimizer.init(first)
     step = make_train_step(model, Objectives([InfoNCEConfig()]), optimizer, learning_rate(optim, 9))
 
@@ -157,16 +161,18 @@ def test_a_run_of_two_adapters(folder: Path, tmp_path: Path, monkeypatch: pytest
     half = named(folder, "half", "eval.sets=[]")
     train_until_stopped(half, 3)
     train(half)
-    assert losses(folder / "half") == losses(folder / "whole")
+    assert read_losses(folder / "half") == read_losses(folder / "whole")
     rows = read_metrics(folder / "whole")
     assert sorted(row["adapter"] for row in rows if "loss" in row) == [0, 0, 0, 1]
 
-    run, vectors = open_trained(folder / "whole", Compute(unroll=False), mesh, "last"), {}
-    merged, unmerged = (Embedder(m, {}, run.tokenizer, mesh, run.base) for m in (run.of("sts").merged[0], run.of("sts").model))
+    run = open_run("whole", folder / "whole", "last").restore(ComputeOptions(unroll=False), mesh)
+    vectors = {}
+    sts, tokenizer, config = run.select_adapter("sts"), run.build_tokenizer(), run.base.hf_config
+    merged, unmerged = (Embedder(m, {}, tokenizer, mesh, config) for m in (sts.merge_adapters()[0], sts.model))
     for name in NAMES:
-        model, parts = Embedder.load(folder / "whole", adapter=name), run.of(name)
+        model, parts = Embedder.load(folder / "whole", adapter=name), run.select_adapter(name)
         vectors[name] = merged.with_params(model.params).encode(tiny.TEXTS)
-        unmerged = unmerged.with_params(join(parts.trained, parts.frozen))
+        unmerged = unmerged.with_params(join_params(parts.trained, parts.frozen))
         np.testing.assert_allclose(unmerged.encode(tiny.TEXTS), vectors[name], atol=1e-5)
         instruction = f"Instruct: {'Find it' if name == 'retrieval' else 'Find me'}\nQuery:"
         source = "pairs" if name == "retrieval" else "same"
@@ -182,16 +188,18 @@ def test_a_run_of_two_adapters(folder: Path, tmp_path: Path, monkeypatch: pytest
     parity = export_adapters(folder / "whole", tmp_path / "out", "last")
     assert parity.error < 1e-5 and 0.99 < parity.cosine < 0.999999
     for name in NAMES:
-        written, trained = (flatten_dict(tree) for tree in (read_adapters(tmp_path / "out" / name, 3)[1], run.of(name).trained))
+        written, trained = (
+            flatten_dict(tree) for tree in (read_adapters(tmp_path / "out" / name, 3)[1], run.select_adapter(name).trained)
+        )
         assert written.keys() == trained.keys()
         assert all(np.array_equal(written[path], trained[path]) for path in written)
 
-    for chosen, told in ((None, "has several adapters; choose one"), ("st", "has no adapter 'st'; choose one")):
-        with pytest.raises(UserError, match=rf"whole: {told} with --adapter \(adapter=\.\.\.\): retrieval, sts"):
-            Embedder.load(folder / "whole", adapter=chosen)
-    with pytest.raises(UserError, match="base: not a run directory, so it has no adapter 'sts' to choose"):
+    for adapter, problem in ((None, "has several adapters"), ("st", "no adapter 'st'")):
+        with pytest.raises(UserError, match=rf"whole: {problem} \(retrieval, sts\)\. Choose one with --adapter"):
+            Embedder.load(folder / "whole", adapter=adapter)
+    with pytest.raises(UserError, match=r"base: no adapter 'sts' to choose \(this is not a run directory\)"):
         Embedder.load(folder / "base", adapter="sts")
-    parser = cli.parser("evaluate", "")
-    cli.add_model(parser)
+    parser = cli.new_parser("evaluate", "")
+    cli.add_model_arguments(parser)
     args = parser.parse_args([str(folder / "whole"), "--adapter", "sts"])
     assert load_encoder(args.model, args.checkpoint, adapter=args.adapter).revision == "whole-4-sts"

@@ -1,4 +1,4 @@
-"""The commands from end to end on tiny models: train, resume, encode, export; errors in one line and exit code 2."""
+"""The commands end to end on tiny models: train, resume, encode, export, and their one-line errors."""
 
 from __future__ import annotations
 
@@ -16,108 +16,108 @@ from jaxembed.hub.card import Card
 from jaxembed.hub.export import export
 from jaxembed.runs.train import train
 from jaxembed.training.metrics import read_metrics
-from helpers.runs import command, losses, prepare, settings
+from helpers.runs import make_config, read_losses, run_command, write_base_and_data
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare(tmp_path_factory.mktemp("train"))
+    return write_base_and_data(tmp_path_factory.mktemp("train"))
 
 
 def test_training_learns_and_records_itself(folder):
-    result = train(settings(folder, "whole"))
+    result = train(make_config(folder, "whole"))
     run = folder / "whole"
     assert result["step"] == 12
     assert result["scores"]["sts/spearman"] > result["untrained"]["sts/spearman"]
-    assert np.mean(losses(run)[-3:]) < np.mean(losses(run)[:3])
+    assert np.mean(read_losses(run)[-3:]) < np.mean(read_losses(run)[:3])
     for name in ("config.yaml", "versions.json", "data_hashes.json", "base.json", "jaxembed.json", "metrics.jsonl"):
         assert (run / name).stat().st_size > 0
     row = next(row for row in read_metrics(run) if "loss" in row)
-    wanted = {
+    expected = {
         "stage", "step", "loss", "infonce", "learning_rate", "grad_norm", "step_seconds", "data_wait_seconds",
         "useful_tokens_per_second", "examples_per_second", "padding_fraction", "new_programs",
     }  # fmt: skip
-    assert wanted <= set(row)
+    assert expected <= set(row)
     assert row["infonce_negatives"] <= 31
     assert list((run / "tensorboard").iterdir())
     assert json.loads((run / "base.json").read_text())["hash"]
 
 
-def test_what_a_source_leaves_out_is_told_and_kept(folder, caplog):
-    kept = f"data.sources=[{{path: {folder / 'sts.jsonl'}, name: sts, min_score: 1}}]"
+def test_dropped_rows_are_reported_and_recorded(folder, caplog):
+    source = f"data.sources=[{{path: {folder / 'sts.jsonl'}, name: sts, min_score: 1}}]"
     with caplog.at_level("INFO", "jaxembed"):
-        train(settings(folder, "part", kept, "train.steps=1", "data.hard_negatives=0", "eval.sets=[]"))
-    assert "  left out: 48 (score below min_score)" in caplog.messages
+        train(make_config(folder, "part", source, "train.steps=1", "data.hard_negatives=0", "eval.sets=[]"))
+    assert "  dropped: 48 rows (score below min_score)" in caplog.messages
     assert json.loads((folder / "part" / "dropped.json").read_text()) == [{"sts": {"score below min_score": 48}}]
 
 
-def test_same_seed_same_losses_other_seed_others(folder):
-    train(settings(folder, "again", "train.steps=3"))
-    train(settings(folder, "twin", "train.steps=3"))
-    train(settings(folder, "other", "train.steps=3", "train.seed=1"))
-    assert losses(folder / "again") == losses(folder / "twin")
-    assert losses(folder / "again") != losses(folder / "other")
+def test_losses_depend_on_the_seed_alone(folder):
+    train(make_config(folder, "again", "train.steps=3"))
+    train(make_config(folder, "twin", "train.steps=3"))
+    train(make_config(folder, "other", "train.steps=3", "train.seed=1"))
+    assert read_losses(folder / "again") == read_losses(folder / "twin")
+    assert read_losses(folder / "again") != read_losses(folder / "other")
 
 
 def test_a_run_directory_of_another_config_is_refused(folder):
-    train(settings(folder, "mine", "train.steps=1"))
+    train(make_config(folder, "mine", "train.steps=1"))
     with pytest.raises(UserError, match=r"mine: belongs to another config \(optim\.learning_rate: 0\.001 -> 0\.01\)"):
-        train(settings(folder, "mine", "train.steps=1", "optim.learning_rate=0.01"))
+        train(make_config(folder, "mine", "train.steps=1", "optim.learning_rate=0.01"))
 
 
 def test_changed_data_is_refused(folder):
     pairs = folder / "edited.jsonl"
     pairs.write_text((folder / "pairs.jsonl").read_text())
-    edited = settings(folder, "edited", "train.steps=1", f"data.sources.0.path={pairs}")
+    edited = make_config(folder, "edited", "train.steps=1", f"data.sources.0.path={pairs}")
     train(edited)
     pairs.write_text(pairs.read_text() + pairs.read_text().splitlines()[0] + "\n")
-    with pytest.raises(UserError, match=r"edited: its training data changed \(.*edited\.jsonl: '\w+' -> '\w+'\); restore it"):
+    with pytest.raises(UserError, match=r"edited: its training data changed \(.*edited\.jsonl: '\w+' -> '\w+'\)"):
         train(edited)
 
 
 def test_batch_must_be_divisible_and_within_the_data(folder):
-    with pytest.raises(UserError, match=r"train\.batch_size 15 is not divisible by the 2 shards"):
-        train(settings(folder, "odd", "train.batch_size=15"))
-    with pytest.raises(UserError, match=r"train\.batch_size is 128, but the sources hold 96"):
-        train(settings(folder, "big", "train.batch_size=128"))
-    with pytest.raises(UserError, match=r"data\.max_length is 256, but .* has 128 positions"):
-        train(settings(folder, "long", "data.max_length=256"))
-    with pytest.raises(UserError, match=r"data\.max_length is 1, of which 1 are special tokens; raise it"):
-        train(settings(folder, "short", "data.max_length=1"))
-    with pytest.raises(UserError, match=r"x/config\.yaml: cannot be looked up \(File name too long\)"):
-        train(settings(folder, "named", f"run.dir={'x' * 300}"))
+    with pytest.raises(UserError, match=r"^train\.batch_size is 15; expected a multiple of 2, the shards of the mesh"):
+        train(make_config(folder, "odd", "train.batch_size=15"))
+    with pytest.raises(UserError, match=r"train\.batch_size: 128 is more than the examples of the sources \(96\)"):
+        train(make_config(folder, "big", "train.batch_size=128"))
+    with pytest.raises(UserError, match=r"data\.max_length: 256 is too long \(.* has 128 positions\)"):
+        train(make_config(folder, "long", "data.max_length=256"))
+    with pytest.raises(UserError, match=r"data\.max_length: 1 leaves no room for a text \(1 are special tokens\)"):
+        train(make_config(folder, "short", "data.max_length=1"))
+    with pytest.raises(UserError, match=r"x: cannot be accessed \(File name too long\)"):
+        train(make_config(folder, "named", f"run.dir={'x' * 300}"))
     with pytest.raises(UserError, match=r"eval\.best is nothing/here; expected one of sts/spearman"):
-        train(settings(folder, "best", "eval.best=nothing/here"))
+        train(make_config(folder, "best", "eval.best=nothing/here"))
 
 
-def test_a_pooling_with_weights_trains_and_goes_out_whole(folder, tmp_path):
+def test_a_pooling_with_weights_trains_and_is_exported(folder, tmp_path):
     train(
-        settings(
+        make_config(
             folder, "latent", "model.pooling.kind=latent_attention", "model.pooling.latents=7", "train.steps=4", "eval.sets=[]"
         )
     )
     model = Embedder.load(folder / "latent")
-    moved = {name: float(np.abs(x).max()) for name, x in flatten_dict(model.params["pooling"], sep="/").items()}
-    assert moved["attention/out/kernel"] > 0 < moved["mlp/out/kernel"]  # zero before training
+    largest = {name: float(np.abs(x).max()) for name, x in flatten_dict(model.params["pooling"], sep="/").items()}
+    assert largest["attention/out/kernel"] > 0 < largest["mlp/out/kernel"]  # zero before training
     assert model.spec.latents == 7
     export(model, tmp_path / "out", "float32", Card("latent", "base"))
-    further = settings(folder, "further", f"model.base={tmp_path / 'out'}", "train.steps=1", "optim.learning_rate=1e-9")
+    further = make_config(folder, "further", f"model.base={tmp_path / 'out'}", "train.steps=1", "optim.learning_rate=1e-9")
     train(further)  # starts from the exported pooling, not from a random one
     np.testing.assert_allclose(Embedder.load(folder / "further").encode(tiny.TEXTS), model.encode(tiny.TEXTS), atol=1e-4)
 
 
 def test_best_and_last_checkpoints_load(folder):
-    train(settings(folder, "loads", "train.keep_checkpoints=1"))
+    train(make_config(folder, "loads", "train.keep_checkpoints=1"))
     best, last = (Embedder.load(folder / "loads", checkpoint=which) for which in ("best", "last"))
     assert last.revision == "loads-12"
     assert best.spec.prompts["query"] == "Instruct: Find it\nQuery:"
     np.testing.assert_allclose(np.linalg.norm(best.encode(tiny.TEXTS), axis=1), 1, atol=1e-6)
-    with pytest.raises(UserError, match="holds no checkpoint '5'"):
+    with pytest.raises(UserError, match="no checkpoint '5'"):
         Embedder.load(folder / "loads", checkpoint="5")
 
 
-def test_preset_makes_its_own_tokenizer(folder):
-    train(settings(folder, "scratch", "model.base=preset:tiny", "train.steps=1"))
+def test_a_preset_trains_a_tokenizer(folder):
+    train(make_config(folder, "scratch", "model.base=preset:tiny", "train.steps=1"))
     model = Embedder.load(folder / "scratch")
     ids = model.tokenizer(["aaa bbb"], [""]).ids[0]
     assert model.tokenizer.hf_tokenizer.decode(ids) == "aaa bbb<|endoftext|>"
@@ -130,7 +130,7 @@ def test_encode_command_streams_in_order(folder, tmp_path):
     vectors = {}
     for name in ("in.jsonl", "in.txt"):
         out = tmp_path / f"{name}.npy"
-        done = command(
+        done = run_command(
             "jaxembed.encode", str(folder / "base"), str(tmp_path / name), str(out), "--instruction", "Find", "--dim", "16"
         )
         assert done.returncode == 0, done.stderr
@@ -141,57 +141,59 @@ def test_encode_command_streams_in_order(folder, tmp_path):
     np.testing.assert_allclose(vectors["in.txt"], model.encode(texts, instruction="Find", dim=16), atol=1e-5)
     assert np.abs(vectors["in.txt"] - model.encode(texts, dim=16)).max() > 1e-3
 
-    done = command("jaxembed.encode", str(folder / "base"), str(tmp_path / "in.txt"), str(tmp_path / "in.txt.npy"))
+    done = run_command("jaxembed.encode", str(folder / "base"), str(tmp_path / "in.txt"), str(tmp_path / "in.txt.npy"))
     assert done.returncode == 2
-    assert done.stderr.strip().endswith("already exists; remove it or name another output")
+    assert done.stderr.strip().endswith("already exists. Remove it, or name another output.")
 
 
-def test_encode_under_a_stored_prompt_and_nothing_left_of_a_refused_one(folder, tmp_path):
-    train(settings(folder, "prompted", "train.steps=1"))
+def test_encode_with_a_stored_prompt_and_no_output_after_an_error(folder, tmp_path):
+    train(make_config(folder, "prompted", "train.steps=1"))
     (tmp_path / "in.txt").write_text("one\ntwo\n")
     encode = ["jaxembed.encode", str(folder / "prompted"), str(tmp_path / "in.txt"), str(tmp_path / "out.npy")]
-    assert command(*encode, "--prompt-name", "query").returncode == 0
+    assert run_command(*encode, "--prompt-name", "query").returncode == 0
     expected = Embedder.load(folder / "prompted").encode(["one", "two"], instruction="Find it")
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected, atol=1e-5)
 
     (tmp_path / "out.npy").unlink()
-    done = command(*encode, "--prompt-name", "passage")
+    done = run_command(*encode, "--prompt-name", "passage")
     assert done.returncode == 2
-    told = "error: prompt name 'passage': not stored with this model; stored: query, document, pairs"
+    told = "error: prompt_name: 'passage' is not stored with this model (stored: query, document, pairs)."
     assert done.stderr.strip().splitlines()[-1] == told
     assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
-        (["train"], "the following arguments are required: CONFIG.yaml; config keys are set as"),
-        (["train", "a.yaml", "--steps"], "unrecognized arguments: --steps; config keys are set as train.steps=3; see python"),
+        (["train"], "the following arguments are required: CONFIG.yaml. Set config keys as"),
+        (["train", "a.yaml", "--steps"], "unrecognized arguments: --steps. Set config keys as train.steps=3. See python"),
         (["encode", "m", "a", "b", "--prompt-name", "x", "--instruction", "y"], "argument --instruction: not allowed with"),
         (["evaluate", "m", "--backend", "tpu"], "argument --backend: invalid choice: 'tpu'"),
     ],
 )
-def test_a_wrong_command_line_is_one_line(arguments, told):
-    done = command(f"jaxembed.{arguments[0]}", *arguments[1:])
+def test_errors_of_the_command_line_are_one_line(arguments, message):
+    done = run_command(f"jaxembed.{arguments[0]}", *arguments[1:])
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"error: {told}")
+    assert done.stderr.startswith(f"error: {message}")
     assert done.stderr.count("\n") == 1
 
 
-def test_a_users_error_is_one_line_and_exit_code_2(folder, tmp_path):
+def test_a_bad_row_is_reported_in_one_line_with_exit_code_2(folder, tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"query": "a", "pos": ["b"]}\n{"query": "a", "pos": "b"}\n')
-    done = command("jaxembed.train", str(folder / "whole.yaml"), f"data.sources.0.path={bad}", f"run.dir={tmp_path / 'run'}")
+    make_config(folder, "bad_row")
+    overrides = f"data.sources.0.path={bad}", f"run.dir={tmp_path / 'run'}"
+    done = run_command("jaxembed.train", str(folder / "bad_row.yaml"), *overrides)
     assert done.returncode == 2
-    assert done.stderr.strip() == f'error: {bad}:2: "pos" is a string; write a list: "pos": ["b"]'
+    assert done.stderr.strip() == f'error: {bad}:2: "pos" is a string; expected a list of strings. Write "pos": ["b"].'
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", ["export", "evaluate"])
-def test_an_output_that_exists_is_one_line(folder, tmp_path, name):
+def test_an_existing_output_is_reported_in_one_line(folder, tmp_path, name):
     (tmp_path / "out").write_text("mine")
     arguments = {"export": [str(tmp_path / "out")], "evaluate": ["--tasks", "STSBenchmark", "--out", str(tmp_path / "out")]}
-    done = command(f"jaxembed.{name}", str(folder / "base"), *arguments[name])
+    done = run_command(f"jaxembed.{name}", str(folder / "base"), *arguments[name])
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'out'}: ")
     assert (tmp_path / "out").read_text() == "mine"
@@ -199,6 +201,6 @@ def test_an_output_that_exists_is_one_line(folder, tmp_path, name):
 
 @pytest.mark.parametrize("name", ["train", "encode", "export", "merge", "evaluate"])
 def test_help(name):
-    done = command(f"jaxembed.{name}", "--help")
+    done = run_command(f"jaxembed.{name}", "--help")
     assert done.returncode == 0
     assert f"python -m jaxembed.{name}" in done.stdout

@@ -1,0 +1,66 @@
+"""The console script, and the names that `import jaxembed` offers."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import jaxembed
+from helpers import tiny
+from helpers.runs import ENV
+from jaxembed.__main__ import COMMANDS
+
+PACKAGE = Path(jaxembed.__file__).parent
+
+
+def run_script(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "jaxembed", *args], capture_output=True, text=True, env=ENV, cwd=cwd, check=False
+    )
+
+
+def test_every_command_is_listed() -> None:
+    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__", "cli", "errors", "files"}
+    assert modules | {"data"} == set(COMMANDS)
+    done = run_script("--help")
+    assert done.returncode == 0 and all(f"  {name} " in done.stdout for name in COMMANDS)
+
+
+def test_the_script_runs_a_command() -> None:
+    done = run_script("data", "--help")
+    assert done.returncode == 0 and done.stdout.startswith("usage: python -m jaxembed.data")
+    done = run_script("tarin")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: 'tarin' is not a command; expected data, train, ")
+    assert run_script("--version").stdout.strip() == f"jaxembed {jaxembed.__version__}"
+
+
+def test_public_names() -> None:
+    from jaxembed import Embedder, load_config, train
+
+    assert callable(Embedder.load) and callable(load_config) and callable(train)
+    with pytest.raises(AttributeError, match="has no attribute 'Trainer'"):
+        _ = jaxembed.Trainer
+
+
+CONFIG = "model: {base: BASE}\ndata: {sources: [{path: pairs.jsonl, format: pairs}]}\ntrain: {batch_size: 8}\nrun: {dir: out}\n"
+
+
+@pytest.mark.parametrize(
+    ("base", "override", "message"),
+    [
+        ("nowhere", "train.seed=0", "nowhere: "),
+        ("base", "train.stepz=1", "unknown key train.stepz. Did you mean train.steps?"),
+        ("base", "mesh.data=9", "mesh.data=9: more devices than available"),
+        ("base", "run.dir=.", ": holds files, but not a run"),
+    ],
+)
+def test_mistakes_are_reported_before_data_is_read(tmp_path: Path, base: str, override: str, message: str) -> None:
+    """The data is not JSON, which would be reported if it were read first."""
+    tiny.write_folder(tmp_path / "base", "qwen3")
+    (tmp_path / "c.yaml").write_text(CONFIG.replace("BASE", base))
+    (tmp_path / "pairs.jsonl").write_text("{\n")
+    done = run_script("train", "c.yaml", override, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr.splitlines()[-1]
