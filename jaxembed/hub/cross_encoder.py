@@ -12,6 +12,7 @@ from safetensors import safe_open
 from jaxembed.data.tokenize import silence_transformers
 from jaxembed.data.vector_store import VectorStore, make_text_key
 from jaxembed.errors import UserError, summarize
+from jaxembed.formats.foreign_code import check_names_no_code
 from jaxembed.hub.folders import find_folder
 from jaxembed.hub.frozen_encoder import find_weight_files, hash_folder
 from jaxembed.hub.torch_model import import_sentence_transformers
@@ -34,9 +35,10 @@ def open_cross_encoder(name: str, cache: Path) -> ScorePairs:
     """
     st, folder = import_sentence_transformers(), find_folder(name)
     files = find_weight_files(name, folder)
+    check_names_no_code(folder)
     try:
         with silence_transformers():
-            model = st.CrossEncoder(str(folder), device="cpu", local_files_only=True)
+            model = st.CrossEncoder(str(folder), device="cpu", local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises nearly anything here
         raise UserError(f"{name}: sentence-transformers cannot load it as a cross-encoder ({summarize(error)}).") from None
     if model.num_labels != 1:

@@ -82,7 +82,7 @@ def explain_mismatch(out: Path, parity: Parity, embedder: Embedder, folder: Path
     """Return the error for vectors that differ. It says so if stock transformers tokenizes texts differently."""
     from transformers import AutoTokenizer
 
-    stock_ids = AutoTokenizer.from_pretrained(str(folder))(PROBE_TEXTS, truncation=True)["input_ids"]
+    stock_ids = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)(PROBE_TEXTS, truncation=True)["input_ids"]
     ids = embedder.tokenizer(PROBE_TEXTS, [""] * len(PROBE_TEXTS)).ids
     reason = ""
     if [list(text_ids) for text_ids in ids] != [list(text_ids) for text_ids in stock_ids]:

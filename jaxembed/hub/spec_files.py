@@ -109,10 +109,7 @@ def _apply_layout(
     weights_name: str,
     decoder: DecoderConfig,
 ) -> EmbeddingSpec:
-    """Return the spec with the choices of a published layout, if there is one. Prompts of the files remain.
-
-    The six arguments are those of a spec's readers; a section that groups them would serve this function alone.
-    """
+    """Return the spec with the choices of a published layout, if there is one. Prompts of the files remain."""
     if layout is not None:
         log.info("%s: read as %s", name, layout.title)
         choices = layout.read_spec_choices(folder, weights_name)

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from jaxembed.errors import UserError
-from jaxembed.formats.sentence_transformers import MODULES_FILE, has_own_token_pooling
+from jaxembed.formats.foreign_code import TOKEN_POOLING_TYPE, check_names_no_code
+from jaxembed.formats.sentence_transformers import MODULES_FILE
 
 
 def import_sentence_transformers() -> Any:
@@ -28,7 +29,8 @@ def import_sentence_transformers() -> Any:
 def load_sentence_transformer(folder: Path | str) -> Any:
     """Load a folder with sentence-transformers on the CPU.
 
-    Of the Python files in the folder, only the pooling module that jaxembed wrote is run.
+    No Python file of the folder is run. A pooling module that jaxembed exported is loaded with the class in
+    `jaxembed.formats.token_pooling`.
 
     Args:
         folder: Sentence-transformers folder.
@@ -37,12 +39,16 @@ def load_sentence_transformer(folder: Path | str) -> Any:
         A `SentenceTransformer`.
 
     Raises:
-        UserError: It is not such a folder.
+        UserError: It is not such a folder, or its files name other Python code.
     """
     if not (Path(folder) / MODULES_FILE).is_file():
         raise UserError(f"{folder}: not a sentence-transformers folder ({MODULES_FILE} is missing). Export the model first.")
-    return import_sentence_transformers().SentenceTransformer(
-        str(folder), device="cpu", local_files_only=True, trust_remote_code=has_own_token_pooling(Path(folder))
+    check_names_no_code(Path(folder))
+    model_class = import_sentence_transformers().SentenceTransformer
+    from jaxembed.formats.token_pooling import TokenPooling  # needs torch
+
+    return model_class._load_with_module_classes(
+        str(folder), {TOKEN_POOLING_TYPE: TokenPooling}, device="cpu", local_files_only=True, trust_remote_code=False
     )
 
 

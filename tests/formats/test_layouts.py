@@ -19,8 +19,8 @@ import transformers
 from tokenizers.processors import Sequence, TemplateProcessing
 
 from helpers import tiny
-from helpers.loading import least_cosine
-from helpers.runs import prepare, settings
+from helpers.loading import min_cosine
+from helpers.runs import make_config, write_base_and_data
 from jaxembed import Embedder
 from jaxembed.config.spec import FewShotExample
 from jaxembed.data.tokenize import TOKEN_BOUNDARY
@@ -110,8 +110,8 @@ class Reference:
     def __init__(self, name: str, root: Path):
         self.published, self.folder = PUBLISHED[name], root / name
         family = self.published.family
-        self.decoder = tiny.torch_model(family, causal=self.published.causal)
-        self.tokenizer = tiny.tokenizer(bos=True) if family.startswith("mistral") else tiny.qwen_tokenizer()
+        self.decoder = tiny.build_torch_model(family, causal=self.published.causal)
+        self.tokenizer = tiny.build_tokenizer(bos=True) if family.startswith("mistral") else tiny.build_qwen_tokenizer()
         if name.startswith("Qwen3"):  # its tokenizer.json ends texts with a token that is not its EOS
             self.tokenizer.backend_tokenizer.post_processor = make_end_processor(self.tokenizer, "<|endoftext|>")
             self.tokenizer.eos_token = "<|im_end|>"
@@ -175,7 +175,7 @@ def get_reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], R
 @pytest.fixture(scope="module")
 def mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write the decoder under the adapters. LLM2Vec puts texts into a chat form for a decoder of this name."""
-    return tiny.folder(tmp_path_factory.mktemp("decoders") / "Mistral-7B-Instruct-v0.2", "mistral")
+    return tiny.write_folder(tmp_path_factory.mktemp("decoders") / "Mistral-7B-Instruct-v0.2", "mistral")
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -183,17 +183,17 @@ def test_published_model_gives_the_vectors_of_its_own_code(get_reference: Callab
     reference = get_reference(name)
     model = Embedder.load(reference.folder)
     plain, prompted = model.encode(TEXTS), model.encode(TEXTS, instruction=INSTRUCTION)
-    assert least_cosine(plain, reference.encode(TEXTS)) > 0.9999
-    assert least_cosine(prompted, reference.encode(TEXTS, INSTRUCTION)) > 0.9999
+    assert min_cosine(plain, reference.encode(TEXTS)) > 0.9999
+    assert min_cosine(prompted, reference.encode(TEXTS, INSTRUCTION)) > 0.9999
     assert np.abs(prompted[0] - prompted[1]).max() > 0.01, "different texts have different vectors"
-    assert least_cosine(plain, prompted) < 0.999, "the instruction matters"
+    assert min_cosine(plain, prompted) < 0.999, "the instruction matters"
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_model_is_trained_and_exported(get_reference: Callable[[str], Reference], name: str, tmp_path: Path) -> None:
     reference = get_reference(name)
-    root = prepare(tmp_path)
-    train(settings(root, "tuned", f"model.base={reference.folder}", *ONE_STEP))
+    root = write_base_and_data(tmp_path)
+    train(make_config(root, "tuned", f"model.base={reference.folder}", *ONE_STEP))
     before, model = Embedder.load(reference.folder), Embedder.load(root / "tuned")
     changed_fields = {key for key, value in vars(model.spec).items() if value != getattr(before.spec, key)}
     assert changed_fields <= {"max_length", "prompts"}
@@ -216,8 +216,8 @@ def test_repository_without_sentence_transformers_files_is_recognized_by_its_nam
     snapshots = {"intfloat/e5-mistral-7b-instruct": str(bare)}
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: snapshots[name])
     model = Embedder.load("intfloat/e5-mistral-7b-instruct")
-    assert least_cosine(model.encode(SHORT, instruction=INSTRUCTION), reference.encode(SHORT, INSTRUCTION)) > 0.9999
-    assert least_cosine(Embedder.load(bare).encode(SHORT), reference.encode(SHORT)) < 0.9
+    assert min_cosine(model.encode(SHORT, instruction=INSTRUCTION), reference.encode(SHORT, INSTRUCTION)) > 0.9999
+    assert min_cosine(Embedder.load(bare).encode(SHORT), reference.encode(SHORT)) < 0.9
 
 
 @pytest.mark.parametrize(
@@ -318,22 +318,22 @@ def test_llm2vec_is_loaded_with_both_stages_of_adapters(mistral: Path, tmp_path:
     (first / "config.json").write_text(json.dumps({"model_type": "mistral", **code}))
     reference = add_random_adapters(reference, mistral, second, 2)  # its files name the decoder, not the first stage
     (second / "llm2vec_config.json").write_text(json.dumps({"pooling_mode": "mean", "max_length": 128, "doc_max_length": 90}))
-    tokenizer = tiny.tokenizer(bos=True)
+    tokenizer = tiny.build_tokenizer(bos=True)
     model = Embedder.load(second)
     for instruction in ("", INSTRUCTION):
         ours = model.encode(SHORT, instruction=instruction)
-        assert least_cosine(ours, encode_llm2vec(reference, tokenizer, SHORT, instruction)) > 0.9999
+        assert min_cosine(ours, encode_llm2vec(reference, tokenizer, SHORT, instruction)) > 0.9999
     assert len(model.tokenizer(["word " * 200], ["[INST] "]).ids[0]) < 128  # cut at doc_max_length, [/INST] kept
-    assert least_cosine(Embedder.load(first).encode(SHORT), model.encode(SHORT)) < 0.99
+    assert min_cosine(Embedder.load(first).encode(SHORT), model.encode(SHORT)) < 0.99
     with pytest.raises(UserError, match="pools as many tokens as a text has by itself"):
         export(model, tmp_path / "whole", "float32", Card("l2v", "base"))
 
-    root = prepare(tmp_path)
-    train(settings(root, "tuned", f"model.base={second}", "model.lora={rank: 2, alpha: 4}", *ONE_STEP))
+    root = write_base_and_data(tmp_path)
+    train(make_config(root, "tuned", f"model.base={second}", "model.lora={rank: 2, alpha: 4}", *ONE_STEP))
     export_adapters(root / "tuned", tmp_path / "third", "last")
     tuned = Embedder.load(root / "tuned")
     np.testing.assert_allclose(Embedder.load(tmp_path / "third").encode(SHORT), tuned.encode(SHORT), atol=1e-5)
-    assert least_cosine(tuned.encode(SHORT), model.encode(SHORT)) > 0.99
+    assert min_cosine(tuned.encode(SHORT), model.encode(SHORT)) > 0.99
 
 
 def encode_echo(model: torch.nn.Module, tokenizer: Any, texts: list[str], instruction: str, pooling: str) -> np.ndarray:
@@ -361,27 +361,27 @@ def encode_echo(model: torch.nn.Module, tokenizer: Any, texts: list[str], instru
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 def test_echo_gives_the_vectors_of_its_own_code(pooling: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / f"echo-mistral-7b-instruct-{pooling}token"
-    tiny.folder(folder, "mistral", prefix_space=True)
+    tiny.write_folder(folder, "mistral", prefix_space=True)
     edit_json(folder / "config.json", {"max_position_embeddings": 256})
     base = find_base(str(folder))
     assert (base.spec.text_length, base.spec.max_length) == (300, 256)
     spec = base.spec.replace(text_length=40)
     model = load_embedder(base, spec, ComputeOptions(), make_mesh(1))
-    reference, tokenizer = transformers.AutoModel.from_pretrained(str(folder)).eval(), tiny.tokenizer(prefix_space=True)
+    reference, tokenizer = transformers.AutoModel.from_pretrained(str(folder)).eval(), tiny.build_tokenizer(prefix_space=True)
     for instruction in ("", "Find it"):
         theirs = encode_echo(reference, tokenizer, TEXTS, instruction, pooling)
-        assert least_cosine(model.encode(TEXTS, instruction=instruction), theirs) > 0.9999
+        assert min_cosine(model.encode(TEXTS, instruction=instruction), theirs) > 0.9999
     with pytest.raises(UserError, match="presents a text twice"):
         export(model, tmp_path / "out", "float32", Card("echo", "base"))
     joined = spec.replace(**{key: getattr(spec, key).replace(TOKEN_BOUNDARY, "") for key in ("echo", "plain_echo")})
     wrong = load_embedder(base, joined, ComputeOptions(), make_mesh(1))
-    assert least_cosine(wrong.encode(TEXTS), encode_echo(reference, tokenizer, TEXTS, "", pooling)) < 0.9999
+    assert min_cosine(wrong.encode(TEXTS), encode_echo(reference, tokenizer, TEXTS, "", pooling)) < 0.9999
     if pooling == "mean":
-        root = prepare(tmp_path)
-        train(settings(root, "tuned", f"model.base={folder}", *ONE_STEP))
+        root = write_base_and_data(tmp_path)
+        train(make_config(root, "tuned", f"model.base={folder}", *ONE_STEP))
         tuned = Embedder.load(root / "tuned")
         assert tuned.spec == base.spec.replace(max_length=64, prompts=tuned.spec.prompts)
-        assert 0.9 < least_cosine(tuned.encode(SHORT), model.encode(SHORT)) < 1 - 1e-6
+        assert 0.9 < min_cosine(tuned.encode(SHORT), model.encode(SHORT)) < 1 - 1e-6
 
 
 def test_bge_en_icl_is_recognized_by_its_tokens(mistral: Path, tmp_path: Path) -> None:

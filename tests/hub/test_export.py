@@ -13,8 +13,8 @@ import pytest
 
 import jaxembed.hub
 from helpers import tiny
-from helpers.loading import load
-from helpers.runs import command
+from helpers.loading import load_model
+from helpers.runs import run_command
 from jaxembed import Embedder
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.devices.mesh import make_mesh
@@ -40,21 +40,21 @@ FAMILIES = ("qwen2-mixed", "qwen3", "mistral", "mistral-window")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Write bases whose tokenizers have a chat template, with which sentence-transformers would wrap every text."""
     root = tmp_path_factory.mktemp("bases")
-    return {family: tiny.folder(root / family, family, chat_template=CHAT_TEMPLATE) for family in FAMILIES}
+    return {family: tiny.write_folder(root / family, family, chat_template=CHAT_TEMPLATE) for family in FAMILIES}
 
 
 def make_spec(**choices: object) -> EmbeddingSpec:
     return EmbeddingSpec(**{"max_length": 64, **choices})  # type: ignore[arg-type]
 
 
-def load_model(base: Path, **choices: object) -> Embedder:
+def load_tiny(base: Path, **choices: object) -> Embedder:
     return load_embedder(find_base(str(base)), make_spec(**choices), ComputeOptions(), make_mesh(1))
 
 
 def load_with_random_pooling(base: Path, **choices: object) -> Embedder:
     """Load a base with a pooling that it has no weights of. All parameters of the pooling are random, none is zero."""
     spec, found = make_spec(**choices), find_base(str(base))
-    model, params = load(base, spec)
+    model, params = load_model(base, spec)
     random = np.random.default_rng(0)
     pooling = jax.tree.map(lambda x: jnp.asarray(random.normal(0, 0.3, x.shape), x.dtype), params["pooling"])
     tokenizer = build_text_tokenizer(found.tokenizer(), spec, found)
@@ -74,7 +74,7 @@ def load_with_random_pooling(base: Path, **choices: object) -> Embedder:
     ],
 )
 def test_exported_folder_gives_the_vectors_of_the_model(bases, tmp_path, family, choices):
-    model = load_model(bases[family], **choices)
+    model = load_tiny(bases[family], **choices)
     parity = export(model, tmp_path / "out", "float32", CARD)
     assert parity.error < 1e-5
     assert parity.cosine > 0.99999
@@ -113,15 +113,15 @@ def test_pooling_with_weights_is_exported_with_its_module(bases, tmp_path, pooli
 
 def test_first_layers_are_a_model_that_can_be_exported(bases, tmp_path):
     base = bases["qwen2-mixed"]
-    shallow = load_model(base).first_layers(2)
+    shallow = load_tiny(base).first_layers(2)
     export(shallow, tmp_path / "out", "float32", CARD)
     reloaded = Embedder.load(tmp_path / "out")
     assert reloaded.model.decoder.windows == (4, None)
     np.testing.assert_allclose(reloaded.encode(tiny.TEXTS), shallow.encode(tiny.TEXTS), atol=1e-6)
-    complete = load_model(base)
+    complete = load_tiny(base)
     assert np.abs(complete.encode(tiny.TEXTS) - shallow.encode(tiny.TEXTS)).max() > 1e-2
     np.testing.assert_allclose(
-        Embedder.load(base, layers=2).encode(["x"]), load_model(base, max_length=128).first_layers(2).encode(["x"]), atol=1e-6
+        Embedder.load(base, layers=2).encode(["x"]), load_tiny(base, max_length=128).first_layers(2).encode(["x"]), atol=1e-6
     )
     for count in (0, 4):
         with pytest.raises(UserError, match=rf"layers: {count} is out of range \(this model has 3\)"):
@@ -136,21 +136,21 @@ def test_latent_weights_belong_to_each_text(bases):
     assert np.abs(weights[0] - weights[1]).max() > 1e-3
     np.testing.assert_allclose(model.latent_weights(tiny.TEXTS[3:4])[0], weights[3], atol=1e-5)
     with pytest.raises(UserError, match=r"this model has mean pooling \(expected latent attention\)"):
-        load_model(bases["mistral"]).latent_weights(["x"])
+        load_tiny(bases["mistral"]).latent_weights(["x"])
 
 
 def test_base_without_weights_of_its_pooling_is_refused(bases):
     with pytest.raises(UserError, match=r"has no weights of its latent_attention pooling\. Train it"):
-        load_model(bases["qwen3"], pooling="latent_attention")
+        load_tiny(bases["qwen3"], pooling="latent_attention")
 
 
 def test_mask_that_stock_classes_lack_is_refused(bases, tmp_path):
     with pytest.raises(UserError, match=r"model\.attention: prefix cannot be exported"):
-        export(load_model(bases["qwen3"], attention="prefix"), tmp_path / "out", "float32", CARD)
+        export(load_tiny(bases["qwen3"], attention="prefix"), tmp_path / "out", "float32", CARD)
 
 
 def test_round_trip_gives_the_same_model(bases, tmp_path):
-    model = load_model(bases["qwen3"], attention="causal", pooling="last", prompts={"query": QUERY_PROMPT})
+    model = load_tiny(bases["qwen3"], attention="causal", pooling="last", prompts={"query": QUERY_PROMPT})
     export(model, tmp_path / "out", "float32", CARD)
     reloaded = Embedder.load(tmp_path / "out")
     assert reloaded.spec == model.spec
@@ -162,14 +162,14 @@ def test_round_trip_gives_the_same_model(bases, tmp_path):
 
 def test_spec_is_read_from_sentence_transformers_files(bases, tmp_path):
     choices = {"attention": "causal", "pooling": "last", "include_instruction": True, "prompts": {"query": "q:"}}
-    model = load_model(bases["mistral"], **choices)
+    model = load_tiny(bases["mistral"], **choices)
     export(model, tmp_path / "out", "float32", CARD)
     (tmp_path / "out" / "jaxembed.json").unlink()
     assert Embedder.load(tmp_path / "out").spec == model.spec.replace(prompts={"query": "q:", "document": ""})
 
 
 def test_bfloat16_may_differ_as_much_as_transformers_own_cast(bases, tmp_path):
-    done = command("jaxembed.export", str(bases["qwen3"]), str(tmp_path / "out"), "--dtype", "bfloat16")
+    done = run_command("jaxembed.export", str(bases["qwen3"]), str(tmp_path / "out"), "--dtype", "bfloat16")
     assert (done.returncode, done.stderr) == (0, "")
     result = json.loads(done.stdout)
     assert 1e-5 < result["largest_difference"] <= result["allowed"]
@@ -177,7 +177,7 @@ def test_bfloat16_may_differ_as_much_as_transformers_own_cast(bases, tmp_path):
 
 
 def test_card_contains_recipe_scores_and_prompts(bases, tmp_path):
-    model = load_model(bases["qwen3"], prompts={"query": QUERY_PROMPT, "document": ""})
+    model = load_tiny(bases["qwen3"], prompts={"query": QUERY_PROMPT, "document": ""})
     card = Card("my-model", "some/base", "step 7", "train: {steps: 7}", {"functions/ndcg_at_10": 0.5})
     export(model, tmp_path / "out", "float32", card)
     text = (tmp_path / "out" / "README.md").read_text()
@@ -188,9 +188,9 @@ def test_card_contains_recipe_scores_and_prompts(bases, tmp_path):
 
 def test_tokenizer_that_transformers_reads_differently_is_refused(tmp_path):
     """transformers gives every qwen2 folder Qwen2's own pre-tokenizer, whatever its tokenizer.json says."""
-    base = tiny.folder(tmp_path / "qwen2", "qwen2")
-    model = load_model(base)
-    other = tiny.tokenizer()
+    base = tiny.write_folder(tmp_path / "qwen2", "qwen2")
+    model = load_tiny(base)
+    other = tiny.build_tokenizer()
     other.backend_tokenizer.pre_tokenizer = tiny.pre_tokenizers.Sequence(
         [tiny.pre_tokenizers.CharDelimiterSplit("e"), tiny.pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
@@ -201,7 +201,7 @@ def test_tokenizer_that_transformers_reads_differently_is_refused(tmp_path):
 
 
 def test_wrong_weights_are_refused(bases, tmp_path, monkeypatch):
-    model = load_model(bases["qwen3"])
+    model = load_tiny(bases["qwen3"])
     save = stock_folder.save_params
     monkeypatch.setattr(stock_folder, "save_params", lambda *args: save(*args[:-1], lambda x: args[-1](x) * 1.05))
     with pytest.raises(UserError, match="not written, because the exported vectors differ"):

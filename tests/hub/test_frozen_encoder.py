@@ -56,7 +56,7 @@ def own_folder(base_folder: Callable[[str], Path], tmp_path_factory: pytest.Temp
 
 @pytest.fixture(scope="module")
 def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.bert_folder(tmp_path_factory.mktemp("encoders") / "bert", {"query": "ask: "})
+    return tiny.write_bert_folder(tmp_path_factory.mktemp("encoders") / "bert", {"query": "ask: "})
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_hash_depends_on_weights_tokenizer_and_spec(
     assert encoder.identity == {"name": str(own_folder), "hash": encoder.hash}
     prompts = shutil.copytree(own_folder, tmp_path / "prompts")
     write_spec(prompts, find_base(str(own_folder)).spec.replace(prompts=PROMPTS | {"query": "? "}))
-    weights = tiny.folder(tmp_path / "weights", "qwen3", seed=1)
+    weights = tiny.write_folder(tmp_path / "weights", "qwen3", seed=1)
     shutil.copy(own_folder / "jaxembed.json", weights)
     tokenizer = shutil.copytree(own_folder, tmp_path / "tokenizer")
     state = json.loads((tokenizer / "tokenizer.json").read_text())
@@ -186,7 +186,7 @@ def make_builder(folder: Path, **encoders: Any) -> BatchBuilder:
         path = folder / f"{name}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         sources.append(open_source(SourceConfig(path=str(path), **options), folder))
-    tokenizer = TextTokenizer(tiny.tokenizer(), EmbeddingSpec(max_length=256))
+    tokenizer = TextTokenizer(tiny.build_tokenizer(), EmbeddingSpec(max_length=256))
     sampler = BatchSampler(sources=sources, tokenizer=tokenizer, hard_negatives=2, seed=0)
     return BatchBuilder(sampler=sampler, row_length=256, shards=all_shards(2), **encoders)
 
@@ -234,7 +234,7 @@ def test_batches_of_a_run_have_vectors_of_guide_and_teacher(encoder: FrozenEncod
 class StubModel(torch.nn.Module):
     """What sentence-transformers' loss reads from a model, besides its vectors."""
 
-    tokenizer, max_seq_length = tiny.tokenizer(), 64
+    tokenizer, max_seq_length = tiny.build_tokenizer(), 64
 
     def __init__(self, name: str):
         super().__init__()

@@ -44,7 +44,7 @@ def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
 def models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Write three folders of one shape and spec, with different weights."""
     root = tmp_path_factory.mktemp("models")
-    folders = [tiny.folder(root / name, "qwen3", seed) for seed, name in enumerate("abc")]
+    folders = [tiny.write_folder(root / name, "qwen3", seed) for seed, name in enumerate("abc")]
     for folder in folders:
         write_spec(folder, SPEC)
     return [str(folder) for folder in folders]
