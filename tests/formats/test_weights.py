@@ -193,7 +193,7 @@ import json, sys, threading, time
 from pathlib import Path
 import jax
 from jaxembed.config.spec import EmbeddingSpec
-from helpers.loading import load
+from helpers.loading import load_model
 
 def read_anonymous_bytes():
     status = Path("/proc/self/status").read_text()
