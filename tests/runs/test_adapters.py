@@ -167,8 +167,8 @@ def test_a_run_of_two_adapters(folder: Path, tmp_path: Path, monkeypatch: pytest
 
     run = open_run("whole", folder / "whole", "last").restore(ComputeOptions(unroll=False), mesh)
     vectors = {}
-    sts, tokenizer, config = run.select_adapter("sts"), run.build_tokenizer(), run.base.hf_config
-    merged, unmerged = (Embedder(m, {}, tokenizer, mesh, config) for m in (sts.merge_adapters()[0], sts.model))
+    sts, tokenizer, hf_config = run.select_adapter("sts"), run.build_tokenizer(), run.base.hf_config
+    merged, unmerged = (Embedder(m, {}, tokenizer, mesh, hf_config) for m in (sts.merge_adapters()[0], sts.model))
     for name in NAMES:
         model, parts = Embedder.load(folder / "whole", adapter=name), run.select_adapter(name)
         vectors[name] = merged.with_params(model.params).encode(tiny.TEXTS)
@@ -181,8 +181,8 @@ def test_a_run_of_two_adapters(folder: Path, tmp_path: Path, monkeypatch: pytest
         assert (model.revision, card.checkpoint, len(card.scores)) == (f"whole-4-{name}", f"step 4, adapter {name}", 1)
     assert np.abs(vectors["retrieval"] - vectors["sts"]).max() > 1e-3
     (scored,) = (row for row in rows if "eval/sts/spearman" in row)
-    held = open_held_out_sets(config.eval.sets, folder)[1]
-    assert held.score(unmerged.encode) == {"spearman": pytest.approx(scored["eval/sts/spearman"], abs=1e-5)}
+    sts_set = open_held_out_sets(config.eval.sets, folder)[1]
+    assert sts_set.score(unmerged.encode) == {"spearman": pytest.approx(scored["eval/sts/spearman"], abs=1e-5)}
     assert scored["eval/sts/spearman"] != pytest.approx(scored["eval/retrieval/spearman"], abs=1e-4)
 
     parity = export_adapters(folder / "whole", tmp_path / "out", "last")
