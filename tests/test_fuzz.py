@@ -20,7 +20,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from helpers import tiny
-from helpers.loading import load
+from helpers.loading import load_model
 from jaxembed.config import LoraConfig, SourceConfig, load_config
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.data import schema
@@ -250,7 +250,7 @@ def test_metrics_with_any_content(content: bytes) -> None:
 @pytest.fixture(scope="module")
 def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write a base with every file that a base can have. It is small, so that most of its bytes matter."""
-    folder = tiny.folder(tmp_path_factory.mktemp("fuzz") / "base", "llama")
+    folder = tiny.write_folder(tmp_path_factory.mktemp("fuzz") / "base", "llama")
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True, "include_prompt": True}))
     (folder / "2_Dense").mkdir()
@@ -335,7 +335,7 @@ def adapter_folder(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -
     """Write a PEFT folder for the small base."""
     folder = tmp_path_factory.mktemp("adapters")
     lora = LoraConfig(rank=2, alpha=4.0, targets=("q_proj", "up_proj"))
-    write_adapters(folder, load(small_base, EmbeddingSpec(), lora=lora)[1], lora, str(small_base))
+    write_adapters(folder, load_model(small_base, EmbeddingSpec(), lora=lora)[1], lora, str(small_base))
     return folder
 
 

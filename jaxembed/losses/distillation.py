@@ -10,72 +10,82 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxembed.config import DistillationConfig, EmbeddingMatchingConfig, MarginMSEConfig
-from jaxembed.losses.blockwise import EXACT
-from jaxembed.losses.encoded import Encoded, Loss
-from jaxembed.model.layers import unit_length
+from jaxembed.losses.blockwise import HIGHEST_PRECISION
+from jaxembed.losses.encoded import EncodedBatch, LossAndMetrics
+from jaxembed.model.layers import l2_normalize
 
 
-def kl_distillation(config: DistillationConfig, encoded: Encoded) -> Loss:
-    """Mean over queries of (1 - a) KL(teacher || model) + a (-log p of the positive) over each query's own documents.
+def kl_distillation(config: DistillationConfig, encoded: EncodedBatch) -> LossAndMetrics:
+    """Return the mean over queries of (1 - a) KL(teacher || model) + a (-log p of the positive).
 
-    Both distributions are softmaxes of scores over temperatures; a is `hard_labels` (E5, arXiv:2212.03533, equation 2, whose
-    weight of the hard labels is a / (1 - a) here). Documents without a teacher's score, and queries with less than two
-    scored documents, are left out.
+    Both distributions are softmaxes over a query's own documents, of scores divided by temperatures. The weight a is
+    `hard_labels` (E5, arXiv:2212.03533, equation 2, which weights the hard labels with a / (1 - a) instead). Documents without
+    a score of the teacher are left out, and so are queries with fewer than two scored documents.
+
+    Returns:
+        The loss, and the metric `scored`: the number of queries that count.
     """
-    scores, teacher, scored, share = _scored(encoded)
-    least = jnp.finfo(scores.dtype).min
-    log_p = jax.nn.log_softmax(jnp.where(scored, scores / config.temperature, least), axis=-1)
-    log_t = jax.nn.log_softmax(jnp.where(scored, teacher / config.teacher_temperature, least), axis=-1)
-    kl = jnp.sum(jnp.where(scored, jnp.exp(log_t) * (log_t - log_p), 0), axis=-1)
+    scores, teacher, is_scored, query_weights = _compute_scores(encoded)
+    lowest = jnp.finfo(scores.dtype).min
+    log_p = jax.nn.log_softmax(jnp.where(is_scored, scores / config.temperature, lowest), axis=-1)
+    log_t = jax.nn.log_softmax(jnp.where(is_scored, teacher / config.teacher_temperature, lowest), axis=-1)
+    kl = jnp.sum(jnp.where(is_scored, jnp.exp(log_t) * (log_t - log_p), 0), axis=-1)
     losses = (1 - config.hard_labels) * kl - config.hard_labels * log_p[:, 0]
-    return jnp.sum(jnp.where(share > 0, share * losses, 0)), {"scored": jnp.sum(share > 0).astype(scores.dtype)}
+    loss = jnp.sum(jnp.where(query_weights > 0, query_weights * losses, 0))
+    return loss, {"scored": jnp.sum(query_weights > 0).astype(scores.dtype)}
 
 
-def margin_mse(config: MarginMSEConfig, encoded: Encoded) -> Loss:
-    """Mean over queries and their negatives of ((s+ - s-) - (t+ - t-))^2, t being the teacher's scores.
+def margin_mse(config: MarginMSEConfig, encoded: EncodedBatch) -> LossAndMetrics:
+    """Return the mean over queries and their negatives of ((s+ - s-) - (t+ - t-))^2, with scores t of the teacher.
 
-    Hofstätter et al. 2020, arXiv:2010.02666. Negatives without a teacher's score are left out, and queries whose positive
-    has none.
+    Hofstätter et al. 2020, arXiv:2010.02666. Negatives without a score of the teacher are left out, and so are queries whose
+    positive has none.
+
+    Returns:
+        The loss, and the metric `scored`: the number of queries that count.
     """
-    scores, teacher, scored, share = _scored(encoded)
+    scores, teacher, is_scored, query_weights = _compute_scores(encoded)
     error = ((scores[:, :1] - scores) - (teacher[:, :1] - teacher))[:, 1:]
-    counted = scored[:, 1:]
-    losses = jnp.sum(jnp.where(counted, error**2, 0), axis=-1) / jnp.maximum(counted.sum(axis=-1), 1)
-    return jnp.sum(share * losses), {"scored": jnp.sum(share > 0).astype(scores.dtype)}
+    is_counted = is_scored[:, 1:]
+    losses = jnp.sum(jnp.where(is_counted, error**2, 0), axis=-1) / jnp.maximum(is_counted.sum(axis=-1), 1)
+    return jnp.sum(query_weights * losses), {"scored": jnp.sum(query_weights > 0).astype(scores.dtype)}
 
 
-def embedding_matching(config: EmbeddingMatchingConfig, encoded: Encoded) -> Loss:
-    """Mean over queries and their documents of the squared distance of the model's vector, projected where there is a
-    projection and of unit length again, to the teacher's.
+def embedding_matching(config: EmbeddingMatchingConfig, encoded: EncodedBatch) -> LossAndMetrics:
+    """Return the mean over queries and their documents of the squared distance between the model's and the teacher's vectors.
 
-    EmbedDistill (Kim et al. 2023, arXiv:2301.12005).
+    EmbedDistill (Kim et al. 2023, arXiv:2301.12005). If the widths differ, the model's vectors are first projected to the
+    teacher's width and scaled to unit length again.
     """
     teacher = encoded.batch.teacher
     assert teacher is not None
-    ours = jnp.concatenate([encoded.queries[:, None], encoded.documents], axis=1)
-    theirs = jnp.concatenate([teacher.queries[:, None], teacher.documents], axis=1)
+    vectors = jnp.concatenate([encoded.queries[:, None], encoded.documents], axis=1)
+    teacher_vectors = jnp.concatenate([teacher.queries[:, None], teacher.documents], axis=1)
     if "kernel" in encoded.params:
-        ours = unit_length(jnp.matmul(ours, encoded.params["kernel"], precision=EXACT))
+        vectors = l2_normalize(jnp.matmul(vectors, encoded.params["kernel"], precision=HIGHEST_PRECISION))
     present = jnp.concatenate([jnp.ones_like(encoded.batch.doc_slot[:, :1], bool), encoded.batch.doc_slot >= 0], axis=1)
-    distance = jnp.sum((ours - theirs) ** 2, axis=-1)
+    distance = jnp.sum((vectors - teacher_vectors) ** 2, axis=-1)
     losses = jnp.sum(jnp.where(present, distance, 0), axis=-1) / present.sum(axis=-1)
-    return jnp.sum(encoded.share * losses), {}
+    return jnp.sum(encoded.query_weights * losses), {}
 
 
-def new_projection(width: int, teacher_width: int, key: jax.Array) -> dict[str, Any]:
-    """The projection from a model's width to its teacher's; none where they are equal."""
+def init_teacher_projection(width: int, teacher_width: int, key: jax.Array) -> dict[str, Any]:
+    """Draw the projection `kernel` from the model's width to the teacher's. Equal widths need no parameters."""
     if width == teacher_width:
         return {}
     return {"kernel": jax.random.normal(key, (width, teacher_width)) / math.sqrt(width)}
 
 
-def _scored(encoded: Encoded) -> tuple[Float[Array, "b m"], Float[Array, "b m"], jax.Array, jax.Array]:
-    """The model's and the teacher's scores of each query's documents, which of them count, and each query's part of the mean
-    over those queries whose positive and another document are scored.
+def _compute_scores(encoded: EncodedBatch) -> tuple[Float[Array, "b m"], Float[Array, "b m"], jax.Array, jax.Array]:
+    """Compute the scores of each query's own documents.
+
+    Returns:
+        The model's scores [B, 1+K], the teacher's scores [B, 1+K] (0 where there is none), where both exist [B, 1+K], and the
+        weight of each query [B] in the mean over the queries whose positive and another document are scored.
     """
-    scores = jnp.einsum("bd,bmd->bm", encoded.queries, encoded.documents, precision=EXACT)
+    scores = jnp.einsum("bd,bmd->bm", encoded.queries, encoded.documents, precision=HIGHEST_PRECISION)
     teacher = encoded.batch.teacher_scores
-    scored = jnp.isfinite(teacher) & (encoded.batch.doc_slot >= 0)
-    enough = scored[:, 0] & (scored.sum(axis=-1) >= 2) & (encoded.share > 0)
-    share = enough / jnp.maximum(enough.sum(), 1).astype(scores.dtype)
-    return scores, jnp.where(scored, teacher, 0).astype(scores.dtype), scored, share
+    is_scored = jnp.isfinite(teacher) & (encoded.batch.doc_slot >= 0)
+    is_counted = is_scored[:, 0] & (is_scored.sum(axis=-1) >= 2) & (encoded.query_weights > 0)
+    query_weights = is_counted / jnp.maximum(is_counted.sum(), 1).astype(scores.dtype)
+    return scores, jnp.where(is_scored, teacher, 0).astype(scores.dtype), is_scored, query_weights

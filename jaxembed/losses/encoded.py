@@ -1,4 +1,4 @@
-"""What an objective is a function of."""
+"""The input and output types of objectives."""
 
 from __future__ import annotations
 
@@ -11,20 +11,26 @@ from jaxembed.data.batch import Batch
 
 
 @flax.struct.dataclass
-class Encoded:
-    """The vectors of a global batch and all that an objective may know of it.
+class EncodedBatch:
+    """The vectors of a global batch, and everything else that an objective may use.
 
-    Vectors are of unit length, and zero for absent documents. `share` is each query's part of the mean: 1/n of the n queries
-    that the objective is for, 0 of others. `key` is for draws, `params` are the objective's own parameters.
+    Attributes:
+        queries: Unit vectors of the queries, [B, D].
+        documents: Unit vectors of the documents, positive first, [B, 1+K, D]; zero for absent documents.
+        batch: The batch that was encoded.
+        query_weights: Weight of each query in the mean, [B]: 1/n for the n queries of the objective's sources, 0 for others.
+        key: Random key of the objective.
+        shards: Number of equal parts in which the queries are split over devices, in order.
+        params: Parameters of the objective itself.
     """
 
-    queries: Any  # [B, D]
-    documents: Any  # [B, 1+K, D]
+    queries: Any
+    documents: Any
     batch: Batch
-    share: Any  # [B]
+    query_weights: Any
     key: Any
-    shards: int = flax.struct.field(default=1, pytree_node=False)  # over which the queries are split, in order
+    shards: int = flax.struct.field(default=1, pytree_node=False)
     params: Any = flax.struct.field(default_factory=dict)
 
 
-Loss = tuple[Float[Array, ""], dict[str, Float[Array, ""]]]
+LossAndMetrics = tuple[Float[Array, ""], dict[str, Float[Array, ""]]]

@@ -1,4 +1,4 @@
-"""InfoNCE over the global batch (van den Oord et al. 2018; equation 1 of the survey arXiv:2406.01607) and its relatives."""
+"""InfoNCE over the global batch (van den Oord et al. 2018; equation 1 of the survey arXiv:2406.01607) and its variants."""
 
 from __future__ import annotations
 
@@ -11,120 +11,162 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxembed.config import InfoNCEConfig
-from jaxembed.losses.blockwise import EXACT, Anchors, Pairs, Side, log_sum_exp
-from jaxembed.losses.encoded import Encoded, Loss
-from jaxembed.losses.negatives import FalseNegatives, Texts, texts_of
-from jaxembed.model.layers import unit_length
+from jaxembed.losses.blockwise import HIGHEST_PRECISION, AnchorVectors, PairRules, TextVectors, log_sum_exp
+from jaxembed.losses.encoded import EncodedBatch, LossAndMetrics
+from jaxembed.losses.negatives import FalseNegativeRule, TextInfo, collect_text_info
+from jaxembed.model.layers import l2_normalize
 
-TINY = 1e-12  # a power of zero has no gradient
-LEAST_TEMPERATURE = 0.01  # of a learned one, as in CLIP (Radford et al. 2021, section 2.5)
+MIN_FOCAL_BASE = 1e-12  # 0 to a power below 1 has no finite gradient
+MIN_LEARNED_TEMPERATURE = 0.01  # as in CLIP (Radford et al. 2021, arXiv:2103.00020, section 2.5)
 
 
-def info_nce(config: InfoNCEConfig, encoded: Encoded) -> Loss:
-    """Mean over queries of -log(e^(s+/t) / (e^(s+/t) + sum over negatives of e^(s-/t))), s being the cosine.
+def info_nce(config: InfoNCEConfig, encoded: EncodedBatch) -> LossAndMetrics:
+    """Return the mean over queries of -log(e^(s+/t) / (e^(s+/t) + sum over negatives of e^(s-/t))), with cosines s.
 
-    The negatives of a query are its own further documents and, of every direction, texts of other queries: documents to the
-    query (`query_document`), queries to its positive (`document_query`), and texts of one kind among themselves. All four in
-    one denominator are GTE's loss (equations 2 and 3 of the survey); queries to queries beside the first are SamToNe's
-    (arXiv:2306.02516). With `per_direction` each has a loss of its own, and they are averaged.
+    The negatives of a query are its own further documents and, in every direction of `config.directions`, texts of other
+    queries:
 
-    Also returns `accuracy`, the share of queries nearer to their positive than to every negative document, and `negatives`,
-    how many texts a query met on average. A query without negatives has loss 0 (log 2 in GTE's).
+    - `query_document`: documents of others, compared with the query,
+    - `document_query`: other queries, compared with the positive,
+    - `query_query` and `document_document`: texts of one kind.
+
+    All four in one denominator are GTE's loss (equations 2 and 3 of the survey). `query_query` beside the first is SamToNe
+    (arXiv:2306.02516). With `per_direction` each direction has a loss of its own, and the losses are averaged. A query
+    without negatives has loss 0 (log 2 in GTE's).
+
+    Returns:
+        The loss and metrics: `accuracy`, the share of queries nearer to their positive than to every negative document;
+        `negatives`, the mean number of negatives per query; and `temperature`, if it is learned.
     """
-    scale = _scale(config, encoded)
-    anchors, others = _sides(encoded)
+    scale = _compute_scale(config, encoded)
+    anchors, candidates = _collect_texts(encoded)
     positive = anchors["query"].positive
-    relative = config.guide_margin_kind == "relative"
-    rule = FalseNegatives(config.mask_same_label, config.margin, config.guide is not None, config.guide_margin, relative)
+    rule = FalseNegativeRule(
+        mask_same_label=config.mask_same_label, margin=config.margin, is_guided=config.guide is not None,
+        guide_margin=config.guide_margin, is_guide_margin_relative=config.guide_margin_kind == "relative",
+    )  # fmt: skip
+    # Each denominator is a list of logarithms of its terms [B]. The first one holds the positive, the own negatives and
+    # `query_document`.
     denominators = [[scale * positive]]
-    highest, met = jnp.full_like(positive, -jnp.inf), jnp.zeros_like(positive)
+    max_negative, count = jnp.full_like(positive, -jnp.inf), jnp.zeros_like(positive)
+
+    # Stage 1: the query's own negatives.
     if config.negatives != "in_batch" and encoded.documents.shape[1] > 1:
-        logits, scores, present = _own_negatives(config, encoded, rule, anchors["query"], others["document"].texts, scale)
+        logits, scores, present = _score_own_negatives(
+            config, encoded, rule, anchors["query"], candidates["document"].info, scale
+        )
         denominators[0].append(jax.nn.logsumexp(jnp.where(present, logits, jnp.finfo(logits.dtype).min), axis=-1))
-        highest, met = jnp.where(present, scores, -jnp.inf).max(axis=-1), met + present.sum(axis=-1)
+        max_negative, count = jnp.where(present, scores, -jnp.inf).max(axis=-1), count + present.sum(axis=-1)
+
+    # Stage 2: texts of other queries, direction by direction.
     for direction in config.directions if config.negatives != "hard" else ():
-        one, other = direction.split("_")
-        pairs = Pairs(rule, _hardness(config, "in_batch") if direction == "query_document" else 0.0, encoded.shards)
-        lse, top, count = log_sum_exp(pairs, anchors[one], others[other], scale)
+        anchor_kind, candidate_kind = direction.split("_")
+        hardness = _get_hardness(config, "in_batch") if direction == "query_document" else 0.0
+        rules = PairRules(rule, hardness, encoded.shards)
+        lse, max_score, negatives = log_sum_exp(rules, anchors[anchor_kind], candidates[candidate_kind], scale)
         if direction == "document_query":
-            # The pair itself is in this sum too: of its own denominator, or once more of the one for all (equation 3).
+            # The positive pair is a term of this direction too: of a denominator of its own with `per_direction`, or a
+            # second time of the one for all directions (equation 3 of the survey).
             denominators += [[]] if config.per_direction else []
             denominators[-1].append(scale * positive)
         denominators[-1].append(lse)
-        highest, met = jnp.maximum(highest, top) if direction == "query_document" else highest, met + count
+        if direction == "query_document":
+            max_negative = jnp.maximum(max_negative, max_score)
+        count = count + negatives
+
+    # Stage 3: log(denominator) - s+/t, averaged over denominators.
     losses = jnp.stack([functools.reduce(jnp.logaddexp, terms) for terms in denominators]).mean(axis=0) - scale * positive
     if config.focal:
-        # (1 - p)^gamma, p being the probability of the positive: KaLM-Embedding-V2, arXiv:2506.20923.
-        losses = losses * jnp.maximum(-jnp.expm1(-losses), TINY) ** config.focal
-    metrics = {"accuracy": jnp.sum(encoded.share * (positive > highest)), "negatives": jnp.sum(encoded.share * met)}
+        # Focal weight (1 - p)^gamma with the probability p = e^-loss of the positive (KaLM-Embedding-V2, arXiv:2506.20923).
+        losses = losses * jnp.maximum(-jnp.expm1(-losses), MIN_FOCAL_BASE) ** config.focal
+    weights = encoded.query_weights
+    metrics = {"accuracy": jnp.sum(weights * (positive > max_negative)), "negatives": jnp.sum(weights * count)}
     if config.learn_temperature:
         metrics["temperature"] = 1 / scale
-    return jnp.sum(encoded.share * losses), metrics
+    return jnp.sum(weights * losses), metrics
 
 
-def new_params(config: InfoNCEConfig) -> dict[str, Any]:
-    """The parameters that the objective trains."""
+def init_temperature(config: InfoNCEConfig) -> dict[str, Any]:
+    """Return the parameters of the objective: `log_scale` = -log(temperature) if it is learned."""
     return {"log_scale": jnp.array(-math.log(config.temperature), float)} if config.learn_temperature else {}
 
 
-def _scale(config: InfoNCEConfig, encoded: Encoded) -> jax.Array:
-    """What scores are multiplied with: 1/t."""
+def _compute_scale(config: InfoNCEConfig, encoded: EncodedBatch) -> jax.Array:
+    """Return the factor of scores, 1 / temperature."""
     if not config.learn_temperature:
         return jnp.array(1 / config.temperature, encoded.queries.dtype)
-    return jnp.minimum(jnp.exp(encoded.params["log_scale"]), 1 / LEAST_TEMPERATURE).astype(encoded.queries.dtype)
+    return jnp.minimum(jnp.exp(encoded.params["log_scale"]), 1 / MIN_LEARNED_TEMPERATURE).astype(encoded.queries.dtype)
 
 
-def _hardness(config: InfoNCEConfig, of: str) -> float:
-    return config.hardness if config.hardness_of in (of, "all") else 0.0
+def _get_hardness(config: InfoNCEConfig, kind: str) -> float:
+    """Return the hardness of negatives of a kind: "hard" or "in_batch"."""
+    return config.hardness if config.hardness_of in (kind, "all") else 0.0
 
 
-def _sides(encoded: Encoded) -> tuple[dict[str, Anchors], dict[str, Side]]:
-    """The anchors, [B] queries and their positives, and the others, [B] queries and [B(1+K)] documents."""
-    queries, documents = encoded.queries, encoded.documents
-    of_queries, of_documents = texts_of(encoded.batch)
-    of_positives = jax.tree.map(lambda x: x[:, 0], of_documents).replace(positives=of_queries.positives)
-    positive = jnp.sum(queries * documents[:, 0], axis=-1)
-    guide = jnp.sum(of_queries.guide * of_positives.guide, axis=-1)
-    anchors = {
-        "query": Anchors(queries, of_queries, positive, guide),
-        "document": Anchors(documents[:, 0], of_positives, positive, guide),
-    }
-    others = {
-        "query": Side(queries, of_queries),
-        "document": Side(documents.reshape(-1, documents.shape[-1]), of_documents.reshape(-1)),
-    }
-    return anchors, others
+def _collect_texts(encoded: EncodedBatch) -> tuple[dict[str, AnchorVectors], dict[str, TextVectors]]:
+    """Return the anchors and the candidates by kind.
 
-
-def _own_negatives(
-    config: InfoNCEConfig, encoded: Encoded, rule: FalseNegatives, side: Anchors, documents: Texts, scale: jax.Array
-) -> tuple[Float[Array, "b k"], Float[Array, "b k"], Bool[Array, "b k"]]:
-    """Logits, scores and presence of each query's own negatives, mixed ones behind them."""
-    negatives = encoded.documents[:, 1:]
-    scores = jnp.einsum("bd,bkd->bk", side.vectors, negatives, precision=EXACT)
-    anchors = side.texts.reshape(-1, 1)
-    others = jax.tree.map(lambda x: x[:, 1:], documents.reshape(*encoded.documents.shape[:2]))
-    guide = jnp.einsum("bg,bkg->bk", side.texts.guide, others.guide, precision=EXACT)
-    false = rule(anchors, others, jax.lax.stop_gradient(scores), guide, side.positive[:, None], side.guide_positive[:, None])
-    present = others.present & ~false
-    if config.mixed_negatives:
-        mixed, of_mixed = _mixed(config.mixed_negatives, negatives, present, encoded.key)
-        scores = jnp.concatenate([scores, jnp.einsum("bd,bkd->bk", side.vectors, mixed, precision=EXACT)], axis=1)
-        present = jnp.concatenate([present, of_mixed], axis=1)
-    # e^(alpha s) times as heavy: EmbeddingGemma, arXiv:2509.20354.
-    return scale * scores + _hardness(config, "hard") * jax.lax.stop_gradient(scores), scores, present
-
-
-def _mixed(count: int, negatives: jax.Array, present: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`count` negatives a query, each a mixture of two of its own, of unit length: KaLM-Embedding-V2, arXiv:2506.20923.
-
-    The weights of the two are drawn from Beta(2, 2); queries with less than two have none.
+    Anchors are the queries [B] ("query") and their positives [B] ("document"). Candidates are the queries [B] ("query") and
+    all documents [B * (1+K)] ("document").
     """
-    of_pair, of_weight = jax.random.split(key)
-    # Two different ones of those present: the two highest of random numbers.
-    rank = jax.random.uniform(of_pair, (*present.shape[:1], count, present.shape[1]))
+    queries, documents = encoded.queries, encoded.documents
+    query_info, document_info = collect_text_info(encoded.batch)
+    positive_info = jax.tree.map(lambda x: x[:, 0], document_info).replace(positives=query_info.positives)
+    positive = jnp.sum(queries * documents[:, 0], axis=-1)
+    guide_positive = jnp.sum(query_info.guide * positive_info.guide, axis=-1)
+    anchors = {
+        "query": AnchorVectors(queries, query_info, positive, guide_positive),
+        "document": AnchorVectors(documents[:, 0], positive_info, positive, guide_positive),
+    }
+    candidates = {
+        "query": TextVectors(queries, query_info),
+        "document": TextVectors(documents.reshape(-1, documents.shape[-1]), document_info.reshape(-1)),
+    }
+    return anchors, candidates
+
+
+def _score_own_negatives(
+    config: InfoNCEConfig,
+    encoded: EncodedBatch,
+    rule: FalseNegativeRule,
+    queries: AnchorVectors,
+    documents: TextInfo,
+    scale: jax.Array,
+) -> tuple[Float[Array, "b k"], Float[Array, "b k"], Bool[Array, "b k"]]:
+    """Return the logits, scores and presence of each query's own negatives, with mixed negatives behind them."""
+    # Scores of the K negatives of each query, without those that are probably positives.
+    negatives = encoded.documents[:, 1:]
+    scores = jnp.einsum("bd,bkd->bk", queries.vectors, negatives, precision=HIGHEST_PRECISION)
+    anchor_info = queries.info.reshape(-1, 1)
+    negative_info = jax.tree.map(lambda x: x[:, 1:], documents.reshape(*encoded.documents.shape[:2]))
+    guide_scores = jnp.einsum("bg,bkg->bk", queries.info.guide, negative_info.guide, precision=HIGHEST_PRECISION)
+    is_false = rule(
+        anchor_info, negative_info, jax.lax.stop_gradient(scores), guide_scores,
+        queries.positive[:, None], queries.guide_positive[:, None],
+    )  # fmt: skip
+    present = negative_info.present & ~is_false
+    if config.mixed_negatives:
+        mixed, mixed_present = _mix_negatives(config.mixed_negatives, negatives, present, encoded.key)
+        mixed_scores = jnp.einsum("bd,bkd->bk", queries.vectors, mixed, precision=HIGHEST_PRECISION)
+        scores = jnp.concatenate([scores, mixed_scores], axis=1)
+        present = jnp.concatenate([present, mixed_present], axis=1)
+    # A negative weighs e^(hardness * s) times as much, without gradient through the weight (EmbeddingGemma, arXiv:2509.20354).
+    return scale * scores + _get_hardness(config, "hard") * jax.lax.stop_gradient(scores), scores, present
+
+
+def _mix_negatives(count: int, negatives: jax.Array, present: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mix `count` new negatives of unit length per query, each from two of its own (KaLM-Embedding-V2, arXiv:2506.20923).
+
+    The weights of the two are drawn from Beta(2, 2). Queries with fewer than two negatives have none.
+
+    Returns:
+        The vectors [B, count, D] and their presence [B, count].
+    """
+    pair_key, weight_key = jax.random.split(key)
+    # Draw two different present negatives: those with the two largest random numbers.
+    rank = jax.random.uniform(pair_key, (*present.shape[:1], count, present.shape[1]))
     pair = jax.lax.top_k(jnp.where(present[:, None], rank, -1.0), 2)[1]
     first, second = (jnp.take_along_axis(negatives, pair[..., i, None], axis=1) for i in (0, 1))
-    weight = jax.random.beta(of_weight, 2.0, 2.0, pair.shape[:2])[..., None].astype(negatives.dtype)
-    enough = jnp.broadcast_to((present.sum(axis=1) >= 2)[:, None], pair.shape[:2])
-    return unit_length(weight * first + (1 - weight) * second), enough
+    weight = jax.random.beta(weight_key, 2.0, 2.0, pair.shape[:2])[..., None].astype(negatives.dtype)
+    has_two = jnp.broadcast_to((present.sum(axis=1) >= 2)[:, None], pair.shape[:2])
+    return l2_normalize(weight * first + (1 - weight) * second), has_two

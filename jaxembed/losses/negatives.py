@@ -1,4 +1,4 @@
-"""Which texts of a global batch are no negatives of which, from what is known of each text and from scores of pairs."""
+"""Which texts of a global batch are negatives of which, from metadata of the texts and scores of the pairs."""
 
 from __future__ import annotations
 
@@ -16,90 +16,122 @@ from jaxembed.data.batch import Batch
 
 
 @flax.struct.dataclass
-class Texts:
-    """What the masks know of texts, with any leading axes. A text is its hash, zero where absent.
+class TextInfo:
+    """What the rules for negatives know of texts, with any leading axes. A hash of zeros is an absent text.
 
-    `guide` are vectors by a guide model, of width 0 without one.
+    Attributes:
+        text: Hash of the text, uint32 [..., 2].
+        query: Hash of the query that the text is or belongs to, uint32 [..., 2].
+        positives: Hashes of all known positives of that query, uint32 [..., P, 2].
+        in_batch: True if the text is present and its source uses in-batch negatives, bool [...].
+        present: False for absent documents, bool [...].
+        label: Label in its source, -1 for none, int [...].
+        source: Index of the source, int [...].
+        guide: Vectors by the guide model, float [..., G]; G is 0 without one.
     """
 
-    text: Any  # uint32 [..., 2]
-    query: Any  # uint32 [..., 2]: the query that the text belongs to, or is
-    positives: Any  # uint32 [..., P, 2]: all known positives of that query
-    in_batch: Any  # bool [...]: present, of a source that uses in-batch negatives
-    present: Any  # bool [...]
-    label: Any  # int [...], -1 for none
-    source: Any  # int [...]
-    guide: Any  # float [..., G]
+    text: Any
+    query: Any
+    positives: Any
+    in_batch: Any
+    present: Any
+    label: Any
+    source: Any
+    guide: Any
 
-    def reshape(self, *shape: int) -> Texts:
-        """The same with other leading axes."""
+    def reshape(self, *shape: int) -> TextInfo:
+        """Return the same texts with other leading axes."""
         leading, shape = self.in_batch.ndim, self.in_batch.reshape(shape).shape
         return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[leading:]), self)
 
 
-def texts_of(batch: Batch) -> tuple[Texts, Texts]:
-    """The queries [B] and the documents [B, 1+K] of a batch. The known positives of a query stand with the query alone."""
+def collect_text_info(batch: Batch) -> tuple[TextInfo, TextInfo]:
+    """Return the metadata of the queries [B] and of the documents [B, 1+K] of a batch.
+
+    The known positives of a query are stored with the query only; the documents have none (P = 0).
+    """
     query, shape, present = batch.query_hash, batch.doc_slot.shape, batch.doc_slot >= 0
-    guide = jnp.zeros((len(query), 0)) if batch.guide is None else batch.guide.queries
-    everywhere = jnp.ones_like(batch.in_batch)
-    queries = Texts(query, query, batch.positive_hash, batch.in_batch, everywhere, batch.label, batch.source, guide)
-    own = jax.tree.map(lambda x: jnp.broadcast_to(x[:, None], (*shape, *x.shape[1:])), queries)
-    guide = jnp.zeros((*shape, 0)) if batch.guide is None else batch.guide.documents
-    documents = own.replace(
-        text=batch.doc_hash, positives=own.positives[..., :0, :], in_batch=own.in_batch & present, present=present
-    )
-    return queries, documents.replace(guide=guide)
+    query_guide = jnp.zeros((len(query), 0)) if batch.guide is None else batch.guide.queries
+    document_guide = jnp.zeros((*shape, 0)) if batch.guide is None else batch.guide.documents
+    queries = TextInfo(
+        text=query, query=query, positives=batch.positive_hash, in_batch=batch.in_batch,
+        present=jnp.ones_like(batch.in_batch), label=batch.label, source=batch.source, guide=query_guide,
+    )  # fmt: skip
+    documents = jax.tree.map(lambda x: jnp.broadcast_to(x[:, None], (*shape, *x.shape[1:])), queries)
+    documents = documents.replace(
+        text=batch.doc_hash, positives=documents.positives[..., :0, :], in_batch=documents.in_batch & present,
+        present=present, guide=document_guide,
+    )  # fmt: skip
+    return queries, documents
 
 
-def same(a: UInt32[Array, "*#n 2"], b: UInt32[Array, "*#n 2"]) -> Bool[Array, "*n"]:
-    """Whether two texts are equal; leading axes broadcast."""
+def is_same_text(a: UInt32[Array, "*#n 2"], b: UInt32[Array, "*#n 2"]) -> Bool[Array, "*n"]:
+    """Return where two hashes are equal. Leading axes broadcast."""
     return (a[..., 0] == b[..., 0]) & (a[..., 1] == b[..., 1])
 
 
-def known_positive(anchors: Texts, others: Texts) -> jax.Array:
-    """Whether one of two texts is a known positive of the other's query; leading axes broadcast."""
-    pairs = [same(anchors.positives[..., p, :], others.text) for p in range(anchors.positives.shape[-2])]
-    pairs += [same(others.positives[..., p, :], anchors.text) for p in range(others.positives.shape[-2])]
-    return functools.reduce(operator.or_, pairs)
+def is_known_positive(anchors: TextInfo, candidates: TextInfo) -> jax.Array:
+    """Return where one of two texts is a known positive of the other's query. Leading axes broadcast."""
+    matches = [is_same_text(anchors.positives[..., p, :], candidates.text) for p in range(anchors.positives.shape[-2])]
+    matches += [is_same_text(candidates.positives[..., p, :], anchors.text) for p in range(candidates.positives.shape[-2])]
+    return functools.reduce(operator.or_, matches)
 
 
-def in_batch_candidates(anchors: Texts, others: Texts) -> jax.Array:
-    """Whether a text is there that belongs to another query and may be a negative: both sources use in-batch negatives."""
-    return anchors.in_batch & others.in_batch & ~same(anchors.query, others.query)
+def in_batch_candidates(anchors: TextInfo, candidates: TextInfo) -> jax.Array:
+    """Return where a candidate may be an in-batch negative of an anchor. Leading axes broadcast.
+
+    It must belong to another query, and the sources of both must use in-batch negatives.
+    """
+    return anchors.in_batch & candidates.in_batch & ~is_same_text(anchors.query, candidates.query)
 
 
 @dataclasses.dataclass(frozen=True)
-class FalseNegatives:
-    """Tells texts that are likely positives after all, beside the known ones.
+class FalseNegativeRule:
+    """Which candidates are probably positives and must not count as negatives, besides the known positives.
 
-    same_label: of a query with the same label of the same source. margin: the score is above the positive's by more than
-    that (Qwen3-Embedding, arXiv:2506.05176, equation 1: 0.1). guided: a guide model scores it above the positive, less a
-    margin, absolute or relative to the positive's score (GISTEmbed, arXiv:2402.16829).
+    Attributes:
+        mask_same_label: Drop texts of queries with the same label in the same source.
+        margin: Drop texts whose score exceeds the positive's by more than this (Qwen3-Embedding, arXiv:2506.05176,
+            equation 1: 0.1). None: keep them.
+        is_guided: Drop texts that a guide model scores above the positive, less `guide_margin` (GISTEmbed,
+            arXiv:2402.16829).
+        guide_margin: Margin of the guide's scores.
+        is_guide_margin_relative: Whether `guide_margin` is multiplied by the guide's score of the positive.
     """
 
-    same_label: bool = False
+    mask_same_label: bool = False
     margin: float | None = None
-    guided: bool = False
+    is_guided: bool = False
     guide_margin: float = 0.0
-    guide_relative: bool = False
+    is_guide_margin_relative: bool = False
 
     def __call__(
         self,
-        anchors: Texts,
-        others: Texts,
+        anchors: TextInfo,
+        candidates: TextInfo,
         scores: jax.Array,
         guide_scores: jax.Array | None,
         positive: jax.Array,
         guide_positive: jax.Array,
     ) -> jax.Array:
-        """Leading axes broadcast; `positive` are the scores of the anchors' own pairs, `guide_` those of the guide."""
-        found = known_positive(anchors, others)
-        if self.same_label:
-            found |= (anchors.label >= 0) & (anchors.label == others.label) & (anchors.source == others.source)
+        """Return where a candidate is a known or a probable positive of an anchor. Leading axes broadcast.
+
+        Args:
+            anchors: Texts whose negatives are asked for.
+            candidates: Their possible negatives.
+            scores: Scores of the pairs (anchor, candidate).
+            guide_scores: The same by the guide model.
+            positive: Score of each anchor with its own positive (or query).
+            guide_positive: The same by the guide model.
+        """
+        is_positive = is_known_positive(anchors, candidates)
+        if self.mask_same_label:
+            same_label = (anchors.label >= 0) & (anchors.label == candidates.label)
+            is_positive |= same_label & (anchors.source == candidates.source)
         if self.margin is not None:
-            found |= scores > positive + self.margin
-        if self.guided:
+            is_positive |= scores > positive + self.margin
+        if self.is_guided:
             assert guide_scores is not None
-            unit = jnp.abs(guide_positive) if self.guide_relative else 1.0
-            found |= guide_scores > guide_positive - self.guide_margin * unit
-        return found
+            unit = jnp.abs(guide_positive) if self.is_guide_margin_relative else 1.0
+            is_positive |= guide_scores > guide_positive - self.guide_margin * unit
+        return is_positive

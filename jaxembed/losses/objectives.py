@@ -12,32 +12,36 @@ from jaxtyping import Array, Float
 
 from jaxembed.config import EmbeddingMatchingConfig, InfoNCEConfig, MatryoshkaConfig, ObjectiveConfig
 from jaxembed.data.batch import Batch
-from jaxembed.losses import distillation, infonce
-from jaxembed.losses.distillation import embedding_matching, kl_distillation, margin_mse
-from jaxembed.losses.encoded import Encoded, Loss
-from jaxembed.losses.infonce import info_nce
+from jaxembed.losses.distillation import embedding_matching, init_teacher_projection, kl_distillation, margin_mse
+from jaxembed.losses.encoded import EncodedBatch, LossAndMetrics
+from jaxembed.losses.infonce import info_nce, init_temperature
 from jaxembed.losses.spread_out import spread_out
-from jaxembed.model.layers import unit_length
+from jaxembed.model.layers import l2_normalize
 
-OBJECTIVES: dict[str, Callable[[Any, Encoded], Loss]] = {
+OBJECTIVES: dict[str, Callable[[Any, EncodedBatch], LossAndMetrics]] = {
     "infonce": info_nce,
     "spread_out": spread_out,
     "kl_distillation": kl_distillation,
     "margin_mse": margin_mse,
     "embedding_matching": embedding_matching,
 }
-WHOLE_ALONE = {"embedding_matching"}  # objectives that have no meaning for the first dimensions of a vector
+FULL_WIDTH_OBJECTIVES = {"embedding_matching"}  # they have no meaning for the first dimensions of a vector
 
 
 @dataclasses.dataclass(frozen=True)
 class Objectives:
-    """What a step minimises: the weighted sum of a config's objectives. `source_names` are those of a batch's sources.
+    """The function that training minimizes: the weighted sum of a config's objectives.
 
-    With Matryoshka widths (Kusupati et al. 2022) each objective's loss is that of the whole vectors plus the weighted losses
-    of their first dimensions, of unit length again.
+    With Matryoshka widths (Kusupati et al. 2022, arXiv:2205.13147) the loss of an objective is that of the whole vectors, plus
+    the weighted losses of their first dimensions, scaled to unit length again.
+
+    Attributes:
+        configs: The sections of the objectives.
+        matryoshka: Widths and their weights.
+        source_names: Names of the sources, in the order of `Batch.source`.
     """
 
-    chosen: Sequence[ObjectiveConfig]
+    configs: Sequence[ObjectiveConfig]
     matryoshka: MatryoshkaConfig = dataclasses.field(default_factory=MatryoshkaConfig)
     source_names: Sequence[str] = ()
 
@@ -49,55 +53,76 @@ class Objectives:
         key: jax.Array,
         params: Mapping[str, Any],
         shards: int,
-    ) -> Loss:
-        """The sum, and its parts by label: each objective's loss, what it tells of itself, and LABEL_WIDTH of a width.
+    ) -> LossAndMetrics:
+        """Compute the sum of all objectives.
 
-        The queries are split over so many shards, in order; `params` are the objectives' own, by label.
+        Args:
+            queries: Unit vectors of the queries.
+            documents: Unit vectors of the documents, positive first.
+            batch: The batch that was encoded.
+            key: Random key of the step.
+            params: Parameters of the objectives, by label.
+            shards: Number of equal parts in which the queries are split over devices, in order.
+
+        Returns:
+            The sum, and metrics by label: the loss of each objective (LABEL), its own metrics (LABEL_METRIC), and its loss at
+            each width (LABEL_WIDTH).
         """
         total: jax.Array = jnp.zeros((), queries.dtype)
-        parts: dict[str, jax.Array] = {}
-        for i, (label, objective) in enumerate(self.labelled()):
-            share = self._share(objective, batch).astype(queries.dtype)
-            whole = Encoded(queries, documents, batch, share, jax.random.fold_in(key, i), shards, params.get(label, {}))
-            loss, told = OBJECTIVES[objective.name](objective, whole)
-            parts |= {label: loss} | {f"{label}_{name}": value for name, value in told.items()}
-            for width, weight in self._widths(objective):
-                first = dataclasses.replace(whole, queries=_first(queries, width), documents=_first(documents, width))
-                of_width, _ = OBJECTIVES[objective.name](objective, first)
-                parts[f"{label}_{width}"] = of_width
-                loss = loss + weight * of_width
-            total = total + objective.weight * loss
-        return total, parts
+        metrics: dict[str, jax.Array] = {}
+        for i, (label, config) in enumerate(self.label_configs()):
+            weights = self._weight_queries(config, batch).astype(queries.dtype)
+            encoded = EncodedBatch(
+                queries=queries, documents=documents, batch=batch, query_weights=weights, key=jax.random.fold_in(key, i),
+                shards=shards, params=params.get(label, {}),
+            )  # fmt: skip
+            loss, own_metrics = OBJECTIVES[config.name](config, encoded)
+            metrics |= {label: loss} | {f"{label}_{name}": value for name, value in own_metrics.items()}
+            for width, weight in self._list_widths(config):
+                first = dataclasses.replace(encoded, queries=_truncate(queries, width), documents=_truncate(documents, width))
+                width_loss, _ = OBJECTIVES[config.name](config, first)
+                metrics[f"{label}_{width}"] = width_loss
+                loss = loss + weight * width_loss
+            total = total + config.weight * loss
+        return total, metrics
 
-    def labelled(self) -> list[tuple[str, ObjectiveConfig]]:
-        """Each objective under its name, with a number from the second of a name on: infonce, infonce_2."""
-        names = [objective.name for objective in self.chosen]
+    def label_configs(self) -> list[tuple[str, ObjectiveConfig]]:
+        """Return each objective with its label: its name, numbered from the second of the same name (infonce, infonce_2)."""
+        names = [config.name for config in self.configs]
         counts = [names[: i + 1].count(name) for i, name in enumerate(names)]
-        return [(f"{name}_{n}" if n > 1 else name, o) for name, n, o in zip(names, counts, self.chosen, strict=True)]
+        return [(f"{name}_{n}" if n > 1 else name, c) for name, n, c in zip(names, counts, self.configs, strict=True)]
 
-    def new_params(self, width: int, teacher_width: int, key: jax.Array) -> dict[str, Any]:
-        """The parameters that the objectives train, by label; those that have none are left out."""
-        made = {}
-        for i, (label, objective) in enumerate(self.labelled()):
-            if isinstance(objective, InfoNCEConfig):
-                made[label] = infonce.new_params(objective)
-            if isinstance(objective, EmbeddingMatchingConfig):
-                made[label] = distillation.new_projection(width, teacher_width, jax.random.fold_in(key, i))
-        return {label: params for label, params in made.items() if params}
+    def init_params(self, width: int, teacher_width: int, key: jax.Array) -> dict[str, Any]:
+        """Draw the parameters that the objectives train, by label. Objectives without parameters are left out.
 
-    def _share(self, objective: ObjectiveConfig, batch: Batch) -> Float[Array, " b"]:
-        """Each query's part of the mean over the queries of the objective's sources."""
-        if not objective.sources:
+        Args:
+            width: Width of the model's vectors.
+            teacher_width: Width of the teacher's vectors.
+            key: Random key.
+        """
+        params = {}
+        for i, (label, config) in enumerate(self.label_configs()):
+            if isinstance(config, InfoNCEConfig):
+                params[label] = init_temperature(config)
+            if isinstance(config, EmbeddingMatchingConfig):
+                params[label] = init_teacher_projection(width, teacher_width, jax.random.fold_in(key, i))
+        return {label: own_params for label, own_params in params.items() if own_params}
+
+    def _weight_queries(self, config: ObjectiveConfig, batch: Batch) -> Float[Array, " b"]:
+        """Return each query's weight in the mean over the queries of the objective's sources."""
+        if not config.sources:
             return jnp.full(batch.query_slot.shape, 1 / batch.query_slot.shape[0])
-        chosen = jnp.array([name in objective.sources for name in self.source_names])[batch.source]
-        return chosen / jnp.maximum(chosen.sum(), 1)
+        is_counted = jnp.array([name in config.sources for name in self.source_names])[batch.source]
+        return is_counted / jnp.maximum(is_counted.sum(), 1)
 
-    def _widths(self, objective: ObjectiveConfig) -> list[tuple[int, float]]:
-        if objective.name in WHOLE_ALONE:
+    def _list_widths(self, config: ObjectiveConfig) -> list[tuple[int, float]]:
+        """Return the Matryoshka widths of an objective with their weights."""
+        if config.name in FULL_WIDTH_OBJECTIVES:
             return []
         weights = self.matryoshka.weights or (1.0,) * len(self.matryoshka.dims)
         return list(zip(self.matryoshka.dims, weights, strict=True))
 
 
-def _first(vectors: Float[Array, "*b d"], width: int) -> Float[Array, "*b w"]:
-    return unit_length(vectors[..., :width])
+def _truncate(vectors: Float[Array, "*b d"], width: int) -> Float[Array, "*b w"]:
+    """Return the first `width` dimensions, scaled to unit length."""
+    return l2_normalize(vectors[..., :width])

@@ -1,4 +1,4 @@
-"""The spread-out regulariser (Zhang et al. 2017, Global Orthogonal Regularization; as used by EmbeddingGemma)."""
+"""The spread-out regularizer (Zhang et al. 2017, arXiv:1708.06320), as used by EmbeddingGemma (arXiv:2509.20354)."""
 
 from __future__ import annotations
 
@@ -7,29 +7,34 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxembed.config import SpreadOutConfig
-from jaxembed.losses.blockwise import EXACT
-from jaxembed.losses.encoded import Encoded, Loss
+from jaxembed.losses.blockwise import HIGHEST_PRECISION
+from jaxembed.losses.encoded import EncodedBatch, LossAndMetrics
 
 
-def spread_out(config: SpreadOutConfig, encoded: Encoded) -> Loss:
-    """M1^2 + max(0, M2 - 1/D) of the queries, plus that of their positives: zero for vectors spread over the sphere.
+def spread_out(config: SpreadOutConfig, encoded: EncodedBatch) -> LossAndMetrics:
+    """Return M1^2 + max(0, M2 - 1/D) of the queries, plus that of their positives.
 
-    M1 and M2 are the means of the cosines, and of their squares, of all pairs of different texts of one kind. Both come out
-    of sums over texts, so nothing grows with the number of pairs: sum of squares of all products = |E^T E|^2.
+    M1 and M2 are the means of the cosines and of the squared cosines of all pairs of different texts of one kind. The sum is
+    zero for vectors that are spread evenly over the sphere. Both means follow from sums over texts, so memory does not grow
+    with the number of pairs: the squares of all products of the rows of E add up to |E^T E|^2.
+
+    Returns:
+        The loss, and the metrics `mean_cosine` and `mean_squared_cosine` of the queries.
     """
-    counted = encoded.share > 0
-    first, second = (_moments(x, counted) for x in (encoded.queries, encoded.documents[:, 0]))
-    least = 1 / encoded.queries.shape[-1]
-    losses = [m1**2 + jax.nn.relu(m2 - least) for m1, m2 in (first, second)]
-    return losses[0] + losses[1], {"mean_cosine": first[0], "mean_squared_cosine": first[1]}
+    is_counted = encoded.query_weights > 0
+    query_moments, positive_moments = (_compute_moments(x, is_counted) for x in (encoded.queries, encoded.documents[:, 0]))
+    uniform_m2 = 1 / encoded.queries.shape[-1]
+    losses = [m1**2 + jax.nn.relu(m2 - uniform_m2) for m1, m2 in (query_moments, positive_moments)]
+    return losses[0] + losses[1], {"mean_cosine": query_moments[0], "mean_squared_cosine": query_moments[1]}
 
 
-def _moments(vectors: Float[Array, "b d"], counted: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """M1 and M2 among the counted vectors; 0 for less than two."""
-    vectors = jnp.where(counted[:, None], vectors, 0)
-    n = counted.sum().astype(vectors.dtype)
+def _compute_moments(vectors: Float[Array, "b d"], is_counted: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return M1 and M2 over all pairs of different counted vectors, or 0 for fewer than two vectors."""
+    vectors = jnp.where(is_counted[:, None], vectors, 0)
+    n = is_counted.sum().astype(vectors.dtype)
+    # Sums over all pairs include each vector with itself, which is subtracted.
     squares = jnp.sum(vectors**2, axis=-1)
     total = jnp.sum(vectors, axis=0)
-    gram = jnp.matmul(vectors.T, vectors, precision=EXACT)
+    gram = jnp.matmul(vectors.T, vectors, precision=HIGHEST_PRECISION)
     pairs = jnp.maximum(n * (n - 1), 1)
     return (total @ total - squares.sum()) / pairs, (jnp.sum(gram**2) - jnp.sum(squares**2)) / pairs

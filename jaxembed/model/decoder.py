@@ -10,18 +10,26 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxembed.config import LoraConfig
 from jaxembed.data.packing import PackedTexts
 from jaxembed.devices.collectives import embedding_lookup, shard_rows
 from jaxembed.model.attention import Attention
 from jaxembed.model.families import DecoderConfig
-from jaxembed.model.layers import GatedMLP, RMSNorm, rope_frequencies, rope_table
-from jaxembed.model.lora import LoRA
+from jaxembed.model.layers import GatedMLP, RMSNorm, build_rope_table, compute_rope_frequencies
+from jaxembed.model.lora import select_embedding_dtype
 from jaxembed.model.masks import Mask, TokenInfo
 
 
 @dataclasses.dataclass(frozen=True)
-class Compute:
-    """How the decoder runs; none of it changes what it computes beyond rounding."""
+class ComputeOptions:
+    """How a decoder is executed. These options change its outputs by rounding errors only.
+
+    Attributes:
+        dtype: Dtype of the computation.
+        remat: Whether the backward pass recomputes the activations of a layer, to save memory.
+        unroll: Whether the loop over the layers is unrolled. Steps are faster, compilation takes longer.
+        attention_kernel: Name of the attention kernel (see `pick_kernel`).
+    """
 
     dtype: Any = jnp.float32
     remat: bool = False
@@ -30,58 +38,63 @@ class Compute:
 
 
 class DecoderLayer(nn.Module):
+    """A pre-norm layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+
     config: DecoderConfig
     mask: Mask
-    compute: Compute
+    compute: ComputeOptions
     shards: int
-    lora: LoRA | None
+    lora: LoraConfig | None
 
     @nn.compact
-    def __call__(self, x: jax.Array, places: TokenInfo, rope: Any, window: Any) -> tuple[jax.Array, None]:
+    def __call__(self, x: jax.Array, token_info: TokenInfo, rope: Any, window: Any) -> tuple[jax.Array, None]:
+        """Map hidden states [R * T, D] to those of the next layer. The second output is for `nn.scan`."""
         c, dtype = self.config, self.compute.dtype
         attention = Attention(
-            c.heads, c.kv_heads, c.head_width, c.qkv_bias, c.out_bias, c.qk_norm, c.norm_epsilon, self.mask, dtype,
-            self.compute.attention_kernel, self.lora, name="attention",
+            heads=c.heads, kv_heads=c.kv_heads, head_width=c.head_width, qkv_bias=c.qkv_bias, out_bias=c.out_bias,
+            qk_norm=c.qk_norm, norm_epsilon=c.norm_epsilon, mask=self.mask, dtype=dtype,
+            kernel=self.compute.attention_kernel, lora=self.lora, name="attention",
         )  # fmt: skip
         normed = RMSNorm(c.norm_epsilon, dtype, name="attention_norm")(x)
-        x = x + attention(normed, places, rope, window, self.shards)
+        x = x + attention(normed, token_info, rope, window, self.shards)
         x = x + GatedMLP(c.mlp_width, dtype, self.lora, name="mlp")(RMSNorm(c.norm_epsilon, dtype, name="mlp_norm")(x))
-        x = shard_rows(x)
-        self.sow("intermediates", "hidden", x)
-        return x, None
+        return shard_rows(x), None
 
 
 class Decoder(nn.Module):
-    """Hidden states [R, T, D] of packed texts, after the final norm, in the compute dtype."""
+    """Maps packed texts to hidden states [R, T, D] after the final norm, in the compute dtype."""
 
     config: DecoderConfig
     mask: Mask
-    compute: Compute = Compute()
-    lora: LoRA | None = None
+    compute: ComputeOptions = ComputeOptions()
+    lora: LoraConfig | None = None
 
     @nn.compact
     def __call__(self, texts: PackedTexts) -> Float[Array, "r t d"]:
+        """Return the hidden states of all tokens."""
         c, dtype = self.config, self.compute.dtype
         init = nn.with_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
-        held = jnp.float32 if self.lora is None else self.lora.embedding_dtype
-        table = self.param("embedding", init, (c.vocab_size, c.width), held)
+        table = self.param("embedding", init, (c.vocab_size, c.width), select_embedding_dtype(self.lora))
         x = embedding_lookup(table, texts.tokens.reshape(-1), dtype)
-        rope = rope_table(texts.positions, rope_frequencies(c.head_width, c.rope_theta, dict(c.rope_scaling)), dtype)
-        places = TokenInfo(texts.segment_ids, texts.positions, texts.pool_mask)
-        mixed = len(set(c.windows)) > 1  # then a window is an array over the layers, without limit where there is none
-        window = jnp.array([w or c.max_positions for w in c.windows]) if mixed else next(iter(c.windows), None)
+        frequencies = compute_rope_frequencies(c.head_width, c.rope_theta, dict(c.rope_scaling))
+        rope = build_rope_table(texts.positions, frequencies, dtype)
+        token_info = TokenInfo(texts.segment_ids, texts.positions, texts.pool_mask)
+        # Windows that differ between layers are an array [L], which the loop over the layers slices. A layer without a window
+        # then has one as long as the longest text. One window for all layers stays a static number: kernels need one.
+        is_mixed = len(set(c.windows)) > 1
+        window = jnp.array([w or c.max_positions for w in c.windows]) if is_mixed else next(iter(c.windows), None)
         layer = DecoderLayer
-        if self.compute.remat:  # one window of all layers (argument 4) stays a number, which kernels need
-            layer = nn.remat(DecoderLayer, prevent_cse=False, static_argnums=() if mixed else (4,))
+        if self.compute.remat:
+            layer = nn.remat(DecoderLayer, prevent_cse=False, static_argnums=() if is_mixed else (4,))  # 4: window
         stack = nn.scan(
             layer,
-            variable_axes={"params": 0, "intermediates": 0},
+            variable_axes={"params": 0, "intermediates": 0},  # the latter for `capture_intermediates`
             split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast, nn.broadcast, 0 if mixed else nn.broadcast),
+            in_axes=(nn.broadcast, nn.broadcast, 0 if is_mixed else nn.broadcast),
             length=c.layers,
             unroll=c.layers if self.compute.unroll else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x, _ = stack(c, self.mask, self.compute, texts.shards, self.lora, name="layers")(x, places, rope, window)
+        x, _ = stack(c, self.mask, self.compute, texts.shards, self.lora, name="layers")(x, token_info, rope, window)
         x = RMSNorm(c.norm_epsilon, dtype, name="norm")(x)
         return x.reshape(*texts.tokens.shape, c.width)

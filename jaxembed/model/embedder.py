@@ -1,4 +1,4 @@
-"""Decoder plus pooling: packed texts in, one vector a text out."""
+"""Decoder plus pooling: maps packed texts to one vector per text."""
 
 from __future__ import annotations
 
@@ -11,30 +11,36 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
+from jaxembed.config import LoraConfig
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.data.packing import PackedTexts
 from jaxembed.errors import UserError
-from jaxembed.model.decoder import Compute, Decoder
+from jaxembed.model.decoder import ComputeOptions, Decoder
 from jaxembed.model.families import DecoderConfig
-from jaxembed.model.layers import Linear, unit_length
-from jaxembed.model.lora import LoRA
+from jaxembed.model.layers import Linear, l2_normalize
 from jaxembed.model.masks import MASKS, TokenInfo
-from jaxembed.model.pooling import make_pooling, segment_mask
+from jaxembed.model.pooling import make_pooling, make_segment_mask
 
 # What may follow the projection, by name.
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"identity": lambda x: x, "tanh": jnp.tanh}
+PROJECTION_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"identity": lambda x: x, "tanh": jnp.tanh}
 
 
 class EmbeddingModel(nn.Module):
-    """Vectors [R, S, D] of the texts of packed rows, in at least float32; [R, S, P] where the spec has a projection.
+    """Maps packed texts to vectors [R, S, D] in at least float32; [R, S, P] where the spec has a projection to P numbers.
 
-    Absent texts give zeros, or what the projection makes of zeros.
+    Absent texts give zeros, or the projection of zeros.
+
+    Attributes:
+        decoder: Sizes of the decoder.
+        spec: How texts become vectors: mask, pooling, projection, normalization.
+        compute: How the decoder is executed.
+        lora: Adapters of the decoder, if any.
     """
 
     decoder: DecoderConfig
     spec: EmbeddingSpec
-    compute: Compute = Compute()
-    lora: LoRA | None = None
+    compute: ComputeOptions = ComputeOptions()
+    lora: LoraConfig | None = None
 
     @property
     def width(self) -> int:
@@ -43,51 +49,59 @@ class EmbeddingModel(nn.Module):
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """The names of its adapters where there are several."""
+        """The names of the adapters. Empty where there is no adapter, or one without a name."""
         return () if self.lora is None else self.lora.names
 
     @nn.compact
     def __call__(self, texts: PackedTexts) -> Float[Array, "r s p"]:
+        """Return the vector of every text. A "dropout" key among `rngs` turns on the dropout of adapters."""
         hidden = Decoder(self.decoder, MASKS[self.spec.attention], self.compute, self.lora, name="decoder")(texts)
         pool_mask = (texts.segment_ids > 0) if self.spec.include_instruction else texts.pool_mask
-        members = segment_mask(texts.segment_ids, pool_mask, texts.segments)
+        segment_mask = make_segment_mask(texts.segment_ids, pool_mask, texts.segments)
         pooling = make_pooling(self.spec.pooling, self.spec.latents, self.spec.pooling_heads, name="pooling")
-        vectors = pooling(hidden, members, TokenInfo(texts.segment_ids, texts.positions, texts.pool_mask))
+        vectors = pooling(hidden, segment_mask, TokenInfo(texts.segment_ids, texts.positions, texts.pool_mask))
         if self.spec.projection:
             axes, bias = ("embed", "projected"), self.spec.projection_bias
             projected = Linear(self.spec.projection, axes, vectors.dtype, bias, name="projection")(vectors)
-            vectors = ACTIVATIONS[self.spec.projection_activation](projected)
-        return unit_length(vectors) if self.spec.normalize else vectors
+            vectors = PROJECTION_ACTIVATIONS[self.spec.projection_activation](projected)
+        return l2_normalize(vectors) if self.spec.normalize else vectors
 
 
-def example_texts(row_length: int = 8) -> PackedTexts:
-    """One row of padding: enough to trace a model's shapes."""
+def make_example_texts(row_length: int = 8) -> PackedTexts:
+    """Return one row of padding, enough to trace a model's shapes."""
     zeros = jnp.zeros((1, row_length), jnp.int32)
     return PackedTexts(zeros, zeros, zeros, zeros.astype(bool), segments=1, shards=1)
 
 
-def parameter_shapes(model: EmbeddingModel) -> Any:
-    """The tree of ShapeDtypeStructs, boxed with the logical axes that each parameter declares; needs no memory.
+def infer_parameter_shapes(model: EmbeddingModel) -> Any:
+    """Return the tree of parameters as ShapeDtypeStructs, boxed with their logical axes. It needs no memory.
 
-    `UserError` where the pooling does not fit the decoder.
+    Raises:
+        UserError: The heads of the pooling do not divide the width of the decoder.
     """
     heads, width = model.spec.pooling_heads, model.decoder.width
     if model.spec.pooling in ("latent_attention_paper", "self_attention") and width % heads:
-        raise UserError(f"model.pooling.heads is {heads}, which does not divide the model's width {width}")
-    return jax.eval_shape(model.init, jax.random.key(0), example_texts())["params"]
+        raise UserError(
+            f"model.pooling.heads: {model.spec.pooling} cannot split the model's width {width} into heads "
+            f"(found {heads}; expected a divisor of {width})."
+        )
+    return jax.eval_shape(model.init, jax.random.key(0), make_example_texts())["params"]
 
 
 def init_params(model: EmbeddingModel, key: jax.Array, shardings: Any) -> Any:
-    """Random parameters, placed as `shardings` says while they are made: those of the model that it names.
+    """Draw random parameters directly into their shardings.
 
-    Of several keys [N] there are as many draws, stacked on a first axis.
+    Args:
+        model: The model.
+        key: A random key, or keys [N] for N draws stacked along a first axis.
+        shardings: Tree of shardings of the parameters that are wanted; others are left out.
     """
     wanted = flatten_dict(shardings)
     if not wanted:
         return {}
 
     def init(key: jax.Array) -> Any:
-        params = flatten_dict(nn.unbox(model.init(key, example_texts())["params"]))
+        params = flatten_dict(nn.unbox(model.init(key, make_example_texts())["params"]))
         return {path: params[path] for path in wanted}
 
     return unflatten_dict(jax.jit(jax.vmap(init) if key.ndim else init, out_shardings=wanted)(key))

@@ -1,4 +1,7 @@
-"""One decoder serves every family; a family is a row in FAMILIES, a published size a row in PRESETS."""
+"""Model families and published sizes: one decoder serves all of them.
+
+A family is a row of `FAMILIES`, a published size is a row of `PRESETS`.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,27 @@ from jaxembed.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Shape of a decoder, in the terms of Hugging Face configs (see `from_hf`). `windows`: of each layer, None for no limit."""
+    """Sizes and options of a decoder, read from a Hugging Face config by `parse_hf_config`.
+
+    Attributes:
+        family: Key of `FAMILIES`.
+        vocab_size: Vocabulary size V.
+        width: Model width D.
+        layers: Number of layers L.
+        heads: Number of query heads N.
+        kv_heads: Number of key-value heads G.
+        head_width: Head width H.
+        mlp_width: Feed-forward width F.
+        norm_epsilon: Epsilon of all norms.
+        rope_theta: Base of the rotary frequencies.
+        rope_scaling: Sorted entries of the rotary scaling (see `compute_rope_frequencies`).
+        qkv_bias: Whether the query, key and value projections have a bias.
+        out_bias: Whether the output projection of attention has a bias.
+        qk_norm: Whether queries and keys pass a norm.
+        windows: Sliding window of each layer in tokens; None: no window.
+        tie_embeddings: Whether the language-model head shares the token embedding.
+        max_positions: Length of the longest text in tokens.
+    """
 
     family: str
     vocab_size: int
@@ -35,15 +58,20 @@ class DecoderConfig:
 
     @property
     def axis_sizes(self) -> dict[str, int]:
-        """The logical axes of parameters that a mesh may split (`logical_axis_table`), and into how many at most."""
+        """The logical axes that a mesh may split (`logical_axis_table`), each with the number of parts it can be split into."""
         return {"embed": self.width, "heads": self.heads, "kv_heads": self.kv_heads, "mlp": self.mlp_width}
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """What a model family's config file leaves unsaid.
+    """Facts about a model family that its config files do not state.
 
-    `window`: a sliding window is always on where the config has one, switched by use_sliding_window, or never read.
+    Attributes:
+        qkv_bias: Whether the query, key and value projections always have a bias.
+        qk_norm: Whether queries and keys pass a norm.
+        window: Whether a configured sliding window is always used, used if `use_sliding_window` is set ("switched"), or
+            never used.
+        architecture: Class name in transformers.
     """
 
     qkv_bias: bool = False
@@ -61,17 +89,20 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
     }
 )
 
-EXPERTS = frozenset({"num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size"})
+# Any of these keys in a config marks a mixture of experts.
+MOE_KEYS = frozenset({"num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size"})
 
-# The numbers that each kind of rotary positions needs.
-ROPE_NUMBERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+# Numbers that the scaling of each supported `rope_type` needs.
+ROPE_SCALING_KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "default": (),
         "linear": ("factor",),
         "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     }
 )
-MOST, WIDEST = 2**12, 2**24  # layers or heads; numbers in a vector, entries of a vocabulary: far above any model's
+# Limits far above any model, so that a wrong config is refused before memory is allocated.
+MAX_LAYERS = MAX_HEADS = MAX_HEAD_WIDTH = 2**12
+MAX_WIDTH = MAX_VOCAB_SIZE = 2**24
 
 _QWEN2 = {"model_type": "qwen2", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 32_768}
 _QWEN2_SMALL = {
@@ -89,7 +120,7 @@ _MISTRAL = {
 }  # fmt: skip
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
-        # For training from scratch. In Qwen3's form, since transformers puts its own tokenizer on qwen2 folders.
+        # For training from scratch. It is a Qwen3 model, because transformers replaces the tokenizer of qwen2 folders.
         "tiny": {
             **_QWEN2, "model_type": "qwen3", "head_dim": 64, "vocab_size": 8192, "hidden_size": 256,
             "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 256,
@@ -128,102 +159,121 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )  # fmt: skip
 
 
-def preset(name: str) -> Mapping[str, Any]:
-    """The Hugging Face config of a preset, or `UserError` listing the known ones."""
+def find_preset(name: str) -> Mapping[str, Any]:
+    """Return the Hugging Face config of a preset.
+
+    Raises:
+        UserError: There is no preset of this name.
+    """
     if name not in PRESETS:
-        raise UserError(f"model.base preset:{name} is unknown; known presets: {', '.join(PRESETS)}")
+        raise UserError(f"model.base: unknown preset {name!r}. Known presets: {', '.join(PRESETS)}.")
     return PRESETS[name]
 
 
-def from_hf(config: Mapping[str, Any], where: str) -> DecoderConfig:
-    """Reads a Hugging Face config (`where` names its origin).
+def parse_hf_config(config: Mapping[str, Any], where: str) -> DecoderConfig:
+    """Read the sizes of a decoder from a Hugging Face config.
 
-    `UserError` on a family or feature not supported, and on a value that is missing or makes no sense.
+    Args:
+        config: Content of a config.json.
+        where: Its path, for errors.
+
+    Raises:
+        UserError: The family or a feature is not supported, or a value is missing or invalid.
     """
     fields = Fields(config, where)
-    kind = str(config.get("model_type"))[:60]
-    if kind not in FAMILIES:
-        experts = sorted(config.keys() & EXPERTS)
-        if experts:
-            raise UserError(
-                f"{where}: {kind} is a mixture of experts ({experts[0]}), which is not supported; take a dense base"
-            )
-        raise UserError(f"{where}: model_type {kind} is not supported; supported: {', '.join(FAMILIES)}, and nvembed")
-    if config.get("hidden_act", "silu") != "silu" or fields.flag("mlp_bias"):
-        raise UserError(f"{where}: only silu feed-forward layers without bias are supported")
-    family = FAMILIES[kind]
-    rope = _rope(config, where)
-    heads, kv_heads, head_width = _heads(config, where)
+    family = _find_family(config, where)
+    if config.get("hidden_act", "silu") != "silu" or fields.boolean("mlp_bias"):
+        raise UserError(f"{where}: the feed-forward layers are not supported (expected hidden_act silu and no mlp_bias).")
+    rope = _read_rope(config, where)
+    heads, kv_heads, head_width = _read_heads(config, where)
     return DecoderConfig(
-        family=kind,
-        vocab_size=fields.whole("vocab_size", most=WIDEST),
-        width=fields.whole("hidden_size", most=WIDEST),
-        layers=fields.whole("num_hidden_layers", most=MOST),
+        family=str(config["model_type"]),
+        vocab_size=fields.integer("vocab_size", maximum=MAX_VOCAB_SIZE),
+        width=fields.integer("hidden_size", maximum=MAX_WIDTH),
+        layers=fields.integer("num_hidden_layers", maximum=MAX_LAYERS),
         heads=heads,
         kv_heads=kv_heads,
         head_width=head_width,
-        mlp_width=fields.whole("intermediate_size", most=WIDEST),
-        norm_epsilon=fields.number("rms_norm_eps", 1e-6),
+        mlp_width=fields.integer("intermediate_size", maximum=MAX_WIDTH),
+        norm_epsilon=fields.positive_number("rms_norm_eps", 1e-6),
         rope_theta=rope.pop("rope_theta"),
         rope_scaling=tuple(sorted(rope.items())),
-        qkv_bias=family.qkv_bias or fields.flag("attention_bias"),
-        out_bias=fields.flag("attention_bias"),
+        qkv_bias=family.qkv_bias or fields.boolean("attention_bias"),
+        out_bias=fields.boolean("attention_bias"),
         qk_norm=family.qk_norm,
-        windows=_windows(config, family, where),
-        tie_embeddings=fields.flag("tie_word_embeddings"),
-        max_positions=fields.whole("max_position_embeddings", 32_768),
+        windows=_read_windows(config, family, where),
+        tie_embeddings=fields.boolean("tie_word_embeddings"),
+        max_positions=fields.integer("max_position_embeddings", 32_768),
     )
 
 
-def _heads(config: Mapping[str, Any], where: str) -> tuple[int, int, int]:
-    """Query heads, key-value heads and the width of a head, which fit each other."""
+def _find_family(config: Mapping[str, Any], where: str) -> Family:
+    """Return the family that `model_type` names."""
+    kind = str(config.get("model_type"))[:60]
+    if kind in FAMILIES:
+        return FAMILIES[kind]
+    moe_keys = sorted(config.keys() & MOE_KEYS)
+    if moe_keys:
+        raise UserError(f"{where}: {kind} is a mixture of experts ({moe_keys[0]}), which is not supported. Use a dense base.")
+    raise UserError(f"{where}: model_type {kind} is not supported (expected {', '.join(FAMILIES)} or nvembed).")
+
+
+def _read_heads(config: Mapping[str, Any], where: str) -> tuple[int, int, int]:
+    """Return the number of query heads, the number of key-value heads and the head width, checked against each other."""
     fields = Fields(config, where)
-    heads, width = fields.whole("num_attention_heads", most=MOST), fields.whole("hidden_size", most=WIDEST)
-    kv_heads = fields.whole("num_key_value_heads", heads, most=MOST)
+    heads = fields.integer("num_attention_heads", maximum=MAX_HEADS)
+    width = fields.integer("hidden_size", maximum=MAX_WIDTH)
+    kv_heads = fields.integer("num_key_value_heads", heads, maximum=MAX_HEADS)
     if config.get("head_dim") is None and width % heads:
-        raise UserError(f"{where}: hidden_size {width} is not divisible by num_attention_heads {heads}")
-    head_width = fields.whole("head_dim", width // heads, most=MOST)
+        raise UserError(f"{where}: hidden_size {width} is not divisible by num_attention_heads {heads}.")
+    head_width = fields.integer("head_dim", width // heads, maximum=MAX_HEAD_WIDTH)
     if heads % kv_heads:
-        raise UserError(f"{where}: num_attention_heads {heads} is not divisible by num_key_value_heads {kv_heads}")
+        raise UserError(f"{where}: num_attention_heads {heads} is not divisible by num_key_value_heads {kv_heads}.")
     if head_width % 2:
-        raise UserError(f"{where}: heads are {head_width} wide; expected an even width, for rotary positions")
+        raise UserError(f"{where}: the head width is {head_width} (expected an even number, for rotary positions).")
     return heads, kv_heads, head_width
 
 
-def _rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """rope_theta and the scaling's entries, from the new form (rope_parameters) or the old one."""
+def _read_rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return `rope_theta`, `rope_type` and the scaling's numbers.
+
+    They are in `rope_parameters` (transformers 5), or in `rope_scaling` with `rope_theta` beside it (older versions).
+    """
     key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
     rope = Fields(config, where).mapping(key, {})
     fields = Fields(rope, f"{where}: {key}")
-    kind = fields.text("rope_type", fields.text("type", "default"))
-    if kind not in ROPE_NUMBERS:
-        raise UserError(f"{where}: rope_type {kind!r} is not supported; supported: {', '.join(ROPE_NUMBERS)}")
-    theta = fields.number("rope_theta", Fields(config, where).number("rope_theta", 10_000.0))
-    numbers = {name: fields.number(name) for name in ROPE_NUMBERS[kind]}
+    kind = fields.string("rope_type", fields.string("type", "default"))
+    if kind not in ROPE_SCALING_KEYS:
+        raise UserError(f"{where}: rope_type {kind!r} is not supported (expected {' or '.join(ROPE_SCALING_KEYS)}).")
+    theta = fields.positive_number("rope_theta", Fields(config, where).positive_number("rope_theta", 10_000.0))
+    numbers = {name: fields.positive_number(name) for name in ROPE_SCALING_KEYS[kind]}
     if kind == "llama3" and numbers["high_freq_factor"] <= numbers["low_freq_factor"]:
-        raise UserError(f"{where}: {key}: high_freq_factor must be above low_freq_factor")
+        raise UserError(f"{where}: {key}: high_freq_factor must be above low_freq_factor.")
     return {"rope_type": kind, "rope_theta": theta, **numbers}
 
 
-def _windows(config: Mapping[str, Any], family: Family, where: str) -> tuple[int | None, ...]:
-    """The sliding window of each layer, None where it sees everything."""
+def _read_windows(config: Mapping[str, Any], family: Family, where: str) -> tuple[int | None, ...]:
+    """Return the sliding window of each layer, with None for layers without one."""
     fields = Fields(config, where)
-    layers = fields.whole("num_hidden_layers", most=MOST)
-    off = family.window == "never" or (family.window == "switched" and not fields.flag("use_sliding_window"))
-    if off or config.get("sliding_window", 4096) is None:
+    layers = fields.integer("num_hidden_layers", maximum=MAX_LAYERS)
+    is_off = family.window == "never" or (family.window == "switched" and not fields.boolean("use_sliding_window"))
+    if is_off or config.get("sliding_window", 4096) is None:
         return (None,) * layers
-    window = fields.whole("sliding_window", 4096)
-    kinds = ["sliding_attention"] * layers if family.window == "always" else _layer_kinds(config, layers, where)
+    window = fields.integer("sliding_window", 4096)
+    kinds = ["sliding_attention"] * layers if family.window == "always" else _read_layer_types(config, layers, where)
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
-def _layer_kinds(config: Mapping[str, Any], layers: int, where: str) -> list[str]:
-    """What layer_types says, or the older max_window_layers: that many layers come first without a window."""
-    named = config.get("layer_types")
+def _read_layer_types(config: Mapping[str, Any], layers: int, where: str) -> list[str]:
+    """Return the attention type of each layer.
+
+    It is in `layer_types`, or follows from the older `max_window_layers`: the number of first layers without a window.
+    """
+    layer_types = config.get("layer_types")
     known = ("full_attention", "sliding_attention")
-    if not named:
-        full = Fields(config, where).whole("max_window_layers", 28, least=0)
-        return [known[i >= full] for i in range(layers)]
-    if not isinstance(named, list) or len(named) < layers or any(kind not in known for kind in named):
-        raise UserError(f"{where}: layer_types must be a list of {layers}, one a layer, each one of {', '.join(known)}")
-    return named[:layers]
+    if not layer_types:
+        full_layers = Fields(config, where).integer("max_window_layers", 28, minimum=0)
+        return [known[i >= full_layers] for i in range(layers)]
+    if not isinstance(layer_types, list) or len(layer_types) < layers or any(kind not in known for kind in layer_types):
+        raise UserError(f"{where}: layer_types is invalid (expected a list of {layers}, each {' or '.join(known)}).")
+    return layer_types[:layers]

@@ -1,9 +1,11 @@
-"""Between the parameters of models of one shape: on the straight line (soup) or, for two of them, on the arc (slerp).
+"""Interpolation between the parameters of models of one shape: linear (soup) or spherical (slerp).
 
-Both are taken tensor by tensor, that of each layer by itself. A soup is the weighted mean (Wortsman et al. 2022,
-arXiv:2203.05482; of embedders Xiao et al. 2023, LM-Cocktail). On the arc (Shoemake 1985; Qwen3-Embedding merges its
-checkpoints so, arXiv:2506.05176) the direction turns evenly from one tensor to the other, and the length, which the formula
-for unit vectors leaves open, goes evenly from one to the other too.
+Both work tensor by tensor, and layer by layer in stacked tensors.
+
+- A soup is the weighted mean (Wortsman et al. 2022, arXiv:2203.05482; for embedding models Xiao et al. 2023, LM-Cocktail,
+  arXiv:2311.13534).
+- Slerp (Shoemake 1985; Qwen3-Embedding merges its checkpoints this way, arXiv:2506.05176) turns the direction of one tensor
+  evenly into that of the other. The formula is for unit vectors; here the length changes linearly.
 """
 
 from __future__ import annotations
@@ -18,71 +20,84 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jaxtyping import Float32
 
-LAYERS = ("decoder", "layers")  # the parameters below are stacked over the layers
-NUMBERS_AT_ONCE = 1 << 22  # that are in float64 together
-PARALLEL = 1e-8  # 1 - |cosine| below which line and arc are the same in float32, or the arc is not defined
+STACKED_LAYERS = ("decoder", "layers")  # path of the parameters that are stacked over the layers
+FLOAT64_CHUNK = 1 << 22  # numbers that are converted to float64 at once
+MIN_ARC = 1e-8  # least 1 - |cosine| for slerp: below it line and arc agree in float32, or the arc is undefined
 
 Tensor = Float32[np.ndarray, "*n"]
 
 
-def on_line(a: Tensor, b: Tensor, t: float) -> tuple[float, float]:
-    """The shares of `a` and `b` in the point that lies `t` of the way from one to the other."""
+def compute_linear_weights(a: Tensor, b: Tensor, t: float) -> tuple[float, float]:
+    """Return the factors of `a` and `b` in the point at `t` (0 to 1) on the line from `a` to `b`."""
     return 1 - t, t
 
 
-def on_arc(a: Tensor, b: Tensor, t: float) -> tuple[float, float]:
-    """The same on the arc; on the line where a tensor is zero and where they point the same way, or opposite ways."""
+def compute_slerp_weights(a: Tensor, b: Tensor, t: float) -> tuple[float, float]:
+    """Return the factors of `a` and `b` in the point at `t` (0 to 1) on the arc from `a` to `b`.
+
+    Zero tensors and tensors that point in the same or in opposite directions are interpolated linearly.
+    """
+    # The angle between the tensors, seen as vectors.
     length_a, length_b = math.sqrt(_dot(a, a)), math.sqrt(_dot(b, b))
     if not length_a or not length_b:
-        return on_line(a, b, t)
+        return compute_linear_weights(a, b, t)
     cosine = _dot(a, b) / (length_a * length_b)
-    if 1 - abs(cosine) < PARALLEL:
-        return on_line(a, b, t)
+    if 1 - abs(cosine) < MIN_ARC:
+        return compute_linear_weights(a, b, t)
     angle, length = math.acos(cosine), (1 - t) * length_a + t * length_b
-    of_a, of_b = (math.sin(share * angle) / math.sin(angle) for share in (1 - t, t))
-    return of_a * length / length_a, of_b * length / length_b
+    # Slerp of the unit vectors: sin((1 - t) angle) / sin(angle) and sin(t angle) / sin(angle).
+    unit_weight_a, unit_weight_b = (math.sin(share * angle) / math.sin(angle) for share in (1 - t, t))
+    # From unit vectors to tensors: divide by the old length, multiply by the interpolated one.
+    return unit_weight_a * length / length_a, unit_weight_b * length / length_b
 
 
 METHODS: Mapping[str, Callable[[Tensor, Tensor, float], tuple[float, float]]] = MappingProxyType(
-    {"soup": on_line, "slerp": on_arc}
+    {"soup": compute_linear_weights, "slerp": compute_slerp_weights}
 )
 
 
 def interpolate(models: Iterator[Any], weights: Sequence[float], method: str) -> Any:
-    """The float32 parameters, as NumPy arrays, of the models merged in their order; the weights need not sum to 1.
+    """Merge models in their order and return the float32 parameters as NumPy arrays.
 
-    Each model is put into those before it by its share of their weights, which for soups is the weighted mean of all. The
-    result and one model are held at a time, if `models` makes one after the other. Sums are in float64.
+    Each model is merged into the result of those before it by its share of their weights. For soups that is the weighted mean
+    of all. Sums are in float64.
+
+    Args:
+        models: Parameters of one model after another. If they are loaded lazily, the result and one model are in memory.
+        weights: Weight of each model. They need not sum to 1.
+        method: A key of `METHODS`.
     """
     merged = jax.tree.map(lambda x: np.array(x, np.float32, order="C"), next(models))
     for i in range(1, len(weights)):
-        params = next(models)  # not from a zip, which keeps the last one while it fetches the next
+        params = next(models)  # not by `zip`, which keeps the previous model while it loads the next
         if weights[i]:
-            _put_in(merged, params, weights[i] / sum(weights[: i + 1]), method)
+            _move_toward(merged, params, weights[i] / sum(weights[: i + 1]), method)
         del params
     return merged
 
 
-def _put_in(merged: Any, params: Any, t: float, method: str) -> None:
-    """Moves `merged`, in place, `t` of the way to `params`."""
-    ours, theirs = flatten_dict(merged), flatten_dict(params)
-    assert ours.keys() == theirs.keys()
-    for path, x in ours.items():
-        y = np.asarray(theirs[path])
+def _move_toward(merged: Any, params: Any, t: float, method: str) -> None:
+    """Replace `merged`, in place, by the point at `t` on its way to `params`."""
+    merged_tensors, tensors = flatten_dict(merged), flatten_dict(params)
+    assert merged_tensors.keys() == tensors.keys()
+    for path, x in merged_tensors.items():
+        y = np.asarray(tensors[path])
         assert x.shape == y.shape
-        for a, b in zip(x, y, strict=True) if path[: len(LAYERS)] == LAYERS else [(x, y)]:
-            share_a, share_b = METHODS[method](a, b, t)
-            for part, (wide_a, wide_b) in _in_float64(a, b):
-                a.reshape(-1)[part] = share_a * wide_a + share_b * wide_b
+        is_stacked = path[: len(STACKED_LAYERS)] == STACKED_LAYERS
+        for a, b in zip(x, y, strict=True) if is_stacked else [(x, y)]:
+            weight_a, weight_b = METHODS[method](a, b, t)
+            for chunk, (wide_a, wide_b) in _iter_float64_chunks(a, b):
+                a.reshape(-1)[chunk] = weight_a * wide_a + weight_b * wide_b
 
 
 def _dot(a: Tensor, b: Tensor) -> float:
-    return math.fsum(float(wide_a @ wide_b) for _, (wide_a, wide_b) in _in_float64(a, b))
+    """Return the dot product of two tensors as vectors, in float64."""
+    return math.fsum(float(wide_a @ wide_b) for _, (wide_a, wide_b) in _iter_float64_chunks(a, b))
 
 
-def _in_float64(a: Tensor, b: Tensor) -> Iterator[tuple[slice, tuple[np.ndarray, np.ndarray]]]:
-    """Both tensors, flat, a piece at a time: where it is, and it in float64."""
-    for start in range(0, a.size, NUMBERS_AT_ONCE):
-        part = slice(start, start + NUMBERS_AT_ONCE)
-        wide_a, wide_b = (x.reshape(-1)[part].astype(np.float64) for x in (a, b))
-        yield part, (wide_a, wide_b)
+def _iter_float64_chunks(a: Tensor, b: Tensor) -> Iterator[tuple[slice, tuple[np.ndarray, np.ndarray]]]:
+    """Yield the flattened tensors chunk by chunk: the slice, and both chunks in float64."""
+    for start in range(0, a.size, FLOAT64_CHUNK):
+        chunk = slice(start, start + FLOAT64_CHUNK)
+        wide_a, wide_b = (x.reshape(-1)[chunk].astype(np.float64) for x in (a, b))
+        yield chunk, (wide_a, wide_b)

@@ -1,7 +1,10 @@
-"""Attention of queries, keys and values over packed rows, in four ways that compute the same. A mask is a value.
+"""Attention of queries, keys and values over packed rows: four kernels that compute the same function. A mask is a value.
 
-`einsum` holds the scores of all rows at once. `rows` goes row by row and recomputes the scores in the backward pass, which
-on CPUs is faster and takes an eighth of the memory. `splash` and `cudnn` are the kernels of TPUs and of NVIDIA's GPUs.
+- `einsum` stores the scores of all rows at once.
+- `rows` goes through the rows group by group and recomputes the scores in the backward pass. On CPUs it is faster and takes
+  an eighth of the memory.
+- `splash` is JAX's kernel for TPUs.
+- `cudnn` is cuDNN's kernel for NVIDIA GPUs.
 """
 
 from __future__ import annotations
@@ -17,123 +20,156 @@ from jaxtyping import Array, Float
 
 from jaxembed.devices.mesh import target_platform
 from jaxembed.errors import UserError
-from jaxembed.model import splash
-from jaxembed.model.layers import at_least_float32
-from jaxembed.model.masks import Mask, TokenInfo, visible
+from jaxembed.model.layers import promote_to_float32
+from jaxembed.model.masks import Mask, TokenInfo, materialize_mask
+from jaxembed.model.splash import attend_splash, describe_splash_limit
 
 log = logging.getLogger("jaxembed")
 
-# A group of rows whose scores fill about this many numbers is computed at once by the `rows` kernel.
-SCORES_AT_ONCE = 1 << 21
+# The `rows` kernel computes as many rows at once as have about this many scores (2^21 numbers, 8 MiB in float32).
+MAX_SCORES_PER_GROUP = 1 << 21
 
 
-def attend(
+def attend_einsum(
     q: Float[Array, "r t n h"],
     k: Float[Array, "r t g h"],
     v: Float[Array, "r t g h"],
-    places: TokenInfo,
+    token_info: TokenInfo,
     mask: Mask,
     window: jax.Array | int | None,
 ) -> Float[Array, "r t n h"]:
-    """softmax(q k / sqrt(H)) v among the tokens that the mask and the segments let each other see."""
+    """Return softmax(q k^T / sqrt(H)) v over the tokens that mask and segments let a query see.
+
+    Args:
+        q: Queries. Head n reads the key-value head n // (N / G).
+        k: Keys.
+        v: Values.
+        token_info: Segments and positions of the tokens, [R, T] each.
+        mask: Which tokens of a text see each other.
+        window: Sliding window of the layer in tokens, or None.
+    """
     rows, tokens, heads, width = q.shape
+    # Query heads that share a key-value head lie along a new axis M = N / G.
     q_RTGMH = q.reshape(rows, tokens, k.shape[2], -1, width)
-    scores = at_least_float32(jnp.einsum("rtgmh,rsgh->rgtms", q_RTGMH, k)) * width**-0.5
-    seen = visible(mask, places, window)[:, None, :, None]
-    weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(scores.dtype).min), axis=-1)
-    # In this order of operands the weights are multiplied as they lie, instead of their transpose: a fifth less time on CPUs
+    # Scores and softmax are in float32: small differences between large scores decide.
+    scores_RGTMS = promote_to_float32(jnp.einsum("rtgmh,rsgh->rgtms", q_RTGMH, k)) * width**-0.5
+    seen = materialize_mask(mask, token_info, window)[:, None, :, None]
+    weights = jax.nn.softmax(jnp.where(seen, scores_RGTMS, jnp.finfo(scores_RGTMS.dtype).min), axis=-1)
+    # With the values first, the weights are multiplied in their own layout instead of transposed: a fifth faster on CPUs.
     return jnp.einsum("rsgh,rgtms->rtgmh", v, weights.astype(q.dtype)).reshape(rows, tokens, heads, width)
 
 
-def attend_by_rows(
+def attend_rows(
     q: Float[Array, "r t n h"],
     k: Float[Array, "r t g h"],
     v: Float[Array, "r t g h"],
-    places: TokenInfo,
+    token_info: TokenInfo,
     mask: Mask,
     window: jax.Array | int | None,
     shards: int,
 ) -> Float[Array, "r t n h"]:
-    """`attend`, some rows at a time. Rows are shard-major: each step takes rows of every shard, so all devices work."""
+    """Compute `attend_einsum` for some rows at a time.
+
+    It takes more than six arguments because it is called like the other kernels, with `shards` bound by `pick_kernel`: the
+    number of equal parts in which the rows are split over devices, in order.
+    """
     rows, tokens, heads, _ = q.shape
 
-    def by_turn(x: jax.Array) -> jax.Array:
+    # [R, ...] -> [R / shards, shards, ...]: each step takes rows of every shard, so that all devices work.
+    def interleave_shards(x: jax.Array) -> jax.Array:
         return x.reshape(shards, rows // shards, *x.shape[1:]).swapaxes(0, 1)
 
-    def step(xs: tuple[jax.Array, jax.Array, jax.Array, TokenInfo]) -> jax.Array:
-        return attend(*xs, mask, window)
+    def attend(xs: tuple[jax.Array, jax.Array, jax.Array, TokenInfo]) -> jax.Array:
+        return attend_einsum(*xs, mask, window)
 
-    at_once = min(max(1, SCORES_AT_ONCE // (heads * tokens * tokens)), rows // shards)
-    turns = jax.tree.map(by_turn, (q, k, v, places))
-    out = jax.lax.map(jax.checkpoint(step), turns, batch_size=at_once)
+    # `lax.map` loops over groups of steps. `checkpoint` recomputes a group's scores in the backward pass, so that the scores
+    # of one group exist at a time.
+    group_size = min(max(1, MAX_SCORES_PER_GROUP // (heads * tokens * tokens)), rows // shards)
+    steps = jax.tree.map(interleave_shards, (q, k, v, token_info))
+    out = jax.lax.map(jax.checkpoint(attend), steps, batch_size=group_size)
     return out.swapaxes(0, 1).reshape(q.shape)
 
 
-def attend_by_cudnn(
+def attend_cudnn(
     q: Float[Array, "r t n h"],
     k: Float[Array, "r t g h"],
     v: Float[Array, "r t g h"],
-    places: TokenInfo,
+    token_info: TokenInfo,
     mask: Mask,
     window: jax.Array | int | None,
 ) -> Float[Array, "r t n h"]:
-    """`attend` by cuDNN, which is given who sees whom as an array [R, 1, T, T]: it knows no packed rows."""
-    seen = visible(mask, places, window)[:, None]
+    """Compute `attend_einsum` by cuDNN. It does not know packed rows, so it receives the mask as an array [R, 1, T, T]."""
+    seen = materialize_mask(mask, token_info, window)[:, None]
     return jax.nn.dot_product_attention(q, k, v, mask=seen, implementation="cudnn")
 
 
-def cudnn_refusal(q: Float[Array, "r t n h"], mask: Mask, window: jax.Array | int | None) -> str:
-    """What of this attention cuDNN cannot compute; empty if it can."""
+def describe_cudnn_limit(q: Float[Array, "r t n h"], mask: Mask, window: jax.Array | int | None) -> str:
+    """Return what cuDNN cannot compute of this attention, or an empty string."""
     tokens, width = q.shape[1], q.shape[3]
     if q.dtype.itemsize != 2:
         return f"{q.dtype.name} numbers"
     if width > 128 or width % 8:
-        return f"heads {width} wide (only to 128, in steps of 8)"
+        return f"heads {width} wide (up to 128, in steps of 8)"
     return "rows of an odd number of tokens" if tokens % 2 else ""
 
 
 @dataclasses.dataclass(frozen=True)
-class _OfPlatforms:
-    """A kernel that runs on some platforms; `refusal(q, mask, window)` says what it cannot compute."""
+class PlatformKernel:
+    """A kernel that runs on some platforms.
+
+    Attributes:
+        platforms: Platforms as JAX names them.
+        attend: Function with the arguments of `attend_einsum`.
+        describe_limit: Function (q, mask, window) that returns what the kernel cannot compute, or an empty string.
+    """
 
     platforms: tuple[str, ...]
     attend: Callable[..., jax.Array]
-    refusal: Callable[..., str]
+    describe_limit: Callable[..., str]
 
 
-KERNELS = {
-    "splash": _OfPlatforms(("tpu", "cpu"), splash.attend, splash.refusal),
-    "cudnn": _OfPlatforms(("gpu",), attend_by_cudnn, cudnn_refusal),
+PLATFORM_KERNELS = {
+    "splash": PlatformKernel(("tpu", "cpu"), attend_splash, describe_splash_limit),
+    "cudnn": PlatformKernel(("gpu",), attend_cudnn, describe_cudnn_limit),
 }
-# What auto takes; einsum elsewhere.
-FASTEST = {"cpu": "rows", "tpu": "splash"}
+# What `auto` picks on a platform; elsewhere einsum.
+DEFAULT_KERNELS = {"cpu": "rows", "tpu": "splash"}
 
 
 def pick_kernel(name: str, shards: int) -> Callable[..., jax.Array]:
-    """The function of a config's `attention_kernel`, called as `attend` is. `UserError` where it does not run here.
+    """Return the attention function of a config's `attention_kernel`, with the arguments of `attend_einsum`.
 
-    What it cannot compute is left to `attend`, and one line of the log says so.
+    What the kernel cannot compute is left to `attend_einsum`, with one warning in the log.
+
+    Args:
+        name: auto, einsum, rows, splash or cudnn.
+        shards: Number of equal parts in which the rows are split over devices.
+
+    Raises:
+        UserError: The kernel does not run on this platform.
     """
     platform = target_platform()
-    name = FASTEST.get(platform, "einsum") if name == "auto" else name
+    name = DEFAULT_KERNELS.get(platform, "einsum") if name == "auto" else name
     if name == "einsum":
-        return attend
+        return attend_einsum
     if name == "rows":
-        return functools.partial(attend_by_rows, shards=shards)
-    kernel = KERNELS[name]
+        return functools.partial(attend_rows, shards=shards)
+    kernel = PLATFORM_KERNELS[name]
     if platform not in kernel.platforms:
-        told = f"model.attention_kernel is {name}, which runs on {' and '.join(kernel.platforms)}, and this is {platform}"
-        raise UserError(f"{told}; choose auto, einsum or rows")
+        raise UserError(
+            f"model.attention_kernel: {name} does not run on this platform (found {platform}; expected "
+            f"{' or '.join(kernel.platforms)}). Set it to auto, einsum or rows."
+        )
 
-    def or_einsum(
-        q: jax.Array, k: jax.Array, v: jax.Array, places: TokenInfo, mask: Mask, window: jax.Array | int | None
+    def attend_or_fall_back(
+        q: jax.Array, k: jax.Array, v: jax.Array, token_info: TokenInfo, mask: Mask, window: jax.Array | int | None
     ) -> jax.Array:
-        refused = kernel.refusal(q, mask, window)
-        if refused:
-            _warn_once(f"attention kernel {name} does not compute {refused}: einsum does")
-        return (attend if refused else kernel.attend)(q, k, v, places, mask, window)
+        limit = kernel.describe_limit(q, mask, window)
+        if limit:
+            _warn_once(f"attention kernel {name} does not support {limit}; einsum is used instead")
+        return (attend_einsum if limit else kernel.attend)(q, k, v, token_info, mask, window)
 
-    return or_einsum
+    return attend_or_fall_back
 
 
 @functools.cache

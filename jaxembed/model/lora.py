@@ -1,16 +1,17 @@
-"""Low-rank adapters (Hu et al. 2021): y = x W + (alpha / rank) dropout(x) A B, where only A and B are trained.
+"""Low-rank adapters, LoRA (Hu et al. 2021, arXiv:2106.09685): y = x W + (alpha / rank) dropout(x) A B.
 
-A projection that is a target has them as `lora_a` [in, rank] and `lora_b` [rank, out] beside its kernel, so they are
-stacked over the layers as it is. B is zero until trained.
+Only A and B are trained. An adapted projection stores them as `lora_a` [in, rank] and `lora_b` [rank, out] beside its kernel,
+stacked over the layers like the kernel. B is zero before training.
 
-One base may have several adapters by name, one of which is used at a time (the task adapters of jina-embeddings-v3, Sturua
-et al. 2024). Their parameters, and what the optimizer keeps of them, are then stacked on a first axis; `pick_adapter` gives
-the tree of a model that has the one alone.
+One base may have several named adapters, one of which is used at a time (the task adapters of jina-embeddings-v3, Sturua
+et al. 2024, arXiv:2409.10173). Their parameters and optimizer states are then stacked along a first axis, and `pick_adapter`
+returns the tree of a model with one of them.
+
+The sizes are the config section `LoraConfig`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,115 +20,115 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxembed.config import LoraConfig
 from jaxembed.model.quantization import dequantize
 
-# PEFT's names of the projections that may have adapters -> ours.
-TARGETS = {
+# PEFT's names of the projections that may have adapters, with our names.
+TARGET_PROJECTIONS = {
     "q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "out", "gate_proj": "gate", "up_proj": "up", "down_proj": "down",
 }  # fmt: skip
-ADAPTERS = ("lora_a", "lora_b")
-OWN = "adapters"  # of the optimizer's state: what it counts for each adapter by itself
+ADAPTER_PARAMS = ("lora_a", "lora_b")
+ADAPTER_STATE = "adapters"  # key of the optimizer state that each adapter has for itself
 
 
-@dataclasses.dataclass(frozen=True)
-class LoRA:
-    """Sizes and place of the adapters. `deterministic` leaves the dropout out; training switches it off.
+def has_adapter(lora: LoraConfig | None, projection: str | None) -> bool:
+    """Return whether the projection of this name (ours) has an adapter."""
+    return lora is not None and projection in {TARGET_PROJECTIONS[target] for target in lora.targets}
 
-    The matrices of the frozen base are held in `base_dtype`: float32, bfloat16 or int8. `names` are those of several adapters.
+
+def select_kernel_dtype(lora: LoraConfig | None) -> jnp.dtype:
+    """Return the storage dtype of kernels: float32 when they are trained, `base_dtype` when they are frozen."""
+    return jnp.dtype("float32" if lora is None else lora.base_dtype)
+
+
+def select_embedding_dtype(lora: LoraConfig | None) -> jnp.dtype:
+    """Return the storage dtype of the token embedding.
+
+    It is bfloat16 beside int8 kernels, the dtype in which most models are released. In int8, a row's rounding error would
+    enter the residual stream of all layers. Norms and biases, a few parameters in a thousand, stay in float32.
     """
-
-    rank: int
-    alpha: float
-    dropout: float = 0.0
-    targets: tuple[str, ...] = tuple(TARGETS)
-    base_dtype: str = "float32"
-    names: tuple[str, ...] = ()
-    deterministic: bool = True
-
-    @property
-    def embedding_dtype(self) -> Any:
-        """Of the frozen embedding: with int8 kernels it is in bfloat16, as most models are released, since a row's rounding
-        error would stand in the sum of all layers; norms and biases, a few in a thousand numbers, stay in float32.
-        """
-        return jnp.dtype("bfloat16" if self.base_dtype == "int8" else self.base_dtype)
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
-
-    def adapts(self, projection: str | None) -> bool:
-        """Whether a projection, by our name, has adapters."""
-        return projection in {TARGETS[target] for target in self.targets}
-
-    def training(self) -> LoRA:
-        """With dropout."""
-        return dataclasses.replace(self, deterministic=False)
+    dtype = select_kernel_dtype(lora)
+    return jnp.dtype(jnp.bfloat16) if dtype == jnp.int8 else dtype
 
 
-def split(params: Any) -> tuple[Any, Any]:
-    """(what is trained, what is frozen): everything and nothing; with adapters, all but the decoder's own parameters."""
+def split_params(params: Any) -> tuple[Any, Any]:
+    """Split a tree of parameters into (trained, frozen).
+
+    Without adapters everything is trained. With adapters the decoder's own parameters are frozen.
+    """
     flat = flatten_dict(params)
-    if not any(path[-1] in ADAPTERS for path in flat):
+    if not any(path[-1] in ADAPTER_PARAMS for path in flat):
         return params, {}
-    frozen = {path: x for path, x in flat.items() if path[0] == "decoder" and path[-1] not in ADAPTERS}
+    frozen = {path: x for path, x in flat.items() if path[0] == "decoder" and path[-1] not in ADAPTER_PARAMS}
     trained = {path: x for path, x in flat.items() if path not in frozen}
     return unflatten_dict(trained), unflatten_dict(frozen)
 
 
-def join(trained: Any, frozen: Any) -> Any:
-    """The whole tree out of what `split` gave."""
+def join_params(trained: Any, frozen: Any) -> Any:
+    """Return the whole tree of the two that `split_params` returned."""
     return unflatten_dict(flatten_dict(frozen) | flatten_dict(trained)) if frozen else trained
 
 
-def merge(params: Any, lora: LoRA) -> Any:
-    """Parameters, in float32, of the model without adapters: each one's product is added to its dequantised kernel."""
+def merge_adapters(params: Any, lora: LoraConfig) -> Any:
+    """Return the float32 parameters of the model without adapters: W + (alpha / rank) A B for every adapted kernel.
+
+    Quantized kernels are dequantized first.
+    """
     flat = flatten_dict(params)
     merged = {}
     for path, x in flat.items():
-        if path[-1] in (*ADAPTERS, "kernel_scale"):
+        if path[-1] in (*ADAPTER_PARAMS, "kernel_scale"):
             continue
         scale = flat.get((*path[:-1], f"{path[-1]}_scale"))
         merged[path] = x.astype(jnp.float32) if scale is None else dequantize(x, scale)
         if path[-1] == "kernel" and (*path[:-1], "lora_a") in flat:
-            a, b = (flat[*path[:-1], name] for name in ADAPTERS)
+            a, b = (flat[*path[:-1], name] for name in ADAPTER_PARAMS)
             merged[path] += lora.scale * jnp.einsum("...ir,...ro->...io", a, b, precision=jax.lax.Precision.HIGHEST)
     return unflatten_dict(merged)
 
 
 def stack_adapters(trees: Sequence[Any]) -> Any:
-    """The adapters' leaves of trees of one structure, stacked on a first axis; everything else is that of the first tree."""
-    return _with_adapters(lambda *leaves: jnp.stack(leaves), *trees)
+    """Stack the adapter leaves of trees of one structure along a first axis. Other leaves are those of the first tree."""
+    return _map_adapters(lambda *leaves: jnp.stack(leaves), *trees)
 
 
-def stacked_shapes(tree: Any, count: int) -> Any:
-    """What a tree of arrays (or ShapeDtypeStructs) with shardings is like with so many adapters; that axis is not split."""
+def stack_shapes(tree: Any, count: int) -> Any:
+    """Return a tree's ShapeDtypeStructs with `count` stacked adapters.
 
-    def stacked(x: Any) -> jax.ShapeDtypeStruct:
+    Args:
+        tree: Arrays or ShapeDtypeStructs of one adapter, with shardings. The new first axis is not sharded.
+        count: Number of adapters.
+    """
+
+    def stack(x: Any) -> jax.ShapeDtypeStruct:
         sharding = NamedSharding(x.sharding.mesh, PartitionSpec(None, *x.sharding.spec))
         return jax.ShapeDtypeStruct((count, *x.shape), x.dtype, sharding=sharding)
 
-    return _with_adapters(stacked, tree)
+    return _map_adapters(stack, tree)
 
 
 def pick_adapter(tree: Any, index: jax.Array | int | None) -> Any:
-    """The tree with one adapter of the stacked ones; the tree as it is for None, where they are not stacked."""
+    """Return the tree with one of its stacked adapters. None returns the tree itself, whose adapters are not stacked."""
     if index is None:
         return tree
-    return _with_adapters(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), tree)
+    return _map_adapters(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), tree)
 
 
 def put_adapter(tree: Any, index: jax.Array | int | None, one: Any) -> Any:
-    """`one`, the tree of an adapter, with the other adapters of `tree` beside it, exactly as they were."""
+    """Return `one`, the tree of one adapter, with the other adapters of `tree` unchanged beside it.
+
+    Inverse of `pick_adapter`: it replaces the adapter at `index`.
+    """
     if index is None:
         return one
-    return _with_adapters(lambda new, x: jax.lax.dynamic_update_index_in_dim(x, new, index, 0), one, tree)
+    return _map_adapters(lambda new, x: jax.lax.dynamic_update_index_in_dim(x, new, index, 0), one, tree)
 
 
-def _with_adapters(change: Callable[..., Any], tree: Any, *others: Any) -> Any:
-    """The tree with its adapters' leaves changed; `others` are of the same structure."""
+def _map_adapters(change: Callable[..., Any], tree: Any, *others: Any) -> Any:
+    """Apply `change` to the adapter leaves of a tree and of `others` of the same structure; keep the tree's other leaves."""
 
-    def leaf(path: Any, x: Any, *rest: Any) -> Any:
-        own = any(getattr(key, "key", None) in (*ADAPTERS, OWN) for key in path)
-        return change(x, *rest) if own else x
+    def change_leaf(path: Any, x: Any, *rest: Any) -> Any:
+        is_adapter = any(getattr(key, "key", None) in (*ADAPTER_PARAMS, ADAPTER_STATE) for key in path)
+        return change(x, *rest) if is_adapter else x
 
-    return jax.tree.map_with_path(leaf, tree, *others)
+    return jax.tree.map_with_path(change_leaf, tree, *others)

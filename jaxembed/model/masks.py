@@ -1,17 +1,19 @@
-"""Attention masks as values: who may look at whom inside one text.
+"""Attention masks as values: which tokens of a text see each other.
 
-A mask answers from where two tokens of the same text stand. `visible` combines it with the segments of packed rows, the
-only place where the two meet. Two texts of three and two tokens and one of padding; `i` is an instruction's token:
+A `Mask` decides for two tokens of the same text from their positions. `materialize_mask` combines that with the segments of
+packed rows; nothing else does. The matrices below have a row for each query token and a column for each key token (1: the
+query sees the key). The row of tokens holds a text of three tokens whose first two are its instruction, a text of two tokens
+without instruction, and one token of padding:
 
-              causal            bidirectional     prefix            prefix_lm
-    text 1 i  1 . . . . .       1 1 1 . . .       1 . . . . .       1 1 . . . .
-    text 1 i  1 1 . . . .       1 1 1 . . .       1 1 . . . .       1 1 . . . .
-    text 1    1 1 1 . . .       1 1 1 . . .       1 1 1 . . .       1 1 1 . . .
-    text 2    . . . 1 . .       . . . 1 1 .       . . . 1 1 .       . . . 1 . .
-    text 2    . . . 1 1 .       . . . 1 1 .       . . . 1 1 .       . . . 1 1 .
-    padding   . . . . . 1       . . . . . 1       . . . . . 1       . . . . . 1
+    causal         bidirectional  prefix         prefix_lm
+    1 0 0 0 0 0    1 1 1 0 0 0    1 0 0 0 0 0    1 1 0 0 0 0    text 1, instruction
+    1 1 0 0 0 0    1 1 1 0 0 0    1 1 0 0 0 0    1 1 0 0 0 0    text 1, instruction
+    1 1 1 0 0 0    1 1 1 0 0 0    1 1 1 0 0 0    1 1 1 0 0 0    text 1
+    0 0 0 1 0 0    0 0 0 1 1 0    0 0 0 1 1 0    0 0 0 1 0 0    text 2
+    0 0 0 1 1 0    0 0 0 1 1 0    0 0 0 1 1 0    0 0 0 1 1 0    text 2
+    0 0 0 0 0 1    0 0 0 0 0 1    0 0 0 0 0 1    0 0 0 0 0 1    padding
 
-Padding (segment 0) sees padding, so that no row of a softmax is empty.
+Padding (segment 0) sees padding, so that no softmax is over an empty set.
 """
 
 from __future__ import annotations
@@ -26,9 +28,12 @@ from jaxtyping import Array, Bool
 
 @flax.struct.dataclass
 class TokenInfo:
-    """Where the tokens of packed rows stand, [..., T] each.
+    """What masks need to know of the tokens of packed rows, [..., T] each.
 
-    segment: their text in the row, 0 for padding; position: counted from 0 in the text; in_text: not of the instruction.
+    Attributes:
+        segment: Number of the token's text in its row, counted from 1; 0 for padding.
+        position: Position in the text, counted from 0.
+        in_text: False for tokens of the instruction.
     """
 
     segment: Any
@@ -38,32 +43,44 @@ class TokenInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Mask:
-    """`causal`: a token sees only earlier ones and itself; otherwise later ones too.
+    """Which tokens of one text see each other.
 
-    `instruction_causal` says so of the instruction's tokens, where they differ from the text's: each part is then causal
-    or bidirectional within itself, and the text sees the instruction before it (the per-part choices of GRIT, Muennighoff
-    et al. 2024, figure 3).
+    With different settings for text and instruction, each part is causal or bidirectional within itself, and the text sees
+    the instruction before it (the per-part choices of GRIT, Muennighoff et al. 2024, arXiv:2402.09906, figure 3).
+
+    Attributes:
+        causal: Whether a token sees only itself and earlier tokens. Otherwise it sees later ones too.
+        instruction_causal: The same for the tokens of the instruction. None: as `causal`.
     """
 
     causal: bool
     instruction_causal: bool | None = None
 
     def allows(self, query: TokenInfo, key: TokenInfo, window: jax.Array | int | None = None) -> jax.Array:
-        """Whether the token at `query` sees the one at `key`; broadcasts.
+        """Return where the token `query` sees the token `key` of the same text. Their shapes broadcast.
 
-        Only near tokens are seen in a `window` of w, counted as transformers counts: where all look back only, the token
-        itself and w - 1 before it; otherwise w to either side.
+        Args:
+            query: Tokens that look.
+            key: Tokens that are looked at.
+            window: Sliding window w, counted as in transformers. With the causal mask a token sees itself and the w - 1
+                tokens before it; with other masks, w tokens to either side. A text of three tokens:
+
+                    causal, w = 2    bidirectional, w = 1
+                    1 0 0            1 1 0
+                    1 1 0            1 1 1
+                    0 1 1            0 1 1
         """
-        ahead = query.position - key.position
-        seen = ahead >= 0
+        distance = query.position - key.position
+        seen = distance >= 0
         if self.instruction_causal is None:
-            seen = seen if self.causal else ahead == ahead
+            seen = seen if self.causal else distance == distance
         elif self.causal != self.instruction_causal:
-            looks_ahead = query.in_text if self.instruction_causal else ~query.in_text
-            seen = seen | (looks_ahead & (query.in_text == key.in_text))
+            # One of the two parts is bidirectional: its tokens see later tokens of the same part too.
+            is_bidirectional = query.in_text if self.instruction_causal else ~query.in_text
+            seen = seen | (is_bidirectional & (query.in_text == key.in_text))
         if window is None:
             return seen
-        return seen & (ahead < window if self == CAUSAL else abs(ahead) <= window)
+        return seen & (distance < window if self == CAUSAL else abs(distance) <= window)
 
 
 CAUSAL = Mask(causal=True)
@@ -76,7 +93,8 @@ MASKS = {
 }
 
 
-def visible(mask: Mask, places: TokenInfo, window: jax.Array | int | None = None) -> Bool[Array, "*r t t"]:
-    """[..., query, key]: True where the query token sees the key token."""
-    query, key = (jax.tree.map(lambda x: x[..., :, None], places), jax.tree.map(lambda x: x[..., None, :], places))
+def materialize_mask(mask: Mask, token_info: TokenInfo, window: jax.Array | int | None = None) -> Bool[Array, "*r t t"]:
+    """Return the mask of packed rows, [..., query, key]: True where the query token sees the key token."""
+    query = jax.tree.map(lambda x: x[..., :, None], token_info)
+    key = jax.tree.map(lambda x: x[..., None, :], token_info)
     return (query.segment == key.segment) & mask.allows(query, key, window)

@@ -1,8 +1,8 @@
-"""x @ kernel, where a kernel is held in another precision than it is computed in, and may be split over devices (`fsdp`).
+"""x @ kernel for kernels that are stored in another dtype than they are computed in and may be sharded over `fsdp`.
 
-A kernel is converted where it lies and fetched then: half the bytes in 16 bits. The gradient of one that is trained is summed
-over devices in the kernel's own precision, each device getting the sum of the part that it holds. Left to itself, XLA
-may send whole gradients to all devices, summed in 16 bits.
+A kernel is converted on the device that stores it and gathered after that: 16 bits are half the bytes. The gradient of a
+trained kernel is summed over devices in the kernel's own dtype, and each device receives only the sum of its own shard.
+Without this module XLA may send whole gradients to all devices, summed in 16 bits.
 """
 
 from __future__ import annotations
@@ -17,41 +17,47 @@ from jaxembed.devices import blas
 from jaxembed.devices.collectives import all_gather_fsdp, has_sharded_parameters, reduce_scatter_sum
 
 
-def product(x: Float[Array, "*t i"], kernel: Float[Array, "i o"], axis: int) -> Float[Array, "*t o"]:
-    """x @ kernel in the dtype of x; `axis` of the kernel is the one that may be split."""
+def sharded_matmul(x: Float[Array, "*t i"], kernel: Float[Array, "i o"], fsdp_axis: int) -> Float[Array, "*t o"]:
+    """Return x @ kernel for a trained kernel, in the dtype of x. `fsdp` may split the axis `fsdp_axis` of the kernel."""
     if has_sharded_parameters():
-        return _split(axis, x, kernel)
-    return _multiplied(x, kernel.astype(x.dtype))
+        return _gather_and_multiply(fsdp_axis, x, kernel)
+    return _multiply(x, kernel.astype(x.dtype))
 
 
-def frozen_product(
-    x: Float[Array, "*t i"], kernel: Shaped[Array, "i o"], scale: Float[Array, " o"] | None, axis: int
+def frozen_matmul(
+    x: Float[Array, "*t i"], kernel: Shaped[Array, "i o"], scale: Float[Array, " o"] | None, fsdp_axis: int
 ) -> Float[Array, "*t o"]:
-    """The same with a kernel that has no gradient, maybe of int8 numbers, which are exact in any dtype of x: their scales,
-    common factors of the sums, come after.
+    """Return x @ (kernel * scale) for a kernel without gradient, in the dtype of x.
+
+    int8 numbers are exact in every dtype of x. Their scales are common factors of the sums and are applied after them.
     """
-    y = _multiplied(x, all_gather_fsdp(kernel.astype(x.dtype), axis))
+    y = _multiply(x, all_gather_fsdp(kernel.astype(x.dtype), fsdp_axis))
     return y if scale is None else (y * scale).astype(x.dtype)
 
 
-def _multiplied(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return blas.product(x, kernel) if blas.multiplies(x, kernel) else x @ kernel
+def _multiply(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return blas.matmul(x, kernel) if blas.is_worthwhile(x, kernel) else x @ kernel
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _split(axis: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return x @ all_gather_fsdp(kernel.astype(x.dtype), axis)
+def _gather_and_multiply(fsdp_axis: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Return x @ kernel, with a backward pass that keeps the kernel's gradient sharded and in the kernel's dtype."""
+    return x @ all_gather_fsdp(kernel.astype(x.dtype), fsdp_axis)
 
 
-def _forward(axis: int, x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _split(axis, x, kernel), (x, kernel)
+def _forward(fsdp_axis: int, x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    # The shard is saved, not the gathered kernel: the backward pass gathers it again.
+    return _gather_and_multiply(fsdp_axis, x, kernel), (x, kernel)
 
 
-def _backward(axis: int, kept: tuple[jax.Array, jax.Array], of_y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, kernel = kept
-    of_x = of_y @ all_gather_fsdp(kernel.astype(x.dtype), axis).T
-    of_kernel = functools.partial(jnp.einsum, "...i,...o->io", preferred_element_type=kernel.dtype)
-    return of_x, reduce_scatter_sum(of_kernel, axis, x, of_y)
+def _backward(fsdp_axis: int, saved: tuple[jax.Array, jax.Array], y_grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    # dx = dy @ kernel^T, with the whole kernel in the dtype of x.
+    x_grad = y_grad @ all_gather_fsdp(kernel.astype(x.dtype), fsdp_axis).T
+    # dkernel = x^T @ dy: every device multiplies its own tokens and accumulates in the kernel's dtype. A reduce-scatter sums
+    # these over devices and leaves each device the shard that it stores.
+    multiply_tokens = functools.partial(jnp.einsum, "...i,...o->io", preferred_element_type=kernel.dtype)
+    return x_grad, reduce_scatter_sum(multiply_tokens, fsdp_axis, x, y_grad)
 
 
-_split.defvjp(_forward, _backward)
+_gather_and_multiply.defvjp(_forward, _backward)

@@ -1,7 +1,12 @@
-"""From hidden states of packed rows to one vector a text. A pooling is a module; POOLINGS names them for configs.
+"""Poolings map hidden states of packed rows to one vector per text. `POOLINGS` lists them by their names in configs.
 
-Each maps (hidden [R, T, D], members [R, T, S], places [R, T]) to vectors [R, S, D] in at least float32, zeros for a text
-that is not there. `members` are the tokens that are pooled into each text.
+A pooling is a module with these arguments:
+
+- `hidden`: Hidden states of the tokens, [R, T, D].
+- `segment_mask`: True where a token is pooled into a text of its row, [R, T, S].
+- `token_info`: Segments and positions of the tokens, [R, T] each.
+
+It returns vectors [R, S, D] in at least float32, with zeros for absent texts.
 """
 
 from __future__ import annotations
@@ -15,18 +20,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from jaxembed.model.layers import LayerNorm, Linear, at_least_float32
-from jaxembed.model.masks import BIDIRECTIONAL, TokenInfo, visible
+from jaxembed.model.layers import LayerNorm, Linear, promote_to_float32
+from jaxembed.model.masks import BIDIRECTIONAL, TokenInfo, materialize_mask
 
 
-def segment_mask(segment_ids: Int[Array, "r t"], pool_mask: Bool[Array, "r t"], segments: int) -> Bool[Array, "r t s"]:
-    """[R, T, S]: which tokens are pooled into which text of the row."""
+def make_segment_mask(segment_ids: Int[Array, "r t"], pool_mask: Bool[Array, "r t"], segments: int) -> Bool[Array, "r t s"]:
+    """Return which tokens are pooled into which text of their row. The text in column s has segment id s + 1."""
     return (segment_ids[..., None] == jnp.arange(1, segments + 1)) & pool_mask[..., None]
 
 
-def weighted_mean(values: Float[Array, "r t *d"], weights: Shaped[Array, "r t s"]) -> Float[Array, "r s *d"]:
-    """The mean of the tokens' values under each text's weights; zeros where they are all zero."""
-    wide = at_least_float32(values)
+def compute_weighted_mean(values: Float[Array, "r t *d"], weights: Shaped[Array, "r t s"]) -> Float[Array, "r s *d"]:
+    """Return the mean of the tokens' values under each text's weights, or zeros where all weights are zero."""
+    wide = promote_to_float32(values)
     weights = weights.astype(wide.dtype)
     total = jnp.einsum("rts,rt...->rs...", weights, wide, precision=jax.lax.Precision.HIGHEST)
     count = weights.sum(axis=1).reshape(*total.shape[:2], *[1] * (total.ndim - 2))
@@ -34,110 +39,135 @@ def weighted_mean(values: Float[Array, "r t *d"], weights: Shaped[Array, "r t s"
 
 
 class MeanPooling(nn.Module):
-    """Mean over a text's pooled tokens."""
+    """Takes the mean over a text's pooled tokens."""
 
     @nn.compact
-    def __call__(self, hidden: jax.Array, members: jax.Array, places: TokenInfo) -> Float[Array, "r s d"]:
-        return weighted_mean(hidden, members)
+    def __call__(self, hidden: jax.Array, segment_mask: jax.Array, token_info: TokenInfo) -> Float[Array, "r s d"]:
+        """Pool each text; see the module."""
+        return compute_weighted_mean(hidden, segment_mask)
 
 
 class PositionWeightedMeanPooling(nn.Module):
-    """Mean weighted by the place in the text, counted from 1: later tokens of a causal model know more (SGPT,
-    Muennighoff 2022, equation 2).
+    """Takes the mean weighted by the position in the text, counted from 1 (SGPT, Muennighoff 2022, arXiv:2202.08904, eq. 2).
+
+    Later tokens of a causal model have seen more of the text.
     """
 
     @nn.compact
-    def __call__(self, hidden: jax.Array, members: jax.Array, places: TokenInfo) -> Float[Array, "r s d"]:
-        return weighted_mean(hidden, members * (places.position + 1)[..., None])
+    def __call__(self, hidden: jax.Array, segment_mask: jax.Array, token_info: TokenInfo) -> Float[Array, "r s d"]:
+        """Pool each text; see the module."""
+        return compute_weighted_mean(hidden, segment_mask * (token_info.position + 1)[..., None])
 
 
 class LastPooling(nn.Module):
-    """The last pooled token, which is EOS where the tokenizer appends it."""
+    """Takes the last pooled token, which is EOS where the tokenizer appends it."""
 
     @nn.compact
-    def __call__(self, hidden: jax.Array, members: jax.Array, places: TokenInfo) -> Float[Array, "r s d"]:
-        order = jnp.arange(members.shape[1])[:, None]
-        return _picked(hidden, jnp.max(jnp.where(members, order, -1), axis=1))
+    def __call__(self, hidden: jax.Array, segment_mask: jax.Array, token_info: TokenInfo) -> Float[Array, "r s d"]:
+        """Pool each text; see the module."""
+        index = jnp.arange(segment_mask.shape[1])[:, None]
+        return _take_tokens(hidden, jnp.max(jnp.where(segment_mask, index, -1), axis=1))
 
 
 class FirstPooling(nn.Module):
-    """The first pooled token, which is BOS where the tokenizer puts one and the instruction is pooled too."""
+    """Takes the first pooled token, which is BOS where the tokenizer adds one and the instruction is pooled too."""
 
     @nn.compact
-    def __call__(self, hidden: jax.Array, members: jax.Array, places: TokenInfo) -> Float[Array, "r s d"]:
-        first = jnp.argmax(members, axis=1)
-        return _picked(hidden, jnp.where(members.any(axis=1), first, -1))
+    def __call__(self, hidden: jax.Array, segment_mask: jax.Array, token_info: TokenInfo) -> Float[Array, "r s d"]:
+        """Pool each text; see the module."""
+        first = jnp.argmax(segment_mask, axis=1)
+        return _take_tokens(hidden, jnp.where(segment_mask.any(axis=1), first, -1))
 
 
-def _picked(hidden: Float[Array, "r t d"], index: Int[Array, "r s"]) -> Float[Array, "r s d"]:
-    """The tokens at `index`; zeros for -1."""
-    tokens = jnp.take_along_axis(at_least_float32(hidden), jnp.maximum(index, 0)[..., None], axis=1)
+def _take_tokens(hidden: Float[Array, "r t d"], index: Int[Array, "r s"]) -> Float[Array, "r s d"]:
+    """Return the hidden states of the tokens at `index`, with zeros for -1."""
+    tokens = jnp.take_along_axis(promote_to_float32(hidden), jnp.maximum(index, 0)[..., None], axis=1)
     return jnp.where(index[..., None] >= 0, tokens, 0.0)
 
 
 class MaxPooling(nn.Module):
-    """The maximum of each channel over a text's pooled tokens."""
+    """Takes the maximum of each channel over a text's pooled tokens."""
 
     @nn.compact
-    def __call__(self, hidden: jax.Array, members: jax.Array, places: TokenInfo) -> Float[Array, "r s d"]:
-        texts = members.shape[-1]
-        text = jnp.where(members.any(axis=-1), jnp.argmax(members, axis=-1), texts)  # pooled into none: one past the last
-        largest = jax.vmap(lambda h, t: jax.ops.segment_max(h, t, num_segments=texts + 1))(at_least_float32(hidden), text)
-        return jnp.where(members.any(axis=1)[..., None], largest[:, :texts], 0.0)
+    def __call__(self, hidden: jax.Array, segment_mask: jax.Array, token_info: TokenInfo) -> Float[Array, "r s d"]:
+        """Pool each text; see the module."""
+        # The text that each token is pooled into. Tokens that are not pooled go to an extra text behind the last.
+        texts = segment_mask.shape[-1]
+        text = jnp.where(segment_mask.any(axis=-1), jnp.argmax(segment_mask, axis=-1), texts)
+        largest = jax.vmap(lambda h, t: jax.ops.segment_max(h, t, num_segments=texts + 1))(promote_to_float32(hidden), text)
+        return jnp.where(segment_mask.any(axis=1)[..., None], largest[:, :texts], 0.0)
 
 
 class GatedFeedForward(nn.Module):
-    """out(value * gelu(gate)), the GEGLU of Shazeer 2020 with biases and the exact GELU; zero until trained."""
+    """Computes out(value * gelu(gate)), the GEGLU of Shazeer 2020 with biases and the exact GELU.
 
-    hidden: int
+    It returns zero before training.
+    """
+
+    hidden_width: int
     dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        value, gate = jnp.split(Linear(2 * self.hidden, ("embed", "mlp"), self.dtype, True, name="in")(x), 2, axis=-1)
+        """Map each token by itself."""
+        both = Linear(2 * self.hidden_width, ("embed", "mlp"), self.dtype, True, name="in")(x)
+        value, gate = jnp.split(both, 2, axis=-1)
         out = Linear(x.shape[-1], ("mlp", "embed"), self.dtype, True, init_std=0.0, name="out")
         return out(value * nn.gelu(gate, approximate=False))
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of tokens to a context, without biases; zero until trained. Returns its weights too."""
+    """Multi-head attention of tokens to a context, without biases. It returns zero before training."""
 
     heads: int
     head_width: int
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, context: jax.Array, seen: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """`x` [..., T, D], `context` [..., C, D], `seen` [..., T, C], None for everything.
+    def __call__(self, x: jax.Array, context: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """Attend from tokens to the context.
 
-        Returns [..., T, D] and weights [..., N, T, C].
+        Args:
+            x: Tokens, [..., T, D].
+            context: What they attend to, [..., C, D].
+            mask: True where a token sees an element of the context, [..., T, C]; None: everywhere.
+
+        Returns:
+            The output [..., T, D] and the attention weights [..., N, T, C].
         """
         width = self.heads * self.head_width
 
-        def by_head(y: jax.Array) -> jax.Array:
+        def split_heads(y: jax.Array) -> jax.Array:
             return y.reshape(*y.shape[:-1], self.heads, self.head_width)
 
-        q = by_head(Linear(width, ("embed", "pooling_heads"), self.dtype, name="q")(x))
+        q = split_heads(Linear(width, ("embed", "pooling_heads"), self.dtype, name="q")(x))
         k, v = jnp.split(Linear(2 * width, ("embed", "pooling_heads"), self.dtype, name="kv")(context), 2, axis=-1)
-        scores = at_least_float32(jnp.einsum("...tnh,...cnh->...ntc", q, by_head(k))) * self.head_width**-0.5
-        if seen is not None:
-            scores = jnp.where(seen[..., None, :, :], scores, jnp.finfo(scores.dtype).min)
+        scores = promote_to_float32(jnp.einsum("...tnh,...cnh->...ntc", q, split_heads(k))) * self.head_width**-0.5
+        if mask is not None:
+            scores = jnp.where(mask[..., None, :, :], scores, jnp.finfo(scores.dtype).min)
         weights = jax.nn.softmax(scores, axis=-1)
-        mixed = jnp.einsum("...ntc,...cnh->...tnh", weights.astype(self.dtype), by_head(v))
+        mixed = jnp.einsum("...ntc,...cnh->...tnh", weights.astype(self.dtype), split_heads(v))
         out = Linear(x.shape[-1], ("pooling_heads", "embed"), self.dtype, init_std=0.0, name="out")
         return out(mixed.reshape(*x.shape[:-1], width)), weights
 
 
 class LatentAttentionPooling(nn.Module):
-    """NV-Embed's latent attention as its released checkpoints compute it, then the mean (Lee et al. 2024, section 3.2).
+    """NV-Embed's latent attention, then the mean (Lee et al. 2024, arXiv:2405.17428, section 3.2).
 
-    Tokens attend to a trained array of latents through a pre-norm residual block with heads as wide as the model, then
-    pass a pre-norm residual GEGLU of four times the width. Both blocks give zero until trained, so that training starts
-    from mean pooling. `paper` leaves out what the paper's equation 1 does not have: norms, projections, scaling and
-    residuals; the heads are then slices of the width and a plain two-layer GELU follows.
+    By default it computes what the released checkpoints compute. Tokens attend to a trained array of latents through a
+    pre-norm residual block with heads as wide as the model. A pre-norm residual GEGLU of four times the width follows. Both
+    blocks return zero before training, so that training starts from mean pooling.
 
-    Under mutable "intermediates" it stores `latent_weights` [R, S, N, L]: a text's mean attention to each latent, by head
-    (the paper's appendix C).
+    With `paper` it computes equation 1 of the paper, which has no norms, projections, scaling or residuals. The heads are
+    then slices of the width, and a two-layer MLP with GELU follows.
+
+    If the collection "intermediates" is mutable, it stores `latent_weights` [R, S, N, L]: the mean attention of a text to
+    each latent, per head (appendix C of the paper).
+
+    Attributes:
+        latents: Number of latents L.
+        heads: Number of heads N.
+        paper: Whether to compute the paper's form.
     """
 
     latents: int
@@ -145,12 +175,13 @@ class LatentAttentionPooling(nn.Module):
     paper: bool = False
 
     @nn.compact
-    def __call__(self, hidden: jax.Array, members: jax.Array, places: TokenInfo) -> Float[Array, "r s d"]:
+    def __call__(self, hidden: jax.Array, segment_mask: jax.Array, token_info: TokenInfo) -> Float[Array, "r s d"]:
+        """Pool each text; see the module."""
         width, dtype = hidden.shape[-1], hidden.dtype
         init = nn.with_partitioning(nn.initializers.normal(1.0), ("latents", "embed"))
         latents = self.param("latents", init, (self.latents, width)).astype(dtype)
         if self.paper:
-            out, weights = _plain_attention(hidden, latents, self.heads)
+            out, weights = _attend_to_latents(hidden, latents, self.heads)
             inner = nn.gelu(Linear(4 * width, ("embed", "mlp"), dtype, True, name="mlp_in")(out), approximate=False)
             out = Linear(width, ("mlp", "embed"), dtype, True, name="mlp_out")(inner)
         else:
@@ -160,19 +191,23 @@ class LatentAttentionPooling(nn.Module):
             out = hidden + mixed
             out = out + GatedFeedForward(4 * width, dtype, name="mlp")(LayerNorm(dtype, name="mlp_norm")(out))
         if self.is_mutable_collection("intermediates"):
-            self.sow("intermediates", "latent_weights", weighted_mean(jnp.moveaxis(weights, -3, -2), members))
-        return weighted_mean(out, members)
+            latent_weights = compute_weighted_mean(jnp.moveaxis(weights, -3, -2), segment_mask)
+            self.sow("intermediates", "latent_weights", latent_weights)
+        return compute_weighted_mean(out, segment_mask)
 
 
-def _plain_attention(hidden: jax.Array, latents: jax.Array, heads: int) -> tuple[jax.Array, jax.Array]:
-    """softmax(Q K^T) V with K = V = latents, by slices of the width: [R, T, D] and weights [R, N, T, L]."""
+def _attend_to_latents(hidden: jax.Array, latents: jax.Array, heads: int) -> tuple[jax.Array, jax.Array]:
+    """Return softmax(Q K^T) V with Q = hidden and K = V = latents (NV-Embed, equation 1), and the softmax.
+
+    Each head is a slice of the width. Shapes: [R, T, D] and [R, N, T, L].
+    """
     q, kv = hidden.reshape(*hidden.shape[:-1], heads, -1), latents.reshape(latents.shape[0], heads, -1)
-    weights = jax.nn.softmax(at_least_float32(jnp.einsum("rtnh,lnh->rntl", q, kv)), axis=-1)
+    weights = jax.nn.softmax(promote_to_float32(jnp.einsum("rtnh,lnh->rntl", q, kv)), axis=-1)
     return jnp.einsum("rntl,lnh->rtnh", weights.astype(hidden.dtype), kv).reshape(hidden.shape), weights
 
 
 class SelfAttentionPooling(nn.Module):
-    """The self-attention that NV-Embed compares with: one more bidirectional block over the text, then the mean.
+    """The self-attention baseline of NV-Embed: one more bidirectional block over the text, then the mean.
 
     Its blocks are those of `LatentAttentionPooling`, with the text's tokens in place of the latents.
     """
@@ -180,16 +215,17 @@ class SelfAttentionPooling(nn.Module):
     heads: int
 
     @nn.compact
-    def __call__(self, hidden: jax.Array, members: jax.Array, places: TokenInfo) -> Float[Array, "r s d"]:
+    def __call__(self, hidden: jax.Array, segment_mask: jax.Array, token_info: TokenInfo) -> Float[Array, "r s d"]:
+        """Pool each text; see the module."""
         width, dtype = hidden.shape[-1], hidden.dtype
         normed = LayerNorm(dtype, name="attention_norm")(hidden)
         attention = CrossAttention(self.heads, width // self.heads, dtype, name="attention")
-        out = hidden + attention(normed, normed, visible(BIDIRECTIONAL, places))[0]
+        out = hidden + attention(normed, normed, materialize_mask(BIDIRECTIONAL, token_info))[0]
         out = out + GatedFeedForward(4 * width, dtype, name="mlp")(LayerNorm(dtype, name="mlp_norm")(out))
-        return weighted_mean(out, members)
+        return compute_weighted_mean(out, segment_mask)
 
 
-TRAINED = ("latent_attention", "latent_attention_paper", "self_attention")  # those that have parameters
+TRAINABLE_POOLINGS = ("latent_attention", "latent_attention_paper", "self_attention")  # those with parameters
 POOLINGS: dict[str, Callable[..., nn.Module]] = {
     "mean": MeanPooling,
     "last": LastPooling,
@@ -203,6 +239,13 @@ POOLINGS: dict[str, Callable[..., nn.Module]] = {
 
 
 def make_pooling(kind: str, latents: int, heads: int, name: str | None = None) -> nn.Module:
-    """The pooling of this name; `latents` and `heads` are the sizes of those that have them."""
+    """Build the pooling of this name.
+
+    Args:
+        kind: A key of `POOLINGS`.
+        latents: Number of latents, for latent attention.
+        heads: Number of heads, for latent attention and self-attention.
+        name: Name of the module among the parameters.
+    """
     sizes = {"latents": latents, "heads": heads} if kind.startswith("latent") else {"heads": heads}
-    return POOLINGS[kind](name=name, **(sizes if kind in TRAINED else {}))
+    return POOLINGS[kind](name=name, **(sizes if kind in TRAINABLE_POOLINGS else {}))

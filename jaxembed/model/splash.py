@@ -1,4 +1,4 @@
-"""JAX's splash attention, a kernel for TPUs that never holds the scores: on packed rows, on every device of a mesh."""
+"""JAX's splash attention, a TPU kernel that never stores the scores: on packed rows, on every device of a mesh."""
 
 from __future__ import annotations
 
@@ -17,33 +17,38 @@ from jaxembed.devices.collectives import auto_axes
 from jaxembed.devices.mesh import BATCH_AXES, target_platform
 from jaxembed.model.masks import BIDIRECTIONAL, CAUSAL, Mask, TokenInfo
 
-LANES = 128  # a block of tokens is a multiple of a TPU's lanes
-BLOCKS = (4 * LANES, 3 * LANES, 2 * LANES, LANES)  # tokens of a block: as many as divide the row
+TPU_LANES = 128  # a block of tokens must be a multiple of this
+BLOCK_SIZES = (
+    4 * TPU_LANES,
+    3 * TPU_LANES,
+    2 * TPU_LANES,
+    TPU_LANES,
+)  # tokens per block; the first that divides a row is taken
 
 
-def refusal(q: Float[Array, "r t n h"], mask: Mask, window: jax.Array | int | None) -> str:
-    """What of this attention splash cannot compute; empty if it can."""
+def describe_splash_limit(q: Float[Array, "r t n h"], mask: Mask, window: jax.Array | int | None) -> str:
+    """Return what splash cannot compute of this attention, or an empty string."""
     if mask not in (CAUSAL, BIDIRECTIONAL):
         return "a mask that treats instructions differently"
     if isinstance(window, jax.Array):
-        return "windows that differ from layer to layer"
+        return "windows that differ between layers"
     return f"{q.dtype.name} numbers" if q.dtype.itemsize > 4 else ""
 
 
-def attend(
+def attend_splash(
     q: Float[Array, "r t n h"],
     k: Float[Array, "r t g h"],
     v: Float[Array, "r t g h"],
-    places: TokenInfo,
+    token_info: TokenInfo,
     mask: Mask,
     window: int | None,
 ) -> Float[Array, "r t n h"]:
-    """Attention as `kernels.attend` gives it, except at padding. On CPUs the kernel is interpreted, which is slow."""
-    function = functools.partial(_attend, mask=mask, window=window, interpret=target_platform() == "cpu")
-    return _over_mesh(function, q.shape[0], k.shape[2])(q, k, v, places.segment)
+    """Compute `kernels.attend_einsum`, except at padding. On CPUs the kernel is interpreted, which is slow."""
+    attend = functools.partial(_attend_local, mask=mask, window=window, interpret=target_platform() == "cpu")
+    return _shard_over_mesh(attend, q.shape[0], k.shape[2])(q, k, v, token_info.segment)
 
 
-def _attend(
+def _attend_local(
     q: Float[Array, "r t n h"],
     k: Float[Array, "r t g h"],
     v: Float[Array, "r t g h"],
@@ -53,55 +58,61 @@ def _attend(
     window: int | None,
     interpret: bool,
 ) -> Float[Array, "r t n h"]:
-    """The same of a device's own rows and heads, which are padded to whole blocks."""
+    """Attend on one device's own rows and heads.
+
+    It takes more than six arguments because `mask`, `window` and `interpret` are constants of the kernel.
+    """
+    # Pad the rows to whole blocks and move heads before tokens: [R, N, T', H]. Segment 0 marks the new tokens as padding.
     tokens, heads, width = q.shape[1:]
-    more = -tokens % LANES
-    q, k, v = (jnp.pad(x, [(0, 0), (0, more), (0, 0), (0, 0)]).swapaxes(1, 2) for x in (q * width**-0.5, k, v))
-    segment = jnp.pad(segment, [(0, 0), (0, more)])
+    padding = -tokens % TPU_LANES
+    q, k, v = (jnp.pad(x, [(0, 0), (0, padding), (0, 0), (0, 0)]).swapaxes(1, 2) for x in (q * width**-0.5, k, v))
+    segment = jnp.pad(segment, [(0, 0), (0, padding)])
+    # The kernel knows the mask of a row with one text. Segments separate the texts of a row.
     kernel = library.make_splash_mha(
-        masks.MultiHeadMask([_static_mask(mask, window, tokens + more)] * heads),
-        block_sizes=_blocks(tokens + more),
+        masks.MultiHeadMask([_make_static_mask(mask, window, tokens + padding)] * heads),
+        block_sizes=_choose_blocks(tokens + padding),
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,
     )
 
-    def of_row(q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array) -> jax.Array:
+    def attend_row(q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array) -> jax.Array:
         return kernel(q, k, v, segment_ids=library.SegmentIds(segment, segment))
 
-    return jax.vmap(of_row)(q, k, v, segment).swapaxes(1, 2)[:, :tokens]
+    # Back to [R, T, N, H], without the padding.
+    return jax.vmap(attend_row)(q, k, v, segment).swapaxes(1, 2)[:, :tokens]
 
 
-def _static_mask(mask: Mask, window: int | None, tokens: int) -> masks.Mask:
-    """Who sees whom in a row of one text: of texts that share a row, segments do the rest."""
+def _make_static_mask(mask: Mask, window: int | None, tokens: int) -> masks.Mask:
+    """Return the library's mask of a row with one text; windows are counted as in `Mask.allows`."""
     shape = (tokens, tokens)
     if window is None:
         return masks.CausalMask(shape) if mask == CAUSAL else masks.FullMask(shape)
     return masks.LocalMask(shape, (window - 1, 0) if mask == CAUSAL else (window, window), offset=0)
 
 
-def _blocks(tokens: int) -> library.BlockSizes:
-    """Blocks of queries and keys, the same in all three passes."""
-    block = next(size for size in BLOCKS if tokens % size == 0)
+def _choose_blocks(tokens: int) -> library.BlockSizes:
+    """Return equal blocks of queries and keys for the forward pass and both backward passes."""
+    block = next(size for size in BLOCK_SIZES if tokens % size == 0)
     return library.BlockSizes(
         block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
     )
 
 
-def _over_mesh(function: Callable[..., jax.Array], rows: int, kv_heads: int) -> Callable[..., jax.Array]:
-    """`function(q, k, v, segment)` on each device's own rows and heads: no compiler splits a kernel.
+def _shard_over_mesh(function: Callable[..., jax.Array], rows: int, kv_heads: int) -> Callable[..., jax.Array]:
+    """Run `function(q, k, v, segment)` on each device's own rows and heads; XLA cannot split a kernel by itself.
 
-    Of the mesh (`jax.set_mesh`) only the axes count that are not split by hand already. Rows go over the batch axes and
-    heads over `tensor`, where they divide evenly; else every device takes all.
+    Rows are split over the batch axes and heads over `tensor`, where they divide evenly. Otherwise every device takes all.
+    Only the mesh axes (`jax.set_mesh`) count that are not split by hand already.
     """
-    mesh, free = jax.sharding.get_abstract_mesh(), auto_axes()
-    if not free:
+    mesh, axes = jax.sharding.get_abstract_mesh(), auto_axes()
+    if not axes:
         return function
-    of_rows = tuple(axis for axis in BATCH_AXES if axis in free)
-    if rows % math.prod(mesh.shape[axis] for axis in of_rows):
-        of_rows = ()
-    of_heads = "tensor" if "tensor" in free and kv_heads % mesh.shape["tensor"] == 0 else None
-    split = PartitionSpec(of_rows, None, of_heads)
-    specs = (split, split, split, PartitionSpec(of_rows))
-    # The library's kernels do not say over which axes their results vary, so that cannot be checked.
-    return jax.shard_map(function, in_specs=specs, out_specs=split, axis_names=set(free), check_vma=False)
+    row_axes = tuple(axis for axis in BATCH_AXES if axis in axes)
+    if rows % math.prod(mesh.shape[axis] for axis in row_axes):
+        row_axes = ()
+    head_axis = "tensor" if "tensor" in axes and kv_heads % mesh.shape["tensor"] == 0 else None
+    spec = PartitionSpec(row_axes, None, head_axis)
+    specs = (spec, spec, spec, PartitionSpec(row_axes))
+    # The library's kernels do not declare over which axes their results vary, so `check_vma` cannot hold.
+    return jax.shard_map(function, in_specs=specs, out_specs=spec, axis_names=set(axes), check_vma=False)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers.loading import draw_texts, in_rows, load, vectors
+from helpers.loading import draw_texts, encode_packed, load_model, pack_texts
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.data.batch import merge_row_counts
 from jaxembed.data.packing import (
@@ -186,7 +186,7 @@ def encode_separately(model: EmbeddingModel, params: Any, texts: list[np.ndarray
     parts = []
     for start in range(0, len(texts), ROWS):
         some, starts = texts[start : start + ROWS], pool_start[start : start + ROWS]
-        parts.append(vectors(model, params, *pack_into(some, starts, np.arange(len(some)), 1)))
+        parts.append(encode_packed(model, params, *pack_into(some, starts, np.arange(len(some)), 1)))
     return np.concatenate(parts)
 
 
@@ -195,7 +195,7 @@ def encode_separately(model: EmbeddingModel, params: Any, texts: list[np.ndarray
 )
 def test_vector_depends_on_its_text_alone(base_folder: Folder, attention: str, pooling: str) -> None:
     spec = EmbeddingSpec(attention=attention, pooling=pooling)
-    loaded = {devices: load(base_folder("qwen2"), spec, devices) for devices in (1, 8)}
+    loaded = {devices: load_model(base_folder("qwen2"), spec, devices) for devices in (1, 8)}
     random = np.random.default_rng(0)
     for draw in range(6):
         lengths = random.integers(1, 16, 28)
@@ -206,7 +206,7 @@ def test_vector_depends_on_its_text_alone(base_folder: Folder, attention: str, p
         row = random.permutation(np.arange(32) % ROWS)[:28]  # at most two texts per row
         for shards, devices in ((1, 1), (8, 8)):
             packed, index = pack_into([texts[i] for i in order], pool_start[order], row, shards)
-            encoded = vectors(*loaded[devices], packed, index, devices)
+            encoded = encode_packed(*loaded[devices], packed, index, devices)
             assert np.abs(encoded - expected[order]).max() < 1e-5
 
 
@@ -214,40 +214,40 @@ def test_vector_depends_on_its_text_alone(base_folder: Folder, attention: str, p
 @pytest.mark.parametrize("attention", ["causal", "bidirectional"])
 def test_wrong_segments_change_vectors(base_folder: Folder, attention: str, pooling: str) -> None:
     """Prove that the tests above can fail."""
-    model, params = load(base_folder("qwen2"), EmbeddingSpec(attention=attention, pooling=pooling))
+    model, params = load_model(base_folder("qwen2"), EmbeddingSpec(attention=attention, pooling=pooling))
     texts, pool_start = draw_texts([9] * 2 * ROWS), np.zeros(2 * ROWS, int)
     packed, index = pack_into(texts, pool_start, np.arange(2 * ROWS) % ROWS, 1)
     expected = encode_separately(model, params, texts, pool_start)
-    assert np.abs(vectors(model, params, packed, index) - expected).max() < 1e-5
+    assert np.abs(encode_packed(model, params, packed, index) - expected).max() < 1e-5
     # A token of the second text in the first one, both texts as one, and positions that start late.
     shifted = packed.replace(segment_ids=packed.segment_ids.at[:, 9].set(1))
     merged = packed.replace(segment_ids=jnp.minimum(packed.segment_ids, 1))
     late = packed.replace(positions=jnp.maximum(packed.positions - 1, 0))
     for broken in (shifted, merged, late):
-        assert np.abs(vectors(model, params, broken, index) - expected).max() > 1e-3
+        assert np.abs(encode_packed(model, params, broken, index) - expected).max() > 1e-3
 
 
 def test_absent_texts_have_zero_vectors(base_folder: Folder) -> None:
     for pooling in POOLINGS:
-        model, params = load(base_folder("qwen2"), EmbeddingSpec(pooling=pooling, latents=5))
-        packed, index = in_rows(draw_texts([3, 4]), 32)
-        all_slots = vectors(model, params, packed, np.arange(4))
+        model, params = load_model(base_folder("qwen2"), EmbeddingSpec(pooling=pooling, latents=5))
+        packed, index = pack_texts(draw_texts([3, 4]), 32)
+        all_slots = encode_packed(model, params, packed, np.arange(4))
         assert np.array_equal(np.linalg.norm(all_slots, axis=1).round(5)[[*index, 2, 3]], [1, 1, 0, 0])
 
 
 def test_include_instruction_pools_instruction_tokens(base_folder: Folder) -> None:
     texts = draw_texts([9])
-    model, params = load(base_folder("qwen2"), EmbeddingSpec())
+    model, params = load_model(base_folder("qwen2"), EmbeddingSpec())
     inclusive = model.clone(spec=EmbeddingSpec(include_instruction=True))
-    whole, late = in_rows(texts, 32), in_rows(texts, 32, pool_start=[4])
-    assert np.array_equal(vectors(inclusive, params, *late), vectors(model, params, *whole))
-    assert np.abs(vectors(model, params, *late) - vectors(model, params, *whole)).max() > 1e-3
+    whole, late = pack_texts(texts, 32), pack_texts(texts, 32, pool_start=[4])
+    assert np.array_equal(encode_packed(inclusive, params, *late), encode_packed(model, params, *whole))
+    assert np.abs(encode_packed(model, params, *late) - encode_packed(model, params, *whole)).max() > 1e-3
 
 
 def test_vectors_are_not_normalized_without_normalize(base_folder: Folder) -> None:
-    packed = in_rows(draw_texts([9, 5]), 32)
-    model, params = load(base_folder("qwen2"), EmbeddingSpec())
-    raw = vectors(model.clone(spec=EmbeddingSpec(normalize=False)), params, *packed)
+    packed = pack_texts(draw_texts([9, 5]), 32)
+    model, params = load_model(base_folder("qwen2"), EmbeddingSpec())
+    raw = encode_packed(model.clone(spec=EmbeddingSpec(normalize=False)), params, *packed)
     lengths = np.linalg.norm(raw, axis=1, keepdims=True)
     assert (np.abs(lengths - 1) > 0.1).all()
-    assert np.abs(raw / lengths - vectors(model, params, *packed)).max() < 1e-6
+    assert np.abs(raw / lengths - encode_packed(model, params, *packed)).max() < 1e-6

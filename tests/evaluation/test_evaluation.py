@@ -62,7 +62,7 @@ def test_held_out_sets_score_a_model(tmp_path: Path) -> None:
         EvalSetConfig(name="sts", kind="sts", path=str(tmp_path / "sts.jsonl")),
     ]
     sets = open_held_out_sets(configs, tmp_path)
-    model = Embedder.load(tiny.folder(tmp_path / "base", "qwen3"))
+    model = Embedder.load(tiny.write_folder(tmp_path / "base", "qwen3"))
     scores = score_sets(sets, model.encode)
     assert scores["same/ndcg_at_10"] == scores["same/recall_at_10"] == 1  # every text finds itself
     assert scores["sts/spearman"] > 0.8

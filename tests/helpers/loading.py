@@ -1,4 +1,4 @@
-"""Tiny models on the JAX side: read from the folders that `tiny` makes, run on packed texts."""
+"""Tiny JAX models: loaded from the folders that `tiny` writes, and run on packed texts."""
 
 from __future__ import annotations
 
@@ -15,26 +15,32 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
+from jaxembed.config import LoraConfig
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.data.packing import PackedTexts, fill_rows, max_segments, pack_rows
 from jaxembed.devices.mesh import logical_axis_table, make_mesh, param_shardings
 from jaxembed.devices.placement import put_batch
 from jaxembed.formats.weights import load_params
-from jaxembed.model.decoder import Compute
-from jaxembed.model.embedder import EmbeddingModel, init_params, parameter_shapes
-from jaxembed.model.families import from_hf
-from jaxembed.model.lora import LoRA
+from jaxembed.model.decoder import ComputeOptions
+from jaxembed.model.embedder import EmbeddingModel, infer_parameter_shapes, init_params
+from jaxembed.model.families import parse_hf_config
 
 
-def load(
-    folder: Path, spec: EmbeddingSpec, devices: int | Mesh = 1, lora: LoRA | None = None, **compute: Any
+def load_model(
+    folder: Path, spec: EmbeddingSpec, devices: int | Mesh = 1, lora: LoraConfig | None = None, **compute: Any
 ) -> tuple[EmbeddingModel, Any]:
-    """The model of a folder under a spec, and its parameters on the first `devices`, or as a mesh splits them; random where the
-    folder has none.
+    """Load the model of a folder with a spec. Parameters that the folder does not have are drawn at random.
+
+    Args:
+        folder: Hugging Face folder of the decoder.
+        spec: How texts become vectors.
+        devices: Number of devices, or a mesh over which the parameters are split.
+        lora: Adapters of the decoder, if any.
+        **compute: Fields of `ComputeOptions`.
     """
-    config = from_hf(json.loads((folder / "config.json").read_text()), str(folder))
-    model = EmbeddingModel(config, spec, Compute(**compute), lora)
-    boxed = parameter_shapes(model)
+    config = parse_hf_config(json.loads((folder / "config.json").read_text()), str(folder))
+    model = EmbeddingModel(config, spec, ComputeOptions(**compute), lora)
+    boxed = infer_parameter_shapes(model)
     mesh = make_mesh(devices) if isinstance(devices, int) else devices
     shardings = param_shardings(mesh, nn.get_partition_spec(boxed), logical_axis_table(mesh, config.axis_sizes))
     parts = [{"decoder": tree["decoder"]} for tree in (nn.unbox(boxed), shardings)]
@@ -45,15 +51,15 @@ def load(
 
 
 def draw_texts(lengths: Sequence[int], seed: int = 0, vocabulary: int = 300) -> list[np.ndarray]:
-    """Random tokens of texts of these lengths."""
+    """Draw the tokens of texts of these lengths."""
     random = np.random.default_rng(seed)
     return [random.integers(3, vocabulary, length).astype(np.int32) for length in lengths]
 
 
-def in_rows(
+def pack_texts(
     texts: Sequence[np.ndarray], row_length: int, pool_start: Sequence[int] | None = None, shards: int = 1
 ) -> tuple[PackedTexts, np.ndarray]:
-    """Texts packed into rows, and each one's index among the vectors [R * S] that come out."""
+    """Pack texts into rows. Also return the index of each text among the vectors [R * S] of the model."""
     row, place, rows = pack_rows([len(text) for text in texts], row_length)
     shape = (-(-rows // shards) * shards, row_length)
     arrays = fill_rows(texts, [0] * len(texts) if pool_start is None else pool_start, row, place, shape)
@@ -63,17 +69,18 @@ def in_rows(
 
 
 @functools.cache
-def compiled(model: EmbeddingModel) -> Callable[..., jax.Array]:
+def compile_apply(model: EmbeddingModel) -> Callable[..., jax.Array]:
+    """Return a model's jitted `apply`, the same for equal models."""
     return jax.jit(model.apply)
 
 
-def vectors(model: EmbeddingModel, params: Any, packed: PackedTexts, index: np.ndarray, devices: int = 1) -> np.ndarray:
-    """The vectors [texts, D], in the order of the texts."""
+def encode_packed(model: EmbeddingModel, params: Any, packed: PackedTexts, index: np.ndarray, devices: int = 1) -> np.ndarray:
+    """Return the vectors [texts, D] in the order of the texts, which `pack_texts` packed."""
     placed = put_batch(make_mesh(devices), packed)
-    out = np.asarray(compiled(model)({"params": params}, placed))
+    out = np.asarray(compile_apply(model)({"params": params}, placed))
     return out.reshape(-1, out.shape[-1])[index]
 
 
-def least_cosine(a: np.ndarray, b: np.ndarray) -> float:
-    """Of the rows of two arrays of unit vectors."""
+def min_cosine(a: np.ndarray, b: np.ndarray) -> float:
+    """Return the least cosine between the rows of two arrays of unit vectors."""
     return float(np.sum(a * b, axis=1).min())

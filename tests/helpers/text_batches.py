@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxembed.data.batch import Batch
-from jaxembed.data.schema import hash_text
+from jaxembed.data.equality import hash_text
+from jaxembed.losses.encoded import EncodedBatch
 
 TextRows = list[list[str | None]]
 ALL_DIRECTIONS = ("query_document", "query_query", "document_query", "document_document")
@@ -42,3 +43,8 @@ def draw_unit_vectors(random: np.random.Generator, *shape: int) -> np.ndarray:
     """Draw float64 vectors of length 1 along the last axis."""
     x = random.normal(size=shape)
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def make_encoded(q: jax.Array, d: jax.Array, batch: Batch, shards: int = 1, **options: Any) -> EncodedBatch:
+    """Build the input of an objective that is for all queries."""
+    return EncodedBatch(q, d, batch, jnp.full(len(q), 1 / len(q), q.dtype), jax.random.key(0), shards, **options)

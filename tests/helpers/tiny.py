@@ -1,4 +1,4 @@
-"""Tiny random models of every family, written as ordinary Hugging Face folders."""
+"""Tiny random models of every family, written as Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -41,11 +41,15 @@ CONFIGS = {
 }  # fmt: skip
 
 
-def tokenizer(
+def build_tokenizer(
     bos: bool = False, chat_template: str | None = None, prefix_space: bool = False
 ) -> transformers.PreTrainedTokenizerFast:
-    """A byte-level BPE of 290 entries; with `bos` it puts <s> before every text, and with `prefix_space` a space, as
-    Mistral's does.
+    """Build a byte-level BPE tokenizer of 290 entries.
+
+    Args:
+        bos: Whether every text starts with <s>.
+        chat_template: Chat template of the tokenizer.
+        prefix_space: Whether every text starts with a space, as with Mistral's tokenizer.
     """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
@@ -61,17 +65,17 @@ def tokenizer(
     )
 
 
-def qwen_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """A byte-level BPE in the form that transformers gives every folder of a qwen2 model."""
-    state = json.loads(tokenizer().backend_tokenizer.to_str())["model"]
+def build_qwen_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """Build a byte-level BPE tokenizer of the class that transformers uses for every qwen2 folder."""
+    state = json.loads(build_tokenizer().backend_tokenizer.to_str())["model"]
     vocab = {token: i for i, token in enumerate(t for t in state["vocab"] if not t.startswith("<"))}
-    known = transformers.Qwen2Tokenizer(vocab=vocab, merges=[tuple(pair) for pair in state["merges"]])
-    known.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    return known
+    qwen_tokenizer = transformers.Qwen2Tokenizer(vocab=vocab, merges=[tuple(pair) for pair in state["merges"]])
+    qwen_tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    return qwen_tokenizer
 
 
-def torch_model(family: str, seed: int = 0, causal: bool = True) -> torch.nn.Module:
-    """A random model whose biases and norm scales are random too: at zeros and ones a dropped one would not show."""
+def build_torch_model(family: str, seed: int = 0, causal: bool = True) -> torch.nn.Module:
+    """Build a random model whose biases and norm scales are random too: a missing bias of zeros would not be noticed."""
     torch.manual_seed(seed)
     config = CONFIGS[family]()
     config.is_causal = causal
@@ -85,21 +89,21 @@ def torch_model(family: str, seed: int = 0, causal: bool = True) -> torch.nn.Mod
     return model
 
 
-def folder(path: Path, family: str = "qwen2", seed: int = 0, head: bool = False, **tokenizer_options: Any) -> Path:
-    """A base checkpoint: config, weights (with a language-model head if asked), tokenizer."""
-    model = torch_model(family, seed)
+def write_folder(path: Path, family: str = "qwen2", seed: int = 0, head: bool = False, **tokenizer_options: Any) -> Path:
+    """Write a base checkpoint: config, weights (with a language-model head if `head`) and tokenizer."""
+    model = build_torch_model(family, seed)
     if head:
         body = model
         model = transformers.AutoModelForCausalLM.from_config(body.config)
         model.model.load_state_dict(body.state_dict())
     model.save_pretrained(path)
-    tokenizer(bos=family.startswith("mistral"), **tokenizer_options).save_pretrained(path)
+    build_tokenizer(bos=family.startswith("mistral"), **tokenizer_options).save_pretrained(path)
     return path
 
 
-def bert_folder(path: Path, prompts: dict[str, str] | None = None) -> Path:
-    """A sentence-transformers folder on an encoder that no decoder of ours can be."""
-    from sentence_transformers import SentenceTransformer  # takes seconds, and few tests want it
+def write_bert_folder(path: Path, prompts: dict[str, str] | None = None) -> Path:
+    """Write a sentence-transformers folder of an encoder, which the decoder cannot represent."""
+    from sentence_transformers import SentenceTransformer  # slow to import, and few tests need it
     from sentence_transformers.sentence_transformer import modules
 
     torch.manual_seed(0)
@@ -110,6 +114,6 @@ def bert_folder(path: Path, prompts: dict[str, str] | None = None) -> Path:
     transformers.BertModel(config).save_pretrained(path / "body")
     transformers.BertTokenizer(vocab={token: i for i, token in enumerate(vocab)}).save_pretrained(path / "body")
     parts = [modules.Transformer(str(path / "body")), modules.Pooling(24, pooling_mode="cls")]
-    made = SentenceTransformer(modules=parts, prompts=prompts, device="cpu")
-    made.save(str(path / "model"), create_model_card=False)
+    model = SentenceTransformer(modules=parts, prompts=prompts, device="cpu")
+    model.save(str(path / "model"), create_model_card=False)
     return path / "model"

@@ -1,6 +1,6 @@
-"""Programs for four TPU v5e chips, compiled by the real compiler, without a chip: prints what they call and hold, as JSON.
+"""Compile programs for four TPU v5e chips without a chip, and print their kernels, collectives and memory as JSON.
 
-It runs in a process of its own, for the compiler (libtpu) wants its environment set before anything loads it.
+It runs in its own process because the compiler (libtpu) reads its environment when it is first loaded.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from jaxembed.data.packing import PackedTexts
 from jaxembed.devices.mesh import make_mesh
 from jaxembed.devices.placement import batch_sharding, replicated_sharding
 from jaxembed.losses.objectives import Objectives
-from jaxembed.model.decoder import Compute
-from jaxembed.model.embedder import EmbeddingModel, parameter_shapes
-from jaxembed.model.families import from_hf, preset
+from jaxembed.model.decoder import ComputeOptions
+from jaxembed.model.embedder import EmbeddingModel, infer_parameter_shapes
+from jaxembed.model.families import find_preset, parse_hf_config
 from jaxembed.model.kernels import pick_kernel
 from jaxembed.model.masks import MASKS, TokenInfo
 from jaxembed.training.optim import learning_rate, make_optimizer
@@ -35,16 +35,16 @@ DEVICES = np.array(topologies.get_topology_desc("v5e:2x2", platform="tpu").devic
 ROWS, TOKENS, QUERIES = 8, 200, 16
 
 
-def shape(*of: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(of, dtype)
+def make_shape(*sizes: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(sizes, dtype)
 
 
-def placed(tree: Any, sharding: NamedSharding) -> Any:
+def add_sharding(tree: Any, sharding: NamedSharding) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
-def report(compiled: jax.stages.Compiled) -> dict[str, Any]:
-    """The kernels that a program calls, what crosses devices, and the bytes that it takes beside its arguments."""
+def describe_program(compiled: jax.stages.Compiled) -> dict[str, Any]:
+    """Return the kernels and collectives of a program, and the bytes that it takes beside its arguments."""
     text = compiled.as_text()
     return {
         "kernels": sorted(set(re.findall(r"splash_mha_(fwd|dq|dkv)", text))),
@@ -53,55 +53,55 @@ def report(compiled: jax.stages.Compiled) -> dict[str, Any]:
     }
 
 
-def attention() -> jax.stages.Compiled:
-    """Forward and backward in bfloat16, rows over one axis of the mesh and heads over the other."""
+def compile_attention() -> jax.stages.Compiled:
+    """Compile attention and its gradient in bfloat16, with rows over one axis of the mesh and heads over the other."""
     mesh = Mesh(DEVICES.reshape(2, 2), ("data", "tensor"))
-    by_head = NamedSharding(mesh, PartitionSpec("data", None, "tensor"))
-    q, k, v = (placed(shape(ROWS, TOKENS, heads, 64, dtype=jnp.bfloat16), by_head) for heads in (8, 2, 2))
-    numbers, flags = shape(ROWS, TOKENS), shape(ROWS, TOKENS, dtype=bool)
-    places = placed(TokenInfo(numbers, numbers, flags), NamedSharding(mesh, PartitionSpec("data")))
+    sharding = NamedSharding(mesh, PartitionSpec("data", None, "tensor"))
+    q, k, v = (add_sharding(make_shape(ROWS, TOKENS, heads, 64, dtype=jnp.bfloat16), sharding) for heads in (8, 2, 2))
+    numbers, flags = make_shape(ROWS, TOKENS), make_shape(ROWS, TOKENS, dtype=bool)
+    token_info = add_sharding(TokenInfo(numbers, numbers, flags), NamedSharding(mesh, PartitionSpec("data")))
     with jax.set_mesh(mesh):
         kernel = pick_kernel("auto", 2)
 
-        def total(q: jax.Array, k: jax.Array, v: jax.Array, places: TokenInfo) -> jax.Array:
-            return kernel(q, k, v, places, MASKS["causal"], 100).astype(jnp.float32).sum()
+        def total(q: jax.Array, k: jax.Array, v: jax.Array, token_info: TokenInfo) -> jax.Array:
+            return kernel(q, k, v, token_info, MASKS["causal"], 100).astype(jnp.float32).sum()
 
-        return jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(q, k, v, places).compile()
+        return jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(q, k, v, token_info).compile()
 
 
-def batch() -> Batch:
-    numbers, flags = shape(ROWS, TOKENS), shape(ROWS, TOKENS, dtype=bool)
-    of_queries = {name: shape(QUERIES) for name in ("query_slot", "label", "source")}
+def make_batch_shapes() -> Batch:
+    numbers, flags = make_shape(ROWS, TOKENS), make_shape(ROWS, TOKENS, dtype=bool)
+    query_arrays = {name: make_shape(QUERIES) for name in ("query_slot", "label", "source")}
     return Batch(
         texts=PackedTexts(numbers, numbers, numbers, flags, segments=25, shards=4),
-        doc_slot=shape(QUERIES, 2),
-        in_batch=shape(QUERIES, dtype=bool),
-        query_hash=shape(QUERIES, 2, dtype=jnp.uint32),
-        doc_hash=shape(QUERIES, 2, 2, dtype=jnp.uint32),
-        positive_hash=shape(QUERIES, 1, 2, dtype=jnp.uint32),
-        teacher_scores=shape(QUERIES, 2, dtype=jnp.float32),
-        **of_queries,
+        doc_slot=make_shape(QUERIES, 2),
+        in_batch=make_shape(QUERIES, dtype=bool),
+        query_hash=make_shape(QUERIES, 2, dtype=jnp.uint32),
+        doc_hash=make_shape(QUERIES, 2, 2, dtype=jnp.uint32),
+        positive_hash=make_shape(QUERIES, 1, 2, dtype=jnp.uint32),
+        teacher_scores=make_shape(QUERIES, 2, dtype=jnp.float32),
+        **query_arrays,
     )
 
 
-def step() -> jax.stages.Compiled:
-    """A training step in bfloat16, rows and queries over all devices."""
-    decoder = from_hf({**preset("tiny"), "vocab_size": 300, "num_hidden_layers": 2}, "tiny")
-    model = EmbeddingModel(decoder, EmbeddingSpec(), Compute(jnp.bfloat16, remat=True, unroll=False))
+def compile_step() -> jax.stages.Compiled:
+    """Compile a training step in bfloat16, with rows and queries over all devices."""
+    decoder = parse_hf_config({**find_preset("tiny"), "vocab_size": 300, "num_hidden_layers": 2}, "tiny")
+    model = EmbeddingModel(decoder, EmbeddingSpec(), ComputeOptions(jnp.bfloat16, remat=True, unroll=False))
     mesh, optim = make_mesh(), OptimConfig()
     optimizer = make_optimizer(optim, 10)
 
-    def first() -> TrainState:
-        params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), nn.unbox(parameter_shapes(model)))
+    def init_state() -> TrainState:
+        params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), nn.unbox(infer_parameter_shapes(model)))
         return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), jax.random.key(0))
 
-    state = placed(jax.eval_shape(first), replicated_sharding(mesh))
+    state = add_sharding(jax.eval_shape(init_state), replicated_sharding(mesh))
     with jax.set_mesh(mesh):
         train = make_train_step(model, Objectives([InfoNCEConfig()]), optimizer, learning_rate(optim, 10))
-        return train.lower(state, placed(batch(), batch_sharding(mesh))).compile()
+        return train.lower(state, add_sharding(make_batch_shapes(), batch_sharding(mesh))).compile()
 
 
 if __name__ == "__main__":
     jax.devices = lambda: list(DEVICES)
-    programs = {"attention": attention(), "step": step()}
-    print(json.dumps({name: report(compiled) for name, compiled in programs.items()}))
+    programs = {"attention": compile_attention(), "step": compile_step()}
+    print(json.dumps({name: describe_program(compiled) for name, compiled in programs.items()}))

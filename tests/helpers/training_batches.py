@@ -44,7 +44,7 @@ def open_letter_pairs(folder: Path) -> Source:
 
 def build_host_batches(source: Source, shards: int, steps: int, row_length: int = 128) -> list[HostBatch]:
     """Build the batches of the first steps of a run on one source."""
-    tokenizer = tiny.tokenizer()
+    tokenizer = tiny.build_tokenizer()
     append_eos(tokenizer)
     sampler = BatchSampler(sources=[source], tokenizer=TextTokenizer(tokenizer, SPEC), hard_negatives=2, seed=0)
     build = BatchBuilder(sampler=sampler, row_length=row_length, shards=all_shards(shards))

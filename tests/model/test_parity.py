@@ -1,6 +1,7 @@
-"""The decoder against transformers in float32, layer by layer, on packed rows."""
+"""The decoder agrees with transformers in float32, layer by layer, on packed rows."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,30 +14,31 @@ import pytest
 import torch
 
 from helpers import tiny
-from helpers.loading import draw_texts, in_rows, load, vectors
+from helpers.loading import draw_texts, encode_packed, load_model, pack_texts
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.errors import UserError
-from jaxembed.hub.base import find_base
-from jaxembed.model.embedder import EmbeddingModel, parameter_shapes
-from jaxembed.model.families import PRESETS, from_hf, preset
+from jaxembed.hub.resolve import find_base
+from jaxembed.model.decoder import DecoderLayer
+from jaxembed.model.embedder import EmbeddingModel, infer_parameter_shapes
+from jaxembed.model.families import PRESETS, find_preset, parse_hf_config
 
-LENGTHS = (3, 17, 30, 9, 1, 12)  # more than one window of the family that has one, and rows that several texts share
-ROW = 32
+LENGTHS = (3, 17, 30, 9, 1, 12)  # some are longer than the sliding window, and some texts share a row
+ROW_LENGTH = 32
 Folder = Callable[[str], Path]
 
 
-def texts() -> list[np.ndarray]:
+def draw_test_texts() -> list[np.ndarray]:
     return draw_texts(LENGTHS)
 
 
-def reference(family: str, causal: bool) -> list[list[np.ndarray]]:
-    """By transformers, for each text alone: the output of every layer, then that of the final norm."""
-    model = tiny.torch_model(family, causal=causal)
+def compute_torch_states(family: str, causal: bool) -> list[list[np.ndarray]]:
+    """Return for each text the outputs of every layer of transformers, and after them that of the final norm."""
+    model = tiny.build_torch_model(family, causal=causal)
     layers: list[Any] = []
     for layer in model.layers:
         layer.register_forward_hook(lambda _, __, out: layers.append(out[0] if isinstance(out, tuple) else out))
     states = []
-    for text in texts():
+    for text in draw_test_texts():
         layers.clear()
         with torch.no_grad():
             final = model(torch.tensor(text[None].astype(np.int64))).last_hidden_state
@@ -44,70 +46,77 @@ def reference(family: str, causal: bool) -> list[list[np.ndarray]]:
     return states
 
 
-def hidden_states(model: EmbeddingModel, params: Any) -> tuple[list[np.ndarray], np.ndarray]:
-    """Ours, for each text out of its row: the output of every layer [L, tokens, D]; and the vectors [texts, D]."""
-    packed, index = in_rows(texts(), ROW)
-    out, sown = jax.jit(lambda p: model.apply({"params": p}, packed, mutable=["intermediates"]))(params)
-    (hidden,) = sown["intermediates"]["decoder"]["layers"]["hidden"]
+def compute_states(model: EmbeddingModel, params: Any) -> tuple[list[np.ndarray], np.ndarray]:
+    """Return for each text the outputs of every layer [L, tokens, D], cut out of its row; and the vectors [texts, D]."""
+
+    def is_layer(module: nn.Module, method: str) -> bool:
+        return isinstance(module, DecoderLayer) and method == "__call__"
+
+    packed, index = pack_texts(draw_test_texts(), ROW_LENGTH)
+    apply = functools.partial(model.apply, capture_intermediates=is_layer, mutable=["intermediates"])
+    out, captured = jax.jit(lambda p: apply({"params": p}, packed))(params)
+    ((hidden, _),) = captured["intermediates"]["decoder"]["layers"]["__call__"]
     row, segment = index // packed.segments, index % packed.segments + 1
     hidden = np.asarray(hidden).reshape(model.decoder.layers, *packed.tokens.shape, -1)
-    of_text = [np.asarray(packed.segment_ids)[r] == s for r, s in zip(row, segment, strict=True)]
-    states = [hidden[:, r, members] for r, members in zip(row, of_text, strict=True)]
+    tokens = [np.asarray(packed.segment_ids)[r] == s for r, s in zip(row, segment, strict=True)]
+    states = [hidden[:, r, is_member] for r, is_member in zip(row, tokens, strict=True)]
     return states, np.asarray(out).reshape(-1, model.decoder.width)[index]
 
 
-def pooled(state: np.ndarray, pooling: str) -> np.ndarray:
+def pool(state: np.ndarray, pooling: str) -> np.ndarray:
     vector = state.mean(axis=0) if pooling == "mean" else state[-1]
     return vector / np.linalg.norm(vector)
 
 
-def largest(pairs: Any) -> float:
+def max_error(pairs: Any) -> float:
     return max(float(np.abs(a - b).max()) for a, b in pairs)
 
 
 @pytest.mark.parametrize("attention", ["causal", "bidirectional"])
 @pytest.mark.parametrize("family", tiny.CONFIGS)
-def test_every_layer_and_every_vector_is_that_of_transformers(base_folder: Folder, family: str, attention: str) -> None:
-    expected = reference(family, causal=attention == "causal")
+def test_layers_and_vectors_agree_with_transformers(base_folder: Folder, family: str, attention: str) -> None:
+    expected = compute_torch_states(family, causal=attention == "causal")
     for kernel, pooling in (("einsum", "mean"), ("rows", "last")):
-        model, params = load(base_folder(family), EmbeddingSpec(attention, pooling), attention_kernel=kernel)
-        states, out = hidden_states(model, params)
+        model, params = load_model(
+            base_folder(family), EmbeddingSpec(attention=attention, pooling=pooling), attention_kernel=kernel
+        )
+        states, out = compute_states(model, params)
         for layer in range(model.decoder.layers):
-            assert largest((got[layer], want[layer]) for got, want in zip(states, expected, strict=True)) < 1e-4
-        assert largest((got, pooled(want[-1], pooling)) for got, want in zip(out, expected, strict=True)) < 1e-5
+            assert max_error((got[layer], want[layer]) for got, want in zip(states, expected, strict=True)) < 1e-4
+        assert max_error((got, pool(want[-1], pooling)) for got, want in zip(out, expected, strict=True)) < 1e-5
 
 
-def test_a_wrong_mask_and_a_wrong_window_show(base_folder: Folder) -> None:
-    causal, params = load(base_folder("mistral-window"), EmbeddingSpec(attention="causal"))
-    both_ways = causal.clone(spec=EmbeddingSpec(attention="bidirectional"))
+def test_a_wrong_mask_or_window_changes_the_vectors(base_folder: Folder) -> None:
+    causal, params = load_model(base_folder("mistral-window"), EmbeddingSpec(attention="causal"))
+    bidirectional = causal.clone(spec=EmbeddingSpec(attention="bidirectional"))
     wide = causal.clone(decoder=dataclasses.replace(causal.decoder, windows=(6, 6, 6)))
-    right = vectors(causal, params, *in_rows(texts(), ROW))
-    for wrong in (both_ways, wide):
-        apart = np.abs(vectors(wrong, params, *in_rows(texts(), ROW)) - right).max(axis=1)
+    right = encode_packed(causal, params, *pack_texts(draw_test_texts(), ROW_LENGTH))
+    for wrong in (bidirectional, wide):
+        apart = np.abs(encode_packed(wrong, params, *pack_texts(draw_test_texts(), ROW_LENGTH)) - right).max(axis=1)
         assert (apart[np.array(LENGTHS) > 8] > 1e-2).all()
 
 
 @pytest.mark.parametrize("tensor", ["q/bias", "k/bias", "v/bias", "attention_norm/scale", "mlp_norm/scale", "norm/scale"])
-def test_every_bias_and_scale_counts(base_folder: Folder, tensor: str) -> None:
-    model, params = load(base_folder("qwen2"), EmbeddingSpec())
+def test_every_bias_and_scale_changes_the_vectors(base_folder: Folder, tensor: str) -> None:
+    model, params = load_model(base_folder("qwen2"), EmbeddingSpec())
     neutral = {"bias": 0.0, "scale": 1.0}[tensor.split("/")[1]]
 
     def without(path: Any, x: jax.Array) -> jax.Array:
         names = "/".join(key.key for key in path)
         return x * 0 + neutral if names.endswith(f"/{tensor}") else x
 
-    packed = in_rows(texts(), ROW)
+    packed = pack_texts(draw_test_texts(), ROW_LENGTH)
     changed = jax.tree_util.tree_map_with_path(without, params)
-    apart = np.abs(vectors(model, changed, *packed) - vectors(model, params, *packed)).max()
-    if tensor == "k/bias":  # in attention without rotation it would cancel
+    apart = np.abs(encode_packed(model, changed, *packed) - encode_packed(model, params, *packed)).max()
+    if tensor == "k/bias":  # without rotary positions it would cancel in the softmax
         assert apart > 1e-4
     else:
         assert apart > 1e-2
 
 
-def test_how_it_runs_changes_neither_vectors_nor_gradients(base_folder: Folder) -> None:
-    model, params = load(base_folder("qwen3"), EmbeddingSpec(), attention_kernel="einsum")
-    packed, _ = in_rows(texts(), ROW)
+def test_compute_options_change_neither_vectors_nor_gradients(base_folder: Folder) -> None:
+    model, params = load_model(base_folder("qwen3"), EmbeddingSpec(), attention_kernel="einsum")
+    packed, _ = pack_texts(draw_test_texts(), ROW_LENGTH)
     weights = np.random.default_rng(0).normal(size=(packed.segments, model.decoder.width))
 
     def value_and_gradient(**compute: bool) -> list[jax.Array]:
@@ -122,11 +131,11 @@ def test_how_it_runs_changes_neither_vectors_nor_gradients(base_folder: Folder) 
             assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
 
 
-def test_layers_run_in_bfloat16_with_float32_vectors(base_folder: Folder) -> None:
-    model, params = load(base_folder("qwen2"), EmbeddingSpec())
+def test_a_bfloat16_model_returns_float32_vectors(base_folder: Folder) -> None:
+    model, params = load_model(base_folder("qwen2"), EmbeddingSpec())
     half = model.clone(compute=dataclasses.replace(model.compute, dtype=jax.numpy.bfloat16))
-    packed = in_rows(texts(), ROW)
-    exact, rounded = vectors(model, params, *packed), vectors(half, params, *packed)
+    packed = pack_texts(draw_test_texts(), ROW_LENGTH)
+    exact, rounded = encode_packed(model, params, *packed), encode_packed(half, params, *packed)
     assert rounded.dtype == np.float32
     assert 1e-4 < np.abs(exact - rounded).max() < 0.1
 
@@ -134,7 +143,7 @@ def test_layers_run_in_bfloat16_with_float32_vectors(base_folder: Folder) -> Non
 @pytest.mark.parametrize(
     ("name", "count"),
     [
-        # Published counts, less the language-model head where it is not tied to the embedding.
+        # Published counts, without the language-model head where it is not tied to the embedding.
         ("qwen2-0.5b", 494_032_768),
         ("qwen2-1.5b", 1_543_714_304),
         ("qwen2-7b", 7_615_616_512 - 152_064 * 3584),
@@ -147,10 +156,10 @@ def test_layers_run_in_bfloat16_with_float32_vectors(base_folder: Folder) -> Non
         ("kalm-embedding-v2", 494_032_768),
     ],
 )
-def test_published_sizes(name: str, count: int) -> None:
+def test_presets_have_the_published_number_of_parameters(name: str, count: int) -> None:
     base = find_base(f"preset:{name}")
     model = EmbeddingModel(base.decoder, base.spec)
-    leaves = jax.tree.leaves(nn.unbox(parameter_shapes(model)))
+    leaves = jax.tree.leaves(nn.unbox(infer_parameter_shapes(model)))
     assert sum(leaf.size for leaf in leaves) == count
     assert {leaf.dtype.name for leaf in leaves} == {"float32"}
 
@@ -169,23 +178,23 @@ def test_published_sizes(name: str, count: int) -> None:
         ({"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"] * 12}, [None, 4096] * 12),
     ],
 )
-def test_sliding_windows_are_read_as_transformers_reads_them(changes: dict[str, Any], window: list[int | None]) -> None:
-    assert list(from_hf({**preset("qwen2-0.5b"), **changes}, "config.json").windows) == window
+def test_sliding_windows_follow_transformers(changes: dict[str, Any], window: list[int | None]) -> None:
+    assert list(parse_hf_config({**find_preset("qwen2-0.5b"), **changes}, "config.json").windows) == window
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"model_type": "bert"}, "model_type '?bert'? is not supported"),
-        ({"hidden_act": "gelu"}, "only silu"),
+        ({"hidden_act": "gelu"}, "expected hidden_act silu and no mlp_bias"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "'yarn'"),
         ({"hidden_size": ...}, "hidden_size is missing"),
-        ({"hidden_size": "896"}, "hidden_size is '896'; expected a whole number from 1 to"),
-        ({"num_attention_heads": 0}, "num_attention_heads is 0; expected a whole number from 1 to"),
+        ({"hidden_size": "896"}, "hidden_size is '896'; expected an integer from 1 to"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0; expected an integer from 1 to"),
         ({"num_attention_heads": 13}, "hidden_size 896 is not divisible by num_attention_heads 13"),
         ({"num_key_value_heads": 4}, "num_attention_heads 14 is not divisible by num_key_value_heads 4"),
         ({"num_key_value_heads": 0}, "num_key_value_heads is 0"),
-        ({"head_dim": 63}, "heads are 63 wide; expected an even width"),
+        ({"head_dim": 63}, r"the head width is 63 \(expected an even number"),
         ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
         ({"vocab_size": 1.5}, "vocab_size is 1.5"),
@@ -196,18 +205,18 @@ def test_sliding_windows_are_read_as_transformers_reads_them(changes: dict[str, 
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'; expected true or false"),
         ({"max_position_embeddings": 0}, "max_position_embeddings is 0"),
         ({"model_type": "mistral", "sliding_window": -4}, "sliding_window is -4"),
-        ({"use_sliding_window": True, "layer_types": [[]]}, "layer_types must be a list of 24, one a layer"),
+        ({"use_sliding_window": True, "layer_types": [[]]}, r"layer_types is invalid \(expected a list of 24"),
     ],
 )
-def test_what_is_not_supported_is_refused(changes: dict[str, Any], message: str) -> None:
-    config = {key: value for key, value in {**preset("qwen2-0.5b"), **changes}.items() if value is not ...}
+def test_unsupported_configs_are_errors(changes: dict[str, Any], message: str) -> None:
+    config = {key: value for key, value in {**find_preset("qwen2-0.5b"), **changes}.items() if value is not ...}
     with pytest.raises(UserError, match=f"^config.json: .*{message}"):
-        from_hf(config, "config.json")
+        parse_hf_config(config, "config.json")
 
 
-def test_an_unknown_preset_lists_the_known_ones() -> None:
-    with pytest.raises(UserError, match=f"preset:gpt is unknown; known presets: {', '.join(PRESETS)}"):
-        preset("gpt")
+def test_an_unknown_preset_is_an_error_that_lists_the_known_ones() -> None:
+    with pytest.raises(UserError, match=f"model.base: unknown preset 'gpt'. Known presets: {', '.join(PRESETS)}."):
+        find_preset("gpt")
 
 
 def test_linear_rope_scaling(tmp_path: Path) -> None:
@@ -215,13 +224,13 @@ def test_linear_rope_scaling(tmp_path: Path) -> None:
 
     rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10_000.0}
     torch.manual_seed(0)
-    twin = transformers.AutoModel.from_config(transformers.LlamaConfig(**tiny.SIZES, rope_parameters=rope)).eval()
-    twin.save_pretrained(tmp_path)
-    text = texts()[1]
+    torch_model = transformers.AutoModel.from_config(transformers.LlamaConfig(**tiny.SIZES, rope_parameters=rope)).eval()
+    torch_model.save_pretrained(tmp_path)
+    text = draw_test_texts()[1]
     with torch.no_grad():
-        want = twin(torch.tensor(text[None].astype(np.int64))).last_hidden_state[0].numpy()
+        want = torch_model(torch.tensor(text[None].astype(np.int64))).last_hidden_state[0].numpy()
     for style in ({}, {"rope_parameters": None, "rope_theta": 10_000.0, "rope_scaling": {"type": "linear", "factor": 4.0}}):
         config = json.loads((tmp_path / "config.json").read_text()) | style
         (tmp_path / "config.json").write_text(json.dumps(config))
-        model, params = load(tmp_path, EmbeddingSpec(attention="causal"))
-        assert np.abs(vectors(model, params, *in_rows([text], ROW))[0] - pooled(want, "mean")).max() < 1e-5
+        model, params = load_model(tmp_path, EmbeddingSpec(attention="causal"))
+        assert np.abs(encode_packed(model, params, *pack_texts([text], ROW_LENGTH))[0] - pool(want, "mean")).max() < 1e-5

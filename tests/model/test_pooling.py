@@ -1,4 +1,4 @@
-"""Poolings by hand, against sentence-transformers, and the latent attention against PyTorch."""
+"""Poolings against constants, sentence-transformers and PyTorch."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ import torch
 from flax.traverse_util import flatten_dict, unflatten_dict
 from sentence_transformers.sentence_transformer import modules
 
-from helpers.loading import draw_texts, in_rows, load, vectors
+from helpers.loading import draw_texts, encode_packed, load_model, pack_texts
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.errors import UserError
+from jaxembed.formats.sentence_transformers import POOLING_MODES
 from jaxembed.formats.token_pooling import TokenPooling
 from jaxembed.formats.weights import save_params
-from jaxembed.hub.base import POOLING_MODES
-from jaxembed.model.embedder import parameter_shapes
+from jaxembed.model.embedder import infer_parameter_shapes
 from jaxembed.model.masks import TokenInfo
-from jaxembed.model.pooling import TRAINED, LatentAttentionPooling, make_pooling
+from jaxembed.model.pooling import TRAINABLE_POOLINGS, LatentAttentionPooling, make_pooling
 
 Folder = Callable[[str], Path]
 HIDDEN = jnp.array([[[1.0, 2.0], [3.0, 5.0], [10.0, 20.0], [7.0, 7.0]]])
-MEMBERS = jnp.array([[[True, False, False], [True, False, False], [False, True, False], [False, False, False]]])
-PLACES = TokenInfo(jnp.array([[1, 1, 2, 0]]), jnp.array([[1, 2, 0, 0]]), jnp.array([[True, True, True, False]]))
+SEGMENT_MASK = jnp.array([[[True, False, False], [True, False, False], [False, True, False], [False, False, False]]])
+TOKEN_INFO = TokenInfo(jnp.array([[1, 1, 2, 0]]), jnp.array([[1, 2, 0, 0]]), jnp.array([[True, True, True, False]]))
 
 
 @pytest.mark.parametrize(
@@ -41,16 +41,16 @@ PLACES = TokenInfo(jnp.array([[1, 1, 2, 0]]), jnp.array([[1, 2, 0, 0]]), jnp.arr
         ("weighted_mean", [(2 * 1 + 3 * 3) / 5, (2 * 2 + 3 * 5) / 5]),
     ],
 )
-def test_poolings_by_hand(pooling: str, first_text: list[float]) -> None:
-    out = make_pooling(pooling, 0, 0).apply({}, HIDDEN, MEMBERS, PLACES)
+def test_poolings_equal_constants(pooling: str, first_text: list[float]) -> None:
+    out = make_pooling(pooling, 0, 0).apply({}, HIDDEN, SEGMENT_MASK, TOKEN_INFO)
     np.testing.assert_allclose(out, [[first_text, [10.0, 20.0], [0.0, 0.0]]], rtol=1e-6)
 
 
 @pytest.mark.parametrize("include_prompt", [True, False])
 @pytest.mark.parametrize("pooling", POOLING_MODES)
-def test_poolings_are_those_of_sentence_transformers(pooling: str, include_prompt: bool) -> None:
+def test_poolings_agree_with_sentence_transformers(pooling: str, include_prompt: bool) -> None:
     if pooling == "first" and not include_prompt:
-        pytest.skip("sentence-transformers takes the first token of the prompt then")
+        pytest.skip("sentence-transformers pools the first token of the prompt")
     random = np.random.default_rng(0)
     hidden = random.normal(size=(3, 9, 8)).astype(np.float32)
     lengths, prompt = np.array([9, 6, 4]), 3
@@ -58,8 +58,8 @@ def test_poolings_are_those_of_sentence_transformers(pooling: str, include_promp
     stock = modules.Pooling(8, POOLING_MODES[pooling], include_prompt=include_prompt)
     want = stock({"token_embeddings": torch.tensor(hidden), "attention_mask": torch.tensor(seen), "prompt_length": prompt})
     pooled = seen if include_prompt else seen & (np.arange(9) >= prompt)
-    places = TokenInfo(seen.astype(np.int32), np.tile(np.arange(9), (3, 1)), pooled)
-    got = make_pooling(pooling, 0, 0).apply({}, *on_device((hidden, pooled[..., None], places)))
+    token_info = TokenInfo(seen.astype(np.int32), np.tile(np.arange(9), (3, 1)), pooled)
+    got = make_pooling(pooling, 0, 0).apply({}, *on_device((hidden, pooled[..., None], token_info)))
     np.testing.assert_allclose(got[:, 0], want["sentence_embedding"].numpy(), atol=1e-6)
 
 
@@ -67,8 +67,8 @@ def on_device(tree: Any) -> Any:
     return jax.tree.map(jnp.asarray, tree)
 
 
-def randomised(params: Any, seed: int = 0) -> Any:
-    """Random numbers in place of parameters, some of which are zero until trained."""
+def randomize(params: Any, seed: int = 0) -> Any:
+    """Replace parameters, some of which are zero before training, by random numbers."""
     random, flat = np.random.default_rng(seed), flatten_dict(params)
     return unflatten_dict({path: jnp.asarray(random.normal(0, 0.3, x.shape), jnp.float32) for path, x in flat.items()})
 
@@ -76,14 +76,14 @@ def randomised(params: Any, seed: int = 0) -> Any:
 LENGTHS = np.array([7, 9, 4])
 
 
-@pytest.mark.parametrize("pooling", TRAINED)
-def test_trained_poolings_are_those_of_pytorch(pooling: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("pooling", TRAINABLE_POOLINGS)
+def test_trainable_poolings_agree_with_pytorch(pooling: str, tmp_path: Path) -> None:
     hidden = np.random.default_rng(1).normal(size=(3, 9, 16)).astype(np.float32)
     seen = np.arange(9) < LENGTHS[:, None]
-    places = TokenInfo(seen.astype(np.int32), np.tile(np.arange(9), (3, 1)), seen)
+    token_info = TokenInfo(seen.astype(np.int32), np.tile(np.arange(9), (3, 1)), seen)
     module = make_pooling(pooling, 5, 4)
-    given = on_device((hidden, seen[..., None], places))
-    params = randomised(nn.unbox(module.init(jax.random.key(0), *given)["params"]))
+    given = on_device((hidden, seen[..., None], token_info))
+    params = randomize(nn.unbox(module.init(jax.random.key(0), *given)["params"]))
     save_params(tmp_path / "model.safetensors", {"pooling": params}, {"pooling": ""}, lambda x: x)
     twin = TokenPooling(16, pooling, 5, 4)
     TokenPooling.load_torch_weights(str(tmp_path), model=twin)
@@ -96,8 +96,8 @@ def test_trained_poolings_are_those_of_pytorch(pooling: str, tmp_path: Path) -> 
     assert np.abs(np.asarray(got) - (hidden * seen[..., None]).sum(1) / seen.sum(1)[:, None]).max() > 0.1
 
 
-def test_latent_attention_is_nv_embeds() -> None:
-    """The release, written out step by step with PyTorch's functions: 2 heads as wide as the model, GEGLU of four widths."""
+def test_latent_attention_agrees_with_the_release_of_nv_embed() -> None:
+    """The release, written with PyTorch's functions: 2 heads as wide as the model, and a GEGLU of four times the width."""
     width, heads, latents = 6, 2, 3
     random = torch.Generator().manual_seed(0)
 
@@ -136,14 +136,14 @@ def test_latent_attention_is_nv_embeds() -> None:
             "out": kernel(to_width[0]) | {"bias": to_width[1].numpy()},
         },
     }
-    places = TokenInfo(jnp.ones((1, 5), int), jnp.arange(5)[None], jnp.ones((1, 5), bool))
-    given = on_device((x.numpy()[None], np.ones((1, 5, 1), bool), places))
+    token_info = TokenInfo(jnp.ones((1, 5), int), jnp.arange(5)[None], jnp.ones((1, 5), bool))
+    given = on_device((x.numpy()[None], np.ones((1, 5, 1), bool), token_info))
     got = LatentAttentionPooling(latents, heads).apply({"params": on_device(params)}, *given)
     np.testing.assert_allclose(got[0, 0], want, rtol=1e-4, atol=1e-4)
 
 
-def test_paper_form_is_equation_one() -> None:
-    """One head, an MLP that is the identity on positive numbers: softmax(Q K^T) V by hand."""
+def test_paper_form_equals_equation_1() -> None:
+    """With one head and an MLP that is the identity on positive numbers, the output is softmax(Q K^T) V."""
     hidden, latents = jnp.array([[[1.0, 0.0], [0.0, 3.0]]]), np.array([[2.0, 1.0], [1.0, 4.0]])
     wide, narrow = np.zeros((2, 8)), np.zeros((8, 2))
     wide[0, 0] = wide[1, 1] = 1e3  # gelu(x) is x for large x
@@ -153,28 +153,30 @@ def test_paper_form_is_equation_one() -> None:
         "mlp_in": {"kernel": wide, "bias": np.zeros(8)},
         "mlp_out": {"kernel": narrow, "bias": np.zeros(2)},
     }
-    places = TokenInfo(jnp.ones((1, 2), int), jnp.arange(2)[None], jnp.ones((1, 2), bool))
+    token_info = TokenInfo(jnp.ones((1, 2), int), jnp.arange(2)[None], jnp.ones((1, 2), bool))
     module = LatentAttentionPooling(2, 1, paper=True)
     out, sown = module.apply(
-        {"params": on_device(params)}, hidden, jnp.ones((1, 2, 1), bool), places, mutable=["intermediates"]
+        {"params": on_device(params)}, hidden, jnp.ones((1, 2, 1), bool), token_info, mutable=["intermediates"]
     )
     scores = np.array([[2.0, 1.0], [3.0, 12.0]])
     weights = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
     np.testing.assert_allclose(out[0, 0], (weights @ latents).mean(axis=0), rtol=1e-5)
-    (told,) = sown["intermediates"]["latent_weights"]
-    np.testing.assert_allclose(told[0, 0, 0], weights.mean(axis=0), rtol=1e-5)
+    (latent_weights,) = sown["intermediates"]["latent_weights"]
+    np.testing.assert_allclose(latent_weights[0, 0, 0], weights.mean(axis=0), rtol=1e-5)
 
 
 @pytest.mark.parametrize("pooling", ["latent_attention", "self_attention"])
-def test_before_training_they_are_the_mean(base_folder: Folder, pooling: str) -> None:
-    packed = in_rows(draw_texts((5, 9, 3)), 16)
-    mean = vectors(*load(base_folder("qwen2"), EmbeddingSpec()), *packed)
-    fresh = vectors(*load(base_folder("qwen2"), EmbeddingSpec(pooling=pooling, latents=4)), *packed)
+def test_trainable_poolings_start_as_the_mean(base_folder: Folder, pooling: str) -> None:
+    packed = pack_texts(draw_texts((5, 9, 3)), 16)
+    mean = encode_packed(*load_model(base_folder("qwen2"), EmbeddingSpec()), *packed)
+    fresh = encode_packed(*load_model(base_folder("qwen2"), EmbeddingSpec(pooling=pooling, latents=4)), *packed)
     np.testing.assert_allclose(fresh, mean, atol=1e-6)
 
 
-def test_heads_that_do_not_divide_the_width_are_refused(base_folder: Folder) -> None:
-    with pytest.raises(UserError, match=r"model.pooling.heads is 5, which does not divide the model's width 32"):
-        load(base_folder("qwen2"), EmbeddingSpec(pooling="self_attention", pooling_heads=5))
-    model, _ = load(base_folder("qwen2"), EmbeddingSpec(pooling="latent_attention", pooling_heads=5, latents=2))
-    assert "pooling" in parameter_shapes(model)
+def test_heads_that_do_not_divide_the_width_are_an_error(base_folder: Folder) -> None:
+    with pytest.raises(
+        UserError, match=r"model.pooling.heads: self_attention cannot split the model's width 32 into heads \(found 5;"
+    ):
+        load_model(base_folder("qwen2"), EmbeddingSpec(pooling="self_attention", pooling_heads=5))
+    model, _ = load_model(base_folder("qwen2"), EmbeddingSpec(pooling="latent_attention", pooling_heads=5, latents=2))
+    assert "pooling" in infer_parameter_shapes(model)
