@@ -138,14 +138,14 @@ def mine_negatives(
         rows = list(_remove_inconsistent(rows, nearest, compute_cosines, options.consistency_top_k))
     kept_rows = [row for row in rows if row.positives]
     inconsistent_rows = [before for before, row in zip(pool.rows, rows, strict=True) if not row.positives]
-
-    # Candidates, each with the score that the rule compares.
-    candidates = _find_by_bm25(pool, compute_cosines, options.config.last_rank) if options.use_bm25 else nearest
     if not kept_rows:
         raise UserError(
             f"--consistency-top-k: no positive is among the {options.consistency_top_k} nearest documents of its query. "
             "Raise it."
         )
+
+    # Candidates, each with the score that the rule compares.
+    candidates = _find_by_bm25(pool, compute_cosines, options.config.last_rank) if options.use_bm25 else nearest
     score = rescore or compute_cosines
     if rescore is not None:
         candidates = _rerank(candidates, {row.query for row in kept_rows}, options.config.last_rank, rescore)
