@@ -28,8 +28,8 @@ from jaxembed.devices.placement import put_batch, replicated_sharding
 from jaxembed.errors import UserError
 from jaxembed.evaluate import load_encoder
 from jaxembed.evaluation.heldout import open_held_out_sets
-from jaxembed.hub.card import read_card
 from jaxembed.formats.peft import read_adapters
+from jaxembed.hub.card import read_card
 from jaxembed.hub.export_adapters import export_adapters
 from jaxembed.hub.resolve import open_run
 from jaxembed.losses.objectives import Objectives
@@ -97,8 +97,8 @@ def test_batches_of_adapters_mix_by_the_weights_of_their_sources(folder: Path) -
 def test_a_batch_of_two_adapters_is_refused(folder: Path) -> None:
     build = builder(opened(folder, *NAMES), NAMES)
     assert build(0, np.arange(96, 104)).batch.adapter == 1
-    told = r"batch: trains several adapters: retrieval \(source pairs\), sts \(source pairs\); expected one"
-    with pytest.raises(UserError, match=told):
+    message = r"batch: trains several adapters: retrieval \(source pairs\), sts \(source pairs\); expected one"
+    with pytest.raises(UserError, match=message):
         build(0, np.arange(92, 100))
 
 

@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped, starved of disk, damaged or poisoned: what is lost, what is said, and how they go on."""
+"""Runs that are killed, stopped, out of disk space, damaged, or diverging: what is lost, what is printed, and how they resume."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from jaxembed.training import run_dir
 from jaxembed.training.checkpoint import Checkpoints
 from jaxembed.training.metrics import read_metrics
 
-MANY = ("train.steps=36", "train.checkpoint_every=7", "train.eval_every=12")
+MANY_STEPS = ("train.steps=36", "train.checkpoint_every=7", "train.eval_every=12")
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +36,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def straight(folder: Path) -> list[float]:
-    """The losses of a run that nothing happened to."""
-    train(make_config(folder, "straight", *MANY, "train.keep_checkpoints=9"))
-    return read_losses(folder / "straight")
+def uninterrupted(folder: Path) -> list[float]:
+    """The losses of a run that was never interrupted."""
+    train(make_config(folder, "uninterrupted", *MANY_STEPS, "train.keep_checkpoints=9"))
+    return read_losses(folder / "uninterrupted")
 
 
-def steps_of(run: Path) -> list[int]:
+def list_checkpoints(run: Path) -> list[int]:
     checkpoints = Checkpoints(run)
     steps = checkpoints.steps()
     checkpoints.close()
@@ -61,7 +61,7 @@ def kill_when(process: subprocess.Popen[str], due: Callable[[], bool], number: i
     return process.communicate()[1]
 
 
-def test_kill_9_at_any_moment_loses_no_more_than_since_the_last_checkpoint(folder: Path, straight: list[float]) -> None:
+def test_kill_9_loses_only_the_steps_since_the_last_checkpoint(folder: Path, uninterrupted: list[float]) -> None:
     run, random_step = folder / "killed", random.Random(time.time_ns()).randrange(14, 30)
     moments: list[Callable[[], bool]] = [
         lambda: any(run.glob("checkpoints/*.orbax-checkpoint-tmp*")),  # while a checkpoint is written
@@ -69,71 +69,69 @@ def test_kill_9_at_any_moment_loses_no_more_than_since_the_last_checkpoint(folde
         lambda: last_step(run) == random_step,
     ]
     for due in moments:
-        process = start_training(folder, "killed", *MANY)
+        process = start_training(folder, "killed", *MANY_STEPS)
         kill_when(process, due)
         assert process.returncode == -signal.SIGKILL
-        reached, kept = last_step(run), max(steps_of(run), default=0)
-        assert reached - kept <= 2 * 7, "a checkpoint is written every 7 steps; one may be on its way"
-        assert read_losses(run) == straight[:reached]
-    assert kept > 0
-    train(make_config(folder, "killed", *MANY))
-    assert read_losses(run) == straight
+        reached, saved = last_step(run), max(list_checkpoints(run), default=0)
+        assert reached - saved <= 2 * 7, "a checkpoint is written every 7 steps; one may be on its way"
+        assert read_losses(run) == uninterrupted[:reached]
+    assert saved > 0
+    train(make_config(folder, "killed", *MANY_STEPS))
+    assert read_losses(run) == uninterrupted
     assert len([row for row in read_metrics(run) if "untrained/sts/spearman" in row]) == 1
 
 
-def test_only_the_run_itself_removes_what_is_half_written(folder: Path, straight: list[float]) -> None:
-    """Other commands may read a run that is at work, while it writes a checkpoint."""
-    run, config = folder / "half", make_config(folder, "half", *MANY)
-    copy_run_at_first_checkpoint(folder / "straight", config)
+def test_only_the_run_itself_removes_half_written_checkpoints(folder: Path, uninterrupted: list[float]) -> None:
+    """Other commands may read a run while it writes a checkpoint."""
+    run, config = folder / "half", make_config(folder, "half", *MANY_STEPS)
+    copy_run_at_first_checkpoint(folder / "uninterrupted", config)
     half = run / "checkpoints" / "8.orbax-checkpoint-tmp"
     half.mkdir()
     (half / "cursor").write_text("{}")
     Embedder.load(run)
-    assert steps_of(run) == [7]
+    assert list_checkpoints(run) == [7]
     assert (half / "cursor").is_file()
     train(config)
-    assert read_losses(run) == straight
+    assert read_losses(run) == uninterrupted
     assert not half.exists()
 
 
-def test_sigterm_saves_the_step_and_exits(folder: Path, straight: list[float]) -> None:
+def test_sigterm_saves_the_step_and_exits(folder: Path, uninterrupted: list[float]) -> None:
     run = folder / "stopped"
-    process = start_training(folder, "stopped", *MANY)
-    told = kill_when(process, lambda: last_step(run) >= 3, signal.SIGTERM).splitlines()[-1]
+    process = start_training(folder, "stopped", *MANY_STEPS)
+    last_line = kill_when(process, lambda: last_step(run) >= 3, signal.SIGTERM).splitlines()[-1]
     step = last_step(run)
     assert process.returncode == 128 + signal.SIGTERM
-    assert told == f"stopped: saved a checkpoint after step {step} of 36. Run the same command to resume."
-    assert steps_of(run)[-1] == step
-    train(make_config(folder, "stopped", *MANY))
-    assert read_losses(run) == straight
+    assert last_line == f"stopped: saved a checkpoint after step {step} of 36. Run the same command to resume."
+    assert list_checkpoints(run)[-1] == step
+    train(make_config(folder, "stopped", *MANY_STEPS))
+    assert read_losses(run) == uninterrupted
 
 
-def flip_a_byte(path: Path) -> None:
+def flip_byte(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
 
 
 def largest_file(folder: Path) -> Path:
-    """Of those that hold content: Orbax's marker of success does not."""
+    """Return the largest file with content; Orbax's success marker has none."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != "commit_success.txt"]
     return max(files, key=lambda path: path.stat().st_size)
 
 
 @pytest.mark.parametrize(
-    ("item", "damage", "told"),
-    [("params", flip_a_byte, "has changed"), ("optimizer", Path.unlink, "is missing"), ("cursor", flip_a_byte, "has changed")],
+    ("item", "damage", "message"),
+    [("params", flip_byte, "has changed"), ("optimizer", Path.unlink, "is missing"), ("cursor", flip_byte, "has changed")],
 )
-def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(folder, item, damage, told) -> None:
+def test_a_damaged_checkpoint_is_named_with_the_previous_one(folder, item, damage, message) -> None:
     run = folder / f"damaged-{item}"
     config = make_config(folder, run.name, "train.steps=8")
     train(config)
-    wanted = read_losses(run)
-    older, latest = steps_of(run)[-2:]
+    expected = read_losses(run)
+    older, latest = list_checkpoints(run)[-2:]
     damage(largest_file(run / "checkpoints" / str(latest) / item))
-    line = (
-        rf"/{latest}: this checkpoint is damaged \({item}/.* {told}\)\. Remove it to resume from step {older}, the last intact"
-    )
+    line = rf"/{latest}: this checkpoint is damaged \({item}/.* {message}\)\. Remove it to resume from step {older}, the last intact"
     with pytest.raises(UserError, match=line):
         train(config)
     if item == "params":
@@ -142,21 +140,21 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(folder, item, 
         Embedder.load(run, checkpoint=str(older))
     shutil.rmtree(run / "checkpoints" / str(latest))
     train(config)
-    assert read_losses(run) == wanted
+    assert read_losses(run) == expected
 
 
-def test_a_full_disk_stops_the_run_with_a_whole_last_checkpoint(folder: Path, straight: list[float]) -> None:
+def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(folder: Path, uninterrupted: list[float]) -> None:
     run = folder / "full"
-    kept = copy_run_at_first_checkpoint(folder / "straight", make_config(folder, "full", *MANY))
+    kept = copy_run_at_first_checkpoint(folder / "uninterrupted", make_config(folder, "full", *MANY_STEPS))
     small = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))"  # files cannot grow past that
-    process = start_training(folder, "full", *MANY, setup_code=small)
-    told = process.communicate()[1]
-    assert process.returncode == 2, told
-    line = next(line for line in told.splitlines() if line.startswith("error: "))
+    process = start_training(folder, "full", *MANY_STEPS, setup_code=small)
+    stderr = process.communicate()[1]
+    assert process.returncode == 2, stderr
+    line = next(line for line in stderr.splitlines() if line.startswith("error: "))
     assert line.startswith(f"error: {run}/checkpoints: a checkpoint could not be written (OUT_OF_RANGE")
     assert line.endswith(f"The last intact one is of step {kept}. Make room and run the same command.")
-    train(make_config(folder, "full", *MANY))
-    assert read_losses(run) == straight
+    train(make_config(folder, "full", *MANY_STEPS))
+    assert read_losses(run) == uninterrupted
 
 
 def test_a_disk_without_room_for_a_checkpoint(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,16 +164,16 @@ def test_a_disk_without_room_for_a_checkpoint(folder: Path, monkeypatch: pytest.
         train(make_config(folder, "room"))
 
 
-def test_a_place_that_cannot_be_written_is_one_line(folder: Path) -> None:
+def test_an_unwritable_run_dir_is_reported_in_one_line(folder: Path) -> None:
     with pytest.raises(UserError, match=r"^/proc/here: cannot be written \(.*\)\. Name another run\.dir\.$"):
         train(make_config(folder, "x", "run.dir=/proc/here"))
 
 
 @pytest.fixture
-def poisoned(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
+def diverging(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
     """Overrides that add a source of one query, in whose batches the loss is not a number."""
-    (folder / "bad.jsonl").write_text(json.dumps({"query": "poison", "pos": ["aaa"]}) + "\n")
-    bad = hash_text("poison")
+    (folder / "bad.jsonl").write_text(json.dumps({"query": "diverge", "pos": ["aaa"]}) + "\n")
+    bad = hash_text("diverge")
 
     def info_nce(config, encoded):
         loss, metrics = infonce.info_nce(config, encoded)
@@ -186,20 +184,20 @@ def poisoned(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
     return (f"data.sources={json.dumps([pairs, {**bad_pairs, 'weight': 0.01}])}", "train.checkpoint_every=2")
 
 
-def test_nan_stops_the_run_before_it_is_saved(folder: Path, poisoned: tuple[str, ...]) -> None:
+def test_nan_stops_the_run_before_it_is_saved(folder: Path, diverging: tuple[str, ...]) -> None:
     line = (
         r"^step (\d+): not finite \(loss nan, gradient norm nan; batch from pairs, bad\)\. "
         r"The last good checkpoint is of step (\d+)\. Lower optim\.learning_rate, check the data, or set train\.on_nan=skip\.$"
     )
     with pytest.raises(UserError, match=line) as error:
-        train(make_config(folder, "nan", *poisoned))
+        train(make_config(folder, "nan", *diverging))
     step = int(str(error.value).split()[1].rstrip(":"))
-    assert step - 2 <= steps_of(folder / "nan")[-1] < step
+    assert step - 2 <= list_checkpoints(folder / "nan")[-1] < step
     assert all(loss is not None for loss in read_losses(folder / "nan"))
 
 
-def test_nan_steps_can_be_skipped(folder: Path, poisoned: tuple[str, ...], capfd: pytest.CaptureFixture[str]) -> None:
-    train(make_config(folder, "skip", *poisoned, "train.on_nan=skip"))
+def test_nan_steps_can_be_skipped(folder: Path, diverging: tuple[str, ...], capfd: pytest.CaptureFixture[str]) -> None:
+    train(make_config(folder, "skip", *diverging, "train.on_nan=skip"))
     rows = {row["step"]: row for row in read_metrics(folder / "skip") if "loss" in row}
     skipped = [step for step, row in rows.items() if row["loss"] is None]
     assert 0 < len(skipped) < 6
@@ -216,14 +214,14 @@ def test_a_step_that_hangs_ends_the_process_with_its_stacks(folder: Path) -> Non
         "batch.BatchBuilder.__call__ = build"
     )
     process = start_training(folder, "hang", "train.stall_timeout_s=15", setup_code=hang)
-    told = process.communicate()[1]
+    stderr = process.communicate()[1]
     assert process.returncode == 1
-    assert "error: step 10 did not finish in 15 s (train.stall_timeout_s). Stacks of all threads:" in told
-    assert "in fit" in told
-    assert "in build" in told
+    assert "error: step 10 did not finish in 15 s (train.stall_timeout_s). Stacks of all threads:" in stderr
+    assert "in fit" in stderr
+    assert "in build" in stderr
 
 
-def test_another_base_and_other_versions_are_told(folder: Path, monkeypatch, caplog) -> None:
+def test_another_base_is_refused_and_other_versions_are_reported(folder: Path, monkeypatch, caplog) -> None:
     config = make_config(folder, "mine", "train.steps=1")
     train(config)
     monkeypatch.setattr(run_dir, "package_versions", lambda: {"python": "3.99"})
@@ -232,7 +230,7 @@ def test_another_base_and_other_versions_are_told(folder: Path, monkeypatch, cap
     assert "python: '3.11" in caplog.text
     weights = folder / "base" / "model.safetensors"
     before = weights.read_bytes()
-    flip_a_byte(weights)
+    flip_byte(weights)
     try:
         with pytest.raises(UserError, match=r"mine: its base changed \(hash: .* -> .*\)\. Restore it"):
             train(config)
@@ -251,7 +249,7 @@ def test_a_checkpoint_of_another_plan_is_refused(folder: Path) -> None:
         train(config)
 
 
-WRONG = {
+DAMAGED_CONTENTS = {
     "config.yaml": ["run: [", "[]", "\udcff", ""],
     "base.json": ["{", "[]", "\udcff", '{"name": 3, "config": {}}', '{"name": "a", "config": []}'],
     "data_hashes.json": ["{", "[]", '{"a": 1}'],
@@ -261,13 +259,13 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_a_damaged_file_of_a_run_is_named_and_nothing_is_lost(folder: Path, name: str) -> None:
+@pytest.mark.parametrize("name", DAMAGED_CONTENTS)
+def test_a_damaged_file_of_a_run_is_named_and_stays_as_it_is(folder: Path, name: str) -> None:
     run = folder / "damaged-files"
     config = make_config(folder, run.name, "train.steps=1", "eval.untrained=false")
     if not run.exists():
         train(config)
-    told_by = {
+    readers = {
         "config.yaml": [lambda: train(config)],
         "data_hashes.json": [lambda: train(config)],
         "base.json": [lambda: train(config), lambda: Embedder.load(run)],
@@ -275,16 +273,16 @@ def test_a_damaged_file_of_a_run_is_named_and_nothing_is_lost(folder: Path, name
         "metrics.jsonl": [lambda: train(config), lambda: read_card(run, "damaged-files-1")],
         "digests.json": [lambda: train(config), lambda: Embedder.load(run)],
     }[name]
-    whole = (run / name).read_bytes()
-    for content in WRONG[name]:
+    intact = (run / name).read_bytes()
+    for content in DAMAGED_CONTENTS[name]:
         damaged = content.encode(errors="surrogateescape")
         (run / name).write_bytes(damaged)
-        for call in told_by:
+        for call in readers:
             with pytest.raises(UserError, match=rf"^{run}(/{name}|: its)") as error:
                 call()
             assert len(str(error.value).splitlines()) == 1
             assert (run / name).read_bytes() == damaged
-    (run / name).write_bytes(whole)
+    (run / name).write_bytes(intact)
     train(config)
-    assert steps_of(run) == [1]
+    assert list_checkpoints(run) == [1]
     assert len(read_losses(run)) == 1

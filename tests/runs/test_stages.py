@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import yaml
 
-from helpers import runs
-from helpers import tiny
+from helpers import runs, tiny
+from helpers.runs import make_config, read_losses, write_base_and_data
 from jaxembed import Embedder, config
 from jaxembed.data.sources import open_sources
 from jaxembed.errors import UserError
@@ -21,7 +21,6 @@ from jaxembed.runs import open
 from jaxembed.runs.train import train
 from jaxembed.training import loop
 from jaxembed.training.metrics import read_metrics
-from helpers.runs import make_config, read_losses, write_base_and_data
 
 STAGES = [
     {"train": {"steps": 5}, "objectives": [{"name": "infonce", "temperature": 0.1, "learn_temperature": True}]},
@@ -81,8 +80,8 @@ def test_each_stage_applies_its_changes(folder: Path) -> None:
 @pytest.mark.parametrize("last", [5, 8])
 def test_a_run_killed_in_any_stage_resumes_bit_for_bit(folder: Path, last: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed after the checkpoint at the end of the first stage, or after one in the second."""
-    if not (folder / "straight").exists():
-        train(make_staged_config(folder, "straight", STAGES))
+    if not (folder / "uninterrupted").exists():
+        train(make_staged_config(folder, "uninterrupted", STAGES))
 
     class Killed(Exception):
         pass
@@ -103,7 +102,7 @@ def test_a_run_killed_in_any_stage_resumes_bit_for_bit(folder: Path, last: int, 
     if last == 5:
         check_nearest(folder, mined / "stage-1-source-0.jsonl")
     train(make_staged_config(folder, f"dies{last}", STAGES))
-    assert read_losses(folder / f"dies{last}") == read_losses(folder / "straight")
+    assert read_losses(folder / f"dies{last}") == read_losses(folder / "uninterrupted")
     assert {path: path.stat().st_mtime_ns for path in mined.iterdir()} == before
 
 
@@ -227,7 +226,7 @@ def test_steps_beside_stages_are_refused(folder: Path) -> None:
     ("objective", "message"),
     [
         ({"name": "kl_distillation"}, "nothing to train on: pairs has no pos_scores and neg_scores, which all its"),
-        ({"name": "infonce", "sources": ["labels"]}, r"^stages\.0\.objectives\.0\.sources contains 'labels'; expected .*: pairs$"),
+        ({"name": "infonce", "sources": ["labels"]}, r"^stages\.0\.objectives\.0\.sources contains 'labels'; .*: pairs$"),
     ],
 )  # fmt: skip
 def test_objectives_without_data_are_refused(folder: Path, objective: dict[str, Any], message: str) -> None:

@@ -10,13 +10,13 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from helpers import tiny
+from helpers.runs import make_config, read_losses, run_command, write_base_and_data
 from jaxembed import Embedder
 from jaxembed.errors import UserError
 from jaxembed.hub.card import Card
 from jaxembed.hub.export import export
 from jaxembed.runs.train import train
 from jaxembed.training.metrics import read_metrics
-from helpers.runs import make_config, read_losses, run_command, write_base_and_data
 
 
 @pytest.fixture(scope="module")
@@ -157,8 +157,8 @@ def test_encode_with_a_stored_prompt_and_no_output_after_an_error(folder, tmp_pa
     (tmp_path / "out.npy").unlink()
     done = run_command(*encode, "--prompt-name", "passage")
     assert done.returncode == 2
-    told = "error: prompt_name: 'passage' is not stored with this model (stored: query, document, pairs)."
-    assert done.stderr.strip().splitlines()[-1] == told
+    message = "error: prompt_name: 'passage' is not stored with this model (stored: query, document, pairs)."
+    assert done.stderr.strip().splitlines()[-1] == message
     assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
 
 
