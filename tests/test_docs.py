@@ -63,11 +63,12 @@ class Command(NamedTuple):
     """A command line of a page, as words."""
 
     page: Path
+    block: int
     words: list[str]
     is_runnable: bool
 
     def __str__(self) -> str:
-        return f"{self.page.stem}: {' '.join(self.words)}"
+        return " ".join(self.words)
 
 
 def page_id(path: Path) -> str:
@@ -80,12 +81,12 @@ def blocks(page: Path, language: str) -> list[Block]:
 
 
 def commands(page: Path) -> Iterator[Command]:
-    for block in blocks(page, "bash"):
+    for number, block in enumerate(blocks(page, "bash")):
         needs = NEEDS.findall(block.text)
         lines = block.text.replace("\\\n", " ").splitlines()
         for words in (shlex.split(line, comments=True) for line in lines):
             if words:
-                yield Command(page, words, page in RUN_PAGES and set(needs) <= PROVIDED)
+                yield Command(page, number, words, page in RUN_PAGES and set(needs) <= PROVIDED)
 
 
 ALL_COMMANDS = [command for page in PAGES for command in commands(page)]
@@ -174,10 +175,10 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("configs", "launch"):
         (root / name).symlink_to(ROOT / name)
     (root / "Qwen").mkdir()
-    tiny.folder(root / "Qwen" / "Qwen2-0.5B", "qwen3")
+    tiny.write_folder(root / "Qwen" / "Qwen2-0.5B", "qwen3")
     (root / "runs" / "quickstart").mkdir(parents=True)
     for seed, name in enumerate(["quickstart/export", "retrieval", "sts"]):
-        tiny.folder(root / "runs" / name, "qwen3", seed)
+        tiny.write_folder(root / "runs" / name, "qwen3", seed)
     words = ["card", "PIN", "delivery", "account", "transfer", "limit", "fee", "refund", "app", "code", "phone", "address"]
     questions = [f"how do I change my {a} and {b}" for a, b in itertools.combinations(words, 2)]
     answers = [f"To change your {a} and {b}, open the app." for a, b in itertools.combinations(words, 2)]
@@ -189,10 +190,10 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "questions.txt").write_text("\n".join(questions[:3]))
     question_table = pa.table({"question": questions, "answer": answers})
     nli_table = pa.table({"premise": questions, "hypothesis": answers, "label": [i % 2 * 2 for i in range(len(both))]})
-    for name, table in (("train", question_table), ("msmarco/train", question_table), ("nli/train-00000-of-00001", nli_table)):
+    for name, rows in (("train", question_table), ("msmarco/train", question_table), ("nli/train-00000-of-00001", nli_table)):
         path = root / f"{name}.parquet"
         path.parent.mkdir(exist_ok=True)
-        pq.write_table(table, path)
+        pq.write_table(rows, path)
     for block in itertools.chain.from_iterable(blocks(page, "yaml") for page in RUN_PAGES):
         if block.title:
             (root / block.title).write_text(block.text)
@@ -220,7 +221,7 @@ def call(command: Command, extra: list[str], execute: bool) -> Namespace:
     return arguments
 
 
-@pytest.mark.parametrize("command", ALL_COMMANDS, ids=str)
+@pytest.mark.parametrize("command", ALL_COMMANDS, ids=lambda command: f"{command.page.stem}: {command}")
 def test_command_is_known(command: Command, sandbox: Path) -> None:
     """Its program exists and takes the options; a config loads with the overrides."""
     match command.words:
@@ -255,29 +256,39 @@ def dry_run(words: list[str]) -> None:
     assert done.returncode == 0 and done.stdout, done.stderr
 
 
+def runs_here(command: Command) -> bool:
+    """Whether it is a command of jaxembed that needs no network. `evaluate` downloads the data of its tasks."""
+    return command.words[:2] == ["python", "-m"] and command.words[2] != "jaxembed.evaluate"
+
+
+# The runnable commands by block, each distinct block once.
 RUNNABLE = {
-    tuple(command.words): command
-    for command in ALL_COMMANDS
-    if command.is_runnable and command.words[:2] == ["python", "-m"] and command.words[2] != "jaxembed.evaluate"
-}  # each distinct command once; `evaluate` downloads the data of its tasks
-FINE_TUNE = next(command for command in RUNNABLE.values() if command.words[2] == "jaxembed.train")
+    tuple(map(str, found)): found
+    for page in RUN_PAGES
+    for _, block in itertools.groupby(commands(page), key=lambda command: command.block)
+    if (found := [command for command in block if command.is_runnable and runs_here(command)])
+}
+FINE_TUNE = next(iter(RUNNABLE.values()))[0]
 
 
-@pytest.mark.parametrize("command", RUNNABLE.values(), ids=str)
-def test_command_runs(command: Command, sandbox: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("block", RUNNABLE.values(), ids=lambda block: f"{block[0].page.stem}: {block[0]}")
+def test_commands_run(block: list[Command], sandbox: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def initialize(**_: Any) -> None:
         raise ValueError("no cluster here")  # as without one; JAX can be asked only once per process
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     use_one_device(monkeypatch)
-    needs_run = any(word.startswith("runs/finetune") for word in command.words)
-    todo = [FINE_TUNE, command] if needs_run and not (sandbox / "runs" / "finetune").exists() else [command]
-    for each in todo:
-        call(each, SHORT_RUN if each.words[2] == "jaxembed.train" else [], execute=True)
+    needs_fine_tune = any("runs/finetune" in word for command in block for word in command.words)
+    done = sandbox / "done"  # a second export to the same folder is refused
+    done.touch()
+    for command in [FINE_TUNE, *block] if needs_fine_tune else block:
+        if str(command) not in done.read_text().splitlines():
+            call(command, SHORT_RUN if command.words[2] == "jaxembed.train" else [], execute=True)
+            done.write_text(f"{done.read_text()}{command}\n")
 
 
 def test_most_commands_run() -> None:
-    names = {command.words[2].removeprefix("jaxembed.") for command in RUNNABLE.values()}
+    names = {command.words[2].removeprefix("jaxembed.") for block in RUNNABLE.values() for command in block}
     assert names == {"train", "export", "encode", "mine", "merge", "data"}
 
 
