@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped, out of disk space, damaged, or diverging: what is lost, what is printed, and how they resume."""
+"""Runs that are killed, stopped, out of disk space, damaged, or diverging: what is lost, and how they resume."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_a_damaged_checkpoint_is_named_with_the_previous_one(folder, item, damag
     expected = read_losses(run)
     older, latest = list_checkpoints(run)[-2:]
     damage(largest_file(run / "checkpoints" / str(latest) / item))
-    line = rf"/{latest}: this checkpoint is damaged \({item}/.* {message}\)\. Remove it to resume from step {older}, the last intact"
+    line = rf"/{latest}: this checkpoint is damaged \({item}/.* {message}\)\. Remove it to resume from step {older}, the last"
     with pytest.raises(UserError, match=line):
         train(config)
     if item == "params":
