@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
+import runpy
 import sys
 
-from jaxembed import __version__, cli
+from jaxembed import __version__
 
 COMMANDS = {
     "data": "validate, preview, convert, and measure training data; extract pairs from Python packages",
@@ -30,9 +30,9 @@ def main() -> None:
         return
     if name not in COMMANDS:
         sys.exit(_fail(f"{name!r} is not a command; expected {', '.join(COMMANDS)}. See jaxembed --help."))
-    module = importlib.import_module(f"jaxembed.{name}.__main__" if name == "data" else f"jaxembed.{name}")
     sys.argv = [f"jaxembed {name}", *rest]
-    cli.run_command(module.main, module.make_parser())
+    # Not imported: the module jaxembed.train would replace the function jaxembed.train.
+    runpy.run_module(f"jaxembed.{name}", run_name="__main__", alter_sys=True)
 
 
 def _fail(message: str) -> int:
