@@ -7,12 +7,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxembed.config.field_lists import FieldList, log_once
 from jaxembed.config.fields import Fields
 from jaxembed.config.model import PoolingKind
 from jaxembed.config.spec import EmbeddingSpec
-from jaxembed.data.tokenize import ends_with_eos, load_tokenizer
 from jaxembed.errors import UserError
 from jaxembed.files import exists, file_digest, read_json, read_json_value
+from jaxembed.formats.tokenizer_config import load_folder_tokenizer, wants_eos
 from jaxembed.model.embedder import PROJECTION_ACTIVATIONS
 from jaxembed.model.families import DecoderConfig
 
@@ -34,9 +35,47 @@ POOLING_FLAGS: dict[PoolingKind, str] = {
     "max": "max_tokens",
     "weighted_mean": "weightedmean_tokens",
 }
+TRANSFORMER_FIELDS = FieldList(  # of sentence_bert_config.json
+    read=frozenset({"max_seq_length", "modality_config"}),
+    harmless=frozenset({"unpad_inputs"}),
+    refused={
+        "tokenizer_name_or_path": (),
+        "do_lower_case": (False,), "transformer_task": ("feature-extraction",), "module_output_name": ("token_embeddings",),
+        "processing_kwargs": (), "query_length": (), "document_length": (), "query_expansion": (False,), "model_args": (),
+        "model_kwargs": (), "tokenizer_args": (), "processor_kwargs": (), "config_args": (), "config_kwargs": (),
+    },
+)  # fmt: skip
+PLAIN_TEXTS = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}  # the supported modality_config
+POOLING_FIELDS = FieldList(
+    read=frozenset({"pooling_mode", "include_prompt", *(f"pooling_mode_{flag}" for flag in POOLING_FLAGS.values())}),
+    harmless=frozenset({"embedding_dimension", "word_embedding_dimension"}),
+    refused={"pooling_mode_mean_sqrt_len_tokens": (False,)},
+)
+DENSE_FIELDS = FieldList(
+    read=frozenset(
+        {
+            "in_features", "out_features", "bias", "activation_function", "module_input_name", "module_output_name",
+            "use_residual",
+        }
+    ),
+    harmless=frozenset(),
+    refused={},
+)  # fmt: skip
+NORMALIZE_FIELDS = FieldList(
+    read=frozenset(),
+    harmless=frozenset(),
+    refused={"module_input_name": ("sentence_embedding",), "module_output_name": ("sentence_embedding",)},
+)
+MODEL_FIELDS = FieldList(  # of config_sentence_transformers.json
+    read=frozenset({"prompts", "default_prompt_name", "similarity_fn_name"}),
+    harmless=frozenset({"__version__", "requirements"}),
+    refused={"model_type": ("SentenceTransformer",), "truncate_dim": ()},
+)
 E5_PROMPT = re.compile(r"Instruct: .+?( ?\n ?Query: ?)", re.DOTALL)  # form of E5's stored prompts
 # The PyTorch module of poolings with weights. Export copies this file beside the model.
 TOKEN_POOLING_FILE = Path(__file__).with_name("token_pooling.py")
+TOKEN_POOLING_TYPE = f"{TOKEN_POOLING_FILE.stem}.TokenPooling"  # its type in modules.json
+STOCK_TYPE = re.compile(r"sentence_transformers(\.\w+)+")  # types of sentence-transformers' own classes
 # SHA-256 of the versions of this file in models that older versions exported.
 EARLIER_TOKEN_POOLING_DIGESTS = frozenset(
     {
@@ -53,16 +92,27 @@ def has_own_token_pooling(folder: Path) -> bool:
 
 
 def read_modules(folder: Path) -> list[tuple[str, Path]]:
-    """Return the kind and folder of each module that a folder lists, in order; none if it lists none."""
+    """Return the kind and folder of each module that a folder lists, in order; none if it lists none.
+
+    Raises:
+        UserError: The list is malformed, or a module is neither sentence-transformers' nor ours.
+    """
     listing = folder / MODULES_FILE
     if not exists(listing):
         return []
     try:
-        return [(str(m["type"]).rsplit(".", 1)[-1], folder / str(m["path"])) for m in read_json_value(listing)]
+        modules = [(str(m["type"]), folder / str(m["path"])) for m in read_json_value(listing)]
     except (TypeError, KeyError):
         raise UserError(
             f"{listing}: not a list of modules (expected each with type and path). Download or export it again."
         ) from None
+    for kind, _ in modules:
+        if kind != TOKEN_POOLING_TYPE and not STOCK_TYPE.fullmatch(kind):
+            raise UserError(
+                f"{listing}: module type {kind[:80]!r} is Python code of its own, which is not run (expected modules of "
+                "sentence_transformers). Use another model."
+            )
+    return [(kind.rsplit(".", 1)[-1], path) for kind, path in modules]
 
 
 def find_projection_weights(folder: Path) -> Path | None:
@@ -84,7 +134,9 @@ def read_projection_choices(dense: Path, width: int) -> dict[str, Any]:
         UserError: If the module is more than a matrix, a bias and a supported activation.
     """
     where = str(dense / "config.json")
-    fields = Fields(read_json(dense / "config.json"), where)
+    config = read_json(dense / "config.json")
+    DENSE_FIELDS.check(config, where)
+    fields = Fields(config, where)
     torch_activation = fields.string("activation_function", "torch.nn.modules.activation.Tanh")
     activation = torch_activation.rsplit(".", 1)[-1].lower()
     if activation not in PROJECTION_ACTIVATIONS or not torch_activation.startswith("torch.nn."):
@@ -129,20 +181,48 @@ def read_sentence_transformers_spec(folder: Path, config: Mapping[str, Any], dec
         )
     pooling_path = module_folders["Pooling"] / "config.json"
     pooling_config = read_json(pooling_path)
-    tokenizer = load_tokenizer(folder)
-    prompts_path = folder / "config_sentence_transformers.json"
-    prompts = Fields(read_json(prompts_path) if prompts_path.is_file() else {}, str(prompts_path)).strings("prompts")
+    POOLING_FIELDS.check(pooling_config, str(pooling_path))
+    has_norm = "Normalize" in module_folders
+    if has_norm:
+        normalize_path = module_folders["Normalize"] / "config.json"
+        NORMALIZE_FIELDS.check(_read_if_present(normalize_path), str(normalize_path))
+    tokenizer = load_folder_tokenizer(folder, is_trained_embedder=True)
     return EmbeddingSpec(
         attention="causal" if Fields(config, str(folder / "config.json")).boolean("is_causal", True) else "bidirectional",
         pooling=_read_pooling_kind(pooling_config, pooling_path),
         include_instruction=Fields(pooling_config, str(pooling_path)).boolean("include_prompt", True),
         **(read_projection_choices(module_folders["Dense"], decoder.width) if "Dense" in module_folders else {}),
-        normalize="Normalize" in module_folders,
-        append_eos=ends_with_eos(tokenizer) or bool(tokenizer.init_kwargs.get("add_eos_token")),
+        normalize=has_norm,
+        append_eos=wants_eos(folder, tokenizer),
         max_length=_read_max_length(folder, decoder, tokenizer),
-        instruction_template=_infer_template(prompts.values()) or EmbeddingSpec().instruction_template,
-        prompts=prompts,
+        **_read_prompts(folder / "config_sentence_transformers.json", has_norm),
     )
+
+
+def _read_if_present(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _read_prompts(path: Path, has_norm: bool) -> dict[str, Any]:
+    """Return the fields of `EmbeddingSpec` that config_sentence_transformers.json describes."""
+    config = _read_if_present(path)
+    MODEL_FIELDS.check(config, str(path))
+    fields = Fields(config, str(path))
+    prompts, default_name = fields.strings("prompts"), fields.string("default_prompt_name", "")
+    if default_name and default_name not in prompts:
+        raise UserError(
+            f"{path}: default_prompt_name is {default_name!r} (expected one of {', '.join(prompts) or 'no prompts'})."
+        )
+    similarity = fields.string("similarity_fn_name", "cosine")
+    if similarity not in ("cosine", "dot") or (similarity == "dot" and not has_norm):
+        log_once(
+            f"{path}: similarity_fn_name is {similarity}; jaxembed scales every vector to unit length and compares by cosine"
+        )
+    return {
+        "prompts": prompts,
+        "instruction_template": _infer_template(prompts.values()) or EmbeddingSpec().instruction_template,
+        "plain_prompt": prompts.get(default_name, ""),
+    }
 
 
 def _read_pooling_kind(config: Mapping[str, Any], path: Path) -> PoolingKind:
@@ -160,8 +240,21 @@ def _read_pooling_kind(config: Mapping[str, Any], path: Path) -> PoolingKind:
 def _read_max_length(folder: Path, decoder: DecoderConfig, tokenizer: Any) -> int:
     """Return max_seq_length of sentence_bert_config.json, otherwise the limit of the tokenizer or the decoder."""
     path = folder / "sentence_bert_config.json"
-    limit = min(int(tokenizer.model_max_length), decoder.max_positions)
-    return Fields(read_json(path) if path.is_file() else {}, str(path)).integer("max_seq_length", limit)
+    config = _read_if_present(path)
+    TRANSFORMER_FIELDS.check(config, str(path))
+    _check_modalities(Fields(config, str(path)).mapping("modality_config", PLAIN_TEXTS), path)
+    return Fields(config, str(path)).integer("max_seq_length", min(int(tokenizer.model_max_length), decoder.max_positions))
+
+
+def _check_modalities(modalities: Mapping[str, Any], path: Path) -> None:
+    """Check that texts are read as they are: with "message" among them, sentence-transformers puts texts into a chat."""
+    text = modalities.get("text")
+    wrong = sorted(modalities.keys() - {"text"})
+    if wrong or not isinstance(text, Mapping) or any(value != PLAIN_TEXTS["text"].get(key) for key, value in text.items()):
+        raise UserError(
+            f"{path}: modality_config is not supported (found {', '.join(wrong) or 'another text method'}; expected text "
+            "alone, as the last hidden state of the decoder). Use a model of plain texts."
+        )
 
 
 def _infer_template(prompts: Iterable[str]) -> str | None:

@@ -14,8 +14,8 @@ from typing import Any, ClassVar, Self
 
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.data.bpe import train_tokenizer
-from jaxembed.data.tokenize import load_tokenizer
 from jaxembed.files import exists
+from jaxembed.formats.tokenizer_config import load_folder_tokenizer
 from jaxembed.formats.weights import LowRankUpdate, find_part_files, load_params
 from jaxembed.hub.adapters import read_kernel_updates
 from jaxembed.model.families import DecoderConfig
@@ -115,7 +115,7 @@ class BaseWithWeights(Base):
     def tokenizer(self, texts: Iterable[str] = ()) -> Any:
         """Load the tokenizer of the last PEFT folder that has one, otherwise that of the weights."""
         folders = [folder for folder in self.adapters if exists(folder / "tokenizer.json")]
-        return load_tokenizer([self._tokenizer_folder, *folders][-1])
+        return load_folder_tokenizer([self._tokenizer_folder, *folders][-1])
 
     def load(self, shapes: Any, shardings: Any) -> dict[str, Any]:
         """Load the weights, with the adapters added before rounding."""

@@ -15,7 +15,7 @@ import numpy as np
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.errors import UserError
 from jaxembed.files import read_json_value, write_json
-from jaxembed.formats.sentence_transformers import MODULES_FILE, POOLING_MODES, TOKEN_POOLING_FILE
+from jaxembed.formats.sentence_transformers import MODULES_FILE, POOLING_MODES, TOKEN_POOLING_FILE, TOKEN_POOLING_TYPE
 from jaxembed.formats.weights import POOLING_FOLDER, find_part_files, save_params
 from jaxembed.hub.embedder import Embedder
 from jaxembed.hub.torch_model import import_sentence_transformers
@@ -130,10 +130,20 @@ def _build_sentence_transformer(embedder: Embedder, transformer_folder: Path) ->
         chain.append(modules.Dense(width, spec.projection, spec.projection_bias, activation))
     if spec.normalize:
         chain.append(modules.Normalize())
-    prompts = {**spec.prompts, **({"document": spec.plain_prompt} if spec.plain_prompt else {})}
+    default_name = _name_plain_prompt(spec)
+    prompts = {**spec.prompts, **({default_name: spec.plain_prompt} if default_name else {})}
     model = st.SentenceTransformer(modules=chain, prompts=prompts, similarity_fn_name="cosine", device="cpu")
-    model.default_prompt_name = "document" if spec.plain_prompt else None
+    model.default_prompt_name = default_name
     return model
+
+
+def _name_plain_prompt(spec: EmbeddingSpec) -> str | None:
+    """Return the name under which the prompt of plain texts is stored, without replacing another prompt; None without one."""
+    if not spec.plain_prompt:
+        return None
+    equal = [name for name, prompt in spec.prompts.items() if prompt == spec.plain_prompt]
+    free = [name for name in ("document", "plain", "default") if name not in spec.prompts]
+    return (equal or free)[0]
 
 
 def _add_token_pooling(folder: Path, embedder: Embedder, convert: Convert) -> None:
@@ -151,6 +161,6 @@ def _add_token_pooling(folder: Path, embedder: Embedder, convert: Convert) -> No
     save_params(pooling_folder / "model.safetensors", embedder.params, {"pooling": ""}, convert)
     shutil.copy(TOKEN_POOLING_FILE, folder)
     transformer, *rest = read_json_value(folder / MODULES_FILE)
-    token_pooling = {"path": POOLING_FOLDER, "type": f"{TOKEN_POOLING_FILE.stem}.TokenPooling"}
+    token_pooling = {"path": POOLING_FOLDER, "type": TOKEN_POOLING_TYPE}
     chain = [transformer, token_pooling, *rest]
     write_json(folder / MODULES_FILE, [module | {"idx": i, "name": str(i)} for i, module in enumerate(chain)])

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from jaxembed.errors import UserError
-from jaxembed.formats.foreign_code import TOKEN_POOLING_TYPE, check_names_no_code
-from jaxembed.formats.sentence_transformers import MODULES_FILE
+from jaxembed.formats.foreign_code import check_names_no_code
+from jaxembed.formats.sentence_transformers import MODULES_FILE, TOKEN_POOLING_TYPE
 
 
 def import_sentence_transformers() -> Any:
