@@ -11,7 +11,7 @@ from jaxembed.config import SourceConfig
 from jaxembed.data.batch import EncoderInput
 from jaxembed.data.beir import join_title_and_text, open_corpus
 from jaxembed.data.containers import is_beir_folder, open_container
-from jaxembed.data.equality import hash_text
+from jaxembed.data.equality import hash_exact_text, normalize_text
 from jaxembed.data.rows import IndexedRows, RowSchema
 from jaxembed.data.sampling import iter_rows
 from jaxembed.data.schema import check_passage, is_text
@@ -31,7 +31,7 @@ class PoolRow(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class MiningPool:
-    """Rows with their queries and documents. Texts that differ only in surrounding white space are one text.
+    """Rows with their queries and documents. Equal texts (`data.equality`) are one text.
 
     Attributes:
         rows: Rows of the source.
@@ -59,7 +59,7 @@ class MiningPool:
 
 
 class TextIds:
-    """Ids of texts, in order of first appearance. Surrounding white space makes no difference."""
+    """Ids of texts, in order of first appearance. Equal texts (`data.equality`) have one id."""
 
     def __init__(self) -> None:
         """Start without texts."""
@@ -71,14 +71,14 @@ class TextIds:
 
     def add(self, text: str) -> int:
         """Return the id of a text, a new one if the text is new."""
-        text_id = self._ids.setdefault(text.strip(), len(self.texts))
+        text_id = self._ids.setdefault(normalize_text(text), len(self.texts))
         if text_id == len(self.texts):
             self.texts.append(text)
         return text_id
 
     def find(self, text: str) -> int | None:
         """Return the id of a text, or None if it has none."""
-        return self._ids.get(text.strip())
+        return self._ids.get(normalize_text(text))
 
 
 def open_mining_source(config: SourceConfig, cache: Path) -> Source:
@@ -138,10 +138,10 @@ def read_pool(source: Source, corpus: Iterable[str] | None, seed: int) -> Mining
     positives_by_text: dict[str, set[int]] = {}
     for row in progress_bar(source.iter_pairs(seed), unit="row", desc="rows"):
         positives, negatives = (tuple(dict.fromkeys(map(documents.add, row.get(key, ())))) for key in ("pos", "neg"))
-        positives_by_text.setdefault(row["query"].strip(), set()).update(positives)
+        positives_by_text.setdefault(normalize_text(row["query"]), set()).update(positives)
         instruction = row.get("prompt") or next(iter(source.config.instructions), "")
         query = EncoderInput(row["query"], "query", instruction)
-        draw_seed = (seed, *hash_text("\n".join([instruction, row["query"], *row["pos"]])).tolist())
+        draw_seed = (seed, *hash_exact_text("\n".join([instruction, row["query"], *row["pos"]])).tolist())
         rows.append(PoolRow(query_ids.setdefault(query, len(query_ids)), positives, negatives, draw_seed))
 
     return MiningPool(
@@ -149,7 +149,7 @@ def read_pool(source: Source, corpus: Iterable[str] | None, seed: int) -> Mining
         queries=list(query_ids),
         documents=documents.texts,
         corpus_size=len(documents) if corpus is None else corpus_size,
-        excluded=[positives_by_text[query.text.strip()] | _find_ids(documents, query.text) for query in query_ids],
+        excluded=[positives_by_text[normalize_text(query.text)] | _find_ids(documents, query.text) for query in query_ids],
         num_blank_documents=num_blank_documents,
         drop_counts=source.sampler.drop_counts,
     )

@@ -12,8 +12,9 @@ import flax.struct
 import numpy as np
 
 from jaxembed.data.batch_sampler import BatchSampler, drop_absent
+from jaxembed.data.equality import hash_text
 from jaxembed.data.packing import PackedTexts, fill_rows, max_segments, pack_shards
-from jaxembed.data.schema import Example, hash_text
+from jaxembed.data.schema import Example
 from jaxembed.data.sources import Source
 from jaxembed.data.tokenize import TokenizedTexts
 from jaxembed.devices.mesh import Shards
@@ -64,7 +65,8 @@ class Batch:
         in_batch: True if the source uses in-batch negatives and its texts may be such negatives, bool [B].
         query_hash: uint32 [B, 2].
         doc_hash: uint32 [B, 1+K, 2].
-        positive_hash: Hashes of all known positives of a query, uint32 [B, P, 2].
+        positive_hash: Hashes of all known positives of a query and of the query itself, which is no negative of its own
+            where it is a document of another query, uint32 [B, P, 2].
         label: Label in its source, -1 for none, int32 [B].
         source: Index of the source, int32 [B].
         teacher_scores: Scores of the documents by a teacher, NaN for none, float32 [B, 1+K].
@@ -249,8 +251,8 @@ class BatchBuilder:
         return scores
 
     def _hash_positives(self, example: Example) -> np.ndarray:
-        hashes = np.zeros((self._max_positives, 2), np.uint32)
-        for i, text in enumerate(example.positives):
+        hashes = np.zeros((self._max_positives + 1, 2), np.uint32)
+        for i, text in enumerate((*example.positives, example.query)):
             hashes[i] = hash_text(text)
         return hashes
 

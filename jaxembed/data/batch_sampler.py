@@ -10,6 +10,7 @@ from itertools import chain, islice
 import numpy as np
 
 from jaxembed.data.batch_plan import ExampleIndex
+from jaxembed.data.equality import normalize_text
 from jaxembed.data.schema import Example
 from jaxembed.data.sources import Source
 from jaxembed.data.tokenize import TextTokenizer
@@ -58,12 +59,13 @@ class BatchSampler:
         for source_index, index, id_ in zip(*self.index.locate(ids), ids, strict=True):
             source = self.sources[source_index]
             example = self._draw(source, int(index), step, int(id_))
-            for attempt in range(MAX_REDRAWS if self.no_duplicates and source.in_batch else 0):
-                if seen.isdisjoint((example.query, example.positive)):
+            is_checked = self.no_duplicates and source.in_batch
+            for attempt in range(MAX_REDRAWS if is_checked else 0):
+                if seen.isdisjoint(_normalize_pair(example)):
                     break
                 example = self._draw(source, None, step, int(id_), attempt)
-            if source.in_batch:
-                seen |= {example.query, example.positive}
+            if is_checked:
+                seen |= _normalize_pair(example)
             drawn.append(example)
         return drawn
 
@@ -107,6 +109,11 @@ class BatchSampler:
             prompts.append(self.tokenizer.spec.prompt(example.instruction, example.few_shot))
             prompts += [self.tokenizer.spec.prompt(example.document_instruction)] * (1 + self.hard_negatives)
         return texts, prompts
+
+
+def _normalize_pair(example: Example) -> set[str]:
+    """Return the forms of query and positive by which equal texts are recognized."""
+    return {normalize_text(example.query), normalize_text(example.positive)}
 
 
 def drop_absent(texts: Sequence[str | None], prompts: Sequence[str]) -> tuple[list[str], list[str]]:

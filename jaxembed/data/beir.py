@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
@@ -12,12 +13,16 @@ from typing import Any
 from jaxembed.data.containers import open_container
 from jaxembed.data.jsonl import write_jsonl
 from jaxembed.data.rows import IndexedRows, RowSchema
-from jaxembed.data.schema import Row, check_beir_document, check_beir_query, is_text
+from jaxembed.data.schema import MAX_ABS_NUMBER, Row, check_beir_document, check_beir_query, is_text
 from jaxembed.errors import UserError
 from jaxembed.files import read_text
 
 QRELS_HEADER = ["query-id", "corpus-id", "score"]  # the first line of qrels, which may be absent
 MAX_QUOTED_CHARS = 60  # characters of a bad line that an error quotes
+MAX_LISTED_IDS = 3  # ids that a warning lists
+TRAINING_SPLITS = ("train", "dev", "test")  # the first one that exists is trained on
+EVALUATION_SPLITS = ("test", "dev", "train")  # the first one that exists is scored
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,15 +33,18 @@ class BeirFolder:
         corpus: The documents.
         queries: All queries.
         query_rows: Rows of the queries that have relevant documents.
-        relevant: For each of `query_rows`, {corpus row: relevance grade above 0}.
+        relevant: For each of `query_rows`, {corpus row: relevance above 0}. A relevant document that the corpus lacks has a
+            negative row: it counts as relevant, and no search finds it, as in trec_eval.
         digest: SHA-256 of all three files.
+        split: Name of the qrels file.
     """
 
     corpus: IndexedRows
     queries: IndexedRows
     query_rows: list[int]
-    relevant: list[dict[int, int]]
+    relevant: list[dict[int, float]]
     digest: str
+    split: str
 
     def query_text(self, index: int) -> str:
         """Return the text of a query, by its index in `query_rows`."""
@@ -62,45 +70,85 @@ def open_corpus(folder: Path) -> tuple[IndexedRows, dict[str, int]]:
     return corpus, _map_ids_to_rows(corpus)
 
 
-def open_beir(folder: Path, splits: tuple[str, ...]) -> BeirFolder:
-    """Open a BEIR folder with the first of `splits` that it has.
+def open_beir(folder: Path, defaults: tuple[str, ...], split: str = "") -> BeirFolder:
+    """Open a BEIR folder with one of its splits.
+
+    Judgments of documents or queries that the folder lacks are counted in a warning.
+
+    Args:
+        folder: Folder with corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv.
+        defaults: Splits to choose from if none is named: the first one that the folder has.
+        split: The split.
 
     Raises:
         UserError: If a file is missing or has a bad line; the error names file and line.
     """
     corpus, corpus_rows = open_corpus(folder)
     queries = IndexedRows(open_container(str(folder / "queries.jsonl")), RowSchema("queries", check_beir_query))
-    qrels = next((path for split in splits if (path := folder / "qrels" / f"{split}.tsv").is_file()), None)
-    if qrels is None:
-        raise UserError(f"{folder}: qrels/{splits[0]}.tsv is missing; expected it next to corpus.jsonl and queries.jsonl")
+    qrels = _choose_qrels(folder, defaults, split)
     query_rows = _map_ids_to_rows(queries)
-    relevant: dict[int, dict[int, int]] = {}
+    relevant: dict[int, dict[int, float]] = {}
+    absent_queries, absent_documents = dict[str, int](), dict[str, int]()
     text = read_text(qrels)
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip() or (number == 1 and _split_fields(line) == QRELS_HEADER):
             continue
         query, document, grade = _parse_judgment(line, f"{qrels}:{number}")
-        for id_, id_rows, rows in ((query, query_rows, queries), (document, corpus_rows, corpus)):
-            if id_ not in id_rows:
-                raise UserError(f"{qrels}:{number}: id {id_!r} is not in {rows.container.name}")
-        if grade > 0:
-            relevant.setdefault(query_rows[query], {})[corpus_rows[document]] = grade
+        if grade <= 0:
+            continue
+        if query not in query_rows:
+            absent_queries.setdefault(query, number)
+            continue
+        if document not in corpus_rows:
+            absent_documents[document] = number
+            corpus_rows[document] = -len(absent_documents)
+        relevant.setdefault(query_rows[query], {})[corpus_rows[document]] = grade
+    _warn_of_absent(absent_documents, qrels, corpus, "they count as relevant documents that no search finds")
+    _warn_of_absent(absent_queries, qrels, queries, "their judgments are left out")
     if not relevant:
         raise UserError(f"{qrels}: no query has a relevant document; expected scores above 0")
     digest = hashlib.sha256((corpus.digest + queries.digest + text).encode()).hexdigest()
-    return BeirFolder(corpus, queries, list(relevant), list(relevant.values()), digest)
+    return BeirFolder(corpus, queries, list(relevant), list(relevant.values()), digest, qrels.stem)
+
+
+def _choose_qrels(folder: Path, defaults: tuple[str, ...], split: str) -> Path:
+    """Return the qrels of a split, or of the first of `defaults` that exists. The log says which one was chosen, and why."""
+    present = sorted(path.stem for path in (folder / "qrels").glob("*.tsv"))
+    wanted = (split,) if split else defaults
+    chosen = next((name for name in wanted if name in present), None)
+    if chosen is None:
+        found = f" (found {', '.join(present)}). Set split to one of them" if present else ""
+        raise UserError(
+            f"{folder}: qrels/{wanted[0]}.tsv is missing; expected it next to corpus.jsonl and queries.jsonl{found}"
+        )
+    if not split:
+        others = [name for name in present if name != chosen]
+        also = f"; also there: {', '.join(others)}. Set split to choose" if others else ""
+        log.info("%s: uses qrels/%s.tsv, the first that exists of %s%s", folder, chosen, ", ".join(defaults), also)
+    return folder / "qrels" / f"{chosen}.tsv"
+
+
+def _warn_of_absent(absent: dict[str, int], qrels: Path, rows: IndexedRows, effect: str) -> None:
+    """Warn of the ids in qrels that are not among the rows, given the line of each."""
+    if absent:
+        listed = ", ".join(f"{id_!r} (line {line})" for id_, line in islice(absent.items(), MAX_LISTED_IDS))
+        more = ", ..." if len(absent) > MAX_LISTED_IDS else ""
+        log.warning("%s: %s ids are not in %s: %s%s; %s", qrels, f"{len(absent):,}", rows.container.name, listed, more, effect)
 
 
 def _split_fields(line: str) -> list[str]:
     return line.rstrip("\r").split("\t")
 
 
-def _parse_judgment(line: str, where: str) -> tuple[str, str, int]:
-    """Return query id, document id and relevance grade of a line of qrels."""
+def _parse_judgment(line: str, where: str) -> tuple[str, str, float]:
+    """Return query id, document id and relevance of a line of qrels. The relevance may be a fraction."""
     try:
-        query, document, grade = _split_fields(line)
-        return query, document, int(float(grade))
-    except (ValueError, OverflowError):
+        query, document, text = _split_fields(line)
+        grade = float(text)
+        if not abs(grade) < MAX_ABS_NUMBER:
+            raise ValueError
+        return query, document, int(grade) if grade.is_integer() else grade
+    except ValueError:
         raise UserError(
             f"{where}: expected {', '.join(QRELS_HEADER)} separated by tabs (found {line[:MAX_QUOTED_CHARS]!r})"
         ) from None
@@ -153,11 +201,20 @@ class BeirPairRows:
         drop_counts: Reason -> how many queries are dropped.
     """
 
-    def __init__(self, folder: Path):
-        """Open the folder's split train, else dev, else test."""
-        beir = self._beir = open_beir(folder, ("train", "dev", "test"))
+    def __init__(self, folder: Path, split: str = ""):
+        """Open a split of a folder. Default: train, else dev, else test."""
+        beir = self._beir = open_beir(folder, TRAINING_SPLITS, split)
         self.digest, self.row_count = beir.digest, len(beir.relevant)
-        non_empty = [[row for row in sorted(grades) if is_text(beir.document_text(row))] for grades in beir.relevant]
+        grades = [grade for query_grades in beir.relevant for grade in query_grades.values()]
+        if any(not float(grade).is_integer() for grade in grades):
+            log.warning(
+                "%s: qrels/%s.tsv has fractional scores, from %g to %g; every document above 0 is trained on as a positive",
+                folder, beir.split, min(grades), max(grades),
+            )  # fmt: skip
+        non_empty = [
+            [row for row in sorted(query_grades) if row >= 0 and is_text(beir.document_text(row))]
+            for query_grades in beir.relevant
+        ]
         self._positive_rows = {i: rows for i, rows in enumerate(non_empty) if rows}
         self._query_indices = list(self._positive_rows)
         if not self._query_indices:

@@ -1,4 +1,4 @@
-"""Rows of tables: Parquet files, Hugging Face datasets, TensorFlow Datasets. A null is an absent field."""
+"""Rows of tables: Parquet files, Hugging Face datasets, TensorFlow Datasets."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class ParquetFile:
         self._lock, self._decoded_groups = threading.Lock(), OrderedDict[int, Any]()
         self._read_errors = (OSError, UnicodeDecodeError, arrow.ArrowException)
         try:
-            self._file = parquet.ParquetFile(path, memory_map=True)
+            self._file = parquet.ParquetFile(path)  # no memory map: a truncated file is an error, not a SIGBUS
             self.columns = list(self._file.schema_arrow.names)
         except self._read_errors as error:
             raise UserError(f"{path}: not a complete Parquet file ({summarize(error)})") from None
@@ -73,7 +73,7 @@ class ParquetFile:
         try:
             for batch in self._file.iter_batches(ROWS_PER_READ):
                 for row in batch.to_pylist():
-                    yield address, f"{self.name}: row {address + 1}", _drop_nulls(row)
+                    yield address, f"{self.name}: row {address + 1}", row
                     address += 1
         except self._read_errors as error:
             raise self._damage_error(address, error) from None
@@ -85,7 +85,7 @@ class ParquetFile:
         try:
             with self._lock:
                 row = self._decode_group(group).slice(address - start, 1)
-            return _drop_nulls(row.to_pylist()[0])
+            return row.to_pylist()[0]
         except self._read_errors as error:
             raise self._damage_error(address, error) from None
 
@@ -110,7 +110,7 @@ class HubDataset:
         """Wrap a loaded `datasets.Dataset`; `name` appears in errors."""
         self.name, self.address_limit = name, len(dataset)
         self.files = [Path(part["filename"]) for part in dataset.cache_files]
-        self._dataset = dataset
+        self._dataset = dataset.with_format(None)  # a stored format, such as numpy, would change the types of the values
         self._class_names = _get_class_names(dataset.features)
 
     def scan(self) -> Iterator[tuple[int, str, Any]]:
@@ -123,7 +123,7 @@ class HubDataset:
         return self._convert_row(self._dataset[address])
 
     def _convert_row(self, row: Mapping[str, Any]) -> Any:
-        return _name_classes(_drop_nulls(row), self._class_names)
+        return _name_classes(dict(row), self._class_names)
 
 
 def load_hub_dataset(name: str) -> HubDataset:
@@ -193,21 +193,16 @@ def _parse_dataset_name(source: str, name: str) -> tuple[str, str]:
     return match[1], match[2]
 
 
-def _drop_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if value is not None}
-
-
 def _get_class_names(features: Mapping[str, Any]) -> dict[str, list[str]]:
     """Return the class names of every column that holds class labels."""
     return {column: list(names) for column, feature in features.items() if (names := getattr(feature, "names", None))}
 
 
 def _name_classes(row: dict[str, Any], class_names: Mapping[str, list[str]]) -> dict[str, Any]:
-    """Replace class numbers by their names, in place. A negative number means no label, and its field is removed."""
+    """Replace class numbers by their names, in place. A negative number means no label and becomes None."""
     for column in class_names.keys() & row.keys():
-        label = row.pop(column)
-        if label >= 0:
-            row[column] = class_names[column][label]
+        label = row[column]
+        row[column] = None if label is None or label < 0 else class_names[column][label]
     return row
 
 

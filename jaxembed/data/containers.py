@@ -2,7 +2,8 @@
 
 A source path is one of:
 
-- a .jsonl, .txt, .parquet or .array_record file, a folder of such files, or a glob pattern
+- a file whose ending is in `FILE_READERS`, in any case, or that has no ending (see `find_line_reader`)
+- a folder of such files (`FOLDER_ENDINGS`), or a glob pattern
 - a folder written by `datasets.Dataset.save_to_disk`
 - hf:NAME:SPLIT or tfds:NAME:SPLIT
 """
@@ -10,32 +11,37 @@ A source path is one of:
 from __future__ import annotations
 
 import glob
+import logging
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
 from jaxembed.data.array_record import ArrayRecordFile
 from jaxembed.data.columnar import ParquetFile, TfDataset, load_hub_dataset, load_saved_dataset
-from jaxembed.data.jsonl import JsonLinesFile, TextLinesFile
+from jaxembed.data.csv_file import CsvFile, TsvFile
+from jaxembed.data.jsonl import BYTE_ORDER_MARK, JsonFile, JsonLinesFile, LineFile, TextLinesFile
 from jaxembed.errors import UserError
 from jaxembed.files import exists
 
 DATASET_LOADERS: dict[str, Any] = {"hf:": load_hub_dataset, "tfds:": TfDataset}  # by prefix of the path
-SHARD_READERS: dict[str, Any] = {  # by suffix, for files found in a folder or by a pattern
-    ".jsonl": JsonLinesFile, ".txt": TextLinesFile, ".parquet": ParquetFile, ".array_record": ArrayRecordFile,
+# By the ending of a file's name in lower case. Every command reads a file by this table.
+LINE_READERS: dict[str, type[LineFile]] = {
+    ".jsonl": JsonLinesFile, ".ndjson": JsonLinesFile, ".json": JsonFile, ".txt": TextLinesFile,
+    ".csv": CsvFile, ".tsv": TsvFile,
 }  # fmt: skip
-FILE_READERS = SHARD_READERS | {  # for a file that the path names itself
-    ".json": JsonLinesFile,
-    ".ndjson": JsonLinesFile,
-    "": JsonLinesFile,
-}
+FILE_READERS: dict[str, Any] = LINE_READERS | {".parquet": ParquetFile, ".array_record": ArrayRecordFile}
+# Endings of the files that a folder is read for. The others often hold something else beside the data.
+FOLDER_ENDINGS = (".jsonl", ".ndjson", ".txt", ".parquet", ".array_record")
+KNOWN_ENDINGS = ", ".join(FILE_READERS)
 SHARD_NAME = re.compile(r"(.+)-(\d{5,})-of-(\d{5,})(\..+)")
 SAVED_DATASET_FILE = "state.json"  # written by `Dataset.save_to_disk`
 SAVED_SPLITS_FILE = "dataset_dict.json"  # written by `DatasetDict.save_to_disk`
 BEIR_FILES = ("corpus.jsonl", "queries.jsonl")
+log = logging.getLogger(__name__)
 
 
 class Container(Protocol):
@@ -102,14 +108,68 @@ def open_container(source: str) -> Container:
             raise UserError(f"{source}: no such file or folder")
         return _open_file_set(source, matches)
     if not path.is_dir():
-        if path.suffix not in FILE_READERS:
-            raise UserError(f"{source}: unsupported file type {path.suffix}; expected one of {', '.join(SHARD_READERS)}")
-        return FileSet(source, [path], FILE_READERS[path.suffix])
+        if not path.is_file():
+            raise UserError(f"{source}: is a pipe or a device, but rows are read more than once. Write them to a file first.")
+        return FileSet(source, [path], _find_reader(path))
     if exists(path / SAVED_DATASET_FILE):
         return load_saved_dataset(path)
     if exists(path / SAVED_SPLITS_FILE):
         raise UserError(f"{source}: the folder has several splits. Name the folder of one split, such as '{path}/train'.")
-    return _open_file_set(source, sorted(inner for inner in path.iterdir() if inner.suffix in SHARD_READERS))
+    inner_files = sorted(path.iterdir())
+    data_files = [file for file in inner_files if get_ending(file) in FOLDER_ENDINGS]
+    return _open_file_set(source, data_files or [file for file in inner_files if get_ending(file) in FILE_READERS])
+
+
+def get_ending(path: Path) -> str:
+    """Return the ending of a file's name in lower case, such as .jsonl, or an empty string."""
+    return path.suffix.lower()
+
+
+def find_line_reader(path: Path, lines: Iterable[bytes]) -> type[LineFile]:
+    """Return the reader of a file of lines: the one of its ending, or of its content if the name has no ending.
+
+    Without an ending, a file whose first character is { or [ holds rows of JSON, any other one lines of text. The log says so.
+
+    Args:
+        path: The file, or a pipe.
+        lines: Its lines. Only those up to the first that is not blank are taken.
+
+    Raises:
+        UserError: If the ending is not one of a line file.
+    """
+    ending = get_ending(path)
+    if ending:
+        if ending not in LINE_READERS:
+            raise _unsupported_error(path, ", ".join(LINE_READERS))
+        return LINE_READERS[ending]
+    first = next((line for line in lines if line.removeprefix(BYTE_ORDER_MARK).strip()), b"")
+    is_json = first.removeprefix(BYTE_ORDER_MARK).lstrip()[:1] in (b"{", b"[")
+    kind = "rows of JSON" if is_json else "lines of text"
+    _log_once(f"{path}: has no ending; read as {kind}, because of its first character")
+    return JsonLinesFile if is_json else TextLinesFile
+
+
+@lru_cache
+def _log_once(message: str) -> None:
+    """Log a message, unless it was logged before."""
+    log.info("%s", message)
+
+
+def _find_reader(path: Path) -> Any:
+    """Return the reader of a regular file."""
+    if ending := get_ending(path):
+        if ending not in FILE_READERS:
+            raise _unsupported_error(path, KNOWN_ENDINGS)
+        return FILE_READERS[ending]
+    try:
+        with path.open("rb") as file:
+            return find_line_reader(path, file)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _unsupported_error(path: Path, known: str) -> UserError:
+    return UserError(f"{path}: unsupported file type {path.suffix}; expected one of {known}")
 
 
 def is_beir_folder(path: Path) -> bool:
@@ -123,12 +183,11 @@ def _open_file_set(source: str, files: Sequence[Path]) -> Container:
     Raises:
         UserError: If they have different types, belong to several sets of shards, or a shard is missing.
     """
-    suffixes = sorted({path.suffix for path in files})
-    if len(suffixes) != 1 or suffixes[0] not in SHARD_READERS:
+    suffixes = sorted(set(map(get_ending, files)))
+    if len(suffixes) != 1 or suffixes[0] not in FILE_READERS:
         found = f"files of several types ({', '.join(suffixes)})" if len(suffixes) > 1 else "no data files"
         raise UserError(
-            f"{source}: found {found}; expected one of {', '.join(SHARD_READERS)}. Select files with a pattern, such as "
-            "'folder/*.jsonl'."
+            f"{source}: found {found}; expected one of {KNOWN_ENDINGS}. Select files with a pattern, such as 'folder/*.jsonl'."
         )
     shard_sets: dict[tuple[str, int, str], list[int]] = {}
     for match in filter(None, (SHARD_NAME.fullmatch(path.name) for path in files)):
@@ -139,4 +198,4 @@ def _open_file_set(source: str, files: Sequence[Path]) -> Container:
     for (name, count, suffix), numbers in shard_sets.items():
         if missing := sorted(set(range(count)) - set(numbers)):
             raise UserError(f"{source}: shard {name}-{missing[0]:05d}-of-{count:05d}{suffix} is missing")
-    return FileSet(source, files, SHARD_READERS[suffixes[0]])
+    return FileSet(source, files, FILE_READERS[suffixes[0]])

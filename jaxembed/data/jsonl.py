@@ -1,10 +1,10 @@
-"""Line files: JSONL and plain text, read at random through a memory map."""
+"""Line files: JSONL and plain text, read in one pass or at random. Nothing is mapped into memory."""
 
 from __future__ import annotations
 
 import json
-import mmap
 import os
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,51 +14,113 @@ from jaxembed.errors import UserError
 from jaxembed.files import decode
 
 JSON_WHITESPACE = b" \t\r\n"  # what JSON allows between values
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+MIN_READ_BYTES, MAX_READ_BYTES = 2**12, 2**20  # of one read; reads of a long line grow from the first to the second
+
+ScannedRow = tuple[int, str, Any]  # address, location (for errors) and content of a row
 
 
-class JsonLinesFile:
-    """The lines of a file as bytes, without blank lines. An address is the byte offset of a line."""
+class LineFile:
+    """A file of lines. An address is the byte offset of the line that starts a row.
+
+    Rows are read by `pread`, not through a memory map: a file that is truncated meanwhile is an error, not a SIGBUS.
+    """
 
     def __init__(self, path: Path):
-        """Map the file into memory."""
+        """Open the file."""
         self.name = str(path)
         self._path = path
         try:
-            with path.open("rb") as file:
-                self.address_limit = os.fstat(file.fileno()).st_size
-                # An empty file cannot be mapped.
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.address_limit else b""
+            self._descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
             raise UserError(f"{path}: no such file") from None
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        weakref.finalize(self, os.close, self._descriptor)
+        self.address_limit = os.fstat(self._descriptor).st_size
 
-    def scan(self) -> Iterator[tuple[int, str, Any]]:
+    @classmethod
+    def scan_lines(cls, lines: Iterable[bytes], name: str) -> Iterator[ScannedRow]:
+        """Yield byte offset, name:line and content of every row in some lines, which may come from a pipe."""
+        raise NotImplementedError
+
+    def scan(self) -> Iterator[ScannedRow]:
         """Yield address, file:line and content of every row."""
-        start = 0
         with self._path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                where = f"{self.name}:{number}"
-                if (content := self._parse_line(line, where)) is not None:
-                    yield start, where, content
-                start += len(line)
+            yield from self.scan_lines(file, self.name)
 
     def read(self, address: int) -> Any:
         """Return the content of the row at an address."""
-        end = self._map.find(b"\n", address) + 1
-        return self._parse_line(self._map[address : end or self.address_limit], self.name)
+        return self._read_row(self._iter_lines(address))
 
-    def _parse_line(self, line: bytes, where: str) -> Any:
-        """Return the content of a line, or None if it is blank."""
-        return line if line.strip(JSON_WHITESPACE) else None
+    def _read_row(self, lines: Iterable[bytes]) -> Any:
+        """Return the content of the first row of some lines.
+
+        Raises:
+            UserError: If the file is shorter than it was, or has no row there any more.
+        """
+        is_shorter = os.fstat(self._descriptor).st_size < self.address_limit
+        row = None if is_shorter else next(self.scan_lines(lines, self.name), None)
+        if row is None:
+            raise UserError(f"{self.name}: changed while it was in use. Restore it, and start again.")
+        return row[2]
+
+    def _iter_lines(self, address: int) -> Iterator[bytes]:
+        """Yield the lines from an address on."""
+        while line := self._read_line(address):
+            yield line
+            address += len(line)
+
+    def _read_line(self, address: int) -> bytes:
+        """Return the line at an address, empty at the end of the file."""
+        parts: list[bytes] = []
+        size = MIN_READ_BYTES
+        while part := os.pread(self._descriptor, size, address):
+            if end := part.find(b"\n") + 1:
+                return b"".join([*parts, part[:end]])
+            parts.append(part)
+            address, size = address + len(part), min(2 * size, MAX_READ_BYTES)
+        return b"".join(parts)
 
 
-class TextLinesFile(JsonLinesFile):
-    """The lines of a plain text file, each as a row {"text": ...}."""
+class JsonLinesFile(LineFile):
+    """Rows of JSON, one per line, as bytes. Blank lines are skipped."""
 
-    def _parse_line(self, line: bytes, where: str) -> Any:
-        text = decode(line, where).strip("\r\n")
-        return {"text": text} if is_text(text) else None
+    @classmethod
+    def scan_lines(cls, lines: Iterable[bytes], name: str) -> Iterator[ScannedRow]:
+        """Yield byte offset, name:line and bytes of every line that is not blank."""
+        start = 0
+        for number, line in enumerate(lines, 1):
+            if line.strip(JSON_WHITESPACE):
+                yield start, f"{name}:{number}", line
+            start += len(line)
+
+
+class JsonFile(JsonLinesFile):
+    """A .json file that holds one row per line. A file that holds one list of rows is refused with what to do."""
+
+    @classmethod
+    def scan_lines(cls, lines: Iterable[bytes], name: str) -> Iterator[ScannedRow]:
+        """Yield byte offset, name:line and bytes of every line that is not blank."""
+        for address, where, line in JsonLinesFile.scan_lines(lines, name):
+            if address == 0 and line.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"["):
+                raise UserError(f"{name}: holds a JSON list; expected one row per line. Convert it with: jq -c '.[]'")
+            yield address, where, line
+
+
+class TextLinesFile(LineFile):
+    """The lines of a plain text file, each as a row {"text": ...}. Blank lines are skipped."""
+
+    @classmethod
+    def scan_lines(cls, lines: Iterable[bytes], name: str) -> Iterator[ScannedRow]:
+        """Yield byte offset, name:line and row of every line that is not blank."""
+        start = 0
+        for number, line in enumerate(lines, 1):
+            where = f"{name}:{number}"
+            text = decode(line, where).strip("\r\n")
+            if is_text(text):
+                yield start, where, {"text": text}
+            start += len(line)
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

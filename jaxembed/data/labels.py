@@ -9,12 +9,14 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from jaxembed.config import SourceConfig
+from jaxembed.data.equality import exclude_equal
 from jaxembed.data.rows import IndexedRows
 from jaxembed.data.sampling import ExampleSampler
 from jaxembed.data.schema import Example, Row
 from jaxembed.errors import UserError
 
 MAX_LISTED_LABELS = 10
+UNLABELED_REASON = "rows with the label -1, which stands for none beside a label 0 (to keep it, name it in label_names)"
 EXAMPLES_PER_PAIR_ROW = 8  # positives, and negatives, of a row of pairs whose documents are examples
 
 
@@ -29,7 +31,7 @@ class LabelSampler(ExampleSampler):
       a label drawn uniformly.
     """
 
-    max_positives = 2  # the positive and, since no text is its own negative, the query
+    max_positives = 1
 
     def __init__(self, rows: IndexedRows, config: SourceConfig):
         """Resolve the label texts and find the usable rows.
@@ -43,16 +45,21 @@ class LabelSampler(ExampleSampler):
         """
         self.rows = rows
         self._path = config.path
+        self._unlabeled = _find_unlabeled(rows.label_names, config)
         texts = self._resolve_label_texts(config)  # of each label of the rows; several labels may share a text
-        self._label_texts = sorted(set(texts))
+        self._label_texts = sorted({text for text in texts if text is not None})
         class_ids = {text: i for i, text in enumerate(self._label_texts)}
-        self._class_ids = [class_ids[text] for text in texts]  # index into `_label_texts`, of each label of the rows
+        # Index into `_label_texts` of each label of the rows, -1 for the label that stands for none.
+        self._class_ids = [-1 if text is None else class_ids[text] for text in texts]
         self._group_ends = np.cumsum(rows.label_counts)
         self._candidate_labels = tuple(self._label_texts)
         uses_label_texts = {"auto": len(self._label_texts) == 2, "labels": True, "examples": False}
         self._uses_label_texts = uses_label_texts[config.label_documents]
         self._usable_rows: Sequence[int] | np.ndarray = range(len(rows))
-        self.drop_counts: dict[str, int] = {}
+        self.drop_counts = dict(rows.drop_counts)
+        if self._unlabeled is not None:
+            self._usable_rows = np.flatnonzero(rows.index_values != self._unlabeled).astype(np.int32)
+            self.drop_counts[UNLABELED_REASON] = rows.label_counts[self._unlabeled]
         if not self._uses_label_texts:
             self._drop_single_labels(config)
 
@@ -66,7 +73,8 @@ class LabelSampler(ExampleSampler):
         """Return the number of rows of each label, by the label's text."""
         rows_per_label = Counter[str]()
         for class_id, count in zip(self._class_ids, self.rows.label_counts, strict=True):
-            rows_per_label[self._label_texts[class_id]] += count
+            if class_id >= 0:
+                rows_per_label[self._label_texts[class_id]] += count
         return rows_per_label
 
     def add_negative_labels(self, texts: Sequence[str]) -> LabelSampler:
@@ -85,7 +93,7 @@ class LabelSampler(ExampleSampler):
             query=text,
             positive=positive,
             negatives=tuple(negatives),
-            positives=(positive, text),
+            positives=(positive,),
             label=class_id,
         )
 
@@ -117,24 +125,28 @@ class LabelSampler(ExampleSampler):
             drawn = rng.integers(count, size=max_negatives) if count else np.empty(0, int)
             negatives = [self._read_text(rng.choice(self._get_label_rows(i))) for i in drawn + (drawn >= class_id)]
         positives = list(dict.fromkeys(positives))
-        return text, class_id, positives, [t for t in dict.fromkeys(negatives) if t not in (text, *positives)]
+        return text, class_id, positives, exclude_equal(negatives, (text, *positives))
 
     def _read_text(self, row: int) -> str:
         return str(self.rows[int(row)]["text"])
 
     def _get_label_rows(self, class_id: int) -> np.ndarray:
         """Return the rows of a class, in ascending order. Here every class is one label of the rows."""
-        end = self._group_ends[class_id]
-        return self.rows.rows_grouped_by_label[end - self.rows.label_counts[class_id] : end]
+        label = self._class_ids.index(class_id)
+        end = self._group_ends[label]
+        return self.rows.rows_grouped_by_label[end - self.rows.label_counts[label] : end]
 
-    def _resolve_label_texts(self, config: SourceConfig) -> Sequence[str]:
-        """Return the text of each label: its entry in `label_names`, or the label itself if there are no names."""
-        labels = self.rows.label_names
+    def _resolve_label_texts(self, config: SourceConfig) -> Sequence[str | None]:
+        """Return the text of each label: its entry in `label_names`, or the label itself if there are no names.
+
+        The label that stands for none has no text.
+        """
+        labels = [None if i == self._unlabeled else label for i, label in enumerate(self.rows.label_names)]
         if not config.label_names:
             return labels
-        if missing := [label for label in labels if label not in config.label_names]:
+        if missing := [label for label in labels if label is not None and label not in config.label_names]:
             raise UserError(f"{self._path}: label_names has no name for {_list_labels(missing)}. Name every label of the data.")
-        return [config.label_names[label] for label in labels]
+        return [None if label is None else config.label_names[label] for label in labels]
 
     def _drop_single_labels(self, config: SourceConfig) -> None:
         """Skip texts without another example of their label.
@@ -149,18 +161,30 @@ class LabelSampler(ExampleSampler):
                 f"labels are examples). Set label_documents to labels, or remove {key}."
             )
         counts = np.array(self.rows.label_counts)
-        single = np.flatnonzero(counts == 1)
+        is_label = np.array(self._class_ids) >= 0
+        single = np.flatnonzero((counts == 1) & is_label)
         if not len(single):
             return
-        if len(single) == len(counts):
+        if len(single) == is_label.sum():
             raise UserError(f"{self._path}: no label has two texts, so no text has a positive. Set label_documents to labels.")
         if config.single_labels == "error":
             raise UserError(
-                f"{self._path}: {len(single):,} of {len(counts):,} labels have a single text, which has no positive: "
-                f"{_list_labels([self._label_texts[i] for i in single])}. Add texts, or set single_labels to skip."
+                f"{self._path}: {len(single):,} of {is_label.sum():,} labels have a single text, which has no positive: "
+                f"{_list_labels([self.rows.label_names[i] for i in single])}. Add texts, or set single_labels to skip."
             )
-        self._usable_rows = np.flatnonzero((counts > 1)[self.rows.index_values.astype(np.int32)]).astype(np.int32)
-        self.drop_counts = {"label with one text": len(single)}
+        is_usable = (counts > 1) & is_label
+        self._usable_rows = np.flatnonzero(is_usable[self.rows.index_values.astype(np.int32)]).astype(np.int32)
+        self.drop_counts["label with one text"] = len(single)
+
+
+def _find_unlabeled(labels: Sequence[str], config: SourceConfig) -> int | None:
+    """Return the index of the label that stands for none, or None.
+
+    Hugging Face datasets number classes from 0, and write -1 for a row without a label. Without a label 0, as in data whose
+    labels are -1 and 1, or with a name in `label_names`, -1 is a label like any other.
+    """
+    is_class = "0" not in labels or "-1" in config.label_names
+    return None if is_class or "-1" not in labels else labels.index("-1")
 
 
 def _sample_except(excluded: int, count: int, max_samples: int, rng: np.random.Generator) -> np.ndarray:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from jaxembed.data.equality import hash_exact_text
 from jaxembed.data.rows import IndexedRows, RowSchema
-from jaxembed.data.schema import NLI_LABELS, Row, check_nli, get_nli_fields, hash_text
+from jaxembed.data.schema import NLI_LABELS, NO_LABEL_REASON, Row, check_nli, get_nli_fields
 from jaxembed.errors import UserError
 
 ENTAILMENT, CONTRADICTION, NO_LABEL = NLI_LABELS["entailment"], NLI_LABELS["contradiction"], NLI_LABELS["-"]
@@ -13,14 +14,14 @@ ENTAILMENT, CONTRADICTION, NO_LABEL = NLI_LABELS["entailment"], NLI_LABELS["cont
 
 def _parse_nli_row(row: Row) -> tuple[str, str, int]:
     """Return premise, hypothesis and label number."""
-    (premise, hypothesis), label = get_nli_fields(row), row["label"]
+    (premise, hypothesis), label = get_nli_fields(row), row.get("label", NO_LABEL)
     return row[premise], row[hypothesis], NLI_LABELS[label] if isinstance(label, str) else label
 
 
 def _encode_premise_and_label(row: Row) -> int:
     """Return 51 bits of the premise's hash, then 2 bits of the label. A float64 holds 53 bits exactly."""
     premise, _, label = _parse_nli_row(row)
-    return (int(hash_text(premise).view(np.uint64)[0]) >> 13) * 4 + label - NO_LABEL
+    return (int(hash_exact_text(premise).view(np.uint64)[0]) >> 13) * 4 + label - NO_LABEL
 
 
 NLI_SCHEMA = RowSchema("nli", check_nli, _encode_premise_and_label)
@@ -66,7 +67,7 @@ class NliPairRows:
         self._starts, self._ends = starts[usable], np.append(starts, len(order))[usable + 1]
         self.max_positives = int(entailed_counts.max())
         self.drop_counts = {
-            "rows without a label": int((labels == NO_LABEL).sum()),
+            NO_LABEL_REASON: int((labels == NO_LABEL).sum()),
             "premises without an entailed hypothesis": len(starts) - len(usable),
         }
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from jaxembed.config import DataConfig, SourceConfig
 from jaxembed.config.spec import EmbeddingSpec
-from jaxembed.data.equality import hash_text
+from jaxembed.data.equality import hash_text, normalize_text
 from jaxembed.data.labels import LabelSampler
 from jaxembed.data.rows import iter_checked_rows
 from jaxembed.data.schema import Row
@@ -143,7 +143,7 @@ def _summarize_rows(
         query, positives, negatives = row["query"], row["pos"], row.get("neg") or []
         query_hashes.append(_hash(query))
         text_hashes.extend(map(_hash, (query, *positives, *negatives)))
-        pair_hashes.extend(_hash(f"{query}\0{positive}") for positive in positives)
+        pair_hashes.extend(_hash(f"{normalize_text(query)}\0{normalize_text(positive)}") for positive in positives)
         num_per_row["positives"].append(len(positives))
         num_per_row["negatives"].append(len(negatives))
         if i % step == 0:
@@ -192,7 +192,7 @@ def preview_batch(
         tokenizer: Truncates texts and counts tokens. None: texts are complete, and lengths are in characters.
     """
     # These import JAX, which the other reports do without.
-    from jaxembed.config.fields import LARGEST
+    from jaxembed.config.fields import MAX_INTEGER
     from jaxembed.data.batch_plan import BatchPlan
     from jaxembed.data.batch_sampler import BatchSampler, assign_roles
     from jaxembed.data.bpe import BYTE_TOKENS, train_tokenizer
@@ -203,7 +203,7 @@ def preview_batch(
     plan = BatchPlan(sources, min(batch_size, num_examples), seed, 0, data.batching, data.mixture)
     sampler = BatchSampler(
         sources=sources,
-        tokenizer=tokenizer or TextTokenizer(train_tokenizer([], BYTE_TOKENS + 2), spec.replace(max_length=LARGEST)),
+        tokenizer=tokenizer or TextTokenizer(train_tokenizer([], BYTE_TOKENS + 2), spec.replace(max_length=MAX_INTEGER)),
         hard_negatives=data.hard_negatives,
         seed=seed,
         no_duplicates=data.batching.no_duplicates,

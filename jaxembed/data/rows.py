@@ -14,25 +14,25 @@ import logging
 import os
 import struct
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from jaxembed.data.columns import Columns, build_row, drop_nulls, list_columns, parse_content, rename_columns
 from jaxembed.data.containers import Container
-from jaxembed.data.schema import MISSING, Row, RowCheck, list_fields, parse_row
+from jaxembed.data.schema import MISSING, Row, RowCheck, list_fields
 from jaxembed.devices.processes import progress_bar
 from jaxembed.errors import UserError
 
-INDEX_VERSION = 2  # part of an index's file name; raise it when the checks, the index values or the format change
+INDEX_VERSION = 3  # part of an index's file name; raise it when the checks, the index values or the format change
 INDEX_ENTRY = np.dtype([("address", "<i8"), ("value", "<f8")])
 PACKED_ENTRY, FOOTER_LENGTH = struct.Struct("<qd"), struct.Struct("<q")
 ROWS_PER_BLOCK = 2**16  # rows that are processed at a time
 FILE_CLOCK_TICK_NS = 50_000_000  # a file may change twice within this time without a new modification time
-LIST_FIELDS = ("pos", "neg")  # fields whose column may hold a single text
 log = logging.getLogger(__name__)
-Columns = Mapping[Any, str]  # our field -> the container's column
 
 
 class RowSchema(NamedTuple):
@@ -41,12 +41,14 @@ class RowSchema(NamedTuple):
     Attributes:
         name: Name of the format.
         check: Returns what is wrong with a row, or None.
-        index_value: Returns the number that the index stores of a row, or the name of its label.
+        index_value: Returns the number that the index stores of a row, or the name of its label. None leaves the row out.
+        find_drops: Returns a reason for each part of a row that is never used, or for a row that is left out.
     """
 
     name: str
     check: RowCheck
-    index_value: Callable[[Row], float | str] = lambda row: 0.0
+    index_value: Callable[[Row], float | str | None] = lambda row: 0.0
+    find_drops: Callable[[Row], Iterable[str]] = lambda row: ()
 
 
 class IndexedRows:
@@ -61,6 +63,8 @@ class IndexedRows:
         label_names: Sorted names of the labels, or empty.
         label_counts: The number of rows of each label.
         rows_grouped_by_label: Row indices, int64 [N]: those of the first label, then those of the second, and so on.
+        row_count: The number of rows in the container, including those that the schema leaves out.
+        drop_counts: Reason -> how many rows, or parts of rows, the schema leaves out because of it.
         digest: SHA-256 of the content. For a JSONL file without blank lines it is the SHA-256 of the file.
     """
 
@@ -81,6 +85,8 @@ class IndexedRows:
         self._addresses, self.index_values = entries["address"], entries["value"]
         self.digest, self.max_value = str(footer["digest"]), float(footer["largest"])
         self.label_names, self.label_counts = tuple(footer["names"]), tuple(footer["counts"])
+        self.row_count: int = footer["scanned"]
+        self.drop_counts: dict[str, int] = footer["dropped"]
 
     def __len__(self) -> int:
         return len(self._addresses)
@@ -112,28 +118,6 @@ class RowsAbove:
         return start + int(matches[index - count_before])
 
 
-def build_row(content: Any, where: str, columns: Columns) -> dict[str, Any]:
-    """Return the content of a container as a row with our field names."""
-    return _rename_columns(_parse_content(content, where), columns)
-
-
-def _parse_content(content: Any, where: str) -> dict[str, Any]:
-    """Return the content of a container as a row with the container's column names."""
-    return parse_row(content, where) if isinstance(content, bytes) else content
-
-
-def _rename_columns(row: dict[str, Any], columns: Columns) -> dict[str, Any]:
-    """Return a row with our field names.
-
-    A field in `columns` is read from that column alone. A single value becomes a list where the field is a list.
-    """
-    if not columns:
-        return row
-    renamed = {field: row[column] for field, column in columns.items() if column in row}
-    renamed |= {field: [renamed[field]] for field in LIST_FIELDS if field in renamed and not isinstance(renamed[field], list)}
-    return {name: value for name, value in row.items() if name not in {*columns, *columns.values()}} | renamed
-
-
 def scan_with_progress(container: Container) -> Iterator[tuple[int, str, Any]]:
     """Yield address, location and content of every row, and show a progress bar if it takes long.
 
@@ -159,22 +143,23 @@ def iter_checked_rows(
     Raises:
         UserError: If the rest cannot be read, or no row has one of the columns.
     """
-    missing_fields, first_row_fields = set(columns), ""
+    missing_columns = {column: field for field, names in columns.items() for column in list_columns(names)}
+    first_row_fields = ""
     columns_note = f" (with columns {json.dumps(dict(columns), ensure_ascii=False)})" if columns else ""
     for address, where, content in scan_with_progress(container):
         try:
-            original = _parse_content(content, where)
+            original = parse_content(content, where)
         except UserError as error:
             yield address, content, error
             continue
         first_row_fields = first_row_fields or list_fields(original)
-        missing_fields = {field for field in missing_fields if columns[field] not in original}
-        problem = check(row := _rename_columns(original, columns))
+        missing_columns = {column: field for column, field in missing_columns.items() if column not in original}
+        problem = check(row := drop_nulls(rename_columns(original, columns)))
         fields_note = f"; the row has {list_fields(original)}" if problem and f'" is {MISSING};' in problem else ""
         yield address, content, UserError(f"{where}: {problem}{fields_note}{columns_note}") if problem else row
-    for field in missing_fields:
+    for column, field in missing_columns.items():
         raise UserError(
-            f"{container.name}: no row has the column {columns[field]!r}, which `columns` names for {field} (the first row has "
+            f"{container.name}: no row has the column {column!r}, which `columns` names for {field} (the first row has "
             f"{first_row_fields})"
         )
 
@@ -184,10 +169,10 @@ Index = tuple[np.ndarray, np.ndarray, Mapping[str, Any]]  # entries [N], row ind
 
 def _load_index(rows: IndexedRows, cache: Path | None) -> Index:
     """Return the index of these rows from the cache, or build it."""
-    stamps = [[os.path.abspath(path), stat.st_size, stat.st_mtime_ns] for path in rows.container.files if (stat := path.stat())]
+    stamps = [_stamp_file(path) for path in rows.container.files]
     if cache is None or not stamps:
         return _build_temporary_index(rows)
-    identity = [INDEX_VERSION, rows.schema.name, rows.columns, rows.container.name, *(path for path, _, _ in stamps)]
+    identity = [INDEX_VERSION, rows.schema.name, rows.columns, rows.container.name, *(path for path, *_ in stamps)]
     path = cache / "rows" / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
     if (cached := _read_cached_index(path, stamps)) is not None:
         return cached
@@ -205,6 +190,15 @@ def _load_index(rows: IndexedRows, cache: Path | None) -> Index:
         return _build_temporary_index(rows)
     finally:
         Path(unfinished).unlink(missing_ok=True) if unfinished else None
+
+
+def _stamp_file(path: Path) -> list[Any]:
+    """Return what changes if a file does: its path, size, time of modification, inode, and time of any change (ctime).
+
+    A program can restore the first two times after an edit, but not the last.
+    """
+    stat = path.stat()
+    return [os.path.abspath(path), stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_ctime_ns]
 
 
 def _build_temporary_index(rows: IndexedRows) -> Index:
@@ -231,22 +225,29 @@ def _read_cached_index(path: Path, stamps: list[Any]) -> Index | None:
             index_time = os.fstat(file.fileno()).st_mtime_ns
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    is_younger = index_time > FILE_CLOCK_TICK_NS + max(modified for _, _, modified in stamps)
+    is_younger = index_time > FILE_CLOCK_TICK_NS + max(max(modified, changed) for _, _, modified, _, changed in stamps)
     return index if is_younger and index[2]["stamp"] == stamps else None
 
 
 def _write_index(file: IO[bytes], rows: IndexedRows, stamps: list[Any]) -> None:
     """Read and check every row of a container, and write its index."""
     digest, largest, count, labels = hashlib.sha256(), -np.inf, 0, dict[str, int]()
+    scanned, dropped = 0, Counter[str]()
     for address, content, row in iter_checked_rows(rows.container, rows.schema.check, rows.columns):
         if isinstance(row, UserError):
             raise row
-        digest.update(content if isinstance(content, bytes) else json.dumps(content, default=str).encode())
-        value = rows.schema.index_value(row)
+        digest.update(content if isinstance(content, bytes) else json.dumps(drop_nulls(content), default=str).encode())
+        scanned += 1
+        dropped.update(rows.schema.find_drops(row))
+        if (value := rows.schema.index_value(row)) is None:
+            continue
         # Labels are numbered in order of appearance, and renumbered in sorted order at the end.
         number = labels.setdefault(value, len(labels)) if isinstance(value, str) else float(value)
         file.write(PACKED_ENTRY.pack(address, number))
         largest, count = max(largest, number), count + 1
+    if not count:
+        reasons = "; ".join(f"{reason}: {number:,}" for reason, number in dropped.items())
+        raise UserError(f"{rows.container.name}: no row can be used ({reasons})")
     file.flush()
     names = sorted(labels)
     counts = _group_by_label(file, count, np.argsort([labels[name] for name in names])) if labels else []
@@ -257,6 +258,8 @@ def _write_index(file: IO[bytes], rows: IndexedRows, stamps: list[Any]) -> None:
         "largest": largest,
         "names": names,
         "counts": counts,
+        "scanned": scanned,
+        "dropped": dropped,
     }
     encoded = json.dumps(footer).encode()
     file.seek(0, os.SEEK_END)
@@ -275,6 +278,11 @@ def _group_by_label(file: IO[bytes], count: int, new_labels: np.ndarray) -> list
     Returns:
         The number of rows of each label.
     """
+    # Write the space for the groups first: in a file with holes a full disk would be a SIGBUS instead of an error.
+    file.seek(0, os.SEEK_END)
+    for start in range(0, count, ROWS_PER_BLOCK):
+        file.write(bytes(8 * min(ROWS_PER_BLOCK, count - start)))
+    file.flush()
     entries = np.memmap(file, INDEX_ENTRY, "r+", shape=(count,))
     grouped = np.memmap(file, "<i8", "r+", entries.nbytes, (count,))
     blocks = [slice(start, start + ROWS_PER_BLOCK) for start in range(0, count, ROWS_PER_BLOCK)]

@@ -5,15 +5,20 @@ Labels and documents have modules of their own. Entailment (`nli.py`) and BEIR f
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from jaxembed.config import SourceConfig
+from jaxembed.data.equality import exclude_equal
 from jaxembed.data.rows import IndexedRows, RowsAbove
 from jaxembed.data.schema import Example, Row
 from jaxembed.errors import UserError
+
+MAX_DEFAULT_SCORE = 5  # the highest score of the scale, 0 to 5, that the default of `min_score` is made for
+log = logging.getLogger(__name__)
 
 
 class RowSequence(Protocol):
@@ -50,7 +55,10 @@ class ExampleSampler(Protocol):
 
 
 class PairSampler(ExampleSampler):
-    """Draws from rows of the main format: one of a row's positives, and up to `max_negatives` of its own negatives."""
+    """Draws from rows of the main format: one of a row's positives, and up to `max_negatives` of its own negatives.
+
+    A negative that equals the query, a positive or another negative is not drawn (`data.equality`).
+    """
 
     def __init__(self, rows: RowSequence, max_positives: int, drop_counts: dict[str, int] | None = None):
         """Draw from `rows`, none of which has more than `max_positives` positives."""
@@ -65,7 +73,7 @@ class PairSampler(ExampleSampler):
         """Draw a positive and negatives of the row."""
         row = self.rows[index]
         positives = tuple(dict.fromkeys(row["pos"]))
-        candidates = [text for text in dict.fromkeys(row.get("neg", ())) if text not in positives]
+        candidates = exclude_equal(row.get("neg", ()), (row["query"], *positives))
         positive = positives[rng.integers(len(positives))]
         negatives = tuple(_sample(candidates, max_negatives, rng))
         return Example(
@@ -92,12 +100,15 @@ class ScoredPairSampler(ExampleSampler):
     max_positives = 1
 
     def __init__(self, rows: IndexedRows, config: SourceConfig):
-        """Find the rows that score high enough."""
+        """Find the rows that score high enough.
+
+        Raises:
+            UserError: If no row does, or the scores do not fit the default of `min_score`.
+        """
         self.rows = rows
         self._usable_rows = RowsAbove(rows.index_values, config.min_score)
         self.drop_counts = {"score below min_score": len(rows) - len(self._usable_rows)}
-        if not len(self._usable_rows):
-            raise UserError(f"{config.path}: no pair has a score of {config.min_score} or more. Lower the source's min_score.")
+        self._check_range(config)
 
     def __len__(self) -> int:
         return len(self._usable_rows)
@@ -112,6 +123,25 @@ class ScoredPairSampler(ExampleSampler):
         """Yield both directions of the row."""
         first, second = self._read_pair(index)
         yield from ({"query": first, "pos": [second]}, {"query": second, "pos": [first]})
+
+    def _check_range(self, config: SourceConfig) -> None:
+        """Refuse scores that do not fit `min_score`, and warn if it makes every pair a positive."""
+        lowest, highest = float(self.rows.index_values.min()), self.rows.max_value
+        found = f"the scores go from {lowest:g} to {highest:g}"
+        if not len(self):
+            raise UserError(
+                f"{config.path}: no pair has a score of {config.min_score} or more ({found}). Lower the source's min_score."
+            )
+        if highest > MAX_DEFAULT_SCORE and "min_score" not in config.model_fields_set:
+            raise UserError(
+                f"{config.path}: {found}, but min_score is {config.min_score}, the default for scores from 0 to "
+                f"{MAX_DEFAULT_SCORE}. Set the source's min_score to the lowest score of a positive pair."
+            )
+        if len(self) == len(self.rows) and lowest < highest:
+            log.warning(
+                "%s: every pair is a positive, because %s and min_score is %g; raise it if some pairs are none",
+                config.path, found, config.min_score,
+            )  # fmt: skip
 
     def _read_pair(self, index: int) -> tuple[str, str]:
         row = self.rows[self._usable_rows[index]]

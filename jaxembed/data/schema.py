@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import Any
 
-import numpy as np
-
 from jaxembed.config.fields import quote_value
 from jaxembed.config.spec import FewShotExample
+from jaxembed.data.equality import exclude_equal, hash_text  # noqa: F401
 from jaxembed.errors import UserError
 from jaxembed.files import decode
 
@@ -47,6 +45,8 @@ class Example:
 
 Row = Mapping[str, Any]
 RowCheck = Callable[[Row], str | None]  # returns what is wrong with a row, or None
+LIST_FIELDS = ("pos", "neg", "pos_scores", "neg_scores")  # fields that are lists
+NUMBER_FIELDS = ("score", "pos_scores", "neg_scores")  # fields that are numbers, or lists of numbers
 MISSING = "missing"  # how a check describes an absent field
 MAX_LISTED_FIELDS = 10
 MAX_SUGGESTED_CHARS = 40  # characters of a value that an error repeats in the form it should have
@@ -64,6 +64,13 @@ def check_pair(row: Row) -> str | None:
     if row.get("neg_scores") and row.get("pos_scores") is None:
         return '"neg_scores" is present without "pos_scores"; expected teacher scores for both'
     return None if isinstance(row.get("prompt", ""), str) else _describe_field_problem(row, "prompt", "a string")
+
+
+def find_pair_drops(row: Row) -> list[str]:
+    """Return a reason for each negative of a pair row that is never drawn."""
+    negatives = row.get("neg")
+    used = exclude_equal(negatives, (row["query"], *row["pos"])) if negatives else ()
+    return ["negatives equal to the query, to a positive or to each other"] * (len(negatives or ()) - len(used))
 
 
 def _check_text_list(row: Row, field: str, is_required: bool) -> str | None:
@@ -96,9 +103,17 @@ def check_label(row: Row) -> str | None:
     if problem := _check_text_field(row, "text"):
         return problem
     label = row.get("label")
-    if is_text(label) or isinstance(label, int):
+    if label is None or is_text(label) or isinstance(label, int):
         return None
     return _describe_field_problem(row, "label", "a non-empty string or an integer")
+
+
+NO_LABEL_REASON = "rows without a label"
+
+
+def find_label_drops(row: Row) -> list[str]:
+    """Return a reason if a (text, label) row is left out."""
+    return [NO_LABEL_REASON] if row.get("label") is None else []
 
 
 def check_scored(row: Row) -> str | None:
@@ -116,7 +131,7 @@ def check_nli(row: Row) -> str | None:
     premise, hypothesis = get_nli_fields(row)
     if problem := _check_text_field(row, premise) or _check_text_field(row, hypothesis):
         return problem
-    label = row.get("label")
+    label = row.get("label", NLI_LABELS["-"])
     if isinstance(label, str | int) and not isinstance(label, bool) and label in {*NLI_LABELS, *NLI_LABELS.values()}:
         return None
     return _describe_field_problem(row, "label", "entailment, neutral or contradiction, or 0, 1 or 2 (-1: no label)")
@@ -204,11 +219,3 @@ def _is_encodable(row: Row) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def hash_text(text: str) -> np.ndarray:
-    """Return the 64-bit BLAKE2b hash of a text, as uint32 [2].
-
-    Equal texts are recognized by it across a global batch.
-    """
-    return np.frombuffer(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), np.uint32)

@@ -10,14 +10,16 @@ from pathlib import Path
 import numpy as np
 
 from jaxembed.config import DataConfig, SourceConfig
-from jaxembed.config.fields import LARGEST
+from jaxembed.config.fields import MAX_INTEGER
 from jaxembed.config.spec import FewShotExample
 from jaxembed.data.beir import BeirPairRows
+from jaxembed.data.columns import parse_content, rename_columns
 from jaxembed.data.containers import Container, is_beir_folder, open_container
 from jaxembed.data.documents import DocumentSampler, document_schema
+from jaxembed.data.equality import normalize_text
 from jaxembed.data.labels import LabelSampler
 from jaxembed.data.nli import NLI_SCHEMA, NliPairRows
-from jaxembed.data.rows import IndexedRows, RowSchema, build_row, scan_with_progress
+from jaxembed.data.rows import IndexedRows, RowSchema, scan_with_progress
 from jaxembed.data.sampling import ExampleSampler, PairSampler, ScoredPairSampler, TextSampler
 from jaxembed.data.schema import (
     NLI_LABELS,
@@ -28,6 +30,8 @@ from jaxembed.data.schema import (
     check_pair,
     check_scored,
     check_text,
+    find_label_drops,
+    find_pair_drops,
     list_fields,
 )
 from jaxembed.data.shuffle import make_key, permute_indices
@@ -36,9 +40,9 @@ from jaxembed.errors import UserError
 ROW_SCHEMAS = {
     schema.name: schema
     for schema in (
-        RowSchema("pairs", check_pair, lambda row: len(row["pos"])),
+        RowSchema("pairs", check_pair, lambda row: len(row["pos"]), find_pair_drops),
         RowSchema("scored_pairs", check_scored, lambda row: row["score"]),
-        RowSchema("labels", check_label, lambda row: str(row["label"])),
+        RowSchema("labels", check_label, lambda row: str(row["label"]) if "label" in row else None, find_label_drops),
         NLI_SCHEMA,
         RowSchema("text", check_text),
         RowSchema("documents", check_document),  # for checks alone; `document_schema` has the index value for a source
@@ -74,7 +78,7 @@ class Source:
     row_count: int
 
     def __len__(self) -> int:
-        return min(len(self.sampler), self.config.max_examples or LARGEST)
+        return min(len(self.sampler), self.config.max_examples or MAX_INTEGER)
 
     def iter_pairs(self, seed: int = 0, max_texts: int | None = None) -> Iterator[Row]:
         """Yield every used example as rows of the main format, in order (see `ExampleSampler.iter_pairs`)."""
@@ -125,7 +129,7 @@ class Source:
         few_shot_examples = (
             FewShotExample(other.instruction or instruction, other.query, other.positive)
             for other in others
-            if other.query != query
+            if normalize_text(other.query) != normalize_text(query)
         )
         return tuple(islice(few_shot_examples, count))
 
@@ -170,7 +174,7 @@ def open_source(config: SourceConfig, cache: Path) -> Source:
     elif format_name == "text":
         sampler = TextSampler(rows)
     else:
-        sampler = PairSampler(rows, int(rows.max_value))
+        sampler = PairSampler(rows, int(rows.max_value), rows.drop_counts)
     return Source(
         config=config,
         name=config.display_name,
@@ -178,7 +182,7 @@ def open_source(config: SourceConfig, cache: Path) -> Source:
         in_batch=format_name != "labels" if config.in_batch_negatives is None else config.in_batch_negatives,
         digest=rows.digest,
         format=format_name,
-        row_count=len(rows) if isinstance(rows, IndexedRows) else rows.row_count,
+        row_count=rows.row_count,
     )
 
 
@@ -186,7 +190,7 @@ def open_rows(config: SourceConfig, cache: Path) -> tuple[str, IndexedRows | Bei
     """Open and check the rows of a source. Return the format and the rows."""
     format_name, container = open_source_container(config)
     if container is None:
-        return format_name, BeirPairRows(Path(config.path))
+        return format_name, BeirPairRows(Path(config.path), config.split)
     schema = document_schema(config) if format_name == "documents" else ROW_SCHEMAS[format_name]
     rows = IndexedRows(container, schema, cache, config.columns)
     return format_name, NliPairRows(rows) if format_name == "nli" else rows
@@ -203,13 +207,16 @@ def open_source_container(config: SourceConfig) -> tuple[str, Container | None]:
         if config.columns:
             raise UserError(f"{config.path}: a BEIR folder has fixed fields. Remove `columns`.")
         return "beir", None
+    if config.split:
+        raise UserError(f"{config.path}: split names a split of a BEIR folder, but this is none. Remove split.")
     container = open_container(config.path)
     if config.format != "auto":
         return config.format, container
     if config.pair_templates:
         return "documents", container
     _, where, content = next(scan_with_progress(container))
-    return _detect_schema(build_row(content, where, config.columns), where, {*config.columns}), container
+    row = rename_columns(parse_content(content, where), config.columns)
+    return _detect_schema(row, where, {*config.columns}), container
 
 
 def _detect_schema(row: Row, where: str, renamed_fields: Set[str]) -> str:

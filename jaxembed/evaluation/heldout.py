@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from jaxembed.config import EvalSetConfig
-from jaxembed.data.beir import open_beir
+from jaxembed.data.beir import EVALUATION_SPLITS, open_beir
 from jaxembed.data.containers import open_container
 from jaxembed.data.rows import IndexedRows
 from jaxembed.data.sampling import iter_rows
@@ -50,14 +50,15 @@ class RetrievalSet:
         config: The config section of the set.
         queries: Texts of the queries.
         corpus: Texts of the documents.
-        relevant: For each query, the grade of each relevant document by its index in the corpus.
+        relevant: For each query, the relevance of each relevant document by its index in the corpus. Negative indices are
+            documents that the corpus lacks.
         metric: Name of the main score.
     """
 
     config: EvalSetConfig
     queries: Sequence[str]
     corpus: Sequence[str]
-    relevant: Sequence[dict[int, int]]
+    relevant: Sequence[dict[int, float]]
     metric: str = "ndcg_at_10"
 
     def score(self, encode: Encode) -> dict[str, float]:
@@ -116,7 +117,7 @@ def open_held_out_sets(configs: Sequence[EvalSetConfig], cache: Path) -> list[He
 
 
 def _read_retrieval_set(config: EvalSetConfig) -> RetrievalSet:
-    beir = open_beir(Path(config.path), ("test", "dev", "train"))
+    beir = open_beir(Path(config.path), EVALUATION_SPLITS, config.split)
     queries = [beir.query_text(i) for i in range(len(beir.query_rows))]
     corpus = [beir.document_text(row) for row in range(len(beir.corpus))]
     return RetrievalSet(config, queries, corpus, beir.relevant)

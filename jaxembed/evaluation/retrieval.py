@@ -10,11 +10,11 @@ from jaxtyping import Float, Int
 Encode = Callable[[Sequence[str], str], np.ndarray]  # (texts, instruction) -> vectors [N, D]
 
 
-def ndcg(relevant: Sequence[Mapping[int, int]], ranked: Int[np.ndarray, "q k"]) -> float:
-    """Return the mean nDCG@k with the grade as gain, as in trec_eval and BEIR.
+def ndcg(relevant: Sequence[Mapping[int, float]], ranked: Int[np.ndarray, "q k"]) -> float:
+    """Return the mean nDCG@k with the relevance, which may be a fraction, as gain, as in trec_eval and BEIR.
 
     Args:
-        relevant: For each query, the grade of each relevant document.
+        relevant: For each query, the relevance of each relevant document.
         ranked: Documents of each query, best first.
     """
     discounts = 1 / np.log2(np.arange(ranked.shape[1]) + 2)
@@ -26,7 +26,7 @@ def ndcg(relevant: Sequence[Mapping[int, int]], ranked: Int[np.ndarray, "q k"]) 
     return float(np.mean(scores))
 
 
-def recall(relevant: Sequence[Mapping[int, int]], ranked: Int[np.ndarray, "q k"]) -> float:
+def recall(relevant: Sequence[Mapping[int, float]], ranked: Int[np.ndarray, "q k"]) -> float:
     """Return the mean recall@k: the share of a query's relevant documents that are among its first k."""
     shares = [len(grades.keys() & set(rows.tolist())) / len(grades) for grades, rows in zip(relevant, ranked, strict=True)]
     return float(np.mean(shares))

@@ -17,13 +17,15 @@ from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.data.batch import Batch, BatchBuilder, HostBatch
 from jaxembed.data.batch_plan import BatchPlan, ExampleIndex
 from jaxembed.data.batch_sampler import BatchSampler
+from jaxembed.data.equality import hash_text
 from jaxembed.data.pipeline import iter_batches
-from jaxembed.data.schema import Example, hash_text
+from jaxembed.data.schema import Example
 from jaxembed.data.shuffle import make_key, permute_indices
 from jaxembed.data.sources import Source
 from jaxembed.data.tokenize import TextTokenizer, append_eos
 from jaxembed.devices.mesh import all_shards
 from jaxembed.errors import UserError
+from jaxembed.losses.negatives import collect_text_info, in_batch_candidates, is_known_positive
 
 SPEC = EmbeddingSpec(max_length=24, instruction_template="I: {instruction} Q: ")
 
@@ -55,7 +57,7 @@ def sources(tmp_path: Path) -> list[Source]:
 
 def make_builder(sources: Sequence[Source], shards: int = 1, **options: Any) -> BatchBuilder:
     """Make a builder; options are those of `BatchSampler`."""
-    tokenizer = tiny.tokenizer(bos=True)
+    tokenizer = tiny.build_tokenizer(bos=True)
     append_eos(tokenizer)
     options = {"hard_negatives": 2, "seed": 0} | options
     sampler = BatchSampler(sources=sources, tokenizer=TextTokenizer(tokenizer, SPEC), **options)
@@ -288,11 +290,26 @@ def test_batch_describes_its_examples(sources: list[Source], shards: int) -> Non
     assert batch.label.tolist() == [example.label for example in examples]
     for i, example in enumerate(examples):
         known = {tuple(hashed) for hashed in batch.positive_hash[i] if hashed.any()}
-        assert known == {tuple(hash_text(text)) for text in example.positives}
+        assert known == {tuple(hash_text(text)) for text in (*example.positives, example.query)}
     assert host.useful_tokens == (batch.texts.segment_ids > 0).sum()
     assert host.padded_tokens == batch.texts.tokens.size
     assert batch.texts.tokens.shape[0] % shards == 0
     assert {array.dtype.name for array in (batch.query_slot, batch.doc_slot, batch.label, batch.source)} == {"int32"}
+
+
+def test_equal_texts_of_a_batch_are_never_negatives(tmp_path: Path) -> None:
+    rows = [
+        {"query": "first", "pos": ["same\n"]},  # the positive of the fourth row, but for its end
+        {"query": "second", "pos": ["First\u00a0"]},  # the first row's query
+        {"query": "FIRST ", "pos": ["other"]},  # the first row's query again
+        {"query": "fourth", "pos": ["Same"], "neg": ["fourth ", "wrong"]},
+    ]
+    build = make_builder([make_source(tmp_path, "a", rows)])
+    queries, documents = collect_text_info(build(0, np.arange(4)).batch)
+    queries, documents = queries.reshape(4, 1), jax.tree.map(lambda x: x[None, :, 0], documents)
+    mask = in_batch_candidates(queries, documents) & ~is_known_positive(queries, documents)
+    assert np.asarray(mask).astype(int).tolist() == [[0, 0, 0, 0], [1, 0, 1, 1], [0, 0, 0, 1], [0, 1, 1, 0]]
+    assert build.sampler.sample(0, np.array([3]))[0].negatives == ("wrong",)
 
 
 @pytest.mark.parametrize("shards", [1, 8])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -111,17 +112,29 @@ def test_the_fields_of_a_row_do_not_replace_a_missing_column(tmp_path: Path) -> 
     for field, column, message in [
         ("query", "quest", '"query" is missing; expected a non-empty string; the row has answer, query, pos, neg'),
         ("neg", "wrong", r"no row has the column 'wrong', .* for neg \(the first row has answer, query, pos"),
-        ("pos", "answer", '"pos" contains null; expected non-empty strings'),
+        ("pos", "answer", '"pos" is missing; expected a list of non-empty strings'),
     ]:
         with pytest.raises(UserError, match=message):
             open_source_path(tmp_path / "a.jsonl", tmp_path, columns={field: column})
 
 
-def test_a_null_is_an_absent_field(tmp_path: Path) -> None:
-    write_parquet(
-        tmp_path / "a.parquet", [{"query": "q", "pos": ["p"], "neg": None}, {"query": "r", "pos": ["p"], "neg": ["n"]}]
-    )
-    assert open_rows(tmp_path / "a.parquet")[0] == {"query": "q", "pos": ["p"]}
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_a_null_is_an_absent_field(tmp_path: Path, suffix: str) -> None:
+    absent = dict.fromkeys(("neg", "prompt", "pos_scores", "neg_scores"))
+    rows = [{"query": "q", "pos": ["p"], **absent}, {"query": "r", "pos": ["p"], "neg": ["n"], "prompt": "i"}]
+    WRITERS[suffix](tmp_path / f"a{suffix}", rows)
+    assert open_rows(tmp_path / f"a{suffix}")[0] == {"query": "q", "pos": ["p"]}
+    example = open_source_path(tmp_path / f"a{suffix}", tmp_path).draw(0, np.random.default_rng(0), 2)
+    assert (example.negatives, example.instruction, example.teacher_scores) == ((), "", ())
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_a_first_row_with_nulls_does_not_change_the_format(tmp_path: Path, suffix: str) -> None:
+    rows = [{"text": f"t{i}", "label": None if i == 0 else "ab"[i % 2]} for i in range(5)]
+    WRITERS[suffix](tmp_path / f"a{suffix}", rows)
+    source = open_source_path(tmp_path / f"a{suffix}", tmp_path)
+    assert (source.format, len(source), source.row_count) == ("labels", 4, 5)
+    assert source.sampler.drop_counts == {"rows without a label": 1}
 
 
 def test_dropped_row_groups_are_decoded_again(
@@ -151,6 +164,62 @@ def test_hugging_face_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         open_source_path(tmp_path / "saved", tmp_path)
     with pytest.raises(UserError, match=r'cannot be loaded \(Unknown split "test"'):
         open_source_path(f"hf:{tmp_path / 'parquet'}:test", tmp_path)
+
+
+@pytest.mark.parametrize("form", ["numpy", "torch", None])
+def test_the_stored_format_of_a_saved_dataset_is_cleared(tmp_path: Path, form: str | None) -> None:
+    datasets.Dataset.from_list(PAIRS).with_format(form).save_to_disk(tmp_path / "saved")
+    rows = open_rows(tmp_path / "saved")
+    assert [rows[i] for i in range(3)] == PAIRS[:3]
+
+
+def write_class_labels(folder: Path, labels: Sequence[Any], suffix: str) -> Path:
+    """Write texts with class labels as a saved dataset, or as rows whose labels are numbers."""
+    rows = [{"text": f"t{i}", "label": label} for i, label in enumerate(labels)]
+    if suffix:
+        WRITERS[suffix](folder / f"a{suffix}", rows)
+        return folder / f"a{suffix}"
+    classes = datasets.ClassLabel(names=["bad", "good"])
+    datasets.Dataset.from_list(rows).cast_column("label", classes).save_to_disk(folder / "saved")
+    return folder / "saved"
+
+
+@pytest.mark.parametrize("suffix", ["", *WRITERS])
+@pytest.mark.parametrize("labels", [[-1, 0, 1, 0, 1], [0, 1, -1, -1, 0, 1], [None, 1, 0]])
+def test_rows_without_a_class_are_left_out_and_counted(tmp_path: Path, labels: Sequence[Any], suffix: str) -> None:
+    source = open_source_path(write_class_labels(tmp_path, labels, suffix), tmp_path)
+    classed = [i for i, label in enumerate(labels) if label in (0, 1)]
+    examples = [source.draw(i, np.random.default_rng(0), 5) for i in range(len(source))]
+    assert [example.query for example in examples] == [f"t{i}" for i in classed]
+    assert all(len(example.negatives) == 1 for example in examples)  # the other class, and none for absent labels
+    assert (sum(source.sampler.drop_counts.values()), source.row_count) == (len(labels) - len(classed), len(labels))
+
+
+def test_minus_one_is_a_label_where_it_cannot_mean_none(tmp_path: Path) -> None:
+    path = write_class_labels(tmp_path, [-1, 1, -1, 1], ".jsonl")
+    assert len(open_source_path(path, tmp_path)) == 4
+    path = write_class_labels(tmp_path, [-1, 0, 1, 1], ".jsonl")
+    named = open_source_path(path, tmp_path, label_names={"-1": "bad", "0": "fair", "1": "good"}, label_documents="labels")
+    assert len(named) == 4 and named.sampler.drop_counts == {}
+    many = write_class_labels(tmp_path, [2, -1, 0, 1, 1, 0, -1, 2], ".jsonl")
+    source = open_source_path(many, tmp_path)  # examples are documents
+    drawn = [source.draw(i, np.random.default_rng(seed), 4) for i in range(len(source)) for seed in range(9)]
+    texts = {text for example in drawn for text in (example.query, example.positive, *example.negatives)}
+    assert texts == {"t0", "t2", "t3", "t4", "t5", "t7"}
+
+
+def test_entailment_rows_without_a_class_are_left_out_and_counted(tmp_path: Path) -> None:
+    names = ["entailment", "neutral", "contradiction"]
+    labels = [-1, 0, 2, 1, -1]
+    rows = [{"premise": f"p{i // 3}", "hypothesis": f"h{i}", "label": label} for i, label in enumerate(labels)]
+    dataset = datasets.Dataset.from_list(rows).cast_column("label", datasets.ClassLabel(names=names))
+    dataset.save_to_disk(tmp_path / "saved")
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    write_jsonl(tmp_path / "b.jsonl", [{**row, "label": None if row["label"] < 0 else row["label"]} for row in rows])
+    for name in ("saved", "a.jsonl", "b.jsonl"):
+        source = open_source_path(tmp_path / name, tmp_path)
+        assert list(source.iter_pairs()) == [{"query": "p0", "pos": ["h1"], "neg": ["h2"]}]
+        assert source.sampler.drop_counts["rows without a label"] == 2
 
 
 def test_hugging_face_names_with_a_config_and_a_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,15 +328,17 @@ def test_files_of_one_source_must_match(tmp_path: Path) -> None:
     write_parquet(folder / "a.parquet", PAIRS)
     with pytest.raises(UserError, match=r"found files of several types \(.jsonl, .parquet\)"):
         open_rows(folder)
-    (tmp_path / "a.csv").touch()
-    with pytest.raises(UserError, match=r"unsupported file type .csv; expected one of .jsonl, .txt, .parquet, .array_record$"):
-        open_rows(tmp_path / "a.csv")
+    (tmp_path / "a.xlsx").touch()
+    known = ".jsonl, .ndjson, .json, .txt, .csv, .tsv, .parquet, .array_record"
+    with pytest.raises(UserError, match=rf"unsupported file type .xlsx; expected one of {known}$"):
+        open_rows(tmp_path / "a.xlsx")
     with pytest.raises(UserError, match=r"absent-\*.jsonl: no such file or folder$"):
         open_rows(tmp_path / "absent-*.jsonl")
 
 
 def test_an_index_is_built_once_per_version_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, cache = tmp_path / "a.jsonl", tmp_path / "cache"
+    monkeypatch.setattr(rows_module, "FILE_CLOCK_TICK_NS", -(10**9))  # an index may be as young as its file
     write_jsonl(path, PAIRS)
     os.utime(path, ns=(10**18, 10**18))
     scans = []
@@ -290,6 +361,34 @@ def test_an_index_is_built_once_per_version_of_a_file(tmp_path: Path, monkeypatc
             index.write_bytes(content)
             assert open_rows(path, cache)[25] == longer[25]
     assert not list((cache / "rows").glob("unfinished*"))
+
+
+def test_an_edit_in_place_is_noticed_whatever_its_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows_module, "FILE_CLOCK_TICK_NS", -(10**9))
+    path = tmp_path / "a.jsonl"
+    write_jsonl(path, PAIRS)
+    os.utime(path, ns=(10**18, 10**18))
+    before = open_rows(path, tmp_path).digest
+    time.sleep(0.02)  # a tick of the file system's clock
+    path.write_text(path.read_text().replace("é 7", "é X"))
+    os.utime(path, ns=(10**18, 10**18))
+    assert path.stat().st_mtime_ns == 10**18
+    assert open_rows(path, tmp_path).digest == open_rows(path).digest != before
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".txt", ".csv", ".parquet"])
+def test_a_file_that_is_truncated_while_in_use_is_an_error(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    if suffix in WRITERS:
+        WRITERS[suffix](path, LABELS * 400)
+    else:
+        path.write_text("text,label\n" + "some text,a\n" * 8000)
+    container = open_container(str(path))
+    *_, (last, _, content) = container.scan()
+    assert container.read(last) == content
+    os.truncate(path, 100)
+    with pytest.raises(UserError, match=rf"a{suffix}: (changed while it was in use|row \d+ or a later row is damaged)"):
+        container.read(container.address_limit // 2 if suffix == ".parquet" else 0)
 
 
 def test_an_index_as_young_as_its_file_is_rebuilt(tmp_path: Path) -> None:

@@ -6,15 +6,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import pytrec_eval
 
 from helpers.sources import LABEL_ROWS, PAIR_ROWS, SCORED_ROWS, draw_examples, open_source_file, write_jsonl
-from jaxembed.config import SourceConfig
+from jaxembed.config import EvalSetConfig, SourceConfig
+from jaxembed.data.batch_plan import BatchPlan
 from jaxembed.data.beir import open_beir, write_beir
 from jaxembed.data.containers import open_container
 from jaxembed.data.rows import IndexedRows
-from jaxembed.data.schema import hash_text
 from jaxembed.data.sources import ROW_SCHEMAS, detect_format
 from jaxembed.errors import UserError
+from jaxembed.evaluation.heldout import open_held_out_sets
+from jaxembed.evaluation.retrieval import ndcg, recall
 
 
 @pytest.mark.parametrize(
@@ -75,7 +78,7 @@ GOOD_LINE = b'{"query": "q", "pos": ["p"]}\n'
         (b"", ": contains no rows"),
         (b"\n \n", ": contains no rows"),
         (b'{"title": "t"}', ":1: unknown format (the row has title; expected query and pos, text and label"),
-        (b'{"text": "t", "label": "a"}\n{"text": "t"}', ':2: "label" is missing; expected a non-empty string or an integer'),
+        (b'{"text": "t", "label": null}\n{"text": "t"}', ": no row can be used (rows without a label: 2)"),
         (b'{"text": "t", "label": "a"}\n{"text": "t", "label": 1.5}', ':2: "label" is 1.5; expected a non-empty string or'),
         (b'{"text": "t", "label": "a"}\n{"text": "t", "label": " "}', ":2: \"label\" is ' '; expected a non-empty string or"),
         (b'{"text": "t", "label": "a"}\n{"text": " ", "label": "a"}', ":2: \"text\" is ' '; expected a non-empty string"),
@@ -83,11 +86,11 @@ GOOD_LINE = b'{"query": "q", "pos": ["p"]}\n'
         (b'{"sentence1": "a", "score": 1}', ':1: "sentence2" is missing'),
         (b'{"sentence1": "a", "sentence2": "b", "score": NaN}', ':1: "score" is nan; expected a finite number'),
         (b'{"sentence1": "a", "sentence2": "b", "score": "5"}', ":1: \"score\" is '5'; expected a finite number"),
-        (b'{"sentence1": "a", "sentence2": "b", "score": null}', ':1: "score" is null; expected a finite number'),
+        (b'{"sentence1": "a", "sentence2": "b", "score": null}', ':1: "score" is missing; expected a finite number'),
         (b'{"sentence1": "a", "sentence2": "b", "score": 1' + b"0" * 400 + b"}", ':1: "score" is a number of about 400 digits'),
         (
             b'{"sentence1": "a", "sentence2": "b", "score": 1}',
-            ": no pair has a score of 4.0 or more. Lower the source's min_score.",
+            ": no pair has a score of 4.0 or more (the scores go from 1 to 1). Lower the source's min_score.",
         ),
     ],
 )
@@ -105,7 +108,7 @@ def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
         open_source_file(tmp_path / "absent.jsonl")
     with pytest.raises(UserError, match=r"^/.*/absent.jsonl: no such file or folder$"):
         open_source_file(tmp_path / "absent.jsonl", format="pairs")
-    with pytest.raises(UserError, match=r"found no data files; expected one of .jsonl, .txt, .parquet"):
+    with pytest.raises(UserError, match=r"found no data files; expected one of .jsonl, .ndjson, .json, .txt"):
         open_source_file(tmp_path, format="pairs")
 
 
@@ -196,6 +199,33 @@ def test_scored_pairs_above_the_threshold_are_drawn_in_both_directions(tmp_path:
     assert len(open_source_file(path)) == 2
 
 
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ([0, 3, 60, 100], "the scores go from 0 to 100, but min_score is 4.0, the default for scores from 0 to 5. Set"),
+        ([1, 10], "the scores go from 1 to 10, but min_score is 4.0"),
+        ([0, 0.5, 1], "no pair has a score of 4.0 or more (the scores go from 0 to 1). Lower the source's min_score."),
+        ([-1, 0, 1], "no pair has a score of 4.0 or more (the scores go from -1 to 1). Lower"),
+    ],
+)
+def test_scores_that_do_not_fit_the_default_are_refused(tmp_path: Path, scores: list[float], message: str) -> None:
+    rows = [{"sentence1": f"a{i}", "sentence2": f"b{i}", "score": score} for i, score in enumerate(scores)]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(UserError) as error:
+        open_source_file(path)
+    assert message in str(error.value)
+    assert len(open_source_file(path, min_score=max(scores))) == 1
+
+
+def test_a_minimum_below_all_scores_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", SCORED_ROWS)
+    assert len(open_source_file(path, min_score=0)) == 6
+    assert "every pair is a positive, because the scores go from 0 to 5 and min_score is 0" in caplog.text
+    caplog.clear()
+    open_source_file(path)
+    assert not caplog.messages
+
+
 def test_in_batch_negatives_are_off_by_default_for_labels(tmp_path: Path) -> None:
     labels, pairs = write_jsonl(tmp_path / "l", LABEL_ROWS), write_jsonl(tmp_path / "p", PAIR_ROWS)
     assert (open_source_file(labels).in_batch, open_source_file(pairs).in_batch) == (False, True)
@@ -246,12 +276,64 @@ def test_a_beir_document_without_text_is_not_a_positive(tmp_path: Path) -> None:
         open_source_file(tmp_path)
 
 
-def test_the_first_existing_split_is_read(tmp_path: Path) -> None:
+def test_the_split_is_named_or_the_first_that_exists(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     write_beir_folder(tmp_path, "test")
     assert len(open_beir(tmp_path, ("dev", "test")).query_rows) == 2
-    (tmp_path / "qrels" / "dev.tsv").write_text("query-id\tcorpus-id\tscore\nq2\td2\t1\n")
+    assert caplog.messages == [f"{tmp_path}: uses qrels/test.tsv, the first that exists of dev, test"]
+    (tmp_path / "qrels" / "dev.tsv").write_text(f"{HEADER}\nq2\td2\t1\n")
     beir = open_beir(tmp_path, ("dev", "test"))
     assert (beir.query_text(0), beir.relevant, beir.document_text(0)) == ("second", [{1: 1}], "Title one")
+    assert "uses qrels/dev.tsv, the first that exists of dev, test; also there: test. Set split to choose" in caplog.text
+    caplog.clear()
+    assert open_beir(tmp_path, ("dev", "test"), "test").split == "test" and not caplog.messages
+    with pytest.raises(UserError, match=r"qrels/train.tsv is missing; .* \(found dev, test\)\. Set split to one of them$"):
+        open_beir(tmp_path, ("dev", "test"), "train")
+
+
+def test_training_and_evaluation_read_the_split_that_is_named(tmp_path: Path) -> None:
+    write_beir_folder(tmp_path, "dev")
+    (tmp_path / "qrels" / "test.tsv").write_text(f"{HEADER}\nq2\td2\t1\n")
+    sets = {split: EvalSetConfig(name="s", path=str(tmp_path), split=split) for split in ("", "dev", "test")}
+    scored: dict[str, Any] = {split: open_held_out_sets([one], tmp_path)[0] for split, one in sets.items()}
+    assert [scored[split].queries for split in sets] == [["second"], ["third", "first"], ["second"]]
+    sources = {split: open_source_file(tmp_path, split=split) for split in sets}
+    assert [len(source) for source in sources.values()] == [2, 2, 1]
+    assert sources[""].digest == sources["dev"].digest != sources["test"].digest
+    plans = [BatchPlan([sources[split]], 1, 0).hash for split in ("", "dev")]
+    assert plans[0] == plans[1]  # runs from before the key was known resume
+    with pytest.raises(UserError, match=r"a.jsonl: split names a split of a BEIR folder, but this is none\. Remove split\."):
+        open_source_file(write_jsonl(tmp_path / "a.jsonl", PAIR_ROWS), split="dev")
+
+
+def test_fractional_relevance_is_a_gain(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_beir_folder(tmp_path, "test")
+    (tmp_path / "qrels" / "test.tsv").write_text(f"{HEADER}\nq1\td1\t0.9\nq1\td2\t0.5\nq2\td2\t0.4\nq3\td3\t1.0\nq3\td1\t0.0")
+    beir = open_beir(tmp_path, ("test",))
+    assert beir.relevant == [{0: 0.9, 1: 0.5}, {1: 0.4}, {2: 1}]
+    ranked = np.array([[1, 0], [1, 2], [0, 1]])
+    first = (0.5 + 0.9 / np.log2(3)) / (0.9 + 0.5 / np.log2(3))
+    assert ndcg(beir.relevant, ranked) == pytest.approx((first + 1 + 0) / 3, abs=1e-12)
+    assert len(open_source_file(tmp_path)) == 3
+    assert "qrels/test.tsv has fractional scores, from 0.4 to 1; every document above 0 is trained on" in caplog.text
+
+
+def test_judgments_of_absent_documents_are_counted_and_cost_recall(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    qrels = write_beir_folder(tmp_path, "test") / "qrels" / "test.tsv"
+    qrels.write_text(f"{HEADER}\nq1\td1\t1\n" + "".join(f"q1\tx{i}\t1\n" for i in range(5)) + "q2\tx0\t1\nq9\td1\t1\n")
+    beir = open_beir(tmp_path, ("test",))
+    assert beir.relevant == [{0: 1, -1: 1, -2: 1, -3: 1, -4: 1, -5: 1}, {-1: 1}]
+    listed = "'x0' (line 3), 'x1' (line 4), 'x2' (line 5), ...; they count as relevant documents that no search finds"
+    assert f"{qrels}: 5 ids are not in {tmp_path}/corpus.jsonl: {listed}" in caplog.text
+    assert "1 ids are not in" in caplog.text and "'q9' (line 9); their judgments are left out" in caplog.text
+    ranked = np.array([[0, 1], [1, 2]])
+    theirs = pytrec_eval.RelevanceEvaluator(
+        {"q1": {"d0": 1} | {f"x{i}": 1 for i in range(5)}, "q2": {"x0": 1}}, {"ndcg_cut.2", "recall.2"}
+    ).evaluate({q: {"d0": 2.0, "d1": 1.0} if q == "q1" else {"d1": 2.0, "d2": 1.0} for q in ("q1", "q2")})
+    assert ndcg(beir.relevant, ranked) == pytest.approx(np.mean([one["ndcg_cut_2"] for one in theirs.values()]))
+    assert recall(beir.relevant, ranked) == pytest.approx(np.mean([one["recall_2"] for one in theirs.values()]))
+    source = open_source_file(tmp_path)
+    assert list(source.iter_pairs()) == [{"query": "first", "pos": ["Title one"]}]
 
 
 def test_a_written_beir_folder_is_read_back(tmp_path: Path) -> None:
@@ -281,14 +363,14 @@ def test_the_digest_of_a_beir_folder_depends_on_every_file(tmp_path: Path) -> No
         ("qrels/train.tsv", f"{HEADER}\nq1 d1 1", "train.tsv:2: expected query-id, .* tabs .found 'q1 d1 1'"),
         ("qrels/train.tsv", f"{HEADER}\n\nq1\td1\tx", "train.tsv:3: expected query-id, corpus-id, score"),
         ("qrels/train.tsv", f"{HEADER}\nq1\td1\tinf", "train.tsv:2: expected query-id, corpus-id, score"),
-        ("qrels/train.tsv", f"{HEADER}\nq1\td9\t1", "train.tsv:2: id 'd9' is not in .*corpus.jsonl"),
-        ("qrels/train.tsv", f"{HEADER}\nq9\td1\t1", "train.tsv:2: id 'q9' is not in .*queries.jsonl"),
+        ("qrels/train.tsv", f"{HEADER}\nq1\td1\tnan", "train.tsv:2: expected query-id, corpus-id, score"),
+        ("qrels/train.tsv", f"{HEADER}\nq9\td1\t1", "train.tsv: no query has a relevant document"),
         ("qrels/train.tsv", f"{HEADER}\nq1\td1\t0", "train.tsv: no query has a relevant document"),
         ("qrels/train.tsv", HEADER.encode() + b"\n\xff", "train.tsv: not valid UTF-8"),
         ("corpus.jsonl", '{"_id": "d1", "text": "a"}\n\n' * 2, "corpus.jsonl:3: duplicate _id 'd1' .first in .*corpus.jsonl:1"),
         ("corpus.jsonl", '{"_id": "d1"}', 'corpus.jsonl:1: "text" is missing'),
         ("corpus.jsonl", '{"_id": 1, "text": "a"}', 'corpus.jsonl:1: "_id" is 1; expected a non-empty string'),
-        ("corpus.jsonl", '{"_id": "d1", "text": "a", "title": null}', 'corpus.jsonl:1: "title" is null; expected a string'),
+        ("corpus.jsonl", '{"_id": "d1", "text": "a", "title": 1}', 'corpus.jsonl:1: "title" is 1; expected a string'),
         ("queries.jsonl", '{"_id": "q1", "text": ""}', "queries.jsonl:1: \"text\" is ''; expected a non-empty string"),
         ("queries.jsonl", None, "queries.jsonl: no such file"),
         ("qrels/train.tsv", None, "qrels/train.tsv is missing; expected it next to corpus.jsonl and queries.jsonl"),
@@ -299,13 +381,6 @@ def test_beir_errors_name_the_file(tmp_path: Path, name: str, content: str | byt
     path.unlink() if content is None else path.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(UserError, match=message):
         open_source_file(tmp_path)
-
-
-def test_only_equal_texts_have_equal_hashes() -> None:
-    texts = ["", "a", "b", "ab", "é", "e\u0301", " a"]
-    assert len({tuple(hash_text(text)) for text in texts}) == len(texts)
-    assert np.array_equal(hash_text("é"), hash_text("é"))
-    assert hash_text("a").dtype == np.uint32 and hash_text("a").shape == (2,)
 
 
 def test_qrels_without_a_header_keep_every_judgment(tmp_path: Path) -> None:
