@@ -1,51 +1,107 @@
-"""Encode every line of a file into a vector.
+"""Encode every line of a text file, or every row of another file, into a vector.
 
-Usage: python -m jaxembed.encode MODEL IN.jsonl|IN.txt OUT.npy
+Usage: python -m jaxembed.encode MODEL IN OUT.npy
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import shutil
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+import numpy as np
+from tqdm import tqdm
 
 from jaxembed import cli
 from jaxembed.errors import UserError
-from jaxembed.files import atomic_write, decode
+from jaxembed.files import atomic_write, decode, exists
 
-LINES_PER_BATCH = 4096
+TEXTS_PER_BATCH, CHARS_PER_BATCH = 4096, 2**22  # a batch ends at whichever comes first
+MAX_INPUT_CHARS = 1_000_000  # longer texts are cut before they are tokenized, which takes about 100 bytes per character
+log = logging.getLogger("jaxembed")
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the output, the number of its vectors, and their width."""
-    source, out = Path(args.input), cli.new_output(args.out)
+    """Encode the texts of IN. Return the path of OUT, the number of its vectors, and their width."""
+    source, out = args.input, cli.prepare_new_output(args.out)
     if args.examples and not args.instruction:
         raise UserError("--examples: in-context examples need an instruction. Add --instruction.")
     examples = read_examples(Path(args.examples)) if args.examples else []
-    count = sum(1 for _ in read_texts(source, args.field))
-    if not count:
-        raise UserError(f"{source}: the file has no lines")
-    import numpy as np
-    from tqdm import tqdm
+    # A pipe can be read only once. Anything else is read and checked before the model is loaded.
+    count = None if is_pipe(source) else sum(1 for _ in read_texts(source, args.field))
+    if count == 0:
+        raise UserError(f"{source}: has no texts")
 
-    embedder = cli.load_model(args.model, dtype=args.dtype, **cli.model_options(args))
+    embedder = cli.load_model(args.model, dtype=args.dtype, **cli.get_model_options(args))
     options = {name: getattr(args, name) for name in ("instruction", "prompt_name", "dim", "long_texts")}
     options["examples"] = examples
     width = embedder.encode([], **options).shape[1]  # checks the options before anything is written
-    _check_disk_space(out, 4 * count * width)
+    _check_disk_space(out, 4 * (count or 0) * width)
+    parts = (embedder.encode(texts, **options) for texts in group_texts(read_texts(source, args.field)))
     with atomic_write(out) as partial:
-        vectors = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=(count, width))
-        lines, done = read_texts(source, args.field), 0
-        with tqdm(total=count, unit="text") as bar:
-            while texts := list(islice(lines, LINES_PER_BATCH)):
-                vectors[done : done + len(texts)] = embedder.encode(texts, **options)
-                done += len(texts)
-                bar.update(len(texts))
-        vectors.flush()
-    return {"out": str(out), "vectors": count, "width": width}
+        written = write_vectors(partial, out, parts, width, count)
+        if not written:
+            raise UserError(f"{source}: has no texts")
+        if count not in (None, written):
+            raise UserError(f"{source}: changed while it was read ({count:,} texts, then {written:,}). Run the command again.")
+    return {"out": str(out), "vectors": written, "width": width}
+
+
+def is_pipe(source: str) -> bool:
+    """Return whether an input is a pipe or a device, such as /dev/stdin, which can be read only once."""
+    path = Path(source)
+    return exists(path) and not path.is_file() and not path.is_dir()
+
+
+def group_texts(texts: Iterator[str]) -> Iterator[list[str]]:
+    """Yield the texts in lists of at most `TEXTS_PER_BATCH`, of about `CHARS_PER_BATCH` characters at most."""
+    batch: list[str] = []
+    chars = 0
+    for text in texts:
+        batch.append(text)
+        chars += len(text)
+        if len(batch) == TEXTS_PER_BATCH or chars >= CHARS_PER_BATCH:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
+
+
+def write_vectors(partial: Path, out: Path, parts: Iterable[np.ndarray], width: int, count: int | None) -> int:
+    """Write vectors to a .npy file, one part after the other, and return their number.
+
+    Nothing is mapped into memory, so that a full disk is an error and not a SIGBUS.
+
+    Args:
+        partial: The file to write.
+        out: The name that errors give it.
+        parts: Vectors, float32 [n, width] each.
+        width: Width of the vectors.
+        count: Expected number of vectors, for the progress bar. None: unknown.
+    """
+    written = 0
+    try:
+        with partial.open("wb") as file, tqdm(total=count, unit="text") as bar:
+            # The header has a fixed length, and is written again when the number of vectors is known.
+            _write_header(file, 0, width)
+            for part in parts:
+                file.write(np.ascontiguousarray(part, "<f4").tobytes())
+                written += len(part)
+                bar.update(len(part))
+            file.seek(0)
+            _write_header(file, written, width)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror}). Free space, or name another output.") from None
+    return written
+
+
+def _write_header(file: IO[bytes], count: int, width: int) -> None:
+    np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (count, width)})
 
 
 def _check_disk_space(out: Path, needed: int) -> None:
@@ -76,35 +132,93 @@ def read_examples(path: Path) -> list[tuple[str, str]]:
     return [(row["query"], row["response"]) for row in iter_rows(rows)]
 
 
-def read_texts(path: Path, field: str) -> Iterator[str]:
-    """Yield the lines of a text file, or one field of each row of a JSONL file.
+def read_texts(source: str, field: str) -> Iterator[str]:
+    """Yield the texts of an input: the lines of a text file, or one field of each row of any other.
+
+    Files are read by the table of endings that training uses (`data.containers`). Blank lines of a text file are empty texts,
+    so that lines and vectors correspond, except those at its end. Texts are cut at `MAX_INPUT_CHARS`.
 
     Raises:
         UserError: If a line is malformed. The error names file and line.
     """
-    from jaxembed.data.schema import parse_row
+    cut = 0
+    for text in _read_whole_texts(source, field):
+        cut += len(text) > MAX_INPUT_CHARS
+        yield text[:MAX_INPUT_CHARS]
+    if cut:
+        _warn_once(f"{source}: {cut:,} texts have more than {MAX_INPUT_CHARS:,} characters and are cut there")
 
+
+@lru_cache
+def _warn_once(message: str) -> None:
+    log.warning("%s", message)
+
+
+def _read_whole_texts(source: str, field: str) -> Iterator[str]:
+    from jaxembed.data.containers import FILE_READERS, LINE_READERS, find_line_reader, get_ending, open_container
+    from jaxembed.data.jsonl import TextLinesFile
+
+    path = Path(source)
+    if not exists(path) or path.is_dir() or get_ending(path) in FILE_READERS.keys() - LINE_READERS.keys():
+        yield from _read_field(open_container(source).scan(), field)
+        return
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                where = f"{path}:{number}"
-                if path.suffix != ".jsonl":
-                    yield decode(line, where).rstrip("\r\n")
-                    continue
-                text = parse_row(line, where).get(field)
-                if not isinstance(text, str):
-                    raise UserError(f'{where}: no string field "{field}". Name the field to encode by --field.')
-                yield text
+            first_lines: list[bytes] = []  # what finding the reader takes: a pipe cannot go back
+            reader = find_line_reader(path, _record(file, first_lines))
+            lines = chain(first_lines, file)
+            yield from (
+                _read_lines(lines, source) if reader is TextLinesFile else _read_field(reader.scan_lines(lines, source), field)
+            )
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{source}: cannot be read ({error.strerror})") from None
+
+
+def _record(lines: Iterable[bytes], taken: list[bytes]) -> Iterator[bytes]:
+    """Yield lines, and append each one to a list."""
+    for line in lines:
+        taken.append(line)
+        yield line
+
+
+def _read_lines(lines: Iterable[bytes], source: str) -> Iterator[str]:
+    """Yield the lines of a text file without the blank ones at its end."""
+    blank: list[str] = []  # blank lines since the last text
+    for number, line in enumerate(lines, 1):
+        text = decode(line, f"{source}:{number}").rstrip("\r\n")
+        if not text.strip():
+            blank.append(text)
+            continue
+        yield from blank
+        blank = []
+        yield text
+
+
+def _read_field(rows: Iterable[tuple[int, str, Any]], field: str) -> Iterator[str]:
+    """Yield one field of every row."""
+    from jaxembed.data.columns import parse_content
+
+    for _, where, content in rows:
+        text = parse_content(content, where).get(field)
+        if not isinstance(text, str):
+            raise UserError(f'{where}: no string field "{field}". Name the field to encode by --field.')
+        yield text
 
 
 def make_parser() -> cli.Parser:
     """Return the parser of the command line."""
-    about = "OUT.npy has one float32 vector of unit length per line, in input order. Memory does not grow with the file."
+    about = (
+        "OUT.npy has one float32 vector of unit length per line or row, in input order. Memory does not grow with the file.\n"
+        f"Texts are cut at {MAX_INPUT_CHARS:,} characters before they are tokenized. Blank lines at the end are skipped."
+    )
     parser = cli.new_parser("encode", f"{__doc__}\n{about}")
     cli.add_model_arguments(parser)
-    parser.add_argument("input", metavar="IN", help="text file (one text per line) or .jsonl file")
+    parser.add_argument(
+        "input",
+        metavar="IN",
+        help="texts: .txt, one per line; or rows: .jsonl, .ndjson, .json (one row per line), .csv or .tsv with a header, "
+        ".parquet, .array_record; or a pipe, such as /dev/stdin, which holds rows of JSON or lines of text",
+    )
     parser.add_argument("out", metavar="OUT.npy", help="output; must not exist")
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument("--instruction", help="instruction of every text, put into the model's template")
@@ -121,7 +235,7 @@ def make_parser() -> cli.Parser:
         default="cut",
         help="truncate texts that are too long (cut, default), or combine the vectors of their pieces",
     )
-    parser.add_argument("--field", default="text", help="field of a .jsonl row to encode (default: text)")
+    parser.add_argument("--field", default="text", help="field of a row to encode (default: text)")
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16"], default="float32", help="dtype of the computation (default: float32)"
     )

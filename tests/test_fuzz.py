@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 import functools
 import json
 import shutil
@@ -64,6 +65,8 @@ ROWS: list[dict[str, Any]] = [
     {"_id": "d", "title": "t", "text": "u"},
     {"step": 1, "loss": 0.5},
     {"query": "q", "response": "r"},
+    {"text": "t", "label": None},
+    {"query": "q", "pos": ["p"], "neg": None, "prompt": None},
 ]
 CHECKS = {
     "pair": schema.check_pair, "label": schema.check_label, "scored": schema.check_scored, "nli": schema.check_nli,
@@ -232,12 +235,82 @@ def test_beir_folder_with_any_content(name: str, data: st.DataObject) -> None:
         assert_succeeds_or_names(lambda: open_beir(folder / "b", ("test",)), "corpus.jsonl", "queries.jsonl", "qrels/test.tsv")
 
 
-@given(line_files, st.sampled_from([".txt", ".jsonl"]))
-def test_texts_with_any_content(content: bytes, suffix: str) -> None:
+judgments = st.tuples(
+    st.sampled_from(["q1", "q2", "q9"]),
+    st.sampled_from(["d1", "d2", "x1", "x2"]),
+    st.sampled_from([1, 2, 0, -1]) | st.floats(0.001, 5).map(lambda grade: round(grade, 3)),
+)
+
+
+@given(st.lists(judgments, max_size=8, unique_by=lambda judgment: judgment[:2]), st.booleans())
+def test_every_positive_judgment_of_a_known_query_counts(lines: list[tuple[str, str, float]], has_header: bool) -> None:
+    expected: dict[str, dict[str, float]] = {}
+    for query, document, grade in lines:
+        if grade > 0 and query != "q9":
+            expected.setdefault(query, {})[document] = grade
     with temporary_folder() as folder:
-        path = folder / f"in{suffix}"
+        write_beir(folder / "b", {"d1": "one", "d2": "two"}, {"q1": "first", "q2": "second"}, {})
+        header = ["query-id\tcorpus-id\tscore"] if has_header else []
+        content = [*header, *(f"{query}\t{document}\t{grade}" for query, document, grade in lines), ""]
+        (folder / "b" / "qrels" / "test.tsv").write_text("\n".join(content))
+        if not expected:
+            with pytest.raises(UserError, match=r"qrels/test\.tsv: no query has a relevant document"):
+                open_beir(folder / "b", ("test",))
+            return
+        beir = open_beir(folder / "b", ("test",))
+        found = {}
+        for index, grades in enumerate(beir.relevant):
+            known = {row: f"d{row + 1}" for row in (0, 1)}
+            found[f"q{beir.query_rows[index] + 1}"] = sorted((known.get(row, "absent"), grade) for row, grade in grades.items())
+        assert found == {
+            query: sorted((document if document[0] == "d" else "absent", grade) for document, grade in grades.items())
+            for query, grades in expected.items()
+        }
+
+
+ENDINGS = [".jsonl", ".ndjson", ".json", ".txt", ".csv", ".tsv", ".parquet", ".array_record", "", ".md", ".gz"]
+endings = st.sampled_from(ENDINGS).flatmap(lambda ending: st.sampled_from([ending, ending.upper(), ending.title()]))
+
+
+@given(line_files, endings)
+@example(b"text\n\xc3\xa9\n", ".csv")
+@example(b'text\n"', ".CSV")
+@example(b'a\n"b\n\n', "")
+def test_texts_with_any_content(content: bytes, ending: str) -> None:
+    with temporary_folder() as folder:
+        path = folder / f"in{ending}"
         path.write_bytes(content)
-        assert_succeeds_or_names(lambda: list(read_texts(path, "text")), path.name)
+        assert_succeeds_or_names(lambda: list(read_texts(str(path), "text")), path.name)
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs", "Cc", "Z"]), min_size=1, max_size=8), min_size=1), endings)
+@example(["{"], "")
+def test_all_commands_read_the_same_texts_by_ending(texts: list[str], ending: str) -> None:
+    kind = ending.lower()
+    if not all(map(schema.is_text, texts)) or (kind == "" and texts[0][0] == "\ufeff"):
+        return
+    with temporary_folder() as folder:
+        path = folder / f"in{ending}"
+        if kind in (".csv", ".tsv"):
+            with path.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file, delimiter="," if kind == ".csv" else "\t", quoting=csv.QUOTE_ALL)
+                writer.writerows([["text"], *([text] for text in texts)])
+        elif kind == ".txt":
+            path.write_text("\n".join(texts) + "\n\n", encoding="utf-8")
+        else:
+            path.write_bytes(b"".join(encode_json({"text": text}) + b"\n" for text in texts) + b"\n")
+
+        def read_rows() -> list[str]:
+            rows = IndexedRows(open_container(str(path)), RowSchema("text", schema.check_text))
+            return [rows[index]["text"] for index in range(len(rows))]
+
+        if kind in (".parquet", ".array_record", ".md", ".gz"):
+            for read in (read_rows, lambda: list(read_texts(str(path), "text"))):
+                with pytest.raises(UserError, match=path.name):
+                    read()
+            return
+        without_mark = [text.removeprefix("\ufeff") for text in texts] if kind == ".txt" else texts
+        assert read_rows() == list(read_texts(str(path), "text")) == without_mark
 
 
 @given(line_files)
