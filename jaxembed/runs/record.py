@@ -6,7 +6,7 @@ from jaxembed.devices import processes
 from jaxembed.files import write_json
 from jaxembed.hub.spec_files import write_spec
 from jaxembed.runs.open import OpenedRun
-from jaxembed.training.run_dir import record, record_versions
+from jaxembed.training.run_dir import record_or_check, record_versions
 
 
 def record_run(run: OpenedRun) -> None:
@@ -22,11 +22,12 @@ def record_run(run: OpenedRun) -> None:
         dropped = [{source.name: source.sampler.drop_counts for source in stage.sources} for stage in run.stages]
         write_json(run_dir / "dropped.json", dropped)
     digests = {source.config.path: source.digest for source in run.sources}
-    record(run_dir, "data_hashes", digests, "its training data changed")
+    record_or_check(run_dir, "data_hashes", digests, "its training data changed")
     for role, encoder in run.encoders.items():
-        record(run_dir, role, encoder.identity, f"its {role} changed")
+        record_or_check(run_dir, role, encoder.identity, f"its {role} changed")
     base = {"name": run.base.name, "hash": run.base.hash(), "config": dict(run.base.hf_config)}
     if run.model.lora is not None:
         base["lora"] = run.model.lora.model_dump(mode="json")
-    # Last, because this file makes the folder a run for other commands.
-    record(run_dir, "base", base, "its base changed")
+    # Last, because this file makes the folder a run for other commands. The hash covers the config of the base, and the run's
+    # config covers LoRA, so that a new key of either does not make a run look like another.
+    record_or_check(run_dir, "base", base, "its base changed", compared_keys={"hash"})

@@ -1,11 +1,11 @@
-"""The run directory: what identifies a run is written once, and compared when the run is resumed."""
+"""The run directory. What identifies a run is written there once, and compared when the run is resumed."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import logging
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ from jaxembed.config import Config, read_run_config
 from jaxembed.devices import processes
 from jaxembed.errors import UserError
 from jaxembed.files import exists, read_json, write_json, write_text
+from jaxembed.training.resume_settings import settings_that_must_match
 
 log = logging.getLogger("jaxembed")
 
@@ -39,9 +40,10 @@ PACKAGES = (
 
 
 def check_run_dir(config: Config) -> None:
-    """Check that the run directory of a config is new, or holds a run of the same config.
+    """Check that the run directory of a config is new, or holds a run that the config resumes.
 
-    A run may be resumed on another mesh, so the mesh may differ. A directory that holds nothing but a config is not a run yet.
+    Only settings that change the losses are compared (`jaxembed.training.resume_settings`). A directory that holds nothing but
+    a config is not a run yet.
 
     Raises:
         UserError: The directory belongs to another config, or holds files of something else.
@@ -52,11 +54,9 @@ def check_run_dir(config: Config) -> None:
         return
     if not exists(config_path):
         raise UserError(f"{run_dir}: holds files, but not a run. Name another run.dir.")
-    before, after = (
-        {**yaml.safe_load(settings.dump()), "mesh": None} for settings in (read_run_file(read_run_config, config_path), config)
-    )
-    if changes := _summarize_differences(before, after):
-        raise UserError(f"{run_dir}: belongs to another config ({changes}). Name another run.dir, or remove it.")
+    recorded = read_run_file(read_run_config, config_path)
+    if changes := _summarize_differences(*settings_that_must_match(recorded, config)):
+        raise UserError(f"{run_dir}: belongs to another config ({changes}). Name another run.dir, or restore the config.")
 
 
 def create_run_dir(config: Config) -> Path:
@@ -85,7 +85,7 @@ def create_run_dir(config: Config) -> Path:
 
 
 def _holds_files(run_dir: Path) -> bool:
-    """Return whether a directory holds files besides a config and unfinished files."""
+    """Return whether a directory exists and has files other than a config and unfinished files."""
     return exists(run_dir) and any(path.name != "config.yaml" and path.suffix != ".partial" for path in run_dir.iterdir())
 
 
@@ -96,7 +96,9 @@ def check_same_config(config: Config) -> None:
         raise UserError(f"config: differs from that of process 0 ({changes}). Give all processes the same config.")
 
 
-def record_or_check(run_dir: Path, name: str, value: Mapping[str, Any], problem: str) -> None:
+def record_or_check(
+    run_dir: Path, name: str, value: Mapping[str, Any], problem: str, compared_keys: Collection[str] | None = None
+) -> None:
     """Write `name`.json to the run directory, or compare it with the file that is there.
 
     Args:
@@ -104,6 +106,7 @@ def record_or_check(run_dir: Path, name: str, value: Mapping[str, Any], problem:
         name: Name of the file without its suffix.
         value: What identifies a part of the run.
         problem: What the error says if the value differs, such as "its base changed".
+        compared_keys: Keys of the value that are compared. Default: all.
 
     Raises:
         UserError: The value differs from the recorded one.
@@ -112,7 +115,11 @@ def record_or_check(run_dir: Path, name: str, value: Mapping[str, Any], problem:
     if not path.is_file():
         write_json(path, value)
         return
-    if changes := _summarize_differences(read_run_file(read_json, path), value):
+    recorded, current = (
+        {key: entry for key, entry in tree.items() if compared_keys is None or key in compared_keys}
+        for tree in (read_run_file(read_json, path), value)
+    )
+    if changes := _summarize_differences(recorded, current):
         raise UserError(f"{run_dir}: {problem} ({changes}). Restore it, or name another run.dir.")
 
 

@@ -1,0 +1,64 @@
+"""Which settings a resumed run must share with its recorded config, and which may change.
+
+A run may resume after an upgrade, on other devices, or with other logging. So only settings that change the losses, or that
+decide which checkpoint is the best, are compared. These may change:
+
+- `run`: the name, and the directory, so that a run can be moved.
+- `mesh`, `model.remat`, `model.unroll` and `model.attention_kernel`: how the same numbers are computed, up to rounding.
+- `train.log_every`, `checkpoint_every`, `eval_every`, `keep_checkpoints`, `profile_steps`, `peak_flops` and
+  `stall_timeout_s`: what happens between steps.
+- `train.on_nan`: only a run that has stopped at a loss that is not finite sees a difference.
+- `eval`, except the set that selects the best checkpoint: scores of different sets cannot be ranked. A run without held-out
+  sets may add some.
+
+Both configs are compared after parsing: a key that is newer than the run has its default, and a renamed key its new name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxembed.config import Config, StageConfig
+from jaxembed.config.stage import StageSections
+
+FREE_MODEL_KEYS = frozenset({"remat", "unroll", "attention_kernel"})
+FREE_TRAIN_KEYS = frozenset(
+    {
+        "log_every",
+        "checkpoint_every",
+        "eval_every",
+        "keep_checkpoints",
+        "profile_steps",
+        "peak_flops",
+        "stall_timeout_s",
+        "on_nan",
+    }
+)
+
+
+def settings_that_must_match(recorded: Config, config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings of a recorded config, and of the config that resumes its run, as far as they must be equal."""
+    before, after = _fixed_settings(recorded), _fixed_settings(config)
+    if not recorded.eval.sets:
+        del before["eval"], after["eval"]
+    return before, after
+
+
+def _fixed_settings(config: Config) -> dict[str, Any]:
+    """Return the settings that a resumed run must share, as plain values under the keys of the config file."""
+    model = {key: value for key, value in config.model.model_dump(mode="json").items() if key not in FREE_MODEL_KEYS}
+    stages = [_fixed_stage_settings(stage) for stage in config.stages]
+    trained = stages[0] if len(stages) == 1 else {"stages": stages}
+    return {"model": model, **trained, "eval": {"selecting_set": _selecting_set(config)}}
+
+
+def _fixed_stage_settings(stage: StageConfig) -> dict[str, Any]:
+    sections = stage.model_dump(mode="json", include=set(StageSections.model_fields))
+    return {**sections, "train": {key: value for key, value in sections["train"].items() if key not in FREE_TRAIN_KEYS}}
+
+
+def _selecting_set(config: Config) -> dict[str, Any] | None:
+    """Return the held-out set whose score selects the best checkpoint. A set has one metric."""
+    sets = {held_out.name: held_out.model_dump(mode="json") for held_out in config.eval.sets}
+    name = config.eval.best.rpartition("/")[0] or next(iter(sets), "")
+    return sets.get(name)
