@@ -49,7 +49,7 @@ def _plan(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     from jaxembed.runs.open import open_run
 
     mesh, memory = planning_mesh(config.mesh, args.topology, args.slices or 1)
-    run = open_run(config, mesh, is_planned=True)
+    run = open_run(config, mesh)
     return plan(config, mesh, memory, run.model, run.stages)
 
 

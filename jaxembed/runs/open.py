@@ -34,6 +34,7 @@ from jaxembed.losses.objectives import Objectives
 from jaxembed.model.decoder import ComputeOptions
 from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.training.run_dir import check_run_dir, create_run_dir
+from jaxembed.training.run_lock import RunLock
 from jaxembed.training.stage import Stage
 
 log = logging.getLogger("jaxembed")
@@ -84,21 +85,22 @@ class OpenedRun:
         return self.stages[-1].last_step
 
 
-def open_run(config: Config, mesh: Mesh, *, is_planned: bool = False) -> OpenedRun:
-    """Open what a run needs, and create its directory.
+def open_run(config: Config, mesh: Mesh, lock: RunLock | None = None) -> OpenedRun:
+    """Open what a run needs, and create and lock its directory.
 
     Cheap checks come first: no data is read before the run directory, the base, and the mesh are known to fit.
 
     Args:
         config: Settings of the run.
         mesh: The devices.
-        is_planned: Open the run for planning only: nothing is written, this process builds every shard of a batch, and zeros
-            stand for the vectors of guide and teacher. The mesh may then be one of a topology that is not here.
+        lock: The lock of the run directory. None opens the run for planning only: nothing is written, this process builds
+            every shard of a batch, and zeros stand for the vectors of guide and teacher. The mesh may then be one of a
+            topology that is not here.
 
     Raises:
         UserError: The run directory, the base, the mesh, the data, or the objectives do not fit together.
     """
-    if not is_planned:
+    if lock is not None:
         check_run_dir(config)
     # Base, mesh, and model: no data is read.
     base = find_base(config.model.base)
@@ -106,19 +108,19 @@ def open_run(config: Config, mesh: Mesh, *, is_planned: bool = False) -> OpenedR
     if config.model.lora is not None and not base.has_weights:
         raise UserError(f"model.lora: {base.name} has no weights to adapt. Name a base that has weights, or remove model.lora.")
     spec = _resolve_spec(config, base)
-    model = EmbeddingModel(base.decoder, spec, _compute(config), config.model.lora)
-    shards = all_shards(shard_count(mesh)) if is_planned else local_shards(mesh)
+    model = EmbeddingModel(base.decoder, spec, _build_compute_options(config), config.model.lora)
+    shards = all_shards(shard_count(mesh)) if lock is None else local_shards(mesh)
     for index, stage in enumerate(config.stages):
         _check_stage(stage, model, shards.count, _key_prefix(config, index))
     encoders = _open_encoders(config)
-    if is_planned:
+    if lock is None:
         encoders = {role: ZeroEncoder(**vars(encoder)) for role, encoder in encoders.items()}
     # Data: the first process reads it and writes indexes to the cache, which the others then find.
     first = processes.run_on_first_process_first
     plans = first(partial(_open_plans, config))
-    held_out = () if is_planned else first(partial(open_held_out_sets, config.eval.sets, cache_dir()))
+    held_out = () if lock is None else first(partial(open_held_out_sets, config.eval.sets, cache_dir()))
     # The run directory, now that the data is known to be good; a new tokenizer is written there.
-    run_dir = None if is_planned else first(partial(create_run_dir, config))
+    run_dir = None if lock is None else first(partial(create_run_dir, config, lock))
     tokenizer = first(partial(_open_tokenizer, run_dir, base, spec, plans))
     stages = _open_stages(config, plans, model, tokenizer, base, shards, encoders)
     return OpenedRun(
@@ -147,8 +149,8 @@ def _resolve_spec(config: Config, base: Base) -> EmbeddingSpec:
     return spec.with_prompts(instructions)
 
 
-def _compute(config: Config) -> ComputeOptions:
-    """Return how the model computes."""
+def _build_compute_options(config: Config) -> ComputeOptions:
+    """Return the dtype, kernels and memory options of the model."""
     model = config.model
     return ComputeOptions(
         dtype=jnp.dtype(model.dtype), remat=model.remat, unroll=model.unroll, attention_kernel=model.attention_kernel
@@ -185,7 +187,7 @@ def _open_plans(config: Config) -> list[BatchPlan]:
 
 
 def _open_tokenizer(run_dir: Path | None, base: Base, spec: EmbeddingSpec, plans: Sequence[BatchPlan]) -> TextTokenizer:
-    """Return the tokenizer that the run directory holds, else the base's, which is then written there.
+    """Return the tokenizer in the run directory. If there is none, write that of the base there, and return it.
 
     A preset has no tokenizer: it trains one on the training texts.
     """
@@ -225,7 +227,7 @@ def _open_stages(
     shards: Shards,
     encoders: Mapping[str, FrozenEncoder],
 ) -> list[Stage]:
-    """Put the stages together. It takes the parts of a run, because `OpenedRun` needs the stages to be complete."""
+    """Build the stages. It has seven parameters because they are the parts of an `OpenedRun` that has no stages yet."""
     stages: list[Stage] = []
     for index, (stage, plan) in enumerate(zip(config.stages, plans, strict=True)):
         first_step = stages[-1].last_step if stages else 0
@@ -241,7 +243,7 @@ def _open_stages(
             step_offset=first_step,
             no_duplicates=stage.data.batching.no_duplicates,
         )
-        build = BatchBuilder(
+        batch_builder = BatchBuilder(
             sampler=sampler,
             row_length=stage.row_length,
             shards=shards,
@@ -256,7 +258,7 @@ def _open_stages(
                 first_step=first_step,
                 schedule_steps=_count_schedule_steps(config.stages, index),
                 plan=plan,
-                build=build,
+                batch_builder=batch_builder,
                 tokenizer=stage_tokenizer,
                 objectives=_make_objectives(stage, plan.sources, _key_prefix(config, index)),
                 teacher_width=encoders["teacher"].width if stage.teacher else 0,
@@ -266,14 +268,14 @@ def _open_stages(
 
 
 def _count_schedule_steps(stages: Sequence[StageConfig], index: int) -> int:
-    """Return the steps of a stage and of the neighbors that share its optimizer and schedule."""
+    """Count the steps of a stage and of the adjacent stages that share its optimizer and schedule."""
     first = max(i for i in range(index + 1) if i == 0 or stages[i].optim.restart)
     end = next((i for i in range(index + 1, len(stages)) if stages[i].optim.restart), len(stages))
     return sum(stage.train.steps for stage in stages[first:end])
 
 
 def _make_objectives(stage: StageConfig, sources: Sequence[Source], prefix: str) -> Objectives:
-    """Return what a stage minimizes. Raises `UserError` if an objective names a source that the stage does not have."""
+    """Build the objectives of a stage. Raise `UserError` if one names a source that the stage does not have."""
     names = [source.name for source in sources]
     for i, objective in enumerate(stage.objectives):
         if unknown := [name for name in objective.sources if name not in names]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import closing
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,19 +29,14 @@ from jaxembed.training.metrics import NullRecorder, Recorder
 from jaxembed.training.mfu import MfuMeter, device_peak, make_mfu_meter
 from jaxembed.training.profile import Profile
 from jaxembed.training.run_dir import check_same_config
+from jaxembed.training.run_lock import RunLock
 from jaxembed.training.shutdown import StopRequest
 from jaxembed.training.state import begin_stage
 from jaxembed.training.step import TrainState
 
 
 def train(config: Config) -> dict[str, Any]:
-    """Train a run to its last step. A run that has a checkpoint resumes there.
-
-    The order matters. Cheap checks come before data, and data before weights, so that a mistake is reported early. The run
-    directory is created once the data is known to be good. The run is recorded there before the first parameter is read, so
-    that a killed start resumes like any other. Baselines are scored before the metrics file is opened: only a run that starts
-    at step 0 has them. In every stage, the state is prepared first. Negatives are mined with its weights, and batches are
-    built from them.
+    """Train a run to its last step. A run that has a checkpoint resumes there. No other job may train in its directory.
 
     Args:
         config: Settings of the run.
@@ -53,10 +49,23 @@ def train(config: Config) -> dict[str, Any]:
         UserError: Something in the config, the data, the base, or the run directory is wrong.
         Stopped: The run was asked to stop, and has saved a checkpoint.
     """
+    with RunLock(Path(config.run.dir)) as lock:
+        return _train(config, lock)
+
+
+def _train(config: Config, lock: RunLock) -> dict[str, Any]:
+    """Train a run, and lock its directory.
+
+    The order matters. Cheap checks come before data, and data before weights, so that a mistake is reported early. The run
+    directory is created once the data is known to be good. The run is recorded there before the first parameter is read, so
+    that a killed start resumes like any other. Baselines are scored before the metrics file is opened: only a run that starts
+    at step 0 has them. In every stage, the state is prepared first. Negatives are mined with its weights, and batches are
+    built from them.
+    """
     start_time = time.perf_counter()
     # Open: config, base, data, model, stages.
     check_same_config(config)
-    run = open_run(config, make_mesh(**dict(config.mesh)))
+    run = open_run(config, make_mesh(**dict(config.mesh)), lock)
     best_metric = choose_best_metric(config, run.held_out)
     # Record what identifies the run, and refuse to resume another one.
     processes.run_on_first_process_first(partial(record_run, run))
@@ -84,24 +93,20 @@ def train(config: Config) -> dict[str, Any]:
                     state = begin_stage(stage, state, run.model, run.mesh)
                 stage = with_mined_negatives(stage, partial(with_adapter, encoder, state.weights), run.run_dir)
                 trainer = Trainer(
-                    config=stage.config.train,
-                    stage=stage.index,
-                    before=stage.first_step,
-                    total=run.total_steps,
+                    stage=stage,
+                    total_steps=run.total_steps,
                     mesh=run.mesh,
                     train_step=stage.make_train_step(run.model, state),
-                    source_names=[source.name for source in stage.sources],
                     evaluate=evaluate if run.held_out else None,
                     best_metric=best_metric,
                     checkpoints=checkpoints,
                     recorder=recorder,
-                    plan_hash=stage.plan.hash,
                     profile=profile,
                     mfu_meter=mfu_meter,
                 )
                 recorder.say(describe_stage(stage, len(run.stages)))
                 done = int(state.step) - stage.first_step
-                batches = iter_batches(stage.plan, stage.build, done, stage.config.train.steps)
+                batches = iter_batches(stage.plan, stage.batch_builder, done, stage.config.train.steps)
                 state = trainer.fit(state, batches, stop)
     except OSError as error:  # a full disk, or a folder that is no longer writable
         raise UserError(

@@ -16,6 +16,7 @@ from jaxembed.devices import processes
 from jaxembed.errors import UserError
 from jaxembed.files import exists, read_json, write_json, write_text
 from jaxembed.training.resume_settings import settings_that_must_match
+from jaxembed.training.run_lock import LOCK_FILE, RunLock, check_unlocked
 
 log = logging.getLogger("jaxembed")
 
@@ -46,12 +47,17 @@ def check_run_dir(config: Config) -> None:
     a config is not a run yet.
 
     Raises:
-        UserError: The directory belongs to another config, or holds files of something else.
+        UserError: The directory belongs to another config, holds files of something else, or another job trains there.
     """
     run_dir = Path(config.run.dir)
+    if _holds_files(run_dir):
+        check_unlocked(run_dir)
+        _check_settings(config, run_dir)
+
+
+def _check_settings(config: Config, run_dir: Path) -> None:
+    """Raise `UserError` unless a directory that holds files is that of a run which the config resumes."""
     config_path = run_dir / "config.yaml"
-    if not _holds_files(run_dir):
-        return
     if not exists(config_path):
         raise UserError(f"{run_dir}: holds files, but not a run. Name another run.dir.")
     recorded = read_run_file(read_run_config, config_path)
@@ -59,13 +65,17 @@ def check_run_dir(config: Config) -> None:
         raise UserError(f"{run_dir}: belongs to another config ({changes}). Name another run.dir, or restore the config.")
 
 
-def create_run_dir(config: Config) -> Path:
-    """Create the run directory of a config with config.yaml in it, unless it holds a run (`check_run_dir`).
+def create_run_dir(config: Config, lock: RunLock) -> Path:
+    """Create the run directory of a config with config.yaml in it, unless it holds a run (`check_run_dir`), and lock it.
 
-    Process 0 creates it. Call this on the other processes afterwards: they must find it.
+    Process 0 does so. Call this on the other processes afterwards: they must find the directory.
+
+    Args:
+        config: Settings of the run.
+        lock: The lock of the directory.
 
     Raises:
-        UserError: The directory cannot be written, or another process does not find it.
+        UserError: The directory cannot be written, another job trains there, or another process does not find it.
     """
     run_dir = Path(config.run.dir)
     config_path = run_dir / "config.yaml"
@@ -74,19 +84,23 @@ def create_run_dir(config: Config) -> Path:
             problem = f"process {processes.index()} does not find what process 0 wrote"
             raise UserError(f"{run_dir}: {problem}. Name a run.dir that all processes share.")
         return run_dir
-    if _holds_files(run_dir):
-        return run_dir
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_text(config_path, config.dump())
+        lock.acquire()
+        if _holds_files(run_dir):
+            _check_settings(config, run_dir)  # again: another job may have begun a run in the meantime
+        else:
+            write_text(config_path, config.dump())
     except OSError as error:
         raise UserError(f"{run_dir}: cannot be written ({error.strerror}). Name another run.dir.") from None
     return run_dir
 
 
 def _holds_files(run_dir: Path) -> bool:
-    """Return whether a directory exists and has files other than a config and unfinished files."""
-    return exists(run_dir) and any(path.name != "config.yaml" and path.suffix != ".partial" for path in run_dir.iterdir())
+    """Return whether a directory exists and has files other than a config, a lock, and unfinished files."""
+    if not exists(run_dir):
+        return False
+    return any(path.name not in ("config.yaml", LOCK_FILE) and path.suffix != ".partial" for path in run_dir.iterdir())
 
 
 def check_same_config(config: Config) -> None:

@@ -55,7 +55,7 @@ ENTRY %main (a: f32[4,8]) -> f32[4,8] {
 def make_plan(config: Config) -> dict[str, Any]:
     """Plan a run for the devices here."""
     mesh, memory = planning_mesh(config.mesh)
-    run = open_run(config, mesh, is_planned=True)
+    run = open_run(config, mesh)
     return plan(config, mesh, memory, run.model, run.stages)
 
 

@@ -10,6 +10,7 @@ import yaml
 from jaxembed.config import Config, load_config
 from jaxembed.errors import UserError
 from jaxembed.training.run_dir import check_run_dir, create_run_dir, record_or_check
+from jaxembed.training.run_lock import RunLock
 
 # config.yaml of a run that an earlier version wrote: it lacks keys that came later, and has one that was removed since.
 OLD_CONFIG = """
@@ -70,6 +71,12 @@ CONFIG = {
     "eval": {"sets": [{"name": "sts", "kind": "sts", "path": "sts.jsonl", "instruction": "Find it"}]},
     "mesh": {"data": 2},
 }
+
+
+def start_run(config: Config) -> None:
+    """Leave a run directory as a run does that was killed early."""
+    with RunLock(Path(config.run.dir)) as lock:
+        (create_run_dir(config, lock) / "base.json").write_text("{}")
 
 
 def load(folder: Path, *overrides: str, run: str = "run") -> Config:
@@ -134,7 +141,7 @@ def test_settings_of_stages_are_compared_as_those_of_a_file_without(tmp_path: Pa
         path.write_text(yaml.safe_dump(CONFIG | {"train": {"batch_size": 16}}))
         return load_config(path, [f"run.dir={tmp_path / 'run'}", stages, *overrides])
 
-    (create_run_dir(load_staged()) / "base.json").write_text("{}")
+    start_run(load_staged())
     check_run_dir(load_staged("stages.0.train.log_every=4", "train.keep_checkpoints=5"))
     with pytest.raises(UserError, match=r"stages\.1\.train\.steps: 3 -> 4"):
         check_run_dir(load_staged("stages.1.train.steps=4"))
@@ -146,7 +153,7 @@ def test_a_moved_run_resumes(old_run: Path) -> None:
 
 
 def test_held_out_sets_may_be_added_to_a_run_without_any(tmp_path: Path) -> None:
-    (create_run_dir(load(tmp_path, "eval.sets=[]")) / "base.json").write_text("{}")
+    start_run(load(tmp_path, "eval.sets=[]"))
     check_run_dir(load(tmp_path))
 
 
