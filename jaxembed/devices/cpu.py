@@ -1,4 +1,4 @@
-"""What concerns CPUs alone. JAXEMBED_CPU_TUNING=off in the environment turns all of it off.
+"""CPU tuning. JAXEMBED_CPU_TUNING=off in the environment turns all of it off.
 
 Everything here was measured to save time on CPUs; results agree to rounding with and without it. Set the variable before
 `jaxembed` is imported. What it controls:
@@ -23,15 +23,15 @@ import sys
 
 # JAX is imported by the functions that need it: `jaxembed/__init__.py` imports this module, and `--help` should answer at once.
 
-SWITCH = "JAXEMBED_CPU_TUNING"
+TUNING_VARIABLE = "JAXEMBED_CPU_TUNING"
 OPENBLAS_SPIN_LOG2_CYCLES = "4"  # how long an idle OpenBLAS thread spins before it sleeps; 4 is the minimum
 ENCODE_TOKENS_PER_CALL = 2048  # more than that leaves a CPU's caches
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of mallopt in glibc's malloc.h
 
 
 def is_tuning_on() -> bool:
-    """Return whether the switch leaves CPU tuning on."""
-    return os.environ.get(SWITCH, "on").lower() != "off"
+    """Return whether CPU tuning is on (JAXEMBED_CPU_TUNING)."""
+    return os.environ.get(TUNING_VARIABLE, "on").lower() != "off"
 
 
 def is_tuned(platform: str) -> bool:
@@ -42,7 +42,7 @@ def is_tuned(platform: str) -> bool:
 def configure_blas_threads() -> None:
     """Let idle BLAS threads sleep between matmuls, unless the environment chooses otherwise. Call it before numpy is imported.
 
-    numpy's BLAS multiplies for XLA, whose own threads need the cores in between.
+    numpy's BLAS computes large matmuls for XLA, whose own threads need the cores between them.
     """
     if is_tuning_on():
         os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", OPENBLAS_SPIN_LOG2_CYCLES)
@@ -51,7 +51,7 @@ def configure_blas_threads() -> None:
 def configure_jax() -> None:
     """Run programs for CPUs in the thread that calls them. Call it before JAX's first use.
 
-    Buffers are then allocated by the main thread, as `retain_freed_memory` needs it.
+    The main thread then allocates all buffers, which `retain_freed_memory` relies on.
     """
     import jax
 

@@ -1,7 +1,7 @@
 """How the processes of a run end together: each with one clear line, and none hangs for longer than the run's limit.
 
-A thread of each process (`GroupMonitor`) sends heartbeats to the shared store and waits for the exit reason there. That is
-written once, by whichever process ends the group first:
+A thread of each process (`GroupMonitor`) sends heartbeats to the shared store and waits for the exit reason there. The
+reason is written once, by the process that ends the group first:
 
 - A process that fails writes its own error.
 - Process 0 writes that another one has not sent a heartbeat for too long.
@@ -25,6 +25,7 @@ from collections.abc import Iterator, Mapping
 from typing import NoReturn
 
 from jaxembed.devices.key_value_store import KeyValueStore
+from jaxembed.devices.standard_streams import LossyStream, StandardOutputError
 
 MAX_SILENCE_S = 120.0  # without a heartbeat for so long, a process counts as lost
 MAX_HEARTBEAT_PERIOD_S = 5.0
@@ -73,11 +74,11 @@ class GroupMonitor:
         self._exit_lock = threading.Lock()
 
     def start(self) -> None:
-        """Start to watch."""
+        """Start watching."""
         self._thread.start()
 
     def finish(self) -> None:
-        """Stop to watch, on all processes: the run is done. Call it after a barrier."""
+        """Stop watching on all processes, because the run is done. Call it after a barrier."""
         if self._index == 0:
             self._store.set_if_absent(EXIT_REASON, ExitReason(0).to_bytes())
         self._thread.join()
@@ -112,7 +113,7 @@ class GroupMonitor:
                     self._exit(reason)
                 return
             if self._index == 0 and (silent := self._find_silent(heartbeats, last_seen)):
-                self._store.set_if_absent(EXIT_REASON, self._lost(silent[0]).to_bytes())
+                self._store.set_if_absent(EXIT_REASON, self._make_lost_reason(silent[0]).to_bytes())
 
     def _find_silent(self, heartbeats: Mapping[str, bytes], last_seen: dict[int, tuple[bytes, float]]) -> list[int]:
         """Return the processes whose heartbeat has not changed for too long; updates `last_seen` (heartbeat, its time)."""
@@ -123,14 +124,14 @@ class GroupMonitor:
                 last_seen[process] = (value, now)
         return [process for process, (_, seen) in last_seen.items() if now - seen > self._max_silence_s]
 
-    def _lost(self, process: int) -> ExitReason:
+    def _make_lost_reason(self, process: int) -> ExitReason:
         line = f"process {process} of {self._count} has not responded for {self._max_silence_s:g} s. {RESUME_HINT}"
         return ExitReason(1, line)
 
     @contextlib.contextmanager
     def _exit_unless_done(self) -> Iterator[None]:
         """End this process if the block takes too long: process 0 hangs, so the store does not answer."""
-        timer = threading.Timer(self._max_silence_s, self._exit, [self._lost(0)])
+        timer = threading.Timer(self._max_silence_s, self._exit, [self._make_lost_reason(0)])
         timer.daemon = True
         timer.start()
         try:
@@ -146,7 +147,8 @@ class GroupMonitor:
         """End the process at once: JAX's regular way to leave a group would wait for the others."""
         self._exit_lock.acquire()  # never released: another thread that is about to end the process waits here
         print_error(reason.line_for(self._index, self._count))
-        sys.stdout.flush()
+        with contextlib.suppress(OSError, StandardOutputError):
+            sys.stdout.flush()
         if self._index == 0:
             time.sleep(LINGER_S)
         os._exit(reason.code)
@@ -154,7 +156,7 @@ class GroupMonitor:
 
 def print_error(line: str) -> None:
     """Print an error on a line of its own, also where a progress bar stands."""
-    print(f"\nerror: {line}", file=sys.stderr, flush=True)
+    print(f"\nerror: {line}", file=LossyStream(sys.stderr), flush=True)
 
 
 def report_jax_aborts() -> None:

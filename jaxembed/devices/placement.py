@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxembed.devices.mesh import BATCH_AXES, local_shards
 
-ALIGNMENT_BYTES = 64  # the CPU backend takes over host memory that begins on such a boundary, without a copy
+ALIGNMENT_BYTES = 64  # the CPU backend aliases host memory that starts on such a boundary, instead of copying it
 
 
 def replicated_sharding(mesh: Mesh) -> NamedSharding:
@@ -78,7 +78,7 @@ def put_local_parts(
 ) -> jax.Array:
     """Build a global array from the parts that this process's devices hold.
 
-    On CPUs the array takes over the memory of parts that begin on a 64-byte boundary (`aligned_empty`).
+    On CPUs the array aliases the memory of parts that start on a 64-byte boundary (`aligned_empty`).
 
     Args:
         sharding: Sharding of the global array.
@@ -97,7 +97,7 @@ def put_local_parts(
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Return an uninitialized array on a 64-byte boundary, which the CPU backend takes over without a copy."""
+    """Return an uninitialized array on a 64-byte boundary, which the CPU backend aliases instead of copying it."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     buffer = np.empty(size + ALIGNMENT_BYTES, np.uint8)
     offset = -buffer.ctypes.data % ALIGNMENT_BYTES
@@ -107,8 +107,8 @@ def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 def unstack_views(mesh: Mesh, x: jax.Array) -> list[jax.Array]:
     """Return the entries of an array's first axis as separate arrays.
 
-    On one CPU they are views of the array's own memory, where they begin on a 64-byte boundary. As long as such a view is
-    alive, a program that the array is donated to works on a copy.
+    On one CPU, entries that start on a 64-byte boundary are views of the array's own memory. While such a view is alive,
+    donating the array to a program copies it.
     """
     return [jax.device_put(entry, replicated_sharding(mesh), may_alias=True) for entry in np.asarray(x)]
 

@@ -16,6 +16,7 @@ import functools
 import logging
 import math
 import os
+import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -24,12 +25,13 @@ from tqdm import tqdm
 
 from jaxembed.devices.group_exit import RESUME_HINT, GroupMonitor, report_jax_aborts
 from jaxembed.devices.key_value_store import KeyValueStore, process_index_and_count
+from jaxembed.devices.standard_streams import LossyStream
 from jaxembed.errors import Stopped, UserError, summarize
 
-ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+ADDRESS_VARIABLE, COUNT_VARIABLE, INDEX_VARIABLE = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 MAX_JOIN_S = 86_400
 POLL_INTERVAL_S = 1.0
-# What JAX's errors name that say that another process is gone.
+# Words in JAX's errors which mean that another process is gone.
 CONNECTION_ERRORS = ("Gloo", "NCCL", "UNAVAILABLE", "CoordinationService")
 
 T = TypeVar("T")
@@ -74,7 +76,7 @@ def is_first() -> bool:
 
 def progress_bar(iterable: Iterable[Any] | None = None, *, disable: bool = False, **options: Any) -> tqdm[Any]:
     """Return a tqdm bar on standard error. Only process 0 shows it."""
-    return tqdm(iterable, disable=disable or not is_first(), **options)
+    return tqdm(iterable, disable=disable or not is_first(), file=LossyStream(sys.stderr), **options)
 
 
 @contextlib.contextmanager
@@ -119,15 +121,15 @@ def _join(limit_s: float) -> None:
     """
     import jax
 
-    variables = {name: os.environ[name] for name in (ADDRESS, COUNT, INDEX) if os.environ.get(name)}
-    for name in (COUNT, INDEX):
+    variables = {name: os.environ[name] for name in (ADDRESS_VARIABLE, COUNT_VARIABLE, INDEX_VARIABLE) if os.environ.get(name)}
+    for name in (COUNT_VARIABLE, INDEX_VARIABLE):
         if name in variables and not variables[name].isdecimal():
             raise UserError(f"{name}: not an integer ({variables[name]!r})")
     seconds = min(math.ceil(limit_s), MAX_JOIN_S)
     try:
-        jax.distributed.initialize(  # which reads only the address from the environment
-            num_processes=int(variables[COUNT]) if COUNT in variables else None,
-            process_id=int(variables[INDEX]) if INDEX in variables else None,
+        jax.distributed.initialize(  # it reads only the address from the environment itself
+            num_processes=int(variables[COUNT_VARIABLE]) if COUNT_VARIABLE in variables else None,
+            process_id=int(variables[INDEX_VARIABLE]) if INDEX_VARIABLE in variables else None,
             initialization_timeout=seconds,  # nodes of one cluster may start many minutes apart
             heartbeat_timeout_seconds=2 * seconds,  # `GroupMonitor` should act first: it prints a line
             shutdown_timeout_seconds=seconds,
@@ -135,17 +137,19 @@ def _join(limit_s: float) -> None:
     except (ValueError, RuntimeError) as error:
         if not variables and isinstance(error, ValueError):
             return  # no cluster here
-        raise UserError(f"the processes could not join ({summarize(error)}). Set {ADDRESS}, {COUNT} and {INDEX}.") from None
+        raise UserError(
+            f"the processes could not join ({summarize(error)}). Set {ADDRESS_VARIABLE}, {COUNT_VARIABLE} and {INDEX_VARIABLE}."
+        ) from None
     _group.index, _group.count = process_index_and_count()
     if _group.count > 1:
         _group.store = KeyValueStore()
     if not is_first():
         report_jax_aborts()
-        _leave_progress_to_first()
+        _hide_progress()
 
 
-def _leave_progress_to_first() -> None:
-    """Keep info lines and all progress bars to process 0. Warnings and errors come from every process."""
+def _hide_progress() -> None:
+    """Hide the info lines and progress bars of this process. Its warnings and errors still appear."""
     logging.getLogger("jaxembed").setLevel(logging.WARNING)
     tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)  # type: ignore[method-assign, assignment]
 
@@ -209,7 +213,7 @@ _main_channel = Channel()
 
 
 def barrier() -> None:
-    """Wait until all processes are here. Call it in the main thread only, as the functions below."""
+    """Wait until all processes are here. Call it, and the functions below, in the main thread only."""
     _main_channel.agree(b"", lambda messages: b"")
 
 

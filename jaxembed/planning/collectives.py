@@ -90,7 +90,7 @@ def find_collectives(text: str, scopes: tuple[str, ...]) -> Collectives:
     """
     computations, entry = _split_computations(text)
     runs, unknown_loops = _count_runs(computations, entry)
-    # On TPUs a collective that overlaps with computation is repeated in every fusion on its way: its channel tells.
+    # On TPUs a collective that overlaps with computation is repeated in every fusion on its way. Its channel identifies it.
     by_channel: dict[str, Collective] = {}
     for name, lines in computations.items():
         for line in lines:
@@ -152,7 +152,7 @@ def _trip_count(line: str, computations: dict[str, list[str]]) -> int | None:
 
 
 def _parse_collective(line: str, count: int, scopes: tuple[str, ...]) -> Collective | None:
-    """Return the collective of a line that runs `count` times, or None if the line is none."""
+    """Return the collective in a line that runs `count` times, or None if the line has none."""
     if send := HOST_SEND.search(line):
         return _parse_send(line, len(send[1].split(",")), send[2], count)
     instruction = INSTRUCTION.match(line)

@@ -1,4 +1,4 @@
-"""The devices of a TPU slice that need not exist, by name, for the TPU compiler."""
+"""Devices of a TPU slice for ahead-of-time compilation. The slice need not exist here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from jaxembed.devices.chips import TPU_CHIPS
 from jaxembed.errors import UserError
 
-# What the TPU runtime would otherwise ask the machine's metadata server for.
+# Values that the TPU runtime would otherwise request from the metadata server of the machine.
 NO_TPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -45,9 +45,9 @@ def topology_devices(name: str, slices: int = 1) -> tuple[list[Any], int]:
 
     sides = [int(side) for side in shape.split("x")]
     # A host has 2 x 2 chips by default, which does not fit odd sides.
-    host = {"chips_per_host_bounds": (1, 1, 1)} if any(side % 2 for side in sides[:2]) else {}
+    host_options = {"chips_per_host_bounds": (1, 1, 1)} if any(side % 2 for side in sides[:2]) else {}
     try:
-        devices = list(topologies.get_topology_desc(name, platform="tpu", num_slices=slices, **host).devices)
+        devices = list(topologies.get_topology_desc(name, platform="tpu", num_slices=slices, **host_options).devices)
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
         reason = str(error).splitlines()[0][:200]
         raise UserError(f"--topology: the TPU compiler does not know {name} ({reason}). Choose another shape.") from None
