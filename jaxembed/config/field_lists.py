@@ -60,7 +60,7 @@ class FieldList:
             expected = " or ".join(map(quote_value, neutral)) or "no such field"
             shown = quote_value(value) if isinstance(value, str | int | float | bool) else str(value)[:80]
             raise UserError(f"{where}: {key} {shown} is not supported (expected {expected}). Use a model without it.")
-        if unknown := sorted(key for key in values.keys() - self.known if not key.startswith("_")):
+        if unknown := sorted(key for key in present.keys() - self.known if not key.startswith("_")):
             log_once(f"{where}: unknown fields are not read ({', '.join(unknown)[:200]})")
 
 

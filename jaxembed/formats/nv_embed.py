@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from jaxembed.config.field_lists import FieldList
 from jaxembed.config.fields import Fields
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.errors import UserError
@@ -21,6 +22,22 @@ MISTRAL_CONFIG_DEFAULTS = {
     "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131_072, "rms_norm_eps": 1e-6,
     "rope_theta": 10_000.0, "tie_word_embeddings": False,
 }  # fmt: skip
+NV_EMBED_FIELDS = FieldList(
+    read=frozenset({"model_type", "text_config", "latent_attention_config", "add_eos", "is_mask_instruction"}),
+    harmless=frozenset(
+        {
+            "architectures", "auto_map", "add_pad_token", "padding_side", "dtype", "torch_dtype", "transformers_version",
+            "hidden_size",
+        }
+    ),
+    refused={"mask_type": ("b",)},
+)  # fmt: skip
+LATENT_ATTENTION_FIELDS = FieldList(
+    read=frozenset({"num_latents_value", "num_cross_heads", "cross_dim_head", "output_normalize"}),
+    # The tensors themselves say how wide they are.
+    harmless=frozenset({"model_type", "hidden_dim", "latent_dim", "dtype", "torch_dtype", "transformers_version"}),
+    refused={"mult": (4,)},
+)
 
 
 def is_nv_embed(config: Mapping[str, Any]) -> bool:
@@ -75,9 +92,9 @@ def build_nv_embed_config(decoder_config: Mapping[str, Any], spec: EmbeddingSpec
 
 
 def read_nv_embed_spec(config: Mapping[str, Any], decoder: DecoderConfig, where: str) -> EmbeddingSpec:
-    """Return how NV-Embed v1 and v2 treat texts (Lee et al. 2024, and the code of the release).
+    """Return the spec of NV-Embed v1 and v2 (Lee et al. 2024, and the code of the release).
 
-    The release has two habits that the paper does not mention:
+    The release does two things that the paper does not mention:
 
     - It appends EOS before it truncates, so truncated texts have none.
     - It leaves the instruction out of the pooling, but counts its tokens without BOS and skips that many from BOS on. The
@@ -92,7 +109,10 @@ def read_nv_embed_spec(config: Mapping[str, Any], decoder: DecoderConfig, where:
         UserError: If the latent attention has other sizes than in the published models.
     """
     fields = Fields(config, where)
-    latent_attention = Fields(fields.mapping("latent_attention_config", {}), f"{where}: latent_attention_config")
+    NV_EMBED_FIELDS.check(config, where)
+    latent_config, latent_where = fields.mapping("latent_attention_config", {}), f"{where}: latent_attention_config"
+    LATENT_ATTENTION_FIELDS.check(latent_config, latent_where)
+    latent_attention = Fields(latent_config, latent_where)
     head_width = latent_attention.integer("cross_dim_head", 4096)
     if head_width != decoder.width:
         raise UserError(

@@ -14,14 +14,14 @@ from safetensors.numpy import load_file, save_file
 from jaxembed.config import LoraConfig
 from jaxembed.config.model import MAX_LORA_RANK
 from jaxembed.errors import UserError
-from jaxembed.files import write_json
+from jaxembed.files import exists, write_json
 from jaxembed.formats.peft_config import ADAPTER_CONFIG_FILE, DISABLED_VARIANTS, read_lora_config
 from jaxembed.formats.weight_table import TENSOR_MAPPINGS
 from jaxembed.model.lora import TARGET_PROJECTIONS
 
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 # Prefixes of PEFT's tensor names: on a base with a language-model head, and on one without.
-TENSOR_NAME_PREFIXES = ("base_model.model.model.", "base_model.model.")
+PEFT_NAME_PREFIXES = ("base_model.model.model.", "base_model.model.")
 # PEFT's names of the two factors, and ours.
 FACTORS = {"lora_A": "lora_a", "lora_B": "lora_b"}
 
@@ -59,6 +59,10 @@ def read_adapters(folder: Path, num_layers: int) -> tuple[LoraConfig, Any]:
 
 def _load_tensors(path: Path) -> dict[str, np.ndarray]:
     """Load the adapters' tensors in float32, by their names without PEFT's prefix."""
+    if not exists(path):
+        pickled = path.with_suffix(".bin")
+        found = f"only {pickled.name} is there, and of the two only safetensors is read" if exists(pickled) else "no such file"
+        raise UserError(f"{path}: {found}. Load the adapters with PEFT, and save them again with safe_serialization=True.")
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
@@ -67,7 +71,7 @@ def _load_tensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def _strip_prefix(name: str) -> str:
-    for prefix in TENSOR_NAME_PREFIXES:
+    for prefix in PEFT_NAME_PREFIXES:
         if name.startswith(prefix):
             return name.removeprefix(prefix)
     return name
@@ -102,8 +106,10 @@ def write_adapters(folder: Path, params: Any, lora: LoraConfig, base: str) -> No
         param_path, module = projections[target]
         for factor, param_name in FACTORS.items():
             for i, layer in enumerate(np.asarray(flat[*param_path, param_name])):
-                name = f"{TENSOR_NAME_PREFIXES[1]}{module.format(i=i)}.{factor}.weight"
+                name = f"{PEFT_NAME_PREFIXES[1]}{module.format(i=i)}.{factor}.weight"
                 tensors[name] = np.ascontiguousarray(layer.T)
+    if broken := [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]:
+        raise UserError(f"{broken[0]}: these adapters are not finite (NaN or infinity). Use another checkpoint.")
     save_file(tensors, folder / ADAPTER_WEIGHTS_FILE, metadata={"format": "pt"})
     write_json(
         folder / ADAPTER_CONFIG_FILE,

@@ -66,6 +66,9 @@ TENSOR_MAPPINGS: tuple[TensorMapping, ...] = (
     *_map_linear("pooling/mlp_out", "pooling.mlp.2"),
     *_map_linear("projection", "projection.linear"),
 )
+# Heads that transformers puts on these decoders: of language models, of classifiers and rerankers, of question answering.
+HEADS = ("lm_head", "score", "classifier", "qa_outputs")
+HEAD_TENSORS = frozenset(f"{head}.{kind}" for head in HEADS for kind in ("weight", "bias"))
 # Prefixes of tensor names in published files, and what the table has instead.
 TENSOR_NAME_PREFIXES = {"model.": "", "embedding_model.": "", "latent_attention_model.": "pooling."}
 
@@ -85,5 +88,5 @@ def get_model_part(table_name: str) -> str:
 
 
 def is_unused(table_name: str) -> bool:
-    """Return whether an embedding model has no use for a tensor: the language-model head and old RoPE buffers."""
-    return table_name == "lm_head.weight" or table_name.endswith("rotary_emb.inv_freq")
+    """Return whether an embedding model has no use for a tensor: a head on top of the decoder, or an old RoPE buffer."""
+    return table_name in HEAD_TENSORS or table_name.endswith("rotary_emb.inv_freq")

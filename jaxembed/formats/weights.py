@@ -82,10 +82,11 @@ def find_part_files(folder: Path) -> dict[str, Path]:
 
 
 def _find_weight_files(folder: Path) -> list[Path]:
-    """Return the files of the model's main weights: one file, or the shards that the index lists."""
-    index = folder / "model.safetensors.index.json"
-    paths = [folder / "model.safetensors"]
-    if exists(index):
+    """Return the files of the model's main weights, as transformers does: model.safetensors, otherwise the index's shards."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if exists(single) or not exists(index):
+        paths = [single]
+    else:
         try:
             names = Fields(read_json(index), str(index)).strings("weight_map").values()
         except UserError as error:
@@ -112,7 +113,7 @@ def load_params(
         shapes: Tree of `ShapeDtypeStruct`s with the parts to load (decoder, pooling, projection). Its dtypes are those of
             the result: float32, bfloat16, or int8 with scales.
         shardings: Tree of shardings with the same parts.
-        updates: Low-rank updates by the path of their kernel. Their product is added before rounding.
+        updates: Low-rank updates by the path of their kernel. The product of the factors is added before rounding.
 
     Returns:
         The parameters of the decoder, and those of the other parts that the files contain.
@@ -301,7 +302,7 @@ def to_tensors(params: Any) -> dict[str, InMemoryTensor]:
 
 
 def _iter_tensors(params: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the parameters as files hold them, one layer at a time: the table's name of each tensor and a view of it."""
+    """Yield the name in the table and a view of each tensor, in the layout of the files, one layer at a time."""
     flat = flatten_dict(params, sep="/")
     for mapping in (mapping for mapping in TENSOR_MAPPINGS if mapping.path in flat):
         array = to_host(flat[mapping.path])
@@ -317,10 +318,19 @@ def save_params(path: Path, params: Any, prefixes: Mapping[str, str], convert: C
         params: The parameters of the model.
         prefixes: The parts to write (decoder, pooling, projection), each with the prefix of its tensor names in the file.
         convert: Function applied to each tensor, for example a cast.
+
+    Raises:
+        UserError: A number is NaN or infinite.
     """
     tensors = {
         prefix + name.removeprefix(f"{part}."): np.ascontiguousarray(convert(tensor))
         for part, prefix in prefixes.items()
         for name, tensor in _iter_tensors({part: params[part]})
     }
+    for name, tensor in tensors.items():
+        if not np.isfinite(tensor).all():
+            raise UserError(
+                f"{name}: these weights of the model are not finite (NaN or infinity), so nothing is written. The training has "
+                "diverged, or the file is damaged. Use another checkpoint."
+            )
     save_file(tensors, path, metadata={"format": "pt"})

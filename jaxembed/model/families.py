@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal
 
+from jaxembed.config.field_lists import FieldList, log_once
 from jaxembed.config.fields import Fields
 from jaxembed.errors import UserError
 
@@ -72,22 +73,66 @@ class Family:
         window: Whether a configured sliding window is always used, used if `use_sliding_window` is set ("switched"), or
             never used.
         architecture: Class name in transformers.
+        defaults: Values of fields that a config leaves out, where transformers' values differ between families.
     """
 
     qkv_bias: bool = False
     qk_norm: bool = False
     window: Literal["always", "switched", "never"] = "never"
     architecture: str = ""
+    defaults: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
-        "qwen2": Family(qkv_bias=True, window="switched", architecture="Qwen2Model"),
-        "qwen3": Family(qk_norm=True, window="switched", architecture="Qwen3Model"),
-        "mistral": Family(window="always", architecture="MistralModel"),
-        "llama": Family(architecture="LlamaModel"),
+        "qwen2": Family(
+            qkv_bias=True, window="switched", architecture="Qwen2Model",
+            defaults={"num_key_value_heads": 32, "max_position_embeddings": 32_768},
+        ),
+        "qwen3": Family(
+            qk_norm=True, window="switched", architecture="Qwen3Model",
+            defaults={"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32_768},
+        ),
+        "mistral": Family(
+            window="always", architecture="MistralModel",
+            defaults={"num_key_value_heads": 8, "max_position_embeddings": 131_072},
+        ),
+        "llama": Family(architecture="LlamaModel", defaults={"max_position_embeddings": 2048}),
     }
-)
+)  # fmt: skip
+# What happens to the fields of a decoder's config.json.
+CONFIG_FIELDS = FieldList(
+    read=frozenset(
+        {
+            "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+            "head_dim", "intermediate_size", "hidden_act", "rms_norm_eps", "attention_bias", "mlp_bias", "rope_parameters",
+            "rope_scaling", "rope_theta", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types",
+            "tie_word_embeddings", "max_position_embeddings", "is_causal", "auto_map",
+        }
+    ),
+    # Generation, training, the names of classes, and how PyTorch computes.
+    harmless=frozenset(
+        {
+            "_name_or_path", "architectures", "attention_dropout", "bos_token_id", "chunk_size_feed_forward", "dtype",
+            "eos_token_id", "id2label", "initializer_range", "is_encoder_decoder", "label2id", "output_attentions",
+            "output_hidden_states", "pad_token_id", "problem_type", "return_dict", "torch_dtype", "transformers_version",
+            "use_cache", "attn_implementation", "num_labels", "classifier_dropout", "sentence_transformers", "unsloth_version",
+            "unsloth_fixed", "gradient_checkpointing", "layer_norm_eps", "hidden_dropout", "embd_pdrop", "resid_pdrop",
+            "torchscript", "task_specific_params", "tokenizer_class", "return_dict_in_generate", "prefix", "use_bfloat16",
+            "max_length", "min_length", "do_sample", "temperature", "top_k", "top_p", "num_beams", "repetition_penalty",
+            "output_scores", "finetuning_task", "sep_token_id", "cls_token_id", "mask_token_id", "use_return_dict",
+            "tie_encoder_decoder", "is_decoder",
+            "diversity_penalty", "early_stopping", "encoder_no_repeat_ngram_size", "length_penalty", "no_repeat_ngram_size",
+            "num_beam_groups", "num_return_sequences", "remove_invalid_values", "tf_legacy_loss", "typical_p",
+        }
+    ),
+    refused={
+        "partial_rotary_factor": (1, 1.0), "pretraining_tp": (1,), "quantization_config": (), "cross_attention_hidden_size": (),
+        "add_cross_attention": (False,), "pruned_heads": (), "is_bidirectional": (), "use_bidirectional_attention": (),
+        "attn_logit_softcapping": (), "embedding_multiplier": (1, 1.0), "residual_multiplier": (1, 1.0),
+        "attention_multiplier": (),
+    },
+)  # fmt: skip
 
 # Any of these keys in a config marks a mixture of experts.
 MOE_KEYS = frozenset({"num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size"})
@@ -100,6 +145,7 @@ ROPE_SCALING_KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     }
 )
+ROPE_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")  # keys of every `rope_type`
 # Limits far above any model, so that a wrong config is refused before memory is allocated.
 MAX_LAYERS = MAX_HEADS = MAX_HEAD_WIDTH = 2**12
 MAX_WIDTH = MAX_VOCAB_SIZE = 2**24
@@ -180,8 +226,10 @@ def parse_hf_config(config: Mapping[str, Any], where: str) -> DecoderConfig:
     Raises:
         UserError: The family or a feature is not supported, or a value is missing or invalid.
     """
-    fields = Fields(config, where)
     family = _find_family(config, where)
+    CONFIG_FIELDS.check(config, where)
+    config = {**family.defaults, **config}
+    fields = Fields(config, where)
     if config.get("hidden_act", "silu") != "silu" or fields.boolean("mlp_bias"):
         raise UserError(f"{where}: the feed-forward layers are not supported (expected hidden_act silu and no mlp_bias).")
     rope = _read_rope(config, where)
@@ -203,7 +251,7 @@ def parse_hf_config(config: Mapping[str, Any], where: str) -> DecoderConfig:
         qk_norm=family.qk_norm,
         windows=_read_windows(config, family, where),
         tie_embeddings=fields.boolean("tie_word_embeddings"),
-        max_positions=fields.integer("max_position_embeddings", 32_768),
+        max_positions=fields.integer("max_position_embeddings"),
     )
 
 
@@ -237,14 +285,33 @@ def _read_heads(config: Mapping[str, Any], where: str) -> tuple[int, int, int]:
 def _read_rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return `rope_theta`, `rope_type` and the scaling's numbers.
 
-    They are in `rope_parameters` (transformers 5), or in `rope_scaling` with `rope_theta` beside it (older versions).
+    They are in `rope_parameters` (transformers 5), or in `rope_scaling` with `rope_theta` beside it (older versions). A config
+    with both must say the same twice, because libraries differ in which of them they read.
     """
-    key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    keys = [key for key in ("rope_parameters", "rope_scaling") if config.get(key)]
+    ropes = [_parse_rope(config, key, where) for key in keys or ["rope_scaling"]]
+    if ropes[0] != ropes[-1]:
+        raise UserError(
+            f"{where}: rope_parameters and rope_scaling contradict each other ({ropes[0]['rope_type']} and "
+            f"{ropes[-1]['rope_type']}; expected the same in both, or one of them). Remove the one that does not belong to the "
+            "weights."
+        )
+    return ropes[0]
+
+
+def _parse_rope(config: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
+    """Return what `_read_rope` returns, from one of the two fields."""
     rope = Fields(config, where).mapping(key, {})
     fields = Fields(rope, f"{where}: {key}")
     kind = fields.string("rope_type", fields.string("type", "default"))
     if kind not in ROPE_SCALING_KEYS:
         raise UserError(f"{where}: rope_type {kind!r} is not supported (expected {' or '.join(ROPE_SCALING_KEYS)}).")
+    if rope.get("partial_rotary_factor") not in (None, 1):
+        raise UserError(f"{where}: {key}: partial_rotary_factor is not supported (expected 1). Use another base.")
+    if unread := sorted(rope.keys() - {*ROPE_KEYS, *ROPE_SCALING_KEYS[kind]}):
+        log_once(
+            f"{where}: {key}: {', '.join(unread)[:200]} of rope_type {kind} {'is' if len(unread) == 1 else 'are'} not read"
+        )
     theta = fields.positive_number("rope_theta", Fields(config, where).positive_number("rope_theta", 10_000.0))
     numbers = {name: fields.positive_number(name) for name in ROPE_SCALING_KEYS[kind]}
     if kind == "llama3" and numbers["high_freq_factor"] <= numbers["low_freq_factor"]:

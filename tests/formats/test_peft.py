@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from helpers import tiny
 from helpers.runs import make_config, run_command, write_base_and_data
 from jaxembed import Embedder
 from jaxembed.errors import UserError
+from jaxembed.formats.peft_config import ADAPTER_FIELDS, read_lora_config
 from jaxembed.hub.export_adapters import export_adapters
 from jaxembed.runs.train import train
 
@@ -98,7 +100,7 @@ def test_export_of_adapters_needs_a_run_that_trained_adapters_only(folder: Path,
     ("change", "message"),
     [
         ({"peft_type": "IA3"}, "peft_type IA3 is not supported .expected LORA"),
-        ({"use_dora": True}, "use_dora True is not supported"),
+        ({"use_dora": True}, "use_dora true is not supported"),
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern .* is not supported"),
         ({"r": 0}, "r is 0|r: 0"),
         ({"base_model_name_or_path": "/nowhere"}, "/nowhere: neither a folder"),
@@ -154,4 +156,59 @@ def test_missing_unexpected_and_misshapen_tensors_are_refused(folder: Path, tmp_
             Embedder.load(tmp_path)
     weights.write_bytes(weights.read_bytes()[:-9])
     with pytest.raises(UserError, match="not a complete safetensors file"):
+        Embedder.load(tmp_path)
+
+
+@pytest.mark.parametrize("initialization", ["pissa", "olora", "gaussian", "orthogonal"])
+def test_initializations_load_unless_they_change_the_base(folder: Path, tmp_path: Path, initialization: str) -> None:
+    options = {"r": 4, "init_lora_weights": initialization}
+    model = save_random_adapters(folder / "base", tmp_path, **options)
+    config = json.loads((tmp_path / "adapter_config.json").read_text()) | {"init_lora_weights": initialization}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    if initialization in ("pissa", "olora"):
+        with pytest.raises(
+            UserError, match=f"init_lora_weights '{initialization}' is not supported, because it changes the base"
+        ):
+            Embedder.load(tmp_path)
+    else:
+        tiny.build_tokenizer().save_pretrained(tmp_path)
+        (tmp_path / "jaxembed.json").write_text('{"attention": "causal", "max_length": 64}')
+        embedder = Embedder.load(tmp_path)
+        np.testing.assert_allclose(embedder.encode(tiny.TEXTS), encode_with_torch(model, embedder), atol=1e-5)
+
+
+REFUSED_VALUES = {
+    "init_lora_weights": ["pissa_niter_4", "corda", "loftq", "lora_ga", "mica", "something new", 1.5, ["pissa"]],
+    "use_dora": [True], "use_rslora": [True], "fan_in_fan_out": [True], "bias": ["all", "lora_only"], "revision": ["v2"],
+    "modules_to_save": [["embed_tokens"]], "layers_to_transform": [[0], 0], "rank_pattern": [{"q_proj": 1}],
+    "alpha_pattern": [{"q_proj": 1}], "megatron_config": [{"a": 1}], "trainable_token_indices": [[1]],
+    "velora_config": [{"a": 1}], "alora_invocation_tokens": [[1]], "use_qalora": [True], "monteclora_config": [{"a": 1}],
+    "layer_replication": [[[0, 2]]], "lora_bias": [True], "target_parameters": [["mlp"]], "use_bdlora": [True],
+    "arrow_config": [{"a": 1}], "kasa_config": [{"a": 1}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", REFUSED_VALUES)
+def test_each_variant_of_lora_is_refused(tmp_path: Path, key: str) -> None:
+    path = tmp_path / "adapter_config.json"
+    for value in REFUSED_VALUES[key]:
+        path.write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4, key: value}))
+        with pytest.raises(UserError, match=rf"adapter_config\.json: {key} .* is not supported"):
+            read_lora_config(path)
+
+
+def test_every_field_of_the_installed_peft_is_on_the_list(tmp_path: Path) -> None:
+    """A new field of peft must be read, be refused, or be known to be harmless."""
+    config = peft.LoraConfig()
+    assert {field.name for field in dataclasses.fields(config)} <= ADAPTER_FIELDS.known
+    assert ADAPTER_FIELDS.refused.keys() <= REFUSED_VALUES.keys()
+    config.save_pretrained(str(tmp_path))  # the defaults are not refused
+    read_lora_config(tmp_path / "adapter_config.json")
+
+
+def test_pickled_adapters_are_named(folder: Path, tmp_path: Path) -> None:
+    save_random_adapters(folder / "base", tmp_path)
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
+    message = r"adapter_model\.safetensors: only adapter_model\.bin is there, and of the two only safetensors is read\. Load"
+    with pytest.raises(UserError, match=message):
         Embedder.load(tmp_path)

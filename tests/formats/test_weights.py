@@ -12,6 +12,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import transformers
 from safetensors.numpy import load_file, save_file
 
 from helpers import tiny
@@ -95,6 +96,37 @@ def test_every_common_file_layout_loads_the_same_parameters(base_folder: FolderF
     assert all(are_equal(load_decoder(folder), expected) for folder in folders)
 
 
+@pytest.mark.parametrize("head", ["score", "classifier", "qa_outputs"])
+def test_other_heads_are_ignored(base_folder: FolderFixture, tmp_path: Path, head: str) -> None:
+    tensors = read_tensors(base_folder("qwen2"))
+    stored = tensors | {f"{head}.weight": np.ones((1, 32), np.float32), f"{head}.bias": np.ones(1, np.float32)}
+    folder = write_model(tmp_path, base_folder("qwen2"), {"model.safetensors": stored})
+    assert are_equal(load_decoder(folder), load_decoder(base_folder("qwen2")))
+
+
+def test_a_stale_index_beside_a_single_file_is_not_read(base_folder: FolderFixture, tmp_path: Path) -> None:
+    """transformers reads model.safetensors first, and so does this reader."""
+    new = read_tensors(base_folder("qwen2"))
+    old = {name: tensor * 2 for name, tensor in new.items()}
+    write_model(tmp_path, base_folder("qwen2"), {"model-00001-of-00001.safetensors": old}, index=True)
+    assert not are_equal(load_decoder(tmp_path), load_decoder(base_folder("qwen2")))
+    write_model(tmp_path, base_folder("qwen2"), {"model.safetensors": new})
+    assert are_equal(load_decoder(tmp_path), load_decoder(base_folder("qwen2")))
+    torch_model = transformers.AutoModel.from_pretrained(str(tmp_path))
+    assert np.array_equal(torch_model.state_dict()["norm.weight"].numpy(), new["norm.weight"])
+    (tmp_path / "model-00001-of-00001.safetensors").unlink()
+    assert are_equal(load_decoder(tmp_path), load_decoder(base_folder("qwen2")))
+
+
+def test_weights_that_are_not_finite_are_not_written(base_folder: FolderFixture, tmp_path: Path) -> None:
+    params = {"decoder": load_decoder(base_folder("qwen2"))}
+    for number in (np.nan, np.inf):
+        params["decoder"]["norm"]["scale"] = np.full(32, number, np.float32)
+        with pytest.raises(UserError, match=r"^norm\.weight: these weights of the model are not finite"):
+            save_params(tmp_path / "model.safetensors", params, {"decoder": ""}, lambda x: x)
+        assert not (tmp_path / "model.safetensors").exists()
+
+
 def test_an_untied_language_model_head_is_ignored(base_folder: FolderFixture, tmp_path: Path) -> None:
     folder = tiny.write_folder(tmp_path, "mistral", head=True)
     assert "lm_head.weight" in read_tensors(folder)
@@ -114,13 +146,13 @@ def test_one_error_lists_every_tensor_that_does_not_match(base_folder: FolderFix
     base = base_folder("qwen2")
     tensors = read_tensors(base)
     del tensors["layers.1.mlp.up_proj.weight"]
-    tensors["score.weight"] = np.zeros((1, 32), np.float32)
+    tensors["other.weight"] = np.zeros((1, 32), np.float32)
     tensors["norm.weight"] = np.zeros(31, np.float32)
     with pytest.raises(UserError) as error:
         load_decoder(write_model(tmp_path / "base", base, {"model.safetensors": tensors}))
     assert str(error.value) == (
         f"{tmp_path / 'base'}: the weights do not match config.json (missing: layers.1.mlp.up_proj.weight; "
-        "unexpected: score.weight; misshapen: norm.weight (31,), expected (32,)). Use weights and a config of the same model."
+        "unexpected: other.weight; misshapen: norm.weight (31,), expected (32,)). Use weights and a config of the same model."
     )
 
 

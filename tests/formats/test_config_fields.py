@@ -1,0 +1,109 @@
+"""Fields of a decoder's config.json: read as transformers does, refused, or known to be harmless."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from helpers import tiny
+from helpers.loading import draw_texts, encode_packed, load_model, pack_texts
+from jaxembed.config import field_lists
+from jaxembed.config.spec import EmbeddingSpec
+from jaxembed.errors import UserError
+from jaxembed.model.families import CONFIG_FIELDS, FAMILIES, parse_hf_config
+
+CONFIG_CLASSES = {
+    "qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config, "mistral": transformers.MistralConfig,
+    "llama": transformers.LlamaConfig,
+}  # fmt: skip
+SIZES = {"vocab_size": 300, "hidden_size": 4096, "num_hidden_layers": 2, "num_attention_heads": 32, "intermediate_size": 48}
+LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10_000.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10_000.0}
+PLAIN = {"rope_type": "default", "rope_theta": 10_000.0}
+
+
+@pytest.mark.parametrize("family", CONFIG_CLASSES)
+def test_every_field_of_the_installed_transformers_is_on_the_list(family: str) -> None:
+    """A new field of transformers must be read, be refused, or be known to be harmless."""
+    config = CONFIG_CLASSES[family]()
+    assert set(config.to_dict()) <= CONFIG_FIELDS.known
+    assert set(FAMILIES) == set(CONFIG_CLASSES)
+
+
+@pytest.mark.parametrize("family", CONFIG_CLASSES)
+def test_absent_fields_have_the_defaults_of_transformers(family: str) -> None:
+    """A config.json may leave out any field with a default."""
+    minimal = {"model_type": family, **SIZES}
+    complete = json.loads(CONFIG_CLASSES[family](**SIZES).to_json_string(use_diff=False))
+    assert parse_hf_config(minimal, "minimal") == parse_hf_config(complete, "complete")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor 0\.5 is not supported"),
+        ({"rope_parameters": {**PLAIN, "partial_rotary_factor": 0.5}}, "partial_rotary_factor is not supported"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config .* is not supported"),
+        ({"pretraining_tp": 2}, "pretraining_tp 2 is not supported"),
+        ({"add_cross_attention": True}, "add_cross_attention true is not supported"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention true is not supported"),
+    ],
+)
+def test_fields_that_change_the_decoder_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"^config.json: .*{message}"):
+        parse_hf_config({"model_type": "llama", **SIZES, **changes}, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("parameters", "scaling", "kind"),
+    [
+        (LINEAR, LINEAR, "linear"),
+        (PLAIN, None, "default"),
+        (None, LINEAR, "linear"),
+        (LINEAR, {}, "linear"),
+        (LINEAR, {"type": "linear", "factor": 4.0}, "linear"),
+        (PLAIN, LINEAR, None),
+        (LINEAR, PLAIN, None),
+        (LINEAR, {**LINEAR, "factor": 8.0}, None),
+        (PLAIN, {**PLAIN, "rope_theta": 5.0}, None),
+        (PLAIN, YARN, None),
+    ],
+)
+def test_contradicting_rope_is_refused(parameters: Any, scaling: Any, kind: str | None) -> None:
+    config = {"model_type": "llama", **SIZES, "rope_parameters": parameters, "rope_scaling": scaling}
+    if kind is None:
+        with pytest.raises(UserError, match=r"contradict each other|rope_type 'yarn' is not supported"):
+            parse_hf_config(config, "config.json")
+    else:
+        assert dict(parse_hf_config(config, "config.json").rope_scaling)["rope_type"] == kind
+
+
+def test_rope_said_twice_gives_the_vectors_of_transformers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    body = transformers.AutoModel.from_config(transformers.LlamaConfig(**tiny.SIZES, rope_parameters=LINEAR)).eval()
+    body.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"rope_scaling": LINEAR}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    reference = transformers.AutoModel.from_pretrained(str(tmp_path)).eval()
+    (ids,) = draw_texts([40])
+    with torch.no_grad():
+        hidden = reference(torch.tensor(ids[None].astype(np.int64))).last_hidden_state[0].mean(dim=0)
+    expected = torch.nn.functional.normalize(hidden, dim=0).numpy()
+    model, params = load_model(tmp_path, EmbeddingSpec(attention="causal"))
+    np.testing.assert_allclose(encode_packed(model, params, *pack_texts([ids], 64))[0], expected, atol=1e-5)
+
+
+def test_unknown_fields_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    field_lists._logged.clear()
+    for _ in range(2):
+        parse_hf_config({"model_type": "llama", **SIZES, "brand_new": 1, "rope_parameters": {**PLAIN, "new": 2}}, "a.json")
+    messages = sorted(record.message for record in caplog.records)
+    assert messages == [
+        "a.json: rope_parameters: new of rope_type default is not read", "a.json: unknown fields are not read (brand_new)",
+    ]  # fmt: skip
