@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from jaxembed.config.fields import quote_value
 from jaxembed.config.removed import reject_python_packages
 from jaxembed.config.sections import Positive, Section
 
@@ -45,6 +46,9 @@ class PairTemplate(Section):
 
 
 NonEmpty = Annotated[str, Field(min_length=1)]
+Tokens = Annotated[int, Field(gt=0, le=2**20)]  # of a row in memory: more than any model reads, and no typing error
+SPLIT_PATTERN = r"^[\w-]*$"  # a split is part of a file's name
+FIELDS_WITH_SEVERAL_COLUMNS = frozenset({"pos", "neg", "pos_scores", "neg_scores"})
 
 
 RowField = Literal[
@@ -75,8 +79,16 @@ class SourceConfig(Section):
         "tfds:NAME:SPLIT (TensorFlow Datasets)."
     )
     format: Format = Field("auto", description="Format of the rows. auto: detected from the path or the first row.")
-    columns: dict[RowField, str] = Field(
-        {}, description="Column that holds each of our fields, such as {query: question, pos: answer}."
+    columns: dict[RowField, str | tuple[str, ...]] = Field(
+        {},
+        description="Column that holds each of our fields, such as {query: question, pos: answer}. pos, neg, pos_scores and "
+        "neg_scores may have a list of columns: {neg: [negative_1, negative_2]}.",
+    )
+    split: str = Field(
+        "",
+        pattern=SPLIT_PATTERN,
+        description="beir: the split qrels/SPLIT.tsv. Default: the first that exists of train, dev and test; the log says "
+        "which.",
     )
     name: str = Field("", description="Name in logs and of the stored prompt. Default: the stem of the path.")
     weight: float = Field(
@@ -106,7 +118,11 @@ class SourceConfig(Section):
         "error", description="labels: what to do with a text whose label has no other example that could be its positive."
     )
     max_examples: Positive | None = Field(None, description="Number of examples to use, drawn once. Default: all of them.")
-    min_score: float = Field(4.0, description="scored_pairs: minimum score of a positive pair.")
+    min_score: float = Field(
+        4.0,
+        description="scored_pairs: minimum score of a positive pair. The default is for scores from 0 to 5; scores above 5 "
+        "need a value of their own.",
+    )
     pair_templates: tuple[PairTemplate, ...] = Field(
         (),
         max_length=32,
@@ -123,6 +139,19 @@ class SourceConfig(Section):
     def _is_no_removed_source(cls, value: Any, info: ValidationInfo) -> Any:
         reject_python_packages(str(info.field_name), value)
         return value
+
+    @field_validator("columns", mode="before")
+    @classmethod
+    def _check_columns(cls, columns: Any) -> Any:
+        for field, names in columns.items() if isinstance(columns, dict) else ():
+            if isinstance(names, list | tuple) and names and field not in FIELDS_WITH_SEVERAL_COLUMNS:
+                raise ValueError(
+                    f"{field}: expected one column; a list is for {', '.join(sorted(FIELDS_WITH_SEVERAL_COLUMNS))}"
+                )
+            listed = names if isinstance(names, list | tuple) else [names]
+            if not listed or not all(isinstance(name, str) for name in listed):
+                raise ValueError(f"{field}: expected the name of a column, or a list of names (got {quote_value(names)})")
+        return columns
 
     @field_validator("label_names", mode="before")
     @classmethod
@@ -148,6 +177,12 @@ class SourceConfig(Section):
     def instruction_for_documents(self, query_instruction: str) -> str:
         """Return the instruction of the documents of a query with this instruction."""
         return query_instruction if self.symmetric else self.document_instruction
+
+    @model_validator(mode="after")
+    def _check_split(self) -> SourceConfig:
+        if self.split and self.format not in ("auto", "beir"):
+            raise ValueError(f"split names a split of a BEIR folder, but format is {self.format}. Remove it.")
+        return self
 
     @model_validator(mode="after")
     def _one_instruction_of_documents(self) -> SourceConfig:
@@ -207,10 +242,10 @@ class BatchingConfig(Section):
 class DataConfig(Section):
     """The training data of a stage."""
 
-    max_length: Positive = Field(
+    max_length: Tokens = Field(
         512, description="Maximum tokens of a text, special tokens included. Longer texts are truncated."
     )
-    row_length: Positive | None = Field(None, description="Tokens of a packed row. Default: max_length, the minimum.")
+    row_length: Tokens | None = Field(None, description="Tokens of a packed row. Default: max_length, the minimum.")
     hard_negatives: int = Field(0, ge=0, le=1024, description="Number of hard negatives drawn for each query.")
     batching: BatchingConfig = BatchingConfig()
     mixture: MixtureConfig = MixtureConfig()

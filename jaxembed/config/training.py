@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from jaxembed.config.data import SPLIT_PATTERN
 from jaxembed.config.fields import LARGEST
 from jaxembed.config.removed import reject_python_packages
 from jaxembed.config.sections import Positive, Section
@@ -100,6 +101,12 @@ class EvalSetConfig(Section):
         "retrieval", description="retrieval scores nDCG@10 and recall@10; sts scores Spearman's correlation."
     )
     path: str = Field(description="BEIR folder, or a file of scored pairs for sts.")
+    split: str = Field(
+        "",
+        pattern=SPLIT_PATTERN,
+        description="retrieval: the split qrels/SPLIT.tsv. Default: the first that exists of test, dev and train; the log says "
+        "which.",
+    )
     adapter: str = Field("", description="The adapter that is scored, one of model.lora.names.")
     instruction: str = Field("", description="Instruction of the queries; of both sides for sts.")
     document_instruction: str = Field("", description="Instruction of the documents.")

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from jaxembed.config.data import SourceConfig
 from jaxembed.config.model import ModelConfig
+from jaxembed.config.names import check_names
 from jaxembed.config.removed import upgrade_run_tree
 from jaxembed.config.sections import Section, apply_override, parse_section, read_tree
 from jaxembed.config.stage import RUN_TRAIN_KEYS, StageConfig, StageSections, resolve_stage
@@ -130,7 +131,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), base: str | Non
         base: Value of `model.base` if the file has none, for callers that only read its data.
 
     Raises:
-        UserError: The file cannot be read, or a key is unknown or has a wrong value.
+        UserError: The file cannot be read, a key is unknown or has a wrong value, or two names are equal (`check_names`).
     """
     path = Path(path)
     tree = read_tree(path)
@@ -143,7 +144,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), base: str | Non
         run["name"] = run.get("name") or path.stem
         if isinstance(run["name"], str):
             run["dir"] = run.get("dir") or f"runs/{run['name']}"
-    return parse_config(tree, str(path))
+    config = parse_config(tree, str(path))
+    check_names(config, str(path))
+    return config
 
 
 def read_run_config(path: Path) -> Config:

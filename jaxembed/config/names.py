@@ -1,0 +1,66 @@
+"""Names that must differ: those of sources, under which prompts are stored, and those of held-out sets, in scores.
+
+Only configs that a user gives are checked. Recorded ones of earlier runs are read as they are.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jaxembed.config.data import SourceConfig
+from jaxembed.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxembed.config.tree import Config
+
+RESERVED_NAMES = ("query", "document")  # of the prompts of both sides, beside those of the sources
+
+
+def check_names(config: Config, where: str) -> None:
+    """Check that every source of a stage, and every held-out set, has a name of its own.
+
+    Sources of different stages may share a name if they read the same path: their prompt is stored once.
+
+    Args:
+        config: The settings.
+        where: Their origin, which starts an error's line.
+
+    Raises:
+        UserError: Two names are equal, or one is reserved.
+    """
+    earlier: dict[str, tuple[str, str]] = {}  # name -> key and path, over the earlier stages
+    for i, stage in enumerate(config.stages):
+        prefix = f"stages.{i}." if len(config.stages) > 1 else ""
+        own: dict[str, tuple[str, str]] = {}
+        for j, source in enumerate(stage.data.sources):
+            key, name = f"{prefix}data.sources.{j}", source.display_name
+            if name in RESERVED_NAMES:
+                raise UserError(
+                    f"{where}: {key} is named {name!r}, which is reserved for the prompt of every {name}. "
+                    f"{_suggest(key, source)}"
+                )
+            other_key, other_path = own.get(name) or earlier.get(name) or ("", source.path)
+            if name in own or other_path != source.path:
+                raise UserError(
+                    f"{where}: {key} ({source.path}) is named {name!r}, like {other_key} ({other_path}), but prompts and "
+                    f"counts are stored by name. {_suggest(key, source)}"
+                )
+            own[name] = key, source.path
+        earlier |= own
+    sets: dict[str, str] = {}
+    for i, held_out in enumerate(config.eval.sets):
+        key = f"eval.sets.{i}.name"
+        if held_out.name in sets:
+            raise UserError(
+                f"{where}: {key} is {held_out.name!r}, like {sets[held_out.name]}, but scores are stored by name. "
+                "Give each set its own name."
+            )
+        sets[held_out.name] = key
+
+
+def _suggest(key: str, source: SourceConfig) -> str:
+    """Return the sentence that says how to name a source."""
+    path = Path(source.path)
+    folder = path.parent.name or "my"
+    return f"Name it, such as {key}.name: {folder}-{path.stem.strip('*') or 'source'}"
