@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.util
 import json
 import logging
 import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
@@ -20,40 +22,70 @@ from jaxembed.config import Format
 from jaxembed.config.sections import apply_override
 from jaxembed.devices import processes
 from jaxembed.devices.cpu import configure_jax
-from jaxembed.errors import Stopped, UserError
+from jaxembed.devices.standard_streams import StandardOutputError, protect_standard_streams
+from jaxembed.errors import Stopped, UserError, explain_system_error
 from jaxembed.files import cache_dir, check_writable, exists
+from jaxembed.training.shutdown import stop_signals
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from jaxembed.hub.embedder import Embedder
 
-# Libraries whose progress messages are not ours to print.
+# Libraries whose progress messages are hidden.
 CHATTY_LOGGERS = ("jax", "orbax", "httpx", "httpx2", "datasets", "bm25s", "faiss", "sentence_transformers", "mteb")
 
 
 def run_command(main: Callable[[argparse.Namespace], Mapping[str, Any]], parser: argparse.ArgumentParser) -> Mapping[str, Any]:
     """Parse the command line, run `main`, print its result as JSON, and return it.
 
-    Exits with 2 on a `UserError`, and with 128 + n on signal n.
+    Exits with 2 on a `UserError` and on an error of the system such as a full disk, with 128 + n on signal n, and with 141 and
+    no message if the reader of standard output has gone, as after `| head`.
     """
-    args = parser.parse_args()
-    _skip_absent_tpu()
-    _configure_logging()
-    try:
+    protect_standard_streams()
+    with _exit_with_one_line():
+        try:
+            args = parser.parse_args()
+        finally:
+            sys.stdout.flush()  # the help; a failure at exit would be a traceback
+        _skip_absent_tpu()
+        _configure_logging()
         result = main(args)
+        if processes.is_first():
+            print(json.dumps(result, ensure_ascii=False), flush=True)
+        return result
+
+
+@contextmanager
+def _exit_with_one_line() -> Iterator[None]:
+    """End the process with one line if the block raises."""
+    try:
+        yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _leave(2, f"error: {error}")
     except Stopped as stop:
-        print(f"stopped: {stop}", file=sys.stderr)
-        sys.exit(128 + stop.signal)
+        _leave(128 + stop.signal, f"stopped: {stop}")
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    if processes.is_first():
-        print(json.dumps(result, ensure_ascii=False))
-    return result
+        _leave(128 + signal.SIGINT, "interrupted")
+    except StandardOutputError as error:
+        if error.errno == errno.EPIPE:
+            _leave(128 + signal.SIGPIPE)
+        _leave(2, f"error: standard output cannot be written ({error}). Make room, or redirect it to another file.")
+    except Exception as error:
+        if line := explain_system_error(error):
+            _leave(2, f"error: {line}")
+        traceback.print_exc()
+        _leave(1)
+
+
+def _leave(code: int, line: str = "") -> NoReturn:
+    """End the process at once, after an optional line. A regular exit would wait for threads of libraries, such as Orbax's."""
+    if line:
+        print(line, file=sys.stderr)
+    sys.stderr.flush()
+    with suppress(StandardOutputError):
+        sys.stdout.flush()
+    os._exit(code)
 
 
 def _configure_logging() -> None:
@@ -66,9 +98,9 @@ def _configure_logging() -> None:
 
 
 def _skip_absent_tpu() -> None:
-    """Keep JAX from searching for a TPU if only its compiler is installed, and no plugin of another accelerator.
+    """Choose the CPU where libtpu is installed, but neither a TPU nor the JAX plugin of another accelerator is.
 
-    The search takes seconds and prints a page of warnings.
+    JAX would otherwise search for a TPU, which takes seconds and prints a page of warnings.
     """
     if "JAX_PLATFORMS" in os.environ or importlib.util.find_spec("libtpu") is None:
         return
@@ -116,12 +148,10 @@ def add_row_arguments(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--format", default="auto", help=f"format of the rows: {formats} (default: auto, detected from path or first row)"
     )
-    parser.add_argument(
-        "--columns", metavar="MAPPING", help="column that holds each of our fields: '{query: question, pos: answer}'"
-    )
+    parser.add_argument("--columns", metavar="MAPPING", help="column that holds each field: '{query: question, pos: answer}'")
 
 
-def row_settings(args: argparse.Namespace) -> dict[str, Any]:
+def get_row_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Return the options of `add_row_arguments` as keys of a source.
 
     Raises:
@@ -161,7 +191,7 @@ def integer_from(minimum: int) -> Callable[[str], int]:
     return integer
 
 
-def model_options(args: argparse.Namespace) -> dict[str, Any]:
+def get_model_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return the options of `add_model_arguments` for `load_model`."""
     return {name: getattr(args, name) for name in ("checkpoint", "layers", "adapter", "fsdp")}
 
@@ -183,7 +213,7 @@ def load_model(model: str, *, fsdp: int = 1, **options: Any) -> Embedder:
 def make_fsdp_mesh(fsdp: int) -> Mesh:
     """Return a mesh of all devices, `fsdp` of which share one copy of the model.
 
-    Programs keep their memory from here on (`retain_freed_memory`).
+    From here on the process keeps freed memory for itself (`retain_freed_memory`).
 
     Raises:
         UserError: `fsdp` does not divide the number of devices.
@@ -201,15 +231,15 @@ def make_fsdp_mesh(fsdp: int) -> Mesh:
 
 @contextmanager
 def stop_on_signals(message: str) -> Iterator[None]:
-    """Turn SIGTERM and Ctrl-C inside the block into `Stopped` with a message. Only for the main thread."""
+    """Turn `stop_signals` inside the block into `Stopped` with a message. Only for the main thread."""
     received = signal.SIGINT
 
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal received
         received = signal.Signals(number)
-        raise KeyboardInterrupt  # no library handles this as an error of its own
+        raise KeyboardInterrupt  # libraries that catch `Exception` do not catch it
 
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.signal(number, stop) for number in stop_signals()}
     try:
         yield
     except KeyboardInterrupt:
@@ -222,7 +252,7 @@ def stop_on_signals(message: str) -> Iterator[None]:
 def set_up_jax() -> None:
     """Cache compiled programs on disk, so that a second start is quick, and configure JAX for CPUs.
 
-    Call it before JAX is first used. JAX_COMPILATION_CACHE_DIR overrides the place of the cache.
+    Call it before JAX is first used. JAX_COMPILATION_CACHE_DIR overrides the folder of the cache.
     """
     import jax
 
@@ -232,7 +262,7 @@ def set_up_jax() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def new_output(path: str, endings: Collection[str] = ()) -> Path:
+def prepare_new_output(path: str, endings: Collection[str] = ()) -> Path:
     """Return the path of an output that does not exist yet and can be written.
 
     Args:
@@ -247,10 +277,10 @@ def new_output(path: str, endings: Collection[str] = ()) -> Path:
         raise UserError(f"{out}: expected an output that ends in {' or '.join(endings)}")
     if exists(out):
         raise UserError(f"{out}: already exists. Remove it, or name another output.")
-    return writable_output(out)
+    return prepare_output(out)
 
 
-def writable_output(out: Path) -> Path:
+def prepare_output(out: Path) -> Path:
     """Return the path of an output after creating its folder.
 
     Raises:

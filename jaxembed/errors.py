@@ -1,6 +1,24 @@
 """Exceptions that end a command with one line."""
 
+import errno
+
 MAX_MESSAGE_CHARS = 2000
+# What the system refuses for reasons that the user can remove. Other errors of the system may be mistakes of this program.
+SYSTEM_ERRORS = {
+    errno.ENOSPC: "Make room on the disk, and run the same command.",
+    errno.EDQUOT: "Make room in your quota, and run the same command.",
+    errno.EFBIG: "Raise the limit on the size of files, and run the same command.",
+    errno.EROFS: "Name another folder, or set JAXEMBED_CACHE if it is the cache.",
+    errno.EACCES: "Change its permissions, name another folder, or set JAXEMBED_CACHE if it is the cache.",
+    errno.EPERM: "Change its permissions, name another folder, or set JAXEMBED_CACHE if it is the cache.",
+    errno.EIO: "Check the disk.",
+    errno.ESTALE: "Check the network disk.",
+    errno.EMFILE: "Raise the limit on open files (ulimit -n).",
+    errno.ENFILE: "Close other programs: the system has too many open files.",
+    errno.ENOMEM: "Free memory, or raise the limit on it.",
+}
+# What JAX's errors say where memory ran out. YNNPACK computes matmuls on CPUs.
+MEMORY_ERRORS = ("RESOURCE_EXHAUSTED", "YNNPACK operation failed", "std::bad_alloc", "Out of memory")
 LINE_BREAKS = frozenset("\t\n\v\f\r\x1c\x1d\x1e\x1f\x85\u2028\u2029")
 
 
@@ -30,3 +48,14 @@ def summarize(error: object, max_chars: int = 200) -> str:
     """Return the message of another library's error on one short line, to be quoted in a `UserError`."""
     line = " ".join(str(error).split())
     return line if len(line) <= max_chars else f"{line[:max_chars].rsplit(' ', 1)[0]} ..."
+
+
+def explain_system_error(error: BaseException) -> str | None:
+    """Return one line about a refusal of the system, such as a full disk or no memory; None for any other error."""
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(m in str(error) for m in MEMORY_ERRORS)):
+        detail = f" ({reason})" if (reason := summarize(error)) else ""
+        return f"out of memory{detail}. Free memory, raise the limit on it, or lower the sizes of batches and models."
+    if not isinstance(error, OSError) or error.errno not in SYSTEM_ERRORS:
+        return None
+    subject = error.filename2 or error.filename or "a file"
+    return str(UserError(f"{subject}: cannot be used ({error.strerror}). {SYSTEM_ERRORS[error.errno]}"))

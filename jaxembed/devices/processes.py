@@ -26,7 +26,7 @@ from tqdm import tqdm
 from jaxembed.devices.group_exit import RESUME_HINT, GroupMonitor, report_jax_aborts
 from jaxembed.devices.key_value_store import KeyValueStore, process_index_and_count
 from jaxembed.devices.standard_streams import LossyStream
-from jaxembed.errors import Stopped, UserError, summarize
+from jaxembed.errors import Stopped, UserError, explain_system_error, summarize
 
 ADDRESS_VARIABLE, COUNT_VARIABLE, INDEX_VARIABLE = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 MAX_JOIN_S = 86_400
@@ -109,6 +109,8 @@ def process_group(limit_s: float) -> Iterator[None]:
             monitor.exit_if_group_ends()
             reason = summarize(error, 120)
             monitor.end_all(1, f"another process has ended or cannot be reached ({reason}). {RESUME_HINT}")
+        if line := explain_system_error(error):
+            monitor.end_all(2, line)
         traceback.print_exc()
         monitor.end_all(1, f"{type(error).__name__}: {summarize(error)}")
     _leave(monitor)

@@ -1,4 +1,4 @@
-"""The training loop: next batch, step, then is it time to log, to evaluate, to checkpoint?"""
+"""The training loop: take a batch, run a step, then log, evaluate and checkpoint where it is time."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class StepStats:
     """Counts and times since the last logged step.
 
     Attributes:
-        start_time: When the count began (`time.perf_counter`).
+        start_time: When counting started (`time.perf_counter`).
         steps: Number of steps.
         data_wait_seconds: Seconds of waiting for batches.
         useful_tokens: Tokens of texts.
@@ -50,16 +50,16 @@ class StepStats:
     token_pairs: int = 0
     new_programs: int = 0
 
-    def add(self, host: HostBatch, data_wait_seconds: float) -> None:
+    def add(self, host_batch: HostBatch, data_wait_seconds: float) -> None:
         """Count a step on a batch that took so many seconds to arrive."""
         self.steps += 1
         self.data_wait_seconds += data_wait_seconds
-        self.useful_tokens += host.useful_tokens
-        self.padded_tokens += host.padded_tokens
-        self.token_pairs += host.token_pairs
+        self.useful_tokens += host_batch.useful_tokens
+        self.padded_tokens += host_batch.padded_tokens
+        self.token_pairs += host_batch.token_pairs
 
     def rates(self, batch_size: int, mfu_meter: MfuMeter | None) -> dict[str, float]:
-        """Return the metrics of speed, by name."""
+        """Return the throughput metrics by name."""
         seconds = time.perf_counter() - self.start_time
         rates = {
             "step_seconds": seconds / self.steps,
@@ -79,7 +79,7 @@ class InFlightStep:
     """A step that was started, and may not have finished."""
 
     step: int
-    host: HostBatch
+    host_batch: HostBatch
     metrics: Metrics
 
 
@@ -141,20 +141,20 @@ class Trainer:
             with must_finish(f"step {step}", self.config.stall_timeout_s), StepTraceAnnotation("train", step_num=step):
                 # Next batch.
                 wait_start = time.perf_counter()
-                host = next(batches)
-                stats.add(host, time.perf_counter() - wait_start)
+                host_batch = next(batches)
+                stats.add(host_batch, time.perf_counter() - wait_start)
                 # Start the step, then wait for the one before: at most one step runs ahead of the host.
-                state, metrics = self._start_step(state, host, stats)
-                self._check(in_flight)
-                in_flight = InFlightStep(step, host, metrics)
-                # Is it time? What follows needs a step that has finished.
+                state, metrics = self._start_step(state, host_batch, stats)
+                self._check_finite(in_flight)
+                in_flight = InFlightStep(step, host_batch, metrics)
+                # Decide what follows. Logging and saving need a step that has finished.
                 is_last = step == last_step
                 log = is_last or step % self.config.log_every == 0
                 evaluate = self.evaluate is not None and (is_last or step % self.config.eval_every == 0)
                 is_stopping = stop.is_due(step)
                 save = is_last or evaluate or is_stopping or step % self.config.checkpoint_every == 0
                 if log or save:
-                    self._check(in_flight)
+                    self._check_finite(in_flight)
                     in_flight = None
             self.profile.after(step, metrics)
             if log:
@@ -172,8 +172,8 @@ class Trainer:
                 raise Stopped(message, stop.signal)
         return state
 
-    def _start_step(self, state: TrainState, host: HostBatch, stats: StepStats) -> tuple[TrainState, Metrics]:
-        batch = put_batch(self.mesh, host.batch)
+    def _start_step(self, state: TrainState, host_batch: HostBatch, stats: StepStats) -> tuple[TrainState, Metrics]:
+        batch = put_batch(self.mesh, host_batch.batch)
         shape = batch.texts.tokens.shape
         if shape in self.program_shapes:
             return self.train_step(state, batch)
@@ -188,14 +188,14 @@ class Trainer:
         self.recorder.say(f"program {number}: {rows} rows x {tokens} tokens, compiled and run in {seconds:.1f} s")
         return result
 
-    def _check(self, in_flight: InFlightStep | None) -> None:
+    def _check_finite(self, in_flight: InFlightStep | None) -> None:
         """Wait for a step. If its loss or gradient is not finite, end the run, or report it if such steps are skipped."""
         if in_flight is None:
             return
         loss, norm = float(in_flight.metrics["loss"]), float(in_flight.metrics["grad_norm"])
         if math.isfinite(loss) and math.isfinite(norm):
             return
-        sources = ", ".join(self.stage.sources[i].name for i in in_flight.host.sources)
+        sources = ", ".join(self.stage.sources[i].name for i in in_flight.host_batch.sources)
         problem = f"step {in_flight.step}: not finite (loss {loss}, gradient norm {norm}; batch from {sources})"
         if self.config.on_nan == "skip":
             self.recorder.say(f"{problem}. Skipped the update.")
@@ -207,7 +207,8 @@ class Trainer:
     def _log(self, step: int, metrics: Metrics, stats: StepStats) -> None:
         values = {name: float(value) for name, value in metrics.items()}
         values |= stats.rates(self.config.batch_size, self.mfu_meter)
-        self.recorder.log(step, values, self.stage.index)
+        with must_finish(f"logging of step {step}", self.config.stall_timeout_s):
+            self.recorder.log(step, values, self.stage.index)
         self.recorder.show(loss=f"{values['loss']:.4f}", tokens_s=f"{values['useful_tokens_per_second']:,.0f}")
 
     def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -9,13 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from jaxembed.config.fields import Fields
 from jaxembed.data.schema import parse_row
+from jaxembed.devices.standard_streams import LossyStream
 from jaxembed.errors import UserError
 from jaxembed.files import exists, read_bytes, write_text
+from jaxembed.training.tensorboard import EventFile
 
 
 class Recorder:
@@ -33,8 +35,9 @@ class Recorder:
         rows = [row for row in read_metrics(run_dir) if row["step"] <= start] if start else []
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start or None)
-        self._bar = tqdm(total=steps, initial=start, unit="step", file=sys.stderr, dynamic_ncols=True)
+        self._events = EventFile(run_dir / "tensorboard", purge_step=start or None)
+        self._stderr = LossyStream(sys.stderr)
+        self._bar = tqdm(total=steps, initial=start, unit="step", file=self._stderr, dynamic_ncols=True)
 
     def advance(self) -> None:
         """Advance the progress bar by one step."""
@@ -45,22 +48,22 @@ class Recorder:
         self._bar.set_postfix(values)
 
     def log(self, step: int, values: Mapping[str, float], stage: int = 0) -> None:
-        """Write the values of a step. A value that is not finite becomes null in JSON."""
+        """Write the values of a step. A value that is not finite becomes null in JSON. Raises `OSError` if that fails."""
         finite = {name: (value if math.isfinite(value) else None) for name, value in values.items()}
         self._file.write(json.dumps({"stage": stage, "step": step, **finite}) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+        self._events.write_scalars(step, values)
 
     def say(self, text: str) -> None:
         """Print a line on standard error, above the progress bar."""
-        self._bar.write(text, file=sys.stderr)
+        self._bar.write(text, file=self._stderr)
 
     def close(self) -> None:
-        """Close all files and the progress bar."""
+        """Close all files and the progress bar. What was logged is written already, so a full disk is no error here."""
         self._bar.close()
-        self._file.close()
-        self._events.close()
+        for file in (self._file, self._events):
+            with contextlib.suppress(OSError):
+                file.close()
 
 
 class NullRecorder:

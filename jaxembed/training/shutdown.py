@@ -1,4 +1,4 @@
-"""What ends a run from outside the loop: a signal, or a step that never finishes."""
+"""Ways to end a run from outside the loop: a signal, or a step that does not finish in time."""
 
 from __future__ import annotations
 
@@ -13,15 +13,26 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from jaxembed.devices import processes
+from jaxembed.devices.standard_streams import LossyStream
+
+
+def stop_signals() -> list[int]:
+    """Return the signals that ask a command to stop: Ctrl-C, SIGTERM, and these if they are not ignored.
+
+    - SIGHUP: the terminal was closed. `nohup` has it ignored.
+    - SIGUSR1 and SIGUSR2: Slurm's `--signal` sends them before the time limit.
+    """
+    optional = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+    return [signal.SIGINT, signal.SIGTERM, *(n for n in optional if signal.getsignal(n) != signal.SIG_IGN)]
 
 
 class StopRequest:
-    """Turns SIGTERM and the first Ctrl-C into a request to stop after a step. A second Ctrl-C interrupts at once.
+    """Turns `stop_signals` into a request to stop after a step. A second Ctrl-C interrupts at once.
 
     It is a context manager: the signals are handled inside the block. Outside the main thread Python accepts no handlers, and
     signals keep their meaning.
 
-    With several processes JAX handles SIGTERM, to notify the others; Ctrl-C is turned into a SIGTERM there.
+    With several processes JAX handles SIGTERM, to notify the others. The other signals are turned into a SIGTERM there.
 
     Attributes:
         signal: The signal that requested the stop; 0 without one.
@@ -33,7 +44,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            handled = (signal.SIGTERM, signal.SIGINT) if processes.count() == 1 else (signal.SIGINT,)
+            handled = [number for number in stop_signals() if number != signal.SIGTERM or processes.count() == 1]
             self._previous_handlers = {number: signal.signal(number, self._handle) for number in handled}
         return self
 
@@ -76,6 +87,6 @@ def must_finish(name: str, limit_s: float) -> Iterator[None]:
 
 def _exit_with_stacks(name: str, limit_s: float) -> None:
     message = f"error: {name} did not finish in {limit_s:g} s (train.stall_timeout_s). Stacks of all threads:"
-    print(f"\n{message}", file=sys.stderr, flush=True)
+    print(f"\n{message}", file=LossyStream(sys.stderr), flush=True)
     faulthandler.dump_traceback(file=2)
     os._exit(1)

@@ -1,0 +1,61 @@
+"""The signals that ask a run to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from jaxembed import cli
+from jaxembed.devices import processes
+from jaxembed.errors import Stopped
+from jaxembed.training.shutdown import StopRequest
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+@pytest.fixture(autouse=True)
+def restored_handlers() -> Iterator[None]:
+    """Restore the handlers of all signals after a test."""
+    previous = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in previous.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_every_stop_signal_stops_a_run_after_a_step(number: int) -> None:
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        assert not stop.is_due(1)
+        os.kill(os.getpid(), number)
+        assert stop.is_due(2) and stop.signal == number
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_every_stop_signal_ends_a_command_with_a_line(number: int) -> None:
+    with pytest.raises(Stopped, match="nothing is lost") as error, cli.stop_on_signals("nothing is lost"):
+        os.kill(os.getpid(), number)
+    assert error.value.signal == number
+
+
+def test_ignored_signals_stay_ignored() -> None:
+    """`nohup` has SIGHUP ignored."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopRequest() as stop, cli.stop_on_signals("nothing is lost"):
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert not stop.is_due(1)
+
+
+def test_with_several_processes_all_signals_become_a_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """JAX handles SIGTERM there, and notifies the other processes."""
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    received: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    with StopRequest():
+        for number in SIGNALS[2:]:
+            os.kill(os.getpid(), number)
+    assert received == [signal.SIGTERM] * 3
