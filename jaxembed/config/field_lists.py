@@ -49,13 +49,10 @@ class FieldList:
         Raises:
             UserError: A field has a value whose effect is not implemented.
         """
-        for key, neutral in self.refused.items():
-            value = values.get(key)
-            if (
-                value is None
-                or value in ([], {})
-                or any(value is x or (type(value) is type(x) and value == x) for x in neutral)
-            ):
+        present = {key: value for key, value in values.items() if value is not None and value not in ([], {})}
+        for key in self.refused:
+            value, neutral = present.get(key), self.refused[key]
+            if key not in present or any(type(value) is type(x) and value == x for x in neutral):
                 continue
             expected = " or ".join(map(quote_value, neutral)) or "no such field"
             shown = quote_value(value) if isinstance(value, str | int | float | bool) else str(value)[:80]
