@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib.util
-import json
 import logging
 import os
 import signal
@@ -24,7 +23,7 @@ from jaxembed.devices import processes
 from jaxembed.devices.cpu import configure_jax
 from jaxembed.devices.standard_streams import StandardOutputError, protect_standard_streams
 from jaxembed.errors import Stopped, UserError, explain_system_error
-from jaxembed.files import cache_dir, check_writable, exists
+from jaxembed.files import cache_dir, check_writable, exists, format_json
 from jaxembed.training.shutdown import stop_signals
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ def run_command(main: Callable[[argparse.Namespace], Mapping[str, Any]], parser:
         _configure_logging()
         result = main(args)
         if processes.is_first():
-            print(json.dumps(result, ensure_ascii=False), flush=True)
+            print(format_json(result), flush=True)
         return result
 
 

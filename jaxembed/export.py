@@ -18,8 +18,8 @@ LAYOUTS = ("sentence-transformers", "nv-embed")
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    """Run the command. Returns the folder, its dtype, and how far its vectors are from the model's."""
-    out = cli.new_output(args.out)
+    """Export a model. Return the folder, its dtype, and how far its vectors are from the model's."""
+    out = cli.prepare_new_output(args.out)
     from transformers.utils import logging
 
     from jaxembed.hub.card import read_card
@@ -29,15 +29,16 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
     logging.disable_progress_bar()  # the folder is loaded and saved several times
     getLogger("sentence_transformers").setLevel(ERROR)  # it warns that the CPU, which checks the folder, is slow
-    if args.adapters:
-        check_adapter_options(args)
-        cli.set_up_jax()
-        return {"folder": str(out), **export_adapters(Path(args.model), out, args.checkpoint).summarize()}
-    embedder = cli.load_model(args.model, **cli.model_options(args))
-    if args.layout == "nv-embed":
-        parity = export_nv_embed(embedder, out, args.dtype)
-    else:
-        parity = export(embedder, out, args.dtype, read_card(Path(args.model), embedder.revision, args.adapter))
+    with cli.stop_on_signals(f"{out}: not written"):
+        if args.adapters:
+            check_adapter_options(args)
+            cli.set_up_jax()
+            return {"folder": str(out), **export_adapters(Path(args.model), out, args.checkpoint).summarize()}
+        embedder = cli.load_model(args.model, **cli.get_model_options(args))
+        if args.layout == "nv-embed":
+            parity = export_nv_embed(embedder, out, args.dtype)
+        else:
+            parity = export(embedder, out, args.dtype, read_card(Path(args.model), embedder.revision, args.adapter))
     return {"folder": str(out), "revision": embedder.revision, "dtype": args.dtype, **parity.summarize()}
 
 

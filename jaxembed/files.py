@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def read_bytes(path: Path) -> bytes:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:  # a name that no file can have
-        raise UserError(f"{path!r}: cannot be read ({error})") from None
+        raise UserError(f"{path}: cannot be read ({error})") from None
 
 
 def file_digest(path: Path) -> str:
@@ -80,8 +81,21 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as indented JSON, atomically."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Write a value as indented JSON, atomically. Numbers that are not finite become null."""
+    write_text(path, format_json(value, indent=2) + "\n")
+
+
+def format_json(value: Any, indent: int | None = None) -> str:
+    """Return a value as JSON. NaN and infinity, which JSON does not have, become null."""
+    return json.dumps(_replace_not_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _replace_not_finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _replace_not_finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_replace_not_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_text(path: Path, text: str) -> None:

@@ -16,9 +16,9 @@ METHODS = ("soup", "slerp")
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    """Run the command. Returns the folder, the models and weights, and how far its vectors are from the merged model's."""
+    """Merge models. Return the folder, the models and weights, and how far its vectors are from the merged model's."""
     weights = parse_weights(args.weights, args.method, len(args.models))
-    out = cli.new_output(args.out)
+    out = cli.prepare_new_output(args.out)
     from transformers.utils import logging
 
     from jaxembed.hub.export import export
@@ -28,8 +28,9 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     logging.disable_progress_bar()
     cli.set_up_jax()
     import_sentence_transformers()  # if it is missing, say so before anything is read
-    embedder, card = merge_models(args.models, weights, args.method, out.name, args.checkpoint)
-    parity = export(embedder, out, args.dtype, card)
+    with cli.stop_on_signals(f"{out}: not written"):
+        embedder, card = merge_models(args.models, weights, args.method, out.name, args.checkpoint)
+        parity = export(embedder, out, args.dtype, card)
     sources = {"method": args.method, "models": args.models, "weights": weights}
     return {"folder": str(out), **sources, "dtype": args.dtype, **parity.summarize()}
 

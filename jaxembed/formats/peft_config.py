@@ -58,7 +58,7 @@ def read_lora_config(path: Path) -> Fields:
         raise UserError(f"{path}: peft_type {kind} is not supported (expected LORA).")
     ADAPTER_FIELDS.check(config, str(path))
     initialization = config.get("init_lora_weights")
-    if not any(initialization is value or (value and initialization == value) for value in SUPPORTED_INITIALIZATIONS):
+    if not any(type(initialization) is type(value) and initialization == value for value in SUPPORTED_INITIALIZATIONS):
         raise UserError(
             f"{path}: init_lora_weights {quote_value(initialization)} is not supported, because it changes the base (expected "
             "true, false, gaussian, eva or orthogonal). Convert the adapters to plain LoRA with PEFT's "

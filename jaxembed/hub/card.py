@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import Any
+
+import yaml
 
 from jaxembed.config import read_run_config
 from jaxembed.config.fields import Fields
@@ -13,6 +17,8 @@ from jaxembed.files import read_json, read_text
 from jaxembed.model.pooling import TRAINABLE_POOLINGS
 from jaxembed.training.metrics import read_metrics
 from jaxembed.training.run_dir import BASE_RECORD_FILE
+
+ABSOLUTE_PATH = re.compile(r"(/|~|[A-Za-z]:[\\/])\S")  # start of a path of this machine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +61,30 @@ def read_card(model: Path, revision: str, adapter: str | None = None) -> Card:
         checkpoint += f", adapter {adapter}"
         other_sets = {s.name for s in read_run_config(config_path).eval.sets if s.adapter != adapter}
         scores = {name: score for name, score in scores.items() if name.rpartition("/")[0] not in other_sets}
-    base = Fields(read_json(record_path), str(record_path)).string("name")
-    return Card(name=model.resolve().name, base=base, checkpoint=checkpoint, recipe=read_text(config_path), scores=scores)
+    base = shorten_path(Fields(read_json(record_path), str(record_path)).string("name"))
+    recipe = _shorten_paths_in_yaml(read_text(config_path))
+    return Card(name=model.resolve().name, base=base, checkpoint=checkpoint, recipe=recipe, scores=scores)
+
+
+def shorten_path(name: str) -> str:
+    """Return the last part of an absolute local path, which is nobody else's business. Other names remain as they are."""
+    is_local = ABSOLUTE_PATH.match(name) is not None
+    return PurePath(name.replace("\\", "/")).name or name if is_local else name
+
+
+def _shorten_paths_in_yaml(text: str) -> str:
+    """Return a config in YAML with all absolute paths shortened."""
+
+    def shorten(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: shorten(entry) for key, entry in value.items()}
+        if isinstance(value, list):
+            return [shorten(entry) for entry in value]
+        return shorten_path(value) if isinstance(value, str) else value
+
+    tree = yaml.safe_load(text)
+    shortened = shorten(tree)
+    return text if shortened == tree else yaml.safe_dump(shortened, sort_keys=False, allow_unicode=True)
 
 
 def format_model_card(spec: EmbeddingSpec, card: Card, parity_error: float) -> str:
@@ -89,6 +117,7 @@ def format_model_card(spec: EmbeddingSpec, card: Card, parity_error: float) -> s
 
 def format_adapter_card(spec: EmbeddingSpec, base: str) -> str:
     """Return the README.md of a folder of adapters: how to load it, and what PEFT does not read."""
+    base = shorten_path(base)
     parts = [
         f"---\nlibrary_name: peft\nbase_model: {base}\ntags: [jaxembed]\n---",
         f"LoRA adapters of `{base}`, trained with jaxembed. `jaxembed.Embedder.load(folder)` loads the complete model.",

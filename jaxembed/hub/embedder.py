@@ -21,10 +21,11 @@ from jaxembed.devices.mesh import make_mesh, shard_count
 from jaxembed.devices.placement import batch_sharding, put_global, to_host, unstack_views
 from jaxembed.devices.processes import progress_bar
 from jaxembed.errors import UserError
-from jaxembed.hub.base import Base
-from jaxembed.hub.resolve import find_base_with_weights, open_run
+from jaxembed.hub.base import Base, FolderBase
+from jaxembed.hub.resolve import find_base_with_weights, find_run
 from jaxembed.hub.restore import RestoredRun
-from jaxembed.hub.text_tokenizer import build_text_tokenizer
+from jaxembed.hub.spec_files import log_default_spec
+from jaxembed.hub.text_tokenizer import build_text_tokenizer, check_texts
 from jaxembed.model.decoder import ComputeOptions
 from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.model.parameters import shapes_and_shardings
@@ -51,7 +52,8 @@ class Embedder:
         tokenizer: Its tokenizer.
         mesh: The devices.
         hf_config: Hugging Face config of its decoder.
-        revision: Identifies its weights.
+        revision: Names its weights in messages, such as RUN-STEP.
+        weights_hash: SHA-256 of its weights; empty if they have no files.
     """
 
     model: EmbeddingModel
@@ -60,6 +62,7 @@ class Embedder:
     mesh: Mesh
     hf_config: Mapping[str, Any]
     revision: str = ""
+    weights_hash: str = ""
     _apply: Apply | None = None
 
     def __post_init__(self) -> None:
@@ -106,11 +109,13 @@ class Embedder:
     def _load(cls, model: str | Path, dtype: str, checkpoint: str, adapter: str | None, mesh: Mesh) -> Embedder:
         compute = ComputeOptions(dtype=jnp.dtype(dtype))
         if (Path(model) / BASE_RECORD_FILE).is_file():
-            run = open_run(str(model), Path(model), checkpoint).restore(compute, mesh)
+            run = find_run(str(model), Path(model), checkpoint).restore(compute, mesh)
             return build_embedder(run.select_adapter(adapter), mesh)
         if adapter is not None:
             raise UserError(f"{model}: no adapter {adapter!r} to choose (this is not a run directory). Omit the adapter.")
         base = find_base_with_weights(str(model))
+        if isinstance(base, FolderBase):
+            log_default_spec(base.folder, base.spec)
         return load_embedder(base, base.spec, compute, mesh)
 
     @property
@@ -183,23 +188,28 @@ class Embedder:
             Vectors, float32 [N, D], in the order of `texts`.
 
         Raises:
-            UserError: The model has no such `dim` or `prompt_name`, `long_texts` is unknown, or the examples leave no room for
-                a text.
-            TypeError: `texts` is a single string, two kinds of prompts are given, or `examples` is malformed.
+            UserError: The model has no such `dim` or `prompt_name`, `long_texts` is unknown, the examples leave no room for a
+                text, or the model returns numbers that are not finite.
+            TypeError: `texts` is not a sequence of strings, two kinds of prompts are given, or `examples` is malformed.
         """
-        if isinstance(texts, str):
-            raise TypeError("encode: texts is a string; expected a list of strings")
+        check_texts(texts)
         width = self.model.width
         if dim is not None and not 0 < dim <= width:
             raise UserError(f"dim: {dim} is out of range (vectors of this model have {width} numbers). Choose 1 to {width}.")
         if long_texts not in ("cut", *COMBINE_PIECES):
             raise UserError(f"long_texts: {long_texts!r} is unknown (expected cut, {', '.join(COMBINE_PIECES)}).")
-        prefix = self._choose_prompt(instruction, prompt, prompt_name, examples)
+        full_prompt = self._choose_prompt(instruction, prompt, prompt_name, examples)
         out = np.zeros((len(texts), dim or width), np.float32)
         starts = range(0, len(texts), TEXTS_PER_WINDOW)
         for start in progress_bar(starts, disable=not show_progress, unit=f"x{TEXTS_PER_WINDOW} texts"):
             window = list(texts[start : start + TEXTS_PER_WINDOW])
-            vectors = self._encode_window(window, prefix, long_texts)[:, :dim]
+            vectors = self._encode_window(window, full_prompt, long_texts)[:, :dim]
+            if not np.isfinite(vectors).all():
+                index = start + int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
+                raise UserError(
+                    f"encode: the vector of text {index} is not finite (NaN or infinity). The weights are damaged, or the "
+                    "dtype is too narrow for them. Use another checkpoint, or --dtype float32."
+                )
             norms = np.linalg.norm(vectors, axis=1, keepdims=True)
             out[start : start + len(window)] = vectors / np.maximum(norms, 1e-12)
         return out
@@ -236,6 +246,7 @@ class Embedder:
             return jnp.asarray(sown["intermediates"]["pooling"]["latent_weights"][0])
 
         program = jax.jit(apply, compiler_options=compiler_options())
+        check_texts(texts)
         prompt = self._choose_prompt(instruction, None, None)
         starts = range(0, len(texts), TEXTS_PER_WINDOW)
         windows = [list(texts[start : start + TEXTS_PER_WINDOW]) for start in starts]
@@ -245,7 +256,7 @@ class Embedder:
     def _choose_prompt(
         self, instruction: str | None, prompt: str | None, prompt_name: str | None, examples: Sequence[tuple[str, str]] = ()
     ) -> str:
-        """Return the prompt of every text, out of the arguments of `encode`."""
+        """Return the prompt of every text that the arguments of `encode` define."""
         if sum(argument is not None for argument in (instruction, prompt, prompt_name)) > 1:
             raise TypeError("encode: give one of instruction, prompt and prompt_name")
         if examples and not instruction:
@@ -329,7 +340,7 @@ class Embedder:
 def build_embedder(run: RestoredRun, mesh: Mesh) -> Embedder:
     """Return the embedder of a restored run, with its adapters merged."""
     model, params = run.merge_adapters()
-    return Embedder(model, params, run.build_tokenizer(), mesh, run.base.hf_config, run.revision)
+    return Embedder(model, params, run.build_tokenizer(), mesh, run.base.hf_config, run.revision, run.hash())
 
 
 def load_embedder(base: Base, spec: EmbeddingSpec, compute: ComputeOptions, mesh: Mesh) -> Embedder:
@@ -345,7 +356,8 @@ def load_embedder(base: Base, spec: EmbeddingSpec, compute: ComputeOptions, mesh
         part = f"{spec.pooling} pooling" if "pooling" in missing else "projection"
         raise UserError(f"{base.name}: has no weights of its {part}. Train it, or choose a model without that part.")
     tokenizer = build_text_tokenizer(base.tokenizer(), spec, base)
-    return Embedder(model, params, tokenizer, mesh, base.hf_config, base.hash()[:16])
+    weights_hash = base.hash()
+    return Embedder(model, params, tokenizer, mesh, base.hf_config, weights_hash[:16], weights_hash)
 
 
 def _replace_layers(params: Any, layers: Any) -> Any:

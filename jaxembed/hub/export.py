@@ -7,7 +7,6 @@ PyTorch, match those of the model.
 from __future__ import annotations
 
 import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +25,7 @@ from jaxembed.hub.parity import (
     select_probes,
     write_probe_file,
 )
+from jaxembed.hub.scratch import open_scratch_folder
 from jaxembed.hub.spec_files import write_spec
 from jaxembed.hub.stock_folder import check_exportable, write_stock_folder
 from jaxembed.hub.torch_model import import_sentence_transformers
@@ -50,23 +50,23 @@ def export(embedder: Embedder, out: Path, dtype: str, card: Card) -> Parity:
     """
     import_sentence_transformers()
     check_exportable(embedder.spec)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as scratch:
+    with open_scratch_folder(out) as scratch:
         # Write float32 weights and compare.
-        folder = write_stock_folder(embedder, Path(scratch), "float32")
+        folder = write_stock_folder(embedder, scratch, "float32")
         probes = select_probes(embedder)
         vectors = encode_probes(embedder, probes)
         vectors_per_padding_side = np.tile(vectors, (2, 1))
         torch_vectors = encode_probes_torch(folder, embedder.spec, probes)
         parity = compare_vectors(vectors_per_padding_side, torch_vectors, FLOAT32_TOLERANCE)
-        if parity.error > parity.allowed or parity.cosine < MIN_COSINE:
+        if not (parity.passes and parity.cosine >= MIN_COSINE):
             raise UserError(explain_mismatch(out, parity, embedder, folder))
         # Write bfloat16 weights, and compare with the error that casting the float32 folder in PyTorch makes.
         if dtype == "bfloat16":
             cast_vectors = encode_probes_torch(folder, embedder.spec, probes, dtype)
             allowed = BFLOAT16_SLACK * compare_vectors(torch_vectors, cast_vectors, 0).error
-            folder = write_stock_folder(embedder, Path(scratch), dtype)
+            folder = write_stock_folder(embedder, scratch, dtype)
             parity = compare_vectors(vectors_per_padding_side, encode_probes_torch(folder, embedder.spec, probes), allowed)
-            if parity.error > parity.allowed:
+            if not parity.passes:
                 raise UserError(explain_mismatch(out, parity, embedder, folder))
         # Add our own files, and move the folder to its place.
         write_spec(folder, embedder.spec)

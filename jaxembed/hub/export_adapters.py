@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
-import tempfile
 from pathlib import Path
 
 from jaxembed.config import LoraConfig
@@ -16,8 +15,9 @@ from jaxembed.hub.card import format_adapter_card
 from jaxembed.hub.embedder import Embedder, build_embedder
 from jaxembed.hub.export import explain_mismatch
 from jaxembed.hub.parity import FLOAT32_TOLERANCE, PROBE_TEXTS, Parity, compare_vectors
-from jaxembed.hub.resolve import open_run
+from jaxembed.hub.resolve import find_run
 from jaxembed.hub.restore import RestoredRun
+from jaxembed.hub.scratch import open_scratch_folder
 from jaxembed.hub.spec_files import write_spec
 from jaxembed.model.decoder import ComputeOptions
 
@@ -28,8 +28,8 @@ def export_adapters(run_dir: Path, out: Path, checkpoint: str) -> Parity:
     """Write the adapters of a run with their spec and tokenizer. Named adapters get a folder each below `out`.
 
     Readers of such a folder add the adapters to the files of the base. The vectors are therefore compared with those of the
-    adapters on the base in float32. A run that stored its base in fewer bits had slightly different vectors: the returned
-    `cosine` is then to these.
+    adapters on the base in float32. A run that stored its base in fewer bits has slightly different vectors. The returned
+    `cosine` then compares with these.
 
     Args:
         run_dir: The run directory.
@@ -44,7 +44,7 @@ def export_adapters(run_dir: Path, out: Path, checkpoint: str) -> Parity:
             then.
     """
     mesh = make_mesh()
-    run_base = open_run(str(run_dir), run_dir, checkpoint)
+    run_base = find_run(str(run_dir), run_dir, checkpoint)
     lora = run_base.lora
     if lora is None:
         raise UserError(f"{run_dir}: no adapters (the run was trained without model.lora). Export it without --adapters.")
@@ -57,8 +57,8 @@ def export_adapters(run_dir: Path, out: Path, checkpoint: str) -> Parity:
     is_rounded = lora.base_dtype != "float32"
     float32_run = run_base.restore(ComputeOptions(), mesh, base_dtype="float32") if is_rounded else run
     comparisons = []
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as scratch:
-        root = Path(scratch) / "adapters"
+    with open_scratch_folder(out) as scratch:
+        root = scratch / "adapters"
         for name in lora.names or (None,):
             # Write the adapter, and compare its vectors as they are read back.
             adapted, folder = float32_run.select_adapter(name), root / (name or "")
@@ -66,7 +66,7 @@ def export_adapters(run_dir: Path, out: Path, checkpoint: str) -> Parity:
             _write_adapter(folder, adapted, lora)
             embedder, vectors = build_embedder(adapted, mesh), Embedder.load(folder).encode(PROBE_TEXTS)
             parity = compare_vectors(embedder.encode(PROBE_TEXTS), vectors, FLOAT32_TOLERANCE)
-            if parity.error > parity.allowed:
+            if not parity.passes:
                 raise UserError(explain_mismatch(out, parity, embedder, folder))
             # Compare with the vectors of the run itself.
             if is_rounded:
@@ -78,7 +78,7 @@ def export_adapters(run_dir: Path, out: Path, checkpoint: str) -> Parity:
     worst = Parity(max(p.error for p in comparisons), FLOAT32_TOLERANCE, min(p.cosine for p in comparisons))
     if is_rounded:
         log.warning(
-            "the adapters were trained on a base in %s and will be added to the base as its files are: cosine to the run's own "
+            "the adapters were trained on a base in %s, but readers add them to the unrounded base: cosine to the run's own "
             "vectors at least %.6f",
             lora.base_dtype, worst.cosine,
         )  # fmt: skip

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import shutil
-import tempfile
 from pathlib import Path
 
 from jaxembed.data.tokenize import drop_eos
@@ -14,6 +13,7 @@ from jaxembed.formats.nv_embed import build_nv_embed_config, read_nv_embed_spec
 from jaxembed.formats.weights import save_params
 from jaxembed.hub.embedder import Embedder
 from jaxembed.hub.parity import FLOAT32_TOLERANCE, Parity, compare_vectors, encode_probes, select_probes
+from jaxembed.hub.scratch import open_scratch_folder
 from jaxembed.hub.stock_folder import build_hf_config, dtype_converter
 
 BFLOAT16_TOLERANCE = 0.05  # no PyTorch model tells the error of bfloat16 here
@@ -35,8 +35,8 @@ def export_nv_embed(embedder: Embedder, out: Path, dtype: str) -> Parity:
     Raises:
         UserError: The layout cannot represent the model, or the vectors differ. Nothing is written then.
     """
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as scratch:
-        folder = Path(scratch) / "nv-embed"
+    with open_scratch_folder(out) as scratch:
+        folder = scratch / "nv-embed"
         folder.mkdir()
         config = build_nv_embed_config(build_hf_config(embedder, dtype), embedder.spec, embedder.model.decoder.width)
         _check_representable(config, embedder, out)
@@ -48,7 +48,7 @@ def export_nv_embed(embedder: Embedder, out: Path, dtype: str) -> Parity:
         probes = select_probes(embedder, truncated=False)
         allowed = FLOAT32_TOLERANCE if dtype == "float32" else BFLOAT16_TOLERANCE
         parity = compare_vectors(encode_probes(embedder, probes), encode_probes(Embedder.load(folder), probes), allowed)
-        if parity.error > parity.allowed:
+        if not parity.passes:
             raise UserError(f"{out}: not written, because {parity}.")
         shutil.move(str(folder), str(out))
     return parity

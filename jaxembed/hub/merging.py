@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from collections.abc import Sequence
 from itertools import islice
@@ -16,6 +15,7 @@ from jaxembed.errors import UserError
 from jaxembed.hub.base import BaseWithWeights
 from jaxembed.hub.card import Card
 from jaxembed.hub.embedder import Embedder
+from jaxembed.hub.identity import read_tokenizer_state
 from jaxembed.hub.resolve import find_base_with_weights
 from jaxembed.hub.text_tokenizer import build_text_tokenizer
 from jaxembed.model.interpolation import interpolate
@@ -35,7 +35,7 @@ METHOD_DESCRIPTIONS = {
 def merge_models(
     models: Sequence[str], weights: Sequence[float], method: str, name: str, checkpoint: str = "best"
 ) -> tuple[Embedder, Card]:
-    """Merge the parameters of several models. Everything else is the first model's.
+    """Merge the parameters of several models. Everything else comes from the first one.
 
     Args:
         models: Names of the models.
@@ -51,7 +51,7 @@ def merge_models(
         UserError: The models differ in more than their parameters. This is checked before any weights are read.
     """
     _check_models_match(models, [find_base_with_weights(model) for model in models])
-    loaded: list[Embedder] = []  # without parameters, so that one model at a time is in memory
+    loaded: list[Embedder] = []  # without parameters, so that memory holds one model at a time
 
     def load_params(model: str) -> Any:
         embedder = Embedder.load(model, checkpoint=checkpoint)
@@ -62,7 +62,7 @@ def merge_models(
     params = interpolate(map(load_params, models), weights, method)
     first = loaded[0]
     _, shardings = shapes_and_shardings(first.model, first.mesh)
-    merged = dataclasses.replace(first, params=jax.device_put(params, shardings), revision="")
+    merged = dataclasses.replace(first, params=jax.device_put(params, shardings), revision="", weights_hash="")
     table = _format_table(models, weights, [embedder.revision for embedder in loaded])
     return merged, Card(name, merged=f"{METHOD_DESCRIPTIONS[method]}\n\n{table}")
 
@@ -94,7 +94,6 @@ def _check_models_match(models: Sequence[str], bases: Sequence[BaseWithWeights])
 
 def _collect_shared_properties(base: BaseWithWeights) -> dict[str, Any]:
     """Return what models must have in common to be merged. The shapes of their parameters follow from it."""
-    tokenizer = build_text_tokenizer(base.tokenizer(), base.spec, base).hf_tokenizer.backend_tokenizer
-    tokenizer_state = {k: v for k, v in json.loads(tokenizer.to_str()).items() if k not in ("truncation", "padding")}
+    tokenizer_state = read_tokenizer_state(build_text_tokenizer(base.tokenizer(), base.spec, base).hf_tokenizer)
     spec = {key: value for key, value in base.spec.model_dump(mode="json").items() if key not in FIRST_MODEL_FIELDS}
     return {"decoder": dataclasses.asdict(base.decoder), "spec": spec, "tokenizer": tokenizer_state}

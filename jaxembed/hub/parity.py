@@ -40,6 +40,11 @@ class Parity:
     allowed: float
     cosine: float
 
+    @property
+    def passes(self) -> bool:
+        """Whether the vectors agree. False if any number is NaN."""
+        return self.error <= self.allowed
+
     def __str__(self) -> str:
         """Return the comparison as part of an error message."""
         return (

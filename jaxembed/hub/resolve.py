@@ -1,4 +1,4 @@
-"""Find the model that a name means: a preset, a run directory, a folder, or a hub id."""
+"""Find the model that a name refers to: a preset, a run directory, a folder, or a hub id."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def find_base_with_weights(name: str) -> BaseWithWeights:
     return _find_base_with_weights(name, ())
 
 
-def open_run(name: str, run_dir: Path, checkpoint: str = "best") -> RunBase:
+def find_run(name: str, run_dir: Path, checkpoint: str = "best") -> RunBase:
     """Return the model of a run directory at a checkpoint.
 
     Args:
@@ -117,7 +117,7 @@ def _find_base_with_weights(name: str, visited: tuple[Path, ...]) -> BaseWithWei
 
 
 def _find_earlier_run(name: str, run_dir: Path) -> RunBase:
-    run = open_run(name, run_dir)
+    run = find_run(name, run_dir)
     if run.lora is not None and len(run.lora.names) > 1:
         raise UserError(
             f"{name}: several adapters ({', '.join(run.lora.names)}). Export one (python -m jaxembed.export --adapter NAME) "

@@ -103,7 +103,8 @@ class RestoredRun:
         model: The model with the run's adapters.
         trained: Trained parameters. Named adapters are stacked along a first axis until `select_adapter` picks one.
         frozen: Parameters of the base under the adapters; {} if the run trained all parameters.
-        revision: Identifies the weights: name of the run directory, step, and adapter.
+        revision: Names the weights: run directory, step, and adapter.
+        adapter: Name of the adapter that was selected, or None.
     """
 
     base: RunBase
@@ -111,6 +112,11 @@ class RestoredRun:
     trained: Any
     frozen: Any
     revision: str
+    adapter: str | None = None
+
+    def hash(self) -> str:
+        """Return what identifies the weights: the hash of the run at its step, and the name of the selected adapter."""
+        return "-".join(filter(None, (self.base.hash(), self.adapter)))
 
     def select_adapter(self, adapter: str | None) -> RestoredRun:
         """Return the model with one adapter, and with the prompts of the sources that trained it.
@@ -137,6 +143,7 @@ class RestoredRun:
             model=self.model.clone(spec=spec, lora=lora.replace(names=())),
             trained=pick_adapter(self.trained, names.index(name)),
             revision=f"{self.revision}-{name}",
+            adapter=name,
         )
 
     def merge_adapters(self) -> tuple[EmbeddingModel, Any]:

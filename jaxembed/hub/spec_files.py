@@ -1,4 +1,4 @@
-"""Read and write the spec of a model: how its folder says that texts become vectors."""
+"""Read the spec of a model from the files of its folder, and write it as jaxembed.json."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxembed.config.field_lists import log_once
 from jaxembed.config.sections import parse_section
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.errors import UserError
@@ -70,8 +71,23 @@ def read_folder_spec(name: str, folder: Path, config: Mapping[str, Any], decoder
             f"sentence-transformers' {MODULES_FILE}, or the layout of NV-Embed, {supported}). "
             "If the weights are those of a plain decoder, remove auto_map from a copy."
         )
+    if layout is None and "auto_map" in config:
+        log_once(
+            f"{folder}: config.json names Python code (auto_map), which is not run: it is read as a stock {decoder.family}"
+        )
     spec = _read_listed_modules(EmbeddingSpec(), folder, config, decoder)
     return _apply_layout(spec, layout, name, folder, str(config.get("_name_or_path")), decoder)
+
+
+def log_default_spec(folder: Path, spec: EmbeddingSpec) -> None:
+    """Log once that a folder is encoded with our defaults, because none of its files says how texts become vectors."""
+    is_default = spec == EmbeddingSpec(max_length=spec.max_length)
+    if is_default and not exists(folder / SPEC_FILE) and not exists(folder / MODULES_FILE):
+        log_once(
+            f"{folder}: no file says how texts become vectors, so the defaults are used ({spec.attention} attention, "
+            f"{spec.pooling} pooling)",
+            logging.INFO,
+        )
 
 
 def read_adapter_spec(

@@ -170,7 +170,11 @@ def test_spec_is_read_from_sentence_transformers_files(bases, tmp_path):
 
 def test_bfloat16_may_differ_as_much_as_transformers_own_cast(bases, tmp_path):
     done = run_command("jaxembed.export", str(bases["qwen3"]), str(tmp_path / "out"), "--dtype", "bfloat16")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
+    assert done.stderr == (
+        f"{bases['qwen3']}: no file says how texts become vectors, so the defaults are used "
+        "(bidirectional attention, mean pooling)\n"
+    )
     result = json.loads(done.stdout)
     assert 1e-5 < result["largest_difference"] <= result["allowed"]
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"

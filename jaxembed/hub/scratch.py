@@ -1,0 +1,75 @@
+"""Build a folder beside its final place, and leave nothing behind if that fails or the process is killed."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from safetensors import SafetensorError
+
+from jaxembed.errors import UserError, summarize
+
+SCRATCH_PREFIX = ".export-"  # of the names of temporary folders
+LOCK_FILE = "lock"  # locked as long as the process that writes the folder lives
+MAX_UNLOCKED_AGE_S = 24 * 3600  # after this time a folder without a lock is removed: one of an earlier version
+
+
+@contextlib.contextmanager
+def open_scratch_folder(out: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside an output, and remove it at the end.
+
+    Folders that killed processes left there are removed first. Commands turn SIGTERM and Ctrl-C into exceptions, so that they
+    remove their folder themselves.
+
+    Args:
+        out: The output, which is written by moving a part of the temporary folder there.
+
+    Raises:
+        UserError: A file could not be written, for example because the disk is full.
+    """
+    try:
+        _remove_stale_folders(out.parent)
+        folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=SCRATCH_PREFIX))
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror}). Name another output.") from None
+    try:
+        with (folder / LOCK_FILE).open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield folder
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else summarize(error)
+        raise UserError(f"{out}: not written ({reason}). Free space on its disk, or name another output.") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_stale_folders(parent: Path) -> None:
+    """Remove the temporary folders of processes that have ended."""
+    for folder in parent.glob(f"{SCRATCH_PREFIX}*"):
+        # A folder may vanish, or belong to another user.
+        with contextlib.suppress(OSError):
+            if folder.is_dir() and not folder.is_symlink() and _is_stale(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_stale(folder: Path) -> bool:
+    lock_path = folder / LOCK_FILE
+    if not lock_path.exists():
+        return time.time() - folder.stat().st_mtime > MAX_UNLOCKED_AGE_S
+    with lock_path.open("a") as lock:
+        return _try_lock(lock)
+
+
+def _try_lock(file: IO[str]) -> bool:
+    """Return whether no living process holds the lock of a file."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

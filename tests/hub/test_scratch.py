@@ -1,0 +1,117 @@
+"""Exports that fail, are stopped or killed: one line, and nothing left behind."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from helpers import tiny
+from helpers.runs import ENV
+from jaxembed.errors import UserError
+from jaxembed.hub.scratch import LOCK_FILE, SCRATCH_PREFIX, open_scratch_folder
+
+# Starts a command in which the export waits after it has written the first folder.
+SLOW_COMMAND = """
+import runpy, sys, time
+from jaxembed.hub import export
+compare = export.encode_probes_torch
+
+def wait(*args, **options):
+    print("written", flush=True)
+    time.sleep(60)
+
+export.encode_probes_torch = wait
+runpy.run_module(sys.argv.pop(1), run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_folder(tmp_path_factory.mktemp("scratch") / "base", "qwen3")
+
+
+def make_command(name: str, base: Path, out: Path) -> list[str]:
+    return ["jaxembed.merge", str(out), str(base), str(base)] if name == "merge" else ["jaxembed.export", str(base), str(out)]
+
+
+def start_slow_command(arguments: list[str]) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_COMMAND, *arguments], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "written\n"
+    return process
+
+
+@pytest.mark.parametrize("name", ["export", "merge"])
+def test_a_terminated_command_leaves_nothing(base: Path, tmp_path: Path, name: str) -> None:
+    process = start_slow_command(make_command(name, base, tmp_path / "out"))
+    assert [path.name.startswith(SCRATCH_PREFIX) for path in tmp_path.iterdir()] == [True]
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert stderr.splitlines()[-1] == f"stopped: {tmp_path / 'out'}: not written"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_next_call_removes_what_a_killed_command_left(base: Path, tmp_path: Path) -> None:
+    process = start_slow_command(make_command("export", base, tmp_path / "out"))
+    with open_scratch_folder(tmp_path / "other"):
+        assert len(list(tmp_path.iterdir())) == 2, "the folder of a living process is kept"
+    process.kill()
+    process.communicate()
+    assert len(list(tmp_path.iterdir())) == 1
+    with open_scratch_folder(tmp_path / "other") as own:
+        assert list(tmp_path.iterdir()) == [own]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_old_folders_without_a_lock_are_removed(tmp_path: Path) -> None:
+    old, new = tmp_path / f"{SCRATCH_PREFIX}old", tmp_path / f"{SCRATCH_PREFIX}new"
+    for folder in (old, new):
+        folder.mkdir()
+    two_days_ago = time.time() - 2 * 24 * 3600
+    os.utime(old, (two_days_ago, two_days_ago))
+    with open_scratch_folder(tmp_path / "out"):
+        assert not old.exists() and new.exists()
+
+
+def test_the_folder_is_locked(tmp_path: Path) -> None:
+    with (
+        open_scratch_folder(tmp_path / "out") as folder,
+        (folder / LOCK_FILE).open("a") as lock,
+        pytest.raises(BlockingIOError),
+    ):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+# Runs a command whose writes beyond 16 kB fail, as on a full disk. Python ignores the signal that comes with such a write.
+LIMITED_COMMAND = """
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (16_000, 16_000))
+runpy.run_module(sys.argv.pop(1), run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("name", ["export", "merge"])
+def test_a_full_disk_ends_in_one_line(base: Path, tmp_path: Path, name: str) -> None:
+    command = [sys.executable, "-c", LIMITED_COMMAND, *make_command(name, base, tmp_path / "out")]
+    environment = {**ENV, "JAX_COMPILATION_CACHE_DIR": "", "JAXEMBED_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'out'}: not written (")
+    assert "Traceback" not in done.stderr
+    assert not [path for path in tmp_path.iterdir() if path.name != "cache"]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    message = r"nowhere/out: cannot be written \(No such file or directory\)"
+    with pytest.raises(UserError, match=message), open_scratch_folder(tmp_path / "nowhere" / "out"):
+        pass
