@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    """Return {"model", "scores": {task: {"score", "instruction", "subsets"}}}."""
+    """Score a model on MTEB tasks. Return {"model", "scores": {task: {"score", "instruction", "subsets", "splits"}}}."""
     if bool(args.tasks) == bool(args.benchmark):
-        raise UserError("evaluate: expected either --tasks or --benchmark")
+        raise UserError("evaluate: expected either --tasks or --benchmark. Give one of the two.")
     from jaxembed.evaluation import mteb_encoder
 
     tasks = mteb_encoder.find_tasks(args.tasks, args.benchmark)
     out = Path(args.out) if args.out else None
     if out:
         cli.make_output_folder(out, f"{out}: the folder")
-    encoder = load_encoder(args.model, backend=args.backend, **cli.model_options(args))
+    encoder = load_encoder(args.model, backend=args.backend, **cli.get_model_options(args))
     return {"model": args.model, "scores": mteb_encoder.score_tasks(encoder, tasks, out)}
 
 
@@ -63,12 +63,15 @@ def load_encoder(
         from jaxembed.evaluation.torch_encoder import load_torch_encoder
 
         return load_torch_encoder(Path(model))
+    from jaxembed.hub.identity import compute_model_digest
+
     embedder = cli.load_model(model, checkpoint=checkpoint, layers=layers, adapter=adapter, fsdp=fsdp)
 
     def encode(texts: Sequence[str], prompt: str) -> np.ndarray:
         return embedder.encode(texts, prompt=prompt, show_progress=True)
 
-    return MtebEncoder(encode, embedder.spec, Path(model).name, embedder.revision)
+    revision = f"{embedder.revision}-{compute_model_digest(embedder)}"
+    return MtebEncoder(encode, embedder.spec, Path(model).name, revision)
 
 
 def make_parser() -> cli.Parser:

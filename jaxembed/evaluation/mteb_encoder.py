@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jaxembed.config.field_lists import log_once
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.errors import UserError, summarize
 from jaxembed.files import write_json
+
+log = logging.getLogger("jaxembed")
 
 EncodeWithPrompt = Callable[[Sequence[str], str], np.ndarray]  # (texts, complete prompt) -> unit vectors [N, D]
 
@@ -24,7 +29,7 @@ class MtebEncoder:
         encode_with_prompt: Encodes texts under a complete prompt.
         spec: Builds the prompts.
         name: Name of the model.
-        revision: Identifies the weights. mteb caches results by it.
+        revision: Identifies everything that decides the vectors. mteb caches results by it.
     """
 
     encode_with_prompt: EncodeWithPrompt
@@ -74,7 +79,7 @@ def get_task_instruction(task: Any) -> str:
 
 
 def find_tasks(names: Sequence[str], benchmark: str | None) -> list[Any]:
-    """Return mteb's tasks of some names, or those of a benchmark.
+    """Return the mteb tasks with these names, or those of a benchmark.
 
     Raises:
         UserError: If mteb does not have a task or the benchmark.
@@ -92,7 +97,7 @@ def import_mteb() -> Any:
     try:
         import mteb
     except ModuleNotFoundError:
-        raise UserError('mteb is not installed. Install it by: pip install "jaxembed[eval]"') from None
+        raise UserError('mteb is not installed. Run pip install "jaxembed[eval]".') from None
     return mteb
 
 
@@ -105,13 +110,17 @@ def score_tasks(encoder: MtebEncoder, tasks: Sequence[Any], out: Path | None = N
         out: Folder for mteb's full results and `scores.json`. Tasks that were scored there before are not run again.
 
     Returns:
-        {task: {"score", "instruction", "subsets"}}. Scores are the main metric of each task, from 0 to 1.
+        {task: {"score", "instruction", "subsets", "splits"}}. Scores are the main metric of each task. `score` is mteb's own
+        aggregate over all splits and subsets; `subsets` and `splits` are the means by subset and by split. A score that is not
+        finite is null.
 
     Raises:
         UserError: If the data of a task cannot be downloaded.
     """
     mteb = import_mteb()
     from mteb.cache import ResultCache
+
+    log_prompt_choice(encoder)
 
     cache = ResultCache(out / "results") if out else None
     scores: dict[str, Any] = {}
@@ -124,10 +133,61 @@ def score_tasks(encoder: MtebEncoder, tasks: Sequence[Any], out: Path | None = N
             raise UserError(
                 f"{name}: cannot download its data ({summarize(error)}). Connect to the network, or download it beforehand."
             ) from None
-        entries = [entry for split in result.task_results[0].scores.values() for entry in split]
-        subsets = {entry["hf_subset"]: round(float(entry["main_score"]), 6) for entry in entries}
-        instruction = encoder.get_instruction(task.metadata)
-        scores[name] = {"score": float(np.mean(list(subsets.values()))), "instruction": instruction, "subsets": subsets}
+        scores[name] = summarize_task(result.task_results[0], encoder.get_instruction(task.metadata))
         if out:
             write_json(out / "scores.json", scores)
     return scores
+
+
+def log_prompt_choice(encoder: MtebEncoder) -> None:
+    """Log once where the prompts of queries and documents come from."""
+    spec = encoder.spec
+    if not spec.prompts:
+        log_once(f"{encoder.name}: no prompts are stored with the model, so texts get {spec.plain_prompt!r}", logging.INFO)
+        return
+    stored = "document" in spec.prompts
+    document = f"the stored prompt {spec.prompts['document']!r}" if stored else f"{spec.plain_prompt!r}, as no prompt is stored"
+    log_once(
+        f"{encoder.name}: queries get the task's instruction in {spec.instruction_template!r}, documents get {document}",
+        logging.INFO,
+    )
+
+
+def summarize_task(result: Any, instruction: str) -> dict[str, Any]:
+    """Return the main scores of a task.
+
+    Args:
+        result: mteb's TaskResult.
+        instruction: Instruction of the task's queries.
+
+    Returns:
+        {"score", "instruction", "subsets", "splits"}, as in `score_tasks`.
+    """
+    if len(result.scores) > 1:
+        log_once(f"{result.task_name}: the score is mteb's mean over the splits {', '.join(result.scores)}", logging.INFO)
+    by_subset: dict[str, list[float]] = {}
+    by_split: dict[str, list[float]] = {}
+    for split, entries in result.scores.items():
+        for entry in entries:
+            score = float(entry["main_score"])
+            by_subset.setdefault(entry["hf_subset"], []).append(score)
+            by_split.setdefault(split, []).append(score)
+    score = _finite_or_none(float(result.get_score()))
+    if score is None:
+        log.warning(
+            "%s: the score is not finite, which happens if all vectors are equal; it is written as null", result.task_name
+        )
+    return {
+        "score": score,
+        "instruction": instruction,
+        "subsets": {subset: _mean(values) for subset, values in by_subset.items()},
+        "splits": {split: _mean(values) for split, values in by_split.items()},
+    }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return _finite_or_none(round(float(np.mean(values)), 6))
+
+
+def _finite_or_none(score: float) -> float | None:
+    return score if math.isfinite(score) else None

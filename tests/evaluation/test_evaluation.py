@@ -14,12 +14,16 @@ import pytrec_eval
 
 from helpers import tiny
 from jaxembed import Embedder
-from jaxembed.config import EvalSetConfig
+from jaxembed.config import EvalSetConfig, field_lists
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.errors import UserError
+from jaxembed.evaluate import load_encoder
 from jaxembed.evaluation.heldout import open_held_out_sets, score_sets
-from jaxembed.evaluation.mteb_encoder import MtebEncoder, find_tasks, score_tasks
+from jaxembed.evaluation.mteb_encoder import MtebEncoder, find_tasks, log_prompt_choice, score_tasks, summarize_task
 from jaxembed.evaluation.retrieval import ndcg, recall, spearman
+from jaxembed.hub.card import Card
+from jaxembed.hub.export import export
+from jaxembed.hub.spec_files import write_spec
 
 
 def test_metrics_equal_trec_eval() -> None:
@@ -119,3 +123,101 @@ def test_mteb_scores_the_encoder_under_task_instructions(tmp_path: Path) -> None
 
     plain = MtebEncoder(encode, EmbeddingSpec(), "tiny", "1")
     assert plain.build_prompt(SimpleNamespace(name="MockSTSTask", prompt="x"), None) == ""
+
+
+def make_task_result(scores: dict[str, dict[str, float]]) -> Any:
+    """Make mteb's result of an STS task from main scores by split and subset."""
+    from mteb.mocks import MockSTSTask
+    from mteb.results import TaskResult
+
+    entries = {
+        split: {subset: {"main_score": score, "cosine_spearman": score} for subset, score in subsets.items()}
+        for split, subsets in scores.items()
+    }
+    task = MockSTSTask()
+    task.metadata = task.metadata.model_copy(
+        update={"eval_langs": {"a": ["eng-Latn"], "b": ["deu-Latn"], "default": ["eng-Latn"]}}
+    )
+    return TaskResult.from_task_results(task, scores=entries, evaluation_time=1.0)
+
+
+def test_tasks_with_several_splits_have_the_score_of_mteb() -> None:
+    result = make_task_result({"validation": {"a": 0.5, "b": 0.7}, "test": {"a": 0.9, "b": 0.95}})
+    summary = summarize_task(result, "Find it")
+    assert summary["score"] == pytest.approx(result.get_score()) == pytest.approx((0.5 + 0.7 + 0.9 + 0.95) / 4)
+    assert summary["splits"] == {"validation": 0.6, "test": 0.925}
+    assert summary["subsets"] == {"a": 0.7, "b": 0.825}
+    # The splits may have different subsets.
+    uneven = make_task_result({"validation": {"a": 0.5}, "test": {"a": 0.9, "b": 0.1}})
+    assert summarize_task(uneven, "")["score"] == pytest.approx(uneven.get_score()) == pytest.approx(0.5)
+    single = make_task_result({"test": {"default": 0.25}})
+    assert summarize_task(single, "") == {
+        "score": 0.25,
+        "instruction": "",
+        "subsets": {"default": 0.25},
+        "splits": {"test": 0.25},
+    }
+
+
+def test_a_score_that_is_not_finite_is_null(caplog: pytest.LogCaptureFixture) -> None:
+    summary = summarize_task(make_task_result({"test": {"default": float("nan")}}), "")
+    assert (summary["score"], summary["splits"]) == (None, {"test": None})
+    json.dumps(summary, allow_nan=False)
+    assert "the score is not finite" in caplog.text
+
+
+def write_runs(root: Path) -> list[Path]:
+    """Write three folders named run: two with different weights, and one with another pooling."""
+    folders = [root / name / "run" for name in ("seed0", "seed1", "last")]
+    for folder, seed in zip(folders, (0, 1, 0), strict=True):
+        tiny.write_folder(folder, "qwen3", seed=seed)
+        write_spec(folder, EmbeddingSpec(attention="causal", pooling="last" if folder == folders[2] else "mean", max_length=64))
+    return folders
+
+
+def test_cached_scores_belong_to_one_model(tmp_path: Path) -> None:
+    """Models of one name share a folder of results. Each is scored; the same model, moved, is not scored again."""
+    from mteb.mocks import MockRetrievalTask
+
+    revisions, calls = [], []
+    for folder in write_runs(tmp_path):
+        encoder = load_encoder(str(folder))
+        encode = encoder.encode_with_prompt
+        encoder.encode_with_prompt = lambda *args, encode=encode: calls.append(args) or encode(*args)
+        before = len(calls)
+        score_tasks(encoder, [MockRetrievalTask()], tmp_path / "out")
+        assert len(calls) > before, "not read from the cache of another model"
+        revisions.append(encoder.revision)
+    assert len(set(revisions)) == 3
+    moved = (tmp_path / "elsewhere" / "run").parent
+    (tmp_path / "seed0").rename(moved)
+    before = len(calls)
+    encoder = load_encoder(str(moved / "run"))
+    assert encoder.revision == revisions[0]
+    encoder.encode_with_prompt = lambda *args: pytest.fail("scored again")
+    score_tasks(encoder, [MockRetrievalTask()], tmp_path / "out")
+
+
+def test_revision_of_the_torch_backend_covers_the_whole_folder(tmp_path: Path) -> None:
+    model = Embedder.load(tiny.write_folder(tmp_path / "base", "qwen3"))
+    export(model, tmp_path / "out", "float32", Card("out", "base"))
+    first = load_encoder(str(tmp_path / "out"), backend="sentence-transformers").revision
+    pooling = tmp_path / "out" / "1_Pooling" / "config.json"
+    pooling.write_text(pooling.read_text().replace('"mean"', '"max"'))
+    assert load_encoder(str(tmp_path / "out"), backend="sentence-transformers").revision != first
+
+
+def test_choice_of_prompts_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    field_lists._logged.clear()
+    caplog.set_level("INFO", "jaxembed")
+    for spec in (
+        EmbeddingSpec(),
+        EmbeddingSpec(prompts={"query": "q"}),
+        EmbeddingSpec(prompts={"query": "q", "document": "d: "}),
+    ):
+        for _ in range(2):
+            log_prompt_choice(MtebEncoder(lambda *_: np.zeros((1, 1)), spec, "tiny", "1"))
+    assert len(caplog.records) == 3
+    assert "no prompts are stored" in caplog.records[0].message
+    assert "as no prompt is stored" in caplog.records[1].message
+    assert "documents get the stored prompt 'd: '" in caplog.records[2].message

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
+from helpers import tiny
 from jaxembed import Embedder, cli
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.devices.mesh import make_mesh
@@ -17,6 +21,7 @@ from jaxembed.hub import embedder
 from jaxembed.hub.card import Card
 from jaxembed.hub.embedder import load_embedder
 from jaxembed.hub.export import export
+from jaxembed.hub.identity import compute_model_digest
 from jaxembed.hub.resolve import find_base
 from jaxembed.hub.spec_files import parse_spec
 from jaxembed.model.decoder import ComputeOptions
@@ -74,7 +79,7 @@ def test_fsdp_splits_parameters_and_keeps_vectors(model: Embedder, base_folder: 
     cli.add_model_arguments(parser)
     folder = str(base_folder("qwen3"))
     args = parser.parse_args([folder, "--fsdp", "4"])
-    split = cli.load_model(args.model, **cli.model_options(args))
+    split = cli.load_model(args.model, **cli.get_model_options(args))
     shard = split.params["decoder"]["layers"]["mlp"]["up"]["kernel"].addressable_shards[0].data
     assert shard.shape[1] == model.model.decoder.width // 4
     np.testing.assert_allclose(split.encode([LONG_TEXT, "short"]), model.encode([LONG_TEXT, "short"]), atol=1e-5)
@@ -117,3 +122,64 @@ def test_echo_that_cannot_work_is_refused(base_folder: Callable[[str], Path], tm
         load_with_spec(base_folder, spec.replace(include_instruction=True))
     with pytest.raises(UserError, match=r"echo must contain \{text\} twice and end with it"):
         parse_spec({"echo": "{text} once"}, "FILE")
+
+
+class Frame(dict):  # type: ignore[type-arg]
+    """A table with columns, such as a DataFrame. Iteration gives the names of its columns."""
+
+    columns = ("text",)
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ("text", "texts is a single str; expected a list of strings"),
+        (b"text", "texts is a single bytes"),
+        ({"text": ["a", "b", "c"]}, "texts is a dict; expected a list of strings, such as one of its columns as a list"),
+        (Frame(text=["a", "b", "c"]), "texts is a Frame"),
+        ({"a", "b"}, "texts is a set"),
+        (None, "texts is a NoneType"),
+        (iter(["a"]), "texts is a list_iterator; expected a list of strings"),
+        (["a", None], r"texts\[1\] is null \(NoneType\); expected a string"),
+        (["a", "b", 3], r"texts\[2\] is 3 \(int\); expected a string"),
+        ([float("nan")], r"texts\[0\] is nan \(float\)"),
+        ([["a", "b"]], r"texts\[0\] is a list of 2 \(list\)"),
+        (["a"] * 5000 + [b"x"], r"texts\[5000\] is b'x' \(bytes\)"),
+    ],
+)
+def test_texts_that_are_not_strings_are_named(model: Embedder, texts: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=f"^encode: {message}"):
+        model.encode(texts)
+
+
+def test_columns_of_tables_are_encoded(model: Embedder) -> None:
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"text": ["one", "two", "three"]}, index=[7, 8, 9])
+    with pytest.raises(TypeError, match=r"^encode: texts is a DataFrame"):
+        model.encode(frame)
+    expected = model.encode(["one", "two", "three"])
+    np.testing.assert_array_equal(model.encode(frame["text"]), expected)
+    np.testing.assert_array_equal(model.encode(np.array(["one", "two", "three"])), expected)
+    np.testing.assert_array_equal(model.encode(("one", "two", "three")), expected)
+
+
+def test_digest_identifies_weights_spec_and_tokenizer(base_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = base_folder("qwen3")
+    digest = compute_model_digest(Embedder.load(folder))
+    copy = shutil.copytree(folder, tmp_path / "other name")
+    model = Embedder.load(copy)
+    model.encode(["a text"])
+    assert compute_model_digest(model) == digest, "neither its name nor earlier calls matter"
+    # Another spec, first layers, dtype, tokenizer, and other weights.
+    others = [
+        load_with_spec(base_folder, model.spec.replace(**change))
+        for change in ({"pooling": "last"}, {"append_eos": False}, {"prompts": {"query": "q"}}, {"attention": "causal"})
+    ]
+    others += [model.first_layers(2), Embedder.load(copy, dtype="bfloat16")]
+    (copy / "tokenizer_config.json").write_text(
+        json.dumps(json.loads((copy / "tokenizer_config.json").read_text()) | {"add_bos_token": True})
+    )
+    others.append(Embedder.load(copy))
+    tiny.write_folder(copy, "qwen3", seed=1)
+    others.append(Embedder.load(copy))
+    assert len({digest, *map(compute_model_digest, others)}) == len(others) + 1
