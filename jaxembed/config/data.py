@@ -11,8 +11,9 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from jaxembed.config.fields import quote_value
 from jaxembed.config.removed import reject_python_packages
 from jaxembed.config.sections import Positive, Section
+from jaxembed.config.yaml_text import write_scalar
 
-TEMPLATE_FIELD = re.compile(r"\{([^{}]+)\}")  # how a template names a field of a row
+TEMPLATE_FIELD = re.compile(r"\{([^{}]+)\}")  # a placeholder for a field of a row, such as {title}
 
 
 class FewShotConfig(Section):
@@ -34,7 +35,7 @@ class PairTemplate(Section):
 
     @field_validator("query", "positive")
     @classmethod
-    def _names_a_field(cls, template: str) -> str:
+    def _check_names_field(cls, template: str) -> str:
         if not TEMPLATE_FIELD.search(template):
             raise ValueError('expected a template that names a field of the rows in braces, such as "{title}"')
         return template
@@ -106,7 +107,8 @@ class SourceConfig(Section):
     )
     label_documents: Literal["auto", "labels", "examples"] = Field(
         "auto",
-        description="labels: whether the positive is the label's text or an example of it. auto: labels if there are two.",
+        description="labels: what the documents are: the texts of the labels (labels) or other texts with a label (examples). "
+        "auto: labels if there are two labels, otherwise examples.",
     )
     label_names: dict[str, NonEmpty] = Field(
         {}, description="labels: text that spells out each label. Default: the label itself."
@@ -136,7 +138,7 @@ class SourceConfig(Section):
 
     @field_validator("path", "format", mode="before")
     @classmethod
-    def _is_no_removed_source(cls, value: Any, info: ValidationInfo) -> Any:
+    def _reject_removed_source(cls, value: Any, info: ValidationInfo) -> Any:
         reject_python_packages(str(info.field_name), value)
         return value
 
@@ -155,12 +157,19 @@ class SourceConfig(Section):
 
     @field_validator("label_names", mode="before")
     @classmethod
-    def _labels_are_texts(cls, names: Any) -> Any:
-        return {str(label): text for label, text in names.items()} if isinstance(names, dict) else names
+    def _convert_labels_to_texts(cls, names: Any) -> Any:
+        if not isinstance(names, dict):
+            return names
+        if not all(isinstance(label, str | int | float) for label in names):
+            raise ValueError("expected a label as each key. Quote a label that is null, ~, or empty.")
+        texts = {write_scalar(label): text for label, text in names.items()}
+        if len(texts) < len(names):
+            raise ValueError("two keys are the same label")
+        return texts
 
     @field_validator("where", mode="before")
     @classmethod
-    def _values_are_listed(cls, where: Any) -> Any:
+    def _convert_values_to_lists(cls, where: Any) -> Any:
         if not isinstance(where, dict):
             return where
         listed = {field: list(value) if isinstance(value, list | tuple) else [value] for field, value in where.items()}
@@ -185,13 +194,13 @@ class SourceConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _one_instruction_of_documents(self) -> SourceConfig:
+    def _check_document_instruction(self) -> SourceConfig:
         if self.symmetric and self.document_instruction:
             raise ValueError("symmetric puts the query's instruction before the documents. Remove document_instruction.")
         return self
 
     @model_validator(mode="after")
-    def _documents_have_templates(self) -> SourceConfig:
+    def _check_pair_templates(self) -> SourceConfig:
         if self.pair_templates and self.format not in ("auto", "documents"):
             raise ValueError(f"pair_templates belong to format documents, but format is {self.format}. Remove them.")
         if self.format == "documents" and not self.pair_templates:
@@ -203,7 +212,7 @@ class SourceConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _examples_have_an_instruction(self) -> SourceConfig:
+    def _check_few_shot_instruction(self) -> SourceConfig:
         if self.few_shot is not None and not all(self.instructions or [""]):
             raise ValueError("few_shot shows its examples under an instruction. Set instructions, none of them empty.")
         return self
@@ -229,7 +238,7 @@ class BatchingConfig(Section):
     ratio: float = Field(0.5, ge=0, le=1, description="semi_homogeneous: part of a batch that comes from one source.")
     no_duplicates: bool = Field(
         False,
-        description="Allow each query and positive only once in a batch, and draw other examples of the source instead. "
+        description="Use each query and positive only once in a batch, and draw other examples of the source instead. "
         "Applies to sources with in-batch negatives.",
     )
 
@@ -252,7 +261,7 @@ class DataConfig(Section):
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
-    def _rows_hold_a_text(self) -> DataConfig:
+    def _check_row_length(self) -> DataConfig:
         if self.row_length is not None and self.row_length < self.max_length:
             raise ValueError(
                 f"row_length is {self.row_length}; expected at least max_length, {self.max_length}: a text must fit a row"

@@ -14,21 +14,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from jaxembed.config.fields import LARGEST, quote_value
+from jaxembed.config.fields import MAX_INTEGER, quote_value
 from jaxembed.config.removed import SECTION_HINT as PYTHON_PACKAGES_HINT
+from jaxembed.config.yaml_text import YAML_ERRORS, load_yaml
 from jaxembed.errors import MAX_MESSAGE_CHARS, UserError, summarize
-
-# What PyYAML raises. Dates and numbers that do not exist raise ValueError.
-YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
 
 # What a key expects, by pydantic's error type, whose own messages use Python's terms. %(...)s are the limits.
 EXPECTATIONS = {
     "model_type": "a mapping such as {key: value}", "model_attributes_type": "a mapping such as {key: value}",
     "dict_type": "a mapping such as {key: value}",
-    "string_type": """a text (on the command line, quote one that has : or {: key='"..."')""",
+    "string_type": """a text (quote a number, true, false, null, or one that has : or {; on the command line: key='"..."')""",
     "string_pattern_mismatch": "only letters, digits, _, and -",
     "string_too_short": "a text that is not empty", "string_too_long": "at most %(max_length)s characters",
     "tuple_type": "a list such as [a, b]",
@@ -41,7 +38,7 @@ EXPECTATIONS = {
 }  # fmt: skip
 
 
-# Keys of other projects that this one does not have, by a part of their name, with what to do instead.
+# What to do instead of setting a key that does not exist here, by a part of the key's name.
 UNSUPPORTED_KEYS = {
     "accum": "gradient accumulation over small batches gives fewer negatives than one large batch. Set train.batch_size to all "
     "queries of a step, and gradcache.rows to the rows that fit into memory.",
@@ -56,7 +53,7 @@ class Section(BaseModel):
 
     @field_validator("*")
     @classmethod
-    def _has_no_nul(cls, value: Any) -> Any:
+    def _reject_nul(cls, value: Any) -> Any:
         if isinstance(value, str) and "\0" in value:
             raise ValueError("a text must not contain a NUL character")
         return value
@@ -70,7 +67,7 @@ class Section(BaseModel):
         return hash(json.dumps(self.model_dump(mode="json"), sort_keys=True))
 
 
-Positive = Annotated[int, Field(gt=0, le=LARGEST)]
+Positive = Annotated[int, Field(gt=0, le=MAX_INTEGER)]
 AnySection = TypeVar("AnySection", bound=Section)
 
 
@@ -81,7 +78,7 @@ def read_tree(path: Path) -> dict[str, Any]:
         UserError: The file is missing, not UTF-8, not YAML, or not a mapping.
     """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file. Give the path of a YAML file.") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -175,7 +172,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise UserError(f"override {override!r}: expected key.sub=value, such as train.steps=100")
     try:
-        value = yaml.safe_load(text)
+        value = load_yaml(text)
     except YAML_ERRORS as error:
         reason = summarize(error, MAX_MESSAGE_CHARS)
         raise UserError(

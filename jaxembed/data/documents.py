@@ -3,36 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from jaxembed.config import PairTemplate, SourceConfig
 from jaxembed.config.data import TEMPLATE_FIELD
+from jaxembed.config.yaml_text import write_scalar
 from jaxembed.data.rows import IndexedRows, RowsAbove, RowSchema
 from jaxembed.data.sampling import ExampleSampler
 from jaxembed.data.schema import Example, Row, check_document, is_text, list_fields
 from jaxembed.errors import UserError
 
+# How a config may write a truth value (YAML 1.1).
+TRUE_WORDS, FALSE_WORDS = frozenset({"true", "yes", "on"}), frozenset({"false", "no", "off"})
 INCOMPLETE = "no template has all its fields"
 SAME_SIDES = "query and positive are equal"
 TOO_SHORT = "shorter than min_chars"
 TOO_LONG = "longer than max_chars"
-# Why a row makes no pair. The later ones win where the templates of a row fail for different reasons.
+# Why a row makes no pair. If its templates fail for different reasons, the last of these counts.
 DROP_REASONS = (INCOMPLETE, SAME_SIDES, TOO_SHORT, TOO_LONG)
 
 
 def document_schema(config: SourceConfig) -> RowSchema:
-    """Return the schema whose index value says which `pair_templates` of a source make a usable pair of a row.
+    """Return the schema whose index value says which `pair_templates` of a source turn a row into a usable pair.
 
     The value is the sum of 2^i over these templates i. If there is none, it is -1 - r, where r is the index of the reason
     in `DROP_REASONS`, followed by the fields of `where`.
     """
     keys = config.model_dump_json(include={"pair_templates", "where", "min_chars", "max_chars"})
-    return RowSchema(f"documents by {keys}", check_document, lambda row: _encode_usable_templates(row, config))
+    return RowSchema(f"pairs of documents by {keys}", check_document, lambda row: _encode_usable_templates(row, config))
 
 
 class DocumentSampler(ExampleSampler):
-    """Draws from rows with any fields, of which a source's `pair_templates` make pairs (KaLM-Embedding 2.1: title and body).
+    """Draws from rows with any fields. The source's `pair_templates` turn them into pairs (KaLM-Embedding 2.1: title and body).
 
     A row is used if it has the metadata of `where` and at least one template makes a pair of an allowed length. Each visit
     draws one of its pairs.
@@ -89,12 +93,28 @@ class DocumentSampler(ExampleSampler):
 def _encode_usable_templates(row: Row, config: SourceConfig) -> int:
     """Return the index value of a row (see `document_schema`)."""
     for i, (field, allowed_values) in enumerate(config.where.items()):
-        if row.get(field) not in allowed_values:
+        if not any(_equals_setting(row.get(field), allowed) for allowed in allowed_values):
             return -1 - len(DROP_REASONS) - i
     pairs = [fill_template(template, row) for template in config.pair_templates]
     reasons = [INCOMPLETE if pair is None else _find_drop_reason(pair, config) for pair in pairs]
     usable = sum(2**i for i, reason in enumerate(reasons) if reason is None)
     return usable or -1 - max(map(DROP_REASONS.index, filter(None, reasons)))
+
+
+def _equals_setting(value: Any, setting: bool | int | float | str) -> bool:
+    """Return whether a value of a row equals one of the config, as a value of the row's type.
+
+    YAML reads `5` as a number, and `no` and `1.10` as texts. Rows may have either type.
+    """
+    text = write_scalar(setting)
+    if isinstance(value, bool):
+        return text.lower() in (TRUE_WORDS if value else FALSE_WORDS)
+    if isinstance(value, int | float) and not isinstance(setting, bool):
+        try:
+            return value == (float(text) if isinstance(setting, str) else setting)
+        except ValueError:
+            return False
+    return isinstance(value, str) and value == text
 
 
 def _find_drop_reason(pair: tuple[str, str], config: SourceConfig) -> str | None:

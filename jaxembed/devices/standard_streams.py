@@ -90,6 +90,6 @@ def protect_standard_streams() -> None:
                 os.dup2(opened, number)
                 os.close(opened)
     if not isinstance(sys.stderr, LossyStream):
-        sys.stderr = LossyStream(sys.stderr)  # type: ignore[assignment]
+        sys.stderr = LossyStream(sys.stderr)
     if sys.stdout is not None and not isinstance(sys.stdout, CheckedStream):
-        sys.stdout = CheckedStream(sys.stdout)  # type: ignore[assignment]
+        sys.stdout = CheckedStream(sys.stdout)
