@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxembed.errors import UserError
 
-LARGEST = 2**31 - 1  # largest integer that a config or a JSON file may hold
+MAX_INTEGER = 2**31 - 1  # largest integer that a config or a JSON file may hold
 
 
 class Fields:
@@ -27,7 +27,7 @@ class Fields:
         self._values = values
         self._where = where
 
-    def integer(self, key: str, default: int | None = None, *, minimum: int = 1, maximum: int = LARGEST) -> int:
+    def integer(self, key: str, default: int | None = None, *, minimum: int = 1, maximum: int = MAX_INTEGER) -> int:
         """Return an integer between `minimum` and `maximum`, both included."""
         value = self._get(key, default, expected := f"an integer from {minimum} to {maximum}")
         if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:

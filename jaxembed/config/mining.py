@@ -13,7 +13,7 @@ from jaxembed.config.sections import Positive, Section
 MiningRule = Literal["topk_perc_pos", "topk_margin_pos", "topk_abs", "top_k", "sampled_top_k", "window"]
 RULES: tuple[str, ...] = typing.get_args(MiningRule)
 SAMPLED_RULES = ("sampled_top_k", "window")
-# The rules that read a key. All rules read the other keys.
+# Keys that only some rules read, with these rules. All rules read the other keys.
 RULES_BY_KEY = {
     "share": ("topk_perc_pos",), "margin": ("topk_margin_pos",), "max_score": ("topk_abs",), "window": ("window",),
     "depth": tuple(rule for rule in RULES if rule != "window"),
@@ -47,10 +47,10 @@ class MineConfig(Section):
     share: float = Field(0.95, ge=0, le=1, description="Maximum share of the positive's score. For rule topk_perc_pos.")
 
     @model_validator(mode="after")
-    def _has_enough_candidates(self) -> MineConfig:
+    def _check_candidates(self) -> MineConfig:
         first, last = self.window
         if first > last:
-            raise ValueError(f"window is {first} to {last}; expected two ranks in ascending order.")
+            raise ValueError(f"window is {first} to {last}; expected two ranks in ascending order")
         if self.rule == "window" and self.negatives > 1 + last - first:
             raise ValueError(f"window is {first} to {last}, fewer ranks than the {self.negatives} negatives. Raise its end.")
         if self.rule != "window" and self.negatives > self.depth:

@@ -10,7 +10,7 @@ from jaxembed.config.sections import Positive, Section
 
 
 class ObjectiveConfig(Section):
-    """What every objective has."""
+    """The keys that all objectives share."""
 
     name: str
     weight: float = Field(1.0, gt=0, description="Weight of this objective in the sum.")
@@ -20,7 +20,7 @@ class ObjectiveConfig(Section):
 
     @field_validator("guide", "teacher", check_fields=False)
     @classmethod
-    def _names_a_model(cls, name: str | None) -> str | None:
+    def _check_model_name(cls, name: str | None) -> str | None:
         if name is not None and not name.strip():
             raise ValueError("expected a MODEL: a run directory, a folder, or a hub id")
         return name
@@ -68,7 +68,7 @@ class InfoNCEConfig(ObjectiveConfig):
     )
 
     @model_validator(mode="after")
-    def _options_are_consistent(self) -> InfoNCEConfig:
+    def _check_options(self) -> InfoNCEConfig:
         if "query_document" not in self.directions or len(set(self.directions)) < len(self.directions):
             raise ValueError("directions must contain query_document, and each direction at most once")
         if self.per_direction and set(self.directions) != {"query_document", "document_query"}:
@@ -133,7 +133,7 @@ class MatryoshkaConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _each_width_has_a_weight(self) -> MatryoshkaConfig:
+    def _check_weights(self) -> MatryoshkaConfig:
         if self.weights and len(self.weights) != len(self.dims):
             raise ValueError(f"{len(self.weights)} weights for {len(self.dims)} dims; expected one weight per dim, or none")
         if any(weight <= 0 for weight in self.weights):

@@ -1,4 +1,4 @@
-"""What a model must remember about its texts, beside its weights."""
+"""The embedding spec: everything besides the weights that decides how a text becomes a vector."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import ConfigDict, Field, model_validator
 
-from jaxembed.config.fields import LARGEST
+from jaxembed.config.fields import MAX_INTEGER
 from jaxembed.config.model import AttentionKind, ModelConfig, PoolingKind, is_echo_template, is_example_template
 from jaxembed.config.sections import Section
 
 EXAMPLE_SEPARATOR = "\n\n"  # follows every in-context example (bge-en-icl, Li et al. 2024)
 EXAMPLE_FIELD = re.compile(r"\{(instruction|query|response)\}")
 
-Length = Annotated[int, Field(ge=1, le=LARGEST)]
-LengthOrZero = Annotated[int, Field(ge=0, le=LARGEST)]
+Length = Annotated[int, Field(ge=1, le=MAX_INTEGER)]
+LengthOrZero = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
 
 
 class FewShotExample(NamedTuple):
@@ -28,7 +28,7 @@ class FewShotExample(NamedTuple):
 
 
 class EmbeddingSpec(Section):
-    """How texts become vectors, beside the weights. It is stored once with the model and read by every command."""
+    """How texts become vectors: mask, pooling, special tokens, prompts. It is stored with the model. Every command reads it."""
 
     model_config = ConfigDict(strict=True)
 
@@ -49,7 +49,7 @@ class EmbeddingSpec(Section):
         False, description="Pool the last token before the text too, although the instruction is left out (NV-Embed)."
     )
     pool_text_tokens: bool = Field(
-        False, description="Pool as many of the last tokens as the text and its suffix have on their own (LLM2Vec)."
+        False, description="Pool the last N tokens, where N counts the tokens of text and suffix tokenized alone (LLM2Vec)."
     )
     echo: str = Field(
         "",
@@ -71,10 +71,10 @@ class EmbeddingSpec(Section):
         description="Template of an in-context example before the instruction. Empty: built from instruction_template and "
         "query_suffix.",
     )
-    prompts: dict[str, str] = Field({}, description="Whole prompts by name, `query` and `document` among them.")
+    prompts: dict[str, str] = Field({}, description="Complete prompts by name, such as `query` and `document`.")
 
     @model_validator(mode="after")
-    def _templates_have_placeholders(self) -> EmbeddingSpec:
+    def _check_templates(self) -> EmbeddingSpec:
         if "{instruction}" not in self.instruction_template:
             raise ValueError("instruction_template must contain {instruction}")
         for key in ("echo", "plain_echo"):
@@ -93,8 +93,8 @@ class EmbeddingSpec(Section):
         """
         if not instruction:
             return self.plain_prompt
-        shown = "".join(map(self.format_example, examples))
-        return shown + self.instruction_template.replace("{instruction}", instruction)
+        examples_prompt = "".join(map(self.format_example, examples))
+        return examples_prompt + self.instruction_template.replace("{instruction}", instruction)
 
     def format_example(self, example: FewShotExample) -> str:
         """Return an in-context example as it appears in a prompt."""

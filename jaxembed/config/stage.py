@@ -42,10 +42,10 @@ class StageSections(Section):
         if self.mine is not None and not drawn:
             raise ValueError("mine finds hard negatives, but data.hard_negatives is 0. Set how many a query draws.")
         for i, objective in enumerate(self.objectives):
-            cause, needed = _needed_hard_negatives(objective)
+            setting, needed = _needed_hard_negatives(objective)
             if drawn < needed:
                 raise ValueError(
-                    f"objectives.{i}: {cause} compares a query with its own negatives, but data.hard_negatives is {drawn}. "
+                    f"objectives.{i}: {setting} compares a query with its own negatives, but data.hard_negatives is {drawn}. "
                     f"Set it to {needed} or more."
                 )
 
@@ -74,7 +74,7 @@ class StageConfig(StageSections):
     """One stage, with every default resolved."""
 
     @model_validator(mode="after")
-    def _objectives_have_negatives(self) -> StageConfig:
+    def _check_hard_negatives(self) -> StageConfig:
         self.check_negatives()
         return self
 
@@ -111,7 +111,7 @@ def merge_trees(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str
 
 
 def _needed_hard_negatives(objective: ObjectiveConfig) -> tuple[str, int]:
-    """Return what makes an objective compare a query with its own negatives, and how many of them it needs at least."""
+    """Return the setting because of which an objective needs hard negatives, and the minimum number that it needs."""
     if isinstance(objective, InfoNCEConfig) and objective.mixed_negatives:
         return "mixed_negatives", 2
     if isinstance(objective, InfoNCEConfig) and objective.negatives == "hard":

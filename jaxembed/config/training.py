@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from jaxembed.config.data import SPLIT_PATTERN
-from jaxembed.config.fields import LARGEST
+from jaxembed.config.fields import MAX_INTEGER
 from jaxembed.config.removed import reject_python_packages
 from jaxembed.config.sections import Positive, Section
 
@@ -23,7 +23,7 @@ class OptimConfig(Section):
     """The optimizer, AdamW, and its schedule."""
 
     learning_rate: float = Field(2e-5, gt=0, description="Peak learning rate, reached after the warm-up.")
-    warmup_steps: int = Field(0, ge=0, le=LARGEST, description="Steps of linear warm-up.")
+    warmup_steps: int = Field(0, ge=0, le=MAX_INTEGER, description="Steps of linear warm-up.")
     schedule: Literal["linear", "cosine", "constant"] = Field(
         "linear", description="Decay of the learning rate to 0 at the last step. constant: no decay."
     )
@@ -49,7 +49,7 @@ class MeshConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _sizes_are_positive_or_rest(self) -> MeshConfig:
+    def _check_sizes(self) -> MeshConfig:
         sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
         for axis, size in sizes.items():
             if size < 1 and size != -1:
@@ -65,7 +65,9 @@ class TrainConfig(Section):
 
     steps: Positive = Field(1000, description="Number of optimizer steps.")
     batch_size: Positive = Field(64, description="Queries per step, over all devices.")
-    seed: int = Field(0, ge=0, le=LARGEST, description="Seed of the parameters, the order of examples, and every random draw.")
+    seed: int = Field(
+        0, ge=0, le=MAX_INTEGER, description="Seed of the parameters, the order of examples, and every random draw."
+    )
     log_every: Positive = Field(10, description="Steps between lines of metrics.jsonl.")
     checkpoint_every: Positive = Field(500, description="Steps between checkpoints.")
     eval_every: Positive = Field(500, description="Steps between evaluations of the held-out sets. Each saves a checkpoint.")
@@ -87,9 +89,9 @@ class TrainConfig(Section):
 
     @field_validator("profile_steps")
     @classmethod
-    def _steps_are_ordered(cls, steps: tuple[int, int] | None) -> tuple[int, int] | None:
+    def _check_profile_steps(cls, steps: tuple[int, int] | None) -> tuple[int, int] | None:
         if steps is not None and steps[0] > steps[1]:
-            raise ValueError(f"steps {steps[0]} to {steps[1]}; expected a first step that is not after the last")
+            raise ValueError(f"the steps are {steps[0]} to {steps[1]}; expected a first step that is not after the last")
         return steps
 
 
@@ -113,7 +115,7 @@ class EvalSetConfig(Section):
 
     @field_validator("path")
     @classmethod
-    def _is_no_removed_set(cls, path: str) -> str:
+    def _reject_removed_set(cls, path: str) -> str:
         reject_python_packages("path", path)
         return path
 

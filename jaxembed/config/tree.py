@@ -19,7 +19,7 @@ from jaxembed.config.training import EvalConfig, MeshConfig, RunConfig
 
 
 class RunSections(Section):
-    """The sections that a file starts with."""
+    """The sections `run` and `model`. `Config` inherits from this class last, so that they come first in files and tables."""
 
     run: RunConfig = RunConfig()
     model: ModelConfig
@@ -44,7 +44,7 @@ class Config(StageSections, RunSections):
     @model_validator(mode="before")
     @classmethod
     def _resolve_stages(cls, tree: Any) -> Any:
-        """Replace the changes that a file lists for each stage by whole sections."""
+        """Replace the entries of `stages`, which list changes only, by complete stages."""
         stages = tree.get("stages") if isinstance(tree, dict) else None
         if not isinstance(stages, list | tuple) or not stages or isinstance(stages[0], Section):
             return tree
@@ -56,7 +56,7 @@ class Config(StageSections, RunSections):
         return {**tree, "stages": resolved}
 
     @model_validator(mode="after")
-    def _has_a_stage(self) -> Config:
+    def _add_single_stage(self) -> Config:
         if not self.stages:
             self.check_negatives()
             only = StageConfig.model_construct(**{name: getattr(self, name) for name in StageSections.model_fields})
@@ -64,14 +64,15 @@ class Config(StageSections, RunSections):
         return self
 
     @model_validator(mode="after")
-    def _adapters_are_named(self) -> Config:
+    def _check_adapters(self) -> Config:
         names = self.model.lora.names if self.model.lora else ()
-        users = {f"data.sources.{i}.adapter": source.adapter for i, source in enumerate(self.data.sources)}
-        users |= {f"eval.sets.{i}.adapter": held_out.adapter for i, held_out in enumerate(self.eval.sets)}
+        adapters_by_key = {f"data.sources.{i}.adapter": source.adapter for i, source in enumerate(self.data.sources)}
+        adapters_by_key |= {f"eval.sets.{i}.adapter": held_out.adapter for i, held_out in enumerate(self.eval.sets)}
         if len(self.stages) > 1:
             for i, stage in enumerate(self.stages):
-                users |= {f"stages.{i}.data.sources.{j}.adapter": s.adapter for j, s in enumerate(stage.data.sources)}
-        for key, adapter in users.items():
+                prefix = f"stages.{i}.data.sources"
+                adapters_by_key |= {f"{prefix}.{j}.adapter": source.adapter for j, source in enumerate(stage.data.sources)}
+        for key, adapter in adapters_by_key.items():
             if names and adapter not in names:
                 raise ValueError(f"{key} is {adapter!r}; expected one of model.lora.names: {', '.join(names)}")
             if adapter and not names:
@@ -84,7 +85,7 @@ class Config(StageSections, RunSections):
         return self
 
     @model_validator(mode="after")
-    def _has_one_guide_and_one_teacher(self) -> Config:
+    def _check_one_model_per_role(self) -> Config:
         for role in ("guide", "teacher"):
             names = list(dict.fromkeys(name for stage in self.stages for name in stage.models_with_role(role)))
             if len(names) > 1:
@@ -99,8 +100,7 @@ class Config(StageSections, RunSections):
     @property
     def models_by_role(self) -> dict[str, str]:
         """The guide and the teacher of the run, by role. Roles that no stage fills are absent."""
-        roles = {role: name for role in ("guide", "teacher") for stage in self.stages for name in stage.models_with_role(role)}
-        return roles
+        return {role: name for role in ("guide", "teacher") for stage in self.stages for name in stage.models_with_role(role)}
 
     def all_sources(self) -> tuple[SourceConfig, ...]:
         """Return the sources of all stages, each once."""
