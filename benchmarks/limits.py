@@ -46,7 +46,7 @@ from jaxembed.model.kernels import pick_kernel
 from jaxembed.model.layers import RMSNorm, apply_rope, build_rope_table, compute_rope_frequencies
 from jaxembed.model.masks import MASKS, TokenInfo
 from jaxembed.model.matmul import sharded_matmul
-from jaxembed.training.optim import learning_rate, make_optimizer
+from jaxembed.training.optim import make_optimizer, make_schedule
 from jaxembed.training.step import TrainState, make_train_step
 
 MACHINE_ROUNDS = 30  # runs of the matmul and the addition that measure the machine; the best counts
@@ -250,7 +250,7 @@ def build_optimizer(config: configuration.Config, embedder: Embedder) -> Part:
 
 def build_whole_step(config: configuration.Config, embedder: Embedder, batch: Any) -> Part:
     update = make_optimizer(config.optim, config.train.steps)
-    schedule = learning_rate(config.optim, config.train.steps)
+    schedule = make_schedule(config.optim, config.train.steps)
     step = make_train_step(embedder.model, Objectives(config.objectives), update, schedule)
     params = jax.tree.map(jnp.copy, embedder.params)
     state = [TrainState(params, update.init(params), jnp.zeros((), jnp.int32), jax.random.key(0))]

@@ -36,7 +36,7 @@ from jaxembed.model.decoder import ComputeOptions  # noqa: E402
 from jaxembed.model.embedder import EmbeddingModel  # noqa: E402
 from jaxembed.model.families import DecoderConfig, find_preset, parse_hf_config  # noqa: E402
 from jaxembed.planning.program import OutOfMemory, Program, compile_step, count_bytes, count_elements  # noqa: E402
-from jaxembed.training.optim import learning_rate, make_optimizer  # noqa: E402
+from jaxembed.training.optim import make_optimizer, make_schedule  # noqa: E402
 from jaxembed.training.state import state_shapes  # noqa: E402
 from jaxembed.training.step import make_train_step  # noqa: E402
 
@@ -133,7 +133,7 @@ def build_step(args: argparse.Namespace, mesh: Any) -> tuple[DecoderConfig, Any,
             model,
             Objectives([InfoNCEConfig()]),
             optimizer,
-            learning_rate(optim, SCHEDULE_STEPS),
+            make_schedule(optim, SCHEDULE_STEPS),
             chunk_rows=args.rows,
             shardings=placed,
         )

@@ -44,7 +44,7 @@ def planning_mesh(config: MeshConfig, topology: str | None = None, slices: int =
 
 
 def plan(config: Config, mesh: Mesh, memory: int | None, model: EmbeddingModel, stages: Sequence[Stage]) -> dict[str, Any]:
-    """Compile the largest known step of every stage, and report what it needs. Nothing is written.
+    """Compile the step of every stage for the largest of its first batches, and report what it needs. Nothing is written.
 
     Args:
         config: Settings of the run.
@@ -54,15 +54,15 @@ def plan(config: Config, mesh: Mesh, memory: int | None, model: EmbeddingModel, 
         stages: The stages of the run.
 
     Returns:
-        Number and kind of devices, shape of the mesh, and a row for each stage: parameters, memory, FLOPs, and collectives.
+        Number and kind of devices, shape of the mesh, and a report for each stage: parameters, memory, FLOPs, and collectives.
 
     Raises:
         UserError: A step does not fit the memory of its device.
     """
-    rows = [_plan_stage(stage, config, model, mesh, memory) for stage in stages]
-    for stage, row in zip(stages, rows, strict=True):
-        _show_row(stage, row, len(stages))
-    return {"devices": mesh.size, "device": mesh.devices.flat[0].device_kind, "mesh": dict(mesh.shape), "stages": rows}
+    reports = [_plan_stage(stage, config, model, mesh, memory) for stage in stages]
+    for stage, report in zip(stages, reports, strict=True):
+        _show_report(stage, report, len(stages))
+    return {"devices": mesh.size, "device": mesh.devices.flat[0].device_kind, "mesh": dict(mesh.shape), "stages": reports}
 
 
 def _local_device_memory() -> int | None:
@@ -72,33 +72,33 @@ def _local_device_memory() -> int | None:
 
 
 def _plan_stage(stage: Stage, config: Config, model: EmbeddingModel, mesh: Mesh, memory: int | None) -> dict[str, Any]:
-    """Compile the largest known step of a stage, and return what it needs."""
+    """Compile the step of a stage for the largest of its first batches, and return what it needs."""
     # Shapes of the state, and of the largest of the first batches.
     objective_params = jax.eval_shape(partial(stage.new_objective_params, model), jax.random.key(0))
     state = state_shapes(model, stage.make_optimizer(model), mesh, objective_params)
-    host, examined = _find_largest_batch(stage)
+    host_batch, examined = _find_largest_batch(stage)
     # Compile, and compare with the memory of a device.
     with jax.set_mesh(mesh):
         step = stage.make_train_step(model, state)
     try:
-        program, _ = compile_step(step, state, batch_shapes(mesh, host.batch), mesh)
+        program, _ = compile_step(step, state, batch_shapes(mesh, host_batch.batch), mesh)
     except OutOfMemory as error:
         raise _out_of_memory_error(config, stage, error.needed, error.available) from None
     if memory is not None and program.memory > memory:
         raise _out_of_memory_error(config, stage, program.memory, memory)
-    rows, tokens = host.batch.texts.tokens.shape
-    return _make_row(state, program, memory, mesh) | {"rows": rows, "row_length": tokens, "batches_looked_at": examined}
+    rows, tokens = host_batch.batch.texts.tokens.shape
+    return _make_report(state, program, memory, mesh) | {"rows": rows, "row_length": tokens, "batches_looked_at": examined}
 
 
 def _find_largest_batch(stage: Stage) -> tuple[HostBatch, int]:
     """Return the batch with the most tokens among the first ones, and how many those are."""
     steps = min(MAX_EXAMINED_BATCHES, stage.config.train.steps)
-    first_batches = list(islice(iter_batches(stage.plan, stage.build, 0, steps), steps))
-    return max(first_batches, key=lambda host: host.padded_tokens), len(first_batches)
+    first_batches = list(islice(iter_batches(stage.plan, stage.batch_builder, 0, steps), steps))
+    return max(first_batches, key=lambda host_batch: host_batch.padded_tokens), len(first_batches)
 
 
-def _make_row(state: TrainState, program: Program, memory: int | None, mesh: Mesh) -> dict[str, Any]:
-    """Return the JSON object of a stage."""
+def _make_report(state: TrainState, program: Program, memory: int | None, mesh: Mesh) -> dict[str, Any]:
+    """Return the report of a stage, an object for JSON."""
     memory_parts = dataclasses.asdict(program)
     del memory_parts["collectives"], memory_parts["flops"]
     is_estimate = mesh.devices.flat[0].platform == "cpu"
@@ -132,28 +132,28 @@ def _out_of_memory_error(config: Config, stage: Stage, needed: int, available: i
     return UserError(f"{where}{problem}. Try {remedies}.")
 
 
-def _show_row(stage: Stage, row: dict[str, Any], count: int) -> None:
-    """Log the row of a stage for a human reader."""
+def _show_report(stage: Stage, report: dict[str, Any], count: int) -> None:
+    """Log the report of a stage for a human reader."""
     name = f"stage {stage.index + 1} of {count}: " if count > 1 else ""
-    counts = f"{row['parameters']:,} parameters, {row['trained']:,} trained"
-    log.info("%s%s, optimizer %s in total", name, counts, _format_bytes(row["optimizer_bytes"]))
+    counts = f"{report['parameters']:,} parameters, {report['trained']:,} trained"
+    log.info("%s%s, optimizer %s in total", name, counts, _format_bytes(report["optimizer_bytes"]))
     log.info(
         "compiled for %d rows x %d tokens, the largest of the first %d batches",
-        row["rows"], row["row_length"], row["batches_looked_at"],
+        report["rows"], report["row_length"], report["batches_looked_at"],
     )  # fmt: skip
-    memory = row["memory"]
+    memory = report["memory"]
     names = ("arguments", "outputs", "aliased", "temporaries", "code")
     parts = ", ".join(f"{name} {_format_bytes(memory[name])}" for name in names)
     limit = f"of {_format_bytes(memory['device'])}" if memory["device"] else "(the device does not report how much it has)"
     source = ", estimated by the CPU compiler" if memory["estimate"] else ""
     log.info("memory per device%s: %s %s: %s", source, _format_bytes(memory["all"]), limit, parts)
-    log.info("%.3g FLOPs in matmuls per step, %.3g per device", row["flops"], row["flops_a_device"])
-    for scope, kinds in row["collectives"].items():
+    log.info("%.3g FLOPs in matmuls per step, %.3g per device", report["flops"], report["flops_a_device"])
+    for scope, kinds in report["collectives"].items():
         for kind, totals in kinds.items():
             results, sent = _format_bytes(totals["result_bytes"]), _format_bytes(totals["sent_bytes"])
             log.info("collectives of %s: %s %s, results %s, sent %s", scope, f"{totals['count']:,}", kind, results, sent)
-    if row["loops_counted_once"]:
-        log.info("%d loops have unknown iterations: their collectives are counted once", row["loops_counted_once"])
+    if report["loops_counted_once"]:
+        log.info("%d loops have unknown iterations: their collectives are counted once", report["loops_counted_once"])
 
 
 def _format_bytes(size: float) -> str:

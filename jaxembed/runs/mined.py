@@ -23,7 +23,7 @@ def with_mined_negatives(stage: Stage, encoder_for: Callable[[str], Embedder], r
 
     Args:
         stage: The stage that is about to start.
-        encoder_for: Returns the model under an adapter, by the adapter's name.
+        encoder_for: Maps the name of an adapter to the model with that adapter.
         run_dir: Directory of the run.
     """
     if stage.config.mine is None:
@@ -39,4 +39,4 @@ def with_mined_negatives(stage: Stage, encoder_for: Callable[[str], Embedder], r
             processes.barrier()
         rows = IndexedRows(open_container(str(path)), ROW_SCHEMAS["pairs"])
         sources[number] = dataclasses.replace(source, sampler=PairSampler(rows, source.sampler.max_positives))
-    return dataclasses.replace(stage, build=stage.build.with_sources(sources))
+    return dataclasses.replace(stage, batch_builder=stage.batch_builder.with_sources(sources))

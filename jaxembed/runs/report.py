@@ -38,7 +38,7 @@ def show_data(stage: Stage) -> None:
     for source, epochs in zip(stage.sources, stage.plan.count_epochs(stage.config.train.steps), strict=True):
         ids = np.arange(first_id, first_id + min(MEASURED_EXAMPLES, len(source)))
         first_id += len(source)
-        examples = stage.build.sampler.sample(0, ids)
+        examples = stage.batch_builder.sampler.sample(0, ids)
         _show_source(stage, source, epochs, examples)
         if missing := _missing_for_loss(stage, source, examples):
             problems.append(f"{source.name} has {missing}")
@@ -51,7 +51,7 @@ def show_data(stage: Stage) -> None:
 def _show_source(stage: Stage, source: Source, epochs: float, examples: Sequence[Example]) -> None:
     """Print one line about a source, and one about each reason for which rows were dropped."""
     tokenizer = stage.tokenizer
-    lengths = tokenizer.count_untruncated_tokens(*stage.build.sampler.list_texts(examples))
+    lengths = tokenizer.count_untruncated_tokens(*stage.batch_builder.sampler.list_texts(examples))
     truncated = float(np.mean(lengths > tokenizer.spec.max_length))
     log.info(
         "%s: %s examples, %.3g epochs; %.0f tokens per text on average, %.1f%% truncated at %d; in-batch negatives %s",
@@ -69,7 +69,7 @@ def _show_examples(stage: Stage, source: Source, examples: Sequence[Example]) ->
         count = np.mean([len(example.few_shot) for example in examples])
         log.info("  %.1f in-context examples per query; a prompt gets at most half of data.max_length", count)
     for example in examples[:SHOWN_EXAMPLES]:
-        texts, prompts = stage.build.sampler.list_texts([example])
+        texts, prompts = stage.batch_builder.sampler.list_texts([example])
         for role, (prompt, text, _) in zip(assign_roles(texts), stage.tokenizer.decode_inputs(texts, prompts), strict=True):
             log.info("  %-8s %r", role, (f"[{prompt}] " if prompt else "") + text[:MAX_SHOWN_CHARS])
 
@@ -96,10 +96,10 @@ def show_size(run: OpenedRun, state: TrainState) -> None:
 
 def describe_stage(stage: Stage, count: int) -> str:
     """Return one line about the steps, queries, and negatives of a stage, in a run of `count` stages."""
-    train, own = stage.config.train, stage.config.data.hard_negatives
-    in_batch = train.batch_size * (1 + own) - 1 - own
-    by_kind = {"all": own + in_batch, "in_batch": in_batch, "hard": own}
-    negatives = [by_kind[o.negatives] for o in stage.config.objectives if isinstance(o, InfoNCEConfig)]
+    train, hard = stage.config.train, stage.config.data.hard_negatives
+    in_batch = (train.batch_size - 1) * (1 + hard)
+    counts = {"all": hard + in_batch, "in_batch": in_batch, "hard": hard}
+    negatives = [counts[o.negatives] for o in stage.config.objectives if isinstance(o, InfoNCEConfig)]
     name = f"stage {stage.index + 1} of {count}: " if count > 1 else ""
     steps = "1 step" if train.steps == 1 else f"{train.steps:,} steps"
     line = f"{name}{steps} of {train.batch_size:,} queries"

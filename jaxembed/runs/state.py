@@ -1,4 +1,4 @@
-"""The state of a run: before its first step, and where it resumes."""
+"""The training state that a run starts from, or resumes from."""
 
 from __future__ import annotations
 
@@ -33,8 +33,10 @@ def initial_state(run: OpenedRun) -> TrainState:
         adapters = unflatten_dict({path: x.sharding for path, x in stacked.items() if path[-1] in ADAPTER_PARAMS})
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
         trained = join_params(init_params(run.model, keys, adapters), trained)
-    rest = replicated_jit(run.mesh, lambda: {"step": jnp.zeros((), jnp.int32), "key": jax.random.key(run.config.train.seed)})
-    return TrainState(trained, opt_state=None, frozen=frozen, **rest)
+    step_and_key = replicated_jit(
+        run.mesh, lambda: {"step": jnp.zeros((), jnp.int32), "key": jax.random.key(run.config.train.seed)}
+    )
+    return TrainState(trained, opt_state=None, frozen=frozen, **step_and_key)
 
 
 def resume(run: OpenedRun, checkpoints: Checkpoints) -> tuple[int, TrainState]:

@@ -29,12 +29,12 @@ from jaxembed.devices import processes
 from jaxembed.errors import UserError, summarize
 from jaxembed.files import file_digest, read_json, write_json
 from jaxembed.training.run_dir import read_run_file
-from jaxembed.training.step import OBJECTIVES, TrainState
+from jaxembed.training.step import OBJECTIVE_PARAMS, TrainState
 
 DIGESTS_FILE = "digests.json"
 # Orbax writes these after the digests are recorded.
 UNRECORDED_FILES = {"_CHECKPOINT_METADATA", "commit_success.txt"}
-NO_SCORE = -1e9  # what Orbax ranks a checkpoint without a held-out score by
+NO_SCORE = -1e9  # the score under which Orbax ranks a checkpoint that was not scored
 
 
 class Checkpoints:
@@ -73,7 +73,7 @@ class Checkpoints:
         try:
             self._manager = ocp.CheckpointManager(self._folder, options=options)
         except OSError as error:
-            raise UserError(f"{self._folder}: cannot be opened ({error.strerror}).") from None
+            raise UserError(f"{self._folder}: cannot be opened ({error.strerror}). Check its permissions.") from None
 
     def save(self, state: TrainState, cursor: dict[str, Any], score: float | None) -> None:
         """Start writing a state, under its step, unless that step has a checkpoint.
@@ -140,7 +140,7 @@ class Checkpoints:
             optimizer=ocp.args.StandardRestore(_to_shapes(optimizer)),
         )
         optimizer = restored["optimizer"]
-        objective_params = {OBJECTIVES: optimizer.pop(OBJECTIVES)} if OBJECTIVES in optimizer else {}
+        objective_params = {OBJECTIVE_PARAMS: optimizer.pop(OBJECTIVE_PARAMS)} if OBJECTIVE_PARAMS in optimizer else {}
         return dataclasses.replace(like, params=restored["params"] | objective_params, **optimizer)
 
     def restore_params(self, step: int, shapes: Any) -> Any:
@@ -148,7 +148,7 @@ class Checkpoints:
         return self._restore(step, params=ocp.args.StandardRestore(shapes))["params"]
 
     def _restore(self, step: int, **items: Any) -> Any:
-        """Restore items of a step, if their files are intact. Of several processes, process 0 checks the files."""
+        """Restore items of a step, if their files are intact. Only process 0 checks the files."""
         damage = self._find_damage(step, set(items)) if processes.is_first() else ""
         if not damage:
             try:
@@ -243,7 +243,7 @@ def _compute_digests(folder: Path) -> dict[str, str]:
 
 def _split_items(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split a state into the items `params` and `optimizer` of a checkpoint."""
-    objective_params = {OBJECTIVES: state.params[OBJECTIVES]} if OBJECTIVES in state.params else {}
+    objective_params = {OBJECTIVE_PARAMS: state.params[OBJECTIVE_PARAMS]} if OBJECTIVE_PARAMS in state.params else {}
     params = {name: part for name, part in state.params.items() if name not in objective_params}
     return params, {"opt_state": state.opt_state, "step": state.step, "key": state.key, **objective_params}
 

@@ -67,9 +67,9 @@ def encode(
             add = jax.vmap(lambda sums, indices, new: sums.at[indices].add(new, mode="drop"))
             return shard_rows(add(sums, text_indices, vectors)), None
 
-        # Cut rows and slots into chunks: the same slots, seen from the rows.
+        # Cut the rows into chunks, and find the text in each slot of a chunk. `keys` are [1, chunks] here.
         inputs = jax.tree.map(lambda x: _split_into_chunks(x, shards, chunks, chunk_rows), row_arrays), keys[0]
-        text_indices = _text_index_of_slots(slots, shards, chunks, chunk_rows * texts.segments)
+        text_indices = _find_texts_in_slots(slots, shards, chunks, chunk_rows * texts.segments)
         # Loop over the chunks. Every text is in one chunk only, so the sums are the vectors.
         vector = jax.eval_shape(encode_chunk, jax.tree.map(lambda x: x[0], inputs))
         zeros = jnp.zeros((shards, slots.size // shards, vector.shape[-1]), vector.dtype)
@@ -96,8 +96,8 @@ def gather_vectors(vectors: Float[Array, "r s d"], slots: Int[Array, "b *m"], sh
     return l2_normalize(jnp.where(slots[..., None] >= 0, gathered, 0.0))
 
 
-def _text_index_of_slots(slots: jax.Array, shards: int, chunks: int, chunk_slots: int) -> Int[Array, "c s t"]:
-    """Invert slots: return the text in each slot of each chunk, as an index into the texts of its shard.
+def _find_texts_in_slots(slots: jax.Array, shards: int, chunks: int, chunk_slots: int) -> Int[Array, "c s t"]:
+    """Return the text in each slot of each chunk, as an index into the texts of its shard. This inverts `slots`.
 
     An empty slot gets the number of texts, which is out of bounds.
 
@@ -110,7 +110,7 @@ def _text_index_of_slots(slots: jax.Array, shards: int, chunks: int, chunk_slots
     shard_slots = slots.reshape(shards, -1)
     total_slots, texts = chunks * chunk_slots, shard_slots.shape[1]
     empty = jnp.full((shards, total_slots), texts, jnp.int32)
-    fill = jax.vmap(lambda row, at: row.at[at].set(jnp.arange(texts, dtype=jnp.int32), mode="drop"))
+    fill = jax.vmap(lambda row, filled_slots: row.at[filled_slots].set(jnp.arange(texts, dtype=jnp.int32), mode="drop"))
     indices = fill(empty, jnp.where(shard_slots < 0, total_slots, shard_slots))  # absent texts are dropped
     return indices.reshape(shards, chunks, chunk_slots).swapaxes(0, 1)
 
@@ -123,5 +123,5 @@ def _split_into_chunks(x: jax.Array, shards: int, chunks: int, chunk_rows: int) 
     shard_major = x.reshape(shards, -1, *x.shape[1:])
     padding = chunks * chunk_rows - shard_major.shape[1]
     padded = jnp.pad(shard_major, [(0, 0), (0, padding), *[(0, 0)] * (x.ndim - 1)])
-    by_chunk = padded.reshape(shards, chunks, chunk_rows, *x.shape[1:]).swapaxes(0, 1)
-    return by_chunk.reshape(chunks, shards * chunk_rows, *x.shape[1:])
+    chunk_major = padded.reshape(shards, chunks, chunk_rows, *x.shape[1:]).swapaxes(0, 1)
+    return chunk_major.reshape(chunks, shards * chunk_rows, *x.shape[1:])

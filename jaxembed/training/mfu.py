@@ -41,7 +41,7 @@ class MfuMeter:
     peak_flops: float
 
     def mfu(self, tokens: int, pairs: int, seconds: float) -> float:
-        """Return the MFU of computing so many useful tokens and pairs of tokens in so many seconds."""
+        """Return the MFU of a number of useful tokens and of pairs of tokens that were computed in `seconds`."""
         return (self.token_flops * tokens + self.pair_flops * pairs) / (seconds * self.peak_flops)
 
 
@@ -66,12 +66,12 @@ def count_kernel_weights(params: Any, adapters: int = 0) -> int:
         path: x for path, x in flat.items() if path[0] in ("decoder", "pooling") and path[-1] in ("kernel", *ADAPTER_PARAMS)
     }
     if ("pooling", "latents") in flat:
-        del kernels["pooling", "attention", "kv", "kernel"]  # the latents pass it, once in a step
+        del kernels["pooling", "attention", "kv", "kernel"]  # applied to the latents once per step, not to tokens
     stacked = max(adapters, 1)
     return sum(math.prod(x.shape) // (stacked if path[-1] in ADAPTER_PARAMS else 1) for path, x in kernels.items())
 
 
 def device_peak(dtype: str) -> float | None:
-    """Return the peak FLOP/s of one device here when it computes in `dtype`, or None if no data sheet says."""
+    """Return the peak FLOP/s of one device here when it computes in `dtype`, or None if it is not known."""
     chip = find_chip(jax.devices()[0].device_kind)
     return chip.peak_flops if chip is not None and dtype == "bfloat16" else None

@@ -15,8 +15,8 @@ DECAYED_PARAMS = frozenset({"kernel", "embedding", "latents", "lora_a", "lora_b"
 UNDECAYED_PARAMS = frozenset({"scale", "bias", "log_scale"})
 
 
-def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
-    """Return the learning-rate schedule: linear warm-up, then the decay of `config.schedule`.
+def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
+    """Build the learning-rate schedule: linear warm-up, then the decay of `config.schedule`.
 
     Args:
         config: Peak rate, number of warm-up steps, and kind of decay (linear or cosine to 0 at `steps`, or constant).
@@ -33,7 +33,7 @@ def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
     }[config.schedule]()
     if not config.warmup_steps:
         return decay
-    # The first step already moves: it has 1/warmup of the full rate, and the last warm-up step has all of it.
+    # The first step has 1 / warmup_steps of the peak rate, not 0. The last warm-up step has the peak rate.
     first_rate, transition_steps = config.learning_rate / config.warmup_steps, max(1, config.warmup_steps - 1)
     warmup = optax.linear_schedule(first_rate, config.learning_rate, transition_steps)
     return optax.join_schedules([warmup, decay], [config.warmup_steps])
@@ -46,16 +46,16 @@ def make_optimizer(config: OptimConfig, steps: int, has_adapters: bool = False) 
         config: Learning rate, weight decay and clipping.
         steps: Number of steps of the learning-rate schedule.
         has_adapters: Whether several adapters are trained. Their updates are then counted apart from those of the shared
-            parameters, so that each adapter can have a count beside its moments. By a count of all steps, Adam's bias
-            correction is wrong for an adapter that only every n-th batch trains: until its second moments have filled, its
-            steps are too long by up to sqrt(n).
+            parameters, so that each adapter can have a count beside its moments. With one count for all, Adam's bias
+            correction would be wrong for an adapter that only every n-th batch trains: until its second moments have
+            filled, its steps would be too long by up to sqrt(n).
     """
     adam = optax.scale_by_adam()
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
         optax.partition({ADAPTER_STATE: adam, "shared": adam}, _adam_groups) if has_adapters else adam,
         optax.add_decayed_weights(config.weight_decay, decay_mask),
-        optax.scale_by_learning_rate(learning_rate(config, steps)),
+        optax.scale_by_learning_rate(make_schedule(config, steps)),
     )
 
 
@@ -66,7 +66,7 @@ def count_updates(opt_state: Any) -> jax.Array:
 
 
 def _adam_groups(params: Any) -> Any:
-    """Return the group of each parameter: that of adapters, or that of parameters which all adapters share."""
+    """Return the label of each parameter for `optax.partition`: adapters, or parameters that all adapters share."""
     return jax.tree.map_with_path(lambda path, _: ADAPTER_STATE if path[-1].key in ADAPTER_PARAMS else "shared", params)
 
 

@@ -11,7 +11,7 @@ from jaxembed.devices import processes
 
 
 class Profile:
-    """Records some steps of a run with `jax.profiler`. Of several processes, process 0 records its own devices."""
+    """Records some steps of a run with `jax.profiler`. Only process 0 records, and only its own devices."""
 
     def __init__(self, steps: tuple[int, int] | None, folder: Path):
         """Choose the steps to record.
@@ -26,7 +26,7 @@ class Profile:
         self._is_recording = False
 
     def before(self, step: int) -> None:
-        """Start the trace if the step that begins now is one of those to record."""
+        """Start the trace if the step that starts now is one of those to record."""
         if not self._is_recording and self._first <= step <= self._last and processes.is_first():
             jax.profiler.start_trace(self._folder)
             self._is_recording = True

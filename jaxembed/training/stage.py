@@ -17,7 +17,7 @@ from jaxembed.data.sources import Source
 from jaxembed.data.tokenize import TextTokenizer
 from jaxembed.losses.objectives import Objectives
 from jaxembed.model.embedder import EmbeddingModel
-from jaxembed.training.optim import learning_rate, make_optimizer
+from jaxembed.training.optim import make_optimizer, make_schedule
 from jaxembed.training.step import Metrics, TrainState, make_train_step
 
 
@@ -42,7 +42,7 @@ class Stage:
     first_step: int
     schedule_steps: int
     plan: BatchPlan
-    build: BatchBuilder
+    batch_builder: BatchBuilder
     tokenizer: TextTokenizer
     objectives: Objectives
     teacher_width: int = 0
@@ -60,7 +60,7 @@ class Stage:
     @property
     def schedule(self) -> optax.Schedule:
         """The learning rate by number of updates."""
-        return learning_rate(self.config.optim, self.schedule_steps)
+        return make_schedule(self.config.optim, self.schedule_steps)
 
     def make_optimizer(self, model: EmbeddingModel) -> optax.GradientTransformation:
         """Return the optimizer of this stage for a model."""

@@ -1,4 +1,4 @@
-"""The training state: how a stage starts, and its shapes for compiling without memory."""
+"""The training state at the start of a stage, and its shapes, with which a step compiles without memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.model.lora import pick_adapter, split_params, stack_adapters, stack_shapes
 from jaxembed.model.parameters import attach_shardings, shapes_and_shardings
 from jaxembed.training.stage import Stage
-from jaxembed.training.step import OBJECTIVES, TrainState
+from jaxembed.training.step import OBJECTIVE_PARAMS, TrainState
 
 
 def begin_stage(stage: Stage, state: TrainState, model: EmbeddingModel, mesh: Mesh) -> TrainState:
@@ -30,12 +30,12 @@ def begin_stage(stage: Stage, state: TrainState, model: EmbeddingModel, mesh: Me
     """
     # Parameters of objectives: from the previous stage where the label is the same, else fresh.
     key = jax.random.fold_in(state.key, stage.index)
-    previous = state.params.get(OBJECTIVES, {})
+    previous = state.params.get(OBJECTIVE_PARAMS, {})
     fresh = replicated_jit(mesh, partial(stage.new_objective_params, model), key)
     objective_params = {label: previous.get(label, params) for label, params in fresh.items()}
-    params = {name: part for name, part in state.params.items() if name != OBJECTIVES}
+    params = {name: part for name, part in state.params.items() if name != OBJECTIVE_PARAMS}
     if objective_params:
-        params |= {OBJECTIVES: objective_params}
+        params |= {OBJECTIVE_PARAMS: objective_params}
     # Optimizer: fresh, or the previous stage's if it fits.
     opt_state = state.opt_state
     if stage.index == 0 or stage.config.optim.restart:
@@ -66,11 +66,11 @@ def state_shapes(
 
     trained, frozen = split_params(attach_shardings(*shapes_and_shardings(model, mesh)))
     if objective_params:
-        trained |= {OBJECTIVES: replicate_shapes(objective_params)}
+        trained |= {OBJECTIVE_PARAMS: replicate_shapes(objective_params)}
     opt_state = _optimizer_shapes(optimizer, trained, adapter_count, mesh)
-    rest = jax.eval_shape(lambda: {"step": jnp.zeros((), jnp.int32), "key": jax.random.key(0)})
+    step_and_key = jax.eval_shape(lambda: {"step": jnp.zeros((), jnp.int32), "key": jax.random.key(0)})
     params = stack_shapes(trained, adapter_count) if adapter_count else trained
-    return TrainState(params, opt_state, frozen=frozen, **replicate_shapes(rest))
+    return TrainState(params, opt_state, frozen=frozen, **replicate_shapes(step_and_key))
 
 
 def _init_optimizer(optimizer: optax.GradientTransformation, params: Any, adapter_count: int, mesh: Mesh) -> Any:

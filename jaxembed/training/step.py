@@ -21,7 +21,7 @@ from jaxembed.training.optim import count_updates
 
 Metrics = dict[str, jax.Array]
 SCOPES = ("loss", "encode", "optimizer")  # names of the parts of a step in the compiled program
-OBJECTIVES = "objectives"  # name of the objectives' parameters among the trained ones; the model does not have them
+OBJECTIVE_PARAMS = "objectives"  # name of the objectives' parameters among the trained ones; the model does not have them
 
 
 @flax.struct.dataclass
@@ -31,7 +31,7 @@ class TrainState:
     Several adapters are stacked, in `params` and in `opt_state`.
 
     Attributes:
-        params: The trained parameters, float32. Those of the objectives are under OBJECTIVES.
+        params: The trained parameters, float32. Those of the objectives are under OBJECTIVE_PARAMS.
         opt_state: State of the optax optimizer.
         step: Number of steps done, int32.
         key: Random key of the run.
@@ -47,7 +47,7 @@ class TrainState:
     @property
     def weights(self) -> Any:
         """All parameters of the model."""
-        return join_params({name: part for name, part in self.params.items() if name != OBJECTIVES}, self.frozen)
+        return join_params({name: part for name, part in self.params.items() if name != OBJECTIVE_PARAMS}, self.frozen)
 
 
 def batch_loss(
@@ -63,7 +63,7 @@ def batch_loss(
     Args:
         model: The model.
         objectives: What is minimized.
-        params: Parameters of the model, and of the objectives under OBJECTIVES.
+        params: Parameters of the model, and of the objectives under OBJECTIVE_PARAMS.
         batch: The batch.
         key: Random key of dropout and of the objectives.
         chunk_rows: Rows that each device encodes at a time (gradient caching); None for all.
@@ -76,7 +76,7 @@ def batch_loss(
         slots = jnp.concatenate([batch.query_slot[:, None], batch.doc_slot], axis=1)
         vectors = encode(model, params, batch.texts, slots, dropout_key, chunk_rows)
     with jax.named_scope("loss"):
-        objective_params = params.get(OBJECTIVES, {})
+        objective_params = params.get(OBJECTIVE_PARAMS, {})
         return objectives(vectors[:, 0], vectors[:, 1:], batch, objectives_key, objective_params, batch.texts.shards)
 
 

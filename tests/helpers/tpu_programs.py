@@ -28,7 +28,7 @@ from jaxembed.model.embedder import EmbeddingModel, infer_parameter_shapes
 from jaxembed.model.families import find_preset, parse_hf_config
 from jaxembed.model.kernels import pick_kernel
 from jaxembed.model.masks import MASKS, TokenInfo
-from jaxembed.training.optim import learning_rate, make_optimizer
+from jaxembed.training.optim import make_optimizer, make_schedule
 from jaxembed.training.step import TrainState, make_train_step
 
 DEVICES = np.array(topologies.get_topology_desc("v5e:2x2", platform="tpu").devices)
@@ -97,7 +97,7 @@ def compile_step() -> jax.stages.Compiled:
 
     state = add_sharding(jax.eval_shape(init_state), replicated_sharding(mesh))
     with jax.set_mesh(mesh):
-        train = make_train_step(model, Objectives([InfoNCEConfig()]), optimizer, learning_rate(optim, 10))
+        train = make_train_step(model, Objectives([InfoNCEConfig()]), optimizer, make_schedule(optim, 10))
         return train.lower(state, add_sharding(make_batch_shapes(), batch_sharding(mesh))).compile()
 
 

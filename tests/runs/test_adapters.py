@@ -31,13 +31,13 @@ from jaxembed.evaluation.heldout import open_held_out_sets
 from jaxembed.formats.peft import read_adapters
 from jaxembed.hub.card import read_card
 from jaxembed.hub.export_adapters import export_adapters
-from jaxembed.hub.resolve import open_run
+from jaxembed.hub.resolve import find_run
 from jaxembed.losses.objectives import Objectives
 from jaxembed.model.decoder import ComputeOptions
 from jaxembed.model.lora import join_params, split_params, stack_adapters
 from jaxembed.runs.train import train
 from jaxembed.training.metrics import read_metrics
-from jaxembed.training.optim import learning_rate, make_optimizer
+from jaxembed.training.optim import make_optimizer, make_schedule
 from jaxembed.training.step import TrainState, make_train_step
 
 NAMES = ("retrieval", "sts")
@@ -124,7 +124,7 @@ def test_each_adapter_is_trained_as_if_alone(folder: Path) -> None:
     second = jax.tree.map(lambda x: x + 0.1, first)
     optimizer = make_optimizer(optim, 9, has_adapters=True)
     fresh = optimizer.init(first)
-    step = make_train_step(model, Objectives([InfoNCEConfig()]), optimizer, learning_rate(optim, 9))
+    step = make_train_step(model, Objectives([InfoNCEConfig()]), optimizer, make_schedule(optim, 9))
 
     def run(trained: Any, opt_state: Any, adapters: tuple[str, ...], order: list[int]) -> tuple[list[Any], list[float]]:
         """(params, optimizer state) before and after each step, and the losses. All steps are on the same pairs."""
@@ -165,7 +165,7 @@ def test_a_run_of_two_adapters(folder: Path, tmp_path: Path, monkeypatch: pytest
     rows = read_metrics(folder / "whole")
     assert sorted(row["adapter"] for row in rows if "loss" in row) == [0, 0, 0, 1]
 
-    run = open_run("whole", folder / "whole", "last").restore(ComputeOptions(unroll=False), mesh)
+    run = find_run("whole", folder / "whole", "last").restore(ComputeOptions(unroll=False), mesh)
     vectors = {}
     sts, tokenizer, hf_config = run.select_adapter("sts"), run.build_tokenizer(), run.base.hf_config
     merged, unmerged = (Embedder(m, {}, tokenizer, mesh, hf_config) for m in (sts.merge_adapters()[0], sts.model))

@@ -34,7 +34,7 @@ from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.model.layers import l2_normalize
 from jaxembed.model.lora import join_params, split_params
 from jaxembed.training.gradcache import encode
-from jaxembed.training.step import OBJECTIVES, batch_loss
+from jaxembed.training.step import OBJECTIVE_PARAMS, batch_loss
 
 Folder = Callable[[str], Path]
 KEY, CHUNK_ROWS = jax.random.key(3), 6
@@ -74,8 +74,8 @@ def test_gradients_equal_those_of_the_whole_batch(
 ) -> None:
     """The rows of a device are not a multiple of those of a chunk."""
     model, params = load_model(base_folder("qwen2"), SPEC, devices)
-    params |= {OBJECTIVES: objectives.init_params(model.width, 5, KEY)}
-    assert params[OBJECTIVES].keys() == ({"infonce", "embedding_matching"} if objectives is OTHER_OBJECTIVES else set())
+    params |= {OBJECTIVE_PARAMS: objectives.init_params(model.width, 5, KEY)}
+    assert params[OBJECTIVE_PARAMS].keys() == ({"infonce", "embedding_matching"} if objectives is OTHER_OBJECTIVES else set())
     mesh = make_mesh(devices)
     host = add_teacher(build_host_batches(source, devices, 1, row_length=32)[0].batch, 5)
     rows = len(host.texts.tokens) // devices

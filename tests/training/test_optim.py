@@ -15,7 +15,7 @@ from jaxembed.config import OptimConfig
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.model.embedder import EmbeddingModel, infer_parameter_shapes
 from jaxembed.model.families import find_preset, parse_hf_config
-from jaxembed.training.optim import decay_mask, learning_rate, make_optimizer
+from jaxembed.training.optim import decay_mask, make_optimizer, make_schedule
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ from jaxembed.training.optim import decay_mask, learning_rate, make_optimizer
     ],
 )
 def test_learning_rates_of_given_steps(options: dict[str, Any], expected: dict[int, float]) -> None:
-    rate = learning_rate(OptimConfig(learning_rate=2.0, **options), steps=100)
+    rate = make_schedule(OptimConfig(learning_rate=2.0, **options), steps=100)
     for step, fraction in expected.items():
         assert float(rate(step)) == pytest.approx(2.0 * fraction, abs=1e-6), step
 

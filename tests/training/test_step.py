@@ -23,7 +23,7 @@ from jaxembed.devices.mesh import make_mesh, shard_count
 from jaxembed.devices.placement import put_batch, replicated_sharding
 from jaxembed.losses.objectives import Objectives
 from jaxembed.model.embedder import EmbeddingModel
-from jaxembed.training.optim import learning_rate, make_optimizer
+from jaxembed.training.optim import make_optimizer, make_schedule
 from jaxembed.training.step import TrainState, batch_loss, make_train_step
 
 Folder = Callable[[str], Path]
@@ -47,7 +47,7 @@ def train_steps(
     optimizer = make_optimizer(optim, steps)
     state, metrics = init_state(params, optimizer, mesh), []
     objectives, shardings = Objectives([InfoNCEConfig(temperature=0.1)]), jax.tree.map(lambda x: x.sharding, state)
-    step = make_train_step(model, objectives, optimizer, learning_rate(optim, steps), shardings=shardings)
+    step = make_train_step(model, objectives, optimizer, make_schedule(optim, steps), shardings=shardings)
     batches = build_host_batches(source, shard_count(mesh), 2, row_length)
     for host in islice(cycle(batches), steps):
         with jax.set_mesh(mesh):
@@ -96,7 +96,7 @@ def test_the_step_is_traced_and_compiled_once_for_each_shape(
     optimizer = optax.GradientTransformation(inner.init, update)
     state = init_state(params, optimizer, mesh)
     objectives, shardings = Objectives([InfoNCEConfig()]), jax.tree.map(lambda x: x.sharding, state)
-    step = make_train_step(model, objectives, optimizer, learning_rate(OptimConfig(), 10), shardings=shardings)
+    step = make_train_step(model, objectives, optimizer, make_schedule(OptimConfig(), 10), shardings=shardings)
     shapes = set()
     for host in [*build_host_batches(source, 8, 3, row_length=128), *build_host_batches(source, 8, 2, row_length=64)]:
         shapes.add(host.batch.texts.tokens.shape)
@@ -124,7 +124,7 @@ def test_all_sums_are_float32_when_the_model_computes_in_bfloat16(base_folder: F
     model, params = load_model(base_folder("qwen2"), SPEC, dtype=jnp.bfloat16)
     optimizer = make_optimizer(OptimConfig(), 10)
     state, batch = init_state(params, optimizer, make_mesh(1)), build_host_batches(source, 1, 1)[0].batch
-    step = make_train_step(model, Objectives([InfoNCEConfig()]), optimizer, learning_rate(OptimConfig(), 10))
+    step = make_train_step(model, Objectives([InfoNCEConfig()]), optimizer, make_schedule(OptimConfig(), 10))
     traced = step.trace(state, batch)
     operations = {(name, dtype) for dtype, name in re.findall(r":(\w+)\[[^\]]*\] = (\w+)", str(traced.jaxpr))}
     assert ("dot_general", "bf16") in operations  # the matmuls of the layers
