@@ -22,9 +22,9 @@ from jaxembed.errors import UserError
 from jaxembed.files import cache_dir
 
 ABOUT = """\
-IN is anything that training reads, except rows of text and label. OUT has the rows of IN in the main format, with the mined
-negatives and the scores of positives and negatives. Neither the positives of a query, in whatever row, nor the query itself
-become its negatives. Vectors are cached, so the same command continues after a stop."""
+IN is anything that training reads, except rows of text and label. OUT has the rows of IN as pairs (query, pos, neg), with the
+mined negatives, and the scores of positives and negatives. Neither the positives of a query, in whatever row, nor the query
+itself become its negatives. Vectors are cached, so the same command continues after a stop."""
 log = logging.getLogger("jaxembed")
 
 
@@ -38,8 +38,10 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 def write_negatives(args: argparse.Namespace, cache: Path) -> dict[str, Any]:
     """Mine negatives, then write OUT and the report. Bad options, inputs and outputs fail before anything is encoded."""
     # Check the options and the outputs.
-    out = cli.new_output(args.out, [".jsonl"])
-    report_path = cli.new_output(args.report) if args.report else cli.writable_output(out.with_name(f"{out.name}.report.json"))
+    out = cli.prepare_new_output(args.out, [".jsonl"])
+    report_path = (
+        cli.prepare_new_output(args.report) if args.report else cli.prepare_output(out.with_name(f"{out.name}.report.json"))
+    )
     if report_path.absolute() == out.absolute():
         raise UserError(f"--report {report_path}: is the same file as OUT. Name another file.")
     rule_config = read_rule(args)
@@ -130,7 +132,7 @@ def read_rule(args: argparse.Namespace) -> MineConfig:
 def read_source(args: argparse.Namespace) -> config.SourceConfig:
     """Return the source section of IN, built from the options or taken from the config that they name."""
     changes = {"instructions": (args.instruction,)} if args.instruction else {}
-    row_options = cli.row_settings(args)
+    row_options = cli.get_row_settings(args)
     if not args.config:
         return parse_section(config.SourceConfig, {"path": args.input, **row_options, **changes}, "command line")
     sources = config.load_config(args.config, base="").all_sources()

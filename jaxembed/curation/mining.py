@@ -19,9 +19,9 @@ from jaxembed.search import bm25
 from jaxembed.search.nearest import DEFAULT_MEMORY_MB, SearchResult, search
 
 TEXTS_PER_CALL = 2048  # Texts, or pairs of them. What earlier calls computed survives a kill.
-MAX_TEXT_CHARS = 100_000  # Texts are truncated before they are encoded.
-SCORE_TOLERANCE = 1e-6  # Documents with scores this close count as equal.
-RECALL_SAMPLE_QUERIES = 256  # Sample that estimates the recall of an approximate search.
+MAX_TEXT_CHARS = 100_000  # texts are truncated before they are encoded
+SCORE_TOLERANCE = 1e-6  # documents with scores this close count as equal
+RECALL_SAMPLE_QUERIES = 256  # sample that estimates the recall of an approximate search
 
 ScoreIds = Callable[[np.ndarray], np.ndarray]  # (query, document) ids [P, 2] -> scores [P]
 
@@ -239,7 +239,7 @@ def _rerank(candidates: list[SearchResult], queries: set[int], depth: int, score
 def _remove_inconsistent(
     rows: Sequence[PoolRow], nearest: list[SearchResult], score: ScoreIds, top_k: int
 ) -> Iterator[PoolRow]:
-    """Iterate over the rows without the positives below which `top_k` other documents rank."""
+    """Iterate over the rows, without the positives that score lower than `top_k` other documents."""
     scores = _score_documents(score, [(row.query, row.positives) for row in rows], "positives")
     for row, row_scores in zip(rows, scores, strict=True):
         num_above = (nearest[row.query].scores > row_scores[:, None] + SCORE_TOLERANCE).sum(axis=1)

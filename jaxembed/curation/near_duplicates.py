@@ -9,9 +9,9 @@ from zlib import crc32
 
 import numpy as np
 
-MIN_JACCARD = 0.7  # Jaccard index of token shingles from which two texts are near duplicates.
+MIN_JACCARD = 0.7  # minimum Jaccard index of the token shingles of near duplicates
 SHINGLE_TOKENS = 3
-NUM_BANDS, HASHES_PER_BAND = 32, 4  # Finds 99.98% of the pairs with a Jaccard index of 0.7, and more above.
+NUM_BANDS, HASHES_PER_BAND = 32, 4  # finds 99.98% of the pairs with a Jaccard index of 0.7, and more above
 
 
 class NearDuplicateFilter:

@@ -38,8 +38,8 @@ class MiningPool:
         queries: Queries by id.
         documents: Documents by id. The first `corpus_size` of them are searched.
         corpus_size: Number of documents in the corpus.
-        excluded: For each query the documents that are never its negatives: the positives of every row with the same
-            query text, and the query text itself.
+        excluded: For each query, the documents that are never its negatives: the positives of all rows with the same query
+            text, and the query text itself.
         num_blank_documents: Number of corpus documents without text, which are left out.
         drop_counts: Number of rows that the source leaves out, by reason.
     """

@@ -204,7 +204,7 @@ def _write_folder(out: Path, splits: Mapping[str, Sequence[FunctionPair]], repor
     """Write everything to OUT.partial and rename it, so that a folder that exists is complete."""
     partial = out.with_name(f"{out.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # A killed run may have left it.
+        shutil.rmtree(partial, ignore_errors=True)  # a killed run may have left it
         partial.mkdir(parents=True)
         write_jsonl(partial / "train.jsonl", [{"query": pair.query, "pos": [pair.code], "neg": []} for pair in splits["train"]])
         for name in ("functions", "package"):

@@ -31,7 +31,7 @@ def can_mine_for(source: Source) -> bool:
 
 
 def check_first_rank(sources: Sequence[Source], config: MineConfig, seed: int, prefix: str) -> None:
-    """Check that every source has enough texts for the first rank of the rule. Read no more rows than needed.
+    """Check that every source has more texts than the first rank of the rule. Read no more rows than needed.
 
     Args:
         sources: Sources of a stage.
@@ -43,7 +43,7 @@ def check_first_rank(sources: Sequence[Source], config: MineConfig, seed: int, p
         UserError: If a source has too few texts.
     """
     for source in filter(can_mine_for, sources):
-        num_texts = _count_texts(source, seed, limit=config.first_rank + 1)  # One text is the query's own positive.
+        num_texts = _count_texts(source, seed, limit=config.first_rank + 1)  # one text is the query's own positive
         if num_texts <= config.first_rank:
             raise UserError(
                 f"{prefix}mine.window: negatives start at rank {config.first_rank}, but source {source.name} has only "

@@ -13,8 +13,8 @@ from jaxembed.curation.pool import MiningPool, PoolRow
 from jaxembed.curation.rules import format_rule_options
 
 NUM_BINS = 20
-NUM_SAMPLES = 5  # Rows of each kind.
-MAX_SAMPLE_CHARS = 300  # Characters of each text of a sample.
+NUM_SAMPLES = 5  # rows of each kind
+MAX_SAMPLE_CHARS = 300  # characters of each text of a sample
 
 
 def count_outcomes(pool: MiningPool, result: MiningResult, config: MineConfig) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def collect_scores_and_samples(pool: MiningPool, result: MiningResult) -> dict[s
 
 
 def to_output_row(pool: MiningPool, mined: MinedRow) -> dict[str, Any]:
-    """Return a mined row in the main format."""
+    """Return a mined row as a row of pairs, with the scores of its texts."""
     scores = {"pos_scores": mined.positive_scores, "neg_scores": mined.negative_scores}
     return {
         **_restore_texts(pool, mined.row),

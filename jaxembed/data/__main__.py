@@ -61,7 +61,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 def write_packages(args: argparse.Namespace) -> dict[str, Any]:
     """Write the pairs of installed packages. Return the folder and the number of pairs of each split."""
-    out = cli.writable_output(Path(args.out))
+    out = cli.prepare_output(Path(args.out))
     with cli.stop_on_signals(f"{out} was not written; the same command starts over"):
         sizes = python_packages.write_package_pairs(out, args.packages, args.holdout_package or None, args.holdout_functions)
     return {"out": str(out), **sizes}
@@ -91,7 +91,7 @@ def take_last_source(args: argparse.Namespace) -> str:
 
 
 def convert(args: argparse.Namespace, data: config.DataConfig) -> dict[str, Any]:
-    """Convert sources. Return the files, a path for each source that names all its files, and the number of rows."""
+    """Convert sources. Return the files, for each source one path (a pattern if it has several files), and the row count."""
     names = [re.sub(r"[^\w.-]", "_", source.display_name) for source in data.sources]
     if len(names) > 1 and "*" not in args.out:
         raise UserError(
@@ -101,7 +101,7 @@ def convert(args: argparse.Namespace, data: config.DataConfig) -> dict[str, Any]
     if duplicates := [name for name, count in Counter(names).items() if count > 1]:
         raise UserError(f"{args.out}: several sources are named {duplicates[0]}. Give each its own name in a config.")
     outs = [args.out.replace("*", name) for name in names]
-    outputs = [[cli.new_output(path, WRITERS) for path in list_shards(out, args.shards)] for out in outs]
+    outputs = [[cli.prepare_new_output(path, WRITERS) for path in list_shards(out, args.shards)] for out in outs]
     rows = convert_sources(data, cache_dir(), outputs, args.pairs)
     paths = outs if args.shards == 1 else [shard_path(glob.escape(out), "*", args.shards) for out in outs]
     return {"files": [str(path) for source_paths in outputs for path in source_paths], "paths": paths, "rows": rows}
@@ -119,10 +119,10 @@ def shard_path(out: str, number: str, count: int) -> str:
 
 
 def read_data(args: argparse.Namespace, settings: config.Config | None) -> config.DataConfig:
-    """Return the data section of a config, with the sources of all its stages, or one with the sources that are named."""
+    """Return the `data` section to work on: that of a config with the sources of all stages, or one of the named sources."""
     if bool(args.sources) == bool(settings):
         raise UserError("SOURCE: expected either sources or --config CONFIG.yaml. Name one of the two.")
-    row_settings, hard_negatives = cli.row_settings(args), args.hard_negatives
+    row_settings, hard_negatives = cli.get_row_settings(args), args.hard_negatives
     if settings is None:
         sources = [parse_section(config.SourceConfig, row_settings | {"path": path}, "command line") for path in args.sources]
         tree = {"sources": sources, "hard_negatives": 1 if hard_negatives is None else hard_negatives}
@@ -133,7 +133,7 @@ def read_data(args: argparse.Namespace, settings: config.Config | None) -> confi
 
 
 def open_tokenizer(model: str | None, settings: config.Config | None) -> tuple[EmbeddingSpec, TextTokenizer | None]:
-    """Return how a model reads texts, changed by the choices of a config. Without a model there is no tokenizer."""
+    """Return the spec of a model, with the choices of a config, and its tokenizer; None for the tokenizer without a model."""
     choices = (settings.model, settings.data.max_length) if settings else None
     if model is None:
         return EmbeddingSpec().with_choices(*choices) if choices else EmbeddingSpec(), None

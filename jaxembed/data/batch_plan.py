@@ -154,24 +154,24 @@ class BatchPlan:
 
 
 class QuotaSchedule:
-    """Divides the `unit` items of every step among parts, in proportion to `shares`.
+    """Divides the items of every step among parts, in proportion to `shares`.
 
-    This is systematic sampling. The parts are intervals of the line [0, unit], as long as their shares. A comb with a tooth at
-    every integer is shifted by an offset that each step has of its own, and a part gets the teeth that fall into its interval.
+    This is systematic sampling. The parts are adjacent intervals of the line [0, items_per_step], as long as their shares. In
+    each step a grid of points, one apart, is shifted by the offset of that step, and a part gets the points in its interval.
     So the count of a step is the exact quota, rounded up or down. The offsets are multiples of the golden ratio's conjugate,
-    modulo 1, which are spread evenly, so that over many steps the roundings cancel.
+    modulo 1. They are spread evenly, so that the roundings cancel over many steps.
     """
 
-    def __init__(self, shares: Sequence[float] | np.ndarray, unit: int, start: float):
+    def __init__(self, shares: Sequence[float] | np.ndarray, items_per_step: int, start: float):
         """Create a schedule.
 
         Args:
             shares: Share of each part, up to a common factor.
-            unit: Items of a step.
+            items_per_step: Items of a step.
             start: Offset of step 0, in [0, 1).
         """
         edges = np.cumsum([0.0, *shares])
-        self._edges = edges / edges[-1] * unit
+        self._edges = edges / edges[-1] * items_per_step
         self._start = start
         self._chunk_totals = [np.zeros(len(edges) - 1, np.int64)]  # totals before every chunk of steps
 
@@ -190,7 +190,7 @@ class QuotaSchedule:
     def _count(self, steps: np.ndarray) -> np.ndarray:
         """Return the count of each part at each step, int64 [steps, parts]."""
         offsets = (self._start + steps * GOLDEN_RATIO_CONJUGATE) % 1.0
-        # The teeth inside an interval are the integers between its shifted edges.
+        # The grid points inside an interval are the integers between its shifted edges.
         return np.diff(np.floor(self._edges + offsets[:, None]), axis=1).astype(np.int64)
 
 

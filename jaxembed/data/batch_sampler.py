@@ -87,12 +87,12 @@ class BatchSampler:
         ]
         token_counts = iter(self.tokenizer.count_prompt_tokens(list(chain.from_iterable(parts))))
         limited = []
-        for example, of_example in zip(examples, parts, strict=True):
+        for example, example_parts in zip(examples, parts, strict=True):
             # Keep as many in-context examples as fit, together with the instruction.
-            prompt_tokens = np.cumsum(list(islice(token_counts, len(of_example))))
+            prompt_tokens = np.cumsum(list(islice(token_counts, len(example_parts))))
             fitting = int((2 * prompt_tokens <= spec.max_length).sum()) - 1
             few_shot = example.few_shot[: max(0, fitting)]
-            limited.append(dataclasses.replace(example, few_shot=few_shot) if of_example else example)
+            limited.append(dataclasses.replace(example, few_shot=few_shot) if example_parts else example)
         return limited
 
     def list_texts(self, examples: Sequence[Example]) -> tuple[list[str], list[str]]:
@@ -112,7 +112,7 @@ class BatchSampler:
 
 
 def _normalize_pair(example: Example) -> set[str]:
-    """Return the forms of query and positive by which equal texts are recognized."""
+    """Return the normalized query and positive, by which duplicates are found."""
     return {normalize_text(example.query), normalize_text(example.positive)}
 
 

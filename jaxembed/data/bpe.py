@@ -25,8 +25,8 @@ def split_words(text: str) -> list[str]:
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
     """Train a byte-level BPE tokenizer. The same texts give the same tokenizer.
 
-    No token crosses the boundary of a word of an identifier. Decoding restores any text exactly. No token is added to a text
-    by itself. EOS is <|endoftext|> and padding is <|pad|>.
+    No token crosses the boundary of a word of an identifier. Decoding restores any text exactly. Encoding adds no special
+    tokens. EOS is <|endoftext|> and padding is <|pad|>.
 
     When saved, it loads by AutoTokenizer, except beside a config.json of model_type qwen2: transformers 5 then silently
     replaces its pre-tokenizer by Qwen2's own. Another model_type, or PreTrainedTokenizerFast, keeps it.

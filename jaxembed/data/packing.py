@@ -119,9 +119,9 @@ def pack_by_length(
     while row_length > min_row_length:
         # Keep the rows that hold texts too long for half the length. Texts are packed by decreasing length, so these texts
         # opened the first rows.
-        group, half = rows_per_call(row_length), row_length // 2
+        call_rows, half = rows_per_call(row_length), row_length // 2
         long_texts = int(np.count_nonzero(lengths[texts] > half))
-        rows_to_keep = -(-long_texts // group) * group
+        rows_to_keep = -(-long_texts // call_rows) * call_rows
         stays = packing.row < rows_to_keep
         # Pack the other texts into rows of half the length. Stop if there are none, or if they leave too much padding: they
         # must fill all rows but the last one.
@@ -154,14 +154,14 @@ def pack_shards(
     Args:
         lengths: Tokens of each text, for each shard.
         row_length: Maximum tokens of a row.
-        sync: Replaces the rows that the fullest shard here needs, at each of `candidate_row_lengths`, by those that the fullest
-            shard of any process needs. It may end early.
+        sync: Maps the row counts that the fullest shard of this process needs, one for each of `candidate_row_lengths`, to
+            the maxima over all processes. Both iterators may end early.
 
     Returns:
         The packing of each shard, and the shape (rows, row length) that all shards share.
     """
-    pack_at = functools.cache(lambda length: [pack_rows(of_shard, length) for of_shard in lengths])
-    longest = max((int(of_shard.max(initial=1)) for of_shard in lengths), default=1)
+    pack_at = functools.cache(lambda length: [pack_rows(shard_lengths, length) for shard_lengths in lengths])
+    longest = max((int(shard_lengths.max(initial=1)) for shard_lengths in lengths), default=1)
     shape = _choose_shape(sync(_iter_rows_needed(pack_at, longest, row_length)), row_length)
     return pack_at(shape[1]), shape
 

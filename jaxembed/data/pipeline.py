@@ -12,7 +12,7 @@ from jaxembed.data.batch_plan import BatchPlan
 PREFETCH_BATCHES = 4  # built ahead in one thread, which is enough because tokenization releases the GIL
 
 
-def iter_batches(plan: BatchPlan, build: BatchBuilder, start: int, stop: int) -> Iterator[HostBatch]:
+def iter_batches(plan: BatchPlan, batch_builder: BatchBuilder, start: int, stop: int) -> Iterator[HostBatch]:
     """Iterate over the batches of steps `start` to `stop - 1`, in order, built ahead of use."""
-    batches = grain.MapDataset.source(plan).map_with_index(build).slice(slice(start, stop))
+    batches = grain.MapDataset.source(plan).map_with_index(batch_builder).slice(slice(start, stop))
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH_BATCHES)))

@@ -22,8 +22,8 @@ from jaxembed.data.sources import ROW_SCHEMAS, Source, open_source, open_source_
 from jaxembed.data.tokenize import TextTokenizer
 from jaxembed.errors import UserError
 
-MAX_LISTED = 20  # Bad rows of a source, and labels, that a report lists.
-MAX_MEASURED_ROWS = 10_000  # Rows of a source whose texts are measured, evenly spread.
+MAX_LISTED = 20  # bad rows of a source, and labels, that a report lists
+MAX_MEASURED_ROWS = 10_000  # rows of a source whose texts are measured, evenly spread
 log = logging.getLogger(__name__)
 
 CountLengths = Callable[[list[str]], np.ndarray]  # N texts -> their lengths [N]
@@ -68,7 +68,7 @@ def _find_problems(source: SourceConfig, refusal: str) -> dict[str, Any]:
             num_rows += 1
             if isinstance(row, UserError):
                 problems.append(str(row))
-    except UserError as error:  # Nothing after it can be read.
+    except UserError as error:  # nothing after it can be read
         problems.append(str(error))
     problems = problems or [refusal]
     return {

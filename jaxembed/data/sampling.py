@@ -45,7 +45,7 @@ class ExampleSampler(Protocol):
         """Draw an example from the row or rows at `index`."""
 
     def iter_pairs(self, index: int, seed: int, max_texts: int | None) -> Iterator[Row]:
-        """Yield everything that `draw` can draw at `index` as rows of the main format, for conversion and mining.
+        """Yield everything that `draw` can draw at `index` as rows of pairs, for conversion and mining.
 
         Args:
             index: Which example.
@@ -55,7 +55,7 @@ class ExampleSampler(Protocol):
 
 
 class PairSampler(ExampleSampler):
-    """Draws from rows of the main format: one of a row's positives, and up to `max_negatives` of its own negatives.
+    """Draws from rows of pairs: one of a row's positives, and up to `max_negatives` of its own negatives.
 
     A negative that equals the query, a positive or another negative is not drawn (`data.equality`).
     """

@@ -55,7 +55,7 @@ SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")  # the JSON escape of one h
 
 
 def check_pair(row: Row) -> str | None:
-    """Check a row of the main format: query, pos and neg, as FlagEmbedding, BGE and KaLM use it."""
+    """Check a row of pairs: query, pos and neg, as in the training files of FlagEmbedding, BGE and KaLM."""
     if problem := _check_text_field(row, "query"):
         return problem
     for field, is_required in (("pos", True), ("neg", False)):

@@ -81,7 +81,7 @@ class Source:
         return min(len(self.sampler), self.config.max_examples or MAX_INTEGER)
 
     def iter_pairs(self, seed: int = 0, max_texts: int | None = None) -> Iterator[Row]:
-        """Yield every used example as rows of the main format, in order (see `ExampleSampler.iter_pairs`)."""
+        """Yield every used example as rows of pairs, in order (see `ExampleSampler.iter_pairs`)."""
         indices = map(self._to_sampler_index, range(len(self)))
         return chain.from_iterable(self.sampler.iter_pairs(index, seed, max_texts) for index in indices)
 

@@ -30,7 +30,7 @@ def rank_documents(corpus: Sequence[str], queries: Sequence[str], k: int) -> np.
         import bm25s
         from bm25s.stopwords import STOPWORDS_EN
     except ImportError:
-        raise UserError('BM25: bm25s is not installed. Install it by: pip install "jaxembed[eval]"') from None
+        raise UserError('BM25: bm25s is not installed. Run pip install "jaxembed[eval]".') from None
     logging.getLogger("bm25s").setLevel(logging.WARNING)  # importing it sets a lower level
     stop_words = set(STOPWORDS_EN)
 

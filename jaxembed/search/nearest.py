@@ -19,7 +19,7 @@ from jaxembed.devices.processes import progress_bar
 GROUP_SIZE = 32  # documents of a group, which `top_k` represents by its best score
 MAX_QUERIES_PER_BLOCK, MAX_DOCUMENTS_PER_BLOCK = 512, 131072  # larger blocks are no faster
 MAX_FAISS_QUERIES = 1024  # of one call
-FAISS_BLOCK_DOCUMENTS = 1024  # of the blocks that FAISS itself makes
+FAISS_BLOCK_DOCUMENTS = 1024  # documents of a block inside FAISS
 DEFAULT_MEMORY_MB = 512
 
 
@@ -129,7 +129,7 @@ def _search_by_faiss(
 
 
 def choose_faiss_queries(memory_mb: int, k: int) -> int:
-    """Return how many queries one call of FAISS gets. For each it keeps scores, twice its k best, and the result."""
+    """Return the queries per call of FAISS. For each query it keeps a block of scores, twice its k best, and the result."""
     bytes_per_query = 4 * FAISS_BLOCK_DOCUMENTS + k * (2 * 12 + 12)
     return max(1, min(MAX_FAISS_QUERIES, memory_mb * 2**20 // bytes_per_query))
 

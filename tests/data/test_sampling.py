@@ -1,4 +1,4 @@
-"""Labels, similarity, entailment and documents as pairs: drawn examples, dropped rows, and rows of the main format."""
+"""Labels, similarity, entailment and documents as pairs: drawn examples, dropped rows, and rows of pairs."""
 
 import json
 from pathlib import Path
