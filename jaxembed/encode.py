@@ -107,7 +107,7 @@ def _write_header(file: IO[bytes], count: int, width: int) -> None:
 def _check_disk_space(out: Path, needed: int) -> None:
     """Raise `UserError` if an output of so many bytes does not fit on its disk.
 
-    Without this check a full disk would kill the process, because the output is mapped into memory.
+    Without this check a full disk would be noticed only while writing.
     """
     free = shutil.disk_usage(out.parent).free
     if needed > free:

@@ -38,7 +38,7 @@ class PublishedLayout:
     matches_files: Callable[[Path, Mapping[str, Any]], bool] = lambda folder, config: False
 
     def read_spec_choices(self, folder: Path | None, decoder_name: str) -> SpecChoices:
-        """Return how the model in `folder` treats texts, as values of fields of `EmbeddingSpec`."""
+        """Return the values of fields of `EmbeddingSpec` for the model in `folder`."""
         return self.choices(folder, decoder_name) if callable(self.choices) else self.choices
 
 
@@ -69,7 +69,7 @@ LLM2VEC_CHAT_TEMPLATES = {
 
 
 def _read_llm2vec_choices(folder: Path | None, decoder_name: str) -> SpecChoices:
-    """Return how LLM2Vec treats texts (BehnamGhader et al. 2024, and its code).
+    """Return the fields of `EmbeddingSpec` for LLM2Vec (BehnamGhader et al. 2024, and its code).
 
     The instruction stands before a text without a line break. Both are wrapped in the chat template of `decoder_name`.
     LLM2Vec truncates documents at a word so that at most 400 tokens remain. Here they are truncated at the 400th token.

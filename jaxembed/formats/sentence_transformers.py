@@ -1,4 +1,4 @@
-"""Sentence-transformers folders: their modules, what they say of texts, and our module for token poolings."""
+"""Sentence-transformers folders: their modules, their spec, and our module for token poolings."""
 
 from __future__ import annotations
 

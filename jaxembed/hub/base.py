@@ -93,7 +93,7 @@ class PresetBase(Base):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BaseWithWeights(Base):
-    """What folders and runs have in common: weights, a tokenizer, and adapters that are merged into the weights.
+    """A base with weights, a tokenizer, and adapters that are merged into the weights: a folder or a run.
 
     Attributes:
         adapters: PEFT folders whose adapters are added to the weights.
@@ -160,7 +160,7 @@ class FolderBase(BaseWithWeights):
 
 
 def start_digest(hf_config: Mapping[str, Any]) -> Any:
-    """Return a SHA-256 object that has read a config."""
+    """Start a SHA-256 digest with a config."""
     return hashlib.sha256(json.dumps(dict(hf_config), sort_keys=True).encode())
 
 

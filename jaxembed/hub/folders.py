@@ -1,4 +1,4 @@
-"""Find the folder that a name means, and download it from the Hugging Face hub if needed. Needs no JAX."""
+"""Find the folder that a name refers to, and download it from the Hugging Face hub if needed. Needs no JAX."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check_base_exists(name: str) -> None:
 
 
 def find_folder(name: str) -> Path:
-    """Return the folder that a name means: a run directory, a model folder, or the local snapshot of a hub repository.
+    """Return the folder that a name refers to: a run directory, a model folder, or the local snapshot of a hub repository.
 
     Raises:
         UserError: There is no such folder, or it is none of these.

@@ -31,7 +31,7 @@ log = logging.getLogger("jaxembed")
 
 EncodeGroup = Callable[[list[str], str], np.ndarray]  # (N texts, their common prompt) -> vectors [N, D]
 
-HASHED_SUFFIXES = {".json", ".txt", ".model", ".safetensors"}  # files that decide what a sentence-transformers folder computes
+HASHED_SUFFIXES = {".json", ".txt", ".model", ".safetensors"}  # files that determine the vectors of a folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +161,7 @@ def _open_embedder(name: str, base: Base, embedder: Embedder, cache: Path) -> Fr
 
 
 def _open_sentence_transformer(name: str, folder: Path, cache: Path) -> FrozenEncoder:
-    """Open a folder with sentence-transformers. It has one prompt for each side, so that the side stands for the prompt."""
+    """Open a folder with sentence-transformers. It has one prompt per side, so the side is passed in place of a prompt."""
     find_weight_files(name, folder)
     model, digest = _load(name, folder), hash_folder(folder)
 
