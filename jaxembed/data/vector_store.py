@@ -23,11 +23,9 @@ UINT32 = struct.Struct("<I")
 class VectorStore:
     """float32 vectors of one width by keys of 16 bytes, in a folder that threads and processes may share.
 
-    The file `vectors-v2` holds one row after another. The file `index-v2` holds one frame per addition: the number of its keys,
-    the keys, a CRC-32 of each vector, and a CRC-32 of all that. A vector is checked whenever it is read. A frame is written after its vectors are on disk, so a kill leaves an addition complete or
+    The file `vectors` holds one row after another. The file `index` holds one frame per addition: the number of its keys, the
+    keys, and a CRC-32 of both. A frame is written after its vectors are on disk, so a kill leaves an addition complete or
     absent. The remains of an incomplete addition are overwritten by the next one. The first vector stored for a key stays.
-    Nobody but the owner can read or write the folder. Files without `-v2` are of an earlier format, without checksums of the
-    vectors, and are not read.
     """
 
     def __init__(self, folder: Path, width: int):
@@ -38,15 +36,14 @@ class VectorStore:
             width: Width of the vectors.
 
         Raises:
-            UserError: If the folder cannot be written, or belongs to another user.
+            UserError: If the folder cannot be written.
         """
         self._folder, self._width = folder, width
         self._keys, self._rows = np.zeros(0, f"S{KEY_BYTES}"), np.zeros(0, np.int64)  # sorted by key
-        self._checksums = np.zeros(0, UINT32)  # of the vectors, by row
         self._index_end = 0  # bytes of the index that are read
         self._thread_lock = threading.Lock()
         with self._lock_folder():
-            for name in (VECTORS_FILE, INDEX_FILE):
+            for name in ("vectors", "index"):
                 (folder / name).touch()
             self._read_new_frames()
 
@@ -59,9 +56,6 @@ class VectorStore:
         Args:
             keys: N keys.
             compute: Computes the vectors that are not stored. It gets their indices in `keys`, ascending, each key once.
-
-        Raises:
-            UserError: If stored vectors are damaged, or the folder cannot be written.
         """
         if not keys:
             return np.zeros((0, self._width), np.float32)
@@ -73,18 +67,7 @@ class VectorStore:
             if missing := list(first_index.values()):
                 self._add([keys[i] for i in missing], compute(missing))
                 rows = self._find_rows(keys)
-            return self._read(rows)
-
-    def _read(self, rows: np.ndarray) -> np.ndarray:
-        """Return the vectors of some rows. Raises `UserError` if one has changed since it was stored."""
-        vectors = np.array(np.memmap(self._folder / VECTORS_FILE, np.float32, "r", shape=(len(self), self._width))[rows])
-        damaged = np.flatnonzero(_compute_checksums(vectors) != self._checksums[rows])
-        if damaged.size:
-            raise UserError(
-                f"{self._folder}: the stored vectors are damaged ({damaged.size} of the {len(rows)} read differ from their "
-                "checksums). Remove this folder, and they are computed again."
-            )
-        return vectors
+            return np.array(np.memmap(self._folder / "vectors", np.float32, "r", shape=(len(self), self._width))[rows])
 
     def _find_rows(self, keys: Sequence[bytes]) -> np.ndarray:
         """Return the row of each key, -1 for a key that is not stored."""
@@ -104,11 +87,10 @@ class VectorStore:
             if not new:
                 return
             # Truncate the index first, so that no incomplete frame can come to refer to the new vectors.
-            os.truncate(self._folder / INDEX_FILE, self._index_end)
-            new_vectors = np.asarray(vectors[new], np.float32)
-            self._write_at_end(VECTORS_FILE, len(self) * 4 * self._width, new_vectors.tobytes())
-            frame = PACKED_UINT32.pack(len(new)) + b"".join(keys[i] for i in new) + _compute_checksums(new_vectors).tobytes()
-            self._write_at_end(INDEX_FILE, self._index_end, frame + PACKED_UINT32.pack(zlib.crc32(frame)))
+            os.truncate(self._folder / "index", self._index_end)
+            self._write_at_end("vectors", len(self) * 4 * self._width, np.asarray(vectors[new], np.float32).tobytes())
+            frame = UINT32.pack(len(new)) + b"".join(keys[i] for i in new)
+            self._write_at_end("index", self._index_end, frame + UINT32.pack(zlib.crc32(frame)))
             self._read_new_frames()
 
     def _write_at_end(self, name: str, end: int, content: bytes) -> None:
@@ -122,20 +104,18 @@ class VectorStore:
 
     def _read_new_frames(self) -> None:
         """Read the frames that were added since the last call, up to an incomplete one or one without all its vectors."""
-        unindexed_rows = (self._folder / VECTORS_FILE).stat().st_size // (4 * self._width) - len(self)
-        with (self._folder / INDEX_FILE).open("rb") as file:
+        unindexed_rows = (self._folder / "vectors").stat().st_size // (4 * self._width) - len(self)
+        with (self._folder / "index").open("rb") as file:
             file.seek(self._index_end)
             content = file.read()
-        added, checksums, end = [], [], 0
+        added, end = [], 0
         while frame := _read_frame(content, end):
-            count = PACKED_UINT32.unpack_from(frame)[0]
-            keys = np.frombuffer(frame, self._keys.dtype, count, offset=PACKED_UINT32.size)
+            keys = np.frombuffer(frame, self._keys.dtype, offset=UINT32.size)
             unindexed_rows -= len(keys)
             if unindexed_rows < 0:
                 break
             added.append(keys)
-            checksums.append(np.frombuffer(frame, UINT32, count, offset=PACKED_UINT32.size + KEY_BYTES * count))
-            end += len(frame) + PACKED_UINT32.size
+            end += len(frame) + UINT32.size
         self._index_end += end
         if added:
             keys = np.concatenate(added)
@@ -143,13 +123,12 @@ class VectorStore:
             places = np.searchsorted(self._keys, keys[order])
             self._rows = np.insert(self._rows, places, len(self) + order)
             self._keys = np.insert(self._keys, places, keys[order])
-            self._checksums = np.concatenate([self._checksums, *checksums])
 
     @contextmanager
     def _lock_folder(self) -> Iterator[None]:
         """Lock the folder, so that other processes neither read the index nor add vectors."""
         try:
-            make_private_folder(self._folder)
+            self._folder.mkdir(parents=True, exist_ok=True)
             with (self._folder / "lock").open("ab") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 yield
@@ -166,7 +145,7 @@ def make_text_key(first: str, second: str) -> bytes:
 
 
 def _read_frame(content: bytes, start: int) -> bytes:
-    """Return the count, keys, and checksums of the frame that begins at `start`; empty if the frame is incomplete or damaged."""
+    """Return the count and keys of the frame that begins at `start`; empty if the frame is incomplete or damaged."""
     if len(content) < start + UINT32.size:
         return b""
     end = start + UINT32.size + KEY_BYTES * UINT32.unpack_from(content, start)[0]
