@@ -1,6 +1,6 @@
-"""Names that must differ: those of sources, under which prompts are stored, and those of held-out sets, in scores.
+"""Check that names differ: sources store their prompts, and held-out sets their scores, by name.
 
-Only configs that a user gives are checked. Recorded ones of earlier runs are read as they are.
+Only configs that a user gives are checked. Configs that runs recorded are read as they are.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from jaxembed.errors import UserError
 if TYPE_CHECKING:
     from jaxembed.config.tree import Config
 
-RESERVED_NAMES = ("query", "document")  # of the prompts of both sides, beside those of the sources
+RESERVED_NAMES = ("query", "document")  # stored prompts that belong to no source
 
 
 def check_names(config: Config, where: str) -> None:
-    """Check that every source of a stage, and every held-out set, has a name of its own.
+    """Check that no two sources of a stage, and no two held-out sets, have the same name.
 
     Sources of different stages may share a name if they read the same path: their prompt is stored once.
 

@@ -17,7 +17,7 @@ DIGEST_CHARS = 16
 def compute_model_digest(embedder: Embedder) -> str:
     """Return a digest of a model's weights, decoder, spec, tokenizer, and dtype of computation.
 
-    Two models with equal digests give equal vectors. The name and the place of a model do not matter.
+    Two models with equal digests give equal vectors. The name and the location of a model do not matter.
 
     Args:
         embedder: A model that was loaded from a run or a folder.

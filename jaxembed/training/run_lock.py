@@ -3,8 +3,8 @@
 The lock is the file `lock` in the directory. It names its owner, whose thread rewrites it every few seconds (a heartbeat). A
 crash leaves the file behind. Then another job takes the lock over:
 
-- On the same machine: at once, if the owner's process has ended.
-- On another machine: after the heartbeat has not changed for `MAX_SILENCE_S`. Clocks are not compared, as they may differ.
+- From the same machine: at once, if the owner's process has ended.
+- From another machine: after the heartbeat has not changed for `MAX_SILENCE_S`. Clocks are not compared, as they may differ.
 
 An owner that loses its lock, because it was suspended for longer, ends with one line as soon as it notices.
 """
@@ -43,7 +43,7 @@ class LockOwner:
     Attributes:
         host: Name of its machine.
         pid: Its process id.
-        since: When it took the lock, for people.
+        since: When it took the lock, for messages.
         pid_space: Identifies the boot and the container to which `pid` belongs; empty if the system does not say.
         process_start: When the process started, in ticks of that boot. It distinguishes processes that had the same id.
         token: Random text that no other owner has.
@@ -70,13 +70,13 @@ class LockOwner:
 
     def has_ended(self) -> bool:
         """Return whether the process is known to have ended. It is not known for a process of another machine."""
-        return self._is_near() and _process_start(self.pid) != self.process_start
+        return self._is_on_this_machine() and _process_start(self.pid) != self.process_start
 
     def is_running(self) -> bool:
         """Return whether the process is known to run. It is not known for a process of another machine."""
-        return self._is_near() and _process_start(self.pid) == self.process_start
+        return self._is_on_this_machine() and _process_start(self.pid) == self.process_start
 
-    def _is_near(self) -> bool:
+    def _is_on_this_machine(self) -> bool:
         return bool(self.pid_space) and self.pid_space == _pid_space()
 
     def __str__(self) -> str:
@@ -118,7 +118,7 @@ class RunLock:
             _replace(self._path, content)
             time.sleep(POLL_INTERVAL_S)
             if not self._is_ours():
-                raise _occupied(self._run_dir, _read(self._path))
+                raise _make_occupied_error(self._run_dir, _read(self._path))
         self._thread = threading.Thread(target=self._send_heartbeats, daemon=True)
         self._thread.start()
 
@@ -134,7 +134,7 @@ class RunLock:
         start = time.monotonic()
         while last and time.monotonic() - start < MAX_SILENCE_S:
             if last != first:
-                raise _occupied(self._run_dir, last)
+                raise _make_occupied_error(self._run_dir, last)
             time.sleep(POLL_INTERVAL_S)
             last = _read(self._path)
 
@@ -168,10 +168,10 @@ def check_unlocked(run_dir: Path) -> None:
     content = _read(run_dir / LOCK_FILE)
     owner = _parse(content)
     if owner is not None and owner.is_running():
-        raise _occupied(run_dir, content)
+        raise _make_occupied_error(run_dir, content)
 
 
-def _occupied(run_dir: Path, content: bytes) -> UserError:
+def _make_occupied_error(run_dir: Path, content: bytes) -> UserError:
     owner = _parse(content) or "another process"
     return UserError(f"{run_dir}: {owner} is training in this run directory. Stop it, or name another run.dir.")
 
