@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np
@@ -12,6 +13,9 @@ import numpy as np
 # Characters without width or meaning of their own: soft hyphen, zero-width spaces and joiners, marks of the text direction,
 # variation selectors, and the byte order mark.
 INVISIBLE_CHARS = re.compile("[\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufe00-\ufe0f\ufeff]")
+
+ASCII_SPACES = "\t\n\v\f\r\x1c\x1d\x1e\x1f"  # besides the space
+START_CHARS = 32  # characters that are compared before whole texts are
 
 
 def normalize_text(text: str) -> str:
@@ -23,7 +27,9 @@ def normalize_text(text: str) -> str:
     they can change what a text means.
     """
     if text.isascii():
-        return " ".join(text.lower().split())
+        folded = text.lower().strip()
+        is_collapsed = "  " not in folded and not any(space in folded for space in ASCII_SPACES)
+        return folded if is_collapsed else " ".join(folded.split())
     folded = unicodedata.normalize("NFD", INVISIBLE_CHARS.sub("", text)).casefold()
     return " ".join(unicodedata.normalize("NFD", folded).split())
 
@@ -43,10 +49,26 @@ def hash_exact_text(text: str) -> np.ndarray:
 
 def exclude_equal(texts: Iterable[str], others: Iterable[str]) -> list[str]:
     """Return the texts that equal none of `others`, each once, in order."""
-    seen = set(map(normalize_text, others))
+    texts, others = list(texts), list(others)
+    if not texts:
+        return []
+    # Most texts differ at their start. Only those that start alike are normalized whole.
+    starts = [_normalize_start(text) for text in (*others, *texts)]
+    counts = Counter(starts)
+    seen = {normalize_text(text) for text, start in zip(others, starts, strict=False) if counts[start] > 1}
     kept = []
-    for text in texts:
-        if (normalized := normalize_text(text)) not in seen:
+    for text, start in zip(texts, starts[len(others) :], strict=True):
+        if counts[start] == 1:
+            kept.append(text)
+        elif (normalized := normalize_text(text)) not in seen:
             seen.add(normalized)
             kept.append(text)
     return kept
+
+
+def _normalize_start(text: str) -> str:
+    """Return the first `START_CHARS` characters of the normalized form of a text, from its first characters if possible."""
+    start = normalize_text(text[: 4 * START_CHARS])
+    # What follows can only change the marks of the last letter: another letter must follow those that are returned.
+    is_settled = any(not unicodedata.combining(char) for char in start[START_CHARS:])
+    return (start if is_settled else normalize_text(text))[:START_CHARS]

@@ -52,6 +52,22 @@ def test_excluded_texts_and_repeated_ones_are_left_out() -> None:
     assert exclude_equal(["a", "A ", "b", "c\u00a0d", "C D"], ["B"]) == ["a", "c\u00a0d"]
 
 
+@given(
+    st.lists(st.text("aA \n\u00a0\u200be\u0301é\u0327", max_size=200), max_size=6),
+    st.lists(st.text("aA ", max_size=6), max_size=2),
+)
+@example(["x" * 500 + "a", "x" * 500 + "A", " " * 300 + "b", "b"], [])
+@example(["e" + "\u0301\u0327" * 100, "e" + "\u0327\u0301" * 100], [])
+def test_excluding_equal_texts_compares_whole_texts(texts: list[str], others: list[str]) -> None:
+    seen = set(map(normalize_text, others))
+    expected = []
+    for text in texts:
+        if normalize_text(text) not in seen:
+            expected.append(text)
+            seen.add(normalize_text(text))
+    assert exclude_equal(texts, others) == expected
+
+
 def test_a_negative_that_equals_the_query_or_a_positive_is_dropped_and_counted(tmp_path: Path) -> None:
     row = {"query": "the query", "pos": ["first", "second\n"], "neg": ["The query", "first ", "Second", "third", "third\u200b"]}
     source = open_source_file(write_jsonl(tmp_path / "a.jsonl", [row, {"query": "q", "pos": ["p"]}]))
