@@ -23,13 +23,15 @@ from jaxembed.devices import processes
 from jaxembed.devices.cpu import configure_jax
 from jaxembed.devices.standard_streams import StandardOutputError, protect_standard_streams
 from jaxembed.errors import Stopped, UserError, explain_system_error
-from jaxembed.files import cache_dir, check_writable, exists, format_json
+from jaxembed.files import cache_dir, check_writable, exists, format_json, make_private_folder
 from jaxembed.training.shutdown import stop_signals
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from jaxembed.hub.embedder import Embedder
+
+log = logging.getLogger("jaxembed")
 
 # Libraries whose progress messages are hidden.
 CHATTY_LOGGERS = ("jax", "orbax", "httpx", "httpx2", "datasets", "bm25s", "faiss", "sentence_transformers", "mteb")
@@ -256,9 +258,15 @@ def set_up_jax() -> None:
     import jax
 
     configure_jax()
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
+    try:
+        folder = make_private_folder(cache_dir() / "xla")  # private, because its programs are run
+    except (OSError, UserError) as error:
+        log.warning("compiled programs are not cached: %s", error)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def prepare_new_output(path: str, endings: Collection[str] = ()) -> Path:

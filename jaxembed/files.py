@@ -6,6 +6,8 @@ import hashlib
 import json
 import math
 import os
+import stat
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,9 +19,47 @@ from jaxembed.errors import UserError
 def cache_dir() -> Path:
     """Return the folder of everything that is computed once: extracted data, row indexes, compiled programs, encoded vectors.
 
-    It is $JAXEMBED_CACHE if set, else ~/.cache/jaxembed.
+    It is $JAXEMBED_CACHE if set, else ~/.cache/jaxembed. A user without a home directory, or with one that cannot be written,
+    has a private folder in the system's temporary directory.
+
+    Raises:
+        UserError: That folder is needed, but cannot be used.
     """
-    return Path(os.environ.get("JAXEMBED_CACHE") or Path.home() / ".cache" / "jaxembed")
+    if folder := os.environ.get("JAXEMBED_CACHE"):
+        return Path(folder)
+    try:
+        default = Path.home() / ".cache" / "jaxembed"
+        default.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return default
+    except (OSError, RuntimeError):  # RuntimeError: there is no home directory
+        pass
+    fallback = Path(tempfile.gettempdir()) / f"jaxembed-{os.geteuid()}"
+    try:
+        return make_private_folder(fallback)
+    except OSError as error:
+        raise UserError(f"{fallback}: cannot be created ({error.strerror}). Set JAXEMBED_CACHE to a folder.") from None
+
+
+def make_private_folder(path: Path) -> Path:
+    """Create a folder that only its owner can read and write, whatever the umask, and return its path.
+
+    Raises:
+        UserError: The folder exists and belongs to another user, who could change what this one reads.
+        OSError: The folder cannot be created.
+    """
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    info = path.lstat()
+    if stat.S_ISLNK(info.st_mode) or (info.st_uid != os.geteuid() and info.st_uid != _owner_of_new_file(path)):
+        raise UserError(f"{path}: belongs to another user, or is a link. Remove it, or set JAXEMBED_CACHE to another folder.")
+    if stat.S_IMODE(info.st_mode) & 0o077:
+        path.chmod(0o700)
+    return path
+
+
+def _owner_of_new_file(folder: Path) -> int:
+    """Return the owner of files that this process creates in a folder. A network disk may map users to others."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return os.fstat(file.fileno()).st_uid
 
 
 def exists(path: Path) -> bool:
@@ -110,22 +150,38 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
     Neither a reader nor a kill ever leaves half a file at `path`.
     """
-    partial = _partial_path(path)
+    partial, descriptor = _create_partial(path)
     try:
         yield partial
+        if not _is_open_file(partial, descriptor):
+            raise UserError(f"{path}: another process writes this file at the same time. Name another output.")
         partial.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk is reported without one
+        raise
     finally:
-        partial.unlink(missing_ok=True)
+        if _is_open_file(partial, descriptor):
+            partial.unlink()
+        os.close(descriptor)
 
 
 def check_writable(path: Path) -> None:
     """Raise the `OSError` that `atomic_write` would meet."""
-    partial = _partial_path(path)
-    existed = partial.exists()
-    partial.touch()
-    if not existed:
-        partial.unlink()
+    partial, descriptor = _create_partial(path)
+    partial.unlink()
+    os.close(descriptor)
 
 
-def _partial_path(path: Path) -> Path:
-    return path.with_name(path.name + ".partial")
+def _create_partial(path: Path) -> tuple[Path, int]:
+    """Create an empty file beside `path`. Return its path, and an open descriptor that tells it from any later file there.
+
+    What stood there is removed: the file of a process that was killed, or a link, which is not followed.
+    """
+    partial = path.with_name(path.name + ".partial")
+    partial.unlink(missing_ok=True)
+    return partial, os.open(partial, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY, 0o666)
+
+
+def _is_open_file(path: Path, descriptor: int) -> bool:
+    """Return whether a path still names the file that a descriptor has open."""
+    return os.path.lexists(path) and os.path.samestat(path.lstat(), os.fstat(descriptor))

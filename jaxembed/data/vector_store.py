@@ -15,17 +15,24 @@ from pathlib import Path
 import numpy as np
 
 from jaxembed.errors import UserError
+from jaxembed.files import make_private_folder
 
 KEY_BYTES = 16
-UINT32 = struct.Struct("<I")
+PACKED_UINT32, UINT32 = struct.Struct("<I"), np.dtype("<u4")
+VECTORS_FILE, INDEX_FILE = "vectors-v2", "index-v2"
 
 
 class VectorStore:
     """float32 vectors of one width by keys of 16 bytes, in a folder that threads and processes may share.
 
-    The file `vectors` holds one row after another. The file `index` holds one frame per addition: the number of its keys, the
-    keys, and a CRC-32 of both. A frame is written after its vectors are on disk, so a kill leaves an addition complete or
-    absent. The remains of an incomplete addition are overwritten by the next one. The first vector stored for a key stays.
+    The file `vectors-v2` holds one row after another. The file `index-v2` holds one frame per addition: the number of its keys,
+    the keys, a CRC-32 of each vector, and a CRC-32 of all that. A vector is checked whenever it is read.
+
+    A frame is written after its vectors are on disk, so a kill leaves an addition complete or absent. The remains of an
+    incomplete addition are overwritten by the next one. The first vector stored for a key stays.
+
+    Only the owner of the folder can read and write it. Files without `-v2` have an earlier format, without checksums of the
+    vectors, and are not read.
     """
 
     def __init__(self, folder: Path, width: int):
@@ -36,14 +43,15 @@ class VectorStore:
             width: Width of the vectors.
 
         Raises:
-            UserError: If the folder cannot be written.
+            UserError: If the folder cannot be written, or belongs to another user.
         """
         self._folder, self._width = folder, width
         self._keys, self._rows = np.zeros(0, f"S{KEY_BYTES}"), np.zeros(0, np.int64)  # sorted by key
+        self._checksums = np.zeros(0, UINT32)  # of the vectors, by row
         self._index_end = 0  # bytes of the index that are read
         self._thread_lock = threading.Lock()
         with self._lock_folder():
-            for name in ("vectors", "index"):
+            for name in (VECTORS_FILE, INDEX_FILE):
                 (folder / name).touch()
             self._read_new_frames()
 
@@ -56,6 +64,9 @@ class VectorStore:
         Args:
             keys: N keys.
             compute: Computes the vectors that are not stored. It gets their indices in `keys`, ascending, each key once.
+
+        Raises:
+            UserError: If stored vectors are damaged, or the folder cannot be written.
         """
         if not keys:
             return np.zeros((0, self._width), np.float32)
@@ -67,7 +78,18 @@ class VectorStore:
             if missing := list(first_index.values()):
                 self._add([keys[i] for i in missing], compute(missing))
                 rows = self._find_rows(keys)
-            return np.array(np.memmap(self._folder / "vectors", np.float32, "r", shape=(len(self), self._width))[rows])
+            return self._read(rows)
+
+    def _read(self, rows: np.ndarray) -> np.ndarray:
+        """Return the vectors of some rows. Raises `UserError` if one has changed since it was stored."""
+        vectors = np.array(np.memmap(self._folder / VECTORS_FILE, np.float32, "r", shape=(len(self), self._width))[rows])
+        damaged = np.flatnonzero(_compute_checksums(vectors) != self._checksums[rows])
+        if damaged.size:
+            raise UserError(
+                f"{self._folder}: the stored vectors are damaged ({damaged.size} of the {len(rows)} read differ from their "
+                "checksums). Remove this folder, and they are computed again."
+            )
+        return vectors
 
     def _find_rows(self, keys: Sequence[bytes]) -> np.ndarray:
         """Return the row of each key, -1 for a key that is not stored."""
@@ -87,10 +109,11 @@ class VectorStore:
             if not new:
                 return
             # Truncate the index first, so that no incomplete frame can come to refer to the new vectors.
-            os.truncate(self._folder / "index", self._index_end)
-            self._write_at_end("vectors", len(self) * 4 * self._width, np.asarray(vectors[new], np.float32).tobytes())
-            frame = UINT32.pack(len(new)) + b"".join(keys[i] for i in new)
-            self._write_at_end("index", self._index_end, frame + UINT32.pack(zlib.crc32(frame)))
+            os.truncate(self._folder / INDEX_FILE, self._index_end)
+            new_vectors = np.asarray(vectors[new], np.float32)
+            self._write_at_end(VECTORS_FILE, len(self) * 4 * self._width, new_vectors.tobytes())
+            frame = PACKED_UINT32.pack(len(new)) + b"".join(keys[i] for i in new) + _compute_checksums(new_vectors).tobytes()
+            self._write_at_end(INDEX_FILE, self._index_end, frame + PACKED_UINT32.pack(zlib.crc32(frame)))
             self._read_new_frames()
 
     def _write_at_end(self, name: str, end: int, content: bytes) -> None:
@@ -104,18 +127,20 @@ class VectorStore:
 
     def _read_new_frames(self) -> None:
         """Read the frames that were added since the last call, up to an incomplete one or one without all its vectors."""
-        unindexed_rows = (self._folder / "vectors").stat().st_size // (4 * self._width) - len(self)
-        with (self._folder / "index").open("rb") as file:
+        unindexed_rows = (self._folder / VECTORS_FILE).stat().st_size // (4 * self._width) - len(self)
+        with (self._folder / INDEX_FILE).open("rb") as file:
             file.seek(self._index_end)
             content = file.read()
-        added, end = [], 0
+        added, checksums, end = [], [], 0
         while frame := _read_frame(content, end):
-            keys = np.frombuffer(frame, self._keys.dtype, offset=UINT32.size)
+            count = PACKED_UINT32.unpack_from(frame)[0]
+            keys = np.frombuffer(frame, self._keys.dtype, count, offset=PACKED_UINT32.size)
             unindexed_rows -= len(keys)
             if unindexed_rows < 0:
                 break
             added.append(keys)
-            end += len(frame) + UINT32.size
+            checksums.append(np.frombuffer(frame, UINT32, count, offset=PACKED_UINT32.size + KEY_BYTES * count))
+            end += len(frame) + PACKED_UINT32.size
         self._index_end += end
         if added:
             keys = np.concatenate(added)
@@ -123,12 +148,13 @@ class VectorStore:
             places = np.searchsorted(self._keys, keys[order])
             self._rows = np.insert(self._rows, places, len(self) + order)
             self._keys = np.insert(self._keys, places, keys[order])
+            self._checksums = np.concatenate([self._checksums, *checksums])
 
     @contextmanager
     def _lock_folder(self) -> Iterator[None]:
         """Lock the folder, so that other processes neither read the index nor add vectors."""
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            make_private_folder(self._folder)
             with (self._folder / "lock").open("ab") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 yield
@@ -145,11 +171,17 @@ def make_text_key(first: str, second: str) -> bytes:
 
 
 def _read_frame(content: bytes, start: int) -> bytes:
-    """Return the count and keys of the frame that begins at `start`; empty if the frame is incomplete or damaged."""
-    if len(content) < start + UINT32.size:
+    """Return the count, keys, and checksums of the frame that starts at `start`; empty if it is incomplete or damaged."""
+    if len(content) < start + PACKED_UINT32.size:
         return b""
-    end = start + UINT32.size + KEY_BYTES * UINT32.unpack_from(content, start)[0]
-    if len(content) < end + UINT32.size:
+    count = PACKED_UINT32.unpack_from(content, start)[0]
+    end = start + PACKED_UINT32.size + (KEY_BYTES + UINT32.itemsize) * count
+    if len(content) < end + PACKED_UINT32.size:
         return b""
     frame = content[start:end]
-    return frame if UINT32.unpack_from(content, end)[0] == zlib.crc32(frame) else b""
+    return frame if PACKED_UINT32.unpack_from(content, end)[0] == zlib.crc32(frame) else b""
+
+
+def _compute_checksums(vectors: np.ndarray) -> np.ndarray:
+    """Return the CRC-32 of each vector, uint32 [N]."""
+    return np.array([zlib.crc32(vector) for vector in np.ascontiguousarray(vectors)], UINT32)

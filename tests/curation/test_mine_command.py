@@ -53,7 +53,7 @@ def test_killed_command_continues_where_it_stopped(
     killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], env=environment, check=False)
     assert killed.returncode == -9
     assert not out.exists()
-    (kept,) = (tmp_path / "cache").rglob("vectors/*/vectors")
+    (kept,) = (tmp_path / "cache").rglob("vectors/*/vectors-v2")
     before = kept.read_bytes()
     assert len(before) == 28 * 4 * 32  # Three parts of the queries, one of the documents.
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import os
+import struct
 import subprocess
 import sys
 import threading
 import tracemalloc
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +18,7 @@ import numpy as np
 import pytest
 
 from helpers.runs import ENV
-from jaxembed.data.vector_store import VectorStore
+from jaxembed.data.vector_store import INDEX_FILE, VECTORS_FILE, VectorStore
 from jaxembed.errors import UserError
 
 WIDTH = 3
@@ -66,18 +69,18 @@ def test_keys_that_end_in_zeros_stay_distinct(tmp_path: Path) -> None:
     assert np.array_equal(VectorStore(tmp_path, WIDTH).fetch(keys[::-1], lambda places: vectors[:0]), vectors[::-1])
 
 
-@pytest.mark.parametrize("file", ["index", "vectors"])
+@pytest.mark.parametrize("file", [INDEX_FILE, VECTORS_FILE])
 def test_incomplete_addition_is_dropped(tmp_path: Path, file: str) -> None:
     """The addition may be cut at any byte. Later additions are stored correctly."""
     folder = tmp_path / "whole"
     fetch(VectorStore(folder, WIDTH), list("ab"))
-    first = {name: (folder / name).stat().st_size for name in ("index", "vectors")}
+    first = {name: (folder / name).stat().st_size for name in (INDEX_FILE, VECTORS_FILE)}
     fetch(VectorStore(folder, WIDTH), list("cde"))
     content = (folder / file).read_bytes()
     for size in range(first[file], len(content)):
         (folder / file).write_bytes(content[:size])
-        if file == "vectors":  # written before the index
-            (folder / "index").write_bytes((folder / "index").read_bytes()[: first["index"]])
+        if file == VECTORS_FILE:  # written before the index
+            (folder / INDEX_FILE).write_bytes((folder / INDEX_FILE).read_bytes()[: first[INDEX_FILE]])
         store = VectorStore(folder, WIDTH)
         assert len(store) == 2
         vectors, computed = fetch(store, list("dacfb"), seed=1)
@@ -90,12 +93,12 @@ def test_incomplete_addition_is_dropped(tmp_path: Path, file: str) -> None:
 def test_reading_stops_at_damage_and_lost_vectors(tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         fetch(VectorStore(tmp_path, WIDTH), [name])
-    index, stored = ((tmp_path / name).read_bytes() for name in ("index", "vectors"))
-    (tmp_path / "vectors").write_bytes(stored[:-1])
+    index, stored = ((tmp_path / name).read_bytes() for name in (INDEX_FILE, VECTORS_FILE))
+    (tmp_path / VECTORS_FILE).write_bytes(stored[:-1])
     assert len(VectorStore(tmp_path, WIDTH)) == 2
-    (tmp_path / "index").write_bytes(index[:30] + bytes([index[30] ^ 1]) + index[31:])
+    (tmp_path / INDEX_FILE).write_bytes(index[:30] + bytes([index[30] ^ 1]) + index[31:])
     assert len(VectorStore(tmp_path, WIDTH)) == 1
-    (tmp_path / "index").write_bytes(bytes(len(index)))  # a disk may leave zeros after a crash
+    (tmp_path / INDEX_FILE).write_bytes(bytes(len(index)))  # a disk may leave zeros after a crash
     assert len(VectorStore(tmp_path, WIDTH)) == 0
     vectors, computed = fetch(VectorStore(tmp_path, WIDTH), list("cab"))
     assert computed == list("cab") and np.array_equal(vectors, make_vectors("cab"))
@@ -105,12 +108,12 @@ def test_lost_vectors_are_never_replaced_by_others(tmp_path: Path, monkeypatch: 
     """This also holds if the next addition is killed between writing its two files."""
     for name in ("a", "b"):
         fetch(VectorStore(tmp_path, WIDTH), [name])
-    (tmp_path / "vectors").write_bytes((tmp_path / "vectors").read_bytes()[: 4 * WIDTH])
+    (tmp_path / VECTORS_FILE).write_bytes((tmp_path / VECTORS_FILE).read_bytes()[: 4 * WIDTH])
     store, write_at_end = VectorStore(tmp_path, WIDTH), VectorStore._write_at_end
     assert len(store) == 1
 
     def die_before_index(self: VectorStore, name: str, end: int, content: bytes) -> None:
-        if name == "index":
+        if name == INDEX_FILE:
             raise KeyboardInterrupt
         write_at_end(self, name, end, content)
 
@@ -153,7 +156,7 @@ for start in range(100):
     vectors = store.fetch([b"%016d" % i for i in range(119)], lambda places: np.zeros((0, 3)))
     assert vectors[:, 0].tolist() == list(range(119)) and (vectors[:, 2] == 7).all()
     assert set(vectors[:, 1].tolist()) <= {1.0, 2.0}
-    assert (tmp_path / "vectors").stat().st_size == 119 * 4 * 3
+    assert (tmp_path / VECTORS_FILE).stat().st_size == 119 * 4 * 3
 
 
 def test_addition_waits_for_the_lock_of_another_process(tmp_path: Path) -> None:
@@ -187,3 +190,41 @@ def test_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/here: cannot store vectors \(Not a directory\)\. Make the folder writable"):
         VectorStore(tmp_path / "file" / "here", WIDTH)
+
+
+@pytest.mark.parametrize("byte", [0, 4 * WIDTH + 5])
+def test_changed_vectors_are_refused(tmp_path: Path, byte: int) -> None:
+    """A vector is checked when it is read: the others are still returned."""
+    fetch(VectorStore(tmp_path, WIDTH), list("ab"))
+    with (tmp_path / VECTORS_FILE).open("r+b") as file:
+        file.seek(byte)
+        changed = file.read(1)[0] ^ 1
+        file.seek(byte)
+        file.write(bytes([changed]))
+    damaged, intact = ("a", "b") if byte == 0 else ("b", "a")
+    line = rf"^{tmp_path}: the stored vectors are damaged \(1 of the 2 read differ from their checksums\)\. Remove this folder"
+    with pytest.raises(UserError, match=line):
+        fetch(VectorStore(tmp_path, WIDTH), [damaged, intact])
+    vectors, computed = fetch(VectorStore(tmp_path, WIDTH), [intact])
+    assert computed == [] and np.array_equal(vectors, make_vectors(intact))
+
+
+def test_files_of_the_format_without_checksums_are_not_read(tmp_path: Path) -> None:
+    keys = b"".join(make_keys("a"))
+    frame = struct.pack("<I", 1) + keys
+    (tmp_path / "index").write_bytes(frame + struct.pack("<I", zlib.crc32(frame)))
+    (tmp_path / "vectors").write_bytes(np.ones(WIDTH, np.float32).tobytes())
+    vectors, computed = fetch(VectorStore(tmp_path, WIDTH), ["a"])
+    assert computed == ["a"] and np.array_equal(vectors, make_vectors("a"))
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o000, 0o077])
+def test_only_the_owner_can_use_the_folder(tmp_path: Path, umask: int) -> None:
+    previous = os.umask(umask)
+    try:
+        VectorStore(tmp_path / "new", WIDTH)
+        (tmp_path / "old").mkdir(mode=0o775)
+        VectorStore(tmp_path / "old", WIDTH)
+    finally:
+        os.umask(previous)
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("new", "old")] == [0o700, 0o700]
