@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxembed.config.fields import quote_value
 from jaxembed.config.spec import FewShotExample
-from jaxembed.data.equality import exclude_equal, hash_text  # noqa: F401
+from jaxembed.data.equality import exclude_equal
 from jaxembed.errors import UserError
 from jaxembed.files import decode
 

@@ -173,55 +173,6 @@ def test_the_stored_format_of_a_saved_dataset_is_cleared(tmp_path: Path, form: s
     assert [rows[i] for i in range(3)] == PAIRS[:3]
 
 
-def write_class_labels(folder: Path, labels: Sequence[Any], suffix: str) -> Path:
-    """Write texts with class labels as a saved dataset, or as rows whose labels are numbers."""
-    rows = [{"text": f"t{i}", "label": label} for i, label in enumerate(labels)]
-    if suffix:
-        WRITERS[suffix](folder / f"a{suffix}", rows)
-        return folder / f"a{suffix}"
-    classes = datasets.ClassLabel(names=["bad", "good"])
-    datasets.Dataset.from_list(rows).cast_column("label", classes).save_to_disk(folder / "saved")
-    return folder / "saved"
-
-
-@pytest.mark.parametrize("suffix", ["", *WRITERS])
-@pytest.mark.parametrize("labels", [[-1, 0, 1, 0, 1], [0, 1, -1, -1, 0, 1], [None, 1, 0]])
-def test_rows_without_a_class_are_left_out_and_counted(tmp_path: Path, labels: Sequence[Any], suffix: str) -> None:
-    source = open_source_path(write_class_labels(tmp_path, labels, suffix), tmp_path)
-    classed = [i for i, label in enumerate(labels) if label in (0, 1)]
-    examples = [source.draw(i, np.random.default_rng(0), 5) for i in range(len(source))]
-    assert [example.query for example in examples] == [f"t{i}" for i in classed]
-    assert all(len(example.negatives) == 1 for example in examples)  # the other class, and none for absent labels
-    assert (sum(source.sampler.drop_counts.values()), source.row_count) == (len(labels) - len(classed), len(labels))
-
-
-def test_minus_one_is_a_label_where_it_cannot_mean_none(tmp_path: Path) -> None:
-    path = write_class_labels(tmp_path, [-1, 1, -1, 1], ".jsonl")
-    assert len(open_source_path(path, tmp_path)) == 4
-    path = write_class_labels(tmp_path, [-1, 0, 1, 1], ".jsonl")
-    named = open_source_path(path, tmp_path, label_names={"-1": "bad", "0": "fair", "1": "good"}, label_documents="labels")
-    assert len(named) == 4 and named.sampler.drop_counts == {}
-    many = write_class_labels(tmp_path, [2, -1, 0, 1, 1, 0, -1, 2], ".jsonl")
-    source = open_source_path(many, tmp_path)  # examples are documents
-    drawn = [source.draw(i, np.random.default_rng(seed), 4) for i in range(len(source)) for seed in range(9)]
-    texts = {text for example in drawn for text in (example.query, example.positive, *example.negatives)}
-    assert texts == {"t0", "t2", "t3", "t4", "t5", "t7"}
-
-
-def test_entailment_rows_without_a_class_are_left_out_and_counted(tmp_path: Path) -> None:
-    names = ["entailment", "neutral", "contradiction"]
-    labels = [-1, 0, 2, 1, -1]
-    rows = [{"premise": f"p{i // 3}", "hypothesis": f"h{i}", "label": label} for i, label in enumerate(labels)]
-    dataset = datasets.Dataset.from_list(rows).cast_column("label", datasets.ClassLabel(names=names))
-    dataset.save_to_disk(tmp_path / "saved")
-    write_jsonl(tmp_path / "a.jsonl", rows)
-    write_jsonl(tmp_path / "b.jsonl", [{**row, "label": None if row["label"] < 0 else row["label"]} for row in rows])
-    for name in ("saved", "a.jsonl", "b.jsonl"):
-        source = open_source_path(tmp_path / name, tmp_path)
-        assert list(source.iter_pairs()) == [{"query": "p0", "pos": ["h1"], "neg": ["h2"]}]
-        assert source.sampler.drop_counts["rows without a label"] == 2
-
-
 def test_hugging_face_names_with_a_config_and_a_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset, calls = datasets.Dataset.from_list([{"text": "t"}] * 6), []
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: calls.append((*args, options)) or dataset)
