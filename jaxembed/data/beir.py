@@ -73,7 +73,7 @@ def open_corpus(folder: Path) -> tuple[IndexedRows, dict[str, int]]:
 def open_beir(folder: Path, defaults: tuple[str, ...], split: str = "") -> BeirFolder:
     """Open a BEIR folder with one of its splits.
 
-    Judgments of documents or queries that the folder lacks are counted in a warning.
+    Judgments of documents or queries that the folder lacks, and repeated ones that differ, are counted in warnings.
 
     Args:
         folder: Folder with corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv.
@@ -88,7 +88,7 @@ def open_beir(folder: Path, defaults: tuple[str, ...], split: str = "") -> BeirF
     qrels = _choose_qrels(folder, defaults, split)
     query_rows = _map_ids_to_rows(queries)
     relevant: dict[int, dict[int, float]] = {}
-    absent_queries, absent_documents = dict[str, int](), dict[str, int]()
+    absent_queries, absent_documents, conflicts = dict[str, int](), dict[str, int](), 0
     text = read_text(qrels)
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip() or (number == 1 and _split_fields(line) == QRELS_HEADER):
@@ -102,9 +102,15 @@ def open_beir(folder: Path, defaults: tuple[str, ...], split: str = "") -> BeirF
         if document not in corpus_rows:
             absent_documents[document] = number
             corpus_rows[document] = -len(absent_documents)
-        relevant.setdefault(query_rows[query], {})[corpus_rows[document]] = grade
+        grades = relevant.setdefault(query_rows[query], {})
+        conflicts += grades.get(corpus_rows[document], grade) != grade
+        grades[corpus_rows[document]] = grade
     _warn_of_absent(absent_documents, qrels, corpus, "they count as relevant documents that no search finds")
     _warn_of_absent(absent_queries, qrels, queries, "their judgments are left out")
+    if conflicts:
+        log.warning(
+            "%s: %d judgments differ from an earlier one of the same query and document; the last counts", qrels, conflicts
+        )
     if not relevant:
         raise UserError(f"{qrels}: no query has a relevant document; expected scores above 0")
     digest = hashlib.sha256((corpus.digest + queries.digest + text).encode()).hexdigest()

@@ -318,6 +318,13 @@ def test_fractional_relevance_is_a_gain(tmp_path: Path, caplog: pytest.LogCaptur
     assert "qrels/test.tsv has fractional scores, from 0.4 to 1; every document above 0 is trained on" in caplog.text
 
 
+def test_judgments_that_differ_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    qrels = write_beir_folder(tmp_path, "test") / "qrels" / "test.tsv"
+    qrels.write_text(f"{HEADER}\nq1\td1\t1\nq1\td1\t1\nq1\td1\t2\n")
+    assert open_beir(tmp_path, ("test",)).relevant == [{0: 2}]
+    assert f"{qrels}: 1 judgments differ from an earlier one of the same query and document; the last counts" in caplog.messages
+
+
 def test_judgments_of_absent_documents_are_counted_and_cost_recall(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     qrels = write_beir_folder(tmp_path, "test") / "qrels" / "test.tsv"
     qrels.write_text(f"{HEADER}\nq1\td1\t1\n" + "".join(f"q1\tx{i}\t1\n" for i in range(5)) + "q2\tx0\t1\nq9\td1\t1\n")
