@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxembed.config import InfoNCEConfig
 from jaxembed.data.batch_sampler import assign_roles
+from jaxembed.data.equality import normalize_text
 from jaxembed.data.schema import Example
 from jaxembed.data.sources import Source
 from jaxembed.errors import UserError
@@ -22,6 +23,8 @@ from jaxembed.training.step import TrainState
 log = logging.getLogger("jaxembed")
 
 SHOWN_EXAMPLES = 2  # examples of each source that are printed
+MAX_SHOWN_SOURCES = 20  # sources of a stage whose examples are printed
+MAX_SHOWN_TEXTS = 10  # texts of an example that are printed
 MEASURED_EXAMPLES = 512  # examples of each source whose tokens are counted
 MAX_SHOWN_CHARS = 300  # characters of a printed text
 
@@ -35,7 +38,9 @@ def show_data(stage: Stage) -> None:
         UserError: No query of any source has a loss.
     """
     first_id, problems = 0, []
-    for source, epochs in zip(stage.sources, stage.plan.count_epochs(stage.config.train.steps), strict=True):
+    for number, (source, epochs) in enumerate(
+        zip(stage.sources, stage.plan.count_epochs(stage.config.train.steps), strict=True)
+    ):
         ids = np.arange(first_id, first_id + min(MEASURED_EXAMPLES, len(source)))
         first_id += len(source)
         examples = stage.batch_builder.sampler.sample(0, ids)
@@ -43,13 +48,23 @@ def show_data(stage: Stage) -> None:
         if missing := _missing_for_loss(stage, source, examples):
             problems.append(f"{source.name} has {missing}")
             log.warning("  %s: its queries have no loss", problems[-1])
-        _show_examples(stage, source, examples)
+        if source.in_batch and not have_negatives(examples):
+            log.warning(
+                "  %s: its first %d examples have one query or one positive between them. Equal texts are never negatives, so "
+                "they train at loss 0.", source.name, len(examples),
+            )  # fmt: skip
+        if number < MAX_SHOWN_SOURCES:
+            _show_examples(stage, source, examples)
+    if (hidden := len(stage.sources) - MAX_SHOWN_SOURCES) > 0:
+        log.info("examples of %d more sources are not shown; see `python -m jaxembed.data preview`", hidden)
+    if stage.config.train.batch_size == 1 and not stage.config.data.hard_negatives:
+        log.warning("train.batch_size is 1 and data.hard_negatives is 0: a query has no negatives, so its loss is 0")
     if len(problems) == len(stage.sources):
         raise UserError(f"nothing to train on: {'; '.join(problems)}. Name other data, or other objectives.")
 
 
 def _show_source(stage: Stage, source: Source, epochs: float, examples: Sequence[Example]) -> None:
-    """Print one line about a source, and one about each reason for which rows were dropped."""
+    """Print one line about a source, and one about each reason for which rows, or parts of rows, were dropped."""
     tokenizer = stage.tokenizer
     lengths = tokenizer.count_untruncated_tokens(*stage.batch_builder.sampler.list_texts(examples))
     truncated = float(np.mean(lengths > tokenizer.spec.max_length))
@@ -60,7 +75,7 @@ def _show_source(stage: Stage, source: Source, epochs: float, examples: Sequence
     )  # fmt: skip
     for reason, count in source.sampler.drop_counts.items():
         if count:
-            log.info("  dropped: %s rows (%s)", f"{count:,}", reason)
+            log.info("  dropped: %s (%s)", f"{count:,}", reason)
 
 
 def _show_examples(stage: Stage, source: Source, examples: Sequence[Example]) -> None:
@@ -70,8 +85,23 @@ def _show_examples(stage: Stage, source: Source, examples: Sequence[Example]) ->
         log.info("  %.1f in-context examples per query; a prompt gets at most half of data.max_length", count)
     for example in examples[:SHOWN_EXAMPLES]:
         texts, prompts = stage.batch_builder.sampler.list_texts([example])
-        for role, (prompt, text, _) in zip(assign_roles(texts), stage.tokenizer.decode_inputs(texts, prompts), strict=True):
+        shown, hidden = slice(MAX_SHOWN_TEXTS), len(texts) - MAX_SHOWN_TEXTS
+        inputs = stage.tokenizer.decode_inputs(texts[shown], prompts[shown])
+        for role, (prompt, text, _) in zip(assign_roles(texts)[shown], inputs, strict=True):
             log.info("  %-8s %r", role, (f"[{prompt}] " if prompt else "") + text[:MAX_SHOWN_CHARS])
+        if hidden > 0:
+            log.info("  and %d more negatives", hidden)
+
+
+def have_negatives(examples: Sequence[Example]) -> bool:
+    """Return whether examples have hard negatives, or texts that differ and so are negatives of each other.
+
+    A single example is not judged.
+    """
+    if len(examples) < 2 or any(example.negatives for example in examples):
+        return True
+    queries = {normalize_text(example.query) for example in examples}
+    return len(queries) > 1 and len({normalize_text(example.positive) for example in examples}) > 1
 
 
 def _missing_for_loss(stage: Stage, source: Source, examples: Sequence[Example]) -> str:

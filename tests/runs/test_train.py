@@ -47,7 +47,7 @@ def test_dropped_rows_are_reported_and_recorded(folder, caplog):
     source = f"data.sources=[{{path: {folder / 'sts.jsonl'}, name: sts, min_score: 1}}]"
     with caplog.at_level("INFO", "jaxembed"):
         train(make_config(folder, "part", source, "train.steps=1", "data.hard_negatives=0", "eval.sets=[]"))
-    assert "  dropped: 48 rows (score below min_score)" in caplog.messages
+    assert "  dropped: 48 (score below min_score)" in caplog.messages
     assert json.loads((folder / "part" / "dropped.json").read_text()) == [{"sts": {"score below min_score": 48}}]
 
 

@@ -1,0 +1,85 @@
+"""What a run prints about its data: a bounded number of lines, and a warning where nothing can be learned."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jaxembed.data.schema import Example
+from jaxembed.runs import report
+
+
+def make_example(query: str, positive: str, negatives: int = 0) -> Example:
+    return Example(query, positive, tuple(f"n{i}" for i in range(negatives)), (positive,))
+
+
+@pytest.mark.parametrize(
+    ("examples", "expected"),
+    [
+        ([make_example("q", "p")], True),
+        ([make_example("q", "p"), make_example("r", "s")], True),
+        ([make_example("q", "p"), make_example("Q ", "s")], False),
+        ([make_example("q", "p"), make_example("r", "P\n")], False),
+        ([make_example("q", "p", 1), make_example("q", "p")], True),
+    ],
+)
+def test_equal_texts_leave_no_negatives(examples: list[Example], expected: bool) -> None:
+    assert report.have_negatives(examples) == expected
+
+
+class FakeSource:
+    """Two examples with in-batch negatives, and a count of dropped rows."""
+
+    name, in_batch = "s", True
+    config = SimpleNamespace(few_shot=None)
+    sampler = SimpleNamespace(drop_counts={"odd": 3})
+
+    def __len__(self) -> int:
+        return 2
+
+
+class FakeSampler:
+    """Draws examples with many negatives, and lists their texts without prompts."""
+
+    def __init__(self, examples: list[Example]):
+        self.examples = examples
+
+    def sample(self, step: int, ids: np.ndarray) -> list[Example]:
+        return self.examples
+
+    def list_texts(self, examples: list[Example]) -> tuple[list[str], list[str]]:
+        texts = [text for e in examples for text in (e.query, e.positive, *e.negatives)]
+        return texts, [""] * len(texts)
+
+
+def make_stage(sources: int, examples: list[Example], batch_size: int = 2) -> Any:
+    tokenizer = SimpleNamespace(
+        spec=SimpleNamespace(max_length=8),
+        count_untruncated_tokens=lambda texts, prompts: np.ones(len(texts)),
+        decode_inputs=lambda texts, prompts: [("", text, 1) for text in texts],
+    )
+    settings = SimpleNamespace(train=SimpleNamespace(steps=1, batch_size=batch_size), data=SimpleNamespace(hard_negatives=0))
+    return SimpleNamespace(
+        sources=[FakeSource()] * sources, config=settings, tokenizer=tokenizer,
+        plan=SimpleNamespace(count_epochs=lambda steps: [1.0] * sources),
+        batch_builder=SimpleNamespace(sampler=FakeSampler(examples)),
+        needs_hard_negatives=lambda source: False, needs_teacher_scores=lambda source: False,
+    )  # fmt: skip
+
+
+def test_many_sources_and_negatives_print_few_lines(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    examples = [make_example("q", "p", 1024), make_example("r", "s", 1024)]
+    report.show_data(make_stage(400, examples))
+    assert len(caplog.messages) < 2 * 400 + 600
+    assert "examples of 380 more sources are not shown; see `python -m jaxembed.data preview`" in caplog.messages
+    assert "  and 1016 more negatives" in caplog.messages and "  dropped: 3 (odd)" in caplog.messages
+
+
+def test_data_that_teaches_nothing_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    report.show_data(make_stage(1, [make_example("q", "p"), make_example("q", "p")], batch_size=1))
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 2 and "they train at loss 0" in warnings[0] and "its loss is 0" in warnings[1]
