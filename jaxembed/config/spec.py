@@ -135,5 +135,6 @@ class EmbeddingSpec(Section):
             return self
         query, document = next(iter(instructions.values()))
         prompts = {"query": self.prompt(query), "document": self.prompt(document)}
-        prompts |= {name: self.prompt(query_instruction) for name, (query_instruction, _) in instructions.items()}
+        # A source of an old run may be named `query` or `document`. It does not replace the prompts of the two sides.
+        prompts |= {name: self.prompt(query) for name, (query, _) in instructions.items() if name not in prompts}
         return self.replace(prompts=prompts)

@@ -172,13 +172,13 @@ def summarize_task(result: Any, instruction: str) -> dict[str, Any]:
             score = float(entry["main_score"])
             by_subset.setdefault(entry["hf_subset"], []).append(score)
             by_split.setdefault(split, []).append(score)
-    score = _finite_or_none(float(result.get_score()))
-    if score is None:
+    aggregate = _finite_or_none(float(result.get_score()))
+    if aggregate is None:
         log.warning(
             "%s: the score is not finite, which happens if all vectors are equal; it is written as null", result.task_name
         )
     return {
-        "score": score,
+        "score": aggregate,
         "instruction": instruction,
         "subsets": {subset: _mean(values) for subset, values in by_subset.items()},
         "splits": {split: _mean(values) for split, values in by_split.items()},

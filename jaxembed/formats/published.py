@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxembed.config.field_lists import FieldList
 from jaxembed.config.fields import Fields
 from jaxembed.data.tokenize import TOKEN_BOUNDARY
 from jaxembed.files import exists, read_json
@@ -61,6 +62,9 @@ ECHO_CHOICES = {
     "plain_echo": f"Document:{TOKEN_BOUNDARY}{{text}}{TOKEN_BOUNDARY}\nDocument again:{TOKEN_BOUNDARY}{{text}}",
 }  # fmt: skip
 LLM2VEC_CONFIG_FILE = "llm2vec_config.json"
+LLM2VEC_FIELDS = FieldList(
+    read=frozenset({"pooling_mode", "max_length", "doc_max_length", "skip_instruction"}), harmless=frozenset(), refused={}
+)
 # LLM2Vec wraps texts in the chat template of some decoders: pattern of the decoder's name -> text before, text after.
 LLM2VEC_CHAT_TEMPLATES = {
     r".*(Mistral-7B-Instruct-v0\.2|Llama-2-7b-chat-hf)": ("[INST] ", " [/INST]"),
@@ -75,7 +79,9 @@ def _read_llm2vec_choices(folder: Path | None, decoder_name: str) -> SpecChoices
     LLM2Vec truncates documents at a word so that at most 400 tokens remain. Here they are truncated at the 400th token.
     """
     path = folder / LLM2VEC_CONFIG_FILE if folder is not None else None
-    fields = Fields(read_json(path) if path is not None and exists(path) else {}, str(path))
+    config = read_json(path) if path is not None and exists(path) else {}
+    LLM2VEC_FIELDS.check(config, str(path))
+    fields = Fields(config, str(path))
     fields.choice("pooling_mode", ("mean",), "mean")  # raises for other poolings
     templates = (chat for pattern, chat in LLM2VEC_CHAT_TEMPLATES.items() if re.fullmatch(pattern, decoder_name))
     before, after = next(templates, ("", ""))

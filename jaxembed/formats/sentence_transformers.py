@@ -243,7 +243,14 @@ def _read_max_length(folder: Path, decoder: DecoderConfig, tokenizer: Any) -> in
     config = _read_if_present(path)
     TRANSFORMER_FIELDS.check(config, str(path))
     _check_modalities(Fields(config, str(path)).mapping("modality_config", PLAIN_TEXTS), path)
-    return Fields(config, str(path)).integer("max_seq_length", min(int(tokenizer.model_max_length), decoder.max_positions))
+    limit = min(int(tokenizer.model_max_length), decoder.max_positions)
+    max_length = Fields(config, str(path)).integer("max_seq_length", limit)
+    if max_length > decoder.max_positions:
+        log_once(
+            f"{path}: max_seq_length {max_length} is more than max_position_embeddings, so texts are cut at "
+            f"{decoder.max_positions} tokens; sentence-transformers cuts them later"
+        )
+    return max_length
 
 
 def _check_modalities(modalities: Mapping[str, Any], path: Path) -> None:

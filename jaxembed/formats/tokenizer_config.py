@@ -7,6 +7,7 @@ tokenizer.json adds neither. transformers 5 does not read the flags of a folder 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,8 @@ def load_folder_tokenizer(folder: Path, *, is_trained_embedder: bool = False) ->
         UserError: The folder has no fast tokenizer, or one that asks for something that is not implemented.
     """
     flags, tokenizer = read_tokenizer_flags(folder), load_tokenizer(folder)
-    tokenizer.init_kwargs.pop("auto_map", None)  # the tokenizer is a stock one, and is saved as such
+    if tokenizer.init_kwargs.pop("auto_map", None):  # the tokenizer is a stock one, and is saved as such
+        log_once(f"{folder / TOKENIZER_CONFIG_FILE}: names Python code (auto_map), which is not run", logging.INFO)
     starts = _starts_with_bos(tokenizer)
     if flags.add_bos and not starts:
         if tokenizer.bos_token_id is None:

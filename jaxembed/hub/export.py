@@ -84,7 +84,12 @@ def explain_mismatch(out: Path, parity: Parity, embedder: Embedder, folder: Path
 
     stock_ids = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)(PROBE_TEXTS, truncation=True)["input_ids"]
     ids = embedder.tokenizer(PROBE_TEXTS, [""] * len(PROBE_TEXTS)).ids
+    pairs = zip(PROBE_TEXTS, ids, stock_ids, strict=True)
+    different = [text for text, text_ids, stock_text_ids in pairs if list(text_ids) != list(stock_text_ids)]
     reason = ""
-    if [list(text_ids) for text_ids in ids] != [list(text_ids) for text_ids in stock_ids]:
-        reason = " Stock transformers tokenizes texts differently, so the model_type of the base does not fit its tokenizer."
+    if different:
+        reason = (
+            f" Stock transformers tokenizes texts differently, for example {different[0][:40]!r}: the model_type of the base "
+            "does not fit its tokenizer, or the tokenizer has settings that are not saved."
+        )
     return f"{out}: not written, because {parity}.{reason}"

@@ -106,8 +106,17 @@ def read_adapter_spec(
         return parse_spec(read_json(folder / SPEC_FILE), str(folder / SPEC_FILE))
     config = read_json(folder / "config.json") if exists(folder / "config.json") else {}
     layout = find_published_layout(name, folder, config)
+    _log_ignored_code(folder, config, layout, decoder)
     spec = _read_listed_modules(base_spec, folder, config, decoder)
     return _apply_layout(spec, layout, name, folder, weights_name, decoder)
+
+
+def _log_ignored_code(folder: Path, config: Mapping[str, Any], layout: PublishedLayout | None, decoder: DecoderConfig) -> None:
+    """Log once that a folder of no known layout names Python code, which is not run."""
+    if layout is None and "auto_map" in config:
+        log_once(
+            f"{folder}: config.json names Python code (auto_map), which is not run: it is read as a stock {decoder.family}"
+        )
 
 
 def _read_listed_modules(

@@ -80,7 +80,8 @@ def write_stock_folder(embedder: Embedder, scratch: Path, dtype: str) -> Path:
     tokenizer = copy.deepcopy(embedder.tokenizer.hf_tokenizer)
     tokenizer.chat_template = None  # with one, sentence-transformers wraps every text in a chat
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    tokenizer.padding_side, tokenizer.model_max_length = "right", spec.max_length
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    tokenizer.model_max_length = spec.max_length
     tokenizer.save_pretrained(raw)
     # Load it, add the other modules, and save everything.
     _build_sentence_transformer(embedder, raw).save(str(folder), create_model_card=False)

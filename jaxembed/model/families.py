@@ -306,6 +306,8 @@ def _parse_rope(config: Mapping[str, Any], key: str, where: str) -> dict[str, An
     kind = fields.string("rope_type", fields.string("type", "default"))
     if kind not in ROPE_SCALING_KEYS:
         raise UserError(f"{where}: rope_type {kind!r} is not supported (expected {' or '.join(ROPE_SCALING_KEYS)}).")
+    if nested := sorted(name for name, value in rope.items() if isinstance(value, Mapping)):
+        raise UserError(f"{where}: {key}: rotary positions by kind of layer are not supported ({nested[0]}). Use another base.")
     if rope.get("partial_rotary_factor") not in (None, 1):
         raise UserError(f"{where}: {key}: partial_rotary_factor is not supported (expected 1). Use another base.")
     if unread := sorted(rope.keys() - {*ROPE_KEYS, *ROPE_SCALING_KEYS[kind]}):

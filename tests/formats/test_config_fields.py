@@ -49,6 +49,7 @@ def test_absent_fields_have_the_defaults_of_transformers(family: str) -> None:
     [
         ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor 0\.5 is not supported"),
         ({"rope_parameters": {**PLAIN, "partial_rotary_factor": 0.5}}, "partial_rotary_factor is not supported"),
+        ({"rope_parameters": {"full_attention": PLAIN}}, r"by kind of layer are not supported \(full_attention\)"),
         ({"quantization_config": {"bits": 4}}, "quantization_config .* is not supported"),
         ({"pretraining_tp": 2}, "pretraining_tp 2 is not supported"),
         ({"add_cross_attention": True}, "add_cross_attention true is not supported"),

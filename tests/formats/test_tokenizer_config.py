@@ -185,6 +185,25 @@ def test_unknown_fields_are_logged_once(tmp_path: Path, caplog: pytest.LogCaptur
     assert messages == [f"{folder}/1_Pooling/config.json: unknown fields are not read (brand_new)"]
 
 
+def test_a_limit_beyond_the_positions_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write_sentence_transformer(tmp_path, False, False)
+    edit_json(folder / "sentence_bert_config.json", max_seq_length=500)
+    assert find_base(str(folder)).spec.max_length == 128
+    assert "max_seq_length 500 is more than max_position_embeddings, so texts are cut at 128 tokens" in caplog.text
+
+
+def test_code_that_is_not_run_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A decoder of a known type is read as the stock one, as sentence-transformers does without trust_remote_code."""
+    folder = write_sentence_transformer(tmp_path, False, False)
+    expected = Embedder.load(folder).encode(TEXTS)
+    field_lists._logged.clear()
+    edit_json(folder / "config.json", auto_map={"AutoModel": "modeling.Model"})
+    for _ in range(2):
+        np.testing.assert_array_equal(Embedder.load(folder).encode(TEXTS), expected)
+    messages = [record.message for record in caplog.records if "auto_map" in record.message]
+    assert messages == [f"{folder}: config.json names Python code (auto_map), which is not run: it is read as a stock qwen3"]
+
+
 def test_every_field_of_the_installed_sentence_transformers_is_on_a_list() -> None:
     from sentence_transformers.sentence_transformer import modules
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from helpers import tiny
 from helpers.runs import run_command
 from jaxembed import Embedder
 from jaxembed.errors import UserError
+from jaxembed.files import format_json, write_json
 from jaxembed.hub import export as export_module
 from jaxembed.hub.card import Card
 from jaxembed.hub.export import export
@@ -95,3 +97,11 @@ def test_commands_end_in_one_line(broken: Path, tmp_path: Path) -> None:
         assert done.returncode == 2, arguments
         assert done.stdout == "" and "not finite" in done.stderr.splitlines()[-1]
     assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
+
+
+def test_json_has_no_nan(tmp_path: Path) -> None:
+    value = {"a": math.nan, "b": [1.5, math.inf], "c": {"d": -math.inf, "e": "text", "f": True}}
+    expected = {"a": None, "b": [1.5, None], "c": {"d": None, "e": "text", "f": True}}
+    write_json(tmp_path / "a.json", value)
+    for text in (format_json(value), (tmp_path / "a.json").read_text()):
+        assert json.loads(text, parse_constant=lambda name: pytest.fail(name)) == expected
