@@ -1,6 +1,6 @@
-"""Sums over all pairs of texts of a global batch, block by block.
+"""The log-sum-exp over all pairs of texts of a global batch, computed block by block.
 
-No array of the size of all pairs exists, neither in the forward nor in the backward pass. The letters in shapes are n shards,
+The whole score matrix [B, N] never exists, neither in the forward nor in the backward pass. Letters in shapes: n shards,
 B anchors, N candidates, D vector width, G guide width, W candidates per block.
 """
 
@@ -19,19 +19,21 @@ from jaxembed.losses.negatives import FalseNegativeRule, TextInfo, in_batch_cand
 
 # Scores per block on each device: enough for fast matmuls, and little memory beside the activations of a step.
 MAX_SCORES_PER_BLOCK = 1 << 22
+# For similarities: by default, GPUs and TPUs may round the inputs of a float32 matmul to fewer bits.
 HIGHEST_PRECISION = jax.lax.Precision.HIGHEST
 
 
 @dataclasses.dataclass(frozen=True)
 class PairRules:
-    """Which pairs count as negatives, and with which logit.
+    """Rules for pairs (anchor, candidate): which are negatives, and what their logits are.
 
-    The logit of a score s is s * scale + hardness * s. The second term has no gradient.
+    The logit of a score s is s * scale + hardness * s. The second term has no gradient: it multiplies the weight of a negative
+    by e^(hardness * s).
 
     Attributes:
-        false_negatives: Pairs that do not count.
-        hardness: Additional weight of pairs with a high score.
-        shards: Number of equal parts in which the anchors are split over devices, in order.
+        false_negatives: Rule for the candidates that must not count as negatives.
+        hardness: Factor of the score in the second term of the logit; 0 turns it off.
+        shards: Number of equal, contiguous parts in which the anchors are split over devices.
     """
 
     false_negatives: FalseNegativeRule
@@ -54,36 +56,36 @@ class AnchorVectors(TextVectors):
     """Anchors: texts whose negatives are summed.
 
     Attributes:
-        positive: Score of each anchor's own pair (query, positive), [N].
-        guide_positive: The same by the guide model, [N].
+        positive_scores: Score of each anchor's own pair (query, positive), [N].
+        guide_positive_scores: The guide model's scores of the same pairs, [N].
     """
 
-    positive: Any
-    guide_positive: Any
+    positive_scores: Any
+    guide_positive_scores: Any
 
 
 # (max logit, sum of e^(logit - max), max score, number of negatives) of each anchor over the blocks so far: [n, B/n] each.
 BlockTotals = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
-# (logsumexp, max score, number of negatives) of each anchor.
+# (log-sum-exp, max score, number of negatives) of each anchor: [B] each.
 NegativeSums = tuple[Float[Array, " b"], Float[Array, " b"], Float[Array, " b"]]
 
 
 def log_sum_exp(rules: PairRules, anchors: AnchorVectors, candidates: TextVectors, scale: Float[Array, ""]) -> NegativeSums:
-    """Sum over the negatives of every anchor.
+    """Compute the log-sum-exp of the logits of every anchor's negatives.
 
     Gradients reach the vectors of both sides and `scale`, through the first output only.
 
     Args:
-        rules: Which candidates are negatives, and the form of their logits.
+        rules: Which candidates are negatives, and what their logits are.
         anchors: B texts whose negatives are summed.
-        candidates: N texts among which the negatives are.
+        candidates: N texts, of which some are negatives of an anchor.
         scale: Factor of the scores, 1 / temperature.
 
     Returns:
-        For every anchor, the log of the sum of e^logit over its negatives, their highest score, and their number. Without
-        negatives these are the lowest number of the dtype, -inf and 0.
+        Three arrays [B]: the log of the sum of e^logit over an anchor's negatives, their highest score, and their number. For
+        an anchor without negatives these are the lowest finite number of the dtype, -inf and 0.
     """
-    metadata = jax.lax.stop_gradient((anchors.info, anchors.positive, anchors.guide_positive, candidates.info))
+    metadata = jax.lax.stop_gradient((anchors.info, anchors.positive_scores, anchors.guide_positive_scores, candidates.info))
     return _log_sum_exp(rules, anchors.vectors, candidates.vectors, scale, metadata)
 
 
@@ -95,7 +97,7 @@ def _log_sum_exp(rules: PairRules, anchors: jax.Array, candidates: jax.Array, sc
 def _forward(
     rules: PairRules, anchors: jax.Array, candidates: jax.Array, scale: jax.Array, metadata: Any
 ) -> tuple[NegativeSums, Any]:
-    """Return the sums, and what the backward pass needs: the inputs and the logsumexp of every anchor."""
+    """Return the sums, and what the backward pass needs: the inputs and the log-sum-exp of every anchor [n, B/n]."""
     blocks = _PairBlocks(rules, anchors, candidates, metadata)
     lowest = jnp.finfo(anchors.dtype).min
 
@@ -112,7 +114,7 @@ def _forward(
     # Scan over the blocks of candidates; the totals of all anchors are the carry.
     zeros = jnp.zeros(blocks.anchors.shape[:2], anchors.dtype)
     start = (zeros + lowest, zeros, zeros - jnp.inf, zeros.astype(jnp.int32))
-    (max_logit, total, max_score, count), _ = jax.lax.scan(add_block, start, blocks.columns)
+    (max_logit, total, max_score, count), _ = jax.lax.scan(add_block, start, blocks.candidate_blocks)
     # An anchor without negatives has a total of 0. The inner `where` keeps log(0) out.
     lse = jnp.where(count > 0, max_logit + jnp.log(jnp.where(count > 0, total, 1)), lowest)
     sums = (lse.reshape(-1), max_score.reshape(-1), count.reshape(-1).astype(anchors.dtype))
@@ -120,7 +122,7 @@ def _forward(
 
 
 def _backward(rules: PairRules, saved: Any, grads: NegativeSums) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    """Return the gradients by anchors, candidates and scale. Every block of scores is computed again.
+    """Return the gradients of anchors, candidates and scale, and None for the metadata. Recomputes each block of scores.
 
     With p = e^(logit - lse), the softmax over the negatives, and g the gradient of lse:
     d lse / d score = scale * p, so d anchors = scale * (g p) @ candidates, d candidates = scale * (g p)^T @ anchors, and
@@ -133,15 +135,16 @@ def _backward(rules: PairRules, saved: Any, grads: NegativeSums) -> tuple[jax.Ar
     def add_block(sums: tuple[jax.Array, jax.Array], block: Any) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         anchor_sum, scale_sum = sums
         scores, logits, _ = blocks.score(block, scale)
-        weights = jnp.exp(logits - lse[..., None]) * lse_grad  # g p; 0 for pairs that do not count
+        weights = jnp.exp(logits - lse[..., None]) * lse_grad  # g p; 0 for pairs that are not negatives
         anchor_sum += jnp.einsum("nbw,wd->nbd", weights, block[0], precision=HIGHEST_PRECISION)
         block_sum = jnp.einsum("nbw,nbd->nwd", weights, blocks.anchors, precision=HIGHEST_PRECISION)
         return (anchor_sum, scale_sum + jnp.sum(weights * scores)), block_sum
 
-    # Sums over candidates are the carry. Sums over anchors [n, W, D] are complete after their block, and are stacked.
+    # The anchors' gradients sum over all blocks, so they are the carry. The gradients of a block's candidates [n, W, D] are
+    # complete after that block, so they are stacked.
     start = (jnp.zeros_like(blocks.anchors), jnp.zeros_like(scale))
-    (anchor_sum, scale_sum), candidate_sums = jax.lax.scan(add_block, start, blocks.columns)
-    # The parts of the shards are added after the last block, so that devices communicate once. The padding is cut off.
+    (anchor_sum, scale_sum), candidate_sums = jax.lax.scan(add_block, start, blocks.candidate_blocks)
+    # Sum the shards' parts after the last block, so that devices communicate once. Then cut off the padding.
     candidate_sum = candidate_sums.sum(axis=1).reshape(-1, candidates.shape[-1])[: len(candidates)]
     return scale * anchor_sum.reshape(anchors.shape), scale * candidate_sum, scale_sum, None
 
@@ -150,35 +153,40 @@ _log_sum_exp.defvjp(_forward, _backward)
 
 
 class _PairBlocks:
-    """Anchors by shard, [n, B/n, ...], and candidates in blocks of equal size, which every device has whole."""
+    """Anchors split into shards, [n, B/n, ...], and candidates split into equal blocks, which every device holds in full."""
 
     def __init__(self, rules: PairRules, anchors: jax.Array, candidates: jax.Array, metadata: Any):
-        anchor_info, positive, guide_positive, candidate_info = metadata
+        anchor_info, positive_scores, guide_positive_scores, candidate_info = metadata
         self._rules, n = rules, rules.shards
         self.anchors = anchors.reshape(n, -1, anchors.shape[-1])
-        rows = self.anchors.shape[1]
+        anchors_per_shard = self.anchors.shape[1]
         # The metadata of anchors has a last axis of length 1, along which the candidates of a block broadcast.
-        self._guide = anchor_info.guide.reshape(n, rows, -1)
-        self._anchor_info = anchor_info.reshape(n, rows, 1)
-        self._positive, self._guide_positive = (x.reshape(n, rows, 1) for x in (positive, guide_positive))
+        self._guide = anchor_info.guide.reshape(n, anchors_per_shard, -1)
+        self._anchor_info = anchor_info.reshape(n, anchors_per_shard, 1)
+        self._positive_scores = positive_scores.reshape(n, anchors_per_shard, 1)
+        self._guide_positive_scores = guide_positive_scores.reshape(n, anchors_per_shard, 1)
         # As few blocks as the limit allows, of equal width.
-        count = -(-len(candidates) * rows // MAX_SCORES_PER_BLOCK)
-        width = -(-len(candidates) // count)
-        self.columns = jax.tree.map(lambda x: _split_blocks(replicate(x), count, width), (candidates, candidate_info))
+        block_count = -(-len(candidates) * anchors_per_shard // MAX_SCORES_PER_BLOCK)
+        block_width = -(-len(candidates) // block_count)
+        self.candidate_blocks = jax.tree.map(
+            lambda x: _split_blocks(replicate(x), block_count, block_width), (candidates, candidate_info)
+        )
 
     def score(self, block: tuple[jax.Array, TextInfo], scale: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Return the scores, the logits (-inf for pairs that are not negatives) and where pairs are negatives, [n, B/n, W]."""
+        """Return scores, logits (-inf where a pair is not a negative) and True where it is a negative: [n, B/n, W] each."""
         vectors, candidate_info = block
         scores = jnp.einsum("nbd,wd->nbw", self.anchors, vectors, precision=HIGHEST_PRECISION)
         rule, guide_scores = self._rules.false_negatives, None
         if rule.is_guided:
             guide_scores = jnp.einsum("nbg,wg->nbw", self._guide, candidate_info.guide, precision=HIGHEST_PRECISION)
-        is_false = rule(self._anchor_info, candidate_info, scores, guide_scores, self._positive, self._guide_positive)
-        is_negative = in_batch_candidates(self._anchor_info, candidate_info) & ~is_false
+        is_false_negative = rule(
+            self._anchor_info, candidate_info, scores, guide_scores, self._positive_scores, self._guide_positive_scores
+        )
+        is_negative = in_batch_candidates(self._anchor_info, candidate_info) & ~is_false_negative
         return scores, jnp.where(is_negative, scores * (scale + self._rules.hardness), -jnp.inf), is_negative
 
 
 def _split_blocks(x: jax.Array, count: int, width: int) -> jax.Array:
-    """Return [count, width, ...], with zeros behind the last element: absent texts, which are nobody's negatives."""
+    """Split [N, ...] into [count, width, ...], padded at the end with zeros: absent texts, which are never negatives."""
     padding = [(0, count * width - len(x)), *[(0, 0)] * (x.ndim - 1)]
     return jnp.pad(x, padding).reshape(count, width, *x.shape[1:])

@@ -1,4 +1,4 @@
-"""Objectives that follow a teacher: its scores of a query's documents, or its vectors."""
+"""Distillation objectives: match a teacher's scores of a query's documents, or its vectors."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def kl_distillation(config: DistillationConfig, encoded: EncodedBatch) -> LossAn
 
     Both distributions are softmaxes over a query's own documents, of scores divided by temperatures. The weight a is
     `hard_labels` (E5, arXiv:2212.03533, equation 2, which weights the hard labels with a / (1 - a) instead). Documents without
-    a score of the teacher are left out, and so are queries with fewer than two scored documents.
+    a teacher score are left out. So are queries whose positive has no teacher score, or with fewer than two scored documents.
 
     Returns:
-        The loss, and the metric `scored`: the number of queries that count.
+        The loss, and the metric `scored`: the number of queries that are not left out.
     """
     scores, teacher, is_scored, query_weights = _compute_scores(encoded)
     lowest = jnp.finfo(scores.dtype).min
@@ -36,13 +36,13 @@ def kl_distillation(config: DistillationConfig, encoded: EncodedBatch) -> LossAn
 
 
 def margin_mse(config: MarginMSEConfig, encoded: EncodedBatch) -> LossAndMetrics:
-    """Return the mean over queries and their negatives of ((s+ - s-) - (t+ - t-))^2, with scores t of the teacher.
+    """Return the mean over queries and their negatives of ((s+ - s-) - (t+ - t-))^2, with teacher scores t.
 
-    Hofstätter et al. 2020, arXiv:2010.02666. Negatives without a score of the teacher are left out, and so are queries whose
-    positive has none.
+    Hofstätter et al. 2020, arXiv:2010.02666. Negatives without a teacher score are left out, and so are queries
+    whose positive or all of whose negatives have none.
 
     Returns:
-        The loss, and the metric `scored`: the number of queries that count.
+        The loss, and the metric `scored`: the number of queries that are not left out.
     """
     scores, teacher, is_scored, query_weights = _compute_scores(encoded)
     error = ((scores[:, :1] - scores) - (teacher[:, :1] - teacher))[:, 1:]
@@ -52,7 +52,7 @@ def margin_mse(config: MarginMSEConfig, encoded: EncodedBatch) -> LossAndMetrics
 
 
 def embedding_matching(config: EmbeddingMatchingConfig, encoded: EncodedBatch) -> LossAndMetrics:
-    """Return the mean over queries and their documents of the squared distance between the model's and the teacher's vectors.
+    """Return the mean squared distance between the model's and the teacher's vectors, over queries and their documents.
 
     EmbedDistill (Kim et al. 2023, arXiv:2301.12005). If the widths differ, the model's vectors are first projected to the
     teacher's width and scaled to unit length again.
@@ -63,25 +63,26 @@ def embedding_matching(config: EmbeddingMatchingConfig, encoded: EncodedBatch) -
     teacher_vectors = jnp.concatenate([teacher.queries[:, None], teacher.documents], axis=1)
     if "kernel" in encoded.params:
         vectors = l2_normalize(jnp.matmul(vectors, encoded.params["kernel"], precision=HIGHEST_PRECISION))
-    present = jnp.concatenate([jnp.ones_like(encoded.batch.doc_slot[:, :1], bool), encoded.batch.doc_slot >= 0], axis=1)
+    is_present = jnp.concatenate([jnp.ones_like(encoded.batch.doc_slot[:, :1], bool), encoded.batch.doc_slot >= 0], axis=1)
     distance = jnp.sum((vectors - teacher_vectors) ** 2, axis=-1)
-    losses = jnp.sum(jnp.where(present, distance, 0), axis=-1) / present.sum(axis=-1)
+    losses = jnp.sum(jnp.where(is_present, distance, 0), axis=-1) / is_present.sum(axis=-1)
     return jnp.sum(encoded.query_weights * losses), {}
 
 
 def init_teacher_projection(width: int, teacher_width: int, key: jax.Array) -> dict[str, Any]:
-    """Draw the projection `kernel` from the model's width to the teacher's. Equal widths need no parameters."""
+    """Draw the projection {"kernel": [width, teacher_width]}. Equal widths need none: return {}."""
     if width == teacher_width:
         return {}
     return {"kernel": jax.random.normal(key, (width, teacher_width)) / math.sqrt(width)}
 
 
 def _compute_scores(encoded: EncodedBatch) -> tuple[Float[Array, "b m"], Float[Array, "b m"], jax.Array, jax.Array]:
-    """Compute the scores of each query's own documents.
+    """Compute the scores of each query's own documents, and which of them the losses use.
 
     Returns:
-        The model's scores [B, 1+K], the teacher's scores [B, 1+K] (0 where there is none), where both exist [B, 1+K], and the
-        weight of each query [B] in the mean over the queries whose positive and another document are scored.
+        The model's scores [B, 1+K]; the teacher's scores [B, 1+K], 0 where there is none; True where the teacher scored a
+        present document [B, 1+K]; and the weights of the queries [B] in the mean, 0 for those that are left out. A query needs
+        teacher scores of its positive and of another document.
     """
     scores = jnp.einsum("bd,bmd->bm", encoded.queries, encoded.documents, precision=HIGHEST_PRECISION)
     teacher = encoded.batch.teacher_scores

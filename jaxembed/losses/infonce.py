@@ -1,4 +1,7 @@
-"""InfoNCE over the global batch (van den Oord et al. 2018; equation 1 of the survey arXiv:2406.01607) and its variants."""
+"""InfoNCE and its variants over the global batch.
+
+Sources: van den Oord et al. 2018 (arXiv:1807.03748), and equation 1 of the survey arXiv:2406.01607.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from jaxembed.losses.encoded import EncodedBatch, LossAndMetrics
 from jaxembed.losses.negatives import FalseNegativeRule, TextInfo, collect_text_info
 from jaxembed.model.layers import l2_normalize
 
-MIN_FOCAL_BASE = 1e-12  # 0 to a power below 1 has no finite gradient
+MIN_FOCAL_BASE = 1e-12  # the gradient of x^gamma is infinite at x = 0 for gamma below 1
 MIN_LEARNED_TEMPERATURE = 0.01  # as in CLIP (Radford et al. 2021, arXiv:2103.00020, section 2.5)
 
 
@@ -28,25 +31,26 @@ def info_nce(config: InfoNCEConfig, encoded: EncodedBatch) -> LossAndMetrics:
 
     - `query_document`: documents of others, compared with the query,
     - `document_query`: other queries, compared with the positive,
-    - `query_query` and `document_document`: texts of one kind.
+    - `query_query`: other queries, compared with the query,
+    - `document_document`: documents of others, compared with the positive.
 
-    All four in one denominator are GTE's loss (equations 2 and 3 of the survey). `query_query` beside the first is SamToNe
-    (arXiv:2306.02516). With `per_direction` each direction has a loss of its own, and the losses are averaged. A query
-    without negatives has loss 0 (log 2 in GTE's).
+    All four in one denominator are GTE's loss (equations 2 and 3 of the survey). `query_document` with `query_query` is SamToNe
+    (arXiv:2306.02516). With `per_direction`, `document_query` has a denominator of its own, and the two losses are averaged. A
+    query without negatives has loss 0 (log 2 in GTE's loss, which counts the positive twice).
 
     Returns:
-        The loss and metrics: `accuracy`, the share of queries nearer to their positive than to every negative document;
+        The loss and metrics: `accuracy`, the fraction of queries nearer to their positive than to every negative document;
         `negatives`, the mean number of negatives per query; and `temperature`, if it is learned.
     """
     scale = _compute_scale(config, encoded)
     anchors, candidates = _collect_texts(encoded)
-    positive = anchors["query"].positive
+    positive = anchors["query"].positive_scores
     rule = FalseNegativeRule(
         mask_same_label=config.mask_same_label, margin=config.margin, is_guided=config.guide is not None,
         guide_margin=config.guide_margin, is_guide_margin_relative=config.guide_margin_kind == "relative",
     )  # fmt: skip
-    # Each denominator is a list of logarithms of its terms [B]. The first one holds the positive, the own negatives and
-    # `query_document`.
+    # A denominator is a list of the logarithms of its terms, [B] each. The first denominator holds the positive, the query's
+    # own negatives and the direction `query_document`.
     denominators = [[scale * positive]]
     max_negative, count = jnp.full_like(positive, -jnp.inf), jnp.zeros_like(positive)
 
@@ -65,8 +69,8 @@ def info_nce(config: InfoNCEConfig, encoded: EncodedBatch) -> LossAndMetrics:
         rules = PairRules(rule, hardness, encoded.shards)
         lse, max_score, negatives = log_sum_exp(rules, anchors[anchor_kind], candidates[candidate_kind], scale)
         if direction == "document_query":
-            # The positive pair is a term of this direction too: of a denominator of its own with `per_direction`, or a
-            # second time of the one for all directions (equation 3 of the survey).
+            # The positive pair is a term of this direction too. With `per_direction` it starts a new denominator; otherwise
+            # it is added to the shared one a second time (equation 3 of the survey).
             denominators += [[]] if config.per_direction else []
             denominators[-1].append(scale * positive)
         denominators[-1].append(lse)
@@ -92,7 +96,7 @@ def init_temperature(config: InfoNCEConfig) -> dict[str, Any]:
 
 
 def _compute_scale(config: InfoNCEConfig, encoded: EncodedBatch) -> jax.Array:
-    """Return the factor of scores, 1 / temperature."""
+    """Return the factor of scores, 1 / temperature, as a scalar in the dtype of the vectors."""
     if not config.learn_temperature:
         return jnp.array(1 / config.temperature, encoded.queries.dtype)
     return jnp.minimum(jnp.exp(encoded.params["log_scale"]), 1 / MIN_LEARNED_TEMPERATURE).astype(encoded.queries.dtype)
@@ -111,12 +115,12 @@ def _collect_texts(encoded: EncodedBatch) -> tuple[dict[str, AnchorVectors], dic
     """
     queries, documents = encoded.queries, encoded.documents
     query_info, document_info = collect_text_info(encoded.batch)
-    positive_info = jax.tree.map(lambda x: x[:, 0], document_info).replace(positives=query_info.positives)
-    positive = jnp.sum(queries * documents[:, 0], axis=-1)
-    guide_positive = jnp.sum(query_info.guide * positive_info.guide, axis=-1)
+    positive_info = jax.tree.map(lambda x: x[:, 0], document_info).replace(positive_hashes=query_info.positive_hashes)
+    positive_scores = jnp.sum(queries * documents[:, 0], axis=-1)
+    guide_positive_scores = jnp.sum(query_info.guide * positive_info.guide, axis=-1)
     anchors = {
-        "query": AnchorVectors(queries, query_info, positive, guide_positive),
-        "document": AnchorVectors(documents[:, 0], positive_info, positive, guide_positive),
+        "query": AnchorVectors(queries, query_info, positive_scores, guide_positive_scores),
+        "document": AnchorVectors(documents[:, 0], positive_info, positive_scores, guide_positive_scores),
     }
     candidates = {
         "query": TextVectors(queries, query_info),
@@ -133,39 +137,40 @@ def _score_own_negatives(
     documents: TextInfo,
     scale: jax.Array,
 ) -> tuple[Float[Array, "b k"], Float[Array, "b k"], Bool[Array, "b k"]]:
-    """Return the logits, scores and presence of each query's own negatives, with mixed negatives behind them."""
-    # Scores of the K negatives of each query, without those that are probably positives.
+    """Return logits, scores and presence [B, K] of each query's own negatives, followed by its mixed negatives."""
+    # Score the K negatives of each query, and find those that are probably positives.
     negatives = encoded.documents[:, 1:]
     scores = jnp.einsum("bd,bkd->bk", queries.vectors, negatives, precision=HIGHEST_PRECISION)
     anchor_info = queries.info.reshape(-1, 1)
     negative_info = jax.tree.map(lambda x: x[:, 1:], documents.reshape(*encoded.documents.shape[:2]))
     guide_scores = jnp.einsum("bg,bkg->bk", queries.info.guide, negative_info.guide, precision=HIGHEST_PRECISION)
-    is_false = rule(
+    is_false_negative = rule(
         anchor_info, negative_info, jax.lax.stop_gradient(scores), guide_scores,
-        queries.positive[:, None], queries.guide_positive[:, None],
+        queries.positive_scores[:, None], queries.guide_positive_scores[:, None],
     )  # fmt: skip
-    present = negative_info.present & ~is_false
+    present = negative_info.present & ~is_false_negative
+    # Append the mixed negatives.
     if config.mixed_negatives:
         mixed, mixed_present = _mix_negatives(config.mixed_negatives, negatives, present, encoded.key)
         mixed_scores = jnp.einsum("bd,bkd->bk", queries.vectors, mixed, precision=HIGHEST_PRECISION)
         scores = jnp.concatenate([scores, mixed_scores], axis=1)
         present = jnp.concatenate([present, mixed_present], axis=1)
-    # A negative weighs e^(hardness * s) times as much, without gradient through the weight (EmbeddingGemma, arXiv:2509.20354).
+    # Multiply a negative's term by e^(hardness * s), without gradient through that weight (EmbeddingGemma, arXiv:2509.20354).
     return scale * scores + _get_hardness(config, "hard") * jax.lax.stop_gradient(scores), scores, present
 
 
 def _mix_negatives(count: int, negatives: jax.Array, present: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mix `count` new negatives of unit length per query, each from two of its own (KaLM-Embedding-V2, arXiv:2506.20923).
+    """Mix `count` new negatives of unit length per query, each from two of its own negatives (KaLM-Embedding-V2).
 
-    The weights of the two are drawn from Beta(2, 2). Queries with fewer than two negatives have none.
+    The mixing weight is drawn from Beta(2, 2) (arXiv:2506.20923). Queries with fewer than two negatives have none.
 
     Returns:
         The vectors [B, count, D] and their presence [B, count].
     """
     pair_key, weight_key = jax.random.split(key)
     # Draw two different present negatives: those with the two largest random numbers.
-    rank = jax.random.uniform(pair_key, (*present.shape[:1], count, present.shape[1]))
-    pair = jax.lax.top_k(jnp.where(present[:, None], rank, -1.0), 2)[1]
+    random_ranks = jax.random.uniform(pair_key, (*present.shape[:1], count, present.shape[1]))
+    pair = jax.lax.top_k(jnp.where(present[:, None], random_ranks, -1.0), 2)[1]
     first, second = (jnp.take_along_axis(negatives, pair[..., i, None], axis=1) for i in (0, 1))
     weight = jax.random.beta(weight_key, 2.0, 2.0, pair.shape[:2])[..., None].astype(negatives.dtype)
     has_two = jnp.broadcast_to((present.sum(axis=1) >= 2)[:, None], pair.shape[:2])

@@ -1,4 +1,4 @@
-"""Which texts of a global batch are negatives of which, from metadata of the texts and scores of the pairs."""
+"""Rules that decide which texts of a global batch are negatives of which, from their metadata and scores."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from jaxembed.data.batch import Batch
 
 @flax.struct.dataclass
 class TextInfo:
-    """What the rules for negatives know of texts, with any leading axes. A hash of zeros is an absent text.
+    """Metadata of texts for the rules on negatives, with any leading axes. An absent text has a hash of zeros.
 
     Attributes:
-        text: Hash of the text, uint32 [..., 2].
-        query: Hash of the query that the text is or belongs to, uint32 [..., 2].
-        positives: Hashes of all known positives of that query, uint32 [..., P, 2].
+        text_hash: Hash of the text, uint32 [..., 2].
+        query_hash: Hash of the query that the text is or belongs to, uint32 [..., 2].
+        positive_hashes: Hashes of all known positives of that query, uint32 [..., P, 2].
         in_batch: True if the text is present and its source uses in-batch negatives, bool [...].
         present: False for absent documents, bool [...].
         label: Label in its source, -1 for none, int [...].
         source: Index of the source, int [...].
-        guide: Vectors by the guide model, float [..., G]; G is 0 without one.
+        guide: Vectors of the guide model, float [..., G]; G is 0 without one.
     """
 
-    text: Any
-    query: Any
-    positives: Any
+    text_hash: Any
+    query_hash: Any
+    positive_hashes: Any
     in_batch: Any
     present: Any
     label: Any
@@ -54,48 +54,51 @@ def collect_text_info(batch: Batch) -> tuple[TextInfo, TextInfo]:
     query_guide = jnp.zeros((len(query), 0)) if batch.guide is None else batch.guide.queries
     document_guide = jnp.zeros((*shape, 0)) if batch.guide is None else batch.guide.documents
     queries = TextInfo(
-        text=query, query=query, positives=batch.positive_hash, in_batch=batch.in_batch,
+        text_hash=query, query_hash=query, positive_hashes=batch.positive_hash, in_batch=batch.in_batch,
         present=jnp.ones_like(batch.in_batch), label=batch.label, source=batch.source, guide=query_guide,
     )  # fmt: skip
     documents = jax.tree.map(lambda x: jnp.broadcast_to(x[:, None], (*shape, *x.shape[1:])), queries)
     documents = documents.replace(
-        text=batch.doc_hash, positives=documents.positives[..., :0, :], in_batch=documents.in_batch & present,
+        text_hash=batch.doc_hash, positive_hashes=documents.positive_hashes[..., :0, :], in_batch=documents.in_batch & present,
         present=present, guide=document_guide,
     )  # fmt: skip
     return queries, documents
 
 
 def is_same_text(a: UInt32[Array, "*#n 2"], b: UInt32[Array, "*#n 2"]) -> Bool[Array, "*n"]:
-    """Return where two hashes are equal. Leading axes broadcast."""
+    """Return True where two hashes are equal. Leading axes broadcast."""
     return (a[..., 0] == b[..., 0]) & (a[..., 1] == b[..., 1])
 
 
 def is_known_positive(anchors: TextInfo, candidates: TextInfo) -> jax.Array:
-    """Return where one of two texts is a known positive of the other's query. Leading axes broadcast."""
-    matches = [is_same_text(anchors.positives[..., p, :], candidates.text) for p in range(anchors.positives.shape[-2])]
-    matches += [is_same_text(candidates.positives[..., p, :], anchors.text) for p in range(candidates.positives.shape[-2])]
+    """Return True where one of two texts is a known positive of the other's query. Leading axes broadcast."""
+    matches = [
+        is_same_text(a.positive_hashes[..., p, :], b.text_hash)
+        for a, b in ((anchors, candidates), (candidates, anchors))
+        for p in range(a.positive_hashes.shape[-2])
+    ]
     return functools.reduce(operator.or_, matches)
 
 
 def in_batch_candidates(anchors: TextInfo, candidates: TextInfo) -> jax.Array:
-    """Return where a candidate may be an in-batch negative of an anchor. Leading axes broadcast.
+    """Return True where a candidate may be an in-batch negative of an anchor. Leading axes broadcast.
 
     It must belong to another query, and the sources of both must use in-batch negatives.
     """
-    return anchors.in_batch & candidates.in_batch & ~is_same_text(anchors.query, candidates.query)
+    return anchors.in_batch & candidates.in_batch & ~is_same_text(anchors.query_hash, candidates.query_hash)
 
 
 @dataclasses.dataclass(frozen=True)
 class FalseNegativeRule:
-    """Which candidates are probably positives and must not count as negatives, besides the known positives.
+    """Rule for the candidates that must not count as negatives: known positives, and those that are probably positives.
 
     Attributes:
         mask_same_label: Drop texts of queries with the same label in the same source.
         margin: Drop texts whose score exceeds the positive's by more than this (Qwen3-Embedding, arXiv:2506.05176,
             equation 1: 0.1). None: keep them.
-        is_guided: Drop texts that a guide model scores above the positive, less `guide_margin` (GISTEmbed,
+        is_guided: Drop texts whose guide score exceeds the positive's guide score minus `guide_margin` (GISTEmbed,
             arXiv:2402.16829).
-        guide_margin: Margin of the guide's scores.
+        guide_margin: Margin between guide scores.
         is_guide_margin_relative: Whether `guide_margin` is multiplied by the guide's score of the positive.
     """
 
@@ -111,27 +114,27 @@ class FalseNegativeRule:
         candidates: TextInfo,
         scores: jax.Array,
         guide_scores: jax.Array | None,
-        positive: jax.Array,
-        guide_positive: jax.Array,
+        positive_scores: jax.Array,
+        guide_positive_scores: jax.Array,
     ) -> jax.Array:
-        """Return where a candidate is a known or a probable positive of an anchor. Leading axes broadcast.
+        """Return True where a candidate is a known or a probable positive of an anchor. Leading axes broadcast.
 
         Args:
-            anchors: Texts whose negatives are asked for.
+            anchors: Texts that need negatives.
             candidates: Their possible negatives.
             scores: Scores of the pairs (anchor, candidate).
-            guide_scores: The same by the guide model.
-            positive: Score of each anchor with its own positive (or query).
-            guide_positive: The same by the guide model.
+            guide_scores: The guide model's scores of these pairs; None without a guide.
+            positive_scores: Score of each anchor with its own positive (or query).
+            guide_positive_scores: The guide model's scores of these pairs.
         """
         is_positive = is_known_positive(anchors, candidates)
         if self.mask_same_label:
             same_label = (anchors.label >= 0) & (anchors.label == candidates.label)
             is_positive |= same_label & (anchors.source == candidates.source)
         if self.margin is not None:
-            is_positive |= scores > positive + self.margin
+            is_positive |= scores > positive_scores + self.margin
         if self.is_guided:
             assert guide_scores is not None
-            unit = jnp.abs(guide_positive) if self.is_guide_margin_relative else 1.0
-            is_positive |= guide_scores > guide_positive - self.guide_margin * unit
+            margin_unit = jnp.abs(guide_positive_scores) if self.is_guide_margin_relative else 1.0
+            is_positive |= guide_scores > guide_positive_scores - self.guide_margin * margin_unit
         return is_positive

@@ -25,15 +25,15 @@ OBJECTIVES: dict[str, Callable[[Any, EncodedBatch], LossAndMetrics]] = {
     "margin_mse": margin_mse,
     "embedding_matching": embedding_matching,
 }
-FULL_WIDTH_OBJECTIVES = {"embedding_matching"}  # they have no meaning for the first dimensions of a vector
+FULL_WIDTH_OBJECTIVES = {"embedding_matching"}  # not applied to Matryoshka widths: the teacher has vectors of one width
 
 
 @dataclasses.dataclass(frozen=True)
 class Objectives:
     """The function that training minimizes: the weighted sum of a config's objectives.
 
-    With Matryoshka widths (Kusupati et al. 2022, arXiv:2205.13147) the loss of an objective is that of the whole vectors, plus
-    the weighted losses of their first dimensions, scaled to unit length again.
+    With Matryoshka widths (Kusupati et al. 2022, arXiv:2205.13147), an objective's loss is the loss of the whole vectors plus
+    the weighted losses of vectors truncated to each width and normalized again.
 
     Attributes:
         configs: The sections of the objectives.
@@ -57,12 +57,12 @@ class Objectives:
         """Compute the sum of all objectives.
 
         Args:
-            queries: Unit vectors of the queries.
-            documents: Unit vectors of the documents, positive first.
+            queries: Unit vectors of the queries, [B, D].
+            documents: Unit vectors of the documents, positive first, [B, 1+K, D].
             batch: The batch that was encoded.
             key: Random key of the step.
             params: Parameters of the objectives, by label.
-            shards: Number of equal parts in which the queries are split over devices, in order.
+            shards: Number of equal, contiguous parts in which the queries are split over devices.
 
         Returns:
             The sum, and metrics by label: the loss of each objective (LABEL), its own metrics (LABEL_METRIC), and its loss at
@@ -79,8 +79,10 @@ class Objectives:
             loss, own_metrics = OBJECTIVES[config.name](config, encoded)
             metrics |= {label: loss} | {f"{label}_{name}": value for name, value in own_metrics.items()}
             for width, weight in self._list_widths(config):
-                first = dataclasses.replace(encoded, queries=_truncate(queries, width), documents=_truncate(documents, width))
-                width_loss, _ = OBJECTIVES[config.name](config, first)
+                truncated = dataclasses.replace(
+                    encoded, queries=_truncate(queries, width), documents=_truncate(documents, width)
+                )
+                width_loss, _ = OBJECTIVES[config.name](config, truncated)
                 metrics[f"{label}_{width}"] = width_loss
                 loss = loss + weight * width_loss
             total = total + config.weight * loss
@@ -109,7 +111,7 @@ class Objectives:
         return {label: own_params for label, own_params in params.items() if own_params}
 
     def _weight_queries(self, config: ObjectiveConfig, batch: Batch) -> Float[Array, " b"]:
-        """Return each query's weight in the mean over the queries of the objective's sources."""
+        """Return each query's weight in the mean [B]: 1/n for the n queries of the objective's sources, 0 for others."""
         if not config.sources:
             return jnp.full(batch.query_slot.shape, 1 / batch.query_slot.shape[0])
         is_counted = jnp.array([name in config.sources for name in self.source_names])[batch.source]
