@@ -72,9 +72,11 @@ def _exit_with_one_line() -> Iterator[None]:
         if error.errno == errno.EPIPE:
             _leave(128 + signal.SIGPIPE)
         _leave(2, f"error: standard output cannot be written ({error}). Make room, or redirect it to another file.")
-    except Exception as error:
+    except BaseException as error:
         if line := explain_system_error(error):
             _leave(2, f"error: {line}")
+        if isinstance(error, SystemExit):
+            raise
         traceback.print_exc()
         _leave(1)
 

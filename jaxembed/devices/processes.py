@@ -104,13 +104,15 @@ def process_group(limit_s: float) -> Iterator[None]:
         monitor.end_all(130, "interrupted")
     except UserError as error:
         monitor.end_all(2, str(error))
-    except Exception as error:
+    except BaseException as error:
+        if line := explain_system_error(error):
+            monitor.end_all(2, line)
+        if not isinstance(error, Exception):
+            raise
         if isinstance(error, RuntimeError) and any(name in str(error) for name in CONNECTION_ERRORS):
             monitor.exit_if_group_ends()
             reason = summarize(error, 120)
             monitor.end_all(1, f"another process has ended or cannot be reached ({reason}). {RESUME_HINT}")
-        if line := explain_system_error(error):
-            monitor.end_all(2, line)
         traceback.print_exc()
         monitor.end_all(1, f"{type(error).__name__}: {summarize(error)}")
     _leave(monitor)

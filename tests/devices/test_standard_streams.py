@@ -33,6 +33,10 @@ NOISE = """
 """
 
 
+class PanicException(BaseException):
+    """Stands for the exception of libraries in Rust."""
+
+
 def run(body: str, shell: str = '"$@"', *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a command whose main function has a body, in a line of bash."""
     command = ["bash", "-c", f"set -o pipefail; {shell}", "bash", sys.executable, "-c", COMMAND.format(body=body), *arguments]
@@ -93,12 +97,13 @@ def test_a_command_leaves_at_once_after_its_error() -> None:
         (RuntimeError("INTERNAL: YNNPACK operation failed"), "out of memory (INTERNAL: YNNPACK operation failed). Free"),
         (OSError(errno.EROFS, "Read-only file system", "/cache/a\n"), r"/cache/a\n: cannot be used (Read-only file system)."),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), "a file: cannot be used (Disk quota exceeded)."),
+        (PanicException("called `Result::unwrap()`"), "a library failed (called `Result::unwrap()`). Check the tokenizer.json"),
         (RuntimeError("shape mismatch"), None),
         (FileNotFoundError(errno.ENOENT, "No such file", "x"), None),
         (ValueError("x"), None),
     ],
 )
-def test_errors_of_the_system_are_explained(error: Exception, line: str | None) -> None:
+def test_errors_of_the_system_are_explained(error: BaseException, line: str | None) -> None:
     explained = explain_system_error(error)
     assert explained is None if line is None else explained is not None and explained.startswith(line)
 
