@@ -1,4 +1,7 @@
-"""A decoder-only transformer over packed rows: embedding, stacked pre-norm layers, final norm. No head, no cache."""
+"""A decoder-only transformer over packed rows: embedding, stacked pre-norm layers, final norm.
+
+It has no language-model head and no key-value cache.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,10 @@ class DecoderLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, token_info: TokenInfo, rope: Any, window: Any) -> tuple[jax.Array, None]:
-        """Map hidden states [R * T, D] to those of the next layer. The second output is for `nn.scan`."""
+        """Map hidden states [R * T, D] to those after this layer. `nn.scan` needs the second output, None.
+
+        See `Attention` for `token_info`, `rope` and `window`.
+        """
         c, dtype = self.config, self.compute.dtype
         attention = Attention(
             heads=c.heads, kv_heads=c.kv_heads, head_width=c.head_width, qkv_bias=c.qkv_bias, out_bias=c.out_bias,
@@ -62,7 +68,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Maps packed texts to hidden states [R, T, D] after the final norm, in the compute dtype."""
+    """Maps packed texts to hidden states [R, T, D] after the final norm, in the dtype of the computation."""
 
     config: DecoderConfig
     mask: Mask
@@ -79,8 +85,8 @@ class Decoder(nn.Module):
         frequencies = compute_rope_frequencies(c.head_width, c.rope_theta, dict(c.rope_scaling))
         rope = build_rope_table(texts.positions, frequencies, dtype)
         token_info = TokenInfo(texts.segment_ids, texts.positions, texts.pool_mask)
-        # Windows that differ between layers are an array [L], which the loop over the layers slices. A layer without a window
-        # then has one as long as the longest text. One window for all layers stays a static number: kernels need one.
+        # Windows that differ between layers become an array [L], which `nn.scan` slices. There, a layer without a window gets
+        # one as long as the longest text. A window that all layers share stays a Python int: some kernels need a static one.
         is_mixed = len(set(c.windows)) > 1
         window = jnp.array([w or c.max_positions for w in c.windows]) if is_mixed else next(iter(c.windows), None)
         layer = DecoderLayer
@@ -88,7 +94,7 @@ class Decoder(nn.Module):
             layer = nn.remat(DecoderLayer, prevent_cse=False, static_argnums=() if is_mixed else (4,))  # 4: window
         stack = nn.scan(
             layer,
-            variable_axes={"params": 0, "intermediates": 0},  # the latter for `capture_intermediates`
+            variable_axes={"params": 0, "intermediates": 0},  # "intermediates" is for `capture_intermediates`
             split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast, nn.broadcast, 0 if is_mixed else nn.broadcast),
             length=c.layers,

@@ -21,14 +21,14 @@ from jaxembed.model.layers import Linear, l2_normalize
 from jaxembed.model.masks import MASKS, TokenInfo
 from jaxembed.model.pooling import make_pooling, make_segment_mask
 
-# What may follow the projection, by name.
+# Activations after the projection, by their names in the spec.
 PROJECTION_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"identity": lambda x: x, "tanh": jnp.tanh}
 
 
 class EmbeddingModel(nn.Module):
-    """Maps packed texts to vectors [R, S, D] in at least float32; [R, S, P] where the spec has a projection to P numbers.
+    """Maps packed texts to vectors [R, S, D], or [R, S, P] where the spec has a projection to width P. In at least float32.
 
-    Absent texts give zeros, or the projection of zeros.
+    The vectors of absent texts are zeros, or the projection of zeros.
 
     Attributes:
         decoder: Sizes of the decoder.
@@ -49,7 +49,7 @@ class EmbeddingModel(nn.Module):
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """The names of the adapters. Empty where there is no adapter, or one without a name."""
+        """The names of the adapters. Empty without adapters, and with a single adapter that has no name."""
         return () if self.lora is None else self.lora.names
 
     @nn.compact
@@ -74,10 +74,10 @@ def make_example_texts(row_length: int = 8) -> PackedTexts:
 
 
 def infer_parameter_shapes(model: EmbeddingModel) -> Any:
-    """Return the tree of parameters as ShapeDtypeStructs, boxed with their logical axes. It needs no memory.
+    """Return the tree of parameters as ShapeDtypeStructs, boxed with their logical axes. Allocates no arrays.
 
     Raises:
-        UserError: The heads of the pooling do not divide the width of the decoder.
+        UserError: The number of pooling heads does not divide the width of the decoder.
     """
     heads, width = model.spec.pooling_heads, model.decoder.width
     if model.spec.pooling in ("latent_attention_paper", "self_attention") and width % heads:
@@ -93,8 +93,8 @@ def init_params(model: EmbeddingModel, key: jax.Array, shardings: Any) -> Any:
 
     Args:
         model: The model.
-        key: A random key, or keys [N] for N draws stacked along a first axis.
-        shardings: Tree of shardings of the parameters that are wanted; others are left out.
+        key: A random key, or N keys [N] to draw N sets of parameters, stacked along a first axis.
+        shardings: Shardings of the parameters to draw. Parameters that are missing in this tree are not drawn.
     """
     wanted = flatten_dict(shardings)
     if not wanted:

@@ -35,8 +35,8 @@ class DecoderConfig:
         out_bias: Whether the output projection of attention has a bias.
         qk_norm: Whether queries and keys pass a norm.
         windows: Sliding window of each layer in tokens; None: no window.
-        tie_embeddings: Whether the language-model head shares the token embedding.
-        max_positions: Length of the longest text in tokens.
+        tie_embeddings: Whether the language-model head uses the token embedding as its kernel.
+        max_positions: Maximum length of a text in tokens.
     """
 
     family: str
@@ -65,15 +65,14 @@ class DecoderConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """Facts about a model family that its config files do not state.
+    """Properties of a model family that its config files do not state.
 
     Attributes:
         qkv_bias: Whether the query, key and value projections always have a bias.
         qk_norm: Whether queries and keys pass a norm.
-        window: Whether a configured sliding window is always used, used if `use_sliding_window` is set ("switched"), or
-            never used.
-        architecture: Class name in transformers.
-        defaults: Values of fields that a config leaves out, where transformers' values differ between families.
+        window: When a configured sliding window is used: "always", if `use_sliding_window` is set ("switched"), or "never".
+        architecture: Name of the model's class in transformers.
+        defaults: Defaults of config fields, where transformers has different defaults for different families.
     """
 
     qkv_bias: bool = False
@@ -100,7 +99,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "llama": Family(architecture="LlamaModel", defaults={"max_position_embeddings": 2048}),
     }
 )  # fmt: skip
-# What happens to the fields of a decoder's config.json.
+# How each field of a decoder's config.json is handled; see `FieldList`.
 CONFIG_FIELDS = FieldList(
     read=frozenset(
         {
@@ -110,7 +109,7 @@ CONFIG_FIELDS = FieldList(
             "tie_word_embeddings", "max_position_embeddings", "is_causal", "auto_map",
         }
     ),
-    # Generation, training, the names of classes, and how PyTorch computes.
+    # Fields on generation, training, class names, and how PyTorch computes.
     harmless=frozenset(
         {
             "_name_or_path", "architectures", "attention_dropout", "bos_token_id", "chunk_size_feed_forward", "dtype",
@@ -126,6 +125,7 @@ CONFIG_FIELDS = FieldList(
             "num_beam_groups", "num_return_sequences", "remove_invalid_values", "tf_legacy_loss", "typical_p",
         }
     ),
+    # Field: the values with which it has no effect. Any other value is refused.
     refused={
         "partial_rotary_factor": (1, 1.0), "pretraining_tp": (1,), "quantization_config": (), "cross_attention_hidden_size": (),
         "add_cross_attention": (False,), "pruned_heads": (), "is_bidirectional": (), "use_bidirectional_attention": (),
@@ -137,7 +137,7 @@ CONFIG_FIELDS = FieldList(
 # Any of these keys in a config marks a mixture of experts.
 MOE_KEYS = frozenset({"num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size"})
 
-# Numbers that the scaling of each supported `rope_type` needs.
+# Scaling parameters that each supported `rope_type` needs.
 ROPE_SCALING_KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "default": (),
@@ -145,7 +145,7 @@ ROPE_SCALING_KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     }
 )
-ROPE_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")  # keys of every `rope_type`
+ROPE_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")  # allowed with every `rope_type`
 # Limits far above any model, so that a wrong config is refused before memory is allocated.
 MAX_LAYERS = MAX_HEADS = MAX_HEAD_WIDTH = 2**12
 MAX_WIDTH = MAX_VOCAB_SIZE = 2**24
@@ -283,10 +283,10 @@ def _read_heads(config: Mapping[str, Any], where: str) -> tuple[int, int, int]:
 
 
 def _read_rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return `rope_theta`, `rope_type` and the scaling's numbers.
+    """Return a dict of `rope_type`, `rope_theta` and the scaling parameters of that type.
 
-    They are in `rope_parameters` (transformers 5), or in `rope_scaling` with `rope_theta` beside it (older versions). A config
-    with both must say the same twice, because libraries differ in which of them they read.
+    They are in `rope_parameters` (transformers 5), or in `rope_scaling` with `rope_theta` beside it (older versions). If a
+    config has both, they must agree, because libraries differ in which one they read.
     """
     keys = [key for key in ("rope_parameters", "rope_scaling") if config.get(key)]
     ropes = [_parse_rope(config, key, where) for key in keys or ["rope_scaling"]]
@@ -300,7 +300,7 @@ def _read_rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _parse_rope(config: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
-    """Return what `_read_rope` returns, from one of the two fields."""
+    """Read and check one of the two fields, `key`. Returns the same dict as `_read_rope`."""
     rope = Fields(config, where).mapping(key, {})
     fields = Fields(rope, f"{where}: {key}")
     kind = fields.string("rope_type", fields.string("type", "default"))
@@ -336,7 +336,8 @@ def _read_windows(config: Mapping[str, Any], family: Family, where: str) -> tupl
 def _read_layer_types(config: Mapping[str, Any], layers: int, where: str) -> list[str]:
     """Return the attention type of each layer.
 
-    It is in `layer_types`, or follows from the older `max_window_layers`: the number of first layers without a window.
+    Newer configs list them in `layer_types`. Older ones have `max_window_layers`: that many first layers have full attention,
+    the others a sliding window.
     """
     layer_types = config.get("layer_types")
     known = ("full_attention", "sliding_attention")

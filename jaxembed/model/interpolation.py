@@ -1,11 +1,11 @@
-"""Interpolation between the parameters of models of one shape: linear (soup) or spherical (slerp).
+"""Interpolation between the parameters of models of the same shape: linear (soup) or spherical (slerp).
 
-Both work tensor by tensor, and layer by layer in stacked tensors.
+Each tensor is interpolated by itself; tensors that are stacked over the layers are split into layers first.
 
 - A soup is the weighted mean (Wortsman et al. 2022, arXiv:2203.05482; for embedding models Xiao et al. 2023, LM-Cocktail,
   arXiv:2311.13534).
-- Slerp (Shoemake 1985; Qwen3-Embedding merges its checkpoints this way, arXiv:2506.05176) turns the direction of one tensor
-  evenly into that of the other. The formula is for unit vectors; here the length changes linearly.
+- Slerp (Shoemake 1985; Qwen3-Embedding merges its checkpoints this way, arXiv:2506.05176) rotates the direction of one
+  tensor into that of the other. The formula is for unit vectors; here the length is interpolated linearly.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from jaxtyping import Float32
 
 STACKED_LAYERS = ("decoder", "layers")  # path of the parameters that are stacked over the layers
 FLOAT64_CHUNK = 1 << 22  # numbers that are converted to float64 at once
-MIN_ARC = 1e-8  # least 1 - |cosine| for slerp: below it line and arc agree in float32, or the arc is undefined
+MIN_ARC = 1e-8  # least 1 - |cosine| for slerp; below it, line and arc agree in float32, or the arc is undefined
 
 Tensor = Float32[np.ndarray, "*n"]
 
@@ -59,17 +59,17 @@ METHODS: Mapping[str, Callable[[Tensor, Tensor, float], tuple[float, float]]] = 
 def interpolate(models: Iterator[Any], weights: Sequence[float], method: str) -> Any:
     """Merge models in their order and return the float32 parameters as NumPy arrays.
 
-    Each model is merged into the result of those before it by its share of their weights. For soups that is the weighted mean
-    of all. Sums are in float64.
+    Model i moves the result so far toward itself by t = weights[i] / (weights[0] + ... + weights[i]). For soups, this is the
+    weighted mean of all models. Sums are computed in float64.
 
     Args:
-        models: Parameters of one model after another. If they are loaded lazily, the result and one model are in memory.
+        models: Parameters of each model. If the iterator loads them lazily, only the result and one model are in memory.
         weights: Weight of each model. They need not sum to 1.
         method: A key of `METHODS`.
     """
     merged = jax.tree.map(lambda x: np.array(x, np.float32, order="C"), next(models))
     for i in range(1, len(weights)):
-        params = next(models)  # not by `zip`, which keeps the previous model while it loads the next
+        params = next(models)  # `zip` would keep the previous model in memory while the next one loads
         if weights[i]:
             _move_toward(merged, params, weights[i] / sum(weights[: i + 1]), method)
         del params
@@ -77,7 +77,7 @@ def interpolate(models: Iterator[Any], weights: Sequence[float], method: str) ->
 
 
 def _move_toward(merged: Any, params: Any, t: float, method: str) -> None:
-    """Replace `merged`, in place, by the point at `t` on its way to `params`."""
+    """Replace `merged`, in place, by the point at `t` (0 to 1) between it and `params`."""
     merged_tensors, tensors = flatten_dict(merged), flatten_dict(params)
     assert merged_tensors.keys() == tensors.keys()
     for path, x in merged_tensors.items():

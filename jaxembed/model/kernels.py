@@ -1,7 +1,7 @@
-"""Attention of queries, keys and values over packed rows: four kernels that compute the same function. A mask is a value.
+"""Attention over packed rows: four kernels that compute the same function of queries, keys and values.
 
 - `einsum` stores the scores of all rows at once.
-- `rows` goes through the rows group by group and recomputes the scores in the backward pass. On CPUs it is faster and takes
+- `rows` loops over groups of rows and recomputes the scores in the backward pass. On CPUs it is faster than `einsum` and uses
   an eighth of the memory.
 - `splash` is JAX's kernel for TPUs.
 - `cudnn` is cuDNN's kernel for NVIDIA GPUs.
@@ -26,7 +26,7 @@ from jaxembed.model.splash import attend_splash, describe_splash_limit
 
 log = logging.getLogger("jaxembed")
 
-# The `rows` kernel computes as many rows at once as have about this many scores (2^21 numbers, 8 MiB in float32).
+# Scores that the `rows` kernel computes at once (8 MiB in float32). At least one row of each shard is computed.
 MAX_SCORES_PER_GROUP = 1 << 21
 
 
@@ -38,7 +38,7 @@ def attend_einsum(
     mask: Mask,
     window: jax.Array | int | None,
 ) -> Float[Array, "r t n h"]:
-    """Return softmax(q k^T / sqrt(H)) v over the tokens that mask and segments let a query see.
+    """Return softmax(q k^T / sqrt(H)) v over the tokens that a query sees, by its mask and its segment.
 
     Args:
         q: Queries. Head n reads the key-value head n // (N / G).
@@ -51,7 +51,7 @@ def attend_einsum(
     rows, tokens, heads, width = q.shape
     # Query heads that share a key-value head lie along a new axis M = N / G.
     q_RTGMH = q.reshape(rows, tokens, k.shape[2], -1, width)
-    # Scores and softmax are in float32: small differences between large scores decide.
+    # Scores and softmax are in float32: in 16 bits, small differences between large scores would be lost.
     scores_RGTMS = promote_to_float32(jnp.einsum("rtgmh,rsgh->rgtms", q_RTGMH, k)) * width**-0.5
     seen = materialize_mask(mask, token_info, window)[:, None, :, None]
     weights = jax.nn.softmax(jnp.where(seen, scores_RGTMS, jnp.finfo(scores_RGTMS.dtype).min), axis=-1)
@@ -70,8 +70,8 @@ def attend_rows(
 ) -> Float[Array, "r t n h"]:
     """Compute `attend_einsum` for some rows at a time.
 
-    It takes more than six arguments because it is called like the other kernels, with `shards` bound by `pick_kernel`: the
-    number of equal parts in which the rows are split over devices, in order.
+    It takes more than six arguments because it is called like the other kernels. `pick_kernel` binds `shards`, the number of
+    equal, contiguous parts in which the rows are split over devices.
     """
     rows, tokens, heads, _ = q.shape
 
@@ -82,8 +82,8 @@ def attend_rows(
     def attend(xs: tuple[jax.Array, jax.Array, jax.Array, TokenInfo]) -> jax.Array:
         return attend_einsum(*xs, mask, window)
 
-    # `lax.map` loops over groups of steps. `checkpoint` recomputes a group's scores in the backward pass, so that the scores
-    # of one group exist at a time.
+    # `lax.map` loops over groups of steps. `checkpoint` recomputes a group's scores in the backward pass, so that only one
+    # group's scores are in memory at a time.
     group_size = min(max(1, MAX_SCORES_PER_GROUP // (heads * tokens * tokens)), rows // shards)
     steps = jax.tree.map(interleave_shards, (q, k, v, token_info))
     out = jax.lax.map(jax.checkpoint(attend), steps, batch_size=group_size)
@@ -98,13 +98,13 @@ def attend_cudnn(
     mask: Mask,
     window: jax.Array | int | None,
 ) -> Float[Array, "r t n h"]:
-    """Compute `attend_einsum` by cuDNN. It does not know packed rows, so it receives the mask as an array [R, 1, T, T]."""
+    """Compute `attend_einsum` with cuDNN. It does not support packed rows, so it gets the mask as an array [R, 1, T, T]."""
     seen = materialize_mask(mask, token_info, window)[:, None]
     return jax.nn.dot_product_attention(q, k, v, mask=seen, implementation="cudnn")
 
 
 def describe_cudnn_limit(q: Float[Array, "r t n h"], mask: Mask, window: jax.Array | int | None) -> str:
-    """Return what cuDNN cannot compute of this attention, or an empty string."""
+    """Return a phrase for the feature of this attention that cuDNN does not support, or an empty string."""
     tokens, width = q.shape[1], q.shape[3]
     if q.dtype.itemsize != 2:
         return f"{q.dtype.name} numbers"
@@ -120,7 +120,7 @@ class PlatformKernel:
     Attributes:
         platforms: Platforms as JAX names them.
         attend: Function with the arguments of `attend_einsum`.
-        describe_limit: Function (q, mask, window) that returns what the kernel cannot compute, or an empty string.
+        describe_limit: Function (q, mask, window) that returns a phrase for what is not supported, or an empty string.
     """
 
     platforms: tuple[str, ...]
@@ -132,14 +132,14 @@ PLATFORM_KERNELS = {
     "splash": PlatformKernel(("tpu", "cpu"), attend_splash, describe_splash_limit),
     "cudnn": PlatformKernel(("gpu",), attend_cudnn, describe_cudnn_limit),
 }
-# What `auto` picks on a platform; elsewhere einsum.
+# The kernel that `auto` picks on each platform. On others it picks einsum.
 DEFAULT_KERNELS = {"cpu": "rows", "tpu": "splash"}
 
 
 def pick_kernel(name: str, shards: int) -> Callable[..., jax.Array]:
     """Return the attention function of a config's `attention_kernel`, with the arguments of `attend_einsum`.
 
-    What the kernel cannot compute is left to `attend_einsum`, with one warning in the log.
+    Where the kernel does not support the attention, the function falls back to `attend_einsum` and logs one warning.
 
     Args:
         name: auto, einsum, rows, splash or cudnn.

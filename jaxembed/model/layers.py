@@ -1,6 +1,6 @@
 """Layers of a decoder: projections, norms, the gated MLP, rotary positions.
 
-Projections work on [tokens, width] arrays: two dimensions are the fast shape on CPUs.
+Projections work on arrays [R * T, width], because matmuls of two-dimensional arrays are fastest on CPUs.
 
 Letters in shapes: R rows, T tokens per row, S texts (segments) per row, N query heads, G key-value heads, H head width,
 D model width, F feed-forward width, V vocabulary, L layers (or latents), B queries, K negatives per query.
@@ -29,7 +29,7 @@ def promote_to_float32(x: jax.Array) -> jax.Array:
 
 
 class Linear(nn.Module):
-    """Computes x @ kernel + bias over the last axis, plus a low-rank adapter where `lora` targets this projection.
+    """Computes x @ kernel + bias over the last axis, plus the output of a low-rank adapter if `lora` targets it.
 
     With `lora` the kernel is frozen and stored in `lora.base_dtype`. An int8 kernel has a `kernel_scale` beside it.
 
@@ -74,14 +74,14 @@ class Linear(nn.Module):
             kernel = self.param("kernel", init, shape, storage_dtype)
         if self.lora is None:
             return sharded_matmul(x, kernel, fsdp_axis)
-        # The backward pass converts a kernel of fewer bits again. Otherwise the forward pass would keep the converted kernels
-        # of all layers, a copy of the model.
+        # A kernel stored in fewer bits is converted again in the backward pass. Otherwise the forward pass would save the
+        # converted kernels of all layers, which together are a copy of the model.
         keeps_dtype = storage_dtype == jnp.float32
         matmul = frozen_matmul if keeps_dtype else jax.checkpoint(frozen_matmul, static_argnums=3)
         return matmul(x, kernel, scale, fsdp_axis)
 
     def _apply_adapter(self, x: jax.Array, lora: LoraConfig) -> jax.Array:
-        """Return (alpha / rank) dropout(x) A B. Dropout is on when the caller passes a "dropout" key, as training does."""
+        """Return (alpha / rank) dropout(x) A B. Dropout is on if the caller passes a "dropout" key."""
         a_init = nn.with_partitioning(nn.initializers.he_uniform(), (self.axes[0], None))
         b_init = nn.with_partitioning(nn.initializers.zeros, (None, self.axes[1]))
         a = self.param("lora_a", a_init, (x.shape[-1], lora.rank)).astype(self.dtype)
@@ -97,7 +97,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalize the last axis and return `dtype`."""
+        """Normalize the last axis. The output has dtype `dtype`."""
         scale = self.param("scale", nn.with_partitioning(nn.initializers.ones, ("channel",)), (x.shape[-1],))
         wide = promote_to_float32(x)
         wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
@@ -112,7 +112,7 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalize the last axis and return `dtype`."""
+        """Normalize the last axis. The output has dtype `dtype`."""
         norm = nn.LayerNorm(
             self.epsilon,
             scale_init=nn.with_partitioning(nn.initializers.ones, ("channel",)),
@@ -132,7 +132,7 @@ class GatedMLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "tokens d"]) -> Float[Array, "tokens d"]:
-        """Map each token by itself."""
+        """Map each token independently."""
         gate = Linear(self.hidden_width, ("embed", "mlp"), self.dtype, lora=self.lora, name="gate")(x)
         up = Linear(self.hidden_width, ("embed", "mlp"), self.dtype, lora=self.lora, name="up")(x)
         return Linear(x.shape[-1], ("mlp", "embed"), self.dtype, lora=self.lora, name="down")(nn.silu(gate) * up)
@@ -147,7 +147,7 @@ def compute_rope_frequencies(head_width: int, theta: float, scaling: Mapping[str
         scaling: Scaling as in Hugging Face configs. `rope_type` is "default", "linear" (with `factor`) or "llama3" (with
             `factor`, `low_freq_factor`, `high_freq_factor` and `original_max_position_embeddings`).
     """
-    # Pair i turns by theta^(-2i / H) per position: short waves first, long waves last.
+    # Pair i rotates by theta^(-2i / H) per position: short wavelengths come first, long ones last.
     frequencies = 1.0 / theta ** (jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
     kind = scaling.get("rope_type", "default")
     if kind == "linear":
@@ -160,23 +160,23 @@ def compute_rope_frequencies(head_width: int, theta: float, scaling: Mapping[str
 def _scale_frequencies_llama3(frequencies: jax.Array, scaling: Mapping[str, Any]) -> jax.Array:
     """Scale frequencies as Llama 3.1 does (Hugging Face's `rope_type` "llama3").
 
-    Long waves are slowed down by `factor`, short waves are kept, and those between are interpolated.
+    Frequencies of long wavelengths are divided by `factor`, those of short ones stay, and those between are interpolated.
     """
-    # Turns of each pair within the context length of pretraining: many for short waves, less than one for the longest.
-    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    # Weight of the unscaled frequency: 0 up to `low_freq_factor` turns, 1 from `high_freq_factor` turns, linear between.
+    # Rotations of each pair over the context length of pretraining: many for short wavelengths, below one for the longest.
+    rotations = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    # Weight of the unscaled frequency: 0 below `low_freq_factor` rotations, 1 above `high_freq_factor`, linear between.
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
-    return frequencies * (keep + (1 - keep) / scaling["factor"])
+    unscaled_weight = jnp.clip((rotations - low) / (high - low), 0.0, 1.0)
+    return frequencies * (unscaled_weight + (1 - unscaled_weight) / scaling["factor"])
 
 
 def build_rope_table(
     positions: Int[Array, "r t"], frequencies: Float[Array, " half"], dtype: Any
 ) -> tuple[Float[Array, "r t 1 half"], Float[Array, "r t 1 half"]]:
-    """Return cosines and sines of every token's angles, with an axis of length 1 for the heads; in at least float32.
+    """Return the cosines and sines of every token's angles, in at least float32. The axis of length 1 is for the heads.
 
-    They are looked up in a table of the positions below T, which are all there are: no text is longer than its row. XLA would
-    otherwise compute them again for every head of every layer.
+    They are looked up in a table of positions 0 to T - 1, which is enough because no text is longer than its row. Without the
+    table, XLA would compute them again for every head of every layer.
     """
     angles = jnp.arange(positions.shape[-1], dtype=frequencies.dtype)[:, None] * frequencies
     wide = jnp.promote_types(dtype, jnp.float32)
@@ -190,6 +190,6 @@ def apply_rope(x: Float[Array, "r t n h"], cos: jax.Array, sin: jax.Array) -> Fl
 
 
 def l2_normalize(x: Float[Array, "*b d"], floor: float = 1e-12) -> Float[Array, "*b d"]:
-    """Return x / |x|. A zero vector stays zero and has a zero gradient, where jnp.linalg.norm would give NaN."""
+    """Return x / |x|. A zero vector stays zero, with a zero gradient (jnp.linalg.norm would give NaN)."""
     square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.maximum(square, floor**2))

@@ -3,7 +3,7 @@
 Only A and B are trained. An adapted projection stores them as `lora_a` [in, rank] and `lora_b` [rank, out] beside its kernel,
 stacked over the layers like the kernel. B is zero before training.
 
-One base may have several named adapters, one of which is used at a time (the task adapters of jina-embeddings-v3, Sturua
+One base may have several named adapters, of which one is used at a time (the task adapters of jina-embeddings-v3, Sturua
 et al. 2024, arXiv:2409.10173). Their parameters and optimizer states are then stacked along a first axis, and `pick_adapter`
 returns the tree of a model with one of them.
 
@@ -23,16 +23,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxembed.config import LoraConfig
 from jaxembed.model.quantization import dequantize
 
-# PEFT's names of the projections that may have adapters, with our names.
+# Projections that may have adapters: their names in PEFT, and in our parameter tree.
 TARGET_PROJECTIONS = {
     "q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "out", "gate_proj": "gate", "up_proj": "up", "down_proj": "down",
 }  # fmt: skip
 ADAPTER_PARAMS = ("lora_a", "lora_b")
-ADAPTER_STATE = "adapters"  # key of the optimizer state that each adapter has for itself
+ADAPTER_STATE = "adapters"  # key of the optimizer state that is separate for each adapter
 
 
 def has_adapter(lora: LoraConfig | None, projection: str | None) -> bool:
-    """Return whether the projection of this name (ours) has an adapter."""
+    """Return whether a projection has an adapter, given its name in our parameter tree."""
     return lora is not None and projection in {TARGET_PROJECTIONS[target] for target in lora.targets}
 
 
@@ -44,8 +44,9 @@ def select_kernel_dtype(lora: LoraConfig | None) -> jnp.dtype:
 def select_embedding_dtype(lora: LoraConfig | None) -> jnp.dtype:
     """Return the storage dtype of the token embedding.
 
-    It is bfloat16 beside int8 kernels, the dtype in which most models are released. In int8, a row's rounding error would
-    enter the residual stream of all layers. Norms and biases, a few parameters in a thousand, stay in float32.
+    It has the dtype of the kernels, except that with int8 kernels it is bfloat16, the dtype in which most models are released.
+    In int8, the rounding error of a row would enter the residual stream of all layers. Norms and biases, a few parameters in a
+    thousand, are always in float32.
     """
     dtype = select_kernel_dtype(lora)
     return jnp.dtype(jnp.bfloat16) if dtype == jnp.int8 else dtype
@@ -65,7 +66,7 @@ def split_params(params: Any) -> tuple[Any, Any]:
 
 
 def join_params(trained: Any, frozen: Any) -> Any:
-    """Return the whole tree of the two that `split_params` returned."""
+    """Join the two trees that `split_params` returned."""
     return unflatten_dict(flatten_dict(frozen) | flatten_dict(trained)) if frozen else trained
 
 
@@ -88,12 +89,12 @@ def merge_adapters(params: Any, lora: LoraConfig) -> Any:
 
 
 def stack_adapters(trees: Sequence[Any]) -> Any:
-    """Stack the adapter leaves of trees of one structure along a first axis. Other leaves are those of the first tree."""
+    """Stack the adapter leaves of trees of the same structure along a first axis. Take other leaves from the first tree."""
     return _map_adapters(lambda *leaves: jnp.stack(leaves), *trees)
 
 
 def stack_shapes(tree: Any, count: int) -> Any:
-    """Return a tree's ShapeDtypeStructs with `count` stacked adapters.
+    """Return the ShapeDtypeStructs of a tree with `count` stacked adapters, from a tree with one.
 
     Args:
         tree: Arrays or ShapeDtypeStructs of one adapter, with shardings. The new first axis is not sharded.
@@ -108,24 +109,27 @@ def stack_shapes(tree: Any, count: int) -> Any:
 
 
 def pick_adapter(tree: Any, index: jax.Array | int | None) -> Any:
-    """Return the tree with one of its stacked adapters. None returns the tree itself, whose adapters are not stacked."""
+    """Return the tree of one of the stacked adapters. An index of None means that nothing is stacked: return `tree`."""
     if index is None:
         return tree
     return _map_adapters(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), tree)
 
 
-def put_adapter(tree: Any, index: jax.Array | int | None, one: Any) -> Any:
-    """Return `one`, the tree of one adapter, with the other adapters of `tree` unchanged beside it.
+def put_adapter(tree: Any, index: jax.Array | int | None, adapter_tree: Any) -> Any:
+    """Return `tree` after the adapter at `index` is replaced: the inverse of `pick_adapter`.
 
-    Inverse of `pick_adapter`: it replaces the adapter at `index`.
+    Args:
+        tree: Tree with stacked adapters.
+        index: Index of the adapter to replace. None means that nothing is stacked: return `adapter_tree`.
+        adapter_tree: Tree of the new adapter. Leaves that are not adapters come from this tree too.
     """
     if index is None:
-        return one
-    return _map_adapters(lambda new, x: jax.lax.dynamic_update_index_in_dim(x, new, index, 0), one, tree)
+        return adapter_tree
+    return _map_adapters(lambda new, x: jax.lax.dynamic_update_index_in_dim(x, new, index, 0), adapter_tree, tree)
 
 
 def _map_adapters(change: Callable[..., Any], tree: Any, *others: Any) -> Any:
-    """Apply `change` to the adapter leaves of a tree and of `others` of the same structure; keep the tree's other leaves."""
+    """Map `change` over the adapter leaves of trees of the same structure. Take other leaves from the first tree."""
 
     def change_leaf(path: Any, x: Any, *rest: Any) -> Any:
         is_adapter = any(getattr(key, "key", None) in (*ADAPTER_PARAMS, ADAPTER_STATE) for key in path)

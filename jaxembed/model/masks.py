@@ -1,7 +1,7 @@
 """Attention masks as values: which tokens of a text see each other.
 
-A `Mask` decides for two tokens of the same text from their positions. `materialize_mask` combines that with the segments of
-packed rows; nothing else does. The matrices below have a row for each query token and a column for each key token (1: the
+A `Mask` decides whether one token sees another of the same text, from their positions. Only `materialize_mask` combines it with
+the segments of packed rows. The matrices below have a row for each query token and a column for each key token (1: the
 query sees the key). The row of tokens holds a text of three tokens whose first two are its instruction, a text of two tokens
 without instruction, and one token of padding:
 
@@ -13,7 +13,7 @@ without instruction, and one token of padding:
     0 0 0 1 1 0    0 0 0 1 1 0    0 0 0 1 1 0    0 0 0 1 1 0    text 2
     0 0 0 0 0 1    0 0 0 0 0 1    0 0 0 0 0 1    0 0 0 0 0 1    padding
 
-Padding (segment 0) sees padding, so that no softmax is over an empty set.
+Padding tokens (segment 0) see each other, so that no softmax is over an empty set.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from jaxtyping import Array, Bool
 
 @flax.struct.dataclass
 class TokenInfo:
-    """What masks need to know of the tokens of packed rows, [..., T] each.
+    """Segments, positions and parts of the tokens of packed rows, [..., T] each, from which masks are computed.
 
     Attributes:
-        segment: Number of the token's text in its row, counted from 1; 0 for padding.
+        segment: Index of the token's text in its row, counted from 1; 0 for padding.
         position: Position in the text, counted from 0.
-        in_text: False for tokens of the instruction.
+        in_text: True for tokens of the text itself, False for tokens of its instruction.
     """
 
     segment: Any
@@ -57,11 +57,11 @@ class Mask:
     instruction_causal: bool | None = None
 
     def allows(self, query: TokenInfo, key: TokenInfo, window: jax.Array | int | None = None) -> jax.Array:
-        """Return where the token `query` sees the token `key` of the same text. Their shapes broadcast.
+        """Return True where the token `query` sees the token `key` of the same text. Their shapes broadcast.
 
         Args:
-            query: Tokens that look.
-            key: Tokens that are looked at.
+            query: Query tokens.
+            key: Key tokens.
             window: Sliding window w, counted as in transformers. With the causal mask a token sees itself and the w - 1
                 tokens before it; with other masks, w tokens to either side. A text of three tokens:
 
@@ -73,7 +73,7 @@ class Mask:
         distance = query.position - key.position
         seen = distance >= 0
         if self.instruction_causal is None:
-            seen = seen if self.causal else distance == distance
+            seen = seen if self.causal else distance == distance  # all True, in the broadcast shape
         elif self.causal != self.instruction_causal:
             # One of the two parts is bidirectional: its tokens see later tokens of the same part too.
             is_bidirectional = query.in_text if self.instruction_causal else ~query.in_text

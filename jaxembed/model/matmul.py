@@ -1,6 +1,6 @@
-"""x @ kernel for kernels that are stored in another dtype than they are computed in and may be sharded over `fsdp`.
+"""Matmuls x @ kernel for kernels that may be stored in another dtype than that of x, and sharded over `fsdp`.
 
-A kernel is converted on the device that stores it and gathered after that: 16 bits are half the bytes. The gradient of a
+A kernel is converted to the dtype of x before it is gathered: in 16 bits, devices send half the bytes. The gradient of a
 trained kernel is summed over devices in the kernel's own dtype, and each device receives only the sum of its own shard.
 Without this module XLA may send whole gradients to all devices, summed in 16 bits.
 """

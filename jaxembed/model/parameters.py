@@ -16,12 +16,12 @@ def shapes_and_shardings(model: EmbeddingModel, mesh: Mesh) -> tuple[Any, Any]:
     """Return a tree of `jax.ShapeDtypeStruct` and a tree of shardings of a model's parameters.
 
     Raises:
-        UserError: The mesh does not divide the model.
+        UserError: The sizes of the mesh do not divide those of the model.
     """
     boxed, table = infer_parameter_shapes(model), logical_axis_table(mesh, model.decoder.axis_sizes)
     return nn.unbox(boxed), param_shardings(mesh, nn.get_partition_spec(boxed), table)
 
 
 def attach_shardings(shapes: Any, shardings: Any) -> Any:
-    """Return one tree of `jax.ShapeDtypeStruct` with shardings out of what `shapes_and_shardings` returns."""
+    """Attach shardings to a tree of `jax.ShapeDtypeStruct`. Takes the two trees of `shapes_and_shardings`."""
     return jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings)

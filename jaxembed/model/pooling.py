@@ -1,6 +1,6 @@
-"""Poolings map hidden states of packed rows to one vector per text. `POOLINGS` lists them by their names in configs.
+"""Pooling modules, which map hidden states of packed rows to one vector per text. `POOLINGS` lists them by config name.
 
-A pooling is a module with these arguments:
+Each is called with these arguments:
 
 - `hidden`: Hidden states of the tokens, [R, T, D].
 - `segment_mask`: True where a token is pooled into a text of its row, [R, T, S].
@@ -25,7 +25,7 @@ from jaxembed.model.masks import BIDIRECTIONAL, TokenInfo, materialize_mask
 
 
 def make_segment_mask(segment_ids: Int[Array, "r t"], pool_mask: Bool[Array, "r t"], segments: int) -> Bool[Array, "r t s"]:
-    """Return which tokens are pooled into which text of their row. The text in column s has segment id s + 1."""
+    """Return True where a token is pooled into a text of its row. The text in column s has segment id s + 1."""
     return (segment_ids[..., None] == jnp.arange(1, segments + 1)) & pool_mask[..., None]
 
 
@@ -43,19 +43,19 @@ class MeanPooling(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: jax.Array, segment_mask: jax.Array, token_info: TokenInfo) -> Float[Array, "r s d"]:
-        """Pool each text; see the module."""
+        """Pool each text (arguments: see the top of this file)."""
         return compute_weighted_mean(hidden, segment_mask)
 
 
 class PositionWeightedMeanPooling(nn.Module):
     """Takes the mean weighted by the position in the text, counted from 1 (SGPT, Muennighoff 2022, arXiv:2202.08904, eq. 2).
 
-    Later tokens of a causal model have seen more of the text.
+    In a causal model, later tokens have seen more of the text.
     """
 
     @nn.compact
     def __call__(self, hidden: jax.Array, segment_mask: jax.Array, token_info: TokenInfo) -> Float[Array, "r s d"]:
-        """Pool each text; see the module."""
+        """Pool each text (arguments: see the top of this file)."""
         return compute_weighted_mean(hidden, segment_mask * (token_info.position + 1)[..., None])
 
 
@@ -64,7 +64,7 @@ class LastPooling(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: jax.Array, segment_mask: jax.Array, token_info: TokenInfo) -> Float[Array, "r s d"]:
-        """Pool each text; see the module."""
+        """Pool each text (arguments: see the top of this file)."""
         index = jnp.arange(segment_mask.shape[1])[:, None]
         return _take_tokens(hidden, jnp.max(jnp.where(segment_mask, index, -1), axis=1))
 
@@ -74,7 +74,7 @@ class FirstPooling(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: jax.Array, segment_mask: jax.Array, token_info: TokenInfo) -> Float[Array, "r s d"]:
-        """Pool each text; see the module."""
+        """Pool each text (arguments: see the top of this file)."""
         first = jnp.argmax(segment_mask, axis=1)
         return _take_tokens(hidden, jnp.where(segment_mask.any(axis=1), first, -1))
 
@@ -90,8 +90,8 @@ class MaxPooling(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: jax.Array, segment_mask: jax.Array, token_info: TokenInfo) -> Float[Array, "r s d"]:
-        """Pool each text; see the module."""
-        # The text that each token is pooled into. Tokens that are not pooled go to an extra text behind the last.
+        """Pool each text (arguments: see the top of this file)."""
+        # The text that each token is pooled into. Tokens that are not pooled go to an extra text after the last.
         texts = segment_mask.shape[-1]
         text = jnp.where(segment_mask.any(axis=-1), jnp.argmax(segment_mask, axis=-1), texts)
         largest = jax.vmap(lambda h, t: jax.ops.segment_max(h, t, num_segments=texts + 1))(promote_to_float32(hidden), text)
@@ -101,7 +101,7 @@ class MaxPooling(nn.Module):
 class GatedFeedForward(nn.Module):
     """Computes out(value * gelu(gate)), the GEGLU of Shazeer 2020 with biases and the exact GELU.
 
-    It returns zero before training.
+    Its output is zero before training, because the kernel of `out` starts at zero.
     """
 
     hidden_width: int
@@ -109,7 +109,7 @@ class GatedFeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Map each token by itself."""
+        """Map each token independently."""
         both = Linear(2 * self.hidden_width, ("embed", "mlp"), self.dtype, True, name="in")(x)
         value, gate = jnp.split(both, 2, axis=-1)
         out = Linear(x.shape[-1], ("mlp", "embed"), self.dtype, True, init_std=0.0, name="out")
@@ -117,7 +117,7 @@ class GatedFeedForward(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of tokens to a context, without biases. It returns zero before training."""
+    """Multi-head attention of tokens to a context, without biases. Its output is zero before training."""
 
     heads: int
     head_width: int
@@ -156,7 +156,7 @@ class LatentAttentionPooling(nn.Module):
 
     By default it computes what the released checkpoints compute. Tokens attend to a trained array of latents through a
     pre-norm residual block with heads as wide as the model. A pre-norm residual GEGLU of four times the width follows. Both
-    blocks return zero before training, so that training starts from mean pooling.
+    blocks output zero before training, so that training starts from mean pooling.
 
     With `paper` it computes equation 1 of the paper, which has no norms, projections, scaling or residuals. The heads are
     then slices of the width, and a two-layer MLP with GELU follows.
@@ -167,7 +167,7 @@ class LatentAttentionPooling(nn.Module):
     Attributes:
         latents: Number of latents L.
         heads: Number of heads N.
-        paper: Whether to compute the paper's form.
+        paper: Whether to compute equation 1 of the paper instead of what the checkpoints compute.
     """
 
     latents: int
@@ -176,7 +176,7 @@ class LatentAttentionPooling(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: jax.Array, segment_mask: jax.Array, token_info: TokenInfo) -> Float[Array, "r s d"]:
-        """Pool each text; see the module."""
+        """Pool each text (arguments: see the top of this file)."""
         width, dtype = hidden.shape[-1], hidden.dtype
         init = nn.with_partitioning(nn.initializers.normal(1.0), ("latents", "embed"))
         latents = self.param("latents", init, (self.latents, width)).astype(dtype)
@@ -216,7 +216,7 @@ class SelfAttentionPooling(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: jax.Array, segment_mask: jax.Array, token_info: TokenInfo) -> Float[Array, "r s d"]:
-        """Pool each text; see the module."""
+        """Pool each text (arguments: see the top of this file)."""
         width, dtype = hidden.shape[-1], hidden.dtype
         normed = LayerNorm(dtype, name="attention_norm")(hidden)
         attention = CrossAttention(self.heads, width // self.heads, dtype, name="attention")
@@ -239,13 +239,13 @@ POOLINGS: dict[str, Callable[..., nn.Module]] = {
 
 
 def make_pooling(kind: str, latents: int, heads: int, name: str | None = None) -> nn.Module:
-    """Build the pooling of this name.
+    """Build the pooling module of a name.
 
     Args:
         kind: A key of `POOLINGS`.
         latents: Number of latents, for latent attention.
         heads: Number of heads, for latent attention and self-attention.
-        name: Name of the module among the parameters.
+        name: Key of the module in the parameter tree.
     """
     sizes = {"latents": latents, "heads": heads} if kind.startswith("latent") else {"heads": heads}
     return POOLINGS[kind](name=name, **(sizes if kind in TRAINABLE_POOLINGS else {}))

@@ -1,7 +1,7 @@
-"""Kernels of a frozen base in fewer bits than they are computed with: bfloat16, or int8 with a scale per output channel.
+"""Quantization of the kernels of a frozen base: int8 with a scale per output channel.
 
 Adapters on a quantized base are the idea of QLoRA (Dettmers et al. 2023, arXiv:2305.14314). QLoRA has a 4-bit type and
-quantized scales of blocks; this is plain symmetric int8, scaled by the largest number of each output channel.
+quantizes the scales of its blocks. This is plain symmetric int8: the largest absolute value of a channel becomes 127.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ INT8_MAX = 127
 
 
 def quantize(kernel: Float32[np.ndarray, "i o"]) -> tuple[Int8[np.ndarray, "i o"], Float32[np.ndarray, " o"]]:
-    """Return int8 numbers and a scale per output channel. Their product is the kernel to within half a scale."""
+    """Return the int8 kernel and a scale per output channel. Their product differs from `kernel` by at most half a scale."""
     scale = np.abs(kernel).max(axis=0) / INT8_MAX
     return np.rint(kernel / np.where(scale > 0, scale, 1)).astype(np.int8), scale
 
 
 def dequantize(kernel: Int8[Array, "*l i o"], scale: Float[Array, "*l o"]) -> Float[Array, "*l i o"]:
-    """Return the kernel in float32."""
+    """Return kernel * scale in float32. Axes before the last two, such as the layers, are batch axes."""
     return kernel.astype(jnp.float32) * scale[..., None, :]

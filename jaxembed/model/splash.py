@@ -1,4 +1,4 @@
-"""JAX's splash attention, a TPU kernel that never stores the scores: on packed rows, on every device of a mesh."""
+"""JAX's splash attention, a TPU kernel that never stores the scores, applied to packed rows and sharded over a mesh."""
 
 from __future__ import annotations
 
@@ -18,16 +18,12 @@ from jaxembed.devices.mesh import BATCH_AXES, target_platform
 from jaxembed.model.masks import BIDIRECTIONAL, CAUSAL, Mask, TokenInfo
 
 TPU_LANES = 128  # a block of tokens must be a multiple of this
-BLOCK_SIZES = (
-    4 * TPU_LANES,
-    3 * TPU_LANES,
-    2 * TPU_LANES,
-    TPU_LANES,
-)  # tokens per block; the first that divides a row is taken
+# Tokens per block, in order of preference: the first size that divides a row is used.
+BLOCK_SIZES = (4 * TPU_LANES, 3 * TPU_LANES, 2 * TPU_LANES, TPU_LANES)
 
 
 def describe_splash_limit(q: Float[Array, "r t n h"], mask: Mask, window: jax.Array | int | None) -> str:
-    """Return what splash cannot compute of this attention, or an empty string."""
+    """Return a phrase for the feature of this attention that splash does not support, or an empty string."""
     if mask not in (CAUSAL, BIDIRECTIONAL):
         return "a mask that treats instructions differently"
     if isinstance(window, jax.Array):
@@ -43,7 +39,7 @@ def attend_splash(
     mask: Mask,
     window: int | None,
 ) -> Float[Array, "r t n h"]:
-    """Compute `kernels.attend_einsum`, except at padding. On CPUs the kernel is interpreted, which is slow."""
+    """Compute the same as `kernels.attend_einsum`, except at padding tokens. On CPUs the kernel is interpreted, and slow."""
     attend = functools.partial(_attend_local, mask=mask, window=window, interpret=target_platform() == "cpu")
     return _shard_over_mesh(attend, q.shape[0], k.shape[2])(q, k, v, token_info.segment)
 
@@ -67,7 +63,7 @@ def _attend_local(
     padding = -tokens % TPU_LANES
     q, k, v = (jnp.pad(x, [(0, 0), (0, padding), (0, 0), (0, 0)]).swapaxes(1, 2) for x in (q * width**-0.5, k, v))
     segment = jnp.pad(segment, [(0, 0), (0, padding)])
-    # The kernel knows the mask of a row with one text. Segments separate the texts of a row.
+    # Build the kernel with the static mask of a row with one text. The segment ids separate the texts of a row.
     kernel = library.make_splash_mha(
         masks.MultiHeadMask([_make_static_mask(mask, window, tokens + padding)] * heads),
         block_sizes=_choose_blocks(tokens + padding),
@@ -100,10 +96,10 @@ def _choose_blocks(tokens: int) -> library.BlockSizes:
 
 
 def _shard_over_mesh(function: Callable[..., jax.Array], rows: int, kv_heads: int) -> Callable[..., jax.Array]:
-    """Run `function(q, k, v, segment)` on each device's own rows and heads; XLA cannot split a kernel by itself.
+    """Return `function(q, k, v, segment)` wrapped in `shard_map`, because XLA cannot split a Pallas kernel by itself.
 
-    Rows are split over the batch axes and heads over `tensor`, where they divide evenly. Otherwise every device takes all.
-    Only the mesh axes (`jax.set_mesh`) count that are not split by hand already.
+    Rows are split over the batch axes and heads over the axis `tensor`. If an axis does not divide them evenly, every device
+    computes all of them. Mesh axes that an outer `shard_map` has already split are not used.
     """
     mesh, axes = jax.sharding.get_abstract_mesh(), auto_axes()
     if not axes:
