@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measures how data recipes change scores: mined negatives, consistency filtering, labels or examples, single-source batches.
+"""Measures how data recipes change scores: mined negatives, consistency filters, label documents, single-source batches.
 
     python benchmarks/data_recipes.py BASE DATA MINER TASKS.py [--steps 60] [--seeds 3] [--only NAME ...] [--out DIR]
 
@@ -28,10 +28,9 @@ TASKS = ("AGNewsTitleRetrieval", "STSBenchmarkMultilingualSTS", "Banking77Classi
 
 
 def list_rows(data: Path, miner: str, folder: Path) -> dict[str, tuple[list[str], dict[str, Any]]]:
-    """Return the rows of the table by name: the tasks that score them, and their changes to the config."""
+    """Return the rows of the table by name: the names of the tasks that score a row, and its changes to the config."""
     news, ocnli = data / "ag_news" / "pairs_train.jsonl", data / "ocnli_zh" / "train.jsonl"
     banking = {"path": str(data / "banking77" / "train.jsonl"), "name": "banking"}
-    mined_name = {"name": "mined"}
 
     def with_sources(*sources: dict[str, Any], negatives: int = 3, **keys: Any) -> dict[str, Any]:
         return {"data": {"max_length": 128, "hard_negatives": negatives, "sources": list(sources), **keys}}
@@ -46,12 +45,12 @@ def list_rows(data: Path, miner: str, folder: Path) -> dict[str, tuple[list[str]
     top_2 = mine_pairs(miner, news, folder / "most.jsonl", "--consistency-top-k=2")
     return {
         "AG News, no hard negatives": ([TASKS[0]], with_sources({"path": str(news)}, negatives=0)),
-        "AG News, mined": ([TASKS[0]], with_sources({"path": mined_news, **mined_name})),
-        "AG News, mined, positive in the top 50": ([TASKS[0]], with_sources({"path": top_50, **mined_name})),
-        "AG News, mined, positive in the top 2": ([TASKS[0]], with_sources({"path": top_2, **mined_name})),
+        "AG News, mined": ([TASKS[0]], with_sources({"path": mined_news, "name": "mined"})),
+        "AG News, mined, positive in the top 50": ([TASKS[0]], with_sources({"path": top_50, "name": "mined"})),
+        "AG News, mined, positive in the top 2": ([TASKS[0]], with_sources({"path": top_2, "name": "mined"})),
         "OCNLI, no hard negatives": ([TASKS[1]], with_sources({"path": str(ocnli)}, negatives=0)),
         "OCNLI, its contradictions": ([TASKS[1]], with_sources({"path": str(ocnli)})),
-        "OCNLI, mined": ([TASKS[1]], with_sources({"path": mined_ocnli, **mined_name})),
+        "OCNLI, mined": ([TASKS[1]], with_sources({"path": mined_ocnli, "name": "mined"})),
         "Banking77, examples": ([TASKS[2]], with_sources({**banking, "label_documents": "examples"})),
         "Banking77, labels": ([TASKS[2]], with_sources({**banking, "label_documents": "labels"})),
         **{f"all three, {ratio:.0%} of a batch of one source": (list(TASKS), blend(ratio)) for ratio in (0, 0.5, 1)},
@@ -59,7 +58,7 @@ def list_rows(data: Path, miner: str, folder: Path) -> dict[str, tuple[list[str]
 
 
 def score_model(model: str, tasks_file: str, names: list[str]) -> dict[str, float]:
-    """Return the scores of a model by task."""
+    """Return the score of a model on each of the named tasks."""
     return {task: result["score"] for task, result in score_tasks(load_encoder(model), load_tasks(tasks_file, names)).items()}
 
 
@@ -83,6 +82,7 @@ def main() -> None:
 
 
 def print_row(name: str, runs: list[dict[str, float]]) -> None:
+    """Print mean and standard deviation of each task's score over the runs; a task without a score has an empty cell."""
     cells = []
     for task in TASKS:
         values = [run[task] for run in runs if task in run]

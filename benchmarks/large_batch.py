@@ -58,7 +58,7 @@ Loss = Callable[[jax.Array, jax.Array, Batch], jax.Array]
 
 
 def build_batch(count: int) -> tuple[jax.Array, jax.Array, Batch]:
-    """Return random vectors of about unit length for queries and documents, and a batch in which all texts differ."""
+    """Return random queries [count, D] and documents [count, 1, D] of about unit length, and a batch of distinct texts."""
     keys = jax.random.split(jax.random.key(0), 4)
     q, d, guide_queries, guide_documents = (jax.random.normal(key, (count, 1, WIDTH)) / WIDTH**0.5 for key in keys)
     hashes = jnp.arange(4 * count, dtype=jnp.uint32).reshape(2, count, 2)
@@ -74,6 +74,8 @@ def build_batch(count: int) -> tuple[jax.Array, jax.Array, Batch]:
 
 
 def make_blockwise_loss(config: InfoNCEConfig, shards: int = 1) -> Loss:
+    """Return the function that computes InfoNCE block by block."""
+
     def loss(q: jax.Array, d: jax.Array, batch: Batch) -> jax.Array:
         return info_nce(config, EncodedBatch(q, d, batch, jnp.full(len(q), 1 / len(q)), jax.random.key(0), shards))[0]
 
@@ -121,7 +123,7 @@ def measure_seconds(loss: Loss, count: int) -> float:
 
 
 def measure_jaxembed_step(args: argparse.Namespace) -> dict[str, float]:
-    """Return seconds and peak memory of a step of jaxembed."""
+    """Return the seconds and the peak memory in GiB of a step of jaxembed."""
     tree = {
         "model": {"base": args.base, "attention": "causal", "pooling": {"kind": "mean"}, "append_eos": False},
         "data": {"max_length": args.max_length, "sources": [{"path": str(args.data)}]},
@@ -137,7 +139,7 @@ def measure_jaxembed_step(args: argparse.Namespace) -> dict[str, float]:
 
 
 def measure_sentence_transformers_step(args: argparse.Namespace, batch_size: int) -> dict[str, float]:
-    """Return seconds and peak memory of a step of sentence-transformers' trainer."""
+    """Return the seconds and the peak memory in GiB of a step of sentence-transformers' trainer."""
     script = str(Path(__file__).parent / "finetune_sentence_transformers.py")
     options = [f"--batch-size={batch_size}", "--steps=1", "--mini-batch-size=64", f"--max-length={args.max_length}"]
     with tempfile.TemporaryDirectory() as folder:
@@ -164,7 +166,7 @@ def main() -> None:
 
 
 def print_memory() -> dict[str, list[float]]:
-    """Print the table of temporary memory and return its numbers by name of the loss."""
+    """Print the table of temporary memory and return its values in MiB for each batch size, by name of the loss."""
     losses = {"plain InfoNCE": plain_loss} | {name: make_blockwise_loss(config) for name, config in VARIANTS.items()}
     memory: dict[str, list[float]] = {}
     print("| loss and gradient | " + " | ".join(f"B = {size:,}" for size in BATCH_SIZES) + " |")
@@ -185,7 +187,7 @@ def print_memory_row(name: str, values: list[float]) -> None:
 
 
 def print_times(count: int) -> dict[str, float]:
-    """Print the table of seconds for `count` queries and return its numbers."""
+    """Print the table of seconds for `count` queries and return the seconds by name of the loss."""
     losses = {"plain": plain_loss, "blockwise": make_blockwise_loss(InfoNCEConfig())}
     times = {name: measure_seconds(loss, count) for name, loss in losses.items()}
     print(f"\n| InfoNCE, B = {count:,} | seconds |\n|---|---|")

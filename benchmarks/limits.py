@@ -6,7 +6,7 @@
 BASE is a decoder folder, DATA a JSONL file of pairs. The script builds one batch as training does (causal attention, mean
 pooling, InfoNCE, AdamW, float32). Then it runs the whole step and its parts in turn, each compiled on its own. The limit of
 a part is the longer of two times: its matmuls at the best rate of one large matmul, and its inputs and outputs moved once at
-the rate of adding two large arrays. Because the parts run separately, the fusions of XLA in the whole step do not show.
+the rate of adding two large arrays. Because the parts run separately, they do not show what XLA fuses in the whole step.
 
 Prints token counts and rates of the machine, a Markdown table (seconds, fraction of the step, limit, fraction of the limit)
 and, on the last line, one JSON object.
@@ -49,8 +49,9 @@ from jaxembed.model.matmul import sharded_matmul
 from jaxembed.training.optim import make_optimizer, make_schedule
 from jaxembed.training.step import TrainState, make_train_step
 
-MACHINE_ROUNDS = 30  # runs of the matmul and the addition that measure the machine; the best counts
-WARMUP_ROUNDS = 2  # the first compiles, and so does the second if a result is placed otherwise than the argument
+MACHINE_ROUNDS = 30  # runs of the matmul and the addition that measure the machine; the fastest run counts
+# The first round compiles. The second may too, if a result has another sharding than the argument that it replaces.
+WARMUP_ROUNDS = 2
 model_matmul = functools.partial(sharded_matmul, fsdp_axis=0)  # x @ W as the model computes it
 Part = tuple[Callable[[], Any], float, float]  # function to time, FLOPs of its matmuls, bytes it must move
 
@@ -116,7 +117,7 @@ def time_in_turns(parts: dict[str, Part], rounds: int) -> dict[str, list[float]]
 
 
 def jit_part(run: Callable[..., Any], *arrays: Any, flops: float = 0) -> Part:
-    """Jit a function of arrays as a part. It must move the bytes of its arguments and results."""
+    """Return the part that runs the jitted function. The bytes that it must move are those of its arguments and results."""
     bytes_moved = sum(x.nbytes for x in jax.tree.leaves(arrays))
     bytes_moved += sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(run, *arrays)))
     jitted = jax.jit(run, compiler_options=compiler_options())
@@ -128,12 +129,14 @@ def draw_normal(*shape: int) -> jax.Array:
 
 
 def build_largest_matmul(embedder: Embedder, batch: Any) -> Part:
+    """Build one matmul of the size of the gate projection. It measures the rate of the machine."""
     c, tokens = embedder.model.decoder, batch.texts.tokens.size
     flops = 2 * tokens * c.width * c.mlp_width
     return jit_part(model_matmul, draw_normal(tokens, c.width), draw_normal(c.width, c.mlp_width), flops=flops)
 
 
 def build_addition() -> Part:
+    """Build the addition of two arrays of 256 MiB. It measures the memory bandwidth of the machine."""
     return jit_part(jnp.add, draw_normal(1 << 26), draw_normal(1 << 26))
 
 
@@ -145,7 +148,7 @@ def iter_kernels(embedder: Embedder) -> Iterator[jax.Array]:
 
 
 def build_projections(embedder: Embedder, batch: Any) -> Part:
-    """Build x @ W of all layers with the gradients of x and W, one matmul after the other."""
+    """Build x @ W of all layers with the gradients of x and W, one projection after the other."""
     weights, tokens = list(iter_kernels(embedder)), batch.texts.tokens.size
     inputs = {width: draw_normal(tokens, width) for weight in weights for width in weight.shape}
 
@@ -164,7 +167,7 @@ def build_projections(embedder: Embedder, batch: Any) -> Part:
 
 
 def build_attention(embedder: Embedder, batch: Any) -> Part:
-    """Build attention of all layers, forward and backward. The scores are computed twice."""
+    """Build attention of all layers, forward and backward."""
     c, texts = embedder.model.decoder, batch.texts
     rows, length = texts.tokens.shape
     token_info = TokenInfo(texts.segment_ids, texts.positions, texts.pool_mask)
@@ -181,6 +184,7 @@ def build_attention(embedder: Embedder, batch: Any) -> Part:
 
         return jax.grad(total, (0, 1, 2))(q, k, v)
 
+    # 8 matmuls per layer: 2 forward, 2 for the forward pass that is recomputed, 4 backward.
     flops = 2 * rows * length**2 * c.heads * c.head_width * c.layers * 8
     run, _, bytes_moved = jit_part(all_layers, q, k, v)
     return run, flops, bytes_moved * c.layers
@@ -208,16 +212,18 @@ def build_pointwise(embedder: Embedder, batch: Any) -> Part:
 
 
 def build_embedding(embedder: Embedder, batch: Any) -> Part:
+    """Build the embedding lookup of all tokens, and the gradient of the table."""
     tokens, table = batch.texts.tokens.reshape(-1), embedder.params["decoder"]["embedding"]
 
-    def gather(table: jax.Array, weight: jax.Array) -> jax.Array:
+    def weighted_sum(table: jax.Array, weight: jax.Array) -> jax.Array:
         return jnp.vdot(table[tokens], weight)
 
-    run, _, _ = jit_part(jax.grad(gather), table, draw_normal(tokens.size, table.shape[1]))
+    run, _, _ = jit_part(jax.grad(weighted_sum), table, draw_normal(tokens.size, table.shape[1]))
     return run, 0, table.nbytes + 3 * tokens.size * table.shape[1] * 4  # most rows of the table are not read
 
 
 def build_loss(config: configuration.Config, embedder: Embedder, batch: Any) -> Part:
+    """Build the gradients of the objectives by the vectors of queries and documents."""
     objectives = Objectives(config.objectives)
     queries, documents = batch.query_slot.size, batch.doc_slot.size
     width = embedder.model.decoder.width
@@ -249,6 +255,7 @@ def build_optimizer(config: configuration.Config, embedder: Embedder) -> Part:
 
 
 def build_whole_step(config: configuration.Config, embedder: Embedder, batch: Any) -> Part:
+    """Build the training step itself. It has no limit of its own."""
     update = make_optimizer(config.optim, config.train.steps)
     schedule = make_schedule(config.optim, config.train.steps)
     step = make_train_step(embedder.model, Objectives(config.objectives), update, schedule)

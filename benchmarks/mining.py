@@ -6,7 +6,7 @@
 Each side runs in its own process with all cores. The sides take turns, --repeats times. Memory is the peak of the process
 minus its peak after creating the vectors and loading the libraries. Needs faiss (pip install faiss-cpu). Prints a Markdown
 table of medians (seconds, core seconds, memory) and, on the last line, one JSON object that also has the ratio of the times
-and the fraction of neighbors that both sides found.
+and, as `shared`, the fraction of neighbors that both sides found.
 """
 
 from __future__ import annotations
@@ -39,13 +39,14 @@ def read_clocks() -> np.ndarray:
 
 
 def draw_unit_vectors(count: int, width: int, seed: int) -> np.ndarray:
+    """Draw unit vectors [count, width] in float32."""
     vectors = np.random.default_rng(seed).standard_normal((count, width), np.float32)
     vectors /= np.sqrt(np.einsum("nd,nd->n", vectors, vectors))[:, None]
     return vectors
 
 
 def measure_search(side: str, args: argparse.Namespace) -> dict[str, float]:
-    """Measure one search, including compilation or building the index, and write the rows that it found."""
+    """Measure one search, including compilation or building the index, and write the document rows [queries, k] it found."""
     queries, documents = draw_unit_vectors(args.queries, args.width, 0), draw_unit_vectors(args.documents, args.width, 1)
     if side == "faiss":
         import faiss

@@ -35,6 +35,7 @@ DIRECTIONS = ["query_document", "query_query", "document_query", "document_docum
 
 
 def with_infonce(**keys: Any) -> dict[str, Any]:
+    """Return the change of the config to InfoNCE with these keys."""
     return {"objectives": [{"name": "infonce", "temperature": 0.05, **keys}]}
 
 
@@ -132,7 +133,7 @@ def mine_pairs(miner: str, pairs: Path, out: Path, *options: str) -> str:
 
 
 def parse_and_set_up(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, RowTrainer]:
-    """Parse the command line with the options shared by tables of trained rows, and return the trainer of the rows."""
+    """Add the options that all tables of trained rows share, parse the command line, and return arguments and trainer."""
     parser.add_argument("--steps", type=int, default=60, help="training steps per row (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="runs per row (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=64, help="queries per step (default: %(default)s)")

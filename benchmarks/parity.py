@@ -5,7 +5,7 @@
 
 BASE is a decoder folder, TEXTS.jsonl has texts in the field --field. The script cuts --count texts of 5 to 400 tokens from
 them. jaxembed encodes them packed, transformers one by one: with causal attention and last-token pooling, and with
-bidirectional attention and mean pooling. Prints a Markdown table (least cosine, largest difference of a number) and, on the
+bidirectional attention and mean pooling. Prints a Markdown table (least cosine, largest absolute difference of a vector element) and, on the
 last line, one JSON object. Exits with code 1 if a cosine is below 0.99999.
 """
 
@@ -33,7 +33,7 @@ MIN_COSINE = 0.99999
 
 
 def pick_texts(path: Path, field: str, count: int, tokenizer: Any) -> list[str]:
-    """Return `count` texts with 5 to 400 tokens, evenly spaced."""
+    """Return `count` texts whose lengths are evenly spaced from 5 to 400 tokens."""
     rows = [json.loads(line)[field] for line in path.read_text(encoding="utf-8").splitlines()]
     words = " ".join(rows).split()
     texts, position = [], 0

@@ -16,11 +16,11 @@ from typing import Any
 from jaxembed.config import BatchingConfig, SourceConfig
 from jaxembed.data.batch_plan import BatchPlan
 
-SOURCES = {"a": (20_000_000, 3.0), "b": (1_000_000, 1.0), "c": (300_000, 0.5), "d": (9_000, 0.1)}  # examples, weight
+SOURCES = {"a": (20_000_000, 3.0), "b": (1_000_000, 1.0), "c": (300_000, 0.5), "d": (9_000, 0.1)}  # name: (examples, weight)
 
 
 class EmptySource:
-    """The attributes of a source that the plan reads."""
+    """A source without data: it has only the attributes that the plan reads."""
 
     def __init__(self, name: str, size: int, weight: float):
         self.config, self.name, self.size = SourceConfig(path=name, weight=weight), name, size

@@ -46,7 +46,7 @@ def read_anonymous_mib() -> float:
 
 
 class PeakMemory(threading.Thread):
-    """The peak of the anonymous memory from `start` to `join`, in MiB."""
+    """Thread that measures the peak anonymous memory between `start` and `join`, in MiB."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -62,7 +62,7 @@ class PeakMemory(threading.Thread):
 
 
 def measure_opening(path: Path) -> dict[str, float]:
-    """Open a file as a source and draw examples from it."""
+    """Open a file as a source, draw examples from it, and return seconds, draws per second, and memory in MiB."""
     before, memory = read_anonymous_mib(), PeakMemory()
     memory.start()
     start = time.perf_counter()

@@ -22,7 +22,7 @@ from jaxembed.planning.topology import skip_tpu_discovery, topology_devices
 
 skip_tpu_discovery()
 
-import jax  # noqa: E402  (after what it reads from the environment)
+import jax  # noqa: E402  (must follow skip_tpu_discovery, which sets environment variables that JAX reads)
 import jax.numpy as jnp  # noqa: E402
 
 from jaxembed.config import InfoNCEConfig, OptimConfig  # noqa: E402
@@ -65,12 +65,12 @@ def build_batch_shapes(args: argparse.Namespace, mesh: Any) -> Batch:
 def count_useful_flops(decoder: DecoderConfig, lora: bool, tokens: int) -> float:
     """Return the FLOPs of the decoder's matmuls, forward and backward, without recomputation.
 
-    With adapters, the frozen matrices have no gradient of their own.
+    With adapters, the frozen matrices need no gradients, so each of them has two matmuls instead of three.
     """
     width, heads, kv_heads = decoder.width, decoder.heads * decoder.head_width, decoder.kv_heads * decoder.head_width
-    matrices = width * (2 * heads + 2 * kv_heads + 3 * decoder.mlp_width)
+    matrix_elements = width * (2 * heads + 2 * kv_heads + 3 * decoder.mlp_width)
     passes = 2 if lora else 3
-    return decoder.layers * tokens * (2 * matrices * passes + 4 * TOKENS_PER_ROW * heads * 3)
+    return decoder.layers * tokens * (2 * matrix_elements * passes + 4 * TOKENS_PER_ROW * heads * 3)
 
 
 def compute_roofline(args: argparse.Namespace, decoder: DecoderConfig, program: Program, chips: int) -> dict[str, Any]:
@@ -105,15 +105,15 @@ def estimate_memory_traffic(args: argparse.Namespace, decoder: DecoderConfig, ch
     - eight float32 numbers of the optimizer per parameter.
     """
     width, heads, kv_heads = decoder.width, decoder.heads * decoder.head_width, decoder.kv_heads * decoder.head_width
-    matrices = width * (2 * heads + 2 * kv_heads + 3 * decoder.mlp_width)
+    matrix_elements = width * (2 * heads + 2 * kv_heads + 3 * decoder.mlp_width)
     rows = args.batch_size * (2 + args.negatives) // chips
     chunks = -(-rows // (args.rows or rows))
     forward = 1 + (args.rows is not None) + args.remat
     passes = forward + (1 if args.lora else 2)
     scores = 0 if args.attention in ("auto", "splash") else 16 * decoder.heads * TOKENS_PER_ROW
     bytes_per_token = 2 * (4 * width + 3 * heads + 2 * kv_heads + 4 * decoder.mlp_width) + scores
-    trained = 0 if args.lora else decoder.layers * matrices + decoder.vocab_size * width
-    matrix_bytes = chunks * passes * 2 * matrices * decoder.layers
+    trained = 0 if args.lora else decoder.layers * matrix_elements + decoder.vocab_size * width
+    matrix_bytes = chunks * passes * 2 * matrix_elements * decoder.layers
     token_bytes = passes * rows * TOKENS_PER_ROW * decoder.layers * bytes_per_token
     return matrix_bytes + token_bytes + 32 * trained / chips
 
@@ -122,12 +122,12 @@ def build_step(args: argparse.Namespace, mesh: Any) -> tuple[DecoderConfig, Any,
     """Return the decoder, the jitted step and the shapes of its state."""
     decoder = parse_hf_config(find_preset(args.model), args.model)
     lora = LoraConfig(rank=16, alpha=32, base_dtype="bfloat16") if args.lora else None
-    compute = ComputeOptions(jnp.bfloat16, args.remat, False, args.attention)
+    compute = ComputeOptions(dtype=jnp.bfloat16, remat=args.remat, unroll=False, attention_kernel=args.attention)
     model = EmbeddingModel(decoder, EmbeddingSpec(), compute, lora)
     optim = OptimConfig()
     optimizer = make_optimizer(optim, SCHEDULE_STEPS)
     state = state_shapes(model, optimizer, mesh)
-    placed = jax.tree.map(lambda x: x.sharding, state)
+    shardings = jax.tree.map(lambda x: x.sharding, state)
     with jax.set_mesh(mesh):
         step = make_train_step(
             model,
@@ -135,7 +135,7 @@ def build_step(args: argparse.Namespace, mesh: Any) -> tuple[DecoderConfig, Any,
             optimizer,
             make_schedule(optim, SCHEDULE_STEPS),
             chunk_rows=args.rows,
-            shardings=placed,
+            shardings=shardings,
         )
     return decoder, step, state
 

@@ -10,7 +10,7 @@ times each. The settings are those of benchmarks/finetune_sentence_transformers.
 attention, mean pooling, no prompts, InfoNCE at temperature 0.05 with in-batch negatives, AdamW.
 
 Token counts exclude padding. Training speed is the sum of tokens over the sum of seconds, of all steps that compile nothing.
-It is no median, because sentence-transformers pads each batch to its longest text: one batch can take twice as long as
+It is not a median, because sentence-transformers pads each batch to its longest text: one batch can take twice as long as
 another, and a median would ignore the long ones. Memory is the peak of the process.
 
 Prints a Markdown table of medians over the seeds and, on the last line, one JSON object: the ratios and all scores. Models
@@ -53,6 +53,7 @@ def run_script(command: list[str]) -> tuple[dict[str, Any], float]:
 
 
 def train_sentence_transformers(args: argparse.Namespace, seed: int, out: Path) -> dict[str, Any]:
+    """Train with sentence-transformers and return seconds, tokens per second, memory in GiB, and the share of padding."""
     script = [str(BENCHMARKS / "finetune_sentence_transformers.py"), args.base, str(args.data), str(out)]
     options = [f"--steps={args.steps}", f"--batch-size={args.batch_size}", f"--seed={seed}", "--warmup-steps=2"]
     result, memory = run_script([*script, *options, f"--learning-rate={args.learning_rate}"])
@@ -66,6 +67,7 @@ def train_sentence_transformers(args: argparse.Namespace, seed: int, out: Path) 
 
 
 def train_jaxembed(args: argparse.Namespace, seed: int, out: Path) -> dict[str, Any]:
+    """Train with jaxembed and return the same measurements."""
     config = str(BENCHMARKS.parent / "configs" / "ag_news.yaml")
     overrides = [
         f"model.base={args.base}", f"data.sources.0.path={args.data}", f"run.dir={out}", f"train.steps={args.steps}",
@@ -86,7 +88,7 @@ def train_jaxembed(args: argparse.Namespace, seed: int, out: Path) -> dict[str, 
 
 
 def encode(side: str, model: str, heldout: Path) -> None:
-    """Print the nDCG@10 of a model on a BEIR folder. Then encode its corpus for each input line and print tokens/s."""
+    """Print a model's nDCG@10 on a BEIR folder. Then encode its corpus for each line of standard input and print tokens/s."""
     beir = open_beir(heldout, ("test", "dev", "train"))
     documents = [beir.document_text(row) for row in range(len(beir.corpus))]
     queries = [beir.query_text(i) for i in range(len(beir.query_rows))]
