@@ -76,10 +76,16 @@ require_config() {
 }
 
 install_on_all_workers() { # KIND (tpu-vm or queued-resources) NAME FLAGS...
-  local kind=$1 name=$2 archive=${TMPDIR:-/tmp}/jaxembed-$2.tar.gz
+  local kind=$1 name=$2 archive
   shift 2
+  # A private folder with a random name: nobody else can read the archive, or put a link in its place.
+  archive_folder=${TMPDIR:-/tmp}/jaxembed.XXXXXXXX
+  [[ -n $dry_run ]] || archive_folder=$(mktemp -d "$archive_folder")
+  archive=$archive_folder/jaxembed.tar.gz
+  trap '[[ -n $dry_run ]] || rm -rf "$archive_folder"' EXIT
   run tar -czf "$archive" -C "$checkout" -X "$checkout/.dockerignore" .
   run gcloud compute tpus "$kind" scp "$archive" "$name:jaxembed.tar.gz" "$@" --worker=all
+  [[ -n $dry_run ]] || rm -rf "$archive_folder"
   # The Python of the TPU runtime may be older than 3.11, so uv installs one.
   run gcloud compute tpus "$kind" ssh "$name" "$@" --worker=all --command="mkdir -p jaxembed && \
 tar -xzf jaxembed.tar.gz -C jaxembed && cd jaxembed && \

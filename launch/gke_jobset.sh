@@ -48,8 +48,15 @@ hosts=$((${topology//x/*} / chips))
 ((hosts > 1 || slices == 1)) || fail "--slices: GKE joins only slices of several hosts ($slices slices, but --topology $topology has one host)"
 ((hosts == 1)) || [[ -n $claim ]] || fail "--claim is missing: the $((hosts * slices)) hosts need a shared folder for run.dir"
 
-quote_yaml() { # prints a text as a YAML string
-  echo "'${1//\'/\'\'}'"
+quote_yaml() { # prints a text as a YAML string on one line: a line such as --- in it would end the document
+  local text=${1//\\/\\\\}
+  text=${text//\"/\\\"} text=${text//$'\n'/\\n} text=${text//$'\r'/\\r} text=${text//$'\t'/\\t}
+  if [[ $text == "$1" ]]; then echo "'${1//\'/\'\'}'"; else echo "\"$text\""; fi
+}
+
+quote_argument() { # prints an argument of a container as a YAML string; Kubernetes replaces $(NAME), and $$ by $
+  # shellcheck disable=SC2016 # these are literal
+  quote_yaml "${1//'$'/'$$'}"
 }
 
 print_manifest() {
@@ -104,7 +111,7 @@ ${spot:+              cloud.google.com/gke-spot: 'true'
               image: $(quote_yaml "$image")
               command: [python, -m, jaxembed.train]
               args:
-$(for argument; do echo "              - $(quote_yaml "$argument")"; done)
+$(for argument; do echo "              - $(quote_argument "$argument")"; done)
               ports:
               - containerPort: 8471  # hosts of a slice
               - containerPort: 8080  # slices

@@ -6,8 +6,8 @@
 #   --module NAME  Python module that each process runs (default: jaxembed.train)
 #   --dry-run      print the commands and run nothing
 #
-# Prints the output of process 0, and the standard error of the other processes with their number in front. SIGTERM and
-# Ctrl-C reach all processes. The script waits for all of them and exits with the code of the first that failed. Set
+# Prints the output of process 0, and the standard error of the other processes with their number in front. Ctrl-C,
+# SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 stop all processes. The script waits for all of them and exits with the code of the first that failed. Set
 # PYTHON to use another interpreter than python.
 
 set -euo pipefail
@@ -42,7 +42,7 @@ add_prefix() { # NUMBER: copies lines to standard error with [NUMBER] in front; 
   exec sed -u "s/^/[$1] /" >&2
 }
 
-trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM HUP
+trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM HUP USR1 USR2
 trap 'kill -INT "${pids[@]}" 2>/dev/null || true' INT
 set -m # each process gets its own group, so that Ctrl-C reaches it only once, from this script
 for ((id = 0; id < count; id++)); do

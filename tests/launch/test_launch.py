@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -140,13 +141,18 @@ def test_bad_arguments_are_reported_in_one_line(name, args, message):
 def test_dry_run_prints_the_gcloud_commands_of_a_real_run(name, tmp_path):
     printed = split_commands(launch(name, "--dry-run", *FULL_ARGUMENTS[name], TMPDIR=str(tmp_path)).stdout)
     assert not list(tmp_path.iterdir())
-    path = add_fake_command(tmp_path / "bin", "gcloud", "[[ $* != *describe* ]] || echo ACTIVE")
+    keep = f'[[ $* != *" scp "* ]] || {{ ls -ld "${{5%/*}}" >{tmp_path}/mode; cp "$5" {tmp_path}/copy.tar.gz; }}'
+    path = add_fake_command(tmp_path / "bin", "gcloud", f"[[ $* != *describe* ]] || echo ACTIVE; {keep}")
     done = launch(name, *FULL_ARGUMENTS[name], TMPDIR=str(tmp_path), PATH=path)
     assert done.returncode == 0, done.stderr
-    done = [c for c in read_calls(tmp_path / "bin") if "describe" not in c]
+    calls = [c for c in read_calls(tmp_path / "bin") if "describe" not in c]
+    done = [[re.sub(r"/jaxembed\.\w{8}/", "/jaxembed.XXXXXXXX/", word) for word in call] for call in calls]
+    assert done != calls, "the name of the archive's folder is random"
     assert sorted(done) == sorted(c for c in printed if c[0] == "gcloud")  # several slices start at once
     assert done[:3] == [c for c in printed if c[0] == "gcloud"][:3]
-    with tarfile.open(tmp_path / "jaxembed-pod.tar.gz") as archive:
+    assert (tmp_path / "mode").read_text().startswith("drwx------"), "nobody else can read the archive"
+    assert not list(tmp_path.glob("jaxembed*")), "the archive is removed"
+    with tarfile.open(tmp_path / "copy.tar.gz") as archive:
         names = set(archive.getnames())
     assert {"./pyproject.toml", "./constraints.txt", "./jaxembed/train.py", "./configs/lora.yaml"} <= names
     assert not [n for n in names if n.startswith(("./.git/", "./.venv", "./runs")) or "__pycache__" in n]
@@ -292,6 +298,19 @@ def test_gke_manifest_of_several_slices_with_a_claim():
     assert (job["replicas"], spec["parallelism"], spec["completions"], spec["backoffLimit"]) == (3, 2, 2, 0)
     assert tree["metadata"]["namespace"] == "team"
     assert tree["spec"]["failurePolicy"]["maxRestarts"] == 0
+
+
+@pytest.mark.parametrize(
+    "argument",
+    ["run.name=a\n---\nb", "a\n...\n", "it's", 'say "x"', "back\\slash\nn", "\ttab", "a: b # c", "$(HOME) $$ $x", "é\r\n", ""],
+)
+def test_every_argument_reaches_the_container_of_a_manifest(argument):
+    """Kubernetes reads $$ as $, and replaces $(NAME)."""
+    printed = launch("gke_jobset", "--dry-run", *GKE, "--topology=2x2", "--", *TRAIN, argument).stdout
+    [job] = yaml.safe_load(printed)["spec"]["replicatedJobs"]
+    [container] = job["template"]["spec"]["template"]["spec"]["containers"]
+    assert container["args"][-1].replace("$$", "$") == argument
+    assert "$" not in container["args"][-1].replace("$$", "")
 
 
 def test_slurm_starts_one_task_per_gpu(tmp_path):
