@@ -1,4 +1,4 @@
-"""InfoNCE and its masks against constants, a loop over single pairs, and finite differences."""
+"""InfoNCE and its masks compared with constants, a loop over single pairs, and finite differences."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from jaxembed.training.gradcache import gather_vectors
 
 
 def compute_negative_mask(*args: Any, **options: Any) -> list[list[int]]:
-    """Return which document (column) is a negative of which query (row): its own ones, and in-batch negatives.
+    """Return 1 where a document (column) is an own or an in-batch negative of a query (row), else 0.
 
-    The columns are query-major: the positive of a query, then its own negatives.
+    The columns are the documents of the first query (positive, then its own negatives), then those of the second, and so on.
     """
     batch = make_batch(*args, **options)
     count, per_query = batch.doc_slot.shape
     queries, documents = collect_text_info(batch)
     queries, documents = queries.reshape(count, 1), documents.reshape(count * per_query)
     column = jnp.arange(count * per_query)
-    own = (jnp.arange(count)[:, None] == column // per_query) & (column % per_query > 0)
-    mask = (own | in_batch_candidates(queries, documents)) & documents.present & ~is_known_positive(queries, documents)
+    is_own = (jnp.arange(count)[:, None] == column // per_query) & (column % per_query > 0)
+    mask = (is_own | in_batch_candidates(queries, documents)) & documents.present & ~is_known_positive(queries, documents)
     return np.asarray(mask).astype(int).tolist()
 
 
@@ -42,7 +42,7 @@ def test_own_and_in_batch_negatives_count() -> None:
     assert compute_negative_mask(["a", "b"], [["A", "x"], ["B", None]]) == [[0, 1, 1, 0], [1, 1, 0, 0]]
 
 
-def test_a_source_without_in_batch_negatives_neither_uses_nor_gives_them() -> None:
+def test_texts_of_a_source_without_in_batch_negatives_have_none_and_are_none() -> None:
     documents: TextRows = [["A", "x"], ["B", "y"], ["C", "z"]]
     assert compute_negative_mask(["a", "b", "c"], documents, in_batch=[True, False, True]) == [
         [0, 1, 0, 0, 1, 1],
@@ -108,7 +108,11 @@ WORDS = list("abcdefgh")
 
 @st.composite
 def draw_cases(draw: st.DrawFn) -> tuple[Any, ...]:
-    """Draw batches of few words, so that queries and documents repeat."""
+    """Draw batches from few words, so that queries and documents repeat.
+
+    Returns:
+        queries [B], documents [B, M], whether each query has in-batch negatives [B], positives of each query, and a seed.
+    """
     b, m = draw(st.sampled_from([(1, 3), (4, 1), (4, 3)]))
     word = st.sampled_from(WORDS)
     queries = [draw(word) for _ in range(b)]
@@ -118,7 +122,7 @@ def draw_cases(draw: st.DrawFn) -> tuple[Any, ...]:
 
 
 def compute_by_loop(q: np.ndarray, d: np.ndarray, case: tuple[Any, ...], temperature: float) -> tuple[float, float]:
-    """Return the mean loss and the mean number of negatives, from one pair of texts at a time."""
+    """Return the mean loss and the mean number of negatives per query, computed pair by pair."""
     queries, documents, in_batch, positives, _ = case
     losses, count = [], 0
     for i in range(len(queries)):
@@ -190,8 +194,8 @@ def test_absent_slots_have_zero_vectors_and_gradients() -> None:
     picked = gather_vectors(vectors, slots, shards=2)
     flat = vectors.reshape(8, 6)
     expected = [flat[0], None, flat[3], flat[1], None, None, flat[6], flat[4]]
-    for got, want in zip(picked.reshape(8, 6), expected, strict=True):
-        assert np.abs(got - (0.0 if want is None else want / jnp.linalg.norm(want))).max() < 1e-6
+    for ours, reference in zip(picked.reshape(8, 6), expected, strict=True):
+        assert np.abs(ours - (0.0 if reference is None else reference / jnp.linalg.norm(reference))).max() < 1e-6
     gradient = np.asarray(jax.jit(jax.grad(total))(vectors)).reshape(8, 6)
     assert np.isfinite(gradient).all()
     assert (np.abs(gradient).sum(axis=1) > 0).tolist() == [True, True, False, True, True, False, True, False]

@@ -1,4 +1,4 @@
-"""Objectives against code that stores all pairs, constants and finite differences."""
+"""Objectives compared with code that stores the scores of all pairs, with constants, and with finite differences."""
 
 from __future__ import annotations
 
@@ -64,32 +64,35 @@ TEXTS = {
 
 
 def find_negatives(config: InfoNCEConfig, q: jax.Array, d: jax.Array, batch: Batch) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return for each direction which pairs count, and the hardness of each pair; found text by text."""
-    side = {"query": np.asarray(q), "document": np.asarray(d).reshape(-1, D)}
+    """Return for each direction, text by text, True where a pair is a negative, and the hardness of each pair: [B, N] each."""
+    vectors = {"query": np.asarray(q), "document": np.asarray(d).reshape(-1, D)}
     guide = {"query": np.asarray(batch.guide.queries), "document": np.asarray(batch.guide.documents).reshape(-1, G)}
     negatives = []
     for direction in config.directions:
-        one, other = direction.split("_")
-        keep, bias = np.zeros((B, len(TEXTS[other])), bool), np.zeros((B, len(TEXTS[other])))
-        for i, (n, (j, k, text)) in itertools.product(range(B), enumerate(TEXTS[other])):
-            anchor = i if one == "query" else i * (1 + K)  # index among the texts of its kind
+        anchor_kind, candidate_kind = direction.split("_")
+        shape = (B, len(TEXTS[candidate_kind]))
+        is_negative, hardness = np.zeros(shape, bool), np.zeros(shape)
+        for i, (n, (j, k, text)) in itertools.product(range(B), enumerate(TEXTS[candidate_kind])):
+            anchor = i if anchor_kind == "query" else i * (1 + K)  # index among the texts of its kind
             is_own = i == j and direction == "query_document" and k > 0
             is_in_batch = i != j and IN_BATCH[i] and IN_BATCH[j] and QUERIES[i] != QUERIES[j]
-            is_false = text in POSITIVES[i] or (other == "query" and TEXTS[one][anchor][2] in POSITIVES[j])
-            is_false |= config.mask_same_label and LABELS[i] == LABELS[j] >= 0 and SOURCES[i] == SOURCES[j]
+            is_false_negative = text in POSITIVES[i] or (
+                candidate_kind == "query" and TEXTS[anchor_kind][anchor][2] in POSITIVES[j]
+            )
+            is_false_negative |= config.mask_same_label and LABELS[i] == LABELS[j] >= 0 and SOURCES[i] == SOURCES[j]
             if config.margin is not None:
-                positive = side["query"][i] @ side["document"][i * (1 + K)]
-                is_false |= side[one][anchor] @ side[other][n] > positive + config.margin
+                positive = vectors["query"][i] @ vectors["document"][i * (1 + K)]
+                is_false_negative |= vectors[anchor_kind][anchor] @ vectors[candidate_kind][n] > positive + config.margin
             if config.guide is not None:
                 threshold = guide["query"][i] @ guide["document"][i * (1 + K)]
                 relative = config.guide_margin_kind == "relative"
                 threshold -= config.guide_margin * (abs(threshold) if relative else 1)
-                is_false |= guide[one][anchor] @ guide[other][n] > threshold
+                is_false_negative |= guide[anchor_kind][anchor] @ guide[candidate_kind][n] > threshold
             is_selected = {"all": is_own or is_in_batch, "hard": is_own, "in_batch": is_in_batch}[config.negatives]
-            keep[i, n] = is_selected and text is not None and not is_false
+            is_negative[i, n] = is_selected and text is not None and not is_false_negative
             if direction == "query_document" and config.hardness_of in ("hard" if is_own else "in_batch", "all"):
-                bias[i, n] = config.hardness
-        negatives.append((keep, bias))
+                hardness[i, n] = config.hardness
+        negatives.append((is_negative, hardness))
     return negatives
 
 
@@ -97,18 +100,19 @@ def compute_plain_losses(
     config: InfoNCEConfig, q: jax.Array, d: jax.Array, pairs: list[tuple[np.ndarray, np.ndarray]]
 ) -> jax.Array:
     """Return the loss of each query from the scores of all pairs."""
-    side = {"query": (q, q), "document": (d[:, 0], d.reshape(-1, D))}  # as anchors, as candidates
+    anchors = {"query": q, "document": d[:, 0]}
+    candidates = {"query": q, "document": d.reshape(-1, D)}
     positive = jnp.einsum("bd,bd->b", q, d[:, 0])[:, None] / config.temperature
-    sums = [[positive]]
-    for direction, (keep, bias) in zip(config.directions, pairs, strict=True):
-        one, other = direction.split("_")
-        scores = jnp.einsum("bd,nd->bn", side[one][0], side[other][1])
+    denominators = [[positive]]
+    for direction, (is_negative, hardness) in zip(config.directions, pairs, strict=True):
+        anchor_kind, candidate_kind = direction.split("_")
+        scores = jnp.einsum("bd,nd->bn", anchors[anchor_kind], candidates[candidate_kind])
         if direction == "document_query":
-            sums += [[]] if config.per_direction else []
-            sums[-1].append(positive)
-        logits = scores / config.temperature + bias * jax.lax.stop_gradient(scores)
-        sums[-1].append(jnp.where(keep, logits, -jnp.inf))
-    direction_losses = [jax.nn.logsumexp(jnp.concatenate(terms, axis=1), axis=1) - positive[:, 0] for terms in sums]
+            denominators += [[]] if config.per_direction else []
+            denominators[-1].append(positive)
+        logits = scores / config.temperature + hardness * jax.lax.stop_gradient(scores)
+        denominators[-1].append(jnp.where(is_negative, logits, -jnp.inf))
+    direction_losses = [jax.nn.logsumexp(jnp.concatenate(terms, axis=1), axis=1) - positive[:, 0] for terms in denominators]
     losses = jnp.stack(direction_losses).mean(axis=0)
     return losses * (1 - jnp.exp(-losses)) ** config.focal if config.focal else losses
 
@@ -137,7 +141,7 @@ INFONCE = {
 def test_blockwise_infonce_agrees_with_the_plain_form(
     name: str, devices: int, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Values and gradients agree in blocks of three texts, also with the queries on eight devices."""
+    """Values and gradients agree with blocks of three candidates, on one device and with queries split over eight."""
     config, random = INFONCE[name], np.random.default_rng(0)
     monkeypatch.setattr(blockwise, "MAX_SCORES_PER_BLOCK", 3 * B // devices)
     with jax.enable_x64(dtype == "float64"):
@@ -152,12 +156,12 @@ def test_blockwise_infonce_agrees_with_the_plain_form(
             return infonce.info_nce(config, make_encoded(q, d, batch, devices))[0]
 
         with jax.set_mesh(mesh):
-            placed = put_batch(mesh, jax.device_get((q, d, batch)))
-            got = jax.device_get(jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(*placed))
+            inputs = put_batch(mesh, jax.device_get((q, d, batch)))
+            actual = jax.device_get(jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(*inputs))
     tolerance = 1e-9 if dtype == "float64" else 1e-5
     assert float(expected[0]) > 0.1
-    assert abs(got[0] - expected[0]) < tolerance
-    for ours, reference in zip(got[1], expected[1], strict=True):
+    assert abs(actual[0] - expected[0]) < tolerance
+    for ours, reference in zip(actual[1], expected[1], strict=True):
         assert np.linalg.norm(ours - reference) <= tolerance * np.linalg.norm(reference)
         assert np.linalg.norm(reference) > 0.01
 

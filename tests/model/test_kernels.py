@@ -47,11 +47,11 @@ def draw_inputs(tokens: int, kv_heads: int = 2, dtype: Any = jnp.float32, rows: 
     return *(jnp.asarray(x, dtype) for x in (q, k, v)), TokenInfo(jnp.asarray(segment), jnp.asarray(position), in_text)
 
 
-def output_and_gradients(
-    kernel: Callable[..., jax.Array], given: AttentionInputs, mask: str, window: Any
+def make_output_and_gradients(
+    kernel: Callable[..., jax.Array], inputs: AttentionInputs, mask: str, window: Any
 ) -> Callable[..., Any]:
     """Return a function (q, k, v, token_info) -> (output at texts, gradients of a weighted sum of it by q, k and v)."""
-    weights = jnp.asarray(np.random.default_rng(1).normal(size=given[0].shape), given[0].dtype)
+    weights = jnp.asarray(np.random.default_rng(1).normal(size=inputs[0].shape), inputs[0].dtype)
 
     def run(q: jax.Array, k: jax.Array, v: jax.Array, token_info: TokenInfo) -> Any:
         def total(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
@@ -64,8 +64,9 @@ def output_and_gradients(
     return run
 
 
-def assert_close(actual: Sequence[jax.Array], expected: Sequence[jax.Array], tolerance: float = 1e-5) -> None:
-    for a, b in zip(actual, expected, strict=True):
+def assert_close(ours: Sequence[jax.Array], reference: Sequence[jax.Array], tolerance: float = 1e-5) -> None:
+    """Check that each array is close to its reference, which must not be all small."""
+    for a, b in zip(ours, reference, strict=True):
         assert np.abs(b).max() > 0.1
         assert np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)).max() < tolerance
 
@@ -76,52 +77,54 @@ def assert_close(actual: Sequence[jax.Array], expected: Sequence[jax.Array], tol
 )
 def test_splash_agrees_with_einsum(mask: str, window: int | None, tokens: int) -> None:
     """The rows are padded to one block, equal to one block, or padded to several blocks."""
-    given = draw_inputs(tokens)
-    got, want = (
-        jax.jit(output_and_gradients(kernel, given, mask, window))(*given)
+    inputs = draw_inputs(tokens)
+    actual, expected = (
+        jax.jit(make_output_and_gradients(kernel, inputs, mask, window))(*inputs)
         for kernel in (pick_kernel("splash", 1), attend_einsum)
     )
-    assert_close(got, want)
-    seen = np.asarray(given[3].segment) > 0
-    assert np.abs(attend_einsum(*given, MASKS[mask], 4) - want[0])[seen].max() > 0.1
+    assert_close(actual, expected)
+    seen = np.asarray(inputs[3].segment) > 0
+    assert np.abs(attend_einsum(*inputs, MASKS[mask], 4) - expected[0])[seen].max() > 0.1
 
 
 @pytest.mark.parametrize(("rows", "kv_heads"), [(4, 2), (3, 1)])
 def test_splash_is_sharded_over_rows_and_heads(rows: int, kv_heads: int) -> None:
-    """There is no communication where the mesh divides rows and heads. Elsewhere the output is the same."""
-    given = draw_inputs(40, kv_heads, rows=rows)
+    """Devices communicate only if the mesh does not divide rows and heads. The output is the same."""
+    inputs = draw_inputs(40, kv_heads, rows=rows)
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "tensor"))
     split = PartitionSpec("data", None, "tensor") if rows == 4 else PartitionSpec()
-    placed = jax.device_put(given[:3], NamedSharding(mesh, split))
+    sharded_qkv = jax.device_put(inputs[:3], NamedSharding(mesh, split))
     with jax.set_mesh(mesh):
         compiled = (
-            jax.jit(output_and_gradients(pick_kernel("splash", 4), given, "causal", None)).lower(*placed, given[3]).compile()
+            jax.jit(make_output_and_gradients(pick_kernel("splash", 4), inputs, "causal", None))
+            .lower(*sharded_qkv, inputs[3])
+            .compile()
         )
-        got = compiled(*placed, given[3])
-    assert_close(got, jax.jit(output_and_gradients(attend_einsum, given, "causal", None))(*given))
+        actual = compiled(*sharded_qkv, inputs[3])
+    assert_close(actual, jax.jit(make_output_and_gradients(attend_einsum, inputs, "causal", None))(*inputs))
     collectives = re.findall(r" (all-\w+|collective-\w+|reduce-scatter)\(", compiled.as_text())
     assert (not collectives) == (rows == 4)
 
 
 def test_splash_inside_a_shard_map_over_some_axes() -> None:
-    given = draw_inputs(40)
+    inputs = draw_inputs(40)
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
     rows = PartitionSpec("data")
 
-    def run(*given: Any) -> jax.Array:
-        return pick_kernel("splash", 1)(*given, MASKS["causal"], None)
+    def run(*inputs: Any) -> jax.Array:
+        return pick_kernel("splash", 1)(*inputs, MASKS["causal"], None)
 
     with jax.set_mesh(mesh):
-        by_hand = jax.shard_map(run, in_specs=(rows,) * 4, out_specs=rows, axis_names={"data"}, check_vma=False)
-        got = jax.jit(by_hand)(*given)
-    seen = np.asarray(given[3].segment) > 0
-    assert np.abs(got - attend_einsum(*given, MASKS["causal"], None))[seen].max() < 1e-5
+        sharded_run = jax.shard_map(run, in_specs=(rows,) * 4, out_specs=rows, axis_names={"data"}, check_vma=False)
+        actual = jax.jit(sharded_run)(*inputs)
+    seen = np.asarray(inputs[3].segment) > 0
+    assert np.abs(actual - attend_einsum(*inputs, MASKS["causal"], None))[seen].max() < 1e-5
 
 
 def test_a_model_with_splash_has_the_gradients_of_einsum(
     base_folder: Callable[[str], Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The model is encoded in chunks of rows on two devices. Its layers have a window and are rematerialized."""
+    """Encode in chunks of rows on two devices, with a sliding window and rematerialized layers."""
     kernels._warn_once.cache_clear()
     packed, _ = pack_texts(draw_texts((3, 17, 30, 9, 1, 12, 25, 20)), 32, shards=2)
     weights = np.random.default_rng(0).normal(size=(len(packed.tokens), packed.segments, 32))
@@ -155,10 +158,10 @@ def test_einsum_replaces_splash_with_one_warning(
 ) -> None:
     kernels._warn_once.cache_clear()
     with jax.enable_x64(dtype == jnp.float64), caplog.at_level(logging.INFO, "jaxembed"):
-        given = draw_inputs(8, dtype=dtype)
+        inputs = draw_inputs(8, dtype=dtype)
         for _ in range(2):
-            got = pick_kernel("splash", 1)(*given, MASKS[mask], window)
-        assert np.array_equal(got, attend_einsum(*given, MASKS[mask], window))
+            actual = pick_kernel("splash", 1)(*inputs, MASKS[mask], window)
+        assert np.array_equal(actual, attend_einsum(*inputs, MASKS[mask], window))
     warning = f"attention kernel splash does not support {limit}; einsum is used instead"
     assert [record.message for record in caplog.records] == [warning]
 
@@ -183,11 +186,11 @@ def test_each_platform_has_a_default_kernel(monkeypatch: pytest.MonkeyPatch) -> 
         pick_kernel("splash", 1)
 
 
-def lower_text(kernel: Callable[..., jax.Array], given: AttentionInputs, platform: str) -> str:
+def lower_text(kernel: Callable[..., jax.Array], inputs: AttentionInputs, platform: str) -> str:
     """Lower the forward and the backward pass for the compiler of another platform."""
     return str(
-        jax.jit(output_and_gradients(kernel, given, "bidirectional", 5))
-        .trace(*given)
+        jax.jit(make_output_and_gradients(kernel, inputs, "bidirectional", 5))
+        .trace(*inputs)
         .lower(lowering_platforms=(platform,))
         .as_text()
     )
@@ -201,24 +204,25 @@ def test_splash_lowers_for_tpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_cudnn_lowers_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """JAX asks cuDNN for its version, which the test replaces."""
+    """JAX asks cuDNN for its version, so the test replaces that call."""
     set_platform(monkeypatch, "gpu")
     monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
     text = lower_text(pick_kernel("cudnn", 1), draw_inputs(40, dtype=jnp.bfloat16), "cuda")
     assert set(re.findall(r"__cudnn\$\w+", text)) == {"__cudnn$fmhaScaleBiasSoftmax", "__cudnn$fmhaScaleBiasSoftmaxBackward"}
-    for given in (draw_inputs(40), draw_inputs(41, dtype=jnp.bfloat16)):
-        assert "__cudnn" not in lower_text(pick_kernel("cudnn", 1), given, "cuda")
+    for inputs in (draw_inputs(40), draw_inputs(41, dtype=jnp.bfloat16)):
+        assert "__cudnn" not in lower_text(pick_kernel("cudnn", 1), inputs, "cuda")
 
 
-def test_the_call_of_cudnn_agrees_with_einsum(monkeypatch: pytest.MonkeyPatch) -> None:
-    """XLA answers the call of cuDNN, which checks mask, scale and groups of heads."""
+def test_arguments_for_cudnn_agree_with_einsum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """XLA's implementation replaces cuDNN, so this checks the mask, the scale and the grouped heads of the call."""
     xla_attention = jax.nn.dot_product_attention
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *x, mask, implementation: xla_attention(*x, mask=mask))
-    given = draw_inputs(40)
-    got, want = (
-        jax.jit(output_and_gradients(kernel, given, "prefix", 5))(*given) for kernel in (kernels.attend_cudnn, attend_einsum)
+    inputs = draw_inputs(40)
+    actual, expected = (
+        jax.jit(make_output_and_gradients(kernel, inputs, "prefix", 5))(*inputs)
+        for kernel in (kernels.attend_cudnn, attend_einsum)
     )
-    assert_close(got, want)
+    assert_close(actual, expected)
 
 
 def test_attention_and_a_training_step_compile_for_tpus() -> None:

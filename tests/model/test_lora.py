@@ -1,4 +1,4 @@
-"""Low-rank adapters: their update, what is trained and saved, and that merging them changes no vector."""
+"""Low-rank adapters: their formula, which parameters are trained and saved, and that merging changes no vector."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_split_and_join() -> None:
 
 
 def test_adapters_train_resume_and_export_merged(folder: Path, tmp_path: Path) -> None:
-    """Adapters as NV-Embed has them: a resumed run has the losses of an uninterrupted one. Checkpoints hold no base."""
+    """Use NV-Embed's adapters. A resumed run has the losses of an uninterrupted one. Checkpoints do not contain the base."""
     nv_embed = ["model.lora={rank: 16, alpha: 32, dropout: 0.1}", "model.pooling={kind: latent_attention, latents: 5}"]
     nv_embed.append("eval.sets=[]")
     whole = train(make_config(folder, "whole", *nv_embed, "train.steps=4"))

@@ -32,7 +32,7 @@ def draw_test_texts() -> list[np.ndarray]:
 
 
 def compute_torch_states(family: str, causal: bool) -> list[list[np.ndarray]]:
-    """Return for each text the outputs of every layer of transformers, and after them that of the final norm."""
+    """Return for each text the output [tokens, D] of each layer in transformers, followed by that of the final norm."""
     model = tiny.build_torch_model(family, causal=causal)
     layers: list[Any] = []
     for layer in model.layers:
@@ -47,7 +47,7 @@ def compute_torch_states(family: str, causal: bool) -> list[list[np.ndarray]]:
 
 
 def compute_states(model: EmbeddingModel, params: Any) -> tuple[list[np.ndarray], np.ndarray]:
-    """Return for each text the outputs of every layer [L, tokens, D], cut out of its row; and the vectors [texts, D]."""
+    """Return for each text the outputs of all layers [L, tokens, D], taken from its row; and the vectors [texts, D]."""
 
     def is_layer(module: nn.Module, method: str) -> bool:
         return isinstance(module, DecoderLayer) and method == "__call__"
@@ -64,11 +64,13 @@ def compute_states(model: EmbeddingModel, params: Any) -> tuple[list[np.ndarray]
 
 
 def pool(state: np.ndarray, pooling: str) -> np.ndarray:
+    """Return the unit vector [D] of a text from its last hidden states [tokens, D]."""
     vector = state.mean(axis=0) if pooling == "mean" else state[-1]
     return vector / np.linalg.norm(vector)
 
 
 def max_error(pairs: Any) -> float:
+    """Return the largest absolute difference between the two arrays of any pair."""
     return max(float(np.abs(a - b).max()) for a, b in pairs)
 
 
@@ -82,8 +84,8 @@ def test_layers_and_vectors_agree_with_transformers(base_folder: Folder, family:
         )
         states, out = compute_states(model, params)
         for layer in range(model.decoder.layers):
-            assert max_error((got[layer], want[layer]) for got, want in zip(states, expected, strict=True)) < 1e-4
-        assert max_error((got, pool(want[-1], pooling)) for got, want in zip(out, expected, strict=True)) < 1e-5
+            assert max_error((ours[layer], reference[layer]) for ours, reference in zip(states, expected, strict=True)) < 1e-4
+        assert max_error((ours, pool(reference[-1], pooling)) for ours, reference in zip(out, expected, strict=True)) < 1e-5
 
 
 def test_a_wrong_mask_or_window_changes_the_vectors(base_folder: Folder) -> None:

@@ -1,4 +1,4 @@
-"""Poolings against constants, sentence-transformers and PyTorch."""
+"""Poolings compared with constants, sentence-transformers and PyTorch."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ def test_poolings_agree_with_sentence_transformers(pooling: str, include_prompt:
     lengths, prompt = np.array([9, 6, 4]), 3
     seen = np.arange(9) < lengths[:, None]
     stock = modules.Pooling(8, POOLING_MODES[pooling], include_prompt=include_prompt)
-    want = stock({"token_embeddings": torch.tensor(hidden), "attention_mask": torch.tensor(seen), "prompt_length": prompt})
+    expected = stock({"token_embeddings": torch.tensor(hidden), "attention_mask": torch.tensor(seen), "prompt_length": prompt})
     pooled = seen if include_prompt else seen & (np.arange(9) >= prompt)
     token_info = TokenInfo(seen.astype(np.int32), np.tile(np.arange(9), (3, 1)), pooled)
-    got = make_pooling(pooling, 0, 0).apply({}, *on_device((hidden, pooled[..., None], token_info)))
-    np.testing.assert_allclose(got[:, 0], want["sentence_embedding"].numpy(), atol=1e-6)
+    actual = make_pooling(pooling, 0, 0).apply({}, *on_device((hidden, pooled[..., None], token_info)))
+    np.testing.assert_allclose(actual[:, 0], expected["sentence_embedding"].numpy(), atol=1e-6)
 
 
 def on_device(tree: Any) -> Any:
@@ -68,7 +68,7 @@ def on_device(tree: Any) -> Any:
 
 
 def randomize(params: Any, seed: int = 0) -> Any:
-    """Replace parameters, some of which are zero before training, by random numbers."""
+    """Replace parameters by random values, because some are zero before training and would hide errors."""
     random, flat = np.random.default_rng(seed), flatten_dict(params)
     return unflatten_dict({path: jnp.asarray(random.normal(0, 0.3, x.shape), jnp.float32) for path, x in flat.items()})
 
@@ -82,22 +82,22 @@ def test_trainable_poolings_agree_with_pytorch(pooling: str, tmp_path: Path) -> 
     seen = np.arange(9) < LENGTHS[:, None]
     token_info = TokenInfo(seen.astype(np.int32), np.tile(np.arange(9), (3, 1)), seen)
     module = make_pooling(pooling, 5, 4)
-    given = on_device((hidden, seen[..., None], token_info))
-    params = randomize(nn.unbox(module.init(jax.random.key(0), *given)["params"]))
+    inputs = on_device((hidden, seen[..., None], token_info))
+    params = randomize(nn.unbox(module.init(jax.random.key(0), *inputs)["params"]))
     save_params(tmp_path / "model.safetensors", {"pooling": params}, {"pooling": ""}, lambda x: x)
     twin = TokenPooling(16, pooling, 5, 4)
     TokenPooling.load_torch_weights(str(tmp_path), model=twin)
     features = {"token_embeddings": torch.tensor(hidden), "attention_mask": torch.tensor(seen).long()}
     with torch.no_grad():
         tokens = twin(features)["token_embeddings"].numpy()
-    want = (tokens * seen[..., None]).sum(1) / seen.sum(1)[:, None]
-    got = module.apply({"params": params}, *given)[:, 0]
-    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
-    assert np.abs(np.asarray(got) - (hidden * seen[..., None]).sum(1) / seen.sum(1)[:, None]).max() > 0.1
+    expected = (tokens * seen[..., None]).sum(1) / seen.sum(1)[:, None]
+    actual = module.apply({"params": params}, *inputs)[:, 0]
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+    assert np.abs(np.asarray(actual) - (hidden * seen[..., None]).sum(1) / seen.sum(1)[:, None]).max() > 0.1
 
 
 def test_latent_attention_agrees_with_the_release_of_nv_embed() -> None:
-    """The release, written with PyTorch's functions: 2 heads as wide as the model, and a GEGLU of four times the width."""
+    """Compare with the release, rewritten in PyTorch: 2 heads as wide as the model, and a GEGLU of four times the width."""
     width, heads, latents = 6, 2, 3
     random = torch.Generator().manual_seed(0)
 
@@ -116,13 +116,13 @@ def test_latent_attention_agrees_with_the_release_of_nv_embed() -> None:
     queries = normed(x, "attention_norm") @ to_q.T
     mixed = []
     for h in range(heads):
-        one = slice(h * width, (h + 1) * width)
-        weights = torch.softmax(queries[:, one] @ keys[:, one].T / width**0.5, dim=-1)
-        mixed.append(weights @ values[:, one])
+        head = slice(h * width, (h + 1) * width)
+        weights = torch.softmax(queries[:, head] @ keys[:, head].T / width**0.5, dim=-1)
+        mixed.append(weights @ values[:, head])
     y = x + torch.cat(mixed, dim=-1) @ to_out.T
     value, gate = (normed(y, "mlp_norm") @ to_hidden[0].T + to_hidden[1]).split(4 * width, dim=-1)
     exact_gelu = gate * 0.5 * (1 + torch.erf(gate / 2**0.5))
-    want = (y + (value * exact_gelu) @ to_width[0].T + to_width[1]).mean(dim=0)
+    expected = (y + (value * exact_gelu) @ to_width[0].T + to_width[1]).mean(dim=0)
 
     def kernel(weight: torch.Tensor) -> dict[str, Any]:
         return {"kernel": weight.numpy().T}
@@ -137,9 +137,9 @@ def test_latent_attention_agrees_with_the_release_of_nv_embed() -> None:
         },
     }
     token_info = TokenInfo(jnp.ones((1, 5), int), jnp.arange(5)[None], jnp.ones((1, 5), bool))
-    given = on_device((x.numpy()[None], np.ones((1, 5, 1), bool), token_info))
-    got = LatentAttentionPooling(latents, heads).apply({"params": on_device(params)}, *given)
-    np.testing.assert_allclose(got[0, 0], want, rtol=1e-4, atol=1e-4)
+    inputs = on_device((x.numpy()[None], np.ones((1, 5, 1), bool), token_info))
+    actual = LatentAttentionPooling(latents, heads).apply({"params": on_device(params)}, *inputs)
+    np.testing.assert_allclose(actual[0, 0], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_paper_form_equals_equation_1() -> None:
