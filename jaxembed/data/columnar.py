@@ -35,7 +35,7 @@ def import_data_extra(module: str, feature: str) -> Any:
         return importlib.import_module(module)
     except ImportError:
         package = module.partition(".")[0]
-        raise UserError(f'{feature} need the package {package}. Install it with: pip install "jaxembed[data]"') from None
+        raise UserError(f"{feature} need the package {package}. Install it with: pip install '.[data]'") from None
 
 
 class ParquetFile:

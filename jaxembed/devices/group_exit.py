@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from jaxembed.devices.key_value_store import KeyValueStore
 from jaxembed.devices.standard_streams import LossyStream, StandardOutputError
@@ -32,7 +32,11 @@ MAX_HEARTBEAT_PERIOD_S = 5.0
 FAILURE_GRACE_S = 1.0  # for another process to write why it has ended
 LINGER_S = 3.0  # for the other processes to read the exit reason from process 0, with which the store ends
 EXIT_REASON, HEARTBEATS = "jaxembed/exit_reason", "jaxembed/heartbeats/"
+DEFAULT_HANDLER = 0  # SIG_DFL
 RESUME_HINT = "Run the same command on all processes to resume from the last checkpoint."
+
+LOST_FIRST = f"JAX aborted this process: process 0 has ended or cannot be reached. {RESUME_HINT}"
+_abort_line = LOST_FIRST
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,17 +163,28 @@ def print_error(line: str) -> None:
     print(f"\nerror: {line}", file=LossyStream(sys.stderr), flush=True)
 
 
-def report_jax_aborts() -> None:
-    """Let a process that JAX aborts, because it has lost process 0, end with a line that says what to do.
+def report_jax_aborts(line: str) -> None:
+    """Let this process end with a line if JAX aborts it, because it cannot reach process 0.
 
     A handler of Python's `signal` module would wait for the main thread, which an abort does not.
     """
+    global _abort_line
+    _abort_line = line
+    _set_abort_handler(_abort_handler)
+
+
+def stop_reporting_aborts() -> None:
+    """Let an abort end this process as usual."""
+    _set_abort_handler(ctypes.c_void_p(DEFAULT_HANDLER))
+
+
+def _set_abort_handler(handler: Any) -> None:
     libc = ctypes.CDLL(None)
     libc.signal.restype = ctypes.c_void_p
-    libc.signal(int(signal.SIGABRT), _abort_handler)
+    libc.signal(int(signal.SIGABRT), handler)
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _abort_handler(signal_number: int) -> None:
-    print_error(f"JAX aborted this process: process 0 has ended or cannot be reached. {RESUME_HINT}")
+    print_error(_abort_line)
     os._exit(1)

@@ -16,14 +16,16 @@ import functools
 import logging
 import math
 import os
+import socket
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from jaxembed.devices.group_exit import RESUME_HINT, GroupMonitor, report_jax_aborts
+from jaxembed.devices.group_exit import LOST_FIRST, RESUME_HINT, GroupMonitor, report_jax_aborts, stop_reporting_aborts
 from jaxembed.devices.key_value_store import KeyValueStore, process_index_and_count
 from jaxembed.devices.standard_streams import LossyStream
 from jaxembed.errors import Stopped, UserError, explain_system_error, summarize
@@ -31,8 +33,12 @@ from jaxembed.errors import Stopped, UserError, explain_system_error, summarize
 ADDRESS_VARIABLE, COUNT_VARIABLE, INDEX_VARIABLE = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 MAX_JOIN_S = 86_400
 POLL_INTERVAL_S = 1.0
+JOIN_REMINDER_S = 10.0  # a line says what a start that takes longer waits for
+COUNT_KEY = "jaxembed/count"
 # Words in JAX's errors which mean that another process is gone.
-CONNECTION_ERRORS = ("Gloo", "NCCL", "UNAVAILABLE", "CoordinationService")
+CONNECTION_ERRORS = ("Gloo", "NCCL", "UNAVAILABLE", "CoordinationService", "DEADLINE_EXCEEDED", "Barrier")
+
+log = logging.getLogger("jaxembed")
 
 T = TypeVar("T")
 
@@ -96,6 +102,7 @@ def process_group(limit_s: float) -> Iterator[None]:
     monitor = GroupMonitor(_group.store, index(), count(), limit_s)
     monitor.start()
     try:
+        check_same_count(_group.store, count(), limit_s)
         yield
     except Stopped:
         _leave(monitor)
@@ -109,7 +116,7 @@ def process_group(limit_s: float) -> Iterator[None]:
             monitor.end_all(2, line)
         if not isinstance(error, Exception):
             raise
-        if isinstance(error, RuntimeError) and any(name in str(error) for name in CONNECTION_ERRORS):
+        if is_connection_error(error):
             monitor.exit_if_group_ends()
             reason = summarize(error, 120)
             monitor.end_all(1, f"another process has ended or cannot be reached ({reason}). {RESUME_HINT}")
@@ -129,7 +136,13 @@ def _join(limit_s: float) -> None:
     for name in (COUNT_VARIABLE, INDEX_VARIABLE):
         if name in variables and not variables[name].isdecimal():
             raise UserError(f"{name}: not an integer ({variables[name]!r})")
+    if variables.get(INDEX_VARIABLE) == "0" and ADDRESS_VARIABLE in variables:
+        _check_port_is_free(variables[ADDRESS_VARIABLE])
     seconds = min(math.ceil(limit_s), MAX_JOIN_S)
+    report_jax_aborts(f"the processes could not join in {seconds} s: another one has ended, or was not started. {RESUME_HINT}")
+    reminder = threading.Timer(JOIN_REMINDER_S, log.warning, ["waiting up to %d s for the other processes to start", seconds])
+    reminder.daemon = True
+    reminder.start()
     try:
         jax.distributed.initialize(  # it reads only the address from the environment itself
             num_processes=int(variables[COUNT_VARIABLE]) if COUNT_VARIABLE in variables else None,
@@ -139,17 +152,53 @@ def _join(limit_s: float) -> None:
             shutdown_timeout_seconds=seconds,
         )
     except (ValueError, RuntimeError) as error:
+        stop_reporting_aborts()
         if not variables and isinstance(error, ValueError):
             return  # no cluster here
         raise UserError(
             f"the processes could not join ({summarize(error)}). Set {ADDRESS_VARIABLE}, {COUNT_VARIABLE} and {INDEX_VARIABLE}."
         ) from None
+    finally:
+        reminder.cancel()
     _group.index, _group.count = process_index_and_count()
     if _group.count > 1:
         _group.store = KeyValueStore()
-    if not is_first():
-        report_jax_aborts()
+    if is_first():
+        stop_reporting_aborts()
+    else:
+        report_jax_aborts(LOST_FIRST)
         _hide_progress()
+
+
+def _check_port_is_free(address: str) -> None:
+    """Raise `UserError` if process 0 cannot listen at its address: JAX would crash without a message."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise UserError(f"{ADDRESS_VARIABLE}: expected HOST:PORT (got {address!r})")
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            server.bind(("", int(port)))
+        except OSError as error:
+            raise UserError(f"{ADDRESS_VARIABLE}: port {port} cannot be used ({error.strerror}). Name a free port.") from None
+
+
+def check_same_count(store: KeyValueStore, own_count: int, timeout_s: float) -> None:
+    """Raise `UserError` if process 0 was started with another number of processes than this one."""
+    if is_first():
+        store.set_if_absent(COUNT_KEY, str(own_count).encode())
+        return
+    first_count = store.get(COUNT_KEY, timeout_s)
+    if first_count is not None and int(first_count) != own_count:
+        raise UserError(
+            f"{COUNT_VARIABLE}: this process was started as one of {own_count}, process 0 as one of {int(first_count)}. Give "
+            "all processes the same number."
+        )
+
+
+def is_connection_error(error: BaseException) -> bool:
+    """Return whether an error of JAX means that another process is gone. A process that runs alone has none."""
+    return count() > 1 and isinstance(error, RuntimeError) and any(name in str(error) for name in CONNECTION_ERRORS)
 
 
 def _hide_progress() -> None:

@@ -97,7 +97,12 @@ def import_mteb() -> Any:
     try:
         import mteb
     except ModuleNotFoundError:
-        raise UserError('mteb is not installed. Run pip install "jaxembed[eval]".') from None
+        raise UserError("mteb is not installed. Run pip install '.[eval]'.") from None
+    except (OSError, RuntimeError) as error:  # it creates its cache; RuntimeError: there is no home directory
+        reason = summarize(error)
+        raise UserError(
+            f"mteb: cannot be imported ({reason}). Set HOME or MTEB_CACHE to a folder that can be written."
+        ) from None
     return mteb
 
 

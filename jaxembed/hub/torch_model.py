@@ -22,7 +22,7 @@ def import_sentence_transformers() -> Any:
     try:
         import sentence_transformers
     except ModuleNotFoundError:
-        raise UserError('sentence-transformers is not installed. Run pip install "jaxembed[eval]".') from None
+        raise UserError("sentence-transformers is not installed. Run pip install '.[eval]'.") from None
     return sentence_transformers
 
 

@@ -39,7 +39,7 @@ def topology_devices(name: str, slices: int = 1) -> tuple[list[Any], int]:
         kinds = ", ".join(TPU_CHIPS)
         raise UserError(f"--topology: no such slice {name!r}. Expected {kinds} with a shape, such as v5e:16x16 or v5p:4x4x4.")
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError("--topology: the TPU compiler is not installed. Run pip install 'jaxembed[tpu]'.")
+        raise UserError("--topology: the TPU compiler is not installed. Run pip install '.[tpu]'.")
     import jax
     from jax.experimental import topologies
 

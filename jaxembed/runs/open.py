@@ -33,6 +33,7 @@ from jaxembed.hub.text_tokenizer import build_text_tokenizer
 from jaxembed.losses.objectives import Objectives
 from jaxembed.model.decoder import ComputeOptions
 from jaxembed.model.embedder import EmbeddingModel
+from jaxembed.search.bm25 import check_bm25_installed
 from jaxembed.training.run_dir import check_run_dir, create_run_dir
 from jaxembed.training.run_lock import RunLock
 from jaxembed.training.stage import Stage
@@ -102,6 +103,8 @@ def open_run(config: Config, mesh: Mesh, lock: RunLock | None = None) -> OpenedR
     """
     if lock is not None:
         check_run_dir(config)
+        if config.eval.bm25:
+            check_bm25_installed()
     # Base, mesh, and model: no data is read.
     base = find_base(config.model.base)
     logical_axis_table(mesh, base.decoder.axis_sizes)
@@ -112,6 +115,7 @@ def open_run(config: Config, mesh: Mesh, lock: RunLock | None = None) -> OpenedR
     shards = all_shards(shard_count(mesh)) if lock is None else local_shards(mesh)
     for index, stage in enumerate(config.stages):
         _check_stage(stage, model, shards.count, _key_prefix(config, index))
+        _warn_of_long_warmup(config, index)
     encoders = _open_encoders(config)
     if lock is None:
         encoders = {role: ZeroEncoder(**vars(encoder)) for role, encoder in encoders.items()}
@@ -172,6 +176,16 @@ def _check_stage(stage: StageConfig, model: EmbeddingModel, shards: int, prefix:
         raise UserError(
             f"{prefix}matryoshka.dims contains {widest}; expected less than {model.width}, the width of this model's vectors"
         )
+
+
+def _warn_of_long_warmup(config: Config, index: int) -> None:
+    """Warn if the warm-up of a stage is longer than its schedule."""
+    warmup, steps = config.stages[index].optim.warmup_steps, _count_schedule_steps(config.stages, index)
+    if warmup > steps:
+        log.warning(
+            "%soptim.warmup_steps is %d, more than the %d steps of the schedule: the learning rate never reaches its peak",
+            _key_prefix(config, index), warmup, steps,
+        )  # fmt: skip
 
 
 def _open_plans(config: Config) -> list[BatchPlan]:

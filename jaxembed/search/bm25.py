@@ -26,11 +26,10 @@ def rank_documents(corpus: Sequence[str], queries: Sequence[str], k: int) -> np.
     Raises:
         UserError: If bm25s is not installed.
     """
-    try:
-        import bm25s
-        from bm25s.stopwords import STOPWORDS_EN
-    except ImportError:
-        raise UserError('BM25: bm25s is not installed. Run pip install "jaxembed[eval]".') from None
+    check_bm25_installed()
+    import bm25s
+    from bm25s.stopwords import STOPWORDS_EN
+
     logging.getLogger("bm25s").setLevel(logging.WARNING)  # importing it sets a lower level
     stop_words = set(STOPWORDS_EN)
 
@@ -42,3 +41,11 @@ def rank_documents(corpus: Sequence[str], queries: Sequence[str], k: int) -> np.
     query_terms = [list_terms(query) for query in queries]
     best, _ = index.retrieve(query_terms, k=min(k, len(corpus)), show_progress=False)
     return best.astype(np.int64)
+
+
+def check_bm25_installed() -> None:
+    """Raise `UserError` if bm25s is not installed. It is a part of the optional dependencies for evaluation."""
+    try:
+        import bm25s  # noqa: F401
+    except ImportError:
+        raise UserError("BM25: bm25s is not installed. Run pip install '.[eval]'.") from None

@@ -101,6 +101,8 @@ class Checkpoints:
             self._step_being_saved = step
             self._manager.save(step, args=items, metrics={"score": NO_SCORE if score is None else score})
         except Exception as error:  # file systems and Orbax raise many kinds, some of them about the checkpoint before
+            if processes.is_connection_error(error):
+                raise
             raise self._write_error(error) from error
 
     def close(self) -> None:
@@ -108,6 +110,8 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
         except Exception as error:
+            if processes.is_connection_error(error):
+                raise
             raise self._write_error(error) from error
         finally:
             self._manager.close()
@@ -154,6 +158,8 @@ class Checkpoints:
             try:
                 return self._manager.restore(step, args=ocp.args.Composite(**items))
             except Exception as error:  # a checkpoint that has no digests yet
+                if processes.is_connection_error(error):
+                    raise
                 damage = f"it cannot be read: {summarize(error)}"
         intact = [earlier for earlier in self.steps() if earlier < step and not self._find_damage(earlier)]
         outcome = (

@@ -160,7 +160,7 @@ def test_models_that_cannot_be_opened_are_refused(
     with pytest.raises(UserError, match=r"loaded by sentence-transformers, which cannot split a model .*\. Omit --fsdp"):
         open_frozen_encoder(str(bert_folder), tmp_path / "cache", make_mesh(fsdp=2))
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    assert read_error(bert_folder) == 'sentence-transformers is not installed. Run pip install "jaxembed[eval]".'
+    assert read_error(bert_folder) == "sentence-transformers is not installed. Run pip install '.[eval]'."
 
 
 def test_vectors_that_are_not_finite_are_refused_and_not_stored(own_folder: Path, tmp_path: Path) -> None:

@@ -29,5 +29,5 @@ def test_query_without_known_words_and_k_beyond_the_corpus() -> None:
 
 def test_missing_library_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bm25s", None)
-    with pytest.raises(UserError, match=r"pip install \"jaxembed\[eval\]\""):
+    with pytest.raises(UserError, match=r"pip install '\.\[eval\]'"):
         rank_documents(CORPUS, ["file"], 1)
