@@ -5,8 +5,8 @@
 
 BASE is a decoder folder, TEXTS.jsonl has texts in the field --field. The script cuts --count texts of 5 to 400 tokens from
 them. jaxembed encodes them packed, transformers one by one: with causal attention and last-token pooling, and with
-bidirectional attention and mean pooling. Prints a Markdown table (least cosine, largest absolute difference of a vector element) and, on the
-last line, one JSON object. Exits with code 1 if a cosine is below 0.99999.
+bidirectional attention and mean pooling. Prints a Markdown table (least cosine, largest absolute difference of
+any vector element) and, on the last line, one JSON object. Exits with code 1 if a cosine is below 0.99999.
 """
 
 from __future__ import annotations
