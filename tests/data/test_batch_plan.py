@@ -1,4 +1,4 @@
-"""The data plan, the batches built from it, and resuming it."""
+"""The batch plan, the batches that are built from it, and resuming at any step."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -130,7 +130,7 @@ def test_every_batching_kind_sees_every_example_once_per_epoch(tmp_path: Path, k
 
 
 def count_largest_source(ids: np.ndarray) -> int:
-    """Return the most examples that one of four sources, of 50 examples each, has among the ids."""
+    """Return the number of ids that belong to the most frequent of four sources with 50 examples each."""
     return int(np.bincount(ids // 50).max())
 
 
@@ -188,25 +188,27 @@ def test_max_examples_uses_a_fixed_random_subset(tmp_path: Path) -> None:
 def test_no_duplicates_redraws_repeated_texts(tmp_path: Path) -> None:
     rows = [{"query": f"q{i % 30}", "pos": [f"p{i // 2}"]} for i in range(60)]
     labels = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(40)]
-    both = [make_source(tmp_path, "pairs", rows), make_source(tmp_path, "labels", labels, weight=0.5)]
-    plan = BatchPlan(both, 24, seed=0)
+    pair_and_label_sources = [make_source(tmp_path, "pairs", rows), make_source(tmp_path, "labels", labels, weight=0.5)]
+    plan = BatchPlan(pair_and_label_sources, 24, seed=0)
 
     def list_pair_texts(build: BatchBuilder, step: int) -> list[str]:
         examples = build.sampler.sample(step, plan[step])
         return [text for e in examples if e.query.startswith("q") for text in (e.query, e.positive)]
 
-    build = make_builder(both, no_duplicates=True)
+    build = make_builder(pair_and_label_sources, no_duplicates=True)
     for step in range(30):
         texts = list_pair_texts(build, step)
         assert len(texts) == len(set(texts)) == 32
         assert np.array_equal(build(step, plan[step]).batch.source, plan[step] >= 60)
-        assert list_pair_texts(make_builder(both, no_duplicates=True), step) == texts
-    assert any(len(set(texts)) < 32 for texts in (list_pair_texts(make_builder(both), step) for step in range(30)))
+        assert list_pair_texts(make_builder(pair_and_label_sources, no_duplicates=True), step) == texts
+    assert any(
+        len(set(texts)) < 32 for texts in (list_pair_texts(make_builder(pair_and_label_sources), step) for step in range(30))
+    )
     few = make_source(tmp_path, "few", [{"query": "q", "pos": ["p"]}] * 12)
     assert len(make_builder([few], no_duplicates=True).sampler.sample(0, np.arange(12))) == 12  # there is no other example
 
 
-def test_sampling_some_members_gives_their_examples_of_the_whole_batch(tmp_path: Path) -> None:
+def test_sampling_part_of_a_batch_returns_that_part_of_its_examples(tmp_path: Path) -> None:
     rows = [{"query": f"q{i % 30}", "pos": [f"p{i // 2}"]} for i in range(60)]
     repeated = [make_source(tmp_path, "pairs", rows)]
     ids, members = BatchPlan(repeated, 24, seed=0)[0], np.arange(12, 24)
@@ -248,7 +250,7 @@ def test_plan_hash_changes_with_what_a_step_sees(tmp_path: Path) -> None:
 
 
 def read_text_tokens(batch: Batch, shard: int, slot: int) -> np.ndarray:
-    """Return the tokens of a text, found through its slot as the step finds its vector."""
+    """Return the tokens of the text in a slot of a shard. The train step finds the text's vector in the same way."""
     texts = batch.texts
     rows = texts.tokens.shape[0] // texts.shards
     row, segment = shard * rows + slot // texts.segments, slot % texts.segments + 1
@@ -256,7 +258,7 @@ def read_text_tokens(batch: Batch, shard: int, slot: int) -> np.ndarray:
 
 
 def list_padded_texts(example: Example, negatives: int) -> list[tuple[str | None, str]]:
-    """Return query, positive and negatives of an example, None for an absent one, each with its instruction."""
+    """Return the query, the positive and `negatives` negatives (None: absent), each with its instruction."""
     documents = [example.positive, *example.negatives, *[None] * (negatives - len(example.negatives))]
     return [(example.query, example.instruction), *((text, example.document_instruction) for text in documents)]
 
@@ -300,7 +302,7 @@ def test_batch_describes_its_examples(sources: list[Source], shards: int) -> Non
 
 def test_equal_texts_of_a_batch_are_never_negatives(tmp_path: Path) -> None:
     rows = [
-        {"query": "first", "pos": ["same\n"]},  # the positive of the fourth row, but for its end
+        {"query": "first", "pos": ["same\n"]},  # equals the positive of the fourth row, except for its end
         {"query": "second", "pos": ["First\u00a0"]},  # the first row's query
         {"query": "FIRST ", "pos": ["other"]},  # the first row's query again
         {"query": "fourth", "pos": ["Same"], "neg": ["fourth ", "wrong"]},

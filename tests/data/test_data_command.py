@@ -150,7 +150,7 @@ def test_stats_count_what_training_draws_from(data: Path) -> None:
 
 
 def test_configs_of_the_guide_load(tmp_path: Path) -> None:
-    """They have no model, because the data commands need none."""
+    """These configs have no model section, because the data commands need none."""
     page = (Path(__file__).parents[2] / "docs" / "guides" / "data.md").read_text()
     configs = re.findall(r"```yaml\n(data:\n.*?)```", page, re.S)
     assert len(configs) == 2

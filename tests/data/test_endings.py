@@ -1,4 +1,4 @@
-"""One table of file endings for all commands, and the columns of rows."""
+"""File endings, which all commands read in the same way, and the columns of rows."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def test_a_label_is_not_its_own_negative_in_another_case(tmp_path: Path) -> None
     assert {text for drawn in draw_examples(source, 0, 2) for text in drawn.negatives} == {"science"}
 
 
-def test_equal_queries_are_no_examples_for_each_other(tmp_path: Path) -> None:
+def test_equal_queries_are_not_few_shot_examples_of_each_other(tmp_path: Path) -> None:
     rows = [{"query": "Who?", "pos": ["a"]}, {"query": "who?\u00a0", "pos": ["b"]}, {"query": "What?", "pos": ["c"]}]
     few_shot = {"instructions": ["i"], "few_shot": {"zero_shot": 0, "most": 2}}
     source = open_source_file(write_jsonl(tmp_path / "a.jsonl", rows), **few_shot)

@@ -45,7 +45,7 @@ PAIRS = [("what is {response}?", "a {query} \\1"), ("naïve café", "数学 🙂
 
 
 def format_query(query: str, examples: Sequence[tuple[str, str]]) -> str:
-    """Return the whole input of a query as bge-en-icl formats it."""
+    """Return the model input for a query, with prompt and suffix, as bge-en-icl formats it."""
     formatted = [f"<instruct>{TASK}\n<query>{question}\n<response>{answer}" for question, answer in examples]
     return "\n\n".join([*formatted, f"<instruct>{TASK}\n<query>{query}\n<response>"])
 
@@ -172,7 +172,7 @@ def test_examples_leave_the_text_half_of_its_tokens(tmp_path: Path) -> None:
         prompts = [ICL.prompt("find", whole.few_shot[:number]) for number in (count, count + 1)]
         length, with_next = tokenizer.count_prompt_tokens(prompts)
         assert length <= 110
-        # Counted one by one, the parts of a prompt have a few tokens more than the whole.
+        # The sampler counts the tokens of each part by itself, which are a few more than those of the whole prompt.
         assert count == len(whole.few_shot) or with_next > 110 - 6
         dropped += len(whole.few_shot) - count
     assert 10 < dropped < sum(len(example.few_shot) for example in drawn) - 10
@@ -184,7 +184,7 @@ def test_examples_leave_the_text_half_of_its_tokens(tmp_path: Path) -> None:
 
 
 class TinyBgeEnIcl:
-    """A tiny bge-en-icl: a causal Mistral, BOS before and EOS after the whole string, pooling of the last token."""
+    """A tiny bge-en-icl: a causal Mistral with last-token pooling. The whole string is between BOS and EOS."""
 
     def __init__(self) -> None:
         self.decoder, self.tokenizer = tiny.build_torch_model("mistral"), tiny.build_tokenizer(bos=True)
@@ -201,7 +201,7 @@ class TinyBgeEnIcl:
 
 @pytest.fixture(scope="module")
 def icl(base_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write the folder of that model, with our spec beside the weights."""
+    """Write the folder of that model, with our spec, and return its path."""
     folder, base = tmp_path_factory.mktemp("icl"), base_folder("mistral")
     for file in base.iterdir():
         if file.name != "config.json":

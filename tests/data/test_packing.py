@@ -1,4 +1,4 @@
-"""Packing gives every text one place, and the vector of a text depends on nothing but the text."""
+"""Packing puts every text in exactly one place, and the vector of a text depends on that text alone."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Folder = Callable[[str], Path]
 
 @st.composite
 def draw_lengths(draw: st.DrawFn) -> tuple[list[int], int]:
-    """Draw the lengths of some texts, and a row length that takes each."""
+    """Draw the lengths of some texts, and a row length that is at least as long as each."""
     row_length = draw(st.integers(1, 70))
     return draw(st.lists(st.integers(0, row_length), max_size=60)), row_length
 
@@ -100,7 +100,7 @@ def test_half_empty_last_row_shortens_all_rows() -> None:
     assert shape == (4, 240)
 
 
-def test_text_goes_to_the_fullest_row_that_takes_it() -> None:
+def test_text_goes_to_the_fullest_row_with_room_for_it() -> None:
     row, segment, row_count = pack_rows([9, 10, 22, 20, 32], 32)
     assert row_count == 3
     assert row.tolist() == [2, 1, 1, 2, 0]  # 32 | 22 + 10 | 20 + 9
@@ -173,7 +173,7 @@ ROWS, ROW_LENGTH = 16, 32
 
 
 def pack_into(texts: list[np.ndarray], pool_start: np.ndarray, row: np.ndarray, shards: int) -> tuple[PackedTexts, np.ndarray]:
-    """Pack texts into these rows, in the order in which they come; also return the index of each one's vector."""
+    """Pack text i into row `row[i]`, in order. Also return the index of each text among the vectors [R * S]."""
     segment = np.array([np.sum(row[:i] == row[i]) for i in range(len(row))])
     arrays = fill_rows(texts, pool_start, row, segment, (ROWS, ROW_LENGTH))
     arrays = {name: jnp.asarray(array) for name, array in arrays.items()}
@@ -213,13 +213,13 @@ def test_vector_depends_on_its_text_alone(base_folder: Folder, attention: str, p
 @pytest.mark.parametrize("pooling", ["mean", "last"])
 @pytest.mark.parametrize("attention", ["causal", "bidirectional"])
 def test_wrong_segments_change_vectors(base_folder: Folder, attention: str, pooling: str) -> None:
-    """Prove that the tests above can fail."""
+    """Show that the test above can fail."""
     model, params = load_model(base_folder("qwen2"), EmbeddingSpec(attention=attention, pooling=pooling))
     texts, pool_start = draw_texts([9] * 2 * ROWS), np.zeros(2 * ROWS, int)
     packed, index = pack_into(texts, pool_start, np.arange(2 * ROWS) % ROWS, 1)
     expected = encode_separately(model, params, texts, pool_start)
     assert np.abs(encode_packed(model, params, packed, index) - expected).max() < 1e-5
-    # A token of the second text in the first one, both texts as one, and positions that start late.
+    # Wrong inputs: a token of the second text belongs to the first, both texts are one, positions are off by one.
     shifted = packed.replace(segment_ids=packed.segment_ids.at[:, 9].set(1))
     merged = packed.replace(segment_ids=jnp.minimum(packed.segment_ids, 1))
     late = packed.replace(positions=jnp.maximum(packed.positions - 1, 0))

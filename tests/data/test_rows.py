@@ -1,4 +1,4 @@
-"""Containers of rows with any schema, and the index of their rows."""
+"""Containers (file types) of rows with any schema, and the index of their rows."""
 
 from __future__ import annotations
 

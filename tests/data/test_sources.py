@@ -1,4 +1,4 @@
-"""Training sources: formats, errors that name file and line, and the examples that are examples."""
+"""Training sources: formats, errors that name file and line, and which examples are drawn from rows."""
 
 import json
 from pathlib import Path
@@ -217,7 +217,7 @@ def test_scores_that_do_not_fit_the_default_are_refused(tmp_path: Path, scores: 
     assert len(open_source_file(path, min_score=max(scores))) == 1
 
 
-def test_a_minimum_below_all_scores_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_minimum_below_all_scores_logs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", SCORED_ROWS)
     assert len(open_source_file(path, min_score=0)) == 6
     assert "every pair is a positive, because the scores go from 0 to 5 and min_score is 0" in caplog.text

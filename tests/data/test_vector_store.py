@@ -1,4 +1,4 @@
-"""The vector store: what it returns, what a kill or another process does to it, and its memory."""
+"""The vector store: what it returns, how it survives kills, damage and other processes, and its memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def make_keys(names: Sequence[object]) -> list[bytes]:
 
 
 def make_vectors(names: Sequence[object], seed: int = 0) -> np.ndarray:
-    """Return different numbers for every name and seed, in the order of the names."""
+    """Return vectors [names, WIDTH] that differ for every name and seed."""
     return np.array([np.random.default_rng((seed, *str(name).encode())).normal(size=WIDTH) for name in names], np.float32)
 
 
@@ -105,7 +105,7 @@ def test_reading_stops_at_damage_and_lost_vectors(tmp_path: Path) -> None:
 
 
 def test_lost_vectors_are_never_replaced_by_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """This also holds if the next addition is killed between writing its two files."""
+    """The next addition is killed between writing its two files."""
     for name in ("a", "b"):
         fetch(VectorStore(tmp_path, WIDTH), [name])
     (tmp_path / VECTORS_FILE).write_bytes((tmp_path / VECTORS_FILE).read_bytes()[: 4 * WIDTH])
@@ -126,7 +126,7 @@ def test_lost_vectors_are_never_replaced_by_others(tmp_path: Path, monkeypatch: 
 
 
 def test_the_first_vector_of_a_key_stays(tmp_path: Path) -> None:
-    """This also holds if two stores were open before either computed it."""
+    """Both stores were opened before either computed a vector."""
     first, second = VectorStore(tmp_path, WIDTH), VectorStore(tmp_path, WIDTH)
     fetch(first, list("ab"), seed=1)
     vectors, computed = fetch(second, list("bc"), seed=2)
@@ -136,7 +136,7 @@ def test_the_first_vector_of_a_key_stays(tmp_path: Path) -> None:
 
 
 def test_processes_share_a_store(tmp_path: Path) -> None:
-    """Each key has one vector, computed by one process or the other."""
+    """Two processes add overlapping keys. Each key gets one vector, from one of the processes."""
     code = f"""
 import sys, numpy as np
 from pathlib import Path
@@ -150,8 +150,8 @@ for start in range(100):
     names = range(start, start + 20)
     store.fetch([b"%016d" % i for i in names], lambda places: np.array([[names[i], seed, 7] for i in places]))
 """
-    started = [subprocess.Popen([sys.executable, "-c", code, str(seed)], env=ENV) for seed in (1, 2)]
-    assert [process.wait() for process in started] == [0, 0]
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(seed)], env=ENV) for seed in (1, 2)]
+    assert [process.wait() for process in processes] == [0, 0]
     store = VectorStore(tmp_path, 3)
     vectors = store.fetch([b"%016d" % i for i in range(119)], lambda places: np.zeros((0, 3)))
     assert vectors[:, 0].tolist() == list(range(119)) and (vectors[:, 2] == 7).all()
@@ -160,7 +160,7 @@ for start in range(100):
 
 
 def test_addition_waits_for_the_lock_of_another_process(tmp_path: Path) -> None:
-    """The lock belongs to an open file, not to a process, so a thread waits for it just the same."""
+    """The lock belongs to an open file, not to a process, so a thread can stand in for the other process."""
     store = VectorStore(tmp_path, WIDTH)
     adding = threading.Thread(target=fetch, args=(store, ["a"]))
     with (tmp_path / "lock").open("ab") as file:

@@ -16,7 +16,7 @@ from jaxembed.model.embedder import EmbeddingModel
 
 
 def load_adapted(base: Path, lora: LoraConfig, seed: int = 0) -> tuple[EmbeddingModel, Any]:
-    """Load a base with random adapters; `lora_b`, zero before training, is random too."""
+    """Load a base with random adapters. `lora_b` is random too, because adapters with its initial zeros do nothing."""
     model, params = load_model(base, EmbeddingSpec(), lora=lora)
     random, flat = np.random.default_rng(seed), flatten_dict(params)
     drawn = {path: jnp.asarray(random.normal(0, 0.3, x.shape), x.dtype) for path, x in flat.items() if "lora" in path[-1]}

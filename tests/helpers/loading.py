@@ -59,7 +59,7 @@ def draw_texts(lengths: Sequence[int], seed: int = 0, vocabulary: int = 300) -> 
 def pack_texts(
     texts: Sequence[np.ndarray], row_length: int, pool_start: Sequence[int] | None = None, shards: int = 1
 ) -> tuple[PackedTexts, np.ndarray]:
-    """Pack texts into rows. Also return the index of each text among the vectors [R * S] of the model."""
+    """Pack texts into rows. Also return the index [texts] of each text among the vectors [R * S] of the model."""
     row, place, rows = pack_rows([len(text) for text in texts], row_length)
     shape = (-(-rows // shards) * shards, row_length)
     arrays = fill_rows(texts, [0] * len(texts) if pool_start is None else pool_start, row, place, shape)
@@ -70,17 +70,17 @@ def pack_texts(
 
 @functools.cache
 def compile_apply(model: EmbeddingModel) -> Callable[..., jax.Array]:
-    """Return a model's jitted `apply`, the same for equal models."""
+    """Return a model's jitted `apply`. Equal models share one, so that it is compiled once."""
     return jax.jit(model.apply)
 
 
 def encode_packed(model: EmbeddingModel, params: Any, packed: PackedTexts, index: np.ndarray, devices: int = 1) -> np.ndarray:
-    """Return the vectors [texts, D] in the order of the texts, which `pack_texts` packed."""
+    """Return the vectors [texts, D] of texts in their order, given what `pack_texts` returned."""
     placed = put_batch(make_mesh(devices), packed)
     out = np.asarray(compile_apply(model)({"params": params}, placed))
     return out.reshape(-1, out.shape[-1])[index]
 
 
 def min_cosine(a: np.ndarray, b: np.ndarray) -> float:
-    """Return the least cosine between the rows of two arrays of unit vectors."""
+    """Return the least cosine of corresponding rows of two arrays [N, D] of unit vectors."""
     return float(np.sum(a * b, axis=1).min())

@@ -76,7 +76,7 @@ def make_staged_config(root: Path, run: str, stages: Sequence[Mapping[str, Any]]
 
 
 def copy_run_at_first_checkpoint(finished_run: Path, new_config: config.Config) -> int:
-    """Copy a finished run to the run directory of a config, as it was at its first checkpoint; return that step."""
+    """Copy a finished run, as it was at its first checkpoint, to the run directory of a config. Return that step."""
     run = Path(new_config.run.dir)
     shutil.copytree(finished_run, run)
     (run / "config.yaml").write_text(new_config.dump())
@@ -122,7 +122,7 @@ def train_until_stopped(run_config: config.Config, steps: int) -> None:
 
 
 def use_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replace every mesh that the package builds by itself by a mesh of one device, for which programs compile faster."""
+    """Make every module of the package use a mesh of one device, for which programs compile faster."""
     mesh = make_mesh(1)
     for name, module in list(sys.modules.items()):
         if name.startswith("jaxembed.") and getattr(module, "make_mesh", None) is make_mesh:

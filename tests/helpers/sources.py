@@ -1,4 +1,4 @@
-"""Training sources in small JSONL files, and what is drawn from them."""
+"""Training sources in small JSONL files, and examples drawn from them."""
 
 from __future__ import annotations
 
@@ -34,5 +34,5 @@ def open_source_file(path: Path, **options: Any) -> Source:
 
 
 def draw_examples(source: Source, index: int, negatives: int, count: int = 40) -> list[Example]:
-    """Draw one example of a source under `count` seeds."""
+    """Draw the example at `index` of a source `count` times, each with another seed."""
     return [source.draw(index, np.random.default_rng(seed), negatives) for seed in range(count)]

@@ -1,4 +1,4 @@
-"""Batches for losses: texts given by name, vectors drawn at random."""
+"""Batches for losses, built from short texts and random vectors."""
 
 from __future__ import annotations
 
@@ -46,5 +46,5 @@ def draw_unit_vectors(random: np.random.Generator, *shape: int) -> np.ndarray:
 
 
 def make_encoded(q: jax.Array, d: jax.Array, batch: Batch, shards: int = 1, **options: Any) -> EncodedBatch:
-    """Build the input of an objective that is for all queries."""
+    """Build the input of an objective that applies to all queries, with equal weights."""
     return EncodedBatch(q, d, batch, jnp.full(len(q), 1 / len(q), q.dtype), jax.random.key(0), shards, **options)

@@ -44,7 +44,7 @@ def add_sharding(tree: Any, sharding: NamedSharding) -> Any:
 
 
 def describe_program(compiled: jax.stages.Compiled) -> dict[str, Any]:
-    """Return the kernels and collectives of a program, and the bytes that it takes beside its arguments."""
+    """Return the kernels and collectives of a program, and the bytes of its temporary memory."""
     text = compiled.as_text()
     return {
         "kernels": sorted(set(re.findall(r"splash_mha_(fwd|dq|dkv)", text))),

@@ -53,13 +53,13 @@ def build_host_batches(source: Source, shards: int, steps: int, row_length: int 
 
 
 def list_all_slots(texts: PackedTexts) -> jax.Array:
-    """Return every slot of a batch [slots, 1], also those that hold no text."""
+    """Return the slots of a batch [slots, 1], including slots without a text."""
     shard_slots = jnp.arange(len(texts.tokens) // texts.shards * texts.segments, dtype=jnp.int32)
     return jnp.tile(shard_slots, texts.shards)[:, None]
 
 
 def assert_trees_close(a: Any, b: Any) -> None:
-    """Check that the leaves of two trees are not zero and equal to 1e-5 of their norm."""
+    """Check that the leaves of `a` are not zero, and that those of `b` differ by at most 1e-5 of their norm."""
     for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
         assert np.linalg.norm(x) > 1e-7, path

@@ -1,4 +1,4 @@
-"""A batch encoded in chunks has the loss and the gradients of one encoded at once, in less memory."""
+"""Gradient caching: encoding a batch in chunks changes neither loss nor gradients, and needs less memory."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ OTHER_OBJECTIVES = Objectives(
 
 
 def add_teacher(batch: Batch, width: int) -> Batch:
-    """Return the batch with random vectors and scores of a guide and a teacher."""
+    """Return the batch with random scores of a teacher, and random vectors [.., width] of a guide and a teacher."""
     random = np.random.default_rng(0)
     shapes = batch.query_slot.shape, batch.doc_slot.shape
     vectors = FrozenVectors(*(draw_unit_vectors(random, *shape, width).astype(np.float32) for shape in shapes))
@@ -72,7 +72,7 @@ def compile_loss_and_grad(
 def test_gradients_equal_those_of_the_whole_batch(
     base_folder: Folder, source: Source, devices: int, objectives: Objectives
 ) -> None:
-    """The rows of a device are not a multiple of those of a chunk."""
+    """The number of rows per device is not a multiple of the rows per chunk."""
     model, params = load_model(base_folder("qwen2"), SPEC, devices)
     params |= {OBJECTIVE_PARAMS: objectives.init_params(model.width, 5, KEY)}
     assert params[OBJECTIVE_PARAMS].keys() == ({"infonce", "embedding_matching"} if objectives is OTHER_OBJECTIVES else set())
@@ -94,7 +94,7 @@ def test_gradients_equal_those_of_the_whole_batch(
 
 
 def find_loop_bodies(text: str) -> list[str]:
-    """Return the computations of loops in a compiled program."""
+    """Return the text of each loop body in the text of a compiled program."""
     computations = dict(re.findall(r"^%?([\w.-]+) [^\n]*\{\n(.*?)^\}", text, re.M | re.S))
     names = re.findall(r"body=%?([\w.-]+)", text)
     assert names
@@ -139,7 +139,7 @@ def test_dropout_is_the_same_when_a_chunk_is_recomputed(base_folder: Folder, sou
         assert np.linalg.norm(x - y) <= 1e-5 * np.linalg.norm(x)
 
 
-def test_memory_is_that_of_one_chunk(base_folder: Folder) -> None:
+def test_memory_does_not_grow_with_the_number_of_chunks(base_folder: Folder) -> None:
     model, params = load_model(base_folder("qwen2"), SPEC, 1)
 
     def temporary_bytes(rows: int, chunk_rows: int | None) -> int:

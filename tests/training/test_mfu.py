@@ -1,4 +1,4 @@
-"""MFU against constants by hand, and the speed and the trace that a run records."""
+"""MFU compared with constants computed by hand, and the speed and the trace that a run records."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from jaxembed.training.mfu import count_kernel_weights, device_peak, make_mfu_me
 from jaxembed.training.profile import Profile
 
 DECODER = DecoderConfig("qwen2", vocab_size=50, width=8, layers=3, heads=2, kv_heads=1, head_width=4, mlp_width=16)
-# In each of 3 layers: q and out 8 x 8, k and v 8 x 4, three of 8 x 16.
+# In each of 3 layers: q and out are 8 x 8, k and v are 8 x 4, and the three kernels of the MLP are 8 x 16.
 KERNEL_WEIGHTS = 3 * (2 * 64 + 2 * 32 + 3 * 128)
-ADAPTER_WEIGHTS = 3 * 2 * (2 * (8 + 8) + 2 * (8 + 4) + 3 * (8 + 16))  # of rank 2
+ADAPTER_WEIGHTS = 3 * 2 * (2 * (8 + 8) + 2 * (8 + 4) + 3 * (8 + 16))  # rank 2
 
 
 def split_shapes(spec: EmbeddingSpec, lora: LoraConfig | None = None) -> tuple[Any, Any]:
@@ -43,7 +43,7 @@ def test_a_token_costs_six_flops_per_weight_and_a_pair_twelve_per_channel() -> N
     assert meter.mfu(tokens=10, pairs=25, seconds=0.5) == (10 * 6 * 1728 + 25 * 288) / 0.5e6
 
 
-def test_frozen_weights_cost_four_flops_and_one_of_several_adapters_counts() -> None:
+def test_frozen_weights_cost_four_flops_and_only_one_of_several_adapters_counts() -> None:
     trained, frozen = split_shapes(EmbeddingSpec(), LoraConfig(rank=2, alpha=4.0))
     single = make_mfu_meter(DECODER, trained, frozen, adapters=0, peak_flops=1.0)
     assert single.token_flops == 4 * KERNEL_WEIGHTS + 6 * ADAPTER_WEIGHTS

@@ -1,4 +1,4 @@
-"""Run directories: which configs resume a run, also one of an earlier version."""
+"""Run directories: which configs resume a run, including runs of earlier versions."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ CONFIG = {
 
 
 def start_run(config: Config) -> None:
-    """Leave a run directory as a run does that was killed early."""
+    """Create the run directory of a run that was killed early."""
     with RunLock(Path(config.run.dir)) as lock:
         (create_run_dir(config, lock) / "base.json").write_text("{}")
 
@@ -158,7 +158,7 @@ def test_held_out_sets_may_be_added_to_a_run_without_any(tmp_path: Path) -> None
 
 
 def test_only_the_named_keys_of_a_record_are_compared(tmp_path: Path) -> None:
-    """A base that was moved, and a key that is newer than the record, are no change."""
+    """A moved base and a key that the record does not have are not changes."""
     record_or_check(tmp_path, "base", {"name": "a", "hash": "1"}, "its base changed")
     record_or_check(tmp_path, "base", {"name": "b", "hash": "1", "new": 0}, "its base changed", compared_keys={"hash"})
     with pytest.raises(UserError, match=r"its base changed \(hash: '1' -> '2'\)"):

@@ -42,7 +42,7 @@ def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def start_owner(run_dir: Path) -> subprocess.Popen[str]:
-    """Start a process that has the lock."""
+    """Start a process that acquires the lock."""
     process = subprocess.Popen([sys.executable, "-c", HOLD_LOCK, str(run_dir)], env=ENV, text=True, stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline() == "locked\n"
     return process
@@ -60,7 +60,7 @@ def test_a_second_job_is_refused_and_names_the_first(tmp_path: Path) -> None:
         line = rf"^{tmp_path}: process {first.pid} on .+ \(since 20.+\) is training in this run directory\. Stop it, or name"
         with RunLock(tmp_path) as lock, pytest.raises(UserError, match=line):
             lock.acquire()
-        assert (tmp_path / LOCK_FILE).exists(), "a job that is refused does not release the lock of the other"
+        assert (tmp_path / LOCK_FILE).exists(), "a refused job does not release the lock of the other process"
     finally:
         first.send_signal(signal.SIGKILL)
         first.communicate()
@@ -71,7 +71,7 @@ def test_a_second_job_is_refused_and_names_the_first(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_zombie_has_ended(tmp_path: Path) -> None:
+def test_a_zombie_process_does_not_own_the_lock(tmp_path: Path) -> None:
     first = start_owner(tmp_path)
     first.send_signal(signal.SIGKILL)
     time.sleep(0.2)  # it is not waited for yet
@@ -130,7 +130,7 @@ def test_heartbeats_change_the_file_and_restore_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_an_owner_that_lost_its_lock_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_an_owner_that_lost_its_lock_exits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     ended = threading.Event()
 
     def exit(code: int) -> None:
@@ -144,7 +144,7 @@ def test_an_owner_that_lost_its_lock_ends(tmp_path: Path, monkeypatch: pytest.Mo
         write_foreign_lock(tmp_path, 0)
         assert ended.wait(5)
     assert "process 7 on far" in capsys.readouterr().err
-    assert (tmp_path / LOCK_FILE).exists(), "the lock of the other stays"
+    assert (tmp_path / LOCK_FILE).exists(), "the lock of the other process stays"
 
 
 def test_a_run_directory_is_locked_as_it_is_created(tmp_path: Path) -> None:

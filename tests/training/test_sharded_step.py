@@ -38,7 +38,7 @@ def build_model(base: Path, lora: bool) -> EmbeddingModel:
 
 
 def value_and_grad(model: EmbeddingModel, source: Source, shape: tuple[int, int, int], rows: int | None) -> tuple[float, Any]:
-    """Return the loss, and the gradients of the trained parameters, from parameters initialized on the mesh."""
+    """Return the loss and the gradients of the trained parameters. The parameters are initialized on the mesh."""
     mesh = make_mesh(*shape)
     params = init_params(model, KEY, shapes_and_shardings(model, mesh)[1])
     # Adapters and poolings start at zero, which would hide half of the gradients.
@@ -83,7 +83,7 @@ def test_every_device_holds_its_shard_of_the_parameters(base_folder: Folder) -> 
 
 
 def test_key_value_heads_that_tensor_does_not_divide_are_replicated(base_folder: Folder) -> None:
-    """Two key-value heads, and four heads, on four devices."""
+    """The model has two key-value heads and four query heads, on four devices."""
     model = build_model(base_folder("qwen2"), False)
     shardings = flatten_dict(shapes_and_shardings(model, make_mesh(1, 2, 4))[1], sep="/")
     kernels = (shardings[f"decoder/layers/attention/{name}/kernel"].spec for name in ("q", "k"))

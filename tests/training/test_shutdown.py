@@ -1,4 +1,4 @@
-"""The signals that ask a run to stop."""
+"""The signals that stop a run."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_every_stop_signal_ends_a_command_with_a_line(number: int) -> None:
 
 
 def test_ignored_signals_stay_ignored() -> None:
-    """`nohup` has SIGHUP ignored."""
+    """`nohup` starts processes that ignore SIGHUP."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with StopRequest() as stop, cli.stop_on_signals("nothing is lost"):
         os.kill(os.getpid(), signal.SIGHUP)
@@ -51,7 +51,7 @@ def test_ignored_signals_stay_ignored() -> None:
 
 
 def test_with_several_processes_all_signals_become_a_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """JAX handles SIGTERM there, and notifies the other processes."""
+    """With several processes, JAX handles SIGTERM and notifies the other processes."""
     monkeypatch.setattr(processes, "count", lambda: 2)
     received: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))

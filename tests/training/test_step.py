@@ -1,4 +1,4 @@
-"""The train step: the same on eight devices as on one, traced once for each shape, and it learns."""
+"""The train step: it learns, is the same on eight devices as on one, and is traced once for each shape."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def init_state(params: Any, optimizer: optax.GradientTransformation, mesh: Mesh)
 def train_steps(
     model: EmbeddingModel, params: Any, source: Source, mesh: Mesh, steps: int, row_length: int = 128
 ) -> tuple[TrainState, np.ndarray, list[dict[str, float]]]:
-    """Train some steps on two batches in turn, and return the state, the losses and the metrics."""
+    """Train on two batches in turn. Return the state, the losses [steps], and the metrics of each step."""
     optim = OptimConfig(learning_rate=1e-3, warmup_steps=5)
     optimizer = make_optimizer(optim, steps)
     state, metrics = init_state(params, optimizer, mesh), []
@@ -57,7 +57,7 @@ def train_steps(
 
 
 def test_eight_devices_train_like_one_for_fifty_steps(base_folder: Folder, source: Source) -> None:
-    """In float64, so that rounding does not make the runs diverge."""
+    """Compute in float64, so that the runs do not diverge by rounding errors."""
     with jax.enable_x64(True):
         curves = []
         for shape in ((1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 8, 1)):
