@@ -83,7 +83,7 @@ def infer_parameter_shapes(model: EmbeddingModel) -> Any:
     if model.spec.pooling in ("latent_attention_paper", "self_attention") and width % heads:
         raise UserError(
             f"model.pooling.heads: {model.spec.pooling} cannot split the model's width {width} into heads "
-            f"(found {heads}; expected a divisor of {width})."
+            f"(found {heads}; expected a divisor of {width}). Choose another number."
         )
     return jax.eval_shape(model.init, jax.random.key(0), make_example_texts())["params"]
 

@@ -231,7 +231,10 @@ def parse_hf_config(config: Mapping[str, Any], where: str) -> DecoderConfig:
     config = {**family.defaults, **config}
     fields = Fields(config, where)
     if config.get("hidden_act", "silu") != "silu" or fields.boolean("mlp_bias"):
-        raise UserError(f"{where}: the feed-forward layers are not supported (expected hidden_act silu and no mlp_bias).")
+        raise UserError(
+            f"{where}: the feed-forward layers are not supported (found hidden_act {config.get('hidden_act')!r:.60} and "
+            f"mlp_bias {fields.boolean('mlp_bias')}; expected hidden_act silu and no mlp_bias). Use another base."
+        )
     rope = _read_rope(config, where)
     heads, kv_heads, head_width = _read_heads(config, where)
     return DecoderConfig(
@@ -263,7 +266,9 @@ def _find_family(config: Mapping[str, Any], where: str) -> Family:
     moe_keys = sorted(config.keys() & MOE_KEYS)
     if moe_keys:
         raise UserError(f"{where}: {kind} is a mixture of experts ({moe_keys[0]}), which is not supported. Use a dense base.")
-    raise UserError(f"{where}: model_type {kind} is not supported (expected {', '.join(FAMILIES)} or nvembed).")
+    raise UserError(
+        f"{where}: model_type {kind} is not supported (expected {', '.join(FAMILIES)} or nvembed). Use another base."
+    )
 
 
 def _read_heads(config: Mapping[str, Any], where: str) -> tuple[int, int, int]:
@@ -273,12 +278,14 @@ def _read_heads(config: Mapping[str, Any], where: str) -> tuple[int, int, int]:
     width = fields.integer("hidden_size", maximum=MAX_WIDTH)
     kv_heads = fields.integer("num_key_value_heads", heads, maximum=MAX_HEADS)
     if config.get("head_dim") is None and width % heads:
-        raise UserError(f"{where}: hidden_size {width} is not divisible by num_attention_heads {heads}.")
+        raise UserError(f"{where}: hidden_size {width} is not divisible by num_attention_heads {heads}. Set head_dim.")
     head_width = fields.integer("head_dim", width // heads, maximum=MAX_HEAD_WIDTH)
     if heads % kv_heads:
-        raise UserError(f"{where}: num_attention_heads {heads} is not divisible by num_key_value_heads {kv_heads}.")
+        raise UserError(
+            f"{where}: num_attention_heads {heads} is not divisible by num_key_value_heads {kv_heads}. Correct one of them."
+        )
     if head_width % 2:
-        raise UserError(f"{where}: the head width is {head_width} (expected an even number, for rotary positions).")
+        raise UserError(f"{where}: the head width is {head_width} (expected an even number, for rotary positions). Correct it.")
     return heads, kv_heads, head_width
 
 
@@ -305,7 +312,9 @@ def _parse_rope(config: Mapping[str, Any], key: str, where: str) -> dict[str, An
     fields = Fields(rope, f"{where}: {key}")
     kind = fields.string("rope_type", fields.string("type", "default"))
     if kind not in ROPE_SCALING_KEYS:
-        raise UserError(f"{where}: rope_type {kind!r} is not supported (expected {' or '.join(ROPE_SCALING_KEYS)}).")
+        raise UserError(
+            f"{where}: rope_type {kind!r} is not supported (expected {' or '.join(ROPE_SCALING_KEYS)}). Use another base."
+        )
     if nested := sorted(name for name, value in rope.items() if isinstance(value, Mapping)):
         raise UserError(f"{where}: {key}: rotary positions by kind of layer are not supported ({nested[0]}). Use another base.")
     if rope.get("partial_rotary_factor") not in (None, 1):
@@ -317,7 +326,10 @@ def _parse_rope(config: Mapping[str, Any], key: str, where: str) -> dict[str, An
     theta = fields.positive_number("rope_theta", Fields(config, where).positive_number("rope_theta", 10_000.0))
     numbers = {name: fields.positive_number(name) for name in ROPE_SCALING_KEYS[kind]}
     if kind == "llama3" and numbers["high_freq_factor"] <= numbers["low_freq_factor"]:
-        raise UserError(f"{where}: {key}: high_freq_factor must be above low_freq_factor.")
+        raise UserError(
+            f"{where}: {key}: high_freq_factor is not above low_freq_factor (found {numbers['high_freq_factor']} and "
+            f"{numbers['low_freq_factor']}). Correct them."
+        )
     return {"rope_type": kind, "rope_theta": theta, **numbers}
 
 
@@ -345,5 +357,7 @@ def _read_layer_types(config: Mapping[str, Any], layers: int, where: str) -> lis
         full_layers = Fields(config, where).integer("max_window_layers", 28, minimum=0)
         return [known[i >= full_layers] for i in range(layers)]
     if not isinstance(layer_types, list) or len(layer_types) < layers or any(kind not in known for kind in layer_types):
-        raise UserError(f"{where}: layer_types is invalid (expected a list of {layers}, each {' or '.join(known)}).")
+        raise UserError(
+            f"{where}: layer_types is invalid (expected a list of {layers}, each {' or '.join(known)}). Correct it."
+        )
     return layer_types[:layers]
