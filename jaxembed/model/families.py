@@ -232,7 +232,7 @@ def parse_hf_config(config: Mapping[str, Any], where: str) -> DecoderConfig:
     fields = Fields(config, where)
     if config.get("hidden_act", "silu") != "silu" or fields.boolean("mlp_bias"):
         raise UserError(
-            f"{where}: the feed-forward layers are not supported (found hidden_act {config.get('hidden_act')!r:.60} and "
+            f"{where}: the feed-forward layers are not supported (found hidden_act {config.get('hidden_act', 'silu')!r:.60} and "
             f"mlp_bias {fields.boolean('mlp_bias')}; expected hidden_act silu and no mlp_bias). Use another base."
         )
     rope = _read_rope(config, where)

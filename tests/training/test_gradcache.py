@@ -53,7 +53,7 @@ OTHER_OBJECTIVES = Objectives(
 
 
 def add_teacher(batch: Batch, width: int) -> Batch:
-    """Return the batch with random scores of a teacher, and random vectors [.., width] of a guide and a teacher."""
+    """Return the batch with random scores of a teacher, and random vectors [..., width] of a guide and a teacher."""
     random = np.random.default_rng(0)
     shapes = batch.query_slot.shape, batch.doc_slot.shape
     vectors = FrozenVectors(*(draw_unit_vectors(random, *shape, width).astype(np.float32) for shape in shapes))
