@@ -232,8 +232,8 @@ def parse_hf_config(config: Mapping[str, Any], where: str) -> DecoderConfig:
     fields = Fields(config, where)
     if config.get("hidden_act", "silu") != "silu" or fields.boolean("mlp_bias"):
         raise UserError(
-            f"{where}: the feed-forward layers are not supported (found hidden_act {config.get('hidden_act', 'silu')!r:.60} and "
-            f"mlp_bias {fields.boolean('mlp_bias')}; expected hidden_act silu and no mlp_bias). Use another base."
+            f"{where}: the feed-forward layers are not supported (found hidden_act {config.get('hidden_act', 'silu')!r:.60} "
+            f"and mlp_bias {fields.boolean('mlp_bias')}; expected hidden_act silu and no mlp_bias). Use another base."
         )
     rope = _read_rope(config, where)
     heads, kv_heads, head_width = _read_heads(config, where)
