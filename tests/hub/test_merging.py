@@ -146,6 +146,7 @@ def run(*arguments: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     """Run the command in this process. Return its exit code, standard output and standard error."""
     monkeypatch.setattr(sys, "argv", ["merge", *map(str, arguments)])
     monkeypatch.delitem(sys.modules, "jaxembed.merge", raising=False)
+    monkeypatch.setattr("os._exit", sys.exit)  # a command that fails would end this process
     code = 0
     try:
         runpy.run_module("jaxembed.merge", run_name="__main__")
