@@ -77,6 +77,12 @@ def test_an_error_of_the_system_is_one_line() -> None:
     assert done.stderr == line
 
 
+def test_errors_that_a_library_repeats_in_its_threads_are_hidden() -> None:
+    """TensorStore calls `sys.excepthook` from C++."""
+    done = run('[sys.excepthook(RuntimeError, RuntimeError(text), None) for text in ("Event loop is closed", "another")]')
+    assert (done.returncode, done.stderr) == (0, "RuntimeError: another\n")
+
+
 def test_other_errors_keep_their_traceback() -> None:
     done = run('raise OSError(errno.EINVAL, "mistake")')
     assert done.returncode == 1 and "Traceback" in done.stderr
