@@ -90,5 +90,14 @@ def test_public_names_have_docstrings() -> None:
 
 
 def test_files_are_short() -> None:
-    lengths = {path: len(path.read_text().splitlines()) for path in [*FILES, *(ROOT / "benchmarks").glob("*.py")]}
+    others = [path for folder in ("benchmarks", "tests") for path in (ROOT / folder).rglob("*.py")]
+    lengths = {path: len(path.read_text().splitlines()) for path in [*FILES, *others]}
     assert {path: length for path, length in lengths.items() if length > MAX_LINES} == {}
+
+
+def test_the_tests_that_the_docs_name_exist() -> None:
+    page = (ROOT / "docs" / "reference" / "checks.md").read_text()
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)", page)
+    assert len(named) > 50
+    missing = [f"{path}::{name}" for path, name in named if f"def {name}(" not in (ROOT / path).read_text()]
+    assert missing == []
