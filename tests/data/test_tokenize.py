@@ -21,7 +21,7 @@ PROMPTS = ["query:", "query: ", "Instruct: find the café\nQuery:", "Instruct: x
 
 
 def make_hf_tokenizer(bos: bool, eos: bool = True) -> Any:
-    hf_tokenizer = tiny.tokenizer(bos)
+    hf_tokenizer = tiny.build_tokenizer(bos)
     if eos:
         append_eos(hf_tokenizer)
     return hf_tokenizer
@@ -37,19 +37,19 @@ def test_eos_is_appended_once(bos: bool) -> None:
     hf_tokenizer = make_hf_tokenizer(bos)
     assert ends_with_eos(hf_tokenizer)
     append_eos(hf_tokenizer)
-    plain = tiny.tokenizer(bos=False)
+    plain = tiny.build_tokenizer(bos=False)
     tokenized = TextTokenizer(hf_tokenizer, EmbeddingSpec())(TEXTS, [""] * len(TEXTS))
     for text, ids in zip(TEXTS, tokenized.ids, strict=True):
         assert ids.tolist() == [BOS] * bos + plain(text)["input_ids"] + [EOS]
 
 
 def test_tokenizer_that_ends_texts_with_eos_stays_unchanged() -> None:
-    hf_tokenizer = tiny.tokenizer()
+    hf_tokenizer = tiny.build_tokenizer()
     own = processors.TemplateProcessing(single="<s> <pad> $A </s>", special_tokens=[("<s>", 0), ("<pad>", 2), ("</s>", 1)])
     hf_tokenizer.backend_tokenizer.post_processor = own
     before = hf_tokenizer("short")["input_ids"]
     append_eos(hf_tokenizer)
-    assert hf_tokenizer("short")["input_ids"] == before == [0, 2, *tiny.tokenizer()("short")["input_ids"], 1]
+    assert hf_tokenizer("short")["input_ids"] == before == [0, 2, *tiny.build_tokenizer()("short")["input_ids"], 1]
 
 
 def test_empty_text_without_eos_has_no_tokens() -> None:
@@ -92,7 +92,7 @@ def test_echo_truncates_both_copies_alike_and_pools_the_second(prompt: str) -> N
 
 
 def test_append_eos_without_an_eos_token_is_refused() -> None:
-    hf_tokenizer = tiny.tokenizer()
+    hf_tokenizer = tiny.build_tokenizer()
     hf_tokenizer.eos_token = None
     with pytest.raises(UserError, match=r"no EOS token\. Set model\.append_eos=false"):
         append_eos(hf_tokenizer)
@@ -116,7 +116,7 @@ def test_prompt_is_joined_before_tokenization() -> None:
 @pytest.mark.parametrize("bos", [False, True])
 @pytest.mark.parametrize("eos", [False, True])
 def test_pooling_starts_where_sentence_transformers_puts_it(tmp_path: Path, bos: bool, eos: bool) -> None:
-    tiny.folder(tmp_path, "qwen3")
+    tiny.write_folder(tmp_path, "qwen3")
     make_hf_tokenizer(bos, eos).save_pretrained(tmp_path)
     for length in (512, 6):
         theirs = Transformer(str(tmp_path), max_seq_length=length)
@@ -153,11 +153,11 @@ def test_untruncated_tokens_are_those_of_a_longer_limit() -> None:
 def test_saved_tokenizer_appends_eos_in_other_libraries(tmp_path: Path) -> None:
     make_hf_tokenizer(bos=True).save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
-    assert loaded("short")["input_ids"] == [BOS, *tiny.tokenizer()("short")["input_ids"], EOS]
+    assert loaded("short")["input_ids"] == [BOS, *tiny.build_tokenizer()("short")["input_ids"], EOS]
 
 
 def test_chat_template_is_removed(tmp_path: Path) -> None:
-    tiny.tokenizer(chat_template="{{ messages }}").save_pretrained(tmp_path)
+    tiny.build_tokenizer(chat_template="{{ messages }}").save_pretrained(tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template is not None
     assert load_tokenizer(tmp_path).chat_template is None
 
