@@ -201,8 +201,8 @@ def _split(pairs: Sequence[FunctionPair], holdout_package: str | None, holdout_f
 
 
 def _write_folder(out: Path, splits: Mapping[str, Sequence[FunctionPair]], report: Mapping[str, Any]) -> None:
-    """Write everything to OUT.partial and rename it, so that a folder that exists is complete."""
-    partial = out.with_name(f"{out.name}.partial")
+    """Write everything to OUT.unfinished and rename it, so that a folder that exists is complete."""
+    partial = out.with_name(f"{out.name}.unfinished")
     try:
         shutil.rmtree(partial, ignore_errors=True)  # a killed run may have left it
         partial.mkdir(parents=True)

@@ -179,7 +179,7 @@ def test_kill_leaves_no_folder_and_the_command_starts_over(tmp_path: Path) -> No
     arguments = ["packages", str(out), "--packages", "json", "--holdout-package", "", "--holdout-functions", "3"]
     killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], env=ENV, check=False, capture_output=True)
     assert killed.returncode == -signal.SIGKILL
-    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out.unfinished"]
     assert main(make_parser().parse_args(arguments))["functions"] == 3
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (out / "functions/qrels/test.tsv").exists()
