@@ -17,9 +17,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.
 
 
 @pytest.fixture(autouse=True)
-def restored_handlers() -> Iterator[None]:
-    """Restore the handlers of all signals after a test."""
+def default_handlers() -> Iterator[None]:
+    """Start with the default handlers, even if the tests were started with ignored signals, and restore them afterwards."""
     previous = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     yield
     for number, handler in previous.items():
         signal.signal(number, handler)
