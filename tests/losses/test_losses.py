@@ -39,11 +39,11 @@ def compute_negative_mask(*args: Any, **options: Any) -> list[list[int]]:
 
 
 def test_own_and_in_batch_negatives_count() -> None:
-    assert compute_negative_mask(["a", "b"], [["A", "x"], ["B", None]]) == [[0, 1, 1, 0], [1, 1, 0, 0]]
+    assert compute_negative_mask(["a", "b"], [["pa", "x"], ["pb", None]]) == [[0, 1, 1, 0], [1, 1, 0, 0]]
 
 
 def test_texts_of_a_source_without_in_batch_negatives_have_none_and_are_none() -> None:
-    documents: TextRows = [["A", "x"], ["B", "y"], ["C", "z"]]
+    documents: TextRows = [["pa", "x"], ["pb", "y"], ["pc", "z"]]
     assert compute_negative_mask(["a", "b", "c"], documents, in_batch=[True, False, True]) == [
         [0, 1, 0, 0, 1, 1],
         [0, 0, 0, 1, 0, 0],
@@ -52,7 +52,7 @@ def test_texts_of_a_source_without_in_batch_negatives_have_none_and_are_none() -
 
 
 def test_documents_of_an_equal_query_are_not_negatives() -> None:
-    assert compute_negative_mask(["a", "a", "c"], [["A", "x"], ["B", "y"], ["C", "z"]]) == [
+    assert compute_negative_mask(["a", "a", "c"], [["pa", "x"], ["pb", "y"], ["pc", "z"]]) == [
         [0, 1, 0, 0, 1, 1],
         [0, 0, 0, 1, 1, 1],
         [1, 1, 1, 1, 0, 1],
@@ -60,8 +60,8 @@ def test_documents_of_an_equal_query_are_not_negatives() -> None:
 
 
 def test_known_positives_are_not_negatives() -> None:
-    documents: TextRows = [["A", "B"], ["B", "x"], ["A2", "A"]]
-    assert compute_negative_mask(["a", "b", "c"], documents, positives=[["A", "A2"], ["B"], ["A2"]]) == [
+    documents: TextRows = [["pa", "pb"], ["pb", "x"], ["pa2", "pa"]]
+    assert compute_negative_mask(["a", "b", "c"], documents, positives=[["pa", "pa2"], ["pb"], ["pa2"]]) == [
         [0, 1, 1, 1, 0, 0],
         [1, 0, 0, 1, 1, 1],
         [1, 1, 1, 1, 0, 1],
@@ -76,7 +76,7 @@ def compute_info_nce(q: jax.Array, d: jax.Array, batch: Batch, temperature: floa
 
 def test_loss_of_two_queries_equals_a_constant() -> None:
     queries, documents = jnp.eye(2), jnp.array([[[1.0, 0.0]], [[0.6, 0.8]]])
-    loss, metrics = compute_info_nce(queries, documents, make_batch(["a", "b"], [["A"], ["B"]]), 0.5)
+    loss, metrics = compute_info_nce(queries, documents, make_batch(["a", "b"], [["pa"], ["pb"]]), 0.5)
     # log(1 + e^(1.2 - 2)) = 0.3711007 and log(1 + e^(0 - 1.6)) = 0.1839010
     assert float(loss) == pytest.approx(0.2775007, abs=1e-6)
     assert (float(metrics["accuracy"]), float(metrics["negatives"])) == (1.0, 1.0)
@@ -84,20 +84,20 @@ def test_loss_of_two_queries_equals_a_constant() -> None:
 
 def test_a_hard_negative_above_the_positive_equals_a_constant() -> None:
     queries, documents = jnp.array([[1.0, 0.0]]), jnp.array([[[0.6, 0.8], [0.8, 0.6], [0.0, 0.0]]])
-    loss, metrics = compute_info_nce(queries, documents, make_batch(["a"], [["A", "x", None]]), 0.1)
+    loss, metrics = compute_info_nce(queries, documents, make_batch(["a"], [["pa", "x", None]]), 0.1)
     assert float(loss) == pytest.approx(math.log(1 + math.exp(2)), rel=1e-6)
     assert (float(metrics["accuracy"]), float(metrics["negatives"])) == (0.0, 1.0)
 
 
 def test_the_lowest_temperature_does_not_overflow() -> None:
     queries, documents = jnp.eye(2), jnp.array([[[0.0, 1.0]], [[1.0, 0.0]]])  # every positive is the farthest document
-    loss = compute_info_nce(queries, documents, make_batch(["a", "b"], [["A"], ["B"]]), 0.001)[0]
+    loss = compute_info_nce(queries, documents, make_batch(["a", "b"], [["pa"], ["pb"]]), 0.001)[0]
     assert float(loss) == pytest.approx(1000.0)
 
 
 def test_a_query_without_negatives_has_neither_loss_nor_gradient() -> None:
     queries, documents = jnp.eye(2), jnp.eye(2)[:, None]
-    batch = make_batch(["a", "b"], [["A"], ["B"]], in_batch=[False, False])
+    batch = make_batch(["a", "b"], [["pa"], ["pb"]], in_batch=[False, False])
     loss, grads = jax.value_and_grad(lambda q, d: compute_info_nce(q, d, batch, 0.1)[0], argnums=(0, 1))(queries, documents)
     assert float(loss) == 0.0
     assert not any(np.asarray(grad).any() for grad in grads)
@@ -149,8 +149,8 @@ def test_any_batch_agrees_with_the_loop(case: tuple[Any, ...]) -> None:
     assert float(metrics["negatives"]) == pytest.approx(negatives)
 
 
-DOCUMENTS: TextRows = [["A", "x", None], ["B", "A", "y"], ["C", "z", "z2"], ["D", None, None]]
-MIXED = make_batch(list("abca"), DOCUMENTS, in_batch=[True, False, True, True], positives=[["A"], ["B"], ["C", "x"], ["D"]])
+DOCUMENTS: TextRows = [["pa", "x", None], ["pb", "pa", "y"], ["pc", "z", "z2"], ["pd", None, None]]
+MIXED = make_batch(list("abca"), DOCUMENTS, in_batch=[True, False, True, True], positives=[["pa"], ["pb"], ["pc", "x"], ["pd"]])
 
 
 def test_gradients_agree_with_finite_differences() -> None:
@@ -203,7 +203,7 @@ def test_absent_slots_have_zero_vectors_and_gradients() -> None:
 
 def test_slots_without_a_text_have_zero_gradients() -> None:
     vectors = jnp.array(np.random.default_rng(0).normal(size=(1, 8, 6))).at[:, 6:].set(0.0)
-    batch = make_batch(["a", "b"], [["A", "x"], ["B", None]]).replace(
+    batch = make_batch(["a", "b"], [["pa", "x"], ["pb", None]]).replace(
         query_slot=jnp.array([0, 1]), doc_slot=jnp.array([[2, 3], [4, -1]])
     )
 

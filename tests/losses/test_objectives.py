@@ -31,10 +31,10 @@ B, K, D, G = 8, 2, 6, 5
 # Queries and documents repeat. Some sources have no in-batch negatives, some documents are absent, some queries have labels.
 QUERIES = list("abcadefg")
 DOCUMENTS: list[list[str | None]] = [
-    ["A", "x", None], ["B", "A", "y"], ["C", "z", "z2"], ["D", None, None],
-    ["a", "w", "x"], ["E", "b", "x2"], ["F", "f", "x3"], ["G", "g2", None],
+    ["pa", "x", None], ["pb", "pa", "y"], ["pc", "z", "z2"], ["pd", None, None],
+    ["a", "w", "x"], ["pe", "b", "x2"], ["pf", "f", "x3"], ["pg", "g2", None],
 ]  # fmt: skip
-POSITIVES = [[row[0], *more] for row, more in zip(DOCUMENTS, [["A2"], [], ["x"], [], ["c"], ["F"], [], ["y"]], strict=True)]
+POSITIVES = [[row[0], *more] for row, more in zip(DOCUMENTS, [["pa2"], [], ["x"], [], ["c"], ["pf"], [], ["y"]], strict=True)]
 IN_BATCH = [True, False, True, True, True, True, True, True]
 LABELS, SOURCES = [0, 0, 1, -1, 1, -1, 1, 0], [0, 0, 0, 0, 1, 0, 0, 0]
 
@@ -193,7 +193,7 @@ def test_memory_grows_with_the_batch_not_with_its_square() -> None:
 def test_hard_labels_and_missing_scores_equal_constants() -> None:
     q, d = jnp.array([[1.0, 0.0], [1.0, 0.0]]), jnp.array([[[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]] * 2)
     scores = jnp.array([[2.0, 1.0, math.nan], [1.0, math.nan, math.nan]])  # the second query has one scored document
-    batch = make_batch(["a", "b"], [["A", "x", "y"], ["B", "z", "w"]]).replace(teacher_scores=scores)
+    batch = make_batch(["a", "b"], [["pa", "x", "y"], ["pb", "z", "w"]]).replace(teacher_scores=scores)
     p = 1 / (1 + math.exp(-0.4 / 0.5))
     t = 1 / (1 + math.exp(-1.0))
     kl = t * math.log(t / p) + (1 - t) * math.log((1 - t) / (1 - p))
@@ -233,7 +233,7 @@ def test_mixed_negatives_lie_between_two_of_the_query() -> None:
     weight = first[:, 0] / (first[:, 0] + first[:, 1])
     assert 0.4 < weight.mean() < 0.6 and 0.03 < weight.var() < 0.07  # Beta(2, 2): 1/2 and 1/20
     q = jnp.array(draw_unit_vectors(np.random.default_rng(0), 2, 3), jnp.float32)
-    batch = make_batch(["a", "b"], [["A", "x", "y", None], ["B", "z", None, None]])
+    batch = make_batch(["a", "b"], [["pa", "x", "y", None], ["pb", "z", None, None]])
     documents = jnp.concatenate([q[:, None], negatives * present[..., None]], axis=1)
     _, metrics = infonce.info_nce(InfoNCEConfig(negatives="hard", mixed_negatives=4), make_encoded(q, documents, batch))
     assert float(metrics["negatives"]) == pytest.approx((2 + 4 + 1) / 2)
