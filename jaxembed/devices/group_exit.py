@@ -21,9 +21,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
+from jaxembed.devices.deadline import call_if_late
 from jaxembed.devices.key_value_store import KeyValueStore
 from jaxembed.devices.standard_streams import LossyStream, StandardOutputError
 
@@ -104,7 +105,8 @@ class GroupMonitor:
         heartbeat = 0
         last_seen = {i: (b"", time.monotonic()) for i in range(self._count)}
         while True:
-            with self._exit_unless_done():
+            # If process 0 hangs, the store does not answer.
+            with call_if_late(self._max_silence_s, self._exit, self._make_lost_reason(0)):
                 try:
                     reason = self._read_exit_reason(self._period_s)
                     heartbeat += 1
@@ -131,17 +133,6 @@ class GroupMonitor:
     def _make_lost_reason(self, process: int) -> ExitReason:
         line = f"process {process} of {self._count} has not responded for {self._max_silence_s:g} s. {RESUME_HINT}"
         return ExitReason(1, line)
-
-    @contextlib.contextmanager
-    def _exit_unless_done(self) -> Iterator[None]:
-        """End this process if the block takes too long: process 0 hangs, so the store does not answer."""
-        timer = threading.Timer(self._max_silence_s, self._exit, [self._make_lost_reason(0)])
-        timer.daemon = True
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
 
     def _read_exit_reason(self, timeout_s: float) -> ExitReason | None:
         content = self._store.get(EXIT_REASON, timeout_s)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import os
 import signal
-import sys
 import threading
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from types import FrameType, TracebackType
 from typing import Any
 
 from jaxembed.devices import processes
-from jaxembed.devices.standard_streams import LossyStream
+from jaxembed.devices.deadline import call_if_late
+from jaxembed.devices.group_exit import print_error
 
 
 def stop_signals() -> list[int]:
@@ -68,25 +67,17 @@ class StopRequest:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-@contextlib.contextmanager
-def must_finish(name: str, limit_s: float) -> Iterator[None]:
-    """End the process if the block takes too long: exit code 1, and the stacks of all threads on standard error.
+def must_finish(name: str, limit_s: float) -> AbstractContextManager[None]:
+    """Return a context that ends the process if its block takes too long: exit code 1, and the stacks of all threads.
 
     Args:
         name: What the error calls the block.
         limit_s: Seconds that the block may take.
     """
-    timer = threading.Timer(limit_s, _exit_with_stacks, [name, limit_s])
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+    return call_if_late(limit_s, _exit_with_stacks, name, limit_s)
 
 
 def _exit_with_stacks(name: str, limit_s: float) -> None:
-    message = f"error: {name} did not finish in {limit_s:g} s (train.stall_timeout_s). Stacks of all threads:"
-    print(f"\n{message}", file=LossyStream(sys.stderr), flush=True)
+    print_error(f"{name} did not finish in {limit_s:g} s (train.stall_timeout_s). Stacks of all threads:")
     faulthandler.dump_traceback(file=2)
     os._exit(1)
