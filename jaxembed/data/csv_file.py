@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Iterator
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +69,16 @@ class CsvFile(LineFile):
     def read(self, address: int) -> Any:
         """Return the row at an address."""
         if not self._header_lines:
-            self._header_lines = _find_header_lines(self._iter_lines(0), self.name, self.delimiter)
+            self._header_lines = list(islice(self._iter_lines(0), self._count_header_lines()))
         return self._read_row(chain(self._header_lines, self._iter_lines(address)))
+
+    def _count_header_lines(self) -> int:
+        """Return the number of lines up to the end of the header."""
+        counted = _CountedLines(self._iter_lines(0), self.name)
+        for cells in csv.reader(counted, delimiter=self.delimiter, strict=True):
+            if any(cell.strip() for cell in cells):
+                break
+        return counted.lines
 
 
 class TsvFile(CsvFile):
@@ -84,13 +92,3 @@ def _check_header(cells: list[str], where: str) -> list[str]:
     if repeated := [cell for i, cell in enumerate(cells) if cell in cells[:i]]:
         raise UserError(f"{where}: two columns are named {repeated[0]!r}. Rename one.")
     return cells
-
-
-def _find_header_lines(lines: Iterator[bytes], name: str, delimiter: str) -> list[bytes]:
-    """Return the lines up to the end of the header."""
-    taken: list[bytes] = []
-    recorded = (taken.append(line) or line for line in lines)  # type: ignore[func-returns-value]
-    for cells in csv.reader(_CountedLines(recorded, name), delimiter=delimiter, strict=True):
-        if any(cell.strip() for cell in cells):
-            break
-    return taken

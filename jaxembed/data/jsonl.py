@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import json
 import os
 import weakref
@@ -20,7 +21,7 @@ MIN_READ_BYTES, MAX_READ_BYTES = 2**12, 2**20  # of one read; reads of a long li
 ScannedRow = tuple[int, str, Any]  # address, location (for errors) and content of a row
 
 
-class LineFile:
+class LineFile(abc.ABC):
     """A file of lines. An address is the byte offset of the line that starts a row.
 
     Rows are read by `pread`, not through a memory map: a file that is truncated meanwhile is an error, not a SIGBUS.
@@ -40,9 +41,9 @@ class LineFile:
         self.address_limit = os.fstat(self._descriptor).st_size
 
     @classmethod
+    @abc.abstractmethod
     def scan_lines(cls, lines: Iterable[bytes], name: str) -> Iterator[ScannedRow]:
         """Yield byte offset, name:line and content of every row in some lines, which may come from a pipe."""
-        raise NotImplementedError
 
     def scan(self) -> Iterator[ScannedRow]:
         """Yield address, file:line and content of every row."""
@@ -89,11 +90,7 @@ class JsonLinesFile(LineFile):
     @classmethod
     def scan_lines(cls, lines: Iterable[bytes], name: str) -> Iterator[ScannedRow]:
         """Yield byte offset, name:line and bytes of every line that is not blank."""
-        start = 0
-        for number, line in enumerate(lines, 1):
-            if line.strip(JSON_WHITESPACE):
-                yield start, f"{name}:{number}", line
-            start += len(line)
+        return (located for located in _locate_lines(lines, name) if located[2].strip(JSON_WHITESPACE))
 
 
 class JsonFile(JsonLinesFile):
@@ -114,13 +111,18 @@ class TextLinesFile(LineFile):
     @classmethod
     def scan_lines(cls, lines: Iterable[bytes], name: str) -> Iterator[ScannedRow]:
         """Yield byte offset, name:line and row of every line that is not blank."""
-        start = 0
-        for number, line in enumerate(lines, 1):
-            where = f"{name}:{number}"
+        for start, where, line in _locate_lines(lines, name):
             text = decode(line, where).strip("\r\n")
             if is_text(text):
                 yield start, where, {"text": text}
-            start += len(line)
+
+
+def _locate_lines(lines: Iterable[bytes], name: str) -> Iterator[tuple[int, str, bytes]]:
+    """Yield byte offset, name:line and bytes of every line."""
+    start = 0
+    for number, line in enumerate(lines, 1):
+        yield start, f"{name}:{number}", line
+        start += len(line)
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
