@@ -102,6 +102,10 @@ class Config(StageSections, RunSections):
         """The guide and the teacher of the run, by role. Roles that no stage fills are absent."""
         return {role: name for role in ("guide", "teacher") for stage in self.stages for name in stage.models_with_role(role)}
 
+    def key_prefix(self, index: int) -> str:
+        """Return what precedes a key of a stage in errors; empty in a config of one stage."""
+        return f"stages.{index}." if len(self.stages) > 1 else ""
+
     def all_sources(self) -> tuple[SourceConfig, ...]:
         """Return the sources of all stages, each once."""
         return tuple(dict.fromkeys(source for stage in self.stages for source in stage.data.sources))

@@ -13,7 +13,6 @@ from jaxembed.curation.mining import MiningOptions, embed_texts, mine_negatives
 from jaxembed.curation.pool import TextIds, read_pool
 from jaxembed.data.batch import EncoderInput
 from jaxembed.data.jsonl import write_jsonl
-from jaxembed.data.sampling import PairSampler
 from jaxembed.data.sources import Source
 from jaxembed.devices import processes
 from jaxembed.errors import UserError
@@ -23,11 +22,6 @@ from jaxembed.hub.frozen_encoder import encode_in_groups
 
 KEPT_FIELDS = ("query", "prompt", "pos")
 log = logging.getLogger("jaxembed")
-
-
-def can_mine_for(source: Source) -> bool:
-    """Return whether negatives can be mined for a source. Sources other than pairs define their own negatives."""
-    return isinstance(source.sampler, PairSampler)
 
 
 def check_first_rank(sources: Sequence[Source], config: MineConfig, seed: int, prefix: str) -> None:
@@ -42,7 +36,7 @@ def check_first_rank(sources: Sequence[Source], config: MineConfig, seed: int, p
     Raises:
         UserError: If a source has too few texts.
     """
-    for source in filter(can_mine_for, sources):
+    for source in (source for source in sources if source.is_mineable):
         num_texts = _count_texts(source, seed, limit=config.first_rank + 1)  # one text is the query's own positive
         if num_texts <= config.first_rank:
             raise UserError(

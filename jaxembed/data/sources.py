@@ -80,6 +80,11 @@ class Source:
     def __len__(self) -> int:
         return min(len(self.sampler), self.config.max_examples or MAX_INTEGER)
 
+    @property
+    def is_mineable(self) -> bool:
+        """Whether negatives can be mined for it. Sources other than pairs define their own negatives."""
+        return isinstance(self.sampler, PairSampler)
+
     def iter_pairs(self, seed: int = 0, max_texts: int | None = None) -> Iterator[Row]:
         """Yield every used example as rows of pairs, in order (see `ExampleSampler.iter_pairs`)."""
         indices = map(self._to_sampler_index, range(len(self)))

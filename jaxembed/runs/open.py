@@ -114,7 +114,7 @@ def open_run(config: Config, mesh: Mesh, lock: RunLock | None = None) -> OpenedR
     model = EmbeddingModel(base.decoder, spec, _build_compute_options(config), config.model.lora)
     shards = all_shards(shard_count(mesh)) if lock is None else local_shards(mesh)
     for index, stage in enumerate(config.stages):
-        _check_stage(stage, model, shards.count, _key_prefix(config, index))
+        _check_stage(stage, model, shards.count, config.key_prefix(index))
         _warn_of_long_warmup(config, index)
     encoders = _open_encoders(config)
     if lock is None:
@@ -161,11 +161,6 @@ def _build_compute_options(config: Config) -> ComputeOptions:
     )
 
 
-def _key_prefix(config: Config, index: int) -> str:
-    """Return what precedes a key of a stage in errors."""
-    return f"stages.{index}." if len(config.stages) > 1 else ""
-
-
 def _check_stage(stage: StageConfig, model: EmbeddingModel, shards: int, prefix: str) -> None:
     """Raise `UserError` if the batch does not divide among the shards, or a Matryoshka width is not below the model's."""
     if stage.train.batch_size % shards:
@@ -184,7 +179,7 @@ def _warn_of_long_warmup(config: Config, index: int) -> None:
     if warmup > steps:
         log.warning(
             "%soptim.warmup_steps is %d, more than the %d steps of the schedule: the learning rate never reaches its peak",
-            _key_prefix(config, index), warmup, steps,
+            config.key_prefix(index), warmup, steps,
         )  # fmt: skip
 
 
@@ -194,7 +189,7 @@ def _open_plans(config: Config) -> list[BatchPlan]:
     for index, stage in enumerate(config.stages):
         sources = open_sources(stage.data, cache_dir())
         if stage.mine is not None:
-            check_first_rank(sources, stage.mine, stage.train.seed, _key_prefix(config, index))
+            check_first_rank(sources, stage.mine, stage.train.seed, config.key_prefix(index))
         batching, mixture = stage.data.batching, stage.data.mixture
         plans.append(BatchPlan(sources, stage.train.batch_size, stage.train.seed, index, batching, mixture))
     return plans
@@ -274,7 +269,7 @@ def _open_stages(
                 plan=plan,
                 batch_builder=batch_builder,
                 tokenizer=stage_tokenizer,
-                objectives=_make_objectives(stage, plan.sources, _key_prefix(config, index)),
+                objectives=_make_objectives(stage, plan.sources, config.key_prefix(index)),
                 teacher_width=encoders["teacher"].width if stage.teacher else 0,
             )
         )

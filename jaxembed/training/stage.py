@@ -12,7 +12,6 @@ import optax
 from jaxembed.config import DistillationConfig, InfoNCEConfig, MarginMSEConfig, ObjectiveConfig, StageConfig
 from jaxembed.data.batch import Batch, BatchBuilder
 from jaxembed.data.batch_plan import BatchPlan
-from jaxembed.data.sampling import PairSampler
 from jaxembed.data.sources import Source
 from jaxembed.data.tokenize import TextTokenizer
 from jaxembed.losses.objectives import Objectives
@@ -89,7 +88,7 @@ class Stage:
 
     def mines(self, source: Source) -> bool:
         """Return whether the stage starts with mining negatives for a source. Only pairs are mined."""
-        return self.config.mine is not None and isinstance(source.sampler, PairSampler)
+        return self.config.mine is not None and source.is_mineable
 
     def needs_hard_negatives(self, source: Source) -> bool:
         """Return whether a query of this source has a loss only if its row has hard negatives."""
