@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measures how data recipes change scores: mined negatives, consistency filters, label documents, single-source batches.
+"""Measure how data recipes change scores: mined negatives, consistency filters, label documents, single-source batches.
 
     python benchmarks/data_recipes.py BASE DATA MINER TASKS.py [--steps 60] [--seeds 3] [--only NAME ...] [--out DIR]
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measures the baseline: contrastive fine-tuning with sentence-transformers' own trainer.
+"""Measure the baseline: contrastive fine-tuning with sentence-transformers' own trainer.
 
     python benchmarks/finetune_sentence_transformers.py BASE DATA.jsonl OUT [--steps 60] [--batch-size 64]
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measures the cost of a batch of tens of thousands of queries: of the loss alone, and of a whole step.
+"""Measure the cost of a batch of tens of thousands of queries: of the loss alone, and of a whole step.
 
     python benchmarks/large_batch.py BASE DATA.jsonl [--batch-size 32768] [--rows 64] [--peer-batch-sizes 4096 32768]
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measures where the time of a train step goes, and compares each part with the limit of the machine.
+"""Measure where the time of a train step goes, and compare each part with the limit of the machine.
 
     python benchmarks/limits.py BASE DATA.jsonl [--batch-size 64] [--max-length 256] [--rounds 5]
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compares the exact search behind mining with FAISS's flat index, on the same random unit vectors in float32.
+"""Compare the exact search behind mining with FAISS's flat index, on the same random unit vectors in float32.
 
     python benchmarks/mining.py [--queries 100000] [--documents 500000] [--width 384] [--k 100] [--repeats 1]
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measures the held-out score of each objective, and of papers' ablations that fit a small model, with its spread over seeds.
+"""Measure the held-out score of each objective, and of papers' ablations that fit a small model, with its spread over seeds.
 
     python benchmarks/objectives.py BASE PAIRS.jsonl HELDOUT LABELS.jsonl TEACHER [--steps 60] [--seeds 3] [--only NAME ...]
 

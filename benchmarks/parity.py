@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measures how closely our decoder matches transformers on a real checkpoint and real texts, in float32.
+"""Measure how closely our decoder matches transformers on a real checkpoint and real texts, in float32.
 
     python benchmarks/parity.py BASE TEXTS.jsonl [--field text] [--count 64]
 

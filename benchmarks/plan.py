@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measures how fast the batch plan returns the example ids of batches, for each kind of batching.
+"""Measure how fast the batch plan returns the example ids of batches, for each kind of batching.
 
     python benchmarks/plan.py [--batches 100000] [--batch-size 8192]
 

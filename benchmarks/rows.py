@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measures the cost of a source with many rows: seconds to open it, examples drawn per second, and memory.
+"""Measure the cost of a source with many rows: seconds to open it, examples drawn per second, and memory.
 
     python benchmarks/rows.py [--rows 1000000 20000000] [--shape pairs] [--folder DIR]
 

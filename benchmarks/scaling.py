@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Estimates memory and time of a training step of 32,768 queries on TPU pods, with the TPU compiler and without a TPU.
+"""Estimate memory and time of a training step of 32,768 queries on TPU pods, with the TPU compiler and without a TPU.
 
     python benchmarks/scaling.py MODEL TOPOLOGY [--lora] [--rows N] [--fsdp N] [--remat] [--attention KERNEL] [--negatives K]
 

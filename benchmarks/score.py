@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measures the MTEB scores of models on tasks from a local Python file, so that no data is downloaded.
+"""Measure the MTEB scores of models on tasks from a local Python file, so that no data is downloaded.
 
     python benchmarks/score.py TASKS.py MODEL [MODEL...] [--tasks NAME ...] [--backend jax|sentence-transformers]
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compares jaxembed with sentence-transformers: training and encoding speed, memory and score, in float32.
+"""Compare jaxembed with sentence-transformers: training and encoding speed, memory and score, in float32.
 
     python benchmarks/vs_sentence_transformers.py BASE DATA.jsonl HELDOUT [--steps 20] [--seeds 3] [--out DIR]
 

@@ -77,7 +77,7 @@ def compiler_options() -> dict[str, str]:
 def retain_freed_memory() -> None:
     """Keep large buffers that the main thread frees for the next allocation, on CPUs under glibc.
 
-    Fetching pages from the system, and zeroing them, took a seventh of the time of a step.
+    Fetching pages from the system, and zeroing them, takes a noticeable part of a step (docs/dev/log.md).
     """
     if libc := _glibc():
         libc.mallopt(M_MMAP_MAX, 0)
