@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from jaxembed.config.catalog import check_catalog_name, fill_from_catalog
 from jaxembed.config.fields import quote_value
 from jaxembed.config.removed import reject_python_packages
 from jaxembed.config.sections import Positive, Section
@@ -75,9 +76,13 @@ Format = Literal["auto", "pairs", "labels", "scored_pairs", "nli", "documents", 
 class SourceConfig(Section):
     """One source of training examples."""
 
+    catalog: str = Field(
+        "",
+        description="Entry of configs/catalog.yaml whose keys the source takes over, except those it sets itself.",
+    )
     path: str = Field(
         description="File, folder, or pattern such as data/*.parquet; or hf:NAME:SPLIT (Hugging Face datasets) or "
-        "tfds:NAME:SPLIT (TensorFlow Datasets)."
+        "tfds:NAME:SPLIT (TensorFlow Datasets). A source with an entry of the catalog may leave it out."
     )
     format: Format = Field("auto", description="Format of the rows. auto: detected from the path or the first row.")
     columns: dict[RowField, str | tuple[str, ...]] = Field(
@@ -135,6 +140,18 @@ class SourceConfig(Section):
     )
     min_chars: int = Field(0, ge=0, description="documents: minimum characters of each side of a pair.")
     max_chars: Positive | None = Field(None, description="documents: maximum characters of each side of a pair.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_over_catalog_entry(cls, source: Any) -> Any:
+        return fill_from_catalog(source) if isinstance(source, dict) and source.get("catalog") else source
+
+    @field_validator("catalog")
+    @classmethod
+    def _check_catalog_name(cls, name: str) -> str:
+        if name:
+            check_catalog_name(name)
+        return name
 
     @field_validator("path", "format", mode="before")
     @classmethod

@@ -14,6 +14,7 @@ from jaxembed.config.model import ModelConfig
 from jaxembed.config.names import check_names
 from jaxembed.config.removed import upgrade_run_tree
 from jaxembed.config.sections import Section, apply_override, parse_section, read_tree
+from jaxembed.config.shipped import find_config
 from jaxembed.config.stage import RUN_TRAIN_KEYS, StageConfig, StageSections, resolve_stage
 from jaxembed.config.training import EvalConfig, MeshConfig, RunConfig
 
@@ -130,14 +131,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), base: str | Non
     """Read a YAML file, apply overrides, and check the result.
 
     Args:
-        path: The YAML file.
+        path: The YAML file, or the name of a shipped config.
         overrides: Settings of the form `key.sub=value`, applied in order.
         base: Value of `model.base` if the file has none, for callers that only read its data.
 
     Raises:
         UserError: The file cannot be read, a key is unknown or has a wrong value, or two names are equal (`check_names`).
     """
-    path = Path(path)
+    path = find_config(path)
     tree = read_tree(path)
     for override in overrides:
         apply_override(tree, override)

@@ -115,7 +115,7 @@ class BatchPlan:
 
         Keys that do not change the examples, or that the digest covers (split), are left out.
         """
-        ignored = {"path", "name", "split"}
+        ignored = {"catalog", "path", "name", "split"}
         content = [[s.digest, len(s), s.config.model_dump(mode="json", exclude=ignored)] for s in self.sources]
         configs = [self._batching.model_dump(mode="json"), self._mixture.model_dump(mode="json")]
         return hashlib.sha256(json.dumps([content, configs, self._batch_size, self._seed]).encode()).hexdigest()[:16]
