@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxembed.config.shipped import CATALOG_FILE, read_shipped_yaml
 
-DOCUMENTATION_KEYS = frozenset({"license", "seen", "note"})  # keys of an entry that describe it; the others are those of a source
+DOCUMENTATION_KEYS = frozenset({"license", "seen", "note"})  # describe an entry; its other keys are those of a source
 
 
 def read_catalog() -> Mapping[str, Mapping[str, Any]]:
