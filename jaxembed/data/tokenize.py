@@ -84,10 +84,28 @@ def drop_eos(tokenizer: Any) -> None:
 
 def _set_last_tokens(tokenizer: Any, last: list[tuple[str, int]]) -> None:
     """Make the post-processor append the tokens `last`, and prepend BOS if it does so now."""
+    bos = [(tokenizer.bos_token, tokenizer.bos_token_id)] if starts_with_bos(tokenizer) else []
+    set_special_tokens(tokenizer, bos, last)
+
+
+def starts_with_bos(tokenizer: Any) -> bool:
+    """Return whether the tokenizer itself starts every text with BOS."""
     ids = tokenizer.backend_tokenizer.encode("a").ids
-    first = [(tokenizer.bos_token, tokenizer.bos_token_id)] if ids and ids[0] == tokenizer.bos_token_id else []
-    single, pair = (" ".join([*dict(first), texts, *dict(last)]) for texts in ("$A", "$A $B"))
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, pair=pair, special_tokens=first + last)
+    return bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
+
+
+def set_special_tokens(tokenizer: Any, first: Sequence[tuple[str, int]], last: Sequence[tuple[str, int]]) -> None:
+    """Make the post-processor put exactly these tokens around every text.
+
+    Args:
+        tokenizer: Fast Hugging Face tokenizer, which is changed.
+        first: Tokens before a text, with their ids.
+        last: Tokens after it, with their ids.
+    """
+    before, after = ([token for token, _ in tokens] for tokens in (first, last))
+    single, pair = (" ".join([*before, texts, *after]) for texts in ("$A", "$A $B"))
+    special_tokens = list(dict.fromkeys([*first, *last]))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, pair=pair, special_tokens=special_tokens)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ class Embedder:
             model = self.model
 
             def apply(params: Any, texts: PackedTexts) -> jax.Array:
-                return model.apply({"params": _stack_layers(params)}, texts)
+                return model.apply({"params": stack_layers(params)}, texts)
 
             object.__setattr__(self, "_apply", jax.jit(apply, compiler_options=compiler_options()))
 
@@ -243,7 +244,7 @@ class Embedder:
             raise UserError(f"latent_weights: this model has {self.spec.pooling} pooling (expected latent attention).")
 
         def apply(params: Any, packed: PackedTexts) -> jax.Array:
-            _, sown = self.model.apply({"params": _stack_layers(params)}, packed, mutable=["intermediates"])
+            _, sown = self.model.apply({"params": stack_layers(params)}, packed, mutable=["intermediates"])
             return jnp.asarray(sown["intermediates"]["pooling"]["latent_weights"][0])
 
         program = jax.jit(apply, compiler_options=compiler_options())
@@ -251,7 +252,7 @@ class Embedder:
         prompt = self._choose_prompt(instruction, None, None)
         starts = range(0, len(texts), TEXTS_PER_WINDOW)
         windows = [list(texts[start : start + TEXTS_PER_WINDOW]) for start in starts]
-        weights = [self._apply_to_texts(window, prompt, program) for window in windows]
+        weights = [self.apply_to_texts(window, [prompt] * len(window), program) for window in windows]
         return np.concatenate(weights) if weights else np.zeros((0, self.spec.pooling_heads, self.spec.latents), np.float32)
 
     def _choose_prompt(
@@ -284,24 +285,25 @@ class Embedder:
         """Return vectors [N, D]; long texts are cut, or encoded in pieces whose vectors are combined."""
         assert self._apply is not None
         if long_texts == "cut":
-            return self._apply_to_texts(texts, prompt, self._apply)
-        pieces = self.tokenizer.split_texts(texts, prompt)
-        starts = np.cumsum([0, *(len(text_pieces) for text_pieces in pieces[:-1])])
-        vectors = self._apply_to_texts([piece for text_pieces in pieces for piece in text_pieces], prompt, self._apply)
+            return self.apply_to_texts(texts, [prompt] * len(texts), self._apply)
+        text_pieces = self.tokenizer.split_texts(texts, prompt)
+        starts = np.cumsum([0, *map(len, text_pieces[:-1])])
+        pieces = list(chain.from_iterable(text_pieces))
+        vectors = self.apply_to_texts(pieces, [prompt] * len(pieces), self._apply)
         return np.asarray(COMBINE_PIECES[long_texts].reduceat(vectors, starts, axis=0))
 
-    def _apply_to_texts(self, texts: list[str], prompt: str, apply: Apply) -> np.ndarray:
+    def apply_to_texts(self, texts: Sequence[str], prompts: Sequence[str], apply: Apply) -> np.ndarray:
         """Apply a program to packed texts, some rows at a time.
 
         Args:
             texts: N texts.
-            prompt: Their prompt.
-            apply: The program, which returns [R, S, ...].
+            prompts: The prompt of each.
+            apply: The program, which returns [R, S, ...]. `stack_layers` gives its parameters the form of the model's.
 
         Returns:
             Results, float32 [N, ...], in the order of `texts`.
         """
-        tokenized = self.tokenizer(texts, [prompt] * len(texts))
+        tokenized = self.tokenizer(texts, prompts)
         lengths = np.array([len(ids) for ids in tokenized.ids], np.int64)
         shards, sharding = shard_count(self.mesh), batch_sharding(self.mesh)
         rows_per_call = functools.partial(_rows_per_call, shards)
@@ -365,7 +367,7 @@ def _replace_layers(params: Any, layers: Any) -> Any:
     return {**params, "decoder": {**params["decoder"], "layers": layers}}
 
 
-def _stack_layers(params: Any) -> Any:
+def stack_layers(params: Any) -> Any:
     """Return the parameters as the model takes them, with the layers stacked."""
     layers = params["decoder"]["layers"]
     if not isinstance(layers, list):

@@ -10,9 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from jaxembed.config.spec import EmbeddingSpec
+from jaxembed.errors import UserError
+from jaxembed.files import exists, read_json_value
 from jaxembed.hub.embedder import Embedder
 from jaxembed.hub.torch_model import encode_torch, load_sentence_transformer
 
+PROBE_FILE = "probe.json"
 FLOAT32_TOLERANCE = 1e-4  # largest difference of a number of a unit vector
 MIN_COSINE = 0.9999
 PROBE_INSTRUCTION = "Given a question, find the passage that answers it"
@@ -123,4 +126,34 @@ def write_probe_file(folder: Path, probes: Mapping[str, list[str]], vectors: np.
         {"prompt": prompt, "text": text, "vector": [round(float(x), 7) for x in vector]}
         for (prompt, text), vector in zip(inputs, vectors, strict=True)
     ]
-    (folder / "probe.json").write_text(json.dumps(rows, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / PROBE_FILE).write_text(json.dumps(rows, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """An entry of probe.json: a text with its prompt, and the unit vector that the exported model gave, float32 [D]."""
+
+    prompt: str
+    text: str
+    vector: np.ndarray
+
+
+def read_probe_file(folder: Path) -> list[Probe]:
+    """Read probe.json of an exported folder.
+
+    Raises:
+        UserError: The folder has none, or it is damaged.
+    """
+    path = folder / PROBE_FILE
+    if not exists(path):
+        raise UserError(f"{folder}: has no {PROBE_FILE}, which `jaxembed export` writes. Export the model again.")
+    rows = read_json_value(path)
+    try:
+        probes = [Probe(row["prompt"], row["text"], np.array(row["vector"], np.float32)) for row in rows]
+    except (TypeError, KeyError, ValueError):
+        raise UserError(f"{path}: not a list of prompts, texts and vectors. Export the model again.") from None
+    shapes = {probe.vector.shape for probe in probes}
+    are_strings = all(isinstance(entry, str) for probe in probes for entry in (probe.prompt, probe.text))
+    if not are_strings or len(shapes) != 1 or len(shapes.pop()) != 1:
+        raise UserError(f"{path}: damaged (expected prompts, texts, and vectors of one width). Export the model again.")
+    return probes

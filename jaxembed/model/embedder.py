@@ -53,9 +53,15 @@ class EmbeddingModel(nn.Module):
         return () if self.lora is None else self.lora.names
 
     @nn.compact
-    def __call__(self, texts: PackedTexts) -> Float[Array, "r s p"]:
-        """Return the vector of every text. A "dropout" key among `rngs` turns on the dropout of adapters."""
-        hidden = Decoder(self.decoder, MASKS[self.spec.attention], self.compute, self.lora, name="decoder")(texts)
+    def __call__(self, texts: PackedTexts, hidden: Float[Array, "r t d"] | None = None) -> Float[Array, "r s p"]:
+        """Return the vector of every text. A "dropout" key among `rngs` turns on the dropout of adapters.
+
+        Args:
+            texts: The texts.
+            hidden: Hidden states of their tokens, if the decoder has run already.
+        """
+        if hidden is None:
+            hidden = Decoder(self.decoder, MASKS[self.spec.attention], self.compute, self.lora, name="decoder")(texts)
         pool_mask = (texts.segment_ids > 0) if self.spec.include_instruction else texts.pool_mask
         segment_mask = make_segment_mask(texts.segment_ids, pool_mask, texts.segments)
         pooling = make_pooling(self.spec.pooling, self.spec.latents, self.spec.pooling_heads, name="pooling")
