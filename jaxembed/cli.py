@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from jaxembed.config import Format
@@ -24,7 +24,7 @@ from jaxembed.devices.cpu import configure_jax
 from jaxembed.devices.standard_streams import StandardOutputError, protect_standard_streams
 from jaxembed.errors import Stopped, UserError, explain_system_error
 from jaxembed.files import cache_dir, check_writable, exists, format_json, make_private_folder
-from jaxembed.training.shutdown import stop_signals
+from jaxembed.training.shutdown import stop_on_signals
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -40,11 +40,11 @@ CHATTY_LOGGERS = ("jax", "orbax", "httpx", "httpx2", "datasets", "bm25s", "faiss
 def run_command(main: Callable[[argparse.Namespace], Mapping[str, Any]], parser: argparse.ArgumentParser) -> Mapping[str, Any]:
     """Parse the command line, run `main`, print its result as JSON, and return it.
 
-    Exits with 2 on a `UserError` and on an error of the system such as a full disk, with 128 + n on signal n, and with 141 and
-    no message if the reader of standard output has gone, as after `| head`.
+    Exits with 2 on a `UserError` and on an error of the system such as a full disk, with 128 + n and a line on signal n, and
+    with 141 and no message if the reader of standard output has gone, as after `| head`.
     """
     protect_standard_streams()
-    with _exit_with_one_line():
+    with _exit_with_one_line(), stop_on_signals("the command is not done. Run it again."):
         try:
             args = parser.parse_args()
         finally:
@@ -237,26 +237,6 @@ def make_fsdp_mesh(fsdp: int) -> Mesh:
         raise UserError(f"--fsdp is {fsdp}; expected a divisor of {count}, the number of devices here")
     retain_freed_memory()
     return make_mesh(fsdp=fsdp)
-
-
-@contextmanager
-def stop_on_signals(message: str) -> Iterator[None]:
-    """Turn `stop_signals` inside the block into `Stopped` with a message. Only for the main thread."""
-    received = signal.SIGINT
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal received
-        received = signal.Signals(number)
-        raise KeyboardInterrupt  # libraries that catch `Exception` do not catch it
-
-    previous = {number: signal.signal(number, stop) for number in stop_signals()}
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise Stopped(message, received) from None
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def set_up_jax() -> None:

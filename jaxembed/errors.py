@@ -1,6 +1,7 @@
 """Exceptions that end a command with one line."""
 
 import errno
+import signal
 
 MAX_MESSAGE_CHARS = 2000
 # What the system refuses for reasons that the user can remove. Other errors of the system may be mistakes of this program.
@@ -42,6 +43,11 @@ class Stopped(Exception):
     def __init__(self, message: str, signal: int):
         super().__init__(message)
         self.signal = signal
+
+
+def interrupt_signal(interrupt: KeyboardInterrupt) -> int:
+    """Return the signal that a `KeyboardInterrupt` stands for: its argument, or SIGINT if Python itself raised it."""
+    return interrupt.args[0] if interrupt.args else signal.SIGINT
 
 
 def summarize(error: object, max_chars: int = 200) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from jaxembed import cli
 from jaxembed.errors import UserError
 from jaxembed.training.run_dir import BASE_RECORD_FILE
+from jaxembed.training.shutdown import stop_on_signals
 
 LAYOUTS = ("sentence-transformers", "nv-embed")
 
@@ -29,7 +30,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
     logging.disable_progress_bar()  # the folder is loaded and saved several times
     getLogger("sentence_transformers").setLevel(ERROR)  # it warns that the CPU, which checks the folder, is slow
-    with cli.stop_on_signals(f"{out}: not written"):
+    with stop_on_signals(f"{out}: not written"):
         if args.adapters:
             check_adapter_options(args)
             cli.set_up_jax()

@@ -11,6 +11,7 @@ from typing import Any
 
 from jaxembed import cli
 from jaxembed.errors import UserError
+from jaxembed.training.shutdown import stop_on_signals
 
 METHODS = ("soup", "slerp")
 
@@ -28,7 +29,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     logging.disable_progress_bar()
     cli.set_up_jax()
     import_sentence_transformers()  # if it is missing, say so before anything is read
-    with cli.stop_on_signals(f"{out}: not written"):
+    with stop_on_signals(f"{out}: not written"):
         embedder, card = merge_models(args.models, weights, args.method, out.name, args.checkpoint)
         parity = export(embedder, out, args.dtype, card)
     sources = {"method": args.method, "models": args.models, "weights": weights}

@@ -20,6 +20,7 @@ from jaxembed.config.sections import parse_section
 from jaxembed.curation.rules import format_rule_options, option_name
 from jaxembed.errors import UserError
 from jaxembed.files import cache_dir
+from jaxembed.training.shutdown import stop_on_signals
 
 ABOUT = """\
 IN is anything that training reads, except rows of text and label. OUT has the rows of IN as pairs (query, pos, neg), with the
@@ -31,7 +32,7 @@ log = logging.getLogger("jaxembed")
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Mine negatives. Return the files that were written and the counts of the report."""
     cache = cache_dir()
-    with cli.stop_on_signals(f"the vectors and scores so far are kept in {cache}; the same command continues"):
+    with stop_on_signals(f"the vectors and scores so far are kept in {cache}; the same command continues"):
         return write_negatives(args, cache)
 
 

@@ -11,12 +11,14 @@ from typing import Any
 from jaxembed import cli
 from jaxembed.config import Config, load_config
 from jaxembed.config.sections import table
+from jaxembed.config.shipped import list_shipped_configs
 from jaxembed.data.sources import detect_format
 from jaxembed.devices import processes
 from jaxembed.errors import UserError
 from jaxembed.hub.folders import check_base_exists
 from jaxembed.planning.topology import skip_tpu_discovery
 from jaxembed.training.run_dir import check_run_dir
+from jaxembed.training.shutdown import RESUME_MESSAGE, stop_on_signals
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
@@ -34,7 +36,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     cli.set_up_jax()
     from jaxembed.devices.mesh import make_mesh
 
-    with processes.process_group(config.train.stall_timeout_s):
+    with stop_on_signals(RESUME_MESSAGE), processes.process_group(config.train.stall_timeout_s):
         make_mesh(**dict(config.mesh))
         from jaxembed.runs.train import train
 
@@ -56,11 +58,12 @@ def _plan(config: Config, args: argparse.Namespace) -> dict[str, Any]:
 def make_parser() -> cli.Parser:
     """Return the parser of the command line."""
     parser = cli.new_parser("train", f"{__doc__}\nThe same command resumes a run whose directory holds a checkpoint.")
+    parser.epilog = f"shipped configs: {', '.join(list_shipped_configs())}"
     parser.hint = "Set config keys as train.steps=3. "
     parser.add_argument(
         "--keys", action="version", version=table(Config).replace("%", "%%"), help="list every config key and exit"
     )
-    parser.add_argument("config", metavar="CONFIG.yaml", help="config file; examples are in configs/")
+    parser.add_argument("config", metavar="CONFIG.yaml", help="config file, or the name of a shipped config (below)")
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key.sub=value", help="such as train.steps=100 or run.dir=runs/a"
     )

@@ -23,6 +23,7 @@ from jaxembed.data import reports
 from jaxembed.data.convert import WRITERS, convert_sources
 from jaxembed.errors import UserError
 from jaxembed.files import cache_dir
+from jaxembed.training.shutdown import stop_on_signals
 
 if TYPE_CHECKING:
     from jaxembed.data.tokenize import TextTokenizer
@@ -62,7 +63,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 def write_packages(args: argparse.Namespace) -> dict[str, Any]:
     """Write the pairs of installed packages. Return the folder and the number of pairs of each split."""
     out = cli.prepare_output(Path(args.out))
-    with cli.stop_on_signals(f"{out} was not written; the same command starts over"):
+    with stop_on_signals(f"{out} was not written; the same command starts over"):
         sizes = python_packages.write_package_pairs(out, args.packages, args.holdout_package or None, args.holdout_functions)
     return {"out": str(out), **sizes}
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from jaxembed.devices.group_exit import LOST_FIRST, RESUME_HINT, GroupMonitor, report_jax_aborts, stop_reporting_aborts
 from jaxembed.devices.key_value_store import KeyValueStore, process_index_and_count
 from jaxembed.devices.standard_streams import LossyStream
-from jaxembed.errors import Stopped, UserError, explain_system_error, summarize
+from jaxembed.errors import Stopped, UserError, explain_system_error, interrupt_signal, summarize
 
 ADDRESS_VARIABLE, COUNT_VARIABLE, INDEX_VARIABLE = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 MAX_JOIN_S = 86_400
@@ -107,8 +107,8 @@ def process_group(limit_s: float) -> Iterator[None]:
     except Stopped:
         _leave(monitor)
         raise
-    except KeyboardInterrupt:
-        monitor.end_all(130, "interrupted")
+    except KeyboardInterrupt as interrupt:
+        monitor.end_all(128 + interrupt_signal(interrupt), "interrupted")
     except UserError as error:
         monitor.end_all(2, str(error))
     except BaseException as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
@@ -29,6 +30,7 @@ from jaxembed.files import cache_dir
 from jaxembed.hub.base import Base
 from jaxembed.hub.frozen_encoder import FrozenEncoder, ZeroEncoder, open_frozen_encoder
 from jaxembed.hub.resolve import find_base
+from jaxembed.hub.spec_files import read_recorded_spec
 from jaxembed.hub.text_tokenizer import build_text_tokenizer
 from jaxembed.losses.objectives import Objectives
 from jaxembed.model.decoder import ComputeOptions
@@ -110,7 +112,7 @@ def open_run(config: Config, mesh: Mesh, lock: RunLock | None = None) -> OpenedR
     logical_axis_table(mesh, base.decoder.axis_sizes)
     if config.model.lora is not None and not base.has_weights:
         raise UserError(f"model.lora: {base.name} has no weights to adapt. Name a base that has weights, or remove model.lora.")
-    spec = _resolve_spec(config, base)
+    spec = _resolve_spec(config, base, None if lock is None else read_recorded_spec(Path(config.run.dir)))
     model = EmbeddingModel(base.decoder, spec, _build_compute_options(config), config.model.lora)
     shards = all_shards(shard_count(mesh)) if lock is None else local_shards(mesh)
     for index, stage in enumerate(config.stages):
@@ -139,9 +141,19 @@ def open_run(config: Config, mesh: Mesh, lock: RunLock | None = None) -> OpenedR
     )
 
 
-def _resolve_spec(config: Config, base: Base) -> EmbeddingSpec:
-    """Return the base's spec with the choices of the config, and the prompts of all sources by name."""
+def _resolve_spec(config: Config, base: Base, recorded: EmbeddingSpec | None) -> EmbeddingSpec:
+    """Return the base's spec with the choices of the config, and the prompts of all sources by name.
+
+    Args:
+        config: Settings of the run.
+        base: What the model starts from.
+        recorded: The spec of the run that is resumed. Earlier versions left instructions out of the pooling by default, and
+            their runs continue so.
+    """
     spec = base.spec.with_choices(config.model, config.stages[-1].data.max_length)
+    spec = spec.replace(matryoshka_dims=config.stages[-1].matryoshka.dims)
+    if recorded is not None and config.model.pooling.include_instruction is None:
+        spec = spec.replace(include_instruction=recorded.include_instruction)
     pools_instruction = spec.include_instruction or spec.pool_last_instruction_token
     if not pools_instruction and spec.instruction_template.endswith(" "):
         log.warning(
@@ -206,10 +218,18 @@ def _open_tokenizer(run_dir: Path | None, base: Base, spec: EmbeddingSpec, plans
     texts = chain.from_iterable(_iter_texts(source) for plan in plans for source in plan.sources)
     tokenizer = build_text_tokenizer(base.tokenizer(texts), spec, base)
     if recorded:
-        partial_folder = recorded.with_suffix(".partial")
-        tokenizer.hf_tokenizer.save_pretrained(partial_folder)
-        partial_folder.rename(recorded)
+        _write_tokenizer(tokenizer, recorded)
     return tokenizer
+
+
+def _write_tokenizer(tokenizer: TextTokenizer, folder: Path) -> None:
+    """Write a tokenizer to a new folder, completely or not at all."""
+    partial_folder = folder.with_suffix(".partial")
+    try:
+        tokenizer.hf_tokenizer.save_pretrained(partial_folder)
+        partial_folder.rename(folder)
+    finally:
+        shutil.rmtree(partial_folder, ignore_errors=True)
 
 
 def _iter_texts(source: Source) -> Iterator[str]:

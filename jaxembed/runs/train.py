@@ -30,7 +30,7 @@ from jaxembed.training.mfu import MfuMeter, device_peak, make_mfu_meter
 from jaxembed.training.profile import Profile
 from jaxembed.training.run_dir import check_same_config
 from jaxembed.training.run_lock import RunLock
-from jaxembed.training.shutdown import StopRequest
+from jaxembed.training.shutdown import RESUME_MESSAGE, StopRequest, stop_on_signals
 from jaxembed.training.state import begin_stage
 from jaxembed.training.step import TrainState
 
@@ -87,11 +87,13 @@ def _train(config: Config, lock: RunLock) -> dict[str, Any]:
     profile, mfu_meter = Profile(config.train.profile_steps, run.run_dir / "profile"), _make_mfu_meter(run, state)
     retain_freed_memory()  # not earlier, so that memory of loading goes back to the system
     try:
-        with closing(recorder), closing(checkpoints), closing(profile), StopRequest() as stop, jax.set_mesh(run.mesh):
+        # The stop request comes first: a second signal must not interrupt the last checkpoint, which `closing` waits for.
+        with StopRequest() as stop, closing(recorder), closing(checkpoints), closing(profile), jax.set_mesh(run.mesh):
             for stage in run.stages[stage_index:]:
-                if int(state.step) == stage.first_step > 0:
-                    state = begin_stage(stage, state, run.model, run.mesh)
-                stage = with_mined_negatives(stage, partial(with_adapter, encoder, state.weights), run.run_dir)
+                with stop_on_signals(RESUME_MESSAGE):  # nothing to save before the first step of a stage
+                    if int(state.step) == stage.first_step > 0:
+                        state = begin_stage(stage, state, run.model, run.mesh)
+                    stage = with_mined_negatives(stage, partial(with_adapter, encoder, state.weights), run.run_dir)
                 trainer = Trainer(
                     stage=stage,
                     total_steps=run.total_steps,

@@ -167,7 +167,7 @@ class Trainer:
                 stats.start_time = time.perf_counter()
             if save:
                 self._save(state, step, score)
-            if is_stopping and not is_last:
+            if is_stopping and step < self.total_steps:
                 message = f"saved a checkpoint after step {step} of {self.total_steps}. Run the same command to resume."
                 raise Stopped(message, stop.signal)
         return state

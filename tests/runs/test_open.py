@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
+from helpers.runs import make_config, write_base_and_data
 from jaxembed.config import Config, load_config
-from jaxembed.errors import UserError
+from jaxembed.devices import processes
+from jaxembed.errors import Stopped, UserError
 from jaxembed.runs.open import _warn_of_long_warmup, open_run
 from jaxembed.training.run_lock import RunLock
 
@@ -40,3 +44,20 @@ def test_a_warm_up_beyond_the_schedule_is_reported(tmp_path: Path, caplog: pytes
     assert not caplog.text, "the stages share a schedule of 12 steps"
     _warn_of_long_warmup(load(tmp_path, stages, "optim.warmup_steps=13"), 1)
     assert "stages.1.optim.warmup_steps is 13" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "moment",
+    ["jaxembed.runs.open.open_sources", "transformers.PreTrainedTokenizerBase.save_pretrained", "jaxembed.runs.train.resume"],
+)
+def test_a_signal_before_the_first_step_ends_with_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    """While data is read, while the tokenizer is written, and before weights are loaded."""
+    make_config(write_base_and_data(tmp_path), "run")
+    monkeypatch.setattr(processes, "_join", lambda limit_s: None)  # other tests have used JAX already
+    monkeypatch.setattr(moment, lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    train_command = importlib.import_module("jaxembed.train")  # the package has a function of this name
+    arguments = train_command.make_parser().parse_args([str(tmp_path / "run.yaml"), f"run.dir={tmp_path / 'run'}"])
+    with pytest.raises(Stopped, match=r"continues from its last checkpoint, if it has one\. Run the same command") as stop:
+        train_command.main(arguments)
+    assert stop.value.signal == signal.SIGTERM
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.suffix == ".partial" or path.name == "lock"]

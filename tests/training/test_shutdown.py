@@ -8,10 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from jaxembed import cli
 from jaxembed.devices import processes
 from jaxembed.errors import Stopped
-from jaxembed.training.shutdown import StopRequest
+from jaxembed.training.shutdown import StopRequest, stop_on_signals
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -39,7 +38,7 @@ def test_every_stop_signal_stops_a_run_after_a_step(number: int) -> None:
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_every_stop_signal_ends_a_command_with_a_line(number: int) -> None:
-    with pytest.raises(Stopped, match="nothing is lost") as error, cli.stop_on_signals("nothing is lost"):
+    with pytest.raises(Stopped, match="nothing is lost") as error, stop_on_signals("nothing is lost"):
         os.kill(os.getpid(), number)
     assert error.value.signal == number
 
@@ -47,7 +46,7 @@ def test_every_stop_signal_ends_a_command_with_a_line(number: int) -> None:
 def test_ignored_signals_stay_ignored() -> None:
     """`nohup` starts processes that ignore SIGHUP."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with StopRequest() as stop, cli.stop_on_signals("nothing is lost"):
+    with StopRequest() as stop, stop_on_signals("nothing is lost"):
         os.kill(os.getpid(), signal.SIGHUP)
     assert not stop.is_due(1)
 
