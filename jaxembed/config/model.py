@@ -36,7 +36,9 @@ class PoolingConfig(Section):
 
     kind: PoolingKind | None = Field(None, description="Kind of pooling. Default: taken from the base model, otherwise mean.")
     include_instruction: bool | None = Field(
-        None, description="Pool the tokens of the instruction too. Default: taken from the base model, otherwise false."
+        None,
+        description="Pool the tokens of the instruction too, as vLLM, TEI and llama.cpp do. Default: taken from the base "
+        "model, otherwise true; with echo false.",
     )
     latents: Annotated[int, Field(ge=1, le=2**16)] | None = Field(
         None, description="Number of latents of latent attention. Default: taken from the base model, otherwise 512."
@@ -120,7 +122,7 @@ class ModelConfig(Section):
     instruction_template: str | None = Field(
         None,
         description="Template of the prompt before a text; contains {instruction}. Default: taken from the base model, "
-        "otherwise that of E5.",
+        'otherwise "Instruct: ", the instruction, and "Query:" on a line of its own. E5 has a space after it.',
     )
     query_suffix: str | None = Field(
         None,

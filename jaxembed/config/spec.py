@@ -36,7 +36,7 @@ class EmbeddingSpec(Section):
     pooling: PoolingKind = Field("mean", description="Pooling over the tokens of a text.")
     latents: Annotated[int, Field(ge=1, le=2**16)] = Field(512, description="Number of latents of latent attention.")
     pooling_heads: Annotated[int, Field(ge=1, le=2**12)] = Field(8, description="Heads of latent and self-attention.")
-    include_instruction: bool = Field(False, description="Pool the instruction tokens too.")
+    include_instruction: bool = Field(True, description="Pool the instruction tokens too, as vLLM, TEI and llama.cpp do.")
     projection: Annotated[int, Field(ge=0, le=2**16)] = Field(
         0, description="Width of the linear layer between pooling and normalization. 0: no layer."
     )
@@ -72,6 +72,9 @@ class EmbeddingSpec(Section):
         "query_suffix.",
     )
     prompts: dict[str, str] = Field({}, description="Complete prompts by name, such as `query` and `document`.")
+    matryoshka_dims: tuple[Length, ...] = Field(
+        (), strict=False, description="Widths to which vectors may be cut, because training included them."
+    )
 
     @model_validator(mode="after")
     def _check_templates(self) -> EmbeddingSpec:
@@ -104,6 +107,9 @@ class EmbeddingSpec(Section):
 
     def with_choices(self, model: ModelConfig, max_length: int) -> EmbeddingSpec:
         """Return this spec with the choices of a `model` section. Keys that the section leaves open keep their values."""
+        pools_instruction = model.pooling.include_instruction
+        if pools_instruction is None and model.echo:
+            pools_instruction = False  # an echo pools its second copy only
         choices: dict[str, Any] = {
             # Training keeps EOS on truncated texts.
             **({"eos_as_text": False, "append_eos": True} if self.eos_as_text else {}),
@@ -111,7 +117,7 @@ class EmbeddingSpec(Section):
             "pooling": model.pooling.kind,
             "latents": model.pooling.latents,
             "pooling_heads": model.pooling.heads,
-            "include_instruction": model.pooling.include_instruction,
+            "include_instruction": pools_instruction,
             "projection": model.projection.width,
             "projection_bias": model.projection.bias,
             "normalize": model.normalize,
@@ -123,6 +129,10 @@ class EmbeddingSpec(Section):
             "max_length": max_length,
         }
         return self.replace(**{key: value for key, value in choices.items() if value is not None})
+
+    def describe_vectors(self) -> dict[str, Any]:
+        """Return the fields that decide which vector a text has, as plain values. They identify a model in caches and runs."""
+        return self.model_dump(mode="json", exclude={"matryoshka_dims"})
 
     def with_prompts(self, instructions: Mapping[str, tuple[str, str]]) -> EmbeddingSpec:
         """Return this spec with the prompts of named sources stored.

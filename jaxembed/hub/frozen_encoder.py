@@ -147,7 +147,7 @@ def open_frozen_encoder(name: str, cache: Path, mesh: Mesh | None = None) -> Fro
 
 def _open_embedder(name: str, base: Base, embedder: Embedder, cache: Path) -> FrozenEncoder:
     spec, tokenizer_state = embedder.spec, embedder.tokenizer.hf_tokenizer.backend_tokenizer.to_str()
-    identity = json.dumps([base.hash(), spec.model_dump(mode="json"), tokenizer_state], sort_keys=True)
+    identity = json.dumps([base.hash(), spec.describe_vectors(), tokenizer_state], sort_keys=True)
     digest = hashlib.sha256(identity.encode()).hexdigest()
 
     def select_prompt(side: str, instruction: str) -> str:

@@ -28,7 +28,7 @@ def compute_model_digest(embedder: Embedder) -> str:
     identity = [
         embedder.weights_hash,
         dataclasses.asdict(embedder.model.decoder),
-        embedder.spec.model_dump(mode="json"),
+        embedder.spec.describe_vectors(),
         read_tokenizer_state(embedder.tokenizer.hf_tokenizer),
         np.dtype(embedder.model.compute.dtype).name,
     ]

@@ -24,7 +24,8 @@ from jaxembed.training.run_dir import iter_differences
 
 log = logging.getLogger("jaxembed")
 
-FIRST_MODEL_FIELDS = ("prompts", "max_length")  # fields of a spec in which models may differ; the first model's are used
+# Fields of a spec in which models may differ; the first model's are used.
+FIRST_MODEL_FIELDS = ("prompts", "max_length", "matryoshka_dims")
 MAX_LISTED_DIFFERENCES = 4
 METHOD_DESCRIPTIONS = {
     "soup": "The weighted mean of the parameters of these models (a model soup, https://arxiv.org/abs/2203.05482).",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from jaxembed.config.field_lists import log_once
@@ -16,10 +17,14 @@ from jaxembed.formats.nv_embed import is_nv_embed, read_nv_embed_spec
 from jaxembed.formats.published import PUBLISHED_LAYOUTS, PublishedLayout, find_published_layout
 from jaxembed.formats.sentence_transformers import MODULES_FILE, read_sentence_transformers_spec
 from jaxembed.model.families import DecoderConfig
+from jaxembed.training.run_dir import read_run_file
 
 log = logging.getLogger("jaxembed")
 
 SPEC_FILE = "jaxembed.json"
+# What a jaxembed.json without a key means, where that differs from the default of new models. Earlier versions left
+# instructions out of the pooling.
+EARLIER_DEFAULTS: Mapping[str, Any] = MappingProxyType({"include_instruction": False})
 
 
 def write_spec(folder: Path, spec: EmbeddingSpec) -> None:
@@ -28,12 +33,23 @@ def write_spec(folder: Path, spec: EmbeddingSpec) -> None:
 
 
 def parse_spec(values: Mapping[str, Any], where: str) -> EmbeddingSpec:
-    """Parse the content of a jaxembed.json. null counts as absent.
+    """Parse the content of a jaxembed.json. null counts as absent, and absent keys mean what they meant to earlier versions.
 
     Raises:
         UserError: A key is unknown or has a wrong value; the line starts with `where`.
     """
-    return parse_section(EmbeddingSpec, {key: value for key, value in values.items() if value is not None}, where)
+    given = {key: value for key, value in values.items() if value is not None}
+    return parse_section(EmbeddingSpec, {**EARLIER_DEFAULTS, **given}, where)
+
+
+def read_recorded_spec(run_dir: Path) -> EmbeddingSpec | None:
+    """Read the spec that a run recorded, or return None if the run is new.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    path = run_dir / SPEC_FILE
+    return read_run_file(lambda path: parse_spec(read_json(path), str(path)), path) if exists(path) else None
 
 
 def make_preset_spec(name: str, config: Mapping[str, Any], decoder: DecoderConfig) -> EmbeddingSpec:
