@@ -7,12 +7,46 @@ al. 2024). Shapes: B texts, T tokens, M latents, N heads, H head width, D model 
 
 from __future__ import annotations
 
-from typing import ClassVar
+import json
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
-from sentence_transformers.base.modules.module import Module
+from safetensors.torch import load_model, save_model
 from torch import nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
+
+try:
+    from sentence_transformers.base.modules.module import Module  # versions from 5.4
+except ImportError:
+    try:
+        from sentence_transformers.models import Module  # versions 5.0 to 5.3
+    except ImportError:
+
+        class Module(nn.Module):  # type: ignore[no-redef]
+            """What versions 3 and 4 lack: a module that is saved to a local folder, and loaded from it."""
+
+            config_keys: ClassVar[list[str]] = []
+
+            @classmethod
+            def load_config(cls, folder: str, **kwargs: object) -> dict[str, Any]:
+                """Read the arguments of the constructor."""
+                return dict(json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")))
+
+            @classmethod
+            def load_torch_weights(cls, folder: str, model: nn.Module, **kwargs: object) -> nn.Module:
+                """Read the weights into `model`."""
+                load_model(model, str(Path(folder) / "model.safetensors"))
+                return model
+
+            def save_config(self, folder: str) -> None:
+                """Write the arguments of the constructor."""
+                config = {key: getattr(self, key) for key in self.config_keys}
+                (Path(folder) / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+            def save_torch_weights(self, folder: str, safe_serialization: bool = True) -> None:
+                """Write the weights."""
+                save_model(self, str(Path(folder) / "model.safetensors"))
 
 
 class Attention(nn.Module):

@@ -14,6 +14,7 @@ from jaxembed.config import read_run_config
 from jaxembed.config.fields import Fields
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.files import read_json, read_text
+from jaxembed.hub.readers import FOLDER, ServedModel, format_reader_table
 from jaxembed.model.pooling import TRAINABLE_POOLINGS
 from jaxembed.training.metrics import read_metrics
 from jaxembed.training.run_dir import BASE_RECORD_FILE
@@ -87,14 +88,15 @@ def _shorten_paths_in_yaml(text: str) -> str:
     return text if shortened == tree else yaml.safe_dump(shortened, sort_keys=False, allow_unicode=True)
 
 
-def format_model_card(spec: EmbeddingSpec, card: Card, parity_error: float) -> str:
+def format_model_card(model: ServedModel, card: Card, parity_error: float) -> str:
     """Return the README.md of an exported folder, with the hub's front matter.
 
     Args:
-        spec: How texts become vectors.
-        card: What to say besides the spec.
+        model: What decides how the folder is used.
+        card: What to say besides.
         parity_error: Largest difference of a number between the exported vectors and the model's.
     """
+    spec = model.spec
     projection = f", projected to {spec.projection} numbers" if spec.projection else ""
     checkpoint = f", {card.checkpoint}" if card.checkpoint else ""
     trained = f"trained with jaxembed from `{card.base}`{checkpoint}"
@@ -106,11 +108,11 @@ def format_model_card(spec: EmbeddingSpec, card: Card, parity_error: float) -> s
         f"A text-embedding model {origin}: "
         f"{spec.attention} attention, {spec.pooling} pooling{projection}, up to {spec.max_length} tokens per text.",
         _format_usage(spec),
+        f"## Other programs\n\n{format_reader_table(model)}",
+        _format_check(spec, parity_error),
         _format_scores(card.scores),
         f"## Merged models\n\n{card.merged}" if card.merged else "",
         f"## Recipe\n\n```yaml\n{card.recipe.rstrip()}\n```" if card.recipe else "",
-        "## Check\n\n`probe.json` contains texts, their prompts and their vectors. At export the largest difference between "
-        f"this folder under sentence-transformers and the model in JAX (float32) was {parity_error:.1e}.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -135,10 +137,11 @@ def _format_usage(spec: EmbeddingSpec) -> str:
     question = f'["a question" + {spec.query_suffix!r}]' if spec.query_suffix and query else '["a question"]'
     lines = [
         "## Use",
+        "",
         "```python",
         "from sentence_transformers import SentenceTransformer",
         "",
-        f'model = SentenceTransformer("PATH_OF_THIS_FOLDER"{trust})',
+        f'model = SentenceTransformer("{FOLDER}"{trust})',
         f"queries = model.encode({question}{query})",
         f'documents = model.encode(["a passage"]{document})',
         "print(model.similarity(queries, documents))",
@@ -153,10 +156,38 @@ def _format_usage(spec: EmbeddingSpec) -> str:
         ]
     if spec.query_suffix:
         lines += [f"Append {spec.query_suffix!r} to every text that has a prompt: the folder cannot store this.", ""]
+    if spec.matryoshka_dims:
+        widths = ", ".join(map(str, sorted(spec.matryoshka_dims)))
+        lines += [
+            f"Vectors may be cut to {widths} numbers. sentence-transformers cuts after the normalization, so both options are "
+            f"needed: `model.encode(texts, truncate_dim={min(spec.matryoshka_dims)}, normalize_embeddings=True)`.",
+            "",
+        ]
     if spec.prompts:
         lines += ["Prompts stored with the model:", ""]
         lines += [f"- `{name}`: {text!r}" for name, text in spec.prompts.items()]
     return "\n".join(lines).rstrip()
+
+
+def _format_check(spec: EmbeddingSpec, parity_error: float) -> str:
+    """Return the section with which users compare a program with the model. A prompt's suffix is part of the text."""
+    text = f'p["text"] + {spec.query_suffix!r} * bool(p["prompt"])' if spec.query_suffix else 'p["text"]'
+    lines = [
+        "## Check",
+        "",
+        "`probe.json` contains texts, their prompts and their vectors. This prints 1.0 if a program computes the same "
+        "(`jaxembed verify` asks a running server):",
+        "",
+        "```python",
+        "import json",
+        f'probes = json.load(open("{FOLDER}/probe.json"))',
+        f'print(min(model.encode({text}, prompt=p["prompt"], normalize_embeddings=True) @ p["vector"] for p in probes))',
+        "```",
+        "",
+        "At export the largest difference between this folder under sentence-transformers and the model in JAX (float32) was "
+        f"{parity_error:.1e}.",
+    ]
+    return "\n".join(lines)
 
 
 def _format_scores(scores: Mapping[str, float]) -> str:

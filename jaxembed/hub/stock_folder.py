@@ -1,11 +1,11 @@
-"""Write a model as a folder of stock transformers and sentence-transformers classes."""
+"""Write a model as a folder that transformers, sentence-transformers and servers read with their stock classes."""
 
 from __future__ import annotations
 
 import copy
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,14 @@ import ml_dtypes
 import numpy as np
 
 from jaxembed.config.spec import EmbeddingSpec
+from jaxembed.data.tokenize import ends_with_eos, starts_with_bos
 from jaxembed.errors import UserError
-from jaxembed.files import read_json_value, write_json
-from jaxembed.formats.sentence_transformers import MODULES_FILE, POOLING_MODES, TOKEN_POOLING_FILE, TOKEN_POOLING_TYPE
-from jaxembed.formats.weights import POOLING_FOLDER, find_part_files, save_params
+from jaxembed.files import read_json, write_json
+from jaxembed.formats import stock_files
+from jaxembed.formats.sentence_transformers import MODULES_FILE, POOLING_MODES, TOKEN_POOLING_FILE
+from jaxembed.formats.tokenizer_config import TOKENIZER_CONFIG_FILE
+from jaxembed.formats.weights import save_params
 from jaxembed.hub.embedder import Embedder
-from jaxembed.hub.torch_model import import_sentence_transformers
-from jaxembed.model.families import FAMILIES
 
 Convert = Callable[[np.ndarray], np.ndarray]
 
@@ -59,39 +60,40 @@ def check_exportable(spec: EmbeddingSpec) -> None:
         )
 
 
-def write_stock_folder(embedder: Embedder, scratch: Path, dtype: str) -> Path:
-    """Write the model with sentence-transformers' own classes into a new folder below `scratch`.
+def write_stock_folder(embedder: Embedder, folder: Path, dtype: str) -> None:
+    """Write the model into a new folder.
 
     Args:
         embedder: The model.
-        scratch: Existing folder for temporary files.
+        folder: The folder to create.
         dtype: Dtype of the weights: float32 or bfloat16.
-
-    Returns:
-        The folder.
     """
-    raw, folder, spec = scratch / f"raw-{dtype}", scratch / dtype, embedder.spec
-    raw.mkdir()
-    # Write what transformers loads: config, decoder weights, tokenizer.
-    config = build_hf_config(embedder, dtype)
-    (raw / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    convert = dtype_converter(dtype)
-    save_params(raw / "model.safetensors", embedder.params, {"decoder": ""}, convert)
-    tokenizer = copy.deepcopy(embedder.tokenizer.hf_tokenizer)
-    tokenizer.chat_template = None  # with one, sentence-transformers wraps every text in a chat
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    tokenizer.padding_side = tokenizer.truncation_side = "right"
-    tokenizer.model_max_length = spec.max_length
-    tokenizer.save_pretrained(raw)
-    # Load it, add the other modules, and save everything.
-    _build_sentence_transformer(embedder, raw).save(str(folder), create_model_card=False)
-    shutil.rmtree(raw)
-    # Replace the random weights of the projection, and add our module for poolings with weights.
-    if spec.projection:
-        save_params(find_part_files(folder)["projection"], embedder.params, {"projection": ""}, convert)
+    spec, width, convert = embedder.spec, embedder.model.decoder.width, dtype_converter(dtype)
+    folder.mkdir()
+    # What transformers loads: config, decoder, tokenizer.
+    write_json(folder / "config.json", build_hf_config(embedder, dtype))
+    save_params(folder / "model.safetensors", embedder.params, {"decoder": ""}, convert)
+    _write_tokenizer(folder, embedder)
+    # What sentence-transformers adds: modules, prompts, maximum length.
+    modules = stock_files.build_module_list(spec)
+    write_json(folder / MODULES_FILE, modules)
+    write_json(folder / "config_sentence_transformers.json", stock_files.build_model_config(spec))
+    write_json(folder / "sentence_bert_config.json", stock_files.build_transformer_config(spec))
+    configs = {
+        "Pooling": stock_files.build_pooling_config(spec, width),
+        "Dense": stock_files.build_dense_config(spec, width),
+        "TokenPooling": _build_token_pooling_config(embedder),
+        "Normalize": {},
+    }
+    parts = {"Dense": "projection", "TokenPooling": "pooling"}
+    for module in modules[1:]:
+        kind, module_folder = module["type"].rsplit(".", 1)[-1], folder / module["path"]
+        module_folder.mkdir()
+        write_json(module_folder / "config.json", configs[kind])
+        if kind in parts:
+            save_params(module_folder / "model.safetensors", embedder.params, {parts[kind]: ""}, convert)
     if spec.pooling not in POOLING_MODES:
-        _add_token_pooling(folder, embedder, convert)
-    return folder
+        shutil.copy(TOKEN_POOLING_FILE, folder)
 
 
 def dtype_converter(dtype: str) -> Convert:
@@ -100,68 +102,41 @@ def dtype_converter(dtype: str) -> Convert:
 
 
 def build_hf_config(embedder: Embedder, dtype: str) -> dict[str, Any]:
-    """Return the Hugging Face config of the exported decoder: that of the base, with the model's mask and special tokens."""
+    """Return config.json of the exported decoder. Fields that the base leaves out have the defaults of transformers.
+
+    Args:
+        embedder: The model.
+        dtype: Dtype of the weights.
+    """
+    from transformers import AutoConfig
+
+    complete: Mapping[str, Any] = json.loads(AutoConfig.for_model(**embedder.hf_config).to_json_string())
     tokenizer = embedder.tokenizer.hf_tokenizer
-    config = dict(embedder.hf_config) | {
-        "architectures": [FAMILIES[embedder.model.decoder.family].architecture],
-        "is_causal": embedder.spec.attention == "causal",
-        "dtype": dtype,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-    }
-    config.pop("torch_dtype", None)
-    config.pop("auto_map", None)
-    return config
+    return stock_files.build_config(complete, embedder.spec, embedder.model.decoder, tokenizer, dtype)
 
 
-def _build_sentence_transformer(embedder: Embedder, transformer_folder: Path) -> Any:
-    """Return a `SentenceTransformer` with the modules and prompts of the model. Its projection has random weights."""
-    st = import_sentence_transformers()
-    from sentence_transformers.sentence_transformer import modules
-    from torch import nn
-
-    spec, width = embedder.spec, embedder.model.decoder.width
-    chain = [
-        modules.Transformer(str(transformer_folder), max_seq_length=spec.max_length),
-        modules.Pooling(width, POOLING_MODES.get(spec.pooling, "mean"), include_prompt=spec.include_instruction),
-    ]
-    if spec.projection:
-        activation = {"identity": nn.Identity(), "tanh": nn.Tanh()}[spec.projection_activation]
-        chain.append(modules.Dense(width, spec.projection, spec.projection_bias, activation))
-    if spec.normalize:
-        chain.append(modules.Normalize())
-    default_name = _name_plain_prompt(spec)
-    prompts = {**spec.prompts, **({default_name: spec.plain_prompt} if default_name else {})}
-    model = st.SentenceTransformer(modules=chain, prompts=prompts, similarity_fn_name="cosine", device="cpu")
-    model.default_prompt_name = default_name
-    return model
+def _write_tokenizer(folder: Path, embedder: Embedder) -> None:
+    """Write the tokenizer. BOS and EOS are part of tokenizer.json."""
+    tokenizer, spec = copy.deepcopy(embedder.tokenizer.hf_tokenizer), embedder.spec
+    tokenizer.chat_template = None  # with one, sentence-transformers wraps every text in a chat
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    tokenizer.model_max_length = spec.max_length
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.save_pretrained(folder)
+    path, decoder = folder / TOKENIZER_CONFIG_FILE, embedder.model.decoder
+    adds_bos, adds_eos = starts_with_bos(tokenizer), ends_with_eos(tokenizer)
+    write_json(path, stock_files.build_tokenizer_config(read_json(path), spec, decoder, adds_bos, adds_eos))
 
 
-def _name_plain_prompt(spec: EmbeddingSpec) -> str | None:
-    """Return the name under which the prompt of plain texts is stored, without replacing another prompt; None without one."""
-    if not spec.plain_prompt:
-        return None
-    equal = [name for name, prompt in spec.prompts.items() if prompt == spec.plain_prompt]
-    free = [name for name in ("document", "plain", "default") if name not in spec.prompts]
-    return (equal or free)[0]
-
-
-def _add_token_pooling(folder: Path, embedder: Embedder, convert: Convert) -> None:
-    """Insert the pooling's weights and PyTorch module between the transformer and the stock mean pooling."""
-    spec, pooling_folder = embedder.spec, folder / POOLING_FOLDER
-    pooling_folder.mkdir()
-    config = {
+def _build_token_pooling_config(embedder: Embedder) -> dict[str, Any]:
+    """Return the config of our own module, which holds the weights of a pooling."""
+    spec = embedder.spec
+    return {
         "width": embedder.model.decoder.width,
         "kind": spec.pooling,
         "latent_count": spec.latents,
         "heads": spec.pooling_heads,
         "pooled_prompt_tokens": int(spec.pool_last_instruction_token),
     }
-    write_json(pooling_folder / "config.json", config)
-    save_params(pooling_folder / "model.safetensors", embedder.params, {"pooling": ""}, convert)
-    shutil.copy(TOKEN_POOLING_FILE, folder)
-    transformer, *rest = read_json_value(folder / MODULES_FILE)
-    token_pooling = {"path": POOLING_FOLDER, "type": TOKEN_POOLING_TYPE}
-    chain = [transformer, token_pooling, *rest]
-    write_json(folder / MODULES_FILE, [module | {"idx": i, "name": str(i)} for i, module in enumerate(chain)])

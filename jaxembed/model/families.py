@@ -71,7 +71,7 @@ class Family:
         qkv_bias: Whether the query, key and value projections always have a bias.
         qk_norm: Whether queries and keys pass a norm.
         window: When a configured sliding window is used: "always", if `use_sliding_window` is set ("switched"), or "never".
-        architecture: Name of the model's class in transformers.
+        architecture: Class name that exported configs state. The converter of llama.cpp knows Mistral only as a language model.
         defaults: Defaults of config fields, where transformers has different defaults for different families.
     """
 
@@ -93,7 +93,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             defaults={"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32_768},
         ),
         "mistral": Family(
-            window="always", architecture="MistralModel",
+            window="always", architecture="MistralForCausalLM",
             defaults={"num_key_value_heads": 8, "max_position_embeddings": 131_072},
         ),
         "llama": Family(architecture="LlamaModel", defaults={"max_position_embeddings": 2048}),
@@ -106,7 +106,8 @@ CONFIG_FIELDS = FieldList(
             "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
             "head_dim", "intermediate_size", "hidden_act", "rms_norm_eps", "attention_bias", "mlp_bias", "rope_parameters",
             "rope_scaling", "rope_theta", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types",
-            "tie_word_embeddings", "max_position_embeddings", "is_causal", "auto_map",
+            "tie_word_embeddings", "max_position_embeddings", "is_causal", "use_bidirectional_attention", "auto_map",
+            "matryoshka_dimensions",
         }
     ),
     # Fields on generation, training, class names, and how PyTorch computes.
@@ -128,7 +129,7 @@ CONFIG_FIELDS = FieldList(
     # Field: the values with which it has no effect. Any other value is refused.
     refused={
         "partial_rotary_factor": (1, 1.0), "pretraining_tp": (1,), "quantization_config": (), "cross_attention_hidden_size": (),
-        "add_cross_attention": (False,), "pruned_heads": (), "is_bidirectional": (), "use_bidirectional_attention": (),
+        "add_cross_attention": (False,), "pruned_heads": (), "is_bidirectional": (),
         "attn_logit_softcapping": (), "embedding_multiplier": (1, 1.0), "residual_multiplier": (1, 1.0),
         "attention_multiplier": (),
     },
@@ -228,6 +229,7 @@ def parse_hf_config(config: Mapping[str, Any], where: str) -> DecoderConfig:
     """
     family = _find_family(config, where)
     CONFIG_FIELDS.check(config, where)
+    _check_mask(config, where)
     config = {**family.defaults, **config}
     fields = Fields(config, where)
     if config.get("hidden_act", "silu") != "silu" or fields.boolean("mlp_bias"):
@@ -256,6 +258,20 @@ def parse_hf_config(config: Mapping[str, Any], where: str) -> DecoderConfig:
         tie_embeddings=fields.boolean("tie_word_embeddings"),
         max_positions=fields.integer("max_position_embeddings"),
     )
+
+
+def _check_mask(config: Mapping[str, Any], where: str) -> None:
+    """Raise `UserError` if the two fields of the mask contradict each other. Libraries differ in which one they read."""
+    fields = Fields(config, where)
+    if config.get("use_bidirectional_attention") is None:
+        return
+    is_causal, is_bidirectional = fields.boolean("is_causal", True), fields.boolean("use_bidirectional_attention")
+    if is_causal == is_bidirectional:
+        value = str(is_causal).lower()
+        raise UserError(
+            f"{where}: use_bidirectional_attention {value} is not supported with is_causal {value} (expected the opposite). "
+            "Correct the one that does not belong to the weights."
+        )
 
 
 def _find_family(config: Mapping[str, Any], where: str) -> Family:

@@ -194,7 +194,7 @@ def encode_separately(model: EmbeddingModel, params: Any, texts: list[np.ndarray
     ("attention", "pooling"), [*itertools.product(("causal", "bidirectional"), ("mean", "last")), ("prefix", "self_attention")]
 )
 def test_vector_depends_on_its_text_alone(base_folder: Folder, attention: str, pooling: str) -> None:
-    spec = EmbeddingSpec(attention=attention, pooling=pooling)
+    spec = EmbeddingSpec(attention=attention, pooling=pooling, include_instruction=False)
     loaded = {devices: load_model(base_folder("qwen2"), spec, devices) for devices in (1, 8)}
     random = np.random.default_rng(0)
     for draw in range(6):
@@ -235,10 +235,10 @@ def test_absent_texts_have_zero_vectors(base_folder: Folder) -> None:
         assert np.array_equal(np.linalg.norm(all_slots, axis=1).round(5)[[*index, 2, 3]], [1, 1, 0, 0])
 
 
-def test_include_instruction_pools_instruction_tokens(base_folder: Folder) -> None:
+def test_instruction_tokens_are_pooled_unless_left_out(base_folder: Folder) -> None:
     texts = draw_texts([9])
-    model, params = load_model(base_folder("qwen2"), EmbeddingSpec())
-    inclusive = model.clone(spec=EmbeddingSpec(include_instruction=True))
+    model, params = load_model(base_folder("qwen2"), EmbeddingSpec(include_instruction=False))
+    inclusive = model.clone(spec=EmbeddingSpec())
     whole, late = pack_texts(texts, 32), pack_texts(texts, 32, pool_start=[4])
     assert np.array_equal(encode_packed(inclusive, params, *late), encode_packed(model, params, *whole))
     assert np.abs(encode_packed(model, params, *late) - encode_packed(model, params, *whole)).max() > 1e-3

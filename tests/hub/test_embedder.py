@@ -105,7 +105,7 @@ def test_short_texts_in_rows_of_several_lengths_keep_vectors_and_order(
 @pytest.mark.parametrize("pooling", ["mean", "last"])
 def test_echo_pools_the_second_copy_which_attends_to_the_first(base_folder: Callable[[str], Path], pooling: str) -> None:
     text, first_copy = "the fox sleeps", "Say: the fox sleeps\nAgain:"
-    spec = EmbeddingSpec(attention="causal", pooling=pooling, max_length=64)
+    spec = EmbeddingSpec(attention="causal", pooling=pooling, max_length=64, include_instruction=False)
     plain = load_with_spec(base_folder, spec)
     echo = load_with_spec(base_folder, spec.replace(echo="Say: {text}\nAgain: {text}"))
     (echo_ids,), (plain_ids,) = echo.tokenizer([text], [""]).ids, plain.tokenizer([f" {text}"], [first_copy]).ids
@@ -115,7 +115,7 @@ def test_echo_pools_the_second_copy_which_attends_to_the_first(base_folder: Call
 
 
 def test_echo_that_cannot_work_is_refused(base_folder: Callable[[str], Path], tmp_path: Path) -> None:
-    spec = EmbeddingSpec(max_length=64, echo="{text} {text}")
+    spec = EmbeddingSpec(max_length=64, echo="{text} {text}", include_instruction=False)
     with pytest.raises(UserError, match=r"model\.echo presents a text twice"):
         export(load_with_spec(base_folder, spec), tmp_path / "out", "float32", Card("echo", "base"))
     with pytest.raises(UserError, match=r"model\.echo: only the second copy .*include_instruction=false"):
