@@ -136,10 +136,12 @@ class SourceConfig(Section):
         description="documents: templates of the pairs that a row yields. Each visit draws one whose fields the row has.",
     )
     where: dict[str, tuple[bool | int | float | str, ...]] = Field(
-        {}, description="documents: value, or list of values, that a field of a row must have."
+        {}, description="Value, or list of values, that a field of a row must have. Other rows are left out."
     )
-    min_chars: int = Field(0, ge=0, description="documents: minimum characters of each side of a pair.")
-    max_chars: Positive | None = Field(None, description="documents: maximum characters of each side of a pair.")
+    min_chars: int = Field(0, ge=0, description="Minimum characters of every text. Shorter ones are left out, or their rows.")
+    max_chars: Positive | None = Field(
+        None, description="Maximum characters of every text. Longer ones are left out, or their rows."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -224,8 +226,12 @@ class SourceConfig(Section):
             raise ValueError(
                 'format documents needs pair_templates, such as [{query: "{title}", positive: "{body}"}], to make pairs'
             )
-        if not self.pair_templates and (self.where or self.min_chars or self.max_chars):
-            raise ValueError("where, min_chars, and max_chars only apply to sources with pair_templates. Set pair_templates.")
+        return self
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> SourceConfig:
+        if self.max_chars is not None and self.max_chars < self.min_chars:
+            raise ValueError(f"max_chars is {self.max_chars}, less than min_chars, {self.min_chars}. Swap them.")
         return self
 
     @model_validator(mode="after")

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from jaxembed.config import SourceConfig
 from jaxembed.data.containers import open_container
+from jaxembed.data.filters import filter_row, has_filters
 from jaxembed.data.jsonl import write_jsonl
 from jaxembed.data.rows import IndexedRows, RowSchema
 from jaxembed.data.schema import MAX_ABS_NUMBER, Row, check_beir_document, check_beir_query, is_text
@@ -19,6 +22,7 @@ from jaxembed.files import read_text
 
 QRELS_HEADER = ["query-id", "corpus-id", "score"]  # the first line of qrels, which may be absent
 MAX_QUOTED_CHARS = 60  # characters of a bad line that an error quotes
+NO_TEXT_REASON = "queries without a document that has a text"
 MAX_LISTED_IDS = 3  # ids that a warning lists
 TRAINING_SPLITS = ("train", "dev", "test")  # the first one that exists is trained on
 EVALUATION_SPLITS = ("test", "dev", "train")  # the first one that exists is scored
@@ -198,7 +202,8 @@ def write_beir(
 class BeirPairRows:
     """A BEIR folder as rows of pairs: each query that has relevant documents, with those as positives.
 
-    A document without a text is no positive, and a query without any positive is dropped.
+    A document without a text is no positive, and a query without any positive is dropped. The filters of the source apply:
+    `where` to the fields of a query, `min_chars` and `max_chars` to queries and documents.
 
     Attributes:
         row_count: The number of queries that have relevant documents.
@@ -207,9 +212,10 @@ class BeirPairRows:
         drop_counts: Reason -> how many queries are dropped.
     """
 
-    def __init__(self, folder: Path, split: str = ""):
-        """Open a split of a folder. Default: train, else dev, else test."""
-        beir = self._beir = open_beir(folder, TRAINING_SPLITS, split)
+    def __init__(self, config: SourceConfig):
+        """Open the folder of a source. Default of its split: train, else dev, else test."""
+        folder = Path(config.path)
+        beir = self._beir = open_beir(folder, TRAINING_SPLITS, config.split)
         self.digest, self.row_count = beir.digest, len(beir.relevant)
         grades = [grade for query_grades in beir.relevant for grade in query_grades.values()]
         if any(not float(grade).is_integer() for grade in grades):
@@ -217,16 +223,31 @@ class BeirPairRows:
                 "%s: qrels/%s.tsv has fractional scores, from %g to %g; every document above 0 is trained on as a positive",
                 folder, beir.split, min(grades), max(grades),
             )  # fmt: skip
-        non_empty = [
-            [row for row in sorted(query_grades) if row >= 0 and is_text(beir.document_text(row))]
-            for query_grades in beir.relevant
-        ]
-        self._positive_rows = {i: rows for i, rows in enumerate(non_empty) if rows}
+        drop_counts = Counter({NO_TEXT_REASON: 0})
+        self._positive_rows: dict[int, list[int]] = {}  # index of a query -> its documents with a text that pass the filters
+        for index in range(self.row_count):
+            positive_rows, reasons = self._select_documents(index, config)
+            drop_counts.update(reasons)
+            if positive_rows:
+                self._positive_rows[index] = positive_rows
         self._query_indices = list(self._positive_rows)
         if not self._query_indices:
-            raise UserError(f"{folder}: no query has a relevant document with a text")
+            counts = "; ".join(f"{reason}: {count:,}" for reason, count in drop_counts.items() if count)
+            raise UserError(f"{folder}: no query has a relevant document that can be used ({counts})")
         self.max_positives = max(map(len, self._positive_rows.values()))
-        self.drop_counts = {"queries without a document that has a text": self.row_count - len(self)}
+        self.drop_counts = dict(drop_counts)
+
+    def _select_documents(self, index: int, config: SourceConfig) -> tuple[list[int], list[str]]:
+        """Return the documents of a query that can be used, and a reason for what is left out otherwise."""
+        beir = self._beir
+        texts = {row: text for row in sorted(beir.relevant[index]) if row >= 0 and is_text(text := beir.document_text(row))}
+        if not texts:
+            return [], [NO_TEXT_REASON]
+        if not has_filters(config):
+            return list(texts), []
+        pair = {**beir.queries[beir.query_rows[index]], "query": beir.query_text(index), "pos": list(texts.values())}
+        kept_pair, reasons = filter_row(pair, "pairs", config)
+        return [row for row, text in texts.items() if kept_pair and text in kept_pair["pos"]], reasons
 
     def __len__(self) -> int:
         return len(self._query_indices)

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
 from jaxembed.config import PairTemplate, SourceConfig
 from jaxembed.config.data import TEMPLATE_FIELD
-from jaxembed.config.yaml_text import write_scalar
+from jaxembed.data.filters import FILTER_KEYS, TOO_LONG, TOO_SHORT, describe_where, find_length_problem, find_where_mismatch
 from jaxembed.data.rows import IndexedRows, RowsAbove, RowSchema
 from jaxembed.data.sampling import ExampleSampler
 from jaxembed.data.schema import Example, Row, check_document, is_text, list_fields
 from jaxembed.errors import UserError
 
-# How a config may write a truth value (YAML 1.1).
-TRUE_WORDS, FALSE_WORDS = frozenset({"true", "yes", "on"}), frozenset({"false", "no", "off"})
 INCOMPLETE = "no template has all its fields"
 SAME_SIDES = "query and positive are equal"
-TOO_SHORT = "shorter than min_chars"
-TOO_LONG = "longer than max_chars"
 # Why a row makes no pair. If its templates fail for different reasons, the last of these counts.
 DROP_REASONS = (INCOMPLETE, SAME_SIDES, TOO_SHORT, TOO_LONG)
 
@@ -31,7 +26,7 @@ def document_schema(config: SourceConfig) -> RowSchema:
     The value is the sum of 2^i over these templates i. If there is none, it is -1 - r, where r is the index of the reason
     in `DROP_REASONS`, followed by the fields of `where`.
     """
-    keys = config.model_dump_json(include={"pair_templates", "where", "min_chars", "max_chars"})
+    keys = config.model_dump_json(include={"pair_templates", *FILTER_KEYS})
     return RowSchema(f"pairs of documents by {keys}", check_document, lambda row: _encode_usable_templates(row, config))
 
 
@@ -57,7 +52,7 @@ class DocumentSampler(ExampleSampler):
         self.rows = rows
         self._templates = config.pair_templates
         value_counts = {int(v): int(n) for v, n in zip(*np.unique(rows.index_values, return_counts=True), strict=True)}
-        reasons = [*DROP_REASONS, *(f"where {field}" for field in config.where)]
+        reasons = [*DROP_REASONS, *map(describe_where, config.where)]
         self.drop_counts = {reason: value_counts[-1 - i] for i, reason in enumerate(reasons) if -1 - i in value_counts}
         self._usable_rows = RowsAbove(rows.index_values, 1) if self.drop_counts else range(len(rows))
         for i, template in enumerate(self._templates):
@@ -92,39 +87,17 @@ class DocumentSampler(ExampleSampler):
 
 def _encode_usable_templates(row: Row, config: SourceConfig) -> int:
     """Return the index value of a row (see `document_schema`)."""
-    for i, (field, allowed_values) in enumerate(config.where.items()):
-        if not any(_equals_setting(row.get(field), allowed) for allowed in allowed_values):
-            return -1 - len(DROP_REASONS) - i
+    if mismatch := find_where_mismatch(row, config):
+        return -1 - len(DROP_REASONS) - list(map(describe_where, config.where)).index(mismatch)
     pairs = [fill_template(template, row) for template in config.pair_templates]
     reasons = [INCOMPLETE if pair is None else _find_drop_reason(pair, config) for pair in pairs]
     usable = sum(2**i for i, reason in enumerate(reasons) if reason is None)
     return usable or -1 - max(map(DROP_REASONS.index, filter(None, reasons)))
 
 
-def _equals_setting(value: Any, setting: bool | int | float | str) -> bool:
-    """Return whether a value of a row equals one of the config, as a value of the row's type.
-
-    YAML reads `5` as a number, and `no` and `1.10` as texts. Rows may have either type.
-    """
-    text = write_scalar(setting)
-    if isinstance(value, bool):
-        return text.lower() in (TRUE_WORDS if value else FALSE_WORDS)
-    if isinstance(value, int | float) and not isinstance(setting, bool):
-        try:
-            return value == (float(text) if isinstance(setting, str) else setting)
-        except ValueError:
-            return False
-    return isinstance(value, str) and value == text
-
-
 def _find_drop_reason(pair: tuple[str, str], config: SourceConfig) -> str | None:
     """Return why a pair is not usable, one of `DROP_REASONS`, or None."""
-    shorter, longer = sorted(map(len, pair))
-    if pair[0] == pair[1]:
-        return SAME_SIDES
-    if shorter < config.min_chars:
-        return TOO_SHORT
-    return TOO_LONG if config.max_chars and longer > config.max_chars else None
+    return SAME_SIDES if pair[0] == pair[1] else find_length_problem(pair, config)
 
 
 def fill_template(template: PairTemplate, row: Row) -> tuple[str, str] | None:

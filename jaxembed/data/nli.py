@@ -47,7 +47,7 @@ class NliPairRows:
         Raises:
             UserError: If no premise has an entailed hypothesis.
         """
-        self._rows, self.row_count = rows, len(rows)
+        self._rows, self.row_count = rows, rows.row_count
         self.digest = rows.digest
         premises, labels = np.divmod(rows.index_values.astype(np.int64), 4)
         labels += NO_LABEL
@@ -67,6 +67,7 @@ class NliPairRows:
         self._starts, self._ends = starts[usable], np.append(starts, len(order))[usable + 1]
         self.max_positives = int(entailed_counts.max())
         self.drop_counts = {
+            **rows.drop_counts,
             NO_LABEL_REASON: int((labels == NO_LABEL).sum()),
             "premises without an entailed hypothesis": len(starts) - len(usable),
         }

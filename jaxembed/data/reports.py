@@ -18,7 +18,7 @@ from jaxembed.data.equality import hash_text, normalize_text
 from jaxembed.data.labels import LabelSampler
 from jaxembed.data.rows import iter_checked_rows
 from jaxembed.data.schema import Row
-from jaxembed.data.sources import ROW_SCHEMAS, Source, open_source, open_source_container, open_sources
+from jaxembed.data.sources import Source, build_schema, open_source, open_source_container, open_sources
 from jaxembed.data.tokenize import TextTokenizer
 from jaxembed.errors import UserError
 
@@ -63,7 +63,7 @@ def _find_problems(source: SourceConfig, refusal: str) -> dict[str, Any]:
     num_rows, problems = 0, list[str]()
     try:
         format_name, container = open_source_container(source)
-        rows = iter_checked_rows(container, ROW_SCHEMAS[format_name].check, source.columns) if container else ()
+        rows = iter_checked_rows(container, build_schema(format_name, source).check, source.columns) if container else ()
         for _, _, row in rows:
             num_rows += 1
             if isinstance(row, UserError):

@@ -43,12 +43,14 @@ class RowSchema(NamedTuple):
         check: Returns what is wrong with a row, or None.
         index_value: Returns the number that the index stores of a row, or the name of its label. None leaves the row out.
         find_drops: Returns a reason for each part of a row that is never used, or for a row that is left out.
+        select: Returns the part of a row of the index that is used.
     """
 
     name: str
     check: RowCheck
     index_value: Callable[[Row], float | str | None] = lambda row: 0.0
     find_drops: Callable[[Row], Iterable[str]] = lambda row: ()
+    select: Callable[[Row], Row] = lambda row: row
 
 
 class IndexedRows:
@@ -93,7 +95,8 @@ class IndexedRows:
 
     def __getitem__(self, index: int) -> Row:
         address = int(self._addresses[index])
-        return build_row(self.container.read(address), f"{self.container.name} (row {index + 1})", self.columns)
+        row = build_row(self.container.read(address), f"{self.container.name} (row {index + 1})", self.columns)
+        return self.schema.select(row)
 
 
 class RowsAbove:

@@ -107,7 +107,7 @@ class ScoredPairSampler(ExampleSampler):
         """
         self.rows = rows
         self._usable_rows = RowsAbove(rows.index_values, config.min_score)
-        self.drop_counts = {"score below min_score": len(rows) - len(self._usable_rows)}
+        self.drop_counts = {**rows.drop_counts, "score below min_score": len(rows) - len(self._usable_rows)}
         self._check_range(config)
 
     def __len__(self) -> int:
@@ -153,10 +153,10 @@ class TextSampler(ExampleSampler):
 
     max_positives = 1
 
-    def __init__(self, rows: IndexedRows):
+    def __init__(self, rows: RowSequence, drop_counts: dict[str, int]):
         """Draw from all rows."""
         self.rows = rows
-        self.drop_counts: dict[str, int] = {}
+        self.drop_counts = drop_counts
 
     def __len__(self) -> int:
         return len(self.rows)

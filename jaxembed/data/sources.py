@@ -17,6 +17,7 @@ from jaxembed.data.columns import parse_content, rename_columns
 from jaxembed.data.containers import Container, is_beir_folder, open_container
 from jaxembed.data.documents import DocumentSampler, document_schema
 from jaxembed.data.equality import normalize_text
+from jaxembed.data.filters import add_filters
 from jaxembed.data.labels import LabelSampler
 from jaxembed.data.nli import NLI_SCHEMA, NliPairRows
 from jaxembed.data.rows import IndexedRows, RowSchema, scan_with_progress
@@ -177,7 +178,7 @@ def open_source(config: SourceConfig, cache: Path) -> Source:
     elif format_name == "documents":
         sampler = DocumentSampler(rows, config)
     elif format_name == "text":
-        sampler = TextSampler(rows)
+        sampler = TextSampler(rows, rows.drop_counts)
     else:
         sampler = PairSampler(rows, int(rows.max_value), rows.drop_counts)
     return Source(
@@ -195,10 +196,14 @@ def open_rows(config: SourceConfig, cache: Path) -> tuple[str, IndexedRows | Bei
     """Open and check the rows of a source. Return the format and the rows."""
     format_name, container = open_source_container(config)
     if container is None:
-        return format_name, BeirPairRows(Path(config.path), config.split)
-    schema = document_schema(config) if format_name == "documents" else ROW_SCHEMAS[format_name]
-    rows = IndexedRows(container, schema, cache, config.columns)
+        return format_name, BeirPairRows(config)
+    rows = IndexedRows(container, build_schema(format_name, config), cache, config.columns)
     return format_name, NliPairRows(rows) if format_name == "nli" else rows
+
+
+def build_schema(format_name: str, config: SourceConfig) -> RowSchema:
+    """Return the schema of a format's rows, with the filters of a source."""
+    return document_schema(config) if format_name == "documents" else add_filters(ROW_SCHEMAS[format_name], config)
 
 
 def detect_format(config: SourceConfig) -> str:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jaxembed.config import Config, SourceConfig, load_config
 from jaxembed.config.sections import apply_override
 from jaxembed.config.yaml_text import YAML_ERRORS, load_yaml, write_scalar
-from jaxembed.data.documents import _equals_setting
+from jaxembed.data.filters import _equals_setting
 from jaxembed.errors import UserError
 
 # Scalars of the kinds that YAML resolves: numbers in all notations, times, dates, truth values, nulls.

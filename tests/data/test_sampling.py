@@ -319,7 +319,7 @@ def test_scored_pairs_are_converted_to_rows_of_pairs(tmp_path: Path, monkeypatch
             {"format": "pairs", "pair_templates": [TITLE_TEMPLATE]},
             "pair_templates belong to format documents, but format is pairs. Remove them.",
         ),
-        ({"where": {"a": 1}}, "where, min_chars, and max_chars only apply to sources with pair_templates. Set pair_templates."),
+        ({"min_chars": 9, "max_chars": 8}, "max_chars is 8, less than min_chars, 9. Swap them."),
         (
             {"pair_templates": [TITLE_TEMPLATE], "where": {"a": [None]}},
             "where: a: expected a text, a number, true, false, or a list",
