@@ -158,6 +158,9 @@ def add_row_arguments(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--format", default="auto", help=f"format of the rows: {formats} (default: auto, detected from path or first row)"
     )
+    parser.add_argument(
+        "--split", default="", metavar="NAME", help="split of a dataset (hf:NAME, tfds:NAME, or saved) or of a BEIR folder"
+    )
     parser.add_argument("--columns", metavar="MAPPING", help="column that holds each field: '{query: question, pos: answer}'")
 
 
@@ -167,9 +170,9 @@ def get_row_settings(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UserError: --config is given too, whose sources describe their rows themselves.
     """
-    if args.config and (args.columns or args.format != "auto"):
-        raise UserError("--config: its sources describe their own rows. Remove --format and --columns.")
-    tree = {"format": args.format}
+    if args.config and (args.columns or args.split or args.format != "auto"):
+        raise UserError("--config: its sources describe their own rows. Remove --format, --split, and --columns.")
+    tree = {"format": args.format, "split": args.split}
     if args.columns:
         apply_override(tree, f"columns={args.columns}")
     return tree

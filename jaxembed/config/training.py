@@ -6,7 +6,6 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from jaxembed.config.data import SPLIT_PATTERN
 from jaxembed.config.fields import MAX_INTEGER
 from jaxembed.config.removed import reject_python_packages
 from jaxembed.config.sections import Positive, Section
@@ -105,9 +104,8 @@ class EvalSetConfig(Section):
     path: str = Field(description="BEIR folder, or a file of scored pairs for sts.")
     split: str = Field(
         "",
-        pattern=SPLIT_PATTERN,
         description="retrieval: the split qrels/SPLIT.tsv. Default: the first that exists of test, dev and train; the log says "
-        "which.",
+        "which. sts: the split of a dataset whose path names none.",
     )
     adapter: str = Field("", description="The adapter that is scored, one of model.lora.names.")
     instruction: str = Field("", description="Instruction of the queries; of both sides for sts.")

@@ -13,17 +13,24 @@ from __future__ import annotations
 import glob
 import logging
 import re
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
 from jaxembed.data.array_record import ArrayRecordFile
-from jaxembed.data.columnar import ParquetFile, TfDataset, load_hub_dataset, load_saved_dataset
+from jaxembed.data.columnar import ParquetFile
 from jaxembed.data.csv_file import CsvFile, TsvFile
+from jaxembed.data.file_set import FileSet
 from jaxembed.data.jsonl import BYTE_ORDER_MARK, JsonFile, JsonLinesFile, LineFile, TextLinesFile
+from jaxembed.data.named_datasets import (
+    DATASET_SPLIT,
+    TfDataset,
+    is_saved_dataset,
+    list_saved_splits,
+    load_hub_dataset,
+    load_saved_dataset,
+)
 from jaxembed.errors import UserError
 from jaxembed.files import exists
 
@@ -38,8 +45,6 @@ FILE_READERS: dict[str, Any] = LINE_READERS | {".parquet": ParquetFile, ".array_
 FOLDER_ENDINGS = (".jsonl", ".ndjson", ".txt", ".parquet", ".array_record")
 KNOWN_ENDINGS = ", ".join(FILE_READERS)
 SHARD_NAME = re.compile(r"(.+)-(\d{5,})-of-(\d{5,})(\..+)")
-SAVED_DATASET_FILE = "state.json"  # written by `Dataset.save_to_disk`
-SAVED_SPLITS_FILE = "dataset_dict.json"  # written by `DatasetDict.save_to_disk`
 BEIR_FILES = ("corpus.jsonl", "queries.jsonl")
 log = logging.getLogger(__name__)
 
@@ -65,33 +70,6 @@ class Container(Protocol):
         """Return the content of the row at an address."""
 
 
-class FileSet:
-    """Several files of one type as one container. The addresses of a file follow those of the file before it."""
-
-    def __init__(self, name: str, files: Sequence[Path], reader: Any):
-        """Open all files with `reader`, one of `FILE_READERS`."""
-        self.name, self.files = name, files
-        self._parts = [reader(path) for path in files]
-        self._ends = list(accumulate(part.address_limit for part in self._parts))
-        self.address_limit = self._ends[-1]
-        for part in self._parts if reader is ParquetFile else ():
-            if set(part.columns) != set(self._parts[0].columns):
-                found, expected = (", ".join(sorted(p.columns)) for p in (part, self._parts[0]))
-                raise UserError(f"{part.name}: the columns are {found}; expected those of {self._parts[0].name}: {expected}")
-
-    def scan(self) -> Iterator[tuple[int, str, Any]]:
-        """Yield address, location and content of every row."""
-        for part, end in zip(self._parts, self._ends, strict=True):
-            for address, where, content in part.scan():
-                yield end - part.address_limit + address, where, content
-
-    def read(self, address: int) -> Any:
-        """Return the content of the row at an address."""
-        index = bisect_right(self._ends, address)
-        part = self._parts[index]
-        return part.read(address - self._ends[index] + part.address_limit)
-
-
 def open_container(source: str) -> Container:
     """Open what the path of a source names.
 
@@ -111,13 +89,44 @@ def open_container(source: str) -> Container:
         if not path.is_file():
             raise UserError(f"{source}: is a pipe or a device, but rows are read more than once. Write them to a file first.")
         return FileSet(source, [path], _find_reader(path))
-    if exists(path / SAVED_DATASET_FILE):
+    if is_saved_dataset(path):
         return load_saved_dataset(path)
-    if exists(path / SAVED_SPLITS_FILE):
-        raise UserError(f"{source}: the folder has several splits. Name the folder of one split, such as '{path}/train'.")
+    if splits := list_saved_splits(path):
+        raise UserError(
+            f"{source}: has several splits ({', '.join(splits)}). Set split to one of them, or name its folder, such as "
+            f"'{path}/{splits[0]}'."
+        )
     inner_files = sorted(path.iterdir())
     data_files = [file for file in inner_files if get_ending(file) in FOLDER_ENDINGS]
     return _open_file_set(source, data_files or [file for file in inner_files if get_ending(file) in FILE_READERS])
+
+
+def name_split(source: str, split: str) -> str:
+    """Return the path of one split of a dataset that is named without it: NAME:SPLIT, or the folder of a saved split.
+
+    Args:
+        source: The path of a source.
+        split: The split; empty for a path that needs none.
+
+    Raises:
+        UserError: The path has no such split, or names one already.
+    """
+    if not split:
+        return source
+    prefix = next((prefix for prefix in DATASET_LOADERS if source.startswith(prefix)), None)
+    if prefix is not None:
+        if match := DATASET_SPLIT.fullmatch(source.removeprefix(prefix)):
+            raise UserError(f"{source}: names the split {match[2]}, but split is {split!r}. Remove one of the two.")
+        return f"{source}:{split}"
+    splits = list_saved_splits(Path(source))
+    if not splits:
+        raise UserError(
+            f"{source}: split is {split!r}, but this has no splits (expected hf:NAME, tfds:NAME, a saved dataset with several "
+            "splits, or a BEIR folder). Remove split."
+        )
+    if split not in splits:
+        raise UserError(f"{source}: no split {split!r} (found {', '.join(splits)}). Set split to one of them.")
+    return str(Path(source) / split)
 
 
 def get_ending(path: Path) -> str:

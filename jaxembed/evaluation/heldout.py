@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxembed.config import EvalSetConfig
 from jaxembed.data.beir import EVALUATION_SPLITS, open_beir
-from jaxembed.data.containers import open_container
+from jaxembed.data.containers import name_split, open_container
 from jaxembed.data.rows import IndexedRows
 from jaxembed.data.sampling import iter_rows
 from jaxembed.data.sources import ROW_SCHEMAS
@@ -124,7 +124,7 @@ def _read_retrieval_set(config: EvalSetConfig) -> RetrievalSet:
 
 
 def _read_similarity_set(config: EvalSetConfig, cache: Path) -> SimilaritySet:
-    rows = IndexedRows(open_container(config.path), ROW_SCHEMAS["scored_pairs"], cache)
+    rows = IndexedRows(open_container(name_split(config.path, config.split)), ROW_SCHEMAS["scored_pairs"], cache)
     first, second = zip(*((row["sentence1"], row["sentence2"]) for row in iter_rows(rows)), strict=True)
     return SimilaritySet(config, first, second, np.array(rows.index_values))
 

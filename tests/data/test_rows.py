@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jaxembed.config import EvalSetConfig, SourceConfig
-from jaxembed.data import columnar
+from jaxembed.data import columnar, table_file
 from jaxembed.data import rows as rows_module
 from jaxembed.data.array_record import write_array_record
 from jaxembed.data.containers import open_container
@@ -139,7 +139,7 @@ def test_a_first_row_with_nulls_does_not_change_the_format(tmp_path: Path, suffi
 def test_dropped_row_groups_are_decoded_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(columnar, "MAX_DECODED_BYTES", 1)
+    monkeypatch.setattr(table_file, "MAX_DECODED_BYTES", 1)
     write_parquet(tmp_path / "a.parquet", PAIRS)
     file = columnar.ParquetFile(tmp_path / "a.parquet")
     assert "one of 7 large row groups" in caplog.text and "jaxembed.data convert" in caplog.text
@@ -159,10 +159,58 @@ def test_hugging_face_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         labels = open_source_path(path, tmp_path)
         example = labels.draw(3, np.random.default_rng(0), 1)
         assert (len(labels), example.query, example.positive, example.negatives) == (6, "t3", "good", ("bad",))
-    with pytest.raises(UserError, match=r"has several splits\. Name the folder of one split, such as '.*/saved/train'\.$"):
+    with pytest.raises(UserError, match=r"has several splits \(train\)\. Set split to one .* such as '.*/saved/train'\.$"):
         open_source_path(tmp_path / "saved", tmp_path)
+    for path in (tmp_path / "saved", f"hf:{tmp_path / 'parquet'}"):
+        assert open_source_path(path, tmp_path, split="train").digest == labels.digest
     with pytest.raises(UserError, match=r'cannot be loaded \(Unknown split "test"'):
         open_source_path(f"hf:{tmp_path / 'parquet'}:test", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("path", "split", "message"),
+    [
+        ("hf:a/b:train", "test", r"^hf:a/b:train: names the split train, but split is 'test'\. Remove one of the two\.$"),
+        ("a.jsonl", "test", r"a\.jsonl: split is 'test', but this has no splits \(expected .*\)\. Remove split\.$"),
+        ("saved", "dev", r"saved: no split 'dev' \(found train, test\)\. Set split to one of them\.$"),
+    ],
+)
+def test_a_split_that_does_not_fit_is_refused(tmp_path: Path, path: str, split: str, message: str) -> None:
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    with pytest.raises(UserError, match=message):
+        open_source_path(path if ":" in path else tmp_path / path, tmp_path, split=split)
+
+
+def save_batches(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    """Save a dataset, in batches of three rows, and return its only data file."""
+    dataset = datasets.Dataset.from_list(rows)
+    dataset.save_to_disk(folder)
+    (path,) = folder.glob("*.arrow")
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, dataset.data.schema) as stream:
+        stream.write_table(dataset.data.table, max_chunksize=3)
+    return path
+
+
+def test_saved_datasets_are_read_without_a_memory_map(tmp_path: Path) -> None:
+    """The rows are those that the library reads. A file that is truncated, at any byte or while it is read, is an error."""
+    rows = [{"query": f"q{i} 数学", "pos": [f"p{i}"] * (i % 3 + 1), "n": None if i % 4 else i / 8} for i in range(10)]
+    path = save_batches(tmp_path / "saved", rows)
+    container = open_container(str(tmp_path / "saved"))
+    assert [row for _, _, row in container.scan()] == list(datasets.load_from_disk(tmp_path / "saved"))
+    assert [container.read(i) for i in (9, 0, 4)] == [rows[i] for i in (9, 0, 4)]
+    whole = path.read_bytes()
+    for end in range(0, len(whole), 7):
+        path.write_bytes(whole[:end])
+        with pytest.raises(UserError, match=r"saved/.*\.arrow: not a complete Arrow file \("):
+            open_container(str(tmp_path / "saved"))
+    path.write_bytes(whole)
+    container = open_container(str(tmp_path / "saved"))
+    os.truncate(path, len(whole) // 2)
+    with pytest.raises(UserError, match=r"\.arrow: row \d+ or a later row is damaged \("):
+        [row for _, _, row in container.scan()]
+    with pytest.raises(UserError, match=r"\.arrow: row 10 or a later row is damaged \("):
+        container.read(9)
 
 
 @pytest.mark.parametrize("form", ["numpy", "torch", None])
@@ -185,7 +233,7 @@ def test_hugging_face_names_with_a_config_and_a_split(tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize(
     ("path", "package"),
-    [("a.parquet", "pyarrow"), ("hf:a/b:train", "datasets"), ("tfds:a:train", "tensorflow_datasets"), ("saved", "datasets")],
+    [("a.parquet", "pyarrow"), ("hf:a/b:train", "datasets"), ("tfds:a:train", "tensorflow_datasets"), ("saved", "pyarrow")],
 )
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, package: str) -> None:
     write_parquet(tmp_path / "a.parquet", PAIRS)
