@@ -49,7 +49,6 @@ class PairTemplate(Section):
 
 NonEmpty = Annotated[str, Field(min_length=1)]
 Tokens = Annotated[int, Field(gt=0, le=2**20)]  # of a row in memory: more than any model reads, and no typing error
-SPLIT_PATTERN = r"^[\w-]*$"  # a split is part of a file's name
 FIELDS_WITH_SEVERAL_COLUMNS = frozenset({"pos", "neg", "pos_scores", "neg_scores"})
 
 
@@ -92,8 +91,8 @@ class SourceConfig(Section):
     )
     split: str = Field(
         "",
-        pattern=SPLIT_PATTERN,
-        description="beir: the split qrels/SPLIT.tsv. Default: the first that exists of train, dev and test; the log says "
+        description="Split of a dataset whose path names none (hf:NAME, tfds:NAME, or a saved dataset with several splits), "
+        "or of a BEIR folder (qrels/SPLIT.tsv). Default for BEIR: the first that exists of train, dev and test; the log says "
         "which.",
     )
     name: str = Field("", description="Name in logs and of the stored prompt. Default: the stem of the path.")
@@ -205,12 +204,6 @@ class SourceConfig(Section):
     def instruction_for_documents(self, query_instruction: str) -> str:
         """Return the instruction of the documents of a query with this instruction."""
         return query_instruction if self.symmetric else self.document_instruction
-
-    @model_validator(mode="after")
-    def _check_split(self) -> SourceConfig:
-        if self.split and self.format not in ("auto", "beir"):
-            raise ValueError(f"split names a split of a BEIR folder, but format is {self.format}. Remove it.")
-        return self
 
     @model_validator(mode="after")
     def _check_document_instruction(self) -> SourceConfig:

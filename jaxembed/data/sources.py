@@ -14,7 +14,7 @@ from jaxembed.config.fields import MAX_INTEGER
 from jaxembed.config.spec import FewShotExample
 from jaxembed.data.beir import BeirPairRows
 from jaxembed.data.columns import parse_content, rename_columns
-from jaxembed.data.containers import Container, is_beir_folder, open_container
+from jaxembed.data.containers import Container, is_beir_folder, name_split, open_container
 from jaxembed.data.documents import DocumentSampler, document_schema
 from jaxembed.data.equality import normalize_text
 from jaxembed.data.filters import add_filters
@@ -217,9 +217,7 @@ def open_source_container(config: SourceConfig) -> tuple[str, Container | None]:
         if config.columns:
             raise UserError(f"{config.path}: a BEIR folder has fixed fields. Remove `columns`.")
         return "beir", None
-    if config.split:
-        raise UserError(f"{config.path}: split names a split of a BEIR folder, but this is none. Remove split.")
-    container = open_container(config.path)
+    container = open_container(name_split(config.path, config.split))
     if config.format != "auto":
         return config.format, container
     if config.pair_templates:

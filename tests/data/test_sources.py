@@ -302,7 +302,7 @@ def test_training_and_evaluation_read_the_split_that_is_named(tmp_path: Path) ->
     assert sources[""].digest == sources["dev"].digest != sources["test"].digest
     plans = [BatchPlan([sources[split]], 1, 0).hash for split in ("", "dev")]
     assert plans[0] == plans[1]  # runs from before the key was known resume
-    with pytest.raises(UserError, match=r"a.jsonl: split names a split of a BEIR folder, but this is none\. Remove split\."):
+    with pytest.raises(UserError, match=r"a.jsonl: split is 'dev', but this has no splits \(.*\)\. Remove split\."):
         open_source_file(write_jsonl(tmp_path / "a.jsonl", PAIR_ROWS), split="dev")
 
 
