@@ -188,16 +188,27 @@ def read_sentence_transformers_spec(folder: Path, config: Mapping[str, Any], dec
         normalize_path = module_folders["Normalize"] / "config.json"
         NORMALIZE_FIELDS.check(_read_if_present(normalize_path), str(normalize_path))
     tokenizer = load_folder_tokenizer(folder, is_trained_embedder=True)
+    projection = read_projection_choices(module_folders["Dense"], decoder.width) if "Dense" in module_folders else {}
+    config_path = str(folder / "config.json")
     return EmbeddingSpec(
-        attention="causal" if Fields(config, str(folder / "config.json")).boolean("is_causal", True) else "bidirectional",
+        attention="causal" if Fields(config, config_path).boolean("is_causal", True) else "bidirectional",
         pooling=_read_pooling_kind(pooling_config, pooling_path),
         include_instruction=Fields(pooling_config, str(pooling_path)).boolean("include_prompt", True),
-        **(read_projection_choices(module_folders["Dense"], decoder.width) if "Dense" in module_folders else {}),
+        **projection,
         normalize=has_norm,
         append_eos=wants_eos(folder, tokenizer),
         max_length=_read_max_length(folder, decoder, tokenizer),
         **_read_prompts(folder / "config_sentence_transformers.json", has_norm),
+        matryoshka_dims=_read_matryoshka_dims(config, projection.get("projection", decoder.width), config_path),
     )
+
+
+def _read_matryoshka_dims(config: Mapping[str, Any], width: int, where: str) -> tuple[int, ...]:
+    """Return the widths below `width` to which vectors may be cut, in ascending order."""
+    dims = config.get("matryoshka_dimensions") or []
+    if not isinstance(dims, list) or any(not isinstance(dim, int) or isinstance(dim, bool) or dim < 1 for dim in dims):
+        raise UserError(f"{where}: matryoshka_dimensions is {dims!r:.80}; expected a list of positive integers")
+    return tuple(sorted(dim for dim in dims if dim < width))
 
 
 def _read_if_present(path: Path) -> dict[str, Any]:

@@ -203,7 +203,7 @@ def test_revision_of_the_torch_backend_covers_the_whole_folder(tmp_path: Path) -
     export(model, tmp_path / "out", "float32", Card("out", "base"))
     first = load_encoder(str(tmp_path / "out"), backend="sentence-transformers").revision
     pooling = tmp_path / "out" / "1_Pooling" / "config.json"
-    pooling.write_text(pooling.read_text().replace('"mean"', '"max"'))
+    pooling.write_text(pooling.read_text().replace('"include_prompt": true', '"include_prompt": false'))
     assert load_encoder(str(tmp_path / "out"), backend="sentence-transformers").revision != first
 
 
