@@ -67,14 +67,9 @@ class Embedder:
     _apply: Apply | None = None
 
     def __post_init__(self) -> None:
-        """Prepare the compiled program. Copies that `dataclasses.replace` makes share it."""
+        """Prepare the compiled program."""
         if self._apply is None:
-            model = self.model
-
-            def apply(params: Any, texts: PackedTexts) -> jax.Array:
-                return model.apply({"params": stack_layers(params)}, texts)
-
-            object.__setattr__(self, "_apply", jax.jit(apply, compiler_options=compiler_options()))
+            object.__setattr__(self, "_apply", _encoding_program(self.model))
 
     @classmethod
     def load(
@@ -131,6 +126,15 @@ class Embedder:
             params: Tree of the parameters.
         """
         return dataclasses.replace(self, params=params)
+
+    def with_spec(self, spec: EmbeddingSpec) -> Embedder:
+        """Return the same model under another spec, whose tokens and parameters must be those of this model.
+
+        Args:
+            spec: How texts become vectors.
+        """
+        tokenizer = TextTokenizer(self.tokenizer.hf_tokenizer, spec)
+        return dataclasses.replace(self, model=self.model.clone(spec=spec), tokenizer=tokenizer, _apply=None)
 
     def first_layers(self, count: int) -> Embedder:
         """Return the model cut to its first decoder layers, followed by the final norm. It can be exported.
@@ -338,6 +342,16 @@ class Embedder:
         unstacked_leaves = (unstack_views(self.mesh, x) for x in leaves)
         layers = [jax.tree.unflatten(tree, layer) for layer in zip(*unstacked_leaves, strict=True)]
         return _replace_layers(self.params, layers)
+
+
+@functools.lru_cache(maxsize=8)
+def _encoding_program(model: EmbeddingModel) -> Apply:
+    """Return the compiled program of a model. Equal models share it, such as two checkpoints of a run."""
+
+    def apply(params: Any, texts: PackedTexts) -> jax.Array:
+        return model.apply({"params": stack_layers(params)}, texts)
+
+    return jax.jit(apply, compiler_options=compiler_options())
 
 
 def build_embedder(run: RestoredRun, mesh: Mesh) -> Embedder:

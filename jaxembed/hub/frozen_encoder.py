@@ -20,11 +20,11 @@ from jaxembed.devices.mesh import make_mesh
 from jaxembed.errors import UserError, summarize
 from jaxembed.files import exists, file_digest
 from jaxembed.formats.sentence_transformers import MODULES_FILE
-from jaxembed.hub.base import Base
+from jaxembed.hub.base import Base, FolderBase
 from jaxembed.hub.embedder import Embedder
 from jaxembed.hub.folders import find_folder
 from jaxembed.hub.resolve import find_base
-from jaxembed.hub.spec_files import SPEC_FILE
+from jaxembed.hub.spec_files import EARLIER_DEFAULTS, SPEC_FILE, describes_vectors
 from jaxembed.hub.torch_model import load_sentence_transformer
 
 log = logging.getLogger("jaxembed")
@@ -115,7 +115,7 @@ def encode_in_groups(
     return out
 
 
-def open_frozen_encoder(name: str, cache: Path, mesh: Mesh | None = None) -> FrozenEncoder:
+def open_frozen_encoder(name: str, cache: Path, mesh: Mesh | None = None, recorded_hash: str = "") -> FrozenEncoder:
     """Open a model that jaxembed can load, or any other sentence-transformers folder.
 
     The template of the model turns an instruction into a prompt. Texts without an instruction get the prompt that is stored
@@ -125,6 +125,8 @@ def open_frozen_encoder(name: str, cache: Path, mesh: Mesh | None = None) -> Fro
         name: Name of the model: a local folder, a run directory, or a hub id.
         cache: Folder under which vectors are stored.
         mesh: Devices for models that jaxembed loads. Default: the devices of this process.
+        recorded_hash: Hash of the model in the run that resumes, if any. A folder whose files do not say how texts become
+            vectors is read with the defaults of earlier versions if these give that hash.
 
     Raises:
         UserError: The model cannot be loaded.
@@ -142,13 +144,16 @@ def open_frozen_encoder(name: str, cache: Path, mesh: Mesh | None = None) -> Fro
         log.info("%s: loaded by sentence-transformers (%s)", name, error)
         return _open_sentence_transformer(name, folder, cache)
     mesh = make_mesh(devices=jax.local_devices()) if mesh is None else mesh
-    return _open_embedder(name, base, Embedder.load(name, mesh=mesh), cache)
+    return _open_embedder(name, base, Embedder.load(name, mesh=mesh), cache, recorded_hash)
 
 
-def _open_embedder(name: str, base: Base, embedder: Embedder, cache: Path) -> FrozenEncoder:
-    spec, tokenizer_state = embedder.spec, embedder.tokenizer.hf_tokenizer.backend_tokenizer.to_str()
-    identity = json.dumps([base.hash(), spec.describe_vectors(), tokenizer_state], sort_keys=True)
-    digest = hashlib.sha256(identity.encode()).hexdigest()
+def _open_embedder(name: str, base: Base, embedder: Embedder, cache: Path, recorded_hash: str) -> FrozenEncoder:
+    digest = _hash_embedder(base, embedder)
+    if recorded_hash not in ("", digest) and isinstance(base, FolderBase) and not describes_vectors(base.folder):
+        earlier = embedder.with_spec(embedder.spec.replace(**EARLIER_DEFAULTS))
+        if _hash_embedder(base, earlier) == recorded_hash:
+            embedder, digest = earlier, recorded_hash
+    spec = embedder.spec
 
     def select_prompt(side: str, instruction: str) -> str:
         return spec.prompt(instruction) if instruction else spec.prompts.get(side, spec.plain_prompt)
@@ -158,6 +163,13 @@ def _open_embedder(name: str, base: Base, embedder: Embedder, cache: Path) -> Fr
 
     width = embedder.model.width
     return FrozenEncoder(name, digest, width, select_prompt, encode_group, _open_store(cache, digest, width))
+
+
+def _hash_embedder(base: Base, embedder: Embedder) -> str:
+    """Return what identifies the vectors of a model: the SHA-256 of its weights, its spec, and its tokenizer."""
+    tokenizer_state = embedder.tokenizer.hf_tokenizer.backend_tokenizer.to_str()
+    identity = json.dumps([base.hash(), embedder.spec.describe_vectors(), tokenizer_state], sort_keys=True)
+    return hashlib.sha256(identity.encode()).hexdigest()
 
 
 def _open_sentence_transformer(name: str, folder: Path, cache: Path) -> FrozenEncoder:

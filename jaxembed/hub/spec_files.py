@@ -95,10 +95,15 @@ def read_folder_spec(name: str, folder: Path, config: Mapping[str, Any], decoder
     return _apply_layout(spec, layout, name, folder, str(config.get("_name_or_path")), decoder)
 
 
+def describes_vectors(folder: Path) -> bool:
+    """Return whether a folder has a file that says how texts become vectors."""
+    return exists(folder / SPEC_FILE) or exists(folder / MODULES_FILE)
+
+
 def log_default_spec(folder: Path, spec: EmbeddingSpec) -> None:
     """Log once that a folder is encoded with our defaults, because none of its files says how texts become vectors."""
     is_default = spec == EmbeddingSpec(max_length=spec.max_length)
-    if is_default and not exists(folder / SPEC_FILE) and not exists(folder / MODULES_FILE):
+    if is_default and not describes_vectors(folder):
         log_once(
             f"{folder}: no file says how texts become vectors, so the defaults are used ({spec.attention} attention, "
             f"{spec.pooling} pooling)",

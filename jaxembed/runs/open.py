@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxembed.config import Config, EmbeddingSpec, StageConfig
-from jaxembed.config.fields import quote_value
+from jaxembed.config.fields import Fields, quote_value
 from jaxembed.curation.remining import check_first_rank
 from jaxembed.data.batch import BatchBuilder
 from jaxembed.data.batch_plan import BatchPlan
@@ -26,7 +26,7 @@ from jaxembed.devices import processes
 from jaxembed.devices.mesh import Shards, all_shards, local_shards, logical_axis_table, shard_count
 from jaxembed.errors import UserError
 from jaxembed.evaluation.heldout import HeldOutSet, open_held_out_sets
-from jaxembed.files import cache_dir
+from jaxembed.files import cache_dir, exists, read_json
 from jaxembed.hub.base import Base
 from jaxembed.hub.frozen_encoder import FrozenEncoder, ZeroEncoder, open_frozen_encoder
 from jaxembed.hub.resolve import find_base
@@ -36,7 +36,7 @@ from jaxembed.losses.objectives import Objectives
 from jaxembed.model.decoder import ComputeOptions
 from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.search.bm25 import check_bm25_installed
-from jaxembed.training.run_dir import check_run_dir, create_run_dir
+from jaxembed.training.run_dir import check_run_dir, create_run_dir, read_run_file
 from jaxembed.training.run_lock import RunLock
 from jaxembed.training.stage import Stage
 
@@ -118,7 +118,7 @@ def open_run(config: Config, mesh: Mesh, lock: RunLock | None = None) -> OpenedR
     for index, stage in enumerate(config.stages):
         _check_stage(stage, model, shards.count, config.key_prefix(index))
         _warn_of_long_warmup(config, index)
-    encoders = _open_encoders(config)
+    encoders = _open_encoders(config, _read_recorded_hashes(config))
     if lock is None:
         encoders = {role: ZeroEncoder(**vars(encoder)) for role, encoder in encoders.items()}
     # Data: the first process reads it and writes indexes to the cache, which the others then find.
@@ -151,7 +151,7 @@ def _resolve_spec(config: Config, base: Base, recorded: EmbeddingSpec | None) ->
             their runs continue so.
     """
     spec = base.spec.with_choices(config.model, config.stages[-1].data.max_length)
-    spec = spec.replace(matryoshka_dims=config.stages[-1].matryoshka.dims)
+    spec = spec.replace(matryoshka_dims=tuple(sorted(config.stages[-1].matryoshka.dims)))
     if recorded is not None and config.model.pooling.include_instruction is None:
         spec = spec.replace(include_instruction=recorded.include_instruction)
     pools_instruction = spec.include_instruction or spec.pool_last_instruction_token
@@ -240,10 +240,21 @@ def _iter_texts(source: Source) -> Iterator[str]:
         yield example.positive
 
 
-def _open_encoders(config: Config) -> dict[str, FrozenEncoder]:
+def _read_recorded_hashes(config: Config) -> dict[str, str]:
+    """Return the hashes of guide and teacher, by the name of the model, that a run has recorded; empty for a new run."""
+    paths = {name: Path(config.run.dir) / f"{role}.json" for role, name in config.models_by_role.items()}
+    return {
+        name: Fields(read_run_file(read_json, path), str(path)).string("hash") for name, path in paths.items() if exists(path)
+    }
+
+
+def _open_encoders(config: Config, recorded_hashes: Mapping[str, str]) -> dict[str, FrozenEncoder]:
     """Open the guide and the teacher, by role. A model with both roles is opened once."""
     names = config.models_by_role
-    opened = {name: open_frozen_encoder(name, cache_dir()) for name in dict.fromkeys(names.values())}
+    opened = {
+        name: open_frozen_encoder(name, cache_dir(), recorded_hash=recorded_hashes.get(name, ""))
+        for name in dict.fromkeys(names.values())
+    }
     return {role: opened[name] for role, name in names.items()}
 
 

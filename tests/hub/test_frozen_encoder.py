@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
 import sys
@@ -116,6 +117,25 @@ def test_stored_vectors_are_not_computed_again(own_folder: Path, tmp_path: Path)
     assert np.array_equal(moved_model.encode(INPUTS), first[:-1])
     assert np.array_equal(moved_model.encode([new]), second[1:2])
     assert calls == []
+
+
+def test_hashes_of_earlier_versions_stay_valid(base_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """A stock folder was once read without pooling its instructions. A run that recorded this resumes with those vectors."""
+    folder, recorded_spec = base_folder("qwen3"), {
+        "attention": "bidirectional", "pooling": "mean", "latents": 512, "pooling_heads": 8, "include_instruction": False,
+        "projection": 0, "projection_bias": False, "projection_activation": "identity", "normalize": True, "append_eos": True,
+        "eos_as_text": False, "pool_last_instruction_token": False, "pool_text_tokens": False, "echo": "", "plain_echo": "",
+        "text_length": 0, "max_length": 128, "instruction_template": "Instruct: {instruction}\nQuery:", "plain_prompt": "",
+        "query_suffix": "", "example_template": "", "prompts": {},
+    }  # fmt: skip
+    base, embedder = find_base(str(folder)), Embedder.load(folder)
+    tokenizer_state = embedder.tokenizer.hf_tokenizer.backend_tokenizer.to_str()
+    recorded = hashlib.sha256(json.dumps([base.hash(), recorded_spec, tokenizer_state], sort_keys=True).encode()).hexdigest()
+    new, old = (open_frozen_encoder(str(folder), tmp_path, recorded_hash=known) for known in ("", recorded))
+    assert new.hash != recorded == old.hash
+    query = INPUTS[:1]
+    assert not np.allclose(new.encode(query), old.encode(query), atol=1e-3)
+    assert open_frozen_encoder(str(folder), tmp_path, recorded_hash="of another model").hash == new.hash
 
 
 def test_hash_depends_on_weights_tokenizer_and_spec(
