@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import signal
 import sys
@@ -15,7 +16,8 @@ from helpers.runs import make_config, write_base_and_data
 from jaxembed.config import Config, load_config
 from jaxembed.devices import processes
 from jaxembed.errors import Stopped, UserError
-from jaxembed.runs.open import _warn_of_long_warmup, open_run
+from jaxembed.hub.resolve import find_base
+from jaxembed.runs.open import _resolve_spec, _warn_of_long_warmup, open_run
 from jaxembed.training.run_lock import RunLock
 
 
@@ -44,6 +46,19 @@ def test_a_warm_up_beyond_the_schedule_is_reported(tmp_path: Path, caplog: pytes
     assert not caplog.text, "the stages share a schedule of 12 steps"
     _warn_of_long_warmup(load(tmp_path, stages, "optim.warmup_steps=13"), 1)
     assert "stages.1.optim.warmup_steps is 13" in caplog.text
+
+
+def test_spec_has_the_matryoshka_widths_of_the_last_stage_and_leaves_instructions_out_of_echoes(tmp_path: Path) -> None:
+    base = find_base("preset:tiny")
+    stages = "stages=[{train: {steps: 6}, matryoshka: {dims: [32]}}, {train: {steps: 6}, matryoshka: {dims: [64, 16]}}]"
+    spec = _resolve_spec(load(tmp_path, stages), base, None)
+    assert (spec.matryoshka_dims, spec.include_instruction) == ((16, 64), True)
+    inherited = dataclasses.replace(base, spec=spec)
+    assert _resolve_spec(load(tmp_path), inherited, None).matryoshka_dims == ()
+    echo = _resolve_spec(load(tmp_path, "model.echo='{text} {text}'"), base, None)
+    assert not echo.include_instruction
+    chosen = load(tmp_path, "model.pooling.include_instruction=true")
+    assert _resolve_spec(chosen, base, echo).include_instruction, "the config decides, not the recorded spec"
 
 
 @pytest.mark.parametrize(
