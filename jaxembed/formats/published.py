@@ -127,9 +127,18 @@ PUBLISHED_LAYOUTS = (
         },
     ),
     PublishedLayout(
-        "gte-Qwen2-instruct",
-        r"gte-Qwen2-.*-instruct",
+        "gte-Qwen1.5-instruct and gte-Qwen2-instruct",
+        r"gte-Qwen(1\.5|2)-.*-instruct",
         {"attention": "bidirectional", **LAST_TOKEN_CHOICES, "instruction_template": E5_TEMPLATE},
+    ),
+    PublishedLayout(
+        "stella-1.5B-v5",
+        r"stella[-_](en[-_])?1\.5B[-_]v5",
+        # Its files say what remains: EOS, and the width of the projection.
+        {
+            "attention": "bidirectional", "pooling": "mean", "include_instruction": True, "prompts": EMPTY_DOCUMENT_PROMPT,
+            "instruction_template": E5_TEMPLATE,
+        },
     ),
     PublishedLayout(
         "GritLM",
