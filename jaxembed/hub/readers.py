@@ -187,12 +187,12 @@ RULES = (
     Rule(lambda model: model.rope_type == "llama3", ("llama.cpp",), Status.REFUSED, "has no such RoPE scaling (llama3)"),
     Rule(lambda model: model.has_window, ("llama.cpp",), Status.DIFFERENT, "computes no sliding window"),
     Rule(
-        lambda model: model.has_window and model.decoder.family.startswith("qwen"), ("TEI",), Status.REFUSED,
-        "has no sliding window for this family",
+        lambda model: any(model.decoder.windows) and model.decoder.family.startswith("qwen"), ("TEI",), Status.REFUSED,
+        "has no sliding windows for this family",
     ),
     Rule(
-        lambda model: model.has_window and model.decoder.family == "mistral" and is_bidirectional(model), ("TEI",),
-        Status.DIFFERENT, "applies the sliding window to the left only",
+        lambda model: model.has_window and model.decoder.family == "mistral", ("TEI",), Status.DIFFERENT,
+        "computes another sliding window",
     ),
     Rule(has_ignored_head_width, ("TEI",), Status.REFUSED, "expects heads of hidden_size / num_attention_heads numbers"),
     Rule(has_ignored_bias, ("TEI",), Status.DIFFERENT, "leaves out biases of the attention"),

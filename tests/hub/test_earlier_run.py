@@ -129,6 +129,31 @@ def test_adapters_of_an_earlier_run_are_merged(folder: Path) -> None:
     assert 1e-5 < largest_difference(first, Embedder.load(folder / "twice")) < 1e-2
 
 
+# jaxembed.json of a run, as the version before instructions were pooled by default wrote it.
+EARLIER_SPEC = {
+    "attention": "bidirectional", "pooling": "mean", "latents": 512, "pooling_heads": 8, "include_instruction": False,
+    "projection": 0, "projection_bias": False, "projection_activation": "identity", "normalize": True, "append_eos": True,
+    "eos_as_text": False, "pool_last_instruction_token": False, "pool_text_tokens": False, "echo": "", "plain_echo": "",
+    "text_length": 0, "max_length": 32, "instruction_template": "Instruct: {instruction}\nQuery:", "plain_prompt": "",
+    "query_suffix": "", "example_template": "",
+    "prompts": {"query": "Instruct: Find it\nQuery:", "document": "", "pairs": "Instruct: Find it\nQuery:"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dropped_key", [None, "include_instruction"])
+def test_run_that_left_instructions_out_by_default_continues_so(folder: Path, dropped_key: str | None) -> None:
+    name = f"earlier-{dropped_key}"
+    run(folder, name, "base")
+    path = folder / name / "jaxembed.json"
+    assert json.loads(path.read_text()) == EARLIER_SPEC | {"include_instruction": True, "matryoshka_dims": []}
+    path.write_text(json.dumps({key: value for key, value in EARLIER_SPEC.items() if key != dropped_key}))
+    assert not find_base(str(folder / name)).spec.include_instruction, "encode, evaluate, and export"
+    train(make_config(folder, name, *QUICK, f"model.base={folder / 'base'}"))  # resumes after the last step
+    assert json.loads(path.read_text()) == EARLIER_SPEC | {"matryoshka_dims": []}
+    later = run(folder, f"after-{name}", name)
+    assert not find_base(later.run.dir).spec.include_instruction, "a base decides for the runs that start from it"
+
+
 def test_peft_folder_is_added_to_an_earlier_run(folder: Path, tmp_path: Path) -> None:
     first = Embedder.load(folder / "adapted")
     random = np.random.default_rng(0)

@@ -13,8 +13,8 @@ import pytest
 
 import jaxembed.hub
 from helpers import tiny
+from helpers.commands import run_command
 from helpers.loading import load_model
-from helpers.runs import run_command
 from jaxembed import Embedder
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.devices.mesh import make_mesh
@@ -24,6 +24,7 @@ from jaxembed.hub import stock_folder
 from jaxembed.hub.card import Card
 from jaxembed.hub.embedder import load_embedder
 from jaxembed.hub.export import export
+from jaxembed.hub.readers import FOLDER
 from jaxembed.hub.resolve import find_base
 from jaxembed.hub.text_tokenizer import build_text_tokenizer
 from jaxembed.hub.torch_model import encode_torch, load_sentence_transformer
@@ -64,13 +65,13 @@ def load_with_random_pooling(base: Path, **choices: object) -> Embedder:
 @pytest.mark.parametrize(
     ("family", "choices"),
     [
-        ("qwen3", {"attention": "bidirectional", "pooling": "mean", "prompts": {"query": QUERY_PROMPT, "document": ""}}),
-        ("qwen3", {"attention": "causal", "pooling": "last", "include_instruction": True}),
+        ("qwen3", {"include_instruction": False, "prompts": {"query": QUERY_PROMPT, "document": ""}}),
+        ("qwen3", {"attention": "causal", "pooling": "last"}),
         ("mistral", {"attention": "causal", "pooling": "mean", "append_eos": False}),
         ("mistral-window", {"attention": "bidirectional", "pooling": "last"}),
         ("qwen2-mixed", {"attention": "bidirectional", "pooling": "weighted_mean"}),
         ("qwen3", {"attention": "causal", "pooling": "max"}),
-        ("mistral", {"attention": "bidirectional", "pooling": "first", "include_instruction": True}),
+        ("mistral", {"attention": "bidirectional", "pooling": "first"}),
     ],
 )
 def test_exported_folder_gives_the_vectors_of_the_model(bases, tmp_path, family, choices):
@@ -161,7 +162,7 @@ def test_round_trip_gives_the_same_model(bases, tmp_path):
 
 
 def test_spec_is_read_from_sentence_transformers_files(bases, tmp_path):
-    choices = {"attention": "causal", "pooling": "last", "include_instruction": True, "prompts": {"query": "q:"}}
+    choices = {"attention": "causal", "pooling": "last", "prompts": {"query": "q:"}, "matryoshka_dims": (8, 16)}
     model = load_tiny(bases["mistral"], **choices)
     export(model, tmp_path / "out", "float32", CARD)
     (tmp_path / "out" / "jaxembed.json").unlink()
@@ -171,23 +172,31 @@ def test_spec_is_read_from_sentence_transformers_files(bases, tmp_path):
 def test_bfloat16_may_differ_as_much_as_transformers_own_cast(bases, tmp_path):
     done = run_command("jaxembed.export", str(bases["qwen3"]), str(tmp_path / "out"), "--dtype", "bfloat16")
     assert done.returncode == 0
+    out = tmp_path / "out"
     assert done.stderr == (
         f"{bases['qwen3']}: no file says how texts become vectors, so the defaults are used "
         "(bidirectional attention, mean pooling)\n"
+        f"{out}: sentence-transformers 3, 4, infinity: refused: a bidirectional model needs transformers 5.2 or newer\n"
+        f"{out}: TEI: close: computes in float16 or float32, not in bfloat16\n"
     )
     result = json.loads(done.stdout)
     assert 1e-5 < result["largest_difference"] <= result["allowed"]
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_card_contains_recipe_scores_and_prompts(bases, tmp_path):
-    model = load_tiny(bases["qwen3"], prompts={"query": QUERY_PROMPT, "document": ""})
+def test_card_contains_recipe_scores_and_prompts(bases, tmp_path, capsys):
+    """Its check against probe.json prints a cosine of 1."""
+    choices = {"prompts": {"query": QUERY_PROMPT, "document": ""}, "query_suffix": "?", "matryoshka_dims": (16, 8)}
+    model = load_tiny(bases["qwen3"], **choices)
     card = Card("my-model", "some/base", "step 7", "train: {steps: 7}", {"functions/ndcg_at_10": 0.5})
     export(model, tmp_path / "out", "float32", card)
     text = (tmp_path / "out" / "README.md").read_text()
-    scores = "| functions/ndcg_at_10 | 0.5000 |"
-    for expected in ("# my-model", "some/base", "step 7", "train: {steps: 7}", scores, 'prompt_name="query"'):
+    scores, cut = "| functions/ndcg_at_10 | 0.5000 |", "truncate_dim=8, normalize_embeddings=True"
+    for expected in ("# my-model", "some/base", "step 7", "train: {steps: 7}", scores, 'prompt_name="query"', cut):
         assert expected in text
+    code = text.split("## Check")[1].split("```python\n")[1].split("```")[0].replace(FOLDER, str(tmp_path / "out"))
+    exec(code, {"model": load_sentence_transformer(tmp_path / "out")})
+    assert float(capsys.readouterr().out) == pytest.approx(1)
 
 
 def test_tokenizer_that_transformers_reads_differently_is_refused(tmp_path):
