@@ -1,0 +1,139 @@
+"""Pages of the recipes, written from their YAML files: every value with its source, the data, the command, and the plan."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+ROOT = Path(__file__).parents[1]
+RECIPES = ROOT / "configs" / "recipes"
+CATALOG = ROOT / "configs" / "catalog.yaml"
+PLANS = ROOT / "docs" / "results" / "recipe-plans.json"
+COMMENT = re.compile(r"\s#\s(.*)$")
+
+
+class Value(NamedTuple):
+    """A value of a recipe: its key, its YAML text on one line, and the comment that names its source."""
+
+    key: str
+    text: str
+    source: str
+
+
+class DataSet(NamedTuple):
+    """A source of a recipe: the key of its list, its catalog entry, the keys that differ from it, and the comment."""
+
+    key: str
+    name: str
+    changes: dict[str, Any]
+    source: str
+
+
+def iter_values(text: str) -> Iterator[Value | DataSet]:
+    """Yield the values and data sets of a recipe in the order of the file.
+
+    Args:
+        text: The YAML text. A comment at the end of a line names the source of the values that begin on it; values without a
+            comment of their own have that of the key above them.
+    """
+    comments = {i: found[1] for i, line in enumerate(text.splitlines()) if (found := COMMENT.search(line))}
+    root = yaml.compose(text, yaml.SafeLoader)
+    yield from _iter_mapping(root, "", "", comments)
+
+
+def _iter_mapping(node: Any, prefix: str, inherited: str, comments: Mapping[int, str]) -> Iterator[Value | DataSet]:
+    for key_node, value in node.value:
+        key = prefix + key_node.value
+        source = comments.get(key_node.start_mark.line, inherited)
+        if isinstance(value, yaml.MappingNode):
+            yield from _iter_mapping(value, f"{key}.", source, comments)
+        elif isinstance(value, yaml.SequenceNode) and value.value and isinstance(value.value[0], yaml.MappingNode):
+            for i, entry in enumerate(value.value):
+                yield from _iter_entry(entry, key, i, source, comments)
+        else:
+            yield Value(key, _to_text(_construct(value)), source)
+
+
+def _iter_entry(entry: Any, key: str, index: int, inherited: str, comments: Mapping[int, str]) -> Iterator[Value | DataSet]:
+    """Yield an entry of a list: a data set, or the values of a stage or objective."""
+    keys = _construct(entry)
+    if "catalog" in keys:
+        name = keys.pop("catalog")
+        yield DataSet(key, name, keys, comments.get(entry.start_mark.line, inherited))
+    else:
+        yield from _iter_mapping(entry, f"{key}.{index}.", inherited, comments)
+
+
+def _construct(node: Any) -> Any:
+    loader = yaml.SafeLoader("")
+    try:
+        return loader.construct_object(node, deep=True)
+    finally:
+        loader.dispose()
+
+
+def _to_text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def write_page(name: str) -> str:
+    """Return the page of a recipe in Markdown."""
+    text = (RECIPES / f"{name}.yaml").read_text()
+    return "\n\n".join([f"# {name}", _write_introduction(text), _write_values(text), _write_data(text), _write_plans(name)])
+
+
+def _write_introduction(text: str) -> str:
+    """Return the comment that opens the file: the command, then a text."""
+    lines = [line.removeprefix("#").strip() for line in text.splitlines()]
+    head = lines[: next(i for i, line in enumerate(text.splitlines()) if not line.startswith("#"))]
+    return f"```bash\n# Needs: the recipe's data, its base model, and accelerators\n{head[0]}\n```\n\n" + "\n".join(head[2:])
+
+
+def _write_values(text: str) -> str:
+    rows = [f"| `{v.key}` | `{_escape(v.text)}` | {_escape(v.source)} |" for v in iter_values(text) if isinstance(v, Value)]
+    return "\n".join(["## Values", "", "| key | value | source |", "|---|---|---|", *rows])
+
+
+def _write_data(text: str) -> str:
+    """Return a table of data sets for each list of sources."""
+    catalog = yaml.safe_load(CATALOG.read_text())
+    parts: dict[str, list[str]] = {}
+    for found in iter_values(text):
+        if isinstance(found, DataSet):
+            entry = {**catalog[found.name], **found.changes}
+            changes = ", ".join(f"{key}: {_to_text(value)}" for key, value in found.changes.items())
+            rows = f"{entry['max_examples']:,}" if "max_examples" in entry else "all"
+            path = f"`{entry['path']}`" if "path" in entry else "set its path"
+            cells = [f"`{found.name}`", rows, path, entry["license"], f"`{_escape(changes)}`" if changes else ""]
+            parts.setdefault(found.key, []).append("| " + " | ".join(cells) + " |")
+    header = "| entry of the catalog | rows | path | license | keys that differ |\n|---|---|---|---|---|"
+    tables = ["\n".join([f"### `{key}`", "", header, *rows]) for key, rows in parts.items()]
+    return "\n\n".join(["## Data", *tables])
+
+
+def _write_plans(name: str) -> str:
+    """Return what the compiler predicted for the recipe on each machine, from the recorded plans."""
+    plans = json.loads(PLANS.read_text()) if PLANS.exists() else {}
+    rows = [_write_plan(plan) for plan in plans.get("plans", ()) if plan["recipe"] == name]
+    if not rows:
+        return "## Plan\n\nNot recorded."
+    header = "| machine | stage | gradcache.rows | memory of a device | step | whole stage |\n|---|---|---|---|---|---|"
+    return "\n".join(["## Plan", "", plans["about"], "", header, *rows])
+
+
+def _write_plan(plan: Mapping[str, Any]) -> str:
+    stage, rows = plan["stage"], plan["gradcache_rows"] or "all"
+    if "error" in plan:
+        return f"| {plan['machine']} | {stage} | {rows} | {_escape(plan['error'])} | | |"
+    memory = f"{plan['memory_bytes'] / 2**30:.1f} of {plan['device_bytes'] / 2**30:.0f} GiB"
+    cells = [plan["machine"], stage, rows, memory, f"{plan['step_s']:,.1f} s", f"{plan['hours']:,.1f} h"]
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;") if "`" not in text else text.replace("|", "\\|")
