@@ -24,6 +24,7 @@ from jaxembed.hub.embedder import Embedder
 
 Convert = Callable[[np.ndarray], np.ndarray]
 
+PARTS_OF_MODULES = {"Dense": "projection", "TokenPooling": "pooling"}  # parts of the model's parameters
 NUMPY_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -68,30 +69,34 @@ def write_stock_folder(embedder: Embedder, folder: Path, dtype: str) -> None:
         folder: The folder to create.
         dtype: Dtype of the weights: float32 or bfloat16.
     """
-    spec, width, convert = embedder.spec, embedder.model.decoder.width, dtype_converter(dtype)
     folder.mkdir()
-    # What transformers loads: config, decoder, tokenizer.
+    # What transformers loads.
     write_json(folder / "config.json", build_hf_config(embedder, dtype))
-    save_params(folder / "model.safetensors", embedder.params, {"decoder": ""}, convert)
+    save_params(folder / "model.safetensors", embedder.params, {"decoder": ""}, dtype_converter(dtype))
     _write_tokenizer(folder, embedder)
-    # What sentence-transformers adds: modules, prompts, maximum length.
+    # What sentence-transformers adds.
+    write_json(folder / "config_sentence_transformers.json", stock_files.build_model_config(embedder.spec))
+    write_json(folder / "sentence_bert_config.json", stock_files.build_transformer_config(embedder.spec))
+    _write_modules(folder, embedder, dtype_converter(dtype))
+
+
+def _write_modules(folder: Path, embedder: Embedder, convert: Convert) -> None:
+    """Write modules.json, and the folder of each module with its config and its weights."""
+    spec, width = embedder.spec, embedder.model.decoder.width
     modules = stock_files.build_module_list(spec)
     write_json(folder / MODULES_FILE, modules)
-    write_json(folder / "config_sentence_transformers.json", stock_files.build_model_config(spec))
-    write_json(folder / "sentence_bert_config.json", stock_files.build_transformer_config(spec))
-    configs = {
+    configs: dict[str, dict[str, Any]] = {
         "Pooling": stock_files.build_pooling_config(spec, width),
         "Dense": stock_files.build_dense_config(spec, width),
         "TokenPooling": _build_token_pooling_config(embedder),
         "Normalize": {},
     }
-    parts = {"Dense": "projection", "TokenPooling": "pooling"}
     for module in modules[1:]:
         kind, module_folder = module["type"].rsplit(".", 1)[-1], folder / module["path"]
         module_folder.mkdir()
         write_json(module_folder / "config.json", configs[kind])
-        if kind in parts:
-            save_params(module_folder / "model.safetensors", embedder.params, {parts[kind]: ""}, convert)
+        if part := PARTS_OF_MODULES.get(kind):
+            save_params(module_folder / "model.safetensors", embedder.params, {part: ""}, convert)
     if spec.pooling not in POOLING_MODES:
         shutil.copy(TOKEN_POOLING_FILE, folder)
 
