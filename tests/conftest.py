@@ -2,6 +2,7 @@
 
 # ruff: noqa: E402  (JAX reads the environment at import, so it is set first)
 import atexit
+import gc
 import os
 import shutil
 import sys
@@ -37,6 +38,12 @@ hypothesis.settings.load_profile("repeatable")
 jax.config.update("jax_default_matmul_precision", "highest")
 
 from helpers import tiny
+from helpers.programs import share_train_steps
+
+share_train_steps()
+# Tracing allocates many objects. The collector should not walk through all imported modules again and again.
+gc.freeze()
+gc.set_threshold(20_000, 20, 20)
 
 SLOWEST_FILES = (
     "test_crashes", "test_processes", "test_train", "test_stages", "test_sharded_step", "test_planning", "test_kernels",

@@ -8,7 +8,7 @@ import pytest
 
 import jaxembed
 from helpers import tiny
-from helpers.runs import ENV
+from helpers.commands import ENV
 from jaxembed.__main__ import COMMANDS
 
 PACKAGE = Path(jaxembed.__file__).parent

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.runs import ENV
+from helpers.commands import ENV
 from jaxembed import files
 from jaxembed.errors import UserError
 from jaxembed.files import atomic_write, cache_dir, check_writable, make_private_folder

@@ -198,7 +198,7 @@ def check_same_count(store: KeyValueStore, own_count: int, timeout_s: float) -> 
 
 def is_connection_error(error: BaseException) -> bool:
     """Return whether an error of JAX means that another process is gone. A process that runs alone has none."""
-    return count() > 1 and isinstance(error, RuntimeError) and any(name in str(error) for name in CONNECTION_ERRORS)
+    return count() > 1 and isinstance(error, RuntimeError | ValueError) and any(name in str(error) for name in CONNECTION_ERRORS)
 
 
 def _hide_progress() -> None:

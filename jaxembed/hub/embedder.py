@@ -34,7 +34,7 @@ from jaxembed.training.run_dir import BASE_RECORD_FILE
 
 TEXTS_PER_WINDOW = 4096  # texts that are tokenized and packed together
 TOKENS_PER_CALL = 8192  # tokens that each device takes at once; CPUs take `ENCODE_TOKENS_PER_CALL`
-MIN_ROW_LENGTH = 64  # tokens
+MIN_ROW_LENGTH, LONG_ROW_LENGTH = 64, 512  # tokens
 # How the vectors of a long text's pieces are combined. The mean is a sum, because the result is scaled to unit length.
 COMBINE_PIECES = {"mean": np.add, "max": np.maximum}
 
@@ -296,13 +296,16 @@ class Embedder:
         vectors = self.apply_to_texts(pieces, [prompt] * len(pieces), self._apply)
         return np.asarray(COMBINE_PIECES[long_texts].reduceat(vectors, starts, axis=0))
 
-    def apply_to_texts(self, texts: Sequence[str], prompts: Sequence[str], apply: Apply) -> np.ndarray:
+    def apply_to_texts(
+        self, texts: Sequence[str], prompts: Sequence[str], apply: Apply, few_shapes: bool = False
+    ) -> np.ndarray:
         """Apply a program to packed texts, some rows at a time.
 
         Args:
             texts: N texts.
             prompts: The prompt of each.
             apply: The program, which returns [R, S, ...]. `stack_layers` gives its parameters the form of the model's.
+            few_shapes: Use one long row per call, so that a program is compiled for few shapes.
 
         Returns:
             Results, float32 [N, ...], in the order of `texts`.
@@ -310,10 +313,11 @@ class Embedder:
         tokenized = self.tokenizer(texts, prompts)
         lengths = np.array([len(ids) for ids in tokenized.ids], np.int64)
         shards, sharding = shard_count(self.mesh), batch_sharding(self.mesh)
-        rows_per_call = functools.partial(_rows_per_call, shards)
+        rows_per_call = functools.partial(_rows_per_call, shards, few_shapes)
+        min_row_length = LONG_ROW_LENGTH if few_shapes else MIN_ROW_LENGTH
         # Start all programs before the first result is read, so that the devices do not wait.
         pending = []
-        for indices, (row, segment, row_count), row_length in pack_by_length(lengths, MIN_ROW_LENGTH, rows_per_call):
+        for indices, (row, segment, row_count), row_length in pack_by_length(lengths, min_row_length, rows_per_call):
             segments = max_segments(row_length)
             for first, last, padded in _split_rows(row_count, rows_per_call(row_length), shards):
                 selected = np.flatnonzero((row >= first) & (row < last))
@@ -389,8 +393,10 @@ def stack_layers(params: Any) -> Any:
     return _replace_layers(params, jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers))
 
 
-def _rows_per_call(shards: int, row_length: int) -> int:
+def _rows_per_call(shards: int, few_shapes: bool, row_length: int) -> int:
     """Return how many rows of a length all shards take at once."""
+    if few_shapes:
+        return shards
     tokens = ENCODE_TOKENS_PER_CALL if is_tuned(jax.default_backend()) else TOKENS_PER_CALL
     return max(1, tokens // row_length) * shards
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -79,8 +80,11 @@ def make_example_texts(row_length: int = 8) -> PackedTexts:
     return PackedTexts(zeros, zeros, zeros, zeros.astype(bool), segments=1, shards=1)
 
 
+@functools.lru_cache(maxsize=8)
 def infer_parameter_shapes(model: EmbeddingModel) -> Any:
     """Return the tree of parameters as ShapeDtypeStructs, boxed with their logical axes. Allocates no arrays.
+
+    A run needs the tree in several places, but traces the model for it once. Do not change the tree in place.
 
     Raises:
         UserError: The number of pooling heads does not divide the width of the decoder.

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from helpers.commands import ENV, Process
 from helpers.mining import draw_vectors
-from helpers.runs import ENV
 from helpers.sources import write_jsonl
 from jaxembed import cli
 from jaxembed import mine as mine_command
@@ -50,7 +49,8 @@ def test_killed_command_continues_where_it_stopped(
     arguments = [str(base_folder("qwen3")), str(source), str(out), "--rule", "top_k", "--instruction", "Find it"]
     monkeypatch.setenv("JAXEMBED_CACHE", str(tmp_path / "cache"))
     environment = {**ENV, "JAXEMBED_CACHE": str(tmp_path / "cache")}
-    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], env=environment, check=False)
+    killed = Process(KILLED, arguments, environment)
+    killed.communicate()
     assert killed.returncode == -9
     assert not out.exists()
     (kept,) = (tmp_path / "cache").rglob("vectors/*/vectors-v2")

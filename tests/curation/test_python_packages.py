@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from helpers.commands import ENV
 from helpers.packages import make_function, make_module
-from helpers.runs import ENV
 from jaxembed.curation import python_functions, python_packages
 from jaxembed.curation.python_packages import write_package_pairs
 from jaxembed.data.__main__ import main, make_parser

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from helpers import tiny
-from helpers.runs import run_command
+from helpers.commands import run_command
 from jaxembed.config import SourceConfig, load_config
 from jaxembed.data.__main__ import main, make_parser
 from jaxembed.data.beir import write_beir

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from helpers.runs import ENV
+from helpers.commands import ENV
 from jaxembed.data.vector_store import INDEX_FILE, VECTORS_FILE, VectorStore
 from jaxembed.errors import UserError
 

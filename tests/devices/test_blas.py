@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from helpers.commands import ENV
 from helpers.loading import draw_texts, load_model, pack_texts
-from helpers.runs import ENV
 from helpers.training_batches import SPEC
 from jaxembed.devices import blas
 from jaxembed.devices.mesh import make_mesh

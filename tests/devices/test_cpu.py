@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from helpers.runs import ENV, make_config, write_base_and_data
+from helpers.commands import ENV
+from helpers.runs import make_config, write_base_and_data
 
 
 def run_script(code: str, *args: str, **env: str) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from helpers.runs import ENV
+from helpers.commands import ENV
 from jaxembed.devices import processes
 from jaxembed.devices.processes import check_same_count, is_connection_error
 from jaxembed.errors import UserError
@@ -77,6 +77,7 @@ def test_a_lost_process_during_a_checkpoint_is_not_a_full_disk(monkeypatch: pyte
     assert not is_connection_error(error), "a process that runs alone has a file system that is not available"
     monkeypatch.setattr(processes, "count", lambda: 2)
     assert is_connection_error(error) and is_connection_error(RuntimeError("DEADLINE_EXCEEDED: Barrier timed out"))
+    assert is_connection_error(ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer"))
     assert not is_connection_error(RuntimeError("RESOURCE_EXHAUSTED: No space left on device"))
     assert not is_connection_error(OSError("UNAVAILABLE"))
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from helpers.runs import ENV
+from helpers.commands import ENV
 from jaxembed.devices.standard_streams import LossyStream
 from jaxembed.errors import explain_system_error
 

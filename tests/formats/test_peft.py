@@ -15,7 +15,8 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from helpers import tiny
-from helpers.runs import make_config, run_command, write_base_and_data
+from helpers.commands import run_command
+from helpers.runs import make_config, write_base_and_data
 from jaxembed import Embedder
 from jaxembed.errors import UserError
 from jaxembed.formats.peft_config import ADAPTER_FIELDS, read_lora_config

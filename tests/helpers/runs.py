@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,13 +15,12 @@ import pytest
 import yaml
 
 from helpers import tiny
+from helpers.commands import Process, start_module
 from jaxembed import config
 from jaxembed.devices.mesh import make_mesh
 from jaxembed.errors import Stopped
 from jaxembed.runs.train import train
 from jaxembed.training.metrics import Recorder, read_metrics
-
-ENV = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
 
 
 def write_base_and_data(root: Path) -> Path:
@@ -92,17 +89,11 @@ def read_losses(run_dir: Path) -> list[float]:
     return [row["loss"] for row in read_metrics(run_dir) if "loss" in row]
 
 
-def run_command(*args: str) -> subprocess.CompletedProcess[str]:
-    """Run a module of the package in a new process."""
-    return subprocess.run([sys.executable, "-m", *args], env=ENV, capture_output=True, text=True, check=False)
-
-
-def start_training(root: Path, run: str, *overrides: str, setup_code: str = "") -> subprocess.Popen[str]:
+def start_training(root: Path, run: str, *overrides: str, setup_code: str = "") -> Process:
     """Start the train command on a run's config in the background, after `setup_code` in the same process."""
     make_config(root, run, *overrides)
-    code = f"{setup_code}\nimport runpy\nrunpy.run_module('jaxembed.train', run_name='__main__')"
-    arguments = [sys.executable, "-c", code, str(root / f"{run}.yaml"), f"run.dir={root / run}", *overrides]
-    return subprocess.Popen(arguments, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    arguments = (str(root / f"{run}.yaml"), f"run.dir={root / run}", *overrides)
+    return start_module("jaxembed.train", *arguments, setup_code=setup_code)
 
 
 def train_until_stopped(run_config: config.Config, steps: int) -> None:

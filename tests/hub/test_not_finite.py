@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from helpers import tiny
-from helpers.runs import run_command
+from helpers.commands import run_command
 from jaxembed import Embedder
 from jaxembed.errors import UserError
 from jaxembed.files import format_json, write_json

@@ -5,15 +5,13 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from helpers import tiny
-from helpers.runs import ENV
+from helpers.commands import ENV, Process
 from jaxembed.errors import UserError
 from jaxembed.hub.scratch import LOCK_FILE, SCRATCH_PREFIX, open_scratch_folder
 
@@ -41,12 +39,11 @@ def make_command(name: str, base: Path, out: Path) -> list[str]:
     return ["jaxembed.merge", str(out), str(base), str(base)] if name == "merge" else ["jaxembed.export", str(base), str(out)]
 
 
-def start_slow_command(arguments: list[str]) -> subprocess.Popen[str]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW_COMMAND, *arguments], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "written\n"
+def start_slow_command(arguments: list[str]) -> Process:
+    """Start a command, and wait until it has written the first folder."""
+    process = Process(SLOW_COMMAND, arguments)
+    while process.poll() is None and "written" not in process.output():
+        time.sleep(0.01)
     return process
 
 
@@ -102,12 +99,12 @@ runpy.run_module(sys.argv.pop(1), run_name="__main__")
 
 @pytest.mark.parametrize("name", ["export", "merge"])
 def test_a_full_disk_ends_in_one_line(base: Path, tmp_path: Path, name: str) -> None:
-    command = [sys.executable, "-c", LIMITED_COMMAND, *make_command(name, base, tmp_path / "out")]
     environment = {**ENV, "JAX_COMPILATION_CACHE_DIR": "", "JAXEMBED_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'out'}: not written (")
-    assert "Traceback" not in done.stderr
+    process = Process(LIMITED_COMMAND, make_command(name, base, tmp_path / "out"), environment)
+    stderr = process.communicate()[1]
+    assert process.returncode == 2, stderr
+    assert stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'out'}: not written (")
+    assert "Traceback" not in stderr
     assert not [path for path in tmp_path.iterdir() if path.name != "cache"]
 
 

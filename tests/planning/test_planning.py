@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import pytest
 
 from helpers import runs
+from helpers.commands import ENV
 from jaxembed import cli
 from jaxembed.config import Config
 from jaxembed.errors import UserError
@@ -155,7 +156,7 @@ def test_the_tpu_compiler_plans_for_two_slices(tmp_path: Path) -> None:
     overrides = [f"run.dir={tmp_path / 'run'}", "mesh.data=-1", "mesh.fsdp=4"]
     topology = ["--topology", "v5e:2x2", "--slices", "2"]
     command = [sys.executable, "-m", "jaxembed.train", str(tmp_path / "run.yaml"), *overrides, *topology]
-    env = {name: value for name, value in runs.ENV.items() if name != "XLA_FLAGS"} | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    env = {name: value for name, value in ENV.items() if name != "XLA_FLAGS"} | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(done.stdout.splitlines()[-1])

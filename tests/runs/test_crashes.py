@@ -6,7 +6,6 @@ import json
 import random
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import pytest
 
+from helpers.commands import Process
 from helpers.runs import copy_run_at_first_checkpoint, make_config, read_losses, start_training, write_base_and_data
 from jaxembed import Embedder
 from jaxembed.data.equality import hash_text
@@ -27,7 +27,7 @@ from jaxembed.training import run_dir
 from jaxembed.training.checkpoint import Checkpoints
 from jaxembed.training.metrics import read_metrics
 
-MANY_STEPS = ("train.steps=36", "train.checkpoint_every=7", "train.eval_every=12")
+MANY_STEPS = ("train.steps=24", "train.checkpoint_every=7", "train.eval_every=12")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def last_step(run: Path) -> int:
     return max((row["step"] for row in read_metrics(run)), default=0)
 
 
-def kill_when(process: subprocess.Popen[str], due: Callable[[], bool], number: int = signal.SIGKILL) -> str:
+def kill_when(process: Process, due: Callable[[], bool], number: int = signal.SIGKILL) -> str:
     """Sends a signal as soon as `due`; returns what the process wrote to standard error."""
     while process.poll() is None and not due():
         time.sleep(0.0005)
@@ -62,7 +62,7 @@ def kill_when(process: subprocess.Popen[str], due: Callable[[], bool], number: i
 
 
 def test_kill_9_loses_only_the_steps_since_the_last_checkpoint(folder: Path, uninterrupted: list[float]) -> None:
-    run, random_step = folder / "killed", random.Random(time.time_ns()).randrange(14, 30)
+    run, random_step = folder / "killed", random.Random(time.time_ns()).randrange(14, 21)
     moments: list[Callable[[], bool]] = [
         lambda: any(run.glob("checkpoints/*.orbax-checkpoint-tmp*")),  # while a checkpoint is written
         lambda: last_step(run) == 12,  # the 12th step is logged, its evaluation begins
@@ -102,7 +102,7 @@ def test_sigterm_saves_the_step_and_exits(folder: Path, uninterrupted: list[floa
     last_line = kill_when(process, lambda: last_step(run) >= 3, signal.SIGTERM).splitlines()[-1]
     step = last_step(run)
     assert process.returncode == 128 + signal.SIGTERM
-    assert last_line == f"stopped: saved a checkpoint after step {step} of 36. Run the same command to resume."
+    assert last_line == f"stopped: saved a checkpoint after step {step} of 24. Run the same command to resume."
     assert list_checkpoints(run)[-1] == step
     train(make_config(folder, "stopped", *MANY_STEPS))
     assert read_losses(run) == uninterrupted
@@ -120,14 +120,22 @@ def largest_file(folder: Path) -> Path:
     return max(files, key=lambda path: path.stat().st_size)
 
 
+@pytest.fixture(scope="module")
+def intact(folder: Path) -> Path:
+    """A run of eight steps that has ended."""
+    train(make_config(folder, "intact", "train.steps=8"))
+    return folder / "intact"
+
+
 @pytest.mark.parametrize(
     ("item", "damage", "message"),
     [("params", flip_byte, "has changed"), ("optimizer", Path.unlink, "is missing"), ("cursor", flip_byte, "has changed")],
 )
-def test_a_damaged_checkpoint_is_named_with_the_previous_one(folder, item, damage, message) -> None:
+def test_a_damaged_checkpoint_is_named_with_the_previous_one(folder, intact, item, damage, message) -> None:
     run = folder / f"damaged-{item}"
     config = make_config(folder, run.name, "train.steps=8")
-    train(config)
+    shutil.copytree(intact, run)
+    (run / "config.yaml").write_text(config.dump())
     expected = read_losses(run)
     older, latest = list_checkpoints(run)[-2:]
     damage(largest_file(run / "checkpoints" / str(latest) / item))
@@ -187,7 +195,8 @@ def diverging(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
 def test_nan_stops_the_run_before_it_is_saved(folder: Path, diverging: tuple[str, ...]) -> None:
     line = (
         r"^step (\d+): not finite \(loss nan, gradient norm nan; batch from pairs, bad\)\. "
-        r"The last good checkpoint is of step (\d+)\. Lower optim\.learning_rate, check the data, or set train\.on_nan=skip\.$"
+        r"The last good checkpoint is of step (\d+)\. Check the data, set train\.on_nan=skip and run the same command, or lower "
+        r"optim\.learning_rate in a new run\.dir \(model\.base=.* starts it from this run\)\.$"
     )
     with pytest.raises(UserError, match=line) as error:
         train(make_config(folder, "nan", *diverging))
@@ -209,14 +218,16 @@ def test_nan_steps_can_be_skipped(folder: Path, diverging: tuple[str, ...], capf
 
 def test_a_step_that_hangs_ends_the_process_with_its_stacks(folder: Path) -> None:
     hang = (
-        "import time\nfrom jaxembed.data import batch\nreal = batch.BatchBuilder.__call__\n"
+        "import time\nfrom jaxembed.data import batch\nfrom jaxembed.training import loop\n"
+        "real, limit = batch.BatchBuilder.__call__, loop.must_finish\n"
         "def build(self, step, ids):\n    if step == 9: time.sleep(1000)\n    return real(self, step, ids)\n"
-        "batch.BatchBuilder.__call__ = build"
+        "batch.BatchBuilder.__call__ = build\n"
+        "loop.must_finish = lambda name, s: limit(name, s if name == 'step 10' else 300)"  # others may compile for long
     )
-    process = start_training(folder, "hang", "train.stall_timeout_s=15", setup_code=hang)
+    process = start_training(folder, "hang", "train.stall_timeout_s=3", setup_code=hang)
     stderr = process.communicate()[1]
     assert process.returncode == 1
-    assert "error: step 10 did not finish in 15 s (train.stall_timeout_s). Stacks of all threads:" in stderr
+    assert "error: step 10 did not finish in 3 s (train.stall_timeout_s). Stacks of all threads:" in stderr
     assert "in fit" in stderr
     assert "in build" in stderr
 

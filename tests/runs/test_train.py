@@ -10,7 +10,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from helpers import tiny
-from helpers.runs import make_config, read_losses, run_command, write_base_and_data
+from helpers.commands import run_command
+from helpers.runs import make_config, read_losses, write_base_and_data
 from jaxembed import Embedder
 from jaxembed.errors import UserError
 from jaxembed.hub.card import Card

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from helpers.runs import ENV
+from helpers.commands import ENV
 from jaxembed.training.metrics import Recorder, read_metrics
 from jaxembed.training.tensorboard import EventFile
 

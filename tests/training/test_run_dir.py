@@ -105,7 +105,7 @@ def test_a_run_of_an_earlier_version_resumes(old_run: Path) -> None:
         "run.name=other", "mesh.data=1", "model.remat=true", "model.unroll=true", "model.attention_kernel=einsum",
         "train.log_every=5", "train.checkpoint_every=3", "train.eval_every=3", "train.keep_checkpoints=7", "train.on_nan=skip",
         "train.profile_steps=[3, 4]", "train.peak_flops=1e12", "train.stall_timeout_s=10", "eval.untrained=false",
-        "eval.bm25=true", "eval.best=sts/spearman",
+        "eval.bm25=true", "eval.best=sts/spearman", "data.sources.0.name=other",
         "eval.sets=[{name: sts, kind: sts, path: sts.jsonl, instruction: Find it}, {name: b, path: b}]",
     ],
 )  # fmt: skip
@@ -163,3 +163,15 @@ def test_only_the_named_keys_of_a_record_are_compared(tmp_path: Path) -> None:
     record_or_check(tmp_path, "base", {"name": "b", "hash": "1", "new": 0}, "its base changed", compared_keys={"hash"})
     with pytest.raises(UserError, match=r"its base changed \(hash: '1' -> '2'\)"):
         record_or_check(tmp_path, "base", {"name": "a", "hash": "2"}, "its base changed", compared_keys={"hash"})
+
+
+def test_documents_of_an_earlier_run_are_compared_as_then(old_run: Path) -> None:
+    """Another rule would leave out other pairs. New runs use the one rule of equality."""
+    templates = "pair_templates: [{query: '{title}', positive: '{body}'}]"
+    recorded = (old_run / "config.yaml").read_text().replace("pair_templates: []", templates)
+    (old_run / "config.yaml").write_text(recorded)
+    override = f"data.sources=[{{path: pairs.jsonl, instructions: [Find it], {templates}}}]"
+    resumed = check_run_dir(load(old_run.parent, override))
+    assert [source.equality for stage in resumed.stages for source in stage.data.sources] == ["exact"]
+    new = check_run_dir(load(old_run.parent, override, run="new"))
+    assert [source.equality for stage in new.stages for source in stage.data.sources] == ["normalized"]

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from helpers.runs import ENV
+from helpers.commands import ENV
 from jaxembed.config import load_config
 from jaxembed.errors import UserError
 from jaxembed.training import run_lock
