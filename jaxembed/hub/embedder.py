@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxembed.config.spec import EmbeddingSpec, FewShotExample
-from jaxembed.data.packing import PackedTexts, fill_rows, max_segments, pack_by_length
+from jaxembed.data.packing import PackedTexts, fill_rows, max_segments, pack_by_length, split_rows
 from jaxembed.data.tokenize import TextTokenizer
 from jaxembed.devices.cpu import ENCODE_TOKENS_PER_CALL, compiler_options, is_tuned
 from jaxembed.devices.mesh import make_mesh, shard_count
@@ -313,13 +313,13 @@ class Embedder:
         tokenized = self.tokenizer(texts, prompts)
         lengths = np.array([len(ids) for ids in tokenized.ids], np.int64)
         shards, sharding = shard_count(self.mesh), batch_sharding(self.mesh)
-        rows_per_call = functools.partial(_rows_per_call, shards, few_shapes)
+        rows_per_call = (lambda _: shards) if few_shapes else functools.partial(_rows_per_call, shards)
         min_row_length = LONG_ROW_LENGTH if few_shapes else MIN_ROW_LENGTH
         # Start all programs before the first result is read, so that the devices do not wait.
         pending = []
         for indices, (row, segment, row_count), row_length in pack_by_length(lengths, min_row_length, rows_per_call):
             segments = max_segments(row_length)
-            for first, last, padded in _split_rows(row_count, rows_per_call(row_length), shards):
+            for first, last, padded in split_rows(row_count, rows_per_call(row_length), shards):
                 selected = np.flatnonzero((row >= first) & (row < last))
                 members, call_row, call_segment = indices[selected], row[selected] - first, segment[selected]
                 ids = [tokenized.ids[i] for i in members]
@@ -393,17 +393,7 @@ def stack_layers(params: Any) -> Any:
     return _replace_layers(params, jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers))
 
 
-def _rows_per_call(shards: int, few_shapes: bool, row_length: int) -> int:
+def _rows_per_call(shards: int, row_length: int) -> int:
     """Return how many rows of a length all shards take at once."""
-    if few_shapes:
-        return shards
     tokens = ENCODE_TOKENS_PER_CALL if is_tuned(jax.default_backend()) else TOKENS_PER_CALL
     return max(1, tokens // row_length) * shards
-
-
-def _split_rows(row_count: int, rows_per_call: int, shards: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (first row, last row, rows with padding) of each call. The last call pads its shards' rows to a power of two."""
-    for first in range(0, row_count, rows_per_call):
-        last = min(first + rows_per_call, row_count)
-        per_shard = -(-(last - first) // shards)
-        yield first, last, min(rows_per_call, shards << (per_shard - 1).bit_length())
