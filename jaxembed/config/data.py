@@ -134,6 +134,12 @@ class SourceConfig(Section):
         max_length=32,
         description="documents: templates of the pairs that a row yields. Each visit draws one whose fields the row has.",
     )
+    equality: Literal["normalized", "exact"] = Field(
+        "normalized",
+        description="documents: when query and positive are equal, and no pair. normalized: if they differ at most in case, "
+        "white space, encoding, and invisible characters. exact: only if they do not differ at all, as in runs of earlier "
+        "versions, which keep it.",
+    )
     where: dict[str, tuple[bool | int | float | str, ...]] = Field(
         {}, description="Value, or list of values, that a field of a row must have. Other rows are left out."
     )

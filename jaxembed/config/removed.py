@@ -61,6 +61,8 @@ def _upgrade_data(data: Any) -> Any:
 
 
 def _upgrade_source(source: Any) -> Any:
+    if isinstance(source, dict) and source.get("pair_templates"):
+        return {"equality": "exact", **source}  # documents were compared so before there was a key
     if not isinstance(source, dict) or REMOVED_SOURCE not in (source.get("path"), source.get("format")):
         return source
     # The name of a source selects its prompts; without one it was the stem of the path.

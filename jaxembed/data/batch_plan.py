@@ -80,6 +80,7 @@ class BatchPlan:
         self._single_schedules = [QuotaSchedule(shares[g], 1, self._draw_start("one", *g)) for g in self._groups]
         self._blend_schedules = [QuotaSchedule(shares[g], blended_size, self._draw_start("blend", *g)) for g in self._groups]
         self._interleaving = interleave(batch_size)
+        self._hash = self._compute_hash()
 
     def __len__(self) -> int:
         return sys.maxsize
@@ -111,11 +112,28 @@ class BatchPlan:
 
     @property
     def hash(self) -> str:
-        """Hash of the plan and its data. Plans with equal hashes see the same examples at every step.
+        """Hash of the plan and its data. Plans with equal hashes see the same examples at every step."""
+        return self._hash
 
-        Keys that do not change the examples, or that the digest covers (split), are left out.
+    def with_sources(self, sources: Sequence[Source]) -> BatchPlan:
+        """Return the plan for sources that were mined from those of this plan, and may have fewer examples.
+
+        Its hash is that of this plan: a run that resumes compares it before it reads the mined rows.
+
+        Raises:
+            UserError: If a batch needs more examples than the sources have.
         """
-        ignored = {"catalog", "path", "name", "split"}
+        plan = BatchPlan(sources, self._batch_size, self._seed, self._stage, self._batching, self._mixture)
+        plan._hash = self._hash
+        return plan
+
+    def _compute_hash(self) -> str:
+        """Return the hash.
+
+        Keys that do not change the examples are left out, as are those that the digest (split) or the number of examples
+        (equality) covers.
+        """
+        ignored = {"catalog", "path", "name", "split", "equality"}
         content = [[s.digest, len(s), s.config.model_dump(mode="json", exclude=ignored)] for s in self.sources]
         configs = [self._batching.model_dump(mode="json"), self._mixture.model_dump(mode="json")]
         return hashlib.sha256(json.dumps([content, configs, self._batch_size, self._seed]).encode()).hexdigest()[:16]

@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxembed.config import PairTemplate, SourceConfig
 from jaxembed.config.data import TEMPLATE_FIELD
+from jaxembed.data.equality import normalize_text
 from jaxembed.data.filters import FILTER_KEYS, TOO_LONG, TOO_SHORT, describe_where, find_length_problem, find_where_mismatch
 from jaxembed.data.rows import IndexedRows, RowsAbove, RowSchema
 from jaxembed.data.sampling import ExampleSampler
@@ -26,7 +27,7 @@ def document_schema(config: SourceConfig) -> RowSchema:
     The value is the sum of 2^i over these templates i. If there is none, it is -1 - r, where r is the index of the reason
     in `DROP_REASONS`, followed by the fields of `where`.
     """
-    keys = config.model_dump_json(include={"pair_templates", *FILTER_KEYS})
+    keys = config.model_dump_json(include={"pair_templates", "equality", *FILTER_KEYS})
     return RowSchema(f"pairs of documents by {keys}", check_document, lambda row: _encode_usable_templates(row, config))
 
 
@@ -97,7 +98,8 @@ def _encode_usable_templates(row: Row, config: SourceConfig) -> int:
 
 def _find_drop_reason(pair: tuple[str, str], config: SourceConfig) -> str | None:
     """Return why a pair is not usable, one of `DROP_REASONS`, or None."""
-    return SAME_SIDES if pair[0] == pair[1] else find_length_problem(pair, config)
+    query, positive = pair if config.equality == "exact" else map(normalize_text, pair)
+    return SAME_SIDES if query == positive else find_length_problem(pair, config)
 
 
 def fill_template(template: PairTemplate, row: Row) -> tuple[str, str] | None:

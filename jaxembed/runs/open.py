@@ -104,7 +104,7 @@ def open_run(config: Config, mesh: Mesh, lock: RunLock | None = None) -> OpenedR
         UserError: The run directory, the base, the mesh, the data, or the objectives do not fit together.
     """
     if lock is not None:
-        check_run_dir(config)
+        config = check_run_dir(config)
         if config.eval.bm25:
             check_bm25_installed()
     # Base, mesh, and model: no data is read.

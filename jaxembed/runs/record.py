@@ -21,7 +21,11 @@ def record_run(run: OpenedRun) -> None:
         write_spec(run_dir, run.spec)
         dropped = [{source.name: source.sampler.drop_counts for source in stage.sources} for stage in run.stages]
         write_json(run_dir / "dropped.json", dropped)
-    digests = {source.config.path: source.digest for source in run.sources}
+    digests: dict[str, str] = {}
+    for source in run.sources:
+        path = source.config.path
+        is_other_split = digests.get(path, source.digest) != source.digest
+        digests[f"{path} (split {source.config.split or 'by default'})" if is_other_split else path] = source.digest
     record_or_check(run_dir, "data_hashes", digests, "its training data changed")
     for role, encoder in run.encoders.items():
         record_or_check(run_dir, role, encoder.identity, f"its {role} changed")

@@ -202,7 +202,11 @@ class Trainer:
             return
         latest = self.checkpoints.latest()
         checkpoint = "There is no checkpoint yet" if latest is None else f"The last good checkpoint is of step {latest}"
-        raise UserError(f"{problem}. {checkpoint}. Lower optim.learning_rate, check the data, or set train.on_nan=skip.")
+        start = "" if latest is None else f" (model.base={self.checkpoints.run_dir} starts it from this run)"
+        raise UserError(
+            f"{problem}. {checkpoint}. Check the data, set train.on_nan=skip and run the same command, or lower "
+            f"optim.learning_rate in a new run.dir{start}."
+        )
 
     def _log(self, step: int, metrics: Metrics, stats: StepStats) -> None:
         values = {name: float(value) for name, value in metrics.items()}

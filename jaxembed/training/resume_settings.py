@@ -5,6 +5,8 @@ decide which checkpoint is the best, are compared. These may change:
 
 - `run`: the name, and the directory, so that a run can be moved.
 - `mesh`, `model.remat`, `model.unroll` and `model.attention_kernel`: how the same numbers are computed, up to rounding.
+- `name`, `catalog` and `equality` of a source: names select stored prompts, the keys of an entry are compared themselves, and
+  a run keeps the equality that it has recorded (`keep_recorded_equality`).
 - `train.log_every`, `checkpoint_every`, `eval_every`, `keep_checkpoints`, `profile_steps`, `peak_flops` and
   `stall_timeout_s`: what happens between steps.
 - `train.on_nan`: only a run that has stopped at a loss that is not finite sees a difference.
@@ -21,6 +23,7 @@ from typing import Any
 from jaxembed.config import Config, StageConfig
 from jaxembed.config.stage import StageSections
 
+FREE_SOURCE_KEYS = frozenset({"name", "catalog", "equality"})
 FREE_MODEL_KEYS = frozenset({"remat", "unroll", "attention_kernel"})
 FREE_TRAIN_KEYS = frozenset(
     {
@@ -54,6 +57,10 @@ def _fixed_settings(config: Config) -> dict[str, Any]:
 
 def _fixed_stage_settings(stage: StageConfig) -> dict[str, Any]:
     sections = stage.model_dump(mode="json", include=set(StageSections.model_fields))
+    sources = [
+        {key: value for key, value in source.items() if key not in FREE_SOURCE_KEYS} for source in sections["data"]["sources"]
+    ]
+    sections["data"] = {**sections["data"], "sources": sources}
     return {**sections, "train": {key: value for key, value in sections["train"].items() if key not in FREE_TRAIN_KEYS}}
 
 
@@ -62,3 +69,17 @@ def _selecting_set(config: Config) -> dict[str, Any] | None:
     sets = {held_out.name: held_out.model_dump(mode="json") for held_out in config.eval.sets}
     name = config.eval.best.rpartition("/")[0] or next(iter(sets), "")
     return sets.get(name)
+
+
+def keep_recorded_equality(recorded: Config, config: Config) -> Config:
+    """Return a config whose sources compare texts as those of a recorded config do: another rule would change the examples."""
+    stages = [_copy_equality(*pair) for pair in zip(recorded.stages, config.stages, strict=True)]
+    return config.model_copy(update={"stages": tuple(stages)})
+
+
+def _copy_equality(recorded: StageConfig, stage: StageConfig) -> StageConfig:
+    sources = tuple(
+        source.model_copy(update={"equality": recorded_source.equality})
+        for recorded_source, source in zip(recorded.data.sources, stage.data.sources, strict=True)
+    )
+    return stage.model_copy(update={"data": stage.data.model_copy(update={"sources": sources})})

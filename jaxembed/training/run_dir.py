@@ -15,7 +15,7 @@ from jaxembed.config import Config, read_run_config
 from jaxembed.devices import processes
 from jaxembed.errors import UserError
 from jaxembed.files import exists, read_json, write_json, write_text
-from jaxembed.training.resume_settings import settings_that_must_match
+from jaxembed.training.resume_settings import keep_recorded_equality, settings_that_must_match
 from jaxembed.training.run_lock import LOCK_FILE, RunLock, check_unlocked
 
 log = logging.getLogger("jaxembed")
@@ -40,29 +40,34 @@ PACKAGES = (
 )
 
 
-def check_run_dir(config: Config) -> None:
+def check_run_dir(config: Config) -> Config:
     """Check that the run directory of a config is new, or holds a run that the config resumes.
 
     Only settings that change the losses are compared (`jaxembed.training.resume_settings`). A directory that holds nothing but
     a config is not a run yet.
 
+    Returns:
+        The config with the rules that the run has recorded (`keep_recorded_equality`).
+
     Raises:
         UserError: The directory belongs to another config, holds files of something else, or another job trains there.
     """
     run_dir = Path(config.run.dir)
-    if _holds_files(run_dir):
-        check_unlocked(run_dir)
-        _check_settings(config, run_dir)
+    if not _holds_files(run_dir):
+        return config
+    check_unlocked(run_dir)
+    return keep_recorded_equality(_check_settings(config, run_dir), config)
 
 
-def _check_settings(config: Config, run_dir: Path) -> None:
-    """Raise `UserError` unless a directory that holds files is that of a run which the config resumes."""
+def _check_settings(config: Config, run_dir: Path) -> Config:
+    """Return the config of the run in a directory that holds files. Raise `UserError` unless `config` resumes that run."""
     config_path = run_dir / "config.yaml"
     if not exists(config_path):
         raise UserError(f"{run_dir}: holds files, but not a run. Name another run.dir.")
     recorded = read_run_file(read_run_config, config_path)
     if changes := _summarize_differences(*settings_that_must_match(recorded, config)):
         raise UserError(f"{run_dir}: belongs to another config ({changes}). Name another run.dir, or restore the config.")
+    return recorded
 
 
 def create_run_dir(config: Config, lock: RunLock) -> Path:

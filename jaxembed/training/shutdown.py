@@ -15,7 +15,6 @@ from jaxembed.devices.deadline import call_if_late
 from jaxembed.devices.group_exit import print_error
 from jaxembed.errors import Stopped, interrupt_signal
 
-
 RESUME_MESSAGE = "the run continues from its last checkpoint, if it has one. Run the same command."
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from helpers import tiny
 from helpers.sources import open_source_file, write_jsonl
-from jaxembed.config import BatchingConfig, MixtureConfig
+from jaxembed.config import BatchingConfig, MixtureConfig, SourceConfig
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.data.batch import Batch, BatchBuilder, HostBatch
 from jaxembed.data.batch_plan import BatchPlan, ExampleIndex
@@ -227,6 +227,14 @@ def test_batch_larger_than_the_data_is_refused(sources: list[Source]) -> None:
 def test_ids_number_the_examples_of_all_sources(sources: list[Source]) -> None:
     source, index = ExampleIndex(sources).locate(np.array([0, 29, 30, 39]))
     assert (source.tolist(), index.tolist()) == ([0, 0, 1, 1], [0, 29, 0, 9])
+
+
+def test_plan_hash_is_that_of_earlier_versions() -> None:
+    """A run resumes only if its plan has the recorded hash. A new key of a source must not change it."""
+    config = SourceConfig(path="pairs.jsonl", instructions=("Find it",), max_examples=5)
+    sampler: Any = range(9)
+    source = Source(config, "pairs", sampler, in_batch=True, digest="0" * 64, format="pairs", row_count=9)
+    assert BatchPlan([source], 2, 7, 1).hash == "35c9ba8309706214"
 
 
 def test_plan_hash_changes_with_what_a_step_sees(tmp_path: Path) -> None:

@@ -275,6 +275,13 @@ def test_document_filters_count_what_they_drop(
     assert source.sampler.drop_counts == drop_counts
 
 
+@pytest.mark.parametrize(("options", "size"), [({}, 1), ({"equality": "exact"}, 2)])
+def test_sides_are_equal_by_the_rule_of_all_sources(tmp_path: Path, options: Any, size: int) -> None:
+    """Earlier versions compared every character, and their runs continue so."""
+    path = write_jsonl(tmp_path / "a.jsonl", [{"a": "x", "b": "y"}, {"a": "X\u00a0Y", "b": " x y\n"}, {"a": "x", "b": "x"}])
+    assert len(open_source_file(path, pair_templates=[{"query": "{a}", "positive": "{b}"}], **options)) == size
+
+
 def test_pairs_with_equal_sides_and_templates_without_pairs(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"a": "x", "b": "x"}, {"a": "{b}", "b": "y"}])
     source = open_source_file(path, pair_templates=[{"query": "{a}", "positive": "{b}"}])
