@@ -301,14 +301,19 @@ def judge_readers(model: ServedModel) -> list[Verdict]:
 
 
 def list_limits(model: ServedModel) -> list[str]:
-    """Return one line for each announced rule: which readers give other vectors than the model, or none, and why."""
+    """Return one line for each announced rule: which readers give other vectors than the model, or none, and why.
+
+    Of a reader that refuses the model, one reason is enough.
+    """
     refusing = {verdict.reader.name for verdict in judge_readers(model) if verdict.status == Status.REFUSED}
-    lines = []
-    for rule in RULES:
-        names = [name for name in rule.readers if rule.status == Status.REFUSED or name not in refusing]
-        if rule.is_announced and names and rule.applies(model):
+    lines, refused = [], set[str]()
+    for rule in (rule for rule in RULES if rule.is_announced and rule.applies(model)):
+        candidates = refusing - refused if rule.status == Status.REFUSED else set(rule.readers) - refusing
+        if names := [name for name in rule.readers if name in candidates]:
             status = "" if rule.status == Status.CONDITIONAL else f"{rule.status}: "
             lines.append(f"{', '.join(names)}: {status}{_format_reason(rule, model)}")
+        if rule.status == Status.REFUSED:
+            refused |= set(names)
     return lines
 
 

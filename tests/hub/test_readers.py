@@ -85,6 +85,8 @@ def test_each_property_is_announced_in_one_line() -> None:
     assert list_limits(make_model(attention="causal", pooling="max", include_instruction=False)) == [
         "vLLM, TEI, llama.cpp: refused: has no max pooling"
     ], "what a reader refuses needs no further reasons"
+    scaled = make_model("llama3-8b", {"rope_parameters": LLAMA3}, attention="causal", pooling="max")
+    assert list_limits(scaled) == ["vLLM, TEI, llama.cpp: refused: has no max pooling"]
 
 
 def test_rules_name_readers_of_the_table() -> None:
