@@ -47,18 +47,20 @@ def write_negatives(args: argparse.Namespace, cache: Path) -> dict[str, Any]:
         raise UserError(f"--report {report_path}: is the same file as OUT. Name another file.")
     rule_config = read_rule(args)
     source_config = read_source(args)
-    from jaxembed.curation.mining import MiningOptions, embed_texts, mine_negatives, score_by_text
+    from jaxembed.curation.mining import MiningOptions, check_rows_left, embed_texts, mine_negatives, score_by_text
     from jaxembed.curation.pool import open_mining_source, read_corpus, read_pool
     from jaxembed.curation.report import collect_scores_and_samples, count_outcomes, describe_options, to_output_row
     from jaxembed.data.batch import EncoderInput
     from jaxembed.hub.cross_encoder import open_cross_encoder
     from jaxembed.hub.frozen_encoder import open_frozen_encoder
+    from jaxembed.search.bm25 import check_bm25_installed
 
+    if args.candidates == "bm25":
+        check_bm25_installed()
     cli.set_up_jax()
     options = MiningOptions(
         config=rule_config,
         seed=args.seed,
-        consistency_top_k=args.consistency_top_k,
         keep_negatives=args.keep_negatives,
         use_bm25=args.candidates == "bm25",
         memory_mb=args.memory_mb,
@@ -85,6 +87,7 @@ def write_negatives(args: argparse.Namespace, cache: Path) -> dict[str, Any]:
 
     # Mine, report and write.
     result = mine_negatives(pool, query_vectors, document_vectors, options, rescore)
+    check_rows_left(result, rule_config, option_name("consistency_top_k"))
     counts = count_outcomes(pool, result, rule_config)
     if "warning" in counts:
         log.warning("warning: %s", counts["warning"])
@@ -191,10 +194,6 @@ def make_parser() -> cli.Parser:
         help="sentence-transformers cross-encoder whose scores order the candidates, apply to the rule, and are written to OUT",
     )  # fmt: skip
     group.add_argument("--keep-negatives", action="store_true", help="keep the negatives of IN, before the mined ones")
-    group.add_argument(
-        "--consistency-top-k", type=cli.integer_from(1), default=0, metavar="K",
-        help="remove a positive if K other documents score higher, and rows without any positive left. Default: keep all.",
-    )  # fmt: skip
     group.add_argument(
         "--seed", type=cli.integer_from(0), default=0, metavar="N",
         help=f"seed of the samples that {' and '.join(SAMPLED_RULES)} draw. Default: 0.",

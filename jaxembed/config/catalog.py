@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxembed.config.shipped import CATALOG_FILE, read_shipped_yaml
+from jaxembed.errors import UserError
 
 DOCUMENTATION_KEYS = frozenset({"license", "seen", "note"})  # describe an entry; its other keys are those of a source
+
+NO_PATH_PREFIX = "catalog:"  # starts the path of a source whose entry has none
 
 
 def read_catalog() -> Mapping[str, Mapping[str, Any]]:
@@ -20,24 +23,28 @@ def fill_from_catalog(source: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keys of a source with those of its catalog entry filled in.
 
     The keys of the source replace those of the entry, each as a whole. The source is named after the entry, unless it has a
-    name. An unknown entry leaves the source as it is, for `check_catalog_name` to refuse.
+    name. If neither has a path, it gets one that cannot be opened (`check_has_path`): other parts of the config can be used. An
+    unknown entry leaves the source as it is, for `check_catalog_name` to refuse.
 
     Args:
         source: Keys of a source, unchecked. `catalog` names the entry.
-
-    Raises:
-        ValueError: Neither the entry nor the source has a path.
     """
     name = source["catalog"]
     entry = read_catalog().get(name) if isinstance(name, str) else None
     if entry is None:
         return dict(source)
     own_keys = {key: value for key, value in source.items() if key != "catalog"}
-    filled = {"name": name, **{key: value for key, value in entry.items() if key not in DOCUMENTATION_KEYS}, **own_keys}
-    if "path" not in filled:
-        note = f" ({entry['note']})" if entry.get("note") else ""
-        raise ValueError(f"catalog entry {name!r} has no path{note}. Set path to a copy of its data.")
-    return filled
+    entry_keys = {key: value for key, value in entry.items() if key not in DOCUMENTATION_KEYS}
+    return {"name": name, "path": f"{NO_PATH_PREFIX}{name}", **entry_keys, **own_keys}
+
+
+def check_has_path(path: str) -> None:
+    """Raise `UserError` if the path of a source stands for a catalog entry that has none."""
+    if path.startswith(NO_PATH_PREFIX):
+        name = path.removeprefix(NO_PATH_PREFIX)
+        note = str(read_catalog().get(name, {}).get("note", "")).strip().removesuffix(".")
+        detail = f" ({note})" if note else ""
+        raise UserError(f"catalog entry {name!r} has no path{detail}. Set the path of its source to a copy of the data.")
 
 
 def check_catalog_name(name: str) -> None:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from jaxembed.config.fields import MAX_INTEGER
 from jaxembed.config.sections import Positive, Section
 
 MiningRule = Literal["topk_perc_pos", "topk_margin_pos", "topk_abs", "top_k", "sampled_top_k", "window"]
@@ -33,7 +34,9 @@ class MineConfig(Section):
     NV-Retriever (arXiv:2407.15831) names these four. Two rules take a random sample:
 
     - `sampled_top_k`: of the first `depth` candidates (NV-Retriever).
-    - `window`: of the ranks A to B, counted from 1 (KaLM-Embedding-V2, arXiv:2506.20923: 7 of ranks 50 to 100).
+    - `window`: of the ranks A to B, counted from 1 (KaLM-Embedding, arXiv:2501.01028, section 3.1: 7 of ranks 50 to 100).
+
+    With any rule, `consistency_top_k` removes positives that the same search does not find.
     """
 
     rule: MiningRule = Field(
@@ -45,6 +48,13 @@ class MineConfig(Section):
     max_score: float = Field(0.7, description="Maximum score of a negative. For rule topk_abs.")
     margin: float = Field(0.05, ge=0, description="Minimum distance below the positive's score. For rule topk_margin_pos.")
     share: float = Field(0.95, ge=0, le=1, description="Maximum share of the positive's score. For rule topk_perc_pos.")
+    consistency_top_k: int = Field(
+        0,
+        ge=0,
+        le=MAX_INTEGER,
+        description="Drop a positive if this many other documents score higher, and examples that have no positive left "
+        "(KaLM-Embedding: 50). 0: keep all.",
+    )
 
     @model_validator(mode="after")
     def _check_candidates(self) -> MineConfig:

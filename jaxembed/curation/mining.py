@@ -31,9 +31,8 @@ class MiningOptions:
     """How candidates are found and filtered.
 
     Attributes:
-        config: Rule that selects negatives among the candidates.
+        config: Rule that selects negatives among the candidates, and filter that removes positives.
         seed: Seed of the sample that estimates the recall.
-        consistency_top_k: Rank that a positive needs. 0: any rank.
         keep_negatives: Keep the negatives of the rows, before the mined ones.
         use_bm25: Take candidates from BM25, in its order, instead of from the vectors.
         memory_mb: Memory of the search on each device, in MiB.
@@ -42,7 +41,6 @@ class MiningOptions:
 
     config: MineConfig
     seed: int = 0
-    consistency_top_k: int = 0
     keep_negatives: bool = False
     use_bm25: bool = False
     memory_mb: int = DEFAULT_MEMORY_MB
@@ -63,13 +61,15 @@ class MiningResult(NamedTuple):
     """The outcome of mining.
 
     Attributes:
-        rows: Rows of the pool that have a positive left.
+        rows: Rows of the pool that have a positive left, in its order.
+        row_numbers: Position in the pool of each of `rows`.
         inconsistent_rows: Rows that lost all positives to the consistency filter.
         recall: Share of the exact nearest documents that an approximate search found for a sample of the queries, or
             None for an exact search.
     """
 
     rows: list[MinedRow]
+    row_numbers: list[int]
     inconsistent_rows: list[PoolRow]
     recall: float | None
 
@@ -110,7 +110,7 @@ def mine_negatives(
     """Mine negatives for the rows of a pool.
 
     The consistency filter removes a positive if `consistency_top_k` documents that are no positives score higher
-    (KaLM-Embedding, arXiv:2501.01028: 50. E5, arXiv:2212.03533: 2). It always uses the vectors.
+    (KaLM-Embedding, arXiv:2501.01028: 50. E5, arXiv:2212.03533: 2). It always uses the vectors. It may leave no row.
 
     Args:
         pool: Rows, queries and documents.
@@ -118,9 +118,6 @@ def mine_negatives(
         document_vectors: Unit vectors of the documents [N, D].
         options: How candidates are found and filtered.
         rescore: Scores that replace the cosines, such as those of a cross-encoder. They reorder the candidates.
-
-    Raises:
-        UserError: If the consistency filter leaves no positive.
     """
 
     def compute_cosines(ids: np.ndarray) -> np.ndarray:
@@ -129,20 +126,19 @@ def mine_negatives(
     # Search, unless BM25 finds the candidates and nothing else needs the nearest documents.
     recall: float | None = None
     nearest: list[SearchResult] = []
-    if options.consistency_top_k or not options.use_bm25:
+    top_k = options.config.consistency_top_k
+    if top_k or not options.use_bm25:
         nearest, recall = _find_nearest(pool, query_vectors, document_vectors, options)
 
     # Remove positives that the model does not find.
     rows = pool.rows
-    if options.consistency_top_k:
-        rows = list(_remove_inconsistent(rows, nearest, compute_cosines, options.consistency_top_k))
-    kept_rows = [row for row in rows if row.positives]
+    if top_k:
+        rows = list(_remove_inconsistent(rows, nearest, compute_cosines, top_k))
+    row_numbers = [number for number, row in enumerate(rows) if row.positives]
+    kept_rows = [rows[number] for number in row_numbers]
     inconsistent_rows = [before for before, row in zip(pool.rows, rows, strict=True) if not row.positives]
     if not kept_rows:
-        raise UserError(
-            f"--consistency-top-k: no positive is among the {options.consistency_top_k} nearest documents of its query. "
-            "Raise it."
-        )
+        return MiningResult([], [], inconsistent_rows, recall)
 
     # Candidates, each with the score that the rule compares.
     candidates = _find_by_bm25(pool, compute_cosines, options.config.last_rank) if options.use_bm25 else nearest
@@ -167,7 +163,14 @@ def mine_negatives(
         _mine_row(row, pos_scores, negatives, neg_scores, candidates[row.query], options.config)
         for row, pos_scores, negatives, neg_scores in per_row
     ]
-    return MiningResult(mined_rows, inconsistent_rows, recall)
+    return MiningResult(mined_rows, row_numbers, inconsistent_rows, recall)
+
+
+def check_rows_left(result: MiningResult, config: MineConfig, key: str) -> None:
+    """Raise `UserError` if the consistency filter has left no row. `key` names its setting."""
+    if not result.rows:
+        top_k = config.consistency_top_k
+        raise UserError(f"{key}: no positive is among the {top_k} nearest documents of its query. Raise it.")
 
 
 def _mine_row(
@@ -191,7 +194,7 @@ def _find_nearest(
     pool: MiningPool, query_vectors: np.ndarray, document_vectors: np.ndarray, options: MiningOptions
 ) -> tuple[list[SearchResult], float | None]:
     """Return the nearest corpus documents of each query that may be negatives, and the recall of an approximate search."""
-    depth = max(options.config.last_rank, options.consistency_top_k)
+    depth = max(options.config.last_rank, options.config.consistency_top_k)
     corpus, k = document_vectors[: pool.corpus_size], _search_depth(pool, depth)
     found = search(query_vectors, corpus, k, memory_mb=options.memory_mb, approximate=options.approximate, show_progress=True)
     recall = None

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from jaxembed.config import MineConfig
-from jaxembed.curation.mining import MiningOptions, embed_texts, mine_negatives
-from jaxembed.curation.pool import TextIds, read_pool
+from jaxembed.curation.mining import MiningOptions, MiningResult, check_rows_left, embed_texts, mine_negatives
+from jaxembed.curation.pool import MiningPool, TextIds, read_pool
+from jaxembed.curation.report import count_outcomes
 from jaxembed.data.batch import EncoderInput
+from jaxembed.data.equality import normalize_text
 from jaxembed.data.jsonl import write_jsonl
+from jaxembed.data.sampling import EXAMPLE_FIELD
 from jaxembed.data.sources import Source
 from jaxembed.devices import processes
 from jaxembed.errors import UserError
-from jaxembed.files import atomic_write
+from jaxembed.files import atomic_write, file_digest, write_json
 from jaxembed.hub.embedder import Embedder
 from jaxembed.hub.frozen_encoder import encode_in_groups
 
-KEPT_FIELDS = ("query", "prompt", "pos")
+KEPT_FIELDS = ("query", "prompt")
 log = logging.getLogger("jaxembed")
 
 
@@ -56,11 +60,23 @@ def _count_texts(source: Source, seed: int, limit: int) -> int:
     return len(texts)
 
 
-def write_mined_rows(source: Source, config: MineConfig, embedder: Embedder, seed: int, path: Path) -> None:
-    """Write the rows of a source of pairs with negatives that the model mines among all texts of the source.
+def write_mined_rows(source: Source, config: MineConfig, embedder: Embedder, seed: int, path: Path, prefix: str) -> None:
+    """Write the pairs of a source with negatives that the model mines among all texts of the source, and a report.
 
-    Prompts are those of training. If the source has several instructions, the first one is used. All processes of a run
-    mine together. The first process writes the file atomically.
+    Prompts are those of training. If the source has several instructions, the first one is used. Positives that the
+    consistency filter removes are left out. All processes of a run mine together. The first process writes the files, each
+    atomically, and the pairs last.
+
+    Args:
+        source: The source.
+        config: The `mine` section of the stage.
+        embedder: The model, as it is at the start of the stage.
+        seed: Training seed.
+        path: Where the pairs go. The report has the suffix .json instead.
+        prefix: Prefix of the keys in errors, such as "stages.1.". It is the sixth parameter, because only an error needs it.
+
+    Raises:
+        UserError: If the consistency filter leaves no example.
     """
     width = embedder.model.width
 
@@ -74,15 +90,41 @@ def write_mined_rows(source: Source, config: MineConfig, embedder: Embedder, see
     document_inputs = [EncoderInput(text, "document", instruction) for text in pool.documents]
     query_vectors = embed_texts(pool.queries, encode, width, f"{source.name}: queries")
     document_vectors = embed_texts(document_inputs, encode, width, "documents")
-    mined_rows = mine_negatives(pool, query_vectors, document_vectors, MiningOptions(config, seed)).rows
+    result = mine_negatives(pool, query_vectors, document_vectors, MiningOptions(config, seed))
+    check_rows_left(result, config, f"{prefix}mine.consistency_top_k")
     if not processes.is_first():
         return
 
     # Write on the first process.
     path.parent.mkdir(parents=True, exist_ok=True)
-    negatives = ([pool.documents[document] for document in mined.negatives] for mined in mined_rows)
-    rows = zip(source.iter_pairs(seed), negatives, strict=True)
     with atomic_write(path) as partial:
-        write_jsonl(partial, ({**{key: row[key] for key in KEPT_FIELDS if key in row}, "neg": neg} for row, neg in rows))
-    counts = [mined.num_mined for mined in mined_rows]
-    log.info("%s: mined %.1f negatives per query; %d queries have none", source.name, np.mean(counts), counts.count(0))
+        write_jsonl(partial, _build_rows(source, pool, result, seed))
+        counts = count_outcomes(pool, result, config)
+        write_json(report_path(path), {"source": source.name, "digest": file_digest(partial), **counts})
+    num_mined = [mined.num_mined for mined in result.rows]
+    log.info("%s: mined %.1f negatives per query; %d queries have none", source.name, np.mean(num_mined), num_mined.count(0))
+    if config.consistency_top_k:
+        log.info(
+            "  dropped: %s of %s pairs (no positive among the %d nearest documents)",
+            f"{len(result.inconsistent_rows):,}", f"{len(pool.rows):,}", config.consistency_top_k,
+        )  # fmt: skip
+
+
+def report_path(path: Path) -> Path:
+    """Return the report beside a file of mined pairs."""
+    return path.with_suffix(".json")
+
+
+def _build_rows(source: Source, pool: MiningPool, result: MiningResult, seed: int) -> Iterator[dict[str, Any]]:
+    """Yield the pairs of a source that have a positive left, with the number of their example and their mined negatives."""
+    mined_rows = dict(zip(result.row_numbers, result.rows, strict=True))
+    for row_number, (example, row) in enumerate(source.iter_numbered_pairs(seed)):
+        if (mined := mined_rows.get(row_number)) is None:
+            continue
+        kept_positives = {normalize_text(pool.documents[document]) for document in mined.row.positives}
+        yield {
+            EXAMPLE_FIELD: example,
+            **{key: row[key] for key in KEPT_FIELDS if key in row},
+            "pos": [text for text in row["pos"] if normalize_text(text) in kept_positives],
+            "neg": [pool.documents[document] for document in mined.negatives],
+        }

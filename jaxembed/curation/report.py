@@ -53,10 +53,11 @@ def count_outcomes(pool: MiningPool, result: MiningResult, config: MineConfig) -
 
 def describe_options(options: MiningOptions) -> dict[str, Any]:
     """Return the options as they are recorded in the report. The keys are a stored format and keep their names."""
+    rule = options.config.model_dump(mode="json", exclude={"consistency_top_k"})
     return {
-        "rule": {("name" if key == "rule" else key): value for key, value in options.config.model_dump(mode="json").items()},
+        "rule": {("name" if key == "rule" else key): value for key, value in rule.items()},
         "seed": options.seed,
-        "consistency": options.consistency_top_k,
+        "consistency": options.config.consistency_top_k,
         "keep_negatives": options.keep_negatives,
         "by_bm25": options.use_bm25,
         "memory_mb": options.memory_mb,

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from jaxembed.data.tokenize import TextTokenizer
 
 DESCRIPTIONS = {
-    "validate": "Open sources as training does, list bad rows by file and line (up to 20 per source), exit with 2 for any.",
+    "validate": "Open sources as training does, list bad rows by file and line (up to 20 per source), exit with 2 for any. "
+    "With --config, print a table of the sources: which can be used, and what is missing for the others.",
     "preview": "Print the first batch as the model sees it, and the lengths of its texts.",
     "stats": "Print rows, examples, lengths, duplicates, labels, positives and negatives of each source, and shared texts.",
     "convert": "Write sources as .jsonl or .array_record files, one per source, with our field names.",
@@ -53,6 +54,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         report = reports.validate_sources(data, cache_dir())
         for source in report["sources"]:
             print(*source["problems"], sep="\n", end="\n" if source["problems"] else "", file=sys.stderr)
+        if settings:
+            print(*reports.format_validation_table(report["sources"]), sep="\n")
         return report
     spec, tokenizer = open_tokenizer(args.model, settings)
     if args.command == "stats":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from jaxembed.config import DataConfig, SourceConfig
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.data.equality import hash_text, normalize_text
 from jaxembed.data.labels import LabelSampler
-from jaxembed.data.rows import iter_checked_rows
+from jaxembed.data.rows import MissingColumnError, iter_checked_rows
 from jaxembed.data.schema import Row
 from jaxembed.data.sources import Source, build_schema, open_source, open_source_container, open_sources
 from jaxembed.data.tokenize import TextTokenizer
@@ -24,6 +24,9 @@ from jaxembed.errors import UserError
 
 MAX_LISTED = 20  # bad rows of a source, and labels, that a report lists
 MAX_MEASURED_ROWS = 10_000  # rows of a source whose texts are measured, evenly spread
+# The status of a source.
+USABLE, UNREACHABLE, MISSING_COLUMN, BAD_ROWS, REFUSED = "ok", "unreachable", "missing column", "bad rows", "refused"
+STATUS_CHARS = len(MISSING_COLUMN)  # the longest status
 log = logging.getLogger(__name__)
 
 CountLengths = Callable[[list[str]], np.ndarray]  # N texts -> their lengths [N]
@@ -44,7 +47,7 @@ def validate_sources(data: DataConfig, cache: Path) -> dict[str, Any]:
 
     Returns:
         "sources" with one report per source, and "bad_rows" with the total. A source that training refuses has at least one
-        bad row. Its "problems" lists the first ones.
+        bad row. Its "problems" lists the first ones, and its "status" says what kind they are.
     """
     reports = [_validate_source(source, cache) for source in data.sources]
     return {"sources": reports, "bad_rows": sum(report["bad_rows"] for report in reports)}
@@ -52,7 +55,7 @@ def validate_sources(data: DataConfig, cache: Path) -> dict[str, Any]:
 
 def _validate_source(source: SourceConfig, cache: Path) -> dict[str, Any]:
     try:
-        return {**_count_rows(open_source(source, cache)), "bad_rows": 0, "problems": []}
+        return {**_count_rows(open_source(source, cache)), "status": USABLE, "bad_rows": 0, "problems": []}
     except UserError as error:
         return {"source": _name_or_path(source), **_find_problems(source, str(error))}
 
@@ -60,14 +63,19 @@ def _validate_source(source: SourceConfig, cache: Path) -> dict[str, Any]:
 def _find_problems(source: SourceConfig, refusal: str) -> dict[str, Any]:
     """Report the bad rows of a source that training refuses. If no row is bad, the refusal counts as one."""
     format_name: str = source.format
-    num_rows, problems = 0, list[str]()
+    num_rows, problems, status = 0, list[str](), UNREACHABLE
     try:
         format_name, container = open_source_container(source)
+        status = REFUSED
         rows = iter_checked_rows(container, build_schema(format_name, source).check, source.columns) if container else ()
         for _, _, row in rows:
             num_rows += 1
             if isinstance(row, UserError):
+                status = BAD_ROWS
                 problems.append(str(row))
+    except MissingColumnError as error:  # the reason for the bad rows
+        status = MISSING_COLUMN
+        problems.insert(0, str(error))
     except UserError as error:  # nothing after it can be read
         problems.append(str(error))
     problems = problems or [refusal]
@@ -75,9 +83,19 @@ def _find_problems(source: SourceConfig, refusal: str) -> dict[str, Any]:
         "format": format_name,
         "rows": num_rows,
         "examples": 0,
+        "status": status,
         "bad_rows": len(problems),
         "problems": problems[:MAX_LISTED],
     }
+
+
+def format_validation_table(reports: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield one line per source of `validate_sources`: its name, its status, its rows, and its first problem."""
+    names = [str(report["source"]) for report in reports]
+    width = max(map(len, names))
+    for name, report in zip(names, reports, strict=True):
+        rows = f"{report['rows']:,}" if report["rows"] else "-"
+        yield f"{name:{width}}  {report['status']:{STATUS_CHARS}}  {rows:>12}  {''.join(report['problems'][:1])}".rstrip()
 
 
 def _count_rows(source: Source) -> dict[str, Any]:

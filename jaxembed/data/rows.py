@@ -14,8 +14,10 @@ import logging
 import os
 import struct
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -31,8 +33,14 @@ INDEX_VERSION = 3  # part of an index's file name; raise it when the checks, the
 INDEX_ENTRY = np.dtype([("address", "<i8"), ("value", "<f8")])
 PACKED_ENTRY, FOOTER_LENGTH = struct.Struct("<qd"), struct.Struct("<q")
 ROWS_PER_BLOCK = 2**16  # rows that are processed at a time
+UNFINISHED_PREFIX = "unfinished-"  # of the name of an index that is being written
+MAX_UNFINISHED_AGE_S = 24 * 3600
 FILE_CLOCK_TICK_NS = 50_000_000  # a file may change twice within this time without a new modification time
 log = logging.getLogger(__name__)
+
+
+class MissingColumnError(UserError):
+    """No row has a column that `columns` of the source names."""
 
 
 class RowSchema(NamedTuple):
@@ -144,7 +152,8 @@ def iter_checked_rows(
     """Yield address, content and row of every row, in order. A bad row is replaced by its error, which names its location.
 
     Raises:
-        UserError: If the rest cannot be read, or no row has one of the columns.
+        UserError: If the rest cannot be read.
+        MissingColumnError: If no row has one of the columns.
     """
     missing_columns = {column: field for field, names in columns.items() for column in list_columns(names)}
     first_row_fields = ""
@@ -161,7 +170,7 @@ def iter_checked_rows(
         fields_note = f"; the row has {list_fields(original)}" if problem and f'" is {MISSING};' in problem else ""
         yield address, content, UserError(f"{where}: {problem}{fields_note}{columns_note}") if problem else row
     for column, field in missing_columns.items():
-        raise UserError(
+        raise MissingColumnError(
             f"{container.name}: no row has the column {column!r}, which `columns` names for {field} (the first row has "
             f"{first_row_fields})"
         )
@@ -182,7 +191,8 @@ def _load_index(rows: IndexedRows, cache: Path | None) -> Index:
     unfinished = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix="unfinished-", delete=False) as file:
+        _remove_stale_files(path.parent)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=UNFINISHED_PREFIX, delete=False) as file:
             unfinished = file.name
             _write_index(file, rows, stamps)
         os.replace(unfinished, path)
@@ -193,6 +203,14 @@ def _load_index(rows: IndexedRows, cache: Path | None) -> Index:
         return _build_temporary_index(rows)
     finally:
         Path(unfinished).unlink(missing_ok=True) if unfinished else None
+
+
+def _remove_stale_files(folder: Path) -> None:
+    """Remove the unfinished indexes of processes that were killed: those that nobody has written to for long."""
+    for path in folder.glob(f"{UNFINISHED_PREFIX}*"):
+        with suppress(OSError):  # another process may remove it too
+            if time.time() - path.stat().st_mtime > MAX_UNFINISHED_AGE_S:
+                path.unlink()
 
 
 def _stamp_file(path: Path) -> list[Any]:

@@ -13,10 +13,13 @@ import numpy as np
 
 from jaxembed.config import SourceConfig
 from jaxembed.data.equality import exclude_equal
-from jaxembed.data.rows import IndexedRows, RowsAbove
-from jaxembed.data.schema import Example, Row
+from jaxembed.data.rows import IndexedRows, RowsAbove, RowSchema
+from jaxembed.data.schema import Example, Row, check_pair
 from jaxembed.errors import UserError
 
+EXAMPLE_FIELD = "example"  # number of the example that a mined row belongs to; files of earlier versions have none
+# Rows of pairs that were mined for a source. Rows with the same number follow each other; those without one are alone.
+MINED_SCHEMA = RowSchema("mined pairs", check_pair, lambda row: row.get(EXAMPLE_FIELD, -1))
 MAX_DEFAULT_SCORE = 5  # the highest score of the scale, 0 to 5, that the default of `min_score` is made for
 log = logging.getLogger(__name__)
 
@@ -88,6 +91,32 @@ class PairSampler(ExampleSampler):
     def iter_pairs(self, index: int, seed: int, max_texts: int | None) -> Iterator[Row]:
         """Yield the row itself."""
         yield self.rows[index]
+
+
+class MinedPairSampler(PairSampler):
+    """Draws from rows of pairs that were mined for another source. Rows of one of its examples become one example again.
+
+    A similar pair has a row for each direction, and a document one for each template. A visit draws one of the rows.
+    """
+
+    def __init__(self, rows: IndexedRows, max_positives: int):
+        """Group the rows, which have the `MINED_SCHEMA`. None of them has more than `max_positives` positives."""
+        super().__init__(rows, max_positives)
+        numbers = rows.index_values
+        is_first = np.concatenate([[True], (np.diff(numbers) != 0) | (numbers[1:] < 0)])
+        self._starts = np.append(np.flatnonzero(is_first), len(numbers))
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def draw(self, index: int, rng: np.random.Generator, max_negatives: int) -> Example:
+        """Draw a row of the example, then a positive and negatives of the row."""
+        start, end = self._starts[index], self._starts[index + 1]
+        return super().draw(int(start if end == start + 1 else rng.integers(start, end)), rng, max_negatives)
+
+    def iter_pairs(self, index: int, seed: int, max_texts: int | None) -> Iterator[Row]:
+        """Yield the rows of the example."""
+        return (self.rows[row] for row in range(self._starts[index], self._starts[index + 1]))
 
 
 class ScoredPairSampler(ExampleSampler):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Set
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from jaxembed.config import DataConfig, SourceConfig
+from jaxembed.config.catalog import check_has_path
 from jaxembed.config.fields import MAX_INTEGER
 from jaxembed.config.spec import FewShotExample
 from jaxembed.data.beir import BeirPairRows
@@ -83,13 +84,18 @@ class Source:
 
     @property
     def is_mineable(self) -> bool:
-        """Whether negatives can be mined for it. Sources other than pairs define their own negatives."""
-        return isinstance(self.sampler, PairSampler)
+        """Whether negatives can be mined for it: its documents answer single queries. Labels define their own negatives."""
+        return isinstance(self.sampler, PairSampler | ScoredPairSampler | DocumentSampler)
 
     def iter_pairs(self, seed: int = 0, max_texts: int | None = None) -> Iterator[Row]:
         """Yield every used example as rows of pairs, in order (see `ExampleSampler.iter_pairs`)."""
-        indices = map(self._to_sampler_index, range(len(self)))
-        return chain.from_iterable(self.sampler.iter_pairs(index, seed, max_texts) for index in indices)
+        return (row for _, row in self.iter_numbered_pairs(seed, max_texts))
+
+    def iter_numbered_pairs(self, seed: int = 0, max_texts: int | None = None) -> Iterator[tuple[int, Row]]:
+        """Yield the number of every used example with each of its rows of pairs."""
+        for number in range(len(self)):
+            for row in self.sampler.iter_pairs(self._to_sampler_index(number), seed, max_texts):
+                yield number, row
 
     def draw(self, index: int, rng: np.random.Generator, max_negatives: int) -> Example:
         """Draw an example with its instructions and in-context examples.
@@ -213,6 +219,7 @@ def detect_format(config: SourceConfig) -> str:
 
 def open_source_container(config: SourceConfig) -> tuple[str, Container | None]:
     """Return the format of a source and its unchecked container, which is None for a BEIR folder."""
+    check_has_path(config.path)
     if config.format == "beir" or (config.format == "auto" and is_beir_folder(Path(config.path))):
         if config.columns:
             raise UserError(f"{config.path}: a BEIR folder has fixed fields. Remove `columns`.")

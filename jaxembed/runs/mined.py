@@ -6,27 +6,40 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from jaxembed.curation.remining import write_mined_rows
+from jaxembed.config.fields import Fields
+from jaxembed.curation.remining import report_path, write_mined_rows
 from jaxembed.data.containers import open_container
 from jaxembed.data.rows import IndexedRows
-from jaxembed.data.sampling import PairSampler
-from jaxembed.data.sources import ROW_SCHEMAS
+from jaxembed.data.sampling import MINED_SCHEMA, MinedPairSampler
+from jaxembed.data.sources import Source
 from jaxembed.devices import processes
+from jaxembed.errors import UserError
+from jaxembed.files import read_json
 from jaxembed.hub.embedder import Embedder
+from jaxembed.training.run_dir import read_run_file
 from jaxembed.training.stage import Stage
 
 
-def with_mined_negatives(stage: Stage, encoder_for: Callable[[str], Embedder], run_dir: Path) -> Stage:
+def with_mined_negatives(
+    stage: Stage, encoder_for: Callable[[str], Embedder], run_dir: Path, key_prefix: str, steps_done: int
+) -> Stage:
     """Return the stage with the hard negatives that the model finds for its pairs. A stage without `mine` stays as it is.
 
-    Negatives are written to the run directory. A resumed run reads them from there.
+    Pairs with their negatives are written to the run directory. A resumed run reads them from there. The consistency filter
+    of `mine` may leave fewer examples: the stage then has a plan of its own for them.
 
     Args:
-        stage: The stage that is about to start.
+        stage: The stage that is about to start, or to continue.
         encoder_for: Maps the name of an adapter to the model with that adapter.
         run_dir: Directory of the run.
+        key_prefix: Prefix of the keys of the stage in errors, such as "stages.1.".
+        steps_done: Steps of the stage that the run has trained.
+
+    Raises:
+        UserError: The mined pairs of a stage that has begun are missing or changed, or too few examples are left.
     """
-    if stage.config.mine is None:
+    mine = stage.config.mine
+    if mine is None:
         return stage
     sources = list(stage.sources)
     for number, source in enumerate(stage.sources):
@@ -34,9 +47,26 @@ def with_mined_negatives(stage: Stage, encoder_for: Callable[[str], Embedder], r
             continue
         path = run_dir / "mined" / f"stage-{stage.index}-source-{number}.jsonl"
         is_written = processes.broadcast_from_first(bytes([path.exists()]))[0]
+        if not is_written and steps_done:
+            raise UserError(f"{path}: is missing, but the run has trained on it. Restore it, or name another run.dir.")
         if not is_written:
-            write_mined_rows(source, stage.config.mine, encoder_for(source.config.adapter), stage.config.train.seed, path)
+            encoder = encoder_for(source.config.adapter)
+            write_mined_rows(source, mine, encoder, stage.config.train.seed, path, key_prefix)
             processes.barrier()
-        rows = IndexedRows(open_container(str(path)), ROW_SCHEMAS["pairs"])
-        sources[number] = dataclasses.replace(source, sampler=PairSampler(rows, source.sampler.max_positives))
-    return dataclasses.replace(stage, batch_builder=stage.batch_builder.with_sources(sources))
+        sources[number] = _open_mined_pairs(source, path)
+    try:
+        plan = stage.plan.with_sources(sources)
+    except UserError as error:
+        raise UserError(f"{error} {key_prefix}mine.consistency_top_k has dropped the others.") from None
+    return dataclasses.replace(stage, plan=plan, batch_builder=stage.batch_builder.with_sources(sources))
+
+
+def _open_mined_pairs(source: Source, path: Path) -> Source:
+    """Return a source that draws from the pairs that were mined for it."""
+    rows = IndexedRows(open_container(str(path)), MINED_SCHEMA)
+    report = report_path(path)
+    if report.exists():  # earlier versions wrote none
+        digest = Fields(read_run_file(read_json, report), str(report)).string("digest")
+        if digest != rows.digest:
+            raise UserError(f"{path}: changed since it was mined. Restore it, or name another run.dir.")
+    return dataclasses.replace(source, sampler=MinedPairSampler(rows, source.sampler.max_positives))

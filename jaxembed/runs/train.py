@@ -93,7 +93,9 @@ def _train(config: Config, lock: RunLock) -> dict[str, Any]:
                 with stop_on_signals(RESUME_MESSAGE):  # nothing to save before the first step of a stage
                     if int(state.step) == stage.first_step > 0:
                         state = begin_stage(stage, state, run.model, run.mesh)
-                    stage = with_mined_negatives(stage, partial(with_adapter, encoder, state.weights), run.run_dir)
+                    done = int(state.step) - stage.first_step
+                    encoder_for = partial(with_adapter, encoder, state.weights)
+                    stage = with_mined_negatives(stage, encoder_for, run.run_dir, config.key_prefix(stage.index), done)
                 trainer = Trainer(
                     stage=stage,
                     total_steps=run.total_steps,
@@ -107,7 +109,6 @@ def _train(config: Config, lock: RunLock) -> dict[str, Any]:
                     mfu_meter=mfu_meter,
                 )
                 recorder.say(describe_stage(stage, len(run.stages)))
-                done = int(state.step) - stage.first_step
                 batches = iter_batches(stage.plan, stage.batch_builder, done, stage.config.train.steps)
                 state = trainer.fit(state, batches, stop)
     except OSError as error:  # a full disk, or a folder that is no longer writable

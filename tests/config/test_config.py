@@ -224,7 +224,9 @@ def test_errors_of_files(tmp_path: Path, tree: Any, message: str) -> None:
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"absent.yaml: no such config file\. Give the path .*, or the name of a shipped config\.$"):
+    with pytest.raises(
+        UserError, match=r"absent.yaml: no such config file\. Give the path .*, or the name of a shipped config\.$"
+    ):
         load_config(tmp_path / "absent.yaml")
     (tmp_path / "latin.yaml").write_bytes(b"a: \xe9")
     for path in (tmp_path, tmp_path / "latin.yaml"):

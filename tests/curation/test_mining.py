@@ -19,7 +19,7 @@ from helpers.sources import write_jsonl
 from jaxembed.config import MineConfig
 from jaxembed.config.mining import RULES
 from jaxembed.curation import mining
-from jaxembed.curation.mining import MiningOptions, mine_negatives
+from jaxembed.curation.mining import MiningOptions, check_rows_left, mine_negatives
 from jaxembed.curation.pool import read_corpus
 from jaxembed.curation.report import collect_scores_and_samples, count_outcomes, to_output_row
 from jaxembed.data.beir import write_beir
@@ -175,10 +175,10 @@ def test_consistency_filter_removes_positives_the_model_does_not_find(pairs: lis
         [{"query": "query 1", "pos": [min(pool.documents, key=lambda text: draw_vector("query 1") @ draw_vector(text))]}],
     )
     far = dataclasses.replace(far, documents=[*far.documents, *pool.documents], corpus_size=1 + len(pool.documents))
-    with pytest.raises(
-        UserError, match=r"--consistency-top-k: no positive is among the 2 nearest documents of its query\. Raise it"
-    ):
-        mine_pool(far, consistency_top_k=2)
+    nothing = mine_pool(far, consistency_top_k=2)
+    assert (nothing.rows, nothing.row_numbers, len(nothing.inconsistent_rows)) == ([], [], 1)
+    with pytest.raises(UserError, match=r"^KEY: no positive is among the 2 nearest documents of its query\. Raise it\.$"):
+        check_rows_left(nothing, MineConfig(consistency_top_k=2), "KEY")
 
 
 def test_approximate_search_reports_its_recall(pairs: list[dict[str, Any]], tmp_path: Path) -> None:

@@ -111,8 +111,27 @@ def test_validate_refuses_what_training_does(data: Path, rows: Any, options: Any
         open_source(SourceConfig(path="a.jsonl", **options), data)
     (report,) = run("validate", "--config", "a.yaml")["sources"]
     assert report == {"source": "mine", "format": report["format"], "rows": len(rows), "examples": 0} | {
-        "bad_rows": 1, "problems": [str(error.value)]
+        "status": "missing column" if "columns" in options else "refused", "bad_rows": 1, "problems": [str(error.value)]
     }  # fmt: skip
+
+
+def test_validate_prints_a_table_of_the_sources_of_a_config(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_jsonl(data / "bad.jsonl", [*PAIRS, {"query": "q"}])
+    sources = [
+        {"path": "pairs.jsonl"},
+        {"path": "absent.jsonl", "name": "absent"},
+        {"path": "odd names.jsonl", "columns": {"query": "question", "pos": "reply"}},
+        {"path": "bad.jsonl"},
+    ]
+    (data / "a.yaml").write_text(yaml.safe_dump({"data": {"sources": sources}}))
+    report = run("validate", "--config", "a.yaml")
+    table = [re.split(r"  +", line) for line in capsys.readouterr().out.splitlines()]
+    assert [line[:2] for line in table] == [
+        ["pairs.jsonl", "ok"], ["absent", "unreachable"], ["odd names.jsonl", "missing column"], ["bad.jsonl", "bad rows"],
+    ]  # fmt: skip
+    assert [line[2] for line in table] == ["13", "-", "1", "14"]
+    assert [line[3:] for line in table] == [source["problems"][:1] for source in report["sources"]]
+    assert table[2][3].startswith("odd names.jsonl: no row has the column 'reply', which `columns` names for pos")
 
 
 def test_stats(data: Path, base_folder: Callable[[str], Path]) -> None:
@@ -153,7 +172,7 @@ def test_configs_of_the_guide_load(tmp_path: Path) -> None:
     """These configs have no model section, because the data commands need none."""
     page = (Path(__file__).parents[2] / "docs" / "guides" / "data.md").read_text()
     configs = re.findall(r"```yaml\n(data:\n.*?)```", page, re.S)
-    assert len(configs) == 2
+    assert len(configs) == 3
     for text in configs:
         (tmp_path / "a.yaml").write_text(text)
         assert load_config(tmp_path / "a.yaml", base="").data.sources

@@ -47,8 +47,8 @@ def draw_vectors(texts: Sequence[str]) -> np.ndarray:
 
 
 def mine_pool(pool: MiningPool, rescore: ScoreIds | None = None, rule: str = "top_k", **options: Any) -> MiningResult:
-    """Mine negatives with `RULE`, changed by options that are keys of the rule, and other mining options."""
-    keys = {key: options.pop(key) for key in list(options) if key in RULE}
+    """Mine negatives with `RULE`, changed by options that are keys of the section `mine`, and other mining options."""
+    keys = {key: options.pop(key) for key in list(options) if key in MineConfig.model_fields}
     queries, documents = draw_vectors([query.text for query in pool.queries]), draw_vectors(pool.documents)
     config = MineConfig.model_validate({"rule": rule, **RULE, **keys})
     return mine_negatives(pool, queries, documents, MiningOptions(config, **options), rescore)
