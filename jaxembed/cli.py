@@ -189,8 +189,8 @@ def add_fsdp_argument(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def integer_from(minimum: int) -> Callable[[str], int]:
-    """Return a parser of integers that are at least `minimum`, for `argparse`."""
+def integer_from(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
+    """Return a parser of integers from `minimum` to `maximum`, for `argparse`. Default: no maximum."""
 
     def integer(text: str) -> int:
         try:
@@ -199,6 +199,8 @@ def integer_from(minimum: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
         if value < minimum:
             raise argparse.ArgumentTypeError(f"{value} is less than {minimum}")
+        if maximum is not None and value > maximum:
+            raise argparse.ArgumentTypeError(f"{value} is more than {maximum}")
         return value
 
     return integer

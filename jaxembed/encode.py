@@ -9,7 +9,6 @@ import argparse
 import logging
 import shutil
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
@@ -18,12 +17,12 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxembed import cli
+from jaxembed.config.field_lists import log_once
+from jaxembed.data.tokenize import MAX_TEXT_CHARS
 from jaxembed.errors import UserError
 from jaxembed.files import atomic_write, decode, exists
 
 TEXTS_PER_BATCH, CHARS_PER_BATCH = 4096, 2**22  # a batch ends at whichever comes first
-MAX_INPUT_CHARS = 1_000_000  # longer texts are cut before they are tokenized, which takes about 100 bytes per character
-log = logging.getLogger("jaxembed")
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
@@ -40,6 +39,10 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     embedder = cli.load_model(args.model, dtype=args.dtype, **cli.get_model_options(args))
     options = {name: getattr(args, name) for name in ("instruction", "prompt_name", "dim", "long_texts")}
     options["examples"] = examples
+    if args.instruction is None and args.prompt_name is None and embedder.spec.prompts:
+        stored = ", ".join(embedder.spec.prompts)
+        plain = repr(embedder.spec.plain_prompt)
+        log_once(f"{args.model}: texts get the prompt {plain} (--prompt-name selects a stored one: {stored})", logging.INFO)
     width = embedder.encode([], **options).shape[1]  # checks the options before anything is written
     _check_disk_space(out, 4 * (count or 0) * width)
     parts = (embedder.encode(texts, **options) for texts in group_texts(read_texts(source, args.field)))
@@ -136,22 +139,17 @@ def read_texts(source: str, field: str) -> Iterator[str]:
     """Yield the texts of an input: the lines of a text file, or one field of each row of any other.
 
     Files are read by the table of endings that training uses (`data.containers`). Blank lines of a text file are empty texts,
-    so that lines and vectors correspond, except those at its end. Texts are cut at `MAX_INPUT_CHARS`.
+    so that lines and vectors correspond, except those at its end. Texts are cut at `MAX_TEXT_CHARS`.
 
     Raises:
         UserError: If a line is malformed. The error names file and line.
     """
     cut = 0
     for text in _read_whole_texts(source, field):
-        cut += len(text) > MAX_INPUT_CHARS
-        yield text[:MAX_INPUT_CHARS]
+        cut += len(text) > MAX_TEXT_CHARS
+        yield text[:MAX_TEXT_CHARS]
     if cut:
-        _warn_once(f"{source}: {cut:,} texts have more than {MAX_INPUT_CHARS:,} characters and are cut there")
-
-
-@lru_cache
-def _warn_once(message: str) -> None:
-    log.warning("%s", message)
+        log_once(f"{source}: {cut:,} texts have more than {MAX_TEXT_CHARS:,} characters and are cut there")
 
 
 def _read_whole_texts(source: str, field: str) -> Iterator[str]:
@@ -209,7 +207,7 @@ def make_parser() -> cli.Parser:
     """Return the parser of the command line."""
     about = (
         "OUT.npy has one float32 vector of unit length per line or row, in input order. Memory does not grow with the file.\n"
-        f"Texts are cut at {MAX_INPUT_CHARS:,} characters before they are tokenized. Blank lines at the end are skipped."
+        f"Texts are cut at {MAX_TEXT_CHARS:,} characters before they are tokenized. Blank lines at the end are skipped."
     )
     parser = cli.new_parser("encode", f"{__doc__}\n{about}")
     cli.add_model_arguments(parser)

@@ -109,7 +109,7 @@ def test_a_full_disk_ends_with_one_line(tmp_path: Path, encoder: LengthEncoder) 
 def test_long_texts_are_cut_before_they_are_encoded(
     tmp_path: Path, encoder: LengthEncoder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(encode, "MAX_INPUT_CHARS", 50)
+    monkeypatch.setattr(encode, "MAX_TEXT_CHARS", 50)
     monkeypatch.setattr(encode, "CHARS_PER_BATCH", 100)
     texts = ["x" * 1000, *["y" * 50] * 4, "z"]
     (tmp_path / "a.txt").write_text("\n".join(texts))

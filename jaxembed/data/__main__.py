@@ -37,6 +37,7 @@ DESCRIPTIONS = {
     "packages": "Write docstring -> function pairs of installed Python packages: train.jsonl, and the held-out BEIR folders "
     "functions/ and package/. Does nothing if OUT holds the pairs of the same packages and versions.",
 }
+MAX_SHARDS = 99_999  # the numbers in the names of shards have five digits
 log = logging.getLogger("jaxembed")
 
 
@@ -209,7 +210,9 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
         help=".jsonl or .array_record file, which must not exist; * is replaced by the source name (default: the last SOURCE)",
     )  # fmt: skip
     parser.add_argument("--pairs", action="store_true", help="write rows of pairs (query, pos, neg), whatever the format")
-    parser.add_argument("--shards", type=cli.integer_from(1), default=1, metavar="N", help="files per source (default: 1)")
+    parser.add_argument(
+        "--shards", type=cli.integer_from(1, MAX_SHARDS), default=1, metavar="N", help="files per source (default: 1)"
+    )
 
 
 def add_package_arguments(parser: argparse.ArgumentParser) -> None:

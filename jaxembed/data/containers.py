@@ -14,10 +14,10 @@ import glob
 import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
+from jaxembed.config.field_lists import log_once
 from jaxembed.data.array_record import ArrayRecordFile
 from jaxembed.data.columnar import ParquetFile
 from jaxembed.data.csv_file import CsvFile, TsvFile
@@ -46,7 +46,6 @@ FOLDER_ENDINGS = (".jsonl", ".ndjson", ".txt", ".parquet", ".array_record")
 KNOWN_ENDINGS = ", ".join(FILE_READERS)
 SHARD_NAME = re.compile(r"(.+)-(\d{5,})-of-(\d{5,})(\..+)")
 BEIR_FILES = ("corpus.jsonl", "queries.jsonl")
-log = logging.getLogger(__name__)
 
 
 class Container(Protocol):
@@ -154,14 +153,8 @@ def find_line_reader(path: Path, lines: Iterable[bytes]) -> type[LineFile]:
     first = next((line for line in lines if line.removeprefix(BYTE_ORDER_MARK).strip()), b"")
     is_json = first.removeprefix(BYTE_ORDER_MARK).lstrip()[:1] in (b"{", b"[")
     kind = "rows of JSON" if is_json else "lines of text"
-    _log_once(f"{path}: has no ending; read as {kind}, because of its first character")
+    log_once(f"{path}: has no ending; read as {kind}, because of its first character", logging.INFO)
     return JsonLinesFile if is_json else TextLinesFile
-
-
-@lru_cache
-def _log_once(message: str) -> None:
-    """Log a message, unless it was logged before."""
-    log.info("%s", message)
 
 
 def _find_reader(path: Path) -> Any:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from jaxembed.config import SourceConfig
-from jaxembed.data.equality import exclude_equal
+from jaxembed.data.equality import exclude_equal, normalize_text
 from jaxembed.data.rows import IndexedRows
 from jaxembed.data.sampling import ExampleSampler
 from jaxembed.data.schema import Example, Row
 from jaxembed.errors import UserError
 
 MAX_LISTED_LABELS = 10
+log = logging.getLogger(__name__)
 UNLABELED_REASON = "rows with the label -1, which stands for none beside a label 0 (to keep it, name it in label_names)"
 EXAMPLES_PER_PAIR_ROW = 8  # positives, and negatives, of a row of pairs whose documents are examples
 
@@ -51,6 +53,7 @@ class LabelSampler(ExampleSampler):
         class_ids = {text: i for i, text in enumerate(self._label_texts)}
         # Index into `_label_texts` of each label of the rows, -1 for the label that stands for none.
         self._class_ids = [-1 if text is None else class_ids[text] for text in texts]
+        self._warn_of_similar_labels()
         self._group_ends = np.cumsum(rows.label_counts)
         self._candidate_labels = tuple(self._label_texts)
         uses_label_texts = {"auto": len(self._label_texts) == 2, "labels": True, "examples": False}
@@ -147,6 +150,17 @@ class LabelSampler(ExampleSampler):
         if missing := [label for label in labels if label is not None and label not in config.label_names]:
             raise UserError(f"{self._path}: label_names has no name for {_list_labels(missing)}. Name every label of the data.")
         return [None if label is None else config.label_names[label] for label in labels]
+
+    def _warn_of_similar_labels(self) -> None:
+        """Warn of labels that are equal as texts (`data.equality`), but not as labels."""
+        first: dict[str, str] = {}
+        for text in self._label_texts:
+            other = first.setdefault(normalize_text(text), text)
+            if other != text:
+                log.warning(
+                    "%s: the labels %r and %r differ only in case, white space or encoding; they count as two labels",
+                    self._path, other, text,
+                )  # fmt: skip
 
     def _drop_single_labels(self, config: SourceConfig) -> None:
         """Skip texts without another example of their label.

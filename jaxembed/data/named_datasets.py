@@ -88,7 +88,13 @@ def is_saved_dataset(folder: Path) -> bool:
 
 def list_saved_splits(folder: Path) -> list[str]:
     """Return the splits of a folder that `DatasetDict.save_to_disk` wrote; empty for any other folder."""
-    return read_json(folder / SPLITS_FILE).get("splits", []) if exists(folder / SPLITS_FILE) else []
+    path = folder / SPLITS_FILE
+    if not exists(path):
+        return []
+    splits = read_json(path).get("splits")
+    if not isinstance(splits, list) or not all(isinstance(split, str) for split in splits):
+        raise UserError(f"{path}: damaged (expected a list of names in splits). Save the dataset again.")
+    return splits
 
 
 def load_saved_dataset(folder: Path) -> HubDataset:
@@ -96,7 +102,8 @@ def load_saved_dataset(folder: Path) -> HubDataset:
     import_data_extra("pyarrow", "Hugging Face datasets")
     state, where = read_json(folder / STATE_FILE), str(folder / STATE_FILE)
     names = [Fields(entry, where).string("filename") for entry in state.get("_data_files") or ()]
-    if not names or state.get("_indices_data_files") or state.get("_indices_files"):
+    is_outside = any(Path(name).name != name for name in names)  # the library writes all files into the folder
+    if not names or is_outside or state.get("_indices_data_files") or state.get("_indices_files"):
         raise UserError(f"{folder}: not a complete saved dataset (no data files, or an old format). Save it again.")
     features = read_json(folder / INFO_FILE).get("features") if exists(folder / INFO_FILE) else None
     files = [folder / name for name in names]

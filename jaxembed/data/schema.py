@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from itertools import islice
@@ -103,9 +104,22 @@ def check_label(row: Row) -> str | None:
     if problem := _check_text_field(row, "text"):
         return problem
     label = row.get("label")
-    if label is None or is_text(label) or isinstance(label, int):
+    if label is None or is_text(label) or isinstance(label, int) or _is_class_number(label):
         return None
     return _describe_field_problem(row, "label", "a non-empty string or an integer")
+
+
+def _is_class_number(label: Any) -> bool:
+    """Return whether a label is an integer as pandas writes it in a column with gaps: a float, and NaN for a gap."""
+    return isinstance(label, float) and (math.isnan(label) or label.is_integer())
+
+
+def read_label(row: Row) -> str | None:
+    """Return the name of the label of a checked row, or None if it has none."""
+    label = row.get("label")
+    if label is None or label != label:  # NaN
+        return None
+    return str(int(label)) if isinstance(label, float) else str(label)
 
 
 NO_LABEL_REASON = "rows without a label"
@@ -113,7 +127,7 @@ NO_LABEL_REASON = "rows without a label"
 
 def find_label_drops(row: Row) -> list[str]:
     """Return a reason if a (text, label) row is left out."""
-    return [NO_LABEL_REASON] if row.get("label") is None else []
+    return [NO_LABEL_REASON] if read_label(row) is None else []
 
 
 def check_scored(row: Row) -> str | None:

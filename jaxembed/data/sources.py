@@ -35,6 +35,7 @@ from jaxembed.data.schema import (
     find_label_drops,
     find_pair_drops,
     list_fields,
+    read_label,
 )
 from jaxembed.data.shuffle import make_key, permute_indices
 from jaxembed.errors import UserError
@@ -44,7 +45,7 @@ ROW_SCHEMAS = {
     for schema in (
         RowSchema("pairs", check_pair, lambda row: len(row["pos"]), find_pair_drops),
         RowSchema("scored_pairs", check_scored, lambda row: row["score"]),
-        RowSchema("labels", check_label, lambda row: str(row["label"]) if "label" in row else None, find_label_drops),
+        RowSchema("labels", check_label, read_label, find_label_drops),
         NLI_SCHEMA,
         RowSchema("text", check_text),
         RowSchema("documents", check_document),  # for checks alone; `document_schema` has the index value for a source

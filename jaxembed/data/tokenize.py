@@ -21,6 +21,7 @@ from tokenizers.processors import TemplateProcessing
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.errors import UserError, summarize
 
+MAX_TEXT_CHARS = 1_000_000  # longer texts are cut before they are tokenized, which takes about 100 bytes per character
 # In a template: a boundary that no token crosses. It reproduces models whose own code tokenizes the parts separately.
 TOKEN_BOUNDARY = "\x1f"
 
@@ -154,7 +155,7 @@ class TextTokenizer:
 
     def __call__(self, texts: Sequence[str], prompts: Sequence[str]) -> TokenizedTexts:
         """Tokenize N texts, each under its prompt."""
-        truncated, encodings = self._encode_truncated(texts, prompts)
+        truncated, encodings = self._encode_truncated([text[:MAX_TEXT_CHARS] for text in texts], prompts)
         ids = [np.array(encoding.ids, np.int32) for encoding in encodings]
         if self._copies > 1:
             starts = list(map(self._second_copy_start, truncated, prompts, encodings))
@@ -268,8 +269,9 @@ class TextTokenizer:
         return _count_once(prompts, lambda distinct: self.count_untruncated_tokens([""] * len(distinct), distinct))
 
     def count_untruncated_tokens(self, texts: Sequence[str], prompts: Sequence[str]) -> np.ndarray:
-        """Count the tokens that each whole input has without truncation, int64 [N]."""
-        return np.array([len(encoding) for encoding in self._encode(self._full_backend, texts, prompts)])
+        """Count the tokens that each whole input has without truncation, int64 [N]. Texts count up to `MAX_TEXT_CHARS`."""
+        cut = [text[:MAX_TEXT_CHARS] for text in texts]
+        return np.array([len(encoding) for encoding in self._encode(self._full_backend, cut, prompts)])
 
     def split_texts(self, texts: Sequence[str], prompt: str) -> list[list[str]]:
         """Split each text at token boundaries into pieces that fit under a prompt. A text that fits stays whole.

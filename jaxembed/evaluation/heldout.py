@@ -33,6 +33,11 @@ class HeldOutSet(Protocol):
         ...
 
     @property
+    def digest(self) -> str:
+        """SHA-256 of the data."""
+        ...
+
+    @property
     def metric(self) -> str:
         """The name of the main score."""
         ...
@@ -52,6 +57,7 @@ class RetrievalSet:
         corpus: Texts of the documents.
         relevant: For each query, the relevance of each relevant document by its index in the corpus. Negative indices are
             documents that the corpus lacks.
+        digest: SHA-256 of the data.
         metric: Name of the main score.
     """
 
@@ -59,6 +65,7 @@ class RetrievalSet:
     queries: Sequence[str]
     corpus: Sequence[str]
     relevant: Sequence[dict[int, float]]
+    digest: str = ""
     metric: str = "ndcg_at_10"
 
     def score(self, encode: Encode) -> dict[str, float]:
@@ -84,6 +91,7 @@ class SimilaritySet:
         first: First sentence of each pair.
         second: Second sentence of each pair.
         scores: Similarity of each pair, float64 [N].
+        digest: SHA-256 of the data.
         metric: Name of the main score.
     """
 
@@ -91,6 +99,7 @@ class SimilaritySet:
     first: Sequence[str]
     second: Sequence[str]
     scores: np.ndarray
+    digest: str = ""
     metric: str = "spearman"
 
     def score(self, encode: Encode) -> dict[str, float]:
@@ -120,13 +129,13 @@ def _read_retrieval_set(config: EvalSetConfig) -> RetrievalSet:
     beir = open_beir(Path(config.path), EVALUATION_SPLITS, config.split)
     queries = [beir.query_text(i) for i in range(len(beir.query_rows))]
     corpus = [beir.document_text(row) for row in range(len(beir.corpus))]
-    return RetrievalSet(config, queries, corpus, beir.relevant)
+    return RetrievalSet(config, queries, corpus, beir.relevant, beir.digest)
 
 
 def _read_similarity_set(config: EvalSetConfig, cache: Path) -> SimilaritySet:
     rows = IndexedRows(open_container(name_split(config.path, config.split)), ROW_SCHEMAS["scored_pairs"], cache)
     first, second = zip(*((row["sentence1"], row["sentence2"]) for row in iter_rows(rows)), strict=True)
-    return SimilaritySet(config, first, second, np.array(rows.index_values))
+    return SimilaritySet(config, first, second, np.array(rows.index_values), rows.digest)
 
 
 def score_sets(sets: Sequence[HeldOutSet], encode: Encode) -> dict[str, float]:

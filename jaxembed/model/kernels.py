@@ -11,20 +11,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxembed.config.field_lists import log_once
 from jaxembed.devices.mesh import target_platform
 from jaxembed.errors import UserError
 from jaxembed.model.layers import promote_to_float32
 from jaxembed.model.masks import Mask, TokenInfo, materialize_mask
 from jaxembed.model.splash import attend_splash, describe_splash_limit
-
-log = logging.getLogger("jaxembed")
 
 # Scores that the `rows` kernel computes at once (8 MiB in float32). At least one row of each shard is computed.
 MAX_SCORES_PER_GROUP = 1 << 21
@@ -136,6 +134,11 @@ PLATFORM_KERNELS = {
 DEFAULT_KERNELS = {"cpu": "rows", "tpu": "splash"}
 
 
+def resolve_kernel(name: str) -> str:
+    """Return the kernel that a config's `attention_kernel` names on the target platform: `auto` depends on the platform."""
+    return DEFAULT_KERNELS.get(target_platform(), "einsum") if name == "auto" else name
+
+
 def pick_kernel(name: str, shards: int) -> Callable[..., jax.Array]:
     """Return the attention function of a config's `attention_kernel`, with the arguments of `attend_einsum`.
 
@@ -148,8 +151,7 @@ def pick_kernel(name: str, shards: int) -> Callable[..., jax.Array]:
     Raises:
         UserError: The kernel does not run on this platform.
     """
-    platform = target_platform()
-    name = DEFAULT_KERNELS.get(platform, "einsum") if name == "auto" else name
+    platform, name = target_platform(), resolve_kernel(name)
     if name == "einsum":
         return attend_einsum
     if name == "rows":
@@ -166,12 +168,7 @@ def pick_kernel(name: str, shards: int) -> Callable[..., jax.Array]:
     ) -> jax.Array:
         limit = kernel.describe_limit(q, mask, window)
         if limit:
-            _warn_once(f"attention kernel {name} does not support {limit}; einsum is used instead")
+            log_once(f"attention kernel {name} does not support {limit}; einsum is used instead")
         return (attend_einsum if limit else kernel.attend)(q, k, v, token_info, mask, window)
 
     return attend_or_fall_back
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    log.warning(message)

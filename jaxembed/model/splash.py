@@ -13,6 +13,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from jaxembed.config.field_lists import log_once
 from jaxembed.devices.collectives import auto_axes
 from jaxembed.devices.mesh import BATCH_AXES, target_platform
 from jaxembed.model.masks import BIDIRECTIONAL, CAUSAL, Mask, TokenInfo
@@ -105,9 +106,15 @@ def _shard_over_mesh(function: Callable[..., jax.Array], rows: int, kv_heads: in
     if not axes:
         return function
     row_axes = tuple(axis for axis in BATCH_AXES if axis in axes)
-    if rows % math.prod(mesh.shape[axis] for axis in row_axes):
+    if rows % (row_shards := math.prod(mesh.shape[axis] for axis in row_axes)):
+        log_once(f"attention kernel splash: {rows} rows do not divide among {row_shards} shards, so every device computes all")
         row_axes = ()
     head_axis = "tensor" if "tensor" in axes and kv_heads % mesh.shape["tensor"] == 0 else None
+    if "tensor" in axes and head_axis is None:
+        log_once(
+            f"attention kernel splash: {kv_heads} key-value heads do not divide among the {mesh.shape['tensor']} devices of "
+            "the axis tensor, so every device computes all"
+        )
     spec = PartitionSpec(row_axes, None, head_axis)
     specs = (spec, spec, spec, PartitionSpec(row_axes))
     # The library's kernels do not declare over which axes their results vary, so `check_vma` cannot hold.

@@ -6,6 +6,7 @@ from jaxembed.devices import processes
 from jaxembed.files import write_json
 from jaxembed.hub.spec_files import write_spec
 from jaxembed.runs.open import OpenedRun
+from jaxembed.training.resume_settings import selecting_set_name
 from jaxembed.training.run_dir import record_or_check, record_versions
 
 
@@ -27,6 +28,10 @@ def record_run(run: OpenedRun) -> None:
         is_other_split = digests.get(path, source.digest) != source.digest
         digests[f"{path} (split {source.config.split or 'by default'})" if is_other_split else path] = source.digest
     record_or_check(run_dir, "data_hashes", digests, "its training data changed")
+    if run.held_out:  # only the set that selects the best checkpoint must stay: scores of other data cannot be ranked
+        held_out_digests = {held_out.config.name: held_out.digest for held_out in run.held_out}
+        problem = "the held-out data that selects its best checkpoint changed"
+        record_or_check(run_dir, "eval_hashes", held_out_digests, problem, compared_keys={selecting_set_name(run.config)})
     for role, encoder in run.encoders.items():
         record_or_check(run_dir, role, encoder.identity, f"its {role} changed")
     base = {"name": run.base.name, "hash": run.base.hash(), "config": dict(run.base.hf_config)}

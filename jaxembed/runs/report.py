@@ -14,7 +14,9 @@ from jaxembed.data.batch_sampler import assign_roles
 from jaxembed.data.equality import normalize_text
 from jaxembed.data.schema import Example
 from jaxembed.data.sources import Source
+from jaxembed.devices.cpu import is_tuned
 from jaxembed.errors import UserError
+from jaxembed.model.kernels import resolve_kernel
 from jaxembed.runs.open import OpenedRun
 from jaxembed.training.metrics import read_metrics
 from jaxembed.training.stage import Stage
@@ -69,8 +71,8 @@ def _show_source(stage: Stage, source: Source, epochs: float, examples: Sequence
     lengths = tokenizer.count_untruncated_tokens(*stage.batch_builder.sampler.list_texts(examples))
     truncated = float(np.mean(lengths > tokenizer.spec.max_length))
     log.info(
-        "%s: %s examples, %.3g epochs; %.0f tokens per text on average, %.1f%% truncated at %d; in-batch negatives %s",
-        source.name, f"{len(source):,}", epochs, lengths.mean(), 100 * truncated, tokenizer.spec.max_length,
+        "%s (%s): %s examples, %.3g epochs; %.0f tokens per text on average, %.1f%% truncated at %d; in-batch negatives %s",
+        source.name, source.format, f"{len(source):,}", epochs, lengths.mean(), 100 * truncated, tokenizer.spec.max_length,
         "on" if source.in_batch else "off",
     )  # fmt: skip
     for reason, count in source.sampler.drop_counts.items():
@@ -117,11 +119,22 @@ def show_size(run: OpenedRun, state: TrainState) -> None:
     """Print the number of parameters and devices, and where a resumed run continues."""
     trained, frozen = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (state.params, state.frozen))
     log.info(
-        "%s parameters, %s trained, on %d %s device(s)",
+        "%s parameters, %s trained, on %d %s device(s); %s",
         f"{trained + frozen:,}", f"{trained:,}" if frozen else "all", run.mesh.size, jax.default_backend(),
+        describe_computation(run),
     )  # fmt: skip
     if step := int(state.step):
         log.info("resuming after step %d of %d", step, run.total_steps)
+
+
+def describe_computation(run: OpenedRun) -> str:
+    """Return the dtypes, the attention kernel, and the library of the matmuls that a run computes with."""
+    compute, lora = run.model.compute, run.model.lora
+    storage = f", base stored in {lora.base_dtype}" if lora is not None else ""
+    chosen = " (auto)" if compute.attention_kernel == "auto" else ""
+    is_blas = compute.dtype == np.float32 and run.mesh.size == 1 and is_tuned(jax.default_backend())
+    blas = ", large matmuls by BLAS (JAXEMBED_CPU_TUNING=off: by XLA)" if is_blas else ""
+    return f"{np.dtype(compute.dtype).name}{storage}, attention kernel {resolve_kernel(compute.attention_kernel)}{chosen}{blas}"
 
 
 def describe_stage(stage: Stage, count: int) -> str:

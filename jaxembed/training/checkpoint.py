@@ -15,6 +15,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 from orbax.checkpoint.options import AsyncOptions
 
+from jaxembed.config.field_lists import log_once
 from jaxembed.config.fields import Fields
 from jaxembed.devices import processes
 from jaxembed.errors import UserError, summarize
@@ -127,7 +130,8 @@ class Checkpoints:
     def best(self) -> int | None:
         """Return the step with the highest score, or the latest step if none was scored."""
         scores = {step: self.cursor(step)["score"] for step in self.steps()}
-        ranked = [(score, step) for step, score in scores.items() if score is not None]
+        # Earlier versions stored NaN as a score.
+        ranked = [(score, step) for step, score in scores.items() if score is not None and math.isfinite(score)]
         return max(ranked)[1] if ranked else self.latest()
 
     def cursor(self, step: int) -> dict[str, Any]:
@@ -214,6 +218,8 @@ def pick_step(checkpoints: Checkpoints, which: str, run_dir: Path) -> int:
         UserError: There is no such checkpoint.
     """
     step = checkpoints.best() if which == "best" else checkpoints.latest()
+    if which == "best" and step is not None and checkpoints.cursor(step)["score"] is None:
+        log_once(f"{run_dir}: no checkpoint was scored, so best is the last one, of step {step}", logging.INFO)
     if which not in ("best", "last"):
         step = int(which) if which.isdecimal() and int(which) in checkpoints.steps() else None
     if step is None:

@@ -163,7 +163,7 @@ class Trainer:
             self.recorder.advance()
             score = None
             if evaluate and not is_stopping:
-                score = self._evaluate(state, step)[self.best_metric]
+                score = self._finite_score(self._evaluate(state, step)[self.best_metric], step)
                 stats.start_time = time.perf_counter()
             if save:
                 self._save(state, step, score)
@@ -221,6 +221,13 @@ class Trainer:
         self.recorder.log(step, {f"eval/{name}": value for name, value in scores.items()}, self.stage.index)
         self.recorder.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
         return scores
+
+    def _finite_score(self, score: float, step: int) -> float | None:
+        """Return a score that ranks a checkpoint, or None, and a line, if it is not a number: NaN has no rank."""
+        if math.isfinite(score):
+            return score
+        self.recorder.say(f"step {step}: {self.best_metric} is not finite, so this checkpoint is not ranked")
+        return None
 
     def _save(self, state: TrainState, step: int, score: float | None) -> None:
         cursor = {"stage": self.stage.index, "step": step, "plan_hash": self.stage.plan.hash}

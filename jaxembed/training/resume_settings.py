@@ -67,8 +67,12 @@ def _fixed_stage_settings(stage: StageConfig) -> dict[str, Any]:
 def _selecting_set(config: Config) -> dict[str, Any] | None:
     """Return the held-out set whose score selects the best checkpoint. A set has one metric."""
     sets = {held_out.name: held_out.model_dump(mode="json") for held_out in config.eval.sets}
-    name = config.eval.best.rpartition("/")[0] or next(iter(sets), "")
-    return sets.get(name)
+    return sets.get(selecting_set_name(config))
+
+
+def selecting_set_name(config: Config) -> str:
+    """Return the name of the held-out set whose score selects the best checkpoint, empty without held-out sets."""
+    return config.eval.best.rpartition("/")[0] or next((held_out.name for held_out in config.eval.sets), "")
 
 
 def keep_recorded_equality(recorded: Config, config: Config) -> Config:

@@ -15,6 +15,7 @@ import pytest
 from helpers.sources import open_source_file
 from jaxembed.data.array_record import write_array_record
 from jaxembed.data.jsonl import write_jsonl
+from jaxembed.errors import UserError
 
 
 def write_parquet(path: Path, rows: Sequence[Any]) -> None:
@@ -73,3 +74,25 @@ def test_entailment_rows_without_a_class_are_left_out_and_counted(tmp_path: Path
         source = open_source_file(tmp_path / name)
         assert list(source.iter_pairs()) == [{"query": "p0", "pos": ["h1"], "neg": ["h2"]}]
         assert source.sampler.drop_counts["rows without a label"] == 2
+
+
+def test_integer_labels_that_pandas_writes_as_floats_are_read(tmp_path: Path) -> None:
+    """A column of integers with gaps has floats, and NaN for the gaps."""
+    labels = [0.0, 1.0, float("nan"), 1.0, 0.0]
+    rows = [{"text": f"t{i}", "label": label} for i, label in enumerate(labels)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    source = open_source_file(tmp_path / "a.parquet", label_names={"0": "bad", "1": "good"})
+    drawn = [source.draw(i, np.random.default_rng(0), 1) for i in range(len(source))]
+    pairs = [(example.query, example.positive) for example in drawn]
+    assert pairs == [("t0", "bad"), ("t1", "good"), ("t3", "good"), ("t4", "bad")]
+    assert source.sampler.drop_counts["rows without a label"] == 1
+    write_jsonl(tmp_path / "b.jsonl", [{"text": "t", "label": 0.5}])
+    with pytest.raises(UserError, match=r'"label" is 0\.5; expected a non-empty string or an integer'):
+        open_source_file(tmp_path / "b.jsonl")
+
+
+def test_labels_that_differ_only_in_case_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"text": f"t{i}", "label": ["Sport", "sport ", "art"][i % 3]} for i in range(6)]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    assert len(open_source_file(tmp_path / "a.jsonl")) == 6
+    assert "the labels 'Sport' and 'sport ' differ only in case, white space or encoding; they count as two" in caplog.text

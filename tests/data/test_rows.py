@@ -182,6 +182,21 @@ def test_a_split_that_does_not_fit_is_refused(tmp_path: Path, path: str, split: 
         open_source_path(path if ":" in path else tmp_path / path, tmp_path, split=split)
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("dataset_dict.json", '{"splits": "train"}', r"dataset_dict\.json: damaged \(expected a list of names in splits\)"),
+        ("state.json", '{"_data_files": [{"filename": "../other/a.arrow"}]}', r"saved: not a complete saved dataset \("),
+        ("state.json", '{"_data_files": []}', r"saved: not a complete saved dataset \("),
+    ],
+)
+def test_damaged_files_of_a_saved_dataset_are_named(tmp_path: Path, file: str, content: str, message: str) -> None:
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / file).write_text(content)
+    with pytest.raises(UserError, match=message):
+        open_source_path(tmp_path / "saved", tmp_path)
+
+
 def save_batches(folder: Path, rows: list[dict[str, Any]]) -> Path:
     """Save a dataset, in batches of three rows, and return its only data file."""
     dataset = datasets.Dataset.from_list(rows)

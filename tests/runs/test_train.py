@@ -67,12 +67,20 @@ def test_a_run_directory_of_another_config_is_refused(folder):
 
 
 def test_changed_data_is_refused(folder):
-    pairs = folder / "edited.jsonl"
+    pairs, held_out = folder / "edited.jsonl", folder / "edited-sts.jsonl"
     pairs.write_text((folder / "pairs.jsonl").read_text())
-    edited = make_config(folder, "edited", "train.steps=1", f"data.sources.0.path={pairs}")
+    held_out.write_text((folder / "sts.jsonl").read_text())
+    edited = make_config(folder, "edited", "train.steps=1", f"data.sources.0.path={pairs}", f"eval.sets.0.path={held_out}")
     train(edited)
-    pairs.write_text(pairs.read_text() + pairs.read_text().splitlines()[0] + "\n")
+    lines = pairs.read_text().splitlines(keepends=True)
+    pairs.write_text("".join([*lines, lines[0]]))
     with pytest.raises(UserError, match=r"edited: its training data changed \(.*edited\.jsonl: '\w+' -> '\w+'\)"):
+        train(edited)
+    pairs.write_text("".join(lines))
+    held_out.write_text("".join(held_out.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(
+        UserError, match=r"edited: the held-out data that selects its best checkpoint changed \(sts: '\w+' -> '"
+    ):
         train(edited)
 
 
