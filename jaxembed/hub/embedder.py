@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxembed.config.fields import quote_value
 from jaxembed.config.spec import EmbeddingSpec, FewShotExample
 from jaxembed.data.packing import PackedTexts, fill_rows, max_segments, pack_by_length, split_rows
 from jaxembed.data.tokenize import TextTokenizer
@@ -69,7 +70,7 @@ class Embedder:
     def __post_init__(self) -> None:
         """Prepare the compiled program."""
         if self._apply is None:
-            object.__setattr__(self, "_apply", _encoding_program(self.model))
+            object.__setattr__(self, "_apply", _encoding_program(self.model.without_texts()))
 
     @classmethod
     def load(
@@ -200,6 +201,8 @@ class Embedder:
         """
         check_texts(texts)
         width = self.model.width
+        if not isinstance(dim, int | np.integer | None) or isinstance(dim, bool):
+            raise TypeError(f"encode: dim is {quote_value(dim)} ({type(dim).__name__}); expected an integer")
         if dim is not None and not 0 < dim <= width:
             raise UserError(f"dim: {dim} is out of range (vectors of this model have {width} numbers). Choose 1 to {width}.")
         if long_texts not in ("cut", *COMBINE_PIECES):
@@ -265,6 +268,9 @@ class Embedder:
         """Return the prompt of every text that the arguments of `encode` define."""
         if sum(argument is not None for argument in (instruction, prompt, prompt_name)) > 1:
             raise TypeError("encode: give one of instruction, prompt and prompt_name")
+        for name, value in (("instruction", instruction), ("prompt", prompt), ("prompt_name", prompt_name)):
+            if not isinstance(value, str | None):
+                raise TypeError(f"encode: {name} is {quote_value(value)} ({type(value).__name__}); expected a string")
         if examples and not instruction:
             raise TypeError("encode: examples need an instruction")
         if prompt is not None:
@@ -350,7 +356,7 @@ class Embedder:
 
 @functools.lru_cache(maxsize=8)
 def _encoding_program(model: EmbeddingModel) -> Apply:
-    """Return the compiled program of a model. Equal models share it, such as two checkpoints of a run."""
+    """Return the compiled program of a model. Models that differ in weights and texts alone share it."""
 
     def apply(params: Any, texts: PackedTexts) -> jax.Array:
         return model.apply({"params": stack_layers(params)}, texts)

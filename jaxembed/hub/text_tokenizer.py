@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,8 @@ from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.data.tokenize import TextTokenizer, append_eos
 from jaxembed.errors import UserError
 from jaxembed.hub.base import Base
+
+SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character that UTF-16 writes as two; no Unicode text has one alone
 
 
 def build_text_tokenizer(hf_tokenizer: Any, spec: EmbeddingSpec, base: Base) -> TextTokenizer:
@@ -70,3 +73,7 @@ def check_texts(texts: Any) -> None:
     for index, text in enumerate(texts):
         if not isinstance(text, str):
             raise TypeError(f"encode: texts[{index}] is {quote_value(text)} ({type(text).__name__}); expected a string")
+        if not text.isascii() and SURROGATE.search(text):
+            raise TypeError(
+                f"encode: texts[{index}] is {quote_value(text)}, with half of a surrogate pair; expected a Unicode text"
+            )

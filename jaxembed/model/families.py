@@ -339,6 +339,8 @@ def _parse_rope(config: Mapping[str, Any], key: str, where: str) -> dict[str, An
         log_once(
             f"{where}: {key}: {', '.join(unread)[:200]} of rope_type {kind} {'is' if len(unread) == 1 else 'are'} not read"
         )
+    if rope.get("rope_theta") is not None and config.get("rope_theta") not in (None, rope["rope_theta"]):
+        log_once(f"{where}: rope_theta beside {key} is not read, as in transformers: {key} has another one")
     theta = fields.positive_number("rope_theta", Fields(config, where).positive_number("rope_theta", 10_000.0))
     numbers = {name: fields.positive_number(name) for name in ROPE_SCALING_KEYS[kind]}
     if kind == "llama3" and numbers["high_freq_factor"] <= numbers["low_freq_factor"]:

@@ -145,11 +145,26 @@ class Frame(dict):  # type: ignore[type-arg]
         ([float("nan")], r"texts\[0\] is nan \(float\)"),
         ([["a", "b"]], r"texts\[0\] is a list of 2 \(list\)"),
         (["a"] * 5000 + [b"x"], r"texts\[5000\] is b'x' \(bytes\)"),
+        (["é", "\ud83d"], r"texts\[1\] is '\\ud83d', with half of a surrogate pair"),
     ],
 )
 def test_texts_that_are_not_strings_are_named(model: Embedder, texts: Any, message: str) -> None:
     with pytest.raises(TypeError, match=f"^encode: {message}"):
         model.encode(texts)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"instruction": 5}, r"instruction is 5 \(int\); expected a string"),
+        ({"prompt": ["a"]}, r"prompt is a list of 1 \(list\); expected a string"),
+        ({"dim": 2.0}, r"dim is 2\.0 \(float\); expected an integer"),
+        ({"dim": True}, r"dim is true \(bool\); expected an integer"),
+    ],
+)
+def test_options_of_another_type_are_named(model: Embedder, options: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=f"^encode: {message}"):
+        model.encode(["a"], **options)
 
 
 def test_columns_of_tables_are_encoded(model: Embedder) -> None:
