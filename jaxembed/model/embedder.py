@@ -22,6 +22,8 @@ from jaxembed.model.layers import Linear, l2_normalize
 from jaxembed.model.masks import MASKS, TokenInfo
 from jaxembed.model.pooling import make_pooling, make_segment_mask
 
+# Fields of the spec that only tokenization reads: the compiled program does not depend on them.
+TEXT_FIELDS = ("prompts", "plain_prompt", "instruction_template", "query_suffix", "max_length", "text_length")
 # Activations after the projection, by their names in the spec.
 PROJECTION_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"identity": lambda x: x, "tanh": jnp.tanh}
 
@@ -53,6 +55,11 @@ class EmbeddingModel(nn.Module):
         """The names of the adapters. Empty without adapters, and with a single adapter that has no name."""
         return () if self.lora is None else self.lora.names
 
+    def without_texts(self) -> EmbeddingModel:
+        """Return the same model with the defaults of TEXT_FIELDS. Models with the same program become equal."""
+        defaults = EmbeddingSpec()
+        return self.clone(spec=self.spec.replace(**{name: getattr(defaults, name) for name in TEXT_FIELDS}))
+
     @nn.compact
     def __call__(self, texts: PackedTexts, hidden: Float[Array, "r t d"] | None = None) -> Float[Array, "r s p"]:
         """Return the vector of every text. A "dropout" key among `rngs` turns on the dropout of adapters.
@@ -80,7 +87,6 @@ def make_example_texts(row_length: int = 8) -> PackedTexts:
     return PackedTexts(zeros, zeros, zeros, zeros.astype(bool), segments=1, shards=1)
 
 
-@functools.lru_cache(maxsize=8)
 def infer_parameter_shapes(model: EmbeddingModel) -> Any:
     """Return the tree of parameters as ShapeDtypeStructs, boxed with their logical axes. Allocates no arrays.
 
@@ -95,6 +101,11 @@ def infer_parameter_shapes(model: EmbeddingModel) -> Any:
             f"model.pooling.heads: {model.spec.pooling} cannot split the model's width {width} into heads "
             f"(found {heads}; expected a divisor of {width}). Choose another number."
         )
+    return _trace_parameter_shapes(model.without_texts())
+
+
+@functools.lru_cache(maxsize=8)
+def _trace_parameter_shapes(model: EmbeddingModel) -> Any:
     return jax.eval_shape(model.init, jax.random.key(0), make_example_texts())["params"]
 
 
