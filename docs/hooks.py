@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
-from jaxembed import config  # noqa: E402  (after the checkout is on the path)
+import recipe_pages  # noqa: E402  (after the checkout is on the path)
+
+from jaxembed import config  # noqa: E402
 from jaxembed.__main__ import COMMANDS  # noqa: E402
 from jaxembed.config.sections import table  # noqa: E402
 
@@ -25,6 +27,17 @@ HELP_COLUMNS = 110
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Replace every `<!-- generated: NAME -->` of a page with what the code says today."""
     return PLACEHOLDER.sub(lambda found: GENERATORS[found.group(1)](), markdown)
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add a page for each recipe, and list it in the navigation."""
+    from mkdocs.structure.files import File
+
+    names = recipe_pages.list_recipes()
+    for name in names:
+        files.append(File.generated(config, f"recipes/{name}.md", content=recipe_pages.write_page(name)))
+    config["nav"].insert(3, {"Recipes": [f"recipes/{name}.md" for name in names]})
+    return files
 
 
 def config_keys() -> str:
@@ -55,4 +68,9 @@ def subparsers(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.
             yield from action.choices.items()
 
 
-GENERATORS = {"config-keys": config_keys, "command-options": command_options}
+GENERATORS = {
+    "config-keys": config_keys,
+    "command-options": command_options,
+    "recipes": recipe_pages.write_list,
+    "recipe-plans": recipe_pages.write_plans,
+}

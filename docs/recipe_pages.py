@@ -14,7 +14,12 @@ ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "configs" / "recipes"
 CATALOG = ROOT / "configs" / "catalog.yaml"
 PLANS = ROOT / "docs" / "results" / "recipe-plans.json"
+PLAN_HEADER, PLAN_RULE = (
+    "| machine | stage | gradcache.rows | memory of a device | step | whole stage |",
+    "|---|---|---|---|---|---|",
+)
 COMMENT = re.compile(r"\s#\s(.*)$")
+SENTENCE_END = re.compile(r"[.] (?=[\"A-Z])")
 
 
 class Value(NamedTuple):
@@ -81,17 +86,47 @@ def _to_text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+def list_recipes() -> list[str]:
+    """Return the names of the recipes, in alphabetical order."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def write_list() -> str:
+    """Return a table of the recipes, which links to their pages. Each is described by its first sentence."""
+    rows = ["| recipe | system |", "|---|---|"]
+    for name in list_recipes():
+        text = _read_introduction((RECIPES / f"{name}.yaml").read_text())[1]
+        rows.append(f"| [{name}](../recipes/{name}.md) | {_escape(SENTENCE_END.split(text)[0])} |")
+    return "\n".join(rows)
+
+
+def write_plans() -> str:
+    """Return the table of all recorded plans."""
+    plans = _read_plans()
+    if not plans:
+        return "No plan is recorded."
+    rows = [f"| [{plan['recipe']}](../recipes/{plan['recipe']}.md) {_write_plan(plan)}" for plan in plans["plans"]]
+    dates = sorted({plan["date"] for plan in plans["plans"]})
+    header = f"| recipe {PLAN_HEADER}\n|---{PLAN_RULE}"
+    return "\n".join([f"{plans['about']} Recorded on {' and '.join(dates)}.", "", header, *rows])
+
+
 def write_page(name: str) -> str:
     """Return the page of a recipe in Markdown."""
     text = (RECIPES / f"{name}.yaml").read_text()
     return "\n\n".join([f"# {name}", _write_introduction(text), _write_values(text), _write_data(text), _write_plans(name)])
 
 
+def _read_introduction(text: str) -> tuple[str, str]:
+    """Return the command and the text of the comment that opens a file."""
+    comment = text[: re.search(r"^[^#]", text, re.M).start()]  # type: ignore[union-attr]
+    command, *lines = (line.removeprefix("#").strip() for line in comment.splitlines())
+    return command, " ".join(filter(None, lines))
+
+
 def _write_introduction(text: str) -> str:
-    """Return the comment that opens the file: the command, then a text."""
-    lines = [line.removeprefix("#").strip() for line in text.splitlines()]
-    head = lines[: next(i for i, line in enumerate(text.splitlines()) if not line.startswith("#"))]
-    return f"```bash\n# Needs: the recipe's data, its base model, and accelerators\n{head[0]}\n```\n\n" + "\n".join(head[2:])
+    command, about = _read_introduction(text)
+    return f"```bash\n# Needs: the data of the recipe, its base model, and accelerators\n{command}\n```\n\n{_escape(about)}"
 
 
 def _write_values(text: str) -> str:
@@ -118,12 +153,16 @@ def _write_data(text: str) -> str:
 
 def _write_plans(name: str) -> str:
     """Return what the compiler predicted for the recipe on each machine, from the recorded plans."""
-    plans = json.loads(PLANS.read_text()) if PLANS.exists() else {}
+    plans = _read_plans()
     rows = [_write_plan(plan) for plan in plans.get("plans", ()) if plan["recipe"] == name]
     if not rows:
         return "## Plan\n\nNot recorded."
-    header = "| machine | stage | gradcache.rows | memory of a device | step | whole stage |\n|---|---|---|---|---|---|"
-    return "\n".join(["## Plan", "", plans["about"], "", header, *rows])
+    return "\n".join(["## Plan", "", plans["about"], "", f"{PLAN_HEADER}\n{PLAN_RULE}", *rows])
+
+
+def _read_plans() -> dict[str, Any]:
+    """Return the recorded plans: a text about them, and a list. Empty if there are none."""
+    return json.loads(PLANS.read_text()) if PLANS.exists() else {}
 
 
 def _write_plan(plan: Mapping[str, Any]) -> str:

@@ -29,7 +29,7 @@ from helpers import tiny
 from helpers.commands import ENV
 from helpers.runs import use_one_device
 from jaxembed import config
-from jaxembed.config.sections import apply_override, table
+from jaxembed.config.sections import table
 from jaxembed.data.jsonl import write_jsonl
 
 ROOT = Path(__file__).parents[1]
@@ -232,9 +232,7 @@ def test_command_is_known(command: Command, sandbox: Path) -> None:
     match command.words:
         case ["python", "-m", module, *_] if module.startswith("jaxembed."):
             arguments = call(command, [], execute=False)
-            if module == "jaxembed.train" and str(arguments.config) in RECIPE_NAMES:
-                check_recipe_command(str(arguments.config), arguments.overrides)
-            elif module == "jaxembed.train":
+            if module == "jaxembed.train":
                 config.load_config(arguments.config, arguments.overrides)
         case ["python", script, *arguments]:
             assert (ROOT / script).is_file()
@@ -254,14 +252,6 @@ def test_command_is_known(command: Command, sandbox: Path) -> None:
             pass
         case _:
             pytest.fail(f"a command that this test does not know: {command}")
-
-
-def check_recipe_command(name: str, overrides: list[str]) -> None:
-    """Load a recipe with overrides as if all its data were here."""
-    tree = read_recipe(name)
-    for override in overrides:
-        apply_override(tree, override)
-    config.parse_config(tree, name)
 
 
 def dry_run(words: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 from collections.abc import Iterable
 from pathlib import Path
@@ -55,6 +56,11 @@ def find_source(run: Config, name: str) -> SourceConfig:
     return next(source for stage in run.stages for source in stage.data.sources if source.name == name)
 
 
+def shorten_name(source: SourceConfig) -> str:
+    """Return the name of a data set of NV-Embed, also of the variant whose labels are spelled out."""
+    return source.name.removeprefix("nv-embed-").removesuffix("-labels")
+
+
 def parse_count(text: str) -> int:
     return round(float(text[:-1]) * {"k": 1_000, "M": 1_000_000}[text[-1]])
 
@@ -75,6 +81,21 @@ def test_every_value_names_its_source(name: str) -> None:
     values = list(pages["iter_values"](find_recipe(name).read_text()))
     assert [value.key for value in values if not value.source] == []
     assert len(values) > 25
+
+
+def test_a_page_shows_values_data_and_plan(tmp_path: Path) -> None:
+    pages = runpy.run_path(str(ROOT / "docs" / "recipe_pages.py"))
+    plan = {"recipe": "gecko", "machine": "a chip", "stage": 1, "gradcache_rows": 16, "memory_bytes": 2**30}
+    plans = {"about": "Compiled.", "plans": [plan | {"device_bytes": 2**34, "step_s": 2.0, "hours": 5.5, "date": "2026-01-01"}]}
+    (tmp_path / "plans.json").write_text(json.dumps(plans))
+    pages["write_page"].__globals__["PLANS"] = tmp_path / "plans.json"
+    page = pages["write_page"]("gecko")
+    assert "python -m jaxembed.train gecko\n" in page
+    assert "| `stages.1.matryoshka.dims` | `[256]` | survey, section 6: 256 and 768 dimensions |" in page
+    assert "| `fret` | 6,600,000 | set its path |" in page
+    assert "| a chip | 1 | 16 | 1.0 of 16 GiB | 2.0 s | 5.5 h |" in page
+    assert "[gecko](../recipes/gecko.md) | Gecko (arXiv:2403.20327) on a decoder base" in pages["write_list"]()
+    assert "| [gecko](../recipes/gecko.md) | a chip |" in pages["write_plans"]() and "on 2026-01-01" in pages["write_plans"]()
 
 
 def test_old_paths_are_the_same_recipes() -> None:
@@ -185,7 +206,7 @@ def test_nv_embed_trains_on_the_papers_data(name: str) -> None:
         NV_ENTRIES[task]: (task, parse_count(count), listed) for task, count, listed in paper["table_9"] if task not in left_out
     }
     all_sources = max((stage.data.sources for stage in run.stages), key=len)
-    names = {source.name.removeprefix("nv-embed-") for source in all_sources}
+    names = {shorten_name(source) for source in all_sources}
     assert names == set(rows) | (set() if name == "nv_embed_v1" else {"synthetic"})
     examples = {task.replace("RedditClusteringP2P", "RedditClustering") for task in paper["table_5"]} | {
         "RedditClusteringS2S", "StackExchangeClusteringS2S",
@@ -194,7 +215,7 @@ def test_nv_embed_trains_on_the_papers_data(name: str) -> None:
         if source.name == "nv-embed-synthetic":
             assert source.max_examples == paper["synthetic_rows"]
             continue
-        task, count, listed = rows[source.name.removeprefix("nv-embed-")]
+        task, count, listed = rows[shorten_name(source)]
         assert source.max_examples == count, source.name
         if listed == [MISPRINT] and task.startswith(("Reddit", "StackExchange")):
             evaluated = task.removesuffix("S2S") if task.endswith("S2S") else f"{task}P2P"

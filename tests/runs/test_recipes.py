@@ -22,7 +22,9 @@ def base_and_rows(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Mappi
     return write_base(root / "base"), write_rows(root / "rows")
 
 
-def check_recipe(name: str, root: Path, base_and_rows: tuple[Path, Mapping[str, Path]], monkeypatch: pytest.MonkeyPatch) -> None:
+def check_recipe(
+    name: str, root: Path, base_and_rows: tuple[Path, Mapping[str, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     use_one_device(monkeypatch)
     run = make_short_run(name, root, *base_and_rows)
     summary = train(run)

@@ -1,0 +1,194 @@
+#!/usr/bin/env python3
+"""Compile every step of the shipped recipes for a TPU slice and for one GPU, and record memory, step time and hours.
+
+    python benchmarks/recipe_plans.py --machine tpu [RECIPE ...]
+    python benchmarks/recipe_plans.py --machine gpu [RECIPE ...]
+
+Writes docs/results/recipe-plans.json, from which the recipes' pages and docs/results/recipe-plans.md take their tables. Results
+of other recipes and of the other machine stay. Nothing is downloaded: the bases are configs of the real sizes without weights,
+and the rows are generated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import logging
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jaxembed.planning.topology import skip_tpu_discovery
+
+ROOT = Path(__file__).parents[1]
+OUT = ROOT / "docs" / "results" / "recipe-plans.json"
+RECIPES = ROOT / "configs" / "recipes"
+TPU_TOPOLOGY, TPU_NAME = "v5p:2x2x2", "TPU v5p, 2x2x2"
+GPU_NAME, GPU_BYTES, GPU_KIND = "one A100 80 GB (estimate)", 80 << 30, "NVIDIA A100 80GB"
+UTILIZATION = 0.4  # of the peak, in the step times
+QUERY_WORDS, DOCUMENT_WORDS = 32, 256  # a word is a token of the generated tokenizer
+ROWS, PRETRAINING_ROWS = 2500, 33_000  # at least the largest batch, with and without hard negatives
+ABOUT = (
+    f"Compiled without accelerators, for queries of {QUERY_WORDS} and documents of {DOCUMENT_WORDS} tokens. Memory is the "
+    "compiler's: of the TPU compiler for the slice, and of the CPU compiler, as an estimate, for the GPU. Step times are the "
+    f"step's matmul FLOPs at {UTILIZATION:.0%} of the chip's peak by its data sheet, not measured."
+)
+# Bases of the recipes -> presets of their sizes. Adapters on a base have its size too.
+PRESETS = {
+    "Qwen/Qwen2-0.5B": "qwen2-0.5b", "Qwen/Qwen2-1.5B": "qwen2-1.5b", "Qwen/Qwen2-7B-Instruct": "qwen2-7b",
+    "Qwen/Qwen1.5-7B": "qwen2-7b", "Qwen/Qwen3-0.6B-Base": "qwen3-0.6b", "mistralai/Mistral-7B-v0.1": "mistral-7b",
+    "intfloat/e5-mistral-7b-instruct": "mistral-7b", "McGill-NLP/LLM2Vec-Mistral-7B-Instruct-v2-mntp": "mistral-7b",
+    "meta-llama/Llama-3.1-8B": "llama3-8b",
+}  # fmt: skip
+QWEN15_7B = {
+    "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
+    "intermediate_size": 11_008, "vocab_size": 151_936,
+}  # fmt: skip
+
+
+def write_base(folder: Path, name: str) -> Path:
+    """Write the config of a base and a tokenizer. There are no weights."""
+    from jaxembed.data.bpe import train_tokenizer
+    from jaxembed.model.families import find_preset
+
+    path = folder / name.replace("/", "--")
+    config = {**find_preset(PRESETS[name]), **(QWEN15_7B if name == "Qwen/Qwen1.5-7B" else {})}
+    train_tokenizer([make_text(i, DOCUMENT_WORDS) for i in range(64)], 4096).save_pretrained(path)
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def make_text(seed: int, words: int) -> str:
+    """Return a text of a number of words. A tokenizer trained on such texts has a token for each of them."""
+    return " ".join(f"w{chr(97 + (seed + i) % 26)}" for i in range(words))
+
+
+def write_rows(folder: Path) -> dict[str, Path]:
+    """Write generated rows of every shape. Return the path of each, by `format`."""
+    queries = [f"q{i} {make_text(i, QUERY_WORDS - 4)}" for i in range(PRETRAINING_ROWS)]
+    documents = [f"d{i} {make_text(i, DOCUMENT_WORDS - 4)}" for i in range(PRETRAINING_ROWS)]
+    few = queries[:ROWS]
+    scores = {"pos_scores": [0.9], "neg_scores": [0.1] * 8}
+    rows: dict[str, list[dict[str, Any]]] = {
+        "pretraining": [{"query": q, "pos": [d]} for q, d in zip(queries, documents, strict=True)],
+        "pairs": [
+            {"query": q, "pos": [documents[i]], "neg": [documents[(i + 1 + j) % ROWS] for j in range(8)]} | scores
+            for i, q in enumerate(few)
+        ],
+        "labels": [{"text": text, "label": str(i % 2)} for i, text in enumerate(documents[:ROWS])],
+        "scored_pairs": [{"sentence1": q, "sentence2": few[i - 1], "score": 5} for i, q in enumerate(few)],
+        "nli": [{"premise": q, "hypothesis": few[i - 1 - j], "label": 2 * j} for i, q in enumerate(few) for j in (0, 1)],
+        "text": [{"text": text} for text in documents[:ROWS]],
+    }
+    for name, listed in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in listed))
+    return {name: folder / f"{name}.jsonl" for name in rows}
+
+
+def fill_recipe(tree: dict[str, Any], base: Path, rows: Mapping[str, Path]) -> dict[str, Any]:
+    """Replace the base and the paths of a recipe, and the guide by the base. Mining is left out: it is no part of a step."""
+    from jaxembed.config.catalog import read_catalog
+
+    tree["model"]["base"] = str(base)
+    for stage in (tree, *tree.get("stages", ())):
+        stage.pop("mine", None)
+        pairs = "pairs" if stage.get("data", {}).get("hard_negatives") else "pretraining"
+        for source in stage.get("data", {}).get("sources", ()):
+            kind = read_catalog()[source["catalog"]]["format"]
+            source |= {"path": str(rows[pairs if kind in ("pairs", "beir") else kind]), "columns": {}}
+            source |= {"label_names": {}} if kind == "labels" else {}
+            if kind == "beir":
+                source |= {"format": "pairs", "split": ""}
+        for objective in stage.get("objectives", ()):
+            if "guide" in objective:
+                objective["guide"] = str(base)
+    return tree
+
+
+def plan_recipe(name: str, machine: str, folder: Path, rows: Mapping[str, Path]) -> list[dict[str, Any]]:
+    """Return the plan of every stage of a recipe."""
+    import jax
+
+    from jaxembed.config import parse_config
+    from jaxembed.config.sections import read_tree
+    from jaxembed.devices.chips import CHIPS
+    from jaxembed.errors import UserError
+    from jaxembed.planning.plan import plan, planning_mesh
+    from jaxembed.runs.open import open_run
+
+    tree = read_tree(RECIPES / f"{name}.yaml")
+    base = folder / tree["model"]["base"].replace("/", "--")
+    if not base.exists():
+        write_base(folder, tree["model"]["base"])
+    tree = fill_recipe(tree, base, rows)
+    if machine == "gpu":
+        tree["mesh"] = {"data": 1, "fsdp": 1}
+        tree["model"]["attention_kernel"] = "einsum"
+    run_config = parse_config({**tree, "run": {"name": name, "dir": str(folder / "run")}}, name)
+    steps = [stage.train.steps for stage in run_config.stages]
+    short = run_config.model_copy(update={"stages": tuple(
+        stage.model_copy(update={"train": stage.train.model_copy(update={"steps": 1})}) for stage in run_config.stages
+    )})  # fmt: skip
+    mesh, memory = planning_mesh(short.mesh, TPU_TOPOLOGY if machine == "tpu" else None)
+    memory = memory if machine == "tpu" else GPU_BYTES
+    kind = mesh.devices.flat[0].device_kind if machine == "tpu" else GPU_KIND
+    peak = next(chip.peak_flops for chip in CHIPS if re.search(chip.device_kind, kind))
+    results = []
+    for index in range(len(steps)):
+        about = {
+            "recipe": name, "machine": TPU_NAME if machine == "tpu" else GPU_NAME, "stage": index,
+            "gradcache_rows": short.stages[index].gradcache.rows, "date": str(datetime.date.today()),
+        }  # fmt: skip
+        start = time.perf_counter()
+        try:
+            run = open_run(short, mesh)
+            with jax.default_device(None):
+                [report] = plan(short, mesh, None, run.model, run.stages[index : index + 1])["stages"]
+        except UserError as error:
+            results.append(about | {"error": str(error)[:200]})
+            continue
+        step_s = report["flops_a_device"] / (UTILIZATION * peak)
+        results.append(about | {
+            "memory_bytes": report["memory"]["all"], "device_bytes": memory, "step_s": round(step_s, 4),
+            "hours": round(step_s * steps[index] / 3600, 2), "steps": steps[index], "flops": report["flops"],
+            "trained": report["trained"], "rows": report["rows"], "row_length": report["row_length"],
+            "compile_s": round(time.perf_counter() - start, 1),
+        })  # fmt: skip
+    return results
+
+
+def record(plans: list[dict[str, Any]]) -> None:
+    """Merge plans into the file."""
+    old = json.loads(OUT.read_text())["plans"] if OUT.exists() else []
+    new = {(plan["recipe"], plan["machine"]) for plan in plans}
+    merged = [plan for plan in old if (plan["recipe"], plan["machine"]) not in new] + plans
+    merged.sort(key=lambda plan: (plan["recipe"], plan["machine"], plan["stage"]))
+    OUT.write_text(json.dumps({"about": ABOUT, "plans": merged}, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipes", nargs="*", metavar="RECIPE", help="names of recipes (default: all)")
+    parser.add_argument("--machine", choices=("tpu", "gpu"), required=True, help="what to compile for")
+    args = parser.parse_args()
+    skip_tpu_discovery()
+    logging.disable(logging.WARNING)
+    names = args.recipes or sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        rows = write_rows(folder)
+        for name in names:
+            plans = plan_recipe(name, args.machine, folder, rows)
+            record(plans)
+            print(yaml.safe_dump(plans, sort_keys=False), file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
