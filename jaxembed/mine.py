@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from jaxembed import cli, config
-from jaxembed.config.mining import RULES, RULES_BY_KEY, SAMPLED_RULES, MineConfig
+from jaxembed.config.mining import RULES, RULES_BY_KEY, SAMPLED_RULES, STAGE_KEYS, MineConfig
 from jaxembed.config.sections import parse_section
 from jaxembed.curation.rules import format_rule_options, option_name
 from jaxembed.errors import UserError
@@ -122,7 +122,7 @@ def write_outputs(out: Path, rows: Iterable[Mapping[str, Any]], report_path: Pat
 
 def read_rule(args: argparse.Namespace) -> MineConfig:
     """Return the `mine` section that the options define. Raise `UserError` for an option that the rule does not read."""
-    given = {key: value for key in MineConfig.model_fields if (value := getattr(args, key)) is not None}
+    given = {key: value for key in rule_fields() if (value := getattr(args, key)) is not None}
     rule = given.setdefault("rule", MineConfig().rule)
     for key in given:
         if rule not in (rules := RULES_BY_KEY.get(key, RULES)):
@@ -147,10 +147,15 @@ def read_source(args: argparse.Namespace) -> config.SourceConfig:
     return matches[0].model_copy(update=changes)
 
 
+def rule_fields() -> dict[str, Any]:
+    """Return the fields of the `mine` section that are options of the command."""
+    return {key: field for key, field in MineConfig.model_fields.items() if key not in STAGE_KEYS}
+
+
 def add_rule_options(parser: argparse.ArgumentParser) -> None:
     """Add an option for each key of the `mine` section, with the key's type, default and description."""
     group = parser.add_argument_group("rule", "as the keys of a config's section mine; see docs/guides/mining.md")
-    for key, field in MineConfig.model_fields.items():
+    for key, field in rule_fields().items():
         default = " ".join(map(str, np.ravel(field.default)))
         group.add_argument(
             option_name(key), help=f"{field.description} Default: {default}.", **_argument_type(field.annotation)

@@ -14,6 +14,7 @@ from jaxembed.config.sections import Positive, Section
 MiningRule = Literal["topk_perc_pos", "topk_margin_pos", "topk_abs", "top_k", "sampled_top_k", "window"]
 RULES: tuple[str, ...] = typing.get_args(MiningRule)
 SAMPLED_RULES = ("sampled_top_k", "window")
+STAGE_KEYS = frozenset({"model"})  # for stages alone: the command has an argument of its own
 # Keys that only some rules read, with these rules. All rules read the other keys.
 RULES_BY_KEY = {
     "share": ("topk_perc_pos",), "margin": ("topk_margin_pos",), "max_score": ("topk_abs",), "window": ("window",),
@@ -53,14 +54,19 @@ class MineConfig(Section):
         ge=0,
         le=MAX_INTEGER,
         description="Drop a positive if this many other documents score higher, and examples that have no positive left "
-        "(KaLM-Embedding: 50). 0: keep all.",
+        "(KaLM: 50). 0: keep all.",
+    )
+    model: str = Field(
+        "",
+        description="Model that finds the negatives of a stage: a run directory, folder, or hub id. Default: the model that "
+        "the stage starts with.",
     )
 
     @model_validator(mode="after")
     def _check_candidates(self) -> MineConfig:
         first, last = self.window
         if first > last:
-            raise ValueError(f"window is {first} to {last}; expected two ranks in ascending order")
+            raise ValueError(f"window is {first} to {last} (expected two ranks in ascending order)")
         if self.rule == "window" and self.negatives > 1 + last - first:
             raise ValueError(f"window is {first} to {last}, fewer ranks than the {self.negatives} negatives. Raise its end.")
         if self.rule != "window" and self.negatives > self.depth:

@@ -1,11 +1,11 @@
-"""Hard negatives that the model in training mines for its own data at the start of a stage (ANCE, arXiv:2007.00808)."""
+"""Hard negatives that a model mines for the data of a stage: the one in training (ANCE, arXiv:2007.00808), or another one."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,19 +13,58 @@ from jaxembed.config import MineConfig
 from jaxembed.curation.mining import MiningOptions, MiningResult, check_rows_left, embed_texts, mine_negatives
 from jaxembed.curation.pool import MiningPool, TextIds, read_pool
 from jaxembed.curation.report import count_outcomes
-from jaxembed.data.batch import EncoderInput
+from jaxembed.data.batch import EncodeInputs, EncoderInput
 from jaxembed.data.equality import normalize_text
 from jaxembed.data.jsonl import write_jsonl
 from jaxembed.data.sampling import EXAMPLE_FIELD
 from jaxembed.data.sources import Source
 from jaxembed.devices import processes
 from jaxembed.errors import UserError
-from jaxembed.files import atomic_write, file_digest, write_json
+from jaxembed.files import atomic_write, cache_dir, exists, file_digest, write_json
+from jaxembed.formats.sentence_transformers import MODULES_FILE
 from jaxembed.hub.embedder import Embedder
-from jaxembed.hub.frozen_encoder import encode_in_groups
+from jaxembed.hub.folders import find_folder
+from jaxembed.hub.frozen_encoder import encode_in_groups, open_frozen_encoder
 
 KEPT_FIELDS = ("query", "prompt")
 log = logging.getLogger("jaxembed")
+
+
+class Miner(NamedTuple):
+    """The model that finds negatives.
+
+    Attributes:
+        encode: Encodes texts with their instructions.
+        width: Width of the vectors.
+        identity: Name and hash of the model; empty for the one in training.
+    """
+
+    encode: EncodeInputs
+    width: int
+    identity: Mapping[str, str]
+
+
+def make_own_miner(embedder: Embedder) -> Miner:
+    """Return the model in training as a miner. Prompts are those of training. All processes of a run encode together."""
+    width = embedder.model.width
+
+    def encode(texts: Sequence[EncoderInput]) -> np.ndarray:
+        prompts = [embedder.spec.prompt(text.instruction) for text in texts]
+        return encode_in_groups(texts, prompts, lambda group, prompt: embedder.encode(group, prompt=prompt), width)
+
+    return Miner(encode, width, {})
+
+
+def open_miner(name: str) -> Miner:
+    """Load another model as a miner, with prompts of its own. Each process of a run encodes all texts on its devices."""
+    encoder = open_frozen_encoder(name, cache_dir())
+    return Miner(encoder.encode, encoder.width, encoder.identity)
+
+
+def check_miner_exists(config: MineConfig | None) -> None:
+    """Raise `UserError` if `mine.model` names no model. A hub model is downloaded."""
+    if config is not None and config.model and not exists(Path(config.model) / MODULES_FILE):
+        find_folder(config.model)
 
 
 def check_first_rank(sources: Sequence[Source], config: MineConfig, seed: int, prefix: str) -> None:
@@ -60,17 +99,16 @@ def _count_texts(source: Source, seed: int, limit: int) -> int:
     return len(texts)
 
 
-def write_mined_rows(source: Source, config: MineConfig, embedder: Embedder, seed: int, path: Path, prefix: str) -> None:
-    """Write the pairs of a source with negatives that the model mines among all texts of the source, and a report.
+def write_mined_rows(source: Source, config: MineConfig, miner: Miner, seed: int, path: Path, prefix: str) -> None:
+    """Write the pairs of a source with negatives that a model mines among all texts of the source, and a report.
 
-    Prompts are those of training. If the source has several instructions, the first one is used. Positives that the
-    consistency filter removes are left out. All processes of a run mine together. The first process writes the files, each
-    atomically, and the pairs last.
+    If the source has several instructions, the first one is used. Positives that the consistency filter removes are left
+    out. All processes of a run call this. The first one writes the files, each atomically, and the pairs last.
 
     Args:
         source: The source.
         config: The `mine` section of the stage.
-        embedder: The model, as it is at the start of the stage.
+        miner: The model.
         seed: Training seed.
         path: Where the pairs go. The report has the suffix .json instead.
         prefix: Prefix of the keys in errors, such as "stages.1.". It is the sixth parameter, because only an error needs it.
@@ -78,18 +116,12 @@ def write_mined_rows(source: Source, config: MineConfig, embedder: Embedder, see
     Raises:
         UserError: If the consistency filter leaves no example.
     """
-    width = embedder.model.width
-
-    def encode(texts: Sequence[EncoderInput]) -> np.ndarray:
-        prompts = [embedder.spec.prompt(text.instruction) for text in texts]
-        return encode_in_groups(texts, prompts, lambda group, prompt: embedder.encode(group, prompt=prompt), width)
-
     # Mine on all processes.
     pool = read_pool(source, None, seed)
     instruction = source.config.instruction_for_documents(next(iter(source.config.instructions), ""))
     document_inputs = [EncoderInput(text, "document", instruction) for text in pool.documents]
-    query_vectors = embed_texts(pool.queries, encode, width, f"{source.name}: queries")
-    document_vectors = embed_texts(document_inputs, encode, width, "documents")
+    query_vectors = embed_texts(pool.queries, miner.encode, miner.width, f"{source.name}: queries")
+    document_vectors = embed_texts(document_inputs, miner.encode, miner.width, "documents")
     result = mine_negatives(pool, query_vectors, document_vectors, MiningOptions(config, seed))
     check_rows_left(result, config, f"{prefix}mine.consistency_top_k")
     if not processes.is_first():
@@ -100,7 +132,9 @@ def write_mined_rows(source: Source, config: MineConfig, embedder: Embedder, see
     with atomic_write(path) as partial:
         write_jsonl(partial, _build_rows(source, pool, result, seed))
         counts = count_outcomes(pool, result, config)
-        write_json(report_path(path), {"source": source.name, "digest": file_digest(partial), **counts})
+        write_json(
+            name_report(path), {"source": source.name, "digest": file_digest(partial), "model": miner.identity, **counts}
+        )
     num_mined = [mined.num_mined for mined in result.rows]
     log.info("%s: mined %.1f negatives per query; %d queries have none", source.name, np.mean(num_mined), num_mined.count(0))
     if config.consistency_top_k:
@@ -110,8 +144,8 @@ def write_mined_rows(source: Source, config: MineConfig, embedder: Embedder, see
         )  # fmt: skip
 
 
-def report_path(path: Path) -> Path:
-    """Return the report beside a file of mined pairs."""
+def name_report(path: Path) -> Path:
+    """Return the path of the report beside a file of mined pairs."""
     return path.with_suffix(".json")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxembed.config import MineConfig
+from jaxembed.config.mining import STAGE_KEYS
 from jaxembed.curation.mining import MAX_TEXT_CHARS, MinedRow, MiningOptions, MiningResult
 from jaxembed.curation.pool import MiningPool, PoolRow
 from jaxembed.curation.rules import format_rule_options
@@ -53,7 +54,7 @@ def count_outcomes(pool: MiningPool, result: MiningResult, config: MineConfig) -
 
 def describe_options(options: MiningOptions) -> dict[str, Any]:
     """Return the options as they are recorded in the report. The keys are a stored format and keep their names."""
-    rule = options.config.model_dump(mode="json", exclude={"consistency_top_k"})
+    rule = options.config.model_dump(mode="json", exclude={"consistency_top_k", *STAGE_KEYS})
     return {
         "rule": {("name" if key == "rule" else key): value for key, value in rule.items()},
         "seed": options.seed,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jaxembed.config.fields import Fields
-from jaxembed.curation.remining import report_path, write_mined_rows
+from jaxembed.curation.remining import make_own_miner, name_report, open_miner, write_mined_rows
 from jaxembed.data.containers import open_container
 from jaxembed.data.rows import IndexedRows
 from jaxembed.data.sampling import MINED_SCHEMA, MinedPairSampler
@@ -23,10 +23,11 @@ from jaxembed.training.stage import Stage
 def with_mined_negatives(
     stage: Stage, encoder_for: Callable[[str], Embedder], run_dir: Path, key_prefix: str, steps_done: int
 ) -> Stage:
-    """Return the stage with the hard negatives that the model finds for its pairs. A stage without `mine` stays as it is.
+    """Return the stage with the hard negatives that its miner finds for its pairs. A stage without `mine` stays as it is.
 
-    Pairs with their negatives are written to the run directory. A resumed run reads them from there. The consistency filter
-    of `mine` may leave fewer examples: the stage then has a plan of its own for them.
+    The miner is the model that is about to be trained, or `mine.model`, which is in memory only while it is needed. Pairs
+    with their negatives are written to the run directory. A resumed run reads them from there. The consistency filter of
+    `mine` may leave fewer examples: the stage then has a plan of its own for them.
 
     Args:
         stage: The stage that is about to start, or to continue.
@@ -41,7 +42,7 @@ def with_mined_negatives(
     mine = stage.config.mine
     if mine is None:
         return stage
-    sources = list(stage.sources)
+    sources, other_miner = list(stage.sources), None
     for number, source in enumerate(stage.sources):
         if not stage.mines(source):
             continue
@@ -50,8 +51,10 @@ def with_mined_negatives(
         if not is_written and steps_done:
             raise UserError(f"{path}: is missing, but the run has trained on it. Restore it, or name another run.dir.")
         if not is_written:
-            encoder = encoder_for(source.config.adapter)
-            write_mined_rows(source, mine, encoder, stage.config.train.seed, path, key_prefix)
+            if mine.model and other_miner is None:
+                other_miner = open_miner(mine.model)
+            miner = other_miner or make_own_miner(encoder_for(source.config.adapter))
+            write_mined_rows(source, mine, miner, stage.config.train.seed, path, key_prefix)
             processes.barrier()
         sources[number] = _open_mined_pairs(source, path)
     try:
@@ -64,7 +67,7 @@ def with_mined_negatives(
 def _open_mined_pairs(source: Source, path: Path) -> Source:
     """Return a source that draws from the pairs that were mined for it."""
     rows = IndexedRows(open_container(str(path)), MINED_SCHEMA)
-    report = report_path(path)
+    report = name_report(path)
     if report.exists():  # earlier versions wrote none
         digest = Fields(read_run_file(read_json, report), str(report)).string("digest")
         if digest != rows.digest:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from jaxembed.config import Config, EmbeddingSpec, StageConfig
 from jaxembed.config.fields import Fields, quote_value
-from jaxembed.curation.remining import check_first_rank
+from jaxembed.curation.remining import check_first_rank, check_miner_exists
 from jaxembed.data.batch import BatchBuilder
 from jaxembed.data.batch_plan import BatchPlan
 from jaxembed.data.batch_sampler import BatchSampler
@@ -118,6 +118,8 @@ def open_run(config: Config, mesh: Mesh, lock: RunLock | None = None) -> OpenedR
     for index, stage in enumerate(config.stages):
         _check_stage(stage, model, shards.count, config.key_prefix(index))
         _warn_of_long_warmup(config, index)
+        if lock is not None:
+            check_miner_exists(stage.mine)
     encoders = _open_encoders(config, _read_recorded_hashes(config))
     if lock is None:
         encoders = {role: ZeroEncoder(**vars(encoder)) for role, encoder in encoders.items()}

@@ -87,7 +87,7 @@ class Stage:
         return self.objectives.init_params(model.width, self.teacher_width, key)
 
     def mines(self, source: Source) -> bool:
-        """Return whether the stage starts with mining negatives for a source. Only pairs are mined."""
+        """Return whether the stage starts with mining negatives for a source. Labels and single texts are not mined."""
         return self.config.mine is not None and source.is_mineable
 
     def needs_hard_negatives(self, source: Source) -> bool:

@@ -10,6 +10,7 @@ import yaml
 
 from jaxembed.config import Config, ModelConfig, load_config
 from jaxembed.config.model import LoraTarget, PoolingKind
+from jaxembed.config.shipped import list_shipped_configs
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.errors import UserError
 from jaxembed.model.lora import TARGET_PROJECTIONS
@@ -243,9 +244,9 @@ def test_the_tree_is_frozen(tmp_path: Path) -> None:
     assert (first == same, first == other) == (True, False) and len({config, first, same, other}) == 3
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")), ids=lambda path: path.name)
-def test_shipped_configs_are_valid(path: Path) -> None:
-    assert load_config(path).run.name == path.stem
+@pytest.mark.parametrize("name", list_shipped_configs())
+def test_shipped_configs_are_valid(name: str) -> None:
+    assert load_config(name).run.name == name
 
 
 def test_a_spec_takes_the_choices_of_a_config_and_keeps_the_rest(tmp_path: Path) -> None:

@@ -10,15 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+from helpers import tiny
 from helpers.runs import copy_run_at_first_checkpoint, make_config, read_losses, write_base_and_data
 from helpers.sources import SCORED_ROWS, open_source_file, write_jsonl
 from jaxembed import Embedder
 from jaxembed.config import Config
+from jaxembed.data.batch import EncoderInput
 from jaxembed.data.containers import open_container
 from jaxembed.data.equality import normalize_text
 from jaxembed.data.rows import IndexedRows
 from jaxembed.data.sampling import EXAMPLE_FIELD, MINED_SCHEMA, MinedPairSampler
 from jaxembed.errors import UserError
+from jaxembed.hub.frozen_encoder import open_frozen_encoder
 from jaxembed.runs.train import train
 
 TOP_K, FIRST_RANK, LAST_RANK = 12, 6, 20
@@ -82,6 +85,29 @@ def test_the_nearest_texts_decide_about_positives_and_negatives(folder: Path, nu
             assert {texts.index(text) for text in row["neg"]} <= set(order[FIRST_RANK - 1 : LAST_RANK])
     assert 16 < len(mined) == report["written"] < report["rows"] == len(pairs)
     assert report["dropped"]["inconsistent"] == len(pairs) - len(mined)
+
+
+def test_another_model_finds_the_negatives(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own prompts and weights count. It is a BERT of another width."""
+    monkeypatch.setenv("JAXEMBED_CACHE", str(folder / "cache"))
+    miner = tiny.write_bert_folder(folder / "bert", {"query": "ask "})
+    mine = json.dumps({"rule": "top_k", "negatives": 1, "model": str(miner)})
+    train(make_mining_config(folder, "taught", f"mine={mine}", "train.steps=1", "data.sources.0.instructions=[]"))
+    mined = folder / "taught" / "mined" / "stage-0-source-0.jsonl"
+    rows, pairs = read_rows(mined), read_rows(folder / "pairs.jsonl")
+    texts = list(dict.fromkeys(text for pair in pairs for text in (*pair["pos"], *pair["neg"])))
+    encoder = open_frozen_encoder(str(miner), folder / "cache")
+    scores = encoder.encode([EncoderInput(row["query"], "query", "") for row in rows]) @ encoder.encode(
+        [EncoderInput(text, "document", "") for text in texts]
+    ).T  # fmt: skip
+    for row, row_scores in zip(rows, scores, strict=True):
+        known = {text for pair in pairs if pair["query"] == row["query"] for text in pair["pos"]} | {row["query"]}
+        best = max(score for text, score in zip(texts, row_scores, strict=True) if text not in known)
+        assert row_scores[texts.index(row["neg"][0])] == pytest.approx(best, abs=1e-5)
+    assert json.loads(mined.with_suffix(".json").read_text())["model"] == encoder.identity
+    with pytest.raises(UserError, match=r"\./absent"):
+        train(make_mining_config(folder, "absent", "mine.model=./absent"))
+    assert not (folder / "absent").exists()
 
 
 def test_a_run_resumes_bit_for_bit_from_the_rows_that_are_left(folder: Path) -> None:

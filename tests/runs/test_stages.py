@@ -160,7 +160,7 @@ def test_a_model_that_is_guide_and_teacher_is_opened_once(folder: Path, monkeypa
     monkeypatch.setenv("JAXEMBED_CACHE", str(folder / "cache"))
     opened: list[str] = []
     monkeypatch.setattr(
-        open, "open_frozen_encoder", lambda name, cache: opened.append(name) or open_frozen_encoder(name, cache)
+        open, "open_frozen_encoder", lambda name, *rest, **kw: opened.append(name) or open_frozen_encoder(name, *rest, **kw)
     )
     base = str(folder / "base")
     both = [{"name": "infonce", "guide": base}, {"name": "embedding_matching", "teacher": base}]
