@@ -204,6 +204,14 @@ RULES = (
         lambda model: bool(model.spec.matryoshka_dims), (*TORCH_SENTENCE_TRANSFORMERS, *FRAMEWORKS), Status.CONDITIONAL,
         "truncate_dim needs normalize_embeddings=True, because it cuts after the normalization",
     ),
+    Rule(
+        lambda model: True, ("sentence-transformers 3, 4", "infinity"), Status.CONDITIONAL,
+        "for texts without white space at their ends, which it removes", False,
+    ),
+    Rule(
+        lambda model: True, ("sentence-transformers 5",), Status.CONDITIONAL,
+        "5.1 removes white space at the ends of texts", False,
+    ),
     Rule(lambda model: True, ("LangChain",), Status.CONDITIONAL, "for texts without line breaks, which become spaces", False),
     Rule(
         lambda model: True, ("vLLM",), Status.CONDITIONAL,
