@@ -46,8 +46,10 @@ gc.freeze()
 gc.set_threshold(20_000, 20, 20)
 
 SLOWEST_FILES = (
-    "test_crashes", "test_processes", "test_train", "test_stages", "test_sharded_step", "test_planning", "test_kernels",
-    "test_layouts", "test_step", "test_gradcache", "test_peft",
+    "test_processes", "test_crashes", "test_sharded_step", "test_step", "test_train", "test_stages", "test_export",
+    "test_layouts", "test_objectives", "test_diagnosis", "test_gradcache", "test_lora", "test_kernels", "test_peft",
+    "test_parity", "test_recipes", "test_adapters", "test_published", "test_cpu", "test_planning", "test_notebook",
+    "test_scratch",
 )  # fmt: skip
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+from helpers.commands import Process
 from jaxembed.curation.python_packages import write_package_pairs
 
 ROOT = Path(__file__).parents[1]
@@ -24,9 +23,10 @@ def test_every_cell_runs(tmp_path: Path) -> None:
     small = {"STEPS": "4", "RUN": str(tmp_path / "run"), "OVERRIDES": " ".join(SMALL)}
     env = {**os.environ, **small, "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg", "JAXEMBED_CACHE": str(tmp_path / "cache")}
     env["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # One device, as a notebook has.
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    names = done.stdout.splitlines()[-1]
+    kernel = Process(f"import os\nos.chdir({str(tmp_path)!r})\n{code}", [], env)
+    stdout, stderr = kernel.communicate()
+    assert kernel.returncode == 0, stderr[-4000:]
+    names = stdout.splitlines()[-1]
     assert names.startswith("['") and names.count(",") == 2
     assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "run" / "export" / "modules.json").is_file()

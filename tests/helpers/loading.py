@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from jaxembed.config import LoraConfig
 from jaxembed.config.spec import EmbeddingSpec
@@ -45,9 +45,14 @@ def load_model(
     shardings = param_shardings(mesh, nn.get_partition_spec(boxed), logical_axis_table(mesh, config.axis_sizes))
     parts = [{"decoder": tree["decoder"]} for tree in (nn.unbox(boxed), shardings)]
     loaded = flatten_dict(load_params(folder, config.layers, *parts))
-    absent = {path: sharding for path, sharding in flatten_dict(shardings).items() if path not in loaded}
-    random = flatten_dict(init_params(model, jax.random.key(0), unflatten_dict(absent)))
-    return model, unflatten_dict(loaded | random)
+    absent = tuple((path, sharding) for path, sharding in flatten_dict(shardings).items() if path not in loaded)
+    return model, unflatten_dict(loaded | draw_params(model, absent))
+
+
+@functools.cache
+def draw_params(model: EmbeddingModel, shardings: tuple[tuple[tuple[str, ...], NamedSharding], ...]) -> dict[Any, jax.Array]:
+    """Draw random parameters, given their paths and shardings. Tests that need the same ones share them."""
+    return flatten_dict(init_params(model, jax.random.key(0), unflatten_dict(dict(shardings))))
 
 
 def draw_texts(lengths: Sequence[int], seed: int = 0, vocabulary: int = 300) -> list[np.ndarray]:

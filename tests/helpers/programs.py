@@ -19,7 +19,7 @@ def share_train_steps() -> None:
         settings = (self.config.optim, self.schedule_steps, self.config.train.on_nan, self.config.gradcache.rows)
         shardings, structure = jax.tree.flatten(jax.tree.map(lambda x: x.sharding, state))
         # Tests may replace an objective.
-        key = (model, repr(self.objectives), repr(settings), tuple(shardings), structure, *OBJECTIVES.values())
+        key = (model.without_texts(), repr(self.objectives), repr(settings), tuple(shardings), structure, *OBJECTIVES.values())
         if key not in steps:
             steps[key] = make_train_step(self, model, state)
         return steps[key]

@@ -23,7 +23,7 @@ compare = export.encode_probes_torch
 
 def wait(*args, **options):
     print("written", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 
 export.encode_probes_torch = wait
 runpy.run_module(sys.argv.pop(1), run_name="__main__")
@@ -52,7 +52,7 @@ def test_a_terminated_command_leaves_nothing(base: Path, tmp_path: Path, name: s
     process = start_slow_command(make_command(name, base, tmp_path / "out"))
     assert [path.name.startswith(SCRATCH_PREFIX) for path in tmp_path.iterdir()] == [True]
     process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=300)
     assert process.returncode == 128 + signal.SIGTERM
     assert stderr.splitlines()[-1] == f"stopped: {tmp_path / 'out'}: not written"
     assert list(tmp_path.iterdir()) == []
