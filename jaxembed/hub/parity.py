@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -68,6 +69,8 @@ def compare_vectors(a: np.ndarray, b: np.ndarray, allowed: float) -> Parity:
 def select_probes(embedder: Embedder, *, truncated: bool = True) -> dict[str, list[str]]:
     """Return probe texts by prompt: no instruction, an instruction, and every prompt that is stored with the model.
 
+    Prompts that leave no room for a text are left out.
+
     Args:
         embedder: The model.
         truncated: Include texts that the model truncates. Under a prompt with a suffix they are left out anyway, because
@@ -75,10 +78,11 @@ def select_probes(embedder: Embedder, *, truncated: bool = True) -> dict[str, li
     """
     spec = embedder.spec
     prompts = dict.fromkeys([spec.plain_prompt, spec.prompt(PROBE_INSTRUCTION), *spec.prompts.values()])
-    return {
+    texts_by_prompt = {
         prompt: PROBE_TEXTS if truncated and not (prompt and spec.query_suffix) else _select_complete(embedder, prompt)
         for prompt in prompts
     }
+    return {prompt: texts for prompt, texts in texts_by_prompt.items() if texts}
 
 
 def _select_complete(embedder: Embedder, prompt: str) -> list[str]:
@@ -109,8 +113,11 @@ def encode_probes_torch(
     import torch
 
     model = load_sentence_transformer(folder)
-    if dtype:
-        model = model.to(getattr(torch, dtype))
+    return encode_probes_with(model.to(getattr(torch, dtype)) if dtype else model, spec, probes)
+
+
+def encode_probes_with(model: Any, spec: EmbeddingSpec, probes: Mapping[str, list[str]]) -> np.ndarray:
+    """Encode the probes with a `SentenceTransformer`, as `encode_probes_torch` does with that of a folder, [2 N, D]."""
     vectors = []
     for side in ("right", "left"):
         model.tokenizer.padding_side = side
