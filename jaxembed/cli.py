@@ -239,7 +239,7 @@ def make_fsdp_mesh(fsdp: int) -> Mesh:
     from jaxembed.devices.mesh import make_mesh
 
     if (count := jax.device_count()) % fsdp:
-        raise UserError(f"--fsdp is {fsdp}; expected a divisor of {count}, the number of devices here")
+        raise UserError(f"--fsdp is {fsdp} (expected a divisor of {count}, the number of devices here)")
     retain_freed_memory()
     return make_mesh(fsdp=fsdp)
 

@@ -28,10 +28,11 @@ class UserError(Exception):
 
     The message names the file and line, or the config key. Commands print it after `error:` and exit with code 2. Whatever the
     message quotes, it stays one line: line breaks and other control characters are escaped, and the middle of a very long
-    message is cut out.
+    message is cut out. It ends with a period.
     """
 
     def __init__(self, message: str):
+        message = message if message.endswith((".", "!", "?")) else f"{message}."
         line = "".join(c if c.isprintable() or (c.isspace() and c not in LINE_BREAKS) else ascii(c)[1:-1] for c in message)
         half = MAX_MESSAGE_CHARS // 2
         super().__init__(line if len(line) <= MAX_MESSAGE_CHARS else f"{line[:half]} ... {line[-half:]}")

@@ -116,7 +116,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file, or raise `UserError`."""
     value = read_json_value(path)
     if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, found a {type(value).__name__}")
+        raise UserError(f"{path}: holds a {type(value).__name__} (expected a JSON object)")
     return value
 
 

@@ -84,7 +84,7 @@ def test_an_input_without_texts_leaves_no_output(tmp_path: Path, encoder: Length
         threading.Thread(target=(tmp_path / name).write_text, args=("\n",), daemon=True).start()
     else:
         (tmp_path / name).write_text("\n \n")
-    with pytest.raises(UserError, match=rf"{name}: has no texts$"):
+    with pytest.raises(UserError, match=rf"{name}: has no texts\.$"):
         run(tmp_path / name, tmp_path / "out.npy")
     assert not (tmp_path / "out.npy").exists()
 

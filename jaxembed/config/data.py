@@ -176,7 +176,7 @@ class SourceConfig(Section):
                 )
             listed = names if isinstance(names, list | tuple) else [names]
             if not listed or not all(isinstance(name, str) for name in listed):
-                raise ValueError(f"{field}: expected the name of a column, or a list of names (got {quote_value(names)})")
+                raise ValueError(f"{field} is {quote_value(names)} (expected the name of a column, or a list of names)")
         return columns
 
     @field_validator("label_names", mode="before")
@@ -286,7 +286,7 @@ class DataConfig(Section):
     def _check_row_length(self) -> DataConfig:
         if self.row_length is not None and self.row_length < self.max_length:
             raise ValueError(
-                f"row_length is {self.row_length}; expected at least max_length, {self.max_length}: a text must fit a row"
+                f"row_length is {self.row_length} (expected at least max_length, {self.max_length}: a text must fit a row)"
             )
         return self
 

@@ -79,11 +79,11 @@ class Fields:
     def _get(self, key: str, default: Any, expected: str) -> Any:
         value = self._values.get(key)
         if value is None and default is None:
-            raise UserError(f"{self._where}: {key} is missing; expected {expected}")
+            raise UserError(f"{self._where}: {key} is missing (expected {expected})")
         return default if value is None else value
 
     def _error(self, key: str, value: object, expected: str) -> UserError:
-        return UserError(f"{self._where}: {key} is {quote_value(value)}; expected {expected}")
+        return UserError(f"{self._where}: {key} is {quote_value(value)} (expected {expected})")
 
 
 def quote_value(value: object, max_chars: int = 80) -> str:

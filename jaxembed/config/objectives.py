@@ -135,7 +135,7 @@ class MatryoshkaConfig(Section):
     @model_validator(mode="after")
     def _check_weights(self) -> MatryoshkaConfig:
         if self.weights and len(self.weights) != len(self.dims):
-            raise ValueError(f"{len(self.weights)} weights for {len(self.dims)} dims; expected one weight per dim, or none")
+            raise ValueError(f"{len(self.weights)} weights for {len(self.dims)} dims (expected one weight per dim, or none)")
         if any(weight <= 0 for weight in self.weights):
             raise ValueError("weights must be above 0")
         return self

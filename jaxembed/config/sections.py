@@ -25,7 +25,7 @@ from jaxembed.errors import MAX_MESSAGE_CHARS, UserError, summarize
 EXPECTATIONS = {
     "model_type": "a mapping such as {key: value}", "model_attributes_type": "a mapping such as {key: value}",
     "dict_type": "a mapping such as {key: value}",
-    "string_type": """a text (quote a number, true, false, null, or one that has : or {; on the command line: key='"..."')""",
+    "string_type": """a text; quote a number, true, false, null, or one that has : or {; on the command line: key='"..."'""",
     "string_pattern_mismatch": "only letters, digits, _, and -",
     "string_too_short": "a text that is not empty", "string_too_long": "at most %(max_length)s characters",
     "tuple_type": "a list such as [a, b]",
@@ -86,7 +86,7 @@ def read_tree(path: Path) -> dict[str, Any]:
     except YAML_ERRORS as error:
         raise UserError(f"{path}: not valid YAML ({summarize(error, MAX_MESSAGE_CHARS)})") from None
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected a mapping of sections such as model: and data:, found {_type_name(tree)}")
+        raise UserError(f"{path}: holds {_type_name(tree)} (expected a mapping of sections such as model: and data:)")
     return tree
 
 
@@ -213,18 +213,20 @@ def _explain(error: ValidationError, section: type[Section]) -> str:
     keys, sections = _locate(section, loc)
     key = ".".join(keys)
     if kind == "missing" and isinstance(loc[-1], int):
-        return f"{'.'.join(keys[:-1])}: expected a longer list (got {quote_value(value)})"
+        return f"{'.'.join(keys[:-1])} is {quote_value(value)} (expected a longer list)"
     if kind == "missing":
         return f"{key} is missing. It has no default."
     if kind.startswith("union_tag"):
         name = value.get("name") if isinstance(value, dict) else value
-        return f"{key}.name: expected {' or '.join(map(_tag, sections))} (got {quote_value(name)})"
+        return f"{key}.name is {quote_value(name)} (expected {' or '.join(map(_tag, sections))})"
     if kind in EXPECTATIONS:
-        return f"{key}: expected {EXPECTATIONS[kind] % problem.get('ctx', {})} (got {quote_value(value)})"
+        return f"{key} is {quote_value(value)} (expected {EXPECTATIONS[kind] % problem.get('ctx', {})})"
     message = summarize(problem["msg"], MAX_MESSAGE_CHARS).removeprefix("Value error, ").replace("Input should be", "expected")
-    is_quoted = isinstance(value, dict | list) or quote_value(value) in message
-    got = "" if is_quoted else f" (got {quote_value(value)})"
-    return f"{key}: {message}{got}".lstrip(": ")
+    if isinstance(value, dict | list) or quote_value(value) in message.removeprefix("expected "):
+        return f"{key}: {message}".lstrip(": ")
+    if message.startswith("expected "):
+        return f"{key} is {quote_value(value)} ({message})"
+    return f"{key}: {message} (found {quote_value(value)})"
 
 
 def _explain_unknown_key(keys: list[str], unknown: str, known: list[str]) -> str:

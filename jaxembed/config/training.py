@@ -52,7 +52,7 @@ class MeshConfig(Section):
         sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
         for axis, size in sizes.items():
             if size < 1 and size != -1:
-                raise ValueError(f"{axis} is {size}; expected a number of devices, or -1 for the remaining ones")
+                raise ValueError(f"{axis} is {size} (expected a number of devices, or -1 for the remaining ones)")
         rest = [axis for axis, size in sizes.items() if size == -1]
         if len(rest) > 1:
             raise ValueError(f"{' and '.join(rest)} are -1; only one axis can take the remaining devices")
@@ -90,7 +90,7 @@ class TrainConfig(Section):
     @classmethod
     def _check_profile_steps(cls, steps: tuple[int, int] | None) -> tuple[int, int] | None:
         if steps is not None and steps[0] > steps[1]:
-            raise ValueError(f"the steps are {steps[0]} to {steps[1]}; expected a first step that is not after the last")
+            raise ValueError(f"the steps are {steps[0]} to {steps[1]} (expected a first step that is not after the last)")
         return steps
 
 

@@ -75,7 +75,7 @@ class Config(StageSections, RunSections):
                 adapters_by_key |= {f"{prefix}.{j}.adapter": source.adapter for j, source in enumerate(stage.data.sources)}
         for key, adapter in adapters_by_key.items():
             if names and adapter not in names:
-                raise ValueError(f"{key} is {adapter!r}; expected one of model.lora.names: {', '.join(names)}")
+                raise ValueError(f"{key} is {adapter!r} (expected one of model.lora.names: {', '.join(names)})")
             if adapter and not names:
                 raise ValueError(f"{key} is {adapter!r}, but model.lora.names is empty. Name the adapters there.")
         trained = {source.adapter for stage in self.stages for source in stage.data.sources}

@@ -139,7 +139,7 @@ class BatchBuilder:
         return max(source.sampler.max_positives for source in self.sampler.sources)
 
     def with_sources(self, sources: Sequence[Source]) -> BatchBuilder:
-        """Return a copy whose sources have other negatives, but the same examples."""
+        """Return a copy that draws from other sources, such as those with mined negatives."""
         return dataclasses.replace(self, sampler=dataclasses.replace(self.sampler, sources=sources))
 
     def __call__(self, step: int, ids: np.ndarray) -> HostBatch:
@@ -195,7 +195,7 @@ class BatchBuilder:
         trained = {source.config.adapter: source.name for source in sources}
         if len(trained) > 1:
             names = ", ".join(f"{adapter} (source {name})" for adapter, name in trained.items())
-            raise UserError(f"batch: trains several adapters: {names}; expected one. Batch their sources separately.")
+            raise UserError(f"batch: trains several adapters: {names} (expected one). Batch their sources separately.")
         return np.array(self.adapters.index(*trained), np.int32)
 
     def _encode_frozen(

@@ -116,7 +116,7 @@ def open_beir(folder: Path, defaults: tuple[str, ...], split: str = "") -> BeirF
             "%s: %d judgments differ from an earlier one of the same query and document; the last counts", qrels, conflicts
         )
     if not relevant:
-        raise UserError(f"{qrels}: no query has a relevant document; expected scores above 0")
+        raise UserError(f"{qrels}: no query has a relevant document (expected scores above 0)")
     digest = hashlib.sha256((corpus.digest + queries.digest + text).encode()).hexdigest()
     return BeirFolder(corpus, queries, list(relevant), list(relevant.values()), digest, qrels.stem)
 
@@ -127,10 +127,9 @@ def _choose_qrels(folder: Path, defaults: tuple[str, ...], split: str) -> Path:
     wanted = (split,) if split else defaults
     chosen = next((name for name in wanted if name in present), None)
     if chosen is None:
-        found = f" (found {', '.join(present)}). Set split to one of them" if present else ""
-        raise UserError(
-            f"{folder}: qrels/{wanted[0]}.tsv is missing; expected it next to corpus.jsonl and queries.jsonl{found}"
-        )
+        found = f"found {', '.join(present)}" if present else "expected it next to corpus.jsonl and queries.jsonl"
+        advice = " Set split to one of them." if present else ""
+        raise UserError(f"{folder}: qrels/{wanted[0]}.tsv is missing ({found}).{advice}")
     if not split:
         others = [name for name in present if name != chosen]
         also = f"; also there: {', '.join(others)}. Set split to choose" if others else ""

@@ -43,8 +43,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
 
     if vocab_size < BYTE_TOKENS + 2:
         raise UserError(
-            f"vocab_size: {vocab_size} is too small; expected at least {BYTE_TOKENS + 2}, for {BYTE_TOKENS} bytes and 2 "
-            "special tokens"
+            f"vocab_size: {vocab_size} is too small (expected at least {BYTE_TOKENS + 2}, for {BYTE_TOKENS} bytes and 2 "
+            "special tokens)"
         )
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(PRETOKEN_PATTERN), "isolated")

@@ -171,7 +171,7 @@ def _find_reader(path: Path) -> Any:
 
 
 def _unsupported_error(path: Path, known: str) -> UserError:
-    return UserError(f"{path}: unsupported file type {path.suffix}; expected one of {known}")
+    return UserError(f"{path}: unsupported file type {path.suffix} (expected one of {known})")
 
 
 def is_beir_folder(path: Path) -> bool:
@@ -189,7 +189,7 @@ def _open_file_set(source: str, files: Sequence[Path]) -> Container:
     if len(suffixes) != 1 or suffixes[0] not in FILE_READERS:
         found = f"files of several types ({', '.join(suffixes)})" if len(suffixes) > 1 else "no data files"
         raise UserError(
-            f"{source}: found {found}; expected one of {KNOWN_ENDINGS}. Select files with a pattern, such as 'folder/*.jsonl'."
+            f"{source}: found {found} (expected one of {KNOWN_ENDINGS}). Select files with a pattern, such as 'folder/*.jsonl'."
         )
     shard_sets: dict[tuple[str, int, str], list[int]] = {}
     for match in filter(None, (SHARD_NAME.fullmatch(path.name) for path in files)):

@@ -63,7 +63,7 @@ class CsvFile(LineFile):
                 header = _check_header(cells, where)
                 continue
             if len(cells) != len(header):
-                raise UserError(f"{where}: has {len(cells)} cells; expected {len(header)}, as the header ({', '.join(header)})")
+                raise UserError(f"{where}: has {len(cells)} cells (expected {len(header)}, as the header: {', '.join(header)})")
             yield start, where, TextCells(zip(header, (cell or None for cell in cells), strict=True))
 
     def read(self, address: int) -> Any:

@@ -24,7 +24,7 @@ class FileSet:
         for part in self._parts:
             if isinstance(part, TableFile) and set(part.columns) != set(self._parts[0].columns):
                 found, expected = (", ".join(sorted(p.columns)) for p in (part, self._parts[0]))
-                raise UserError(f"{part.name}: the columns are {found}; expected those of {self._parts[0].name}: {expected}")
+                raise UserError(f"{part.name}: the columns are {found} (expected those of {self._parts[0].name}: {expected})")
 
     def scan(self) -> Iterator[tuple[int, str, Any]]:
         """Yield address, location and content of every row."""

@@ -101,7 +101,7 @@ class JsonFile(JsonLinesFile):
         """Yield byte offset, name:line and bytes of every line that is not blank."""
         for address, where, line in JsonLinesFile.scan_lines(lines, name):
             if address == 0 and line.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"["):
-                raise UserError(f"{name}: holds a JSON list; expected one row per line. Convert it with: jq -c '.[]'")
+                raise UserError(f"{name}: holds a JSON list (expected one row per line). Convert it with: jq -c '.[]'")
             yield address, where, line
 
 

@@ -59,7 +59,7 @@ class NliPairRows:
         usable = np.flatnonzero(entailed_counts)
         if not len(usable):
             raise UserError(
-                f"{rows.container.name}: no premise has an entailed hypothesis; expected rows with the label entailment or 0"
+                f"{rows.container.name}: no premise has an entailed hypothesis (expected rows with the label entailment or 0)"
             )
         # Restore the order of the file: sort the premises by their first rows.
         usable = usable[np.argsort(order[starts[usable]])]

@@ -217,7 +217,7 @@ def preview_batch(
 
     sources = open_sources(data, cache)
     if batch_size > (num_examples := sum(map(len, sources))):
-        log.warning("--batch-size: the sources have only %s examples (got %s); all are shown", num_examples, batch_size)
+        log.warning("--batch-size: the sources have only %s examples (found %s); all are shown", num_examples, batch_size)
     plan = BatchPlan(sources, min(batch_size, num_examples), seed, 0, data.batching, data.mixture)
     sampler = BatchSampler(
         sources=sources,

@@ -167,7 +167,7 @@ def iter_checked_rows(
         first_row_fields = first_row_fields or list_fields(original)
         missing_columns = {column: field for column, field in missing_columns.items() if column not in original}
         problem = check(row := drop_nulls(rename_columns(original, columns)))
-        fields_note = f"; the row has {list_fields(original)}" if problem and f'" is {MISSING};' in problem else ""
+        fields_note = f". The row has {list_fields(original)}" if problem and f'" is {MISSING} (' in problem else ""
         yield address, content, UserError(f"{where}: {problem}{fields_note}{columns_note}") if problem else row
     for column, field in missing_columns.items():
         raise MissingColumnError(

@@ -63,7 +63,7 @@ def check_pair(row: Row) -> str | None:
         if problem := _check_text_list(row, field, is_required) or _check_teacher_scores(row, field):
             return problem
     if row.get("neg_scores") and row.get("pos_scores") is None:
-        return '"neg_scores" is present without "pos_scores"; expected teacher scores for both'
+        return '"neg_scores" is present without "pos_scores" (expected teacher scores for both)'
     return None if isinstance(row.get("prompt", ""), str) else _describe_field_problem(row, "prompt", "a string")
 
 
@@ -78,12 +78,12 @@ def _check_text_list(row: Row, field: str, is_required: bool) -> str | None:
     texts = row.get(field, None if is_required else [])
     if isinstance(texts, str):
         suggestion = json.dumps(texts[:MAX_SUGGESTED_CHARS], ensure_ascii=False)
-        return f'"{field}" is a string; expected a list of strings. Write "{field}": [{suggestion}].'
+        return f'"{field}" is a string (expected a list of strings). Write "{field}": [{suggestion}].'
     if not isinstance(texts, list):
         return _describe_field_problem(row, field, "a list of non-empty strings")
     if not all(map(is_text, texts)):
-        return f'"{field}" contains {quote_value(next(t for t in texts if not is_text(t)))}; expected non-empty strings'
-    return f'"{field}" is empty; expected at least one positive' if is_required and not texts else None
+        return f'"{field}" contains {quote_value(next(t for t in texts if not is_text(t)))} (expected non-empty strings)'
+    return f'"{field}" is empty (expected at least one positive)' if is_required and not texts else None
 
 
 def _check_teacher_scores(row: Row, field: str) -> str | None:
@@ -197,7 +197,7 @@ def _is_finite_number(value: Any) -> bool:
 
 
 def _describe_field_problem(row: Row, field: str, expected: str) -> str:
-    return f'"{field}" is {quote_value(row[field]) if field in row else MISSING}; expected {expected}'
+    return f'"{field}" is {quote_value(row[field]) if field in row else MISSING} (expected {expected})'
 
 
 def list_fields(row: Row) -> str:
@@ -219,7 +219,7 @@ def parse_row(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not valid JSON ({error}); expected one object per line") from None
+        raise UserError(f"{where}: not valid JSON ({error}; expected one object per line)") from None
     if not isinstance(row, dict):
         raise UserError(f"{where}: not a JSON object (found a {type(row).__name__})")
     if SURROGATE_ESCAPE.search(line) and not _is_encodable(row):

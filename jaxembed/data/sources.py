@@ -249,7 +249,7 @@ def _detect_schema(row: Row, where: str, renamed_fields: Set[str]) -> str:
         if isinstance(label := row.get("label"), str) and label in NLI_LABELS:
             return "nli"
         raise UserError(
-            f"{where}: ambiguous label of sentence1 and sentence2; expected entailment, neutral or contradiction. If 0 is "
+            f"{where}: ambiguous label of sentence1 and sentence2 (expected entailment, neutral or contradiction). If 0 is "
             "entailment, 1 neutral and 2 contradiction, set the source's format to nli."
         )
     raise UserError(

@@ -51,9 +51,9 @@ def load_tokenizer(folder: Path | str) -> Any:
         with silence_transformers():
             tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises nearly anything here
-        raise UserError(f"{folder}: cannot load a tokenizer ({summarize(error)}); expected a tokenizer.json") from None
+        raise UserError(f"{folder}: cannot load a tokenizer ({summarize(error)}; expected a tokenizer.json)") from None
     if not getattr(tokenizer, "is_fast", False):
-        raise UserError(f"{folder}: has only a slow tokenizer; expected a tokenizer.json")
+        raise UserError(f"{folder}: has only a slow tokenizer (expected a tokenizer.json)")
     tokenizer.chat_template = None
     return tokenizer
 

@@ -174,7 +174,7 @@ def _check_port_is_free(address: str) -> None:
     """Raise `UserError` if process 0 cannot listen at its address: JAX would crash without a message."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise UserError(f"{ADDRESS_VARIABLE}: expected HOST:PORT (got {address!r})")
+        raise UserError(f"{ADDRESS_VARIABLE}: {address!r} is not an address (expected HOST:PORT)")
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as server:
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -198,7 +198,8 @@ def check_same_count(store: KeyValueStore, own_count: int, timeout_s: float) -> 
 
 def is_connection_error(error: BaseException) -> bool:
     """Return whether an error of JAX means that another process is gone. A process that runs alone has none."""
-    return count() > 1 and isinstance(error, RuntimeError | ValueError) and any(name in str(error) for name in CONNECTION_ERRORS)
+    is_from_jax = isinstance(error, RuntimeError | ValueError)
+    return count() > 1 and is_from_jax and any(name in str(error) for name in CONNECTION_ERRORS)
 
 
 def _hide_progress() -> None:

@@ -179,11 +179,11 @@ def _check_stage(stage: StageConfig, model: EmbeddingModel, shards: int, prefix:
     """Raise `UserError` if the batch does not divide among the shards, or a Matryoshka width is not below the model's."""
     if stage.train.batch_size % shards:
         raise UserError(
-            f"{prefix}train.batch_size is {stage.train.batch_size}; expected a multiple of {shards}, the shards of the mesh"
+            f"{prefix}train.batch_size is {stage.train.batch_size} (expected a multiple of {shards}, the shards of the mesh)"
         )
     if (widest := max(stage.matryoshka.dims, default=0)) >= model.width:
         raise UserError(
-            f"{prefix}matryoshka.dims contains {widest}; expected less than {model.width}, the width of this model's vectors"
+            f"{prefix}matryoshka.dims contains {widest} (expected less than {model.width}, the width of this model's vectors)"
         )
 
 
@@ -322,7 +322,7 @@ def _make_objectives(stage: StageConfig, sources: Sequence[Source], prefix: str)
     for i, objective in enumerate(stage.objectives):
         if unknown := [name for name in objective.sources if name not in names]:
             raise UserError(
-                f"{prefix}objectives.{i}.sources contains {unknown[0]!r}; expected names of sources: {', '.join(names)}"
+                f"{prefix}objectives.{i}.sources contains {unknown[0]!r} (expected names of sources: {', '.join(names)})"
             )
     return Objectives(stage.objectives, stage.matryoshka, names)
 

@@ -50,7 +50,7 @@ def choose_best_metric(config: Config, held_out: Sequence[HeldOutSet]) -> str:
     metrics = [f"{held_out_set.config.name}/{held_out_set.metric}" for held_out_set in held_out]
     best = config.eval.best
     if best and best not in metrics:
-        raise UserError(f"eval.best is {best}; expected one of {', '.join(metrics) or 'eval.sets, which is empty'}")
+        raise UserError(f"eval.best is {best} (expected one of {', '.join(metrics) or 'eval.sets, which is empty'})")
     if not best and len(metrics) > 1:
         log.info("eval.best is not set: %s, of the first set, selects the best checkpoint", metrics[0])
     return best or (metrics[0] if metrics else "")

@@ -42,7 +42,7 @@ def test_errors_of_adapters(tmp_path: Path) -> None:
     tree = {"model": {"base": "x", "lora": {"names": ["a", "b"]}}, "data": {"sources": sources}}
     expected = "FILE: model.lora.names: no source trains 'b'. Name it as the adapter of a source, or remove it."
     assert error_of(tmp_path, tree=tree) == expected
-    expected = "FILE: eval.sets.0.adapter is 'c'; expected one of model.lora.names: a, b"
+    expected = "FILE: eval.sets.0.adapter is 'c' (expected one of model.lora.names: a, b)."
     assert error_of(tmp_path, "eval.sets=[{name: s, path: x, adapter: c}]", tree=tree) == expected
     assert load_config(write(tmp_path, tree), ["data.sources.1.adapter=b"]).data.sources[1].adapter == "b"
 
@@ -58,11 +58,11 @@ def test_a_run_has_one_guide_and_one_teacher(tmp_path: Path) -> None:
     stage = "{train: {steps: 1}, objectives: [%s]}"
     stages = load_smallest(tmp_path, f"stages=[{stage % taught % 'b'}, {stage % '{name: infonce}'}]")
     assert stages.models_by_role == {"teacher": "b"} and [stage.teacher for stage in stages.stages] == ["b", None]
-    expected = "FILE: objectives name several models as {} (a, b); a run has one"
+    expected = "FILE: objectives name several models as {} (a, b); a run has one."
     assert error_of(tmp_path, objectives(guided % "a", guided % "b")) == expected.format("guide")
     assert error_of(tmp_path, objectives(taught % "a", taught % "b", taught % "a")) == expected.format("teacher")
     assert error_of(tmp_path, f"stages=[{stage % guided % 'a'}, {stage % guided % 'b'}]") == expected.format("guide")
-    expected = "FILE: objectives.0.{}: expected a MODEL: a run directory, a folder, or a hub id (got '')"
+    expected = "FILE: objectives.0.{} is '' (expected a MODEL: a run directory, a folder, or a hub id)."
     assert error_of(tmp_path, objectives(guided % "''")) == expected.format("guide")
     assert error_of(tmp_path, objectives(taught % "''")) == expected.format("teacher")
 
@@ -138,51 +138,51 @@ def test_overrides_of_list_entries_and_their_order(tmp_path: Path) -> None:
         ("data.sources.0.pth=x", "FILE: unknown key data.sources.0.pth. Did you mean data.sources.0.path?"),
         ("model.pooling.knid=mean", "FILE: unknown key model.pooling.knid. Did you mean model.pooling.kind?"),
         ("mesh.qqqq=1", "FILE: unknown key mesh.qqqq. Known keys: data, fsdp, tensor"),
-        ("train.steps=many", "FILE: train.steps: expected an integer (got 'many')"),
-        ("train.steps=1.5", "FILE: train.steps: expected an integer (got 1.5)"),
-        ("train.steps=null", "FILE: train.steps: expected an integer (got null)"),
-        ("model.remat=maybe", "FILE: model.remat: expected true or false (got 'maybe')"),
-        ("optim.learning_rate=[]", "FILE: optim.learning_rate: expected a number (got a list of 0)"),
-        ("train.seed=-1", "FILE: train.seed: expected a number that is at least 0 (got -1)"),
-        ("model={base: x, lora: {dropout: 1}}", "FILE: model.lora.dropout: expected a number below 1.0 (got 1)"),
-        ("mine={window: [50]}", "FILE: mine.window: expected a longer list (got a list of 1)"),
-        ("mine={window: [1, 2, 3]}", "FILE: mine.window: expected a list of at most 2 (got a list of 3)"),
+        ("train.steps=many", "FILE: train.steps is 'many' (expected an integer)"),
+        ("train.steps=1.5", "FILE: train.steps is 1.5 (expected an integer)"),
+        ("train.steps=null", "FILE: train.steps is null (expected an integer)"),
+        ("model.remat=maybe", "FILE: model.remat is 'maybe' (expected true or false)"),
+        ("optim.learning_rate=[]", "FILE: optim.learning_rate is a list of 0 (expected a number)"),
+        ("train.seed=-1", "FILE: train.seed is -1 (expected a number that is at least 0)"),
+        ("model={base: x, lora: {dropout: 1}}", "FILE: model.lora.dropout is 1 (expected a number below 1.0)"),
+        ("mine={window: [50]}", "FILE: mine.window is a list of 1 (expected a longer list)"),
+        ("mine={window: [1, 2, 3]}", "FILE: mine.window is a list of 3 (expected a list of at most 2)"),
         (
             "data.sources.0.columns={qury: a}",
             "FILE: unknown key data.sources.0.columns.qury. Did you mean data.sources.0.columns.query?",
         ),
-        ("data.sources.0.where={3: a}", "FILE: data.sources.0.where.3: expected a text"),
+        ("data.sources.0.where={3: a}", "FILE: data.sources.0.where.3 is 3 (expected a text"),
         (
             "data.sources.0.columns={x: a}",
             "FILE: unknown key data.sources.0.columns.x. Known keys: query, pos, neg, prompt, pos_scores, neg_scores, "
             "text, label, sentence1, sentence2, score, premise, hypothesis",
         ),
-        ("data.sources.0.label_names={a: ''}", "FILE: data.sources.0.label_names.a: expected a text that is not empty"),
-        ("train.steps=0", "FILE: train.steps: expected a number above 0 (got 0)"),
-        ("train=5", "FILE: train: expected a mapping such as {key: value} (got 5)"),
+        ("data.sources.0.label_names={a: ''}", "FILE: data.sources.0.label_names.a is '' (expected a text that is not empty"),
+        ("train.steps=0", "FILE: train.steps is 0 (expected a number above 0)"),
+        ("train=5", "FILE: train is 5 (expected a mapping such as {key: value})"),
         (
             "model.attention=sideways",
-            "FILE: model.attention: expected 'causal', 'bidirectional', 'prefix' or 'prefix_lm' (got 'sideways')",
+            "FILE: model.attention is 'sideways' (expected 'causal', 'bidirectional', 'prefix' or 'prefix_lm')",
         ),
-        ("optim.learning_rate=.nan", "FILE: optim.learning_rate: expected a finite number (got nan)"),
-        ("train.stall_timeout_s=.inf", "FILE: train.stall_timeout_s: expected a finite number (got inf)"),
-        ("train.seed=99999999999", "FILE: train.seed: expected a number that is at most 2147483647 (got 99999999999)"),
+        ("optim.learning_rate=.nan", "FILE: optim.learning_rate is nan (expected a finite number)"),
+        ("train.stall_timeout_s=.inf", "FILE: train.stall_timeout_s is inf (expected a finite number)"),
+        ("train.seed=99999999999", "FILE: train.seed is 99999999999 (expected a number that is at most 2147483647)"),
         ('run.dir="a\\0b"', "FILE: run.dir: a text must not contain a NUL character"),
-        ("data.sources=[]", "FILE: data.sources: expected a list of at least 1 (got a list of 0)"),
+        ("data.sources=[]", "FILE: data.sources is a list of 0 (expected a list of at least 1)"),
         ("data.sources.0={weight: 2}", "FILE: data.sources.0.path is missing. It has no default."),
-        ("data.row_length=511", "FILE: data: row_length is 511; expected at least max_length, 512: a text must fit a row"),
+        ("data.row_length=511", "FILE: data: row_length is 511 (expected at least max_length, 512: a text must fit a row"),
         ("model.instruction_template=Query", "FILE: model: instruction_template must contain {instruction}"),
         ("model.example_template=x", "FILE: model: example_template must contain {query} and {response}"),
         (
             "data.sources.0.few_shot={}",
             "FILE: data.sources.0: few_shot shows its examples under an instruction. Set instructions, none of them empty.",
         ),
-        ("mesh.data=0", "FILE: mesh: data is 0; expected a number of devices, or -1 for the remaining ones"),
+        ("mesh.data=0", "FILE: mesh: data is 0 (expected a number of devices, or -1 for the remaining ones"),
         ("mesh.fsdp=-1", "FILE: mesh: data and fsdp are -1; only one axis can take the remaining devices"),
         ("train.steps", "override 'train.steps': expected key.sub=value, such as train.steps=100"),
         ("=5", "override '=5': expected key.sub=value"),
         ("train.steps=[", "override 'train.steps=[': the value is not valid YAML"),
-        ("train.steps=2001-99-99", "FILE: train.steps: expected an integer (got '2001-99-99')"),
+        ("train.steps=2001-99-99", "FILE: train.steps is '2001-99-99' (expected an integer)"),
         ("data.sources.2.path=x", "override 'data.sources.2.path=x': '2' is not an index into a list of 2 entries"),
         ("data.sources.²=x", "override 'data.sources.²=x': '²' is not an index into a list of 2 entries"),
         ("data.sources.path=x", "override 'data.sources.path=x': 'path' is not an index into a list of 2 entries"),
@@ -192,8 +192,8 @@ def test_overrides_of_list_entries_and_their_order(tmp_path: Path) -> None:
             "FILE: data.sources.1.adapter is 'a', but model.lora.names is empty. Name the adapters there.",
         ),
         ("model.lora.names=[a, a]", "FILE: model.lora.names: the names of adapters must differ"),
-        ("model.lora.names=[../a]", "FILE: model.lora.names.0: expected only letters, digits, _, and - (got '../a')"),
-        ("model.lora.names=[a]", "FILE: data.sources.0.adapter is ''; expected one of model.lora.names: a"),
+        ("model.lora.names=[../a]", "FILE: model.lora.names.0 is '../a' (expected only letters, digits, _, and -)"),
+        ("model.lora.names=[a]", "FILE: data.sources.0.adapter is '' (expected one of model.lora.names: a"),
     ],
 )
 def test_errors_name_the_key(tmp_path: Path, override: str, message: str) -> None:
@@ -201,18 +201,18 @@ def test_errors_name_the_key(tmp_path: Path, override: str, message: str) -> Non
 
 
 def test_a_text_that_is_not_yaml_needs_quotes(tmp_path: Path) -> None:
-    assert error_of(tmp_path, "model.echo={text}: {text}").endswith(""". Quote a text: model.echo='"..."'""")
+    assert error_of(tmp_path, "model.echo={text}: {text}").endswith(""". Quote a text: model.echo='"..."'.""")
     message = error_of(tmp_path, "model.echo=A {text} B: {text}")
     assert message.startswith(
-        """FILE: model.echo: expected a text (quote a number, true, false, null, or one that has : or {; """
+        """FILE: model.echo is a mapping of 1 (expected a text; quote a number, true, false, null, or one that has : or {; """
     )
 
 
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        ("", "FILE: expected a mapping of sections such as model: and data:, found nothing"),
-        ("[1]", "FILE: expected a mapping of sections such as model: and data:, found a list"),
+        ("", "FILE: holds nothing (expected a mapping of sections such as model: and data:)"),
+        ("[1]", "FILE: holds a list (expected a mapping of sections such as model: and data:)"),
         ("a: [", "FILE: not valid YAML (while parsing"),
         ("a: 1\na: 2", "FILE: not valid YAML (while constructing a mapping"),
         ("a: !!python/object:os.system {}", "FILE: not valid YAML"),

@@ -27,15 +27,15 @@ REFUSED = [
     (
         make_tree("a/train.jsonl", "b/train.jsonl"),
         r"data\.sources\.1 \(b/train\.jsonl\) is named 'train', like data\.sources\.0 \(a/train\.jsonl\), .*"
-        r"Name it, such as data\.sources\.1\.name: b-train$",
+        r"Name it, such as data\.sources\.1\.name: b-train\.$",
     ),
     (
         make_tree("a/*.parquet", "b/*.parquet"),
-        r"sources\.1 \(b/\*\.parquet\) is named '\*', .* data\.sources\.1\.name: b-source$",
+        r"sources\.1 \(b/\*\.parquet\) is named '\*', .* data\.sources\.1\.name: b-source\.$",
     ),
     (make_tree("a.jsonl", {"path": "b.jsonl", "name": "a"}), r"data\.sources\.1 \(b\.jsonl\) is named 'a'"),
     (make_tree("a.jsonl", "a.jsonl"), r"data\.sources\.1 \(a\.jsonl\) is named 'a', like data\.sources\.0"),
-    (make_tree("x/document.jsonl"), r"data\.sources\.0 is named 'document', which is reserved .*name: x-document$"),
+    (make_tree("x/document.jsonl"), r"data\.sources\.0 is named 'document', which is reserved .*name: x-document\.$"),
     (make_tree({"path": "a", "name": "query"}), r"data\.sources\.0 is named 'query', which is reserved"),
     (
         make_tree("a", sets=[{"name": "s", "path": "x"}, {"name": "s", "path": "y"}]),
@@ -74,5 +74,5 @@ def test_different_names_are_accepted(tmp_path: Path) -> None:
 def test_absurd_sizes_are_refused(tmp_path: Path, key: str) -> None:
     tree = make_tree("a")
     tree["data"] |= {key: 2_000_000_000}
-    with pytest.raises(UserError, match=rf"data\.{key}: expected a number that is at most \d+ \(got 2000000000\)$"):
+    with pytest.raises(UserError, match=rf"data\.{key} is 2000000000 \(expected a number that is at most \d+\)\.$"):
         load_config(write_config(tmp_path, tree))

@@ -63,7 +63,7 @@ def test_a_source_takes_over_the_keys_of_its_entry(catalog: None, tmp_path: Path
     [
         ("qestions", "data.sources.0.catalog: no such entry of the catalog: 'qestions'. Did you mean 'questions'?"),
         ("zzz", "data.sources.0.catalog: no such entry of the catalog: 'zzz'. The entries are in configs/catalog.yaml."),
-        (3, "data.sources.0.catalog: expected a text"),
+        (3, "data.sources.0.catalog is 3 (expected a text"),
     ],
 )
 def test_bad_entries_are_refused(catalog: None, tmp_path: Path, name: Any, message: str) -> None:

@@ -91,11 +91,11 @@ def test_labels_are_named_as_they_are_written(tmp_path: Path) -> None:
     [
         ("label_names: {null: a}", "label_names: expected a label as each key. Quote a label that is null, ~, or empty."),
         ('label_names: {1: a, "1": b}', "label_names: two keys are the same label"),
-        ("name: 7", "name: expected a text (quote a number, true, false, null, or one that has : or {"),
-        ("name: true", "name: expected a text (quote a number"),
+        ("name: 7", "name is 7 (expected a text; quote a number, true, false, null, or one that has : or {"),
+        ("name: true", "name is true (expected a text; quote a number"),
         ("name: a, name: b", "found key 'name' twice"),
-        ("max_examples: 12:30", "max_examples: expected an integer (got '12:30')"),
-        ("max_examples: 2024-01-01", "max_examples: expected an integer (got '2024-01-01')"),
+        ("max_examples: 12:30", "max_examples is '12:30' (expected an integer)"),
+        ("max_examples: 2024-01-01", "max_examples is '2024-01-01' (expected an integer)"),
     ],
 )
 def test_what_cannot_be_taken_as_written_is_refused(tmp_path: Path, source: str, message: str) -> None:

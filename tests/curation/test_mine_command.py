@@ -108,6 +108,13 @@ def run_mine(*arguments: str) -> dict[str, Any]:
     return mine_command.main(mine_command.make_parser().parse_args(["MODEL", *arguments]))
 
 
+def test_a_missing_bm25_is_reported_before_anything_is_encoded(encoder: StubEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bm25s", None)
+    with pytest.raises(UserError, match=r"^BM25: bm25s is not installed"):
+        run_mine("pairs.jsonl", "out.jsonl", "--candidates", "bm25")
+    assert not encoder.inputs
+
+
 LONG = "x" * 245 + ".jsonl"  # Too long for the suffix that is added while it is written.
 
 
@@ -119,13 +126,13 @@ LONG = "x" * 245 + ".jsonl"  # Too long for the suffix that is added while it is
         (f"pairs.jsonl out.jsonl --report {LONG}", "x.jsonl: cannot be written (File name too long). Name another output"),
         (f"pairs.jsonl {LONG[10:]}", "x.jsonl.report.json: cannot be written (File name too long). Name another output"),
         ("pairs.jsonl out.jsonl --report ./out.jsonl", "--report out.jsonl: is the same file as OUT. Name another file."),
-        ("pairs.jsonl out.jsonl --share 2", "--rule topk_perc_pos: share: expected "),
-        ("pairs.jsonl out.jsonl --rule topk_margin_pos --margin -1", "--rule topk_margin_pos: margin: expected "),
+        ("pairs.jsonl out.jsonl --share 2", "--rule topk_perc_pos: share is 2.0 (expected "),
+        ("pairs.jsonl out.jsonl --rule topk_margin_pos --margin -1", "--rule topk_margin_pos: margin is -1.0 (expected "),
         (
             "pairs.jsonl out.jsonl --depth 5",
             "--rule topk_perc_pos: depth is 5, fewer candidates than the 7 negatives. Raise it.",
         ),
-        ("pairs.jsonl out.jsonl --rule window --window 9 3", "window is 9 to 3; expected two ranks in ascending order"),
+        ("pairs.jsonl out.jsonl --rule window --window 9 3", "window is 9 to 3 (expected two ranks in ascending order"),
         ("pairs.jsonl out.jsonl --rule window --window 3 8", "window is 3 to 8, fewer ranks than the 7 negatives"),
         (
             "pairs.jsonl out.jsonl --rule window --share 1",
@@ -140,8 +147,8 @@ LONG = "x" * 245 + ".jsonl"  # Too long for the suffix that is added while it is
             "pairs.jsonl out.jsonl --rule window --window 180 190",
             "--rule window --window 180 190: negatives start at rank 180, but a query has at most 179 candidates among 180 doc",
         ),
-        ("pairs.jsonl out.jsonl --fsdp 3", "--fsdp is 3; expected a divisor of 8, the number of devices here"),
-        ("pairs.jsonl out.jsonl --format pair", "command line: format: expected 'auto', 'pairs'"),
+        ("pairs.jsonl out.jsonl --fsdp 3", "--fsdp is 3 (expected a divisor of 8, the number of devices here"),
+        ("pairs.jsonl out.jsonl --format pair", "command line: format is 'pair' (expected 'auto', 'pairs'"),
         ("no out.jsonl --config config.yaml", "config.yaml: 0 sources are named no (expected one of: titles, pairs)"),
         (
             "pairs out.jsonl --config config.yaml --format text",

@@ -87,7 +87,7 @@ def test_integer_labels_that_pandas_writes_as_floats_are_read(tmp_path: Path) ->
     assert pairs == [("t0", "bad"), ("t1", "good"), ("t3", "good"), ("t4", "bad")]
     assert source.sampler.drop_counts["rows without a label"] == 1
     write_jsonl(tmp_path / "b.jsonl", [{"text": "t", "label": 0.5}])
-    with pytest.raises(UserError, match=r'"label" is 0\.5; expected a non-empty string or an integer'):
+    with pytest.raises(UserError, match=r'"label" is 0\.5 \(expected a non-empty string or an integer'):
         open_source_file(tmp_path / "b.jsonl")
 
 

@@ -182,7 +182,7 @@ def test_preview_shows_what_the_model_sees(
     data: Path, base_folder: Callable[[str], Path], capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     report = run("preview", "pairs.jsonl", "texts.txt", "--batch-size", "16")
-    assert caplog.messages == ["--batch-size: the sources have only 15 examples (got 16); all are shown"]
+    assert caplog.messages == ["--batch-size: the sources have only 15 examples (found 16); all are shown"]
     shown = capsys.readouterr().out.splitlines()
     assert report["query"]["texts"] == 15 and report["lengths_in"] == "characters"
     assert sum("'the answer 3'" in line or "'x'" in line for line in shown) and any("negative" in line for line in shown)
@@ -259,8 +259,8 @@ def test_convert_takes_the_last_source_as_output_with_a_note(
         (["convert", "pairs.jsonl", "a.csv"], "a.csv: expected an output that ends in .jsonl or .array_record"),
         (["convert", "labels.jsonl", "a.jsonl", "--format", "pairs"], 'labels.jsonl:1: "query" is missing'),
         (["stats", "labels.jsonl", "--columns", "{qury: text}"], "command line: unknown key columns.qury. Did you mean"),
-        (["stats", "labels.jsonl", "--columns", "text"], "command line: columns: expected a mapping"),
-        (["stats", "labels.jsonl", "--format", "lables"], "command line: format: expected 'auto', 'pairs'"),
+        (["stats", "labels.jsonl", "--columns", "text"], "command line: columns is 'text' (expected a mapping"),
+        (["stats", "labels.jsonl", "--format", "lables"], "command line: format is 'lables' (expected 'auto', 'pairs'"),
         (["preview", "labels.jsonl", "--model", "preset:tiny"], "--model preset:tiny: a preset has no tokenizer. Name a model"),
         (
             ["stats", "python_packages"],

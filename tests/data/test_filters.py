@@ -120,7 +120,7 @@ def test_rows_that_where_leaves_out_are_not_checked(tmp_path: Path) -> None:
     assert pairs == rows[1:] and drops == {"where use": 1}
     with pytest.raises(UserError, match=r'a.jsonl:1: "pos" is missing'):
         open_source_file(tmp_path / "a.jsonl", format="pairs")
-    with pytest.raises(UserError, match=r"a.jsonl: no row can be used \(where lang: 2\)$"):
+    with pytest.raises(UserError, match=r"a.jsonl: no row can be used \(where lang: 2\)\.$"):
         open_source_file(tmp_path / "a.jsonl", format="pairs", where={"lang": "en"})
 
 

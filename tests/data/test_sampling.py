@@ -214,16 +214,16 @@ def test_nli_rows_with_numeric_labels_and_other_field_names(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"premise": "p", "label": 0}, ':1: "hypothesis" is missing; expected a non-empty string'),
+        ({"premise": "p", "label": 0}, ':1: "hypothesis" is missing (expected a non-empty string'),
         (
             {"premise": "p", "hypothesis": "h", "label": 3},
-            ':1: "label" is 3; expected entailment, neutral or contradiction, or 0, 1 or 2',
+            ':1: "label" is 3 (expected entailment, neutral or contradiction, or 0, 1 or 2',
         ),
-        ({"premise": "p", "hypothesis": "h", "label": True}, ':1: "label" is true; expected entailment'),
-        ({"premise": "p", "hypothesis": "h", "label": ["-"]}, ':1: "label" is a list of 1; expected entailment'),
+        ({"premise": "p", "hypothesis": "h", "label": True}, ':1: "label" is true (expected entailment'),
+        ({"premise": "p", "hypothesis": "h", "label": ["-"]}, ':1: "label" is a list of 1 (expected entailment'),
         (
             {"premise": "p", "hypothesis": "h", "label": "neutral"},
-            ": no premise has an entailed hypothesis; expected rows with",
+            ": no premise has an entailed hypothesis (expected rows with",
         ),
     ],
 )
@@ -267,7 +267,7 @@ def test_document_filters_count_what_they_drop(
     if not queries:
         counts = "no template has all its fields: 2; shorter than min_chars: 3"
         assert get_error(path, pair_templates=[TITLE_TEMPLATE], **options).endswith(
-            f"max_chars; {counts}; the first row has title, body, lang, year, summary)"
+            f"max_chars; {counts}; the first row has title, body, lang, year, summary)."
         )
         return
     source = open_source_file(path, pair_templates=[TITLE_TEMPLATE], **options)
@@ -289,7 +289,7 @@ def test_pairs_with_equal_sides_and_templates_without_pairs(tmp_path: Path) -> N
     assert source.sampler.drop_counts == {"query and positive are equal": 1}
     templates = [{"query": "{a}", "positive": "{b}"}, {"query": "{a}", "positive": "{c}"}]
     message = (
-        "makes no pair (no row has texts in all of a, {} and meets where, min_chars and max_chars{}; the first row has a, b)"
+        "makes no pair (no row has texts in all of a, {} and meets where, min_chars and max_chars{}; the first row has a, b)."
     )
     assert get_error(path, pair_templates=templates[1:]) == "pair_templates.0 " + message.format(
         "c", "; no template has all its fields: 2"
@@ -319,7 +319,7 @@ def test_scored_pairs_are_converted_to_rows_of_pairs(tmp_path: Path, monkeypatch
     [
         (
             {"pair_templates": [{"query": "{a}", "positive": "b"}]},
-            "pair_templates.0.positive: expected a template that names a field",
+            "pair_templates.0.positive is 'b' (expected a template that names a field",
         ),
         ({"format": "documents"}, "format documents needs pair_templates, such as"),
         (

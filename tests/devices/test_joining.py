@@ -40,7 +40,7 @@ def test_a_port_in_use_is_reported_before_jax_crashes(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("address", ["host", "host:", ":80", "host:x", "host:99999"])
 def test_an_address_without_host_or_port_is_refused(address: str) -> None:
-    with pytest.raises(UserError, match=r"^JAX_COORDINATOR_ADDRESS: expected HOST:PORT \(got '"):
+    with pytest.raises(UserError, match=r"^JAX_COORDINATOR_ADDRESS: '.*' is not an address \(expected HOST:PORT\)"):
         processes._check_port_is_free(address)
 
 

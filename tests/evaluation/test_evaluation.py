@@ -85,7 +85,7 @@ def test_missing_held_out_set_is_named(tmp_path: Path) -> None:
 def test_held_out_set_without_relevant_documents_is_named(tmp_path: Path) -> None:
     qrels = write_beir_folder(tmp_path / "beir") / "qrels" / "test.tsv"
     qrels.write_text("query-id\tcorpus-id\tscore\nq0\td0\t0\n")
-    with pytest.raises(UserError, match=r"qrels/test\.tsv: no query has a relevant document; expected scores above 0$"):
+    with pytest.raises(UserError, match=r"qrels/test\.tsv: no query has a relevant document \(expected scores above 0\)\.$"):
         open_held_out_sets([EvalSetConfig(name="here", path=str(tmp_path / "beir"))], tmp_path)
 
 

@@ -98,7 +98,7 @@ def test_batches_of_adapters_mix_by_the_weights_of_their_sources(folder: Path) -
 def test_a_batch_of_two_adapters_is_refused(folder: Path) -> None:
     build = builder(opened(folder, *NAMES), NAMES)
     assert build(0, np.arange(96, 104)).batch.adapter == 1
-    message = r"batch: trains several adapters: retrieval \(source pairs\), sts \(source pairs\); expected one"
+    message = r"batch: trains several adapters: retrieval \(source pairs\), sts \(source pairs\) \(expected one"
     with pytest.raises(UserError, match=message):
         build(0, np.arange(92, 100))
 

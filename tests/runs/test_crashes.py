@@ -56,7 +56,7 @@ def last_step(run: Path) -> int:
 def kill_when(process: Process, due: Callable[[], bool], number: int = signal.SIGKILL) -> str:
     """Sends a signal as soon as `due`; returns what the process wrote to standard error."""
     while process.poll() is None and not due():
-        time.sleep(0.0005)
+        time.sleep(0.005)
     process.send_signal(number)
     return process.communicate()[1]
 
@@ -65,8 +65,8 @@ def test_kill_9_loses_only_the_steps_since_the_last_checkpoint(folder: Path, uni
     run, random_step = folder / "killed", random.Random(time.time_ns()).randrange(14, 21)
     moments: list[Callable[[], bool]] = [
         lambda: any(run.glob("checkpoints/*.orbax-checkpoint-tmp*")),  # while a checkpoint is written
-        lambda: last_step(run) == 12,  # the 12th step is logged, its evaluation begins
-        lambda: last_step(run) == random_step,
+        lambda: last_step(run) >= 12,  # the 12th step is logged, its evaluation begins
+        lambda: last_step(run) >= random_step,
     ]
     for due in moments:
         process = start_training(folder, "killed", *MANY_STEPS)
@@ -195,8 +195,8 @@ def diverging(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
 def test_nan_stops_the_run_before_it_is_saved(folder: Path, diverging: tuple[str, ...]) -> None:
     line = (
         r"^step (\d+): not finite \(loss nan, gradient norm nan; batch from pairs, bad\)\. "
-        r"The last good checkpoint is of step (\d+)\. Check the data, set train\.on_nan=skip and run the same command, or lower "
-        r"optim\.learning_rate in a new run\.dir \(model\.base=.* starts it from this run\)\.$"
+        r"The last good checkpoint is of step (\d+)\. Check the data, set train\.on_nan=skip and run the same command, or "
+        r"lower optim\.learning_rate in a new run\.dir \(model\.base=.* starts it from this run\)\.$"
     )
     with pytest.raises(UserError, match=line) as error:
         train(make_config(folder, "nan", *diverging))
