@@ -280,7 +280,7 @@ def test_a_damaged_file_of_a_run_is_named_and_stays_as_it_is(folder: Path, name:
         "config.yaml": [lambda: train(config)],
         "data_hashes.json": [lambda: train(config)],
         "base.json": [lambda: train(config), lambda: Embedder.load(run)],
-        "jaxembed.json": [lambda: Embedder.load(run)],
+        "jaxembed.json": [lambda: train(config), lambda: Embedder.load(run)],
         "metrics.jsonl": [lambda: train(config), lambda: read_card(run, "damaged-files-1")],
         "digests.json": [lambda: train(config), lambda: Embedder.load(run)],
     }[name]
