@@ -210,7 +210,7 @@ RULES = (
     ),
     Rule(
         lambda model: True, ("sentence-transformers 5",), Status.CONDITIONAL,
-        "5.1 removes white space at the ends of texts", False,
+        "its versions up to 5.1 remove white space at the ends of texts", False,
     ),
     Rule(lambda model: True, ("LangChain",), Status.CONDITIONAL, "for texts without line breaks, which become spaces", False),
     Rule(
