@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -13,8 +14,10 @@ from types import FrameType, TracebackType
 from jaxembed.devices import processes
 from jaxembed.devices.deadline import call_if_late
 from jaxembed.devices.group_exit import print_error
+from jaxembed.devices.standard_streams import LossyStream
 from jaxembed.errors import Stopped, interrupt_signal
 
+MAX_UNWINDING_S = 20.0  # for a block that was interrupted, with whatever it cleans up
 RESUME_MESSAGE = "the run continues from its last checkpoint, if it has one. Run the same command."
 
 
@@ -29,21 +32,26 @@ def stop_signals() -> list[int]:
 
 
 @contextmanager
-def handle_stop_signals(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+def handle_stop_signals(handle: Callable[[int, FrameType | None], None], wakeup_descriptor: int = -1) -> Iterator[None]:
     """Handle `stop_signals` inside the block, and restore the previous handlers at its end.
 
     With several processes JAX handles SIGTERM, to notify the others, so that signal is left to it. Outside the main thread
     Python accepts no handlers, and signals keep their meaning.
 
     Args:
-        handle: Called with the number of the signal and the interrupted frame.
+        handle: Called in the main thread with the number of the signal and the interrupted frame, once Python code runs there.
+        wakeup_descriptor: Gets the number of a signal at once, as a byte (`signal.set_wakeup_fd`). Default: none.
     """
-    is_main = threading.current_thread() is threading.main_thread()
-    handled = [number for number in stop_signals() if number != signal.SIGTERM or processes.count() == 1] if is_main else []
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handled = [number for number in stop_signals() if number != signal.SIGTERM or processes.count() == 1]
     previous = {number: signal.signal(number, handle) for number in handled}
+    previous_descriptor = signal.set_wakeup_fd(wakeup_descriptor, warn_on_full_buffer=False)
     try:
         yield
     finally:
+        signal.set_wakeup_fd(previous_descriptor, warn_on_full_buffer=False)
         for number, handler in previous.items():
             signal.signal(number, handler)
 
@@ -52,20 +60,49 @@ def handle_stop_signals(handle: Callable[[int, FrameType | None], None]) -> Iter
 def stop_on_signals(message: str) -> Iterator[None]:
     """Turn `stop_signals` inside the block into `Stopped` with a message.
 
+    A signal raises `KeyboardInterrupt` in the main thread. That can take long, as while a program compiles, and callbacks of
+    libraries may swallow it. So the process ends with the message after `MAX_UNWINDING_S` if the block has not ended by then.
+
     A process of a group cannot stop alone: there the signals keep the meaning that they have outside the block.
     """
     if processes.count() > 1:
         yield
         return
-    with handle_stop_signals(_interrupt):
+    received: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        raise KeyboardInterrupt(number)  # libraries that catch `Exception` do not catch it
+
+    with _exit_if_stuck(message) as wakeup_descriptor, handle_stop_signals(interrupt, wakeup_descriptor):
         try:
             yield
-        except KeyboardInterrupt as interrupt:
-            raise Stopped(message, interrupt_signal(interrupt)) from None
+        except KeyboardInterrupt as error:
+            raise Stopped(message, interrupt_signal(error)) from None
+        if received:
+            raise Stopped(message, received[0])
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt(signal.Signals(number))  # libraries that catch `Exception` do not catch it
+@contextmanager
+def _exit_if_stuck(message: str) -> Iterator[int]:
+    """Yield a descriptor for the numbers of signals. End the process if the block does not end soon after one."""
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    has_ended = threading.Event()
+
+    def watch() -> None:
+        with open(read_end, "rb", buffering=0) as signals:
+            while number := signals.read(1):  # nothing once the block has ended
+                if number[0] in stop_signals() and not has_ended.wait(MAX_UNWINDING_S):
+                    print(f"\nstopped: {message}", file=LossyStream(sys.stderr), flush=True)
+                    os._exit(128 + number[0])
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield write_end
+    finally:
+        has_ended.set()
+        os.close(write_end)
 
 
 class StopRequest:
@@ -99,7 +136,7 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal and number == signal.SIGINT:
-            _interrupt(number, frame)
+            raise KeyboardInterrupt(number)
         self.signal = number
         if processes.count() > 1:
             os.kill(os.getpid(), signal.SIGTERM)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 
 from jaxembed.devices import processes
 from jaxembed.errors import Stopped
+from jaxembed.training import shutdown
 from jaxembed.training.shutdown import StopRequest, stop_on_signals
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -60,3 +64,26 @@ def test_with_several_processes_all_signals_become_a_sigterm(monkeypatch: pytest
         for number in SIGNALS[2:]:
             os.kill(os.getpid(), number)
     assert received == [signal.SIGTERM] * 3
+
+
+@pytest.mark.parametrize("is_stuck", [False, True])
+def test_a_signal_that_is_swallowed_still_ends_the_command(is_stuck: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A callback of a library may swallow the exception, and the main thread may be stuck in other code than Python's."""
+    codes: list[int] = []
+    exited = threading.Event()
+    monkeypatch.setattr(shutdown, "MAX_UNWINDING_S", 0.05)
+    monkeypatch.setattr(os, "_exit", lambda code: (codes.append(code), exited.set()))
+    with pytest.raises(Stopped, match="nothing is lost"), stop_on_signals("nothing is lost"):
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert exited.wait(10 if is_stuck else 0) == is_stuck
+    assert codes == [128 + signal.SIGTERM] * is_stuck
+
+
+def test_a_run_that_saves_its_state_has_no_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutdown, "MAX_UNWINDING_S", 0.01)
+    monkeypatch.setattr(os, "_exit", lambda code: pytest.fail("ended before the checkpoint"))
+    with stop_on_signals("nothing is lost"), StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.2)
+        assert stop.is_due(1)
