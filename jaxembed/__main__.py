@@ -14,6 +14,7 @@ COMMANDS = {
     "encode": "write the vectors of texts",
     "evaluate": "score a model on MTEB tasks",
     "export": "write a sentence-transformers folder",
+    "verify": "compare a running server with the folder that it serves",
     "merge": "average several models",
 }
 USAGE = "usage: jaxembed COMMAND ...\n\n" + "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())

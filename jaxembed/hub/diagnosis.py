@@ -1,0 +1,285 @@
+"""Find out what a server does differently from its folder, by trying variants of the model in JAX.
+
+A variant is a decoder (mask, positions), a tokenization, and what follows the decoder (pooling, projection). The decoder runs
+once for each decoder and tokenization; all poolings are computed from its hidden states. The fewest differences that give the
+vectors of the server are the diagnosis.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxembed.data.packing import PackedTexts
+from jaxembed.devices.cpu import compiler_options
+from jaxembed.devices.processes import progress_bar
+from jaxembed.hub.embedder import Apply, Embedder, stack_layers
+from jaxembed.hub.parity import Probe
+from jaxembed.hub.variants import (
+    Change,
+    Changes,
+    DecoderVariant,
+    PoolVariant,
+    TokenVariant,
+    iter_truncation_variants,
+    list_decoder_variants,
+    list_pool_variants,
+    list_token_variants,
+)
+from jaxembed.model.decoder import Decoder
+from jaxembed.model.masks import MASKS
+
+TEXTS_PER_PROMPT, MAX_SHORT_TEXTS = 4, 24  # texts that all variants are tried on
+MAX_EXTENDED_MATCHES = 4  # variants that explain the short texts and are tried on the long ones
+HALF_DTYPES = ("float16", "bfloat16")
+# Allowed distance from the exact vectors, in multiples of that of our own computation in half precision. Export allows 1.5
+# times the difference of a number; 1 - cosine is half the squared distance.
+HALF_PRECISION_SLACK = 1.5**2
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """A set of differences, and the least cosine between its vectors and those of the server."""
+
+    changes: Changes
+    cosine: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagnosis:
+    """What a server does differently.
+
+    Attributes:
+        matches: Sets of equally few differences, each of which gives the server's vectors. They cannot be told apart. Empty: no
+            variant does. A set without differences: the vectors are the folder's.
+        closest: The variant whose vectors are closest to the server's.
+    """
+
+    matches: list[Match]
+    closest: Match
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Candidate:
+    """A variant, and the cosines between its vectors and those of the server on some texts."""
+
+    decoder: DecoderVariant
+    tokens: TokenVariant
+    pool_index: int
+    changes: Changes
+    cosines: np.ndarray
+
+    @property
+    def cosine(self) -> float:
+        return float(self.cosines.min())
+
+    def count_equal(self, min_cosine: float) -> int:
+        return int(np.count_nonzero(self.cosines >= min_cosine))
+
+    def to_match(self) -> Match:
+        return Match(self.changes, self.cosine)
+
+
+class VariantEncoder:
+    """Computes the vectors of probe texts under variants. Each pass of the decoder is computed once.
+
+    Attributes:
+        embedder: The model.
+        probes: N probe texts.
+        width: Width of the vectors; longer ones are cut.
+        dim: Width that the server was asked for. None: the model's.
+        decoders, tokenizations, pools: The variants. The first of each is the model's own.
+    """
+
+    def __init__(self, embedder: Embedder, probes: Sequence[Probe], width: int, dim: int | None = None):
+        self.embedder, self.probes, self.width = embedder, probes, width
+        self.decoders = list_decoder_variants(embedder)
+        self.tokenizations = list_token_variants(embedder)
+        self.pools = list_pool_variants(embedder, width, dim)
+        self._programs: dict[DecoderVariant, Apply] = {}
+        self._half_precision: dict[tuple[str, tuple[int, ...]], np.ndarray] = {}
+        self._truncations: dict[tuple[TokenVariant, int, tuple[int, ...]], list[TokenVariant]] = {}
+        self._vectors: dict[tuple[DecoderVariant, TokenVariant, tuple[int, ...]], np.ndarray] = {}
+
+    @functools.cached_property
+    def input_lengths(self) -> np.ndarray:
+        """Tokens of each whole input, before truncation, int64 [N]."""
+        texts, prompts = [probe.text for probe in self.probes], [probe.prompt for probe in self.probes]
+        return self.embedder.tokenizer.count_untruncated_tokens(texts, prompts)
+
+    def select_short(self, indices: Iterable[int]) -> list[int]:
+        """Return the indices of the shortest texts of each prompt, few in all."""
+        by_length = sorted(indices, key=lambda i: (self.input_lengths[i], i))
+        prompts = dict.fromkeys(self.probes[i].prompt for i in sorted(by_length))
+        groups = [[i for i in by_length if self.probes[i].prompt == prompt][:TEXTS_PER_PROMPT] for prompt in prompts]
+        return sorted(itertools.chain.from_iterable(groups[: MAX_SHORT_TEXTS // TEXTS_PER_PROMPT]))
+
+    def encode(self, decoder: DecoderVariant, tokens: TokenVariant, indices: Sequence[int]) -> np.ndarray:
+        """Return the unit vectors of n texts under every variant of `pools`, float32 [n, P, W]."""
+        key = decoder, tokens, tuple(indices)
+        if key not in self._vectors:
+            self._vectors[key] = self._compute(self._program(decoder), tokens, indices)
+        return self._vectors[key]
+
+    def encode_unchanged(self, indices: Sequence[int]) -> np.ndarray:
+        """Return the unit vectors of n texts without differences, float32 [n, W]."""
+        return self.encode(self.decoders[0], self.tokenizations[0], indices)[:, 0]
+
+    def encode_in_half_precision(self, dtype: str, indices: Sequence[int]) -> np.ndarray:
+        """Return the unit vectors of n texts, computed without differences in a dtype, float32 [n, W]."""
+        key = dtype, tuple(indices)
+        if key not in self._half_precision:
+            program = self._compile(self.decoders[0], self.pools[:1], dtype)
+            self._half_precision[key] = self._compute(program, self.tokenizations[0], indices)[:, 0]
+        return self._half_precision[key]
+
+    def list_truncations(self, base: TokenVariant, indices: Sequence[int], server_lengths: Sequence[int]) -> list[TokenVariant]:
+        """Return a tokenization with other truncations of n texts (`iter_truncation_variants`)."""
+        key = base, int(self.input_lengths[list(indices)].max()), tuple(server_lengths)
+        if key not in self._truncations:
+            max_positions = self.embedder.model.decoder.max_positions
+            self._truncations[key] = list(iter_truncation_variants(base, key[1], max_positions, server_lengths))
+        return self._truncations[key]
+
+    def _compute(self, program: Apply, tokens: TokenVariant, indices: Sequence[int]) -> np.ndarray:
+        inputs = [tokens.rewrite(self.probes[i].prompt, self.probes[i].text) for i in indices]
+        embedder = dataclasses.replace(self.embedder, tokenizer=tokens.tokenizer)
+        prompts, texts = zip(*inputs, strict=True)
+        vectors = embedder.apply_to_texts(texts, prompts, program, few_shapes=True)
+        return to_unit_vectors(vectors)
+
+    def _program(self, decoder: DecoderVariant) -> Apply:
+        if decoder not in self._programs:
+            self._programs[decoder] = self._compile(decoder, self.pools, self.embedder.model.compute.dtype)
+        return self._programs[decoder]
+
+    def _compile(self, variant: DecoderVariant, pools: Sequence[PoolVariant], dtype: Any) -> Apply:
+        """Return a program from packed texts to the vectors [R, S, P, W] of variants after one pass of the decoder."""
+        compute = dataclasses.replace(self.embedder.model.compute, dtype=jnp.dtype(dtype))
+        model = self.embedder.model.clone(decoder=variant.decoder, compute=compute)
+        decoder, width = Decoder(variant.decoder, MASKS[variant.attention], compute), self.width
+
+        def apply(params: Any, packed: PackedTexts) -> jax.Array:
+            params = stack_layers(params)
+            hidden = decoder.apply({"params": params["decoder"]}, packed)
+            each = [model.clone(spec=pool.spec).apply({"params": params}, packed, hidden)[..., :width] for pool in pools]
+            return jnp.stack(each, axis=2)
+
+        return jax.jit(apply, compiler_options=compiler_options())
+
+
+def to_unit_vectors(vectors: np.ndarray) -> np.ndarray:
+    """Scale vectors [..., W] to unit length. Zeros remain zeros."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+
+
+def measure_half_precision(encoder: VariantEncoder, dtype: str, indices: Sequence[int]) -> float:
+    """Return the least cosine that half precision explains: our own error in that dtype, with some slack."""
+    exact = encoder.encode_unchanged(indices)
+    own = np.sum(exact * encoder.encode_in_half_precision(dtype, indices), axis=-1).min()
+    return 1 - HALF_PRECISION_SLACK * (1 - float(own))
+
+
+def diagnose(
+    encoder: VariantEncoder, served: np.ndarray, indices: Sequence[int], min_cosine: float, server_lengths: Sequence[int] = ()
+) -> Diagnosis:
+    """Find the differences that explain the vectors of a server.
+
+    Args:
+        encoder: Computes variants.
+        served: Unit vectors of the server [N, W].
+        indices: The texts that the server has encoded, n of the N.
+        min_cosine: Cosine from which on two vectors count as equal.
+        server_lengths: Token limits that the server states.
+    """
+    return _Search(encoder, served, list(indices), server_lengths).run(min_cosine)
+
+
+class _Search:
+    """The search for the differences of one server. See `diagnose` for the arguments."""
+
+    def __init__(self, encoder: VariantEncoder, served: np.ndarray, indices: list[int], server_lengths: Sequence[int]):
+        self.encoder, self.served, self.indices, self.server_lengths = encoder, served, indices, server_lengths
+        self.short = encoder.select_short(indices)
+        self.candidates: list[_Candidate] = []
+
+    def run(self, min_cosine: float) -> Diagnosis:
+        """Search at the precision of float32, then at those of half precision."""
+        matches = self._search(min_cosine)
+        if not matches and min_cosine > measure_half_precision(self.encoder, HALF_DTYPES[-1], self.short):
+            for dtype in HALF_DTYPES:
+                bound = min(min_cosine, measure_half_precision(self.encoder, dtype, self.short))
+                rounding = Change("dtype", f"{dtype} or a similar rounding", "float32")
+                if found := self._extend(_select_fewest_changes(self.candidates, bound), bound):
+                    matches = [dataclasses.replace(match, changes=(*match.changes, rounding)) for match in found]
+                    break
+        return Diagnosis(matches, max(self.candidates, key=lambda candidate: candidate.cosine).to_match())
+
+    def _search(self, min_cosine: float) -> list[Match]:
+        """Try single differences of a pass of the decoder, then truncations, then pairs."""
+        passes = list(itertools.product(self.encoder.decoders, self.encoder.tokenizations))
+        self._try_passes([both for both in passes if _count_changes(both) <= 1])
+        matched = _select_fewest_changes(self.candidates, min_cosine)
+        if matched and len(matched[0].changes) <= 1:
+            return self._extend(matched, min_cosine)
+        # Texts that one variant explains, and longer ones that it does not: the server may truncate even the short texts.
+        best = max(self.candidates, key=lambda candidate: (candidate.count_equal(min_cosine), -len(candidate.changes)))
+        if 0 < best.count_equal(min_cosine) < len(self.short) and (matches := self._explain_failing(best, min_cosine)):
+            return matches
+        self._try_passes([both for both in passes if _count_changes(both) > 1])
+        return self._extend(_select_fewest_changes(self.candidates, min_cosine), min_cosine)
+
+    def _try_passes(self, passes: Sequence[tuple[DecoderVariant, TokenVariant]]) -> None:
+        """Add a candidate for each pass and each variant of what follows it, with the cosines on short texts."""
+        for decoder, tokens in progress_bar(passes, unit="variants", leave=False):
+            vectors = self.encoder.encode(decoder, tokens, self.short)
+            cosines = np.einsum("npw,nw->pn", vectors, self.served[self.short])
+            for p, pool in enumerate(self.encoder.pools):
+                changes = decoder.changes + tokens.changes + pool.changes
+                self.candidates.append(_Candidate(decoder, tokens, p, changes, cosines[p]))
+
+    def _extend(self, matched: Sequence[_Candidate], min_cosine: float) -> list[Match]:
+        """Return those matches on short texts that explain all texts, or else what the first one with a truncation explains."""
+        extended = [self._measure(candidate, self.indices) for candidate in matched[:MAX_EXTENDED_MATCHES]]
+        complete = [candidate.to_match() for candidate in extended if candidate.cosine >= min_cosine]
+        return complete or (self._explain_failing(extended[0], min_cosine) if extended else [])
+
+    def _explain_failing(self, base: _Candidate, min_cosine: float) -> list[Match]:
+        """Return variants of a candidate that explain all texts, although the candidate explains only some of them."""
+        cosines = self._measure(base, self.indices).cosines
+        failing = [i for i, cosine in zip(self.indices, cosines, strict=True) if cosine < min_cosine]
+        tried = [self._measure(other, failing[:1]) for other in self._iter_long_variants(base, failing)]
+        others = [self._measure(other, self.indices) for other in tried if other.cosine >= min_cosine]
+        return [candidate.to_match() for candidate in _select_fewest_changes(others, min_cosine)]
+
+    def _iter_long_variants(self, base: _Candidate, failing: Sequence[int]) -> Iterable[_Candidate]:
+        """Yield variants of a candidate that may differ on long texts alone: truncation, windows, rotary positions."""
+        pool = self.encoder.pools[base.pool_index]
+        if not base.decoder.changes:
+            for decoder in self.encoder.decoders[1:]:
+                yield dataclasses.replace(base, decoder=decoder, changes=decoder.changes + base.changes)
+        for tokens in self.encoder.list_truncations(base.tokens, failing, self.server_lengths):
+            yield dataclasses.replace(base, tokens=tokens, changes=base.decoder.changes + tokens.changes + pool.changes)
+
+    def _measure(self, candidate: _Candidate, indices: Sequence[int]) -> _Candidate:
+        """Return a candidate with its cosines on some texts."""
+        vectors = self.encoder.encode(candidate.decoder, candidate.tokens, indices)[:, candidate.pool_index]
+        return dataclasses.replace(candidate, cosines=np.sum(vectors * self.served[list(indices)], axis=-1))
+
+
+def _count_changes(both: tuple[DecoderVariant, TokenVariant]) -> int:
+    return sum(len(variant.changes) for variant in both)
+
+
+def _select_fewest_changes(candidates: Sequence[_Candidate], min_cosine: float) -> list[_Candidate]:
+    """Return the matching candidates with the fewest changes, the closest first."""
+    matching = [candidate for candidate in candidates if candidate.cosine >= min_cosine]
+    fewest = min((len(candidate.changes) for candidate in matching), default=0)
+    return sorted((c for c in matching if len(c.changes) == fewest), key=lambda c: -c.cosine)

@@ -1,0 +1,209 @@
+"""Ask a server for JSON over HTTP, with retries while it is busy and one-line errors. Uses Python's own library alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import http.client
+import json
+import logging
+import math
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Mapping
+from typing import IO, Any
+
+from jaxembed.errors import UserError, summarize
+
+log = logging.getLogger("jaxembed")
+
+BUSY_STATUSES = (429, 503)  # too many requests, and a model that is still being loaded
+KEY_STATUSES = (401, 403)
+MAX_ATTEMPTS = 5  # of a request that a busy server refuses
+FIRST_WAIT_S, MAX_WAIT_S = 1.0, 30.0  # the wait doubles, unless the server says how long
+MAX_ANSWER_BYTES = 2**28
+MAX_QUOTED_CHARS = 300
+
+
+class _KeepRedirects(urllib.request.HTTPRedirectHandler):
+    """Returns redirects as they are. A key must not follow one to another host."""
+
+    def redirect_request(self, *args: Any) -> None:
+        """Refuse to follow."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What a server answered.
+
+    Attributes:
+        url: What was asked.
+        status: HTTP status.
+        content: The JSON value of the body; None if the body is not JSON.
+        text: The body.
+    """
+
+    url: str
+    status: int
+    content: Any
+    text: str
+
+    @property
+    def is_ok(self) -> bool:
+        """Whether the server has done what was asked."""
+        return 200 <= self.status < 300
+
+    def read_object(self) -> Mapping[str, Any]:
+        """Return the JSON object of a good answer; an empty one for any other answer."""
+        return self.content if self.is_ok and isinstance(self.content, dict) else {}
+
+    def quote_error(self) -> str:
+        """Return the server's error message on a short line: `error`, `error.message`, `message` or `detail` of its JSON."""
+        content = self.content
+        if isinstance(content, dict):
+            content = content.get("error") or content.get("message") or content.get("detail") or content
+        if isinstance(content, dict):
+            content = content.get("message") or content
+        return summarize(self.text if content is None else content, MAX_QUOTED_CHARS)
+
+
+@dataclasses.dataclass(frozen=True)
+class HttpClient:
+    """Asks the paths below one URL.
+
+    Attributes:
+        root: URL, without a slash at its end.
+        key: Bearer token of every request. Empty: none is sent.
+        key_variable: Environment variable that the key comes from, for messages.
+        timeout_s: Seconds that an answer may take.
+    """
+
+    root: str
+    key: str = ""
+    key_variable: str = ""
+    timeout_s: float = 60.0
+
+    def get(self, path: str) -> Answer:
+        """Get a path.
+
+        Raises:
+            UserError: The server cannot be reached, takes too long, stays busy, redirects, or needs another key.
+        """
+        return self._ask(path, None)
+
+    def post(self, path: str, content: Any) -> Answer:
+        """Post a JSON value to a path.
+
+        Raises:
+            UserError: As for `get`.
+        """
+        return self._ask(path, json.dumps(content).encode())
+
+    def _ask(self, path: str, body: bytes | None) -> Answer:
+        wait_s = FIRST_WAIT_S
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            answer, headers = self._ask_once(path, body)
+            if answer.status not in BUSY_STATUSES or attempt == MAX_ATTEMPTS:
+                break
+            seconds = min(_parse_seconds(headers.get("Retry-After")) or wait_s, MAX_WAIT_S)
+            log.info("%s: busy (status %d); asking again in %g s", answer.url, answer.status, seconds)
+            time.sleep(seconds)
+            wait_s *= 2
+        self._check(answer, headers)
+        return answer
+
+    def _ask_once(self, path: str, body: bytes | None) -> tuple[Answer, Mapping[str, str]]:
+        """Send one request. Return the answer and its headers."""
+        url = self.root + path
+        headers = {"Accept": "application/json"}
+        if body is not None:
+            headers["Content-Type"] = "application/json"
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        opener = urllib.request.build_opener(_KeepRedirects)
+        try:
+            try:
+                response = opener.open(urllib.request.Request(url, body, headers), timeout=self.timeout_s)
+            except urllib.error.HTTPError as error:
+                response = error  # an answer too
+            with response:
+                text = _read_body(response, url)
+                return Answer(url, response.status, _parse_json(text), text), response.headers
+        except TimeoutError:
+            raise self._explain_timeout(url) from None
+        except urllib.error.URLError as error:
+            if isinstance(error.reason, TimeoutError):
+                raise self._explain_timeout(url) from None
+            raise UserError(f"{url}: cannot be reached ({summarize(error.reason)}). {REACH_ADVICE}") from None
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            detail = summarize(error) or type(error).__name__
+            raise UserError(f"{url}: the request failed ({detail}). {REACH_ADVICE}") from None
+
+    def _explain_timeout(self, url: str) -> UserError:
+        return UserError(f"{url}: no answer within {self.timeout_s:g} s. Check the server, or raise --timeout.")
+
+    def _check(self, answer: Answer, headers: Mapping[str, str]) -> None:
+        """Raise `UserError` for an answer that no other request will improve."""
+        if answer.status in KEY_STATUSES:
+            state = "does not accept the key in" if self.key else "needs a key, which is read from"
+            raise UserError(
+                f"{answer.url}: the server {state} the environment variable {self.key_variable} (status {answer.status}: "
+                f"{answer.quote_error()}). Set it to a key of this server."
+            )
+        if answer.status in BUSY_STATUSES:
+            raise UserError(
+                f"{answer.url}: still busy after {MAX_ATTEMPTS} requests (status {answer.status}: {answer.quote_error()}). "
+                "Try again later."
+            )
+        if 300 <= answer.status < 400:
+            target = headers.get("Location", "an unknown place")
+            raise UserError(f"{answer.url}: redirects to {target} (status {answer.status}). Give the URL of the server itself.")
+
+
+REACH_ADVICE = "Check that the server runs, and the host and port of the URL."
+
+
+def parse_root(url: str) -> str:
+    """Return a URL without slashes at its end.
+
+    Raises:
+        UserError: It is not an http or https URL, or it contains a password.
+    """
+    expected = "expected one such as http://localhost:8000"
+    try:
+        parts = urllib.parse.urlsplit(url)
+        is_valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_valid = False
+    if not is_valid or any(c.isspace() for c in url):
+        raise UserError(f"{url}: not the URL of a server ({expected}). Start it with http:// or https://.")
+    if parts.username is not None or parts.password is not None:
+        raise UserError("URL: contains a user name or a password (expected none). Put the key into an environment variable.")
+    if parts.query or parts.fragment:
+        raise UserError(f"{url}: has a query or a fragment ({expected}). Remove everything from the ? or # on.")
+    return url.rstrip("/")
+
+
+def _read_body(response: IO[bytes], url: str) -> str:
+    body = response.read(MAX_ANSWER_BYTES + 1)
+    if len(body) > MAX_ANSWER_BYTES:
+        raise UserError(f"{url}: the answer is longer than {MAX_ANSWER_BYTES:,} bytes. Check the URL.")
+    return body.decode("utf-8", errors="replace")
+
+
+def _parse_json(text: str) -> Any:
+    """Return a JSON value, or None if the text is not JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _parse_seconds(text: str | None) -> float:
+    """Return the seconds of a Retry-After header; 0 if it has none, or a date."""
+    try:
+        seconds = float(text or 0)
+    except ValueError:
+        return 0.0
+    return seconds if math.isfinite(seconds) and seconds > 0 else 0.0

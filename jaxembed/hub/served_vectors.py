@@ -1,0 +1,297 @@
+"""Ask embedding servers for vectors: OpenAI's API and those of TEI, vLLM, llama.cpp and Ollama.
+
+Servers do not add a model's prompt. The client sends prompt and text as one string.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxembed.errors import UserError
+from jaxembed.hub.http_client import Answer, HttpClient
+
+# Statuses with which servers refuse an input. vLLM, TEI and Ollama: 400, 413 or 422; llama.cpp: 500 with one of the phrases.
+REFUSAL_STATUSES = (400, 413, 422)
+LLAMA_CPP_REFUSALS = ("too large to process", "larger than the max context size", "exceeds the available context size")
+MAX_TEXTS_PER_REQUEST = 16  # TEI takes 32 by default
+MAX_LISTED_MODELS = 10
+
+
+class InputRefused(Exception):
+    """The server refuses these inputs, for example because they are too long. The message is the server's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Api:
+    """A way to ask for vectors.
+
+    Attributes:
+        paths: Where the API may be, below the URL of the server. The first one that exists is used.
+        inputs_key: Key of the texts in a request.
+        read_items: Returns what an answer has for each text, in the order of the texts.
+        fixed: Further entries of every request.
+        takes_model: Whether a request names the model.
+    """
+
+    paths: tuple[str, ...]
+    inputs_key: str
+    read_items: Callable[[Any], list[Any]]
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    takes_model: bool = True
+
+
+def _read_openai_items(content: Any) -> list[Any]:
+    """Return the vectors of `{"data": [{"index": 0, "embedding": [...]}, ...]}`. vLLM's /pooling calls them `data`."""
+    items = sorted(content["data"], key=lambda item: item["index"])
+    return [item["embedding"] if "embedding" in item else item["data"] for item in items]
+
+
+def _read_llama_cpp_items(content: Any) -> list[Any]:
+    """Return the vectors of `[{"index": 0, "embedding": [[...]]}, ...]`. A server without pooling returns one per token."""
+    items = [item["embedding"] for item in sorted(content, key=lambda item: item["index"])]
+    return [item[0] if len(item) == 1 and isinstance(item[0], list) else item for item in items]
+
+
+APIS = {
+    "openai": Api(("/v1/embeddings", "/embeddings"), "input", _read_openai_items, {"encoding_format": "float"}),
+    "tei": Api(("/embed",), "inputs", list, {"truncate": True}, takes_model=False),
+    "vllm": Api(("/pooling",), "input", _read_openai_items, {"task": "embed", "encoding_format": "float"}),
+    "llama.cpp": Api(("/embeddings", "/embedding"), "input", _read_llama_cpp_items, takes_model=False),
+    "ollama": Api(("/api/embed",), "input", lambda content: list(content["embeddings"]), {"truncate": True}),
+}
+# The API that `auto` chooses for a program. All other servers are asked by OpenAI's.
+PREFERRED_APIS = {"TEI": "tei", "Ollama": "ollama"}
+# Requests to vLLM need this in both of its APIs: without it, vLLM refuses long texts instead of truncating them.
+VLLM_TRUNCATION = {"truncate_prompt_tokens": -1}
+# Programs by the `owned_by` of their models.
+MODEL_OWNERS = {"vllm": "vLLM", "llamacpp": "llama.cpp", "infinity": "infinity", "library": "Ollama"}
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerInfo:
+    """What a server says about itself.
+
+    Attributes:
+        program: Name of the program; empty if unknown.
+        version: Its version; empty if unknown.
+        models: Names of the models that it lists.
+        dtype: Dtype of its computation; empty if it does not say.
+        max_lengths: Token limits that it states.
+    """
+
+    program: str = ""
+    version: str = ""
+    models: tuple[str, ...] = ()
+    dtype: str = ""
+    max_lengths: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        """Return program and version."""
+        return f"{self.program or 'a server of unknown kind'} {self.version}".rstrip()
+
+
+def identify_server(client: HttpClient) -> ServerInfo:
+    """Ask a server which program it is and which models it has.
+
+    Raises:
+        UserError: The server cannot be reached, or needs a key.
+    """
+    # TEI has /info and lists no models.
+    tei = client.get("/info").read_object()
+    if "model_id" in tei and "max_input_length" in tei:
+        names = dict.fromkeys(str(tei[key]) for key in ("served_model_name", "model_id") if tei.get(key))
+        limit = tei["max_input_length"]
+        return ServerInfo("TEI", str(tei.get("version", "")), tuple(names), str(tei.get("model_dtype", "")), _integers(limit))
+    # Everything else lists its models; infinity without /v1.
+    listed = client.get("/v1/models").read_object() or client.get("/models").read_object()
+    models = [model for model in listed.get("data") or [] if isinstance(model, dict) and "id" in model]
+    names = dict.fromkeys(str(model["id"]) for model in models)
+    info = ServerInfo(models=tuple(names), max_lengths=_integers(*(model.get("max_model_len") for model in models)))
+    program = next((MODEL_OWNERS[o] for model in models if (o := model.get("owned_by")) in MODEL_OWNERS), "")
+    if program == "vLLM":
+        version = client.get("/version").read_object().get("version", "")
+        return dataclasses.replace(info, program=program, version=str(version))
+    if program == "llama.cpp":
+        return _read_llama_cpp_properties(client, info)
+    if program == "infinity":
+        return dataclasses.replace(info, program=program, dtype=str(models[0].get("dtype", "")))
+    if version := client.get("/api/version").read_object().get("version"):
+        return _read_ollama_models(client, dataclasses.replace(info, program="Ollama", version=str(version)))
+    return dataclasses.replace(info, program=program)
+
+
+def _read_llama_cpp_properties(client: HttpClient, info: ServerInfo) -> ServerInfo:
+    properties = client.get("/props").read_object()
+    settings = properties.get("default_generation_settings")
+    limit = settings.get("n_ctx") if isinstance(settings, dict) else None
+    version = str(properties.get("build_info", ""))
+    return dataclasses.replace(info, program="llama.cpp", version=version, max_lengths=_integers(limit))
+
+
+def _read_ollama_models(client: HttpClient, info: ServerInfo) -> ServerInfo:
+    models = client.get("/api/tags").read_object().get("models") or []
+    names = [str(model["name"]) for model in models if isinstance(model, dict) and "name" in model]
+    return dataclasses.replace(info, models=tuple(names) or info.models)
+
+
+def _integers(*values: Any) -> tuple[int, ...]:
+    """Return those values that are positive integers."""
+    return tuple(value for value in values if isinstance(value, int) and value > 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingServer:
+    """A server that is asked for the vectors of one model by one API.
+
+    Attributes:
+        client: Asks the server.
+        info: What the server says about itself.
+        api_name: Key of `APIS`.
+        path: Path of the API.
+        model: Name of the model; empty if none is sent.
+        dim: Width that is asked for. None: the server's own.
+    """
+
+    client: HttpClient
+    info: ServerInfo
+    api_name: str
+    path: str
+    model: str
+    dim: int | None = None
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """Return the vectors of texts of one request, float64 [N, W].
+
+        Raises:
+            UserError: The server cannot be reached, fails, or its answer is not one vector of finite numbers per text.
+            InputRefused: The server refuses these texts.
+        """
+        answer = self.client.post(self.path, self._build_request(texts))
+        _check_answer(answer, self)
+        try:
+            items = APIS[self.api_name].read_items(answer.content)
+        except (KeyError, TypeError, IndexError):
+            raise UserError(
+                f"{answer.url}: the answer has no vectors where the API {self.api_name} has them (it starts with "
+                f"{answer.text[:60]!r}). Choose another --api."
+            ) from None
+        return _parse_vectors(items, len(texts), answer.url)
+
+    def encode_in_groups(self, texts: Sequence[str]) -> np.ndarray:
+        """Return the vectors of texts, `MAX_TEXTS_PER_REQUEST` in each request, float64 [N, W]. Raises as `encode` does."""
+        starts = range(0, len(texts), MAX_TEXTS_PER_REQUEST)
+        return np.concatenate([self.encode(texts[start : start + MAX_TEXTS_PER_REQUEST]) for start in starts])
+
+    def _build_request(self, texts: Sequence[str]) -> dict[str, Any]:
+        api = APIS[self.api_name]
+        model = {"model": self.model} if api.takes_model and self.model else {}
+        truncation = VLLM_TRUNCATION if self.info.program == "vLLM" or self.api_name == "vllm" else {}
+        width = {} if self.dim is None else {"dimensions": self.dim}
+        return {api.inputs_key: list(texts), **model, **api.fixed, **truncation, **width}
+
+
+def connect(client: HttpClient, api_name: str = "auto", model: str | None = None, dim: int | None = None) -> EmbeddingServer:
+    """Find the API and the model of a server.
+
+    Args:
+        client: Asks the server. Its root may end in the path of an API, such as /v1 or /v1/embeddings.
+        api_name: Key of `APIS`, or auto.
+        model: Name of the model. Default: the first one that the server lists.
+        dim: Width to ask for. Default: the server's own.
+
+    Raises:
+        UserError: The server cannot be reached, or has no such model or API.
+    """
+    client = dataclasses.replace(client, root=_strip_api_path(client.root))
+    info = identify_server(client)
+    # Ollama also answers to names without their tag.
+    if model is not None and info.models and model not in info.models and f"{model}:latest" not in info.models:
+        raise UserError(f"--model: the server has no model {model!r} (it lists {_list_models(info)}). Name one of those.")
+    if api_name == "auto":
+        api_name = PREFERRED_APIS.get(info.program, "openai")
+    chosen_model = model or next(iter(info.models), "")
+    for path in APIS[api_name].paths:
+        server = EmbeddingServer(client, info, api_name, path, chosen_model, dim)
+        if _has_path(server):
+            return server
+    paths = " or ".join(APIS[api_name].paths)
+    raise UserError(
+        f"{client.root}: has no embeddings at {paths} ({info}; status 404). Give the root URL of an embedding server, or "
+        "another --api."
+    )
+
+
+def _strip_api_path(root: str) -> str:
+    """Return the root of a server, given its URL with or without the path of an API."""
+    paths = sorted((path for api in APIS.values() for path in api.paths), key=len, reverse=True)
+    for path in (*paths, "/v1", "/api"):
+        if root.endswith(path):
+            return root.removesuffix(path)
+    return root
+
+
+def _has_path(server: EmbeddingServer) -> bool:
+    """Return whether the path of a server's API exists. 405: only with another method, which this API does not use."""
+    answer = server.client.post(server.path, server._build_request(["text"]))
+    return answer.status not in (404, 405) or _names_missing_model(answer)
+
+
+def _names_missing_model(answer: Answer) -> bool:
+    """Return whether a 404 is about the model of the request, not about the path."""
+    return isinstance(answer.content, dict) and "model" in answer.quote_error().lower()
+
+
+def _list_models(info: ServerInfo) -> str:
+    names = ", ".join(info.models[:MAX_LISTED_MODELS])
+    return names + (", ..." if len(info.models) > MAX_LISTED_MODELS else "") or "none"
+
+
+def _check_answer(answer: Answer, server: EmbeddingServer) -> None:
+    """Raise `UserError` or `InputRefused` unless the answer is good JSON."""
+    message = answer.quote_error()
+    if answer.is_ok and answer.content is not None:
+        return
+    if answer.is_ok:
+        kind = "an HTML page" if "<html" in answer.text[:1000].lower() else "not JSON"
+        raise UserError(f"{answer.url}: the answer is {kind} (it starts with {answer.text[:60]!r}). Check the URL.")
+    if answer.status == 404:
+        raise UserError(
+            f"{answer.url}: the server has no model {server.model!r} (it lists {_list_models(server.info)}; status 404: "
+            f"{message}). Name one by --model."
+        )
+    if answer.status in REFUSAL_STATUSES or any(phrase in message for phrase in LLAMA_CPP_REFUSALS):
+        raise InputRefused(f"status {answer.status}: {message}")
+    raise UserError(f"{answer.url}: the server failed (status {answer.status}: {message}). Look into its log.")
+
+
+def _parse_vectors(items: list[Any], count: int, url: str) -> np.ndarray:
+    """Return the vectors of an answer, float64 [N, W].
+
+    Raises:
+        UserError: They are not `count` vectors of one width with finite numbers.
+    """
+    if len(items) != count:
+        raise UserError(f"{url}: {len(items)} vectors for {count} texts. Check that the server embeds texts.")
+    for index, item in enumerate(items):
+        if problem := _find_problem(item, items[0]):
+            raise UserError(f"{url}: the vector of text {index} of the request {problem}")
+    return np.array(items, np.float64)
+
+
+def _find_problem(item: Any, first: Any) -> str:
+    """Return what is wrong with a vector, and what to do; '' if nothing is."""
+    if isinstance(item, list) and item and isinstance(item[0], list):
+        return f"is {len(item)} vectors, one per token. Start the server with a pooling."
+    if not isinstance(item, list) or not item:
+        return f"is {str(item)[:40]!r} (expected a list of numbers). Choose another --api."
+    if any(number is None or (isinstance(number, float) and not np.isfinite(number)) for number in item):
+        return "has numbers that are not finite (NaN or infinity). Use another dtype or device in the server."
+    if not all(isinstance(number, int | float) and not isinstance(number, bool) for number in item):
+        return "has entries that are not numbers. Choose another --api."
+    if len(item) != len(first):
+        return f"has {len(item)} numbers, but that of text 0 has {len(first)}. Check the server."
+    return ""

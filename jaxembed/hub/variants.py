@@ -1,0 +1,246 @@
+"""Ways in which a server may treat texts differently from the folder that it serves. `diagnosis.py` tries them."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import numpy as np
+
+from jaxembed.config.model import AttentionKind, PoolingKind
+from jaxembed.config.spec import EmbeddingSpec
+from jaxembed.data.tokenize import TextTokenizer, TokenizedTexts, drop_eos, ends_with_eos, set_special_tokens, starts_with_bos
+from jaxembed.hub.embedder import Embedder
+from jaxembed.model.families import DecoderConfig
+
+POOLINGS_OF_SERVERS: tuple[PoolingKind, ...] = ("mean", "last", "first", "max", "weighted_mean")
+DEFAULT_ROPE_THETA = 10_000.0
+# Lengths at which servers truncate, besides those that follow from the model and from what the server states.
+COMMON_LENGTHS = (16, 32, 64, 100, 128, 200, 256, 300, 384, 500, 512, 768, 1000, 1024, 2000, 2048, 4000, 4096, 8000, 8192)
+MAX_LENGTH_RATIO = 4  # common lengths beyond so many times the model's own are not tried
+MAX_ADDED_PROMPTS = 3
+COUNT_NAMES = ("none", "one", "two")
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """One difference between a server and its folder.
+
+    Attributes:
+        setting: What differs, such as pooling.
+        served: What the server does.
+        expected: What the folder says.
+    """
+
+    setting: str
+    served: str
+    expected: str
+
+    def __str__(self) -> str:
+        """Return the difference as commands print it."""
+        return f"{self.setting}: {self.served} instead of {self.expected}"
+
+
+Changes = tuple[Change, ...]
+Rewrite = Callable[[str, str], tuple[str, str]]  # (prompt, text) -> (prompt, text)
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderVariant:
+    """A decoder and its mask."""
+
+    changes: Changes
+    decoder: DecoderConfig
+    attention: AttentionKind
+
+
+@dataclasses.dataclass(frozen=True)
+class PoolVariant:
+    """What follows the decoder: pooling, the pooled tokens, and the projection, as a spec says."""
+
+    changes: Changes
+    spec: EmbeddingSpec
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TokenVariant:
+    """How a prompt and a text become tokens.
+
+    Attributes:
+        changes: Differences from the folder.
+        tokenizer: The tokenizer.
+        rewrite: Maps prompt and text to those that are tokenized.
+    """
+
+    changes: Changes
+    tokenizer: TextTokenizer
+    rewrite: Rewrite = lambda prompt, text: (prompt, text)
+
+
+class LastTokensTokenizer(TextTokenizer):
+    """Drops the first tokens of a long input, BOS included, not its last ones."""
+
+    def __call__(self, texts: Sequence[str], prompts: Sequence[str]) -> TokenizedTexts:
+        """Tokenize N texts, each under its prompt."""
+        inputs = [np.array(encoding.ids, np.int32) for encoding in self._encode(self._full_backend, texts, prompts)]
+        dropped = np.maximum([len(ids) - self.spec.max_length for ids in inputs], 0)
+        pool_start = np.maximum(self.count_prompt_tokens(prompts) - dropped, 0)
+        kept = [self._drop(ids, count) for ids, count in zip(inputs, dropped, strict=True)]
+        return TokenizedTexts(kept, pool_start)
+
+    def _drop(self, ids: np.ndarray, count: int) -> np.ndarray:
+        return ids[count:]
+
+
+class LastTextTokensTokenizer(LastTokensTokenizer):
+    """Drops the first tokens of a long input after BOS."""
+
+    def _drop(self, ids: np.ndarray, count: int) -> np.ndarray:
+        return np.concatenate([ids[:1], ids[1 + count :]])
+
+
+def list_decoder_variants(embedder: Embedder) -> list[DecoderVariant]:
+    """Return the decoder of a model as it is, and with one difference each: mask, sliding windows, rotary positions."""
+    decoder, attention = embedder.model.decoder, embedder.spec.attention
+    variants = [DecoderVariant((), decoder, attention)]
+
+    def add(setting: str, served: str, expected: str, mask: AttentionKind = attention, **fields: object) -> None:
+        changed = dataclasses.replace(decoder, **fields)  # type: ignore[arg-type]
+        variants.append(DecoderVariant((Change(setting, served, expected),), changed, mask))
+
+    other: AttentionKind = "bidirectional" if attention == "causal" else "causal"
+    add("attention", other, attention, other)
+    if any(decoder.windows):
+        add("sliding window", "none", f"{next(filter(None, decoder.windows))} tokens", windows=(None,) * len(decoder.windows))
+    if decoder.rope_scaling:
+        kind = dict(decoder.rope_scaling).get("rope_type", "scaled")
+        add("RoPE scaling", "none", str(kind), rope_scaling=())
+    if decoder.rope_theta != DEFAULT_ROPE_THETA:
+        add("RoPE base", f"{DEFAULT_ROPE_THETA:g}", f"{decoder.rope_theta:g}", rope_theta=DEFAULT_ROPE_THETA)
+    return variants
+
+
+def list_pool_variants(embedder: Embedder, width: int, dim: int | None = None) -> list[PoolVariant]:
+    """Return every combination of poolings, pooled tokens and projections that gives vectors of at least `width` numbers.
+
+    The first one is the model's own, unless its vectors are shorter.
+
+    Args:
+        embedder: The model.
+        width: Width of the server's vectors.
+        dim: Width that the server was asked for. Default: the model's.
+    """
+    spec, decoder_width = embedder.spec, embedder.model.decoder.width
+    variants = []
+    poolings = dict.fromkeys([spec.pooling, *POOLINGS_OF_SERVERS])
+    projections = dict.fromkeys([spec.projection, 0])
+    choices = itertools.product(projections, (spec.include_instruction, not spec.include_instruction), poolings)
+    for projection, include_instruction, pooling in choices:
+        if (full_width := projection or decoder_width) < width:
+            continue
+        changes = []
+        if pooling != spec.pooling:
+            changes.append(Change("pooling", pooling, spec.pooling))
+        if include_instruction != spec.include_instruction:
+            changes.append(Change("instruction", *_order(["pooled", "not pooled"], include_instruction)))
+        if projection != spec.projection:
+            changes.append(Change("projection", "none", f"to {spec.projection} numbers"))
+        if width != (dim or full_width):
+            changes.append(Change("width", f"the first {width} numbers", f"{dim or full_width}"))
+        choice = {"pooling": pooling, "include_instruction": include_instruction, "projection": projection}
+        variants.append(PoolVariant(tuple(changes), spec.replace(**choice)))
+    return variants
+
+
+def _order(words: list[str], is_first_served: bool) -> list[str]:
+    """Return what is served and what is expected, out of two words."""
+    return words if is_first_served else words[::-1]
+
+
+def list_token_variants(embedder: Embedder) -> list[TokenVariant]:
+    """Return the tokenization of a model as it is, and with differences in special tokens, prompts and characters."""
+    own = TokenVariant((), embedder.tokenizer)
+    return [own, *_iter_special_token_variants(own), *_iter_text_variants(own, embedder.spec)]
+
+
+def _iter_special_token_variants(own: TokenVariant) -> Iterator[TokenVariant]:
+    """Yield every combination of BOS and EOS that is missing, or there once too often."""
+    tokenizer, spec = own.tokenizer.hf_tokenizer, own.tokenizer.spec
+    bos, eos = (tokenizer.bos_token, tokenizer.bos_token_id), (tokenizer.eos_token, tokenizer.eos_token_id)
+    own_counts = int(starts_with_bos(tokenizer)), int(ends_with_eos(tokenizer))
+    possible = [
+        [own_count, *({0, 1, own_count + 1} - {own_count})] if token[1] is not None else [0]
+        for token, own_count in zip((bos, eos), own_counts, strict=True)
+    ]
+    for counts in itertools.product(*possible):
+        if counts == own_counts:
+            continue
+        changes = tuple(
+            Change(name, COUNT_NAMES[count], COUNT_NAMES[own_count])
+            for name, count, own_count in zip(("BOS", "EOS"), counts, own_counts, strict=True)
+            if count != own_count
+        )
+        changed = copy.deepcopy(tokenizer)
+        set_special_tokens(changed, [bos] * counts[0], [eos] * counts[1])
+        yield TokenVariant(changes, TextTokenizer(changed, spec))
+
+
+def _iter_text_variants(own: TokenVariant, spec: EmbeddingSpec) -> Iterator[TokenVariant]:
+    """Yield other prompts, and other characters of prompt and text."""
+    named_prompts = {prompt: name for name, prompt in reversed(spec.prompts.items()) if prompt}
+    if spec.plain_prompt:
+        named_prompts.setdefault(spec.plain_prompt, "plain texts")
+
+    def vary(setting: str, served: str, expected: str, rewrite: Rewrite) -> TokenVariant:
+        return TokenVariant((Change(setting, served, expected),), own.tokenizer, rewrite)
+
+    yield vary("prompt", "none", "the one that is sent", lambda _, text: ("", text))
+    for added, name in list(named_prompts.items())[:MAX_ADDED_PROMPTS]:
+        yield vary("prompt", f"that of {name!r} and the one that is sent", "the latter alone", partial(_add_prompt, added))
+    yield vary("line breaks", "spaces", "line breaks", lambda p, t: (p.replace("\n", " "), t.replace("\n", " ")))
+    yield vary("letters", "lowercase", "as they are sent", lambda prompt, text: (prompt.lower(), text.lower()))
+
+
+def _add_prompt(added: str, prompt: str, text: str) -> tuple[str, str]:
+    return added + prompt, text
+
+
+def iter_truncation_variants(
+    base: TokenVariant, longest_input: int, max_positions: int, server_lengths: Sequence[int]
+) -> Iterator[TokenVariant]:
+    """Yield a tokenization with other truncations: at another length, without EOS, at the start, or none.
+
+    Args:
+        base: The tokenization.
+        longest_input: Tokens of the longest input.
+        max_positions: Longest input of the decoder in tokens.
+        server_lengths: Limits that the server states.
+    """
+    tokenizer, spec = base.tokenizer.hf_tokenizer, base.tokenizer.spec
+    own, special_tokens, has_eos = spec.max_length, tokenizer.num_special_tokens_to_add(), ends_with_eos(tokenizer)
+    near = [length + offset for length in (own, *server_lengths) for offset in (0, -1, 1, -2, 2)]
+    common = [length for length in COMMON_LENGTHS if length <= MAX_LENGTH_RATIO * own]
+    lengths = [n for n in dict.fromkeys([*near, *common]) if special_tokens < n <= max_positions and n < longest_input]
+    without_eos = copy.deepcopy(tokenizer)
+    drop_eos(without_eos)
+
+    def vary(served: str, changed: TextTokenizer) -> TokenVariant:
+        change = Change("truncation", served, f"to the first {own} tokens" + ", EOS included" * has_eos)
+        return TokenVariant((*base.changes, change), changed, base.rewrite)
+
+    for length in lengths:
+        at_length = spec.replace(max_length=length)
+        if length != own:
+            yield vary(f"to the first {length} tokens", TextTokenizer(tokenizer, at_length))
+        if length in near:
+            yield vary(f"to the last {length} tokens", LastTokensTokenizer(tokenizer, at_length))
+        if length in near and starts_with_bos(tokenizer):
+            yield vary(f"to BOS and the last {length - 1} tokens", LastTextTokensTokenizer(tokenizer, at_length))
+        if length in near and has_eos:
+            changed = TextTokenizer(without_eos, at_length.replace(eos_as_text=True))
+            yield vary(f"to the first {length} tokens, EOS cut off", changed)
+    if own < longest_input <= max_positions:
+        yield vary("none", TextTokenizer(tokenizer, spec.replace(max_length=longest_input)))

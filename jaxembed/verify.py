@@ -1,0 +1,107 @@
+"""Check that a running server gives the vectors of the folder that it serves, and say what differs if it does not.
+
+Usage: python -m jaxembed.verify FOLDER URL
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jaxembed import cli
+
+API_NAMES = ("auto", "openai", "tei", "vllm", "llama.cpp", "ollama")
+KEY_VARIABLE = "OPENAI_API_KEY"
+MAX_TIMEOUT_S = 86_400
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    """Compare a server with a folder. Return whether they are equal, the cosines, and what differs."""
+    import jax
+
+    jax.config.update("jax_platforms", args.platform)
+    from jaxembed.devices.processes import progress_bar
+    from jaxembed.hub import verification
+    from jaxembed.hub.http_client import HttpClient, parse_root
+    from jaxembed.hub.served_vectors import connect
+    from jaxembed.hub.verification_report import iter_report_lines, summarize
+
+    root = parse_root(args.url)
+    folder = verification.open_folder(Path(args.folder))
+    client = HttpClient(root, os.environ.get(args.key_env, ""), args.key_env, args.timeout)
+    server = connect(client, args.api, args.model, args.dim)
+    with progress_bar(total=len(folder.probes), unit="texts", leave=False) as bar:
+        served = verification.ask_server(server, folder.inputs, bar.update)
+    result = verification.compare_with_probes(folder, server, served, args.tolerance)
+    if not result.are_vectors_equal and not args.no_diagnosis:
+        cli.set_up_jax()
+        fixed = args.tolerance is not None
+        result = verification.diagnose_server(folder, server, served, result, args.dtype, fixed)
+    print(*iter_report_lines(folder, server, result), sep="\n")
+    return summarize(server, result)
+
+
+def number_up_to(maximum: float) -> Callable[[str], float]:
+    """Return a parser of numbers above 0 that are at most `maximum`, for `argparse`."""
+
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        if not 0 < value <= maximum:
+            raise argparse.ArgumentTypeError(f"{text} is out of range (above 0, at most {maximum:g})")
+        return value
+
+    return number
+
+
+def make_parser() -> cli.Parser:
+    """Return the parser of the command line."""
+    about = (
+        "The texts of FOLDER/probe.json are sent with their prompts, because servers add none: first one by one, then\n"
+        "several in one request. If vectors differ, variants of the folder's model are computed in JAX (mask, pooling,\n"
+        "special tokens, prompt, truncation, width, dtype), and those that give the server's vectors are named.\n\n"
+        "Exit code: 0 if everything is equal, 1 if something differs, 2 for bad input. A key that the server needs is read\n"
+        f"from the environment variable {KEY_VARIABLE}, or from the one that --key-env names."
+    )
+    parser = cli.new_parser("verify", f"{__doc__}\n{about}")
+    parser.add_argument("folder", metavar="FOLDER", help="exported folder that the server serves, or a copy of it")
+    parser.add_argument("url", metavar="URL", help="root URL of the server, such as http://localhost:8000")
+    parser.add_argument(
+        "--api", choices=API_NAMES, default="auto",
+        help="how the server is asked: openai (/v1/embeddings), tei (/embed), vllm (/pooling), llama.cpp (/embeddings), ollama "
+        "(/api/embed); default: auto, TEI and Ollama by their own API, all others by OpenAI's",
+    )  # fmt: skip
+    parser.add_argument("--model", metavar="NAME", help="model of the server (default: the first that it lists)")
+    parser.add_argument("--dim", type=cli.integer_from(1), metavar="N", help="ask for vectors of N numbers (Matryoshka)")
+    parser.add_argument(
+        "--tolerance", type=number_up_to(1), metavar="COSINE",
+        help="least cosine of equal vectors (default: 0.9999; for half precision, that of vectors with 1.5 times the error "
+        "of the model's own computation in that dtype)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtype", choices=["float32", "float16", "bfloat16"],
+        help="dtype in which the server computes (default: what the server says, else that of the folder's weights)",
+    )  # fmt: skip
+    parser.add_argument("--no-diagnosis", action="store_true", help="do not look for what differs (the model is not loaded)")
+    parser.add_argument(
+        "--platform", choices=["cpu", "cuda", "tpu"], default="cpu",
+        help="device of the diagnosis (default: cpu, which leaves accelerators to the server)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--timeout", type=number_up_to(MAX_TIMEOUT_S), default=60.0, metavar="SECONDS",
+        help="time that an answer may take (default: 60)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--key-env", default=KEY_VARIABLE, metavar="NAME", help=f"environment variable of the key (default: {KEY_VARIABLE})"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(0 if cli.run_command(main, make_parser())["equal"] else 1)
