@@ -1,6 +1,6 @@
 """Export a model as a Hugging Face / sentence-transformers folder.
 
-Usage: python -m jaxembed.export MODEL OUT [--dtype bfloat16]
+Usage: python -m jaxembed.export MODEL OUT [--dtype bfloat16] [--onnx] [--push OWNER/NAME]
 """
 
 from __future__ import annotations
@@ -8,39 +8,83 @@ from __future__ import annotations
 import argparse
 from logging import ERROR, getLogger
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxembed import cli
 from jaxembed.errors import UserError
 from jaxembed.training.run_dir import BASE_RECORD_FILE
 from jaxembed.training.shutdown import stop_on_signals
 
+if TYPE_CHECKING:
+    from jaxembed.hub.export import OnnxWeights
+    from jaxembed.hub.push import PushTarget
+
 LAYOUTS = ("sentence-transformers", "nv-embed")
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    """Export a model. Return the folder, its dtype, and how far its vectors are from the model's."""
+    """Export a model, and push it. Return the folder, its dtype, how far its vectors are from the model's, and its URL."""
+    check_layout_options(args)
+    target = read_push_target(args)
     out = cli.prepare_new_output(args.out)
+    if target:
+        target.check()
+    result = write_folder(args, out)
+    if target:
+        from jaxembed.hub.push import push_folder
+
+        with stop_on_signals(f"{out}: written, but not pushed to {target.repo}"):
+            url = push_folder(out, target, f"Export of {result.get('revision', out.name)} with jaxembed")
+        result["pushed"] = url
+    return result
+
+
+def read_push_target(args: argparse.Namespace) -> PushTarget | None:
+    """Return the repository to push to; None without --push.
+
+    Raises:
+        UserError: An option of --push is given without it.
+    """
+    if args.push is None:
+        if option := next((name for name in ("public", "update") if getattr(args, name)), None):
+            raise UserError(f"--{option}: says how to push, so it needs --push OWNER/NAME.")
+        return None
+    from jaxembed.hub.push import PushTarget
+
+    return PushTarget(args.push, args.public, args.update)
+
+
+def write_folder(args: argparse.Namespace, out: Path) -> dict[str, Any]:
+    """Export a model. Return the folder, its dtype, and how far its vectors are from the model's."""
     from transformers.utils import logging
 
     from jaxembed.hub.card import read_card
     from jaxembed.hub.export import export
     from jaxembed.hub.export_adapters import export_adapters
     from jaxembed.hub.export_nv_embed import export_nv_embed
+    from jaxembed.hub.onnx_export import check_onnx_installed
 
     logging.disable_progress_bar()  # the folder is loaded and saved several times
     getLogger("sentence_transformers").setLevel(ERROR)  # it warns that the CPU, which checks the folder, is slow
+    onnx: OnnxWeights | None = "int8" if args.onnx_int8 else "float32" if args.onnx else None
+    if onnx:
+        check_onnx_installed()
     with stop_on_signals(f"{out}: not written"):
         if args.adapters:
             check_adapter_options(args)
             cli.set_up_jax()
             return {"folder": str(out), **export_adapters(Path(args.model), out, args.checkpoint).summarize()}
         embedder = cli.load_model(args.model, **cli.get_model_options(args))
-        if args.layout == "nv-embed":
-            parity = export_nv_embed(embedder, out, args.dtype)
-        else:
-            parity = export(embedder, out, args.dtype, read_card(Path(args.model), embedder.revision, args.adapter))
-    return {"folder": str(out), "revision": embedder.revision, "dtype": args.dtype, **parity.summarize()}
+        card = read_card(Path(args.model), embedder.revision, args.adapter)
+        is_nv_embed = args.layout == "nv-embed"
+        report = export_nv_embed(embedder, out, args.dtype) if is_nv_embed else export(embedder, out, args.dtype, card, onnx)
+    return {"folder": str(out), "revision": embedder.revision, "dtype": args.dtype, **report.summarize()}
+
+
+def check_layout_options(args: argparse.Namespace) -> None:
+    """Raise `UserError` if a graph is wanted beside another layout than that of sentence-transformers."""
+    if (args.onnx or args.onnx_int8) and (args.adapters or args.layout != LAYOUTS[0]):
+        raise UserError("--onnx: adds a graph to the sentence-transformers layout. Omit --adapters and --layout.")
 
 
 def check_adapter_options(args: argparse.Namespace) -> None:
@@ -67,6 +111,21 @@ def make_parser() -> cli.Parser:
         "from it",
     )  # fmt: skip
     parser.add_argument("--adapters", action="store_true", help="write the LoRA adapters of a run as PEFT folders instead")
+    parser.add_argument(
+        "--onnx", action="store_true",
+        help="add onnx/model.onnx: the whole model in float32, from token ids and attention mask to vectors",
+    )  # fmt: skip
+    parser.add_argument(
+        "--onnx-int8", action="store_true", help="also add onnx/model_int8.onnx, with int8 weights, and print its quality"
+    )
+    parser.add_argument(
+        "--push", metavar="OWNER/NAME",
+        help="upload OUT to a new private repository of the Hugging Face hub (token: HF_TOKEN, or `hf auth login`)",
+    )  # fmt: skip
+    parser.add_argument("--public", action="store_true", help="with --push: let everybody read the new repository")
+    parser.add_argument(
+        "--update", action="store_true", help="with --push: replace the files of a repository that exists, in a new commit"
+    )
     return parser
 
 

@@ -149,7 +149,7 @@ class TokenPooling(Module):
         if attend.norm_context is None:
             context, mask = attend.norm(x), attention_mask.bool()[:, None, None]
         else:
-            context, mask = attend.norm_context(self.latents).expand(len(x), -1, -1), None
+            context, mask = attend.norm_context(self.latents).expand(x.shape[0], -1, -1), None
         x = x + attend.fn(attend.norm(x), context, mask)
         return x + feed_forward.fn(feed_forward.norm(x))
 

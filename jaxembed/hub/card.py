@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -14,7 +14,9 @@ from jaxembed.config import read_run_config
 from jaxembed.config.fields import Fields
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.files import read_json, read_text
+from jaxembed.hub.onnx_export import INT8_GRAPH_FILE, OnnxReport
 from jaxembed.hub.readers import FOLDER, ServedModel, format_reader_table
+from jaxembed.hub.safe_dtypes import DtypeQuality
 from jaxembed.model.pooling import TRAINABLE_POOLINGS
 from jaxembed.training.metrics import read_metrics
 from jaxembed.training.run_dir import BASE_RECORD_FILE
@@ -88,13 +90,14 @@ def _shorten_paths_in_yaml(text: str) -> str:
     return text if shortened == tree else yaml.safe_dump(shortened, sort_keys=False, allow_unicode=True)
 
 
-def format_model_card(model: ServedModel, card: Card, parity_error: float) -> str:
+def format_model_card(model: ServedModel, card: Card, parity_error: float, precision: str) -> str:
     """Return the README.md of an exported folder, with the hub's front matter.
 
     Args:
         model: What decides how the folder is used.
         card: What to say besides.
         parity_error: Largest difference of a number between the exported vectors and the model's.
+        precision: What `format_precision` says about dtypes.
     """
     spec = model.spec
     projection = f", projected to {spec.projection} numbers" if spec.projection else ""
@@ -108,13 +111,36 @@ def format_model_card(model: ServedModel, card: Card, parity_error: float) -> st
         f"A text-embedding model {origin}: "
         f"{spec.attention} attention, {spec.pooling} pooling{projection}, up to {spec.max_length} tokens per text.",
         _format_usage(spec),
-        f"## Other programs\n\n{format_reader_table(model)}",
+        f"## Programs\n\n{format_reader_table(model)}",
+        precision,
         _format_check(spec, parity_error),
         _format_scores(card.scores),
         f"## Merged models\n\n{card.merged}" if card.merged else "",
         f"## Recipe\n\n```yaml\n{card.recipe.rstrip()}\n```" if card.recipe else "",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def format_precision(dtypes: Iterable[DtypeQuality], onnx: OnnxReport | None) -> str:
+    """Return the section of the model card about dtypes: which are safe, and what an int8 graph loses."""
+    rows = [f"| {quality.dtype} | {'yes' if quality.is_safe else '**no**'} | {quality.finding} |" for quality in dtypes]
+    lines = [
+        "## Dtypes",
+        "",
+        "Cosines are to the float32 vectors of the same texts, prose and code. The ONNX graph computes in float32.",
+        "",
+        "| dtype | safe | measured |",
+        "|---|---|---|",
+        "| float32 | yes | |",
+        *rows,
+    ]
+    if onnx and (int8 := onnx.int8):
+        lines += [
+            "",
+            f"`onnx/{INT8_GRAPH_FILE}` has int8 weights: cosine at least {int8.least_cosine:.4f}, mean {int8.mean_cosine:.4f}. "
+            f"Of two texts the same one is nearer to a third in {int8.ranking_agreement:.1%} of all cases.",
+        ]
+    return "\n".join(lines)
 
 
 def format_adapter_card(spec: EmbeddingSpec, base: str) -> str:
@@ -175,8 +201,8 @@ def _format_check(spec: EmbeddingSpec, parity_error: float) -> str:
     lines = [
         "## Check",
         "",
-        "`probe.json` contains texts, their prompts and their vectors. This prints 1.0 if a program computes the same "
-        "(`jaxembed verify` asks a running server):",
+        "`probe.json` contains texts, their prompts and their vectors. This prints their lowest cosine, which is 1.0 in float32 "
+        "if a program computes the same (`jaxembed verify` asks a running server):",
         "",
         "```python",
         "import json",

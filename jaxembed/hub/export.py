@@ -6,16 +6,19 @@ PyTorch, match those of the model.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
 from jaxembed.errors import UserError
-from jaxembed.hub.card import Card, format_model_card
+from jaxembed.hub.card import Card, format_model_card, format_precision
 from jaxembed.hub.embedder import Embedder
+from jaxembed.hub.onnx_export import ONNX_FOLDER, OnnxReport, check_onnx_installed, write_onnx
 from jaxembed.hub.parity import (
     FLOAT32_TOLERANCE,
     MIN_COSINE,
@@ -28,6 +31,7 @@ from jaxembed.hub.parity import (
     write_probe_file,
 )
 from jaxembed.hub.readers import ServedModel, list_limits
+from jaxembed.hub.safe_dtypes import DtypeQuality, list_unsafe_dtypes, measure_dtypes
 from jaxembed.hub.scratch import open_scratch_folder
 from jaxembed.hub.spec_files import write_spec
 from jaxembed.hub.stock_folder import check_exportable, write_stock_folder
@@ -38,7 +42,31 @@ log = logging.getLogger("jaxembed")
 BFLOAT16_SLACK = 1.5  # allowed error of a bfloat16 folder, in multiples of the error of transformers' own cast to bfloat16
 
 
-def export(embedder: Embedder, out: Path, dtype: str, card: Card) -> Parity:
+OnnxWeights = Literal["float32", "int8"]  # int8: a graph with such weights beside the float32 one
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportReport:
+    """How an exported folder compares with the model.
+
+    Attributes:
+        parity: Comparison of the folder in sentence-transformers.
+        dtypes: How the model computes in bfloat16 and float16.
+        onnx: Comparison of the ONNX graphs; None without any.
+    """
+
+    parity: Parity
+    dtypes: tuple[DtypeQuality, ...]
+    onnx: OnnxReport | None = None
+
+    def summarize(self) -> dict[str, Any]:
+        """Return the comparisons as commands print them."""
+        safe_dtypes = ["float32", *(quality.dtype for quality in self.dtypes if quality.is_safe)]
+        onnx = {} if self.onnx is None else {"onnx": self.onnx.summarize()}
+        return {**self.parity.summarize(), "safe_dtypes": safe_dtypes, **onnx}
+
+
+def export(embedder: Embedder, out: Path, dtype: str, card: Card, onnx: OnnxWeights | None = None) -> ExportReport:
     """Write a model as a sentence-transformers folder. Log what readers cannot do with it, one line each.
 
     Args:
@@ -46,53 +74,65 @@ def export(embedder: Embedder, out: Path, dtype: str, card: Card) -> Parity:
         out: The new folder. Its parent must exist.
         dtype: Dtype of the weights: float32 or bfloat16.
         card: What the model card says about training.
+        onnx: Weights of the ONNX graphs to add. The first graph is always float32. None: no graph.
 
     Returns:
         How far the vectors of the folder are from those of the model.
 
     Raises:
-        UserError: Stock classes cannot represent the model, or the vectors differ. Nothing is written then.
+        UserError: Stock classes cannot represent the model, packages are missing, or the vectors differ. Nothing is written
+            then.
     """
     import_sentence_transformers()
+    if onnx:
+        check_onnx_installed()
     check_exportable(embedder.spec)
-    probes = select_probes(embedder)
-    vectors = encode_probes(embedder, probes)
     with open_scratch_folder(out) as scratch:
-        folder, parity = _write_checked_folder(embedder, scratch, out, dtype, probes, vectors)
+        write_stock_folder(embedder, scratch / "float32", "float32")  # first, because it names weights that are not finite
+        probes = select_probes(embedder)
+        vectors = encode_probes(embedder, probes)
+        folder, parity = _check_folder(embedder, scratch, out, dtype, probes, vectors)
+        onnx_report = None
+        if onnx:
+            # The graph computes in float32 whatever the dtype of the weights is, so it gets the weights before rounding.
+            onnx_folder = scratch / ONNX_FOLDER
+            onnx_report = write_onnx(embedder, scratch / "float32", onnx_folder, probes, vectors, int8=onnx == "int8")
+            shutil.move(str(onnx_folder), str(folder / ONNX_FOLDER))
+        report = ExportReport(parity, tuple(measure_dtypes(folder, embedder.spec)), onnx_report)
         # Add our own files, and move the folder to its place.
         write_spec(folder, embedder.spec)
         write_probe_file(folder, probes, vectors)
-        served = ServedModel(embedder.spec, embedder.model.decoder, dtype)
-        (folder / "README.md").write_text(format_model_card(served, card, parity.error), encoding="utf-8")
+        served = ServedModel(embedder.spec, embedder.model.decoder, dtype, has_onnx=onnx is not None)
+        measured = format_precision(report.dtypes, report.onnx)
+        (folder / "README.md").write_text(format_model_card(served, card, parity.error, measured), encoding="utf-8")
         for path in folder.rglob("*.safetensors"):
             path.chmod(0o644)  # safetensors writes private files, but a server must be able to read them
         shutil.move(str(folder), str(out))
-    for line in list_limits(served):
+    for line in [*list_limits(served), *list_unsafe_dtypes(report.dtypes)]:
         log.warning("%s: %s", out, line)
-    return parity
+    return report
 
 
-def _write_checked_folder(
+def _check_folder(
     embedder: Embedder, scratch: Path, out: Path, dtype: str, probes: Mapping[str, list[str]], vectors: np.ndarray
 ) -> tuple[Path, Parity]:
-    """Write the stock folder below `scratch`, and compare its vectors with those of the model.
+    """Compare the vectors of the float32 folder with those of the model; write and compare a bfloat16 folder if wanted.
 
     Args:
         embedder: The model.
-        scratch: Existing folder for temporary files.
+        scratch: Folder for temporary files, with the float32 folder.
         out: Final place of the folder, for errors.
         dtype: Dtype of the weights.
         probes: Texts by prompt.
         vectors: Vectors [N, D] of the probes.
 
     Returns:
-        The folder and the comparison.
+        The folder in the wanted dtype, and its comparison.
 
     Raises:
         UserError: The vectors differ.
     """
     folder, vectors_per_padding_side = scratch / "float32", np.tile(vectors, (2, 1))
-    write_stock_folder(embedder, folder, "float32")
     torch_vectors = encode_probes_torch(folder, embedder.spec, probes)
     parity = compare_vectors(vectors_per_padding_side, torch_vectors, FLOAT32_TOLERANCE)
     if not (parity.passes and parity.cosine >= MIN_COSINE):
