@@ -85,7 +85,7 @@ class VectorStore:
         vectors = np.zeros((len(rows), self._width), np.float32)
         with (self._folder / VECTORS_FILE).open("rb", buffering=0) as file:  # no memory map: a cut file would be a SIGBUS
             for vector, row in zip(vectors, rows.tolist(), strict=True):
-                os.preadv(file.fileno(), [vector], row * vector.nbytes)
+                os.preadv(file.fileno(), [vector.data], row * vector.nbytes)
         damaged = np.flatnonzero(_compute_checksums(vectors) != self._checksums[rows])
         if damaged.size:
             raise UserError(

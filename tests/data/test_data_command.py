@@ -84,7 +84,7 @@ def test_validate_good_and_absent_sources(data: Path) -> None:
     done = run_command("jaxembed.data", "validate", "pairs.jsonl")
     assert (done.returncode, done.stderr, json.loads(done.stdout)["bad_rows"]) == (0, "", 0)
     absent = run("validate", "absent.jsonl", "--format", "labels", "pairs.jsonl")["sources"]
-    assert absent[0]["problems"] == ["absent.jsonl: no such file or folder"]
+    assert absent[0]["problems"] == ["absent.jsonl: no such file or folder."]
     assert absent[1]["bad_rows"] == 13
 
 

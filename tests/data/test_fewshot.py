@@ -261,8 +261,8 @@ def test_bad_example_files_give_one_line_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--examples: in-context examples need an instruction"):
         encode.main(make_arguments(tmp_path))
     for row, message in (
-        ('{"query": "q"}', '"response" is missing (expected a non-empty string'),
-        ('{"query": "", "response": "r"}', "\"query\" is '' (expected a non-empty string"),
+        ('{"query": "q"}', r'"response" is missing \(expected a non-empty string'),
+        ('{"query": "", "response": "r"}', r"\"query\" is '' \(expected a non-empty string"),
         ("[]", r"not a JSON object .found a list"),
     ):
         (tmp_path / "examples.jsonl").write_text('{"query": "q", "response": "r"}\n' + row)
