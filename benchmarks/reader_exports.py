@@ -1,0 +1,215 @@
+#!/usr/bin/env python3
+"""Write exports of small random models of every kind, with texts and their vectors, for benchmarks/readers.py.
+
+    python benchmarks/reader_exports.py OUT --tokenizer FOLDER [--kinds NAME ...]
+
+OUT/KIND is an export. OUT/KIND.json has texts, their prompts, and the vectors of the model in JAX (float32), among them the
+probes of the export's probe.json. --tokenizer names a folder with the tokenizer of a Qwen2 model, which llama.cpp's converter
+knows; half of the kinds use it. The others have a tokenizer trained from scratch. Prints one line per kind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import transformers
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from jaxembed.config import LoraConfig
+from jaxembed.config.spec import EmbeddingSpec
+from jaxembed.data.bpe import train_tokenizer
+from jaxembed.devices.mesh import make_mesh
+from jaxembed.hub.base import Base
+from jaxembed.hub.card import Card
+from jaxembed.hub.embedder import Embedder
+from jaxembed.hub.export import export
+from jaxembed.hub.parity import PROBE_INSTRUCTION, PROBE_TEXTS
+from jaxembed.hub.resolve import find_base
+from jaxembed.hub.text_tokenizer import build_text_tokenizer
+from jaxembed.model.decoder import ComputeOptions
+from jaxembed.model.embedder import EmbeddingModel, init_params
+from jaxembed.model.lora import merge_adapters
+from jaxembed.model.parameters import shapes_and_shardings
+
+MAX_LENGTH = 64  # tokens; fewer than the decoder's positions, so that a reader must read it
+OWN_TOKENIZER_SIZE = 600  # entries
+QUERY_PROMPT = EmbeddingSpec().prompt(PROBE_INSTRUCTION)
+DIM = 32  # numbers of short vectors
+PROJECTION = {"projection": 48, "projection_bias": True, "projection_activation": "tanh"}
+LORA = LoraConfig(rank=4, alpha=8, dropout=0.0)
+SIZES: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "max_position_embeddings": 512, "initializer_range": 0.15,
+}  # fmt: skip
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
+    "qwen2": (
+        transformers.Qwen2Config,
+        {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    ),
+    "qwen3": (transformers.Qwen3Config, {"head_dim": 32, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    "mistral": (transformers.MistralConfig, {"sliding_window": None}),
+    "mistral-window": (transformers.MistralConfig, {"sliding_window": 16}),
+    "llama": (transformers.LlamaConfig, {}),
+    "llama3-rope": (transformers.LlamaConfig, {"rope_parameters": LLAMA3_ROPE}),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """One kind of export.
+
+    Attributes:
+        family: Key of `CONFIGS`.
+        choices: Fields of the spec.
+        dtype: Dtype of the weights in the folder.
+        has_adapters: Whether LoRA adapters are merged into the weights.
+        has_stock_tokenizer: Whether the tokenizer is that of --tokenizer, not one trained from scratch.
+    """
+
+    family: str
+    choices: dict[str, Any]
+    dtype: str = "float32"
+    has_adapters: bool = False
+    has_stock_tokenizer: bool = False
+
+
+CAUSAL_LAST = {"attention": "causal", "pooling": "last"}
+KINDS = {
+    "qwen2 causal last": Kind("qwen2", CAUSAL_LAST, has_stock_tokenizer=True),
+    "qwen2 bidirectional mean": Kind("qwen2", {}, has_stock_tokenizer=True),
+    "qwen3 causal last": Kind("qwen3", CAUSAL_LAST),
+    "qwen3 bidirectional mean": Kind("qwen3", {}, has_stock_tokenizer=True),
+    "mistral causal last": Kind("mistral", CAUSAL_LAST),
+    "mistral bidirectional mean": Kind("mistral", {}, has_stock_tokenizer=True),
+    "llama causal last": Kind("llama", CAUSAL_LAST),
+    "llama bidirectional mean": Kind("llama", {}, has_stock_tokenizer=True),
+    "causal mean": Kind("qwen3", {"attention": "causal"}),
+    "first": Kind("qwen3", {"pooling": "first"}, has_stock_tokenizer=True),
+    "weighted mean": Kind("qwen3", {"pooling": "weighted_mean"}, has_stock_tokenizer=True),
+    "max": Kind("qwen3", {"pooling": "max"}),
+    "latent attention": Kind("qwen3", {"pooling": "latent_attention", "latents": 8, "pooling_heads": 2}),
+    "instruction left out": Kind("qwen3", {"include_instruction": False}),
+    "default prompt": Kind("qwen3", {"plain_prompt": "passage: ", "prompts": {"query": QUERY_PROMPT, "document": "passage: "}}),
+    "no EOS": Kind("qwen3", {"append_eos": False}),
+    "projection": Kind("qwen3", PROJECTION, has_stock_tokenizer=True),
+    "matryoshka": Kind("qwen3", {"matryoshka_dims": (DIM,)}),
+    "merged LoRA": Kind("qwen3", CAUSAL_LAST, has_adapters=True),
+    "bfloat16": Kind("qwen3", {}, dtype="bfloat16"),
+    "sliding window": Kind("mistral-window", {"attention": "causal", "pooling": "mean"}, has_stock_tokenizer=True),
+    "llama3 RoPE": Kind("llama3-rope", {"attention": "causal", "pooling": "mean"}, has_stock_tokenizer=True),
+}
+SHARED_CHOICES = {"max_length": MAX_LENGTH, "include_instruction": True, "prompts": {"query": QUERY_PROMPT, "document": ""}}
+
+
+def write_base(folder: Path, kind: Kind, tokenizer: Any) -> None:
+    """Write a random decoder whose biases and norm scales are random too: a missing bias of zeros would not be noticed."""
+    torch.manual_seed(0)
+    config_class, options = CONFIGS[kind.family]
+    config = config_class(vocab_size=len(tokenizer), **SIZES, **options)
+    model = transformers.AutoModel.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0, 0.5)
+            elif "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def load_embedder(base: Base, kind: Kind) -> Embedder:
+    """Load a base with the kind's spec. Pooling, projection and adapters are random; adapters are merged."""
+    spec, mesh = EmbeddingSpec(**{**SHARED_CHOICES, **kind.choices}), make_mesh(1)
+    lora = LORA if kind.has_adapters else None
+    model = EmbeddingModel(base.decoder, spec, ComputeOptions(), lora)
+    shapes, shardings = shapes_and_shardings(model, mesh)
+    parts = {"decoder": shapes["decoder"]}, {"decoder": shardings["decoder"]}
+    params = flatten_dict(init_params(model, jax.random.key(0), shardings))
+    random = np.random.default_rng(0)
+    for path, x in params.items():
+        if "lora" in path[-1] or path[0] == "pooling":
+            params[path] = jnp.asarray(random.normal(0, 0.3, x.shape), x.dtype)
+    tree = unflatten_dict(params | flatten_dict(base.load(*parts)))
+    tree = tree if lora is None else merge_adapters(tree, lora)
+    tokenizer = build_text_tokenizer(base.tokenizer(), spec, base)
+    return Embedder(EmbeddingModel(base.decoder, spec, ComputeOptions()), tree, tokenizer, mesh, base.hf_config)
+
+
+def pick_texts(embedder: Embedder, prompt: str) -> list[str]:
+    """Return the probes, texts of all lengths around the model's maximum, and texts that tokenizers treat differently."""
+    long_text = max(PROBE_TEXTS, key=len)
+    prefixes = [long_text[:end] for end in range(1, MAX_LENGTH * 8)]
+    lengths = embedder.tokenizer.count_untruncated_tokens(prefixes, [prompt] * len(prefixes))
+    prefix_by_length = {int(length): text for length, text in zip(lengths, prefixes, strict=True)}
+    around = [prefix_by_length[MAX_LENGTH + offset] for offset in (-1, 0, 1)]
+    return [*PROBE_TEXTS, *around, "  two spaces before and after  ", "line one\n\nline two\ttab\r\n", "x"]
+
+
+def name_group(embedder: Embedder, prompt: str, text: str) -> str:
+    """Return the group in which the table counts a text."""
+    (length,) = embedder.tokenizer.count_untruncated_tokens([text], [prompt])
+    if length > MAX_LENGTH:
+        return "cut"
+    if text != text.strip():
+        return "spaces"
+    if prompt:
+        return "prompt"
+    return "newline" if "\n" in text else "plain"
+
+
+def write_rows(path: Path, embedder: Embedder) -> None:
+    """Write the texts, their prompts, groups and vectors."""
+    rows = []
+    for prompt in dict.fromkeys([embedder.spec.plain_prompt, *embedder.spec.prompts.values()]):
+        texts = pick_texts(embedder, prompt)
+        for text, vector in zip(texts, embedder.encode(texts, prompt=prompt), strict=True):
+            group = name_group(embedder, prompt, text)
+            rows.append({"group": group, "prompt": prompt, "text": text, "vector": vector.tolist()})
+    path.write_text(json.dumps(rows, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_kind(out: Path, name: str, kind: Kind, tokenizer: Any) -> str:
+    """Write one export and its rows. Return what the export reported."""
+    folder = out / name.replace(" ", "-")
+    with tempfile.TemporaryDirectory() as scratch:
+        write_base(Path(scratch), kind, tokenizer)
+        embedder = load_embedder(find_base(scratch), kind)
+    shutil.rmtree(folder, ignore_errors=True)
+    report = export(embedder, folder, kind.dtype, Card(name, "random weights"), onnx="float32")
+    # A 16-bit folder is compared with its own rounded weights, computed in float32.
+    written = embedder if kind.dtype == "float32" else Embedder.load(folder)
+    write_rows(out / f"{folder.name}.json", written)
+    return f"{name}: largest difference {report.parity.error:.1e}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder for the exports")
+    parser.add_argument("--tokenizer", metavar="FOLDER", required=True, help="folder of a Qwen2 tokenizer")
+    parser.add_argument("--kinds", metavar="NAME", nargs="*", default=list(KINDS), help="kinds of exports (default: all)")
+    args = parser.parse_args()
+    jax.config.update("jax_default_matmul_precision", "highest")
+    args.out.mkdir(parents=True, exist_ok=True)
+    own = train_tokenizer([*PROBE_TEXTS, QUERY_PROMPT] * 3, OWN_TOKENIZER_SIZE)
+    stock = transformers.AutoTokenizer.from_pretrained(args.tokenizer)
+    for name in args.kinds:
+        tokenizer = stock if KINDS[name].has_stock_tokenizer else own
+        print(write_kind(args.out, name, KINDS[name], tokenizer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

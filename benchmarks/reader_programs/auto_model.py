@@ -1,0 +1,56 @@
+"""Read exports with transformers' AutoModel, and pool by hand as 1_Pooling/config.json says."""
+
+import json
+from pathlib import Path
+
+import torch
+from row_files import Row, encode_by_prompt
+from transformers import AutoModel, AutoTokenizer
+
+
+def pool(hidden: torch.Tensor, mask: torch.Tensor, config: dict[str, bool]) -> torch.Tensor:
+    """Return vectors [B, D] of hidden states [B, T, D] and the mask [B, T] of the tokens to pool."""
+    weights = mask[..., None].to(hidden.dtype)
+    if config["pooling_mode_cls_token"]:
+        return hidden[torch.arange(len(hidden)), mask.int().argmax(1)]
+    if config["pooling_mode_lasttoken"]:
+        return hidden[torch.arange(len(hidden)), mask.shape[1] - 1 - mask.flip(1).int().argmax(1)]
+    if config["pooling_mode_max_tokens"]:
+        return hidden.masked_fill(~mask[..., None], -torch.inf).amax(1)
+    if config["pooling_mode_weightedmean_tokens"]:
+        weights = weights * torch.arange(1, mask.shape[1] + 1)[None, :, None]
+    return (hidden * weights).sum(1) / weights.sum(1)
+
+
+def read_pooling(folder: str) -> dict[str, bool]:
+    """Return the flags of the pooling. Folders without them name the mode alone."""
+    names = {"cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens", "lasttoken": "lasttoken"}
+    names |= {"weightedmean": "weightedmean_tokens"}
+    config = json.loads((Path(folder) / "1_Pooling" / "config.json").read_text())
+    flags = {f"pooling_mode_{flag}": config.get("pooling_mode") == mode for mode, flag in names.items()}
+    return {**flags, **config}
+
+
+def encode_with_auto_model(folder: str, rows: list[Row]) -> list[torch.Tensor]:
+    """Return unit vectors of every row. A projection of the folder is applied too."""
+    if (Path(folder) / "token_pooling.py").is_file():
+        raise NotImplementedError("the pooling has weights, which AutoModel does not load")
+    if list(Path(folder).glob("*_Dense")):
+        raise NotImplementedError("the projection is a module of sentence-transformers, which AutoModel does not load")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModel.from_pretrained(folder).eval()
+    config = read_pooling(folder)
+
+    def encode_texts(texts: list[str], prompt: str) -> torch.Tensor:
+        inputs = tokenizer([prompt + text for text in texts], padding=True, truncation=True, return_tensors="pt")
+        with torch.no_grad():
+            hidden = model(**inputs).last_hidden_state
+        mask = inputs["attention_mask"].bool()
+        if prompt and not config.get("include_prompt", True):
+            # sentence-transformers' rule: the prompt has as many tokens as it has alone, without EOS.
+            count = len(tokenizer(prompt)["input_ids"])
+            count -= tokenizer(prompt)["input_ids"][-1] in tokenizer.all_special_ids
+            mask &= torch.arange(mask.shape[1])[None] >= count
+        return torch.nn.functional.normalize(pool(hidden, mask, config).float(), dim=1)
+
+    return encode_by_prompt(rows, encode_texts)

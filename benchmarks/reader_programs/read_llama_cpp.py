@@ -1,0 +1,48 @@
+"""Convert exports to GGUF (float32) and read them with llama.cpp's server, in one slot.
+
+The environment variable CONVERTER is the path of llama.cpp's convert_hf_to_gguf.py. A prompt is part of the text.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import xllamacpp
+from row_files import Row, join_texts, run
+
+sys.path.insert(0, str(Path(os.environ["CONVERTER"]).parent))
+import convert_hf_to_gguf
+
+
+def convert(folder: str) -> Path:
+    """Return the GGUF file of an export, which is written beside it."""
+    out = Path(f"{folder}.gguf")
+    sys.argv[1:] = [folder, "--outfile", str(out), "--outtype", "f32"]
+    try:
+        convert_hf_to_gguf.main()
+    except SystemExit as error:
+        raise RuntimeError(f"the converter stopped ({error.code})") from None
+    return out
+
+
+def encode(folder: str, rows: list[Row]) -> list[Any]:
+    """Return vectors of every row. The server cuts no texts, so longer ones get no vector if it refuses them."""
+    params = xllamacpp.CommonParams()
+    params.model.path = str(convert(folder))
+    params.embedding, params.n_parallel, params.n_ctx, params.warmup = True, 1, 0, False
+    params.n_batch = params.n_ubatch = 2048
+    server = xllamacpp.Server(params)
+    vectors = []
+    for text in join_texts(rows):
+        answer = server.handle_embeddings({"input": text, "model": "model"})
+        answer = json.loads(answer) if isinstance(answer, str) else answer
+        vectors.append(answer["data"][0]["embedding"] if "data" in answer else None)
+    Path(f"{folder}.gguf").unlink()
+    if all(vector is None for vector in vectors):
+        raise RuntimeError(f"the server: {answer}")
+    return vectors
+
+
+run({"server": encode}, "xllamacpp")
