@@ -1,26 +1,33 @@
 """Settings of all tests: offline, eight simulated CPU devices, the highest matmul precision."""
 
 # ruff: noqa: E402  (JAX reads the environment at import, so it is set first)
-import atexit
+import contextlib
 import gc
 import os
-import shutil
 import sys
-import tempfile
+import time
+from pathlib import Path
+
+MAX_PROGRAM_AGE_S = 7 * 24 * 3600
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false"}
 # The last two flags make compilation about four times faster.
 XLA_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS}".strip()
 
-# Tests, and the commands that they start, share a cache of compiled programs, which is deleted at the end.
+# Tests, the commands that they start, and later runs share a cache of compiled programs. A program is kept for some days.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    COMPILATION_CACHE = tempfile.mkdtemp(prefix="jaxembed-tests-")
-    atexit.register(shutil.rmtree, COMPILATION_CACHE, ignore_errors=True)
-    os.environ |= {"JAX_COMPILATION_CACHE_DIR": COMPILATION_CACHE, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+    COMPILATION_CACHE = Path(__file__).parents[1] / ".pytest_cache" / "programs"
+    COMPILATION_CACHE.mkdir(parents=True, exist_ok=True)
+    for program in COMPILATION_CACHE.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another run removes it too
+            if time.time() - program.stat().st_mtime > MAX_PROGRAM_AGE_S:
+                program.unlink()
+    os.environ |= {
+        "JAX_COMPILATION_CACHE_DIR": str(COMPILATION_CACHE), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"
+    }  # fmt: skip
 
 from collections.abc import Callable
-from pathlib import Path
 
 import hypothesis
 import jax
