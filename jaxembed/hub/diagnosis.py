@@ -57,7 +57,7 @@ class Diagnosis:
     """What a server does differently.
 
     Attributes:
-        matches: Sets of equally few differences, each of which gives the server's vectors. They cannot be told apart. Empty: no
+        matches: Sets of equally few differences, each of which gives the server's vectors. The probes do not distinguish them. Empty: no
             variant does. A set without differences: the vectors are the folder's.
         closest: The variant whose vectors are closest to the server's.
     """

@@ -136,7 +136,7 @@ def test_fault_of_a_server_is_named(
     assert diagnosis.matches[0].cosine > MIN_COSINE
 
 
-def test_every_single_difference_is_named_or_cannot_be_told_apart(served: dict[str, Served]) -> None:
+def test_every_single_difference_is_named_or_listed_as_indistinguishable(served: dict[str, Served]) -> None:
     for one in served.values():
         everything, variants = range(len(one.folder.probes)), one.variants
         unchanged = variants.encode_unchanged(everything)
