@@ -141,7 +141,9 @@ def open_frozen_encoder(name: str, cache: Path, mesh: Mesh | None = None, record
             raise UserError(
                 f"{name}: loaded by sentence-transformers, which cannot split a model over devices. Omit --fsdp."
             ) from None
-        log.info("%s: loaded by sentence-transformers (%s)", name, str(error).removesuffix("."))
+        reason = str(error).removesuffix(".")
+        line = "%s: loaded by sentence-transformers (%s); texts get the prompts stored there, whatever their instruction"
+        log.info(line, name, reason)
         return _open_sentence_transformer(name, folder, cache)
     mesh = make_mesh(devices=jax.local_devices()) if mesh is None else mesh
     return _open_embedder(name, base, Embedder.load(name, mesh=mesh), cache, recorded_hash)
