@@ -201,8 +201,8 @@ def _format_check(spec: EmbeddingSpec, parity_error: float) -> str:
     lines = [
         "## Check",
         "",
-        "`probe.json` contains texts, their prompts and their vectors. This prints their lowest cosine, which is 1.0 in float32 "
-        "if a program computes the same (`jaxembed verify` asks a running server):",
+        "`probe.json` contains texts, their prompts and their vectors. This prints the lowest cosine: 1.0 in float32 if a "
+        "program computes the same. `jaxembed verify` asks a running server.",
         "",
         "```python",
         "import json",
