@@ -57,8 +57,8 @@ class Diagnosis:
     """What a server does differently.
 
     Attributes:
-        matches: Sets of equally few differences, each of which gives the server's vectors. The probes do not distinguish them. Empty: no
-            variant does. A set without differences: the vectors are the folder's.
+        matches: Sets of equally few differences, each of which gives the server's vectors, so that the probe texts do not
+            distinguish them. Empty: no variant does. A set without differences: the vectors are the folder's.
         closest: The variant whose vectors are closest to the server's.
     """
 
