@@ -30,7 +30,7 @@ from jaxembed.hub.spec_files import log_default_spec
 from jaxembed.hub.text_tokenizer import build_text_tokenizer, check_texts
 from jaxembed.model.decoder import ComputeOptions
 from jaxembed.model.embedder import EmbeddingModel
-from jaxembed.model.parameters import shapes_and_shardings
+from jaxembed.model.parameters import replace_layers, shapes_and_shardings, stack_layers
 from jaxembed.training.run_dir import BASE_RECORD_FILE
 
 TEXTS_PER_WINDOW = 4096  # texts that are tokenized and packed together
@@ -157,7 +157,7 @@ class Embedder:
         return dataclasses.replace(
             self,
             model=self.model.clone(decoder=cut_decoder),
-            params=_replace_layers(self.params, first_layers),
+            params=replace_layers(self.params, first_layers),
             hf_config=hf_config,
             revision=f"{self.revision}-{count}-layers",
             _apply=None,
@@ -351,7 +351,7 @@ class Embedder:
         leaves, tree = jax.tree.flatten(self.params["decoder"]["layers"])
         unstacked_leaves = (unstack_views(self.mesh, x) for x in leaves)
         layers = [jax.tree.unflatten(tree, layer) for layer in zip(*unstacked_leaves, strict=True)]
-        return _replace_layers(self.params, layers)
+        return replace_layers(self.params, layers)
 
 
 @functools.lru_cache(maxsize=8)
@@ -385,18 +385,6 @@ def load_embedder(base: Base, spec: EmbeddingSpec, compute: ComputeOptions, mesh
     tokenizer = build_text_tokenizer(base.tokenizer(), spec, base)
     weights_hash = base.hash()
     return Embedder(model, params, tokenizer, mesh, base.hf_config, weights_hash[:16], weights_hash)
-
-
-def _replace_layers(params: Any, layers: Any) -> Any:
-    return {**params, "decoder": {**params["decoder"], "layers": layers}}
-
-
-def stack_layers(params: Any) -> Any:
-    """Return the parameters as the model takes them, with the layers stacked."""
-    layers = params["decoder"]["layers"]
-    if not isinstance(layers, list):
-        return params
-    return _replace_layers(params, jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers))
 
 
 def _rows_per_call(shards: int, row_length: int) -> int:

@@ -1,4 +1,4 @@
-"""Shapes and shardings of a model's parameters on a mesh."""
+"""Trees of a model's parameters: their shapes and shardings on a mesh, and their layers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxembed.devices.mesh import logical_axis_table, param_shardings
@@ -25,3 +26,16 @@ def shapes_and_shardings(model: EmbeddingModel, mesh: Mesh) -> tuple[Any, Any]:
 def attach_shardings(shapes: Any, shardings: Any) -> Any:
     """Attach shardings to a tree of `jax.ShapeDtypeStruct`. Takes the two trees of `shapes_and_shardings`."""
     return jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings)
+
+
+def replace_layers(params: Any, layers: Any) -> Any:
+    """Return parameters with other decoder layers."""
+    return {**params, "decoder": {**params["decoder"], "layers": layers}}
+
+
+def stack_layers(params: Any) -> Any:
+    """Return parameters as the model takes them, with the layers of a list stacked."""
+    layers = params["decoder"]["layers"]
+    if not isinstance(layers, list):
+        return params
+    return replace_layers(params, jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers))
