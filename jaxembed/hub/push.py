@@ -53,7 +53,7 @@ class PushTarget:
     def _check_name(self) -> None:
         """Raise `UserError` if the hub allows no such name."""
         from huggingface_hub.errors import HFValidationError
-        from huggingface_hub.utils import validate_repo_id
+        from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, but not re-exported
 
         if not is_hub_id(self.repo):
             raise UserError(f"--push: {self.repo!r} is not the name of a repository (expected OWNER/NAME).")
