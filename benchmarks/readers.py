@@ -25,13 +25,18 @@ from typing import Any
 import numpy as np
 
 from jaxembed.files import read_json
-from jaxembed.hub.readers import ServedModel, Status, Verdict, judge_readers
+from jaxembed.hub.readers import STORES, ServedModel, Status, Verdict, judge_readers
 from jaxembed.hub.spec_files import parse_spec
 from jaxembed.model.families import parse_hf_config
 
 PROGRAMS = Path(__file__).parent / "reader_programs"
 MIN_COSINE, MIN_COSINE_16_BIT = 0.9999, 0.99
 GROUPS = ("plain", "spaces", "newline", "prompt", "cut")  # of texts, in the order of the table
+# What a reason of the model card says where the texts of a group differ. Another mask concerns all of them.
+REASON_PATTERNS = {
+    "plain": "mask", "spaces": "white space|line breaks|mask", "newline": "line breaks|mask",
+    "prompt": "instruction|line breaks|mask", "cut": "maximum length|line breaks|mask",
+}  # fmt: skip
 DIM = 32  # numbers of the truncated vectors
 TORCH = "torch==2.13.0"  # the CPU build
 # Packages of each environment.
@@ -109,7 +114,7 @@ PROGRAM_LIST = (
     Program(
         "frameworks", "read_frameworks.py",
         {"langchain": "LangChain", "llama_index": "LlamaIndex", "chroma": "Chroma", "lancedb": "LanceDB"},
-        {"langchain": "LangChain", "llama_index": "LlamaIndex", "chroma": ST6, "lancedb": ST6},
+        {"langchain": "LangChain", "llama_index": "LlamaIndex", "chroma": STORES, "lancedb": STORES},
     ),
 )  # fmt: skip
 # Programs whose columns form a table.
@@ -243,9 +248,12 @@ def load_served_model(folder: Path) -> ServedModel:
 
 def is_unnamed(comparison: Comparison, verdict: Verdict) -> bool:
     """Return whether a reader differs from the model, or refuses it, and the model card does not say so."""
-    if comparison.refusal or comparison.different_groups:
+    if comparison.refusal:
         return verdict.status == Status.EQUAL
-    return verdict.status in (Status.DIFFERENT, Status.REFUSED)
+    if verdict.status in (Status.DIFFERENT, Status.REFUSED):
+        return not comparison.different_groups
+    reasons = "; ".join(verdict.reasons)
+    return not all(re.search(REASON_PATTERNS[group], reasons) for group in comparison.different_groups)
 
 
 def format_table(exports: Path) -> str:

@@ -1,7 +1,7 @@
 """Read exports with LangChain, LlamaIndex, Chroma and LanceDB, which load sentence-transformers.
 
 Texts without a prompt, or with the default prompt, are documents. Texts with the prompt `query` are queries. Chroma and LanceDB
-know no prompts, so a prompt is part of the text there.
+know no prompts but the default prompt, so another one is part of the text there.
 """
 
 import json
@@ -57,12 +57,20 @@ def encode_with_llama_index(folder: str, rows: list[Row]) -> list[Any]:
     ]
 
 
+def join_query_prompts(folder: str, rows: list[Row]) -> list[str]:
+    """Return the texts with their prompts, but without the default prompt, which sentence-transformers adds."""
+    _, default = read_prompts(folder)
+    return join_texts([{**row, "prompt": ""} if row["prompt"] == default else row for row in rows])
+
+
 def encode_with_chroma(folder: str, rows: list[Row]) -> list[Any]:
     """Return vectors of every row."""
     from chromadb.utils.embedding_functions import SentenceTransformerEmbeddingFunction
 
     options = {"trust_remote_code": True} if needs_code(folder) else {}
-    return list(SentenceTransformerEmbeddingFunction(model_name=folder, device="cpu", **options)(join_texts(rows)))
+    return list(
+        SentenceTransformerEmbeddingFunction(model_name=folder, device="cpu", **options)(join_query_prompts(folder, rows))
+    )
 
 
 def encode_with_lancedb(folder: str, rows: list[Row]) -> list[Any]:
@@ -70,7 +78,7 @@ def encode_with_lancedb(folder: str, rows: list[Row]) -> list[Any]:
     from lancedb.embeddings import get_registry
 
     model = get_registry().get("sentence-transformers").create(name=folder, device="cpu", trust_remote_code=needs_code(folder))
-    return list(model.compute_source_embeddings(join_texts(rows)))
+    return list(model.compute_source_embeddings(join_query_prompts(folder, rows)))
 
 
 VARIANTS = {

@@ -15,6 +15,12 @@ from row_files import Row, join_texts, run
 sys.path.insert(0, str(Path(os.environ["CONVERTER"]).parent))
 import convert_hf_to_gguf
 
+POOLING_TYPES = {
+    "pooling_mode_mean_tokens": xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN,
+    "pooling_mode_cls_token": xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_CLS,
+    "pooling_mode_lasttoken": xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_LAST,
+}
+
 
 def convert(folder: str) -> Path:
     """Return the GGUF file of an export, which is written beside it."""
@@ -27,12 +33,19 @@ def convert(folder: str) -> Path:
     return out
 
 
+def read_pooling(folder: str) -> str:
+    """Return the flag of the pooling that 1_Pooling/config.json has."""
+    config = json.loads((Path(folder) / "1_Pooling" / "config.json").read_text())
+    return next(key for key, value in config.items() if key.startswith("pooling_mode_") and value is True)
+
+
 def encode(folder: str, rows: list[Row]) -> list[Any]:
     """Return vectors of every row. The server cuts no texts, so longer ones get no vector if it refuses them."""
     params = xllamacpp.CommonParams()
     params.model.path = str(convert(folder))
     params.embedding, params.n_parallel, params.n_ctx, params.warmup = True, 1, 0, False
     params.n_batch = params.n_ubatch = 2048
+    params.pooling_type = POOLING_TYPES[read_pooling(folder)]  # as --pooling: the converter names none for Llama and Mistral
     server = xllamacpp.Server(params)
     vectors = []
     for text in join_texts(rows):

@@ -125,6 +125,7 @@ def has_ignored_bias(model: ServedModel) -> bool:
 
 
 TORCH_SENTENCE_TRANSFORMERS = ("sentence-transformers 6", "sentence-transformers 5", "sentence-transformers 3, 4")
+STORES = "Chroma, LanceDB"
 FRAMEWORKS = ("LangChain", "LlamaIndex")
 SERVERS = ("vLLM", "TEI", "llama.cpp")
 
@@ -134,7 +135,7 @@ RULES = (
         "from transformers 5.2; 5.0 and 5.1 silently apply a causal mask, 4 refuses the tokenizer", False,
     ),
     Rule(
-        is_bidirectional, ("sentence-transformers 6", *FRAMEWORKS), Status.CONDITIONAL,
+        is_bidirectional, ("sentence-transformers 6", *FRAMEWORKS, STORES), Status.CONDITIONAL,
         "from transformers 5.2; refuses older ones", False,
     ),
     Rule(
@@ -160,7 +161,7 @@ RULES = (
     ),
     Rule(has_own_weights, ("infinity",), Status.REFUSED, "does not run token_pooling.py"),
     Rule(
-        lambda model: model.leaves_out_instructions, (*SERVERS, "ONNX Runtime", "OpenVINO"), Status.DIFFERENT,
+        lambda model: model.leaves_out_instructions, (*SERVERS, "ONNX Runtime", "OpenVINO", STORES), Status.DIFFERENT,
         "pools the instruction tokens of a prompt, which this model leaves out (model.pooling.include_instruction: false); "
         "texts without a prompt are equal",
     ),
@@ -212,10 +213,18 @@ RULES = (
         lambda model: True, ("sentence-transformers 5",), Status.CONDITIONAL,
         "its versions up to 5.1 remove white space at the ends of texts", False,
     ),
+    Rule(
+        lambda model: bool(model.spec.plain_prompt), (STORES,), Status.DIFFERENT,
+        "puts the default prompt before queries too, whose own prompt is part of the text", False,
+    ),
     Rule(lambda model: True, ("LangChain",), Status.CONDITIONAL, "for texts without line breaks, which become spaces", False),
     Rule(
         lambda model: True, ("vLLM",), Status.CONDITIONAL,
         "texts beyond the maximum length need `truncate_prompt_tokens: -1` in the request", False,
+    ),
+    Rule(
+        lambda model: True, ("llama.cpp",), Status.CONDITIONAL,
+        "for texts up to the maximum length, because it cuts none", False,
     ),
     Rule(
         lambda model: True, ("llama.cpp",), Status.CONDITIONAL,
@@ -240,10 +249,10 @@ def _format_tei(model: ServedModel) -> str:
 
 
 def _format_llama_cpp(model: ServedModel) -> str:
-    slots = " --parallel 1" if is_bidirectional(model) else ""
-    return (
-        f"`convert_hf_to_gguf.py {FOLDER} --outtype f32 --outfile model.gguf`, `llama-server -m model.gguf --embedding{slots}`"
-    )
+    # The converter stores the pooling for some families alone.
+    pooling = {"first": "cls"}.get(model.spec.pooling, model.spec.pooling)
+    options = f"--embedding --pooling {pooling}" + (" --parallel 1" if is_bidirectional(model) else "")
+    return f"`convert_hf_to_gguf.py {FOLDER} --outtype f32 --outfile model.gguf`, `llama-server -m model.gguf {options}`"
 
 
 def _format_onnx(library: str) -> Callable[[ServedModel], str]:
@@ -277,6 +286,14 @@ READERS = (
     Reader("OpenVINO", "2026.4", _format_onnx("openvino")),
     Reader("LangChain", "1.2", _format_langchain),
     Reader("LlamaIndex", "0.8", _format_llama_index),
+    Reader(
+        STORES,
+        "1.5, 0.40",
+        lambda model: (
+            f'`SentenceTransformerEmbeddingFunction("{FOLDER}")`, '
+            f'`get_registry().get("sentence-transformers").create(name="{FOLDER}")`'
+        ),
+    ),
     Reader("infinity", "0.0.78", lambda model: f"`infinity_emb v2 --model-id {FOLDER}`"),
 )
 

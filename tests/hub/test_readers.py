@@ -56,6 +56,8 @@ def test_a_bidirectional_model_needs_a_new_transformers() -> None:
         (make_model(pooling="weighted_mean"), "TEI", Status.REFUSED, "has no weighted_mean pooling"),
         (make_model(pooling="max"), "llama.cpp", Status.REFUSED, "has no max pooling"),
         (make_model(projection=64), "llama.cpp", Status.DIFFERENT, "leaves out the projection"),
+        (make_model(), "llama.cpp", Status.CONDITIONAL, "texts up to the maximum length"),
+        (make_model(plain_prompt="passage: "), "Chroma, LanceDB", Status.DIFFERENT, "default prompt before queries"),
         (make_model("tiny", dtype="bfloat16"), "TEI", Status.CLOSE, "not in bfloat16"),
         (make_model("llama3-8b", {"rope_parameters": LLAMA3}), "TEI", Status.REFUSED, "no RoPE scaling for this family"),
         (make_model("llama3-8b", {"rope_parameters": LLAMA3}), "llama.cpp", Status.REFUSED, "llama3"),
@@ -76,15 +78,15 @@ def test_what_a_reader_does_with_a_model(model: ServedModel, reader: str, status
 def test_each_property_is_announced_in_one_line() -> None:
     model = make_model(attention="causal", include_instruction=False, projection=64, matryoshka_dims=(32,), dtype="bfloat16")
     leaves_out, projection, bfloat16, matryoshka = list_limits(model)
-    assert leaves_out.startswith("vLLM, TEI, llama.cpp: different: pools the instruction tokens of a prompt")
+    assert leaves_out.startswith("vLLM, TEI, llama.cpp, Chroma, LanceDB: different: pools the instruction tokens of a prompt")
     assert projection == "llama.cpp: different: leaves out the projection"
     assert bfloat16 == "TEI: close: computes in float16 or float32, not in bfloat16"
     assert matryoshka.endswith(
         "LlamaIndex: truncate_dim needs normalize_embeddings=True, because it cuts after the normalization"
     )
-    assert list_limits(make_model(attention="causal", pooling="max", include_instruction=False)) == [
-        "vLLM, TEI, llama.cpp: refused: has no max pooling"
-    ], "what a reader refuses needs no further reasons"
+    refused, leaves_out = list_limits(make_model(attention="causal", pooling="max", include_instruction=False))
+    assert refused == "vLLM, TEI, llama.cpp: refused: has no max pooling"
+    assert leaves_out.startswith("Chroma, LanceDB: different"), "what a reader refuses needs no further reasons"
     scaled = make_model("llama3-8b", {"rope_parameters": LLAMA3}, attention="causal", pooling="max")
     assert list_limits(scaled) == ["vLLM, TEI, llama.cpp: refused: has no max pooling"]
 
@@ -101,3 +103,5 @@ def test_table_of_the_card_has_usage_with_prompts_of_readers_that_do_not_refuse(
     assert 'model_kwargs={"trust_remote_code": True}, query_encode_kwargs={"prompt_name": "query"})' in rows["LangChain"]
     assert "trust_remote_code=True, query_instruction='Find:')" in rows["LlamaIndex"]
     assert "text_instruction" not in table
+    first = format_reader_table(make_model(attention="causal", pooling="first"))
+    assert "--embedding --pooling cls`" in first, "the converter of llama.cpp does not store the pooling of every family"
