@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from jaxembed import cli, encode
+from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.errors import UserError
 
 TEXTS = [f"text {i}" for i in range(10)]
@@ -22,6 +23,8 @@ TEXTS = [f"text {i}" for i in range(10)]
 
 class LengthEncoder:
     """Encodes a text as its length, and records the sizes of its calls."""
+
+    spec = EmbeddingSpec(prompts={"query": "find: "})
 
     def __init__(self) -> None:
         self.calls: list[int] = []

@@ -10,24 +10,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jaxembed.config import EvalSetConfig, SourceConfig
+from helpers.rows import PAIRS, open_rows, open_source_path
+from jaxembed.config import EvalSetConfig
 from jaxembed.data import columnar, table_file
 from jaxembed.data import rows as rows_module
 from jaxembed.data.array_record import write_array_record
 from jaxembed.data.containers import open_container
 from jaxembed.data.jsonl import write_jsonl
-from jaxembed.data.rows import IndexedRows, RowsAbove
-from jaxembed.data.sources import ROW_SCHEMAS, Source, open_source
+from jaxembed.data.rows import RowsAbove
 from jaxembed.errors import UserError
 from jaxembed.evaluation.heldout import open_held_out_sets
 
-PAIRS: list[dict[str, Any]] = [{"query": f"é {i}", "pos": [f"p {i}", "数学"], "neg": [f"n {i}"]} for i in range(25)]
 LABELS = [{"text": f"text {i}", "label": "cab"[i % 3]} for i in range(20)]
 
 
@@ -38,14 +36,6 @@ def write_parquet(path: Path, rows: Sequence[Any]) -> None:
 WRITERS: dict[str, Callable[[Path, Sequence[Any]], None]] = {
     ".jsonl": write_jsonl, ".parquet": write_parquet, ".array_record": write_array_record,
 }  # fmt: skip
-
-
-def open_rows(path: Path | str, cache: Path | None = None, schema: str = "pairs", **columns: str) -> IndexedRows:
-    return IndexedRows(open_container(str(path)), ROW_SCHEMAS[schema], cache, columns)
-
-
-def open_source_path(path: Path | str, cache: Path, **options: Any) -> Source:
-    return open_source(SourceConfig(path=str(path), **options), cache)
 
 
 def write_shards(folder: Path, rows: Sequence[Any], suffix: str, count: int = 3, name: str = "train") -> Path:
@@ -146,104 +136,6 @@ def test_dropped_row_groups_are_decoded_again(
     order = np.random.default_rng(0).permutation(len(PAIRS))
     assert [file.read(int(i)) for i in order] == [PAIRS[i] for i in order]
     assert len(file._decoded_groups) == 1
-
-
-def test_hugging_face_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    classes = datasets.ClassLabel(names=["bad", "good"])
-    dataset = datasets.Dataset.from_list([{"text": f"t{i}", "label": i % 2} for i in range(6)]).cast_column("label", classes)
-    datasets.DatasetDict({"train": dataset}).save_to_disk(tmp_path / "saved")
-    (tmp_path / "parquet").mkdir()
-    dataset.to_parquet(tmp_path / "parquet" / "a.parquet")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    for path in (tmp_path / "saved" / "train", f"hf:{tmp_path / 'parquet'}:train"):
-        labels = open_source_path(path, tmp_path)
-        example = labels.draw(3, np.random.default_rng(0), 1)
-        assert (len(labels), example.query, example.positive, example.negatives) == (6, "t3", "good", ("bad",))
-    with pytest.raises(UserError, match=r"has several splits \(train\)\. Set split to one .* such as '.*/saved/train'\.$"):
-        open_source_path(tmp_path / "saved", tmp_path)
-    for path in (tmp_path / "saved", f"hf:{tmp_path / 'parquet'}"):
-        assert open_source_path(path, tmp_path, split="train").digest == labels.digest
-    with pytest.raises(UserError, match=r'cannot be loaded \(Unknown split "test"'):
-        open_source_path(f"hf:{tmp_path / 'parquet'}:test", tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("path", "split", "message"),
-    [
-        ("hf:a/b:train", "test", r"^hf:a/b:train: names the split train, but split is 'test'\. Remove one of the two\.$"),
-        ("a.jsonl", "test", r"a\.jsonl: split is 'test', but this has no splits \(expected .*\)\. Remove split\.$"),
-        ("saved", "dev", r"saved: no split 'dev' \(found train, test\)\. Set split to one of them\.$"),
-    ],
-)
-def test_a_split_that_does_not_fit_is_refused(tmp_path: Path, path: str, split: str, message: str) -> None:
-    (tmp_path / "saved").mkdir()
-    (tmp_path / "saved" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
-    with pytest.raises(UserError, match=message):
-        open_source_path(path if ":" in path else tmp_path / path, tmp_path, split=split)
-
-
-@pytest.mark.parametrize(
-    ("file", "content", "message"),
-    [
-        ("dataset_dict.json", '{"splits": "train"}', r"dataset_dict\.json: damaged \(expected a list of names in splits\)"),
-        ("state.json", '{"_data_files": [{"filename": "../other/a.arrow"}]}', r"saved: not a complete saved dataset \("),
-        ("state.json", '{"_data_files": []}', r"saved: not a complete saved dataset \("),
-    ],
-)
-def test_damaged_files_of_a_saved_dataset_are_named(tmp_path: Path, file: str, content: str, message: str) -> None:
-    (tmp_path / "saved").mkdir()
-    (tmp_path / "saved" / file).write_text(content)
-    with pytest.raises(UserError, match=message):
-        open_source_path(tmp_path / "saved", tmp_path)
-
-
-def save_batches(folder: Path, rows: list[dict[str, Any]]) -> Path:
-    """Save a dataset, in batches of three rows, and return its only data file."""
-    dataset = datasets.Dataset.from_list(rows)
-    dataset.save_to_disk(folder)
-    (path,) = folder.glob("*.arrow")
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, dataset.data.schema) as stream:
-        stream.write_table(dataset.data.table, max_chunksize=3)
-    return path
-
-
-def test_saved_datasets_are_read_without_a_memory_map(tmp_path: Path) -> None:
-    """The rows are those that the library reads. A file that is truncated, at any byte or while it is read, is an error."""
-    rows = [{"query": f"q{i} 数学", "pos": [f"p{i}"] * (i % 3 + 1), "n": None if i % 4 else i / 8} for i in range(10)]
-    path = save_batches(tmp_path / "saved", rows)
-    container = open_container(str(tmp_path / "saved"))
-    assert [row for _, _, row in container.scan()] == list(datasets.load_from_disk(tmp_path / "saved"))
-    assert [container.read(i) for i in (9, 0, 4)] == [rows[i] for i in (9, 0, 4)]
-    whole = path.read_bytes()
-    for end in range(0, len(whole), 7):
-        path.write_bytes(whole[:end])
-        with pytest.raises(UserError, match=r"saved/.*\.arrow: not a complete Arrow file \("):
-            open_container(str(tmp_path / "saved"))
-    path.write_bytes(whole)
-    container = open_container(str(tmp_path / "saved"))
-    os.truncate(path, len(whole) // 2)
-    with pytest.raises(UserError, match=r"\.arrow: row \d+ or a later row is damaged \("):
-        [row for _, _, row in container.scan()]
-    with pytest.raises(UserError, match=r"\.arrow: row 10 or a later row is damaged \("):
-        container.read(9)
-
-
-@pytest.mark.parametrize("form", ["numpy", "torch", None])
-def test_the_stored_format_of_a_saved_dataset_is_cleared(tmp_path: Path, form: str | None) -> None:
-    datasets.Dataset.from_list(PAIRS).with_format(form).save_to_disk(tmp_path / "saved")
-    rows = open_rows(tmp_path / "saved")
-    assert [rows[i] for i in range(3)] == PAIRS[:3]
-
-
-def test_hugging_face_names_with_a_config_and_a_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dataset, calls = datasets.Dataset.from_list([{"text": "t"}] * 6), []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: calls.append((*args, options)) or dataset)
-    for name in ("hf:org/name:train", "hf:org/name/part:train[:10]"):
-        assert len(open_source_path(name, tmp_path)) == 6
-    first, second = ("org/name", None, {"split": "train"}), ("org/name", "part", {"split": "train[:10]"})
-    assert first in calls and second in calls and len({str(call) for call in calls}) == 2
-    with pytest.raises(UserError, match=r"^hf:org/name: expected NAME:SPLIT or NAME/CONFIG:SPLIT, such as hf:NAME:train\.$"):
-        open_source_path("hf:org/name", tmp_path)
 
 
 @pytest.mark.parametrize(
