@@ -32,10 +32,11 @@ from jaxembed.model.families import parse_hf_config
 PROGRAMS = Path(__file__).parent / "reader_programs"
 MIN_COSINE, MIN_COSINE_16_BIT = 0.9999, 0.99
 GROUPS = ("plain", "spaces", "newline", "prompt", "cut")  # of texts, in the order of the table
-# What a reason of the model card says where the texts of a group differ. Another mask concerns all of them.
+# What a reason of the model card says where the texts of a group differ. Another mask or graph concerns all of them.
 REASON_PATTERNS = {
-    "plain": "mask", "spaces": "white space|line breaks|mask", "newline": "line breaks|mask",
-    "prompt": "instruction|line breaks|mask", "cut": "maximum length|line breaks|mask",
+    "plain": "mask|other vectors", "spaces": "white space|line breaks|mask|other vectors",
+    "newline": "line breaks|mask|other vectors", "prompt": "instruction|line breaks|mask|other vectors",
+    "cut": "maximum length|line breaks|mask|other vectors",
 }  # fmt: skip
 DIM = 32  # numbers of the truncated vectors
 TORCH = "torch==2.13.0"  # the CPU build
@@ -96,7 +97,7 @@ PROGRAM_LIST = (
     Program(
         "st57", SENTENCE_TRANSFORMERS,
         {"auto_model": "transformers 4.57", "torch": "ST 5.7", "onnx": "ST 5.7, ONNX", "openvino": "ST 5.7, OpenVINO"},
-        {"auto_model": "transformers", "torch": ST5, "onnx": ST5, "openvino": ST5},
+        {"auto_model": "transformers", "torch": ST5, "onnx": ST5, "openvino": "OpenVINO"},
     ),
     Program("st57_tf523", SENTENCE_TRANSFORMERS, {"torch": "ST 5.7, transformers 5.23"}, {"torch": ST5}),
     Program("st51", SENTENCE_TRANSFORMERS, {"torch": "ST 5.1"}, {"torch": ST5}),

@@ -214,6 +214,11 @@ RULES = (
         "its versions up to 5.1 remove white space at the ends of texts", False,
     ),
     Rule(
+        lambda model: True, ("OpenVINO",), Status.CONDITIONAL,
+        'with this graph; backend="openvino" of sentence-transformers converts the model itself, to other vectors for some '
+        "families", False,
+    ),
+    Rule(
         lambda model: bool(model.spec.plain_prompt), (STORES,), Status.DIFFERENT,
         "puts the default prompt before queries too, whose own prompt is part of the text", False,
     ),
