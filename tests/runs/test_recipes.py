@@ -12,8 +12,8 @@ from helpers.recipes import NAMES, make_short_run, write_base, write_rows
 from helpers.runs import read_losses, use_one_device
 from jaxembed.runs.train import train
 
-# Labels and scores; in-context examples; mining with a filter; several directions. `pytest -m all_recipes` runs all.
-SAMPLE = ("bge_en_icl", "gecko", "kalm_v1_no_pretraining", "nv_embed_v1")
+# Two stages, labels, entailment, BEIR folders, and Matryoshka widths; texts alone. `pytest -m all_recipes` runs the others.
+SAMPLE = ("gecko", "llm2vec_simcse")
 
 
 @pytest.fixture(scope="module")
