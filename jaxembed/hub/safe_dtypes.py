@@ -74,7 +74,7 @@ class DtypeQuality:
 def measure_dtypes(folder: Path, spec: EmbeddingSpec) -> list[DtypeQuality]:
     """Measure the narrow dtypes on short probe texts and on code, with the query prompt if there is one.
 
-    Code, with its long runs of rare tokens, gives larger activations than prose. Together the texts have about 500 tokens, so
+    Code, with its long runs of rare tokens, gives larger activations than prose. Together the texts have about 700 tokens, so
     that the three passes take a fraction of the time of an export.
 
     Args:
