@@ -222,7 +222,8 @@ def compare(folder: Path, result: dict[str, Any], dim: int | None) -> Comparison
     """
     limit = MIN_COSINE_16_BIT if "float16" in folder.name else MIN_COSINE
     if "refusal" in result:
-        reason = re.sub(r"/\S+/", "", result["refusal"]).replace("|", "/").replace(f"'{folder.name}'", "KIND")
+        reason = re.sub(r"/\S+/", "", result["refusal"]).replace("|", "/")
+        reason = re.sub(rf"'{folder.name}'|(?<=in ){folder.name}(?=\.)", "KIND", reason)
         return Comparison({}, refusal=reason[:160], limit=limit)
     rows = json.loads(folder.with_name(f"{folder.name}.json").read_text(encoding="utf-8"))
     cosines: dict[str, list[float]] = {}

@@ -4,6 +4,7 @@ The environment variable CONVERTER is the path of llama.cpp's convert_hf_to_gguf
 """
 
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -25,11 +26,15 @@ POOLING_TYPES = {
 def convert(folder: str) -> Path:
     """Return the GGUF file of an export, which is written beside it."""
     out = Path(f"{folder}.gguf")
+    messages: list[str] = []
+    handler = logging.Handler(logging.ERROR)
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("hf-to-gguf").addHandler(handler)
     sys.argv[1:] = [folder, "--outfile", str(out), "--outtype", "f32"]
     try:
         convert_hf_to_gguf.main()
     except SystemExit as error:
-        raise RuntimeError(f"the converter stopped ({error.code})") from None
+        raise RuntimeError(f"the converter stopped ({error.code}): {'; '.join(messages)}") from None
     return out
 
 
