@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import math
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
+from helpers.commands import ENV
 from helpers.recipes import NAMES, make_short_run, write_base, write_rows
 from helpers.runs import read_losses, use_one_device
 from jaxembed.runs.train import train
@@ -46,3 +51,17 @@ def test_other_recipe_trains(
     name: str, tmp_path: Path, base_and_rows: tuple[Path, Mapping[str, Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check_recipe(name, tmp_path, base_and_rows, monkeypatch)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_a_recipe_compiles_for_a_tpu_slice(tmp_path: Path, base_and_rows: tuple[Path, Mapping[str, Path]]) -> None:
+    """benchmarks/recipe_plans.py compiles recipes at their real sizes."""
+    config_file = tmp_path / "run.yaml"
+    config_file.write_text(make_short_run("llm2vec_simcse", tmp_path, *base_and_rows).dump())
+    command = [sys.executable, "-m", "jaxembed.train", str(config_file), "--topology", "v5e:2x2"]
+    env = {name: value for name, value in ENV.items() if name != "XLA_FLAGS"} | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["mesh"]["fsdp"] == 4 and result["device"] == "TPU v5 lite"
+    assert 0 < result["stages"][0]["memory"]["all"] < 16 << 30
