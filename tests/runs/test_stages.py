@@ -193,7 +193,7 @@ def test_a_stage_may_continue_the_optimizer(folder: Path) -> None:
         ([{"train": {"steps": 1}}, {"train": {"steps": 1}, "model": {}}], r"stages\.1\.model: all stages share this key"),
         ([{"train": {"steps": 1, "seed": 3}}], r"stages\.0\.train\.seed: all stages share this key\. Set it outside of stages"),
         ([{"train": {"steps": 1}, "optm": {}}], r"unknown key stages\.0\.optm\. Did you mean stages\.0\.optim\?"),
-        ([{"train": {"steps": 0}}], r"stages\.0\.train\.steps: expected"),
+        ([{"train": {"steps": 0}}], r"stages\.0\.train\.steps is .* \(expected"),
         (
             [{"train": {"steps": 1}, "objectives": [{"name": "nce"}]}],
             r"objectives\.0\.name is 'nce' \(expected infonce or ",
