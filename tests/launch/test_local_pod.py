@@ -37,7 +37,19 @@ def stop(number, frame):
 signal.signal(signal.SIGTERM, stop)
 signal.signal(signal.SIGINT, stop)
 if sys.argv[1] == "fail":
-    time.sleep([0, 1, 600][process_id])
+    path = os.path.join(os.path.dirname(__file__), "pid")
+    if process_id == 1:
+        with open(path + ".partial", "w") as file:
+            file.write(str(os.getpid()))
+        os.rename(path + ".partial", path)
+    while process_id == 2:  # until the script has seen the end of process 1
+        try:
+            os.kill(int(open(path).read()), 0)
+        except FileNotFoundError:
+            pass
+        except ProcessLookupError:
+            break
+        time.sleep(0.01)
     sys.exit([0, 3, 4][process_id])
 open(f"{sys.argv[1]}/ready-{process_id}", "w").close()
 time.sleep(600)
