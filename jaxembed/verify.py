@@ -25,22 +25,22 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
     jax.config.update("jax_platforms", args.platform)
     from jaxembed.devices.processes import progress_bar
-    from jaxembed.hub import verification
-    from jaxembed.hub.http_client import HttpClient, parse_root
-    from jaxembed.hub.served_vectors import connect
-    from jaxembed.hub.verification_report import iter_report_lines, summarize
+    from jaxembed.verification import comparison
+    from jaxembed.verification.http_client import HttpClient, parse_root
+    from jaxembed.verification.report import iter_report_lines, summarize
+    from jaxembed.verification.served_vectors import connect
 
     root = parse_root(args.url)
-    folder = verification.open_folder(Path(args.folder))
+    folder = comparison.open_folder(Path(args.folder))
     client = HttpClient(root, os.environ.get(args.key_env, ""), args.key_env, args.timeout)
     server = connect(client, args.api, args.model, args.dim)
     with progress_bar(total=len(folder.probes), unit="texts", leave=False) as bar:
-        served = verification.ask_server(server, folder.inputs, bar.update)
-    result = verification.compare_with_probes(folder, server, served, args.tolerance)
+        served = comparison.ask_server(server, folder.inputs, bar.update)
+    result = comparison.compare_with_probes(folder, server, served, args.tolerance)
     if not result.are_vectors_equal and not args.no_diagnosis:
         cli.set_up_jax()
         fixed = args.tolerance is not None
-        result = verification.diagnose_server(folder, server, served, result, args.dtype, fixed)
+        result = comparison.diagnose_server(folder, server, served, result, args.dtype, fixed)
     print(*iter_report_lines(folder, server, result), sep="\n")
     return summarize(server, result)
 

@@ -16,7 +16,7 @@ from helpers.commands import run_command
 from helpers.embedding_server import MODEL, PROGRAMS, FakeServer, run_server
 from jaxembed import verify
 from jaxembed.errors import UserError
-from jaxembed.hub import http_client
+from jaxembed.verification import http_client
 
 WIDTH = 8
 QUERY_PROMPT = "query: "

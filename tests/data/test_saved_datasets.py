@@ -10,14 +10,9 @@ import datasets
 import pyarrow as pa
 import pytest
 
-from jaxembed.config import SourceConfig
+from helpers.rows import open_source_path
 from jaxembed.data.containers import open_container
-from jaxembed.data.sources import Source, open_source
 from jaxembed.errors import UserError
-
-
-def open_source_path(path: Path | str, cache: Path, **options: Any) -> Source:
-    return open_source(SourceConfig(path=str(path), **options), cache)
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from jaxembed.hub.diagnosis import Diagnosis, Match
-from jaxembed.hub.served_vectors import EmbeddingServer
-from jaxembed.hub.verification import Verification, VerifiedFolder
+from jaxembed.verification.comparison import Verification, VerifiedFolder
+from jaxembed.verification.diagnosis import Diagnosis, Match
+from jaxembed.verification.served_vectors import EmbeddingServer
 
 MAX_TEXT_CHARS, MAX_PROMPT_CHARS = 50, 24
 # What to do about a difference, by its setting.

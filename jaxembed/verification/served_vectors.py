@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxembed.errors import UserError
-from jaxembed.hub.http_client import Answer, HttpClient
+from jaxembed.verification.http_client import Answer, HttpClient
 
 # Statuses with which servers refuse an input. vLLM, TEI and Ollama: 400, 413 or 422; llama.cpp: 500 with one of the phrases.
 REFUSAL_STATUSES = (400, 413, 422)

@@ -17,16 +17,16 @@ from jaxembed import verify
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.devices.mesh import make_mesh
 from jaxembed.errors import UserError
-from jaxembed.hub import verification
 from jaxembed.hub.card import Card
-from jaxembed.hub.diagnosis import Diagnosis, Match, VariantEncoder, diagnose, measure_half_precision, to_unit_vectors
 from jaxembed.hub.embedder import Embedder, load_embedder
 from jaxembed.hub.export import export
 from jaxembed.hub.parity import MIN_COSINE
 from jaxembed.hub.resolve import find_base
-from jaxembed.hub.variants import list_pool_variants
-from jaxembed.hub.verification import VerifiedFolder, open_folder
 from jaxembed.model.decoder import ComputeOptions
+from jaxembed.verification import comparison
+from jaxembed.verification.comparison import VerifiedFolder, open_folder
+from jaxembed.verification.diagnosis import Diagnosis, Match, VariantEncoder, diagnose, measure_half_precision, to_unit_vectors
+from jaxembed.verification.variants import list_pool_variants
 
 QUERY_PROMPT = "Find the answer:"
 KINDS: dict[str, dict[str, Any]] = {
@@ -199,7 +199,7 @@ def reuse_variants(served: dict[str, Served], narrow_variants: VariantEncoder, m
     def find(embedder: Embedder, probes: Any, width: int, dim: int | None) -> VariantEncoder:
         return compiled.get((embedder.spec, width)) or VariantEncoder(embedder, probes, width, dim)
 
-    monkeypatch.setattr(verification, "VariantEncoder", find)
+    monkeypatch.setattr(comparison, "VariantEncoder", find)
 
 
 @pytest.mark.usefixtures("reuse_variants")
@@ -234,11 +234,11 @@ def test_folder_or_model_that_does_not_fit_is_one_line(
     verify_with(one, lambda inputs: random[: len(inputs), :32])
     assert "no variant of the folder's model gives these vectors (closest: " in capsys.readouterr().out
     with monkeypatch.context() as patch:
-        patch.setattr(verification, "diagnose", lambda *_: Diagnosis([], Match((), 0.5)))
+        patch.setattr(comparison, "diagnose", lambda *_: Diagnosis([], Match((), 0.5)))
         for width in (48, NARROW_WIDTH):
             with pytest.raises(UserError, match=rf"vectors of {width} numbers \(those of .* have 32\), so the model "):
                 verify_with(one, lambda inputs, width=width: random[: len(inputs), :width])
     others = [dataclasses.replace(probe, vector=-probe.vector) for probe in one.folder.probes]
-    monkeypatch.setattr(verification, "read_probe_file", lambda _: others)
+    monkeypatch.setattr(comparison, "read_probe_file", lambda _: others)
     with pytest.raises(UserError, match=r"probe\.json: does not belong to the weights of its folder \(least cosine -1"):
         verify_with(one, one.torch_encoder.encode)

@@ -12,12 +12,19 @@ import numpy as np
 from jaxembed.devices.mesh import make_mesh
 from jaxembed.errors import UserError
 from jaxembed.hub.base import BaseWithWeights
-from jaxembed.hub.diagnosis import HALF_DTYPES, Diagnosis, VariantEncoder, diagnose, measure_half_precision, to_unit_vectors
 from jaxembed.hub.embedder import load_embedder
 from jaxembed.hub.parity import MIN_COSINE, PROBE_FILE, Probe, read_probe_file
 from jaxembed.hub.resolve import find_base_with_weights
-from jaxembed.hub.served_vectors import EmbeddingServer, InputRefused
 from jaxembed.model.decoder import ComputeOptions
+from jaxembed.verification.diagnosis import (
+    HALF_DTYPES,
+    Diagnosis,
+    VariantEncoder,
+    diagnose,
+    measure_half_precision,
+    to_unit_vectors,
+)
+from jaxembed.verification.served_vectors import EmbeddingServer, InputRefused
 
 MAX_LENGTH_ERROR = 0.01  # of a vector of unit length; bfloat16 rounds to 0.004
 MIN_OWN_COSINE = {"float32": 0.999, "bfloat16": 0.9}  # between probe.json and the folder's weights, by their dtype

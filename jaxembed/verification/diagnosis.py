@@ -22,7 +22,10 @@ from jaxembed.devices.cpu import compiler_options
 from jaxembed.devices.processes import progress_bar
 from jaxembed.hub.embedder import Apply, Embedder
 from jaxembed.hub.parity import Probe
-from jaxembed.hub.variants import (
+from jaxembed.model.decoder import Decoder
+from jaxembed.model.masks import MASKS
+from jaxembed.model.parameters import stack_layers
+from jaxembed.verification.variants import (
     Change,
     Changes,
     DecoderVariant,
@@ -33,9 +36,6 @@ from jaxembed.hub.variants import (
     list_pool_variants,
     list_token_variants,
 )
-from jaxembed.model.decoder import Decoder
-from jaxembed.model.masks import MASKS
-from jaxembed.model.parameters import stack_layers
 
 TEXTS_PER_PROMPT, MAX_SHORT_TEXTS = 4, 24  # texts that all variants are tried on
 MAX_EXTENDED_MATCHES = 4  # variants that explain the short texts and are tried on the long ones
