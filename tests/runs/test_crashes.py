@@ -154,7 +154,8 @@ def test_a_damaged_checkpoint_is_named_with_the_previous_one(folder, intact, ite
 def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(folder: Path, uninterrupted: list[float]) -> None:
     run = folder / "full"
     kept = copy_run_at_first_checkpoint(folder / "uninterrupted", make_config(folder, "full", *MANY_STEPS))
-    small = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))"  # files cannot grow past that
+    # No file can grow past that: those of checkpoints would, the one with standard error would not.
+    small = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))"
     process = start_training(folder, "full", *MANY_STEPS, setup_code=small)
     stderr = process.communicate()[1]
     assert process.returncode == 2, stderr
