@@ -36,7 +36,8 @@ def test_the_script_runs_a_command() -> None:
     assert run_script("--version").stdout.strip() == f"jaxembed {jaxembed.__version__}"
 
 
-def test_public_names() -> None:
+def test_public_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(vars(jaxembed), "train", raising=False)  # other tests import the module of this name
     from jaxembed import Embedder, load_config, train
 
     assert callable(Embedder.load) and callable(load_config) and callable(train)

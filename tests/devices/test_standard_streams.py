@@ -91,7 +91,7 @@ def test_other_errors_keep_their_traceback() -> None:
 def test_a_command_leaves_at_once_after_its_error() -> None:
     start = time.monotonic()
     done = run('threading.Thread(target=time.sleep, args=[600]).start(); raise UserError("wrong")')
-    assert (done.returncode, done.stderr) == (2, "error: wrong\n")
+    assert (done.returncode, done.stderr) == (2, "error: wrong.\n")
     assert time.monotonic() - start < 300
 
 

@@ -93,7 +93,10 @@ def run_code(code: str, arguments: Sequence[str], env: Mapping[str, str], stream
 
 def run_module(name: str) -> str:
     """Return code that does what `python -m NAME` does."""
-    return f"import runpy\nrunpy.run_module({name!r}, run_name='__main__', alter_sys=True)"
+    # The server may have imported the module, of which runpy would warn.
+    return (
+        f"import runpy, sys\nsys.modules.pop({name!r}, None)\nrunpy.run_module({name!r}, run_name='__main__', alter_sys=True)"
+    )
 
 
 def start_module(name: str, *arguments: str, env: Mapping[str, str] = ENV, setup_code: str = "") -> Process:

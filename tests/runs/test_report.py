@@ -33,7 +33,7 @@ def test_equal_texts_leave_no_negatives(examples: list[Example], expected: bool)
 class FakeSource:
     """Two examples with in-batch negatives, and a count of dropped rows."""
 
-    name, in_batch = "s", True
+    name, format, in_batch = "s", "pairs", True
     config = SimpleNamespace(few_shot=None)
     sampler = SimpleNamespace(drop_counts={"odd": 3})
 
