@@ -23,20 +23,16 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, config: dict[str, bool]) -> t
 
 
 def read_pooling(folder: str) -> dict[str, bool]:
-    """Return the flags of the pooling. Folders without them name the mode alone."""
-    names = {"cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens", "lasttoken": "lasttoken"}
-    names |= {"weightedmean": "weightedmean_tokens"}
-    config = json.loads((Path(folder) / "1_Pooling" / "config.json").read_text())
-    flags = {f"pooling_mode_{flag}": config.get("pooling_mode") == mode for mode, flag in names.items()}
-    return {**flags, **config}
+    """Return the config of the pooling, which has a flag for every mode."""
+    return json.loads((Path(folder) / "1_Pooling" / "config.json").read_text())
 
 
 def encode_with_auto_model(folder: str, rows: list[Row]) -> list[torch.Tensor]:
-    """Return unit vectors of every row. A projection of the folder is applied too."""
+    """Return unit vectors of every row. Raises `ValueError` for folders with weights beside those of the model."""
     if (Path(folder) / "token_pooling.py").is_file():
-        raise NotImplementedError("the pooling has weights, which AutoModel does not load")
+        raise ValueError("the pooling has weights, which AutoModel does not load")
     if list(Path(folder).glob("*_Dense")):
-        raise NotImplementedError("the projection is a module of sentence-transformers, which AutoModel does not load")
+        raise ValueError("the projection is a module of sentence-transformers, which AutoModel does not load")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModel.from_pretrained(folder).eval()
     config = read_pooling(folder)

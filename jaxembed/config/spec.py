@@ -99,6 +99,10 @@ class EmbeddingSpec(Section):
         examples_prompt = "".join(map(self.format_example, examples))
         return examples_prompt + self.instruction_template.replace("{instruction}", instruction)
 
+    def suffix(self, prompt: str) -> str:
+        """Return what follows a text under a prompt; nothing follows a text without one."""
+        return self.query_suffix if prompt else ""
+
     def format_example(self, example: FewShotExample) -> str:
         """Return an in-context example as it appears in a prompt."""
         response = self.query_suffix or "\nResponse:"

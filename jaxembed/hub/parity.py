@@ -122,7 +122,7 @@ def encode_probes_with(model: Any, spec: EmbeddingSpec, probes: Mapping[str, lis
     for side in ("right", "left"):
         model.tokenizer.padding_side = side
         for prompt, texts in probes.items():
-            vectors.append(encode_torch(model, [text + spec.query_suffix * bool(prompt) for text in texts], prompt))
+            vectors.append(encode_torch(model, [text + spec.suffix(prompt) for text in texts], prompt))
     return np.concatenate(vectors)
 
 

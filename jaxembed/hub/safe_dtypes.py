@@ -74,8 +74,7 @@ class DtypeQuality:
 def measure_dtypes(folder: Path, spec: EmbeddingSpec) -> list[DtypeQuality]:
     """Measure the narrow dtypes on short probe texts and on code, with the query prompt if there is one.
 
-    Code, with its long runs of rare tokens, gives larger activations than prose. Together the texts have about 700 tokens, so
-    that the three passes take a fraction of the time of an export.
+    Code has long runs of rare tokens, which prose lacks. The texts are few and short, because they are encoded three times.
 
     Args:
         folder: The exported folder, whose vectors in float32 are those of the model.
@@ -86,7 +85,7 @@ def measure_dtypes(folder: Path, spec: EmbeddingSpec) -> list[DtypeQuality]:
     from jaxembed.formats.rounded_arithmetic import round_layers
 
     prompt = spec.prompts.get("query", spec.plain_prompt)
-    texts = [text + spec.query_suffix * bool(prompt) for text in [*PROBE_TEXTS, *CODE_TEXTS] if len(text) <= MAX_CHECKED_CHARS]
+    texts = [text + spec.suffix(prompt) for text in [*PROBE_TEXTS, *CODE_TEXTS] if len(text) <= MAX_CHECKED_CHARS]
     model = load_sentence_transformer(folder).float()
     reference = encode_torch(model, texts, prompt)
     qualities = []

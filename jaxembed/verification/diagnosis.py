@@ -58,8 +58,8 @@ class Diagnosis:
     """What a server does differently.
 
     Attributes:
-        matches: Sets of equally few differences, each of which gives the server's vectors, so that the probe texts do not
-            distinguish them. Empty: no variant does. A set without differences: the vectors are the folder's.
+        matches: The smallest sets of differences that give the server's vectors. The probe texts do not distinguish several
+            sets. Empty: no variant gives these vectors. A set without differences: the vectors are the folder's.
         closest: The variant whose vectors are closest to the server's.
     """
 
@@ -117,9 +117,9 @@ class VariantEncoder:
 
     def select_short(self, indices: Iterable[int]) -> list[int]:
         """Return the indices of the shortest texts of each prompt, few in all."""
-        by_length = sorted(indices, key=lambda i: (self.input_lengths[i], i))
-        prompts = dict.fromkeys(self.probes[i].prompt for i in sorted(by_length))
-        groups = [[i for i in by_length if self.probes[i].prompt == prompt][:TEXTS_PER_PROMPT] for prompt in prompts]
+        shortest_first = sorted(indices, key=lambda i: (self.input_lengths[i], i))
+        prompts = dict.fromkeys(self.probes[i].prompt for i in sorted(shortest_first))
+        groups = [[i for i in shortest_first if self.probes[i].prompt == prompt][:TEXTS_PER_PROMPT] for prompt in prompts]
         return sorted(itertools.chain.from_iterable(groups[: MAX_SHORT_TEXTS // TEXTS_PER_PROMPT]))
 
     def encode(self, decoder: DecoderVariant, tokens: TokenVariant, indices: Sequence[int]) -> np.ndarray:

@@ -88,8 +88,8 @@ class LastTokensTokenizer(TextTokenizer):
         inputs = [np.array(encoding.ids, np.int32) for encoding in self._encode(self._full_backend, texts, prompts)]
         dropped = np.maximum([len(ids) - self.spec.max_length for ids in inputs], 0)
         pool_start = np.maximum(self.count_prompt_tokens(prompts) - dropped, 0)
-        kept = [self._drop(ids, count) for ids, count in zip(inputs, dropped, strict=True)]
-        return TokenizedTexts(kept, pool_start)
+        shortened = [self._drop(ids, count) for ids, count in zip(inputs, dropped, strict=True)]
+        return TokenizedTexts(shortened, pool_start)
 
     def _drop(self, ids: np.ndarray, count: int) -> np.ndarray:
         return ids[count:]
