@@ -27,7 +27,7 @@ import numpy as np
 from jaxembed.files import read_json
 from jaxembed.hub.readers import STORES, ServedModel, Status, Verdict, judge_readers
 from jaxembed.hub.spec_files import parse_spec
-from jaxembed.model.families import parse_hf_config
+from jaxembed.model.hf_config import parse_hf_config
 
 PROGRAMS = Path(__file__).parent / "reader_programs"
 MIN_COSINE, MIN_COSINE_16_BIT = 0.9999, 0.99

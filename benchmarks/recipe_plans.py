@@ -56,7 +56,7 @@ QWEN15_7B = {
 def write_base(folder: Path, name: str) -> Path:
     """Write the config of a base and a tokenizer. There are no weights."""
     from jaxembed.data.bpe import train_tokenizer
-    from jaxembed.model.families import find_preset
+    from jaxembed.model.presets import find_preset
 
     path = folder / name.replace("/", "--")
     config = {**find_preset(PRESETS[name]), **(QWEN15_7B if name == "Qwen/Qwen1.5-7B" else {})}

@@ -34,7 +34,9 @@ from jaxembed.devices.placement import batch_shapes  # noqa: E402
 from jaxembed.losses.objectives import Objectives  # noqa: E402
 from jaxembed.model.decoder import ComputeOptions  # noqa: E402
 from jaxembed.model.embedder import EmbeddingModel  # noqa: E402
-from jaxembed.model.families import DecoderConfig, find_preset, parse_hf_config  # noqa: E402
+from jaxembed.model.families import DecoderConfig  # noqa: E402
+from jaxembed.model.hf_config import parse_hf_config  # noqa: E402
+from jaxembed.model.presets import find_preset  # noqa: E402
 from jaxembed.planning.program import OutOfMemory, Program, compile_step, count_bytes, count_elements  # noqa: E402
 from jaxembed.training.optim import make_optimizer, make_schedule  # noqa: E402
 from jaxembed.training.state import state_shapes  # noqa: E402

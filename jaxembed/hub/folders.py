@@ -8,7 +8,7 @@ from pathlib import Path
 from jaxembed.errors import UserError, summarize
 from jaxembed.files import exists
 from jaxembed.formats.peft_config import ADAPTER_CONFIG_FILE, is_peft_folder
-from jaxembed.model.families import find_preset
+from jaxembed.model.presets import find_preset
 from jaxembed.training.run_dir import BASE_RECORD_FILE
 
 PRESET_PREFIX = "preset:"

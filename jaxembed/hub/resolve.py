@@ -17,7 +17,8 @@ from jaxembed.hub.base import Base, BaseWithWeights, FolderBase, PresetBase
 from jaxembed.hub.folders import PRESET_PREFIX, find_folder
 from jaxembed.hub.restore import RunBase
 from jaxembed.hub.spec_files import make_preset_spec, read_adapter_spec, read_folder_spec
-from jaxembed.model.families import find_preset, parse_hf_config
+from jaxembed.model.hf_config import parse_hf_config
+from jaxembed.model.presets import find_preset
 from jaxembed.training.checkpoint import Checkpoints, pick_step
 from jaxembed.training.run_dir import BASE_RECORD_FILE, read_run_file
 

@@ -20,7 +20,7 @@ from jaxembed.devices import blas
 from jaxembed.devices.mesh import make_mesh
 from jaxembed.model.decoder import ComputeOptions
 from jaxembed.model.embedder import EmbeddingModel
-from jaxembed.model.families import parse_hf_config
+from jaxembed.model.hf_config import parse_hf_config
 from jaxembed.model.matmul import sharded_matmul
 from jaxembed.planning.flops import matmul_flops
 

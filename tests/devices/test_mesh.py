@@ -21,7 +21,8 @@ from jaxembed.devices.mesh import (
 from jaxembed.devices.placement import put_batch, replicated_jit, replicated_sharding, unstack_views
 from jaxembed.errors import UserError
 from jaxembed.model.embedder import EmbeddingModel, infer_parameter_shapes, init_params
-from jaxembed.model.families import find_preset, parse_hf_config
+from jaxembed.model.hf_config import parse_hf_config
+from jaxembed.model.presets import find_preset
 
 
 def test_a_mesh_has_all_devices_or_the_requested_number() -> None:

@@ -24,7 +24,7 @@ from jaxembed import config
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.formats.weights import save_params
 from jaxembed.model.embedder import EmbeddingModel, infer_parameter_shapes
-from jaxembed.model.families import parse_hf_config
+from jaxembed.model.hf_config import parse_hf_config
 from jaxembed.runs.train import train
 from jaxembed.training.checkpoint import Checkpoints
 from jaxembed.training.metrics import read_metrics
@@ -182,7 +182,7 @@ from jaxembed.devices import processes
 from jaxembed.model.parameters import shapes_and_shardings
 from jaxembed.formats.weights import load_params
 from jaxembed.model.embedder import EmbeddingModel
-from jaxembed.model.families import parse_hf_config
+from jaxembed.model.hf_config import parse_hf_config
 from jaxembed.config.spec import EmbeddingSpec
 
 def anonymous_bytes():

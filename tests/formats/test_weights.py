@@ -21,7 +21,7 @@ from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.errors import UserError
 from jaxembed.formats.weights import save_params
 from jaxembed.model.embedder import EmbeddingModel, infer_parameter_shapes
-from jaxembed.model.families import parse_hf_config
+from jaxembed.model.hf_config import parse_hf_config
 
 FolderFixture = Callable[[str], Path]
 Tensors = dict[str, np.ndarray]

@@ -23,7 +23,7 @@ from jaxembed.devices.placement import put_batch
 from jaxembed.formats.weights import load_params
 from jaxembed.model.decoder import ComputeOptions
 from jaxembed.model.embedder import EmbeddingModel, infer_parameter_shapes, init_params
-from jaxembed.model.families import parse_hf_config
+from jaxembed.model.hf_config import parse_hf_config
 
 
 def load_model(

@@ -25,9 +25,10 @@ from jaxembed.devices.placement import batch_sharding, replicated_sharding
 from jaxembed.losses.objectives import Objectives
 from jaxembed.model.decoder import ComputeOptions
 from jaxembed.model.embedder import EmbeddingModel, infer_parameter_shapes
-from jaxembed.model.families import find_preset, parse_hf_config
+from jaxembed.model.hf_config import parse_hf_config
 from jaxembed.model.kernels import pick_kernel
 from jaxembed.model.masks import MASKS, TokenInfo
+from jaxembed.model.presets import find_preset
 from jaxembed.training.optim import make_optimizer, make_schedule
 from jaxembed.training.step import TrainState, make_train_step
 

@@ -8,7 +8,8 @@ import pytest
 
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.hub.readers import READERS, RULES, ServedModel, Status, format_reader_table, judge_readers, list_limits
-from jaxembed.model.families import find_preset, parse_hf_config
+from jaxembed.model.hf_config import parse_hf_config
+from jaxembed.model.presets import find_preset
 
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

@@ -20,7 +20,8 @@ from jaxembed.errors import UserError
 from jaxembed.hub.resolve import find_base
 from jaxembed.model.decoder import DecoderLayer
 from jaxembed.model.embedder import EmbeddingModel, infer_parameter_shapes
-from jaxembed.model.families import PRESETS, find_preset, parse_hf_config
+from jaxembed.model.hf_config import parse_hf_config
+from jaxembed.model.presets import PRESETS, find_preset
 
 LENGTHS = (3, 17, 30, 9, 1, 12)  # some are longer than the sliding window, and some texts share a row
 ROW_LENGTH = 32

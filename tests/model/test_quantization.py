@@ -22,10 +22,11 @@ from jaxembed.formats.peft import write_adapters
 from jaxembed.hub.resolve import find_base
 from jaxembed.model.decoder import ComputeOptions
 from jaxembed.model.embedder import EmbeddingModel, infer_parameter_shapes
-from jaxembed.model.families import find_preset, parse_hf_config
+from jaxembed.model.hf_config import parse_hf_config
 from jaxembed.model.lora import merge_adapters, split_params
 from jaxembed.model.matmul import frozen_matmul
 from jaxembed.model.parameters import shapes_and_shardings
+from jaxembed.model.presets import find_preset
 from jaxembed.model.quantization import dequantize, quantize
 
 Folder = Callable[[str], Path]

@@ -20,7 +20,7 @@ from jaxembed.losses import blockwise
 from jaxembed.losses.objectives import Objectives
 from jaxembed.model.decoder import ComputeOptions
 from jaxembed.model.embedder import EmbeddingModel, init_params
-from jaxembed.model.families import parse_hf_config
+from jaxembed.model.hf_config import parse_hf_config
 from jaxembed.model.parameters import shapes_and_shardings
 from jaxembed.training.step import batch_loss
 
