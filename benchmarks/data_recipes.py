@@ -22,7 +22,7 @@ from objectives import mine_pairs, parse_and_set_up
 from score import load_tasks
 
 from jaxembed.evaluate import load_encoder
-from jaxembed.evaluation.mteb_encoder import score_tasks
+from jaxembed.evaluation.tasks import score_tasks
 
 TASKS = ("AGNewsTitleRetrieval", "STSBenchmarkMultilingualSTS", "Banking77Classification")
 

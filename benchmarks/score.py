@@ -12,19 +12,19 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-from typing import Any
 
 from jaxembed.evaluate import load_encoder
-from jaxembed.evaluation.mteb_encoder import score_tasks
+from jaxembed.evaluation.mteb_tasks import MtebTask
+from jaxembed.evaluation.tasks import score_tasks
 
 
-def load_tasks(path: str, names: list[str] | None) -> list[Any]:
-    """Return the mteb tasks of a Python file: those with these names, or all for None."""
+def load_tasks(path: str, names: list[str] | None) -> list[MtebTask]:
+    """Return the MTEB tasks of a Python file: those with these names, or all for None."""
     module_spec = importlib.util.spec_from_file_location("task_file", path)
     assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
-    return module.tasks(names)
+    return [MtebTask(task) for task in module.tasks(names)]
 
 
 def main() -> None:

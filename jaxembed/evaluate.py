@@ -12,23 +12,27 @@ from typing import TYPE_CHECKING, Any
 
 from jaxembed import cli
 from jaxembed.errors import UserError
+from jaxembed.evaluation import mteb_tasks
+from jaxembed.evaluation.task_encoder import TaskEncoder
+from jaxembed.evaluation.tasks import check_names, score_tasks
 
 if TYPE_CHECKING:
     import numpy as np
 
 
-def main(args: argparse.Namespace) -> dict[str, Any]:
-    """Score a model on MTEB tasks. Return {"model", "scores": {task: {"score", "instruction", "subsets", "splits"}}}."""
-    if bool(args.tasks) == bool(args.benchmark):
-        raise UserError("evaluate: expected either --tasks or --benchmark. Give one of the two.")
-    from jaxembed.evaluation import mteb_encoder
+# Modules with `add_arguments(parser)`, and `open_tasks(args)`, which returns the tasks that these options name.
+TASK_SOURCES = (mteb_tasks,)
 
-    tasks = mteb_encoder.find_tasks(args.tasks, args.benchmark)
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    """Score a model. Return {"model", "scores": {task: scores}}, as `EvaluationTask.score` describes them."""
+    tasks = [task for source in TASK_SOURCES for task in source.open_tasks(args)]
+    check_names(tasks)
     out = Path(args.out) if args.out else None
     if out:
         cli.make_output_folder(out, f"{out}: the folder")
     encoder = load_encoder(args.model, backend=args.backend, **cli.get_model_options(args))
-    return {"model": args.model, "scores": mteb_encoder.score_tasks(encoder, tasks, out)}
+    return {"model": args.model, "scores": score_tasks(encoder, tasks, out)}
 
 
 def load_encoder(
@@ -38,8 +42,8 @@ def load_encoder(
     layers: int | None = None,
     adapter: str | None = None,
     fsdp: int = 1,
-) -> Any:
-    """Load a model as an mteb encoder.
+) -> TaskEncoder:
+    """Load a model for evaluation.
 
     Args:
         model: Run directory, folder or hub id.
@@ -52,8 +56,6 @@ def load_encoder(
     Raises:
         UserError: If the model cannot be loaded, or an option does not apply to the backend.
     """
-    from jaxembed.evaluation.mteb_encoder import MtebEncoder
-
     if backend == "sentence-transformers":
         if layers is not None or adapter is not None:
             raise UserError(
@@ -71,15 +73,15 @@ def load_encoder(
         return embedder.encode(texts, prompt=prompt, show_progress=True)
 
     revision = f"{embedder.revision}-{compute_model_digest(embedder)}"
-    return MtebEncoder(encode, embedder.spec, Path(model).name, revision)
+    return TaskEncoder(encode, embedder.spec, Path(model).name, revision)
 
 
 def make_parser() -> cli.Parser:
     """Return the parser of the command line."""
     parser = cli.new_parser("evaluate", __doc__)
     cli.add_model_arguments(parser)
-    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="names of MTEB tasks")
-    parser.add_argument("--benchmark", metavar="NAME", help="MTEB benchmark whose tasks are scored")
+    for source in TASK_SOURCES:
+        source.add_arguments(parser)
     parser.add_argument("--out", metavar="DIR", help="folder for the results; tasks already scored there are not run again")
     parser.add_argument(
         "--backend",

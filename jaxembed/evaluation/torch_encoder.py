@@ -1,4 +1,4 @@
-"""Run an exported folder with sentence-transformers as an mteb encoder, to score what users deploy."""
+"""Run an exported folder with sentence-transformers for evaluation, to score what users deploy."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxembed.evaluation.mteb_encoder import MtebEncoder
+from jaxembed.evaluation.task_encoder import TaskEncoder
 from jaxembed.hub.frozen_encoder import hash_folder
 from jaxembed.hub.identity import DIGEST_CHARS
 from jaxembed.hub.resolve import find_base
 from jaxembed.hub.torch_model import encode_torch, load_sentence_transformer
 
 
-def load_torch_encoder(folder: Path) -> MtebEncoder:
+def load_torch_encoder(folder: Path) -> TaskEncoder:
     """Load a folder with plain sentence-transformers. It gets the same instructions as the JAX model."""
     base = find_base(str(folder))
     model = load_sentence_transformer(folder)
@@ -23,4 +23,4 @@ def load_torch_encoder(folder: Path) -> MtebEncoder:
         return encode_torch(model, texts, prompt)
 
     # Everything that sentence-transformers reads decides the vectors.
-    return MtebEncoder(encode, base.spec, f"{folder.name}-torch", f"folder-{hash_folder(folder)[:DIGEST_CHARS]}")
+    return TaskEncoder(encode, base.spec, f"{folder.name}-torch", f"folder-{hash_folder(folder)[:DIGEST_CHARS]}")

@@ -19,8 +19,12 @@ from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.errors import UserError
 from jaxembed.evaluate import load_encoder
 from jaxembed.evaluation.heldout import open_held_out_sets, score_sets
-from jaxembed.evaluation.mteb_encoder import MtebEncoder, find_tasks, log_prompt_choice, score_tasks, summarize_task
+from jaxembed.evaluation.mteb_encoder import MtebEncoder
+from jaxembed.evaluation.mteb_results import summarize_task
+from jaxembed.evaluation.mteb_tasks import MtebTask, find_tasks
 from jaxembed.evaluation.retrieval import ndcg, recall, spearman
+from jaxembed.evaluation.task_encoder import TaskEncoder, log_prompt_choice
+from jaxembed.evaluation.tasks import score_tasks
 from jaxembed.hub.card import Card
 from jaxembed.hub.export import export
 from jaxembed.hub.spec_files import write_spec
@@ -108,7 +112,9 @@ def test_mteb_scores_the_encoder_under_task_instructions(tmp_path: Path) -> None
         return np.random.default_rng(len(texts)).normal(size=(len(texts), 4)).astype(np.float32)
 
     spec = EmbeddingSpec(prompts={"query": "q", "document": "d: "})
-    scores = score_tasks(MtebEncoder(encode, spec, "tiny", "1"), [MockRetrievalTask(), MockSTSTask()], tmp_path)
+    scores = score_tasks(
+        TaskEncoder(encode, spec, "tiny", "1"), [MtebTask(MockRetrievalTask()), MtebTask(MockSTSTask())], tmp_path
+    )
     assert set(scores) == {"MockRetrievalTask", "MockSTSTask"}
     for result in scores.values():
         assert "Instruct: {}\nQuery:".format(result["instruction"]) in prompts
@@ -119,9 +125,9 @@ def test_mteb_scores_the_encoder_under_task_instructions(tmp_path: Path) -> None
     unreachable = MockSTSTask()
     unreachable.load_data = fail_to_connect  # as the hub client does without a network
     with pytest.raises(UserError, match=r"MockSTSTask: cannot download its data \(no route\)\. Connect"):
-        score_tasks(MtebEncoder(encode, spec, "tiny", "2"), [unreachable])
+        score_tasks(TaskEncoder(encode, spec, "tiny", "2"), [MtebTask(unreachable)])
 
-    plain = MtebEncoder(encode, EmbeddingSpec(), "tiny", "1")
+    plain = MtebEncoder(TaskEncoder(encode, EmbeddingSpec(), "tiny", "1"))
     assert plain.build_prompt(SimpleNamespace(name="MockSTSTask", prompt="x"), None) == ""
 
 
@@ -185,7 +191,7 @@ def test_cached_scores_belong_to_one_model(tmp_path: Path) -> None:
         encode = encoder.encode_with_prompt
         encoder.encode_with_prompt = lambda *args, encode=encode: calls.append(args) or encode(*args)
         before = len(calls)
-        score_tasks(encoder, [MockRetrievalTask()], tmp_path / "out")
+        score_tasks(encoder, [MtebTask(MockRetrievalTask(), tmp_path / "out")])
         assert len(calls) > before, "not read from the cache of another model"
         revisions.append(encoder.revision)
     assert len(set(revisions)) == 3
@@ -195,7 +201,7 @@ def test_cached_scores_belong_to_one_model(tmp_path: Path) -> None:
     encoder = load_encoder(str(moved / "run"))
     assert encoder.revision == revisions[0]
     encoder.encode_with_prompt = lambda *args: pytest.fail("scored again")
-    score_tasks(encoder, [MockRetrievalTask()], tmp_path / "out")
+    score_tasks(encoder, [MtebTask(MockRetrievalTask(), tmp_path / "out")])
 
 
 def test_revision_of_the_torch_backend_covers_the_whole_folder(tmp_path: Path) -> None:
@@ -216,7 +222,7 @@ def test_choice_of_prompts_is_logged_once(caplog: pytest.LogCaptureFixture) -> N
         EmbeddingSpec(prompts={"query": "q", "document": "d: "}),
     ):
         for _ in range(2):
-            log_prompt_choice(MtebEncoder(lambda *_: np.zeros((1, 1)), spec, "tiny", "1"))
+            log_prompt_choice(TaskEncoder(lambda *_: np.zeros((1, 1)), spec, "tiny", "1"))
     assert len(caplog.records) == 3
     assert "no prompts are stored" in caplog.records[0].message
     assert "as no prompt is stored" in caplog.records[1].message
