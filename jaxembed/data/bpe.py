@@ -1,6 +1,5 @@
 """Train a byte-level BPE tokenizer for models without a base. It splits identifiers into words."""
 
-import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -15,11 +14,6 @@ BYTE_TOKENS = 256
 # as lower case. The syntax is the common part of Python's `re` and of the tokenizers library's Oniguruma.
 WORD_PATTERN = r"[A-Z]+(?![^\W\d_A-Z])|[A-Z]?[^\W\d_A-Z]+|\d+"
 PRETOKEN_PATTERN = rf" ?(?:{WORD_PATTERN})| ?[^\w\s]+|_+|\s+(?!\S)|\s+"
-
-
-def split_words(text: str) -> list[str]:
-    """Return the words of a text in lower case. Identifiers are split at underscores, case changes and digits."""
-    return [word.lower() for word in re.findall(WORD_PATTERN, text)]
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":

@@ -22,6 +22,12 @@ def test_rare_word_outweighs_common_one_and_stop_words_are_ignored() -> None:
     assert rank_documents(corpus, ["alpha of the with"], 1).tolist() == [[1]]
 
 
+def test_words_inside_clauses_without_spaces_match() -> None:
+    corpus = ["昨天的股市大幅上涨。", "科学家发现了新的行星。", "今日の天気は晴れです。", "วันนี้อากาศดีมาก"]
+    queries = ["发现行星的科学家是谁?", "股市为什么上涨", "天気予報", "อากาศ"]
+    assert rank_documents(corpus, queries, 1)[:, 0].tolist() == [1, 0, 2, 3]
+
+
 def test_query_without_known_words_and_k_beyond_the_corpus() -> None:
     best = rank_documents(CORPUS, ["", "unheard"], 10)
     assert [sorted(row) for row in best.tolist()] == [[0, 1, 2, 3]] * 2
