@@ -6,6 +6,7 @@ Usage: python -m jaxembed.train CONFIG.yaml [key.sub=value ...]
 from __future__ import annotations
 
 import argparse
+import shlex
 from typing import Any
 
 from jaxembed import cli
@@ -40,7 +41,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         make_mesh(**dict(config.mesh))
         from jaxembed.runs.train import train
 
-        return train(config)
+        return train(config, shlex.join(["python", "-m", "jaxembed.train", args.config, *args.overrides]))
 
 
 def _plan(config: Config, args: argparse.Namespace) -> dict[str, Any]:

@@ -225,7 +225,10 @@ def _explain(error: ValidationError, section: type[Section]) -> str:
     if isinstance(value, dict | list) or quote_value(value) in message.removeprefix("expected "):
         return f"{key}: {message}".lstrip(": ")
     if message.startswith("expected "):
-        return f"{key} is {quote_value(value)} ({message})"
+        choices = re.findall(r"'(.+?)'", message) if kind == "literal_error" else []
+        nearest = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
+        hint = f". Did you mean {nearest[0]}?" if nearest else ""
+        return f"{key} is {quote_value(value)} ({message}){hint}"
     return f"{key}: {message} (found {quote_value(value)})"
 
 

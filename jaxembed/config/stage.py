@@ -81,7 +81,7 @@ class StageConfig(StageSections):
 
 # Keys that all stages share: one model, one run directory, one set of scores, one trace by steps of the run.
 RUN_SECTIONS = frozenset({"run", "model", "mesh", "eval", "stages"})
-RUN_TRAIN_KEYS = frozenset({"seed", "keep_checkpoints", "profile_steps", "peak_flops"})
+RUN_TRAIN_KEYS = frozenset({"seed", "keep_checkpoints", "profile_steps", "peak_flops", "loggers"})
 
 
 def resolve_stage(defaults: Mapping[str, Any], changes: Mapping[str, Any], index: int) -> dict[str, Any]:

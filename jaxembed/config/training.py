@@ -82,6 +82,10 @@ class TrainConfig(Section):
         description="First and last step of a trace, written to profile/ in the run directory, such as [20, 22]. "
         "Default: no trace.",
     )
+    loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
+        ("tensorboard",),
+        description="Where metrics are written besides metrics.jsonl: any of tensorboard, wandb, and trackio.",
+    )
     peak_flops: float | None = Field(
         None, gt=0, description="Peak FLOP/s of a device, the denominator of mfu. Default: the data sheet's bfloat16 value."
     )

@@ -36,6 +36,7 @@ from jaxembed.losses.objectives import Objectives
 from jaxembed.model.decoder import ComputeOptions
 from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.search.bm25 import check_bm25_installed
+from jaxembed.training.loggers import check_loggers_installed
 from jaxembed.training.run_dir import check_run_dir, create_run_dir, read_run_file
 from jaxembed.training.run_lock import RunLock
 from jaxembed.training.stage import Stage
@@ -107,6 +108,7 @@ def open_run(config: Config, mesh: Mesh, lock: RunLock | None = None) -> OpenedR
         config = check_run_dir(config)
         if config.eval.bm25:
             check_bm25_installed()
+        check_loggers_installed(config.train.loggers)
     # Base, mesh, and model: no data is read.
     base = find_base(config.model.base)
     logical_axis_table(mesh, base.decoder.axis_sizes)

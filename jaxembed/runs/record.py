@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import datetime
+import json
+
 from jaxembed.devices import processes
 from jaxembed.files import write_json
 from jaxembed.hub.spec_files import write_spec
 from jaxembed.runs.open import OpenedRun
+from jaxembed.runs.report import count_parameters, describe_computation
 from jaxembed.training.resume_settings import selecting_set_name
-from jaxembed.training.run_dir import record_or_check, record_versions
+from jaxembed.training.run_dir import STARTS_FILE, record_or_check, record_versions
+from jaxembed.training.step import TrainState
 
 
 def record_run(run: OpenedRun) -> None:
@@ -40,3 +45,22 @@ def record_run(run: OpenedRun) -> None:
     # Last, because this file makes the folder a run for other commands. The hash covers the config of the base, and the run's
     # config covers LoRA, so that a new key of either does not make a run look like another.
     record_or_check(run_dir, "base", base, "its base changed", compared_keys={"hash"})
+
+
+def record_start(run: OpenedRun, state: TrainState, command: str) -> None:
+    """Append a line about this start of a run: when, from which step, by which command, and what it computes with."""
+    trained, frozen = count_parameters(state)
+    devices = run.mesh.devices.flat
+    start = {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "step": int(state.step),
+        "command": command,
+        "processes": processes.count(),
+        "devices": run.mesh.size,
+        "device": devices[0].device_kind,
+        "parameters": trained + frozen,
+        "trained_parameters": trained,
+        "computation": describe_computation(run),
+    }
+    with (run.run_dir / STARTS_FILE).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(start) + "\n")

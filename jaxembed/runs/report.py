@@ -29,24 +29,29 @@ MAX_SHOWN_SOURCES = 20  # sources of a stage whose examples are printed
 MAX_SHOWN_TEXTS = 10  # texts of an example that are printed
 MEASURED_EXAMPLES = 512  # examples of each source whose tokens are counted
 MAX_SHOWN_CHARS = 300  # characters of a printed text
+LENGTH_BINS = 40  # bins of a histogram of lengths, from 0 to twice the maximum length; longer texts count in the last one
 
 
-def show_data(stage: Stage) -> None:
+def show_data(stage: Stage) -> list[dict[str, Any]]:
     """Print the size of every source of a stage, how many of its texts are truncated, and its first examples.
 
     The examples are printed as the model reads them.
 
+    Returns:
+        A report about each source (`describe_source`).
+
     Raises:
         UserError: No query of any source has a loss.
     """
-    first_id, problems = 0, []
+    first_id, problems, reports = 0, [], []
     for number, (source, epochs) in enumerate(
         zip(stage.sources, stage.plan.count_epochs(stage.config.train.steps), strict=True)
     ):
         ids = np.arange(first_id, first_id + min(MEASURED_EXAMPLES, len(source)))
         first_id += len(source)
         examples = stage.batch_builder.sampler.sample(0, ids)
-        _show_source(stage, source, epochs, examples)
+        reports.append(describe_source(stage, source, epochs, examples))
+        _show_source(reports[-1])
         if missing := _missing_for_loss(stage, source, examples):
             problems.append(f"{source.name} has {missing}")
             log.warning("  %s: its queries have no loss", problems[-1])
@@ -63,21 +68,59 @@ def show_data(stage: Stage) -> None:
         log.warning("train.batch_size is 1 and data.hard_negatives is 0: a query has no negatives, so its loss is 0")
     if len(problems) == len(stage.sources):
         raise UserError(f"nothing to train on: {'; '.join(problems)}. Name other data, or other objectives.")
+    return reports
 
 
-def _show_source(stage: Stage, source: Source, epochs: float, examples: Sequence[Example]) -> None:
-    """Print one line about a source, and one about each reason for which rows, or parts of rows, were dropped."""
-    tokenizer = stage.tokenizer
+def describe_source(stage: Stage, source: Source, epochs: float, examples: Sequence[Example]) -> dict[str, Any]:
+    """Return what `data.json` of a run says about a source.
+
+    Args:
+        stage: The stage that trains on it.
+        source: The source.
+        epochs: How often the stage sees the source.
+        examples: Examples whose texts are measured, as the model reads them.
+
+    Returns:
+        Name, path, format and sizes; `share` of the stage's queries; what was `dropped`, by reason; and of the measured
+        texts their `tokens` with prompts, before truncation: statistics, the share that is truncated, and a histogram.
+    """
+    tokenizer, train = stage.tokenizer, stage.config.train
     lengths = tokenizer.count_untruncated_tokens(*stage.batch_builder.sampler.list_texts(examples))
-    truncated = float(np.mean(lengths > tokenizer.spec.max_length))
+    limit = tokenizer.spec.max_length
+    counts, edges = np.histogram(np.minimum(lengths, 2 * limit), bins=LENGTH_BINS, range=(0, 2 * limit))
+    return {
+        "name": source.name,
+        "path": source.config.path,
+        "format": source.format,
+        "rows": source.row_count,
+        "examples": len(source),
+        "epochs": epochs,
+        "share": epochs * len(source) / (train.steps * train.batch_size),
+        "in_batch_negatives": source.in_batch,
+        "dropped": {reason: count for reason, count in source.sampler.drop_counts.items() if count},
+        "tokens": {
+            "texts": len(lengths),
+            "mean": float(lengths.mean()),
+            "median": float(np.median(lengths)),
+            "p95": float(np.quantile(lengths, 0.95, method="higher")),
+            "most": int(lengths.max()),
+            "max_length": limit,
+            "truncated": float(np.mean(lengths > limit)),
+            "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
+        },
+    }
+
+
+def _show_source(report: Mapping[str, Any]) -> None:
+    """Print one line about a source, and one about each reason for which rows, or parts of rows, were dropped."""
+    tokens = report["tokens"]
     log.info(
         "%s (%s): %s examples, %.3g epochs; %.0f tokens per text on average, %.1f%% truncated at %d; in-batch negatives %s",
-        source.name, source.format, f"{len(source):,}", epochs, lengths.mean(), 100 * truncated, tokenizer.spec.max_length,
-        "on" if source.in_batch else "off",
+        report["name"], report["format"], f"{report['examples']:,}", report["epochs"], tokens["mean"],
+        100 * tokens["truncated"], tokens["max_length"], "on" if report["in_batch_negatives"] else "off",
     )  # fmt: skip
-    for reason, count in source.sampler.drop_counts.items():
-        if count:
-            log.info("  dropped: %s (%s)", f"{count:,}", reason)
+    for reason, count in report["dropped"].items():
+        log.info("  dropped: %s (%s)", f"{count:,}", reason)
 
 
 def _show_examples(stage: Stage, source: Source, examples: Sequence[Example]) -> None:
@@ -117,7 +160,7 @@ def _missing_for_loss(stage: Stage, source: Source, examples: Sequence[Example])
 
 def show_size(run: OpenedRun, state: TrainState) -> None:
     """Print the number of parameters and devices, and where a resumed run continues."""
-    trained, frozen = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (state.params, state.frozen))
+    trained, frozen = count_parameters(state)
     log.info(
         "%s parameters, %s trained, on %d %s device(s); %s",
         f"{trained + frozen:,}", f"{trained:,}" if frozen else "all", run.mesh.size, jax.default_backend(),
@@ -125,6 +168,12 @@ def show_size(run: OpenedRun, state: TrainState) -> None:
     )  # fmt: skip
     if step := int(state.step):
         log.info("resuming after step %d of %d", step, run.total_steps)
+
+
+def count_parameters(state: TrainState) -> tuple[int, int]:
+    """Return the numbers of trained and of frozen parameters."""
+    trained, frozen = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (state.params, state.frozen))
+    return trained, frozen
 
 
 def describe_computation(run: OpenedRun) -> str:

@@ -16,30 +16,33 @@ from jaxembed.devices import processes
 from jaxembed.devices.cpu import retain_freed_memory
 from jaxembed.devices.mesh import make_mesh
 from jaxembed.errors import UserError
+from jaxembed.files import write_json
 from jaxembed.hub.embedder import Embedder
 from jaxembed.runs.mined import with_mined_negatives
 from jaxembed.runs.open import OpenedRun, open_run
-from jaxembed.runs.record import record_run
+from jaxembed.runs.record import record_run, record_start
 from jaxembed.runs.report import describe_stage, show_data, show_scores, show_size, summarize_run
 from jaxembed.runs.scoring import choose_best_metric, make_evaluator, score_baselines, with_adapter
 from jaxembed.runs.state import resume
 from jaxembed.training.checkpoint import Checkpoints
+from jaxembed.training.loggers import open_loggers
 from jaxembed.training.loop import Trainer
 from jaxembed.training.metrics import NullRecorder, Recorder
 from jaxembed.training.mfu import MfuMeter, device_peak, make_mfu_meter
 from jaxembed.training.profile import Profile
-from jaxembed.training.run_dir import check_same_config
+from jaxembed.training.run_dir import DATA_REPORT_FILE, check_same_config
 from jaxembed.training.run_lock import RunLock
 from jaxembed.training.shutdown import RESUME_MESSAGE, StopRequest, stop_on_signals
 from jaxembed.training.state import begin_stage
 from jaxembed.training.step import TrainState
 
 
-def train(config: Config) -> dict[str, Any]:
+def train(config: Config, command: str = "") -> dict[str, Any]:
     """Train a run to its last step. A run that has a checkpoint resumes there. No other job may train in its directory.
 
     Args:
         config: Settings of the run.
+        command: The command line that starts the run, which is recorded.
 
     Returns:
         `run_dir`, the last `step` and its `loss`, the duration in `seconds`, and held-out scores by SET/METRIC: of the last
@@ -50,10 +53,10 @@ def train(config: Config) -> dict[str, Any]:
         Stopped: The run was asked to stop, and has saved a checkpoint.
     """
     with RunLock(Path(config.run.dir)) as lock:
-        return _train(config, lock)
+        return _train(config, lock, command)
 
 
-def _train(config: Config, lock: RunLock) -> dict[str, Any]:
+def _train(config: Config, lock: RunLock, command: str) -> dict[str, Any]:
     """Train a run, and lock its directory.
 
     The order matters. Cheap checks come before data, and data before weights, so that a mistake is reported early. The run
@@ -70,17 +73,18 @@ def _train(config: Config, lock: RunLock) -> dict[str, Any]:
     # Record what identifies the run, and refuse to resume another one.
     processes.run_on_first_process_first(partial(record_run, run))
     if processes.is_first():
-        for stage in run.stages:
-            show_data(stage)
+        write_json(run.run_dir / DATA_REPORT_FILE, [show_data(stage) for stage in run.stages])
     # Restore or initialize the state.
     checkpoints = Checkpoints(run.run_dir, config.train.keep_checkpoints)
     stage_index, state = resume(run, checkpoints)
     show_size(run, state)
+    if processes.is_first():
+        record_start(run, state, command)
     # Score the baselines.
     encoder = Embedder(run.model, {}, run.tokenizer, run.mesh, run.base.hf_config)
     evaluate = make_evaluator(encoder, run.held_out)
     baselines = score_baselines(config, run.held_out, evaluate, state)
-    recorder = Recorder(run.run_dir, int(state.step), run.total_steps) if processes.is_first() else NullRecorder()
+    recorder = _open_recorder(run, int(state.step)) if processes.is_first() else NullRecorder()
     for name, scores in baselines.items():
         recorder.log(0, {f"{name}/{metric}": value for metric, value in scores.items()})
     # Train the remaining stages.
@@ -119,6 +123,10 @@ def _train(config: Config, lock: RunLock) -> dict[str, Any]:
     summary = summarize_run(run, time.perf_counter() - start_time)
     show_scores(summary)
     return summary
+
+
+def _open_recorder(run: OpenedRun, start: int) -> Recorder:
+    return Recorder(run.run_dir, start, run.total_steps, open_loggers(run.config, start))
 
 
 def _make_mfu_meter(run: OpenedRun, state: TrainState) -> MfuMeter | None:

@@ -1,4 +1,4 @@
-"""The metrics of a run: metrics.jsonl, TensorBoard events, and the progress bar on standard error."""
+"""The metrics of a run: metrics.jsonl, the loggers of `train.loggers`, and the progress bar on standard error."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
@@ -17,25 +17,37 @@ from jaxembed.data.schema import parse_row
 from jaxembed.devices.standard_streams import LossyStream
 from jaxembed.errors import UserError
 from jaxembed.files import exists, read_bytes, write_text
-from jaxembed.training.tensorboard import EventFile
+
+
+class MetricLogger(Protocol):
+    """Writes the metrics of a run to a place of its own."""
+
+    def write_scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Write the values of a step."""
+        ...
+
+    def close(self) -> None:
+        """Write what is left, and close the logger."""
+        ...
 
 
 class Recorder:
     """Writes the metrics of a run and shows its progress. It appends one JSON object for each logged step."""
 
-    def __init__(self, run_dir: Path, start: int, steps: int):
+    def __init__(self, run_dir: Path, start: int, steps: int, loggers: Sequence[MetricLogger] = ()):
         """Open the metrics of a run.
 
         Args:
             run_dir: The run directory.
             start: Last step of the checkpoint that the run resumes from, 0 for a new run. Rows after it are dropped.
             steps: Number of steps of the whole run.
+            loggers: Where metrics are written too. The recorder closes them.
         """
         path = run_dir / "metrics.jsonl"
         rows = [row for row in read_metrics(run_dir) if row["step"] <= start] if start else []
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = path.open("a", encoding="utf-8")
-        self._events = EventFile(run_dir / "tensorboard", purge_step=start or None)
+        self._loggers = loggers
         self._stderr = LossyStream(sys.stderr)
         self._bar = tqdm(total=steps, initial=start, unit="step", file=self._stderr, dynamic_ncols=True)
 
@@ -52,7 +64,8 @@ class Recorder:
         finite = {name: (value if math.isfinite(value) else None) for name, value in values.items()}
         self._file.write(json.dumps({"stage": stage, "step": step, **finite}) + "\n")
         self._file.flush()
-        self._events.write_scalars(step, values)
+        for logger in self._loggers:
+            logger.write_scalars(step, values)
 
     def say(self, text: str) -> None:
         """Print a line on standard error, above the progress bar."""
@@ -61,9 +74,9 @@ class Recorder:
     def close(self) -> None:
         """Close all files and the progress bar. What was logged is written already, so a full disk is no error here."""
         self._bar.close()
-        for file in (self._file, self._events):
+        for close in (self._file.close, *(logger.close for logger in self._loggers)):
             with contextlib.suppress(OSError):
-                file.close()
+                close()
 
 
 class NullRecorder:

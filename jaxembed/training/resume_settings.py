@@ -7,7 +7,7 @@ decide which checkpoint is the best, are compared. These may change:
 - `mesh`, `model.remat`, `model.unroll` and `model.attention_kernel`: how the same numbers are computed, up to rounding.
 - `name`, `catalog` and `equality` of a source: names select stored prompts, the keys of an entry are compared themselves, and
   a run keeps the equality that it has recorded (`keep_recorded_equality`).
-- `train.log_every`, `checkpoint_every`, `eval_every`, `keep_checkpoints`, `profile_steps`, `peak_flops` and
+- `train.log_every`, `checkpoint_every`, `eval_every`, `keep_checkpoints`, `profile_steps`, `peak_flops`, `loggers` and
   `stall_timeout_s`: what happens between steps.
 - `train.on_nan`: only a run that has stopped at a loss that is not finite sees a difference.
 - `eval`, except the set that selects the best checkpoint: scores of different sets cannot be ranked. A run without held-out
@@ -33,6 +33,7 @@ FREE_TRAIN_KEYS = frozenset(
         "keep_checkpoints",
         "profile_steps",
         "peak_flops",
+        "loggers",
         "stall_timeout_s",
         "on_nan",
     }

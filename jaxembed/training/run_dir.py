@@ -23,6 +23,9 @@ log = logging.getLogger("jaxembed")
 T = TypeVar("T")
 
 BASE_RECORD_FILE = "base.json"  # describes the base of a run; a folder with this file is a run
+DATA_REPORT_FILE = "data.json"  # sizes, shares and lengths of the sources of each stage
+LOGGERS_FILE = "loggers.json"  # the id under which each logger knows the run
+STARTS_FILE = "starts.jsonl"  # one line per start: time, command, devices, parameters
 MAX_LISTED_CHANGES = 4
 MAX_VALUE_CHARS = 200
 

@@ -33,8 +33,8 @@ def test_equal_texts_leave_no_negatives(examples: list[Example], expected: bool)
 class FakeSource:
     """Two examples with in-batch negatives, and a count of dropped rows."""
 
-    name, format, in_batch = "s", "pairs", True
-    config = SimpleNamespace(few_shot=None)
+    name, format, in_batch, row_count = "s", "pairs", True, 5
+    config = SimpleNamespace(few_shot=None, path="s.jsonl")
     sampler = SimpleNamespace(drop_counts={"odd": 3})
 
     def __len__(self) -> int:

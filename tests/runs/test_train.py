@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_training_learns_and_records_itself(folder):
-    result = train(make_config(folder, "whole"))
+    result = train(make_config(folder, "whole"), "python -m jaxembed.train whole.yaml")
     run = folder / "whole"
     assert result["step"] == 12
     assert result["scores"]["sts/spearman"] > result["untrained"]["sts/spearman"]
@@ -42,6 +42,20 @@ def test_training_learns_and_records_itself(folder):
     assert row["infonce_negatives"] <= 31
     assert list((run / "tensorboard").iterdir())
     assert json.loads((run / "base.json").read_text())["hash"]
+    start = json.loads((run / "starts.jsonl").read_text())
+    assert (start["step"], start["command"], start["devices"]) == (0, "python -m jaxembed.train whole.yaml", 2)
+    assert 0 < start["parameters"] == start["trained_parameters"]
+
+
+def test_training_records_sizes_shares_and_lengths_of_its_sources(folder):
+    plain = [f"data.sources=[{{path: {folder / 'pairs.jsonl'}}}]", "data.max_length=8", "data.hard_negatives=0"]
+    train(make_config(folder, "measured", *plain, "train.steps=3", "eval.sets=[]"))
+    (((source,),)) = json.loads((folder / "measured" / "data.json").read_text())
+    assert (source["name"], source["format"], source["rows"], source["examples"]) == ("pairs", "pairs", 96, 96)
+    assert source["share"] == 1 and source["epochs"] == 0.5
+    tokens = source["tokens"]
+    assert tokens["texts"] == sum(tokens["histogram"]["counts"]) == 2 * 96
+    assert 0 < tokens["truncated"] < 1 and tokens["most"] > tokens["max_length"] == 8
 
 
 def test_dropped_rows_are_reported_and_recorded(folder, caplog):

@@ -20,7 +20,9 @@ FULL_DISK = """
 import resource, sys
 from pathlib import Path
 from jaxembed.training.metrics import Recorder
-recorder = Recorder(Path(sys.argv[1]), 0, 10000)
+from jaxembed.training.tensorboard import EventFile
+folder = Path(sys.argv[1])
+recorder = Recorder(folder, 0, 10000, [EventFile(folder / "tensorboard")])
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # files cannot grow past that
 try:
     for step in range(10000):

@@ -104,7 +104,8 @@ def test_a_run_of_an_earlier_version_resumes(old_run: Path) -> None:
     [
         "run.name=other", "mesh.data=1", "model.remat=true", "model.unroll=true", "model.attention_kernel=einsum",
         "train.log_every=5", "train.checkpoint_every=3", "train.eval_every=3", "train.keep_checkpoints=7", "train.on_nan=skip",
-        "train.profile_steps=[3, 4]", "train.peak_flops=1e12", "train.stall_timeout_s=10", "eval.untrained=false",
+        "train.profile_steps=[3, 4]", "train.peak_flops=1e12", "train.stall_timeout_s=10", "train.loggers=[]",
+        "eval.untrained=false",
         "eval.bm25=true", "eval.best=sts/spearman", "data.sources.0.name=other",
         "eval.sets=[{name: sts, kind: sts, path: sts.jsonl, instruction: Find it}, {name: b, path: b}]",
     ],
