@@ -28,7 +28,7 @@ from typing import Any
 import yaml
 
 from jaxembed import Embedder, cli, config
-from jaxembed.evaluation.heldout import open_held_out_sets
+from jaxembed.evaluation.heldout import open_held_out_sets, score_set
 from jaxembed.runs.train import train
 
 DIRECTIONS = ["query_document", "query_query", "document_query", "document_document"]
@@ -121,7 +121,7 @@ def score_model(model: str, heldout: Path, dim: int | None = None, instruction: 
     embedder = Embedder.load(model)
     set_config = config.EvalSetConfig(name="heldout", kind="retrieval", path=str(heldout), instruction=instruction)
     [held_out] = open_held_out_sets([set_config], heldout)
-    return held_out.score(lambda texts, prompt: embedder.encode(texts, prompt, dim))["ndcg_at_10"]
+    return score_set(held_out, lambda texts, prompt: embedder.encode(texts, prompt, dim)).scores["ndcg_at_10"]
 
 
 def mine_pairs(miner: str, pairs: Path, out: Path, *options: str) -> str:

@@ -102,17 +102,27 @@ class EvalSetConfig(Section):
     """A held-out set that is scored during training."""
 
     name: str = Field(description="Name of the set, SET in SET/METRIC.")
-    kind: Literal["retrieval", "sts"] = Field(
-        "retrieval", description="retrieval scores nDCG@10 and recall@10; sts scores Spearman's correlation."
+    kind: Literal["retrieval", "sts", "classification", "clustering"] = Field(
+        "retrieval",
+        description="retrieval scores nDCG@10 and recall@10; sts scores Spearman's correlation; classification scores the "
+        "accuracy of logistic regression; clustering scores the V-measure of k-means.",
     )
-    path: str = Field(description="BEIR folder, or a file of scored pairs for sts.")
+    path: str = Field(
+        description="BEIR folder for retrieval, file of scored pairs for sts, or file of labeled texts for the other two."
+    )
     split: str = Field(
         "",
         description="retrieval: the split qrels/SPLIT.tsv. Default: the first that exists of test, dev and train; the log says "
-        "which. sts: the split of a dataset whose path names none.",
+        "which. Other kinds: the split of a dataset whose path names none.",
     )
+    train_path: str = Field(
+        "",
+        description="classification: file of labeled texts that train the classifier. Default: path itself, by "
+        "cross-validation.",
+    )
+    train_split: str = Field("", description="classification: split of a dataset whose train_path names none.")
     adapter: str = Field("", description="The adapter that is scored, one of model.lora.names.")
-    instruction: str = Field("", description="Instruction of the queries; of both sides for sts.")
+    instruction: str = Field("", description="Instruction of the queries; of all texts for the kinds other than retrieval.")
     document_instruction: str = Field("", description="Instruction of the documents.")
 
     @field_validator("path")
@@ -120,6 +130,12 @@ class EvalSetConfig(Section):
     def _reject_removed_set(cls, path: str) -> str:
         reject_python_packages("path", path)
         return path
+
+    @model_validator(mode="after")
+    def _check_train_path(self) -> EvalSetConfig:
+        if self.kind != "classification" and (self.train_path or self.train_split):
+            raise ValueError(f"{self.name}: train_path and train_split are keys of classification sets (kind is {self.kind})")
+        return self
 
 
 class EvalConfig(Section):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
@@ -47,7 +48,7 @@ class LabelSampler(ExampleSampler):
         """
         self.rows = rows
         self._path = config.path
-        self._unlabeled = _find_unlabeled(rows.label_names, config)
+        self._unlabeled = find_unlabeled(rows.label_names, config.label_names)
         texts = self._resolve_label_texts(config)  # of each label of the rows; several labels may share a text
         self._label_texts = sorted({text for text in texts if text is not None})
         class_ids = {text: i for i, text in enumerate(self._label_texts)}
@@ -191,13 +192,17 @@ class LabelSampler(ExampleSampler):
         self.drop_counts["label with one text"] = len(single)
 
 
-def _find_unlabeled(labels: Sequence[str], config: SourceConfig) -> int | None:
+def find_unlabeled(labels: Sequence[str], names: Mapping[str, str] = MappingProxyType({})) -> int | None:
     """Return the index of the label that stands for none, or None.
 
     Hugging Face datasets number classes from 0, and write -1 for a row without a label. Without a label 0, as in data whose
-    labels are -1 and 1, or with a name in `label_names`, -1 is a label like any other.
+    labels are -1 and 1, or with a name of its own, -1 is a label like any other.
+
+    Args:
+        labels: The labels of the data.
+        names: Names of labels, as in `label_names`.
     """
-    is_class = "0" not in labels or "-1" in config.label_names
+    is_class = "0" not in labels or "-1" in names
     return None if is_class or "-1" not in labels else labels.index("-1")
 
 

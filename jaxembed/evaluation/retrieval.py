@@ -1,4 +1,4 @@
-"""Scores of retrieval and similarity: nDCG, recall, Spearman's correlation."""
+"""Scores of retrieval and similarity, one value per query or pair where the score is a mean of such values."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import numpy as np
 from jaxtyping import Float, Int
 
 Encode = Callable[[Sequence[str], str], np.ndarray]  # (texts, instruction) -> vectors [N, D]
+Relevant = Sequence[Mapping[int, float]]  # for each query, the relevance of each relevant document
 
 
-def ndcg(relevant: Sequence[Mapping[int, float]], ranked: Int[np.ndarray, "q k"]) -> float:
-    """Return the mean nDCG@k with the relevance, which may be a fraction, as gain, as in trec_eval and BEIR.
+def ndcg(relevant: Relevant, ranked: Int[np.ndarray, "q k"]) -> Float[np.ndarray, " q"]:
+    """Return nDCG@k of each query, with the relevance, which may be a fraction, as gain, as in trec_eval and BEIR.
 
     Args:
         relevant: For each query, the relevance of each relevant document.
@@ -23,17 +24,27 @@ def ndcg(relevant: Sequence[Mapping[int, float]], ranked: Int[np.ndarray, "q k"]
         gain = sum(grades.get(int(row), 0) * discount for row, discount in zip(rows, discounts, strict=True))
         ideal = sorted(grades.values(), reverse=True)[: len(discounts)]
         scores.append(gain / sum(grade * discount for grade, discount in zip(ideal, discounts, strict=False)))
-    return float(np.mean(scores))
+    return np.array(scores)
 
 
-def recall(relevant: Sequence[Mapping[int, float]], ranked: Int[np.ndarray, "q k"]) -> float:
-    """Return the mean recall@k: the share of a query's relevant documents that are among its first k."""
-    shares = [len(grades.keys() & set(rows.tolist())) / len(grades) for grades, rows in zip(relevant, ranked, strict=True)]
-    return float(np.mean(shares))
+def recall(relevant: Relevant, ranked: Int[np.ndarray, "q k"]) -> Float[np.ndarray, " q"]:
+    """Return recall@k of each query: the share of its relevant documents that are among the first k."""
+    return np.array([hits.sum() / len(grades) for grades, hits in zip(relevant, find_hits(relevant, ranked), strict=True)])
 
 
-def spearman(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "n d"], scores: Float[np.ndarray, " n"]) -> float:
-    """Return Spearman's correlation of the cosines of N pairs of unit vectors with given scores."""
-    from scipy import stats  # takes a second to import
+def reciprocal_rank(relevant: Relevant, ranked: Int[np.ndarray, "q k"]) -> Float[np.ndarray, " q"]:
+    """Return 1 / rank of the first relevant document of each query, 0 where none is among the first k. Its mean is MRR@k."""
+    hits = find_hits(relevant, ranked)
+    return np.where(hits.any(axis=1), 1 / (hits.argmax(axis=1) + 1), 0.0)
 
-    return float(stats.spearmanr(np.sum(a * b, axis=1), scores).statistic)
+
+def average_precision(relevant: Relevant, ranked: Int[np.ndarray, "q k"]) -> Float[np.ndarray, " q"]:
+    """Return the average precision of each query over its first k documents, as in trec_eval. Its mean is MAP@k."""
+    hits = find_hits(relevant, ranked)
+    precision = np.cumsum(hits, axis=1) / np.arange(1, ranked.shape[1] + 1)
+    return (precision * hits).sum(axis=1) / np.array([len(grades) for grades in relevant])
+
+
+def find_hits(relevant: Relevant, ranked: Int[np.ndarray, "q k"]) -> np.ndarray:
+    """Return where ranked documents are relevant, bool [Q, k]."""
+    return np.array([np.isin(rows, list(grades)) for grades, rows in zip(relevant, ranked, strict=True)])

@@ -217,7 +217,7 @@ def summarize_run(run: OpenedRun, seconds: float) -> dict[str, Any]:
     def last_scores(prefix: str) -> dict[str, float]:
         scored = [row for row in rows if any(key.startswith(f"{prefix}/") for key in row)]
         last = scored[-1] if scored else {}
-        return {key.removeprefix(f"{prefix}/"): value for key, value in last.items() if key.startswith(prefix)}
+        return {key.removeprefix(f"{prefix}/"): value for key, value in last.items() if key.startswith(f"{prefix}/")}
 
     return {
         "run_dir": str(run.run_dir),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxembed.config import Config
 from jaxembed.errors import UserError
-from jaxembed.evaluation.heldout import HeldOutSet, RetrievalSet, score_sets
+from jaxembed.evaluation.bootstrap import compute_standard_error
+from jaxembed.evaluation.heldout import HeldOutSet, RetrievalSet, SetScores, score_set, select_training_scores
 from jaxembed.hub.embedder import Embedder
 from jaxembed.model.lora import pick_adapter
 from jaxembed.training.step import TrainState
@@ -28,17 +29,33 @@ def with_adapter(encoder: Embedder, params: Any, adapter: str) -> Embedder:
     return encoder.with_params(pick_adapter(params, names.index(adapter) if names else None))
 
 
+ScoreSets = Callable[[Any], Mapping[str, SetScores]]  # all parameters -> scores by name of the set
+
+
+def make_set_scorer(encoder: Embedder, held_out: Sequence[HeldOutSet]) -> ScoreSets:
+    """Return a function from all parameters to the scores of every set, each under its own adapter."""
+
+    def score_sets(params: Any) -> dict[str, SetScores]:
+        return {
+            held_out_set.config.name: score_set(held_out_set, with_adapter(encoder, params, held_out_set.config.adapter).encode)
+            for held_out_set in held_out
+        }
+
+    return score_sets
+
+
+def flatten_scores(held_out: Sequence[HeldOutSet], results: Mapping[str, SetScores]) -> dict[str, float]:
+    """Return the scores that are logged during training by SET/METRIC."""
+    scores: dict[str, float] = {}
+    for held_out_set in held_out:
+        scores |= select_training_scores(held_out_set, results[held_out_set.config.name])
+    return scores
+
+
 def make_evaluator(encoder: Embedder, held_out: Sequence[HeldOutSet]) -> Callable[[Any], dict[str, float]]:
     """Return a function from all parameters to the scores of every set by SET/METRIC, each under its own adapter."""
-
-    def evaluate(params: Any) -> dict[str, float]:
-        scores: dict[str, float] = {}
-        for held_out_set in held_out:
-            encode = with_adapter(encoder, params, held_out_set.config.adapter).encode
-            scores |= score_sets([held_out_set], encode)
-        return scores
-
-    return evaluate
+    score_sets = make_set_scorer(encoder, held_out)
+    return lambda params: flatten_scores(held_out, score_sets(params))
 
 
 def choose_best_metric(config: Config, held_out: Sequence[HeldOutSet]) -> str:
@@ -57,17 +74,29 @@ def choose_best_metric(config: Config, held_out: Sequence[HeldOutSet]) -> str:
 
 
 def score_baselines(
-    config: Config, held_out: Sequence[HeldOutSet], evaluate: Callable[[Any], dict[str, float]], state: TrainState
+    config: Config, held_out: Sequence[HeldOutSet], encoder: Embedder, state: TrainState
 ) -> dict[str, dict[str, float]]:
-    """Score the untrained model and BM25 before the first step. A resumed run has recorded these scores already."""
+    """Score the untrained model and BM25 before the first step. A resumed run has recorded these scores already.
+
+    Returns:
+        Scores by SET/METRIC, by the name of the baseline: `untrained`, `bm25`, and `noise`, the standard errors of the main
+        scores of the untrained model.
+    """
     if int(state.step):
         return {}
-    scores = {}
+    scores: dict[str, dict[str, float]] = {}
     if held_out and config.eval.untrained:
-        scores["untrained"] = evaluate(state.weights)
+        results = make_set_scorer(encoder, held_out)(state.weights)
+        scores["untrained"] = flatten_scores(held_out, results)
+        scores["noise"] = {
+            f"{s.config.name}/{s.metric}": compute_standard_error(results[s.config.name].items) for s in held_out
+        }
     if config.eval.bm25:
-        retrieval = [held_out_set for held_out_set in held_out if isinstance(held_out_set, RetrievalSet)]
-        scores["bm25"] = {f"{s.config.name}/{metric}": value for s in retrieval for metric, value in s.score_bm25().items()}
+        scores["bm25"] = {}
+        for held_out_set in held_out:
+            if isinstance(held_out_set, RetrievalSet):
+                scores["bm25"] |= select_training_scores(held_out_set, held_out_set.score_bm25())
     for name, values in scores.items():
-        log.info("%s: %s", name, ", ".join(f"{metric} {value:.4f}" for metric, value in values.items()))
+        label = "standard errors of these scores" if name == "noise" else name
+        log.info("%s: %s", label, ", ".join(f"{metric} {value:.4f}" for metric, value in values.items()))
     return scores

@@ -18,6 +18,7 @@ from jaxembed.devices.mesh import make_mesh
 from jaxembed.errors import UserError
 from jaxembed.files import write_json
 from jaxembed.hub.embedder import Embedder
+from jaxembed.runs.base_monitor import BaseMonitor
 from jaxembed.runs.mined import with_mined_negatives
 from jaxembed.runs.open import OpenedRun, open_run
 from jaxembed.runs.record import record_run, record_start
@@ -83,10 +84,11 @@ def _train(config: Config, lock: RunLock, command: str) -> dict[str, Any]:
     # Score the baselines.
     encoder = Embedder(run.model, {}, run.tokenizer, run.mesh, run.base.hf_config)
     evaluate = make_evaluator(encoder, run.held_out)
-    baselines = score_baselines(config, run.held_out, evaluate, state)
+    baselines = score_baselines(config, run.held_out, encoder, state)
     recorder = _open_recorder(run, int(state.step)) if processes.is_first() else NullRecorder()
     for name, scores in baselines.items():
         recorder.log(0, {f"{name}/{metric}": value for metric, value in scores.items()})
+    base_monitor = BaseMonitor(run, recorder)
     # Train the remaining stages.
     profile, mfu_meter = Profile(config.train.profile_steps, run.run_dir / "profile"), _make_mfu_meter(run, state)
     retain_freed_memory()  # not earlier, so that memory of loading goes back to the system
@@ -111,6 +113,7 @@ def _train(config: Config, lock: RunLock, command: str) -> dict[str, Any]:
                     recorder=recorder,
                     profile=profile,
                     mfu_meter=mfu_meter,
+                    check_scores=base_monitor.check,
                 )
                 recorder.say(describe_stage(stage, len(run.stages)))
                 batches = iter_batches(stage.plan, stage.batch_builder, done, stage.config.train.steps)

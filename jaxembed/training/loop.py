@@ -98,6 +98,7 @@ class Trainer:
         recorder: Where metrics are written.
         profile: Records a trace of some steps.
         mfu_meter: Computes MFU; None if the peak of the devices is unknown.
+        check_scores: Is called with the step and its scores after every evaluation.
         program_shapes: Shapes of the batches that a program is compiled for.
     """
 
@@ -111,6 +112,7 @@ class Trainer:
     recorder: Recorder | NullRecorder
     profile: Profile
     mfu_meter: MfuMeter | None
+    check_scores: Callable[[int, Mapping[str, float]], None]
     program_shapes: set[tuple[int, ...]] = dataclasses.field(default_factory=set)
 
     @property
@@ -220,6 +222,7 @@ class Trainer:
         scores = dict(self.evaluate(state.weights))
         self.recorder.log(step, {f"eval/{name}": value for name, value in scores.items()}, self.stage.index)
         self.recorder.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+        self.check_scores(step, scores)
         return scores
 
     def _finite_score(self, score: float, step: int) -> float | None:

@@ -24,7 +24,7 @@ from jaxembed.data.containers import open_container
 from jaxembed.data.jsonl import write_jsonl
 from jaxembed.data.rows import RowsAbove
 from jaxembed.errors import UserError
-from jaxembed.evaluation.heldout import open_held_out_sets
+from jaxembed.evaluation.heldout import open_held_out_sets, score_set
 
 LABELS = [{"text": f"text {i}", "label": "cab"[i % 3]} for i in range(20)]
 
@@ -320,4 +320,4 @@ def test_a_held_out_set_in_a_parquet_file(tmp_path: Path) -> None:
     config = EvalSetConfig(name="sts", kind="sts", path=str(tmp_path / "sts.parquet"))
     (held_out_set,) = open_held_out_sets([config], tmp_path)
     encode = lambda texts, instruction: np.array([[float(text[1:]), 1.0] for text in texts], np.float32)  # noqa: E731
-    assert json.dumps(held_out_set.score(encode)) and held_out_set.metric == "spearman"
+    assert json.dumps(score_set(held_out_set, encode).scores) and held_out_set.metric == "spearman"

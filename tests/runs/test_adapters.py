@@ -28,7 +28,7 @@ from jaxembed.devices.mesh import all_shards, make_mesh
 from jaxembed.devices.placement import put_batch, replicated_sharding
 from jaxembed.errors import UserError
 from jaxembed.evaluate import load_encoder
-from jaxembed.evaluation.heldout import open_held_out_sets
+from jaxembed.evaluation.heldout import open_held_out_sets, score_sets
 from jaxembed.formats.peft import read_adapters
 from jaxembed.hub.card import read_card
 from jaxembed.hub.export_adapters import export_adapters
@@ -186,7 +186,7 @@ def test_a_run_of_two_adapters(folder: Path, tmp_path: Path, monkeypatch: pytest
     assert np.abs(vectors["retrieval"] - vectors["sts"]).max() > 1e-3
     (scored,) = (row for row in rows if "eval/sts/spearman" in row)
     sts_set = open_held_out_sets(config.eval.sets, folder)[1]
-    assert sts_set.score(unmerged.encode) == {"spearman": pytest.approx(scored["eval/sts/spearman"], abs=1e-5)}
+    assert score_sets([sts_set], unmerged.encode) == {"sts/spearman": pytest.approx(scored["eval/sts/spearman"], abs=1e-5)}
     assert scored["eval/sts/spearman"] != pytest.approx(scored["eval/retrieval/spearman"], abs=1e-4)
 
     parity = export_adapters(folder / "whole", tmp_path / "out", "last")

@@ -1,0 +1,147 @@
+"""The bootstrap: how much a score, or the difference of two models' scores, depends on the items that happened to be scored.
+
+Items are the queries of a retrieval set, the pairs of a similarity set, or the texts of a labeled set. A resample draws as many
+of them with replacement (Efron and Tibshirani 1993). The paired bootstrap draws the same items for both models.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+RESAMPLES = 2000
+STANDARD_ERROR_RESAMPLES = 200  # enough for a standard error (Efron and Tibshirani 1993, section 6.4)
+CONFIDENCE = 0.95
+SEED = 0
+MAX_DRAWN_ITEMS = 2**21  # indices that are drawn at once
+
+# (values of the items [N, C], indices of the items in each resample [R, N]) -> the score of each resample [R]
+Statistic = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoredItems:
+    """What a score is computed from, item by item.
+
+    Attributes:
+        values: The values of each item, float64 [N, C].
+        statistic: Computes the score of any resample of the items.
+        unit: What an item is, in the plural.
+    """
+
+    values: Float[np.ndarray, "n c"]
+    statistic: Statistic
+    unit: str
+
+    @property
+    def score(self) -> float:
+        """The score of all items."""
+        return float(self.statistic(self.values, np.arange(len(self.values))[None])[0])
+
+
+def score_mean(values: Float[np.ndarray, "n c"], indices: Int[np.ndarray, "r n"]) -> Float[np.ndarray, " r"]:
+    """Return the mean of the first value over the items of each resample."""
+    return values[:, 0][indices].mean(axis=1)
+
+
+def score_spearman(values: Float[np.ndarray, "n c"], indices: Int[np.ndarray, "r n"]) -> Float[np.ndarray, " r"]:
+    """Return Spearman's correlation of the first two values over the items of each resample."""
+    from scipy.stats import rankdata  # takes a second to import
+
+    return _correlate(rankdata(values[:, 0][indices], axis=1), rankdata(values[:, 1][indices], axis=1))
+
+
+def score_pearson(values: Float[np.ndarray, "n c"], indices: Int[np.ndarray, "r n"]) -> Float[np.ndarray, " r"]:
+    """Return Pearson's correlation of the first two values over the items of each resample."""
+    return _correlate(values[:, 0][indices], values[:, 1][indices])
+
+
+def _correlate(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return Pearson's correlation of each row. It is NaN where a row is constant."""
+    a, b = (x - x.mean(axis=1, keepdims=True) for x in (a, b))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (a * b).sum(axis=1) / np.sqrt((a * a).sum(axis=1) * (b * b).sum(axis=1))
+
+
+def compute_standard_error(items: ScoredItems) -> float:
+    """Return the bootstrap standard error of a score: the standard deviation of the scores of resamples."""
+    count = len(items.values)
+    scores = [items.statistic(items.values, indices) for indices in _draw_resamples(count, STANDARD_ERROR_RESAMPLES)]
+    return float(np.nanstd(np.concatenate(scores), ddof=1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """The difference of two models' scores on the same items.
+
+    Attributes:
+        difference: The score of the first model minus that of the second.
+        interval: The percentile interval of the difference, with a confidence of `CONFIDENCE`.
+        p: Two-sided p-value: twice the share of resamples whose difference has the rarer sign.
+        count: Number of items.
+        unit: What an item is, in the plural.
+        resampled: The differences of the resamples, float64 [R].
+    """
+
+    difference: float
+    interval: tuple[float, float]
+    p: float
+    count: int
+    unit: str
+    resampled: np.ndarray
+
+    @property
+    def verdict(self) -> str:
+        """Better, worse, or no difference shown: what the interval says of the first model."""
+        low, high = self.interval
+        return "better" if low > 0 else "worse" if high < 0 else "no difference shown"
+
+    def summarize(self) -> dict[str, Any]:
+        """Return the difference as plain values."""
+        return {
+            "difference": self.difference, "interval": list(self.interval), "p": self.p, "verdict": self.verdict,
+            self.unit: self.count,
+        }  # fmt: skip
+
+
+def compare_items(first: ScoredItems, second: ScoredItems) -> Difference:
+    """Compare two models on the same items with the paired bootstrap.
+
+    Args:
+        first: Items as the first model answers them.
+        second: The same items, in the same order, as the second model answers them.
+    """
+    count = len(first.values)
+    if len(second.values) != count:
+        raise ValueError(f"{count} and {len(second.values)} items (expected the same items)")
+    resampled = np.concatenate(
+        [
+            first.statistic(first.values, indices) - second.statistic(second.values, indices)
+            for indices in _draw_resamples(count, RESAMPLES)
+        ]
+    )
+    return summarize_difference(first.score - second.score, resampled, count, first.unit)
+
+
+def summarize_difference(difference: float, resampled: np.ndarray, count: int, unit: str) -> Difference:
+    """Return a difference with the interval and the p-value that its resampled values give."""
+    tail = 50 * (1 - CONFIDENCE)
+    finite = resampled[np.isfinite(resampled)]
+    if not len(finite):  # both scores are undefined, as those of vectors that are all equal
+        return Difference(difference, (float("nan"), float("nan")), 1.0, count, unit, resampled)
+    low, high = np.percentile(finite, [tail, 100 - tail])
+    rarer = min(np.count_nonzero(finite <= 0), np.count_nonzero(finite >= 0))
+    p = min(1.0, 2 * (rarer + 1) / (len(finite) + 1))  # never 0: as many resamples cannot show that
+    return Difference(difference, (float(low), float(high)), p, count, unit, resampled)
+
+
+def _draw_resamples(count: int, resamples: int) -> Iterator[np.ndarray]:
+    """Yield the indices of the items of all resamples, int64 [R, N], some resamples at a time."""
+    rng = np.random.default_rng(SEED)
+    step = max(1, MAX_DRAWN_ITEMS // count)
+    for start in range(0, resamples, step):
+        yield rng.integers(count, size=(min(step, resamples - start), count))

@@ -1,0 +1,149 @@
+"""Scores of labeled texts, as in MTEB: accuracy of a classifier on their vectors, and V-measure of their clusters."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from jaxembed.errors import UserError
+
+# Those of MTEB's classification tasks.
+SEED = 42
+TEXTS_PER_LABEL, EXPERIMENTS, FOLDS = 8, 10, 5
+MAX_ITERATIONS = 100
+# That of MTEB's clustering tasks. The mean over several seeds depends less on the first centers.
+KMEANS_BATCH_SIZE = 500
+CLUSTERINGS = 10
+
+
+def check_sklearn_installed() -> None:
+    """Raise `UserError` if scikit-learn is not installed. It comes with the optional dependencies for evaluation."""
+    try:
+        import sklearn  # noqa: F401
+    except ImportError:
+        raise UserError("labels: scikit-learn is not installed. Run pip install '.[eval]'.") from None
+
+
+def classify(
+    vectors: Float[np.ndarray, "n d"],
+    train_vectors: Float[np.ndarray, "m d"],
+    train_labels: Int[np.ndarray, " m"],
+) -> np.ndarray:
+    """Predict labels by logistic regression on a few texts of each label, as MTEB's classification tasks do.
+
+    Each of `EXPERIMENTS` classifiers is trained on `TEXTS_PER_LABEL` texts of each label, drawn from the training texts.
+
+    Returns:
+        Predicted labels, int64 [N, EXPERIMENTS].
+    """
+    order = list(range(len(train_labels)))
+    predictions = []
+    for _ in range(EXPERIMENTS):
+        selected = _draw_training_texts(train_labels, order)
+        predictions.append(_fit_and_predict(train_vectors[selected], train_labels[selected], vectors))
+    return np.stack(predictions, axis=1)
+
+
+def cross_validate(vectors: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"]) -> np.ndarray:
+    """Predict the labels of each of `FOLDS` parts by logistic regression on a few texts of each label of the other parts.
+
+    This is what MTEB does for tasks that have one split.
+
+    Returns:
+        Predicted labels, int64 [N, 1].
+    """
+    from sklearn.model_selection import KFold
+
+    order: list[int] = []
+    predictions = np.zeros((len(labels), 1), np.int64)
+    for train, test in KFold(FOLDS, shuffle=True, random_state=SEED).split(range(len(labels))):
+        order = order or list(range(len(train)))
+        selected = train[_draw_training_texts(labels[train], order)]
+        predictions[test, 0] = _fit_and_predict(vectors[selected], labels[selected], vectors[test])
+    return predictions
+
+
+def _draw_training_texts(labels: np.ndarray, order: list[int]) -> list[int]:
+    """Shuffle `order` in place, and return its first `TEXTS_PER_LABEL` texts of each label."""
+    np.random.RandomState(SEED).shuffle(order)
+    drawn: Counter[int] = Counter()
+    selected = []
+    for index in order:
+        label = int(labels[index])
+        if drawn[label] < TEXTS_PER_LABEL:
+            selected.append(index)
+            drawn[label] += 1
+    return selected
+
+
+def _fit_and_predict(train_vectors: np.ndarray, train_labels: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+    from sklearn.linear_model import LogisticRegression
+
+    if len(set(train_labels.tolist())) == 1:  # the other texts may have a single label
+        return np.full(len(vectors), train_labels[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it stops after MTEB's number of iterations, converged or not
+        classifier = LogisticRegression(max_iter=MAX_ITERATIONS, random_state=SEED).fit(train_vectors, train_labels)
+    return np.asarray(classifier.predict(vectors), np.int64)
+
+
+def macro_f1(labels: Int[np.ndarray, " n"], predictions: Int[np.ndarray, "n e"]) -> float:
+    """Return the mean macro F1 of several predictions."""
+    from sklearn.metrics import f1_score
+
+    return float(np.mean([f1_score(labels, column, average="macro") for column in predictions.T]))
+
+
+def cluster(vectors: Float[np.ndarray, "n d"], count: int, clusterings: int = CLUSTERINGS) -> np.ndarray:
+    """Cluster vectors by mini-batch k-means with the settings of MTEB's clustering tasks, once for each seed.
+
+    Args:
+        vectors: Vectors of N texts.
+        count: Number of clusters.
+        clusterings: Number of seeds.
+
+    Returns:
+        Clusters, int64 [N, clusterings].
+    """
+    from sklearn.cluster import MiniBatchKMeans
+
+    def fit(seed: int) -> np.ndarray:
+        model = MiniBatchKMeans(count, batch_size=KMEANS_BATCH_SIZE, n_init="auto", random_state=seed)
+        return np.asarray(model.fit(vectors).labels_, np.int64)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of fewer distinct vectors than clusters
+        return np.stack([fit(seed) for seed in range(SEED, SEED + clusterings)], axis=1)
+
+
+def score_v_measure(values: Float[np.ndarray, "n c"], indices: Int[np.ndarray, "r n"]) -> Float[np.ndarray, " r"]:
+    """Return the V-measure of clusters (Rosenberg and Hirschberg 2007), for each resample of the texts.
+
+    Args:
+        values: The label of each text, followed by its clusters in several clusterings. The result is the mean over these.
+        indices: The texts of each resample.
+    """
+    labels, *clusterings = values.astype(np.int64).T
+    label_entropy = _compute_entropy(labels, indices)
+    scores = []
+    for clusters in clusterings:
+        joint_entropy = _compute_entropy(labels * (clusters.max() + 1) + clusters, indices)
+        both = label_entropy + _compute_entropy(clusters, indices)
+        with np.errstate(invalid="ignore"):
+            scores.append(np.where(both > 0, 2 - 2 * joint_entropy / both, 1.0))
+    return np.mean(scores, axis=0)
+
+
+def _compute_entropy(codes: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """Return the entropy of the codes in each resample, float64 [R], in nats."""
+    from scipy.special import xlogy
+
+    distinct, numbers = np.unique(codes, return_inverse=True)
+    resamples, items = indices.shape
+    rows = np.arange(resamples)[:, None] * len(distinct)
+    counts = np.bincount((numbers[indices] + rows).ravel(), minlength=resamples * len(distinct))
+    shares = counts.reshape(resamples, len(distinct)) / items
+    return np.asarray(-xlogy(shares, shares).sum(axis=1))
