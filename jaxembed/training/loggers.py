@@ -69,7 +69,7 @@ def check_loggers_installed(names: Sequence[str]) -> None:
     """Raise `UserError` if the package of a logger is not installed."""
     for name in names:
         if name in OPENERS and importlib.util.find_spec(name) is None:
-            raise UserError(f"train.loggers: {name} is not installed. Run pip install 'jaxembed[{name}]'.")
+            raise UserError(f"train.loggers: {name} is not installed. Run pip install '.[{name}]'.")
 
 
 def open_loggers(config: Config, start: int) -> list[MetricLogger]:

@@ -99,7 +99,7 @@ def test_wandb_without_a_key_is_one_line(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_logger_that_is_not_installed_is_one_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     check_loggers_installed(["tensorboard"])
-    with pytest.raises(UserError, match=rf"^train\.loggers: {name} is not installed\. Run pip install 'jaxembed\[{name}\]'\.$"):
+    with pytest.raises(UserError, match=rf"^train\.loggers: {name} is not installed\. Run pip install '.\[{name}\]'\.$"):
         check_loggers_installed(["tensorboard", name])
 
 
