@@ -14,7 +14,7 @@ from jaxembed.config.sections import Positive, Section
 MiningRule = Literal["topk_perc_pos", "topk_margin_pos", "topk_abs", "top_k", "sampled_top_k", "window"]
 RULES: tuple[str, ...] = typing.get_args(MiningRule)
 SAMPLED_RULES = ("sampled_top_k", "window")
-STAGE_KEYS = frozenset({"model"})  # for stages alone: the command has an argument of its own
+STAGE_KEYS = frozenset({"model", "sources"})  # for stages alone: the command has arguments of its own
 # Keys that only some rules read, with these rules. All rules read the other keys.
 RULES_BY_KEY = {
     "share": ("topk_perc_pos",), "margin": ("topk_margin_pos",), "max_score": ("topk_abs",), "window": ("window",),
@@ -61,6 +61,9 @@ class MineConfig(Section):
         description="Model that finds the negatives of a stage: a run directory, folder, or hub id. Default: the model that "
         "the stage starts with.",
     )
+    sources: tuple[str, ...] = Field(
+        (), description="Names of the sources of a stage to mine for. Default: all whose rows can be mined."
+    )
 
     @model_validator(mode="after")
     def _check_candidates(self) -> MineConfig:
@@ -72,6 +75,10 @@ class MineConfig(Section):
         if self.rule != "window" and self.negatives > self.depth:
             raise ValueError(f"depth is {self.depth}, fewer candidates than the {self.negatives} negatives. Raise it.")
         return self
+
+    def applies_to(self, source: str) -> bool:
+        """Return whether negatives are to be mined for the source of this name."""
+        return not self.sources or source in self.sources
 
     @property
     def first_rank(self) -> int:

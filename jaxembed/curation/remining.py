@@ -67,8 +67,8 @@ def check_miner_exists(config: MineConfig | None) -> None:
         find_folder(config.model)
 
 
-def check_first_rank(sources: Sequence[Source], config: MineConfig, seed: int, prefix: str) -> None:
-    """Check that every source has more texts than the first rank of the rule. Read no more rows than needed.
+def check_mined_sources(sources: Sequence[Source], config: MineConfig, seed: int, prefix: str) -> None:
+    """Check that the sources to mine can be mined, and have more texts than the first rank. Read no more rows than needed.
 
     Args:
         sources: Sources of a stage.
@@ -77,9 +77,14 @@ def check_first_rank(sources: Sequence[Source], config: MineConfig, seed: int, p
         prefix: Prefix of the keys in errors, such as "stages.1.".
 
     Raises:
-        UserError: If a source has too few texts.
+        UserError: If a source has too few texts, or `mine.sources` names one whose rows are not mined.
     """
-    for source in (source for source in sources if source.is_mineable):
+    for source in sources:
+        if source.name in config.sources and not source.is_mineable:
+            raise UserError(
+                f"{prefix}mine.sources contains {source.name!r}, but rows of format {source.format} are not mined. Remove it."
+            )
+    for source in (source for source in sources if source.is_mineable and config.applies_to(source.name)):
         num_texts = _count_texts(source, seed, limit=config.first_rank + 1)  # one text is the query's own positive
         if num_texts <= config.first_rank:
             raise UserError(

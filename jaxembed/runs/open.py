@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from jaxembed.config import Config, EmbeddingSpec, StageConfig
 from jaxembed.config.fields import Fields, quote_value
-from jaxembed.curation.remining import check_first_rank, check_miner_exists
+from jaxembed.curation.remining import check_mined_sources, check_miner_exists
 from jaxembed.data.batch import BatchBuilder
 from jaxembed.data.batch_plan import BatchPlan
 from jaxembed.data.batch_sampler import BatchSampler
@@ -178,7 +178,7 @@ def _build_compute_options(config: Config) -> ComputeOptions:
 
 
 def _check_stage(stage: StageConfig, model: EmbeddingModel, shards: int, prefix: str) -> None:
-    """Raise `UserError` if the batch does not divide among the shards, or a Matryoshka width is not below the model's."""
+    """Raise `UserError` if batch, Matryoshka widths, or names of sources do not fit the shards, the model, or the data."""
     if stage.train.batch_size % shards:
         raise UserError(
             f"{prefix}train.batch_size is {stage.train.batch_size} (expected a multiple of {shards}, the shards of the mesh)"
@@ -187,6 +187,18 @@ def _check_stage(stage: StageConfig, model: EmbeddingModel, shards: int, prefix:
         raise UserError(
             f"{prefix}matryoshka.dims contains {widest} (expected less than {model.width}, the width of this model's vectors)"
         )
+    _check_source_names(stage, prefix)
+
+
+def _check_source_names(stage: StageConfig, prefix: str) -> None:
+    """Raise `UserError` if an objective or `mine` names a source that the stage does not have."""
+    listed = {f"objectives.{i}.sources": objective.sources for i, objective in enumerate(stage.objectives)}
+    if stage.mine is not None:
+        listed["mine.sources"] = stage.mine.sources
+    names = [source.display_name for source in stage.data.sources]
+    for key, chosen in listed.items():
+        if unknown := [name for name in chosen if name not in names]:
+            raise UserError(f"{prefix}{key} contains {unknown[0]!r} (expected names of sources: {', '.join(names)})")
 
 
 def _warn_of_long_warmup(config: Config, index: int) -> None:
@@ -205,7 +217,7 @@ def _open_plans(config: Config) -> list[BatchPlan]:
     for index, stage in enumerate(config.stages):
         sources = open_sources(stage.data, cache_dir())
         if stage.mine is not None:
-            check_first_rank(sources, stage.mine, stage.train.seed, config.key_prefix(index))
+            check_mined_sources(sources, stage.mine, stage.train.seed, config.key_prefix(index))
         batching, mixture = stage.data.batching, stage.data.mixture
         plans.append(BatchPlan(sources, stage.train.batch_size, stage.train.seed, index, batching, mixture))
     return plans
@@ -304,7 +316,7 @@ def _open_stages(
                 plan=plan,
                 batch_builder=batch_builder,
                 tokenizer=stage_tokenizer,
-                objectives=_make_objectives(stage, plan.sources, config.key_prefix(index)),
+                objectives=Objectives(stage.objectives, stage.matryoshka, [source.name for source in plan.sources]),
                 teacher_width=encoders["teacher"].width if stage.teacher else 0,
             )
         )
@@ -316,17 +328,6 @@ def _count_schedule_steps(stages: Sequence[StageConfig], index: int) -> int:
     first = max(i for i in range(index + 1) if i == 0 or stages[i].optim.restart)
     end = next((i for i in range(index + 1, len(stages)) if stages[i].optim.restart), len(stages))
     return sum(stage.train.steps for stage in stages[first:end])
-
-
-def _make_objectives(stage: StageConfig, sources: Sequence[Source], prefix: str) -> Objectives:
-    """Build the objectives of a stage. Raise `UserError` if one names a source that the stage does not have."""
-    names = [source.name for source in sources]
-    for i, objective in enumerate(stage.objectives):
-        if unknown := [name for name in objective.sources if name not in names]:
-            raise UserError(
-                f"{prefix}objectives.{i}.sources contains {unknown[0]!r} (expected names of sources: {', '.join(names)})"
-            )
-    return Objectives(stage.objectives, stage.matryoshka, names)
 
 
 def _check_prompts_fit(prompts: Mapping[str, str], tokenizer: TextTokenizer) -> None:

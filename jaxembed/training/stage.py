@@ -88,7 +88,8 @@ class Stage:
 
     def mines(self, source: Source) -> bool:
         """Return whether the stage starts with mining negatives for a source. Labels and single texts are not mined."""
-        return self.config.mine is not None and source.is_mineable
+        mine = self.config.mine
+        return mine is not None and source.is_mineable and mine.applies_to(source.name)
 
     def needs_hard_negatives(self, source: Source) -> bool:
         """Return whether a query of this source has a loss only if its row has hard negatives."""

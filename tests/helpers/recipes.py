@@ -84,12 +84,12 @@ def write_beir(folder: Path, queries: list[str], documents: list[str]) -> None:
 
 
 def make_short_run(name: str, root: Path, base: Path, rows: Mapping[str, Path], batch_size: int = 4) -> config.Config:
-    """Return a recipe with only base, guide, paths, steps and batch replaced: one step a stage.
+    """Return a recipe with only base, guide, miner, paths, steps and batch replaced: one step a stage.
 
     Args:
         name: Name of the recipe.
         root: Folder of the run.
-        base: Base, and guide if the recipe has one.
+        base: Base, and guide and miner if the recipe has them.
         rows: Path of generated rows by format. Their columns have our names.
         batch_size: Queries a step.
     """
@@ -106,4 +106,6 @@ def make_short_run(name: str, root: Path, base: Path, rows: Mapping[str, Path], 
         for objective in stage.get("objectives", ()):
             if "guide" in objective:
                 objective["guide"] = str(base)
+        if "model" in stage.get("mine", ()):
+            stage["mine"]["model"] = str(base)
     return config.parse_config(tree, name)

@@ -14,7 +14,8 @@ from helpers import tiny
 from helpers.runs import copy_run_at_first_checkpoint, make_config, read_losses, write_base_and_data
 from helpers.sources import SCORED_ROWS, open_source_file, write_jsonl
 from jaxembed import Embedder
-from jaxembed.config import Config
+from jaxembed.config import Config, MineConfig
+from jaxembed.curation.remining import check_mined_sources
 from jaxembed.data.batch import EncoderInput
 from jaxembed.data.containers import open_container
 from jaxembed.data.equality import normalize_text
@@ -91,9 +92,10 @@ def test_another_model_finds_the_negatives(folder: Path, monkeypatch: pytest.Mon
     """Its own prompts and weights count. It is a BERT of another width."""
     monkeypatch.setenv("JAXEMBED_CACHE", str(folder / "cache"))
     miner = tiny.write_bert_folder(folder / "bert", {"query": "ask "})
-    mine = json.dumps({"rule": "top_k", "negatives": 1, "model": str(miner)})
+    mine = json.dumps({"rule": "top_k", "negatives": 1, "model": str(miner), "sources": ["pairs"]})
     train(make_mining_config(folder, "taught", f"mine={mine}", "train.steps=1", "data.sources.0.instructions=[]"))
     mined = folder / "taught" / "mined" / "stage-0-source-0.jsonl"
+    assert not mined.with_name("stage-0-source-1.jsonl").exists()  # mine.sources leaves the other source as it is
     rows, pairs = read_rows(mined), read_rows(folder / "pairs.jsonl")
     texts = list(dict.fromkeys(text for pair in pairs for text in (*pair["pos"], *pair["neg"])))
     encoder = open_frozen_encoder(str(miner), folder / "cache")
@@ -134,9 +136,10 @@ def test_a_run_resumes_bit_for_bit_from_the_rows_that_are_left(folder: Path) -> 
             "train.batch_size=100",
             r"^train\.batch_size: 100 is more than the .* \(\d+\)\. .* mine\.consistency_top_k has dropped",
         ),
+        ("mine.sources=[pair]", r"^mine\.sources contains 'pair' \(expected names of sources: pairs, similar\)"),
     ],
 )
-def test_too_few_examples_are_refused(folder: Path, override: str, message: str) -> None:
+def test_mining_that_does_not_fit_the_data_is_refused(folder: Path, override: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         train(make_mining_config(folder, override.partition("=")[0], override))
 
@@ -164,3 +167,5 @@ def test_documents_are_mined_and_labels_are_not(tmp_path: Path) -> None:
     labels = open_source_file(write_jsonl(tmp_path / "l.jsonl", [{"text": str(i), "label": i % 2} for i in range(4)]))
     texts = open_source_file(write_jsonl(tmp_path / "t.jsonl", [{"text": "a"}]))
     assert (documents.is_mineable, labels.is_mineable, texts.is_mineable) == (True, False, False)
+    with pytest.raises(UserError, match=r"^stages\.1\.mine\.sources contains 'l', but rows of format labels are not mined"):
+        check_mined_sources([labels], MineConfig(sources=("l",)), 0, "stages.1.")

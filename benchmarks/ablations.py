@@ -1,0 +1,387 @@
+#!/usr/bin/env python3
+"""Run the ablations of NV-Embed and KaLM-Embedding that a small model can show, and compare their directions with the papers'.
+
+    python benchmarks/ablations.py BASE DATA MINER OUT.jsonl [--only pooling stages ...] [--steps 60] [--seeds 3]
+
+BASE is the folder of a small pretrained decoder. DATA is a folder with ag_news/pairs_train.jsonl (pairs), ag_news/retrieval (a
+BEIR folder of the same kind), banking77/{train,test}.jsonl (texts and labels) and stsb/en/{train,test}.jsonl (scored pairs).
+MINER is an embedding model that finds hard negatives, such as MiniLM.
+
+Every row of an ablation is trained from BASE, once per seed. Scores: nDCG@10 of the BEIR folder, Spearman's correlation of the
+scored pairs, and the accuracy of the nearest class mean on the labels. Each finished run is one line of OUT.jsonl, and is not
+repeated by the next command with the same settings. Prints the tables, with the papers' differences beside ours; --report
+prints them without training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import logging
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxembed import Embedder, cli
+from jaxembed.config import EvalSetConfig, parse_config
+from jaxembed.config.stage import merge_trees
+from jaxembed.evaluation.heldout import HeldOutSet, open_held_out_sets
+from jaxembed.runs.train import train
+
+SCORES = ("retrieval", "sts", "classification")
+INSTRUCTIONS = {
+    "news": "Given a headline, retrieve its news text",
+    "banking": "Given a online banking query, find the corresponding intents",
+    "similar": "Retrieve semantically similar text.",
+}
+WIDTHS = (512, 256, 128, 64)  # KaLM, section 2.2
+
+
+class Claim(NamedTuple):
+    """A difference that a paper reports: a score is higher in one row than in another. `paper` names place and numbers."""
+
+    higher: str
+    lower: str
+    score: str
+    paper: str
+
+
+class Ablation(NamedTuple):
+    """Rows with their changes to the config, and what the paper says of them."""
+
+    rows: Mapping[str, Mapping[str, Any]]
+    claims: Sequence[Claim]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What all runs share. The command line sets it."""
+
+    base: str
+    data: Path
+    miner: str
+    steps: int
+    batch_size: int
+    learning_rate: float
+    scored: int
+
+    @functools.cached_property
+    def widths(self) -> list[int]:
+        """The widths to which vectors are cut: KaLM's, below that of the base."""
+        width = json.loads((Path(self.base) / "config.json").read_text())["hidden_size"]
+        return [dim for dim in WIDTHS if dim < width]
+
+    def identify(self) -> dict[str, Any]:
+        """Return the settings that a line of the results records."""
+        return {key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(self).items()}
+
+
+# The rows
+
+
+def make_sources(data: Path, *names: str, **changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the `data` section of the named sources. `changes` replaces keys of a source."""
+    sources: dict[str, dict[str, Any]] = {
+        "news": {"path": str(data / "ag_news" / "pairs_train.jsonl"), "format": "pairs"},
+        "banking": {"path": str(data / "banking77" / "train.jsonl"), "format": "labels", "single_labels": "skip"},
+        "similar": {"path": str(data / "stsb" / "en" / "train.jsonl"), "format": "scored_pairs", "symmetric": True},
+    }
+    return {"sources": [
+        {"name": name, "instructions": [INSTRUCTIONS[name]], **sources[name], **changes.get(name, {})} for name in names
+    ]}  # fmt: skip
+
+
+def list_ablations(settings: Settings) -> dict[str, Ablation]:
+    """Return the ablations by name."""
+    return {
+        "pooling": list_poolings(),
+        "stages": list_stages(settings),
+        "negatives": list_negatives(),
+        "labels": list_label_documents(settings),
+        "instructions": list_instructions(settings),
+        "widths": list_widths(settings),
+        "batches": list_batches(settings),
+    }
+
+
+def list_poolings() -> Ablation:
+    """NV-Embed, Table 2: four poolings with two masks. Numbers are the averages of 56 tasks after both stages."""
+    averages = {
+        "last": (67.85, 66.50),
+        "mean": (68.97, 68.13),
+        "latent_attention": (69.32, 68.47),
+        "self_attention": (69.10, 68.16),
+    }
+    masks = ("bidirectional", "causal")
+    rows = {f"{kind}, {mask}": {"model": {"attention": mask, "pooling": {"kind": kind}}} for kind in averages for mask in masks}
+    claims = [
+        Claim(f"{k}, {masks[0]}", f"{k}, {masks[1]}", "mean", f"NV-Embed, Table 2: {a} and {b}")
+        for k, (a, b) in averages.items()
+    ]
+    for higher, lower in (("mean", "last"), ("latent_attention", "mean")):
+        numbers = f"NV-Embed, Table 2: {averages[higher][0]} and {averages[lower][0]}"
+        claims.append(Claim(f"{higher}, {masks[0]}", f"{lower}, {masks[0]}", "mean", numbers))
+    return Ablation(rows, claims)
+
+
+def list_stages(settings: Settings) -> Ablation:
+    """NV-Embed, Table 4, section 5.3.1: one stage, two stages, and in which of them negatives are in-batch."""
+    hard = {"objectives": [{"name": "infonce", "temperature": 0.05, "negatives": "hard"}]}
+    news, all_sources = ({"data": make_sources(settings.data, *names)} for names in (["news"], INSTRUCTIONS))
+    lent = {"data": make_sources(settings.data, *INSTRUCTIONS, banking={"in_batch_negatives": True})}
+    half = {"train": {"steps": max(settings.steps // 2, 1)}}
+    first, second = half | news, half | all_sources | hard
+    rows = {
+        "one stage, in-batch": lent,
+        "one stage": hard,
+        "two stages": {"stages": [first, second]},
+        "two stages, reversed": {"stages": [second, first]},
+        "two stages, in-batch in both": {"stages": [first, half | lent]},
+    }
+    where = "NV-Embed, Table 4"
+    claims = [
+        Claim("one stage", "one stage, in-batch", "classification", f"{where}: 90.2 and 86.6"),
+        Claim("two stages", "one stage", "retrieval", f"{where}: 62.65 and 61.37"),
+        Claim("two stages", "two stages, reversed", "retrieval", f"{where}: 62.65 and 61.91"),
+        Claim("two stages, reversed", "one stage", "retrieval", f"{where}: 61.91 and 61.37"),
+        Claim("one stage", "two stages, reversed", "sts", f"{where}: 84.5 and 83.07"),
+    ]
+    return Ablation(rows, claims)
+
+
+def list_negatives() -> Ablation:
+    """NV-Embed, Table 4, section 5.3.5: hard negatives. KaLM, section 3.1 and Table 3: its window, and its filter."""
+    window = {"rule": "window", "window": [50, 100]}
+    rows: dict[str, dict[str, Any]] = {
+        "none": {"data": {"hard_negatives": 0}, "mine": None},
+        "mined (95% of the positive)": {},
+        "mined (ranks 50 to 100)": {"mine": window},
+        "mined (ranks 50 to 100), consistent": {"mine": window | {"consistency_top_k": 50}},
+    }
+    names = list(rows)
+    claims = [
+        Claim(names[1], names[0], "retrieval", "NV-Embed, Table 4, S1 and S0: 61.52 and 59.22"),
+        Claim(names[3], names[2], "mean", "KaLM, Table 3, English: 64.94 and 64.19"),
+    ]
+    return Ablation(rows, claims)
+
+
+def list_label_documents(settings: Settings) -> Ablation:
+    """NV-Embed, Table 5: examples or labels as the documents of classes."""
+    rows = {
+        kind: {"data": make_sources(settings.data, *INSTRUCTIONS, banking={"label_documents": kind})}
+        for kind in ("examples", "labels")
+    }
+    return Ablation(rows, [Claim("examples", "labels", "classification", "NV-Embed, Table 5, average: 69.27 and 64.80")])
+
+
+def list_instructions(settings: Settings) -> Ablation:
+    """KaLM, Table 3: instructions."""
+    none = {name: {"instructions": []} for name in INSTRUCTIONS}
+    rows = {"with": {}, "without": {"data": make_sources(settings.data, *INSTRUCTIONS, **none)}}
+    return Ablation(rows, [Claim("with", "without", "mean", "KaLM, Table 3, English: 64.94 and 61.13")])
+
+
+def list_widths(settings: Settings) -> Ablation:
+    """KaLM, Figure 4a: cut vectors, with and without Matryoshka training. Numbers are read from no figure."""
+    dims = settings.widths
+    rows = {"Matryoshka": {"matryoshka": {"dims": dims, "weights": [0.3, 0.2, 0.1, 0.1][-len(dims) :]}}, "plain": {}}
+    claims = [Claim("Matryoshka", "plain", f"retrieval@{dim}", "KaLM, Figure 4a: higher when cut") for dim in dims]
+    return Ablation(rows, claims)
+
+
+def list_batches(settings: Settings) -> Ablation:
+    """KaLM, Figure 5: one to three times the batch, and epochs, with and without a mask of likely false negatives."""
+    rows = {}
+    for masked in (False, True):
+        infonce = {"name": "infonce", "temperature": 0.05} | ({"margin": 0.1} if masked else {})
+        for size in (1, 2, 3):
+            for epochs in (1, 2, 3):
+                keys = {"batch_size": size * settings.batch_size, "steps": max(settings.steps * epochs // size, 1)}
+                rows[name_batch(size, epochs, masked)] = {"train": keys, "objectives": [infonce]}
+    claims = []
+    for masked in (False, True):
+        one, three, large = (name_batch(*sizes, masked) for sizes in ((1, 1), (1, 3), (3, 3)))
+        claims.append(Claim(three, one, "mean", "KaLM, Figure 5: more steps are better"))
+        claims.append(Claim(one, large, "mean", "KaLM, Figure 5: with as many steps, a larger batch is not better"))
+    return Ablation(rows, claims)
+
+
+def name_batch(size: int, epochs: int, masked: bool) -> str:
+    """Return the name of a row of Figure 5."""
+    return f"batch x {size}, epochs: {epochs}" + (", masked" if masked else "")
+
+
+# A run
+
+
+def train_row(settings: Settings, changes: Mapping[str, Any], seed: int, folder: Path) -> None:
+    """Train a row into a folder."""
+    train_keys = {"batch_size": settings.batch_size, "seed": seed, "log_every": 10, "checkpoint_every": 10**6}
+    tree: dict[str, Any] = {
+        "run": {"dir": str(folder)},
+        "model": {"base": settings.base, "attention": "bidirectional", "pooling": {"kind": "mean"}, "unroll": False},
+        "data": {"max_length": 128, "hard_negatives": 3, **make_sources(settings.data, *INSTRUCTIONS)},
+        "objectives": [{"name": "infonce", "temperature": 0.05}],
+        "mine": {"model": settings.miner, "rule": "topk_perc_pos", "negatives": 3},
+        "optim": {"learning_rate": settings.learning_rate, "warmup_steps": 5},
+        "train": train_keys if "stages" in changes else train_keys | {"steps": settings.steps},
+        "mesh": {"data": 1},
+    }
+    train(parse_config(merge_trees(tree, changes), "ablation"))
+
+
+class Scorer:
+    """Scores models on the held-out parts of the data."""
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        kinds = {"retrieval": ("ag_news/retrieval", "news"), "sts": ("stsb/en/test.jsonl", "similar")}
+        configs = [EvalSetConfig(name=kind, kind=kind, path=str(settings.data / path)) for kind, (path, _) in kinds.items()]
+        opened = open_held_out_sets(configs, Path(tempfile.mkdtemp()))
+        self.sets: dict[str, tuple[HeldOutSet, str]] = {
+            held_out.config.name: (held_out, source) for held_out, (_, source) in zip(opened, kinds.values(), strict=True)
+        }
+        self.texts = {split: self._read_labels(split) for split in ("train", "test")}
+
+    def _read_labels(self, split: str) -> tuple[list[str], list[str]]:
+        """Return texts of a split and their labels: the first ones of a fixed order at random."""
+        lines = (self.settings.data / "banking77" / f"{split}.jsonl").read_text().splitlines()
+        order = np.random.default_rng(0).permutation(len(lines))[: self.settings.scored]
+        rows = [json.loads(lines[i]) for i in order]
+        return [row["text"] for row in rows], [str(row["label"]) for row in rows]
+
+    def score(self, model: str, has_instructions: bool, widths: Sequence[int]) -> dict[str, float]:
+        """Return the scores of a model by name, also of vectors cut to some widths."""
+        embedder = Embedder.load(model)
+        scores: dict[str, float] = {}
+        for dim in (None, *widths):
+            suffix = f"@{dim}" if dim else ""
+            for name, (held_out, source) in self.sets.items():
+                instruction = INSTRUCTIONS[source] if has_instructions else ""
+                sides = {"instruction": instruction, "document_instruction": ""}
+                asked = dataclasses.replace(held_out, config=held_out.config.model_copy(update=sides))  # type: ignore[type-var]
+                scores[name + suffix] = asked.score(lambda texts, prompt: embedder.encode(texts, prompt, dim))[held_out.metric]  # noqa: B023
+            instruction = INSTRUCTIONS["banking"] if has_instructions else ""
+            scores["classification" + suffix] = self._classify(
+                lambda texts: embedder.encode(texts, instruction, dim)  # noqa: B023
+            )
+        return scores | {"mean": statistics.mean(scores[name] for name in SCORES)}
+
+    def _classify(self, encode: Any) -> float:
+        """Return the share of test texts whose nearest class mean is that of their class."""
+        vectors, labels = encode(self.texts["train"][0]), np.array(self.texts["train"][1])
+        names = np.unique(labels)
+        means = np.stack([vectors[labels == name].mean(0) for name in names])
+        nearest = names[(encode(self.texts["test"][0]) @ (means / np.linalg.norm(means, axis=1, keepdims=True)).T).argmax(1)]
+        return float(np.mean(nearest == np.array(self.texts["test"][1])))
+
+
+# Results
+
+
+def read_results(path: Path, settings: Settings) -> dict[tuple[str, str, int], dict[str, Any]]:
+    """Return the finished runs with these settings, by ablation, row and seed."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = [row for row in map(json.loads, lines) if row["settings"] == settings.identify()]
+    return {(row["ablation"], row["row"], row["seed"]): row for row in rows}
+
+
+def run_missing(settings: Settings, names: Sequence[str], seeds: int, out: Path) -> None:
+    """Train and score the runs that the results lack, and append each to them."""
+    scorer = Scorer(settings)
+    for name in names:
+        ablation = list_ablations(settings)[name]
+        for row, changes in ablation.rows.items():
+            for seed in range(seeds):
+                if (name, row, seed) in read_results(out, settings):
+                    continue
+                start, folder = time.perf_counter(), Path(tempfile.mkdtemp())
+                try:
+                    train_row(settings, changes, seed, folder / "run")
+                    widths = settings.widths if name == "widths" else ()
+                    scores = scorer.score(str(folder / "run"), (name, row) != ("instructions", "without"), widths)
+                finally:
+                    shutil.rmtree(folder)
+                minutes = round((time.perf_counter() - start) / 60, 2)
+                line = {"ablation": name, "row": row, "seed": seed, "scores": scores, "minutes": minutes}
+                with out.open("a") as file:
+                    file.write(json.dumps(line | {"settings": settings.identify()}) + "\n")
+                print(json.dumps(line), file=sys.stderr, flush=True)
+
+
+def describe(values: Sequence[float]) -> str:
+    """Return mean and standard deviation."""
+    return f"{statistics.mean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
+
+
+def judge_claim(claim: Claim, values: Mapping[str, Sequence[float]]) -> tuple[str, str]:
+    """Return our difference, and whether it has the paper's direction. One within the spread of the seeds has none."""
+    higher, lower = values[claim.higher], values[claim.lower]
+    difference = statistics.mean(higher) - statistics.mean(lower)
+    if min(len(higher), len(lower)) < 2:
+        return f"{difference:+.4f}", "one seed"
+    spread = (statistics.variance(higher) + statistics.variance(lower)) ** 0.5
+    verdict = "none" if abs(difference) <= spread else "the paper's" if difference > 0 else "the opposite"
+    return f"{difference:+.4f} ± {spread:.4f}", verdict
+
+
+def print_report(settings: Settings, names: Sequence[str], out: Path) -> None:
+    """Print the tables of finished runs."""
+    results = read_results(out, settings)
+    for name in names:
+        ablation = list_ablations(settings)[name]
+        runs = {row: [run for (a, r, _), run in results.items() if (a, r) == (name, row)] for row in ablation.rows}
+        done = {row: listed for row, listed in runs.items() if listed}
+        if not done:
+            continue
+        scores = sorted(next(iter(done.values()))[0]["scores"], key=lambda score: (score != "mean", "@" in score))
+        print(f"## {name}\n\n| row | seeds | {' | '.join(scores)} | minutes a run |\n|---|---|{'---|' * len(scores)}---|")
+        for row, listed in done.items():
+            cells = [describe([run["scores"][score] for run in listed]) for score in scores]
+            minutes = statistics.mean(run["minutes"] for run in listed)
+            print(f"| {row} | {len(listed)} | {' | '.join(cells)} | {minutes:.1f} |")
+        print("\n| higher | lower | score | paper | ours | direction |\n|---|---|---|---|---|---|")
+        for claim in ablation.claims:
+            if {claim.higher, claim.lower} <= done.keys():
+                values = {row: [run["scores"][claim.score] for run in done[row]] for row in (claim.higher, claim.lower)}
+                print(f"| {' | '.join((*claim, *judge_claim(claim, values)))} |")
+        print(flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base", metavar="BASE", help="folder of a small pretrained decoder")
+    parser.add_argument("data", metavar="DATA", type=Path, help="folder of the training and test files")
+    parser.add_argument("miner", metavar="MINER", help="embedding model that finds hard negatives")
+    parser.add_argument("out", metavar="OUT.jsonl", type=Path, help="file of the finished runs")
+    parser.add_argument("--only", nargs="*", metavar="ABLATION", help="names of ablations (default: all)")
+    parser.add_argument("--steps", type=int, default=60, help="training steps of a run (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of a row (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=64, help="queries a step (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=1e-4, help="(default: %(default)s)")
+    parser.add_argument("--scored", type=int, default=1000, help="texts of the labels to score (default: %(default)s)")
+    parser.add_argument("--report", action="store_true", help="print the tables of finished runs without training")
+    args = parser.parse_args(arguments)
+    cli.set_up_jax()
+    logging.getLogger("jaxembed").setLevel(logging.WARNING)
+    settings = Settings(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)})
+    names = args.only or list(list_ablations(settings))
+    if unknown := set(names) - set(list_ablations(settings)):
+        parser.error(f"--only: no such ablation {unknown.pop()!r} (expected: {', '.join(list_ablations(settings))})")
+    if not args.report:
+        run_missing(settings, names, args.seeds, args.out)
+    print_report(settings, names, args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""benchmarks/ablations.py on a tiny base and generated data."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers.recipes import write_base, write_rows
+from helpers.runs import use_one_device
+from jaxembed.config.shipped import shipped_folder
+
+
+@pytest.fixture(scope="module")
+def ablations() -> Any:
+    spec = importlib.util.spec_from_file_location("ablations", shipped_folder().parent / "benchmarks" / "ablations.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Base, data, miner and results."""
+    root = tmp_path_factory.mktemp("ablations")
+    base, rows, data = write_base(root / "base"), write_rows(root / "rows"), root / "data"
+    copies = {"ag_news/pairs_train.jsonl": "pairs"}
+    copies |= {f"{folder}/{split}.jsonl": kind for folder, kind in (("banking77", "labels"), ("stsb/en", "scored_pairs"))
+               for split in ("train", "test")}  # fmt: skip
+    for path, kind in copies.items():
+        (data / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(rows[kind], data / path)
+    shutil.copytree(rows["beir"], data / "ag_news" / "retrieval")
+    return [str(base), str(data), str(base), str(root / "results.jsonl")]
+
+
+def test_runs_are_kept_and_compared_with_the_paper(
+    ablations: Any, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use_one_device(monkeypatch)
+    options = ["--only", "labels", "--steps", "1", "--batch-size", "4", "--scored", "20"]
+    ablations.main([*arguments, *options, "--seeds", "1"])
+    results = Path(arguments[3])
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [(line["row"], line["seed"]) for line in lines] == [("examples", 0), ("labels", 0)]
+    assert all(set(line["scores"]) == {*ablations.SCORES, "mean"} for line in lines)
+    report = capsys.readouterr().out
+    assert "| examples | labels | classification | NV-Embed, Table 5, average: 69.27 and 64.80 |" in report
+    assert report.rstrip().endswith("| one seed |")
+    # The same settings again: every run is there. With others, none is.
+    monkeypatch.setattr(ablations, "train", None)
+    ablations.main([*arguments, *options, "--seeds", "1"])
+    assert capsys.readouterr().out == report
+    ablations.main([*arguments, *options[:2], "--report"])
+    assert capsys.readouterr().out == ""
+
+
+def test_every_row_is_a_valid_config(ablations: Any, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[Any] = []
+    monkeypatch.setattr(ablations, "train", trained.append)
+    base, data, miner, _ = arguments
+    settings = ablations.Settings(base, Path(data), miner, steps=4, batch_size=2, learning_rate=1e-4, scored=10)
+    listed = ablations.list_ablations(settings)
+    for ablation in listed.values():
+        for changes in ablation.rows.values():
+            ablations.train_row(settings, changes, 0, Path(data) / "run")
+        assert {row for claim in ablation.claims for row in (claim.higher, claim.lower)} <= set(ablation.rows)
+    assert len(trained) == sum(len(ablation.rows) for ablation in listed.values())
+    assert len({run.dump() for run in trained}) == len(trained) - 6  # the base of most ablations is the same config
+
+
+def test_directions_within_the_spread_are_none(ablations: Any) -> None:
+    claim = ablations.Claim("a", "b", "mean", "")
+    assert ablations.judge_claim(claim, {"a": [2.0, 2.2], "b": [1.0, 1.2]})[1] == "the paper's"
+    assert ablations.judge_claim(claim, {"a": [1.0, 1.2], "b": [2.0, 2.2]})[1] == "the opposite"
+    assert ablations.judge_claim(claim, {"a": [1.0, 3.0], "b": [0.9, 3.0]})[1] == "none"
