@@ -19,8 +19,11 @@ def shapes_and_shardings(model: EmbeddingModel, mesh: Mesh) -> tuple[Any, Any]:
     Raises:
         UserError: The sizes of the mesh do not divide those of the model.
     """
-    boxed, table = infer_parameter_shapes(model), logical_axis_table(mesh, model.decoder.axis_sizes)
-    return nn.unbox(boxed), param_shardings(mesh, nn.get_partition_spec(boxed), table)
+    table = logical_axis_table(mesh, model.decoder.axis_sizes)
+    with jax.set_mesh(None):  # under the mesh of a run that loads another model, Flax would look for the logical axes in it
+        boxed = infer_parameter_shapes(model)
+        shapes = nn.unbox(boxed)
+    return shapes, param_shardings(mesh, nn.get_partition_spec(boxed), table)
 
 
 def attach_shardings(shapes: Any, shardings: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -17,11 +17,9 @@ from jaxembed.config.shipped import shipped_folder
 
 @pytest.fixture(scope="module")
 def ablations() -> Any:
-    spec = importlib.util.spec_from_file_location("ablations", shipped_folder().parent / "benchmarks" / "ablations.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(shipped_folder().parent / "benchmarks"))
+        return importlib.import_module("ablations")
 
 
 @pytest.fixture(scope="module")

@@ -86,3 +86,11 @@ def test_key_value_heads_that_tensor_does_not_divide_are_replicated(base_folder:
     shardings = flatten_dict(shapes_and_shardings(model, make_mesh(1, 2, 4))[1], sep="/")
     kernels = (shardings[f"decoder/layers/attention/{name}/kernel"].spec for name in ("q", "k"))
     assert [tuple(spec) for spec in kernels] == [(None, "fsdp", "tensor"), (None, "fsdp", None)]
+
+
+def test_a_run_can_load_another_model_under_its_mesh(base_folder: Folder) -> None:
+    """A run sets its mesh before it opens the model that mines for a stage."""
+    with jax.set_mesh(make_mesh(2)):
+        shapes, shardings = shapes_and_shardings(build_model(base_folder("qwen3"), False), make_mesh(1))
+    assert {sharding.mesh.size for sharding in jax.tree.leaves(shardings)} == {1}
+    assert jax.tree.structure(shapes) == jax.tree.structure(shardings)
