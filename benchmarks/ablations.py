@@ -137,15 +137,15 @@ def list_stages(settings: Settings) -> Ablation:
     """NV-Embed, Table 4, section 5.3.1: one stage, two stages, and in which of them negatives are in-batch."""
     hard = {"objectives": [{"name": "infonce", "temperature": 0.05, "negatives": "hard"}]}
     news, all_sources = ({"data": make_sources(settings.data, *names)} for names in (["news"], INSTRUCTIONS))
-    lent = {"data": make_sources(settings.data, *INSTRUCTIONS, banking={"in_batch_negatives": True})}
+    in_batch = {"data": make_sources(settings.data, *INSTRUCTIONS, banking={"in_batch_negatives": True})}
     half = {"train": {"steps": max(settings.steps // 2, 1)}}
     first, second = half | news, half | all_sources | hard
-    rows = {
-        "one stage, in-batch": lent,
+    rows: dict[str, dict[str, Any]] = {
+        "one stage, in-batch": in_batch,
         "one stage": hard,
         "two stages": {"stages": [first, second]},
         "two stages, reversed": {"stages": [second, first]},
-        "two stages, in-batch in both": {"stages": [first, half | lent]},
+        "two stages, in-batch in both": {"stages": [first, half | in_batch]},
     }
     where = "NV-Embed, Table 4"
     claims = [
@@ -186,8 +186,8 @@ def list_label_documents(settings: Settings) -> Ablation:
 
 def list_instructions(settings: Settings) -> Ablation:
     """KaLM, Table 3: instructions."""
-    none = {name: {"instructions": []} for name in INSTRUCTIONS}
-    rows = {"with": {}, "without": {"data": make_sources(settings.data, *INSTRUCTIONS, **none)}}
+    none: dict[str, dict[str, Any]] = {name: {"instructions": []} for name in INSTRUCTIONS}
+    rows: dict[str, dict[str, Any]] = {"with": {}, "without": {"data": make_sources(settings.data, *INSTRUCTIONS, **none)}}
     return Ablation(rows, [Claim("with", "without", "mean", "KaLM, Table 3, English: 64.94 and 61.13")])
 
 
