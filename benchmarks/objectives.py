@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Measure the held-out score of each objective, and of papers' ablations that fit a small model, with its spread over seeds.
+"""Measure the held-out score of each objective, with its spread over seeds. benchmarks/ablations.py has the papers' ablations.
 
-    python benchmarks/objectives.py BASE PAIRS.jsonl HELDOUT LABELS.jsonl TEACHER [--steps 60] [--seeds 3] [--only NAME ...]
+    python benchmarks/objectives.py BASE PAIRS.jsonl HELDOUT TEACHER [--steps 60] [--seeds 3] [--only NAME ...]
 
-BASE is a small pretrained decoder folder, PAIRS a JSONL file of pairs, HELDOUT a BEIR folder of the same kind, LABELS a JSONL
-file of texts and labels, TEACHER any embedding model that is better than BASE. TEACHER mines 3 hard negatives per query, at
-ranks 50 to 100 (KaLM's window), with scores. It is also the guide and the teacher of the objectives that need one. Then each
-row of the tables is trained from BASE, once per seed. Scores are nDCG@10 on HELDOUT.
+BASE is a small pretrained decoder folder, PAIRS a JSONL file of pairs, HELDOUT a BEIR folder of the same kind, TEACHER any
+embedding model that is better than BASE. TEACHER mines 3 hard negatives per query, at ranks 50 to 100 (KaLM's window), with
+scores. It is also the guide and the teacher of the objectives that need one. Then each row of the table is trained from BASE,
+once per seed. Scores are nDCG@10 on HELDOUT.
 
-Prints the score of BASE, Markdown tables row by row (mean, standard deviation, and gain over BASE in standard deviations)
+Prints the score of BASE, a Markdown table row by row (mean, standard deviation, and gain over BASE in standard deviations)
 and, on the last line, one JSON object.
 """
 
@@ -40,7 +40,7 @@ def with_infonce(**keys: Any) -> dict[str, Any]:
 
 
 def list_objectives(teacher: str) -> dict[str, dict[str, Any]]:
-    """Return the rows of the first table: the changes to the config, by name."""
+    """Return the rows of the table: the changes to the config, by name."""
     infonce = {"name": "infonce", "temperature": 0.05}
     return {
         "InfoNCE": with_infonce(),
@@ -64,28 +64,6 @@ def list_objectives(teacher: str) -> dict[str, dict[str, Any]]:
     }
 
 
-def list_ablations(pairs: str, labels: str, steps: int) -> dict[str, dict[str, Any]]:
-    """Return the rows of the second table: the changes to the config, by name."""
-    instruction = "Given a headline, retrieve its news text"
-    news = {"path": pairs, "name": "news"}
-    classes = {"path": labels, "name": "classes", "format": "labels", "label_documents": "examples"}
-    blend = {"data": {"sources": [news, classes]}}
-    hard_only, half_steps = with_infonce(negatives="hard"), {"train": {"steps": steps // 2}}
-    return {
-        "causal": {"model": {"attention": "causal"}},
-        "bidirectional": {"model": {"attention": "bidirectional"}},
-        "without instructions": {},
-        "with instructions": {"data": {"sources": [news | {"instructions": [instruction]}]}},
-        "labels beside pairs, without in-batch negatives": blend,
-        "labels beside pairs, with them": {"data": {"sources": [news, classes | {"in_batch_negatives": True}]}},
-        "one stage: pairs and labels, hard negatives": blend | hard_only,
-        "two stages: pairs in-batch, then both, hard": {"stages": [half_steps, half_steps | blend | hard_only]},
-        "two stages, reversed": {"stages": [half_steps | blend | hard_only, half_steps]},
-        "plain, cut to 64": {"dim": 64},
-        "Matryoshka 64, cut to 64": {"matryoshka": {"dims": [64]}, "dim": 64},
-    }
-
-
 @dataclasses.dataclass(frozen=True)
 class RowTrainer:
     """Trains the rows of a table from one base, each in its own run directory."""
@@ -103,12 +81,11 @@ class RowTrainer:
             "data": {"max_length": 128, "hard_negatives": 3, "sources": [{"path": pairs, "name": "news"}]},
             "objectives": [{"name": "infonce", "temperature": 0.05}],
             "optim": {"learning_rate": self.learning_rate, "warmup_steps": 5},
-            "train": train_keys if "stages" in changes else {**train_keys, "steps": steps},
+            "train": {**train_keys, "steps": steps},
             "mesh": {"data": 1},
         }
         for key, value in changes.items():
-            if key != "dim":
-                tree[key] = {**tree[key], **value} if isinstance(value, dict) and key in tree else value
+            tree[key] = {**tree[key], **value} if isinstance(value, dict) and key in tree else value
         out = self.folder / f"{name}-{seed}".replace(" ", "_").replace(",", "").replace(":", "")
         path = out.with_suffix(".yaml")
         path.write_text(yaml.safe_dump(tree | {"run": {"dir": str(out)}}))
@@ -116,12 +93,11 @@ class RowTrainer:
         return str(out)
 
 
-def score_model(model: str, heldout: Path, dim: int | None = None, instruction: str = "") -> float:
-    """Return the nDCG@10 of a model on a BEIR folder, with vectors truncated to `dim`."""
+def score_model(model: str, heldout: Path) -> float:
+    """Return the nDCG@10 of a model on a BEIR folder."""
     embedder = Embedder.load(model)
-    set_config = config.EvalSetConfig(name="heldout", kind="retrieval", path=str(heldout), instruction=instruction)
-    [held_out] = open_held_out_sets([set_config], heldout)
-    return score_set(held_out, lambda texts, prompt: embedder.encode(texts, prompt, dim)).scores["ndcg_at_10"]
+    [held_out] = open_held_out_sets([config.EvalSetConfig(name="heldout", kind="retrieval", path=str(heldout))], heldout)
+    return score_set(held_out, embedder.encode).scores["ndcg_at_10"]
 
 
 def mine_pairs(miner: str, pairs: Path, out: Path, *options: str) -> str:
@@ -153,32 +129,22 @@ def main() -> None:
     parser.add_argument("base", metavar="BASE", help="small pretrained decoder folder")
     parser.add_argument("pairs", metavar="PAIRS.jsonl", type=Path, help="JSONL file of pairs")
     parser.add_argument("heldout", metavar="HELDOUT", type=Path, help="BEIR folder to score")
-    parser.add_argument("labels", metavar="LABELS.jsonl", type=Path, help="JSONL file of texts and labels")
     parser.add_argument("teacher", metavar="TEACHER", help="embedding model that mines, guides and teaches")
     args, trainer = parse_and_set_up(parser)
     untrained = score_model(args.base, args.heldout)
     pairs = mine_pairs(args.teacher, args.pairs, trainer.folder / "mined.jsonl", "--rule=window", "--window", "50", "100")
     print(f"Untrained {untrained:.4f}.\n", flush=True)
     all_scores: dict[str, list[float]] = {}
-    for table in (list_objectives(args.teacher), list_ablations(pairs, str(args.labels), args.steps)):
-        print(
-            "| trained with | nDCG@10 | standard deviation | gain over untrained, in standard deviations |\n|---|---|---|---|",
-            flush=True,
-        )
-        for name, changes in table.items():
-            if args.only and not any(part in name for part in args.only):
-                continue
-            sources = changes.get("data", {}).get("sources", [{}])
-            instruction = next(iter(sources[0].get("instructions", [])), "")
-            if "data" in changes:
-                changes = changes | {"data": {"max_length": 128, "hard_negatives": 3, **changes["data"]}}
-            runs = [trainer.train_row(name, changes, seed, pairs, args.steps) for seed in range(args.seeds)]
-            scores = [score_model(run, args.heldout, changes.get("dim"), instruction) for run in runs]
-            deviation = statistics.stdev(scores) if len(scores) > 1 else float("nan")
-            all_scores[name] = scores
-            gain = (statistics.mean(scores) - untrained) / max(deviation, 1e-9)
-            print(f"| {name} | {statistics.mean(scores):.4f} | {deviation:.4f} | {gain:.0f} |", flush=True)
-        print()
+    print("| trained with | nDCG@10 | standard deviation | gain over untrained, in standard deviations |\n|---|---|---|---|")
+    for name, changes in list_objectives(args.teacher).items():
+        if args.only and not any(part in name for part in args.only):
+            continue
+        runs = [trainer.train_row(name, changes, seed, pairs, args.steps) for seed in range(args.seeds)]
+        scores = [score_model(run, args.heldout) for run in runs]
+        deviation = statistics.stdev(scores) if len(scores) > 1 else float("nan")
+        all_scores[name] = scores
+        gain = (statistics.mean(scores) - untrained) / max(deviation, 1e-9)
+        print(f"| {name} | {statistics.mean(scores):.4f} | {deviation:.4f} | {gain:.0f} |", flush=True)
     print(json.dumps({"untrained": untrained, "scores": all_scores}))
 
 
