@@ -8,7 +8,7 @@ BEIR folder of the same kind), banking77/{train,test}.jsonl (texts and labels) a
 MINER is an embedding model that finds hard negatives, such as MiniLM.
 
 Every row of an ablation is trained from BASE, once per seed. Scores: nDCG@10 of the BEIR folder, Spearman's correlation of the
-scored pairs, and the accuracy of the nearest class mean on the labels. Each finished run is one line of OUT.jsonl, and is not
+scored pairs, and the accuracy of logistic regression on the labels. Each finished run is one line of OUT.jsonl, and is not
 repeated by the next command with the same settings. Prints the tables, with the papers' differences beside ours; --report
 prints them without training.
 """
@@ -29,12 +29,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from jaxembed import Embedder, cli
 from jaxembed.config import EvalSetConfig, parse_config
 from jaxembed.config.stage import merge_trees
-from jaxembed.evaluation.heldout import HeldOutSet, open_held_out_sets
+from jaxembed.evaluation.heldout import open_held_out_sets, score_set
+from jaxembed.files import cache_dir
 from jaxembed.runs.train import train
 
 SCORES = ("retrieval", "sts", "classification")
@@ -72,7 +71,6 @@ class Settings:
     steps: int
     batch_size: int
     learning_rate: float
-    scored: int
 
     @functools.cached_property
     def widths(self) -> list[int]:
@@ -240,50 +238,23 @@ def train_row(settings: Settings, changes: Mapping[str, Any], seed: int, folder:
     train(parse_config(merge_trees(tree, changes), "ablation"))
 
 
-class Scorer:
-    """Scores models on the held-out parts of the data."""
-
-    def __init__(self, settings: Settings):
-        self.settings = settings
-        kinds = {"retrieval": ("ag_news/retrieval", "news"), "sts": ("stsb/en/test.jsonl", "similar")}
-        configs = [EvalSetConfig(name=kind, kind=kind, path=str(settings.data / path)) for kind, (path, _) in kinds.items()]
-        opened = open_held_out_sets(configs, Path(tempfile.mkdtemp()))
-        self.sets: dict[str, tuple[HeldOutSet, str]] = {
-            held_out.config.name: (held_out, source) for held_out, (_, source) in zip(opened, kinds.values(), strict=True)
-        }
-        self.texts = {split: self._read_labels(split) for split in ("train", "test")}
-
-    def _read_labels(self, split: str) -> tuple[list[str], list[str]]:
-        """Return texts of a split and their labels: the first ones of a fixed order at random."""
-        lines = (self.settings.data / "banking77" / f"{split}.jsonl").read_text().splitlines()
-        order = np.random.default_rng(0).permutation(len(lines))[: self.settings.scored]
-        rows = [json.loads(lines[i]) for i in order]
-        return [row["text"] for row in rows], [str(row["label"]) for row in rows]
-
-    def score(self, model: str, has_instructions: bool, widths: Sequence[int]) -> dict[str, float]:
-        """Return the scores of a model by name, also of vectors cut to some widths."""
-        embedder = Embedder.load(model)
-        scores: dict[str, float] = {}
-        for dim in (None, *widths):
-            suffix = f"@{dim}" if dim else ""
-            for name, (held_out, source) in self.sets.items():
-                instruction = INSTRUCTIONS[source] if has_instructions else ""
-                sides = {"instruction": instruction, "document_instruction": ""}
-                asked = dataclasses.replace(held_out, config=held_out.config.model_copy(update=sides))  # type: ignore[type-var]
-                scores[name + suffix] = asked.score(lambda texts, prompt: embedder.encode(texts, prompt, dim))[held_out.metric]  # noqa: B023
-            instruction = INSTRUCTIONS["banking"] if has_instructions else ""
-            scores["classification" + suffix] = self._classify(
-                lambda texts: embedder.encode(texts, instruction, dim)  # noqa: B023
-            )
-        return scores | {"mean": statistics.mean(scores[name] for name in SCORES)}
-
-    def _classify(self, encode: Any) -> float:
-        """Return the share of test texts whose nearest class mean is that of their class."""
-        vectors, labels = encode(self.texts["train"][0]), np.array(self.texts["train"][1])
-        names = np.unique(labels)
-        means = np.stack([vectors[labels == name].mean(0) for name in names])
-        nearest = names[(encode(self.texts["test"][0]) @ (means / np.linalg.norm(means, axis=1, keepdims=True)).T).argmax(1)]
-        return float(np.mean(nearest == np.array(self.texts["test"][1])))
+def score_model(settings: Settings, model: str, has_instructions: bool, widths: Sequence[int]) -> dict[str, float]:
+    """Return the scores of a model on the held-out parts of the data by name, also of vectors cut to some widths."""
+    embedder = Embedder.load(model)
+    paths = {"retrieval": ("news", "ag_news/retrieval"), "sts": ("similar", "stsb/en/test.jsonl"),
+             "classification": ("banking", "banking77/test.jsonl")}  # fmt: skip
+    sections = [
+        {"name": kind, "kind": kind, "path": str(settings.data / path), "instruction": INSTRUCTIONS[name] * has_instructions}
+        for kind, (name, path) in paths.items()
+    ]
+    sections[-1]["train_path"] = str(settings.data / "banking77" / "train.jsonl")
+    held_out_sets = open_held_out_sets([EvalSetConfig.model_validate(section) for section in sections], cache_dir())
+    scores = {}
+    for dim in (None, *widths):
+        encode = functools.partial(embedder.encode, dim=dim)
+        for held_out in held_out_sets:
+            scores[held_out.config.name + (f"@{dim}" if dim else "")] = score_set(held_out, encode).scores[held_out.metric]
+    return scores | {"mean": statistics.mean(scores[name] for name in SCORES)}
 
 
 # Results
@@ -298,7 +269,6 @@ def read_results(path: Path, settings: Settings) -> dict[tuple[str, str, int], d
 
 def run_missing(settings: Settings, names: Sequence[str], seeds: int, out: Path) -> None:
     """Train and score the runs that the results lack, and append each to them."""
-    scorer = Scorer(settings)
     for name in names:
         ablation = list_ablations(settings)[name]
         for row, changes in ablation.rows.items():
@@ -309,7 +279,7 @@ def run_missing(settings: Settings, names: Sequence[str], seeds: int, out: Path)
                 try:
                     train_row(settings, changes, seed, folder / "run")
                     widths = settings.widths if name == "widths" else ()
-                    scores = scorer.score(str(folder / "run"), (name, row) != ("instructions", "without"), widths)
+                    scores = score_model(settings, str(folder / "run"), (name, row) != ("instructions", "without"), widths)
                 finally:
                     shutil.rmtree(folder)
                 minutes = round((time.perf_counter() - start) / 60, 2)
@@ -369,7 +339,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="runs of a row (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=64, help="queries a step (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=1e-4, help="(default: %(default)s)")
-    parser.add_argument("--scored", type=int, default=1000, help="texts of the labels to score (default: %(default)s)")
     parser.add_argument("--report", action="store_true", help="print the tables of finished runs without training")
     args = parser.parse_args(arguments)
     cli.set_up_jax()

@@ -38,7 +38,8 @@ ROWS, PRETRAINING_ROWS = 2500, 33_000  # at least the largest batch, with and wi
 ABOUT = (
     f"Compiled without accelerators, for queries of {QUERY_WORDS} and documents of {DOCUMENT_WORDS} tokens. Memory is the "
     "compiler's: of the TPU compiler for the slice, and of the CPU compiler, as an estimate, for the GPU. Step times are the "
-    f"step's matmul FLOPs at {UTILIZATION:.0%} of the chip's peak by its data sheet, not measured."
+    f"step's matmul FLOPs at {UTILIZATION:.0%} of the chip's peak by its data sheet, not measured. With its special tokens, "
+    "such a document fills more than half of a row of 512 tokens: step times there are about twice those of rows that are full."
 )
 # Bases of the recipes -> presets of their sizes. Adapters on a base have its size too.
 PRESETS = {

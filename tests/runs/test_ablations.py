@@ -43,7 +43,7 @@ def test_runs_are_kept_and_compared_with_the_paper(
     """One of the two rows is there already. The other one is trained."""
     use_one_device(monkeypatch)
     base, data, miner, results = arguments
-    settings = ablations.Settings(base, Path(data), miner, steps=1, batch_size=4, learning_rate=1e-4, scored=20)
+    settings = ablations.Settings(base, Path(data), miner, steps=1, batch_size=4, learning_rate=1e-4)
     scores = dict.fromkeys((*ablations.SCORES, "mean"), 0.5)
     known = {
         "ablation": "labels",
@@ -54,7 +54,7 @@ def test_runs_are_kept_and_compared_with_the_paper(
         "settings": settings.identify(),
     }
     Path(results).write_text(json.dumps(known) + "\n")
-    options = ["--only", "labels", "--steps", "1", "--batch-size", "4", "--scored", "20", "--seeds", "1"]
+    options = ["--only", "labels", "--steps", "1", "--batch-size", "4", "--seeds", "1"]
     ablations.main([*arguments, *options])
     first, second = (json.loads(line) for line in Path(results).read_text().splitlines())
     assert first == known and (second["row"], second["seed"]) == ("examples", 0)
@@ -77,7 +77,7 @@ def test_every_row_is_a_valid_config(ablations: Any, arguments: list[str], monke
     trained: list[Any] = []
     monkeypatch.setattr(ablations, "train", trained.append)
     base, data, miner, _ = arguments
-    settings = ablations.Settings(base, Path(data), miner, steps=4, batch_size=2, learning_rate=1e-4, scored=10)
+    settings = ablations.Settings(base, Path(data), miner, steps=4, batch_size=2, learning_rate=1e-4)
     listed = ablations.list_ablations(settings)
     for ablation in listed.values():
         for changes in ablation.rows.values():
