@@ -153,7 +153,7 @@ def check_nli(row: Row) -> str | None:
 
 def get_nli_fields(row: Row) -> tuple[str, str]:
     """Return the names of the fields that hold the premise and the hypothesis of an NLI row."""
-    return ("premise", "hypothesis") if "premise" in row else ("sentence1", "sentence2")
+    return ("sentence1", "sentence2") if "sentence1" in row and "premise" not in row else ("premise", "hypothesis")
 
 
 def check_document(row: Row) -> str | None:
