@@ -15,6 +15,7 @@ import pytest
 from helpers.sources import open_source_file
 from jaxembed.data.array_record import write_array_record
 from jaxembed.data.jsonl import write_jsonl
+from jaxembed.data.schema import check_nli
 from jaxembed.errors import UserError
 
 
@@ -96,3 +97,9 @@ def test_labels_that_differ_only_in_case_are_reported(tmp_path: Path, caplog: py
     write_jsonl(tmp_path / "a.jsonl", rows)
     assert len(open_source_file(tmp_path / "a.jsonl")) == 6
     assert "the labels 'Sport' and 'sport ' differ only in case, white space or encoding; they count as two" in caplog.text
+
+
+def test_the_error_of_an_nli_row_names_the_field_that_it_lacks() -> None:
+    """The texts may be named sentence1 and sentence2, so a row without a premise could be either."""
+    assert (check_nli({"hypothesis": "b", "label": 1}) or "").startswith('"premise" is missing')
+    assert (check_nli({"sentence1": "a", "label": 1}) or "").startswith('"sentence2" is missing')

@@ -14,7 +14,6 @@ from jaxembed.data.batch_plan import BatchPlan
 from jaxembed.data.beir import open_beir, write_beir
 from jaxembed.data.containers import open_container
 from jaxembed.data.rows import IndexedRows
-from jaxembed.data.schema import check_nli
 from jaxembed.data.sources import ROW_SCHEMAS, detect_format
 from jaxembed.errors import UserError
 from jaxembed.evaluation.heldout import open_held_out_sets
@@ -397,9 +396,3 @@ def test_qrels_without_a_header_keep_every_judgment(tmp_path: Path) -> None:
     beir = open_beir(tmp_path, ("test",))
     qrels.write_text("".join(qrels.read_text().splitlines(keepends=True)[1:]))
     assert open_beir(tmp_path, ("test",)).relevant == beir.relevant == [{0: 1}, {1: 1}]
-
-
-def test_the_error_of_an_nli_row_names_the_field_that_it_lacks() -> None:
-    """The texts may be named sentence1 and sentence2, so a row without a premise could be either."""
-    assert (check_nli({"hypothesis": "b", "label": 1}) or "").startswith('"premise" is missing')
-    assert (check_nli({"sentence1": "a", "label": 1}) or "").startswith('"sentence2" is missing')
