@@ -18,6 +18,7 @@ import recipe_pages  # noqa: E402  (after the checkout is on the path)
 
 from jaxembed import config  # noqa: E402
 from jaxembed.__main__ import COMMANDS  # noqa: E402
+from jaxembed.config.curation import CurateConfig  # noqa: E402
 from jaxembed.config.sections import table  # noqa: E402
 
 PLACEHOLDER = re.compile(r"<!-- generated: ([\w-]+) -->")
@@ -51,6 +52,11 @@ def config_keys() -> str:
     return "\n\n".join("\n".join([f"## `{name}`", "", header, rule, *found]) for name, found in sections.items())
 
 
+def curation_keys() -> str:
+    """Return a table of the keys of a curation, without those of sources."""
+    return "\n".join(row for row in table(CurateConfig).splitlines() if not row.startswith("| `sources[]."))
+
+
 def command_options() -> str:
     """Return the help text of every command and subcommand."""
     os.environ["COLUMNS"] = str(HELP_COLUMNS)  # the width that argparse wraps at
@@ -70,6 +76,7 @@ def subparsers(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.
 
 GENERATORS = {
     "config-keys": config_keys,
+    "curation-keys": curation_keys,
     "command-options": command_options,
     "recipes": recipe_pages.write_list,
     "recipe-plans": recipe_pages.write_plans,

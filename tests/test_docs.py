@@ -29,7 +29,8 @@ from helpers import tiny
 from helpers.commands import ENV
 from helpers.runs import use_one_device
 from jaxembed import config
-from jaxembed.config.sections import table
+from jaxembed.config.curation import CurateConfig
+from jaxembed.config.sections import parse_section, table
 from jaxembed.data.jsonl import write_jsonl
 
 ROOT = Path(__file__).parents[1]
@@ -164,6 +165,9 @@ def test_yaml_examples_load(path: Path) -> None:
     """Fragments load within a whole config."""
     for block in blocks(path, "yaml"):
         tree = yaml.safe_load(block.text)
+        if "steps" in tree:
+            assert parse_section(CurateConfig, tree, str(path)).steps
+            continue
         fragment = {"data": {"sources": tree}} if isinstance(tree, list) else tree
         data = {"sources": [{"path": "pairs.jsonl"}], "hard_negatives": 7} | fragment.get("data", {})
         whole = {"model": {"base": "base"}, **fragment, "data": data}
@@ -294,7 +298,7 @@ def test_commands_run(block: list[Command], sandbox: Path, monkeypatch: pytest.M
 
 def test_most_commands_run() -> None:
     names = {command.words[2].removeprefix("jaxembed.") for block in RUNNABLE.values() for command in block}
-    assert names == {"train", "export", "encode", "mine", "merge", "data"}
+    assert names == {"train", "export", "encode", "mine", "merge", "data", "curate"}
 
 
 def test_python_example_of_the_readme_runs(sandbox: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from jaxembed.config.catalog import check_catalog_name, fill_from_catalog
 from jaxembed.config.fields import quote_value
@@ -69,6 +69,18 @@ RowField = Literal[
 ]
 
 
+def _convert_values_to_lists(where: Any) -> Any:
+    """Return the conditions of `where` with a list of values for each field."""
+    if not isinstance(where, dict):
+        return where
+    listed = {field: list(value) if isinstance(value, list | tuple) else [value] for field, value in where.items()}
+    for field, values in listed.items():
+        if not values or not all(isinstance(value, str | int | float) for value in values):
+            raise ValueError(f"{field}: expected a text, a number, true, false, or a list of these")
+    return listed
+
+
+Where = Annotated[dict[str, tuple[bool | int | float | str, ...]], BeforeValidator(_convert_values_to_lists)]
 Format = Literal["auto", "pairs", "labels", "scored_pairs", "nli", "documents", "text", "beir"]
 
 
@@ -140,9 +152,7 @@ class SourceConfig(Section):
         "white space, encoding, and invisible characters. exact: only if they do not differ at all, as in runs of earlier "
         "versions, which keep it.",
     )
-    where: dict[str, tuple[bool | int | float | str, ...]] = Field(
-        {}, description="Value, or list of values, that a field of a row must have. Other rows are left out."
-    )
+    where: Where = Field({}, description="Value, or list of values, that a field of a row must have. Other rows are left out.")
     min_chars: int = Field(0, ge=0, description="Minimum characters of every text. Shorter ones are left out, or their rows.")
     max_chars: Positive | None = Field(
         None, description="Maximum characters of every text. Longer ones are left out, or their rows."
@@ -190,17 +200,6 @@ class SourceConfig(Section):
         if len(texts) < len(names):
             raise ValueError("two keys are the same label")
         return texts
-
-    @field_validator("where", mode="before")
-    @classmethod
-    def _convert_values_to_lists(cls, where: Any) -> Any:
-        if not isinstance(where, dict):
-            return where
-        listed = {field: list(value) if isinstance(value, list | tuple) else [value] for field, value in where.items()}
-        for field, values in listed.items():
-            if not values or not all(isinstance(value, str | int | float) for value in values):
-                raise ValueError(f"{field}: expected a text, a number, true, false, or a list of these")
-        return listed
 
     @property
     def display_name(self) -> str:

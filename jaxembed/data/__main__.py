@@ -9,9 +9,7 @@ from __future__ import annotations
 import argparse
 import glob
 import logging
-import re
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +18,7 @@ from jaxembed.config.sections import parse_section
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.curation import python_packages
 from jaxembed.data import reports
-from jaxembed.data.convert import WRITERS, convert_sources
+from jaxembed.data.convert import WRITERS, convert_sources, name_files
 from jaxembed.errors import UserError
 from jaxembed.files import cache_dir
 from jaxembed.training.shutdown import stop_on_signals
@@ -97,14 +95,12 @@ def take_last_source(args: argparse.Namespace) -> str:
 
 def convert(args: argparse.Namespace, data: config.DataConfig) -> dict[str, Any]:
     """Convert sources. Return the files, for each source one path (a pattern if it has several files), and the row count."""
-    names = [re.sub(r"[^\w.-]", "_", source.display_name) for source in data.sources]
+    names = name_files(data.sources, args.out)
     if len(names) > 1 and "*" not in args.out:
         raise UserError(
             f"{args.out}: needs a * (replaced by the source name) because there are {len(names)} sources. "
             "Write for example 'out/*.jsonl'."
         )
-    if duplicates := [name for name, count in Counter(names).items() if count > 1]:
-        raise UserError(f"{args.out}: several sources are named {duplicates[0]}. Give each its own name in a config.")
     outs = [args.out.replace("*", name) for name in names]
     outputs = [[cli.prepare_new_output(path, WRITERS) for path in list_shards(out, args.shards)] for out in outs]
     rows = convert_sources(data, cache_dir(), outputs, args.pairs)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
@@ -21,6 +23,7 @@ from jaxembed.data.sources import open_rows, open_sources
 from jaxembed.errors import UserError
 from jaxembed.files import atomic_write
 
+UNSAFE_IN_FILE_NAME = re.compile(r"[^\w.-]")
 WRITERS = {".jsonl": write_jsonl, ".array_record": write_array_record}
 
 
@@ -29,6 +32,14 @@ class CountedRows(NamedTuple):
 
     num_rows: int
     rows: Iterator[Row]
+
+
+def name_files(sources: Sequence[SourceConfig], where: str) -> list[str]:
+    """Return the stem of the file of each source. Raise `UserError` if two are equal."""
+    names = [UNSAFE_IN_FILE_NAME.sub("_", source.display_name) for source in sources]
+    if duplicates := [name for name, count in Counter(names).items() if count > 1]:
+        raise UserError(f"{where}: several sources are named {duplicates[0]}. Give each its own name in a config.")
+    return names
 
 
 def convert_sources(data: DataConfig, cache: Path, outputs: Sequence[Sequence[Path]], as_pairs: bool = False) -> int:
@@ -53,7 +64,7 @@ def convert_sources(data: DataConfig, cache: Path, outputs: Sequence[Sequence[Pa
                 shard = tqdm(islice(rows, end - start), f"writing {path}", end - start, unit="row", delay=2, leave=False)
                 try:
                     partial = stack.enter_context(atomic_write(path))
-                    WRITERS[path.suffix](partial, map(_select_fields, shard))
+                    WRITERS[path.suffix](partial, map(select_fields, shard))
                 except OSError as error:
                     raise UserError(f"{path}: cannot be written ({error.strerror or error}).") from None
     return sum(count for count, _ in sources)
@@ -73,5 +84,6 @@ def _open_unchanged(source: SourceConfig, data: DataConfig, cache: Path) -> Coun
     return CountedRows(len(rows), iter_rows(rows))
 
 
-def _select_fields(row: Row) -> Mapping[str, Any]:
+def select_fields(row: Row) -> dict[str, Any]:
+    """Return the fields of a row that training reads."""
     return {field: row[field] for field in typing.get_args(RowField) if field in row}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from jaxembed.config import SourceConfig
+from jaxembed.config.data import Where
 from jaxembed.config.yaml_text import write_scalar
 from jaxembed.data.rows import RowSchema
 from jaxembed.data.schema import Row, get_nli_fields
@@ -18,6 +19,22 @@ FILTER_KEYS = {"where", "min_chars", "max_chars"}
 # The texts that a row cannot do without. Those of `nli` rows may have other names (`get_nli_fields`).
 REQUIRED_TEXTS = {"pairs": ("query",), "scored_pairs": ("sentence1", "sentence2"), "labels": ("text",), "text": ("text",)}
 LISTED_TEXTS = {"pos": "positives", "neg": "negatives"}  # lists of texts in a row of pairs, which lose single entries
+
+
+class RowFilters(Protocol):
+    """The keys of a section that select rows and texts: of a source, or of a step of a curation."""
+
+    @property
+    def where(self) -> Where:
+        """Values that a field of a row must have."""
+
+    @property
+    def min_chars(self) -> int:
+        """Minimum characters of a text."""
+
+    @property
+    def max_chars(self) -> int | None:
+        """Maximum characters of a text."""
 
 
 def has_filters(config: SourceConfig) -> bool:
@@ -81,7 +98,7 @@ def filter_row(row: Row, format_name: str, config: SourceConfig) -> tuple[Row | 
     return kept_row, reasons
 
 
-def find_where_mismatch(row: Row, config: SourceConfig) -> str | None:
+def find_where_mismatch(row: Row, config: RowFilters) -> str | None:
     """Return the first field of `where` whose value a row does not have, as the reason for leaving it out, or None."""
     for field, allowed_values in config.where.items():
         if not any(_equals_setting(row.get(field), allowed) for allowed in allowed_values):
@@ -94,7 +111,7 @@ def describe_where(field: str) -> str:
     return f"where {field}"
 
 
-def find_length_problem(texts: Sequence[str], config: SourceConfig) -> str | None:
+def find_length_problem(texts: Sequence[str], config: RowFilters) -> str | None:
     """Return `TOO_SHORT` or `TOO_LONG` if one of the texts has fewer or more characters than allowed, otherwise None."""
     lengths = [len(text) for text in texts]
     if min(lengths) < config.min_chars:

@@ -1,0 +1,208 @@
+"""The config of `jaxembed curate`: sources, the steps that their rows go through, and the folder of the result."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from jaxembed.config.data import NonEmpty, SourceConfig, Where
+from jaxembed.config.sections import Positive, Section, apply_override, parse_section, read_tree
+
+Side = Literal["query", "positives", "negatives"]
+ALL_SIDES: tuple[Side, ...] = ("query", "positives", "negatives")
+KeepRule = Literal["longest", "most_negatives", "source_priority"]
+RatioRules = Literal["gopher", "gopher_repetition", "c4", "fineweb"]
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class StepConfig(Section):
+    """The keys that all steps share."""
+
+    name: str
+
+    @field_validator("drop_patterns", "boilerplate", check_fields=False)
+    @classmethod
+    def _check_patterns(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is not a regular expression of Python ({error})") from None
+        return patterns
+
+
+class CleanStepConfig(StepConfig):
+    """Repair texts. Nothing but empty texts is dropped."""
+
+    name: Literal["clean"] = "clean"
+    sides: tuple[Side, ...] = Field(ALL_SIDES, min_length=1, description="Sides of a row whose texts are cleaned.")
+    repair: bool = Field(False, description="Repair text that was decoded with a wrong encoding, such as Ã¼ (ftfy).")
+    html: bool = Field(False, description="Turn HTML into text: tags, scripts, styles and entities are removed.")
+    unicode: Literal["none", "NFC", "NFKC"] = Field("NFC", description="Unicode normalization form.")
+    control_chars: bool = Field(
+        True, description="Remove control characters and characters without width, except joiners between other characters."
+    )
+    boilerplate: tuple[str, ...] = Field(
+        (), description="Regular expressions. A line that one of them matches as a whole is removed."
+    )
+    whitespace: bool = Field(
+        True, description="Collapse runs of spaces and blank lines, and strip both ends. Indentation stays."
+    )
+
+
+class QualityStepConfig(StepConfig):
+    """Drop texts by length, ratios, patterns, and rows by metadata."""
+
+    name: Literal["quality"] = "quality"
+    sides: tuple[Side, ...] = Field(("query", "positives"), min_length=1, description="Sides of a row whose texts are checked.")
+    where: Where = Field({}, description="Value, or list of values, that a field of a row must have. Other rows are dropped.")
+    min_chars: int = Field(0, ge=0, description="Minimum characters of a text.")
+    max_chars: Positive | None = Field(None, description="Maximum characters of a text.")
+    tokenizer: str = Field("", description="MODEL whose tokens are counted: a folder or hub id.")
+    min_tokens: int = Field(0, ge=0, description="Minimum tokens of a text, without special tokens.")
+    max_tokens: Positive | None = Field(None, description="Maximum tokens of a text, without special tokens.")
+    rules: tuple[RatioRules, ...] = Field(
+        (), description="Published rules for web documents. A text must pass all of them. They expect spaces between words."
+    )
+    max_symbols: Share | None = Field(
+        None, description="Maximum share of characters that are neither letters, digits, marks, nor white space."
+    )
+    drop_patterns: tuple[str, ...] = Field(
+        (), description="Regular expressions. A text in which one of them is found is dropped, such as personal data."
+    )
+
+    @model_validator(mode="after")
+    def _check_limits(self) -> QualityStepConfig:
+        if (self.min_tokens or self.max_tokens) and not self.tokenizer:
+            raise ValueError("min_tokens and max_tokens count the tokens of a model. Set tokenizer.")
+        for unit in ("chars", "tokens"):
+            low, high = getattr(self, f"min_{unit}"), getattr(self, f"max_{unit}")
+            if high is not None and high < low:
+                raise ValueError(f"max_{unit} is {high}, less than min_{unit}, {low}. Swap them.")
+        return self
+
+
+class LanguageStepConfig(StepConfig):
+    """Drop texts by their language (py3langid). Short or doubtful texts are kept."""
+
+    name: Literal["language"] = "language"
+    sides: tuple[Side, ...] = Field(("query", "positives"), min_length=1, description="Sides of a row whose texts are checked.")
+    languages: tuple[NonEmpty, ...] = Field((), description="ISO 639-1 codes of the languages to keep. Default: all.")
+    pairs: Literal["any", "same", "different"] = Field(
+        "any", description="Whether a query and a document must have the same language, or different ones."
+    )
+    language_pairs: tuple[tuple[NonEmpty, NonEmpty], ...] = Field(
+        (), description="Pairs (language of the query, language of the document) to keep. Default: all."
+    )
+    min_bytes: int = Field(
+        20,
+        ge=0,
+        description="Shorter texts have no certain language. A letter of English has one byte, a Chinese character three.",
+    )
+    min_confidence: float = Field(0.5, ge=0, le=1, description="A language that is less probable than this is not certain.")
+
+    @model_validator(mode="after")
+    def _check_rules(self) -> LanguageStepConfig:
+        if not self.languages and not self.language_pairs and self.pairs == "any":
+            raise ValueError("a language step needs languages, pairs, or language_pairs. Set one of them.")
+        return self
+
+
+class DuplicatesStepConfig(StepConfig):
+    """Drop all copies of a text but one."""
+
+    name: Literal["duplicates"] = "duplicates"
+    of: Literal["queries", "positives", "pairs"] = Field(
+        "pairs",
+        description="What must not occur twice: a query, a positive, or a query with a positive. A copy of a query is "
+        "dropped with its row, any other copy with its positive.",
+    )
+    match: Literal["exact", "near"] = Field(
+        "exact", description="exact: equal as training compares texts. near: a Jaccard index of at least the threshold."
+    )
+    threshold: float = Field(
+        0.8, ge=0.5, le=1, description="near: minimum Jaccard index of the n-grams of characters of two texts, estimated."
+    )
+    across_sources: bool = Field(True, description="Compare the texts of all sources. false: each source alone.")
+    keep: tuple[KeepRule, ...] = Field(
+        ("longest",),
+        max_length=3,
+        description="Which copy is kept: the first rule that tells copies apart. Sources are preferred in order.",
+    )
+
+
+class FunctionStepConfig(StepConfig):
+    """Pass every row through a Python function of the user."""
+
+    name: Literal["function"] = "function"
+    function: str = Field(
+        description="Dotted path of a function, such as my_package.my_module.my_function. It gets a row and returns it, "
+        "changed or not, or None to drop it."
+    )
+    on_error: Literal["stop", "drop", "keep"] = Field(
+        "stop", description="What to do if the function raises: end the command, drop the row, or keep it unchanged."
+    )
+
+    @field_validator("function")
+    @classmethod
+    def _check_dotted_path(cls, path: str) -> str:
+        if not all(part.isidentifier() for part in path.split(".")) or "." not in path:
+            raise ValueError("expected the dotted path of a function in a module, such as my_module.my_function")
+        return path
+
+
+class BalanceStepConfig(StepConfig):
+    """Limit the rows of each source, label, or value of a field. Rows are drawn by the seed and their content."""
+
+    name: Literal["balance"] = "balance"
+    by: NonEmpty = Field("source", description="What rows are grouped by: source, label, or another field of the rows.")
+    max_rows: Positive | None = Field(None, description="Maximum rows of a group. Default: no limit.")
+    share: Share = Field(1.0, description="Share of the rows that is drawn, before max_rows.")
+
+    @model_validator(mode="after")
+    def _check_limit(self) -> BalanceStepConfig:
+        if self.max_rows is None and self.share == 1:
+            raise ValueError("a balance step needs max_rows or share. Set one of them.")
+        return self
+
+
+AnyStep = Annotated[
+    CleanStepConfig | QualityStepConfig | LanguageStepConfig | DuplicatesStepConfig | FunctionStepConfig | BalanceStepConfig,
+    Field(discriminator="name"),
+]
+
+
+class CurateConfig(Section):
+    """The whole config of `jaxembed curate`."""
+
+    out: NonEmpty = Field(description="Folder of the training files and the report. It must not exist.")
+    format: Literal["jsonl", "array_record"] = Field("jsonl", description="Format of the training files.")
+    metadata: tuple[str, ...] = Field(
+        (), description="Fields that are written besides those that training reads, if a row has them."
+    )
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="Seed of the rows that are drawn, and of the samples in the report.")
+    memory_mb: int = Field(
+        512, ge=16, le=2**20, description="Memory in MiB for what a step compares at a time, beside about a byte per text."
+    )
+    sources: tuple[SourceConfig, ...] = Field(min_length=1, description="Sources, as in the data section of training.")
+    steps: tuple[AnyStep, ...] = Field(min_length=1)
+
+
+def load_curate_config(path: str | Path, overrides: Sequence[str] = ()) -> CurateConfig:
+    """Read the YAML file of a curation, apply overrides, and check the result.
+
+    Args:
+        path: The YAML file.
+        overrides: Settings of the form `key.sub=value`, applied in order.
+
+    Raises:
+        UserError: The file cannot be read, or a key is unknown or has a wrong value.
+    """
+    tree: dict[str, Any] = read_tree(Path(path))
+    for override in overrides:
+        apply_override(tree, override)
+    return parse_section(CurateConfig, tree, str(path))

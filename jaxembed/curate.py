@@ -1,0 +1,44 @@
+"""Turn raw training data into clean training files, with a report of what was dropped and why.
+
+Usage: python -m jaxembed.curate CONFIG.yaml [key.sub=value ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from jaxembed import cli
+from jaxembed.config.curation import CurateConfig, load_curate_config
+from jaxembed.config.sections import table
+from jaxembed.files import cache_dir
+from jaxembed.training.shutdown import stop_on_signals
+
+ABOUT = """\
+The config names sources, as in training, and a list of steps. The folder that it names as `out` gets one training file per
+source, report.json and report.html. After a stop, the same command continues; the result is the same to the byte."""
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    """Run the curation. Return the files that were written, and the rows in and out of each source."""
+    config = load_curate_config(args.config, args.overrides)
+    from jaxembed.curation.engine import curate
+
+    with stop_on_signals(f"{config.out} is not finished; the same command continues"):
+        return curate(config, cache_dir(), args.config)
+
+
+def make_parser() -> cli.Parser:
+    """Build the parser of the command."""
+    parser = cli.new_parser("curate", f"{__doc__}\n{ABOUT}")
+    parser.add_argument("config", metavar="CONFIG.yaml", help="sources and steps; see docs/guides/curate.md")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key.sub=value", help="such as out=curated2 or steps.0.html=true"
+    )
+    keys = table(CurateConfig).replace("%", "%%")
+    parser.add_argument("--keys", action="version", version=keys, help="list every key of a config and exit")
+    return parser
+
+
+if __name__ == "__main__":
+    cli.run_command(main, make_parser())

@@ -1,0 +1,56 @@
+"""The sources of a curation, opened as rows of pairs, scored pairs, labels, or texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from jaxembed.config import SourceConfig
+from jaxembed.curation.steps.sides import SINGLE_FIELDS, CuratedRow
+from jaxembed.data.convert import name_files
+from jaxembed.data.sampling import iter_rows
+from jaxembed.data.schema import Row
+from jaxembed.data.sources import open_rows, open_source
+
+
+class CuratedSource(NamedTuple):
+    """An open source.
+
+    Attributes:
+        name: Name in the report and of the output file.
+        path: Path in the config.
+        format: Format of the rows that go through the steps. Documents, NLI and BEIR data become pairs.
+        digest: SHA-256 of the content.
+        num_rows: Number of rows; of documents, the number of examples, which have a row for each template.
+        iter_rows: Returns an iterator over the rows.
+    """
+
+    name: str
+    path: str
+    format: str
+    digest: str
+    num_rows: int
+    iter_rows: Callable[[], Iterator[Row]]
+
+
+def open_curated_sources(configs: Sequence[SourceConfig], cache: Path, where: str) -> list[CuratedSource]:
+    """Open and check all sources. Raise `UserError` for the first bad row, or for equal names."""
+    names = name_files(configs, where)
+    return [_open_source(config, name, cache) for config, name in zip(configs, names, strict=True)]
+
+
+def _open_source(config: SourceConfig, name: str, cache: Path) -> CuratedSource:
+    format_name, rows = open_rows(config, cache)
+    if format_name == "documents":
+        source = open_source(config, cache)
+        return CuratedSource(name, config.path, "pairs", source.digest, len(source), source.iter_pairs)
+    curated_format = format_name if format_name in SINGLE_FIELDS else "pairs"
+    return CuratedSource(name, config.path, curated_format, rows.digest, len(rows), lambda: iter_rows(rows))
+
+
+def iter_curated_rows(sources: Sequence[CuratedSource]) -> Iterator[CuratedRow]:
+    """Yield the rows of all sources, one source after the other."""
+    for i, source in enumerate(sources):
+        for number, row in enumerate(source.iter_rows(), 1):
+            yield CuratedRow(i, number, source.format, row)

@@ -1,0 +1,153 @@
+"""What the report of a curation counts and samples. Memory does not grow with the rows, and their order makes no difference."""
+
+from __future__ import annotations
+
+import heapq
+import json
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from jaxembed.config.curation import ALL_SIDES
+from jaxembed.curation.steps.quality import compute_symbol_share
+from jaxembed.curation.steps.sides import CuratedRow, StepOutcome, get_texts, hash_row
+from jaxembed.data.convert import select_fields
+from jaxembed.data.schema import Row
+
+MAX_SAMPLES = 5  # of each kind
+MAX_SAMPLE_CHARS = 400  # of a text
+MAX_SAMPLE_TEXTS = 3  # of a list
+
+
+class TopSamples:
+    """The samples with the largest keys. Samples with equal keys are ordered by their content."""
+
+    def __init__(self) -> None:
+        """Start without samples."""
+        self._heap: list[tuple[float, str]] = []
+
+    def is_candidate(self, key: float) -> bool:
+        """Return whether a sample with this key would be among the largest so far."""
+        return len(self._heap) < MAX_SAMPLES or key >= self._heap[0][0]
+
+    def add(self, key: float, sample: dict[str, Any]) -> None:
+        """Add a sample. One that is already there counts once."""
+        entry = (key, json.dumps(sample, ensure_ascii=False, sort_keys=True))
+        if entry in self._heap:
+            return
+        if len(self._heap) < MAX_SAMPLES:
+            heapq.heappush(self._heap, entry)
+        else:
+            heapq.heappushpop(self._heap, entry)
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """Return the samples, largest key first."""
+        return [json.loads(sample) for _, sample in sorted(self._heap, reverse=True)]
+
+
+class StepStats:
+    """Counts and samples of one step."""
+
+    def __init__(self, source_names: Sequence[str], seed: int):
+        """Start without rows."""
+        self._names, self._seed = source_names, seed
+        self._rows_in, self._rows_out, self._changed = Counter[str](), Counter[str](), Counter[str]()
+        self._reasons = {"dropped": Counter[str](), "changed": Counter[str]()}
+        self._samples = {"dropped": TopSamples(), "changed": TopSamples()}
+
+    @property
+    def has_rows_left(self) -> bool:
+        """Whether a row came out."""
+        return bool(self._rows_out)
+
+    def describe_drops(self) -> str:
+        """Return the reasons for which rows were dropped, the most frequent ones first."""
+        counts = self._reasons["dropped"].most_common(MAX_SAMPLES)
+        return "; ".join(f"{reason}: {count:,}" for reason, count in counts) or "no row reached it"
+
+    def add(self, before: CuratedRow, outcome: StepOutcome) -> None:
+        """Count a row that went through the step."""
+        name = self._names[before.source]
+        self._rows_in[name] += 1
+        if outcome.row is not None:
+            self._rows_out[name] += 1
+        if not outcome.reasons:
+            return
+        kind = "dropped" if outcome.row is None else "changed"
+        self._changed[name] += outcome.row is not None
+        self._reasons[kind].update(outcome.reasons)
+        samples, key = self._samples[kind], hash_row(before.row, self._seed)
+        if samples.is_candidate(key):
+            after = {} if outcome.row is None else {"after": shorten_row(outcome.row)}
+            samples.add(key, {"source": name, "reasons": list(outcome.reasons[:1]), "row": shorten_row(before.row), **after})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the counts and samples as plain values."""
+        return {
+            "sources": {
+                name: {"in": self._rows_in[name], "out": self._rows_out[name], "changed": self._changed[name]}
+                for name in self._names
+            },
+            "reasons": {kind: dict(sorted(counts.items())) for kind, counts in self._reasons.items()},
+            "samples": {kind: samples.to_list() for kind, samples in self._samples.items()},
+        }
+
+
+class RowStats:
+    """Counts, lengths and samples of the rows that go in or come out."""
+
+    def __init__(self, source_names: Sequence[str], seed: int):
+        """Start without rows."""
+        self._names, self._seed = source_names, seed
+        self._rows = Counter[str]()
+        self._lengths = {name: {side: Counter[int]() for side in ALL_SIDES} for name in source_names}
+        self._samples = {kind: TopSamples() for kind in ("random", "longest", "strangest")}
+
+    def add(self, curated: CuratedRow) -> None:
+        """Count a row."""
+        name = self._names[curated.source]
+        texts = {side: get_texts(curated, side) for side in ALL_SIDES}
+        self._rows[name] += 1
+        for side, side_texts in texts.items():
+            self._lengths[name][side].update(len(text).bit_length() for text in side_texts)
+        all_texts = [text for side_texts in texts.values() for text in side_texts]
+        keys = {
+            "random": hash_row(curated.row, self._seed),
+            "longest": max(map(len, all_texts)),
+            "strangest": max(map(compute_symbol_share, all_texts)),
+        }
+        for kind, key in keys.items():
+            if self._samples[kind].is_candidate(key):
+                self._samples[kind].add(key, {"source": name, "row": shorten_row(curated.row)})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the counts and samples as plain values. Lengths are counted by powers of two."""
+        lengths = {
+            name: {
+                side: {_name_range(bits): n for bits, n in sorted(counts.items())} for side, counts in sides.items() if counts
+            }
+            for name, sides in self._lengths.items()
+        }
+        return {
+            "sources": {name: {"rows": self._rows[name], "chars": lengths[name]} for name in self._names},
+            "samples": {kind: samples.to_list() for kind, samples in self._samples.items()},
+        }
+
+
+def _name_range(bits: int) -> str:
+    """Return the range of the numbers that have this many bits."""
+    return f"{2 ** (bits - 1)}–{2**bits - 1}" if bits > 1 else str(bits)
+
+
+def shorten_row(row: Row) -> dict[str, Any]:
+    """Return the fields of a row that training reads, with long texts and lists cut."""
+    return {field: _shorten(value) for field, value in select_fields(row).items()}
+
+
+def _shorten(value: Any) -> Any:
+    if isinstance(value, list):
+        more = [f"... ({len(value)} in all)"] if len(value) > MAX_SAMPLE_TEXTS else []
+        return [*map(_shorten, value[:MAX_SAMPLE_TEXTS]), *more]
+    if isinstance(value, str) and len(value) > MAX_SAMPLE_CHARS:
+        return f"{value[:MAX_SAMPLE_CHARS]}... ({len(value):,} characters)"
+    return value

@@ -1,0 +1,299 @@
+"""The engine of `jaxembed curate`: stages of steps over streams of rows, resumable, with a report.
+
+OUT/.unfinished/inputs.json       hash of the sources, while the curation is not finished
+OUT/.unfinished/0/rows.jsonl      rows after the steps of a stage: [source, number, row] per line
+OUT/.unfinished/0/dropped.npy     which items the step that ends the stage drops
+OUT/.unfinished/0/stage.json      hash and statistics of the stage; written last, so it marks a finished stage
+OUT/SOURCE.jsonl, report.json, report.html
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import itertools
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxembed.config.curation import CurateConfig
+from jaxembed.curation.curation_page import write_page
+from jaxembed.curation.curation_sources import CuratedSource, iter_curated_rows, open_curated_sources
+from jaxembed.curation.curation_stats import RowStats, StepStats
+from jaxembed.curation.stages import (
+    Stage,
+    check_sides,
+    compute_stage_digests,
+    make_all_rows_step,
+    make_item_rule,
+    make_row_step,
+    needs_all_rows,
+    split_into_stages,
+)
+from jaxembed.curation.steps.items import AllRowsStep, make_item_filter
+from jaxembed.curation.steps.sides import CuratedRow, RowStep, write_row
+from jaxembed.data.convert import WRITERS, select_fields
+from jaxembed.devices.processes import progress_bar
+from jaxembed.errors import UserError
+from jaxembed.files import atomic_write, read_json, write_json, write_text
+
+ROWS_PER_BATCH = 512
+UNFINISHED = ".unfinished"
+INPUTS_FILE, ROWS_FILE, DROPPED_FILE, STAGE_FILE = "inputs.json", "rows.jsonl", "dropped.npy", "stage.json"
+REPORT_FILE, PAGE_FILE = "report.json", "report.html"
+log = logging.getLogger("jaxembed")
+
+
+def curate(config: CurateConfig, cache: Path, where: str) -> dict[str, Any]:
+    """Run all steps and write the training files and the report.
+
+    Args:
+        config: The whole config.
+        cache: Folder for the row indexes.
+        where: File of the config, for errors.
+
+    Returns:
+        The output folder, its files, and the rows in and out of each source.
+
+    Raises:
+        UserError: Bad input, or a user's function that fails. Finished stages stay, and the same command continues after them.
+    """
+    out = Path(config.out)
+    check_output(out)
+    paths = [source.path for source in config.sources]
+    row_steps = {i: make_row_step(step, paths) for i, step in enumerate(config.steps) if not needs_all_rows(step)}
+    sources = open_curated_sources(config.sources, cache, where)
+    check_sides(config, [source.format for source in sources])
+    inputs = [[source.name, source.format, source.digest, source.num_rows] for source in sources]
+    inputs_digest = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
+    with lock_output(out, inputs_digest):
+        Curation(config, out, sources, row_steps).run(inputs_digest)
+        report = write_report(config, out, sources)
+        remove_unfinished(out)
+    outputs = report["output"]["sources"]
+    rows = {source.name: {"in": source.num_rows, "out": outputs[source.name]["rows"]} for source in sources}
+    files = [str(out / name) for name in report["files"].values()]
+    return {"out": str(out), "files": files, "report": str(out / PAGE_FILE), "rows": rows}
+
+
+class Curation:
+    """The stages of a curation, with the files that connect them."""
+
+    def __init__(self, config: CurateConfig, out: Path, sources: Sequence[CuratedSource], row_steps: dict[int, RowStep]):
+        """Prepare all stages.
+
+        Args:
+            config: The whole config.
+            out: Output folder.
+            sources: The open sources.
+            row_steps: Functions of the steps that see one row at a time, by index.
+        """
+        self.config, self.out, self.sources, self.row_steps = config, out, sources, row_steps
+        self.stages = split_into_stages(config.steps)
+        self.names = [source.name for source in sources]
+        self.num_rows = sum(source.num_rows for source in sources)
+
+    def run(self, inputs_digest: str) -> None:
+        """Run the stages that are not finished."""
+        digests = compute_stage_digests(self.config, self.stages, inputs_digest)
+        is_finished = [read_stage_digest(self.out, i) == digest for i, digest in enumerate(digests)]
+        first = is_finished.index(False) if False in is_finished else len(digests)
+        while 0 < first < len(digests) and not (stage_folder(self.out, first - 1) / ROWS_FILE).exists():
+            first -= 1  # a step has changed whose rows were removed
+        if first:
+            log.info("%s: continues after %d of %d stages", self.out, first, len(digests))
+        for i in range(first, len(digests)):
+            self._run_stage(i, digests[i])
+            if i:  # the rows before are not needed any more
+                (stage_folder(self.out, i - 1) / ROWS_FILE).unlink(missing_ok=True)
+
+    def _run_stage(self, index: int, digest: str) -> None:
+        """Read the rows of the stage before, apply the steps of this stage, and store what they return."""
+        stage, folder = self.stages[index], stage_folder(self.out, index)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        (keys := folder / "keys").mkdir()
+        functions = self._list_functions(index)
+        steps = {i: StepStats(self.names, self.config.seed) for i in functions}
+        rows_in, rows_out = (RowStats(self.names, self.config.seed) for _ in range(2))
+        rows = self._iter_rows(index, stage, rows_in)
+        curated = (row for batch in batched(rows, ROWS_PER_BATCH) for row in apply_steps(batch, functions, steps))
+        last_step = None if stage.all_rows_step is None else self.config.steps[stage.all_rows_step]
+        result: dict[str, Any] = {"digest": digest}
+        if last_step is None:
+            result["files"] = self._write_output(curated, rows_out)
+            result["output"] = rows_out.to_json()
+        else:
+            with closing(make_all_rows_step(last_step, keys, self.num_rows, self.config)) as step:
+                write_rows(folder / ROWS_FILE, curated, step)
+                np.save(folder / DROPPED_FILE, step.find_dropped())
+        self._check_rows_left(steps, stage)
+        shutil.rmtree(keys)
+        result |= {"steps": {str(i): stats.to_json() for i, stats in steps.items()}}
+        result |= {} if index else {"input": rows_in.to_json()}
+        write_json(folder / STAGE_FILE, result)
+
+    def _list_functions(self, index: int) -> dict[int, RowStep]:
+        """Return the functions of a stage by the index of their step: first what the stage before has decided."""
+        functions: dict[int, RowStep] = {}
+        if index and (decided := self.stages[index - 1].all_rows_step) is not None:
+            folder = stage_folder(self.out, index - 1)
+            rule = make_item_rule(self.config.steps[decided])
+            functions[decided] = make_item_filter(rule, np.load(folder / DROPPED_FILE))
+        return functions | {i: self.row_steps[i] for i in self.stages[index].row_steps}
+
+    def _iter_rows(self, index: int, stage: Stage, stats: RowStats) -> Iterator[CuratedRow]:
+        """Yield the rows that a stage reads, with a progress bar."""
+        before = () if not index else (self.stages[index - 1].all_rows_step,)
+        names = [self.config.steps[i].name for i in (*before, *stage.row_steps, stage.all_rows_step) if i is not None]
+        description = f"stage {index + 1} of {len(self.stages)} ({', '.join(names) or 'output'})"
+        if index:
+            rows = read_rows(stage_folder(self.out, index - 1) / ROWS_FILE, self.sources)
+            yield from progress_bar(rows, desc=description, unit="row")
+            return
+        for row in progress_bar(iter_curated_rows(self.sources), desc=description, unit="row", total=self.num_rows):
+            stats.add(row)
+            yield row
+
+    def _write_output(self, rows: Iterable[CuratedRow], stats: RowStats) -> dict[str, str]:
+        """Write one file for each source that has rows left. Return their names."""
+        files = {}
+        for index, source_rows in itertools.groupby(rows, key=lambda row: row.source):
+            path = self.out / f"{self.names[index]}.{self.config.format}"
+            with atomic_write(path) as partial:
+                WRITERS[path.suffix](partial, self._select_output(source_rows, stats))
+            files[self.names[index]] = path.name
+        return files
+
+    def _select_output(self, rows: Iterable[CuratedRow], stats: RowStats) -> Iterator[dict[str, Any]]:
+        """Yield the fields that are written."""
+        for row in rows:
+            stats.add(row)
+            metadata = {field: row.row[field] for field in self.config.metadata if field in row.row}
+            yield json.loads(write_row(select_fields(row.row) | metadata))
+
+    def _check_rows_left(self, steps: dict[int, StepStats], stage: Stage) -> None:
+        """Raise `UserError` if no row reached a step of the stage, or the output."""
+        order = [*steps, *([] if stage.all_rows_step is None else [stage.all_rows_step])]
+        for i, next_step in zip(order, [*order[1:], None], strict=True):
+            if i not in steps or steps[i].has_rows_left:
+                continue
+            reader = "the output" if next_step is None else f"steps.{next_step} ({self.config.steps[next_step].name})"
+            raise UserError(
+                f"{reader}: no row is left, because steps.{i} ({self.config.steps[i].name}) dropped the last ones "
+                f"({steps[i].describe_drops()}). Change that step."
+            )
+
+
+def apply_steps(rows: Sequence[CuratedRow], functions: dict[int, RowStep], stats: dict[int, StepStats]) -> Sequence[CuratedRow]:
+    """Apply steps to a batch of rows, and count what they do. Return the rows that are left."""
+    for i, function in functions.items():
+        outcomes = function(rows)
+        for row, outcome in zip(rows, outcomes, strict=True):
+            stats[i].add(row, outcome)
+        rows = [row._replace(row=outcome.row) for row, outcome in zip(rows, outcomes, strict=True) if outcome.row is not None]
+    return rows
+
+
+def write_rows(path: Path, rows: Iterable[CuratedRow], step: AllRowsStep) -> None:
+    """Write the rows of a stage, and show them to the step that ends it."""
+    with path.open("w", encoding="utf-8") as file:
+        for batch in batched(rows, ROWS_PER_BATCH):
+            step.collect(batch)
+            file.writelines(f"[{row.source},{row.number},{write_row(row.row)}]\n" for row in batch)
+
+
+def read_rows(path: Path, sources: Sequence[CuratedSource]) -> Iterator[CuratedRow]:
+    """Yield the rows of a stage."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            source, number, row = json.loads(line)
+            yield CuratedRow(source, number, sources[source].format, row)
+
+
+def batched(rows: Iterable[CuratedRow], size: int) -> Iterator[list[CuratedRow]]:
+    """Yield rows in lists of at most `size`."""
+    iterator = iter(rows)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch
+
+
+def stage_folder(out: Path, index: int) -> Path:
+    """Return the folder of a stage."""
+    return out / UNFINISHED / str(index)
+
+
+def read_stage_digest(out: Path, index: int) -> str | None:
+    """Return the hash of a finished stage, or None if it is not finished."""
+    path = stage_folder(out, index) / STAGE_FILE
+    return read_json(path).get("digest") if path.exists() else None
+
+
+def check_output(out: Path) -> None:
+    """Raise `UserError` if a folder is no new output, and no unfinished one."""
+    if not out.exists() or (out / UNFINISHED / INPUTS_FILE).exists():
+        return
+    if not out.is_dir() or any(out.iterdir()):
+        raise UserError(f"{out}: already exists. Remove it, or name another folder with out.")
+
+
+@contextmanager
+def lock_output(out: Path, inputs_digest: str) -> Iterator[None]:
+    """Create the output folder, or continue an unfinished one of the same sources. No other process can do so meanwhile.
+
+    Raises:
+        UserError: It belongs to other sources, another process writes it, or it cannot be created.
+    """
+    folder = out / UNFINISHED
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be created ({error.strerror}). Name another folder with out.") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path = folder / INPUTS_FILE
+        if path.exists() and read_json(path).get("digest") != inputs_digest:
+            raise UserError(
+                f"{out}: holds an unfinished curation of other sources. Remove it, or name another folder with out."
+            )
+        write_json(path, {"digest": inputs_digest})
+        yield
+    except BlockingIOError:
+        raise UserError(f"{out}: another process writes it. Wait for it, or name another folder with out.") from None
+    finally:
+        os.close(descriptor)
+
+
+def write_report(config: CurateConfig, out: Path, sources: Sequence[CuratedSource]) -> dict[str, Any]:
+    """Write report.json and report.html from the files of the stages. Return the report."""
+    stages = [read_json(stage_folder(out, i) / STAGE_FILE) for i in range(len(split_into_stages(config.steps)))]
+    steps = {int(i): stats for stage in stages for i, stats in stage["steps"].items()}
+    report = {
+        "config": config.model_dump(mode="json", exclude_defaults=True, exclude={"out", "memory_mb"}),
+        "sources": {s.name: {"path": s.path, "format": s.format, "rows": s.num_rows, "digest": s.digest} for s in sources},
+        "files": stages[-1]["files"],
+        "steps": [{"name": step.name, **steps[i]} for i, step in enumerate(config.steps)],
+        "input": stages[0]["input"],
+        "output": stages[-1]["output"],
+    }
+    write_json(out / REPORT_FILE, report)
+    write_text(out / PAGE_FILE, write_page(report))
+    return report
+
+
+def remove_unfinished(out: Path) -> None:
+    """Remove what was stored between the stages. The file that marks an unfinished output goes last."""
+    folder = out / UNFINISHED
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+    (folder / INPUTS_FILE).unlink()
+    folder.rmdir()

@@ -1,0 +1,166 @@
+"""The steps of a curation, grouped into stages: passes over the rows that are finished or repeated as a whole.
+
+A stage applies steps that see one row at a time, and ends with a step that must see all rows, or with the output. What such a
+step decides is stored, and is applied when the next stage reads the rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import inspect
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from jaxembed.config.curation import (
+    AnyStep,
+    BalanceStepConfig,
+    CleanStepConfig,
+    CurateConfig,
+    DuplicatesStepConfig,
+    FunctionStepConfig,
+    LanguageStepConfig,
+    QualityStepConfig,
+    Side,
+)
+from jaxembed.curation.steps.balance import Balance, make_balance_rule
+from jaxembed.curation.steps.cleaning import make_clean_step
+from jaxembed.curation.steps.copies import ExactCopies
+from jaxembed.curation.steps.items import AllRowsStep, ItemRule, make_duplicates_rule
+from jaxembed.curation.steps.languages import make_language_step
+from jaxembed.curation.steps.near_copies import NearCopies
+from jaxembed.curation.steps.quality import make_quality_step
+from jaxembed.curation.steps.sides import RowStep, has_side
+from jaxembed.curation.steps.user_function import import_function, make_function_step
+from jaxembed.errors import UserError
+
+ENGINE_VERSION = 1  # raise it when the same config gives other results
+# Libraries whose versions may change what a step does.
+STEP_LIBRARIES = ("ftfy", "py3langid", "rensa")
+
+
+class Stage(NamedTuple):
+    """Steps by their index in the config: those that see one row at a time, then one that must see all rows, or None."""
+
+    row_steps: tuple[int, ...]
+    all_rows_step: int | None
+
+
+def needs_all_rows(step: AnyStep) -> bool:
+    """Return whether a step decides only after it has seen all rows."""
+    return isinstance(step, DuplicatesStepConfig | BalanceStepConfig)
+
+
+def split_into_stages(steps: Sequence[AnyStep]) -> list[Stage]:
+    """Return the stages of some steps. The last one writes the output."""
+    stages, row_steps = list[Stage](), list[int]()
+    for i, step in enumerate(steps):
+        if needs_all_rows(step):
+            stages.append(Stage(tuple(row_steps), i))
+            row_steps = []
+        else:
+            row_steps.append(i)
+    return [*stages, Stage(tuple(row_steps), None)]
+
+
+def make_row_step(step: AnyStep, paths: Sequence[str]) -> RowStep:
+    """Return the function of a step that sees one row at a time.
+
+    Args:
+        step: The section of the step.
+        paths: Path of each source, for errors.
+
+    Raises:
+        UserError: Something that the step needs is missing.
+    """
+    if isinstance(step, CleanStepConfig):
+        return make_clean_step(step)
+    if isinstance(step, QualityStepConfig):
+        return make_quality_step(step)
+    if isinstance(step, LanguageStepConfig):
+        return make_language_step(step)
+    assert isinstance(step, FunctionStepConfig)
+    return make_function_step(step, paths)
+
+
+def make_all_rows_step(step: AnyStep, folder: Path, max_rows: int, config: CurateConfig) -> AllRowsStep:
+    """Return a step that decides after it has seen all rows.
+
+    Args:
+        step: The section of the step.
+        folder: Empty folder for what the step stores.
+        max_rows: Number of rows before the first step.
+        config: The whole config.
+    """
+    if isinstance(step, BalanceStepConfig):
+        return Balance(step, folder, max_rows, config.memory_mb, config.seed)
+    assert isinstance(step, DuplicatesStepConfig)
+    copies = NearCopies if step.match == "near" else ExactCopies
+    return copies(step, folder, max_rows, config.memory_mb)
+
+
+def make_item_rule(step: AnyStep) -> ItemRule:
+    """Return what a step that must see all rows decides about."""
+    if isinstance(step, BalanceStepConfig):
+        return make_balance_rule(step)
+    assert isinstance(step, DuplicatesStepConfig)
+    return make_duplicates_rule(step)
+
+
+def check_sides(config: CurateConfig, formats: Sequence[str]) -> None:
+    """Raise `UserError` for a step that names a side which no source has.
+
+    Args:
+        config: The whole config.
+        formats: Format of the rows of each source.
+    """
+    for i, step in enumerate(config.steps):
+        sides: Sequence[Side] = getattr(step, "sides", ()) if "sides" in step.model_fields_set else ()
+        if isinstance(step, DuplicatesStepConfig) and step.of == "positives":
+            sides = ("positives",)
+        for side in sides:
+            if not any(has_side(format_name, side) for format_name in formats):
+                found = ", ".join(sorted(set(formats)))
+                raise UserError(f"steps.{i} ({step.name}): no source has {side} (the rows are {found}). Remove the side.")
+
+
+def compute_stage_digests(config: CurateConfig, stages: Sequence[Stage], inputs: str) -> list[str]:
+    """Return a hash for each stage of all that decides about its result: inputs, seed, and all steps so far with their code.
+
+    Args:
+        config: The whole config.
+        stages: Its stages.
+        inputs: Hash of the sources.
+    """
+    digest = hashlib.sha256(json.dumps([ENGINE_VERSION, inputs, config.seed, _list_versions()]).encode())
+    digests = []
+    for stage in stages:
+        for i in (*stage.row_steps, *([] if stage.all_rows_step is None else [stage.all_rows_step])):
+            digest.update(config.steps[i].model_dump_json().encode() + _read_function_code(config.steps[i]))
+        if stage.all_rows_step is None:
+            digest.update(config.model_dump_json(include={"format", "metadata"}).encode())
+        digests.append(digest.hexdigest())
+    return digests
+
+
+def _list_versions() -> dict[str, str]:
+    """Return the versions of the libraries of steps that are installed."""
+    versions = {}
+    for name in STEP_LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _read_function_code(step: AnyStep) -> bytes:
+    """Return the source code of the module of a user's function, if it has some."""
+    if not isinstance(step, FunctionStepConfig):
+        return b""
+    try:
+        return inspect.getsource(inspect.getmodule(import_function(step.function)) or import_function).encode()
+    except (OSError, TypeError):
+        return b""

@@ -1,0 +1,77 @@
+"""The step `balance`: a limit on the rows of each source, label, or value of a field."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jaxembed.config.curation import BalanceStepConfig
+from jaxembed.curation.steps.items import Item, ItemRule
+from jaxembed.curation.steps.record_files import RecordFiles
+from jaxembed.curation.steps.sides import CuratedRow, hash_row
+from jaxembed.data.equality import hash_exact_text
+from jaxembed.data.schema import list_fields
+from jaxembed.errors import UserError
+
+ROW_ITEM = Item("", 0, 0)  # stands for the row
+DRAW_RECORD = np.dtype([("key", "<u8"), ("group", "<u8"), ("item", "<u8")])
+
+
+class Balance:
+    """Keeps the rows of each group that have the smallest hashes of the seed and their content: a draw without replacement.
+
+    The order of rows makes no difference.
+    """
+
+    def __init__(self, config: BalanceStepConfig, folder: Path, max_rows: int, memory_mb: int, seed: int):
+        """Start without rows. See `RecordFiles` for `folder` and `memory_mb`."""
+        self._config, self._seed = config, seed
+        self._records = RecordFiles(folder, DRAW_RECORD, max_rows, memory_mb)
+        self._num_items = 0
+        self._has_field, self._fields = config.by == "source", ""
+
+    def close(self) -> None:
+        """Close the files."""
+        self._records.close()
+
+    def collect(self, rows: Sequence[CuratedRow]) -> None:
+        """Take rows."""
+        records = []
+        for row in rows:
+            records.append((hash_row(row.row, self._seed), self._hash_group(row), self._num_items))
+            self._num_items += 1
+        self._records.append(np.array(records, DRAW_RECORD))
+
+    def _hash_group(self, curated: CuratedRow) -> int:
+        by = self._config.by
+        value = curated.source if by == "source" else curated.row.get(by)
+        self._has_field |= value is not None
+        self._fields = self._fields or list_fields(curated.row)
+        return int(hash_exact_text(str(value)).view("<u8")[0])
+
+    def find_dropped(self) -> np.ndarray:
+        """Return whether each row is dropped, bool [I].
+
+        Raises:
+            UserError: No row has the field that rows are grouped by.
+        """
+        if not self._has_field and self._num_items:
+            raise UserError(f"balance by {self._config.by}: no row has this field (the first row has {self._fields})")
+        dropped = np.zeros(self._num_items, bool)
+        num_kept: dict[int, int] = {}  # by group
+        max_key = int(self._config.share * 2**64)
+        # Keys are drawn numbers. Partitions come in ascending order, so each group is filled from its smallest key on.
+        for records in self._records.partitions():
+            for record in records[np.lexsort((records["item"], records["key"]))]:
+                key, group, item = record.tolist()
+                is_kept = key < max_key and num_kept.get(group, 0) < (self._config.max_rows or self._num_items)
+                num_kept[group] = num_kept.get(group, 0) + is_kept
+                dropped[item] = not is_kept
+        return dropped
+
+
+def make_balance_rule(config: BalanceStepConfig) -> ItemRule:
+    """Return the rule of a step `balance`: the only item of a row is the row itself."""
+    return ItemRule(lambda row: (ROW_ITEM,), f"not drawn by {config.by}", drops_texts=False)

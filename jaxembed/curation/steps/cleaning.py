@@ -1,0 +1,145 @@
+"""The step `clean`: repaired encodings, HTML as text, Unicode normalization, and white space."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from html.parser import HTMLParser
+from typing import Literal
+
+from jaxembed.config.curation import CleanStepConfig
+from jaxembed.curation.steps.sides import CuratedRow, RowStep, StepOutcome, edit_texts
+from jaxembed.errors import UserError
+
+# Control characters besides tab and line breaks; characters without width; joiners that join nothing. Joiners between other
+# characters stay: emoji and the spelling of Persian and Indic languages need them. So do variation selectors.
+CONTROL_CHARS = re.compile(
+    "[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\u00ad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]"
+    "|(?:^|(?<=[\\s\x21-\x7e]))[\u200c\u200d]+|[\u200c\u200d]+(?=$|[\\s\x21-\x7e])"
+)
+HTML_MARKER = re.compile(r"</?[a-zA-Z]|<!|&(?:#\w+|[a-zA-Z]\w*);")
+SKIPPED_TAGS = frozenset({"script", "style", "head", "template", "noscript"})
+BLOCK_TAG_NAMES = (
+    "address article aside blockquote br dd div dl dt fieldset figcaption figure footer form h1 h2 h3 h4 h5 h6 header hr li "
+    "main nav ol option p pre section table tbody td tfoot th thead tr ul"
+)
+INLINE_TAG_NAMES = (
+    "a abbr acronym audio b bdi bdo big body button canvas center cite code col colgroup data del details dfn em font html i "
+    "iframe img input ins kbd label link mark meta nobr picture q rp rt ruby s samp select small source span strike strong "
+    "sub summary sup svg textarea time title tt u var video wbr"
+)
+BLOCK_TAGS = frozenset(BLOCK_TAG_NAMES.split())
+HTML_TAGS = SKIPPED_TAGS | BLOCK_TAGS | frozenset(INLINE_TAG_NAMES.split())
+
+Edit = Callable[[str], str]
+
+
+def make_clean_step(config: CleanStepConfig) -> RowStep:
+    """Return the step. Raise `UserError` if it needs a library that is not installed."""
+    edits = list_edits(config)
+
+    def edit(text: str) -> tuple[str, list[str]]:
+        changes = []
+        for name, change in edits:
+            if (changed := change(text)) != text:
+                changes.append(name)
+                text = changed
+        return text, changes
+
+    def clean(rows: Sequence[CuratedRow]) -> list[StepOutcome]:
+        return [edit_texts(row, config.sides, edit) for row in rows]
+
+    return clean
+
+
+def list_edits(config: CleanStepConfig) -> list[tuple[str, Edit]]:
+    """Return the edits that a config chooses, with the names of their keys, in the order in which they are applied."""
+    patterns = [re.compile(pattern) for pattern in config.boilerplate]
+    edits: list[tuple[str, bool, Callable[[], Edit]]] = [
+        ("repair", config.repair, import_encoding_repair),
+        ("html", config.html, lambda: html_to_text),
+        ("unicode", config.unicode != "none", lambda: lambda text: normalize_unicode(text, config.unicode)),
+        ("control_chars", config.control_chars, lambda: lambda text: CONTROL_CHARS.sub("", text)),
+        ("boilerplate", bool(patterns), lambda: lambda text: remove_lines(text, patterns)),
+        ("whitespace", config.whitespace, lambda: collapse_whitespace),
+    ]
+    return [(name, make()) for name, is_chosen, make in edits if is_chosen]
+
+
+def normalize_unicode(text: str, form: Literal["none", "NFC", "NFKC"]) -> str:
+    """Return a text in a normalization form of Unicode, or unchanged."""
+    return text if form == "none" else unicodedata.normalize(form, text)
+
+
+def import_encoding_repair() -> Edit:
+    """Return ftfy's repair of texts that were decoded with a wrong encoding."""
+    try:
+        import ftfy
+    except ImportError:
+        raise UserError("clean: repair needs ftfy, which is not installed. Run pip install '.[curate]'.") from None
+    return ftfy.fix_encoding
+
+
+def html_to_text(text: str) -> str:
+    """Return the text of an HTML fragment. Block elements become line breaks; tags that HTML does not have stay.
+
+    So `List<String>` and `a < b` survive. A text without tags and entities is returned unchanged.
+    """
+    if not HTML_MARKER.search(text):
+        return text
+    parser = _TextCollector()
+    parser.feed(text)
+    parser.close()
+    return re.sub(r"[ \t]*\n\s*", "\n", "".join(parser.parts)).strip()
+
+
+class _TextCollector(HTMLParser):
+    """Collects the text of HTML in `parts`."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.parts: list[str] = []
+        self._skipped: list[str] = []  # open elements whose text is left out
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Take a start tag."""
+        if tag in SKIPPED_TAGS:
+            self._skipped.append(tag)
+        self._add_tag(tag, self.get_starttag_text() or "")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Take an empty element."""
+        self._add_tag(tag, self.get_starttag_text() or "")
+
+    def handle_endtag(self, tag: str) -> None:
+        """Take an end tag."""
+        if tag in self._skipped:
+            while self._skipped.pop() != tag:
+                pass
+        self._add_tag(tag, f"</{tag}>")
+
+    def handle_data(self, data: str) -> None:
+        """Take text between tags."""
+        if not self._skipped:
+            self.parts.append(data)
+
+    def _add_tag(self, tag: str, source: str) -> None:
+        if tag in BLOCK_TAGS:
+            self.parts.append("\n")
+        elif tag not in HTML_TAGS and not self._skipped:
+            self.parts.append(source)
+
+
+def remove_lines(text: str, patterns: Sequence[re.Pattern[str]]) -> str:
+    """Return a text without the lines that a pattern matches as a whole, white space at their ends aside."""
+    lines = text.split("\n")
+    kept = [line for line in lines if not any(pattern.fullmatch(line.strip()) for pattern in patterns)]
+    return text if len(kept) == len(lines) else "\n".join(kept)
+
+
+def collapse_whitespace(text: str) -> str:
+    """Return a text with single spaces, at most one blank line in a row, and nothing at either end. Indentation stays."""
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    collapsed = "\n".join(re.sub(r"(?<=\S)\s+", " ", line).rstrip() for line in lines)
+    return re.sub(r"\n{3,}", "\n\n", collapsed).strip()

@@ -1,0 +1,53 @@
+"""The step `duplicates`, exact: copies that are equal as training compares texts (`data.equality`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jaxembed.config.curation import DuplicatesStepConfig
+from jaxembed.curation.steps.items import list_items
+from jaxembed.curation.steps.record_files import RecordFiles
+from jaxembed.curation.steps.sides import CuratedRow
+from jaxembed.data.equality import hash_exact_text, normalize_text
+
+COPY_RECORD = np.dtype([("key", "<u8"), ("rank", "<u8"), ("content", "<u8"), ("item", "<u8")])
+
+
+class ExactCopies:
+    """Keeps one of all items with equal texts, by rank, then by the content of the row.
+
+    The order of rows makes no difference to which text is kept with which content.
+    """
+
+    def __init__(self, config: DuplicatesStepConfig, folder: Path, max_rows: int, memory_mb: int):
+        """Start without rows. See `RecordFiles` for `folder` and `memory_mb`."""
+        self._config = config
+        self._records = RecordFiles(folder, COPY_RECORD, max_rows, memory_mb)
+        self._num_items = 0
+
+    def close(self) -> None:
+        """Close the files."""
+        self._records.close()
+
+    def collect(self, rows: Sequence[CuratedRow]) -> None:
+        """Take rows."""
+        records = []
+        for row in rows:
+            prefix = "" if self._config.across_sources else f"{row.source} "
+            for item in list_items(row, self._config):
+                key = int(hash_exact_text(prefix + normalize_text(item.text)).view("<u8")[0])
+                records.append((key, item.rank, item.content, self._num_items))
+                self._num_items += 1
+        self._records.append(np.array(records, COPY_RECORD))
+
+    def find_dropped(self) -> np.ndarray:
+        """Return whether each item is dropped, bool [I]."""
+        dropped = np.zeros(self._num_items, bool)
+        for records in self._records.partitions():
+            order = np.lexsort((records["item"], records["content"], ~records["rank"], records["key"]))
+            keys = records["key"][order]
+            dropped[records["item"][order[1:]][keys[1:] == keys[:-1]]] = True
+        return dropped

@@ -1,0 +1,107 @@
+"""What a step that needs all rows compares: items, each with a rank that decides which copy is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from jaxembed.config.curation import DuplicatesStepConfig, KeepRule
+from jaxembed.curation.steps.sides import (
+    CuratedRow,
+    RowStep,
+    StepOutcome,
+    drop_texts,
+    get_texts,
+    hash_row,
+)
+
+RANK_BITS = 20
+MAX_RANK = 2**RANK_BITS - 1
+
+
+class AllRowsStep(Protocol):
+    """A step that decides after it has seen all rows. Items are numbered in the order in which its rule lists them."""
+
+    def collect(self, rows: Sequence[CuratedRow]) -> None:
+        """Take rows."""
+
+    def find_dropped(self) -> np.ndarray:
+        """Return whether each item is dropped, bool [I]."""
+
+    def close(self) -> None:
+        """Close the files of the step."""
+
+
+class Item(NamedTuple):
+    """One thing to compare: the text, the rank of its copy (larger is better), and a hash that breaks ties."""
+
+    text: str
+    rank: int
+    content: int
+
+
+class ItemRule(NamedTuple):
+    """What the items of a row are.
+
+    Attributes:
+        list_items: Returns the items of a row.
+        reason: Why an item is dropped.
+        drops_texts: Whether an item of a pair is one of its positives, not the whole row.
+    """
+
+    list_items: Callable[[CuratedRow], Sequence[Item]]
+    reason: str
+    drops_texts: bool
+
+
+def list_items(curated: CuratedRow, config: DuplicatesStepConfig) -> list[Item]:
+    """Return what a row has of what must not occur twice: its query, its positives, or its pairs."""
+    query, positives = get_texts(curated, "query")[0], get_texts(curated, "positives")
+    content = hash_row(curated.row)
+    if config.of == "queries" or (config.of == "pairs" and not positives):
+        length = len(query) + sum(map(len, positives))
+        return [Item(query, compute_rank(curated, length, config.keep), content)]
+    texts = [positive if config.of == "positives" else f"{query}\n{positive}" for positive in positives]
+    return [Item(text, compute_rank(curated, len(text), config.keep), content) for text in texts]
+
+
+def compute_rank(curated: CuratedRow, length: int, rules: Sequence[KeepRule]) -> int:
+    """Return the rank of a copy: larger is better, by the first rule that differs."""
+    values: dict[str, int] = {
+        "longest": length,
+        "most_negatives": len(get_texts(curated, "negatives")),
+        "source_priority": MAX_RANK - curated.source,
+    }
+    rank = 0
+    for rule in rules:
+        rank = rank << RANK_BITS | min(values[rule], MAX_RANK)
+    return rank
+
+
+def make_duplicates_rule(config: DuplicatesStepConfig) -> ItemRule:
+    """Return the rule of a step `duplicates`."""
+    kind = "copy" if config.match == "exact" else "near copy"
+    reason = f"{kind} of another of the {config.of}"
+    return ItemRule(lambda row: list_items(row, config), reason, config.of != "queries")
+
+
+def make_item_filter(rule: ItemRule, dropped: np.ndarray) -> RowStep:
+    """Return the step that drops items.
+
+    Args:
+        rule: What items are.
+        dropped: Whether each item is dropped, bool [I]. Rows must come in the order in which they were collected.
+    """
+    numbers: Iterator[int] = iter(range(len(dropped)))
+
+    def drop(curated: CuratedRow) -> StepOutcome:
+        problems = [rule.reason if dropped[next(numbers)] else None for _ in rule.list_items(curated)]
+        if not any(problems):
+            return StepOutcome(curated.row)
+        if rule.drops_texts and curated.format == "pairs":
+            return drop_texts(curated, {"positives": problems})
+        return StepOutcome(None, (rule.reason,))
+
+    return lambda rows: [drop(row) for row in rows]

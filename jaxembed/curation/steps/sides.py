@@ -1,0 +1,120 @@
+"""The rows of a curation and their texts: query, positives and negatives, whatever the format of the row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jaxembed.config.curation import ALL_SIDES, Side
+from jaxembed.data.equality import hash_exact_text
+from jaxembed.data.schema import Row, is_text
+
+# Side -> the field that holds its only text, and the field that holds a list of its texts, by format.
+SINGLE_FIELDS: dict[str, dict[Side, str]] = {
+    "pairs": {"query": "query"},
+    "scored_pairs": {"query": "sentence1", "positives": "sentence2"},
+    "labels": {"query": "text"},
+    "text": {"query": "text"},
+}
+LIST_FIELDS_BY_SIDE: dict[Side, str] = {"positives": "pos", "negatives": "neg"}
+EMPTY = "empty"
+
+
+class CuratedRow(NamedTuple):
+    """A row on its way through the steps.
+
+    Attributes:
+        source: Index of its source.
+        number: Number of the row in the source, counted from 1.
+        format: Format of the row: pairs, scored_pairs, labels, or text.
+        row: Its fields.
+    """
+
+    source: int
+    number: int
+    format: str
+    row: Row
+
+
+class StepOutcome(NamedTuple):
+    """What a step returns for a row: the row, or None if it is dropped, and a reason for everything that was changed."""
+
+    row: Row | None
+    reasons: tuple[str, ...] = ()
+
+
+RowStep = Callable[[Sequence[CuratedRow]], list[StepOutcome]]
+Problems = Mapping[Side, Sequence[str | None]]  # for each text of a side, why it is dropped, or None
+
+
+def has_side(format_name: str, side: Side) -> bool:
+    """Return whether the rows of a format may have texts of a side."""
+    return side in SINGLE_FIELDS[format_name] or format_name == "pairs"
+
+
+def get_texts(curated: CuratedRow, side: Side) -> list[str]:
+    """Return the texts of one side of a row, which may be none."""
+    if field := SINGLE_FIELDS[curated.format].get(side):
+        return [curated.row[field]]
+    return list(curated.row.get(LIST_FIELDS_BY_SIDE[side]) or ()) if curated.format == "pairs" else []
+
+
+def find_problems(
+    curated: CuratedRow, sides: Sequence[Side], find_problem: Callable[[str], str | None]
+) -> dict[Side, list[str | None]]:
+    """Apply a check to all texts of some sides of a row."""
+    return {side: [find_problem(text) for text in get_texts(curated, side)] for side in sides}
+
+
+def drop_texts(curated: CuratedRow, problems: Problems) -> StepOutcome:
+    """Drop the texts of a row that have a problem. The row goes with its query, and with its last positive."""
+    row, reasons = dict(curated.row), list[str]()
+    for side in ALL_SIDES:
+        found = [f"{side}: {problem}" for problem in problems.get(side, ()) if problem]
+        if not found:
+            continue
+        if side in SINGLE_FIELDS[curated.format] or (side == "positives" and len(found) == len(problems[side])):
+            return StepOutcome(None, tuple(found[:1]))
+        reasons += found
+        field = LIST_FIELDS_BY_SIDE[side]
+        for key in (field, f"{field}_scores"):
+            if row.get(key):
+                row[key] = [value for value, problem in zip(row[key], problems[side], strict=True) if problem is None]
+    return StepOutcome(row, tuple(reasons)) if reasons else StepOutcome(curated.row)
+
+
+def edit_texts(curated: CuratedRow, sides: Sequence[Side], edit: Callable[[str], tuple[str, list[str]]]) -> StepOutcome:
+    """Edit the texts of a row, and drop those that become empty.
+
+    Args:
+        curated: The row.
+        sides: Sides whose texts are edited.
+        edit: Returns the new text, and what changed it.
+    """
+    row, reasons = dict(curated.row), list[str]()
+    problems: dict[Side, list[str | None]] = {}
+    for side in sides:
+        edited = [edit(text) for text in get_texts(curated, side)]
+        problems[side] = [None if is_text(text) else EMPTY for text, _ in edited]
+        reasons += [f"{side}: changed by {change}" for _, changes in edited for change in changes]
+        texts = [text for text, _ in edited]
+        if field := SINGLE_FIELDS[curated.format].get(side):
+            row[field] = texts[0]
+        elif texts:
+            row[LIST_FIELDS_BY_SIDE[side]] = texts
+    if not reasons:
+        return StepOutcome(curated.row)
+    outcome = drop_texts(curated._replace(row=row), problems)
+    return outcome if outcome.row is None else StepOutcome(outcome.row, (*reasons, *outcome.reasons))
+
+
+def write_row(row: Row) -> str:
+    """Return a row as one line of JSON. Values of other types, such as dates, become texts."""
+    return json.dumps(row, ensure_ascii=False, default=str)
+
+
+def hash_row(row: Row, seed: int = 0) -> int:
+    """Return a 64-bit hash of the content of a row and a seed, whatever the order of the fields."""
+    content: Any = json.dumps(row, sort_keys=True, default=str)
+    return int(hash_exact_text(f"{seed} {content}").view("<u8")[0])

@@ -1,0 +1,79 @@
+"""The step `function`: a Python function of the user."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jaxembed.config.curation import FunctionStepConfig
+from jaxembed.curation.steps.sides import CuratedRow, RowStep, StepOutcome, write_row
+from jaxembed.data.schema import Row
+from jaxembed.data.sources import ROW_SCHEMAS
+from jaxembed.errors import UserError, summarize
+
+UserFunction = Callable[[dict[str, Any]], Any]
+
+
+def make_function_step(config: FunctionStepConfig, paths: Sequence[str]) -> RowStep:
+    """Return the step.
+
+    Args:
+        config: The section of the step.
+        paths: Path of each source, for errors.
+
+    Raises:
+        UserError: The function cannot be imported. The step itself raises it where the function fails and `on_error` is stop.
+    """
+    function = import_function(config.function)
+
+    def apply(rows: Sequence[CuratedRow]) -> list[StepOutcome]:
+        return [call(row) for row in rows]
+
+    def call(curated: CuratedRow) -> StepOutcome:
+        try:
+            row = function(copy.deepcopy(dict(curated.row)))
+            if row is None:
+                return StepOutcome(None, ("dropped",))
+            checked = check_returned_row(row, curated.format)
+        except Exception as error:
+            problem = f"{type(error).__name__}: {summarize(error)}"
+            if config.on_error == "stop":
+                raise UserError(
+                    f"{paths[curated.source]}: row {curated.number}: {config.function} failed ({problem}). Correct it and run "
+                    "the same command, or set on_error of the step to drop or keep."
+                ) from None
+            return StepOutcome(curated.row if config.on_error == "keep" else None, (f"failed with {type(error).__name__}",))
+        return StepOutcome(checked, ("changed",) if checked != curated.row else ())
+
+    return apply
+
+
+def import_function(path: str) -> UserFunction:
+    """Return the function at a dotted path. Raise `UserError` if there is none."""
+    module_name, _, name = path.rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise UserError(
+            f"function {path}: the module {module_name} cannot be imported ({type(error).__name__}: {summarize(error)}). "
+            "Install it, or add its folder to PYTHONPATH."
+        ) from None
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise UserError(f"function {path}: {module_name} has no function {name}. Check the name.")
+    return function
+
+
+def check_returned_row(row: Any, format_name: str) -> Row:
+    """Return what a function returned, as the next step reads it from a file. Raise `ValueError` if it is no valid row."""
+    if not isinstance(row, dict):
+        raise ValueError(f"returned a {type(row).__name__} (expected a row or None)")
+    if problem := ROW_SCHEMAS[format_name].check(row):
+        raise ValueError(f"returned a row that is not valid: {problem}")
+    line = write_row(row)
+    line.encode()  # half of a surrogate pair cannot be written
+    checked: dict[str, Any] = json.loads(line)
+    return checked
