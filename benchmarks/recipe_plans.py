@@ -5,8 +5,9 @@
     python benchmarks/recipe_plans.py --machine gpu [RECIPE ...]
 
 Writes docs/results/recipe-plans.json, from which the recipes' pages and docs/results/recipe-plans.md take their tables. Results
-of other recipes and of the other machine stay. Nothing is downloaded: the bases are configs of the real sizes without weights,
-and the rows are generated.
+of other recipes and of the other machine stay. Without names, recipes that have results are skipped, so the same command
+continues after it was stopped. Each takes minutes of a CPU. Nothing is downloaded: the bases are configs of the real sizes
+without weights, and the rows are generated.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ OUT = ROOT / "docs" / "results" / "recipe-plans.json"
 RECIPES = ROOT / "configs" / "recipes"
 TPU_TOPOLOGY, TPU_NAME = "v5p:2x2x2", "TPU v5p, 2x2x2"
 GPU_NAME, GPU_BYTES, GPU_KIND = "one A100 80 GB (estimate)", 80 << 30, "NVIDIA A100 80GB"
+MACHINES = {"tpu": TPU_NAME, "gpu": GPU_NAME}
 UTILIZATION = 0.4  # of the peak, in the step times
 QUERY_WORDS, DOCUMENT_WORDS = 32, 256  # a word is a token of the generated tokenizer
 ROWS, PRETRAINING_ROWS = 2500, 33_000  # at least the largest batch, with and without hard negatives
@@ -144,7 +146,7 @@ def plan_recipe(name: str, machine: str, folder: Path, rows: Mapping[str, Path])
     results = []
     for index in range(len(steps)):
         about = {
-            "recipe": name, "machine": TPU_NAME if machine == "tpu" else GPU_NAME, "stage": index,
+            "recipe": name, "machine": MACHINES[machine], "stage": index,
             "gradcache_rows": short.stages[index].gradcache.rows, "date": str(datetime.date.today()),
         }  # fmt: skip
         start = time.perf_counter()
@@ -165,9 +167,14 @@ def plan_recipe(name: str, machine: str, folder: Path, rows: Mapping[str, Path])
     return results
 
 
+def read_plans() -> list[dict[str, Any]]:
+    """Return the plans of the file."""
+    return json.loads(OUT.read_text())["plans"] if OUT.exists() else []
+
+
 def record(plans: list[dict[str, Any]]) -> None:
     """Merge plans into the file."""
-    old = json.loads(OUT.read_text())["plans"] if OUT.exists() else []
+    old = read_plans()
     new = {(plan["recipe"], plan["machine"]) for plan in plans}
     merged = [plan for plan in old if (plan["recipe"], plan["machine"]) not in new] + plans
     merged.sort(key=lambda plan: (plan["recipe"], plan["machine"], plan["stage"]))
@@ -176,12 +183,13 @@ def record(plans: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipes", nargs="*", metavar="RECIPE", help="names of recipes (default: all)")
-    parser.add_argument("--machine", choices=("tpu", "gpu"), required=True, help="what to compile for")
+    parser.add_argument("recipes", nargs="*", metavar="RECIPE", help="names of recipes (default: those without results)")
+    parser.add_argument("--machine", choices=MACHINES, required=True, help="what to compile for")
     args = parser.parse_args()
     skip_tpu_discovery()
     logging.disable(logging.WARNING)
-    names = args.recipes or sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    recorded = {plan["recipe"] for plan in read_plans() if plan["machine"] == MACHINES[args.machine]}
+    names = args.recipes or sorted({path.stem for path in RECIPES.glob("*.yaml")} - recorded)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         rows = write_rows(folder)
