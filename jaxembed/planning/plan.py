@@ -20,6 +20,7 @@ from jaxembed.devices.mesh import make_mesh
 from jaxembed.devices.placement import batch_shapes
 from jaxembed.errors import UserError
 from jaxembed.model.embedder import EmbeddingModel
+from jaxembed.planning.mined import with_stand_in_negatives
 from jaxembed.planning.program import OutOfMemory, Program, compile_step, count_bytes, count_elements
 from jaxembed.planning.topology import topology_devices
 from jaxembed.training.stage import Stage
@@ -45,6 +46,8 @@ def planning_mesh(config: MeshConfig, topology: str | None = None, slices: int =
 
 def plan(config: Config, mesh: Mesh, memory: int | None, model: EmbeddingModel, stages: Sequence[Stage]) -> dict[str, Any]:
     """Compile the step of every stage for the largest of its first batches, and report what it needs. Nothing is written.
+
+    Other texts of a source stand for negatives that a stage mines.
 
     Args:
         config: Settings of the run.
@@ -76,7 +79,7 @@ def _plan_stage(stage: Stage, config: Config, model: EmbeddingModel, mesh: Mesh,
     # Shapes of the state, and of the largest of the first batches.
     objective_params = jax.eval_shape(partial(stage.new_objective_params, model), jax.random.key(0))
     state = state_shapes(model, stage.make_optimizer(model), mesh, objective_params)
-    host_batch, examined = _find_largest_batch(stage)
+    host_batch, examined = _find_largest_batch(with_stand_in_negatives(stage))
     # Compile, and compare with the memory of a device.
     with jax.set_mesh(mesh):
         step = stage.make_train_step(model, state)

@@ -13,16 +13,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from helpers import runs
 from helpers.commands import ENV
 from jaxembed import cli
 from jaxembed.config import Config
+from jaxembed.data.sources import open_rows
 from jaxembed.errors import UserError
 from jaxembed.planning.collectives import find_collectives
 from jaxembed.planning.flops import matmul_flops
-from jaxembed.planning.plan import _out_of_memory_error, plan, planning_mesh
+from jaxembed.planning.mined import with_stand_in_negatives
+from jaxembed.planning.plan import _find_largest_batch, _out_of_memory_error, plan, planning_mesh
 from jaxembed.planning.topology import topology_devices
 from jaxembed.runs.open import open_run
 
@@ -102,6 +105,21 @@ def test_a_plan_counts_parameters_moments_and_collectives(tmp_path: Path) -> Non
     # The loss gathers 2 documents of each of 16 queries, 32 wide, and a few numbers for each text.
     gathered_bytes = stage["collectives"]["loss"]["all-gather"]["result_bytes"]
     assert 16 * 2 * 32 * 4 <= gathered_bytes < 16 * 2 * 32 * 4 * 1.2
+
+
+def test_a_plan_counts_the_negatives_that_a_stage_will_mine(tmp_path: Path) -> None:
+    """The pairs have one negative each. Mining finds at most two."""
+    mine = json.dumps({"rule": "top_k", "negatives": 2})
+    config = runs.make_config(runs.write_base_and_data(tmp_path), "run", "data.hard_negatives=3", f"mine={mine}", "mesh.data=1")
+    [stage] = open_run(config, planning_mesh(config.mesh)[0]).stages
+    planned = with_stand_in_negatives(stage)
+    drawn = [[s.sources[0].draw(i, np.random.default_rng(i), 3) for i in range(8)] for s in (stage, planned)]
+    assert [{len(example.negatives) for example in examples} for examples in drawn] == [{1}, {2}]
+    assert [example.positive for example in drawn[0]] == [example.positive for example in drawn[1]]
+    texts = {text for row in open_rows(stage.sources[0].config, tmp_path)[1] for text in row["pos"]}
+    assert {example.negatives[1] for example in drawn[1]} <= texts
+    sizes = [_find_largest_batch(s)[0].batch.texts.tokens.size for s in (stage, planned)]
+    assert sizes[0] < sizes[1]
 
 
 def test_the_error_of_too_little_memory_lists_remedies(tmp_path: Path) -> None:
