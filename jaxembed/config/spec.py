@@ -15,6 +15,9 @@ from jaxembed.config.sections import Section
 EXAMPLE_SEPARATOR = "\n\n"  # follows every in-context example (bge-en-icl, Li et al. 2024)
 EXAMPLE_FIELD = re.compile(r"\{(instruction|query|response)\}")
 
+MAX_HIDDEN_PROJECTIONS = 4  # linear layers before the projection
+
+Activation = Literal["identity", "tanh"]
 Length = Annotated[int, Field(ge=1, le=MAX_INTEGER)]
 LengthOrZero = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
 
@@ -27,6 +30,14 @@ class FewShotExample(NamedTuple):
     response: str
 
 
+class HiddenProjection(Section):
+    """A linear layer between the pooling and the projection."""
+
+    width: Annotated[int, Field(ge=1, le=2**16)] = Field(description="Output width.")
+    bias: bool = Field(False, description="Bias of the layer.")
+    activation: Activation = Field("identity", description="Activation after the layer.")
+
+
 class EmbeddingSpec(Section):
     """How texts become vectors: mask, pooling, special tokens, prompts. It is stored with the model. Every command reads it."""
 
@@ -37,11 +48,14 @@ class EmbeddingSpec(Section):
     latents: Annotated[int, Field(ge=1, le=2**16)] = Field(512, description="Number of latents of latent attention.")
     pooling_heads: Annotated[int, Field(ge=1, le=2**12)] = Field(8, description="Heads of latent and self-attention.")
     include_instruction: bool = Field(True, description="Pool the instruction tokens too, as vLLM, TEI and llama.cpp do.")
+    hidden_projections: tuple[HiddenProjection, ...] = Field(
+        (), strict=False, max_length=MAX_HIDDEN_PROJECTIONS, description="Linear layers before the projection (EmbeddingGemma)."
+    )
     projection: Annotated[int, Field(ge=0, le=2**16)] = Field(
         0, description="Width of the linear layer between pooling and normalization. 0: no layer."
     )
     projection_bias: bool = Field(False, description="Bias of the projection layer.")
-    projection_activation: Literal["identity", "tanh"] = Field("identity", description="Activation after the projection layer.")
+    projection_activation: Activation = Field("identity", description="Activation after the projection layer.")
     normalize: bool = Field(True, description="Scale vectors to unit length.")
     append_eos: bool = Field(True, description="End every text with the EOS token.")
     eos_as_text: bool = Field(False, description="Append EOS before truncation, so that a truncated text has none (NV-Embed).")
@@ -71,6 +85,11 @@ class EmbeddingSpec(Section):
         description="Template of an in-context example before the instruction. Empty: built from instruction_template and "
         "query_suffix.",
     )
+    fixed_prompts: bool = Field(
+        False,
+        description="Give every text the prompt that is stored for its side, `query` or `document`, instead of an instruction "
+        "(E5, BGE).",
+    )
     prompts: dict[str, str] = Field({}, description="Complete prompts by name, such as `query` and `document`.")
     matryoshka_dims: tuple[Length, ...] = Field(
         (), strict=False, description="Widths to which vectors may be cut, because training included them."
@@ -87,13 +106,16 @@ class EmbeddingSpec(Section):
             raise ValueError("example_template must contain {query} and {response}")
         return self
 
-    def prompt(self, instruction: str | None, examples: Sequence[FewShotExample] = ()) -> str:
+    def prompt(self, instruction: str | None, examples: Sequence[FewShotExample] = (), side: str | None = None) -> str:
         """Return the prompt that precedes a text.
 
         Args:
             instruction: The instruction. Without one, the prompt is `plain_prompt`.
             examples: In-context examples that precede the instruction.
+            side: Side of the text, query or document. With `fixed_prompts` it alone decides.
         """
+        if self.fixed_prompts and side is not None:
+            return self.prompts.get(side, self.plain_prompt)
         if not instruction:
             return self.plain_prompt
         examples_prompt = "".join(map(self.format_example, examples))
@@ -123,11 +145,13 @@ class EmbeddingSpec(Section):
             "pooling_heads": model.pooling.heads,
             "include_instruction": pools_instruction,
             "projection": model.projection.width,
+            "hidden_projections": None if model.projection.width in (None, self.projection) else (),
             "projection_bias": model.projection.bias,
             "normalize": model.normalize,
             "echo": model.echo,
             **({} if model.append_eos is None else {"append_eos": model.append_eos}),
             "instruction_template": model.instruction_template,
+            "fixed_prompts": None if model.instruction_template is None else False,
             "query_suffix": model.query_suffix,
             "example_template": model.example_template,
             "max_length": max_length,
@@ -136,7 +160,9 @@ class EmbeddingSpec(Section):
 
     def describe_vectors(self) -> dict[str, Any]:
         """Return the fields that decide which vector a text has, as plain values. They identify a model in caches and runs."""
-        return self.model_dump(mode="json", exclude={"matryoshka_dims"})
+        # Absent at its default, so that the hashes of earlier versions stay valid.
+        exclude = {"matryoshka_dims", *(key for key in ("fixed_prompts", "hidden_projections") if not getattr(self, key))}
+        return self.model_dump(mode="json", exclude=exclude)
 
     def with_prompts(self, instructions: Mapping[str, tuple[str, str]]) -> EmbeddingSpec:
         """Return this spec with the prompts of named sources stored.

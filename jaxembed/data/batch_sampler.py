@@ -106,8 +106,8 @@ class BatchSampler:
         for example in examples:
             absent = [None] * (self.hard_negatives - len(example.negatives))
             texts += [example.query, example.positive, *example.negatives, *absent]
-            prompts.append(self.tokenizer.spec.prompt(example.instruction, example.few_shot))
-            prompts += [self.tokenizer.spec.prompt(example.document_instruction)] * (1 + self.hard_negatives)
+            prompts.append(self.tokenizer.spec.prompt(example.instruction, example.few_shot, "query"))
+            prompts += [self.tokenizer.spec.prompt(example.document_instruction, side="document")] * (1 + self.hard_negatives)
         return texts, prompts
 
 

@@ -1,7 +1,7 @@
 """Turn texts into tokens, in one way for training, encoding, evaluation and export.
 
 Prompt and text are joined first, then tokenized once. BOS and EOS come from the tokenizer's own post-processor, to which EOS
-is added if a model wants it. Truncation keeps both.
+is added if a model wants it. Truncation keeps both. CLS and SEP of an encoder's tokenizer count as BOS and EOS.
 """
 
 from __future__ import annotations
@@ -58,23 +58,49 @@ def load_tokenizer(folder: Path | str) -> Any:
     return tokenizer
 
 
+def find_start_token(tokenizer: Any) -> tuple[str, int] | None:
+    """Return the token that starts texts, with its id: BOS, or CLS of an encoder's tokenizer. None if there is neither."""
+    return _find_added_token(tokenizer, 0, ("bos_token", "cls_token"))
+
+
+def find_end_token(tokenizer: Any) -> tuple[str, int] | None:
+    """Return the token that ends texts, with its id: EOS, or SEP of an encoder's tokenizer. None if there is neither."""
+    return _find_added_token(tokenizer, -1, ("eos_token", "sep_token"))
+
+
+def _find_added_token(tokenizer: Any, place: int, roles: tuple[str, str]) -> tuple[str, int] | None:
+    """Return the first of the tokens of two roles that the tokenizer puts at a place of a text, else the first that exists."""
+    tokens = [(getattr(tokenizer, role), getattr(tokenizer, f"{role}_id")) for role in roles]
+    defined = [(token, id_) for token, id_ in tokens if id_ is not None]
+    ids = _encode_sample(tokenizer)
+    added = [entry for entry in defined if ids and ids[place] == entry[1]]
+    return next(iter([*added, *defined]), None)
+
+
+def _encode_sample(tokenizer: Any) -> list[int]:
+    """Return the tokens of a short text with its special tokens, without the padding that some files ask for."""
+    encoding = tokenizer.backend_tokenizer.encode("a")
+    return [id_ for id_, is_real in zip(encoding.ids, encoding.attention_mask, strict=True) if is_real]
+
+
 def ends_with_eos(tokenizer: Any) -> bool:
-    """Return whether the tokenizer itself ends every text with EOS."""
-    ids = tokenizer.backend_tokenizer.encode("a").ids
-    return bool(ids) and tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id
+    """Return whether the tokenizer itself ends every text with EOS, or SEP."""
+    ids, end = _encode_sample(tokenizer), find_end_token(tokenizer)
+    return bool(ids) and end is not None and ids[-1] == end[1]
 
 
 def append_eos(tokenizer: Any) -> None:
-    """Make the tokenizer's post-processor end every text with EOS, and keep its BOS.
+    """Make the tokenizer's post-processor end every text with EOS, or SEP, and keep its BOS.
 
     Raises:
-        UserError: If the tokenizer has no EOS token.
+        UserError: If the tokenizer has no such token.
     """
     if ends_with_eos(tokenizer):
         return
-    if tokenizer.eos_token_id is None:
+    end = find_end_token(tokenizer)
+    if end is None:
         raise UserError("model.append_eos: is on, but the base's tokenizer has no EOS token. Set model.append_eos=false.")
-    _set_last_tokens(tokenizer, [(tokenizer.eos_token, tokenizer.eos_token_id)])
+    _set_last_tokens(tokenizer, [end])
 
 
 def drop_eos(tokenizer: Any) -> None:
@@ -85,14 +111,14 @@ def drop_eos(tokenizer: Any) -> None:
 
 def _set_last_tokens(tokenizer: Any, last: list[tuple[str, int]]) -> None:
     """Make the post-processor append the tokens `last`, and prepend BOS if it does so now."""
-    bos = [(tokenizer.bos_token, tokenizer.bos_token_id)] if starts_with_bos(tokenizer) else []
-    set_special_tokens(tokenizer, bos, last)
+    start = find_start_token(tokenizer)
+    set_special_tokens(tokenizer, [start] if start is not None and starts_with_bos(tokenizer) else [], last)
 
 
 def starts_with_bos(tokenizer: Any) -> bool:
-    """Return whether the tokenizer itself starts every text with BOS."""
-    ids = tokenizer.backend_tokenizer.encode("a").ids
-    return bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
+    """Return whether the tokenizer itself starts every text with BOS, or CLS."""
+    ids, start = _encode_sample(tokenizer), find_start_token(tokenizer)
+    return bool(ids) and start is not None and ids[0] == start[1]
 
 
 def set_special_tokens(tokenizer: Any, first: Sequence[tuple[str, int]], last: Sequence[tuple[str, int]]) -> None:

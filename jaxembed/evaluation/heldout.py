@@ -52,6 +52,11 @@ class TextInput:
     texts: Sequence[str]
     instruction: str
 
+    @property
+    def side(self) -> str:
+        """The side of the texts, query or document, by which some models choose their prompt."""
+        return "document" if self.role == "documents" else "query"
+
 
 @dataclasses.dataclass(frozen=True)
 class SetScores:

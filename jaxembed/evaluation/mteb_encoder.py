@@ -31,7 +31,7 @@ class MtebEncoder:
         """Return the model's own prompt for documents, and the prompt with the task's instruction for other texts."""
         if getattr(prompt_type, "value", None) == "document":
             return self.encoder.document_prompt
-        return self.encoder.spec.prompt(self.encoder.get_instruction(get_task_instruction(task)))
+        return self.encoder.spec.prompt(self.encoder.get_instruction(get_task_instruction(task)), side="query")
 
     def similarity(self, a: Any, b: Any) -> np.ndarray:
         """Return the dot products [A, B] of two sets of vectors."""

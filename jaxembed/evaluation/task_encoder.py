@@ -36,12 +36,12 @@ class TaskEncoder:
         return self.spec.prompts.get("document", self.spec.plain_prompt)
 
     def get_instruction(self, default: str) -> str:
-        """Return the instruction of a task's queries; empty for a model that was trained without instructions.
+        """Return the instruction of a task's queries; empty for a model that reads no instructions.
 
         Args:
             default: The instruction that the task itself names.
         """
-        return default if self.spec.prompts else ""
+        return default if self.spec.prompts and not self.spec.fixed_prompts else ""
 
 
 def log_prompt_choice(encoder: TaskEncoder) -> None:
@@ -49,6 +49,9 @@ def log_prompt_choice(encoder: TaskEncoder) -> None:
     spec = encoder.spec
     if not spec.prompts:
         log_once(f"{encoder.name}: no prompts are stored with the model, so texts get {spec.plain_prompt!r}", logging.INFO)
+        return
+    if spec.fixed_prompts:
+        log_once(f"{encoder.name}: texts get the prompts that are stored for their side, whatever the task", logging.INFO)
         return
     stored = "document" in spec.prompts
     document = f"the stored prompt {spec.prompts['document']!r}" if stored else f"{spec.plain_prompt!r}, as no prompt is stored"

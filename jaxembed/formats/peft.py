@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from jaxembed.config.model import MAX_LORA_RANK
 from jaxembed.errors import UserError
 from jaxembed.files import exists, write_json
 from jaxembed.formats.peft_config import ADAPTER_CONFIG_FILE, DISABLED_VARIANTS, read_lora_config
-from jaxembed.formats.weight_table import TENSOR_MAPPINGS
+from jaxembed.model.families import FAMILIES, DecoderConfig
 from jaxembed.model.lora import TARGET_PROJECTIONS
 
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
@@ -26,8 +27,8 @@ PEFT_NAME_PREFIXES = ("base_model.model.model.", "base_model.model.")
 FACTORS = {"lora_A": "lora_a", "lora_B": "lora_b"}
 
 
-def read_adapters(folder: Path, num_layers: int) -> tuple[LoraConfig, Any]:
-    """Read the LoRA adapters of a PEFT folder for a base with `num_layers` layers.
+def read_adapters(folder: Path, decoder: DecoderConfig) -> tuple[LoraConfig, Any]:
+    """Read the LoRA adapters of a PEFT folder for a decoder: its family and its number of layers count.
 
     Returns:
         The sizes of the adapters, and their parameters: `lora_a` [L, in, rank] and `lora_b` [L, rank, out] in float32 at the
@@ -38,10 +39,10 @@ def read_adapters(folder: Path, num_layers: int) -> tuple[LoraConfig, Any]:
     """
     fields = read_lora_config(folder / ADAPTER_CONFIG_FILE)
     path, rank = folder / ADAPTER_WEIGHTS_FILE, fields.integer("r", maximum=MAX_LORA_RANK)
-    tensors = _load_tensors(path)
+    tensors, num_layers, projections = _load_tensors(path), decoder.layers, _list_projections(decoder.family)
     params: dict[tuple[str, ...], np.ndarray] = {}
     targets = []
-    for target, (param_path, module) in _list_projections().items():
+    for target, (param_path, module) in projections.items():
         names = {factor: [f"{module.format(i=i)}.{factor}.weight" for i in range(num_layers)] for factor in FACTORS}
         missing = [name for factor in FACTORS for name in names[factor] if name not in tensors]
         if len(missing) == len(FACTORS) * num_layers:  # no adapter on this projection
@@ -53,7 +54,7 @@ def read_adapters(folder: Path, num_layers: int) -> tuple[LoraConfig, Any]:
             params[*param_path, param_name] = _stack_layers(tensors, names[factor], factor, rank, path)
     if tensors or not targets:
         found = f"unexpected tensor {next(iter(tensors))}" if tensors else "no adapters"
-        raise UserError(f"{path}: {found} (expected adapters of {', '.join(TARGET_PROJECTIONS)} in {num_layers} layers).")
+        raise UserError(f"{path}: {found} (expected adapters of {', '.join(projections)} in {num_layers} layers).")
     return LoraConfig(rank=rank, alpha=fields.positive_number("lora_alpha"), targets=tuple(targets)), unflatten_dict(params)
 
 
@@ -91,7 +92,7 @@ def _stack_layers(tensors: dict[str, np.ndarray], names: Sequence[str], factor: 
     return np.stack([tensors.pop(name).T for name in names])
 
 
-def write_adapters(folder: Path, params: Any, lora: LoraConfig, base: str) -> None:
+def write_adapters(folder: Path, params: Any, lora: LoraConfig, base: str, family: str = "llama") -> None:
     """Write the adapters among a model's parameters as a PEFT folder.
 
     Args:
@@ -99,11 +100,12 @@ def write_adapters(folder: Path, params: Any, lora: LoraConfig, base: str) -> No
         params: The parameters of the model, with adapters.
         lora: Sizes of the adapters.
         base: Name of the base model.
+        family: Family of the decoder.
     """
-    flat, projections = flatten_dict(params), _list_projections()
+    flat, projections = flatten_dict(params), _list_projections(family)
     tensors = {}
-    for target in lora.targets:
-        param_path, module = projections[target]
+    targets = [target for target in lora.targets if target in projections]
+    for param_path, module in (projections[target] for target in targets):
         for factor, param_name in FACTORS.items():
             for i, layer in enumerate(np.asarray(flat[*param_path, param_name])):
                 name = f"{PEFT_NAME_PREFIXES[1]}{module.format(i=i)}.{factor}.weight"
@@ -115,18 +117,37 @@ def write_adapters(folder: Path, params: Any, lora: LoraConfig, base: str) -> No
         folder / ADAPTER_CONFIG_FILE,
         {
             "peft_type": "LORA", "task_type": "FEATURE_EXTRACTION", "base_model_name_or_path": base, "r": lora.rank,
-            "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "target_modules": list(lora.targets),
+            "lora_alpha": lora.alpha, "lora_dropout": lora.dropout,
+            "target_modules": _build_module_pattern({target: projections[target][1] for target in targets}),
             "inference_mode": True, **DISABLED_VARIANTS,
         },
     )  # fmt: skip
 
 
-def _list_projections() -> dict[str, tuple[tuple[str, ...], str]]:
-    """Return, by PEFT's name of each projection, its path in our tree and the name of its module in the base's files."""
-    projections = {}
-    for mapping in TENSOR_MAPPINGS:
-        module = mapping.tensor_name.removesuffix(".weight")
-        target = module.rsplit(".", 1)[-1]
-        if mapping.path.endswith("/kernel") and target in TARGET_PROJECTIONS:
-            projections[target] = (tuple(mapping.path.split("/")[:-1]), module)
+def _list_projections(family: str) -> dict[str, tuple[tuple[str, ...], str]]:
+    """Return each projection's path in our tree and its module in the base's files, by the target that names it in configs.
+
+    Raises:
+        UserError: Projections share a module.
+    """
+    targets = {projection: target for target, projection in TARGET_PROJECTIONS.items()}
+    paths = {tuple(path.split("/")): module for path, module in FAMILIES[family].modules.items()}
+    projections = {targets[path[-1]]: (path, module) for path, module in paths.items() if path[-1] in targets}
+    if len({module for _, module in projections.values()}) < len(projections):
+        raise UserError(
+            f"PEFT folders of {family} are not supported, because its projections share modules (expected one for each). "
+            "Export the whole model instead."
+        )
     return projections
+
+
+def _build_module_pattern(modules: Mapping[str, str]) -> list[str] | str:
+    """Return PEFT's `target_modules`: the last names of modules, or a pattern of whole names where these are ambiguous.
+
+    Args:
+        modules: The modules of the adapters, by their targets.
+    """
+    if all(module.endswith(f".{target}") for target, module in modules.items()):
+        return list(modules)
+    names = "|".join(re.escape(module.partition("{i}.")[2]) for module in modules.values())
+    return rf".*\.\d+\.({names})"

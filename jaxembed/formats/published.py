@@ -14,6 +14,7 @@ from typing import Any
 
 from jaxembed.config.field_lists import FieldList
 from jaxembed.config.fields import Fields
+from jaxembed.config.spec import HiddenProjection
 from jaxembed.data.tokenize import TOKEN_BOUNDARY
 from jaxembed.files import exists, read_json
 
@@ -93,6 +94,16 @@ def _read_llm2vec_choices(folder: Path | None, decoder_name: str) -> SpecChoices
     }  # fmt: skip
 
 
+def _read_embedding_gemma_choices(folder: Path | None, decoder_name: str) -> SpecChoices:
+    """Return the fields of `EmbeddingSpec` for EmbeddingGemma (Schechter Vera et al. 2025). Its files state the projections."""
+    projections = {"hidden_projections": (HiddenProjection(width=3072),), "projection": 768} if folder is None else {}
+    return {
+        "attention": "bidirectional", "pooling": "mean", "fixed_prompts": True, **projections,
+        "instruction_template": "task: {instruction} | query: ",
+        "prompts": {"query": "task: search result | query: ", "document": "title: none | text: "},
+    }  # fmt: skip
+
+
 def _is_llm2vec(folder: Path, config: Mapping[str, Any]) -> bool:
     return exists(folder / LLM2VEC_CONFIG_FILE) or "EncoderModel" in str(config.get("auto_map"))
 
@@ -106,6 +117,16 @@ def _is_bge_icl(folder: Path, config: Mapping[str, Any]) -> bool:
     path = folder / "tokenizer_config.json"
     added_tokens = read_json(path).get("added_tokens_decoder") if exists(path) else None
     return all(f'"{token}"' in json.dumps(added_tokens) for token in BGE_ICL_TOKENS)
+
+
+E5_CHOICES = {"pooling": "mean", "fixed_prompts": True, "prompts": {"query": "query: ", "document": "passage: "}}
+# Encoders that pool [CLS] and have a prompt for queries alone.
+BGE_CHOICES = {
+    "pooling": "first", "fixed_prompts": True,
+    "prompts": {"query": "Represent this sentence for searching relevant passages: ", "document": ""},
+}  # fmt: skip
+# "Represent this sentence to retrieve related articles", with a full-width colon.
+BGE_CHINESE_PROMPTS = {"query": "为这个句子生成表示以用于检索相关文章\N{FULLWIDTH COLON}", "document": ""}
 
 
 PUBLISHED_LAYOUTS = (
@@ -160,6 +181,29 @@ PUBLISHED_LAYOUTS = (
         },
         _is_bge_icl,
     ),
+    PublishedLayout("EmbeddingGemma", r"embeddinggemma-300m.*", _read_embedding_gemma_choices),
+    PublishedLayout("E5 and multilingual E5", r"(multilingual-)?e5-(small|base|large)(-v2|-unsupervised)?", E5_CHOICES),
+    PublishedLayout(
+        "modernbert-embed",
+        r"modernbert-embed-(base|large)",
+        {
+            "pooling": "mean", "fixed_prompts": True,
+            "prompts": {"query": "search_query: ", "document": "search_document: "},
+        },
+    ),
+    PublishedLayout(
+        "multilingual-e5-large-instruct",
+        r"multilingual-e5-large-instruct",
+        {
+            "pooling": "mean", "fixed_prompts": False, "prompts": EMPTY_DOCUMENT_PROMPT, "instruction_template": E5_TEMPLATE,
+        },
+    ),
+    PublishedLayout(
+        "BGE (English), UAE, mxbai-embed and snowflake-arctic-embed",
+        r"bge-(small|base|large)-en(-v1\.5)?|UAE-Large-V1|mxbai-embed-large-v1|snowflake-arctic-embed-(xs|s|m|l)",
+        BGE_CHOICES,
+    ),
+    PublishedLayout("BGE (Chinese)", r"bge-(small|base|large)-zh(-v1\.5)?", {**BGE_CHOICES, "prompts": BGE_CHINESE_PROMPTS}),
     PublishedLayout("Echo (last token)", r"echo-.*-lasttoken", {**ECHO_CHOICES, "pooling": "last"}),
     PublishedLayout("Echo (mean)", r"echo-.*-meantoken", {**ECHO_CHOICES, "pooling": "mean"}),
 )  # fmt: skip

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jaxembed.config.field_lists import FieldList, log_once
 from jaxembed.config.fields import Fields
 from jaxembed.config.model import PoolingKind
-from jaxembed.config.spec import EmbeddingSpec
+from jaxembed.config.spec import MAX_HIDDEN_PROJECTIONS, EmbeddingSpec, HiddenProjection
 from jaxembed.errors import UserError
 from jaxembed.files import exists, file_digest, read_json, read_json_value
 from jaxembed.formats.tokenizer_config import load_folder_tokenizer, wants_eos
 from jaxembed.model.embedder import PROJECTION_ACTIVATIONS
-from jaxembed.model.families import DecoderConfig
+from jaxembed.model.families import FAMILIES, DecoderConfig
 
 MODULES_FILE = "modules.json"
 MAX_PROJECTION_WIDTH = 2**12  # numbers
@@ -116,24 +116,43 @@ def read_modules(folder: Path) -> list[tuple[str, Path]]:
     return [(kind.rsplit(".", 1)[-1], path) for kind, path in modules]
 
 
-def find_projection_weights(folder: Path) -> Path | None:
-    """Return the weight file of a folder's Dense module, or None if it has no such module."""
-    return next((path / "model.safetensors" for kind, path in read_modules(folder) if kind == "Dense"), None)
+def find_projection_weights(folder: Path) -> list[Path]:
+    """Return the weight files of a folder's Dense modules, in their order."""
+    return [path / "model.safetensors" for kind, path in read_modules(folder) if kind == "Dense"]
 
 
-def read_projection_choices(dense: Path, width: int) -> dict[str, Any]:
-    """Read the config of a Dense module.
+def read_projection_choices(folders: Sequence[Path], width: int) -> dict[str, Any]:
+    """Read the configs of Dense modules.
 
     Args:
-        dense: Folder of the module.
-        width: Width of the vectors before it.
+        folders: Folders of the modules, in their order.
+        width: Width of the vectors before them.
 
     Returns:
         The fields of `EmbeddingSpec` that describe the projection.
 
     Raises:
-        UserError: If the module is more than a matrix, a bias and a supported activation.
+        UserError: If a module is more than a matrix, a bias and a supported activation, their widths do not chain, or there are
+            too many.
     """
+    if len(folders) > MAX_HIDDEN_PROJECTIONS + 1:
+        raise UserError(f"{folders[-1]}: {len(folders)} Dense modules are too many (expected {MAX_HIDDEN_PROJECTIONS + 1}).")
+    layers: list[HiddenProjection] = []
+    for folder in folders:
+        layers.append(_read_dense(folder, layers[-1].width if layers else width))
+    if not layers:
+        return {}
+    *hidden, last = layers
+    return {
+        "hidden_projections": tuple(hidden),
+        "projection": last.width,
+        "projection_bias": last.bias,
+        "projection_activation": last.activation,
+    }
+
+
+def _read_dense(dense: Path, width: int) -> HiddenProjection:
+    """Read the config of a Dense module. Its input must have the width of the vectors before it."""
     where = str(dense / "config.json")
     config = read_json(dense / "config.json")
     DENSE_FIELDS.check(config, where)
@@ -146,17 +165,14 @@ def read_projection_choices(dense: Path, width: int) -> dict[str, Any]:
         )
     in_features = fields.integer("in_features", maximum=MAX_PROJECTION_WIDTH)
     if in_features != width:
-        raise UserError(f"{where}: in_features is {in_features} (expected {width}, the width of the model).")
+        raise UserError(f"{where}: in_features is {in_features} (expected {width}, the width of the vectors before it).")
     features = {fields.string(key, "sentence_embedding") for key in ("module_input_name", "module_output_name")}
     if features != {"sentence_embedding"} or fields.boolean("use_residual"):
         raise UserError(
             f"{where}: this Dense module is not supported (expected input and output sentence_embedding, without use_residual)."
         )
-    return {
-        "projection": fields.integer("out_features", maximum=MAX_PROJECTION_WIDTH),
-        "projection_bias": fields.boolean("bias", True),
-        "projection_activation": activation,
-    }
+    out_features = fields.integer("out_features", maximum=MAX_PROJECTION_WIDTH)
+    return HiddenProjection(width=out_features, bias=fields.boolean("bias", True), activation=activation)
 
 
 def read_sentence_transformers_spec(folder: Path, config: Mapping[str, Any], decoder: DecoderConfig) -> EmbeddingSpec:
@@ -172,9 +188,9 @@ def read_sentence_transformers_spec(folder: Path, config: Mapping[str, Any], dec
     """
     modules = read_modules(folder)
     module_folders = dict(modules)
-    if [kind for kind, _ in modules] != [kind for kind in MODULE_ORDER if kind in module_folders] or (
-        "Pooling" not in module_folders
-    ):
+    dense_folders = [path for kind, path in modules if kind == "Dense"]
+    expected = [kind for kind in MODULE_ORDER for _ in (dense_folders if kind == "Dense" else [0]) if kind in module_folders]
+    if [kind for kind, _ in modules] != expected or "Pooling" not in module_folders:
         found = ", ".join(kind for kind, _ in modules) or "none"
         raise UserError(
             f"{folder / MODULES_FILE}: these modules are not supported (found {found}; expected {', '.join(MODULE_ORDER)} or "
@@ -188,19 +204,38 @@ def read_sentence_transformers_spec(folder: Path, config: Mapping[str, Any], dec
         normalize_path = module_folders["Normalize"] / "config.json"
         NORMALIZE_FIELDS.check(_read_if_present(normalize_path), str(normalize_path))
     tokenizer = load_folder_tokenizer(folder, is_trained_embedder=True)
-    projection = read_projection_choices(module_folders["Dense"], decoder.width) if "Dense" in module_folders else {}
+    projection = read_projection_choices(dense_folders, decoder.width)
     config_path = str(folder / "config.json")
+    prompts = _read_prompts(folder / "config_sentence_transformers.json", has_norm)
     return EmbeddingSpec(
-        attention="causal" if Fields(config, config_path).boolean("is_causal", True) else "bidirectional",
+        attention=read_attention(config, decoder.family, config_path),
         pooling=_read_pooling_kind(pooling_config, pooling_path),
         include_instruction=Fields(pooling_config, str(pooling_path)).boolean("include_prompt", True),
         **projection,
         normalize=has_norm,
         append_eos=wants_eos(folder, tokenizer),
         max_length=_read_max_length(folder, decoder, tokenizer),
-        **_read_prompts(folder / "config_sentence_transformers.json", has_norm),
+        **prompts,
+        # An encoder reads its own prompts, unless they show a template of instructions.
+        fixed_prompts=FAMILIES[decoder.family].is_encoder and "instruction_template" not in prompts,
         matryoshka_dims=_read_matryoshka_dims(config, projection.get("projection", decoder.width), config_path),
     )
+
+
+def read_attention(config: Mapping[str, Any], family: str, where: str) -> Literal["causal", "bidirectional"]:
+    """Return the mask that transformers gives a model.
+
+    Args:
+        config: Content of its config.json.
+        family: Family of the decoder.
+        where: Path of the config, for errors.
+    """
+    fields = Fields(config, where)
+    if FAMILIES[family].mask_field == "use_bidirectional_attention":
+        is_causal = not fields.boolean("use_bidirectional_attention")
+    else:
+        is_causal = not FAMILIES[family].is_encoder and fields.boolean("is_causal", True)
+    return "causal" if is_causal else "bidirectional"
 
 
 def _read_matryoshka_dims(config: Mapping[str, Any], width: int, where: str) -> tuple[int, ...]:
@@ -232,7 +267,7 @@ def _read_prompts(path: Path, has_norm: bool) -> dict[str, Any]:
         )
     return {
         "prompts": prompts,
-        "instruction_template": _infer_template(prompts.values()) or EmbeddingSpec().instruction_template,
+        **_infer_template(prompts.values()),
         "plain_prompt": prompts.get(default_name, ""),
     }
 
@@ -276,8 +311,8 @@ def _check_modalities(modalities: Mapping[str, Any], path: Path) -> None:
         )
 
 
-def _infer_template(prompts: Iterable[str]) -> str | None:
-    """Return the template that all stored prompts of E5's form share, or None."""
+def _infer_template(prompts: Iterable[str]) -> dict[str, str]:
+    """Return the `instruction_template` that all stored prompts of E5's form share, or nothing."""
     matches = (E5_PROMPT.fullmatch(prompt) for prompt in prompts)
     templates = {match.expand(r"Instruct: {instruction}\1") for match in matches if match}
-    return templates.pop() if len(templates) == 1 else None
+    return {"instruction_template": templates.pop()} if len(templates) == 1 else {}

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxembed.config.model import PoolingKind
-from jaxembed.config.spec import EmbeddingSpec
+from jaxembed.config.spec import EmbeddingSpec, HiddenProjection
 from jaxembed.formats.sentence_transformers import POOLING_FLAGS, POOLING_MODES, TOKEN_POOLING_TYPE
-from jaxembed.model.families import FAMILIES, DecoderConfig
+from jaxembed.model.families import FAMILIES, DecoderConfig, Family
 
 # Types that every sentence-transformers resolves: versions 3 to 5.3 have these modules, newer ones map them to new paths. vLLM
 # and TEI compare them literally.
@@ -48,22 +48,31 @@ def build_config(
         tokenizer: Fast Hugging Face tokenizer of the model.
         dtype: Dtype of the weights.
     """
-    is_causal = spec.attention == "causal"
-    architecture = FAMILIES[decoder.family].architecture
+    family = FAMILIES[decoder.family]
     config = {key: value for key, value in hf_config.items() if key not in UNSAVED_CONFIG_KEYS} | {
-        "architectures": [architecture if spec.pooling in SERVED_POOLINGS else architecture + OWN_POOLING_SUFFIX],
-        "is_causal": is_causal,  # transformers, vLLM, and TEI's Qwen2
-        "use_bidirectional_attention": not is_causal,  # TEI's other families
+        "architectures": [family.architecture + ("" if spec.pooling in SERVED_POOLINGS else OWN_POOLING_SUFFIX)],
         "dtype": dtype,
+        # The padding token of an encoder says where its positions start, and its mask is that of its class.
+        **(build_rope_fields(decoder) if family.is_encoder else _build_decoder_fields(spec, decoder, tokenizer)),
+    }
+    if spec.matryoshka_dims:
+        config["matryoshka_dimensions"] = sorted({*spec.matryoshka_dims, spec.projection or decoder.width})
+    return config
+
+
+def _build_decoder_fields(spec: EmbeddingSpec, decoder: DecoderConfig, tokenizer: Any) -> dict[str, Any]:
+    """Return the fields of mask, heads, special tokens and rotary positions."""
+    is_causal, family = spec.attention == "causal", FAMILIES[decoder.family]
+    return {
+        # transformers, vLLM, and TEI's Qwen2. Where transformers has another field, this one would widen the windows.
+        **({"is_causal": is_causal} if family.mask_field == "is_causal" else {}),
+        "use_bidirectional_attention": not is_causal,  # TEI's other families
         "head_dim": decoder.head_width,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         **build_rope_fields(decoder),
     }
-    if spec.matryoshka_dims:
-        config["matryoshka_dimensions"] = sorted({*spec.matryoshka_dims, spec.projection or decoder.width})
-    return config
 
 
 def build_rope_fields(decoder: DecoderConfig) -> dict[str, Any]:
@@ -72,21 +81,36 @@ def build_rope_fields(decoder: DecoderConfig) -> dict[str, Any]:
     Without `rope_theta` at the top, transformers 4 takes 10,000. Without `rope_scaling`, TEI leaves scaling out silently; with
     it, TEI refuses a Llama model that it cannot compute.
     """
+    if decoder.position_kind != "rope":
+        return {}
     scaling = dict(decoder.rope_scaling)
     kind = scaling.get("rope_type", "default")
     if "original_max_position_embeddings" in scaling:
         scaling["original_max_position_embeddings"] = int(scaling["original_max_position_embeddings"])
-    fields = {
-        "rope_theta": decoder.rope_theta,
-        "rope_parameters": {"rope_type": kind, "rope_theta": decoder.rope_theta, **scaling},
-    }
+    rope = {"rope_type": kind, "rope_theta": decoder.rope_theta, **scaling}
+    if decoder.local_rope_theta is not None:
+        return _build_rope_fields_by_kind(rope, decoder.local_rope_theta, FAMILIES[decoder.family])
+    fields = {"rope_theta": decoder.rope_theta, "rope_parameters": rope}
     return {**fields, "rope_scaling": scaling} if kind != "default" else fields
+
+
+def _build_rope_fields_by_kind(rope: Mapping[str, Any], local_theta: float, family: Family) -> dict[str, Any]:
+    """Return the rotary positions of a family that has others in layers with a window. Older readers know the bases alone."""
+    return {
+        family.get_key("rope_theta"): rope["rope_theta"],
+        family.get_key("local_rope_theta"): local_theta,
+        "rope_parameters": {
+            "full_attention": dict(rope),
+            "sliding_attention": {"rope_type": "default", "rope_theta": local_theta},
+        },
+    }
 
 
 def build_module_list(spec: EmbeddingSpec) -> list[dict[str, Any]]:
     """Return modules.json. TEI looks for the folder 1_Pooling, and refuses a model with a pooling of its own without it."""
     kinds = ["Transformer", *(() if spec.pooling in POOLING_MODES else ("TokenPooling",)), "Pooling"]
-    kinds += [*(("Dense",) if spec.projection else ()), *(("Normalize",) if spec.normalize else ())]
+    dense_count = len(spec.hidden_projections) + 1 if spec.projection else 0
+    kinds += [*["Dense"] * dense_count, *(("Normalize",) if spec.normalize else ())]
     return [
         {
             "idx": i,
@@ -108,14 +132,26 @@ def build_pooling_config(spec: EmbeddingSpec, width: int) -> dict[str, Any]:
     return {"word_embedding_dimension": width, **flags, "include_prompt": spec.include_instruction}
 
 
-def build_dense_config(spec: EmbeddingSpec, width: int) -> dict[str, Any]:
-    """Return the config of the Dense module, with the keys that every version of sentence-transformers accepts."""
-    return {
-        "in_features": width,
-        "out_features": spec.projection,
-        "bias": spec.projection_bias,
-        "activation_function": ACTIVATION_CLASSES[spec.projection_activation],
-    }
+def build_dense_configs(spec: EmbeddingSpec, width: int) -> list[dict[str, Any]]:
+    """Return the configs of the Dense modules, with the keys that every version of sentence-transformers accepts.
+
+    Args:
+        spec: Spec of the model.
+        width: Width of the vectors before the first module.
+    """
+    if not spec.projection:
+        return []
+    last = HiddenProjection(width=spec.projection, bias=spec.projection_bias, activation=spec.projection_activation)
+    layers = [*spec.hidden_projections, last]
+    return [
+        {
+            "in_features": in_features,
+            "out_features": layer.width,
+            "bias": layer.bias,
+            "activation_function": ACTIVATION_CLASSES[layer.activation],
+        }
+        for in_features, layer in zip([width, *(layer.width for layer in layers)], layers, strict=False)
+    ]
 
 
 def build_transformer_config(spec: EmbeddingSpec) -> dict[str, Any]:
@@ -123,11 +159,16 @@ def build_transformer_config(spec: EmbeddingSpec) -> dict[str, Any]:
     return {"max_seq_length": spec.max_length, "do_lower_case": False}
 
 
-def build_model_config(spec: EmbeddingSpec) -> dict[str, Any]:
+def build_model_config(spec: EmbeddingSpec, family: str) -> dict[str, Any]:
     """Return config_sentence_transformers.json: prompts, similarity, and the versions that the model needs.
 
     sentence-transformers 6 checks `requirements` before it loads a model.
+
+    Args:
+        spec: Spec of the model.
+        family: Family of the decoder.
     """
+    has_requirements = spec.attention != "causal" and not FAMILIES[family].is_encoder
     default_name = find_default_prompt_name(spec)
     plain_prompts = {default_name: spec.plain_prompt} if default_name else {}
     versions = {"sentence_transformers": "sentence-transformers", "transformers": "transformers", "pytorch": "torch"}
@@ -137,7 +178,7 @@ def build_model_config(spec: EmbeddingSpec) -> dict[str, Any]:
         "prompts": {"query": "", "document": "", **spec.prompts, **plain_prompts},
         "default_prompt_name": default_name,
         "similarity_fn_name": "cosine",
-        **({} if spec.attention == "causal" else {"requirements": BIDIRECTIONAL_REQUIREMENTS}),
+        **({"requirements": BIDIRECTIONAL_REQUIREMENTS} if has_requirements else {}),
     }
 
 
@@ -159,6 +200,8 @@ def build_tokenizer_config(
       model. A causal model it may load, with a class that takes BOS and EOS from tokenizer.json. It has another one for Qwen2.
     - `add_bos_token`, `add_eos_token`: llama.cpp reads them before tokenizer.json.
 
+    Every reader knows the tokenizers of encoders, so that nothing is added there.
+
     Args:
         saved: The file as transformers saves it.
         spec: Spec of the model.
@@ -166,10 +209,12 @@ def build_tokenizer_config(
         adds_bos: Whether tokenizer.json starts texts with BOS.
         adds_eos: Whether tokenizer.json ends texts with EOS.
     """
+    lasting = {key: value for key, value in saved.items() if key not in LOADING_KEYS}
+    if FAMILIES[decoder.family].is_encoder:
+        return lasting
     tokenizer_class = saved.get("tokenizer_class")
     if spec.attention != "causal":
         tokenizer_class = "TokenizersBackend"
     elif decoder.family != "qwen2":
         tokenizer_class = "PreTrainedTokenizerFast"
-    lasting = {key: value for key, value in saved.items() if key not in LOADING_KEYS}
     return {**lasting, "add_bos_token": adds_bos, "add_eos_token": adds_eos, "tokenizer_class": tokenizer_class}

@@ -15,7 +15,7 @@ from tokenizers import processors
 
 from jaxembed.config.field_lists import FieldList, log_once
 from jaxembed.config.fields import Fields
-from jaxembed.data.tokenize import ends_with_eos, load_tokenizer
+from jaxembed.data.tokenize import ends_with_eos, load_tokenizer, starts_with_bos
 from jaxembed.errors import UserError
 from jaxembed.files import exists, read_json
 
@@ -33,10 +33,12 @@ TOKENIZER_FIELDS = FieldList(
             "padding_side", "processor_class", "response_schema", "sep_token", "sp_model_kwargs",
             "spaces_between_special_tokens", "special_tokens_map_file", "stride", "token_type_ids_include_special_tokens",
             "token_type_ids_pattern", "tokenizer_class", "tokenizer_file", "truncation_strategy", "trust_remote_code",
-            "unk_token", "use_default_system_prompt", "use_fast", "video_token", "vocab_file",
+            "unk_token", "use_default_system_prompt", "use_fast", "video_token", "vocab_file", "do_lower_case",
+            "do_basic_tokenize", "never_split", "strip_accents", "tokenize_chinese_chars", "wordpieces_prefix", "max_len",
+            "trim_offsets", "spm_file", "clean_text", "model_type",
         }
     ),
-    refused={"split_special_tokens": (False,), "do_lower_case": (False,)},
+    refused={"split_special_tokens": (False,)},
 )  # fmt: skip
 
 
@@ -85,7 +87,7 @@ def load_folder_tokenizer(folder: Path, *, is_trained_embedder: bool = False) ->
     flags, tokenizer = read_tokenizer_flags(folder), load_tokenizer(folder)
     if tokenizer.init_kwargs.pop("auto_map", None):  # the tokenizer is a stock one, and is saved as such
         log_once(f"{folder / TOKENIZER_CONFIG_FILE}: names Python code (auto_map), which is not run", logging.INFO)
-    starts = _starts_with_bos(tokenizer)
+    starts = starts_with_bos(tokenizer)
     if flags.add_bos and not starts:
         if tokenizer.bos_token_id is None:
             raise UserError(
@@ -124,11 +126,6 @@ def _cut_at_the_end(tokenizer: Any, folder: Path, is_trained_embedder: bool) -> 
     log_once(f"{problem}; jaxembed cuts long texts at their end")
     tokenizer.truncation_side = tokenizer.init_kwargs["truncation_side"] = "right"
     tokenizer.backend_tokenizer.no_truncation()
-
-
-def _starts_with_bos(tokenizer: Any) -> bool:
-    ids = tokenizer.backend_tokenizer.encode("a").ids
-    return bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
 
 
 def _prepend_bos(tokenizer: Any) -> None:

@@ -7,6 +7,12 @@ axis.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
+from collections.abc import Iterable
+
+from jaxembed.config.spec import MAX_HIDDEN_PROJECTIONS
+from jaxembed.model.families import FAMILIES, Family
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,11 +23,15 @@ class TensorMapping:
         path: Path of the parameter in our tree, joined with "/".
         tensor_name: Name of the tensor in the files. "{i}" stands for the layer of a parameter that is stacked.
         is_transposed: Whether the file holds the transpose.
+        part: Index of the parameter among the equal parts of the tensor, and their number. They lie along its first axis.
+        first_layer: First layer that has the tensor, if the parameter is stacked. Layers before it do not use the parameter.
     """
 
     path: str
     tensor_name: str
     is_transposed: bool = False
+    part: tuple[int, int] = (0, 1)
+    first_layer: int = 0
 
     @property
     def is_stacked(self) -> bool:
@@ -37,21 +47,9 @@ def _map_layer_norm(path: str, module: str) -> tuple[TensorMapping, TensorMappin
     return TensorMapping(f"{path}/scale", f"{module}.weight"), TensorMapping(f"{path}/bias", f"{module}.bias")
 
 
-LAYERS_PATH, LATENT_BLOCKS = "decoder/layers", "pooling.cross_attend_blocks"
-TENSOR_MAPPINGS: tuple[TensorMapping, ...] = (
-    TensorMapping("decoder/embedding", "embed_tokens.weight"),
-    *_map_linear(f"{LAYERS_PATH}/attention/q", "layers.{i}.self_attn.q_proj"),
-    *_map_linear(f"{LAYERS_PATH}/attention/k", "layers.{i}.self_attn.k_proj"),
-    *_map_linear(f"{LAYERS_PATH}/attention/v", "layers.{i}.self_attn.v_proj"),
-    *_map_linear(f"{LAYERS_PATH}/attention/out", "layers.{i}.self_attn.o_proj"),
-    TensorMapping(f"{LAYERS_PATH}/attention/q_norm/scale", "layers.{i}.self_attn.q_norm.weight"),
-    TensorMapping(f"{LAYERS_PATH}/attention/k_norm/scale", "layers.{i}.self_attn.k_norm.weight"),
-    *_map_linear(f"{LAYERS_PATH}/mlp/gate", "layers.{i}.mlp.gate_proj"),
-    *_map_linear(f"{LAYERS_PATH}/mlp/up", "layers.{i}.mlp.up_proj"),
-    *_map_linear(f"{LAYERS_PATH}/mlp/down", "layers.{i}.mlp.down_proj"),
-    TensorMapping(f"{LAYERS_PATH}/attention_norm/scale", "layers.{i}.input_layernorm.weight"),
-    TensorMapping(f"{LAYERS_PATH}/mlp_norm/scale", "layers.{i}.post_attention_layernorm.weight"),
-    TensorMapping("decoder/norm/scale", "norm.weight"),
+LATENT_BLOCKS = "pooling.cross_attend_blocks"
+EMBEDDINGS = ("decoder/embedding", "decoder/positions", "decoder/token_types")  # tables, which are not transposed
+HEAD_MAPPINGS: tuple[TensorMapping, ...] = (
     # Poolings with weights use the tensor names of the NV-Embed release.
     TensorMapping("pooling/latents", "pooling.latents"),
     *_map_layer_norm("pooling/latent_norm", f"{LATENT_BLOCKS}.0.norm_context"),
@@ -65,16 +63,54 @@ TENSOR_MAPPINGS: tuple[TensorMapping, ...] = (
     *_map_linear("pooling/mlp_in", "pooling.mlp.0"),
     *_map_linear("pooling/mlp_out", "pooling.mlp.2"),
     *_map_linear("projection", "projection.linear"),
+    *(
+        row
+        for i in range(MAX_HIDDEN_PROJECTIONS)
+        for row in _map_linear(f"projection/hidden_{i}", f"projection.hidden_{i}.linear")
+    ),
 )
-# Heads that transformers puts on these decoders: of language models, of classifiers and rerankers, of question answering.
-HEADS = ("lm_head", "score", "classifier", "qa_outputs")
-HEAD_TENSORS = frozenset(f"{head}.{kind}" for head in HEADS for kind in ("weight", "bias"))
+
+
+@functools.cache
+def list_tensor_mappings(family: str) -> tuple[TensorMapping, ...]:
+    """Return the rows of the table for a family of decoders. The pooling and the projection have the same rows in all."""
+    rows = itertools.chain.from_iterable(_map_module(FAMILIES[family], path) for path in FAMILIES[family].modules)
+    return (*rows, *HEAD_MAPPINGS)
+
+
+def _map_module(family: Family, path: str) -> Iterable[TensorMapping]:
+    """Return the rows of the parameters at a path."""
+    module = family.modules[path]
+    if path in EMBEDDINGS:
+        return [TensorMapping(path, f"{module}.weight")]
+    if path.endswith("norm"):
+        first_layer = int(path.endswith("/attention_norm") and bool(family.options.get("unnormed_first_layer")))
+        return [dataclasses.replace(row, first_layer=first_layer) for row in _map_layer_norm(path, module)]
+    parts = [other for other, other_module in family.modules.items() if other_module == module]
+    return [dataclasses.replace(row, part=(parts.index(path), len(parts))) for row in _map_linear(path, module)]
+
+
+# Heads that transformers puts on models: of language models, of classifiers and rerankers, of question answering; and the
+# pooler of BERT, which sentence-transformers does not use.
+HEADS = ("lm_head", "score", "classifier", "qa_outputs", "cls", "pooler", "head", "decoder")
+UNUSED_BUFFERS = ("rotary_emb.inv_freq", "embeddings.position_ids", "embeddings.token_type_ids")
 # Prefixes of tensor names in published files, and what the table has instead.
-TENSOR_NAME_PREFIXES = {"model.": "", "embedding_model.": "", "latent_attention_model.": "pooling."}
+TENSOR_NAME_PREFIXES = {
+    "model.": "",
+    "embedding_model.": "",
+    "latent_attention_model.": "pooling.",
+    "bert.": "",
+    "roberta.": "",
+}
+# Old names of the parameters of LayerNorm.
+LAYER_NORM_SUFFIXES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
 def to_table_name(name: str) -> str:
     """Return the table's name of a tensor in a published file."""
+    for old, new in LAYER_NORM_SUFFIXES.items():
+        if name.endswith(old):
+            name = name.removesuffix(old) + new
     for prefix, table_prefix in TENSOR_NAME_PREFIXES.items():
         if name.startswith(prefix):
             return table_prefix + name.removeprefix(prefix)
@@ -88,5 +124,5 @@ def get_model_part(table_name: str) -> str:
 
 
 def is_unused(table_name: str) -> bool:
-    """Return whether an embedding model has no use for a tensor: a head on top of the decoder, or an old RoPE buffer."""
-    return table_name in HEAD_TENSORS or table_name.endswith("rotary_emb.inv_freq")
+    """Return whether an embedding model has no use for a tensor: a head on top of the decoder, or an old buffer."""
+    return table_name.partition(".")[0] in HEADS or table_name.endswith(UNUSED_BUFFERS)

@@ -20,7 +20,8 @@ from jaxembed.devices.placement import aligned_empty, put_global, put_local_part
 from jaxembed.errors import UserError
 from jaxembed.files import exists, read_json
 from jaxembed.formats.sentence_transformers import find_projection_weights
-from jaxembed.formats.weight_table import TENSOR_MAPPINGS, TensorMapping, get_model_part, is_unused, to_table_name
+from jaxembed.formats.weight_table import TensorMapping, get_model_part, is_unused, list_tensor_mappings, to_table_name
+from jaxembed.model.families import DecoderConfig
 from jaxembed.model.quantization import quantize
 
 LowRankUpdate = tuple[np.ndarray, np.ndarray]  # factors ([L, in, rank], [L, rank, out]) of what is added to a stacked kernel
@@ -64,20 +65,22 @@ def open_tensors(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def find_part_files(folder: Path) -> dict[str, Path]:
-    """Return the weight files of the parts (pooling, projection) that have a file of their own in `folder`.
+    """Return the weight files beside those of the decoder, by the start of their tensor names: pooling and projections.
 
     Raises:
         UserError: If the folder names such a file and it does not exist.
     """
     pooling = folder / POOLING_FOLDER
-    files = {
-        "pooling": pooling / "model.safetensors" if exists(pooling) else None,
-        "projection": find_projection_weights(folder),
-    }
-    found = {part: path for part, path in files.items() if path is not None}
+    found = {"pooling": pooling / "model.safetensors"} if exists(pooling) else {}
+    projections = find_projection_weights(folder)
+    found |= {f"projection.hidden_{i}": path for i, path in enumerate(projections[:-1])}
+    if projections:
+        found["projection"] = projections[-1]
     for part, path in found.items():
         if not exists(path):
-            raise UserError(f"{path}: no such file (expected the weights of the {part}). Save them as safetensors.")
+            raise UserError(
+                f"{path}: no such file (expected the weights of the {part.partition('.')[0]}). Save them as safetensors."
+            )
     return found
 
 
@@ -99,7 +102,7 @@ def _find_weight_files(folder: Path) -> list[Path]:
 
 
 def load_params(
-    folder: Path, num_layers: int, shapes: Any, shardings: Any, updates: Mapping[str, LowRankUpdate] | None = None
+    folder: Path, decoder: DecoderConfig, shapes: Any, shardings: Any, updates: Mapping[str, LowRankUpdate] | None = None
 ) -> Any:
     """Load parameters from the safetensors files of `folder` onto the devices.
 
@@ -109,7 +112,7 @@ def load_params(
 
     Args:
         folder: Folder of the model.
-        num_layers: Number of decoder layers.
+        decoder: The decoder: its family and its number of layers.
         shapes: Tree of `ShapeDtypeStruct`s with the parts to load (decoder, pooling, projection). Its dtypes are those of
             the result: float32, bfloat16, or int8 with scales.
         shardings: Tree of shardings with the same parts.
@@ -123,13 +126,13 @@ def load_params(
     """
     with open_tensors(folder) as tensors:
         error_prefix = f"{folder}: the weights do not match config.json"
-        return place_params(tensors, error_prefix, num_layers, shapes, shardings, updates)
+        return place_params(tensors, error_prefix, decoder, shapes, shardings, updates)
 
 
 def place_params(
     tensors: Mapping[str, Any],
     error_prefix: str,
-    num_layers: int,
+    decoder: DecoderConfig,
     shapes: Any,
     shardings: Any,
     updates: Mapping[str, LowRankUpdate] | None = None,
@@ -139,7 +142,7 @@ def place_params(
     Args:
         tensors: Lazy slices by the tensor names of the table, as `open_tensors` yields them.
         error_prefix: Start of the error for tensors that do not match `shapes`: where, and what is wrong.
-        num_layers: See `load_params`.
+        decoder: See `load_params`.
         shapes: See `load_params`.
         shardings: See `load_params`.
         updates: See `load_params`.
@@ -147,8 +150,9 @@ def place_params(
     tensors = {name: tensor for name, tensor in tensors.items() if get_model_part(name) in shapes}
     parts = shapes.keys() & {"decoder", *map(get_model_part, tensors)}
     flat_shapes, flat_shardings = (flatten_dict({part: tree[part] for part in parts}, sep="/") for tree in (shapes, shardings))
-    mappings = sorted((m for m in TENSOR_MAPPINGS if m.path in flat_shapes), key=lambda m: -flat_shapes[m.path].size)
-    _check_tensors(tensors, _list_tensor_shapes(mappings, flat_shapes, num_layers), error_prefix)
+    mappings = [mapping for mapping in list_tensor_mappings(decoder.family) if mapping.path in flat_shapes]
+    mappings.sort(key=lambda mapping: -flat_shapes[mapping.path].size)
+    _check_tensors(tensors, _list_tensor_shapes(mappings, flat_shapes, decoder.layers), error_prefix)
     params: dict[str, jax.Array] = {}
     for mapping in mappings:
         shape, update = flat_shapes[mapping.path], (updates or {}).get(mapping.path)
@@ -179,8 +183,9 @@ def _list_tensor_shapes(
     shapes = {}
     for mapping in mappings:
         shape = flat_shapes[mapping.path].shape[1 if mapping.is_stacked else 0 :]
-        for i in range(num_layers if mapping.is_stacked else 1):
-            shapes[mapping.tensor_name.format(i=i)] = shape[::-1] if mapping.is_transposed else shape
+        first, *rest = shape[::-1] if mapping.is_transposed else shape
+        for i in range(mapping.first_layer, num_layers if mapping.is_stacked else 1):
+            shapes[mapping.tensor_name.format(i=i)] = (first * mapping.part[1], *rest)
     return shapes
 
 
@@ -256,11 +261,15 @@ def _read_layer(
     update: LowRankUpdate | None,
 ) -> None:
     """Copy the part of a tensor at `index` to `out` and add its update; of a stacked parameter, the tensor of layer `i`."""
+    if i < mapping.first_layer:
+        out.fill(1)
+        return
     tensor = tensors[mapping.tensor_name.format(i=i)]
-    if mapping.is_transposed:
-        _copy_rows(tensor, index[::-1], out.T)
-    else:
-        _copy_rows(tensor, index, out)
+    first, *rest = index[::-1] if mapping.is_transposed else index
+    part, parts = mapping.part
+    start = part * (tensor.get_shape()[0] // parts)
+    own_index = (slice(start + first.start, start + first.stop), *rest)
+    _copy_rows(tensor, own_index, out.T if mapping.is_transposed else out)
     if update is not None:
         out += update[0][i] @ update[1][i]
 
@@ -296,21 +305,37 @@ class InMemoryTensor:
         return self.values[index]
 
 
-def to_tensors(params: Any) -> dict[str, InMemoryTensor]:
-    """Return a model's float32 parameters as tensors like those of `open_tensors`."""
-    return {name: InMemoryTensor(tensor) for name, tensor in _iter_tensors(params)}
+def to_tensors(params: Any, family: str) -> dict[str, InMemoryTensor]:
+    """Return a model's float32 parameters as tensors like those of `open_tensors`.
+
+    Args:
+        params: The parameters.
+        family: Family of the decoder.
+    """
+    return {name: InMemoryTensor(tensor) for name, tensor in _iter_tensors(params, family)}
 
 
-def _iter_tensors(params: Any) -> Iterator[tuple[str, np.ndarray]]:
+def _iter_tensors(params: Any, family: str) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the name in the table and a view of each tensor, in the layout of the files, one layer at a time."""
     flat = flatten_dict(params, sep="/")
-    for mapping in (mapping for mapping in TENSOR_MAPPINGS if mapping.path in flat):
-        array = to_host(flat[mapping.path])
-        for i, layer in enumerate(array if mapping.is_stacked else [array]):
-            yield mapping.tensor_name.format(i=i), layer.T if mapping.is_transposed else layer
+    mappings_by_tensor: dict[str, list[TensorMapping]] = {}
+    for mapping in (mapping for mapping in list_tensor_mappings(family) if mapping.path in flat):
+        mappings_by_tensor.setdefault(mapping.tensor_name, []).append(mapping)
+    for mapping, *others in mappings_by_tensor.values():
+        arrays = [to_host(flat[part.path]) for part in (mapping, *others)]
+        for i, layers in enumerate(zip(*arrays, strict=True) if mapping.is_stacked else [arrays]):
+            if i >= mapping.first_layer:
+                tensors = [layer.T if mapping.is_transposed else layer for layer in layers]
+                yield mapping.tensor_name.format(i=i), tensors[0] if len(tensors) == 1 else np.concatenate(tensors)
 
 
-def save_params(path: Path, params: Any, prefixes: Mapping[str, str], convert: Callable[[np.ndarray], np.ndarray]) -> None:
+def save_params(
+    path: Path,
+    params: Any,
+    prefixes: Mapping[str, str],
+    convert: Callable[[np.ndarray], np.ndarray],
+    family: str = "llama",
+) -> None:
     """Write parts of a model to a safetensors file.
 
     Args:
@@ -318,6 +343,7 @@ def save_params(path: Path, params: Any, prefixes: Mapping[str, str], convert: C
         params: The parameters of the model.
         prefixes: The parts to write (decoder, pooling, projection), each with the prefix of its tensor names in the file.
         convert: Function applied to each tensor, for example a cast.
+        family: Family of the decoder, if it is written.
 
     Raises:
         UserError: A number is NaN or infinite.
@@ -325,7 +351,7 @@ def save_params(path: Path, params: Any, prefixes: Mapping[str, str], convert: C
     tensors = {
         prefix + name.removeprefix(f"{part}."): np.ascontiguousarray(convert(tensor))
         for part, prefix in prefixes.items()
-        for name, tensor in _iter_tensors({part: params[part]})
+        for name, tensor in _iter_tensors({part: params[part]}, family)
     }
     for name, tensor in tensors.items():
         if not np.isfinite(tensor).all():

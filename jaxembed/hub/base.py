@@ -119,7 +119,7 @@ class BaseWithWeights(Base):
 
     def load(self, shapes: Any, shardings: Any) -> dict[str, Any]:
         """Load the weights, with the adapters added before rounding."""
-        updates = read_kernel_updates(self.adapters, self.decoder.layers, shapes)
+        updates = read_kernel_updates(self.adapters, self.decoder, shapes)
         return dict(self._load_weights(shapes, shardings, updates))
 
     def with_adapters(self, name: str, folder: Path, spec: EmbeddingSpec) -> Self:
@@ -156,7 +156,7 @@ class FolderBase(BaseWithWeights):
         add_weight_files(digest, self.folder)
 
     def _load_weights(self, shapes: Any, shardings: Any, updates: Mapping[str, LowRankUpdate]) -> Mapping[str, Any]:
-        return dict(load_params(self.folder, self.decoder.layers, shapes, shardings, updates))
+        return dict(load_params(self.folder, self.decoder, shapes, shardings, updates))
 
 
 def start_digest(hf_config: Mapping[str, Any]) -> Any:

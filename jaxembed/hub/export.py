@@ -27,6 +27,7 @@ from jaxembed.hub.parity import (
     compare_vectors,
     encode_probes,
     encode_probes_torch,
+    list_padding_sides,
     select_probes,
     write_probe_file,
 )
@@ -132,19 +133,20 @@ def _check_folder(
     Raises:
         UserError: The vectors differ.
     """
-    folder, vectors_per_padding_side = scratch / "float32", np.tile(vectors, (2, 1))
-    torch_vectors = encode_probes_torch(folder, embedder.spec, probes)
+    folder, sides = scratch / "float32", list_padding_sides(embedder.model.decoder)
+    vectors_per_padding_side = np.tile(vectors, (len(sides), 1))
+    torch_vectors = encode_probes_torch(folder, embedder.spec, probes, sides=sides)
     parity = compare_vectors(vectors_per_padding_side, torch_vectors, FLOAT32_TOLERANCE)
     if not (parity.passes and parity.cosine >= MIN_COSINE):
         raise UserError(explain_mismatch(out, parity, embedder, folder))
     if dtype == "float32":
         return folder, parity
     # Write bfloat16 weights, and compare with the error that casting the float32 folder in PyTorch makes.
-    cast_vectors = encode_probes_torch(folder, embedder.spec, probes, dtype)
+    cast_vectors = encode_probes_torch(folder, embedder.spec, probes, dtype, sides)
     allowed = BFLOAT16_SLACK * compare_vectors(torch_vectors, cast_vectors, 0).error
     folder = scratch / dtype
     write_stock_folder(embedder, folder, dtype)
-    parity = compare_vectors(vectors_per_padding_side, encode_probes_torch(folder, embedder.spec, probes), allowed)
+    parity = compare_vectors(vectors_per_padding_side, encode_probes_torch(folder, embedder.spec, probes, sides=sides), allowed)
     if not parity.passes:
         raise UserError(explain_mismatch(out, parity, embedder, folder))
     return folder, parity

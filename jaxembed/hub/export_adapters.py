@@ -87,7 +87,7 @@ def export_adapters(run_dir: Path, out: Path, checkpoint: str) -> Parity:
 
 def _write_adapter(folder: Path, run: RestoredRun, lora: LoraConfig) -> None:
     spec, base_name = run.model.spec, run.base.trained_from
-    write_adapters(folder, run.trained, lora, base_name)
+    write_adapters(folder, run.trained, lora, base_name, run.model.decoder.family)
     run.build_tokenizer().hf_tokenizer.save_pretrained(folder)
     write_spec(folder, spec)
     (folder / "README.md").write_text(format_adapter_card(spec, base_name), encoding="utf-8")

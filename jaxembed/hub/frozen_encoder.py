@@ -126,11 +126,14 @@ def open_frozen_encoder(name: str, cache: Path, mesh: Mesh | None = None, record
         cache: Folder under which vectors are stored.
         mesh: Devices for models that jaxembed loads. Default: the devices of this process.
         recorded_hash: Hash of the model in the run that resumes, if any. A folder whose files do not say how texts become
-            vectors is read with the defaults of earlier versions if these give that hash.
+            vectors is read with the defaults of earlier versions if these give that hash. A folder that an earlier version
+            loaded with sentence-transformers is loaded so again.
 
     Raises:
         UserError: The model cannot be loaded.
     """
+    if recorded_hash and exists(Path(name) / MODULES_FILE) and hash_folder(Path(name)) == recorded_hash:
+        return _open_sentence_transformer(name, Path(name), cache)
     try:
         base = find_base(name)
     except UserError as error:
@@ -158,7 +161,9 @@ def _open_embedder(name: str, base: Base, embedder: Embedder, cache: Path, recor
     spec = embedder.spec
 
     def select_prompt(side: str, instruction: str) -> str:
-        return spec.prompt(instruction) if instruction else spec.prompts.get(side, spec.plain_prompt)
+        if instruction and not spec.fixed_prompts:
+            return spec.prompt(instruction)
+        return spec.prompts.get(side, spec.plain_prompt)
 
     def encode_group(texts: list[str], prompt: str) -> np.ndarray:
         return embedder.encode(texts, prompt=prompt)

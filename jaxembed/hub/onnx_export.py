@@ -19,6 +19,7 @@ from jaxembed.hub.parity import (
     compare_vectors,
     encode_probes,
     encode_probes_with,
+    list_padding_sides,
 )
 from jaxembed.hub.readers import ServedModel
 from jaxembed.hub.torch_model import load_sentence_transformer
@@ -99,11 +100,12 @@ def write_onnx(
     plain_probes = {"": PROBE_TEXTS} if served.leaves_out_instructions else probes
     plain_vectors = vectors if plain_probes is probes else encode_probes(embedder, plain_probes)
     pooled = encode_probes_onnx(session, model.tokenizer, embedder, plain_probes)
-    parity = compare_vectors(np.tile(plain_vectors, (2, 1)), pooled, FLOAT32_TOLERANCE)
+    sides = len(list_padding_sides(embedder.model.decoder))
+    parity = compare_vectors(np.tile(plain_vectors, (sides, 1)), pooled, FLOAT32_TOLERANCE)
     check_graph(parity, "sentence_embedding")
     # sentence-transformers reads the token vectors, and pools them itself.
     token_parity = compare_vectors(
-        np.tile(vectors, (2, 1)), _encode_with_graph(model, session, embedder, probes), FLOAT32_TOLERANCE
+        np.tile(vectors, (sides, 1)), _encode_with_graph(model, session, embedder, probes), FLOAT32_TOLERANCE
     )
     check_graph(token_parity, "last_hidden_state")
     if not int8:
@@ -137,7 +139,7 @@ def open_session(path: Path) -> Any:
 
 
 def encode_probes_onnx(session: Any, tokenizer: Any, embedder: Embedder, probes: Mapping[str, list[str]]) -> np.ndarray:
-    """Encode the probes with the graph alone, first with padding on the right, then on the left.
+    """Encode the probes with the graph alone, with padding on each side that the model allows.
 
     Args:
         session: The graph.
@@ -146,10 +148,10 @@ def encode_probes_onnx(session: Any, tokenizer: Any, embedder: Embedder, probes:
         probes: Texts by prompt.
 
     Returns:
-        Unit vectors [2 N, D].
+        Unit vectors [sides * N, D].
     """
     vectors = []
-    for side in ("right", "left"):
+    for side in list_padding_sides(embedder.model.decoder):
         tokenizer.padding_side = side
         for prompt, texts in probes.items():
             inputs = [prompt + text + embedder.spec.suffix(prompt) for text in texts]
@@ -165,7 +167,7 @@ def _encode_with_graph(model: Any, session: Any, embedder: Embedder, probes: Map
     from jaxembed.formats.baked_graph import GraphDecoder
 
     model[0].model = GraphDecoder(session, model[0].auto_model.config)
-    return encode_probes_with(model, embedder.spec, probes)
+    return encode_probes_with(model, embedder.spec, probes, list_padding_sides(embedder.model.decoder))
 
 
 def measure_quality(vectors: np.ndarray, quantized: np.ndarray) -> QuantizedQuality:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from jaxembed.errors import UserError
 from jaxembed.files import exists, read_json_value
 from jaxembed.hub.embedder import Embedder
 from jaxembed.hub.torch_model import encode_torch, load_sentence_transformer
+from jaxembed.model.families import DecoderConfig
 
 PROBE_FILE = "probe.json"
 FLOAT32_TOLERANCE = 1e-4  # largest difference of a number of a unit vector
@@ -96,30 +97,44 @@ def encode_probes(embedder: Embedder, probes: Mapping[str, list[str]]) -> np.nda
     return np.concatenate([embedder.encode(texts, prompt=prompt) for prompt, texts in probes.items()])
 
 
+def list_padding_sides(decoder: DecoderConfig) -> tuple[str, ...]:
+    """Return the sides on which a stock folder may be padded.
+
+    BERT counts positions from the start of a padded row. Where they follow the padding token, transformers leaves padding out.
+    """
+    counts_padding = decoder.position_kind == "learned" and not decoder.position_offset
+    return ("right",) if counts_padding else ("right", "left")
+
+
 def encode_probes_torch(
-    folder: Path, spec: EmbeddingSpec, probes: Mapping[str, list[str]], dtype: str | None = None
+    folder: Path,
+    spec: EmbeddingSpec,
+    probes: Mapping[str, list[str]],
+    dtype: str | None = None,
+    sides: Sequence[str] = ("right", "left"),
 ) -> np.ndarray:
-    """Encode the probes with sentence-transformers, first with padding on the right, then on the left.
+    """Encode the probes with sentence-transformers, with padding on each side.
 
     Args:
         folder: The exported folder.
         spec: Spec of the model. Its suffix is appended to texts under a prompt, as users have to do it.
         probes: Texts by prompt.
         dtype: Dtype of the computation. Default: that of the folder.
+        sides: Sides of the padding (`list_padding_sides`).
 
     Returns:
-        Unit vectors [2 N, D].
+        Unit vectors [sides * N, D].
     """
     import torch
 
     model = load_sentence_transformer(folder)
-    return encode_probes_with(model.to(getattr(torch, dtype)) if dtype else model, spec, probes)
+    return encode_probes_with(model.to(getattr(torch, dtype)) if dtype else model, spec, probes, sides)
 
 
-def encode_probes_with(model: Any, spec: EmbeddingSpec, probes: Mapping[str, list[str]]) -> np.ndarray:
-    """Encode the probes with a `SentenceTransformer`, as `encode_probes_torch` does with that of a folder, [2 N, D]."""
+def encode_probes_with(model: Any, spec: EmbeddingSpec, probes: Mapping[str, list[str]], sides: Sequence[str]) -> np.ndarray:
+    """Encode the probes with a `SentenceTransformer`, as `encode_probes_torch` does with that of a folder."""
     vectors = []
-    for side in ("right", "left"):
+    for side in sides:
         model.tokenizer.padding_side = side
         for prompt, texts in probes.items():
             vectors.append(encode_torch(model, [text + spec.suffix(prompt) for text in texts], prompt))

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.formats.stock_files import SERVED_POOLINGS
-from jaxembed.model.families import DecoderConfig
+from jaxembed.model.families import FAMILIES, DecoderConfig
 from jaxembed.model.pooling import TRAINABLE_POOLINGS
 
 FOLDER = "PATH_OF_THIS_FOLDER"
@@ -47,6 +47,11 @@ class ServedModel:
     decoder: DecoderConfig
     dtype: str = "float32"
     has_onnx: bool = False
+
+    @property
+    def is_encoder(self) -> bool:
+        """Whether the family is bidirectional by itself."""
+        return FAMILIES[self.decoder.family].is_encoder
 
     @property
     def rope_type(self) -> str:
@@ -98,9 +103,9 @@ class Rule:
     is_announced: bool = True
 
 
-def is_bidirectional(model: ServedModel) -> bool:
-    """Return whether the mask is bidirectional."""
-    return model.spec.attention != "causal"
+def is_bidirectional_decoder(model: ServedModel) -> bool:
+    """Return whether a decoder has a bidirectional mask, which old programs ignore. Encoders have it by their class."""
+    return model.spec.attention != "causal" and not model.is_encoder
 
 
 def has_own_weights(model: ServedModel) -> bool:
@@ -111,6 +116,11 @@ def has_own_weights(model: ServedModel) -> bool:
 def has_unserved_pooling(model: ServedModel) -> bool:
     """Return whether servers have no such pooling."""
     return model.spec.pooling not in SERVED_POOLINGS
+
+
+def runs_on_tei_cpus(model: ServedModel) -> bool:
+    """Return whether TEI computes the model on CPUs, in float32."""
+    return model.decoder.family in ("qwen3", "gemma3_text") or model.is_encoder or model.has_onnx
 
 
 def has_ignored_head_width(model: ServedModel) -> bool:
@@ -128,25 +138,26 @@ TORCH_SENTENCE_TRANSFORMERS = ("sentence-transformers 6", "sentence-transformers
 STORES = "Chroma, LanceDB"
 FRAMEWORKS = ("LangChain", "LlamaIndex")
 SERVERS = ("vLLM", "TEI", "llama.cpp")
+COMPARED_FAMILIES = frozenset({"qwen2", "qwen3", "mistral", "llama"})  # with servers
 
 RULES = (
     Rule(
-        is_bidirectional, ("transformers",), Status.CONDITIONAL,
+        is_bidirectional_decoder, ("transformers",), Status.CONDITIONAL,
         "from transformers 5.2; 5.0 and 5.1 silently apply a causal mask, 4 refuses the tokenizer", False,
     ),
     Rule(
-        is_bidirectional, ("sentence-transformers 6", *FRAMEWORKS, STORES), Status.CONDITIONAL,
+        is_bidirectional_decoder, ("sentence-transformers 6", *FRAMEWORKS, STORES), Status.CONDITIONAL,
         "from transformers 5.2; refuses older ones", False,
     ),
     Rule(
-        is_bidirectional, ("sentence-transformers 5",), Status.CONDITIONAL,
+        is_bidirectional_decoder, ("sentence-transformers 5",), Status.CONDITIONAL,
         "from transformers 5.2; 5.0 and 5.1 silently apply a causal mask, 4 refuses the tokenizer", False,
     ),
     Rule(
-        is_bidirectional, ("sentence-transformers 3, 4", "infinity"), Status.REFUSED,
+        is_bidirectional_decoder, ("sentence-transformers 3, 4", "infinity"), Status.REFUSED,
         "a bidirectional model needs transformers 5.2 or newer",
     ),
-    Rule(is_bidirectional, ("llama.cpp",), Status.CONDITIONAL, "with one slot or a unified KV cache", False),
+    Rule(is_bidirectional_decoder, ("llama.cpp",), Status.CONDITIONAL, "with one slot or a unified KV cache", False),
     Rule(
         lambda model: has_unserved_pooling(model) and not model.has_onnx, SERVERS, Status.REFUSED,
         "has no {pooling} pooling",
@@ -170,7 +181,7 @@ RULES = (
         lambda model: model.dtype == "bfloat16", ("TEI",), Status.CLOSE, "computes in float16 or float32, not in bfloat16",
     ),
     Rule(
-        lambda model: model.decoder.family != "qwen3" and not model.has_onnx, ("TEI",), Status.CLOSE,
+        lambda model: not runs_on_tei_cpus(model), ("TEI",), Status.CLOSE,
         "runs this family on NVIDIA GPUs alone, in float16", False,
     ),
     Rule(
@@ -186,7 +197,18 @@ RULES = (
         "computes another RoPE scaling than linear",
     ),
     Rule(lambda model: model.rope_type == "llama3", ("llama.cpp",), Status.REFUSED, "has no such RoPE scaling (llama3)"),
-    Rule(lambda model: model.has_window, ("llama.cpp",), Status.DIFFERENT, "computes no sliding window"),
+    Rule(
+        lambda model: model.decoder.family not in COMPARED_FAMILIES, SERVERS, Status.CONDITIONAL,
+        "if it has this family, which was not compared", False,
+    ),
+    Rule(
+        lambda model: model.rope_type == "yarn", ("vLLM", "llama.cpp"), Status.CONDITIONAL,
+        "if it computes this RoPE scaling (yarn) alike, which was not compared",
+    ),
+    Rule(
+        lambda model: model.has_window and model.decoder.family in COMPARED_FAMILIES, ("llama.cpp",), Status.DIFFERENT,
+        "computes no sliding window",
+    ),
     Rule(
         lambda model: any(model.decoder.windows) and model.decoder.family.startswith("qwen"), ("TEI",), Status.REFUSED,
         "has no sliding windows for this family",
@@ -248,7 +270,7 @@ def _format_sentence_transformers(model: ServedModel) -> str:
 
 
 def _format_tei(model: ServedModel) -> str:
-    dtype = "float32" if model.decoder.family == "qwen3" or model.has_onnx else "float16"
+    dtype = "float32" if runs_on_tei_cpus(model) else "float16"
     pooling = " --pooling mean" if has_unserved_pooling(model) else ""
     return f"`text-embeddings-router --model-id {FOLDER} --dtype {dtype}{pooling}`"
 
@@ -256,7 +278,7 @@ def _format_tei(model: ServedModel) -> str:
 def _format_llama_cpp(model: ServedModel) -> str:
     # The converter stores the pooling for some families alone.
     pooling = {"first": "cls"}.get(model.spec.pooling, model.spec.pooling)
-    options = f"--embedding --pooling {pooling}" + (" --parallel 1" if is_bidirectional(model) else "")
+    options = f"--embedding --pooling {pooling}" + (" --parallel 1" if is_bidirectional_decoder(model) else "")
     return f"`convert_hf_to_gguf.py {FOLDER} --outtype f32 --outfile model.gguf`, `llama-server -m model.gguf {options}`"
 
 

@@ -91,7 +91,9 @@ class RunBase(BaseWithWeights):
         mesh = jax.tree.leaves(shardings)[0].mesh
         _, params = self.restore(ComputeOptions(), mesh).select_adapter(None).merge_adapters()
         error_prefix = f"{self.run_dir}: its weights do not fit the requested model"
-        return dict(place_params(to_tensors(params), error_prefix, self.decoder.layers, shapes, shardings, updates))
+        tensors = to_tensors(params, self.decoder.family)
+        tensors = to_tensors(params, self.decoder.family)
+        return dict(place_params(tensors, error_prefix, self.decoder, shapes, shardings, updates))
 
 
 @dataclasses.dataclass(frozen=True)

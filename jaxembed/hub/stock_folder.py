@@ -24,7 +24,6 @@ from jaxembed.hub.embedder import Embedder
 
 Convert = Callable[[np.ndarray], np.ndarray]
 
-PARTS_OF_MODULES = {"Dense": "projection", "TokenPooling": "pooling"}  # parts of the model's parameters
 NUMPY_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -72,10 +71,12 @@ def write_stock_folder(embedder: Embedder, folder: Path, dtype: str) -> None:
     folder.mkdir()
     # What transformers loads.
     write_json(folder / "config.json", build_hf_config(embedder, dtype))
-    save_params(folder / "model.safetensors", embedder.params, {"decoder": ""}, dtype_converter(dtype))
+    family = embedder.model.decoder.family
+    family = embedder.model.decoder.family
+    save_params(folder / "model.safetensors", embedder.params, {"decoder": ""}, dtype_converter(dtype), family)
     _write_tokenizer(folder, embedder)
     # What sentence-transformers adds.
-    write_json(folder / "config_sentence_transformers.json", stock_files.build_model_config(embedder.spec))
+    write_json(folder / "config_sentence_transformers.json", stock_files.build_model_config(embedder.spec, family))
     write_json(folder / "sentence_bert_config.json", stock_files.build_transformer_config(embedder.spec))
     _write_modules(folder, embedder, dtype_converter(dtype))
 
@@ -87,18 +88,33 @@ def _write_modules(folder: Path, embedder: Embedder, convert: Convert) -> None:
     write_json(folder / MODULES_FILE, modules)
     configs: dict[str, dict[str, Any]] = {
         "Pooling": stock_files.build_pooling_config(spec, width),
-        "Dense": stock_files.build_dense_config(spec, width),
         "TokenPooling": _build_token_pooling_config(embedder),
         "Normalize": {},
     }
+    dense = iter(_list_dense_modules(embedder))
     for module in modules[1:]:
         kind, module_folder = module["type"].rsplit(".", 1)[-1], folder / module["path"]
         module_folder.mkdir()
-        write_json(module_folder / "config.json", configs[kind])
-        if part := PARTS_OF_MODULES.get(kind):
-            save_params(module_folder / "model.safetensors", embedder.params, {part: ""}, convert)
+        config, params = next(dense) if kind == "Dense" else (configs[kind], embedder.params)
+        write_json(module_folder / "config.json", config)
+        if kind in ("Dense", "TokenPooling"):
+            part = "projection" if kind == "Dense" else "pooling"
+            save_params(module_folder / "model.safetensors", params, {part: ""}, convert)
     if spec.pooling not in POOLING_MODES:
         shutil.copy(TOKEN_POOLING_FILE, folder)
+
+
+def _list_dense_modules(embedder: Embedder) -> list[tuple[dict[str, Any], Any]]:
+    """Return the config of each Dense module, and its parameters as those of a model with a single projection."""
+    configs = stock_files.build_dense_configs(embedder.spec, embedder.model.decoder.width)
+    if not configs:
+        return []
+    hidden = [f"hidden_{i}" for i in range(len(configs) - 1)]
+    projection = embedder.params["projection"]
+    own = {name: leaf for name, leaf in projection.items() if name not in hidden}
+    return [
+        (config, {"projection": layer}) for config, layer in zip(configs, [*(projection[n] for n in hidden), own], strict=True)
+    ]
 
 
 def dtype_converter(dtype: str) -> Convert:

@@ -1,4 +1,4 @@
-"""The attention layer of a decoder: grouped queries over packed rows, computed by one of the kernels of `model/kernels.py`."""
+"""The attention layer of a transformer: grouped queries over packed rows, computed by a kernel of `model/kernels.py`."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxembed.config import LoraConfig
 from jaxembed.model.kernels import pick_kernel
-from jaxembed.model.layers import Linear, RMSNorm, apply_rope
+from jaxembed.model.layers import Linear, apply_rope, make_norm
 from jaxembed.model.masks import Mask, TokenInfo
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) with rotary positions (Su et al. 2021).
+    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245), with rotary positions (Su et al. 2021) or without.
 
     Attributes:
         heads: Number of query heads N.
@@ -23,8 +24,11 @@ class Attention(nn.Module):
         head_width: Width H of a head.
         qkv_bias: Whether the query, key and value projections have a bias.
         out_bias: Whether the output projection has a bias.
-        qk_norm: Whether queries and keys pass an RMSNorm over H, as in Qwen3.
+        qk_norm: Whether queries and keys pass a norm over H, as in Qwen3.
+        norm: Kind of these norms.
         norm_epsilon: Epsilon of these norms.
+        query_scale: Factor of the scores; None: 1 / sqrt(H).
+        windows: The different sliding windows of the layers.
         mask: Which tokens of a text see each other.
         dtype: Dtype of the computation.
         kernel: Name of the kernel (`model.attention_kernel`).
@@ -37,7 +41,10 @@ class Attention(nn.Module):
     qkv_bias: bool
     out_bias: bool
     qk_norm: bool
+    norm: str
     norm_epsilon: float
+    query_scale: float | None
+    windows: tuple[int, ...]
     mask: Mask
     dtype: Any
     kernel: str
@@ -48,7 +55,7 @@ class Attention(nn.Module):
         self,
         x: Float[Array, "tokens d"],
         token_info: TokenInfo,
-        rope: tuple[jax.Array, jax.Array],
+        rope: tuple[jax.Array, jax.Array] | None,
         window: jax.Array | int | None,
         shards: int,
     ) -> Float[Array, "tokens d"]:
@@ -57,7 +64,7 @@ class Attention(nn.Module):
         Args:
             x: Normalized hidden states, [R * T, D].
             token_info: Segments and positions of the tokens, [R, T] each.
-            rope: Cosines and sines of `build_rope_table`.
+            rope: Cosines and sines of `build_rope_table`; None without rotary positions.
             window: Sliding window of this layer in tokens, or None.
             shards: Number of equal parts in which the rows are split over devices.
         """
@@ -69,9 +76,12 @@ class Attention(nn.Module):
         q, k = project("q", self.heads, "heads"), project("k", self.kv_heads, "kv_heads")
         v = project("v", self.kv_heads, "kv_heads")
         if self.qk_norm:
-            q = RMSNorm(self.norm_epsilon, self.dtype, name="q_norm")(q)
-            k = RMSNorm(self.norm_epsilon, self.dtype, name="k_norm")(k)
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        mixed = pick_kernel(self.kernel, shards)(q, k, v, token_info, self.mask, window)
+            q = make_norm(self.norm, self.norm_epsilon, self.dtype, "q_norm")(q)
+            k = make_norm(self.norm, self.norm_epsilon, self.dtype, "k_norm")(k)
+        if rope is not None:
+            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        if self.query_scale is not None:  # the kernels divide by sqrt(H)
+            q = q * jnp.asarray(self.query_scale * self.head_width**0.5, q.dtype)
+        mixed = pick_kernel(self.kernel, shards, self.windows)(q, k, v, token_info, self.mask, window)
         out = Linear(x.shape[-1], ("heads", "embed"), self.dtype, self.out_bias, lora=self.lora, name="out")
         return out(mixed.reshape(x.shape[0], -1))

@@ -1,4 +1,4 @@
-"""A decoder-only transformer over packed rows: embedding, stacked pre-norm layers, final norm.
+"""A transformer over packed rows, decoder or encoder: embedding, stacked layers, final norm.
 
 It has no language-model head and no key-value cache.
 """
@@ -6,9 +6,11 @@ It has no language-model head and no key-value cache.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -18,7 +20,7 @@ from jaxembed.data.packing import PackedTexts
 from jaxembed.devices.collectives import embedding_lookup, shard_rows
 from jaxembed.model.attention import Attention
 from jaxembed.model.families import DecoderConfig
-from jaxembed.model.layers import GatedMLP, RMSNorm, build_rope_table, compute_rope_frequencies
+from jaxembed.model.layers import MLP, build_rope_table, compute_rope_frequencies, compute_rope_magnitude, make_norm
 from jaxembed.model.lora import select_embedding_dtype
 from jaxembed.model.masks import Mask, TokenInfo
 
@@ -40,8 +42,53 @@ class ComputeOptions:
     attention_kernel: str = "auto"
 
 
+@flax.struct.dataclass
+class LayerVariant:
+    """What differs between the layers of a model: Python values, or arrays if layers differ. None: does not apply.
+
+    Attributes:
+        window: Sliding window in tokens.
+        is_local: Whether the layer uses the second rotary table, that of layers with a window.
+        has_attention_norm: Whether the attention has a norm before it. ModernBERT's first layer has none.
+    """
+
+    window: Any = None
+    is_local: Any = None
+    has_attention_norm: Any = None
+
+    def pick_rope(self, ropes: tuple[Any, ...]) -> Any:
+        """Return the rotary table of the layer; None without rotary positions."""
+        if self.is_local is None:
+            return next(iter(ropes), None)
+        if isinstance(self.is_local, bool):
+            return ropes[self.is_local]
+        return jax.tree.map(lambda full, local: jnp.where(self.is_local, local, full), *ropes)
+
+    def norm_attention_input(self, norm: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+        """Return norm(x), or x in a layer without that norm."""
+        if isinstance(self.has_attention_norm, bool):
+            return norm(x) if self.has_attention_norm else x
+        return norm(x) if self.has_attention_norm is None else jnp.where(self.has_attention_norm, norm(x), x)
+
+
+def list_layer_variants(config: DecoderConfig, mask: Mask) -> list[LayerVariant]:
+    """Return the variant of each layer, in Python values."""
+    return [
+        LayerVariant(
+            window=window,
+            is_local=None if config.local_rope_theta is None else window is not None,
+            has_attention_norm=i > 0 if config.unnormed_first_layer else None,
+        )
+        for i, window in enumerate(config.get_windows(mask))
+    ]
+
+
 class DecoderLayer(nn.Module):
-    """A pre-norm layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """Attention and MLP, each with a residual.
+
+    The norms lie before a block, x + block(norm(x)), after the sum, norm(x + block(x)), or around a block,
+    x + norm(block(norm(x))).
+    """
 
     config: DecoderConfig
     mask: Mask
@@ -50,25 +97,86 @@ class DecoderLayer(nn.Module):
     lora: LoraConfig | None
 
     @nn.compact
-    def __call__(self, x: jax.Array, token_info: TokenInfo, rope: Any, window: Any) -> tuple[jax.Array, None]:
+    def __call__(
+        self, x: jax.Array, token_info: TokenInfo, ropes: tuple[Any, ...], variant: LayerVariant
+    ) -> tuple[jax.Array, None]:
         """Map hidden states [R * T, D] to those after this layer. `nn.scan` needs the second output, None.
 
-        See `Attention` for `token_info`, `rope` and `window`.
+        Args:
+            x: Hidden states.
+            token_info: Segments and positions of the tokens.
+            ropes: Rotary tables (`build_rope_table`): of all layers, and then of layers with a window if these have others.
+            variant: What differs between layers.
         """
         c, dtype = self.config, self.compute.dtype
         attention = Attention(
             heads=c.heads, kv_heads=c.kv_heads, head_width=c.head_width, qkv_bias=c.qkv_bias, out_bias=c.out_bias,
-            qk_norm=c.qk_norm, norm_epsilon=c.norm_epsilon, mask=self.mask, dtype=dtype,
-            kernel=self.compute.attention_kernel, lora=self.lora, name="attention",
+            qk_norm=c.qk_norm, norm=c.norm, norm_epsilon=c.norm_epsilon, query_scale=c.query_scale,
+            windows=c.list_windows(self.mask), mask=self.mask, dtype=dtype, kernel=self.compute.attention_kernel,
+            lora=self.lora, name="attention",
         )  # fmt: skip
-        normed = RMSNorm(c.norm_epsilon, dtype, name="attention_norm")(x)
-        x = x + attention(normed, token_info, rope, window, self.shards)
-        x = x + GatedMLP(c.mlp_width, dtype, self.lora, name="mlp")(RMSNorm(c.norm_epsilon, dtype, name="mlp_norm")(x))
-        return shard_rows(x), None
+        mlp = MLP(c.mlp_width, dtype, c.activation, c.gated_mlp, c.mlp_bias, self.lora, name="mlp")
+        rope = variant.pick_rope(ropes)
+        x = self._add_block(x, "attention", lambda y: attention(y, token_info, rope, variant.window, self.shards), variant)
+        return shard_rows(self._add_block(x, "mlp", mlp, variant)), None
+
+    def _add_block(self, x: jax.Array, name: str, block: Callable[[jax.Array], jax.Array], variant: LayerVariant) -> jax.Array:
+        """Add the output of a block to its input, with norms before, after, or around it."""
+        c = self.config
+        norm = make_norm(c.norm, c.norm_epsilon, self.compute.dtype, f"{name}_norm")
+        if c.norm_placement == "post":
+            return jnp.asarray(norm(x + block(x)))
+        normed = variant.norm_attention_input(norm, x) if name == "attention" else norm(x)
+        out = block(normed)
+        if c.norm_placement == "both":
+            out = make_norm(c.norm, c.norm_epsilon, self.compute.dtype, f"{name}_out_norm")(out)
+        return x + out
+
+
+def build_rope_tables(config: DecoderConfig, positions: jax.Array, dtype: Any) -> tuple[Any, ...]:
+    """Return the rotary tables of a model: none, one, or another one for layers with a window after it."""
+    if config.position_kind != "rope":
+        return ()
+    scaling: dict[str, Any] = dict(config.rope_scaling)
+    bases = [(config.rope_theta, scaling)]
+    bases += [] if config.local_rope_theta is None else [(config.local_rope_theta, {})]
+    tables = []
+    for theta, own_scaling in bases:
+        table = build_rope_table(positions, compute_rope_frequencies(config.head_width, theta, own_scaling), dtype)
+        magnitude = compute_rope_magnitude(own_scaling)
+        tables.append(table if magnitude == 1 else tuple(magnitude * x for x in table))
+    return tuple(tables)
+
+
+class Embedding(nn.Module):
+    """Looks up the vectors of tokens; adds learned positions and a token type, and norms the sum, where the config says so."""
+
+    config: DecoderConfig
+    dtype: Any
+    storage_dtype: Any
+
+    @nn.compact
+    def __call__(self, texts: PackedTexts) -> Float[Array, "tokens d"]:
+        """Return the embeddings of all tokens, [R * T, D]."""
+        c = self.config
+
+        def make_table(name: str, rows: int) -> jax.Array:
+            init = nn.with_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
+            return self.param(name, init, (rows, c.width), self.storage_dtype)
+
+        x = embedding_lookup(make_table("embedding", c.vocab_size), texts.tokens.reshape(-1), self.dtype)
+        if c.embedding_scale != 1:
+            x = x * jnp.asarray(c.embedding_scale, self.dtype)
+        if c.token_types:
+            x = x + make_table("token_types", c.token_types)[0].astype(self.dtype)
+        if c.position_kind == "learned":
+            table = make_table("positions", c.max_positions + c.position_offset)
+            x = x + embedding_lookup(table, texts.positions.reshape(-1) + c.position_offset, self.dtype)
+        return make_norm(c.norm, c.norm_epsilon, self.dtype, "embedding_norm")(x) if c.embedding_norm else x
 
 
 class Decoder(nn.Module):
-    """Maps packed texts to hidden states [R, T, D] after the final norm, in the dtype of the computation."""
+    """Maps packed texts to hidden states [R, T, D] after the last norm, in the dtype of the computation."""
 
     config: DecoderConfig
     mask: Mask
@@ -79,19 +187,20 @@ class Decoder(nn.Module):
     def __call__(self, texts: PackedTexts) -> Float[Array, "r t d"]:
         """Return the hidden states of all tokens."""
         c, dtype = self.config, self.compute.dtype
-        init = nn.with_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
-        table = self.param("embedding", init, (c.vocab_size, c.width), select_embedding_dtype(self.lora))
-        x = embedding_lookup(table, texts.tokens.reshape(-1), dtype)
-        frequencies = compute_rope_frequencies(c.head_width, c.rope_theta, dict(c.rope_scaling))
-        rope = build_rope_table(texts.positions, frequencies, dtype)
+        embedding = Embedding(c, dtype, select_embedding_dtype(self.lora))
+        nn.share_scope(self, embedding)
+        x = embedding(texts)
         token_info = TokenInfo(texts.segment_ids, texts.positions, texts.pool_mask)
-        # Windows that differ between layers become an array [L], which `nn.scan` slices. There, a layer without a window gets
-        # one as long as the longest text. A window that all layers share stays a Python int: some kernels need a static one.
-        is_mixed = len(set(c.windows)) > 1
-        window = jnp.array([w or c.max_positions for w in c.windows]) if is_mixed else next(iter(c.windows), None)
+        # What differs between layers becomes arrays [L], which `nn.scan` slices. There, a layer without a window gets one as
+        # long as the longest text. What all layers share stays a Python value: some kernels need a static window.
+        variants = list_layer_variants(c, self.mask)
+        is_mixed, variant = len(set(variants)) > 1, variants[0]
+        if is_mixed:
+            variants = [dataclasses.replace(v, window=v.window or c.max_positions) for v in variants]
+            variant = jax.tree.map(lambda *values: jnp.array(values), *variants)
         layer = DecoderLayer
         if self.compute.remat:
-            layer = nn.remat(DecoderLayer, prevent_cse=False, static_argnums=() if is_mixed else (4,))  # 4: window
+            layer = nn.remat(DecoderLayer, prevent_cse=False, static_argnums=() if is_mixed else (4,))  # 4: variant
         stack = nn.scan(
             layer,
             variable_axes={"params": 0, "intermediates": 0},  # "intermediates" is for `capture_intermediates`
@@ -101,6 +210,8 @@ class Decoder(nn.Module):
             unroll=c.layers if self.compute.unroll else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x, _ = stack(c, self.mask, self.compute, texts.shards, self.lora, name="layers")(x, token_info, rope, window)
-        x = RMSNorm(c.norm_epsilon, dtype, name="norm")(x)
+        ropes = build_rope_tables(c, texts.positions, dtype)
+        x, _ = stack(c, self.mask, self.compute, texts.shards, self.lora, name="layers")(x, token_info, ropes, variant)
+        if c.norm_placement != "post":
+            x = make_norm(c.norm, c.norm_epsilon, dtype, "norm")(x)
         return x.reshape(*texts.tokens.shape, c.width)

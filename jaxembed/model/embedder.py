@@ -17,15 +17,34 @@ from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.data.packing import PackedTexts
 from jaxembed.errors import UserError
 from jaxembed.model.decoder import ComputeOptions, Decoder
-from jaxembed.model.families import DecoderConfig
+from jaxembed.model.families import FAMILIES, DecoderConfig
 from jaxembed.model.layers import Linear, l2_normalize
 from jaxembed.model.masks import MASKS, TokenInfo
 from jaxembed.model.pooling import make_pooling, make_segment_mask
 
 # Fields of the spec that only tokenization reads: the compiled program does not depend on them.
-TEXT_FIELDS = ("prompts", "plain_prompt", "instruction_template", "query_suffix", "max_length", "text_length")
+TEXT_FIELDS = (
+    "prompts", "fixed_prompts", "plain_prompt", "instruction_template", "query_suffix", "max_length", "text_length",
+)  # fmt: skip
 # Activations after the projection, by their names in the spec.
 PROJECTION_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"identity": lambda x: x, "tanh": jnp.tanh}
+
+
+class Projection(nn.Module):
+    """The linear layers after the pooling, each with its activation. The last one has the parameters of the module itself."""
+
+    spec: EmbeddingSpec
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "r s d"]) -> Float[Array, "r s p"]:
+        """Map each vector."""
+        axes, dtype = ("embed", "projected"), x.dtype
+        for i, hidden in enumerate(self.spec.hidden_projections):
+            x = Linear(hidden.width, axes, dtype, hidden.bias, name=f"hidden_{i}")(x)
+            x = PROJECTION_ACTIVATIONS[hidden.activation](x)
+        last = Linear(self.spec.projection, axes, dtype, self.spec.projection_bias)
+        nn.share_scope(self, last)
+        return PROJECTION_ACTIVATIONS[self.spec.projection_activation](last(x))
 
 
 class EmbeddingModel(nn.Module):
@@ -75,9 +94,7 @@ class EmbeddingModel(nn.Module):
         pooling = make_pooling(self.spec.pooling, self.spec.latents, self.spec.pooling_heads, name="pooling")
         vectors = pooling(hidden, segment_mask, TokenInfo(texts.segment_ids, texts.positions, texts.pool_mask))
         if self.spec.projection:
-            axes, bias = ("embed", "projected"), self.spec.projection_bias
-            projected = Linear(self.spec.projection, axes, vectors.dtype, bias, name="projection")(vectors)
-            vectors = PROJECTION_ACTIVATIONS[self.spec.projection_activation](projected)
+            vectors = Projection(self.spec, name="projection")(vectors)
         return l2_normalize(vectors) if self.spec.normalize else vectors
 
 
@@ -93,8 +110,13 @@ def infer_parameter_shapes(model: EmbeddingModel) -> Any:
     A run needs the tree in several places, but traces the model for it once. Do not change the tree in place.
 
     Raises:
-        UserError: The number of pooling heads does not divide the width of the decoder.
+        UserError: The number of pooling heads does not divide the width of the decoder, or an encoder has another mask.
     """
+    if FAMILIES[model.decoder.family].is_encoder and model.spec.attention != "bidirectional":
+        raise UserError(
+            f"model.attention: {model.decoder.family} is an encoder (found {model.spec.attention}; expected bidirectional). "
+            "Remove the key, or use a decoder."
+        )
     heads, width = model.spec.pooling_heads, model.decoder.width
     if model.spec.pooling in ("latent_attention_paper", "self_attention") and width % heads:
         raise UserError(

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal
 
+from jaxembed.model.masks import CAUSAL, Mask
+
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
@@ -24,13 +26,27 @@ class DecoderConfig:
         kv_heads: Number of key-value heads G.
         head_width: Head width H.
         mlp_width: Feed-forward width F.
+        activation: Activation of the feed-forward layers, a key of `layers.ACTIVATIONS`.
+        gated_mlp: Whether the feed-forward layers multiply the activation by a second projection.
+        mlp_bias: Whether the projections of the feed-forward layers have a bias.
+        norm: Kind of all norms (see `layers.make_norm`).
+        norm_placement: "pre" norms the input of each block, "both" its input and its output, "post" the sum of the two.
+        unnormed_first_layer: Whether the attention of the first layer has no norm before it, as in ModernBERT.
         norm_epsilon: Epsilon of all norms.
+        embedding_scale: Factor of the token embeddings.
+        embedding_norm: Whether the embeddings pass a norm.
+        position_kind: "rope" rotates queries and keys; "learned" adds a trained vector to each token.
+        position_offset: Row of the first position in the table of learned positions.
+        token_types: Rows of the table of token types, of which every token gets the first; 0: no such table.
         rope_theta: Base of the rotary frequencies.
         rope_scaling: Sorted entries of the rotary scaling (see `compute_rope_frequencies`).
+        local_rope_theta: The base in layers with a sliding window, which have no scaling; None: as in all layers.
+        query_scale: Factor of the attention scores; None: 1 / sqrt(H).
         qkv_bias: Whether the query, key and value projections have a bias.
         out_bias: Whether the output projection of attention has a bias.
         qk_norm: Whether queries and keys pass a norm.
-        windows: Sliding window of each layer in tokens; None: no window.
+        windows: Sliding window of each layer in tokens, as configured; None: no window.
+        halves_windows: Whether a bidirectional mask reaches half a window to either side, as in Gemma 3 and ModernBERT.
         tie_embeddings: Whether the language-model head uses the token embedding as its kernel.
         max_positions: Maximum length of a text in tokens.
     """
@@ -43,13 +59,27 @@ class DecoderConfig:
     kv_heads: int
     head_width: int
     mlp_width: int
+    activation: str = "silu"
+    gated_mlp: bool = True
+    mlp_bias: bool = False
+    norm: Literal["rms", "rms_offset", "layer", "layer_unbiased"] = "rms"
+    norm_placement: Literal["pre", "both", "post"] = "pre"
+    unnormed_first_layer: bool = False
     norm_epsilon: float = 1e-6
+    embedding_scale: float = 1.0
+    embedding_norm: bool = False
+    position_kind: Literal["rope", "learned"] = "rope"
+    position_offset: int = 0
+    token_types: int = 0
     rope_theta: float = 10_000.0
     rope_scaling: tuple[tuple[str, Any], ...] = ()
+    local_rope_theta: float | None = None
+    query_scale: float | None = None
     qkv_bias: bool = False
     out_bias: bool = False
     qk_norm: bool = False
     windows: tuple[int | None, ...] = ()
+    halves_windows: bool = False
     tie_embeddings: bool = False
     max_positions: int = 32_768
 
@@ -58,40 +88,189 @@ class DecoderConfig:
         """The logical axes that a mesh may split (`logical_axis_table`), each with the number of parts it can be split into."""
         return {"embed": self.width, "heads": self.heads, "kv_heads": self.kv_heads, "mlp": self.mlp_width}
 
+    def get_windows(self, mask: Mask) -> tuple[int | None, ...]:
+        """Return the sliding window of each layer as the mask counts it; None for layers without one."""
+        windows = self.windows or (None,) * self.layers
+        if not self.halves_windows or mask == CAUSAL:
+            return windows
+        return tuple(window and window // 2 for window in windows)
+
+    def list_windows(self, mask: Mask) -> tuple[int, ...]:
+        """Return the different sliding windows. The maximum length stands for none."""
+        return tuple(dict.fromkeys(window or self.max_positions for window in self.get_windows(mask)))
+
 
 @dataclasses.dataclass(frozen=True)
 class Family:
     """Properties of a model family that its config files do not state.
 
     Attributes:
-        qkv_bias: Whether the query, key and value projections always have a bias.
-        qk_norm: Whether queries and keys pass a norm.
-        window: When a configured sliding window is used: "always", if `use_sliding_window` is set ("switched"), or "never".
         architecture: Class name that exported configs state. The converter of llama.cpp knows Mistral only as a language model.
+        is_encoder: Whether the family is bidirectional by itself. Its configs do not state a mask.
+        mask_field: Config field in which transformers reads the mask of a decoder.
+        has_offset_positions: Whether learned positions start after the row of the padding token, as in RoBERTa.
+        window: When a configured sliding window is used: "always", if `use_sliding_window` is set ("switched"), "never", or in
+            all layers of a group but one ("grouped"). The groups have as many layers as the config field `layer_group` says.
+        full_layer: Index in a group of the layer without a window.
+        options: Fields of `DecoderConfig` that are the same for all models of the family.
+        keys: Names of config fields, where they differ from those of Llama.
         defaults: Defaults of config fields, where transformers has different defaults for different families.
+        refused: Fields of its configs that change vectors, as in `FieldList.refused`.
+        modules: Names of the modules in the files, by the path of their parameters in our tree ("{i}": the layer). Paths with
+            the same module are its equal parts, in their order.
     """
 
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    window: Literal["always", "switched", "never"] = "never"
-    architecture: str = ""
-    defaults: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    architecture: str
+    is_encoder: bool = False
+    mask_field: Literal["is_causal", "use_bidirectional_attention"] = "is_causal"
+    has_offset_positions: bool = False
+    window: Literal["always", "switched", "never", "grouped"] = "never"
+    full_layer: Literal[0, -1] = 0
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    refused: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+    modules: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def get_key(self, key: str) -> str:
+        """Return the name of a config field, given the one that Llama has."""
+        return self.keys.get(key, key)
 
 
+LAYERS_PATH = "decoder/layers"
+LLAMA_MODULES: Mapping[str, str] = MappingProxyType(
+    {
+        "decoder/embedding": "embed_tokens",
+        f"{LAYERS_PATH}/attention/q": "layers.{i}.self_attn.q_proj",
+        f"{LAYERS_PATH}/attention/k": "layers.{i}.self_attn.k_proj",
+        f"{LAYERS_PATH}/attention/v": "layers.{i}.self_attn.v_proj",
+        f"{LAYERS_PATH}/attention/out": "layers.{i}.self_attn.o_proj",
+        f"{LAYERS_PATH}/attention/q_norm": "layers.{i}.self_attn.q_norm",
+        f"{LAYERS_PATH}/attention/k_norm": "layers.{i}.self_attn.k_norm",
+        f"{LAYERS_PATH}/mlp/gate": "layers.{i}.mlp.gate_proj",
+        f"{LAYERS_PATH}/mlp/up": "layers.{i}.mlp.up_proj",
+        f"{LAYERS_PATH}/mlp/down": "layers.{i}.mlp.down_proj",
+        f"{LAYERS_PATH}/attention_norm": "layers.{i}.input_layernorm",
+        f"{LAYERS_PATH}/mlp_norm": "layers.{i}.post_attention_layernorm",
+        "decoder/norm": "norm",
+    }
+)
+GEMMA_MODULES: Mapping[str, str] = MappingProxyType(
+    {
+        **LLAMA_MODULES,
+        f"{LAYERS_PATH}/attention_out_norm": "layers.{i}.post_attention_layernorm",
+        f"{LAYERS_PATH}/mlp_norm": "layers.{i}.pre_feedforward_layernorm",
+        f"{LAYERS_PATH}/mlp_out_norm": "layers.{i}.post_feedforward_layernorm",
+    }
+)
+BERT_MODULES: Mapping[str, str] = MappingProxyType(
+    {
+        "decoder/embedding": "embeddings.word_embeddings",
+        "decoder/positions": "embeddings.position_embeddings",
+        "decoder/token_types": "embeddings.token_type_embeddings",
+        "decoder/embedding_norm": "embeddings.LayerNorm",
+        f"{LAYERS_PATH}/attention/q": "encoder.layer.{i}.attention.self.query",
+        f"{LAYERS_PATH}/attention/k": "encoder.layer.{i}.attention.self.key",
+        f"{LAYERS_PATH}/attention/v": "encoder.layer.{i}.attention.self.value",
+        f"{LAYERS_PATH}/attention/out": "encoder.layer.{i}.attention.output.dense",
+        f"{LAYERS_PATH}/attention_norm": "encoder.layer.{i}.attention.output.LayerNorm",
+        f"{LAYERS_PATH}/mlp/up": "encoder.layer.{i}.intermediate.dense",
+        f"{LAYERS_PATH}/mlp/down": "encoder.layer.{i}.output.dense",
+        f"{LAYERS_PATH}/mlp_norm": "encoder.layer.{i}.output.LayerNorm",
+    }
+)
+MODERNBERT_MODULES: Mapping[str, str] = MappingProxyType(
+    {
+        "decoder/embedding": "embeddings.tok_embeddings",
+        "decoder/embedding_norm": "embeddings.norm",
+        f"{LAYERS_PATH}/attention/q": "layers.{i}.attn.Wqkv",
+        f"{LAYERS_PATH}/attention/k": "layers.{i}.attn.Wqkv",
+        f"{LAYERS_PATH}/attention/v": "layers.{i}.attn.Wqkv",
+        f"{LAYERS_PATH}/attention/out": "layers.{i}.attn.Wo",
+        f"{LAYERS_PATH}/attention_norm": "layers.{i}.attn_norm",
+        f"{LAYERS_PATH}/mlp/gate": "layers.{i}.mlp.Wi",
+        f"{LAYERS_PATH}/mlp/up": "layers.{i}.mlp.Wi",
+        f"{LAYERS_PATH}/mlp/down": "layers.{i}.mlp.Wo",
+        f"{LAYERS_PATH}/mlp_norm": "layers.{i}.mlp_norm",
+        "decoder/norm": "final_norm",
+    }
+)
+_BERT = Family(
+    architecture="BertModel",
+    is_encoder=True,
+    options={
+        "qkv_bias": True, "out_bias": True, "mlp_bias": True, "gated_mlp": False, "norm": "layer", "norm_placement": "post",
+        "embedding_norm": True, "position_kind": "learned",
+    },
+    keys={"rms_norm_eps": "layer_norm_eps"},
+    defaults={
+        "vocab_size": 30_522, "hidden_act": "gelu", "layer_norm_eps": 1e-12, "type_vocab_size": 2,
+        "max_position_embeddings": 512, "pad_token_id": 0, "tie_word_embeddings": True,
+    },
+    refused={"is_decoder": (False,), "position_embedding_type": ("absolute",), "embedding_size": ()},
+    modules=BERT_MODULES,
+)  # fmt: skip
+_ROBERTA = dataclasses.replace(
+    _BERT,
+    architecture="RobertaModel",
+    has_offset_positions=True,
+    defaults={**_BERT.defaults, "vocab_size": 50_265, "pad_token_id": 1},
+)
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "qwen2": Family(
-            qkv_bias=True, window="switched", architecture="Qwen2Model",
-            defaults={"num_key_value_heads": 32, "max_position_embeddings": 32_768},
+            architecture="Qwen2Model", window="switched", options={"qkv_bias": True},
+            defaults={"num_key_value_heads": 32, "max_position_embeddings": 32_768}, modules=LLAMA_MODULES,
         ),
         "qwen3": Family(
-            qk_norm=True, window="switched", architecture="Qwen3Model",
-            defaults={"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32_768},
+            architecture="Qwen3Model", window="switched", options={"qk_norm": True},
+            defaults={"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32_768}, modules=LLAMA_MODULES,
         ),
         "mistral": Family(
-            window="always", architecture="MistralForCausalLM",
-            defaults={"num_key_value_heads": 8, "max_position_embeddings": 131_072},
+            architecture="MistralForCausalLM", window="always",
+            defaults={"num_key_value_heads": 8, "max_position_embeddings": 131_072}, modules=LLAMA_MODULES,
         ),
-        "llama": Family(architecture="LlamaModel", defaults={"max_position_embeddings": 2048}),
+        "llama": Family(
+            architecture="LlamaModel", defaults={"max_position_embeddings": 2048}, modules=LLAMA_MODULES
+        ),
+        "gemma3_text": Family(
+            architecture="Gemma3TextModel", mask_field="use_bidirectional_attention", window="grouped", full_layer=-1,
+            options={"norm": "rms_offset", "norm_placement": "both", "qk_norm": True, "halves_windows": True},
+            keys={
+                "hidden_act": "hidden_activation", "layer_group": "sliding_window_pattern",
+                "local_rope_theta": "rope_local_base_freq",
+            },
+            defaults={
+                "vocab_size": 262_208, "hidden_size": 2304, "num_hidden_layers": 26, "num_attention_heads": 8,
+                "intermediate_size": 9216, "num_key_value_heads": 4, "head_dim": 256,
+                "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 131_072, "query_pre_attn_scalar": 256,
+                "sliding_window": 4096, "sliding_window_pattern": 6, "rope_theta": 1e6, "rope_local_base_freq": 10_000.0,
+                "tie_word_embeddings": True,
+            },
+            refused={"is_causal": (True,)}, modules=GEMMA_MODULES,
+        ),
+        "modernbert": Family(
+            architecture="ModernBertModel", is_encoder=True, window="grouped",
+            options={
+                "norm": "layer_unbiased", "embedding_norm": True, "unnormed_first_layer": True, "halves_windows": True,
+            },
+            keys={
+                "hidden_act": "hidden_activation", "rms_norm_eps": "norm_eps", "sliding_window": "local_attention",
+                "layer_group": "global_attn_every_n_layers", "rope_theta": "global_rope_theta",
+                "local_rope_theta": "local_rope_theta",
+            },
+            defaults={
+                "vocab_size": 50_368, "hidden_size": 768, "intermediate_size": 1152, "num_hidden_layers": 22,
+                "num_attention_heads": 12, "hidden_activation": "gelu", "max_position_embeddings": 8192, "norm_eps": 1e-5,
+                "local_attention": 128, "global_attn_every_n_layers": 3, "global_rope_theta": 160_000.0,
+                "local_rope_theta": 10_000.0, "tie_word_embeddings": True,
+            },
+            refused={"norm_bias": (False,)}, modules=MODERNBERT_MODULES,
+        ),
+        "bert": _BERT,
+        "roberta": _ROBERTA,
+        "xlm-roberta": dataclasses.replace(
+            _ROBERTA, architecture="XLMRobertaModel", defaults={**_ROBERTA.defaults, "vocab_size": 30_522}
+        ),
     }
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -19,7 +20,9 @@ CONFIG_FIELDS = FieldList(
             "head_dim", "intermediate_size", "hidden_act", "rms_norm_eps", "attention_bias", "mlp_bias", "rope_parameters",
             "rope_scaling", "rope_theta", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types",
             "tie_word_embeddings", "max_position_embeddings", "is_causal", "use_bidirectional_attention", "auto_map",
-            "matryoshka_dimensions",
+            "matryoshka_dimensions", "layer_norm_eps", "type_vocab_size", "pad_token_id", "hidden_activation",
+            "sliding_window_pattern", "rope_local_base_freq", "query_pre_attn_scalar", "norm_eps", "local_attention",
+            "global_attn_every_n_layers", "global_rope_theta", "local_rope_theta",
         }
     ),
     # Fields on generation, training, class names, and how PyTorch computes.
@@ -27,13 +30,18 @@ CONFIG_FIELDS = FieldList(
         {
             "_name_or_path", "architectures", "attention_dropout", "bos_token_id", "chunk_size_feed_forward", "dtype",
             "eos_token_id", "id2label", "initializer_range", "is_encoder_decoder", "label2id", "output_attentions",
-            "output_hidden_states", "pad_token_id", "problem_type", "return_dict", "torch_dtype", "transformers_version",
+            "output_hidden_states", "problem_type", "return_dict", "torch_dtype", "transformers_version",
             "use_cache", "attn_implementation", "num_labels", "classifier_dropout", "sentence_transformers", "unsloth_version",
-            "unsloth_fixed", "gradient_checkpointing", "layer_norm_eps", "hidden_dropout", "embd_pdrop", "resid_pdrop",
+            "unsloth_fixed", "gradient_checkpointing", "hidden_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob",
+             "embd_pdrop", "resid_pdrop",
             "torchscript", "task_specific_params", "tokenizer_class", "return_dict_in_generate", "prefix", "use_bfloat16",
             "max_length", "min_length", "do_sample", "temperature", "top_k", "top_p", "num_beams", "repetition_penalty",
             "output_scores", "finetuning_task", "sep_token_id", "cls_token_id", "mask_token_id", "use_return_dict",
             "tie_encoder_decoder", "is_decoder",
+            "initializer_cutoff_factor", "embedding_dropout", "mlp_dropout", "decoder_bias", "classifier_pooling",
+            "classifier_bias", "classifier_activation", "deterministic_flash_attn", "sparse_prediction",
+            "sparse_pred_ignore_index", "repad_logits_with_grad", "reference_compile", "final_logit_softcapping",
+            "cache_implementation", "_sliding_window_pattern",
             "diversity_penalty", "early_stopping", "encoder_no_repeat_ngram_size", "length_penalty", "no_repeat_ngram_size",
             "num_beam_groups", "num_return_sequences", "remove_invalid_values", "tf_legacy_loss", "typical_p",
         }
@@ -47,6 +55,13 @@ CONFIG_FIELDS = FieldList(
     },
 )  # fmt: skip
 
+# Names of activations in configs, and in `layers.ACTIVATIONS`.
+ACTIVATION_NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
+        "relu": "relu",
+    }
+)  # fmt: skip
 # Any of these keys in a config marks a mixture of experts.
 MOE_KEYS = frozenset({"num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size"})
 
@@ -56,8 +71,14 @@ ROPE_SCALING_KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "default": (),
         "linear": ("factor",),
         "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+        "yarn": ("factor", "original_max_position_embeddings"),
     }
 )
+# Scaling parameters that a `rope_type` may have besides.
+OPTIONAL_ROPE_KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")}
+)
+LAYER_TYPES = ("full_attention", "sliding_attention")
 ROPE_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")  # allowed with every `rope_type`
 # Limits far above any model, so that a wrong config is refused before memory is allocated.
 MAX_LAYERS = MAX_HEADS = MAX_HEAD_WIDTH = 2**12
@@ -75,36 +96,78 @@ def parse_hf_config(config: Mapping[str, Any], where: str) -> DecoderConfig:
         UserError: The family or a feature is not supported, or a value is missing or invalid.
     """
     family = _find_family(config, where)
-    CONFIG_FIELDS.check(config, where)
-    _check_mask(config, where)
+    get_config_fields(family).check(config, where)
+    if family.mask_field == "is_causal":
+        _check_mask(config, where)
     config = {**family.defaults, **config}
     fields = Fields(config, where)
-    if config.get("hidden_act", "silu") != "silu" or fields.boolean("mlp_bias"):
+    heads, kv_heads, head_width = _read_heads(config, family, where)
+    read = {
+        "family": str(config["model_type"]),
+        "vocab_size": fields.integer("vocab_size", maximum=MAX_VOCAB_SIZE),
+        "width": fields.integer("hidden_size", maximum=MAX_WIDTH),
+        "layers": fields.integer("num_hidden_layers", maximum=MAX_LAYERS),
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_width": head_width,
+        "mlp_width": fields.integer("intermediate_size", maximum=MAX_WIDTH),
+        "activation": _read_activation(config, family, where),
+        "mlp_bias": fields.boolean("mlp_bias"),
+        "norm_epsilon": fields.positive_number(family.get_key("rms_norm_eps"), 1e-6),
+        "qkv_bias": fields.boolean("attention_bias"),
+        "out_bias": fields.boolean("attention_bias"),
+        "windows": _read_windows(config, family, where),
+        "tie_embeddings": fields.boolean("tie_word_embeddings"),
+        **_read_positions(config, family, where),
+        **_read_scales(config, where),
+    }
+    return DecoderConfig(**{**read, **family.options})
+
+
+def get_config_fields(family: Family) -> FieldList:
+    """Return how each field of the configs of a family is handled."""
+    return dataclasses.replace(CONFIG_FIELDS, refused={**CONFIG_FIELDS.refused, **family.refused})
+
+
+def _read_scales(config: Mapping[str, Any], where: str) -> dict[str, float]:
+    """Return the fields of `DecoderConfig` for scaled embeddings and scores, which only Gemma has."""
+    if "query_pre_attn_scalar" not in config:
+        return {}
+    fields = Fields(config, where)
+    scores = fields.positive_number("query_pre_attn_scalar") ** -0.5
+    return {"embedding_scale": fields.integer("hidden_size", maximum=MAX_WIDTH) ** 0.5, "query_scale": scores}
+
+
+def _read_activation(config: Mapping[str, Any], family: Family, where: str) -> str:
+    """Return the name in `ACTIVATIONS` of the activation that a config names."""
+    key = family.get_key("hidden_act")
+    name = Fields(config, where).string(key, "silu")
+    if name not in ACTIVATION_NAMES:
         raise UserError(
-            f"{where}: the feed-forward layers are not supported (found hidden_act {config.get('hidden_act', 'silu')!r:.60} "
-            f"and mlp_bias {fields.boolean('mlp_bias')}; expected hidden_act silu and no mlp_bias). Use another base."
+            f"{where}: {key} {name[:60]!r} is not supported (expected {', '.join(ACTIVATION_NAMES)}). Use another base."
         )
-    rope = _read_rope(config, where)
-    heads, kv_heads, head_width = _read_heads(config, where)
-    return DecoderConfig(
-        family=str(config["model_type"]),
-        vocab_size=fields.integer("vocab_size", maximum=MAX_VOCAB_SIZE),
-        width=fields.integer("hidden_size", maximum=MAX_WIDTH),
-        layers=fields.integer("num_hidden_layers", maximum=MAX_LAYERS),
-        heads=heads,
-        kv_heads=kv_heads,
-        head_width=head_width,
-        mlp_width=fields.integer("intermediate_size", maximum=MAX_WIDTH),
-        norm_epsilon=fields.positive_number("rms_norm_eps", 1e-6),
-        rope_theta=rope.pop("rope_theta"),
-        rope_scaling=tuple(sorted(rope.items())),
-        qkv_bias=family.qkv_bias or fields.boolean("attention_bias"),
-        out_bias=fields.boolean("attention_bias"),
-        qk_norm=family.qk_norm,
-        windows=_read_windows(config, family, where),
-        tie_embeddings=fields.boolean("tie_word_embeddings"),
-        max_positions=fields.integer("max_position_embeddings"),
-    )
+    return ACTIVATION_NAMES[name]
+
+
+def _read_positions(config: Mapping[str, Any], family: Family, where: str) -> dict[str, Any]:
+    """Return the fields of `DecoderConfig` for positions and token types."""
+    fields = Fields(config, where)
+    positions = fields.integer("max_position_embeddings")
+    if family.options.get("position_kind") != "learned":
+        local_theta = _read_local_theta(config, family, where)
+        rope = _read_rope(_select_full_rope(config, family), where)
+        theta = rope.pop("rope_theta")
+        scaling = tuple(sorted(rope.items()))
+        return {"max_positions": positions, "rope_theta": theta, "rope_scaling": scaling, "local_rope_theta": local_theta}
+    # RoBERTa's first position follows the row of the padding token. BERT's is row 0.
+    offset = 1 + fields.integer("pad_token_id", minimum=0) if family.has_offset_positions else 0
+    if positions <= offset:
+        raise UserError(
+            f"{where}: max_position_embeddings {positions} leaves no position after that of pad_token_id, {offset - 1}. "
+            "Correct one of them."
+        )
+    token_types = fields.integer("type_vocab_size", minimum=0, maximum=MAX_VOCAB_SIZE)
+    return {"max_positions": positions - offset, "position_offset": offset, "token_types": token_types}
 
 
 def _check_mask(config: Mapping[str, Any], where: str) -> None:
@@ -134,7 +197,32 @@ def _find_family(config: Mapping[str, Any], where: str) -> Family:
     )
 
 
-def _read_heads(config: Mapping[str, Any], where: str) -> tuple[int, int, int]:
+def _select_full_rope(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """Return the config with the rotary positions of layers without a window under the keys that Llama has for all layers."""
+    if "local_rope_theta" not in family.keys:
+        return dict(config)
+    by_kind = config.get("rope_parameters") or {}
+    theta = config[family.get_key("rope_theta")]
+    return {**config, "rope_parameters": by_kind.get("full_attention"), "rope_theta": theta}
+
+
+def _read_local_theta(config: Mapping[str, Any], family: Family, where: str) -> float | None:
+    """Return the rotary base of layers with a window; None where all layers have the same."""
+    if "local_rope_theta" not in family.keys:
+        return None
+    key = family.keys["local_rope_theta"]
+    by_kind = Fields(config, where).mapping("rope_parameters", {})
+    if unknown := sorted(by_kind.keys() - {"full_attention", "sliding_attention"}):
+        raise UserError(
+            f"{where}: rope_parameters has {unknown[0]} (expected full_attention and sliding_attention). Correct it."
+        )
+    local = Fields(by_kind, f"{where}: rope_parameters").mapping("sliding_attention", {})
+    fields = Fields(local, f"{where}: rope_parameters: sliding_attention")
+    fields.choice("rope_type", ("default",), "default")
+    return fields.positive_number("rope_theta", Fields(config, where).positive_number(key))
+
+
+def _read_heads(config: Mapping[str, Any], family: Family, where: str) -> tuple[int, int, int]:
     """Return the number of query heads, the number of key-value heads and the head width, checked against each other."""
     fields = Fields(config, where)
     heads = fields.integer("num_attention_heads", maximum=MAX_HEADS)
@@ -147,7 +235,7 @@ def _read_heads(config: Mapping[str, Any], where: str) -> tuple[int, int, int]:
         raise UserError(
             f"{where}: num_attention_heads {heads} is not divisible by num_key_value_heads {kv_heads}. Correct one of them."
         )
-    if head_width % 2:
+    if head_width % 2 and family.options.get("position_kind") != "learned":
         raise UserError(f"{where}: the head width is {head_width} (expected an even number, for rotary positions). Correct it.")
     return heads, kv_heads, head_width
 
@@ -182,31 +270,49 @@ def _parse_rope(config: Mapping[str, Any], key: str, where: str) -> dict[str, An
         raise UserError(f"{where}: {key}: rotary positions by kind of layer are not supported ({nested[0]}). Use another base.")
     if rope.get("partial_rotary_factor") not in (None, 1):
         raise UserError(f"{where}: {key}: partial_rotary_factor is not supported (expected 1). Use another base.")
-    if unread := sorted(rope.keys() - {*ROPE_KEYS, *ROPE_SCALING_KEYS[kind]}):
+    optional_keys = OPTIONAL_ROPE_KEYS.get(kind, ())
+    switches = ("truncate",) if kind == "yarn" else ()
+    if unread := sorted(rope.keys() - {*ROPE_KEYS, *ROPE_SCALING_KEYS[kind], *optional_keys, *switches}):
         log_once(
             f"{where}: {key}: {', '.join(unread)[:200]} of rope_type {kind} {'is' if len(unread) == 1 else 'are'} not read"
         )
     if rope.get("rope_theta") is not None and config.get("rope_theta") not in (None, rope["rope_theta"]):
         log_once(f"{where}: rope_theta beside {key} is not read, as in transformers: {key} has another one")
     theta = fields.positive_number("rope_theta", Fields(config, where).positive_number("rope_theta", 10_000.0))
-    numbers = {name: fields.positive_number(name) for name in ROPE_SCALING_KEYS[kind]}
+    defaults = {"original_max_position_embeddings": config.get("max_position_embeddings")} if kind == "yarn" else {}
+    numbers = {name: fields.positive_number(name, defaults.get(name)) for name in ROPE_SCALING_KEYS[kind]}
+    numbers |= {name: fields.positive_number(name) for name in optional_keys if rope.get(name) is not None}
+    flags = {name: False for name in switches if not fields.boolean(name, True)}
     if kind == "llama3" and numbers["high_freq_factor"] <= numbers["low_freq_factor"]:
         raise UserError(
             f"{where}: {key}: high_freq_factor is not above low_freq_factor (found {numbers['high_freq_factor']} and "
             f"{numbers['low_freq_factor']}). Correct them."
         )
-    return {"rope_type": kind, "rope_theta": theta, **numbers}
+    return {"rope_type": kind, "rope_theta": theta, **numbers, **flags}
 
 
 def _read_windows(config: Mapping[str, Any], family: Family, where: str) -> tuple[int | None, ...]:
     """Return the sliding window of each layer, with None for layers without one."""
     fields = Fields(config, where)
     layers = fields.integer("num_hidden_layers", maximum=MAX_LAYERS)
+    if family.window == "grouped":
+        return _read_grouped_windows(config, family, where)
     is_off = family.window == "never" or (family.window == "switched" and not fields.boolean("use_sliding_window"))
     if is_off or config.get("sliding_window", 4096) is None:
         return (None,) * layers
     window = fields.integer("sliding_window", 4096)
     kinds = ["sliding_attention"] * layers if family.window == "always" else _read_layer_types(config, layers, where)
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _read_grouped_windows(config: Mapping[str, Any], family: Family, where: str) -> tuple[int | None, ...]:
+    """Return the sliding window of each layer of a family in which one layer of each group has none."""
+    fields = Fields(config, where)
+    layers = fields.integer("num_hidden_layers", maximum=MAX_LAYERS)
+    window, group = fields.integer(family.get_key("sliding_window")), fields.integer(family.get_key("layer_group"))
+    kinds = [LAYER_TYPES[i % group != family.full_layer % group] for i in range(layers)]
+    if config.get("layer_types"):
+        kinds = _read_layer_types(config, layers, where)
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
@@ -217,12 +323,11 @@ def _read_layer_types(config: Mapping[str, Any], layers: int, where: str) -> lis
     the others a sliding window.
     """
     layer_types = config.get("layer_types")
-    known = ("full_attention", "sliding_attention")
     if not layer_types:
         full_layers = Fields(config, where).integer("max_window_layers", 28, minimum=0)
-        return [known[i >= full_layers] for i in range(layers)]
-    if not isinstance(layer_types, list) or len(layer_types) < layers or any(kind not in known for kind in layer_types):
+        return [LAYER_TYPES[i >= full_layers] for i in range(layers)]
+    if not isinstance(layer_types, list) or len(layer_types) < layers or any(kind not in LAYER_TYPES for kind in layer_types):
         raise UserError(
-            f"{where}: layer_types is invalid (expected a list of {layers}, each {' or '.join(known)}). Correct it."
+            f"{where}: layer_types is invalid (expected a list of {layers}, each {' or '.join(LAYER_TYPES)}). Correct it."
         )
     return layer_types[:layers]

@@ -119,15 +119,17 @@ class PlatformKernel:
         platforms: Platforms as JAX names them.
         attend: Function with the arguments of `attend_einsum`.
         describe_limit: Function (q, mask, window) that returns a phrase for what is not supported, or an empty string.
+        needs_static_window: Whether the window must be a Python value. Layers with different ones then compile a kernel each.
     """
 
     platforms: tuple[str, ...]
     attend: Callable[..., jax.Array]
     describe_limit: Callable[..., str]
+    needs_static_window: bool = False
 
 
 PLATFORM_KERNELS = {
-    "splash": PlatformKernel(("tpu", "cpu"), attend_splash, describe_splash_limit),
+    "splash": PlatformKernel(("tpu", "cpu"), attend_splash, describe_splash_limit, needs_static_window=True),
     "cudnn": PlatformKernel(("gpu",), attend_cudnn, describe_cudnn_limit),
 }
 # The kernel that `auto` picks on each platform. On others it picks einsum.
@@ -139,7 +141,7 @@ def resolve_kernel(name: str) -> str:
     return DEFAULT_KERNELS.get(target_platform(), "einsum") if name == "auto" else name
 
 
-def pick_kernel(name: str, shards: int) -> Callable[..., jax.Array]:
+def pick_kernel(name: str, shards: int, windows: tuple[int, ...] = ()) -> Callable[..., jax.Array]:
     """Return the attention function of a config's `attention_kernel`, with the arguments of `attend_einsum`.
 
     Where the kernel does not support the attention, the function falls back to `attend_einsum` and logs one warning.
@@ -147,6 +149,7 @@ def pick_kernel(name: str, shards: int) -> Callable[..., jax.Array]:
     Args:
         name: auto, einsum, rows, splash or cudnn.
         shards: Number of equal parts in which the rows are split over devices.
+        windows: The values that a window in an array can have.
 
     Raises:
         UserError: The kernel does not run on this platform.
@@ -169,6 +172,11 @@ def pick_kernel(name: str, shards: int) -> Callable[..., jax.Array]:
         limit = kernel.describe_limit(q, mask, window)
         if limit:
             log_once(f"attention kernel {name} does not support {limit}; einsum is used instead")
-        return (attend_einsum if limit else kernel.attend)(q, k, v, token_info, mask, window)
+            return attend_einsum(q, k, v, token_info, mask, window)
+        if isinstance(window, jax.Array) and kernel.needs_static_window:
+            # One kernel for each window, of which each layer runs its own.
+            branches = [functools.partial(kernel.attend, mask=mask, window=value) for value in windows]
+            return jax.lax.switch(jnp.argmax(jnp.array(windows) == window), branches, q, k, v, token_info)
+        return kernel.attend(q, k, v, token_info, mask, window)
 
     return attend_or_fall_back

@@ -1,4 +1,4 @@
-"""Layers of a decoder: projections, norms, the gated MLP, rotary positions.
+"""Layers of a transformer: projections, norms, the MLP, rotary positions.
 
 Projections work on arrays [R * T, width], because matmuls of two-dimensional arrays are fastest on CPUs.
 
@@ -9,8 +9,10 @@ Parameters declare logical axes; `jaxembed.devices.mesh` maps them to the mesh.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import flax.linen as nn
@@ -90,18 +92,26 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Computes x / rms(x) * scale over the last axis (Zhang and Sennrich 2019, arXiv:1910.07467), in at least float32."""
+    """Computes x / rms(x) * (offset + scale) over the last axis (Zhang and Sennrich 2019, arXiv:1910.07467), in float32.
+
+    Attributes:
+        epsilon: Epsilon of the norm.
+        dtype: Dtype of the output.
+        offset: 0, or 1 where the scale is stored as its difference from 1, as in Gemma.
+    """
 
     epsilon: float
     dtype: Any
+    offset: int = 0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalize the last axis. The output has dtype `dtype`."""
-        scale = self.param("scale", nn.with_partitioning(nn.initializers.ones, ("channel",)), (x.shape[-1],))
+        init = nn.initializers.zeros if self.offset else nn.initializers.ones
+        scale = self.param("scale", nn.with_partitioning(init, ("channel",)), (x.shape[-1],))
         wide = promote_to_float32(x)
         wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
-        return (scale * wide).astype(self.dtype)
+        return ((self.offset + scale if self.offset else scale) * wide).astype(self.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -109,6 +119,7 @@ class LayerNorm(nn.Module):
 
     dtype: Any
     epsilon: float = 1e-5
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -117,25 +128,70 @@ class LayerNorm(nn.Module):
             self.epsilon,
             scale_init=nn.with_partitioning(nn.initializers.ones, ("channel",)),
             bias_init=nn.with_partitioning(nn.initializers.zeros, ("channel",)),
+            use_bias=self.use_bias,
             use_fast_variance=False,
         )
         nn.share_scope(self, norm)
         return norm(promote_to_float32(x)).astype(self.dtype)
 
 
-class GatedMLP(nn.Module):
-    """Computes down(silu(gate(x)) * up(x)), the SwiGLU of Shazeer 2020 (arXiv:2002.05202)."""
+def make_norm(kind: str, epsilon: float, dtype: Any, name: str) -> nn.Module:
+    """Build the norm of a kind (`DecoderConfig.norm`).
+
+    Args:
+        kind: "rms", "rms_offset" (the scale is stored as its difference from 1), "layer", or "layer_unbiased".
+        epsilon: Epsilon of the norm.
+        dtype: Dtype of the output.
+        name: Key of the module in the parameter tree.
+    """
+    if kind.startswith("rms"):
+        return RMSNorm(epsilon, dtype, offset=int(kind == "rms_offset"), name=name)
+    return LayerNorm(dtype, epsilon, use_bias=kind == "layer", name=name)
+
+
+ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = MappingProxyType(
+    {
+        "silu": nn.silu,
+        "gelu": functools.partial(nn.gelu, approximate=False),
+        "gelu_tanh": functools.partial(nn.gelu, approximate=True),
+        "relu": nn.relu,
+    }
+)
+
+
+class MLP(nn.Module):
+    """Computes down(activation(up(x))), or down(activation(gate(x)) * up(x)) if gated (GLU, Shazeer 2020, arXiv:2002.05202).
+
+    Attributes:
+        hidden_width: Width F of the hidden layer.
+        dtype: Dtype of the computation.
+        activation: Key of `ACTIVATIONS`.
+        is_gated: Whether there is a gate.
+        use_bias: Whether the projections have a bias.
+        lora: Adapters of the projections, if any.
+    """
 
     hidden_width: int
     dtype: Any
+    activation: str = "silu"
+    is_gated: bool = True
+    use_bias: bool = False
     lora: LoraConfig | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "tokens d"]) -> Float[Array, "tokens d"]:
         """Map each token independently."""
-        gate = Linear(self.hidden_width, ("embed", "mlp"), self.dtype, lora=self.lora, name="gate")(x)
-        up = Linear(self.hidden_width, ("embed", "mlp"), self.dtype, lora=self.lora, name="up")(x)
-        return Linear(x.shape[-1], ("mlp", "embed"), self.dtype, lora=self.lora, name="down")(nn.silu(gate) * up)
+
+        def project(name: str, y: jax.Array, features: int, axes: tuple[str, str]) -> jax.Array:
+            return Linear(features, axes, self.dtype, self.use_bias, lora=self.lora, name=name)(y)
+
+        activate, axes = ACTIVATIONS[self.activation], ("embed", "mlp")
+        if self.is_gated:
+            gate = project("gate", x, self.hidden_width, axes)
+            hidden = activate(gate) * project("up", x, self.hidden_width, axes)
+        else:
+            hidden = activate(project("up", x, self.hidden_width, axes))
+        return project("down", hidden, x.shape[-1], ("mlp", "embed"))
 
 
 def compute_rope_frequencies(head_width: int, theta: float, scaling: Mapping[str, Any]) -> jax.Array:
@@ -144,8 +200,9 @@ def compute_rope_frequencies(head_width: int, theta: float, scaling: Mapping[str
     Args:
         head_width: Width H of a head.
         theta: Base of the geometric series of frequencies.
-        scaling: Scaling as in Hugging Face configs. `rope_type` is "default", "linear" (with `factor`) or "llama3" (with
-            `factor`, `low_freq_factor`, `high_freq_factor` and `original_max_position_embeddings`).
+        scaling: Scaling as in Hugging Face configs. `rope_type` is "default", "linear" (with `factor`), "llama3" (with
+            `factor`, `low_freq_factor`, `high_freq_factor` and `original_max_position_embeddings`) or "yarn" (with `factor`
+            and `original_max_position_embeddings`, and options).
     """
     # Pair i rotates by theta^(-2i / H) per position: short wavelengths come first, long ones last.
     frequencies = 1.0 / theta ** (jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
@@ -154,6 +211,8 @@ def compute_rope_frequencies(head_width: int, theta: float, scaling: Mapping[str
         return frequencies / scaling["factor"]
     if kind == "llama3":
         return _scale_frequencies_llama3(frequencies, scaling)
+    if kind == "yarn":
+        return _scale_frequencies_yarn(frequencies, theta, scaling)
     return frequencies
 
 
@@ -168,6 +227,43 @@ def _scale_frequencies_llama3(frequencies: jax.Array, scaling: Mapping[str, Any]
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     unscaled_weight = jnp.clip((rotations - low) / (high - low), 0.0, 1.0)
     return frequencies * (unscaled_weight + (1 - unscaled_weight) / scaling["factor"])
+
+
+def _scale_frequencies_yarn(frequencies: jax.Array, theta: float, scaling: Mapping[str, Any]) -> jax.Array:
+    """Scale frequencies as YaRN does (Peng et al. 2023, arXiv:2309.00071, section 3.2), like Hugging Face.
+
+    Pairs with fewer than `beta_slow` rotations over the original context are interpolated (divided by `factor`), those with
+    more than `beta_fast` stay, and those between are mixed.
+    """
+    pairs = len(frequencies)
+
+    def find_pair(rotations: float) -> float:
+        """Return the index of the pair with so many rotations over the original context."""
+        wavelength = scaling["original_max_position_embeddings"] / (rotations * 2 * math.pi)
+        return pairs * math.log(wavelength) / math.log(theta)
+
+    first, last = find_pair(scaling.get("beta_fast", 32)), find_pair(scaling.get("beta_slow", 1))
+    if scaling.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 2 * pairs - 1)
+    width = last - first or 0.001
+    interpolated_weight = jnp.clip((jnp.arange(pairs, dtype=frequencies.dtype) - first) / width, 0.0, 1.0)
+    return frequencies * (1 - interpolated_weight + interpolated_weight / scaling["factor"])
+
+
+def compute_rope_magnitude(scaling: Mapping[str, Any]) -> float:
+    """Return the factor of cosines and sines: 1, or YaRN's `attention_factor` (its equation 22)."""
+    if scaling.get("rope_type") != "yarn":
+        return 1.0
+
+    def grow(weight: float) -> float:
+        return 0.1 * weight * math.log(max(scaling["factor"], 1.0)) + 1.0
+
+    if "attention_factor" in scaling:
+        return float(scaling["attention_factor"])
+    if "mscale" in scaling and "mscale_all_dim" in scaling:
+        return grow(scaling["mscale"]) / grow(scaling["mscale_all_dim"])
+    return grow(1.0)
 
 
 def build_rope_table(

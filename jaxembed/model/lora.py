@@ -21,6 +21,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxembed.config import LoraConfig
+from jaxembed.errors import UserError
+from jaxembed.model.families import DecoderConfig
 from jaxembed.model.quantization import dequantize
 
 # Projections that may have adapters: their names in PEFT, and in our parameter tree.
@@ -34,6 +36,19 @@ ADAPTER_STATE = "adapters"  # key of the optimizer state that is separate for ea
 def has_adapter(lora: LoraConfig | None, projection: str | None) -> bool:
     """Return whether a projection has an adapter, given its name in our parameter tree."""
     return lora is not None and projection in {TARGET_PROJECTIONS[target] for target in lora.targets}
+
+
+def check_targets_exist(lora: LoraConfig | None, decoder: DecoderConfig) -> None:
+    """Check that a decoder has projections for adapters. Targets that it lacks are left out, such as the gate of BERT.
+
+    Raises:
+        UserError: It has none of the targets.
+    """
+    if lora is not None and not decoder.gated_mlp and set(lora.targets) == {"gate_proj"}:
+        raise UserError(
+            f"model.lora.targets: {decoder.family} has no gate_proj (expected some of "
+            f"{', '.join(target for target in TARGET_PROJECTIONS if target != 'gate_proj')}). Choose others."
+        )
 
 
 def select_kernel_dtype(lora: LoraConfig | None) -> jnp.dtype:

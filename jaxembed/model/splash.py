@@ -23,12 +23,10 @@ TPU_LANES = 128  # a block of tokens must be a multiple of this
 BLOCK_SIZES = (4 * TPU_LANES, 3 * TPU_LANES, 2 * TPU_LANES, TPU_LANES)
 
 
-def describe_splash_limit(q: Float[Array, "r t n h"], mask: Mask, window: jax.Array | int | None) -> str:
+def describe_splash_limit(q: Float[Array, "r t n h"], mask: Mask, window: object) -> str:
     """Return a phrase for the feature of this attention that splash does not support, or an empty string."""
     if mask not in (CAUSAL, BIDIRECTIONAL):
         return "a mask that treats instructions differently"
-    if isinstance(window, jax.Array):
-        return "windows that differ between layers"
     return f"{q.dtype.name} numbers" if q.dtype.itemsize > 4 else ""
 
 
@@ -83,7 +81,7 @@ def _attend_local(
 def _make_static_mask(mask: Mask, window: int | None, tokens: int) -> masks.Mask:
     """Return the library's mask of a row with one text; windows are counted as in `Mask.allows`."""
     shape = (tokens, tokens)
-    if window is None:
+    if window is None or window >= tokens:
         return masks.CausalMask(shape) if mask == CAUSAL else masks.FullMask(shape)
     return masks.LocalMask(shape, (window - 1, 0) if mask == CAUSAL else (window, window), offset=0)
 

@@ -35,6 +35,7 @@ from jaxembed.hub.text_tokenizer import build_text_tokenizer
 from jaxembed.losses.objectives import Objectives
 from jaxembed.model.decoder import ComputeOptions
 from jaxembed.model.embedder import EmbeddingModel
+from jaxembed.model.lora import check_targets_exist
 from jaxembed.search.bm25 import check_bm25_installed
 from jaxembed.training.loggers import check_loggers_installed
 from jaxembed.training.run_dir import check_run_dir, create_run_dir, read_run_file
@@ -114,6 +115,7 @@ def open_run(config: Config, mesh: Mesh, lock: RunLock | None = None) -> OpenedR
     logical_axis_table(mesh, base.decoder.axis_sizes)
     if config.model.lora is not None and not base.has_weights:
         raise UserError(f"model.lora: {base.name} has no weights to adapt. Name a base that has weights, or remove model.lora.")
+    check_targets_exist(config.model.lora, base.decoder)
     spec = _resolve_spec(config, base, None if lock is None else read_recorded_spec(Path(config.run.dir)))
     model = EmbeddingModel(base.decoder, spec, _build_compute_options(config), config.model.lora)
     shards = all_shards(shard_count(mesh)) if lock is None else local_shards(mesh)
@@ -166,6 +168,15 @@ def _resolve_spec(config: Config, base: Base, recorded: EmbeddingSpec | None) ->
     instructions: dict[str, tuple[str, str]] = {}
     for stage in config.stages:
         instructions |= stage.data.first_instructions()
+    if instructions and spec.fixed_prompts:
+        if spec.prompts:
+            shown = ", ".join(f"{name} {prompt!r}" for name, prompt in spec.prompts.items())
+            raise UserError(
+                f"data.sources: {base.name} reads no instructions, because every text has the prompt of its side (found "
+                f"instructions of {next(iter(instructions))}; its prompts are {shown}). Remove them, or set "
+                "model.instruction_template."
+            )
+        spec = spec.replace(fixed_prompts=False)
     return spec.with_prompts(instructions)
 
 

@@ -6,10 +6,12 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from jaxembed.config import Config
 from jaxembed.errors import UserError
 from jaxembed.evaluation.bootstrap import compute_standard_error
-from jaxembed.evaluation.heldout import HeldOutSet, RetrievalSet, SetScores, score_set, select_training_scores
+from jaxembed.evaluation.heldout import HeldOutSet, RetrievalSet, SetScores, TextInput, select_training_scores
 from jaxembed.hub.embedder import Embedder
 from jaxembed.model.lora import pick_adapter
 from jaxembed.training.step import TrainState
@@ -29,6 +31,12 @@ def with_adapter(encoder: Embedder, params: Any, adapter: str) -> Embedder:
     return encoder.with_params(pick_adapter(params, names.index(adapter) if names else None))
 
 
+def encode_input(encoder: Embedder, text_input: TextInput) -> np.ndarray:
+    """Encode texts of a held-out set under the prompt of their instruction, or of their side."""
+    prompt = encoder.spec.prompt(text_input.instruction, side=text_input.side)
+    return encoder.encode(text_input.texts, prompt=prompt)
+
+
 ScoreSets = Callable[[Any], Mapping[str, SetScores]]  # all parameters -> scores by name of the set
 
 
@@ -36,10 +44,12 @@ def make_set_scorer(encoder: Embedder, held_out: Sequence[HeldOutSet]) -> ScoreS
     """Return a function from all parameters to the scores of every set, each under its own adapter."""
 
     def score_sets(params: Any) -> dict[str, SetScores]:
-        return {
-            held_out_set.config.name: score_set(held_out_set, with_adapter(encoder, params, held_out_set.config.adapter).encode)
-            for held_out_set in held_out
-        }
+        scores = {}
+        for held_out_set in held_out:
+            adapted = with_adapter(encoder, params, held_out_set.config.adapter)
+            vectors = [encode_input(adapted, text_input) for text_input in held_out_set.inputs]
+            scores[held_out_set.config.name] = held_out_set.score(vectors)
+        return scores
 
     return score_sets
 

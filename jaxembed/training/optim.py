@@ -11,7 +11,7 @@ from jaxembed.config import OptimConfig
 from jaxembed.model.lora import ADAPTER_PARAMS, ADAPTER_STATE
 
 # Last names of parameters. Weight decay applies to matrices, not to norm scales and biases.
-DECAYED_PARAMS = frozenset({"kernel", "embedding", "latents", "lora_a", "lora_b"})
+DECAYED_PARAMS = frozenset({"kernel", "embedding", "positions", "token_types", "latents", "lora_a", "lora_b"})
 UNDECAYED_PARAMS = frozenset({"scale", "bias", "log_scale"})
 
 

@@ -12,7 +12,16 @@ import numpy as np
 
 from jaxembed.config.model import AttentionKind, PoolingKind
 from jaxembed.config.spec import EmbeddingSpec
-from jaxembed.data.tokenize import TextTokenizer, TokenizedTexts, drop_eos, ends_with_eos, set_special_tokens, starts_with_bos
+from jaxembed.data.tokenize import (
+    TextTokenizer,
+    TokenizedTexts,
+    drop_eos,
+    ends_with_eos,
+    find_end_token,
+    find_start_token,
+    set_special_tokens,
+    starts_with_bos,
+)
 from jaxembed.hub.embedder import Embedder
 from jaxembed.model.families import DecoderConfig
 
@@ -169,10 +178,10 @@ def list_token_variants(embedder: Embedder) -> list[TokenVariant]:
 def _iter_special_token_variants(own: TokenVariant) -> Iterator[TokenVariant]:
     """Yield every combination of BOS and EOS that is missing, or there once too often."""
     tokenizer, spec = own.tokenizer.hf_tokenizer, own.tokenizer.spec
-    bos, eos = (tokenizer.bos_token, tokenizer.bos_token_id), (tokenizer.eos_token, tokenizer.eos_token_id)
+    bos, eos = find_start_token(tokenizer), find_end_token(tokenizer)
     own_counts = int(starts_with_bos(tokenizer)), int(ends_with_eos(tokenizer))
     possible = [
-        [own_count, *({0, 1, own_count + 1} - {own_count})] if token[1] is not None else [0]
+        [own_count, *({0, 1, own_count + 1} - {own_count})] if token is not None else [0]
         for token, own_count in zip((bos, eos), own_counts, strict=True)
     ]
     for counts in itertools.product(*possible):
@@ -184,7 +193,8 @@ def _iter_special_token_variants(own: TokenVariant) -> Iterator[TokenVariant]:
             if count != own_count
         )
         changed = copy.deepcopy(tokenizer)
-        set_special_tokens(changed, [bos] * counts[0], [eos] * counts[1])
+        first, last = ([token] * count if token else [] for token, count in zip((bos, eos), counts, strict=True))
+        set_special_tokens(changed, first, last)
         yield TokenVariant(changes, TextTokenizer(changed, spec))
 
 

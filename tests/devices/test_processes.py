@@ -197,7 +197,7 @@ def sample():
 def load(folder):
     config = parse_hf_config(json.loads((folder / "config.json").read_text()), str(folder))
     trees = shapes_and_shardings(EmbeddingModel(config, EmbeddingSpec()), make_mesh(1, 2))
-    return load_params(folder, config.layers, *({"decoder": tree["decoder"]} for tree in trees))
+    return load_params(folder, config, *({"decoder": tree["decoder"]} for tree in trees))
 
 big, small = map(Path, sys.argv[1:])
 with processes.process_group(100):

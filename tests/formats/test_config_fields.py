@@ -17,15 +17,17 @@ from jaxembed.config import field_lists
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.errors import UserError
 from jaxembed.model.families import FAMILIES
-from jaxembed.model.hf_config import CONFIG_FIELDS, parse_hf_config
+from jaxembed.model.hf_config import get_config_fields, parse_hf_config
 
 CONFIG_CLASSES = {
     "qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config, "mistral": transformers.MistralConfig,
-    "llama": transformers.LlamaConfig,
+    "llama": transformers.LlamaConfig, "bert": transformers.BertConfig, "roberta": transformers.RobertaConfig,
+    "xlm-roberta": transformers.XLMRobertaConfig, "gemma3_text": transformers.Gemma3TextConfig,
+    "modernbert": transformers.ModernBertConfig,
 }  # fmt: skip
 SIZES = {"vocab_size": 300, "hidden_size": 4096, "num_hidden_layers": 2, "num_attention_heads": 32, "intermediate_size": 48}
 LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10_000.0}
-YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10_000.0}
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10_000.0}
 PLAIN = {"rope_type": "default", "rope_theta": 10_000.0}
 
 
@@ -33,7 +35,7 @@ PLAIN = {"rope_type": "default", "rope_theta": 10_000.0}
 def test_every_field_of_the_installed_transformers_is_on_the_list(family: str) -> None:
     """A new field of transformers must be read, be refused, or be known to be harmless."""
     config = CONFIG_CLASSES[family]()
-    assert set(config.to_dict()) <= CONFIG_FIELDS.known
+    assert set(config.to_dict()) <= get_config_fields(FAMILIES[family]).known
     assert set(FAMILIES) == set(CONFIG_CLASSES)
 
 
@@ -74,13 +76,13 @@ def test_fields_that_change_the_decoder_are_refused(changes: dict[str, Any], mes
         (LINEAR, PLAIN, None),
         (LINEAR, {**LINEAR, "factor": 8.0}, None),
         (PLAIN, {**PLAIN, "rope_theta": 5.0}, None),
-        (PLAIN, YARN, None),
+        (PLAIN, DYNAMIC, None),
     ],
 )
 def test_contradicting_rope_is_refused(parameters: Any, scaling: Any, kind: str | None) -> None:
     config = {"model_type": "llama", **SIZES, "rope_parameters": parameters, "rope_scaling": scaling}
     if kind is None:
-        with pytest.raises(UserError, match=r"contradict each other|rope_type 'yarn' is not supported"):
+        with pytest.raises(UserError, match=r"contradict each other|rope_type 'dynamic' is not supported"):
             parse_hf_config(config, "config.json")
     else:
         assert dict(parse_hf_config(config, "config.json").rope_scaling)["rope_type"] == kind
@@ -99,6 +101,21 @@ def test_rope_said_twice_gives_the_vectors_of_transformers(tmp_path: Path) -> No
     expected = torch.nn.functional.normalize(hidden, dim=0).numpy()
     model, params = load_model(tmp_path, EmbeddingSpec(attention="causal"))
     np.testing.assert_allclose(encode_packed(model, params, *pack_texts([ids], 64))[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"is_decoder": True}, "is_decoder true is not supported"),
+        ({"position_embedding_type": "relative_key"}, "position_embedding_type 'relative_key' is not supported"),
+        ({"max_position_embeddings": 2}, "max_position_embeddings 2 leaves no position after that of pad_token_id, 1"),
+        ({"hidden_act": "quick_gelu"}, "hidden_act 'quick_gelu' is not supported"),
+        ({"type_vocab_size": -1}, "type_vocab_size is -1"),
+    ],
+)
+def test_fields_that_change_an_encoder_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"^config.json: .*{message}"):
+        parse_hf_config({"model_type": "xlm-roberta", **SIZES, **changes}, "config.json")
 
 
 def test_unknown_fields_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -35,14 +35,14 @@ class Evil(torch.nn.Module):
 
 
 @pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_bert_folder(tmp_path_factory.mktemp("bert"))
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_foreign_folder(tmp_path_factory.mktemp("foreign"))
 
 
 @pytest.fixture
-def folder(bert: Path, tmp_path: Path) -> Path:
+def folder(foreign: Path, tmp_path: Path) -> Path:
     """Write a folder with our pooling file, which used to make the whole folder trusted, and with evil code."""
-    shutil.copytree(bert, tmp_path / "model")
+    shutil.copytree(foreign, tmp_path / "model")
     shutil.copy(TOKEN_POOLING_FILE, tmp_path / "model")
     (tmp_path / "model" / "evil.py").write_text(EVIL_CODE.replace("MARKER", str(tmp_path / "imported")))
     return tmp_path / "model"
@@ -95,7 +95,7 @@ def test_code_of_a_folder_is_never_imported(folder: Path, tmp_path: Path, change
     message = r"Python code of its own|adapter_config"
     with pytest.raises(UserError, match=message):
         load_sentence_transformer(folder)
-    with pytest.raises(UserError, match=rf"{message}|model_type bert is not supported"):
+    with pytest.raises(UserError, match=rf"{message}|model_type distilbert is not supported"):
         load_encoder(str(folder), backend="sentence-transformers")
     with pytest.raises(UserError, match=message):
         open_frozen_encoder(str(folder), tmp_path)

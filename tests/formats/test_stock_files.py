@@ -112,12 +112,13 @@ def test_the_remaining_module_configs() -> None:
 
 
 def test_model_config_has_prompts_similarity_and_requirements() -> None:
-    causal = stock_files.build_model_config(EmbeddingSpec(attention="causal", prompts={"query": "q: "}))
+    causal = stock_files.build_model_config(EmbeddingSpec(attention="causal", prompts={"query": "q: "}), "qwen3")
     assert "requirements" not in causal
     assert (causal["prompts"], causal["default_prompt_name"]) == ({"query": "q: ", "document": ""}, None)
     assert (causal["similarity_fn_name"], causal["model_type"]) == ("cosine", "SentenceTransformer")
-    bidirectional = stock_files.build_model_config(EmbeddingSpec(plain_prompt="p: ", prompts={"document": "d: "}))
+    bidirectional = stock_files.build_model_config(EmbeddingSpec(plain_prompt="p: ", prompts={"document": "d: "}), "qwen3")
     assert bidirectional["requirements"]["transformers"]["specifier"] == ">=5.2"
+    assert "requirements" not in stock_files.build_model_config(EmbeddingSpec(), "bert"), "its class has the mask"
     assert bidirectional["prompts"] == {"query": "", "document": "d: ", "plain": "p: "}
     assert bidirectional["default_prompt_name"] == "plain"
 

@@ -54,8 +54,10 @@ def are_equal(a: Any, b: Any) -> bool:
 
 @pytest.mark.parametrize("family", tiny.CONFIGS)
 def test_saved_tensors_equal_the_loaded_ones(base_folder: FolderFixture, tmp_path: Path, family: str) -> None:
-    save_params(tmp_path / "model.safetensors", {"decoder": load_decoder(base_folder(family))}, {"decoder": ""}, lambda x: x)
-    original, saved = read_tensors(base_folder(family)), read_tensors(tmp_path)
+    params, family_name = {"decoder": load_decoder(base_folder(family))}, family.partition("-window")[0].partition("-mixed")[0]
+    save_params(tmp_path / "model.safetensors", params, {"decoder": ""}, lambda x: x, family_name)
+    original = {name: x for name, x in read_tensors(base_folder(family)).items() if not name.startswith("pooler.")}
+    saved = read_tensors(tmp_path)
     assert sorted(original) == sorted(saved)
     for name, tensor in original.items():
         assert saved[name].dtype == np.float32

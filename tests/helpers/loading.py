@@ -44,7 +44,7 @@ def load_model(
     mesh = make_mesh(devices) if isinstance(devices, int) else devices
     shardings = param_shardings(mesh, nn.get_partition_spec(boxed), logical_axis_table(mesh, config.axis_sizes))
     parts = [{"decoder": tree["decoder"]} for tree in (nn.unbox(boxed), shardings)]
-    loaded = flatten_dict(load_params(folder, config.layers, *parts))
+    loaded = flatten_dict(load_params(folder, config, *parts))
     absent = tuple((path, sharding) for path, sharding in flatten_dict(shardings).items() if path not in loaded)
     return model, unflatten_dict(loaded | draw_params(model, absent))
 

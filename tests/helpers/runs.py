@@ -23,9 +23,9 @@ from jaxembed.runs.train import train
 from jaxembed.training.metrics import Recorder, read_metrics
 
 
-def write_base_and_data(root: Path) -> Path:
-    """Write a base model, training pairs whose query and positive share words, and a held-out set of the same kind."""
-    tiny.write_folder(root / "base", "qwen3")
+def write_base_and_data(root: Path, family: str = "qwen3") -> Path:
+    """Write a base of a family, training pairs whose query and positive share words, and a held-out set of the same kind."""
+    tiny.write_folder(root / "base", family)
     rng = np.random.default_rng(0)
     letters = [chr(ord("a") + i) * 3 for i in range(26)]
     rows = []

@@ -23,6 +23,8 @@ SIZES: dict[str, Any] = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.2,
 }  # fmt: skip
+ENCODER_SIZES = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
+ENCODER_OPTIONS = {"max_position_embeddings": 64, "initializer_range": 0.2}
 CONFIGS = {
     "qwen2": lambda: transformers.Qwen2Config(**SIZES, tie_word_embeddings=True),
     "mistral": lambda: transformers.MistralConfig(**SIZES, head_dim=16, sliding_window=None),
@@ -38,7 +40,18 @@ CONFIGS = {
             "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
         },
     ),
+    "gemma3_text": lambda: transformers.Gemma3TextConfig(
+        **SIZES, head_dim=16, query_pre_attn_scalar=20, sliding_window=5,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "modernbert": lambda: transformers.ModernBertConfig(
+        **ENCODER_SIZES, local_attention=8, global_attn_every_n_layers=2, pad_token_id=2, bos_token_id=0, eos_token_id=1,
+        cls_token_id=0, sep_token_id=1,
+    ),
+    "bert": lambda: transformers.BertConfig(**ENCODER_SIZES, hidden_act="gelu"),
+    "xlm-roberta": lambda: transformers.XLMRobertaConfig(**ENCODER_SIZES, pad_token_id=2, hidden_act="gelu_new"),
 }  # fmt: skip
+ENCODERS = ("modernbert", "bert", "xlm-roberta")
 
 
 def build_tokenizer(
@@ -74,17 +87,27 @@ def build_qwen_tokenizer() -> transformers.PreTrainedTokenizerFast:
     return qwen_tokenizer
 
 
+def build_wordpiece_tokenizer() -> transformers.BertTokenizer:
+    """Build a BERT tokenizer of 77 entries that splits words into letters."""
+    letters = string.digits + string.ascii_lowercase
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    return transformers.BertTokenizer(vocab={token: i for i, token in enumerate(vocab)})
+
+
 def build_torch_model(family: str, seed: int = 0, causal: bool = True) -> torch.nn.Module:
     """Build a random model whose biases and norm scales are random too: a missing bias of zeros would not be noticed."""
     torch.manual_seed(seed)
     config = CONFIGS[family]()
-    config.is_causal = causal
+    if family == "gemma3_text":  # its constructor halves the window of a bidirectional mask
+        config = type(config).from_dict(config.to_dict() | {"use_bidirectional_attention": not causal})
+    elif family not in ENCODERS:
+        config.is_causal = causal
     model = transformers.AutoModel.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(0, 0.5)
-            elif "norm" in name:
+            elif "norm" in name.lower():
                 parameter.uniform_(0.5, 1.5)
     return model
 
@@ -97,22 +120,41 @@ def write_folder(path: Path, family: str = "qwen2", seed: int = 0, head: bool = 
         model = transformers.AutoModelForCausalLM.from_config(body.config)
         model.model.load_state_dict(body.state_dict())
     model.save_pretrained(path)
-    build_tokenizer(bos=family.startswith("mistral"), **tokenizer_options).save_pretrained(path)
+    build_family_tokenizer(family, **tokenizer_options).save_pretrained(path)
     return path
 
 
+def build_family_tokenizer(family: str, **options: Any) -> transformers.PreTrainedTokenizerFast:
+    """Build the tokenizer of a family: wordpiece for BERT, else byte-level BPE, for some with special tokens."""
+    if family == "bert":
+        return build_wordpiece_tokenizer()
+    tokenizer = build_tokenizer(bos=family.startswith("mistral"), **options)
+    if family in ("modernbert", "xlm-roberta"):
+        special_tokens = [("<s>", 0), ("</s>", 1)]
+        processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=special_tokens)
+        tokenizer.backend_tokenizer.post_processor = processor
+    return tokenizer
+
+
 def write_bert_folder(path: Path, prompts: dict[str, str] | None = None) -> Path:
-    """Write a sentence-transformers folder of an encoder, which the decoder cannot represent."""
+    """Write a sentence-transformers folder of a BERT."""
+    sizes = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return _write_encoder(path, transformers.BertConfig(vocab_size=77, **sizes, **ENCODER_OPTIONS), prompts)
+
+
+def write_foreign_folder(path: Path, prompts: dict[str, str] | None = None) -> Path:
+    """Write a sentence-transformers folder of a DistilBERT, a family that jaxembed does not support."""
+    sizes = {"dim": 24, "hidden_dim": 32, "n_layers": 2, "n_heads": 2}
+    return _write_encoder(path, transformers.DistilBertConfig(vocab_size=77, **sizes, **ENCODER_OPTIONS), prompts)
+
+
+def _write_encoder(path: Path, config: transformers.PretrainedConfig, prompts: dict[str, str] | None) -> Path:
     from sentence_transformers import SentenceTransformer  # slow to import, and few tests need it
     from sentence_transformers.sentence_transformer import modules
 
     torch.manual_seed(0)
-    letters = string.digits + string.ascii_lowercase
-    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
-    sizes = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = transformers.BertConfig(vocab_size=len(vocab), **sizes, max_position_embeddings=64, initializer_range=0.2)
-    transformers.BertModel(config).save_pretrained(path / "body")
-    transformers.BertTokenizer(vocab={token: i for i, token in enumerate(vocab)}).save_pretrained(path / "body")
+    transformers.AutoModel.from_config(config).save_pretrained(path / "body")
+    build_wordpiece_tokenizer().save_pretrained(path / "body")
     parts = [modules.Transformer(str(path / "body")), modules.Pooling(24, pooling_mode="cls")]
     model = SentenceTransformer(modules=parts, prompts=prompts, device="cpu")
     model.save(str(path / "model"), create_model_card=False)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+import jaxembed.hub.frozen_encoder
 from helpers import tiny
 from helpers.text_batches import draw_unit_vectors, make_batch
 from jaxembed import Embedder
@@ -31,7 +32,7 @@ from jaxembed.data.tokenize import TextTokenizer
 from jaxembed.devices.mesh import all_shards, make_mesh
 from jaxembed.devices.placement import put_batch
 from jaxembed.errors import UserError
-from jaxembed.hub.frozen_encoder import FrozenEncoder, open_frozen_encoder
+from jaxembed.hub.frozen_encoder import FrozenEncoder, hash_folder, open_frozen_encoder
 from jaxembed.hub.resolve import find_base
 from jaxembed.hub.spec_files import write_spec
 from jaxembed.losses.encoded import EncodedBatch
@@ -53,6 +54,11 @@ def own_folder(base_folder: Callable[[str], Path], tmp_path_factory: pytest.Temp
     shutil.copytree(base_folder("qwen3"), folder)
     write_spec(folder, EmbeddingSpec(max_length=64, instruction_template="Do {instruction}:", prompts=PROMPTS))
     return folder
+
+
+@pytest.fixture(scope="module")
+def foreign_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_foreign_folder(tmp_path_factory.mktemp("encoders") / "foreign", {"query": "ask: "})
 
 
 @pytest.fixture(scope="module")
@@ -87,19 +93,40 @@ def test_vectors_are_those_of_encode(own_folder: Path, encoder: FrozenEncoder) -
     assert np.abs(vectors[3] - vectors[4]).max() > 1e-3, "a text has different vectors as query and as document"
 
 
-def test_other_models_are_loaded_by_sentence_transformers(bert_folder: Path, tmp_path: Path) -> None:
+def assert_stock_vectors(model: FrozenEncoder, folder: Path) -> None:
+    """Check that a model gives the vectors of sentence-transformers, under the prompt of each side."""
     from sentence_transformers import SentenceTransformer
 
-    with pytest.raises(UserError, match="model_type bert is not supported"):
-        find_base(str(bert_folder))
-    model, calls = count_calls(open_frozen_encoder(str(bert_folder), tmp_path))
-    reference = SentenceTransformer(str(bert_folder), device="cpu")
-    vectors = model.encode(INPUTS)
-    for vector, (text, side, _) in zip(vectors, INPUTS, strict=True):
+    reference = SentenceTransformer(str(folder), device="cpu")
+    for vector, (text, side, _) in zip(model.encode(INPUTS), INPUTS, strict=True):
         expected = reference.encode(text, prompt="ask: " if side == "query" else "", normalize_embeddings=True)
-        np.testing.assert_allclose(vector, expected, atol=1e-6)
+        np.testing.assert_allclose(vector, expected, atol=1e-5)
+
+
+def test_other_models_are_loaded_by_sentence_transformers(foreign_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="model_type distilbert is not supported"):
+        find_base(str(foreign_folder))
+    model, calls = count_calls(open_frozen_encoder(str(foreign_folder), tmp_path))
+    assert_stock_vectors(model, foreign_folder)
     assert (model.width, len(calls)) == (24, 2)
-    assert np.array_equal(open_frozen_encoder(str(bert_folder), tmp_path).encode(INPUTS), vectors)
+    again = open_frozen_encoder(str(foreign_folder), tmp_path).encode(INPUTS)
+    assert np.array_equal(again, model.encode(INPUTS))
+
+
+def test_encoders_run_in_jax_with_the_prompts_of_their_sides(
+    bert_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a mesh too. A run that recorded the hash of the folder, as once, resumes with sentence-transformers."""
+    monkeypatch.setattr(jaxembed.hub.frozen_encoder, "load_sentence_transformer", None)
+    model = open_frozen_encoder(str(bert_folder), tmp_path)
+    assert_stock_vectors(model, bert_folder)
+    split = open_frozen_encoder(str(bert_folder), tmp_path / "other", make_mesh(fsdp=2))
+    np.testing.assert_allclose(split.encode(INPUTS), model.encode(INPUTS), atol=1e-6)
+    monkeypatch.undo()
+    old_hash = hash_folder(bert_folder)
+    earlier = open_frozen_encoder(str(bert_folder), tmp_path, recorded_hash=old_hash)
+    assert earlier.hash == old_hash != model.hash
+    assert_stock_vectors(earlier, bert_folder)
 
 
 def test_stored_vectors_are_not_computed_again(own_folder: Path, tmp_path: Path) -> None:
@@ -159,7 +186,7 @@ def test_hash_depends_on_weights_tokenizer_and_spec(
 
 
 def test_models_that_cannot_be_opened_are_refused(
-    own_folder: Path, bert_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    own_folder: Path, foreign_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def read_error(name: object) -> str:
         with pytest.raises(UserError) as error:
@@ -172,15 +199,15 @@ def test_models_that_cannot_be_opened_are_refused(
     (damaged / "jaxembed.json").write_text("{")
     (damaged / "modules.json").write_text("[]")
     assert "jaxembed.json: not valid JSON" in read_error(damaged)
-    bare = shutil.copytree(bert_folder, tmp_path / "bare")
+    bare = shutil.copytree(foreign_folder, tmp_path / "bare")
     (bare / "model.safetensors").unlink()
     assert read_error(bare) == f"{bare}: has no weights in safetensors files. Save it again with sentence-transformers."
     (bare / "model.safetensors").write_bytes(b"?")
     assert read_error(bare).startswith(f"{bare}: sentence-transformers cannot load it (")
     with pytest.raises(UserError, match=r"loaded by sentence-transformers, which cannot split a model .*\. Omit --fsdp"):
-        open_frozen_encoder(str(bert_folder), tmp_path / "cache", make_mesh(fsdp=2))
+        open_frozen_encoder(str(foreign_folder), tmp_path / "cache", make_mesh(fsdp=2))
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    assert read_error(bert_folder) == "sentence-transformers is not installed. Run pip install '.[eval]'."
+    assert read_error(foreign_folder) == "sentence-transformers is not installed. Run pip install '.[eval]'."
 
 
 def test_vectors_that_are_not_finite_are_refused_and_not_stored(own_folder: Path, tmp_path: Path) -> None:

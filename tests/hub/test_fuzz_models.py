@@ -79,7 +79,7 @@ def load_base_params(folder: Path) -> None:
     base = find_base(str(folder))
     assert isinstance(base, FolderBase)
     shapes, shardings = get_shapes(base.decoder, base.spec)
-    load_params(base.folder, base.decoder.layers, shapes, shardings)
+    load_params(base.folder, base.decoder, shapes, shardings)
 
 
 JSON_FILES = [

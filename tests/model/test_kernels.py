@@ -88,6 +88,20 @@ def test_splash_agrees_with_einsum(mask: str, window: int | None, tokens: int) -
     assert np.abs(attend_einsum(*inputs, MASKS[mask], 4) - expected[0])[seen].max() > 0.1
 
 
+def test_splash_has_a_kernel_for_each_of_several_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The window of a layer is then an array, by which the compiled program chooses. 40 stands for no window."""
+    inputs, kernel = draw_inputs(40), pick_kernel("splash", 1, (3, 40))
+    run = jax.jit(lambda q, k, v, info, w: make_output_and_gradients(kernel, inputs, "causal", w)(q, k, v, info))
+    for array, window in ((3, 3), (40, None)):
+        expected = jax.jit(make_output_and_gradients(attend_einsum, inputs, "causal", window))(*inputs)
+        assert_close(run(*inputs, jnp.array(array)), expected)
+    set_platform(monkeypatch, "tpu")
+    half = draw_inputs(40, dtype=jnp.bfloat16)
+    attend = pick_kernel("auto", 1, (3, 40))
+    traced = jax.jit(lambda *x: attend(*x[:-1], MASKS["causal"], x[-1])).trace(*half, jnp.array(3))
+    assert traced.lower(lowering_platforms=("tpu",)).as_text().count("tpu_custom_call") == 2
+
+
 @pytest.mark.parametrize(("rows", "kv_heads"), [(4, 2), (3, 1)])
 def test_splash_is_sharded_over_rows_and_heads(rows: int, kv_heads: int) -> None:
     """Devices communicate only if the mesh does not divide rows and heads. The output is the same."""
@@ -150,7 +164,6 @@ def test_a_model_with_splash_has_the_gradients_of_einsum(
     ("mask", "window", "dtype", "limit"),
     [
         ("prefix", None, jnp.float32, "a mask that treats instructions differently"),
-        ("causal", jnp.array(3), jnp.float32, "windows that differ between layers"),
         ("causal", 3, jnp.float64, "float64 numbers"),
     ],
 )

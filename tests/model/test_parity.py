@@ -1,4 +1,4 @@
-"""The decoder agrees with transformers in float32, layer by layer, on packed rows."""
+"""The transformer agrees with transformers in float32, layer by layer, on packed rows."""
 
 import dataclasses
 import functools
@@ -25,6 +25,7 @@ from jaxembed.model.presets import PRESETS, find_preset
 
 LENGTHS = (3, 17, 30, 9, 1, 12)  # some are longer than the sliding window, and some texts share a row
 ROW_LENGTH = 32
+MASKS = ("causal", "bidirectional")
 Folder = Callable[[str], Path]
 
 
@@ -36,7 +37,7 @@ def compute_torch_states(family: str, causal: bool) -> list[list[np.ndarray]]:
     """Return for each text the output [tokens, D] of each layer in transformers, followed by that of the final norm."""
     model = tiny.build_torch_model(family, causal=causal)
     layers: list[Any] = []
-    for layer in model.layers:
+    for layer in model.encoder.layer if hasattr(model, "encoder") else model.layers:
         layer.register_forward_hook(lambda _, __, out: layers.append(out[0] if isinstance(out, tuple) else out))
     states = []
     for text in draw_test_texts():
@@ -75,8 +76,10 @@ def max_error(pairs: Any) -> float:
     return max(float(np.abs(a - b).max()) for a, b in pairs)
 
 
-@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
-@pytest.mark.parametrize("family", tiny.CONFIGS)
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [(family, mask) for family in tiny.CONFIGS for mask in MASKS if mask == "bidirectional" or family not in tiny.ENCODERS],
+)
 def test_layers_and_vectors_agree_with_transformers(base_folder: Folder, family: str, attention: str) -> None:
     expected = compute_torch_states(family, causal=attention == "causal")
     for kernel, pooling in (("einsum", "mean"), ("rows", "last")):
@@ -157,6 +160,16 @@ def test_a_bfloat16_model_returns_float32_vectors(base_folder: Folder) -> None:
         ("llama3-8b", 8_030_261_248 - 128_256 * 4096),
         ("nv-embed", 7_851_016_192),
         ("kalm-embedding-v2", 494_032_768),
+        ("gemma3-270m", 268_098_176),
+        ("modernbert-base", 149_014_272 + 768),  # with a norm in the first layer too, which is not used
+        ("embeddinggemma-300m", 302_863_104 + 2 * 768 * 3072),
+        # Without the pooler, a matrix and a bias that sentence-transformers does not use.
+        ("minilm-l6", 22_713_216 - 384 * 385),
+        ("bert-base", 109_482_240 - 768 * 769),
+        ("bert-large", 335_141_888 - 1024 * 1025),
+        ("roberta-base", 124_645_632 - 768 * 769),
+        ("xlm-roberta-base", 278_043_648 - 768 * 769),
+        ("bge-m3", 567_754_752 - 1024 * 1025),
     ],
 )
 def test_presets_have_the_published_number_of_parameters(name: str, count: int) -> None:
@@ -188,9 +201,10 @@ def test_sliding_windows_follow_transformers(changes: dict[str, Any], window: li
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "bert"}, "model_type '?bert'? is not supported"),
-        ({"hidden_act": "gelu"}, "expected hidden_act silu and no mlp_bias"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "'yarn'"),
+        ({"model_type": "mpnet"}, "model_type '?mpnet'? is not supported .expected qwen2, .*, bert, roberta, xlm-roberta"),
+        ({"hidden_act": "laplace"}, "hidden_act 'laplace' is not supported .expected silu, swish, gelu"),
+        ({"rope_scaling": {"type": "longrope", "factor": 4.0}}, "'longrope'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": -1}}, "beta_fast is -1"),
         ({"hidden_size": ...}, "hidden_size is missing"),
         ({"hidden_size": "896"}, "hidden_size is '896' .expected an integer from 1 to"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0 .expected an integer from 1 to"),
@@ -222,18 +236,39 @@ def test_an_unknown_preset_is_an_error_that_lists_the_known_ones() -> None:
         find_preset("gpt")
 
 
-def test_linear_rope_scaling(tmp_path: Path) -> None:
+YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+@pytest.mark.parametrize(
+    ("family", "rope"),
+    [
+        ("llama", {"rope_type": "linear", "factor": 4.0, "rope_theta": 10_000.0}),
+        ("llama", YARN),
+        ("qwen3", {**YARN, "rope_theta": 500.0, "beta_fast": 4.0, "beta_slow": 0.5, "truncate": False}),
+        ("qwen3", {**YARN, "attention_factor": 1.5}),
+        ("qwen3", {**YARN, "mscale": 2.0, "mscale_all_dim": 0.5}),
+        ("gemma3_text", {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5}}),
+    ],
+)
+def test_rope_scaling(tmp_path: Path, family: str, rope: dict[str, Any]) -> None:
+    """The scaling is read from its new place and from the old one, beside `rope_theta`."""
     import transformers
 
-    rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10_000.0}
     torch.manual_seed(0)
-    torch_model = transformers.AutoModel.from_config(transformers.LlamaConfig(**tiny.SIZES, rope_parameters=rope)).eval()
+    config = type(tiny.CONFIGS[family]()).from_dict({**tiny.CONFIGS[family]().to_dict(), "rope_parameters": rope})
+    torch_model = transformers.AutoModel.from_config(config).eval()
     torch_model.save_pretrained(tmp_path)
-    text = draw_test_texts()[1]
+    text = draw_test_texts()[2]
     with torch.no_grad():
         want = torch_model(torch.tensor(text[None].astype(np.int64))).last_hidden_state[0].numpy()
-    for style in ({}, {"rope_parameters": None, "rope_theta": 10_000.0, "rope_scaling": {"type": "linear", "factor": 4.0}}):
-        config = json.loads((tmp_path / "config.json").read_text()) | style
-        (tmp_path / "config.json").write_text(json.dumps(config))
+    old = {key: value for key, value in rope.items() if key != "rope_theta"}
+    styles: list[dict[str, Any]] = [{}]
+    if family != "gemma3_text":
+        styles.append({"rope_parameters": None, "rope_theta": rope["rope_theta"], "rope_scaling": old})
+    for style in styles:
+        written = json.loads((tmp_path / "config.json").read_text()) | style
+        (tmp_path / "config.json").write_text(json.dumps(written))
         model, params = load_model(tmp_path, EmbeddingSpec(attention="causal"))
         assert np.abs(encode_packed(model, params, *pack_texts([text], ROW_LENGTH))[0] - pool(want, "mean")).max() < 1e-5
+        plain = model.clone(decoder=dataclasses.replace(model.decoder, rope_scaling=()))
+        assert np.abs(encode_packed(plain, params, *pack_texts([text], ROW_LENGTH))[0] - pool(want, "mean")).max() > 1e-3

@@ -193,7 +193,8 @@ def test_a_run_of_two_adapters(folder: Path, tmp_path: Path, monkeypatch: pytest
     assert parity.error < 1e-5 and 0.99 < parity.cosine < 0.999999
     for name in NAMES:
         written, trained = (
-            flatten_dict(tree) for tree in (read_adapters(tmp_path / "out" / name, 3)[1], run.select_adapter(name).trained)
+            flatten_dict(tree)
+            for tree in (read_adapters(tmp_path / "out" / name, run.model.decoder)[1], run.select_adapter(name).trained)
         )
         assert written.keys() == trained.keys()
         assert all(np.array_equal(written[path], trained[path]) for path in written)

@@ -1,0 +1,97 @@
+"""Gemma 3 and EmbeddingGemma: exported with both masks, and with Dense modules after the pooling."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from helpers import tiny
+from jaxembed import Embedder
+from jaxembed.config.spec import EmbeddingSpec, HiddenProjection
+from jaxembed.devices.mesh import make_mesh
+from jaxembed.errors import UserError
+from jaxembed.hub.card import Card
+from jaxembed.hub.embedder import load_embedder
+from jaxembed.hub.export import export
+from jaxembed.hub.resolve import find_base
+from jaxembed.hub.torch_model import encode_torch, load_sentence_transformer
+from jaxembed.model.decoder import ComputeOptions
+
+Folder = Callable[[str], Path]
+PROMPTS = {"query": "task: search result | query: ", "document": "title: none | text: "}
+
+
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+def test_exported_folder_has_mask_windows_and_rotary_bases(base_folder: Folder, tmp_path: Path, attention: str) -> None:
+    """A bidirectional mask halves the windows. transformers does so when it reads the field of the mask."""
+    spec = EmbeddingSpec(max_length=64, attention=attention)  # type: ignore[arg-type]
+    model = load_embedder(find_base(str(base_folder("gemma3_text"))), spec, ComputeOptions(), make_mesh(1))
+    assert export(model, tmp_path / "out", "float32", Card("test", "base")).parity.error < 1e-5
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["sliding_window"], config["use_bidirectional_attention"]) == (5, attention == "bidirectional")
+    assert "is_causal" not in config
+    assert {kind: rope["rope_theta"] for kind, rope in config["rope_parameters"].items()} == {
+        "full_attention": config["rope_theta"], "sliding_attention": config["rope_local_base_freq"],
+    }  # fmt: skip
+    (tmp_path / "out" / "jaxembed.json").unlink()
+    reloaded = Embedder.load(tmp_path / "out")
+    assert reloaded.spec.attention == attention
+    np.testing.assert_allclose(reloaded.encode(tiny.TEXTS), model.encode(tiny.TEXTS), atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def embedding_gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a tiny folder in the layout of EmbeddingGemma."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import modules
+
+    root = tmp_path_factory.mktemp("gemma")
+    tiny.build_torch_model("gemma3_text", causal=False).save_pretrained(root / "body")
+    tiny.build_tokenizer(bos=True).save_pretrained(root / "body")
+    torch.manual_seed(0)
+    identity: Any = {"bias": False, "activation_function": torch.nn.Identity()}
+    parts = [modules.Transformer(str(root / "body"), max_seq_length=64), modules.Pooling(32, pooling_mode="mean")]
+    parts += [modules.Dense(32, 48, **identity), modules.Dense(48, 24, **identity), modules.Normalize()]
+    model = SentenceTransformer(modules=parts, prompts=PROMPTS, device="cpu")
+    model.save(str(root / "embeddinggemma-300m"), create_model_card=False)
+    return root / "embeddinggemma-300m"
+
+
+def test_embedding_gemma_is_read_and_exported(embedding_gemma: Path, tmp_path: Path) -> None:
+    model, stock = Embedder.load(embedding_gemma), load_sentence_transformer(embedding_gemma)
+    spec = model.spec
+    assert (spec.attention, spec.pooling, spec.projection, spec.normalize) == ("bidirectional", "mean", 24, True)
+    assert spec.hidden_projections == (HiddenProjection(width=48),)
+    assert spec.prompt("anything", side="document") == PROMPTS["document"] == spec.prompts["document"]
+    export(model, tmp_path / "out", "float32", Card("test", "base"))
+    written, reloaded = load_sentence_transformer(tmp_path / "out"), Embedder.load(tmp_path / "out")
+    assert [type(module).__name__ for module in written] == [type(module).__name__ for module in stock]
+    for prompt in ("", *PROMPTS.values()):
+        vectors = model.encode(tiny.TEXTS, prompt=prompt)
+        assert vectors.shape == (len(tiny.TEXTS), 24)
+        for other in (stock, written):
+            np.testing.assert_allclose(encode_torch(other, tiny.TEXTS, prompt), vectors, atol=1e-5)
+        np.testing.assert_allclose(reloaded.encode(tiny.TEXTS, prompt=prompt), vectors, atol=1e-6)
+    assert reloaded.spec == spec
+
+
+def test_dense_modules_whose_widths_do_not_chain_are_refused(embedding_gemma: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    for path in embedding_gemma.iterdir():
+        (folder / path.name).symlink_to(path)
+    dense = folder / "3_Dense"
+    config = json.loads((dense / "config.json").read_text())
+    dense.unlink()
+    dense.mkdir()
+    (dense / "config.json").write_text(json.dumps(config | {"in_features": 40}))
+    with pytest.raises(
+        UserError, match=r"3_Dense/config\.json: in_features is 40 \(expected 48, the width of the vectors before"
+    ):
+        find_base(str(folder))
