@@ -95,6 +95,9 @@ def test_every_parameter_declares_axes_of_the_table() -> None:
         ("qwen2-0.5b", LoraConfig(rank=8, alpha=16.0, base_dtype="int8")),
         ("mistral-7b", LoraConfig(rank=8, alpha=16.0)),
         ("tiny", None),
+        ("gemma3-270m", LoraConfig(rank=8, alpha=16.0, base_dtype="int8")),
+        ("modernbert-base", None),
+        ("bge-m3", LoraConfig(rank=8, alpha=16.0)),
     ):
         boxed = infer_parameter_shapes(EmbeddingModel(parse_hf_config(find_preset(name), name), EmbeddingSpec(), lora=lora))
         specs = jax.tree.leaves(nn.get_partition_spec(boxed), is_leaf=lambda x: isinstance(x, PartitionSpec))

@@ -120,8 +120,10 @@ def test_every_bias_and_scale_changes_the_vectors(base_folder: Folder, tensor: s
         assert apart > 1e-2
 
 
-def test_compute_options_change_neither_vectors_nor_gradients(base_folder: Folder) -> None:
-    model, params = load_model(base_folder("qwen3"), EmbeddingSpec(), attention_kernel="einsum")
+@pytest.mark.parametrize("family", ["qwen3", "modernbert"])
+def test_compute_options_change_neither_vectors_nor_gradients(base_folder: Folder, family: str) -> None:
+    """The layers of ModernBERT differ in window, rotary base and norms."""
+    model, params = load_model(base_folder(family), EmbeddingSpec(), attention_kernel="einsum")
     packed, _ = pack_texts(draw_test_texts(), ROW_LENGTH)
     weights = np.random.default_rng(0).normal(size=(packed.segments, model.decoder.width))
 

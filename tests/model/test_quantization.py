@@ -53,16 +53,16 @@ def test_frozen_matmul_equals_the_matmul_of_the_dequantized_kernel(dtype: str) -
     np.testing.assert_allclose(out.astype(jnp.float32), expected, rtol=1e-2 if dtype == "bfloat16" else 1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-def test_merging_keeps_the_vectors(base_folder: Folder, dtype: Any) -> None:
+@pytest.mark.parametrize(("family", "dtype"), [("qwen2", "bfloat16"), ("qwen2", "int8"), ("modernbert", "int8")])
+def test_merging_keeps_the_vectors(base_folder: Folder, family: str, dtype: Any) -> None:
     lora = LoraConfig(rank=3, alpha=6.0, base_dtype=dtype)
-    model, params = load_adapted(base_folder("qwen2"), lora)
+    model, params = load_adapted(base_folder(family), lora)
     model, packed = model.clone(compute=ComputeOptions(unroll=False)), pack_texts(draw_texts((5, 20, 9)), 32)
     unmerged, merged = encode_packed(model, params, *packed), merge_adapters(params, lora)
     assert {x.dtype.name for x in jax.tree.leaves(merged)} == {"float32"}
     plain = model.clone(lora=None)
     np.testing.assert_allclose(encode_packed(plain, merged, *packed), unmerged, atol=1e-5)
-    exact = merge_adapters(load_adapted(base_folder("qwen2"), LoraConfig(rank=3, alpha=6.0))[1], lora)
+    exact = merge_adapters(load_adapted(base_folder(family), LoraConfig(rank=3, alpha=6.0))[1], lora)
     rounded = np.abs(encode_packed(plain, exact, *packed) - unmerged).max()
     assert 1e-4 < rounded < 0.05
 
