@@ -43,10 +43,14 @@ class BakedModel(nn.Module):
         transformer, *rest = model
         self.decoder = transformer.auto_model
         self.rest = nn.ModuleList(rest)
+        # RoBERTa's positions start after the row of the padding token.
+        embeddings: Any = getattr(self.decoder, "embeddings", None)
+        has_offset = hasattr(embeddings, "create_position_ids_from_input_ids")
+        self.first_position = int(embeddings.padding_idx) + 1 if has_offset else 0
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the token vectors [B, T, D] and the vectors of the texts [B, D']."""
-        positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)  # left padding moves no token
+        positions = self.first_position + (attention_mask.cumsum(dim=1) - 1).clamp(min=0)  # left padding moves no token
         output = self.decoder(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False)
         hidden = output.last_hidden_state
         features = {"token_embeddings": hidden, "attention_mask": attention_mask}

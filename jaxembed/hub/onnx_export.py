@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxembed.errors import UserError
+from jaxembed.errors import UserError, summarize
 from jaxembed.hub.embedder import Embedder
 from jaxembed.hub.parity import (
     FLOAT32_TOLERANCE,
@@ -93,7 +93,13 @@ def write_onnx(
 
     path = onnx_folder / GRAPH_FILE
     model = load_sentence_transformer(folder)
-    write_graph(model, PROBE_TEXTS[:2], path)
+    try:
+        write_graph(model, PROBE_TEXTS[:2], path)
+    except RuntimeError as error:  # of the exporter, for operations that it does not know
+        raise UserError(
+            f"--onnx: torch cannot write the graph of {embedder.model.decoder.family} ({summarize(error)}). "
+            "Export without --onnx."
+        ) from None
     session = open_session(path)
     # A graph sees no prompt. Where instruction tokens are left out, only texts without a prompt have the model's vectors.
     served = ServedModel(embedder.spec, embedder.model.decoder)

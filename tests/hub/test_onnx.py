@@ -45,6 +45,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "without instruction": ("mistral-window", {"attention": "causal", "include_instruction": False, "plain_prompt": PROMPT}),
     "latent attention": ("llama", LATENT),
     "projection": ("qwen2", {"projection": 6, "projection_bias": True, "normalize": False}),
+    "learned positions after the padding token": ("xlm-roberta", {"pooling": "first"}),
 }
 
 
@@ -147,6 +148,13 @@ def test_a_graph_with_another_mask_is_refused(base_folder: Any, tmp_path: Path, 
         UserError, match=r"^--onnx: nothing written, because in the output sentence_embedding of the graph the ex"
     ):
         add_graphs(load_with_random_parts(base_folder("qwen3")), tmp_path / "out")
+
+
+def test_a_family_that_cannot_be_traced_is_named(base_folder: Any, tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"--onnx: torch cannot write the graph of gemma3_text \(.*\)\. Export without --onnx\."
+    ):
+        add_graphs(load_with_random_parts(base_folder("gemma3_text")), tmp_path / "out")
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
