@@ -123,6 +123,12 @@ def test_mteb_scores_the_encoder_under_task_instructions(tmp_path: Path) -> None
 
     plain = MtebEncoder(TaskEncoder(encode, EmbeddingSpec(), "tiny", "1"))
     assert plain.build_prompt(SimpleNamespace(name="MockSTSTask", prompt="x"), None) == ""
+    fixed = MtebEncoder(TaskEncoder(encode, spec.replace(fixed_prompts=True), "tiny", "1"))
+    sides = [fixed.build_prompt(SimpleNamespace(name="MockSTSTask", prompt="x"), side) for side in (None, DOCUMENT)]
+    assert sides == ["q", "d: "], "a model with fixed prompts reads no instruction"
+
+
+DOCUMENT = SimpleNamespace(value="document")
 
 
 def make_task_result(scores: dict[str, dict[str, float]]) -> Any:
