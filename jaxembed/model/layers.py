@@ -242,7 +242,7 @@ def _scale_frequencies_yarn(frequencies: jax.Array, theta: float, scaling: Mappi
         wavelength = scaling["original_max_position_embeddings"] / (rotations * 2 * math.pi)
         return pairs * math.log(wavelength) / math.log(theta)
 
-    first, last = find_pair(scaling.get("beta_fast", 32)), find_pair(scaling.get("beta_slow", 1))
+    first, last = find_pair(scaling.get("beta_fast", 32.0)), find_pair(scaling.get("beta_slow", 1.0))
     if scaling.get("truncate", True):
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, 2 * pairs - 1)

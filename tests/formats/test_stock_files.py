@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from jaxembed.config.spec import EmbeddingSpec
+from jaxembed.config.spec import EmbeddingSpec, HiddenProjection
 from jaxembed.formats import stock_files
 from jaxembed.model.hf_config import parse_hf_config
 
@@ -103,11 +103,12 @@ def test_pooling_config_has_width_and_flags_before_the_prompt(pooling: str, flag
 
 def test_the_remaining_module_configs() -> None:
     spec = EmbeddingSpec(projection=6, projection_bias=True, projection_activation="tanh", max_length=77)
-    assert stock_files.build_dense_config(spec, 32) == {
-        "in_features": 32, "out_features": 6, "bias": True, "activation_function": "torch.nn.modules.activation.Tanh",
-    }  # fmt: skip
-    identity = stock_files.build_dense_config(EmbeddingSpec(projection=6), 32)["activation_function"]
-    assert identity == "torch.nn.modules.linear.Identity"
+    tanh = {"in_features": 32, "out_features": 6, "bias": True, "activation_function": "torch.nn.modules.activation.Tanh"}
+    assert stock_files.build_dense_configs(spec, 32) == [tanh]
+    identity = {"bias": False, "activation_function": "torch.nn.modules.linear.Identity"}
+    both = stock_files.build_dense_configs(EmbeddingSpec(projection=6, hidden_projections=(HiddenProjection(width=48),)), 32)
+    assert both == [{"in_features": 32, "out_features": 48, **identity}, {"in_features": 48, "out_features": 6, **identity}]
+    assert stock_files.build_dense_configs(EmbeddingSpec(), 32) == []
     assert stock_files.build_transformer_config(spec) == {"max_seq_length": 77, "do_lower_case": False}
 
 
