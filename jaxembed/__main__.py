@@ -13,7 +13,7 @@ COMMANDS = {
     "curate": "clean, filter, deduplicate, and balance training data, with a report",
     "mine": "find hard negatives for pairs",
     "encode": "write the vectors of texts",
-    "evaluate": "score a model on MTEB tasks",
+    "evaluate": "score a model on MTEB tasks and your own data; compare two models",
     "export": "write a sentence-transformers folder",
     "verify": "compare a running server with the folder that it serves",
     "merge": "average several models",

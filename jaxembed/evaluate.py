@@ -1,6 +1,7 @@
-"""Score a model on MTEB tasks.
+"""Score a model on MTEB tasks and on files of your own, compare it with another model, and find leaked texts.
 
 Usage: python -m jaxembed.evaluate MODEL --tasks STSBenchmark Banking77Classification
+       python -m jaxembed.evaluate MODEL --beir DIR --sts FILE --labels FILE --compare OTHER
 """
 
 from __future__ import annotations
@@ -11,28 +12,61 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxembed import cli
+from jaxembed.curation.overlap import DEFAULT_NGRAM_WORDS
 from jaxembed.errors import UserError
-from jaxembed.evaluation import mteb_tasks
+from jaxembed.evaluation import mteb_tasks, own_data
+from jaxembed.evaluation.comparison import COMPARISON_FILE, ItemScores, compare_tasks
+from jaxembed.evaluation.leaks import check_leaks
 from jaxembed.evaluation.task_encoder import TaskEncoder
 from jaxembed.evaluation.tasks import check_names, score_tasks
+from jaxembed.files import write_json
 
 if TYPE_CHECKING:
     import numpy as np
 
 
 # Modules with `add_arguments(parser)`, and `open_tasks(args)`, which returns the tasks that these options name.
-TASK_SOURCES = (mteb_tasks,)
+TASK_SOURCES = (mteb_tasks, own_data)
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    """Score a model. Return {"model", "scores": {task: scores}}, as `EvaluationTask.score` describes them."""
+    """Score a model.
+
+    Returns:
+        {"model", "scores": {task: scores}}, as `EvaluationTask.score` describes them. --compare adds "comparison"
+        (`compare_tasks`), and --check-leaks adds "leaks" (`find_leaks`).
+    """
+    if args.compare:
+        check_exists(args.compare, args.backend)
     tasks = [task for source in TASK_SOURCES for task in source.open_tasks(args)]
     check_names(tasks)
     out = Path(args.out) if args.out else None
     if out:
         cli.make_output_folder(out, f"{out}: the folder")
+    result: dict[str, Any] = {}
+    if args.check_leaks is not None:
+        result["leaks"] = check_leaks(tasks, args.check_leaks or args.model, args.leak_words, out)
     encoder = load_encoder(args.model, backend=args.backend, **cli.get_model_options(args))
-    return {"model": args.model, "scores": score_tasks(encoder, tasks, out)}
+    items: dict[str, ItemScores] | None = {} if args.compare else None
+    result |= {"model": args.model, "scores": score_tasks(encoder, tasks, out, items)}
+    if items is not None:
+        del encoder  # memory holds one model at a time
+        other_items: dict[str, ItemScores] = {}
+        score_tasks(load_encoder(args.compare, backend=args.backend, fsdp=args.fsdp), tasks, items=other_items)
+        result["comparison"] = compare_tasks(items, other_items, (args.model, args.compare))
+        if out:
+            write_json(out / COMPARISON_FILE, result["comparison"])
+    return result
+
+
+def check_exists(model: str, backend: str) -> None:
+    """Check that a model can be found, without loading its weights. Raises `UserError`."""
+    from jaxembed.hub.resolve import find_base_with_weights
+    from jaxembed.hub.torch_model import check_is_sentence_transformer
+
+    if backend == "sentence-transformers":
+        check_is_sentence_transformer(Path(model))
+    find_base_with_weights(model)
 
 
 def load_encoder(
@@ -82,6 +116,17 @@ def make_parser() -> cli.Parser:
     cli.add_model_arguments(parser)
     for source in TASK_SOURCES:
         source.add_arguments(parser)
+    parser.add_argument(
+        "--compare", metavar="OTHER", help="compare with another model on the same tasks, by a paired bootstrap"
+    )
+    parser.add_argument(
+        "--check-leaks", nargs="?", const="", metavar="RUN|CONFIG",
+        help="report texts of the tasks that occur in the training files of a run or config (default: MODEL)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--leak-words", type=cli.integer_from(1), default=DEFAULT_NGRAM_WORDS, metavar="N",
+        help="number of words that a text must share in a row with a training text (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--out", metavar="DIR", help="folder for the results; tasks already scored there are not run again")
     parser.add_argument(
         "--backend",

@@ -121,6 +121,12 @@ class EmbeddingSpec(Section):
         examples_prompt = "".join(map(self.format_example, examples))
         return examples_prompt + self.instruction_template.replace("{instruction}", instruction)
 
+    def extract_instruction(self, prompt: str) -> str:
+        """Return the instruction in a prompt that `prompt` made; empty for a prompt of another form."""
+        before, _, after = self.instruction_template.partition("{instruction}")
+        has_form = len(prompt) > len(before) + len(after) and prompt.startswith(before) and prompt.endswith(after)
+        return prompt[len(before) : len(prompt) - len(after)] if has_form else ""
+
     def suffix(self, prompt: str) -> str:
         """Return what follows a text under a prompt; nothing follows a text without one."""
         return self.query_suffix if prompt else ""

@@ -7,7 +7,7 @@ of them with replacement (Efron and Tibshirani 1993). The paired bootstrap draws
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,6 +60,29 @@ def score_pearson(values: Float[np.ndarray, "n c"], indices: Int[np.ndarray, "r 
     return _correlate(values[:, 0][indices], values[:, 1][indices])
 
 
+def score_average_precision(values: Float[np.ndarray, "n c"], indices: Int[np.ndarray, "r n"]) -> Float[np.ndarray, " r"]:
+    """Return the average precision over the items of each resample, as scikit-learn defines it.
+
+    Args:
+        values: The similarity of each pair, and whether it is one of the pairs to find (1) or not (0).
+        indices: The pairs of each resample.
+    """
+    order = np.argsort(-values[:, 0], kind="stable")
+    thresholds = np.cumsum(np.append(0, np.diff(values[order, 0]) != 0))  # of each item in this order; equal values share one
+    numbers = np.empty(len(order), np.int64)
+    numbers[order] = thresholds
+    rows = np.arange(len(indices))[:, None] * (thresholds[-1] + 1)
+
+    def count(weights: np.ndarray) -> np.ndarray:
+        counts = np.bincount((numbers[indices] + rows).ravel(), weights.ravel(), len(indices) * (thresholds[-1] + 1))
+        return counts.reshape(len(indices), -1)
+
+    found, positives = count(np.ones(indices.shape)), count(values[:, 1][indices])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        precision = np.cumsum(positives, axis=1) / np.cumsum(found, axis=1)
+        return np.nansum(precision * positives, axis=1) / positives.sum(axis=1)
+
+
 def _correlate(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Return Pearson's correlation of each row. It is NaN where a row is constant."""
     a, b = (x - x.mean(axis=1, keepdims=True) for x in (a, b))
@@ -108,12 +131,13 @@ class Difference:
         }  # fmt: skip
 
 
-def compare_items(first: ScoredItems, second: ScoredItems) -> Difference:
+def compare_items(first: ScoredItems, second: ScoredItems, seed: int | Sequence[int] = SEED) -> Difference:
     """Compare two models on the same items with the paired bootstrap.
 
     Args:
         first: Items as the first model answers them.
         second: The same items, in the same order, as the second model answers them.
+        seed: Seed of the resamples.
     """
     count = len(first.values)
     if len(second.values) != count:
@@ -121,7 +145,7 @@ def compare_items(first: ScoredItems, second: ScoredItems) -> Difference:
     resampled = np.concatenate(
         [
             first.statistic(first.values, indices) - second.statistic(second.values, indices)
-            for indices in _draw_resamples(count, RESAMPLES)
+            for indices in _draw_resamples(count, RESAMPLES, seed)
         ]
     )
     return summarize_difference(first.score - second.score, resampled, count, first.unit)
@@ -139,9 +163,9 @@ def summarize_difference(difference: float, resampled: np.ndarray, count: int, u
     return Difference(difference, (float(low), float(high)), p, count, unit, resampled)
 
 
-def _draw_resamples(count: int, resamples: int) -> Iterator[np.ndarray]:
+def _draw_resamples(count: int, resamples: int, seed: int | Sequence[int] = SEED) -> Iterator[np.ndarray]:
     """Yield the indices of the items of all resamples, int64 [R, N], some resamples at a time."""
-    rng = np.random.default_rng(SEED)
+    rng = np.random.default_rng(seed)
     step = max(1, MAX_DRAWN_ITEMS // count)
     for start in range(0, resamples, step):
         yield rng.integers(count, size=(min(step, resamples - start), count))

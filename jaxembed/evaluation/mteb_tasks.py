@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxembed.errors import UserError, summarize
+from jaxembed.evaluation.comparison import ItemScores
 from jaxembed.evaluation.mteb_encoder import MtebEncoder, get_task_instruction
+from jaxembed.evaluation.mteb_items import score_task_items
 from jaxembed.evaluation.mteb_results import summarize_task
+from jaxembed.evaluation.mteb_texts import list_task_texts
 from jaxembed.evaluation.task_encoder import TaskEncoder
+from jaxembed.files import exists
 
 
 def add_arguments(parser: argparse._ActionsContainer) -> None:
@@ -41,10 +45,12 @@ class MtebTask:
     Attributes:
         task: The task object of mteb.
         cache_folder: Folder for mteb's full results. Tasks that were scored there before are not run again.
+        prediction_folder: Folder for mteb's predictions. Without those of this task there, the task is run again.
     """
 
     task: Any
     cache_folder: Path | None = None
+    prediction_folder: Path | None = None
 
     @property
     def name(self) -> str:
@@ -61,10 +67,15 @@ class MtebTask:
         from mteb.cache import ResultCache
 
         cache = ResultCache(self.cache_folder) if self.cache_folder else None
-        mode = "only-missing" if cache else "always"
+        mode = "only-missing" if cache and not self._lacks_predictions else "always"
         try:
             result = mteb.evaluate(
-                MtebEncoder(encoder), self.task, cache=cache, overwrite_strategy=mode, show_progress_bar=False
+                MtebEncoder(encoder),
+                self.task,
+                cache=cache,
+                overwrite_strategy=mode,
+                prediction_folder=self.prediction_folder,
+                show_progress_bar=False,
             )
         except ConnectionError as error:
             raise UserError(
@@ -75,6 +86,19 @@ class MtebTask:
         instruction = encoder.get_instruction(get_task_instruction(metadata))
         named = {"metric": metadata.main_score, "type": str(metadata.type)}
         return summarize_task(result.task_results[0], instruction) | named
+
+    @property
+    def _lacks_predictions(self) -> bool:
+        folder = self.prediction_folder
+        return folder is not None and not exists(folder / self.task.prediction_file_name)
+
+    def score_items(self, encoder: TaskEncoder) -> ItemScores:
+        """Return the scores of a model with the items that they are computed from, where mteb stores results by item."""
+        return score_task_items(self, encoder)
+
+    def list_texts(self) -> Iterator[tuple[str, Sequence[str]]]:
+        """Yield the role and the texts of all inputs that are scored."""
+        return list_task_texts(self.task)
 
 
 def find_tasks(names: Sequence[str], benchmark: str | None) -> list[Any]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from jaxembed.errors import UserError
+from jaxembed.evaluation.comparison import ItemScores
 from jaxembed.evaluation.task_encoder import TaskEncoder, log_prompt_choice
 from jaxembed.files import write_json
 
@@ -31,6 +32,14 @@ class EvaluationTask(Protocol):
         """
         ...
 
+    def score_items(self, encoder: TaskEncoder) -> ItemScores:
+        """Return the scores of a model with the items that they are computed from, such as queries."""
+        ...
+
+    def list_texts(self) -> Iterable[tuple[str, Sequence[str]]]:
+        """Return the role and the texts of all inputs that are scored, such as queries and documents."""
+        ...
+
 
 def check_names(tasks: Sequence[EvaluationTask]) -> None:
     """Check that there are tasks, and that each has a name of its own.
@@ -45,13 +54,19 @@ def check_names(tasks: Sequence[EvaluationTask]) -> None:
         raise UserError(f"evaluate: two tasks are named {repeated!r}. Remove or rename one.")
 
 
-def score_tasks(encoder: TaskEncoder, tasks: Sequence[EvaluationTask], out: Path | None = None) -> dict[str, Any]:
+def score_tasks(
+    encoder: TaskEncoder,
+    tasks: Sequence[EvaluationTask],
+    out: Path | None = None,
+    items: dict[str, ItemScores] | None = None,
+) -> dict[str, Any]:
     """Score a model on tasks.
 
     Args:
         encoder: The model.
         tasks: The tasks.
         out: Folder for `scores.json`, which is written after every task.
+        items: Receives the items of every task, for a comparison with another model. None: they are not needed.
 
     Returns:
         {task: scores}, as in `EvaluationTask.score`.
@@ -59,7 +74,11 @@ def score_tasks(encoder: TaskEncoder, tasks: Sequence[EvaluationTask], out: Path
     log_prompt_choice(encoder)
     scores: dict[str, Any] = {}
     for task in tasks:
-        scores[task.name] = task.score(encoder)
+        if items is None:
+            scores[task.name] = task.score(encoder)
+        else:
+            items[task.name] = task.score_items(encoder)
+            scores[task.name] = items[task.name].summary
         if out:
             write_json(out / SCORES_FILE, scores)
     return scores

@@ -41,8 +41,7 @@ def load_sentence_transformer(folder: Path | str) -> Any:
     Raises:
         UserError: It is not such a folder, or its files name other Python code.
     """
-    if not (Path(folder) / MODULES_FILE).is_file():
-        raise UserError(f"{folder}: not a sentence-transformers folder ({MODULES_FILE} is missing). Export the model first.")
+    check_is_sentence_transformer(Path(folder))
     check_names_no_code(Path(folder))
     model_class = import_sentence_transformers().SentenceTransformer
     from jaxembed.formats.token_pooling import TokenPooling  # needs torch
@@ -50,6 +49,12 @@ def load_sentence_transformer(folder: Path | str) -> Any:
     return model_class._load_with_module_classes(
         str(folder), {TOKEN_POOLING_TYPE: TokenPooling}, device="cpu", local_files_only=True, trust_remote_code=False
     )
+
+
+def check_is_sentence_transformer(folder: Path) -> None:
+    """Raise `UserError` if a folder is not a sentence-transformers folder."""
+    if not (folder / MODULES_FILE).is_file():
+        raise UserError(f"{folder}: not a sentence-transformers folder ({MODULES_FILE} is missing). Export the model first.")
 
 
 def encode_torch(model: Any, texts: Sequence[str], prompt: str, batch_size: int = 32) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from scipy import stats
-from sklearn.metrics import v_measure_score
+from sklearn.metrics import average_precision_score, v_measure_score
 
 from jaxembed.evaluation import bootstrap
 from jaxembed.evaluation.bootstrap import (
@@ -13,6 +13,7 @@ from jaxembed.evaluation.bootstrap import (
     Statistic,
     compare_items,
     compute_standard_error,
+    score_average_precision,
     score_mean,
     score_pearson,
     score_spearman,
@@ -71,6 +72,14 @@ def test_correlations_of_resamples_equal_those_of_scipy(statistic: Statistic, re
     indices = rng.integers(40, size=(3, 40))
     expected = [reference(*values[chosen].T).statistic for chosen in indices]  # type: ignore[operator]
     assert statistic(values, indices) == pytest.approx(expected, abs=1e-12)
+
+
+def test_average_precisions_of_resamples_equal_those_of_sklearn() -> None:
+    rng = np.random.default_rng(0)
+    values = np.stack([rng.integers(9, size=50), rng.integers(2, size=50)], axis=1).astype(float)  # with equal similarities
+    indices = rng.integers(50, size=(3, 50))
+    expected = [average_precision_score(chosen[:, 1], chosen[:, 0]) for chosen in values[indices]]
+    assert score_average_precision(values, indices) == pytest.approx(expected, abs=1e-12)
 
 
 def test_v_measures_of_resamples_equal_those_of_sklearn() -> None:

@@ -1,0 +1,113 @@
+"""Overlap of texts: which texts of one collection occur in another, whole or in part.
+
+Evaluation texts are indexed, and training texts are matched one after another. Memory depends on the evaluation texts alone.
+The rules:
+
+- **exact**: both texts are equal (`jaxembed.data.equality`).
+- **n-gram**: both texts share a run of N words, 13 by default, as in the decontamination of GPT-3 (Brown et al. 2020, appendix
+  C). Words are runs of letters and digits of the texts' normalized forms. A character of a script without spaces is a word of
+  its own. A text with fewer than N words has no n-gram, so it matches exactly or not at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+
+import numpy as np
+
+from jaxembed.data.equality import hash_text, normalize_text
+
+DEFAULT_NGRAM_WORDS = 13
+TEXTS_PER_BATCH = 4096  # evaluation texts that are hashed together
+# Scripts without spaces between words: Thai, Lao, Myanmar, Khmer, Hiragana, Katakana, and Han.
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+WORD = re.compile(f"[{UNSPACED}]|(?:(?![{UNSPACED}_])\\w)+")
+HASH_FACTOR = np.uint64(0x9E3779B97F4A7C15)
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """An indexed text that a text overlaps with.
+
+    Attributes:
+        index: Number of the indexed text, in the order in which texts were added.
+        rule: exact or ngram.
+        words: The first words that both share; empty for an exact match.
+    """
+
+    index: int
+    rule: str
+    words: str = ""
+
+
+class OverlapIndex:
+    """Texts that others are matched with."""
+
+    def __init__(self, ngram_words: int = DEFAULT_NGRAM_WORDS):
+        """Create an empty index.
+
+        Args:
+            ngram_words: Number of words of an n-gram.
+        """
+        self.ngram_words = ngram_words
+        self.count = 0
+        self._by_hash: dict[bytes, list[int]] = {}
+        self._parts: list[tuple[np.ndarray, np.ndarray]] = []  # n-gram hashes and the texts that contain them
+        self._ngrams, self._owners = np.empty(0, np.uint64), np.empty(0, np.int32)
+
+    def add(self, texts: Iterable[str]) -> None:
+        """Add texts. They are numbered in the order in which they are added."""
+        iterator = iter(texts)
+        while batch := list(islice(iterator, TEXTS_PER_BATCH)):
+            hashes, owners = [], []
+            for number, text in enumerate(batch, self.count):
+                self._by_hash.setdefault(hash_text(text).tobytes(), []).append(number)
+                ngrams = np.unique(hash_ngrams(split_words(text), self.ngram_words))
+                hashes.append(ngrams)
+                owners.append(np.full(len(ngrams), number, np.int32))
+            self._parts.append((np.concatenate(hashes), np.concatenate(owners)))
+            self.count += len(batch)
+
+    def find(self, text: str) -> list[Match]:
+        """Return the indexed texts that a text overlaps with, each once. An exact match takes precedence."""
+        self._sort()
+        equal = self._by_hash.get(hash_text(text).tobytes(), [])
+        return [*(Match(number, "exact") for number in equal), *self._find_ngrams(text, set(equal))]
+
+    def _find_ngrams(self, text: str, found: set[int]) -> Iterator[Match]:
+        words = split_words(text)
+        hashes = hash_ngrams(words, self.ngram_words)
+        first, last = (np.searchsorted(self._ngrams, hashes, side) for side in ("left", "right"))
+        for start in np.flatnonzero(first < last):
+            for number in self._owners[first[start] : last[start]].tolist():
+                if number not in found:
+                    found.add(number)
+                    yield Match(number, "ngram", " ".join(words[start : start + self.ngram_words]))
+
+    def _sort(self) -> None:
+        """Merge the n-grams of texts that were added since the last call."""
+        if self._parts:
+            hashes, owners = (np.concatenate(arrays) for arrays in zip((self._ngrams, self._owners), *self._parts, strict=True))
+            order = np.argsort(hashes, kind="stable")
+            self._ngrams, self._owners, self._parts = hashes[order], owners[order], []
+
+
+def split_words(text: str) -> list[str]:
+    """Return the words of a text's normalized form."""
+    return WORD.findall(unicodedata.normalize("NFC", normalize_text(text)))  # marks become parts of their letters
+
+
+def hash_ngrams(words: Sequence[str], size: int) -> np.ndarray:
+    """Return the 64-bit hash of every run of `size` words, uint64 [max(len(words) - size + 1, 0)].
+
+    The hashes of words are Python's, so they are the same within one process only.
+    """
+    word_hashes = np.fromiter((hash(word) for word in words), np.int64, len(words)).view(np.uint64)
+    hashes = np.zeros(max(len(words) - size + 1, 0), np.uint64)
+    for offset in range(size if len(hashes) else 0):
+        hashes = (hashes * HASH_FACTOR) ^ word_hashes[offset : offset + len(hashes)]
+    return hashes

@@ -1,0 +1,139 @@
+"""The scores of a task with the items that they are computed from, and their comparison between two models."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxembed.evaluation.bootstrap import CONFIDENCE, Difference, ScoredItems, compare_items, summarize_difference
+
+log = logging.getLogger("jaxembed")
+
+COMPARISON_FILE = "comparison.json"
+VERDICTS = ("better", "worse", "no difference shown")
+
+
+@dataclasses.dataclass(frozen=True)
+class ItemScores:
+    """The scores of a model on a task, and where they come from.
+
+    Attributes:
+        summary: The scores, as `EvaluationTask.score` returns them.
+        parts: The items of each part of the task. The main score is the mean over the parts. Empty: there are none.
+        missing: Why there are no items.
+    """
+
+    summary: dict[str, Any]
+    parts: Sequence[ScoredItems] = ()
+    missing: str = ""
+
+
+def compare_tasks(first: Mapping[str, ItemScores], second: Mapping[str, ItemScores], names: tuple[str, str]) -> dict[str, Any]:
+    """Compare two models on the same tasks, and print a line about each.
+
+    Args:
+        first: What the first model scores, by task.
+        second: What the second model scores on the same tasks.
+        names: Names of the models.
+
+    Returns:
+        {"model", "scores", "differences", "mean", "conclusion"}: the name and the scores of the second model; for each task
+        the difference (first minus second) with its interval, p-value and verdict; the same of the mean over the tasks; and a
+        sentence. Where mteb gives no results by item, a task has "no_interval", the reason.
+    """
+    differences: dict[str, Any] = {}
+    compared: list[Difference] = []
+    log.info("%s compared with %s (difference, %.0f%% interval of the paired bootstrap)", *names, 100 * CONFIDENCE)
+    for task, scores in first.items():
+        other = second[task]
+        if scores.parts and other.parts:
+            compared.append(compare_parts(scores.parts, other.parts, task))
+            differences[task] = compared[-1].summarize()
+        else:
+            differences[task] = _subtract_scores(scores, other)
+        log.info("  %s", describe_task(task, scores, other, differences[task]))
+    result: dict[str, Any] = {
+        "model": names[1],
+        "scores": {task: scores.summary for task, scores in second.items()},
+        "differences": differences,
+        "conclusion": conclude(names, differences),
+    }
+    if len(compared) > 1:
+        mean = average_differences(compared)
+        result["mean"] = mean.summarize()
+        log.info("  mean of %d tasks: %s", len(compared), describe_difference(result["mean"]))
+    log.info("%s", result["conclusion"])
+    return result
+
+
+def compare_parts(first: Sequence[ScoredItems], second: Sequence[ScoredItems], task: str) -> Difference:
+    """Compare the parts of a task, each with random numbers of its own. The difference is the mean over the parts."""
+    key = zlib.crc32(task.encode())
+    pairs = zip(first, second, strict=True)
+    return average_differences([compare_items(a, b, (key, number)) for number, (a, b) in enumerate(pairs)])
+
+
+def average_differences(differences: Sequence[Difference]) -> Difference:
+    """Return the mean of the differences of independent sets of items."""
+    if len(differences) == 1:
+        return differences[0]
+    resampled = np.mean([difference.resampled for difference in differences], axis=0)
+    units = {difference.unit for difference in differences}
+    return summarize_difference(
+        float(np.mean([difference.difference for difference in differences])),
+        resampled,
+        sum(difference.count for difference in differences),
+        units.pop() if len(units) == 1 else "items",
+    )
+
+
+def _subtract_scores(first: ItemScores, second: ItemScores) -> dict[str, Any]:
+    scores = first.summary["score"], second.summary["score"]
+    difference = None if None in scores else scores[0] - scores[1]
+    return {"difference": difference, "no_interval": first.missing or second.missing}
+
+
+def describe_task(task: str, first: ItemScores, second: ItemScores, summary: Mapping[str, Any]) -> str:
+    """Return one line about the scores of two models on a task."""
+    scores = [_format(found.summary["score"]) for found in (first, second)]
+    return f"{task} ({first.summary['metric']}): {scores[0]} against {scores[1]}, {describe_difference(summary)}"
+
+
+def describe_difference(summary: Mapping[str, Any]) -> str:
+    """Return the summary of a difference as text."""
+    difference = _format(summary["difference"], "+")
+    if "no_interval" in summary:
+        return f"{difference}, no interval: {summary['no_interval']}"
+    low, high = (_format(end, "+") for end in summary["interval"])
+    return f"{difference} [{low}, {high}], p {summary['p']:.3f}: {summary['verdict']}"
+
+
+def conclude(names: tuple[str, str], differences: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return a sentence about two models: on how many tasks the first is better, worse, or not shown to differ."""
+    first, second = names
+    tasks = {v: [task for task, found in differences.items() if found.get("verdict") == v] for v in VERDICTS}
+    parts = [f"{verdict} on {', '.join(named)}" for verdict, named in tasks.items() if named and verdict != VERDICTS[2]]
+    if parts:
+        sentence = f"{first} is {' and '.join(parts)} than {second}."
+    else:
+        sentence = f"No difference between {first} and {second} is shown."
+    if parts and tasks[VERDICTS[2]]:
+        sentence += f" No difference is shown on {', '.join(tasks[VERDICTS[2]])}."
+    if unknown := [task for task, found in differences.items() if "no_interval" in found]:
+        sentence += f" Without an interval: {', '.join(unknown)}."
+    return sentence
+
+
+def _format(value: float | None, sign: str = "") -> str:
+    return "none" if value is None or not math.isfinite(value) else f"{value:{sign}.4f}"
+
+
+def finite_or_none(value: float) -> float | None:
+    """Return a number for JSON: None if it is not finite."""
+    return value if math.isfinite(value) else None

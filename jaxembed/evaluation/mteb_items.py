@@ -1,0 +1,162 @@
+"""Results of MTEB tasks by item: from the predictions that mteb stores, and the right answers in the task's data."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxembed.evaluation.bootstrap import ScoredItems, score_average_precision, score_mean, score_spearman
+from jaxembed.evaluation.comparison import ItemScores
+from jaxembed.evaluation.labels import score_v_measure
+from jaxembed.evaluation.task_encoder import TaskEncoder
+from jaxembed.files import exists, read_json
+
+if TYPE_CHECKING:
+    from jaxembed.evaluation.mteb_tasks import MtebTask
+
+MAX_DEVIATION = 1e-3  # of the score from items from that of mteb
+RANKED_METRIC = re.compile(r"(ndcg|map|recall|precision)_at_(\d+)")
+TREC_NAMES = {"ndcg": "ndcg_cut", "map": "map_cut", "recall": "recall", "precision": "P"}  # of pytrec_eval
+NO_ITEMS = "mteb gives no results by item for tasks of this kind"
+
+Split = Any  # what mteb holds of a split
+
+
+def score_task_items(task: MtebTask, encoder: TaskEncoder) -> ItemScores:
+    """Return the scores of a model on an mteb task with the items that they are computed from.
+
+    The predictions lie beside the results, or in a temporary folder if results are not stored. A task whose result was stored
+    without predictions is scored again.
+    """
+    with contextlib.ExitStack() as stack:
+        if task.cache_folder:
+            folder = task.cache_folder.parent / "predictions" / encoder.revision
+        else:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder.mkdir(parents=True, exist_ok=True)
+        summary = dataclasses.replace(task, prediction_folder=folder).score(encoder)
+        with load_data(task.task):
+            parts, missing = read_items(task.task, folder, summary["score"])
+    return ItemScores(summary, parts, missing)
+
+
+@contextlib.contextmanager
+def load_data(task: Any) -> Iterator[None]:
+    """Have the data of an mteb task loaded within the block. Data that was loaded before stays."""
+    was_loaded = task.data_loaded
+    if not was_loaded:
+        task.load_data()
+    try:
+        yield
+    finally:
+        if not was_loaded:
+            task.unload_data()
+
+
+class NoItemsError(Exception):
+    """A task whose score cannot be computed from stored predictions."""
+
+
+def read_items(task: Any, folder: Path, score: float | None) -> tuple[list[ScoredItems], str]:
+    """Return the items of a task's main score, part by part, from the predictions in a folder.
+
+    Args:
+        task: The mteb task, with its data loaded.
+        folder: Folder of mteb's predictions.
+        score: mteb's main score, which the items must give too.
+
+    Returns:
+        The items of each subset and split, and an empty text; or no items, and the reason.
+    """
+    path = folder / task.prediction_file_name
+    if not exists(path):
+        return [], NO_ITEMS
+    predictions = {key: value for key, value in read_json(path).items() if key != "mteb_model_meta"}
+    try:
+        parts = [part for subset, split, found in _iter_splits(predictions) for part in _build(task, subset, split, found)]
+    except NoItemsError as error:
+        return [], str(error)
+    found_score = float(np.mean([part.score for part in parts])) if parts else float("nan")
+    if score is None or not abs(found_score - score) <= MAX_DEVIATION:
+        return [], f"results by item give {found_score:.4f}, not the score of mteb"
+    return parts, ""
+
+
+def _iter_splits(predictions: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str, Any]]:
+    for subset, by_split in predictions.items():
+        for split, found in by_split.items():
+            yield subset, split, found
+
+
+def _build(task: Any, subset: str, split: str, predictions: Any) -> list[ScoredItems]:
+    """Return the items of a split."""
+    from mteb import abstasks
+
+    builders: dict[Any, Callable[[Any, Split, Any], list[ScoredItems]]] = {
+        abstasks.AbsTaskRetrieval: _build_retrieval,
+        abstasks.AbsTaskSTS: _build_sts,
+        abstasks.AbsTaskClassification: _build_classification,
+        abstasks.AbsTaskPairClassification: _build_pair_classification,
+        abstasks.AbsTaskClusteringLegacy: _build_clustering,
+    }
+    build = next((builder for kind, builder in builders.items() if isinstance(task, kind)), None)
+    if build is None:
+        raise NoItemsError(NO_ITEMS)
+    return build(task, get_split(task, subset, split), predictions)
+
+
+def get_split(task: Any, subset: str, split: str) -> Split:
+    """Return the data of a subset's split of an mteb task."""
+    return task.dataset.get(subset, task.dataset)[split]
+
+
+def _build_retrieval(task: Any, split: Split, predictions: Mapping[str, Mapping[str, float]]) -> list[ScoredItems]:
+    match = RANKED_METRIC.fullmatch(task.metadata.main_score)
+    if match is None or task.skip_first_result or task.ignore_identical_ids:
+        raise NoItemsError(f"results by item are not known for {task.metadata.main_score} of this task")
+    import pytrec_eval
+
+    name, cutoff = TREC_NAMES[match[1]], match[2]
+    relevant = {
+        query: {document: int(grade) for document, grade in grades.items()} for query, grades in split["relevant_docs"].items()
+    }
+    scores = pytrec_eval.RelevanceEvaluator(relevant, {f"{name}.{cutoff}"}).evaluate(predictions)
+    values = [scores[query][f"{name}_{cutoff}"] for query in sorted(scores)]
+    return [ScoredItems(np.array(values)[:, None], score_mean, "queries")]
+
+
+def _build_sts(task: Any, split: Split, predictions: Mapping[str, Sequence[float]]) -> list[ScoredItems]:
+    similarities = predictions["cosine_scores" if task.metadata.main_score.startswith("cosine") else "similarity_scores"]
+    return [ScoredItems(np.array([similarities, split["score"]], np.float64).T, score_spearman, "pairs")]
+
+
+def _build_classification(task: Any, split: Split, predictions: Sequence[Sequence[Any]]) -> list[ScoredItems]:
+    labels = list(split[task.label_column_name])
+    if task.metadata.main_score != "accuracy" or task.is_cross_validation:
+        raise NoItemsError(f"{task.metadata.main_score} of this task is not a mean over texts")
+    shares = np.mean([[a == b for a, b in zip(labels, found, strict=True)] for found in predictions], axis=0)
+    return [ScoredItems(shares[:, None], score_mean, "texts")]
+
+
+def _build_pair_classification(task: Any, split: Split, predictions: Mapping[str, Sequence[float]]) -> list[ScoredItems]:
+    if not task.metadata.main_score.endswith("_ap"):
+        raise NoItemsError(f"results by item are not known for {task.metadata.main_score}")
+    labels = split[task.label_column_name]
+    labels = labels[0] if len(labels) == 1 else labels  # all pairs in one row, as in earlier versions of mteb
+    values = np.array([predictions["cosine_scores"], labels], np.float64).T
+    return [ScoredItems(values, score_average_precision, "pairs")]
+
+
+def _build_clustering(task: Any, split: Split, predictions: Sequence[Sequence[int]]) -> list[ScoredItems]:
+    parts = []
+    for labels, clusters in zip(split[task.label_column_name], predictions, strict=True):
+        numbers = np.unique(labels, return_inverse=True)[1]
+        parts.append(ScoredItems(np.column_stack([numbers, clusters]).astype(np.float64), score_v_measure, "texts"))
+    return parts

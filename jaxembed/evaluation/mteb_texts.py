@@ -1,0 +1,57 @@
+"""The texts of MTEB tasks, which training files must not contain."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from jaxembed.evaluation.mteb_items import get_split, load_data
+
+ROLES = {"queries": "queries", "corpus": "documents"}  # of the parts of a retrieval split
+
+
+def list_task_texts(task: Any) -> Iterator[tuple[str, Sequence[str]]]:
+    """Yield the role and the texts of every part of an mteb task's scored splits.
+
+    Every column with texts counts. The training split of a classification task is not scored.
+    """
+    with load_data(task):
+        if hasattr(task, "convert_v1_dataset_format_to_v2"):
+            task.convert_v1_dataset_format_to_v2(None)
+        for split_name in task.eval_splits:
+            for subset in task.hf_subsets:
+                yield from _list_split(get_split(task, subset, split_name))
+
+
+def _list_split(split: Any) -> Iterator[tuple[str, list[str]]]:
+    if isinstance(split, dict):  # retrieval
+        for part, role in ROLES.items():
+            yield role, [join_title(row) for row in iter_rows(split[part])]
+    else:
+        yield from (("texts", texts) for texts in _list_columns(split))
+
+
+def iter_rows(part: Any) -> Iterator[Any]:
+    """Yield the rows of a corpus or of queries: of a dataset, or of a mapping by id."""
+    return iter(part.values()) if isinstance(part, dict) else iter(part)
+
+
+def join_title(row: Any) -> str:
+    """Return title and text of a document or query."""
+    if isinstance(row, str):
+        return row
+    return f"{row.get('title') or ''} {row.get('text') or ''}".strip()
+
+
+def _list_columns(split: Any) -> Iterator[list[str]]:
+    """Yield the texts of every column, of which lists count by entry. Columns with labels and ids have short texts only."""
+    for name in split.column_names:
+        texts = [text for value in split[name] for text in _flatten(value)]
+        if texts and name not in ("label", "labels", "lang", "id", "idx"):
+            yield texts
+
+
+def _flatten(value: Any) -> Iterable[str]:
+    if isinstance(value, str):
+        return (value,)
+    return (text for entry in value for text in _flatten(entry)) if isinstance(value, list) else ()
