@@ -1,20 +1,24 @@
 """TensorBoard event files, written in the calling thread.
 
-tensorboardX's `SummaryWriter` writes in a thread of its own. If the disk is full, that thread dies, and the bounded queue to it
-blocks the training loop for good. Here an error reaches the caller.
+A library that writes in a thread of its own would block the training loop for good once a full disk has ended that thread. Here
+an error reaches the caller, and nothing large is imported. A file is a TFRecord file of `Event` protocol buffers
+(tensorflow/core/util/event.proto), of which a run needs few fields.
 """
 
 from __future__ import annotations
 
+import os
+import re
+import socket
+import struct
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
+import numpy as np
 
-FLUSH_PERIOD_S = 10.0  # a flush waits for the disk
+CRC32C_POLYNOMIAL = 0x82F63B78  # of Castagnoli, bits reversed
+CRC_MASK = 0xA282EAD8  # TFRecord files hold masked checksums
 
 
 class EventFile:
@@ -28,22 +32,66 @@ class EventFile:
             purge_step: Step of the checkpoint that a run resumes from. TensorBoard hides what earlier files have after it.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        self._writer = EventsWriter(str(folder / "events"))
-        self._flush_time = time.monotonic()
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
+        self._file = (folder / name).open("ab")
+        self._write(_encode_bytes(3, b"brain.Event:2"))  # file_version
         if purge_step is not None:
-            self._write(purge_step + 1, session_log=SessionLog(status=SessionLog.START))
+            session_start = _encode_integer(1, 1)  # status: START
+            self._write(_encode_integer(2, purge_step + 1) + _encode_bytes(7, session_start))
+        self._file.flush()
 
     def write_scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Write the values of a step."""
         for name, value in values.items():
-            self._write(step, summary=scalar(name, value))
-        if time.monotonic() - self._flush_time > FLUSH_PERIOD_S:
-            self._writer.flush()
-            self._flush_time = time.monotonic()
+            tag = re.sub(r"[^-/\w.]", "_", name).lstrip("/")
+            simple_value = bytes([2 << 3 | 5]) + np.array(value, "<f4").tobytes()
+            scalar = _encode_bytes(1, tag.encode()) + simple_value
+            self._write(_encode_integer(2, step) + _encode_bytes(5, _encode_bytes(1, scalar)))  # step, summary.value
+        self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
-        self._writer.close()
+        self._file.close()
 
-    def _write(self, step: int, **content: object) -> None:
-        self._writer.write_event(Event(wall_time=time.time(), step=step, **content))
+    def _write(self, fields: bytes) -> None:
+        """Write an event with these fields and the time: its length and content, each with its checksum."""
+        event = struct.pack("<Bd", 1 << 3 | 1, time.time()) + fields
+        length = struct.pack("<Q", len(event))
+        self._file.write(length + _masked_checksum(length) + event + _masked_checksum(event))
+
+
+def _encode_integer(field: int, value: int) -> bytes:
+    """Encode an integer >= 0 as a field of a protocol buffer."""
+    return _encode_varint(field << 3) + _encode_varint(value)
+
+
+def _encode_bytes(field: int, content: bytes) -> bytes:
+    """Encode a text or a message as a field of a protocol buffer."""
+    return _encode_varint(field << 3 | 2) + _encode_varint(len(content)) + content
+
+
+def _encode_varint(value: int) -> bytes:
+    """Encode an integer in groups of seven bits, the lowest first. All groups but the last have the highest bit set."""
+    groups = []
+    while value > 0x7F:
+        groups.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*groups, value])
+
+
+def _crc_of_byte(byte: int) -> int:
+    for _ in range(8):
+        byte = byte >> 1 ^ CRC32C_POLYNOMIAL * (byte & 1)
+    return byte
+
+
+CRC_TABLE = [_crc_of_byte(byte) for byte in range(256)]
+
+
+def _masked_checksum(content: bytes) -> bytes:
+    """Return the checksum of a TFRecord file: CRC-32C, rotated by 15 bits, plus a constant."""
+    crc = 0xFFFFFFFF
+    for byte in content:
+        crc = crc >> 8 ^ CRC_TABLE[(crc ^ byte) & 0xFF]
+    crc ^= 0xFFFFFFFF
+    return struct.pack("<I", ((crc >> 15 | crc << 17) + CRC_MASK) & 0xFFFFFFFF)

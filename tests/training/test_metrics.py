@@ -7,10 +7,13 @@ import io
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from numpy import float32, nan
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import masked_crc32c
 
 from helpers.commands import ENV
 from jaxembed.training.metrics import Recorder, read_metrics
@@ -39,7 +42,10 @@ def read_events(folder: Path) -> list[Event]:
     content, start, events = path.read_bytes(), 0, []
     while start < len(content):
         (length,) = struct.unpack_from("<Q", content, start)
-        events.append(Event.FromString(content[start + 12 : start + 12 + length]))
+        event = content[start + 12 : start + 12 + length]
+        checksums = (struct.unpack_from("<I", content, start + offset)[0] for offset in (8, 12 + length))
+        assert [*checksums] == [masked_crc32c(content[start : start + 8]), masked_crc32c(event)]
+        events.append(Event.FromString(event))
         start += 12 + length + 4
     return events
 
@@ -47,11 +53,15 @@ def read_events(folder: Path) -> list[Event]:
 def test_event_files_hold_the_values_of_steps(tmp_path: Path) -> None:
     file = EventFile(tmp_path / "new")
     file.write_scalars(1, {"loss": 2.0, "eval/sts": float("nan")})
+    file.write_scalars(70_000, {"eval/my set": -0.5, "long" * 50: 1e30})
+    assert len(read_events(tmp_path / "new")) == 5, "TensorBoard shows the last step while the run goes on"
     file.close()
-    version, loss, score = read_events(tmp_path / "new")
+    version, *events = read_events(tmp_path / "new")
     assert version.file_version == "brain.Event:2"
-    assert (loss.step, loss.summary.value[0].tag, loss.summary.value[0].simple_value) == (1, "loss", 2.0)
-    assert score.summary.value[0].tag == "eval/sts"
+    assert all(0 <= time.time() - event.wall_time < 600 for event in (version, *events))
+    found = [(event.step, value.tag, value.simple_value) for event in events for value in event.summary.value]
+    expected = [(1, "loss", 2.0), (1, "eval/sts", nan), (70_000, "eval/my_set", -0.5), (70_000, "long" * 50, float32(1e30))]
+    assert found == [(*row[:2], pytest.approx(row[2], nan_ok=True)) for row in expected]
 
 
 def test_event_files_hide_steps_after_the_checkpoint_of_a_resumed_run(tmp_path: Path) -> None:
