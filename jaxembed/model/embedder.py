@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -26,6 +26,8 @@ from jaxembed.model.pooling import make_pooling, make_segment_mask
 TEXT_FIELDS = (
     "prompts", "fixed_prompts", "plain_prompt", "instruction_template", "query_suffix", "max_length", "text_length",
 )  # fmt: skip
+# Fields of the spec that the program depends on, but not the parameters.
+PROGRAM_FIELDS = ("attention", "include_instruction", "normalize")
 # Activations after the projection, by their names in the spec.
 PROJECTION_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"identity": lambda x: x, "tanh": jnp.tanh}
 
@@ -76,8 +78,12 @@ class EmbeddingModel(nn.Module):
 
     def without_texts(self) -> EmbeddingModel:
         """Return the same model with the defaults of TEXT_FIELDS. Models with the same program become equal."""
-        defaults = EmbeddingSpec()
-        return self.clone(spec=self.spec.replace(**{name: getattr(defaults, name) for name in TEXT_FIELDS}))
+        return self.clone(spec=_reset(self.spec, TEXT_FIELDS))
+
+    def for_parameters(self) -> EmbeddingModel:
+        """Return a model with the same parameters, which are drawn alike. Models with the same parameters become equal."""
+        compute = ComputeOptions(self.compute.dtype, unroll=False, attention_kernel="einsum")
+        return self.clone(spec=_reset(self.spec, (*TEXT_FIELDS, *PROGRAM_FIELDS)), compute=compute)
 
     @nn.compact
     def __call__(self, texts: PackedTexts, hidden: Float[Array, "r t d"] | None = None) -> Float[Array, "r s p"]:
@@ -96,6 +102,12 @@ class EmbeddingModel(nn.Module):
         if self.spec.projection:
             vectors = Projection(self.spec, name="projection")(vectors)
         return l2_normalize(vectors) if self.spec.normalize else vectors
+
+
+def _reset(spec: EmbeddingSpec, fields: Sequence[str]) -> EmbeddingSpec:
+    """Return a spec with the defaults of some fields."""
+    defaults = EmbeddingSpec()
+    return spec.replace(**{name: getattr(defaults, name) for name in fields})
 
 
 def make_example_texts(row_length: int = 8) -> PackedTexts:
@@ -123,10 +135,10 @@ def infer_parameter_shapes(model: EmbeddingModel) -> Any:
             f"model.pooling.heads: {model.spec.pooling} cannot split the model's width {width} into heads "
             f"(found {heads}; expected a divisor of {width}). Choose another number."
         )
-    return _trace_parameter_shapes(model.without_texts())
+    return _trace_parameter_shapes(model.for_parameters())
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=64)
 def _trace_parameter_shapes(model: EmbeddingModel) -> Any:
     return jax.eval_shape(model.init, jax.random.key(0), make_example_texts())["params"]
 
@@ -140,11 +152,17 @@ def init_params(model: EmbeddingModel, key: jax.Array, shardings: Any) -> Any:
         shardings: Shardings of the parameters to draw. Parameters that are missing in this tree are not drawn.
     """
     wanted = flatten_dict(shardings)
-    if not wanted:
-        return {}
+    return unflatten_dict(_init_program(model.for_parameters(), tuple(wanted.items()), key.ndim > 0)(key)) if wanted else {}
 
-    def init(key: jax.Array) -> Any:
+
+@functools.lru_cache(maxsize=8)
+def _init_program(
+    model: EmbeddingModel, wanted: tuple[tuple[tuple[str, ...], jax.sharding.Sharding], ...], several: bool
+) -> Callable[[jax.Array], dict[tuple[str, ...], jax.Array]]:
+    """Return the program that draws parameters, given their paths and shardings. Models with equal parameters share it."""
+
+    def init(key: jax.Array) -> dict[tuple[str, ...], jax.Array]:
         params = flatten_dict(nn.unbox(model.init(key, make_example_texts())["params"]))
-        return {path: params[path] for path in wanted}
+        return {path: params[path] for path, _ in wanted}
 
-    return unflatten_dict(jax.jit(jax.vmap(init) if key.ndim else init, out_shardings=wanted)(key))
+    return jax.jit(jax.vmap(init) if several else init, out_shardings=dict(wanted))

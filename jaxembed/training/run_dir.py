@@ -113,8 +113,11 @@ def _holds_files(run_dir: Path) -> bool:
 
 def check_same_config(config: Config) -> None:
     """Raise `UserError` if process 0 has another config than this process."""
-    first_config = processes.broadcast_from_first(config.dump().encode()).decode()
-    if changes := _summarize_differences(yaml.safe_load(first_config), yaml.safe_load(config.dump())):
+    own_config = config.dump()
+    first_config = processes.broadcast_from_first(own_config.encode()).decode()
+    if first_config == own_config:
+        return
+    if changes := _summarize_differences(yaml.safe_load(first_config), yaml.safe_load(own_config)):
         raise UserError(f"config: differs from that of process 0 ({changes}). Give all processes the same config.")
 
 

@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from jaxembed.config import Config, load_config
+from jaxembed.devices import processes
 from jaxembed.errors import UserError
-from jaxembed.training.run_dir import check_run_dir, create_run_dir, record_or_check
+from jaxembed.training.run_dir import check_run_dir, check_same_config, create_run_dir, record_or_check
 from jaxembed.training.run_lock import RunLock
 
 # config.yaml of a run that an earlier version wrote: it lacks keys that came later, and has one that was removed since.
@@ -176,3 +177,11 @@ def test_documents_of_an_earlier_run_are_compared_as_then(old_run: Path) -> None
     assert [source.equality for stage in resumed.stages for source in stage.data.sources] == ["exact"]
     new = check_run_dir(load(old_run.parent, override, run="new"))
     assert [source.equality for stage in new.stages for source in stage.data.sources] == ["normalized"]
+
+
+def test_a_process_with_another_config_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, first = load(tmp_path), load(tmp_path, "optim.learning_rate=0.5")
+    check_same_config(own)
+    monkeypatch.setattr(processes, "broadcast_from_first", lambda _: first.dump().encode())
+    with pytest.raises(UserError, match=r"^config: differs from that of process 0 \(optim\.learning_rate: 0\.5 -> 0\.001\)"):
+        check_same_config(own)
