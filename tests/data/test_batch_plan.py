@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -316,7 +315,7 @@ def test_equal_texts_of_a_batch_are_never_negatives(tmp_path: Path) -> None:
         {"query": "fourth", "pos": ["Same"], "neg": ["fourth ", "wrong"]},
     ]
     build = make_builder([make_source(tmp_path, "a", rows)])
-    queries, documents = collect_text_info(jax.tree.map(jnp.asarray, build(0, np.arange(4)).batch))
+    queries, documents = collect_text_info(jax.device_put(build(0, np.arange(4)).batch))
     queries, documents = queries.reshape(4, 1), jax.tree.map(lambda x: x[None, :, 0], documents)
     mask = in_batch_candidates(queries, documents) & ~is_known_positive(queries, documents)
     assert np.asarray(mask).astype(int).tolist() == [[0, 0, 0, 0], [1, 0, 1, 1], [0, 0, 0, 1], [0, 1, 1, 0]]

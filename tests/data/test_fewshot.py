@@ -31,6 +31,8 @@ from jaxembed.hub.spec_files import parse_spec, write_spec
 from jaxembed.hub.torch_model import encode_torch, load_sentence_transformer
 from jaxembed.runs.train import train
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 # The prompts of bge-en-icl (Li et al. 2024).
 ICL = EmbeddingSpec(
     attention="causal",

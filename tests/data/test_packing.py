@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -176,7 +177,7 @@ def pack_into(texts: list[np.ndarray], pool_start: np.ndarray, row: np.ndarray, 
     """Pack text i into row `row[i]`, in order. Also return the index of each text among the vectors [R * S]."""
     segment = np.array([np.sum(row[:i] == row[i]) for i in range(len(row))])
     arrays = fill_rows(texts, pool_start, row, segment, (ROWS, ROW_LENGTH))
-    arrays = {name: jnp.asarray(array) for name, array in arrays.items()}
+    arrays = {name: jax.device_put(array) for name, array in arrays.items()}
     segments = max_segments(ROW_LENGTH)
     return PackedTexts(**arrays, segments=segments, shards=shards), row * segments + segment
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import re
 import signal
@@ -9,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +108,40 @@ def assert_same_metrics(run: Path, expected: Sequence[dict[str, float]]) -> None
         np.testing.assert_allclose(actual, desired, rtol=2e-4)
 
 
+@dataclasses.dataclass(frozen=True)
+class BrokenGroup:
+    """Two processes that train. The one at index `lost` has been sent a signal."""
+
+    run: Path
+    processes: list[Process]
+    lost: int
+    signal_time: float
+
+
+def break_groups(folder: Path, number: int) -> list[BrokenGroup]:
+    """Start two groups of processes. Send a signal to the first process of one, and to the second of the other."""
+    overrides = ("mesh.data=2", "train.steps=5000", "eval.sets=[]", f"train.stall_timeout_s={STALL_TIMEOUT_S}")
+    groups = []
+    for lost in (0, 1):
+        run = folder / f"lost{lost}"
+        first_step = last_step(run)  # a run that exists is resumed
+        processes = start_training(folder, run.name, *overrides, devices=1)
+        signal_at_step(run, first_step + 6, processes, lost, number)
+        groups.append(BrokenGroup(run, processes, lost, time.time()))
+    return groups
+
+
+@pytest.fixture(scope="module")
+def groups_that_hang(folder: Path) -> Iterator[list[BrokenGroup]]:
+    """Groups in which a process hangs. The others wait for it until the time limit, while the first tests run."""
+    groups = break_groups(folder, signal.SIGSTOP)
+    yield groups
+    for process in itertools.chain.from_iterable(group.processes for group in groups):
+        if process.poll() is None:
+            process.kill()
+
+
+@pytest.mark.usefixtures("groups_that_hang")
 def test_two_processes_resume_the_run_of_one_with_the_same_result(folder: Path, straight: list[dict[str, float]]) -> None:
     """The processes are started by launch/local_pod.sh."""
     run = folder / "two"
@@ -146,22 +182,18 @@ def test_sigterm_to_one_stops_all_at_the_same_step(folder: Path, straight: list[
     assert_same_metrics(run, straight)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_process_that_dies_or_hangs_ends_the_others_in_time(folder: Path, number: int) -> None:
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_process_that_dies_or_hangs_ends_the_others_in_time(
+    folder: Path, groups_that_hang: list[BrokenGroup], number: int
+) -> None:
     """One group of two processes loses its first, another its second."""
-    overrides = ("mesh.data=2", "train.steps=5000", "eval.sets=[]", f"train.stall_timeout_s={STALL_TIMEOUT_S}")
-    runs, groups, start = [folder / f"lost{lost}" for lost in (0, 1)], [], []
-    for lost, run in enumerate(runs):
-        first_step = last_step(run)  # the second case resumes the runs of the first
-        groups.append(start_training(folder, run.name, *overrides, devices=1))
-        signal_at_step(run, first_step + 6, groups[lost], lost, number)
-        start.append(time.time())  # the groups wait for the end at the same time
-    for lost, (run, processes) in enumerate(zip(runs, groups, strict=True)):
-        survivor = processes[1 - lost]
+    # The groups that lose a killed process resume the runs of those that hung.
+    for group in groups_that_hang if number == signal.SIGSTOP else break_groups(folder, number):
+        lost, run, survivor = group.lost, group.run, group.processes[1 - group.lost]
         lines = survivor.communicate(timeout=2 * STALL_TIMEOUT_S)[1].splitlines()
-        assert survivor.last_output_time() - start[lost] < STALL_TIMEOUT_S
-        processes[lost].kill()
-        processes[lost].communicate()
+        assert survivor.last_output_time() - group.signal_time < STALL_TIMEOUT_S
+        group.processes[lost].kill()
+        group.processes[lost].communicate()
         assert survivor.returncode == 1, lines
         # JAX reports a killed process if the survivor is waiting for it. Else its heartbeats stop, as when it hangs.
         silent = f"process {lost} of 2 has not responded"

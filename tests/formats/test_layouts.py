@@ -34,6 +34,8 @@ from jaxembed.hub.torch_model import encode_torch, load_sentence_transformer
 from jaxembed.model.decoder import ComputeOptions
 from jaxembed.runs.train import train
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 INSTRUCTION = "Given a question, retrieve passages that answer it"
 TEXTS = [*tiny.TEXTS, "a text that is cut at its end " * 20]
 SHORT = tiny.TEXTS[:4]

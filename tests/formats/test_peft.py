@@ -23,6 +23,8 @@ from jaxembed.formats.peft_config import ADAPTER_FIELDS, read_lora_config
 from jaxembed.hub.export_adapters import export_adapters
 from jaxembed.runs.train import train
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 ONE_STEP = ("train.steps=1", "eval.sets=[]")
 
 

@@ -29,6 +29,8 @@ from jaxembed.hub.torch_model import encode_torch, load_sentence_transformer
 from jaxembed.model.decoder import ComputeOptions
 from jaxembed.runs.train import train
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 INSTRUCTION = "Given a question, retrieve passages that answer it"
 PROMPT = f"Instruct: {INSTRUCTION}\nQuery: "
 TEXTS = [*tiny.TEXTS, "a text that is truncated at its end " * 20]

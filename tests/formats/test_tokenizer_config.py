@@ -32,6 +32,8 @@ from jaxembed.hub.resolve import find_base
 from jaxembed.hub.torch_model import encode_torch, load_sentence_transformer
 from jaxembed.runs.train import train
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 TEXTS = [*tiny.TEXTS, "a text that is cut at its end " * 30]
 
 

@@ -17,7 +17,7 @@ from jaxembed.model.embedder import EmbeddingModel
 
 def load_adapted(base: Path, lora: LoraConfig, seed: int = 0) -> tuple[EmbeddingModel, Any]:
     """Load a base with random adapters. `lora_b` is random too, because adapters with its initial zeros do nothing."""
-    model, params = load_model(base, EmbeddingSpec(), lora=lora)
+    model, params = load_model(base, EmbeddingSpec(), lora=lora, unroll=False)
     random, flat = np.random.default_rng(seed), flatten_dict(params)
     drawn = {path: jnp.asarray(random.normal(0, 0.3, x.shape), x.dtype) for path, x in flat.items() if "lora" in path[-1]}
     return model, unflatten_dict(flat | drawn)

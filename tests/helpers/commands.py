@@ -22,6 +22,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
+# The compiler of TPUs (libtpu) refuses the flags of CPUs, and a second process at the same time.
+TPU_COMPILER_ENV = {name: value for name, value in ENV.items() if name != "XLA_FLAGS"} | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 SERVER_PATH = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["helpers.preload"])
@@ -104,9 +106,9 @@ def start_module(name: str, *arguments: str, env: Mapping[str, str] = ENV, setup
     return Process(f"{setup_code}\n{run_module(name)}", arguments, env)
 
 
-def run_command(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run_command(name: str, *arguments: str, env: Mapping[str, str] = ENV) -> subprocess.CompletedProcess[str]:
     """Run a module of the package in a new process, and wait for it."""
-    process = start_module(name, *arguments)
+    process = start_module(name, *arguments, env=env)
     out, err = process.communicate()
     assert process.returncode is not None
     return subprocess.CompletedProcess([name, *arguments], process.returncode, out, err)

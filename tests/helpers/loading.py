@@ -10,7 +10,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
@@ -70,7 +69,7 @@ def pack_texts(
     arrays = fill_rows(texts, [0] * len(texts) if pool_start is None else pool_start, row, place, shape)
     segments = max_segments(row_length)
     packed = PackedTexts(**arrays, segments=segments, shards=shards)
-    return jax.tree.map(jnp.asarray, packed), row * segments + place
+    return jax.device_put(packed), row * segments + place
 
 
 @functools.cache

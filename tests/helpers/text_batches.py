@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxembed.data.batch import Batch
@@ -36,7 +35,7 @@ def make_batch(queries: list[str], documents: TextRows, in_batch: list[bool] | N
         source=np.zeros(b, np.int32),
         teacher_scores=np.full((b, len(documents[0])), np.nan, np.float32),
     )
-    return jax.tree.map(jnp.asarray, batch)
+    return jax.device_put(batch)
 
 
 def draw_unit_vectors(random: np.random.Generator, *shape: int) -> np.ndarray:
@@ -47,4 +46,5 @@ def draw_unit_vectors(random: np.random.Generator, *shape: int) -> np.ndarray:
 
 def make_encoded(q: jax.Array, d: jax.Array, batch: Batch, shards: int = 1, **options: Any) -> EncodedBatch:
     """Build the input of an objective that applies to all queries, with equal weights."""
-    return EncodedBatch(q, d, batch, jnp.full(len(q), 1 / len(q), q.dtype), jax.random.key(0), shards, **options)
+    weights = jax.device_put(np.full(len(q), 1 / len(q), q.dtype))
+    return EncodedBatch(q, d, batch, weights, jax.random.key(0), shards, **options)

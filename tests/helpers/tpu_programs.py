@@ -103,6 +103,7 @@ def compile_step() -> jax.stages.Compiled:
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_enable_compilation_cache", False)
     jax.devices = lambda: list(DEVICES)
     programs = {"attention": compile_attention(), "step": compile_step()}
     print(json.dumps({name: describe_program(compiled) for name, compiled in programs.items()}))

@@ -30,6 +30,8 @@ from jaxembed.hub.torch_model import encode_torch, load_sentence_transformer
 from jaxembed.model.decoder import ComputeOptions
 from jaxembed.model.pooling import TRAINABLE_POOLINGS
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 CHAT_TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}{% endfor %}"
 QUERY_PROMPT = "Instruct: Find the answer\nQuery:"
 CARD = Card("test", "base")

@@ -23,6 +23,8 @@ from jaxembed.hub.safe_dtypes import CODE_TEXTS, MAX_CHECKED_CHARS, DtypeQuality
 from jaxembed.hub.torch_model import encode_torch, load_sentence_transformer
 from jaxembed.model.decoder import ComputeOptions
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 SPEC = EmbeddingSpec(max_length=64)
 FACTOR = 8000.0  # by which activations of one layer grow: beyond 65,504, the largest number of float16
 

@@ -26,6 +26,8 @@ from jaxembed.hub.export_nv_embed import export_nv_embed
 from jaxembed.hub.merging import merge_models
 from jaxembed.hub.parity import Parity, compare_vectors
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:

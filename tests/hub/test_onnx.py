@@ -36,6 +36,8 @@ from jaxembed.hub.stock_folder import write_stock_folder
 from jaxembed.hub.text_tokenizer import build_text_tokenizer
 from jaxembed.hub.torch_model import encode_torch, load_sentence_transformer
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 PROMPT = "Instruct: Find the answer\nQuery:"
 TEXTS = [*tiny.TEXTS, "one more " * 60]
 LATENT = {"pooling": "latent_attention", "latents": 6, "pooling_heads": 4}

@@ -28,14 +28,17 @@ def compute_negative_mask(*args: Any, **options: Any) -> list[list[int]]:
 
     The columns are the documents of the first query (positive, then its own negatives), then those of the second, and so on.
     """
-    batch = make_batch(*args, **options)
+    return np.asarray(find_negatives(make_batch(*args, **options))).astype(int).tolist()
+
+
+@jax.jit
+def find_negatives(batch: Batch) -> jax.Array:
     count, per_query = batch.doc_slot.shape
     queries, documents = collect_text_info(batch)
     queries, documents = queries.reshape(count, 1), documents.reshape(count * per_query)
     column = jnp.arange(count * per_query)
     is_own = (jnp.arange(count)[:, None] == column // per_query) & (column % per_query > 0)
-    mask = (is_own | in_batch_candidates(queries, documents)) & documents.present & ~is_known_positive(queries, documents)
-    return np.asarray(mask).astype(int).tolist()
+    return (is_own | in_batch_candidates(queries, documents)) & documents.present & ~is_known_positive(queries, documents)
 
 
 def test_own_and_in_batch_negatives_count() -> None:
@@ -98,7 +101,8 @@ def test_the_lowest_temperature_does_not_overflow() -> None:
 def test_a_query_without_negatives_has_neither_loss_nor_gradient() -> None:
     queries, documents = jnp.eye(2), jnp.eye(2)[:, None]
     batch = make_batch(["a", "b"], [["pa"], ["pb"]], in_batch=[False, False])
-    loss, grads = jax.value_and_grad(lambda q, d: compute_info_nce(q, d, batch, 0.1)[0], argnums=(0, 1))(queries, documents)
+    loss_and_grad = jax.jit(jax.value_and_grad(lambda q, d: compute_info_nce(q, d, batch, 0.1)[0], argnums=(0, 1)))
+    loss, grads = loss_and_grad(queries, documents)
     assert float(loss) == 0.0
     assert not any(np.asarray(grad).any() for grad in grads)
 
@@ -143,7 +147,9 @@ def test_any_batch_agrees_with_the_loop(case: tuple[Any, ...]) -> None:
     queries, documents, in_batch, positives, seed = case
     random = np.random.default_rng(seed)
     q, d = draw_unit_vectors(random, len(queries), 6), draw_unit_vectors(random, len(queries), len(documents[0]), 6)
-    loss, metrics = compute_info_nce(jnp.array(q), jnp.array(d), make_batch(queries, documents, in_batch, positives), 0.2)
+    loss, metrics = compute_info_nce(
+        jax.device_put(q), jax.device_put(d), make_batch(queries, documents, in_batch, positives), 0.2
+    )
     expected, negatives = compute_by_loop(q, d, case, 0.2)
     assert float(loss) == pytest.approx(expected, rel=1e-5, abs=1e-6)
     assert float(metrics["negatives"]) == pytest.approx(negatives)
@@ -156,7 +162,7 @@ MIXED = make_batch(list("abca"), DOCUMENTS, in_batch=[True, False, True, True], 
 def test_gradients_agree_with_finite_differences() -> None:
     random = np.random.default_rng(0)
     with jax.enable_x64(True):
-        q, d = jnp.array(draw_unit_vectors(random, 4, 6)), jnp.array(draw_unit_vectors(random, 4, 3, 6))
+        q, d = jax.device_put(draw_unit_vectors(random, 4, 6)), jax.device_put(draw_unit_vectors(random, 4, 3, 6))
 
         def loss(q: jax.Array, d: jax.Array) -> jax.Array:
             return compute_info_nce(q, d, MIXED, 0.1)[0]
@@ -173,9 +179,9 @@ def test_gradients_agree_with_finite_differences() -> None:
 
 def test_gradients_do_not_cross_between_texts_that_are_not_negatives() -> None:
     random = np.random.default_rng(0)
-    q, d = jnp.array(draw_unit_vectors(random, 4, 6)), jnp.array(draw_unit_vectors(random, 4, 3, 6))
+    q, d = jax.device_put(draw_unit_vectors(random, 4, 6)), jax.device_put(draw_unit_vectors(random, 4, 3, 6))
     query_gradient = jax.grad(lambda q, d: compute_info_nce(q, d, MIXED, 0.1)[0])
-    crossing = np.abs(jax.jacobian(query_gradient, argnums=1)(q, d)).sum(axis=(1, 4))  # [query, owner, document]
+    crossing = np.abs(jax.jit(jax.jacobian(query_gradient, argnums=1))(q, d)).sum(axis=(1, 4))  # [query, owner, document]
     crosses = crossing.sum(axis=2) > 0
     # The second query's source has no in-batch negatives; the first and the last query are equal.
     assert crosses.astype(int).tolist() == [[1, 0, 1, 0], [0, 1, 0, 0], [1, 0, 1, 1], [0, 0, 1, 1]]
@@ -185,17 +191,17 @@ def test_gradients_do_not_cross_between_texts_that_are_not_negatives() -> None:
 
 
 def test_absent_slots_have_zero_vectors_and_gradients() -> None:
-    vectors = jnp.array(np.random.default_rng(0).normal(size=(4, 2, 6)))
+    vectors = jnp.array(np.random.default_rng(0).normal(size=(4, 2, 6)), jnp.float32)
     slots = jnp.array([[0, -1], [3, 1], [-1, -1], [2, 0]])
 
     def total(vectors: jax.Array) -> jax.Array:
         return jnp.sum(gather_vectors(vectors, slots, shards=2) * jnp.arange(1.0, 7))
 
-    picked = gather_vectors(vectors, slots, shards=2)
-    flat = vectors.reshape(8, 6)
+    picked = np.asarray(jax.jit(lambda: gather_vectors(vectors, slots, shards=2))())
+    flat = np.asarray(vectors).reshape(8, 6)
     expected = [flat[0], None, flat[3], flat[1], None, None, flat[6], flat[4]]
     for ours, reference in zip(picked.reshape(8, 6), expected, strict=True):
-        assert np.abs(ours - (0.0 if reference is None else reference / jnp.linalg.norm(reference))).max() < 1e-6
+        assert np.abs(ours - (0.0 if reference is None else reference / np.linalg.norm(reference))).max() < 1e-6
     gradient = np.asarray(jax.jit(jax.grad(total))(vectors)).reshape(8, 6)
     assert np.isfinite(gradient).all()
     assert (np.abs(gradient).sum(axis=1) > 0).tolist() == [True, True, False, True, True, False, True, False]
@@ -219,5 +225,5 @@ def test_slots_without_a_text_have_zero_gradients() -> None:
 
 def test_l2_normalize_keeps_zero_and_direction() -> None:
     x = jnp.array([[3.0, 4.0], [0.0, 0.0], [1e-9, 0.0]])
-    assert np.allclose(l2_normalize(x), [[0.6, 0.8], [0, 0], [1, 0]])
-    assert np.isfinite(jax.grad(lambda x: l2_normalize(x).sum())(x)).all()
+    assert np.allclose(jax.jit(l2_normalize)(x), [[0.6, 0.8], [0, 0], [1, 0]])
+    assert np.isfinite(jax.jit(jax.grad(lambda x: l2_normalize(x).sum()))(x)).all()

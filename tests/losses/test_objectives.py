@@ -198,11 +198,11 @@ def test_hard_labels_and_missing_scores_equal_constants() -> None:
     t = 1 / (1 + math.exp(-1.0))
     kl = t * math.log(t / p) + (1 - t) * math.log((1 - t) / (1 - p))
     config = DistillationConfig(temperature=0.5, hard_labels=0.2)
-    loss, metrics = OBJECTIVES["kl_distillation"](config, make_encoded(q, d, batch))
+    loss, metrics = jax.jit(lambda: OBJECTIVES["kl_distillation"](config, make_encoded(q, d, batch)))()
     assert float(loss) == pytest.approx(0.8 * kl - 0.2 * math.log(p), rel=1e-5)
     assert float(metrics["scored"]) == 1
     assert float(OBJECTIVES["margin_mse"](MarginMSEConfig(), make_encoded(q, d, batch))[0]) == pytest.approx((0.4 - 1.0) ** 2)
-    gradient = jax.grad(lambda d: OBJECTIVES["kl_distillation"](config, make_encoded(q, d, batch))[0])(d)
+    gradient = jax.jit(jax.grad(lambda d: OBJECTIVES["kl_distillation"](config, make_encoded(q, d, batch))[0]))(d)
     assert np.isfinite(gradient).all() and not np.asarray(gradient)[1].any() and not np.asarray(gradient)[0, 2].any()
 
 
@@ -210,23 +210,25 @@ def test_embedding_matching_through_a_projection() -> None:
     random = np.random.default_rng(1)
     (q, d), batch = draw_vectors(random, jnp.float32), draw_batch(random, jnp.float32)
     config = EmbeddingMatchingConfig(teacher="a model")
-    params = Objectives([config]).init_params(D, G, jax.random.key(0))
+    params = jax.jit(lambda: Objectives([config]).init_params(D, G, jax.random.key(0)))()
     kernel = np.asarray(params["embedding_matching"]["kernel"])
     assert kernel.shape == (D, G) and Objectives([config]).init_params(G, G, jax.random.key(0)) == {}
+    queries, documents, teacher = jax.device_get((q, d, batch.teacher))
     total = 0.0
     for i, row in enumerate(DOCUMENTS):
-        document_pairs = [(d[i, k], batch.teacher.documents[i, k]) for k, text in enumerate(row) if text]
-        pairs = [(q[i], batch.teacher.queries[i]), *document_pairs]
-        ours = [np.asarray(x) @ kernel for x, _ in pairs]
+        document_pairs = [(documents[i, k], teacher.documents[i, k]) for k, text in enumerate(row) if text]
+        pairs = [(queries[i], teacher.queries[i]), *document_pairs]
+        ours = [x @ kernel for x, _ in pairs]
         total += np.mean([np.sum((x / np.linalg.norm(x) - y) ** 2) for x, (_, y) in zip(ours, pairs, strict=True)]) / B
-    loss = OBJECTIVES["embedding_matching"](config, make_encoded(q, d, batch, params=params["embedding_matching"]))[0]
+    encoded = make_encoded(q, d, batch, params=params["embedding_matching"])
+    loss = jax.jit(lambda: OBJECTIVES["embedding_matching"](config, encoded)[0])()
     assert float(loss) == pytest.approx(total, rel=1e-5)
 
 
 def test_mixed_negatives_lie_between_two_of_the_query() -> None:
     negatives = jnp.array([[[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]] * 2)
     present = jnp.array([[True, True, False], [True, False, False]])
-    mixed, mixed_present = infonce._mix_negatives(64, negatives, present, jax.random.key(0))
+    mixed, mixed_present = jax.jit(lambda: infonce._mix_negatives(64, negatives, present, jax.random.key(0)))()
     assert np.asarray(mixed_present).tolist() == [[True] * 64, [False] * 64]
     first = np.asarray(mixed)[0]
     assert np.allclose(np.linalg.norm(first, axis=-1), 1, atol=1e-6) and not first[:, 2].any()
@@ -235,7 +237,8 @@ def test_mixed_negatives_lie_between_two_of_the_query() -> None:
     q = jnp.array(draw_unit_vectors(np.random.default_rng(0), 2, 3), jnp.float32)
     batch = make_batch(["a", "b"], [["pa", "x", "y", None], ["pb", "z", None, None]])
     documents = jnp.concatenate([q[:, None], negatives * present[..., None]], axis=1)
-    _, metrics = infonce.info_nce(InfoNCEConfig(negatives="hard", mixed_negatives=4), make_encoded(q, documents, batch))
+    config = InfoNCEConfig(negatives="hard", mixed_negatives=4)
+    _, metrics = jax.jit(lambda: infonce.info_nce(config, make_encoded(q, documents, batch)))()
     assert float(metrics["negatives"]) == pytest.approx((2 + 4 + 1) / 2)
 
 
@@ -249,10 +252,10 @@ def test_a_learned_temperature_has_a_gradient_and_a_minimum() -> None:
         return infonce.info_nce(config, make_encoded(q, d, batch, params={"log_scale": log_scale}))[0]
 
     start = infonce.init_temperature(config)["log_scale"]
-    fixed = infonce.info_nce(InfoNCEConfig(temperature=0.2), make_encoded(q, d, batch))[0]
+    fixed = jax.jit(lambda: infonce.info_nce(InfoNCEConfig(temperature=0.2), make_encoded(q, d, batch))[0])()
     assert float(loss(start)) == pytest.approx(float(fixed), rel=1e-6)
     slope = (loss(start + 1e-2) - loss(start - 1e-2)) / 2e-2
-    assert float(jax.grad(loss)(start)) == pytest.approx(float(slope), rel=1e-2)
+    assert float(jax.jit(jax.grad(loss))(start)) == pytest.approx(float(slope), rel=1e-2)
     assert float(loss(jnp.array(9.0))) == pytest.approx(float(loss(jnp.array(math.log(100.0)))))
 
 

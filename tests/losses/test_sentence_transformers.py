@@ -33,9 +33,9 @@ def compute_ours(
     batch = batch or make_batch(names, [[f"{name} {k}" for k in range(d.shape[1])] for name in names])
 
     def loss(q: jax.Array) -> jax.Array:
-        return OBJECTIVES[config.name](config, make_encoded(l2_normalize(q), jnp.array(d), batch, params=params or {}))[0]
+        return OBJECTIVES[config.name](config, make_encoded(l2_normalize(q), jax.device_put(d), batch, params=params or {}))[0]
 
-    value, gradient = jax.jit(jax.value_and_grad(loss))(jnp.array(q))
+    value, gradient = jax.jit(jax.value_and_grad(loss))(jax.device_put(q))
     return float(value), np.asarray(gradient)
 
 
@@ -97,7 +97,7 @@ def test_distillation_agrees_with_sentence_transformers() -> None:
     q, d = draw_unit_vectors(random, 5, 8).astype(np.float32), draw_unit_vectors(random, 5, 3, 8).astype(np.float32)
     scores = random.normal(size=(5, 3)).astype(np.float32)
     batch = make_batch(list("abcde"), [[f"{c}{k}" for k in range(3)] for c in "abcde"])
-    batch = batch.replace(teacher_scores=jnp.array(scores))
+    batch = batch.replace(teacher_scores=jax.device_put(scores))
     labels = torch.tensor(scores)
     reference = compute_torch(theirs.DistillKLDivLoss(None, temperature=0.5), q, d, labels)
     ours = compute_ours(DistillationConfig(temperature=0.5, teacher_temperature=0.5), q, d, batch)

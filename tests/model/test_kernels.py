@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from helpers.commands import TPU_COMPILER_ENV, run_command
 from helpers.loading import draw_texts, load_model, pack_texts
 from helpers.training_batches import list_all_slots
 from jaxembed.config import field_lists
@@ -44,7 +42,7 @@ def draw_inputs(tokens: int, kv_heads: int = 2, dtype: Any = jnp.float32, rows: 
         for text, (start, end) in enumerate(zip([0, *cuts], [*cuts, tokens], strict=True)):
             if row == 0 or text < 4:
                 segment[row, start:end], position[row, start:end] = text + 1, np.arange(end - start)
-    in_text = jnp.asarray(position > 1)
+    in_text = jax.device_put(position > 1)
     return *(jnp.asarray(x, dtype) for x in (q, k, v)), TokenInfo(jnp.asarray(segment), jnp.asarray(position), in_text)
 
 
@@ -242,14 +240,7 @@ def test_arguments_for_cudnn_agree_with_einsum(monkeypatch: pytest.MonkeyPatch) 
 def test_attention_and_a_training_step_compile_for_tpus() -> None:
     """The compiler needs no chip, but its own process: libtpu is configured when it is first loaded."""
     pytest.importorskip("libtpu")
-    changed = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    inherited = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")}
-    here = Path(__file__).parents[1]
-    result = subprocess.run(
-        [sys.executable, str(here / "helpers" / "tpu_programs.py")],
-        env={**inherited, **changed, "PYTHONPATH": str(here.parent)},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    result = run_command("helpers.tpu_programs", env={**TPU_COMPILER_ENV, "TPU_SKIP_MDS_QUERY": "1"})
     assert result.returncode == 0, result.stderr[-3000:]
     assert "does not support" not in result.stderr
     report = json.loads(result.stdout.splitlines()[-1])

@@ -27,6 +27,8 @@ from jaxembed.model.layers import Linear
 from jaxembed.model.lora import TARGET_PROJECTIONS, join_params, merge_adapters, split_params
 from jaxembed.runs.train import train
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 Folder = Callable[[str], Path]
 LORA_OVERRIDES = ["model.lora={rank: 4, alpha: 8}", "optim.learning_rate=0.01", "eval.sets=[]"]
 
@@ -49,7 +51,7 @@ def test_merging_keeps_the_vectors(base_folder: Folder, family: str) -> None:
     lora = LoraConfig(rank=3, alpha=6.0)
     model, params = load_adapted(base_folder(family), lora)
     packed = pack_texts(draw_texts((5, 20, 9)), 32)
-    plain, _ = load_model(base_folder(family), EmbeddingSpec())
+    plain, _ = load_model(base_folder(family), EmbeddingSpec(), unroll=False)
     unmerged = encode_packed(model, params, *packed)
     np.testing.assert_allclose(encode_packed(plain, merge_adapters(params, lora), *packed), unmerged, atol=1e-5)
     untouched = {path: x for path, x in flatten_dict(params).items() if "lora" not in path[-1]}
@@ -72,10 +74,11 @@ def test_adapter_shapes(base_folder: Folder) -> None:
 
 
 def test_dropout_needs_a_dropout_key(base_folder: Folder) -> None:
-    lora = LoraConfig(rank=4, alpha=8.0, dropout=0.5)
+    targets = ("q_proj", "down_proj")
+    lora = LoraConfig(rank=4, alpha=8.0, dropout=0.5, targets=targets)
     model, params = load_adapted(base_folder("qwen2"), lora)
     packed, _ = pack_texts(draw_texts((5, 20)), 32)
-    without, _ = load_adapted(base_folder("qwen2"), LoraConfig(rank=4, alpha=8.0))
+    without, _ = load_adapted(base_folder("qwen2"), LoraConfig(rank=4, alpha=8.0, targets=targets))
     same = [jax.jit(one.apply)({"params": params}, packed) for one in (model, without)]
     assert np.array_equal(*same)
     apply = jax.jit(model.apply)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,8 @@ def test_poolings_agree_with_sentence_transformers(pooling: str, include_prompt:
     expected = stock({"token_embeddings": torch.tensor(hidden), "attention_mask": torch.tensor(seen), "prompt_length": prompt})
     pooled = seen if include_prompt else seen & (np.arange(9) >= prompt)
     token_info = TokenInfo(seen.astype(np.int32), np.tile(np.arange(9), (3, 1)), pooled)
-    actual = make_pooling(pooling, 0, 0).apply({}, *on_device((hidden, pooled[..., None], token_info)))
+    actual = jax.jit(make_pooling(pooling, 0, 0).apply)({}, *jax.device_put((hidden, pooled[..., None], token_info)))
     np.testing.assert_allclose(actual[:, 0], expected["sentence_embedding"].numpy(), atol=1e-6)
-
-
-def on_device(tree: Any) -> Any:
-    return jax.tree.map(jnp.asarray, tree)
 
 
 def randomize(params: Any, seed: int = 0) -> Any:
@@ -82,8 +79,8 @@ def test_trainable_poolings_agree_with_pytorch(pooling: str, tmp_path: Path) -> 
     seen = np.arange(9) < LENGTHS[:, None]
     token_info = TokenInfo(seen.astype(np.int32), np.tile(np.arange(9), (3, 1)), seen)
     module = make_pooling(pooling, 5, 4)
-    inputs = on_device((hidden, seen[..., None], token_info))
-    params = randomize(nn.unbox(module.init(jax.random.key(0), *inputs)["params"]))
+    inputs = jax.device_put((hidden, seen[..., None], token_info))
+    params = randomize(nn.unbox(jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]))
     save_params(tmp_path / "model.safetensors", {"pooling": params}, {"pooling": ""}, lambda x: x)
     twin = TokenPooling(16, pooling, 5, 4)
     TokenPooling.load_torch_weights(str(tmp_path), model=twin)
@@ -91,7 +88,7 @@ def test_trainable_poolings_agree_with_pytorch(pooling: str, tmp_path: Path) -> 
     with torch.no_grad():
         tokens = twin(features)["token_embeddings"].numpy()
     expected = (tokens * seen[..., None]).sum(1) / seen.sum(1)[:, None]
-    actual = module.apply({"params": params}, *inputs)[:, 0]
+    actual = np.asarray(jax.jit(module.apply)({"params": params}, *inputs))[:, 0]
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
     assert np.abs(np.asarray(actual) - (hidden * seen[..., None]).sum(1) / seen.sum(1)[:, None]).max() > 0.1
 
@@ -137,8 +134,8 @@ def test_latent_attention_agrees_with_the_release_of_nv_embed() -> None:
         },
     }
     token_info = TokenInfo(jnp.ones((1, 5), int), jnp.arange(5)[None], jnp.ones((1, 5), bool))
-    inputs = on_device((x.numpy()[None], np.ones((1, 5, 1), bool), token_info))
-    actual = LatentAttentionPooling(latents, heads).apply({"params": on_device(params)}, *inputs)
+    inputs = jax.device_put((x.numpy()[None], np.ones((1, 5, 1), bool), token_info))
+    actual = jax.jit(LatentAttentionPooling(latents, heads).apply)({"params": jax.device_put(params)}, *inputs)
     np.testing.assert_allclose(actual[0, 0], expected, rtol=1e-4, atol=1e-4)
 
 
@@ -155,9 +152,8 @@ def test_paper_form_equals_equation_1() -> None:
     }
     token_info = TokenInfo(jnp.ones((1, 2), int), jnp.arange(2)[None], jnp.ones((1, 2), bool))
     module = LatentAttentionPooling(2, 1, paper=True)
-    out, sown = module.apply(
-        {"params": on_device(params)}, hidden, jnp.ones((1, 2, 1), bool), token_info, mutable=["intermediates"]
-    )
+    apply = jax.jit(partial(module.apply, mutable=["intermediates"]))
+    out, sown = apply({"params": jax.device_put(params)}, hidden, jnp.ones((1, 2, 1), bool), token_info)
     scores = np.array([[2.0, 1.0], [3.0, 12.0]])
     weights = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
     np.testing.assert_allclose(out[0, 0], (weights @ latents).mean(axis=0), rtol=1e-5)

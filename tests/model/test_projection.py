@@ -29,6 +29,8 @@ from jaxembed.hub.torch_model import encode_torch, load_sentence_transformer
 from jaxembed.model.decoder import ComputeOptions
 from jaxembed.runs.train import train
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 Folder = Callable[[str], Path]
 DENSE = {"in_features": 32, "out_features": 6, "bias": True, "activation_function": "torch.nn.modules.linear.Identity"}
 

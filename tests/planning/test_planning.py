@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +15,7 @@ import numpy as np
 import pytest
 
 from helpers import runs
-from helpers.commands import ENV
+from helpers.commands import TPU_COMPILER_ENV, run_command
 from jaxembed import cli
 from jaxembed.config import Config
 from jaxembed.data.sources import open_rows
@@ -173,9 +171,7 @@ def test_the_tpu_compiler_plans_for_two_slices(tmp_path: Path) -> None:
     runs.make_config(tmp_path, "run")
     overrides = [f"run.dir={tmp_path / 'run'}", "mesh.data=-1", "mesh.fsdp=4"]
     topology = ["--topology", "v5e:2x2", "--slices", "2"]
-    command = [sys.executable, "-m", "jaxembed.train", str(tmp_path / "run.yaml"), *overrides, *topology]
-    env = {name: value for name, value in ENV.items() if name != "XLA_FLAGS"} | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    done = run_command("jaxembed.train", str(tmp_path / "run.yaml"), *overrides, *topology, env=TPU_COMPILER_ENV)
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(done.stdout.splitlines()[-1])
     assert (result["devices"], result["device"], result["mesh"]["data"]) == (8, "TPU v5 lite", 2)

@@ -125,9 +125,10 @@ def test_each_adapter_is_trained_as_if_alone(folder: Path, monkeypatch: pytest.M
         folder / "base", EmbeddingSpec(max_length=32), lora=lora, unroll=False, attention_kernel="einsum"
     )
     first, frozen = split_params(params)
-    second = jax.tree.map(lambda x: x + 0.1, first)
+    second = jax.tree.map(lambda x: np.asarray(x) + np.float32(0.1), first)
     optimizer = make_optimizer(optim, 9, has_adapters=True)
-    fresh = optimizer.init(first)
+    fresh = jax.jit(optimizer.init)(first)
+    copy, stack = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree)), jax.jit(lambda *trees: stack_adapters(trees))
     step = make_train_step(model, Objectives([InfoNCEConfig()]), optimizer, make_schedule(optim, 9))
 
     def run(trained: Any, opt_state: Any, adapters: tuple[str, ...], order: list[int]) -> tuple[list[Any], list[float]]:
@@ -138,12 +139,12 @@ def test_each_adapter_is_trained_as_if_alone(folder: Path, monkeypatch: pytest.M
         state = jax.device_put(state, replicated_sharding(mesh))
         for index in order:
             seen.append(jax.device_get((state.params, state.opt_state)))
-            state, metrics = step(jax.tree.map(jnp.copy, state), batches[index])
+            state, metrics = step(copy(state), batches[index])
             found.append(float(metrics["loss"]))
         return [*seen, jax.device_get((state.params, state.opt_state))], found
 
     order = [0, 0, 1, 0, 1, 0]
-    together, found = run(stack_adapters([first, second]), stack_adapters([fresh, fresh]), NAMES, order)
+    together, found = run(stack(first, second), stack(fresh, fresh), NAMES, order)
     for before, after, trained in zip(together, together[1:], order, strict=False):
         assert equal(own(before, 1 - trained), own(after, 1 - trained))
         moved = own(after, trained)

@@ -25,6 +25,8 @@ from jaxembed.errors import UserError
 from jaxembed.hub.frozen_encoder import open_frozen_encoder
 from jaxembed.runs.train import train
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 TOP_K, FIRST_RANK, LAST_RANK = 12, 6, 20
 MINE = {"rule": "window", "window": [FIRST_RANK, LAST_RANK], "negatives": 2, "consistency_top_k": TOP_K}
 INSTRUCTION = "Find it"

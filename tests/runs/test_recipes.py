@@ -5,14 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-from helpers.commands import ENV
+from helpers.commands import TPU_COMPILER_ENV, run_command
 from helpers.recipes import NAMES, make_short_run, write_base, write_rows
 from helpers.runs import read_losses, use_one_device
 from jaxembed.runs.train import train
@@ -58,9 +56,7 @@ def test_a_recipe_compiles_for_a_tpu_slice(tmp_path: Path, base_and_rows: tuple[
     """benchmarks/recipe_plans.py compiles recipes at their real sizes."""
     config_file = tmp_path / "run.yaml"
     config_file.write_text(make_short_run("llm2vec_simcse", tmp_path, *base_and_rows).dump())
-    command = [sys.executable, "-m", "jaxembed.train", str(config_file), "--topology", "v5e:2x2"]
-    env = {name: value for name, value in ENV.items() if name != "XLA_FLAGS"} | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    done = run_command("jaxembed.train", str(config_file), "--topology", "v5e:2x2", env=TPU_COMPILER_ENV)
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["mesh"]["fsdp"] == 4 and result["device"] == "TPU v5 lite"

@@ -22,6 +22,8 @@ from jaxembed.runs.train import train
 from jaxembed.training import loop
 from jaxembed.training.metrics import read_metrics
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 STAGES = [
     {"train": {"steps": 5}, "objectives": [{"name": "infonce", "temperature": 0.1, "learn_temperature": True}]},
     {

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
 from helpers.training_batches import SPEC, assert_trees_close, build_host_batches
 from jaxembed.config import InfoNCEConfig, LoraConfig, MatryoshkaConfig
+from jaxembed.data.batch import Batch
 from jaxembed.data.sources import Source
 from jaxembed.devices.mesh import make_mesh, shard_count
 from jaxembed.devices.placement import put_batch
@@ -36,17 +40,28 @@ def build_model(base: Path, lora: bool) -> EmbeddingModel:
     return EmbeddingModel(config, SPEC, ComputeOptions(unroll=False), LoraConfig(rank=4, alpha=8.0) if lora else None)
 
 
-def value_and_grad(model: EmbeddingModel, source: Source, shape: tuple[int, int, int], rows: int | None) -> tuple[float, Any]:
-    """Return the loss and the gradients of all parameters, also the frozen ones. They are initialized on the mesh."""
+def draw_params(model: EmbeddingModel, shape: tuple[int, int, int]) -> Any:
+    """Draw the parameters on a mesh."""
+    return init_params(model, KEY, shapes_and_shardings(model, make_mesh(*shape))[1])
+
+
+def value_and_grad(
+    model: EmbeddingModel, params: Any, source: Source, shape: tuple[int, int, int], rows: int | None
+) -> tuple[float, Any]:
+    """Return the loss and the gradients of all parameters, also the frozen ones, on a mesh."""
     mesh = make_mesh(*shape)
-    params = init_params(model, KEY, shapes_and_shardings(model, mesh)[1])
-    # Adapters and poolings start at zero, which would hide half of the gradients.
-    params = jax.tree.map(lambda x: x if x.any() else x + 0.02, params)
+    params = jax.device_put(params, shapes_and_shardings(model, mesh)[1])
     host = build_host_batches(source, shard_count(mesh), 1, row_length=32)[0].batch
+
+    @jax.jit
+    @jax.value_and_grad
+    def run(params: Any, batch: Batch) -> jax.Array:
+        # Adapters and poolings start at zero, which would hide half of the gradients.
+        params = jax.tree.map(lambda x: jnp.where(x.any(), x, x + 0.02), params)
+        return batch_loss(model, OBJECTIVES, params, batch, KEY, rows)[0]
+
     with jax.set_mesh(mesh):
-        batch = put_batch(mesh, host)
-        run = jax.value_and_grad(lambda p, b: batch_loss(model, OBJECTIVES, p, b, KEY, rows)[0])
-        loss, grads = jax.jit(run)(params, batch)
+        loss, grads = run(params, put_batch(mesh, host))
     return float(loss), grads
 
 
@@ -57,10 +72,12 @@ def test_gradients_equal_those_of_one_device(
     """With hard negatives, gradient caching, Matryoshka, two directions and sums over blocks, with and without adapters."""
     monkeypatch.setattr(blockwise, "MAX_SCORES_PER_BLOCK", 64)
     model = build_model(base_folder("qwen2"), lora)
-    expected_loss, expected_grads = value_and_grad(model, source, (1, 1, 1), None)
+    params = draw_params(model, (1, 1, 1))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), params, draw_params(model, MESHES["all three"]))
+    expected_loss, expected_grads = value_and_grad(model, params, source, (1, 1, 1), None)
     assert 3.0 < expected_loss < 20.0
     for name in meshes:
-        loss, grads = value_and_grad(model, source, MESHES[name], 1)
+        loss, grads = value_and_grad(model, params, source, MESHES[name], 1)
         assert loss == pytest.approx(expected_loss, rel=1e-5), name
         assert_trees_close(expected_grads, grads)
 

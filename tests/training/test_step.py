@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import Mesh
+from jax.sharding import Mesh, Sharding
 
 from helpers.loading import load_model
 from helpers.training_batches import BATCH_SIZE, SPEC, build_host_batches
@@ -29,12 +29,17 @@ from jaxembed.training.step import TrainState, batch_loss, make_train_step
 Folder = Callable[[str], Path]
 
 
+def place_copy(x: jax.Array, sharding: Sharding, dtype: Any = None) -> jax.Array:
+    """Copy an array to devices by way of numpy, which compiles nothing."""
+    return jax.device_put(np.array(x, dtype), sharding)
+
+
 def init_state(params: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    params = jax.tree.map(jnp.copy, params)  # a step donates its state
+    params = jax.tree.map(lambda x: place_copy(x, x.sharding), params)  # a step donates its state
     replicated = replicated_sharding(mesh)
     opt_state = optax.tree.map_params(
-        optimizer, lambda x, like: jax.device_put(x, like.sharding), jax.jit(optimizer.init)(params), params,
-        transform_non_params=lambda x: jax.device_put(x, replicated),
+        optimizer, lambda x, like: place_copy(x, like.sharding), jax.jit(optimizer.init)(params), params,
+        transform_non_params=lambda x: place_copy(x, replicated),
     )  # fmt: skip
     return TrainState(params, opt_state, *jax.device_put((jnp.zeros((), jnp.int32), jax.random.key(0)), replicated))
 
@@ -63,7 +68,7 @@ def test_eight_devices_train_like_one_for_fifty_steps(base_folder: Folder, sourc
         for shape in ((1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 8, 1)):
             mesh = make_mesh(*shape)
             model, params = load_model(base_folder("qwen2"), SPEC, mesh, dtype=jnp.float64, unroll=False)
-            params = jax.tree.map(lambda x: x.astype(jnp.float64), params)
+            params = jax.tree.map(lambda x: place_copy(x, x.sharding, np.float64), params)
             state, losses, _ = train_steps(model, params, source, mesh, 50, row_length=32)
             assert {leaf.dtype.name for leaf in jax.tree.leaves(state.params)} == {"float64"}
             curves.append(losses)

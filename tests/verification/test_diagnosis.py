@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from jaxembed import verify
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.devices.mesh import make_mesh
 from jaxembed.errors import UserError
+from jaxembed.hub import embedder as embedder_module
 from jaxembed.hub.card import Card
 from jaxembed.hub.embedder import Embedder, load_embedder
 from jaxembed.hub.export import export
@@ -57,6 +58,14 @@ class Served:
 def load_tiny(base: Path, **choices: Any) -> Embedder:
     spec = EmbeddingSpec(max_length=MAX_LENGTH, instruction_template="{instruction}:", **choices)
     return load_embedder(find_base(str(base)), spec, ComputeOptions(unroll=False), make_mesh(1))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_rows() -> Iterator[None]:
+    """Use rows of 256 tokens, which all inputs fit. Programs that are compiled without optimization take long for more."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(embedder_module, "LONG_ROW_LENGTH", 256)
+        yield
 
 
 @pytest.fixture(scope="module")
