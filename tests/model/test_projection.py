@@ -117,10 +117,10 @@ MODULES = ["Transformer", "Pooling", "Dense", "Normalize"]
             "GELU is not supported .expected Identity or Tanh of torch.nn",
         ),
         (MODULES, {"activation_function": "mine.Tanh"}, "mine.Tanh is not supported"),
-        (MODULES, {"in_features": 64}, "in_features is 64 .expected 32, the width of the model"),
+        (MODULES, {"in_features": 64}, "in_features is 64 .expected 32, the width of the vectors before it"),
         (MODULES, {"use_residual": True}, "without use_residual"),
         (MODULES, {"module_input_name": "token_embeddings"}, "expected input and output sentence_embedding"),
-        (["Transformer", "Pooling", "Dense", "Dense"], {}, "found Transformer, Pooling, Dense, Dense"),
+        (["Transformer", "Pooling", "Dense", "Dense"], {}, "in_features is 32 .expected 6, the width of the vectors before it"),
         (["Transformer", "Dense", "Pooling"], {}, "found Transformer, Dense, Pooling"),
     ],
 )
