@@ -85,7 +85,7 @@ def test_peft_loads_exported_adapters(folder: Path, tmp_path: Path) -> None:
 
 def test_export_of_adapters_needs_a_run_that_trained_adapters_only(folder: Path, tmp_path: Path) -> None:
     train(make_config(folder, "whole", *ONE_STEP))
-    latent = ["model.lora={rank: 2, alpha: 2}", "model.pooling={kind: latent_attention, latents: 2}"]
+    latent = ["model.lora={rank: 2, alpha: 2, targets: [q_proj]}", "model.pooling={kind: latent_attention, latents: 2}"]
     train(make_config(folder, "latent", *latent, *ONE_STEP))
     for run, message in (
         ("whole", "no adapters .the run was trained without model.lora"),

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 
 from helpers import tiny
 from helpers.commands import run_command
-from helpers.runs import make_config, read_losses, write_base_and_data
+from helpers.runs import make_config, read_losses, use_one_device, write_base_and_data
 from jaxembed import Embedder
 from jaxembed.errors import UserError
 from jaxembed.hub.card import Card
@@ -113,7 +113,8 @@ def test_batch_must_be_divisible_and_within_the_data(folder):
         train(make_config(folder, "best", "eval.best=nothing/here"))
 
 
-def test_a_pooling_with_weights_trains_and_is_exported(folder, tmp_path):
+def test_a_pooling_with_weights_trains_and_is_exported(folder, tmp_path, monkeypatch):
+    use_one_device(monkeypatch)
     train(
         make_config(
             folder, "latent", "model.pooling.kind=latent_attention", "model.pooling.latents=7", "train.steps=4", "eval.sets=[]"
@@ -139,7 +140,8 @@ def test_best_and_last_checkpoints_load(folder):
         Embedder.load(folder / "loads", checkpoint="5")
 
 
-def test_a_preset_trains_a_tokenizer(folder):
+def test_a_preset_trains_a_tokenizer(folder, monkeypatch):
+    use_one_device(monkeypatch)
     train(make_config(folder, "scratch", "model.base=preset:tiny", "train.steps=1"))
     model = Embedder.load(folder / "scratch")
     ids = model.tokenizer(["aaa bbb"], [""]).ids[0]
