@@ -13,10 +13,11 @@ help:  ## lists the targets
 
 venv: $(VENV)/.dev  ## makes .venv with all dependencies of evaluation and development
 
-quickstart: $(VENV)/.eval  ## writes training pairs, trains a small embedder from scratch, and exports it
+quickstart: $(VENV)/.eval  ## writes training pairs, trains a small embedder from scratch, exports it, and writes a report
 	$(BIN)/python -m jaxembed.data packages data/packages
 	$(BIN)/python -m jaxembed.train configs/quickstart.yaml
 	test -d runs/quickstart/export || $(BIN)/python -m jaxembed.export runs/quickstart runs/quickstart/export
+	$(BIN)/python -m jaxembed.report runs/quickstart runs/quickstart/report.html
 
 check: $(VENV)/.dev  ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .
@@ -35,9 +36,9 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.eval: pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) -e '.[eval]'
+	$(INSTALL) -e '.[eval,report]'
 	touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) -e '.[eval,plots,data,dev,docs]'
+	$(INSTALL) -e '.[eval,report,plots,data,dev,docs]'
 	touch $@ $(VENV)/.eval

@@ -14,6 +14,7 @@ COMMANDS = {
     "mine": "find hard negatives for pairs",
     "encode": "write the vectors of texts",
     "evaluate": "score a model on MTEB tasks and your own data; compare two models",
+    "report": "write a page about runs and scores",
     "export": "write a sentence-transformers folder",
     "verify": "compare a running server with the folder that it serves",
     "merge": "average several models",

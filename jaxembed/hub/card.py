@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path, PurePath
-from typing import Any
-
-import yaml
+from pathlib import Path
 
 from jaxembed.config import read_run_config
 from jaxembed.config.fields import Fields
+from jaxembed.config.local_paths import shorten_path, shorten_paths_in_yaml
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.files import read_json, read_text
 from jaxembed.hub.onnx_export import INT8_GRAPH_FILE, OnnxReport
@@ -20,8 +17,6 @@ from jaxembed.hub.safe_dtypes import DtypeQuality
 from jaxembed.model.pooling import TRAINABLE_POOLINGS
 from jaxembed.training.metrics import read_metrics
 from jaxembed.training.run_dir import BASE_RECORD_FILE
-
-ABSOLUTE_PATH = re.compile(r"(/|~|[A-Za-z]:[\\/])\S")  # start of a path of this machine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,29 +60,8 @@ def read_card(model: Path, revision: str, adapter: str | None = None) -> Card:
         other_sets = {s.name for s in read_run_config(config_path).eval.sets if s.adapter != adapter}
         scores = {name: score for name, score in scores.items() if name.rpartition("/")[0] not in other_sets}
     base = shorten_path(Fields(read_json(record_path), str(record_path)).string("name"))
-    recipe = _shorten_paths_in_yaml(read_text(config_path))
+    recipe = shorten_paths_in_yaml(read_text(config_path))
     return Card(name=model.resolve().name, base=base, checkpoint=checkpoint, recipe=recipe, scores=scores)
-
-
-def shorten_path(name: str) -> str:
-    """Return the last part of an absolute local path, which is nobody else's business. Other names remain as they are."""
-    is_local = ABSOLUTE_PATH.match(name) is not None
-    return PurePath(name.replace("\\", "/")).name or name if is_local else name
-
-
-def _shorten_paths_in_yaml(text: str) -> str:
-    """Return a config in YAML with all absolute paths shortened."""
-
-    def shorten(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: shorten(entry) for key, entry in value.items()}
-        if isinstance(value, list):
-            return [shorten(entry) for entry in value]
-        return shorten_path(value) if isinstance(value, str) else value
-
-    tree = yaml.safe_load(text)
-    shortened = shorten(tree)
-    return text if shortened == tree else yaml.safe_dump(shortened, sort_keys=False, allow_unicode=True)
 
 
 def format_model_card(model: ServedModel, card: Card, parity_error: float, precision: str) -> str:

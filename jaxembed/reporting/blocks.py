@@ -1,0 +1,96 @@
+"""What sections of a report are made of, besides charts: tables and folded texts, and how numbers are written."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from jaxembed.reporting.charts import Chart
+
+MISSING = "–"
+Cell = str
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table.
+
+    Attributes:
+        columns: Titles of the columns. The first column has texts.
+        rows: The cells.
+        text_columns: Number of the leading columns that hold texts; the others hold numbers.
+        caption: What the reader must know.
+        groups: Indices of rows that head a group.
+        best: (row, column) of cells that are emphasized.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    text_columns: int = 1
+    caption: str = ""
+    groups: frozenset[int] = frozenset()
+    best: frozenset[tuple[int, int]] = frozenset()
+
+
+@dataclasses.dataclass(frozen=True)
+class Folded:
+    """A long text that the reader unfolds."""
+
+    summary: str
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A section of a report.
+
+    Attributes:
+        id: Its anchor.
+        title: Its title.
+        intro: What the reader sees there.
+        facts: Large numbers: label, value, and detail.
+        charts: Its charts.
+        tables: Its tables, below the charts.
+        folded: Its folded texts, at the end.
+        neighbors: Sets whose queries and neighbors can be browsed.
+    """
+
+    id: str
+    title: str
+    intro: str = ""
+    facts: Sequence[tuple[str, str, str]] = ()
+    charts: Sequence[Chart] = ()
+    tables: Sequence[Table] = ()
+    folded: Sequence[Folded] = ()
+    neighbors: Sequence[Any] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to show."""
+        return not (self.facts or self.charts or self.tables or self.folded or self.neighbors)
+
+
+def format_number(value: float | None, digits: int = 4) -> str:
+    """Return a number with fixed digits after the point, or a dash."""
+    return MISSING if value is None else f"{value:.{digits}f}"
+
+
+def format_count(value: float | None) -> str:
+    """Return an integer with separators of thousands, or a dash."""
+    return MISSING if value is None else f"{value:,.0f}"
+
+
+def format_percent(value: float | None, digits: int = 1) -> str:
+    """Return a share as a percentage, or a dash."""
+    return MISSING if value is None else f"{100 * value:.{digits}f} %"
+
+
+def format_size(value: float | None) -> str:
+    """Return a large number in thousands, millions or billions, or a dash."""
+    if value is None:
+        return MISSING
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.3g} {unit}"
+    return f"{value:g}"

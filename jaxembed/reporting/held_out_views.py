@@ -1,0 +1,280 @@
+"""What a model does on its held-out sets: neighbors of queries, similarities of pairs, a map, attention to latents."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from jaxembed.evaluation.heldout import ClassificationSet, ClusteringSet, HeldOutSet, RetrievalSet, SimilaritySet
+from jaxembed.hub.embedder import Embedder
+
+log = logging.getLogger("jaxembed")
+
+SEED = 0  # of the samples; a report of the same run has the same ones
+MAX_QUERIES = 256  # queries of a set that are searched
+MAX_DOCUMENTS = 4096  # documents of a set that are searched
+SHOWN_QUERIES = 48  # queries of a set whose neighbors are listed
+SHOWN_NEIGHBORS = 10  # documents that are listed for a query
+NEGATIVES_PER_QUERY = 5  # hard, and random, negatives of a query whose similarities are counted
+MAX_POINTS = 1200  # texts on the map
+MAX_SETS = 4  # sets whose neighbors are listed
+MAX_LABELS = 7  # labels of a set that have a color of their own on the map
+MAX_CHARS = 500  # characters of a listed text
+MAX_POINT_CHARS = 240  # characters of a text on the map
+HISTOGRAM_BINS = 40
+LATENT_TEXTS = 10  # texts of each of the two sources of the heat map
+MAX_LATENT_COLUMNS = 160  # pairs of head and latent that the heat map shows
+
+POSITIVES, HARD_NEGATIVES, RANDOM_NEGATIVES = "positives", "hard negatives", "random negatives"
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedSource:
+    """Texts of one role in a held-out set, with their vectors.
+
+    Attributes:
+        name: Name of the set and of the role.
+        texts: The texts.
+        vectors: Their unit vectors, [N, D].
+        instruction: The instruction they were encoded with.
+    """
+
+    name: str
+    texts: Sequence[str]
+    vectors: np.ndarray
+    instruction: str
+
+
+@dataclasses.dataclass(frozen=True)
+class SetView:
+    """What a report shows of a held-out set.
+
+    Attributes:
+        name: Name of the set.
+        note: How the texts were chosen.
+        sources: The encoded texts, by role.
+        similarities: Cosines by kind of pair.
+        queries: Queries with their neighbors; empty for sets of sentence pairs.
+        documents: The texts that `queries` refer to, by their index.
+    """
+
+    name: str
+    note: str
+    sources: Sequence[EncodedSource]
+    similarities: Mapping[str, np.ndarray]
+    queries: Sequence[Mapping[str, Any]] = ()
+    documents: Mapping[int, str] = dataclasses.field(default_factory=dict)
+
+
+def view_set(held_out: HeldOutSet, embedder: Embedder) -> SetView | None:
+    """Encode a sample of a held-out set, and look at it. Return None for a set of another kind."""
+    if isinstance(held_out, RetrievalSet):
+        return _view_retrieval(held_out, embedder)
+    if isinstance(held_out, SimilaritySet):
+        return _view_similarity(held_out, embedder)
+    if isinstance(held_out, ClassificationSet | ClusteringSet):
+        return _view_labels(held_out, embedder)
+    log.info("%s: a report has no view of sets of this kind", held_out.config.name)
+    return None
+
+
+def _view_retrieval(held_out: RetrievalSet, embedder: Embedder) -> SetView:
+    rng, config = np.random.default_rng(SEED), held_out.config
+    # Queries with a relevant document that the corpus has; their documents, and others.
+    found = [i for i, grades in enumerate(held_out.relevant) if any(row >= 0 for row in grades)]
+    query_rows = sample(found, MAX_QUERIES, rng)
+    relevant_rows = {row for i in query_rows for row in held_out.relevant[i] if row >= 0}
+    others = [row for row in range(len(held_out.corpus)) if row not in relevant_rows]
+    document_rows = sorted({*relevant_rows, *sample(others, max(MAX_DOCUMENTS - len(relevant_rows), 0), rng)})
+    column_of = {row: column for column, row in enumerate(document_rows)}
+    queries, documents = [held_out.queries[i] for i in query_rows], [held_out.corpus[row] for row in document_rows]
+    query_vectors = embedder.encode(queries, config.instruction)
+    document_vectors = embedder.encode(documents, config.document_instruction)
+    # The ranking of the documents for each query.
+    scores = query_vectors @ document_vectors.T
+    is_relevant = np.zeros(scores.shape, bool)
+    for q, i in enumerate(query_rows):
+        is_relevant[q, [column_of[row] for row in held_out.relevant[i] if row >= 0]] = True
+    order = np.argsort(-scores, axis=1, kind="stable")
+    shown = [describe_query(queries[q], scores[q], is_relevant[q], order[q]) for q in range(min(len(queries), SHOWN_QUERIES))]
+    listed = {n["document"] for query in shown for n in query["neighbors"]}
+    return SetView(
+        name=config.name,
+        note=f"{len(queries):,} of {len(held_out.queries):,} queries, {len(documents):,} of {len(held_out.corpus):,} documents",
+        sources=[
+            EncodedSource(f"{config.name}: queries", queries, query_vectors, config.instruction),
+            EncodedSource(f"{config.name}: documents", documents, document_vectors, config.document_instruction),
+        ],
+        similarities=compare_pairs(scores, is_relevant, order, rng),
+        queries=shown,
+        documents={column: cut(documents[column], MAX_CHARS) for column in sorted(listed)},
+    )
+
+
+def describe_query(
+    query: str, scores: Float[np.ndarray, " n"], is_relevant: Any, order: Int[np.ndarray, " n"]
+) -> dict[str, Any]:
+    """Return a query, the rank of its first relevant document (from 1), and its nearest documents.
+
+    The first relevant document is listed in any case, with its rank.
+
+    Args:
+        query: Text of the query.
+        scores: Cosine of every document.
+        is_relevant: Whether each document is relevant, bool [N].
+        order: The documents, best first.
+    """
+    rank = int(np.flatnonzero(is_relevant[order])[0]) + 1
+    ranks = [*range(1, min(SHOWN_NEIGHBORS, len(order)) + 1)]
+    neighbors = [
+        {"document": int(d := order[r - 1]), "rank": r, "score": round(float(scores[d]), 4), "relevant": bool(is_relevant[d])}
+        for r in (ranks if rank in ranks else [*ranks, rank])
+    ]
+    return {"text": cut(query, MAX_CHARS), "rank": rank, "neighbors": neighbors}
+
+
+def compare_pairs(
+    scores: Float[np.ndarray, "q n"], is_relevant: Any, order: Int[np.ndarray, "q n"], rng: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """Return the cosines of queries with relevant documents, with the nearest other ones, and with random other ones."""
+    hard, random = [], []
+    for row, relevant, ranking in zip(scores, is_relevant, order, strict=True):
+        irrelevant = ranking[~relevant[ranking]]
+        hard += list(row[irrelevant[:NEGATIVES_PER_QUERY]])
+        random += list(row[sample(irrelevant, NEGATIVES_PER_QUERY, rng)])
+    cosines = {POSITIVES: scores[is_relevant], HARD_NEGATIVES: np.array(hard), RANDOM_NEGATIVES: np.array(random)}
+    return {kind: values for kind, values in cosines.items() if len(values)}
+
+
+def _view_similarity(held_out: SimilaritySet, embedder: Embedder) -> SetView:
+    rng, config = np.random.default_rng(SEED), held_out.config
+    rows = sample(range(len(held_out.first)), MAX_DOCUMENTS // 2, rng)
+    first, second = ([side[i] for i in rows] for side in (held_out.first, held_out.second))
+    a, b = (embedder.encode(texts, config.instruction) for texts in (first, second))
+    cosines, grades = np.sum(a * b, axis=1), held_out.scores[rows]
+    middle = (grades.min() + grades.max()) / 2
+    kinds = {
+        f"pairs with a score above {middle:g}": cosines[grades > middle],
+        f"pairs with a score up to {middle:g}": cosines[grades <= middle],
+        "random pairs": np.sum(a * np.roll(b, 1, axis=0), axis=1),
+    }
+    return SetView(
+        name=config.name,
+        note=f"{len(rows):,} of {len(held_out.first):,} pairs",
+        sources=[EncodedSource(config.name, [*first, *second], np.concatenate([a, b]), config.instruction)],
+        similarities={kind: values for kind, values in kinds.items() if len(values)},
+    )
+
+
+def _view_labels(held_out: ClassificationSet | ClusteringSet, embedder: Embedder) -> SetView:
+    rng, config = np.random.default_rng(SEED), held_out.config
+    rows = sample(range(len(held_out.texts)), MAX_POINTS, rng)
+    texts, labels = [held_out.texts[i] for i in rows], held_out.labels[rows]
+    vectors = embedder.encode(texts, config.instruction)
+    # A source for each of the most frequent labels, and one for the others.
+    names, counts = np.unique(labels, return_counts=True)
+    shown = names[np.argsort(-counts, kind="stable")[:MAX_LABELS]]
+    groups = {f"{config.name}: label {label}": np.flatnonzero(labels == label) for label in shown}
+    groups[f"{config.name}: other labels"] = np.flatnonzero(~np.isin(labels, shown))
+    # The cosines of random pairs.
+    other = rng.permutation(len(texts))
+    cosines, is_same = np.sum(vectors * vectors[other], axis=1), labels == labels[other]
+    is_pair = other != np.arange(len(texts))
+    kinds = {"pairs with the same label": cosines[is_pair & is_same], "pairs with other labels": cosines[is_pair & ~is_same]}
+    return SetView(
+        name=config.name,
+        note=f"{len(rows):,} of {len(held_out.texts):,} texts",
+        sources=[
+            EncodedSource(name, [texts[i] for i in members], vectors[members], config.instruction)
+            for name, members in groups.items()
+            if len(members)
+        ],
+        similarities={kind: values for kind, values in kinds.items() if len(values)},
+    )
+
+
+def sample(items: Any, count: int, rng: np.random.Generator) -> list[Any]:
+    """Return at most `count` of the items, in random order."""
+    return [items[i] for i in rng.permutation(len(items))[:count]]
+
+
+def cut(text: str, max_chars: int) -> str:
+    """Return a text of at most `max_chars` characters."""
+    return text if len(text) <= max_chars else f"{text[: max_chars - 1]}…"
+
+
+def count_bins(similarities: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+    """Return a histogram with equal bins for all kinds of pairs: rows of kind, start, end and share of the kind's pairs."""
+    values = np.concatenate(list(similarities.values()))
+    low, high = float(values.min()), float(values.max())
+    edges = np.linspace(low, high if high > low else low + 1e-6, HISTOGRAM_BINS + 1)
+    rows = []
+    for kind, cosines in similarities.items():
+        counts, _ = np.histogram(cosines, edges)
+        rows += [
+            {"kind": kind, "start": float(start), "end": float(end), "share": float(count / len(cosines)), "pairs": int(count)}
+            for start, end, count in zip(edges[:-1], edges[1:], counts, strict=True)
+        ]
+    return rows
+
+
+def draw_map(sources: Sequence[EncodedSource]) -> tuple[list[dict[str, Any]], float]:
+    """Project a sample of texts onto the two principal axes of their vectors.
+
+    Args:
+        sources: The texts, each source in its own color. Each gives equally many texts, if it has as many.
+
+    Returns:
+        Points of x, y, source and text, and the share of the variance that the two axes hold.
+    """
+    rng = np.random.default_rng(SEED)
+    chosen = [(s, sample(range(len(s.texts)), MAX_POINTS // len(sources), rng)) for s in sources]
+    vectors = np.concatenate([source.vectors[rows] for source, rows in chosen]).astype(np.float64)
+    centered = vectors - vectors.mean(axis=0)
+    _, scales, axes = np.linalg.svd(centered, full_matrices=False)
+    places = centered @ axes[:2].T
+    places = np.pad(places, ((0, 0), (0, 2 - places.shape[1])))
+    variance = float((scales[:2] ** 2).sum() / max((scales**2).sum(), 1e-12))
+    names = [(source.name, cut(source.texts[row], MAX_POINT_CHARS)) for source, rows in chosen for row in rows]
+    points = [
+        {"x": round(float(x), 4), "y": round(float(y), 4), "source": name, "text": text}
+        for (x, y), (name, text) in zip(places, names, strict=True)
+    ]
+    return points, variance
+
+
+def attend_to_latents(sources: Sequence[EncodedSource], embedder: Embedder) -> tuple[list[dict[str, Any]], str]:
+    """Return the attention of some texts to the latents (NV-Embed, Lee et al. 2024, appendix C).
+
+    Args:
+        sources: Texts of the first two sources are taken.
+        embedder: A model with latent attention.
+
+    Returns:
+        Cells of text, source, head, latent and weight, and a note on which columns are shown: those pairs of head and latent
+        whose weight differs most between the texts.
+    """
+    chosen = [(s, list(s.texts[:LATENT_TEXTS])) for s in sources[:2]]
+    weights = np.concatenate([embedder.latent_weights(texts, source.instruction) for source, texts in chosen])
+    heads, latents = weights.shape[1:]
+    columns = weights.reshape(len(weights), -1)
+    kept = np.sort(np.argsort(-columns.std(axis=0), kind="stable")[:MAX_LATENT_COLUMNS])
+    rows = [(source.name, text) for source, texts in chosen for text in texts]
+    cells = [
+        {
+            "row": f"{i + 1:02} {source.rpartition(': ')[2]}",
+            "source": source, "text": cut(text, MAX_POINT_CHARS), "column": place,
+            "head": int(column // latents) + 1, "latent": int(column % latents) + 1,
+            "weight": round(float(columns[i, column]), 6),
+        }
+        for i, (source, text) in enumerate(rows)
+        for place, column in enumerate(kept)
+    ]  # fmt: skip
+    every = f"all {heads * latents:,}" if len(kept) == heads * latents else f"the {len(kept):,} of {heads * latents:,}"
+    chosen_by = "" if len(kept) == heads * latents else " whose weight differs most between the texts"
+    return cells, f"Columns: {every} pairs of head and latent{chosen_by} ({heads} heads, {latents} latents)."

@@ -1,0 +1,115 @@
+"""The models of a report: run directories and files of scores, told apart and put together."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from jaxembed.errors import UserError
+from jaxembed.evaluation.tasks import SCORES_FILE
+from jaxembed.files import exists
+from jaxembed.reporting.run_files import RunFiles, is_run, read_run_files
+from jaxembed.reporting.score_files import ScoreFile, TaskScore, find_score_file, read_score_file
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportedModel:
+    """A model of a report.
+
+    Attributes:
+        name: Its name in the report, which no other model has.
+        path: Its run directory, folder, or hub id; empty if its scores do not say.
+        run: Its run, if a run directory was given.
+        tasks: Its benchmark scores by task.
+    """
+
+    name: str
+    path: str
+    run: RunFiles | None
+    tasks: Mapping[str, TaskScore]
+
+    @property
+    def held_out(self) -> dict[str, float]:
+        """The last held-out scores by SET/METRIC."""
+        return self.run.last_scores() if self.run else {}
+
+
+def read_inputs(paths: Sequence[str]) -> list[ReportedModel]:
+    """Read run directories and files of scores.
+
+    Scores of a run that was given too belong to that run. Cheap checks come first: every path is looked at before one is read.
+
+    Raises:
+        UserError: A path is neither a run nor scores, a file is damaged, or a run has no metrics yet.
+    """
+    kinds = [_detect_kind(path) for path in paths]
+    runs = {
+        Path(path).resolve(): read_run_files(Path(path))
+        for path, score_file in zip(paths, kinds, strict=True)
+        if not score_file
+    }
+    extra: dict[Path, dict[str, TaskScore]] = {}
+    others: list[tuple[str, ScoreFile]] = []
+    for path, score_file in zip(paths, kinds, strict=True):
+        if score_file:
+            scores = _name_model(read_score_file(score_file), score_file)
+            owner = Path(scores.model).resolve() if scores.model else None
+            if owner in runs:
+                extra[owner] = {**extra.get(owner, {}), **scores.tasks}
+            else:
+                others.append((path, scores))
+    models = []
+    for folder, run in runs.items():
+        own = dict(run.benchmark.tasks) if run.benchmark else {}
+        models.append(ReportedModel(run.name, str(folder), run, {**own, **extra.get(folder, {})}))
+    models += [ReportedModel(_name_scores(path, scores), scores.model, None, scores.tasks) for path, scores in others]
+    return _make_names_unique(models)
+
+
+def _detect_kind(path: str) -> Path | None:
+    """Return the file of scores that a path names, or None if it is a run directory."""
+    folder = Path(path)
+    if not exists(folder):
+        siblings = [sibling.name for sibling in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        nearest = difflib.get_close_matches(folder.name, siblings, n=1)
+        hint = f"Did you mean {folder.parent / nearest[0]}?" if nearest else "Check the name."
+        raise UserError(f"{path}: no such file or folder. {hint}")
+    if is_run(folder):
+        return None
+    if score_file := find_score_file(folder):
+        return score_file
+    is_early = exists(folder / "config.yaml")
+    problem = "a run that has not started yet" if is_early else "neither a run directory nor scores"
+    advice = "Train it first" if is_early else "Give a run directory, or the folder of evaluate --out"
+    raise UserError(f"{path}: {problem} (expected base.json, or scores.json). {advice}.")
+
+
+def _name_model(scores: ScoreFile, path: Path) -> ScoreFile:
+    """Return scores whose model is known. A file that names none belongs to the run in whose folder it is, if any."""
+    run_dir = path.resolve().parent.parent
+    return dataclasses.replace(scores, model=str(run_dir)) if not scores.model and is_run(run_dir) else scores
+
+
+def _name_scores(path: str, scores: ScoreFile) -> str:
+    if scores.model:
+        return Path(scores.model).name
+    given = Path(path)
+    return given.stem if given.suffix == ".json" and given.name != SCORES_FILE else _folder_of(given).resolve().name
+
+
+def _folder_of(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
+
+
+def _make_names_unique(models: Sequence[ReportedModel]) -> list[ReportedModel]:
+    """Return models whose equal names are followed by a number."""
+    seen: dict[str, int] = {}
+    unique = []
+    for model in models:
+        seen[model.name] = seen.get(model.name, 0) + 1
+        name = model.name if seen[model.name] == 1 else f"{model.name} ({seen[model.name]})"
+        run = model.run and dataclasses.replace(model.run, name=name)
+        unique.append(dataclasses.replace(model, name=name, run=run))
+    return unique

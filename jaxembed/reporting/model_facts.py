@@ -1,0 +1,56 @@
+"""The size of a model: what it costs to keep and to use. No weights are read."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import jax
+
+from jaxembed.errors import UserError
+from jaxembed.files import exists
+from jaxembed.hub.base import Base
+from jaxembed.hub.resolve import find_base, find_run
+from jaxembed.model.decoder import ComputeOptions
+from jaxembed.model.embedder import EmbeddingModel, infer_parameter_shapes
+from jaxembed.training.run_dir import BASE_RECORD_FILE
+
+BYTES_PER_PARAMETER = 4  # float32, as Table 3 of the survey (Cao 2024, arXiv:2406.01607) counts memory
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFacts:
+    """The size of a model.
+
+    Attributes:
+        parameters: Number of parameters, with adapters merged.
+        width: Width of its vectors.
+        max_length: Maximum tokens of a text.
+        pooling: Name of its pooling.
+        attention: Its attention mask.
+    """
+
+    parameters: int
+    width: int
+    max_length: int
+    pooling: str
+    attention: str
+
+    @property
+    def memory_gb(self) -> float:
+        """Memory of the parameters in float32, in GiB."""
+        return self.parameters * BYTES_PER_PARAMETER / 2**30
+
+
+def read_model_facts(path: str) -> ModelFacts | None:
+    """Return the size of the model in a run directory or folder, or None if there is no such model here."""
+    if not path or not exists(Path(path)):
+        return None
+    try:
+        base: Base = find_run(path, Path(path), "last") if exists(Path(path) / BASE_RECORD_FILE) else find_base(path)
+    except UserError:  # scores may outlive their model
+        return None
+    model = EmbeddingModel(base.decoder, base.spec, ComputeOptions())
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(infer_parameter_shapes(model)))
+    return ModelFacts(parameters, model.width, base.spec.max_length, base.spec.pooling, base.spec.attention)

@@ -1,0 +1,142 @@
+"""Sections of a report that need the models of the runs: map, neighbors, similarities, latent attention."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Sequence
+
+from jaxembed.errors import UserError
+from jaxembed.evaluation.heldout import open_held_out_sets
+from jaxembed.files import cache_dir
+from jaxembed.hub.embedder import Embedder
+from jaxembed.reporting.blocks import Section
+from jaxembed.reporting.charts import draw_heat_map, draw_histogram, draw_points
+from jaxembed.reporting.held_out_views import (
+    MAX_SETS,
+    SHOWN_NEIGHBORS,
+    EncodedSource,
+    SetView,
+    attend_to_latents,
+    count_bins,
+    draw_map,
+    view_set,
+)
+from jaxembed.reporting.run_files import RunFiles
+
+log = logging.getLogger("jaxembed")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunViews:
+    """What a report shows of the model of a run.
+
+    Attributes:
+        run: Name of the run.
+        sets: The views of its held-out sets.
+        latents: The cells of the heat map and its note, if the model has latent attention.
+    """
+
+    run: str
+    sets: Sequence[SetView]
+    latents: tuple[list[dict[str, object]], str] | None
+
+
+def view_run(run: RunFiles, name: str, checkpoint: str) -> RunViews:
+    """Load a checkpoint of a run, and look at its held-out sets.
+
+    Args:
+        run: The run.
+        name: Its name in the report.
+        checkpoint: best, last, or a step.
+
+    Raises:
+        UserError: The checkpoint, the base under its adapters, or a held-out set cannot be read.
+    """
+    configs = run.config.eval.sets
+    if len(configs) > MAX_SETS:
+        log.info("%s: the first %d of %d held-out sets are encoded", name, MAX_SETS, len(configs))
+    if not configs:
+        return RunViews(name, (), None)
+    try:
+        held_out = open_held_out_sets(configs[:MAX_SETS], cache_dir())
+    except UserError as error:
+        raise UserError(f"{run.folder}: {str(error).removesuffix('.')}. Restore it, or give --no-model.") from None
+    embedders: dict[str, Embedder] = {}
+    sets: list[SetView] = []
+    for held_out_set in held_out:
+        adapter = held_out_set.config.adapter
+        if adapter not in embedders:
+            embedders[adapter] = Embedder.load(run.folder, checkpoint=checkpoint, adapter=adapter or None)
+        if view := view_set(held_out_set, embedders[adapter]):
+            sets.append(view)
+    embedder = embedders[configs[0].adapter]
+    sources = list(_iter_sources(sets[:1]))
+    has_latents = embedder.spec.pooling.startswith("latent_attention") and sources
+    return RunViews(name, sets, attend_to_latents(sources, embedder) if has_latents else None)
+
+
+def _iter_sources(sets: Iterable[SetView]) -> Iterable[EncodedSource]:
+    return (source for view in sets for source in view.sources)
+
+
+def make_map_section(views: Sequence[RunViews]) -> Section:
+    """Return a map of the held-out texts of each run."""
+    charts = []
+    for view in views:
+        if sources := list(_iter_sources(view.sets)):
+            points, variance = draw_map(sources)
+            note = f"{len(points):,} texts. The axes hold {100 * variance:.0f} % of the variance of their vectors."
+            charts.append(draw_points(_title(view, views, "Held-out texts"), points, note))
+    intro = "Principal component analysis (PCA) of the vectors. Point at a text to read it, or tap it to keep it below the map."
+    return Section("map", "Map", intro, charts=charts)
+
+
+def make_neighbor_section(views: Sequence[RunViews]) -> Section:
+    """Return queries and their nearest documents, to be browsed."""
+    neighbors = [
+        {
+            "label": ", ".join(filter(None, (view.run if len(views) > 1 else "", held_out.name))),
+            "note": held_out.note,
+            "hits": SHOWN_NEIGHBORS,
+            "queries": held_out.queries,
+            "documents": held_out.documents,
+        }
+        for view in views
+        for held_out in view.sets
+        if held_out.queries
+    ]
+    intro = (
+        f"A sample of queries and their nearest documents by cosine. A hit has a relevant document among the first "
+        f"{SHOWN_NEIGHBORS}; the number is the rank of the first one."
+    )
+    return Section("neighbors", "Neighbors", intro, neighbors=neighbors)
+
+
+def make_similarity_section(views: Sequence[RunViews]) -> Section:
+    """Return histograms of the cosines of positives, hard negatives, and random negatives."""
+    charts = [
+        draw_histogram(
+            _title(view, views, held_out.name), count_bins(held_out.similarities), "cosine", "share of the pairs", held_out.note
+        )
+        for view in views
+        for held_out in view.sets
+        if held_out.similarities
+    ]
+    intro = "Hard negatives are the five nearest documents that are not relevant, random negatives five others."
+    return Section("similarities", "Similarities", intro, charts=charts)
+
+
+def make_latent_section(views: Sequence[RunViews]) -> Section:
+    """Return the attention of texts to the latents, where a model has latent attention."""
+    charts = [
+        draw_heat_map(_title(view, views, "Attention to latents"), view.latents[0], view.latents[1])
+        for view in views
+        if view.latents is not None
+    ]
+    intro = "Mean attention of the tokens of a text to each latent, as in appendix C of NV-Embed (Lee et al. 2024)."
+    return Section("latents", "Latent attention", intro, charts=charts)
+
+
+def _title(view: RunViews, views: Sequence[RunViews], title: str) -> str:
+    return f"{view.run}: {title}" if len(views) > 1 else title

@@ -1,0 +1,82 @@
+"""A report as one HTML page that needs no network: template, style, program, library, charts, and data in one file.
+
+Texts of a user reach the page in two ways only. Jinja escapes those in HTML (`autoescape`). Data of charts and of the browser
+of neighbors are JSON in which <, > and & are escaped, so that no text can end a script; the program puts them on the page as
+text nodes. The page's own content security policy forbids every request.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import vl_convert
+from markupsafe import Markup
+
+from jaxembed.files import atomic_write
+from jaxembed.reporting.blocks import Section
+from jaxembed.reporting.charts import Chart
+from jaxembed.training.run_dir import package_versions
+
+FOLDER = Path(__file__).parent
+# Characters with which a text could leave its script, and line breaks that JavaScript once knew and JSON does not.
+JSON_ESCAPES = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
+
+
+def write_page(path: Path, title: str, sections: Sequence[Section], command: str) -> int:
+    """Write a report, and return its size in bytes.
+
+    Args:
+        path: The file. It appears when it is complete.
+        title: Title of the page.
+        sections: Its sections. Empty ones are left out.
+        command: The command that writes it.
+    """
+    content = render_page(title, sections, command)
+    with atomic_write(path) as partial:
+        partial.write_bytes(content)
+    return len(content)
+
+
+def render_page(title: str, sections: Sequence[Section], command: str) -> bytes:
+    """Return a report as UTF-8. Half of a surrogate pair, which UTF-8 does not have, becomes a question mark."""
+    shown = [section for section in sections if not section.is_empty]
+    specs: list[Mapping[str, Any]] = []
+    numbered: dict[str, list[tuple[int, Chart]]] = {}
+    for section in shown:
+        numbered[section.id] = list(enumerate(section.charts, start=len(specs)))
+        specs += [chart.spec for chart in section.charts]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(FOLDER),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("report.html.j2").render(
+        title=title,
+        sections=shown,
+        charts=numbered,
+        chart_data=to_script_json(specs),
+        neighbor_data=to_script_json([entry for section in shown for entry in section.neighbors]),
+        style=_read_asset("report.css"),
+        program=_read_asset("report.js"),
+        library=Markup(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")) if specs else "",
+        written=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        version=package_versions()["jaxembed"],
+        command=command,
+    )
+    return page.encode("utf-8", errors="replace")
+
+
+def to_script_json(value: Any) -> Markup:
+    """Return a value as JSON that cannot end the script it stands in. NaN and infinity are refused: charts have null."""
+    return Markup(json.dumps(value, allow_nan=False).translate(JSON_ESCAPES))
+
+
+def _read_asset(name: str) -> Markup:
+    return Markup((FOLDER / name).read_text(encoding="utf-8"))

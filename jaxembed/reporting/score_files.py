@@ -1,0 +1,114 @@
+"""Benchmark scores as `evaluate --out` writes them, in scores.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxembed.config.fields import quote_value
+from jaxembed.errors import UserError
+from jaxembed.evaluation.tasks import SCORES_FILE
+from jaxembed.files import exists, read_json
+
+OTHER_TYPE = "Other"  # the type of a task whose scores do not name one
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskScore:
+    """The score of a model on a task.
+
+    Attributes:
+        score: The main score, from 0 to 1 for most metrics; None if it is not finite.
+        type: Type of the task, such as Retrieval.
+        metric: Name of the main score; empty if unknown.
+        instruction: Instruction of the queries.
+        widths: The score by width of the vectors, where several were scored.
+    """
+
+    score: float | None
+    type: str = OTHER_TYPE
+    metric: str = ""
+    instruction: str = ""
+    widths: Mapping[int, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreFile:
+    """The scores of a model.
+
+    Attributes:
+        model: What `evaluate` called the model; empty in files of earlier versions.
+        tasks: The score of each task by its name.
+    """
+
+    model: str
+    tasks: Mapping[str, TaskScore]
+
+
+def find_score_file(path: Path) -> Path | None:
+    """Return the file of scores that a path names: the file itself, or the scores.json of a folder."""
+    candidate = path / SCORES_FILE if path.is_dir() else path
+    return candidate if candidate.suffix == ".json" and exists(candidate) else None
+
+
+def read_score_file(path: Path) -> ScoreFile:
+    """Read the scores of a model.
+
+    Raises:
+        UserError: The file is not one that `evaluate` writes.
+    """
+    content = read_json(path)
+    tasks, model = content, ""
+    if isinstance(content.get("scores"), dict) and "score" not in content["scores"]:
+        tasks, model = content["scores"], str(content.get("model") or "")
+    if not tasks:
+        raise UserError(f"{path}: has no scores (expected a file that evaluate --out writes)")
+    return ScoreFile(model, {name: _parse_task(entry, f"{path}: {name}") for name, entry in tasks.items()})
+
+
+def _parse_task(entry: Any, where: str) -> TaskScore:
+    if not isinstance(entry, dict) or "score" not in entry:
+        raise UserError(f"{where} is not the score of a task (expected a file that evaluate --out writes)")
+    widths = entry.get("widths") or {}
+    if not isinstance(widths, dict) or not all(str(width).isdecimal() for width in widths):
+        raise UserError(f"{where}: widths is {quote_value(widths)} (expected scores by width, such as {{'512': 0.7}})")
+    scores = {int(width): _parse_number(score, f"{where}: widths") for width, score in widths.items()}
+    return TaskScore(
+        score=_parse_number(entry["score"], where),
+        type=str(entry.get("type") or OTHER_TYPE),
+        metric=str(entry.get("metric") or ""),
+        instruction=str(entry.get("instruction") or ""),
+        widths={width: score for width, score in sorted(scores.items()) if score is not None},
+    )
+
+
+def _parse_number(value: Any, where: str) -> float | None:
+    if value is None:
+        return None
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise UserError(f"{where}: the score is {quote_value(value)} (expected a number, or null)")
+    return float(value) if math.isfinite(value) else None
+
+
+def average(tasks: Mapping[str, TaskScore], names: list[str] | None = None) -> float | None:
+    """Return the mean score over tasks, or None if one of them has no score.
+
+    Args:
+        tasks: Scores by task.
+        names: The tasks that count. Default: all.
+    """
+    scores = [tasks[name].score if name in tasks else None for name in (tasks if names is None else names)]
+    finite = [score for score in scores if score is not None]
+    return float(np.mean(finite)) if scores and len(finite) == len(scores) else None
+
+
+def average_widths(tasks: Mapping[str, TaskScore]) -> dict[int, float]:
+    """Return the mean score by width, over the tasks that were scored at several widths. Each width counts all of them."""
+    measured = [task.widths for task in tasks.values() if task.widths]
+    shared = set.intersection(*(set(widths) for widths in measured)) if measured else set()
+    return {width: float(np.mean([widths[width] for widths in measured])) for width in sorted(shared)}

@@ -1,0 +1,198 @@
+"""Sections of a report that compare models: sizes and scores, benchmark tasks, and scores by width."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from jaxembed.errors import UserError
+from jaxembed.reporting.blocks import (
+    MISSING,
+    Folded,
+    Section,
+    Table,
+    format_count,
+    format_number,
+    format_percent,
+    format_size,
+)
+from jaxembed.reporting.charts import draw_lines
+from jaxembed.reporting.inputs import ReportedModel
+from jaxembed.reporting.model_facts import ModelFacts
+from jaxembed.reporting.score_files import average, average_widths
+
+# Types of MTEB in the order of NV-Embed's Table 1 (Lee et al. 2024); other types follow.
+TYPE_ORDER = ("Retrieval", "Reranking", "Clustering", "PairClassification", "Classification", "STS", "Summarization")
+
+Facts = Mapping[str, ModelFacts | None]
+
+
+def make_summary_section(models: Sequence[ReportedModel], facts: Facts, baseline: str | None) -> Section:
+    """Return the main numbers of a model, or a table that compares several.
+
+    Args:
+        models: The models.
+        facts: Their sizes, by name.
+        baseline: Name of the model that scores are compared with. Default: the first.
+
+    Raises:
+        UserError: No model has the name of the baseline.
+    """
+    names = [model.name for model in models]
+    if baseline is not None and baseline not in names:
+        raise UserError(f"--baseline: no model of the report is named {baseline!r} (expected one of {', '.join(names)}).")
+    if len(models) == 1:
+        return Section("summary", "Summary", facts=_summarize_model(models[0], facts[models[0].name]))
+    return Section("summary", "Models", tables=[_compare_models(models, facts, baseline or names[0])])
+
+
+def _summarize_model(model: ReportedModel, facts: ModelFacts | None) -> list[tuple[str, str, str]]:
+    numbers: list[tuple[str, str, str]] = []
+    if run := model.run:
+        last = run.losses[-1] if run.losses else {}
+        numbers.append(
+            ("loss", format_number(last.get("loss")), f"after step {last.get('step', 0):,} of {run.config.total_steps:,}")
+        )
+        for metric, score in list(run.last_scores().items())[:2]:
+            before, bm25 = (run.last_scores(key).get(metric) for key in ("untrained", "bm25"))
+            besides = [f"before training {before:.4f}"] if before is not None else []
+            besides += [f"BM25 {bm25:.4f}"] if bm25 is not None else []
+            numbers.append((metric, format_number(score), ", ".join(besides)))
+    if model.tasks:
+        numbers.append(("benchmark", _format_score(average(model.tasks)), f"mean of {len(model.tasks)} tasks, × 100"))
+    if facts:
+        detail = f"{facts.memory_gb:.2f} GB in float32; {facts.attention} attention, {facts.pooling.replace('_', ' ')} pooling"
+        numbers.append(("parameters", format_size(facts.parameters), detail))
+        numbers.append(("vectors", format_count(facts.width), f"numbers; texts of up to {facts.max_length:,} tokens"))
+    return numbers
+
+
+def _compare_models(models: Sequence[ReportedModel], facts: Facts, baseline: str) -> Table:
+    """Return the table of the survey (Cao 2024, Table 3), with scores relative to a baseline."""
+    tasks = _shared([list(model.tasks) for model in models if model.tasks])
+    held_out = list(dict.fromkeys(metric for model in models for metric in model.held_out))
+    scored = {model.name: {metric: model.held_out.get(metric) for metric in held_out} for model in models}
+    if tasks:
+        scored = {
+            model.name: {f"mean of {len(tasks)} tasks": _percent(average(model.tasks, tasks)), **scored[model.name]}
+            for model in models
+        }
+    metrics = list(scored[baseline])
+    # A relative score needs a second model that has the score.
+    compared = {metric for metric in metrics if sum(own[metric] is not None for own in scored.values()) > 1}
+    columns = ["model", "parameters (M)", "memory (GB, float32)", "width", "max. tokens"]
+    columns += [title for m in metrics for title in ([m, f"{m} vs {baseline}"] if m in compared else [m])]
+    rows = []
+    for model in models:
+        cells = [model.name, *_format_facts(facts[model.name])]
+        for metric in metrics:
+            score, reference = scored[model.name][metric], scored[baseline][metric]
+            cells.append(format_number(score, 2 if metric.startswith("mean of") else 4))
+            if metric in compared:
+                cells.append(MISSING if model.name == baseline else _format_change(score, reference))
+        rows.append(cells)
+    scores = [i for i, column in enumerate(columns) if column in metrics]
+    caption = f"Means count the {len(tasks)} tasks that all models with a benchmark have, × 100." if tasks else ""
+    return Table(columns, rows, caption=caption, best=_find_best(rows, scores))
+
+
+def _format_facts(facts: ModelFacts | None) -> list[str]:
+    if facts is None:
+        return [MISSING] * 4
+    memory = format_number(facts.memory_gb, 2 if facts.memory_gb >= 0.1 else 4)
+    return [format_number(facts.parameters / 1e6, 1), memory, format_count(facts.width), format_count(facts.max_length)]
+
+
+def _format_change(score: float | None, reference: float | None) -> str:
+    return MISSING if score is None or not reference else f"{100 * (score / reference - 1):+.1f} %"
+
+
+def _shared(lists: Sequence[Sequence[str]]) -> list[str]:
+    return [name for name in lists[0] if all(name in names for names in lists)] if lists else []
+
+
+def _percent(score: float | None) -> float | None:
+    return None if score is None else 100 * score
+
+
+def _format_score(score: float | None) -> str:
+    return format_number(_percent(score), 2)
+
+
+def _find_best(rows: Sequence[Sequence[str]], columns: Sequence[int]) -> frozenset[tuple[int, int]]:
+    """Return the cells with the largest number of a column that several rows have."""
+    best = set()
+    for column in columns:
+        numbers = {i: float(row[column]) for i, row in enumerate(rows) if row[column] != MISSING}
+        if len(numbers) > 1:
+            best |= {(i, column) for i, number in numbers.items() if number == max(numbers.values())}
+    return frozenset(best)
+
+
+def make_benchmark_section(models: Sequence[ReportedModel]) -> Section:
+    """Return the scores of every task by type, and their means."""
+    scored = [model for model in models if model.tasks]
+    if not scored:
+        return Section("benchmark", "Benchmark")
+    kinds = {name: (task.type, task.metric) for model in scored for name, task in model.tasks.items()}
+    types = sorted(
+        {kind for kind, _ in kinds.values()}, key=lambda kind: (TYPE_ORDER.index(kind) if kind in TYPE_ORDER else 99, kind)
+    )
+    rows: list[list[str]] = []
+    groups = set()
+    for kind in types:
+        names = [name for name, (own, _) in kinds.items() if own == kind]
+        groups.add(len(rows))
+        rows.append([f"{kind} ({len(names)})", "mean", *(_format_score(average(model.tasks, names)) for model in scored)])
+        for name in names:
+            scores = [model.tasks[name].score if name in model.tasks else None for model in scored]
+            rows.append([name, kinds[name][1] or MISSING, *map(_format_score, scores)])
+    groups.add(len(rows))
+    rows.append([f"All ({len(kinds)})", "mean", *(_format_score(average(model.tasks, list(kinds))) for model in scored)])
+    best = _find_best_per_row(rows, range(2, 2 + len(scored)))
+    caption = "Scores × 100. A mean needs the score of every task."
+    table = Table(["task", "metric", *(m.name for m in scored)], rows, 2, caption, frozenset(groups), best)
+    return Section("benchmark", "Benchmark", tables=[table], folded=_list_instructions(scored))
+
+
+def _find_best_per_row(rows: Sequence[Sequence[str]], columns: range) -> frozenset[tuple[int, int]]:
+    best = set()
+    for i, row in enumerate(rows):
+        numbers = {column: float(row[column]) for column in columns if row[column] != MISSING}
+        if len(numbers) > 1:
+            best |= {(i, column) for column, number in numbers.items() if number == max(numbers.values())}
+    return frozenset(best)
+
+
+def _list_instructions(models: Sequence[ReportedModel]) -> list[Folded]:
+    return [
+        Folded(
+            f"Instructions of {model.name}",
+            "\n".join(f"{name}: {task.instruction or '(none)'}" for name, task in model.tasks.items()),
+        )
+        for model in models
+        if any(task.instruction for task in model.tasks.values())
+    ]
+
+
+def make_width_section(models: Sequence[ReportedModel]) -> Section:
+    """Return the score against the width of the vectors, for models that were scored at several."""
+    widths = {model.name: average_widths(model.tasks) for model in models}
+    values = [
+        {"x": width, "value": 100 * score, "series": name} for name, scores in widths.items() for width, score in scores.items()
+    ]
+    if not values:
+        return Section("widths", "Score against width")
+    columns = sorted({width for scores in widths.values() for width in scores})
+    rows = []
+    for name, scores in widths.items():
+        if scores:
+            top = scores[max(scores)]
+            rows.append([name, "score", *(_format_score(scores.get(width)) for width in columns)])
+            shares = [scores[width] / top if width in scores and top else None for width in columns]
+            rows.append([name, "kept", *map(format_percent, shares)])
+    table = Table(
+        ["model", "", *(f"{width:,}" for width in columns)], rows, 2, "Kept: the share of the score at the largest width."
+    )
+    chart = draw_lines("Mean score", values, "score × 100", x_title="width", with_points=True)
+    intro = "The mean over the tasks that evaluate --dim scored."
+    return Section("widths", "Score against width", intro, charts=[chart], tables=[table])

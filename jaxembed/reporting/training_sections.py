@@ -1,0 +1,267 @@
+"""Sections of a report that come from the files of runs: training, held-out scores, data, and setup."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from jaxembed.config.local_paths import shorten_command
+from jaxembed.reporting.blocks import (
+    MISSING,
+    Folded,
+    Section,
+    Table,
+    format_count,
+    format_number,
+    format_percent,
+)
+from jaxembed.reporting.charts import Chart, draw_bars, draw_histogram, draw_lines
+from jaxembed.reporting.run_files import RunFiles
+
+# Metrics of every run, and how their charts are titled.
+STEP_METRICS = (
+    ("learning_rate", "Learning rate", "learning rate"),
+    ("grad_norm", "Gradient norm", "norm"),
+    ("useful_tokens_per_second", "Throughput", "tokens of texts per second"),
+    ("padding_fraction", "Padding", "share of computed tokens"),
+    ("mfu", "Model FLOPs utilization", "share of the peak"),
+)
+OTHER_KEYS = frozenset(
+    {"stage", "step", "loss", "step_seconds", "data_wait_seconds", "examples_per_second", "new_programs", "adapter"}
+    | {key for key, _, _ in STEP_METRICS}
+)
+MAX_CHARTED_SOURCES = 24  # sources of all stages that a chart shows, those with the largest shares
+ONLY_GROUP = "queries"  # the group of the sources of a single run with a single stage
+MAX_METRIC_CHARTS = 8  # charts of the objectives' own metrics
+
+
+def make_training_section(runs: Sequence[RunFiles]) -> Section:
+    """Return curves of the loss and its parts, the learning rate, throughput, and padding."""
+    charts = [draw_lines("Loss", _loss_values(runs), "loss", note=_loss_note(runs))]
+    for key, title, y_title in STEP_METRICS:
+        values = [_point(run, row, key, _prefix(run, runs) or title) for run in runs for row in run.losses if key in row]
+        if values:
+            charts.append(draw_lines(title, values, y_title, zero=key in ("learning_rate", "padding_fraction", "mfu")))
+    waits = [
+        {"x": row["step"], "value": row["data_wait_seconds"] / row["step_seconds"], "series": _prefix(run, runs) or "waiting"}
+        for run in runs
+        for row in run.losses
+        if row.get("step_seconds") and row.get("data_wait_seconds") is not None
+    ]
+    if waits:
+        charts.append(draw_lines("Waiting for data", waits, "share of the step's time", zero=True))
+    for key in _own_metrics(runs)[:MAX_METRIC_CHARTS]:
+        values = [_point(run, row, key, _prefix(run, runs) or key) for run in runs for row in run.losses if key in row]
+        charts.append(draw_lines(key, values, ""))
+    return Section("training", "Training", "One point per logged step.", charts=charts)
+
+
+def _prefix(run: RunFiles, runs: Sequence[RunFiles]) -> str:
+    """Return the name of a run if a chart must tell several apart."""
+    return run.name if len(runs) > 1 else ""
+
+
+def _point(run: RunFiles, row: Mapping[str, Any], key: str, series: str) -> dict[str, Any]:
+    return {"x": row["step"], "value": row[key], "series": series}
+
+
+def _loss_values(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
+    """Return the loss of every run and, if it has several, its parts."""
+    values = []
+    for run in runs:
+        parts = _loss_parts(run)
+        shown = ["loss", *parts] if len(parts) > 1 else ["loss"]
+        names = {key: ": ".join(filter(None, (_prefix(run, runs), describe_part(key)))) for key in shown}
+        if _prefix(run, runs) and len(shown) == 1:
+            names = {"loss": run.name}
+        values += [_point(run, row, key, names[key]) for key in shown for row in run.losses if key in row]
+    return values
+
+
+def _loss_note(runs: Sequence[RunFiles]) -> str:
+    has_widths = any(re.search(r"_\d+$", key) for run in runs for key in _loss_parts(run))
+    return "A part with a width is the loss of vectors cut to that width (Matryoshka)." if has_widths else ""
+
+
+def _labels(run: RunFiles) -> set[str]:
+    """Return the labels of a run's objectives, numbered as in its metrics."""
+    labels = set()
+    for stage in run.config.stages:
+        names = [objective.name for objective in stage.objectives]
+        for i, name in enumerate(names):
+            number = names[: i + 1].count(name)
+            labels.add(name if number == 1 else f"{name}_{number}")
+    return labels
+
+
+def _loss_parts(run: RunFiles) -> list[str]:
+    """Return the metrics that are losses: those of the objectives, and those at widths of Matryoshka vectors."""
+    labels = _labels(run)
+    widths = {width for stage in run.config.stages for width in stage.matryoshka.dims}
+    parts = labels | {f"{label}_{width}" for label in labels for width in widths}
+    return [key for key in dict.fromkeys(key for row in run.losses for key in row) if key in parts]
+
+
+def _own_metrics(runs: Sequence[RunFiles]) -> list[str]:
+    """Return the metrics of objectives that are no losses, such as the number of negatives."""
+    parts = {key for run in runs for key in _loss_parts(run)}
+    keys = dict.fromkeys(key for run in runs for row in run.losses for key in row)
+    return [key for key in keys if key not in parts | OTHER_KEYS]
+
+
+def describe_part(key: str) -> str:
+    """Return the name of a part of the loss for a legend."""
+    label, _, width = key.rpartition("_")
+    return f"{label}, width {width}" if label and width.isdecimal() and int(width) > 9 else key
+
+
+def make_held_out_section(runs: Sequence[RunFiles]) -> Section:
+    """Return held-out scores over the steps, beside those of the model before training and of BM25."""
+    metrics = list(dict.fromkeys(name for run in runs for _, name, _ in run.scores()))
+    charts = []
+    for metric in metrics:
+        values = []
+        for run in runs:
+            prefix = _prefix(run, runs)
+            trained = [{"x": x, "value": v, "series": prefix or "trained"} for x, name, v in run.scores() if name == metric]
+            last = trained[-1]["x"] if trained else 0
+            values += trained
+            for key, label in (("untrained", "before training"), ("bm25", "BM25")):
+                score = run.last_scores(key).get(metric)
+                if score is not None:
+                    series = f"{prefix}: {label}" if prefix and key == "untrained" else label
+                    values += [{"x": x, "value": score, "series": series, "baseline": True} for x in (0, last)]
+        charts.append(draw_lines(metric, values, metric.rpartition("/")[2], with_points=True))
+    tables = [_held_out_table(runs, metrics)] if metrics else []
+    intro = "Scores on the held-out sets of eval.sets. Dashed lines: the model before training, and BM25."
+    return Section("held-out", "Held-out scores", intro, charts=charts, tables=tables)
+
+
+def _held_out_table(runs: Sequence[RunFiles], metrics: Sequence[str]) -> Table:
+    rows = []
+    for metric in metrics:
+        for run in runs:
+            before, bm25 = (run.last_scores(key).get(metric) for key in ("untrained", "bm25"))
+            scores = [(x, value) for x, name, value in run.scores() if name == metric]
+            if not scores:
+                continue
+            best_step, best = max(scores, key=lambda score: score[1])
+            last = scores[-1][1]
+            gain = MISSING if before is None else f"{last - before:+.4f}"
+            cells = [format_number(value) for value in (before, bm25, last)]
+            rows.append([metric, run.name, *cells, gain, f"{best:.4f} (step {best_step:,})"])
+    columns = ["metric", "run", "before training", "BM25", "trained", "gain", "best"]
+    return Table(columns, rows, text_columns=2)
+
+
+def make_data_section(runs: Sequence[RunFiles]) -> Section:
+    """Return the mixture of the sources, the lengths of their texts, what is truncated, and what was dropped."""
+    sources = [
+        {**source, "name": str(source.get("name")), "group": _stage_name(run, runs, index)}
+        for run in runs
+        for index, stage in enumerate(run.data)
+        for source in stage
+    ]
+    if not sources:
+        return Section("data", "Data")
+    charted = sorted(sources, key=lambda source: -float(source.get("share") or 0))[:MAX_CHARTED_SOURCES]
+    cut_note = f"The {len(charted)} largest of {len(sources)} sources." if len(charted) < len(sources) else ""
+    charts: list[Chart] = []
+    if len(charted) > 1:
+        shares = [_pick(source, "name", "group", "share") for source in charted]
+        charts.append(draw_bars("Mixture", shares, "share of the queries", cut_note))
+    lengths = [row for source in charted[:6] for row in _length_rows(source)]
+    if lengths:
+        charts.append(
+            draw_histogram(
+                "Token lengths", lengths, "tokens with prompt, before truncation", "share of the texts",
+                "A sample of each source. The last bin also counts all longer texts.",
+            )
+        )  # fmt: skip
+    tables = [_source_table(sources), *_drop_tables(sources)]
+    return Section("data", "Data", "What the run trained on, from data.json in its directory.", charts=charts, tables=tables)
+
+
+def _stage_name(run: RunFiles, runs: Sequence[RunFiles], index: int) -> str:
+    stage = f"stage {index + 1}" if len(run.data) > 1 else ""
+    return ", ".join(filter(None, (_prefix(run, runs), stage))) or ONLY_GROUP
+
+
+def _pick(source: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: source.get(key) for key in keys}
+
+
+def _length_rows(source: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+    tokens = source.get("tokens") or {}
+    histogram = tokens.get("histogram") or {"edges": [], "counts": []}
+    total = sum(histogram["counts"]) or 1
+    name = source["name"] if source["group"] == ONLY_GROUP else f"{source['name']} ({source['group']})"
+    for start, end, count in zip(histogram["edges"][:-1], histogram["edges"][1:], histogram["counts"], strict=True):
+        yield {"kind": name, "start": start, "end": end, "share": count / total}
+
+
+def _source_table(sources: Sequence[Mapping[str, Any]]) -> Table:
+    rows = []
+    for source in sources:
+        tokens = source.get("tokens") or {}
+        rows.append(
+            [
+                str(source["name"]), str(source["group"]), str(source.get("format")),
+                format_count(source.get("examples")), format_percent(source.get("share")),
+                format_number(source.get("epochs"), 2),
+                *(format_count(tokens.get(key)) for key in ("mean", "median", "p95", "most", "max_length")),
+                format_percent(tokens.get("truncated")), format_count(sum((source.get("dropped") or {}).values())),
+            ]
+        )  # fmt: skip
+    columns = [
+        "source", "run or stage", "format", "examples", "share", "epochs", "tokens: mean", "median", "95 %", "most", "limit",
+        "truncated", "dropped",
+    ]  # fmt: skip
+    caption = "Tokens count a sample of queries, positives and negatives with their prompts, before truncation at the limit."
+    return _omit_single_group(Table(columns, rows, text_columns=3, caption=caption))
+
+
+def _drop_tables(sources: Sequence[Mapping[str, Any]]) -> list[Table]:
+    rows = [
+        [str(source["name"]), str(source["group"]), str(reason), format_count(count)]
+        for source in sources
+        for reason, count in (source.get("dropped") or {}).items()
+    ]
+    table = Table(["source", "run or stage", "dropped because", "rows"], rows, text_columns=3)
+    return [_omit_single_group(table)] if rows else []
+
+
+def _omit_single_group(table: Table) -> Table:
+    """Return a table without its second column if there is only one run and stage."""
+    if any(row[1] != ONLY_GROUP for row in table.rows):
+        return table
+    rows = [[row[0], *row[2:]] for row in table.rows]
+    columns = [table.columns[0], *table.columns[2:]]
+    return dataclasses.replace(table, columns=columns, rows=rows, text_columns=table.text_columns - 1)
+
+
+def make_setup_section(runs: Sequence[RunFiles]) -> Section:
+    """Return config, versions, hashes, and commands of the runs."""
+    starts = [[run.name, *_describe_start(start)] for run in runs for start in run.starts]
+    hashes = [[run.name, *entry] for run in runs for entry in (("base", run.base["name"], run.base["hash"]), *run.hashes)]
+    packages = list(dict.fromkeys(package for run in runs for package in run.versions))
+    versions = [[package, *(run.versions.get(package, MISSING) for run in runs)] for package in packages]
+    tables = [
+        Table(["run", "time (UTC)", "command", "from step", "devices", "computation"], starts, 6, "Starts of the run."),
+        Table(["run", "what", "name", "hash"], hashes, 4, "SHA-256 of what went in."),
+        Table(["package", *(run.name for run in runs)], versions, 1 + len(runs), "Versions."),
+    ]
+    folded = [Folded(f"Config of {run.name}", run.config_text) for run in runs]
+    return Section("setup", "Setup", tables=[table for table in tables if table.rows], folded=folded)
+
+
+def _describe_start(start: Mapping[str, Any]) -> list[str]:
+    return [
+        str(start.get("time", MISSING))[:16].replace("T", " "),
+        shorten_command(str(start.get("command") or MISSING)),
+        format_count(start.get("step")),
+        f"{start.get('devices', MISSING)} × {start.get('device', MISSING)}",
+        str(start.get("computation", MISSING)),
+    ]
