@@ -8,6 +8,7 @@ text nodes. The page's own content security policy forbids every request.
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -65,7 +66,7 @@ def render_page(title: str, sections: Sequence[Section], command: str) -> bytes:
         neighbor_data=to_script_json([entry for section in shown for entry in section.neighbors]),
         style=_read_asset("report.css"),
         program=_read_asset("report.js"),
-        library=Markup(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")) if specs else "",
+        library=_bundle_library() if specs else "",
         written=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=package_versions()["jaxembed"],
         command=command,
@@ -76,6 +77,12 @@ def render_page(title: str, sections: Sequence[Section], command: str) -> bytes:
 def to_script_json(value: Any) -> Markup:
     """Return a value as JSON that cannot end the script it stands in. NaN and infinity are refused: charts have null."""
     return Markup(json.dumps(value, allow_nan=False).translate(JSON_ESCAPES))
+
+
+@functools.cache
+def _bundle_library() -> Markup:
+    """Return Vega, Vega-Lite and Vega-Embed as one script. Bundling takes seconds."""
+    return Markup(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
 
 
 def _read_asset(name: str) -> Markup:
