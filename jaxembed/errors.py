@@ -1,7 +1,9 @@
 """Exceptions that end a command with one line."""
 
+import difflib
 import errno
 import signal
+from collections.abc import Iterable
 
 MAX_MESSAGE_CHARS = 2000
 # What the system refuses for reasons that the user can remove. Other errors of the system may be mistakes of this program.
@@ -55,6 +57,19 @@ def summarize(error: object, max_chars: int = 200) -> str:
     """Return the message of another library's error on one short line, to be quoted in a `UserError`."""
     line = " ".join(str(error).split())
     return line if len(line) <= max_chars else f"{line[:max_chars].rsplit(' ', 1)[0]} ..."
+
+
+def suggest(name: str, known: Iterable[str], count: int = 3) -> str:
+    """Return a sentence, after a space, that names the nearest known names; empty if none is near.
+
+    Args:
+        name: The unknown name.
+        known: Names that exist.
+        count: How many names to suggest at most.
+    """
+    by_lower = {candidate.lower(): candidate for candidate in known}
+    nearest = [by_lower[lower] for lower in difflib.get_close_matches(name.lower(), by_lower, n=count, cutoff=0.5)]
+    return f" Did you mean {' or '.join(map(repr, nearest))}?" if nearest else ""
 
 
 def explain_system_error(error: BaseException) -> str | None:

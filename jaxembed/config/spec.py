@@ -91,6 +91,9 @@ class EmbeddingSpec(Section):
         "(E5, BGE).",
     )
     prompts: dict[str, str] = Field({}, description="Complete prompts by name, such as `query` and `document`.")
+    instruction_table: str = Field(
+        "", description="Table of the instructions that evaluation gives tasks (configs/instructions). Empty: no table."
+    )
     matryoshka_dims: tuple[Length, ...] = Field(
         (), strict=False, description="Widths to which vectors may be cut, because training included them."
     )
@@ -167,8 +170,8 @@ class EmbeddingSpec(Section):
     def describe_vectors(self) -> dict[str, Any]:
         """Return the fields that decide which vector a text has, as plain values. They identify a model in caches and runs."""
         # Absent at its default, so that the hashes of earlier versions stay valid.
-        exclude = {"matryoshka_dims", *(key for key in ("fixed_prompts", "hidden_projections") if not getattr(self, key))}
-        return self.model_dump(mode="json", exclude=exclude)
+        absent = {key for key in ("fixed_prompts", "hidden_projections") if not getattr(self, key)}
+        return self.model_dump(mode="json", exclude={"matryoshka_dims", "instruction_table", *absent})
 
     def with_prompts(self, instructions: Mapping[str, tuple[str, str]]) -> EmbeddingSpec:
         """Return this spec with the prompts of named sources stored.

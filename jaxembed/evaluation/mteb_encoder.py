@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxembed.evaluation.task_encoder import TaskEncoder
+from jaxembed.evaluation.task_prompts import TaskPrompts
 
 
 @dataclasses.dataclass
@@ -16,22 +17,23 @@ class MtebEncoder:
 
     Attributes:
         encoder: The model.
+        width: Width to which vectors are cut. None: the vectors as they are.
     """
 
     encoder: TaskEncoder
+    width: int | None = None
 
     def encode(
         self, inputs: Any, *, task_metadata: Any, hf_split: str, hf_subset: str, prompt_type: Any = None, **_: Any
     ) -> np.ndarray:
         """Encode batches of texts under the instruction of the task. mteb defines the parameters."""
         texts = [text for batch in inputs for text in batch["text"]]
-        return self.encoder.encode_with_prompt(texts, self.build_prompt(task_metadata, prompt_type))
+        return self.encoder.encode_at_width(texts, self.build_prompt(task_metadata, prompt_type), self.width)
 
     def build_prompt(self, task: Any, prompt_type: Any) -> str:
-        """Return the model's own prompt for documents, and the prompt with the task's instruction for other texts."""
-        if getattr(prompt_type, "value", None) == "document":
-            return self.encoder.document_prompt
-        return self.encoder.spec.prompt(self.encoder.get_instruction(get_task_instruction(task)), side="query")
+        """Return the complete prompt of documents, or of other texts."""
+        prompts = choose_prompts(self.encoder, task)
+        return prompts.document if getattr(prompt_type, "value", None) == "document" else prompts.query
 
     def similarity(self, a: Any, b: Any) -> np.ndarray:
         """Return the dot products [A, B] of two sets of vectors."""
@@ -43,10 +45,19 @@ class MtebEncoder:
 
     @property
     def mteb_model_meta(self) -> Any:
-        """The model's name and revision for mteb."""
+        """The model's name and revision for mteb, and the width if vectors are cut."""
         from mteb.models.model_meta import ModelMeta
 
-        return ModelMeta.create_empty({"name": f"jaxembed/{self.encoder.name}", "revision": self.encoder.revision})
+        meta = ModelMeta.create_empty(
+            {"name": f"jaxembed/{self.encoder.name}", "revision": self.encoder.results_revision, "embed_dim": self.width}
+        )
+        is_cut = self.width not in (None, self.encoder.width)
+        return meta.model_copy(update={"experiment_kwargs": {"embed_dim": self.width}}) if is_cut else meta
+
+
+def choose_prompts(encoder: TaskEncoder, task: Any) -> TaskPrompts:
+    """Return the prompts of a task, given its metadata in mteb."""
+    return encoder.prompts.choose(task.name, str(task.type), get_task_instruction(task))
 
 
 def get_task_instruction(task: Any) -> str:

@@ -37,7 +37,8 @@ def score_task_items(task: MtebTask, encoder: TaskEncoder) -> ItemScores:
     """
     with contextlib.ExitStack() as stack:
         if task.cache_folder:
-            folder = task.cache_folder.parent / "predictions" / encoder.revision
+            name = "-".join([encoder.results_revision, *map(str, encoder.widths[:1])])
+            folder = task.cache_folder.parent / "predictions" / name
         else:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)

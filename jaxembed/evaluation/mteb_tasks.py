@@ -10,32 +10,44 @@ from typing import Any
 
 from jaxembed.errors import UserError, summarize
 from jaxembed.evaluation.comparison import ItemScores
-from jaxembed.evaluation.mteb_encoder import MtebEncoder, get_task_instruction
+from jaxembed.evaluation.mteb_catalog import find_tasks, import_mteb
+from jaxembed.evaluation.mteb_encoder import MtebEncoder, choose_prompts
 from jaxembed.evaluation.mteb_items import score_task_items
 from jaxembed.evaluation.mteb_results import summarize_task
 from jaxembed.evaluation.mteb_texts import list_task_texts
 from jaxembed.evaluation.task_encoder import TaskEncoder
+from jaxembed.evaluation.tasks import GroupMember
 from jaxembed.files import exists
 
 
 def add_arguments(parser: argparse._ActionsContainer) -> None:
     """Add the options that name tasks of MTEB."""
-    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="names of MTEB tasks")
-    parser.add_argument("--benchmark", metavar="NAME", help="MTEB benchmark whose tasks are scored")
+    parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="names of MTEB tasks")
+    parser.add_argument(
+        "--benchmark",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="MTEB benchmarks whose tasks are scored, such as 'MTEB(eng, v2)'",
+    )
+    parser.add_argument(
+        "--languages", nargs="+", default=[], metavar="CODE", help="languages of MTEB tasks to keep, such as eng or deu-Latn"
+    )
 
 
 def open_tasks(args: argparse.Namespace) -> list[MtebTask]:
     """Return the tasks that the options name.
 
     Raises:
-        UserError: mteb does not have a task or the benchmark, or both options are given.
+        UserError: mteb does not have a task, a benchmark or a language, or no task has the languages.
     """
-    if args.tasks and args.benchmark:
-        raise UserError("evaluate: both --tasks and --benchmark are given. Give one of the two.")
     if not args.tasks and not args.benchmark:
+        if args.languages:
+            raise UserError("--languages: applies to tasks of MTEB. Add --tasks or --benchmark.")
         return []
     cache_folder = Path(args.out) / "results" if args.out else None
-    return [MtebTask(task, cache_folder) for task in find_tasks(args.tasks, args.benchmark)]
+    found = find_tasks(args.tasks, args.benchmark, args.languages)
+    return [MtebTask(task, cache_folder, groups) for task, groups in found]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +57,14 @@ class MtebTask:
     Attributes:
         task: The task object of mteb.
         cache_folder: Folder for mteb's full results. Tasks that were scored there before are not run again.
-        prediction_folder: Folder for mteb's predictions. Without those of this task there, the task is run again.
+        groups: Tables of results that the task belongs to.
+        prediction_folder: Folder for mteb's predictions at the largest width. Without those of this task there, the task is run
+            again.
     """
 
     task: Any
     cache_folder: Path | None = None
+    groups: tuple[GroupMember, ...] = ()
     prediction_folder: Path | None = None
 
     @property
@@ -57,40 +72,40 @@ class MtebTask:
         """Name of the task."""
         return str(self.task.metadata.name)
 
+    @property
+    def type(self) -> str:
+        """Type of the task in MTEB."""
+        return str(self.task.metadata.type)
+
+    @property
+    def expected_texts(self) -> int | None:
+        """Number of samples in mteb's statistics of the splits that are scored."""
+        counts = self.task.metadata.n_samples or {}
+        return sum(counts.get(split, 0) for split in self.task.eval_splits) or None
+
     def score(self, encoder: TaskEncoder) -> dict[str, Any]:
         """Return the main scores of a model, as mteb computes them.
 
         Raises:
             UserError: The data of the task cannot be downloaded.
         """
-        mteb = import_mteb()
-        from mteb.cache import ResultCache
-
-        cache = ResultCache(self.cache_folder) if self.cache_folder else None
-        mode = "only-missing" if cache and not self._lacks_predictions else "always"
+        encoders = [MtebEncoder(encoder, width) for width in encoder.widths or (None,)]
         try:
-            result = mteb.evaluate(
-                MtebEncoder(encoder),
-                self.task,
-                cache=cache,
-                overwrite_strategy=mode,
-                prediction_folder=self.prediction_folder,
-                show_progress_bar=False,
-            )
+            results = [self._load_result(mteb_encoder) for mteb_encoder in encoders]
+            if None in results:
+                results = self._evaluate(encoders)
         except ConnectionError as error:
             raise UserError(
                 f"{self.name}: cannot download its data ({summarize(error)}). Connect to the network, or download it "
                 "beforehand."
             ) from None
         metadata = self.task.metadata
-        instruction = encoder.get_instruction(get_task_instruction(metadata))
-        named = {"metric": metadata.main_score, "type": str(metadata.type)}
-        return summarize_task(result.task_results[0], instruction) | named
-
-    @property
-    def _lacks_predictions(self) -> bool:
-        folder = self.prediction_folder
-        return folder is not None and not exists(folder / self.task.prediction_file_name)
+        named = {"metric": str(metadata.main_score), "type": self.type}
+        summaries = [summarize_task(result, choose_prompts(encoder, metadata).instruction) | named for result in results]
+        if encoder.widths:
+            by_width = zip(encoder.widths, summaries, strict=True)
+            summaries[0]["widths"] = {str(width): summary["score"] for width, summary in by_width}
+        return summaries[0]
 
     def score_items(self, encoder: TaskEncoder) -> ItemScores:
         """Return the scores of a model with the items that they are computed from, where mteb stores results by item."""
@@ -100,30 +115,48 @@ class MtebTask:
         """Yield the role and the texts of all inputs that are scored."""
         return list_task_texts(self.task)
 
+    @property
+    def _lacks_predictions(self) -> bool:
+        folder = self.prediction_folder
+        return folder is not None and not exists(folder / self.task.prediction_file_name)
 
-def find_tasks(names: Sequence[str], benchmark: str | None) -> list[Any]:
-    """Return the mteb tasks with these names, or those of a benchmark.
+    def _load_result(self, encoder: MtebEncoder) -> Any:
+        """Return the complete result of an earlier run, or None."""
+        if self.cache_folder is None or self._lacks_predictions:
+            return None
+        try:
+            return self._call_mteb(encoder, "only-cache")
+        except ValueError:  # mteb's word for a result that is absent, or lacks splits or subsets
+            return None
 
-    Raises:
-        UserError: If mteb does not have a task or the benchmark.
-    """
-    mteb = import_mteb()
-    try:
-        return list(mteb.get_benchmark(benchmark).tasks) if benchmark else list(mteb.get_tasks(tasks=list(names)))
-    except (KeyError, ValueError) as error:
-        reason = summarize(error.args[0]).removeprefix("KeyError: ")
-        raise UserError(f"mteb: no such task or benchmark: {reason}") from None
+    def _evaluate(self, encoders: Sequence[MtebEncoder]) -> list[Any]:
+        """Score at every width. The data of the task are loaded once."""
+        loads_data = len(encoders) > 1 and not self.task.data_loaded and not hasattr(self.task, "taskname_to_task")
+        if loads_data:
+            self.task.load_data()
+        mode = "only-missing" if self.cache_folder and not self._lacks_predictions else "always"
+        try:
+            first = self._call_mteb(encoders[0], mode, self.prediction_folder)
+            return [first, *(self._call_mteb(encoder, mode) for encoder in encoders[1:])]
+        finally:
+            if loads_data:
+                self.task.unload_data()
 
+    def _call_mteb(self, encoder: MtebEncoder, mode: str, prediction_folder: Path | None = None) -> Any:
+        mteb = import_mteb()
+        from mteb.cache import ResultCache
 
-def import_mteb() -> Any:
-    """Import mteb, or raise a `UserError` that says how to install it."""
-    try:
-        import mteb
-    except ModuleNotFoundError:
-        raise UserError("mteb is not installed. Run pip install '.[eval]'.") from None
-    except (OSError, RuntimeError) as error:  # it creates its cache; RuntimeError: there is no home directory
-        reason = summarize(error)
-        raise UserError(
-            f"mteb: cannot be imported ({reason}). Set HOME or MTEB_CACHE to a folder that can be written."
-        ) from None
-    return mteb
+        cache = ResultCache(self.cache_folder) if self.cache_folder else None
+        results = mteb.evaluate(
+            encoder,
+            self.task,
+            cache=cache,
+            overwrite_strategy=mode,
+            prediction_folder=prediction_folder,
+            show_progress_bar=False,
+        )
+        if not results.task_results:
+            raise UserError(
+                f"{self.name}: its data are not public. Leave the task out, or log in to the hub with access to them."
+            )
+        return results.task_results[0]

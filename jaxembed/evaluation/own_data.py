@@ -14,7 +14,9 @@ from jaxembed.config import EvalSetConfig
 from jaxembed.errors import UserError
 from jaxembed.evaluation.comparison import ItemScores, finite_or_none
 from jaxembed.evaluation.heldout import HeldOutSet, RetrievalSet, SetScores, open_held_out_sets
-from jaxembed.evaluation.task_encoder import TaskEncoder
+from jaxembed.evaluation.task_encoder import TaskEncoder, cut_vectors
+from jaxembed.evaluation.task_prompts import TaskPrompts
+from jaxembed.evaluation.tasks import GroupMember
 from jaxembed.files import cache_dir
 from jaxembed.search.bm25 import check_bm25_installed
 
@@ -71,9 +73,11 @@ class OwnTask:
 
     Attributes:
         held_out: The data, and how it is scored.
+        groups: Tables of results that the task belongs to: that of all tasks.
     """
 
     held_out: HeldOutSet
+    groups: tuple[GroupMember, ...] = ()
 
     @property
     def name(self) -> str:
@@ -100,37 +104,44 @@ class OwnTask:
 
     def score_items(self, encoder: TaskEncoder) -> ItemScores:
         """Return the scores of a model with the items that they are computed from."""
-        instruction, query_prompt = choose_query_prompt(encoder, self.type)
-        prompts = {"documents": encoder.document_prompt}
-        inputs = [(i.texts, prompts.get(i.role, query_prompt)) for i in self.held_out.inputs]
-        result = self.held_out.score([encoder.encode_with_prompt(texts, prompt) for texts, prompt in inputs])
+        prompts = self._choose_prompts(encoder)
+        inputs = [(i.texts, prompts.document if i.role == "documents" else prompts.query) for i in self.held_out.inputs]
+        vectors = [encoder.encode(texts, prompt) for texts, prompt in inputs]
         metric = self.held_out.metric
-        score = finite_or_none(result.scores[metric])
+        results = [
+            self.held_out.score([cut_vectors(v, width or v.shape[1]) for v in vectors]) for width in encoder.widths or (None,)
+        ]
+        scores = [finite_or_none(result.scores[metric]) for result in results]
         summary: dict[str, Any] = {
-            "score": score,
+            "score": scores[0],
             "metric": metric,
             "type": self.type,
-            "instruction": instruction,
-            "subsets": {"default": score},
-            "splits": {self.held_out.config.split or "default": score},
-            "metrics": {name: finite_or_none(value) for name, value in result.scores.items()},
+            "instruction": prompts.instruction,
+            "subsets": {"default": scores[0]},
+            "splits": {self.held_out.config.split or "default": scores[0]},
+            "metrics": {name: finite_or_none(value) for name, value in results[0].scores.items()},
         }
+        if encoder.widths:
+            summary["widths"] = {str(width): score for width, score in zip(encoder.widths, scores, strict=True)}
         if self._bm25:
             summary["bm25"] = self._bm25.scores
-        return ItemScores(summary, [result.items])
+        return ItemScores(summary, [results[0].items])
+
+    def _choose_prompts(self, encoder: TaskEncoder) -> TaskPrompts:
+        """Return the prompts of the task.
+
+        Retrieval queries have the instruction of a user's table, or else the stored prompt of queries. Other tasks have the
+        instruction of their name or type.
+        """
+        spec = encoder.spec
+        chosen = encoder.prompts.choose(self.name, self.type, DEFAULT_INSTRUCTIONS.get(self.type, ""))
+        stored = spec.prompts.get("query")
+        option = encoder.prompts.option
+        is_chosen = option is not None and option.find_instruction(self.name, self.type) is not None
+        if self.type != RetrievalSet.task_type or stored is None or is_chosen:
+            return chosen
+        return dataclasses.replace(chosen, query=stored, instruction=spec.extract_instruction(stored))
 
     @cached_property
     def _bm25(self) -> SetScores | None:
         return self.held_out.score_bm25() if isinstance(self.held_out, RetrievalSet) else None
-
-
-def choose_query_prompt(encoder: TaskEncoder, task_type: str) -> tuple[str, str]:
-    """Return the instruction and the complete prompt of a task's queries, or of all its texts if it has no documents.
-
-    Retrieval has the stored prompt of queries. Other tasks have the instruction of their type.
-    """
-    spec = encoder.spec
-    if task_type == RetrievalSet.task_type and "query" in spec.prompts:
-        return spec.extract_instruction(spec.prompts["query"]), spec.prompts["query"]
-    instruction = encoder.get_instruction(DEFAULT_INSTRUCTIONS.get(task_type, ""))
-    return instruction, spec.prompt(instruction)

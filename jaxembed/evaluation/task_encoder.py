@@ -1,17 +1,24 @@
-"""A model as evaluation sees it: texts and prompts become vectors, and each task gets its instruction."""
+"""A model as evaluation sees it: texts and prompts become vectors, each text of a task once."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from jaxembed.config.field_lists import log_once
+from jaxembed.config.instructions import InstructionTable
 from jaxembed.config.spec import EmbeddingSpec
+from jaxembed.errors import UserError
+from jaxembed.evaluation.progress import TaskProgress
+from jaxembed.evaluation.task_prompts import PromptChooser
+from jaxembed.evaluation.vector_cache import VectorCache
 
 EncodeWithPrompt = Callable[[Sequence[str], str], np.ndarray]  # (texts, complete prompt) -> unit vectors [N, D]
+
+TEXTS_PER_CALL = 4096  # texts that are encoded between two updates of the progress bar
 
 
 @dataclasses.dataclass
@@ -23,39 +30,103 @@ class TaskEncoder:
         spec: Builds the prompts.
         name: Name of the model.
         revision: Identifies everything that decides the vectors. Stored results belong to it.
+        width: Width of the vectors.
+        widths: Widths at which tasks are scored, largest first. Empty: the vectors as they are.
+        prompts: Chooses the prompts of tasks. Default: without a table of the user.
+        cache: Keeps the vectors of the current task. Default: none are kept.
+        progress: Progress bar over all tasks.
     """
 
     encode_with_prompt: EncodeWithPrompt
     spec: EmbeddingSpec
     name: str
     revision: str
+    width: int = 0
+    widths: tuple[int, ...] = ()
+    prompts: PromptChooser = dataclasses.field(init=False)
+    cache: VectorCache | None = None
+    progress: TaskProgress | None = None
+
+    def __post_init__(self) -> None:
+        """Choose prompts without a table of the user."""
+        self.prompts = PromptChooser(self.spec)
+
+    def use_instructions(self, table: InstructionTable, name: str) -> None:
+        """Give tasks the instructions of a user's table first."""
+        self.prompts = PromptChooser(self.spec, table, name)
+
+    @property
+    def results_revision(self) -> str:
+        """Identifies everything that decides scores: the vectors, and the tables of instructions."""
+        digest = self.prompts.compute_digest()
+        return f"{self.revision}-{digest}" if digest else self.revision
 
     @property
     def document_prompt(self) -> str:
         """The complete prompt of documents."""
-        return self.spec.prompts.get("document", self.spec.plain_prompt)
+        return self.prompts.choose("", "", "").document
 
-    def get_instruction(self, default: str) -> str:
-        """Return the instruction of a task's queries; empty for a model that reads no instructions.
+    def get_instruction(self, default: str, task_type: str = "") -> str:
+        """Return the instruction of a task that no table lists by name.
 
         Args:
             default: The instruction that the task itself names.
+            task_type: Its type in MTEB, such as STS.
         """
-        return default if self.spec.prompts and not self.spec.fixed_prompts else ""
+        return self.prompts.choose("", task_type, default).instruction
+
+    def encode(self, texts: Sequence[str], prompt: str) -> np.ndarray:
+        """Return unit vectors, float32 [N, D]. Texts that the current task had before are not encoded again.
+
+        Args:
+            texts: N texts.
+            prompt: Complete prompt of every text.
+        """
+        if self.cache is None:
+            return self._join(self._encode_parts(texts, prompt), prompt)
+        return self.cache.fetch(texts, prompt, lambda: self._encode_parts(texts, prompt))
+
+    def encode_at_width(self, texts: Sequence[str], prompt: str, width: int | None) -> np.ndarray:
+        """Return unit vectors as `encode` does, cut to `width` and scaled to unit length again. None: all numbers."""
+        vectors = self.encode(texts, prompt)
+        return vectors if width is None else cut_vectors(vectors, width)
+
+    def _encode_parts(self, texts: Sequence[str], prompt: str) -> Iterator[np.ndarray]:
+        for start in range(0, len(texts), TEXTS_PER_CALL):
+            part = texts[start : start + TEXTS_PER_CALL]
+            yield self.encode_with_prompt(part, prompt)
+            if self.progress:
+                self.progress.advance(len(part))
+
+    def _join(self, parts: Iterator[np.ndarray], prompt: str) -> np.ndarray:
+        vectors = list(parts)
+        return np.concatenate(vectors) if vectors else self.encode_with_prompt([], prompt)
 
 
-def log_prompt_choice(encoder: TaskEncoder) -> None:
-    """Log once where the prompts of queries and documents come from."""
-    spec = encoder.spec
-    if not spec.prompts:
-        log_once(f"{encoder.name}: no prompts are stored with the model, so texts get {spec.plain_prompt!r}", logging.INFO)
-        return
-    if spec.fixed_prompts:
-        log_once(f"{encoder.name}: texts get the prompts that are stored for their side, whatever the task", logging.INFO)
-        return
-    stored = "document" in spec.prompts
-    document = f"the stored prompt {spec.prompts['document']!r}" if stored else f"{spec.plain_prompt!r}, as no prompt is stored"
-    log_once(
-        f"{encoder.name}: queries get the task's instruction in {spec.instruction_template!r}, documents get {document}",
-        logging.INFO,
-    )
+def cut_vectors(vectors: np.ndarray, width: int) -> np.ndarray:
+    """Return the first `width` numbers of each vector, scaled to unit length (Matryoshka), float32 [N, width]."""
+    if width == vectors.shape[1]:
+        return vectors
+    cut = np.array(vectors[:, :width], np.float32)
+    return cut / np.maximum(np.linalg.norm(cut, axis=1, keepdims=True), 1e-12)
+
+
+def check_widths(widths: Sequence[int], spec: EmbeddingSpec, model_width: int) -> tuple[int, ...]:
+    """Return the widths of --dim, largest first, each once.
+
+    A line names the widths that training did not include.
+
+    Args:
+        widths: Widths of the option.
+        spec: Spec of the model.
+        model_width: Width of its vectors.
+
+    Raises:
+        UserError: A width is above the model's.
+    """
+    if widths and max(widths) > model_width:
+        raise UserError(f"--dim: {max(widths)} is above the width of this model ({model_width}). Choose 1 to {model_width}.")
+    if untrained := sorted(set(widths) - {model_width, *spec.matryoshka_dims}, reverse=True):
+        trained = ", ".join(map(str, spec.matryoshka_dims)) or "none"
+        log_once(f"--dim: training did not include {', '.join(map(str, untrained))} (it included: {trained})", logging.INFO)
+    return tuple(sorted(set(widths), reverse=True))

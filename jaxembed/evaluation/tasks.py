@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from jaxembed.errors import UserError
+from jaxembed.config.instructions import InstructionTable
+from jaxembed.errors import UserError, suggest
 from jaxembed.evaluation.comparison import ItemScores
-from jaxembed.evaluation.task_encoder import TaskEncoder, log_prompt_choice
+from jaxembed.evaluation.progress import TaskProgress
+from jaxembed.evaluation.task_encoder import TaskEncoder
 from jaxembed.files import write_json
 
+MAX_LISTED_NAMES = 5
 SCORES_FILE = "scores.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupMember:
+    """A task in a table of results.
+
+    Attributes:
+        group: Title of the table, such as the name of a benchmark.
+        column: Column in which the task counts, such as its type.
+        subsets: Subsets of the task that count. Empty: all.
+    """
+
+    group: str
+    column: str
+    subsets: tuple[str, ...] = ()
 
 
 class EvaluationTask(Protocol):
@@ -22,13 +41,29 @@ class EvaluationTask(Protocol):
         """Name of the task, which no other task of a run has."""
         ...
 
+    @property
+    def type(self) -> str:
+        """Type of the task, such as Retrieval."""
+        ...
+
+    @property
+    def groups(self) -> Sequence[GroupMember]:
+        """Tables of results that the task belongs to, such as that of a benchmark. Empty: the table of all tasks."""
+        ...
+
+    @property
+    def expected_texts(self) -> int | None:
+        """About how many texts the task encodes, for the progress bar. None: unknown."""
+        ...
+
     def score(self, encoder: TaskEncoder) -> dict[str, Any]:
         """Return the scores of a model.
 
         Returns:
             {"score", "metric", "type", "instruction", "subsets", "splits"}. `score` is the main score, or None if it is not
             finite; `metric` is its name, and `type` the type of the task, such as Retrieval. `subsets` and `splits` have the
-            main score by part.
+            main score by part. If the encoder has widths, `score` and the parts are those of the largest one, and "widths" has
+            the main score by width.
         """
         ...
 
@@ -54,6 +89,27 @@ def check_names(tasks: Sequence[EvaluationTask]) -> None:
         raise UserError(f"evaluate: two tasks are named {repeated!r}. Remove or rename one.")
 
 
+def check_instructions(table: InstructionTable, name: str, tasks: Sequence[EvaluationTask]) -> None:
+    """Check that a user's table has an instruction for at least one task.
+
+    Args:
+        table: The table.
+        name: Its name, which starts an error's line.
+        tasks: The tasks of the run.
+
+    Raises:
+        UserError: The table names none of the tasks.
+    """
+    if any(table.find_instruction(task.name, task.type) is not None for task in tasks):
+        return
+    listed = [*table.by_task, *table.by_type]
+    found = ", ".join(listed[:MAX_LISTED_NAMES]) or "nothing"
+    raise UserError(
+        f"{name}: names no task of this run (it names: {found}; tasks: {', '.join(t.name for t in tasks[:MAX_LISTED_NAMES])})."
+        f"{suggest(tasks[0].name, listed)}"
+    )
+
+
 def score_tasks(
     encoder: TaskEncoder,
     tasks: Sequence[EvaluationTask],
@@ -71,14 +127,22 @@ def score_tasks(
     Returns:
         {task: scores}, as in `EvaluationTask.score`.
     """
-    log_prompt_choice(encoder)
+    encoder.prompts.log()
+    encoder.progress = TaskProgress({task.name: task.expected_texts for task in tasks})
     scores: dict[str, Any] = {}
-    for task in tasks:
-        if items is None:
-            scores[task.name] = task.score(encoder)
-        else:
-            items[task.name] = task.score_items(encoder)
-            scores[task.name] = items[task.name].summary
-        if out:
-            write_json(out / SCORES_FILE, scores)
+    try:
+        for task in tasks:
+            encoder.progress.begin(task.name)
+            if items is None:
+                scores[task.name] = task.score(encoder)
+            else:
+                items[task.name] = task.score_items(encoder)
+                scores[task.name] = items[task.name].summary
+            encoder.progress.finish_task()
+            if encoder.cache:
+                encoder.cache.clear()
+            if out:
+                write_json(out / SCORES_FILE, scores)
+    finally:
+        encoder.progress.close()
     return scores

@@ -14,13 +14,25 @@ from jaxembed.hub.resolve import find_base
 from jaxembed.hub.torch_model import encode_torch, load_sentence_transformer
 
 
-def load_torch_encoder(folder: Path) -> TaskEncoder:
-    """Load a folder with plain sentence-transformers. It gets the same instructions as the JAX model."""
+def load_torch_encoder(folder: Path, max_length: int | None = None) -> TaskEncoder:
+    """Load a folder with plain sentence-transformers. It gets the same instructions as the JAX model.
+
+    Args:
+        folder: The folder.
+        max_length: Maximum tokens of a text. Default: that of the folder.
+    """
     base = find_base(str(folder))
     model = load_sentence_transformer(folder)
+    spec = base.spec
+    if max_length is not None:
+        model.max_seq_length = max_length
+        spec = spec.replace(max_length=max_length)
 
     def encode(texts: Sequence[str], prompt: str) -> np.ndarray:
         return encode_torch(model, texts, prompt)
 
     # Everything that sentence-transformers reads decides the vectors.
-    return TaskEncoder(encode, base.spec, f"{folder.name}-torch", f"folder-{hash_folder(folder)[:DIGEST_CHARS]}")
+    revision = f"folder-{hash_folder(folder)[:DIGEST_CHARS]}"
+    if max_length is not None:
+        revision += f"-{max_length}"
+    return TaskEncoder(encode, spec, f"{folder.name}-torch", revision)

@@ -131,4 +131,5 @@ def read_nv_embed_spec(config: Mapping[str, Any], decoder: DecoderConfig, where:
         pool_last_instruction_token=True,
         max_length=min(DEFAULT_MAX_LENGTH, decoder.max_positions),
         instruction_template="Instruct: {instruction}\nQuery: ",
+        instruction_table="nv_embed",
     )

@@ -54,6 +54,7 @@ KALM_CHOICES = {
 LAST_TOKEN_CHOICES = {
     "pooling": "last", "append_eos": True, "include_instruction": True, "prompts": EMPTY_DOCUMENT_PROMPT,
 }  # fmt: skip
+E5_MISTRAL_CHOICES = {"attention": "causal", **LAST_TOKEN_CHOICES, "instruction_template": E5_TEMPLATE}
 BGE_ICL_TEMPLATE = "<instruct>{instruction}\n<query>"
 BGE_ICL_TOKENS = ("<instruct>", "<query>", "<response>")
 ECHO_CHOICES = {
@@ -131,12 +132,17 @@ BGE_CHINESE_PROMPTS = {"query": "为这个句子生成表示以用于检索相�
 
 PUBLISHED_LAYOUTS = (
     PublishedLayout("LLM2Vec", r"(?-i:LLM2Vec-.*)", _read_llm2vec_choices, _is_llm2vec),
-    PublishedLayout("KaLM-Embedding v1 and v1.5", r"kalm-embedding-(.*-)?v1(\.5)?", {"attention": "causal", **KALM_CHOICES}),
+    PublishedLayout(
+        "KaLM-Embedding v1 and v1.5",
+        r"kalm-embedding-(.*-)?v1(\.5)?",
+        {"attention": "causal", **KALM_CHOICES, "instruction_table": "kalm"},
+    ),
     PublishedLayout("KaLM-Embedding v2", r"kalm-embedding-(.*-)?v2(\.5)?", {"attention": "bidirectional", **KALM_CHOICES}),
     PublishedLayout(
-        "e5-mistral-7b-instruct, SFR-Embedding and Linq-Embed-Mistral",
-        r"e5-mistral-7b-instruct|SFR-Embedding.*|Linq-Embed-Mistral",
-        {"attention": "causal", **LAST_TOKEN_CHOICES, "instruction_template": E5_TEMPLATE},
+        "e5-mistral-7b-instruct", r"e5-mistral-7b-instruct", {**E5_MISTRAL_CHOICES, "instruction_table": "e5_mistral"}
+    ),
+    PublishedLayout(
+        "SFR-Embedding and Linq-Embed-Mistral", r"SFR-Embedding.*|Linq-Embed-Mistral", E5_MISTRAL_CHOICES
     ),
     PublishedLayout(
         "Qwen3-Embedding",
@@ -144,7 +150,7 @@ PUBLISHED_LAYOUTS = (
         {
             # The tokenizer itself appends <|endoftext|>, which is not its EOS token.
             "attention": "causal", **LAST_TOKEN_CHOICES, "append_eos": False,
-            "instruction_template": "Instruct: {instruction}\nQuery:",
+            "instruction_template": "Instruct: {instruction}\nQuery:", "instruction_table": "qwen3_embedding",
         },
     ),
     PublishedLayout(
@@ -167,7 +173,7 @@ PUBLISHED_LAYOUTS = (
         {
             "attention": "bidirectional", "pooling": "mean", "include_instruction": False, "append_eos": False,
             "instruction_template": "<|user|>\n{instruction}\n<|embed|>\n", "plain_prompt": "<|embed|>\n",
-            "prompts": {"document": "<|embed|>\n"}, "max_length": 512,
+            "prompts": {"document": "<|embed|>\n"}, "max_length": 512, "instruction_table": "gritlm",
         },
         _is_gritlm,
     ),

@@ -46,6 +46,21 @@ def find_base_with_weights(name: str) -> BaseWithWeights:
     return _find_base_with_weights(name, ())
 
 
+def find_model(name: str, checkpoint: str = "best") -> BaseWithWeights:
+    """Find a model as `Embedder.load` does, without loading its weights.
+
+    Args:
+        name: Run directory, folder or hub id.
+        checkpoint: Checkpoint of a run: best, last, or a step.
+
+    Raises:
+        UserError: There is no such model or checkpoint.
+    """
+    if exists(Path(name) / BASE_RECORD_FILE):
+        return find_run(name, Path(name), checkpoint)
+    return find_base_with_weights(name)
+
+
 def find_run(name: str, run_dir: Path, checkpoint: str = "best") -> RunBase:
     """Return the model of a run directory at a checkpoint.
 

@@ -7,7 +7,6 @@ import itertools
 import json
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ import numpy as np
 import pytest
 
 from helpers.commands import ENV, Process, run_module
+from helpers.process_groups import start_all
 from helpers.runs import copy_run_at_first_checkpoint, make_config, make_staged_config, write_base_and_data
 from jaxembed import config
 from jaxembed.config.spec import EmbeddingSpec
@@ -51,23 +51,6 @@ def write_mining_config(root: Path, run: str, *overrides: str) -> config.Config:
     """Write a config with two stages. The second mines negatives with the model that the first has trained."""
     mining_stage = {"train": {"steps": 4}, "mine": {"rule": "top_k", "negatives": 3, "consistency_top_k": 20}}
     return make_staged_config(root, run, [{"train": {"steps": 8}}, mining_stage], *overrides)
-
-
-def find_free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
-
-
-def start_all(code: str, arguments: Sequence[str], root: Path, count: int, devices: int) -> list[Process]:
-    """Start code as `count` processes of one run, with `devices` devices each."""
-    address, children = f"127.0.0.1:{find_free_port()}", []
-    for i in range(count):
-        flags = re.sub(r"(device_count)=\d+", rf"\1={devices}", ENV["XLA_FLAGS"])
-        group = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(i)}
-        env = {**ENV, **group, "XLA_FLAGS": flags, "JAXEMBED_CACHE": str(root / "cache")}
-        children.append(Process(code, arguments, env))
-    return children
 
 
 def start_training(

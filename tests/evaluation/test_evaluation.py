@@ -14,16 +14,16 @@ import pytrec_eval
 
 from helpers import tiny
 from jaxembed import Embedder
-from jaxembed.config import EvalSetConfig, field_lists
+from jaxembed.config import EvalSetConfig
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.errors import UserError
 from jaxembed.evaluate import load_encoder
 from jaxembed.evaluation.heldout import open_held_out_sets, score_sets
 from jaxembed.evaluation.mteb_encoder import MtebEncoder
 from jaxembed.evaluation.mteb_results import summarize_task
-from jaxembed.evaluation.mteb_tasks import MtebTask, find_tasks
+from jaxembed.evaluation.mteb_tasks import MtebTask
 from jaxembed.evaluation.retrieval import average_precision, ndcg, recall, reciprocal_rank
-from jaxembed.evaluation.task_encoder import TaskEncoder, log_prompt_choice
+from jaxembed.evaluation.task_encoder import TaskEncoder
 from jaxembed.evaluation.tasks import score_tasks
 from jaxembed.hub.card import Card
 from jaxembed.hub.export import export
@@ -91,11 +91,6 @@ def fail_to_connect(*_: Any, **__: Any) -> None:
     raise ConnectionError("no route")
 
 
-def test_unknown_tasks_are_named() -> None:
-    with pytest.raises(UserError, match=r"^mteb: no such task or benchmark: 'Nonsense' not found"):
-        find_tasks(["Nonsense"], None)
-
-
 def test_mteb_scores_the_encoder_under_task_instructions(tmp_path: Path) -> None:
     from mteb.mocks import MockRetrievalTask, MockSTSTask
 
@@ -105,7 +100,7 @@ def test_mteb_scores_the_encoder_under_task_instructions(tmp_path: Path) -> None
         prompts.append(prompt)
         return np.random.default_rng(len(texts)).normal(size=(len(texts), 4)).astype(np.float32)
 
-    spec = EmbeddingSpec(prompts={"query": "q", "document": "d: "})
+    spec = EmbeddingSpec(prompts={"document": "d: "})
     scores = score_tasks(
         TaskEncoder(encode, spec, "tiny", "1"), [MtebTask(MockRetrievalTask()), MtebTask(MockSTSTask())], tmp_path
     )
@@ -122,13 +117,7 @@ def test_mteb_scores_the_encoder_under_task_instructions(tmp_path: Path) -> None
         score_tasks(TaskEncoder(encode, spec, "tiny", "2"), [MtebTask(unreachable)])
 
     plain = MtebEncoder(TaskEncoder(encode, EmbeddingSpec(), "tiny", "1"))
-    assert plain.build_prompt(SimpleNamespace(name="MockSTSTask", prompt="x"), None) == ""
-    fixed = MtebEncoder(TaskEncoder(encode, spec.replace(fixed_prompts=True), "tiny", "1"))
-    sides = [fixed.build_prompt(SimpleNamespace(name="MockSTSTask", prompt="x"), side) for side in (None, DOCUMENT)]
-    assert sides == ["q", "d: "], "a model with fixed prompts reads no instruction"
-
-
-DOCUMENT = SimpleNamespace(value="document")
+    assert plain.build_prompt(SimpleNamespace(name="MockSTSTask", type="STS", prompt="x"), None) == ""
 
 
 def make_task_result(scores: dict[str, dict[str, float]]) -> Any:
@@ -211,19 +200,3 @@ def test_revision_of_the_torch_backend_covers_the_whole_folder(tmp_path: Path) -
     pooling = tmp_path / "out" / "1_Pooling" / "config.json"
     pooling.write_text(pooling.read_text().replace('"include_prompt": true', '"include_prompt": false'))
     assert load_encoder(str(tmp_path / "out"), backend="sentence-transformers").revision != first
-
-
-def test_choice_of_prompts_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    field_lists._logged.clear()
-    caplog.set_level("INFO", "jaxembed")
-    for spec in (
-        EmbeddingSpec(),
-        EmbeddingSpec(prompts={"query": "q"}),
-        EmbeddingSpec(prompts={"query": "q", "document": "d: "}),
-    ):
-        for _ in range(2):
-            log_prompt_choice(TaskEncoder(lambda *_: np.zeros((1, 1)), spec, "tiny", "1"))
-    assert len(caplog.records) == 3
-    assert "no prompts are stored" in caplog.records[0].message
-    assert "as no prompt is stored" in caplog.records[1].message
-    assert "documents get the stored prompt 'd: '" in caplog.records[2].message

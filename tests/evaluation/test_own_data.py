@@ -24,7 +24,13 @@ NOISE = {"good": 0.0, "poor": 6.0, "copy": 0.0}  # of the vectors of stand-ins f
 
 
 def load_words(model: str, **_: Any) -> TaskEncoder:
-    return TaskEncoder(functools.partial(encode_words, noise=NOISE[model]), EmbeddingSpec(), model, model)
+    return TaskEncoder(
+        functools.partial(encode_words, noise=NOISE[model]),
+        EmbeddingSpec(),
+        model,
+        model,
+        width=encode_words(["a"], "").shape[1],
+    )
 
 
 @pytest.fixture
@@ -41,7 +47,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(*arguments: str) -> dict[str, Any]:
-    return dict(evaluate.main(evaluate.make_parser().parse_args([*arguments])))
+    return dict(evaluate.evaluate(evaluate.make_parser().parse_args([*arguments])))
 
 
 def test_own_files_are_scored(folder: Path) -> None:

@@ -1,0 +1,241 @@
+"""Tasks of AIR-Bench, from copies of its data sets on disk.
+
+A copy is a folder as the hub has it: `TASK_DOMAIN_LANGUAGE/VERSION/NAME/`, such as qa_wiki_en/AIR-Bench_24.05/default, with
+corpus.jsonl and SPLIT_queries.jsonl (rows of id and text). Judgments lie beside it, in
+`qrels-TASK_DOMAIN_LANGUAGE-SPLIT/VERSION/NAME/SPLIT_qrels.jsonl` (rows of qid, docid and relevance).
+
+The judgments of the test split are not public. For such splits the results of the search are written in AIR-Bench's format, for
+its leaderboard.
+
+QA is scored by nDCG@10, long documents by recall@10 (NV-Embed, appendix A).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxembed.data.columns import parse_content
+from jaxembed.data.jsonl import JsonLinesFile
+from jaxembed.errors import UserError
+from jaxembed.evaluation.bootstrap import ScoredItems, score_mean
+from jaxembed.evaluation.comparison import ItemScores
+from jaxembed.evaluation.retrieval import ndcg, recall
+from jaxembed.evaluation.task_encoder import TaskEncoder, cut_vectors
+from jaxembed.evaluation.tasks import GroupMember
+from jaxembed.files import exists, write_json
+
+DATA_SET = re.compile(r"(qa|long-doc)_([a-z]+)_([a-z]+)")
+CUTOFF, SUBMITTED_DOCUMENTS = 10, 1000
+INSTRUCTION = "Given a question, retrieve passages that answer the question"
+GROUPS = {"qa": "AIR-Bench QA", "long-doc": "AIR-Bench long documents"}
+METRICS = {"qa": "ndcg_at_10", "long-doc": "recall_at_10"}
+
+
+def add_arguments(parser: argparse._ActionsContainer) -> None:
+    """Add the options that name data sets of AIR-Bench."""
+    parser.add_argument(
+        "--air-bench", nargs="+", default=[], metavar="DIR",
+        help="folders with data sets of AIR-Bench, as its hub has them: DIR/qa_wiki_en/AIR-Bench_24.05/default",
+    )  # fmt: skip
+
+
+def open_tasks(args: argparse.Namespace) -> list[AirBenchTask]:
+    """Return the tasks in the folders that the options name.
+
+    Raises:
+        UserError: A folder holds no data set of AIR-Bench, or nothing that can be scored or written.
+    """
+    results = Path(args.out) / "air-bench" if args.out else None
+    return [task for folder in args.air_bench for task in _find_tasks(Path(folder), results)]
+
+
+def _find_tasks(folder: Path, results: Path | None) -> list[AirBenchTask]:
+    corpora = sorted(path for path in folder.glob("*/AIR-Bench_*/*/corpus.jsonl") if DATA_SET.fullmatch(path.parts[-4]))
+    if not corpora:
+        raise UserError(
+            f"{folder}: no data set of AIR-Bench (expected {folder}/qa_wiki_en/AIR-Bench_24.05/default/corpus.jsonl)"
+        )
+    tasks = []
+    for corpus in corpora:
+        data_set, version, name = corpus.parts[-4:-1]
+        for queries in sorted(corpus.parent.glob("*_queries.jsonl")):
+            split = queries.name.removesuffix("_queries.jsonl")
+            qrels = folder / f"qrels-{data_set}-{split}" / version / name / f"{split}_qrels.jsonl"
+            if exists(qrels) or results:
+                tasks.append(AirBenchTask(corpus, queries, qrels if exists(qrels) else None, results))
+    if not tasks:
+        raise UserError(
+            f"{folder}: no split has judgments (expected such as {folder}/qrels-qa_wiki_en-dev). Add --out DIR to write the "
+            "results of the search for AIR-Bench's leaderboard."
+        )
+    return tasks
+
+
+@dataclasses.dataclass(frozen=True)
+class AirBenchTask:
+    """A split of a data set of AIR-Bench.
+
+    Attributes:
+        corpus: File of the documents.
+        queries: File of the queries.
+        qrels: File of the judgments. None: they are not public.
+        results: Folder for the results of the search. None: they are not written.
+    """
+
+    corpus: Path
+    queries: Path
+    qrels: Path | None
+    results: Path | None
+
+    @property
+    def name(self) -> str:
+        """Name of the task, such as AIR-Bench_24.05/qa_wiki_en/default/dev."""
+        data_set, version, name = self.corpus.parts[-4:-1]
+        return f"{version}/{data_set}/{name}/{self.split}"
+
+    @property
+    def type(self) -> str:
+        """Type of such tasks in MTEB."""
+        return "Retrieval"
+
+    @property
+    def split(self) -> str:
+        """The split of the queries."""
+        return self.queries.name.removesuffix("_queries.jsonl")
+
+    @property
+    def groups(self) -> tuple[GroupMember, ...]:
+        """The table of its kind, with a column for each domain, if it can be scored."""
+        return (GroupMember(GROUPS[self._kind], self._domain),)
+
+    @property
+    def expected_texts(self) -> int:
+        """Number of queries and documents."""
+        return len(self._queries_by_id) + len(self._documents_by_id)
+
+    def list_texts(self) -> Iterator[tuple[str, Sequence[str]]]:
+        """Yield the role and the texts of all inputs that are scored."""
+        yield "queries", list(self._queries_by_id.values())
+        yield "documents", list(self._documents_by_id.values())
+
+    def score(self, encoder: TaskEncoder) -> dict[str, Any]:
+        """Return the scores of a model, as `score_items` does."""
+        return self.score_items(encoder).summary
+
+    def score_items(self, encoder: TaskEncoder) -> ItemScores:
+        """Return the scores of a model with those of the queries.
+
+        Without judgments the score is None, its metric is empty, and the results of the search are written.
+        """
+        prompts = encoder.prompts.choose(self.name, self.type, INSTRUCTION)
+        queries = encoder.encode(list(self._queries_by_id.values()), prompts.query)
+        documents = encoder.encode(list(self._documents_by_id.values()), prompts.document)
+        by_width = {
+            width: self._score_vectors(cut_vectors(queries, width), cut_vectors(documents, width), encoder.name)
+            for width in encoder.widths or (queries.shape[1],)
+        }
+        values = next(iter(by_width.values()))
+        score = None if values is None else float(np.mean(values))
+        summary: dict[str, Any] = {
+            "score": score,
+            "metric": METRICS[self._kind] if self.qrels else "",
+            "type": self.type,
+            "instruction": prompts.instruction,
+            "subsets": {"default": score},
+            "splits": {self.split: score},
+        }
+        if encoder.widths:
+            summary["widths"] = {str(w): None if found is None else float(np.mean(found)) for w, found in by_width.items()}
+        if values is None:
+            return ItemScores(summary, missing="its judgments are not public")
+        return ItemScores(summary, [ScoredItems(values[:, None], score_mean, "queries")])
+
+    def _score_vectors(self, queries: np.ndarray, documents: np.ndarray, model: str) -> np.ndarray | None:
+        """Return the score of each query that has judgments, or None without judgments."""
+        from jaxembed.search.nearest import search  # imports JAX
+
+        ranked = search(queries, documents, SUBMITTED_DOCUMENTS if self.results else CUTOFF)
+        if self.results and self.qrels is None:
+            self._write_results(ranked.rows, ranked.scores, model)
+        if self.qrels is None:
+            return None
+        rows = {id_: row for row, id_ in enumerate(self._documents_by_id)}
+        judged = self._read_qrels(rows)
+        listed = [i for i, id_ in enumerate(self._queries_by_id) if id_ in judged]
+        relevant = [judged[id_] for id_ in self._queries_by_id if id_ in judged]
+        metric = ndcg if METRICS[self._kind].startswith("ndcg") else recall
+        return metric(relevant, ranked.rows[listed, :CUTOFF])
+
+    def _write_results(self, rows: np.ndarray, scores: np.ndarray, model: str) -> None:
+        """Write a file of AIR-Bench's leaderboard: the best documents of each query with their scores."""
+        assert self.results is not None
+        _, version, name = self.corpus.parts[-4:-1]
+        ids = list(self._documents_by_id)
+        found = {
+            query: {ids[row]: float(score) for row, score in zip(query_rows, query_scores, strict=True)}
+            for query, query_rows, query_scores in zip(self._queries_by_id, rows.tolist(), scores, strict=True)
+        }
+        content = {
+            "model_name": model, "reranker_name": "NoReranker", "benchmark_version": version, "task_type": self._kind,
+            "domain": self._domain, "language": self._language, "dataset_name": name, "split": self.split,
+            "search_results": found,
+        }  # fmt: skip
+        folder = self.results / model / "NoReranker" / self._kind / self._domain
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / f"{self._language}_{name}_{self.split}.json", content)
+
+    def _read_qrels(self, rows: Mapping[str, int]) -> dict[str, dict[int, float]]:
+        """Return the relevance of documents by row of the corpus, for each query that has any. Absent ones are negative."""
+        assert self.qrels is not None
+        relevant: dict[str, dict[int, float]] = {}
+        absent = 0
+        for row in _read_rows(self.qrels, ("qid", "docid")):
+            if (grade := float(row.get("relevance", 1))) > 0:
+                absent += row["docid"] not in rows
+                relevant.setdefault(row["qid"], {})[rows.get(row["docid"], -absent)] = grade
+        if not relevant:
+            raise UserError(f"{self.qrels}: no query has a relevant document (expected a relevance above 0)")
+        return relevant
+
+    @cached_property
+    def _documents_by_id(self) -> dict[str, str]:
+        return {row["id"]: row["text"] for row in _read_rows(self.corpus, ("id", "text"))}
+
+    @cached_property
+    def _queries_by_id(self) -> dict[str, str]:
+        return {row["id"]: row["text"] for row in _read_rows(self.queries, ("id", "text"))}
+
+    @property
+    def _parts(self) -> Sequence[str]:
+        found = DATA_SET.fullmatch(self.corpus.parts[-4])
+        assert found is not None
+        return found.groups()
+
+    @property
+    def _kind(self) -> str:
+        return self._parts[0]
+
+    @property
+    def _domain(self) -> str:
+        return self._parts[1]
+
+    @property
+    def _language(self) -> str:
+        return self._parts[2]
+
+
+def _read_rows(path: Path, fields: Sequence[str]) -> Iterator[Mapping[str, Any]]:
+    """Yield the rows of a JSONL file. Raises `UserError` with file and line if a field is not a string."""
+    for _, where, content in JsonLinesFile(path).scan():
+        row = parse_content(content, where)
+        if wrong := next((field for field in fields if not isinstance(row.get(field), str)), None):
+            raise UserError(f'{where}: no string field "{wrong}" (expected {", ".join(fields)})')
+        yield row

@@ -1,0 +1,243 @@
+"""Write what MTEB's leaderboard asks for: a module that describes the model, and the results.
+
+The module goes into mteb/models/model_implementations of mteb's repository, and the results into the folder of the same name of
+its repository of results. The leaderboard reads the model's training data from `training_datasets`, and marks tasks that it was
+trained on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pprint
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from jaxembed.config import read_run_config
+from jaxembed.config.catalog import read_catalog
+from jaxembed.config.data import SourceConfig
+from jaxembed.config.removed import upgrade_run_tree
+from jaxembed.config.tree import parse_config
+from jaxembed.errors import UserError
+from jaxembed.evaluation.mteb_catalog import import_mteb
+from jaxembed.evaluation.mteb_encoder import MtebEncoder, choose_prompts
+from jaxembed.evaluation.task_encoder import TaskEncoder
+from jaxembed.files import exists, read_text, write_json, write_text
+
+if TYPE_CHECKING:
+    from jaxembed.hub.base import BaseWithWeights
+
+MODULE_FILE = "model.py"
+HUB_ID = re.compile(r"[\w.\-]+/[\w.\-]+")
+RECIPE = re.compile(r"^## Recipe\n\n```yaml\n(.*?)^```", re.MULTILINE | re.DOTALL)  # in the model card of an export
+LICENSE = re.compile(r"^---\n.*?^license: *(\S+)$.*?^---$", re.MULTILINE | re.DOTALL)
+SEEN_TASK = re.compile(r"mteb [\d.]+: ([\w.\-]+)")  # in the `seen` of a catalog entry
+MODULE = '''"""{name}, trained with jaxembed."""
+
+from mteb.models.model_meta import ModelMeta
+from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderWrapper
+
+# Complete prompts by task. Documents have those that end in -document.
+PROMPTS = {prompts}
+
+{comment}
+model = ModelMeta(
+    loader=SentenceTransformerEncoderWrapper,
+    loader_kwargs={{"model_prompts": PROMPTS}},
+{fields}
+)
+'''
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFacts:
+    """What a submission says of a model besides its scores.
+
+    Attributes:
+        name: Name on the hub, ORGANIZATION/MODEL.
+        n_parameters: Number of its parameters.
+        n_embedding_parameters: Those of the token embedding.
+        adapted_from: Hub id of the model that training started from; empty if it has none.
+        license: License in the front matter of its README.md; empty if it names none.
+        sources: Sources that it was trained on. None: unknown.
+    """
+
+    name: str
+    n_parameters: int
+    n_embedding_parameters: int
+    adapted_from: str = ""
+    license: str = ""
+    sources: Sequence[SourceConfig] | None = None
+
+
+def check_name(name: str | None, model: str) -> str:
+    """Return the name of a submission: the one that is given, or MODEL if it is a hub id.
+
+    Raises:
+        UserError: There is none, or it is not of the form ORGANIZATION/MODEL.
+    """
+    if name is None and not exists(Path(model)) and HUB_ID.fullmatch(model):
+        return model
+    if name is None:
+        raise UserError("--submission: the name of the model on the hub is missing. Add --submission-name ORGANIZATION/MODEL.")
+    if not HUB_ID.fullmatch(name):
+        raise UserError(f"--submission-name: {name!r} is not the name of a model on the hub (expected ORGANIZATION/MODEL)")
+    return name
+
+
+def read_facts(base: BaseWithWeights, name: str) -> ModelFacts:
+    """Return what a submission says of a model.
+
+    Args:
+        base: The model, of which no weights are loaded.
+        name: Its name on the hub.
+    """
+    import flax.linen as nn
+    import jax  # takes a second to import
+
+    from jaxembed.hub.restore import RunBase
+    from jaxembed.model.embedder import EmbeddingModel, infer_parameter_shapes
+
+    shapes = nn.unbox(infer_parameter_shapes(EmbeddingModel(base.decoder, base.spec)))
+    folder = Path(base.name)
+    trained_from = base.trained_from if isinstance(base, RunBase) else ""
+    return ModelFacts(
+        name=name,
+        n_parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)),
+        n_embedding_parameters=base.decoder.vocab_size * base.decoder.width,
+        adapted_from=trained_from if HUB_ID.fullmatch(trained_from) and not exists(Path(trained_from)) else "",
+        license=read_license(folder),
+        sources=read_sources(folder),
+    )
+
+
+def read_sources(model: Path) -> list[SourceConfig] | None:
+    """Return the sources that a run, or the run of an exported folder, was trained on. None: unknown."""
+    card = model / "README.md"
+    if exists(model / "config.yaml"):
+        config = read_run_config(model / "config.yaml")
+    elif exists(card) and (recipe := RECIPE.search(read_text(card))):
+        config = parse_config(upgrade_run_tree(yaml.safe_load(recipe[1])), str(card))
+    else:
+        return None
+    return [source for stage in config.stages for source in stage.data.sources]
+
+
+def read_license(model: Path) -> str:
+    """Return the license in the front matter of a folder's README.md, or an empty string."""
+    card = model / "README.md"
+    found = LICENSE.match(read_text(card)) if exists(card) else None
+    return found[1] if found else ""
+
+
+def find_training_tasks(sources: Iterable[SourceConfig]) -> tuple[list[str], list[str]]:
+    """Return the tasks of MTEB whose data a run was trained on, and the sources that belong to no task.
+
+    A source belongs to a task whose name or data set it has, or that its catalog entry names.
+    """
+    tasks = import_mteb().get_tasks(exclude_superseded=False, exclude_beta=False)
+    names = {task.metadata.name.lower(): task.metadata.name for task in tasks}
+    by_path: dict[str, list[str]] = {}
+    for task in tasks:
+        by_path.setdefault(str(task.metadata.dataset.get("path")).lower(), []).append(task.metadata.name)
+    found: set[str] = set()
+    others: dict[str, None] = {}
+    for source in sources:
+        entry = read_catalog().get(source.display_name, {})
+        candidates = [source.display_name, *SEEN_TASK.findall(" ".join(map(str, entry.get("seen", ()))))]
+        known = [names[name.lower()] for name in candidates if name.lower() in names]
+        known += by_path.get("/".join(source.path.removeprefix("hf:").split(":")[0].split("/")[:2]).lower(), [])
+        found.update(known)
+        if not known:
+            others.setdefault(source.display_name)
+    return sorted(found), list(others)
+
+
+def write_submission(folder: Path, facts: ModelFacts, encoder: TaskEncoder, tasks: Sequence[Any], results: Path) -> None:
+    """Write a submission.
+
+    Args:
+        folder: The folder to write to.
+        facts: What it says of the model.
+        encoder: The model that was scored.
+        tasks: The tasks, which are objects of mteb.
+        results: Folder of mteb's results.
+    """
+    import_mteb()
+    from mteb.cache import ResultCache
+    from mteb.models.model_meta import ModelMeta
+    from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderWrapper
+
+    known, others = (None, []) if facts.sources is None else find_training_tasks(facts.sources)
+    fields = list_fields(facts, encoder, known)
+    prompts = list_prompts(encoder, tasks)
+    scored = MtebEncoder(encoder, encoder.widths[0] if encoder.widths else None).mteb_model_meta
+    target = folder / "results" / facts.name.replace("/", "__") / str(fields["revision"])
+    target.mkdir(parents=True, exist_ok=True)
+    write_text(folder / MODULE_FILE, format_module(fields, prompts, others))
+    for task in tasks:
+        name = task.metadata.name
+        shutil.copyfile(ResultCache(results).get_task_result_path(name, scored), target / f"{name}.json")
+    meta = ModelMeta(loader=SentenceTransformerEncoderWrapper, loader_kwargs={"model_prompts": prompts}, **fields)
+    write_json(target / "model_meta.json", meta.to_dict())
+
+
+def list_fields(facts: ModelFacts, encoder: TaskEncoder, training_tasks: Sequence[str] | None) -> dict[str, Any]:
+    """Return the fields of mteb's ModelMeta, except those that load the model."""
+    dims = sorted({encoder.width, *encoder.spec.matryoshka_dims}, reverse=True)
+    return {
+        "name": facts.name,
+        "revision": encoder.results_revision,
+        "release_date": None,
+        "languages": None,
+        "n_parameters": facts.n_parameters,
+        "n_embedding_parameters": facts.n_embedding_parameters,
+        "memory_usage_mb": None,
+        "max_tokens": encoder.spec.max_length,
+        "embed_dim": dims if len(dims) > 1 else encoder.width,
+        "license": facts.license or None,
+        "open_weights": True,
+        "public_training_code": None,
+        "public_training_data": None,
+        "framework": ["Sentence Transformers", "PyTorch", "safetensors"],
+        "similarity_fn_name": "cosine",
+        "use_instructions": bool(encoder.spec.prompts or encoder.spec.instruction_table),
+        "training_datasets": None if training_tasks is None else set(training_tasks),
+        "adapted_from": facts.adapted_from or None,
+    }
+
+
+def list_prompts(encoder: TaskEncoder, tasks: Iterable[Any]) -> dict[str, str]:
+    """Return the complete prompts of tasks, by the names under which mteb looks them up."""
+    prompts: dict[str, str] = {}
+    for task in tasks:
+        for part in getattr(task, "tasks", [task]):  # a task that aggregates others
+            chosen = choose_prompts(encoder, part.metadata)
+            prompts[part.metadata.name] = chosen.query
+            prompts[f"{part.metadata.name}-document"] = chosen.document
+    return prompts
+
+
+def format_module(fields: Mapping[str, Any], prompts: Mapping[str, str], others: Sequence[str]) -> str:
+    """Return the source of the module.
+
+    Args:
+        fields: Fields of ModelMeta.
+        prompts: Complete prompts by task.
+        others: Training sources that belong to no task.
+    """
+    comment = f"# Sources of the training data without a task of MTEB: {', '.join(others)}." if others else ""
+    if fields["training_datasets"] is None:
+        comment = "# The training data are unknown. Name their tasks of MTEB in training_datasets."
+    values = {**fields, "training_datasets": fields["training_datasets"] and sorted(fields["training_datasets"])}
+    lines = [f"    {key}={value!r}," for key, value in values.items() if key != "training_datasets"]
+    datasets = values["training_datasets"]
+    lines.append(f"    training_datasets={'None' if datasets is None else f'set({datasets!r})'},")
+    return MODULE.format(
+        name=fields["name"], prompts=pprint.pformat(dict(prompts), width=120), comment=comment, fields="\n".join(lines)
+    )

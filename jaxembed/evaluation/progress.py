@@ -1,0 +1,55 @@
+"""One progress bar over all tasks of an evaluation."""
+
+from __future__ import annotations
+
+from jaxembed.devices.processes import progress_bar
+
+
+class TaskProgress:
+    """A bar that counts texts, with the time that is left. Each task takes its expected share of the bar.
+
+    Attributes:
+        task: Name of the current task.
+    """
+
+    def __init__(self, expected_texts: dict[str, int | None]):
+        """Show the bar.
+
+        Args:
+            expected_texts: Expected number of texts by task. None: unknown; it counts as the mean of the others.
+        """
+        known = [count for count in expected_texts.values() if count]
+        mean = max(1, sum(known) // len(known)) if known else 1
+        self._shares = {name: count or mean for name, count in expected_texts.items()}
+        self.task = ""
+        self._end = 0  # of the current task
+        self._is_encoding = False
+        self._total = sum(self._shares.values())
+        self._bar = progress_bar(total=self._total, unit="text", unit_scale=True)
+
+    def begin(self, name: str) -> None:
+        """Start the share of a task."""
+        self.task = name
+        self._end += self._shares[name]
+        self._is_encoding = False
+        self._bar.set_description(name, refresh=True)
+
+    def advance(self, texts: int) -> None:
+        """Count texts that were encoded, as far as the share of the task goes."""
+        self._is_encoding = True
+        self._bar.update(min(texts, max(0, self._end - self._bar.n)))
+
+    def finish_task(self) -> None:
+        """Complete the share of a task. A task that encoded nothing was scored before, and leaves the bar."""
+        rest = self._end - int(self._bar.n)
+        if self._is_encoding:
+            self._bar.update(rest)
+        else:  # the bar's speed must not count texts that nobody encoded
+            self._total -= rest
+            self._end -= rest
+            self._bar.total = self._total
+            self._bar.refresh()
+
+    def close(self) -> None:
+        """Close the bar."""
+        self._bar.close()

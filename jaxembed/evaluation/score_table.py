@@ -1,0 +1,130 @@
+"""The result table in the form of the papers: a column per type of task, and the average, beside published models."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from jaxembed.config.published_scores import read_published_tables
+from jaxembed.evaluation.tasks import EvaluationTask, GroupMember
+
+ALL_TASKS, ALL_GROUPS = "all tasks", "all benchmarks"
+# Columns of NV-Embed's Table 1, in its order. Other types of tasks follow.
+TYPE_ORDER = ("Retrieval", "Reranking", "Clustering", "PairClassification", "Classification", "STS", "Summarization")
+Cell = float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreTable:
+    """A table of averages in percent.
+
+    Attributes:
+        title: The group of tasks.
+        columns: Number of tasks by column.
+        rows: Scores by row: one for each column, then the average.
+        sources: Where the rows of published models come from.
+    """
+
+    title: str
+    columns: Mapping[str, int]
+    rows: Mapping[str, Sequence[Cell]]
+    sources: Sequence[str]
+
+    def format(self) -> str:
+        """Return the table in Markdown. The number of tasks stands behind the name of a column."""
+        names = [f"{name} ({count})" for name, count in self.columns.items()]
+        average = "Average" if self.title == ALL_GROUPS else f"Average ({sum(self.columns.values())})"
+        lines = [
+            f"## {self.title}",
+            "",
+            "| Model | " + " | ".join([*names, average]) + " |",
+            "|---" + "|---:" * (len(names) + 1) + "|",
+            *(f"| {name} | " + " | ".join(map(_format_cell, cells)) + " |" for name, cells in self.rows.items()),
+        ]
+        if self.sources:
+            lines += ["", f"Published rows: {'; '.join(self.sources)}."]
+        return "\n".join(lines)
+
+
+def build_tables(model: str, tasks: Sequence[EvaluationTask], scores: Mapping[str, Mapping[str, Any]]) -> list[ScoreTable]:
+    """Return the tables of a run: one for each group of tasks, and an overview if there are several groups.
+
+    Args:
+        model: Name of the model's row.
+        tasks: The tasks.
+        scores: Scores by task, as in `EvaluationTask.score`.
+    """
+    by_group: dict[str, list[tuple[GroupMember, Mapping[str, Any]]]] = {}
+    scored = [task for task in tasks if scores[task.name]["metric"]]  # others have no judgments
+    for task in scored:
+        for member in task.groups or (GroupMember(ALL_TASKS, task.type),):
+            by_group.setdefault(member.group, []).append((member, scores[task.name]))
+    tables = [_build_table(group, model, members) for group, members in by_group.items()]
+    if len(tables) > 1:
+        tables.append(_build_overview(tables))
+    return [_add_published_rows(table) for table in tables]
+
+
+def _build_table(group: str, model: str, members: Sequence[tuple[GroupMember, Mapping[str, Any]]]) -> ScoreTable:
+    """Return the model's rows, one for each width."""
+    counts = Counter(member.column for member, _ in members)
+    columns = {name: counts[name] for name in sorted(counts, key=_get_position)}
+    widths = list(dict.fromkeys(width for _, result in members for width in result.get("widths", {})))
+    rows = {}
+    for width in widths or [None]:
+        values = [(member.column, _read_score(result, member, width)) for member, result in members]
+        cells = [_mean([value for column, value in values if column == name]) for name in columns]
+        label = f"{model}, {width}" if len(widths) > 1 else model
+        rows[label] = [*cells, _mean([value for _, value in values])]
+    return ScoreTable(group, columns, rows, ())
+
+
+def _build_overview(tables: Sequence[ScoreTable]) -> ScoreTable:
+    """Return a table with the averages of the others, one column each (KaLM, Table 2)."""
+    labels = dict.fromkeys(label for table in tables for label in table.rows)
+    averages = {label: [table.rows[label][-1] if label in table.rows else None for table in tables] for label in labels}
+    rows = {label: [*cells, _mean(cells)] for label, cells in averages.items()}
+    return ScoreTable(ALL_GROUPS, {table.title: sum(table.columns.values()) for table in tables}, rows, ())
+
+
+def _add_published_rows(table: ScoreTable) -> ScoreTable:
+    """Return a table with the rows that papers print for the same tasks."""
+    rows, sources = dict(table.rows), []
+    for published in read_published_tables().values():
+        if published.benchmark != table.title or not published.columns.keys() & table.columns.keys():
+            continue
+        counts = ", ".join(f"{name} ({count})" for name, count in published.columns.items())
+        same = dict(published.columns) == dict(table.columns)
+        sources.append(published.source if same else f"{published.source}, whose columns are {counts}")
+        for name, row in published.rows.items():
+            cells = dict(zip(published.columns, row.scores, strict=True))
+            rows.setdefault(name, [*(cells.get(column) for column in table.columns), row.average])
+    return dataclasses.replace(table, rows=rows, sources=sources)
+
+
+def _read_score(result: Mapping[str, Any], member: GroupMember, width: str | None) -> Cell:
+    """Return the score of a task in a group, in percent."""
+    parts = [result["subsets"].get(subset) for subset in member.subsets]
+    if width is not None:
+        score = result["widths"].get(width)
+    elif parts and len(parts) < len(result["subsets"]):
+        score = _mean(parts)
+    else:
+        score = result["score"]
+    return None if score is None else 100 * score
+
+
+def _mean(values: Sequence[Cell]) -> Cell:
+    """Return the mean, or None if a value is missing."""
+    return fmean(known) if len(known := [value for value in values if value is not None]) == len(values) else None
+
+
+def _get_position(column: str) -> tuple[int, str]:
+    return (TYPE_ORDER.index(column) if column in TYPE_ORDER else len(TYPE_ORDER), column)
+
+
+def _format_cell(cell: Cell) -> str:
+    return "-" if cell is None else f"{cell:.2f}"

@@ -1,0 +1,124 @@
+"""Which prompts the texts of a task get: from the user's table, the published model's table, the stored prompts, or MTEB."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+from collections.abc import Iterator
+
+from jaxembed.config.field_lists import log_once
+from jaxembed.config.instructions import InstructionTable, load_instruction_table
+from jaxembed.config.spec import EmbeddingSpec
+
+DOCUMENT_PROMPTS = ("document", "passage", "corpus")  # names of the prompt of documents in sentence-transformers folders
+DIGEST_CHARS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskPrompts:
+    """The prompts of a task.
+
+    Attributes:
+        instruction: Instruction of the queries; empty if they get none.
+        query: Complete prompt of queries, and of all texts of a symmetric task.
+        document: Complete prompt of documents.
+        origin: Where the instruction comes from, for messages.
+    """
+
+    instruction: str
+    query: str
+    document: str
+    origin: str
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptChooser:
+    """Chooses the prompts of tasks.
+
+    The first of these that names an instruction for a task decides: the user's table, the table of the published model, the
+    prompts that are stored with the model, the task itself.
+
+    Attributes:
+        spec: How the model's texts become vectors.
+        option: The user's table.
+        option_name: Its name, for messages.
+    """
+
+    spec: EmbeddingSpec
+    option: InstructionTable | None = None
+    option_name: str = ""
+
+    def choose(self, task_name: str, task_type: str, default: str) -> TaskPrompts:
+        """Return the prompts of a task.
+
+        Args:
+            task_name: Name of the task.
+            task_type: Its type in MTEB, such as Retrieval.
+            default: The instruction that the task itself names.
+        """
+        for origin, table in self._list_tables():
+            instruction = table.find_instruction(task_name, task_type)
+            if instruction is not None:
+                query = self.spec.prompt(instruction)
+                document = query if table.is_symmetric(task_name, task_type) else self._document_prompt
+                return TaskPrompts(instruction, query, document, origin)
+        stored = find_stored_prompt(self.spec, task_name, task_type)
+        if stored is not None:
+            return TaskPrompts(self.spec.extract_instruction(stored), stored, self._document_prompt, "the stored prompts")
+        return TaskPrompts(default, self.spec.prompt(default), self._document_prompt, "mteb")
+
+    def compute_digest(self) -> str:
+        """Return a digest of the tables, of which scores depend; empty without tables."""
+        digests = [table.compute_digest() for _, table in self._list_tables()]
+        return hashlib.sha256(" ".join(digests).encode()).hexdigest()[:DIGEST_CHARS] if digests else ""
+
+    def log(self) -> None:
+        """Log once where the prompts of queries and documents come from."""
+        if tables := [origin for origin, _ in self._list_tables()]:
+            first, rest = "instructions come from " + ", then ".join(tables), "; other tasks get "
+        else:
+            first, rest = "", "queries get "
+        if not self.spec.prompts and not self.spec.instruction_table:
+            rest += f"the prompt {self.spec.plain_prompt!r}, because no prompts are stored with the model"
+        elif (fixed := _find_fixed_prompt(self.spec)) is not None:
+            rest += f"the stored prompt {fixed!r}"
+        else:
+            rest += f"mteb's instruction in {self.spec.instruction_template!r}"
+        stored = "the stored prompt " if self._find_document_prompt() is not None else ""
+        log_once(f"{first}{rest}; documents get {stored}{self._document_prompt!r}", logging.INFO)
+
+    def _list_tables(self) -> Iterator[tuple[str, InstructionTable]]:
+        if self.option is not None:
+            yield self.option_name, self.option
+        if self.spec.instruction_table:
+            yield f"the table {self.spec.instruction_table}", load_instruction_table(self.spec.instruction_table)
+
+    @property
+    def _document_prompt(self) -> str:
+        prompt = self._find_document_prompt()
+        return self.spec.plain_prompt if prompt is None else prompt
+
+    def _find_document_prompt(self) -> str | None:
+        return next((self.spec.prompts[name] for name in DOCUMENT_PROMPTS if name in self.spec.prompts), None)
+
+
+def find_stored_prompt(spec: EmbeddingSpec, task_name: str, task_type: str) -> str | None:
+    """Return the stored prompt of a task's queries, or None if the task's own instruction should be used.
+
+    The names are those of mteb: the task, then its type. A model whose stored prompts contain no instruction, such as
+    "query: ", uses the prompt of queries for every task. A model without stored prompts, and without a table of a published
+    model, gets no instructions.
+    """
+    for name in (f"{task_name}-query", task_name, f"{task_type}-query", task_type):
+        if name in spec.prompts:
+            return spec.prompts[name]
+    return _find_fixed_prompt(spec) if spec.prompts or spec.instruction_table else spec.plain_prompt
+
+
+def _find_fixed_prompt(spec: EmbeddingSpec) -> str | None:
+    """Return the stored prompt of queries if no stored prompt contains an instruction, otherwise None."""
+    if spec.fixed_prompts:
+        return spec.prompt(None, side="query")
+    others = [prompt for name, prompt in spec.prompts.items() if name not in DOCUMENT_PROMPTS]
+    return None if any(map(spec.extract_instruction, others)) else spec.prompts.get("query")

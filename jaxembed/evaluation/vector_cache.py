@@ -1,0 +1,96 @@
+"""Keep the vectors of a task while it is scored: in memory, and beyond a limit in files that are mapped into memory."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jaxembed.errors import UserError
+from jaxembed.files import atomic_write, exists
+
+DEFAULT_MEMORY_GIB = 4.0
+
+
+class VectorCache:
+    """The vectors of one task after another.
+
+    Vectors are kept per call, by a digest of the texts and the prompt. A call whose vectors no longer fit in memory is written
+    to a file while it is encoded. Files of a task that was interrupted are used again.
+    """
+
+    def __init__(self, folder: Path, revision: str, width: int, memory_bytes: int, keeps_all: bool):
+        """Create the cache of a run.
+
+        Args:
+            folder: Folder of the files. It is removed after every task.
+            revision: Identifies everything that decides the vectors.
+            width: Width of the vectors.
+            memory_bytes: Bytes of vectors that are kept in memory at most.
+            keeps_all: Whether tasks ask for the same texts again. Otherwise only files are kept.
+        """
+        self._folder, self._revision, self._width = folder, revision, width
+        self._memory_bytes, self._keeps_all = memory_bytes, keeps_all
+        self._held: dict[str, np.ndarray] = {}
+        self._held_bytes = 0
+
+    def fetch(self, texts: Sequence[str], prompt: str, encode: Callable[[], Iterator[np.ndarray]]) -> np.ndarray:
+        """Return the vectors of some texts, float32 [N, width].
+
+        Args:
+            texts: N texts.
+            prompt: Their prompt.
+            encode: Computes the vectors, part by part.
+
+        Raises:
+            UserError: The vectors cannot be written.
+        """
+        needed = 4 * self._width * len(texts)
+        fits = self._held_bytes + needed <= self._memory_bytes
+        if fits and not self._keeps_all:
+            return self._concatenate(encode())
+        key = self._make_key(texts, prompt)
+        if key not in self._held:
+            self._held[key] = self._concatenate(encode()) if fits else self._map_file(key, len(texts), encode)
+            self._held_bytes += needed if fits else 0
+        return self._held[key]
+
+    def clear(self) -> None:
+        """Forget the vectors of a finished task."""
+        self._held, self._held_bytes = {}, 0
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _make_key(self, texts: Sequence[str], prompt: str) -> str:
+        digest = hashlib.sha256()
+        for part in (self._revision, prompt, *texts):
+            digest.update(f"{len(part)} {part}".encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
+
+    def _concatenate(self, parts: Iterator[np.ndarray]) -> np.ndarray:
+        vectors = list(parts)
+        return np.concatenate(vectors) if vectors else np.zeros((0, self._width), np.float32)
+
+    def _map_file(self, key: str, count: int, encode: Callable[[], Iterator[np.ndarray]]) -> np.ndarray:
+        """Return vectors that lie in a file, which is written if it does not exist."""
+        path = self._folder / f"{key}.npy"
+        if not exists(path):
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                with atomic_write(path) as partial:
+                    _write_vectors(partial, count, self._width, encode())
+            except OSError as error:
+                raise UserError(
+                    f"{path}: the vectors of a task cannot be written ({error.strerror}). Free space, or raise --vector-memory."
+                ) from None
+        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+
+
+def _write_vectors(path: Path, count: int, width: int, parts: Iterable[np.ndarray]) -> None:
+    """Write a .npy file part by part. It is not mapped while it is written, so that a full disk is an error."""
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (count, width)})
+        for part in parts:
+            file.write(np.ascontiguousarray(part, "<f4").tobytes())

@@ -1,0 +1,114 @@
+"""The command: scores equal those of sentence-transformers and mteb, and those of several processes; bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import tiny
+from helpers.mteb_tasks import make_tasks
+from helpers.process_groups import start_all
+from helpers.runs import use_one_device
+from jaxembed import Embedder, evaluate
+from jaxembed.config.spec import EmbeddingSpec
+from jaxembed.errors import UserError
+from jaxembed.evaluation import mteb_submission, mteb_tasks
+from jaxembed.hub.card import Card
+from jaxembed.hub.export import export
+from jaxembed.hub.spec_files import write_spec
+
+TEMPLATE = "Instruct: {instruction}\nQuery:"
+SPECS = {
+    "causal": EmbeddingSpec(attention="causal", pooling="last", max_length=128),
+    "bidirectional and truncated": EmbeddingSpec(attention="bidirectional", pooling="mean", max_length=12),
+    "instructed": EmbeddingSpec(
+        attention="bidirectional", pooling="mean", prompts={"document": ""}, instruction_template=TEMPLATE,
+        instruction_table="nv_embed", max_length=128,
+    ),
+}  # fmt: skip
+WIDTHS = ["32", "16", "8"]
+
+
+@pytest.fixture(autouse=True)
+def local_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mteb_tasks, "find_tasks", make_tasks)
+    use_one_device(monkeypatch)
+
+
+def run(*arguments: str) -> dict[str, Any]:
+    return evaluate.evaluate(evaluate.make_parser().parse_args([*arguments, "--tasks", "STSBenchmark", "SciFact"]))
+
+
+def write_model(folder: Path, spec: EmbeddingSpec) -> Path:
+    tiny.write_folder(folder / "base", "qwen3")
+    write_spec(folder / "base", spec)
+    export(Embedder.load(folder / "base"), folder / "out", "float32", Card("out", "base"))
+    return folder / "out"
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_scores_equal_those_of_sentence_transformers_and_mteb(name: str, tmp_path: Path) -> None:
+    import mteb
+    from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderWrapper
+    from sentence_transformers import SentenceTransformer
+
+    folder = write_model(tmp_path, SPECS[name])
+    scores = run(str(folder), "--dim", *WIDTHS, "--out", str(tmp_path / "scores"))["scores"]
+    tasks = [task for task, _ in make_tasks()]
+    encoder = evaluate.load_encoder(str(folder))
+    prompts = mteb_submission.list_prompts(encoder, tasks)
+    assert any("support or refute" in prompt for prompt in prompts.values()) == (name == "instructed")
+    for width in WIDTHS:
+        model = SentenceTransformer(str(folder), device="cpu", truncate_dim=int(width))
+        model.prompts = {}
+        wrapper = SentenceTransformerEncoderWrapper(model, model_prompts=prompts)
+        for result in mteb.evaluate(wrapper, [task for task, _ in make_tasks()], cache=None, show_progress_bar=False):
+            assert scores[result.task_name]["widths"][width] == pytest.approx(result.get_score(), abs=1e-3)
+    assert (tmp_path / "scores" / "scores.md").read_text().startswith("## all tasks\n\n| Model | Retrieval (1) | STS (1) |")
+
+
+SCRIPT = """
+import sys
+from helpers.mteb_tasks import make_tasks
+from jaxembed import cli, evaluate
+from jaxembed.evaluation import mteb_tasks
+
+mteb_tasks.find_tasks = make_tasks
+cli.run_command(evaluate.main, evaluate.make_parser())
+"""
+
+
+def test_two_processes_give_the_scores_of_one(tmp_path: Path) -> None:
+    folder = tiny.write_folder(tmp_path / "base", "qwen3")
+    write_spec(folder, SPECS["instructed"])
+    arguments = [str(folder), "--dim", "32", "8", "--tasks", "STSBenchmark", "SciFact"]
+    expected = run(*arguments)
+    first, second = start_all(SCRIPT, [*arguments, "--out", str(tmp_path / "out")], tmp_path, count=2, devices=1)
+    (output, errors), (other_output, other_errors) = first.communicate(), second.communicate()
+    assert (first.returncode, second.returncode) == (0, 0), errors + other_errors
+    scores = json.loads(output.splitlines()[-1])["scores"]
+    for name, result in expected["scores"].items():
+        assert scores[name]["widths"] == pytest.approx(result["widths"], abs=1e-6)
+    assert "scores" not in other_output  # process 0 alone prints the result
+
+
+def test_options_that_do_not_fit_the_model_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All errors come before the weights are loaded."""
+    folder = tiny.write_folder(tmp_path / "base", "qwen3")
+    monkeypatch.setattr(Embedder, "load", lambda *_, **__: pytest.fail("loaded"))
+    (tmp_path / "own.yaml").write_text("Tatoeba: x")
+    for options, line in (
+        (["--dim", "64"], r"--dim: 64 is above the width of this model \(32\)"),
+        (["--max-length", "200"], r"--max-length: 200 is above the model's limit \(128 tokens\)"),
+        (["--instructions", str(tmp_path / "own.yaml")], "names no task of this run"),
+        (["--instructions", "nvembed"], "Did you mean 'nv_embed'"),
+        (["--submission", "x", "--out", "y"], "Add --submission-name"),
+        (["--submission", "x", "--submission-name", "a/b"], "--submission: needs the results of MTEB tasks"),
+    ):
+        with pytest.raises(UserError, match=line):
+            run(str(folder), *options)
+    with pytest.raises(UserError, match="--languages: applies to tasks of MTEB"):
+        evaluate.evaluate(evaluate.make_parser().parse_args([str(folder), "--languages", "eng"]))
