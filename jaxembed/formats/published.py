@@ -206,7 +206,7 @@ PUBLISHED_LAYOUTS = (
     ),
     PublishedLayout(
         "BGE (English), UAE, mxbai-embed and snowflake-arctic-embed",
-        r"bge-(small|base|large)-en(-v1\.5)?|UAE-Large-V1|mxbai-embed-large-v1|snowflake-arctic-embed-(xs|s|m|l)",
+        r"bge-(small|base|large)-en(-v1\.5)?|UAE-Large-V1|mxbai-embed-large-v1|snowflake-arctic-embed-(xs|s|m|l)(-v1\.5)?",
         BGE_CHOICES,
     ),
     PublishedLayout("BGE (Chinese)", r"bge-(small|base|large)-zh(-v1\.5)?", {**BGE_CHOICES, "prompts": BGE_CHINESE_PROMPTS}),

@@ -65,6 +65,20 @@ ACTIVATION_NAMES: Mapping[str, str] = MappingProxyType(
 # Any of these keys in a config marks a mixture of experts.
 MOE_KEYS = frozenset({"num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size"})
 
+# What the transformer lacks for some families, by `model_type`.
+MISSING_FEATURES: Mapping[str, str] = MappingProxyType(
+    {
+        "albert": "layers that share their weights",
+        "deberta": "disentangled attention",
+        "deberta-v2": "disentangled attention",
+        "gemma2": "soft caps of the attention scores",
+        "gemma3": "images (its text_config alone is a gemma3_text)",
+        "ministral3": "queries that are scaled by their position",
+        "mpnet": "relative position biases",
+        "phi3": "other rotary frequencies for long texts",
+        "t5": "relative position biases",
+    }
+)
 # Scaling parameters that each supported `rope_type` needs.
 ROPE_SCALING_KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -192,8 +206,9 @@ def _find_family(config: Mapping[str, Any], where: str) -> Family:
     moe_keys = sorted(config.keys() & MOE_KEYS)
     if moe_keys:
         raise UserError(f"{where}: {kind} is a mixture of experts ({moe_keys[0]}), which is not supported. Use a dense base.")
+    missing = f", because it needs {MISSING_FEATURES[kind]}" if kind in MISSING_FEATURES else ""
     raise UserError(
-        f"{where}: model_type {kind} is not supported (expected {', '.join(FAMILIES)} or nvembed). Use another base."
+        f"{where}: model_type {kind} is not supported{missing} (expected {', '.join(FAMILIES)} or nvembed). Use another base."
     )
 
 

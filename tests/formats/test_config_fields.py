@@ -118,6 +118,20 @@ def test_fields_that_change_an_encoder_are_refused(changes: dict[str, Any], mess
         parse_hf_config({"model_type": "xlm-roberta", **SIZES, **changes}, "config.json")
 
 
+def test_older_configs_name_two_rotary_bases_and_the_size_of_a_group() -> None:
+    """transformers 4 wrote them, for layers with and without a window."""
+    old = {"rope_theta": 5e5, "rope_local_base_freq": 2e4, "sliding_window_pattern": 3}
+    gemma = parse_hf_config(
+        {"model_type": "gemma3_text", **SIZES, "num_hidden_layers": 4, "sliding_window": 8, **old}, "a.json"
+    )
+    assert (gemma.rope_theta, gemma.local_rope_theta, gemma.windows) == (5e5, 2e4, (8, 8, None, 8))
+    old = {"global_rope_theta": 5e5, "local_rope_theta": 2e4, "global_attn_every_n_layers": 2}
+    bert = parse_hf_config({"model_type": "modernbert", **SIZES, "num_hidden_layers": 3, "local_attention": 8, **old}, "a.json")
+    assert (bert.rope_theta, bert.local_rope_theta, bert.windows) == (5e5, 2e4, (None, 8, None))
+    with pytest.raises(UserError, match=r"rope_parameters has rope_theta \(expected full_attention and sliding_attention\)"):
+        parse_hf_config({"model_type": "gemma3_text", **SIZES, "rope_parameters": PLAIN}, "a.json")
+
+
 def test_unknown_fields_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     field_lists._logged.clear()
     for _ in range(2):

@@ -203,7 +203,8 @@ def test_sliding_windows_follow_transformers(changes: dict[str, Any], window: li
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mpnet"}, "model_type '?mpnet'? is not supported .expected qwen2, .*, bert, roberta, xlm-roberta"),
+        ({"model_type": "gpt2"}, "model_type gpt2 is not supported .expected qwen2, .*, bert, roberta, xlm-roberta or nvembed"),
+        ({"model_type": "mpnet"}, "model_type mpnet is not supported, because it needs relative position biases .expected"),
         ({"hidden_act": "laplace"}, "hidden_act 'laplace' is not supported .expected silu, swish, gelu"),
         ({"rope_scaling": {"type": "longrope", "factor": 4.0}}, "'longrope'"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": -1}}, "beta_fast is -1"),
