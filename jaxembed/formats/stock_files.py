@@ -200,7 +200,7 @@ def build_tokenizer_config(
       model. A causal model it may load, with a class that takes BOS and EOS from tokenizer.json. It has another one for Qwen2.
     - `add_bos_token`, `add_eos_token`: llama.cpp reads them before tokenizer.json.
 
-    Every reader knows the tokenizers of encoders, so that nothing is added there.
+    Every reader knows the tokenizers of encoders: they keep their class, under its old name, and their special tokens.
 
     Args:
         saved: The file as transformers saves it.
@@ -210,9 +210,11 @@ def build_tokenizer_config(
         adds_eos: Whether tokenizer.json ends texts with EOS.
     """
     lasting = {key: value for key, value in saved.items() if key not in LOADING_KEYS}
-    if FAMILIES[decoder.family].is_encoder:
-        return lasting
     tokenizer_class = saved.get("tokenizer_class")
+    if FAMILIES[decoder.family].is_encoder:
+        if tokenizer_class == "TokenizersBackend":
+            tokenizer_class = "PreTrainedTokenizerFast"
+        return {**lasting, "tokenizer_class": tokenizer_class}
     if spec.attention != "causal":
         tokenizer_class = "TokenizersBackend"
     elif decoder.family != "qwen2":

@@ -138,3 +138,12 @@ def test_transformers_4_loads_the_tokenizer_of_causal_models_only(family: str, a
     spec, decoder = EmbeddingSpec(attention=attention), parse_hf_config({"model_type": family, **SIZES}, family)
     config = stock_files.build_tokenizer_config(saved, spec, decoder, adds_bos=True, adds_eos=False)
     assert config == {"tokenizer_class": expected, "errors": "x", "add_bos_token": True, "add_eos_token": False}
+
+
+@pytest.mark.parametrize(
+    ("saved", "expected"), [("TokenizersBackend", "PreTrainedTokenizerFast"), ("BertTokenizer", "BertTokenizer")]
+)
+def test_the_tokenizer_of_an_encoder_has_a_class_that_all_versions_know(saved: str, expected: str) -> None:
+    decoder = parse_hf_config({"model_type": "bert", **SIZES}, "bert")
+    config = stock_files.build_tokenizer_config({"tokenizer_class": saved}, EmbeddingSpec(), decoder, True, True)
+    assert config == {"tokenizer_class": expected}
