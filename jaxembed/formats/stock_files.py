@@ -24,12 +24,7 @@ SERVED_POOLINGS: frozenset[PoolingKind] = frozenset({"mean", "last", "first"})  
 # End of the class name of a model that only sentence-transformers computes right. vLLM and llama.cpp look a model up by its
 # class name, so they refuse it. With a name they know, vLLM would pool the last token. Other readers go by `model_type`.
 OWN_POOLING_SUFFIX = "WithOwnPooling"
-BIDIRECTIONAL_REQUIREMENTS = {
-    "transformers": {
-        "specifier": ">=5.2",
-        "reason": "Earlier versions ignore is_causal and would compute other vectors, with a causal mask.",
-    }
-}
+REQUIREMENT_REASON = "Earlier versions ignore the field of the mask and would compute other vectors, with a causal mask."
 # Fields of a base's config.json that do not belong to the exported model.
 UNSAVED_CONFIG_KEYS = ("torch_dtype", "auto_map", "_name_or_path", "tokenizer_class", "matryoshka_dimensions", "rope_scaling")
 
@@ -168,7 +163,8 @@ def build_model_config(spec: EmbeddingSpec, family: str) -> dict[str, Any]:
         spec: Spec of the model.
         family: Family of the decoder.
     """
-    has_requirements = spec.attention != "causal" and not FAMILIES[family].is_encoder
+    version = "" if spec.attention == "causal" else FAMILIES[family].bidirectional_since
+    requirements = {"transformers": {"specifier": f">={version}", "reason": REQUIREMENT_REASON}}
     default_name = find_default_prompt_name(spec)
     plain_prompts = {default_name: spec.plain_prompt} if default_name else {}
     versions = {"sentence_transformers": "sentence-transformers", "transformers": "transformers", "pytorch": "torch"}
@@ -178,7 +174,7 @@ def build_model_config(spec: EmbeddingSpec, family: str) -> dict[str, Any]:
         "prompts": {"query": "", "document": "", **spec.prompts, **plain_prompts},
         "default_prompt_name": default_name,
         "similarity_fn_name": "cosine",
-        **({"requirements": BIDIRECTIONAL_REQUIREMENTS} if has_requirements else {}),
+        **({"requirements": requirements} if version else {}),
     }
 
 
@@ -197,7 +193,8 @@ def build_tokenizer_config(
     """Return tokenizer_config.json, out of what transformers saves.
 
     - `tokenizer_class`: transformers 4 has no `TokenizersBackend`. It ignores `is_causal`, so it must not load a bidirectional
-      model. A causal model it may load, with a class that takes BOS and EOS from tokenizer.json. It has another one for Qwen2.
+      model of a family with that field. Other models it may load, with a class that takes BOS and EOS from tokenizer.json. It
+      has another one for Qwen2.
     - `add_bos_token`, `add_eos_token`: llama.cpp reads them before tokenizer.json.
 
     Every reader knows the tokenizers of encoders: they keep their class, under its old name, and their special tokens.
@@ -215,7 +212,7 @@ def build_tokenizer_config(
         if tokenizer_class == "TokenizersBackend":
             tokenizer_class = "PreTrainedTokenizerFast"
         return {**lasting, "tokenizer_class": tokenizer_class}
-    if spec.attention != "causal":
+    if spec.attention != "causal" and FAMILIES[decoder.family].bidirectional_since >= "5":
         tokenizer_class = "TokenizersBackend"
     elif decoder.family != "qwen2":
         tokenizer_class = "PreTrainedTokenizerFast"

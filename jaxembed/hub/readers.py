@@ -104,8 +104,13 @@ class Rule:
 
 
 def is_bidirectional_decoder(model: ServedModel) -> bool:
-    """Return whether a decoder has a bidirectional mask, which old programs ignore. Encoders have it by their class."""
+    """Return whether a decoder has a bidirectional mask. Encoders have it by their class."""
     return model.spec.attention != "causal" and not model.is_encoder
+
+
+def has_new_mask(model: ServedModel) -> bool:
+    """Return whether the mask is one that transformers before 5.2 ignores."""
+    return is_bidirectional_decoder(model) and FAMILIES[model.decoder.family].bidirectional_since == "5.2"
 
 
 def has_own_weights(model: ServedModel) -> bool:
@@ -142,20 +147,25 @@ COMPARED_FAMILIES = frozenset({"qwen2", "qwen3", "mistral", "llama"})  # with se
 
 RULES = (
     Rule(
-        is_bidirectional_decoder, ("transformers",), Status.CONDITIONAL,
+        has_new_mask, ("transformers",), Status.CONDITIONAL,
         "from transformers 5.2; 5.0 and 5.1 silently apply a causal mask, 4 refuses the tokenizer", False,
     ),
     Rule(
-        is_bidirectional_decoder, ("sentence-transformers 6", *FRAMEWORKS, STORES), Status.CONDITIONAL,
+        has_new_mask, ("sentence-transformers 6", *FRAMEWORKS, STORES), Status.CONDITIONAL,
         "from transformers 5.2; refuses older ones", False,
     ),
     Rule(
-        is_bidirectional_decoder, ("sentence-transformers 5",), Status.CONDITIONAL,
+        has_new_mask, ("sentence-transformers 5",), Status.CONDITIONAL,
         "from transformers 5.2; 5.0 and 5.1 silently apply a causal mask, 4 refuses the tokenizer", False,
     ),
     Rule(
-        is_bidirectional_decoder, ("sentence-transformers 3, 4", "infinity"), Status.REFUSED,
+        has_new_mask, ("sentence-transformers 3, 4", "infinity"), Status.REFUSED,
         "a bidirectional model needs transformers 5.2 or newer",
+    ),
+    Rule(
+        lambda model: is_bidirectional_decoder(model) and not has_new_mask(model),
+        ("transformers", *TORCH_SENTENCE_TRANSFORMERS, *FRAMEWORKS, STORES, "infinity"), Status.CONDITIONAL,
+        "from transformers 4.57; older ones silently apply a causal mask", False,
     ),
     Rule(is_bidirectional_decoder, ("llama.cpp",), Status.CONDITIONAL, "with one slot or a unified KV cache", False),
     Rule(

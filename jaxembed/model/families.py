@@ -108,6 +108,7 @@ class Family:
         architecture: Class name that exported configs state. The converter of llama.cpp knows Mistral only as a language model.
         is_encoder: Whether the family is bidirectional by itself. Its configs do not state a mask.
         mask_field: Config field in which transformers reads the mask of a decoder.
+        bidirectional_since: First version of transformers that computes a bidirectional mask; empty for encoders.
         has_offset_positions: Whether learned positions start after the row of the padding token, as in RoBERTa.
         window: When a configured sliding window is used: "always", if `use_sliding_window` is set ("switched"), "never", or in
             all layers of a group but one ("grouped"). The groups have as many layers as the config field `layer_group` says.
@@ -123,6 +124,7 @@ class Family:
     architecture: str
     is_encoder: bool = False
     mask_field: Literal["is_causal", "use_bidirectional_attention"] = "is_causal"
+    bidirectional_since: Literal["5.2", "4.57", ""] = "5.2"
     has_offset_positions: bool = False
     window: Literal["always", "switched", "never", "grouped"] = "never"
     full_layer: Literal[0, -1] = 0
@@ -198,6 +200,7 @@ MODERNBERT_MODULES: Mapping[str, str] = MappingProxyType(
 _BERT = Family(
     architecture="BertModel",
     is_encoder=True,
+    bidirectional_since="",
     options={
         "qkv_bias": True, "out_bias": True, "mlp_bias": True, "gated_mlp": False, "norm": "layer", "norm_placement": "post",
         "embedding_norm": True, "position_kind": "learned",
@@ -234,7 +237,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             architecture="LlamaModel", defaults={"max_position_embeddings": 2048}, modules=LLAMA_MODULES
         ),
         "gemma3_text": Family(
-            architecture="Gemma3TextModel", mask_field="use_bidirectional_attention", window="grouped", full_layer=-1,
+            architecture="Gemma3TextModel", mask_field="use_bidirectional_attention", bidirectional_since="4.57",
+            window="grouped", full_layer=-1,
             options={"norm": "rms_offset", "norm_placement": "both", "qk_norm": True, "halves_windows": True},
             keys={
                 "hidden_act": "hidden_activation", "layer_group": "sliding_window_pattern",
@@ -250,7 +254,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             refused={"is_causal": (True,)}, modules=GEMMA_MODULES,
         ),
         "modernbert": Family(
-            architecture="ModernBertModel", is_encoder=True, window="grouped",
+            architecture="ModernBertModel", is_encoder=True, bidirectional_since="", window="grouped",
             options={
                 "norm": "layer_unbiased", "embedding_norm": True, "unnormed_first_layer": True, "halves_windows": True,
             },

@@ -19,6 +19,7 @@ from jaxembed.errors import UserError
 from jaxembed.hub.card import Card
 from jaxembed.hub.embedder import load_embedder
 from jaxembed.hub.export import export
+from jaxembed.hub.readers import ServedModel, judge_readers
 from jaxembed.hub.resolve import find_base
 from jaxembed.hub.torch_model import encode_torch, load_sentence_transformer
 from jaxembed.model.decoder import ComputeOptions
@@ -36,6 +37,17 @@ def test_exported_folder_has_mask_windows_and_rotary_bases(base_folder: Folder, 
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["sliding_window"], config["use_bidirectional_attention"]) == (5, attention == "bidirectional")
     assert "is_causal" not in config
+    # transformers 4 knows that field.
+    tokenizer, stock = (
+        json.loads((tmp_path / "out" / name).read_text())
+        for name in ("tokenizer_config.json", "config_sentence_transformers.json")
+    )
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+    version = stock.get("requirements", {}).get("transformers", {}).get("specifier")
+    assert version == (">=4.57" if attention == "bidirectional" else None)
+    verdicts = {verdict.reader.name: verdict for verdict in judge_readers(ServedModel(spec, model.model.decoder))}
+    reasons = " ".join(verdicts["sentence-transformers 5"].reasons)
+    assert ("from transformers 4.57" in reasons, "5.2" in reasons) == (attention == "bidirectional", False)
     assert {kind: rope["rope_theta"] for kind, rope in config["rope_parameters"].items()} == {
         "full_attention": config["rope_theta"], "sliding_attention": config["rope_local_base_freq"],
     }  # fmt: skip
