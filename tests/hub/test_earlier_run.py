@@ -140,16 +140,19 @@ EARLIER_SPEC = {
 }  # fmt: skip
 
 
+NEW_KEYS: dict[str, object] = {"matryoshka_dims": [], "fixed_prompts": False, "hidden_projections": []}
+
+
 @pytest.mark.parametrize("dropped_key", [None, "include_instruction"])
 def test_run_that_left_instructions_out_by_default_continues_so(folder: Path, dropped_key: str | None) -> None:
     name = f"earlier-{dropped_key}"
     run(folder, name, "base")
     path = folder / name / "jaxembed.json"
-    assert json.loads(path.read_text()) == EARLIER_SPEC | {"include_instruction": True, "matryoshka_dims": []}
+    assert json.loads(path.read_text()) == EARLIER_SPEC | NEW_KEYS | {"include_instruction": True}
     path.write_text(json.dumps({key: value for key, value in EARLIER_SPEC.items() if key != dropped_key}))
     assert not find_base(str(folder / name)).spec.include_instruction, "encode, evaluate, and export"
     train(make_config(folder, name, *QUICK, f"model.base={folder / 'base'}"))  # resumes after the last step
-    assert json.loads(path.read_text()) == EARLIER_SPEC | {"matryoshka_dims": []}
+    assert json.loads(path.read_text()) == EARLIER_SPEC | NEW_KEYS
     later = run(folder, f"after-{name}", name)
     assert not find_base(later.run.dir).spec.include_instruction, "a base decides for the runs that start from it"
 
