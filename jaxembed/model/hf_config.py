@@ -133,7 +133,7 @@ def parse_hf_config(config: Mapping[str, Any], where: str) -> DecoderConfig:
         "windows": _read_windows(config, family, where),
         "tie_embeddings": fields.boolean("tie_word_embeddings"),
         **_read_positions(config, family, where),
-        **_read_scales(config, where),
+        **_read_scales(config, family, where),
     }
     return DecoderConfig(**{**read, **family.options})
 
@@ -143,9 +143,9 @@ def get_config_fields(family: Family) -> FieldList:
     return dataclasses.replace(CONFIG_FIELDS, refused={**CONFIG_FIELDS.refused, **family.refused})
 
 
-def _read_scales(config: Mapping[str, Any], where: str) -> dict[str, float]:
+def _read_scales(config: Mapping[str, Any], family: Family, where: str) -> dict[str, float]:
     """Return the fields of `DecoderConfig` for scaled embeddings and scores, which only Gemma has."""
-    if "query_pre_attn_scalar" not in config:
+    if "query_pre_attn_scalar" not in family.defaults:
         return {}
     fields = Fields(config, where)
     scores = fields.positive_number("query_pre_attn_scalar") ** -0.5
@@ -169,7 +169,7 @@ def _read_positions(config: Mapping[str, Any], family: Family, where: str) -> di
     positions = fields.integer("max_position_embeddings")
     if family.options.get("position_kind") != "learned":
         local_theta = _read_local_theta(config, family, where)
-        rope = _read_rope(_select_full_rope(config, family), where)
+        rope = _read_rope(_select_full_rope(config, family, where), where)
         theta = rope.pop("rope_theta")
         scaling = tuple(sorted(rope.items()))
         return {"max_positions": positions, "rope_theta": theta, "rope_scaling": scaling, "local_rope_theta": local_theta}
@@ -212,12 +212,12 @@ def _find_family(config: Mapping[str, Any], where: str) -> Family:
     )
 
 
-def _select_full_rope(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+def _select_full_rope(config: Mapping[str, Any], family: Family, where: str) -> dict[str, Any]:
     """Return the config with the rotary positions of layers without a window under the keys that Llama has for all layers."""
     if "local_rope_theta" not in family.keys:
         return dict(config)
     by_kind = config.get("rope_parameters") or {}
-    theta = config[family.get_key("rope_theta")]
+    theta = Fields(config, where).positive_number(family.get_key("rope_theta"))
     return {**config, "rope_parameters": by_kind.get("full_attention"), "rope_theta": theta}
 
 
