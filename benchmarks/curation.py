@@ -3,9 +3,9 @@
 Usage: python benchmarks/curation.py DATA [--rows N]
        python benchmarks/curation.py DATA --memory ROWS [ROWS ...]
 
-DATA is a folder with ag_news/pairs_train.jsonl and stsb/{de,fr,pl}/train.jsonl. Rows of AG News (title -> text) are mixed with
-rows that a step should find. Each step runs alone on the mixture. The second form prints the peak memory of a curation of many
-synthetic rows, each in a process of its own.
+DATA is a folder with ag_news/pairs_train.jsonl, ag_news/retrieval (BEIR) and stsb/{de,fr,pl}/train.jsonl. Rows of AG News
+(title -> text) are mixed with rows that a step should find. Each step runs alone on the mixture. The second form prints time
+and peak memory of a curation of synthetic rows, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from typing import Any
 import numpy as np
 
 from jaxembed.config.curation import CurateConfig
+from jaxembed.curate import read_task
 from jaxembed.curation.engine import curate
+from jaxembed.data.beir import EVALUATION_SPLITS, open_beir
 from jaxembed.data.jsonl import write_jsonl
 
 INJECTED = 200  # rows of each kind
@@ -50,7 +52,16 @@ def read_foreign(data: Path) -> list[tuple[str, str]]:
     return pairs
 
 
-def inject(clean: Rows, foreign: Sequence[tuple[str, str]], rng: np.random.Generator) -> Rows:
+def read_held_out(data: Path) -> list[tuple[str, str]]:
+    """Return the queries of the held-out BEIR folder with their documents of 20 words or more."""
+    beir = open_beir(data / "ag_news" / "retrieval", EVALUATION_SPLITS)
+    pairs = [(beir.query_text(i), beir.document_text(next(iter(rows)))) for i, rows in enumerate(beir.relevant)]
+    return [pair for pair in pairs if len(pair[1].split()) >= 20]
+
+
+def inject(
+    clean: Rows, foreign: Sequence[tuple[str, str]], held_out: Sequence[tuple[str, str]], rng: np.random.Generator
+) -> Rows:
     """Return rows with trouble. `kind-N` is the id of a row; `of` names the clean row that it was made from."""
     picks = iter(rng.permutation(len(clean)).tolist())
     makers = {"copy": make_copy, "near": make_near_copy, "html": make_html, "control": make_control}
@@ -68,6 +79,14 @@ def inject(clean: Rows, foreign: Sequence[tuple[str, str]], rng: np.random.Gener
         wrong = [text.encode().decode("cp1252", "replace") for text in accented[index]]
         if "\ufffd" not in "".join(wrong):  # bytes that the wrong encoding lacks cannot be repaired
             trouble.append({"id": f"mojibake-{number}", "query": wrong[0], "pos": [wrong[1]], "right": accented[index]})
+    for number, index in enumerate(rng.choice(len(held_out), 2 * INJECTED, replace=False).tolist()):
+        query, document = held_out[index]
+        row = {"id": f"leak-{number}", "query": query, "pos": [f"  {document}"]}
+        words = document.split()
+        for position in range(int(rng.integers(4)), len(words), 6):  # no 13 words in a row are left
+            words[position] = "moreover"
+        near = {"id": f"nearleak-{number}", "query": "What has happened?", "pos": [" ".join(words)]}
+        trouble.append(row if number < INJECTED else near)
     for number in range(INJECTED):
         junk = "".join(rng.choice(list("#$%&*|~^=+<>@{}[]a1 "), 60))
         trouble.append({"id": f"junk-{number}", "query": f"x {junk}", "pos": [junk]})
@@ -108,7 +127,7 @@ def run_step(rows: Rows, step: dict[str, Any], folder: Path) -> dict[str, dict[s
     config = CurateConfig.model_validate(
         {"out": str(folder / f"out{name}"), "metadata": ["id"], "sources": [source], "steps": [step]}
     )
-    curate(config, folder / "cache", "benchmark")
+    curate(config, folder / "cache", "benchmark", read_task)
     return {row["id"]: row for row in map(json.loads, (folder / f"out{name}" / "rows.jsonl").read_text().splitlines())}
 
 
@@ -140,7 +159,7 @@ def measure(data: Path, max_rows: int, folder: Path) -> Iterable[tuple[str, str,
     """Yield step, what it should find, and its score."""
     rng = np.random.default_rng(0)
     clean = read_pairs(data, max_rows)
-    rows = clean + inject(clean, read_foreign(data), rng)
+    rows = clean + inject(clean, read_foreign(data), read_held_out(data), rng)
     rows = [rows[i] for i in rng.permutation(len(rows)).tolist()]
     by_id, all_ids = {row["id"]: row for row in rows}, ids_of(rows, *{row["id"].split("-")[0] for row in rows})
 
@@ -171,6 +190,21 @@ def measure(data: Path, max_rows: int, folder: Path) -> Iterable[tuple[str, str,
             "copy, near, control",
             score_pairs(rows, left, ["copy", "near", "control"]),
         )
+    yield from measure_decontamination(rows, data, folder)
+
+
+def measure_decontamination(rows: Rows, data: Path, folder: Path) -> Iterable[tuple[str, str, tuple[int, int, float, float]]]:
+    """Yield the scores of `decontaminate` by rule."""
+    all_ids = {row["id"] for row in rows}
+    rules: list[tuple[str, dict[str, Any]]] = [
+        ("equal", {"ngram_words": None}), ("13 words", {}),
+        ("BM25 0.5", {"ngram_words": None, "bm25_threshold": 0.5}), ("BM25 0.6", {"ngram_words": None, "bm25_threshold": 0.6}),
+        ("BM25 0.7", {"ngram_words": None, "bm25_threshold": 0.7}), ("BM25 0.8", {"ngram_words": None, "bm25_threshold": 0.8}),
+    ]  # fmt: skip
+    for name, options in rules:
+        step = {"name": "decontaminate", "beir": [str(data / "ag_news" / "retrieval")], **options}
+        dropped = all_ids - set(run_step(rows, step, folder))
+        yield f"decontaminate: {name}", "leak, nearleak", score(dropped, ids_of(rows, "leak", "nearleak"))
 
 
 def print_table(results: Iterable[tuple[str, str, tuple[int, int, float, float]]]) -> None:
@@ -198,7 +232,7 @@ def measure_memory(count: int, folder: Path) -> None:
     ]  # fmt: skip
     tree = {"out": str(folder / "out"), "memory_mb": 256, "sources": [{"path": str(folder / "rows.jsonl")}], "steps": steps}
     start = time.monotonic()
-    result = curate(CurateConfig.model_validate(tree), folder / "cache", "benchmark")
+    result = curate(CurateConfig.model_validate(tree), folder / "cache", "benchmark", read_task)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     print(f"| {count:,} | {result['rows']['rows']['out']:,} | {time.monotonic() - start:,.0f} | {peak:,.0f} |", flush=True)
 

@@ -10,7 +10,7 @@ from jaxembed import __version__
 COMMANDS = {
     "data": "validate, preview, convert, and measure training data; extract pairs from Python packages",
     "train": "train a model, or plan a run with --plan",
-    "curate": "clean, filter, deduplicate, and balance training data, with a report",
+    "curate": "clean, filter, deduplicate, and decontaminate training data, with a report",
     "mine": "find hard negatives for pairs",
     "encode": "write the vectors of texts",
     "evaluate": "score a model on MTEB tasks and your own data; compare two models",

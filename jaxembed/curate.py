@@ -6,6 +6,7 @@ Usage: python -m jaxembed.curate CONFIG.yaml [key.sub=value ...]
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jaxembed import cli
@@ -25,7 +26,16 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     from jaxembed.curation.engine import curate
 
     with stop_on_signals(f"{config.out} is not finished; the same command continues"):
-        return curate(config, cache_dir(), args.config)
+        return curate(config, cache_dir(), args.config, read_task)
+
+
+def read_task(name: str) -> Iterator[tuple[str, Sequence[str]]]:
+    """Return the parts of an MTEB task and their texts. Raise `UserError` if there is no such task, or no data."""
+    from jaxembed.evaluation.mteb_catalog import find_tasks
+    from jaxembed.evaluation.mteb_texts import list_task_texts
+
+    ((task, _),) = find_tasks([name], (), ())
+    return list_task_texts(task)
 
 
 def make_parser() -> cli.Parser:

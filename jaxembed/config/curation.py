@@ -135,6 +135,37 @@ class DuplicatesStepConfig(StepConfig):
     )
 
 
+class DecontaminateStepConfig(StepConfig):
+    """Drop texts that occur in evaluation sets."""
+
+    name: Literal["decontaminate"] = "decontaminate"
+    tasks: tuple[NonEmpty, ...] = Field((), description="Names of MTEB tasks.")
+    beir: tuple[NonEmpty, ...] = Field((), description="BEIR folders: their documents, and the queries of their test split.")
+    files: tuple[NonEmpty, ...] = Field((), description="Files, folders, patterns, or datasets with rows, as paths of sources.")
+    parts: tuple[Literal["queries", "documents"], ...] = Field(
+        ("queries", "documents"),
+        min_length=1,
+        description="Parts of the evaluation sets to compare with. Texts that are neither always count.",
+    )
+    sides: tuple[Side, ...] = Field(ALL_SIDES, min_length=1, description="Sides of a row whose texts are compared.")
+    ngram_words: Annotated[int, Field(ge=3, le=100)] | None = Field(
+        13,
+        description="Also drop texts that share this many words in a row with an evaluation text (GPT-3: 13). A character "
+        "of a script without spaces counts as a word. null: equal texts only.",
+    )
+    bm25_threshold: Share | None = Field(
+        None,
+        description="Also drop texts whose BM25 similarity to an evaluation text is at least this, from 0 to 1 (equal terms). "
+        "Default: not compared.",
+    )
+
+    @model_validator(mode="after")
+    def _check_sets(self) -> DecontaminateStepConfig:
+        if not (self.tasks or self.beir or self.files):
+            raise ValueError("a decontaminate step needs tasks, beir, or files. Set one of them.")
+        return self
+
+
 class FunctionStepConfig(StepConfig):
     """Pass every row through a Python function of the user."""
 
@@ -171,7 +202,13 @@ class BalanceStepConfig(StepConfig):
 
 
 AnyStep = Annotated[
-    CleanStepConfig | QualityStepConfig | LanguageStepConfig | DuplicatesStepConfig | FunctionStepConfig | BalanceStepConfig,
+    CleanStepConfig
+    | QualityStepConfig
+    | LanguageStepConfig
+    | DuplicatesStepConfig
+    | DecontaminateStepConfig
+    | FunctionStepConfig
+    | BalanceStepConfig,
     Field(discriminator="name"),
 ]
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from jaxembed.config import SourceConfig
 from jaxembed.curation.steps.sides import SINGLE_FIELDS, CuratedRow
 from jaxembed.data.convert import name_files
+from jaxembed.data.rows import IndexedRows
 from jaxembed.data.sampling import iter_rows
 from jaxembed.data.schema import Row
 from jaxembed.data.sources import open_rows, open_source
@@ -24,6 +25,7 @@ class CuratedSource(NamedTuple):
         digest: SHA-256 of the content.
         num_rows: Number of rows; of documents, the number of examples, which have a row for each template.
         iter_rows: Returns an iterator over the rows.
+        locate: Returns where the row of a number is stored, for errors.
     """
 
     name: str
@@ -32,6 +34,7 @@ class CuratedSource(NamedTuple):
     digest: str
     num_rows: int
     iter_rows: Callable[[], Iterator[Row]]
+    locate: Callable[[int], str]
 
 
 def open_curated_sources(configs: Sequence[SourceConfig], cache: Path, where: str) -> list[CuratedSource]:
@@ -41,12 +44,18 @@ def open_curated_sources(configs: Sequence[SourceConfig], cache: Path, where: st
 
 
 def _open_source(config: SourceConfig, name: str, cache: Path) -> CuratedSource:
+    def locate(number: int) -> str:
+        """Return file and line of a row; of pairs that several rows or templates make, the number of the pair."""
+        if isinstance(rows, IndexedRows) and format_name != "documents":
+            return rows.locate(number - 1)
+        return f"{config.path}: pair {number}"
+
     format_name, rows = open_rows(config, cache)
     if format_name == "documents":
         source = open_source(config, cache)
-        return CuratedSource(name, config.path, "pairs", source.digest, len(source), source.iter_pairs)
+        return CuratedSource(name, config.path, "pairs", source.digest, len(source), source.iter_pairs, locate)
     curated_format = format_name if format_name in SINGLE_FIELDS else "pairs"
-    return CuratedSource(name, config.path, curated_format, rows.digest, len(rows), lambda: iter_rows(rows))
+    return CuratedSource(name, config.path, curated_format, rows.digest, len(rows), lambda: iter_rows(rows), locate)
 
 
 def iter_curated_rows(sources: Sequence[CuratedSource]) -> Iterator[CuratedRow]:

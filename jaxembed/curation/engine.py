@@ -16,7 +16,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,13 @@ from jaxembed.curation.stages import (
     compute_stage_digests,
     make_all_rows_step,
     make_item_rule,
-    make_row_step,
     needs_all_rows,
+    prepare_step,
     split_into_stages,
 )
+from jaxembed.curation.steps.decontamination import ReadTask
 from jaxembed.curation.steps.items import AllRowsStep, make_item_filter
-from jaxembed.curation.steps.sides import CuratedRow, RowStep, write_row
+from jaxembed.curation.steps.sides import CuratedRow, PreparedStep, RowStep, write_row
 from jaxembed.data.convert import WRITERS, select_fields
 from jaxembed.devices.processes import progress_bar
 from jaxembed.errors import UserError
@@ -51,13 +52,14 @@ REPORT_FILE, PAGE_FILE = "report.json", "report.html"
 log = logging.getLogger("jaxembed")
 
 
-def curate(config: CurateConfig, cache: Path, where: str) -> dict[str, Any]:
+def curate(config: CurateConfig, cache: Path, where: str, read_task: ReadTask) -> dict[str, Any]:
     """Run all steps and write the training files and the report.
 
     Args:
         config: The whole config.
         cache: Folder for the row indexes.
         where: File of the config, for errors.
+        read_task: Returns the parts of an MTEB task, for `decontaminate`.
 
     Returns:
         The output folder, its files, and the rows in and out of each source.
@@ -67,9 +69,15 @@ def curate(config: CurateConfig, cache: Path, where: str) -> dict[str, Any]:
     """
     out = Path(config.out)
     check_output(out)
-    paths = [source.path for source in config.sources]
-    row_steps = {i: make_row_step(step, paths) for i, step in enumerate(config.steps) if not needs_all_rows(step)}
-    sources = open_curated_sources(config.sources, cache, where)
+    sources: list[CuratedSource] = []
+
+    def locate(row: CuratedRow) -> str:
+        return sources[row.source].locate(row.number)
+
+    row_steps = {
+        i: prepare_step(step, locate, cache, read_task) for i, step in enumerate(config.steps) if not needs_all_rows(step)
+    }
+    sources += open_curated_sources(config.sources, cache, where)
     check_sides(config, [source.format for source in sources])
     inputs = [[source.name, source.format, source.digest, source.num_rows] for source in sources]
     inputs_digest = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
@@ -86,14 +94,14 @@ def curate(config: CurateConfig, cache: Path, where: str) -> dict[str, Any]:
 class Curation:
     """The stages of a curation, with the files that connect them."""
 
-    def __init__(self, config: CurateConfig, out: Path, sources: Sequence[CuratedSource], row_steps: dict[int, RowStep]):
+    def __init__(self, config: CurateConfig, out: Path, sources: Sequence[CuratedSource], row_steps: dict[int, PreparedStep]):
         """Prepare all stages.
 
         Args:
             config: The whole config.
             out: Output folder.
             sources: The open sources.
-            row_steps: Functions of the steps that see one row at a time, by index.
+            row_steps: The steps that see one row at a time, by index.
         """
         self.config, self.out, self.sources, self.row_steps = config, out, sources, row_steps
         self.stages = split_into_stages(config.steps)
@@ -102,7 +110,7 @@ class Curation:
 
     def run(self, inputs_digest: str) -> None:
         """Run the stages that are not finished."""
-        digests = compute_stage_digests(self.config, self.stages, inputs_digest)
+        digests = compute_stage_digests(self.config, self.stages, inputs_digest, self.row_steps)
         is_finished = [read_stage_digest(self.out, i) == digest for i, digest in enumerate(digests)]
         first = is_finished.index(False) if False in is_finished else len(digests)
         while 0 < first < len(digests) and not (stage_folder(self.out, first - 1) / ROWS_FILE).exists():
@@ -122,23 +130,25 @@ class Curation:
         (keys := folder / "keys").mkdir()
         functions = self._list_functions(index)
         steps = {i: StepStats(self.names, self.config.seed) for i in functions}
-        rows_in, rows_out = (RowStats(self.names, self.config.seed) for _ in range(2))
-        rows = self._iter_rows(index, stage, rows_in)
-        curated = (row for batch in batched(rows, ROWS_PER_BATCH) for row in apply_steps(batch, functions, steps))
-        last_step = None if stage.all_rows_step is None else self.config.steps[stage.all_rows_step]
-        result: dict[str, Any] = {"digest": digest}
-        if last_step is None:
-            result["files"] = self._write_output(curated, rows_out)
-            result["output"] = rows_out.to_json()
-        else:
-            with closing(make_all_rows_step(last_step, keys, self.num_rows, self.config)) as step:
-                write_rows(folder / ROWS_FILE, curated, step)
-                np.save(folder / DROPPED_FILE, step.find_dropped())
+        rows_in = RowStats(self.names, self.config.seed)
+        with closing(self._iter_rows(index, stage, rows_in)) as rows:  # an error ends the progress bar first
+            curated = (row for batch in batched(rows, ROWS_PER_BATCH) for row in apply_steps(batch, functions, steps))
+            if stage.all_rows_step is None:
+                result = self._write_output(curated)
+            else:
+                result = {}
+                self._decide(stage.all_rows_step, curated, folder, keys)
         self._check_rows_left(steps, stage)
         shutil.rmtree(keys)
-        result |= {"steps": {str(i): stats.to_json() for i, stats in steps.items()}}
+        result |= {"digest": digest, "steps": {str(i): stats.to_json() for i, stats in steps.items()}}
         result |= {} if index else {"input": rows_in.to_json()}
         write_json(folder / STAGE_FILE, result)
+
+    def _decide(self, step_index: int, rows: Iterable[CuratedRow], folder: Path, keys: Path) -> None:
+        """Store the rows of a stage in `folder`, and what the step that ends it drops. `keys` is an empty folder for it."""
+        with closing(make_all_rows_step(self.config.steps[step_index], keys, self.num_rows, self.config)) as step:
+            write_rows(folder / ROWS_FILE, rows, step)
+            np.save(folder / DROPPED_FILE, step.find_dropped())
 
     def _list_functions(self, index: int) -> dict[int, RowStep]:
         """Return the functions of a stage by the index of their step: first what the stage before has decided."""
@@ -147,9 +157,9 @@ class Curation:
             folder = stage_folder(self.out, index - 1)
             rule = make_item_rule(self.config.steps[decided])
             functions[decided] = make_item_filter(rule, np.load(folder / DROPPED_FILE))
-        return functions | {i: self.row_steps[i] for i in self.stages[index].row_steps}
+        return functions | {i: self.row_steps[i].function for i in self.stages[index].row_steps}
 
-    def _iter_rows(self, index: int, stage: Stage, stats: RowStats) -> Iterator[CuratedRow]:
+    def _iter_rows(self, index: int, stage: Stage, stats: RowStats) -> Generator[CuratedRow]:
         """Yield the rows that a stage reads, with a progress bar."""
         before = () if not index else (self.stages[index - 1].all_rows_step,)
         names = [self.config.steps[i].name for i in (*before, *stage.row_steps, stage.all_rows_step) if i is not None]
@@ -162,15 +172,17 @@ class Curation:
             stats.add(row)
             yield row
 
-    def _write_output(self, rows: Iterable[CuratedRow], stats: RowStats) -> dict[str, str]:
-        """Write one file for each source that has rows left. Return their names."""
-        files = {}
+    def _write_output(self, rows: Iterable[CuratedRow]) -> dict[str, Any]:
+        """Write one file for each source that has rows left. Return their names, and the statistics of their rows."""
+        files, stats = {}, RowStats(self.names, self.config.seed)
+        for name, ending in itertools.product(self.names, WRITERS):
+            (self.out / f"{name}{ending}").unlink(missing_ok=True)  # of an earlier attempt with other steps
         for index, source_rows in itertools.groupby(rows, key=lambda row: row.source):
             path = self.out / f"{self.names[index]}.{self.config.format}"
             with atomic_write(path) as partial:
                 WRITERS[path.suffix](partial, self._select_output(source_rows, stats))
             files[self.names[index]] = path.name
-        return files
+        return {"files": files, "output": stats.to_json()}
 
     def _select_output(self, rows: Iterable[CuratedRow], stats: RowStats) -> Iterator[dict[str, Any]]:
         """Yield the fields that are written."""

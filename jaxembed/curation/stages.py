@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +18,7 @@ from jaxembed.config.curation import (
     BalanceStepConfig,
     CleanStepConfig,
     CurateConfig,
+    DecontaminateStepConfig,
     DuplicatesStepConfig,
     FunctionStepConfig,
     LanguageStepConfig,
@@ -28,12 +28,13 @@ from jaxembed.config.curation import (
 from jaxembed.curation.steps.balance import Balance, make_balance_rule
 from jaxembed.curation.steps.cleaning import make_clean_step
 from jaxembed.curation.steps.copies import ExactCopies
+from jaxembed.curation.steps.decontamination import ReadTask, make_decontaminate_step
 from jaxembed.curation.steps.items import AllRowsStep, ItemRule, make_duplicates_rule
 from jaxembed.curation.steps.languages import make_language_step
 from jaxembed.curation.steps.near_copies import NearCopies
 from jaxembed.curation.steps.quality import make_quality_step
-from jaxembed.curation.steps.sides import RowStep, has_side
-from jaxembed.curation.steps.user_function import import_function, make_function_step
+from jaxembed.curation.steps.sides import PreparedStep, has_side
+from jaxembed.curation.steps.user_function import LocateRow, make_function_step
 from jaxembed.errors import UserError
 
 ENGINE_VERSION = 1  # raise it when the same config gives other results
@@ -65,24 +66,28 @@ def split_into_stages(steps: Sequence[AnyStep]) -> list[Stage]:
     return [*stages, Stage(tuple(row_steps), None)]
 
 
-def make_row_step(step: AnyStep, paths: Sequence[str]) -> RowStep:
-    """Return the function of a step that sees one row at a time.
+def prepare_step(step: AnyStep, locate: LocateRow, cache: Path, read_task: ReadTask) -> PreparedStep:
+    """Return a step that sees one row at a time.
 
     Args:
         step: The section of the step.
-        paths: Path of each source, for errors.
+        locate: Returns where a row is stored, for errors.
+        cache: Folder for the row indexes of evaluation sets.
+        read_task: Returns the parts of an MTEB task.
 
     Raises:
         UserError: Something that the step needs is missing.
     """
     if isinstance(step, CleanStepConfig):
-        return make_clean_step(step)
+        return PreparedStep(make_clean_step(step))
     if isinstance(step, QualityStepConfig):
-        return make_quality_step(step)
+        return PreparedStep(make_quality_step(step))
     if isinstance(step, LanguageStepConfig):
-        return make_language_step(step)
+        return PreparedStep(make_language_step(step))
+    if isinstance(step, DecontaminateStepConfig):
+        return make_decontaminate_step(step, cache, read_task)
     assert isinstance(step, FunctionStepConfig)
-    return make_function_step(step, paths)
+    return make_function_step(step, locate)
 
 
 def make_all_rows_step(step: AnyStep, folder: Path, max_rows: int, config: CurateConfig) -> AllRowsStep:
@@ -126,19 +131,23 @@ def check_sides(config: CurateConfig, formats: Sequence[str]) -> None:
                 raise UserError(f"steps.{i} ({step.name}): no source has {side} (the rows are {found}). Remove the side.")
 
 
-def compute_stage_digests(config: CurateConfig, stages: Sequence[Stage], inputs: str) -> list[str]:
-    """Return a hash for each stage of all that decides about its result: inputs, seed, and all steps so far with their code.
+def compute_stage_digests(
+    config: CurateConfig, stages: Sequence[Stage], inputs: str, row_steps: Mapping[int, PreparedStep]
+) -> list[str]:
+    """Return a hash for each stage of all that decides about its result: inputs, seed, and all steps so far.
 
     Args:
         config: The whole config.
         stages: Its stages.
         inputs: Hash of the sources.
+        row_steps: The steps that see one row at a time, by index.
     """
     digest = hashlib.sha256(json.dumps([ENGINE_VERSION, inputs, config.seed, _list_versions()]).encode())
     digests = []
     for stage in stages:
         for i in (*stage.row_steps, *([] if stage.all_rows_step is None else [stage.all_rows_step])):
-            digest.update(config.steps[i].model_dump_json().encode() + _read_function_code(config.steps[i]))
+            digest.update(config.steps[i].model_dump_json().encode())
+            digest.update(row_steps[i].digest.encode() if i in row_steps else b"")
         if stage.all_rows_step is None:
             digest.update(config.model_dump_json(include={"format", "metadata"}).encode())
         digests.append(digest.hexdigest())
@@ -154,13 +163,3 @@ def _list_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
-
-
-def _read_function_code(step: AnyStep) -> bytes:
-    """Return the source code of the module of a user's function, if it has some."""
-    if not isinstance(step, FunctionStepConfig):
-        return b""
-    try:
-        return inspect.getsource(inspect.getmodule(import_function(step.function)) or import_function).encode()
-    except (OSError, TypeError):
-        return b""

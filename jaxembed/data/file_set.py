@@ -34,6 +34,16 @@ class FileSet:
 
     def read(self, address: int) -> Any:
         """Return the content of the row at an address."""
+        part, part_address = self._find_part(address)
+        return part.read(part_address)
+
+    def locate(self, address: int) -> str:
+        """Return where the row at an address is stored, for errors: file and line if the files have lines."""
+        part, part_address = self._find_part(address)
+        return str(part.locate(part_address)) if hasattr(part, "locate") else f"{part.name}: row {part_address + 1}"
+
+    def _find_part(self, address: int) -> tuple[Any, int]:
+        """Return the file of a row, and the address of the row there."""
         index = bisect_right(self._ends, address)
         part = self._parts[index]
-        return part.read(address - self._ends[index] + part.address_limit)
+        return part, address - self._ends[index] + part.address_limit

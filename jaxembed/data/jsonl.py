@@ -54,6 +54,13 @@ class LineFile(abc.ABC):
         """Return the content of the row at an address."""
         return self._read_row(self._iter_lines(address))
 
+    def locate(self, address: int) -> str:
+        """Return name:line of the row at an address, for errors."""
+        with self._path.open("rb") as file:
+            parts = iter(lambda: file.read(min(MAX_READ_BYTES, address - file.tell())), b"")
+            line = 1 + sum(part.count(b"\n") for part in parts)
+        return f"{self.name}:{line}"
+
     def _read_row(self, lines: Iterable[bytes]) -> Any:
         """Return the content of the first row of some lines.
 

@@ -101,6 +101,11 @@ class IndexedRows:
     def __len__(self) -> int:
         return len(self._addresses)
 
+    def locate(self, index: int) -> str:
+        """Return where a row is stored, for errors: file and line, or the container and the number of the row."""
+        locate: Callable[[int], str] | None = getattr(self.container, "locate", None)
+        return locate(int(self._addresses[index])) if locate else f"{self.container.name} (row {index + 1})"
+
     def __getitem__(self, index: int) -> Row:
         address = int(self._addresses[index])
         row = build_row(self.container.read(address), f"{self.container.name} (row {index + 1})", self.columns)

@@ -78,6 +78,10 @@ class TableFile(abc.ABC):
         except self._read_errors as error:
             raise self._damage_error(address, error) from None
 
+    def locate(self, address: int) -> str:
+        """Return file and row number of the row at an address, for errors."""
+        return f"{self.name}: row {address + 1}"
+
     def _decode_group(self, group: int) -> Any:
         """Return a decoded group, and drop the least recently used ones beyond `MAX_DECODED_BYTES`."""
         decoded = self._decoded_groups

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxembed.errors import UserError, summarize
 from jaxembed.evaluation.bootstrap import ScoredItems, score_average_precision, score_mean, score_spearman
 from jaxembed.evaluation.comparison import ItemScores
 from jaxembed.evaluation.labels import score_v_measure
@@ -48,12 +49,25 @@ def score_task_items(task: MtebTask, encoder: TaskEncoder) -> ItemScores:
     return ItemScores(summary, parts, missing)
 
 
+def explain_failed_download(task: Any, error: ConnectionError) -> UserError:
+    """Return the error for a task whose data cannot be downloaded."""
+    name, reason = task.metadata.name, summarize(error)
+    return UserError(f"{name}: cannot download its data ({reason}). Connect to the network, or download it beforehand.")
+
+
 @contextlib.contextmanager
 def load_data(task: Any) -> Iterator[None]:
-    """Have the data of an mteb task loaded within the block. Data that was loaded before stays."""
+    """Have the data of an mteb task loaded within the block. Data that was loaded before stays.
+
+    Raises:
+        UserError: The data cannot be downloaded.
+    """
     was_loaded = task.data_loaded
     if not was_loaded:
-        task.load_data()
+        try:
+            task.load_data()
+        except ConnectionError as error:
+            raise explain_failed_download(task, error) from None
     try:
         yield
     finally:

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxembed.errors import UserError, summarize
+from jaxembed.errors import UserError
 from jaxembed.evaluation.comparison import ItemScores
 from jaxembed.evaluation.mteb_catalog import find_tasks, import_mteb
 from jaxembed.evaluation.mteb_encoder import MtebEncoder, choose_prompts
-from jaxembed.evaluation.mteb_items import score_task_items
+from jaxembed.evaluation.mteb_items import explain_failed_download, score_task_items
 from jaxembed.evaluation.mteb_results import summarize_task
 from jaxembed.evaluation.mteb_texts import list_task_texts
 from jaxembed.evaluation.task_encoder import TaskEncoder
@@ -95,10 +95,7 @@ class MtebTask:
             if None in results:
                 results = self._evaluate(encoders)
         except ConnectionError as error:
-            raise UserError(
-                f"{self.name}: cannot download its data ({summarize(error)}). Connect to the network, or download it "
-                "beforehand."
-            ) from None
+            raise explain_failed_download(self.task, error) from None
         metadata = self.task.metadata
         named = {"metric": str(metadata.main_score), "type": self.type}
         summaries = [summarize_task(result, choose_prompts(encoder, metadata).instruction) | named for result in results]

@@ -1,6 +1,8 @@
 """BM25, the lexical baseline for trained embedders."""
 
 import logging
+import math
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,6 +13,7 @@ from jaxembed.search.terms import make_term_splitter
 # A baseline should be hard to beat, so every choice here and in `make_term_splitter` is the best of those tried on
 # docstring -> function retrieval, scored on the same texts: no stop words +0.055 nDCG@10, no endings +0.02, b = 0.9 +0.005.
 K1, B = 1.2, 0.9
+NUM_CANDIDATES = 20  # documents with the best scores whose similarity is computed
 
 
 def rank_documents(corpus: Sequence[str], queries: Sequence[str], k: int) -> np.ndarray:
@@ -34,6 +37,56 @@ def rank_documents(corpus: Sequence[str], queries: Sequence[str], k: int) -> np.
     query_terms = [list_terms(query) for query in queries]
     best, _ = index.retrieve(query_terms, k=min(k, len(corpus)), show_progress=False)
     return best.astype(np.int64)
+
+
+class Bm25Similarity:
+    """Similarity of texts to the documents of a corpus, from 0 to 1, by the weights that BM25 gives to their terms.
+
+    BM25 alone is not symmetric: a long text that contains all words of a short document scores as high as the document itself.
+    So the score of each of the two for the terms that both have is divided by its score for all its own terms, and the lower
+    quotient counts. It is 1 for texts with equal terms. Needs bm25s and regex.
+    """
+
+    def __init__(self, corpus: Sequence[str]):
+        """Index the documents. Raise `UserError` if bm25s is not installed."""
+        check_bm25_installed()
+        import bm25s
+
+        logging.getLogger("bm25s").setLevel(logging.WARNING)
+        self._list_terms = make_term_splitter()
+        self._counts = [Counter(self._list_terms(text)) for text in corpus]
+        self._frequencies = Counter(term for counts in self._counts for term in counts)
+        self._mean_length = max(sum(map(Counter.total, self._counts)) / max(len(corpus), 1), 1.0)
+        self._index = bm25s.BM25(method="lucene", k1=K1, b=B)
+        if self._frequencies:
+            self._index.index([list(counts.elements()) for counts in self._counts], show_progress=False)
+
+    def find_most_similar(self, text: str) -> tuple[int, float]:
+        """Return the index of the document that is most similar to a text, and the similarity; (-1, 0.0) without one."""
+        counts = Counter(self._list_terms(text))
+        known = [term for term in counts if term in self._frequencies]
+        if not known:
+            return -1, 0.0
+        scores = self._index.get_scores(known)
+        candidates = np.argsort(-scores, kind="stable")[:NUM_CANDIDATES].tolist()
+        weights = self._weigh(counts)
+        similarities = [(self._compare(weights, self._weigh(self._counts[index])), -index) for index in candidates]
+        similarity, negative_index = max(similarities)
+        return -negative_index, similarity
+
+    def _weigh(self, counts: Counter[str]) -> dict[str, float]:
+        """Return the BM25 score of a document with these terms for each of its terms."""
+        length = 1 - B + B * counts.total() / self._mean_length
+        return {term: self._inverse_frequency(term) * count / (count + K1 * length) for term, count in counts.items()}
+
+    def _inverse_frequency(self, term: str) -> float:
+        frequency = self._frequencies[term]
+        return math.log(1 + (len(self._counts) - frequency + 0.5) / (frequency + 0.5))
+
+    def _compare(self, first: dict[str, float], second: dict[str, float]) -> float:
+        shared = [term for term in first if term in second]
+        totals = [math.fsum(weights.values()) for weights in (first, second)]
+        return min(math.fsum(w[term] for term in shared) / t for w, t in zip((first, second), totals, strict=True) if t)
 
 
 def check_bm25_installed() -> None:

@@ -239,7 +239,7 @@ def test_a_function_that_fails_keeps_finished_stages_and_continues_after_the_rep
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "fragile.py").write_text("def check(row):\n    return 1 / 0\n")
     path = write_config(tmp_path, sources, [*STEPS[:2], {"name": "function", "function": "fragile.check"}])
-    with pytest.raises(UserError, match=r"pairs.jsonl: row 1: fragile.check failed \(ZeroDivisionError: division by zero\)"):
+    with pytest.raises(UserError, match=r"pairs.jsonl:1: fragile.check failed \(ZeroDivisionError: division by zero\)"):
         run(path)
     assert (tmp_path / "out" / ".unfinished" / "0" / "stage.json").exists()
     result = run(path, "steps.2.on_error=keep")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,19 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from helpers.curation import pair, queries_left, run_all_rows_step
 from jaxembed.config.curation import (
-    AnyStep,
     BalanceStepConfig,
     CleanStepConfig,
-    CurateConfig,
     DuplicatesStepConfig,
     FunctionStepConfig,
     LanguageStepConfig,
     QualityStepConfig,
 )
-from jaxembed.curation.stages import make_all_rows_step, make_item_rule
 from jaxembed.curation.steps.cleaning import collapse_whitespace, html_to_text, make_clean_step
-from jaxembed.curation.steps.items import make_item_filter
 from jaxembed.curation.steps.languages import make_language_step
 from jaxembed.curation.steps.near_copies import NUM_HASHES, choose_band_hashes, hash_ngrams
 from jaxembed.curation.steps.quality import make_quality_step
@@ -46,24 +41,6 @@ WORDS = [
 SENTENCES = [f"{a} the {b} have {c} {d} to {a[::-1]}." for a, b, c, d in zip(*[iter(WORDS)] * 4, strict=False)]
 SENTENCES += [f"{a} of {b} with {a[::-1]} {b[::-1]} and {a}ing." for a, b in zip(WORDS[::2], WORDS[1::2], strict=True)]
 GOOD_PAGE = "\n".join(SENTENCES)
-
-
-def pair(query: str, *positives: str, neg: Sequence[str] = (), source: int = 0, **fields: Any) -> CuratedRow:
-    return CuratedRow(source, 1, "pairs", {"query": query, "pos": list(positives), "neg": list(neg), **fields})
-
-
-def run_all_rows_step(config: AnyStep, folder: Path, rows: Sequence[CuratedRow], seed: int = 0) -> list[StepOutcome]:
-    """Let a step see rows in batches of two, then apply what it decided."""
-    folder.mkdir(exist_ok=True)
-    whole = CurateConfig(out="out", memory_mb=16, seed=seed, sources=[{"path": "a.jsonl"}], steps=[config])
-    with closing(make_all_rows_step(config, folder, 100, whole)) as step:
-        for start in range(0, len(rows), 2):
-            step.collect(rows[start : start + 2])
-        return make_item_filter(make_item_rule(config), step.find_dropped())(rows)
-
-
-def queries_left(outcomes: Sequence[StepOutcome]) -> list[str]:
-    return [outcome.row["query"] for outcome in outcomes if outcome.row is not None]
 
 
 # clean
@@ -328,6 +305,10 @@ def test_a_group_field_that_no_row_has_is_refused(tmp_path: Path) -> None:
 # function
 
 
+def locate_row(row: CuratedRow) -> str:
+    return f"a.jsonl:{row.number}"
+
+
 @pytest.fixture
 def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / "my_curation_rules.py").write_text(
@@ -345,7 +326,7 @@ def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_a_function_edits_and_drops_rows(user_module: str) -> None:
-    step = make_function_step(FunctionStepConfig(function=f"{user_module}.edit"), ["pairs.jsonl"])
+    step, _ = make_function_step(FunctionStepConfig(function=f"{user_module}.edit"), locate_row)
     rows = [pair("q", "p"), pair("drop", "p")]
     edited, dropped = step(rows)
     assert edited == StepOutcome({"query": "q", "pos": ["p", "more"], "neg": []}, ("changed",))
@@ -355,13 +336,13 @@ def test_a_function_edits_and_drops_rows(user_module: str) -> None:
 def test_a_function_that_fails_stops_drops_or_keeps(user_module: str) -> None:
     row = CuratedRow(0, 17, "pairs", {"query": "bad", "pos": ["p"]})
     config = FunctionStepConfig(function=f"{user_module}.edit")
-    with pytest.raises(UserError, match=r"^a.jsonl: row 17: my_curation_rules.edit failed \(KeyError: 'no such key'\)"):
-        make_function_step(config, ["a.jsonl"])([row])
+    with pytest.raises(UserError, match=r"^a\.jsonl:17: my_curation_rules.edit failed \(KeyError: 'no such key'\)"):
+        make_function_step(config, locate_row).function([row])
     for on_error, left in (("drop", None), ("keep", row.row)):
-        step = make_function_step(config.replace(on_error=on_error), ["a.jsonl"])
+        step, _ = make_function_step(config.replace(on_error=on_error), locate_row)
         assert step([row]) == [StepOutcome(left, ("failed with KeyError",))]
     with pytest.raises(UserError, match='returned a row that is not valid: "query" is 5'):
-        make_function_step(FunctionStepConfig(function=f"{user_module}.break_row"), ["a.jsonl"])([row])
+        make_function_step(FunctionStepConfig(function=f"{user_module}.break_row"), locate_row).function([row])
 
 
 @pytest.mark.parametrize(
@@ -370,7 +351,7 @@ def test_a_function_that_fails_stops_drops_or_keeps(user_module: str) -> None:
 )
 def test_a_function_that_does_not_exist_is_refused(path: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        make_function_step(FunctionStepConfig(function=path), [])
+        make_function_step(FunctionStepConfig(function=path), locate_row)
 
 
 def test_tokens_are_those_of_a_model(tmp_path: Path) -> None:

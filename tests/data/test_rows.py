@@ -62,6 +62,13 @@ def test_all_file_types_return_the_same_rows(tmp_path: Path, suffix: str) -> Non
     assert open_rows(folder).digest != whole.digest
 
 
+@pytest.mark.parametrize(("suffix", "separator"), [(".jsonl", ":"), (".parquet", ": row "), (".array_record", ": row ")])
+def test_rows_are_located_by_file_and_line_or_row(tmp_path: Path, suffix: str, separator: str) -> None:
+    rows = open_rows(write_shards(tmp_path, PAIRS, suffix))
+    for index, (shard, number) in {0: (0, 1), 8: (0, 9), 9: (1, 1), 24: (2, 7)}.items():
+        assert rows.locate(index) == f"{tmp_path}/train-0000{shard}-of-00003{suffix}{separator}{number}"
+
+
 def test_a_plain_text_is_its_own_positive(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("\ufeffeins\r\n\r\n zwei \n\x0c\u3000\n数学".encode())
     write_jsonl(tmp_path / "b.jsonl", [{"text": "eins"}, {"text": " zwei "}, {"text": "数学"}])

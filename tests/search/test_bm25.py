@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from jaxembed.errors import UserError
-from jaxembed.search.bm25 import rank_documents
+from jaxembed.search.bm25 import Bm25Similarity, rank_documents
 
 CORPUS = ["", "def read_file(path): ...", "def writeJSON(value): ...", "class HTTPServer: ..."]
 
@@ -37,3 +37,15 @@ def test_missing_library_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "bm25s", None)
     with pytest.raises(UserError, match=r"pip install '\.\[eval\]'"):
         rank_documents(CORPUS, ["file"], 1)
+
+
+def test_similarity_is_symmetric_and_1_for_equal_terms() -> None:
+    corpus = ["the red planet mars", "a long report about mars and many other planets of the sun, written in 1990", "violin"]
+    similarity = Bm25Similarity(corpus)
+    assert similarity.find_most_similar("Mars, the RED planets!") == (0, pytest.approx(1.0))
+    index, score = similarity.find_most_similar("mars")  # all its terms are in both documents
+    assert index == 0 and 0.1 < score < 0.6
+    longer = similarity.find_most_similar(f"{corpus[0]} and a great deal of text about gardens, rivers, budgets and engines")
+    assert longer[0] == 0 and longer[1] < 0.6
+    assert similarity.find_most_similar("nothing known") == (-1, 0.0)
+    assert Bm25Similarity(["the of"]).find_most_similar("the of") == (-1, 0.0)

@@ -8,14 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from jaxembed.config.curation import BalanceStepConfig
-from jaxembed.curation.steps.items import Item, ItemRule
+from jaxembed.curation.steps.items import ItemRule
 from jaxembed.curation.steps.record_files import RecordFiles
 from jaxembed.curation.steps.sides import CuratedRow, hash_row
 from jaxembed.data.equality import hash_exact_text
 from jaxembed.data.schema import list_fields
 from jaxembed.errors import UserError
 
-ROW_ITEM = Item("", 0, 0)  # stands for the row
 DRAW_RECORD = np.dtype([("key", "<u8"), ("group", "<u8"), ("item", "<u8")])
 
 
@@ -74,4 +73,4 @@ class Balance:
 
 def make_balance_rule(config: BalanceStepConfig) -> ItemRule:
     """Return the rule of a step `balance`: the only item of a row is the row itself."""
-    return ItemRule(lambda row: (ROW_ITEM,), f"not drawn by {config.by}", drops_texts=False)
+    return ItemRule(lambda row: 1, f"not drawn by {config.by}", drops_texts=False)

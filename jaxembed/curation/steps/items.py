@@ -46,12 +46,12 @@ class ItemRule(NamedTuple):
     """What the items of a row are.
 
     Attributes:
-        list_items: Returns the items of a row.
+        count_items: Returns the number of items of a row.
         reason: Why an item is dropped.
         drops_texts: Whether an item of a pair is one of its positives, not the whole row.
     """
 
-    list_items: Callable[[CuratedRow], Sequence[Item]]
+    count_items: Callable[[CuratedRow], int]
     reason: str
     drops_texts: bool
 
@@ -65,6 +65,14 @@ def list_items(curated: CuratedRow, config: DuplicatesStepConfig) -> list[Item]:
         return [Item(query, compute_rank(curated, length, config.keep), content)]
     texts = [positive if config.of == "positives" else f"{query}\n{positive}" for positive in positives]
     return [Item(text, compute_rank(curated, len(text), config.keep), content) for text in texts]
+
+
+def count_items(curated: CuratedRow, config: DuplicatesStepConfig) -> int:
+    """Return the number of items that `list_items` returns."""
+    if config.of == "queries":
+        return 1
+    num_positives = len(get_texts(curated, "positives"))
+    return max(num_positives, 1) if config.of == "pairs" else num_positives
 
 
 def compute_rank(curated: CuratedRow, length: int, rules: Sequence[KeepRule]) -> int:
@@ -84,7 +92,7 @@ def make_duplicates_rule(config: DuplicatesStepConfig) -> ItemRule:
     """Return the rule of a step `duplicates`."""
     kind = "copy" if config.match == "exact" else "near copy"
     reason = f"{kind} of another of the {config.of}"
-    return ItemRule(lambda row: list_items(row, config), reason, config.of != "queries")
+    return ItemRule(lambda row: count_items(row, config), reason, config.of != "queries")
 
 
 def make_item_filter(rule: ItemRule, dropped: np.ndarray) -> RowStep:
@@ -97,7 +105,7 @@ def make_item_filter(rule: ItemRule, dropped: np.ndarray) -> RowStep:
     numbers: Iterator[int] = iter(range(len(dropped)))
 
     def drop(curated: CuratedRow) -> StepOutcome:
-        problems = [rule.reason if dropped[next(numbers)] else None for _ in rule.list_items(curated)]
+        problems = [rule.reason if dropped[next(numbers)] else None for _ in range(rule.count_items(curated))]
         if not any(problems):
             return StepOutcome(curated.row)
         if rule.drops_texts and curated.format == "pairs":

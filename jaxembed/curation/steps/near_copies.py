@@ -153,7 +153,7 @@ def hash_ngrams(text: str) -> np.ndarray:
     chars = np.frombuffer(normalized.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
     hashes = np.zeros(max(len(chars) - size + 1, 1), np.uint64)
     for offset in range(min(size, len(chars))):
-        hashes = mix(hashes) ^ chars[offset : offset + len(hashes)]
+        hashes = (hashes * MIX) ^ chars[offset : offset + len(hashes)]
     return mix(hashes)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jaxembed.config.curation import ALL_SIDES, Side
 from jaxembed.data.equality import hash_exact_text
@@ -19,6 +19,8 @@ SINGLE_FIELDS: dict[str, dict[Side, str]] = {
 }
 LIST_FIELDS_BY_SIDE: dict[Side, str] = {"positives": "pos", "negatives": "neg"}
 EMPTY = "empty"
+ROW_ENCODER = json.JSONEncoder(ensure_ascii=False, default=str)
+SORTED_ROW_ENCODER = json.JSONEncoder(ensure_ascii=False, default=str, sort_keys=True)
 
 
 class CuratedRow(NamedTuple):
@@ -45,6 +47,15 @@ class StepOutcome(NamedTuple):
 
 
 RowStep = Callable[[Sequence[CuratedRow]], list[StepOutcome]]
+
+
+class PreparedStep(NamedTuple):
+    """The function of a step that sees one row at a time, and a hash of what it depends on besides its config."""
+
+    function: RowStep
+    digest: str = ""
+
+
 Problems = Mapping[Side, Sequence[str | None]]  # for each text of a side, why it is dropped, or None
 
 
@@ -111,10 +122,9 @@ def edit_texts(curated: CuratedRow, sides: Sequence[Side], edit: Callable[[str],
 
 def write_row(row: Row) -> str:
     """Return a row as one line of JSON. Values of other types, such as dates, become texts."""
-    return json.dumps(row, ensure_ascii=False, default=str)
+    return ROW_ENCODER.encode(row)
 
 
 def hash_row(row: Row, seed: int = 0) -> int:
     """Return a 64-bit hash of the content of a row and a seed, whatever the order of the fields."""
-    content: Any = json.dumps(row, sort_keys=True, default=str)
-    return int(hash_exact_text(f"{seed} {content}").view("<u8")[0])
+    return int(hash_exact_text(f"{seed} {SORTED_ROW_ENCODER.encode(row)}").view("<u8")[0])

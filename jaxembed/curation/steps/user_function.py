@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import importlib
+import inspect
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxembed.config.curation import FunctionStepConfig
-from jaxembed.curation.steps.sides import CuratedRow, RowStep, StepOutcome, write_row
+from jaxembed.curation.steps.sides import CuratedRow, PreparedStep, StepOutcome, write_row
 from jaxembed.data.schema import Row
 from jaxembed.data.sources import ROW_SCHEMAS
 from jaxembed.errors import UserError, summarize
 
+LocateRow = Callable[[CuratedRow], str]
 UserFunction = Callable[[dict[str, Any]], Any]
 
 
-def make_function_step(config: FunctionStepConfig, paths: Sequence[str]) -> RowStep:
+def make_function_step(config: FunctionStepConfig, locate: LocateRow) -> PreparedStep:
     """Return the step.
 
     Args:
         config: The section of the step.
-        paths: Path of each source, for errors.
+        locate: Returns where a row is stored, for errors.
 
     Raises:
         UserError: The function cannot be imported. The step itself raises it where the function fails and `on_error` is stop.
@@ -42,13 +45,21 @@ def make_function_step(config: FunctionStepConfig, paths: Sequence[str]) -> RowS
             problem = f"{type(error).__name__}: {summarize(error)}"
             if config.on_error == "stop":
                 raise UserError(
-                    f"{paths[curated.source]}: row {curated.number}: {config.function} failed ({problem}). Correct it and run "
+                    f"{locate(curated)}: {config.function} failed ({problem}). Correct it and run "
                     "the same command, or set on_error of the step to drop or keep."
                 ) from None
             return StepOutcome(curated.row if config.on_error == "keep" else None, (f"failed with {type(error).__name__}",))
         return StepOutcome(checked, ("changed",) if checked != curated.row else ())
 
-    return apply
+    return PreparedStep(apply, hash_code(function))
+
+
+def hash_code(function: UserFunction) -> str:
+    """Return a hash of the source code of a function's module, or nothing if it has none."""
+    try:
+        return hashlib.sha256(inspect.getsource(inspect.getmodule(function) or hash_code).encode()).hexdigest()
+    except (OSError, TypeError):
+        return ""
 
 
 def import_function(path: str) -> UserFunction:
