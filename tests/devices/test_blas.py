@@ -79,7 +79,7 @@ UNFINISHED_PROGRAM = """
 import jax, jax.numpy as jnp
 from jaxembed.devices import blas
 x = jnp.ones((512, 512))
-jax.jit(lambda x: jax.lax.fori_loop(0, 300, lambda i, y: jnp.tanh(blas.matmul(y, x)), x))(x)
+jax.jit(lambda x: jax.lax.fori_loop(0, 100, lambda i, y: jnp.tanh(blas.matmul(y, x)), x))(x)
 print("main thread is done")
 """
 

@@ -15,6 +15,7 @@ import optax
 import pytest
 from jax.sharding import Mesh, Sharding
 
+from helpers import training_batches
 from helpers.loading import load_model
 from helpers.training_batches import BATCH_SIZE, SPEC, build_host_batches
 from jaxembed.config import InfoNCEConfig, OptimConfig
@@ -61,8 +62,11 @@ def train_steps(
     return state, np.array([values["loss"] for values in metrics]), metrics
 
 
-def test_eight_devices_train_like_one_for_fifty_steps(base_folder: Folder, source: Source) -> None:
+def test_eight_devices_train_like_one_for_fifty_steps(
+    base_folder: Folder, source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Compute in float64, so that the runs do not diverge by rounding errors."""
+    monkeypatch.setattr(training_batches, "BATCH_SIZE", 8)  # most of the time is that of steps
     with jax.enable_x64(True):
         curves = []
         for shape in ((1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 8, 1)):
