@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Measure how closely our decoder matches transformers on a real checkpoint and real texts, in float32.
+"""Measure how closely our transformer matches transformers on a real checkpoint and real texts, in float32.
 
     python benchmarks/parity.py BASE TEXTS.jsonl [--field text] [--count 64]
 
-BASE is a decoder folder, TEXTS.jsonl has texts in the field --field. The script cuts --count texts of 5 to 400 tokens from
-them. jaxembed encodes them packed, transformers one by one: with causal attention and last-token pooling, and with
-bidirectional attention and mean pooling. Prints a Markdown table (least cosine, largest absolute difference of
+BASE is a model folder, TEXTS.jsonl has texts in the field --field. The script cuts --count texts of 5 to 400 tokens from
+them. jaxembed encodes them packed, transformers one by one: with causal attention and last-token pooling (decoders alone), and
+with bidirectional attention and mean pooling. Prints a Markdown table (least cosine, largest absolute difference of
 any vector element) and, on the last line, one JSON object. Exits with code 1 if a cosine is below 0.99999.
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 import torch
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel
 
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.devices.mesh import make_mesh
@@ -28,6 +28,7 @@ from jaxembed.hub.embedder import Embedder, load_embedder
 from jaxembed.hub.resolve import find_base
 from jaxembed.model.decoder import ComputeOptions
 from jaxembed.model.embedder import EmbeddingModel
+from jaxembed.model.families import FAMILIES, Family
 
 MIN_COSINE = 0.99999
 
@@ -39,7 +40,7 @@ def pick_texts(path: Path, field: str, count: int, tokenizer: Any) -> list[str]:
     texts, position = [], 0
     for target in np.linspace(5, 400, count).astype(int):
         ids = tokenizer(" ".join(words[position : position + target]))["input_ids"][:target]
-        texts.append(tokenizer.decode(ids))
+        texts.append(tokenizer.decode(ids, skip_special_tokens=True))
         position = (position + target) % (len(words) - 400)
     return texts
 
@@ -55,9 +56,20 @@ def encode_with_transformers(model: torch.nn.Module, embedder: Embedder, texts: 
     return np.stack(vectors)
 
 
+def load_reference(folder: str, family: Family, spec: EmbeddingSpec) -> torch.nn.Module:
+    """Load the model in transformers with the mask of `spec`."""
+    config, is_causal = AutoConfig.from_pretrained(folder), spec.attention == "causal"
+    if family.mask_field == "use_bidirectional_attention":  # the constructor reads it
+        config = type(config).from_dict(config.to_dict() | {"use_bidirectional_attention": not is_causal})
+    elif not family.is_encoder:
+        config.is_causal = is_causal
+    model: torch.nn.Module = AutoModel.from_pretrained(folder, config=config, dtype=torch.float32, attn_implementation="eager")
+    return model.eval()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("base", metavar="BASE", help="decoder folder")
+    parser.add_argument("base", metavar="BASE", help="model folder")
     parser.add_argument("texts", metavar="TEXTS.jsonl", type=Path, help="JSONL file of texts")
     parser.add_argument("--field", default="text", help="field of the text (default: %(default)s)")
     parser.add_argument("--count", type=int, default=64, help="number of texts (default: %(default)s)")
@@ -71,10 +83,11 @@ def main() -> None:
     print(f"{len(texts)} texts of {min(lengths)} to {max(lengths)} tokens, {sum(lengths)} in all")
     least_cosine = 1.0
     print("| mask | pooling | least cosine | largest difference |\n|---|---|---|---|")
-    specs = EmbeddingSpec(attention="causal", pooling="last"), EmbeddingSpec(attention="bidirectional", pooling="mean")
+    family = FAMILIES[base.decoder.family]
+    causal, bidirectional = EmbeddingSpec(attention="causal", pooling="last"), EmbeddingSpec(pooling="mean")
+    specs = [bidirectional] if family.is_encoder else [causal, bidirectional]
     for spec in specs:
-        reference = AutoModel.from_pretrained(args.base, dtype=torch.float32, attn_implementation="eager")
-        reference.config.is_causal = spec.attention == "causal"
+        reference = load_reference(args.base, family, spec)
         model = EmbeddingModel(base.decoder, spec)
         ours = Embedder(model, embedder.params, embedder.tokenizer, embedder.mesh, base.hf_config)
         expected = encode_with_transformers(reference, ours, texts)
