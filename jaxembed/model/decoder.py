@@ -148,6 +148,21 @@ def build_rope_tables(config: DecoderConfig, positions: jax.Array, dtype: Any) -
     return tuple(tables)
 
 
+def find_position_rows(texts: PackedTexts, offset: int) -> jax.Array:
+    """Return each token's row in the table of learned positions, [R, T].
+
+    With an offset, as in RoBERTa, the row before the first position is that of the padding token. A padding token that is
+    written in a text has this row, and the tokens after it are not counted on.
+    """
+    if not offset:
+        return jnp.asarray(texts.positions)
+    is_padding = texts.tokens == offset - 1
+    padding_before = jnp.cumsum(is_padding, axis=1) - is_padding
+    starts = jnp.arange(texts.tokens.shape[1]) - texts.positions
+    padding_in_text = padding_before - jnp.take_along_axis(padding_before, starts, axis=1)
+    return jnp.where(is_padding, offset - 1, texts.positions - padding_in_text + offset)
+
+
 class Embedding(nn.Module):
     """Looks up the vectors of tokens; adds learned positions and a token type, and norms the sum, where the config says so."""
 
@@ -171,7 +186,7 @@ class Embedding(nn.Module):
             x = x + make_table("token_types", c.token_types)[0].astype(self.dtype)
         if c.position_kind == "learned":
             table = make_table("positions", c.max_positions + c.position_offset)
-            x = x + embedding_lookup(table, texts.positions.reshape(-1) + c.position_offset, self.dtype)
+            x = x + embedding_lookup(table, find_position_rows(texts, c.position_offset).reshape(-1), self.dtype)
         return make_norm(c.norm, c.norm_epsilon, self.dtype, "embedding_norm")(x) if c.embedding_norm else x
 
 

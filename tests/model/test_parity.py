@@ -92,6 +92,22 @@ def test_layers_and_vectors_agree_with_transformers(base_folder: Folder, family:
         assert max_error((ours, pool(reference[-1], pooling)) for ours, reference in zip(out, expected, strict=True)) < 1e-5
 
 
+def test_a_padding_token_in_a_text_has_no_position_in_xlm_roberta(base_folder: Folder) -> None:
+    texts = draw_test_texts()
+    for text in texts[1:4]:
+        text[[2, 5, 6]] = 2
+    torch_model, model_and_params = (
+        tiny.build_torch_model("xlm-roberta"),
+        load_model(base_folder("xlm-roberta"), EmbeddingSpec()),
+    )
+    vectors = encode_packed(*model_and_params, *pack_texts(texts, ROW_LENGTH))
+    for text, vector in zip(texts, vectors, strict=True):
+        ids = torch.tensor(text[None].astype(np.int64))
+        with torch.no_grad():
+            want = torch_model(ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0].numpy()
+        assert np.abs(vector - pool(want, "mean")).max() < 1e-5
+
+
 def test_a_wrong_mask_or_window_changes_the_vectors(base_folder: Folder) -> None:
     causal, params = load_model(base_folder("mistral-window"), EmbeddingSpec(attention="causal"))
     bidirectional = causal.clone(spec=EmbeddingSpec(attention="bidirectional"))
