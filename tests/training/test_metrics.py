@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 from numpy import float32, nan
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.record_writer import masked_crc32c
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
 from helpers.commands import ENV
 from jaxembed.training.metrics import Recorder, read_metrics
