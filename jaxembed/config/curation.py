@@ -135,6 +135,27 @@ class DuplicatesStepConfig(StepConfig):
     )
 
 
+class NegativesStepConfig(StepConfig):
+    """Drop false and superfluous negatives of pairs."""
+
+    name: Literal["negatives"] = "negatives"
+    answer_field: str = Field(
+        "",
+        description="Field of a row with the answer, or a list of answers. A negative that contains one is dropped. "
+        "Default: no field.",
+    )
+    max_negatives: Positive | None = Field(None, description="Maximum negatives of a row: the first ones. Default: no limit.")
+    min_negatives: int = Field(0, ge=0, description="Minimum negatives of a row. Rows with fewer are dropped.")
+
+    @model_validator(mode="after")
+    def _check_numbers(self) -> NegativesStepConfig:
+        if self.max_negatives is not None and self.max_negatives < self.min_negatives:
+            raise ValueError(
+                f"max_negatives is {self.max_negatives}, less than min_negatives, {self.min_negatives}. Swap them."
+            )
+        return self
+
+
 class DecontaminateStepConfig(StepConfig):
     """Drop texts that occur in evaluation sets."""
 
@@ -190,7 +211,10 @@ class BalanceStepConfig(StepConfig):
     """Limit the rows of each source, label, or value of a field. Rows are drawn by the seed and their content."""
 
     name: Literal["balance"] = "balance"
-    by: NonEmpty = Field("source", description="What rows are grouped by: source, label, or another field of the rows.")
+    by: NonEmpty = Field(
+        "source",
+        description="What rows are grouped by: source, label, or another field of the rows. Rows without it are a group.",
+    )
     max_rows: Positive | None = Field(None, description="Maximum rows of a group. Default: no limit.")
     share: Share = Field(1.0, description="Share of the rows that is drawn, before max_rows.")
 
@@ -206,6 +230,7 @@ AnyStep = Annotated[
     | QualityStepConfig
     | LanguageStepConfig
     | DuplicatesStepConfig
+    | NegativesStepConfig
     | DecontaminateStepConfig
     | FunctionStepConfig
     | BalanceStepConfig,

@@ -22,6 +22,7 @@ from jaxembed.config.curation import (
     DuplicatesStepConfig,
     FunctionStepConfig,
     LanguageStepConfig,
+    NegativesStepConfig,
     QualityStepConfig,
     Side,
 )
@@ -32,6 +33,7 @@ from jaxembed.curation.steps.decontamination import ReadTask, make_decontaminate
 from jaxembed.curation.steps.items import AllRowsStep, ItemRule, make_duplicates_rule
 from jaxembed.curation.steps.languages import make_language_step
 from jaxembed.curation.steps.near_copies import NearCopies
+from jaxembed.curation.steps.negatives import make_negatives_step
 from jaxembed.curation.steps.quality import make_quality_step
 from jaxembed.curation.steps.sides import PreparedStep, has_side
 from jaxembed.curation.steps.user_function import LocateRow, make_function_step
@@ -84,6 +86,8 @@ def prepare_step(step: AnyStep, locate: LocateRow, cache: Path, read_task: ReadT
         return PreparedStep(make_quality_step(step))
     if isinstance(step, LanguageStepConfig):
         return PreparedStep(make_language_step(step))
+    if isinstance(step, NegativesStepConfig):
+        return PreparedStep(make_negatives_step(step))
     if isinstance(step, DecontaminateStepConfig):
         return make_decontaminate_step(step, cache, read_task)
     assert isinstance(step, FunctionStepConfig)
@@ -122,6 +126,8 @@ def check_sides(config: CurateConfig, formats: Sequence[str]) -> None:
         formats: Format of the rows of each source.
     """
     for i, step in enumerate(config.steps):
+        if isinstance(step, NegativesStepConfig) and "pairs" not in formats:
+            raise UserError(f"steps.{i} (negatives): no source has pairs. Remove the step.")
         sides: Sequence[Side] = getattr(step, "sides", ()) if "sides" in step.model_fields_set else ()
         if isinstance(step, DuplicatesStepConfig) and step.of == "positives":
             sides = ("positives",)

@@ -207,6 +207,8 @@ def test_a_side_that_no_source_has_is_refused(tmp_path: Path) -> None:
     path = write_config(tmp_path, [{"path": str(tmp_path / "a.jsonl")}], [{"name": "clean", "sides": ["positives"]}])
     with pytest.raises(UserError, match=r"steps.0 \(clean\): no source has positives \(the rows are labels\)"):
         run(path)
+    with pytest.raises(UserError, match=r"steps.0 \(negatives\): no source has pairs"):
+        run(path, "steps=[{name: negatives}]")
 
 
 def test_an_output_of_others_is_refused(tmp_path: Path, sources: list[dict[str, Any]]) -> None:

@@ -17,11 +17,13 @@ from jaxembed.config.curation import (
     DuplicatesStepConfig,
     FunctionStepConfig,
     LanguageStepConfig,
+    NegativesStepConfig,
     QualityStepConfig,
 )
 from jaxembed.curation.steps.cleaning import collapse_whitespace, html_to_text, make_clean_step
 from jaxembed.curation.steps.languages import make_language_step
 from jaxembed.curation.steps.near_copies import NUM_HASHES, choose_band_hashes, hash_ngrams
+from jaxembed.curation.steps.negatives import make_negatives_step
 from jaxembed.curation.steps.quality import make_quality_step
 from jaxembed.curation.steps.ratio_rules import (
     find_c4_problem,
@@ -363,3 +365,24 @@ def test_tokens_are_those_of_a_model(tmp_path: Path) -> None:
     assert [outcome.reasons for outcome in outcomes] == [
         (), ("query: shorter than min_tokens",), ("positives: longer than max_tokens",)
     ]  # fmt: skip
+
+
+# negatives
+
+
+def test_false_and_superfluous_negatives_are_dropped() -> None:
+    step = make_negatives_step(NegativesStepConfig(answer_field="answer", max_negatives=2, min_negatives=1))
+    rows = [
+        pair("Q?", "The fox", neg=["the  FOX", "a", "q?", "A ", "b", "c"], neg_scores=[1, 2, 3, 4, 5, 6], pos_scores=[9]),
+        pair("Q?", "p", neg=["It was 1984.", "in 19845", "see A. B. Smith", "abc"], answer=[1984, "a b smith"]),
+        pair("Q?", "p", neg=["p"]),
+        pair("Q?", "p"),
+        CuratedRow(0, 1, "text", {"text": "t"}),
+    ]
+    outcomes = step(rows)
+    assert outcomes[0].row == rows[0].row | {"neg": ["a", "b"], "neg_scores": [2, 5]}
+    assert len(outcomes[0].reasons) == 4 and outcomes[0].reasons[-1] == "negatives: beyond max_negatives"
+    assert outcomes[1].row is not None and outcomes[1].row["neg"] == ["in 19845", "abc"]
+    assert outcomes[1].reasons == ("negatives: contains the answer",) * 2
+    assert outcomes[2:4] == [StepOutcome(None, ("negatives: fewer than min_negatives",))] * 2
+    assert outcomes[4] == StepOutcome({"text": "t"})
