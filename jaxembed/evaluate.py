@@ -21,6 +21,7 @@ from jaxembed.devices import processes
 from jaxembed.errors import UserError
 from jaxembed.evaluation import air_bench, mteb_submission, mteb_tasks, own_data
 from jaxembed.evaluation.comparison import COMPARISON_FILE, ItemScores, compare_tasks
+from jaxembed.evaluation.instruction_variants import VariantTask, add_variants
 from jaxembed.evaluation.leaks import check_leaks
 from jaxembed.evaluation.score_table import build_tables
 from jaxembed.evaluation.shared_encoding import serve_encoding, share_encoding
@@ -59,7 +60,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Score a model, as one of the processes of a group. Process 0 runs the tasks; the others encode with it."""
     table = read_instruction_table(args.instructions) if args.instructions else None
     if args.compare:
-        check_exists(args.compare, args.backend)
+        check_other(args.compare, args)
     out = Path(args.out) if args.out else None
     result: dict[str, Any] = {}
     tasks: list[EvaluationTask] = []
@@ -109,7 +110,7 @@ def score_model(
     out = Path(args.out) if args.out and is_main else None
     if table:
         encoder.use_instructions(table, args.instructions)
-    encoder.cache = make_cache(encoder, out, args.vector_memory)
+    encoder.cache = make_cache(encoder, out, args)
     encoder.encode_with_prompt, finish = share_encoding(encoder.encode_with_prompt)
     scores = score_tasks(encoder, tasks, out, items)
     finish()
@@ -122,14 +123,13 @@ def score_model(
     return scores
 
 
-def check_exists(model: str, backend: str) -> None:
-    """Check that a model can be found, without loading its weights. Raises `UserError`."""
-    from jaxembed.hub.resolve import find_base_with_weights
-    from jaxembed.hub.torch_model import check_is_sentence_transformer
+def check_other(model: str, args: argparse.Namespace) -> None:
+    """Check that the model of --compare exists and fits the options, without loading its weights. Raises `UserError`."""
+    if args.backend == "sentence-transformers":
+        from jaxembed.hub.torch_model import check_is_sentence_transformer
 
-    if backend == "sentence-transformers":
         check_is_sentence_transformer(Path(model))
-    find_base_with_weights(model)
+    choose_widths(model, "best", args.dim, args.max_length)
 
 
 def open_tasks(args: argparse.Namespace, table: InstructionTable | None) -> list[EvaluationTask]:
@@ -142,6 +142,8 @@ def open_tasks(args: argparse.Namespace, table: InstructionTable | None) -> list
     check_names(tasks)
     if table:
         check_instructions(table, args.instructions, tasks)
+    if args.instruction_variants:
+        tasks = add_variants(tasks, args.instruction_variants)
     if args.submission:
         check_submission(args)
     if args.out:
@@ -168,17 +170,38 @@ def write_submission_of(args: argparse.Namespace, encoder: TaskEncoder, tasks: S
     facts = mteb_submission.read_facts(
         find_model(args.model, args.checkpoint), mteb_submission.check_name(args.submission_name, args.model)
     )
-    mteb_tasks_scored = [task.task for task in tasks if isinstance(task, mteb_tasks.MtebTask)]
+    plain_tasks = [task.task if isinstance(task, VariantTask) else task for task in tasks]
+    mteb_tasks_scored = [task.task for task in plain_tasks if isinstance(task, mteb_tasks.MtebTask)]
     folder = Path(args.submission)
     mteb_submission.write_submission(folder, facts, encoder, mteb_tasks_scored, Path(args.out) / "results")
     log.info("%s: the submission; the page on evaluation says where its files belong", folder)
 
 
-def make_cache(encoder: TaskEncoder, out: Path | None, memory_gib: float) -> VectorCache:
+def make_cache(encoder: TaskEncoder, out: Path | None, args: argparse.Namespace) -> VectorCache:
     """Return the cache of a task's vectors: its files lie in `out`, or in a temporary folder."""
     folder = out / "vectors" if out else Path(tempfile.gettempdir()) / f"jaxembed-vectors-{os.getpid()}"
-    memory_bytes = int(memory_gib * 2**30)
-    return VectorCache(folder, encoder.revision, encoder.width, memory_bytes, keeps_all=len(encoder.widths) > 1)
+    memory_bytes = int(args.vector_memory * 2**30)
+    # Documents have the same vectors at every width, and under every instruction of the queries.
+    keeps_all = len(encoder.widths) > 1 or bool(args.instruction_variants)
+    return VectorCache(folder, encoder.revision, encoder.width, memory_bytes, keeps_all)
+
+
+def choose_widths(model: str, checkpoint: str, widths: Sequence[int], max_length: int | None) -> tuple[int, tuple[int, ...]]:
+    """Find a model without its weights. Return the width of its vectors, and the widths to score.
+
+    Raises:
+        UserError: There is no such model, or its vectors or its maximum length are smaller than the options ask for.
+    """
+    from jaxembed.hub.resolve import find_model  # imports JAX
+
+    base = find_model(model, checkpoint)
+    width = base.spec.projection or base.decoder.width
+    chosen_widths = check_widths(widths, base.spec, width)
+    if max_length is not None and max_length > base.decoder.max_positions:
+        raise UserError(
+            f"--max-length: {max_length} is above the model's limit ({base.decoder.max_positions} tokens). Lower it."
+        )
+    return width, chosen_widths
 
 
 def load_encoder(
@@ -203,15 +226,7 @@ def load_encoder(
     Raises:
         UserError: If the model cannot be loaded, or an option does not apply to it or to the backend.
     """
-    from jaxembed.hub.resolve import find_model  # imports JAX
-
-    base = find_model(model, checkpoint)
-    width = base.spec.projection or base.decoder.width
-    chosen_widths = check_widths(widths, base.spec, width)
-    if max_length is not None and max_length > base.decoder.max_positions:
-        raise UserError(
-            f"--max-length: {max_length} is above the model's limit ({base.decoder.max_positions} tokens). Lower it."
-        )
+    width, chosen_widths = choose_widths(model, checkpoint, widths, max_length)
     if backend == "sentence-transformers":
         if options.get("layers") is not None or options.get("adapter") is not None:
             raise UserError(
@@ -264,6 +279,10 @@ def make_parser() -> cli.Parser:
         help="instructions of tasks, before those of the model: a YAML or JSON file, or the table of a published model "
         f"({', '.join(INSTRUCTION_TABLES)})",
     )
+    parser.add_argument(
+        "--instruction-variants", metavar="FILE",
+        help="score tasks under other instructions too, and without any: a YAML file of lists of instructions by task",
+    )  # fmt: skip
     parser.add_argument(
         "--dim", type=cli.integer_from(1), nargs="+", default=[], metavar="N", help="widths to score (Matryoshka); one encoding"
     )

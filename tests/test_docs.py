@@ -209,7 +209,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path = root / f"{name}.parquet"
         path.parent.mkdir(exist_ok=True)
         pq.write_table(rows, path)
-    for block in itertools.chain.from_iterable(blocks(page, "yaml") for page in RUN_PAGES):
+    for block in itertools.chain.from_iterable(blocks(page, language) for page in RUN_PAGES for language in ("yaml", "text")):
         if block.title:
             (root / block.title).write_text(block.text)
     articles = next(block for block in blocks(DOCS / "guides" / "pairs.md", "yaml") if "articles.jsonl" in block.text)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from helpers import tiny
 from helpers.held_out import encode_words, make_labeled_texts, make_scored_pairs, write_beir, write_rows
 from jaxembed import evaluate
 from jaxembed.config.spec import EmbeddingSpec
@@ -39,7 +40,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("JAXEMBED_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluate, "load_encoder", load_words)
-    monkeypatch.setattr(evaluate, "check_exists", lambda model, backend: None)
+    monkeypatch.setattr(evaluate, "check_other", lambda model, args: None)
     write_beir(tmp_path / "bank", count=60)
     write_rows(tmp_path / "pairs.jsonl", make_scored_pairs(80))
     write_rows(tmp_path / "topics.jsonl", make_labeled_texts(60, seed=0))
@@ -121,6 +122,13 @@ def test_a_model_to_compare_with_is_looked_for_first(tmp_path: Path, monkeypatch
         run("x", "--beir", "bank", "--compare", "nowhere")
     with pytest.raises(UserError, match=r"^empty: not a sentence-transformers folder"):
         run("x", "--beir", "bank", "--compare", "empty", "--backend", "sentence-transformers")
+
+
+def test_a_model_to_compare_with_must_have_the_widths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "load_encoder", lambda *_, **__: pytest.fail("loaded"))
+    base = tiny.write_folder(tmp_path / "base", "qwen3")
+    with pytest.raises(UserError, match=r"^--dim: 64 is above the width of this model \(32\)"):
+        run("x", "--beir", "bank", "--compare", str(base), "--dim", "64")
 
 
 def test_mistakes_in_the_options_are_one_line(folder: Path) -> None:

@@ -1,0 +1,158 @@
+"""Sensitivity to instructions: a task under other, wrong, and missing instructions."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxembed.config.instructions import InstructionTable
+from jaxembed.config.sections import read_tree
+from jaxembed.errors import UserError, suggest
+from jaxembed.evaluation.comparison import ItemScores
+from jaxembed.evaluation.task_encoder import TaskEncoder
+from jaxembed.evaluation.tasks import EvaluationTask, GroupMember
+
+log = logging.getLogger("jaxembed")
+
+# Kinds of instructions: that which is usually chosen, none, and those that a file lists without a kind.
+CHOSEN_KIND, MISSING_KIND, DEFAULT_KIND = "chosen", "missing", "paraphrased"
+
+Variants = Mapping[str, Sequence[str]]  # kind -> instructions
+
+
+def read_variants(path: str) -> dict[str, Variants]:
+    """Read the instructions under which tasks are scored again.
+
+    The file maps the name of a task to a list of instructions, or to lists by kind, such as `paraphrased` and `wrong`.
+
+    Raises:
+        UserError: The file cannot be read, or has another form.
+    """
+    tree = read_tree(Path(path))
+    return {str(task): _parse_variants(entry, f"{path}: {task}") for task, entry in tree.items()}
+
+
+def _parse_variants(entry: Any, where: str) -> Variants:
+    by_kind = entry if isinstance(entry, dict) else {DEFAULT_KIND: entry}
+    for kind, instructions in by_kind.items():
+        if kind in (CHOSEN_KIND, MISSING_KIND):
+            raise UserError(f"{where}: the kind {kind!r} is always scored. Remove it.")
+        if not isinstance(instructions, list) or not instructions or not all(isinstance(i, str) and i for i in instructions):
+            raise UserError(
+                f"{where}: expected a list of instructions, or such lists by kind (paraphrased: [...], wrong: [...])"
+            )
+    return by_kind
+
+
+def add_variants(tasks: Sequence[EvaluationTask], path: str) -> list[EvaluationTask]:
+    """Return tasks, of which those that a file names are scored under its instructions too.
+
+    Raises:
+        UserError: The file is malformed, or names a task that is not scored.
+    """
+    by_task = read_variants(path)
+    names = [task.name for task in tasks]
+    if unknown := next((name for name in by_task if name not in names), None):
+        raise UserError(f"{path}: {unknown} is no task of this command (tasks: {', '.join(names)}).{suggest(unknown, names)}")
+    return [VariantTask(task, by_task[task.name]) if task.name in by_task else task for task in tasks]
+
+
+@dataclasses.dataclass(frozen=True)
+class VariantTask:
+    """A task that is scored under several instructions.
+
+    Attributes:
+        task: The task.
+        variants: The instructions, by kind.
+    """
+
+    task: EvaluationTask
+    variants: Variants
+
+    @property
+    def name(self) -> str:
+        """Name of the task."""
+        return self.task.name
+
+    @property
+    def type(self) -> str:
+        """Type of the task."""
+        return self.task.type
+
+    @property
+    def groups(self) -> Sequence[GroupMember]:
+        """Tables of results that the task belongs to."""
+        return self.task.groups
+
+    @property
+    def expected_texts(self) -> int | None:
+        """Number of texts under all instructions."""
+        count = self.task.expected_texts
+        return count and count * (1 + len(list(self._list_instructions())))
+
+    def list_texts(self) -> Iterable[tuple[str, Sequence[str]]]:
+        """Yield the role and the texts of all inputs that are scored."""
+        return self.task.list_texts()
+
+    def score(self, encoder: TaskEncoder) -> dict[str, Any]:
+        """Return the scores of a model, with those under other instructions as "instruction_variants"."""
+        return self._add_variants(self.task.score(encoder), encoder)
+
+    def score_items(self, encoder: TaskEncoder) -> ItemScores:
+        """Return the scores of a model with the items that they are computed from."""
+        found = self.task.score_items(encoder)
+        return dataclasses.replace(found, summary=self._add_variants(found.summary, encoder))
+
+    def _add_variants(self, summary: dict[str, Any], encoder: TaskEncoder) -> dict[str, Any]:
+        """Return the scores under the instruction that is usually chosen, with those under the other ones."""
+        chosen, usual_prompts = summary["score"], encoder.prompts
+        entries = [{"kind": CHOSEN_KIND, "instruction": summary["instruction"], "score": chosen, "difference": 0.0}]
+        for kind, instruction in self._list_instructions():
+            encoder.use_instructions(InstructionTable(by_task={self.name: instruction}), "the instruction variants")
+            try:
+                score = self.task.score(encoder)["score"]
+            finally:
+                encoder.prompts = usual_prompts
+            difference = None if None in (score, chosen) else score - chosen
+            entries.append({"kind": kind, "instruction": instruction, "score": score, "difference": difference})
+        spread = measure_spread(entries)
+        log.info("%s", describe_spread(self.name, spread))
+        return {**summary, "instruction_variants": {"variants": entries, "spread": spread}}
+
+    def _list_instructions(self) -> Iterator[tuple[str, str]]:
+        for kind, instructions in self.variants.items():
+            yield from ((kind, instruction) for instruction in instructions)
+        yield MISSING_KIND, ""
+
+
+def measure_spread(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return how far scores lie apart: {"all", "by_kind"}.
+
+    The spread is the highest minus the lowest score. `by_kind` has it for each kind together with the chosen instruction, and
+    the mean score of the kind.
+    """
+    scores = {kind: [e["score"] for e in entries if e["kind"] == kind and e["score"] is not None] for kind in _kinds(entries)}
+    chosen = scores.pop(CHOSEN_KIND)
+    by_kind = {
+        kind: {"mean": float(np.mean(values)), "spread": max(chosen + values) - min(chosen + values)}
+        for kind, values in scores.items()
+        if values
+    }
+    everything = chosen + [score for values in scores.values() for score in values]
+    return {"all": max(everything) - min(everything) if everything else None, "by_kind": by_kind}
+
+
+def describe_spread(task: str, spread: Mapping[str, Any]) -> str:
+    """Return one line about the spread of a task's scores."""
+    kinds = ", ".join(f"{kind} {found['mean']:.4f}" for kind, found in spread["by_kind"].items())
+    everything = "none" if spread["all"] is None else f"{spread['all']:.4f}"
+    return f"{task}: mean score by kind of instruction: {kinds}; highest minus lowest of all: {everything}"
+
+
+def _kinds(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(entry["kind"] for entry in entries))
