@@ -41,7 +41,9 @@ def read_task(name: str) -> Iterator[tuple[str, Sequence[str]]]:
 def make_parser() -> cli.Parser:
     """Build the parser of the command."""
     parser = cli.new_parser("curate", f"{__doc__}\n{ABOUT}")
-    parser.add_argument("config", metavar="CONFIG.yaml", help="sources and steps; see docs/guides/curate.md")
+    parser.add_argument(
+        "config", metavar="CONFIG.yaml", help="sources and steps: a file, or the name of a shipped config such as pairs"
+    )
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key.sub=value", help="such as out=curated2 or steps.0.html=true"
     )

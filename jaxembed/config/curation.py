@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from jaxembed.config.data import NonEmpty, SourceConfig, Where
 from jaxembed.config.sections import Positive, Section, apply_override, parse_section, read_tree
+from jaxembed.config.shipped import CURATION_FOLDER, find_config
 
 Side = Literal["query", "positives", "negatives"]
 ALL_SIDES: tuple[Side, ...] = ("query", "positives", "negatives")
@@ -258,13 +259,14 @@ def load_curate_config(path: str | Path, overrides: Sequence[str] = ()) -> Curat
     """Read the YAML file of a curation, apply overrides, and check the result.
 
     Args:
-        path: The YAML file.
+        path: The YAML file, or the name of a shipped config.
         overrides: Settings of the form `key.sub=value`, applied in order.
 
     Raises:
         UserError: The file cannot be read, or a key is unknown or has a wrong value.
     """
-    tree: dict[str, Any] = read_tree(Path(path))
+    path = find_config(path, [CURATION_FOLDER])
+    tree: dict[str, Any] = read_tree(path)
     for override in overrides:
         apply_override(tree, override)
     return parse_section(CurateConfig, tree, str(path))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from jaxembed.files import exists
 
 CATALOG_FILE = "catalog.yaml"
 RECIPES_FOLDER = "recipes"
+CURATION_FOLDER = "curation"
+TRAINING_FOLDERS = (".", RECIPES_FOLDER)  # of configs that train
 
 
 def shipped_folder() -> Path:
@@ -39,20 +42,20 @@ def read_shipped_yaml(name: str) -> dict[str, Any]:
     return _read_once(shipped_folder() / name)
 
 
-def list_shipped_configs() -> dict[str, Path]:
-    """Return the shipped configs and recipes by name, in alphabetical order."""
-    folder = shipped_folder()
-    paths = [*folder.glob("*.yaml"), *(folder / RECIPES_FOLDER).glob("*.yaml")]
+def list_shipped_configs(folders: Sequence[str] = TRAINING_FOLDERS) -> dict[str, Path]:
+    """Return the shipped configs in some folders by name, in alphabetical order. Default: configs and recipes of training."""
+    paths = [path for folder in folders for path in (shipped_folder() / folder).glob("*.yaml")]
     return {path.stem: path for path in sorted(paths, key=lambda path: path.stem) if path.name != CATALOG_FILE}
 
 
-def find_config(path: str | Path) -> Path:
+def find_config(path: str | Path, folders: Sequence[str] = TRAINING_FOLDERS) -> Path:
     """Return the file of a config that a user names by its path, or by the name of a shipped one.
 
     A file of that name in the working folder comes first.
 
     Args:
         path: Path of a YAML file, or a name such as `finetune`.
+        folders: Folders of the shipped configs.
 
     Raises:
         UserError: There is no file at the path, and no shipped config of that name.
@@ -60,7 +63,7 @@ def find_config(path: str | Path) -> Path:
     path = Path(path)
     if exists(path):
         return path
-    shipped = list_shipped_configs()
+    shipped = list_shipped_configs(folders)
     if str(path) in shipped:
         return shipped[str(path)]
     nearest = difflib.get_close_matches(path.stem, shipped, n=3, cutoff=0.5)

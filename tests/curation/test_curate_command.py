@@ -20,6 +20,7 @@ from jaxembed.curation import engine
 from jaxembed.data.jsonl import write_jsonl
 from jaxembed.data.sources import open_source
 from jaxembed.errors import UserError
+from jaxembed.files import read_json
 
 ROOT = Path(__file__).parents[2]
 STEPS: list[dict[str, Any]] = [
@@ -174,6 +175,41 @@ def test_metadata_is_written_if_asked(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "a.jsonl").read_text()) == {"query": "q one", "pos": ["p"], "year": 2020}
 
 
+def test_every_format_goes_through_all_steps(tmp_path: Path) -> None:
+    """Documents, NLI data and BEIR folders become pairs; other formats stay. The files train."""
+    topics = ["garden", "harbor", "violin", "engine"]
+    rows: dict[str, list[dict[str, Any]]] = {
+        "pairs": [{"query": f"the <i>{t}</i>", "pos": [f"about {t}s"], "neg": ["x y z"]} for t in topics],
+        "scored": [{"sentence1": f"the {t}", "sentence2": f"a {t}", "score": 5} for t in topics],
+        "labels": [{"text": f"a text on {t}", "label": "early" if t < "h" else "late"} for t in topics],
+        "text": [{"text": f"only the {t}"} for t in topics],
+        "nli": [{"premise": f"one {t}", "hypothesis": f"some {t}", "label": "entailment"} for t in topics],
+        "documents": [{"title": f"title {t}", "body": f"body of the {t}", "lang": "en"} for t in topics],
+    }
+    for name, written in rows.items():
+        write_jsonl(tmp_path / f"{name}.jsonl", written)
+    sources: list[dict[str, Any]] = [{"path": str(tmp_path / f"{name}.jsonl")} for name in rows]
+    sources[-1]["pair_templates"] = [{"query": "{title}", "positive": "{body}"}]
+    beir = tmp_path / "beir"
+    (beir / "qrels").mkdir(parents=True)
+    write_jsonl(beir / "corpus.jsonl", [{"_id": t, "text": f"passage on {t}"} for t in topics])
+    write_jsonl(beir / "queries.jsonl", [{"_id": t, "text": f"which {t}?"} for t in topics])
+    (beir / "qrels" / "train.tsv").write_text("".join(f"{t}\t{t}\t1\n" for t in topics))
+    steps = [
+        *STEPS,
+        {"name": "negatives"},
+        {"name": "decontaminate", "files": [str(tmp_path / "text.jsonl")], "sides": ["negatives"]},
+    ]
+    run(write_config(tmp_path, [*sources, {"path": str(beir)}], steps, format="array_record"))
+    formats = {name: source["format"] for name, source in read_json(tmp_path / "out" / "report.json")["sources"].items()}
+    assert formats == {name: name for name in ("pairs", "labels", "text")} | {"scored": "scored_pairs"} | dict.fromkeys(
+        ["nli", "documents", "beir"], "pairs"
+    )
+    for name in formats:
+        source = open_source(config.SourceConfig(path=str(tmp_path / "out" / f"{name}.array_record")), tmp_path)
+        assert source.row_count == len(topics), name
+
+
 # Bad input
 
 
@@ -259,5 +295,7 @@ def test_the_command_prints_one_json_object(
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "curation").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configs_load_and_open_with_their_command(path: Path) -> None:
-    assert load_curate_config(path).steps
+    assert load_curate_config(path) == load_curate_config(path.stem)
+    with pytest.raises(UserError, match=f"Did you mean the shipped config {path.stem}"):
+        load_curate_config(f"{path.stem}s")
     assert path.read_text().startswith(f"# python -m jaxembed.curate configs/curation/{path.name}\n")
