@@ -68,6 +68,7 @@ def build_batch(count: int) -> tuple[jax.Array, jax.Array, Batch]:
         texts=no_texts, query_slot=jnp.arange(count), doc_slot=jnp.zeros((count, 1), jnp.int32), in_batch=jnp.ones(count, bool),
         query_hash=hashes[0], doc_hash=documents, positive_hash=documents, label=jnp.arange(count) % 100,
         source=jnp.zeros(count, jnp.int32), teacher_scores=jnp.zeros((count, 1)),
+        score=jnp.full(count, jnp.nan), is_positive=jnp.ones(count, bool),
         guide=FrozenVectors(guide_queries[:, 0], guide_documents),
     )  # fmt: skip
     return q[:, 0], d, batch

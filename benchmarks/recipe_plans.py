@@ -105,7 +105,7 @@ def fill_recipe(tree: dict[str, Any], base: Path, rows: Mapping[str, Path]) -> d
         pairs = "pairs" if stage.get("data", {}).get("hard_negatives") else "pretraining"
         for source in stage.get("data", {}).get("sources", ()):
             kind = read_catalog()[source["catalog"]]["format"]
-            source |= {"path": str(rows[pairs if kind in ("pairs", "beir") else kind]), "columns": {}}
+            source |= {"path": str(rows[pairs if kind in ("pairs", "beir") else kind]), "columns": {}, "label_scores": {}}
             source |= {"label_names": {}} if kind == "labels" else {}
             if kind == "beir":
                 source |= {"format": "pairs", "split": ""}

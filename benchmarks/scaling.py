@@ -59,7 +59,7 @@ def build_batch_shapes(args: argparse.Namespace, mesh: Any) -> Batch:
         texts=texts, query_slot=array(b), doc_slot=array(b, 1 + k), in_batch=array(b, dtype=bool),
         query_hash=array(b, 2, dtype=jnp.uint32), doc_hash=array(b, 1 + k, 2, dtype=jnp.uint32),
         positive_hash=array(b, 1, 2, dtype=jnp.uint32), label=array(b), source=array(b),
-        teacher_scores=array(b, 1 + k, dtype=jnp.float32),
+        teacher_scores=array(b, 1 + k, dtype=jnp.float32), score=array(b, dtype=jnp.float32), is_positive=array(b, dtype=bool),
     )  # fmt: skip
     return batch_shapes(mesh, batch)
 

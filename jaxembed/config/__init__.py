@@ -12,9 +12,13 @@ from jaxembed.config.data import (
 from jaxembed.config.mining import MineConfig, MiningRule
 from jaxembed.config.model import LoraConfig, ModelConfig, PoolingConfig, ProjectionConfig
 from jaxembed.config.objectives import (
+    AnglEConfig,
+    CoSENTConfig,
+    CosineRegressionConfig,
     DistillationConfig,
     EmbeddingMatchingConfig,
     GradCacheConfig,
+    GradedObjectiveConfig,
     InfoNCEConfig,
     MarginMSEConfig,
     MatryoshkaConfig,
@@ -27,8 +31,11 @@ from jaxembed.config.training import EvalConfig, EvalSetConfig, MeshConfig, Opti
 from jaxembed.config.tree import Config, load_config, parse_config, read_run_config
 
 __all__ = [
+    "AnglEConfig",
     "BatchingConfig",
+    "CoSENTConfig",
     "Config",
+    "CosineRegressionConfig",
     "DataConfig",
     "DistillationConfig",
     "EmbeddingMatchingConfig",
@@ -39,6 +46,7 @@ __all__ = [
     "FewShotExample",
     "Format",
     "GradCacheConfig",
+    "GradedObjectiveConfig",
     "InfoNCEConfig",
     "LoraConfig",
     "MarginMSEConfig",

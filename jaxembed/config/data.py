@@ -141,6 +141,21 @@ class SourceConfig(Section):
         description="scored_pairs: minimum score of a positive pair. The default is for scores from 0 to 5; scores above 5 "
         "need a value of their own.",
     )
+    graded: bool | None = Field(
+        None,
+        description="scored_pairs: train on all pairs with their scores, instead of only on those of at least min_score. "
+        "Default: true if a graded objective of the stage applies to the source.",
+    )
+    score_range: tuple[float, float] | None = Field(
+        None,
+        description="scored_pairs: lowest and highest score, such as [0, 5]. A row with another score is refused. Default for "
+        "graded sources: the first of [0, 1], [-1, 1] and [0, 5] that has all scores.",
+    )
+    label_scores: dict[str, float] = Field(
+        {},
+        description="scored_pairs: score of each label, for a column of labels that columns maps to score, such as "
+        "{entailment: 1, contradiction: 0}. Rows with another label are left out.",
+    )
     pair_templates: tuple[PairTemplate, ...] = Field(
         (),
         max_length=32,
@@ -189,7 +204,7 @@ class SourceConfig(Section):
                 raise ValueError(f"{field} is {quote_value(names)} (expected the name of a column, or a list of names)")
         return columns
 
-    @field_validator("label_names", mode="before")
+    @field_validator("label_names", "label_scores", mode="before")
     @classmethod
     def _convert_labels_to_texts(cls, names: Any) -> Any:
         if not isinstance(names, dict):
@@ -200,6 +215,18 @@ class SourceConfig(Section):
         if len(texts) < len(names):
             raise ValueError("two keys are the same label")
         return texts
+
+    @model_validator(mode="after")
+    def _check_score_range(self) -> SourceConfig:
+        if self.score_range is None:
+            return self
+        low, high = self.score_range
+        if low >= high:
+            raise ValueError(f"score_range is [{low:g}, {high:g}] (expected the lowest score, then the highest). Swap them.")
+        for label, score in self.label_scores.items():
+            if not low <= score <= high:
+                raise ValueError(f"label_scores: {label} is {score:g} (expected {low:g} to {high:g}, the score_range)")
+        return self
 
     @property
     def display_name(self) -> str:

@@ -42,7 +42,9 @@ class InfoNCEConfig(ObjectiveConfig):
         ("query_document",), min_length=1, description="Directions of the in-batch negatives. All four give GTE's loss."
     )
     per_direction: bool = Field(
-        False, description="Average one loss per direction, instead of sharing one denominator among all directions."
+        False,
+        description="Average a loss of the queries and one of the documents, instead of sharing one denominator among all "
+        "directions. query_query is part of the first, document_document of the second (UAE).",
     )
     mask_same_label: bool = Field(False, description="Exclude texts with the query's label from the in-batch negatives.")
     margin: float | None = Field(
@@ -71,10 +73,8 @@ class InfoNCEConfig(ObjectiveConfig):
     def _check_options(self) -> InfoNCEConfig:
         if "query_document" not in self.directions or len(set(self.directions)) < len(self.directions):
             raise ValueError("directions must contain query_document, and each direction at most once")
-        if self.per_direction and set(self.directions) != {"query_document", "document_query"}:
-            raise ValueError(
-                "per_direction needs directions query_document and document_query; the other directions have no positive"
-            )
+        if self.per_direction and "document_query" not in self.directions:
+            raise ValueError("per_direction needs directions query_document and document_query, which have positives")
         if self.negatives == "hard" and (len(self.directions) > 1 or self.mask_same_label):
             raise ValueError("directions and mask_same_label concern in-batch negatives, but negatives is hard. Remove them.")
         if self.negatives == "in_batch" and self.mixed_negatives:
@@ -116,8 +116,39 @@ class EmbeddingMatchingConfig(ObjectiveConfig):
     )
 
 
+class GradedObjectiveConfig(ObjectiveConfig):
+    """The keys of objectives that use the scores of pairs."""
+
+
+class CoSENTConfig(GradedObjectiveConfig):
+    """Ranking of the cosines of all pairs of a batch by their scores (Su 2022)."""
+
+    name: Literal["cosent"] = "cosent"
+    temperature: float = Field(0.05, gt=0, description="Differences of cosines are divided by the temperature.")
+
+
+class AnglEConfig(GradedObjectiveConfig):
+    """Ranking of the angle similarities of all pairs of a batch by their scores (Li and Li 2023)."""
+
+    name: Literal["angle"] = "angle"
+    temperature: float = Field(1.0, gt=0, description="Differences of angle similarities are divided by the temperature.")
+
+
+class CosineRegressionConfig(GradedObjectiveConfig):
+    """Squared difference between the cosine of a pair and its score (Sentence-BERT)."""
+
+    name: Literal["cosine_regression"] = "cosine_regression"
+
+
 AnyObjective = Annotated[
-    InfoNCEConfig | SpreadOutConfig | DistillationConfig | MarginMSEConfig | EmbeddingMatchingConfig,
+    InfoNCEConfig
+    | SpreadOutConfig
+    | DistillationConfig
+    | MarginMSEConfig
+    | EmbeddingMatchingConfig
+    | CoSENTConfig
+    | AnglEConfig
+    | CosineRegressionConfig,
     Field(discriminator="name"),
 ]
 

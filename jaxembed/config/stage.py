@@ -13,6 +13,7 @@ from jaxembed.config.objectives import (
     AnyObjective,
     DistillationConfig,
     GradCacheConfig,
+    GradedObjectiveConfig,
     InfoNCEConfig,
     MarginMSEConfig,
     MatryoshkaConfig,
@@ -35,6 +36,22 @@ class StageSections(Section):
     )
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _set_graded_sources(self) -> StageSections:
+        """Set `graded` of the sources that a graded objective applies to, where the file does not."""
+        graded = [objective for objective in self.objectives if isinstance(objective, GradedObjectiveConfig)]
+        sources = tuple(
+            source.model_copy(update={"graded": True})
+            if source.graded is None
+            and source.format in ("auto", "scored_pairs")
+            and any(not objective.sources or source.display_name in objective.sources for objective in graded)
+            else source
+            for source in self.data.sources
+        )
+        if sources != self.data.sources:
+            object.__setattr__(self, "data", self.data.model_copy(update={"sources": sources}))
+        return self
 
     def check_negatives(self) -> None:
         """Raise `ValueError` if an objective needs more hard negatives than `data.hard_negatives` draws."""

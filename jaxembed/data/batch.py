@@ -70,6 +70,8 @@ class Batch:
         label: Label in its source, -1 for none, int32 [B].
         source: Index of the source, int32 [B].
         teacher_scores: Scores of the documents by a teacher, NaN for none, float32 [B, 1+K].
+        score: Similarity of query and document 0 on the scale of cosines, NaN for none, float32 [B].
+        is_positive: False for graded pairs whose document 0 does not answer the query, bool [B].
         adapter: Index of the adapter that the batch trains, int32 scalar. None without named adapters.
         guide: Vectors by the guide model, if there is one.
         teacher: Vectors by the teacher model, if there is one.
@@ -85,6 +87,8 @@ class Batch:
     label: Any
     source: Any
     teacher_scores: Any
+    score: Any
+    is_positive: Any
     adapter: Any = None
     guide: FrozenVectors | None = None
     teacher: FrozenVectors | None = None
@@ -173,6 +177,8 @@ class BatchBuilder:
             label=np.array([example.label for example in examples], np.int32),
             source=source.astype(np.int32),
             teacher_scores=self._stack_teacher_scores(examples),
+            score=np.array([example.score for example in examples], np.float32),
+            is_positive=np.array([example.is_positive for example in examples]),
             adapter=self._find_adapter(batch_sources) if self.adapters else None,
             guide=self._encode_frozen(self.guide, examples, texts),
             teacher=self._encode_frozen(self.teacher, examples, texts),

@@ -20,6 +20,7 @@ from jaxembed.data.sources import Source
 from jaxembed.errors import UserError
 
 GOLDEN_RATIO_CONJUGATE = (math.sqrt(5) - 1) / 2  # its multiples, modulo 1, fill the unit interval evenly
+LATER_KEYS = frozenset({"graded", "score_range", "label_scores"})  # keys of sources that the hash of a plan had to learn
 STEPS_PER_CHUNK = 256  # steps whose counts are summed at once
 
 
@@ -131,10 +132,14 @@ class BatchPlan:
         """Return the hash.
 
         Keys that do not change the examples are left out, as are those that the digest (split) or the number of examples
-        (equality) covers.
+        (equality) covers, and those of `LATER_KEYS` with their default, which runs of earlier versions do not know.
         """
         ignored = {"catalog", "path", "name", "split", "equality"}
-        content = [[s.digest, len(s), s.config.model_dump(mode="json", exclude=ignored)] for s in self.sources]
+        content = []
+        for source in self.sources:
+            keys = source.config.model_dump(mode="json", exclude=ignored)
+            keys = {key: value for key, value in keys.items() if value or key not in LATER_KEYS}
+            content.append([source.digest, len(source), keys])
         configs = [self._batching.model_dump(mode="json"), self._mixture.model_dump(mode="json")]
         return hashlib.sha256(json.dumps([content, configs, self._batch_size, self._seed]).encode()).hexdigest()[:16]
 

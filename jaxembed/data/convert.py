@@ -71,8 +71,9 @@ def convert_sources(data: DataConfig, cache: Path, outputs: Sequence[Sequence[Pa
 
 
 def _open_examples(data: DataConfig, cache: Path) -> list[CountedRows]:
-    """Open every source as rows of pairs."""
-    sources = open_sources(data, cache)
+    """Open every source as rows of pairs. They have no place for a score, so only positives of scored pairs become rows."""
+    positives = tuple(source.model_copy(update={"graded": False}) for source in data.sources)
+    sources = open_sources(data.model_copy(update={"sources": positives}), cache)
     return [CountedRows(sum(1 for _ in source.iter_pairs()), source.iter_pairs()) for source in sources]
 
 

@@ -1,27 +1,23 @@
 """Samplers: how the rows of a file become training examples. Each row schema draws positives and negatives in its own way.
 
-Labels and documents have modules of their own. Entailment (`nli.py`) and BEIR folders (`beir.py`) are read as rows of pairs.
+Scored pairs, labels and documents have modules of their own. Entailment (`nli.py`) and BEIR folders (`beir.py`) are read as
+rows of pairs.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
-from jaxembed.config import SourceConfig
 from jaxembed.data.equality import exclude_equal
-from jaxembed.data.rows import IndexedRows, RowsAbove, RowSchema
+from jaxembed.data.rows import IndexedRows, RowSchema
 from jaxembed.data.schema import Example, Row, check_pair
-from jaxembed.errors import UserError
 
 EXAMPLE_FIELD = "example"  # number of the example that a mined row belongs to; files of earlier versions have none
 # Rows of pairs that were mined for a source. Rows with the same number follow each other; those without one are alone.
 MINED_SCHEMA = RowSchema("mined pairs", check_pair, lambda row: row.get(EXAMPLE_FIELD, -1))
-MAX_DEFAULT_SCORE = 5  # the highest score of the scale, 0 to 5, that the default of `min_score` is made for
-log = logging.getLogger(__name__)
 
 
 class RowSequence(Protocol):
@@ -117,64 +113,6 @@ class MinedPairSampler(PairSampler):
     def iter_pairs(self, index: int, seed: int, max_texts: int | None) -> Iterator[Row]:
         """Yield the rows of the example."""
         return (self.rows[row] for row in range(self._starts[index], self._starts[index + 1]))
-
-
-class ScoredPairSampler(ExampleSampler):
-    """Draws from (sentence1, sentence2, score) rows with a score of at least `min_score`, in a random direction.
-
-    NV-Embed (section 4.2) makes two examples of each such row, one per direction. Here a row becomes either of them when it
-    is drawn. It has no hard negatives of its own; NV-Embed mines them.
-    """
-
-    max_positives = 1
-
-    def __init__(self, rows: IndexedRows, config: SourceConfig):
-        """Find the rows that score high enough.
-
-        Raises:
-            UserError: If no row does, or the scores do not fit the default of `min_score`.
-        """
-        self.rows = rows
-        self._usable_rows = RowsAbove(rows.index_values, config.min_score)
-        self.drop_counts = {**rows.drop_counts, "score below min_score": len(rows) - len(self._usable_rows)}
-        self._check_range(config)
-
-    def __len__(self) -> int:
-        return len(self._usable_rows)
-
-    def draw(self, index: int, rng: np.random.Generator, max_negatives: int) -> Example:
-        """Draw a direction of the row."""
-        pair = self._read_pair(index)
-        query, positive = pair if rng.integers(2) else pair[::-1]
-        return Example(query=query, positive=positive, negatives=(), positives=(positive,))
-
-    def iter_pairs(self, index: int, seed: int, max_texts: int | None) -> Iterator[Row]:
-        """Yield both directions of the row."""
-        first, second = self._read_pair(index)
-        yield from ({"query": first, "pos": [second]}, {"query": second, "pos": [first]})
-
-    def _check_range(self, config: SourceConfig) -> None:
-        """Refuse scores that do not fit `min_score`, and warn if it makes every pair a positive."""
-        lowest, highest = float(self.rows.index_values.min()), self.rows.max_value
-        found = f"the scores go from {lowest:g} to {highest:g}"
-        if not len(self):
-            raise UserError(
-                f"{config.path}: no pair has a score of {config.min_score} or more ({found}). Lower the source's min_score."
-            )
-        if highest > MAX_DEFAULT_SCORE and "min_score" not in config.model_fields_set:
-            raise UserError(
-                f"{config.path}: {found}, but min_score is {config.min_score}, the default for scores from 0 to "
-                f"{MAX_DEFAULT_SCORE}. Set the source's min_score to the lowest score of a positive pair."
-            )
-        if len(self) == len(self.rows) and lowest < highest:
-            log.warning(
-                "%s: every pair is a positive, because %s and min_score is %g; raise it if some pairs are none",
-                config.path, found, config.min_score,
-            )  # fmt: skip
-
-    def _read_pair(self, index: int) -> tuple[str, str]:
-        row = self.rows[self._usable_rows[index]]
-        return row["sentence1"], row["sentence2"]
 
 
 class TextSampler(ExampleSampler):

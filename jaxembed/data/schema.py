@@ -31,6 +31,8 @@ class Example:
         document_instruction: Instruction of the documents, '' for none.
         label: Class of the query within its source, -1 for none.
         teacher_scores: A teacher's scores of the positive and of each negative, or empty.
+        score: Similarity of query and positive, on the scale of cosines, NaN for none.
+        is_positive: Whether the positive answers the query. Of a graded pair it may not: then it is only a pair with a score.
     """
 
     query: str
@@ -42,6 +44,8 @@ class Example:
     document_instruction: str = ""
     label: int = -1
     teacher_scores: tuple[float, ...] = ()
+    score: float = math.nan
+    is_positive: bool = True
 
 
 Row = Mapping[str, Any]
@@ -101,12 +105,14 @@ def check_text(row: Row) -> str | None:
 
 def check_label(row: Row) -> str | None:
     """Check a (text, label) row."""
-    if problem := _check_text_field(row, "text"):
-        return problem
-    label = row.get("label")
+    return _check_text_field(row, "text") or _check_label_field(row, "label")
+
+
+def _check_label_field(row: Row, field: str) -> str | None:
+    label = row.get(field)
     if label is None or is_text(label) or isinstance(label, int) or _is_class_number(label):
         return None
-    return _describe_field_problem(row, "label", "a non-empty string or an integer")
+    return _describe_field_problem(row, field, "a non-empty string or an integer")
 
 
 def _is_class_number(label: Any) -> bool:
@@ -132,9 +138,18 @@ def find_label_drops(row: Row) -> list[str]:
 
 def check_scored(row: Row) -> str | None:
     """Check a (sentence1, sentence2, score) row."""
-    if problem := _check_text_field(row, "sentence1") or _check_text_field(row, "sentence2"):
+    if problem := _check_sentences(row):
         return problem
     return None if _is_finite_number(row.get("score")) else _describe_field_problem(row, "score", "a finite number")
+
+
+def check_label_scored(row: Row) -> str | None:
+    """Check a (sentence1, sentence2, score) row whose score is a label."""
+    return _check_sentences(row) or _check_label_field(row, "score")
+
+
+def _check_sentences(row: Row) -> str | None:
+    return _check_text_field(row, "sentence1") or _check_text_field(row, "sentence2")
 
 
 NLI_LABELS = {"entailment": 0, "neutral": 1, "contradiction": 2, "-": -1}  # -1: the annotators did not agree

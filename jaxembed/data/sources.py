@@ -22,7 +22,7 @@ from jaxembed.data.filters import add_filters
 from jaxembed.data.labels import LabelSampler
 from jaxembed.data.nli import NLI_SCHEMA, NliPairRows
 from jaxembed.data.rows import IndexedRows, RowSchema, scan_with_progress
-from jaxembed.data.sampling import ExampleSampler, PairSampler, ScoredPairSampler, TextSampler
+from jaxembed.data.sampling import ExampleSampler, PairSampler, TextSampler
 from jaxembed.data.schema import (
     NLI_LABELS,
     Example,
@@ -30,13 +30,13 @@ from jaxembed.data.schema import (
     check_document,
     check_label,
     check_pair,
-    check_scored,
     check_text,
     find_label_drops,
     find_pair_drops,
     list_fields,
     read_label,
 )
+from jaxembed.data.scored_pairs import SCORED_PAIR_SCHEMA, GradedPairSampler, ScoredPairSampler, scored_pair_schema
 from jaxembed.data.shuffle import make_key, permute_indices
 from jaxembed.errors import UserError
 
@@ -44,7 +44,7 @@ ROW_SCHEMAS = {
     schema.name: schema
     for schema in (
         RowSchema("pairs", check_pair, lambda row: len(row["pos"]), find_pair_drops),
-        RowSchema("scored_pairs", check_scored, lambda row: row["score"]),
+        SCORED_PAIR_SCHEMA,
         RowSchema("labels", check_label, read_label, find_label_drops),
         NLI_SCHEMA,
         RowSchema("text", check_text),
@@ -85,7 +85,10 @@ class Source:
 
     @property
     def is_mineable(self) -> bool:
-        """Whether negatives can be mined for it: its documents answer single queries. Labels define their own negatives."""
+        """Whether negatives can be mined for it: its documents answer single queries.
+
+        Labels define their own negatives, and pairs with scores are all trained on.
+        """
         return isinstance(self.sampler, PairSampler | ScoredPairSampler | DocumentSampler)
 
     def iter_pairs(self, seed: int = 0, max_texts: int | None = None) -> Iterator[Row]:
@@ -142,7 +145,7 @@ class Source:
         few_shot_examples = (
             FewShotExample(other.instruction or instruction, other.query, other.positive)
             for other in others
-            if normalize_text(other.query) != normalize_text(query)
+            if other.is_positive and normalize_text(other.query) != normalize_text(query)
         )
         return tuple(islice(few_shot_examples, count))
 
@@ -181,7 +184,7 @@ def open_source(config: SourceConfig, cache: Path) -> Source:
     elif format_name == "labels":
         sampler = LabelSampler(rows, config)
     elif format_name == "scored_pairs":
-        sampler = ScoredPairSampler(rows, config)
+        sampler = GradedPairSampler(rows, config) if config.graded else ScoredPairSampler(rows, config)
     elif format_name == "documents":
         sampler = DocumentSampler(rows, config)
     elif format_name == "text":
@@ -210,7 +213,9 @@ def open_rows(config: SourceConfig, cache: Path) -> tuple[str, IndexedRows | Bei
 
 def build_schema(format_name: str, config: SourceConfig) -> RowSchema:
     """Return the schema of a format's rows, with the filters of a source."""
-    return document_schema(config) if format_name == "documents" else add_filters(ROW_SCHEMAS[format_name], config)
+    if format_name == "documents":
+        return document_schema(config)
+    return scored_pair_schema(config) if format_name == "scored_pairs" else add_filters(ROW_SCHEMAS[format_name], config)
 
 
 def detect_format(config: SourceConfig) -> str:

@@ -35,8 +35,9 @@ def info_nce(config: InfoNCEConfig, encoded: EncodedBatch) -> LossAndMetrics:
     - `document_document`: documents of others, compared with the positive.
 
     All four in one denominator are GTE's loss (equations 2 and 3 of the survey). `query_document` with `query_query` is SamToNe
-    (arXiv:2306.02516). With `per_direction`, `document_query` has a denominator of its own, and the two losses are averaged. A
-    query without negatives has loss 0 (log 2 in GTE's loss, which counts the positive twice).
+    (arXiv:2306.02516). With `per_direction`, the directions of the query and those of the positive have a denominator each, and
+    the two losses are averaged; all four are UAE's in-batch objective (arXiv:2309.12871). A query without negatives has loss 0
+    (log 2 in GTE's loss, which counts the positive twice).
 
     Returns:
         The loss and metrics: `accuracy`, the fraction of queries nearer to their positive than to every negative document;
@@ -50,8 +51,8 @@ def info_nce(config: InfoNCEConfig, encoded: EncodedBatch) -> LossAndMetrics:
         guide_margin=config.guide_margin, is_guide_margin_relative=config.guide_margin_kind == "relative",
     )  # fmt: skip
     # A denominator is a list of the logarithms of its terms, [B] each. The first denominator holds the positive, the query's
-    # own negatives and the direction `query_document`.
-    denominators = [[scale * positive]]
+    # own negatives and the direction `query_document`. With `per_direction`, a second one holds the directions of the positive.
+    denominators = [[scale * positive], []] if config.per_direction else [[scale * positive]]
     max_negative, count = jnp.full_like(positive, -jnp.inf), jnp.zeros_like(positive)
 
     # Stage 1: the query's own negatives.
@@ -69,11 +70,10 @@ def info_nce(config: InfoNCEConfig, encoded: EncodedBatch) -> LossAndMetrics:
         rules = PairRules(rule, hardness, encoded.shards)
         lse, max_score, negatives = log_sum_exp(rules, anchors[anchor_kind], candidates[candidate_kind], scale)
         if direction == "document_query":
-            # The positive pair is a term of this direction too. With `per_direction` it starts a new denominator; otherwise
-            # it is added to the shared one a second time (equation 3 of the survey).
-            denominators += [[]] if config.per_direction else []
+            # The positive pair is a term of this direction too: in a shared denominator a second time (equation 3 of the
+            # survey).
             denominators[-1].append(scale * positive)
-        denominators[-1].append(lse)
+        denominators[0 if anchor_kind == "query" else -1].append(lse)
         if direction == "query_document":
             max_negative = jnp.maximum(max_negative, max_score)
         count = count + negatives

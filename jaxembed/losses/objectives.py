@@ -10,10 +10,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxembed.config import EmbeddingMatchingConfig, InfoNCEConfig, MatryoshkaConfig, ObjectiveConfig
+from jaxembed.config import (
+    EmbeddingMatchingConfig,
+    GradedObjectiveConfig,
+    InfoNCEConfig,
+    MatryoshkaConfig,
+    ObjectiveConfig,
+)
 from jaxembed.data.batch import Batch
 from jaxembed.losses.distillation import embedding_matching, init_teacher_projection, kl_distillation, margin_mse
 from jaxembed.losses.encoded import EncodedBatch, LossAndMetrics
+from jaxembed.losses.graded import angle, cosent, cosine_regression
 from jaxembed.losses.infonce import info_nce, init_temperature
 from jaxembed.losses.spread_out import spread_out
 from jaxembed.model.layers import l2_normalize
@@ -24,6 +31,9 @@ OBJECTIVES: dict[str, Callable[[Any, EncodedBatch], LossAndMetrics]] = {
     "kl_distillation": kl_distillation,
     "margin_mse": margin_mse,
     "embedding_matching": embedding_matching,
+    "cosent": cosent,
+    "angle": angle,
+    "cosine_regression": cosine_regression,
 }
 FULL_WIDTH_OBJECTIVES = {"embedding_matching"}  # not applied to Matryoshka widths: the teacher has vectors of one width
 
@@ -111,10 +121,18 @@ class Objectives:
         return {label: own_params for label, own_params in params.items() if own_params}
 
     def _weight_queries(self, config: ObjectiveConfig, batch: Batch) -> Float[Array, " b"]:
-        """Return each query's weight in the mean [B]: 1/n for the n queries of the objective's sources, 0 for others."""
-        if not config.sources:
-            return jnp.full(batch.query_slot.shape, 1 / batch.query_slot.shape[0])
-        is_counted = jnp.array([name in config.sources for name in self.source_names])[batch.source]
+        """Return each query's weight in the mean [B]: 1/n for the n queries that the objective applies to, 0 for others.
+
+        These are the queries of the objective's sources: for InfoNCE those whose document 0 is a positive, for graded
+        objectives those with a score.
+        """
+        is_counted = jnp.ones(batch.query_slot.shape, bool)
+        if config.sources:
+            is_counted = jnp.array([name in config.sources for name in self.source_names])[batch.source]
+        if isinstance(config, InfoNCEConfig):
+            is_counted &= batch.is_positive
+        if isinstance(config, GradedObjectiveConfig):
+            is_counted &= jnp.isfinite(batch.score)
         return is_counted / jnp.maximum(is_counted.sum(), 1)
 
     def _list_widths(self, config: ObjectiveConfig) -> list[tuple[int, float]]:

@@ -14,13 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxembed.config import Config, EmbeddingSpec, StageConfig
+from jaxembed.config import Config, EmbeddingSpec, GradedObjectiveConfig, InfoNCEConfig, StageConfig
 from jaxembed.config.fields import Fields, quote_value
 from jaxembed.curation.remining import check_mined_sources, check_miner_exists
 from jaxembed.data.batch import BatchBuilder
 from jaxembed.data.batch_plan import BatchPlan
 from jaxembed.data.batch_sampler import BatchSampler
-from jaxembed.data.sources import Source, open_sources
+from jaxembed.data.scored_pairs import GradedPairSampler
+from jaxembed.data.sources import Source, detect_format, open_sources
 from jaxembed.data.tokenize import TextTokenizer, load_tokenizer
 from jaxembed.devices import processes
 from jaxembed.devices.mesh import Shards, all_shards, local_shards, logical_axis_table, shard_count
@@ -226,12 +227,55 @@ def _open_plans(config: Config) -> list[BatchPlan]:
     """Open the sources of every stage, and plan its batches."""
     plans = []
     for index, stage in enumerate(config.stages):
+        _check_objective_sources(stage, config.key_prefix(index))
         sources = open_sources(stage.data, cache_dir())
+        _check_positives(stage, sources, config.key_prefix(index))
         if stage.mine is not None:
             check_mined_sources(sources, stage.mine, stage.train.seed, config.key_prefix(index))
         batching, mixture = stage.data.batching, stage.data.mixture
         plans.append(BatchPlan(sources, stage.train.batch_size, stage.train.seed, index, batching, mixture))
     return plans
+
+
+def _check_objective_sources(stage: StageConfig, prefix: str) -> None:
+    """Raise `UserError` if an objective names a source that the stage does not have, or needs scores that no source has.
+
+    One row of each source under a graded objective is read.
+    """
+    names = [source.display_name for source in stage.data.sources]
+    for i, objective in enumerate(stage.objectives):
+        if unknown := [name for name in objective.sources if name not in names]:
+            raise UserError(
+                f"{prefix}objectives.{i}.sources contains {unknown[0]!r} (expected names of sources: {', '.join(names)})"
+            )
+    graded = {i: o for i, o in enumerate(stage.objectives) if isinstance(o, GradedObjectiveConfig)}
+    named = {name for objective in graded.values() for name in objective.sources}
+    sources = stage.data.sources if graded else ()
+    formats = {s.display_name: detect_format(s) for s in sources if s.graded or s.display_name in named}
+    scored = {s.display_name for s in sources if s.graded and formats[s.display_name] == "scored_pairs"}
+    for i, objective in graded.items():
+        if unscored := [name for name in objective.sources if name not in scored]:
+            problem = f"source {unscored[0]} has no scores (format {formats[unscored[0]]}; expected scored_pairs)"
+            if formats[unscored[0]] == "scored_pairs":
+                problem = f"source {unscored[0]} does not keep its scores (graded is false; expected true)"
+            raise UserError(f"{prefix}objectives.{i}: {objective.name} needs scores, but {problem}. Name other sources.")
+        if not scored:
+            raise UserError(
+                f"{prefix}objectives.{i}: {objective.name} needs scores, but no source has any (expected a source of rows of "
+                "sentence1, sentence2 and score). Add one."
+            )
+
+
+def _check_positives(stage: StageConfig, sources: Sequence[Source], prefix: str) -> None:
+    """Raise `UserError` if InfoNCE applies to a graded source without positives."""
+    without_positives = [s for s in sources if isinstance(s.sampler, GradedPairSampler) and not s.sampler.positive_count]
+    for i, objective in enumerate(stage.objectives):
+        for source in without_positives if isinstance(objective, InfoNCEConfig) else ():
+            if not objective.sources or source.name in objective.sources:
+                raise UserError(
+                    f"{prefix}objectives.{i}: infonce needs positives, but no pair of source {source.name} has a score of "
+                    f"{source.config.min_score} or more. Lower the source's min_score, or name other sources."
+                )
 
 
 def _open_tokenizer(run_dir: Path | None, base: Base, spec: EmbeddingSpec, plans: Sequence[BatchPlan]) -> TextTokenizer:

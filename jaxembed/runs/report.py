@@ -13,6 +13,7 @@ from jaxembed.config import InfoNCEConfig
 from jaxembed.data.batch_sampler import assign_roles
 from jaxembed.data.equality import normalize_text
 from jaxembed.data.schema import Example
+from jaxembed.data.scored_pairs import GradedPairSampler
 from jaxembed.data.sources import Source
 from jaxembed.devices.cpu import is_tuned
 from jaxembed.errors import UserError
@@ -82,12 +83,16 @@ def describe_source(stage: Stage, source: Source, epochs: float, examples: Seque
 
     Returns:
         Name, path, format and sizes; `share` of the stage's queries; what was `dropped`, by reason; and of the measured
-        texts their `tokens` with prompts, before truncation: statistics, the share that is truncated, and a histogram.
+        texts their `tokens` with prompts, before truncation: statistics, the share that is truncated, and a histogram. Pairs
+        with scores also have `graded`: the range of the scores, and how many pairs are positives.
     """
-    tokenizer, train = stage.tokenizer, stage.config.train
+    tokenizer, train, sampler = stage.tokenizer, stage.config.train, source.sampler
     lengths = tokenizer.count_untruncated_tokens(*stage.batch_builder.sampler.list_texts(examples))
     limit = tokenizer.spec.max_length
     counts, edges = np.histogram(np.minimum(lengths, 2 * limit), bins=LENGTH_BINS, range=(0, 2 * limit))
+    graded = {}
+    if isinstance(sampler, GradedPairSampler):
+        graded = {"score_range": sampler.score_range, "min_score": source.config.min_score, "positives": sampler.positive_count}
     return {
         "name": source.name,
         "path": source.config.path,
@@ -97,7 +102,8 @@ def describe_source(stage: Stage, source: Source, epochs: float, examples: Seque
         "epochs": epochs,
         "share": epochs * len(source) / (train.steps * train.batch_size),
         "in_batch_negatives": source.in_batch,
-        "dropped": {reason: count for reason, count in source.sampler.drop_counts.items() if count},
+        "dropped": {reason: count for reason, count in sampler.drop_counts.items() if count},
+        **({"graded": graded} if graded else {}),
         "tokens": {
             "texts": len(lengths),
             "mean": float(lengths.mean()),
@@ -119,6 +125,11 @@ def _show_source(report: Mapping[str, Any]) -> None:
         report["name"], report["format"], f"{report['examples']:,}", report["epochs"], tokens["mean"],
         100 * tokens["truncated"], tokens["max_length"], "on" if report["in_batch_negatives"] else "off",
     )  # fmt: skip
+    if graded := report.get("graded"):
+        log.info(
+            "  graded: scores from %g to %g; %s pairs have at least min_score, %g, and are positives",
+            *graded["score_range"], f"{graded['positives']:,}", graded["min_score"],
+        )  # fmt: skip
     for reason, count in report["dropped"].items():
         log.info("  dropped: %s (%s)", f"{count:,}", reason)
 

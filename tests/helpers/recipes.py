@@ -99,7 +99,7 @@ def make_short_run(name: str, root: Path, base: Path, rows: Mapping[str, Path], 
     for source in iter_sources(tree):
         entry = read_catalog()[source["catalog"]]
         path = rows["arxiv" if "cs.AI" in entry.get("label_names", ()) else entry["format"]]
-        source |= {"path": str(path)} | ({} if path.is_dir() else {"columns": {}})
+        source |= {"path": str(path)} | ({} if path.is_dir() else {"columns": {}, "label_scores": {}})
     for stage in tree.get("stages") or [tree]:
         stage["train"] |= {"steps": 1, "batch_size": batch_size}
     for stage in (tree, *tree.get("stages", ())):

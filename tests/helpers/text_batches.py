@@ -34,6 +34,8 @@ def make_batch(queries: list[str], documents: TextRows, in_batch: list[bool] | N
         label=np.full(b, -1),
         source=np.zeros(b, np.int32),
         teacher_scores=np.full((b, len(documents[0])), np.nan, np.float32),
+        score=np.full(b, np.nan, np.float32),
+        is_positive=np.ones(b, bool),
     )
     return jax.device_put(batch)
 

@@ -81,6 +81,8 @@ def make_batch_shapes() -> Batch:
         doc_hash=make_shape(QUERIES, 2, 2, dtype=jnp.uint32),
         positive_hash=make_shape(QUERIES, 1, 2, dtype=jnp.uint32),
         teacher_scores=make_shape(QUERIES, 2, dtype=jnp.float32),
+        score=make_shape(QUERIES, dtype=jnp.float32),
+        is_positive=make_shape(QUERIES, dtype=bool),
         **query_arrays,
     )
 

@@ -1,0 +1,62 @@
+"""A step of graded objectives: any mesh, gradient caching, adapters and bfloat16 give the same loss and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from helpers.loading import load_model
+from helpers.training_batches import BATCH_SIZE, SPEC, assert_trees_close, build_host_batches
+from jaxembed.config import AnglEConfig, CoSENTConfig, CosineRegressionConfig, InfoNCEConfig, LoraConfig
+from jaxembed.data.batch import Batch
+from jaxembed.data.sources import Source
+from jaxembed.devices.mesh import make_mesh
+from jaxembed.devices.placement import put_batch
+from jaxembed.losses.objectives import Objectives
+from jaxembed.model.lora import join_params, split_params
+from jaxembed.training.step import batch_loss
+
+UAE = Objectives(
+    [
+        CoSENTConfig(temperature=0.2),
+        InfoNCEConfig(temperature=0.2, directions=("query_document", "document_query"), per_direction=True),
+        AnglEConfig(),
+        CosineRegressionConfig(),
+    ]
+)
+
+
+def add_scores(batch: Batch) -> Batch:
+    scores = np.random.default_rng(0).integers(0, 6, BATCH_SIZE) / np.float32(5)
+    return batch.replace(score=scores, is_positive=scores >= 0.8)
+
+
+def test_loss_and_gradients_of_adapters_on_eight_devices_in_chunks(base_folder: Callable[[str], Path], source: Source) -> None:
+    results = []
+    for devices, chunk_rows in ((1, None), (8, 1)):
+        model, params = load_model(base_folder("qwen2"), SPEC, devices, lora=LoraConfig(rank=4, alpha=8.0))
+        trained, frozen = split_params(params)
+        trained = jax.tree.map(lambda x: x + 0.02 * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), trained)
+        mesh = make_mesh(devices)
+        with jax.set_mesh(mesh):
+            batch = put_batch(mesh, add_scores(build_host_batches(source, devices, 1, row_length=32)[0].batch))
+
+            def loss(trained, frozen, batch, model=model, chunk_rows=chunk_rows):
+                return batch_loss(model, UAE, join_params(trained, frozen), batch, jax.random.key(3), chunk_rows)[0]
+
+            results.append(jax.device_get(jax.jit(jax.value_and_grad(loss))(trained, frozen, batch)))
+    (loss, grads), (sharded_loss, sharded_grads) = results
+    assert float(loss) == pytest.approx(float(sharded_loss), rel=1e-5) and loss > 1
+    assert_trees_close(grads, sharded_grads)
+
+
+def test_reductions_are_float32_under_bfloat16(base_folder: Callable[[str], Path], source: Source) -> None:
+    model, params = load_model(base_folder("qwen2"), SPEC, 1, dtype=jnp.bfloat16)
+    batch = add_scores(build_host_batches(source, 1, 1)[0].batch)
+    loss, parts = jax.eval_shape(lambda p, b: batch_loss(model, UAE, p, b, jax.random.key(0)), params, batch)
+    assert {x.dtype for x in (loss, *parts.values())} == {np.dtype(np.float32)}
