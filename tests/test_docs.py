@@ -30,6 +30,7 @@ from helpers.commands import ENV
 from helpers.runs import use_one_device
 from jaxembed import config
 from jaxembed.config.curation import CurateConfig
+from jaxembed.config.instructions import InstructionTable
 from jaxembed.config.sections import parse_section, table
 from jaxembed.data.beir import write_beir
 from jaxembed.data.jsonl import write_jsonl
@@ -168,6 +169,9 @@ def test_yaml_examples_load(path: Path) -> None:
         tree = yaml.safe_load(block.text)
         if "steps" in tree:
             assert parse_section(CurateConfig, tree, str(path)).steps
+            continue
+        if "by_task" in tree:
+            assert parse_section(InstructionTable, tree, str(path)).by_task
             continue
         fragment = {"data": {"sources": tree}} if isinstance(tree, list) else tree
         data = {"sources": [{"path": "pairs.jsonl"}], "hard_negatives": 7} | fragment.get("data", {})
