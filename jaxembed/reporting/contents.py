@@ -14,7 +14,13 @@ from jaxembed.reporting.model_sections import (
     make_similarity_section,
     view_run,
 )
-from jaxembed.reporting.score_sections import make_benchmark_section, make_summary_section, make_width_section
+from jaxembed.reporting.score_sections import (
+    make_benchmark_section,
+    make_comparison_section,
+    make_leak_section,
+    make_summary_section,
+    make_width_section,
+)
 from jaxembed.reporting.training_sections import (
     make_data_section,
     make_held_out_section,
@@ -42,7 +48,12 @@ def make_sections(
     sections = [make_summary_section(models, facts, baseline)]
     if runs:
         sections += [make_training_section(runs), make_held_out_section(runs)]
-    sections += [make_benchmark_section(models), make_width_section(models)]
+    sections += [
+        make_benchmark_section(models),
+        make_width_section(models),
+        make_comparison_section(models),
+        make_leak_section(models),
+    ]
     if with_models:
         views = [view_run(model.run, model.name, checkpoint) for model in models if model.run]
         sections += [

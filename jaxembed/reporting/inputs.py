@@ -11,7 +11,7 @@ from jaxembed.errors import UserError
 from jaxembed.evaluation.tasks import SCORES_FILE
 from jaxembed.files import exists
 from jaxembed.reporting.run_files import RunFiles, is_run, read_run_files
-from jaxembed.reporting.score_files import ScoreFile, TaskScore, find_score_file, read_score_file
+from jaxembed.reporting.score_files import ScoreFile, TaskScore, find_score_file, merge_score_files, read_score_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,13 +22,18 @@ class ReportedModel:
         name: Its name in the report, which no other model has.
         path: Its run directory, folder, or hub id; empty if its scores do not say.
         run: Its run, if a run directory was given.
-        tasks: Its benchmark scores by task.
+        benchmark: Its benchmark scores.
     """
 
     name: str
     path: str
     run: RunFiles | None
-    tasks: Mapping[str, TaskScore]
+    benchmark: ScoreFile
+
+    @property
+    def tasks(self) -> Mapping[str, TaskScore]:
+        """Its benchmark scores by task."""
+        return self.benchmark.tasks
 
     @property
     def held_out(self) -> dict[str, float]:
@@ -45,26 +50,23 @@ def read_inputs(paths: Sequence[str]) -> list[ReportedModel]:
         UserError: A path is neither a run nor scores, a file is damaged, or a run has no metrics yet.
     """
     kinds = [_detect_kind(path) for path in paths]
-    runs = {
-        Path(path).resolve(): read_run_files(Path(path))
-        for path, score_file in zip(paths, kinds, strict=True)
-        if not score_file
-    }
-    extra: dict[Path, dict[str, TaskScore]] = {}
+    given = list(zip(paths, kinds, strict=True))
+    runs = {Path(path).resolve(): read_run_files(Path(path)) for path, score_file in given if not score_file}
+    files = {folder: [run.benchmark] if run.benchmark else [] for folder, run in runs.items()}
     others: list[tuple[str, ScoreFile]] = []
-    for path, score_file in zip(paths, kinds, strict=True):
+    for path, score_file in given:
         if score_file:
             scores = _name_model(read_score_file(score_file), score_file)
             owner = Path(scores.model).resolve() if scores.model else None
-            if owner in runs:
-                extra[owner] = {**extra.get(owner, {}), **scores.tasks}
+            if owner in files:
+                files[owner].append(scores)
             else:
                 others.append((path, scores))
-    models = []
-    for folder, run in runs.items():
-        own = dict(run.benchmark.tasks) if run.benchmark else {}
-        models.append(ReportedModel(run.name, str(folder), run, {**own, **extra.get(folder, {})}))
-    models += [ReportedModel(_name_scores(path, scores), scores.model, None, scores.tasks) for path, scores in others]
+    models = [
+        ReportedModel(run.name, str(folder), run, merge_score_files([ScoreFile("", {}), *files[folder]]))
+        for folder, run in runs.items()
+    ]
+    models += [ReportedModel(_name_scores(path, scores), scores.model, None, scores) for path, scores in others]
     return _make_names_unique(models)
 
 

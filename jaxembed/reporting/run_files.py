@@ -13,7 +13,7 @@ from jaxembed.config.local_paths import shorten_path, shorten_paths_in_yaml
 from jaxembed.errors import UserError
 from jaxembed.evaluation.tasks import SCORES_FILE
 from jaxembed.files import exists, read_json, read_json_value, read_text
-from jaxembed.reporting.score_files import ScoreFile, read_score_file
+from jaxembed.reporting.score_files import ScoreFile, merge_score_files, read_score_file
 from jaxembed.training.metrics import read_metrics
 from jaxembed.training.run_dir import BASE_RECORD_FILE, DATA_REPORT_FILE, STARTS_FILE, read_run_file
 
@@ -141,6 +141,4 @@ def _read_starts(path: Path) -> list[dict[str, Any]]:
 def _find_benchmark(folder: Path) -> ScoreFile | None:
     """Return the scores in the run directory or one of its folders. Of several files, later ones replace tasks."""
     files = [read_score_file(path) for path in (*sorted(folder.glob(f"*/{SCORES_FILE}")), folder / SCORES_FILE) if exists(path)]
-    if not files:
-        return None
-    return ScoreFile(files[-1].model, {name: task for file in files for name, task in file.tasks.items()})
+    return merge_score_files(files) if files else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import numpy as np
 
 from jaxembed.config.fields import quote_value
 from jaxembed.errors import UserError
+from jaxembed.evaluation.comparison import COMPARISON_FILE
+from jaxembed.evaluation.leaks import LEAKS_FILE
 from jaxembed.evaluation.tasks import SCORES_FILE
 from jaxembed.files import exists, read_json
 
@@ -42,12 +44,16 @@ class ScoreFile:
     """The scores of a model.
 
     Attributes:
-        model: What `evaluate` called the model; empty in files of earlier versions.
+        model: What `evaluate` called the model; empty if the file does not say.
         tasks: The score of each task by its name.
+        comparison: What `evaluate --compare` wrote beside the scores; empty without it.
+        leaks: What `evaluate --check-leaks` wrote beside the scores; empty without it.
     """
 
     model: str
     tasks: Mapping[str, TaskScore]
+    comparison: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    leaks: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def find_score_file(path: Path) -> Path | None:
@@ -68,7 +74,23 @@ def read_score_file(path: Path) -> ScoreFile:
         tasks, model = content["scores"], str(content.get("model") or "")
     if not tasks:
         raise UserError(f"{path}: has no scores (expected a file that evaluate --out writes)")
-    return ScoreFile(model, {name: _parse_task(entry, f"{path}: {name}") for name, entry in tasks.items()})
+    scores = {name: _parse_task(entry, f"{path}: {name}") for name, entry in tasks.items()}
+    besides = [path.with_name(name) for name in (COMPARISON_FILE, LEAKS_FILE)]
+    comparison, leaks = (read_json(file) if path.name == SCORES_FILE and exists(file) else {} for file in besides)
+    return ScoreFile(model, scores, comparison, leaks)
+
+
+def merge_score_files(files: Sequence[ScoreFile]) -> ScoreFile:
+    """Return the scores of several files of a model. Later files replace tasks, comparison and leaks of earlier ones."""
+    merged = files[0]
+    for file in files[1:]:
+        merged = ScoreFile(
+            file.model or merged.model,
+            {**merged.tasks, **file.tasks},
+            file.comparison or merged.comparison,
+            {**merged.leaks, **file.leaks},
+        )
+    return merged
 
 
 def _parse_task(entry: Any, where: str) -> TaskScore:

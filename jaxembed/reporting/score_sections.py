@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jaxembed.errors import UserError
 from jaxembed.reporting.blocks import (
@@ -196,3 +197,48 @@ def make_width_section(models: Sequence[ReportedModel]) -> Section:
     chart = draw_lines("Mean score", values, "score × 100", x_title="width", with_points=True)
     intro = "The mean over the tasks that evaluate --dim scored."
     return Section("widths", "Score against width", intro, charts=[chart], tables=[table])
+
+
+def make_comparison_section(models: Sequence[ReportedModel]) -> Section:
+    """Return what `evaluate --compare` found: differences of two models with their bootstrap intervals, and a sentence."""
+    tables = [_comparison_table(model) for model in models if model.benchmark.comparison]
+    return Section("comparison", "Comparison", "Paired bootstrap over the items of each task. Scores × 100.", tables=tables)
+
+
+def _comparison_table(model: ReportedModel) -> Table:
+    comparison = model.benchmark.comparison
+    differences: dict[str, Mapping[str, Any]] = dict(comparison.get("differences") or {})
+    other = comparison.get("scores") or {}
+    rows = []
+    for task, found in differences.items():
+        scores = [model.tasks[task].score if task in model.tasks else None, (other.get(task) or {}).get("score")]
+        rows.append([task, *map(_format_score, scores), *_format_difference(found)])
+    groups: frozenset[int] = frozenset()
+    if mean := comparison.get("mean"):
+        groups = frozenset({len(rows)})
+        rows.append(["mean", MISSING, MISSING, *_format_difference(mean)])
+    columns = ["task", model.name, str(comparison.get("model")), "difference", "95 % interval", "p", "verdict"]
+    return Table(columns, rows, caption=str(comparison.get("conclusion") or ""), groups=groups)
+
+
+def _format_difference(found: Mapping[str, Any]) -> list[str]:
+    difference = found.get("difference")
+    low, high = found.get("interval") or (None, None)
+    return [
+        MISSING if difference is None else f"{100 * difference:+.2f}",
+        MISSING if low is None or high is None else f"{100 * low:+.2f} to {100 * high:+.2f}",
+        format_number(found.get("p"), 4),
+        str(found.get("verdict") or found.get("no_interval") or MISSING),
+    ]
+
+
+def make_leak_section(models: Sequence[ReportedModel]) -> Section:
+    """Return what `evaluate --check-leaks` found: texts of the tasks that are in the training data."""
+    rows = [
+        [task, model.name, *(format_count(found.get(key)) for key in ("texts", "exact", "ngram"))]
+        for model in models
+        for task, found in model.benchmark.leaks.items()
+    ]
+    columns = ["task", "model", "texts", "equal to a training text", "share an n-gram only"]
+    tables = [Table(columns, rows, text_columns=2)] if rows else []
+    return Section("leaks", "Leaked texts", "Texts of the tasks that occur in the training files.", tables=tables)

@@ -176,6 +176,27 @@ def test_models_are_compared_on_the_tasks_that_they_share(tmp_path: Path) -> Non
     assert page.rows("kept")[1:3] == ["75.0 %", "100.0 %"]
 
 
+def test_what_evaluate_writes_beside_its_scores_is_shown(tmp_path: Path) -> None:
+    folder = write_scores(tmp_path / "own", A={"score": 0.5}, B={"score": 0.25})
+    found = {"difference": 0.125, "interval": [0.02, 0.2], "p": 0.0125, "verdict": "better", "queries": 9}
+    unknown = {"difference": None, "no_interval": "mteb gives no results by item"}
+    comparison = {
+        "model": "base", "scores": {"A": {"score": 0.375}, "B": {"score": None}}, "mean": found,
+        "differences": {"A": found, "B": unknown}, "conclusion": "own is better than base.",
+    }  # fmt: skip
+    (folder / "comparison.json").write_text(json.dumps(comparison))
+    (folder / "leaks.json").write_text(json.dumps({"A": {"texts": 1200, "exact": 3, "ngram": 40}}))
+    result = write_report(folder, tmp_path / "out.html")
+    assert result["sections"] == ["summary", "benchmark", "comparison", "leaks"]
+    page = read_page(tmp_path / "out.html")
+    cells = page.rows("own is better than base.")
+    interval = ["+12.50", "+2.00 to +20.00", "0.0125", "better"]
+    assert cells[8:15] == ["A", "50.00", "37.50", *interval]
+    assert cells[15:22] == ["B", "25.00", "–", "–", "–", "–", "mteb gives no results by item"]
+    assert cells[22:29] == ["mean", "–", "–", *interval]
+    assert page.rows("share an n-gram only")[1:6] == ["A", "own", "1,200", "3", "40"]
+
+
 def test_scores_in_a_run_directory_are_those_of_the_run(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "own", ignore=shutil.ignore_patterns("checkpoints"))
     folder = write_scores(tmp_path / "own" / "mteb", A={"score": 0.5, "type": "STS"})
