@@ -38,7 +38,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     from jaxembed.reporting.contents import make_sections
     from jaxembed.reporting.page import write_page
 
-    sections = make_sections(models, baseline=args.baseline, checkpoint=args.checkpoint, with_models=not args.no_model)
+    mesh = None if args.no_model else cli.make_fsdp_mesh(args.fsdp)
+    sections = make_sections(models, mesh, args.baseline, args.checkpoint)
     names = [model.name for model in models]
     command = shorten_command(shlex.join(["python", "-m", "jaxembed.report", *args.inputs, args.out]))
     size = write_page(out, f"Report: {', '.join(names)}", sections, command)
@@ -66,6 +67,7 @@ def make_parser() -> cli.Parser:
         "--no-model", action="store_true", help="load no model: leave out map, neighbors, similarities, and latent attention"
     )
     parser.add_argument("--checkpoint", default="best", help="checkpoint of the runs: best (default), last, or a step")
+    cli.add_fsdp_argument(parser)
     parser.add_argument("--baseline", metavar="NAME", help="model that the others are compared with (default: the first)")
     return parser
 

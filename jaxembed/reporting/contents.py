@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from jax.sharding import Mesh
+
 from jaxembed.reporting.blocks import Section
 from jaxembed.reporting.inputs import ReportedModel
 from jaxembed.reporting.model_facts import read_model_facts
@@ -30,15 +32,15 @@ from jaxembed.reporting.training_sections import (
 
 
 def make_sections(
-    models: Sequence[ReportedModel], *, baseline: str | None = None, checkpoint: str = "best", with_models: bool = True
+    models: Sequence[ReportedModel], mesh: Mesh | None, baseline: str | None = None, checkpoint: str = "best"
 ) -> list[Section]:
     """Return the sections of a report. Some may be empty.
 
     Args:
         models: The models of the report.
+        mesh: The devices that encode held-out texts. None: no model is loaded, and sections that need one are left out.
         baseline: Name of the model that the others are compared with. Default: the first.
         checkpoint: Checkpoint of the runs whose models are loaded: best, last, or a step.
-        with_models: Whether models are loaded for the sections that need them.
 
     Raises:
         UserError: `baseline` names no model, or a model or held-out set cannot be read.
@@ -54,8 +56,8 @@ def make_sections(
         make_comparison_section(models),
         make_leak_section(models),
     ]
-    if with_models:
-        views = [view_run(model.run, model.name, checkpoint) for model in models if model.run]
+    if mesh is not None:
+        views = [view_run(model.run, model.name, checkpoint, mesh) for model in models if model.run]
         sections += [
             make_map_section(views),
             make_neighbor_section(views),

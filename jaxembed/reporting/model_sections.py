@@ -6,6 +6,8 @@ import dataclasses
 import logging
 from collections.abc import Iterable, Sequence
 
+from jax.sharding import Mesh
+
 from jaxembed.errors import UserError
 from jaxembed.evaluation.heldout import open_held_out_sets
 from jaxembed.files import cache_dir
@@ -42,13 +44,14 @@ class RunViews:
     latents: tuple[list[dict[str, object]], str] | None
 
 
-def view_run(run: RunFiles, name: str, checkpoint: str) -> RunViews:
+def view_run(run: RunFiles, name: str, checkpoint: str, mesh: Mesh) -> RunViews:
     """Load a checkpoint of a run, and look at its held-out sets.
 
     Args:
         run: The run.
         name: Its name in the report.
         checkpoint: best, last, or a step.
+        mesh: The devices that encode.
 
     Raises:
         UserError: The checkpoint, the base under its adapters, or a held-out set cannot be read.
@@ -56,24 +59,21 @@ def view_run(run: RunFiles, name: str, checkpoint: str) -> RunViews:
     configs = run.config.eval.sets
     if len(configs) > MAX_SETS:
         log.info("%s: the first %d of %d held-out sets are encoded", name, MAX_SETS, len(configs))
-    if not configs:
-        return RunViews(name, (), None)
     try:
         held_out = open_held_out_sets(configs[:MAX_SETS], cache_dir())
     except UserError as error:
         raise UserError(f"{run.folder}: {str(error).removesuffix('.')}. Restore it, or give --no-model.") from None
-    embedders: dict[str, Embedder] = {}
-    sets: list[SetView] = []
-    for held_out_set in held_out:
-        adapter = held_out_set.config.adapter
-        if adapter not in embedders:
-            embedders[adapter] = Embedder.load(run.folder, checkpoint=checkpoint, adapter=adapter or None)
-        if view := view_set(held_out_set, embedders[adapter]):
-            sets.append(view)
-    embedder = embedders[configs[0].adapter]
-    sources = list(_iter_sources(sets[:1]))
-    has_latents = embedder.spec.pooling.startswith("latent_attention") and sources
-    return RunViews(name, sets, attend_to_latents(sources, embedder) if has_latents else None)
+    views: dict[str, SetView] = {}
+    latents = None
+    for adapter in dict.fromkeys(held_out_set.config.adapter for held_out_set in held_out):
+        embedder = Embedder.load(run.folder, checkpoint=checkpoint, adapter=adapter or None, mesh=mesh)
+        for held_out_set in held_out:
+            if held_out_set.config.adapter == adapter and (view := view_set(held_out_set, embedder)):
+                views[view.name] = view
+        if latents is None and views and embedder.spec.pooling.startswith("latent_attention"):
+            latents = attend_to_latents(next(iter(views.values())).sources, embedder)
+        del embedder  # memory holds one model at a time
+    return RunViews(name, [views[config.name] for config in configs if config.name in views], latents)
 
 
 def _iter_sources(sets: Iterable[SetView]) -> Iterable[EncodedSource]:

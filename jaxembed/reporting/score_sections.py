@@ -120,11 +120,11 @@ def _format_score(score: float | None) -> str:
 
 
 def _find_best(rows: Sequence[Sequence[str]], columns: Sequence[int]) -> frozenset[tuple[int, int]]:
-    """Return the cells with the largest number of a column that several rows have."""
+    """Return the cells with the largest number of a column, unless all are equal."""
     best = set()
     for column in columns:
         numbers = {i: float(row[column]) for i, row in enumerate(rows) if row[column] != MISSING}
-        if len(numbers) > 1:
+        if len(set(numbers.values())) > 1:
             best |= {(i, column) for i, number in numbers.items() if number == max(numbers.values())}
     return frozenset(best)
 
@@ -159,7 +159,7 @@ def _find_best_per_row(rows: Sequence[Sequence[str]], columns: range) -> frozens
     best = set()
     for i, row in enumerate(rows):
         numbers = {column: float(row[column]) for column in columns if row[column] != MISSING}
-        if len(numbers) > 1:
+        if len(set(numbers.values())) > 1:
             best |= {(i, column) for column, number in numbers.items() if number == max(numbers.values())}
     return frozenset(best)
 

@@ -40,6 +40,9 @@ MAX_METRIC_CHARTS = 8  # charts of the objectives' own metrics
 def make_training_section(runs: Sequence[RunFiles]) -> Section:
     """Return curves of the loss and its parts, the learning rate, throughput, and padding."""
     charts = [draw_lines("Loss", _loss_values(runs), "loss", note=_loss_note(runs))]
+    if len(runs) > 1:  # the parts of each run would be too many lines for one chart
+        parts = dict.fromkeys(key for run in runs for key in _shown_parts(run))
+        charts += [_draw_metric(runs, key, describe_part(key), "loss") for key in parts]
     for key, title, y_title in STEP_METRICS:
         values = [_point(run, row, key, _prefix(run, runs) or title) for run in runs for row in run.losses if key in row]
         if values:
@@ -53,8 +56,7 @@ def make_training_section(runs: Sequence[RunFiles]) -> Section:
     if waits:
         charts.append(draw_lines("Waiting for data", waits, "share of the step's time", zero=True))
     for key in _own_metrics(runs)[:MAX_METRIC_CHARTS]:
-        values = [_point(run, row, key, _prefix(run, runs) or key) for run in runs for row in run.losses if key in row]
-        charts.append(draw_lines(key, values, ""))
+        charts.append(_draw_metric(runs, key, key, ""))
     return Section("training", "Training", "One point per logged step.", charts=charts)
 
 
@@ -67,17 +69,26 @@ def _point(run: RunFiles, row: Mapping[str, Any], key: str, series: str) -> dict
     return {"x": row["step"], "value": row[key], "series": series}
 
 
+def _draw_metric(runs: Sequence[RunFiles], key: str, title: str, y_title: str) -> Chart:
+    """Draw a metric of several runs, or of one."""
+    values = [_point(run, row, key, _prefix(run, runs) or title) for run in runs for row in run.losses if key in row]
+    return draw_lines(title, values, y_title)
+
+
 def _loss_values(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
-    """Return the loss of every run and, if it has several, its parts."""
-    values = []
-    for run in runs:
-        parts = _loss_parts(run)
-        shown = ["loss", *parts] if len(parts) > 1 else ["loss"]
-        names = {key: ": ".join(filter(None, (_prefix(run, runs), describe_part(key)))) for key in shown}
-        if _prefix(run, runs) and len(shown) == 1:
-            names = {"loss": run.name}
-        values += [_point(run, row, key, names[key]) for key in shown for row in run.losses if key in row]
-    return values
+    """Return the loss of every run, and the parts of it if there is one run."""
+    if len(runs) > 1:
+        return [_point(run, row, "loss", run.name) for run in runs for row in run.losses]
+    (run,) = runs
+    return [
+        _point(run, row, key, describe_part(key)) for key in ("loss", *_shown_parts(run)) for row in run.losses if key in row
+    ]
+
+
+def _shown_parts(run: RunFiles) -> list[str]:
+    """Return the parts of a run's loss if it has several."""
+    parts = _loss_parts(run)
+    return parts if len(parts) > 1 else []
 
 
 def _loss_note(runs: Sequence[RunFiles]) -> str:
