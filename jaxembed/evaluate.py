@@ -58,6 +58,10 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Score a model, as one of the processes of a group. Process 0 runs the tasks; the others encode with it."""
+    if processes.count() > 1:
+        import jax
+
+        jax.devices()  # all processes initialize them together; libraries of process 0, such as bm25s, would do so alone
     table = read_instruction_table(args.instructions) if args.instructions else None
     if args.compare:
         check_other(args.compare, args)
@@ -111,9 +115,8 @@ def score_model(
     if table:
         encoder.use_instructions(table, args.instructions)
     encoder.cache = make_cache(encoder, out, args)
-    encoder.encode_with_prompt, finish = share_encoding(encoder.encode_with_prompt)
-    scores = score_tasks(encoder, tasks, out, items)
-    finish()
+    with share_encoding(encoder):
+        scores = score_tasks(encoder, tasks, out, items)
     report = "\n\n".join(table.format() for table in build_tables(encoder.name, tasks, scores))
     log.info("\n%s\n", report)
     if out:

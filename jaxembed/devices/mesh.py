@@ -12,10 +12,12 @@ All other code is mathematics on global arrays; XLA places the communication.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -42,6 +44,19 @@ LOGICAL_AXES: dict[str, str | None] = {
 }
 
 
+_uses_own_devices = ContextVar("uses_own_devices", default=False)
+
+
+@contextlib.contextmanager
+def own_devices_only() -> Iterator[None]:
+    """Let meshes that are made in the block have this process's devices alone, for work that other processes do not share."""
+    token = _uses_own_devices.set(True)
+    try:
+        yield
+    finally:
+        _uses_own_devices.reset(token)
+
+
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """Build a mesh with the given number of devices along each axis.
 
@@ -51,12 +66,13 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
         data: Size of the `data` axis. One of the three sizes may be -1: all remaining devices.
         fsdp: Size of the `fsdp` axis.
         tensor: Size of the `tensor` axis.
-        devices: Devices to use. Default: all devices of the run.
+        devices: Devices to use. Default: all devices of the run, or this process's (`own_devices_only`).
 
     Raises:
         UserError: There are too few devices, or the sizes do not divide them.
     """
-    devices = jax.devices() if devices is None else devices
+    if devices is None:
+        devices = jax.local_devices() if _uses_own_devices.get() else jax.devices()
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     where = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if size != 1 or axis == "data")
     requested = math.prod(size for size in sizes.values() if size != -1)

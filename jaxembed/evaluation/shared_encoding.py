@@ -6,32 +6,44 @@ the other processes.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from jaxembed.devices import processes
-from jaxembed.evaluation.task_encoder import EncodeWithPrompt
+from jaxembed.evaluation.task_encoder import EncodeWithPrompt, TaskEncoder
 
 MESSAGE_BYTES = 2**20  # size of the messages into which a call is split
 
 
-def share_encoding(encode: EncodeWithPrompt) -> tuple[EncodeWithPrompt, Callable[[], None]]:
-    """Return `encode` for process 0 so that the others take part, and a function that ends their `serve_encoding`.
+@contextlib.contextmanager
+def share_encoding(encoder: TaskEncoder) -> Iterator[None]:
+    """Let the other processes take part in what `encoder` encodes in the block. Process 0 enters it.
+
+    Searches in the block use the devices of process 0 alone.
 
     Args:
-        encode: Encodes texts. All processes must call it together, with the same arguments.
+        encoder: The model. The others pass the same one to `serve_encoding`.
     """
     if processes.count() == 1:
-        return encode, lambda: None
+        yield
+        return
+    from jaxembed.devices.mesh import own_devices_only  # imports JAX
+
+    encode = encoder.encode_with_prompt
 
     def encode_together(texts: Sequence[str], prompt: str) -> np.ndarray:
         _send([prompt, *texts])
         return encode(texts, prompt)
 
-    return encode_together, lambda: _send([])
+    encoder.encode_with_prompt = encode_together
+    with own_devices_only():
+        yield
+    encoder.encode_with_prompt = encode
+    _send([])
 
 
 def serve_encoding(encode: EncodeWithPrompt) -> None:

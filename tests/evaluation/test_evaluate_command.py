@@ -14,6 +14,7 @@ from helpers.process_groups import start_all
 from helpers.runs import use_one_device
 from jaxembed import Embedder, evaluate
 from jaxembed.config.spec import EmbeddingSpec
+from jaxembed.data.beir import write_beir
 from jaxembed.errors import UserError
 from jaxembed.evaluation import mteb_submission, mteb_tasks
 from jaxembed.hub.card import Card
@@ -71,12 +72,13 @@ def test_scores_equal_those_of_sentence_transformers_and_mteb(name: str, tmp_pat
 
 
 SCRIPT = """
-import sys
 from helpers.mteb_tasks import make_tasks
 from jaxembed import cli, evaluate
 from jaxembed.evaluation import mteb_tasks
+from jaxembed.search import nearest
 
 mteb_tasks.find_tasks = make_tasks
+nearest._can_use_faiss = lambda: False  # search on the mesh, as on accelerators
 cli.run_command(evaluate.main, evaluate.make_parser())
 """
 
@@ -84,12 +86,15 @@ cli.run_command(evaluate.main, evaluate.make_parser())
 def test_two_processes_give_the_scores_of_one(tmp_path: Path) -> None:
     folder = tiny.write_folder(tmp_path / "base", "qwen3")
     write_spec(folder, SPECS["instructed"])
-    arguments = [str(folder), "--dim", "32", "8", "--tasks", "STSBenchmark", "SciFact"]
+    documents = {f"d{i}": text for i, text in enumerate(tiny.TEXTS)}
+    write_beir(tmp_path / "own", documents, documents, {name: {name: 1} for name in documents})
+    arguments = [str(folder), "--dim", "32", "8", "--tasks", "STSBenchmark", "SciFact", "--beir", str(tmp_path / "own")]
     expected = run(*arguments)
     first, second = start_all(SCRIPT, [*arguments, "--out", str(tmp_path / "out")], tmp_path, count=2, devices=1)
     (output, errors), (other_output, other_errors) = first.communicate(), second.communicate()
     assert (first.returncode, second.returncode) == (0, 0), errors + other_errors
     scores = json.loads(output.splitlines()[-1])["scores"]
+    assert list(scores) == ["STSBenchmark", "SciFact", "own"] and scores["own"]["score"] == 1
     for name, result in expected["scores"].items():
         assert scores[name]["widths"] == pytest.approx(result["widths"], abs=1e-6)
     assert "scores" not in other_output  # process 0 alone prints the result

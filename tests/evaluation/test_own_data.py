@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from helpers import tiny
 from helpers.held_out import encode_words, make_labeled_texts, make_scored_pairs, write_beir, write_rows
 from jaxembed import evaluate
+from jaxembed.config.instructions import InstructionTable
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.errors import UserError
 from jaxembed.evaluation.bootstrap import CONFIDENCE
@@ -187,3 +189,23 @@ def test_leaks_of_a_classifiers_training_texts_do_not_count(tmp_path: Path) -> N
     tasks: list[OwnTask] = open_tasks(arguments)
     assert [(role, len(texts)) for role, texts in tasks[0].list_texts()] == [("texts", 10)]
     assert tasks[0].expected_texts == 30 and open_held_out_sets([tasks[0].held_out.config], tmp_path)
+
+
+def test_every_width_and_a_table_of_instructions_count(folder: Path) -> None:
+    tasks = open_tasks(evaluate.make_parser().parse_args(["x", "--beir", "bank", "--sts", "pairs.jsonl"]))
+    prompts = []
+
+    def encode(texts: Sequence[str], prompt: str) -> np.ndarray:
+        prompts.append(prompt)
+        return encode_words(texts)
+
+    spec = EmbeddingSpec(prompts={"query": "Instruct: stored\nQuery:", "document": "d: "})
+    encoder = TaskEncoder(encode, spec, "model", "1", width=32, widths=(32, 4))
+    retrieval, similarity = (task.score(encoder) for task in tasks)
+    for result in (retrieval, similarity):
+        assert list(result["widths"]) == ["32", "4"] and result["widths"]["32"] == result["score"] > result["widths"]["4"]
+    assert retrieval["instruction"] == "stored" and set(prompts) == {
+        "Instruct: stored\nQuery:", "d: ", "Instruct: Retrieve semantically similar text.\nQuery:"
+    }  # fmt: skip
+    encoder.use_instructions(InstructionTable(by_task={"bank": "own"}), "own.yaml")
+    assert [task.score(encoder)["instruction"] for task in tasks] == ["own", "Retrieve semantically similar text."]

@@ -140,7 +140,12 @@ EARLIER_SPEC = {
 }  # fmt: skip
 
 
-NEW_KEYS: dict[str, object] = {"matryoshka_dims": [], "fixed_prompts": False, "hidden_projections": []}
+NEW_KEYS: dict[str, object] = {
+    "matryoshka_dims": [],
+    "fixed_prompts": False,
+    "hidden_projections": [],
+    "instruction_table": "",
+}
 
 
 @pytest.mark.parametrize("dropped_key", [None, "include_instruction"])
