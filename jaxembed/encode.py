@@ -21,7 +21,18 @@ from jaxembed.config.field_lists import log_once
 from jaxembed.data.tokenize import MAX_TEXT_CHARS
 from jaxembed.errors import UserError
 from jaxembed.files import atomic_write, decode, exists
+from jaxembed.search.precision import (
+    PRECISIONS,
+    RANGES_FILE,
+    Precision,
+    merge_ranges,
+    needs_ranges,
+    quantize_vectors,
+    quantized_layout,
+    read_ranges,
+)
 
+FLOAT32 = np.dtype("<f4")
 TEXTS_PER_BATCH, CHARS_PER_BATCH = 4096, 2**22  # a batch ends at whichever comes first
 
 
@@ -31,6 +42,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     if args.examples and not args.instruction:
         raise UserError("--examples: in-context examples need an instruction. Add --instruction.")
     examples = read_examples(Path(args.examples)) if args.examples else []
+    ranges_path, ranges_out = find_ranges(args), args.write_ranges and cli.prepare_new_output(args.write_ranges)
     # A pipe can be read only once. Anything else is read and checked before the model is loaded.
     count = None if is_pipe(source) else sum(1 for _ in read_texts(source, args.field))
     if count == 0:
@@ -44,15 +56,59 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         plain = repr(embedder.spec.plain_prompt)
         log_once(f"{args.model}: texts get the prompt {plain} (--prompt-name selects a stored one: {stored})", logging.INFO)
     width = embedder.encode([], **options).shape[1]  # checks the options before anything is written
-    _check_disk_space(out, 4 * (count or 0) * width)
-    parts = (embedder.encode(texts, **options) for texts in group_texts(read_texts(source, args.field)))
+    quantizer = Quantizer(args.precision, read_ranges(ranges_path, width) if ranges_path else None)
+    dtype, columns = quantized_layout(args.precision, width)
+    _check_disk_space(out, dtype.itemsize * (count or 0) * columns)
+    parts = (quantizer(embedder.encode(texts, **options)) for texts in group_texts(read_texts(source, args.field)))
     with atomic_write(out) as partial:
-        written = write_vectors(partial, out, parts, width, count)
+        written = write_vectors(partial, out, parts, columns, count, dtype)
         if not written:
             raise UserError(f"{source}: has no texts")
         if count not in (None, written):
             raise UserError(f"{source}: changed while it was read ({count:,} texts, then {written:,}). Run the command again.")
-    return {"out": str(out), "vectors": written, "width": width}
+        if ranges_out and quantizer.found_ranges is not None:
+            with atomic_write(ranges_out) as partial_ranges, partial_ranges.open("wb") as file:
+                np.save(file, quantizer.found_ranges)
+    return {"out": str(out), "vectors": written, "width": width} | (
+        {} if args.precision == "float32" else {"precision": args.precision}
+    )
+
+
+class Quantizer:
+    """Quantizes vectors part by part, and measures their ranges.
+
+    Attributes:
+        found_ranges: Lowest and highest value of each number so far, [2, width].
+    """
+
+    def __init__(self, precision: Precision, ranges: np.ndarray | None):
+        """Quantize to a precision by `ranges`, which only some precisions need."""
+        self._precision, self._ranges = precision, ranges
+        self.found_ranges: np.ndarray | None = None
+
+    def __call__(self, vectors: np.ndarray) -> np.ndarray:
+        """Return quantized vectors."""
+        self.found_ranges = merge_ranges(self.found_ranges, vectors)
+        return quantize_vectors(vectors, self._precision, self._ranges)
+
+
+def find_ranges(args: argparse.Namespace) -> Path | None:
+    """Return the file of ranges for --precision: that of --ranges, or that in the folder MODEL. None: none is needed.
+
+    Raises:
+        UserError: There is none, or --ranges is given for a precision without ranges.
+    """
+    if not needs_ranges(args.precision):
+        if args.ranges:
+            raise UserError(f"--ranges: is for --precision int8 and uint8 (found {args.precision}). Remove it.")
+        return None
+    stored = Path(args.model) / RANGES_FILE
+    if not args.ranges and not exists(stored):
+        raise UserError(
+            f"--precision {args.precision}: needs ranges (found neither --ranges nor {stored}). Encode texts like yours with "
+            f"--write-ranges {stored} first."
+        )
+    return Path(args.ranges) if args.ranges else stored
 
 
 def is_pipe(source: str) -> bool:
@@ -75,7 +131,9 @@ def group_texts(texts: Iterator[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def write_vectors(partial: Path, out: Path, parts: Iterable[np.ndarray], width: int, count: int | None) -> int:
+def write_vectors(
+    partial: Path, out: Path, parts: Iterable[np.ndarray], width: int, count: int | None, dtype: np.dtype = FLOAT32
+) -> int:
     """Write vectors to a .npy file, one part after the other, and return their number.
 
     Nothing is mapped into memory, so that a full disk is an error and not a SIGBUS.
@@ -83,28 +141,29 @@ def write_vectors(partial: Path, out: Path, parts: Iterable[np.ndarray], width: 
     Args:
         partial: The file to write.
         out: The name that errors give it.
-        parts: Vectors, float32 [n, width] each.
+        parts: Vectors [n, width] each.
         width: Width of the vectors.
         count: Expected number of vectors, for the progress bar. None: unknown.
+        dtype: Dtype of the file.
     """
     written = 0
     try:
         with partial.open("wb") as file, tqdm(total=count, unit="text") as bar:
             # The header has a fixed length, and is written again when the number of vectors is known.
-            _write_header(file, 0, width)
+            _write_header(file, (0, width), dtype)
             for part in parts:
-                file.write(np.ascontiguousarray(part, "<f4").tobytes())
+                file.write(np.ascontiguousarray(part, dtype).tobytes())
                 written += len(part)
                 bar.update(len(part))
             file.seek(0)
-            _write_header(file, written, width)
+            _write_header(file, (written, width), dtype)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}). Free space, or name another output.") from None
     return written
 
 
-def _write_header(file: IO[bytes], count: int, width: int) -> None:
-    np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (count, width)})
+def _write_header(file: IO[bytes], shape: tuple[int, int], dtype: np.dtype) -> None:
+    np.lib.format.write_array_header_1_0(file, {"descr": dtype.str, "fortran_order": False, "shape": shape})
 
 
 def _check_disk_space(out: Path, needed: int) -> None:
@@ -206,7 +265,7 @@ def _read_field(rows: Iterable[tuple[int, str, Any]], field: str) -> Iterator[st
 def make_parser() -> cli.Parser:
     """Return the parser of the command line."""
     about = (
-        "OUT.npy has one float32 vector of unit length per line or row, in input order. Memory does not grow with the file.\n"
+        "OUT.npy has one vector of unit length per line or row, in input order. Memory does not grow with the file.\n"
         f"Texts are cut at {MAX_TEXT_CHARS:,} characters before they are tokenized. Blank lines at the end are skipped."
     )
     parser = cli.new_parser("encode", f"{__doc__}\n{about}")
@@ -227,6 +286,20 @@ def make_parser() -> cli.Parser:
         help='in-context examples (few-shot) that precede the instruction: lines {"query": ..., "response": ...}',
     )
     parser.add_argument("--dim", type=int, help="number of leading dimensions to keep (Matryoshka)")
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="float32",
+        help="numbers of OUT.npy: float32 (default); int8 or uint8, by ranges; or signs, 8 in a byte (binary, ubinary)",
+    )
+    parser.add_argument(
+        "--ranges",
+        metavar="RANGES.npy",
+        help=f"ranges of --precision int8 and uint8 (default: {RANGES_FILE} in the folder MODEL)",
+    )
+    parser.add_argument(
+        "--write-ranges", metavar="RANGES.npy", help="write the lowest and highest value of each number, for --ranges"
+    )
     parser.add_argument(
         "--long-texts",
         choices=["cut", "mean", "max"],

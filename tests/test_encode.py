@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sentence_transformers.util import quantize_embeddings
 
 from jaxembed import cli, encode
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.errors import UserError
+from jaxembed.search.precision import merge_ranges, quantize_vectors, quantized_layout
 
 TEXTS = [f"text {i}" for i in range(10)]
 
@@ -123,3 +125,42 @@ def test_long_texts_are_cut_before_they_are_encoded(
     assert [message for message in caplog.messages if "cut" in message] == [
         f"{tmp_path}/a.txt: 1 texts have more than 50 characters and are cut there"
     ]
+
+
+@pytest.mark.parametrize("precision", ["int8", "uint8", "binary", "ubinary"])
+def test_precisions_equal_those_of_sentence_transformers(precision: Any) -> None:
+    random = np.random.default_rng(0)
+    vectors, ranges = random.normal(size=(50, 20)).astype(np.float32), merge_ranges(None, random.normal(size=(9, 20)))
+    vectors[3], ranges[:, 4] = 0, 0.25  # a vector without signs, and a number without a range
+    ours = quantize_vectors(vectors, precision, ranges)
+    theirs = quantize_embeddings(vectors, precision, ranges=ranges)
+    np.testing.assert_array_equal(ours, theirs)
+    assert (ours.dtype, ours.shape[1]) == quantized_layout(precision, 20) and ours.dtype == theirs.dtype
+    assert len(np.unique(ours)) > 20
+
+
+def test_ranges_of_some_texts_quantize_others(tmp_path: Path, encoder: LengthEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encode, "TEXTS_PER_BATCH", 2)
+    ranges = tmp_path / "ranges.npy"
+    (tmp_path / "a.txt").write_text("\n".join(["x" * n for n in (1, 256, 7)]))
+    run(tmp_path / "a.txt", tmp_path / "a.npy", "--write-ranges", str(ranges))
+    assert np.load(ranges).tolist() == [[1, 1], [256, 1]]
+    result = run(tmp_path / "a.txt", tmp_path / "b.npy", "--precision", "uint8", "--ranges", str(ranges))
+    assert np.load(tmp_path / "b.npy").tolist() == [[0, 0], [255, 0], [6, 0]] and result["precision"] == "uint8"
+    run(tmp_path / "a.txt", tmp_path / "c.npy", "--precision", "ubinary")
+    assert np.load(tmp_path / "c.npy").tolist() == [[192]] * 3  # two numbers above 0
+
+
+def test_errors_of_ranges(tmp_path: Path, encoder: LengthEncoder) -> None:
+    (tmp_path / "a.txt").write_text("one\n")
+    source, out, bad = tmp_path / "a.txt", tmp_path / "out.npy", tmp_path / "bad.npy"
+    np.save(bad, np.zeros((2, 3), np.float32))
+    with pytest.raises(UserError, match=r"--precision int8: needs ranges \(found neither --ranges nor model/quantization_rang"):
+        run(source, out, "--precision", "int8")
+    with pytest.raises(UserError, match=r"bad\.npy: not the ranges of these vectors \(found float32 \[2, 3\]; expected finite"):
+        run(source, out, "--precision", "int8", "--ranges", str(bad))
+    with pytest.raises(UserError, match=r"a\.txt: not a \.npy file"):
+        run(source, out, "--precision", "int8", "--ranges", str(source))
+    with pytest.raises(UserError, match=r"--ranges: is for --precision int8 and uint8 \(found binary\)"):
+        run(source, out, "--precision", "binary", "--ranges", str(bad))
+    assert not out.exists()
