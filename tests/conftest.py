@@ -59,9 +59,10 @@ gc.set_threshold(50_000, 20, 50)
 SLOWEST_FILES = (
     "test_processes", "test_crashes", "test_sharded_step", "test_step", "test_layouts", "test_train", "test_export",
     "test_objectives", "test_stages", "test_kernels", "test_docs", "test_gradcache", "test_lora", "test_recipes",
-    "test_diagnosis", "test_parity", "test_cpu", "test_peft", "test_onnx", "test_adapters", "test_packing", "test_published",
-    "test_planning", "test_earlier_run", "test_pooling", "test_mined", "test_notebook", "test_blas", "test_embedder",
-    "test_quantization", "test_frozen_encoder", "test_python_packages", "test_losses", "test_scratch",
+    "test_evaluate_command", "test_diagnosis", "test_families", "test_parity", "test_cpu", "test_peft", "test_onnx",
+    "test_adapters", "test_packing", "test_published", "test_planning", "test_earlier_run", "test_pooling",
+    "test_mined", "test_notebook", "test_blas", "test_embedder", "test_quantization", "test_encoders", "test_browser",
+    "test_scoring", "test_submission", "test_frozen_encoder", "test_python_packages", "test_losses", "test_scratch",
 )  # fmt: skip
 
 
