@@ -28,6 +28,7 @@ REQUIREMENT_REASON = "Earlier versions ignore the field of the mask and would co
 # Fields of a base's config.json that do not belong to the exported model.
 UNSAVED_CONFIG_KEYS = ("torch_dtype", "auto_map", "_name_or_path", "tokenizer_class", "matryoshka_dimensions", "rope_scaling")
 
+MODEL_INPUTS = ("input_ids", "attention_mask")
 LOADING_KEYS = ("is_local", "local_files_only")  # fields of a saved tokenizer_config.json that say how it was loaded
 
 
@@ -209,9 +210,10 @@ def build_tokenizer_config(
     lasting = {key: value for key, value in saved.items() if key not in LOADING_KEYS}
     tokenizer_class = saved.get("tokenizer_class")
     if FAMILIES[decoder.family].is_encoder:
-        if tokenizer_class == "TokenizersBackend":
-            tokenizer_class = "PreTrainedTokenizerFast"
-        return {**lasting, "tokenizer_class": tokenizer_class}
+        if tokenizer_class != "TokenizersBackend":
+            return lasting
+        # By default, the class of transformers 4 returns token types too, which ModernBERT does not take.
+        return {"model_input_names": list(MODEL_INPUTS), **lasting, "tokenizer_class": "PreTrainedTokenizerFast"}
     if spec.attention != "causal" and FAMILIES[decoder.family].bidirectional_since >= "5":
         tokenizer_class = "TokenizersBackend"
     elif decoder.family != "qwen2":

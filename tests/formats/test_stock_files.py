@@ -141,9 +141,15 @@ def test_transformers_4_loads_the_tokenizer_of_causal_models_only(family: str, a
 
 
 @pytest.mark.parametrize(
-    ("saved", "expected"), [("TokenizersBackend", "PreTrainedTokenizerFast"), ("BertTokenizer", "BertTokenizer")]
+    ("saved", "expected"),
+    [
+        (
+            "TokenizersBackend",
+            {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]},
+        ),
+        ("BertTokenizer", {"tokenizer_class": "BertTokenizer"}),
+    ],
 )
-def test_the_tokenizer_of_an_encoder_has_a_class_that_all_versions_know(saved: str, expected: str) -> None:
+def test_the_tokenizer_of_an_encoder_has_a_class_that_all_versions_know(saved: str, expected: dict[str, Any]) -> None:
     decoder = parse_hf_config({"model_type": "bert", **SIZES}, "bert")
-    config = stock_files.build_tokenizer_config({"tokenizer_class": saved}, EmbeddingSpec(), decoder, True, True)
-    assert config == {"tokenizer_class": expected}
+    assert stock_files.build_tokenizer_config({"tokenizer_class": saved}, EmbeddingSpec(), decoder, True, True) == expected
