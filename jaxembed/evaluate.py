@@ -128,10 +128,13 @@ def score_model(
 
 def check_other(model: str, args: argparse.Namespace) -> None:
     """Check that the model of --compare exists and fits the options, without loading its weights. Raises `UserError`."""
+    from jaxembed.hub.resolve import find_base_with_weights
+
     if args.backend == "sentence-transformers":
         from jaxembed.hub.torch_model import check_is_sentence_transformer
 
         check_is_sentence_transformer(Path(model))
+    find_base_with_weights(model)  # refuses a run of several adapters too, because no option chooses one here
     choose_widths(model, "best", args.dim, args.max_length)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import zip_longest
@@ -42,7 +43,7 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
 
 
 def open_tasks(args: argparse.Namespace) -> list[OwnTask]:
-    """Return the tasks that the options name. Each has the name of its file or folder.
+    """Return the tasks that the options name. Each has the name of its file or folder (`name_tasks`).
 
     Raises:
         UserError: A file does not exist or is malformed, or there are other numbers of files in --labels and --train-labels.
@@ -53,18 +54,24 @@ def open_tasks(args: argparse.Namespace) -> list[OwnTask]:
         )
     if args.beir:
         check_bm25_installed()
-    configs = [EvalSetConfig(name=name_task(path), kind="retrieval", path=path) for path in args.beir]
-    configs += [EvalSetConfig(name=name_task(path), kind="sts", path=path) for path in args.sts]
+    names = name_tasks([*args.beir, *args.sts, *args.labels])
+    configs = [EvalSetConfig(name=names[path], kind="retrieval", path=path) for path in args.beir]
+    configs += [EvalSetConfig(name=names[path], kind="sts", path=path) for path in args.sts]
     for path, train_path in zip_longest(args.labels, args.train_labels, fillvalue=""):
-        name = name_task(path)
+        name = names[path]
         configs.append(EvalSetConfig(name=f"{name}-classification", kind="classification", path=path, train_path=train_path))
         configs.append(EvalSetConfig(name=f"{name}-clustering", kind="clustering", path=path))
     return [OwnTask(held_out) for held_out in open_held_out_sets(configs, cache_dir(), "evaluate")]
 
 
-def name_task(path: str) -> str:
-    """Return the name of the task of a file or folder: its last part without an ending."""
-    return Path(path.rstrip("/")).stem or path
+def name_tasks(paths: Sequence[str]) -> dict[str, str]:
+    """Return the name of each file or folder: its last part without an ending, after its folder if others are named alike."""
+    stems = {path: Path(path.rstrip("/")).stem or path for path in paths}
+    counts = Counter(stems.values())
+    return {
+        path: stem if counts[stem] == 1 else "/".join(filter(None, (Path(path.rstrip("/")).parent.name, stem)))
+        for path, stem in stems.items()
+    }
 
 
 @dataclasses.dataclass(frozen=True)

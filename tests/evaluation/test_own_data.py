@@ -20,7 +20,7 @@ from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.errors import UserError
 from jaxembed.evaluation.bootstrap import CONFIDENCE
 from jaxembed.evaluation.heldout import open_held_out_sets, score_set
-from jaxembed.evaluation.own_data import OwnTask, open_tasks
+from jaxembed.evaluation.own_data import OwnTask, name_tasks, open_tasks
 from jaxembed.evaluation.task_encoder import TaskEncoder
 
 NOISE = {"good": 0.0, "poor": 6.0, "copy": 0.0}  # of the vectors of stand-ins for models
@@ -179,6 +179,12 @@ def test_leaks_are_counted_by_task_role_and_source(folder: Path, caplog: pytest.
     assert json.loads((folder / "out" / "leaks.json").read_text()) == leaks
     assert f"leaks: bank: {exact_queries} of 60 queries equal a training text, 0 more share 5 words; 1 of 60" in caplog.text
     assert run("good", *arguments[:4], "--check-leaks", "train.yaml")["leaks"]["bank"]["ngram"] == 0, "13 words by default"
+
+
+def test_files_that_are_named_alike_have_the_names_of_their_folders() -> None:
+    assert name_tasks(["a/test.jsonl", "b/test.tsv", "c/bank/", "hf:glue:test"]) == {
+        "a/test.jsonl": "a/test", "b/test.tsv": "b/test", "c/bank/": "bank", "hf:glue:test": "hf:glue:test"
+    }  # fmt: skip
 
 
 def test_leaks_of_a_classifiers_training_texts_do_not_count(tmp_path: Path) -> None:
