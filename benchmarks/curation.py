@@ -34,6 +34,7 @@ from jaxembed.data.jsonl import write_jsonl
 INJECTED = 200  # rows of each kind
 FOREIGN = ("de", "fr", "pl")
 SYNTHETIC_WORDS = 20_000
+MEMORY_MB = 64
 Rows = list[dict[str, Any]]
 
 
@@ -230,7 +231,12 @@ def measure_memory(count: int, folder: Path) -> None:
         {"name": "clean"}, {"name": "quality", "min_chars": 3}, {"name": "duplicates"},
         {"name": "duplicates", "match": "near"}, {"name": "balance", "share": 0.9},
     ]  # fmt: skip
-    tree = {"out": str(folder / "out"), "memory_mb": 256, "sources": [{"path": str(folder / "rows.jsonl")}], "steps": steps}
+    tree = {
+        "out": str(folder / "out"),
+        "memory_mb": MEMORY_MB,
+        "sources": [{"path": str(folder / "rows.jsonl")}],
+        "steps": steps,
+    }
     start = time.monotonic()
     result = curate(CurateConfig.model_validate(tree), folder / "cache", "benchmark", read_task)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

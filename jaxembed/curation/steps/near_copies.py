@@ -10,10 +10,11 @@ Broder 1997; Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, chapter
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from scipy.sparse import coo_array
@@ -38,6 +39,7 @@ UNSPACED_CHAR = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020000-\U0003ffff]"
 )
 BAND_RECORD = np.dtype([("key", "<u8"), ("content", "<u8"), ("item", "<u8")])
+SIGNATURE_RECORD = np.dtype([("hashes", "<u2", NUM_HASHES)])  # the low halves, which are enough to compare two
 RANK_RECORD = np.dtype([("rank", "<u8"), ("content", "<u8")])
 
 
@@ -80,7 +82,6 @@ class NearCopies:
         ranks = np.empty(len(pairs), RANK_RECORD)
         ranks["rank"], ranks["content"] = [item.rank for _, item in pairs], content
         self._ranks.write(ranks.tobytes())
-        # The low half of each value is enough to compare two signatures.
         self._signatures.write(signatures.astype(np.uint16).tobytes())
         self._num_items += len(pairs)
 
@@ -96,8 +97,7 @@ class NearCopies:
         ends = ends.reshape(edges.shape)
         graph = coo_array((np.ones(len(edges), bool), (ends[:, 0], ends[:, 1])), shape=(len(nodes), len(nodes)))
         _, components = connected_components(graph, directed=False)
-        self._ranks.flush()
-        ranks = np.memmap(self._ranks, RANK_RECORD, "r")[nodes]
+        ranks = read_records(self._ranks, RANK_RECORD, nodes)
         order = np.lexsort((nodes, ranks["content"], ~ranks["rank"], components))
         is_copy = components[order][1:] == components[order][:-1]
         dropped[nodes[order[1:]][is_copy]] = True
@@ -105,9 +105,7 @@ class NearCopies:
 
     def _find_edges(self) -> np.ndarray:
         """Return the pairs of items whose signatures agree enough, int64 [E, 2]: an item, and the first of its bucket."""
-        self._signatures.flush()
-        signatures = np.memmap(self._signatures, np.uint16, "r", shape=(self._num_items, NUM_HASHES))
-        edges = [np.zeros((0, 2), np.int64)]
+        edges = np.zeros((0, 2), np.int64)
         for records in self._bands.partitions():
             order = np.lexsort((records["item"], records["content"], records["key"]))
             keys, items = records["key"][order], records["item"][order].astype(np.int64)
@@ -115,11 +113,22 @@ class NearCopies:
             sizes = np.diff(np.append(starts, len(keys)))
             pairs = np.stack([np.repeat(items[starts], sizes), items], 1)
             pairs = np.unique(pairs[pairs[:, 0] != pairs[:, 1]], axis=0)
-            for start in range(0, len(pairs), PAIRS_PER_READ):
-                part = pairs[start : start + PAIRS_PER_READ]
-                agreement = (signatures[part[:, 0]] == signatures[part[:, 1]]).mean(1)
-                edges.append(part[agreement >= self._config.threshold])
-        return np.unique(np.concatenate(edges), axis=0)
+            parts = np.split(pairs, range(PAIRS_PER_READ, len(pairs), PAIRS_PER_READ))
+            similar = [part[self._compare(part) >= self._config.threshold] for part in parts]
+            edges = np.unique(np.concatenate([edges, *similar]), axis=0)
+        return edges
+
+    def _compare(self, pairs: np.ndarray) -> np.ndarray:
+        """Return the estimated Jaccard index of pairs of items, float64 [P]."""
+        first, second = (read_records(self._signatures, SIGNATURE_RECORD, items)["hashes"] for items in pairs.T)
+        return np.asarray((first == second).mean(1))
+
+
+def read_records(file: IO[bytes], dtype: np.dtype, indices: np.ndarray) -> np.ndarray:
+    """Return records of a file by their index. A memory map would count as memory of the process."""
+    file.flush()
+    size, descriptor = dtype.itemsize, file.fileno()
+    return np.frombuffer(b"".join(os.pread(descriptor, size, size * index) for index in indices.tolist()), dtype)
 
 
 def import_rensa() -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 MAX_PARTITIONS = 256
-COPIES_IN_MEMORY = 4  # of a partition, while it is sorted and compared
+COPIES_IN_MEMORY = 6  # of a partition, while it is sorted and compared
 
 
 class RecordFiles:
