@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -220,7 +221,11 @@ def test_tokenizer_that_transformers_reads_differently_is_refused(tmp_path):
 def test_wrong_weights_are_refused(bases, tmp_path, monkeypatch):
     model = load_tiny(bases["qwen3"])
     save = stock_folder.save_params
-    monkeypatch.setattr(stock_folder, "save_params", lambda *args: save(*args[:-1], lambda x: args[-1](x) * 1.05))
+
+    def save_larger(path: Path, params: Any, prefixes: Any, convert: Any, *family: str) -> None:
+        save(path, params, prefixes, lambda x: convert(x) * 1.05, *family)
+
+    monkeypatch.setattr(stock_folder, "save_params", save_larger)
     with pytest.raises(UserError, match="not written, because the exported vectors differ"):
         export(model, tmp_path / "out", "float32", CARD)
     assert list(tmp_path.iterdir()) == []
