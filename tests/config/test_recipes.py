@@ -279,3 +279,11 @@ def test_gte_has_the_surveys_mixture() -> None:
 def test_echo_has_the_data_of_e5_mistral() -> None:
     ours, e5 = (source_names(load_recipe(name).data.sources) for name in ("echo_mistral", "e5_mistral"))
     assert ours == [name for name in e5 if name != "e5-mistral-synthetic"]
+
+
+def test_recorded_plans_are_of_the_recipes_as_they_are() -> None:
+    plans = json.loads((ROOT / "docs" / "results" / "recipe-plans.json").read_text())["plans"]
+    for plan in plans:
+        stage = load_recipe(plan["recipe"]).stages[plan["stage"]]
+        found = (plan["steps"], plan["gradcache_rows"])
+        assert found == (stage.train.steps, stage.gradcache.rows), f"{plan['recipe']}: plan it again"
