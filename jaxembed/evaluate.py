@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("jaxembed")
 
 TABLES_FILE = "scores.md"
-JOIN_LIMIT_S = 600.0  # within which all processes of a run must have joined
+JOIN_LIMIT_S = 600.0  # time limit for all processes of a run to join
 
 # Modules with `add_arguments(parser)`, and `open_tasks(args)`, which returns the tasks that these options name.
 TASK_SOURCES = (mteb_tasks, own_data, air_bench)
@@ -61,7 +61,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     if processes.count() > 1:
         import jax
 
-        jax.devices()  # all processes initialize them together; libraries of process 0, such as bm25s, would do so alone
+        jax.devices()  # initialize devices on all processes at once, before a library on process 0 (bm25s) does
     table = read_instruction_table(args.instructions) if args.instructions else None
     if args.compare:
         check_other(args.compare, args)
@@ -72,7 +72,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         tasks = open_tasks(args, table)
         if args.check_leaks is not None:
             result["leaks"] = check_leaks(tasks, args.check_leaks or args.model, args.leak_words, out)
-    processes.barrier()  # an error of the tasks comes before the weights are loaded
+    processes.barrier()  # errors in the tasks are raised before any process loads weights
     items: dict[str, ItemScores] | None = {} if args.compare else None
     scores = score_model(args, args.model, tasks, table, items, is_main=True)
     if items is not None:  # memory holds one model at a time
@@ -93,14 +93,14 @@ def score_model(
     items: dict[str, ItemScores] | None,
     is_main: bool,
 ) -> dict[str, Any]:
-    """Load a model and score it. Only MODEL has the options that select a part of it, and files in --out.
+    """Load a model and score it. The options that select part of a model, and --out, apply to MODEL only.
 
     Args:
         args: The options.
         model: MODEL, or the model that it is compared with.
         tasks: The tasks.
         table: The user's instructions.
-        items: Gets the scores by item. None: they are not needed.
+        items: Receives the scores by item. None: they are not needed.
         is_main: Whether it is MODEL.
 
     Returns:
@@ -134,7 +134,7 @@ def check_other(model: str, args: argparse.Namespace) -> None:
         from jaxembed.hub.torch_model import check_is_sentence_transformer
 
         check_is_sentence_transformer(Path(model))
-    find_base_with_weights(model)  # refuses a run of several adapters too, because no option chooses one here
+    find_base_with_weights(model)  # also rejects a run with several adapters: no option selects one here
     choose_widths(model, "best", args.dim, args.max_length)
 
 
@@ -180,20 +180,20 @@ def write_submission_of(args: argparse.Namespace, encoder: TaskEncoder, tasks: S
     mteb_tasks_scored = [task.task for task in plain_tasks if isinstance(task, mteb_tasks.MtebTask)]
     folder = Path(args.submission)
     mteb_submission.write_submission(folder, facts, encoder, mteb_tasks_scored, Path(args.out) / "results")
-    log.info("%s: the submission; the page on evaluation says where its files belong", folder)
+    log.info("wrote the submission to %s; the evaluation guide says where its files go", folder)
 
 
 def make_cache(encoder: TaskEncoder, out: Path | None, args: argparse.Namespace) -> VectorCache:
-    """Return the cache of a task's vectors: its files lie in `out`, or in a temporary folder."""
+    """Return the cache of a task's vectors. Its files are in `out`, or in a temporary folder."""
     folder = out / "vectors" if out else Path(tempfile.gettempdir()) / f"jaxembed-vectors-{os.getpid()}"
     memory_bytes = int(args.vector_memory * 2**30)
-    # Documents have the same vectors at every width, and under every instruction of the queries.
+    # Every width, and every instruction of the queries, uses the same vectors of the documents again.
     keeps_all = len(encoder.widths) > 1 or bool(args.instruction_variants)
     return VectorCache(folder, encoder.revision, encoder.width, memory_bytes, keeps_all)
 
 
 def choose_widths(model: str, checkpoint: str, widths: Sequence[int], max_length: int | None) -> tuple[int, tuple[int, ...]]:
-    """Find a model without its weights. Return the width of its vectors, and the widths to score.
+    """Find a model without loading its weights. Return the width of its vectors, and the widths to score.
 
     Raises:
         UserError: There is no such model, or its vectors or its maximum length are smaller than the options ask for.
@@ -277,12 +277,12 @@ def make_parser() -> cli.Parser:
     )  # fmt: skip
     parser.add_argument(
         "--leak-words", type=cli.integer_from(1), default=DEFAULT_NGRAM_WORDS, metavar="N",
-        help="number of words that a text must share in a row with a training text (default: %(default)s)",
+        help="consecutive words that a text must share with a training text to count as leaked (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--instructions",
         metavar="FILE|NAME",
-        help="instructions of tasks, before those of the model: a YAML or JSON file, or the table of a published model "
+        help="instructions by task, which override those of the model: a YAML or JSON file, or the table of a published model "
         f"({', '.join(INSTRUCTION_TABLES)})",
     )
     parser.add_argument(
@@ -290,13 +290,16 @@ def make_parser() -> cli.Parser:
         help="score tasks under other instructions too, and without any: a YAML file of lists of instructions by task",
     )  # fmt: skip
     parser.add_argument(
-        "--dim", type=cli.integer_from(1), nargs="+", default=[], metavar="N", help="widths to score (Matryoshka); one encoding"
-    )
+        "--dim", type=cli.integer_from(1), nargs="+", default=[], metavar="N",
+        help="widths to score (Matryoshka); texts are encoded once",
+    )  # fmt: skip
     parser.add_argument(
         "--max-length", type=cli.integer_from(1), metavar="N", help="maximum tokens of a text (default: that of the model)"
     )
     parser.add_argument("--out", metavar="DIR", help="folder for the results; tasks already scored there are not run again")
-    parser.add_argument("--submission", metavar="DIR", help="write what MTEB's leaderboard asks for: module and results")
+    parser.add_argument(
+        "--submission", metavar="DIR", help="write a submission to MTEB's leaderboard: ModelMeta module and results"
+    )
     parser.add_argument("--submission-name", metavar="ORG/MODEL", help="name of the model on the hub (default: MODEL)")
     parser.add_argument(
         "--vector-memory",

@@ -60,9 +60,9 @@ def make_parser() -> cli.Parser:
     parser = cli.new_parser("report", __doc__)
     parser.add_argument(
         "inputs", metavar="RUN_OR_SCORES", nargs="+",
-        help="run directory; or scores.json, or its folder, that evaluate --out writes. Several are compared",
+        help="run directory, or scores.json (or its folder) from evaluate --out; several are compared",
     )  # fmt: skip
-    parser.add_argument("out", metavar="OUT.html", help="page to write; a page that is there is replaced")
+    parser.add_argument("out", metavar="OUT.html", help="page to write; an existing page is replaced")
     parser.add_argument(
         "--no-model", action="store_true", help="load no model: leave out map, neighbors, similarities, and latent attention"
     )

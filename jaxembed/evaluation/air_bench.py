@@ -33,7 +33,7 @@ from jaxembed.evaluation.tasks import GroupMember
 from jaxembed.files import exists, write_json
 
 DATA_SET = re.compile(r"(qa|long-doc)_([a-z]+)_([a-z]+)")
-CUTOFF, SUBMITTED_DOCUMENTS = 10, 1000
+CUTOFF, SUBMITTED_DOCUMENTS = 10, 1000  # k of nDCG@k and recall@k; documents per query in a submission
 INSTRUCTION = "Given a question, retrieve passages that answer the question"
 GROUPS = {"qa": "AIR-Bench QA", "long-doc": "AIR-Bench long documents"}
 METRICS = {"qa": "ndcg_at_10", "long-doc": "recall_at_10"}
@@ -113,7 +113,7 @@ class AirBenchTask:
 
     @property
     def groups(self) -> tuple[GroupMember, ...]:
-        """The table of its kind, with a column for each domain, if it can be scored."""
+        """The table of QA or of long documents, with one column per domain."""
         return (GroupMember(GROUPS[self._kind], self._domain),)
 
     @property
@@ -175,7 +175,7 @@ class AirBenchTask:
         return metric(relevant, ranked.rows[listed, :CUTOFF])
 
     def _write_results(self, rows: np.ndarray, scores: np.ndarray, model: str) -> None:
-        """Write a file of AIR-Bench's leaderboard: the best documents of each query with their scores."""
+        """Write a file for AIR-Bench's leaderboard: the top documents of each query with their scores."""
         assert self.results is not None
         _, version, name = self.corpus.parts[-4:-1]
         ids = list(self._documents_by_id)
@@ -193,7 +193,7 @@ class AirBenchTask:
         write_json(folder / f"{self._language}_{name}_{self.split}.json", content)
 
     def _read_qrels(self, rows: Mapping[str, int]) -> dict[str, dict[int, float]]:
-        """Return the relevance of documents by row of the corpus, for each query that has any. Absent ones are negative."""
+        """Return the relevance of each query's relevant documents, by corpus row. Rows of absent documents are negative."""
         assert self.qrels is not None
         relevant: dict[str, dict[int, float]] = {}
         absent = 0

@@ -1,7 +1,7 @@
-"""The bootstrap: how much a score, or the difference of two models' scores, depends on the items that happened to be scored.
+"""Bootstrap standard errors of scores, and the paired bootstrap for the difference between two models.
 
-Items are the queries of a retrieval set, the pairs of a similarity set, or the texts of a labeled set. A resample draws as many
-of them with replacement (Efron and Tibshirani 1993). The paired bootstrap draws the same items for both models.
+Items are the queries of a retrieval set, the pairs of a similarity set, or the texts of a labeled set. A resample draws
+that many items with replacement (Efron and Tibshirani 1993). The paired bootstrap draws the same items for both models.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ RESAMPLES = 2000
 STANDARD_ERROR_RESAMPLES = 200  # enough for a standard error (Efron and Tibshirani 1993, section 6.4)
 CONFIDENCE = 0.95
 SEED = 0
-MAX_DRAWN_ITEMS = 2**21  # indices that are drawn at once
+MAX_DRAWN_ITEMS = 2**21  # item indices that are drawn at once
 
 # (values of the items [N, C], indices of the items in each resample [R, N]) -> the score of each resample [R]
 Statistic = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -25,7 +25,7 @@ Statistic = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class ScoredItems:
-    """What a score is computed from, item by item.
+    """The items that a score is computed from.
 
     Attributes:
         values: The values of each item, float64 [N, C].
@@ -64,11 +64,11 @@ def score_average_precision(values: Float[np.ndarray, "n c"], indices: Int[np.nd
     """Return the average precision over the items of each resample, as scikit-learn defines it.
 
     Args:
-        values: The similarity of each pair, and whether it is one of the pairs to find (1) or not (0).
+        values: The similarity of each pair, and its label: 1 for a positive pair, otherwise 0.
         indices: The pairs of each resample.
     """
     order = np.argsort(-values[:, 0], kind="stable")
-    thresholds = np.cumsum(np.append(0, np.diff(values[order, 0]) != 0))  # of each item in this order; equal values share one
+    thresholds = np.cumsum(np.append(0, np.diff(values[order, 0]) != 0))  # threshold of each item; ties share one
     numbers = np.empty(len(order), np.int64)
     numbers[order] = thresholds
     rows = np.arange(len(indices))[:, None] * (thresholds[-1] + 1)
@@ -103,8 +103,8 @@ class Difference:
 
     Attributes:
         difference: The score of the first model minus that of the second.
-        interval: The percentile interval of the difference, with a confidence of `CONFIDENCE`.
-        p: Two-sided p-value: twice the share of resamples whose difference has the rarer sign.
+        interval: The percentile confidence interval of the difference, at level `CONFIDENCE`.
+        p: Two-sided p-value: twice the smaller of the shares of resamples with a difference <= 0 and >= 0.
         count: Number of items.
         unit: What an item is, in the plural.
         resampled: The differences of the resamples, float64 [R].
@@ -119,7 +119,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """Better, worse, or no difference shown: what the interval says of the first model."""
+        """Whether the first model is better or worse: its interval excludes 0. Otherwise no difference is shown."""
         low, high = self.interval
         return "better" if low > 0 else "worse" if high < 0 else "no difference shown"
 
@@ -135,8 +135,8 @@ def compare_items(first: ScoredItems, second: ScoredItems, seed: int | Sequence[
     """Compare two models on the same items with the paired bootstrap.
 
     Args:
-        first: Items as the first model answers them.
-        second: The same items, in the same order, as the second model answers them.
+        first: Items with the values of the first model.
+        second: The same items, in the same order, with the values of the second model.
         seed: Seed of the resamples.
     """
     count = len(first.values)
@@ -155,16 +155,16 @@ def summarize_difference(difference: float, resampled: np.ndarray, count: int, u
     """Return a difference with the interval and the p-value that its resampled values give."""
     tail = 50 * (1 - CONFIDENCE)
     finite = resampled[np.isfinite(resampled)]
-    if not len(finite):  # both scores are undefined, as those of vectors that are all equal
+    if not len(finite):  # a score is undefined, for example because all vectors are equal
         return Difference(difference, (float("nan"), float("nan")), 1.0, count, unit, resampled)
     low, high = np.percentile(finite, [tail, 100 - tail])
     rarer = min(np.count_nonzero(finite <= 0), np.count_nonzero(finite >= 0))
-    p = min(1.0, 2 * (rarer + 1) / (len(finite) + 1))  # never 0: as many resamples cannot show that
+    p = min(1.0, 2 * (rarer + 1) / (len(finite) + 1))  # never 0, which no finite number of resamples can show
     return Difference(difference, (float(low), float(high)), p, count, unit, resampled)
 
 
 def _draw_resamples(count: int, resamples: int, seed: int | Sequence[int] = SEED) -> Iterator[np.ndarray]:
-    """Yield the indices of the items of all resamples, int64 [R, N], some resamples at a time."""
+    """Yield the item indices of the resamples in blocks, int64 [R, N]."""
     rng = np.random.default_rng(seed)
     step = max(1, MAX_DRAWN_ITEMS // count)
     for start in range(0, resamples, step):

@@ -1,4 +1,4 @@
-"""The scores of a task with the items that they are computed from, and their comparison between two models."""
+"""Compare two models on the same tasks, by the items that their scores are computed from."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ VERDICTS = ("better", "worse", "no difference shown")
 
 @dataclasses.dataclass(frozen=True)
 class ItemScores:
-    """The scores of a model on a task, and where they come from.
+    """The scores of a model on a task, with the items that they are computed from.
 
     Attributes:
         summary: The scores, as `EvaluationTask.score` returns them.
-        parts: The items of each part of the task. The main score is the mean over the parts. Empty: there are none.
+        parts: The items of each part of the task. The main score is the mean over the parts. Empty: unknown.
         missing: Why there are no items.
     """
 
@@ -38,14 +38,14 @@ def compare_tasks(first: Mapping[str, ItemScores], second: Mapping[str, ItemScor
     """Compare two models on the same tasks, and print a line about each.
 
     Args:
-        first: What the first model scores, by task.
-        second: What the second model scores on the same tasks.
+        first: Scores of the first model, by task.
+        second: Scores of the second model on the same tasks.
         names: Names of the models.
 
     Returns:
         {"model", "scores", "differences", "mean", "conclusion"}: the name and the scores of the second model; for each task
-        the difference (first minus second) with its interval, p-value and verdict; the same of the mean over the tasks; and a
-        sentence. Where mteb gives no results by item, a task has "no_interval", the reason.
+        the difference (first minus second) with its interval, p-value and verdict; the same for the mean over the tasks; and a
+        sentence. A task without results by item has "no_interval", the reason, instead of an interval.
     """
     differences: dict[str, Any] = {}
     compared: list[Difference] = []
@@ -73,7 +73,7 @@ def compare_tasks(first: Mapping[str, ItemScores], second: Mapping[str, ItemScor
 
 
 def compare_parts(first: Sequence[ScoredItems], second: Sequence[ScoredItems], task: str) -> Difference:
-    """Compare the parts of a task, each with random numbers of its own. The difference is the mean over the parts."""
+    """Compare the parts of a task, each with its own seed. The difference is the mean over the parts."""
     key = zlib.crc32(task.encode())
     pairs = zip(first, second, strict=True)
     return average_differences([compare_items(a, b, (key, number)) for number, (a, b) in enumerate(pairs)])
@@ -135,5 +135,5 @@ def _format(value: float | None, sign: str = "") -> str:
 
 
 def finite_or_none(value: float) -> float | None:
-    """Return a number for JSON: None if it is not finite."""
+    """Return the value for JSON: None if it is not finite."""
     return value if math.isfinite(value) else None

@@ -33,7 +33,7 @@ from jaxembed.files import exists
 from jaxembed.search import bm25
 from jaxembed.search.nearest import search
 
-CUTOFF, DEEP_CUTOFF = 10, 100  # ranks that count: for nDCG, recall and MRR; for recall and MAP
+CUTOFF, DEEP_CUTOFF = 10, 100  # k of nDCG@k, recall@k and MRR@k; k of recall@k and MAP@k
 
 Role = Literal["queries", "documents", "texts", "training texts"]
 
@@ -43,7 +43,7 @@ class TextInput:
     """Texts of a held-out set that are encoded under one instruction.
 
     Attributes:
-        role: What the texts are in the set. Training texts are those of the classifier.
+        role: Role of the texts in the set. The classifier is fitted on the training texts.
         texts: The texts.
         instruction: Their instruction.
     """
@@ -54,13 +54,13 @@ class TextInput:
 
     @property
     def side(self) -> str:
-        """The side of the texts, query or document, by which some models choose their prompt."""
+        """`document` or `query`. Some models have one prompt for each."""
         return "document" if self.role == "documents" else "query"
 
 
 @dataclasses.dataclass(frozen=True)
 class SetScores:
-    """What a model scores on a held-out set.
+    """The scores of a model on a held-out set.
 
     Attributes:
         scores: Score by metric.
@@ -106,7 +106,7 @@ class HeldOutSet(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class RetrievalSet:
-    """Queries, a corpus, and which documents are relevant to which query.
+    """Queries, a corpus, and relevance judgments (qrels).
 
     Attributes:
         config: The config section of the set.
@@ -141,7 +141,7 @@ class RetrievalSet:
         return self._score_ranking(search(queries, documents, DEEP_CUTOFF).rows)
 
     def score_bm25(self) -> SetScores:
-        """Return the same scores for BM25, the baseline without training."""
+        """Return the same scores for BM25, the lexical baseline."""
         return self._score_ranking(bm25.rank_documents(self.corpus, self.queries, DEEP_CUTOFF))
 
     def _score_ranking(self, ranked: np.ndarray) -> SetScores:
@@ -186,7 +186,7 @@ class SimilaritySet:
         return [TextInput("texts", texts, self.config.instruction) for texts in (self.first, self.second)]
 
     def score(self, vectors: Sequence[np.ndarray]) -> SetScores:
-        """Return Spearman's and Pearson's correlation of cosine and given similarity, each from -1 to 1."""
+        """Return Spearman's and Pearson's correlation of the cosine with the annotated similarity, each from -1 to 1."""
         first, second = vectors
         pairs = np.stack([np.sum(first * second, axis=1, dtype=np.float64), self.scores], axis=1)
         items = ScoredItems(pairs, score_spearman, "pairs")
@@ -202,7 +202,7 @@ class ClassificationSet:
         config: The config section of the set.
         texts: The texts.
         labels: The label of each, int64 [N].
-        train_texts: The texts that the classifier is trained on. None: other parts of the texts (cross-validation).
+        train_texts: The texts that the classifier is trained on. None: the texts are cross-validated.
         train_labels: Their labels.
         digest: SHA-256 of the data.
     """
@@ -275,7 +275,7 @@ def open_held_out_sets(configs: Sequence[EvalSetConfig], cache: Path, where: str
     Args:
         configs: The config section of each set.
         cache: Folder of the indexes of files.
-        where: Where the sets are named, for errors.
+        where: The config key or command that names the sets, for errors.
 
     Raises:
         UserError: If a set does not exist or is malformed.
@@ -345,7 +345,7 @@ class LabeledTexts(NamedTuple):
 
 
 def _read_labeled_texts(path: str, split: str, cache: Path) -> LabeledTexts:
-    """Read labeled texts, without those whose label stands for none.
+    """Read labeled texts. Leave out those whose label means "unlabeled" (`find_unlabeled`).
 
     Raises:
         UserError: There are fewer than two labels.

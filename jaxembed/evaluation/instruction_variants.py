@@ -1,4 +1,4 @@
-"""Sensitivity to instructions: a task under other, wrong, and missing instructions."""
+"""Sensitivity to instructions: scores of a task under paraphrased, wrong, and missing instructions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jaxembed.evaluation.tasks import EvaluationTask, GroupMember
 
 log = logging.getLogger("jaxembed")
 
-# Kinds of instructions: that which is usually chosen, none, and those that a file lists without a kind.
+# Kinds of instructions: the one that evaluation uses by default, none, and those that a file lists without a kind.
 CHOSEN_KIND, MISSING_KIND, DEFAULT_KIND = "chosen", "missing", "paraphrased"
 
 Variants = Mapping[str, Sequence[str]]  # kind -> instructions
@@ -31,7 +31,7 @@ def read_variants(path: str) -> dict[str, Variants]:
     The file maps the name of a task to a list of instructions, or to lists by kind, such as `paraphrased` and `wrong`.
 
     Raises:
-        UserError: The file cannot be read, or has another form.
+        UserError: The file cannot be read, or does not have this form.
     """
     tree = read_tree(Path(path))
     return {str(task): _parse_variants(entry, f"{path}: {task}") for task, entry in tree.items()}
@@ -50,7 +50,7 @@ def _parse_variants(entry: Any, where: str) -> Variants:
 
 
 def add_variants(tasks: Sequence[EvaluationTask], path: str) -> list[EvaluationTask]:
-    """Return tasks, of which those that a file names are scored under its instructions too.
+    """Return the tasks. Those that a file names are scored under its instructions too.
 
     Raises:
         UserError: The file is malformed, or names a task that is not scored.
@@ -109,7 +109,7 @@ class VariantTask:
         return dataclasses.replace(found, summary=self._add_variants(found.summary, encoder))
 
     def _add_variants(self, summary: dict[str, Any], encoder: TaskEncoder) -> dict[str, Any]:
-        """Return the scores under the instruction that is usually chosen, with those under the other ones."""
+        """Return the scores under the default instruction, with those under the other ones."""
         chosen, usual_prompts = summary["score"], encoder.prompts
         entries = [{"kind": CHOSEN_KIND, "instruction": summary["instruction"], "score": chosen, "difference": 0.0}]
         for kind, instruction in self._list_instructions():
@@ -131,10 +131,10 @@ class VariantTask:
 
 
 def measure_spread(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return how far scores lie apart: {"all", "by_kind"}.
+    """Return the spread of scores over instructions: {"all", "by_kind"}.
 
-    The spread is the highest minus the lowest score. `by_kind` has it for each kind together with the chosen instruction, and
-    the mean score of the kind.
+    The spread is the highest minus the lowest score. `by_kind` has the spread of each kind together with the default
+    instruction, and the mean score of the kind.
     """
     scores = {kind: [e["score"] for e in entries if e["kind"] == kind and e["score"] is not None] for kind in _kinds(entries)}
     chosen = scores.pop(CHOSEN_KIND)

@@ -10,11 +10,11 @@ from jaxtyping import Float, Int
 
 from jaxembed.errors import UserError
 
-# Those of MTEB's classification tasks.
+# Settings of MTEB's classification tasks.
 SEED = 42
 TEXTS_PER_LABEL, EXPERIMENTS, FOLDS = 8, 10, 5
 MAX_ITERATIONS = 100
-# That of MTEB's clustering tasks. The mean over several seeds depends less on the first centers.
+# Batch size of MTEB's clustering tasks. The mean over several seeds depends less on the initial centers.
 KMEANS_BATCH_SIZE = 500
 CLUSTERINGS = 10
 
@@ -48,7 +48,7 @@ def classify(
 
 
 def cross_validate(vectors: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"]) -> np.ndarray:
-    """Predict the labels of each of `FOLDS` parts by logistic regression on a few texts of each label of the other parts.
+    """Predict the labels of each fold by logistic regression on a few texts of each label from the other folds.
 
     This is what MTEB does for tasks that have one split.
 
@@ -82,10 +82,10 @@ def _draw_training_texts(labels: np.ndarray, order: list[int]) -> list[int]:
 def _fit_and_predict(train_vectors: np.ndarray, train_labels: np.ndarray, vectors: np.ndarray) -> np.ndarray:
     from sklearn.linear_model import LogisticRegression
 
-    if len(set(train_labels.tolist())) == 1:  # the other texts may have a single label
+    if len(set(train_labels.tolist())) == 1:  # the other folds may have a single label
         return np.full(len(vectors), train_labels[0])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it stops after MTEB's number of iterations, converged or not
+        warnings.simplefilter("ignore")  # MTEB's iteration limit may stop it before it converges
         classifier = LogisticRegression(max_iter=MAX_ITERATIONS, random_state=SEED).fit(train_vectors, train_labels)
     return np.asarray(classifier.predict(vectors), np.int64)
 
@@ -115,7 +115,7 @@ def cluster(vectors: Float[np.ndarray, "n d"], count: int, clusterings: int = CL
         return np.asarray(model.fit(vectors).labels_, np.int64)
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of fewer distinct vectors than clusters
+        warnings.simplefilter("ignore")  # about fewer distinct vectors than clusters
         return np.stack([fit(seed) for seed in range(SEED, SEED + clusterings)], axis=1)
 
 

@@ -49,11 +49,11 @@ class InputLeaks:
 
     Attributes:
         task: Name of the task.
-        role: What the texts are in the task.
+        role: Role of the texts in the task, such as queries.
         texts: The texts.
-        first: Number of the first text in the index.
-        rules: The rule by which each text was found, by its number in the index. exact takes precedence.
-        by_source: Numbers of texts, by source and rule.
+        first: Index of the first text in the `OverlapIndex`.
+        rules: The matching rule (`exact` or `ngram`) of each text that was found, by index. `exact` takes precedence.
+        by_source: The same, by training source.
         examples: Matches to show.
     """
 
@@ -89,16 +89,16 @@ def find_leaks(
 ) -> dict[str, Any]:
     """Find the texts of tasks that occur in training rows.
 
-    Rows are read one after another. Memory depends on the texts of the tasks alone.
+    Rows are streamed, so memory depends on the texts of the tasks only.
 
     Args:
         tasks: The texts of each task.
-        sources: Name and rows of pairs of each training source.
+        sources: The name of each training source, and its examples as rows of pairs.
         ngram_words: Number of words of an n-gram.
 
     Returns:
-        {task: {"texts", "exact", "ngram", "roles", "sources", "examples"}}: numbers of texts, of those that equal a training
-        text, and of those that share an n-gram with one only.
+        {task: {"texts", "exact", "ngram", "roles", "sources", "examples"}}: the numbers of texts, of exact
+        matches, and of texts that only share an n-gram with a training text.
     """
     index, inputs = OverlapIndex(ngram_words), list[InputLeaks]()
     for task, task_texts in tasks.items():
@@ -115,7 +115,7 @@ def find_leaks(
 
 
 def iter_texts(row: Row) -> Iterator[str]:
-    """Yield query, positives and negatives of a row of pairs, each once."""
+    """Yield the query, positives and negatives of a row of pairs, without duplicates."""
     return iter(dict.fromkeys((row["query"], *row["pos"], *row.get("neg", ()))))
 
 
@@ -153,7 +153,7 @@ def check_leaks(tasks: Sequence[EvaluationTask], training: str, ngram_words: int
 
 
 def _summarize(inputs: Sequence[InputLeaks]) -> dict[str, Any]:
-    """Return the counts of a task."""
+    """Return the leak counts of a task, by role and by source, with examples."""
     sources: dict[str, Counter[str]] = {}
     for leaks in inputs:
         for source, rules in leaks.by_source.items():

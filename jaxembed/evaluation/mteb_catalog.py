@@ -16,7 +16,7 @@ def import_mteb() -> Any:
         import mteb
     except ModuleNotFoundError:
         raise UserError("mteb is not installed. Run pip install '.[eval]'.") from None
-    except (OSError, RuntimeError) as error:  # it creates its cache; RuntimeError: there is no home directory
+    except (OSError, RuntimeError) as error:  # mteb creates its cache on import; RuntimeError: no home directory
         reason = summarize(error)
         raise UserError(
             f"mteb: cannot be imported ({reason}). Set HOME or MTEB_CACHE to a folder that can be written."
@@ -35,10 +35,10 @@ def find_tasks(
         languages: Languages to keep, as ISO 639-3 codes such as eng or eng-Latn. Empty: all.
 
     Returns:
-        Task objects of mteb with their tables, which are those of the benchmarks, or else of several languages.
+        mteb's task objects with their tables: one per benchmark. Without benchmarks, one per language if there are several.
 
     Raises:
-        UserError: mteb does not have a task, a benchmark or a language, no task has the languages, or a task has images.
+        UserError: mteb does not have a task, a benchmark or a language, no task has the languages, or a task is not text only.
     """
     mteb = import_mteb()
     _check_languages(languages)
@@ -82,7 +82,7 @@ def _summarize_key_error(error: KeyError) -> str:
 
 
 def _check_languages(languages: Sequence[str]) -> None:
-    """Raise `UserError` for a language that mteb does not know. It suggests codes, also for names such as German."""
+    """Raise `UserError` for a language that mteb does not know. The error suggests a code, also for names such as German."""
     if not languages:
         return
     from mteb.languages import ISO_TO_LANGUAGE, check_language_code
@@ -105,7 +105,7 @@ def _keep_languages(task: Any, languages: Sequence[str]) -> bool:
         return True
     try:
         task.filter_languages(list(languages), hf_subsets=list(task.hf_subsets))
-    except ValueError:  # mteb's word for no subset
+    except ValueError:  # mteb raises it if no subset is left
         return False
     return bool(task.hf_subsets)
 

@@ -31,7 +31,7 @@ class MtebEncoder:
         return self.encoder.encode_at_width(texts, self.build_prompt(task_metadata, prompt_type), self.width)
 
     def build_prompt(self, task: Any, prompt_type: Any) -> str:
-        """Return the complete prompt of documents, or of other texts."""
+        """Return the complete prompt: that of documents if `prompt_type` says so, otherwise that of queries."""
         prompts = choose_prompts(self.encoder, task)
         return prompts.document if getattr(prompt_type, "value", None) == "document" else prompts.query
 

@@ -1,4 +1,4 @@
-"""Results of MTEB tasks by item: from the predictions that mteb stores, and the right answers in the task's data."""
+"""Results of MTEB tasks by item, from the predictions that mteb stores and the labels in the task's data."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from jaxembed.files import exists, read_json
 if TYPE_CHECKING:
     from jaxembed.evaluation.mteb_tasks import MtebTask
 
-MAX_DEVIATION = 1e-3  # of the score from items from that of mteb
+MAX_DEVIATION = 1e-3  # largest difference between the score of the items and mteb's
 RANKED_METRIC = re.compile(r"(ndcg|map|recall|precision)_at_(\d+)")
-TREC_NAMES = {"ndcg": "ndcg_cut", "map": "map_cut", "recall": "recall", "precision": "P"}  # of pytrec_eval
+TREC_NAMES = {"ndcg": "ndcg_cut", "map": "map_cut", "recall": "recall", "precision": "P"}  # names in pytrec_eval
 NO_ITEMS = "mteb gives no results by item for tasks of this kind"
 
-Split = Any  # what mteb holds of a split
+Split = Any  # a split's data as mteb loads it
 
 
 def score_task_items(task: MtebTask, encoder: TaskEncoder) -> ItemScores:
@@ -57,7 +57,7 @@ def explain_failed_download(task: Any, error: ConnectionError) -> UserError:
 
 @contextlib.contextmanager
 def load_data(task: Any) -> Iterator[None]:
-    """Have the data of an mteb task loaded within the block. Data that was loaded before stays.
+    """Load the data of an mteb task for the block. Data that was already loaded stays loaded.
 
     Raises:
         UserError: The data cannot be downloaded.
@@ -76,7 +76,7 @@ def load_data(task: Any) -> Iterator[None]:
 
 
 class NoItemsError(Exception):
-    """A task whose score cannot be computed from stored predictions."""
+    """Raised for a task whose score cannot be computed from stored predictions."""
 
 
 def read_items(task: Any, folder: Path, score: float | None) -> tuple[list[ScoredItems], str]:
@@ -85,10 +85,10 @@ def read_items(task: Any, folder: Path, score: float | None) -> tuple[list[Score
     Args:
         task: The mteb task, with its data loaded.
         folder: Folder of mteb's predictions.
-        score: mteb's main score, which the items must give too.
+        score: mteb's main score. The items must reproduce it.
 
     Returns:
-        The items of each subset and split, and an empty text; or no items, and the reason.
+        The items of each subset and split, and an empty string; or no items, and the reason.
     """
     path = folder / task.prediction_file_name
     if not exists(path):

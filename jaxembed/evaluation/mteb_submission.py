@@ -1,8 +1,8 @@
-"""Write what MTEB's leaderboard asks for: a module that describes the model, and the results.
+"""Write a submission to MTEB's leaderboard: a module that describes the model, and the results.
 
-The module goes into mteb/models/model_implementations of mteb's repository, and the results into the folder of the same name of
-its repository of results. The leaderboard reads the model's training data from `training_datasets`, and marks tasks that it was
-trained on.
+The module goes into mteb/models/model_implementations of mteb's repository, and the results into the folder
+`results` of its repository of results. The leaderboard reads the model's training data from `training_datasets`, and marks
+tasks that it was trained on.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ MODULE = '''"""{name}, trained with jaxembed."""
 from mteb.models.model_meta import ModelMeta
 from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderWrapper
 
-# Complete prompts by task. Documents have those that end in -document.
+# Complete prompts by task. Keys that end in -document are for documents.
 PROMPTS = {prompts}
 
 {comment}
@@ -56,12 +56,12 @@ model = ModelMeta(
 
 @dataclasses.dataclass(frozen=True)
 class ModelFacts:
-    """What a submission says of a model besides its scores.
+    """What a submission says about a model besides its scores.
 
     Attributes:
         name: Name on the hub, ORGANIZATION/MODEL.
-        n_parameters: Number of its parameters.
-        n_embedding_parameters: Those of the token embedding.
+        n_parameters: Number of parameters.
+        n_embedding_parameters: Number of parameters of the token embedding.
         adapted_from: Hub id of the model that training started from; empty if it has none.
         license: License in the front matter of its README.md; empty if it names none.
         sources: Sources that it was trained on. None: unknown.
@@ -91,10 +91,10 @@ def check_name(name: str | None, model: str) -> str:
 
 
 def read_facts(base: BaseWithWeights, name: str) -> ModelFacts:
-    """Return what a submission says of a model.
+    """Return what a submission says about a model.
 
     Args:
-        base: The model, of which no weights are loaded.
+        base: The model. Its weights are not loaded.
         name: Its name on the hub.
     """
     import flax.linen as nn
@@ -138,7 +138,7 @@ def read_license(model: Path) -> str:
 def find_training_tasks(sources: Iterable[SourceConfig]) -> tuple[list[str], list[str]]:
     """Return the tasks of MTEB whose data a run was trained on, and the sources that belong to no task.
 
-    A source belongs to a task whose name or data set it has, or that its catalog entry names.
+    A source belongs to a task if it has the task's name or data set, or if its catalog entry names the task.
     """
     tasks = import_mteb().get_tasks(exclude_superseded=False, exclude_beta=False)
     names = {task.metadata.name.lower(): task.metadata.name for task in tasks}
@@ -163,9 +163,9 @@ def write_submission(folder: Path, facts: ModelFacts, encoder: TaskEncoder, task
 
     Args:
         folder: The folder to write to.
-        facts: What it says of the model.
+        facts: What it says about the model.
         encoder: The model that was scored.
-        tasks: The tasks, which are objects of mteb.
+        tasks: mteb's task objects.
         results: Folder of mteb's results.
     """
     import_mteb()

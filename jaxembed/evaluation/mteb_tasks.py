@@ -58,8 +58,7 @@ class MtebTask:
         task: The task object of mteb.
         cache_folder: Folder for mteb's full results. Tasks that were scored there before are not run again.
         groups: Tables of results that the task belongs to.
-        prediction_folder: Folder for mteb's predictions at the largest width. Without those of this task there, the task is run
-            again.
+        prediction_folder: Folder for mteb's predictions at the largest width. A task without predictions there is run again.
     """
 
     task: Any
@@ -123,7 +122,7 @@ class MtebTask:
             return None
         try:
             return self._call_mteb(encoder, "only-cache")
-        except ValueError:  # mteb's word for a result that is absent, or lacks splits or subsets
+        except ValueError:  # mteb raises it if the result is absent, or lacks splits or subsets
             return None
 
     def _evaluate(self, encoders: Sequence[MtebEncoder]) -> list[Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxembed.evaluation.mteb_items import get_split, load_data
 
-ROLES = {"queries": "queries", "corpus": "documents"}  # of the parts of a retrieval split
+ROLES = {"queries": "queries", "corpus": "documents"}  # role of each part of a retrieval split
 
 
 def list_task_texts(task: Any) -> Iterator[tuple[str, Sequence[str]]]:
@@ -32,7 +32,7 @@ def _list_split(split: Any) -> Iterator[tuple[str, list[str]]]:
 
 
 def iter_rows(part: Any) -> Iterator[Any]:
-    """Yield the rows of a corpus or of queries: of a dataset, or of a mapping by id."""
+    """Yield the rows of a corpus or of queries, given as a dataset or as a mapping from id to row."""
     return iter(part.values()) if isinstance(part, dict) else iter(part)
 
 
@@ -44,7 +44,7 @@ def join_title(row: Any) -> str:
 
 
 def _list_columns(split: Any) -> Iterator[list[str]]:
-    """Yield the texts of every column, of which lists count by entry. Columns with labels and ids have short texts only."""
+    """Yield the texts of every column, except labels, languages and ids. Lists are flattened."""
     for name in split.column_names:
         texts = [text for value in split[name] for text in _flatten(value)]
         if texts and name not in ("label", "labels", "lang", "id", "idx"):

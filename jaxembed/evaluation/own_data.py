@@ -46,7 +46,7 @@ def open_tasks(args: argparse.Namespace) -> list[OwnTask]:
     """Return the tasks that the options name. Each has the name of its file or folder (`name_tasks`).
 
     Raises:
-        UserError: A file does not exist or is malformed, or there are other numbers of files in --labels and --train-labels.
+        UserError: A file does not exist or is malformed, or --labels and --train-labels have different numbers of files.
     """
     if args.train_labels and len(args.train_labels) != len(args.labels):
         raise UserError(
@@ -65,7 +65,7 @@ def open_tasks(args: argparse.Namespace) -> list[OwnTask]:
 
 
 def name_tasks(paths: Sequence[str]) -> dict[str, str]:
-    """Return the name of each file or folder: its last part without an ending, after its folder if others are named alike."""
+    """Return a task name for each file or folder: its stem, after its parent folder if several have the same stem."""
     stems = {path: Path(path.rstrip("/")).stem or path for path in paths}
     counts = Counter(stems.values())
     return {
@@ -80,7 +80,7 @@ class OwnTask:
 
     Attributes:
         held_out: The data, and how it is scored.
-        groups: Tables of results that the task belongs to: that of all tasks.
+        groups: Tables of results that the task belongs to. Empty: the table of all tasks.
     """
 
     held_out: HeldOutSet

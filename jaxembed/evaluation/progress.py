@@ -22,7 +22,7 @@ class TaskProgress:
         mean = max(1, sum(known) // len(known)) if known else 1
         self._shares = {name: count or mean for name, count in expected_texts.items()}
         self.task = ""
-        self._end = 0  # of the current task
+        self._end = 0  # position where the current task's share ends
         self._is_encoding = False
         self._total = sum(self._shares.values())
         self._bar = progress_bar(total=self._total, unit="text", unit_scale=True)
@@ -35,16 +35,16 @@ class TaskProgress:
         self._bar.set_description(name, refresh=True)
 
     def advance(self, texts: int) -> None:
-        """Count texts that were encoded, as far as the share of the task goes."""
+        """Count texts that were encoded, up to the share of the task."""
         self._is_encoding = True
         self._bar.update(min(texts, max(0, self._end - self._bar.n)))
 
     def finish_task(self) -> None:
-        """Complete the share of a task. A task that encoded nothing was scored before, and leaves the bar."""
+        """Complete the share of a task. A task that encoded nothing has stored results, and is removed from the bar."""
         rest = self._end - int(self._bar.n)
         if self._is_encoding:
             self._bar.update(rest)
-        else:  # the bar's speed must not count texts that nobody encoded
+        else:  # texts that were not encoded must not count towards the speed
             self._total -= rest
             self._end -= rest
             self._bar.total = self._total

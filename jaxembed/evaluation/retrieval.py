@@ -1,4 +1,4 @@
-"""Scores of retrieval and similarity, one value per query or pair where the score is a mean of such values."""
+"""Retrieval metrics, one value per query: nDCG, recall, reciprocal rank, and average precision."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Relevant = Sequence[Mapping[int, float]]  # for each query, the relevance of eac
 
 
 def ndcg(relevant: Relevant, ranked: Int[np.ndarray, "q k"]) -> Float[np.ndarray, " q"]:
-    """Return nDCG@k of each query, with the relevance, which may be a fraction, as gain, as in trec_eval and BEIR.
+    """Return nDCG@k of each query. The gain is the relevance, which may be a fraction, as in trec_eval and BEIR.
 
     Args:
         relevant: For each query, the relevance of each relevant document.

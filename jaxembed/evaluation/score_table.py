@@ -1,4 +1,4 @@
-"""The result table in the form of the papers: a column per type of task, and the average, beside published models."""
+"""Result tables as papers print them: a column per type of task, the average, and rows of published models."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ScoreTable:
     sources: Sequence[str]
 
     def format(self) -> str:
-        """Return the table in Markdown. The number of tasks stands behind the name of a column."""
+        """Return the table in Markdown. Each column name is followed by its number of tasks."""
         names = [f"{name} ({count})" for name, count in self.columns.items()]
         average = "Average" if self.title == ALL_GROUPS else f"Average ({sum(self.columns.values())})"
         lines = [
@@ -58,7 +58,7 @@ def build_tables(model: str, tasks: Sequence[EvaluationTask], scores: Mapping[st
         scores: Scores by task, as in `EvaluationTask.score`.
     """
     by_group: dict[str, list[tuple[GroupMember, Mapping[str, Any]]]] = {}
-    scored = [task for task in tasks if scores[task.name]["metric"]]  # others have no judgments
+    scored = [task for task in tasks if scores[task.name]["metric"]]  # tasks without judgments have no metric
     for task in scored:
         for member in task.groups or (GroupMember(ALL_TASKS, task.type),):
             by_group.setdefault(member.group, []).append((member, scores[task.name]))
@@ -69,7 +69,7 @@ def build_tables(model: str, tasks: Sequence[EvaluationTask], scores: Mapping[st
 
 
 def _build_table(group: str, model: str, members: Sequence[tuple[GroupMember, Mapping[str, Any]]]) -> ScoreTable:
-    """Return the model's rows, one for each width."""
+    """Return the table of a group. The model has one row for each width."""
     counts = Counter(member.column for member, _ in members)
     columns = {name: counts[name] for name in sorted(counts, key=_get_position)}
     widths = list(dict.fromkeys(width for _, result in members for width in result.get("widths", {})))

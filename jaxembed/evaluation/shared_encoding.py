@@ -1,7 +1,7 @@
 """Encode on all processes of a run while process 0 alone runs the tasks.
 
-Process 0 sends every call to the others, which compute their share of it. So tasks need no data, no mteb, and no agreement on
-the other processes.
+Process 0 sends every call to the others, which compute their share of it. So the other processes need neither
+mteb nor the data of tasks.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ MESSAGE_BYTES = 2**20  # size of the messages into which a call is split
 
 @contextlib.contextmanager
 def share_encoding(encoder: TaskEncoder) -> Iterator[None]:
-    """Let the other processes take part in what `encoder` encodes in the block. Process 0 enters it.
+    """Within the block, encode on all processes. Only process 0 enters it.
 
     Searches in the block use the devices of process 0 alone.
 
     Args:
-        encoder: The model. The others pass the same one to `serve_encoding`.
+        encoder: The model. The other processes pass the same one to `serve_encoding`.
     """
     if processes.count() == 1:
         yield
@@ -47,7 +47,7 @@ def share_encoding(encoder: TaskEncoder) -> Iterator[None]:
 
 
 def serve_encoding(encode: EncodeWithPrompt) -> None:
-    """Take part in the calls of process 0 until it has no more."""
+    """Encode together with process 0, until it leaves `share_encoding`."""
     while call := _receive():
         encode(call[1:], call[0])
 

@@ -1,4 +1,4 @@
-"""A model as evaluation sees it: texts and prompts become vectors, each text of a task once."""
+"""The encoder that evaluation tasks score. It can cache the vectors of a task."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class TaskEncoder:
         encode_with_prompt: Encodes texts under a complete prompt.
         spec: Builds the prompts.
         name: Name of the model.
-        revision: Identifies everything that decides the vectors. Stored results belong to it.
+        revision: Identifies everything that the vectors depend on. Stored results are valid for one revision.
         width: Width of the vectors.
-        widths: Widths at which tasks are scored, largest first. Empty: the vectors as they are.
+        widths: Widths at which tasks are scored, largest first. Empty: the full width only.
         prompts: Chooses the prompts of tasks. Default: without a table of the user.
         cache: Keeps the vectors of the current task. Default: none are kept.
         progress: Progress bar over all tasks.
@@ -52,12 +52,12 @@ class TaskEncoder:
         self.prompts = PromptChooser(self.spec)
 
     def use_instructions(self, table: InstructionTable, name: str) -> None:
-        """Give tasks the instructions of a user's table first."""
+        """Let the instructions of a user's table override all others."""
         self.prompts = PromptChooser(self.spec, table, name)
 
     @property
     def results_revision(self) -> str:
-        """Identifies everything that decides scores: the vectors, and the tables of instructions."""
+        """Identifies everything that scores depend on: the vectors, and the tables of instructions."""
         digest = self.prompts.compute_digest()
         return f"{self.revision}-{digest}" if digest else self.revision
 
@@ -76,7 +76,7 @@ class TaskEncoder:
         return self.prompts.choose("", task_type, default).instruction
 
     def encode(self, texts: Sequence[str], prompt: str) -> np.ndarray:
-        """Return unit vectors, float32 [N, D]. Texts that the current task had before are not encoded again.
+        """Return unit vectors, float32 [N, D]. Vectors that the cache holds are not computed again.
 
         Args:
             texts: N texts.
@@ -87,7 +87,7 @@ class TaskEncoder:
         return self.cache.fetch(texts, prompt, lambda: self._encode_parts(texts, prompt))
 
     def encode_at_width(self, texts: Sequence[str], prompt: str, width: int | None) -> np.ndarray:
-        """Return unit vectors as `encode` does, cut to `width` and scaled to unit length again. None: all numbers."""
+        """Return unit vectors as `encode` does, truncated to `width` and normalized again. None: the full width."""
         vectors = self.encode(texts, prompt)
         return vectors if width is None else cut_vectors(vectors, width)
 
@@ -104,7 +104,7 @@ class TaskEncoder:
 
 
 def cut_vectors(vectors: np.ndarray, width: int) -> np.ndarray:
-    """Return the first `width` numbers of each vector, scaled to unit length (Matryoshka), float32 [N, width]."""
+    """Return the first `width` dimensions of each vector, normalized again (Matryoshka), float32 [N, width]."""
     if width == vectors.shape[1]:
         return vectors
     cut = np.array(vectors[:, :width], np.float32)
@@ -114,7 +114,7 @@ def cut_vectors(vectors: np.ndarray, width: int) -> np.ndarray:
 def check_widths(widths: Sequence[int], spec: EmbeddingSpec, model_width: int) -> tuple[int, ...]:
     """Return the widths of --dim, largest first, each once.
 
-    A line names the widths that training did not include.
+    Widths that training did not include are logged.
 
     Args:
         widths: Widths of the option.

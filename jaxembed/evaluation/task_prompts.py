@@ -1,4 +1,4 @@
-"""Which prompts the texts of a task get: from the user's table, the published model's table, the stored prompts, or MTEB."""
+"""Choose the prompts of a task: from the user's table, the published model's table, the stored prompts, or MTEB."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class PromptChooser:
         return TaskPrompts(default, self.spec.prompt(default), self._document_prompt, "mteb")
 
     def compute_digest(self) -> str:
-        """Return a digest of the tables, of which scores depend; empty without tables."""
+        """Return a digest of the tables, on which scores depend; empty without tables."""
         digests = [table.compute_digest() for _, table in self._list_tables()]
         return hashlib.sha256(" ".join(digests).encode()).hexdigest()[:DIGEST_CHARS] if digests else ""
 

@@ -1,4 +1,4 @@
-"""Tasks that score a model: what each one is, and the loop that runs them."""
+"""The protocol of evaluation tasks, and the loop that runs them."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def check_instructions(table: InstructionTable, name: str, tasks: Sequence[Evalu
 
     Args:
         table: The table.
-        name: Its name, which starts an error's line.
+        name: Its name, for errors.
         tasks: The tasks of the run.
 
     Raises:

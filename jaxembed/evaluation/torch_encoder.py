@@ -31,7 +31,7 @@ def load_torch_encoder(folder: Path, max_length: int | None = None) -> TaskEncod
     def encode(texts: Sequence[str], prompt: str) -> np.ndarray:
         return encode_torch(model, texts, prompt)
 
-    # Everything that sentence-transformers reads decides the vectors.
+    # The digest covers the whole folder, because sentence-transformers may read any of its files.
     revision = f"folder-{hash_folder(folder)[:DIGEST_CHARS]}"
     if max_length is not None:
         revision += f"-{max_length}"

@@ -1,4 +1,4 @@
-"""Keep the vectors of a task while it is scored: in memory, and beyond a limit in files that are mapped into memory."""
+"""Cache the vectors of a task while it is scored: in memory up to a limit, and beyond it in memory-mapped files."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ DEFAULT_MEMORY_GIB = 4.0
 
 
 class VectorCache:
-    """The vectors of one task after another.
+    """The cache of the vectors of the current task.
 
     Vectors are kept per call, by a digest of the texts and the prompt. A call whose vectors no longer fit in memory is written
-    to a file while it is encoded. Files of a task that was interrupted are used again.
+    to a file while it is encoded. Files of an interrupted task are reused.
     """
 
     def __init__(self, folder: Path, revision: str, width: int, memory_bytes: int, keeps_all: bool):
@@ -27,10 +27,11 @@ class VectorCache:
 
         Args:
             folder: Folder of the files. It is removed after every task.
-            revision: Identifies everything that decides the vectors.
+            revision: Identifies everything that the vectors depend on.
             width: Width of the vectors.
             memory_bytes: Bytes of vectors that are kept in memory at most.
-            keeps_all: Whether tasks ask for the same texts again. Otherwise only files are kept.
+            keeps_all: Whether vectors in memory are kept too, because a task encodes texts repeatedly. Otherwise only
+                files are.
         """
         self._folder, self._revision, self._width = folder, revision, width
         self._memory_bytes, self._keeps_all = memory_bytes, keeps_all
@@ -59,7 +60,7 @@ class VectorCache:
         return self._held[key]
 
     def clear(self) -> None:
-        """Forget the vectors of a finished task."""
+        """Drop the vectors of a finished task, and remove its files."""
         self._held, self._held_bytes = {}, 0
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -74,7 +75,7 @@ class VectorCache:
         return np.concatenate(vectors) if vectors else np.zeros((0, self._width), np.float32)
 
     def _map_file(self, key: str, count: int, encode: Callable[[], Iterator[np.ndarray]]) -> np.ndarray:
-        """Return vectors that lie in a file, which is written if it does not exist."""
+        """Return vectors mapped from a file, which is written if it does not exist."""
         path = self._folder / f"{key}.npy"
         if not exists(path):
             try:
@@ -89,7 +90,7 @@ class VectorCache:
 
 
 def _write_vectors(path: Path, count: int, width: int, parts: Iterable[np.ndarray]) -> None:
-    """Write a .npy file part by part. It is not mapped while it is written, so that a full disk is an error."""
+    """Write a .npy file part by part. Ordinary writes raise an error on a full disk; mapped writes would crash."""
     with path.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (count, width)})
         for part in parts:

@@ -1,4 +1,4 @@
-"""What sections of a report are made of, besides charts: tables and folded texts, and how numbers are written."""
+"""Building blocks of a report's sections besides charts: tables, collapsed texts, and number formats."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Table:
         columns: Titles of the columns. The first column has texts.
         rows: The cells.
         text_columns: Number of the leading columns that hold texts; the others hold numbers.
-        caption: What the reader must know.
-        groups: Indices of rows that head a group.
+        caption: Caption below the table.
+        groups: Indices of the header rows of groups.
         best: (row, column) of cells that are emphasized.
     """
 
@@ -35,7 +35,7 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Folded:
-    """A long text that the reader unfolds."""
+    """A long text that is collapsed until the reader opens it."""
 
     summary: str
     text: str
@@ -46,13 +46,13 @@ class Section:
     """A section of a report.
 
     Attributes:
-        id: Its anchor.
+        id: Its HTML id, which links refer to.
         title: Its title.
-        intro: What the reader sees there.
-        facts: Large numbers: label, value, and detail.
+        intro: Text below the title.
+        facts: Headline figures: label, value, and detail.
         charts: Its charts.
         tables: Its tables, below the charts.
-        folded: Its folded texts, at the end.
+        folded: Its collapsed texts, at the end.
         neighbors: Sets whose queries and neighbors can be browsed.
     """
 
@@ -77,7 +77,7 @@ def format_number(value: float | None, digits: int = 4) -> str:
 
 
 def format_count(value: float | None) -> str:
-    """Return an integer with separators of thousands, or a dash."""
+    """Return an integer with thousands separators, or a dash."""
     return MISSING if value is None else f"{value:,.0f}"
 
 

@@ -1,7 +1,7 @@
 """The charts of a report, as Vega-Lite specifications built and checked by Altair.
 
-Colors and fonts come from the page, which draws the charts again when the reader's color scheme changes. Texts of a user are
-only ever values of fields with fixed names, which Vega draws as they are.
+Colors and fonts come from the page, which draws the charts again when the reader's color scheme changes. Texts of a user
+appear only as values of fields with fixed names, which Vega draws as plain text.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Chart:
     Attributes:
         title: Title.
         spec: The Vega-Lite specification.
-        note: What the reader must know to read it.
+        note: Caption below the chart.
         is_wide: Whether it takes the whole width of the page.
     """
 
@@ -66,16 +66,16 @@ def draw_lines(
 ) -> Chart:
     """Draw lines of `value` by `x`, one per `series`. Rows with `baseline` true are dashed.
 
-    It has eight parameters because most are options.
+    It has seven parameters because most are options.
 
     Args:
         title: Title.
         values: Rows of x, value, series and, optionally, baseline.
         y_title: Title of the axis of values.
         x_title: Title of the other axis.
-        note: What the reader must know.
+        note: Caption below the chart.
         zero: Whether the axis of values starts at 0.
-        with_points: Whether points are always marked. Otherwise one is while the pointer is near.
+        with_points: Whether points are always marked. Otherwise only the one nearest to the pointer is.
     """
     rows = [{"baseline": False, **row} for row in average_points(values)]
     hover = alt.selection_point(
@@ -101,7 +101,7 @@ def draw_lines(
 
 
 def average_points(values: Values) -> list[dict[str, Any]]:
-    """Return at most `MAX_POINTS` rows of every series: the means of equally many neighbors. Gaps (null) stay gaps."""
+    """Return at most `MAX_POINTS` rows of every series: means of consecutive rows. Gaps (null) stay gaps."""
     series: dict[str, list[Mapping[str, Any]]] = {}
     for row in values:
         series.setdefault(row["series"], []).append(row)
@@ -117,7 +117,7 @@ def average_points(values: Values) -> list[dict[str, Any]]:
 
 
 def draw_histogram(title: str, values: Values, x_title: str, y_title: str, note: str = "") -> Chart:
-    """Draw filled steps of `share` over `start` to `end`, one per `kind`."""
+    """Draw overlaid histograms, one per `kind`: `share` is the height of the bin from `start` to `end`."""
     base = (
         alt.Chart(TABLE)
         .mark_bar(opacity=0.55, binSpacing=0)

@@ -1,4 +1,4 @@
-"""What a model does on its held-out sets: neighbors of queries, similarities of pairs, a map, attention to latents."""
+"""Views of a model on its held-out sets: neighbors of queries, similarities of pairs, a map, attention to latents."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from jaxembed.hub.embedder import Embedder
 
 log = logging.getLogger("jaxembed")
 
-SEED = 0  # of the samples; a report of the same run has the same ones
+SEED = 0  # of the samples, so that two reports of a run show the same ones
 MAX_QUERIES = 256  # queries of a set that are searched
 MAX_DOCUMENTS = 4096  # documents of a set that are searched
 SHOWN_QUERIES = 48  # queries of a set whose neighbors are listed
 SHOWN_NEIGHBORS = 10  # documents that are listed for a query
-NEGATIVES_PER_QUERY = 5  # hard, and random, negatives of a query whose similarities are counted
+NEGATIVES_PER_QUERY = 5  # hard negatives, and random negatives, of a query in the histograms
 MAX_POINTS = 1200  # texts on the map
 MAX_SETS = 4  # sets whose neighbors are listed
 MAX_LABELS = 7  # labels of a set that have a color of their own on the map
@@ -72,7 +72,7 @@ class SetView:
 
 
 def view_set(held_out: HeldOutSet, embedder: Embedder) -> SetView | None:
-    """Encode a sample of a held-out set, and look at it. Return None for a set of another kind."""
+    """Encode a sample of a held-out set, and return its view, or None for another kind of set."""
     if isinstance(held_out, RetrievalSet):
         return _view_retrieval(held_out, embedder)
     if isinstance(held_out, SimilaritySet):
@@ -85,7 +85,7 @@ def view_set(held_out: HeldOutSet, embedder: Embedder) -> SetView | None:
 
 def _view_retrieval(held_out: RetrievalSet, embedder: Embedder) -> SetView:
     rng, config = np.random.default_rng(SEED), held_out.config
-    # Queries with a relevant document that the corpus has; their documents, and others.
+    # Sample queries with a relevant document in the corpus; keep these documents, and add others.
     found = [i for i, grades in enumerate(held_out.relevant) if any(row >= 0 for row in grades)]
     query_rows = sample(found, MAX_QUERIES, rng)
     relevant_rows = {row for i in query_rows for row in held_out.relevant[i] if row >= 0}
@@ -141,7 +141,7 @@ def describe_query(
 def compare_pairs(
     scores: Float[np.ndarray, "q n"], is_relevant: Any, order: Int[np.ndarray, "q n"], rng: np.random.Generator
 ) -> dict[str, np.ndarray]:
-    """Return the cosines of queries with relevant documents, with the nearest other ones, and with random other ones."""
+    """Return the cosines of queries with relevant documents, the nearest other documents, and random other ones."""
     hard, random = [], []
     for row, relevant, ranking in zip(scores, is_relevant, order, strict=True):
         irrelevant = ranking[~relevant[ranking]]
@@ -176,7 +176,7 @@ def _view_labels(held_out: ClassificationSet | ClusteringSet, embedder: Embedder
     rows = sample(range(len(held_out.texts)), MAX_POINTS, rng)
     texts, labels = [held_out.texts[i] for i in rows], held_out.labels[rows]
     vectors = embedder.encode(texts, config.instruction)
-    # A source for each of the most frequent labels, and one for the others.
+    # One source for each of the most frequent labels, and one for the others.
     names, counts = np.unique(labels, return_counts=True)
     shown = names[np.argsort(-counts, kind="stable")[:MAX_LABELS]]
     groups = {f"{config.name}: label {label}": np.flatnonzero(labels == label) for label in shown}
@@ -227,10 +227,10 @@ def draw_map(sources: Sequence[EncodedSource]) -> tuple[list[dict[str, Any]], fl
     """Project a sample of texts onto the two principal axes of their vectors.
 
     Args:
-        sources: The texts, each source in its own color. Each gives equally many texts, if it has as many.
+        sources: The texts, each source in its own color. The same number is sampled from each, if it has that many.
 
     Returns:
-        Points of x, y, source and text, and the share of the variance that the two axes hold.
+        Points of x, y, source and text, and the share of the variance that the two axes explain.
     """
     rng = np.random.default_rng(SEED)
     chosen = [(s, sample(range(len(s.texts)), MAX_POINTS // len(sources), rng)) for s in sources]
@@ -252,7 +252,7 @@ def attend_to_latents(sources: Sequence[EncodedSource], embedder: Embedder) -> t
     """Return the attention of some texts to the latents (NV-Embed, Lee et al. 2024, appendix C).
 
     Args:
-        sources: Texts of the first two sources are taken.
+        sources: The texts. Only the first two sources are used.
         embedder: A model with latent attention.
 
     Returns:

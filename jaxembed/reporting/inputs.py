@@ -1,4 +1,4 @@
-"""The models of a report: run directories and files of scores, told apart and put together."""
+"""Read the models of a report from run directories and files of scores."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ReportedModel:
 
     Attributes:
         name: Its name in the report, which no other model has.
-        path: Its run directory, folder, or hub id; empty if its scores do not say.
+        path: Its run directory, folder, or hub id; empty if its scores do not name it.
         run: Its run, if a run directory was given.
         benchmark: Its benchmark scores.
     """
@@ -44,7 +44,7 @@ class ReportedModel:
 def read_inputs(paths: Sequence[str]) -> list[ReportedModel]:
     """Read run directories and files of scores.
 
-    Scores of a run that was given too belong to that run. Cheap checks come first: every path is looked at before one is read.
+    Scores of a run that was given too belong to that run. All paths are checked before any file is read.
 
     Raises:
         UserError: A path is neither a run nor scores, a file is damaged, or a run has no metrics yet.
@@ -89,7 +89,7 @@ def _detect_kind(path: str) -> Path | None:
 
 
 def _name_model(scores: ScoreFile, path: Path) -> ScoreFile:
-    """Return scores whose model is known. A file that names none belongs to the run in whose folder it is, if any."""
+    """Return scores with their model filled in: the run directory that contains them, if the file names no model."""
     run_dir = path.resolve().parent.parent
     return dataclasses.replace(scores, model=str(run_dir)) if not scores.model and is_run(run_dir) else scores
 
@@ -106,7 +106,7 @@ def _folder_of(path: Path) -> Path:
 
 
 def _make_names_unique(models: Sequence[ReportedModel]) -> list[ReportedModel]:
-    """Return models whose equal names are followed by a number."""
+    """Return the models with unique names: repeated names get a number."""
     seen: dict[str, int] = {}
     unique = []
     for model in models:

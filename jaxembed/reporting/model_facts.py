@@ -1,4 +1,4 @@
-"""The size of a model: what it costs to keep and to use. No weights are read."""
+"""The size of a model, from its config. No weights are read."""
 
 from __future__ import annotations
 

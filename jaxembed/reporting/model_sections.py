@@ -45,7 +45,7 @@ class RunViews:
 
 
 def view_run(run: RunFiles, name: str, checkpoint: str, mesh: Mesh) -> RunViews:
-    """Load a checkpoint of a run, and look at its held-out sets.
+    """Load a checkpoint of a run, and encode its held-out sets.
 
     Args:
         run: The run.
@@ -86,14 +86,14 @@ def make_map_section(views: Sequence[RunViews]) -> Section:
     for view in views:
         if sources := list(_iter_sources(view.sets)):
             points, variance = draw_map(sources)
-            note = f"{len(points):,} texts. The axes hold {100 * variance:.0f} % of the variance of their vectors."
+            note = f"{len(points):,} texts. The axes explain {100 * variance:.0f} % of the variance of their vectors."
             charts.append(draw_points(_title(view, views, "Held-out texts"), points, note))
     intro = "Principal component analysis (PCA) of the vectors. Point at a text to read it, or tap it to keep it below the map."
     return Section("map", "Map", intro, charts=charts)
 
 
 def make_neighbor_section(views: Sequence[RunViews]) -> Section:
-    """Return queries and their nearest documents, to be browsed."""
+    """Return queries and their nearest documents, which the reader can browse."""
     neighbors = [
         {
             "label": ", ".join(filter(None, (view.run if len(views) > 1 else "", held_out.name))),
@@ -107,8 +107,8 @@ def make_neighbor_section(views: Sequence[RunViews]) -> Section:
         if held_out.queries
     ]
     intro = (
-        f"A sample of queries and their nearest documents by cosine. A hit has a relevant document among the first "
-        f"{SHOWN_NEIGHBORS}; the number is the rank of the first one."
+        f"A sample of queries and their nearest documents by cosine. A query is a hit if a relevant document is among "
+        f"the first {SHOWN_NEIGHBORS}. The number is the rank of its first relevant document."
     )
     return Section("neighbors", "Neighbors", intro, neighbors=neighbors)
 
@@ -123,7 +123,7 @@ def make_similarity_section(views: Sequence[RunViews]) -> Section:
         for held_out in view.sets
         if held_out.similarities
     ]
-    intro = "Hard negatives are the five nearest documents that are not relevant, random negatives five others."
+    intro = "Hard negatives are the five nearest documents that are not relevant, random negatives are five random other ones."
     return Section("similarities", "Similarities", intro, charts=charts)
 
 

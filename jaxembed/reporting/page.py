@@ -1,7 +1,7 @@
-"""A report as one HTML page that needs no network: template, style, program, library, charts, and data in one file.
+"""A report as one HTML page that needs no network: template, styles, scripts, charts, and data in one file.
 
 Texts of a user reach the page in two ways only. Jinja escapes those in HTML (`autoescape`). Data of charts and of the browser
-of neighbors are JSON in which <, > and & are escaped, so that no text can end a script; the program puts them on the page as
+of neighbors are JSON in which <, > and & are escaped, so that no text can end a script; the script puts them on the page as
 text nodes. The page's own content security policy forbids every request.
 """
 
@@ -24,7 +24,7 @@ from jaxembed.reporting.charts import Chart
 from jaxembed.training.run_dir import package_versions
 
 FOLDER = Path(__file__).parent
-# Characters with which a text could leave its script, and line breaks that JavaScript once knew and JSON does not.
+# Characters that could end the script element, and line separators that older JavaScript rejects in strings.
 JSON_ESCAPES = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
 
 
@@ -44,7 +44,7 @@ def write_page(path: Path, title: str, sections: Sequence[Section], command: str
 
 
 def render_page(title: str, sections: Sequence[Section], command: str) -> bytes:
-    """Return a report as UTF-8. Half of a surrogate pair, which UTF-8 does not have, becomes a question mark."""
+    """Return a report as UTF-8. A lone surrogate, which UTF-8 cannot encode, becomes a question mark."""
     shown = [section for section in sections if not section.is_empty]
     specs: list[Mapping[str, Any]] = []
     numbered: dict[str, list[tuple[int, Chart]]] = {}
@@ -75,7 +75,7 @@ def render_page(title: str, sections: Sequence[Section], command: str) -> bytes:
 
 
 def to_script_json(value: Any) -> Markup:
-    """Return a value as JSON that cannot end the script it stands in. NaN and infinity are refused: charts have null."""
+    """Return a value as JSON that is safe inside a script element. NaN and infinity raise an error: use null."""
     return Markup(json.dumps(value, allow_nan=False).translate(JSON_ESCAPES))
 
 

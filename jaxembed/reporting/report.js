@@ -40,7 +40,7 @@ window.jaxembedViews = new Map(); // element -> view of its chart, for the conso
 let turn = 0;
 
 async function drawCharts() {
-  const own = ++turn; // a later change of the scheme ends this drawing
+  const own = ++turn; // a later change of the color scheme cancels this drawing
   drawn.forEach((result) => result.finalize());
   drawn = [];
   const scheme = darkScheme.matches ? "dark" : "light";

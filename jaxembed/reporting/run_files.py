@@ -1,4 +1,4 @@
-"""What a run directory says about itself, read without its model."""
+"""Read the files of a run directory, without its model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from jaxembed.training.run_dir import BASE_RECORD_FILE, DATA_REPORT_FILE, STARTS
 
 Row = Mapping[str, Any]
 HASH_FILES = ("data_hashes", "eval_hashes", "guide", "teacher")
-BASELINES = ("untrained", "bm25")  # prefixes of the scores of a run without training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +28,8 @@ class RunFiles:
     Attributes:
         folder: The run directory.
         name: Name of the run.
-        config: Its settings.
-        config_text: Its settings as YAML, with absolute paths shortened.
+        config: Its config.
+        config_text: Its config as YAML, with absolute paths shortened.
         rows: The rows of its metrics.
         base: Name and hash of its base.
         versions: Versions of the libraries by name.
@@ -78,7 +77,7 @@ def is_run(path: Path) -> bool:
 
 
 def read_run_files(folder: Path) -> RunFiles:
-    """Read what a run directory says about itself.
+    """Read the files of a run directory.
 
     Raises:
         UserError: The run has no metrics yet, or a file of it is damaged.

@@ -130,7 +130,10 @@ def average(tasks: Mapping[str, TaskScore], names: list[str] | None = None) -> f
 
 
 def average_widths(tasks: Mapping[str, TaskScore]) -> dict[int, float]:
-    """Return the mean score by width, over the tasks that were scored at several widths. Each width counts all of them."""
+    """Return the mean score by width over the tasks that were scored by width.
+
+    Only widths that all of these tasks have are returned.
+    """
     measured = [task.widths for task in tasks.values() if task.widths]
     shared = set.intersection(*(set(widths) for widths in measured)) if measured else set()
     return {width: float(np.mean([widths[width] for widths in measured])) for width in sorted(shared)}

@@ -1,4 +1,4 @@
-"""Sections of a report that compare models: sizes and scores, benchmark tasks, and scores by width."""
+"""Sections of a report that compare models: sizes, scores, scores by width, comparisons, leaks."""
 
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ def _summarize_model(model: ReportedModel, facts: ModelFacts | None) -> list[tup
     if model.tasks:
         numbers.append(("benchmark", _format_score(average(model.tasks)), f"mean of {len(model.tasks)} tasks, × 100"))
     if facts:
-        detail = f"{facts.memory_gb:.2f} GB in float32; {facts.attention} attention, {facts.pooling.replace('_', ' ')} pooling"
+        detail = f"{facts.memory_gb:.2f} GiB in float32; {facts.attention} attention, {facts.pooling.replace('_', ' ')} pooling"
         numbers.append(("parameters", format_size(facts.parameters), detail))
-        numbers.append(("vectors", format_count(facts.width), f"numbers; texts of up to {facts.max_length:,} tokens"))
+        numbers.append(("vectors", format_count(facts.width), f"dimensions; texts of up to {facts.max_length:,} tokens"))
     return numbers
 
 
@@ -80,7 +80,7 @@ def _compare_models(models: Sequence[ReportedModel], facts: Facts, baseline: str
     metrics = list(scored[baseline])
     # A relative score needs a second model that has the score.
     compared = {metric for metric in metrics if sum(own[metric] is not None for own in scored.values()) > 1}
-    columns = ["model", "parameters (M)", "memory (GB, float32)", "width", "max. tokens"]
+    columns = ["model", "parameters (M)", "memory (GiB, float32)", "width", "max. tokens"]
     columns += [title for m in metrics for title in ([m, f"{m} vs {baseline}"] if m in compared else [m])]
     rows = []
     for model in models:
@@ -150,7 +150,7 @@ def make_benchmark_section(models: Sequence[ReportedModel]) -> Section:
     groups.add(len(rows))
     rows.append([f"All ({len(kinds)})", "mean", *(_format_score(average(model.tasks, list(kinds))) for model in scored)])
     best = _find_best_per_row(rows, range(2, 2 + len(scored)))
-    caption = "Scores × 100. A mean needs the score of every task."
+    caption = "Scores × 100. A mean is shown only if every task has a score."
     table = Table(["task", "metric", *(m.name for m in scored)], rows, 2, caption, frozenset(groups), best)
     return Section("benchmark", "Benchmark", tables=[table], folded=_list_instructions(scored))
 
@@ -200,7 +200,7 @@ def make_width_section(models: Sequence[ReportedModel]) -> Section:
 
 
 def make_comparison_section(models: Sequence[ReportedModel]) -> Section:
-    """Return what `evaluate --compare` found: differences of two models with their bootstrap intervals, and a sentence."""
+    """Return what `evaluate --compare` found: differences of two models with their bootstrap intervals, and a conclusion."""
     tables = [_comparison_table(model) for model in models if model.benchmark.comparison]
     return Section("comparison", "Comparison", "Paired bootstrap over the items of each task. Scores × 100.", tables=tables)
 

@@ -24,7 +24,7 @@ from jaxembed.reporting.run_files import RunFiles
 STEP_METRICS = (
     ("learning_rate", "Learning rate", "learning rate"),
     ("grad_norm", "Gradient norm", "norm"),
-    ("useful_tokens_per_second", "Throughput", "tokens of texts per second"),
+    ("useful_tokens_per_second", "Throughput", "non-padding tokens per second"),
     ("padding_fraction", "Padding", "share of computed tokens"),
     ("mfu", "Model FLOPs utilization", "share of the peak"),
 )
@@ -61,7 +61,7 @@ def make_training_section(runs: Sequence[RunFiles]) -> Section:
 
 
 def _prefix(run: RunFiles, runs: Sequence[RunFiles]) -> str:
-    """Return the name of a run if a chart must tell several apart."""
+    """Return the name of a run if a chart shows several, otherwise an empty string."""
     return run.name if len(runs) > 1 else ""
 
 
@@ -116,7 +116,7 @@ def _loss_parts(run: RunFiles) -> list[str]:
 
 
 def _own_metrics(runs: Sequence[RunFiles]) -> list[str]:
-    """Return the metrics of objectives that are no losses, such as the number of negatives."""
+    """Return the metrics of objectives that are not losses, such as the number of negatives."""
     parts = {key for run in runs for key in _loss_parts(run)}
     keys = dict.fromkeys(key for run in runs for row in run.losses for key in row)
     return [key for key in keys if key not in parts | OTHER_KEYS]
@@ -261,7 +261,7 @@ def make_setup_section(runs: Sequence[RunFiles]) -> Section:
     versions = [[package, *(run.versions.get(package, MISSING) for run in runs)] for package in packages]
     tables = [
         Table(["run", "time (UTC)", "command", "from step", "devices", "computation"], starts, 6, "Starts of the run."),
-        Table(["run", "what", "name", "hash"], hashes, 4, "SHA-256 of what went in."),
+        Table(["run", "kind", "name", "hash"], hashes, 4, "SHA-256 of the inputs."),
         Table(["package", *(run.name for run in runs)], versions, 1 + len(runs), "Versions."),
     ]
     folded = [Folded(f"Config of {run.name}", run.config_text) for run in runs]

@@ -1,4 +1,4 @@
-"""A warning where training makes a model worse than the base it started from, on a held-out set."""
+"""Warn about held-out sets on which training makes a model worse than its base."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import Any
 from jaxembed.runs.open import OpenedRun
 from jaxembed.training.metrics import NullRecorder, Recorder, read_metrics
 
-# Keys of metrics.jsonl: the base's scores and their standard errors at step 0, and what a warning was given of.
+# Prefixes in metrics.jsonl: the base's scores and their standard errors at step 0, and the drops warned about.
 BASE_PREFIX, NOISE_PREFIX, WARNED_PREFIX = "untrained/", "noise/", "below_base/"
 
 
 class BaseMonitor:
     """Warns once for each held-out set whose main score drops below the base's by more than the set's noise.
 
-    The noise is the bootstrap standard error of the base's score. Everything it needs is in the metrics of the run, so a run
-    that resumes continues to be watched, and repeats no warning.
+    The noise is the bootstrap standard error of the base's score. Everything it needs is in the metrics of the run, so a
+    resumed run continues to be monitored, and repeats no warning.
     """
 
     def __init__(self, run: OpenedRun, recorder: Recorder | NullRecorder):
         """Read the scores of the base. Call it after they are recorded.
 
         Args:
-            run: The run. If its base has no weights, nothing is watched.
+            run: The run. If its base has no weights, nothing is monitored.
             recorder: Where warnings are recorded and printed.
         """
         rows = read_metrics(run.run_dir) if run.base.has_weights else []
@@ -34,7 +34,7 @@ class BaseMonitor:
         self._warned = set(_collect(rows, WARNED_PREFIX))
 
     def check(self, step: int, scores: Mapping[str, float]) -> None:
-        """Warn of sets that have dropped since the start.
+        """Warn about sets whose score is below the base's by more than the noise.
 
         Args:
             step: The step.
@@ -52,7 +52,10 @@ class BaseMonitor:
 
 
 def describe_remedies(run: OpenedRun) -> str:
-    """Return what to do about a model that is worse than its base. It can be merged with it if both read texts alike."""
+    """Return advice for a model that is worse than its base.
+
+    Merging with the base needs the same attention, pooling and projection in both.
+    """
     remedy = "Lower optim.learning_rate, train fewer steps, or add general data."
     spec, base_spec = run.spec, run.base.spec
     if (spec.attention, spec.pooling, spec.projection) != (base_spec.attention, base_spec.pooling, base_spec.projection):

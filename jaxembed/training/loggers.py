@@ -1,7 +1,7 @@
-"""Where the metrics of a run go besides metrics.jsonl: TensorBoard, Weights & Biases, trackio (`train.loggers`).
+"""Loggers that receive the metrics of a run besides metrics.jsonl: TensorBoard, Weights & Biases, trackio (`train.loggers`).
 
 Weights & Biases and trackio are optional packages with settings of their own, which they read from the environment
-(WANDB_PROJECT, WANDB_MODE, TRACKIO_DIR, ...). Keys come from there too, and are never written.
+(WANDB_PROJECT, WANDB_MODE, TRACKIO_DIR, ...). API keys come from there too, and are never written.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from jaxembed.training.tensorboard import EventFile
 
 log = logging.getLogger("jaxembed")
 
-PROJECT = "jaxembed"  # the project of a run, unless the environment names another
+PROJECT = "jaxembed"  # default project; WANDB_PROJECT overrides it for Weights & Biases
 ID_CHARS = 8
-OpenPackage = tuple[Callable[..., object], Callable[[], object]]  # what takes the values of a step, and what ends the run
+OpenPackage = tuple[Callable[..., object], Callable[[], object]]  # log the values of a step; finish the run
 
 
 class PackageLogger:
-    """Passes metrics to the run of a package. Metrics are never worth a run: after a first failure it writes nothing."""
+    """Passes metrics to a tracking package. A failure never stops training: after the first one, it logs nothing more."""
 
     def __init__(self, name: str, opened: OpenPackage, written: Collection[tuple[int, frozenset[str]]] = ()):
         """Wrap an open run.
 
         Args:
             name: Name of the package, for warnings.
-            opened: The run's `log`, and what ends the run.
-            written: Step and names of what an earlier start has written. A resumed run computes it again.
+            opened: The functions that log the values of a step and finish the run.
+            written: Steps and metric names that an earlier start has logged. They are not logged twice.
         """
         self._name, self._written = name, written
         self._log, self._finish = opened
@@ -51,7 +51,7 @@ class PackageLogger:
             self._try(lambda: self._log(dict(values), step=step))
 
     def close(self) -> None:
-        """Write what is left, and end the run."""
+        """Finish the run of the package."""
         self._try(self._finish)
 
     def _try(self, function: Callable[[], object]) -> None:
@@ -60,7 +60,7 @@ class PackageLogger:
         try:
             with contextlib.redirect_stdout(sys.stderr):  # standard output is for the result
                 function()
-        except Exception as error:  # whatever a network or a foreign server causes
+        except Exception as error:  # a network or a server can fail in any way
             self._has_failed = True
             log.warning("%s: writes no more metrics (%s). metrics.jsonl has all of them.", self._name, summarize(error))
 
@@ -76,7 +76,7 @@ def open_loggers(config: Config, start: int) -> list[MetricLogger]:
     """Open the loggers of a run.
 
     Args:
-        config: Settings of the run, whose directory exists.
+        config: The config of the run. Its directory exists.
         start: Last step of the checkpoint that the run resumes from, 0 for a new run.
 
     Raises:
@@ -108,7 +108,7 @@ def _find_written(run_dir: Path, start: int) -> set[tuple[int, frozenset[str]]]:
 
 
 def _find_run_id(run_dir: Path, name: str) -> str:
-    """Return the id under which a logger knows a run. It is drawn at the first start, so that a resumed run continues it."""
+    """Return the id under which a logger knows a run. It is stored at the first start, so that a resumed run continues it."""
     path = run_dir / LOGGERS_FILE
     ids = read_run_file(read_json, path) if exists(path) else {}
     if name not in ids:
@@ -144,7 +144,7 @@ def _open_trackio(config: Config, run_id: str) -> OpenPackage:
         auto_log_gpu=False,
         auto_log_cpu=False,
     )
-    return run.log, trackio.finish  # the package's own, or it would finish the run again at exit
+    return run.log, trackio.finish  # not run.finish, after which trackio would finish the run again at exit
 
 
 OPENERS: dict[str, Callable[[Config, str], OpenPackage]] = {"wandb": _open_wandb, "trackio": _open_trackio}
