@@ -16,8 +16,8 @@ from jaxembed.files import cache_dir
 from jaxembed.training.shutdown import stop_on_signals
 
 ABOUT = """\
-The config names sources, as in training, and a list of steps. The folder that it names as `out` gets one training file per
-source, report.json and report.html. After a stop, the same command continues; the result is the same to the byte."""
+The config has sources, as in training, and a list of steps. The output folder `out` gets one training file per source,
+report.json and report.html. After an interruption, the same command continues; the output is identical byte for byte."""
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
@@ -42,10 +42,14 @@ def make_parser() -> cli.Parser:
     """Build the parser of the command."""
     parser = cli.new_parser("curate", f"{__doc__}\n{ABOUT}")
     parser.add_argument(
-        "config", metavar="CONFIG.yaml", help="sources and steps: a file, or the name of a shipped config such as pairs"
+        "config", metavar="CONFIG.yaml", help="sources and steps: a file, or the name of a shipped config, such as pairs"
     )
     parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key.sub=value", help="such as out=curated2 or steps.0.html=true"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key.sub=value",
+        help="a key to set, such as out=curated2 or steps.0.html=true",
     )
     keys = table(CurateConfig).replace("%", "%%")
     parser.add_argument("--keys", action="version", version=keys, help="list every key of a config and exit")

@@ -75,14 +75,14 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 
 class Quantizer:
-    """Quantizes vectors part by part, and measures their ranges.
+    """Quantizes vectors batch by batch, and measures their ranges.
 
     Attributes:
-        found_ranges: Lowest and highest value of each number so far, [2, width].
+        found_ranges: Lowest and highest value of each dimension so far, [2, width]. None before the first vectors.
     """
 
     def __init__(self, precision: Precision, ranges: np.ndarray | None):
-        """Quantize to a precision by `ranges`, which only some precisions need."""
+        """Set the precision and its `ranges`, which only int8 and uint8 need."""
         self._precision, self._ranges = precision, ranges
         self.found_ranges: np.ndarray | None = None
 
@@ -93,10 +93,10 @@ class Quantizer:
 
 
 def find_ranges(args: argparse.Namespace) -> Path | None:
-    """Return the file of ranges for --precision: that of --ranges, or that in the folder MODEL. None: none is needed.
+    """Return the file of ranges for --precision: --ranges, or the one in the folder MODEL. None: no ranges are needed.
 
     Raises:
-        UserError: There is none, or --ranges is given for a precision without ranges.
+        UserError: There is no such file, or --ranges is given for a precision without ranges.
     """
     if not needs_ranges(args.precision):
         if args.ranges:
@@ -118,7 +118,7 @@ def is_pipe(source: str) -> bool:
 
 
 def group_texts(texts: Iterator[str]) -> Iterator[list[str]]:
-    """Yield the texts in lists of at most `TEXTS_PER_BATCH`, of about `CHARS_PER_BATCH` characters at most."""
+    """Yield the texts in batches. A batch ends at `TEXTS_PER_BATCH` texts or `CHARS_PER_BATCH` characters."""
     batch: list[str] = []
     chars = 0
     for text in texts:
@@ -136,7 +136,7 @@ def write_vectors(
 ) -> int:
     """Write vectors to a .npy file, one part after the other, and return their number.
 
-    Nothing is mapped into memory, so that a full disk is an error and not a SIGBUS.
+    The file is not memory-mapped, so a full disk raises an error instead of SIGBUS.
 
     Args:
         partial: The file to write.
@@ -167,7 +167,7 @@ def _write_header(file: IO[bytes], shape: tuple[int, int], dtype: np.dtype) -> N
 
 
 def _check_disk_space(out: Path, needed: int) -> None:
-    """Raise `UserError` if an output of so many bytes does not fit on its disk.
+    """Raise `UserError` if an output of `needed` bytes does not fit on its disk.
 
     Without this check a full disk would be noticed only while writing.
     """
@@ -197,8 +197,8 @@ def read_examples(path: Path) -> list[tuple[str, str]]:
 def read_texts(source: str, field: str) -> Iterator[str]:
     """Yield the texts of an input: the lines of a text file, or one field of each row of any other.
 
-    Files are read by the table of endings that training uses (`data.containers`). Blank lines of a text file are empty texts,
-    so that lines and vectors correspond, except those at its end. Texts are cut at `MAX_TEXT_CHARS`.
+    The ending of a file decides how it is read, as in training (`data.containers`). Blank lines of a text file are empty texts,
+    so that lines and vectors correspond; those at its end are skipped. Texts are cut at `MAX_TEXT_CHARS`.
 
     Raises:
         UserError: If a line is malformed. The error names file and line.
@@ -221,7 +221,7 @@ def _read_whole_texts(source: str, field: str) -> Iterator[str]:
         return
     try:
         with path.open("rb") as file:
-            first_lines: list[bytes] = []  # what finding the reader takes: a pipe cannot go back
+            first_lines: list[bytes] = []  # the lines that `find_line_reader` consumes; a pipe cannot be rewound
             reader = find_line_reader(path, _record(file, first_lines))
             lines = chain(first_lines, file)
             yield from (
@@ -274,7 +274,7 @@ def make_parser() -> cli.Parser:
         "input",
         metavar="IN",
         help="texts: .txt, one per line; or rows: .jsonl, .ndjson, .json (one row per line), .csv or .tsv with a header, "
-        ".parquet, .array_record; or a pipe, such as /dev/stdin, which holds rows of JSON or lines of text",
+        ".parquet, .array_record; or a pipe, such as /dev/stdin, with JSON rows or lines of text",
     )
     parser.add_argument("out", metavar="OUT.npy", help="output; must not exist")
     prompts = parser.add_mutually_exclusive_group()
@@ -290,7 +290,7 @@ def make_parser() -> cli.Parser:
         "--precision",
         choices=PRECISIONS,
         default="float32",
-        help="numbers of OUT.npy: float32 (default); int8 or uint8, by ranges; or signs, 8 in a byte (binary, ubinary)",
+        help="numbers in OUT.npy: float32 (default), int8 or uint8 (see --ranges), or 8 sign bits per byte (binary, ubinary)",
     )
     parser.add_argument(
         "--ranges",
@@ -298,7 +298,7 @@ def make_parser() -> cli.Parser:
         help=f"ranges of --precision int8 and uint8 (default: {RANGES_FILE} in the folder MODEL)",
     )
     parser.add_argument(
-        "--write-ranges", metavar="RANGES.npy", help="write the lowest and highest value of each number, for --ranges"
+        "--write-ranges", metavar="RANGES.npy", help="write the lowest and highest value of each dimension, for --ranges"
     )
     parser.add_argument(
         "--long-texts",

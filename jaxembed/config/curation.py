@@ -1,4 +1,4 @@
-"""The config of `jaxembed curate`: sources, the steps that their rows go through, and the folder of the result."""
+"""The config of `jaxembed curate`: sources, the steps that process their rows, and the output folder."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class StepConfig(Section):
 
 
 class CleanStepConfig(StepConfig):
-    """Repair texts. Nothing but empty texts is dropped."""
+    """Repair texts. Only texts that become empty are dropped."""
 
     name: Literal["clean"] = "clean"
     sides: tuple[Side, ...] = Field(ALL_SIDES, min_length=1, description="Sides of a row whose texts are cleaned.")
@@ -45,10 +45,10 @@ class CleanStepConfig(StepConfig):
     html: bool = Field(False, description="Turn HTML into text: tags, scripts, styles and entities are removed.")
     unicode: Literal["none", "NFC", "NFKC"] = Field("NFC", description="Unicode normalization form.")
     control_chars: bool = Field(
-        True, description="Remove control characters and characters without width, except joiners between other characters."
+        True, description="Remove control and zero-width characters, except joiners between other characters."
     )
     boilerplate: tuple[str, ...] = Field(
-        (), description="Regular expressions. A line that one of them matches as a whole is removed."
+        (), description="Regular expressions. A line is removed if one of them matches all of it."
     )
     whitespace: bool = Field(
         True, description="Collapse runs of spaces and blank lines, and strip both ends. Indentation stays."
@@ -56,7 +56,7 @@ class CleanStepConfig(StepConfig):
 
 
 class QualityStepConfig(StepConfig):
-    """Drop texts by length, ratios, patterns, and rows by metadata."""
+    """Drop texts by length, published rules and patterns, and rows by metadata."""
 
     name: Literal["quality"] = "quality"
     sides: tuple[Side, ...] = Field(("query", "positives"), min_length=1, description="Sides of a row whose texts are checked.")
@@ -73,7 +73,7 @@ class QualityStepConfig(StepConfig):
         None, description="Maximum share of characters that are neither letters, digits, marks, nor white space."
     )
     drop_patterns: tuple[str, ...] = Field(
-        (), description="Regular expressions. A text in which one of them is found is dropped, such as personal data."
+        (), description="Regular expressions, such as those of personal data. A text that contains a match is dropped."
     )
 
     @model_validator(mode="after")
@@ -102,9 +102,9 @@ class LanguageStepConfig(StepConfig):
     min_bytes: int = Field(
         20,
         ge=0,
-        description="Shorter texts have no certain language. A letter of English has one byte, a Chinese character three.",
+        description="Minimum UTF-8 bytes of a text to check. Shorter ones are kept. An English letter has 1, a Chinese one 3.",
     )
-    min_confidence: float = Field(0.5, ge=0, le=1, description="A language that is less probable than this is not certain.")
+    min_confidence: float = Field(0.5, ge=0, le=1, description="Minimum probability of a language. Texts below it are kept.")
 
     @model_validator(mode="after")
     def _check_rules(self) -> LanguageStepConfig:
@@ -119,25 +119,25 @@ class DuplicatesStepConfig(StepConfig):
     name: Literal["duplicates"] = "duplicates"
     of: Literal["queries", "positives", "pairs"] = Field(
         "pairs",
-        description="What must not occur twice: a query, a positive, or a query with a positive. A copy of a query is "
-        "dropped with its row, any other copy with its positive.",
+        description="What must not occur twice: a query, a positive, or a query with a positive. A row whose query is a copy "
+        "is dropped; otherwise only the positive is.",
     )
     match: Literal["exact", "near"] = Field(
-        "exact", description="exact: equal as training compares texts. near: a Jaccard index of at least the threshold."
+        "exact", description="exact: equal by the rule of training. near: a Jaccard index of at least threshold."
     )
     threshold: float = Field(
-        0.8, ge=0.5, le=1, description="near: minimum Jaccard index of the n-grams of characters of two texts, estimated."
+        0.8, ge=0.5, le=1, description="near: minimum Jaccard index of the character n-grams of two texts, estimated."
     )
     across_sources: bool = Field(True, description="Compare the texts of all sources. false: each source alone.")
     keep: tuple[KeepRule, ...] = Field(
         ("longest",),
         max_length=3,
-        description="Which copy is kept: the first rule that tells copies apart. Sources are preferred in order.",
+        description="Rules for the copy to keep. A later rule breaks ties. source_priority: the source that is listed first.",
     )
 
 
 class NegativesStepConfig(StepConfig):
-    """Drop false and superfluous negatives of pairs."""
+    """Drop false negatives of pairs, and negatives beyond a limit."""
 
     name: Literal["negatives"] = "negatives"
     answer_field: str = Field(
@@ -162,12 +162,14 @@ class DecontaminateStepConfig(StepConfig):
 
     name: Literal["decontaminate"] = "decontaminate"
     tasks: tuple[NonEmpty, ...] = Field((), description="Names of MTEB tasks.")
-    beir: tuple[NonEmpty, ...] = Field((), description="BEIR folders: their documents, and the queries of their test split.")
-    files: tuple[NonEmpty, ...] = Field((), description="Files, folders, patterns, or datasets with rows, as paths of sources.")
+    beir: tuple[NonEmpty, ...] = Field(
+        (), description="BEIR folders: their documents, and the queries of the first of test, dev and train that exists."
+    )
+    files: tuple[NonEmpty, ...] = Field((), description="Files, folders, patterns, or datasets, as in the path of a source.")
     parts: tuple[Literal["queries", "documents"], ...] = Field(
         ("queries", "documents"),
         min_length=1,
-        description="Parts of the evaluation sets to compare with. Texts that are neither always count.",
+        description="Parts of the evaluation sets to compare with. Texts that are neither are always compared.",
     )
     sides: tuple[Side, ...] = Field(ALL_SIDES, min_length=1, description="Sides of a row whose texts are compared.")
     ngram_words: Annotated[int, Field(ge=3, le=100)] | None = Field(
@@ -209,15 +211,15 @@ class FunctionStepConfig(StepConfig):
 
 
 class BalanceStepConfig(StepConfig):
-    """Limit the rows of each source, label, or value of a field. Rows are drawn by the seed and their content."""
+    """Limit the rows of each source, label, or value of a field. The draw depends on the seed and the rows' content."""
 
     name: Literal["balance"] = "balance"
     by: NonEmpty = Field(
         "source",
-        description="What rows are grouped by: source, label, or another field of the rows. Rows without it are a group.",
+        description="What rows are grouped by: source, label, or another field of the rows. Rows without it form one group.",
     )
     max_rows: Positive | None = Field(None, description="Maximum rows of a group. Default: no limit.")
-    share: Share = Field(1.0, description="Share of the rows that is drawn, before max_rows.")
+    share: Share = Field(1.0, description="Share of the rows to draw. max_rows applies after it.")
 
     @model_validator(mode="after")
     def _check_limit(self) -> BalanceStepConfig:
@@ -244,12 +246,12 @@ class CurateConfig(Section):
 
     out: NonEmpty = Field(description="Folder of the training files and the report. It must not exist.")
     format: Literal["jsonl", "array_record"] = Field("jsonl", description="Format of the training files.")
-    metadata: tuple[str, ...] = Field(
-        (), description="Fields that are written besides those that training reads, if a row has them."
+    metadata: tuple[str, ...] = Field((), description="Fields to write besides those that training reads, if a row has them.")
+    seed: int = Field(
+        0, ge=0, le=2**63 - 1, description="Seed of the rows that balance draws, and of the samples in the report."
     )
-    seed: int = Field(0, ge=0, le=2**63 - 1, description="Seed of the rows that are drawn, and of the samples in the report.")
     memory_mb: int = Field(
-        512, ge=16, le=2**20, description="Memory in MiB for what a step compares at a time, beside about a byte per text."
+        512, ge=16, le=2**20, description="Memory in MiB for what a step compares at a time. Each text needs about a byte more."
     )
     sources: tuple[SourceConfig, ...] = Field(min_length=1, description="Sources, as in the data section of training.")
     steps: tuple[AnyStep, ...] = Field(min_length=1)

@@ -22,8 +22,8 @@ class FewShotConfig(Section):
 
     most: Annotated[int, Field(ge=1, le=64)] = Field(
         5,
-        description="Maximum examples of a query. Each query draws 1 to this many, from other rows. The last ones are dropped "
-        "if they would leave its text less than half of data.max_length.",
+        description="Maximum number of examples of a query. Each query draws 1 to this many, from other rows. The last ones "
+        "are dropped if they would leave less than half of data.max_length for the query.",
     )
     zero_shot: float = Field(0.2, ge=0, le=1, description="Share of the queries that get no examples.")
 
@@ -48,7 +48,8 @@ class PairTemplate(Section):
 
 
 NonEmpty = Annotated[str, Field(min_length=1)]
-Tokens = Annotated[int, Field(gt=0, le=2**20)]  # of a row in memory: more than any model reads, and no typing error
+# The limit is above that of any model. It refuses typos before memory is allocated.
+Tokens = Annotated[int, Field(gt=0, le=2**20)]
 FIELDS_WITH_SEVERAL_COLUMNS = frozenset({"pos", "neg", "pos_scores", "neg_scores"})
 
 
@@ -89,7 +90,7 @@ class SourceConfig(Section):
 
     catalog: str = Field(
         "",
-        description="Entry of configs/catalog.yaml whose keys the source takes over, except those it sets itself.",
+        description="Entry of configs/catalog.yaml that provides the keys which the source does not set itself.",
     )
     path: str = Field(
         description="File, folder, or pattern such as data/*.parquet; or hf:NAME:SPLIT (Hugging Face datasets) or "
@@ -107,7 +108,7 @@ class SourceConfig(Section):
         "or of a BEIR folder (qrels/SPLIT.tsv). Default for BEIR: the first that exists of train, dev and test; the log says "
         "which.",
     )
-    name: str = Field("", description="Name in logs and of the stored prompt. Default: the stem of the path.")
+    name: str = Field("", description="Name in logs, and of the exported prompt of the source. Default: the stem of the path.")
     weight: float = Field(
         1.0, ge=1e-6, le=1e6, description="Share of the mixture, relative to the weights of the other sources."
     )
@@ -123,7 +124,7 @@ class SourceConfig(Section):
     )
     label_documents: Literal["auto", "labels", "examples"] = Field(
         "auto",
-        description="labels: what the documents are: the texts of the labels (labels) or other texts with a label (examples). "
+        description="labels: which texts are the documents. labels: the names of the labels. examples: other labeled texts. "
         "auto: labels if there are two labels, otherwise examples.",
     )
     label_names: dict[str, NonEmpty] = Field(
@@ -139,7 +140,7 @@ class SourceConfig(Section):
     min_score: float = Field(
         4.0,
         description="scored_pairs: minimum score of a positive pair. The default is for scores from 0 to 5; scores above 5 "
-        "need a value of their own.",
+        "need another value.",
     )
     graded: bool | None = Field(
         None,
@@ -148,8 +149,8 @@ class SourceConfig(Section):
     )
     score_range: tuple[float, float] | None = Field(
         None,
-        description="scored_pairs: lowest and highest score, such as [0, 5]. A row with another score is refused. Default for "
-        "graded sources: the first of [0, 1], [-1, 1] and [0, 5] that has all scores.",
+        description="scored_pairs: lowest and highest possible score, such as [0, 5]. A score outside is an error. Default for "
+        "graded sources: the first of [0, 1], [-1, 1] and [0, 5] that contains all scores.",
     )
     label_scores: dict[str, float] = Field(
         {},
@@ -163,14 +164,16 @@ class SourceConfig(Section):
     )
     equality: Literal["normalized", "exact"] = Field(
         "normalized",
-        description="documents: when query and positive are equal, and no pair. normalized: if they differ at most in case, "
-        "white space, encoding, and invisible characters. exact: only if they do not differ at all, as in runs of earlier "
-        "versions, which keep it.",
+        description="documents: when a query and a positive count as equal, which makes no pair. normalized: if they differ at "
+        "most in case, white space, Unicode form, and invisible characters. exact: only if they are identical. Runs of earlier "
+        "versions keep exact.",
     )
     where: Where = Field({}, description="Value, or list of values, that a field of a row must have. Other rows are left out.")
-    min_chars: int = Field(0, ge=0, description="Minimum characters of every text. Shorter ones are left out, or their rows.")
+    min_chars: int = Field(
+        0, ge=0, description="Minimum characters of a text. Shorter texts, and rows that need them, are left out."
+    )
     max_chars: Positive | None = Field(
-        None, description="Maximum characters of every text. Longer ones are left out, or their rows."
+        None, description="Maximum characters of a text. Longer texts, and rows that need them, are left out."
     )
 
     @model_validator(mode="before")
@@ -283,7 +286,7 @@ class BatchingConfig(Section):
     kind: Literal["blended", "homogeneous", "semi_homogeneous"] = Field(
         "blended", description="Whether a batch mixes all sources, comes from one source, or partly from one source."
     )
-    ratio: float = Field(0.5, ge=0, le=1, description="semi_homogeneous: part of a batch that comes from one source.")
+    ratio: float = Field(0.5, ge=0, le=1, description="semi_homogeneous: share of a batch that comes from one source.")
     no_duplicates: bool = Field(
         False,
         description="Use each query and positive only once in a batch, and draw other examples of the source instead. "
@@ -292,7 +295,7 @@ class BatchingConfig(Section):
 
     @property
     def single_source_share(self) -> float:
-        """The part of a batch that comes from one source, 0 to 1."""
+        """Share of a batch that comes from one source, 0 to 1."""
         return {"blended": 0.0, "homogeneous": 1.0, "semi_homogeneous": self.ratio}[self.kind]
 
 

@@ -33,7 +33,7 @@ class InfoNCEConfig(ObjectiveConfig):
     """InfoNCE over the global batch (van den Oord et al. 2018), and its variants."""
 
     name: Literal["infonce"] = "infonce"
-    temperature: float = Field(0.05, gt=0, description="Similarities are divided by the temperature.")
+    temperature: float = Field(0.05, gt=0, description="Temperature that similarities are divided by.")
     learn_temperature: bool = Field(False, description="Train the temperature from this value on. It stays at least 0.01.")
     negatives: Literal["all", "in_batch", "hard"] = Field(
         "all", description="Negatives: documents of other queries (in_batch), the query's own negatives (hard), or both."
@@ -43,10 +43,10 @@ class InfoNCEConfig(ObjectiveConfig):
     )
     per_direction: bool = Field(
         False,
-        description="Average a loss of the queries and one of the documents, instead of sharing one denominator among all "
-        "directions. query_query is part of the first, document_document of the second (UAE).",
+        description="Average two losses with a denominator each: one of the queries, with query_query, and one of the "
+        "documents, with document_document (UAE). false: all directions share one denominator.",
     )
-    mask_same_label: bool = Field(False, description="Exclude texts with the query's label from the in-batch negatives.")
+    mask_same_label: bool = Field(False, description="Exclude texts with the label of the query from the in-batch negatives.")
     margin: float | None = Field(
         None,
         description="Exclude negatives that score above the positive by more than this margin (Qwen3-Embedding: 0.1). "
@@ -57,14 +57,14 @@ class InfoNCEConfig(ObjectiveConfig):
         description="MODEL that excludes negatives it scores above the positive (GISTEmbed). A run has at most one guide.",
     )
     guide_margin: float = Field(
-        0.0, description="Margin of the guide: it excludes what it scores above the positive's score minus this margin."
+        0.0, description="The guide excludes negatives that it scores above the positive's score minus this margin."
     )
     guide_margin_kind: Literal["absolute", "relative"] = Field(
-        "absolute", description="Whether guide_margin is a difference, or relative to the positive's score."
+        "absolute", description="absolute: guide_margin is a difference of scores. relative: a share of the positive's score."
     )
     focal: float = Field(0.0, ge=0, description="Exponent of the focal weight (1 - p)^focal of each query's loss (KaLM-V2).")
-    hardness: float = Field(0.0, ge=0, description="Negatives are weighted by e^(hardness * similarity) (EmbeddingGemma: 5).")
-    hardness_of: Literal["hard", "in_batch", "all"] = Field("hard", description="Negatives that hardness weights.")
+    hardness: float = Field(0.0, ge=0, description="Weight negatives by e^(hardness * similarity) (EmbeddingGemma: 5).")
+    hardness_of: Literal["hard", "in_batch", "all"] = Field("hard", description="Which negatives hardness applies to.")
     mixed_negatives: int = Field(
         0, ge=0, le=1024, description="Number of negatives synthesized by mixing each query's own negatives (KaLM-V2)."
     )
@@ -91,18 +91,18 @@ class SpreadOutConfig(ObjectiveConfig):
 
 
 class DistillationConfig(ObjectiveConfig):
-    """KL divergence from a teacher's scores of a query's own documents."""
+    """KL divergence between the teacher's and the model's score distributions over a query's own documents."""
 
     name: Literal["kl_distillation"] = "kl_distillation"
     temperature: float = Field(0.05, gt=0, description="Temperature of the model's scores.")
     teacher_temperature: float = Field(1.0, gt=0, description="Temperature of the teacher's scores.")
     hard_labels: float = Field(
-        0.0, ge=0, lt=1, description="Share of the loss that treats the positive as the only target (E5: 0.2)."
+        0.0, ge=0, lt=1, description="Share of the loss that is cross-entropy with the positive as target (E5: 0.2)."
     )
 
 
 class MarginMSEConfig(ObjectiveConfig):
-    """Mean squared error between the margins of the model's and a teacher's scores (Hofstätter et al. 2020)."""
+    """Mean squared error between the model's and a teacher's score margins (Hofstätter et al. 2020)."""
 
     name: Literal["margin_mse"] = "margin_mse"
 
@@ -117,21 +117,21 @@ class EmbeddingMatchingConfig(ObjectiveConfig):
 
 
 class GradedObjectiveConfig(ObjectiveConfig):
-    """The keys of objectives that use the scores of pairs."""
+    """The keys that all objectives of scored pairs share."""
 
 
 class CoSENTConfig(GradedObjectiveConfig):
     """Ranking of the cosines of all pairs of a batch by their scores (Su 2022)."""
 
     name: Literal["cosent"] = "cosent"
-    temperature: float = Field(0.05, gt=0, description="Differences of cosines are divided by the temperature.")
+    temperature: float = Field(0.05, gt=0, description="Temperature that differences of cosines are divided by.")
 
 
 class AnglEConfig(GradedObjectiveConfig):
     """Ranking of the angle similarities of all pairs of a batch by their scores (Li and Li 2023)."""
 
     name: Literal["angle"] = "angle"
-    temperature: float = Field(1.0, gt=0, description="Differences of angle similarities are divided by the temperature.")
+    temperature: float = Field(1.0, gt=0, description="Temperature that differences of angle similarities are divided by.")
 
 
 class CosineRegressionConfig(GradedObjectiveConfig):
@@ -160,7 +160,7 @@ class MatryoshkaConfig(Section):
         (), description="Also apply the objectives to the first dimensions of the vectors, such as [512, 64]."
     )
     weights: tuple[float, ...] = Field(
-        (), description="Weights of dims in the sum, where the whole vector has weight 1. Default: all 1."
+        (), description="Weight of each of dims in the sum; the whole vector has weight 1. Default: all 1."
     )
 
     @model_validator(mode="after")
@@ -177,5 +177,5 @@ class GradCacheConfig(Section):
 
     rows: Positive | None = Field(
         None,
-        description="Rows that a device encodes at a time. Memory holds the activations of these rows only. Default: all rows.",
+        description="Rows that a device encodes at a time. Only their activations are in memory. Default: all rows.",
     )

@@ -19,14 +19,14 @@ SAMPLE_TITLES = {"random": "Random rows", "longest": "Rows with the longest text
 
 
 def write_page(report: Mapping[str, Any]) -> str:
-    """Return the page of a report (`curation.engine`)."""
+    """Return the HTML page of a report (`engine.write_report`)."""
     steps = [part for number, step in enumerate(report["steps"]) for part in _write_step(number, step)]
     parts = [
         "<h1>Curation report</h1>",
         _write_overview(report),
         "<h2>Steps</h2>",
         *steps,
-        "<h2>Rows that are kept</h2>",
+        "<h2>Kept rows</h2>",
         *(_write_samples(SAMPLE_TITLES[kind], samples) for kind, samples in report["output"]["samples"].items()),
         "<h2>Lengths in characters</h2>",
         *_write_lengths(report),

@@ -23,9 +23,9 @@ class CuratedSource(NamedTuple):
         path: Path in the config.
         format: Format of the rows that go through the steps. Documents, NLI and BEIR data become pairs.
         digest: SHA-256 of the content.
-        num_rows: Number of rows; of documents, the number of examples, which have a row for each template.
+        num_rows: Number of rows. For documents: the number of documents, each of which yields a row per template.
         iter_rows: Returns an iterator over the rows.
-        locate: Returns where the row of a number is stored, for errors.
+        locate: Returns where the row with a given number is stored, for errors.
     """
 
     name: str
@@ -45,7 +45,7 @@ def open_curated_sources(configs: Sequence[SourceConfig], cache: Path, where: st
 
 def _open_source(config: SourceConfig, name: str, cache: Path) -> CuratedSource:
     def locate(number: int) -> str:
-        """Return file and line of a row; of pairs that several rows or templates make, the number of the pair."""
+        """Return the file and line of a row. For pairs that are built from several rows or templates: the pair's number."""
         if isinstance(rows, IndexedRows) and format_name != "documents":
             return rows.locate(number - 1)
         return f"{config.path}: pair {number}"

@@ -1,4 +1,4 @@
-"""What the report of a curation counts and samples. Memory does not grow with the rows, and their order makes no difference."""
+"""Counts and samples for the report of a curation. They need constant memory, and do not depend on the order of the rows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_SAMPLE_TEXTS = 3  # of a list
 
 
 class TopSamples:
-    """The samples with the largest keys. Samples with equal keys are ordered by their content."""
+    """The `MAX_SAMPLES` samples with the largest keys. Samples with equal keys are ordered by their content."""
 
     def __init__(self) -> None:
         """Start without samples."""
@@ -57,7 +57,7 @@ class StepStats:
 
     @property
     def has_rows_left(self) -> bool:
-        """Whether a row came out."""
+        """Whether any row passed the step."""
         return bool(self._rows_out)
 
     def describe_drops(self) -> str:
@@ -135,7 +135,7 @@ class RowStats:
 
 
 def _name_range(bits: int) -> str:
-    """Return the range of the numbers that have this many bits."""
+    """Return the range of the numbers with this many bits, such as 4–7 for 3."""
     return f"{2 ** (bits - 1)}–{2**bits - 1}" if bits > 1 else str(bits)
 
 

@@ -1,6 +1,6 @@
-"""The engine of `jaxembed curate`: stages of steps over streams of rows, resumable, with a report.
+"""The engine of `jaxembed curate`: runs stages of steps over streams of rows, resumes them, and writes the report.
 
-OUT/.unfinished/inputs.json       hash of the sources, while the curation is not finished
+OUT/.unfinished/inputs.json       hash of the sources; exists until the curation is finished
 OUT/.unfinished/0/rows.jsonl      rows after the steps of a stage: [source, number, row] per line
 OUT/.unfinished/0/dropped.npy     which items the step that ends the stage drops
 OUT/.unfinished/0/stage.json      hash and statistics of the stage; written last, so it marks a finished stage
@@ -65,7 +65,7 @@ def curate(config: CurateConfig, cache: Path, where: str, read_task: ReadTask) -
         The output folder, its files, and the rows in and out of each source.
 
     Raises:
-        UserError: Bad input, or a user's function that fails. Finished stages stay, and the same command continues after them.
+        UserError: The input is bad, or a user's function fails. Finished stages are kept, and the same command continues.
     """
     out = Path(config.out)
     check_output(out)
@@ -114,16 +114,16 @@ class Curation:
         is_finished = [read_stage_digest(self.out, i) == digest for i, digest in enumerate(digests)]
         first = is_finished.index(False) if False in is_finished else len(digests)
         while 0 < first < len(digests) and not (stage_folder(self.out, first - 1) / ROWS_FILE).exists():
-            first -= 1  # a step has changed whose rows were removed
+            first -= 1  # the rows that this stage reads were removed, so the stage before must run again
         if first:
             log.info("%s: continues after %d of %d stages", self.out, first, len(digests))
         for i in range(first, len(digests)):
             self._run_stage(i, digests[i])
-            if i:  # the rows before are not needed any more
+            if i:  # its rows are not needed any more
                 (stage_folder(self.out, i - 1) / ROWS_FILE).unlink(missing_ok=True)
 
     def _run_stage(self, index: int, digest: str) -> None:
-        """Read the rows of the stage before, apply the steps of this stage, and store what they return."""
+        """Read the rows of the previous stage, apply the steps of this stage, and store the result."""
         stage, folder = self.stages[index], stage_folder(self.out, index)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -145,13 +145,13 @@ class Curation:
         write_json(folder / STAGE_FILE, result)
 
     def _decide(self, step_index: int, rows: Iterable[CuratedRow], folder: Path, keys: Path) -> None:
-        """Store the rows of a stage in `folder`, and what the step that ends it drops. `keys` is an empty folder for it."""
+        """Store the rows of a stage, and which items its last step drops, in `folder`. The step keeps its files in `keys`."""
         with closing(make_all_rows_step(self.config.steps[step_index], keys, self.num_rows, self.config)) as step:
             write_rows(folder / ROWS_FILE, rows, step)
             np.save(folder / DROPPED_FILE, step.find_dropped())
 
     def _list_functions(self, index: int) -> dict[int, RowStep]:
-        """Return the functions of a stage by the index of their step: first what the stage before has decided."""
+        """Return the functions of a stage by the index of their step. The first one drops what the previous stage decided."""
         functions: dict[int, RowStep] = {}
         if index and (decided := self.stages[index - 1].all_rows_step) is not None:
             folder = stage_folder(self.out, index - 1)
@@ -173,7 +173,7 @@ class Curation:
             yield row
 
     def _write_output(self, rows: Iterable[CuratedRow]) -> dict[str, Any]:
-        """Write one file for each source that has rows left. Return their names, and the statistics of their rows."""
+        """Write one file for each source that has rows left. Return the file names and the statistics of the rows."""
         files, stats = {}, RowStats(self.names, self.config.seed)
         for name, ending in itertools.product(self.names, WRITERS):
             (self.out / f"{name}{ending}").unlink(missing_ok=True)  # of an earlier attempt with other steps
@@ -185,7 +185,7 @@ class Curation:
         return {"files": files, "output": stats.to_json()}
 
     def _select_output(self, rows: Iterable[CuratedRow], stats: RowStats) -> Iterator[dict[str, Any]]:
-        """Yield the fields that are written."""
+        """Yield the fields of each row that are written, and count the rows in `stats`."""
         for row in rows:
             stats.add(row)
             metadata = {field: row.row[field] for field in self.config.metadata if field in row.row}
@@ -205,7 +205,7 @@ class Curation:
 
 
 def apply_steps(rows: Sequence[CuratedRow], functions: dict[int, RowStep], stats: dict[int, StepStats]) -> Sequence[CuratedRow]:
-    """Apply steps to a batch of rows, and count what they do. Return the rows that are left."""
+    """Apply steps to a batch of rows, and count their outcomes in `stats`. Return the rows that are left."""
     for i, function in functions.items():
         outcomes = function(rows)
         for row, outcome in zip(rows, outcomes, strict=True):
@@ -215,7 +215,7 @@ def apply_steps(rows: Sequence[CuratedRow], functions: dict[int, RowStep], stats
 
 
 def write_rows(path: Path, rows: Iterable[CuratedRow], step: AllRowsStep) -> None:
-    """Write the rows of a stage, and show them to the step that ends it."""
+    """Write the rows of a stage, and pass them to the step that ends it."""
     with path.open("w", encoding="utf-8") as file:
         for batch in batched(rows, ROWS_PER_BATCH):
             step.collect(batch)
@@ -249,7 +249,7 @@ def read_stage_digest(out: Path, index: int) -> str | None:
 
 
 def check_output(out: Path) -> None:
-    """Raise `UserError` if a folder is no new output, and no unfinished one."""
+    """Raise `UserError` if an output folder has content that is not an unfinished curation."""
     if not out.exists() or (out / UNFINISHED / INPUTS_FILE).exists():
         return
     if not out.is_dir() or any(out.iterdir()):
@@ -258,10 +258,10 @@ def check_output(out: Path) -> None:
 
 @contextmanager
 def lock_output(out: Path, inputs_digest: str) -> Iterator[None]:
-    """Create the output folder, or continue an unfinished one of the same sources. No other process can do so meanwhile.
+    """Create the output folder, or reopen an unfinished one of the same sources, and lock it against other processes.
 
     Raises:
-        UserError: It belongs to other sources, another process writes it, or it cannot be created.
+        UserError: The folder belongs to other sources, is locked by another process, or cannot be created.
     """
     folder = out / UNFINISHED
     try:
@@ -302,7 +302,7 @@ def write_report(config: CurateConfig, out: Path, sources: Sequence[CuratedSourc
 
 
 def remove_unfinished(out: Path) -> None:
-    """Remove what was stored between the stages. The file that marks an unfinished output goes last."""
+    """Remove the files of the stages. The file that marks an unfinished output is removed last."""
     folder = out / UNFINISHED
     for path in folder.iterdir():
         if path.is_dir():

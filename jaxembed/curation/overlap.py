@@ -1,4 +1,4 @@
-"""Overlap of texts: which texts of one collection occur in another, whole or in part.
+"""Overlap of two collections: which texts of one occur in the other, as a whole or in part.
 
 Evaluation texts are indexed, and training texts are matched one after another. Memory depends on the evaluation texts alone.
 The rules:
@@ -36,7 +36,7 @@ class Match:
     Attributes:
         index: Number of the indexed text, in the order in which texts were added.
         rule: exact or ngram.
-        words: The first words that both share; empty for an exact match.
+        words: The first n-gram that both share; empty for an exact match.
     """
 
     index: int
@@ -45,7 +45,7 @@ class Match:
 
 
 class OverlapIndex:
-    """Texts that others are matched with."""
+    """An index of texts, to find those that another text overlaps with."""
 
     def __init__(self, ngram_words: int = DEFAULT_NGRAM_WORDS):
         """Create an empty index.
@@ -98,13 +98,13 @@ class OverlapIndex:
 
 def split_words(text: str) -> list[str]:
     """Return the words of a text's normalized form."""
-    return WORD.findall(unicodedata.normalize("NFC", normalize_text(text)))  # marks become parts of their letters
+    return WORD.findall(unicodedata.normalize("NFC", normalize_text(text)))  # NFC joins combining marks with their letters
 
 
 def hash_ngrams(words: Sequence[str], size: int) -> np.ndarray:
     """Return the 64-bit hash of every run of `size` words, uint64 [max(len(words) - size + 1, 0)].
 
-    The hashes of words are Python's, so they are the same within one process only.
+    Words are hashed by Python's `hash`, which is the same within one process only.
     """
     word_hashes = np.fromiter((hash(word) for word in words), np.int64, len(words)).view(np.uint64)
     hashes = np.zeros(max(len(words) - size + 1, 0), np.uint64)

@@ -1,7 +1,7 @@
-"""The steps of a curation, grouped into stages: passes over the rows that are finished or repeated as a whole.
+"""The steps of a curation, grouped into stages. A stage is one pass over the rows; an interrupted one is repeated.
 
-A stage applies steps that see one row at a time, and ends with a step that must see all rows, or with the output. What such a
-step decides is stored, and is applied when the next stage reads the rows.
+A stage applies steps that see one row at a time. It ends with a step that must see all rows, or with the output. The decisions
+of such a step are stored, and applied when the next stage reads the rows.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from jaxembed.curation.steps.sides import PreparedStep, has_side
 from jaxembed.curation.steps.user_function import LocateRow, make_function_step
 from jaxembed.errors import UserError
 
-ENGINE_VERSION = 1  # raise it when the same config gives other results
+ENGINE_VERSION = 1  # increase it when the same config gives different results
 # Libraries whose versions may change what a step does.
 STEP_LIBRARIES = ("ftfy", "py3langid", "rensa")
 
@@ -111,7 +111,7 @@ def make_all_rows_step(step: AnyStep, folder: Path, max_rows: int, config: Curat
 
 
 def make_item_rule(step: AnyStep) -> ItemRule:
-    """Return what a step that must see all rows decides about."""
+    """Return the item rule of a step that must see all rows."""
     if isinstance(step, BalanceStepConfig):
         return make_balance_rule(step)
     assert isinstance(step, DuplicatesStepConfig)
@@ -119,7 +119,7 @@ def make_item_rule(step: AnyStep) -> ItemRule:
 
 
 def check_sides(config: CurateConfig, formats: Sequence[str]) -> None:
-    """Raise `UserError` for a step that names a side which no source has.
+    """Raise `UserError` if a step names a side that no source has.
 
     Args:
         config: The whole config.
@@ -140,7 +140,7 @@ def check_sides(config: CurateConfig, formats: Sequence[str]) -> None:
 def compute_stage_digests(
     config: CurateConfig, stages: Sequence[Stage], inputs: str, row_steps: Mapping[int, PreparedStep]
 ) -> list[str]:
-    """Return a hash for each stage of all that decides about its result: inputs, seed, and all steps so far.
+    """Return, for each stage, a hash of all that its result depends on: inputs, seed, and all steps so far.
 
     Args:
         config: The whole config.
@@ -161,7 +161,7 @@ def compute_stage_digests(
 
 
 def _list_versions() -> dict[str, str]:
-    """Return the versions of the libraries of steps that are installed."""
+    """Return the versions of the installed libraries of `STEP_LIBRARIES`."""
     versions = {}
     for name in STEP_LIBRARIES:
         try:

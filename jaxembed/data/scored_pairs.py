@@ -1,4 +1,4 @@
-"""Pairs of sentences with a score: as positives above a threshold, or graded, each pair with its score."""
+"""Scored pairs of sentences: used as positives if they score at least `min_score`, or graded, all pairs with their scores."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from jaxembed.data.schema import Example, Row, check_label_scored, check_scored,
 from jaxembed.errors import UserError
 
 SCORED_PAIR_SCHEMA = RowSchema("scored_pairs", check_scored, lambda row: row["score"])
-MAX_DEFAULT_SCORE = 5  # the highest score of the scale, 0 to 5, that the default of `min_score` is made for
+MAX_DEFAULT_SCORE = 5  # highest score of the scale 0 to 5, which the default of `min_score` assumes
 DETECTED_RANGES = ((0.0, 1.0), (-1.0, 1.0), (0.0, 5.0))
 UNSCORED_LABEL_REASON = "labels without a score in label_scores"
 log = logging.getLogger(__name__)
 
 
 def scored_pair_schema(config: SourceConfig) -> RowSchema:
-    """Return the schema of a source of scored pairs, with its filters, its range, and its scores of labels."""
+    """Return the schema of a source of scored pairs, with its filters, score range, and label scores."""
     schema = SCORED_PAIR_SCHEMA._replace(check=lambda row: _check_row(row, config))
     if config.label_scores:
         schema = schema._replace(
             index_value=lambda row: _find_label_score(row, config),
             find_drops=lambda row: [UNSCORED_LABEL_REASON] if _find_label_score(row, config) is None else [],
         )
-    schema = add_filters(schema, config)  # by the name of the format
+    schema = add_filters(schema, config)  # before the schema is renamed: filters look up its name
     if not config.label_scores and config.score_range is None:
         return schema
     keys = config.model_dump_json(include={"label_scores", "score_range"})
@@ -58,16 +58,16 @@ class ScoredPairSampler(ExampleSampler):
     """Draws from (sentence1, sentence2, score) rows with a score of at least `min_score`, in a random direction.
 
     NV-Embed (section 4.2) makes two examples of each such row, one per direction. Here a row becomes either of them when it
-    is drawn. It has no hard negatives of its own; NV-Embed mines them.
+    is drawn. The rows have no hard negatives; NV-Embed mines them.
     """
 
     max_positives = 1
 
     def __init__(self, rows: IndexedRows, config: SourceConfig):
-        """Find the rows that score high enough.
+        """Find the rows with a score of at least `min_score`.
 
         Raises:
-            UserError: If no row does, or the scores do not fit the default of `min_score`.
+            UserError: If there is none, or the scores do not fit the default of `min_score`.
         """
         self.rows = rows
         self._usable_rows = RowsAbove(rows.index_values, config.min_score)
@@ -102,7 +102,7 @@ class ScoredPairSampler(ExampleSampler):
             )
         if len(self) == len(self.rows) and lowest < highest:
             log.warning(
-                "%s: every pair is a positive, because %s and min_score is %g; raise it if some pairs are none",
+                "%s: every pair is a positive, because %s and min_score is %g; raise it if some pairs are not positives",
                 config.path, found, config.min_score,
             )  # fmt: skip
 
@@ -112,16 +112,16 @@ class GradedPairSampler(ExampleSampler):
 
     Attributes:
         score_range: Lowest and highest possible score.
-        positive_count: Number of pairs with a score of at least `min_score`. Only these are positives of each other.
+        positive_count: Number of pairs with a score of at least `min_score`. Only these count as positives.
     """
 
     max_positives = 1
 
     def __init__(self, rows: IndexedRows, config: SourceConfig):
-        """Find the range of the scores.
+        """Set the range of the scores: that of the config, or a detected one.
 
         Raises:
-            UserError: If the config names no range, and the scores fit none of `DETECTED_RANGES`.
+            UserError: If the config has no range, and none of `DETECTED_RANGES` contains all scores.
         """
         self.rows, self._min_score = rows, config.min_score
         self.drop_counts = dict(rows.drop_counts)
@@ -147,12 +147,12 @@ class GradedPairSampler(ExampleSampler):
         )
 
     def iter_pairs(self, index: int, seed: int, max_texts: int | None) -> Iterator[Row]:
-        """Yield both directions of the row, also of a pair that is no positive."""
+        """Yield both directions of the row, even if the pair is not a positive."""
         yield from _pair_rows(self.rows[index])
 
 
 def normalize_score(score: float, score_range: Sequence[float]) -> float:
-    """Map a score to the scale of cosines: linearly to 0 to 1, or to -1 to 1 if the range starts below 0."""
+    """Map a score linearly to the scale of cosines: to [0, 1], or to [-1, 1] if the range starts below 0."""
     low, high = score_range
     fraction = (score - low) / (high - low)
     return 2 * fraction - 1 if low < 0 else fraction

@@ -1,6 +1,6 @@
-"""Objectives for pairs with a score: rank the pairs by their scores, or match the scores.
+"""Objectives for scored pairs: rank the pairs by their scores, or regress the scores.
 
-A query and its document 0 are a pair. Letters in shapes: B pairs, D vector width.
+A pair is a query and its document 0. Letters in shapes: B pairs, D vector width.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ BLOCK_SIZE = 128  # pairs whose cumulative sums are computed at once
 
 
 def cosent(config: CoSENTConfig, encoded: EncodedBatch) -> LossAndMetrics:
-    """Return log(1 + sum of e^((s_low - s_high)/t)), with cosines s, over all two pairs of which one has the higher score.
+    """Return log(1 + sum over i, j of e^((cos_i - cos_j) / t)), over all i, j such that pair j has a higher score than pair i.
 
     CoSENT (Su 2022, Huang et al. 2024, doi:10.1109/TASLP.2024.3402087), and the cosine objective of AnglE (arXiv:2309.12871).
 
@@ -28,10 +28,10 @@ def cosent(config: CoSENTConfig, encoded: EncodedBatch) -> LossAndMetrics:
 
 
 def angle(config: AnglEConfig, encoded: EncodedBatch) -> LossAndMetrics:
-    """Return CoSENT's loss of angle similarities (AnglE, arXiv:2309.12871; equation 4 of the survey arXiv:2406.01607).
+    """Return the CoSENT loss of angle similarities (AnglE, arXiv:2309.12871; equation 4 of the survey arXiv:2406.01607).
 
-    The paper's equation subtracts the terms the other way around. This follows the published code and sentence-transformers,
-    where the higher score is to have the higher value.
+    The paper's equation has the opposite sign. This follows the published code and sentence-transformers, which rank a pair
+    with a higher score above one with a lower score.
 
     Returns:
         The loss, and the metric `pairs`: the number of pairs with a score.
@@ -58,10 +58,11 @@ def compute_cosines(encoded: EncodedBatch) -> Float[Array, " b"]:
 
 
 def compute_angle_similarities(queries: Float[Array, "b d"], documents: Float[Array, "b d"]) -> Float[Array, " b"]:
-    """Return |sum of the real and imaginary parts of z / w| for unit vectors as complex numbers z and w.
+    """Return |sum of the real and imaginary parts of z * conj(w)|, for queries z and documents w as complex vectors.
 
     The first half of a vector has the real parts, the second half the imaginary parts. An odd width is padded with a zero.
-    For unit vectors, z / w = z * conj(w) / |w|^2 has the real parts ac + bd and the imaginary parts bc - ad.
+    With z = a + bi and w = c + di, the real parts are ac + bd and the imaginary parts bc - ad. AnglE also divides them by
+    the norms, which are 1 here.
     """
     padding = [(0, 0), (0, queries.shape[-1] % 2)]
     (a, b), (c, d) = (jnp.split(jnp.pad(x, padding), 2, axis=-1) for x in (queries, documents))
@@ -69,7 +70,7 @@ def compute_angle_similarities(queries: Float[Array, "b d"], documents: Float[Ar
 
 
 def _rank_pairs(similarities: Float[Array, " b"], encoded: EncodedBatch, temperature: float) -> LossAndMetrics:
-    # Every device needs the B similarities and scores of the whole batch. These are few numbers.
+    # Every device needs the similarities and scores of the whole batch, B numbers each.
     is_counted = encoded.query_weights > 0
     scores = encoded.batch.score.astype(similarities.dtype)
     loss = rank_by_score(replicate(similarities), replicate(scores), replicate(is_counted), temperature)
@@ -79,10 +80,10 @@ def _rank_pairs(similarities: Float[Array, " b"], encoded: EncodedBatch, tempera
 def rank_by_score(
     similarities: Float[Array, " b"], scores: Float[Array, " b"], is_counted: Bool[Array, " b"], temperature: float
 ) -> Float[Array, ""]:
-    """Return log(1 + sum of e^((s_i - s_j)/t)) over all i, j with a lower score of i than of j, and both counted.
+    """Return log(1 + sum of e^((s_i - s_j) / t)), for similarities s, over all counted i, j such that score i < score j.
 
-    No array of all i and j exists. For a pair j, the terms of all i are e^(-s_j/t) times a sum over the pairs with lower
-    scores. In the order of the scores this is a cumulative sum. Memory is linear in B, and so is time, up to sorting.
+    No B x B array is built. The terms of a pair j sum to e^(-s_j / t) times the sum of e^(s_i / t) over all pairs with lower
+    scores. After sorting by score, this is a cumulative sum. So memory is linear in B, and so is time except for the sort.
     """
     lowest = jnp.finfo(similarities.dtype).min
     # Sort by score, pairs that are not counted last.
@@ -90,21 +91,22 @@ def rank_by_score(
     order = jnp.argsort(scores)
     scores, is_counted = scores[order], is_counted[order]
     logits = jnp.where(is_counted, similarities[order] / temperature, lowest)
-    # The log of the sum of e^(s_i/t) over the pairs up to each one. Only those before the first equal score count.
+    # The log of the sum of e^(s_i/t) over the pairs up to each one. Pairs with an equal score must not count: find the first
+    # pair of each score.
     sums = _cumulative_log_sum_exp(logits)
     places = jnp.arange(len(scores))
     is_first = jnp.concatenate([jnp.ones(1, bool), scores[1:] > scores[:-1]])
     lower_count = jax.lax.cummax(jnp.where(is_first, places, 0))
-    # The log of the sum over i of each j, then over all j, beside e^0 = 1.
+    # The log of the sum over i for each j, then over all j and e^0 = 1.
     is_ranked = is_counted & (lower_count > 0)
     terms = sums[jnp.maximum(lower_count - 1, 0)] - jnp.where(is_ranked, logits, 0)
     return jax.nn.logsumexp(jnp.append(jnp.where(is_ranked, terms, lowest), 0))
 
 
 def _cumulative_log_sum_exp(logits: Float[Array, " b"]) -> Float[Array, " b"]:
-    """Return the log of the sum of e^x over the numbers up to each one, block by block.
+    """Return the cumulative log-sum-exp, computed block by block.
 
-    Each block subtracts its own maxima, so numbers far below the largest one of the batch are not lost.
+    Each prefix subtracts its own maximum, so numbers far below the largest one of the batch are not lost.
     """
     lowest = jnp.finfo(logits.dtype).min
     blocks = jnp.pad(logits, (0, -len(logits) % BLOCK_SIZE), constant_values=lowest).reshape(-1, BLOCK_SIZE)

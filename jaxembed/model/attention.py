@@ -1,4 +1,4 @@
-"""The attention layer of a transformer: grouped queries over packed rows, computed by a kernel of `model/kernels.py`."""
+"""The attention layer of a transformer: grouped-query attention over packed rows, by a kernel of `model/kernels.py`."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Attention(nn.Module):
         head_width: Width H of a head.
         qkv_bias: Whether the query, key and value projections have a bias.
         out_bias: Whether the output projection has a bias.
-        qk_norm: Whether queries and keys pass a norm over H, as in Qwen3.
+        qk_norm: Whether queries and keys are normalized over H, as in Qwen3.
         norm: Kind of these norms.
         norm_epsilon: Epsilon of these norms.
         query_scale: Factor of the scores; None: 1 / sqrt(H).
-        windows: The different sliding windows of the layers.
-        mask: Which tokens of a text see each other.
+        windows: The distinct sliding windows of all layers.
+        mask: Which tokens of a text attend to each other.
         dtype: Dtype of the computation.
         kernel: Name of the kernel (`model.attention_kernel`).
         lora: Adapters of the projections, if any.

@@ -1,4 +1,4 @@
-"""A transformer over packed rows, decoder or encoder: embedding, stacked layers, final norm.
+"""A transformer over packed rows, for decoders and encoders: embedding, stacked layers, final norm.
 
 It has no language-model head and no key-value cache.
 """
@@ -27,7 +27,7 @@ from jaxembed.model.masks import Mask, TokenInfo
 
 @dataclasses.dataclass(frozen=True)
 class ComputeOptions:
-    """How a decoder is executed. These options change its outputs by rounding errors only.
+    """How a transformer is executed. These options change its outputs by rounding errors only.
 
     Attributes:
         dtype: Dtype of the computation.
@@ -44,11 +44,13 @@ class ComputeOptions:
 
 @flax.struct.dataclass
 class LayerVariant:
-    """What differs between the layers of a model: Python values, or arrays if layers differ. None: does not apply.
+    """What differs between the layers of a model. None: does not apply.
+
+    Fields are Python values, or arrays if layers differ (see `Decoder`).
 
     Attributes:
         window: Sliding window in tokens.
-        is_local: Whether the layer uses the second rotary table, that of layers with a window.
+        is_local: Whether the layer uses the second rotary table, for layers with a sliding window.
         has_attention_norm: Whether the attention has a norm before it. ModernBERT's first layer has none.
     """
 
@@ -72,7 +74,7 @@ class LayerVariant:
 
 
 def list_layer_variants(config: DecoderConfig, mask: Mask) -> list[LayerVariant]:
-    """Return the variant of each layer, in Python values."""
+    """Return the variant of each layer, with Python values."""
     return [
         LayerVariant(
             window=window,
@@ -84,10 +86,10 @@ def list_layer_variants(config: DecoderConfig, mask: Mask) -> list[LayerVariant]
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP, each with a residual.
+    """Attention and MLP, each with a residual connection.
 
-    The norms lie before a block, x + block(norm(x)), after the sum, norm(x + block(x)), or around a block,
-    x + norm(block(norm(x))).
+    By `DecoderConfig.norm_placement` a block computes x + block(norm(x)) ("pre"), norm(x + block(x)) ("post"), or
+    x + norm(block(norm(x))) ("both").
     """
 
     config: DecoderConfig
@@ -105,7 +107,7 @@ class DecoderLayer(nn.Module):
         Args:
             x: Hidden states.
             token_info: Segments and positions of the tokens.
-            ropes: Rotary tables (`build_rope_table`): of all layers, and then of layers with a window if these have others.
+            ropes: Rotary tables (`build_rope_tables`).
             variant: What differs between layers.
         """
         c, dtype = self.config, self.compute.dtype
@@ -134,7 +136,10 @@ class DecoderLayer(nn.Module):
 
 
 def build_rope_tables(config: DecoderConfig, positions: jax.Array, dtype: Any) -> tuple[Any, ...]:
-    """Return the rotary tables of a model: none, one, or another one for layers with a window after it."""
+    """Return the rotary tables of a model.
+
+    There is one, and a second one if layers with a sliding window have their own base; none with learned positions.
+    """
     if config.position_kind != "rope":
         return ()
     scaling: dict[str, Any] = dict(config.rope_scaling)
@@ -151,8 +156,8 @@ def build_rope_tables(config: DecoderConfig, positions: jax.Array, dtype: Any) -
 def find_position_rows(texts: PackedTexts, offset: int) -> jax.Array:
     """Return each token's row in the table of learned positions, [R, T].
 
-    With an offset, as in RoBERTa, the row before the first position is that of the padding token. A padding token that is
-    written in a text has this row, and the tokens after it are not counted on.
+    With an offset, as in RoBERTa, row `offset` - 1 is that of the padding token. A padding token inside a text has this row,
+    and does not advance the positions of the tokens after it.
     """
     if not offset:
         return jnp.asarray(texts.positions)
@@ -164,7 +169,7 @@ def find_position_rows(texts: PackedTexts, offset: int) -> jax.Array:
 
 
 class Embedding(nn.Module):
-    """Looks up the vectors of tokens; adds learned positions and a token type, and norms the sum, where the config says so."""
+    """Looks up token embeddings. If configured, adds learned positions and the token type, and applies a norm to the sum."""
 
     config: DecoderConfig
     dtype: Any
@@ -206,8 +211,8 @@ class Decoder(nn.Module):
         nn.share_scope(self, embedding)
         x = embedding(texts)
         token_info = TokenInfo(texts.segment_ids, texts.positions, texts.pool_mask)
-        # What differs between layers becomes arrays [L], which `nn.scan` slices. There, a layer without a window gets one as
-        # long as the longest text. What all layers share stays a Python value: some kernels need a static window.
+        # If layers differ, their variants become arrays [L], which `nn.scan` slices. Arrays have no None, so a layer without a
+        # window gets one as long as the longest text. Otherwise Python values stay: some kernels need a static window.
         variants = list_layer_variants(c, self.mask)
         is_mixed, variant = len(set(variants)) > 1, variants[0]
         if is_mixed:

@@ -1,4 +1,4 @@
-"""Model families: one transformer serves all of them. A family is a row of `FAMILIES`.
+"""Model families: one transformer implements all of them. A family is an entry of `FAMILIES`.
 
 `hf_config.py` reads their configs, `presets.py` lists published sizes.
 """
@@ -15,7 +15,7 @@ from jaxembed.model.masks import CAUSAL, Mask
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes and options of a decoder, read from a Hugging Face config by `hf_config.parse_hf_config`.
+    """Sizes and options of a transformer, read from a Hugging Face config by `hf_config.parse_hf_config`.
 
     Attributes:
         family: Key of `FAMILIES`.
@@ -27,26 +27,26 @@ class DecoderConfig:
         head_width: Head width H.
         mlp_width: Feed-forward width F.
         activation: Activation of the feed-forward layers, a key of `layers.ACTIVATIONS`.
-        gated_mlp: Whether the feed-forward layers multiply the activation by a second projection.
+        gated_mlp: Whether the feed-forward layers are gated (GLU): activation(gate(x)) * up(x).
         mlp_bias: Whether the projections of the feed-forward layers have a bias.
         norm: Kind of all norms (see `layers.make_norm`).
         norm_placement: "pre" norms the input of each block, "both" its input and its output, "post" the sum of the two.
         unnormed_first_layer: Whether the attention of the first layer has no norm before it, as in ModernBERT.
         norm_epsilon: Epsilon of all norms.
-        embedding_scale: Factor of the token embeddings.
-        embedding_norm: Whether the embeddings pass a norm.
+        embedding_scale: Factor that token embeddings are multiplied by.
+        embedding_norm: Whether a norm follows the embeddings.
         position_kind: "rope" rotates queries and keys; "learned" adds a trained vector to each token.
-        position_offset: Row of the first position in the table of learned positions.
-        token_types: Rows of the table of token types, of which every token gets the first; 0: no such table.
+        position_offset: Row of position 0 in the table of learned positions.
+        token_types: Number of token types (segments in BERT). Every token has type 0. 0: there is no table.
         rope_theta: Base of the rotary frequencies.
-        rope_scaling: Sorted entries of the rotary scaling (see `compute_rope_frequencies`).
-        local_rope_theta: The base in layers with a sliding window, which have no scaling; None: as in all layers.
+        rope_scaling: Entries of the rotary scaling, sorted by key (see `compute_rope_frequencies`).
+        local_rope_theta: Rotary base of layers with a sliding window, without scaling; None: the same as in other layers.
         query_scale: Factor of the attention scores; None: 1 / sqrt(H).
         qkv_bias: Whether the query, key and value projections have a bias.
         out_bias: Whether the output projection of attention has a bias.
-        qk_norm: Whether queries and keys pass a norm.
+        qk_norm: Whether queries and keys are normalized.
         windows: Sliding window of each layer in tokens, as configured; None: no window.
-        halves_windows: Whether a bidirectional mask reaches half a window to either side, as in Gemma 3 and ModernBERT.
+        halves_windows: Whether a bidirectional window reaches half its size to either side, as in Gemma 3 and ModernBERT.
         tie_embeddings: Whether the language-model head uses the token embedding as its kernel.
         max_positions: Maximum length of a text in tokens.
     """
@@ -85,18 +85,18 @@ class DecoderConfig:
 
     @property
     def axis_sizes(self) -> dict[str, int]:
-        """The logical axes that a mesh may split (`logical_axis_table`), each with the number of parts it can be split into."""
+        """Number of units along each logical axis that a mesh may split (`logical_axis_table`)."""
         return {"embed": self.width, "heads": self.heads, "kv_heads": self.kv_heads, "mlp": self.mlp_width}
 
     def get_windows(self, mask: Mask) -> tuple[int | None, ...]:
-        """Return the sliding window of each layer as the mask counts it; None for layers without one."""
+        """Return the sliding window of each layer, halved where a bidirectional mask halves it; None for layers without one."""
         windows = self.windows or (None,) * self.layers
         if not self.halves_windows or mask == CAUSAL:
             return windows
         return tuple(window and window // 2 for window in windows)
 
     def list_windows(self, mask: Mask) -> tuple[int, ...]:
-        """Return the different sliding windows. The maximum length stands for none."""
+        """Return the distinct sliding windows. A layer without one counts with the maximum length."""
         return tuple(dict.fromkeys(window or self.max_positions for window in self.get_windows(mask)))
 
 
@@ -105,20 +105,20 @@ class Family:
     """Properties of a model family that its config files do not state.
 
     Attributes:
-        architecture: Class name that exported configs state. The converter of llama.cpp knows Mistral only as a language model.
-        is_encoder: Whether the family is bidirectional by itself. Its configs do not state a mask.
+        architecture: Class name in exported configs. Mistral's is the language model, because llama.cpp converts only that.
+        is_encoder: Whether the family is always bidirectional. Its configs do not state a mask.
         mask_field: Config field in which transformers reads the mask of a decoder.
-        bidirectional_since: First version of transformers that computes a bidirectional mask; empty for encoders.
+        bidirectional_since: First version of transformers that supports a bidirectional mask; empty for encoders.
         has_offset_positions: Whether learned positions start after the row of the padding token, as in RoBERTa.
-        window: When a configured sliding window is used: "always", if `use_sliding_window` is set ("switched"), "never", or in
-            all layers of a group but one ("grouped"). The groups have as many layers as the config field `layer_group` says.
-        full_layer: Index in a group of the layer without a window.
+        window: When a configured sliding window is used: "always", "never", if `use_sliding_window` is set ("switched"), or in
+            all layers but one of each group ("grouped"). `keys["layer_group"]` names the field with the size of a group.
+        full_layer: Index, within a group, of the layer without a window.
         options: Fields of `DecoderConfig` that are the same for all models of the family.
-        keys: Names of config fields, where they differ from those of Llama.
-        defaults: Defaults of config fields, where transformers has different defaults for different families.
+        keys: Names of config fields by their names in Llama configs, where they differ.
+        defaults: Defaults of config fields in transformers, where they depend on the family.
         refused: Fields of its configs that change vectors, as in `FieldList.refused`.
-        modules: Names of the modules in the files, by the path of their parameters in our tree ("{i}": the layer). Paths with
-            the same module are its equal parts, in their order.
+        modules: Names of modules in checkpoints, by the path of their parameters in our tree ("{i}": the layer). Paths with
+            the same name are equal parts of one fused projection, in this order.
     """
 
     architecture: str
@@ -135,7 +135,7 @@ class Family:
     modules: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def get_key(self, key: str) -> str:
-        """Return the name of a config field, given the one that Llama has."""
+        """Return the family's name of a config field, given its name in Llama configs."""
         return self.keys.get(key, key)
 
 

@@ -1,4 +1,4 @@
-"""Reading the config.json of a Hugging Face model into a `DecoderConfig`. Every field is read, harmless or refused."""
+"""Parse the config.json of a Hugging Face model into a `DecoderConfig`. Every field is read, harmless, or refused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxembed.config.fields import Fields
 from jaxembed.errors import UserError
 from jaxembed.model.families import FAMILIES, DecoderConfig, Family
 
-# How each field of a decoder's config.json is handled; see `FieldList`.
+# How each field of a config.json is handled; see `FieldList`.
 CONFIG_FIELDS = FieldList(
     read=frozenset(
         {
@@ -46,7 +46,7 @@ CONFIG_FIELDS = FieldList(
             "num_beam_groups", "num_return_sequences", "remove_invalid_values", "tf_legacy_loss", "typical_p",
         }
     ),
-    # Field: the values with which it has no effect. Any other value is refused.
+    # Field: the values that have no effect. Any other value is refused.
     refused={
         "partial_rotary_factor": (1, 1.0), "pretraining_tp": (1,), "quantization_config": (), "cross_attention_hidden_size": (),
         "add_cross_attention": (False,), "pruned_heads": (), "is_bidirectional": (),
@@ -55,7 +55,7 @@ CONFIG_FIELDS = FieldList(
     },
 )  # fmt: skip
 
-# Names of activations in configs, and in `layers.ACTIVATIONS`.
+# Key of `layers.ACTIVATIONS` for each name in configs.
 ACTIVATION_NAMES: Mapping[str, str] = MappingProxyType(
     {
         "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
@@ -65,17 +65,17 @@ ACTIVATION_NAMES: Mapping[str, str] = MappingProxyType(
 # Any of these keys in a config marks a mixture of experts.
 MOE_KEYS = frozenset({"num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size"})
 
-# What the transformer lacks for some families, by `model_type`.
+# What our transformer lacks to support a family, by `model_type`. Completes "because it needs ...".
 MISSING_FEATURES: Mapping[str, str] = MappingProxyType(
     {
-        "albert": "layers that share their weights",
+        "albert": "weights shared between layers",
         "deberta": "disentangled attention",
         "deberta-v2": "disentangled attention",
-        "gemma2": "soft caps of the attention scores",
-        "gemma3": "images (its text_config alone is a gemma3_text)",
-        "ministral3": "queries that are scaled by their position",
+        "gemma2": "soft-capped attention scores",
+        "gemma3": "image inputs (its text_config alone is a gemma3_text)",
+        "ministral3": "queries scaled by their position",
         "mpnet": "relative position biases",
-        "phi3": "other rotary frequencies for long texts",
+        "phi3": "rotary frequencies that depend on the length of the text (LongRoPE)",
         "t5": "relative position biases",
     }
 )
@@ -88,7 +88,7 @@ ROPE_SCALING_KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "yarn": ("factor", "original_max_position_embeddings"),
     }
 )
-# Scaling parameters that a `rope_type` may have besides.
+# Optional scaling parameters of a `rope_type`.
 OPTIONAL_ROPE_KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")}
 )
@@ -100,7 +100,7 @@ MAX_WIDTH = MAX_VOCAB_SIZE = 2**24
 
 
 def parse_hf_config(config: Mapping[str, Any], where: str) -> DecoderConfig:
-    """Read the sizes of a decoder from a Hugging Face config.
+    """Return the sizes and options of a transformer, read from a Hugging Face config.
 
     Args:
         config: Content of a config.json.
@@ -139,12 +139,12 @@ def parse_hf_config(config: Mapping[str, Any], where: str) -> DecoderConfig:
 
 
 def get_config_fields(family: Family) -> FieldList:
-    """Return how each field of the configs of a family is handled."""
+    """Return how each field of a family's configs is handled."""
     return dataclasses.replace(CONFIG_FIELDS, refused={**CONFIG_FIELDS.refused, **family.refused})
 
 
 def _read_scales(config: Mapping[str, Any], family: Family, where: str) -> dict[str, float]:
-    """Return the fields of `DecoderConfig` for scaled embeddings and scores, which only Gemma has."""
+    """Return the `DecoderConfig` fields for the scales of embeddings and attention scores, which only Gemma sets."""
     if "query_pre_attn_scalar" not in family.defaults:
         return {}
     fields = Fields(config, where)
@@ -153,7 +153,7 @@ def _read_scales(config: Mapping[str, Any], family: Family, where: str) -> dict[
 
 
 def _read_activation(config: Mapping[str, Any], family: Family, where: str) -> str:
-    """Return the name in `ACTIVATIONS` of the activation that a config names."""
+    """Return the key of `ACTIVATIONS` for the activation in a config."""
     key = family.get_key("hidden_act")
     name = Fields(config, where).string(key, "silu")
     if name not in ACTIVATION_NAMES:
@@ -164,7 +164,7 @@ def _read_activation(config: Mapping[str, Any], family: Family, where: str) -> s
 
 
 def _read_positions(config: Mapping[str, Any], family: Family, where: str) -> dict[str, Any]:
-    """Return the fields of `DecoderConfig` for positions and token types."""
+    """Return the `DecoderConfig` fields for positions and token types."""
     fields = Fields(config, where)
     positions = fields.integer("max_position_embeddings")
     if family.options.get("position_kind") != "learned":
@@ -173,7 +173,7 @@ def _read_positions(config: Mapping[str, Any], family: Family, where: str) -> di
         theta = rope.pop("rope_theta")
         scaling = tuple(sorted(rope.items()))
         return {"max_positions": positions, "rope_theta": theta, "rope_scaling": scaling, "local_rope_theta": local_theta}
-    # RoBERTa's first position follows the row of the padding token. BERT's is row 0.
+    # Position 0 is the row after that of the padding token in RoBERTa, and row 0 in BERT.
     offset = 1 + fields.integer("pad_token_id", minimum=0) if family.has_offset_positions else 0
     if positions <= offset:
         raise UserError(
@@ -185,7 +185,7 @@ def _read_positions(config: Mapping[str, Any], family: Family, where: str) -> di
 
 
 def _check_mask(config: Mapping[str, Any], where: str) -> None:
-    """Raise `UserError` if the two fields of the mask contradict each other. Libraries differ in which one they read."""
+    """Raise `UserError` if the two fields that state the mask contradict each other. Libraries differ in which they read."""
     fields = Fields(config, where)
     if config.get("use_bidirectional_attention") is None:
         return
@@ -213,7 +213,7 @@ def _find_family(config: Mapping[str, Any], where: str) -> Family:
 
 
 def _select_full_rope(config: Mapping[str, Any], family: Family, where: str) -> dict[str, Any]:
-    """Return the config with the rotary positions of layers without a window under the keys that Llama has for all layers."""
+    """Return the config with the rotary settings of full-attention layers under the keys of Llama configs."""
     if "local_rope_theta" not in family.keys:
         return dict(config)
     by_kind = config.get("rope_parameters") or {}
@@ -222,7 +222,7 @@ def _select_full_rope(config: Mapping[str, Any], family: Family, where: str) -> 
 
 
 def _read_local_theta(config: Mapping[str, Any], family: Family, where: str) -> float | None:
-    """Return the rotary base of layers with a window; None where all layers have the same."""
+    """Return the rotary base of layers with a sliding window; None if all layers have the same base."""
     if "local_rope_theta" not in family.keys:
         return None
     key = family.keys["local_rope_theta"]
@@ -256,10 +256,10 @@ def _read_heads(config: Mapping[str, Any], family: Family, where: str) -> tuple[
 
 
 def _read_rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return a dict of `rope_type`, `rope_theta` and the scaling parameters of that type.
+    """Return `rope_type`, `rope_theta` and the scaling parameters of that type.
 
-    They are in `rope_parameters` (transformers 5), or in `rope_scaling` with `rope_theta` beside it (older versions). If a
-    config has both, they must agree, because libraries differ in which one they read.
+    Configs have them in `rope_parameters` (transformers 5), or in `rope_scaling` with `rope_theta` beside it (older versions).
+    If a config has both, they must agree, because libraries differ in which one they read.
     """
     keys = [key for key in ("rope_parameters", "rope_scaling") if config.get(key)]
     ropes = [_parse_rope(config, key, where) for key in keys or ["rope_scaling"]]
@@ -273,7 +273,7 @@ def _read_rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _parse_rope(config: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
-    """Read and check one of the two fields, `key`. Returns the same dict as `_read_rope`."""
+    """Read and check the field `key`, one of the two that `_read_rope` reads. Return the same dict."""
     rope = Fields(config, where).mapping(key, {})
     fields = Fields(rope, f"{where}: {key}")
     kind = fields.string("rope_type", fields.string("type", "default"))
@@ -292,7 +292,7 @@ def _parse_rope(config: Mapping[str, Any], key: str, where: str) -> dict[str, An
             f"{where}: {key}: {', '.join(unread)[:200]} of rope_type {kind} {'is' if len(unread) == 1 else 'are'} not read"
         )
     if rope.get("rope_theta") is not None and config.get("rope_theta") not in (None, rope["rope_theta"]):
-        log_once(f"{where}: rope_theta beside {key} is not read, as in transformers: {key} has another one")
+        log_once(f"{where}: rope_theta beside {key} is not read, as in transformers: {key} has another value")
     theta = fields.positive_number("rope_theta", Fields(config, where).positive_number("rope_theta", 10_000.0))
     defaults = {"original_max_position_embeddings": config.get("max_position_embeddings")} if kind == "yarn" else {}
     numbers = {name: fields.positive_number(name, defaults.get(name)) for name in ROPE_SCALING_KEYS[kind]}
@@ -321,7 +321,7 @@ def _read_windows(config: Mapping[str, Any], family: Family, where: str) -> tupl
 
 
 def _read_grouped_windows(config: Mapping[str, Any], family: Family, where: str) -> tuple[int | None, ...]:
-    """Return the sliding window of each layer of a family in which one layer of each group has none."""
+    """Return the sliding window of each layer, with None for one layer of each group."""
     fields = Fields(config, where)
     layers = fields.integer("num_hidden_layers", maximum=MAX_LAYERS)
     window, group = fields.integer(family.get_key("sliding_window")), fields.integer(family.get_key("layer_group"))
@@ -334,8 +334,8 @@ def _read_grouped_windows(config: Mapping[str, Any], family: Family, where: str)
 def _read_layer_types(config: Mapping[str, Any], layers: int, where: str) -> list[str]:
     """Return the attention type of each layer.
 
-    Newer configs list them in `layer_types`. Older ones have `max_window_layers`: that many first layers have full attention,
-    the others a sliding window.
+    Newer configs list them in `layer_types`. Older ones have `max_window_layers`: the first layers, this many, have full
+    attention, and the others a sliding window.
     """
     layer_types = config.get("layer_types")
     if not layer_types:

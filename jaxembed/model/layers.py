@@ -1,6 +1,6 @@
 """Layers of a transformer: projections, norms, the MLP, rotary positions.
 
-Projections work on arrays [R * T, width], because matmuls of two-dimensional arrays are fastest on CPUs.
+Projections take arrays [R * T, width], because two-dimensional matmuls are fastest on CPUs.
 
 Letters in shapes: R rows, T tokens per row, S texts (segments) per row, N query heads, G key-value heads, H head width,
 D model width, F feed-forward width, V vocabulary, L layers (or latents), B queries, K negatives per query.
@@ -26,7 +26,7 @@ from jaxembed.model.matmul import frozen_matmul, sharded_matmul
 
 
 def promote_to_float32(x: jax.Array) -> jax.Array:
-    """Convert 16-bit floats to float32 and keep wider ones: sums over many terms lose too much in 16 bits."""
+    """Convert 16-bit floats to float32 and keep wider ones: sums over many terms lose too much precision in 16 bits."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
@@ -200,9 +200,8 @@ def compute_rope_frequencies(head_width: int, theta: float, scaling: Mapping[str
     Args:
         head_width: Width H of a head.
         theta: Base of the geometric series of frequencies.
-        scaling: Scaling as in Hugging Face configs. `rope_type` is "default", "linear" (with `factor`), "llama3" (with
-            `factor`, `low_freq_factor`, `high_freq_factor` and `original_max_position_embeddings`) or "yarn" (with `factor`
-            and `original_max_position_embeddings`, and options).
+        scaling: `rope_type` and its parameters, as in Hugging Face configs (see `hf_config.ROPE_SCALING_KEYS` and
+            `hf_config.OPTIONAL_ROPE_KEYS`). Empty: no scaling.
     """
     # Pair i rotates by theta^(-2i / H) per position: short wavelengths come first, long ones last.
     frequencies = 1.0 / theta ** (jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
@@ -238,7 +237,7 @@ def _scale_frequencies_yarn(frequencies: jax.Array, theta: float, scaling: Mappi
     pairs = len(frequencies)
 
     def find_pair(rotations: float) -> float:
-        """Return the index of the pair with so many rotations over the original context."""
+        """Return the (fractional) index of the pair that rotates this often over the original context."""
         wavelength = scaling["original_max_position_embeddings"] / (rotations * 2 * math.pi)
         return pairs * math.log(wavelength) / math.log(theta)
 
@@ -252,7 +251,7 @@ def _scale_frequencies_yarn(frequencies: jax.Array, theta: float, scaling: Mappi
 
 
 def compute_rope_magnitude(scaling: Mapping[str, Any]) -> float:
-    """Return the factor of cosines and sines: 1, or YaRN's `attention_factor` (its equation 22)."""
+    """Return the factor of the cosines and sines: YaRN's `attention_factor` (its equation 22), otherwise 1."""
     if scaling.get("rope_type") != "yarn":
         return 1.0
 
@@ -271,8 +270,8 @@ def build_rope_table(
 ) -> tuple[Float[Array, "r t 1 half"], Float[Array, "r t 1 half"]]:
     """Return the cosines and sines of every token's angles, in at least float32. The axis of length 1 is for the heads.
 
-    They are looked up in a table of positions 0 to T - 1, which is enough because no text is longer than its row. Without the
-    table, XLA would compute them again for every head of every layer.
+    They are looked up in a table of positions 0 to T - 1, because no text is longer than its row. Without the table, XLA
+    would recompute them for every head of every layer.
     """
     angles = jnp.arange(positions.shape[-1], dtype=frequencies.dtype)[:, None] * frequencies
     wide = jnp.promote_types(dtype, jnp.float32)

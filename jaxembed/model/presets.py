@@ -1,4 +1,4 @@
-"""Published sizes of models, as Hugging Face configs. A size is a row of `PRESETS`."""
+"""Published sizes of models, as Hugging Face configs. A size is an entry of `PRESETS`."""
 
 from __future__ import annotations
 

@@ -19,9 +19,9 @@ DRAW_RECORD = np.dtype([("key", "<u8"), ("group", "<u8"), ("item", "<u8")])
 
 
 class Balance:
-    """Keeps the rows of each group that have the smallest hashes of the seed and their content: a draw without replacement.
+    """Draws rows of each group without replacement: those with the smallest hashes of the seed and their content.
 
-    The order of rows makes no difference.
+    The draw does not depend on the order of the rows.
     """
 
     def __init__(self, config: BalanceStepConfig, folder: Path, max_rows: int, memory_mb: int, seed: int):
@@ -36,7 +36,7 @@ class Balance:
         self._records.close()
 
     def collect(self, rows: Sequence[CuratedRow]) -> None:
-        """Take rows."""
+        """Record the rows."""
         records = []
         for row in rows:
             records.append((hash_row(row.row, self._seed), self._hash_group(row), self._num_items))
@@ -61,7 +61,7 @@ class Balance:
         dropped = np.zeros(self._num_items, bool)
         num_kept: dict[int, int] = {}  # by group
         max_key = int(self._config.share * 2**64)
-        # Keys are drawn numbers. Partitions come in ascending order, so each group is filled from its smallest key on.
+        # Keys are uniformly distributed. Partitions come in ascending order, so each group is filled from its smallest key on.
         for records in self._records.partitions():
             for record in records[np.lexsort((records["item"], records["key"]))]:
                 key, group, item = record.tolist()

@@ -1,4 +1,4 @@
-"""The step `clean`: repaired encodings, HTML as text, Unicode normalization, and white space."""
+"""The step `clean`: repairs encodings, converts HTML to text, normalizes Unicode and white space."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxembed.config.curation import CleanStepConfig
 from jaxembed.curation.steps.sides import CuratedRow, RowStep, StepOutcome, edit_texts
 from jaxembed.errors import UserError
 
-# Control characters besides tab and line breaks; characters without width; joiners that join nothing. Joiners between other
+# Control characters other than tab and line breaks; zero-width characters; joiners that join nothing. Joiners between other
 # characters stay: emoji and the spelling of Persian and Indic languages need them. So do variation selectors.
 CONTROL_CHARS = re.compile(
     "[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\u00ad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]"
@@ -54,7 +54,7 @@ def make_clean_step(config: CleanStepConfig) -> RowStep:
 
 
 def list_edits(config: CleanStepConfig) -> list[tuple[str, Edit]]:
-    """Return the edits that a config chooses, with the names of their keys, in the order in which they are applied."""
+    """Return the edits that a config enables, with the names of their keys, in the order in which they are applied."""
     patterns = [re.compile(pattern) for pattern in config.boilerplate]
     edits: list[tuple[str, bool, Callable[[], Edit]]] = [
         ("repair", config.repair, import_encoding_repair),
@@ -82,9 +82,9 @@ def import_encoding_repair() -> Edit:
 
 
 def html_to_text(text: str) -> str:
-    """Return the text of an HTML fragment. Block elements become line breaks; tags that HTML does not have stay.
+    """Return the text of an HTML fragment. Block elements become line breaks; tags unknown to HTML stay.
 
-    So `List<String>` and `a < b` survive. A text without tags and entities is returned unchanged.
+    So `List<String>` and `a < b` survive. A text without tags or entities is returned unchanged.
     """
     if not HTML_MARKER.search(text):
         return text
@@ -103,24 +103,24 @@ class _TextCollector(HTMLParser):
         self._skipped: list[str] = []  # open elements whose text is left out
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Take a start tag."""
+        """Process a start tag."""
         if tag in SKIPPED_TAGS:
             self._skipped.append(tag)
         self._add_tag(tag, self.get_starttag_text() or "")
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Take an empty element."""
+        """Process a self-closing tag."""
         self._add_tag(tag, self.get_starttag_text() or "")
 
     def handle_endtag(self, tag: str) -> None:
-        """Take an end tag."""
+        """Process an end tag."""
         if tag in self._skipped:
             while self._skipped.pop() != tag:
                 pass
         self._add_tag(tag, f"</{tag}>")
 
     def handle_data(self, data: str) -> None:
-        """Take text between tags."""
+        """Process text between tags."""
         if not self._skipped:
             self.parts.append(data)
 
@@ -132,14 +132,14 @@ class _TextCollector(HTMLParser):
 
 
 def remove_lines(text: str, patterns: Sequence[re.Pattern[str]]) -> str:
-    """Return a text without the lines that a pattern matches as a whole, white space at their ends aside."""
+    """Return a text without the lines that a pattern fully matches after both ends are stripped."""
     lines = text.split("\n")
     kept = [line for line in lines if not any(pattern.fullmatch(line.strip()) for pattern in patterns)]
     return text if len(kept) == len(lines) else "\n".join(kept)
 
 
 def collapse_whitespace(text: str) -> str:
-    """Return a text with single spaces, at most one blank line in a row, and nothing at either end. Indentation stays."""
+    """Collapse runs of spaces and of blank lines, and strip both ends. Indentation stays."""
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     collapsed = "\n".join(re.sub(r"(?<=\S)\s+", " ", line).rstrip() for line in lines)
     return re.sub(r"\n{3,}", "\n\n", collapsed).strip()

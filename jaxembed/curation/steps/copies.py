@@ -1,4 +1,4 @@
-"""The step `duplicates`, exact: copies that are equal as training compares texts (`data.equality`)."""
+"""The step `duplicates`, exact: drops copies of texts that are equal by the rule of training (`data.equality`)."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ COPY_RECORD = np.dtype([("key", "<u8"), ("rank", "<u8"), ("content", "<u8"), ("i
 
 
 class ExactCopies:
-    """Keeps one of all items with equal texts, by rank, then by the content of the row.
+    """Keeps one of all items with equal texts: the one with the largest rank, then the smallest hash of the row's content.
 
-    The order of rows makes no difference to which text is kept with which content.
+    Which content is kept does not depend on the order of the rows.
     """
 
     def __init__(self, config: DuplicatesStepConfig, folder: Path, max_rows: int, memory_mb: int):
@@ -33,7 +33,7 @@ class ExactCopies:
         self._records.close()
 
     def collect(self, rows: Sequence[CuratedRow]) -> None:
-        """Take rows."""
+        """Record the items of rows."""
         records = []
         for row in rows:
             prefix = "" if self._config.across_sources else f"{row.source} "

@@ -1,4 +1,4 @@
-"""The step `decontaminate`: texts that occur in evaluation sets, whole, in part, or nearly."""
+"""The step `decontaminate`: drops texts that equal an evaluation text, share a run of words with it, or resemble it."""
 
 from __future__ import annotations
 

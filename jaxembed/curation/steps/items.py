@@ -1,4 +1,4 @@
-"""What a step that needs all rows compares: items, each with a rank that decides which copy is kept."""
+"""Items: what a step that needs all rows compares. The rank of an item decides which copy is kept."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class AllRowsStep(Protocol):
     """A step that decides after it has seen all rows. Items are numbered in the order in which its rule lists them."""
 
     def collect(self, rows: Sequence[CuratedRow]) -> None:
-        """Take rows."""
+        """Record the items of rows."""
 
     def find_dropped(self) -> np.ndarray:
         """Return whether each item is dropped, bool [I]."""
@@ -35,7 +35,7 @@ class AllRowsStep(Protocol):
 
 
 class Item(NamedTuple):
-    """One thing to compare: the text, the rank of its copy (larger is better), and a hash that breaks ties."""
+    """A text to compare, its rank (the largest is kept), and a hash of its row, which breaks ties."""
 
     text: str
     rank: int
@@ -43,12 +43,12 @@ class Item(NamedTuple):
 
 
 class ItemRule(NamedTuple):
-    """What the items of a row are.
+    """How a step divides a row into items, and what it drops with an item.
 
     Attributes:
         count_items: Returns the number of items of a row.
         reason: Why an item is dropped.
-        drops_texts: Whether an item of a pair is one of its positives, not the whole row.
+        drops_texts: Whether an item of a row of pairs is one of its positives. Otherwise the row is dropped with the item.
     """
 
     count_items: Callable[[CuratedRow], int]
@@ -57,7 +57,7 @@ class ItemRule(NamedTuple):
 
 
 def list_items(curated: CuratedRow, config: DuplicatesStepConfig) -> list[Item]:
-    """Return what a row has of what must not occur twice: its query, its positives, or its pairs."""
+    """Return the items of a row by `config.of`: its query, its positives, or its pairs."""
     query, positives = get_texts(curated, "query")[0], get_texts(curated, "positives")
     content = hash_row(curated.row)
     if config.of == "queries" or (config.of == "pairs" and not positives):
@@ -76,7 +76,7 @@ def count_items(curated: CuratedRow, config: DuplicatesStepConfig) -> int:
 
 
 def compute_rank(curated: CuratedRow, length: int, rules: Sequence[KeepRule]) -> int:
-    """Return the rank of a copy: larger is better, by the first rule that differs."""
+    """Return the rank of a copy. The largest is kept. Earlier rules take precedence."""
     values: dict[str, int] = {
         "longest": length,
         "most_negatives": len(get_texts(curated, "negatives")),
@@ -96,10 +96,10 @@ def make_duplicates_rule(config: DuplicatesStepConfig) -> ItemRule:
 
 
 def make_item_filter(rule: ItemRule, dropped: np.ndarray) -> RowStep:
-    """Return the step that drops items.
+    """Return the function that drops items.
 
     Args:
-        rule: What items are.
+        rule: How rows are divided into items.
         dropped: Whether each item is dropped, bool [I]. Rows must come in the order in which they were collected.
     """
     numbers: Iterator[int] = iter(range(len(dropped)))

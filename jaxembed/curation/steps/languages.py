@@ -1,4 +1,4 @@
-"""The step `language`: texts and pairs in the languages that the config names. The model ships with py3langid."""
+"""The step `language`: drops texts and pairs in other languages. The model ships with py3langid."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxembed.config.fields import quote_value
 from jaxembed.curation.steps.sides import CuratedRow, RowStep, StepOutcome, drop_texts, get_texts
 from jaxembed.errors import UserError
 
-MAX_JUDGED_CHARS = 2000  # characters of a text that decide about its language
+MAX_JUDGED_CHARS = 2000  # the language is identified from this many characters
 DOCUMENT_SIDES: tuple[Side, ...] = ("positives", "negatives")
 
 IdentifyLanguage = Callable[[str], str | None]  # the language of a text, or None if it is not certain
@@ -31,7 +31,7 @@ def make_language_step(config: LanguageStepConfig) -> RowStep:
 def find_language_problems(
     curated: CuratedRow, config: LanguageStepConfig, identify: IdentifyLanguage
 ) -> dict[Side, list[str | None]]:
-    """Return why texts of a row are dropped. Texts without a certain language are not."""
+    """Return why each text of a row is dropped, or None. Texts without a certain language are kept."""
     found = {side: [identify(text) for text in get_texts(curated, side)] for side in config.sides}
     problems: dict[Side, list[str | None]] = {
         side: [f"in {language}" if language and config.languages and language not in config.languages else None
@@ -63,7 +63,7 @@ def load_identifier() -> tuple[Any, list[str]]:
     except ImportError:
         raise UserError("language: py3langid is not installed. Run pip install '.[curate]'.") from None
     identifier = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
-    # Of varieties such as Nigerian Pidgin, which have longer codes, headlines in English are hard to tell.
+    # Longer codes are varieties such as Nigerian Pidgin, which the model confuses with English headlines.
     known = [label for label in identifier.labels if len(label) == 2]
     identifier.set_languages(known)
     return identifier, known

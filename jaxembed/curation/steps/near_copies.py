@@ -1,11 +1,11 @@
-"""The step `duplicates`, near: copies that share most of their character n-grams (MinHash with locality-sensitive hashing).
+"""The step `duplicates`, near: drops texts that share most character n-grams (MinHash, locality-sensitive hashing).
 
 Broder 1997; Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, chapter 3. rensa computes the signatures.
 
-1. A text becomes the set of its character n-grams. Characters, not words: identifiers, Chinese and Thai need no segmenter.
-2. Its signature has `NUM_HASHES` values. Two signatures agree at a share of them that estimates the Jaccard index.
-3. Signatures are cut into bands. Texts with an equal band are candidates: each is compared with the first of its bucket.
-4. Candidates that agree enough are connected. One text of each connected component is kept.
+1. A text becomes the set of its character n-grams. Unlike words, they need no segmenter for code, Chinese or Thai.
+2. Its signature has `NUM_HASHES` values. The share of equal values in two signatures estimates the Jaccard index.
+3. Signatures are cut into bands. Texts with an equal band share a bucket, and are compared with the first text in it.
+4. Texts whose estimate reaches the threshold are connected. One text of each connected component is kept.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from jaxembed.errors import UserError
 NUM_HASHES = 128  # the standard deviation of the estimate is at most 0.044
 SEED = 1
 NGRAM_CHARS, UNSPACED_NGRAM_CHARS = 5, 3
-MIN_RECALL = 0.99  # of pairs with exactly the threshold, which decides about the width of a band
+MIN_RECALL = 0.99  # of pairs whose Jaccard index equals the threshold; determines the width of a band
 PAIRS_PER_READ = 4096
 MIX = np.uint64(0x9E3779B97F4A7C15)
 
-# Chinese, Japanese, Korean, Thai, Lao, Khmer and Myanmar: a character says more there than a letter.
+# Chinese, Japanese, Korean, Thai, Lao, Khmer and Myanmar: a character carries more information there than a letter.
 UNSPACED_CHAR = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020000-\U0003ffff]"
 )
 BAND_RECORD = np.dtype([("key", "<u8"), ("content", "<u8"), ("item", "<u8")])
-SIGNATURE_RECORD = np.dtype([("hashes", "<u2", NUM_HASHES)])  # the low halves, which are enough to compare two
+SIGNATURE_RECORD = np.dtype([("hashes", "<u2", NUM_HASHES)])  # the low 16 bits, which suffice to compare two signatures
 RANK_RECORD = np.dtype([("rank", "<u8"), ("content", "<u8")])
 
 
 class NearCopies:
-    """Keeps one of all items whose texts are connected by a Jaccard index of at least the threshold.
+    """Keeps one item of each connected component of texts with a Jaccard index of at least the threshold.
 
     Which copy is kept depends on its rank and content, not on the order of rows.
     """
@@ -66,7 +66,7 @@ class NearCopies:
         self._ranks.close()
 
     def collect(self, rows: Sequence[CuratedRow]) -> None:
-        """Take rows."""
+        """Record the items of rows: their bands, signatures and ranks."""
         pairs = [(row.source, item) for row in rows for item in list_items(row, self._config)]
         if not pairs:
             return
@@ -104,7 +104,7 @@ class NearCopies:
         return dropped
 
     def _find_edges(self) -> np.ndarray:
-        """Return the pairs of items whose signatures agree enough, int64 [E, 2]: an item, and the first of its bucket."""
+        """Return the pairs of items that reach the threshold, int64 [E, 2]: the first item of a bucket, and another one."""
         edges = np.zeros((0, 2), np.int64)
         for records in self._bands.partitions():
             order = np.lexsort((records["item"], records["content"], records["key"]))
@@ -125,7 +125,7 @@ class NearCopies:
 
 
 def read_records(file: IO[bytes], dtype: np.dtype, indices: np.ndarray) -> np.ndarray:
-    """Return records of a file by their index. A memory map would count as memory of the process."""
+    """Return the records of a file at some indices. A memory map would count as memory of the process."""
     file.flush()
     size, descriptor = dtype.itemsize, file.fileno()
     return np.frombuffer(b"".join(os.pread(descriptor, size, size * index) for index in indices.tolist()), dtype)
@@ -141,7 +141,7 @@ def import_rensa() -> Any:
 
 
 def choose_band_hashes(threshold: float) -> int:
-    """Return the widest band with which pairs at the threshold become candidates with a probability of `MIN_RECALL`."""
+    """Return the widest band with which a pair at the threshold shares a bucket with a probability of at least `MIN_RECALL`."""
     widths = range(1, NUM_HASHES + 1)
     return max(width for width in widths if 1 - (1 - threshold**width) ** (NUM_HASHES // width) >= MIN_RECALL)
 
@@ -155,7 +155,7 @@ def compute_signatures(texts: Sequence[str], minhash: Any) -> np.ndarray:
 
 
 def hash_ngrams(text: str) -> np.ndarray:
-    """Return hashes of the character n-grams of a text, uint64 [N]. A text of mostly unspaced script has shorter n-grams."""
+    """Return hashes of the character n-grams of a text, uint64 [N]. They are shorter if most of it has no spaces."""
     normalized = normalize_text(text)
     is_unspaced = 2 * len(UNSPACED_CHAR.findall(normalized)) > len(normalized)
     size = UNSPACED_NGRAM_CHARS if is_unspaced else NGRAM_CHARS

@@ -1,4 +1,4 @@
-"""The step `negatives`: negatives of pairs that are none, or too many."""
+"""The step `negatives`: drops false negatives of pairs, and those beyond `max_negatives`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOO_FEW = "fewer than min_negatives"
 
 
 def make_negatives_step(config: NegativesStepConfig) -> RowStep:
-    """Return the step. It leaves rows of other formats than pairs as they are."""
+    """Return the step. It changes rows of pairs only."""
 
     def check(rows: Sequence[CuratedRow]) -> list[StepOutcome]:
         return [check_row(row) if row.format == "pairs" else StepOutcome(row.row) for row in rows]
@@ -59,7 +59,7 @@ def list_answers(value: Any) -> list[str]:
 
 
 def contains_any(words: Sequence[str], answers: Sequence[Sequence[str]]) -> bool:
-    """Return whether some words contain an answer as a run of words (DPR, Karpukhin et al. 2020, arXiv:2004.04906)."""
+    """Return whether `words` contain one of the answers as a run of words (DPR, Karpukhin et al. 2020, arXiv:2004.04906)."""
     return any(
         list(answer) == list(words[start : start + len(answer)])
         for answer in answers

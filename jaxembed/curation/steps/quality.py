@@ -1,4 +1,4 @@
-"""The step `quality`: lengths, ratio rules, patterns, and metadata."""
+"""The step `quality`: drops texts by length, published rules and patterns, and rows by metadata."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxembed.data.filters import find_length_problem, find_where_mismatch
 from jaxembed.errors import UserError
 
 CountTokens = Callable[[str], int]
-# What is no symbol: letters, digits, the marks of scripts that have some, and white space. re's \w lacks the marks.
+# Not symbols: letters, digits, white space, and combining marks, which re's \w does not match.
 SYMBOL = re.compile(r"[^\w\s\u0300-\u036f\u0900-\u109f\u1780-\u17ff]|_")
 
 
@@ -49,7 +49,7 @@ def compute_symbol_share(text: str) -> float:
 
 
 def find_token_problem(count: int, config: QualityStepConfig) -> str | None:
-    """Return why a text of some tokens is dropped, or None."""
+    """Return why a text with this number of tokens is dropped, or None."""
     if count < config.min_tokens:
         return "shorter than min_tokens"
     return "longer than max_tokens" if config.max_tokens and count > config.max_tokens else None

@@ -7,8 +7,8 @@
 | c4 | Raffel et al. 2020, arXiv:1910.10683, 2.2 | 5 sentences in lines that end like sentences; no curly brackets |
 | fineweb | Penedo et al. 2024, arXiv:2406.17557, 3.6 | lines that end like sentences, few short and few repeated lines |
 
-Words are runs of letters and digits, or single marks; datatrove takes them from NLTK. C4 removes lines and judges what is left;
-here a text is judged by those lines and stays whole.
+Words are runs of letters and digits, or single marks; datatrove takes them from NLTK. C4 removes lines and judges the rest;
+here a text is judged by the lines that C4 would keep, but is not changed.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def find_repetition_problem(text: str) -> str | None:
     words = WORD.findall(text)
     for n, max_share in GOPHER_MAX_TOP_NGRAM.items():
         ngram, count = next(iter(Counter(iter_ngrams(words, n)).most_common(1)), ("", 0))
-        # An n-gram that occurs once is no repetition, however short the text.
+        # An n-gram that occurs once is not a repetition, however short the text.
         if count > 1 and len(ngram) * count / len(text) > max_share:
             return f"gopher_repetition: most frequent {n}-gram"
     for n, max_share in GOPHER_MAX_REPEATED_NGRAMS.items():
@@ -116,18 +116,18 @@ def find_fineweb_problem(text: str) -> str | None:
 
 
 def count_repeated(parts: Sequence[str]) -> tuple[int, int]:
-    """Return the number of parts that occurred before, and their characters."""
+    """Return the number of repeated parts (all occurrences but the first), and of their characters."""
     repeats = [(len(part), count - 1) for part, count in Counter(parts).items() if count > 1]
     return sum(count for _, count in repeats), sum(chars * count for chars, count in repeats)
 
 
 def iter_ngrams(words: Sequence[str], n: int) -> list[str]:
-    """Return the runs of n words, each as one text."""
+    """Return the n-grams of words, each as one text."""
     return [" ".join(run) for run in zip(*(islice(words, i, None) for i in range(n)), strict=False)]
 
 
 def count_repeated_ngram_chars(words: Sequence[str], n: int) -> int:
-    """Return the characters in n-grams that occurred before. N-grams that are counted do not overlap."""
+    """Return the number of characters in repeated n-grams. Overlapping ones are counted once."""
     ngrams, seen, chars, i = iter_ngrams(words, n), set[str](), 0, 0
     while i < len(ngrams):
         if ngrams[i] in seen:

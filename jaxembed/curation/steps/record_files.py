@@ -1,4 +1,4 @@
-"""Records of fixed size on disk, divided by key, so that a step compares all texts in bounded memory."""
+"""Records of fixed size on disk, partitioned by key, so that a step compares all texts in bounded memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 MAX_PARTITIONS = 256
-COPIES_IN_MEMORY = 6  # of a partition, while it is sorted and compared
+COPIES_IN_MEMORY = 6  # arrays of a partition's size that exist while it is sorted and compared
 
 
 class RecordFiles:
@@ -20,7 +20,7 @@ class RecordFiles:
         Args:
             folder: Empty folder of the files.
             dtype: Type of a record.
-            max_records: About as many records follow.
+            max_records: Expected maximum number of records, which determines the number of files.
             memory_mb: Memory in MiB for the records of one file, while they are compared.
         """
         needed = max_records * dtype.itemsize * COPIES_IN_MEMORY / (memory_mb * 2**20)
@@ -41,7 +41,7 @@ class RecordFiles:
                 file.write(records[order[start:end]].tobytes())
 
     def partitions(self) -> Iterator[np.ndarray]:
-        """Yield the records of each range of keys, in ascending order of the ranges. Each file is removed after it was read."""
+        """Yield the records of each range of keys, in ascending order of the ranges. Each file is removed once read."""
         for file in self._files:
             file.seek(0)
             yield np.frombuffer(file.read(), self._dtype)
@@ -49,6 +49,6 @@ class RecordFiles:
             Path(file.name).unlink()
 
     def close(self) -> None:
-        """Close the files that are left."""
+        """Close the files that were not read."""
         for file in self._files:
             file.close()

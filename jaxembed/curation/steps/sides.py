@@ -1,4 +1,4 @@
-"""The rows of a curation and their texts: query, positives and negatives, whatever the format of the row."""
+"""The rows of a curation and their sides: query, positives and negatives, for rows of any format."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxembed.config.curation import ALL_SIDES, Side
 from jaxembed.data.equality import hash_exact_text
 from jaxembed.data.schema import Row, is_text
 
-# Side -> the field that holds its only text, and the field that holds a list of its texts, by format.
+# By format: the field of each side that is a single text. Below: the field of each side that is a list of texts.
 SINGLE_FIELDS: dict[str, dict[Side, str]] = {
     "pairs": {"query": "query"},
     "scored_pairs": {"query": "sentence1", "positives": "sentence2"},
@@ -24,7 +24,7 @@ SORTED_ROW_ENCODER = json.JSONEncoder(ensure_ascii=False, default=str, sort_keys
 
 
 class CuratedRow(NamedTuple):
-    """A row on its way through the steps.
+    """A row that passes through the steps.
 
     Attributes:
         source: Index of its source.
@@ -40,7 +40,7 @@ class CuratedRow(NamedTuple):
 
 
 class StepOutcome(NamedTuple):
-    """What a step returns for a row: the row, or None if it is dropped, and a reason for everything that was changed."""
+    """What a step returns for a row: the row, or None if it is dropped, and a reason for each change or drop."""
 
     row: Row | None
     reasons: tuple[str, ...] = ()
@@ -56,7 +56,7 @@ class PreparedStep(NamedTuple):
     digest: str = ""
 
 
-Problems = Mapping[Side, Sequence[str | None]]  # for each text of a side, why it is dropped, or None
+Problems = Mapping[Side, Sequence[str | None]]  # why each text of a side is dropped, or None
 
 
 def has_side(format_name: str, side: Side) -> bool:
@@ -65,7 +65,7 @@ def has_side(format_name: str, side: Side) -> bool:
 
 
 def get_texts(curated: CuratedRow, side: Side) -> list[str]:
-    """Return the texts of one side of a row, which may be none."""
+    """Return the texts of one side of a row; an empty list if it has none."""
     if field := SINGLE_FIELDS[curated.format].get(side):
         return [curated.row[field]]
     return list(curated.row.get(LIST_FIELDS_BY_SIDE[side]) or ()) if curated.format == "pairs" else []
@@ -74,12 +74,12 @@ def get_texts(curated: CuratedRow, side: Side) -> list[str]:
 def find_problems(
     curated: CuratedRow, sides: Sequence[Side], find_problem: Callable[[str], str | None]
 ) -> dict[Side, list[str | None]]:
-    """Apply a check to all texts of some sides of a row."""
+    """Return the result of a check for each text of some sides of a row."""
     return {side: [find_problem(text) for text in get_texts(curated, side)] for side in sides}
 
 
 def drop_texts(curated: CuratedRow, problems: Problems) -> StepOutcome:
-    """Drop the texts of a row that have a problem. The row goes with its query, and with its last positive."""
+    """Drop the texts of a row that have a problem. Without its query or any positive, the row is dropped."""
     row, reasons = dict(curated.row), list[str]()
     for side in ALL_SIDES:
         found = [f"{side}: {problem}" for problem in problems.get(side, ()) if problem]
@@ -101,7 +101,7 @@ def edit_texts(curated: CuratedRow, sides: Sequence[Side], edit: Callable[[str],
     Args:
         curated: The row.
         sides: Sides whose texts are edited.
-        edit: Returns the new text, and what changed it.
+        edit: Returns the new text, and the names of the edits that changed it.
     """
     row, reasons = dict(curated.row), list[str]()
     problems: dict[Side, list[str | None]] = {}
@@ -121,10 +121,10 @@ def edit_texts(curated: CuratedRow, sides: Sequence[Side], edit: Callable[[str],
 
 
 def write_row(row: Row) -> str:
-    """Return a row as one line of JSON. Values of other types, such as dates, become texts."""
+    """Return a row as one line of JSON. Values that JSON lacks, such as dates, become texts."""
     return ROW_ENCODER.encode(row)
 
 
 def hash_row(row: Row, seed: int = 0) -> int:
-    """Return a 64-bit hash of the content of a row and a seed, whatever the order of the fields."""
+    """Return a 64-bit hash of a seed and the content of a row. It does not depend on the order of the fields."""
     return int(hash_exact_text(f"{seed} {SORTED_ROW_ENCODER.encode(row)}").view("<u8")[0])

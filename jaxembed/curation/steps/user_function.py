@@ -28,7 +28,7 @@ def make_function_step(config: FunctionStepConfig, locate: LocateRow) -> Prepare
         locate: Returns where a row is stored, for errors.
 
     Raises:
-        UserError: The function cannot be imported. The step itself raises it where the function fails and `on_error` is stop.
+        UserError: The function cannot be imported. The step raises it too, if the function fails and `on_error` is stop.
     """
     function = import_function(config.function)
 
@@ -55,7 +55,7 @@ def make_function_step(config: FunctionStepConfig, locate: LocateRow) -> Prepare
 
 
 def hash_code(function: UserFunction) -> str:
-    """Return a hash of the source code of a function's module, or nothing if it has none."""
+    """Return a hash of the source code of a function's module; empty if the source is not available."""
     try:
         return hashlib.sha256(inspect.getsource(inspect.getmodule(function) or hash_code).encode()).hexdigest()
     except (OSError, TypeError):
@@ -79,12 +79,12 @@ def import_function(path: str) -> UserFunction:
 
 
 def check_returned_row(row: Any, format_name: str) -> Row:
-    """Return what a function returned, as the next step reads it from a file. Raise `ValueError` if it is no valid row."""
+    """Return the row as it is read back from a file. Raise `ValueError` if it is not a valid row."""
     if not isinstance(row, dict):
         raise ValueError(f"returned a {type(row).__name__} (expected a row or None)")
     if problem := ROW_SCHEMAS[format_name].check(row):
         raise ValueError(f"returned a row that is not valid: {problem}")
     line = write_row(row)
-    line.encode()  # half of a surrogate pair cannot be written
+    line.encode()  # raises an error for a lone surrogate, which cannot be written
     checked: dict[str, Any] = json.loads(line)
     return checked
