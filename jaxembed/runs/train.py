@@ -28,7 +28,7 @@ from jaxembed.runs.state import resume
 from jaxembed.training.checkpoint import Checkpoints
 from jaxembed.training.loggers import open_loggers
 from jaxembed.training.loop import Trainer
-from jaxembed.training.metrics import NullRecorder, Recorder
+from jaxembed.training.metrics import NullRecorder, Recorder, read_metrics
 from jaxembed.training.mfu import MfuMeter, device_peak, make_mfu_meter
 from jaxembed.training.profile import Profile
 from jaxembed.training.run_dir import DATA_REPORT_FILE, check_same_config
@@ -129,6 +129,8 @@ def _train(config: Config, lock: RunLock, command: str) -> dict[str, Any]:
 
 
 def _open_recorder(run: OpenedRun, start: int) -> Recorder:
+    if start:
+        read_metrics(run.run_dir)  # reports a damaged file before the loggers are opened
     return Recorder(run.run_dir, start, run.total_steps, open_loggers(run.config, start))
 
 

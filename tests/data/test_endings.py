@@ -61,7 +61,7 @@ def test_other_endings_are_refused_by_all_commands(tmp_path: Path, name: str) ->
 
 
 def test_a_missing_ending_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", "jaxembed")
     (tmp_path / "rows").write_text('\n{"text": "one"}\n')
     (tmp_path / "lines").write_text("one\n")
     for _ in range(2):

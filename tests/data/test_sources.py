@@ -277,7 +277,7 @@ def test_a_beir_document_without_text_is_not_a_positive(tmp_path: Path) -> None:
 
 
 def test_the_split_is_named_or_the_first_that_exists(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", "jaxembed")
     write_beir_folder(tmp_path, "test")
     assert len(open_beir(tmp_path, ("dev", "test")).query_rows) == 2
     assert caplog.messages == [f"{tmp_path}: uses qrels/test.tsv, the first that exists of dev, test"]

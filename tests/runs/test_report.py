@@ -71,7 +71,7 @@ def make_stage(sources: int, examples: list[Example], batch_size: int = 2) -> An
 
 
 def test_many_sources_and_negatives_print_few_lines(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", "jaxembed")
     examples = [make_example("q", "p", 1024), make_example("r", "s", 1024)]
     report.show_data(make_stage(400, examples))
     assert len(caplog.messages) < 2 * 400 + 600
