@@ -138,10 +138,13 @@ class AirBenchTask:
         prompts = encoder.prompts.choose(self.name, self.type, INSTRUCTION)
         queries = encoder.encode(list(self._queries_by_id.values()), prompts.query)
         documents = encoder.encode(list(self._documents_by_id.values()), prompts.document)
-        by_width = {
-            width: self._score_vectors(cut_vectors(queries, width), cut_vectors(documents, width), encoder.name)
-            for width in encoder.widths or (queries.shape[1],)
-        }
+        widths = encoder.widths or (queries.shape[1],)
+        vectors_by_width = {width: (cut_vectors(queries, width), cut_vectors(documents, width)) for width in widths}
+        by_width: dict[int, np.ndarray | None] = dict.fromkeys(widths)
+        if self.qrels is not None:
+            by_width = {width: self._score_vectors(*vectors, self.qrels) for width, vectors in vectors_by_width.items()}
+        elif self.results is not None:
+            self._write_results(*vectors_by_width[widths[0]], encoder.name)
         values = next(iter(by_width.values()))
         score = None if values is None else float(np.mean(values))
         summary: dict[str, Any] = {
@@ -158,30 +161,29 @@ class AirBenchTask:
             return ItemScores(summary, missing="its judgments are not public")
         return ItemScores(summary, [ScoredItems(values[:, None], score_mean, "queries")])
 
-    def _score_vectors(self, queries: np.ndarray, documents: np.ndarray, model: str) -> np.ndarray | None:
-        """Return the score of each query that has judgments, or None without judgments."""
+    def _score_vectors(self, queries: np.ndarray, documents: np.ndarray, qrels: Path) -> np.ndarray:
+        """Return the score of each query that has judgments."""
         from jaxembed.search.nearest import search  # imports JAX
 
-        ranked = search(queries, documents, SUBMITTED_DOCUMENTS if self.results else CUTOFF)
-        if self.results and self.qrels is None:
-            self._write_results(ranked.rows, ranked.scores, model)
-        if self.qrels is None:
-            return None
+        ranked = search(queries, documents, CUTOFF)
         rows = {id_: row for row, id_ in enumerate(self._documents_by_id)}
-        judged = self._read_qrels(rows)
+        judged = _read_qrels(qrels, rows)
         listed = [i for i, id_ in enumerate(self._queries_by_id) if id_ in judged]
         relevant = [judged[id_] for id_ in self._queries_by_id if id_ in judged]
         metric = ndcg if METRICS[self._kind].startswith("ndcg") else recall
-        return metric(relevant, ranked.rows[listed, :CUTOFF])
+        return metric(relevant, ranked.rows[listed])
 
-    def _write_results(self, rows: np.ndarray, scores: np.ndarray, model: str) -> None:
+    def _write_results(self, queries: np.ndarray, documents: np.ndarray, model: str) -> None:
         """Write a file for AIR-Bench's leaderboard: the top documents of each query with their scores."""
         assert self.results is not None
+        from jaxembed.search.nearest import search  # imports JAX
+
+        ranked = search(queries, documents, SUBMITTED_DOCUMENTS)
         _, version, name = self.corpus.parts[-4:-1]
         ids = list(self._documents_by_id)
         found = {
             query: {ids[row]: float(score) for row, score in zip(query_rows, query_scores, strict=True)}
-            for query, query_rows, query_scores in zip(self._queries_by_id, rows.tolist(), scores, strict=True)
+            for query, query_rows, query_scores in zip(self._queries_by_id, ranked.rows.tolist(), ranked.scores, strict=True)
         }
         content = {
             "model_name": model, "reranker_name": "NoReranker", "benchmark_version": version, "task_type": self._kind,
@@ -191,19 +193,6 @@ class AirBenchTask:
         folder = self.results / model / "NoReranker" / self._kind / self._domain
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / f"{self._language}_{name}_{self.split}.json", content)
-
-    def _read_qrels(self, rows: Mapping[str, int]) -> dict[str, dict[int, float]]:
-        """Return the relevance of each query's relevant documents, by corpus row. Rows of absent documents are negative."""
-        assert self.qrels is not None
-        relevant: dict[str, dict[int, float]] = {}
-        absent = 0
-        for row in _read_rows(self.qrels, ("qid", "docid")):
-            if (grade := float(row.get("relevance", 1))) > 0:
-                absent += row["docid"] not in rows
-                relevant.setdefault(row["qid"], {})[rows.get(row["docid"], -absent)] = grade
-        if not relevant:
-            raise UserError(f"{self.qrels}: no query has a relevant document (expected a relevance above 0)")
-        return relevant
 
     @cached_property
     def _documents_by_id(self) -> dict[str, str]:
@@ -239,3 +228,16 @@ def _read_rows(path: Path, fields: Sequence[str]) -> Iterator[Mapping[str, Any]]
         if wrong := next((field for field in fields if not isinstance(row.get(field), str)), None):
             raise UserError(f'{where}: no string field "{wrong}" (expected {", ".join(fields)})')
         yield row
+
+
+def _read_qrels(qrels: Path, rows: Mapping[str, int]) -> dict[str, dict[int, float]]:
+    """Return the relevance of each query's relevant documents, by corpus row. Rows of absent documents are negative."""
+    relevant: dict[str, dict[int, float]] = {}
+    absent = 0
+    for row in _read_rows(qrels, ("qid", "docid")):
+        if (grade := float(row.get("relevance", 1))) > 0:
+            absent += row["docid"] not in rows
+            relevant.setdefault(row["qid"], {})[rows.get(row["docid"], -absent)] = grade
+    if not relevant:
+        raise UserError(f"{qrels}: no query has a relevant document (expected a relevance above 0)")
+    return relevant
