@@ -19,14 +19,12 @@ from itertools import islice
 
 import numpy as np
 
+from jaxembed.curation.ngrams import UNSPACED_CHARS, hash_runs
 from jaxembed.data.equality import hash_text, normalize_text
 
 DEFAULT_NGRAM_WORDS = 13
 TEXTS_PER_BATCH = 4096  # evaluation texts that are hashed together
-# Scripts without spaces between words: Thai, Lao, Myanmar, Khmer, Hiragana, Katakana, and Han.
-UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-WORD = re.compile(f"[{UNSPACED}]|(?:(?![{UNSPACED}_])\\w)+")
-HASH_FACTOR = np.uint64(0x9E3779B97F4A7C15)
+WORD = re.compile(f"[{UNSPACED_CHARS}]|(?:(?![{UNSPACED_CHARS}_])\\w)+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +105,4 @@ def hash_ngrams(words: Sequence[str], size: int) -> np.ndarray:
     Words are hashed by Python's `hash`, which is the same within one process only.
     """
     word_hashes = np.fromiter((hash(word) for word in words), np.int64, len(words)).view(np.uint64)
-    hashes = np.zeros(max(len(words) - size + 1, 0), np.uint64)
-    for offset in range(size if len(hashes) else 0):
-        hashes = (hashes * HASH_FACTOR) ^ word_hashes[offset : offset + len(hashes)]
-    return hashes
+    return hash_runs(word_hashes, size)

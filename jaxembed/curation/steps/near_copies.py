@@ -21,6 +21,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from jaxembed.config.curation import DuplicatesStepConfig
+from jaxembed.curation.ngrams import HASH_FACTOR, UNSPACED_CHARS, hash_runs
 from jaxembed.curation.steps.items import list_items
 from jaxembed.curation.steps.record_files import RecordFiles
 from jaxembed.curation.steps.sides import CuratedRow
@@ -32,12 +33,9 @@ SEED = 1
 NGRAM_CHARS, UNSPACED_NGRAM_CHARS = 5, 3
 MIN_RECALL = 0.99  # of pairs whose Jaccard index equals the threshold; determines the width of a band
 PAIRS_PER_READ = 4096
-MIX = np.uint64(0x9E3779B97F4A7C15)
 
-# Chinese, Japanese, Korean, Thai, Lao, Khmer and Myanmar: a character carries more information there than a letter.
-UNSPACED_CHAR = re.compile(
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020000-\U0003ffff]"
-)
+# Hangul too: a syllable carries more information than a letter.
+UNSPACED_CHAR = re.compile(f"[{UNSPACED_CHARS}\uac00-\ud7af]")
 BAND_RECORD = np.dtype([("key", "<u8"), ("content", "<u8"), ("item", "<u8")])
 SIGNATURE_RECORD = np.dtype([("hashes", "<u2", NUM_HASHES)])  # the low 16 bits, which suffice to compare two signatures
 RANK_RECORD = np.dtype([("rank", "<u8"), ("content", "<u8")])
@@ -160,10 +158,7 @@ def hash_ngrams(text: str) -> np.ndarray:
     is_unspaced = 2 * len(UNSPACED_CHAR.findall(normalized)) > len(normalized)
     size = UNSPACED_NGRAM_CHARS if is_unspaced else NGRAM_CHARS
     chars = np.frombuffer(normalized.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
-    hashes = np.zeros(max(len(chars) - size + 1, 1), np.uint64)
-    for offset in range(min(size, len(chars))):
-        hashes = (hashes * MIX) ^ chars[offset : offset + len(hashes)]
-    return mix(hashes)
+    return mix(hash_runs(chars, min(size, len(chars))))
 
 
 def hash_bands(signatures: np.ndarray, width: int) -> list[np.ndarray]:
@@ -179,7 +174,7 @@ def hash_bands(signatures: np.ndarray, width: int) -> list[np.ndarray]:
 
 def mix(values: np.ndarray) -> np.ndarray:
     """Return well-distributed 64-bit hashes of 64-bit values (SplitMix64; Steele, Lea and Flood 2014)."""
-    values = (values + MIX) & np.uint64(0xFFFFFFFFFFFFFFFF)
+    values = (values + HASH_FACTOR) & np.uint64(0xFFFFFFFFFFFFFFFF)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
