@@ -130,12 +130,17 @@ def format_json(value: Any, indent: int | None = None) -> str:
     return json.dumps(_replace_not_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
+def finite_or_none(value: float) -> float | None:
+    """Return a number that JSON has: None for NaN and infinity."""
+    return value if math.isfinite(value) else None
+
+
 def _replace_not_finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _replace_not_finite(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [_replace_not_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return finite_or_none(value) if isinstance(value, float) else value
 
 
 def write_text(path: Path, text: str) -> None:

@@ -132,8 +132,3 @@ def conclude(names: tuple[str, str], differences: Mapping[str, Mapping[str, Any]
 
 def _format(value: float | None, sign: str = "") -> str:
     return "none" if value is None or not math.isfinite(value) else f"{value:{sign}.4f}"
-
-
-def finite_or_none(value: float) -> float | None:
-    """Return the value for JSON: None if it is not finite."""
-    return value if math.isfinite(value) else None

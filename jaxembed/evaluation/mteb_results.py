@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxembed.config.field_lists import log_once
+from jaxembed.files import finite_or_none
 
 log = logging.getLogger("jaxembed")
 
@@ -34,7 +34,7 @@ def summarize_task(result: Any, instruction: str) -> dict[str, Any]:
             score = float(entry["main_score"])
             by_subset.setdefault(entry["hf_subset"], []).append(score)
             by_split.setdefault(split, []).append(score)
-    aggregate = _finite_or_none(float(result.get_score()))
+    aggregate = finite_or_none(float(result.get_score()))
     if aggregate is None:
         log.warning(
             "%s: the score is not finite, which happens if all vectors are equal; it is written as null", result.task_name
@@ -48,8 +48,4 @@ def summarize_task(result: Any, instruction: str) -> dict[str, Any]:
 
 
 def _mean(values: Sequence[float]) -> float | None:
-    return _finite_or_none(round(float(np.mean(values)), 6))
-
-
-def _finite_or_none(score: float) -> float | None:
-    return score if math.isfinite(score) else None
+    return finite_or_none(round(float(np.mean(values)), 6))

@@ -13,12 +13,12 @@ from typing import Any
 
 from jaxembed.config import EvalSetConfig
 from jaxembed.errors import UserError
-from jaxembed.evaluation.comparison import ItemScores, finite_or_none
+from jaxembed.evaluation.comparison import ItemScores
 from jaxembed.evaluation.heldout import HeldOutSet, RetrievalSet, SetScores, open_held_out_sets
 from jaxembed.evaluation.task_encoder import TaskEncoder, cut_vectors
 from jaxembed.evaluation.task_prompts import TaskPrompts
 from jaxembed.evaluation.tasks import GroupMember
-from jaxembed.files import cache_dir
+from jaxembed.files import cache_dir, finite_or_none
 from jaxembed.search.bm25 import check_bm25_installed
 
 # Instructions of MTEB's task types, for models that take instructions. Retrieval gets the stored prompt of queries.

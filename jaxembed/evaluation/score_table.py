@@ -71,7 +71,7 @@ def build_tables(model: str, tasks: Sequence[EvaluationTask], scores: Mapping[st
 def _build_table(group: str, model: str, members: Sequence[tuple[GroupMember, Mapping[str, Any]]]) -> ScoreTable:
     """Return the table of a group. The model has one row for each width."""
     counts = Counter(member.column for member, _ in members)
-    columns = {name: counts[name] for name in sorted(counts, key=_get_position)}
+    columns = {name: counts[name] for name in sorted(counts, key=get_type_position)}
     widths = list(dict.fromkeys(width for _, result in members for width in result.get("widths", {})))
     rows = {}
     for width in widths or [None]:
@@ -122,7 +122,8 @@ def _mean(values: Sequence[Cell]) -> Cell:
     return fmean(known) if len(known := [value for value in values if value is not None]) == len(values) else None
 
 
-def _get_position(column: str) -> tuple[int, str]:
+def get_type_position(column: str) -> tuple[int, str]:
+    """Return the sort key of a type of tasks: the order of the papers, then the name."""
     return (TYPE_ORDER.index(column) if column in TYPE_ORDER else len(TYPE_ORDER), column)
 
 

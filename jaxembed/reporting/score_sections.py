@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxembed.errors import UserError
+from jaxembed.evaluation.score_table import get_type_position
 from jaxembed.reporting.blocks import (
     MISSING,
     Folded,
@@ -20,9 +21,6 @@ from jaxembed.reporting.charts import draw_lines
 from jaxembed.reporting.inputs import ReportedModel
 from jaxembed.reporting.model_facts import ModelFacts
 from jaxembed.reporting.score_files import average, average_widths
-
-# Types of MTEB in the order of NV-Embed's Table 1 (Lee et al. 2024); other types follow.
-TYPE_ORDER = ("Retrieval", "Reranking", "Clustering", "PairClassification", "Classification", "STS", "Summarization")
 
 Facts = Mapping[str, ModelFacts | None]
 
@@ -135,9 +133,7 @@ def make_benchmark_section(models: Sequence[ReportedModel]) -> Section:
     if not scored:
         return Section("benchmark", "Benchmark")
     kinds = {name: (task.type, task.metric) for model in scored for name, task in model.tasks.items()}
-    types = sorted(
-        {kind for kind, _ in kinds.values()}, key=lambda kind: (TYPE_ORDER.index(kind) if kind in TYPE_ORDER else 99, kind)
-    )
+    types = sorted({kind for kind, _ in kinds.values()}, key=get_type_position)
     rows: list[list[str]] = []
     groups = set()
     for kind in types:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from jaxembed.config.fields import Fields
 from jaxembed.data.schema import parse_row
 from jaxembed.devices.standard_streams import LossyStream
 from jaxembed.errors import UserError
-from jaxembed.files import exists, read_bytes, write_text
+from jaxembed.files import exists, finite_or_none, read_bytes, write_text
 
 
 class MetricLogger(Protocol):
@@ -61,7 +60,7 @@ class Recorder:
 
     def log(self, step: int, values: Mapping[str, float], stage: int = 0) -> None:
         """Write the values of a step. A value that is not finite becomes null in JSON. Raises `OSError` if that fails."""
-        finite = {name: (value if math.isfinite(value) else None) for name, value in values.items()}
+        finite = {name: finite_or_none(value) for name, value in values.items()}
         self._file.write(json.dumps({"stage": stage, "step": step, **finite}) + "\n")
         self._file.flush()
         for logger in self._loggers:
