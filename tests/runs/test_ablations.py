@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,13 @@ from jaxembed.config.shipped import shipped_folder
 
 
 @pytest.fixture(scope="module")
-def ablations() -> Any:
+def ablations() -> Iterator[Any]:
+    """The script. It silences a logger, which speaks again afterwards."""
+    level = logging.getLogger("jaxembed").level
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(shipped_folder().parent / "benchmarks"))
-        return importlib.import_module("ablations")
+        yield importlib.import_module("ablations")
+    logging.getLogger("jaxembed").setLevel(level)
 
 
 @pytest.fixture(scope="module")
