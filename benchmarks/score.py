@@ -54,7 +54,9 @@ def score_with_mteb(folder: str, tasks: Sequence[MtebTask], widths: Sequence[int
         model.prompts = {}
         wrapper = SentenceTransformerEncoderWrapper(model, model_prompts=prompts)
         for task in tasks:
-            result = mteb.evaluate(wrapper, task.task, cache=None, show_progress_bar=False).task_results[0]
+            result = mteb.evaluate(
+                wrapper, task.task, cache=None, show_progress_bar=False, encode_kwargs={"normalize_embeddings": True}
+            ).task_results[0]
             scores[task.name]["widths"][str(width)] = float(result.get_score())
     return {name: {"score": next(iter(result["widths"].values())), **result} for name, result in scores.items()}
 

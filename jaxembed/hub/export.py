@@ -33,7 +33,7 @@ from jaxembed.hub.parity import (
 )
 from jaxembed.hub.readers import ServedModel, list_limits
 from jaxembed.hub.safe_dtypes import DtypeQuality, list_unsafe_dtypes, measure_dtypes
-from jaxembed.hub.scratch import open_scratch_folder
+from jaxembed.hub.scratch import move_into_place, open_scratch_folder
 from jaxembed.hub.spec_files import write_spec
 from jaxembed.hub.stock_folder import check_exportable, write_stock_folder
 from jaxembed.hub.torch_model import import_sentence_transformers
@@ -106,9 +106,7 @@ def export(embedder: Embedder, out: Path, dtype: str, card: Card, onnx: OnnxWeig
         served = ServedModel(embedder.spec, embedder.model.decoder, dtype, has_onnx=onnx is not None)
         measured = format_precision(report.dtypes, report.onnx)
         (folder / "README.md").write_text(format_model_card(served, card, parity.error, measured), encoding="utf-8")
-        for path in folder.rglob("*.safetensors"):
-            path.chmod(0o644)  # safetensors writes private files, but a server must be able to read them
-        shutil.move(str(folder), str(out))
+        move_into_place(folder, out)
     for line in [*list_limits(served), *list_unsafe_dtypes(report.dtypes)]:
         log.warning("%s: %s", out, line)
     return report

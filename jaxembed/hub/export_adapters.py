@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import shutil
 from pathlib import Path
 
 from jaxembed.config import LoraConfig
@@ -17,7 +16,7 @@ from jaxembed.hub.export import explain_mismatch
 from jaxembed.hub.parity import FLOAT32_TOLERANCE, PROBE_TEXTS, Parity, compare_vectors
 from jaxembed.hub.resolve import find_run
 from jaxembed.hub.restore import RestoredRun
-from jaxembed.hub.scratch import open_scratch_folder
+from jaxembed.hub.scratch import move_into_place, open_scratch_folder
 from jaxembed.hub.spec_files import write_spec
 from jaxembed.model.decoder import ComputeOptions
 
@@ -74,7 +73,7 @@ def export_adapters(run_dir: Path, out: Path, checkpoint: str) -> Parity:
                 rounded = compare_vectors(embedder.with_params(params).encode(PROBE_TEXTS), vectors, FLOAT32_TOLERANCE)
                 parity = dataclasses.replace(parity, cosine=rounded.cosine)
             comparisons.append(parity)
-        shutil.move(str(root), str(out))
+        move_into_place(root, out)
     worst = Parity(max(p.error for p in comparisons), FLOAT32_TOLERANCE, min(p.cosine for p in comparisons))
     if is_rounded:
         log.warning(

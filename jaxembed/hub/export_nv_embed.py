@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from pathlib import Path
 
 from jaxembed.data.tokenize import drop_eos
@@ -13,7 +12,7 @@ from jaxembed.formats.nv_embed import build_nv_embed_config, read_nv_embed_spec
 from jaxembed.formats.weights import save_params
 from jaxembed.hub.embedder import Embedder
 from jaxembed.hub.parity import FLOAT32_TOLERANCE, Parity, compare_vectors, encode_probes, select_probes
-from jaxembed.hub.scratch import open_scratch_folder
+from jaxembed.hub.scratch import move_into_place, open_scratch_folder
 from jaxembed.hub.stock_folder import build_hf_config, dtype_converter
 
 BFLOAT16_TOLERANCE = 0.05  # no PyTorch model tells the error of bfloat16 here
@@ -51,7 +50,7 @@ def export_nv_embed(embedder: Embedder, out: Path, dtype: str) -> Parity:
         parity = compare_vectors(encode_probes(embedder, probes), encode_probes(Embedder.load(folder), probes), allowed)
         if not parity.passes:
             raise UserError(f"{out}: not written, because {parity}.")
-        shutil.move(str(folder), str(out))
+        move_into_place(folder, out)
     return parity
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import shutil
 import tempfile
 import time
@@ -47,6 +48,19 @@ def open_scratch_folder(out: Path) -> Iterator[Path]:
         raise UserError(f"{out}: not written ({reason}). Free space on its disk, or name another output.") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def move_into_place(folder: Path, out: Path) -> None:
+    """Move a finished folder to its place. Its files get the permissions that new files have (umask).
+
+    safetensors and onnx write private files, but a server that runs as another user must be able to read them.
+    """
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~umask)
+    shutil.move(str(folder), str(out))
 
 
 def _remove_stale_folders(parent: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from helpers import tiny
 from helpers.commands import ENV, Process
 from jaxembed.errors import UserError
-from jaxembed.hub.scratch import LOCK_FILE, SCRATCH_PREFIX, open_scratch_folder
+from jaxembed.hub.scratch import LOCK_FILE, SCRATCH_PREFIX, move_into_place, open_scratch_folder
 
 # Starts a command in which the export waits after it has written the first folder.
 SLOW_COMMAND = """
@@ -112,3 +112,14 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     message = r"nowhere/out: cannot be written \(No such file or directory\)"
     with pytest.raises(UserError, match=message), open_scratch_folder(tmp_path / "nowhere" / "out"):
         pass
+
+
+def test_files_of_a_finished_folder_are_as_readable_as_new_ones(tmp_path: Path) -> None:
+    folder = tmp_path / "scratch"
+    (folder / "onnx").mkdir(parents=True)
+    for name in ("model.safetensors", "onnx/model.onnx_data"):
+        (folder / name).touch(mode=0o600)
+    move_into_place(folder, tmp_path / "out")
+    (tmp_path / "new").touch()
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert modes == {(tmp_path / "new").stat().st_mode & 0o777} != {0o600}
