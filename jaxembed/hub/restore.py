@@ -92,7 +92,6 @@ class RunBase(BaseWithWeights):
         _, params = self.restore(ComputeOptions(), mesh).select_adapter(None).merge_adapters()
         error_prefix = f"{self.run_dir}: its weights do not fit the requested model"
         tensors = to_tensors(params, self.decoder.family)
-        tensors = to_tensors(params, self.decoder.family)
         return dict(place_params(tensors, error_prefix, self.decoder, shapes, shardings, updates))
 
 

@@ -72,7 +72,6 @@ def write_stock_folder(embedder: Embedder, folder: Path, dtype: str) -> None:
     # What transformers loads.
     write_json(folder / "config.json", build_hf_config(embedder, dtype))
     family = embedder.model.decoder.family
-    family = embedder.model.decoder.family
     save_params(folder / "model.safetensors", embedder.params, {"decoder": ""}, dtype_converter(dtype), family)
     _write_tokenizer(folder, embedder)
     # What sentence-transformers adds.

@@ -49,7 +49,6 @@ def test_the_written_model_passes_the_mock_run_of_mteb(tmp_path: Path) -> None:
 
     model = Embedder.load(tiny.write_folder(tmp_path / "base", "qwen3"))
     folder = tmp_path / "org" / "model"
-    folder = tmp_path / "org" / "model"
     folder.parent.mkdir()
     export(model, folder, "float32", Card("model", "base"))
     spec = model.spec.replace(instruction_table="nv_embed", matryoshka_dims=(8,))
