@@ -41,11 +41,11 @@ from jaxembed.devices.placement import put_batch
 from jaxembed.hub.embedder import Embedder, load_embedder
 from jaxembed.hub.resolve import find_base
 from jaxembed.losses.objectives import Objectives
-from jaxembed.model.decoder import ComputeOptions
 from jaxembed.model.kernels import pick_kernel
 from jaxembed.model.layers import RMSNorm, apply_rope, build_rope_table, compute_rope_frequencies
 from jaxembed.model.masks import MASKS, TokenInfo
 from jaxembed.model.matmul import sharded_matmul
+from jaxembed.model.transformer import ComputeOptions
 from jaxembed.training.optim import make_optimizer, make_schedule
 from jaxembed.training.step import TrainState, make_train_step
 
@@ -130,7 +130,7 @@ def draw_normal(*shape: int) -> jax.Array:
 
 def build_largest_matmul(embedder: Embedder, batch: Any) -> Part:
     """Build one matmul of the size of the gate projection. It measures the rate of the machine."""
-    c, tokens = embedder.model.decoder, batch.texts.tokens.size
+    c, tokens = embedder.model.transformer, batch.texts.tokens.size
     flops = 2 * tokens * c.width * c.mlp_width
     return jit_part(model_matmul, draw_normal(tokens, c.width), draw_normal(c.width, c.mlp_width), flops=flops)
 
@@ -168,7 +168,7 @@ def build_projections(embedder: Embedder, batch: Any) -> Part:
 
 def build_attention(embedder: Embedder, batch: Any) -> Part:
     """Build attention of all layers, forward and backward."""
-    c, texts = embedder.model.decoder, batch.texts
+    c, texts = embedder.model.transformer, batch.texts
     rows, length = texts.tokens.shape
     token_info = TokenInfo(texts.segment_ids, texts.positions, texts.pool_mask)
     q, k, v = (
@@ -192,7 +192,7 @@ def build_attention(embedder: Embedder, batch: Any) -> Part:
 
 def build_pointwise(embedder: Embedder, batch: Any) -> Part:
     """Build both norms, RoPE on queries and keys, and the gate of all layers, forward and backward."""
-    c, texts = embedder.model.decoder, batch.texts
+    c, texts = embedder.model.transformer, batch.texts
     rows, length = texts.tokens.shape
     x, gate, up = draw_normal(rows * length, c.width), *(draw_normal(rows * length, c.mlp_width) for _ in "gu")
     heads = draw_normal(rows, length, c.heads + c.kv_heads, c.head_width)
@@ -226,7 +226,7 @@ def build_loss(config: configuration.Config, embedder: Embedder, batch: Any) -> 
     """Build the gradients of the objectives by the vectors of queries and documents."""
     objectives = Objectives(config.objectives)
     queries, documents = batch.query_slot.size, batch.doc_slot.size
-    width = embedder.model.decoder.width
+    width = embedder.model.transformer.width
 
     def value(queries: jax.Array, documents: jax.Array) -> jax.Array:
         return objectives(queries, documents, batch, jax.random.key(0), {}, 1)[0]

@@ -26,9 +26,9 @@ from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.devices.mesh import make_mesh
 from jaxembed.hub.embedder import Embedder, load_embedder
 from jaxembed.hub.resolve import find_base
-from jaxembed.model.decoder import ComputeOptions
 from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.model.families import FAMILIES, Family
+from jaxembed.model.transformer import ComputeOptions
 
 MIN_COSINE = 0.99999
 
@@ -83,12 +83,12 @@ def main() -> None:
     print(f"{len(texts)} texts of {min(lengths)} to {max(lengths)} tokens, {sum(lengths)} in all")
     least_cosine = 1.0
     print("| mask | pooling | least cosine | largest difference |\n|---|---|---|---|")
-    family = FAMILIES[base.decoder.family]
+    family = FAMILIES[base.transformer.family]
     causal, bidirectional = EmbeddingSpec(attention="causal", pooling="last"), EmbeddingSpec(pooling="mean")
     specs = [bidirectional] if family.is_encoder else [causal, bidirectional]
     for spec in specs:
         reference = load_reference(args.base, family, spec)
-        model = EmbeddingModel(base.decoder, spec)
+        model = EmbeddingModel(base.transformer, spec)
         ours = Embedder(model, embedder.params, embedder.tokenizer, embedder.mesh, base.hf_config)
         expected = encode_with_transformers(reference, ours, texts)
         vectors = ours.encode(texts)

@@ -36,10 +36,10 @@ from jaxembed.hub.export import export
 from jaxembed.hub.parity import PROBE_INSTRUCTION, PROBE_TEXTS
 from jaxembed.hub.resolve import find_base
 from jaxembed.hub.text_tokenizer import build_text_tokenizer
-from jaxembed.model.decoder import ComputeOptions
 from jaxembed.model.embedder import EmbeddingModel, init_params
 from jaxembed.model.lora import merge_adapters
 from jaxembed.model.parameters import shapes_and_shardings
+from jaxembed.model.transformer import ComputeOptions
 
 MAX_LENGTH = 64  # tokens; fewer than the decoder's positions, so that a reader must read it
 OWN_TOKENIZER_SIZE = 600  # entries
@@ -135,7 +135,7 @@ def load_embedder(base: Base, kind: Kind) -> Embedder:
     """Load a base with the kind's spec. Pooling, projection and adapters are random; adapters are merged."""
     spec, mesh = EmbeddingSpec(**{**SHARED_CHOICES, **kind.choices}), make_mesh(1)
     lora = LORA if kind.has_adapters else None
-    model = EmbeddingModel(base.decoder, spec, ComputeOptions(), lora)
+    model = EmbeddingModel(base.transformer, spec, ComputeOptions(), lora)
     shapes, shardings = shapes_and_shardings(model, mesh)
     parts = {"decoder": shapes["decoder"]}, {"decoder": shardings["decoder"]}
     params = flatten_dict(init_params(model, jax.random.key(0), shardings))
@@ -146,7 +146,7 @@ def load_embedder(base: Base, kind: Kind) -> Embedder:
     tree = unflatten_dict(params | flatten_dict(base.load(*parts)))
     tree = tree if lora is None else merge_adapters(tree, lora)
     tokenizer = build_text_tokenizer(base.tokenizer(), spec, base)
-    return Embedder(EmbeddingModel(base.decoder, spec, ComputeOptions()), tree, tokenizer, mesh, base.hf_config)
+    return Embedder(EmbeddingModel(base.transformer, spec, ComputeOptions()), tree, tokenizer, mesh, base.hf_config)
 
 
 def pick_texts(embedder: Embedder, prompt: str) -> list[str]:

@@ -32,11 +32,11 @@ from jaxembed.data.packing import PackedTexts, max_segments  # noqa: E402
 from jaxembed.devices.mesh import make_mesh, shard_count  # noqa: E402
 from jaxembed.devices.placement import batch_shapes  # noqa: E402
 from jaxembed.losses.objectives import Objectives  # noqa: E402
-from jaxembed.model.decoder import ComputeOptions  # noqa: E402
 from jaxembed.model.embedder import EmbeddingModel  # noqa: E402
-from jaxembed.model.families import DecoderConfig  # noqa: E402
+from jaxembed.model.families import TransformerConfig  # noqa: E402
 from jaxembed.model.hf_config import parse_hf_config  # noqa: E402
 from jaxembed.model.presets import find_preset  # noqa: E402
+from jaxembed.model.transformer import ComputeOptions  # noqa: E402
 from jaxembed.planning.program import OutOfMemory, Program, compile_step, count_bytes, count_elements  # noqa: E402
 from jaxembed.training.optim import make_optimizer, make_schedule  # noqa: E402
 from jaxembed.training.state import state_shapes  # noqa: E402
@@ -64,25 +64,29 @@ def build_batch_shapes(args: argparse.Namespace, mesh: Any) -> Batch:
     return batch_shapes(mesh, batch)
 
 
-def count_useful_flops(decoder: DecoderConfig, lora: bool, tokens: int) -> float:
+def count_useful_flops(transformer: TransformerConfig, lora: bool, tokens: int) -> float:
     """Return the FLOPs of the decoder's matmuls, forward and backward, without recomputation.
 
     With adapters, the frozen matrices need no gradients, so each of them has two matmuls instead of three.
     """
-    width, heads, kv_heads = decoder.width, decoder.heads * decoder.head_width, decoder.kv_heads * decoder.head_width
-    matrix_elements = width * (2 * heads + 2 * kv_heads + 3 * decoder.mlp_width)
+    width, heads, kv_heads = (
+        transformer.width,
+        transformer.heads * transformer.head_width,
+        transformer.kv_heads * transformer.head_width,
+    )
+    matrix_elements = width * (2 * heads + 2 * kv_heads + 3 * transformer.mlp_width)
     passes = 2 if lora else 3
-    return decoder.layers * tokens * (2 * matrix_elements * passes + 4 * TOKENS_PER_ROW * heads * 3)
+    return transformer.layers * tokens * (2 * matrix_elements * passes + 4 * TOKENS_PER_ROW * heads * 3)
 
 
-def compute_roofline(args: argparse.Namespace, decoder: DecoderConfig, program: Program, chips: int) -> dict[str, Any]:
+def compute_roofline(args: argparse.Namespace, transformer: TransformerConfig, program: Program, chips: int) -> dict[str, Any]:
     """Return the seconds of matmuls, memory traffic and collectives on a chip, each at the chip's published rate."""
     chip = TPU_CHIPS[args.topology.split(":")[0]]
     rows = args.batch_size * (2 + args.negatives)
-    useful = count_useful_flops(decoder, args.lora, rows * TOKENS_PER_ROW)
+    useful = count_useful_flops(transformer, args.lora, rows * TOKENS_PER_ROW)
     seconds = {
         "compute": program.flops / chips / chip.peak_flops,
-        "memory": estimate_memory_traffic(args, decoder, chips) / chip.memory_bandwidth,
+        "memory": estimate_memory_traffic(args, transformer, chips) / chip.memory_bandwidth,
         "collectives": sum(c.count * c.sent_bytes for c in program.collectives.collectives) / chip.link_bandwidth,
     }
     best_seconds = useful / chips / chip.peak_flops
@@ -96,7 +100,7 @@ def compute_roofline(args: argparse.Namespace, decoder: DecoderConfig, program: 
     }
 
 
-def estimate_memory_traffic(args: argparse.Namespace, decoder: DecoderConfig, chips: int) -> float:
+def estimate_memory_traffic(args: argparse.Namespace, transformer: TransformerConfig, chips: int) -> float:
     """Estimate the bytes that a chip reads and writes in a step.
 
     They are the sum of:
@@ -106,26 +110,30 @@ def estimate_memory_traffic(args: argparse.Namespace, decoder: DecoderConfig, ch
     - the attention scores four times in float32, unless the kernel is splash, which keeps them on the chip;
     - eight float32 numbers of the optimizer per parameter.
     """
-    width, heads, kv_heads = decoder.width, decoder.heads * decoder.head_width, decoder.kv_heads * decoder.head_width
-    matrix_elements = width * (2 * heads + 2 * kv_heads + 3 * decoder.mlp_width)
+    width, heads, kv_heads = (
+        transformer.width,
+        transformer.heads * transformer.head_width,
+        transformer.kv_heads * transformer.head_width,
+    )
+    matrix_elements = width * (2 * heads + 2 * kv_heads + 3 * transformer.mlp_width)
     rows = args.batch_size * (2 + args.negatives) // chips
     chunks = -(-rows // (args.rows or rows))
     forward = 1 + (args.rows is not None) + args.remat
     passes = forward + (1 if args.lora else 2)
-    scores = 0 if args.attention in ("auto", "splash") else 16 * decoder.heads * TOKENS_PER_ROW
-    bytes_per_token = 2 * (4 * width + 3 * heads + 2 * kv_heads + 4 * decoder.mlp_width) + scores
-    trained = 0 if args.lora else decoder.layers * matrix_elements + decoder.vocab_size * width
-    matrix_bytes = chunks * passes * 2 * matrix_elements * decoder.layers
-    token_bytes = passes * rows * TOKENS_PER_ROW * decoder.layers * bytes_per_token
+    scores = 0 if args.attention in ("auto", "splash") else 16 * transformer.heads * TOKENS_PER_ROW
+    bytes_per_token = 2 * (4 * width + 3 * heads + 2 * kv_heads + 4 * transformer.mlp_width) + scores
+    trained = 0 if args.lora else transformer.layers * matrix_elements + transformer.vocab_size * width
+    matrix_bytes = chunks * passes * 2 * matrix_elements * transformer.layers
+    token_bytes = passes * rows * TOKENS_PER_ROW * transformer.layers * bytes_per_token
     return matrix_bytes + token_bytes + 32 * trained / chips
 
 
-def build_step(args: argparse.Namespace, mesh: Any) -> tuple[DecoderConfig, Any, Any]:
+def build_step(args: argparse.Namespace, mesh: Any) -> tuple[TransformerConfig, Any, Any]:
     """Return the decoder, the jitted step and the shapes of its state."""
-    decoder = parse_hf_config(find_preset(args.model), args.model)
+    transformer = parse_hf_config(find_preset(args.model), args.model)
     lora = LoraConfig(rank=16, alpha=32, base_dtype="bfloat16") if args.lora else None
     compute = ComputeOptions(dtype=jnp.bfloat16, remat=args.remat, unroll=False, attention_kernel=args.attention)
-    model = EmbeddingModel(decoder, EmbeddingSpec(), compute, lora)
+    model = EmbeddingModel(transformer, EmbeddingSpec(), compute, lora)
     optim = OptimConfig()
     optimizer = make_optimizer(optim, SCHEDULE_STEPS)
     state = state_shapes(model, optimizer, mesh)
@@ -139,14 +147,14 @@ def build_step(args: argparse.Namespace, mesh: Any) -> tuple[DecoderConfig, Any,
             chunk_rows=args.rows,
             shardings=shardings,
         )
-    return decoder, step, state
+    return transformer, step, state
 
 
 def compile_and_measure(args: argparse.Namespace) -> dict[str, Any]:
     """Compile the step and return its memory, collectives and roofline."""
     devices, memory = topology_devices(args.topology)
     mesh = make_mesh(fsdp=args.fsdp or len(devices), devices=devices)
-    decoder, step, state = build_step(args, mesh)
+    transformer, step, state = build_step(args, mesh)
     start = time.perf_counter()
     row = {
         **vars(args),
@@ -171,7 +179,7 @@ def compile_and_measure(args: argparse.Namespace) -> dict[str, Any]:
         "flops": program.flops,
         "collectives": program.collectives.table(),
         "unknown_loops": program.collectives.unknown_loops,
-        **compute_roofline(args, decoder, program, len(devices)),
+        **compute_roofline(args, transformer, program, len(devices)),
         "compile_seconds": round(time.perf_counter() - start),
     }
 

@@ -201,11 +201,11 @@ def choose_widths(model: str, checkpoint: str, widths: Sequence[int], max_length
     from jaxembed.hub.resolve import find_model  # imports JAX
 
     base = find_model(model, checkpoint)
-    width = base.spec.projection or base.decoder.width
+    width = base.spec.projection or base.transformer.width
     chosen_widths = check_widths(widths, base.spec, width)
-    if max_length is not None and max_length > base.decoder.max_positions:
+    if max_length is not None and max_length > base.transformer.max_positions:
         raise UserError(
-            f"--max-length: {max_length} is above the model's limit ({base.decoder.max_positions} tokens). Lower it."
+            f"--max-length: {max_length} is above the model's limit ({base.transformer.max_positions} tokens). Lower it."
         )
     return width, chosen_widths
 

@@ -103,13 +103,13 @@ def read_facts(base: BaseWithWeights, name: str) -> ModelFacts:
     from jaxembed.hub.restore import RunBase
     from jaxembed.model.embedder import EmbeddingModel, infer_parameter_shapes
 
-    shapes = nn.unbox(infer_parameter_shapes(EmbeddingModel(base.decoder, base.spec)))
+    shapes = nn.unbox(infer_parameter_shapes(EmbeddingModel(base.transformer, base.spec)))
     folder = Path(base.name)
     trained_from = base.trained_from if isinstance(base, RunBase) else ""
     return ModelFacts(
         name=name,
         n_parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)),
-        n_embedding_parameters=base.decoder.vocab_size * base.decoder.width,
+        n_embedding_parameters=base.transformer.vocab_size * base.transformer.width,
         adapted_from=trained_from if HUB_ID.fullmatch(trained_from) and not exists(Path(trained_from)) else "",
         license=read_license(folder),
         sources=read_sources(folder),

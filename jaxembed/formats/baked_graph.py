@@ -41,17 +41,17 @@ class BakedModel(nn.Module):
     def __init__(self, model: Any):
         super().__init__()
         transformer, *rest = model
-        self.decoder = transformer.auto_model
+        self.transformer = transformer.auto_model
         self.rest = nn.ModuleList(rest)
         # RoBERTa's positions start after the row of the padding token.
-        embeddings: Any = getattr(self.decoder, "embeddings", None)
+        embeddings: Any = getattr(self.transformer, "embeddings", None)
         has_offset = hasattr(embeddings, "create_position_ids_from_input_ids")
         self.first_position = int(embeddings.padding_idx) + 1 if has_offset else 0
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the token vectors [B, T, D] and the vectors of the texts [B, D']."""
         positions = self.first_position + (attention_mask.cumsum(dim=1) - 1).clamp(min=0)  # left padding moves no token
-        output = self.decoder(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False)
+        output = self.transformer(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False)
         hidden = output.last_hidden_state
         features = {"token_embeddings": hidden, "attention_mask": attention_mask}
         for module in self.rest:
@@ -59,12 +59,12 @@ class BakedModel(nn.Module):
         return hidden, features["sentence_embedding"]
 
 
-class GraphDecoder(nn.Module):
-    """A decoder whose hidden states an ONNX session computes. It replaces that of a `SentenceTransformer`.
+class GraphTransformer(nn.Module):
+    """A transformer whose hidden states an ONNX session computes. It replaces that of a `SentenceTransformer`.
 
     Args:
         session: An onnxruntime `InferenceSession` of a baked graph.
-        config: Config of the decoder, which sentence-transformers reads.
+        config: Config of the transformer, which sentence-transformers reads.
     """
 
     def __init__(self, session: Any, config: Any):

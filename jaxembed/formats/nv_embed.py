@@ -1,6 +1,6 @@
 """NV-Embed's own folder layout (Lee et al. 2024).
 
-The config of the decoder is nested in config.json. The weights of the latent attention lie beside those of the decoder.
+The config of the transformer is nested in config.json. The weights of the latent attention lie beside those of the transformer.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from jaxembed.config.field_lists import FieldList
 from jaxembed.config.fields import Fields
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.errors import UserError
-from jaxembed.model.families import DecoderConfig
+from jaxembed.model.families import TransformerConfig
 
 PUBLISHED_REPOSITORY = "nvidia/NV-Embed-v2"  # exported configs refer to the Python code of this repository
 DEFAULT_MAX_LENGTH = 4096  # tokens; the length that the release uses by default
@@ -45,8 +45,8 @@ def is_nv_embed(config: Mapping[str, Any]) -> bool:
     return config.get("model_type") == "nvembed"
 
 
-def read_decoder_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return the Hugging Face config of the decoder: the nested one in NV-Embed's layout, otherwise `config` itself.
+def read_transformer_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the Hugging Face config of the transformer: the nested one in NV-Embed's layout, otherwise `config` itself.
 
     Args:
         config: Content of a config.json.
@@ -54,20 +54,20 @@ def read_decoder_config(config: Mapping[str, Any], where: str) -> dict[str, Any]
     """
     if not is_nv_embed(config):
         return dict(config)
-    decoder = Fields(config, where).mapping("text_config")
+    transformer = Fields(config, where).mapping("text_config")
     # The release attends to every token, whatever sliding window its config names.
-    return MISTRAL_CONFIG_DEFAULTS | decoder | {"model_type": "mistral", "sliding_window": None}
+    return MISTRAL_CONFIG_DEFAULTS | transformer | {"model_type": "mistral", "sliding_window": None}
 
 
-def build_nv_embed_config(decoder_config: Mapping[str, Any], spec: EmbeddingSpec, width: int) -> dict[str, Any]:
+def build_nv_embed_config(transformer_config: Mapping[str, Any], spec: EmbeddingSpec, width: int) -> dict[str, Any]:
     """Build the config.json of a model in NV-Embed's layout.
 
-    It is the inverse of `read_decoder_config` and `read_nv_embed_spec`.
+    It is the inverse of `read_transformer_config` and `read_nv_embed_spec`.
 
     Args:
-        decoder_config: Hugging Face config of the decoder.
+        transformer_config: Hugging Face config of the transformer.
         spec: Spec of the model.
-        width: Width of the decoder.
+        width: Width of the transformer.
     """
     latent_attention = {
         "model_type": "latent_attention",
@@ -86,12 +86,12 @@ def build_nv_embed_config(decoder_config: Mapping[str, Any], spec: EmbeddingSpec
             "AutoConfig": f"{PUBLISHED_REPOSITORY}--configuration_nvembed.NVEmbedConfig",
             "AutoModel": f"{PUBLISHED_REPOSITORY}--modeling_nvembed.NVEmbedModel",
         },
-        "text_config": {**decoder_config, "model_type": "bidir_mistral", "architectures": ["MistralModel"]},
+        "text_config": {**transformer_config, "model_type": "bidir_mistral", "architectures": ["MistralModel"]},
         "latent_attention_config": latent_attention,
     }  # fmt: skip
 
 
-def read_nv_embed_spec(config: Mapping[str, Any], decoder: DecoderConfig, where: str) -> EmbeddingSpec:
+def read_nv_embed_spec(config: Mapping[str, Any], transformer: TransformerConfig, where: str) -> EmbeddingSpec:
     """Return the spec of NV-Embed v1 and v2 (Lee et al. 2024, and the code of the release).
 
     The release does two things that the paper does not mention:
@@ -102,7 +102,7 @@ def read_nv_embed_spec(config: Mapping[str, Any], decoder: DecoderConfig, where:
 
     Args:
         config: Content of a config.json in NV-Embed's layout.
-        decoder: The decoder that the config describes.
+        transformer: The transformer that the config describes.
         where: Origin of the config, for errors.
 
     Raises:
@@ -114,9 +114,9 @@ def read_nv_embed_spec(config: Mapping[str, Any], decoder: DecoderConfig, where:
     LATENT_ATTENTION_FIELDS.check(latent_config, latent_where)
     latent_attention = Fields(latent_config, latent_where)
     head_width = latent_attention.integer("cross_dim_head", 4096)
-    if head_width != decoder.width:
+    if head_width != transformer.width:
         raise UserError(
-            f"{where}: cross_dim_head is {head_width} (expected hidden_size, {decoder.width}). "
+            f"{where}: cross_dim_head is {head_width} (expected hidden_size, {transformer.width}). "
             "Heads of other widths than in the published models are not supported."
         )
     return EmbeddingSpec(
@@ -129,7 +129,7 @@ def read_nv_embed_spec(config: Mapping[str, Any], decoder: DecoderConfig, where:
         append_eos=False,
         eos_as_text=fields.boolean("add_eos", True),
         pool_last_instruction_token=True,
-        max_length=min(DEFAULT_MAX_LENGTH, decoder.max_positions),
+        max_length=min(DEFAULT_MAX_LENGTH, transformer.max_positions),
         instruction_template="Instruct: {instruction}\nQuery: ",
         instruction_table="nv_embed",
     )

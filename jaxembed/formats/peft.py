@@ -17,7 +17,7 @@ from jaxembed.config.model import MAX_LORA_RANK
 from jaxembed.errors import UserError
 from jaxembed.files import exists, write_json
 from jaxembed.formats.peft_config import ADAPTER_CONFIG_FILE, DISABLED_VARIANTS, read_lora_config
-from jaxembed.model.families import FAMILIES, DecoderConfig
+from jaxembed.model.families import FAMILIES, TransformerConfig
 from jaxembed.model.lora import TARGET_PROJECTIONS
 
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
@@ -27,8 +27,8 @@ PEFT_NAME_PREFIXES = ("base_model.model.model.", "base_model.model.")
 FACTORS = {"lora_A": "lora_a", "lora_B": "lora_b"}
 
 
-def read_adapters(folder: Path, decoder: DecoderConfig) -> tuple[LoraConfig, Any]:
-    """Read the LoRA adapters of a PEFT folder for a decoder: its family and its number of layers count.
+def read_adapters(folder: Path, transformer: TransformerConfig) -> tuple[LoraConfig, Any]:
+    """Read the LoRA adapters of a PEFT folder for a transformer: its family and its number of layers count.
 
     Returns:
         The sizes of the adapters, and their parameters: `lora_a` [L, in, rank] and `lora_b` [L, rank, out] in float32 at the
@@ -39,7 +39,7 @@ def read_adapters(folder: Path, decoder: DecoderConfig) -> tuple[LoraConfig, Any
     """
     fields = read_lora_config(folder / ADAPTER_CONFIG_FILE)
     path, rank = folder / ADAPTER_WEIGHTS_FILE, fields.integer("r", maximum=MAX_LORA_RANK)
-    tensors, num_layers, projections = _load_tensors(path), decoder.layers, _list_projections(decoder.family)
+    tensors, num_layers, projections = _load_tensors(path), transformer.layers, _list_projections(transformer.family)
     params: dict[tuple[str, ...], np.ndarray] = {}
     targets = []
     for target, (param_path, module) in projections.items():
@@ -100,7 +100,7 @@ def write_adapters(folder: Path, params: Any, lora: LoraConfig, base: str, famil
         params: The parameters of the model, with adapters.
         lora: Sizes of the adapters.
         base: Name of the base model.
-        family: Family of the decoder.
+        family: Family of the transformer.
     """
     flat, projections = flatten_dict(params), _list_projections(family)
     tensors = {}

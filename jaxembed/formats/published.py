@@ -29,7 +29,7 @@ class PublishedLayout:
         title: Name of the family, for messages.
         name_pattern: Regular expression of the names of its repositories.
         choices: Values of fields of `EmbeddingSpec`, or a function that reads them from the folder (None for a preset) and the
-            name of the decoder that its adapters belong to. They override the sentence-transformers files in the folder,
+            name of the transformer that its adapters belong to. They override the sentence-transformers files in the folder,
             except for `prompts`.
         matches_files: Function of a folder and its config.json that recognizes the family by its files alone.
     """
@@ -39,9 +39,9 @@ class PublishedLayout:
     choices: SpecChoices | Callable[[Path | None, str], SpecChoices]
     matches_files: Callable[[Path, Mapping[str, Any]], bool] = lambda folder, config: False
 
-    def read_spec_choices(self, folder: Path | None, decoder_name: str) -> SpecChoices:
+    def read_spec_choices(self, folder: Path | None, transformer_name: str) -> SpecChoices:
         """Return the values of fields of `EmbeddingSpec` for the model in `folder`."""
-        return self.choices(folder, decoder_name) if callable(self.choices) else self.choices
+        return self.choices(folder, transformer_name) if callable(self.choices) else self.choices
 
 
 E5_TEMPLATE = "Instruct: {instruction}\nQuery: "
@@ -74,10 +74,10 @@ LLM2VEC_CHAT_TEMPLATES = {
 }
 
 
-def _read_llm2vec_choices(folder: Path | None, decoder_name: str) -> SpecChoices:
+def _read_llm2vec_choices(folder: Path | None, transformer_name: str) -> SpecChoices:
     """Return the fields of `EmbeddingSpec` for LLM2Vec (BehnamGhader et al. 2024, and its code).
 
-    The instruction stands before a text without a line break. Both are wrapped in the chat template of `decoder_name`.
+    The instruction stands before a text without a line break. Both are wrapped in the chat template of `transformer_name`.
     LLM2Vec truncates documents at a word so that at most 400 tokens remain. Here they are truncated at the 400th token.
     """
     path = folder / LLM2VEC_CONFIG_FILE if folder is not None else None
@@ -85,7 +85,7 @@ def _read_llm2vec_choices(folder: Path | None, decoder_name: str) -> SpecChoices
     LLM2VEC_FIELDS.check(config, str(path))
     fields = Fields(config, str(path))
     fields.choice("pooling_mode", ("mean",), "mean")  # raises for other poolings
-    templates = (chat for pattern, chat in LLM2VEC_CHAT_TEMPLATES.items() if re.fullmatch(pattern, decoder_name))
+    templates = (chat for pattern, chat in LLM2VEC_CHAT_TEMPLATES.items() if re.fullmatch(pattern, transformer_name))
     before, after = next(templates, ("", ""))
     return {
         "attention": "bidirectional", "pooling": "mean", "append_eos": False, "pool_text_tokens": True,
@@ -95,7 +95,7 @@ def _read_llm2vec_choices(folder: Path | None, decoder_name: str) -> SpecChoices
     }  # fmt: skip
 
 
-def _read_embedding_gemma_choices(folder: Path | None, decoder_name: str) -> SpecChoices:
+def _read_embedding_gemma_choices(folder: Path | None, transformer_name: str) -> SpecChoices:
     """Return the fields of `EmbeddingSpec` for EmbeddingGemma (Schechter Vera et al. 2025). Its files state the projections."""
     projections = {"hidden_projections": (HiddenProjection(width=3072),), "projection": 768} if folder is None else {}
     return {
@@ -236,7 +236,7 @@ def find_published_layout(name: str, folder: Path | None, config: Mapping[str, A
 def find_first_stage_adapters(name: str, folder: Path) -> str | None:
     """Return the name of the adapters on which LLM2Vec's second stage was trained, or None for other adapters.
 
-    The files of the second stage refer to the decoder alone.
+    The files of the second stage refer to the transformer alone.
     """
     pattern = r"(LLM2Vec-.*-mntp)-(supervised|unsup-simcse)"
     matches = (re.fullmatch(pattern, candidate) for candidate in _list_possible_names(name, folder))

@@ -15,7 +15,7 @@ from jaxembed.errors import UserError
 from jaxembed.files import exists, file_digest, read_json, read_json_value
 from jaxembed.formats.tokenizer_config import load_folder_tokenizer, wants_eos
 from jaxembed.model.embedder import PROJECTION_ACTIVATIONS
-from jaxembed.model.families import FAMILIES, DecoderConfig
+from jaxembed.model.families import FAMILIES, TransformerConfig
 
 MODULES_FILE = "modules.json"
 MAX_PROJECTION_WIDTH = 2**12  # numbers
@@ -175,13 +175,13 @@ def _read_dense(dense: Path, width: int) -> HiddenProjection:
     return HiddenProjection(width=out_features, bias=fields.boolean("bias", True), activation=activation)
 
 
-def read_sentence_transformers_spec(folder: Path, config: Mapping[str, Any], decoder: DecoderConfig) -> EmbeddingSpec:
+def read_sentence_transformers_spec(folder: Path, config: Mapping[str, Any], transformer: TransformerConfig) -> EmbeddingSpec:
     """Read a spec from modules.json and the files that it names.
 
     Args:
         folder: Sentence-transformers folder.
         config: Content of its config.json.
-        decoder: The decoder that `config` describes.
+        transformer: The transformer that `config` describes.
 
     Raises:
         UserError: If the folder has a module, or an order of modules, that is not supported.
@@ -204,21 +204,21 @@ def read_sentence_transformers_spec(folder: Path, config: Mapping[str, Any], dec
         normalize_path = module_folders["Normalize"] / "config.json"
         NORMALIZE_FIELDS.check(_read_if_present(normalize_path), str(normalize_path))
     tokenizer = load_folder_tokenizer(folder, is_trained_embedder=True)
-    projection = read_projection_choices(dense_folders, decoder.width)
+    projection = read_projection_choices(dense_folders, transformer.width)
     config_path = str(folder / "config.json")
     prompts = _read_prompts(folder / "config_sentence_transformers.json", has_norm)
     return EmbeddingSpec(
-        attention=read_attention(config, decoder.family, config_path),
+        attention=read_attention(config, transformer.family, config_path),
         pooling=_read_pooling_kind(pooling_config, pooling_path),
         include_instruction=Fields(pooling_config, str(pooling_path)).boolean("include_prompt", True),
         **projection,
         normalize=has_norm,
         append_eos=wants_eos(folder, tokenizer),
-        max_length=_read_max_length(folder, decoder, tokenizer),
+        max_length=_read_max_length(folder, transformer, tokenizer),
         **prompts,
         # An encoder reads its own prompts, unless they show a template of instructions.
-        fixed_prompts=FAMILIES[decoder.family].is_encoder and "instruction_template" not in prompts,
-        matryoshka_dims=_read_matryoshka_dims(config, projection.get("projection", decoder.width), config_path),
+        fixed_prompts=FAMILIES[transformer.family].is_encoder and "instruction_template" not in prompts,
+        matryoshka_dims=_read_matryoshka_dims(config, projection.get("projection", transformer.width), config_path),
     )
 
 
@@ -227,7 +227,7 @@ def read_attention(config: Mapping[str, Any], family: str, where: str) -> Litera
 
     Args:
         config: Content of its config.json.
-        family: Family of the decoder.
+        family: Family of the transformer.
         where: Path of the config, for errors.
     """
     fields = Fields(config, where)
@@ -284,18 +284,18 @@ def _read_pooling_kind(config: Mapping[str, Any], path: Path) -> PoolingKind:
     return matches[0]
 
 
-def _read_max_length(folder: Path, decoder: DecoderConfig, tokenizer: Any) -> int:
-    """Return max_seq_length of sentence_bert_config.json, otherwise the limit of the tokenizer or the decoder."""
+def _read_max_length(folder: Path, transformer: TransformerConfig, tokenizer: Any) -> int:
+    """Return max_seq_length of sentence_bert_config.json, otherwise the limit of the tokenizer or the transformer."""
     path = folder / "sentence_bert_config.json"
     config = _read_if_present(path)
     TRANSFORMER_FIELDS.check(config, str(path))
     _check_modalities(Fields(config, str(path)).mapping("modality_config", PLAIN_TEXTS), path)
-    limit = min(int(tokenizer.model_max_length), decoder.max_positions)
+    limit = min(int(tokenizer.model_max_length), transformer.max_positions)
     max_length = Fields(config, str(path)).integer("max_seq_length", limit)
-    if max_length > decoder.max_positions:
+    if max_length > transformer.max_positions:
         log_once(
             f"{path}: max_seq_length {max_length} is more than max_position_embeddings, so texts are cut at "
-            f"{decoder.max_positions} tokens; sentence-transformers cuts them later"
+            f"{transformer.max_positions} tokens; sentence-transformers cuts them later"
         )
     return max_length
 
@@ -307,7 +307,7 @@ def _check_modalities(modalities: Mapping[str, Any], path: Path) -> None:
     if wrong or not isinstance(text, Mapping) or any(value != PLAIN_TEXTS["text"].get(key) for key, value in text.items()):
         raise UserError(
             f"{path}: modality_config is not supported (found {', '.join(wrong) or 'another text method'}; expected text "
-            "alone, as the last hidden state of the decoder). Use a model of plain texts."
+            "alone, as the last hidden state of the transformer). Use a model of plain texts."
         )
 
 

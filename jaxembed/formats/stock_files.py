@@ -13,7 +13,7 @@ from typing import Any
 from jaxembed.config.model import PoolingKind
 from jaxembed.config.spec import EmbeddingSpec, HiddenProjection
 from jaxembed.formats.sentence_transformers import POOLING_FLAGS, POOLING_MODES, TOKEN_POOLING_TYPE
-from jaxembed.model.families import FAMILIES, DecoderConfig, Family
+from jaxembed.model.families import FAMILIES, Family, TransformerConfig
 
 # Types that every sentence-transformers resolves: versions 3 to 5.3 have these modules, newer ones map them to new paths. vLLM
 # and TEI compare them literally.
@@ -33,60 +33,60 @@ LOADING_KEYS = ("is_local", "local_files_only")  # fields of a saved tokenizer_c
 
 
 def build_config(
-    hf_config: Mapping[str, Any], spec: EmbeddingSpec, decoder: DecoderConfig, tokenizer: Any, dtype: str
+    hf_config: Mapping[str, Any], spec: EmbeddingSpec, transformer: TransformerConfig, tokenizer: Any, dtype: str
 ) -> dict[str, Any]:
     """Return config.json: that of the base, with the model's mask and special tokens, for old and new readers.
 
     Args:
         hf_config: Hugging Face config of the base.
         spec: Spec of the model.
-        decoder: The decoder that `hf_config` describes.
+        transformer: The transformer that `hf_config` describes.
         tokenizer: Fast Hugging Face tokenizer of the model.
         dtype: Dtype of the weights.
     """
-    family = FAMILIES[decoder.family]
+    family = FAMILIES[transformer.family]
     config = {key: value for key, value in hf_config.items() if key not in UNSAVED_CONFIG_KEYS} | {
         "architectures": [family.architecture + ("" if spec.pooling in SERVED_POOLINGS else OWN_POOLING_SUFFIX)],
         "dtype": dtype,
         # The padding token of an encoder says where its positions start, and its mask is that of its class.
-        **(build_rope_fields(decoder) if family.is_encoder else _build_decoder_fields(spec, decoder, tokenizer)),
+        **(build_rope_fields(transformer) if family.is_encoder else _build_decoder_fields(spec, transformer, tokenizer)),
     }
     if spec.matryoshka_dims:
-        config["matryoshka_dimensions"] = sorted({*spec.matryoshka_dims, spec.projection or decoder.width})
+        config["matryoshka_dimensions"] = sorted({*spec.matryoshka_dims, spec.projection or transformer.width})
     return config
 
 
-def _build_decoder_fields(spec: EmbeddingSpec, decoder: DecoderConfig, tokenizer: Any) -> dict[str, Any]:
+def _build_decoder_fields(spec: EmbeddingSpec, transformer: TransformerConfig, tokenizer: Any) -> dict[str, Any]:
     """Return the fields of mask, heads, special tokens and rotary positions."""
-    is_causal, family = spec.attention == "causal", FAMILIES[decoder.family]
+    is_causal, family = spec.attention == "causal", FAMILIES[transformer.family]
     return {
         # transformers, vLLM, and TEI's Qwen2. Where transformers has another field, this one would widen the windows.
         **({"is_causal": is_causal} if family.mask_field == "is_causal" else {}),
         "use_bidirectional_attention": not is_causal,  # TEI's other families
-        "head_dim": decoder.head_width,
+        "head_dim": transformer.head_width,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        **build_rope_fields(decoder),
+        **build_rope_fields(transformer),
     }
 
 
-def build_rope_fields(decoder: DecoderConfig) -> dict[str, Any]:
+def build_rope_fields(transformer: TransformerConfig) -> dict[str, Any]:
     """Return the rotary positions as transformers 5 reads them (`rope_parameters`), and as older readers do, beside it.
 
     Without `rope_theta` at the top, transformers 4 takes 10,000. Without `rope_scaling`, TEI leaves scaling out silently; with
     it, TEI refuses a Llama model that it cannot compute.
     """
-    if decoder.position_kind != "rope":
+    if transformer.position_kind != "rope":
         return {}
-    scaling = dict(decoder.rope_scaling)
+    scaling = dict(transformer.rope_scaling)
     kind = scaling.get("rope_type", "default")
     if "original_max_position_embeddings" in scaling:
         scaling["original_max_position_embeddings"] = int(scaling["original_max_position_embeddings"])
-    rope = {"rope_type": kind, "rope_theta": decoder.rope_theta, **scaling}
-    if decoder.local_rope_theta is not None:
-        return _build_rope_fields_by_kind(rope, decoder.local_rope_theta, FAMILIES[decoder.family])
-    fields = {"rope_theta": decoder.rope_theta, "rope_parameters": rope}
+    rope = {"rope_type": kind, "rope_theta": transformer.rope_theta, **scaling}
+    if transformer.local_rope_theta is not None:
+        return _build_rope_fields_by_kind(rope, transformer.local_rope_theta, FAMILIES[transformer.family])
+    fields = {"rope_theta": transformer.rope_theta, "rope_parameters": rope}
     return {**fields, "rope_scaling": scaling} if kind != "default" else fields
 
 
@@ -162,7 +162,7 @@ def build_model_config(spec: EmbeddingSpec, family: str) -> dict[str, Any]:
 
     Args:
         spec: Spec of the model.
-        family: Family of the decoder.
+        family: Family of the transformer.
     """
     version = "" if spec.attention == "causal" else FAMILIES[family].bidirectional_since
     requirements = {"transformers": {"specifier": f">={version}", "reason": REQUIREMENT_REASON}}
@@ -189,7 +189,7 @@ def find_default_prompt_name(spec: EmbeddingSpec) -> str | None:
 
 
 def build_tokenizer_config(
-    saved: Mapping[str, Any], spec: EmbeddingSpec, decoder: DecoderConfig, adds_bos: bool, adds_eos: bool
+    saved: Mapping[str, Any], spec: EmbeddingSpec, transformer: TransformerConfig, adds_bos: bool, adds_eos: bool
 ) -> dict[str, Any]:
     """Return tokenizer_config.json, out of what transformers saves.
 
@@ -203,19 +203,19 @@ def build_tokenizer_config(
     Args:
         saved: The file as transformers saves it.
         spec: Spec of the model.
-        decoder: The decoder.
+        transformer: The transformer.
         adds_bos: Whether tokenizer.json starts texts with BOS.
         adds_eos: Whether tokenizer.json ends texts with EOS.
     """
     lasting = {key: value for key, value in saved.items() if key not in LOADING_KEYS}
     tokenizer_class = saved.get("tokenizer_class")
-    if FAMILIES[decoder.family].is_encoder:
+    if FAMILIES[transformer.family].is_encoder:
         if tokenizer_class != "TokenizersBackend":
             return lasting
         # By default, the class of transformers 4 returns token types too, which ModernBERT does not take.
         return {"model_input_names": list(MODEL_INPUTS), **lasting, "tokenizer_class": "PreTrainedTokenizerFast"}
-    if spec.attention != "causal" and FAMILIES[decoder.family].bidirectional_since >= "5":
+    if spec.attention != "causal" and FAMILIES[transformer.family].bidirectional_since >= "5":
         tokenizer_class = "TokenizersBackend"
-    elif decoder.family != "qwen2":
+    elif transformer.family != "qwen2":
         tokenizer_class = "PreTrainedTokenizerFast"
     return {**lasting, "add_bos_token": adds_bos, "add_eos_token": adds_eos, "tokenizer_class": tokenizer_class}

@@ -73,7 +73,7 @@ HEAD_MAPPINGS: tuple[TensorMapping, ...] = (
 
 @functools.cache
 def list_tensor_mappings(family: str) -> tuple[TensorMapping, ...]:
-    """Return the rows of the table for a family of decoders. The pooling and the projection have the same rows in all."""
+    """Return the rows of the table for a family. The pooling and the projection have the same rows in all."""
     rows = itertools.chain.from_iterable(_map_module(FAMILIES[family], path) for path in FAMILIES[family].modules)
     return (*rows, *HEAD_MAPPINGS)
 
@@ -118,11 +118,11 @@ def to_table_name(name: str) -> str:
 
 
 def get_model_part(table_name: str) -> str:
-    """Return the part of a model (decoder, pooling, projection) that a tensor belongs to."""
+    """Return the part of a model (transformer, pooling, projection) that a tensor belongs to."""
     first = table_name.partition(".")[0]
     return first if first in ("pooling", "projection") else "decoder"
 
 
 def is_unused(table_name: str) -> bool:
-    """Return whether an embedding model has no use for a tensor: a head on top of the decoder, or an old buffer."""
+    """Return whether an embedding model has no use for a tensor: a head on top of the transformer, or an old buffer."""
     return table_name.partition(".")[0] in HEADS or table_name.endswith(UNUSED_BUFFERS)

@@ -21,7 +21,7 @@ from jaxembed.errors import UserError
 from jaxembed.files import exists, read_json
 from jaxembed.formats.sentence_transformers import find_projection_weights
 from jaxembed.formats.weight_table import TensorMapping, get_model_part, is_unused, list_tensor_mappings, to_table_name
-from jaxembed.model.families import DecoderConfig
+from jaxembed.model.families import TransformerConfig
 from jaxembed.model.quantization import quantize
 
 LowRankUpdate = tuple[np.ndarray, np.ndarray]  # factors ([L, in, rank], [L, rank, out]) of what is added to a stacked kernel
@@ -65,7 +65,7 @@ def open_tensors(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def find_part_files(folder: Path) -> dict[str, Path]:
-    """Return the weight files beside those of the decoder, by the start of their tensor names: pooling and projections.
+    """Return the weight files beside those of the transformer, by the start of their tensor names: pooling and projections.
 
     Raises:
         UserError: If the folder names such a file and it does not exist.
@@ -102,7 +102,11 @@ def _find_weight_files(folder: Path) -> list[Path]:
 
 
 def load_params(
-    folder: Path, decoder: DecoderConfig, shapes: Any, shardings: Any, updates: Mapping[str, LowRankUpdate] | None = None
+    folder: Path,
+    transformer: TransformerConfig,
+    shapes: Any,
+    shardings: Any,
+    updates: Mapping[str, LowRankUpdate] | None = None,
 ) -> Any:
     """Load parameters from the safetensors files of `folder` onto the devices.
 
@@ -112,27 +116,27 @@ def load_params(
 
     Args:
         folder: Folder of the model.
-        decoder: The decoder: its family and its number of layers.
-        shapes: Tree of `ShapeDtypeStruct`s with the parts to load (decoder, pooling, projection). Its dtypes are those of
+        transformer: The transformer: its family and its number of layers.
+        shapes: Tree of `ShapeDtypeStruct`s with the parts to load (transformer, pooling, projection). Its dtypes are those of
             the result: float32, bfloat16, or int8 with scales.
         shardings: Tree of shardings with the same parts.
         updates: Low-rank updates by the path of their kernel. The product of the factors is added before rounding.
 
     Returns:
-        The parameters of the decoder, and those of the other parts that the files contain.
+        The parameters of the transformer, and those of the other parts that the files contain.
 
     Raises:
         UserError: If a file cannot be read. One error lists all missing, unexpected and misshapen tensors.
     """
     with open_tensors(folder) as tensors:
         error_prefix = f"{folder}: the weights do not match config.json"
-        return place_params(tensors, error_prefix, decoder, shapes, shardings, updates)
+        return place_params(tensors, error_prefix, transformer, shapes, shardings, updates)
 
 
 def place_params(
     tensors: Mapping[str, Any],
     error_prefix: str,
-    decoder: DecoderConfig,
+    transformer: TransformerConfig,
     shapes: Any,
     shardings: Any,
     updates: Mapping[str, LowRankUpdate] | None = None,
@@ -142,7 +146,7 @@ def place_params(
     Args:
         tensors: Lazy slices by the tensor names of the table, as `open_tensors` yields them.
         error_prefix: Start of the error for tensors that do not match `shapes`: where, and what is wrong.
-        decoder: See `load_params`.
+        transformer: See `load_params`.
         shapes: See `load_params`.
         shardings: See `load_params`.
         updates: See `load_params`.
@@ -150,9 +154,9 @@ def place_params(
     tensors = {name: tensor for name, tensor in tensors.items() if get_model_part(name) in shapes}
     parts = shapes.keys() & {"decoder", *map(get_model_part, tensors)}
     flat_shapes, flat_shardings = (flatten_dict({part: tree[part] for part in parts}, sep="/") for tree in (shapes, shardings))
-    mappings = [mapping for mapping in list_tensor_mappings(decoder.family) if mapping.path in flat_shapes]
+    mappings = [mapping for mapping in list_tensor_mappings(transformer.family) if mapping.path in flat_shapes]
     mappings.sort(key=lambda mapping: -flat_shapes[mapping.path].size)
-    _check_tensors(tensors, _list_tensor_shapes(mappings, flat_shapes, decoder.layers), error_prefix)
+    _check_tensors(tensors, _list_tensor_shapes(mappings, flat_shapes, transformer.layers), error_prefix)
     params: dict[str, jax.Array] = {}
     for mapping in mappings:
         shape, update = flat_shapes[mapping.path], (updates or {}).get(mapping.path)
@@ -310,7 +314,7 @@ def to_tensors(params: Any, family: str) -> dict[str, InMemoryTensor]:
 
     Args:
         params: The parameters.
-        family: Family of the decoder.
+        family: Family of the transformer.
     """
     return {name: InMemoryTensor(tensor) for name, tensor in _iter_tensors(params, family)}
 
@@ -341,9 +345,9 @@ def save_params(
     Args:
         path: The file to write.
         params: The parameters of the model.
-        prefixes: The parts to write (decoder, pooling, projection), each with the prefix of its tensor names in the file.
+        prefixes: The parts to write (transformer, pooling, projection), each with the prefix of its tensor names in the file.
         convert: Function applied to each tensor, for example a cast.
-        family: Family of the decoder, if it is written.
+        family: Family of the transformer, if it is written.
 
     Raises:
         UserError: A number is NaN or infinite.

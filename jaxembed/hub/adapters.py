@@ -12,15 +12,15 @@ from flax.traverse_util import flatten_dict
 from jaxembed.errors import UserError
 from jaxembed.formats.peft import read_adapters
 from jaxembed.formats.weights import LowRankUpdate
-from jaxembed.model.families import DecoderConfig
+from jaxembed.model.families import TransformerConfig
 
 
-def read_kernel_updates(folders: Iterable[Path], decoder: DecoderConfig, shapes: Any) -> dict[str, LowRankUpdate]:
-    """Read what the adapters of PEFT folders add to a decoder's kernels.
+def read_kernel_updates(folders: Iterable[Path], transformer: TransformerConfig, shapes: Any) -> dict[str, LowRankUpdate]:
+    """Read what the adapters of PEFT folders add to the kernels of a transformer.
 
     Args:
         folders: PEFT folders. Their updates are added up.
-        decoder: The decoder: its family and its number of layers.
+        transformer: The transformer: its family and its number of layers.
         shapes: Tree of the shapes of the model's parameters.
 
     Returns:
@@ -32,7 +32,7 @@ def read_kernel_updates(folders: Iterable[Path], decoder: DecoderConfig, shapes:
     flat_shapes = flatten_dict(shapes)
     updates: dict[str, LowRankUpdate] = {}
     for folder in folders:
-        lora, adapters = read_adapters(folder, decoder)
+        lora, adapters = read_adapters(folder, transformer)
         flat = flatten_dict(adapters)
         for path in (path[:-1] for path in flat if path[-1] == "lora_a"):
             a, b = flat[*path, "lora_a"], np.float32(lora.scale) * flat[*path, "lora_b"]

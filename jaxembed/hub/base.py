@@ -18,7 +18,7 @@ from jaxembed.files import exists
 from jaxembed.formats.tokenizer_config import load_folder_tokenizer
 from jaxembed.formats.weights import LowRankUpdate, find_part_files, load_params
 from jaxembed.hub.adapters import read_kernel_updates
-from jaxembed.model.families import DecoderConfig
+from jaxembed.model.families import TransformerConfig
 
 log = logging.getLogger("jaxembed")
 
@@ -27,19 +27,19 @@ MAX_TOKENIZER_TEXTS = 200_000  # training texts that a new tokenizer is trained 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Base(abc.ABC):
-    """A decoder to start from, and how its texts become vectors.
+    """A transformer to start from, and how its texts become vectors.
 
     Attributes:
         name: Name that the user gave.
-        hf_config: Hugging Face config of the decoder.
-        decoder: The decoder that `hf_config` describes.
+        hf_config: Hugging Face config of the transformer.
+        transformer: The transformer that `hf_config` describes.
         spec: How texts become vectors.
         has_weights: Whether the base has weights. A model without them starts from random parameters.
     """
 
     name: str
     hf_config: Mapping[str, Any]
-    decoder: DecoderConfig
+    transformer: TransformerConfig
     spec: EmbeddingSpec
     has_weights: ClassVar[bool]
 
@@ -57,7 +57,7 @@ class Base(abc.ABC):
 
     @abc.abstractmethod
     def load(self, shapes: Any, shardings: Any) -> dict[str, Any]:
-        """Load the parts of a model (decoder, pooling, projection) that the base has weights of.
+        """Load the parts of a model (transformer, pooling, projection) that the base has weights of.
 
         Args:
             shapes: Tree of `jax.ShapeDtypeStruct` of the parts to load. Its dtypes are those of the result.
@@ -73,7 +73,7 @@ class Base(abc.ABC):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PresetBase(Base):
-    """A decoder of a known size with random weights. Its tokenizer is trained on the training texts."""
+    """A transformer of a known size with random weights. Its tokenizer is trained on the training texts."""
 
     has_weights: ClassVar[bool] = False
 
@@ -83,8 +83,8 @@ class PresetBase(Base):
 
     def tokenizer(self, texts: Iterable[str] = ()) -> Any:
         """Train a byte-level BPE tokenizer on the first `MAX_TOKENIZER_TEXTS` texts."""
-        log.info("training a tokenizer with %s entries on the training texts", f"{self.decoder.vocab_size:,}")
-        return train_tokenizer(islice(texts, MAX_TOKENIZER_TEXTS), self.decoder.vocab_size)
+        log.info("training a tokenizer with %s entries on the training texts", f"{self.transformer.vocab_size:,}")
+        return train_tokenizer(islice(texts, MAX_TOKENIZER_TEXTS), self.transformer.vocab_size)
 
     def load(self, shapes: Any, shardings: Any) -> dict[str, Any]:
         """Return no parts."""
@@ -119,7 +119,7 @@ class BaseWithWeights(Base):
 
     def load(self, shapes: Any, shardings: Any) -> dict[str, Any]:
         """Load the weights, with the adapters added before rounding."""
-        updates = read_kernel_updates(self.adapters, self.decoder, shapes)
+        updates = read_kernel_updates(self.adapters, self.transformer, shapes)
         return dict(self._load_weights(shapes, shardings, updates))
 
     def with_adapters(self, name: str, folder: Path, spec: EmbeddingSpec) -> Self:
@@ -156,7 +156,7 @@ class FolderBase(BaseWithWeights):
         add_weight_files(digest, self.folder)
 
     def _load_weights(self, shapes: Any, shardings: Any, updates: Mapping[str, LowRankUpdate]) -> Mapping[str, Any]:
-        return dict(load_params(self.folder, self.decoder, shapes, shardings, updates))
+        return dict(load_params(self.folder, self.transformer, shapes, shardings, updates))
 
 
 def start_digest(hf_config: Mapping[str, Any]) -> Any:

@@ -28,9 +28,9 @@ from jaxembed.hub.resolve import find_base_with_weights, find_run
 from jaxembed.hub.restore import RestoredRun
 from jaxembed.hub.spec_files import log_default_spec
 from jaxembed.hub.text_tokenizer import build_text_tokenizer, check_texts
-from jaxembed.model.decoder import ComputeOptions
 from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.model.parameters import replace_layers, shapes_and_shardings, stack_layers
+from jaxembed.model.transformer import ComputeOptions
 from jaxembed.training.run_dir import BASE_RECORD_FILE
 
 TEXTS_PER_WINDOW = 4096  # texts that are tokenized and packed together
@@ -53,7 +53,7 @@ class Embedder:
         params: Its parameters, on the devices of `mesh`.
         tokenizer: Its tokenizer.
         mesh: The devices.
-        hf_config: Hugging Face config of its decoder.
+        hf_config: Hugging Face config of its transformer.
         revision: Names its weights in messages, such as RUN-STEP.
         weights_hash: SHA-256 of its weights; empty if they have no files.
     """
@@ -89,7 +89,7 @@ class Embedder:
             model: Run directory, exported, PEFT or Hugging Face folder, or hub id.
             dtype: Dtype of the computation: float32 or bfloat16.
             checkpoint: Checkpoint of a run: best (on its held-out sets), last, or a step.
-            layers: Keep only this many of the first decoder layers (early exit). Default: all.
+            layers: Keep only this many of the first layers (early exit). Default: all.
             adapter: Name of the adapter to use, for a run that has several.
             mesh: Devices for texts and parameters (`make_mesh`). Default: all devices, each with all parameters.
 
@@ -138,7 +138,7 @@ class Embedder:
         return dataclasses.replace(self, model=self.model.clone(spec=spec), tokenizer=tokenizer, _apply=None)
 
     def first_layers(self, count: int) -> Embedder:
-        """Return the model cut to its first decoder layers, followed by the final norm. It can be exported.
+        """Return the model cut to its first layers, followed by the final norm. It can be exported.
 
         Args:
             count: Number of layers.
@@ -146,17 +146,19 @@ class Embedder:
         Raises:
             UserError: The model does not have so many layers.
         """
-        decoder = self.model.decoder
-        if not 0 < count <= decoder.layers:
-            raise UserError(f"layers: {count} is out of range (this model has {decoder.layers}). Choose 1 to {decoder.layers}.")
+        transformer = self.model.transformer
+        if not 0 < count <= transformer.layers:
+            raise UserError(
+                f"layers: {count} is out of range (this model has {transformer.layers}). Choose 1 to {transformer.layers}."
+            )
         hf_config = dict(self.hf_config) | {"num_hidden_layers": count}
         if hf_config.get("layer_types"):
             hf_config["layer_types"] = hf_config["layer_types"][:count]
-        cut_decoder = dataclasses.replace(decoder, layers=count, windows=decoder.windows[:count])
+        cut_transformer = dataclasses.replace(transformer, layers=count, windows=transformer.windows[:count])
         first_layers = jax.tree.map(lambda x: x[:count], self.params["decoder"]["layers"])
         return dataclasses.replace(
             self,
-            model=self.model.clone(decoder=cut_decoder),
+            model=self.model.clone(transformer=cut_transformer),
             params=replace_layers(self.params, first_layers),
             hf_config=hf_config,
             revision=f"{self.revision}-{count}-layers",
@@ -376,7 +378,7 @@ def load_embedder(base: Base, spec: EmbeddingSpec, compute: ComputeOptions, mesh
     Raises:
         UserError: The base lacks weights that the spec needs.
     """
-    model = EmbeddingModel(base.decoder, spec, compute)
+    model = EmbeddingModel(base.transformer, spec, compute)
     shapes, shardings = shapes_and_shardings(model, mesh)
     params = base.load(shapes, shardings)
     if missing := shapes.keys() - params.keys():

@@ -103,7 +103,7 @@ def export(embedder: Embedder, out: Path, dtype: str, card: Card, onnx: OnnxWeig
         # Add our own files, and move the folder to its place.
         write_spec(folder, embedder.spec)
         write_probe_file(folder, probes, vectors)
-        served = ServedModel(embedder.spec, embedder.model.decoder, dtype, has_onnx=onnx is not None)
+        served = ServedModel(embedder.spec, embedder.model.transformer, dtype, has_onnx=onnx is not None)
         measured = format_precision(report.dtypes, report.onnx)
         (folder / "README.md").write_text(format_model_card(served, card, parity.error, measured), encoding="utf-8")
         move_into_place(folder, out)
@@ -131,7 +131,7 @@ def _check_folder(
     Raises:
         UserError: The vectors differ.
     """
-    folder, sides = scratch / "float32", list_padding_sides(embedder.model.decoder)
+    folder, sides = scratch / "float32", list_padding_sides(embedder.model.transformer)
     vectors_per_padding_side = np.tile(vectors, (len(sides), 1))
     torch_vectors = encode_probes_torch(folder, embedder.spec, probes, sides=sides)
     parity = compare_vectors(vectors_per_padding_side, torch_vectors, FLOAT32_TOLERANCE)

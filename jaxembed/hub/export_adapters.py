@@ -18,7 +18,7 @@ from jaxembed.hub.resolve import find_run
 from jaxembed.hub.restore import RestoredRun
 from jaxembed.hub.scratch import move_into_place, open_scratch_folder
 from jaxembed.hub.spec_files import write_spec
-from jaxembed.model.decoder import ComputeOptions
+from jaxembed.model.transformer import ComputeOptions
 
 log = logging.getLogger("jaxembed")
 
@@ -86,7 +86,7 @@ def export_adapters(run_dir: Path, out: Path, checkpoint: str) -> Parity:
 
 def _write_adapter(folder: Path, run: RestoredRun, lora: LoraConfig) -> None:
     spec, base_name = run.model.spec, run.base.trained_from
-    write_adapters(folder, run.trained, lora, base_name, run.model.decoder.family)
+    write_adapters(folder, run.trained, lora, base_name, run.model.transformer.family)
     run.build_tokenizer().hf_tokenizer.save_pretrained(folder)
     write_spec(folder, spec)
     (folder / "README.md").write_text(format_adapter_card(spec, base_name), encoding="utf-8")

@@ -38,7 +38,7 @@ def export_nv_embed(embedder: Embedder, out: Path, dtype: str) -> Parity:
     with open_scratch_folder(out) as scratch:
         folder = scratch / "nv-embed"
         folder.mkdir()
-        config = build_nv_embed_config(build_hf_config(embedder, dtype), embedder.spec, embedder.model.decoder.width)
+        config = build_nv_embed_config(build_hf_config(embedder, dtype), embedder.spec, embedder.model.transformer.width)
         _check_representable(config, embedder, out)
         write_json(folder / "config.json", config)
         save_params(folder / "model.safetensors", embedder.params, TENSOR_PREFIXES, dtype_converter(dtype))
@@ -60,13 +60,13 @@ def _check_representable(config: dict[str, object], embedder: Embedder, out: Pat
     Raises:
         UserError: It does not.
     """
-    decoder, spec = embedder.model.decoder, embedder.spec
-    spec_of_config = read_nv_embed_spec(config, decoder, str(out))
+    transformer, spec = embedder.model.transformer, embedder.spec
+    spec_of_config = read_nv_embed_spec(config, transformer, str(out))
     differing = [
         f"{key} {getattr(spec, key)!r}"
         for key, value in vars(spec_of_config).items()
         if key not in UNCHECKED_FIELDS and value != getattr(spec, key)
     ]
-    if differing or decoder.family != "mistral":
-        problem = ", ".join(differing) or f"a {decoder.family} decoder"
+    if differing or transformer.family != "mistral":
+        problem = ", ".join(differing) or f"a {transformer.family} decoder"
         raise UserError(f"{out}: not written, because NV-Embed's layout cannot represent this model ({problem}).")

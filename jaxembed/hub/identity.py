@@ -15,7 +15,7 @@ DIGEST_CHARS = 16
 
 
 def compute_model_digest(embedder: Embedder) -> str:
-    """Return a digest of a model's weights, decoder, spec, tokenizer, and dtype of computation.
+    """Return a digest of a model's weights, transformer, spec, tokenizer, and dtype of computation.
 
     Two models with equal digests give equal vectors. The name and the location of a model do not matter.
 
@@ -27,7 +27,7 @@ def compute_model_digest(embedder: Embedder) -> str:
     """
     identity = [
         embedder.weights_hash,
-        dataclasses.asdict(embedder.model.decoder),
+        dataclasses.asdict(embedder.model.transformer),
         embedder.spec.describe_vectors(),
         read_tokenizer_state(embedder.tokenizer.hf_tokenizer),
         np.dtype(embedder.model.compute.dtype).name,

@@ -97,16 +97,16 @@ def write_onnx(
         write_graph(model, PROBE_TEXTS[:2], path)
     except RuntimeError as error:  # of the exporter, for operations that it does not know
         raise UserError(
-            f"--onnx: torch cannot write the graph of {embedder.model.decoder.family} ({summarize(error)}). "
+            f"--onnx: torch cannot write the graph of {embedder.model.transformer.family} ({summarize(error)}). "
             "Export without --onnx."
         ) from None
     session = open_session(path)
     # A graph sees no prompt. Where instruction tokens are left out, only texts without a prompt have the model's vectors.
-    served = ServedModel(embedder.spec, embedder.model.decoder)
+    served = ServedModel(embedder.spec, embedder.model.transformer)
     plain_probes = {"": PROBE_TEXTS} if served.leaves_out_instructions else probes
     plain_vectors = vectors if plain_probes is probes else encode_probes(embedder, plain_probes)
     pooled = encode_probes_onnx(session, model.tokenizer, embedder, plain_probes)
-    sides = len(list_padding_sides(embedder.model.decoder))
+    sides = len(list_padding_sides(embedder.model.transformer))
     parity = compare_vectors(np.tile(plain_vectors, (sides, 1)), pooled, FLOAT32_TOLERANCE)
     check_graph(parity, "sentence_embedding")
     # sentence-transformers reads the token vectors, and pools them itself.
@@ -157,7 +157,7 @@ def encode_probes_onnx(session: Any, tokenizer: Any, embedder: Embedder, probes:
         Unit vectors [sides * N, D].
     """
     vectors = []
-    for side in list_padding_sides(embedder.model.decoder):
+    for side in list_padding_sides(embedder.model.transformer):
         tokenizer.padding_side = side
         for prompt, texts in probes.items():
             inputs = [prompt + text + embedder.spec.suffix(prompt) for text in texts]
@@ -169,11 +169,11 @@ def encode_probes_onnx(session: Any, tokenizer: Any, embedder: Embedder, probes:
 
 
 def _encode_with_graph(model: Any, session: Any, embedder: Embedder, probes: Mapping[str, list[str]]) -> np.ndarray:
-    """Encode the probes with sentence-transformers, on token vectors of the graph. The decoder of `model` is replaced."""
-    from jaxembed.formats.baked_graph import GraphDecoder
+    """Encode the probes with sentence-transformers, on token vectors of the graph. The transformer of `model` is replaced."""
+    from jaxembed.formats.baked_graph import GraphTransformer
 
-    model[0].model = GraphDecoder(session, model[0].auto_model.config)
-    return encode_probes_with(model, embedder.spec, probes, list_padding_sides(embedder.model.decoder))
+    model[0].model = GraphTransformer(session, model[0].auto_model.config)
+    return encode_probes_with(model, embedder.spec, probes, list_padding_sides(embedder.model.transformer))
 
 
 def measure_quality(vectors: np.ndarray, quantized: np.ndarray) -> QuantizedQuality:

@@ -15,7 +15,7 @@ from jaxembed.errors import UserError
 from jaxembed.files import exists, read_json_value
 from jaxembed.hub.embedder import Embedder
 from jaxembed.hub.torch_model import encode_torch, load_sentence_transformer
-from jaxembed.model.families import DecoderConfig
+from jaxembed.model.families import TransformerConfig
 
 PROBE_FILE = "probe.json"
 FLOAT32_TOLERANCE = 1e-4  # largest difference of a number of a unit vector
@@ -97,12 +97,12 @@ def encode_probes(embedder: Embedder, probes: Mapping[str, list[str]]) -> np.nda
     return np.concatenate([embedder.encode(texts, prompt=prompt) for prompt, texts in probes.items()])
 
 
-def list_padding_sides(decoder: DecoderConfig) -> tuple[str, ...]:
+def list_padding_sides(transformer: TransformerConfig) -> tuple[str, ...]:
     """Return the sides on which a stock folder may be padded.
 
     BERT counts positions from the start of a padded row. Where they follow the padding token, transformers leaves padding out.
     """
-    counts_padding = decoder.position_kind == "learned" and not decoder.position_offset
+    counts_padding = transformer.position_kind == "learned" and not transformer.position_offset
     return ("right",) if counts_padding else ("right", "left")
 
 

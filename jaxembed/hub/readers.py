@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.formats.stock_files import SERVED_POOLINGS
-from jaxembed.model.families import FAMILIES, DecoderConfig
+from jaxembed.model.families import FAMILIES, TransformerConfig
 from jaxembed.model.pooling import TRAINABLE_POOLINGS
 
 FOLDER = "PATH_OF_THIS_FOLDER"
@@ -38,30 +38,30 @@ class ServedModel:
 
     Attributes:
         spec: How texts become vectors.
-        decoder: The decoder.
+        transformer: The transformer.
         dtype: Dtype of the weights.
         has_onnx: Whether the folder has an ONNX graph of the whole model, onnx/model.onnx.
     """
 
     spec: EmbeddingSpec
-    decoder: DecoderConfig
+    transformer: TransformerConfig
     dtype: str = "float32"
     has_onnx: bool = False
 
     @property
     def is_encoder(self) -> bool:
         """Whether the family is bidirectional by itself."""
-        return FAMILIES[self.decoder.family].is_encoder
+        return FAMILIES[self.transformer.family].is_encoder
 
     @property
     def rope_type(self) -> str:
         """The kind of rotary scaling; "default" for none."""
-        return str(dict(self.decoder.rope_scaling).get("rope_type", "default"))
+        return str(dict(self.transformer.rope_scaling).get("rope_type", "default"))
 
     @property
     def has_window(self) -> bool:
         """Whether a sliding window is shorter than the texts."""
-        return any(window is not None and window < self.spec.max_length for window in self.decoder.windows)
+        return any(window is not None and window < self.spec.max_length for window in self.transformer.windows)
 
     @property
     def leaves_out_instructions(self) -> bool:
@@ -110,7 +110,7 @@ def is_bidirectional_decoder(model: ServedModel) -> bool:
 
 def has_new_mask(model: ServedModel) -> bool:
     """Return whether the mask is one that transformers before 5.2 ignores."""
-    return is_bidirectional_decoder(model) and FAMILIES[model.decoder.family].bidirectional_since == "5.2"
+    return is_bidirectional_decoder(model) and FAMILIES[model.transformer.family].bidirectional_since == "5.2"
 
 
 def has_own_weights(model: ServedModel) -> bool:
@@ -125,18 +125,18 @@ def has_unserved_pooling(model: ServedModel) -> bool:
 
 def runs_on_tei_cpus(model: ServedModel) -> bool:
     """Return whether TEI computes the model on CPUs, in float32."""
-    return model.decoder.family in ("qwen3", "gemma3_text") or model.is_encoder or model.has_onnx
+    return model.transformer.family in ("qwen3", "gemma3_text") or model.is_encoder or model.has_onnx
 
 
 def has_ignored_head_width(model: ServedModel) -> bool:
     """Return whether the head width is not what TEI computes for this family."""
-    decoder = model.decoder
-    return decoder.family in ("mistral", "llama") and decoder.head_width * decoder.heads != decoder.width
+    transformer = model.transformer
+    return transformer.family in ("mistral", "llama") and transformer.head_width * transformer.heads != transformer.width
 
 
 def has_ignored_bias(model: ServedModel) -> bool:
     """Return whether the attention has biases that TEI leaves out for this family."""
-    return model.decoder.out_bias and model.decoder.family in ("qwen3", "llama")
+    return model.transformer.out_bias and model.transformer.family in ("qwen3", "llama")
 
 
 TORCH_SENTENCE_TRANSFORMERS = ("sentence-transformers 6", "sentence-transformers 5", "sentence-transformers 3, 4")
@@ -195,20 +195,20 @@ RULES = (
         "runs this family on NVIDIA GPUs alone, in float16", False,
     ),
     Rule(
-        lambda model: model.rope_type != "default" and model.decoder.family == "llama", ("TEI",), Status.REFUSED,
+        lambda model: model.rope_type != "default" and model.transformer.family == "llama", ("TEI",), Status.REFUSED,
         "has no RoPE scaling for this family",
     ),
     Rule(
-        lambda model: model.rope_type != "default" and model.decoder.family.startswith("qwen"), ("TEI",), Status.DIFFERENT,
+        lambda model: model.rope_type != "default" and model.transformer.family.startswith("qwen"), ("TEI",), Status.DIFFERENT,
         "leaves out the RoPE scaling ({rope})",
     ),
     Rule(
-        lambda model: model.rope_type == "linear" and model.decoder.family == "mistral", ("TEI",), Status.DIFFERENT,
+        lambda model: model.rope_type == "linear" and model.transformer.family == "mistral", ("TEI",), Status.DIFFERENT,
         "computes another RoPE scaling than linear",
     ),
     Rule(lambda model: model.rope_type == "llama3", ("llama.cpp",), Status.REFUSED, "has no such RoPE scaling (llama3)"),
     Rule(
-        lambda model: model.decoder.family not in COMPARED_FAMILIES, SERVERS, Status.CONDITIONAL,
+        lambda model: model.transformer.family not in COMPARED_FAMILIES, SERVERS, Status.CONDITIONAL,
         "if it has this family, which was not compared", False,
     ),
     Rule(
@@ -216,15 +216,15 @@ RULES = (
         "if it computes this RoPE scaling (yarn) alike, which was not compared",
     ),
     Rule(
-        lambda model: model.has_window and model.decoder.family in COMPARED_FAMILIES, ("llama.cpp",), Status.DIFFERENT,
+        lambda model: model.has_window and model.transformer.family in COMPARED_FAMILIES, ("llama.cpp",), Status.DIFFERENT,
         "computes no sliding window",
     ),
     Rule(
-        lambda model: any(model.decoder.windows) and model.decoder.family.startswith("qwen"), ("TEI",), Status.REFUSED,
+        lambda model: any(model.transformer.windows) and model.transformer.family.startswith("qwen"), ("TEI",), Status.REFUSED,
         "has no sliding windows for this family",
     ),
     Rule(
-        lambda model: model.has_window and model.decoder.family == "mistral", ("TEI",), Status.DIFFERENT,
+        lambda model: model.has_window and model.transformer.family == "mistral", ("TEI",), Status.DIFFERENT,
         "computes another sliding window",
     ),
     Rule(has_ignored_head_width, ("TEI",), Status.REFUSED, "expects heads of hidden_size / num_attention_heads numbers"),

@@ -10,7 +10,7 @@ from jaxembed.config.fields import Fields
 from jaxembed.config.sections import parse_section
 from jaxembed.errors import UserError
 from jaxembed.files import exists, read_json
-from jaxembed.formats.nv_embed import read_decoder_config
+from jaxembed.formats.nv_embed import read_transformer_config
 from jaxembed.formats.peft_config import ADAPTER_CONFIG_FILE, is_peft_folder, read_base_name
 from jaxembed.formats.published import find_first_stage_adapters
 from jaxembed.hub.base import Base, BaseWithWeights, FolderBase, PresetBase
@@ -75,13 +75,13 @@ def find_run(name: str, run_dir: Path, checkpoint: str = "best") -> RunBase:
     where = str(run_dir / BASE_RECORD_FILE)
     record = Fields(read_run_file(read_json, run_dir / BASE_RECORD_FILE, "train again"), where)
     hf_config = record.mapping("config")
-    decoder = parse_hf_config(hf_config, f"{where}: config")
-    spec = read_folder_spec(str(run_dir), run_dir, hf_config, decoder)
+    transformer = parse_hf_config(hf_config, f"{where}: config")
+    spec = read_folder_spec(str(run_dir), run_dir, hf_config, transformer)
     lora = record.mapping("lora", {})
     return RunBase(
         name=name,
         hf_config=hf_config,
-        decoder=decoder,
+        transformer=transformer,
         spec=spec,
         weights_name=name,
         run_dir=run_dir,
@@ -115,9 +115,9 @@ def _find_frozen_base(record: Fields) -> Base:
 
 def _find_preset(name: str) -> PresetBase:
     config = find_preset(name.removeprefix(PRESET_PREFIX))
-    hf_config = read_decoder_config(config, name)
-    decoder = parse_hf_config(hf_config, name)
-    return PresetBase(name=name, hf_config=hf_config, decoder=decoder, spec=make_preset_spec(name, config, decoder))
+    hf_config = read_transformer_config(config, name)
+    transformer = parse_hf_config(hf_config, name)
+    return PresetBase(name=name, hf_config=hf_config, transformer=transformer, spec=make_preset_spec(name, config, transformer))
 
 
 def _find_base_with_weights(name: str, visited: tuple[Path, ...]) -> BaseWithWeights:
@@ -154,14 +154,14 @@ def _find_adapted_base(name: str, folder: Path, visited: tuple[Path, ...]) -> Ba
         base = _find_base_with_weights(base_name, (*visited, folder.resolve()))
     except UserError as error:
         raise UserError(f"the base of the adapters in {folder}: {error}") from None
-    spec = read_adapter_spec(name, folder, base.decoder, base.spec, base.weights_name)
+    spec = read_adapter_spec(name, folder, base.transformer, base.spec, base.weights_name)
     return base.with_adapters(name, folder, spec)
 
 
 def _find_model_folder(name: str, folder: Path) -> FolderBase:
     config_path = folder / "config.json"
     config = read_json(config_path)
-    hf_config = read_decoder_config(config, str(config_path))
-    decoder = parse_hf_config(hf_config, str(config_path))
-    spec = read_folder_spec(name, folder, config, decoder)
-    return FolderBase(name=name, hf_config=hf_config, decoder=decoder, spec=spec, weights_name=name, folder=folder)
+    hf_config = read_transformer_config(config, str(config_path))
+    transformer = parse_hf_config(hf_config, str(config_path))
+    spec = read_folder_spec(name, folder, config, transformer)
+    return FolderBase(name=name, hf_config=hf_config, transformer=transformer, spec=spec, weights_name=name, folder=folder)

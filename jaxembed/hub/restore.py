@@ -18,10 +18,10 @@ from jaxembed.files import read_bytes
 from jaxembed.formats.weights import LowRankUpdate, place_params, to_tensors
 from jaxembed.hub.base import Base, BaseWithWeights
 from jaxembed.hub.text_tokenizer import build_text_tokenizer
-from jaxembed.model.decoder import ComputeOptions
 from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.model.lora import join_params, merge_adapters, pick_adapter, split_params, stack_shapes
 from jaxembed.model.parameters import attach_shardings, shapes_and_shardings
+from jaxembed.model.transformer import ComputeOptions
 from jaxembed.training.checkpoint import Checkpoints, params_digest
 from jaxembed.training.run_dir import BASE_RECORD_FILE, read_run_file
 
@@ -61,7 +61,7 @@ class RunBase(BaseWithWeights):
         lora = self.lora
         if lora is not None and base_dtype is not None:
             lora = lora.replace(base_dtype=base_dtype)
-        model = EmbeddingModel(self.decoder, self.trained_spec, compute, lora)
+        model = EmbeddingModel(self.transformer, self.trained_spec, compute, lora)
         shapes, shardings = shapes_and_shardings(model, mesh)
         trained = self._restore_trained(model, shapes, shardings)
         frozen = {}
@@ -91,8 +91,8 @@ class RunBase(BaseWithWeights):
         mesh = jax.tree.leaves(shardings)[0].mesh
         _, params = self.restore(ComputeOptions(), mesh).select_adapter(None).merge_adapters()
         error_prefix = f"{self.run_dir}: its weights do not fit the requested model"
-        tensors = to_tensors(params, self.decoder.family)
-        return dict(place_params(tensors, error_prefix, self.decoder, shapes, shardings, updates))
+        tensors = to_tensors(params, self.transformer.family)
+        return dict(place_params(tensors, error_prefix, self.transformer, shapes, shardings, updates))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from jaxembed.hub.torch_model import encode_torch, load_sentence_transformer
 NARROW_DTYPES = ("bfloat16", "float16")
 MIN_SAFE_COSINE = 0.99
 MAX_CHECKED_CHARS = 1000  # of a text
-DECODER_PREFIX = "0.model."  # of the names of the decoder's layers in sentence-transformers
+DECODER_PREFIX = "0.model."  # of the names of the transformer's layers in sentence-transformers
 CODE_TEXTS = [
     "def merge_intervals(intervals: list[tuple[int, int]]) -> list[tuple[int, int]]:\n"
     '    """Merge overlapping intervals."""\n'

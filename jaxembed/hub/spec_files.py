@@ -16,7 +16,7 @@ from jaxembed.files import exists, read_json, write_json
 from jaxembed.formats.nv_embed import is_nv_embed, read_nv_embed_spec
 from jaxembed.formats.published import PUBLISHED_LAYOUTS, PublishedLayout, find_published_layout
 from jaxembed.formats.sentence_transformers import MODULES_FILE, read_sentence_transformers_spec
-from jaxembed.model.families import DecoderConfig
+from jaxembed.model.families import TransformerConfig
 from jaxembed.training.run_dir import read_run_file
 
 log = logging.getLogger("jaxembed")
@@ -52,15 +52,15 @@ def read_recorded_spec(run_dir: Path) -> EmbeddingSpec | None:
     return read_run_file(lambda path: parse_spec(read_json(path), str(path)), path) if exists(path) else None
 
 
-def make_preset_spec(name: str, config: Mapping[str, Any], decoder: DecoderConfig) -> EmbeddingSpec:
+def make_preset_spec(name: str, config: Mapping[str, Any], transformer: TransformerConfig) -> EmbeddingSpec:
     """Return the spec of a preset: that of the published model whose name it has, otherwise our defaults."""
     if is_nv_embed(config):
-        return read_nv_embed_spec(config, decoder, f"{name}: config.json")
+        return read_nv_embed_spec(config, transformer, f"{name}: config.json")
     layout = find_published_layout(name, None, config)
-    return _apply_layout(EmbeddingSpec(), layout, name, None, str(config.get("_name_or_path")), decoder)
+    return _apply_layout(EmbeddingSpec(), layout, name, None, str(config.get("_name_or_path")), transformer)
 
 
-def read_folder_spec(name: str, folder: Path, config: Mapping[str, Any], decoder: DecoderConfig) -> EmbeddingSpec:
+def read_folder_spec(name: str, folder: Path, config: Mapping[str, Any], transformer: TransformerConfig) -> EmbeddingSpec:
     """Read the spec of a model folder.
 
     The first of these that exists decides: jaxembed.json, NV-Embed's config, a published layout (with the prompts of
@@ -70,7 +70,7 @@ def read_folder_spec(name: str, folder: Path, config: Mapping[str, Any], decoder
         name: Name that the user gave. Published models are recognized by it.
         folder: Folder of the model.
         config: Content of the folder's config.json.
-        decoder: The decoder that `config` describes.
+        transformer: The transformer that `config` describes.
 
     Raises:
         UserError: A file is invalid, or the folder needs Python code of its own.
@@ -78,7 +78,7 @@ def read_folder_spec(name: str, folder: Path, config: Mapping[str, Any], decoder
     if (folder / SPEC_FILE).is_file():
         return parse_spec(read_json(folder / SPEC_FILE), str(folder / SPEC_FILE))
     if is_nv_embed(config):
-        return read_nv_embed_spec(config, decoder, f"{name}: config.json")
+        return read_nv_embed_spec(config, transformer, f"{name}: config.json")
     layout = find_published_layout(name, folder, config)
     if layout is None and not exists(folder / MODULES_FILE) and "auto_map" in config:
         supported = ", ".join(layout.title for layout in PUBLISHED_LAYOUTS)
@@ -89,10 +89,10 @@ def read_folder_spec(name: str, folder: Path, config: Mapping[str, Any], decoder
         )
     if layout is None and "auto_map" in config:
         log_once(
-            f"{folder}: config.json names Python code (auto_map), which is not run: it is read as a stock {decoder.family}"
+            f"{folder}: config.json names Python code (auto_map), which is not run: it is read as a stock {transformer.family}"
         )
-    spec = _read_listed_modules(EmbeddingSpec(), folder, config, decoder)
-    return _apply_layout(spec, layout, name, folder, str(config.get("_name_or_path")), decoder)
+    spec = _read_listed_modules(EmbeddingSpec(), folder, config, transformer)
+    return _apply_layout(spec, layout, name, folder, str(config.get("_name_or_path")), transformer)
 
 
 def describes_vectors(folder: Path) -> bool:
@@ -112,14 +112,14 @@ def log_default_spec(folder: Path, spec: EmbeddingSpec) -> None:
 
 
 def read_adapter_spec(
-    name: str, folder: Path, decoder: DecoderConfig, base_spec: EmbeddingSpec, weights_name: str
+    name: str, folder: Path, transformer: TransformerConfig, base_spec: EmbeddingSpec, weights_name: str
 ) -> EmbeddingSpec:
     """Read the spec of a PEFT folder, as `read_folder_spec` does. Without files of its own it has the spec of its base.
 
     Args:
         name: Name that the user gave.
         folder: The PEFT folder.
-        decoder: The decoder of the base.
+        transformer: The transformer of the base.
         base_spec: The spec of the base.
         weights_name: Name of the model under all adapters.
     """
@@ -127,24 +127,26 @@ def read_adapter_spec(
         return parse_spec(read_json(folder / SPEC_FILE), str(folder / SPEC_FILE))
     config = read_json(folder / "config.json") if exists(folder / "config.json") else {}
     layout = find_published_layout(name, folder, config)
-    _log_ignored_code(folder, config, layout, decoder)
-    spec = _read_listed_modules(base_spec, folder, config, decoder)
-    return _apply_layout(spec, layout, name, folder, weights_name, decoder)
+    _log_ignored_code(folder, config, layout, transformer)
+    spec = _read_listed_modules(base_spec, folder, config, transformer)
+    return _apply_layout(spec, layout, name, folder, weights_name, transformer)
 
 
-def _log_ignored_code(folder: Path, config: Mapping[str, Any], layout: PublishedLayout | None, decoder: DecoderConfig) -> None:
+def _log_ignored_code(
+    folder: Path, config: Mapping[str, Any], layout: PublishedLayout | None, transformer: TransformerConfig
+) -> None:
     """Log once that a folder of no known layout names Python code, which is not run."""
     if layout is None and "auto_map" in config:
         log_once(
-            f"{folder}: config.json names Python code (auto_map), which is not run: it is read as a stock {decoder.family}"
+            f"{folder}: config.json names Python code (auto_map), which is not run: it is read as a stock {transformer.family}"
         )
 
 
 def _read_listed_modules(
-    default: EmbeddingSpec, folder: Path, config: Mapping[str, Any], decoder: DecoderConfig
+    default: EmbeddingSpec, folder: Path, config: Mapping[str, Any], transformer: TransformerConfig
 ) -> EmbeddingSpec:
     """Return the spec of sentence-transformers' files, or `default` if the folder has no modules.json."""
-    return read_sentence_transformers_spec(folder, config, decoder) if exists(folder / MODULES_FILE) else default
+    return read_sentence_transformers_spec(folder, config, transformer) if exists(folder / MODULES_FILE) else default
 
 
 def _apply_layout(
@@ -153,11 +155,11 @@ def _apply_layout(
     name: str,
     folder: Path | None,
     weights_name: str,
-    decoder: DecoderConfig,
+    transformer: TransformerConfig,
 ) -> EmbeddingSpec:
     """Return the spec with the choices of a published layout, if there is one. Prompts of the files remain."""
     if layout is not None:
         log.info("%s: read as %s", name, layout.title)
         choices = layout.read_spec_choices(folder, weights_name)
         spec = spec.replace(**{**choices, "prompts": {**choices["prompts"], **spec.prompts}})
-    return spec.replace(max_length=min(spec.max_length, decoder.max_positions))
+    return spec.replace(max_length=min(spec.max_length, transformer.max_positions))

@@ -71,7 +71,7 @@ def write_stock_folder(embedder: Embedder, folder: Path, dtype: str) -> None:
     folder.mkdir()
     # What transformers loads.
     write_json(folder / "config.json", build_hf_config(embedder, dtype))
-    family = embedder.model.decoder.family
+    family = embedder.model.transformer.family
     save_params(folder / "model.safetensors", embedder.params, {"decoder": ""}, dtype_converter(dtype), family)
     _write_tokenizer(folder, embedder)
     # What sentence-transformers adds.
@@ -82,7 +82,7 @@ def write_stock_folder(embedder: Embedder, folder: Path, dtype: str) -> None:
 
 def _write_modules(folder: Path, embedder: Embedder, convert: Convert) -> None:
     """Write modules.json, and the folder of each module with its config and its weights."""
-    spec, width = embedder.spec, embedder.model.decoder.width
+    spec, width = embedder.spec, embedder.model.transformer.width
     modules = stock_files.build_module_list(spec)
     write_json(folder / MODULES_FILE, modules)
     configs: dict[str, dict[str, Any]] = {
@@ -105,7 +105,7 @@ def _write_modules(folder: Path, embedder: Embedder, convert: Convert) -> None:
 
 def _list_dense_modules(embedder: Embedder) -> list[tuple[dict[str, Any], Any]]:
     """Return the config of each Dense module, and its parameters as those of a model with a single projection."""
-    configs = stock_files.build_dense_configs(embedder.spec, embedder.model.decoder.width)
+    configs = stock_files.build_dense_configs(embedder.spec, embedder.model.transformer.width)
     if not configs:
         return []
     hidden = [f"hidden_{i}" for i in range(len(configs) - 1)]
@@ -122,7 +122,7 @@ def dtype_converter(dtype: str) -> Convert:
 
 
 def build_hf_config(embedder: Embedder, dtype: str) -> dict[str, Any]:
-    """Return config.json of the exported decoder. Fields that the base leaves out have the defaults of transformers.
+    """Return config.json of the exported transformer. Fields that the base leaves out have the defaults of transformers.
 
     Args:
         embedder: The model.
@@ -132,7 +132,7 @@ def build_hf_config(embedder: Embedder, dtype: str) -> dict[str, Any]:
 
     complete: Mapping[str, Any] = json.loads(AutoConfig.for_model(**embedder.hf_config).to_json_string())
     tokenizer = embedder.tokenizer.hf_tokenizer
-    return stock_files.build_config(complete, embedder.spec, embedder.model.decoder, tokenizer, dtype)
+    return stock_files.build_config(complete, embedder.spec, embedder.model.transformer, tokenizer, dtype)
 
 
 def _write_tokenizer(folder: Path, embedder: Embedder) -> None:
@@ -145,16 +145,16 @@ def _write_tokenizer(folder: Path, embedder: Embedder) -> None:
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.save_pretrained(folder)
-    path, decoder = folder / TOKENIZER_CONFIG_FILE, embedder.model.decoder
+    path, transformer = folder / TOKENIZER_CONFIG_FILE, embedder.model.transformer
     adds_bos, adds_eos = starts_with_bos(tokenizer), ends_with_eos(tokenizer)
-    write_json(path, stock_files.build_tokenizer_config(read_json(path), spec, decoder, adds_bos, adds_eos))
+    write_json(path, stock_files.build_tokenizer_config(read_json(path), spec, transformer, adds_bos, adds_eos))
 
 
 def _build_token_pooling_config(embedder: Embedder) -> dict[str, Any]:
     """Return the config of our own module, which holds the weights of a pooling."""
     spec = embedder.spec
     return {
-        "width": embedder.model.decoder.width,
+        "width": embedder.model.transformer.width,
         "kind": spec.pooling,
         "latent_count": spec.latents,
         "heads": spec.pooling_heads,

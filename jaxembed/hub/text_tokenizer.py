@@ -28,14 +28,14 @@ def build_text_tokenizer(hf_tokenizer: Any, spec: EmbeddingSpec, base: Base) -> 
     """
     # The ids may have gaps, so the largest one counts, not their number.
     token, largest_id = max(hf_tokenizer.get_vocab().items(), key=lambda entry: entry[1], default=("", -1))
-    if largest_id >= base.decoder.vocab_size:
+    if largest_id >= base.transformer.vocab_size:
         raise UserError(
             f"{base.name}: the tokenizer does not fit the weights ({len(hf_tokenizer)} entries, {token!r} with the id "
-            f"{largest_id}; the embedding has {base.decoder.vocab_size}). Use the tokenizer that belongs to the weights."
+            f"{largest_id}; the embedding has {base.transformer.vocab_size}). Use the tokenizer that belongs to the weights."
         )
-    if spec.max_length > base.decoder.max_positions:
+    if spec.max_length > base.transformer.max_positions:
         raise UserError(
-            f"data.max_length: {spec.max_length} is too long ({base.name} has {base.decoder.max_positions} positions). "
+            f"data.max_length: {spec.max_length} is too long ({base.name} has {base.transformer.max_positions} positions). "
             "Lower it."
         )
     if spec.append_eos:

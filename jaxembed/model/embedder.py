@@ -1,4 +1,4 @@
-"""Decoder plus pooling: maps packed texts to one vector per text."""
+"""Transformer plus pooling: maps packed texts to one vector per text."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from jaxembed.config import LoraConfig
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.data.packing import PackedTexts
 from jaxembed.errors import UserError
-from jaxembed.model.decoder import ComputeOptions, Decoder
-from jaxembed.model.families import FAMILIES, DecoderConfig
+from jaxembed.model.families import FAMILIES, TransformerConfig
 from jaxembed.model.layers import Linear, l2_normalize
 from jaxembed.model.masks import MASKS, TokenInfo
 from jaxembed.model.pooling import make_pooling, make_segment_mask
+from jaxembed.model.transformer import ComputeOptions, Transformer
 
 # Fields of the spec that only tokenization reads: the compiled program does not depend on them.
 TEXT_FIELDS = (
@@ -55,13 +55,13 @@ class EmbeddingModel(nn.Module):
     The vectors of absent texts are zeros, or the projection of zeros.
 
     Attributes:
-        decoder: Sizes of the decoder.
+        transformer: Sizes of the transformer.
         spec: How texts become vectors: mask, pooling, projection, normalization.
-        compute: How the decoder is executed.
-        lora: Adapters of the decoder, if any.
+        compute: How the transformer is executed.
+        lora: Adapters of the transformer, if any.
     """
 
-    decoder: DecoderConfig
+    transformer: TransformerConfig
     spec: EmbeddingSpec
     compute: ComputeOptions = ComputeOptions()
     lora: LoraConfig | None = None
@@ -69,7 +69,7 @@ class EmbeddingModel(nn.Module):
     @property
     def width(self) -> int:
         """The width of the vectors."""
-        return self.spec.projection or self.decoder.width
+        return self.spec.projection or self.transformer.width
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -91,10 +91,12 @@ class EmbeddingModel(nn.Module):
 
         Args:
             texts: The texts.
-            hidden: Hidden states of their tokens, if the decoder has run already.
+            hidden: Hidden states of their tokens, if the transformer has run already.
         """
         if hidden is None:
-            hidden = Decoder(self.decoder, MASKS[self.spec.attention], self.compute, self.lora, name="decoder")(texts)
+            mask = MASKS[self.spec.attention]
+            # Checkpoints hold the parameters of every transformer under "decoder", also those of encoders.
+            hidden = Transformer(self.transformer, mask, self.compute, self.lora, name="decoder")(texts)
         pool_mask = (texts.segment_ids > 0) if self.spec.include_instruction else texts.pool_mask
         segment_mask = make_segment_mask(texts.segment_ids, pool_mask, texts.segments)
         pooling = make_pooling(self.spec.pooling, self.spec.latents, self.spec.pooling_heads, name="pooling")
@@ -122,14 +124,14 @@ def infer_parameter_shapes(model: EmbeddingModel) -> Any:
     A run needs the tree in several places, but traces the model for it once. Do not change the tree in place.
 
     Raises:
-        UserError: The number of pooling heads does not divide the width of the decoder, or an encoder has another mask.
+        UserError: The number of pooling heads does not divide the width of the transformer, or an encoder has another mask.
     """
-    if FAMILIES[model.decoder.family].is_encoder and model.spec.attention != "bidirectional":
+    if FAMILIES[model.transformer.family].is_encoder and model.spec.attention != "bidirectional":
         raise UserError(
-            f"model.attention: {model.decoder.family} is an encoder (found {model.spec.attention}; expected bidirectional). "
-            "Remove the key, or use a decoder."
+            f"model.attention: {model.transformer.family} is an encoder (found {model.spec.attention}; expected "
+            "bidirectional). Remove the key, or use a decoder."
         )
-    heads, width = model.spec.pooling_heads, model.decoder.width
+    heads, width = model.spec.pooling_heads, model.transformer.width
     if model.spec.pooling in ("latent_attention_paper", "self_attention") and width % heads:
         raise UserError(
             f"model.pooling.heads: {model.spec.pooling} cannot split the model's width {width} into heads "

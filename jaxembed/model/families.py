@@ -14,7 +14,7 @@ from jaxembed.model.masks import CAUSAL, Mask
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoderConfig:
+class TransformerConfig:
     """Sizes and options of a transformer, read from a Hugging Face config by `hf_config.parse_hf_config`.
 
     Attributes:
@@ -113,7 +113,7 @@ class Family:
         window: When a configured sliding window is used: "always", "never", if `use_sliding_window` is set ("switched"), or in
             all layers but one of each group ("grouped"). `keys["layer_group"]` names the field with the size of a group.
         full_layer: Index, within a group, of the layer without a window.
-        options: Fields of `DecoderConfig` that are the same for all models of the family.
+        options: Fields of `TransformerConfig` that are the same for all models of the family.
         keys: Names of config fields by their names in Llama configs, where they differ.
         defaults: Defaults of config fields in transformers, where they depend on the family.
         refused: Fields of its configs that change vectors, as in `FieldList.refused`.

@@ -1,4 +1,4 @@
-"""Parse the config.json of a Hugging Face model into a `DecoderConfig`. Every field is read, harmless, or refused."""
+"""Parse the config.json of a Hugging Face model into a `TransformerConfig`. Every field is read, harmless, or refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from jaxembed.config.field_lists import FieldList, log_once
 from jaxembed.config.fields import Fields
 from jaxembed.errors import UserError
-from jaxembed.model.families import FAMILIES, DecoderConfig, Family
+from jaxembed.model.families import FAMILIES, Family, TransformerConfig
 
 # How each field of a config.json is handled; see `FieldList`.
 CONFIG_FIELDS = FieldList(
@@ -99,7 +99,7 @@ MAX_LAYERS = MAX_HEADS = MAX_HEAD_WIDTH = 2**12
 MAX_WIDTH = MAX_VOCAB_SIZE = 2**24
 
 
-def parse_hf_config(config: Mapping[str, Any], where: str) -> DecoderConfig:
+def parse_hf_config(config: Mapping[str, Any], where: str) -> TransformerConfig:
     """Return the sizes and options of a transformer, read from a Hugging Face config.
 
     Args:
@@ -135,7 +135,7 @@ def parse_hf_config(config: Mapping[str, Any], where: str) -> DecoderConfig:
         **_read_positions(config, family, where),
         **_read_scales(config, family, where),
     }
-    return DecoderConfig(**{**read, **family.options})
+    return TransformerConfig(**{**read, **family.options})
 
 
 def get_config_fields(family: Family) -> FieldList:
@@ -144,7 +144,7 @@ def get_config_fields(family: Family) -> FieldList:
 
 
 def _read_scales(config: Mapping[str, Any], family: Family, where: str) -> dict[str, float]:
-    """Return the `DecoderConfig` fields for the scales of embeddings and attention scores, which only Gemma sets."""
+    """Return the `TransformerConfig` fields for the scales of embeddings and attention scores, which only Gemma sets."""
     if "query_pre_attn_scalar" not in family.defaults:
         return {}
     fields = Fields(config, where)
@@ -164,7 +164,7 @@ def _read_activation(config: Mapping[str, Any], family: Family, where: str) -> s
 
 
 def _read_positions(config: Mapping[str, Any], family: Family, where: str) -> dict[str, Any]:
-    """Return the `DecoderConfig` fields for positions and token types."""
+    """Return the `TransformerConfig` fields for positions and token types."""
     fields = Fields(config, where)
     positions = fields.integer("max_position_embeddings")
     if family.options.get("position_kind") != "learned":

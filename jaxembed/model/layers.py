@@ -136,7 +136,7 @@ class LayerNorm(nn.Module):
 
 
 def make_norm(kind: str, epsilon: float, dtype: Any, name: str) -> nn.Module:
-    """Build the norm of a kind (`DecoderConfig.norm`).
+    """Build the norm of a kind (`TransformerConfig.norm`).
 
     Args:
         kind: "rms", "rms_offset" (the scale is stored as its difference from 1), "layer", or "layer_unbiased".

@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxembed.config import LoraConfig
 from jaxembed.errors import UserError
-from jaxembed.model.families import DecoderConfig
+from jaxembed.model.families import TransformerConfig
 from jaxembed.model.quantization import dequantize
 
 # Projections that may have adapters: their names in PEFT, and in our parameter tree.
@@ -38,15 +38,15 @@ def has_adapter(lora: LoraConfig | None, projection: str | None) -> bool:
     return lora is not None and projection in {TARGET_PROJECTIONS[target] for target in lora.targets}
 
 
-def check_targets_exist(lora: LoraConfig | None, decoder: DecoderConfig) -> None:
-    """Check that a decoder has projections for adapters. Targets that it lacks are left out, such as the gate of BERT.
+def check_targets_exist(lora: LoraConfig | None, transformer: TransformerConfig) -> None:
+    """Check that a transformer has projections for adapters. Targets that it lacks are left out, such as the gate of BERT.
 
     Raises:
         UserError: It has none of the targets.
     """
-    if lora is not None and not decoder.gated_mlp and set(lora.targets) == {"gate_proj"}:
+    if lora is not None and not transformer.gated_mlp and set(lora.targets) == {"gate_proj"}:
         raise UserError(
-            f"model.lora.targets: {decoder.family} has no gate_proj (expected some of "
+            f"model.lora.targets: {transformer.family} has no gate_proj (expected some of "
             f"{', '.join(target for target in TARGET_PROJECTIONS if target != 'gate_proj')}). Choose others."
         )
 
@@ -70,7 +70,7 @@ def select_embedding_dtype(lora: LoraConfig | None) -> jnp.dtype:
 def split_params(params: Any) -> tuple[Any, Any]:
     """Split a tree of parameters into (trained, frozen).
 
-    Without adapters everything is trained. With adapters the decoder's own parameters are frozen.
+    Without adapters everything is trained. With adapters the transformer's own parameters are frozen.
     """
     flat = flatten_dict(params)
     if not any(path[-1] in ADAPTER_PARAMS for path in flat):

@@ -19,7 +19,7 @@ def shapes_and_shardings(model: EmbeddingModel, mesh: Mesh) -> tuple[Any, Any]:
     Raises:
         UserError: The sizes of the mesh do not divide those of the model.
     """
-    table = logical_axis_table(mesh, model.decoder.axis_sizes)
+    table = logical_axis_table(mesh, model.transformer.axis_sizes)
     with jax.set_mesh(None):  # under the mesh of a run that loads another model, Flax would look for the logical axes in it
         boxed = infer_parameter_shapes(model)
         shapes = nn.unbox(boxed)
@@ -32,7 +32,7 @@ def attach_shardings(shapes: Any, shardings: Any) -> Any:
 
 
 def replace_layers(params: Any, layers: Any) -> Any:
-    """Return parameters with other decoder layers."""
+    """Return parameters with other transformer layers."""
     return {**params, "decoder": {**params["decoder"], "layers": layers}}
 
 

@@ -12,8 +12,8 @@ from jaxembed.errors import UserError
 from jaxembed.files import exists
 from jaxembed.hub.base import Base
 from jaxembed.hub.resolve import find_base, find_run
-from jaxembed.model.decoder import ComputeOptions
 from jaxembed.model.embedder import EmbeddingModel, infer_parameter_shapes
+from jaxembed.model.transformer import ComputeOptions
 from jaxembed.training.run_dir import BASE_RECORD_FILE
 
 BYTES_PER_PARAMETER = 4  # float32, as Table 3 of the survey (Cao 2024, arXiv:2406.01607) counts memory
@@ -51,6 +51,6 @@ def read_model_facts(path: str) -> ModelFacts | None:
         base: Base = find_run(path, Path(path), "last") if exists(Path(path) / BASE_RECORD_FILE) else find_base(path)
     except UserError:  # scores may outlive their model
         return None
-    model = EmbeddingModel(base.decoder, base.spec, ComputeOptions())
+    model = EmbeddingModel(base.transformer, base.spec, ComputeOptions())
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(infer_parameter_shapes(model)))
     return ModelFacts(parameters, model.width, base.spec.max_length, base.spec.pooling, base.spec.attention)

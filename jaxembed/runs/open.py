@@ -34,9 +34,9 @@ from jaxembed.hub.resolve import find_base
 from jaxembed.hub.spec_files import read_recorded_spec
 from jaxembed.hub.text_tokenizer import build_text_tokenizer
 from jaxembed.losses.objectives import Objectives
-from jaxembed.model.decoder import ComputeOptions
 from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.model.lora import check_targets_exist
+from jaxembed.model.transformer import ComputeOptions
 from jaxembed.search.bm25 import check_bm25_installed
 from jaxembed.training.loggers import check_loggers_installed
 from jaxembed.training.run_dir import check_run_dir, create_run_dir, read_run_file
@@ -113,12 +113,12 @@ def open_run(config: Config, mesh: Mesh, lock: RunLock | None = None) -> OpenedR
         check_loggers_installed(config.train.loggers)
     # Base, mesh, and model: no data is read.
     base = find_base(config.model.base)
-    logical_axis_table(mesh, base.decoder.axis_sizes)
+    logical_axis_table(mesh, base.transformer.axis_sizes)
     if config.model.lora is not None and not base.has_weights:
         raise UserError(f"model.lora: {base.name} has no weights to adapt. Name a base that has weights, or remove model.lora.")
-    check_targets_exist(config.model.lora, base.decoder)
+    check_targets_exist(config.model.lora, base.transformer)
     spec = _resolve_spec(config, base, None if lock is None else read_recorded_spec(Path(config.run.dir)))
-    model = EmbeddingModel(base.decoder, spec, _build_compute_options(config), config.model.lora)
+    model = EmbeddingModel(base.transformer, spec, _build_compute_options(config), config.model.lora)
     shards = all_shards(shard_count(mesh)) if lock is None else local_shards(mesh)
     for index, stage in enumerate(config.stages):
         _check_stage(stage, model, shards.count, config.key_prefix(index))

@@ -140,4 +140,4 @@ def _make_mfu_meter(run: OpenedRun, state: TrainState) -> MfuMeter | None:
     if peak is None:
         return None
     adapters = len(run.model.adapters)
-    return make_mfu_meter(run.model.decoder, state.params, state.frozen, adapters, peak * run.mesh.size)
+    return make_mfu_meter(run.model.transformer, state.params, state.frozen, adapters, peak * run.mesh.size)

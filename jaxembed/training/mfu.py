@@ -22,7 +22,7 @@ import jax
 from flax.traverse_util import flatten_dict
 
 from jaxembed.devices.chips import find_chip
-from jaxembed.model.families import DecoderConfig
+from jaxembed.model.families import TransformerConfig
 from jaxembed.model.lora import ADAPTER_PARAMS
 
 
@@ -45,18 +45,18 @@ class MfuMeter:
         return (self.token_flops * tokens + self.pair_flops * pairs) / (seconds * self.peak_flops)
 
 
-def make_mfu_meter(decoder: DecoderConfig, trained: Any, frozen: Any, adapters: int, peak_flops: float) -> MfuMeter:
+def make_mfu_meter(transformer: TransformerConfig, trained: Any, frozen: Any, adapters: int, peak_flops: float) -> MfuMeter:
     """Build the meter of a model.
 
     Args:
-        decoder: Shape of the decoder.
+        transformer: Shape of the transformer.
         trained: The trained parameters, or their shapes.
         frozen: The frozen parameters, or their shapes.
         adapters: Number of adapters that are stacked in `trained`; 0 for none.
         peak_flops: FLOP/s of all devices together.
     """
     token_flops = 6 * count_kernel_weights(trained, adapters) + 4 * count_kernel_weights(frozen)
-    return MfuMeter(token_flops, 12 * decoder.head_width * decoder.heads * decoder.layers, peak_flops)
+    return MfuMeter(token_flops, 12 * transformer.head_width * transformer.heads * transformer.layers, peak_flops)
 
 
 def count_kernel_weights(params: Any, adapters: int = 0) -> int:

@@ -15,7 +15,7 @@ from jaxembed.hub.base import BaseWithWeights
 from jaxembed.hub.embedder import load_embedder
 from jaxembed.hub.parity import MIN_COSINE, PROBE_FILE, Probe, read_probe_file
 from jaxembed.hub.resolve import find_base_with_weights
-from jaxembed.model.decoder import ComputeOptions
+from jaxembed.model.transformer import ComputeOptions
 from jaxembed.verification.diagnosis import (
     HALF_DTYPES,
     Diagnosis,

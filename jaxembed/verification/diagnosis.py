@@ -1,8 +1,8 @@
 """Find out what a server does differently from its folder, by trying variants of the model in JAX.
 
-A variant is a decoder (mask, positions), a tokenization, and what follows the decoder (pooling, projection). The decoder runs
-once for each decoder and tokenization; all poolings are computed from its hidden states. The fewest differences that give the
-vectors of the server are the diagnosis.
+A variant is a transformer (mask, positions), a tokenization, and what follows the transformer (pooling, projection). The
+transformer runs once for each of its variants and each tokenization; all poolings are computed from its hidden states. The
+fewest differences that give the vectors of the server are the diagnosis.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from jaxembed.devices.cpu import compiler_options
 from jaxembed.devices.processes import progress_bar
 from jaxembed.hub.embedder import Apply, Embedder
 from jaxembed.hub.parity import Probe
-from jaxembed.model.decoder import Decoder
 from jaxembed.model.masks import MASKS
 from jaxembed.model.parameters import stack_layers
+from jaxembed.model.transformer import Transformer
 from jaxembed.verification.variants import (
     Change,
     Changes,
-    DecoderVariant,
     PoolVariant,
     TokenVariant,
+    TransformerVariant,
     iter_truncation_variants,
-    list_decoder_variants,
     list_pool_variants,
     list_token_variants,
+    list_transformer_variants,
 )
 
 TEXTS_PER_PROMPT, MAX_SHORT_TEXTS = 4, 24  # texts that all variants are tried on
@@ -71,7 +71,7 @@ class Diagnosis:
 class _Candidate:
     """A variant, and the cosines between its vectors and those of the server on some texts."""
 
-    decoder: DecoderVariant
+    transformer: TransformerVariant
     tokens: TokenVariant
     pool_index: int
     changes: Changes
@@ -89,25 +89,25 @@ class _Candidate:
 
 
 class VariantEncoder:
-    """Computes the vectors of probe texts under variants. Each pass of the decoder is computed once.
+    """Computes the vectors of probe texts under variants. Each pass of the transformer is computed once.
 
     Attributes:
         embedder: The model.
         probes: N probe texts.
         width: Width of the vectors; longer ones are cut.
         dim: Width that the server was asked for. None: the model's.
-        decoders, tokenizations, pools: The variants. The first of each is the model's own.
+        transformers, tokenizations, pools: The variants. The first of each is the model's own.
     """
 
     def __init__(self, embedder: Embedder, probes: Sequence[Probe], width: int, dim: int | None = None):
         self.embedder, self.probes, self.width = embedder, probes, width
-        self.decoders = list_decoder_variants(embedder)
+        self.transformers = list_transformer_variants(embedder)
         self.tokenizations = list_token_variants(embedder)
         self.pools = list_pool_variants(embedder, width, dim)
-        self._programs: dict[DecoderVariant, Apply] = {}
+        self._programs: dict[TransformerVariant, Apply] = {}
         self._half_precision: dict[tuple[str, tuple[int, ...]], np.ndarray] = {}
         self._truncations: dict[tuple[TokenVariant, int, tuple[int, ...]], list[TokenVariant]] = {}
-        self._vectors: dict[tuple[DecoderVariant, TokenVariant, tuple[int, ...]], np.ndarray] = {}
+        self._vectors: dict[tuple[TransformerVariant, TokenVariant, tuple[int, ...]], np.ndarray] = {}
 
     @functools.cached_property
     def input_lengths(self) -> np.ndarray:
@@ -122,22 +122,22 @@ class VariantEncoder:
         groups = [[i for i in shortest_first if self.probes[i].prompt == prompt][:TEXTS_PER_PROMPT] for prompt in prompts]
         return sorted(itertools.chain.from_iterable(groups[: MAX_SHORT_TEXTS // TEXTS_PER_PROMPT]))
 
-    def encode(self, decoder: DecoderVariant, tokens: TokenVariant, indices: Sequence[int]) -> np.ndarray:
+    def encode(self, transformer: TransformerVariant, tokens: TokenVariant, indices: Sequence[int]) -> np.ndarray:
         """Return the unit vectors of n texts under every variant of `pools`, float32 [n, P, W]."""
-        key = decoder, tokens, tuple(indices)
+        key = transformer, tokens, tuple(indices)
         if key not in self._vectors:
-            self._vectors[key] = self._compute(self._program(decoder), tokens, indices)
+            self._vectors[key] = self._compute(self._program(transformer), tokens, indices)
         return self._vectors[key]
 
     def encode_unchanged(self, indices: Sequence[int]) -> np.ndarray:
         """Return the unit vectors of n texts without differences, float32 [n, W]."""
-        return self.encode(self.decoders[0], self.tokenizations[0], indices)[:, 0]
+        return self.encode(self.transformers[0], self.tokenizations[0], indices)[:, 0]
 
     def encode_in_half_precision(self, dtype: str, indices: Sequence[int]) -> np.ndarray:
         """Return the unit vectors of n texts, computed without differences in a dtype, float32 [n, W]."""
         key = dtype, tuple(indices)
         if key not in self._half_precision:
-            program = self._compile(self.decoders[0], self.pools[:1], dtype)
+            program = self._compile(self.transformers[0], self.pools[:1], dtype)
             self._half_precision[key] = self._compute(program, self.tokenizations[0], indices)[:, 0]
         return self._half_precision[key]
 
@@ -145,7 +145,7 @@ class VariantEncoder:
         """Return a tokenization with other truncations of n texts (`iter_truncation_variants`)."""
         key = base, int(self.input_lengths[list(indices)].max()), tuple(server_lengths)
         if key not in self._truncations:
-            max_positions = self.embedder.model.decoder.max_positions
+            max_positions = self.embedder.model.transformer.max_positions
             self._truncations[key] = list(iter_truncation_variants(base, key[1], max_positions, server_lengths))
         return self._truncations[key]
 
@@ -156,20 +156,20 @@ class VariantEncoder:
         vectors = embedder.apply_to_texts(texts, prompts, program, few_shapes=True)
         return to_unit_vectors(vectors)
 
-    def _program(self, decoder: DecoderVariant) -> Apply:
-        if decoder not in self._programs:
-            self._programs[decoder] = self._compile(decoder, self.pools, self.embedder.model.compute.dtype)
-        return self._programs[decoder]
+    def _program(self, transformer: TransformerVariant) -> Apply:
+        if transformer not in self._programs:
+            self._programs[transformer] = self._compile(transformer, self.pools, self.embedder.model.compute.dtype)
+        return self._programs[transformer]
 
-    def _compile(self, variant: DecoderVariant, pools: Sequence[PoolVariant], dtype: Any) -> Apply:
-        """Return a program from packed texts to the vectors [R, S, P, W] of variants after one pass of the decoder."""
+    def _compile(self, variant: TransformerVariant, pools: Sequence[PoolVariant], dtype: Any) -> Apply:
+        """Return a program from packed texts to the vectors [R, S, P, W] of variants after one pass of the transformer."""
         compute = dataclasses.replace(self.embedder.model.compute, dtype=jnp.dtype(dtype))
-        model = self.embedder.model.clone(decoder=variant.decoder, compute=compute)
-        decoder, width = Decoder(variant.decoder, MASKS[variant.attention], compute), self.width
+        model = self.embedder.model.clone(transformer=variant.transformer, compute=compute)
+        transformer, width = Transformer(variant.transformer, MASKS[variant.attention], compute), self.width
 
         def apply(params: Any, packed: PackedTexts) -> jax.Array:
             params = stack_layers(params)
-            hidden = decoder.apply({"params": params["decoder"]}, packed)
+            hidden = transformer.apply({"params": params["decoder"]}, packed)
             each = [model.clone(spec=pool.spec).apply({"params": params}, packed, hidden)[..., :width] for pool in pools]
             return jnp.stack(each, axis=2)
 
@@ -224,8 +224,8 @@ class _Search:
         return Diagnosis(matches, max(self.candidates, key=lambda candidate: candidate.cosine).to_match())
 
     def _search(self, min_cosine: float) -> list[Match]:
-        """Try single differences of a pass of the decoder, then truncations, then pairs."""
-        passes = list(itertools.product(self.encoder.decoders, self.encoder.tokenizations))
+        """Try single differences of a pass of the transformer, then truncations, then pairs."""
+        passes = list(itertools.product(self.encoder.transformers, self.encoder.tokenizations))
         self._try_passes([both for both in passes if _count_changes(both) <= 1])
         matched = _select_fewest_changes(self.candidates, min_cosine)
         if matched and len(matched[0].changes) <= 1:
@@ -237,14 +237,14 @@ class _Search:
         self._try_passes([both for both in passes if _count_changes(both) > 1])
         return self._extend(_select_fewest_changes(self.candidates, min_cosine), min_cosine)
 
-    def _try_passes(self, passes: Sequence[tuple[DecoderVariant, TokenVariant]]) -> None:
+    def _try_passes(self, passes: Sequence[tuple[TransformerVariant, TokenVariant]]) -> None:
         """Add a candidate for each pass and each variant of what follows it, with the cosines on short texts."""
-        for decoder, tokens in progress_bar(passes, unit="variants", leave=False):
-            vectors = self.encoder.encode(decoder, tokens, self.short)
+        for transformer, tokens in progress_bar(passes, unit="variants", leave=False):
+            vectors = self.encoder.encode(transformer, tokens, self.short)
             cosines = np.einsum("npw,nw->pn", vectors, self.served[self.short])
             for p, pool in enumerate(self.encoder.pools):
-                changes = decoder.changes + tokens.changes + pool.changes
-                self.candidates.append(_Candidate(decoder, tokens, p, changes, cosines[p]))
+                changes = transformer.changes + tokens.changes + pool.changes
+                self.candidates.append(_Candidate(transformer, tokens, p, changes, cosines[p]))
 
     def _extend(self, matched: Sequence[_Candidate], min_cosine: float) -> list[Match]:
         """Return those matches on short texts that explain all texts, or else what the first one with a truncation explains."""
@@ -263,19 +263,19 @@ class _Search:
     def _iter_long_variants(self, base: _Candidate, failing: Sequence[int]) -> Iterable[_Candidate]:
         """Yield variants of a candidate that may differ on long texts alone: truncation, windows, rotary positions."""
         pool = self.encoder.pools[base.pool_index]
-        if not base.decoder.changes:
-            for decoder in self.encoder.decoders[1:]:
-                yield dataclasses.replace(base, decoder=decoder, changes=decoder.changes + base.changes)
+        if not base.transformer.changes:
+            for transformer in self.encoder.transformers[1:]:
+                yield dataclasses.replace(base, transformer=transformer, changes=transformer.changes + base.changes)
         for tokens in self.encoder.list_truncations(base.tokens, failing, self.server_lengths):
-            yield dataclasses.replace(base, tokens=tokens, changes=base.decoder.changes + tokens.changes + pool.changes)
+            yield dataclasses.replace(base, tokens=tokens, changes=base.transformer.changes + tokens.changes + pool.changes)
 
     def _measure(self, candidate: _Candidate, indices: Sequence[int]) -> _Candidate:
         """Return a candidate with its cosines on some texts."""
-        vectors = self.encoder.encode(candidate.decoder, candidate.tokens, indices)[:, candidate.pool_index]
+        vectors = self.encoder.encode(candidate.transformer, candidate.tokens, indices)[:, candidate.pool_index]
         return dataclasses.replace(candidate, cosines=np.sum(vectors * self.served[list(indices)], axis=-1))
 
 
-def _count_changes(both: tuple[DecoderVariant, TokenVariant]) -> int:
+def _count_changes(both: tuple[TransformerVariant, TokenVariant]) -> int:
     return sum(len(variant.changes) for variant in both)
 
 

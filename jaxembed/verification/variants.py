@@ -23,7 +23,7 @@ from jaxembed.data.tokenize import (
     starts_with_bos,
 )
 from jaxembed.hub.embedder import Embedder
-from jaxembed.model.families import DecoderConfig
+from jaxembed.model.families import TransformerConfig
 
 POOLINGS_OF_SERVERS: tuple[PoolingKind, ...] = ("mean", "last", "first", "max", "weighted_mean")
 DEFAULT_ROPE_THETA = 10_000.0
@@ -58,17 +58,17 @@ Rewrite = Callable[[str, str], tuple[str, str]]  # (prompt, text) -> (prompt, te
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoderVariant:
-    """A decoder and its mask."""
+class TransformerVariant:
+    """A transformer and its mask."""
 
     changes: Changes
-    decoder: DecoderConfig
+    transformer: TransformerConfig
     attention: AttentionKind
 
 
 @dataclasses.dataclass(frozen=True)
 class PoolVariant:
-    """What follows the decoder: pooling, the pooled tokens, and the projection, as a spec says."""
+    """What follows the transformer: pooling, the pooled tokens, and the projection, as a spec says."""
 
     changes: Changes
     spec: EmbeddingSpec
@@ -111,24 +111,29 @@ class LastTextTokensTokenizer(LastTokensTokenizer):
         return np.concatenate([ids[:1], ids[1 + count :]])
 
 
-def list_decoder_variants(embedder: Embedder) -> list[DecoderVariant]:
-    """Return the decoder of a model as it is, and with one difference each: mask, sliding windows, rotary positions."""
-    decoder, attention = embedder.model.decoder, embedder.spec.attention
-    variants = [DecoderVariant((), decoder, attention)]
+def list_transformer_variants(embedder: Embedder) -> list[TransformerVariant]:
+    """Return the transformer of a model as it is, and with one difference each: mask, sliding windows, rotary positions."""
+    transformer, attention = embedder.model.transformer, embedder.spec.attention
+    variants = [TransformerVariant((), transformer, attention)]
 
     def add(setting: str, served: str, expected: str, mask: AttentionKind = attention, **fields: object) -> None:
-        changed = dataclasses.replace(decoder, **fields)  # type: ignore[arg-type]
-        variants.append(DecoderVariant((Change(setting, served, expected),), changed, mask))
+        changed = dataclasses.replace(transformer, **fields)  # type: ignore[arg-type]
+        variants.append(TransformerVariant((Change(setting, served, expected),), changed, mask))
 
     other: AttentionKind = "bidirectional" if attention == "causal" else "causal"
     add("attention", other, attention, other)
-    if any(decoder.windows):
-        add("sliding window", "none", f"{next(filter(None, decoder.windows))} tokens", windows=(None,) * len(decoder.windows))
-    if decoder.rope_scaling:
-        kind = dict(decoder.rope_scaling).get("rope_type", "scaled")
+    if any(transformer.windows):
+        add(
+            "sliding window",
+            "none",
+            f"{next(filter(None, transformer.windows))} tokens",
+            windows=(None,) * len(transformer.windows),
+        )
+    if transformer.rope_scaling:
+        kind = dict(transformer.rope_scaling).get("rope_type", "scaled")
         add("RoPE scaling", "none", str(kind), rope_scaling=())
-    if decoder.rope_theta != DEFAULT_ROPE_THETA:
-        add("RoPE base", f"{DEFAULT_ROPE_THETA:g}", f"{decoder.rope_theta:g}", rope_theta=DEFAULT_ROPE_THETA)
+    if transformer.rope_theta != DEFAULT_ROPE_THETA:
+        add("RoPE base", f"{DEFAULT_ROPE_THETA:g}", f"{transformer.rope_theta:g}", rope_theta=DEFAULT_ROPE_THETA)
     return variants
 
 
@@ -142,13 +147,13 @@ def list_pool_variants(embedder: Embedder, width: int, dim: int | None = None) -
         width: Width of the server's vectors.
         dim: Width that the server was asked for. Default: the model's.
     """
-    spec, decoder_width = embedder.spec, embedder.model.decoder.width
+    spec, transformer_width = embedder.spec, embedder.model.transformer.width
     variants = []
     poolings = dict.fromkeys([spec.pooling, *POOLINGS_OF_SERVERS])
     projections = dict.fromkeys([spec.projection, 0])
     choices = itertools.product(projections, (spec.include_instruction, not spec.include_instruction), poolings)
     for projection, include_instruction, pooling in choices:
-        if (full_width := projection or decoder_width) < width:
+        if (full_width := projection or transformer_width) < width:
             continue
         changes = []
         if pooling != spec.pooling:
@@ -226,7 +231,7 @@ def iter_truncation_variants(
     Args:
         base: The tokenization.
         longest_input: Tokens of the longest input.
-        max_positions: Longest input of the decoder in tokens.
+        max_positions: Longest input of the transformer in tokens.
         server_lengths: Limits that the server states.
     """
     tokenizer, spec = base.tokenizer.hf_tokenizer, base.tokenizer.spec

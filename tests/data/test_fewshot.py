@@ -189,14 +189,14 @@ class TinyBgeEnIcl:
     """A tiny bge-en-icl: a causal Mistral with last-token pooling. The whole string is between BOS and EOS."""
 
     def __init__(self) -> None:
-        self.decoder, self.tokenizer = tiny.build_torch_model("mistral"), tiny.build_tokenizer(bos=True)
+        self.transformer, self.tokenizer = tiny.build_torch_model("mistral"), tiny.build_tokenizer(bos=True)
 
     def encode(self, strings: Sequence[str]) -> np.ndarray:
         vectors = []
         for string in strings:
             ids = [*self.tokenizer(string)["input_ids"], self.tokenizer.eos_token_id]
             with torch.no_grad():
-                last = self.decoder(torch.tensor([ids])).last_hidden_state[0, -1]
+                last = self.transformer(torch.tensor([ids])).last_hidden_state[0, -1]
             vectors.append(torch.nn.functional.normalize(last, dim=0).numpy())
         return np.stack(vectors)
 

@@ -31,7 +31,7 @@ from jaxembed.hub.export import export
 from jaxembed.hub.export_adapters import export_adapters
 from jaxembed.hub.resolve import find_base
 from jaxembed.hub.torch_model import encode_torch, load_sentence_transformer
-from jaxembed.model.decoder import ComputeOptions
+from jaxembed.model.transformer import ComputeOptions
 from jaxembed.runs.train import train
 
 pytestmark = pytest.mark.usefixtures("one_device")

@@ -26,7 +26,7 @@ from jaxembed.hub.export import export
 from jaxembed.hub.export_nv_embed import export_nv_embed
 from jaxembed.hub.resolve import find_base
 from jaxembed.hub.torch_model import encode_torch, load_sentence_transformer
-from jaxembed.model.decoder import ComputeOptions
+from jaxembed.model.transformer import ComputeOptions
 from jaxembed.runs.train import train
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -41,14 +41,14 @@ class TinyNVEmbed:
     """A tiny NV-Embed: bidirectional Mistral, latent attention with heads as wide as the model, masked mean."""
 
     def __init__(self) -> None:
-        self.decoder = tiny.build_torch_model("mistral", causal=False)
+        self.transformer = tiny.build_torch_model("mistral", causal=False)
         torch.manual_seed(1)
         self.latent = TokenPooling(32, "latent_attention", 6, 2)
         self.tokenizer = tiny.build_tokenizer(bos=True)
 
     def save(self, folder: Path) -> Path:
         folder.mkdir()
-        tensors = {f"embedding_model.{name}": x for name, x in self.decoder.state_dict().items()}
+        tensors = {f"embedding_model.{name}": x for name, x in self.transformer.state_dict().items()}
         tensors |= {f"latent_attention_model.{name}": x for name, x in self.latent.state_dict().items()}
         save_file(tensors, folder / "model.safetensors")
         self.tokenizer.save_pretrained(folder)
@@ -70,7 +70,7 @@ class TinyNVEmbed:
         for text in texts:
             ids = self.tokenizer(instruction + text + "</s>", truncation=True, max_length=MAX_POSITIONS)["input_ids"]
             with torch.no_grad():
-                hidden = self.decoder(torch.tensor([ids])).last_hidden_state
+                hidden = self.transformer(torch.tensor([ids])).last_hidden_state
                 mask = torch.ones(1, len(ids), dtype=torch.long)
                 tokens = self.latent({"token_embeddings": hidden, "attention_mask": mask})["token_embeddings"]
             vectors.append(torch.nn.functional.normalize(tokens[0, skipped_tokens:].mean(dim=0), dim=0).numpy())

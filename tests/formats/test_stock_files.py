@@ -135,8 +135,8 @@ def test_model_config_has_prompts_similarity_and_requirements() -> None:
 )
 def test_transformers_4_loads_the_tokenizer_of_causal_models_only(family: str, attention: str, expected: str) -> None:
     saved = {"tokenizer_class": "Qwen2Tokenizer" if family == "qwen2" else "LlamaTokenizer", "is_local": True, "errors": "x"}
-    spec, decoder = EmbeddingSpec(attention=attention), parse_hf_config({"model_type": family, **SIZES}, family)
-    config = stock_files.build_tokenizer_config(saved, spec, decoder, adds_bos=True, adds_eos=False)
+    spec, transformer = EmbeddingSpec(attention=attention), parse_hf_config({"model_type": family, **SIZES}, family)
+    config = stock_files.build_tokenizer_config(saved, spec, transformer, adds_bos=True, adds_eos=False)
     assert config == {"tokenizer_class": expected, "errors": "x", "add_bos_token": True, "add_eos_token": False}
 
 
@@ -151,5 +151,5 @@ def test_transformers_4_loads_the_tokenizer_of_causal_models_only(family: str, a
     ],
 )
 def test_the_tokenizer_of_an_encoder_has_a_class_that_all_versions_know(saved: str, expected: dict[str, Any]) -> None:
-    decoder = parse_hf_config({"model_type": "bert", **SIZES}, "bert")
-    assert stock_files.build_tokenizer_config({"tokenizer_class": saved}, EmbeddingSpec(), decoder, True, True) == expected
+    transformer = parse_hf_config({"model_type": "bert", **SIZES}, "bert")
+    assert stock_files.build_tokenizer_config({"tokenizer_class": saved}, EmbeddingSpec(), transformer, True, True) == expected

@@ -43,7 +43,7 @@ def read_tensors(folder: Path) -> Tensors:
     return load_file(folder / "model.safetensors")
 
 
-def load_decoder(folder: Path) -> Any:
+def load_transformer(folder: Path) -> Any:
     return load_model(folder, EmbeddingSpec())[1]["decoder"]
 
 
@@ -54,7 +54,10 @@ def are_equal(a: Any, b: Any) -> bool:
 
 @pytest.mark.parametrize("family", tiny.CONFIGS)
 def test_saved_tensors_equal_the_loaded_ones(base_folder: FolderFixture, tmp_path: Path, family: str) -> None:
-    params, family_name = {"decoder": load_decoder(base_folder(family))}, family.partition("-window")[0].partition("-mixed")[0]
+    params, family_name = (
+        {"decoder": load_transformer(base_folder(family))},
+        family.partition("-window")[0].partition("-mixed")[0],
+    )
     save_params(tmp_path / "model.safetensors", params, {"decoder": ""}, lambda x: x, family_name)
     original = {name: x for name, x in read_tensors(base_folder(family)).items() if not name.startswith("pooler.")}
     saved = read_tensors(tmp_path)
@@ -67,7 +70,7 @@ def test_saved_tensors_equal_the_loaded_ones(base_folder: FolderFixture, tmp_pat
 def test_save_params_converts_every_tensor(base_folder: FolderFixture, tmp_path: Path) -> None:
     save_params(
         tmp_path / "model.safetensors",
-        {"decoder": load_decoder(base_folder("qwen2"))},
+        {"decoder": load_transformer(base_folder("qwen2"))},
         {"decoder": ""},
         lambda x: x.astype(np.float16),
     )
@@ -75,7 +78,7 @@ def test_save_params_converts_every_tensor(base_folder: FolderFixture, tmp_path:
 
 
 def test_layers_are_stacked_in_order_and_kernels_are_transposed(base_folder: FolderFixture) -> None:
-    tensors, params = read_tensors(base_folder("qwen2")), load_decoder(base_folder("qwen2"))
+    tensors, params = read_tensors(base_folder("qwen2")), load_transformer(base_folder("qwen2"))
     for i in range(3):
         kernel = params["layers"]["attention"]["q"]["kernel"][i]
         assert np.array_equal(kernel, tensors[f"layers.{i}.self_attn.q_proj.weight"].T)
@@ -84,7 +87,7 @@ def test_layers_are_stacked_in_order_and_kernels_are_transposed(base_folder: Fol
 
 def test_every_common_file_layout_loads_the_same_parameters(base_folder: FolderFixture, tmp_path: Path) -> None:
     base = base_folder("qwen2")
-    tensors, expected = read_tensors(base), load_decoder(base)
+    tensors, expected = read_tensors(base), load_transformer(base)
     names = sorted(tensors)
     prefixed = {f"model.{name}": tensor for name, tensor in tensors.items()}
     unused = {"lm_head.weight": tensors["embed_tokens.weight"], "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4)}
@@ -95,7 +98,7 @@ def test_every_common_file_layout_loads_the_same_parameters(base_folder: FolderF
         write_model(tmp_path / "sharded", base, shards, index=True),
         tiny.write_folder(tmp_path / "causal", "qwen2", head=True),
     ]
-    assert all(are_equal(load_decoder(folder), expected) for folder in folders)
+    assert all(are_equal(load_transformer(folder), expected) for folder in folders)
 
 
 @pytest.mark.parametrize("head", ["score", "classifier", "qa_outputs"])
@@ -103,7 +106,7 @@ def test_other_heads_are_ignored(base_folder: FolderFixture, tmp_path: Path, hea
     tensors = read_tensors(base_folder("qwen2"))
     stored = tensors | {f"{head}.weight": np.ones((1, 32), np.float32), f"{head}.bias": np.ones(1, np.float32)}
     folder = write_model(tmp_path, base_folder("qwen2"), {"model.safetensors": stored})
-    assert are_equal(load_decoder(folder), load_decoder(base_folder("qwen2")))
+    assert are_equal(load_transformer(folder), load_transformer(base_folder("qwen2")))
 
 
 def test_a_stale_index_beside_a_single_file_is_not_read(base_folder: FolderFixture, tmp_path: Path) -> None:
@@ -111,17 +114,17 @@ def test_a_stale_index_beside_a_single_file_is_not_read(base_folder: FolderFixtu
     new = read_tensors(base_folder("qwen2"))
     old = {name: tensor * 2 for name, tensor in new.items()}
     write_model(tmp_path, base_folder("qwen2"), {"model-00001-of-00001.safetensors": old}, index=True)
-    assert not are_equal(load_decoder(tmp_path), load_decoder(base_folder("qwen2")))
+    assert not are_equal(load_transformer(tmp_path), load_transformer(base_folder("qwen2")))
     write_model(tmp_path, base_folder("qwen2"), {"model.safetensors": new})
-    assert are_equal(load_decoder(tmp_path), load_decoder(base_folder("qwen2")))
+    assert are_equal(load_transformer(tmp_path), load_transformer(base_folder("qwen2")))
     torch_model = transformers.AutoModel.from_pretrained(str(tmp_path))
     assert np.array_equal(torch_model.state_dict()["norm.weight"].numpy(), new["norm.weight"])
     (tmp_path / "model-00001-of-00001.safetensors").unlink()
-    assert are_equal(load_decoder(tmp_path), load_decoder(base_folder("qwen2")))
+    assert are_equal(load_transformer(tmp_path), load_transformer(base_folder("qwen2")))
 
 
 def test_weights_that_are_not_finite_are_not_written(base_folder: FolderFixture, tmp_path: Path) -> None:
-    params = {"decoder": load_decoder(base_folder("qwen2"))}
+    params = {"decoder": load_transformer(base_folder("qwen2"))}
     for number in (np.nan, np.inf):
         params["decoder"]["norm"]["scale"] = np.full(32, number, np.float32)
         with pytest.raises(UserError, match=r"^norm\.weight: these weights of the model are not finite"):
@@ -132,14 +135,14 @@ def test_weights_that_are_not_finite_are_not_written(base_folder: FolderFixture,
 def test_an_untied_language_model_head_is_ignored(base_folder: FolderFixture, tmp_path: Path) -> None:
     folder = tiny.write_folder(tmp_path, "mistral", head=True)
     assert "lm_head.weight" in read_tensors(folder)
-    assert are_equal(load_decoder(folder), load_decoder(base_folder("mistral")))
+    assert are_equal(load_transformer(folder), load_transformer(base_folder("mistral")))
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
 def test_other_float_dtypes_become_float32(base_folder: FolderFixture, tmp_path: Path, dtype: Any) -> None:
     base = base_folder("qwen2")
     stored = {name: tensor.astype(dtype) for name, tensor in read_tensors(base).items()}
-    params = load_decoder(write_model(tmp_path / "base", base, {"model.safetensors": stored}))
+    params = load_transformer(write_model(tmp_path / "base", base, {"model.safetensors": stored}))
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
     assert np.array_equal(params["embedding"], stored["embed_tokens.weight"].astype(np.float32))
 
@@ -151,7 +154,7 @@ def test_one_error_lists_every_tensor_that_does_not_match(base_folder: FolderFix
     tensors["other.weight"] = np.zeros((1, 32), np.float32)
     tensors["norm.weight"] = np.zeros(31, np.float32)
     with pytest.raises(UserError) as error:
-        load_decoder(write_model(tmp_path / "base", base, {"model.safetensors": tensors}))
+        load_transformer(write_model(tmp_path / "base", base, {"model.safetensors": tensors}))
     assert str(error.value) == (
         f"{tmp_path / 'base'}: the weights do not match config.json (missing: layers.1.mlp.up_proj.weight; "
         "unexpected: other.weight; misshapen: norm.weight (31,), expected (32,)). Use weights and a config of the same model."
@@ -170,22 +173,22 @@ def test_duplicate_tensors_are_refused(base_folder: FolderFixture, tmp_path: Pat
     else:
         files = {"model.safetensors": tensors | heads[0] | heads[1]}
         again = {"model.safetensors": files["model.safetensors"] | duplicate}
-    load_decoder(write_model(tmp_path / "base", base_folder("qwen2"), files, index))
+    load_transformer(write_model(tmp_path / "base", base_folder("qwen2"), files, index))
     with pytest.raises(UserError, match=r"base: duplicate tensors \((model.)?norm.weight in (b|model).safetensors\). Keep one"):
-        load_decoder(write_model(tmp_path / "base", base_folder("qwen2"), again, index))
+        load_transformer(write_model(tmp_path / "base", base_folder("qwen2"), again, index))
 
 
 def test_quantized_weights_are_refused(base_folder: FolderFixture, tmp_path: Path) -> None:
     tensors = read_tensors(base_folder("qwen2")) | {"norm.weight": np.ones(32, np.int8)}
     message = r"\(unsupported dtype: norm.weight I8, expected one of F64, F32, F16, BF16\)"
     with pytest.raises(UserError, match=message):
-        load_decoder(write_model(tmp_path / "base", base_folder("qwen2"), {"model.safetensors": tensors}))
+        load_transformer(write_model(tmp_path / "base", base_folder("qwen2"), {"model.safetensors": tensors}))
 
 
 def test_a_long_list_of_tensors_is_truncated(base_folder: FolderFixture, tmp_path: Path) -> None:
     only = {"norm.weight": read_tensors(base_folder("qwen2"))["norm.weight"]}
     with pytest.raises(UserError, match=r"missing: embed_tokens.weight, .* and 31 more\)"):
-        load_decoder(write_model(tmp_path / "base", base_folder("qwen2"), {"model.safetensors": only}))
+        load_transformer(write_model(tmp_path / "base", base_folder("qwen2"), {"model.safetensors": only}))
 
 
 @pytest.mark.parametrize("size", [0, 4, 1000, -10])
@@ -194,7 +197,7 @@ def test_a_truncated_file_is_refused(base_folder: FolderFixture, tmp_path: Path,
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(UserError, match=r"model.safetensors: not a complete safetensors file \(.*\). Download it again.$"):
-        load_decoder(folder)
+        load_transformer(folder)
 
 
 @pytest.mark.parametrize(
@@ -212,13 +215,13 @@ def test_missing_files_are_named(base_folder: FolderFixture, tmp_path: Path, ind
     if index is not None:
         (folder / "model.safetensors.index.json").write_text(index)
     with pytest.raises(UserError, match=message):
-        load_decoder(folder)
+        load_transformer(folder)
 
 
 def test_parameters_are_placed_on_every_device(base_folder: FolderFixture) -> None:
     _, params = load_model(base_folder("qwen2"), EmbeddingSpec(), devices=8)
     assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(params)} == {8}
-    assert are_equal(params["decoder"], load_decoder(base_folder("qwen2")))
+    assert are_equal(params["decoder"], load_transformer(base_folder("qwen2")))
 
 
 # Script of a child process, in which a thread samples the anonymous memory. RssAnon excludes pages of the mapped file.

@@ -20,9 +20,9 @@ from jaxembed.data.packing import PackedTexts, fill_rows, max_segments, pack_row
 from jaxembed.devices.mesh import logical_axis_table, make_mesh, param_shardings
 from jaxembed.devices.placement import put_batch
 from jaxembed.formats.weights import load_params
-from jaxembed.model.decoder import ComputeOptions
 from jaxembed.model.embedder import EmbeddingModel, infer_parameter_shapes, init_params
 from jaxembed.model.hf_config import parse_hf_config
+from jaxembed.model.transformer import ComputeOptions
 
 
 def load_model(

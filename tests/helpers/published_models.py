@@ -98,7 +98,7 @@ class Reference:
         torch.manual_seed(0)
         self.dense = torch.nn.Linear(tiny.SIZES["hidden_size"], self.published.dense) if self.published.dense else None
         family = self.published.family
-        self.decoder = tiny.build_torch_model(family, causal=self.published.causal)
+        self.transformer = tiny.build_torch_model(family, causal=self.published.causal)
         self.tokenizer = tiny.build_tokenizer(bos=True) if family.startswith("mistral") else tiny.build_qwen_tokenizer()
         if name.startswith("Qwen3"):  # its tokenizer.json ends texts with a token that is not its EOS
             self.tokenizer.backend_tokenizer.post_processor = make_end_processor(self.tokenizer, "<|endoftext|>")
@@ -107,7 +107,7 @@ class Reference:
 
     def _save(self) -> None:
         p, folder = self.published, self.folder
-        self.decoder.save_pretrained(folder)
+        self.transformer.save_pretrained(folder)
         self.tokenizer.model_max_length = MAX_LENGTH
         self.tokenizer.save_pretrained(folder)
         edit_json(folder / "tokenizer_config.json", {"add_eos_token": True} if p.eos else {})
@@ -145,7 +145,7 @@ class Reference:
         for text in texts:
             ids = self.tokenizer(prompt + text, truncation=True, max_length=limit)["input_ids"] + end
             with torch.no_grad():
-                hidden = self.decoder(torch.tensor([ids])).last_hidden_state[0]
+                hidden = self.transformer(torch.tensor([ids])).last_hidden_state[0]
                 pooled = hidden[-1] if p.pooling == "lasttoken" else hidden[skipped:].mean(dim=0)
                 pooled = self.dense(pooled) if self.dense is not None else pooled
             vectors.append(torch.nn.functional.normalize(pooled, dim=0).numpy())

@@ -45,8 +45,8 @@ BASE_SIZES = tiny.SIZES | {"hidden_size": 544, "num_hidden_layers": 1, "max_posi
 def write_base(folder: Path) -> Path:
     """Write a base that is wide and has one layer."""
     torch.manual_seed(0)
-    decoder_config = transformers.Qwen3Config(**BASE_SIZES, head_dim=16)
-    transformers.AutoModel.from_config(decoder_config).save_pretrained(folder)
+    transformer_config = transformers.Qwen3Config(**BASE_SIZES, head_dim=16)
+    transformers.AutoModel.from_config(transformer_config).save_pretrained(folder)
     tiny.build_tokenizer().save_pretrained(folder)
     return folder
 

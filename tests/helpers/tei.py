@@ -101,7 +101,7 @@ def start(folder: Path, image: Image, pooling: str | None = None) -> Service:
         if _read(folder / "tokenizer_config.json").get("padding_side", "right") not in ("left", "right"):
             raise Refusal("tokenizer_config.json: padding_side")
         return Service(**shared, pooling="graph")
-    return Service(**shared, pooling=pooling, dense=read_dense(folder), **_read_decoder(folder, config, image))
+    return Service(**shared, pooling=pooling, dense=read_dense(folder), **_read_transformer(folder, config, image))
 
 
 def check_fields(config: Mapping[str, Any], fields: Fields, where: str) -> None:
@@ -170,7 +170,7 @@ def read_dense(folder: Path) -> tuple[str, ...]:
     return paths
 
 
-def _read_decoder(folder: Path, config: Mapping[str, Any], image: Image) -> dict[str, Any]:
+def _read_transformer(folder: Path, config: Mapping[str, Any], image: Image) -> dict[str, Any]:
     """Return the mask, window, RoPE scaling and ignored biases of candle's decoder (backends/candle/src).
 
     Raises:

@@ -23,12 +23,12 @@ from jaxembed.data.packing import PackedTexts
 from jaxembed.devices.mesh import make_mesh
 from jaxembed.devices.placement import batch_sharding, replicated_sharding
 from jaxembed.losses.objectives import Objectives
-from jaxembed.model.decoder import ComputeOptions
 from jaxembed.model.embedder import EmbeddingModel, infer_parameter_shapes
 from jaxembed.model.hf_config import parse_hf_config
 from jaxembed.model.kernels import pick_kernel
 from jaxembed.model.masks import MASKS, TokenInfo
 from jaxembed.model.presets import find_preset
+from jaxembed.model.transformer import ComputeOptions
 from jaxembed.training.optim import make_optimizer, make_schedule
 from jaxembed.training.step import TrainState, make_train_step
 
@@ -89,8 +89,8 @@ def make_batch_shapes() -> Batch:
 
 def compile_step() -> jax.stages.Compiled:
     """Compile a training step in bfloat16, with rows and queries over all devices."""
-    decoder = parse_hf_config({**find_preset("tiny"), "vocab_size": 300, "num_hidden_layers": 2}, "tiny")
-    model = EmbeddingModel(decoder, EmbeddingSpec(), ComputeOptions(jnp.bfloat16, remat=True, unroll=False))
+    transformer = parse_hf_config({**find_preset("tiny"), "vocab_size": 300, "num_hidden_layers": 2}, "tiny")
+    model = EmbeddingModel(transformer, EmbeddingSpec(), ComputeOptions(jnp.bfloat16, remat=True, unroll=False))
     mesh, optim = make_mesh(), OptimConfig()
     optimizer = make_optimizer(optim, 10)
 

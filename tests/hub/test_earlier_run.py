@@ -28,7 +28,7 @@ from jaxembed.hub.frozen_encoder import open_frozen_encoder
 from jaxembed.hub.merging import merge_models
 from jaxembed.hub.resolve import find_base
 from jaxembed.hub.spec_files import write_spec
-from jaxembed.model.decoder import ComputeOptions
+from jaxembed.model.transformer import ComputeOptions
 from jaxembed.runs.train import train
 from jaxembed.training.step import TrainState
 

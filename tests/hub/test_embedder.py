@@ -24,7 +24,7 @@ from jaxembed.hub.export import export
 from jaxembed.hub.identity import compute_model_digest
 from jaxembed.hub.resolve import find_base
 from jaxembed.hub.spec_files import parse_spec
-from jaxembed.model.decoder import ComputeOptions
+from jaxembed.model.transformer import ComputeOptions
 
 LONG_TEXT = "the quick brown fox jumps over the lazy dog and the dog sleeps " * 20
 
@@ -67,8 +67,8 @@ def test_programs_of_a_single_cpu_read_each_layer_without_a_copy(model: Embedder
     stacked = single.params["decoder"]["layers"]["mlp"]["up"]["kernel"]
     kernels = [layer["mlp"]["up"]["kernel"] for layer in single._program_params["decoder"]["layers"]]
     offsets = [x.unsafe_buffer_pointer() - stacked.unsafe_buffer_pointer() for x in kernels]
-    assert offsets == [layer * stacked[0].nbytes for layer in range(single.model.decoder.layers)]
-    for other in (model, single.first_layers(single.model.decoder.layers), single.with_params(single.params)):
+    assert offsets == [layer * stacked[0].nbytes for layer in range(single.model.transformer.layers)]
+    for other in (model, single.first_layers(single.model.transformer.layers), single.with_params(single.params)):
         np.testing.assert_allclose(other.encode([LONG_TEXT, "short"]), single.encode([LONG_TEXT, "short"]), atol=1e-5)
     shallow = single.first_layers(1)
     assert np.abs(shallow.encode(["short"]) - single.encode(["short"])).max() > 1e-3
@@ -81,7 +81,7 @@ def test_fsdp_splits_parameters_and_keeps_vectors(model: Embedder, base_folder: 
     args = parser.parse_args([folder, "--fsdp", "4"])
     split = cli.load_model(args.model, **cli.get_model_options(args))
     shard = split.params["decoder"]["layers"]["mlp"]["up"]["kernel"].addressable_shards[0].data
-    assert shard.shape[1] == model.model.decoder.width // 4
+    assert shard.shape[1] == model.model.transformer.width // 4
     np.testing.assert_allclose(split.encode([LONG_TEXT, "short"]), model.encode([LONG_TEXT, "short"]), atol=1e-5)
     with pytest.raises(UserError, match=r"^mesh.fsdp=3: does not divide the model's embed"):
         Embedder.load(folder, mesh=make_mesh(2, 3))

@@ -23,7 +23,7 @@ from jaxembed.hub.embedder import load_embedder
 from jaxembed.hub.export import export
 from jaxembed.hub.resolve import find_base
 from jaxembed.hub.torch_model import encode_torch, load_sentence_transformer
-from jaxembed.model.decoder import ComputeOptions
+from jaxembed.model.transformer import ComputeOptions
 
 Folder = Callable[[str], Path]
 

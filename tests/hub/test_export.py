@@ -28,8 +28,8 @@ from jaxembed.hub.readers import FOLDER
 from jaxembed.hub.resolve import find_base
 from jaxembed.hub.text_tokenizer import build_text_tokenizer
 from jaxembed.hub.torch_model import encode_torch, load_sentence_transformer
-from jaxembed.model.decoder import ComputeOptions
 from jaxembed.model.pooling import TRAINABLE_POOLINGS
+from jaxembed.model.transformer import ComputeOptions
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -119,7 +119,7 @@ def test_first_layers_are_a_model_that_can_be_exported(bases, tmp_path):
     shallow = load_tiny(base).first_layers(2)
     export(shallow, tmp_path / "out", "float32", CARD)
     reloaded = Embedder.load(tmp_path / "out")
-    assert reloaded.model.decoder.windows == (4, None)
+    assert reloaded.model.transformer.windows == (4, None)
     np.testing.assert_allclose(reloaded.encode(tiny.TEXTS), shallow.encode(tiny.TEXTS), atol=1e-6)
     complete = load_tiny(base)
     assert np.abs(complete.encode(tiny.TEXTS) - shallow.encode(tiny.TEXTS)).max() > 1e-2

@@ -21,7 +21,7 @@ from jaxembed.hub.parity import PROBE_TEXTS
 from jaxembed.hub.resolve import find_base
 from jaxembed.hub.safe_dtypes import CODE_TEXTS, MAX_CHECKED_CHARS, DtypeQuality, list_unsafe_dtypes, measure_dtypes
 from jaxembed.hub.torch_model import encode_torch, load_sentence_transformer
-from jaxembed.model.decoder import ComputeOptions
+from jaxembed.model.transformer import ComputeOptions
 
 pytestmark = pytest.mark.usefixtures("one_device")
 

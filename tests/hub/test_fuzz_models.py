@@ -36,7 +36,7 @@ from jaxembed.hub.base import FolderBase
 from jaxembed.hub.resolve import find_base
 from jaxembed.hub.spec_files import SPEC_FILE, write_spec
 from jaxembed.model.embedder import EmbeddingModel
-from jaxembed.model.families import DecoderConfig
+from jaxembed.model.families import TransformerConfig
 from jaxembed.model.parameters import shapes_and_shardings
 
 MODULES = [
@@ -70,16 +70,16 @@ def copy_folder(base: Path) -> Iterator[Path]:
 
 
 @functools.lru_cache(maxsize=4)
-def get_shapes(decoder: DecoderConfig, spec: EmbeddingSpec) -> tuple[Any, Any]:
-    return shapes_and_shardings(EmbeddingModel(decoder, spec), make_mesh(1))
+def get_shapes(transformer: TransformerConfig, spec: EmbeddingSpec) -> tuple[Any, Any]:
+    return shapes_and_shardings(EmbeddingModel(transformer, spec), make_mesh(1))
 
 
 def load_base_params(folder: Path) -> None:
     """Open a base and load its parameters."""
     base = find_base(str(folder))
     assert isinstance(base, FolderBase)
-    shapes, shardings = get_shapes(base.decoder, base.spec)
-    load_params(base.folder, base.decoder, shapes, shardings)
+    shapes, shardings = get_shapes(base.transformer, base.spec)
+    load_params(base.folder, base.transformer, shapes, shardings)
 
 
 JSON_FILES = [
@@ -150,7 +150,7 @@ def test_adapters_with_any_content(adapter_folder: Path, data: st.DataObject) ->
 
         def read() -> None:
             base = find_base(str(folder))
-            base.load(*get_shapes(base.decoder, base.spec))
+            base.load(*get_shapes(base.transformer, base.spec))
 
         assert_succeeds_or_names(read, "adapter_", str(folder), "base_model_name_or_path", "neither a folder")
 

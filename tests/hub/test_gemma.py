@@ -22,7 +22,7 @@ from jaxembed.hub.export import export
 from jaxembed.hub.readers import ServedModel, judge_readers
 from jaxembed.hub.resolve import find_base
 from jaxembed.hub.torch_model import encode_torch, load_sentence_transformer
-from jaxembed.model.decoder import ComputeOptions
+from jaxembed.model.transformer import ComputeOptions
 
 Folder = Callable[[str], Path]
 PROMPTS = {"query": "task: search result | query: ", "document": "title: none | text: "}
@@ -45,7 +45,7 @@ def test_exported_folder_has_mask_windows_and_rotary_bases(base_folder: Folder, 
     assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
     version = stock.get("requirements", {}).get("transformers", {}).get("specifier")
     assert version == (">=4.57" if attention == "bidirectional" else None)
-    verdicts = {verdict.reader.name: verdict for verdict in judge_readers(ServedModel(spec, model.model.decoder))}
+    verdicts = {verdict.reader.name: verdict for verdict in judge_readers(ServedModel(spec, model.model.transformer))}
     reasons = " ".join(verdicts["sentence-transformers 5"].reasons)
     assert ("from transformers 4.57" in reasons, "5.2" in reasons) == (attention == "bidirectional", False)
     assert {kind: rope["rope_theta"] for kind, rope in config["rope_parameters"].items()} == {

@@ -57,8 +57,8 @@ def tree(*layers: Sequence[float], rest: Sequence[float] = (0.0,)) -> dict[str, 
 
 
 def merged(trees: Sequence[Any], weights: Sequence[float], method: str) -> tuple[np.ndarray, np.ndarray]:
-    decoder = interpolate(iter(trees), list(map(float, weights)), method)["decoder"]
-    return decoder["layers"]["up"]["kernel"], decoder["embedding"]
+    transformer = interpolate(iter(trees), list(map(float, weights)), method)["decoder"]
+    return transformer["layers"]["up"]["kernel"], transformer["embedding"]
 
 
 def test_soup_is_the_weighted_mean(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +226,7 @@ def change_tokenizer(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "difference"),
     [
-        (change_shape, "decoder.rope_theta: 10000.0 -> 500000.0"),
+        (change_shape, "transformer.rope_theta: 10000.0 -> 500000.0"),
         (change_spec, "spec.pooling: 'last' -> 'mean'"),
         (change_tokenizer, "tokenizer.model.vocab."),
     ],

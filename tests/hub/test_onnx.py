@@ -96,7 +96,7 @@ def test_graph_gives_the_vectors_of_the_model(base_folder: Any, tmp_path: Path, 
     # sentence-transformers' ONNX backend takes the token vectors, and leaves out the instruction where the model does.
     stock_model = load_sentence_transformer(out)
     in_torch = encode_torch(stock_model, TEXTS, PROMPT)
-    stock_model[0].model = baked_graph.GraphDecoder(open_session(out / ONNX_FOLDER / "model.onnx"), stock_model[0].config)
+    stock_model[0].model = baked_graph.GraphTransformer(open_session(out / ONNX_FOLDER / "model.onnx"), stock_model[0].config)
     on_graph = encode_torch(stock_model, TEXTS, PROMPT)
     np.testing.assert_allclose(on_graph, in_torch, atol=1e-5)
     np.testing.assert_allclose(on_graph, model.encode(TEXTS, prompt=PROMPT), atol=1e-5)

@@ -19,8 +19,8 @@ LLAMA3 = {
 
 def make_model(preset: str = "qwen2-0.5b", fields: dict[str, Any] | None = None, **choices: Any) -> ServedModel:
     own = {key: choices.pop(key) for key in ("dtype", "has_onnx") if key in choices}
-    decoder = parse_hf_config({**find_preset(preset), "sliding_window": None, **(fields or {})}, preset)
-    return ServedModel(EmbeddingSpec(**choices), decoder, **own)
+    transformer = parse_hf_config({**find_preset(preset), "sliding_window": None, **(fields or {})}, preset)
+    return ServedModel(EmbeddingSpec(**choices), transformer, **own)
 
 
 def judge(model: ServedModel) -> dict[str, str]:

@@ -23,8 +23,8 @@ from jaxembed.hub.readers import ServedModel, Status, judge_readers
 from jaxembed.hub.resolve import find_base
 from jaxembed.hub.stock_folder import write_stock_folder
 from jaxembed.hub.text_tokenizer import build_text_tokenizer
-from jaxembed.model.decoder import ComputeOptions
 from jaxembed.model.embedder import EmbeddingModel, infer_parameter_shapes
+from jaxembed.model.transformer import ComputeOptions
 
 MAX_LENGTH = 24  # tokens
 TEXTS = [*tiny.TEXTS, "line one\n\nline two", "x"]
@@ -86,21 +86,21 @@ def export_kind(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exp
             tiny.build_tokenizer(bos=family.startswith("mistral")).save_pretrained(base_folder)
         spec = EmbeddingSpec(**{"max_length": MAX_LENGTH, "prompts": {"query": PROMPT, "document": ""}, **choices})
         base = find_base(str(base_folder))
-        model = EmbeddingModel(base.decoder, spec, ComputeOptions())
+        model = EmbeddingModel(base.transformer, spec, ComputeOptions())
         params = jax.tree.map(lambda shape: np.zeros(shape.shape, np.float32), nn.unbox(infer_parameter_shapes(model)))
         embedder = Embedder(model, params, build_text_tokenizer(base.tokenizer(), spec, base), make_mesh(1), base.hf_config)
         write_stock_folder(embedder, folder, "float32")
         if has_onnx:
             (folder / "onnx").mkdir()
             (folder / "onnx" / "model.onnx").touch()
-        return folder, embedder, ServedModel(spec, base.decoder, has_onnx=has_onnx)
+        return folder, embedder, ServedModel(spec, base.transformer, has_onnx=has_onnx)
 
     return write
 
 
 def list_differences(service: tei.Service, embedder: Embedder) -> list[str]:
     """Return in what a service differs from the model."""
-    spec, decoder = embedder.spec, embedder.model.decoder
+    spec, transformer = embedder.spec, embedder.model.transformer
     differences = []
     if service.prompts != spec.prompts:
         differences.append("prompts")
@@ -118,12 +118,12 @@ def list_differences(service: tei.Service, embedder: Embedder) -> list[str]:
         differences.append("mask")
     if bool(service.dense) != bool(spec.projection):
         differences.append("projection")
-    if service.rope != dict(decoder.rope_scaling).get("rope_type", "none").replace("default", "none"):
+    if service.rope != dict(transformer.rope_scaling).get("rope_type", "none").replace("default", "none"):
         differences.append("RoPE scaling")
     if service.ignored_biases:
         differences.append("biases")
     # TEI counts the tokens before a token, a window of w has w - 1 of them; behind the token it knows no window.
-    window = decoder.windows[0] if decoder.windows else None
+    window = transformer.windows[0] if transformer.windows else None
     if (service.window or window) and (spec.attention != "causal" or service.window != (window or 0) - 1):
         differences.append("window")
     return differences

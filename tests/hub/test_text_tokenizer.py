@@ -15,7 +15,7 @@ from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.errors import UserError
 from jaxembed.hub.text_tokenizer import build_text_tokenizer
 
-BASE: Any = SimpleNamespace(name="m", decoder=SimpleNamespace(vocab_size=290, max_positions=64))
+BASE: Any = SimpleNamespace(name="m", transformer=SimpleNamespace(vocab_size=290, max_positions=64))
 
 
 def test_a_token_id_beyond_the_embedding_is_refused() -> None:

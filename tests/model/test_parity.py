@@ -18,10 +18,10 @@ from helpers.loading import draw_texts, encode_packed, load_model, pack_texts
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.errors import UserError
 from jaxembed.hub.resolve import find_base
-from jaxembed.model.decoder import DecoderLayer
 from jaxembed.model.embedder import EmbeddingModel, infer_parameter_shapes
 from jaxembed.model.hf_config import parse_hf_config
 from jaxembed.model.presets import PRESETS, find_preset
+from jaxembed.model.transformer import TransformerLayer
 
 LENGTHS = (3, 17, 30, 9, 1, 12)  # some are longer than the sliding window, and some texts share a row
 ROW_LENGTH = 32
@@ -52,17 +52,17 @@ def compute_states(model: EmbeddingModel, params: Any) -> tuple[list[np.ndarray]
     """Return for each text the outputs of all layers [L, tokens, D], taken from its row; and the vectors [texts, D]."""
 
     def is_layer(module: nn.Module, method: str) -> bool:
-        return isinstance(module, DecoderLayer) and method == "__call__"
+        return isinstance(module, TransformerLayer) and method == "__call__"
 
     packed, index = pack_texts(draw_test_texts(), ROW_LENGTH)
     apply = functools.partial(model.apply, capture_intermediates=is_layer, mutable=["intermediates"])
     out, captured = jax.jit(lambda p: apply({"params": p}, packed))(params)
     ((hidden, _),) = captured["intermediates"]["decoder"]["layers"]["__call__"]
     row, segment = index // packed.segments, index % packed.segments + 1
-    hidden = np.asarray(hidden).reshape(model.decoder.layers, *packed.tokens.shape, -1)
+    hidden = np.asarray(hidden).reshape(model.transformer.layers, *packed.tokens.shape, -1)
     tokens = [np.asarray(packed.segment_ids)[r] == s for r, s in zip(row, segment, strict=True)]
     states = [hidden[:, r, is_member] for r, is_member in zip(row, tokens, strict=True)]
-    return states, np.asarray(out).reshape(-1, model.decoder.width)[index]
+    return states, np.asarray(out).reshape(-1, model.transformer.width)[index]
 
 
 def pool(state: np.ndarray, pooling: str) -> np.ndarray:
@@ -87,7 +87,7 @@ def test_layers_and_vectors_agree_with_transformers(base_folder: Folder, family:
             base_folder(family), EmbeddingSpec(attention=attention, pooling=pooling), attention_kernel=kernel
         )
         states, out = compute_states(model, params)
-        for layer in range(model.decoder.layers):
+        for layer in range(model.transformer.layers):
             assert max_error((ours[layer], reference[layer]) for ours, reference in zip(states, expected, strict=True)) < 1e-4
         assert max_error((ours, pool(reference[-1], pooling)) for ours, reference in zip(out, expected, strict=True)) < 1e-5
 
@@ -111,7 +111,7 @@ def test_a_padding_token_in_a_text_has_no_position_in_xlm_roberta(base_folder: F
 def test_a_wrong_mask_or_window_changes_the_vectors(base_folder: Folder) -> None:
     causal, params = load_model(base_folder("mistral-window"), EmbeddingSpec(attention="causal"))
     bidirectional = causal.clone(spec=EmbeddingSpec(attention="bidirectional"))
-    wide = causal.clone(decoder=dataclasses.replace(causal.decoder, windows=(6, 6, 6)))
+    wide = causal.clone(transformer=dataclasses.replace(causal.transformer, windows=(6, 6, 6)))
     right = encode_packed(causal, params, *pack_texts(draw_test_texts(), ROW_LENGTH))
     for wrong in (bidirectional, wide):
         apart = np.abs(encode_packed(wrong, params, *pack_texts(draw_test_texts(), ROW_LENGTH)) - right).max(axis=1)
@@ -141,7 +141,7 @@ def test_compute_options_change_neither_vectors_nor_gradients(base_folder: Folde
     """The layers of ModernBERT differ in window, rotary base and norms."""
     model, params = load_model(base_folder(family), EmbeddingSpec(), attention_kernel="einsum")
     packed, _ = pack_texts(draw_test_texts(), ROW_LENGTH)
-    weights = np.random.default_rng(0).normal(size=(packed.segments, model.decoder.width))
+    weights = np.random.default_rng(0).normal(size=(packed.segments, model.transformer.width))
 
     def value_and_gradient(**compute: bool) -> list[jax.Array]:
         variant = model.clone(compute=dataclasses.replace(model.compute, **compute))
@@ -192,7 +192,7 @@ def test_a_bfloat16_model_returns_float32_vectors(base_folder: Folder) -> None:
 )
 def test_presets_have_the_published_number_of_parameters(name: str, count: int) -> None:
     base = find_base(f"preset:{name}")
-    model = EmbeddingModel(base.decoder, base.spec)
+    model = EmbeddingModel(base.transformer, base.spec)
     leaves = jax.tree.leaves(nn.unbox(infer_parameter_shapes(model)))
     assert sum(leaf.size for leaf in leaves) == count
     assert {leaf.dtype.name for leaf in leaves} == {"float32"}
@@ -289,5 +289,5 @@ def test_rope_scaling(tmp_path: Path, family: str, rope: dict[str, Any]) -> None
         (tmp_path / "config.json").write_text(json.dumps(written))
         model, params = load_model(tmp_path, EmbeddingSpec(attention="causal"))
         assert np.abs(encode_packed(model, params, *pack_texts([text], ROW_LENGTH))[0] - pool(want, "mean")).max() < 1e-5
-        plain = model.clone(decoder=dataclasses.replace(model.decoder, rope_scaling=()))
+        plain = model.clone(transformer=dataclasses.replace(model.transformer, rope_scaling=()))
         assert np.abs(encode_packed(plain, params, *pack_texts([text], ROW_LENGTH))[0] - pool(want, "mean")).max() > 1e-3

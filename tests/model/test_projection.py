@@ -26,7 +26,7 @@ from jaxembed.hub.resolve import find_base
 from jaxembed.hub.spec_files import SPEC_FILE
 from jaxembed.hub.text_tokenizer import build_text_tokenizer
 from jaxembed.hub.torch_model import encode_torch, load_sentence_transformer
-from jaxembed.model.decoder import ComputeOptions
+from jaxembed.model.transformer import ComputeOptions
 from jaxembed.runs.train import train
 
 pytestmark = pytest.mark.usefixtures("one_device")

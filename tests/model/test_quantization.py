@@ -20,7 +20,6 @@ from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.devices.mesh import make_mesh
 from jaxembed.formats.peft import write_adapters
 from jaxembed.hub.resolve import find_base
-from jaxembed.model.decoder import ComputeOptions
 from jaxembed.model.embedder import EmbeddingModel, infer_parameter_shapes
 from jaxembed.model.hf_config import parse_hf_config
 from jaxembed.model.lora import merge_adapters, split_params
@@ -28,6 +27,7 @@ from jaxembed.model.matmul import frozen_matmul
 from jaxembed.model.parameters import shapes_and_shardings
 from jaxembed.model.presets import find_preset
 from jaxembed.model.quantization import dequantize, quantize
+from jaxembed.model.transformer import ComputeOptions
 
 Folder = Callable[[str], Path]
 
@@ -72,9 +72,11 @@ def test_bytes_of_the_frozen_tree() -> None:
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
     def frozen_shapes(dtype: Any) -> Any:
-        decoder = parse_hf_config(find_preset("qwen2-0.5b"), "test")
+        transformer = parse_hf_config(find_preset("qwen2-0.5b"), "test")
         lora = LoraConfig(rank=16, alpha=32.0, base_dtype=dtype)
-        return split_params(nn.unbox(infer_parameter_shapes(EmbeddingModel(decoder, EmbeddingSpec(), lora=lora))))[1]["decoder"]
+        return split_params(nn.unbox(infer_parameter_shapes(EmbeddingModel(transformer, EmbeddingSpec(), lora=lora))))[1][
+            "decoder"
+        ]
 
     trees = [frozen_shapes(dtype) for dtype in ("float32", "bfloat16", "int8")]
     layers, embedding = ([count_bytes(tree[part]) for tree in trees] for part in ("layers", "embedding"))
@@ -99,7 +101,7 @@ def test_a_peft_base_is_merged_before_it_is_quantized(base_folder: Folder, tmp_p
     _, params = load_adapted(base_folder("qwen3"), lora)
     write_adapters(tmp_path, params, lora, str(base_folder("qwen3")))
     base, exact = find_base(str(tmp_path)), flatten_dict(merge_adapters(params, lora))
-    model = EmbeddingModel(base.decoder, base.spec, lora=LoraConfig(rank=2, alpha=8.0, base_dtype="int8"))
+    model = EmbeddingModel(base.transformer, base.spec, lora=LoraConfig(rank=2, alpha=8.0, base_dtype="int8"))
     rounded = flatten_dict(base.load(*shapes_and_shardings(model, make_mesh(1))))
     for path in (path for path in rounded if path[-1] == "kernel"):
         scale = rounded[*path[:-1], "kernel_scale"]

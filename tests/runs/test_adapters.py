@@ -34,8 +34,8 @@ from jaxembed.hub.card import read_card
 from jaxembed.hub.export_adapters import export_adapters
 from jaxembed.hub.resolve import find_run
 from jaxembed.losses.objectives import Objectives
-from jaxembed.model.decoder import ComputeOptions
 from jaxembed.model.lora import join_params, split_params, stack_adapters
+from jaxembed.model.transformer import ComputeOptions
 from jaxembed.runs.train import train
 from jaxembed.training.metrics import read_metrics
 from jaxembed.training.optim import make_optimizer, make_schedule
@@ -195,7 +195,7 @@ def test_a_run_of_two_adapters(folder: Path, tmp_path: Path, monkeypatch: pytest
     for name in NAMES:
         written, trained = (
             flatten_dict(tree)
-            for tree in (read_adapters(tmp_path / "out" / name, run.model.decoder)[1], run.select_adapter(name).trained)
+            for tree in (read_adapters(tmp_path / "out" / name, run.model.transformer)[1], run.select_adapter(name).trained)
         )
         assert written.keys() == trained.keys()
         assert all(np.array_equal(written[path], trained[path]) for path in written)

@@ -17,16 +17,16 @@ from helpers.runs import make_config, write_base_and_data
 from jaxembed.config import LoraConfig
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.errors import UserError
-from jaxembed.model.decoder import ComputeOptions
 from jaxembed.model.embedder import EmbeddingModel, infer_parameter_shapes
-from jaxembed.model.families import DecoderConfig
+from jaxembed.model.families import TransformerConfig
 from jaxembed.model.lora import split_params, stack_shapes
+from jaxembed.model.transformer import ComputeOptions
 from jaxembed.runs.train import train
 from jaxembed.training.metrics import read_metrics
 from jaxembed.training.mfu import count_kernel_weights, device_peak, make_mfu_meter
 from jaxembed.training.profile import Profile
 
-DECODER = DecoderConfig("qwen2", vocab_size=50, width=8, layers=3, heads=2, kv_heads=1, head_width=4, mlp_width=16)
+DECODER = TransformerConfig("qwen2", vocab_size=50, width=8, layers=3, heads=2, kv_heads=1, head_width=4, mlp_width=16)
 # In each of 3 layers: q and out are 8 x 8, k and v are 8 x 4, and the three kernels of the MLP are 8 x 16.
 KERNEL_WEIGHTS = 3 * (2 * 64 + 2 * 32 + 3 * 128)
 ADAPTER_WEIGHTS = 3 * 2 * (2 * (8 + 8) + 2 * (8 + 4) + 3 * (8 + 16))  # rank 2

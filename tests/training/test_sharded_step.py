@@ -22,10 +22,10 @@ from jaxembed.devices.mesh import make_mesh, shard_count
 from jaxembed.devices.placement import put_batch
 from jaxembed.losses import blockwise
 from jaxembed.losses.objectives import Objectives
-from jaxembed.model.decoder import ComputeOptions
 from jaxembed.model.embedder import EmbeddingModel, init_params
 from jaxembed.model.hf_config import parse_hf_config
 from jaxembed.model.parameters import shapes_and_shardings
+from jaxembed.model.transformer import ComputeOptions
 from jaxembed.training.step import batch_loss
 
 Folder = Callable[[str], Path]

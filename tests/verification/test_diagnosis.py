@@ -23,7 +23,7 @@ from jaxembed.hub.embedder import Embedder, load_embedder
 from jaxembed.hub.export import export
 from jaxembed.hub.parity import MIN_COSINE
 from jaxembed.hub.resolve import find_base
-from jaxembed.model.decoder import ComputeOptions
+from jaxembed.model.transformer import ComputeOptions
 from jaxembed.verification import comparison
 from jaxembed.verification.comparison import VerifiedFolder, open_folder
 from jaxembed.verification.diagnosis import Diagnosis, Match, VariantEncoder, diagnose, measure_half_precision, to_unit_vectors
@@ -149,14 +149,14 @@ def test_every_single_difference_is_named_or_listed_as_indistinguishable(served:
     for one in served.values():
         everything, variants = range(len(one.folder.probes)), one.variants
         unchanged = variants.encode_unchanged(everything)
-        passes = [(decoder, variants.tokenizations[0]) for decoder in variants.decoders]
-        passes += [(variants.decoders[0], tokens) for tokens in variants.tokenizations if len(tokens.changes) == 1]
+        passes = [(transformer, variants.tokenizations[0]) for transformer in variants.transformers]
+        passes += [(variants.transformers[0], tokens) for tokens in variants.tokenizations if len(tokens.changes) == 1]
         truncations = variants.list_truncations(variants.tokenizations[0], everything, [50])
-        passes += [(variants.decoders[0], tokens) for tokens in truncations[:4]]
-        for decoder, tokens in passes:
-            vectors = variants.encode(decoder, tokens, everything)
+        passes += [(variants.transformers[0], tokens) for tokens in truncations[:4]]
+        for transformer, tokens in passes:
+            vectors = variants.encode(transformer, tokens, everything)
             for p, pool in enumerate(variants.pools):
-                changes = (*decoder.changes, *tokens.changes, *pool.changes)
+                changes = (*transformer.changes, *tokens.changes, *pool.changes)
                 if len(changes) != 1:
                     continue
                 matches = one.diagnose(vectors[:, p], server_lengths=[50]).matches

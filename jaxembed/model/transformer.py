@@ -19,7 +19,7 @@ from jaxembed.config import LoraConfig
 from jaxembed.data.packing import PackedTexts
 from jaxembed.devices.collectives import embedding_lookup, shard_rows
 from jaxembed.model.attention import Attention
-from jaxembed.model.families import DecoderConfig
+from jaxembed.model.families import TransformerConfig
 from jaxembed.model.layers import MLP, build_rope_table, compute_rope_frequencies, compute_rope_magnitude, make_norm
 from jaxembed.model.lora import select_embedding_dtype
 from jaxembed.model.masks import Mask, TokenInfo
@@ -46,7 +46,7 @@ class ComputeOptions:
 class LayerVariant:
     """What differs between the layers of a model. None: does not apply.
 
-    Fields are Python values, or arrays if layers differ (see `Decoder`).
+    Fields are Python values, or arrays if layers differ (see `Transformer`).
 
     Attributes:
         window: Sliding window in tokens.
@@ -73,7 +73,7 @@ class LayerVariant:
         return norm(x) if self.has_attention_norm is None else jnp.where(self.has_attention_norm, norm(x), x)
 
 
-def list_layer_variants(config: DecoderConfig, mask: Mask) -> list[LayerVariant]:
+def list_layer_variants(config: TransformerConfig, mask: Mask) -> list[LayerVariant]:
     """Return the variant of each layer, with Python values."""
     return [
         LayerVariant(
@@ -85,14 +85,14 @@ def list_layer_variants(config: DecoderConfig, mask: Mask) -> list[LayerVariant]
     ]
 
 
-class DecoderLayer(nn.Module):
+class TransformerLayer(nn.Module):
     """Attention and MLP, each with a residual connection.
 
-    By `DecoderConfig.norm_placement` a block computes x + block(norm(x)) ("pre"), norm(x + block(x)) ("post"), or
+    By `TransformerConfig.norm_placement` a block computes x + block(norm(x)) ("pre"), norm(x + block(x)) ("post"), or
     x + norm(block(norm(x))) ("both").
     """
 
-    config: DecoderConfig
+    config: TransformerConfig
     mask: Mask
     compute: ComputeOptions
     shards: int
@@ -135,7 +135,7 @@ class DecoderLayer(nn.Module):
         return x + out
 
 
-def build_rope_tables(config: DecoderConfig, positions: jax.Array, dtype: Any) -> tuple[Any, ...]:
+def build_rope_tables(config: TransformerConfig, positions: jax.Array, dtype: Any) -> tuple[Any, ...]:
     """Return the rotary tables of a model.
 
     There is one, and a second one if layers with a sliding window have their own base; none with learned positions.
@@ -171,7 +171,7 @@ def find_position_rows(texts: PackedTexts, offset: int) -> jax.Array:
 class Embedding(nn.Module):
     """Looks up token embeddings. If configured, adds learned positions and the token type, and applies a norm to the sum."""
 
-    config: DecoderConfig
+    config: TransformerConfig
     dtype: Any
     storage_dtype: Any
 
@@ -195,10 +195,10 @@ class Embedding(nn.Module):
         return make_norm(c.norm, c.norm_epsilon, self.dtype, "embedding_norm")(x) if c.embedding_norm else x
 
 
-class Decoder(nn.Module):
+class Transformer(nn.Module):
     """Maps packed texts to hidden states [R, T, D] after the last norm, in the dtype of the computation."""
 
-    config: DecoderConfig
+    config: TransformerConfig
     mask: Mask
     compute: ComputeOptions = ComputeOptions()
     lora: LoraConfig | None = None
@@ -218,9 +218,9 @@ class Decoder(nn.Module):
         if is_mixed:
             variants = [dataclasses.replace(v, window=v.window or c.max_positions) for v in variants]
             variant = jax.tree.map(lambda *values: jnp.array(values), *variants)
-        layer = DecoderLayer
+        layer = TransformerLayer
         if self.compute.remat:
-            layer = nn.remat(DecoderLayer, prevent_cse=False, static_argnums=() if is_mixed else (4,))  # 4: variant
+            layer = nn.remat(TransformerLayer, prevent_cse=False, static_argnums=() if is_mixed else (4,))  # 4: variant
         stack = nn.scan(
             layer,
             variable_axes={"params": 0, "intermediates": 0},  # "intermediates" is for `capture_intermediates`
