@@ -144,8 +144,8 @@ class ModelConfig(Section):
     unroll: bool = Field(True, description="Unroll the loop over the layers: steps are faster, compilation takes longer.")
     attention_kernel: Literal["auto", "einsum", "rows", "splash", "cudnn"] = Field(
         "auto",
-        description="Attention kernel. auto: rows on CPUs, splash on TPUs, einsum elsewhere. cudnn needs an NVIDIA GPU and "
-        "bfloat16.",
+        description="Attention kernel. auto: rows on CPUs, splash on TPUs, cudnn on GPUs. cudnn needs an NVIDIA GPU "
+        "and bfloat16. Where it does not work, einsum is used.",
     )
 
     @model_validator(mode="after")

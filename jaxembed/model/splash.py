@@ -1,22 +1,18 @@
-"""JAX's splash attention, a TPU kernel that never stores the scores, applied to packed rows and sharded over a mesh."""
+"""JAX's splash attention, a TPU kernel that never stores the scores, applied to packed rows."""
 
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as library
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jaxembed.config.field_lists import log_once
-from jaxembed.devices.collectives import auto_axes
-from jaxembed.devices.mesh import BATCH_AXES, target_platform
+from jaxembed.devices.mesh import target_platform
 from jaxembed.model.masks import BIDIRECTIONAL, CAUSAL, Mask, TokenInfo
+from jaxembed.model.sharded_kernel import shard_kernel
 
 TPU_LANES = 128  # a block of tokens must be a multiple of this
 # Tokens per block, in order of preference: the first size that divides a row is used.
@@ -38,9 +34,9 @@ def attend_splash(
     mask: Mask,
     window: int | None,
 ) -> Float[Array, "r t n h"]:
-    """Compute the same as `kernels.attend_einsum`, except at padding tokens. On CPUs the kernel is interpreted, and slow."""
+    """Compute the same as `attend_einsum`, except at padding tokens. On CPUs the kernel is interpreted, and slow."""
     attend = functools.partial(_attend_local, mask=mask, window=window, interpret=target_platform() == "cpu")
-    return _shard_over_mesh(attend, q.shape[0], k.shape[2])(q, k, v, token_info.segment)
+    return shard_kernel("splash", attend, q.shape[0], k.shape[2])(q, k, v, token_info.segment)
 
 
 def _attend_local(
@@ -92,28 +88,3 @@ def _choose_blocks(tokens: int) -> library.BlockSizes:
     return library.BlockSizes(
         block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
     )
-
-
-def _shard_over_mesh(function: Callable[..., jax.Array], rows: int, kv_heads: int) -> Callable[..., jax.Array]:
-    """Return `function(q, k, v, segment)` wrapped in `shard_map`, because XLA cannot split a Pallas kernel by itself.
-
-    Rows are split over the batch axes and heads over the axis `tensor`. If an axis does not divide them evenly, every device
-    computes all of them. Mesh axes that an outer `shard_map` has already split are not used.
-    """
-    mesh, axes = jax.sharding.get_abstract_mesh(), auto_axes()
-    if not axes:
-        return function
-    row_axes = tuple(axis for axis in BATCH_AXES if axis in axes)
-    if rows % (row_shards := math.prod(mesh.shape[axis] for axis in row_axes)):
-        log_once(f"attention kernel splash: {rows} rows do not divide among {row_shards} shards, so every device computes all")
-        row_axes = ()
-    head_axis = "tensor" if "tensor" in axes and kv_heads % mesh.shape["tensor"] == 0 else None
-    if "tensor" in axes and head_axis is None:
-        log_once(
-            f"attention kernel splash: {kv_heads} key-value heads do not divide among the {mesh.shape['tensor']} devices of "
-            "the axis tensor, so every device computes all"
-        )
-    spec = PartitionSpec(row_axes, None, head_axis)
-    specs = (spec, spec, spec, PartitionSpec(row_axes))
-    # The library's kernels do not declare over which axes their results vary, so `check_vma` cannot hold.
-    return jax.shard_map(function, in_specs=specs, out_specs=spec, axis_names=set(axes), check_vma=False)

@@ -24,8 +24,9 @@ from jaxembed.devices.mesh import make_mesh, target_platform
 from jaxembed.devices.placement import put_batch
 from jaxembed.errors import UserError
 from jaxembed.model import kernels, splash
-from jaxembed.model.kernels import attend_einsum, pick_kernel
+from jaxembed.model.kernels import pick_kernel, resolve_kernel
 from jaxembed.model.masks import MASKS, TokenInfo
+from jaxembed.model.plain_attention import attend_einsum, attend_rows
 from jaxembed.training.gradcache import encode
 
 ROWS, HEADS, WIDTH = 4, 4, 8
@@ -185,7 +186,7 @@ def set_platform(monkeypatch: pytest.MonkeyPatch, platform: str) -> None:
 
 def test_each_platform_has_a_default_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert target_platform() == "cpu"
-    assert pick_kernel("auto", 2).func is kernels.attend_rows
+    assert pick_kernel("auto", 2).func is attend_rows
     message = (
         r"^model.attention_kernel: cudnn does not run on this platform \(found cpu; expected gpu\). "
         "Set it to auto, einsum or rows.$"
@@ -193,7 +194,7 @@ def test_each_platform_has_a_default_kernel(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(UserError, match=message):
         pick_kernel("cudnn", 1)
     set_platform(monkeypatch, "gpu")
-    assert pick_kernel("auto", 2) is attend_einsum
+    assert resolve_kernel("auto") == "cudnn"
     with pytest.raises(UserError, match=r"splash does not run on this platform \(found gpu; expected tpu or cpu\)"):
         pick_kernel("splash", 1)
 
@@ -213,28 +214,6 @@ def test_splash_lowers_for_tpus(monkeypatch: pytest.MonkeyPatch) -> None:
     text = lower_text(pick_kernel("auto", 1), draw_inputs(40, dtype=jnp.bfloat16), "tpu")
     assert set(re.findall(r"splash_mha_(\w+?)_segmented", text)) == {"fwd", "dq", "dkv"}
     assert text.count("tpu_custom_call") == 3
-
-
-def test_cudnn_lowers_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """JAX asks cuDNN for its version, so the test replaces that call."""
-    set_platform(monkeypatch, "gpu")
-    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
-    text = lower_text(pick_kernel("cudnn", 1), draw_inputs(40, dtype=jnp.bfloat16), "cuda")
-    assert set(re.findall(r"__cudnn\$\w+", text)) == {"__cudnn$fmhaScaleBiasSoftmax", "__cudnn$fmhaScaleBiasSoftmaxBackward"}
-    for inputs in (draw_inputs(40), draw_inputs(41, dtype=jnp.bfloat16)):
-        assert "__cudnn" not in lower_text(pick_kernel("cudnn", 1), inputs, "cuda")
-
-
-def test_arguments_for_cudnn_agree_with_einsum(monkeypatch: pytest.MonkeyPatch) -> None:
-    """XLA's implementation replaces cuDNN, so this checks the mask, the scale and the grouped heads of the call."""
-    xla_attention = jax.nn.dot_product_attention
-    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *x, mask, implementation: xla_attention(*x, mask=mask))
-    inputs = draw_inputs(40)
-    actual, expected = (
-        jax.jit(make_output_and_gradients(kernel, inputs, "prefix", 5))(*inputs)
-        for kernel in (kernels.attend_cudnn, attend_einsum)
-    )
-    assert_close(actual, expected)
 
 
 def test_attention_and_a_training_step_compile_for_tpus() -> None:
