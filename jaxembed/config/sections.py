@@ -115,8 +115,8 @@ def table(section: type[Section]) -> str:
 def reference_rows(section: type[Section], prefix: str = "") -> str:
     """Return one Markdown table row per key, with its default and meaning.
 
-    `[]` marks the entries of a list. If an entry is one of several sections, chosen by its `name`, rows of keys that only some
-    of them have start with those names.
+    `[]` marks the entries of a list, `KEY` those of a mapping. If an entry is one of several sections, chosen by its `name` or
+    `kind`, rows of keys that only some of them have start with that value.
     """
     rows: list[str] = []
     for name, field in section.model_fields.items():
@@ -126,8 +126,9 @@ def reference_rows(section: type[Section], prefix: str = "") -> str:
         elif nested:
             if field.description and not field.is_required():
                 rows.append(f"| `{prefix}{name}` | `{_to_json(field.default)}` | {field.description} |")
-            is_list = typing.get_origin(field.annotation) is tuple
-            rows += _nested_rows(nested, f"{prefix}{name}{'[]' if is_list else ''}.")
+            suffixes: dict[Any, str] = {tuple: "[]", dict: ".KEY"}
+            suffix = suffixes.get(typing.get_origin(field.annotation), "")
+            rows += _nested_rows(nested, f"{prefix}{name}{suffix}.")
         else:
             default = "required" if field.is_required() else f"`{_to_json(field.default)}`"
             choices = " or ".join(str(choice) for choice in _choices(field.annotation))
@@ -142,9 +143,10 @@ def _nested_rows(sections: list[type[Section]], prefix: str) -> list[str]:
     if len(sections) == 1:
         return tables[0]
     shared = [row for row in tables[0] if all(row in other for other in tables)]
-    rows = [f"| `{prefix}name` | required | {' or '.join(map(_tag, sections))} |", *shared]
+    tag_key = f"| `{prefix}{_tag_field(sections[0])}` |"
+    rows = [f"{tag_key} required | {' or '.join(map(_tag, sections))} |", *shared]
     for member, member_rows in zip(sections, tables, strict=True):
-        own = [row for row in member_rows if row not in shared and not row.startswith(f"| `{prefix}name`")]
+        own = [row for row in member_rows if row not in shared and not row.startswith(tag_key)]
         for row in own:
             key, default, meaning = row.split(" | ", 2)
             rows.append(f"{key} | {default} | {_tag(member)}: {meaning}")
@@ -152,6 +154,8 @@ def _nested_rows(sections: list[type[Section]], prefix: str) -> list[str]:
 
 
 def _to_json(value: Any) -> str:
+    if isinstance(value, Section):
+        return value.model_dump_json(exclude_defaults=True)
     return json.dumps(list(value) if isinstance(value, tuple) else value)
 
 
@@ -217,8 +221,9 @@ def _explain(error: ValidationError, section: type[Section]) -> str:
     if kind == "missing":
         return f"{key} is missing. It has no default."
     if kind.startswith("union_tag"):
-        name = value.get("name") if isinstance(value, dict) else value
-        return f"{key}.name is {quote_value(name)} (expected {' or '.join(map(_tag, sections))})"
+        field = _tag_field(sections[0])
+        tag = value.get(field) if isinstance(value, dict) else value
+        return f"{key}.{field} is {quote_value(tag)} (expected {' or '.join(map(_tag, sections))})"
     if kind in EXPECTATIONS:
         return f"{key} is {quote_value(value)} (expected {EXPECTATIONS[kind] % problem.get('ctx', {})})"
     message = summarize(problem["msg"], MAX_MESSAGE_CHARS).removeprefix("Value error, ").replace("Input should be", "expected")
@@ -262,9 +267,14 @@ def _sections_in(annotation: Any) -> list[type[Section]]:
     return [section for part in typing.get_args(annotation) for section in _sections_in(part)]
 
 
+def _tag_field(section: type[Section]) -> str:
+    """Return the key that chooses one of several sections."""
+    return "kind" if "kind" in section.model_fields else "name"
+
+
 def _tag(section: type[Section]) -> str:
-    """Return the name that chooses one of several sections."""
-    return str(section.model_fields["name"].default)
+    """Return the value that chooses one of several sections."""
+    return str(section.model_fields[_tag_field(section)].default)
 
 
 def _type_name(value: object) -> str:

@@ -15,6 +15,7 @@ from jaxembed.files import exists
 CATALOG_FILE = "catalog.yaml"
 RECIPES_FOLDER = "recipes"
 CURATION_FOLDER = "curation"
+SYNTHESIS_FOLDER = "synthesis"
 TRAINING_FOLDERS = (".", RECIPES_FOLDER)  # of configs that train
 
 

@@ -1,0 +1,331 @@
+"""The steps of a synthesis recipe: what the model is asked, which answers are valid, and how documents are found and ranked."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from jaxembed.config.data import NonEmpty
+from jaxembed.config.sections import Positive, Section
+from jaxembed.config.templates import list_placeholders
+from jaxembed.config.yaml_text import write_scalar
+
+BM25 = "bm25"
+Name = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")]
+
+
+class ValuesConfig(Section):
+    """The values of a placeholder. One is drawn for each request.
+
+    In YAML: a list of values, a mapping from value to weight, or a mapping {file: PATH} with one value per line or row.
+    """
+
+    choices: tuple[str, ...] = Field((), description="The values.")
+    weights: tuple[float, ...] = Field((), description="Weight of each value. Default: all equal.")
+    file: str = Field(
+        "",
+        description="File of the values: lines of text, or rows. A relative path is looked up in the working folder, then "
+        "beside the recipe.",
+    )
+    field: NonEmpty = Field("text", description="Field of the rows of `file` that holds the value.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_short_forms(cls, values: Any) -> Any:
+        if isinstance(values, list | tuple):
+            return {"choices": [write_scalar(value) if isinstance(value, int | float) else value for value in values]}
+        if isinstance(values, dict) and values and not {"file", "choices"} & set(values):
+            choices = [write_scalar(value) if isinstance(value, int | float) else value for value in values]
+            return {"choices": choices, "weights": list(values.values())}
+        return values
+
+    @model_validator(mode="after")
+    def _check_values(self) -> ValuesConfig:
+        if bool(self.choices) == bool(self.file):
+            raise ValueError("expected a list of values, a mapping from value to weight, or {file: PATH}")
+        if self.weights and (min(self.weights) < 0 or not sum(self.weights)):
+            raise ValueError("expected weights that are not negative, and at least one above 0")
+        return self
+
+
+class SamplingConfig(Section):
+    """How the model samples an answer."""
+
+    temperature: float = Field(1.0, ge=0, le=5, description="Sampling temperature.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling: probability mass of the tokens to sample from.")
+    max_tokens: Positive = Field(1024, description="Maximum tokens of an answer. A longer one is cut, and not valid.")
+
+
+class FieldConfig(Section):
+    """A field of an answer, and which values are valid."""
+
+    type: Literal["string", "number", "integer", "choice", "list"] = Field("string", description="Type of the value.")
+    choices: tuple[str, ...] = Field((), description="choice: the valid values.")
+    minimum: float | None = Field(None, description="number and integer: smallest valid value.")
+    maximum: float | None = Field(None, description="number and integer: largest valid value.")
+    min_chars: int = Field(1, ge=0, description="Minimum characters of a string, or of each string of a list.")
+    max_chars: Positive = Field(20000, description="Maximum characters of a string, or of each string of a list.")
+    min_items: int = Field(1, ge=0, description="list: minimum number of strings.")
+    max_items: Positive = Field(100, description="list: maximum number of strings.")
+    language: str = Field(
+        "",
+        description="Language that the strings must have: an English name, an ISO 639-1 code, or a placeholder such as "
+        '"{language}". Texts that are short or doubtful pass. Default: any.',
+    )
+
+    @field_validator("choices", mode="before")
+    @classmethod
+    def _read_scalars(cls, choices: Any) -> Any:
+        is_list = isinstance(choices, list | tuple)
+        return [write_scalar(c) if isinstance(c, int | float) else c for c in choices] if is_list else choices
+
+    @model_validator(mode="after")
+    def _check_choices(self) -> FieldConfig:
+        if (self.type == "choice") != bool(self.choices):
+            raise ValueError("choices belong to type choice. Set both, or none.")
+        return self
+
+
+class AnswerConfig(Section):
+    """Which answers are valid.
+
+    - text: the answer as it is. Its field is `text`.
+    - list: a JSON list of strings. Each one continues as a draft of its own. Its field is `item`.
+    - object: a JSON object with the given fields.
+
+    The server gets the JSON schema of a list or object and enforces it if it can. Otherwise the answer may be fenced or
+    surrounded by text.
+    """
+
+    type: Literal["text", "list", "object"] = Field("text", description="Type of the answer.")
+    fields: dict[Name, FieldConfig] = Field({}, description="object: its fields.")
+    items: FieldConfig = Field(FieldConfig(), description="text: its rules. list: the rules of each string, and how many.")
+    reject: tuple[str, ...] = Field(
+        (),
+        description="Regular expressions. An answer with a string that contains a match is not valid. Strings in which the "
+        "model refuses, such as one that starts with I'm sorry, are never valid.",
+    )
+
+    @field_validator("reject")
+    @classmethod
+    def _check_patterns(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is not a regular expression of Python ({error})") from None
+        return patterns
+
+    @model_validator(mode="after")
+    def _check_fields(self) -> AnswerConfig:
+        if (self.type == "object") != bool(self.fields):
+            raise ValueError("fields belong to type object. Set both, or none.")
+        if self.items.type != "string":
+            raise ValueError(f"items.type is {self.items.type!r} (expected string)")
+        return self
+
+    @property
+    def field_names(self) -> tuple[str, ...]:
+        """Names of the fields that later templates can use."""
+        return {"text": ("text",), "list": ("item",), "object": tuple(self.fields)}[self.type]
+
+
+class StepConfig(Section):
+    """The keys that all steps share."""
+
+    kind: str
+    name: Name = Field(description="Name of the step, by which later templates use its fields: {NAME.FIELD}.")
+
+    @property
+    def field_names(self) -> tuple[str, ...]:
+        """Names of the fields that later templates can use."""
+        return ()
+
+    @property
+    def own_placeholders(self) -> frozenset[str]:
+        """Placeholders that only the templates of this step can use."""
+        return frozenset()
+
+    def list_templates(self) -> dict[str, str]:
+        """Return the templates of the step by key."""
+        return {}
+
+
+class AskStepConfig(StepConfig):
+    """Ask the model, once for each draft that reaches the step."""
+
+    kind: Literal["ask"] = "ask"
+    requests: Positive | None = Field(None, description="First step: number of requests. Each one starts a draft.")
+    per: str = Field("", description="First step: an input. Each of its rows starts a draft. Set requests or per.")
+    repeat: Positive = Field(1, description="Requests for each draft. Each one draws its own values.")
+    system: str = Field("", description="Template of the system prompt. Default: none.")
+    prompt: NonEmpty = Field(description="Template of the prompt.")
+    values: dict[Name, ValuesConfig] = Field({}, description="Values of the placeholders that have no other source.")
+    distinct: tuple[str, ...] = Field((), description="Placeholders whose values must differ from each other in a request.")
+    sampling: SamplingConfig = SamplingConfig()
+    answer: AnswerConfig = AnswerConfig()
+    unique: Literal["none", "exact", "near"] = Field(
+        "none", description="Drop an answer that equals an earlier one (exact), or nearly so (near). For a list: each item."
+    )
+    attempts: Positive = Field(3, description="Maximum requests until an answer is valid.")
+
+    @property
+    def field_names(self) -> tuple[str, ...]:
+        """Names of the fields that later templates can use: those of the answer, and the drawn values."""
+        return (*self.answer.field_names, *self.values)
+
+    @property
+    def own_placeholders(self) -> frozenset[str]:
+        """The placeholders with values."""
+        return frozenset(self.values)
+
+    def list_templates(self) -> dict[str, str]:
+        """Return the templates of the step by key."""
+        languages = {f"answer.fields.{name}.language": field.language for name, field in self.answer.fields.items()}
+        languages["answer.items.language"] = self.answer.items.language
+        return {"system": self.system, "prompt": self.prompt, **{key: text for key, text in languages.items() if text}}
+
+    @model_validator(mode="after")
+    def _check_step(self) -> AskStepConfig:
+        if unknown := [name for name in self.distinct if name not in self.values]:
+            raise ValueError(f"distinct names {unknown[0]!r}, which has no values. Add values.{unknown[0]}.")
+        fields = set(self.answer.field_names)
+        if both := [name for name in self.values if name in fields]:
+            raise ValueError(f"{both[0]!r} is a field of the answer and has values. Rename one.")
+        return self
+
+
+class RetrieveStepConfig(StepConfig):
+    """Find the documents of an input that are nearest to a query."""
+
+    kind: Literal["retrieve"] = "retrieve"
+    input: Name = Field("documents", description="Input whose rows are searched: their title and text.")
+    query: NonEmpty = Field(description="Template of the query.")
+    by: NonEmpty = Field(BM25, description="bm25, or a MODEL: a run directory, folder, or hub id.")
+    k: Positive = Field(20, description="Number of documents.")
+
+    def list_templates(self) -> dict[str, str]:
+        """Return the templates of the step by key."""
+        return {"query": self.query}
+
+
+class RelevanceConfig(Section):
+    """The model grades how well a candidate answers the query. The expected grade is used if the server gives logprobs."""
+
+    system: str = Field("", description="Template of the system prompt. Default: none.")
+    prompt: NonEmpty = Field(description="Template of the prompt. {candidate.text} is the candidate.")
+    grades: tuple[str, ...] = Field(min_length=2, description="The answers, from irrelevant to relevant, such as ['0', '1'].")
+
+    @field_validator("grades", mode="before")
+    @classmethod
+    def _read_scalars(cls, grades: Any) -> Any:
+        is_list = isinstance(grades, list | tuple)
+        return [write_scalar(grade) if isinstance(grade, int | float) else grade for grade in grades] if is_list else grades
+
+
+class LikelihoodConfig(Section):
+    """The mean log-probability of the query after a prompt with the candidate (Sachan et al. 2022, arXiv:2204.07496).
+
+    It needs a server whose completions return the logprobs of the prompt (`echo`), such as vLLM. Otherwise it is left out.
+    """
+
+    prompt: NonEmpty = Field(description="Template of the text before the query. {candidate.text} is the candidate.")
+
+
+class RankStepConfig(StepConfig):
+    """Rank the candidates of a retrieve step by the model (Gecko, arXiv:2403.20327, section 3.2).
+
+    The ranks by likelihood and by relevance are combined by reciprocal rank fusion. Fields: `positive` is the best candidate,
+    `negative` a hard negative, and `is_relabeled` whether the best one is another than the document of the draft.
+    """
+
+    kind: Literal["rank"] = "rank"
+    candidates: Name = Field(description="Name of the retrieve step.")
+    query: NonEmpty = Field(description="Template of the query.")
+    relevance: RelevanceConfig | None = Field(None, description="Rank by grades.")
+    likelihood: LikelihoodConfig | None = Field(None, description="Rank by the likelihood of the query.")
+    fusion_k: Positive = Field(60, description="Constant of reciprocal rank fusion (Cormack et al. 2009).")
+    hard_negative: Literal["last", "random"] = Field(
+        "last", description="The hard negative: the last candidate, or a random one below the best (Gecko, section 3.2)."
+    )
+    sampling: SamplingConfig = SamplingConfig(temperature=0, max_tokens=16)
+
+    @property
+    def field_names(self) -> tuple[str, ...]:
+        """Names of the fields that later templates can use."""
+        return ("positive", "negative", "is_relabeled")
+
+    @property
+    def own_placeholders(self) -> frozenset[str]:
+        """The text, title and id of the candidate."""
+        return frozenset({"candidate.text", "candidate.title", "candidate.id"})
+
+    def list_templates(self) -> dict[str, str]:
+        """Return the templates of the step by key."""
+        parts = {"relevance": self.relevance, "likelihood": self.likelihood}
+        nested = {
+            f"{key}.{name}": getattr(part, name)
+            for key, part in parts.items()
+            for name in ("system", "prompt")
+            if part is not None and hasattr(part, name)
+        }
+        return {"query": self.query, **nested}
+
+    @model_validator(mode="after")
+    def _check_rankings(self) -> RankStepConfig:
+        if self.relevance is None and self.likelihood is None:
+            raise ValueError("a rank step needs relevance or likelihood. Set one of them.")
+        return self
+
+
+class RoundTripStepConfig(StepConfig):
+    """Keep a draft only if its query finds its own document among the nearest ones (Alberti et al. 2019, arXiv:1906.05416)."""
+
+    kind: Literal["round_trip"] = "round_trip"
+    input: Name = Field("documents", description="Input whose rows are searched. The first step must name it in per.")
+    query: NonEmpty = Field(description="Template of the query.")
+    by: NonEmpty = Field(BM25, description="bm25, or a MODEL: a run directory, folder, or hub id.")
+    k: Positive = Field(1, description="Number of nearest documents among which the own document must be.")
+
+    def list_templates(self) -> dict[str, str]:
+        """Return the templates of the step by key."""
+        return {"query": self.query}
+
+
+class FilterStepConfig(StepConfig):
+    """Keep a draft only if a value meets a condition."""
+
+    kind: Literal["filter"] = "filter"
+    value: NonEmpty = Field(description='Template of the value, such as "{judge.score}".')
+    minimum: float | None = Field(None, description="Smallest number to keep.")
+    maximum: float | None = Field(None, description="Largest number to keep.")
+    allowed: tuple[str, ...] = Field((), description="Texts to keep.")
+
+    def list_templates(self) -> dict[str, str]:
+        """Return the templates of the step by key."""
+        return {"value": self.value}
+
+    @model_validator(mode="after")
+    def _check_conditions(self) -> FilterStepConfig:
+        if self.minimum is None and self.maximum is None and not self.allowed:
+            raise ValueError("a filter step needs minimum, maximum, or allowed. Set one of them.")
+        return self
+
+
+AnySynthesisStep = Annotated[
+    AskStepConfig | RetrieveStepConfig | RankStepConfig | RoundTripStepConfig | FilterStepConfig, Field(discriminator="kind")
+]
+
+
+def find_unknown_placeholder(template: str, known: frozenset[str], prefixes: frozenset[str]) -> str | None:
+    """Return the first placeholder of a template that is not known, or None.
+
+    Args:
+        template: The template.
+        known: Known placeholders.
+        prefixes: Names of inputs, whose rows may have any fields.
+    """
+    placeholders = list_placeholders(template)
+    return next((name for name in placeholders if name not in known and name.partition(".")[0] not in prefixes), None)
