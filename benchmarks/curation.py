@@ -1,11 +1,9 @@
 """Precision and recall of the steps of `jaxembed curate` on real data with injected trouble whose truth is known.
 
 Usage: python benchmarks/curation.py DATA [--rows N]
-       python benchmarks/curation.py DATA --memory ROWS [ROWS ...]
 
 DATA is a folder with ag_news/pairs_train.jsonl, ag_news/retrieval (BEIR) and stsb/{de,fr,pl}/train.jsonl. Rows of AG News
-(title -> text) are mixed with rows that a step should find. Each step runs alone on the mixture. The second form prints time
-and peak memory of a curation of synthetic rows, each in a process of its own.
+(title -> text) are mixed with rows that a step should find. Each step runs alone on the mixture.
 """
 
 from __future__ import annotations
@@ -14,11 +12,7 @@ import argparse
 import html
 import json
 import re
-import resource
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,8 +27,6 @@ from jaxembed.data.jsonl import write_jsonl
 
 INJECTED = 200  # rows of each kind
 FOREIGN = ("de", "fr", "pl")
-SYNTHETIC_WORDS = 20_000
-MEMORY_MB = 64
 Rows = list[dict[str, Any]]
 
 
@@ -214,52 +206,13 @@ def print_table(results: Iterable[tuple[str, str, tuple[int, int, float, float]]
         print(f"| {step} | {kind} | {expected:,} | {found:,} | {precision:.3f} | {recall:.3f} |", flush=True)
 
 
-def iter_synthetic(count: int) -> Iterable[dict[str, Any]]:
-    """Yield rows of random words. Each tenth is a near copy of the one before."""
-    rng = np.random.default_rng(0)
-    words: list[str] = []
-    for i in range(count):
-        if i % 10 or not words:
-            words = [f"w{n}" for n in rng.integers(SYNTHETIC_WORDS, size=30)]
-        yield {"query": " ".join(words[:8]), "pos": [" ".join(words) + (" again" if i % 10 == 0 else "")]}
-
-
-def measure_memory(count: int, folder: Path) -> None:
-    """Print time, peak memory and disk of a curation of `count` rows. Runs in a process of its own."""
-    write_jsonl(folder / "rows.jsonl", iter_synthetic(count))
-    steps: list[dict[str, Any]] = [
-        {"name": "clean"}, {"name": "quality", "min_chars": 3}, {"name": "duplicates"},
-        {"name": "duplicates", "match": "near"}, {"name": "balance", "share": 0.9},
-    ]  # fmt: skip
-    tree = {
-        "out": str(folder / "out"),
-        "memory_mb": MEMORY_MB,
-        "sources": [{"path": str(folder / "rows.jsonl")}],
-        "steps": steps,
-    }
-    start = time.monotonic()
-    result = curate(CurateConfig.model_validate(tree), folder / "cache", "benchmark", read_task)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    print(f"| {count:,} | {result['rows']['rows']['out']:,} | {time.monotonic() - start:,.0f} | {peak:,.0f} |", flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--rows", type=int, default=5600, help="clean rows")
-    parser.add_argument("--memory", nargs="+", type=int, metavar="ROWS", help="print the peak memory of that many rows instead")
-    parser.add_argument("--memory-child", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        if args.memory_child:
-            measure_memory(args.memory_child, Path(name))
-        elif args.memory:
-            print("| rows | kept | seconds | peak memory, MiB |\n|---|---|---|---|", flush=True)
-            for count in args.memory:
-                command = [sys.executable, __file__, str(args.data), "--memory-child", str(count)]
-                subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
-        else:
-            print_table(measure(args.data, args.rows, Path(name)))
+        print_table(measure(args.data, args.rows, Path(name)))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,79 @@
+"""Time and peak memory of `jaxembed curate` on synthetic rows, each size in a process of its own.
+
+Usage: python benchmarks/curation_scale.py STEPS ROWS [ROWS ...] [--words N] [--memory-mb N]
+
+STEPS is `text` (clean, quality, negatives, exact duplicates, balance) or `near` (near duplicates of queries).
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxembed.config.curation import CurateConfig
+from jaxembed.curate import read_task
+from jaxembed.curation.engine import curate
+from jaxembed.data.jsonl import write_jsonl
+
+VOCABULARY = 20_000
+STEPS: dict[str, list[dict[str, Any]]] = {
+    "text": [
+        {"name": "clean"}, {"name": "quality", "min_chars": 3}, {"name": "negatives"}, {"name": "duplicates"},
+        {"name": "balance", "share": 0.9},
+    ],
+    "near": [{"name": "duplicates", "of": "queries", "match": "near"}],
+}  # fmt: skip
+
+
+def iter_synthetic(count: int, words: int) -> Iterable[dict[str, Any]]:
+    """Yield rows of random words. Each tenth is a near copy of the one before."""
+    rng = np.random.default_rng(0)
+    text: list[str] = []
+    for i in range(count):
+        if i % 10 or not text:
+            text = [f"w{n}" for n in rng.integers(VOCABULARY, size=words)]
+        yield {"query": " ".join(text) + (" again" if i % 10 == 0 else ""), "pos": [" ".join(text[:8])]}
+
+
+def measure(name: str, count: int, words: int, memory_mb: int) -> None:
+    """Curate `count` rows in this process, and print time and peak memory."""
+    with tempfile.TemporaryDirectory() as folder_name:
+        folder = Path(folder_name)
+        write_jsonl(folder / "rows.jsonl", iter_synthetic(count, words))
+        sources = [{"path": str(folder / "rows.jsonl")}]
+        tree = {"out": str(folder / "out"), "memory_mb": memory_mb, "sources": sources, "steps": STEPS[name]}
+        start = time.monotonic()
+        result = curate(CurateConfig.model_validate(tree), folder / "cache", "benchmark", read_task)
+        seconds = time.monotonic() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    print(f"| {name} | {count:,} | {result['rows']['rows']['out']:,} | {seconds:,.0f} | {peak:,.0f} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("steps", choices=sorted(STEPS))
+    parser.add_argument("rows", nargs="+", type=int)
+    parser.add_argument("--words", type=int, default=16, help="words of a query")
+    parser.add_argument("--memory-mb", type=int, default=64)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        measure(args.steps, args.rows[0], args.words, args.memory_mb)
+        return
+    print("| steps | rows | kept | seconds | peak memory, MiB |\n|---|---|---|---|---|", flush=True)
+    for count in args.rows:
+        options = ["--words", str(args.words), "--memory-mb", str(args.memory_mb), "--child"]
+        subprocess.run([sys.executable, __file__, args.steps, str(count), *options], check=True, stderr=subprocess.DEVNULL)
+
+
+if __name__ == "__main__":
+    main()
