@@ -24,7 +24,10 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     """Run the curation. Return the files that were written, and the rows in and out of each source."""
     config = load_curate_config(args.config, args.overrides)
     from jaxembed.curation.engine import curate
+    from jaxembed.curation.stages import needs_model
 
+    if any(map(needs_model, config.steps)):
+        cli.set_up_jax()
     with stop_on_signals(f"{config.out} is not finished; the same command continues"):
         return curate(config, cache_dir(), args.config, read_task)
 

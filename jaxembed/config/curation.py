@@ -17,6 +17,7 @@ Side = Literal["query", "positives", "negatives"]
 ALL_SIDES: tuple[Side, ...] = ("query", "positives", "negatives")
 KeepRule = Literal["longest", "most_negatives", "source_priority"]
 RatioRules = Literal["gopher", "gopher_repetition", "c4", "fineweb"]
+DEFAULT_THRESHOLDS = {"exact": 1.0, "near": 0.8, "semantic": 0.95}
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -122,18 +123,35 @@ class DuplicatesStepConfig(StepConfig):
         description="What must not occur twice: a query, a positive, or a query with a positive. A row whose query is a copy "
         "is dropped; otherwise only the positive is.",
     )
-    match: Literal["exact", "near"] = Field(
-        "exact", description="exact: equal by the rule of training. near: a Jaccard index of at least threshold."
+    match: Literal["exact", "near", "semantic"] = Field(
+        "exact",
+        description="exact: equal by the rule of training. near: a Jaccard index of at least threshold. semantic: a cosine of "
+        "the vectors of model of at least threshold.",
     )
-    threshold: float = Field(
-        0.8, ge=0.5, le=1, description="near: minimum Jaccard index of the character n-grams of two texts, estimated."
+    threshold: Annotated[float, Field(ge=0.5, le=1)] | None = Field(
+        None,
+        description="near: minimum Jaccard index of the character n-grams of two texts, estimated. Default: 0.8. semantic: "
+        "minimum cosine of two texts. Default: 0.95.",
     )
+    model: str = Field("", description="semantic: MODEL that encodes the texts: a run directory, folder, or hub id.")
     across_sources: bool = Field(True, description="Compare the texts of all sources. false: each source alone.")
     keep: tuple[KeepRule, ...] = Field(
         ("longest",),
         max_length=3,
         description="Rules for the copy to keep. A later rule breaks ties. source_priority: the source that is listed first.",
     )
+
+    @model_validator(mode="after")
+    def _check_model(self) -> DuplicatesStepConfig:
+        if (self.match == "semantic") != bool(self.model):
+            advice = "only semantic reads model. Remove it." if self.model else "it compares vectors of a model. Set model."
+            raise ValueError(f"match is {self.match!r}: {advice}")
+        return self
+
+    @property
+    def min_similarity(self) -> float:
+        """The threshold, or its default for this kind of match."""
+        return DEFAULT_THRESHOLDS[self.match] if self.threshold is None else self.threshold
 
 
 class NegativesStepConfig(StepConfig):

@@ -29,6 +29,7 @@ from jaxembed.curation.curation_sources import CuratedSource, iter_curated_rows,
 from jaxembed.curation.curation_stats import RowStats, StepStats
 from jaxembed.curation.stages import (
     Stage,
+    check_requirements,
     check_sides,
     compute_stage_digests,
     make_all_rows_step,
@@ -74,6 +75,8 @@ def curate(config: CurateConfig, cache: Path, where: str, read_task: ReadTask) -
     def locate(row: CuratedRow) -> str:
         return sources[row.source].locate(row.number)
 
+    for step in config.steps:
+        check_requirements(step)
     row_steps = {
         i: prepare_step(step, locate, cache, read_task) for i, step in enumerate(config.steps) if not needs_all_rows(step)
     }
@@ -82,7 +85,7 @@ def curate(config: CurateConfig, cache: Path, where: str, read_task: ReadTask) -
     inputs = [[source.name, source.format, source.digest, source.num_rows] for source in sources]
     inputs_digest = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
     with lock_output(out, inputs_digest):
-        Curation(config, out, sources, row_steps).run(inputs_digest)
+        Curation(config, out, sources, row_steps, cache).run(inputs_digest)
         report = write_report(config, out, sources)
         remove_unfinished(out)
     outputs = report["output"]["sources"]
@@ -94,7 +97,14 @@ def curate(config: CurateConfig, cache: Path, where: str, read_task: ReadTask) -
 class Curation:
     """The stages of a curation, with the files that connect them."""
 
-    def __init__(self, config: CurateConfig, out: Path, sources: Sequence[CuratedSource], row_steps: dict[int, PreparedStep]):
+    def __init__(
+        self,
+        config: CurateConfig,
+        out: Path,
+        sources: Sequence[CuratedSource],
+        row_steps: dict[int, PreparedStep],
+        cache: Path,
+    ):
         """Prepare all stages.
 
         Args:
@@ -102,8 +112,9 @@ class Curation:
             out: Output folder.
             sources: The open sources.
             row_steps: The steps that see one row at a time, by index.
+            cache: Folder for vectors.
         """
-        self.config, self.out, self.sources, self.row_steps = config, out, sources, row_steps
+        self.config, self.out, self.sources, self.row_steps, self.cache = config, out, sources, row_steps, cache
         self.stages = split_into_stages(config.steps)
         self.names = [source.name for source in sources]
         self.num_rows = sum(source.num_rows for source in sources)
@@ -146,7 +157,8 @@ class Curation:
 
     def _decide(self, step_index: int, rows: Iterable[CuratedRow], folder: Path, keys: Path) -> None:
         """Store the rows of a stage, and which items its last step drops, in `folder`. The step keeps its files in `keys`."""
-        with closing(make_all_rows_step(self.config.steps[step_index], keys, self.num_rows, self.config)) as step:
+        config = self.config.steps[step_index]
+        with closing(make_all_rows_step(config, keys, self.num_rows, self.config, self.cache)) as step:
             write_rows(folder / ROWS_FILE, rows, step)
             np.save(folder / DROPPED_FILE, step.find_dropped())
 

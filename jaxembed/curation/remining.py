@@ -20,11 +20,9 @@ from jaxembed.data.sampling import EXAMPLE_FIELD
 from jaxembed.data.sources import Source
 from jaxembed.devices import processes
 from jaxembed.errors import UserError
-from jaxembed.files import atomic_write, cache_dir, exists, file_digest, write_json
-from jaxembed.formats.sentence_transformers import MODULES_FILE
+from jaxembed.files import atomic_write, cache_dir, file_digest, write_json
 from jaxembed.hub.embedder import Embedder
-from jaxembed.hub.folders import find_folder
-from jaxembed.hub.frozen_encoder import encode_in_groups, open_frozen_encoder
+from jaxembed.hub.frozen_encoder import check_model_exists, encode_in_groups, open_frozen_encoder
 
 KEPT_FIELDS = ("query", "prompt")
 log = logging.getLogger("jaxembed")
@@ -63,8 +61,8 @@ def open_miner(name: str) -> Miner:
 
 def check_miner_exists(config: MineConfig | None) -> None:
     """Raise `UserError` if `mine.model` names no model. A hub model is downloaded."""
-    if config is not None and config.model and not exists(Path(config.model) / MODULES_FILE):
-        find_folder(config.model)
+    if config is not None and config.model:
+        check_model_exists(config.model)
 
 
 def check_mined_sources(sources: Sequence[Source], config: MineConfig, seed: int, prefix: str) -> None:

@@ -32,7 +32,7 @@ from jaxembed.curation.steps.copies import ExactCopies
 from jaxembed.curation.steps.decontamination import ReadTask, make_decontaminate_step
 from jaxembed.curation.steps.items import AllRowsStep, ItemRule, make_duplicates_rule
 from jaxembed.curation.steps.languages import make_language_step
-from jaxembed.curation.steps.near_copies import NearCopies
+from jaxembed.curation.steps.near_copies import NearCopies, import_rensa
 from jaxembed.curation.steps.negatives import make_negatives_step
 from jaxembed.curation.steps.quality import make_quality_step
 from jaxembed.curation.steps.sides import PreparedStep, has_side
@@ -54,6 +54,11 @@ class Stage(NamedTuple):
 def needs_all_rows(step: AnyStep) -> bool:
     """Return whether a step decides only after it has seen all rows."""
     return isinstance(step, DuplicatesStepConfig | BalanceStepConfig)
+
+
+def needs_model(step: AnyStep) -> bool:
+    """Return whether a step computes vectors or scores with a model, which needs JAX."""
+    return isinstance(step, DuplicatesStepConfig) and step.match == "semantic"
 
 
 def split_into_stages(steps: Sequence[AnyStep]) -> list[Stage]:
@@ -94,7 +99,17 @@ def prepare_step(step: AnyStep, locate: LocateRow, cache: Path, read_task: ReadT
     return make_function_step(step, locate)
 
 
-def make_all_rows_step(step: AnyStep, folder: Path, max_rows: int, config: CurateConfig) -> AllRowsStep:
+def check_requirements(step: AnyStep) -> None:
+    """Raise `UserError` if a step that must see all rows needs a library or a model that is missing."""
+    if isinstance(step, DuplicatesStepConfig) and step.match == "near":
+        import_rensa()
+    if needs_model(step):
+        from jaxembed.curation import model_steps
+
+        model_steps.check_models(step)
+
+
+def make_all_rows_step(step: AnyStep, folder: Path, max_rows: int, config: CurateConfig, cache: Path) -> AllRowsStep:
     """Return a step that decides after it has seen all rows.
 
     Args:
@@ -102,9 +117,14 @@ def make_all_rows_step(step: AnyStep, folder: Path, max_rows: int, config: Curat
         folder: Empty folder for what the step stores.
         max_rows: Number of rows before the first step.
         config: The whole config.
+        cache: Folder for vectors.
     """
     if isinstance(step, BalanceStepConfig):
         return Balance(step, folder, max_rows, config.memory_mb, config.seed)
+    if needs_model(step):
+        from jaxembed.curation import model_steps
+
+        return model_steps.make_all_rows_step(step, folder, config, cache)
     assert isinstance(step, DuplicatesStepConfig)
     copies = NearCopies if step.match == "near" else ExactCopies
     return copies(step, folder, max_rows, config.memory_mb)

@@ -115,6 +115,12 @@ def encode_in_groups(
     return out
 
 
+def check_model_exists(name: str) -> None:
+    """Raise `UserError` if `open_frozen_encoder` would find no folder. A hub model is downloaded."""
+    if not exists(Path(name) / MODULES_FILE):
+        find_folder(name)
+
+
 def open_frozen_encoder(name: str, cache: Path, mesh: Mesh | None = None, recorded_hash: str = "") -> FrozenEncoder:
     """Open a model that jaxembed can load, or any other sentence-transformers folder.
 

@@ -21,7 +21,7 @@ def run_all_rows_step(config: AnyStep, folder: Path, rows: Sequence[CuratedRow],
     """Let a step see rows in batches of two, then apply what it decided."""
     folder.mkdir(exist_ok=True)
     whole = CurateConfig(out="out", memory_mb=16, seed=seed, sources=[{"path": "a.jsonl"}], steps=[config])
-    with closing(make_all_rows_step(config, folder, 100, whole)) as step:
+    with closing(make_all_rows_step(config, folder, 100, whole, folder / "cache")) as step:
         for start in range(0, len(rows), 2):
             step.collect(rows[start : start + 2])
         return make_item_filter(make_item_rule(config), step.find_dropped())(rows)

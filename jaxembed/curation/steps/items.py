@@ -90,8 +90,8 @@ def compute_rank(curated: CuratedRow, length: int, rules: Sequence[KeepRule]) ->
 
 def make_duplicates_rule(config: DuplicatesStepConfig) -> ItemRule:
     """Return the rule of a step `duplicates`."""
-    kind = "copy" if config.match == "exact" else "near copy"
-    reason = f"{kind} of another of the {config.of}"
+    kind = "" if config.match == "exact" else f"{config.match} "
+    reason = f"{kind}copy of another of the {config.of}"
     return ItemRule(lambda row: count_items(row, config), reason, config.of != "queries")
 
 

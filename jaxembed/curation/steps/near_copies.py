@@ -51,7 +51,7 @@ class NearCopies:
         """Start without rows. See `RecordFiles` for `folder` and `memory_mb`."""
         self._minhash = import_rensa()
         self._config = config
-        self._band_hashes = choose_band_hashes(config.threshold)
+        self._band_hashes = choose_band_hashes(config.min_similarity)
         num_bands = NUM_HASHES // self._band_hashes
         self._bands = RecordFiles(folder, BAND_RECORD, max_rows * num_bands, memory_mb)
         self._signatures, self._ranks = (folder / "signatures").open("w+b"), (folder / "ranks").open("w+b")
@@ -112,7 +112,7 @@ class NearCopies:
             pairs = np.stack([np.repeat(items[starts], sizes), items], 1)
             pairs = np.unique(pairs[pairs[:, 0] != pairs[:, 1]], axis=0)
             parts = np.split(pairs, range(PAIRS_PER_READ, len(pairs), PAIRS_PER_READ))
-            similar = [part[self._compare(part) >= self._config.threshold] for part in parts]
+            similar = [part[self._compare(part) >= self._config.min_similarity] for part in parts]
             edges = np.unique(np.concatenate([edges, *similar]), axis=0)
         return edges
 

@@ -1,0 +1,113 @@
+"""The step `duplicates`, semantic: drops texts whose vectors are close to that of a kept text.
+
+SemDeDup (Abbas et al. 2023, arXiv:2303.09540) drops items by the cosine of their vectors within clusters. Here the neighbors
+are those of an exact search over all texts:
+
+1. Texts are sorted by rank, then by a hash of their row.
+2. A text is dropped if a kept text before it reaches the threshold. So each dropped text has a kept one that is similar to
+   it, which connected components would not guarantee, and no two kept texts reach the threshold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+from jaxembed.config.curation import DuplicatesStepConfig
+from jaxembed.curation.mining import MAX_TEXT_CHARS, SCORE_TOLERANCE
+from jaxembed.curation.steps.items import list_items
+from jaxembed.curation.steps.sides import CuratedRow
+from jaxembed.data.batch import EncoderInput
+from jaxembed.data.equality import hash_exact_text, normalize_text
+from jaxembed.hub.frozen_encoder import FrozenEncoder
+from jaxembed.search.nearest import search
+
+FIRST_NEIGHBORS = 16  # neighbors of the first search; texts that may have more are searched again
+GROWTH = 4  # factor of the neighbors of each further search
+ITEM_RECORD = np.dtype([("rank", "<u8"), ("content", "<u8"), ("text", "<u8"), ("group", "<u8")])
+
+
+class SemanticCopies:
+    """Keeps texts with a cosine below the threshold to every other kept text. Texts that are equal are compared once."""
+
+    def __init__(self, config: DuplicatesStepConfig, folder: Path, encoder: FrozenEncoder, memory_mb: int):
+        """Start without rows.
+
+        Args:
+            config: The section of the step.
+            folder: Empty folder of the vectors.
+            encoder: The model.
+            memory_mb: Memory of the search in MiB, besides the vectors.
+        """
+        self._config, self._encoder, self._memory_mb = config, encoder, memory_mb
+        self._side = "query" if config.of == "queries" else "document"
+        self._vectors = (folder / "vectors").open("w+b")
+        self._parts: list[np.ndarray] = []
+
+    def close(self) -> None:
+        """Close the files."""
+        self._vectors.close()
+
+    def collect(self, rows: Sequence[CuratedRow]) -> None:
+        """Encode the items of rows, and record their ranks."""
+        items = [(row.source, item) for row in rows for item in list_items(row, self._config)]
+        if not items:
+            return
+        texts = [EncoderInput(item.text[:MAX_TEXT_CHARS], self._side, "") for _, item in items]
+        self._vectors.write(self._encoder.encode(texts).tobytes())
+        records = np.empty(len(items), ITEM_RECORD)
+        records["rank"], records["content"] = [item.rank for _, item in items], [item.content for _, item in items]
+        records["text"] = [int(hash_exact_text(normalize_text(item.text)).view("<u8")[0]) for _, item in items]
+        records["group"] = [0 if self._config.across_sources else source for source, _ in items]
+        self._parts.append(records)
+
+    def find_dropped(self) -> np.ndarray:
+        """Return whether each item is dropped, bool [I]."""
+        if not self._parts:
+            return np.zeros(0, bool)
+        records = np.concatenate(self._parts)
+        self._vectors.seek(0)
+        vectors = np.fromfile(self._vectors, np.float32).reshape(len(records), self._encoder.width)
+        order = np.lexsort((np.arange(len(records)), records["content"], ~records["rank"], records["group"]))
+        dropped = np.ones(len(records), bool)
+        for members in np.split(order, np.flatnonzero(np.diff(records["group"][order])) + 1):
+            firsts = members[np.sort(np.unique(records["text"][members], return_index=True)[1])]  # of equal texts
+            dropped[firsts] = find_similar(vectors[firsts], self._config.min_similarity, self._memory_mb)
+        return dropped
+
+
+def find_similar(vectors: Float[np.ndarray, "n d"], threshold: float, memory_mb: int) -> np.ndarray:
+    """Return whether each vector reaches the threshold with an earlier one that does not, bool [N].
+
+    Args:
+        vectors: Unit vectors.
+        threshold: Minimum cosine.
+        memory_mb: Memory of the search in MiB.
+    """
+    is_similar = np.zeros(len(vectors), bool)
+    neighbors = find_neighbors(vectors, threshold, memory_mb)
+    for number in sorted(neighbors):
+        earlier = neighbors[number]
+        is_similar[number] = not is_similar[earlier].all()
+    return is_similar
+
+
+def find_neighbors(vectors: Float[np.ndarray, "n d"], threshold: float, memory_mb: int) -> dict[int, np.ndarray]:
+    """Return the earlier vectors that reach the threshold with a vector, by its number. The search is exact.
+
+    A search returns a fixed number of neighbors. Vectors all of whose neighbors reach the threshold are searched again.
+    """
+    neighbors: dict[int, np.ndarray] = {}
+    pending, count = np.arange(len(vectors)), FIRST_NEIGHBORS
+    while len(pending):
+        found = search(vectors[pending], vectors, count, memory_mb=memory_mb, show_progress=True)
+        reaches = found.scores >= threshold - SCORE_TOLERANCE
+        is_complete = ~reaches[:, -1] | (count >= len(vectors))
+        earlier = reaches & (found.rows < pending[:, None])
+        for i in np.flatnonzero(is_complete & earlier.any(1)).tolist():
+            neighbors[int(pending[i])] = found.rows[i][earlier[i]]
+        pending, count = pending[~is_complete], count * GROWTH
+    return neighbors
