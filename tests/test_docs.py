@@ -205,6 +205,8 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_beir(root / "news_beir", corpus, queries, {f"q{i}": {f"d{i}": 1} for i in range(len(questions))})
     write_jsonl(root / "topics.jsonl", [{"text": q, "label": q.split()[-1]} for q in questions])
     write_jsonl(root / "articles.jsonl", [{"title": q, "abstract": a, "lang": "en", "question": q} for q, a in both])
+    (root / "handbook").mkdir()
+    (root / "handbook" / "app.md").write_text("# App\n\n" + "\n\n".join(answers))
     write_jsonl(root / "examples.jsonl", [{"query": questions[0], "response": answers[0]}])
     (root / "questions.txt").write_text("\n".join(questions[:3]))
     question_table = pa.table({"question": questions, "answer": answers})

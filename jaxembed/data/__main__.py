@@ -2,6 +2,7 @@
 
 Usage: python -m jaxembed.data validate|preview|stats|convert SOURCE ...
        python -m jaxembed.data packages OUT
+       python -m jaxembed.data documents FOLDER OUT.jsonl
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from jaxembed import cli, config
 from jaxembed.config.sections import parse_section
 from jaxembed.config.spec import EmbeddingSpec
-from jaxembed.curation import python_packages
+from jaxembed.curation import passages, python_packages
 from jaxembed.data import reports
 from jaxembed.data.convert import WRITERS, convert_sources, name_files
 from jaxembed.errors import UserError
@@ -34,6 +35,7 @@ DESCRIPTIONS = {
     "convert": "Write sources as .jsonl or .array_record files, one per source, with our field names.",
     "packages": "Write docstring -> function pairs of installed Python packages: train.jsonl, and the held-out BEIR folders "
     "functions/ and package/. Does nothing if OUT holds the pairs of the same packages and versions.",
+    "documents": "Split the text, Markdown, HTML and PDF files of a folder into passages: rows of id, title and text.",
 }
 MAX_SHARDS = 99_999  # the numbers in the names of shards have five digits
 log = logging.getLogger("jaxembed")
@@ -43,6 +45,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     """Run a command and return its report."""
     if args.command == "packages":
         return write_packages(args)
+    if args.command == "documents":
+        return write_documents(args)
     if args.command == "convert" and args.out is None:
         args.out = take_last_source(args)
     settings = config.load_config(args.config, base="") if args.config else None
@@ -68,6 +72,26 @@ def write_packages(args: argparse.Namespace) -> dict[str, Any]:
     with stop_on_signals(f"{out} was not written; the same command starts over"):
         sizes = python_packages.write_package_pairs(out, args.packages, args.holdout_package or None, args.holdout_functions)
     return {"out": str(out), **sizes}
+
+
+def write_documents(args: argparse.Namespace) -> dict[str, Any]:
+    """Write the passages of a folder of documents. Return the file, and counts of files, passages and what was left out."""
+    out = cli.prepare_new_output(args.out, [".jsonl"])
+    limits = read_passage_limits(args)
+    with stop_on_signals(f"{out} was not written; the same command starts over"):
+        report = passages.write_passages(Path(args.folder), out, limits, args.skip_bad_files)
+    return {"out": str(out), **report}
+
+
+def read_passage_limits(args: argparse.Namespace) -> passages.PassageLimits:
+    """Return the lengths of passages that the options name."""
+    if (args.max_tokens is None) != (args.model is None):
+        raise UserError("--max-tokens: needs --model MODEL, whose tokens are counted. Give both, or --max-chars alone.")
+    tokenizer = open_tokenizer(args.model, None)[1]
+    if tokenizer is None:
+        return passages.PassageLimits(args.max_chars, args.min_chars)
+    measure = lambda text: int(tokenizer.count_untruncated_tokens([text], [""])[0])  # noqa: E731
+    return passages.PassageLimits(args.max_tokens, args.min_chars, measure)
 
 
 def preview(
@@ -173,8 +197,8 @@ def make_parser() -> DataParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, description in DESCRIPTIONS.items():
         command = commands.add_parser(name, help=description, description=description, allow_abbrev=False)
-        if name == "packages":
-            add_package_arguments(command)
+        if name in ADDERS:
+            ADDERS[name](command)
             continue
         command.add_argument("sources", metavar="SOURCE", nargs="*", help="path or name, as in a config")
         command.add_argument("--config", metavar="CONFIG.yaml", help="take the sources of a config instead")
@@ -227,6 +251,27 @@ def add_package_arguments(parser: argparse.ArgumentParser) -> None:
         "--holdout-functions", type=cli.integer_from(0), metavar="N", default=python_packages.DEFAULT_HOLDOUT_FUNCTIONS,
         help=f"functions of the other packages to hold out (default: {python_packages.DEFAULT_HOLDOUT_FUNCTIONS})",
     )  # fmt: skip
+
+
+def add_document_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the folder, the output and the lengths of passages."""
+    number = cli.integer_from
+    parser.add_argument("folder", metavar="FOLDER", help="folder of documents, or one file; hidden files are left out")
+    parser.add_argument("out", metavar="OUT.jsonl", help="file to write, which must not exist")
+    parser.add_argument(
+        "--max-chars", type=number(1), default=1500, metavar="N", help="most characters of a passage (default: 1500)"
+    )
+    parser.add_argument("--max-tokens", type=number(1), metavar="N", help="most tokens of a passage, instead of --max-chars")
+    parser.add_argument("--model", metavar="MODEL", help="model whose tokens --max-tokens counts")
+    parser.add_argument(
+        "--min-chars", type=number(1), default=50, metavar="N", help="shorter passages are dropped (default: 50)"
+    )
+    parser.add_argument(
+        "--skip-bad-files", action="store_true", help="leave out files that cannot be read (default: write nothing)"
+    )
+
+
+ADDERS = {"packages": add_package_arguments, "documents": add_document_arguments}  # of commands without a SOURCE
 
 
 if __name__ == "__main__":

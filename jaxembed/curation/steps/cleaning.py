@@ -88,23 +88,29 @@ def html_to_text(text: str) -> str:
     """
     if not HTML_MARKER.search(text):
         return text
-    parser = _TextCollector()
+    parser = TextCollector()
     parser.feed(text)
     parser.close()
-    return re.sub(r"[ \t]*\n\s*", "\n", "".join(parser.parts)).strip()
+    return parser.get_text()
 
 
-class _TextCollector(HTMLParser):
+class TextCollector(HTMLParser):
     """Collects the text of HTML in `parts`."""
+
+    skipped_tags = SKIPPED_TAGS
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
         self.parts: list[str] = []
         self._skipped: list[str] = []  # open elements whose text is left out
 
+    def get_text(self) -> str:
+        """Return the text so far, without empty lines and indentation."""
+        return re.sub(r"[ \t]*\n\s*", "\n", "".join(self.parts)).strip()
+
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         """Process a start tag."""
-        if tag in SKIPPED_TAGS:
+        if tag in self.skipped_tags:
             self._skipped.append(tag)
         self._add_tag(tag, self.get_starttag_text() or "")
 

@@ -1,0 +1,182 @@
+"""Files of a user's documents, read as headings and paragraphs: plain text, Markdown, HTML and PDF."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from jaxembed.curation.steps.cleaning import SKIPPED_TAGS, TextCollector, html_to_text
+from jaxembed.errors import UserError
+from jaxembed.files import decode, read_bytes
+
+EMPTY_LINES = re.compile(r"\n[ \t]*(?:\n[ \t]*)+")
+FRONT_MATTER = re.compile(r"\A---[ \t]*\n.*?\n---[ \t]*\n", re.S)
+HTML_TITLE = re.compile(r"<title[^>]*>(.*?)</title>", re.S | re.I)
+HTML_CHARSET = re.compile(rb"<meta[^>]+charset=[\"']?([\w-]+)", re.I)
+HTML_CHARSET_BYTES = 1024  # the declaration must lie within these (HTML standard, 4.2.5.4)
+HYPHENATED_WORD = re.compile(r"(?<=[a-z])-\n(?=[a-z])")
+HEADING_TAGS = {f"h{level}": level for level in range(1, 7)}
+PARAGRAPH_TAG_NAMES = "address article aside blockquote div dl figure form header hr main ol p pre section table ul"
+PARAGRAPH_TAGS = frozenset(HEADING_TAGS) | frozenset(PARAGRAPH_TAG_NAMES.split())
+
+
+class Block(NamedTuple):
+    """A paragraph (level 0), or a heading of level 1 to 6."""
+
+    level: int
+    text: str
+
+
+class Document(NamedTuple):
+    """A title, which may be empty, and the blocks of a file in their order."""
+
+    title: str
+    blocks: list[Block]
+
+
+def check_libraries(files: Iterable[Path]) -> None:
+    """Raise `UserError` if a library that reads one of the files is not installed."""
+    for path in files:
+        library = LIBRARIES.get(path.suffix.lower())
+        if library and importlib.util.find_spec(library) is None:
+            raise UserError(f"{path}: reading it needs {library}, which is not installed. Run pip install '.[documents]'.")
+
+
+def read_document(path: Path) -> Document:
+    """Read a file by its ending, one of `READERS`.
+
+    Raises:
+        UserError: The file cannot be read, is broken, or has no text.
+    """
+    document = READERS[path.suffix.lower()](path)
+    if not any(block.text for block in document.blocks):
+        raise UserError(f"{path}: has no text. Remove it, or convert its images to text first.")
+    return document
+
+
+def read_plain_text(path: Path) -> Document:
+    """Return the paragraphs of a text file, which empty lines separate."""
+    return Document("", _split_paragraphs(_decode_lines(path)))
+
+
+def read_markdown(path: Path) -> Document:
+    """Return the headings and paragraphs of a Markdown file. Lists, tables and code stay as they are written."""
+    text = FRONT_MATTER.sub("", _decode_lines(path))
+    return Document("", list(_iter_markdown_blocks(text)))
+
+
+def _iter_markdown_blocks(text: str) -> Iterator[Block]:
+    from markdown_it import MarkdownIt
+
+    lines = text.split("\n")
+    tokens = MarkdownIt("commonmark").enable("table").parse(text)
+    for i, token in enumerate(tokens):
+        if token.level or token.map is None or token.nesting < 0:
+            continue
+        source = "\n".join(lines[slice(*token.map)]).strip()
+        if token.type == "heading_open":
+            yield Block(int(token.tag[1]), tokens[i + 1].content)
+        elif token.type == "html_block":
+            yield Block(0, html_to_text(source))
+        elif token.type != "hr":
+            yield Block(0, source)
+
+
+def read_html(path: Path) -> Document:
+    """Return the headings and paragraphs of an HTML page, without its scripts, styles, navigation and footer."""
+    text = _decode_html(path)
+    collector = _BlockCollector()
+    collector.feed(text)
+    collector.close()
+    collector.end_block(0)
+    title = HTML_TITLE.search(text)
+    return Document(html_to_text(title[1]).strip() if title else "", collector.blocks)
+
+
+class _BlockCollector(TextCollector):
+    """Collects the text of HTML in `blocks`."""
+
+    skipped_tags = SKIPPED_TAGS | {"nav", "footer"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks: list[Block] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Process a start tag."""
+        if tag == "body":
+            self._skipped.clear()  # </head> is optional
+        if tag in PARAGRAPH_TAGS:
+            self.end_block(0)
+        super().handle_starttag(tag, attrs)
+
+    def handle_endtag(self, tag: str) -> None:
+        """Process an end tag."""
+        if tag in PARAGRAPH_TAGS:
+            self.end_block(HEADING_TAGS.get(tag, 0))
+        super().handle_endtag(tag)
+
+    def end_block(self, level: int) -> None:
+        """Add the text since the last block as a block, if there is any."""
+        if text := self.get_text():
+            self.blocks.append(Block(level, " ".join(text.split()) if level else text))
+        self.parts.clear()
+
+
+def read_pdf(path: Path) -> Document:
+    """Return the paragraphs of a PDF file, whose headings are not known, and the title that it declares."""
+    from pypdf import PdfReader
+
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL)
+    content = read_bytes(path)
+    try:
+        reader = PdfReader(io.BytesIO(content))
+        if reader.is_encrypted and not reader.decrypt(""):
+            raise UserError(f"{path}: needs a password. Save it without one.")
+        pages = [page.extract_text() for page in reader.pages]
+        title = str((reader.metadata and reader.metadata.title) or "")
+    except UserError:
+        raise
+    except Exception as error:  # pypdf raises errors of many kinds for broken files
+        raise UserError(f"{path}: not a readable PDF file ({error or type(error).__name__})") from None
+    text = HYPHENATED_WORD.sub("", "\n\n".join(pages))
+    return Document(title, _split_paragraphs(text))
+
+
+def _split_paragraphs(text: str) -> list[Block]:
+    return [Block(0, part.strip()) for part in EMPTY_LINES.split(text) if part.strip()]
+
+
+def _decode_lines(path: Path) -> str:
+    """Return the text of a UTF-8 file with line feeds only."""
+    text = decode(read_bytes(path), str(path))
+    if "\x00" in text:
+        raise UserError(f"{path}: not a text file (it contains a zero byte)")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _decode_html(path: Path) -> str:
+    """Return the text of a page in the encoding that it declares, or in UTF-8."""
+    content = read_bytes(path)
+    declared = HTML_CHARSET.search(content[:HTML_CHARSET_BYTES])
+    if declared is None:
+        return decode(content, str(path))
+    charset = declared[1].decode()
+    try:
+        return content.decode(charset)
+    except (LookupError, UnicodeDecodeError):
+        raise UserError(f"{path}: not valid in the encoding that it declares, {charset}. Save it as UTF-8.") from None
+
+
+READERS: Mapping[str, Callable[[Path], Document]] = {
+    **dict.fromkeys((".txt", ".text", ".rst"), read_plain_text),
+    **dict.fromkeys((".md", ".markdown"), read_markdown),
+    **dict.fromkeys((".html", ".htm", ".xhtml"), read_html),
+    ".pdf": read_pdf,
+}
+LIBRARIES = {**dict.fromkeys((".md", ".markdown"), "markdown_it"), ".pdf": "pypdf"}
