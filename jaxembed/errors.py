@@ -75,10 +75,14 @@ def suggest(name: str, known: Iterable[str], count: int = 3) -> str:
 def explain_system_error(error: BaseException) -> str | None:
     """Return one line about a refusal of the system, such as a full disk or no memory; None for any other error.
 
-    A panic of a library in Rust counts too: tokenizers panics on some regular expressions of a tokenizer.json.
+    Failures of tokenizers count too: it panics on some regular expressions of a tokenizer.json, and raises a plain
+    `Exception`, which nothing else does, for texts that the vocabulary cannot spell.
     """
-    if type(error).__name__ == "PanicException":
-        return f"a library failed ({summarize(error)}). Check the tokenizer.json of the model, mainly its regular expressions."
+    if type(error).__name__ == "PanicException" or type(error) is Exception:
+        return (
+            f"a library failed ({summarize(error)}). Check the tokenizer.json of the model, mainly its regular expressions and "
+            "its unknown token."
+        )
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(m in str(error) for m in MEMORY_ERRORS)):
         detail = f" ({reason})" if (reason := summarize(error)) else ""
         return f"out of memory{detail}. Free memory, raise the limit on it, or lower the sizes of batches and models."

@@ -98,7 +98,7 @@ def open_beir(folder: Path, defaults: tuple[str, ...], split: str = "") -> BeirF
         if not line.strip() or (number == 1 and _split_fields(line) == QRELS_HEADER):
             continue
         query, document, grade = _parse_judgment(line, f"{qrels}:{number}")
-        if grade <= 0:
+        if grade <= 0 and (query not in query_rows or document not in corpus_rows):
             continue
         if query not in query_rows:
             absent_queries.setdefault(query, number)
@@ -115,6 +115,9 @@ def open_beir(folder: Path, defaults: tuple[str, ...], split: str = "") -> BeirF
         log.warning(
             "%s: %d judgments differ from an earlier one of the same query and document; the last counts", qrels, conflicts
         )
+    # A score of 0 is kept until here, because it withdraws an earlier judgment.
+    positive = ((row, {document: grade for document, grade in grades.items() if grade > 0}) for row, grades in relevant.items())
+    relevant = {row: grades for row, grades in positive if grades}
     if not relevant:
         raise UserError(f"{qrels}: no query has a relevant document (expected scores above 0)")
     digest = hashlib.sha256((corpus.digest + queries.digest + text).encode()).hexdigest()

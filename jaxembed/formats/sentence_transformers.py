@@ -35,7 +35,11 @@ POOLING_FLAGS: dict[PoolingKind, str] = {
     "max": "max_tokens",
     "weighted_mean": "weightedmean_tokens",
 }
-TRANSFORMER_FIELDS = FieldList(  # of sentence_bert_config.json
+# Names of the config of a Transformer module. Versions before 2021 name it after the family; the first that exists is read.
+TRANSFORMER_FILES = tuple(
+    f"sentence_{kind}_config.json" for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
+TRANSFORMER_FIELDS = FieldList(  # of these files
     read=frozenset({"max_seq_length", "modality_config"}),
     harmless=frozenset({"unpad_inputs"}),
     refused={
@@ -113,6 +117,9 @@ def read_modules(folder: Path) -> list[tuple[str, Path]]:
                 f"{listing}: module type {kind[:80]!r} is Python code of its own, which is not run (expected modules of "
                 "sentence_transformers). Use another model."
             )
+    for _, path in modules:
+        if not path.is_relative_to(folder) or ".." in path.relative_to(folder).parts:
+            raise UserError(f"{listing}: module path {str(path)[-80:]!r} is outside the folder. Move the module into it.")
     return [(kind.rsplit(".", 1)[-1], path) for kind, path in modules]
 
 
@@ -285,8 +292,9 @@ def _read_pooling_kind(config: Mapping[str, Any], path: Path) -> PoolingKind:
 
 
 def _read_max_length(folder: Path, transformer: TransformerConfig, tokenizer: Any) -> int:
-    """Return max_seq_length of sentence_bert_config.json, otherwise the limit of the tokenizer or the transformer."""
-    path = folder / "sentence_bert_config.json"
+    """Return max_seq_length of the config of the Transformer, otherwise the limit of the tokenizer or the transformer."""
+    paths = [folder / name for name in TRANSFORMER_FILES]
+    path = next((path for path in paths if path.is_file()), paths[0])
     config = _read_if_present(path)
     TRANSFORMER_FIELDS.check(config, str(path))
     _check_modalities(Fields(config, str(path)).mapping("modality_config", PLAIN_TEXTS), path)

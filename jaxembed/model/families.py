@@ -269,7 +269,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 "local_attention": 128, "global_attn_every_n_layers": 3, "global_rope_theta": 160_000.0,
                 "local_rope_theta": 10_000.0, "tie_word_embeddings": True,
             },
-            refused={"norm_bias": (False,), "position_embedding_type": ("absolute",)}, modules=MODERNBERT_MODULES,
+            # transformers sets local_attention to twice the sliding_window.
+            refused={"norm_bias": (False,), "position_embedding_type": ("absolute",), "sliding_window": ()}, modules=MODERNBERT_MODULES,
         ),
         "bert": _BERT,
         "roberta": _ROBERTA,

@@ -44,6 +44,8 @@ CONFIG_FIELDS = FieldList(
             "cache_implementation", "_sliding_window_pattern",
             "diversity_penalty", "early_stopping", "encoder_no_repeat_ngram_size", "length_penalty", "no_repeat_ngram_size",
             "num_beam_groups", "num_return_sequences", "remove_invalid_values", "tf_legacy_loss", "typical_p",
+            "allow_global_per_layer_attribute_access", "experts_implementation", "name_or_path",
+            "serialize_explicit_per_layer_config",
         }
     ),
     # Field: the values that have no effect. Any other value is refused.
@@ -51,7 +53,7 @@ CONFIG_FIELDS = FieldList(
         "partial_rotary_factor": (1, 1.0), "pretraining_tp": (1,), "quantization_config": (), "cross_attention_hidden_size": (),
         "add_cross_attention": (False,), "pruned_heads": (), "is_bidirectional": (),
         "attn_logit_softcapping": (), "embedding_multiplier": (1, 1.0), "residual_multiplier": (1, 1.0),
-        "attention_multiplier": (),
+        "attention_multiplier": (), "per_layer_config": (),
     },
 )  # fmt: skip
 
@@ -111,8 +113,7 @@ def parse_hf_config(config: Mapping[str, Any], where: str) -> TransformerConfig:
     """
     family = _find_family(config, where)
     get_config_fields(family).check(config, where)
-    if family.mask_field == "is_causal":
-        _check_mask(config, where)
+    _check_mask(config, family, where)
     config = {**family.defaults, **config}
     fields = Fields(config, where)
     heads, kv_heads, head_width = _read_heads(config, family, where)
@@ -184,10 +185,14 @@ def _read_positions(config: Mapping[str, Any], family: Family, where: str) -> di
     return {"max_positions": positions - offset, "position_offset": offset, "token_types": token_types}
 
 
-def _check_mask(config: Mapping[str, Any], where: str) -> None:
-    """Raise `UserError` if the two fields that state the mask contradict each other. Libraries differ in which they read."""
+def _check_mask(config: Mapping[str, Any], family: Family, where: str) -> None:
+    """Raise `UserError` if the fields that state the mask contradict each other, or libraries read them differently."""
     fields = Fields(config, where)
-    if config.get("use_bidirectional_attention") is None:
+    if config.get("is_causal", True) is None and not family.is_encoder:
+        raise UserError(
+            f"{where}: is_causal is null, which transformers takes for false and other libraries for true. Set one of them."
+        )
+    if family.mask_field != "is_causal" or config.get("use_bidirectional_attention") is None:
         return
     is_causal, is_bidirectional = fields.boolean("is_causal", True), fields.boolean("use_bidirectional_attention")
     if is_causal == is_bidirectional:
@@ -324,7 +329,9 @@ def _read_grouped_windows(config: Mapping[str, Any], family: Family, where: str)
     """Return the sliding window of each layer, with None for one layer of each group."""
     fields = Fields(config, where)
     layers = fields.integer("num_hidden_layers", maximum=MAX_LAYERS)
-    window, group = fields.integer(family.get_key("sliding_window")), fields.integer(family.get_key("layer_group"))
+    minimum = 2 if family.options.get("halves_windows") else 1  # half of 1 would be no window
+    window = fields.integer(family.get_key("sliding_window"), minimum=minimum)
+    group = fields.integer(family.get_key("layer_group"))
     kinds = [LAYER_TYPES[i % group != family.full_layer % group] for i in range(layers)]
     if config.get("layer_types"):
         kinds = _read_layer_types(config, layers, where)

@@ -320,9 +320,9 @@ def test_fractional_relevance_is_a_gain(tmp_path: Path, caplog: pytest.LogCaptur
 
 def test_judgments_that_differ_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     qrels = write_beir_folder(tmp_path, "test") / "qrels" / "test.tsv"
-    qrels.write_text(f"{HEADER}\nq1\td1\t1\nq1\td1\t1\nq1\td1\t2\n")
+    qrels.write_text(f"{HEADER}\nq1\td1\t1\nq1\td1\t1\nq1\td1\t2\nq2\td2\t1\nq2\td2\t0\nq3\td9\t0\n")
     assert open_beir(tmp_path, ("test",)).relevant == [{0: 2}]
-    assert f"{qrels}: 1 judgments differ from an earlier one of the same query and document; the last counts" in caplog.messages
+    assert f"{qrels}: 2 judgments differ from an earlier one of the same query and document; the last counts" in caplog.messages
 
 
 def test_judgments_of_absent_documents_are_counted_and_cost_recall(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -103,6 +103,7 @@ def test_a_command_leaves_at_once_after_its_error() -> None:
         (RuntimeError("INTERNAL: YNNPACK operation failed"), "out of memory (INTERNAL: YNNPACK operation failed). Free"),
         (OSError(errno.EROFS, "Read-only file system", "/cache/a\n"), r"/cache/a\n: cannot be used (Read-only file system)."),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), "a file: cannot be used (Disk quota exceeded)."),
+        (Exception("WordPiece error: Missing [UNK]"), "a library failed (WordPiece error: Missing [UNK]). Check the tokenizer"),
         (PanicException("called `Result::unwrap()`"), "a library failed (called `Result::unwrap()`). Check the tokenizer.json"),
         (RuntimeError("shape mismatch"), None),
         (FileNotFoundError(errno.ENOENT, "No such file", "x"), None),

@@ -166,6 +166,26 @@ def test_modules_of_other_packages_are_refused(tmp_path: Path) -> None:
         find_base(str(folder))
 
 
+@pytest.mark.parametrize("path", ["../other/1_Pooling", "/etc"])
+def test_modules_outside_the_folder_are_refused(tmp_path: Path, path: str) -> None:
+    folder = write_sentence_transformer(tmp_path, False, False)
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[1]["path"] = path
+    (folder / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(UserError, match=rf"modules.json: module path '.*{path}' is outside the folder"):
+        find_base(str(folder))
+
+
+def test_older_names_of_the_transformer_file_are_read(tmp_path: Path) -> None:
+    folder = write_sentence_transformer(tmp_path, False, False)
+    (folder / "sentence_bert_config.json").rename(folder / "sentence_xlm-roberta_config.json")
+    edit_json(folder / "sentence_xlm-roberta_config.json", max_seq_length=7)
+    model = Embedder.load(folder)
+    stock = load_sentence_transformer(folder)
+    np.testing.assert_allclose(model.encode(TEXTS), stock.encode(TEXTS, normalize_embeddings=True), atol=1e-5)
+    assert model.spec.max_length == 7
+
+
 def test_the_default_prompt_precedes_texts(tmp_path: Path) -> None:
     folder = write_sentence_transformer(tmp_path, False, False, "mean")
     prompts = {"query": "ask this: ", "document": "read this: "}
