@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Write exports of small random models of every kind, with texts and their vectors, for benchmarks/readers.py.
 
-    python benchmarks/reader_exports.py OUT --tokenizer FOLDER [--kinds NAME ...]
+    python benchmarks/reader_exports.py OUT --tokenizer FOLDER --bert-tokenizer FOLDER [--kinds NAME ...]
 
 OUT/KIND is an export. OUT/KIND.json has texts, their prompts, and the vectors of the model in JAX (float32), among them the
-probes of the export's probe.json. --tokenizer names a folder with the tokenizer of a Qwen2 model, which llama.cpp's converter
-knows; half of the kinds use it. The others have a tokenizer trained from scratch. Prints one line per kind.
+probes of the export's probe.json. --tokenizer and --bert-tokenizer name folders with the tokenizers of a Qwen2 model and of an
+uncased BERT, which llama.cpp's converter knows; half of the kinds use one of them. The others have a tokenizer trained from
+scratch. Prints one line per kind.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ import transformers
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxembed.config import LoraConfig
-from jaxembed.config.spec import EmbeddingSpec
+from jaxembed.config.spec import EmbeddingSpec, HiddenProjection
 from jaxembed.data.bpe import train_tokenizer
+from jaxembed.data.tokenize import set_special_tokens
 from jaxembed.devices.mesh import make_mesh
 from jaxembed.hub.base import Base
 from jaxembed.hub.card import Card
@@ -55,6 +57,7 @@ LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }  # fmt: skip
+ALL_KEYS = {"num_key_value_heads": SIZES["num_attention_heads"]}  # of encoders, in which every head has keys of its own
 CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "qwen2": (
         transformers.Qwen2Config,
@@ -65,6 +68,16 @@ CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "mistral-window": (transformers.MistralConfig, {"sliding_window": 16}),
     "llama": (transformers.LlamaConfig, {}),
     "llama3-rope": (transformers.LlamaConfig, {"rope_parameters": LLAMA3_ROPE}),
+    "gemma3": (
+        transformers.Gemma3TextConfig,
+        {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16, "sliding_window_pattern": 2},
+    ),
+    "bert": (transformers.BertConfig, {**ALL_KEYS, "pad_token_id": 0}),
+    "xlm-roberta": (transformers.XLMRobertaConfig, {**ALL_KEYS, "pad_token_id": 1, "type_vocab_size": 1}),
+    "modernbert": (
+        transformers.ModernBertConfig,
+        {**ALL_KEYS, "pad_token_id": 1, "local_attention": 16, "global_attn_every_n_layers": 2},
+    ),
 }
 
 
@@ -77,55 +90,74 @@ class Kind:
         choices: Fields of the spec.
         dtype: Dtype of the weights in the folder.
         has_adapters: Whether LoRA adapters are merged into the weights.
-        has_stock_tokenizer: Whether the tokenizer is that of --tokenizer, not one trained from scratch.
+        tokenizer: Name of the tokenizer: "qwen2" or "bert", those of the options; "own" or "own encoder", trained from scratch.
+        has_graph: Whether the export has an ONNX graph, which Gemma 3 cannot have.
     """
 
     family: str
     choices: dict[str, Any]
     dtype: str = "float32"
     has_adapters: bool = False
-    has_stock_tokenizer: bool = False
+    tokenizer: str = "own"
+    has_graph: bool = True
 
 
 CAUSAL_LAST = {"attention": "causal", "pooling": "last"}
+EMBEDDING_GEMMA = {"hidden_projections": (HiddenProjection(width=96),), "projection": 64, "matryoshka_dims": (DIM,)}
 KINDS = {
-    "qwen2 causal last": Kind("qwen2", CAUSAL_LAST, has_stock_tokenizer=True),
-    "qwen2 bidirectional mean": Kind("qwen2", {}, has_stock_tokenizer=True),
+    "qwen2 causal last": Kind("qwen2", CAUSAL_LAST, tokenizer="qwen2"),
+    "qwen2 bidirectional mean": Kind("qwen2", {}, tokenizer="qwen2"),
     "qwen3 causal last": Kind("qwen3", CAUSAL_LAST),
-    "qwen3 bidirectional mean": Kind("qwen3", {}, has_stock_tokenizer=True),
+    "qwen3 bidirectional mean": Kind("qwen3", {}, tokenizer="qwen2"),
     "mistral causal last": Kind("mistral", CAUSAL_LAST),
-    "mistral bidirectional mean": Kind("mistral", {}, has_stock_tokenizer=True),
+    "mistral bidirectional mean": Kind("mistral", {}, tokenizer="qwen2"),
     "llama causal last": Kind("llama", CAUSAL_LAST),
-    "llama bidirectional mean": Kind("llama", {}, has_stock_tokenizer=True),
+    "llama bidirectional mean": Kind("llama", {}, tokenizer="qwen2"),
     "causal mean": Kind("qwen3", {"attention": "causal"}),
-    "first": Kind("qwen3", {"pooling": "first"}, has_stock_tokenizer=True),
-    "weighted mean": Kind("qwen3", {"pooling": "weighted_mean"}, has_stock_tokenizer=True),
+    "first": Kind("qwen3", {"pooling": "first"}, tokenizer="qwen2"),
+    "weighted mean": Kind("qwen3", {"pooling": "weighted_mean"}, tokenizer="qwen2"),
     "max": Kind("qwen3", {"pooling": "max"}),
     "latent attention": Kind("qwen3", {"pooling": "latent_attention", "latents": 8, "pooling_heads": 2}),
     "instruction left out": Kind("qwen3", {"include_instruction": False}),
     "default prompt": Kind("qwen3", {"plain_prompt": "passage: ", "prompts": {"query": QUERY_PROMPT, "document": "passage: "}}),
     "no EOS": Kind("qwen3", {"append_eos": False}),
-    "projection": Kind("qwen3", PROJECTION, has_stock_tokenizer=True),
+    "projection": Kind("qwen3", PROJECTION, tokenizer="qwen2"),
     "matryoshka": Kind("qwen3", {"matryoshka_dims": (DIM,)}),
     "merged LoRA": Kind("qwen3", CAUSAL_LAST, has_adapters=True),
     "bfloat16": Kind("qwen3", {}, dtype="bfloat16"),
-    "sliding window": Kind("mistral-window", {"attention": "causal", "pooling": "mean"}, has_stock_tokenizer=True),
-    "llama3 RoPE": Kind("llama3-rope", {"attention": "causal", "pooling": "mean"}, has_stock_tokenizer=True),
+    "sliding window": Kind("mistral-window", {"attention": "causal", "pooling": "mean"}, tokenizer="qwen2"),
+    "llama3 RoPE": Kind("llama3-rope", {"attention": "causal", "pooling": "mean"}, tokenizer="qwen2"),
+    "gemma3 causal last": Kind("gemma3", CAUSAL_LAST, has_graph=False),
+    "EmbeddingGemma": Kind("gemma3", EMBEDDING_GEMMA, has_graph=False),
+    "BERT mean": Kind("bert", {}, tokenizer="bert"),
+    "BERT first": Kind("bert", {"pooling": "first"}, tokenizer="bert"),
+    "XLM-R mean": Kind("xlm-roberta", {}, tokenizer="own encoder"),
+    "ModernBERT mean": Kind("modernbert", {}, tokenizer="own encoder"),
 }
 SHARED_CHOICES = {"max_length": MAX_LENGTH, "include_instruction": True, "prompts": {"query": QUERY_PROMPT, "document": ""}}
 
 
+def train_own_tokenizer(is_encoder: bool) -> Any:
+    """Train a tokenizer on the probe texts. That of an encoder puts [CLS] and [SEP] around each text."""
+    tokenizer = train_tokenizer([*PROBE_TEXTS, QUERY_PROMPT] * 3, OWN_TOKENIZER_SIZE)
+    if is_encoder:
+        tokenizer.add_special_tokens({"cls_token": "[CLS]", "sep_token": "[SEP]"})
+        special_tokens = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("[CLS]", "[SEP]")]
+        set_special_tokens(tokenizer, special_tokens[:1], special_tokens[1:])
+    return tokenizer
+
+
 def write_base(folder: Path, kind: Kind, tokenizer: Any) -> None:
-    """Write a random decoder whose biases and norm scales are random too: a missing bias of zeros would not be noticed."""
+    """Write a random transformer whose biases and norm scales are random too: a missing bias of zeros would not be noticed."""
     torch.manual_seed(0)
     config_class, options = CONFIGS[kind.family]
-    config = config_class(vocab_size=len(tokenizer), **SIZES, **options)
+    config = config_class(vocab_size=len(tokenizer), **{**SIZES, **options})
     model = transformers.AutoModel.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(0, 0.5)
-            elif "norm" in name:
+            elif "norm" in name.lower():
                 parameter.uniform_(0.5, 1.5)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -189,7 +221,8 @@ def write_kind(out: Path, name: str, kind: Kind, tokenizer: Any) -> str:
         write_base(Path(scratch), kind, tokenizer)
         embedder = load_embedder(find_base(scratch), kind)
     shutil.rmtree(folder, ignore_errors=True)
-    report = export(embedder, folder, kind.dtype, Card(name, "random weights"), onnx="float32")
+    graph = "float32" if kind.has_graph else None
+    report = export(embedder, folder, kind.dtype, Card(name, "random weights"), onnx=graph)
     # A 16-bit folder is compared with its own rounded weights, computed in float32.
     written = embedder if kind.dtype == "float32" else Embedder.load(folder)
     write_rows(out / f"{folder.name}.json", written)
@@ -200,15 +233,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", metavar="OUT", type=Path, help="folder for the exports")
     parser.add_argument("--tokenizer", metavar="FOLDER", required=True, help="folder of a Qwen2 tokenizer")
+    parser.add_argument("--bert-tokenizer", metavar="FOLDER", required=True, help="folder of the tokenizer of an uncased BERT")
     parser.add_argument("--kinds", metavar="NAME", nargs="*", default=list(KINDS), help="kinds of exports (default: all)")
     args = parser.parse_args()
     jax.config.update("jax_default_matmul_precision", "highest")
     args.out.mkdir(parents=True, exist_ok=True)
-    own = train_tokenizer([*PROBE_TEXTS, QUERY_PROMPT] * 3, OWN_TOKENIZER_SIZE)
-    stock = transformers.AutoTokenizer.from_pretrained(args.tokenizer)
+    tokenizers = {
+        "own": train_own_tokenizer(is_encoder=False),
+        "own encoder": train_own_tokenizer(is_encoder=True),
+        "qwen2": transformers.AutoTokenizer.from_pretrained(args.tokenizer),
+        "bert": transformers.AutoTokenizer.from_pretrained(args.bert_tokenizer),
+    }
     for name in args.kinds:
-        tokenizer = stock if KINDS[name].has_stock_tokenizer else own
-        print(write_kind(args.out, name, KINDS[name], tokenizer), flush=True)
+        print(write_kind(args.out, name, KINDS[name], tokenizers[KINDS[name].tokenizer]), flush=True)
 
 
 if __name__ == "__main__":
