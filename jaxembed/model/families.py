@@ -270,7 +270,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 "local_rope_theta": 10_000.0, "tie_word_embeddings": True,
             },
             # transformers sets local_attention to twice the sliding_window.
-            refused={"norm_bias": (False,), "position_embedding_type": ("absolute",), "sliding_window": ()}, modules=MODERNBERT_MODULES,
+            refused={"norm_bias": (False,), "position_embedding_type": ("absolute",), "sliding_window": ()},
+            modules=MODERNBERT_MODULES,
         ),
         "bert": _BERT,
         "roberta": _ROBERTA,
