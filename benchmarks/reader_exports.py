@@ -34,7 +34,7 @@ from jaxembed.devices.mesh import make_mesh
 from jaxembed.hub.base import Base
 from jaxembed.hub.card import Card
 from jaxembed.hub.embedder import Embedder
-from jaxembed.hub.export import export
+from jaxembed.hub.export import OnnxWeights, export
 from jaxembed.hub.parity import PROBE_INSTRUCTION, PROBE_TEXTS
 from jaxembed.hub.resolve import find_base
 from jaxembed.hub.text_tokenizer import build_text_tokenizer
@@ -221,7 +221,7 @@ def write_kind(out: Path, name: str, kind: Kind, tokenizer: Any) -> str:
         write_base(Path(scratch), kind, tokenizer)
         embedder = load_embedder(find_base(scratch), kind)
     shutil.rmtree(folder, ignore_errors=True)
-    graph = "float32" if kind.has_graph else None
+    graph: OnnxWeights | None = "float32" if kind.has_graph else None
     report = export(embedder, folder, kind.dtype, Card(name, "random weights"), onnx=graph)
     # A 16-bit folder is compared with its own rounded weights, computed in float32.
     written = embedder if kind.dtype == "float32" else Embedder.load(folder)
