@@ -11,6 +11,7 @@ from jaxembed.config.data import (
 )
 from jaxembed.config.mining import MineConfig, MiningRule
 from jaxembed.config.model import LoraConfig, ModelConfig, PoolingConfig, ProjectionConfig
+from jaxembed.config.objective import ObjectiveConfig
 from jaxembed.config.objectives import (
     AnglEConfig,
     CoSENTConfig,
@@ -22,11 +23,11 @@ from jaxembed.config.objectives import (
     InfoNCEConfig,
     MarginMSEConfig,
     MatryoshkaConfig,
-    ObjectiveConfig,
     SpreadOutConfig,
 )
 from jaxembed.config.spec import EmbeddingSpec, FewShotExample
 from jaxembed.config.stage import StageConfig
+from jaxembed.config.token_objectives import MaskedPredictionConfig, TokenObjectiveConfig
 from jaxembed.config.training import EvalConfig, EvalSetConfig, MeshConfig, OptimConfig, RunConfig, TrainConfig
 from jaxembed.config.tree import Config, load_config, parse_config, read_run_config
 
@@ -50,6 +51,7 @@ __all__ = [
     "InfoNCEConfig",
     "LoraConfig",
     "MarginMSEConfig",
+    "MaskedPredictionConfig",
     "MatryoshkaConfig",
     "MeshConfig",
     "MineConfig",
@@ -65,6 +67,7 @@ __all__ = [
     "SourceConfig",
     "SpreadOutConfig",
     "StageConfig",
+    "TokenObjectiveConfig",
     "TrainConfig",
     "load_config",
     "parse_config",

@@ -4,27 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
+from jaxembed.config.objective import ObjectiveConfig
 from jaxembed.config.sections import Positive, Section
-
-
-class ObjectiveConfig(Section):
-    """The keys that all objectives share."""
-
-    name: str
-    weight: float = Field(1.0, gt=0, description="Weight of this objective in the sum.")
-    sources: tuple[str, ...] = Field(
-        (), description="Names of the sources whose queries this objective applies to. Default: all sources."
-    )
-
-    @field_validator("guide", "teacher", check_fields=False)
-    @classmethod
-    def _check_model_name(cls, name: str | None) -> str | None:
-        if name is not None and not name.strip():
-            raise ValueError("expected a MODEL: a run directory, a folder, or a hub id")
-        return name
-
+from jaxembed.config.token_objectives import MaskedPredictionConfig
 
 Direction = Literal["query_document", "query_query", "document_query", "document_document"]
 
@@ -148,7 +132,8 @@ AnyObjective = Annotated[
     | EmbeddingMatchingConfig
     | CoSENTConfig
     | AnglEConfig
-    | CosineRegressionConfig,
+    | CosineRegressionConfig
+    | MaskedPredictionConfig,
     Field(discriminator="name"),
 ]
 

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from jaxembed.config.data import DataConfig
 from jaxembed.config.mining import MineConfig
+from jaxembed.config.objective import ObjectiveConfig
 from jaxembed.config.objectives import (
     AnyObjective,
     DistillationConfig,
@@ -17,9 +18,9 @@ from jaxembed.config.objectives import (
     InfoNCEConfig,
     MarginMSEConfig,
     MatryoshkaConfig,
-    ObjectiveConfig,
 )
 from jaxembed.config.sections import Section
+from jaxembed.config.token_objectives import TokenObjectiveConfig
 from jaxembed.config.training import OptimConfig, TrainConfig
 
 
@@ -70,6 +71,16 @@ class StageSections(Section):
         """Return the models that the objectives name as `guide` or `teacher`, each once."""
         names = [getattr(objective, role, None) for objective in self.objectives]
         return list(dict.fromkeys(name for name in names if name is not None))
+
+    @property
+    def compares_vectors(self) -> bool:
+        """Whether any objective compares vectors of texts. Otherwise all of them predict tokens."""
+        return not all(isinstance(objective, TokenObjectiveConfig) for objective in self.objectives)
+
+    @property
+    def predicts_tokens(self) -> bool:
+        """Whether any objective predicts tokens."""
+        return any(isinstance(objective, TokenObjectiveConfig) for objective in self.objectives)
 
     @property
     def row_length(self) -> int:

@@ -99,6 +99,11 @@ class Config(StageSections, RunSections):
         return sum(stage.train.steps for stage in self.stages)
 
     @property
+    def predicts_tokens(self) -> bool:
+        """Whether any objective of any stage predicts tokens."""
+        return any(stage.predicts_tokens for stage in self.stages)
+
+    @property
     def models_by_role(self) -> dict[str, str]:
         """The guide and the teacher of the run, by role. Roles that no stage fills are absent."""
         return {role: name for role in ("guide", "teacher") for stage in self.stages for name in stage.models_with_role(role)}

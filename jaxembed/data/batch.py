@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import chain
 from typing import Any, NamedTuple
@@ -13,9 +13,11 @@ import numpy as np
 
 from jaxembed.data.batch_sampler import BatchSampler, drop_absent
 from jaxembed.data.equality import hash_text
-from jaxembed.data.packing import PackedTexts, fill_rows, max_segments, pack_shards
+from jaxembed.data.packing import PackedTexts
 from jaxembed.data.schema import Example
+from jaxembed.data.shard_packing import RowShapeSync, pack_batch
 from jaxembed.data.sources import Source
+from jaxembed.data.token_batch import TokenBatch, TokenBatchBuilder
 from jaxembed.data.tokenize import TokenizedTexts
 from jaxembed.devices.mesh import Shards
 from jaxembed.devices.processes import Channel
@@ -54,9 +56,11 @@ class FrozenVectors:
 
 @flax.struct.dataclass
 class Batch:
-    """B queries, 1 + K documents each (document 0 is the positive), P known positives each.
+    """Queries with their documents, and texts whose tokens are predicted.
 
-    Arrays are shard-major: a query and its documents are in one shard. Hashes are uint32 pairs, zero where a text is absent.
+    There are B queries with 1 + K documents each (document 0 is the positive) and P known positives each. A stage whose
+    objectives all predict tokens has no queries: then every field but `token_batches` is None. Arrays are shard-major: a query
+    and its documents are in one shard. Hashes are uint32 pairs, zero where a text is absent.
 
     Attributes:
         texts: The packed texts.
@@ -75,23 +79,31 @@ class Batch:
         adapter: Index of the adapter that the batch trains, int32 scalar. None without named adapters.
         guide: Vectors by the guide model, if there is one.
         teacher: Vectors by the teacher model, if there is one.
+        token_batches: The texts of each objective that predicts tokens, by its label.
     """
 
-    texts: PackedTexts
-    query_slot: Any
-    doc_slot: Any
-    in_batch: Any
-    query_hash: Any
-    doc_hash: Any
-    positive_hash: Any
-    label: Any
-    source: Any
-    teacher_scores: Any
-    score: Any
-    is_positive: Any
+    texts: PackedTexts | None = None
+    query_slot: Any = None
+    doc_slot: Any = None
+    in_batch: Any = None
+    query_hash: Any = None
+    doc_hash: Any = None
+    positive_hash: Any = None
+    label: Any = None
+    source: Any = None
+    teacher_scores: Any = None
+    score: Any = None
+    is_positive: Any = None
     adapter: Any = None
     guide: FrozenVectors | None = None
     teacher: FrozenVectors | None = None
+    token_batches: Mapping[str, TokenBatch] = flax.struct.field(default_factory=dict)
+
+    @property
+    def row_shapes(self) -> list[tuple[int, int]]:
+        """Rows and tokens per row of the queries and documents, then of the texts of each objective that predicts tokens."""
+        packed = [self.texts, *(token_batch.texts for token_batch in self.token_batches.values())]
+        return [texts.tokens.shape for texts in packed if texts is not None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,14 +115,16 @@ class HostBatch:
         useful_tokens: Tokens of texts in the whole batch.
         padded_tokens: Tokens of all rows of the whole batch, padding included.
         token_pairs: Sum of the squared text lengths of the whole batch, to which the FLOPs of attention are proportional.
-        sources: Indices of the sources that the batch has examples of.
+        examples: Queries of the whole batch, and texts whose tokens are predicted.
+        sources: Indices of the sources that the batch has queries of.
     """
 
     batch: Batch
-    useful_tokens: int
-    padded_tokens: int
-    token_pairs: int
-    sources: Sequence[int]
+    useful_tokens: int = 0
+    padded_tokens: int = 0
+    token_pairs: int = 0
+    examples: int = 0
+    sources: Sequence[int] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,6 +141,7 @@ class BatchBuilder:
         adapters: Names of the adapters, in the order of their indices.
         guide: Encodes texts for `Batch.guide`.
         teacher: Encodes texts for `Batch.teacher`.
+        token_builders: Builds the texts of each objective that predicts tokens, by its label.
         channel: Connects the processes.
     """
 
@@ -136,6 +151,7 @@ class BatchBuilder:
     adapters: Sequence[str] = ()
     guide: EncodeInputs | None = None
     teacher: EncodeInputs | None = None
+    token_builders: Mapping[str, TokenBatchBuilder] = dataclasses.field(default_factory=dict)
     channel: Channel = dataclasses.field(default_factory=Channel)
 
     @cached_property
@@ -151,8 +167,21 @@ class BatchBuilder:
 
         Args:
             step: Step of the stage.
-            ids: Global ids of the examples of the whole batch (`BatchPlan`), int64 [B].
+            ids: Global ids of the examples of the whole batch (`BatchPlan`), int64 [B]. Empty for a batch without queries.
         """
+        host_batch = self._build_queries(step, ids) if len(ids) else HostBatch(Batch())
+        built = {label: build(step) for label, build in self.token_builders.items()}
+        return dataclasses.replace(
+            host_batch,
+            batch=dataclasses.replace(host_batch.batch, token_batches={label: t.batch for label, t in built.items()}),
+            useful_tokens=host_batch.useful_tokens + sum(tokens.useful_tokens for tokens in built.values()),
+            padded_tokens=host_batch.padded_tokens + sum(tokens.padded_tokens for tokens in built.values()),
+            token_pairs=host_batch.token_pairs + sum(tokens.token_pairs for tokens in built.values()),
+            examples=host_batch.examples + sum(tokens.examples for tokens in built.values()),
+        )
+
+    def _build_queries(self, step: int, ids: np.ndarray) -> HostBatch:
+        """Build the queries and documents of a batch."""
         # Draw the examples of this process's shards.
         members = np.arange(len(ids)).reshape(self.shards.count, -1)[list(self.shards.own)].ravel()
         examples = self.sampler.sample(step, ids, members)
@@ -188,6 +217,7 @@ class BatchBuilder:
             useful_tokens=sync.useful_tokens,
             padded_tokens=packed.segment_ids.size // len(self.shards.own) * self.shards.count,
             token_pairs=sync.token_pairs,
+            examples=len(ids),
             sources=np.unique(batch_sources).tolist(),
         )
 
@@ -230,25 +260,12 @@ class BatchBuilder:
         Returns:
             The packed texts, the slot of each text of the batch (-1 if absent), and the numbers of the whole batch.
         """
-        # Find the texts of each shard.
         own = self.shards.own
         shard_of_text = np.repeat(own, len(present) // len(own))[present]
-        members = [np.flatnonzero(shard_of_text == shard) for shard in own]
-        # Pack all shards, of all processes, into rows of one shape.
-        lengths = np.array([len(ids) for ids in tokenized.ids])
-        counted = lengths[np.isin(shard_of_text, self.shards.counted)]
-        sync = RowShapeSync(self.channel, int(counted.sum()), int(np.square(counted).sum()))
-        packings, shape = pack_shards([lengths[m] for m in members], self.row_length, sync.sync_rows)
-        # Fill the rows, and note the slot of each text.
-        segments = max_segments(shape[1])
+        packed, places, sync = pack_batch(tokenized, shard_of_text, self.row_length, self.shards, self.channel)
         slots = np.full(len(present), -1, np.int32)
-        places = np.flatnonzero(present)
-        parts = []
-        for m, (row, segment, _) in zip(members, packings, strict=True):
-            parts.append(fill_rows([tokenized.ids[i] for i in m], tokenized.pool_start[m], row, segment, shape))
-            slots[places[m]] = row * segments + segment
-        arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        return PackedTexts(**arrays, segments=segments, shards=self.shards.count), slots, sync
+        slots[present] = places.row * packed.segments + places.segment
+        return packed, slots, sync
 
     def _stack_teacher_scores(self, examples: Sequence[Example]) -> np.ndarray:
         scores = np.full((len(examples), 1 + self.sampler.hard_negatives), np.nan, np.float32)
@@ -261,45 +278,6 @@ class BatchBuilder:
         for i, text in enumerate((*example.positives, example.query)):
             hashes[i] = hash_text(text)
         return hashes
-
-
-@dataclasses.dataclass
-class RowShapeSync:
-    """Makes the processes that build one batch agree on its row shape, and adds up their numbers.
-
-    Every process must choose the same shape, but knows the texts of its own shards only. So each sends the rows that its
-    fullest shard needs at each candidate row length, and all get the maximum at each length. They then choose the shape from
-    the same numbers (`pack_shards`). The counts of tokens travel in the same message.
-
-    Attributes:
-        channel: Connects the processes.
-        useful_tokens: Tokens of this process's texts; after `sync_rows`, of all processes.
-        token_pairs: Sum of the squared lengths of this process's texts; after `sync_rows`, of all processes.
-    """
-
-    channel: Channel
-    useful_tokens: int
-    token_pairs: int
-
-    def sync_rows(self, needed: Iterator[int]) -> Iterator[int]:
-        """Turn the rows that this process needs at each candidate row length into those that any process needs."""
-        if self.channel.is_single_process:
-            return needed
-        message = np.array([self.useful_tokens, self.token_pairs, *needed]).tobytes()
-        merged = self.channel.agree(message, merge_row_counts)
-        self.useful_tokens, self.token_pairs, *rows = np.frombuffer(merged, np.int64).tolist()
-        return iter(rows)
-
-
-def merge_row_counts(messages: Sequence[bytes]) -> bytes:
-    """Merge the messages of all processes: sum tokens and token pairs, and take the most rows at each row length.
-
-    A process sends no numbers for row lengths that its longest text exceeds, or that need too many rows. Row lengths that any
-    process left out are dropped.
-    """
-    numbers = [np.frombuffer(message, np.int64).tolist() for message in messages]
-    tokens, token_pairs, *rows_by_length = zip(*numbers, strict=False)
-    return np.array([sum(tokens), sum(token_pairs), *map(max, rows_by_length)]).tobytes()
 
 
 def _hash_or_zero(text: str | None) -> np.ndarray:

@@ -25,7 +25,7 @@ STEPS_PER_CHUNK = 256  # steps whose counts are summed at once
 
 
 class BatchPlan:
-    """An endless sequence: element `step` holds the global ids of that step, int64 [batch_size].
+    """An endless sequence: element `step` holds the global ids of that step, int64 [batch_size]; none without sources.
 
     Global ids number the examples of all sources consecutively. Each source is shuffled again in every epoch, which ends when
     all its examples are used.
@@ -87,6 +87,8 @@ class BatchPlan:
         return sys.maxsize
 
     def __getitem__(self, step: int) -> np.ndarray:
+        if not self.sources:
+            return np.zeros(0, np.int64)
         # Find the group of this step, and how many batches of that group came before.
         group_batches, is_next = self._group_schedule.at(step)
         group = int(is_next.argmax())
@@ -194,7 +196,7 @@ class QuotaSchedule:
             start: Offset of step 0, in [0, 1).
         """
         edges = np.cumsum([0.0, *shares])
-        self._edges = edges / edges[-1] * items_per_step
+        self._edges = edges / (edges[-1] or 1) * items_per_step
         self._start = start
         self._chunk_totals = [np.zeros(len(edges) - 1, np.int64)]  # totals before every chunk of steps
 

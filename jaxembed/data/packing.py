@@ -227,17 +227,8 @@ def fill_rows(
     Returns:
         The arrays of `PackedTexts` by name.
     """
-    # Find where each text starts in its row: after all texts of that row with a smaller segment.
     lengths = np.array([len(text) for text in texts], np.int64)
-    order = np.lexsort((segment, row))
-    sorted_row, sorted_length = row[order], lengths[order]
-    sorted_start = np.cumsum(sorted_length) - sorted_length  # as if all rows were one
-    first_of_row = np.searchsorted(sorted_row, sorted_row)
-    start = np.empty_like(lengths)
-    start[order] = sorted_start - sorted_start[first_of_row]
-    # Write all tokens at once into flat arrays.
-    position = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    index = np.repeat(row * shape[1] + start, lengths) + position
+    index, position = locate_tokens(lengths, row, segment, shape[1])
     flat = {name: np.zeros(shape[0] * shape[1], np.int32) for name in ("tokens", "segment_ids", "positions")}
     flat["tokens"][index] = np.concatenate(texts) if len(texts) else []
     flat["segment_ids"][index] = np.repeat(segment + 1, lengths)
@@ -245,3 +236,27 @@ def fill_rows(
     flat["pool_mask"] = np.zeros(shape[0] * shape[1], bool)
     flat["pool_mask"][index] = position >= np.repeat(np.asarray(pool_start), lengths)
     return {name: array.reshape(shape) for name, array in flat.items()}
+
+
+def locate_tokens(lengths: np.ndarray, row: np.ndarray, segment: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return where the tokens of texts lie in rows that are joined end to end, and their positions in their own texts.
+
+    Args:
+        lengths: Tokens of each text.
+        row: Row of each text.
+        segment: Index of each text in its row, from 0.
+        row_length: Tokens of a row.
+
+    Returns:
+        Two arrays int64 [sum of lengths], text by text.
+    """
+    # Find where each text starts in its row: after all texts of that row with a smaller segment.
+    order = np.lexsort((segment, row))
+    sorted_row, sorted_length = row[order], lengths[order]
+    sorted_start = np.cumsum(sorted_length) - sorted_length  # as if all rows were one
+    first_of_row = np.searchsorted(sorted_row, sorted_row)
+    start = np.empty_like(lengths)
+    start[order] = sorted_start - sorted_start[first_of_row]
+    # Number the tokens of each text.
+    position = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return np.repeat(row * row_length + start, lengths) + position, position

@@ -119,6 +119,11 @@ class Source:
             few_shot=self._draw_few_shot_examples(index, example.query, instruction, rng),
         )
 
+    def read_row(self, index: int) -> Row:
+        """Return the row of an example, for objectives that predict tokens. Only sources of single texts have one."""
+        assert isinstance(self.sampler, TextSampler)
+        return self.sampler.rows[self._to_sampler_index(index)]
+
     def _to_sampler_index(self, index: int) -> int:
         """Return the sampler's index of an example.
 

@@ -49,6 +49,7 @@ def _map_layer_norm(path: str, module: str) -> tuple[TensorMapping, TensorMappin
 
 LATENT_BLOCKS = "pooling.cross_attend_blocks"
 EMBEDDINGS = ("decoder/embedding", "decoder/positions", "decoder/token_types")  # tables, which are not transposed
+LANGUAGE_MODEL_HEAD = TensorMapping("head/embedding", "lm_head.weight")
 HEAD_MAPPINGS: tuple[TensorMapping, ...] = (
     # Poolings with weights use the tensor names of the NV-Embed release.
     TensorMapping("pooling/latents", "pooling.latents"),
@@ -73,9 +74,9 @@ HEAD_MAPPINGS: tuple[TensorMapping, ...] = (
 
 @functools.cache
 def list_tensor_mappings(family: str) -> tuple[TensorMapping, ...]:
-    """Return the rows of the table for a family. The pooling and the projection have the same rows in all."""
+    """Return the rows of the table for a family. Head, pooling and projection have the same rows in all."""
     rows = itertools.chain.from_iterable(_map_module(FAMILIES[family], path) for path in FAMILIES[family].modules)
-    return (*rows, *HEAD_MAPPINGS)
+    return (*rows, LANGUAGE_MODEL_HEAD, *HEAD_MAPPINGS)
 
 
 def _map_module(family: Family, path: str) -> Iterable[TensorMapping]:
@@ -118,8 +119,10 @@ def to_table_name(name: str) -> str:
 
 
 def get_model_part(table_name: str) -> str:
-    """Return the part of a model (transformer, pooling, projection) that a tensor belongs to."""
+    """Return the part of a model (transformer, language-model head, pooling, projection) that a tensor belongs to."""
     first = table_name.partition(".")[0]
+    if table_name == LANGUAGE_MODEL_HEAD.tensor_name:
+        return "head"
     return first if first in ("pooling", "projection") else "decoder"
 
 

@@ -16,7 +16,8 @@ from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.data.bpe import train_tokenizer
 from jaxembed.files import exists
 from jaxembed.formats.tokenizer_config import load_folder_tokenizer
-from jaxembed.formats.weights import LowRankUpdate, find_part_files, load_params
+from jaxembed.formats.weight_table import LANGUAGE_MODEL_HEAD
+from jaxembed.formats.weights import LowRankUpdate, find_part_files, load_params, open_tensors
 from jaxembed.hub.adapters import read_kernel_updates
 from jaxembed.model.families import TransformerConfig
 
@@ -46,6 +47,10 @@ class Base(abc.ABC):
     @abc.abstractmethod
     def hash(self) -> str:
         """Return the SHA-256 of the config and the weights, in hexadecimal digits."""
+
+    @abc.abstractmethod
+    def has_head_table(self) -> bool:
+        """Return whether the base has a language-model head with a table of its own. Those of presets are random."""
 
     @abc.abstractmethod
     def tokenizer(self, texts: Iterable[str] = ()) -> Any:
@@ -80,6 +85,10 @@ class PresetBase(Base):
     def hash(self) -> str:
         """Return the SHA-256 of the config."""
         return start_digest(self.hf_config).hexdigest()
+
+    def has_head_table(self) -> bool:
+        """Return True."""
+        return True
 
     def tokenizer(self, texts: Iterable[str] = ()) -> Any:
         """Train a byte-level BPE tokenizer on the first `MAX_TOKENIZER_TEXTS` texts."""
@@ -147,6 +156,11 @@ class FolderBase(BaseWithWeights):
     """
 
     folder: Path
+
+    def has_head_table(self) -> bool:
+        """Return whether the weight files hold the head."""
+        with open_tensors(self.folder) as tensors:
+            return LANGUAGE_MODEL_HEAD.tensor_name in tensors
 
     @property
     def _tokenizer_folder(self) -> Path:

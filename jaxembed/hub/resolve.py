@@ -89,6 +89,7 @@ def find_run(name: str, run_dir: Path, checkpoint: str = "best") -> RunBase:
         trained_from=record.string("name"),
         trained_spec=spec,
         lora=parse_section(LoraConfig, lora, f"{where}: lora") if lora else None,
+        has_head=record.boolean("has_head"),
         find_frozen_base=functools.partial(_find_frozen_base, record),
     )
 

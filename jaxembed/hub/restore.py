@@ -19,7 +19,7 @@ from jaxembed.formats.weights import LowRankUpdate, place_params, to_tensors
 from jaxembed.hub.base import Base, BaseWithWeights
 from jaxembed.hub.text_tokenizer import build_text_tokenizer
 from jaxembed.model.embedder import EmbeddingModel
-from jaxembed.model.lora import join_params, merge_adapters, pick_adapter, split_params, stack_shapes
+from jaxembed.model.lora import FROZEN_PARTS, join_params, merge_adapters, pick_adapter, split_params, stack_shapes
 from jaxembed.model.parameters import attach_shardings, shapes_and_shardings
 from jaxembed.model.transformer import ComputeOptions
 from jaxembed.training.checkpoint import Checkpoints, params_digest
@@ -36,6 +36,7 @@ class RunBase(BaseWithWeights):
         trained_from: Name of the base that the run started from.
         trained_spec: Spec of the run. `spec` differs from it if adapters with a spec of their own are added.
         lora: Adapters of the run, or None if it trained all parameters.
+        has_head: Whether the run has a language-model head with a table of its own.
         find_frozen_base: Finds the base under the run's adapters. It is called when weights are loaded, so that the tokenizer
             can be read without that base.
     """
@@ -45,6 +46,7 @@ class RunBase(BaseWithWeights):
     trained_from: str
     trained_spec: EmbeddingSpec
     lora: LoraConfig | None
+    has_head: bool
     find_frozen_base: Callable[[], Base]
 
     def restore(self, compute: ComputeOptions, mesh: Mesh, base_dtype: str | None = None) -> RestoredRun:
@@ -61,12 +63,13 @@ class RunBase(BaseWithWeights):
         lora = self.lora
         if lora is not None and base_dtype is not None:
             lora = lora.replace(base_dtype=base_dtype)
-        model = EmbeddingModel(self.transformer, self.trained_spec, compute, lora)
+        model = EmbeddingModel(self.transformer, self.trained_spec, compute, lora, self.has_head)
         shapes, shardings = shapes_and_shardings(model, mesh)
         trained = self._restore_trained(model, shapes, shardings)
         frozen = {}
         if lora is not None:
-            frozen = self.find_frozen_base().load({"decoder": shapes["decoder"]}, {"decoder": shardings["decoder"]})
+            parts = shapes.keys() & FROZEN_PARTS
+            frozen = self.find_frozen_base().load(*({part: tree[part] for part in parts} for tree in (shapes, shardings)))
         return RestoredRun(self, model, trained, frozen, f"{self.run_dir.resolve().name}-{self.step}")
 
     def _restore_trained(self, model: EmbeddingModel, shapes: Any, shardings: Any) -> Any:
@@ -78,6 +81,10 @@ class RunBase(BaseWithWeights):
             return checkpoints.restore_params(self.step, trained)
         finally:
             checkpoints.close()
+
+    def has_head_table(self) -> bool:
+        """Return whether the run has trained, or kept, such a head."""
+        return self.has_head
 
     @property
     def _tokenizer_folder(self) -> Path:

@@ -16,6 +16,7 @@ from jaxembed.config import (
     InfoNCEConfig,
     MatryoshkaConfig,
     ObjectiveConfig,
+    TokenObjectiveConfig,
 )
 from jaxembed.data.batch import Batch
 from jaxembed.losses.distillation import embedding_matching, init_teacher_projection, kl_distillation, margin_mse
@@ -42,6 +43,9 @@ FULL_WIDTH_OBJECTIVES = {"embedding_matching"}  # not applied to Matryoshka widt
 class Objectives:
     """The function that training minimizes: the weighted sum of a config's objectives.
 
+    There are two kinds of objectives. Those of vectors (`OBJECTIVES`) compare the vectors of texts: calling this object sums
+    them. Those of tokens (`TokenObjectiveConfig`) predict tokens from hidden states, by `token_prediction_loss`.
+
     With Matryoshka widths (Kusupati et al. 2022, arXiv:2205.13147), an objective's loss is the loss of the whole vectors plus
     the weighted losses of vectors truncated to each width and normalized again.
 
@@ -64,7 +68,7 @@ class Objectives:
         params: Mapping[str, Any],
         shards: int,
     ) -> LossAndMetrics:
-        """Compute the sum of all objectives.
+        """Compute the sum of all objectives of vectors.
 
         Args:
             queries: Unit vectors of the queries, [B, D].
@@ -81,6 +85,8 @@ class Objectives:
         total: jax.Array = jnp.zeros((), queries.dtype)
         metrics: dict[str, jax.Array] = {}
         for i, (label, config) in enumerate(self.label_configs()):
+            if isinstance(config, TokenObjectiveConfig):
+                continue
             weights = self._weight_queries(config, batch).astype(queries.dtype)
             encoded = EncodedBatch(
                 queries=queries, documents=documents, batch=batch, query_weights=weights, key=jax.random.fold_in(key, i),
@@ -103,6 +109,11 @@ class Objectives:
         names = [config.name for config in self.configs]
         counts = [names[: i + 1].count(name) for i, name in enumerate(names)]
         return [(f"{name}_{n}" if n > 1 else name, c) for name, n, c in zip(names, counts, self.configs, strict=True)]
+
+    @property
+    def token_configs(self) -> dict[str, TokenObjectiveConfig]:
+        """The objectives that predict tokens, by label."""
+        return {label: config for label, config in self.label_configs() if isinstance(config, TokenObjectiveConfig)}
 
     def init_params(self, width: int, teacher_width: int, key: jax.Array) -> dict[str, Any]:
         """Draw the parameters that the objectives train, by label. Objectives without parameters are left out.

@@ -18,7 +18,8 @@ from jaxembed.data.packing import PackedTexts
 from jaxembed.errors import UserError
 from jaxembed.model.families import FAMILIES, TransformerConfig
 from jaxembed.model.layers import Linear, l2_normalize
-from jaxembed.model.masks import MASKS, TokenInfo
+from jaxembed.model.lora import select_embedding_dtype
+from jaxembed.model.masks import MASKS, Mask, TokenInfo
 from jaxembed.model.pooling import make_pooling, make_segment_mask
 from jaxembed.model.transformer import ComputeOptions, Transformer
 
@@ -49,6 +50,20 @@ class Projection(nn.Module):
         return PROJECTION_ACTIVATIONS[self.spec.projection_activation](last(x))
 
 
+class LanguageModelHead(nn.Module):
+    """The table [V, D] of a language-model head, in the layout of the token embedding. Losses of tokens multiply with it."""
+
+    transformer: TransformerConfig
+    lora: LoraConfig | None
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "v d"]:
+        """Return the table."""
+        init = nn.with_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
+        shape = (self.transformer.vocab_size, self.transformer.width)
+        return self.param("embedding", init, shape, select_embedding_dtype(self.lora))
+
+
 class EmbeddingModel(nn.Module):
     """Maps packed texts to vectors [R, S, D], or [R, S, P] where the spec has a projection to width P. In at least float32.
 
@@ -59,12 +74,14 @@ class EmbeddingModel(nn.Module):
         spec: How texts become vectors: mask, pooling, projection, normalization.
         compute: How the transformer is executed.
         lora: Adapters of the transformer, if any.
+        has_head: Whether there is a language-model head with a table of its own. Vectors do not depend on it.
     """
 
     transformer: TransformerConfig
     spec: EmbeddingSpec
     compute: ComputeOptions = ComputeOptions()
     lora: LoraConfig | None = None
+    has_head: bool = False
 
     @property
     def width(self) -> int:
@@ -97,6 +114,8 @@ class EmbeddingModel(nn.Module):
             mask = MASKS[self.spec.attention]
             # Checkpoints hold the parameters of every transformer under "decoder", also those of encoders.
             hidden = Transformer(self.transformer, mask, self.compute, self.lora, name="decoder")(texts)
+        if self.has_head and self.is_initializing():
+            LanguageModelHead(self.transformer, self.lora, name="head")()
         pool_mask = (texts.segment_ids > 0) if self.spec.include_instruction else texts.pool_mask
         segment_mask = make_segment_mask(texts.segment_ids, pool_mask, texts.segments)
         pooling = make_pooling(self.spec.pooling, self.spec.latents, self.spec.pooling_heads, name="pooling")
@@ -104,6 +123,16 @@ class EmbeddingModel(nn.Module):
         if self.spec.projection:
             vectors = Projection(self.spec, name="projection")(vectors)
         return l2_normalize(vectors) if self.spec.normalize else vectors
+
+
+def make_transformer(model: EmbeddingModel, mask: Mask) -> Transformer:
+    """Return the transformer of a model under a mask. It takes the parameters under "decoder"."""
+    return Transformer(model.transformer, mask, model.compute, model.lora)
+
+
+def get_head_table(model: EmbeddingModel, params: Any) -> jax.Array:
+    """Return the table [V, D] of the language-model head: its own, or that of the token embedding."""
+    return jnp.asarray(params["head" if model.has_head else "decoder"]["embedding"])
 
 
 def _reset(spec: EmbeddingSpec, fields: Sequence[str]) -> EmbeddingSpec:

@@ -30,6 +30,7 @@ TARGET_PROJECTIONS = {
     "q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "out", "gate_proj": "gate", "up_proj": "up", "down_proj": "down",
 }  # fmt: skip
 ADAPTER_PARAMS = ("lora_a", "lora_b")
+FROZEN_PARTS = ("decoder", "head")  # parts of a model that come from the base and are frozen under adapters
 ADAPTER_STATE = "adapters"  # key of the optimizer state that is separate for each adapter
 
 
@@ -70,12 +71,12 @@ def select_embedding_dtype(lora: LoraConfig | None) -> jnp.dtype:
 def split_params(params: Any) -> tuple[Any, Any]:
     """Split a tree of parameters into (trained, frozen).
 
-    Without adapters everything is trained. With adapters the transformer's own parameters are frozen.
+    Without adapters everything is trained. With adapters the transformer and the language-model head are frozen.
     """
     flat = flatten_dict(params)
     if not any(path[-1] in ADAPTER_PARAMS for path in flat):
         return params, {}
-    frozen = {path: x for path, x in flat.items() if path[0] == "decoder" and path[-1] not in ADAPTER_PARAMS}
+    frozen = {path: x for path, x in flat.items() if path[0] in FROZEN_PARTS and path[-1] not in ADAPTER_PARAMS}
     trained = {path: x for path, x in flat.items() if path not in frozen}
     return unflatten_dict(trained), unflatten_dict(frozen)
 

@@ -89,7 +89,7 @@ def _plan_stage(stage: Stage, config: Config, model: EmbeddingModel, mesh: Mesh,
         raise _out_of_memory_error(config, stage, error.needed, error.available) from None
     if memory is not None and program.memory > memory:
         raise _out_of_memory_error(config, stage, program.memory, memory)
-    rows, tokens = host_batch.batch.texts.tokens.shape
+    rows, tokens = host_batch.batch.row_shapes[0]
     return _make_report(state, program, memory, mesh) | {"rows": rows, "row_length": tokens, "batches_looked_at": examined}
 
 

@@ -14,14 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxembed.config import Config, EmbeddingSpec, GradedObjectiveConfig, InfoNCEConfig, StageConfig
+from jaxembed.config import Config, EmbeddingSpec, StageConfig, TokenObjectiveConfig
 from jaxembed.config.fields import Fields, quote_value
-from jaxembed.curation.remining import check_mined_sources, check_miner_exists
+from jaxembed.curation.remining import check_miner_exists
 from jaxembed.data.batch import BatchBuilder
-from jaxembed.data.batch_plan import BatchPlan
 from jaxembed.data.batch_sampler import BatchSampler
-from jaxembed.data.scored_pairs import GradedPairSampler
-from jaxembed.data.sources import Source, detect_format, open_sources
+from jaxembed.data.sources import Source
 from jaxembed.data.tokenize import TextTokenizer, load_tokenizer
 from jaxembed.devices import processes
 from jaxembed.devices.mesh import Shards, all_shards, local_shards, logical_axis_table, shard_count
@@ -37,6 +35,8 @@ from jaxembed.losses.objectives import Objectives
 from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.model.lora import check_targets_exist
 from jaxembed.model.transformer import ComputeOptions
+from jaxembed.runs.plans import StagePlans, open_plans
+from jaxembed.runs.token_data import check_token_objectives, make_token_builders
 from jaxembed.search.bm25 import check_bm25_installed
 from jaxembed.training.loggers import check_loggers_installed
 from jaxembed.training.run_dir import check_run_dir, create_run_dir, read_run_file
@@ -83,7 +83,7 @@ class OpenedRun:
     @property
     def sources(self) -> list[Source]:
         """The sources of all stages."""
-        return [source for stage in self.stages for source in stage.sources]
+        return [source for stage in self.stages for source in stage.all_sources]
 
     @property
     def total_steps(self) -> int:
@@ -118,7 +118,9 @@ def open_run(config: Config, mesh: Mesh, lock: RunLock | None = None) -> OpenedR
         raise UserError(f"model.lora: {base.name} has no weights to adapt. Name a base that has weights, or remove model.lora.")
     check_targets_exist(config.model.lora, base.transformer)
     spec = _resolve_spec(config, base, None if lock is None else read_recorded_spec(Path(config.run.dir)))
-    model = EmbeddingModel(base.transformer, spec, _build_compute_options(config), config.model.lora)
+    check_token_objectives(config, base, spec)
+    has_head = config.predicts_tokens and not base.transformer.tie_embeddings
+    model = EmbeddingModel(base.transformer, spec, _build_compute_options(config), config.model.lora, has_head)
     shards = all_shards(shard_count(mesh)) if lock is None else local_shards(mesh)
     for index, stage in enumerate(config.stages):
         _check_stage(stage, model, shards.count, config.key_prefix(index))
@@ -130,7 +132,7 @@ def open_run(config: Config, mesh: Mesh, lock: RunLock | None = None) -> OpenedR
         encoders = {role: ZeroEncoder(**vars(encoder)) for role, encoder in encoders.items()}
     # Data: the first process reads it and writes indexes to the cache, which the others then find.
     first = processes.run_on_first_process_first
-    plans = first(partial(_open_plans, config))
+    plans = first(partial(open_plans, config))
     held_out = () if lock is None else first(partial(open_held_out_sets, config.eval.sets, cache_dir()))
     # The run directory, now that the data is known to be good; a new tokenizer is written there.
     run_dir = None if lock is None else first(partial(create_run_dir, config, lock))
@@ -191,10 +193,14 @@ def _build_compute_options(config: Config) -> ComputeOptions:
 
 def _check_stage(stage: StageConfig, model: EmbeddingModel, shards: int, prefix: str) -> None:
     """Raise `UserError` if batch, Matryoshka widths, or names of sources do not fit the shards, the model, or the data."""
-    if stage.train.batch_size % shards:
-        raise UserError(
-            f"{prefix}train.batch_size is {stage.train.batch_size} (expected a multiple of {shards}, the shards of the mesh)"
-        )
+    batch_sizes = {"train.batch_size": stage.train.batch_size} | {
+        f"objectives.{i}.batch_size": objective.batch_size
+        for i, objective in enumerate(stage.objectives)
+        if isinstance(objective, TokenObjectiveConfig) and objective.batch_size
+    }
+    for key, batch_size in batch_sizes.items():
+        if batch_size % shards:
+            raise UserError(f"{prefix}{key} is {batch_size} (expected a multiple of {shards}, the shards of the mesh)")
     if (widest := max(stage.matryoshka.dims, default=0)) >= model.width:
         raise UserError(
             f"{prefix}matryoshka.dims contains {widest} (expected less than {model.width}, the width of this model's vectors)"
@@ -223,62 +229,7 @@ def _warn_of_long_warmup(config: Config, index: int) -> None:
         )  # fmt: skip
 
 
-def _open_plans(config: Config) -> list[BatchPlan]:
-    """Open the sources of every stage, and plan its batches."""
-    plans = []
-    for index, stage in enumerate(config.stages):
-        _check_objective_sources(stage, config.key_prefix(index))
-        sources = open_sources(stage.data, cache_dir())
-        _check_positives(stage, sources, config.key_prefix(index))
-        if stage.mine is not None:
-            check_mined_sources(sources, stage.mine, stage.train.seed, config.key_prefix(index))
-        batching, mixture = stage.data.batching, stage.data.mixture
-        plans.append(BatchPlan(sources, stage.train.batch_size, stage.train.seed, index, batching, mixture))
-    return plans
-
-
-def _check_objective_sources(stage: StageConfig, prefix: str) -> None:
-    """Raise `UserError` if an objective names a source that the stage does not have, or needs scores that no source has.
-
-    One row of each source under a graded objective is read.
-    """
-    names = [source.display_name for source in stage.data.sources]
-    for i, objective in enumerate(stage.objectives):
-        if unknown := [name for name in objective.sources if name not in names]:
-            raise UserError(
-                f"{prefix}objectives.{i}.sources contains {unknown[0]!r} (expected names of sources: {', '.join(names)})"
-            )
-    graded = {i: o for i, o in enumerate(stage.objectives) if isinstance(o, GradedObjectiveConfig)}
-    named = {name for objective in graded.values() for name in objective.sources}
-    sources = stage.data.sources if graded else ()
-    formats = {s.display_name: detect_format(s) for s in sources if s.graded or s.display_name in named}
-    scored = {s.display_name for s in sources if s.graded and formats[s.display_name] == "scored_pairs"}
-    for i, objective in graded.items():
-        if unscored := [name for name in objective.sources if name not in scored]:
-            problem = f"source {unscored[0]} has no scores (format {formats[unscored[0]]}; expected scored_pairs)"
-            if formats[unscored[0]] == "scored_pairs":
-                problem = f"source {unscored[0]} does not keep its scores (graded is false; expected true)"
-            raise UserError(f"{prefix}objectives.{i}: {objective.name} needs scores, but {problem}. Name other sources.")
-        if not scored:
-            raise UserError(
-                f"{prefix}objectives.{i}: {objective.name} needs scores, but no source has any (expected a source of rows of "
-                "sentence1, sentence2 and score). Add one."
-            )
-
-
-def _check_positives(stage: StageConfig, sources: Sequence[Source], prefix: str) -> None:
-    """Raise `UserError` if InfoNCE applies to a graded source without positives."""
-    without_positives = [s for s in sources if isinstance(s.sampler, GradedPairSampler) and not s.sampler.positive_count]
-    for i, objective in enumerate(stage.objectives):
-        for source in without_positives if isinstance(objective, InfoNCEConfig) else ():
-            if not objective.sources or source.name in objective.sources:
-                raise UserError(
-                    f"{prefix}objectives.{i}: infonce needs positives, but no pair of source {source.name} has a score of "
-                    f"{source.config.min_score} or more. Lower the source's min_score, or name other sources."
-                )
-
-
-def _open_tokenizer(run_dir: Path | None, base: Base, spec: EmbeddingSpec, plans: Sequence[BatchPlan]) -> TextTokenizer:
+def _open_tokenizer(run_dir: Path | None, base: Base, spec: EmbeddingSpec, plans: Sequence[StagePlans]) -> TextTokenizer:
     """Return the tokenizer in the run directory. If there is none, write that of the base there, and return it.
 
     A preset has no tokenizer: it trains one on the training texts.
@@ -331,7 +282,7 @@ def _open_encoders(config: Config, recorded_hashes: Mapping[str, str]) -> dict[s
 
 def _open_stages(
     config: Config,
-    plans: Sequence[BatchPlan],
+    plans: Sequence[StagePlans],
     model: EmbeddingModel,
     tokenizer: TextTokenizer,
     base: Base,
@@ -346,8 +297,9 @@ def _open_stages(
             tokenizer.hf_tokenizer, model.spec.replace(max_length=stage.data.max_length), base
         )
         _check_prompts_fit(model.spec.prompts, stage_tokenizer)
+        objectives = Objectives(stage.objectives, stage.matryoshka, [source.name for source in plan.queries.sources])
         sampler = BatchSampler(
-            sources=plan.sources,
+            sources=plan.queries.sources,
             tokenizer=stage_tokenizer,
             hard_negatives=stage.data.hard_negatives,
             seed=stage.train.seed,
@@ -361,6 +313,9 @@ def _open_stages(
             adapters=model.adapters,
             guide=encoders["guide"].encode if stage.guide else None,
             teacher=encoders["teacher"].encode if stage.teacher else None,
+            token_builders=make_token_builders(
+                stage, plan.tokens, stage_tokenizer, shards, first_step, config.key_prefix(index)
+            ),
         )
         stages.append(
             Stage(
@@ -368,10 +323,10 @@ def _open_stages(
                 config=stage,
                 first_step=first_step,
                 schedule_steps=_count_schedule_steps(config.stages, index),
-                plan=plan,
+                plan=plan.queries,
                 batch_builder=batch_builder,
                 tokenizer=stage_tokenizer,
-                objectives=Objectives(stage.objectives, stage.matryoshka, [source.name for source in plan.sources]),
+                objectives=objectives,
                 teacher_width=encoders["teacher"].width if stage.teacher else 0,
             )
         )

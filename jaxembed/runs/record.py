@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+from typing import Any
 
 from jaxembed.devices import processes
 from jaxembed.files import write_json
@@ -25,7 +26,7 @@ def record_run(run: OpenedRun) -> None:
     record_versions(run_dir)
     if processes.is_first():
         write_spec(run_dir, run.spec)
-        dropped = [{source.name: source.sampler.drop_counts for source in stage.sources} for stage in run.stages]
+        dropped = [{source.name: source.sampler.drop_counts for source in stage.all_sources} for stage in run.stages]
         write_json(run_dir / "dropped.json", dropped)
     digests: dict[str, str] = {}
     for source in run.sources:
@@ -39,9 +40,11 @@ def record_run(run: OpenedRun) -> None:
         record_or_check(run_dir, "eval_hashes", held_out_digests, problem, compared_keys={selecting_set_name(run.config)})
     for role, encoder in run.encoders.items():
         record_or_check(run_dir, role, encoder.identity, f"its {role} changed")
-    base = {"name": run.base.name, "hash": run.base.hash(), "config": dict(run.base.hf_config)}
+    base: dict[str, Any] = {"name": run.base.name, "hash": run.base.hash(), "config": dict(run.base.hf_config)}
     if run.model.lora is not None:
         base["lora"] = run.model.lora.model_dump(mode="json")
+    if run.model.has_head:
+        base["has_head"] = True
     # Last, because this file makes the folder a run for other commands. The hash covers the config of the base, and the run's
     # config covers LoRA, so that a new key of either does not make a run look like another.
     record_or_check(run_dir, "base", base, "its base changed", compared_keys={"hash"})

@@ -19,6 +19,7 @@ from jaxembed.devices.cpu import is_tuned
 from jaxembed.errors import UserError
 from jaxembed.model.kernels import resolve_kernel
 from jaxembed.runs.open import OpenedRun
+from jaxembed.runs.token_report import show_token_data
 from jaxembed.training.metrics import read_metrics
 from jaxembed.training.stage import Stage
 from jaxembed.training.step import TrainState
@@ -67,9 +68,9 @@ def show_data(stage: Stage) -> list[dict[str, Any]]:
         log.info("examples of %d more sources are not shown; see `python -m jaxembed.data preview`", hidden)
     if stage.config.train.batch_size == 1 and not stage.config.data.hard_negatives:
         log.warning("train.batch_size is 1 and data.hard_negatives is 0: a query has no negatives, so its loss is 0")
-    if len(problems) == len(stage.sources):
+    if problems and len(problems) == len(stage.sources):
         raise UserError(f"nothing to train on: {'; '.join(problems)}. Name other data, or other objectives.")
-    return reports
+    return [*reports, *show_token_data(stage)]
 
 
 def describe_source(stage: Stage, source: Source, epochs: float, examples: Sequence[Example]) -> dict[str, Any]:
@@ -198,15 +199,20 @@ def describe_computation(run: OpenedRun) -> str:
 
 
 def describe_stage(stage: Stage, count: int) -> str:
-    """Return one line about the steps, queries, and negatives of a stage, in a run of `count` stages."""
+    """Return one line about the steps, queries, negatives, and predicted texts of a stage, in a run of `count` stages."""
     train, hard = stage.config.train, stage.config.data.hard_negatives
     in_batch = (train.batch_size - 1) * (1 + hard)
     counts = {"all": hard + in_batch, "in_batch": in_batch, "hard": hard}
     negatives = [counts[o.negatives] for o in stage.config.objectives if isinstance(o, InfoNCEConfig)]
     name = f"stage {stage.index + 1} of {count}: " if count > 1 else ""
     steps = "1 step" if train.steps == 1 else f"{train.steps:,} steps"
-    line = f"{name}{steps} of {train.batch_size:,} queries"
-    return line + (f", each with up to {max(negatives):,} negatives" if negatives else "")
+    parts = []
+    if stage.config.compares_vectors:
+        each = f", each with up to {max(negatives):,} negatives" if negatives else ""
+        parts.append(f"{train.batch_size:,} queries{each}")
+    token_objectives = stage.objectives.token_configs
+    parts += [f"{config.batch_size or train.batch_size:,} texts for {label}" for label, config in token_objectives.items()]
+    return f"{name}{steps} of {' and '.join(parts)}"
 
 
 def show_scores(summary: Mapping[str, Any]) -> None:

@@ -58,7 +58,7 @@ def resume(run: OpenedRun, checkpoints: Checkpoints) -> tuple[int, TrainState]:
     if latest is None:
         return 0, state
     # The arrays of the checkpoint, if its batches are still those that this run would draw.
-    if cursor["plan_hash"] != run.stages[index].plan.hash:
+    if cursor["plan_hash"] != run.stages[index].plan_hash:
         raise UserError(
             f"{checkpoints.run_dir}: the training data changed since step {latest}. Restore it, or name another run.dir."
         )

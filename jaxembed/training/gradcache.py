@@ -14,9 +14,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxembed.data.packing import PackedTexts
+from jaxembed.data.token_batch import TokenBatch
 from jaxembed.devices.collectives import map_over_shards, shard_map_size, shard_rows
-from jaxembed.model.embedder import EmbeddingModel
+from jaxembed.model.embedder import EmbeddingModel, make_transformer
 from jaxembed.model.layers import l2_normalize
+from jaxembed.model.masks import Mask
 
 
 def encode(
@@ -46,12 +48,6 @@ def encode(
     shards = texts.shards // parts  # of a part
     chunks = -(-len(texts.tokens) // (texts.shards * chunk_rows))
     keys = jax.random.split(key, (parts, chunks))
-    row_arrays = {
-        "tokens": texts.tokens,
-        "segment_ids": texts.segment_ids,
-        "positions": texts.positions,
-        "pool_mask": texts.pool_mask,
-    }
 
     def encode_part(params: Any, row_arrays: dict[str, jax.Array], slots: jax.Array, keys: jax.Array) -> jax.Array:
         def encode_chunk(chunk: tuple[dict[str, jax.Array], jax.Array]) -> jax.Array:
@@ -76,7 +72,54 @@ def encode(
         sums, _ = jax.lax.scan(add_chunk, shard_rows(zeros), (inputs, text_indices))
         return l2_normalize(sums).reshape(*slots.shape, -1)
 
-    return map_over_shards(encode_part)(params, row_arrays, slots, keys)
+    return map_over_shards(encode_part)(params, _row_arrays(texts), slots, keys)
+
+
+def encode_tokens(
+    model: EmbeddingModel, mask: Mask, params: Any, batch: TokenBatch, key: jax.Array, chunk_rows: int | None
+) -> Float[Array, "n p d"]:
+    """Return the hidden states that predict tokens.
+
+    Args:
+        model: The model, of which the transformer runs.
+        mask: Which tokens of a text see each other.
+        params: The parameters of the model.
+        batch: Texts, and the positions whose hidden states are returned.
+        key: Random key of dropout.
+        chunk_rows: Rows that each device encodes at a time; None for all.
+
+    Returns:
+        Hidden states after the last norm, for n shards, in the dtype of the computation.
+    """
+    texts, transformer = batch.texts, make_transformer(model, mask)
+
+    def encode_rows(params: Any, arrays: dict[str, jax.Array], key: jax.Array, shards: int) -> jax.Array:
+        packed = PackedTexts(**arrays, segments=texts.segments, shards=shards)
+        return transformer.apply({"params": params["decoder"]}, packed, rngs={"dropout": key})
+
+    def gather(hidden: jax.Array) -> jax.Array:
+        shard_hidden = hidden.reshape(texts.shards, -1, hidden.shape[-1])
+        return jax.vmap(lambda states, positions: states[positions])(shard_hidden, batch.position)
+
+    # Without chunks: all rows at once.
+    if chunk_rows is None or chunk_rows * texts.shards >= len(texts.tokens):
+        return gather(encode_rows(params, _row_arrays(texts), key, texts.shards))
+    # Otherwise chunks of rows of every shard, as in `encode`.
+    parts = shard_map_size()
+    shards = texts.shards // parts
+    chunks = -(-len(texts.tokens) // (texts.shards * chunk_rows))
+    keys = jax.random.split(key, (parts, chunks))
+
+    def encode_part(params: Any, row_arrays: dict[str, jax.Array], keys: jax.Array) -> jax.Array:
+        def encode_chunk(_: None, chunk: tuple[dict[str, jax.Array], jax.Array]) -> tuple[None, jax.Array]:
+            encode_again = jax.checkpoint(encode_rows, prevent_cse=False, static_argnums=3)
+            return None, encode_again(params, *chunk, shards)
+
+        inputs = jax.tree.map(lambda x: _split_into_chunks(x, shards, chunks, chunk_rows), row_arrays), keys[0]
+        _, hidden = jax.lax.scan(encode_chunk, None, inputs)
+        return _join_chunks(hidden, shards, len(texts.tokens) // texts.shards)
+
+    return gather(map_over_shards(encode_part)(params, _row_arrays(texts), keys))
 
 
 def gather_vectors(vectors: Float[Array, "r s d"], slots: Int[Array, "b *m"], shards: int) -> Float[Array, "b *m d"]:
@@ -115,6 +158,11 @@ def _find_texts_in_slots(slots: jax.Array, shards: int, chunks: int, chunk_slots
     return indices.reshape(shards, chunks, chunk_slots).swapaxes(0, 1)
 
 
+def _row_arrays(texts: PackedTexts) -> dict[str, jax.Array]:
+    """Return the arrays of packed texts by name."""
+    return {name: getattr(texts, name) for name in ("tokens", "segment_ids", "positions", "pool_mask")}
+
+
 def _split_into_chunks(x: jax.Array, shards: int, chunks: int, chunk_rows: int) -> jax.Array:
     """Split rows into chunks [chunks, shards * chunk_rows, ...], the last one padded with zeros.
 
@@ -125,3 +173,9 @@ def _split_into_chunks(x: jax.Array, shards: int, chunks: int, chunk_rows: int) 
     padded = jnp.pad(shard_major, [(0, 0), (0, padding), *[(0, 0)] * (x.ndim - 1)])
     chunk_major = padded.reshape(shards, chunks, chunk_rows, *x.shape[1:]).swapaxes(0, 1)
     return chunk_major.reshape(chunks, shards * chunk_rows, *x.shape[1:])
+
+
+def _join_chunks(x: jax.Array, shards: int, rows: int) -> jax.Array:
+    """Join chunks [chunks, shards * chunk_rows, ...] to rows [shards * rows, ...]: the inverse of `_split_into_chunks`."""
+    shard_major = x.reshape(len(x), shards, -1, *x.shape[2:]).swapaxes(0, 1).reshape(shards, -1, *x.shape[2:])
+    return shard_major[:, :rows].reshape(shards * rows, *x.shape[2:])

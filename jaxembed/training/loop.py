@@ -39,6 +39,7 @@ class StepStats:
         useful_tokens: Tokens of texts.
         padded_tokens: Tokens of rows, padding included.
         token_pairs: Pairs of tokens in one text, for `MfuMeter`.
+        examples: Queries, and texts whose tokens are predicted.
         new_programs: Number of programs that were compiled.
     """
 
@@ -48,6 +49,7 @@ class StepStats:
     useful_tokens: int = 0
     padded_tokens: int = 0
     token_pairs: int = 0
+    examples: int = 0
     new_programs: int = 0
 
     def add(self, host_batch: HostBatch, data_wait_seconds: float) -> None:
@@ -57,15 +59,16 @@ class StepStats:
         self.useful_tokens += host_batch.useful_tokens
         self.padded_tokens += host_batch.padded_tokens
         self.token_pairs += host_batch.token_pairs
+        self.examples += host_batch.examples
 
-    def rates(self, batch_size: int, mfu_meter: MfuMeter | None) -> dict[str, float]:
+    def rates(self, mfu_meter: MfuMeter | None) -> dict[str, float]:
         """Return the throughput metrics by name."""
         seconds = time.perf_counter() - self.start_time
         rates = {
             "step_seconds": seconds / self.steps,
             "data_wait_seconds": self.data_wait_seconds / self.steps,
             "useful_tokens_per_second": self.useful_tokens / seconds,
-            "examples_per_second": batch_size * self.steps / seconds,
+            "examples_per_second": self.examples / seconds,
             "padding_fraction": 1 - self.useful_tokens / self.padded_tokens,
             "new_programs": self.new_programs,
         }
@@ -113,7 +116,7 @@ class Trainer:
     profile: Profile
     mfu_meter: MfuMeter | None
     check_scores: Callable[[int, Mapping[str, float]], None]
-    program_shapes: set[tuple[int, ...]] = dataclasses.field(default_factory=set)
+    program_shapes: set[tuple[tuple[int, ...], ...]] = dataclasses.field(default_factory=set)
 
     @property
     def config(self) -> TrainConfig:
@@ -176,18 +179,18 @@ class Trainer:
 
     def _start_step(self, state: TrainState, host_batch: HostBatch, stats: StepStats) -> tuple[TrainState, Metrics]:
         batch = put_batch(self.mesh, host_batch.batch)
-        shape = batch.texts.tokens.shape
-        if shape in self.program_shapes:
+        shapes = tuple(x.shape for x in jax.tree.leaves(batch))
+        if shapes in self.program_shapes:
             return self.train_step(state, batch)
         # A new shape compiles a program: wait for it, and report how long it took.
         release_freed_memory()
         start_time = time.perf_counter()
         result = jax.block_until_ready(self.train_step(state, batch))
         seconds = time.perf_counter() - start_time
-        self.program_shapes.add(shape)
+        self.program_shapes.add(shapes)
         stats.new_programs += 1
-        number, (rows, tokens) = len(self.program_shapes), shape
-        self.recorder.say(f"program {number}: {rows} rows x {tokens} tokens, compiled and run in {seconds:.1f} s")
+        rows = " and ".join(f"{rows} rows x {tokens} tokens" for rows, tokens in batch.row_shapes)
+        self.recorder.say(f"program {len(self.program_shapes)}: {rows}, compiled and run in {seconds:.1f} s")
         return result
 
     def _check_finite(self, in_flight: InFlightStep | None) -> None:
@@ -197,7 +200,9 @@ class Trainer:
         loss, norm = float(in_flight.metrics["loss"]), float(in_flight.metrics["grad_norm"])
         if math.isfinite(loss) and math.isfinite(norm):
             return
-        sources = ", ".join(self.stage.sources[i].name for i in in_flight.host_batch.sources)
+        names = [self.stage.sources[i].name for i in in_flight.host_batch.sources]
+        names += [s.name for builder in self.stage.batch_builder.token_builders.values() for s in builder.plan.sources]
+        sources = ", ".join(names)
         problem = f"step {in_flight.step}: not finite (loss {loss}, gradient norm {norm}; batch from {sources})"
         if self.config.on_nan == "skip":
             self.recorder.say(f"{problem}. Skipped the update.")
@@ -212,7 +217,7 @@ class Trainer:
 
     def _log(self, step: int, metrics: Metrics, stats: StepStats) -> None:
         values = {name: float(value) for name, value in metrics.items()}
-        values |= stats.rates(self.config.batch_size, self.mfu_meter)
+        values |= stats.rates(self.mfu_meter)
         with must_finish(f"logging of step {step}", self.config.stall_timeout_s):
             self.recorder.log(step, values, self.stage.index)
         self.recorder.show(loss=f"{values['loss']:.4f}", tokens_s=f"{values['useful_tokens_per_second']:,.0f}")
@@ -233,5 +238,5 @@ class Trainer:
         return None
 
     def _save(self, state: TrainState, step: int, score: float | None) -> None:
-        cursor = {"stage": self.stage.index, "step": step, "plan_hash": self.stage.plan.hash}
+        cursor = {"stage": self.stage.index, "step": step, "plan_hash": self.stage.plan_hash}
         self.checkpoints.save(state, cursor, score)

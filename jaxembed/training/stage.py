@@ -29,8 +29,8 @@ class Stage:
         config: Settings of the stage.
         first_step: Steps of the run before this stage.
         schedule_steps: Steps that share the optimizer and the learning-rate schedule, those of this stage among them.
-        plan: The examples of every batch.
-        build: Builds a batch from the ids of its examples.
+        plan: The queries of every batch. It has no sources if all objectives predict tokens.
+        batch_builder: Builds a batch from the ids of its queries.
         tokenizer: Tokenizer with the stage's maximum length.
         objectives: What the stage minimizes.
         teacher_width: Width of the teacher's vectors, 0 without a teacher.
@@ -53,8 +53,20 @@ class Stage:
 
     @property
     def sources(self) -> Sequence[Source]:
-        """The sources of the stage."""
+        """The sources of the stage's queries."""
         return self.plan.sources
+
+    @property
+    def all_sources(self) -> list[Source]:
+        """The sources of the stage, each once: those of queries, and those of objectives that predict tokens."""
+        plans = [self.plan, *(builder.plan for builder in self.batch_builder.token_builders.values())]
+        return list({source.name: source for plan in plans for source in plan.sources}.values())
+
+    @property
+    def plan_hash(self) -> str:
+        """Hash of all plans of the stage and their data, by which a resumed run finds that its batches are the same."""
+        token_plans = [builder.plan for builder in self.batch_builder.token_builders.values()]
+        return "-".join(plan.hash for plan in (self.plan, *token_plans))
 
     @property
     def schedule(self) -> optax.Schedule:

@@ -14,9 +14,11 @@ import optax
 from jaxembed.data.batch import Batch
 from jaxembed.devices.cpu import compiler_options
 from jaxembed.losses.objectives import Objectives
-from jaxembed.model.embedder import EmbeddingModel
+from jaxembed.losses.token_prediction import token_prediction_loss
+from jaxembed.model.embedder import EmbeddingModel, get_head_table
 from jaxembed.model.lora import join_params, pick_adapter, put_adapter
-from jaxembed.training.gradcache import encode
+from jaxembed.model.masks import MASKS
+from jaxembed.training.gradcache import encode, encode_tokens
 from jaxembed.training.optim import count_updates
 
 Metrics = dict[str, jax.Array]
@@ -72,12 +74,24 @@ def batch_loss(
         The weighted sum of the objectives, and its parts by name.
     """
     dropout_key, objectives_key = jax.random.split(key)
-    with jax.named_scope("encode"):
-        slots = jnp.concatenate([batch.query_slot[:, None], batch.doc_slot], axis=1)
-        vectors = encode(model, params, batch.texts, slots, dropout_key, chunk_rows)
-    with jax.named_scope("loss"):
-        objective_params = params.get(OBJECTIVE_PARAMS, {})
-        return objectives(vectors[:, 0], vectors[:, 1:], batch, objectives_key, objective_params, batch.texts.shards)
+    total, metrics = jnp.zeros(()), dict[str, jax.Array]()
+    # Objectives that compare vectors.
+    if batch.texts is not None:
+        with jax.named_scope("encode"):
+            slots = jnp.concatenate([batch.query_slot[:, None], batch.doc_slot], axis=1)
+            vectors = encode(model, params, batch.texts, slots, dropout_key, chunk_rows)
+        with jax.named_scope("loss"):
+            objective_params, shards = params.get(OBJECTIVE_PARAMS, {}), batch.texts.shards
+            total, metrics = objectives(vectors[:, 0], vectors[:, 1:], batch, objectives_key, objective_params, shards)
+    # Objectives that predict tokens.
+    for i, (label, config) in enumerate(objectives.token_configs.items()):
+        tokens, key = batch.token_batches[label], jax.random.fold_in(dropout_key, i)
+        with jax.named_scope("encode"):
+            hidden = encode_tokens(model, MASKS[model.spec.attention], params, tokens, key, chunk_rows)
+        with jax.named_scope("loss"):
+            metrics[label] = token_prediction_loss(config, hidden, get_head_table(model, params), tokens)
+            total = total + config.weight * metrics[label]
+    return total, metrics
 
 
 def make_train_step(

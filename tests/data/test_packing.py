@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from helpers.loading import draw_texts, encode_packed, load_model, pack_texts
 from jaxembed.config.spec import EmbeddingSpec
-from jaxembed.data.batch import merge_row_counts
 from jaxembed.data.packing import (
     MIN_FILL,
     PackedTexts,
@@ -27,6 +26,7 @@ from jaxembed.data.packing import (
     pack_shards,
     round_up_rows,
 )
+from jaxembed.data.shard_packing import merge_row_counts
 from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.model.pooling import POOLINGS
 

@@ -1,0 +1,121 @@
+"""The loss of predicted tokens: cross-entropy over the vocabulary, computed a block of the vocabulary at a time.
+
+The logits of all predictions [P, V] never exist, neither in the forward nor in the backward pass. Letters in shapes: n shards,
+P predictions of a shard, V tokens of the vocabulary, W tokens of a block, D model width, B texts.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxembed.config import TokenObjectiveConfig
+from jaxembed.data.token_batch import TokenBatch
+from jaxembed.devices.collectives import replicate
+from jaxembed.losses.blockwise import HIGHEST_PRECISION
+
+Totals = tuple[jax.Array, jax.Array, jax.Array]  # max logit, sum of e^(logit - max), and logit of the target: [n, P] each
+MAX_LOGITS_PER_BLOCK = 1 << 24  # on each device: 64 MiB in float32
+
+
+def token_prediction_loss(
+    config: TokenObjectiveConfig, hidden: Float[Array, "n p d"], table: Float[Array, "v d"], batch: TokenBatch
+) -> Float[Array, ""]:
+    """Compute the mean loss of the predicted tokens, over groups of texts.
+
+    The loss of a group is the weighted sum of its predictions' cross-entropies over the sum of its texts' sizes. With one group
+    and equal weights it is the mean over tokens (BehnamGhader et al. 2024, arXiv:2404.05961); with groups of one text it is
+    the mean over texts (Muennighoff et al. 2024, arXiv:2402.09906). With weights 1 / rate and the tokens of the texts as sizes
+    it is the bound of masked diffusion (Nie et al. 2025, arXiv:2502.09992, equation 3).
+
+    Args:
+        config: The objective.
+        hidden: Hidden states that predict.
+        table: The kernel of the language-model head, one row for each token of the vocabulary.
+        batch: The texts that were read, with the tokens to predict.
+
+    Returns:
+        The loss, float32. Groups without predicted tokens do not count.
+    """
+    weighted = batch.weight * cross_entropy(hidden, table, batch.target)
+    # The group of each text, and of each prediction.
+    texts, texts_per_shard = len(batch.size), len(batch.size) // len(batch.weight)
+    group_size = config.group or texts
+    group_count = -(-texts // group_size)
+    text = batch.text + texts_per_shard * jnp.arange(len(batch.weight))[:, None]
+    sums = jax.ops.segment_sum(weighted.ravel(), (text // group_size).ravel(), group_count)
+    sizes = jax.ops.segment_sum(batch.size, jnp.arange(texts) // group_size, group_count)
+    counts = sizes > 0
+    return jnp.sum(jnp.where(counts, sums / jnp.where(counts, sizes, 1), 0)) / jnp.maximum(counts.sum(), 1)
+
+
+@jax.custom_vjp
+def cross_entropy(hidden: Float[Array, "n p d"], table: Float[Array, "v d"], target: Int[Array, "n p"]) -> Float[Array, "n p"]:
+    """Return the cross-entropy of each prediction, log(sum of e^logit) - (logit of the target), in float32.
+
+    The logits are hidden @ table^T, in the dtype of `hidden` and summed in float32.
+    """
+    return _forward(hidden, table, target)[0]
+
+
+def _forward(hidden: jax.Array, table: jax.Array, target: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Return the cross-entropies, and what the backward pass needs: the inputs and the log-sum-exp of every prediction."""
+    blocks, first_tokens = _split_vocabulary(table, hidden)
+    lowest = jnp.finfo(jnp.float32).min
+
+    def add_block(totals: Totals, block: tuple[jax.Array, jax.Array]) -> tuple[Totals, None]:
+        max_logit, total, target_logit = totals
+        logits, is_target = _compute_logits(hidden, target, len(table), *block)
+        # Online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867), as in `losses.blockwise`.
+        new_max = jnp.maximum(max_logit, logits.max(axis=-1))
+        total = total * jnp.exp(max_logit - new_max) + jnp.sum(jnp.exp(logits - new_max[..., None]), axis=-1)
+        return (new_max, total, target_logit + jnp.sum(jnp.where(is_target, logits, 0), axis=-1)), None
+
+    zeros = jnp.zeros(target.shape, jnp.float32)
+    (max_logit, total, target_logit), _ = jax.lax.scan(add_block, (zeros + lowest, zeros, zeros), (blocks, first_tokens))
+    lse = max_logit + jnp.log(total)
+    return lse - target_logit, (hidden, table, target, lse)
+
+
+def _backward(saved: tuple[jax.Array, ...], grad: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    """Return the gradients of hidden states and table. Recomputes each block of logits.
+
+    With p the softmax and g the gradient of a cross-entropy: d logit = g (p - [is target]).
+    """
+    hidden, table, target, lse = saved
+    blocks, first_tokens = _split_vocabulary(table, hidden)
+
+    def add_block(hidden_sum: jax.Array, block: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        logits, is_target = _compute_logits(hidden, target, len(table), *block)
+        logit_grad = grad[..., None] * (jnp.exp(logits - lse[..., None]) - is_target)
+        rows = block[0].astype(jnp.float32)
+        hidden_sum += jnp.einsum("npw,wd->npd", logit_grad, rows, precision=HIGHEST_PRECISION)
+        wide = hidden.astype(jnp.float32)
+        return hidden_sum, jnp.einsum("npw,npd->wd", logit_grad, wide, precision=HIGHEST_PRECISION)
+
+    start = jnp.zeros(hidden.shape, jnp.float32)
+    hidden_sum, block_sums = jax.lax.scan(add_block, start, (blocks, first_tokens))
+    table_sum = block_sums.reshape(-1, table.shape[-1])[: len(table)]
+    return hidden_sum.astype(hidden.dtype), table_sum.astype(table.dtype), None
+
+
+cross_entropy.defvjp(_forward, _backward)
+
+
+def _split_vocabulary(table: jax.Array, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return equal blocks of the table's rows, [blocks, W, D], padded with zeros, and the first token of each, [blocks]."""
+    count = -(-len(table) * hidden.shape[1] // MAX_LOGITS_PER_BLOCK)
+    width = -(-len(table) // count)
+    padded = jnp.pad(table, [(0, count * width - len(table)), (0, 0)])
+    return padded.reshape(count, width, -1), jnp.arange(count) * width
+
+
+def _compute_logits(
+    hidden: jax.Array, target: jax.Array, vocab_size: int, rows: jax.Array, first_token: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Return the logits of a block, -inf for padding, and True at the targets: [n, P, W] each."""
+    kernel = replicate(rows.astype(hidden.dtype))
+    logits = jnp.einsum("npd,wd->npw", hidden, kernel, precision=HIGHEST_PRECISION, preferred_element_type=jnp.float32)
+    token = first_token + jnp.arange(len(rows))
+    return jnp.where(token < vocab_size, logits, -jnp.inf), token == target[..., None]

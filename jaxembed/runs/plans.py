@@ -1,0 +1,140 @@
+"""The data of every stage: which sources each objective trains on, and the plans of their batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from jaxembed.config import Config, GradedObjectiveConfig, InfoNCEConfig, StageConfig, TokenObjectiveConfig
+from jaxembed.curation.remining import check_mined_sources
+from jaxembed.data.batch_plan import BatchPlan
+from jaxembed.data.scored_pairs import GradedPairSampler
+from jaxembed.data.sources import Source, detect_format, open_sources
+from jaxembed.errors import UserError
+from jaxembed.files import cache_dir
+
+
+class StagePlans(NamedTuple):
+    """The batches of a stage.
+
+    Attributes:
+        queries: The queries of every step, for objectives that compare vectors. It has no sources if there are none.
+        tokens: The texts of every step for each objective that predicts tokens, in the order of the objectives.
+    """
+
+    queries: BatchPlan
+    tokens: Sequence[BatchPlan]
+
+    @property
+    def sources(self) -> list[Source]:
+        """All sources, each once."""
+        plans = (self.queries, *self.tokens)
+        return list({source.name: source for plan in plans for source in plan.sources}.values())
+
+
+def open_plans(config: Config) -> list[StagePlans]:
+    """Open the sources of every stage, and plan its batches.
+
+    Raises:
+        UserError: A source cannot be read, or does not fit the objectives of its stage.
+    """
+    return [_open_stage_plans(config, index) for index in range(len(config.stages))]
+
+
+def _open_stage_plans(config: Config, index: int) -> StagePlans:
+    stage, prefix = config.stages[index], config.key_prefix(index)
+    _check_scores(stage, prefix)
+    sources = open_sources(stage.data, cache_dir())
+    token_sources = _assign_token_sources(stage, sources, prefix)
+    query_sources = _assign_query_sources(stage, sources, [source for own in token_sources for source in own], prefix)
+    _check_positives(stage, query_sources, prefix)
+    if stage.mine is not None:
+        check_mined_sources(query_sources, stage.mine, stage.train.seed, prefix)
+    batching, mixture, seed = stage.data.batching, stage.data.mixture, stage.train.seed
+    token_objectives = [o for o in stage.objectives if isinstance(o, TokenObjectiveConfig)]
+    return StagePlans(
+        BatchPlan(query_sources, stage.train.batch_size, seed, index, batching, mixture),
+        [
+            BatchPlan(own, objective.batch_size or stage.train.batch_size, seed, index, mixture=mixture)
+            for own, objective in zip(token_sources, token_objectives, strict=True)
+        ],
+    )
+
+
+def _assign_token_sources(stage: StageConfig, sources: Sequence[Source], prefix: str) -> list[list[Source]]:
+    """Return the sources of each objective that predicts tokens: those it names, otherwise all of its format.
+
+    Raises:
+        UserError: It names a source of another format, or there is no source for it.
+    """
+    assigned = []
+    for i, objective in enumerate(stage.objectives):
+        if not isinstance(objective, TokenObjectiveConfig):
+            continue
+        wanted, where = objective.source_format, f"{prefix}objectives.{i}: {objective.name}"
+        needed = f"{where} needs sources of format {wanted} ({objective.source_rows})"
+        named = [source for source in sources if source.name in objective.sources]
+        if wrong := [source for source in named if source.format != wanted]:
+            raise UserError(f"{needed}, but source {wrong[0].name} has format {wrong[0].format}. Name other sources.")
+        own = named or [source for source in sources if source.format == wanted]
+        if not own:
+            found = ", ".join(f"{source.name}: {source.format}" for source in sources)
+            raise UserError(f"{needed}, but the stage has none (found {found}). Add one.")
+        assigned.append(own)
+    return assigned
+
+
+def _assign_query_sources(
+    stage: StageConfig, sources: Sequence[Source], token_sources: Sequence[Source], prefix: str
+) -> list[Source]:
+    """Return the sources whose queries are compared: all but those of objectives that predict tokens.
+
+    A source that an objective of vectors names belongs to both.
+
+    Raises:
+        UserError: Every source is one of objectives that predict tokens, but others compare vectors.
+    """
+    if not stage.compares_vectors:
+        return []
+    named = {name for o in stage.objectives if not isinstance(o, TokenObjectiveConfig) for name in o.sources}
+    taken = {source.name for source in token_sources} - named
+    own = [source for source in sources if source.name not in taken]
+    if not own:
+        names = [o.name for o in stage.objectives if not isinstance(o, TokenObjectiveConfig)]
+        raise UserError(
+            f"{prefix}objectives: no source is left for {names[0]}, because all of them train objectives that predict tokens. "
+            "Add a source, or name one in the objective's sources."
+        )
+    return own
+
+
+def _check_scores(stage: StageConfig, prefix: str) -> None:
+    """Raise `UserError` if a graded objective needs scores that no source has. One row of each source under it is read."""
+    graded = {i: o for i, o in enumerate(stage.objectives) if isinstance(o, GradedObjectiveConfig)}
+    named = {name for objective in graded.values() for name in objective.sources}
+    sources = stage.data.sources if graded else ()
+    formats = {s.display_name: detect_format(s) for s in sources if s.graded or s.display_name in named}
+    scored = {s.display_name for s in sources if s.graded and formats[s.display_name] == "scored_pairs"}
+    for i, objective in graded.items():
+        if unscored := [name for name in objective.sources if name not in scored]:
+            problem = f"source {unscored[0]} has no scores (format {formats[unscored[0]]}; expected scored_pairs)"
+            if formats[unscored[0]] == "scored_pairs":
+                problem = f"source {unscored[0]} does not keep its scores (graded is false; expected true)"
+            raise UserError(f"{prefix}objectives.{i}: {objective.name} needs scores, but {problem}. Name other sources.")
+        if not scored:
+            raise UserError(
+                f"{prefix}objectives.{i}: {objective.name} needs scores, but no source has any (expected a source of rows of "
+                "sentence1, sentence2 and score). Add one."
+            )
+
+
+def _check_positives(stage: StageConfig, sources: Sequence[Source], prefix: str) -> None:
+    """Raise `UserError` if InfoNCE applies to a graded source without positives."""
+    without_positives = [s for s in sources if isinstance(s.sampler, GradedPairSampler) and not s.sampler.positive_count]
+    for i, objective in enumerate(stage.objectives):
+        for source in without_positives if isinstance(objective, InfoNCEConfig) else ():
+            if not objective.sources or source.name in objective.sources:
+                raise UserError(
+                    f"{prefix}objectives.{i}: infonce needs positives, but no pair of source {source.name} has a score of "
+                    f"{source.config.min_score} or more. Lower the source's min_score, or name other sources."
+                )

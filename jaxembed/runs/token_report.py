@@ -1,0 +1,72 @@
+"""What a run prints about the texts of objectives that predict tokens."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+
+from jaxembed.data.sources import Source
+from jaxembed.data.token_batch import NOT_PREDICTED, TokenBatchBuilder
+from jaxembed.errors import UserError
+from jaxembed.training.stage import Stage
+
+log = logging.getLogger("jaxembed")
+
+MEASURED_TEXTS = 512  # texts of each source whose tokens are counted
+SHOWN_TEXTS = 2  # texts of each source that are printed
+MAX_SHOWN_TOKENS = 60  # tokens of a printed text
+
+
+def show_token_data(stage: Stage) -> list[dict[str, Any]]:
+    """Print the size of every source of the objectives that predict tokens, and its first texts as the model reads them.
+
+    Returns:
+        A report about each, like those about other sources: name, path, format and sizes; its objective; and of the measured
+        texts their tokens and the share that is predicted.
+
+    Raises:
+        UserError: No token of an objective's texts is predicted.
+    """
+    reports = []
+    for label, builder in stage.batch_builder.token_builders.items():
+        epochs, first_id, own = builder.plan.count_epochs(stage.config.train.steps), 0, []
+        for source, source_epochs in zip(builder.plan.sources, epochs, strict=True):
+            own.append(_show_source(stage, builder, source, first_id) | {"objective": label, "epochs": source_epochs})
+            first_id += len(source)
+        if not any(report["predicted"] for report in own):
+            names = ", ".join(report["name"] for report in own)
+            raise UserError(f"{label}: no token of {names} is predicted (expected longer texts, or a higher mask_rate).")
+        reports += own
+    return reports
+
+
+def _show_source(stage: Stage, builder: TokenBatchBuilder, source: Source, first_id: int) -> dict[str, Any]:
+    """Print and return numbers of one source, whose first text has the id `first_id`."""
+    texts = builder.read_texts(0, np.arange(first_id, first_id + min(MEASURED_TEXTS, len(source))))
+    lengths = np.array([len(text.tokens) for text in texts])
+    predicted = sum(int(np.sum(text.targets != NOT_PREDICTED)) for text in texts)
+    share = predicted / max(1, int(lengths.sum()))
+    log.info(
+        "%s (%s): %s texts; %.0f tokens per text on average, %.1f%% of them predicted",
+        source.name, source.format, f"{len(source):,}", lengths.mean(), 100 * share,
+    )  # fmt: skip
+    for text in texts[:SHOWN_TEXTS]:
+        log.info("  reads    %r", stage.tokenizer.hf_tokenizer.decode(text.tokens[:MAX_SHOWN_TOKENS]))
+    return {
+        "name": source.name,
+        "path": source.config.path,
+        "format": source.format,
+        "rows": source.row_count,
+        "examples": len(source),
+        "dropped": {reason: count for reason, count in source.sampler.drop_counts.items() if count},
+        "predicted": share,
+        "tokens": {
+            "texts": len(lengths),
+            "mean": float(lengths.mean()),
+            "median": float(np.median(lengths)),
+            "most": int(lengths.max()),
+            "max_length": stage.tokenizer.spec.max_length,
+        },
+    }
