@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxembed import cli
 from jaxembed.errors import UserError
-from jaxembed.training.run_dir import BASE_RECORD_FILE
+from jaxembed.formats.run_files import BASE_RECORD_FILE
 from jaxembed.training.shutdown import stop_on_signals
 
 if TYPE_CHECKING:

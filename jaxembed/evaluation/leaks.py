@@ -18,7 +18,7 @@ from jaxembed.devices.processes import progress_bar
 from jaxembed.errors import UserError
 from jaxembed.evaluation.tasks import EvaluationTask
 from jaxembed.files import cache_dir, exists, write_json
-from jaxembed.training.run_dir import BASE_RECORD_FILE
+from jaxembed.formats.run_files import BASE_RECORD_FILE
 
 log = logging.getLogger("jaxembed")
 

@@ -11,12 +11,12 @@ from jaxembed.config.fields import Fields
 from jaxembed.config.local_paths import shorten_path, shorten_paths_in_yaml
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.files import read_json, read_text
+from jaxembed.formats.run_files import BASE_RECORD_FILE
 from jaxembed.hub.onnx_export import INT8_GRAPH_FILE, OnnxReport
 from jaxembed.hub.readers import FOLDER, ServedModel, format_reader_table
 from jaxembed.hub.safe_dtypes import DtypeQuality
 from jaxembed.model.pooling import TRAINABLE_POOLINGS
 from jaxembed.training.metrics import read_metrics
-from jaxembed.training.run_dir import BASE_RECORD_FILE
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,7 @@ from jaxembed.devices.mesh import make_mesh, shard_count
 from jaxembed.devices.placement import batch_sharding, put_global, to_host, unstack_views
 from jaxembed.devices.processes import progress_bar
 from jaxembed.errors import UserError
+from jaxembed.formats.run_files import BASE_RECORD_FILE
 from jaxembed.hub.base import Base, FolderBase
 from jaxembed.hub.resolve import find_base_with_weights, find_run
 from jaxembed.hub.restore import RestoredRun
@@ -31,7 +32,6 @@ from jaxembed.hub.text_tokenizer import build_text_tokenizer, check_texts
 from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.model.parameters import replace_layers, shapes_and_shardings, stack_layers
 from jaxembed.model.transformer import ComputeOptions
-from jaxembed.training.run_dir import BASE_RECORD_FILE
 
 TEXTS_PER_WINDOW = 4096  # texts that are tokenized and packed together
 TOKENS_PER_CALL = 8192  # tokens that each device takes at once; CPUs take `ENCODE_TOKENS_PER_CALL`

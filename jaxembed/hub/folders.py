@@ -8,8 +8,8 @@ from pathlib import Path
 from jaxembed.errors import UserError, summarize
 from jaxembed.files import exists
 from jaxembed.formats.peft_config import ADAPTER_CONFIG_FILE, is_peft_folder
+from jaxembed.formats.run_files import BASE_RECORD_FILE
 from jaxembed.model.presets import find_preset
-from jaxembed.training.run_dir import BASE_RECORD_FILE
 
 PRESET_PREFIX = "preset:"
 DOWNLOADED_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*/config.json"]  # patterns of the files we read

@@ -10,17 +10,17 @@ from jaxembed.config.fields import Fields
 from jaxembed.config.sections import parse_section
 from jaxembed.errors import UserError
 from jaxembed.files import exists, read_json
+from jaxembed.formats.checkpoints import CheckpointReader, pick_step
 from jaxembed.formats.nv_embed import read_transformer_config
 from jaxembed.formats.peft_config import ADAPTER_CONFIG_FILE, is_peft_folder, read_base_name
 from jaxembed.formats.published import find_first_stage_adapters
+from jaxembed.formats.run_files import BASE_RECORD_FILE, read_run_file
 from jaxembed.hub.base import Base, BaseWithWeights, FolderBase, PresetBase
 from jaxembed.hub.folders import PRESET_PREFIX, find_folder
 from jaxembed.hub.restore import RunBase
 from jaxembed.hub.spec_files import make_preset_spec, read_adapter_spec, read_folder_spec
 from jaxembed.model.hf_config import parse_hf_config
 from jaxembed.model.presets import find_preset
-from jaxembed.training.checkpoint import Checkpoints, pick_step
-from jaxembed.training.run_dir import BASE_RECORD_FILE, read_run_file
 
 
 def find_base(name: str) -> Base:
@@ -95,7 +95,7 @@ def find_run(name: str, run_dir: Path, checkpoint: str = "best") -> RunBase:
 
 
 def _pick_checkpoint(run_dir: Path, checkpoint: str) -> int:
-    checkpoints = Checkpoints(run_dir)
+    checkpoints = CheckpointReader(run_dir)
     try:
         return pick_step(checkpoints, checkpoint, run_dir)
     finally:

@@ -15,6 +15,8 @@ from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.data.tokenize import TextTokenizer
 from jaxembed.errors import UserError
 from jaxembed.files import read_bytes
+from jaxembed.formats.checkpoints import CheckpointReader, params_digest
+from jaxembed.formats.run_files import BASE_RECORD_FILE, read_run_file
 from jaxembed.formats.weights import LowRankUpdate, place_params, to_tensors
 from jaxembed.hub.base import Base, BaseWithWeights
 from jaxembed.hub.text_tokenizer import build_text_tokenizer
@@ -22,8 +24,6 @@ from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.model.lora import FROZEN_PARTS, join_params, merge_adapters, pick_adapter, split_params, stack_shapes
 from jaxembed.model.parameters import attach_shardings, shapes_and_shardings
 from jaxembed.model.transformer import ComputeOptions
-from jaxembed.training.checkpoint import Checkpoints, params_digest
-from jaxembed.training.run_dir import BASE_RECORD_FILE, read_run_file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ class RunBase(BaseWithWeights):
         trained, _ = split_params(attach_shardings(shapes, shardings))
         if model.adapters:
             trained = stack_shapes(trained, len(model.adapters))
-        checkpoints = Checkpoints(self.run_dir)
+        checkpoints = CheckpointReader(self.run_dir)
         try:
             return checkpoints.restore_params(self.step, trained)
         finally:

@@ -15,9 +15,9 @@ from jaxembed.errors import UserError
 from jaxembed.files import exists, read_json, write_json
 from jaxembed.formats.nv_embed import is_nv_embed, read_nv_embed_spec
 from jaxembed.formats.published import PUBLISHED_LAYOUTS, PublishedLayout, find_published_layout
+from jaxembed.formats.run_files import read_run_file
 from jaxembed.formats.sentence_transformers import MODULES_FILE, read_sentence_transformers_spec
 from jaxembed.model.families import TransformerConfig
-from jaxembed.training.run_dir import read_run_file
 
 log = logging.getLogger("jaxembed")
 

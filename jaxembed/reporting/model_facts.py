@@ -10,11 +10,11 @@ import jax
 
 from jaxembed.errors import UserError
 from jaxembed.files import exists
+from jaxembed.formats.run_files import BASE_RECORD_FILE
 from jaxembed.hub.base import Base
 from jaxembed.hub.resolve import find_base, find_run
 from jaxembed.model.embedder import EmbeddingModel, infer_parameter_shapes
 from jaxembed.model.transformer import ComputeOptions
-from jaxembed.training.run_dir import BASE_RECORD_FILE
 
 BYTES_PER_PARAMETER = 4  # float32, as Table 3 of the survey (Cao 2024, arXiv:2406.01607) counts memory
 

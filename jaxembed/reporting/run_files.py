@@ -13,9 +13,9 @@ from jaxembed.config.local_paths import shorten_path, shorten_paths_in_yaml
 from jaxembed.errors import UserError
 from jaxembed.evaluation.tasks import SCORES_FILE
 from jaxembed.files import exists, read_json, read_json_value, read_text
+from jaxembed.formats.run_files import BASE_RECORD_FILE, DATA_REPORT_FILE, STARTS_FILE, read_run_file
 from jaxembed.reporting.score_files import ScoreFile, merge_score_files, read_score_file
 from jaxembed.training.metrics import read_metrics
-from jaxembed.training.run_dir import BASE_RECORD_FILE, DATA_REPORT_FILE, STARTS_FILE, read_run_file
 
 Row = Mapping[str, Any]
 HASH_FILES = ("data_hashes", "eval_hashes", "guide", "teacher")

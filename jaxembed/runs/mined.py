@@ -15,8 +15,8 @@ from jaxembed.data.sources import Source
 from jaxembed.devices import processes
 from jaxembed.errors import UserError
 from jaxembed.files import read_json
+from jaxembed.formats.run_files import read_run_file
 from jaxembed.hub.embedder import Embedder
-from jaxembed.training.run_dir import read_run_file
 from jaxembed.training.stage import Stage
 
 

@@ -26,6 +26,7 @@ from jaxembed.devices.mesh import Shards, all_shards, local_shards, logical_axis
 from jaxembed.errors import UserError
 from jaxembed.evaluation.heldout import HeldOutSet, open_held_out_sets
 from jaxembed.files import cache_dir, exists, read_json
+from jaxembed.formats.run_files import read_run_file
 from jaxembed.hub.base import Base
 from jaxembed.hub.frozen_encoder import FrozenEncoder, ZeroEncoder, open_frozen_encoder
 from jaxembed.hub.resolve import find_base
@@ -39,7 +40,7 @@ from jaxembed.runs.plans import StagePlans, open_plans
 from jaxembed.runs.token_data import check_token_objectives, make_token_builders
 from jaxembed.search.bm25 import check_bm25_installed
 from jaxembed.training.loggers import check_loggers_installed
-from jaxembed.training.run_dir import check_run_dir, create_run_dir, read_run_file
+from jaxembed.training.run_dir import check_run_dir, create_run_dir
 from jaxembed.training.run_lock import RunLock
 from jaxembed.training.stage import Stage
 

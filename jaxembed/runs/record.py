@@ -8,11 +8,12 @@ from typing import Any
 
 from jaxembed.devices import processes
 from jaxembed.files import write_json
+from jaxembed.formats.run_files import STARTS_FILE
 from jaxembed.hub.spec_files import write_spec
 from jaxembed.runs.open import OpenedRun
 from jaxembed.runs.report import count_parameters, describe_computation
 from jaxembed.training.resume_settings import selecting_set_name
-from jaxembed.training.run_dir import STARTS_FILE, record_or_check, record_versions
+from jaxembed.training.run_dir import record_or_check, record_versions
 from jaxembed.training.step import TrainState
 
 

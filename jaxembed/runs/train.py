@@ -17,6 +17,7 @@ from jaxembed.devices.cpu import retain_freed_memory
 from jaxembed.devices.mesh import make_mesh
 from jaxembed.errors import UserError
 from jaxembed.files import write_json
+from jaxembed.formats.run_files import DATA_REPORT_FILE
 from jaxembed.hub.embedder import Embedder
 from jaxembed.runs.base_monitor import BaseMonitor
 from jaxembed.runs.mined import with_mined_negatives
@@ -31,7 +32,7 @@ from jaxembed.training.loop import Trainer
 from jaxembed.training.metrics import NullRecorder, Recorder, read_metrics
 from jaxembed.training.mfu import MfuMeter, device_peak, make_mfu_meter
 from jaxembed.training.profile import Profile
-from jaxembed.training.run_dir import DATA_REPORT_FILE, check_same_config
+from jaxembed.training.run_dir import check_same_config
 from jaxembed.training.run_lock import RunLock
 from jaxembed.training.shutdown import RESUME_MESSAGE, StopRequest, stop_on_signals
 from jaxembed.training.state import begin_stage

@@ -19,8 +19,8 @@ from jaxembed.config import Config
 from jaxembed.config.fields import Fields
 from jaxembed.errors import UserError, summarize
 from jaxembed.files import exists, read_json, write_json
+from jaxembed.formats.run_files import LOGGERS_FILE, read_run_file
 from jaxembed.training.metrics import MetricLogger, read_metrics
-from jaxembed.training.run_dir import LOGGERS_FILE, read_run_file
 from jaxembed.training.tensorboard import EventFile
 
 log = logging.getLogger("jaxembed")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import platform
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
@@ -15,17 +15,12 @@ from jaxembed.config import Config, read_run_config
 from jaxembed.devices import processes
 from jaxembed.errors import UserError
 from jaxembed.files import exists, read_json, write_json, write_text
+from jaxembed.formats.run_files import read_run_file
 from jaxembed.training.resume_settings import keep_recorded_equality, settings_that_must_match
 from jaxembed.training.run_lock import LOCK_FILE, RunLock, check_unlocked
 
 log = logging.getLogger("jaxembed")
 
-T = TypeVar("T")
-
-BASE_RECORD_FILE = "base.json"  # describes the base of a run; a folder with this file is a run
-DATA_REPORT_FILE = "data.json"  # sizes, shares and lengths of the sources of each stage
-LOGGERS_FILE = "loggers.json"  # the id under which each logger knows the run
-STARTS_FILE = "starts.jsonl"  # one line per start: time, command, devices, parameters
 MAX_LISTED_CHANGES = 4
 MAX_VALUE_CHARS = 200
 
@@ -146,24 +141,6 @@ def record_or_check(
     )
     if changes := _summarize_differences(recorded, current):
         raise UserError(f"{run_dir}: {problem} ({changes}). Restore it, or name another run.dir.")
-
-
-def read_run_file(read: Callable[[Path], T], path: Path, alternative: str = "name another run.dir") -> T:
-    """Read a file that a run has written.
-
-    Args:
-        read: Reads the file.
-        path: The file.
-        alternative: What the error offers besides restoring the file.
-
-    Raises:
-        UserError: The file is damaged.
-    """
-    try:
-        return read(path)
-    except UserError as error:
-        problem = str(error).removesuffix(".")
-        raise UserError(f"{problem}. This file of the run is damaged: restore it, or {alternative}.") from None
 
 
 def record_versions(run_dir: Path) -> None:

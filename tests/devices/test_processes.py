@@ -24,11 +24,11 @@ from helpers.process_groups import start_all
 from helpers.runs import copy_run_at_first_checkpoint, make_config, make_staged_config, write_base_and_data
 from jaxembed import config
 from jaxembed.config.spec import EmbeddingSpec
+from jaxembed.formats.checkpoints import CheckpointReader
 from jaxembed.formats.weights import save_params
 from jaxembed.model.embedder import EmbeddingModel, infer_parameter_shapes
 from jaxembed.model.hf_config import parse_hf_config
 from jaxembed.runs.train import train
-from jaxembed.training.checkpoint import Checkpoints
 from jaxembed.training.metrics import read_metrics
 
 LOCAL_POD_SCRIPT = Path(__file__).parents[2] / "launch" / "local_pod.sh"
@@ -71,7 +71,7 @@ def signal_at_step(run: Path, step: int, processes: Sequence[Process], index: in
 
 def intact_steps(run: Path) -> list[int]:
     """Return the steps that have a checkpoint, and assert that all of these are intact."""
-    checkpoints = Checkpoints(run)
+    checkpoints = CheckpointReader(run)
     steps = checkpoints.steps()
     assert not [step for step in steps if checkpoints._find_damage(step)]
     checkpoints.close()

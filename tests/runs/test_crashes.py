@@ -19,12 +19,12 @@ from helpers.runs import copy_run_at_first_checkpoint, make_config, read_losses,
 from jaxembed import Embedder
 from jaxembed.data.equality import hash_text
 from jaxembed.errors import UserError
+from jaxembed.formats.checkpoints import CheckpointReader
 from jaxembed.hub.card import read_card
 from jaxembed.losses import infonce
 from jaxembed.losses.objectives import OBJECTIVES
 from jaxembed.runs.train import train
 from jaxembed.training import run_dir
-from jaxembed.training.checkpoint import Checkpoints
 from jaxembed.training.metrics import read_metrics
 
 MANY_STEPS = ("train.steps=24", "train.checkpoint_every=7", "train.eval_every=12")
@@ -43,7 +43,7 @@ def uninterrupted(folder: Path) -> list[float]:
 
 
 def list_checkpoints(run: Path) -> list[int]:
-    checkpoints = Checkpoints(run)
+    checkpoints = CheckpointReader(run)
     steps = checkpoints.steps()
     checkpoints.close()
     return steps

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 
 from jaxembed.config import field_lists
-from jaxembed.training.checkpoint import Checkpoints, pick_step
+from jaxembed.formats.checkpoints import CheckpointReader, pick_step
 from jaxembed.training.loop import Trainer
 
 
-def make_checkpoints(monkeypatch: pytest.MonkeyPatch, scores: dict[int, float | None]) -> Checkpoints:
+def make_checkpoints(monkeypatch: pytest.MonkeyPatch, scores: dict[int, float | None]) -> CheckpointReader:
     """Return checkpoints with these scores by step."""
-    checkpoints = Checkpoints.__new__(Checkpoints)
-    monkeypatch.setattr(Checkpoints, "steps", lambda self: list(scores))
-    monkeypatch.setattr(Checkpoints, "cursor", lambda self, step: {"score": scores[step]})
+    checkpoints = CheckpointReader.__new__(CheckpointReader)
+    monkeypatch.setattr(CheckpointReader, "steps", lambda self: list(scores))
+    monkeypatch.setattr(CheckpointReader, "cursor", lambda self, step: {"score": scores[step]})
     return checkpoints
 
 

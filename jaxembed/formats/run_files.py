@@ -1,0 +1,34 @@
+"""The names of the files that a run leaves in its directory, and how they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from jaxembed.errors import UserError
+
+T = TypeVar("T")
+
+BASE_RECORD_FILE = "base.json"  # describes the base of a run; a folder with this file is a run
+DATA_REPORT_FILE = "data.json"  # sizes, shares and lengths of the sources of each stage
+LOGGERS_FILE = "loggers.json"  # the id under which each logger knows the run
+STARTS_FILE = "starts.jsonl"  # one line per start: time, command, devices, parameters
+
+
+def read_run_file(read: Callable[[Path], T], path: Path, alternative: str = "name another run.dir") -> T:
+    """Read a file that a run has written.
+
+    Args:
+        read: Reads the file.
+        path: The file.
+        alternative: What the error offers besides restoring the file.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    try:
+        return read(path)
+    except UserError as error:
+        problem = str(error).removesuffix(".")
+        raise UserError(f"{problem}. This file of the run is damaged: restore it, or {alternative}.") from None
