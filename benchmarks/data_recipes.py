@@ -21,7 +21,7 @@ from typing import Any
 from objectives import mine_pairs, parse_and_set_up
 from score import load_tasks
 
-from jaxembed.evaluate import load_encoder
+from jaxembed.evaluation.encoders import load_encoder
 from jaxembed.evaluation.tasks import score_tasks
 
 TASKS = ("AGNewsTitleRetrieval", "STSBenchmarkMultilingualSTS", "Banking77Classification")

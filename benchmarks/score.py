@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxembed.evaluate import load_encoder
+from jaxembed.evaluation.encoders import load_encoder
 from jaxembed.evaluation.mteb_submission import list_prompts
 from jaxembed.evaluation.mteb_tasks import MtebTask
 from jaxembed.evaluation.tasks import score_tasks

@@ -23,12 +23,10 @@ from jaxembed.devices import processes
 from jaxembed.devices.cpu import configure_jax
 from jaxembed.devices.standard_streams import StandardOutputError, protect_standard_streams
 from jaxembed.errors import Stopped, UserError, explain_system_error
-from jaxembed.files import cache_dir, check_writable, exists, format_json, make_private_folder
+from jaxembed.files import cache_dir, check_writable, exists, format_json, make_output_folder, make_private_folder
 from jaxembed.training.shutdown import stop_on_signals
 
 if TYPE_CHECKING:
-    from jax.sharding import Mesh
-
     from jaxembed.hub.embedder import Embedder
 
 log = logging.getLogger("jaxembed")
@@ -219,29 +217,11 @@ def load_model(model: str, *, fsdp: int = 1, **options: Any) -> Embedder:
         fsdp: Devices that share one copy of the model.
         **options: Options of `Embedder.load`.
     """
+    from jaxembed.devices.mesh import make_fsdp_mesh
     from jaxembed.hub.embedder import Embedder
 
     set_up_jax()
     return Embedder.load(model, mesh=make_fsdp_mesh(fsdp), **options)
-
-
-def make_fsdp_mesh(fsdp: int) -> Mesh:
-    """Return a mesh of all devices, `fsdp` of which share one copy of the model.
-
-    From here on the process keeps freed memory for itself (`retain_freed_memory`).
-
-    Raises:
-        UserError: `fsdp` does not divide the number of devices.
-    """
-    import jax
-
-    from jaxembed.devices.cpu import retain_freed_memory
-    from jaxembed.devices.mesh import make_mesh
-
-    if (count := jax.device_count()) % fsdp:
-        raise UserError(f"--fsdp is {fsdp} (expected a divisor of {count}, the number of devices here)")
-    retain_freed_memory()
-    return make_mesh(fsdp=fsdp)
 
 
 def set_up_jax() -> None:
@@ -293,11 +273,3 @@ def prepare_output(out: Path) -> Path:
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}). Name another output.") from None
     return out
-
-
-def make_output_folder(folder: Path, subject: str) -> None:
-    """Create the folder of an output if it does not exist. The `UserError` starts with `subject`."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{subject} cannot be created ({error.strerror}). Name another output.") from None

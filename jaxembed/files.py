@@ -170,6 +170,14 @@ def atomic_write(path: Path) -> Iterator[Path]:
         os.close(descriptor)
 
 
+def make_output_folder(folder: Path, subject: str) -> None:
+    """Create the folder of an output if it does not exist. The `UserError` starts with `subject`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{subject} cannot be created ({error.strerror}). Name another output.") from None
+
+
 def check_writable(path: Path) -> None:
     """Raise the `OSError` that `atomic_write` would meet."""
     partial, descriptor = _create_partial(path)

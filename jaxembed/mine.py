@@ -6,9 +6,7 @@ Usage: python -m jaxembed.mine MODEL IN OUT.jsonl [--corpus PATH ...]
 from __future__ import annotations
 
 import argparse
-import logging
 import typing
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,107 +15,62 @@ import numpy as np
 from jaxembed import cli, config
 from jaxembed.config.mining import RULES, RULES_BY_KEY, SAMPLED_RULES, STAGE_KEYS, MineConfig
 from jaxembed.config.sections import parse_section
-from jaxembed.curation.rules import format_rule_options, option_name
+from jaxembed.curation.rules import option_name
 from jaxembed.errors import UserError
 from jaxembed.files import cache_dir
+from jaxembed.search.bm25 import check_bm25_installed
 from jaxembed.training.shutdown import stop_on_signals
 
 ABOUT = """\
 IN is anything that training reads, except rows of text and label. OUT has the rows of IN as pairs (query, pos, neg), with the
 mined negatives, and the scores of positives and negatives. Neither the positives of a query, in whatever row, nor the query
 itself become its negatives. Vectors are cached, so the same command continues after a stop."""
-log = logging.getLogger("jaxembed")
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Mine negatives. Return the files that were written and the counts of the report."""
-    cache = cache_dir()
-    with stop_on_signals(f"the vectors and scores so far are kept in {cache}; the same command continues"):
-        return write_negatives(args, cache)
-
-
-def write_negatives(args: argparse.Namespace, cache: Path) -> dict[str, Any]:
-    """Mine negatives, then write OUT and the report. Bad options, inputs and outputs fail before anything is encoded."""
-    # Check the options and the outputs.
-    out = cli.prepare_new_output(args.out, [".jsonl"])
-    report_path = (
-        cli.prepare_new_output(args.report) if args.report else cli.prepare_output(out.with_name(f"{out.name}.report.json"))
-    )
-    if report_path.absolute() == out.absolute():
-        raise UserError(f"--report {report_path}: is the same file as OUT. Name another file.")
-    rule_config = read_rule(args)
-    source_config = read_source(args)
-    from jaxembed.curation.mining import MiningOptions, check_rows_left, embed_texts, mine_negatives, score_by_text
-    from jaxembed.curation.pool import open_mining_source, read_corpus, read_pool
-    from jaxembed.curation.report import collect_scores_and_samples, count_outcomes, describe_options, to_output_row
-    from jaxembed.data.batch import EncoderInput
-    from jaxembed.hub.cross_encoder import open_cross_encoder
-    from jaxembed.hub.frozen_encoder import open_frozen_encoder
-    from jaxembed.search.bm25 import check_bm25_installed
-
+    # Bad options and outputs fail before JAX loads.
+    out, report_path = prepare_outputs(args)
+    rule, source = read_rule(args), read_source(args)
     if args.candidates == "bm25":
         check_bm25_installed()
     cli.set_up_jax()
+    from jaxembed.curation.mining import MiningOptions
+    from jaxembed.curation.source_mining import MiningJob, mine_source
+    from jaxembed.devices.mesh import make_fsdp_mesh
+
     options = MiningOptions(
-        config=rule_config,
+        config=rule,
         seed=args.seed,
         keep_negatives=args.keep_negatives,
         use_bm25=args.candidates == "bm25",
         memory_mb=args.memory_mb,
         approximate=args.approximate,
     )
-
-    # Read all texts.
-    source = open_mining_source(source_config, cache)
-    corpus = read_corpus(args.corpus, cache, args.text_column) if args.corpus else None
-    pool = read_pool(source, corpus, args.seed)
-    if pool.max_candidates < rule_config.first_rank:
-        raise UserError(
-            f"{format_rule_options(rule_config)}: negatives start at rank {rule_config.first_rank}, but a query has at most "
-            f"{pool.max_candidates} candidates among {pool.corpus_size} documents. Name more documents with --corpus."
-        )
-
-    # Open the models and encode the texts.
-    rescore = score_by_text(open_cross_encoder(args.cross_encoder, cache), pool) if args.cross_encoder else None
-    encoder = open_frozen_encoder(args.model, cache, cli.make_fsdp_mesh(args.fsdp))
-    document_instruction = source_config.instruction_for_documents(next(iter(source_config.instructions), ""))
-    query_vectors = embed_texts(pool.queries, encoder.encode, encoder.width, "queries")
-    document_inputs = [EncoderInput(text, "document", document_instruction) for text in pool.documents]
-    document_vectors = embed_texts(document_inputs, encoder.encode, encoder.width, "documents")
-
-    # Mine, report and write.
-    result = mine_negatives(pool, query_vectors, document_vectors, options, rescore)
-    check_rows_left(result, rule_config, option_name("consistency_top_k"))
-    counts = count_outcomes(pool, result, rule_config)
-    if "warning" in counts:
-        log.warning("warning: %s", counts["warning"])
-    report = {
-        **counts,
-        "model": encoder.identity,
-        "cross_encoder": args.cross_encoder,
-        "corpus_paths": args.corpus,
-        "digest": source.digest,
-        "source": source_config.model_dump(mode="json", exclude_defaults=True),
-        "ways": describe_options(options),
-        **collect_scores_and_samples(pool, result),
-    }
-    write_outputs(out, (to_output_row(pool, row) for row in result.rows), report_path, report)
-    return {"out": str(out), "report": str(report_path), **counts}
+    job = MiningJob(
+        model=args.model,
+        source=source,
+        options=options,
+        corpus_paths=args.corpus,
+        text_column=args.text_column,
+        cross_encoder=args.cross_encoder,
+        out=out,
+        report_path=report_path,
+    )
+    cache = cache_dir()
+    with stop_on_signals(f"the vectors and scores so far are kept in {cache}; the same command continues"):
+        return mine_source(job, cache, make_fsdp_mesh(args.fsdp))
 
 
-def write_outputs(out: Path, rows: Iterable[Mapping[str, Any]], report_path: Path, report: Mapping[str, Any]) -> None:
-    """Write OUT, then the report. A `UserError` names the file that could not be written."""
-    from jaxembed.data.jsonl import write_jsonl
-    from jaxembed.files import atomic_write, write_json
-
-    try:
-        with atomic_write(out) as partial:
-            write_jsonl(partial, rows)
-        write_json(report_path, report)
-    except OSError as error:
-        if out.exists():
-            raise UserError(f"{report_path}: cannot be written ({error.strerror}). {out} is complete.") from None
-        raise UserError(f"{out}: cannot be written ({error.strerror}). Make room, and the same command continues.") from None
+def prepare_outputs(args: argparse.Namespace) -> tuple[Path, Path]:
+    """Return the paths of OUT and of the report. Raise `UserError` if they cannot be written."""
+    out = cli.prepare_new_output(args.out, [".jsonl"])
+    report_path = (
+        cli.prepare_new_output(args.report) if args.report else cli.prepare_output(out.with_name(f"{out.name}.report.json"))
+    )
+    if report_path.absolute() == out.absolute():
+        raise UserError(f"--report {report_path}: is the same file as OUT. Name another file.")
+    return out, report_path
 
 
 def read_rule(args: argparse.Namespace) -> MineConfig:

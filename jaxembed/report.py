@@ -35,10 +35,11 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     models = read_inputs(args.inputs)
     cli.prepare_output(out)
     cli.set_up_jax()
+    from jaxembed.devices.mesh import make_fsdp_mesh
     from jaxembed.reporting.contents import make_sections
     from jaxembed.reporting.page import write_page
 
-    mesh = None if args.no_model else cli.make_fsdp_mesh(args.fsdp)
+    mesh = None if args.no_model else make_fsdp_mesh(args.fsdp)
     sections = make_sections(models, mesh, args.baseline, args.checkpoint)
     names = [model.name for model in models]
     command = shorten_command(shlex.join(["python", "-m", "jaxembed.report", *args.inputs, args.out]))

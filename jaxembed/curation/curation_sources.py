@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jaxembed.config import SourceConfig
-from jaxembed.curation.steps.sides import SINGLE_FIELDS, CuratedRow
+from jaxembed.curation.steps.curated_row import SINGLE_FIELDS, CuratedRow
 from jaxembed.data.convert import name_files
 from jaxembed.data.rows import IndexedRows
 from jaxembed.data.sampling import iter_rows

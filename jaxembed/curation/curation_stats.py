@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxembed.config.curation import ALL_SIDES
+from jaxembed.curation.steps.curated_row import CuratedRow, StepOutcome, get_texts, hash_row
 from jaxembed.curation.steps.quality import compute_symbol_share
-from jaxembed.curation.steps.sides import CuratedRow, StepOutcome, get_texts, hash_row
 from jaxembed.data.convert import select_fields
 from jaxembed.data.schema import Row
 
@@ -76,10 +76,10 @@ class StepStats:
         kind = "dropped" if outcome.row is None else "changed"
         self._changed[name] += outcome.row is not None
         self._reasons[kind].update(outcome.reasons)
-        samples, key = self._samples[kind], hash_row(before.row, self._seed)
+        samples, key = self._samples[kind], hash_row(before.fields, self._seed)
         if samples.is_candidate(key):
             after = {} if outcome.row is None else {"after": shorten_row(outcome.row)}
-            samples.add(key, {"source": name, "reasons": list(outcome.reasons[:1]), "row": shorten_row(before.row), **after})
+            samples.add(key, {"source": name, "reasons": list(outcome.reasons[:1]), "row": shorten_row(before.fields), **after})
 
     def to_json(self) -> dict[str, Any]:
         """Return the counts and samples as plain values."""
@@ -112,13 +112,13 @@ class RowStats:
             self._lengths[name][side].update(len(text).bit_length() for text in side_texts)
         all_texts = [text for side_texts in texts.values() for text in side_texts]
         keys = {
-            "random": hash_row(curated.row, self._seed),
+            "random": hash_row(curated.fields, self._seed),
             "longest": max(map(len, all_texts)),
             "strangest": max(map(compute_symbol_share, all_texts)),
         }
         for kind, key in keys.items():
             if self._samples[kind].is_candidate(key):
-                self._samples[kind].add(key, {"source": name, "row": shorten_row(curated.row)})
+                self._samples[kind].add(key, {"source": name, "row": shorten_row(curated.fields)})
 
     def to_json(self) -> dict[str, Any]:
         """Return the counts and samples as plain values. Lengths are counted by powers of two."""

@@ -38,9 +38,9 @@ from jaxembed.curation.stages import (
     prepare_step,
     split_into_stages,
 )
+from jaxembed.curation.steps.curated_row import CuratedRow, PreparedStep, RowStep, write_row
 from jaxembed.curation.steps.decontamination import ReadTask
 from jaxembed.curation.steps.items import AllRowsStep, make_item_filter
-from jaxembed.curation.steps.sides import CuratedRow, PreparedStep, RowStep, write_row
 from jaxembed.data.convert import WRITERS, select_fields
 from jaxembed.devices.processes import progress_bar
 from jaxembed.errors import UserError
@@ -200,8 +200,8 @@ class Curation:
         """Yield the fields of each row that are written, and count the rows in `stats`."""
         for row in rows:
             stats.add(row)
-            metadata = {field: row.row[field] for field in self.config.metadata if field in row.row}
-            yield json.loads(write_row(select_fields(row.row) | metadata))
+            metadata = {field: row.fields[field] for field in self.config.metadata if field in row.fields}
+            yield json.loads(write_row(select_fields(row.fields) | metadata))
 
     def _check_rows_left(self, steps: dict[int, StepStats], stage: Stage) -> None:
         """Raise `UserError` if no row reached a step of the stage, or the output."""
@@ -222,7 +222,9 @@ def apply_steps(rows: Sequence[CuratedRow], functions: dict[int, RowStep], stats
         outcomes = function(rows)
         for row, outcome in zip(rows, outcomes, strict=True):
             stats[i].add(row, outcome)
-        rows = [row._replace(row=outcome.row) for row, outcome in zip(rows, outcomes, strict=True) if outcome.row is not None]
+        rows = [
+            row._replace(fields=outcome.row) for row, outcome in zip(rows, outcomes, strict=True) if outcome.row is not None
+        ]
     return rows
 
 
@@ -231,7 +233,7 @@ def write_rows(path: Path, rows: Iterable[CuratedRow], step: AllRowsStep) -> Non
     with path.open("w", encoding="utf-8") as file:
         for batch in batched(rows, ROWS_PER_BATCH):
             step.collect(batch)
-            file.writelines(f"[{row.source},{row.number},{write_row(row.row)}]\n" for row in batch)
+            file.writelines(f"[{row.source},{row.number},{write_row(row.fields)}]\n" for row in batch)
 
 
 def read_rows(path: Path, sources: Sequence[CuratedSource]) -> Iterator[CuratedRow]:

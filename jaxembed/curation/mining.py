@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxembed.config import MineConfig
+from jaxembed.config import MineConfig, SourceConfig
 from jaxembed.curation.pool import MiningPool, PoolRow
 from jaxembed.curation.rules import choose_negatives
 from jaxembed.data.batch import EncodeInputs, EncoderInput
@@ -88,6 +88,27 @@ def embed_texts(texts: Sequence[EncoderInput], encode: EncodeInputs, width: int,
             vectors[start : start + len(part)] = encode(truncated)
             bar.update(len(part))
     return vectors
+
+
+def embed_pool(
+    pool: MiningPool, config: SourceConfig, encode: EncodeInputs, width: int, prefix: str = ""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Encode the queries and documents of a pool. Documents have the first instruction of the source, if it applies to them.
+
+    Args:
+        pool: The texts.
+        config: The source of the pool.
+        encode: Encodes texts with their instructions.
+        width: Width of the vectors.
+        prefix: Precedes the names of the progress bars.
+
+    Returns:
+        Unit vectors of the queries, float32 [Q, width], and of the documents, float32 [N, width].
+    """
+    instruction = config.instruction_for_documents(next(iter(config.instructions), ""))
+    documents = [EncoderInput(text, "document", instruction) for text in pool.documents]
+    query_vectors = embed_texts(pool.queries, encode, width, f"{prefix}queries")
+    return query_vectors, embed_texts(documents, encode, width, f"{prefix}documents")
 
 
 def score_by_text(score_pairs: ScorePairs, pool: MiningPool) -> ScoreIds:

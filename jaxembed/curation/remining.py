@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxembed.config import MineConfig
-from jaxembed.curation.mining import MiningOptions, MiningResult, check_rows_left, embed_texts, mine_negatives
+from jaxembed.curation.mining import MiningOptions, MiningResult, check_rows_left, embed_pool, mine_negatives
 from jaxembed.curation.pool import MiningPool, TextIds, read_pool
 from jaxembed.curation.report import count_outcomes
 from jaxembed.data.batch import EncodeInputs, EncoderInput
@@ -121,10 +121,7 @@ def write_mined_rows(source: Source, config: MineConfig, miner: Miner, seed: int
     """
     # Mine on all processes.
     pool = read_pool(source, None, seed)
-    instruction = source.config.instruction_for_documents(next(iter(source.config.instructions), ""))
-    document_inputs = [EncoderInput(text, "document", instruction) for text in pool.documents]
-    query_vectors = embed_texts(pool.queries, miner.encode, miner.width, f"{source.name}: queries")
-    document_vectors = embed_texts(document_inputs, miner.encode, miner.width, "documents")
+    query_vectors, document_vectors = embed_pool(pool, source.config, miner.encode, miner.width, f"{source.name}: ")
     result = mine_negatives(pool, query_vectors, document_vectors, MiningOptions(config, seed))
     check_rows_left(result, config, f"{prefix}mine.consistency_top_k")
     if not processes.is_first():

@@ -29,13 +29,13 @@ from jaxembed.config.curation import (
 from jaxembed.curation.steps.balance import Balance, make_balance_rule
 from jaxembed.curation.steps.cleaning import make_clean_step
 from jaxembed.curation.steps.copies import ExactCopies
+from jaxembed.curation.steps.curated_row import PreparedStep, has_side
 from jaxembed.curation.steps.decontamination import ReadTask, make_decontaminate_step
 from jaxembed.curation.steps.items import AllRowsStep, ItemRule, make_duplicates_rule
 from jaxembed.curation.steps.languages import make_language_step
 from jaxembed.curation.steps.near_copies import NearCopies, import_rensa
 from jaxembed.curation.steps.negatives import make_negatives_step
 from jaxembed.curation.steps.quality import make_quality_step
-from jaxembed.curation.steps.sides import PreparedStep, has_side
 from jaxembed.curation.steps.user_function import LocateRow, make_function_step
 from jaxembed.errors import UserError
 

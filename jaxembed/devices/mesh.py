@@ -25,6 +25,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxembed.devices.cpu import retain_freed_memory
 from jaxembed.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
@@ -87,6 +88,20 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
     if idle := {device.process_index for device in devices} - {device.process_index for device in chosen}:
         raise UserError(f"{where}: process {min(idle)} would have no device. Use all {len(devices)} devices.")
     return Mesh(_arrange_devices(shape, chosen), AXES)
+
+
+def make_fsdp_mesh(fsdp: int) -> Mesh:
+    """Return a mesh of all devices, `fsdp` of which share one copy of the model.
+
+    From here on the process keeps freed memory for itself (`retain_freed_memory`).
+
+    Raises:
+        UserError: `fsdp` does not divide the number of devices.
+    """
+    if (count := jax.device_count()) % fsdp:
+        raise UserError(f"--fsdp is {fsdp} (expected a divisor of {count}, the number of devices here)")
+    retain_freed_memory()
+    return make_mesh(fsdp=fsdp)
 
 
 def _arrange_devices(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:

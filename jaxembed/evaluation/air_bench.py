@@ -28,7 +28,7 @@ from jaxembed.errors import UserError
 from jaxembed.evaluation.bootstrap import ScoredItems, score_mean
 from jaxembed.evaluation.comparison import ItemScores
 from jaxembed.evaluation.retrieval import ndcg, recall
-from jaxembed.evaluation.task_encoder import TaskEncoder, cut_vectors
+from jaxembed.evaluation.task_encoder import TaskEncoder, truncate_vectors
 from jaxembed.evaluation.tasks import GroupMember
 from jaxembed.files import exists, write_json
 
@@ -139,7 +139,7 @@ class AirBenchTask:
         queries = encoder.encode(list(self._queries_by_id.values()), prompts.query)
         documents = encoder.encode(list(self._documents_by_id.values()), prompts.document)
         widths = encoder.widths or (queries.shape[1],)
-        vectors_by_width = {width: (cut_vectors(queries, width), cut_vectors(documents, width)) for width in widths}
+        vectors_by_width = {width: (truncate_vectors(queries, width), truncate_vectors(documents, width)) for width in widths}
         by_width: dict[int, np.ndarray | None] = dict.fromkeys(widths)
         if self.qrels is not None:
             by_width = {width: self._score_vectors(*vectors, self.qrels) for width, vectors in vectors_by_width.items()}
@@ -158,7 +158,7 @@ class AirBenchTask:
         if encoder.widths:
             summary["widths"] = {str(w): None if found is None else float(np.mean(found)) for w, found in by_width.items()}
         if values is None:
-            return ItemScores(summary, missing="its judgments are not public")
+            return ItemScores(summary, missing_reason="its judgments are not public")
         return ItemScores(summary, [ScoredItems(values[:, None], score_mean, "queries")])
 
     def _score_vectors(self, queries: np.ndarray, documents: np.ndarray, qrels: Path) -> np.ndarray:

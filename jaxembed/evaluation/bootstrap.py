@@ -104,7 +104,7 @@ class Difference:
     Attributes:
         difference: The score of the first model minus that of the second.
         interval: The percentile confidence interval of the difference, at level `CONFIDENCE`.
-        p: Two-sided p-value: twice the smaller of the shares of resamples with a difference <= 0 and >= 0.
+        p_value: Two-sided p-value: twice the smaller of the shares of resamples with a difference <= 0 and >= 0.
         count: Number of items.
         unit: What an item is, in the plural.
         resampled: The differences of the resamples, float64 [R].
@@ -112,7 +112,7 @@ class Difference:
 
     difference: float
     interval: tuple[float, float]
-    p: float
+    p_value: float
     count: int
     unit: str
     resampled: np.ndarray
@@ -126,7 +126,7 @@ class Difference:
     def summarize(self) -> dict[str, Any]:
         """Return the difference as plain values."""
         return {
-            "difference": self.difference, "interval": list(self.interval), "p": self.p, "verdict": self.verdict,
+            "difference": self.difference, "interval": list(self.interval), "p": self.p_value, "verdict": self.verdict,
             self.unit: self.count,
         }  # fmt: skip
 
@@ -159,8 +159,8 @@ def summarize_difference(difference: float, resampled: np.ndarray, count: int, u
         return Difference(difference, (float("nan"), float("nan")), 1.0, count, unit, resampled)
     low, high = np.percentile(finite, [tail, 100 - tail])
     rarer = min(np.count_nonzero(finite <= 0), np.count_nonzero(finite >= 0))
-    p = min(1.0, 2 * (rarer + 1) / (len(finite) + 1))  # never 0, which no finite number of resamples can show
-    return Difference(difference, (float(low), float(high)), p, count, unit, resampled)
+    p_value = min(1.0, 2 * (rarer + 1) / (len(finite) + 1))  # never 0, which no finite number of resamples can show
+    return Difference(difference, (float(low), float(high)), p_value, count, unit, resampled)
 
 
 def _draw_resamples(count: int, resamples: int, seed: int | Sequence[int] = SEED) -> Iterator[np.ndarray]:

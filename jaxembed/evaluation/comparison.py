@@ -26,12 +26,12 @@ class ItemScores:
     Attributes:
         summary: The scores, as `EvaluationTask.score` returns them.
         parts: The items of each part of the task. The main score is the mean over the parts. Empty: unknown.
-        missing: Why there are no items.
+        missing_reason: Why there are no items.
     """
 
     summary: dict[str, Any]
     parts: Sequence[ScoredItems] = ()
-    missing: str = ""
+    missing_reason: str = ""
 
 
 def compare_tasks(first: Mapping[str, ItemScores], second: Mapping[str, ItemScores], names: tuple[str, str]) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def average_differences(differences: Sequence[Difference]) -> Difference:
 def _subtract_scores(first: ItemScores, second: ItemScores) -> dict[str, Any]:
     scores = first.summary["score"], second.summary["score"]
     difference = None if None in scores else scores[0] - scores[1]
-    return {"difference": difference, "no_interval": first.missing or second.missing}
+    return {"difference": difference, "no_interval": first.missing_reason or second.missing_reason}
 
 
 def describe_task(task: str, first: ItemScores, second: ItemScores, summary: Mapping[str, Any]) -> str:

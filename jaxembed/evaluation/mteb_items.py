@@ -45,8 +45,8 @@ def score_task_items(task: MtebTask, encoder: TaskEncoder) -> ItemScores:
         folder.mkdir(parents=True, exist_ok=True)
         summary = dataclasses.replace(task, prediction_folder=folder).score(encoder)
         with load_data(task.task):
-            parts, missing = read_items(task.task, folder, summary["score"])
-    return ItemScores(summary, parts, missing)
+            parts, missing_reason = read_items(task.task, folder, summary["score"])
+    return ItemScores(summary, parts, missing_reason)
 
 
 def explain_failed_download(task: Any, error: ConnectionError) -> UserError:

@@ -7,7 +7,9 @@ tasks that it was trained on.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import logging
 import math
 import pprint
 import re
@@ -24,13 +26,18 @@ from jaxembed.config.data import SourceConfig
 from jaxembed.config.removed import upgrade_run_tree
 from jaxembed.config.tree import parse_config
 from jaxembed.errors import UserError
+from jaxembed.evaluation.instruction_variants import VariantTask
 from jaxembed.evaluation.mteb_catalog import import_mteb
 from jaxembed.evaluation.mteb_encoder import MtebEncoder, choose_prompts
+from jaxembed.evaluation.mteb_tasks import MtebTask
 from jaxembed.evaluation.task_encoder import TaskEncoder
-from jaxembed.files import exists, read_text, write_json, write_text
+from jaxembed.evaluation.tasks import EvaluationTask
+from jaxembed.files import exists, make_output_folder, read_text, write_json, write_text
 
 if TYPE_CHECKING:
     from jaxembed.hub.base import BaseWithWeights
+
+log = logging.getLogger("jaxembed")
 
 MODULE_FILE = "model.py"
 HUB_ID = re.compile(r"[\w.\-]+/[\w.\-]+")
@@ -88,6 +95,30 @@ def check_name(name: str | None, model: str) -> str:
     if not HUB_ID.fullmatch(name):
         raise UserError(f"--submission-name: {name!r} is not the name of a model on the hub (expected ORGANIZATION/MODEL)")
     return name
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Check the options of a submission.
+
+    Raises:
+        UserError: The model has no name for the hub, or there is no folder of results or no task of MTEB.
+    """
+    check_name(args.submission_name, args.model)
+    if not args.out or not (args.tasks or args.benchmark):
+        raise UserError("--submission: needs the results of MTEB tasks. Add --out DIR, and --tasks or --benchmark.")
+    make_output_folder(Path(args.submission), f"{args.submission}: the folder")
+
+
+def write_model_submission(args: argparse.Namespace, encoder: TaskEncoder, tasks: Sequence[EvaluationTask]) -> None:
+    """Write the submission of a model that was scored."""
+    from jaxembed.hub.resolve import find_model
+
+    facts = read_facts(find_model(args.model, args.checkpoint), check_name(args.submission_name, args.model))
+    plain_tasks = [task.task if isinstance(task, VariantTask) else task for task in tasks]
+    mteb_tasks = [task.task for task in plain_tasks if isinstance(task, MtebTask)]
+    folder = Path(args.submission)
+    write_submission(folder, facts, encoder, mteb_tasks, Path(args.out) / "results")
+    log.info("wrote the submission to %s; the evaluation guide says where its files go", folder)
 
 
 def read_facts(base: BaseWithWeights, name: str) -> ModelFacts:

@@ -89,7 +89,7 @@ class TaskEncoder:
     def encode_at_width(self, texts: Sequence[str], prompt: str, width: int | None) -> np.ndarray:
         """Return unit vectors as `encode` does, truncated to `width` and normalized again. None: the full width."""
         vectors = self.encode(texts, prompt)
-        return vectors if width is None else cut_vectors(vectors, width)
+        return vectors if width is None else truncate_vectors(vectors, width)
 
     def _encode_parts(self, texts: Sequence[str], prompt: str) -> Iterator[np.ndarray]:
         for start in range(0, len(texts), TEXTS_PER_CALL):
@@ -103,7 +103,7 @@ class TaskEncoder:
         return np.concatenate(vectors) if vectors else self.encode_with_prompt([], prompt)
 
 
-def cut_vectors(vectors: np.ndarray, width: int) -> np.ndarray:
+def truncate_vectors(vectors: np.ndarray, width: int) -> np.ndarray:
     """Return the first `width` dimensions of each vector, normalized again (Matryoshka), float32 [N, width]."""
     if width == vectors.shape[1]:
         return vectors

@@ -49,21 +49,26 @@ class PromptChooser:
     option: InstructionTable | None = None
     option_name: str = ""
 
-    def choose(self, task_name: str, task_type: str, default: str) -> TaskPrompts:
+    def choose(self, task_name: str, task_type: str, default: str, stored_name: str = "") -> TaskPrompts:
         """Return the prompts of a task.
 
         Args:
             task_name: Name of the task.
             task_type: Its type in MTEB, such as Retrieval.
             default: The instruction that the task itself names.
+            stored_name: Name of the stored prompt that only the user's table overrides, if the model has it.
         """
+        stored = self.spec.prompts.get(stored_name)
         for origin, table in self._list_tables():
+            if stored is not None and table is not self.option:
+                break
             instruction = table.find_instruction(task_name, task_type)
             if instruction is not None:
                 query = self.spec.prompt(instruction)
                 document = query if table.is_symmetric(task_name, task_type) else self._document_prompt
                 return TaskPrompts(instruction, query, document, origin)
-        stored = find_stored_prompt(self.spec, task_name, task_type)
+        if stored is None:
+            stored = find_stored_prompt(self.spec, task_name, task_type)
         if stored is not None:
             return TaskPrompts(self.spec.extract_instruction(stored), stored, self._document_prompt, "the stored prompts")
         return TaskPrompts(default, self.spec.prompt(default), self._document_prompt, "mteb")

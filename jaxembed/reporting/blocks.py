@@ -34,7 +34,7 @@ class Table:
 
 
 @dataclasses.dataclass(frozen=True)
-class Folded:
+class Collapsible:
     """A long text that is collapsed until the reader opens it."""
 
     summary: str
@@ -49,26 +49,26 @@ class Section:
         id: Its HTML id, which links refer to.
         title: Its title.
         intro: Text below the title.
-        facts: Headline figures: label, value, and detail.
+        figures: Headline figures: label, value, and detail.
         charts: Its charts.
         tables: Its tables, below the charts.
-        folded: Its collapsed texts, at the end.
+        collapsibles: Its collapsed texts, at the end.
         neighbors: Sets whose queries and neighbors can be browsed.
     """
 
     id: str
     title: str
     intro: str = ""
-    facts: Sequence[tuple[str, str, str]] = ()
+    figures: Sequence[tuple[str, str, str]] = ()
     charts: Sequence[Chart] = ()
     tables: Sequence[Table] = ()
-    folded: Sequence[Folded] = ()
+    collapsibles: Sequence[Collapsible] = ()
     neighbors: Sequence[Any] = ()
 
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to show."""
-        return not (self.facts or self.charts or self.tables or self.folded or self.neighbors)
+        return not (self.figures or self.charts or self.tables or self.collapsibles or self.neighbors)
 
 
 def format_number(value: float | None, digits: int = 4) -> str:

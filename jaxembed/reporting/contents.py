@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from jaxembed.reporting.blocks import Section
 from jaxembed.reporting.inputs import ReportedModel
-from jaxembed.reporting.model_facts import read_model_facts
+from jaxembed.reporting.model_figures import read_model_figures
 from jaxembed.reporting.model_sections import (
     make_latent_section,
     make_map_section,
@@ -45,9 +45,9 @@ def make_sections(
     Raises:
         UserError: `baseline` names no model, or a model or held-out set cannot be read.
     """
-    facts = {model.name: read_model_facts(model.path) for model in models}
+    figures = {model.name: read_model_figures(model.path) for model in models}
     runs = [model.run for model in models if model.run]
-    sections = [make_summary_section(models, facts, baseline)]
+    sections = [make_summary_section(models, figures, baseline)]
     if runs:
         sections += [make_training_section(runs), make_held_out_section(runs)]
     sections += [

@@ -9,7 +9,7 @@ from jaxembed.errors import UserError
 from jaxembed.evaluation.score_table import get_type_position
 from jaxembed.reporting.blocks import (
     MISSING,
-    Folded,
+    Collapsible,
     Section,
     Table,
     format_count,
@@ -19,18 +19,18 @@ from jaxembed.reporting.blocks import (
 )
 from jaxembed.reporting.charts import draw_lines
 from jaxembed.reporting.inputs import ReportedModel
-from jaxembed.reporting.model_facts import ModelFacts
+from jaxembed.reporting.model_figures import ModelFigures
 from jaxembed.reporting.score_files import average, average_widths
 
-Facts = Mapping[str, ModelFacts | None]
+FiguresByName = Mapping[str, ModelFigures | None]
 
 
-def make_summary_section(models: Sequence[ReportedModel], facts: Facts, baseline: str | None) -> Section:
+def make_summary_section(models: Sequence[ReportedModel], figures: FiguresByName, baseline: str | None) -> Section:
     """Return the main numbers of a model, or a table that compares several.
 
     Args:
         models: The models.
-        facts: Their sizes, by name.
+        figures: Their sizes, by name.
         baseline: Name of the model that scores are compared with. Default: the first.
 
     Raises:
@@ -40,11 +40,11 @@ def make_summary_section(models: Sequence[ReportedModel], facts: Facts, baseline
     if baseline is not None and baseline not in names:
         raise UserError(f"--baseline: no model of the report is named {baseline!r} (expected one of {', '.join(names)}).")
     if len(models) == 1:
-        return Section("summary", "Summary", facts=_summarize_model(models[0], facts[models[0].name]))
-    return Section("summary", "Models", tables=[_compare_models(models, facts, baseline or names[0])])
+        return Section("summary", "Summary", figures=_summarize_model(models[0], figures[models[0].name]))
+    return Section("summary", "Models", tables=[_compare_models(models, figures, baseline or names[0])])
 
 
-def _summarize_model(model: ReportedModel, facts: ModelFacts | None) -> list[tuple[str, str, str]]:
+def _summarize_model(model: ReportedModel, figures: ModelFigures | None) -> list[tuple[str, str, str]]:
     numbers: list[tuple[str, str, str]] = []
     if run := model.run:
         last = run.losses[-1] if run.losses else {}
@@ -58,14 +58,15 @@ def _summarize_model(model: ReportedModel, facts: ModelFacts | None) -> list[tup
             numbers.append((metric, format_number(score), ", ".join(besides)))
     if model.tasks:
         numbers.append(("benchmark", _format_score(average(model.tasks)), f"mean of {len(model.tasks)} tasks, × 100"))
-    if facts:
-        detail = f"{facts.memory_gb:.2f} GiB in float32; {facts.attention} attention, {facts.pooling.replace('_', ' ')} pooling"
-        numbers.append(("parameters", format_size(facts.parameters), detail))
-        numbers.append(("vectors", format_count(facts.width), f"dimensions; texts of up to {facts.max_length:,} tokens"))
+    if figures:
+        detail = f"{figures.memory_gb:.2f} GiB in float32; {figures.attention} attention, "
+        detail += f"{figures.pooling.replace('_', ' ')} pooling"
+        numbers.append(("parameters", format_size(figures.parameters), detail))
+        numbers.append(("vectors", format_count(figures.width), f"dimensions; texts of up to {figures.max_length:,} tokens"))
     return numbers
 
 
-def _compare_models(models: Sequence[ReportedModel], facts: Facts, baseline: str) -> Table:
+def _compare_models(models: Sequence[ReportedModel], figures: FiguresByName, baseline: str) -> Table:
     """Return the table of the survey (Cao 2024, Table 3), with scores relative to a baseline."""
     tasks = _shared([list(model.tasks) for model in models if model.tasks])
     held_out = list(dict.fromkeys(metric for model in models for metric in model.held_out))
@@ -82,7 +83,7 @@ def _compare_models(models: Sequence[ReportedModel], facts: Facts, baseline: str
     columns += [title for m in metrics for title in ([m, f"{m} vs {baseline}"] if m in compared else [m])]
     rows = []
     for model in models:
-        cells = [model.name, *_format_facts(facts[model.name])]
+        cells = [model.name, *_format_figures(figures[model.name])]
         for metric in metrics:
             score, reference = scored[model.name][metric], scored[baseline][metric]
             cells.append(format_number(score, 2 if metric.startswith("mean of") else 4))
@@ -94,11 +95,11 @@ def _compare_models(models: Sequence[ReportedModel], facts: Facts, baseline: str
     return Table(columns, rows, caption=caption, best=_find_best(rows, scores))
 
 
-def _format_facts(facts: ModelFacts | None) -> list[str]:
-    if facts is None:
+def _format_figures(figures: ModelFigures | None) -> list[str]:
+    if figures is None:
         return [MISSING] * 4
-    memory = format_number(facts.memory_gb, 2 if facts.memory_gb >= 0.1 else 4)
-    return [format_number(facts.parameters / 1e6, 1), memory, format_count(facts.width), format_count(facts.max_length)]
+    memory = format_number(figures.memory_gb, 2 if figures.memory_gb >= 0.1 else 4)
+    return [format_number(figures.parameters / 1e6, 1), memory, format_count(figures.width), format_count(figures.max_length)]
 
 
 def _format_change(score: float | None, reference: float | None) -> str:
@@ -148,7 +149,7 @@ def make_benchmark_section(models: Sequence[ReportedModel]) -> Section:
     best = _find_best_per_row(rows, range(2, 2 + len(scored)))
     caption = "Scores × 100. A mean is shown only if every task has a score."
     table = Table(["task", "metric", *(m.name for m in scored)], rows, 2, caption, frozenset(groups), best)
-    return Section("benchmark", "Benchmark", tables=[table], folded=_list_instructions(scored))
+    return Section("benchmark", "Benchmark", tables=[table], collapsibles=_list_instructions(scored))
 
 
 def _find_best_per_row(rows: Sequence[Sequence[str]], columns: range) -> frozenset[tuple[int, int]]:
@@ -160,9 +161,9 @@ def _find_best_per_row(rows: Sequence[Sequence[str]], columns: range) -> frozens
     return frozenset(best)
 
 
-def _list_instructions(models: Sequence[ReportedModel]) -> list[Folded]:
+def _list_instructions(models: Sequence[ReportedModel]) -> list[Collapsible]:
     return [
-        Folded(
+        Collapsible(
             f"Instructions of {model.name}",
             "\n".join(f"{name}: {task.instruction or '(none)'}" for name, task in model.tasks.items()),
         )

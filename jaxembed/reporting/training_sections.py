@@ -10,7 +10,7 @@ from typing import Any
 from jaxembed.config.local_paths import shorten_command
 from jaxembed.reporting.blocks import (
     MISSING,
-    Folded,
+    Collapsible,
     Section,
     Table,
     format_count,
@@ -264,8 +264,8 @@ def make_setup_section(runs: Sequence[RunFiles]) -> Section:
         Table(["run", "kind", "name", "hash"], hashes, 4, "SHA-256 of the inputs."),
         Table(["package", *(run.name for run in runs)], versions, 1 + len(runs), "Versions."),
     ]
-    folded = [Folded(f"Config of {run.name}", run.config_text) for run in runs]
-    return Section("setup", "Setup", tables=[table for table in tables if table.rows], folded=folded)
+    collapsibles = [Collapsible(f"Config of {run.name}", run.config_text) for run in runs]
+    return Section("setup", "Setup", tables=[table for table in tables if table.rows], collapsibles=collapsibles)
 
 
 def _describe_start(start: Mapping[str, Any]) -> list[str]:

@@ -21,6 +21,7 @@ from jaxembed.config.curation import (
     QualityStepConfig,
 )
 from jaxembed.curation.steps.cleaning import collapse_whitespace, html_to_text, make_clean_step
+from jaxembed.curation.steps.curated_row import CuratedRow, StepOutcome
 from jaxembed.curation.steps.languages import make_language_step
 from jaxembed.curation.steps.near_copies import NUM_HASHES, choose_band_hashes, hash_ngrams
 from jaxembed.curation.steps.negatives import make_negatives_step
@@ -32,7 +33,6 @@ from jaxembed.curation.steps.ratio_rules import (
     find_repetition_problem,
 )
 from jaxembed.curation.steps.record_files import RecordFiles
-from jaxembed.curation.steps.sides import CuratedRow, StepOutcome
 from jaxembed.curation.steps.user_function import make_function_step
 from jaxembed.errors import UserError
 
@@ -117,7 +117,7 @@ def test_scored_pairs_and_labels_are_checked_as_a_whole() -> None:
     step = make_quality_step(QualityStepConfig(min_chars=3))
     scored = CuratedRow(0, 1, "scored_pairs", {"sentence1": "long enough", "sentence2": "no", "score": 4})
     label = CuratedRow(0, 1, "labels", {"text": "long enough", "label": "a"})
-    assert step([scored, label]) == [StepOutcome(None, ("positives: shorter than min_chars",)), StepOutcome(label.row)]
+    assert step([scored, label]) == [StepOutcome(None, ("positives: shorter than min_chars",)), StepOutcome(label.fields)]
 
 
 @pytest.mark.parametrize("find_problem", [find_gopher_problem, find_repetition_problem, find_c4_problem, find_fineweb_problem])
@@ -332,7 +332,7 @@ def test_a_function_edits_and_drops_rows(user_module: str) -> None:
     rows = [pair("q", "p"), pair("drop", "p")]
     edited, dropped = step(rows)
     assert edited == StepOutcome({"query": "q", "pos": ["p", "more"], "neg": []}, ("changed",))
-    assert dropped == StepOutcome(None, ("dropped",)) and rows[0].row["pos"] == ["p"]
+    assert dropped == StepOutcome(None, ("dropped",)) and rows[0].fields["pos"] == ["p"]
 
 
 def test_a_function_that_fails_stops_drops_or_keeps(user_module: str) -> None:
@@ -340,7 +340,7 @@ def test_a_function_that_fails_stops_drops_or_keeps(user_module: str) -> None:
     config = FunctionStepConfig(function=f"{user_module}.edit")
     with pytest.raises(UserError, match=r"^a\.jsonl:17: my_curation_rules.edit failed \(KeyError: 'no such key'\)"):
         make_function_step(config, locate_row).function([row])
-    for on_error, left in (("drop", None), ("keep", row.row)):
+    for on_error, left in (("drop", None), ("keep", row.fields)):
         step, _ = make_function_step(config.replace(on_error=on_error), locate_row)
         assert step([row]) == [StepOutcome(left, ("failed with KeyError",))]
     with pytest.raises(UserError, match='returned a row that is not valid: "query" is 5'):
@@ -380,7 +380,7 @@ def test_false_and_superfluous_negatives_are_dropped() -> None:
         CuratedRow(0, 1, "text", {"text": "t"}),
     ]
     outcomes = step(rows)
-    assert outcomes[0].row == rows[0].row | {"neg": ["a", "b"], "neg_scores": [2, 5]}
+    assert outcomes[0].row == rows[0].fields | {"neg": ["a", "b"], "neg_scores": [2, 5]}
     assert len(outcomes[0].reasons) == 4 and outcomes[0].reasons[-1] == "negatives: beyond max_negatives"
     assert outcomes[1].row is not None and outcomes[1].row["neg"] == ["in 19845", "abc"]
     assert outcomes[1].reasons == ("negatives: contains the answer",) * 2

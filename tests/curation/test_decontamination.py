@@ -11,8 +11,8 @@ import pytest
 from helpers.curation import pair, queries_left
 from jaxembed.config.curation import DecontaminateStepConfig
 from jaxembed.curate import read_task
+from jaxembed.curation.steps.curated_row import CuratedRow, StepOutcome
 from jaxembed.curation.steps.decontamination import make_decontaminate_step
-from jaxembed.curation.steps.sides import CuratedRow, StepOutcome
 from jaxembed.data.jsonl import write_jsonl
 from jaxembed.errors import UserError
 from jaxembed.evaluation import mteb_catalog, mteb_texts
@@ -53,7 +53,7 @@ def test_texts_of_evaluation_sets_are_dropped_with_their_rows(tmp_path: Path) ->
         (),
     ]
     assert [outcome.row and [*outcome.row["pos"], *outcome.row["neg"]] for outcome in outcomes] == [
-        None, ["unlike"], None, ["unlike", "fine"], rows[4].row["pos"]
+        None, ["unlike"], None, ["unlike", "fine"], rows[4].fields["pos"]
     ]  # fmt: skip
 
 

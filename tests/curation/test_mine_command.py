@@ -90,7 +90,7 @@ class StubEncoder:
 def encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pairs: list[dict[str, Any]]) -> StubEncoder:
     """Run commands with a stub model, in a folder with pairs.jsonl and config.yaml."""
     stub = StubEncoder()
-    monkeypatch.setattr("jaxembed.hub.frozen_encoder.open_frozen_encoder", lambda *_: stub)
+    monkeypatch.setattr("jaxembed.curation.source_mining.open_frozen_encoder", lambda *_: stub)
     monkeypatch.setenv("JAXEMBED_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path / "pairs.jsonl", pairs)
@@ -189,8 +189,8 @@ def test_rule_that_no_candidate_passes_gives_a_warning(encoder: StubEncoder, cap
 @pytest.mark.parametrize(
     ("writer", "message"),
     [
-        ("files.write_json", "report.json: cannot be written (No space left on device). out.jsonl is complete."),
-        ("data.jsonl.write_jsonl", "out.jsonl: cannot be written (No space left on device). Make room, and the same command"),
+        ("write_json", "report.json: cannot be written (No space left on device). out.jsonl is complete."),
+        ("write_jsonl", "out.jsonl: cannot be written (No space left on device). Make room, and the same command"),
     ],
 )
 def test_full_disk_fails_with_the_name_of_the_file(
@@ -199,10 +199,10 @@ def test_full_disk_fails_with_the_name_of_the_file(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(f"jaxembed.{writer}", full)
+    monkeypatch.setattr(f"jaxembed.curation.source_mining.{writer}", full)
     with pytest.raises(UserError, match=f"^{re.escape(message)}"):
         run_mine("pairs.jsonl", "out.jsonl", "--report", "report.json")
-    assert [path.name for path in Path().glob("out.jsonl*")] == ["out.jsonl"] * (writer == "files.write_json")
+    assert [path.name for path in Path().glob("out.jsonl*")] == ["out.jsonl"] * (writer == "write_json")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -96,16 +96,16 @@ def test_verdicts() -> None:
     better = ScoredItems(base.values + 0.3 + 0.1 * np.random.default_rng(0).normal(size=base.values.shape), score_mean, "items")
     other = ScoredItems(base.values + np.random.default_rng(1).normal(size=base.values.shape), score_mean, "items")
     assert (compare_items(better, base).verdict, compare_items(base, better).verdict) == ("better", "worse")
-    assert compare_items(better, base).p < 0.01
-    assert compare_items(other, base).verdict == "no difference shown" and compare_items(other, base).p > 0.05
+    assert compare_items(better, base).p_value < 0.01
+    assert compare_items(other, base).verdict == "no difference shown" and compare_items(other, base).p_value > 0.05
     same = compare_items(base, base)
-    assert (same.difference, same.interval, same.p, same.verdict) == (0, (0, 0), 1, "no difference shown")
+    assert (same.difference, same.interval, same.p_value, same.verdict) == (0, (0, 0), 1, "no difference shown")
     assert same.summarize() == {"difference": 0, "interval": [0, 0], "p": 1, "verdict": "no difference shown", "items": 60}
 
 
 def test_items_of_undefined_scores_show_no_difference() -> None:
     constant = ScoredItems(np.ones((10, 2)), score_spearman, "pairs")
     found = compare_items(constant, constant)
-    assert found.verdict == "no difference shown" and found.p == 1
+    assert found.verdict == "no difference shown" and found.p_value == 1
     with pytest.raises(ValueError, match="10 and 4 items"):
         compare_items(constant, ScoredItems(np.ones((4, 2)), score_spearman, "pairs"))

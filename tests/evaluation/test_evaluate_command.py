@@ -17,6 +17,7 @@ from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.data.beir import write_beir
 from jaxembed.errors import UserError
 from jaxembed.evaluation import mteb_submission, mteb_tasks
+from jaxembed.evaluation.encoders import load_encoder
 from jaxembed.hub.card import Card
 from jaxembed.hub.export import export
 from jaxembed.hub.spec_files import write_spec
@@ -59,7 +60,7 @@ def test_scores_equal_those_of_sentence_transformers_and_mteb(name: str, tmp_pat
     folder = write_model(tmp_path, SPECS[name])
     scores = run(str(folder), "--dim", *WIDTHS, "--out", str(tmp_path / "scores"))["scores"]
     tasks = [task for task, _ in make_tasks()]
-    encoder = evaluate.load_encoder(str(folder))
+    encoder = load_encoder(str(folder))
     prompts = mteb_submission.list_prompts(encoder, tasks)
     assert any("support or refute" in prompt for prompt in prompts.values()) == (name == "instructed")
     for width in WIDTHS:

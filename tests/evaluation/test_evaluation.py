@@ -17,7 +17,7 @@ from jaxembed import Embedder
 from jaxembed.config import EvalSetConfig
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.errors import UserError
-from jaxembed.evaluate import load_encoder
+from jaxembed.evaluation.encoders import load_encoder
 from jaxembed.evaluation.heldout import open_held_out_sets, score_sets
 from jaxembed.evaluation.mteb_encoder import MtebEncoder
 from jaxembed.evaluation.mteb_results import summarize_task

@@ -15,8 +15,8 @@ from jaxembed import evaluate
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.errors import UserError
 from jaxembed.evaluation.instruction_variants import add_variants
-from jaxembed.evaluation.own_data import open_tasks
 from jaxembed.evaluation.task_encoder import TaskEncoder
+from jaxembed.evaluation.user_data import open_tasks
 
 NOISE = {"Do: usual\n": 0.0, "Do: alike\n": 0.0, "Do: near\n": 1.0, "Do: other\n": 8.0, "": 3.0, "doc: ": 0.0}
 

@@ -67,7 +67,7 @@ UNITS = {
 def test_items_give_the_score_of_mteb(kind: str) -> None:
     task = MtebTask(make_tasks()[kind])
     good, poor = (task.score_items(make_encoder(noise)) for noise in (0.0, 8.0))
-    assert not good.missing and not poor.missing
+    assert not good.missing_reason and not poor.missing_reason
     assert good.parts[0].unit == UNITS[kind]
     for found in (good, poor):
         assert sum(part.score for part in found.parts) / len(found.parts) == pytest.approx(found.summary["score"], abs=1e-3)
@@ -81,7 +81,7 @@ def test_a_task_without_items_has_no_interval() -> None:
 
     task = MtebTask(MockSummarizationTask())
     found = task.score_items(make_encoder())
-    assert found.missing == NO_ITEMS and not found.parts
+    assert found.missing_reason == NO_ITEMS and not found.parts
     comparison = compare_tasks({task.name: found}, {task.name: found}, ("a", "b"))
     assert comparison["differences"][task.name]["no_interval"] == NO_ITEMS
     assert comparison["conclusion"].endswith(f"Without an interval: {task.name}.") and "mean" not in comparison
@@ -90,13 +90,13 @@ def test_a_task_without_items_has_no_interval() -> None:
 def test_items_that_do_not_give_the_score_are_not_used() -> None:
     task = make_tasks()["Retrieval"]
     task.ignore_identical_ids = True
-    assert "results by item are not known" in MtebTask(task).score_items(make_encoder()).missing
+    assert "results by item are not known" in MtebTask(task).score_items(make_encoder()).missing_reason
     changed = make_tasks()["STS"]
     mteb_task = MtebTask(changed)
     score = type(mteb_task).score
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MtebTask, "score", lambda self, encoder: {**score(self, encoder), "score": 0.1})
-        assert mteb_task.score_items(make_encoder()).missing.endswith("not the score of mteb")
+        assert mteb_task.score_items(make_encoder()).missing_reason.endswith("not the score of mteb")
 
 
 def test_stored_predictions_are_used_again(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.errors import UserError
 from jaxembed.evaluation.mteb_tasks import MtebTask
 from jaxembed.evaluation.progress import TaskProgress
-from jaxembed.evaluation.task_encoder import TaskEncoder, check_widths, cut_vectors
+from jaxembed.evaluation.task_encoder import TaskEncoder, check_widths, truncate_vectors
 from jaxembed.evaluation.tasks import check_instructions, check_names, score_tasks
 from jaxembed.evaluation.vector_cache import VectorCache
 
@@ -49,14 +49,14 @@ def mock_tasks(folder: Path | None) -> list[MtebTask]:
 
 
 @pytest.mark.parametrize("memory_bytes", [2**30, 0], ids=["in memory", "on disk"])
-def test_every_width_has_the_score_of_cut_vectors_from_one_encoding(tmp_path: Path, memory_bytes: int) -> None:
+def test_every_width_has_the_score_of_truncated_vectors_from_one_encoding(tmp_path: Path, memory_bytes: int) -> None:
     encoder = make_encoder(tmp_path, (8, 4, 2), memory_bytes)
     scores = score_tasks(encoder, mock_tasks(tmp_path / "results"), tmp_path)
     once = sum(map(len, encoder.encode_with_prompt.calls))  # type: ignore[attr-defined]
     assert 0 < once <= sum(map(len, calls_of_one_width(make_encoder(tmp_path / "single"))))
     for width in (8, 4, 2):
         plain = TaskEncoder(
-            lambda texts, prompt, width=width: cut_vectors(CountingEncoder()(texts, prompt), width),  # type: ignore[misc]
+            lambda texts, prompt, width=width: truncate_vectors(CountingEncoder()(texts, prompt), width),  # type: ignore[misc]
             EmbeddingSpec(), "model", f"cut-{width}",
         )  # fmt: skip
         for name, expected in score_tasks(plain, mock_tasks(None)).items():

@@ -12,7 +12,7 @@ import pytest
 
 from helpers import tiny
 from jaxembed.errors import UserError
-from jaxembed.evaluate import load_encoder
+from jaxembed.evaluation.encoders import load_encoder
 from jaxembed.formats.foreign_code import check_names_no_code
 from jaxembed.formats.sentence_transformers import TOKEN_POOLING_FILE
 from jaxembed.hub.cross_encoder import open_cross_encoder

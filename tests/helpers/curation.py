@@ -9,8 +9,8 @@ from typing import Any
 
 from jaxembed.config.curation import AnyStep, CurateConfig
 from jaxembed.curation.stages import make_all_rows_step, make_item_rule
+from jaxembed.curation.steps.curated_row import CuratedRow, StepOutcome
 from jaxembed.curation.steps.items import make_item_filter
-from jaxembed.curation.steps.sides import CuratedRow, StepOutcome
 
 
 def pair(query: str, *positives: str, neg: Sequence[str] = (), source: int = 0, **fields: Any) -> CuratedRow:

@@ -18,7 +18,7 @@ import pytest
 from helpers.reports import HOSTILE, TOPICS, write_report
 from jaxembed.errors import UserError
 from jaxembed.hub.embedder import Embedder
-from jaxembed.reporting.blocks import Folded, Section, Table
+from jaxembed.reporting.blocks import Collapsible, Section, Table
 from jaxembed.reporting.charts import average_points, draw_points
 from jaxembed.reporting.held_out_views import EncodedSource as Source
 from jaxembed.reporting.held_out_views import attend_to_latents, compare_pairs, describe_query, draw_map
@@ -298,7 +298,7 @@ def test_every_text_of_a_page_is_escaped() -> None:
     text = HOSTILE[0] + HOSTILE[1] + "\ud83d"
     chart = draw_points(text, [{"x": 0, "y": 0, "source": text, "text": text}], text)
     section = Section(
-        "s", text, text, [(text, text, text)], [chart], [Table([text], [[text]], caption=text)], [Folded(text, text)]
+        "s", text, text, [(text, text, text)], [chart], [Table([text], [[text]], caption=text)], [Collapsible(text, text)]
     )
     content = render_page(text, [section, Section("empty", "empty")], text).decode()
     page = Page(content)

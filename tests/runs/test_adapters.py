@@ -27,7 +27,7 @@ from jaxembed.devices.cpu import compiler_options
 from jaxembed.devices.mesh import all_shards, make_mesh
 from jaxembed.devices.placement import put_batch, replicated_sharding
 from jaxembed.errors import UserError
-from jaxembed.evaluate import load_encoder
+from jaxembed.evaluation.encoders import load_encoder
 from jaxembed.evaluation.heldout import open_held_out_sets, score_sets
 from jaxembed.formats.peft import read_adapters
 from jaxembed.hub.card import read_card

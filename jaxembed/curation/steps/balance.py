@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from jaxembed.config.curation import BalanceStepConfig
+from jaxembed.curation.steps.curated_row import CuratedRow, hash_row
 from jaxembed.curation.steps.items import ItemRule
 from jaxembed.curation.steps.record_files import RecordFiles
-from jaxembed.curation.steps.sides import CuratedRow, hash_row
 from jaxembed.data.equality import hash_exact_text
 from jaxembed.data.schema import list_fields
 from jaxembed.errors import UserError
@@ -39,15 +39,15 @@ class Balance:
         """Record the rows."""
         records = []
         for row in rows:
-            records.append((hash_row(row.row, self._seed), self._hash_group(row), self._num_items))
+            records.append((hash_row(row.fields, self._seed), self._hash_group(row), self._num_items))
             self._num_items += 1
         self._records.append(np.array(records, DRAW_RECORD))
 
     def _hash_group(self, curated: CuratedRow) -> int:
         by = self._config.by
-        value = curated.source if by == "source" else curated.row.get(by)
+        value = curated.source if by == "source" else curated.fields.get(by)
         self._has_field |= value is not None
-        self._fields = self._fields or list_fields(curated.row)
+        self._fields = self._fields or list_fields(curated.fields)
         return int(hash_exact_text(str(value)).view("<u8")[0])
 
     def find_dropped(self) -> np.ndarray:

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 from typing import Literal
 
 from jaxembed.config.curation import CleanStepConfig
-from jaxembed.curation.steps.sides import CuratedRow, RowStep, StepOutcome, edit_texts
+from jaxembed.curation.steps.curated_row import CuratedRow, RowStep, StepOutcome, edit_texts
 from jaxembed.errors import UserError
 
 # Control characters other than tab and line breaks; zero-width characters; joiners that join nothing. Joiners between other

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from jaxembed.config.curation import DuplicatesStepConfig
+from jaxembed.curation.steps.curated_row import CuratedRow
 from jaxembed.curation.steps.items import list_items
 from jaxembed.curation.steps.record_files import RecordFiles
-from jaxembed.curation.steps.sides import CuratedRow
 from jaxembed.data.equality import hash_exact_text, normalize_text
 
 COPY_RECORD = np.dtype([("key", "<u8"), ("rank", "<u8"), ("content", "<u8"), ("item", "<u8")])

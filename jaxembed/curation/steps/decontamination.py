@@ -11,7 +11,7 @@ from jaxembed.config import SourceConfig
 from jaxembed.config.curation import DecontaminateStepConfig, Side
 from jaxembed.curation.curation_sources import iter_curated_rows, open_curated_sources
 from jaxembed.curation.overlap import DEFAULT_NGRAM_WORDS, OverlapIndex
-from jaxembed.curation.steps.sides import (
+from jaxembed.curation.steps.curated_row import (
     CuratedRow,
     PreparedStep,
     StepOutcome,

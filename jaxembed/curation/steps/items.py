@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from jaxembed.config.curation import DuplicatesStepConfig, KeepRule
-from jaxembed.curation.steps.sides import (
+from jaxembed.curation.steps.curated_row import (
     CuratedRow,
     RowStep,
     StepOutcome,
@@ -59,7 +59,7 @@ class ItemRule(NamedTuple):
 def list_items(curated: CuratedRow, config: DuplicatesStepConfig) -> list[Item]:
     """Return the items of a row by `config.of`: its query, its positives, or its pairs."""
     query, positives = get_texts(curated, "query")[0], get_texts(curated, "positives")
-    content = hash_row(curated.row)
+    content = hash_row(curated.fields)
     if config.of == "queries" or (config.of == "pairs" and not positives):
         length = len(query) + sum(map(len, positives))
         return [Item(query, compute_rank(curated, length, config.keep), content)]
@@ -107,7 +107,7 @@ def make_item_filter(rule: ItemRule, dropped: np.ndarray) -> RowStep:
     def drop(curated: CuratedRow) -> StepOutcome:
         problems = [rule.reason if dropped[next(numbers)] else None for _ in range(rule.count_items(curated))]
         if not any(problems):
-            return StepOutcome(curated.row)
+            return StepOutcome(curated.fields)
         if rule.drops_texts and curated.format == "pairs":
             return drop_texts(curated, {"positives": problems})
         return StepOutcome(None, (rule.reason,))

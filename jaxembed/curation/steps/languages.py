@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxembed.config.curation import LanguageStepConfig, Side
 from jaxembed.config.fields import quote_value
-from jaxembed.curation.steps.sides import CuratedRow, RowStep, StepOutcome, drop_texts, get_texts
+from jaxembed.curation.steps.curated_row import CuratedRow, RowStep, StepOutcome, drop_texts, get_texts
 from jaxembed.errors import UserError
 
 MAX_JUDGED_CHARS = 2000  # the language is identified from this many characters

@@ -22,9 +22,9 @@ from scipy.sparse.csgraph import connected_components
 
 from jaxembed.config.curation import DuplicatesStepConfig
 from jaxembed.curation.ngrams import HASH_FACTOR, UNSPACED_CHARS, hash_runs
+from jaxembed.curation.steps.curated_row import CuratedRow
 from jaxembed.curation.steps.items import list_items
 from jaxembed.curation.steps.record_files import RecordFiles
-from jaxembed.curation.steps.sides import CuratedRow
 from jaxembed.data.equality import normalize_text
 from jaxembed.errors import UserError
 

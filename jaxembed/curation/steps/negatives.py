@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxembed.config.curation import NegativesStepConfig
 from jaxembed.curation.overlap import split_words
-from jaxembed.curation.steps.sides import CuratedRow, RowStep, StepOutcome, drop_texts, get_texts
+from jaxembed.curation.steps.curated_row import CuratedRow, RowStep, StepOutcome, drop_texts, get_texts
 from jaxembed.data.equality import normalize_text
 
 EQUAL, HAS_ANSWER, SUPERFLUOUS = (
@@ -22,7 +22,7 @@ def make_negatives_step(config: NegativesStepConfig) -> RowStep:
     """Return the step. It changes rows of pairs only."""
 
     def check(rows: Sequence[CuratedRow]) -> list[StepOutcome]:
-        return [check_row(row) if row.format == "pairs" else StepOutcome(row.row) for row in rows]
+        return [check_row(row) if row.format == "pairs" else StepOutcome(row.fields) for row in rows]
 
     def check_row(curated: CuratedRow) -> StepOutcome:
         problems = find_negative_problems(curated, config)
@@ -35,7 +35,7 @@ def make_negatives_step(config: NegativesStepConfig) -> RowStep:
 
 def find_negative_problems(curated: CuratedRow, config: NegativesStepConfig) -> list[str | None]:
     """Return why each negative of a row is dropped, or None."""
-    answers = [words for answer in list_answers(curated.row.get(config.answer_field)) if (words := split_words(answer))]
+    answers = [words for answer in list_answers(curated.fields.get(config.answer_field)) if (words := split_words(answer))]
     seen = {normalize_text(text) for side in ("query", "positives") for text in get_texts(curated, side)}
     problems: list[str | None] = []
     for negative in get_texts(curated, "negatives"):

@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable, Sequence
 
 from jaxembed.config.curation import QualityStepConfig
+from jaxembed.curation.steps.curated_row import CuratedRow, RowStep, StepOutcome, drop_texts, find_problems
 from jaxembed.curation.steps.ratio_rules import RATIO_RULES
-from jaxembed.curation.steps.sides import CuratedRow, RowStep, StepOutcome, drop_texts, find_problems
 from jaxembed.data.filters import find_length_problem, find_where_mismatch
 from jaxembed.errors import UserError
 
@@ -36,7 +36,7 @@ def make_quality_step(config: QualityStepConfig) -> RowStep:
         return [check_row(row) for row in rows]
 
     def check_row(curated: CuratedRow) -> StepOutcome:
-        if mismatch := find_where_mismatch(curated.row, config):
+        if mismatch := find_where_mismatch(curated.fields, config):
             return StepOutcome(None, (mismatch,))
         return drop_texts(curated, find_problems(curated, config.sides, find_problem))
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxembed.config.curation import FunctionStepConfig
-from jaxembed.curation.steps.sides import CuratedRow, PreparedStep, StepOutcome, write_row
+from jaxembed.curation.steps.curated_row import CuratedRow, PreparedStep, StepOutcome, write_row
 from jaxembed.data.schema import Row
 from jaxembed.data.sources import ROW_SCHEMAS
 from jaxembed.errors import UserError, summarize
@@ -37,7 +37,7 @@ def make_function_step(config: FunctionStepConfig, locate: LocateRow) -> Prepare
 
     def call(curated: CuratedRow) -> StepOutcome:
         try:
-            row = function(copy.deepcopy(dict(curated.row)))
+            row = function(copy.deepcopy(dict(curated.fields)))
             if row is None:
                 return StepOutcome(None, ("dropped",))
             checked = check_returned_row(row, curated.format)
@@ -48,8 +48,8 @@ def make_function_step(config: FunctionStepConfig, locate: LocateRow) -> Prepare
                     f"{locate(curated)}: {config.function} failed ({problem}). Correct it and run "
                     "the same command, or set on_error of the step to drop or keep."
                 ) from None
-            return StepOutcome(curated.row if config.on_error == "keep" else None, (f"failed with {type(error).__name__}",))
-        return StepOutcome(checked, ("changed",) if checked != curated.row else ())
+            return StepOutcome(curated.fields if config.on_error == "keep" else None, (f"failed with {type(error).__name__}",))
+        return StepOutcome(checked, ("changed",) if checked != curated.fields else ())
 
     return PreparedStep(apply, hash_code(function))
 

@@ -20,7 +20,7 @@ BYTES_PER_PARAMETER = 4  # float32, as Table 3 of the survey (Cao 2024, arXiv:24
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelFacts:
+class ModelFigures:
     """The size of a model.
 
     Attributes:
@@ -43,7 +43,7 @@ class ModelFacts:
         return self.parameters * BYTES_PER_PARAMETER / 2**30
 
 
-def read_model_facts(path: str) -> ModelFacts | None:
+def read_model_figures(path: str) -> ModelFigures | None:
     """Return the size of the model in a run directory or folder, or None if there is no such model here."""
     if not path or not exists(Path(path)):
         return None
@@ -53,4 +53,4 @@ def read_model_facts(path: str) -> ModelFacts | None:
         return None
     model = EmbeddingModel(base.transformer, base.spec, ComputeOptions())
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(infer_parameter_shapes(model)))
-    return ModelFacts(parameters, model.width, base.spec.max_length, base.spec.pooling, base.spec.attention)
+    return ModelFigures(parameters, model.width, base.spec.max_length, base.spec.pooling, base.spec.attention)

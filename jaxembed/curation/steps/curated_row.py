@@ -30,13 +30,13 @@ class CuratedRow(NamedTuple):
         source: Index of its source.
         number: Number of the row in the source, counted from 1.
         format: Format of the row: pairs, scored_pairs, labels, or text.
-        row: Its fields.
+        fields: Its fields, as in the file.
     """
 
     source: int
     number: int
     format: str
-    row: Row
+    fields: Row
 
 
 class StepOutcome(NamedTuple):
@@ -67,8 +67,8 @@ def has_side(format_name: str, side: Side) -> bool:
 def get_texts(curated: CuratedRow, side: Side) -> list[str]:
     """Return the texts of one side of a row; an empty list if it has none."""
     if field := SINGLE_FIELDS[curated.format].get(side):
-        return [curated.row[field]]
-    return list(curated.row.get(LIST_FIELDS_BY_SIDE[side]) or ()) if curated.format == "pairs" else []
+        return [curated.fields[field]]
+    return list(curated.fields.get(LIST_FIELDS_BY_SIDE[side]) or ()) if curated.format == "pairs" else []
 
 
 def find_problems(
@@ -80,7 +80,7 @@ def find_problems(
 
 def drop_texts(curated: CuratedRow, problems: Problems) -> StepOutcome:
     """Drop the texts of a row that have a problem. Without its query or any positive, the row is dropped."""
-    row, reasons = dict(curated.row), list[str]()
+    row, reasons = dict(curated.fields), list[str]()
     for side in ALL_SIDES:
         found = [f"{side}: {problem}" for problem in problems.get(side, ()) if problem]
         if not found:
@@ -92,7 +92,7 @@ def drop_texts(curated: CuratedRow, problems: Problems) -> StepOutcome:
         for key in (field, f"{field}_scores"):
             if row.get(key):
                 row[key] = [value for value, problem in zip(row[key], problems[side], strict=True) if problem is None]
-    return StepOutcome(row, tuple(reasons)) if reasons else StepOutcome(curated.row)
+    return StepOutcome(row, tuple(reasons)) if reasons else StepOutcome(curated.fields)
 
 
 def edit_texts(curated: CuratedRow, sides: Sequence[Side], edit: Callable[[str], tuple[str, list[str]]]) -> StepOutcome:
@@ -103,7 +103,7 @@ def edit_texts(curated: CuratedRow, sides: Sequence[Side], edit: Callable[[str],
         sides: Sides whose texts are edited.
         edit: Returns the new text, and the names of the edits that changed it.
     """
-    row, reasons = dict(curated.row), list[str]()
+    row, reasons = dict(curated.fields), list[str]()
     problems: dict[Side, list[str | None]] = {}
     for side in sides:
         edited = [edit(text) for text in get_texts(curated, side)]
@@ -115,8 +115,8 @@ def edit_texts(curated: CuratedRow, sides: Sequence[Side], edit: Callable[[str],
         elif texts:
             row[LIST_FIELDS_BY_SIDE[side]] = texts
     if not reasons:
-        return StepOutcome(curated.row)
-    outcome = drop_texts(curated._replace(row=row), problems)
+        return StepOutcome(curated.fields)
+    outcome = drop_texts(curated._replace(fields=row), problems)
     return outcome if outcome.row is None else StepOutcome(outcome.row, (*reasons, *outcome.reasons))
 
 

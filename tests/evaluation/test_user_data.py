@@ -18,10 +18,11 @@ from jaxembed import evaluate
 from jaxembed.config.instructions import InstructionTable
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.errors import UserError
+from jaxembed.evaluation import evaluate as evaluation
 from jaxembed.evaluation.bootstrap import CONFIDENCE
 from jaxembed.evaluation.heldout import open_held_out_sets, score_set
-from jaxembed.evaluation.own_data import OwnTask, name_tasks, open_tasks
 from jaxembed.evaluation.task_encoder import TaskEncoder
+from jaxembed.evaluation.user_data import UserTask, name_tasks, open_tasks
 
 NOISE = {"good": 0.0, "poor": 6.0, "copy": 0.0}  # of the vectors of stand-ins for models
 
@@ -41,8 +42,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a file of each kind. Stand-ins for models are loaded by name."""
     monkeypatch.setenv("JAXEMBED_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluate, "load_encoder", load_words)
-    monkeypatch.setattr(evaluate, "check_other", lambda model, args: None)
+    monkeypatch.setattr(evaluation, "load_encoder", load_words)
+    monkeypatch.setattr(evaluation, "check_compared_model", lambda *_: None)
     write_beir(tmp_path / "bank", count=60)
     write_rows(tmp_path / "pairs.jsonl", make_scored_pairs(80))
     write_rows(tmp_path / "topics.jsonl", make_labeled_texts(60, seed=0))
@@ -192,7 +193,7 @@ def test_leaks_of_a_classifiers_training_texts_do_not_count(tmp_path: Path) -> N
     train = write_rows(tmp_path / "train.jsonl", rows)
     test = write_rows(tmp_path / "test.jsonl", rows[:10])
     arguments = evaluate.make_parser().parse_args(["x", "--labels", str(test), "--train-labels", str(train)])
-    tasks: list[OwnTask] = open_tasks(arguments)
+    tasks: list[UserTask] = open_tasks(arguments)
     assert [(role, len(texts)) for role, texts in tasks[0].list_texts()] == [("texts", 10)]
     assert tasks[0].expected_texts == 30 and open_held_out_sets([tasks[0].held_out.config], tmp_path)
 

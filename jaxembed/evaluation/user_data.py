@@ -15,8 +15,7 @@ from jaxembed.config import EvalSetConfig
 from jaxembed.errors import UserError
 from jaxembed.evaluation.comparison import ItemScores
 from jaxembed.evaluation.heldout import HeldOutSet, RetrievalSet, SetScores, open_held_out_sets
-from jaxembed.evaluation.task_encoder import TaskEncoder, cut_vectors
-from jaxembed.evaluation.task_prompts import TaskPrompts
+from jaxembed.evaluation.task_encoder import TaskEncoder, truncate_vectors
 from jaxembed.evaluation.tasks import GroupMember
 from jaxembed.files import cache_dir, finite_or_none
 from jaxembed.search.bm25 import check_bm25_installed
@@ -42,7 +41,7 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
     )  # fmt: skip
 
 
-def open_tasks(args: argparse.Namespace) -> list[OwnTask]:
+def open_tasks(args: argparse.Namespace) -> list[UserTask]:
     """Return the tasks that the options name. Each has the name of its file or folder (`name_tasks`).
 
     Raises:
@@ -61,7 +60,7 @@ def open_tasks(args: argparse.Namespace) -> list[OwnTask]:
         name = names[path]
         configs.append(EvalSetConfig(name=f"{name}-classification", kind="classification", path=path, train_path=train_path))
         configs.append(EvalSetConfig(name=f"{name}-clustering", kind="clustering", path=path))
-    return [OwnTask(held_out) for held_out in open_held_out_sets(configs, cache_dir(), "evaluate")]
+    return [UserTask(held_out) for held_out in open_held_out_sets(configs, cache_dir(), "evaluate")]
 
 
 def name_tasks(paths: Sequence[str]) -> dict[str, str]:
@@ -75,7 +74,7 @@ def name_tasks(paths: Sequence[str]) -> dict[str, str]:
 
 
 @dataclasses.dataclass(frozen=True)
-class OwnTask:
+class UserTask:
     """A task on a user's own file.
 
     Attributes:
@@ -111,13 +110,13 @@ class OwnTask:
 
     def score_items(self, encoder: TaskEncoder) -> ItemScores:
         """Return the scores of a model with the items that they are computed from."""
-        prompts = self._choose_prompts(encoder)
+        stored_name = "query" if self.type == RetrievalSet.task_type else ""
+        prompts = encoder.prompts.choose(self.name, self.type, DEFAULT_INSTRUCTIONS.get(self.type, ""), stored_name)
         inputs = [(i.texts, prompts.document if i.role == "documents" else prompts.query) for i in self.held_out.inputs]
         vectors = [encoder.encode(texts, prompt) for texts, prompt in inputs]
         metric = self.held_out.metric
-        results = [
-            self.held_out.score([cut_vectors(v, width or v.shape[1]) for v in vectors]) for width in encoder.widths or (None,)
-        ]
+        widths = encoder.widths or (None,)
+        results = [self.held_out.score([truncate_vectors(v, width or v.shape[1]) for v in vectors]) for width in widths]
         scores = [finite_or_none(result.scores[metric]) for result in results]
         summary: dict[str, Any] = {
             "score": scores[0],
@@ -133,21 +132,6 @@ class OwnTask:
         if self._bm25:
             summary["bm25"] = self._bm25.scores
         return ItemScores(summary, [results[0].items])
-
-    def _choose_prompts(self, encoder: TaskEncoder) -> TaskPrompts:
-        """Return the prompts of the task.
-
-        Retrieval queries have the instruction of a user's table, or else the stored prompt of queries. Other tasks have the
-        instruction of their name or type.
-        """
-        spec = encoder.spec
-        chosen = encoder.prompts.choose(self.name, self.type, DEFAULT_INSTRUCTIONS.get(self.type, ""))
-        stored = spec.prompts.get("query")
-        option = encoder.prompts.option
-        is_chosen = option is not None and option.find_instruction(self.name, self.type) is not None
-        if self.type != RetrievalSet.task_type or stored is None or is_chosen:
-            return chosen
-        return dataclasses.replace(chosen, query=stored, instruction=spec.extract_instruction(stored))
 
     @cached_property
     def _bm25(self) -> SetScores | None:

@@ -1,0 +1,97 @@
+"""Load the models that are evaluated, after checks that need no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxembed.errors import UserError
+from jaxembed.evaluation.task_encoder import TaskEncoder, check_widths
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def choose_widths(model: str, checkpoint: str, widths: Sequence[int], max_length: int | None) -> tuple[int, tuple[int, ...]]:
+    """Find a model without loading its weights. Return the width of its vectors, and the widths to score.
+
+    Raises:
+        UserError: There is no such model, or its vectors or its maximum length are smaller than the options ask for.
+    """
+    from jaxembed.hub.resolve import find_model  # imports JAX
+
+    base = find_model(model, checkpoint)
+    width = base.spec.projection or base.transformer.width
+    chosen_widths = check_widths(widths, base.spec, width)
+    if max_length is not None and max_length > base.transformer.max_positions:
+        raise UserError(
+            f"--max-length: {max_length} is above the model's limit ({base.transformer.max_positions} tokens). Lower it."
+        )
+    return width, chosen_widths
+
+
+def load_encoder(
+    model: str,
+    checkpoint: str = "best",
+    backend: str = "jax",
+    *,
+    widths: Sequence[int] = (),
+    max_length: int | None = None,
+    **options: Any,
+) -> TaskEncoder:
+    """Load a model for evaluation.
+
+    Args:
+        model: Run directory, folder or hub id.
+        checkpoint: Checkpoint of a run: best, last, or a step.
+        backend: jax, or sentence-transformers for an exported folder.
+        widths: Widths at which tasks are scored.
+        max_length: Maximum tokens of a text. Default: that of the model.
+        **options: layers, adapter and fsdp, as options of the commands.
+
+    Raises:
+        UserError: If the model cannot be loaded, or an option does not apply to it or to the backend.
+    """
+    width, chosen_widths = choose_widths(model, checkpoint, widths, max_length)
+    if backend == "sentence-transformers":
+        if options.get("layers") is not None or options.get("adapter") is not None:
+            raise UserError(
+                "--backend sentence-transformers: --layers and --adapter apply to the JAX model only. Export the model with "
+                "these options, and score that folder."
+            )
+        from jaxembed.evaluation.torch_encoder import load_torch_encoder
+
+        encoder = load_torch_encoder(Path(model), max_length)
+    else:
+        encoder = _load_jax_encoder(model, checkpoint, max_length, **options)
+    encoder.width, encoder.widths = width, chosen_widths
+    return encoder
+
+
+def _load_jax_encoder(model: str, checkpoint: str, max_length: int | None, fsdp: int = 1, **options: Any) -> TaskEncoder:
+    from jaxembed.devices.mesh import make_fsdp_mesh
+    from jaxembed.hub.embedder import Embedder
+    from jaxembed.hub.identity import compute_model_digest
+
+    embedder = Embedder.load(model, checkpoint=checkpoint, mesh=make_fsdp_mesh(fsdp), **options)
+    if max_length is not None:
+        embedder = embedder.with_spec(embedder.spec.replace(max_length=max_length))
+
+    def encode(texts: Sequence[str], prompt: str) -> np.ndarray:
+        return embedder.encode(texts, prompt=prompt)
+
+    revision = f"{embedder.revision}-{compute_model_digest(embedder)}"
+    return TaskEncoder(encode, embedder.spec, Path(model).name, revision)
+
+
+def check_compared_model(model: str, backend: str, widths: Sequence[int], max_length: int | None) -> None:
+    """Check that the model of --compare exists and fits the options, without loading its weights. Raises `UserError`."""
+    from jaxembed.hub.resolve import find_base_with_weights
+
+    if backend == "sentence-transformers":
+        from jaxembed.hub.torch_model import check_is_sentence_transformer
+
+        check_is_sentence_transformer(Path(model))
+    find_base_with_weights(model)  # also rejects a run with several adapters: no option selects one here
+    choose_widths(model, "best", widths, max_length)

@@ -1,0 +1,130 @@
+"""An evaluation from its options to its results: tasks, models, scores, comparison, and the files of --out."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxembed.config.instructions import InstructionTable, read_instruction_table
+from jaxembed.devices import processes
+from jaxembed.evaluation import air_bench, mteb_submission, mteb_tasks, user_data
+from jaxembed.evaluation.comparison import COMPARISON_FILE, ItemScores, compare_tasks
+from jaxembed.evaluation.encoders import check_compared_model, load_encoder
+from jaxembed.evaluation.instruction_variants import add_variants
+from jaxembed.evaluation.leaks import check_leaks
+from jaxembed.evaluation.score_table import build_tables
+from jaxembed.evaluation.shared_encoding import serve_encoding, share_encoding
+from jaxembed.evaluation.task_encoder import TaskEncoder
+from jaxembed.evaluation.tasks import EvaluationTask, check_instructions, check_names, score_tasks
+from jaxembed.evaluation.vector_cache import VectorCache
+from jaxembed.files import make_output_folder, write_json, write_text
+
+log = logging.getLogger("jaxembed")
+
+TABLES_FILE = "scores.md"
+
+# Modules with `add_arguments(parser)`, and `open_tasks(args)`, which returns the tasks that these options name.
+TASK_SOURCES = (mteb_tasks, user_data, air_bench)
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    """Score a model, as one of the processes of a group. Process 0 runs the tasks; the others encode with it."""
+    if processes.count() > 1:
+        import jax
+
+        jax.devices()  # initialize devices on all processes at once, before a library on process 0 (bm25s) does
+    table = read_instruction_table(args.instructions) if args.instructions else None
+    if args.compare:
+        check_compared_model(args.compare, args.backend, args.dim, args.max_length)
+    out = Path(args.out) if args.out else None
+    result: dict[str, Any] = {}
+    tasks: list[EvaluationTask] = []
+    if processes.is_first():
+        tasks = open_tasks(args, table)
+        if args.check_leaks is not None:
+            result["leaks"] = check_leaks(tasks, args.check_leaks or args.model, args.leak_words, out)
+    processes.barrier()  # errors in the tasks are raised before any process loads weights
+    items: dict[str, ItemScores] | None = {} if args.compare else None
+    scores = score_model(args, args.model, tasks, table, items, is_main=True)
+    if items is not None:  # memory holds one model at a time
+        other_items: dict[str, ItemScores] = {}
+        score_model(args, args.compare, tasks, table, other_items, is_main=False)
+        if processes.is_first():
+            result["comparison"] = compare_tasks(items, other_items, (args.model, args.compare))
+            if out:
+                write_json(out / COMPARISON_FILE, result["comparison"])
+    return result | {"model": args.model, "scores": scores}
+
+
+def open_tasks(args: argparse.Namespace, table: InstructionTable | None) -> list[EvaluationTask]:
+    """Return the tasks of all sources, after the checks that need no model.
+
+    Raises:
+        UserError: The options name no tasks or unknown ones, or the table has an instruction for none of them.
+    """
+    tasks: list[EvaluationTask] = [task for source in TASK_SOURCES for task in source.open_tasks(args)]
+    check_names(tasks)
+    if table:
+        check_instructions(table, args.instructions, tasks)
+    if args.instruction_variants:
+        tasks = add_variants(tasks, args.instruction_variants)
+    if args.submission:
+        mteb_submission.check_options(args)
+    if args.out:
+        make_output_folder(Path(args.out), f"{args.out}: the folder")
+    return tasks
+
+
+def score_model(
+    args: argparse.Namespace,
+    model: str,
+    tasks: Sequence[EvaluationTask],
+    table: InstructionTable | None,
+    items: dict[str, ItemScores] | None,
+    is_main: bool,
+) -> dict[str, Any]:
+    """Load a model and score it. The options that select part of a model, and --out, apply to MODEL only.
+
+    Args:
+        args: The options.
+        model: MODEL, or the model that it is compared with.
+        tasks: The tasks.
+        table: The user's instructions.
+        items: Receives the scores by item. None: they are not needed.
+        is_main: Whether it is MODEL.
+
+    Returns:
+        Scores by task, on process 0.
+    """
+    options = {name: getattr(args, name) for name in ("checkpoint", "layers", "adapter")} if is_main else {}
+    encoder = load_encoder(model, backend=args.backend, widths=args.dim, max_length=args.max_length, fsdp=args.fsdp, **options)
+    if not processes.is_first():
+        serve_encoding(encoder.encode_with_prompt)
+        return {}
+    out = Path(args.out) if args.out and is_main else None
+    if table:
+        encoder.use_instructions(table, args.instructions)
+    encoder.cache = make_cache(encoder, out, args)
+    with share_encoding(encoder):
+        scores = score_tasks(encoder, tasks, out, items)
+    report = "\n\n".join(table.format() for table in build_tables(encoder.name, tasks, scores))
+    log.info("\n%s\n", report)
+    if out:
+        write_text(out / TABLES_FILE, f"{report}\n")
+    if args.submission and is_main:
+        mteb_submission.write_model_submission(args, encoder, tasks)
+    return scores
+
+
+def make_cache(encoder: TaskEncoder, out: Path | None, args: argparse.Namespace) -> VectorCache:
+    """Return the cache of a task's vectors. Its files are in `out`, or in a temporary folder."""
+    folder = out / "vectors" if out else Path(tempfile.gettempdir()) / f"jaxembed-vectors-{os.getpid()}"
+    memory_bytes = int(args.vector_memory * 2**30)
+    # Every width, and every instruction of the queries, uses the same vectors of the documents again.
+    keeps_all = len(encoder.widths) > 1 or bool(args.instruction_variants)
+    return VectorCache(folder, encoder.revision, encoder.width, memory_bytes, keeps_all)
