@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -25,6 +25,20 @@ from jaxembed.hub.embedder import Embedder
 Convert = Callable[[np.ndarray], np.ndarray]
 
 NUMPY_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+class ModuleContent(NamedTuple):
+    """What a module of a sentence-transformers folder consists of.
+
+    Attributes:
+        config: Its config.json.
+        params: Parameters that have its weights among others.
+        prefixes: Prefix of the names of its weights, by their part of the parameters. Empty: it has no weights.
+    """
+
+    config: dict[str, Any]
+    params: Any = None
+    prefixes: Mapping[str, str] = {}
 
 
 def check_exportable(spec: EmbeddingSpec) -> None:
@@ -82,38 +96,41 @@ def write_stock_folder(embedder: Embedder, folder: Path, dtype: str) -> None:
 
 def _write_modules(folder: Path, embedder: Embedder, convert: Convert) -> None:
     """Write modules.json, and the folder of each module with its config and its weights."""
-    spec, width = embedder.spec, embedder.model.transformer.width
-    modules = stock_files.build_module_list(spec)
+    modules = stock_files.build_module_list(embedder.spec)
     write_json(folder / MODULES_FILE, modules)
-    configs: dict[str, dict[str, Any]] = {
-        "Pooling": stock_files.build_pooling_config(spec, width),
-        "TokenPooling": _build_token_pooling_config(embedder),
-        "Normalize": {},
-    }
-    dense = iter(_list_dense_modules(embedder))
+    contents = {kind: iter(entries) for kind, entries in _list_module_contents(embedder).items()}
     for module in modules[1:]:
-        kind, module_folder = module["type"].rsplit(".", 1)[-1], folder / module["path"]
+        module_folder = folder / module["path"]
         module_folder.mkdir()
-        config, params = next(dense) if kind == "Dense" else (configs[kind], embedder.params)
+        config, params, prefixes = next(contents[module["type"].rsplit(".", 1)[-1]])
         write_json(module_folder / "config.json", config)
-        if kind in ("Dense", "TokenPooling"):
-            part = "projection" if kind == "Dense" else "pooling"
-            save_params(module_folder / "model.safetensors", params, {part: ""}, convert)
-    if spec.pooling not in POOLING_MODES:
+        if prefixes:
+            save_params(module_folder / "model.safetensors", params, prefixes, convert)
+    if embedder.spec.pooling not in POOLING_MODES:
         shutil.copy(TOKEN_POOLING_FILE, folder)
 
 
-def _list_dense_modules(embedder: Embedder) -> list[tuple[dict[str, Any], Any]]:
-    """Return the config of each Dense module, and its parameters as those of a model with a single projection."""
-    configs = stock_files.build_dense_configs(embedder.spec, embedder.model.transformer.width)
-    if not configs:
-        return []
-    hidden = [f"hidden_{i}" for i in range(len(configs) - 1)]
-    projection = embedder.params["projection"]
-    own = {name: leaf for name, leaf in projection.items() if name not in hidden}
-    return [
-        (config, {"projection": layer}) for config, layer in zip(configs, [*(projection[n] for n in hidden), own], strict=True)
-    ]
+def _list_module_contents(embedder: Embedder) -> dict[str, list[ModuleContent]]:
+    """Return what each module after the transformer consists of, by kind, in the order of modules.json."""
+    width = embedder.model.transformer.width
+    dense_configs = stock_files.build_dense_configs(embedder.spec, width)
+    layers = _split_projection(embedder.params["projection"], len(dense_configs)) if dense_configs else []
+    return {
+        "Pooling": [ModuleContent(stock_files.build_pooling_config(embedder.spec, width))],
+        "TokenPooling": [ModuleContent(_build_token_pooling_config(embedder), embedder.params, {"pooling": ""})],
+        "Dense": [
+            ModuleContent(config, {"projection": layer}, {"projection": ""})
+            for config, layer in zip(dense_configs, layers, strict=True)
+        ],
+        "Normalize": [ModuleContent({})],
+    }
+
+
+def _split_projection(projection: Mapping[str, Any], count: int) -> list[Any]:
+    """Return the parameters of each of the layers of a projection, as those of a projection with a single layer."""
+    hidden = [f"hidden_{i}" for i in range(count - 1)]
+    last = {name: leaf for name, leaf in projection.items() if name not in hidden}
+    return [*(projection[name] for name in hidden), last]
 
 
 def dtype_converter(dtype: str) -> Convert:
