@@ -17,6 +17,8 @@ from sentence_transformers.util import quantize_embeddings
 
 from jaxembed import cli, encode
 from jaxembed.config.spec import EmbeddingSpec
+from jaxembed.data import text_input
+from jaxembed.data.vector_file import write_vectors
 from jaxembed.errors import UserError
 from jaxembed.search.precision import merge_ranges, quantize_vectors, quantized_layout
 
@@ -55,7 +57,7 @@ def lengths(texts: Sequence[str]) -> list[int]:
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.JSONL", "a.ndjson", "a.json", "a", "a.csv", "a.txt", "pipe"])
 def test_every_text_has_a_vector(tmp_path: Path, encoder: LengthEncoder, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encode, "TEXTS_PER_BATCH", 4)
+    monkeypatch.setattr(text_input, "TEXTS_PER_BATCH", 4)
     rows = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS) + "\n"
     lines = "\n".join(TEXTS) + "\n\n"
     content = {"a.csv": "text\n" + lines, "a.txt": lines}.get(name, rows)
@@ -108,14 +110,14 @@ def test_a_full_disk_ends_with_one_line(tmp_path: Path, encoder: LengthEncoder) 
     (tmp_path / "out.npy.partial").symlink_to("/dev/full")
     parts = [np.zeros((2, 2), np.float32)]
     with pytest.raises(UserError, match=r"out.npy: cannot be written \(No space left on device\)\. Free space"):
-        encode.write_vectors(tmp_path / "out.npy.partial", tmp_path / "out.npy", parts, 2, 2)
+        write_vectors(tmp_path / "out.npy.partial", tmp_path / "out.npy", parts, 2, 2)
 
 
 def test_long_texts_are_cut_before_they_are_encoded(
     tmp_path: Path, encoder: LengthEncoder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(encode, "MAX_TEXT_CHARS", 50)
-    monkeypatch.setattr(encode, "CHARS_PER_BATCH", 100)
+    monkeypatch.setattr(text_input, "MAX_TEXT_CHARS", 50)
+    monkeypatch.setattr(text_input, "CHARS_PER_BATCH", 100)
     texts = ["x" * 1000, *["y" * 50] * 4, "z"]
     (tmp_path / "a.txt").write_text("\n".join(texts))
     with caplog.at_level(logging.WARNING):
@@ -140,7 +142,7 @@ def test_precisions_equal_those_of_sentence_transformers(precision: Any) -> None
 
 
 def test_ranges_of_some_texts_quantize_others(tmp_path: Path, encoder: LengthEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encode, "TEXTS_PER_BATCH", 2)
+    monkeypatch.setattr(text_input, "TEXTS_PER_BATCH", 2)
     ranges = tmp_path / "ranges.npy"
     (tmp_path / "a.txt").write_text("\n".join(["x" * n for n in (1, 256, 7)]))
     run(tmp_path / "a.txt", tmp_path / "a.npy", "--write-ranges", str(ranges))

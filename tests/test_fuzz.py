@@ -26,7 +26,7 @@ from jaxembed.data.beir import open_beir, write_beir
 from jaxembed.data.containers import open_container
 from jaxembed.data.rows import IndexedRows, RowSchema
 from jaxembed.data.sources import open_source
-from jaxembed.encode import read_texts
+from jaxembed.data.text_input import read_texts
 from jaxembed.errors import UserError
 from jaxembed.training.metrics import read_metrics
 

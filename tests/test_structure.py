@@ -95,6 +95,23 @@ def test_files_are_short() -> None:
     assert {path: length for path, length in lengths.items() if length > MAX_LINES} == {}
 
 
+def iter_parameters(function: ast.FunctionDef) -> Iterator[str]:
+    """Yield the parameters of a function, without self and cls."""
+    given = function.args
+    named = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
+    yield from (argument.arg for argument in named if argument and argument.arg not in ("self", "cls"))
+
+
+def test_functions_with_many_parameters_say_why() -> None:
+    functions = [
+        (path, node) for path in FILES for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)
+    ]
+    many = {(path, node.name): ast.get_docstring(node) for path, node in functions if len([*iter_parameters(node)]) > 6}
+    assert {PACKAGE / "hub" / "embedder.py", PACKAGE / "training" / "step.py"} <= {path for path, _ in many}
+    reason = re.compile(r"(more than six|seven|eight) (parameters|arguments)")
+    assert [place for place, docstring in many.items() if not reason.search(" ".join((docstring or "").split()))] == []
+
+
 def test_the_tests_that_the_docs_name_exist() -> None:
     page = (ROOT / "docs" / "reference" / "checks.md").read_text()
     named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)", page)

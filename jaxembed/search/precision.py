@@ -77,3 +77,21 @@ def read_ranges(path: Path, width: int) -> np.ndarray:
             "first). Write ranges with the same model, prompt and --dim."
         )
     return ranges.astype(np.float32)
+
+
+class Quantizer:
+    """Quantizes vectors batch by batch, and measures their ranges.
+
+    Attributes:
+        found_ranges: Lowest and highest value of each dimension so far, [2, width]. None before the first vectors.
+    """
+
+    def __init__(self, precision: Precision, ranges: np.ndarray | None):
+        """Set the precision and its `ranges`, which only int8 and uint8 need."""
+        self._precision, self._ranges = precision, ranges
+        self.found_ranges: np.ndarray | None = None
+
+    def __call__(self, vectors: np.ndarray) -> np.ndarray:
+        """Return quantized vectors."""
+        self.found_ranges = merge_ranges(self.found_ranges, vectors)
+        return quantize_vectors(vectors, self._precision, self._ranges)

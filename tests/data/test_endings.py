@@ -18,7 +18,7 @@ from jaxembed.curation.pool import read_corpus
 from jaxembed.data.containers import open_container
 from jaxembed.data.rows import IndexedRows
 from jaxembed.data.sources import ROW_SCHEMAS, detect_format
-from jaxembed.encode import read_texts
+from jaxembed.data.text_input import read_texts
 from jaxembed.errors import UserError
 
 TEXTS = ["one, two", 'three "four"\nfive', "é🙂"]

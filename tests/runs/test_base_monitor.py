@@ -17,7 +17,7 @@ from jaxembed.training.metrics import Recorder, read_metrics
 
 
 class Lines:
-    """A recorder that keeps what it is told."""
+    """A recorder that keeps the rows it gets."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
