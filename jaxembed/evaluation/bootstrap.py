@@ -48,6 +48,11 @@ def score_mean(values: Float[np.ndarray, "n c"], indices: Int[np.ndarray, "r n"]
     return values[:, 0][indices].mean(axis=1)
 
 
+def score_equal_share(values: Float[np.ndarray, "n c"], indices: Int[np.ndarray, "r n"]) -> Float[np.ndarray, " r"]:
+    """Return the share of items whose first two values are equal, in each resample."""
+    return (values[:, 0] == values[:, 1])[indices].mean(axis=1)
+
+
 def score_spearman(values: Float[np.ndarray, "n c"], indices: Int[np.ndarray, "r n"]) -> Float[np.ndarray, " r"]:
     """Return Spearman's correlation of the first two values over the items of each resample."""
     from scipy.stats import rankdata  # takes a second to import
@@ -81,6 +86,27 @@ def score_average_precision(values: Float[np.ndarray, "n c"], indices: Int[np.nd
     with np.errstate(invalid="ignore", divide="ignore"):
         precision = np.cumsum(positives, axis=1) / np.cumsum(found, axis=1)
         return np.nansum(precision * positives, axis=1) / positives.sum(axis=1)
+
+
+def score_weighted_f1(values: Float[np.ndarray, "n c"], indices: Int[np.ndarray, "r n"]) -> Float[np.ndarray, " r"]:
+    """Return the F1 score of each label, weighted by its number of items, for each resample, as scikit-learn defines it.
+
+    Args:
+        values: The label of each item, and the label that was predicted.
+        indices: The items of each resample.
+    """
+    distinct, numbers = np.unique(values[:, :2], return_inverse=True)
+    labels, predictions = numbers.reshape(-1, 2).T
+    rows = np.arange(len(indices))[:, None] * len(distinct)
+
+    def count(codes: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+        item_weights = None if weights is None else weights[indices].ravel()
+        counts = np.bincount((codes[indices] + rows).ravel(), item_weights, len(indices) * len(distinct))
+        return counts.reshape(len(indices), -1)
+
+    support, predicted, hits = count(labels), count(predictions), count(labels, labels == predictions)
+    f1 = 2 * hits / np.maximum(support + predicted, 1)
+    return np.asarray((support * f1).sum(axis=1) / indices.shape[1])
 
 
 def _correlate(a: np.ndarray, b: np.ndarray) -> np.ndarray:

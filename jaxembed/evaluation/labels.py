@@ -137,13 +137,30 @@ def score_v_measure(values: Float[np.ndarray, "n c"], indices: Int[np.ndarray, "
     return np.mean(scores, axis=0)
 
 
-def _compute_entropy(codes: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """Return the entropy of the codes in each resample, float64 [R], in nats."""
+def score_drawn_v_measure(values: Float[np.ndarray, "n c"], indices: Int[np.ndarray, "r n"]) -> Float[np.ndarray, " r"]:
+    """Return the mean V-measure of several clusterings, each of a sample of the texts, for each resample of the texts.
+
+    Args:
+        values: For each clustering: the label of each text, its cluster, and how often the sample has it.
+        indices: The texts of each resample.
+    """
+    scores = []
+    for labels, clusters, counts in values.astype(np.int64).T.reshape(-1, 3, len(values)):
+        joint_entropy = _compute_entropy(labels * (clusters.max() + 1) + clusters, indices, counts)
+        both = _compute_entropy(labels, indices, counts) + _compute_entropy(clusters, indices, counts)
+        with np.errstate(invalid="ignore"):
+            scores.append(np.where(both > 0, 2 - 2 * joint_entropy / both, 1.0))
+    return np.mean(scores, axis=0)
+
+
+def _compute_entropy(codes: np.ndarray, indices: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """Return the entropy of the codes in each resample, float64 [R], in nats. Items count by their weight, or all alike."""
     from scipy.special import xlogy
 
     distinct, numbers = np.unique(codes, return_inverse=True)
-    resamples, items = indices.shape
-    rows = np.arange(resamples)[:, None] * len(distinct)
-    counts = np.bincount((numbers[indices] + rows).ravel(), minlength=resamples * len(distinct))
-    shares = counts.reshape(resamples, len(distinct)) / items
+    rows = np.arange(len(indices))[:, None] * len(distinct)
+    item_weights = None if weights is None else weights[indices].ravel()
+    counts = np.bincount((numbers[indices] + rows).ravel(), item_weights, len(indices) * len(distinct))
+    counts = counts.reshape(len(indices), len(distinct))
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     return np.asarray(-xlogy(shares, shares).sum(axis=1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import random
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,9 +14,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxembed.errors import UserError, summarize
-from jaxembed.evaluation.bootstrap import ScoredItems, score_average_precision, score_mean, score_spearman
+from jaxembed.evaluation.bootstrap import (
+    ScoredItems,
+    score_average_precision,
+    score_equal_share,
+    score_mean,
+    score_spearman,
+    score_weighted_f1,
+)
 from jaxembed.evaluation.comparison import ItemScores
-from jaxembed.evaluation.labels import score_v_measure
+from jaxembed.evaluation.labels import score_drawn_v_measure, score_v_measure
 from jaxembed.evaluation.task_encoder import TaskEncoder
 from jaxembed.files import exists, read_json
 
@@ -94,8 +102,11 @@ def read_items(task: Any, folder: Path, score: float | None) -> tuple[list[Score
     if not exists(path):
         return [], NO_ITEMS
     predictions = {key: value for key, value in read_json(path).items() if key != "mteb_model_meta"}
+    reset_random_state(task)  # so that the samples of documents are those that mteb has drawn
     try:
-        parts = [part for subset, split, found in _iter_splits(predictions) for part in _build(task, subset, split, found)]
+        parts = [
+            part for subset, split, found in _iter_splits(task, predictions) for part in _build(task, subset, split, found)
+        ]
     except NoItemsError as error:
         return [], str(error)
     found_score = float(np.mean([part.score for part in parts])) if parts else float("nan")
@@ -104,15 +115,25 @@ def read_items(task: Any, folder: Path, score: float | None) -> tuple[list[Score
     return parts, ""
 
 
-def _iter_splits(predictions: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str, Any]]:
-    for subset, by_split in predictions.items():
-        for split, found in by_split.items():
-            yield subset, split, found
+def reset_random_state(task: Any) -> None:
+    """Let an mteb task draw the same samples again, as a task that was just created does."""
+    for member in (task, *getattr(task, "taskname_to_task", {}).values()):
+        member.rng_state, member.np_rng = random.Random(member.seed), np.random.default_rng(member.seed)
+
+
+def _iter_splits(task: Any, predictions: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str, Any]]:
+    """Yield the subsets and splits in the order in which mteb scores them, with their predictions."""
+    for split in task.eval_splits:
+        for subset, by_split in predictions.items():
+            if split in by_split:
+                yield subset, split, by_split[split]
 
 
 def _build(task: Any, subset: str, split: str, predictions: Any) -> list[ScoredItems]:
     """Return the items of a split."""
     from mteb import abstasks
+    from mteb.abstasks.text.bitext_mining import AbsTaskBitextMining
+    from mteb.abstasks.text.summarization import AbsTaskSummarization
 
     builders: dict[Any, Callable[[Any, Split, Any], list[ScoredItems]]] = {
         abstasks.AbsTaskRetrieval: _build_retrieval,
@@ -120,6 +141,9 @@ def _build(task: Any, subset: str, split: str, predictions: Any) -> list[ScoredI
         abstasks.AbsTaskClassification: _build_classification,
         abstasks.AbsTaskPairClassification: _build_pair_classification,
         abstasks.AbsTaskClusteringLegacy: _build_clustering,
+        abstasks.AbsTaskClustering: _build_sampled_clustering,
+        AbsTaskBitextMining: _build_bitext_mining,
+        AbsTaskSummarization: _build_summarization,
     }
     build = next((builder for kind, builder in builders.items() if isinstance(task, kind)), None)
     if build is None:
@@ -175,3 +199,63 @@ def _build_clustering(task: Any, split: Split, predictions: Sequence[Sequence[in
         numbers = np.unique(labels, return_inverse=True)[1]
         parts.append(ScoredItems(np.column_stack([numbers, clusters]).astype(np.float64), score_v_measure, "texts"))
     return parts
+
+
+def _build_sampled_clustering(task: Any, split: Split, predictions: Mapping[str, Sequence[Sequence[int]]]) -> list[ScoredItems]:
+    """Return the texts of a task that clusters samples of them, at each level of the labels. An item is a text.
+
+    mteb stores the clusters but not the samples. They are drawn again, in the order in which mteb draws them.
+    """
+    rows = (
+        task.rng_state.sample(range(len(split)), k=size) if (size := _count_embedded(task, len(split))) else range(len(split))
+    )
+    all_labels = split[task.label_column_name]
+    labels = [label if isinstance(label, list) else [label] for label in (all_labels[row] for row in rows)]
+    columns: list[np.ndarray] = []
+    for level, clusterings in enumerate(predictions.values()):
+        level_labels = np.array([label[level] if len(label) > level else -1 for label in labels])
+        texts = np.flatnonzero([label != -1 for label in level_labels])
+        numbers = np.unique(level_labels, return_inverse=True)[1]
+        for clusters in clusterings:
+            drawn = texts[task.rng_state.choices(range(len(texts)), k=task.max_documents_per_cluster)]
+            cluster_by_text = np.zeros(len(labels), np.int64)
+            cluster_by_text[drawn] = clusters
+            columns += [numbers, cluster_by_text, np.bincount(drawn, minlength=len(labels))]
+    return [ScoredItems(np.column_stack(columns).astype(np.float64), score_drawn_v_measure, "texts")]
+
+
+def _count_embedded(task: Any, count: int) -> int:
+    """Return how many of the texts of a split an mteb task draws, clusters and scores. 0: all, in their order."""
+    if task.max_fraction_of_documents_to_embed is not None:
+        return min(count, int(task.max_fraction_of_documents_to_embed * count))
+    return min(count, task.max_document_to_embed or 0)
+
+
+def _build_bitext_mining(
+    task: Any, split: Split, predictions: Mapping[str, Sequence[Mapping[str, float]]]
+) -> list[ScoredItems]:
+    """Return the texts of each pair of languages, each with its translation and the text that was found."""
+    statistic = {"f1": score_weighted_f1, "accuracy": score_equal_share}.get(task.metadata.main_score)
+    if statistic is None:
+        raise NoItemsError(f"results by item are not known for {task.metadata.main_score}")
+    parts = []
+    for found in predictions.values():
+        gold = [target for _, target in split["gold"]] if "gold" in split else range(len(found))
+        values = np.array([gold, [neighbor["corpus_id"] for neighbor in found]], np.float64).T
+        parts.append(ScoredItems(values, statistic, "texts"))
+    return parts
+
+
+def _build_summarization(task: Any, split: Split, predictions: Mapping[str, Sequence[Sequence[float]]]) -> list[ScoredItems]:
+    """Return the texts, each with the correlation of its summaries' similarities and ratings."""
+    from scipy import stats
+
+    kind, _, correlation = task.metadata.main_score.partition("_")
+    correlate = {"spearman": stats.spearmanr, "pearson": stats.pearsonr}.get(correlation)
+    if correlate is None:
+        raise NoItemsError(f"results by item are not known for {task.metadata.main_score}")
+    if len(predictions["human_scores"]) < sum(len(set(ratings)) > 1 for ratings in split[task.relevancy_column_name]):
+        raise NoItemsError("mteb left out texts all of whose summaries are equally similar")
+    pairs = zip(predictions["human_scores"], predictions[f"{kind}_scores"], strict=True)
+    values = [float(correlate(ratings, similarities).statistic) for ratings, similarities in pairs]
+    return [ScoredItems(np.array(values)[:, None], score_mean, "texts")]

@@ -12,7 +12,7 @@ from jaxembed.errors import UserError
 from jaxembed.evaluation.comparison import ItemScores
 from jaxembed.evaluation.mteb_catalog import find_tasks, import_mteb
 from jaxembed.evaluation.mteb_encoder import MtebEncoder, choose_prompts
-from jaxembed.evaluation.mteb_items import explain_failed_download, score_task_items
+from jaxembed.evaluation.mteb_items import explain_failed_download, reset_random_state, score_task_items
 from jaxembed.evaluation.mteb_results import summarize_task
 from jaxembed.evaluation.mteb_texts import list_task_texts
 from jaxembed.evaluation.task_encoder import TaskEncoder
@@ -142,6 +142,7 @@ class MtebTask:
         mteb = import_mteb()
         from mteb.cache import ResultCache
 
+        reset_random_state(self.task)  # every model and every width is scored on the same samples
         cache = ResultCache(self.cache_folder) if self.cache_folder else None
         results = mteb.evaluate(
             encoder,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from scipy import stats
-from sklearn.metrics import average_precision_score, v_measure_score
+from sklearn.metrics import accuracy_score, average_precision_score, f1_score, v_measure_score
 
 from jaxembed.evaluation import bootstrap
 from jaxembed.evaluation.bootstrap import (
@@ -14,11 +14,13 @@ from jaxembed.evaluation.bootstrap import (
     compare_items,
     compute_standard_error,
     score_average_precision,
+    score_equal_share,
     score_mean,
     score_pearson,
     score_spearman,
+    score_weighted_f1,
 )
-from jaxembed.evaluation.labels import score_v_measure
+from jaxembed.evaluation.labels import score_drawn_v_measure, score_v_measure
 
 
 def make_items(statistic: Statistic, columns: int, seed: int, shift: float = 0.0) -> ScoredItems:
@@ -89,6 +91,26 @@ def test_v_measures_of_resamples_equal_those_of_sklearn() -> None:
     expected = [np.mean([v_measure_score(c[:, 0], c[:, i]) for i in (1, 2)]) for c in values[indices]]
     assert score_v_measure(values, indices) == pytest.approx(expected, abs=1e-9)
     assert score_v_measure(np.zeros((5, 2)), np.arange(5)[None]) == 1  # one label, one cluster
+
+
+def test_v_measures_of_drawn_texts_equal_those_of_sklearn() -> None:
+    rng = np.random.default_rng(0)
+    columns = [column for _ in range(2) for column in (*rng.integers(4, size=(2, 50)), rng.integers(3, size=50))]
+    values = np.column_stack(columns).astype(float)
+    for indices in rng.integers(50, size=(3, 50)):
+        samples = [(values[np.repeat(indices, values[indices, i + 2].astype(int))], i) for i in (0, 3)]
+        expected = np.mean([v_measure_score(texts[:, i], texts[:, i + 1]) for texts, i in samples])
+        assert score_drawn_v_measure(values, indices[None]) == pytest.approx([expected], abs=1e-9)
+
+
+def test_translations_of_resamples_are_scored_as_by_sklearn() -> None:
+    rng = np.random.default_rng(0)
+    gold = np.arange(50)
+    values = np.stack([gold, np.where(rng.random(50) < 0.5, gold, rng.integers(50, size=50))], axis=1).astype(float)
+    indices = rng.integers(50, size=(3, 50))
+    expected = [f1_score(*chosen.T, average="weighted", zero_division=0) for chosen in values[indices]]
+    assert score_weighted_f1(values, indices) == pytest.approx(expected, abs=1e-12)
+    assert score_equal_share(values, indices) == pytest.approx([accuracy_score(*chosen.T) for chosen in values[indices]])
 
 
 def test_verdicts() -> None:

@@ -42,7 +42,27 @@ def make_tasks() -> dict[str, Any]:
         "top_ranked": None,
     }  # fmt: skip
     clusters = [{"sentences": [row["text"] for row in labeled[:40]], "labels": [str(row["label"]) for row in labeled[:40]]}]
+    fast = mocks.MockMultilingualClusteringFastTask()
+    fast.max_document_to_embed, fast.max_documents_per_cluster = 50, 45
+    levels = [{"sentences": row["text"], "labels": [str(row["label"] // 2), str(row["label"])]} for row in labeled]
+    summarized = [
+        {
+            "text": row["text"],
+            "human_summaries": [row["text"]],
+            "machine_summaries": [row["text"], " ".join(row["text"].split()[:2]), *WORDS[i % 20 : i % 20 + 2]],
+            "relevance": [1.0, 0.8, 0.1, 0.0],
+        }
+        for i, row in enumerate(labeled)
+    ]
+    translated = {"eng_Latn": texts, "fra_Latn": [" ".join(text.split()[:3]) for text in texts]}
     return {
+        "SampledClustering": with_data(
+            fast, {subset: DatasetDict({"test": Dataset.from_list(levels)}) for subset in ("eng", "fra")}
+        ),
+        "BitextMining": with_data(
+            mocks.MockMultilingualParallelBitextMiningTask(), DatasetDict({"test": Dataset.from_dict(translated)})
+        ),
+        "Summarization": with_data(mocks.MockSummarizationTask(), DatasetDict({"test": Dataset.from_list(summarized)})),
         "Retrieval": with_data(mocks.MockRetrievalTask(), {"default": {"val": retrieval, "test": dict(retrieval)}}),
         "STS": with_data(mocks.MockSTSTask(), DatasetDict({"test": Dataset.from_list(scored)})),
         "Classification": with_data(
@@ -60,6 +80,9 @@ UNITS = {
     "Classification": "texts",
     "PairClassification": "pairs",
     "Clustering": "texts",
+    "SampledClustering": "texts",
+    "BitextMining": "texts",
+    "Summarization": "texts",
 }
 
 
@@ -76,15 +99,34 @@ def test_items_give_the_score_of_mteb(kind: str) -> None:
     assert difference["verdict"] == "better" and difference[UNITS[kind]] >= 30
 
 
-def test_a_task_without_items_has_no_interval() -> None:
-    from mteb.mocks import MockSummarizationTask
+def test_every_model_and_width_is_scored_on_the_same_samples() -> None:
+    task = MtebTask(make_tasks()["SampledClustering"])
+    encoder = make_encoder()
+    first, again = task.score(encoder)["score"], task.score(encoder)["score"]
+    encoder.widths = (32, 31)
+    assert first == again == task.score(encoder)["widths"]["32"]
+    fresh = MtebTask(make_tasks()["SampledClustering"])
+    encoder.widths = (31,)
+    assert fresh.score(encoder)["score"] == task.score(encoder)["score"]
 
-    task = MtebTask(MockSummarizationTask())
+
+def test_a_task_without_items_has_no_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = MtebTask(make_tasks()["Summarization"])
+    monkeypatch.setattr(type(task.task), "prediction_file_name", "absent.json")
     found = task.score_items(make_encoder())
     assert found.missing_reason == NO_ITEMS and not found.parts
     comparison = compare_tasks({task.name: found}, {task.name: found}, ("a", "b"))
     assert comparison["differences"][task.name]["no_interval"] == NO_ITEMS
     assert comparison["conclusion"].endswith(f"Without an interval: {task.name}.") and "mean" not in comparison
+
+
+def test_texts_that_a_model_left_out_leave_no_interval() -> None:
+    """mteb skips a text whose summaries are equally similar, so two models may have other texts."""
+    task = make_tasks()["Summarization"]
+    rows = [*task.dataset["test"]]
+    rows[0]["machine_summaries"] = ["bank0"] * 4
+    found = MtebTask(with_data(task, DatasetDict({"test": Dataset.from_list(rows)}))).score_items(make_encoder())
+    assert "mteb left out texts" in found.missing_reason
 
 
 def test_items_that_do_not_give_the_score_are_not_used() -> None:
@@ -120,6 +162,9 @@ def test_texts_of_tasks_are_listed() -> None:
         "Classification": [("texts", 30)],
         "PairClassification": [("texts", 60)] * 2,
         "Clustering": [("texts", 40)],
+        "SampledClustering": [("texts", 60)] * 2,
+        "BitextMining": [("texts", 60)] * 4,
+        "Summarization": [("texts", 60), ("texts", 60), ("texts", 240)],
     }
     (_, queries), (_, documents), *_ = tasks["Retrieval"].list_texts()
     assert documents[0].startswith(queries[0]) and set(documents[0].split()) <= set(WORDS)

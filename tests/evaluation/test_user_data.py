@@ -118,7 +118,7 @@ def test_equal_models_show_no_difference(folder: Path) -> None:
 
 
 def test_a_model_to_compare_with_is_looked_for_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "load_encoder", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(evaluation, "load_encoder", lambda *_, **__: pytest.fail("loaded"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"^nowhere: "):
@@ -128,7 +128,7 @@ def test_a_model_to_compare_with_is_looked_for_first(tmp_path: Path, monkeypatch
 
 
 def test_a_model_to_compare_with_must_have_the_widths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "load_encoder", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(evaluation, "load_encoder", lambda *_, **__: pytest.fail("loaded"))
     base = tiny.write_folder(tmp_path / "base", "qwen3")
     with pytest.raises(UserError, match=r"^--dim: 64 is above the width of this model \(32\)"):
         run("x", "--beir", "bank", "--compare", str(base), "--dim", "64")
