@@ -18,8 +18,8 @@ from jaxtyping import Float
 
 from jaxembed.config.curation import DuplicatesStepConfig
 from jaxembed.curation.mining import MAX_TEXT_CHARS, SCORE_TOLERANCE
+from jaxembed.curation.steps.curated_row import CuratedRow
 from jaxembed.curation.steps.items import list_items
-from jaxembed.curation.steps.sides import CuratedRow
 from jaxembed.data.batch import EncoderInput
 from jaxembed.data.equality import hash_exact_text, normalize_text
 from jaxembed.hub.frozen_encoder import FrozenEncoder
