@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxembed import cli, config
+from jaxembed.config.curation_models import Ranker
 from jaxembed.config.mining import RULES, RULES_BY_KEY, SAMPLED_RULES, STAGE_KEYS, MineConfig
 from jaxembed.config.sections import parse_section
 from jaxembed.curation.rules import option_name
@@ -25,6 +26,7 @@ ABOUT = """\
 IN is anything that training reads, except rows of text and label. OUT has the rows of IN as pairs (query, pos, neg), with the
 mined negatives, and the scores of positives and negatives. Neither the positives of a query, in whatever row, nor the query
 itself become its negatives. Vectors are cached, so the same command continues after a stop."""
+RANKERS: dict[str, tuple[Ranker, ...]] = {"model": ("vectors",), "bm25": ("bm25",), "fused": ("vectors", "bm25")}
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
@@ -32,7 +34,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     # Bad options and outputs fail before JAX loads.
     out, report_path = prepare_outputs(args)
     rule, source = read_rule(args), read_source(args)
-    if args.candidates == "bm25":
+    if "bm25" in RANKERS[args.candidates]:
         check_bm25_installed()
     cli.set_up_jax()
     from jaxembed.curation.mining import MiningOptions
@@ -43,7 +45,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         config=rule,
         seed=args.seed,
         keep_negatives=args.keep_negatives,
-        use_bm25=args.candidates == "bm25",
+        rankers=RANKERS[args.candidates],
         memory_mb=args.memory_mb,
         approximate=args.approximate,
     )
@@ -145,7 +147,10 @@ def make_parser() -> cli.Parser:
     add_rule_options(parser)
     group = parser.add_argument_group("candidates", "the best documents of a query, without its positives and itself")
     group.add_argument(
-        "--candidates", choices=["model", "bm25"], default="model", help="nearest by MODEL (default), or best by BM25"
+        "--candidates",
+        choices=list(RANKERS),
+        default="model",
+        help="nearest by MODEL (default), best by BM25, or both, fused by reciprocal rank",
     )
     group.add_argument(
         "--cross-encoder", metavar="MODEL",

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from jaxembed.config.curation_models import ClusterStepConfig, JudgeStepConfig, MineStepConfig
 from jaxembed.config.data import NonEmpty, SourceConfig, Where
 from jaxembed.config.sections import Positive, Section, apply_override, parse_section, read_tree
 from jaxembed.config.shipped import CURATION_FOLDER, find_config
@@ -238,12 +239,41 @@ class BalanceStepConfig(StepConfig):
     )
     max_rows: Positive | None = Field(None, description="Maximum rows of a group. Default: no limit.")
     share: Share = Field(1.0, description="Share of the rows to draw. max_rows applies after it.")
+    rows: Positive | None = Field(
+        None,
+        description="Number of rows to draw from all groups together: from each in proportion to its weight times its size to "
+        "the power of exponent, and at most all of it. Default: no number.",
+    )
+    exponent: float = Field(
+        1.0, ge=0, le=1, description="rows: power of the size of a group. 1: groups keep their shares. 0: equal shares."
+    )
+    weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        {}, description="rows: weight of a group, by its value. Default: 1 each."
+    )
 
     @model_validator(mode="after")
     def _check_limit(self) -> BalanceStepConfig:
-        if self.max_rows is None and self.share == 1:
-            raise ValueError("a balance step needs max_rows or share. Set one of them.")
+        if self.max_rows is None and self.share == 1 and self.rows is None:
+            raise ValueError("a balance step needs rows, max_rows or share. Set one of them.")
+        if self.rows is None and (self.exponent != 1 or self.weights):
+            raise ValueError("exponent and weights divide a number of rows among groups. Set rows.")
+        if self.rows is not None and self.share != 1:
+            raise ValueError("rows and share both say how much is drawn. Remove one of them.")
         return self
+
+
+class CurriculumStepConfig(StepConfig):
+    """Write the level of each row, by its difficulty, into a field. Stages of training select levels with `where`."""
+
+    name: Literal["curriculum"] = "curriculum"
+    by: NonEmpty = Field(
+        "scores",
+        description="Field with the difficulty, a number. scores: the highest score of a negative minus the lowest score of a "
+        "positive, as mine and judge write them.",
+    )
+    levels: Annotated[int, Field(ge=2, le=100)] = Field(3, description="Number of levels, with equal numbers of rows.")
+    descending: bool = Field(False, description="Put rows with large numbers first. Default: small numbers, the easy rows.")
+    field: NonEmpty = Field("level", description="Field that is written: 1 for the first level.")
 
 
 AnyStep = Annotated[
@@ -254,7 +284,11 @@ AnyStep = Annotated[
     | NegativesStepConfig
     | DecontaminateStepConfig
     | FunctionStepConfig
-    | BalanceStepConfig,
+    | BalanceStepConfig
+    | CurriculumStepConfig
+    | MineStepConfig
+    | JudgeStepConfig
+    | ClusterStepConfig,
     Field(discriminator="name"),
 ]
 
@@ -273,6 +307,12 @@ class CurateConfig(Section):
     )
     sources: tuple[SourceConfig, ...] = Field(min_length=1, description="Sources, as in the data section of training.")
     steps: tuple[AnyStep, ...] = Field(min_length=1)
+
+    @property
+    def output_metadata(self) -> tuple[str, ...]:
+        """Fields to write besides those that training reads: `metadata`, and the fields that steps write."""
+        fields = [step.field for step in self.steps if isinstance(step, CurriculumStepConfig | ClusterStepConfig)]
+        return tuple(dict.fromkeys([*self.metadata, *fields]))
 
 
 def load_curate_config(path: str | Path, overrides: Sequence[str] = ()) -> CurateConfig:

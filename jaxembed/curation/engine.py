@@ -2,7 +2,7 @@
 
 OUT/.unfinished/inputs.json       hash of the sources; exists until the curation is finished
 OUT/.unfinished/0/rows.jsonl      rows after the steps of a stage: [source, number, row] per line
-OUT/.unfinished/0/dropped.npy     which items the step that ends the stage drops
+OUT/.unfinished/0/dropped.npy     which items the step that ends the stage drops, or changes.jsonl: what it changes in each row
 OUT/.unfinished/0/stage.json      hash and statistics of the stage; written last, so it marks a finished stage
 OUT/SOURCE.jsonl, report.json, report.html
 """
@@ -21,8 +21,6 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from jaxembed.config.curation import CurateConfig
 from jaxembed.curation.curation_page import write_page
 from jaxembed.curation.curation_sources import CuratedSource, iter_curated_rows, open_curated_sources
@@ -33,14 +31,16 @@ from jaxembed.curation.stages import (
     check_sides,
     compute_stage_digests,
     make_all_rows_step,
-    make_item_rule,
     needs_all_rows,
     prepare_step,
+    read_decisions,
     split_into_stages,
+    write_decisions,
 )
+from jaxembed.curation.steps.changes import ChangingStep
 from jaxembed.curation.steps.curated_row import CuratedRow, PreparedStep, RowStep, write_row
 from jaxembed.curation.steps.decontamination import ReadTask
-from jaxembed.curation.steps.items import AllRowsStep, make_item_filter
+from jaxembed.curation.steps.items import AllRowsStep
 from jaxembed.data.convert import WRITERS, select_fields
 from jaxembed.devices.processes import progress_bar
 from jaxembed.errors import UserError
@@ -48,7 +48,7 @@ from jaxembed.files import atomic_write, read_json, write_json, write_text
 
 ROWS_PER_BATCH = 512
 UNFINISHED = ".unfinished"
-INPUTS_FILE, ROWS_FILE, DROPPED_FILE, STAGE_FILE = "inputs.json", "rows.jsonl", "dropped.npy", "stage.json"
+INPUTS_FILE, ROWS_FILE, STAGE_FILE = "inputs.json", "rows.jsonl", "stage.json"
 REPORT_FILE, PAGE_FILE = "report.json", "report.html"
 log = logging.getLogger("jaxembed")
 
@@ -160,15 +160,13 @@ class Curation:
         config = self.config.steps[step_index]
         with closing(make_all_rows_step(config, keys, self.num_rows, self.config, self.cache)) as step:
             write_rows(folder / ROWS_FILE, rows, step)
-            np.save(folder / DROPPED_FILE, step.find_dropped())
+            write_decisions(folder, step)
 
     def _list_functions(self, index: int) -> dict[int, RowStep]:
         """Return the functions of a stage by the index of their step. The first one drops what the previous stage decided."""
         functions: dict[int, RowStep] = {}
         if index and (decided := self.stages[index - 1].all_rows_step) is not None:
-            folder = stage_folder(self.out, index - 1)
-            rule = make_item_rule(self.config.steps[decided])
-            functions[decided] = make_item_filter(rule, np.load(folder / DROPPED_FILE))
+            functions[decided] = read_decisions(stage_folder(self.out, index - 1), self.config.steps[decided])
         return functions | {i: self.row_steps[i].function for i in self.stages[index].row_steps}
 
     def _iter_rows(self, index: int, stage: Stage, stats: RowStats) -> Generator[CuratedRow]:
@@ -200,7 +198,7 @@ class Curation:
         """Yield the fields of each row that are written, and count the rows in `stats`."""
         for row in rows:
             stats.add(row)
-            metadata = {field: row.fields[field] for field in self.config.metadata if field in row.fields}
+            metadata = {field: row.fields[field] for field in self.config.output_metadata if field in row.fields}
             yield json.loads(write_row(select_fields(row.fields) | metadata))
 
     def _check_rows_left(self, steps: dict[int, StepStats], stage: Stage) -> None:
@@ -228,7 +226,7 @@ def apply_steps(rows: Sequence[CuratedRow], functions: dict[int, RowStep], stats
     return rows
 
 
-def write_rows(path: Path, rows: Iterable[CuratedRow], step: AllRowsStep) -> None:
+def write_rows(path: Path, rows: Iterable[CuratedRow], step: AllRowsStep | ChangingStep) -> None:
     """Write the rows of a stage, and pass them to the step that ends it."""
     with path.open("w", encoding="utf-8") as file:
         for batch in batched(rows, ROWS_PER_BATCH):

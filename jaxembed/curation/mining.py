@@ -9,13 +9,15 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxembed.config import MineConfig, SourceConfig
+from jaxembed.config.curation_models import Ranker
 from jaxembed.curation.pool import MiningPool, PoolRow
-from jaxembed.curation.rules import choose_negatives
+from jaxembed.curation.rules import choose_negatives, format_rule_options
 from jaxembed.data.batch import EncodeInputs, EncoderInput
 from jaxembed.devices.processes import progress_bar
 from jaxembed.errors import UserError
 from jaxembed.hub.cross_encoder import ScorePairs
 from jaxembed.search import bm25
+from jaxembed.search.fusion import fuse_rankings
 from jaxembed.search.nearest import DEFAULT_MEMORY_MB, SearchResult, search
 
 TEXTS_PER_CALL = 2048  # Texts, or pairs of them. What earlier calls computed survives a kill.
@@ -34,27 +36,34 @@ class MiningOptions:
         config: Rule that selects negatives among the candidates, and filter that removes positives.
         seed: Seed of the sample that estimates the recall.
         keep_negatives: Keep the negatives of the rows, before the mined ones.
-        use_bm25: Take candidates from BM25, in its order, instead of from the vectors.
+        rankers: Rankings that order the candidates: vectors, bm25, and judge. Several are fused by reciprocal rank.
         memory_mb: Memory of the search on each device, in MiB.
         approximate: Search with `jax.lax.approx_max_k`.
+        relabel_margin: Replace the positives of a row by the best candidate if its score is this much above theirs. None: keep
+            them.
     """
 
     config: MineConfig
     seed: int = 0
     keep_negatives: bool = False
-    use_bm25: bool = False
+    rankers: tuple[Ranker, ...] = ("vectors",)
     memory_mb: int = DEFAULT_MEMORY_MB
     approximate: bool = False
+    relabel_margin: float | None = None
 
 
 class MinedRow(NamedTuple):
-    """A row with the scores of its positives, and its negatives with theirs. The last `num_mined` negatives are new."""
+    """A row with the scores of its positives, and its negatives with theirs. The last `num_mined` negatives are new.
+
+    If `is_relabeled`, its only positive is a candidate that took the place of its own ones.
+    """
 
     row: PoolRow
     positive_scores: np.ndarray
     negatives: tuple[int, ...]
     negative_scores: np.ndarray
     num_mined: int
+    is_relabeled: bool = False
 
 
 class MiningResult(NamedTuple):
@@ -144,11 +153,11 @@ def mine_negatives(
     def compute_cosines(ids: np.ndarray) -> np.ndarray:
         return np.einsum("pd,pd->p", query_vectors[ids[:, 0]], document_vectors[ids[:, 1]])
 
-    # Search, unless BM25 finds the candidates and nothing else needs the nearest documents.
+    # Search, unless BM25 alone finds the candidates and nothing else needs the nearest documents.
     recall: float | None = None
     nearest: list[SearchResult] = []
     top_k = options.config.consistency_top_k
-    if top_k or not options.use_bm25:
+    if top_k or "vectors" in options.rankers:
         nearest, recall = _find_nearest(pool, query_vectors, document_vectors, options)
 
     # Remove positives that the model does not find.
@@ -162,15 +171,27 @@ def mine_negatives(
         return MiningResult([], [], inconsistent_rows, recall)
 
     # Candidates, each with the score that the rule compares.
-    candidates = _find_by_bm25(pool, compute_cosines, options.config.last_rank) if options.use_bm25 else nearest
+    depth = options.config.last_rank
+    rankings = list(_iter_rankings(pool, nearest, options))
+    candidates = nearest
+    if "bm25" in options.rankers:
+        fused = [fuse_rankings(query_rankings)[:depth] for query_rankings in zip(*rankings, strict=True)]
+        scores = _score_documents(compute_cosines, list(enumerate(fused)), "candidates")
+        candidates = [SearchResult(*found) for found in zip(fused, scores, strict=True)]
     score = rescore or compute_cosines
     if rescore is not None:
-        candidates = _rerank(candidates, {row.query for row in kept_rows}, options.config.last_rank, rescore)
+        candidates = _rerank(candidates, {row.query for row in kept_rows}, depth, rescore)
+    if "judge" in options.rankers:
+        candidates = [_fuse_order(found, ranked) for found, *ranked in zip(candidates, *rankings, strict=True)]
 
-    # Scores of the positives, and of the negatives that the rows keep.
+    # Scores of the positives, better positives, and scores of the negatives that the rows keep.
     positive_scores = _score_documents(score, [(row.query, row.positives) for row in kept_rows], "positives")
+    is_relabeled = [False] * len(kept_rows)
+    if options.relabel_margin is not None:
+        relabeled = _relabel(kept_rows, positive_scores, candidates, options.relabel_margin)
+        kept_rows, positive_scores, is_relabeled = map(list, zip(*relabeled, strict=True))
     kept_negatives = [
-        tuple(document for document in row.negatives if document not in pool.excluded[row.query])
+        tuple(document for document in row.negatives if document not in {*pool.excluded[row.query], *row.positives})
         if options.keep_negatives
         else ()
         for row in kept_rows
@@ -179,12 +200,21 @@ def mine_negatives(
     kept_scores = _score_documents(score, list(zip(queries, kept_negatives, strict=True)), "negatives")
 
     # Apply the rule.
-    per_row = zip(kept_rows, positive_scores, kept_negatives, kept_scores, strict=True)
+    per_row = zip(kept_rows, positive_scores, kept_negatives, kept_scores, is_relabeled, strict=True)
     mined_rows = [
-        _mine_row(row, pos_scores, negatives, neg_scores, candidates[row.query], options.config)
-        for row, pos_scores, negatives, neg_scores in per_row
+        _mine_row(row, pos_scores, negatives, neg_scores, candidates[row.query], options.config)._replace(is_relabeled=better)
+        for row, pos_scores, negatives, neg_scores, better in per_row
     ]
     return MiningResult(mined_rows, row_numbers, inconsistent_rows, recall)
+
+
+def check_first_rank(pool: MiningPool, config: MineConfig, advice: str) -> None:
+    """Raise `UserError` if negatives start after the last candidate. `advice` says what to do."""
+    if pool.max_candidates < config.first_rank:
+        raise UserError(
+            f"{format_rule_options(config)}: negatives start at rank {config.first_rank}, but a query has at most "
+            f"{pool.max_candidates} candidates among {pool.corpus_size} documents. {advice}"
+        )
 
 
 def check_rows_left(result: MiningResult, config: MineConfig, key: str) -> None:
@@ -203,7 +233,7 @@ def _mine_row(
     config: MineConfig,
 ) -> MinedRow:
     """Append the negatives that the rule chooses to those that the row keeps."""
-    is_new = ~np.isin(candidates.rows, kept_negatives)
+    is_new = ~np.isin(candidates.rows, [*kept_negatives, *row.positives])
     documents, scores = candidates.rows[is_new], candidates.scores[is_new]
     rng = np.random.default_rng(row.draw_seed)
     chosen = choose_negatives(config, scores, float(positive_scores.min()), rng)
@@ -228,17 +258,22 @@ def _find_nearest(
     return [_remove_excluded(SearchResult(rows, scores), excluded, depth) for rows, scores, excluded in per_query], recall
 
 
-def _find_by_bm25(pool: MiningPool, score: ScoreIds, depth: int) -> list[SearchResult]:
-    """Return the best documents of each query by BM25 that may be negatives, in its order, with the scores of `score`."""
+def _iter_rankings(pool: MiningPool, nearest: list[SearchResult], options: MiningOptions) -> Iterator[list[np.ndarray]]:
+    """Yield the candidates of each query, best first, by vectors and by BM25, as the options ask."""
+    depth = options.config.last_rank
+    if "vectors" in options.rankers:
+        yield [found.rows[:depth] for found in nearest]
+    if "bm25" in options.rankers:
+        yield _find_by_bm25(pool, depth)
+
+
+def _find_by_bm25(pool: MiningPool, depth: int) -> list[np.ndarray]:
+    """Return the best documents of each query by BM25 that may be negatives, in its order."""
     queries = [query.text for query in pool.queries]
     ranked = bm25.rank_documents(pool.documents[: pool.corpus_size], queries, _search_depth(pool, depth))
     ranks = np.arange(ranked.shape[1])
-    candidates = [
-        _remove_excluded(SearchResult(rows, ranks), excluded, depth).rows
-        for rows, excluded in zip(ranked, pool.excluded, strict=True)
-    ]
-    scores = _score_documents(score, list(enumerate(candidates)), "candidates")
-    return [SearchResult(rows, row_scores) for rows, row_scores in zip(candidates, scores, strict=True)]
+    per_query = zip(ranked, pool.excluded, strict=True)
+    return [_remove_excluded(SearchResult(rows, ranks), excluded, depth).rows for rows, excluded in per_query]
 
 
 def _search_depth(pool: MiningPool, depth: int) -> int:
@@ -258,6 +293,30 @@ def _rerank(candidates: list[SearchResult], queries: set[int], depth: int, score
     orders = [np.argsort(-query_scores, kind="stable") for query_scores in scores]
     per_query = zip(candidate_ids, scores, orders, strict=True)
     return [SearchResult(ids[order], query_scores[order]) for ids, query_scores, order in per_query]
+
+
+def _fuse_order(judged: SearchResult, rankings: Sequence[np.ndarray]) -> SearchResult:
+    """Reorder the candidates that a judge has scored by all rankings: that of the judge, and the others."""
+    fused = fuse_rankings([judged.rows, *rankings])
+    scores = dict(zip(judged.rows.tolist(), judged.scores.tolist(), strict=True))
+    rows = [document for document in fused.tolist() if document in scores]
+    return SearchResult(np.array(rows, np.int64), np.array([scores[document] for document in rows], np.float32))
+
+
+def _relabel(
+    rows: Sequence[PoolRow], positive_scores: Sequence[np.ndarray], candidates: list[SearchResult], margin: float
+) -> Iterator[tuple[PoolRow, np.ndarray, bool]]:
+    """Yield each row, the scores of its positives, and whether a better candidate took the place of these.
+
+    Gecko (Lee et al. 2024, arXiv:2403.20327) takes the best-ranked passage as the positive, whatever the query was made from.
+    """
+    for row, scores in zip(rows, positive_scores, strict=True):
+        found = candidates[row.query]
+        best = int(found.scores.argmax()) if len(found.scores) else -1
+        if best >= 0 and found.scores[best] > scores.max() + margin:
+            yield row._replace(positives=(int(found.rows[best]),)), found.scores[best : best + 1], True
+        else:
+            yield row, scores, False
 
 
 def _remove_inconsistent(

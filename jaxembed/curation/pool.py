@@ -14,7 +14,7 @@ from jaxembed.data.containers import is_beir_folder, open_container
 from jaxembed.data.equality import hash_exact_text, normalize_text
 from jaxembed.data.rows import IndexedRows, RowSchema
 from jaxembed.data.sampling import iter_rows
-from jaxembed.data.schema import check_passage, is_text
+from jaxembed.data.schema import Row, check_passage, is_text
 from jaxembed.data.sources import Source, detect_format, open_source
 from jaxembed.devices.processes import progress_bar
 from jaxembed.errors import UserError
@@ -109,12 +109,20 @@ def read_corpus(paths: Sequence[str], cache: Path, text_column: str = "text") ->
 
 
 def read_pool(source: Source, corpus: Iterable[str] | None, seed: int) -> MiningPool:
-    """Read the pool of a source and a corpus.
+    """Read the pool of a source and a corpus (`build_pool`)."""
+    instruction = next(iter(source.config.instructions), "")
+    pool = build_pool(source.iter_pairs(seed), corpus, seed, instruction)
+    return dataclasses.replace(pool, drop_counts=source.sampler.drop_counts)
+
+
+def build_pool(pairs: Iterable[Row], corpus: Iterable[str] | None, seed: int, default_instruction: str = "") -> MiningPool:
+    """Build the pool of rows of pairs and a corpus.
 
     Args:
-        source: Source of queries, positives and negatives.
-        corpus: Documents to search. None: all positives and negatives of the source.
+        pairs: Rows with query, positives and negatives.
+        corpus: Documents to search. None: all positives and negatives of the rows.
         seed: Seed of everything drawn for a row, together with the row's texts. The order of rows makes no difference.
+        default_instruction: Instruction of queries whose row has no prompt.
 
     Raises:
         UserError: If no document of the corpus has a text.
@@ -130,16 +138,16 @@ def read_pool(source: Source, corpus: Iterable[str] | None, seed: int) -> Mining
             num_blank_documents += 1
     corpus_size = len(documents)
     if corpus is not None and not corpus_size:
-        raise UserError("--corpus: contains no text. Name files or BEIR folders with documents.")
+        raise UserError("corpus: contains no text. Name files or BEIR folders with documents.")
 
     # Rows by the ids of their texts.
     rows: list[PoolRow] = []
     query_ids: dict[EncoderInput, int] = {}
     positives_by_text: dict[str, set[int]] = {}
-    for row in progress_bar(source.iter_pairs(seed), unit="row", desc="rows"):
-        positives, negatives = (tuple(dict.fromkeys(map(documents.add, row.get(key, ())))) for key in ("pos", "neg"))
+    for row in progress_bar(pairs, unit="row", desc="rows"):
+        positives, negatives = (tuple(dict.fromkeys(map(documents.add, row.get(key) or ()))) for key in ("pos", "neg"))
         positives_by_text.setdefault(normalize_text(row["query"]), set()).update(positives)
-        instruction = row.get("prompt") or next(iter(source.config.instructions), "")
+        instruction = row.get("prompt") or default_instruction
         query = EncoderInput(row["query"], "query", instruction)
         draw_seed = (seed, *hash_exact_text("\n".join([instruction, row["query"], *row["pos"]])).tolist())
         rows.append(PoolRow(query_ids.setdefault(query, len(query_ids)), positives, negatives, draw_seed))
@@ -151,7 +159,7 @@ def read_pool(source: Source, corpus: Iterable[str] | None, seed: int) -> Mining
         corpus_size=len(documents) if corpus is None else corpus_size,
         excluded=[positives_by_text[normalize_text(query.text)] | _find_ids(documents, query.text) for query in query_ids],
         num_blank_documents=num_blank_documents,
-        drop_counts=source.sampler.drop_counts,
+        drop_counts={},
     )
 
 

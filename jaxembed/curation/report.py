@@ -60,7 +60,8 @@ def describe_options(options: MiningOptions) -> dict[str, Any]:
         "seed": options.seed,
         "consistency": options.config.consistency_top_k,
         "keep_negatives": options.keep_negatives,
-        "by_bm25": options.use_bm25,
+        "by_bm25": options.rankers == ("bm25",),
+        "rankers": list(options.rankers),
         "memory_mb": options.memory_mb,
         "approximate": options.approximate,
     }

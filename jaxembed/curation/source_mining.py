@@ -11,10 +11,17 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jaxembed.config import SourceConfig
-from jaxembed.curation.mining import MiningOptions, check_rows_left, embed_pool, mine_negatives, score_by_text
-from jaxembed.curation.pool import MiningPool, open_mining_source, read_corpus, read_pool
+from jaxembed.curation.mining import (
+    MiningOptions,
+    check_first_rank,
+    check_rows_left,
+    embed_pool,
+    mine_negatives,
+    score_by_text,
+)
+from jaxembed.curation.pool import open_mining_source, read_corpus, read_pool
 from jaxembed.curation.report import collect_scores_and_samples, count_outcomes, describe_options, to_output_row
-from jaxembed.curation.rules import format_rule_options, option_name
+from jaxembed.curation.rules import option_name
 from jaxembed.data.jsonl import write_jsonl
 from jaxembed.errors import UserError
 from jaxembed.files import atomic_write, write_json
@@ -67,7 +74,7 @@ def mine_source(job: MiningJob, cache: Path, mesh: Mesh) -> dict[str, Any]:
     source = open_mining_source(job.source, cache)
     corpus = read_corpus(job.corpus_paths, cache, job.text_column) if job.corpus_paths else None
     pool = read_pool(source, corpus, job.options.seed)
-    _check_has_candidates(pool, job.options)
+    check_first_rank(pool, job.options.config, "Name more documents with --corpus.")
 
     # Open the models and encode the texts.
     rescore = score_by_text(open_cross_encoder(job.cross_encoder, cache), pool) if job.cross_encoder else None
@@ -93,15 +100,6 @@ def mine_source(job: MiningJob, cache: Path, mesh: Mesh) -> dict[str, Any]:
     }
     _write_outputs(job.out, (to_output_row(pool, row) for row in result.rows), job.report_path, report)
     return {"out": str(job.out), "report": str(job.report_path), **counts}
-
-
-def _check_has_candidates(pool: MiningPool, options: MiningOptions) -> None:
-    """Raise `UserError` if no query has as many candidates as the first rank of the rule."""
-    if pool.max_candidates < options.config.first_rank:
-        raise UserError(
-            f"{format_rule_options(options.config)}: negatives start at rank {options.config.first_rank}, but a query has at "
-            f"most {pool.max_candidates} candidates among {pool.corpus_size} documents. Name more documents with --corpus."
-        )
 
 
 def _write_outputs(out: Path, rows: Iterable[Mapping[str, Any]], report_path: Path, report: Mapping[str, Any]) -> None:

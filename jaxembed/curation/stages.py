@@ -13,11 +13,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from jaxembed.config.curation import (
     AnyStep,
     BalanceStepConfig,
     CleanStepConfig,
     CurateConfig,
+    CurriculumStepConfig,
     DecontaminateStepConfig,
     DuplicatesStepConfig,
     FunctionStepConfig,
@@ -26,12 +29,15 @@ from jaxembed.config.curation import (
     QualityStepConfig,
     Side,
 )
+from jaxembed.config.curation_models import ClusterStepConfig, JudgeStepConfig, MineStepConfig
 from jaxembed.curation.steps.balance import Balance, make_balance_rule
+from jaxembed.curation.steps.changes import ChangingStep, make_change_filter, write_changes
 from jaxembed.curation.steps.cleaning import make_clean_step
 from jaxembed.curation.steps.copies import ExactCopies
-from jaxembed.curation.steps.curated_row import PreparedStep, has_side
+from jaxembed.curation.steps.curated_row import PreparedStep, RowStep, has_side
+from jaxembed.curation.steps.curriculum import Curriculum
 from jaxembed.curation.steps.decontamination import ReadTask, make_decontaminate_step
-from jaxembed.curation.steps.items import AllRowsStep, ItemRule, make_duplicates_rule
+from jaxembed.curation.steps.items import AllRowsStep, ItemRule, make_duplicates_rule, make_item_filter
 from jaxembed.curation.steps.languages import make_language_step
 from jaxembed.curation.steps.near_copies import NearCopies, import_rensa
 from jaxembed.curation.steps.negatives import make_negatives_step
@@ -39,6 +45,7 @@ from jaxembed.curation.steps.quality import make_quality_step
 from jaxembed.curation.steps.user_function import LocateRow, make_function_step
 from jaxembed.errors import UserError
 
+DROPPED_FILE, CHANGES_FILE = "dropped.npy", "changes.jsonl"
 ENGINE_VERSION = 1  # increase it when the same config gives different results
 # Libraries whose versions may change what a step does.
 STEP_LIBRARIES = ("ftfy", "py3langid", "rensa")
@@ -53,12 +60,18 @@ class Stage(NamedTuple):
 
 def needs_all_rows(step: AnyStep) -> bool:
     """Return whether a step decides only after it has seen all rows."""
-    return isinstance(step, DuplicatesStepConfig | BalanceStepConfig)
+    return isinstance(step, DuplicatesStepConfig | BalanceStepConfig) or changes_rows(step)
+
+
+def changes_rows(step: AnyStep) -> bool:
+    """Return whether a step changes rows after it has seen all of them, instead of dropping items."""
+    return isinstance(step, MineStepConfig | ClusterStepConfig | CurriculumStepConfig)
 
 
 def needs_model(step: AnyStep) -> bool:
     """Return whether a step computes vectors or scores with a model, which needs JAX."""
-    return isinstance(step, DuplicatesStepConfig) and step.match == "semantic"
+    is_semantic = isinstance(step, DuplicatesStepConfig) and step.match == "semantic"
+    return is_semantic or isinstance(step, MineStepConfig | JudgeStepConfig | ClusterStepConfig)
 
 
 def split_into_stages(steps: Sequence[AnyStep]) -> list[Stage]:
@@ -95,6 +108,10 @@ def prepare_step(step: AnyStep, locate: LocateRow, cache: Path, read_task: ReadT
         return PreparedStep(make_negatives_step(step))
     if isinstance(step, DecontaminateStepConfig):
         return make_decontaminate_step(step, cache, read_task)
+    if isinstance(step, JudgeStepConfig):
+        from jaxembed.curation import model_steps
+
+        return model_steps.prepare_judge_step(step, cache)
     assert isinstance(step, FunctionStepConfig)
     return make_function_step(step, locate)
 
@@ -109,7 +126,9 @@ def check_requirements(step: AnyStep) -> None:
         model_steps.check_models(step)
 
 
-def make_all_rows_step(step: AnyStep, folder: Path, max_rows: int, config: CurateConfig, cache: Path) -> AllRowsStep:
+def make_all_rows_step(
+    step: AnyStep, folder: Path, max_rows: int, config: CurateConfig, cache: Path
+) -> AllRowsStep | ChangingStep:
     """Return a step that decides after it has seen all rows.
 
     Args:
@@ -121,6 +140,8 @@ def make_all_rows_step(step: AnyStep, folder: Path, max_rows: int, config: Curat
     """
     if isinstance(step, BalanceStepConfig):
         return Balance(step, folder, max_rows, config.memory_mb, config.seed)
+    if isinstance(step, CurriculumStepConfig):
+        return Curriculum(step)
     if needs_model(step):
         from jaxembed.curation import model_steps
 
@@ -130,8 +151,23 @@ def make_all_rows_step(step: AnyStep, folder: Path, max_rows: int, config: Curat
     return copies(step, folder, max_rows, config.memory_mb)
 
 
+def write_decisions(folder: Path, step: AllRowsStep | ChangingStep) -> None:
+    """Let a step that has seen all rows decide, and store its decisions in a folder."""
+    if hasattr(step, "iter_changes"):
+        write_changes(folder / CHANGES_FILE, step.iter_changes())
+    else:
+        np.save(folder / DROPPED_FILE, step.find_dropped())
+
+
+def read_decisions(folder: Path, step: AnyStep) -> RowStep:
+    """Return the function that applies the stored decisions of a step. Rows must come in the order in which it saw them."""
+    if changes_rows(step):
+        return make_change_filter(folder / CHANGES_FILE)
+    return make_item_filter(make_item_rule(step), np.load(folder / DROPPED_FILE))
+
+
 def make_item_rule(step: AnyStep) -> ItemRule:
-    """Return the item rule of a step that must see all rows."""
+    """Return the item rule of a step that drops items after it has seen all rows."""
     if isinstance(step, BalanceStepConfig):
         return make_balance_rule(step)
     assert isinstance(step, DuplicatesStepConfig)
@@ -146,8 +182,8 @@ def check_sides(config: CurateConfig, formats: Sequence[str]) -> None:
         formats: Format of the rows of each source.
     """
     for i, step in enumerate(config.steps):
-        if isinstance(step, NegativesStepConfig) and "pairs" not in formats:
-            raise UserError(f"steps.{i} (negatives): no source has pairs. Remove the step.")
+        if isinstance(step, NegativesStepConfig | MineStepConfig | JudgeStepConfig) and "pairs" not in formats:
+            raise UserError(f"steps.{i} ({step.name}): no source has pairs. Remove the step.")
         sides: Sequence[Side] = getattr(step, "sides", ()) if "sides" in step.model_fields_set else ()
         if isinstance(step, DuplicatesStepConfig) and step.of == "positives":
             sides = ("positives",)

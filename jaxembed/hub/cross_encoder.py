@@ -50,18 +50,36 @@ def open_cross_encoder(name: str, cache: Path) -> ScorePairs:
             f"{name}: has no {', '.join(untrained)}, so its scores would be random (expected a trained cross-encoder with its "
             "head). Choose another model."
         )
-    store = VectorStore(cache / "scores" / hash_folder(folder), 1)
 
     def score(pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+        return np.asarray(model.predict(list(pairs), show_progress_bar=False), np.float32)
+
+    return cache_scores(name, cache / "scores" / hash_folder(folder), score)
+
+
+def cache_scores(name: str, folder: Path, score: ScorePairs) -> ScorePairs:
+    """Return a function that stores scores by the content of the pairs, and computes each once.
+
+    Args:
+        name: Name of the model, for errors.
+        folder: Folder of the store, which belongs to this model and these settings alone.
+        score: Computes scores.
+
+    Raises:
+        UserError: The function raises it if scores are not finite.
+    """
+    store = VectorStore(folder, 1)
+
+    def fetch(pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         def compute(missing: list[int]) -> np.ndarray:
-            scores = np.asarray(model.predict([pairs[i] for i in missing], show_progress_bar=False), np.float32)
+            scores = score([pairs[i] for i in missing])
             if not np.isfinite(scores).all():
-                raise UserError(f"{name}: returns scores that are not finite. Choose another cross-encoder.")
+                raise UserError(f"{name}: returns scores that are not finite. Choose another model.")
             return scores[:, None]
 
         return store.fetch([make_text_key(*pair) for pair in pairs], compute)[:, 0]
 
-    return score
+    return fetch
 
 
 def _list_untrained_parameters(model: Any, files: Sequence[Path]) -> list[str]:

@@ -168,7 +168,7 @@ def test_consistency_filter_removes_positives_the_model_does_not_find(pairs: lis
     report = collect_scores_and_samples(pool, result)
     assert len(report["samples"]["kept"]) == len(report["samples"]["inconsistent"]) == 5
     assert sum(report["scores"]["positive"]) == sum(map(len, expected.values()))
-    everything = mine_pool(pool, rule="topk_margin_pos", consistency_top_k=3, use_bm25=True)
+    everything = mine_pool(pool, rule="topk_margin_pos", consistency_top_k=3, rankers=("bm25",))
     assert [row.row.positives for row in everything.rows] == [row.row.positives for row in result.rows]
     far = make_pool(
         tmp_path,
@@ -191,7 +191,7 @@ def test_approximate_search_reports_its_recall(pairs: list[dict[str, Any]], tmp_
 def test_bm25_candidates_keep_their_order_and_get_scores_of_the_model(tmp_path: Path) -> None:
     texts = ["red apple tree", "red apple", "green apple pie", "blue sky", "grey stone wall"]
     pool = make_pool(tmp_path, [{"query": "red apple tree house", "pos": ["a house with a red apple tree"]}], texts)
-    row = rows_by_query(pool, mine_pool(pool, use_bm25=True, negatives=2))["red apple tree house"]
+    row = rows_by_query(pool, mine_pool(pool, rankers=("bm25",), negatives=2))["red apple tree house"]
     assert row["neg"] == ["red apple tree", "red apple"]
     np.testing.assert_allclose(
         row["neg_scores"], [draw_vector(row["query"]) @ draw_vector(text) for text in row["neg"]], atol=2e-6
@@ -277,7 +277,7 @@ def test_bad_corpora_and_sources_raise_user_errors(tmp_path: Path) -> None:
     pairs = [{"query": "a", "pos": ["b"]}]
     labels = write_jsonl(tmp_path / "labels.jsonl", [{"text": "a", "label": "b"}])
     assert "negatives of rows with text and label come from other labels" in catch_error(open_file, labels, tmp_path)
-    assert "--corpus: contains no text" in catch_error(make_pool, tmp_path, pairs, [" ", ""])
+    assert "corpus: contains no text" in catch_error(make_pool, tmp_path, pairs, [" ", ""])
     assert "nowhere: no such file or folder" in catch_error(list, read_corpus([str(tmp_path / "nowhere")], tmp_path))
     assert '"text" is missing' in catch_error(list, read_corpus([corpus("bad.jsonl", '{"id": 1}\n')], tmp_path))
     write_beir(tmp_path / "beir", {"1": "one", "2": "two"}, {"q": "?"}, {"q": {"1": 1}})

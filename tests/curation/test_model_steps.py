@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,16 @@ import pytest
 import yaml
 
 from helpers.curation import pair, queries_left, run_all_rows_step
-from helpers.mining import draw_vectors
+from helpers.mining import draw_vectors, make_pool, mine_pool, rows_by_query
 from jaxembed import curate as curate_command
 from jaxembed.config.curation import DuplicatesStepConfig
+from jaxembed.config.curation_models import MineStepConfig
+from jaxembed.curation.steps.curated_row import CuratedRow, StepOutcome
 from jaxembed.curation.steps.semantic_copies import FIRST_NEIGHBORS, find_similar
 from jaxembed.data.batch import EncoderInput
 from jaxembed.data.jsonl import write_jsonl
 from jaxembed.errors import UserError
+from jaxembed.search.fusion import fuse_rankings
 
 
 class StubEncoder:
@@ -45,6 +49,7 @@ def run_curate(
     folder: Path, steps: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], **keys: Any
 ) -> list[dict[str, Any]]:
     """Curate rows by the command's function. Return the rows that are written."""
+    folder.mkdir(exist_ok=True)
     write_jsonl(folder / "rows.jsonl", rows)
     tree = {"out": str(folder / "out"), "sources": [{"path": str(folder / "rows.jsonl")}], "steps": list(steps), **keys}
     (folder / "config.yaml").write_text(yaml.safe_dump(tree))
@@ -123,3 +128,122 @@ def test_bad_models_are_refused_before_anything_is_read(tmp_path: Path, step: di
     with pytest.raises(UserError, match=message):
         run_curate(tmp_path, [{"name": "duplicates", **step}], [{"query": "q", "pos": ["p"]}])
     assert not (tmp_path / "out").exists()
+
+
+# mine
+
+NUMBERED = [{"query": f"query {i}", "pos": [f"answer {i}"], "neg": [f"old {i}"]} for i in range(30)]
+
+
+def score_numbers(pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+    """Score a document 1 if it has the number of the query, else less, the more its number differs."""
+    return np.array([1 - abs(int(a.split()[-1]) - int(b.split()[-1])) / 100 for a, b in pairs], np.float32)
+
+
+@pytest.fixture
+def judge(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jaxembed.curation.model_steps.open_judge", lambda config, cache: score_numbers)
+    monkeypatch.setattr("jaxembed.curation.model_steps.find_folder", lambda name: Path(name))
+
+
+def test_mined_negatives_are_those_of_the_mine_command(
+    encoder: StubEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step and the command share the miner. A scored pair and rows of another source stay as they are."""
+    monkeypatch.setattr("jaxembed.curation.model_steps.check_model_exists", lambda name: None)
+    step = {"name": "mine", "model": "M", "rule": "sampled_top_k", "depth": 20, "negatives": 3, "consistency_top_k": 4}
+    rows = run_curate(tmp_path, [step], NUMBERED, seed=5)
+    pool = make_pool(tmp_path, NUMBERED, seed=5)
+    options = {"rule": "sampled_top_k", "depth": 20, "negatives": 3, "consistency_top_k": 4}
+    result = mine_pool(pool, keep_negatives=True, **options)
+    assert rows == list(rows_by_query(pool, result).values()) and len(rows) < 30
+    report = json.loads((tmp_path / "out" / "report.json").read_text())["steps"][0]["reasons"]
+    assert report["dropped"] == {"positives: not among the 4 nearest documents": 30 - len(rows)}
+    assert report["changed"] == {"negatives: mined": len(rows)}
+
+
+def test_positives_are_replaced_by_better_documents(encoder: StubEncoder, judge: None, tmp_path: Path) -> None:
+    """A shuffled positive is replaced, a right one stays, and neither becomes a negative."""
+    rows = [pair(f"query {i}", f"answer {i if i % 10 else (i + 9) % 30}") for i in range(30)] + [pair("query 5", "answer 5")]
+    step = MineStepConfig(
+        model="M", judge={"model": "J"}, relabel=True, relabel_margin=0.02, negatives=2, rule="top_k", depth=29
+    )
+    outcomes = run_all_rows_step(step, tmp_path, rows)
+    found = [outcome.row["pos"] for outcome in outcomes if outcome.row]
+    right = [f"answer {i}" if i % 10 else found[i][0] for i in range(30)]
+    assert [texts[0] for texts in found[:30]] == right
+    for i in (0, 10, 20):  # no row has the answer itself, so the nearest number is best
+        assert abs(int(found[i][0].split()[-1]) - i) == 1
+        assert outcomes[i].reasons == ("positives: replaced by a better document", "negatives: mined")
+        assert not {found[i][0], f"answer {(i + 9) % 30}"} & set(outcomes[i].row["neg"])
+    assert outcomes[1].reasons == ("negatives: mined",) and outcomes[1].row["pos_scores"] == [1.0]
+
+
+def test_rankings_are_fused(encoder: StubEncoder, judge: None, tmp_path: Path) -> None:
+    """BM25 ranks texts by words, the vectors and the judge by number. A document that all rank high comes first."""
+    rows = [pair(f"red stone {i}", f"blue water {i}") for i in range(1, 20)] + [
+        pair("x 50", "red stone 60"),
+        pair("y 51", "z 1"),
+    ]
+    tops = {}
+    for name, rankers in {"bm25": ["bm25"], "fused": ["vectors", "bm25"], "all": ["vectors", "bm25", "judge"]}.items():
+        keys = {"judge": {"model": "J"}} if name == "all" else {}
+        step = MineStepConfig(model="M", rankers=rankers, negatives=2, rule="top_k", depth=19, **keys)
+        outcomes = run_all_rows_step(step, tmp_path / name, rows)
+        tops[name] = outcomes[0].row["neg"]
+    assert tops["bm25"][0] == "red stone 60"
+    assert all("z 1" in texts or "red stone 60" in texts for texts in tops.values())
+    assert "z 1" in tops["all"]
+
+
+def test_ranks_are_fused_by_their_reciprocals() -> None:
+    fused = fuse_rankings([np.array([3, 1, 2]), np.array([1, 4])])
+    points = {3: 1 / 61, 1: 1 / 62 + 1 / 61, 2: 1 / 63, 4: 1 / 62}
+    assert fused.tolist() == sorted(points, key=lambda document: -points[document])
+    assert fuse_rankings([np.array([5, 6]), np.array([6, 5])]).tolist() == [5, 6]  # equal sums
+
+
+def test_rows_of_other_formats_and_sources_are_not_mined(encoder: StubEncoder, tmp_path: Path) -> None:
+    rows = [CuratedRow(0, i, "text", {"text": f"t {i}"}) for i in range(3)]
+    step = MineStepConfig(model="M", negatives=1, rule="top_k", depth=9)
+    assert run_all_rows_step(step, tmp_path, rows) == [StepOutcome(row.fields) for row in rows] and not encoder.inputs
+    named = step.replace(sources=("other",))
+    assert [o.reasons for o in run_all_rows_step(named, tmp_path / "b", [pair("q 1", "a 1"), pair("q 2", "a 2")])] == [(), ()]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"rankers": ["vectors", "judge"]}, "rankers needs the scores of a judge. Set judge"),
+        ({"rankers": ["judge"]}, "a judge only reorders candidates. Add vectors or bm25 to rankers"),
+        ({"rankers": ["vector"]}, r"rankers.0 is 'vector'"),
+        ({"judge": {"kind": "cross"}}, r"judge"),
+        ({"model": "no-such-folder"}, "no-such-folder: neither a folder"),
+        ({"rule": "window", "window": [5, 9], "negatives": 9}, "window is 5 to 9, fewer ranks than the 9 negatives"),
+    ],
+)
+def test_bad_mining_keys_are_one_line(tmp_path: Path, keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run_curate(tmp_path, [{"name": "mine", "model": "M", **keys}], NUMBERED[:2])
+
+
+def test_a_window_after_the_last_candidate_is_refused(encoder: StubEncoder, tmp_path: Path) -> None:
+    step = MineStepConfig(model="M", rule="window", window=(500, 600))
+    with pytest.raises(
+        UserError, match=r"negatives start at rank 500, but a query has at most .* Name more documents with corpus"
+    ):
+        run_all_rows_step(step, tmp_path, [pair("q 1", "a 1"), pair("q 2", "a 2")])
+
+
+# cluster
+
+
+def test_rows_of_a_cluster_are_balanced(encoder: StubEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts that share a number are near each other. The field of the cluster is written, and rows are grouped by it."""
+    monkeypatch.setattr("jaxembed.curation.model_steps.check_model_exists", lambda name: None)
+    rows = [{"query": f"text {chr(97 + i)} {8 * (i % 2)}", "pos": ["p"]} for i in range(20)]
+    cluster = {"name": "cluster", "model": "M", "clusters": 2}
+    written = run_curate(tmp_path, [cluster, {"name": "balance", "by": "cluster", "rows": 6, "exponent": 0}], rows)
+    assert Counter(row["cluster"] for row in written) == {0: 3, 1: 3}
+    with pytest.raises(UserError, match=r"cluster: clusters is 30, but only 20 rows are left. Lower it"):
+        run_curate(tmp_path / "x", [{**cluster, "clusters": 30}], rows)

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxembed.config.curation import AnyStep, CurateConfig
-from jaxembed.curation.stages import make_all_rows_step, make_item_rule
+from jaxembed.curation.stages import make_all_rows_step, read_decisions, write_decisions
 from jaxembed.curation.steps.curated_row import CuratedRow, StepOutcome
-from jaxembed.curation.steps.items import make_item_filter
 
 
 def pair(query: str, *positives: str, neg: Sequence[str] = (), source: int = 0, **fields: Any) -> CuratedRow:
@@ -24,7 +23,8 @@ def run_all_rows_step(config: AnyStep, folder: Path, rows: Sequence[CuratedRow],
     with closing(make_all_rows_step(config, folder, 100, whole, folder / "cache")) as step:
         for start in range(0, len(rows), 2):
             step.collect(rows[start : start + 2])
-        return make_item_filter(make_item_rule(config), step.find_dropped())(rows)
+        write_decisions(folder, step)
+        return read_decisions(folder, config)(rows)
 
 
 def queries_left(outcomes: Sequence[StepOutcome]) -> list[str]:

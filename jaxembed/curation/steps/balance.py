@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +32,7 @@ class Balance:
         self._records = RecordFiles(folder, DRAW_RECORD, max_rows, memory_mb)
         self._num_items = 0
         self._has_field, self._fields = config.by == "source", ""
+        self._sizes = Counter[int]()  # of the groups
 
     def close(self) -> None:
         """Close the files."""
@@ -48,16 +51,32 @@ class Balance:
         value = curated.source if by == "source" else curated.fields.get(by)
         self._has_field |= value is not None
         self._fields = self._fields or list_fields(curated.fields)
-        return int(hash_exact_text(str(value)).view("<u8")[0])
+        group = hash_group(value)
+        self._sizes[group] += 1
+        return group
+
+    def _compute_limits(self) -> dict[int, int]:
+        """Return the maximum number of rows of each group. Raise `UserError` for the weight of a group without rows."""
+        config = self._config
+        limits = {group: min(size, config.max_rows or size) for group, size in sorted(self._sizes.items())}
+        if config.rows is None:
+            return limits
+        for value in config.weights:
+            if hash_group(value) not in limits:
+                raise UserError(f"balance by {config.by}: weights has {value!r}, but no row has this value. Remove it.")
+        weights = {hash_group(value): weight for value, weight in config.weights.items()}
+        shares = [weights.get(group, 1.0) * self._sizes[group] ** config.exponent for group in limits]
+        return dict(zip(limits, divide_rows(config.rows, shares, list(limits.values())), strict=True))
 
     def find_dropped(self) -> np.ndarray:
         """Return whether each row is dropped, bool [I].
 
         Raises:
-            UserError: No row has the field that rows are grouped by.
+            UserError: No row has the field that rows are grouped by, or the value of a weight.
         """
         if not self._has_field and self._num_items:
             raise UserError(f"balance by {self._config.by}: no row has this field (the first row has {self._fields})")
+        limits = self._compute_limits()
         dropped = np.zeros(self._num_items, bool)
         num_kept: dict[int, int] = {}  # by group
         max_key = int(self._config.share * 2**64)
@@ -65,10 +84,34 @@ class Balance:
         for records in self._records.partitions():
             for record in records[np.lexsort((records["item"], records["key"]))]:
                 key, group, item = record.tolist()
-                is_kept = key < max_key and num_kept.get(group, 0) < (self._config.max_rows or self._num_items)
+                is_kept = key < max_key and num_kept.get(group, 0) < limits[group]
                 num_kept[group] = num_kept.get(group, 0) + is_kept
                 dropped[item] = not is_kept
         return dropped
+
+
+def hash_group(value: Any) -> int:
+    """Return the hash of a value that rows are grouped by."""
+    return int(hash_exact_text(str(value)).view("<u8")[0])
+
+
+def divide_rows(total: int, weights: Sequence[float], limits: Sequence[int]) -> list[int]:
+    """Divide rows among groups in proportion to their weights, at most `limits` each.
+
+    What a group cannot take is divided among the others. Single rows that are left over go to the largest fractions.
+    """
+    parts, shares, most = np.zeros(len(weights)), np.asarray(weights, float), np.asarray(limits, float)
+    is_open = shares > 0
+    while is_open.any():
+        parts[is_open] = (total - parts[~is_open].sum()) * shares[is_open] / shares[is_open].sum()
+        is_full = is_open & (parts >= most)
+        if not is_full.any():
+            break
+        parts[is_full], is_open = most[is_full], is_open & ~is_full
+    whole = np.floor(parts + 1e-9).astype(int)
+    num_left_over = round(parts.sum()) - int(whole.sum())
+    whole[np.argsort(whole - parts, kind="stable")[:num_left_over]] += 1
+    return [int(rows) for rows in whole]
 
 
 def make_balance_rule(config: BalanceStepConfig) -> ItemRule:

@@ -1,0 +1,108 @@
+"""Precision and recall of the steps of `jaxembed curate` that use a model, on trouble whose truth is known.
+
+Usage: python benchmarks/curation_models.py MODEL DATA [--rows N]
+
+MODEL is a sentence-transformers model such as all-MiniLM-L6-v2. DATA is a folder with ag_news/pairs_train.jsonl and
+stsb/en/train.jsonl. Semantic duplicates: pairs of sentences of STS-B; those with a score of 5 are duplicates, those with a
+score up to 3 are not. Mining: rows of AG News (title -> text), of which a tenth have the text of another row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxembed import cli
+from jaxembed.config.curation import CurateConfig
+from jaxembed.curate import read_task
+from jaxembed.curation.engine import curate
+from jaxembed.data.jsonl import write_jsonl
+
+Rows = list[dict[str, Any]]
+
+
+def run_steps(rows: Rows, steps: list[dict[str, Any]], folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the rows that are left, by id."""
+    number = len(list(folder.glob("out*")))
+    path, out = folder / f"rows{number}.jsonl", folder / f"out{number}"
+    write_jsonl(path, rows)
+    tree = {"out": str(out), "metadata": ["id"], "sources": [{"path": str(path), "name": "rows"}], "steps": steps}
+    curate(CurateConfig.model_validate(tree), folder / "cache", "benchmark", read_task)
+    return {row["id"]: row for row in map(json.loads, (out / "rows.jsonl").read_text().splitlines())}
+
+
+def measure_duplicates(model: str, data: Path, folder: Path) -> Iterator[str]:
+    """Yield a line for each threshold of the cosine of the two sentences.."""
+    rows = [json.loads(line) for line in (data / "stsb" / "en" / "train.jsonl").read_text().splitlines()]
+    pairs = [row for row in rows if (row["score"] == 5 or row["score"] <= 3) and row["sentence1"] != row["sentence2"]][:1500]
+    is_duplicate = np.array([row["score"] == 5 for row in pairs])
+    from jaxembed.data.batch import EncoderInput
+    from jaxembed.hub.frozen_encoder import open_frozen_encoder
+
+    encoder = open_frozen_encoder(model, folder / "cache")
+    first, second = (
+        encoder.encode([EncoderInput(row[key], "query", "") for row in pairs]) for key in ("sentence1", "sentence2")
+    )
+    cosines = np.einsum("nd,nd->n", first, second)
+    for threshold in (0.8, 0.85, 0.9, 0.95):
+        found = cosines >= threshold
+        hits = (found & is_duplicate).sum()
+        yield format_line(f"duplicates: semantic, {threshold}", "equal meaning", is_duplicate.sum(), found.sum(), hits)
+
+
+def measure_mining(model: str, data: Path, num_rows: int, folder: Path) -> Iterator[str]:
+    """Yield a line for each setting of `mine` on rows of which a tenth have a wrong positive."""
+    rng = np.random.default_rng(0)
+    lines = (data / "ag_news" / "pairs_train.jsonl").read_text().splitlines()[:num_rows]
+    right = [json.loads(line) for line in lines]
+    wrong = np.sort(rng.choice(num_rows, num_rows // 10, replace=False))
+    positives = {i: row["pos"][:1] for i, row in enumerate(right)}
+    shuffled = positives | {i: positives[j] for i, j in zip(wrong.tolist(), np.roll(wrong, 1).tolist(), strict=True)}
+    rows = [{"id": str(i), "query": row["query"], "pos": shuffled[i]} for i, row in enumerate(right)]
+    truth = {str(i) for i in wrong.tolist()}
+    # The texts of all rows are in the corpus, so the right text of a wrong row can be found.
+    for top_k in (1, 2, 10, 50):
+        step = {"name": "mine", "model": model, "negatives": 0, "consistency_top_k": top_k}
+        left = run_steps(rows, [step], folder)
+        found = {row["id"] for row in rows} - set(left)
+        yield format_line(f"mine: consistency_top_k {top_k}", "shuffled positives", len(truth), len(found), len(found & truth))
+    for margin in (0.05, 0.1, 0.2):
+        step = {"name": "mine", "model": model, "negatives": 0, "relabel": True, "relabel_margin": margin}
+        left = run_steps(rows, [step], folder)
+        found = {i for i, row in left.items() if row["pos"] != shuffled[int(i)]}
+        repaired = {i for i in found & truth if left[i]["pos"] == positives[int(i)]}
+        kind = f"mine: relabel_margin {margin}"
+        yield format_line(kind, "shuffled positives (replaced)", len(truth), len(found), len(found & truth))
+        yield format_line(kind, "shuffled positives (by their own)", len(truth), len(found), len(repaired))
+
+
+def format_line(step: str, kind: str, expected: int, found: int, hits: int) -> str:
+    """Return a line of the table: expected and found, precision and recall."""
+    return (
+        f"| {step} | {kind} | {expected:,} | {found:,} | {hits / max(int(found), 1):.3f} | {hits / max(int(expected), 1):.3f} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--rows", type=int, default=2000, help="rows of AG News")
+    args = parser.parse_args()
+    cli.set_up_jax()
+    print("| step | what it should find | injected | found | precision | recall |\n|---|---|---|---|---|---|", flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        for line in measure_duplicates(args.model, args.data, Path(name)):
+            print(line, flush=True)
+        for line in measure_mining(args.model, args.data, args.rows, Path(name)):
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

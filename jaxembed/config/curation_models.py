@@ -1,0 +1,115 @@
+"""The steps of a curation that find or score documents with a model."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from jaxembed.config.data import NonEmpty
+from jaxembed.config.fields import MAX_INTEGER
+from jaxembed.config.mining import MineConfig
+from jaxembed.config.sections import Positive, Section
+
+QWEN3_TEMPLATE = (
+    "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct provided. Note "
+    'that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n<Instruct>: {instruction}\n<Query>: {query}\n'
+    "<Document>: {document}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+)
+Ranker = Literal["vectors", "bm25", "judge"]
+
+
+class JudgeConfig(Section):
+    """A model that reads a query and a document together, and returns a score of their relevance."""
+
+    kind: Literal["cross_encoder", "causal_lm"] = Field(
+        "cross_encoder",
+        description="cross_encoder: one that sentence-transformers loads. causal_lm: a language model that answers yes or no, "
+        "such as Qwen3-Reranker; the score is the probability of yes.",
+    )
+    model: NonEmpty = Field(description="MODEL: a folder or hub id.")
+    instruction: str = Field(
+        "Given a web search query, retrieve relevant passages that answer the query",
+        description="causal_lm: what makes a document relevant. Default: that of Qwen3-Reranker.",
+    )
+    max_length: Positive = Field(
+        1024, description="causal_lm: maximum tokens of the whole input. Documents are cut, and queries at half of it."
+    )
+    template: str = Field(
+        QWEN3_TEMPLATE,
+        description="causal_lm: input with {instruction}, {query} and {document}. Default: that of Qwen3-Reranker.",
+    )
+    answers: tuple[NonEmpty, NonEmpty] = Field(
+        ("yes", "no"), description="causal_lm: the tokens of the answers relevant and not relevant."
+    )
+
+    @model_validator(mode="after")
+    def _check_template(self) -> JudgeConfig:
+        if self.template.count("{document}") != 1 or "{query}" not in self.split_template()[0]:
+            raise ValueError("template must contain {query}, and after it {document}, once")
+        return self
+
+    def split_template(self) -> tuple[str, str]:
+        """Return the template before and after the document."""
+        before, _, after = self.template.partition("{document}")
+        return before, after
+
+
+class MineStepConfig(MineConfig):
+    """Mine negatives for pairs, remove positives that a model does not find, and replace positives by better documents."""
+
+    name: Literal["mine"] = "mine"
+    model: NonEmpty = Field(description="MODEL whose vectors find candidates: a run directory, folder, or hub id.")
+    sources: tuple[str, ...] = Field((), description="Names of the sources to mine for. Default: all that have pairs.")
+    negatives: Annotated[int, Field(ge=0, le=MAX_INTEGER)] = Field(
+        7, description="Maximum number of mined negatives per query. 0: only check or replace positives."
+    )
+    keep_negatives: bool = Field(True, description="Keep the negatives of a row, before the mined ones.")
+    corpus: tuple[NonEmpty, ...] = Field(
+        (), description="BEIR folders or files of texts to search. Default: positives and negatives of the source itself."
+    )
+    instruction: str = Field("", description="Instruction of queries whose row has no prompt.")
+    rankers: tuple[Ranker, ...] = Field(
+        ("vectors",),
+        min_length=1,
+        description="Rankings that order the candidates. Several are fused by reciprocal rank. Without judge among them, the "
+        "scores of a judge alone reorder the candidates.",
+    )
+    judge: JudgeConfig | None = Field(
+        None, description="Scores that replace the cosines of candidates, positives and negatives. Default: cosines."
+    )
+    relabel: bool = Field(
+        False, description="Replace the positives of a row by the candidate with the best score, if that is higher than theirs."
+    )
+    relabel_margin: float = Field(0, ge=0, description="How much higher that candidate must score than the best positive.")
+
+    @model_validator(mode="after")
+    def _check_judge(self) -> MineStepConfig:
+        if not {"vectors", "bm25"} & set(self.rankers):
+            raise ValueError("a judge only reorders candidates. Add vectors or bm25 to rankers.")
+        if self.judge is None and "judge" in self.rankers:
+            raise ValueError("rankers needs the scores of a judge. Set judge.")
+        return self
+
+
+class JudgeStepConfig(Section):
+    """Score the documents of pairs, write the scores, and drop documents by them."""
+
+    name: Literal["judge"] = "judge"
+    judge: JudgeConfig = Field(description="The model that scores.")
+    min_positive: float | None = Field(None, description="Minimum score of a positive. Default: no limit.")
+    max_negative: float | None = Field(None, description="Maximum score of a negative. Default: no limit.")
+    negative_margin: float | None = Field(
+        None, description="Minimum distance of a negative below the lowest positive of its row. Default: no limit."
+    )
+
+
+class ClusterStepConfig(Section):
+    """Write the number of the cluster of each row into a field, by spherical k-means of vectors."""
+
+    name: Literal["cluster"] = "cluster"
+    model: NonEmpty = Field(description="MODEL that encodes the texts: a run directory, folder, or hub id.")
+    of: Literal["queries", "positives"] = Field("queries", description="What is clustered: the query, or the first positive.")
+    clusters: Annotated[int, Field(ge=2, le=2**20)] = Field(description="Number of clusters.")
+    iterations: Positive = Field(20, description="Maximum iterations of k-means.")
+    field: NonEmpty = Field("cluster", description="Field that is written.")

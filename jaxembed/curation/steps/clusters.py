@@ -1,0 +1,64 @@
+"""The step `cluster`: the number of the cluster of each row, by spherical k-means."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jaxembed.config.curation_models import ClusterStepConfig
+from jaxembed.curation.mining import MAX_TEXT_CHARS
+from jaxembed.curation.steps.changes import RowChange
+from jaxembed.curation.steps.curated_row import CuratedRow, get_texts, hash_row
+from jaxembed.data.batch import EncoderInput
+from jaxembed.errors import UserError
+from jaxembed.hub.frozen_encoder import FrozenEncoder
+from jaxembed.search.clustering import cluster_vectors
+
+
+class Clusters:
+    """Clusters rows by the vectors of their queries or first positives. Memory grows by a vector for each row."""
+
+    def __init__(self, config: ClusterStepConfig, folder: Path, encoder: FrozenEncoder, seed: int):
+        """Start without rows.
+
+        Args:
+            config: The section of the step.
+            folder: Empty folder of the vectors.
+            encoder: The model.
+            seed: Seed of the first centers.
+        """
+        self._config, self._encoder, self._seed = config, encoder, seed
+        self._side = "query" if config.of == "queries" else "document"
+        self._vectors = (folder / "vectors").open("w+b")
+        self._content: list[int] = []
+
+    def close(self) -> None:
+        """Close the files."""
+        self._vectors.close()
+
+    def collect(self, rows: Sequence[CuratedRow]) -> None:
+        """Encode a text of each row."""
+        texts = [EncoderInput(self._select_text(row)[:MAX_TEXT_CHARS], self._side, "") for row in rows]
+        if texts:
+            self._vectors.write(self._encoder.encode(texts).tobytes())
+        self._content += [hash_row(row.fields) for row in rows]
+
+    def _select_text(self, row: CuratedRow) -> str:
+        """Return the query or the first positive. Rows without positives give their query."""
+        positives = get_texts(row, "positives") if self._config.of == "positives" else []
+        return [*positives, *get_texts(row, "query")][0]
+
+    def iter_changes(self) -> Iterator[RowChange]:
+        """Yield the cluster of each row. Raise `UserError` if there are fewer rows than clusters."""
+        config, num_rows = self._config, len(self._content)
+        if num_rows < config.clusters:
+            raise UserError(f"cluster: clusters is {config.clusters}, but only {num_rows} rows are left. Lower it.")
+        self._vectors.seek(0)
+        vectors = np.fromfile(self._vectors, np.float32).reshape(num_rows, self._encoder.width)
+        order = np.argsort(np.array(self._content, np.uint64), kind="stable")  # the order of rows must make no difference
+        labels = np.empty(num_rows, np.int64)
+        labels[order] = cluster_vectors(vectors[order], config.clusters, self._seed, config.iterations).labels
+        for label in labels.tolist():
+            yield RowChange({config.field: label})

@@ -1,0 +1,104 @@
+"""The step `mine`: negatives by search, the consistency filter, and better positives, by the miner of `jaxembed mine`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from jaxembed.config.curation_models import MineStepConfig
+from jaxembed.curation.mining import (
+    MinedRow,
+    MiningOptions,
+    check_first_rank,
+    embed_texts,
+    mine_negatives,
+    score_by_text,
+)
+from jaxembed.curation.pool import MiningPool, build_pool, read_corpus
+from jaxembed.curation.report import to_output_row
+from jaxembed.curation.steps.changes import UNCHANGED, RowChange
+from jaxembed.curation.steps.curated_row import CuratedRow, get_texts
+from jaxembed.data.batch import EncoderInput
+from jaxembed.data.schema import Row
+from jaxembed.hub.cross_encoder import ScorePairs
+from jaxembed.hub.frozen_encoder import FrozenEncoder
+
+RELABELED, MINED = "positives: replaced by a better document", "negatives: mined"
+
+
+class MinerModels(NamedTuple):
+    """The models of a step: the one whose vectors find candidates, and the one that scores them, or None."""
+
+    encoder: FrozenEncoder
+    score_pairs: ScorePairs | None
+
+
+def select_texts(curated: CuratedRow) -> Row:
+    """Return the fields of a pair that mining reads."""
+    texts = {"pos": get_texts(curated, "positives"), "neg": get_texts(curated, "negatives")}
+    return {"query": curated.fields["query"], "prompt": curated.fields.get("prompt"), **texts}
+
+
+class MinedRows:
+    """Collects rows of pairs in memory, then mines for each source alone. Rows of other formats stay as they are."""
+
+    def __init__(
+        self, config: MineStepConfig, source_names: Sequence[str], models: MinerModels, options: MiningOptions, cache: Path
+    ):
+        """Start without rows.
+
+        Args:
+            config: The section of the step.
+            source_names: Names of all sources.
+            models: The models.
+            options: How candidates are found and filtered.
+            cache: Folder for the row indexes of a corpus.
+        """
+        self._config, self._names, self._models, self._options, self._cache = config, source_names, models, options, cache
+        self._rows: list[tuple[int, Row | None]] = []  # source and pair; None for rows that are not mined
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def collect(self, rows: Sequence[CuratedRow]) -> None:
+        """Record the texts of rows."""
+        for curated in rows:
+            is_mined = curated.format == "pairs" and self._config.applies_to(self._names[curated.source])
+            self._rows.append((curated.source, select_texts(curated) if is_mined else None))
+
+    def iter_changes(self) -> Iterator[RowChange]:
+        """Yield the change of each row. See `changes.ChangingStep`."""
+        for source, entries in itertools.groupby(self._rows, key=lambda entry: entry[0]):
+            rows = [row for _, row in entries]
+            yield from self._mine(rows, self._names[source]) if any(rows) else [UNCHANGED] * len(rows)
+
+    def _mine(self, rows: Sequence[Row | None], name: str) -> Iterator[RowChange]:
+        """Yield the changes of the rows of one source."""
+        corpus = read_corpus(self._config.corpus, self._cache) if self._config.corpus else None
+        pairs = [row for row in rows if row is not None]
+        pool = build_pool(pairs, corpus, self._options.seed, self._config.instruction)
+        if self._config.negatives:
+            check_first_rank(pool, self._config, f"Name more documents with corpus, or leave {name} out of sources.")
+        encoder, score_pairs = self._models
+        query_vectors = embed_texts(pool.queries, encoder.encode, encoder.width, f"{name}: queries")
+        documents = [EncoderInput(text, "document", "") for text in pool.documents]
+        document_vectors = embed_texts(documents, encoder.encode, encoder.width, "documents")
+        rescore = score_by_text(score_pairs, pool) if score_pairs else None
+        result = mine_negatives(pool, query_vectors, document_vectors, self._options, rescore)
+        mined_rows = dict(zip(result.row_numbers, result.rows, strict=True))
+        numbers = itertools.count()
+        for row in rows:
+            yield UNCHANGED if row is None else self._describe(pool, next(numbers), mined_rows)
+
+    def _describe(self, pool: MiningPool, number: int, mined_rows: dict[int, MinedRow]) -> RowChange:
+        """Return the change of the row with a number in a pool."""
+        lost = f"positives: not among the {self._config.consistency_top_k} nearest documents"
+        if (mined := mined_rows.get(number)) is None:
+            return RowChange(None, (lost,))
+        num_lost = 0 if mined.is_relabeled else len(pool.rows[number].positives) - len(mined.row.positives)
+        output = to_output_row(pool, mined)
+        fields = {key: output[key] for key in ("pos", "neg", "pos_scores", "neg_scores")}
+        reasons = [lost] * num_lost + [RELABELED] * mined.is_relabeled + [MINED] * bool(mined.num_mined)
+        return RowChange(fields, tuple(reasons))

@@ -1,0 +1,69 @@
+"""Clusters of unit vectors: spherical k-means (Dhillon and Modha 2001), by the exact search for the nearest center."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from jaxembed.search.nearest import search
+
+DRAWS_PER_CENTER = 4  # candidates for each of the first centers
+
+
+class Clustering(NamedTuple):
+    """Clusters of N vectors.
+
+    Attributes:
+        labels: Cluster of each vector, int64 [N]. Clusters are numbered by size, the largest is 0.
+        centers: Unit vectors of the centers, float32 [K, D].
+        similarities: Cosine of each vector with its center, float32 [N].
+    """
+
+    labels: Int[np.ndarray, " n"]
+    centers: Float[np.ndarray, "k d"]
+    similarities: Float[np.ndarray, " n"]
+
+
+def cluster_vectors(vectors: Float[np.ndarray, "n d"], count: int, seed: int, iterations: int = 20) -> Clustering:
+    """Cluster unit vectors.
+
+    The first centers are drawn by k-means++ (Arthur and Vassilvitskii 2007): each with a probability that grows with the
+    distance from the centers so far. A center that loses all its vectors stays where it is.
+
+    Args:
+        vectors: Unit vectors.
+        count: Number of clusters, at most N.
+        seed: Seed of the first centers.
+        iterations: Maximum iterations. They end when no vector changes its cluster.
+    """
+    centers = _draw_centers(vectors, count, np.random.default_rng(seed))
+    labels = np.full(len(vectors), -1)
+    for _ in range(iterations):
+        nearest = search(vectors, centers, 1).rows[:, 0].astype(np.int64)
+        if np.array_equal(labels, nearest):
+            break
+        labels, sums = nearest, np.zeros_like(centers)
+        np.add.at(sums, labels, vectors)
+        norms = np.linalg.norm(sums, axis=1, keepdims=True)
+        centers = np.where(norms > 0, sums / np.maximum(norms, 1e-12), centers)
+    # Number the clusters by size.
+    order = np.argsort(-np.bincount(labels, minlength=count), kind="stable")
+    centers, labels = centers[order], np.argsort(order)[labels]
+    return Clustering(labels, centers, np.einsum("nd,nd->n", vectors, centers[labels]))
+
+
+def _draw_centers(vectors: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Return the first centers, float32 [count, D]. If fewer vectors are distinct, some centers are equal."""
+    chosen = [int(rng.integers(len(vectors)))]
+    distances = np.maximum(1 - vectors @ vectors[chosen[0]], 0)
+    while len(chosen) < count:
+        total = distances.sum()
+        drawn = rng.choice(len(vectors), DRAWS_PER_CENTER, p=distances / total if total > 0 else None)
+        # Take the draw after which vectors are nearest to their centers.
+        reduced = np.minimum(distances[:, None], np.maximum(1 - vectors @ vectors[drawn].T, 0))
+        best = int(reduced.sum(0).argmin())
+        chosen.append(int(drawn[best]))
+        distances = reduced[:, best]
+    return vectors[chosen].astype(np.float32)
