@@ -10,6 +10,7 @@ from jaxembed import __version__
 COMMANDS = {
     "data": "validate, preview, convert, and measure training data; extract pairs from Python packages",
     "train": "train a model, or plan a run with --plan",
+    "synthesize": "write training data with an LLM server, by a recipe of prompts",
     "curate": "clean, filter, deduplicate, and decontaminate training data, with a report",
     "mine": "find hard negatives for pairs",
     "encode": "write the vectors of texts",

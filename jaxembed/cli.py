@@ -31,8 +31,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("jaxembed")
 
+KEY_VARIABLE = "OPENAI_API_KEY"
+MAX_TIMEOUT_S = 86_400
+
 # Libraries whose progress messages are hidden.
-CHATTY_LOGGERS = ("jax", "orbax", "httpx", "httpx2", "datasets", "bm25s", "faiss", "sentence_transformers", "mteb")
+CHATTY_LOGGERS = ("jax", "orbax", "httpx", "httpx2", "openai", "datasets", "bm25s", "faiss", "sentence_transformers", "mteb")
 
 
 def run_command(main: Callable[[argparse.Namespace], Mapping[str, Any]], parser: argparse.ArgumentParser) -> Mapping[str, Any]:
@@ -150,6 +153,17 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add_fsdp_argument(parser)
 
 
+def add_server_arguments(parser: argparse._ActionsContainer, *, timeout_s: float) -> None:
+    """Add the options for a server's key and time limit. `timeout_s` is the default limit in seconds."""
+    parser.add_argument(
+        "--timeout", type=number_up_to(MAX_TIMEOUT_S), default=float(timeout_s), metavar="SECONDS",
+        help=f"time that an answer may take (default: {timeout_s:g})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--key-env", default=KEY_VARIABLE, metavar="NAME", help=f"environment variable of the key (default: {KEY_VARIABLE})"
+    )
+
+
 def add_row_arguments(parser: argparse._ActionsContainer) -> None:
     """Add the options that describe the rows of a source."""
     formats = ", ".join(get_args(Format))
@@ -202,6 +216,21 @@ def integer_from(minimum: int, maximum: int | None = None) -> Callable[[str], in
         return value
 
     return integer
+
+
+def number_up_to(maximum: float) -> Callable[[str], float]:
+    """Return a parser of numbers above 0 that are at most `maximum`, for `argparse`."""
+
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        if not 0 < value <= maximum:
+            raise argparse.ArgumentTypeError(f"{text} is out of range (above 0, at most {maximum:g})")
+        return value
+
+    return number
 
 
 def get_model_options(args: argparse.Namespace) -> dict[str, Any]:

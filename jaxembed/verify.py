@@ -8,15 +8,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from jaxembed import cli
 
 API_NAMES = ("auto", "openai", "tei", "vllm", "llama.cpp", "ollama")
-KEY_VARIABLE = "OPENAI_API_KEY"
-MAX_TIMEOUT_S = 86_400
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
@@ -45,21 +42,6 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     return summarize(server, result)
 
 
-def number_up_to(maximum: float) -> Callable[[str], float]:
-    """Return a parser of numbers above 0 that are at most `maximum`, for `argparse`."""
-
-    def number(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-        if not 0 < value <= maximum:
-            raise argparse.ArgumentTypeError(f"{text} is out of range (above 0, at most {maximum:g})")
-        return value
-
-    return number
-
-
 def make_parser() -> cli.Parser:
     """Return the parser of the command line."""
     about = (
@@ -67,7 +49,7 @@ def make_parser() -> cli.Parser:
         "several in one request. If vectors differ, variants of the folder's model are computed in JAX (mask, pooling,\n"
         "special tokens, prompt, truncation, width, dtype), and those that give the server's vectors are named.\n\n"
         "Exit code: 0 if everything is equal, 1 if something differs, 2 for bad input. A key that the server needs is read\n"
-        f"from the environment variable {KEY_VARIABLE}, or from the one that --key-env names."
+        f"from the environment variable {cli.KEY_VARIABLE}, or from the one that --key-env names."
     )
     parser = cli.new_parser("verify", f"{__doc__}\n{about}")
     parser.add_argument("folder", metavar="FOLDER", help="exported folder that the server serves, or a copy of it")
@@ -80,7 +62,7 @@ def make_parser() -> cli.Parser:
     parser.add_argument("--model", metavar="NAME", help="model of the server (default: the first that it lists)")
     parser.add_argument("--dim", type=cli.integer_from(1), metavar="N", help="ask for vectors of N numbers (Matryoshka)")
     parser.add_argument(
-        "--tolerance", type=number_up_to(1), metavar="COSINE",
+        "--tolerance", type=cli.number_up_to(1), metavar="COSINE",
         help="least cosine of equal vectors (default: 0.9999; for half precision, that of vectors with 1.5 times the error "
         "of the model's own computation in that dtype)",
     )  # fmt: skip
@@ -93,13 +75,7 @@ def make_parser() -> cli.Parser:
         "--platform", choices=["cpu", "cuda", "tpu"], default="cpu",
         help="device of the diagnosis (default: cpu, which leaves accelerators to the server)",
     )  # fmt: skip
-    parser.add_argument(
-        "--timeout", type=number_up_to(MAX_TIMEOUT_S), default=60.0, metavar="SECONDS",
-        help="time that an answer may take (default: 60)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--key-env", default=KEY_VARIABLE, metavar="NAME", help=f"environment variable of the key (default: {KEY_VARIABLE})"
-    )
+    cli.add_server_arguments(parser, timeout_s=60)
     return parser
 
 

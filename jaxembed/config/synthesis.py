@@ -183,6 +183,11 @@ class SynthesisConfig(Section):
     )
     tasks: tuple[TaskConfig, ...] = Field(min_length=1)
 
+    @field_validator("inputs", mode="before")
+    @classmethod
+    def _read_empty_paths(cls, inputs: Any) -> Any:
+        return {name: "" if path is None else path for name, path in inputs.items()} if isinstance(inputs, dict) else inputs
+
     @field_validator("tasks")
     @classmethod
     def _check_names(cls, tasks: tuple[TaskConfig, ...]) -> tuple[TaskConfig, ...]:

@@ -22,22 +22,27 @@ def write_page(report: Mapping[str, Any]) -> str:
     """Return the HTML page of a report (`engine.write_report`)."""
     steps = [part for number, step in enumerate(report["steps"]) for part in _write_step(number, step)]
     parts = [
-        "<h1>Curation report</h1>",
         _write_overview(report),
         "<h2>Steps</h2>",
         *steps,
         "<h2>Kept rows</h2>",
-        *(_write_samples(SAMPLE_TITLES[kind], samples) for kind, samples in report["output"]["samples"].items()),
+        *(write_samples(SAMPLE_TITLES[kind], samples) for kind, samples in report["output"]["samples"].items()),
         "<h2>Lengths in characters</h2>",
         *_write_lengths(report),
         "<h2>Config</h2>",
         f"<pre>{escape(json.dumps(report['config'], indent=2, ensure_ascii=False))}</pre>",
     ]
-    head = f'<meta charset="utf-8"><title>Curation report</title><style>{STYLE}</style>'
-    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
+    return write_document("Curation report", parts)
 
 
-def _write_table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+def write_document(title: str, parts: Iterable[str]) -> str:
+    """Return a page with a title and the HTML of its parts."""
+    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
+    body = f"<h1>{escape(title)}</h1>{''.join(parts)}"
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>\n'
+
+
+def write_table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     """Return a table. Numbers are aligned right."""
     head = "".join(f"<th>{escape(name)}</th>" for name in header)
     body = "".join(f"<tr>{''.join(map(_write_cell, row))}</tr>" for row in rows)
@@ -55,7 +60,7 @@ def _write_overview(report: Mapping[str, Any]) -> str:
         (name, source["path"], source["rows"], outputs[name]["rows"], report["files"].get(name, "none: no row is left"))
         for name, source in report["sources"].items()
     ]
-    return _write_table(["source", "path", "rows in", "rows out", "file"], rows)
+    return write_table(["source", "path", "rows in", "rows out", "file"], rows)
 
 
 def _write_step(number: int, step: Mapping[str, Any]) -> list[str]:
@@ -64,13 +69,13 @@ def _write_step(number: int, step: Mapping[str, Any]) -> list[str]:
     reasons = [(kind, reason, count) for kind, counts in step["reasons"].items() for reason, count in counts.items()]
     return [
         f"<h3>{number}. {escape(step['name'])}</h3>",
-        _write_table(["source", "rows in", "rows out", "dropped", "changed"], rows),
-        _write_table(["rows", "reason", "count"], reasons) if reasons else "",
-        *(_write_samples(f"Samples of {kind} rows", samples) for kind, samples in step["samples"].items()),
+        write_table(["source", "rows in", "rows out", "dropped", "changed"], rows),
+        write_table(["rows", "reason", "count"], reasons) if reasons else "",
+        *(write_samples(f"Samples of {kind} rows", samples) for kind, samples in step["samples"].items()),
     ]
 
 
-def _write_samples(title: str, samples: Iterable[Mapping[str, Any]]) -> str:
+def write_samples(title: str, samples: Iterable[Mapping[str, Any]]) -> str:
     """Return samples that unfold with a click, or nothing if there are none."""
     blocks = [f"<pre>{escape(json.dumps(sample, ensure_ascii=False, indent=1))}</pre>" for sample in samples]
     return f"<details><summary>{escape(title)} ({len(blocks)})</summary>{''.join(blocks)}</details>" if blocks else ""

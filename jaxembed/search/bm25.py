@@ -27,16 +27,28 @@ def rank_documents(corpus: Sequence[str], queries: Sequence[str], k: int) -> np.
     Raises:
         UserError: If bm25s is not installed.
     """
-    check_bm25_installed()
-    import bm25s
+    return Bm25Index(corpus).search(queries, k)[0]
 
-    logging.getLogger("bm25s").setLevel(logging.WARNING)  # importing it sets a lower level
-    list_terms = make_term_splitter()
-    index = bm25s.BM25(method="lucene", k1=K1, b=B)
-    index.index([list_terms(text) for text in corpus], show_progress=False)
-    query_terms = [list_terms(query) for query in queries]
-    best, _ = index.retrieve(query_terms, k=min(k, len(corpus)), show_progress=False)
-    return best.astype(np.int64)
+
+class Bm25Index:
+    """A corpus that is searched by BM25 (Lucene's variant). Needs bm25s and regex."""
+
+    def __init__(self, corpus: Sequence[str]):
+        """Index the documents. Raise `UserError` if bm25s is not installed."""
+        check_bm25_installed()
+        import bm25s
+
+        logging.getLogger("bm25s").setLevel(logging.WARNING)  # importing it sets a lower level
+        self._list_terms = make_term_splitter()
+        self._size = len(corpus)
+        self._index = bm25s.BM25(method="lucene", k1=K1, b=B)
+        self._index.index([self._list_terms(text) for text in corpus], show_progress=False)
+
+    def search(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return indices and scores of the k best documents of each query, best first, int64 and float32 [Q, min(k, N)]."""
+        query_terms = [self._list_terms(query) for query in queries]
+        best, scores = self._index.retrieve(query_terms, k=min(k, self._size), show_progress=False)
+        return best.astype(np.int64), np.asarray(scores, np.float32)
 
 
 class Bm25Similarity:

@@ -1,0 +1,145 @@
+"""Which rows are accepted: valid training rows that are new and within the quotas."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxembed.config.synthesis import LANGUAGE, LENGTH, QuotaConfig, SynthesisConfig, TaskConfig
+from jaxembed.curation.curation_sources import iter_curated_rows, open_curated_sources
+from jaxembed.curation.steps.curated_row import CuratedRow, get_texts
+from jaxembed.data.equality import exclude_equal
+from jaxembed.data.schema import Row
+from jaxembed.data.sources import IDENTIFYING_FIELDS, ROW_SCHEMAS
+from jaxembed.errors import UserError
+from jaxembed.synthesis.answers import is_unicode
+from jaxembed.synthesis.drafts import Draft, fill_field, fill_template
+from jaxembed.synthesis.novelty import SeenTexts, open_language_identifier
+
+UNKNOWN = "unknown"  # language of a text whose language is not certain
+EQUAL_TEXTS = "query, positives and negatives are not all different"
+COPY = "copy of an earlier row"
+
+
+@dataclasses.dataclass(frozen=True)
+class AcceptedRow:
+    """A row that goes to the output.
+
+    Attributes:
+        row: The training row.
+        draft: The draft that it was made of.
+    """
+
+    row: Row
+    draft: Draft
+
+
+def find_format(task: TaskConfig) -> str:
+    """Return the format of a task's rows. Raise `UserError` if no format has its fields."""
+    for name, fields in IDENTIFYING_FIELDS.items():
+        if fields <= set(task.row):
+            return name
+    expected = "; ".join(", ".join(sorted(fields)) for fields in IDENTIFYING_FIELDS.values())
+    raise UserError(f"task {task.name}: row has {', '.join(task.row)} (expected at least the fields of one format: {expected})")
+
+
+class KnownQueries:
+    """The queries of all rows so far, and of existing training files."""
+
+    def __init__(self, config: SynthesisConfig, cache: Path, where: str):
+        """Read the existing files. Raise `UserError` if one cannot be read, or rensa is not installed."""
+        self._seen = SeenTexts(config.duplicates, config.threshold) if config.duplicates != "none" else None
+        if config.existing and self._seen:
+            for row in iter_curated_rows(open_curated_sources(config.existing, cache, where)):
+                self._seen.add(get_identity(row))
+
+    def add(self, row: CuratedRow) -> bool:
+        """Return whether the query of a row is new, and remember it."""
+        return self._seen is None or self._seen.add(get_identity(row))
+
+
+def get_identity(row: CuratedRow) -> str:
+    """Return the text by which copies of a row are found: its query; for pairs with a score or an NLI label, both texts."""
+    texts = get_texts(row, "query")
+    return "\n".join([*texts, *get_texts(row, "positives")] if row.format == "scored_pairs" else texts)
+
+
+class RowRules:
+    """Decides which rows of a task are accepted.
+
+    Attributes:
+        rejected: Number of rejected rows by reason.
+        groups: Number of accepted rows by quota and group.
+    """
+
+    def __init__(self, task: TaskConfig, known: KnownQueries, target: int | None):
+        """Start without rows.
+
+        Args:
+            task: The section of the task.
+            known: Queries that are known already.
+            target: Rows to write, or None.
+        """
+        self.format = find_format(task)
+        self.rejected = Counter[str]()
+        self.groups: list[Counter[str]] = [Counter() for _ in task.quotas]
+        self._task, self._known, self._target = task, known, target
+
+    def check(self, draft: Draft) -> AcceptedRow | None:
+        """Return the row of a draft, or None if it is rejected."""
+        filled = {str(field): fill_field(template, draft) for field, template in self._task.row.items()}
+        row = {field: value.strip() if isinstance(value, str) else value for field, value in filled.items()}
+        if problem := self._find_problem(row):
+            self.rejected[problem] += 1
+            return None
+        groups = [self._find_group(quota, row, draft) for quota in self._task.quotas]
+        for quota, group, counts in zip(self._task.quotas, groups, self.groups, strict=True):
+            if counts[group] >= self._limit(quota):
+                self.rejected[f"quota of {quota.by}"] += 1
+                return None
+        if not self._known.add(self._curated(row)):
+            self.rejected[COPY] += 1
+            return None
+        for group, counts in zip(groups, self.groups, strict=True):
+            counts[group] += 1
+        return AcceptedRow(row, draft)
+
+    def _find_problem(self, row: dict[str, Any]) -> str | None:
+        if problem := ROW_SCHEMAS[self.format].check(row):
+            return f"not a valid row: {problem}"
+        texts = list_texts(row)
+        if not all(map(is_unicode, texts)):
+            return "not valid Unicode"
+        if self.format in ("pairs", "scored_pairs") and len(exclude_equal(texts, ())) < len(texts):
+            return EQUAL_TEXTS
+        return None
+
+    def _curated(self, row: dict[str, Any]) -> CuratedRow:
+        if self.format == "nli":
+            return CuratedRow(0, 0, "scored_pairs", {"sentence1": row["premise"], "sentence2": row["hypothesis"]})
+        return CuratedRow(0, 0, self.format, row)
+
+    def _find_group(self, quota: QuotaConfig, row: dict[str, Any], draft: Draft) -> str:
+        curated = self._curated(row)
+        document = (get_texts(curated, "positives") or get_texts(curated, "query"))[0]
+        if quota.by == LANGUAGE:
+            return open_language_identifier()(document) or UNKNOWN
+        if quota.by == LENGTH:
+            return f"{2 ** (len(document).bit_length() - 1):,} characters or more"
+        return fill_template(quota.by, draft)
+
+    def _limit(self, quota: QuotaConfig) -> float:
+        if quota.max_rows is not None:
+            return quota.max_rows
+        assert quota.max_share is not None and self._target is not None
+        return max(quota.max_share * self._target, 1)
+
+
+def list_texts(row: Mapping[str, Any]) -> list[str]:
+    """Return the texts of a row without its prompt: query, positives and negatives, or sentences."""
+    names = ("query", "text", "sentence1", "sentence2", "premise", "hypothesis", "pos", "neg")
+    values: Sequence[Any] = [row[name] for name in names if name in row]
+    return [text for value in values for text in (value if isinstance(value, list) else [value])]

@@ -1,0 +1,198 @@
+"""Asks an LLM server: from the store if it has answered before, without options that it refuses, and with tokens counted."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import logging
+import math
+import threading
+from typing import Any
+
+from jaxembed.errors import UserError, summarize
+from jaxembed.synthesis.answers import drop_lengths
+from jaxembed.synthesis.endpoints import Endpoints, OptionRefusedError, ServerOptions
+from jaxembed.synthesis.requests import Answer, Request, estimate_tokens
+from jaxembed.synthesis.store import AnswerStore
+
+log = logging.getLogger("jaxembed")
+ECHO = "logprobs of a prompt"  # what a server must give for the likelihood of a text
+RESPONSE_FORMAT = "response_format"
+MAX_LOGPROBS = 20  # the most that OpenAI gives of a token
+# How answers are structured: the first way that a server does not refuse.
+SCHEMA, SCHEMA_WITHOUT_LENGTHS, JSON, TEXT = range(4)
+STRUCTURE_NAMES = ("a JSON schema", "a JSON schema without lengths", "JSON", "text that is parsed")
+
+
+@dataclasses.dataclass
+class TokenCounts:
+    """What was used so far.
+
+    Attributes:
+        requests: Requests with an answer, from a server or the store.
+        stored: Those of them from the store.
+        prompt_tokens: Tokens of their prompts.
+        completion_tokens: Tokens of their answers.
+        new_tokens: Tokens of prompts and answers from a server.
+    """
+
+    requests: int = 0
+    stored: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    new_tokens: int = 0
+
+    @property
+    def total(self) -> int:
+        """Tokens of prompts and answers."""
+        return self.prompt_tokens + self.completion_tokens
+
+
+class LlmClient:
+    """Answers requests. Threads may share it."""
+
+    def __init__(self, options: ServerOptions, store: AnswerStore):
+        """Prepare the servers. Nothing is sent. Raise `UserError` if a URL is not valid, or openai is not installed."""
+        self.model = options.model
+        self.counts = TokenCounts()
+        self._options, self._store = options, store
+        self._endpoints = Endpoints(options)
+        self._structure = SCHEMA
+        self._refused: set[str] = set()
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """End all waits."""
+        self._endpoints.close()
+
+    def ask(self, request: Request) -> Answer:
+        """Return the answer to a request. It is stored.
+
+        Raises:
+            TooLongError: It does not fit into the model's context.
+            OptionRefusedError: The server does not give the likelihood of a text.
+            UserError: The server cannot be used.
+        """
+        stored = self._store.get(request.key)
+        answer = stored or self._ask_server(request)
+        with self._lock:
+            self.counts.requests += 1
+            self.counts.stored += stored is not None
+            self.counts.prompt_tokens += answer.prompt_tokens
+            self.counts.completion_tokens += answer.completion_tokens
+            self.counts.new_tokens += 0 if stored else answer.num_tokens
+        if stored is None:
+            self._store.add(request, answer)
+        return answer
+
+    def supports(self, option: str) -> bool:
+        """Return whether no server has refused an option so far."""
+        return option not in self._refused
+
+    def _ask_server(self, request: Request) -> Answer:
+        """Return the answer of a server. What it refuses is left out, from now on."""
+        send = self._score if request.scored_text else self._chat
+        if request.scored_text and ECHO in self._refused:
+            raise OptionRefusedError(ECHO, "refused before")
+        while True:
+            structure, refused = self._structure, frozenset(self._refused)
+            try:
+                return self._endpoints.call(lambda client: send(client, request))
+            except OptionRefusedError as refusal:
+                if refusal.option in refused or (refusal.option == RESPONSE_FORMAT and structure == TEXT):
+                    raise UserError(f"--server: refuses {refusal.option}, which it did not get ({refusal})") from None
+                self._note_refusal(refusal, structure)
+                if refusal.option == ECHO:
+                    raise
+
+    def _note_refusal(self, refusal: OptionRefusedError, structure: int) -> None:
+        """Leave out an option from now on, and log it once. `structure` is how the answer was to be structured."""
+        with self._lock:
+            if refusal.option == RESPONSE_FORMAT:
+                if self._structure == structure:
+                    self._structure += 1
+                    name = STRUCTURE_NAMES[self._structure]
+                    log.info("the server refuses %s (%s); answers are asked as %s", STRUCTURE_NAMES[structure], refusal, name)
+            elif refusal.option not in self._refused:
+                self._refused.add(refusal.option)
+                log.info("the server refuses %s (%s); requests leave it out", refusal.option, refusal)
+
+    def _chat(self, client: Any, request: Request) -> Answer:
+        messages = [{"role": "system", "content": request.system}] if request.system else []
+        messages.append({"role": "user", "content": request.prompt})
+        completion = client.chat.completions.create(
+            model=request.model, messages=messages, **self._list_options(request), **self._structure_options(request)
+        )
+        choice = read_choice(completion)
+        text = choice.message.content or ""
+        if not isinstance(text, str):
+            raise ValueError("the answer has no text")
+        first = (choice.logprobs.content or [None])[0] if choice.logprobs else None
+        tokens = {top.token.strip(): top.logprob for top in reversed(first.top_logprobs)} if first else {}
+        logprobs = {grade: tokens[grade] for grade in request.grades if grade in tokens}
+        answer = self._make_answer(request, completion, text)
+        refusal = self._options.redact(choice.message.refusal or "")
+        return dataclasses.replace(answer, refusal=refusal, finish_reason=choice.finish_reason or "stop", logprobs=logprobs)
+
+    def _score(self, client: Any, request: Request) -> Answer:
+        """Return the mean log-probability of the scored text, from the logprobs of an echoed prompt."""
+        import openai
+
+        text = request.prompt + request.scored_text
+        try:
+            completion = client.completions.create(
+                model=request.model, prompt=text, echo=True, logprobs=1, max_tokens=1, temperature=0
+            )
+        except (openai.BadRequestError, openai.NotFoundError, openai.UnprocessableEntityError) as error:
+            raise OptionRefusedError(ECHO, summarize(self._options.redact(error.message))) from None
+        logprobs = read_choice(completion).logprobs
+        if not logprobs or not logprobs.token_logprobs or not logprobs.text_offset:
+            raise OptionRefusedError(ECHO, "none in the answer")
+        first, last = len(request.prompt), len(request.prompt) + len(request.scored_text)
+        places = zip(logprobs.text_offset, logprobs.token_logprobs, strict=False)
+        values = [value for offset, value in places if first <= offset < last and value is not None]
+        mean = math.fsum(values) / len(values) if values else None
+        return dataclasses.replace(self._make_answer(request, completion, ""), likelihood=mean)
+
+    def _make_answer(self, request: Request, completion: Any, text: str) -> Answer:
+        usage = completion.usage
+        prompt = request.system + request.prompt + request.scored_text
+        return Answer(
+            text=self._options.redact(text),
+            prompt_tokens=(usage.prompt_tokens or 0) if usage else estimate_tokens(prompt),
+            completion_tokens=(usage.completion_tokens or 0) if usage else estimate_tokens(text),
+            model=self._options.redact(completion.model or request.model),
+            time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        )
+
+    def _list_options(self, request: Request) -> dict[str, Any]:
+        """Return the options of a chat request that the server has not refused."""
+        limit = "max_tokens" if self.supports("max_tokens") else "max_completion_tokens"
+        sampling = request.sampling
+        options = {
+            limit: sampling.max_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": request.seed,
+        }
+        if request.grades and self.supports("logprobs"):
+            options |= {"logprobs": True, "top_logprobs": MAX_LOGPROBS}
+        return {name: value for name, value in options.items() if name == limit or self.supports(name)}
+
+    def _structure_options(self, request: Request) -> dict[str, Any]:
+        """Return the option that makes the server enforce a schema."""
+        if request.schema is None or self._structure == TEXT:
+            return {}
+        if self._structure == JSON:
+            return {RESPONSE_FORMAT: {"type": "json_object"}}
+        schema = request.schema if self._structure == SCHEMA else drop_lengths(request.schema)
+        described = {"name": "answer", "strict": True, "schema": schema}
+        return {RESPONSE_FORMAT: {"type": "json_schema", "json_schema": described}}
+
+
+def read_choice(completion: Any) -> Any:
+    """Return the only choice of a completion. Raise `ValueError` if a server answered something else."""
+    choices = getattr(completion, "choices", None)
+    if not choices or not (getattr(choices[0], "message", None) or hasattr(choices[0], "text")):
+        raise ValueError("the answer is not a completion")
+    return choices[0]

@@ -1,0 +1,237 @@
+"""Several OpenAI-compatible endpoints that share the work: retries, waits, and what a server does not support."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeVar
+
+from jaxembed.errors import UserError, suggest, summarize
+from jaxembed.verification.http_client import parse_root
+
+MAX_ATTEMPTS = 8  # of a request that fails for a reason that may pass
+FIRST_WAIT_S, MAX_WAIT_S = 0.5, 30.0  # the wait doubles, unless the server says how long
+RETRIED_STATUSES = (408, 409, 425, 429)  # and all from 500 on
+CONTEXT_WORDS = ("context length", "context_length", "context window", "context size", "max_model_len", "maximum model length")
+MAX_QUOTED_CHARS = 300
+API_PATH = "/v1"
+# Key of a request -> words of an error by which a server refuses it.
+OPTION_WORDS = {
+    "response_format": ("response_format", "json_schema", "json schema", "grammar", "guided", "structured"),
+    "seed": ("seed",), "logprobs": ("logprobs",), "temperature": ("temperature",), "top_p": ("top_p",),
+    "max_tokens": ("max_completion_tokens", "max_tokens"),
+}  # fmt: skip
+log = logging.getLogger("jaxembed")
+T = TypeVar("T")
+
+
+class TooLongError(Exception):
+    """A prompt and its answer do not fit into the model's context."""
+
+
+class OptionRefusedError(Exception):
+    """A server does not support an option of a request."""
+
+    def __init__(self, option: str, reason: str):
+        super().__init__(reason)
+        self.option = option
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerOptions:
+    """The servers and how they are asked.
+
+    Attributes:
+        urls: URLs of the servers, which serve the same model.
+        model: Name of the model.
+        key: Key for all servers; empty for none.
+        key_variable: Environment variable of the key, for messages.
+        timeout_s: Seconds that an answer may take.
+        concurrency: Requests at the same time, to all servers together.
+    """
+
+    urls: Sequence[str]
+    model: str
+    key: str = dataclasses.field(default="", repr=False)
+    key_variable: str = "OPENAI_API_KEY"
+    timeout_s: float = 120.0
+    concurrency: int = 16
+
+    def redact(self, text: str) -> str:
+        """Return a text without the key, which a server may repeat."""
+        return text.replace(self.key, "***") if self.key else text
+
+
+class Endpoint:
+    """One server, with the number of requests that it is working on, and when it can be asked again."""
+
+    def __init__(self, url: str, options: ServerOptions):
+        """Prepare a client. Nothing is sent."""
+        import openai
+
+        root = parse_root(url)
+        self.url = root if root.count("/") > 2 else root + API_PATH
+        key = options.key or "none"  # the library needs one
+        self.client = openai.OpenAI(base_url=self.url, api_key=key, timeout=options.timeout_s, max_retries=0)
+        self.running, self.failures, self.ready_at = 0, 0, 0.0
+
+
+class Endpoints:
+    """The servers of a synthesis. Threads may share it."""
+
+    def __init__(self, options: ServerOptions):
+        """Prepare the clients. Nothing is sent.
+
+        Raises:
+            UserError: A URL is not valid, or openai is not installed.
+        """
+        try:
+            import openai  # noqa: F401
+        except ImportError:
+            raise UserError("synthesize: openai is not installed. Run pip install '.[synthesize]'.") from None
+        self._options = options
+        self._endpoints = [Endpoint(url, options) for url in options.urls]
+        self._lock = threading.Lock()
+        self._is_checked = False
+        self._stop = threading.Event()
+
+    def close(self) -> None:
+        """End all waits."""
+        self._stop.set()
+
+    def call(self, send: Callable[[Any], T]) -> T:
+        """Return what `send` returns for the client of a server. It is called again after errors that may pass.
+
+        Raises:
+            TooLongError: The request does not fit into the context.
+            OptionRefusedError: The server does not support an option of the request.
+            UserError: The server cannot be reached, stays busy, needs another key, or does not serve the model.
+        """
+        self._check_once()
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            endpoint = self._take()
+            try:
+                result = send(endpoint.client)
+                self._release(endpoint, None)
+                return result
+            except Exception as error:
+                wait_s = self._find_wait(error, endpoint)
+                self._release(endpoint, wait_s)
+                if wait_s is None:
+                    self._explain(error, endpoint)
+                if attempt == MAX_ATTEMPTS or self._stop.is_set():
+                    raise UserError(
+                        f"{endpoint.url}: failed {attempt} times in a row, the last time with: {self._quote(error)}. Check the "
+                        "server and run the same command: finished answers are stored."
+                    ) from None
+        raise AssertionError
+
+    def _take(self) -> Endpoint:
+        """Return the server that can be asked first, and of several the one with the least work. Wait until it is ready."""
+        with self._lock:
+            now = time.monotonic()
+            endpoint = min(self._endpoints, key=lambda e: (max(e.ready_at - now, 0), e.running))
+            endpoint.running += 1
+        self._stop.wait(max(endpoint.ready_at - time.monotonic(), 0))
+        return endpoint
+
+    def _release(self, endpoint: Endpoint, wait_s: float | None) -> None:
+        with self._lock:
+            endpoint.running -= 1
+            endpoint.failures = 0 if wait_s is None else endpoint.failures + 1
+            if wait_s is not None:
+                endpoint.ready_at = max(endpoint.ready_at, time.monotonic() + wait_s)
+
+    def _find_wait(self, error: Exception, endpoint: Endpoint) -> float | None:
+        """Return the seconds after which a request may succeed, or None if it will not."""
+        import openai
+
+        status = getattr(error, "status_code", None)
+        may_pass = isinstance(error, openai.APIConnectionError | ValueError) or (
+            status is not None and (status in RETRIED_STATUSES or status >= 500)
+        )
+        if not may_pass:
+            return None
+        backoff = min(FIRST_WAIT_S * 2 ** min(endpoint.failures, 10), MAX_WAIT_S) * random.uniform(0.75, 1.25)
+        headers = error.response.headers if isinstance(error, openai.APIStatusError) else {}
+        return parse_seconds(headers.get("retry-after")) or backoff
+
+    def _explain(self, error: Exception, endpoint: Endpoint) -> NoReturn:
+        """Raise the error that says what to do about an error of the library."""
+        import openai
+
+        if not isinstance(error, openai.APIStatusError):
+            raise error
+        quoted, lowered = self._quote(error), f"{error.code} {error.param} {error.message}".lower()
+        if error.status_code in (401, 403):
+            state = "does not accept the key in" if self._options.key else "needs a key, which is read from"
+            raise UserError(
+                f"{endpoint.url}: the server {state} the environment variable {self._options.key_variable} "
+                f"(status {error.status_code}: {quoted}). Set it to a key of this server."
+            ) from None
+        if any(word in lowered for word in CONTEXT_WORDS):
+            raise TooLongError(quoted) from None
+        if error.status_code in (400, 422):
+            for option, words in OPTION_WORDS.items():
+                if error.param == option or any(word in lowered for word in words):
+                    raise OptionRefusedError(option, quoted) from None
+        raise UserError(
+            f"{endpoint.url}: the server refused a request (status {error.status_code}: {quoted}). Check --server and --model."
+        ) from None
+
+    def _quote(self, error: Exception) -> str:
+        """Return the message of an error, without the key."""
+        body = getattr(error, "body", None)
+        message = body.get("message") if isinstance(body, dict) else None
+        reason = error.__cause__ if getattr(error, "status_code", None) is None and error.__cause__ else error
+        return summarize(self._options.redact(str(message or reason or error)), MAX_QUOTED_CHARS)
+
+    def _check_once(self) -> None:
+        """Check every server before the first request."""
+        with self._lock:
+            if not self._is_checked:
+                problems = [problem for endpoint in self._endpoints if (problem := self._check(endpoint))]
+                if len(problems) == len(self._endpoints):
+                    raise UserError(problems[0])
+                for problem in problems:
+                    log.warning("%s", UserError(problem))
+                self._is_checked = True
+
+    def _check(self, endpoint: Endpoint) -> str | None:
+        """Return why a server cannot be reached, or None. Raise `UserError` if it needs a key, or does not serve the model."""
+        import openai
+
+        try:
+            models = [model.id for model in endpoint.client.models.list().data]
+        except openai.APIConnectionError as error:
+            endpoint.ready_at, endpoint.failures = time.monotonic() + MAX_WAIT_S, 1
+            return (
+                f"{endpoint.url}: cannot be reached ({self._quote(error)}). Check that the server runs, and the host and port "
+                "of the URL."
+            )
+        except openai.APIStatusError as error:
+            if error.status_code in (401, 403):
+                self._explain(error, endpoint)
+            return None  # not every server lists its models
+        except (openai.OpenAIError, ValueError, TypeError, AttributeError):
+            return None
+        if models and self._options.model not in models:
+            raise UserError(
+                f"{endpoint.url}: does not serve the model {self._options.model!r} (found {', '.join(sorted(models)[:10])}). "
+                f"Set --model to one of them.{suggest(self._options.model, models)}"
+            )
+        return None
+
+
+def parse_seconds(text: str | None) -> float:
+    """Return the seconds of a Retry-After header, at most `MAX_WAIT_S`; 0 if it has none, or a date."""
+    try:
+        seconds = float(text or 0)
+    except ValueError:
+        return 0.0
+    return min(seconds, MAX_WAIT_S) if math.isfinite(seconds) and seconds > 0 else 0.0

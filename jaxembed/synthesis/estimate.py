@@ -1,0 +1,156 @@
+"""What a synthesis will cost, without a server: from an earlier, smaller run, or from sample prompts and assumptions."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxembed.config.synthesis import SynthesisConfig
+from jaxembed.config.synthesis_steps import AnySynthesisStep, AskStepConfig, RankStepConfig, RetrieveStepConfig
+from jaxembed.data.beir import join_title_and_text
+from jaxembed.files import cache_dir, read_json
+from jaxembed.synthesis.drafts import Draft, draw_values, fill_template, make_rng
+from jaxembed.synthesis.engine import prepare_tasks
+from jaxembed.synthesis.inputs import InputRows, read_inputs
+from jaxembed.synthesis.output import RECIPE_FILE, REPORT_FILE
+from jaxembed.synthesis.requests import CHARS_PER_TOKEN, estimate_tokens
+from jaxembed.synthesis.retrieval import CANDIDATES
+from jaxembed.synthesis.steps import make_request
+from jaxembed.synthesis.tasks import TaskRun
+
+NUM_SAMPLES = 20  # drafts whose prompts are made
+MAX_SHOWN_CHARS = 2000  # of a prompt
+ASSUMED_ITEMS = 10  # of a list, if its limits allow it
+ASSUMED_SHARE = 0.5  # of max_tokens that an answer takes
+ASSUMPTIONS = (
+    f"{CHARS_PER_TOKEN} bytes a token, answers of {ASSUMED_SHARE:.0%} of max_tokens, lists of {ASSUMED_ITEMS} items where "
+    "allowed, all answers valid, no copies. Write a few rows into OUT first for an estimate from real answers."
+)
+log = logging.getLogger("jaxembed")
+
+
+class StepCost(NamedTuple):
+    """What a step costs for each draft that reaches it, and the drafts that leave it."""
+
+    requests: float
+    prompt_tokens: float
+    completion_tokens: float
+    drafts_out: float
+
+
+def estimate(config: SynthesisConfig, recipe: Path, model: str, out: Path) -> dict[str, Any]:
+    """Return the rows, requests and tokens that a synthesis takes, and what the estimate is based on.
+
+    Args:
+        config: The whole config.
+        recipe: File of the config.
+        model: Name of the model; may be empty.
+        out: Output folder. If it has rows of the same recipe, the estimate is based on them.
+
+    Raises:
+        UserError: The input is bad.
+    """
+    inputs = read_inputs(config, str(recipe))
+    tasks = prepare_tasks(config, recipe, inputs, cache_dir())
+    costs = {task.config.name: _list_costs(task, config, inputs) for task in tasks}
+    if measured := _scale_report(config, model, out):
+        return measured
+    totals = {"rows": 0, "requests": 0, "prompt_tokens": 0, "completion_tokens": 0}
+    for task in tasks:
+        for name, value in _sum_costs(costs[task.config.name], task).items():
+            totals[name] += math.ceil(value)
+    return {"dry_run": True, **totals, "based_on": ASSUMPTIONS}
+
+
+def _scale_report(config: SynthesisConfig, model: str, out: Path) -> dict[str, Any] | None:
+    """Return an estimate that scales the report of earlier rows to all rows; None without such a report."""
+    if config.max_rows is None or not (out / REPORT_FILE).exists() or not (out / RECIPE_FILE).exists():
+        return None
+    report, identity = read_json(out / REPORT_FILE), read_json(out / RECIPE_FILE)
+    rows = sum(task["rows"] for task in report["tasks"].values())
+    is_same = identity["recipe"] == config.name and identity["version"] == config.version and model in ("", identity["model"])
+    if not is_same or not rows:
+        return None
+    names = ("requests", "prompt_tokens", "completion_tokens")
+    scaled = {name: math.ceil(report["tokens"][name] * config.max_rows / rows) for name in names}
+    return {"dry_run": True, "rows": config.max_rows, **scaled, "based_on": f"{rows:,} rows in {out}"}
+
+
+def _list_costs(task: TaskRun, config: SynthesisConfig, inputs: Mapping[str, InputRows]) -> list[StepCost]:
+    """Return the cost of each step from samples. The first prompt of each step is logged."""
+    drafts = list(itertools.islice(task.start_drafts(), NUM_SAMPLES))
+    costs = []
+    for step in task.config.steps:
+        sampled = [_sample_step(step, draft, task, config.seed, inputs) for draft in drafts]
+        costs.append(StepCost(*(sum(values) / len(values) for values in zip(*(cost for cost, _, _ in sampled), strict=True))))
+        if sampled[0][2]:
+            prompt = sampled[0][2][:MAX_SHOWN_CHARS]
+            log.info("task %s, step %s, first prompt:\n%s\n", task.config.name, step.name, prompt)
+        drafts = [draft for _, draft, _ in sampled]
+    return costs
+
+
+def _sample_step(
+    step: AnySynthesisStep, draft: Draft, task: TaskRun, seed: int, inputs: Mapping[str, InputRows]
+) -> tuple[StepCost, Draft, str]:
+    """Return what a step costs for a draft, the draft with an assumed answer, and the prompt."""
+    if isinstance(step, AskStepConfig):
+        own = draw_values(task.values[step.name], step.distinct, make_rng(seed, (*draft.path, step.name)))
+        request = make_request(step, draft, own, "", None)
+        items = min(max(ASSUMED_ITEMS, step.answer.items.min_items), step.answer.items.max_items)
+        drafts_out = step.repeat * (items if step.answer.type == "list" else 1)
+        tokens = ASSUMED_SHARE * step.sampling.max_tokens
+        text = "x" * int(tokens * CHARS_PER_TOKEN / (items if step.answer.type == "list" else len(step.answer.field_names)))
+        cost = StepCost(
+            step.repeat,
+            step.repeat * (estimate_tokens(request.system) + estimate_tokens(request.prompt)),
+            step.repeat * tokens,
+            drafts_out,
+        )
+        return cost, draft.add(step.name, {**own, **dict.fromkeys(step.answer.field_names, text)}), request.prompt
+    if isinstance(step, RetrieveStepConfig):
+        rows = list(range(min(step.k, len(inputs[step.input]))))
+        return StepCost(0, 0, 0, 1), draft.add(step.name, {CANDIDATES: rows}), ""
+    if isinstance(step, RankStepConfig):
+        return _sample_ranking(step, draft, task, inputs)
+    return StepCost(0, 0, 0, 1), draft, ""
+
+
+def _sample_ranking(
+    step: RankStepConfig, draft: Draft, task: TaskRun, inputs: Mapping[str, InputRows]
+) -> tuple[StepCost, Draft, str]:
+    """Return what a rank step costs for a draft, the draft with a positive and a negative, and a prompt."""
+    (source,) = [s for s in task.config.steps if isinstance(s, RetrieveStepConfig) and s.name == step.candidates]
+    rows = [inputs[source.input][row] for row in draft.fields[step.candidates][CANDIDATES]]
+    prompts = []
+    relevance, likelihood = step.relevance, step.likelihood
+    for template in [*([relevance.prompt] if relevance else []), *([likelihood.prompt] if likelihood else [])]:
+        for row in rows:
+            own = {
+                "candidate.text": join_title_and_text(row),
+                "candidate.title": str(row.get("title") or ""),
+                "candidate.id": "",
+            }
+            prompts.append(fill_template(template, draft, own))
+    text = join_title_and_text(rows[0])
+    cost = StepCost(len(prompts), sum(map(estimate_tokens, prompts)), len(prompts), 1)
+    return cost, draft.add(step.name, {"positive": text, "negative": text, "is_relabeled": False}), prompts[0]
+
+
+def _sum_costs(costs: list[StepCost], task: TaskRun) -> dict[str, float]:
+    """Return the rows, requests and tokens of a task: no more drafts in each step than its rows need."""
+    started = sum(1 for _ in task.start_drafts())
+    rows = started * math.prod(cost.drafts_out for cost in costs)
+    rows = rows if task.target is None else min(rows, task.target)
+    totals: dict[str, float] = {"rows": rows, "requests": 0, "prompt_tokens": 0, "completion_tokens": 0}
+    needed = float(rows)
+    for cost in reversed(costs):
+        needed = math.ceil(needed / cost.drafts_out)
+        totals["requests"] += needed * cost.requests
+        totals["prompt_tokens"] += needed * cost.prompt_tokens
+        totals["completion_tokens"] += needed * cost.completion_tokens
+    return totals

@@ -1,0 +1,91 @@
+"""Texts that were seen before, exactly or nearly, and the language of texts. Both use the rules of curation."""
+
+from __future__ import annotations
+
+import functools
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+
+from jaxembed.config.curation import LanguageStepConfig
+from jaxembed.curation.steps.languages import load_identifier, open_identifier
+from jaxembed.curation.steps.near_copies import choose_band_hashes, compute_signatures, hash_bands, import_rensa
+from jaxembed.data.equality import hash_text
+from jaxembed.errors import UserError
+
+DEFAULT_THRESHOLD = 0.8
+# Languages that the identifier cannot tell apart in a few sentences.
+CLOSE_LANGUAGES = ({"no", "nb", "nn", "da"}, {"hr", "sr", "bs"}, {"id", "ms"}, {"cs", "sk"}, {"gl", "pt"}, {"af", "nl"})
+
+
+class SeenTexts:
+    """A set of texts without copies: equal texts (`data.equality`), or those that share most character n-grams.
+
+    A near copy has a Jaccard index of at least the threshold, as MinHash signatures estimate it (`curation.steps.near_copies`).
+    """
+
+    def __init__(self, match: Literal["exact", "near"], threshold: float = DEFAULT_THRESHOLD):
+        """Start without texts. Raise `UserError` if rensa is needed and not installed."""
+        self._hashes: set[bytes] = set()
+        self._minhash = import_rensa() if match == "near" else None
+        self._threshold, self._band_hashes = threshold, choose_band_hashes(threshold)
+        self._signatures: list[np.ndarray] = []
+        self._buckets: dict[tuple[int, int], list[int]] = defaultdict(list)
+
+    def add(self, text: str) -> bool:
+        """Add a text and return True, or return False if a copy is in the set."""
+        key = hash_text(text).tobytes()
+        if key in self._hashes:
+            return False
+        if self._minhash is not None and text.strip() and not self._add_signature(text):
+            return False
+        self._hashes.add(key)
+        return True
+
+    def _add_signature(self, text: str) -> bool:
+        """Add the signature of a text and return True, or return False if a similar one is there."""
+        signature = compute_signatures([text], self._minhash)
+        keys = [(i, int(band[0])) for i, band in enumerate(hash_bands(signature, self._band_hashes))]
+        candidates = sorted({number for key in keys for number in self._buckets.get(key, ())})
+        if candidates:
+            similar = (np.stack([self._signatures[i] for i in candidates]) == signature[0].astype(np.uint16)).mean(1)
+            if similar.max() >= self._threshold:
+                return False
+        for key in keys:
+            self._buckets[key].append(len(self._signatures))
+        self._signatures.append(signature[0].astype(np.uint16))
+        return True
+
+
+@functools.cache
+def open_language_identifier() -> Callable[[str], str | None]:
+    """Return a function that gives the ISO 639-1 code of a text's language, or None if it is not certain."""
+    return open_identifier(LanguageStepConfig(pairs="same"))
+
+
+@functools.cache
+def find_language_code(name: str) -> str | None:
+    """Return the ISO 639-1 code of a language with an English name or a code; None if it has none.
+
+    Raises:
+        UserError: babel is not installed.
+    """
+    try:
+        from babel import Locale
+    except ImportError:
+        raise UserError("synthesize: languages need babel, which is not installed. Run pip install '.[synthesize]'.") from None
+    codes = {english.casefold(): code for code, english in Locale("en").languages.items()}
+    lowered = name.strip().casefold()
+    code = codes.get(lowered, lowered if lowered in codes.values() else "")
+    return code if len(code) == 2 else None
+
+
+def find_language_problem(text: str, expected: str) -> str | None:
+    """Return why a text is not in an expected language; None if it is, or if the language of either is not certain."""
+    code = find_language_code(expected)
+    if code not in load_identifier()[1] or not (found := open_language_identifier()(text)):
+        return None
+    is_close = any({code, found} <= group for group in CLOSE_LANGUAGES)
+    return None if code == found or is_close else f"in {found}"

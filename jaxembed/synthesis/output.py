@@ -1,0 +1,122 @@
+"""The output folder of a synthesis.
+
+OUT/recipe.json               which recipe, model and inputs it belongs to
+OUT/answers/answers.jsonl     every request and answer (`store`)
+OUT/TASK.jsonl                training rows, written when the synthesis ends
+OUT/provenance/TASK.jsonl     one line for each of them: recipe, version, model, time, drawn values, keys of its requests
+OUT/report.json, report.html
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Any
+
+from jaxembed.config.synthesis import SynthesisConfig, TaskConfig
+from jaxembed.config.synthesis_steps import AskStepConfig
+from jaxembed.errors import UserError
+from jaxembed.files import atomic_write, read_json, write_json
+from jaxembed.synthesis.acceptance import AcceptedRow
+
+RECIPE_FILE, REPORT_FILE, PAGE_FILE = "recipe.json", "report.json", "report.html"
+ANSWERS_FILE = Path("answers") / "answers.jsonl"
+PROVENANCE_FOLDER = "provenance"
+# What must be the same if an output is continued, in the order in which differences are named.
+IDENTITY = {
+    "recipe": "recipe",
+    "version": "version",
+    "model": "model",
+    "config": "set of keys",
+    "inputs": "content of the inputs",
+}
+
+
+def make_identity(config: SynthesisConfig, model: str, inputs_digest: str) -> dict[str, Any]:
+    """Return what must be the same if an output is continued: all but the number of rows."""
+    settings = config.model_dump_json(exclude={"max_rows", "name", "version", "inputs"})
+    digest = hashlib.sha256(settings.encode()).hexdigest()
+    return {"recipe": config.name, "version": config.version, "model": model, "config": digest, "inputs": inputs_digest}
+
+
+def prepare_folder(out: Path, identity: Mapping[str, Any]) -> None:
+    """Create an output folder, or check that an existing one can be continued.
+
+    Raises:
+        UserError: It holds something else, or belongs to another recipe, model or inputs, or cannot be created.
+    """
+    path = out / RECIPE_FILE
+    if path.exists():
+        found = read_json(path)
+        for key, name in IDENTITY.items():
+            if found.get(key) != identity[key]:
+                values = (
+                    f" (found {found.get(key)!r}; expected {identity[key]!r})" if key in ("recipe", "version", "model") else ""
+                )
+                raise UserError(f"{out}: belongs to a synthesis with another {name}{values}. Name another output.")
+        return
+    if out.exists() and (not out.is_dir() or any(file.name != f"{RECIPE_FILE}.partial" for file in out.iterdir())):
+        raise UserError(f"{out}: already exists, and is not the output of a synthesis. Remove it, or name another output.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(path, dict(identity))
+    except OSError as error:
+        raise UserError(f"{out}: cannot be created ({error.strerror}). Name another output.") from None
+
+
+class RowFiles:
+    """The files of rows and of their provenance. They appear when the block ends without an error."""
+
+    def __init__(self, out: Path, config: SynthesisConfig):
+        """Start without rows."""
+        self._out, self._config = out, config
+        self._files: dict[str, tuple[IO[str], IO[str]]] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> RowFiles:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for files in self._files.values():
+            for file in files:
+                file.close()
+        self._stack.__exit__(*error)
+        if error[0] is None:
+            for task in self._config.tasks:
+                if task.name not in self._files:  # those of an earlier run, which asked for more rows
+                    for path in self._list_paths(task):
+                        path.unlink(missing_ok=True)
+
+    def add(self, task: TaskConfig, accepted: AcceptedRow) -> None:
+        """Write a row and its provenance."""
+        if task.name not in self._files:
+            first, second = (self._open(path) for path in self._list_paths(task))
+            self._files[task.name] = first, second
+        for file, content in zip(self._files[task.name], (accepted.row, self._describe(task, accepted)), strict=True):
+            file.write(json.dumps(content, ensure_ascii=False) + "\n")
+
+    def get_name(self, task: TaskConfig) -> str:
+        """Return the name of the file of a task's rows; empty if there are none."""
+        return self._list_paths(task)[0].name if task.name in self._files else ""
+
+    def _list_paths(self, task: TaskConfig) -> Sequence[Path]:
+        name = f"{task.name}.jsonl"
+        return self._out / name, self._out / PROVENANCE_FOLDER / name
+
+    def _open(self, path: Path) -> IO[str]:
+        path.parent.mkdir(exist_ok=True)
+        return self._stack.enter_context(atomic_write(path)).open("w", encoding="utf-8")
+
+    def _describe(self, task: TaskConfig, accepted: AcceptedRow) -> dict[str, Any]:
+        """Return the provenance of a row."""
+        draft = accepted.draft
+        steps = {step.name: step for step in task.steps if isinstance(step, AskStepConfig)}
+        values = {name: {key: draft.fields[name][key] for key in step.values} for name, step in steps.items() if step.values}
+        origin = {"input": task.first.per, "input_row": draft.source_row + 1} if task.first.per else {}
+        return {
+            "recipe": self._config.name, "version": self._config.version, "task": task.name, "model": draft.model,
+            "time": draft.time, **origin, "values": values, "requests": list(draft.keys),
+        }  # fmt: skip

@@ -1,0 +1,159 @@
+"""The step that ranks candidates by relevance grades, query likelihood, and reciprocal rank fusion (Gecko, section 3.2)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxembed.config.synthesis_steps import RankStepConfig
+from jaxembed.synthesis.drafts import Draft, fill_template, make_request_seed, make_rng
+from jaxembed.synthesis.endpoints import OptionRefusedError, TooLongError
+from jaxembed.synthesis.requests import Answer, Request
+from jaxembed.synthesis.retrieval import CANDIDATES, DocumentIndex
+from jaxembed.synthesis.steps import NO_ANSWER, TOO_LONG, Step, StepContext
+from jaxembed.synthesis.workers import Job
+
+TOO_FEW = "fewer than two candidates"
+
+
+class CandidateScores(NamedTuple):
+    """What came of scoring the candidates of a draft.
+
+    Attributes:
+        draft: The draft.
+        scores: Scores of the candidates by each ranking, larger for better. -inf: no valid answer.
+        answers: All answers.
+        invalid: Why some were not valid.
+        keys: Keys of the requests.
+    """
+
+    draft: Draft
+    scores: list[list[float]]
+    answers: list[Answer]
+    invalid: list[str]
+    keys: tuple[str, ...]
+
+
+class RankStep(Step):
+    """Ranks the candidates of each draft. The best becomes the positive, and another one the hard negative."""
+
+    def __init__(self, config: RankStepConfig, context: StepContext, index: DocumentIndex):
+        """Start without drafts. `index` has the documents of the candidates."""
+        super().__init__(config)
+        self._config, self._context, self._index = config, context, index
+
+    def run(self, drafts: Iterable[Draft]) -> Iterator[Draft]:
+        """Yield the drafts with `positive`, `negative` and `is_relabeled`."""
+        jobs = map(self._make_job, self._iter_with_candidates(drafts))
+        for result in self._context.workers.run_in_order(jobs, lambda taken: self._context.window()):
+            self.counts.answers += len(result.answers)
+            self.counts.invalid.update(result.invalid)
+            self._context.show_progress()
+            usable = [scores for scores in result.scores if max(scores) > -math.inf]
+            if not usable:
+                self.counts.dropped[NO_ANSWER] += 1
+                continue
+            yield self.emit(self._choose(result, fuse_rankings(usable, self._config.fusion_k)))
+
+    def _iter_with_candidates(self, drafts: Iterable[Draft]) -> Iterator[Draft]:
+        for draft in self.iter_counted(drafts):
+            if len(self._list_candidates(draft)) < 2:
+                self.counts.dropped[TOO_FEW] += 1
+            else:
+                yield draft
+
+    def _list_candidates(self, draft: Draft) -> list[int]:
+        candidates: list[int] = draft.fields[self._config.candidates][CANDIDATES]
+        return candidates
+
+    def _make_job(self, draft: Draft) -> Job[CandidateScores]:
+        rankings = [
+            [self._make_request(draft, row, kind) for row in self._list_candidates(draft)]
+            for kind in ("relevance", "likelihood")
+            if getattr(self._config, kind) is not None
+        ]
+        max_tokens = sum(request.max_tokens for requests in rankings for request in requests)
+        return Job(lambda: self._score(draft, rankings), max_tokens)
+
+    def _make_request(self, draft: Draft, row: int, kind: str) -> Request:
+        document = self._index.rows[row]
+        own = {"candidate.text": self._index.texts[row]}
+        own |= {f"candidate.{field}": str(document.get(field) or "") for field in ("title", "id")}
+        seed = make_request_seed(self._context.seed, (*draft.path, self.name, kind, row))
+        request = Request(self._context.client.model, "", self._config.sampling, seed)
+        if kind == "likelihood" and self._config.likelihood:
+            prompt, query = fill_template(self._config.likelihood.prompt, draft, own), fill_template(self._config.query, draft)
+            return dataclasses.replace(request, prompt=prompt, scored_text=query)
+        assert self._config.relevance is not None
+        prompt, system = (
+            fill_template(text, draft, own) for text in (self._config.relevance.prompt, self._config.relevance.system)
+        )
+        return dataclasses.replace(request, prompt=prompt, system=system, grades=self._config.relevance.grades)
+
+    def _score(self, draft: Draft, rankings: list[list[Request]]) -> tuple[CandidateScores, int]:
+        """Return the scores of all candidates, and the tokens that they cost. This runs in a thread."""
+        result = CandidateScores(draft, [[-math.inf] * len(requests) for requests in rankings], [], [], ())
+        keys: list[str] = []
+        for requests, scores in zip(rankings, result.scores, strict=True):
+            for i, request in enumerate(requests):
+                try:
+                    answer = self._context.client.ask(request)
+                except TooLongError:
+                    result.invalid.append(TOO_LONG)
+                    continue
+                except OptionRefusedError:
+                    break  # this server gives no likelihood
+                result.answers.append(answer)
+                keys.append(request.key)
+                score = answer.likelihood if request.scored_text else read_grade(answer, request.grades)
+                if score is None:
+                    result.invalid.append(f"no {'likelihood' if request.scored_text else 'grade'}")
+                else:
+                    scores[i] = score
+        return result._replace(keys=tuple(keys)), sum(answer.num_tokens for answer in result.answers)
+
+    def _choose(self, result: CandidateScores, order: Sequence[int]) -> Draft:
+        """Return the draft with its positive and negative, given the order of its candidates, best first."""
+        draft, candidates = result.draft, self._list_candidates(result.draft)
+        last = len(order) - 1
+        rng = make_rng(self._context.seed, (*draft.path, self.name))
+        rank = last if self._config.hard_negative == "last" else int(rng.integers(1, last + 1))
+        best, other = candidates[order[0]], candidates[order[rank]]
+        newest = max(result.answers, key=lambda answer: answer.time)
+        draft = dataclasses.replace(
+            draft, keys=(*draft.keys, *result.keys), time=max(draft.time, newest.time), model=newest.model
+        )
+        texts = self._index.texts
+        fields = {"positive": texts[best], "negative": texts[other], "is_relabeled": best != draft.source_row}
+        return draft.add(self.name, fields)
+
+
+def read_grade(answer: Answer, grades: Sequence[str]) -> float | None:
+    """Return the expected grade of an answer: the index of the grade, weighted by its probability where the server gives it.
+
+    Without log-probabilities, it is the index of the grade that the answer starts with. None: it starts with no grade.
+    """
+    if answer.logprobs:
+        weights = {grades.index(grade): math.exp(value) for grade, value in answer.logprobs.items()}
+        return sum(index * weight for index, weight in weights.items()) / (sum(weights.values()) or 1.0)
+    text = answer.text.strip()
+    matches = [grade for grade in grades if text.startswith(grade)]
+    return float(grades.index(max(matches, key=len))) if matches else None
+
+
+def fuse_rankings(scores: Sequence[Sequence[float]], fusion_k: int) -> list[int]:
+    """Return the order of candidates by reciprocal rank fusion, best first (Cormack, Clarke and Büttcher 2009).
+
+    Args:
+        scores: Scores of the candidates by each ranking, larger for better. Equal ones keep the order of the candidates.
+        fusion_k: The constant that is added to every rank.
+    """
+    total = np.zeros(len(scores[0]))
+    for ranking in scores:
+        order = np.argsort(-np.array(ranking), kind="stable")
+        total[order] += 1 / (fusion_k + 1 + np.arange(len(order)))
+    return [int(index) for index in np.argsort(-total, kind="stable")]

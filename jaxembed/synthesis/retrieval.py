@@ -1,0 +1,122 @@
+"""Steps that search the documents of an input: candidates for a query, and the round trip from a document to its query."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jaxembed.config.synthesis_steps import BM25, RetrieveStepConfig, RoundTripStepConfig
+from jaxembed.data.beir import join_title_and_text
+from jaxembed.data.equality import normalize_text
+from jaxembed.data.schema import check_passage
+from jaxembed.errors import UserError
+from jaxembed.search.bm25 import Bm25Index
+from jaxembed.synthesis.drafts import Draft, fill_template
+from jaxembed.synthesis.inputs import InputRows
+from jaxembed.synthesis.steps import Step, StepContext
+
+if TYPE_CHECKING:
+    from jaxembed.hub.embedder import Embedder
+
+MAX_QUERIES = 64  # that are encoded together
+CANDIDATES = "candidates"
+NOT_FOUND = "its query does not find its document"
+
+
+class DocumentIndex:
+    """The documents of an input, searched by BM25 or by the vectors of a model. It is built when it is first searched."""
+
+    def __init__(self, name: str, rows: InputRows, by: str):
+        """Check the documents.
+
+        Args:
+            name: Name of the input.
+            rows: Its rows.
+            by: bm25, or a MODEL.
+
+        Raises:
+            UserError: A row has no text.
+        """
+        for number, row in enumerate(rows, 1):
+            if problem := check_passage(row):
+                raise UserError(f"inputs.{name}: row {number}: {problem}. Rows that are searched need a text.")
+        self.rows, self._by = rows, by
+        self.texts = [join_title_and_text(row) for row in rows]
+
+    def search(self, queries: Sequence[str], k: int) -> list[list[int]]:
+        """Return the rows of the k nearest documents of each query, best first. BM25 leaves out those without a common term."""
+        if self._by == BM25:
+            rows, scores = self._bm25.search(queries, k)
+            return [
+                [int(row) for row, score in zip(*found, strict=True) if score > 0] for found in zip(rows, scores, strict=True)
+            ]
+        from jaxembed.search.nearest import search
+
+        rows = search(self._encode(queries, "query"), self._vectors, k).rows
+        return [[int(row) for row in found] for found in rows]
+
+    @functools.cached_property
+    def _bm25(self) -> Bm25Index:
+        return Bm25Index(self.texts)
+
+    @functools.cached_property
+    def _embedder(self) -> Embedder:
+        from jaxembed.hub.embedder import Embedder
+
+        return Embedder.load(self._by)
+
+    @functools.cached_property
+    def _vectors(self) -> np.ndarray:
+        return self._encode(self.texts, "document", show_progress=True)
+
+    def _encode(self, texts: Sequence[str], prompt_name: str, show_progress: bool = False) -> np.ndarray:
+        """Return the vectors of texts, with the model's stored prompt of that name if it has one."""
+        embedder = self._embedder
+        name = prompt_name if prompt_name in embedder.spec.prompts else None
+        return embedder.encode(texts, prompt_name=name, show_progress=show_progress)
+
+
+class RetrieveStep(Step):
+    """Adds the documents nearest to a query to a draft: their rows, as the field `candidates`."""
+
+    def __init__(self, config: RetrieveStepConfig, context: StepContext, index: DocumentIndex):
+        """Start without drafts."""
+        super().__init__(config)
+        self._config, self._context, self.index = config, context, index
+
+    def run(self, drafts: Iterable[Draft]) -> Iterator[Draft]:
+        """Yield the drafts with candidates."""
+        config = self._config
+        for draft, found in search_drafts(self.iter_counted(drafts), config.query, self.index, config.k, self._context):
+            yield self.emit(draft.add(self.name, {CANDIDATES: found}))
+
+
+class RoundTripStep(Step):
+    """Keeps the drafts whose query finds the document that it was written for, or one with an equal text."""
+
+    def __init__(self, config: RoundTripStepConfig, context: StepContext, index: DocumentIndex):
+        """Start without drafts."""
+        super().__init__(config)
+        self._config, self._context, self._index = config, context, index
+
+    def run(self, drafts: Iterable[Draft]) -> Iterator[Draft]:
+        """Yield the drafts whose query finds their document."""
+        config, texts = self._config, self._index.texts
+        for draft, found in search_drafts(self.iter_counted(drafts), config.query, self._index, config.k, self._context):
+            own = draft.source_row
+            if own in found or normalize_text(texts[own]) in {normalize_text(texts[row]) for row in found}:
+                yield self.emit(draft)
+            else:
+                self.counts.dropped[NOT_FOUND] += 1
+
+
+def search_drafts(
+    drafts: Iterator[Draft], query: str, index: DocumentIndex, k: int, context: StepContext
+) -> Iterator[tuple[Draft, list[int]]]:
+    """Yield drafts with the rows of the documents that are nearest to their query. Several are searched together."""
+    while batch := list(itertools.islice(drafts, min(context.window(), MAX_QUERIES))):
+        yield from zip(batch, index.search([fill_template(query, draft) for draft in batch], k), strict=True)

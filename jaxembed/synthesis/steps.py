@@ -1,0 +1,253 @@
+"""The steps of a task: each takes drafts and yields drafts, in an order that does not depend on when answers come."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from jaxembed.config.synthesis_steps import AskStepConfig, FilterStepConfig, StepConfig
+from jaxembed.config.templates import get_only_placeholder
+from jaxembed.errors import UserError, summarize
+from jaxembed.synthesis.answers import AnswerReader, InvalidAnswerError
+from jaxembed.synthesis.client import LlmClient
+from jaxembed.synthesis.drafts import Draft, Values, draw_values, fill_template, make_request_seed, make_rng
+from jaxembed.synthesis.endpoints import TooLongError
+from jaxembed.synthesis.novelty import SeenTexts
+from jaxembed.synthesis.requests import Answer, Request
+from jaxembed.synthesis.workers import Job, Workers
+
+MAX_TOO_LONG = 16  # requests that do not fit into the context before any does
+TOO_LONG = "too long for the context"
+NO_ANSWER, KNOWN = "no valid answer", "known already"
+
+
+@dataclasses.dataclass
+class StepCounts:
+    """What happened in a step.
+
+    Attributes:
+        drafts_in: Drafts that reached it.
+        drafts_out: Drafts that left it.
+        answers: Answers, valid or not.
+        invalid: Invalid answers by reason.
+        dropped: Drafts that ended here, by reason.
+    """
+
+    drafts_in: int = 0
+    drafts_out: int = 0
+    answers: int = 0
+    invalid: Counter[str] = dataclasses.field(default_factory=Counter)
+    dropped: Counter[str] = dataclasses.field(default_factory=Counter)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepContext:
+    """What the steps of a task share.
+
+    Attributes:
+        seed: Seed of all draws.
+        client: Asks the server.
+        workers: Threads for requests.
+        window: Returns the most drafts of a step to work on at once.
+        show_progress: Called after each answer.
+    """
+
+    seed: int
+    client: LlmClient
+    workers: Workers
+    window: Callable[[], int]
+    show_progress: Callable[[], None]
+
+
+class Step:
+    """A step of a task. Its subclasses say what it does with drafts."""
+
+    def __init__(self, config: StepConfig):
+        """Start without drafts."""
+        self.name, self.counts = config.name, StepCounts()
+
+    def run(self, drafts: Iterable[Draft]) -> Iterator[Draft]:
+        """Yield the drafts that leave the step."""
+        raise NotImplementedError
+
+    def emit(self, draft: Draft) -> Draft:
+        """Count a draft that leaves the step, and return it."""
+        self.counts.drafts_out += 1
+        return draft
+
+    def iter_counted(self, drafts: Iterable[Draft]) -> Iterator[Draft]:
+        """Yield drafts that reach the step, counted."""
+        for draft in drafts:
+            self.counts.drafts_in += 1
+            yield draft
+
+
+class AskResult(NamedTuple):
+    """What came of asking for one draft.
+
+    Attributes:
+        draft: The draft that the question was about.
+        values: The values that were drawn for it.
+        key: Key of the request with the valid answer; empty if there is none.
+        answer: The valid answer, or None.
+        records: Fields of each draft that the answer gives.
+        invalid: Why the answers before it were not valid.
+    """
+
+    draft: Draft
+    values: Mapping[str, str]
+    key: str
+    answer: Answer | None
+    records: list[dict[str, Any]]
+    invalid: tuple[str, ...]
+
+
+class AskStep(Step):
+    """Asks the model for each draft, several times if its answers are not valid."""
+
+    def __init__(self, config: AskStepConfig, context: StepContext, reader: AnswerReader, values: Mapping[str, Values]):
+        """Start without drafts. `values` are those of the placeholders of the step."""
+        super().__init__(config)
+        self._config, self._context, self._reader, self._values = config, context, reader, values
+        self._seen = SeenTexts(config.unique) if config.unique != "none" else None
+
+    def run(self, drafts: Iterable[Draft]) -> Iterator[Draft]:
+        """Yield a draft for each valid answer, or for each item of a valid list."""
+        config = self._config
+        parts = (
+            dataclasses.replace(draft, path=(*draft.path, i) if config.repeat > 1 else draft.path)
+            for draft in self.iter_counted(drafts)
+            for i in range(config.repeat)
+        )
+        for result in self._context.workers.run_in_order(map(self._make_job, parts), self._window):
+            self.counts.answers += len(result.invalid) + (result.answer is not None)
+            self.counts.invalid.update(result.invalid)
+            if result.answer is None:
+                self.counts.dropped[NO_ANSWER] += 1
+            self._check_context()
+            self._context.show_progress()
+            yield from self._make_drafts(result)
+
+    def _window(self, taken: int) -> int:
+        """Return the most requests to have at once. A list gives many drafts, so its first requests come one by one."""
+        return min(self._context.window(), taken + 1) if self._config.answer.type == "list" else self._context.window()
+
+    def _make_job(self, draft: Draft) -> Job[AskResult]:
+        config, seed = self._config, self._context.seed
+        path = (*draft.path, config.name)
+        own = draw_values(self._values, config.distinct, make_rng(seed, path))
+        request = make_request(config, draft, own, self._context.client.model, self._reader.schema)
+        requests = [
+            dataclasses.replace(request, seed=make_request_seed(seed, (*path, attempt))) for attempt in range(config.attempts)
+        ]
+        languages = self._list_languages(draft, own)
+        return Job(lambda: self._ask(draft, own, requests, languages), request.max_tokens * config.attempts)
+
+    def _list_languages(self, draft: Draft, own: Mapping[str, str]) -> dict[str, str]:
+        """Return the expected language of each field of the answer that has one."""
+        answer = self._config.answer
+        rules = answer.fields or {"text": answer.items, "items": answer.items}
+        return {name: fill_template(rule.language, draft, own) for name, rule in rules.items() if rule.language}
+
+    def _ask(
+        self, draft: Draft, own: Mapping[str, str], requests: list[Request], languages: Mapping[str, str]
+    ) -> tuple[AskResult, int]:
+        """Return the first valid answer to one of several requests, and the tokens of all. This runs in a thread."""
+        invalid: list[str] = []
+        tokens = 0
+        for request in requests:
+            try:
+                answer = self._context.client.ask(request)
+            except TooLongError as error:
+                self._note_too_long(error)
+                invalid.append(TOO_LONG)
+                break  # it would be so again
+            tokens += answer.num_tokens
+            try:
+                records = self._reader.read(answer, languages)
+                return AskResult(draft, own, request.key, answer, records, tuple(invalid)), tokens
+            except InvalidAnswerError as error:
+                invalid.append(str(error))
+        return AskResult(draft, own, "", None, [], tuple(invalid)), tokens
+
+    def _note_too_long(self, error: TooLongError) -> None:
+        self._too_long_message = summarize(error)
+
+    def _check_context(self) -> None:
+        """Raise `UserError` if no request has fitted into the context, but several have not."""
+        too_long = self.counts.invalid[TOO_LONG]
+        if too_long >= MAX_TOO_LONG and too_long == self.counts.answers:
+            self.raise_if_all_too_long()
+
+    def raise_if_all_too_long(self) -> None:
+        """Raise `UserError` if no request of the step has fitted into the context of the model."""
+        if self.counts.answers and self.counts.invalid[TOO_LONG] == self.counts.answers:
+            raise UserError(
+                f"step {self.name}: its prompts do not fit into the context of the model ({self._too_long_message}). Lower "
+                "sampling.max_tokens of the step or input_chars, or start the server with a longer context."
+            )
+
+    def _make_drafts(self, result: AskResult) -> Iterator[Draft]:
+        """Yield the drafts of a valid answer that are new."""
+        for i, record in enumerate(result.records):
+            text = record.get("item") or record.get("text") or "\n".join(map(str, record.values()))
+            if self._seen is not None and not self._seen.add(str(text)):
+                self.counts.dropped[KNOWN] += 1
+                continue
+            draft, answer = result.draft, result.answer
+            assert answer is not None
+            path = (*draft.path, i) if "item" in record else draft.path
+            draft = dataclasses.replace(
+                draft, path=path, keys=(*draft.keys, result.key), time=max(draft.time, answer.time), model=answer.model
+            )
+            yield self.emit(draft.add(self.name, {**result.values, **record}))
+
+
+def make_request(
+    config: AskStepConfig, draft: Draft, own: Mapping[str, str], model: str, schema: Mapping[str, Any] | None
+) -> Request:
+    """Return the request of an ask step about a draft, without a seed.
+
+    Args:
+        config: The section of the step.
+        draft: The draft.
+        own: Drawn values of the placeholders of the step.
+        model: Name of the model.
+        schema: JSON schema of the answer; None for text.
+    """
+    prompt, system = (fill_template(template, draft, own) for template in (config.prompt, config.system))
+    return Request(model, prompt, config.sampling, seed=0, system=system, schema=schema)
+
+
+class FilterStep(Step):
+    """Keeps the drafts whose value meets a condition."""
+
+    def __init__(self, config: FilterStepConfig):
+        """Start without drafts."""
+        super().__init__(config)
+        self._config = config
+
+    def run(self, drafts: Iterable[Draft]) -> Iterator[Draft]:
+        """Yield the drafts that meet the condition."""
+        for draft in self.iter_counted(drafts):
+            if problem := self._find_problem(draft):
+                self.counts.dropped[problem] += 1
+            else:
+                yield self.emit(draft)
+
+    def _find_problem(self, draft: Draft) -> str | None:
+        config = self._config
+        text = fill_template(config.value, draft)
+        if config.allowed:
+            return None if text in config.allowed else "not one of allowed"
+        name = get_only_placeholder(config.value)
+        value = draft.get_value(name) if name else text
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            return "not a number"
+        is_low = config.minimum is not None and number < config.minimum
+        is_high = config.maximum is not None and number > config.maximum
+        return "below minimum" if is_low else "above maximum" if is_high else None

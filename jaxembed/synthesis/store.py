@@ -1,0 +1,102 @@
+"""All requests and answers of a synthesis, in a file that only grows. A kill at any moment loses at most its last line."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+from jaxembed.errors import UserError
+from jaxembed.synthesis.requests import Answer, Request
+
+
+class AnswerStore:
+    """Answers by the content of their request. Threads may share it; a second process is refused.
+
+    A line is written as a whole: {"key": ..., "request": ..., "answer": ...}. Memory holds the position of each line alone.
+    """
+
+    def __init__(self, path: Path, *, read_only: bool = False):
+        """Open the file, create it if it does not exist, and drop a last line that is not complete.
+
+        Args:
+            path: The file. Its folder exists.
+            read_only: Only read it. It must exist.
+
+        Raises:
+            UserError: Another process writes the file, or a line is damaged.
+        """
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDONLY if read_only else os.O_RDWR | os.O_CREAT, 0o666)
+        self._lock = threading.Lock()
+        try:
+            if not read_only:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._positions, self._end = self._scan()
+            if not read_only:
+                os.ftruncate(self._descriptor, self._end)
+        except BlockingIOError:
+            os.close(self._descriptor)
+            raise UserError(f"{path}: another process writes it. Wait for it, or name another output.") from None
+        except UserError:
+            os.close(self._descriptor)
+            raise
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def close(self) -> None:
+        """Write everything to the disk, and close the file."""
+        os.fsync(self._descriptor)
+        os.close(self._descriptor)
+
+    def get(self, key: str) -> Answer | None:
+        """Return the answer to the request with a key, or None."""
+        with self._lock:
+            position = self._positions.get(bytes.fromhex(key))
+        return None if position is None else Answer(**self._read_line(*position)["answer"])
+
+    def add(self, request: Request, answer: Answer) -> None:
+        """Store an answer. The first answer to a request stays."""
+        record = {"key": request.key, "request": request.to_json(), "answer": dataclasses.asdict(answer)}
+        line = json.dumps(record).encode() + b"\n"
+        with self._lock:
+            key = bytes.fromhex(request.key)
+            if key in self._positions:
+                return
+            written = 0
+            while written < len(line):
+                written += os.pwrite(self._descriptor, line[written:], self._end + written)
+            self._positions[key] = (self._end, len(line))
+            self._end += len(line)
+
+    def iter_records(self) -> Any:
+        """Yield all records, in the order in which they were added."""
+        for position in list(self._positions.values()):
+            yield self._read_line(*position)
+
+    def _read_line(self, start: int, size: int) -> dict[str, Any]:
+        record: dict[str, Any] = json.loads(os.pread(self._descriptor, size, start))
+        return record
+
+    def _scan(self) -> tuple[dict[bytes, tuple[int, int]], int]:
+        """Return the position and size of each line by key, and the end of the last complete line."""
+        positions: dict[bytes, tuple[int, int]] = {}
+        start = 0
+        with open(self._descriptor, "rb", closefd=False) as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    record = json.loads(line)
+                    Answer(**record["answer"])
+                    positions.setdefault(bytes.fromhex(record["key"]), (start, len(line)))
+                except (ValueError, KeyError, TypeError):
+                    problem = "damaged line (expected a stored answer). Remove the line; its request is asked again"
+                    raise UserError(f"{self.path}:{number}: {problem}.") from None
+                start += len(line)
+        return positions, start

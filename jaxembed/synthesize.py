@@ -1,0 +1,92 @@
+"""Write training rows with an LLM server, by a recipe of prompts.
+
+Usage: python -m jaxembed.synthesize RECIPE.yaml --server URL --model NAME OUT [key.sub=value ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from jaxembed import cli
+from jaxembed.config.sections import table
+from jaxembed.config.shipped import SYNTHESIS_FOLDER, find_config
+from jaxembed.config.synthesis import SynthesisConfig, load_synthesis_config
+from jaxembed.config.synthesis_steps import BM25, RetrieveStepConfig, RoundTripStepConfig
+from jaxembed.errors import UserError
+from jaxembed.files import cache_dir
+from jaxembed.training.shutdown import stop_on_signals
+
+ABOUT = """\
+The folder OUT gets a training file for each task of the recipe, the provenance of its rows, report.json and report.html, and
+every request and answer. After an interruption, the same command continues without asking again. A larger --max-rows adds rows.
+
+A key is read from the environment variable OPENAI_API_KEY, or from the one that --key-env names. It is stored nowhere."""
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    """Run the synthesis. Return the files that were written, and the rows, requests and tokens."""
+    config = load_synthesis_config(args.config, args.overrides, args.max_rows)
+    recipe, out = find_config(args.config, [SYNTHESIS_FOLDER]), Path(args.out)
+    if args.dry_run:
+        from jaxembed.synthesis.estimate import estimate
+
+        return estimate(config, recipe, args.model, out)
+    if not args.server or not args.model:
+        raise UserError("synthesize: needs --server URL and --model NAME. Set both, or add --dry-run for an estimate.")
+    from jaxembed.synthesis.endpoints import ServerOptions
+    from jaxembed.synthesis.engine import synthesize
+
+    if any(get_searcher(step) != BM25 for task in config.tasks for step in task.steps):
+        cli.set_up_jax()
+    server = ServerOptions(
+        urls=args.server, model=args.model, key=os.environ.get(args.key_env, "").strip(), key_variable=args.key_env,
+        timeout_s=args.timeout, concurrency=args.concurrency,
+    )  # fmt: skip
+    with stop_on_signals(f"{out} is not finished; the same command continues"):
+        return synthesize(config, recipe, server, out, cache=cache_dir(), budget_tokens=args.budget_tokens)
+
+
+def get_searcher(step: object) -> str:
+    """Return what a step searches by: bm25, or a model. Steps that search nothing count as bm25."""
+    return step.by if isinstance(step, RetrieveStepConfig | RoundTripStepConfig) else BM25
+
+
+def make_parser() -> cli.Parser:
+    """Build the parser of the command."""
+    parser = cli.new_parser("synthesize", f"{__doc__}\n{ABOUT}")
+    parser.add_argument(
+        "config", metavar="RECIPE.yaml", help="recipe: a YAML file, or the name of a shipped one, such as example"
+    )
+    parser.add_argument("out", metavar="OUT", help="output folder: a new one, or one of the same recipe, to continue it")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key.sub=value", help="a key to set, such as inputs.documents=docs.jsonl"
+    )
+    parser.add_argument(
+        "--server", action="append", metavar="URL",
+        help="OpenAI-compatible server, such as http://localhost:8000 (/v1 is added unless the URL has a path); give it "
+        "several times if several servers share the work",
+    )  # fmt: skip
+    parser.add_argument("--model", default="", metavar="NAME", help="name of the model on the server")
+    parser.add_argument("--max-rows", type=cli.integer_from(1), metavar="N", help="rows to write, of all tasks (default: all)")
+    parser.add_argument(
+        "--budget-tokens", type=cli.integer_from(1), metavar="N",
+        help="tokens that OUT may cost, prompts and answers, with those of earlier runs (default: no limit)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--concurrency", type=cli.integer_from(1, 1024), default=16, metavar="N",
+        help="requests at the same time, to all servers together (default: 16)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dry-run", action="store_true", help="estimate requests and tokens, and show a prompt of each step; ask no server"
+    )
+    cli.add_server_arguments(parser, timeout_s=120)
+    keys = table(SynthesisConfig).replace("%", "%%")
+    parser.add_argument("--keys", action="version", version=keys, help="list every key of a recipe and exit")
+    return parser
+
+
+if __name__ == "__main__":
+    cli.run_command(main, make_parser())

@@ -1,0 +1,79 @@
+"""A recipe, and a server that answers it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from helpers.llm_server import MODEL, LlmServer, run_llm_server
+from jaxembed import synthesize as command
+from jaxembed.synthesis import endpoints
+
+RECIPE: dict[str, Any] = {
+    "name": "test",
+    "tasks": [
+        {
+            "name": "search",
+            "steps": [
+                {
+                    "name": "tasks", "kind": "ask", "requests": 30, "prompt": "Write a list of tasks in {domain}.",
+                    "values": {"domain": ["law", "medicine"]}, "answer": {"type": "list"}, "unique": "near",
+                },
+                {
+                    "name": "example", "kind": "ask",
+                    "prompt": 'Task: {tasks.item}\nWrite JSON in {language}:\n"query": short\n"document": {words} words\n'
+                    '"wrong": no',
+                    "values": {"language": ["English"], "words": {"50": 0.9, "100": 0.1}},
+                    "answer": {
+                        "type": "object",
+                        "fields": {"query": {"language": "{language}"}, "document": {"language": "{language}"}, "wrong": {}},
+                    },
+                },
+            ],
+            "row": {
+                "prompt": "{tasks.item}", "query": "{example.query}", "pos": ["{example.document}"], "neg": ["{example.wrong}"]
+            },
+        }
+    ],
+}  # fmt: skip
+
+Synthesize = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(autouse=True)
+def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait little after failures, keep a cache of our own, and have no key."""
+    monkeypatch.setattr(endpoints, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setenv("JAXEMBED_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+@pytest.fixture
+def server() -> Iterator[LlmServer]:
+    """A server that behaves well. Tests change its behavior."""
+    with run_llm_server() as running:
+        yield running
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """The file of `RECIPE`."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(RECIPE, sort_keys=False))
+    return path
+
+
+@pytest.fixture
+def synthesize(server: LlmServer, recipe: Path, tmp_path: Path) -> Synthesize:
+    """Runs the command in this process: synthesize(*arguments, out=..., server=...)."""
+
+    def run(*arguments: str, out: str = "out", url: str = server.url, model: str = MODEL) -> dict[str, Any]:
+        parts = [str(recipe), str(tmp_path / out), *[part for part in arguments if not part.startswith("-")]]
+        options = [part for part in arguments if part.startswith("-")]
+        return command.main(command.make_parser().parse_args([*parts, "--server", url, "--model", model, *options]))
+
+    return run
