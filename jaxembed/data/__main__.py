@@ -31,7 +31,8 @@ DESCRIPTIONS = {
     "validate": "Open sources as training does, list bad rows by file and line (up to 20 per source), exit with 2 for any. "
     "With --config, print a table of the sources: which can be used, and what is missing for the others.",
     "preview": "Print the first batch as the model sees it, and the lengths of its texts.",
-    "stats": "Print rows, examples, lengths, duplicates, labels, positives and negatives of each source, and shared texts.",
+    "stats": "Print rows, examples, lengths, duplicates, labels, positives and negatives of each source, and shared texts. "
+    "With --vectors, also what the sources cover, and how near they are to each other and to evaluation sets.",
     "convert": "Write sources as .jsonl or .array_record files, one per source, with our field names.",
     "packages": "Write docstring -> function pairs of installed Python packages: train.jsonl, and the held-out BEIR folders "
     "functions/ and package/. Does nothing if OUT holds the pairs of the same packages and versions.",
@@ -62,8 +63,44 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         return report
     spec, tokenizer = open_tokenizer(args.model, settings)
     if args.command == "stats":
-        return reports.compute_stats(data, cache_dir(), tokenizer)
+        return compute_stats(args, data, tokenizer)
     return preview(args, data, spec, tokenizer)
+
+
+def compute_stats(args: argparse.Namespace, data: config.DataConfig, tokenizer: TextTokenizer | None) -> dict[str, Any]:
+    """Return the statistics of sources; with --vectors, print tables of what they cover, and add these to the report."""
+    if not args.vectors:
+        if args.against:
+            raise UserError("--against: compares vectors. Name their model with --vectors MODEL.")
+        return reports.compute_stats(data, cache_dir(), tokenizer)
+    cli.set_up_jax()
+    from jaxembed.curation.data_insight import InsightOptions, describe_sources, format_tables
+    from jaxembed.hub.frozen_encoder import check_model_exists, open_frozen_encoder
+
+    check_model_exists(args.vectors)
+    evaluation_sets = {name: read_queries(name) for name in args.against}
+    report = reports.compute_stats(data, cache_dir(), tokenizer)
+    encoder = open_frozen_encoder(args.vectors, cache_dir())
+    options = InsightOptions(args.max_texts, args.clusters)
+    insight = describe_sources(data, evaluation_sets, encoder, cache_dir(), options)
+    print(*format_tables(insight), sep="\n")
+    return {**report, "vectors": insight}
+
+
+def read_queries(name: str) -> list[str]:
+    """Return the queries of an evaluation set: a BEIR folder, a file of rows, or an MTEB task. Other tasks give all texts."""
+    from jaxembed.curate import read_task
+    from jaxembed.curation.steps.decontamination import DOCUMENTS, read_beir_parts, read_file_parts
+    from jaxembed.data.containers import is_beir_folder
+
+    path = Path(name)
+    if is_beir_folder(path):
+        parts = read_beir_parts(path)
+    elif path.exists() or path.suffix or "/" in name:
+        parts = read_file_parts(name, cache_dir())
+    else:
+        parts = read_task(name)
+    return [text for part, texts in parts if part != DOCUMENTS for text in texts]
 
 
 def write_packages(args: argparse.Namespace) -> dict[str, Any]:
@@ -206,11 +243,30 @@ def make_parser() -> DataParser:
         command.set_defaults(hard_negatives=None)
         if name in ("preview", "stats"):
             command.add_argument("--model", metavar="MODEL", help="model whose tokens are counted (default: count characters)")
+        if name == "stats":
+            add_stats_arguments(command)
         if name == "preview":
             add_preview_arguments(command)
         if name == "convert":
             add_convert_arguments(command)
     return parser
+
+
+def add_stats_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options about vectors."""
+    number = cli.integer_from
+    parser.add_argument(
+        "--vectors", metavar="MODEL",
+        help="print effective rank, coverage, clusters, languages and nearness of the sources, by the vectors of this model",
+    )  # fmt: skip
+    parser.add_argument(
+        "--against", nargs="+", default=[], metavar="SET",
+        help="evaluation sets whose distance to each source is measured: BEIR folders, files of rows, or MTEB tasks",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-texts", type=number(2), default=2000, metavar="N", help="queries of each source and set (default: 2000)"
+    )
+    parser.add_argument("--clusters", type=number(2), default=20, metavar="N", help="clusters of all sources (default: 20)")
 
 
 def add_preview_arguments(parser: argparse.ArgumentParser) -> None:
