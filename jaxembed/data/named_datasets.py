@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterator, Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +63,30 @@ class LibraryRows:
         return dict(self._dataset[address])
 
 
+class RowRanges:
+    """Ranges of the rows of several files, one after the other. An address counts through all ranges."""
+
+    def __init__(self, ranges: Sequence[tuple[FileSet, int, int]]):
+        """Take a `FileSet`, the address of the first row, and that after the last row, of each range."""
+        self._ranges, self._ends = ranges, list(accumulate(end - first for _, first, end in ranges))
+        self.address_limit = self._ends[-1]
+
+    def scan(self) -> Iterator[tuple[int, str, Any]]:
+        """Yield address, location and content of every row."""
+        scans = (islice(rows.scan(), first, end) for rows, first, end in self._ranges)
+        return ((address, where, row) for address, (_, where, row) in enumerate(chain.from_iterable(scans)))
+
+    def read(self, address: int) -> Any:
+        """Return the content of the row at an address."""
+        index = bisect_right(self._ends, address)
+        rows, _, end = self._ranges[index]
+        return rows.read(end - (self._ends[index] - address))
+
+
 def load_hub_dataset(name: str) -> HubDataset:
     """Load the dataset NAME:SPLIT or NAME/CONFIG:SPLIT from the Hugging Face cache, the hub or a local folder.
 
-    A whole split is read from its Arrow files. The library reads what is only a part of them, such as a slice.
+    Splits and slices of them are read from their Arrow files. A dataset without files is read by the library.
     """
     datasets = import_data_extra("datasets", "Hugging Face datasets")
     repository, split = _parse_dataset_name(f"hf:{name}", name)
@@ -76,9 +99,23 @@ def load_hub_dataset(name: str) -> HubDataset:
         raise UserError(f"hf:{name}: cannot be loaded ({summarize(error)})") from None
     files = [Path(part["filename"]) for part in dataset.cache_files]
     rows: Any = FileSet(f"hf:{name}", files, ArrowFile) if files else None
+    if rows is not None and rows.address_limit != len(dataset):
+        rows = _open_slices(
+            f"hf:{name}", dataset.info.splits, split, functools.partial(datasets.load_dataset, repository, config)
+        )
     if rows is None or rows.address_limit != len(dataset):
         rows = LibraryRows(dataset.with_format(None))  # a stored format, such as numpy, would change the types of the values
     return HubDataset(f"hf:{name}", files, rows, _get_class_names(dataset.features))
+
+
+def _open_slices(name: str, splits: Mapping[str, Any], split: str, load: Callable[..., Any]) -> RowRanges:
+    """Return the rows of a split such as train[:10%]+test. `load` loads the whole split that its argument names."""
+    from datasets import ReadInstruction
+
+    parts = ReadInstruction.from_spec(split).to_absolute({key: info.num_examples for key, info in splits.items()})
+    files = {part.splitname: [Path(file["filename"]) for file in load(split=part.splitname).cache_files] for part in parts}
+    file_sets = {key: FileSet(name, paths, ArrowFile) for key, paths in files.items()}
+    return RowRanges([(file_sets[part.splitname], part.from_, part.to) for part in parts])
 
 
 def is_saved_dataset(folder: Path) -> bool:

@@ -102,12 +102,10 @@ def check_instructions(table: InstructionTable, name: str, tasks: Sequence[Evalu
     """
     if any(table.find_instruction(task.name, task.type) is not None for task in tasks):
         return
-    listed = [*table.by_task, *table.by_type]
-    found = ", ".join(listed[:MAX_LISTED_NAMES]) or "nothing"
-    raise UserError(
-        f"{name}: names no task of this run (it names: {found}; tasks: {', '.join(t.name for t in tasks[:MAX_LISTED_NAMES])})."
-        f"{suggest(tasks[0].name, listed)}"
-    )
+    listed, task_names = [*table.by_task, *table.by_type], [task.name for task in tasks]
+    found, expected = (", ".join(names[:MAX_LISTED_NAMES]) or "nothing" for names in (listed, task_names))
+    suggestion = suggest(listed[0], task_names) if listed else ""
+    raise UserError(f"{name}: names no task of this run (it names: {found}; tasks: {expected}).{suggestion}")
 
 
 def score_tasks(

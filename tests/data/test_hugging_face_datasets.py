@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from helpers.rows import PAIRS, open_rows, open_source_path
+from jaxembed.data import named_datasets
+from jaxembed.data.jsonl import write_jsonl
 from jaxembed.errors import UserError
 
 
@@ -47,3 +49,16 @@ def test_hugging_face_names_with_a_config_and_a_split(tmp_path: Path, monkeypatc
     assert first in calls and second in calls and len({str(call) for call in calls}) == 2
     with pytest.raises(UserError, match=r"^hf:org/name: expected NAME:SPLIT or NAME/CONFIG:SPLIT, such as hf:NAME:train\.$"):
         open_source_path("hf:org/name", tmp_path)
+
+
+def test_slices_of_splits_are_read_without_a_memory_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    for split, rows in (("train", 10), ("test", 5)):
+        write_jsonl(tmp_path / "data" / f"{split}.jsonl", [{"text": f"{split} {i}"} for i in range(rows)])
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(named_datasets, "LibraryRows", None)  # which maps files
+    for split in ("train[:4]", "train[-30%:]", "test+train[2:4]", "train[5:]+train[:5]", "train[1:3]+train[1:3]"):
+        expected = datasets.load_dataset(str(tmp_path / "data"), split=split)["text"]
+        dataset = named_datasets.load_hub_dataset(f"{tmp_path / 'data'}:{split}")
+        assert [row["text"] for _, _, row in dataset.scan()] == list(expected)
+        assert [dataset.read(i)["text"] for i in range(dataset.address_limit)] == list(expected)
