@@ -15,7 +15,6 @@ from jaxembed.data.equality import exclude_equal
 from jaxembed.data.schema import Row
 from jaxembed.data.sources import IDENTIFYING_FIELDS, ROW_SCHEMAS
 from jaxembed.errors import UserError
-from jaxembed.synthesis.answers import is_unicode
 from jaxembed.synthesis.drafts import Draft, fill_field, fill_template
 from jaxembed.synthesis.novelty import SeenTexts, open_language_identifier
 
@@ -143,3 +142,12 @@ def list_texts(row: Mapping[str, Any]) -> list[str]:
     names = ("query", "text", "sentence1", "sentence2", "premise", "hypothesis", "pos", "neg")
     values: Sequence[Any] = [row[name] for name in names if name in row]
     return [text for value in values for text in (value if isinstance(value, list) else [value])]
+
+
+def is_unicode(text: str) -> bool:
+    """Return whether a text has no half of a surrogate pair, which no file can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

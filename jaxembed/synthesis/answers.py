@@ -92,8 +92,6 @@ class AnswerReader:
     def _check_texts(self, name: str, value: Any, language: str) -> None:
         """Check the strings of a field against refusals, patterns, and a language."""
         for text in [value] if isinstance(value, str) else value if isinstance(value, list) else []:
-            if not is_unicode(text):
-                raise InvalidAnswerError("not valid Unicode")
             if REFUSAL.match(text):
                 raise InvalidAnswerError("refused")
             if any(pattern.search(text) for pattern in self._patterns):
@@ -102,18 +100,10 @@ class AnswerReader:
                 raise InvalidAnswerError("in another language")
 
 
-def is_unicode(text: str) -> bool:
-    """Return whether a text has no half of a surrogate pair, which no file can hold."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def describe(kind: str) -> str:
     """Return a short reason for one of pydantic's error types."""
     return {"missing": "missing", "extra_forbidden": "not expected", "literal_error": "not one of the choices",
+            "string_unicode": "not valid Unicode",
             "string_too_short": "too short", "string_too_long": "too long", "too_short": "too few items",
             "too_long": "too many items"}.get(kind, "another type" if kind.endswith("_type") else "out of range")  # fmt: skip
 
