@@ -205,7 +205,7 @@ def _list_index(node: list[Any], part: str, override: str) -> int:
 
 def _explain(error: ValidationError, section: type[Section]) -> str:
     """Return one line about the first problem of a section."""
-    problem = error.errors()[0]
+    problem = _choose_problem(error)
     kind, value = problem["type"], problem["input"]
     # pydantic marks the keys of a mapping with "[key]".
     loc = tuple(part for part in problem["loc"] if part != "[key]")
@@ -235,6 +235,13 @@ def _explain(error: ValidationError, section: type[Section]) -> str:
         hint = f". Did you mean {nearest[0]}?" if nearest else ""
         return f"{key} is {quote_value(value)} ({message}){hint}"
     return f"{key}: {message} (found {quote_value(value)})"
+
+
+def _choose_problem(error: ValidationError) -> Any:
+    """Return the first problem. If a key is missing and its section has an unknown one, probably a misspelling: that."""
+    first, *others = error.errors()
+    unknown = [other for other in others if other["type"] == "extra_forbidden" and other["loc"][:-1] == first["loc"][:-1]]
+    return unknown[0] if unknown and first["type"] == "missing" else first
 
 
 def _explain_unknown_key(keys: list[str], unknown: str, known: list[str]) -> str:

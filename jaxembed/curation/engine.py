@@ -129,7 +129,11 @@ class Curation:
         if first:
             log.info("%s: continues after %d of %d stages", self.out, first, len(digests))
         for i in range(first, len(digests)):
-            self._run_stage(i, digests[i])
+            try:
+                self._run_stage(i, digests[i])
+            except OSError as error:
+                message = f"{self.out}: cannot be written ({error.strerror}). Make room, and the same command continues."
+                raise UserError(message) from None
             if i:  # its rows are not needed any more
                 (stage_folder(self.out, i - 1) / ROWS_FILE).unlink(missing_ok=True)
 

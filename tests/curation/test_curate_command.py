@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -223,7 +224,7 @@ def test_every_format_goes_through_all_steps(tmp_path: Path) -> None:
         (["steps.2.max_chars=2"], r"max_chars is 2, less than min_chars, 3. Swap them"),
         (["steps.2.min_tokens=2"], r"min_tokens and max_tokens count the tokens of a model. Set tokenizer"),
         (['steps.2.drop_patterns=["("]'], r"steps.2.drop_patterns: '\(' is not a regular expression"),
-        (["steps.4={name: balance}"], "a balance step needs max_rows or share"),
+        (["steps.4={name: balance}"], "a balance step needs rows, max_rows or share"),
         (["steps.4={name: language}"], "a language step needs languages, pairs, or language_pairs"),
         (["steps.4={name: function, function: f}"], "expected the dotted path of a function"),
         (["sources.0.path=absent.jsonl"], r"absent.jsonl: no such file or folder"),
@@ -263,6 +264,20 @@ def test_an_output_of_others_is_refused(tmp_path: Path, sources: list[dict[str, 
         run(path, f"out={tmp_path / 'file'}")
     with pytest.raises(UserError, match="cannot be created"):
         run(path, f"out={tmp_path / 'file' / 'below'}")
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_continues(
+    tmp_path: Path, sources: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path = write_config(tmp_path, sources)
+    with monkeypatch.context() as context:
+        context.setattr(engine, "write_rows", full)
+        with pytest.raises(UserError, match=r"out: cannot be written \(No space left on device\). Make room"):
+            run(path)
+    assert run(path)["rows"]["pairs"] == {"in": 63, "out": 40}
 
 
 def test_two_processes_do_not_write_one_output(tmp_path: Path, sources: list[dict[str, Any]]) -> None:

@@ -124,6 +124,7 @@ def test_clusters_are_those_of_separate_groups_in_any_order() -> None:
         ({"name": "curriculum", "levels": 1}, r"steps.0.levels is 1 \(expected a number that is at least 2\)"),
         ({"name": "cluster", "model": "M"}, "steps.0.clusters"),
         ({"name": "judge"}, "steps.0.judge"),
+        ({"name": "cluster", "modle": "M", "clusters": 2}, r"unknown key steps.0.modle. Did you mean steps.0.model\?"),
         (
             {"name": "judge", "judge": {"model": "J", "template": "{document}"}},
             r"template must contain \{query\}, and after it",
