@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -30,7 +31,7 @@ from jaxembed.evaluation.comparison import ItemScores
 from jaxembed.evaluation.retrieval import ndcg, recall
 from jaxembed.evaluation.task_encoder import TaskEncoder, truncate_vectors
 from jaxembed.evaluation.tasks import GroupMember
-from jaxembed.files import exists, write_json
+from jaxembed.files import exists, file_digest, write_json
 
 DATA_SET = re.compile(r"(qa|long-doc)_([a-z]+)_([a-z]+)")
 CUTOFF, SUBMITTED_DOCUMENTS = 10, 1000  # k of nDCG@k and recall@k; documents per query in a submission
@@ -120,6 +121,14 @@ class AirBenchTask:
     def expected_texts(self) -> int:
         """Number of queries and documents."""
         return len(self._queries_by_id) + len(self._documents_by_id)
+
+    @property
+    def data_digest(self) -> str:
+        """SHA-256 of the files. Empty without judgments: the results of the search are written again."""
+        if self.qrels is None:
+            return ""
+        digests = [file_digest(path) for path in (self.corpus, self.queries, self.qrels)]
+        return hashlib.sha256("".join(digests).encode()).hexdigest()
 
     def list_texts(self) -> Iterator[tuple[str, Sequence[str]]]:
         """Yield the role and the texts of all inputs that are scored."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -94,6 +96,12 @@ class VariantTask:
         """Number of texts under all instructions."""
         count = self.task.expected_texts
         return count and count * (1 + len(list(self._list_instructions())))
+
+    @property
+    def data_digest(self) -> str:
+        """SHA-256 of the data of the task and of the instructions; empty if the task keeps its results."""
+        digest = self.task.data_digest
+        return digest and hashlib.sha256(json.dumps([digest, self.variants]).encode()).hexdigest()
 
     def list_texts(self) -> Iterable[tuple[str, Sequence[str]]]:
         """Yield the role and the texts of all inputs that are scored."""

@@ -82,6 +82,11 @@ class MtebTask:
         counts = self.task.metadata.n_samples or {}
         return sum(counts.get(split, 0) for split in self.task.eval_splits) or None
 
+    @property
+    def data_digest(self) -> str:
+        """Empty: mteb keeps the results."""
+        return ""
+
     def score(self, encoder: TaskEncoder) -> dict[str, Any]:
         """Return the main scores of a model, as mteb computes them.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,10 +14,11 @@ from jaxembed.errors import UserError, suggest
 from jaxembed.evaluation.comparison import ItemScores
 from jaxembed.evaluation.progress import TaskProgress
 from jaxembed.evaluation.task_encoder import TaskEncoder
-from jaxembed.files import write_json
+from jaxembed.files import exists, read_json, write_json
 
 MAX_LISTED_NAMES = 5
 SCORES_FILE = "scores.json"
+FINISHED_FILE = "finished_tasks.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +57,11 @@ class EvaluationTask(Protocol):
     @property
     def expected_texts(self) -> int | None:
         """About how many texts the task encodes, for the progress bar. None: unknown."""
+        ...
+
+    @property
+    def data_digest(self) -> str:
+        """SHA-256 of the data and of how it is scored. Empty: the task itself keeps its results from run to run."""
         ...
 
     def score(self, encoder: TaskEncoder) -> dict[str, Any]:
@@ -108,6 +116,27 @@ def check_instructions(table: InstructionTable, name: str, tasks: Sequence[Evalu
     raise UserError(f"{name}: names no task of this run (it names: {found}; tasks: {expected}).{suggestion}")
 
 
+class FinishedTasks:
+    """The results of tasks in a folder, which a run that was killed finds again. Tasks of MTEB are stored by mteb instead."""
+
+    def __init__(self, folder: Path):
+        """Read the results in `folder`."""
+        self._path = folder / FINISHED_FILE
+        self._results: dict[str, Any] = read_json(self._path) if exists(self._path) else {}
+
+    def score(self, task: EvaluationTask, encoder: TaskEncoder) -> dict[str, Any]:
+        """Return the scores of a task. They are computed if the folder has none of the same data and model."""
+        if not task.data_digest:
+            return task.score(encoder)
+        identity = [task.name, task.data_digest, encoder.results_revision, encoder.widths]
+        key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+        if key not in self._results:
+            self._results[key] = task.score(encoder)
+            write_json(self._path, self._results)
+        scores: dict[str, Any] = self._results[key]
+        return scores
+
+
 def score_tasks(
     encoder: TaskEncoder,
     tasks: Sequence[EvaluationTask],
@@ -119,20 +148,21 @@ def score_tasks(
     Args:
         encoder: The model.
         tasks: The tasks.
-        out: Folder for `scores.json`, which is written after every task.
+        out: Folder for `scores.json`, which is written after every task, and for the results that a later run uses again.
         items: Receives the items of every task, for a comparison with another model. None: they are not needed.
 
     Returns:
         {task: scores}, as in `EvaluationTask.score`.
     """
     encoder.prompts.log()
+    finished = FinishedTasks(out) if out and items is None else None
     encoder.progress = TaskProgress({task.name: task.expected_texts for task in tasks})
     scores: dict[str, Any] = {}
     try:
         for task in tasks:
             encoder.progress.begin(task.name)
             if items is None:
-                scores[task.name] = task.score(encoder)
+                scores[task.name] = finished.score(task, encoder) if finished else task.score(encoder)
             else:
                 items[task.name] = task.score_items(encoder)
                 scores[task.name] = items[task.name].summary

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -99,6 +100,12 @@ class UserTask:
     def expected_texts(self) -> int:
         """Number of texts that are encoded."""
         return sum(len(text_input.texts) for text_input in self.held_out.inputs)
+
+    @property
+    def data_digest(self) -> str:
+        """SHA-256 of the data, and of the settings of the set."""
+        identity = self.held_out.digest + self.held_out.config.model_dump_json(exclude={"path", "train_path"})
+        return hashlib.sha256(identity.encode()).hexdigest()
 
     def list_texts(self) -> Iterator[tuple[str, Sequence[str]]]:
         """Yield the role and the texts of all inputs that are scored."""

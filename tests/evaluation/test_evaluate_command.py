@@ -1,14 +1,16 @@
-"""The command: scores equal those of sentence-transformers and mteb, and those of several processes; bad input."""
+"""The command: scores equal those of sentence-transformers and mteb, and those of several processes; kills; bad input."""
 
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from helpers import tiny
+from helpers.commands import Process
 from helpers.mteb_tasks import make_tasks
 from helpers.process_groups import start_all
 from helpers.runs import use_one_device
@@ -118,3 +120,60 @@ def test_options_that_do_not_fit_the_model_are_one_line(tmp_path: Path, monkeypa
             run(str(folder), *options)
     with pytest.raises(UserError, match="--languages: applies to tasks of MTEB"):
         evaluate.evaluate(evaluate.make_parser().parse_args([str(folder), "--languages", "eng"]))
+
+
+KILLED_SCRIPT = """
+import os, signal, sys
+from pathlib import Path
+from helpers.mteb_tasks import make_tasks
+from jaxembed import cli, evaluate
+from jaxembed.evaluation import mteb_tasks
+from jaxembed.evaluation.task_encoder import TaskEncoder
+
+record, last_task, last_call = Path(sys.argv.pop(1)), sys.argv.pop(1), int(sys.argv.pop(1))
+encode, calls = TaskEncoder.encode, []
+
+def encode_until_the_kill(self, texts, prompt):
+    calls.append(self.progress.task)
+    if calls.count(last_task) == last_call:
+        os.kill(os.getpid(), signal.SIGKILL)
+    with record.open("a") as file:
+        print(self.progress.task, file=file)
+    return encode(self, texts, prompt)
+
+TaskEncoder.encode = encode_until_the_kill
+mteb_tasks.find_tasks = make_tasks
+cli.run_command(evaluate.main, evaluate.make_parser())
+"""
+
+
+def test_a_command_that_is_killed_continues_without_repeating_tasks(tmp_path: Path) -> None:
+    """SIGKILL inside the first task, before anything of the last one is encoded, and inside that one."""
+    folder = tiny.write_folder(tmp_path / "base", "qwen3")
+    write_spec(folder, SPECS["instructed"])
+    documents = {f"d{i}": text for i, text in enumerate(tiny.TEXTS)}
+    write_beir(tmp_path / "own", documents, documents, {name: {name: 1} for name in documents})
+    options = [str(folder), "--beir", str(tmp_path / "own"), "--dim", "32", "8"]
+    undisturbed = run(*options)["scores"]
+    assert list(undisturbed) == ["STSBenchmark", "SciFact", "own"]
+
+    def start(name: str, last_task: str, last_call: int) -> tuple[int | None, str, list[str]]:
+        """Run the command until it encodes for a task for the n-th time. Return its end, and the tasks that it encoded for."""
+        record = tmp_path / name
+        arguments = [*options, "--tasks", "STSBenchmark", "SciFact", "--out", str(tmp_path / "out")]
+        process = Process(KILLED_SCRIPT, [str(record), last_task, str(last_call), *arguments])
+        output, errors = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), errors
+        return process.returncode, output, sorted({*record.read_text().split()})
+
+    assert start("inside the first", "STSBenchmark", 2)[::2] == (-signal.SIGKILL, ["STSBenchmark"])
+    assert not (tmp_path / "out" / "scores.json").exists()
+    assert start("before the last", "own", 1)[::2] == (-signal.SIGKILL, ["STSBenchmark", "SciFact"])
+    assert [*json.loads((tmp_path / "out" / "scores.json").read_text())] == ["STSBenchmark", "SciFact"]
+    assert start("inside the last", "own", 2)[::2] == (-signal.SIGKILL, ["own"])
+    code, output, encoded = start("to the end", "", 1)
+    assert (code, encoded) == (0, ["own"])
+    scores = json.loads(output.splitlines()[-1])["scores"]
+    assert list(scores) == list(undisturbed)
+    for name, result in undisturbed.items():  # mteb rounds the scores that it stores
+        assert scores[name]["widths"] == pytest.approx(result["widths"], abs=1e-6)

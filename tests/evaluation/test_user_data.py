@@ -117,6 +117,18 @@ def test_equal_models_show_no_difference(folder: Path) -> None:
     assert comparison["conclusion"] == "No difference between good and copy is shown."
 
 
+def test_files_that_were_scored_are_not_scored_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--beir", "bank", "--sts", "pairs.jsonl", "--labels", "topics.jsonl", "--out", "out"]
+    first = run("good", *options)
+    score, scored = UserTask.score, list[str]()
+    monkeypatch.setattr(UserTask, "score", lambda self, encoder: scored.append(self.name) or score(self, encoder))
+    assert run("good", *options) == first and not scored
+    assert run("poor", *options)["scores"] != first["scores"] and len(scored) == 4
+    write_rows(folder / "pairs.jsonl", make_scored_pairs(81))
+    assert run("good", *options)["scores"]["bank"] == first["scores"]["bank"]
+    assert scored[4:] == ["pairs"], "its file has changed"
+
+
 def test_a_model_to_compare_with_is_looked_for_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation, "load_encoder", lambda *_, **__: pytest.fail("loaded"))
     monkeypatch.chdir(tmp_path)
