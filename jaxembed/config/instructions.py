@@ -18,7 +18,7 @@ from jaxembed.config.shipped import read_shipped_yaml
 from jaxembed.errors import UserError, suggest
 from jaxembed.files import exists
 
-INSTRUCTION_TABLES = ("e5_mistral", "gritlm", "kalm", "nv_embed", "qwen3_embedding")
+INSTRUCTION_TABLES = ("e5_mistral", "gritlm", "kalm", "kalm_v2", "nv_embed", "qwen3_embedding")
 # Later versions and reductions of an MTEB task have its instruction: FEVERHardNegatives.v2, CQADupstackTexRetrieval.
 REVISION = re.compile(r"\.v\d+$")
 REDUCTION = re.compile(r"HardNegatives$")

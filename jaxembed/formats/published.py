@@ -137,7 +137,11 @@ PUBLISHED_LAYOUTS = (
         r"kalm-embedding-(.*-)?v1(\.5)?",
         {"attention": "causal", **KALM_CHOICES, "instruction_table": "kalm"},
     ),
-    PublishedLayout("KaLM-Embedding v2", r"kalm-embedding-(.*-)?v2(\.5)?", {"attention": "bidirectional", **KALM_CHOICES}),
+    PublishedLayout(
+        "KaLM-Embedding v2",
+        r"kalm-embedding-(.*-)?v2(\.5)?",
+        {"attention": "bidirectional", **KALM_CHOICES, "instruction_table": "kalm_v2"},
+    ),
     PublishedLayout(
         "e5-mistral-7b-instruct", r"e5-mistral-7b-instruct", {**E5_MISTRAL_CHOICES, "instruction_table": "e5_mistral"}
     ),

@@ -3,6 +3,7 @@
 import mteb
 import pytest
 
+from jaxembed.config.instructions import load_instruction_table
 from jaxembed.formats.published import find_published_layout
 
 
@@ -33,3 +34,24 @@ def test_the_template_is_that_of_mteb() -> None:
     assert layout is not None
     expected = mteb.get_model_meta(name).loader_kwargs["instruction_template"]
     assert layout.read_spec_choices(None, "")["instruction_template"] == expected
+
+
+def test_the_table_of_kalm_v2_is_that_of_its_entry_in_mteb() -> None:
+    name = "HIT-TMG/KaLM-embedding-multilingual-mini-instruct-v2"
+    options = mteb.get_model_meta(name).loader_kwargs
+    table = load_instruction_table("kalm_v2")
+    assert table.template == options["instruction_template"]
+    differences = []
+    for key, instruction in options["prompts_dict"].items():
+        task = key.removesuffix("-query").removesuffix("-document")
+        kind = mteb.get_task(task).metadata.type
+        found = table.find_instruction(task, kind), table.is_symmetric(task, kind)
+        if found != (instruction, f"{task}-document" in options["prompts_dict"]):
+            differences.append((key, found))
+    assert len(options["prompts_dict"]) == 138 and differences == []
+
+
+def test_sfr_and_linq_have_no_instructions_in_mteb() -> None:
+    """Should mteb list instructions by task one day, they belong into a table."""
+    for name in ("Salesforce/SFR-Embedding-Mistral", "Linq-AI-Research/Linq-Embed-Mistral"):
+        assert "prompts_dict" not in mteb.get_model_meta(name).loader_kwargs

@@ -76,10 +76,11 @@ def test_a_published_model_gets_the_instruction_of_its_paper_for_every_task(name
 
 
 def test_tables_belong_to_published_models_and_survive_training() -> None:
-    names = ("e5-mistral-7b-instruct", "KaLM-embedding-multilingual-mini-instruct-v1.5", "Qwen3-Embedding-0.6B", "GritLM-7B")
+    kalm = "KaLM-embedding-multilingual-mini-instruct"
+    names = ("e5-mistral-7b-instruct", f"{kalm}-v1.5", f"{kalm}-v2", "Qwen3-Embedding-0.6B", "GritLM-7B")
     layouts = [find_published_layout(name, None, {}) for name in names]
     tables = [layout and layout.read_spec_choices(None, "").get("instruction_table") for layout in layouts]
-    assert tables == ["e5_mistral", "kalm", "qwen3_embedding", "gritlm"]
+    assert tables == ["e5_mistral", "kalm", "kalm_v2", "qwen3_embedding", "gritlm"]
     base = EmbeddingSpec(instruction_table="kalm")
     assert base.with_prompts({"a": ("Find", "")}).instruction_table == "kalm"
     assert base.describe_vectors() == EmbeddingSpec().describe_vectors()  # the vectors do not depend on it
