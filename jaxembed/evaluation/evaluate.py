@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import os
 import tempfile
@@ -17,7 +18,7 @@ from jaxembed.evaluation.comparison import COMPARISON_FILE, ItemScores, compare_
 from jaxembed.evaluation.encoders import check_compared_model, load_encoder
 from jaxembed.evaluation.instruction_variants import add_variants
 from jaxembed.evaluation.leaks import check_leaks
-from jaxembed.evaluation.score_table import build_tables
+from jaxembed.evaluation.score_table import TABLES_FILE, build_tables
 from jaxembed.evaluation.shared_encoding import serve_encoding, share_encoding
 from jaxembed.evaluation.task_encoder import TaskEncoder
 from jaxembed.evaluation.tasks import EvaluationTask, check_instructions, check_names, score_tasks
@@ -26,7 +27,7 @@ from jaxembed.files import make_output_folder, write_json, write_text
 
 log = logging.getLogger("jaxembed")
 
-TABLES_FILE = "scores.md"
+MARKDOWN_FILE = "scores.md"
 
 # Modules with `add_arguments(parser)`, and `open_tasks(args)`, which returns the tasks that these options name.
 TASK_SOURCES = (mteb_tasks, user_data, air_bench)
@@ -112,10 +113,12 @@ def score_model(
     encoder.cache = make_cache(encoder, out, args)
     with share_encoding(encoder):
         scores = score_tasks(encoder, tasks, out, items)
-    report = "\n\n".join(table.format() for table in build_tables(encoder.name, tasks, scores))
+    tables = build_tables(encoder.name, tasks, scores)
+    report = "\n\n".join(table.format() for table in tables)
     log.info("\n%s\n", report)
     if out:
-        write_text(out / TABLES_FILE, f"{report}\n")
+        write_text(out / MARKDOWN_FILE, f"{report}\n")
+        write_json(out / TABLES_FILE, [dataclasses.asdict(table) for table in tables])
     if args.submission and is_main:
         mteb_submission.write_model_submission(args, encoder, tasks)
     return scores

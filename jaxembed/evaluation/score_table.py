@@ -11,6 +11,7 @@ from typing import Any
 from jaxembed.config.published_scores import read_published_tables
 from jaxembed.evaluation.tasks import EvaluationTask, GroupMember
 
+TABLES_FILE = "tables.json"
 ALL_TASKS, ALL_GROUPS = "all tasks", "all benchmarks"
 # Columns of NV-Embed's Table 1, in its order. Other types of tasks follow.
 TYPE_ORDER = ("Retrieval", "Reranking", "Clustering", "PairClassification", "Classification", "STS", "Summarization")
@@ -26,12 +27,14 @@ class ScoreTable:
         columns: Number of tasks by column.
         rows: Scores by row: one for each column, then the average.
         sources: Where the rows of published models come from.
+        published: Names of the rows of published models.
     """
 
     title: str
     columns: Mapping[str, int]
     rows: Mapping[str, Sequence[Cell]]
     sources: Sequence[str]
+    published: Sequence[str] = ()
 
     def format(self) -> str:
         """Return the table in Markdown. Each column name is followed by its number of tasks."""
@@ -102,7 +105,7 @@ def _add_published_rows(table: ScoreTable) -> ScoreTable:
         for name, row in published.rows.items():
             cells = dict(zip(published.columns, row.scores, strict=True))
             rows.setdefault(name, [*(cells.get(column) for column in table.columns), row.average])
-    return dataclasses.replace(table, rows=rows, sources=sources)
+    return dataclasses.replace(table, rows=rows, sources=sources, published=[name for name in rows if name not in table.rows])
 
 
 def _read_score(result: Mapping[str, Any], member: GroupMember, width: str | None) -> Cell:

@@ -25,6 +25,7 @@ from jaxembed.reporting.held_out_views import (
     view_set,
 )
 from jaxembed.reporting.run_files import RunFiles
+from jaxembed.reporting.training_views import open_training_sources, view_training_source
 
 log = logging.getLogger("jaxembed")
 
@@ -36,16 +37,18 @@ class RunViews:
     Attributes:
         run: Name of the run.
         sets: The views of its held-out sets.
+        sources: The views of its training sources that have hard negatives.
         latents: The cells of the heat map and its note, if the model has latent attention.
     """
 
     run: str
     sets: Sequence[SetView]
+    sources: Sequence[SetView]
     latents: tuple[list[dict[str, object]], str] | None
 
 
 def view_run(run: RunFiles, name: str, checkpoint: str, mesh: Mesh) -> RunViews:
-    """Load a checkpoint of a run, and encode its held-out sets.
+    """Load a checkpoint of a run, and encode its held-out sets and a sample of its training rows.
 
     Args:
         run: The run.
@@ -63,17 +66,22 @@ def view_run(run: RunFiles, name: str, checkpoint: str, mesh: Mesh) -> RunViews:
         held_out = open_held_out_sets(configs[:MAX_SETS], cache_dir())
     except UserError as error:
         raise UserError(f"{run.folder}: {str(error).removesuffix('.')}. Restore it, or give --no-model.") from None
+    training_sources = open_training_sources(run)
     views: dict[str, SetView] = {}
+    source_views: list[SetView] = []
     latents = None
-    for adapter in dict.fromkeys(held_out_set.config.adapter for held_out_set in held_out):
+    for adapter in dict.fromkeys([*(h.config.adapter for h in held_out), *(s.config.adapter for s in training_sources)]):
         embedder = Embedder.load(run.folder, checkpoint=checkpoint, adapter=adapter or None, mesh=mesh)
         for held_out_set in held_out:
             if held_out_set.config.adapter == adapter and (view := view_set(held_out_set, embedder)):
                 views[view.name] = view
+        for source in training_sources:
+            if source.config.adapter == adapter and (view := view_training_source(source, embedder)):
+                source_views.append(view)
         if latents is None and views and embedder.spec.pooling.startswith("latent_attention"):
             latents = attend_to_latents(next(iter(views.values())).sources, embedder)
         del embedder  # memory holds one model at a time
-    return RunViews(name, [views[config.name] for config in configs if config.name in views], latents)
+    return RunViews(name, [views[config.name] for config in configs if config.name in views], source_views, latents)
 
 
 def _iter_sources(sets: Iterable[SetView]) -> Iterable[EncodedSource]:
@@ -120,10 +128,13 @@ def make_similarity_section(views: Sequence[RunViews]) -> Section:
             _title(view, views, held_out.name), count_bins(held_out.similarities), "cosine", "share of the pairs", held_out.note
         )
         for view in views
-        for held_out in view.sets
+        for held_out in (*view.sets, *view.sources)
         if held_out.similarities
     ]
-    intro = "Hard negatives are the five nearest documents that are not relevant, random negatives are five random other ones."
+    intro = (
+        "Hard negatives of a held-out set are the five nearest documents that are not relevant, random negatives are five "
+        "random other ones. Training rows have hard negatives of their own; their random negatives are positives of other rows."
+    )
     return Section("similarities", "Similarities", intro, charts=charts)
 
 

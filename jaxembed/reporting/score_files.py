@@ -14,8 +14,9 @@ from jaxembed.config.fields import quote_value
 from jaxembed.errors import UserError
 from jaxembed.evaluation.comparison import COMPARISON_FILE
 from jaxembed.evaluation.leaks import LEAKS_FILE
+from jaxembed.evaluation.score_table import TABLES_FILE, ScoreTable
 from jaxembed.evaluation.tasks import SCORES_FILE
-from jaxembed.files import exists, read_json
+from jaxembed.files import exists, read_json, read_json_value
 
 OTHER_TYPE = "Other"  # the type of a task whose scores do not name one
 
@@ -48,12 +49,14 @@ class ScoreFile:
         tasks: The score of each task by its name.
         comparison: What `evaluate --compare` wrote beside the scores; empty without it.
         leaks: What `evaluate --check-leaks` wrote beside the scores; empty without it.
+        tables: The tables that `evaluate` wrote beside the scores, with the rows of published models; empty without them.
     """
 
     model: str
     tasks: Mapping[str, TaskScore]
     comparison: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     leaks: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    tables: Sequence[ScoreTable] = ()
 
 
 def find_score_file(path: Path) -> Path | None:
@@ -77,7 +80,16 @@ def read_score_file(path: Path) -> ScoreFile:
     scores = {name: _parse_task(entry, f"{path}: {name}") for name, entry in tasks.items()}
     besides = [path.with_name(name) for name in (COMPARISON_FILE, LEAKS_FILE)]
     comparison, leaks = (read_json(file) if path.name == SCORES_FILE and exists(file) else {} for file in besides)
-    return ScoreFile(model, scores, comparison, leaks)
+    tables_path = path.with_name(TABLES_FILE)
+    tables = _read_tables(tables_path) if path.name == SCORES_FILE and exists(tables_path) else []
+    return ScoreFile(model, scores, comparison, leaks, tables)
+
+
+def _read_tables(path: Path) -> list[ScoreTable]:
+    try:
+        return [ScoreTable(**table) for table in read_json_value(path)]
+    except TypeError:
+        raise UserError(f"{path}: not the tables that evaluate --out writes. Remove it, or score the model again.") from None
 
 
 def merge_score_files(files: Sequence[ScoreFile]) -> ScoreFile:
@@ -89,6 +101,7 @@ def merge_score_files(files: Sequence[ScoreFile]) -> ScoreFile:
             {**merged.tasks, **file.tasks},
             file.comparison or merged.comparison,
             {**merged.leaks, **file.leaks},
+            [*(table for table in merged.tables if table.title not in {new.title for new in file.tables}), *file.tables],
         )
     return merged
 

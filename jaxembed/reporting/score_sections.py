@@ -149,7 +149,32 @@ def make_benchmark_section(models: Sequence[ReportedModel]) -> Section:
     best = _find_best_per_row(rows, range(2, 2 + len(scored)))
     caption = "Scores × 100. A mean is shown only if every task has a score."
     table = Table(["task", "metric", *(m.name for m in scored)], rows, 2, caption, frozenset(groups), best)
-    return Section("benchmark", "Benchmark", tables=[table], collapsibles=_list_instructions(scored))
+    return Section(
+        "benchmark", "Benchmark", tables=[table, *_list_published_tables(scored)], collapsibles=_list_instructions(scored)
+    )
+
+
+def _list_published_tables(models: Sequence[ReportedModel]) -> list[Table]:
+    """Return the averages by type of task beside the rows of published models, for each benchmark that a paper has a table of.
+
+    Models that were scored on other tasks of a benchmark have a table of their own.
+    """
+    tables: dict[tuple[str, ...], Table] = {}
+    for model in models:
+        for table in model.benchmark.tables:
+            columns = [f"{name} ({count})" for name, count in table.columns.items()]
+            rows = {name: [format_number(cell, 2) for cell in cells] for name, cells in table.rows.items()}
+            published = [[name, *rows.pop(name)] for name in table.published]
+            if not published:
+                continue
+            first = next(iter(rows))  # the model's own name, or its name and a width
+            name = first.rpartition(", ")[0] if len(rows) > 1 else first
+            own = [[model.name + label.removeprefix(name), *cells] for label, cells in rows.items()]
+            key = (table.title, *columns)
+            earlier = tables[key].rows if key in tables else published
+            caption = f"{table.title}. Published rows: {'; '.join(table.sources)}."
+            tables[key] = Table(["model", *columns, "average"], [*own, *earlier], caption=caption)
+    return list(tables.values())
 
 
 def _find_best_per_row(rows: Sequence[Sequence[str]], columns: range) -> frozenset[tuple[int, int]]:

@@ -1,0 +1,89 @@
+"""Similarities of the texts that a run was trained on: queries with their positives, hard negatives and random documents."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+
+import numpy as np
+
+from jaxembed.config import StageConfig
+from jaxembed.curation.remining import make_own_miner
+from jaxembed.data.batch import EncoderInput
+from jaxembed.data.containers import open_container
+from jaxembed.data.rows import IndexedRows
+from jaxembed.data.sampling import MINED_SCHEMA, MinedPairSampler
+from jaxembed.data.schema import Example
+from jaxembed.data.sources import Source, open_sources
+from jaxembed.errors import UserError
+from jaxembed.files import cache_dir, exists
+from jaxembed.hub.embedder import Embedder
+from jaxembed.reporting.held_out_views import (
+    HARD_NEGATIVES,
+    NEGATIVES_PER_QUERY,
+    POSITIVES,
+    RANDOM_NEGATIVES,
+    SEED,
+    SetView,
+    sample,
+)
+from jaxembed.reporting.run_files import RunFiles
+
+log = logging.getLogger("jaxembed")
+
+MAX_SOURCES = 4  # sources whose examples are encoded
+MAX_EXAMPLES = 128  # examples of a source that are encoded
+
+
+def open_training_sources(run: RunFiles) -> list[Source]:
+    """Return the first sources of a run's last stage that have pairs, with the negatives that the run mined for them.
+
+    The files of a run may be gone when a report is written. The report then has no view of them.
+    """
+    index, stage = len(run.config.stages) - 1, run.config.stages[-1]
+    try:
+        sources = open_sources(stage.data, cache_dir())
+        opened = [_open_mined(source, stage, run.folder, f"stage-{index}-source-{i}") for i, source in enumerate(sources)]
+    except UserError as error:
+        log.info("%s: the report has no similarities of training rows (%s)", run.name, str(error).removesuffix("."))
+        return []
+    return [source for source in opened if source.is_mineable][:MAX_SOURCES]
+
+
+def _open_mined(source: Source, stage: StageConfig, run_dir: Path, name: str) -> Source:
+    """Return a source with the pairs that were mined for it, if there are any."""
+    path = run_dir / "mined" / f"{name}.jsonl"
+    if stage.mine is None or not exists(path):
+        return source
+    rows = IndexedRows(open_container(str(path)), MINED_SCHEMA)
+    return dataclasses.replace(source, sampler=MinedPairSampler(rows, source.sampler.max_positives))
+
+
+def view_training_source(source: Source, embedder: Embedder) -> SetView | None:
+    """Encode a sample of a source's examples with the prompts of training. Return None if they have no hard negatives."""
+    rng = np.random.default_rng(SEED)
+    numbers = sample(range(len(source)), MAX_EXAMPLES, rng)
+    examples = [source.draw(number, rng, NEGATIVES_PER_QUERY) for number in numbers]
+    if not any(example.negatives for example in examples):
+        return None
+    similarities = _compare_examples(examples, embedder, rng)
+    return SetView(f"{source.name}: training rows", f"{len(examples):,} of {len(source):,} examples", (), similarities)
+
+
+def _compare_examples(examples: list[Example], embedder: Embedder, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Return the cosines of queries with their positives, their hard negatives, and the positives of other queries."""
+    encode = make_own_miner(embedder).encode
+    queries = encode([EncoderInput(e.query, "query", e.instruction) for e in examples])
+    positives = encode([EncoderInput(e.positive, "document", e.document_instruction) for e in examples])
+    owners = [i for i, example in enumerate(examples) for _ in example.negatives]
+    negatives = encode([EncoderInput(text, "document", e.document_instruction) for e in examples for text in e.negatives])
+    others = [[i for i, other in enumerate(examples) if other.positive not in e.positives] for e in examples]
+    pairs = [(i, j) for i, rows in enumerate(others) for j in sample(rows, NEGATIVES_PER_QUERY, rng)]
+    first, second = np.array(pairs, np.int64).reshape(-1, 2).T
+    cosines = {
+        POSITIVES: np.sum(queries * positives, axis=1),
+        HARD_NEGATIVES: np.sum(queries[owners] * negatives, axis=1),
+        RANDOM_NEGATIVES: np.sum(queries[first] * positives[second], axis=1),
+    }
+    return {kind: values for kind, values in cosines.items() if len(values)}
