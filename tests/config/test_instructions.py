@@ -94,7 +94,7 @@ def test_a_user_names_a_table_or_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "line"),
     [
-        (None, r"kalmm: no such instruction file or table \(tables: .*\)\. Did you mean 'kalm'\?"),
+        (None, r"kalmm: no such instruction file or table \(tables: .*\)\. Did you mean 'kalm' or 'kalm_v2'\?"),
         ("by_tasks: {SciFact: x}\nby_type: {}", r"kalmm: unknown key by_tasks\. Did you mean by_task\?"),
         ("SciFact: 3", r"kalmm: by_task\.SciFact is 3 \(expected a text"),
         ("[a]", "kalmm: holds a list"),

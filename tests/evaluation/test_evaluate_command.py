@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from helpers import tiny
 from helpers.commands import Process
+from helpers.held_out import write_rows
 from helpers.mteb_tasks import make_tasks
 from helpers.process_groups import start_all
 from helpers.runs import use_one_device
@@ -72,6 +74,26 @@ def test_scores_equal_those_of_sentence_transformers_and_mteb(name: str, tmp_pat
         for result in mteb.evaluate(wrapper, [task for task, _ in make_tasks()], cache=None, show_progress_bar=False):
             assert scores[result.task_name]["widths"][width] == pytest.approx(result.get_score(), abs=1e-3)
     assert (tmp_path / "scores" / "scores.md").read_text().startswith("## all tasks\n\n| Model | Retrieval (1) | STS (1) |")
+
+
+def test_files_of_a_user_have_the_scores_of_sentence_transformers(tmp_path: Path) -> None:
+    folder = write_model(tmp_path, SPECS["instructed"])
+    rows = [f"{text} {i}" for i in range(3) for text in tiny.TEXTS]
+    documents = {f"d{i}": text for i, text in enumerate(rows)}
+    queries = {name: text[: len(text) // 2] for name, text in documents.items()}
+    write_beir(tmp_path / "own", documents, queries, {name: {name: 1} for name in documents})
+    pairs = itertools.combinations(rows[:12], 2)
+    scored = [{"sentence1": first, "sentence2": second, "score": i % 7} for i, (first, second) in enumerate(pairs)]
+    write_rows(tmp_path / "scored.jsonl", scored)
+    write_rows(tmp_path / "labeled.jsonl", [{"text": text, "label": str(len(text) > 40)} for text in rows])
+    options = ["--beir", "own", "--sts", "scored.jsonl", "--labels", "labeled.jsonl"]
+    files = [str(tmp_path / option) if not option.startswith("--") else option for option in options]
+    ours, theirs = (run(str(folder), *files, "--backend", backend)["scores"] for backend in ("jax", "sentence-transformers"))
+    assert list(ours) == list(theirs) and {"own", "scored", "labeled-classification", "labeled-clustering"} < ours.keys()
+    for name in ours:
+        assert theirs[name]["score"] == pytest.approx(ours[name]["score"], abs=1e-3), name
+        for metric, score in ours[name].get("metrics", {}).items():
+            assert theirs[name]["metrics"][metric] == pytest.approx(score, abs=1e-3), (name, metric)
 
 
 SCRIPT = """
