@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import json
-import logging
 import re
 import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -20,20 +17,12 @@ import pytest
 
 from helpers.reports import HOSTILE, TOPICS, write_report
 from jaxembed.errors import UserError
-from jaxembed.evaluation.score_table import build_tables
-from jaxembed.evaluation.tasks import GroupMember
-from jaxembed.files import write_json
 from jaxembed.hub.embedder import Embedder
 from jaxembed.reporting.blocks import Collapsible, Section, Table
 from jaxembed.reporting.charts import average_points, draw_points
 from jaxembed.reporting.held_out_views import EncodedSource as Source
 from jaxembed.reporting.held_out_views import attend_to_latents, compare_pairs, describe_query, draw_map
-from jaxembed.reporting.inputs import ReportedModel
 from jaxembed.reporting.page import render_page, to_script_json
-from jaxembed.reporting.run_files import read_run_files
-from jaxembed.reporting.score_files import read_score_file
-from jaxembed.reporting.score_sections import make_benchmark_section
-from jaxembed.reporting.training_views import open_training_sources
 from jaxembed.training.metrics import read_metrics
 
 MAX_BYTES = 6_000_000
@@ -339,45 +328,6 @@ def test_a_miss_lists_its_positive_with_its_rank() -> None:
     assert query["rank"] == 15
     assert [n["rank"] for n in query["neighbors"]] == [*range(1, 11), 15]
     assert query["neighbors"][-1] == {"document": 14, "rank": 15, "score": round(float(scores[14]), 4), "relevant": True}
-
-
-def test_training_rows_have_similarities_with_their_own_negatives(report: Report) -> None:
-    page = report.path.read_text()
-    assert ": training rows" in page and "12 of 12 examples" in page
-
-
-def test_training_files_that_are_gone_leave_a_report(run: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "jaxembed")
-    files = read_run_files(run)
-    assert [source.name for source in open_training_sources(files)] == ["<b>faq</b>"]
-    (run.parent / "pairs.jsonl").rename(run.parent / "moved.jsonl")
-    try:
-        assert open_training_sources(files) == []
-    finally:
-        (run.parent / "moved.jsonl").rename(run.parent / "pairs.jsonl")
-    assert "the report has no similarities of training rows" in caplog.text
-
-
-def test_benchmarks_stand_beside_the_rows_of_papers(tmp_path: Path) -> None:
-    group = GroupMember("MTEB(eng, v1)", "STS")
-    models = []
-    for name, widths in (("one", {}), ("two", {"64": 0.7, "32": 0.6})):
-        scores = {"STS12": {"score": 0.7, "metric": "cosine_spearman", "type": "STS", "subsets": {"default": 0.7}}}
-        if widths:
-            scores["STS12"]["widths"] = widths
-        (tmp_path / name).mkdir()
-        task = SimpleNamespace(name="STS12", type="STS", groups=(group,))
-        write_json(tmp_path / name / "scores.json", scores)
-        tables = build_tables("folder, of it", [task], scores)  # type: ignore[list-item]
-        write_json(tmp_path / name / "tables.json", [dataclasses.asdict(table) for table in tables])
-        models.append(ReportedModel(name, name, None, read_score_file(tmp_path / name / "scores.json")))
-    _, table = make_benchmark_section(models).tables
-    assert [row[0] for row in table.rows[:3]] == ["two, 64", "two, 32", "one"] and "NV-Embed" in table.rows[3][0]
-    assert table.columns == ["model", "STS (1)", "average"] and table.rows[0] == ["two, 64", "70.00", "70.00"]
-    assert "NV-Embed, arXiv:2405.17428, Table 1" in table.caption
-    write_json(tmp_path / "one" / "tables.json", [{"title": 3}])
-    with pytest.raises(UserError, match=r"tables.json: not the tables that evaluate --out writes"):
-        read_score_file(tmp_path / "one" / "scores.json")
 
 
 def test_similarities_are_those_of_positives_nearest_and_random_others() -> None:
