@@ -1,10 +1,11 @@
-"""Train one small model with random weights on STS-B with each graded objective, and with InfoNCE on its positives alone.
+"""Train one model on STS-B with each graded objective, and with InfoNCE on its positives alone.
 
-Usage: python benchmarks/graded.py STSB [--steps N] [--seeds N]
+Usage: python benchmarks/graded.py STSB [--base FOLDER] [--steps N] [--seeds N]
 
 STSB is a folder with a folder for each language (en, zh, fr, pl, de), each with train.jsonl and test.jsonl: rows of sentence1,
-sentence2, and score from 0 to 5. Training is on English alone. Each row of the table has Spearman's correlation on the test
-sets, as mean and standard deviation over the seeds. The last line is JSON with all scores.
+sentence2, and score from 0 to 5. Training is on English alone. The model is FOLDER, or a small one with random weights.
+Each run prints a line of JSON. The table at the end has Spearman's correlation on the test sets, as mean and standard deviation
+over the seeds.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shutil
 import statistics
 import tempfile
 from pathlib import Path
@@ -39,8 +41,8 @@ def make_config(base: str, objectives: list[dict[str, Any]], seed: int, out: Pat
     """Return the config of a run without held-out sets."""
     tree: dict[str, Any] = {
         "run": {"dir": str(out)},
-        "model": {"base": base, "attention": "bidirectional", "pooling": {"kind": "mean"}},
-        "data": {"max_length": 32, "sources": [{"path": str(args.stsb / "en" / "train.jsonl"), "name": "stsb"}]},
+        "model": {"base": base, "attention": "bidirectional", "pooling": {"kind": "mean"}, "unroll": False},
+        "data": {"max_length": 128, "sources": [{"path": str(args.stsb / "en" / "train.jsonl"), "name": "stsb"}]},
         "objectives": objectives,
         "optim": {"learning_rate": args.learning_rate, "warmup_steps": 10, "schedule": "cosine"},
         "train": {"steps": args.steps, "batch_size": args.batch_size, "seed": seed, "log_every": 50, "eval_every": args.steps,
@@ -60,9 +62,16 @@ def write_base(out: Path, args: argparse.Namespace) -> str:
     return str(out)
 
 
-def score_model(model: str, stsb: Path) -> dict[str, float]:
+def write_test_sets(folder: Path, args: argparse.Namespace) -> None:
+    """Write the first pairs of each test set."""
+    for language in LANGUAGES:
+        lines = (args.stsb / language / "test.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        (folder / f"{language}.jsonl").write_text("".join(lines[: args.test_pairs]), encoding="utf-8")
+
+
+def score_model(model: str, folder: Path) -> dict[str, float]:
     """Return Spearman's correlation on the test set of each language."""
-    sets = [EvalSetConfig(name=lang, kind="sts", path=str(stsb / lang / "test.jsonl")) for lang in LANGUAGES]
+    sets = [EvalSetConfig(name=lang, kind="sts", path=str(folder / f"{lang}.jsonl")) for lang in LANGUAGES]
     return score_sets(open_held_out_sets(sets, cache_dir()), Embedder.load(model).encode)
 
 
@@ -79,22 +88,30 @@ def format_row(name: str, scores: list[dict[str, float]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stsb", metavar="STSB", type=Path, help="folder of the STS benchmark by language")
+    parser.add_argument("--base", metavar="FOLDER", help="model to train (default: a small one with random weights)")
     parser.add_argument("--steps", type=int, default=60, help="training steps of a run (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=64, help="pairs of a step (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="(default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each row (default: %(default)s)")
+    parser.add_argument("--test-pairs", type=int, metavar="N", help="pairs of each test set to score (default: all)")
     args = parser.parse_args()
     cli.set_up_jax()
     logging.getLogger("jaxembed").setLevel(logging.WARNING)
     folder = Path(tempfile.mkdtemp())
-    print(f"| trained with | {' | '.join(LANGUAGES)} |\n|---{'|---' * len(LANGUAGES)}|", flush=True)
-    base = write_base(folder / "base", args)
-    scores = {"untrained": [score_model(base, args.stsb)]}
-    print(format_row("untrained", scores["untrained"]), flush=True)
-    for i, (name, objectives) in enumerate(OBJECTIVES.items()):
-        configs = [make_config(base, objectives, seed, folder / f"{i}-{seed}", args) for seed in range(args.seeds)]
-        scores[name] = [score_model(train(config)["run_dir"], args.stsb) for config in configs]
-        print(format_row(name, scores[name]), flush=True)
+    write_test_sets(folder, args)
+    base = args.base or write_base(folder / "base", args)
+    scores: dict[str, list[dict[str, float]]] = {"untrained": [score_model(base, folder)]}
+    scores |= {name: [] for name in OBJECTIVES}
+    for seed in range(args.seeds):
+        for name, objectives in OBJECTIVES.items():
+            run_dir = folder / "run"
+            train(make_config(base, objectives, seed, run_dir, args))
+            scores[name].append(score_model(str(run_dir), folder))
+            print(json.dumps({"seed": seed, "objective": name, **scores[name][-1]}), flush=True)
+            shutil.rmtree(run_dir)
+    print(f"| trained with | {' | '.join(LANGUAGES)} |\n|---{'|---' * len(LANGUAGES)}|")
+    for name, rows in scores.items():
+        print(format_row(name, rows))
     print(json.dumps(scores))
 
 

@@ -19,6 +19,7 @@ COMMANDS = {
     "export": "write a sentence-transformers folder",
     "verify": "compare a running server with the folder that it serves",
     "merge": "average several models",
+    "prune": "make a model smaller: layers, feed-forward width, vocabulary",
 }
 USAGE = "usage: jaxembed COMMAND ...\n\n" + "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
 

@@ -18,8 +18,8 @@ from jaxembed.data.text_input import group_texts, is_pipe, read_few_shot_example
 from jaxembed.data.tokenize import MAX_TEXT_CHARS
 from jaxembed.data.vector_file import check_disk_space, write_vectors
 from jaxembed.errors import UserError
-from jaxembed.files import atomic_write, exists
-from jaxembed.search.precision import PRECISIONS, RANGES_FILE, Quantizer, needs_ranges, quantized_layout, read_ranges
+from jaxembed.files import atomic_write
+from jaxembed.search.precision import PRECISIONS, RANGES_FILE, Quantizer, find_ranges, quantized_layout, read_ranges
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
@@ -28,7 +28,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     if args.examples and not args.instruction:
         raise UserError("--examples: in-context examples need an instruction. Add --instruction.")
     examples = read_few_shot_examples(Path(args.examples)) if args.examples else []
-    ranges_path, ranges_out = find_ranges(args), args.write_ranges and cli.prepare_new_output(args.write_ranges)
+    ranges_path = find_ranges([args.precision], args.model, args.ranges)
+    ranges_out = args.write_ranges and cli.prepare_new_output(args.write_ranges)
     # A pipe can be read only once. Anything else is read and checked before the model is loaded.
     count = None if is_pipe(source) else sum(1 for _ in read_texts(source, args.field))
     if count == 0:
@@ -58,25 +59,6 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     return {"out": str(out), "vectors": written, "width": width} | (
         {} if args.precision == "float32" else {"precision": args.precision}
     )
-
-
-def find_ranges(args: argparse.Namespace) -> Path | None:
-    """Return the file of ranges for --precision: --ranges, or the one in the folder MODEL. None: no ranges are needed.
-
-    Raises:
-        UserError: There is no such file, or --ranges is given for a precision without ranges.
-    """
-    if not needs_ranges(args.precision):
-        if args.ranges:
-            raise UserError(f"--ranges: is for --precision int8 and uint8 (found {args.precision}). Remove it.")
-        return None
-    stored = Path(args.model) / RANGES_FILE
-    if not args.ranges and not exists(stored):
-        raise UserError(
-            f"--precision {args.precision}: needs ranges (found neither --ranges nor {stored}). Encode texts like yours with "
-            f"--write-ranges {stored} first."
-        )
-    return Path(args.ranges) if args.ranges else stored
 
 
 def make_parser() -> cli.Parser:

@@ -15,6 +15,7 @@ from jaxembed.curation.overlap import DEFAULT_NGRAM_WORDS
 from jaxembed.devices import processes
 from jaxembed.evaluation.evaluate import TASK_SOURCES, evaluate
 from jaxembed.evaluation.vector_cache import DEFAULT_MEMORY_GIB
+from jaxembed.search.precision import PRECISIONS, RANGES_FILE
 
 JOIN_LIMIT_S = 600.0  # time limit for all processes of a run to join
 
@@ -64,6 +65,14 @@ def make_parser() -> cli.Parser:
         "--dim", type=cli.integer_from(1), nargs="+", default=[], metavar="N",
         help="widths to score (Matryoshka); texts are encoded once",
     )  # fmt: skip
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, nargs="+", default=[],
+        help="precisions to score; texts are encoded once (default: float32). With several of --dim, all but the first are "
+        "scored at the largest width alone",
+    )  # fmt: skip
+    parser.add_argument(
+        "--ranges", metavar="RANGES.npy", help=f"ranges of int8 and uint8, of MODEL (default: its {RANGES_FILE})"
+    )
     parser.add_argument(
         "--max-length", type=cli.integer_from(1), metavar="N", help="maximum tokens of a text (default: that of the model)"
     )

@@ -6,13 +6,16 @@ Usage: python -m jaxembed.export MODEL OUT [--dtype bfloat16] [--onnx] [--push O
 from __future__ import annotations
 
 import argparse
+import shutil
 from logging import ERROR, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxembed import cli
 from jaxembed.errors import UserError
+from jaxembed.files import exists
 from jaxembed.formats.run_files import BASE_RECORD_FILE
+from jaxembed.search.precision import RANGES_FILE
 from jaxembed.training.shutdown import stop_on_signals
 
 if TYPE_CHECKING:
@@ -78,7 +81,19 @@ def write_folder(args: argparse.Namespace, out: Path) -> dict[str, Any]:
         card = read_card(Path(args.model), embedder.revision, args.adapter)
         is_nv_embed = args.layout == "nv-embed"
         report = export_nv_embed(embedder, out, args.dtype) if is_nv_embed else export(embedder, out, args.dtype, card, onnx)
+        copy_ranges(args, out)
     return {"folder": str(out), "revision": embedder.revision, "dtype": args.dtype, **report.summarize()}
+
+
+def copy_ranges(args: argparse.Namespace, out: Path) -> None:
+    """Copy the ranges of the model's vectors for int8 into its export. Those of all layers do not fit the first ones."""
+    ranges = Path(args.model) / RANGES_FILE
+    if not exists(ranges):
+        return
+    if args.layers is None:
+        shutil.copyfile(ranges, out / RANGES_FILE)
+    else:
+        getLogger("jaxembed").warning("%s: not copied, because it is of all layers. Write it for the first ones.", ranges)
 
 
 def check_layout_options(args: argparse.Namespace) -> None:

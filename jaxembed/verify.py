@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxembed import cli
+from jaxembed.verification.http_client import KEY_VARIABLE
 
 API_NAMES = ("auto", "openai", "tei", "vllm", "llama.cpp", "ollama")
 

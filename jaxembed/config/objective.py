@@ -20,5 +20,5 @@ class ObjectiveConfig(Section):
     @classmethod
     def _check_model_name(cls, name: str | None) -> str | None:
         if name is not None and not name.strip():
-            raise ValueError("expected a MODEL: a run directory, a folder, or a hub id")
+            raise ValueError("expected a MODEL: a run directory, a folder, a hub id, or the URL of a server")
         return name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -78,6 +79,9 @@ class DistillationConfig(ObjectiveConfig):
     """KL divergence between the teacher's and the model's score distributions over a query's own documents."""
 
     name: Literal["kl_distillation"] = "kl_distillation"
+    teacher: str | None = Field(
+        None, description="MODEL whose cosines are the teacher's scores. Default: pos_scores and neg_scores of the data."
+    )
     temperature: float = Field(0.05, gt=0, description="Temperature of the model's scores.")
     teacher_temperature: float = Field(1.0, gt=0, description="Temperature of the teacher's scores.")
     hard_labels: float = Field(
@@ -89,6 +93,9 @@ class MarginMSEConfig(ObjectiveConfig):
     """Mean squared error between the model's and a teacher's score margins (Hofstätter et al. 2020)."""
 
     name: Literal["margin_mse"] = "margin_mse"
+    teacher: str | None = Field(
+        None, description="MODEL whose cosines are the teacher's scores. Default: pos_scores and neg_scores of the data."
+    )
 
 
 class EmbeddingMatchingConfig(ObjectiveConfig):
@@ -96,7 +103,8 @@ class EmbeddingMatchingConfig(ObjectiveConfig):
 
     name: Literal["embedding_matching"] = "embedding_matching"
     teacher: str = Field(
-        description="MODEL whose vectors are matched, through a projection if the widths differ. A run has at most one teacher."
+        description="MODEL, or URL or NAME@URL of a server, whose vectors are matched, through a projection if the widths "
+        "differ. A run has at most one teacher."
     )
 
 
@@ -138,6 +146,16 @@ AnyObjective = Annotated[
 ]
 
 
+def check_weights(key: str, entries: Sequence[object], weights: Sequence[float]) -> None:
+    """Raise `ValueError` if there are weights, but not a positive one for each entry of a list of the same section."""
+    if weights and len(weights) != len(entries):
+        raise ValueError(
+            f"{len(weights)} weights for {len(entries)} {key} (expected one weight per {key.removesuffix('s')}, or none)"
+        )
+    if any(weight <= 0 for weight in weights):
+        raise ValueError("weights must be above 0")
+
+
 class MatryoshkaConfig(Section):
     """Matryoshka representation learning (Kusupati et al. 2022)."""
 
@@ -150,10 +168,69 @@ class MatryoshkaConfig(Section):
 
     @model_validator(mode="after")
     def _check_weights(self) -> MatryoshkaConfig:
-        if self.weights and len(self.weights) != len(self.dims):
-            raise ValueError(f"{len(self.weights)} weights for {len(self.dims)} dims (expected one weight per dim, or none)")
-        if any(weight <= 0 for weight in self.weights):
-            raise ValueError("weights must be above 0")
+        check_weights("dims", self.dims, self.weights)
+        return self
+
+
+class ExitsConfig(Section):
+    """Early exits: models cut to their first layers, trained beside the whole one (2DMSE, Li et al. 2024, arXiv:2402.14776)."""
+
+    layers: tuple[Positive, ...] = Field(
+        (),
+        description="Also apply the objectives to the vectors of the model cut to so many of its first layers, such as [6, 9].",
+    )
+    weights: tuple[float, ...] = Field(
+        (), description="Weight of each of layers in the sum; the whole model has weight 1. Default: all 1."
+    )
+    random: int = Field(
+        0, ge=0, le=1024, description="Also cut the model at so many random layers, drawn in every step (2DMSE: 1)."
+    )
+    random_weight: float = Field(1.0, gt=0, description="Weight of each random layer in the sum.")
+    align: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the KL divergence between softmaxes over the numbers of a vector: of each exit and of the whole "
+        "model.",
+    )
+    align_temperature: float = Field(0.3, gt=0, description="Temperature of these softmaxes.")
+
+    @model_validator(mode="after")
+    def _check_exits(self) -> ExitsConfig:
+        check_weights("layers", self.layers, self.weights)
+        if self.align and not (self.layers or self.random):
+            raise ValueError("align compares exits with the whole model, but there are none. Set layers or random.")
+        return self
+
+    @property
+    def all_weights(self) -> tuple[float, ...]:
+        """The weights of `layers`, then of the random layers."""
+        return (*(self.weights or (1.0,) * len(self.layers)), *(self.random_weight,) * self.random)
+
+    def list_trained(self, layers: int) -> tuple[int, ...]:
+        """Return the exits, below `layers`, that training covers. Random layers cover all."""
+        return tuple(range(1, layers)) if self.random else tuple(sorted(set(self.layers)))
+
+
+class QuantizationConfig(Section):
+    """Quantization-aware training: the objectives hold for vectors in fewer bits too."""
+
+    precisions: tuple[Literal["int8", "binary"], ...] = Field(
+        (),
+        description="Also apply the objectives to vectors in these precisions, int8 and binary. Gradients pass straight "
+        "through the rounding.",
+    )
+    weights: tuple[float, ...] = Field(
+        (), description="Weight of each of precisions in the sum; the float32 vectors have weight 1. Default: all 1."
+    )
+    ranges: str | None = Field(
+        None,
+        description="File of the ranges of int8, which `encode --write-ranges` writes. Default: quantization_ranges.npy in the "
+        "folder of model.base.",
+    )
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> QuantizationConfig:
+        check_weights("precisions", self.precisions, self.weights)
         return self
 
 

@@ -97,6 +97,9 @@ class EmbeddingSpec(Section):
     matryoshka_dims: tuple[Length, ...] = Field(
         (), strict=False, description="Widths to which vectors may be cut, because training included them."
     )
+    exit_layers: tuple[Length, ...] = Field(
+        (), strict=False, description="Numbers of first layers to which the model may be cut, because training included them."
+    )
 
     @model_validator(mode="after")
     def _check_templates(self) -> EmbeddingSpec:
@@ -171,7 +174,7 @@ class EmbeddingSpec(Section):
         """Return the fields that decide which vector a text has, as plain values. They identify a model in caches and runs."""
         # Absent at its default, so that the hashes of earlier versions stay valid.
         absent = {key for key in ("fixed_prompts", "hidden_projections") if not getattr(self, key)}
-        return self.model_dump(mode="json", exclude={"matryoshka_dims", "instruction_table", *absent})
+        return self.model_dump(mode="json", exclude={"matryoshka_dims", "exit_layers", "instruction_table", *absent})
 
     def with_prompts(self, instructions: Mapping[str, tuple[str, str]]) -> EmbeddingSpec:
         """Return this spec with the prompts of named sources stored.

@@ -13,11 +13,13 @@ from jaxembed.config.objective import ObjectiveConfig
 from jaxembed.config.objectives import (
     AnyObjective,
     DistillationConfig,
+    ExitsConfig,
     GradCacheConfig,
     GradedObjectiveConfig,
     InfoNCEConfig,
     MarginMSEConfig,
     MatryoshkaConfig,
+    QuantizationConfig,
 )
 from jaxembed.config.sections import Section
 from jaxembed.config.token_objectives import TokenObjectiveConfig
@@ -30,6 +32,8 @@ class StageSections(Section):
     data: DataConfig
     objectives: tuple[AnyObjective, ...] = Field((InfoNCEConfig(),), min_length=1)
     matryoshka: MatryoshkaConfig = MatryoshkaConfig()
+    exits: ExitsConfig = ExitsConfig()
+    quantization: QuantizationConfig = QuantizationConfig()
     gradcache: GradCacheConfig = GradCacheConfig()
     mine: MineConfig | None = Field(
         None,

@@ -121,6 +121,9 @@ class EvalSetConfig(Section):
         "cross-validation.",
     )
     train_split: str = Field("", description="classification: split of a dataset whose train_path names none.")
+    precision: Literal["float32", "int8", "binary"] = Field(
+        "float32", description="Precision of the vectors that are scored. int8 needs ranges, as in quantization."
+    )
     adapter: str = Field("", description="The adapter that is scored, one of model.lora.names.")
     instruction: str = Field("", description="Instruction of the queries; of all texts for the kinds other than retrieval.")
     document_instruction: str = Field("", description="Instruction of the documents.")

@@ -39,7 +39,7 @@ class Config(StageSections, RunSections):
         (),
         json_schema_extra={"nested_rows": False},
         description="Stages, trained one after the other. Each entry names what differs from the rest of the file: keys of "
-        "data, objectives, matryoshka, gradcache, mine, optim, and train. Each must set its own train.steps.",
+        "data, objectives, matryoshka, exits, quantization, gradcache, mine, optim, and train. Each sets its own train.steps.",
     )
 
     @model_validator(mode="before")

@@ -29,7 +29,7 @@ from jaxembed.errors import UserError
 from jaxembed.evaluation.bootstrap import ScoredItems, score_mean
 from jaxembed.evaluation.comparison import ItemScores
 from jaxembed.evaluation.retrieval import ndcg, recall
-from jaxembed.evaluation.task_encoder import TaskEncoder, truncate_vectors
+from jaxembed.evaluation.task_encoder import TaskEncoder
 from jaxembed.evaluation.tasks import GroupMember
 from jaxembed.files import exists, file_digest, write_json
 
@@ -147,15 +147,14 @@ class AirBenchTask:
         prompts = encoder.prompts.choose(self.name, self.type, INSTRUCTION)
         queries = encoder.encode(list(self._queries_by_id.values()), prompts.query)
         documents = encoder.encode(list(self._documents_by_id.values()), prompts.document)
-        widths = encoder.widths or (queries.shape[1],)
-        vectors_by_width = {width: (truncate_vectors(queries, width), truncate_vectors(documents, width)) for width in widths}
-        by_width: dict[int, np.ndarray | None] = dict.fromkeys(widths)
+        vectors = [(encoder.convert(queries, version), encoder.convert(documents, version)) for version in encoder.versions]
+        results: list[np.ndarray | None] = [None] * len(vectors)
         if self.qrels is not None:
-            by_width = {width: self._score_vectors(*vectors, self.qrels) for width, vectors in vectors_by_width.items()}
+            results = [self._score_vectors(*pair, self.qrels) for pair in vectors]
         elif self.results is not None:
-            self._write_results(*vectors_by_width[widths[0]], encoder.name)
-        values = next(iter(by_width.values()))
-        score = None if values is None else float(np.mean(values))
+            self._write_results(*vectors[0], encoder.name)
+        scores = [None if found is None else float(np.mean(found)) for found in results]
+        score, values = scores[0], results[0]
         summary: dict[str, Any] = {
             "score": score,
             "metric": METRICS[self._kind] if self.qrels else "",
@@ -163,9 +162,7 @@ class AirBenchTask:
             "instruction": prompts.instruction,
             "subsets": {"default": score},
             "splits": {self.split: score},
-        }
-        if encoder.widths:
-            summary["widths"] = {str(w): None if found is None else float(np.mean(found)) for w, found in by_width.items()}
+        } | encoder.summarize_versions(scores)
         if values is None:
             return ItemScores(summary, missing_reason="its judgments are not public")
         return ItemScores(summary, [ScoredItems(values[:, None], score_mean, "queries")])

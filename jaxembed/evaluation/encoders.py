@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxembed.errors import UserError
 from jaxembed.evaluation.task_encoder import TaskEncoder, check_widths
+from jaxembed.search.precision import Precision, find_ranges, needs_ranges, read_ranges
 
 if TYPE_CHECKING:
     import numpy as np
@@ -83,6 +84,25 @@ def _load_jax_encoder(model: str, checkpoint: str, max_length: int | None, fsdp:
 
     revision = f"{embedder.revision}-{compute_model_digest(embedder)}"
     return TaskEncoder(encode, embedder.spec, Path(model).name, revision)
+
+
+def set_precisions(encoder: TaskEncoder, model: str, precisions: Sequence[Precision], ranges: str | None) -> None:
+    """Let a model be scored at some precisions, with the ranges that int8 and uint8 need.
+
+    Args:
+        encoder: The model.
+        model: Its name.
+        precisions: Values of --precision.
+        ranges: Value of --ranges. None: the ranges in the folder of the model.
+
+    Raises:
+        UserError: There are no ranges, or they do not fit the vectors.
+    """
+    encoder.precisions = tuple(dict.fromkeys(precisions))
+    if path := find_ranges(encoder.precisions, model, ranges):
+        if len(encoder.widths) > 1 and needs_ranges(encoder.precisions[0]):
+            raise UserError(f"--precision {encoder.precisions[0]}: its ranges fit one width. Name float32 first, or one --dim.")
+        encoder.ranges = read_ranges(path, encoder.versions[0].width or encoder.width)
 
 
 def check_compared_model(model: str, backend: str, widths: Sequence[int], max_length: int | None) -> None:

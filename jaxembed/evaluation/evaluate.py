@@ -15,7 +15,7 @@ from jaxembed.config.instructions import InstructionTable, read_instruction_tabl
 from jaxembed.devices import processes
 from jaxembed.evaluation import air_bench, mteb_submission, mteb_tasks, user_data
 from jaxembed.evaluation.comparison import COMPARISON_FILE, ItemScores, compare_tasks
-from jaxembed.evaluation.encoders import check_compared_model, load_encoder
+from jaxembed.evaluation.encoders import check_compared_model, load_encoder, set_precisions
 from jaxembed.evaluation.instruction_variants import add_variants
 from jaxembed.evaluation.leaks import check_leaks
 from jaxembed.evaluation.score_table import TABLES_FILE, build_tables
@@ -24,6 +24,7 @@ from jaxembed.evaluation.task_encoder import TaskEncoder
 from jaxembed.evaluation.tasks import EvaluationTask, check_instructions, check_names, score_tasks
 from jaxembed.evaluation.vector_cache import VectorCache
 from jaxembed.files import make_output_folder, write_json, write_text
+from jaxembed.search.precision import find_ranges
 
 log = logging.getLogger("jaxembed")
 
@@ -40,7 +41,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
         jax.devices()  # initialize devices on all processes at once, before a library on process 0 (bm25s) does
     table = read_instruction_table(args.instructions) if args.instructions else None
+    find_ranges(args.precision, args.model, args.ranges)
     if args.compare:
+        find_ranges(args.precision, args.compare, None)
         check_compared_model(args.compare, args.backend, args.dim, args.max_length)
     out = Path(args.out) if args.out else None
     result: dict[str, Any] = {}
@@ -104,6 +107,7 @@ def score_model(
     """
     options = {name: getattr(args, name) for name in ("checkpoint", "layers", "adapter")} if is_main else {}
     encoder = load_encoder(model, backend=args.backend, widths=args.dim, max_length=args.max_length, fsdp=args.fsdp, **options)
+    set_precisions(encoder, model, args.precision, args.ranges if is_main else None)
     if not processes.is_first():
         serve_encoding(encoder.encode_with_prompt)
         return {}
@@ -128,6 +132,6 @@ def make_cache(encoder: TaskEncoder, out: Path | None, args: argparse.Namespace)
     """Return the cache of a task's vectors. Its files are in `out`, or in a temporary folder."""
     folder = out / "vectors" if out else Path(tempfile.gettempdir()) / f"jaxembed-vectors-{os.getpid()}"
     memory_bytes = int(args.vector_memory * 2**30)
-    # Every width, and every instruction of the queries, uses the same vectors of the documents again.
-    keeps_all = len(encoder.widths) > 1 or bool(args.instruction_variants)
+    # Every version of the vectors, and every instruction of the queries, uses the same vectors of the documents again.
+    keeps_all = len(encoder.versions) > 1 or bool(args.instruction_variants)
     return VectorCache(folder, encoder.revision, encoder.width, memory_bytes, keeps_all)

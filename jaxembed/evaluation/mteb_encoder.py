@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from typing import Any
 
 import numpy as np
 
-from jaxembed.evaluation.task_encoder import TaskEncoder
+from jaxembed.evaluation.task_encoder import FULL_VECTORS, TaskEncoder, VectorVersion
 from jaxembed.evaluation.task_prompts import TaskPrompts
+from jaxembed.search.precision import needs_ranges
 
 
 @dataclasses.dataclass
@@ -17,18 +19,19 @@ class MtebEncoder:
 
     Attributes:
         encoder: The model.
-        width: Width to which vectors are cut. None: the vectors as they are.
+        version: The version of its vectors that is scored.
     """
 
     encoder: TaskEncoder
-    width: int | None = None
+    version: VectorVersion = FULL_VECTORS
 
     def encode(
         self, inputs: Any, *, task_metadata: Any, hf_split: str, hf_subset: str, prompt_type: Any = None, **_: Any
     ) -> np.ndarray:
         """Encode batches of texts under the instruction of the task. mteb defines the parameters."""
         texts = [text for batch in inputs for text in batch["text"]]
-        return self.encoder.encode_at_width(texts, self.build_prompt(task_metadata, prompt_type), self.width)
+        vectors = self.encoder.encode(texts, self.build_prompt(task_metadata, prompt_type))
+        return self.encoder.convert(vectors, self.version)
 
     def build_prompt(self, task: Any, prompt_type: Any) -> str:
         """Return the complete prompt: that of documents if `prompt_type` says so, otherwise that of queries."""
@@ -45,14 +48,19 @@ class MtebEncoder:
 
     @property
     def mteb_model_meta(self) -> Any:
-        """The model's name and revision for mteb, and the width if vectors are cut."""
+        """The model's name and revision for mteb, and what its vectors differ in from those of the model itself."""
         from mteb.models.model_meta import ModelMeta
 
+        width, precision, ranges = self.version.width, self.version.precision, self.encoder.ranges
         meta = ModelMeta.create_empty(
-            {"name": f"jaxembed/{self.encoder.name}", "revision": self.encoder.results_revision, "embed_dim": self.width}
+            {"name": f"jaxembed/{self.encoder.name}", "revision": self.encoder.results_revision, "embed_dim": width}
         )
-        is_cut = self.width not in (None, self.encoder.width)
-        return meta.model_copy(update={"experiment_kwargs": {"embed_dim": self.width}}) if is_cut else meta
+        differences: dict[str, Any] = {} if width in (None, self.encoder.width) else {"embed_dim": width}
+        if precision != "float32":
+            differences["precision"] = precision
+        if needs_ranges(precision) and ranges is not None:
+            differences["ranges"] = hashlib.sha256(ranges.tobytes()).hexdigest()[:8]
+        return meta.model_copy(update={"experiment_kwargs": differences}) if differences else meta
 
 
 def choose_prompts(encoder: TaskEncoder, task: Any) -> TaskPrompts:

@@ -46,7 +46,7 @@ def score_task_items(task: MtebTask, encoder: TaskEncoder) -> ItemScores:
     """
     with contextlib.ExitStack() as stack:
         if task.cache_folder:
-            name = "-".join([encoder.results_revision, *map(str, encoder.widths[:1])])
+            name = "-".join([encoder.results_revision, *map(str, encoder.widths[:1]), *encoder.precisions[:1]])
             folder = task.cache_folder.parent / "predictions" / name
         else:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))

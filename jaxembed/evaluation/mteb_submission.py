@@ -207,7 +207,7 @@ def write_submission(folder: Path, facts: ModelFacts, encoder: TaskEncoder, task
     known, others = (None, []) if facts.sources is None else find_training_tasks(facts.sources)
     fields = list_fields(facts, encoder, known)
     prompts = list_prompts(encoder, tasks)
-    scored = MtebEncoder(encoder, encoder.widths[0] if encoder.widths else None).mteb_model_meta
+    scored = MtebEncoder(encoder, encoder.versions[0]).mteb_model_meta
     target = folder / "results" / facts.name.replace("/", "__") / str(fields["revision"])
     target.mkdir(parents=True, exist_ok=True)
     write_text(folder / MODULE_FILE, format_module(fields, prompts, others))

@@ -93,7 +93,7 @@ class MtebTask:
         Raises:
             UserError: The data of the task cannot be downloaded.
         """
-        encoders = [MtebEncoder(encoder, width) for width in encoder.widths or (None,)]
+        encoders = [MtebEncoder(encoder, version) for version in encoder.versions]
         try:
             results = [self._load_result(mteb_encoder) for mteb_encoder in encoders]
             if None in results:
@@ -103,10 +103,7 @@ class MtebTask:
         metadata = self.task.metadata
         named = {"metric": str(metadata.main_score), "type": self.type}
         summaries = [summarize_task(result, choose_prompts(encoder, metadata).instruction) | named for result in results]
-        if encoder.widths:
-            by_width = zip(encoder.widths, summaries, strict=True)
-            summaries[0]["widths"] = {str(width): summary["score"] for width, summary in by_width}
-        return summaries[0]
+        return summaries[0] | encoder.summarize_versions([summary["score"] for summary in summaries])
 
     def score_items(self, encoder: TaskEncoder) -> ItemScores:
         """Return the scores of a model with the items that they are computed from, where mteb stores results by item."""

@@ -15,6 +15,7 @@ TABLES_FILE = "tables.json"
 ALL_TASKS, ALL_GROUPS = "all tasks", "all benchmarks"
 # Columns of NV-Embed's Table 1, in its order. Other types of tasks follow.
 TYPE_ORDER = ("Retrieval", "Reranking", "Clustering", "PairClassification", "Classification", "STS", "Summarization")
+VERSION_KEYS = ("widths", "precisions")  # of scores by version of the vectors, in `EvaluationTask.score`
 Cell = float | None
 
 
@@ -72,15 +73,16 @@ def build_tables(model: str, tasks: Sequence[EvaluationTask], scores: Mapping[st
 
 
 def _build_table(group: str, model: str, members: Sequence[tuple[GroupMember, Mapping[str, Any]]]) -> ScoreTable:
-    """Return the table of a group. The model has one row for each width."""
+    """Return the table of a group. The model has one row for each width and each precision that was scored."""
     counts = Counter(member.column for member, _ in members)
     columns = {name: counts[name] for name in sorted(counts, key=get_type_position)}
-    widths = list(dict.fromkeys(width for _, result in members for width in result.get("widths", {})))
+    names = ((key, name) for key in VERSION_KEYS for _, result in members for name in result.get(key, {}))
+    versions: list[tuple[str, str] | None] = list(dict.fromkeys(names))
     rows = {}
-    for width in widths or [None]:
-        values = [(member.column, _read_score(result, member, width)) for member, result in members]
+    for version in versions or [None]:
+        values = [(member.column, _read_score(result, member, version)) for member, result in members]
         cells = [_mean([value for column, value in values if column == name]) for name in columns]
-        label = f"{model}, {width}" if len(widths) > 1 else model
+        label = f"{model}, {version[1]}" if version and len(versions) > 1 else model
         rows[label] = [*cells, _mean([value for _, value in values])]
     return ScoreTable(group, columns, rows, ())
 
@@ -108,11 +110,12 @@ def _add_published_rows(table: ScoreTable) -> ScoreTable:
     return dataclasses.replace(table, rows=rows, sources=sources, published=[name for name in rows if name not in table.rows])
 
 
-def _read_score(result: Mapping[str, Any], member: GroupMember, width: str | None) -> Cell:
+def _read_score(result: Mapping[str, Any], member: GroupMember, version: tuple[str, str] | None) -> Cell:
     """Return the score of a task in a group, in percent."""
     parts = [result["subsets"].get(subset) for subset in member.subsets]
-    if width is not None:
-        score = result["widths"].get(width)
+    if version is not None:
+        key, name = version
+        score = result.get(key, {}).get(name)
     elif parts and len(parts) < len(result["subsets"]):
         score = _mean(parts)
     else:

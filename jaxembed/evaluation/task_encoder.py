@@ -15,10 +15,27 @@ from jaxembed.errors import UserError
 from jaxembed.evaluation.progress import TaskProgress
 from jaxembed.evaluation.task_prompts import PromptChooser
 from jaxembed.evaluation.vector_cache import VectorCache
+from jaxembed.search.precision import Precision, as_scored
 
 EncodeWithPrompt = Callable[[Sequence[str], str], np.ndarray]  # (texts, complete prompt) -> unit vectors [N, D]
 
 TEXTS_PER_CALL = 4096  # texts that are encoded between two updates of the progress bar
+
+
+@dataclasses.dataclass(frozen=True)
+class VectorVersion:
+    """A form of the vectors in which tasks are scored.
+
+    Attributes:
+        width: Width to which vectors are cut. None: the full width.
+        precision: Precision to which they are quantized then.
+    """
+
+    width: int | None = None
+    precision: Precision = "float32"
+
+
+FULL_VECTORS = VectorVersion()
 
 
 @dataclasses.dataclass
@@ -32,6 +49,8 @@ class TaskEncoder:
         revision: Identifies everything that the vectors depend on. Stored results are valid for one revision.
         width: Width of the vectors.
         widths: Widths at which tasks are scored, largest first. Empty: the full width only.
+        precisions: Precisions at which tasks are scored: the first at all widths, the others at the largest. Empty: float32.
+        ranges: Ranges of the vectors for int8 and uint8, float32 [2, W].
         prompts: Chooses the prompts of tasks. Default: without a table of the user.
         cache: Keeps the vectors of the current task. Default: none are kept.
         progress: Progress bar over all tasks.
@@ -43,6 +62,8 @@ class TaskEncoder:
     revision: str
     width: int = 0
     widths: tuple[int, ...] = ()
+    precisions: tuple[Precision, ...] = ()
+    ranges: np.ndarray | None = None
     prompts: PromptChooser = dataclasses.field(init=False)
     cache: VectorCache | None = None
     progress: TaskProgress | None = None
@@ -86,10 +107,26 @@ class TaskEncoder:
             return self._join(self._encode_parts(texts, prompt), prompt)
         return self.cache.fetch(texts, prompt, lambda: self._encode_parts(texts, prompt))
 
-    def encode_at_width(self, texts: Sequence[str], prompt: str, width: int | None) -> np.ndarray:
-        """Return unit vectors as `encode` does, truncated to `width` and normalized again. None: the full width."""
-        vectors = self.encode(texts, prompt)
-        return vectors if width is None else truncate_vectors(vectors, width)
+    @property
+    def versions(self) -> list[VectorVersion]:
+        """The versions of the vectors to score, one after the other."""
+        first, *others = self.precisions or ("float32",)
+        versions = [VectorVersion(width, first) for width in self.widths or (None,)]
+        return versions + [VectorVersion(versions[0].width, precision) for precision in others]
+
+    def convert(self, vectors: np.ndarray, version: VectorVersion) -> np.ndarray:
+        """Return unit vectors [N, W] whose dot products are the scores of a version of `vectors`."""
+        return as_scored(truncate_vectors(vectors, version.width or vectors.shape[1]), version.precision, self.ranges)
+
+    def summarize_versions(self, scores: Sequence[float | None]) -> dict[str, dict[str, float | None]]:
+        """Return the scores of all versions, in their order, by width and by precision, where the options name some."""
+        by_version = dict(zip(self.versions, scores, strict=True))
+        first, summary = self.versions[0], {}
+        if self.widths:
+            summary["widths"] = {str(w): by_version[dataclasses.replace(first, width=w)] for w in self.widths}
+        if self.precisions:
+            summary["precisions"] = {p: by_version[dataclasses.replace(first, precision=p)] for p in self.precisions}
+        return summary
 
     def _encode_parts(self, texts: Sequence[str], prompt: str) -> Iterator[np.ndarray]:
         for start in range(0, len(texts), TEXTS_PER_CALL):

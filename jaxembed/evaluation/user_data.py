@@ -16,7 +16,7 @@ from jaxembed.config import EvalSetConfig
 from jaxembed.errors import UserError
 from jaxembed.evaluation.comparison import ItemScores
 from jaxembed.evaluation.heldout import HeldOutSet, RetrievalSet, SetScores, open_held_out_sets
-from jaxembed.evaluation.task_encoder import TaskEncoder, truncate_vectors
+from jaxembed.evaluation.task_encoder import TaskEncoder
 from jaxembed.evaluation.tasks import GroupMember
 from jaxembed.files import cache_dir, finite_or_none
 from jaxembed.search.bm25 import check_bm25_installed
@@ -122,8 +122,7 @@ class UserTask:
         inputs = [(i.texts, prompts.document if i.role == "documents" else prompts.query) for i in self.held_out.inputs]
         vectors = [encoder.encode(texts, prompt) for texts, prompt in inputs]
         metric = self.held_out.metric
-        widths = encoder.widths or (None,)
-        results = [self.held_out.score([truncate_vectors(v, width or v.shape[1]) for v in vectors]) for width in widths]
+        results = [self.held_out.score([encoder.convert(v, version) for v in vectors]) for version in encoder.versions]
         scores = [finite_or_none(result.scores[metric]) for result in results]
         summary: dict[str, Any] = {
             "score": scores[0],
@@ -133,9 +132,7 @@ class UserTask:
             "subsets": {"default": scores[0]},
             "splits": {self.held_out.config.split or "default": scores[0]},
             "metrics": {name: finite_or_none(value) for name, value in results[0].scores.items()},
-        }
-        if encoder.widths:
-            summary["widths"] = {str(width): score for width, score in zip(encoder.widths, scores, strict=True)}
+        } | encoder.summarize_versions(scores)
         if self._bm25:
             summary["bm25"] = self._bm25.scores
         return ItemScores(summary, [results[0].items])

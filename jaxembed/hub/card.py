@@ -163,6 +163,12 @@ def _format_usage(spec: EmbeddingSpec) -> str:
             f"needed: `model.encode(texts, truncate_dim={min(spec.matryoshka_dims)}, normalize_embeddings=True)`.",
             "",
         ]
+    if spec.exit_layers:
+        exits = ", ".join(map(str, spec.exit_layers))
+        lines += [
+            f"Training included the model cut to its first {exits} layers. `jaxembed export MODEL OUT --layers N` cuts it.",
+            "",
+        ]
     if spec.prompts:
         lines += ["Prompts stored with the model:", ""]
         lines += [f"- `{name}`: {text!r}" for name, text in spec.prompts.items()]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxembed.config.field_lists import log_once
 from jaxembed.config.fields import quote_value
 from jaxembed.config.spec import EmbeddingSpec, FewShotExample
 from jaxembed.data.packing import PackedTexts, fill_rows, max_segments, pack_by_length, split_rows
@@ -25,6 +26,7 @@ from jaxembed.devices.processes import progress_bar
 from jaxembed.errors import UserError
 from jaxembed.formats.run_files import BASE_RECORD_FILE
 from jaxembed.hub.base import Base, FolderBase
+from jaxembed.hub.layer_cuts import SizedModel, select_layers
 from jaxembed.hub.resolve import find_base_with_weights, find_run
 from jaxembed.hub.restore import RestoredRun
 from jaxembed.hub.spec_files import log_default_spec
@@ -146,24 +148,26 @@ class Embedder:
         Raises:
             UserError: The model does not have so many layers.
         """
-        transformer = self.model.transformer
-        if not 0 < count <= transformer.layers:
-            raise UserError(
-                f"layers: {count} is out of range (this model has {transformer.layers}). Choose 1 to {transformer.layers}."
-            )
-        hf_config = dict(self.hf_config) | {"num_hidden_layers": count}
-        if hf_config.get("layer_types"):
-            hf_config["layer_types"] = hf_config["layer_types"][:count]
-        cut_transformer = dataclasses.replace(transformer, layers=count, windows=transformer.windows[:count])
-        first_layers = jax.tree.map(lambda x: x[:count], self.params["decoder"]["layers"])
-        return dataclasses.replace(
-            self,
-            model=self.model.clone(transformer=cut_transformer),
-            params=replace_layers(self.params, first_layers),
-            hf_config=hf_config,
-            revision=f"{self.revision}-{count}-layers",
-            _apply=None,
-        )
+        total, trained = self.model.transformer.layers, self.spec.exit_layers
+        if not 0 < count <= total:
+            raise UserError(f"layers: {count} is out of range (this model has {total}). Choose 1 to {total}.")
+        if count not in (total, *trained):
+            log_once(f"layers: the model was not trained to end after {count} layers (trained exits: {list(trained)})")
+        spec = self.spec.replace(exit_layers=tuple(layers for layers in trained if layers < count))
+        cut = select_layers(SizedModel(self.model.transformer, self.hf_config, self.params), range(count))
+        return self.with_sizes(cut, spec, f"{count}-layers")
+
+    def with_sizes(self, sizes: SizedModel, spec: EmbeddingSpec, name: str) -> Embedder:
+        """Return a model of other sizes with this tokenizer.
+
+        Args:
+            sizes: The transformer and the parameters.
+            spec: How texts become vectors.
+            name: What is appended to the revision.
+        """
+        model, revision = self.model.clone(transformer=sizes.transformer, spec=spec), f"{self.revision}-{name}"
+        own = {"params": sizes.params, "hf_config": sizes.hf_config}
+        return dataclasses.replace(self, model=model, revision=revision, _apply=None, **own)
 
     def encode(
         self,

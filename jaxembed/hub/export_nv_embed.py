@@ -18,7 +18,7 @@ from jaxembed.hub.stock_folder import build_hf_config, dtype_converter
 BFLOAT16_TOLERANCE = 0.05  # no PyTorch model tells the error of bfloat16 here
 TENSOR_PREFIXES = {"decoder": "embedding_model.", "pooling": "latent_attention_model."}
 # Fields of a spec that the layout fixes or lacks.
-UNCHECKED_FIELDS = ("max_length", "prompts", "append_eos", "eos_as_text", "matryoshka_dims")
+UNCHECKED_FIELDS = ("max_length", "prompts", "append_eos", "eos_as_text", "matryoshka_dims", "exit_layers")
 
 
 def export_nv_embed(embedder: Embedder, out: Path, dtype: str) -> Parity:

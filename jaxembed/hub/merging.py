@@ -25,7 +25,7 @@ from jaxembed.training.run_dir import iter_differences
 log = logging.getLogger("jaxembed")
 
 # Fields of a spec in which models may differ; the first model's are used.
-FIRST_MODEL_FIELDS = ("prompts", "max_length", "matryoshka_dims", "instruction_table")
+FIRST_MODEL_FIELDS = ("prompts", "max_length", "matryoshka_dims", "exit_layers", "instruction_table")
 MAX_LISTED_DIFFERENCES = 4
 METHOD_DESCRIPTIONS = {
     "soup": "The weighted mean of the parameters of these models (a model soup, https://arxiv.org/abs/2203.05482).",

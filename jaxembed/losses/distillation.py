@@ -25,7 +25,7 @@ def kl_distillation(config: DistillationConfig, encoded: EncodedBatch) -> LossAn
     Returns:
         The loss, and the metric `scored`: the number of queries that are not left out.
     """
-    scores, teacher, is_scored, query_weights = _compute_scores(encoded)
+    scores, teacher, is_scored, query_weights = _compute_scores(config, encoded)
     lowest = jnp.finfo(scores.dtype).min
     log_p = jax.nn.log_softmax(jnp.where(is_scored, scores / config.temperature, lowest), axis=-1)
     log_t = jax.nn.log_softmax(jnp.where(is_scored, teacher / config.teacher_temperature, lowest), axis=-1)
@@ -44,7 +44,7 @@ def margin_mse(config: MarginMSEConfig, encoded: EncodedBatch) -> LossAndMetrics
     Returns:
         The loss, and the metric `scored`: the number of queries that are not left out.
     """
-    scores, teacher, is_scored, query_weights = _compute_scores(encoded)
+    scores, teacher, is_scored, query_weights = _compute_scores(config, encoded)
     error = ((scores[:, :1] - scores) - (teacher[:, :1] - teacher))[:, 1:]
     is_counted = is_scored[:, 1:]
     losses = jnp.sum(jnp.where(is_counted, error**2, 0), axis=-1) / jnp.maximum(is_counted.sum(axis=-1), 1)
@@ -76,8 +76,12 @@ def init_teacher_projection(width: int, teacher_width: int, key: jax.Array) -> d
     return {"kernel": jax.random.normal(key, (width, teacher_width)) / math.sqrt(width)}
 
 
-def _compute_scores(encoded: EncodedBatch) -> tuple[Float[Array, "b m"], Float[Array, "b m"], jax.Array, jax.Array]:
+def _compute_scores(
+    config: DistillationConfig | MarginMSEConfig, encoded: EncodedBatch
+) -> tuple[Float[Array, "b m"], Float[Array, "b m"], jax.Array, jax.Array]:
     """Compute the scores of each query's own documents, and which of them the losses use.
+
+    The teacher's are those of the data, or the cosines of its vectors if the objective names a teacher.
 
     Returns:
         The model's scores [B, 1+K]; the teacher's scores [B, 1+K], 0 where there is none; True where the teacher scored a
@@ -86,6 +90,10 @@ def _compute_scores(encoded: EncodedBatch) -> tuple[Float[Array, "b m"], Float[A
     """
     scores = jnp.einsum("bd,bmd->bm", encoded.queries, encoded.documents, precision=HIGHEST_PRECISION)
     teacher = encoded.batch.teacher_scores
+    if config.teacher is not None:
+        vectors = encoded.batch.teacher
+        assert vectors is not None
+        teacher = jnp.einsum("bd,bmd->bm", vectors.queries, vectors.documents, precision=HIGHEST_PRECISION)
     is_scored = jnp.isfinite(teacher) & (encoded.batch.doc_slot >= 0)
     is_counted = is_scored[:, 0] & (is_scored.sum(axis=-1) >= 2) & (encoded.query_weights > 0)
     query_weights = is_counted / jnp.maximum(is_counted.sum(), 1).astype(scores.dtype)

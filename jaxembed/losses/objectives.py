@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,17 +13,21 @@ from jaxtyping import Array, Float
 
 from jaxembed.config import (
     EmbeddingMatchingConfig,
+    ExitsConfig,
     GradedObjectiveConfig,
     InfoNCEConfig,
     MatryoshkaConfig,
     ObjectiveConfig,
+    QuantizationConfig,
     TokenObjectiveConfig,
 )
 from jaxembed.data.batch import Batch
 from jaxembed.losses.distillation import embedding_matching, init_teacher_projection, kl_distillation, margin_mse
 from jaxembed.losses.encoded import EncodedBatch, LossAndMetrics
+from jaxembed.losses.exits import align_exits
 from jaxembed.losses.graded import angle, cosent, cosine_regression
 from jaxembed.losses.infonce import info_nce, init_temperature
+from jaxembed.losses.quantized import quantize_straight_through
 from jaxembed.losses.spread_out import spread_out
 from jaxembed.model.layers import l2_normalize
 
@@ -47,17 +52,24 @@ class Objectives:
     them. Those of tokens (`TokenObjectiveConfig`) predict tokens from hidden states, by `token_prediction_loss`.
 
     With Matryoshka widths (Kusupati et al. 2022, arXiv:2205.13147), an objective's loss is the loss of the whole vectors plus
-    the weighted losses of vectors truncated to each width and normalized again.
+    the weighted losses of vectors truncated to each width and normalized again. With early exits, the sum is that of the whole
+    model plus the weighted sums of the vectors of each exit (`sum_over_exits`). Vectors in fewer bits count like a width.
 
     Attributes:
         configs: The sections of the objectives.
         matryoshka: Widths and their weights.
         source_names: Names of the sources, in the order of `Batch.source`.
+        exits: Early exits and their weights.
+        quantization: Precisions and their weights.
+        ranges: Lowest and highest value of each number of a vector, [2][D], for int8.
     """
 
     configs: Sequence[ObjectiveConfig]
     matryoshka: MatryoshkaConfig = dataclasses.field(default_factory=MatryoshkaConfig)
     source_names: Sequence[str] = ()
+    exits: ExitsConfig = dataclasses.field(default_factory=ExitsConfig)
+    quantization: QuantizationConfig = dataclasses.field(default_factory=QuantizationConfig)
+    ranges: Sequence[Sequence[float]] = ()
 
     def __call__(
         self,
@@ -80,7 +92,7 @@ class Objectives:
 
         Returns:
             The sum, and metrics by label: the loss of each objective (LABEL), its own metrics (LABEL_METRIC), and its loss at
-            each width (LABEL_WIDTH).
+            each width (LABEL_WIDTH) and precision (LABEL_PRECISION).
         """
         total: jax.Array = jnp.zeros((), queries.dtype)
         metrics: dict[str, jax.Array] = {}
@@ -94,14 +106,45 @@ class Objectives:
             )  # fmt: skip
             loss, own_metrics = OBJECTIVES[config.name](config, encoded)
             metrics |= {label: loss} | {f"{label}_{name}": value for name, value in own_metrics.items()}
-            for width, weight in self._list_widths(config):
-                truncated = dataclasses.replace(
-                    encoded, queries=_truncate(queries, width), documents=_truncate(documents, width)
-                )
-                width_loss, _ = OBJECTIVES[config.name](config, truncated)
-                metrics[f"{label}_{width}"] = width_loss
-                loss = loss + weight * width_loss
+            for version, weight, convert in self._list_versions(config):
+                converted = dataclasses.replace(encoded, queries=convert(queries), documents=convert(documents))
+                version_loss, _ = OBJECTIVES[config.name](config, converted)
+                metrics[f"{label}_{version}"] = version_loss
+                loss = loss + weight * version_loss
             total = total + config.weight * loss
+        return total, metrics
+
+    def sum_over_exits(
+        self, vectors: Float[Array, "b m x d"], batch: Batch, key: jax.Array, params: Mapping[str, Any], shards: int
+    ) -> LossAndMetrics:
+        """Compute the sum of all objectives for the whole model, its exits, and the alignment of these.
+
+        Equations 7 to 11 of the survey arXiv:2406.01607 (2DMSE) are this sum with one random layer. All exits share the
+        parameters of the objectives, and their random key.
+
+        Args:
+            vectors: Unit vectors of each query and its documents, those of the whole model first, then those of the E exits.
+            batch: The batch that was encoded.
+            key: Random key of the step.
+            params: Parameters of the objectives, by label.
+            shards: Number of equal, contiguous parts in which the queries are split over devices.
+
+        Returns:
+            The sum, and the metrics of the whole model; the sums of the exits (exit_LAYERS, exit_random), and `exit_align`.
+        """
+
+        def sum_objectives(x: int) -> LossAndMetrics:
+            return self(vectors[:, 0, x], vectors[:, 1:, x], batch, key, params, shards)
+
+        total, metrics = sum_objectives(0)
+        names = [*(f"exit_{layers}" for layers in self.exits.layers), *["exit_random"] * self.exits.random]
+        for x, (name, weight) in enumerate(zip(names, self.exits.all_weights, strict=True), start=1):
+            metrics[name], _ = sum_objectives(x)
+            total = total + weight * metrics[name]
+        if self.exits.align:
+            is_present = jnp.concatenate([jnp.ones_like(batch.doc_slot[:, :1], bool), batch.doc_slot >= 0], axis=1)
+            metrics["exit_align"] = jnp.sum(align_exits(vectors, is_present, self.exits.align_temperature))
+            total = total + self.exits.align * metrics["exit_align"]
         return total, metrics
 
     def label_configs(self) -> list[tuple[str, ObjectiveConfig]]:
@@ -146,12 +189,25 @@ class Objectives:
             is_counted &= jnp.isfinite(batch.score)
         return is_counted / jnp.maximum(is_counted.sum(), 1)
 
-    def _list_widths(self, config: ObjectiveConfig) -> list[tuple[int, float]]:
-        """Return the Matryoshka widths of an objective with their weights."""
+    def _list_versions(self, config: ObjectiveConfig) -> list[tuple[str, float, Callable[[jax.Array], jax.Array]]]:
+        """Return the other versions of the vectors that an objective holds for: name, weight, and conversion.
+
+        These are the vectors at the Matryoshka widths, and in fewer bits.
+        """
         if config.name in FULL_WIDTH_OBJECTIVES:
             return []
-        weights = self.matryoshka.weights or (1.0,) * len(self.matryoshka.dims)
-        return list(zip(self.matryoshka.dims, weights, strict=True))
+        dims, precisions = self.matryoshka.dims, self.quantization.precisions
+        conversions: dict[str, Callable[[jax.Array], jax.Array]] = {}
+        conversions |= {str(width): functools.partial(_truncate, width=width) for width in dims}
+        conversions |= {
+            precision: functools.partial(quantize_straight_through, precision=precision, ranges=self.ranges)
+            for precision in precisions
+        }
+        weights = (
+            *(self.matryoshka.weights or (1.0,) * len(dims)),
+            *(self.quantization.weights or (1.0,) * len(precisions)),
+        )
+        return [(name, weight, convert) for (name, convert), weight in zip(conversions.items(), weights, strict=True)]
 
 
 def _truncate(vectors: Float[Array, "*b d"], width: int) -> Float[Array, "*b w"]:

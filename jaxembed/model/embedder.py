@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxembed.config import LoraConfig
 from jaxembed.config.spec import EmbeddingSpec
@@ -103,23 +103,36 @@ class EmbeddingModel(nn.Module):
         return self.clone(spec=_reset(self.spec, (*TEXT_FIELDS, *PROGRAM_FIELDS)), compute=compute)
 
     @nn.compact
-    def __call__(self, texts: PackedTexts, hidden: Float[Array, "r t d"] | None = None) -> Float[Array, "r s p"]:
+    def __call__(
+        self,
+        texts: PackedTexts,
+        hidden: Float[Array, "r t d"] | None = None,
+        exit_layers: Int[Array, " e"] | None = None,
+    ) -> Float[Array, "r s *x p"]:
         """Return the vector of every text. A "dropout" key among `rngs` turns on the dropout of adapters.
 
         Args:
             texts: The texts.
             hidden: Hidden states of their tokens, if the transformer has run already.
+            exit_layers: Also return the vectors of the model cut to so many of its first layers.
+
+        Returns:
+            Vectors [R, S, P]. With exits [R, S, 1+E, P]: those of all layers first.
         """
         if hidden is None:
             mask = MASKS[self.spec.attention]
             # Checkpoints hold the parameters of every transformer under "decoder", also those of encoders.
-            hidden = Transformer(self.transformer, mask, self.compute, self.lora, name="decoder")(texts)
+            hidden = Transformer(self.transformer, mask, self.compute, self.lora, name="decoder")(texts, exit_layers)
         if self.has_head and self.is_initializing():
             LanguageModelHead(self.transformer, self.lora, name="head")()
         pool_mask = (texts.segment_ids > 0) if self.spec.include_instruction else texts.pool_mask
         segment_mask = make_segment_mask(texts.segment_ids, pool_mask, texts.segments)
         pooling = make_pooling(self.spec.pooling, self.spec.latents, self.spec.pooling_heads, name="pooling")
-        vectors = pooling(hidden, segment_mask, TokenInfo(texts.segment_ids, texts.positions, texts.pool_mask))
+        token_info = TokenInfo(texts.segment_ids, texts.positions, texts.pool_mask)
+        if exit_layers is None:
+            vectors = pooling(hidden, segment_mask, token_info)
+        else:
+            vectors = jnp.stack([pooling(x, segment_mask, token_info) for x in hidden], axis=2)
         if self.spec.projection:
             vectors = Projection(self.spec, name="projection")(vectors)
         return l2_normalize(vectors) if self.spec.normalize else vectors

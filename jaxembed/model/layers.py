@@ -18,7 +18,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxembed.config import LoraConfig
 from jaxembed.model.lora import has_adapter, select_kernel_dtype
@@ -179,8 +179,12 @@ class MLP(nn.Module):
     lora: LoraConfig | None = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "tokens d"]) -> Float[Array, "tokens d"]:
-        """Map each token independently."""
+    def __call__(self, x: Float[Array, "tokens d"], is_text: Bool[Array, " tokens"] | None = None) -> Float[Array, "tokens d"]:
+        """Map each token independently.
+
+        If the collection "intermediates" is mutable, it stores `hidden_squares` [F]: the sum of the squared hidden numbers over
+        the tokens where `is_text`.
+        """
 
         def project(name: str, y: jax.Array, features: int, axes: tuple[str, str]) -> jax.Array:
             return Linear(features, axes, self.dtype, self.use_bias, lora=self.lora, name=name)(y)
@@ -191,6 +195,9 @@ class MLP(nn.Module):
             hidden = activate(gate) * project("up", x, self.hidden_width, axes)
         else:
             hidden = activate(project("up", x, self.hidden_width, axes))
+        if is_text is not None and self.is_mutable_collection("intermediates"):
+            squares = jnp.where(is_text[:, None], jnp.square(promote_to_float32(hidden)), 0)
+            self.sow("intermediates", "hidden_squares", jnp.sum(squares, axis=0))
         return project("down", hidden, x.shape[-1], ("mlp", "embed"))
 
 

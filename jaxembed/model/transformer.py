@@ -13,7 +13,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxembed.config import LoraConfig
 from jaxembed.data.packing import PackedTexts
@@ -85,6 +85,32 @@ def list_layer_variants(config: TransformerConfig, mask: Mask) -> list[LayerVari
     ]
 
 
+@flax.struct.dataclass
+class LayerExits:
+    """Hidden states of chosen layers, collected while the layers run. Only these are kept, not those of all layers.
+
+    Attributes:
+        layers: Number of layers before each of E exits, int32 [E].
+        hidden: Hidden states at each exit, [E, R * T, D]; zeros before its layer has run.
+        done: Layers that have run, an int32 scalar.
+    """
+
+    layers: Any
+    hidden: Any
+    done: Any
+
+    @classmethod
+    def start(cls, layers: Int[Array, " e"], x: jax.Array) -> LayerExits:
+        """Return the exits before the first layer, whose input is `x`."""
+        return cls(layers, jnp.zeros((len(layers), *x.shape), x.dtype), jnp.zeros((), jnp.int32))
+
+    def collect(self, x: jax.Array) -> LayerExits:
+        """Return the exits after one more layer, whose output is `x`."""
+        done = self.done + 1
+        is_here = (self.layers == done)[:, None, None]
+        return dataclasses.replace(self, hidden=jnp.where(is_here, x, self.hidden), done=done)
+
+
 class TransformerLayer(nn.Module):
     """Attention and MLP, each with a residual connection.
 
@@ -100,17 +126,18 @@ class TransformerLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, token_info: TokenInfo, ropes: tuple[Any, ...], variant: LayerVariant
-    ) -> tuple[jax.Array, None]:
+        self, carry: tuple[jax.Array, LayerExits | None], token_info: TokenInfo, ropes: tuple[Any, ...], variant: LayerVariant
+    ) -> tuple[tuple[jax.Array, LayerExits | None], None]:
         """Map hidden states [R * T, D] to those after this layer. `nn.scan` needs the second output, None.
 
         Args:
-            x: Hidden states.
+            carry: Hidden states, and the exits of the layers before, if any are wanted.
             token_info: Segments and positions of the tokens.
             ropes: Rotary tables (`build_rope_tables`).
             variant: What differs between layers.
         """
         c, dtype = self.config, self.compute.dtype
+        x, exits = carry
         attention = Attention(
             heads=c.heads, kv_heads=c.kv_heads, head_width=c.head_width, qkv_bias=c.qkv_bias, out_bias=c.out_bias,
             qk_norm=c.qk_norm, norm=c.norm, norm_epsilon=c.norm_epsilon, query_scale=c.query_scale,
@@ -120,7 +147,9 @@ class TransformerLayer(nn.Module):
         mlp = MLP(c.mlp_width, dtype, c.activation, c.gated_mlp, c.mlp_bias, self.lora, name="mlp")
         rope = variant.pick_rope(ropes)
         x = self._add_block(x, "attention", lambda y: attention(y, token_info, rope, variant.window, self.shards), variant)
-        return shard_rows(self._add_block(x, "mlp", mlp, variant)), None
+        is_text = token_info.segment.reshape(-1) > 0
+        x = shard_rows(self._add_block(x, "mlp", lambda y: mlp(y, is_text), variant))
+        return (x, None if exits is None else exits.collect(x)), None
 
     def _add_block(self, x: jax.Array, name: str, block: Callable[[jax.Array], jax.Array], variant: LayerVariant) -> jax.Array:
         """Add the output of a block to its input, with norms before, after, or around it."""
@@ -204,8 +233,16 @@ class Transformer(nn.Module):
     lora: LoraConfig | None = None
 
     @nn.compact
-    def __call__(self, texts: PackedTexts) -> Float[Array, "r t d"]:
-        """Return the hidden states of all tokens."""
+    def __call__(self, texts: PackedTexts, exit_layers: Int[Array, " e"] | None = None) -> Float[Array, "*x r t d"]:
+        """Return the hidden states of all tokens.
+
+        Args:
+            texts: The texts.
+            exit_layers: Also return the states after so many layers, followed by the last norm like those of all layers.
+
+        Returns:
+            Hidden states [R, T, D]. With exits [1+E, R, T, D]: those of all layers first.
+        """
         c, dtype = self.config, self.compute.dtype
         embedding = Embedding(c, dtype, select_embedding_dtype(self.lora))
         nn.share_scope(self, embedding)
@@ -231,7 +268,11 @@ class Transformer(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         ropes = build_rope_tables(c, texts.positions, dtype)
-        x, _ = stack(c, self.mask, self.compute, texts.shards, self.lora, name="layers")(x, token_info, ropes, variant)
+        layers = stack(c, self.mask, self.compute, texts.shards, self.lora, name="layers")
+        exits = None if exit_layers is None else LayerExits.start(exit_layers, x)
+        (x, exits), _ = layers((x, exits), token_info, ropes, variant)
+        if exits is not None:
+            x = jnp.concatenate([x[None], exits.hidden])
         if c.norm_placement != "post":
             x = make_norm(c.norm, c.norm_epsilon, dtype, "norm")(x)
-        return x.reshape(*texts.tokens.shape, c.width)
+        return x.reshape(*x.shape[:-2], *texts.tokens.shape, c.width)

@@ -32,6 +32,7 @@ OTHER_KEYS = frozenset(
     {"stage", "step", "loss", "step_seconds", "data_wait_seconds", "examples_per_second", "new_programs", "adapter"}
     | {key for key, _, _ in STEP_METRICS}
 )
+EXIT_PREFIX = "exit_"  # of the losses at early exits
 MAX_CHARTED_SOURCES = 24  # sources of all stages that a chart shows, those with the largest shares
 ONLY_GROUP = "queries"  # the group of the sources of a single run with a single stage
 MAX_METRIC_CHARTS = 8  # charts of the objectives' own metrics
@@ -92,8 +93,13 @@ def _shown_parts(run: RunFiles) -> list[str]:
 
 
 def _loss_note(runs: Sequence[RunFiles]) -> str:
-    has_widths = any(re.search(r"_\d+$", key) for run in runs for key in _loss_parts(run))
-    return "A part with a width is the loss of vectors cut to that width (Matryoshka)." if has_widths else ""
+    keys = {key for run in runs for key in _loss_parts(run)}
+    notes = []
+    if any(re.search(r"_\d+$", key) for key in keys if not key.startswith(EXIT_PREFIX)):
+        notes.append("A part with a width is the loss of vectors cut to that width (Matryoshka).")
+    if any(key.startswith(EXIT_PREFIX) for key in keys):
+        notes.append("A part of an exit is the loss of the model cut to its first layers.")
+    return " ".join(notes)
 
 
 def _labels(run: RunFiles) -> set[str]:
@@ -108,11 +114,12 @@ def _labels(run: RunFiles) -> set[str]:
 
 
 def _loss_parts(run: RunFiles) -> list[str]:
-    """Return the metrics that are losses: those of the objectives, and those at widths of Matryoshka vectors."""
+    """Return the metrics that are losses: those of the objectives, at widths of Matryoshka vectors, and at early exits."""
     labels = _labels(run)
     widths = {width for stage in run.config.stages for width in stage.matryoshka.dims}
     parts = labels | {f"{label}_{width}" for label in labels for width in widths}
-    return [key for key in dict.fromkeys(key for row in run.losses for key in row) if key in parts]
+    keys = dict.fromkeys(key for row in run.losses for key in row)
+    return [key for key in keys if key in parts or key.startswith(EXIT_PREFIX)]
 
 
 def _own_metrics(runs: Sequence[RunFiles]) -> list[str]:
@@ -125,6 +132,8 @@ def _own_metrics(runs: Sequence[RunFiles]) -> list[str]:
 def describe_part(key: str) -> str:
     """Return the name of a part of the loss for a legend."""
     label, _, width = key.rpartition("_")
+    if f"{label}_" == EXIT_PREFIX:
+        return f"exit after {width} layers" if width.isdecimal() else f"exits, {width}"
     return f"{label}, width {width}" if label and width.isdecimal() and int(width) > 9 else key
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxembed.config import Config, EmbeddingSpec, StageConfig, TokenObjectiveConfig
-from jaxembed.config.fields import Fields, quote_value
+from jaxembed.config.fields import quote_value
 from jaxembed.curation.remining import check_miner_exists
 from jaxembed.data.batch import BatchBuilder
 from jaxembed.data.batch_sampler import BatchSampler
@@ -25,18 +25,20 @@ from jaxembed.devices import processes
 from jaxembed.devices.mesh import Shards, all_shards, local_shards, logical_axis_table, shard_count
 from jaxembed.errors import UserError
 from jaxembed.evaluation.heldout import HeldOutSet, open_held_out_sets
-from jaxembed.files import cache_dir, exists, read_json
-from jaxembed.formats.run_files import read_run_file
+from jaxembed.files import cache_dir
 from jaxembed.hub.base import Base
-from jaxembed.hub.frozen_encoder import FrozenEncoder, ZeroEncoder, open_frozen_encoder
+from jaxembed.hub.frozen_encoder import FrozenEncoder, ZeroEncoder
 from jaxembed.hub.resolve import find_base
 from jaxembed.hub.spec_files import read_recorded_spec
 from jaxembed.hub.text_tokenizer import build_text_tokenizer
+from jaxembed.losses.exits import check_exits
 from jaxembed.losses.objectives import Objectives
 from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.model.lora import check_targets_exist
 from jaxembed.model.transformer import ComputeOptions
+from jaxembed.runs.encoders import open_encoders
 from jaxembed.runs.plans import StagePlans, open_plans
+from jaxembed.runs.ranges import open_ranges, with_ranges
 from jaxembed.runs.token_data import check_token_objectives, make_token_builders
 from jaxembed.search.bm25 import check_bm25_installed
 from jaxembed.training.loggers import check_loggers_installed
@@ -60,6 +62,7 @@ class OpenedRun:
         stages: The stages, in order.
         encoders: The guide and the teacher, by role.
         held_out: The held-out sets. A planned run has none.
+        ranges: Ranges of the model's vectors for int8, float32 [2, D]. None: nothing needs them.
     """
 
     config: Config
@@ -70,6 +73,7 @@ class OpenedRun:
     stages: Sequence[Stage]
     encoders: Mapping[str, FrozenEncoder]
     held_out: Sequence[HeldOutSet] = ()
+    ranges: np.ndarray | None = None
 
     @property
     def run_dir(self) -> Path:
@@ -128,7 +132,8 @@ def open_run(config: Config, mesh: Mesh, lock: RunLock | None = None) -> OpenedR
         _warn_of_long_warmup(config, index)
         if lock is not None:
             check_miner_exists(stage.mine)
-    encoders = _open_encoders(config, _read_recorded_hashes(config))
+    ranges = open_ranges(config, base, model.width)
+    encoders = open_encoders(config)
     if lock is None:
         encoders = {role: ZeroEncoder(**vars(encoder)) for role, encoder in encoders.items()}
     # Data: the first process reads it and writes indexes to the cache, which the others then find.
@@ -145,7 +150,8 @@ def open_run(config: Config, mesh: Mesh, lock: RunLock | None = None) -> OpenedR
         mesh=mesh,
         model=model,
         tokenizer=tokenizer,
-        stages=stages,
+        stages=with_ranges(stages, ranges),
+        ranges=ranges,
         encoders=encoders,
         held_out=held_out,
     )
@@ -161,7 +167,9 @@ def _resolve_spec(config: Config, base: Base, recorded: EmbeddingSpec | None) ->
             their runs continue so.
     """
     spec = base.spec.with_choices(config.model, config.stages[-1].data.max_length)
-    spec = spec.replace(matryoshka_dims=tuple(sorted(config.stages[-1].matryoshka.dims)))
+    last = config.stages[-1]
+    exit_layers = last.exits.list_trained(base.transformer.layers)
+    spec = spec.replace(matryoshka_dims=tuple(sorted(last.matryoshka.dims)), exit_layers=exit_layers)
     if recorded is not None and config.model.pooling.include_instruction is None:
         spec = spec.replace(include_instruction=recorded.include_instruction)
     pools_instruction = spec.include_instruction or spec.pool_last_instruction_token
@@ -193,7 +201,7 @@ def _build_compute_options(config: Config) -> ComputeOptions:
 
 
 def _check_stage(stage: StageConfig, model: EmbeddingModel, shards: int, prefix: str) -> None:
-    """Raise `UserError` if batch, Matryoshka widths, or names of sources do not fit the shards, the model, or the data."""
+    """Raise `UserError` if batch, widths, exits, or names of sources do not fit the shards, the model, or the data."""
     batch_sizes = {"train.batch_size": stage.train.batch_size} | {
         f"objectives.{i}.batch_size": objective.batch_size
         for i, objective in enumerate(stage.objectives)
@@ -206,6 +214,7 @@ def _check_stage(stage: StageConfig, model: EmbeddingModel, shards: int, prefix:
         raise UserError(
             f"{prefix}matryoshka.dims contains {widest} (expected less than {model.width}, the width of this model's vectors)"
         )
+    check_exits(stage.exits, model.transformer.layers, prefix)
     _check_source_names(stage, prefix)
 
 
@@ -263,24 +272,6 @@ def _iter_texts(source: Source) -> Iterator[str]:
         yield example.positive
 
 
-def _read_recorded_hashes(config: Config) -> dict[str, str]:
-    """Return the hashes of guide and teacher, by the name of the model, that a run has recorded; empty for a new run."""
-    paths = {name: Path(config.run.dir) / f"{role}.json" for role, name in config.models_by_role.items()}
-    return {
-        name: Fields(read_run_file(read_json, path), str(path)).string("hash") for name, path in paths.items() if exists(path)
-    }
-
-
-def _open_encoders(config: Config, recorded_hashes: Mapping[str, str]) -> dict[str, FrozenEncoder]:
-    """Open the guide and the teacher, by role. A model with both roles is opened once."""
-    names = config.models_by_role
-    opened = {
-        name: open_frozen_encoder(name, cache_dir(), recorded_hash=recorded_hashes.get(name, ""))
-        for name in dict.fromkeys(names.values())
-    }
-    return {role: opened[name] for role, name in names.items()}
-
-
 def _open_stages(
     config: Config,
     plans: Sequence[StagePlans],
@@ -298,7 +289,8 @@ def _open_stages(
             tokenizer.hf_tokenizer, model.spec.replace(max_length=stage.data.max_length), base
         )
         _check_prompts_fit(model.spec.prompts, stage_tokenizer)
-        objectives = Objectives(stage.objectives, stage.matryoshka, [source.name for source in plan.queries.sources])
+        names = [source.name for source in plan.queries.sources]
+        objectives = Objectives(stage.objectives, stage.matryoshka, names, stage.exits, stage.quantization)
         sampler = BatchSampler(
             sources=plan.queries.sources,
             tokenizer=stage_tokenizer,
@@ -318,6 +310,7 @@ def _open_stages(
                 stage, plan.tokens, stage_tokenizer, shards, first_step, config.key_prefix(index)
             ),
         )
+        names = [source.name for source in plan.sources]
         stages.append(
             Stage(
                 index=index,

@@ -11,6 +11,7 @@ from jaxembed.files import write_json
 from jaxembed.formats.run_files import STARTS_FILE
 from jaxembed.hub.spec_files import write_spec
 from jaxembed.runs.open import OpenedRun
+from jaxembed.runs.ranges import record_ranges
 from jaxembed.runs.report import count_parameters, describe_computation
 from jaxembed.training.resume_settings import selecting_set_name
 from jaxembed.training.run_dir import record_or_check, record_versions
@@ -27,6 +28,7 @@ def record_run(run: OpenedRun) -> None:
     record_versions(run_dir)
     if processes.is_first():
         write_spec(run_dir, run.spec)
+        record_ranges(run_dir, run.ranges)
         dropped = [{source.name: source.sampler.drop_counts for source in stage.all_sources} for stage in run.stages]
         write_json(run_dir / "dropped.json", dropped)
     digests: dict[str, str] = {}

@@ -14,6 +14,8 @@ from jaxembed.evaluation.bootstrap import compute_standard_error
 from jaxembed.evaluation.heldout import HeldOutSet, RetrievalSet, SetScores, TextInput, select_training_scores
 from jaxembed.hub.embedder import Embedder
 from jaxembed.model.lora import pick_adapter
+from jaxembed.runs.open import OpenedRun
+from jaxembed.search.precision import as_scored
 from jaxembed.training.step import TrainState
 
 log = logging.getLogger("jaxembed")
@@ -40,14 +42,21 @@ def encode_input(encoder: Embedder, text_input: TextInput) -> np.ndarray:
 ScoreSets = Callable[[Any], Mapping[str, SetScores]]  # all parameters -> scores by name of the set
 
 
-def make_set_scorer(encoder: Embedder, held_out: Sequence[HeldOutSet]) -> ScoreSets:
-    """Return a function from all parameters to the scores of every set, each under its own adapter."""
+def make_set_scorer(encoder: Embedder, held_out: Sequence[HeldOutSet], ranges: np.ndarray | None = None) -> ScoreSets:
+    """Return a function from all parameters to the scores of every set, each under its own adapter and at its precision.
+
+    Args:
+        encoder: The model.
+        held_out: The sets.
+        ranges: Ranges of its vectors, [2, D], for sets that are scored at int8.
+    """
 
     def score_sets(params: Any) -> dict[str, SetScores]:
         scores = {}
         for held_out_set in held_out:
             adapted = with_adapter(encoder, params, held_out_set.config.adapter)
-            vectors = [encode_input(adapted, text_input) for text_input in held_out_set.inputs]
+            precision = held_out_set.config.precision
+            vectors = [as_scored(encode_input(adapted, i), precision, ranges) for i in held_out_set.inputs]
             scores[held_out_set.config.name] = held_out_set.score(vectors)
         return scores
 
@@ -62,9 +71,11 @@ def flatten_scores(held_out: Sequence[HeldOutSet], results: Mapping[str, SetScor
     return scores
 
 
-def make_evaluator(encoder: Embedder, held_out: Sequence[HeldOutSet]) -> Callable[[Any], dict[str, float]]:
-    """Return a function from all parameters to the scores of every set by SET/METRIC, each under its own adapter."""
-    score_sets = make_set_scorer(encoder, held_out)
+def make_evaluator(
+    encoder: Embedder, held_out: Sequence[HeldOutSet], ranges: np.ndarray | None = None
+) -> Callable[[Any], dict[str, float]]:
+    """Return a function from all parameters to the scores of every set by SET/METRIC. Arguments: see `make_set_scorer`."""
+    score_sets = make_set_scorer(encoder, held_out, ranges)
     return lambda params: flatten_scores(held_out, score_sets(params))
 
 
@@ -83,9 +94,7 @@ def choose_best_metric(config: Config, held_out: Sequence[HeldOutSet]) -> str:
     return best or (metrics[0] if metrics else "")
 
 
-def score_baselines(
-    config: Config, held_out: Sequence[HeldOutSet], encoder: Embedder, state: TrainState
-) -> dict[str, dict[str, float]]:
+def score_baselines(run: OpenedRun, encoder: Embedder, state: TrainState) -> dict[str, dict[str, float]]:
     """Score the untrained model and BM25 before the first step. A resumed run has recorded these scores already.
 
     Returns:
@@ -95,8 +104,9 @@ def score_baselines(
     if int(state.step):
         return {}
     scores: dict[str, dict[str, float]] = {}
+    config, held_out = run.config, run.held_out
     if held_out and config.eval.untrained:
-        results = make_set_scorer(encoder, held_out)(state.weights)
+        results = make_set_scorer(encoder, held_out, run.ranges)(state.weights)
         scores["untrained"] = flatten_scores(held_out, results)
         scores["noise"] = {
             f"{s.config.name}/{s.metric}": compute_standard_error(results[s.config.name].items) for s in held_out

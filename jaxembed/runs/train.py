@@ -84,8 +84,8 @@ def _train(config: Config, lock: RunLock, command: str) -> dict[str, Any]:
         record_start(run, state, command)
     # Score the baselines.
     encoder = Embedder(run.model, {}, run.tokenizer, run.mesh, run.base.hf_config)
-    evaluate = make_evaluator(encoder, run.held_out)
-    baselines = score_baselines(config, run.held_out, encoder, state)
+    evaluate = make_evaluator(encoder, run.held_out, run.ranges)
+    baselines = score_baselines(run, encoder, state)
     recorder = _open_recorder(run, int(state.step)) if processes.is_first() else NullRecorder()
     for name, scores in baselines.items():
         recorder.log(0, {f"{name}/{metric}": value for metric, value in scores.items()})

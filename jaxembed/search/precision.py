@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -45,11 +46,59 @@ def quantize_vectors(vectors: np.ndarray, precision: Precision, ranges: np.ndarr
         bits = np.packbits(vectors > 0, axis=-1)
         return bits if precision == "ubinary" else (bits - BYTE_VALUES // 2).astype(np.int8)
     assert ranges is not None
-    starts = ranges[0]
-    steps = (ranges[1] - starts) / (BYTE_VALUES - 1)
-    steps = np.where(steps == 0, 1, steps)  # a number that is always the same
-    levels = np.clip(np.floor((vectors - starts) / steps), 0, BYTE_VALUES - 1)
+    levels = np.clip(np.floor((vectors - ranges[0]) / compute_steps(ranges)), 0, BYTE_VALUES - 1)
     return levels.astype(np.uint8) if precision == "uint8" else (levels - BYTE_VALUES // 2).astype(np.int8)
+
+
+def compute_steps(ranges: np.ndarray) -> np.ndarray:
+    """Return the width of the steps of each number, [W]; 1 for a number that is always the same."""
+    steps = (ranges[1] - ranges[0]) / (BYTE_VALUES - 1)
+    return np.asarray(np.where(steps == 0, 1, steps))
+
+
+def as_scored(vectors: np.ndarray, precision: Precision, ranges: np.ndarray | None = None) -> np.ndarray:
+    """Return float32 unit vectors [N, W] whose dot products are the cosines of quantized vectors.
+
+    Those of int8 are the cosines of its numbers; uint8, its numbers plus 128, has the same. Those of binary and ubinary are the
+    cosines of signs, 1 - 2 h / W for h different bits.
+
+    Args:
+        vectors: Unit vectors, float32 [N, W].
+        precision: The precision.
+        ranges: Ranges for int8 and uint8, float32 [2, W].
+    """
+    if precision == "float32":
+        return vectors
+    if precision.endswith("binary"):
+        return np.where(vectors > 0, 1, -1).astype(np.float32) / np.float32(np.sqrt(vectors.shape[1]))
+    numbers = quantize_vectors(vectors, "int8", ranges).astype(np.float32)
+    return numbers / np.maximum(np.linalg.norm(numbers, axis=1, keepdims=True), 1e-12)
+
+
+def find_ranges(precisions: Iterable[Precision], model: str, option: str | None) -> Path | None:
+    """Return the file of ranges for --precision: --ranges, or the one in the folder MODEL. None: no ranges are needed.
+
+    Args:
+        precisions: Values of --precision.
+        model: MODEL.
+        option: Value of --ranges.
+
+    Raises:
+        UserError: There is no such file, or --ranges is given for precisions without ranges.
+    """
+    chosen = list(precisions) or ["float32"]
+    if not any(map(needs_ranges, chosen)):
+        if option:
+            raise UserError(f"--ranges: is for --precision int8 and uint8 (found {', '.join(chosen)}). Remove it.")
+        return None
+    stored = Path(model) / RANGES_FILE
+    if not option and not exists(stored):
+        precision = next(filter(needs_ranges, chosen))
+        raise UserError(
+            f"--precision {precision}: needs ranges (found neither --ranges nor {stored}). Encode texts like yours with "
+            f"--write-ranges {stored} first."
+        )
+    return Path(option) if option else stored
 
 
 def merge_ranges(ranges: np.ndarray | None, vectors: np.ndarray) -> np.ndarray:

@@ -22,8 +22,14 @@ from jaxembed.model.masks import Mask
 
 
 def encode(
-    model: EmbeddingModel, params: Any, texts: PackedTexts, slots: Int[Array, "b m"], key: jax.Array, chunk_rows: int | None
-) -> Float[Array, "b m d"]:
+    model: EmbeddingModel,
+    params: Any,
+    texts: PackedTexts,
+    slots: Int[Array, "b m"],
+    key: jax.Array,
+    chunk_rows: int | None,
+    exit_layers: Int[Array, " e"] | None = None,
+) -> Float[Array, "b m *x d"]:
     """Encode the texts in the given slots as unit vectors.
 
     Each device sums the gradients of its own chunks. They are summed over devices once, after the loop, unless the parameters
@@ -36,13 +42,26 @@ def encode(
         slots: Shard-local slots of texts, shard-major [B, M]; -1 for an absent text.
         key: Random key of dropout.
         chunk_rows: Rows that each device encodes at a time; None for all.
+        exit_layers: Also return the vectors of the model cut to so many of its first layers.
 
     Returns:
-        Unit vectors [B, M, D]. Absent texts have zeros, without gradient.
+        Unit vectors [B, M, D], with exits [B, M, 1+E, D], those of all layers first. Absent texts have zeros, without gradient.
     """
+    # With exits, every text has several slots, one after the other.
+    slots_per_text = 1
+    if exit_layers is not None:
+        slots_per_text = 1 + len(exit_layers)
+        slots = jnp.where(slots < 0, -1, slots * slots_per_text)[..., None]
+        slots = jnp.where(slots < 0, -1, slots + jnp.arange(slots_per_text, dtype=slots.dtype))
+
+    def apply(params_and_layers: Any, packed: PackedTexts, dropout_key: jax.Array) -> Float[Array, "r s d"]:
+        params, layers = params_and_layers
+        vectors = model.apply({"params": params}, packed, exit_layers=layers, rngs={"dropout": dropout_key})
+        return jnp.reshape(vectors, (len(packed.tokens), -1, vectors.shape[-1]))
+
     # Without chunks: encode all rows, then gather the vectors.
     if chunk_rows is None or chunk_rows * texts.shards >= len(texts.tokens):
-        return gather_vectors(model.apply({"params": params}, texts, rngs={"dropout": key}), slots, texts.shards)
+        return gather_vectors(apply((params, exit_layers), texts, key), slots, texts.shards)
     # Each part of the batch is mapped over its own shards. Every chunk has its own dropout key.
     parts = shard_map_size()
     shards = texts.shards // parts  # of a part
@@ -52,8 +71,7 @@ def encode(
     def encode_part(params: Any, row_arrays: dict[str, jax.Array], slots: jax.Array, keys: jax.Array) -> jax.Array:
         def encode_chunk(chunk: tuple[dict[str, jax.Array], jax.Array]) -> jax.Array:
             arrays, chunk_key = chunk
-            packed = PackedTexts(**arrays, segments=texts.segments, shards=shards)
-            return model.apply({"params": params}, packed, rngs={"dropout": chunk_key})
+            return apply(params, PackedTexts(**arrays, segments=texts.segments, shards=shards), chunk_key)
 
         def add_chunk(sums: jax.Array, inputs: tuple[Any, jax.Array]) -> tuple[jax.Array, None]:
             chunk, text_indices = inputs
@@ -65,14 +83,14 @@ def encode(
 
         # Cut the rows into chunks, and find the text in each slot of a chunk. `keys` are [1, chunks] here.
         inputs = jax.tree.map(lambda x: _split_into_chunks(x, shards, chunks, chunk_rows), row_arrays), keys[0]
-        text_indices = _find_texts_in_slots(slots, shards, chunks, chunk_rows * texts.segments)
+        text_indices = _find_texts_in_slots(slots, shards, chunks, chunk_rows * texts.segments * slots_per_text)
         # Loop over the chunks. Every text is in one chunk only, so the sums are the vectors.
         vector = jax.eval_shape(encode_chunk, jax.tree.map(lambda x: x[0], inputs))
         zeros = jnp.zeros((shards, slots.size // shards, vector.shape[-1]), vector.dtype)
         sums, _ = jax.lax.scan(add_chunk, shard_rows(zeros), (inputs, text_indices))
         return l2_normalize(sums).reshape(*slots.shape, -1)
 
-    return map_over_shards(encode_part)(params, _row_arrays(texts), slots, keys)
+    return map_over_shards(encode_part)((params, exit_layers), _row_arrays(texts), slots, keys)
 
 
 def encode_tokens(

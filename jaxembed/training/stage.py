@@ -113,7 +113,8 @@ class Stage:
 
     def needs_teacher_scores(self, source: Source) -> bool:
         """Return whether a query of this source has a loss only if its row has a teacher's scores."""
-        return all(isinstance(o, DistillationConfig | MarginMSEConfig) for o in self._objectives_for(source))
+        objectives = self._objectives_for(source)
+        return all(isinstance(o, DistillationConfig | MarginMSEConfig) and o.teacher is None for o in objectives)
 
     def _objectives_for(self, source: Source) -> list[ObjectiveConfig]:
         return [o for o in self.config.objectives if not o.sources or source.name in o.sources]

@@ -13,6 +13,7 @@ import optax
 
 from jaxembed.data.batch import Batch
 from jaxembed.devices.cpu import compiler_options
+from jaxembed.losses.exits import draw_exit_layers
 from jaxembed.losses.objectives import Objectives
 from jaxembed.losses.token_prediction import token_prediction_loss
 from jaxembed.model.embedder import EmbeddingModel, get_head_table
@@ -23,6 +24,7 @@ from jaxembed.training.optim import count_updates
 
 Metrics = dict[str, jax.Array]
 SCOPES = ("loss", "encode", "optimizer")  # names of the parts of a step in the compiled program
+EXITS_KEY = 1  # tells the random key of the exits from the others of a step
 OBJECTIVE_PARAMS = "objectives"  # name of the objectives' parameters among the trained ones; the model does not have them
 
 
@@ -79,10 +81,13 @@ def batch_loss(
     if batch.texts is not None:
         with jax.named_scope("encode"):
             slots = jnp.concatenate([batch.query_slot[:, None], batch.doc_slot], axis=1)
-            vectors = encode(model, params, batch.texts, slots, dropout_key, chunk_rows)
+            exit_layers = draw_exit_layers(objectives.exits, model.transformer.layers, jax.random.fold_in(key, EXITS_KEY))
+            vectors = encode(model, params, batch.texts, slots, dropout_key, chunk_rows, exit_layers)
         with jax.named_scope("loss"):
             objective_params, shards = params.get(OBJECTIVE_PARAMS, {}), batch.texts.shards
-            total, metrics = objectives(vectors[:, 0], vectors[:, 1:], batch, objectives_key, objective_params, shards)
+            if exit_layers is None:
+                vectors = vectors[:, :, None]
+            total, metrics = objectives.sum_over_exits(vectors, batch, objectives_key, objective_params, shards)
     # Objectives that predict tokens.
     for i, (label, config) in enumerate(objectives.token_configs.items()):
         tokens, key = batch.token_batches[label], jax.random.fold_in(dropout_key, i)

@@ -18,6 +18,7 @@ from jaxembed.errors import UserError, summarize
 
 log = logging.getLogger("jaxembed")
 
+KEY_VARIABLE = "OPENAI_API_KEY"  # environment variable of a server's key, by default
 BUSY_STATUSES = (429, 503)  # too many requests, and a model that is still being loaded
 KEY_STATUSES = (401, 403)
 MAX_ATTEMPTS = 5  # of a request that a busy server refuses

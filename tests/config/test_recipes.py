@@ -251,7 +251,7 @@ def test_recipes_have_the_surveys_values(name: str) -> None:
         "include_instruction": model.pooling.include_instruction, "lora_rank": model.lora and model.lora.rank,
         "batch_size": run.stages[0].train.batch_size, "batching": last.data.batching.kind,
         "dims": list(last.matryoshka.dims), "directions": list(get_infonce(last).directions),
-        "hard_negatives": last.data.hard_negatives,
+        "hard_negatives": last.data.hard_negatives, "random_exits": last.exits.random,
         "miner": last.mine and [last.mine.model, last.mine.depth],
     }  # fmt: skip
     shared = values.keys() & row.keys()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sentence_transformers.util import quantize_embeddings
 
 from jaxembed.config.instructions import InstructionTable
 from jaxembed.config.spec import EmbeddingSpec
@@ -18,6 +21,7 @@ from jaxembed.evaluation.progress import TaskProgress
 from jaxembed.evaluation.task_encoder import TaskEncoder, check_widths, truncate_vectors
 from jaxembed.evaluation.tasks import check_instructions, check_names, score_tasks
 from jaxembed.evaluation.vector_cache import VectorCache
+from jaxembed.search.precision import merge_ranges
 
 WIDTH = 8
 
@@ -64,6 +68,41 @@ def test_every_width_has_the_score_of_truncated_vectors_from_one_encoding(tmp_pa
     assert all(result["score"] == result["widths"]["8"] for result in scores.values())
     assert json.loads((tmp_path / "scores.json").read_text()) == scores
     assert not (tmp_path / "vectors").exists()
+
+
+def test_precisions_have_the_scores_of_quantized_vectors_from_one_encoding(tmp_path: Path) -> None:
+    """mteb's own similarities of the numbers of sentence-transformers' int8 vectors, and of signs."""
+    encoder = make_encoder(tmp_path, (8, 4))
+    ranges = merge_ranges(None, CountingEncoder()([str(i) for i in range(50)], ""))
+    encoder.precisions, encoder.ranges = ("float32", "int8", "uint8", "binary"), ranges
+    scores = score_tasks(encoder, mock_tasks(tmp_path / "results"))
+
+    def quantize(precision: Any, texts: Sequence[str], prompt: str) -> np.ndarray:
+        vectors = CountingEncoder()(texts, prompt)
+        signs = np.where(vectors > 0, 1, -1)
+        numbers = signs if precision == "binary" else quantize_embeddings(vectors, "int8", ranges=ranges).astype(np.float64)
+        return numbers / np.linalg.norm(numbers, axis=1, keepdims=True)
+
+    for precision in ("int8", "binary"):
+        plain = TaskEncoder(functools.partial(quantize, precision), EmbeddingSpec(), "model", f"1-{precision}")
+        for name, expected in score_tasks(plain, mock_tasks(None)).items():
+            assert scores[name]["precisions"][precision] == pytest.approx(expected["score"], abs=1e-6), (name, precision)
+    for result in scores.values():
+        assert list(result["precisions"]) == ["float32", "int8", "uint8", "binary"] and list(result["widths"]) == ["8", "4"]
+        assert result["score"] == result["precisions"]["float32"] == result["widths"]["8"]
+        assert result["precisions"]["uint8"] == result["precisions"]["int8"]
+    files = len(list((tmp_path / "results").rglob("*.json")))
+    again = score_tasks(make_encoder_with(encoder), mock_tasks(tmp_path / "results"))
+    assert again == scores and len(list((tmp_path / "results").rglob("*.json"))) == files
+
+
+def make_encoder_with(encoder: TaskEncoder) -> TaskEncoder:
+    """Return the same model, which refuses to encode."""
+
+    def refuse(texts: Sequence[str], prompt: str) -> np.ndarray:
+        raise AssertionError("all results are stored")
+
+    return dataclasses.replace(encoder, encode_with_prompt=refuse, cache=None)
 
 
 def calls_of_one_width(encoder: TaskEncoder) -> list[list[str]]:

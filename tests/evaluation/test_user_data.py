@@ -226,5 +226,9 @@ def test_every_width_and_a_table_of_instructions_count(folder: Path) -> None:
     assert retrieval["instruction"] == "stored" and set(prompts) == {
         "Instruct: stored\nQuery:", "d: ", "Instruct: Retrieve semantically similar text.\nQuery:"
     }  # fmt: skip
+    encoder.precisions = ("binary", "float32")
+    for task, result in zip(tasks, (retrieval, similarity), strict=True):
+        precisions = task.score(encoder)["precisions"]
+        assert precisions["float32"] == result["score"] != precisions["binary"]
     encoder.use_instructions(InstructionTable(by_task={"bank": "own"}), "own.yaml")
     assert [task.score(encoder)["instruction"] for task in tasks] == ["own", "Retrieve semantically similar text."]

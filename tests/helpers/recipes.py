@@ -39,11 +39,11 @@ def load_recipe(name: str) -> config.Config:
 
 ROWS = 120  # a window of ranks 50 to 100 needs more documents than that
 # Wider than any Matryoshka dimension of a recipe.
-BASE_SIZES = tiny.SIZES | {"hidden_size": 544, "num_hidden_layers": 1, "max_position_embeddings": 4096}
+BASE_SIZES = tiny.SIZES | {"hidden_size": 544, "num_hidden_layers": 2, "max_position_embeddings": 4096}
 
 
 def write_base(folder: Path) -> Path:
-    """Write a base that is wide and has one layer."""
+    """Write a base that is wide and has two layers, one of which may be an early exit."""
     torch.manual_seed(0)
     transformer_config = transformers.Qwen3Config(**BASE_SIZES, head_dim=16)
     transformers.AutoModel.from_config(transformer_config).save_pretrained(folder)

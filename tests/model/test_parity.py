@@ -57,7 +57,7 @@ def compute_states(model: EmbeddingModel, params: Any) -> tuple[list[np.ndarray]
     packed, index = pack_texts(draw_test_texts(), ROW_LENGTH)
     apply = functools.partial(model.apply, capture_intermediates=is_layer, mutable=["intermediates"])
     out, captured = jax.jit(lambda p: apply({"params": p}, packed))(params)
-    ((hidden, _),) = captured["intermediates"]["decoder"]["layers"]["__call__"]
+    (((hidden, _), _),) = captured["intermediates"]["decoder"]["layers"]["__call__"]
     row, segment = index // packed.segments, index % packed.segments + 1
     hidden = np.asarray(hidden).reshape(model.transformer.layers, *packed.tokens.shape, -1)
     tokens = [np.asarray(packed.segment_ids)[r] == s for r, s in zip(row, segment, strict=True)]

@@ -18,6 +18,7 @@ from helpers.training_batches import SPEC, assert_trees_close, build_host_batche
 from jaxembed.config import (
     DistillationConfig,
     EmbeddingMatchingConfig,
+    ExitsConfig,
     InfoNCEConfig,
     LoraConfig,
     MarginMSEConfig,
@@ -39,8 +40,9 @@ from jaxembed.training.step import OBJECTIVE_PARAMS, batch_loss
 Folder = Callable[[str], Path]
 KEY, CHUNK_ROWS = jax.random.key(3), 6
 FOUR_DIRECTIONS = Objectives(
-    [InfoNCEConfig(temperature=0.2, directions=ALL_DIRECTIONS, margin=0.1), SpreadOutConfig()], MatryoshkaConfig(dims=(8,))
-)
+    [InfoNCEConfig(temperature=0.2, directions=ALL_DIRECTIONS, margin=0.1), SpreadOutConfig()], MatryoshkaConfig(dims=(8,)),
+    exits=ExitsConfig(layers=(2,), random=1, align=0.5),
+)  # fmt: skip
 OTHER_OBJECTIVES = Objectives(
     [
         InfoNCEConfig(

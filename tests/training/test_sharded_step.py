@@ -15,7 +15,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from helpers.training_batches import SPEC, assert_trees_close, build_host_batches
-from jaxembed.config import InfoNCEConfig, LoraConfig, MatryoshkaConfig
+from jaxembed.config import ExitsConfig, InfoNCEConfig, LoraConfig, MatryoshkaConfig
 from jaxembed.data.batch import Batch
 from jaxembed.data.sources import Source
 from jaxembed.devices.mesh import make_mesh, shard_count
@@ -31,7 +31,11 @@ from jaxembed.training.step import batch_loss
 Folder = Callable[[str], Path]
 KEY = jax.random.key(1)
 DIRECTIONS = ("query_document", "query_query")
-OBJECTIVES = Objectives([InfoNCEConfig(temperature=0.2, directions=DIRECTIONS, margin=0.1)], MatryoshkaConfig(dims=(8,)))
+OBJECTIVES = Objectives(
+    [InfoNCEConfig(temperature=0.2, directions=DIRECTIONS, margin=0.1)],
+    MatryoshkaConfig(dims=(8,)),
+    exits=ExitsConfig(layers=(1,), random=1, align=0.5),
+)
 MESHES = {"data": (8, 1, 1), "all three": (2, 2, 2), "fsdp": (1, 8, 1), "more than key-value heads": (1, 2, 4)}
 
 
@@ -69,7 +73,7 @@ def value_and_grad(
 def test_gradients_equal_those_of_one_device(
     base_folder: Folder, source: Source, lora: bool, meshes: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With hard negatives, gradient caching, Matryoshka, two directions and sums over blocks, with and without adapters."""
+    """Hard negatives, gradient caching, Matryoshka, exits, two directions and sums over blocks, with and without adapters."""
     monkeypatch.setattr(blockwise, "MAX_SCORES_PER_BLOCK", 64)
     model = build_model(base_folder("qwen2"), lora)
     params = draw_params(model, (1, 1, 1))

@@ -1,0 +1,54 @@
+"""The ranges that int8 vectors of a run need: found, given to its objectives, and recorded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jaxembed.config import Config
+from jaxembed.errors import UserError
+from jaxembed.files import atomic_write, exists
+from jaxembed.hub.base import Base
+from jaxembed.search.precision import RANGES_FILE, read_ranges
+from jaxembed.training.stage import Stage
+
+
+def open_ranges(config: Config, base: Base, width: int) -> np.ndarray | None:
+    """Return the ranges of a run for int8, float32 [2, width]. None if neither its objectives nor its held-out sets need them.
+
+    A resumed run has those that it recorded. Otherwise `quantization.ranges` names the file, or the folder of the base has it.
+
+    Raises:
+        UserError: There is no such file, or it does not fit the vectors.
+    """
+    trained = any("int8" in stage.quantization.precisions for stage in config.stages)
+    if not trained and all(held_out.precision != "int8" for held_out in config.eval.sets):
+        return None
+    recorded, stored = Path(config.run.dir) / RANGES_FILE, Path(base.name) / RANGES_FILE
+    named = next((stage.quantization.ranges for stage in config.stages if stage.quantization.ranges), None)
+    if not exists(recorded) and named is None and not exists(stored):
+        key = "quantization.precisions" if trained else "eval.sets"
+        raise UserError(
+            f"{key}: int8 needs ranges (found neither quantization.ranges nor {stored}). Write a file of them: python -m "
+            f"jaxembed.encode {base.name} TEXTS OUT.npy --write-ranges RANGES.npy"
+        )
+    return read_ranges(recorded if exists(recorded) else Path(named or stored), width)
+
+
+def with_ranges(stages: Sequence[Stage], ranges: np.ndarray | None) -> Sequence[Stage]:
+    """Return stages whose objectives have the ranges."""
+    if ranges is None:
+        return stages
+    values = tuple(map(tuple, ranges.tolist()))
+    return [dataclasses.replace(s, objectives=dataclasses.replace(s.objectives, ranges=values)) for s in stages]
+
+
+def record_ranges(run_dir: Path, ranges: np.ndarray | None) -> None:
+    """Write the ranges into the run directory, where commands find those of its model."""
+    path = run_dir / RANGES_FILE
+    if ranges is not None and not exists(path):
+        with atomic_write(path) as partial, partial.open("wb") as file:
+            np.save(file, ranges)

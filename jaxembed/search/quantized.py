@@ -1,0 +1,83 @@
+"""Search over vectors in fewer bits, as `encode --precision` writes them, by FAISS."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from jaxembed.errors import UserError
+from jaxembed.search.nearest import DEFAULT_MEMORY_MB, SearchResult, choose_faiss_queries
+from jaxembed.search.precision import BYTE_VALUES, Precision, compute_steps, needs_ranges, quantize_vectors, quantized_layout
+
+OVERSAMPLING = 4  # documents that bits find, per document that is returned
+
+
+def search_quantized(
+    queries: np.ndarray,
+    documents: np.ndarray,
+    k: int,
+    precision: Precision,
+    ranges: np.ndarray | None = None,
+    memory_mb: int = DEFAULT_MEMORY_MB,
+) -> SearchResult:
+    """Return the k best quantized documents of each query, best first. Needs FAISS.
+
+    Queries stay float32. For int8 and uint8 a score is the dot product of the query with the middles of the document's steps.
+    For binary and ubinary, the documents with the fewest different bits are found first, four times k, and then ordered by the
+    dot product of the query with the signs, scaled to unit length.
+
+    Args:
+        queries: Unit vectors, float32 [Q, W].
+        documents: Quantized vectors [N, columns], as `quantized_layout` describes them.
+        k: Documents to return per query.
+        precision: Precision of the documents.
+        ranges: Ranges for int8 and uint8, float32 [2, W].
+        memory_mb: Memory of the search in MiB.
+
+    Returns:
+        Rows and scores, [Q, min(k, N)].
+
+    Raises:
+        UserError: FAISS is not installed, the ranges are missing, or the documents have another layout.
+    """
+    try:
+        import faiss
+    except ImportError:
+        raise UserError("search_quantized: faiss is not installed. Run pip install '.[eval]'.") from None
+    width = queries.shape[1]
+    if (documents.dtype, documents.shape[1]) != quantized_layout(precision, width):
+        dtype, columns = quantized_layout(precision, width)
+        raise UserError(
+            f"search_quantized: documents are {documents.dtype} of {documents.shape[1]} columns (expected {dtype} of "
+            f"{columns}: {precision} vectors of {width} numbers)."
+        )
+    if needs_ranges(precision) and ranges is None:
+        raise UserError(f"search_quantized: {precision} needs ranges (found none). Pass those of the documents.")
+    k = min(k, len(documents))
+    numbers = documents if documents.dtype == np.uint8 else (documents.astype(np.int16) + BYTE_VALUES // 2).astype(np.uint8)
+    step = choose_faiss_queries(memory_mb, k)
+    blocks = [queries[start : start + step] for start in range(0, len(queries), step)]
+    if precision == "float32":
+        found = [faiss.knn(block, documents, k, faiss.METRIC_INNER_PRODUCT) for block in blocks]
+    elif ranges is not None and needs_ranges(precision):
+        index = faiss.IndexScalarQuantizer(width, faiss.ScalarQuantizer.QT_8bit_direct, faiss.METRIC_INNER_PRODUCT)
+        index.add(numbers)
+        steps = compute_steps(ranges)
+        found = [index.search(np.ascontiguousarray(block * steps), k) for block in blocks]
+        # The middle of a step is start + (level + 1/2) * step, so the rest of a score depends on the query alone.
+        found = [(s + (b @ (ranges[0] + steps / 2))[:, None], rows) for b, (s, rows) in zip(blocks, found, strict=True)]
+    else:
+        bits = faiss.IndexBinaryFlat(8 * numbers.shape[1])
+        bits.add(numbers)
+        found = [_search_bits(bits, block, numbers, k) for block in blocks]
+    empty = (np.zeros((0, k), np.float32), np.zeros((0, k), np.int64))
+    scores, rows = (np.concatenate(parts) for parts in zip(empty, *found, strict=True))
+    return SearchResult(rows.astype(np.int32), scores.astype(np.float32))
+
+
+def _search_bits(index: object, queries: np.ndarray, documents: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return scores and rows, [q, k] each, of the documents nearest in bits, ordered by the dot product with their signs."""
+    _, rows = index.search(quantize_vectors(queries, "ubinary"), min(OVERSAMPLING * k, len(documents)))  # type: ignore[attr-defined]
+    bits = np.unpackbits(documents[rows], axis=-1, count=queries.shape[1])
+    scores = np.einsum("qd,qkd->qk", queries, 2.0 * bits - 1) / np.sqrt(queries.shape[1])
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)

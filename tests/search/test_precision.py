@@ -1,0 +1,109 @@
+"""Quantized vectors as they are scored, and with straight-through gradients in training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from helpers.text_batches import draw_unit_vectors, make_batch
+from jaxembed.config import EmbeddingMatchingConfig, InfoNCEConfig, MatryoshkaConfig, QuantizationConfig
+from jaxembed.errors import UserError
+from jaxembed.losses.objectives import Objectives
+from jaxembed.losses.quantized import quantize_straight_through
+from jaxembed.search.precision import as_scored, compute_steps, merge_ranges, quantize_vectors
+from jaxembed.search.quantized import search_quantized
+
+VECTORS = draw_unit_vectors(np.random.default_rng(0), 12, 24).astype(np.float32)
+RANGES = merge_ranges(None, draw_unit_vectors(np.random.default_rng(1), 8, 24).astype(np.float32))  # some numbers are outside
+NESTED = tuple(map(tuple, RANGES.tolist()))
+
+
+def test_scores_are_the_cosines_of_the_stored_numbers() -> None:
+    binary = as_scored(VECTORS, "binary")
+    bits = np.unpackbits(quantize_vectors(VECTORS, "ubinary"), axis=1)
+    hamming = (bits[:, None] != bits[None]).sum(axis=-1)
+    np.testing.assert_allclose(binary @ binary.T, 1 - 2 * hamming / 24, atol=1e-6)
+    numbers = quantize_vectors(VECTORS, "int8", RANGES).astype(np.float64)
+    lengths = np.linalg.norm(numbers, axis=1)
+    scored = as_scored(VECTORS, "int8", RANGES)
+    np.testing.assert_allclose(scored @ scored.T, numbers @ numbers.T / np.outer(lengths, lengths), atol=1e-6)
+    np.testing.assert_array_equal(scored, as_scored(VECTORS, "uint8", RANGES))
+    assert as_scored(VECTORS, "float32") is VECTORS
+
+
+@pytest.mark.parametrize("precision", ["int8", "binary"])
+def test_training_sees_the_vectors_that_are_scored(precision: Any) -> None:
+    vectors = jnp.concatenate([VECTORS, jnp.zeros((1, 24))])
+    trained = jax.jit(lambda v: quantize_straight_through(v, precision, NESTED))(vectors)
+    np.testing.assert_allclose(trained[:-1], as_scored(VECTORS, precision, RANGES), atol=2e-6)
+    assert not trained[-1].any(), "an absent text stays absent"
+
+
+def test_gradients_pass_straight_through_the_rounding() -> None:
+    """Those of signs are the identity. Those of int8 are of the scaled numbers, and zero for numbers outside the ranges."""
+    weights = jax.device_put(np.random.default_rng(1).normal(size=VECTORS.shape).astype(np.float32))
+    grad = jax.grad(lambda v: jnp.sum(weights * quantize_straight_through(v, "binary", ())))(jnp.asarray(VECTORS))
+    np.testing.assert_array_equal(grad, weights)
+    grad = jax.grad(lambda v: jnp.sum(weights * quantize_straight_through(v, "int8", NESTED)))(jnp.asarray(VECTORS))
+    is_clipped = (RANGES[0] > VECTORS) | (RANGES[1] < VECTORS)
+    assert is_clipped.any() and not np.asarray(grad)[is_clipped].any()
+    levels = quantize_vectors(VECTORS, "int8", RANGES).astype(np.float32)
+    norms = np.linalg.norm(levels, axis=1, keepdims=True)
+    unit = levels / norms
+    projected = (weights - unit * np.sum(unit * weights, axis=1, keepdims=True)) / norms  # by the normalization
+    expected = np.where(is_clipped, 0, projected * 255 / (RANGES[1] - RANGES[0]))
+    inside = ~is_clipped & (RANGES[0] < VECTORS) & (RANGES[1] > VECTORS)
+    np.testing.assert_allclose(np.asarray(grad)[inside], expected[inside], rtol=1e-3, atol=1e-4)
+
+
+def test_objectives_hold_for_every_precision_like_for_a_width() -> None:
+    names = list("abcdef")
+    batch = make_batch(names, [[f"{name} 0", f"{name} 1"] for name in names])
+    q, d = jnp.asarray(VECTORS[:6]), jnp.asarray(np.stack([VECTORS[6:], VECTORS[5:11]], axis=1))
+    config = QuantizationConfig(precisions=("binary", "int8"), weights=(0.5, 2.0))
+    objectives = Objectives([InfoNCEConfig()], MatryoshkaConfig(dims=(8,)), quantization=config, ranges=NESTED)
+    total, parts = jax.jit(lambda q, d: objectives(q, d, batch, jax.random.key(0), {}, 1))(q, d)
+    for precision in ("binary", "int8"):
+        quantized = (jnp.asarray(as_scored(np.asarray(x).reshape(-1, 24), precision, RANGES)).reshape(x.shape) for x in (q, d))
+        alone, _ = Objectives([InfoNCEConfig()])(*quantized, batch, jax.random.key(0), {}, 1)
+        assert parts[f"infonce_{precision}"] == pytest.approx(float(alone), rel=1e-4)
+    expected = parts["infonce"] + parts["infonce_8"] + 0.5 * parts["infonce_binary"] + 2 * parts["infonce_int8"]
+    assert total == pytest.approx(float(expected), rel=1e-5)
+    assert not Objectives([], quantization=config)._list_versions(EmbeddingMatchingConfig(teacher="a model"))
+
+
+@pytest.mark.parametrize("precision", ["int8", "uint8", "binary", "ubinary", "float32"])
+def test_search_over_quantized_vectors_finds_the_best_scores(precision: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against all scores, with queries in several blocks; for bits, documents that differ in few of them."""
+    random = np.random.default_rng(2)
+    documents, queries = (draw_unit_vectors(random, n, 24).astype(np.float32) for n in (40, 7))
+    stored = quantize_vectors(documents, precision, RANGES)
+    monkeypatch.setattr("jaxembed.search.quantized.choose_faiss_queries", lambda *_: 3)
+    found = search_quantized(queries, stored, 5, precision, RANGES if "int8" in precision else None)
+    middles = documents
+    if "int8" in precision:
+        levels = stored.astype(np.float64) + (128 if precision == "int8" else 0)
+        middles = RANGES[0] + (levels + 0.5) * compute_steps(RANGES)
+    if "binary" in precision:
+        middles = np.where(documents > 0, 1, -1) / np.sqrt(24)
+        different = ((queries[:, None] > 0) != (documents[None] > 0)).sum(axis=-1)
+        limit = np.sort(different, axis=1)[:, 19]  # of 4 x 5 documents
+        assert (np.take_along_axis(different, found.rows, axis=1) <= limit[:, None]).all()
+    scores = queries @ middles.T
+    np.testing.assert_allclose(found.scores, np.take_along_axis(scores, found.rows, axis=1), atol=1e-5)
+    assert (np.diff(found.scores, axis=1) <= 1e-6).all()
+    if "binary" not in precision:
+        np.testing.assert_allclose(found.scores, -np.sort(-scores, axis=1)[:, :5], atol=1e-5)
+    assert search_quantized(queries[:0], stored, 5, precision, RANGES if "int8" in precision else None).rows.shape == (0, 5)
+
+
+def test_search_over_quantized_vectors_refuses_other_layouts() -> None:
+    bits = quantize_vectors(VECTORS, "ubinary")
+    with pytest.raises(UserError, match=r"documents are uint8 of 3 columns \(expected int8 of 24: int8 vectors of"):
+        search_quantized(VECTORS, bits, 3, "int8", RANGES)
+    with pytest.raises(UserError, match=r"^search_quantized: int8 needs ranges \(found none\)"):
+        search_quantized(VECTORS, quantize_vectors(VECTORS, "int8", RANGES), 3, "int8")
