@@ -310,7 +310,7 @@ def test_commands_run(block: list[Command], sandbox: Path, monkeypatch: pytest.M
 
 def test_most_commands_run() -> None:
     names = {command.words[2].removeprefix("jaxembed.") for block in RUNNABLE.values() for command in block}
-    assert names == {"train", "export", "encode", "evaluate", "mine", "merge", "data", "curate", "report"}
+    assert names == {"train", "export", "encode", "evaluate", "mine", "merge", "data", "curate", "report", "prune"}
 
 
 def test_python_example_of_the_readme_runs(sandbox: Path, capsys: pytest.CaptureFixture[str]) -> None:

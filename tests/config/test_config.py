@@ -62,7 +62,7 @@ def test_a_run_has_one_guide_and_one_teacher(tmp_path: Path) -> None:
     assert error_of(tmp_path, objectives(guided % "a", guided % "b")) == expected.format("guide")
     assert error_of(tmp_path, objectives(taught % "a", taught % "b", taught % "a")) == expected.format("teacher")
     assert error_of(tmp_path, f"stages=[{stage % guided % 'a'}, {stage % guided % 'b'}]") == expected.format("guide")
-    expected = "FILE: objectives.0.{} is '' (expected a MODEL: a run directory, a folder, or a hub id)."
+    expected = "FILE: objectives.0.{} is '' (expected a MODEL: a run directory, a folder, a hub id, or the URL of a server)."
     assert error_of(tmp_path, objectives(guided % "''")) == expected.format("guide")
     assert error_of(tmp_path, objectives(taught % "''")) == expected.format("teacher")
 
