@@ -30,7 +30,7 @@ def encode(
     chunk_rows: int | None,
     exit_layers: Int[Array, " e"] | None = None,
 ) -> Float[Array, "b m *x d"]:
-    """Encode the texts in the given slots as unit vectors.
+    """Encode the texts in the given slots as unit vectors. It has seven parameters because a step chooses each of them.
 
     Each device sums the gradients of its own chunks. They are summed over devices once, after the loop, unless the parameters
     are sharded too (`map_over_shards`).
