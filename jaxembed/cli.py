@@ -25,13 +25,13 @@ from jaxembed.devices.standard_streams import StandardOutputError, protect_stand
 from jaxembed.errors import Stopped, UserError, explain_system_error
 from jaxembed.files import cache_dir, check_writable, exists, format_json, make_output_folder, make_private_folder
 from jaxembed.training.shutdown import stop_on_signals
+from jaxembed.verification.http_client import KEY_VARIABLE
 
 if TYPE_CHECKING:
     from jaxembed.hub.embedder import Embedder
 
 log = logging.getLogger("jaxembed")
 
-KEY_VARIABLE = "OPENAI_API_KEY"
 MAX_TIMEOUT_S = 86_400
 
 # Libraries whose progress messages are hidden.

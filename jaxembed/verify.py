@@ -50,7 +50,7 @@ def make_parser() -> cli.Parser:
         "several in one request. If vectors differ, variants of the folder's model are computed in JAX (mask, pooling,\n"
         "special tokens, prompt, truncation, width, dtype), and those that give the server's vectors are named.\n\n"
         "Exit code: 0 if everything is equal, 1 if something differs, 2 for bad input. A key that the server needs is read\n"
-        f"from the environment variable {cli.KEY_VARIABLE}, or from the one that --key-env names."
+        f"from the environment variable {KEY_VARIABLE}, or from the one that --key-env names."
     )
     parser = cli.new_parser("verify", f"{__doc__}\n{about}")
     parser.add_argument("folder", metavar="FOLDER", help="exported folder that the server serves, or a copy of it")
