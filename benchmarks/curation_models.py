@@ -23,6 +23,7 @@ from jaxembed.config.curation import CurateConfig
 from jaxembed.curate import read_task
 from jaxembed.curation.engine import curate
 from jaxembed.data.jsonl import write_jsonl
+from jaxembed.files import cache_dir
 
 Rows = list[dict[str, Any]]
 
@@ -33,11 +34,11 @@ def run_steps(rows: Rows, steps: list[dict[str, Any]], folder: Path) -> dict[str
     path, out = folder / f"rows{number}.jsonl", folder / f"out{number}"
     write_jsonl(path, rows)
     tree = {"out": str(out), "metadata": ["id"], "sources": [{"path": str(path), "name": "rows"}], "steps": steps}
-    curate(CurateConfig.model_validate(tree), folder / "cache", "benchmark", read_task)
+    curate(CurateConfig.model_validate(tree), cache_dir(), "benchmark", read_task)
     return {row["id"]: row for row in map(json.loads, (out / "rows.jsonl").read_text().splitlines())}
 
 
-def measure_duplicates(model: str, data: Path, folder: Path) -> Iterator[str]:
+def measure_duplicates(model: str, data: Path) -> Iterator[str]:
     """Yield a line for each threshold of the cosine of the two sentences.."""
     rows = [json.loads(line) for line in (data / "stsb" / "en" / "train.jsonl").read_text().splitlines()]
     pairs = [row for row in rows if (row["score"] == 5 or row["score"] <= 3) and row["sentence1"] != row["sentence2"]][:1500]
@@ -45,7 +46,7 @@ def measure_duplicates(model: str, data: Path, folder: Path) -> Iterator[str]:
     from jaxembed.data.batch import EncoderInput
     from jaxembed.hub.frozen_encoder import open_frozen_encoder
 
-    encoder = open_frozen_encoder(model, folder / "cache")
+    encoder = open_frozen_encoder(model, cache_dir())
     first, second = (
         encoder.encode([EncoderInput(row[key], "query", "") for row in pairs]) for key in ("sentence1", "sentence2")
     )
@@ -98,7 +99,7 @@ def main() -> None:
     cli.set_up_jax()
     print("| step | what it should find | injected | found | precision | recall |\n|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as name:
-        for line in measure_duplicates(args.model, args.data, Path(name)):
+        for line in measure_duplicates(args.model, args.data):
             print(line, flush=True)
         for line in measure_mining(args.model, args.data, args.rows, Path(name)):
             print(line, flush=True)
