@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from jaxembed.config.curation import CurateConfig
-from jaxembed.curate import read_task
+from jaxembed.curate import make_context
 from jaxembed.curation.engine import curate
 from jaxembed.data.beir import EVALUATION_SPLITS, open_beir
 from jaxembed.data.jsonl import write_jsonl
@@ -120,7 +120,7 @@ def run_step(rows: Rows, step: dict[str, Any], folder: Path) -> dict[str, dict[s
     config = CurateConfig.model_validate(
         {"out": str(folder / f"out{name}"), "metadata": ["id"], "sources": [source], "steps": [step]}
     )
-    curate(config, folder / "cache", "benchmark", read_task)
+    curate(config, make_context(folder / "cache"), "benchmark")
     return {row["id"]: row for row in map(json.loads, (folder / f"out{name}" / "rows.jsonl").read_text().splitlines())}
 
 

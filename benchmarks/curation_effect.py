@@ -23,7 +23,7 @@ import numpy as np
 from jaxembed import Embedder, cli
 from jaxembed.config import Config, EvalSetConfig, parse_config
 from jaxembed.config.curation import CurateConfig
-from jaxembed.curate import read_task
+from jaxembed.curate import make_context
 from jaxembed.curation.engine import curate
 from jaxembed.data.jsonl import write_jsonl
 from jaxembed.evaluation.heldout import open_held_out_sets, score_sets
@@ -71,7 +71,9 @@ def curate_files(files: dict[str, Path], model: str, out: Path) -> dict[str, Pat
     ]
     sources = [{"path": str(path), "name": name} for name, path in files.items()]
     result = curate(
-        CurateConfig.model_validate({"out": str(out), "sources": sources, "steps": steps}), cache_dir(), "benchmark", read_task
+        CurateConfig.model_validate({"out": str(out), "sources": sources, "steps": steps}),
+        make_context(cache_dir()),
+        "benchmark",
     )
     logging.getLogger("jaxembed").warning("curated: %s", json.dumps(result["rows"]))
     return {name: out / f"{name}.jsonl" for name in files}

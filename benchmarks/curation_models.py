@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxembed import cli
 from jaxembed.config.curation import CurateConfig
-from jaxembed.curate import read_task
+from jaxembed.curate import make_context
 from jaxembed.curation.engine import curate
 from jaxembed.data.jsonl import write_jsonl
 from jaxembed.files import cache_dir
@@ -34,7 +34,7 @@ def run_steps(rows: Rows, steps: list[dict[str, Any]], folder: Path) -> dict[str
     path, out = folder / f"rows{number}.jsonl", folder / f"out{number}"
     write_jsonl(path, rows)
     tree = {"out": str(out), "metadata": ["id"], "sources": [{"path": str(path), "name": "rows"}], "steps": steps}
-    curate(CurateConfig.model_validate(tree), cache_dir(), "benchmark", read_task)
+    curate(CurateConfig.model_validate(tree), make_context(cache_dir()), "benchmark")
     return {row["id"]: row for row in map(json.loads, (out / "rows.jsonl").read_text().splitlines())}
 
 

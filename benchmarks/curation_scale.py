@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from jaxembed.config.curation import CurateConfig
-from jaxembed.curate import read_task
+from jaxembed.curate import make_context
 from jaxembed.curation.engine import curate
 from jaxembed.data.jsonl import write_jsonl
 
@@ -52,7 +52,7 @@ def measure(name: str, count: int, words: int, memory_mb: int) -> None:
         sources = [{"path": str(folder / "rows.jsonl")}]
         tree = {"out": str(folder / "out"), "memory_mb": memory_mb, "sources": sources, "steps": STEPS[name]}
         start = time.monotonic()
-        result = curate(CurateConfig.model_validate(tree), folder / "cache", "benchmark", read_task)
+        result = curate(CurateConfig.model_validate(tree), make_context(folder / "cache"), "benchmark")
         seconds = time.monotonic() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     print(f"| {name} | {count:,} | {result['rows']['rows']['out']:,} | {seconds:,.0f} | {peak:,.0f} |", flush=True)

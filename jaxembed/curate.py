@@ -7,13 +7,19 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from jaxembed import cli
 from jaxembed.config.curation import CurateConfig, load_curate_config
 from jaxembed.config.sections import table
 from jaxembed.files import cache_dir
 from jaxembed.training.shutdown import stop_on_signals
+
+if TYPE_CHECKING:
+    from jaxembed.config.curation_models import JudgeConfig
+    from jaxembed.curation.stages import StepContext
+    from jaxembed.hub.cross_encoder import ScorePairs
 
 ABOUT = """\
 The config has sources, as in training, and a list of steps. The output folder `out` gets one training file per source,
@@ -29,7 +35,21 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     if any(map(needs_model, config.steps)):
         cli.set_up_jax()
     with stop_on_signals(f"{config.out} is not finished; the same command continues"):
-        return curate(config, cache_dir(), args.config, read_task)
+        return curate(config, make_context(cache_dir()), args.config)
+
+
+def make_context(cache: Path) -> StepContext:
+    """Return what the steps of a curation share. `cache` is the folder for row indexes, vectors and scores."""
+    from jaxembed.curation.stages import StepContext
+
+    return StepContext(cache, read_task, open_server)
+
+
+def open_server(config: JudgeConfig, cache: Path) -> ScorePairs:
+    """Open an LLM server as a judge (`synthesis.server_judge`)."""
+    from jaxembed.synthesis.server_judge import open_server_judge
+
+    return open_server_judge(config, cache)
 
 
 def read_task(name: str) -> Iterator[tuple[str, Sequence[str]]]:

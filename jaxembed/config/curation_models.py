@@ -22,15 +22,16 @@ Ranker = Literal["vectors", "bm25", "judge"]
 class JudgeConfig(Section):
     """A model that reads a query and a document together, and returns a score of their relevance."""
 
-    kind: Literal["cross_encoder", "causal_lm"] = Field(
+    kind: Literal["cross_encoder", "causal_lm", "server"] = Field(
         "cross_encoder",
         description="cross_encoder: one that sentence-transformers loads. causal_lm: a language model that answers yes or no, "
-        "such as Qwen3-Reranker; the score is the probability of yes.",
+        "such as Qwen3-Reranker; the score is the probability of yes. server: one that an OpenAI-compatible server runs.",
     )
-    model: NonEmpty = Field(description="MODEL: a folder or hub id.")
+    model: NonEmpty = Field(description="MODEL: a folder or hub id. server: the name of the model there.")
+    url: str = Field("", description="server: its URL. A key is read from the environment variable OPENAI_API_KEY.")
     instruction: str = Field(
         "Given a web search query, retrieve relevant passages that answer the query",
-        description="causal_lm: what makes a document relevant. Default: that of Qwen3-Reranker.",
+        description="causal_lm and server: what makes a document relevant. Default: that of Qwen3-Reranker.",
     )
     max_length: Positive = Field(
         1024, description="causal_lm: maximum tokens of the whole input. Documents are cut, and queries at half of it."
@@ -45,6 +46,10 @@ class JudgeConfig(Section):
 
     @model_validator(mode="after")
     def _check_template(self) -> JudgeConfig:
+        if (self.kind == "server") != bool(self.url):
+            raise ValueError(
+                f"kind is {self.kind!r}: {'set the url of the server' if not self.url else 'only server reads url'}"
+            )
         if self.template.count("{document}") != 1 or "{query}" not in self.split_template()[0]:
             raise ValueError("template must contain {query}, and after it {document}, once")
         return self

@@ -27,6 +27,7 @@ from jaxembed.curation.curation_sources import CuratedSource, iter_curated_rows,
 from jaxembed.curation.curation_stats import RowStats, StepStats
 from jaxembed.curation.stages import (
     Stage,
+    StepContext,
     check_requirements,
     check_sides,
     compute_stage_digests,
@@ -39,7 +40,6 @@ from jaxembed.curation.stages import (
 )
 from jaxembed.curation.steps.changes import ChangingStep
 from jaxembed.curation.steps.curated_row import CuratedRow, PreparedStep, RowStep, write_row
-from jaxembed.curation.steps.decontamination import ReadTask
 from jaxembed.curation.steps.items import AllRowsStep
 from jaxembed.data.convert import WRITERS, select_fields
 from jaxembed.devices.processes import progress_bar
@@ -53,14 +53,13 @@ REPORT_FILE, PAGE_FILE = "report.json", "report.html"
 log = logging.getLogger("jaxembed")
 
 
-def curate(config: CurateConfig, cache: Path, where: str, read_task: ReadTask) -> dict[str, Any]:
+def curate(config: CurateConfig, context: StepContext, where: str) -> dict[str, Any]:
     """Run all steps and write the training files and the report.
 
     Args:
         config: The whole config.
-        cache: Folder for the row indexes.
+        context: What steps share.
         where: File of the config, for errors.
-        read_task: Returns the parts of an MTEB task, for `decontaminate`.
 
     Returns:
         The output folder, its files, and the rows in and out of each source.
@@ -77,15 +76,13 @@ def curate(config: CurateConfig, cache: Path, where: str, read_task: ReadTask) -
 
     for step in config.steps:
         check_requirements(step)
-    row_steps = {
-        i: prepare_step(step, locate, cache, read_task) for i, step in enumerate(config.steps) if not needs_all_rows(step)
-    }
-    sources += open_curated_sources(config.sources, cache, where)
+    row_steps = {i: prepare_step(step, locate, context) for i, step in enumerate(config.steps) if not needs_all_rows(step)}
+    sources += open_curated_sources(config.sources, context.cache, where)
     check_sides(config, [source.format for source in sources])
     inputs = [[source.name, source.format, source.digest, source.num_rows] for source in sources]
     inputs_digest = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
     with lock_output(out, inputs_digest):
-        Curation(config, out, sources, row_steps, cache).run(inputs_digest)
+        Curation(config, out, sources, row_steps, context).run(inputs_digest)
         report = write_report(config, out, sources)
         remove_unfinished(out)
     outputs = report["output"]["sources"]
@@ -103,7 +100,7 @@ class Curation:
         out: Path,
         sources: Sequence[CuratedSource],
         row_steps: dict[int, PreparedStep],
-        cache: Path,
+        context: StepContext,
     ):
         """Prepare all stages.
 
@@ -112,9 +109,9 @@ class Curation:
             out: Output folder.
             sources: The open sources.
             row_steps: The steps that see one row at a time, by index.
-            cache: Folder for vectors.
+            context: What steps share.
         """
-        self.config, self.out, self.sources, self.row_steps, self.cache = config, out, sources, row_steps, cache
+        self.config, self.out, self.sources, self.row_steps, self.context = config, out, sources, row_steps, context
         self.stages = split_into_stages(config.steps)
         self.names = [source.name for source in sources]
         self.num_rows = sum(source.num_rows for source in sources)
@@ -162,7 +159,7 @@ class Curation:
     def _decide(self, step_index: int, rows: Iterable[CuratedRow], folder: Path, keys: Path) -> None:
         """Store the rows of a stage, and which items its last step drops, in `folder`. The step keeps its files in `keys`."""
         config = self.config.steps[step_index]
-        with closing(make_all_rows_step(config, keys, self.num_rows, self.config, self.cache)) as step:
+        with closing(make_all_rows_step(config, keys, self.num_rows, self.config, self.context)) as step:
             write_rows(folder / ROWS_FILE, rows, step)
             write_decisions(folder, step)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from jaxembed.config.curation import AnyStep, CurateConfig, DuplicatesStepConfig
 from jaxembed.config.curation_models import ClusterStepConfig, JudgeConfig, JudgeStepConfig, MineStepConfig
 from jaxembed.curation.mining import MiningOptions
+from jaxembed.curation.stages import StepContext
 from jaxembed.curation.steps.changes import ChangingStep
 from jaxembed.curation.steps.clusters import Clusters
 from jaxembed.curation.steps.curated_row import PreparedStep
@@ -27,23 +28,23 @@ def check_models(step: AnyStep) -> None:
     """Raise `UserError` if a step needs a model or a library that does not exist. A hub model is downloaded."""
     if isinstance(step, DuplicatesStepConfig | MineStepConfig | ClusterStepConfig):
         check_model_exists(step.model)
-    if isinstance(step, MineStepConfig | JudgeStepConfig) and step.judge is not None:
+    if isinstance(step, MineStepConfig | JudgeStepConfig) and step.judge is not None and step.judge.kind != "server":
         find_folder(step.judge.model)
     if isinstance(step, MineStepConfig) and "bm25" in step.rankers:
         check_bm25_installed()
 
 
-def make_all_rows_step(step: AnyStep, folder: Path, config: CurateConfig, cache: Path) -> AllRowsStep | ChangingStep:
+def make_all_rows_step(step: AnyStep, folder: Path, config: CurateConfig, context: StepContext) -> AllRowsStep | ChangingStep:
     """Return a step that decides after it has seen all rows. See `stages.make_all_rows_step`."""
     if isinstance(step, MineStepConfig):
-        return make_mine_step(step, config, cache)
+        return make_mine_step(step, config, context)
     if isinstance(step, ClusterStepConfig):
-        return Clusters(step, folder, open_frozen_encoder(step.model, cache), config.seed)
+        return Clusters(step, folder, open_frozen_encoder(step.model, context.cache), config.seed)
     assert isinstance(step, DuplicatesStepConfig)
-    return SemanticCopies(step, folder, open_frozen_encoder(step.model, cache), config.memory_mb)
+    return SemanticCopies(step, folder, open_frozen_encoder(step.model, context.cache), config.memory_mb)
 
 
-def make_mine_step(step: MineStepConfig, config: CurateConfig, cache: Path) -> MinedRows:
+def make_mine_step(step: MineStepConfig, config: CurateConfig, context: StepContext) -> MinedRows:
     """Return a step `mine` with its models."""
     options = MiningOptions(
         config=step,
@@ -53,15 +54,20 @@ def make_mine_step(step: MineStepConfig, config: CurateConfig, cache: Path) -> M
         memory_mb=config.memory_mb,
         relabel_margin=step.relabel_margin if step.relabel else None,
     )
-    models = MinerModels(open_frozen_encoder(step.model, cache), open_judge(step.judge, cache) if step.judge else None)
-    return MinedRows(step, name_files(config.sources, ""), models, options, cache)
+    judge = open_judge(step.judge, context) if step.judge else None
+    models = MinerModels(open_frozen_encoder(step.model, context.cache), judge)
+    return MinedRows(step, name_files(config.sources, ""), models, options, context.cache)
 
 
-def prepare_judge_step(step: JudgeStepConfig, cache: Path) -> PreparedStep:
+def prepare_judge_step(step: JudgeStepConfig, context: StepContext) -> PreparedStep:
     """Return a step `judge`. Its model is loaded with the first pairs."""
-    return PreparedStep(make_judge_step(step, functools.cache(lambda: open_judge(step.judge, cache))))
+    return PreparedStep(make_judge_step(step, functools.cache(lambda: open_judge(step.judge, context))))
 
 
-def open_judge(config: JudgeConfig, cache: Path) -> ScorePairs:
+def open_judge(config: JudgeConfig, context: StepContext) -> ScorePairs:
     """Return the function that scores pairs of a query and a document."""
-    return open_causal_judge(config, cache) if config.kind == "causal_lm" else open_cross_encoder(config.model, cache)
+    if config.kind == "server":
+        return context.open_server(config, context.cache)
+    if config.kind == "causal_lm":
+        return open_causal_judge(config, context.cache)
+    return open_cross_encoder(config.model, context.cache)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +29,7 @@ from jaxembed.config.curation import (
     QualityStepConfig,
     Side,
 )
-from jaxembed.config.curation_models import ClusterStepConfig, JudgeStepConfig, MineStepConfig
+from jaxembed.config.curation_models import ClusterStepConfig, JudgeConfig, JudgeStepConfig, MineStepConfig
 from jaxembed.curation.steps.balance import Balance, make_balance_rule
 from jaxembed.curation.steps.changes import ChangingStep, make_change_filter, write_changes
 from jaxembed.curation.steps.cleaning import make_clean_step
@@ -51,11 +51,28 @@ ENGINE_VERSION = 1  # increase it when the same config gives different results
 STEP_LIBRARIES = ("ftfy", "py3langid", "rensa")
 
 
+OpenServer = Callable[[JudgeConfig, Path], Callable[[Sequence[tuple[str, str]]], np.ndarray]]
+
+
 class Stage(NamedTuple):
     """Steps by their index in the config: those that see one row at a time, then one that must see all rows, or None."""
 
     row_steps: tuple[int, ...]
     all_rows_step: int | None
+
+
+class StepContext(NamedTuple):
+    """What steps share, besides the config.
+
+    Attributes:
+        cache: Folder for row indexes, vectors and scores.
+        read_task: Returns the parts of an MTEB task.
+        open_server: Opens an LLM server as a judge, given its section and the cache.
+    """
+
+    cache: Path
+    read_task: ReadTask
+    open_server: OpenServer
 
 
 def needs_all_rows(step: AnyStep) -> bool:
@@ -86,14 +103,13 @@ def split_into_stages(steps: Sequence[AnyStep]) -> list[Stage]:
     return [*stages, Stage(tuple(row_steps), None)]
 
 
-def prepare_step(step: AnyStep, locate: LocateRow, cache: Path, read_task: ReadTask) -> PreparedStep:
+def prepare_step(step: AnyStep, locate: LocateRow, context: StepContext) -> PreparedStep:
     """Return a step that sees one row at a time.
 
     Args:
         step: The section of the step.
         locate: Returns where a row is stored, for errors.
-        cache: Folder for the row indexes of evaluation sets.
-        read_task: Returns the parts of an MTEB task.
+        context: What steps share.
 
     Raises:
         UserError: Something that the step needs is missing.
@@ -107,11 +123,11 @@ def prepare_step(step: AnyStep, locate: LocateRow, cache: Path, read_task: ReadT
     if isinstance(step, NegativesStepConfig):
         return PreparedStep(make_negatives_step(step))
     if isinstance(step, DecontaminateStepConfig):
-        return make_decontaminate_step(step, cache, read_task)
+        return make_decontaminate_step(step, context.cache, context.read_task)
     if isinstance(step, JudgeStepConfig):
         from jaxembed.curation import model_steps
 
-        return model_steps.prepare_judge_step(step, cache)
+        return model_steps.prepare_judge_step(step, context)
     assert isinstance(step, FunctionStepConfig)
     return make_function_step(step, locate)
 
@@ -127,7 +143,7 @@ def check_requirements(step: AnyStep) -> None:
 
 
 def make_all_rows_step(
-    step: AnyStep, folder: Path, max_rows: int, config: CurateConfig, cache: Path
+    step: AnyStep, folder: Path, max_rows: int, config: CurateConfig, context: StepContext
 ) -> AllRowsStep | ChangingStep:
     """Return a step that decides after it has seen all rows.
 
@@ -136,7 +152,7 @@ def make_all_rows_step(
         folder: Empty folder for what the step stores.
         max_rows: Number of rows before the first step.
         config: The whole config.
-        cache: Folder for vectors.
+        context: What steps share.
     """
     if isinstance(step, BalanceStepConfig):
         return Balance(step, folder, max_rows, config.memory_mb, config.seed)
@@ -145,7 +161,7 @@ def make_all_rows_step(
     if needs_model(step):
         from jaxembed.curation import model_steps
 
-        return model_steps.make_all_rows_step(step, folder, config, cache)
+        return model_steps.make_all_rows_step(step, folder, config, context)
     assert isinstance(step, DuplicatesStepConfig)
     copies = NearCopies if step.match == "near" else ExactCopies
     return copies(step, folder, max_rows, config.memory_mb)

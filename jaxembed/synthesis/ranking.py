@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxembed.config.synthesis_steps import RankStepConfig
+from jaxembed.search.fusion import fuse_rankings
 from jaxembed.synthesis.drafts import Draft, fill_template, make_request_seed, make_rng
 from jaxembed.synthesis.endpoints import OptionRefusedError, TooLongError
 from jaxembed.synthesis.requests import Answer, Request
@@ -57,7 +58,7 @@ class RankStep(Step):
             if not usable:
                 self.counts.dropped[NO_ANSWER] += 1
                 continue
-            yield self.emit(self._choose(result, fuse_rankings(usable, self._config.fusion_k)))
+            yield self.emit(self._choose(result, fuse_scores(usable, self._config.fusion_k)))
 
     def _iter_with_candidates(self, drafts: Iterable[Draft]) -> Iterator[Draft]:
         for draft in self.iter_counted(drafts):
@@ -145,15 +146,12 @@ def read_grade(answer: Answer, grades: Sequence[str]) -> float | None:
     return float(grades.index(max(matches, key=len))) if matches else None
 
 
-def fuse_rankings(scores: Sequence[Sequence[float]], fusion_k: int) -> list[int]:
+def fuse_scores(scores: Sequence[Sequence[float]], fusion_k: int) -> list[int]:
     """Return the order of candidates by reciprocal rank fusion, best first (Cormack, Clarke and Büttcher 2009).
 
     Args:
         scores: Scores of the candidates by each ranking, larger for better. Equal ones keep the order of the candidates.
         fusion_k: The constant that is added to every rank.
     """
-    total = np.zeros(len(scores[0]))
-    for ranking in scores:
-        order = np.argsort(-np.array(ranking), kind="stable")
-        total[order] += 1 / (fusion_k + 1 + np.arange(len(order)))
-    return [int(index) for index in np.argsort(-total, kind="stable")]
+    rankings = [np.argsort(-np.array(ranking), kind="stable") for ranking in scores]
+    return [int(index) for index in fuse_rankings(rankings, fusion_k)]

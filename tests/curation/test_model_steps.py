@@ -142,7 +142,7 @@ def score_numbers(pairs: Sequence[tuple[str, str]]) -> np.ndarray:
 
 @pytest.fixture
 def judge(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jaxembed.curation.model_steps.open_judge", lambda config, cache: score_numbers)
+    monkeypatch.setattr("jaxembed.curation.model_steps.open_judge", lambda config, context: score_numbers)
     monkeypatch.setattr("jaxembed.curation.model_steps.find_folder", lambda name: Path(name))
 
 

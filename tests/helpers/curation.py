@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxembed.config.curation import AnyStep, CurateConfig
+from jaxembed.curate import make_context
 from jaxembed.curation.stages import make_all_rows_step, read_decisions, write_decisions
 from jaxembed.curation.steps.curated_row import CuratedRow, StepOutcome
 
@@ -20,7 +21,7 @@ def run_all_rows_step(config: AnyStep, folder: Path, rows: Sequence[CuratedRow],
     """Let a step see rows in batches of two, then apply what it decided."""
     folder.mkdir(exist_ok=True)
     whole = CurateConfig(out="out", memory_mb=16, seed=seed, sources=[{"path": "a.jsonl"}], steps=[config])
-    with closing(make_all_rows_step(config, folder, 100, whole, folder / "cache")) as step:
+    with closing(make_all_rows_step(config, folder, 100, whole, make_context(folder / "cache"))) as step:
         for start in range(0, len(rows), 2):
             step.collect(rows[start : start + 2])
         write_decisions(folder, step)

@@ -15,7 +15,7 @@ from helpers.llm_server import Behavior, LlmServer, read_prompt
 from jaxembed.data.jsonl import write_jsonl
 from jaxembed.errors import UserError
 from jaxembed.search.bm25 import Bm25Index
-from jaxembed.synthesis.ranking import fuse_rankings, read_grade
+from jaxembed.synthesis.ranking import fuse_scores, read_grade
 from jaxembed.synthesis.requests import Answer
 from jaxembed.synthesis.retrieval import DocumentIndex
 
@@ -142,8 +142,8 @@ def test_bm25_gives_scores_and_an_unknown_query_finds_nothing() -> None:
 
 def test_ranks_are_fused_by_their_reciprocals() -> None:
     # Ranks 1, 2, 3 and 2, 3, 1: 1/61 + 1/62, 1/62 + 1/63, 1/63 + 1/61.
-    assert fuse_rankings([[3.0, 2.0, 1.0], [2.0, 1.0, 3.0]], 60) == [0, 2, 1]
-    assert fuse_rankings([[0.0, 0.0, 1.0]], 60) == [2, 0, 1]
+    assert fuse_scores([[3.0, 2.0, 1.0], [2.0, 1.0, 3.0]], 60) == [0, 2, 1]
+    assert fuse_scores([[0.0, 0.0, 1.0]], 60) == [2, 0, 1]
 
 
 def test_a_grade_is_expected_over_the_probabilities_that_the_server_gives() -> None:
