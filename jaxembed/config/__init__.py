@@ -30,7 +30,7 @@ from jaxembed.config.objectives import (
 from jaxembed.config.spec import EmbeddingSpec, FewShotExample
 from jaxembed.config.stage import StageConfig
 from jaxembed.config.token_objectives import MaskedPredictionConfig, TokenObjectiveConfig
-from jaxembed.config.training import EvalConfig, EvalSetConfig, MeshConfig, OptimConfig, RunConfig, TrainConfig
+from jaxembed.config.training import DropoutConfig, EvalConfig, EvalSetConfig, MeshConfig, OptimConfig, RunConfig, TrainConfig
 from jaxembed.config.tree import Config, load_config, parse_config, read_run_config
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "CosineRegressionConfig",
     "DataConfig",
     "DistillationConfig",
+    "DropoutConfig",
     "EmbeddingMatchingConfig",
     "EmbeddingSpec",
     "EvalConfig",

@@ -59,6 +59,18 @@ class MeshConfig(Section):
         return self
 
 
+class DropoutConfig(Section):
+    """Dropout in the transformer, drawn from the seed and the step. Adapters have their own, `model.lora.dropout`."""
+
+    hidden: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Dropout rate of the embeddings, and of the output of each attention and feed-forward block.",
+    )
+    attention: float = Field(0.0, ge=0, lt=1, description="Dropout rate of the attention weights.")
+
+
 class TrainConfig(Section):
     """The length of training, the batch, and what happens between steps."""
 
@@ -67,6 +79,7 @@ class TrainConfig(Section):
     seed: int = Field(
         0, ge=0, le=MAX_INTEGER, description="Seed of the parameters, the order of examples, and every random draw."
     )
+    dropout: DropoutConfig = DropoutConfig()
     log_every: Positive = Field(10, description="Steps between lines of metrics.jsonl.")
     checkpoint_every: Positive = Field(500, description="Steps between checkpoints.")
     eval_every: Positive = Field(500, description="Steps between evaluations of the held-out sets. Each saves a checkpoint.")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxembed.config import LoraConfig
-from jaxembed.model.kernels import pick_kernel
+from jaxembed.model.kernels import pick_dropout_kernel, pick_kernel
 from jaxembed.model.layers import Linear, apply_rope, make_norm
 from jaxembed.model.masks import Mask, TokenInfo
 
@@ -32,6 +32,7 @@ class Attention(nn.Module):
         mask: Which tokens of a text attend to each other.
         dtype: Dtype of the computation.
         kernel: Name of the kernel (`model.attention_kernel`).
+        dropout: Dropout rate of the attention weights. It is on if the caller passes a "dropout" key.
         lora: Adapters of the projections, if any.
     """
 
@@ -48,6 +49,7 @@ class Attention(nn.Module):
     mask: Mask
     dtype: Any
     kernel: str
+    dropout: float = 0.0
     lora: LoraConfig | None = None
 
     @nn.compact
@@ -82,6 +84,9 @@ class Attention(nn.Module):
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if self.query_scale is not None:  # the kernels divide by sqrt(H)
             q = q * jnp.asarray(self.query_scale * self.head_width**0.5, q.dtype)
-        mixed = pick_kernel(self.kernel, shards, self.windows)(q, k, v, token_info, self.mask, window)
+        attend = pick_kernel(self.kernel, shards, self.windows)
+        if self.dropout and self.has_rng("dropout"):
+            attend = pick_dropout_kernel(self.kernel, shards, self.dropout, self.make_rng("dropout"))
+        mixed = attend(q, k, v, token_info, self.mask, window)
         out = Linear(x.shape[-1], ("heads", "embed"), self.dtype, self.out_bias, lora=self.lora, name="out")
         return out(mixed.reshape(x.shape[0], -1))

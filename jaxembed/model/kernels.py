@@ -21,7 +21,7 @@ from jaxembed.devices.mesh import target_platform
 from jaxembed.errors import UserError
 from jaxembed.model.cudnn import attend_cudnn, describe_cudnn_limit
 from jaxembed.model.masks import Mask, TokenInfo
-from jaxembed.model.plain_attention import attend_einsum, attend_rows
+from jaxembed.model.plain_attention import AttentionDropout, attend_einsum, attend_rows
 from jaxembed.model.splash import attend_splash, describe_splash_limit
 
 
@@ -94,3 +94,16 @@ def pick_kernel(name: str, shards: int, windows: tuple[int, ...] = ()) -> Callab
         return kernel.attend(q, k, v, token_info, mask, window)
 
     return attend_or_fall_back
+
+
+def pick_dropout_kernel(name: str, shards: int, rate: float, key: jax.Array) -> Callable[..., jax.Array]:
+    """Return an attention function with dropout: `attend_rows` where `name` resolves to it, otherwise `attend_einsum`.
+
+    The kernels of platforms have no dropout. A warning says so once.
+    """
+    resolved, dropout = resolve_kernel(name), AttentionDropout(rate, key)
+    if resolved == "rows":
+        return functools.partial(attend_rows, shards=shards, dropout=dropout)
+    if resolved != "einsum":
+        log_once(f"attention kernel {resolved} does not support dropout; einsum is used instead")
+    return functools.partial(attend_einsum, dropout=dropout)

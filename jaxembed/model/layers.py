@@ -88,7 +88,12 @@ class Linear(nn.Module):
         b_init = nn.with_partitioning(nn.initializers.zeros, (None, self.axes[1]))
         a = self.param("lora_a", a_init, (x.shape[-1], lora.rank)).astype(self.dtype)
         b = self.param("lora_b", b_init, (lora.rank, self.features)).astype(self.dtype)
-        return lora.scale * ((nn.Dropout(lora.dropout, deterministic=not self.has_rng("dropout"))(x) @ a) @ b)
+        return lora.scale * ((make_dropout(self, lora.dropout)(x) @ a) @ b)
+
+
+def make_dropout(module: nn.Module, rate: float) -> nn.Dropout:
+    """Build the dropout of a module (Srivastava et al. 2014). It is on if the caller of the model passes a "dropout" key."""
+    return nn.Dropout(rate, deterministic=not module.has_rng("dropout"))
 
 
 class RMSNorm(nn.Module):

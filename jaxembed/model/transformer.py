@@ -15,31 +15,40 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxembed.config import LoraConfig
+from jaxembed.config import DropoutConfig, LoraConfig
 from jaxembed.data.packing import PackedTexts
 from jaxembed.devices.collectives import embedding_lookup, shard_rows
 from jaxembed.model.attention import Attention
 from jaxembed.model.families import TransformerConfig
-from jaxembed.model.layers import MLP, build_rope_table, compute_rope_frequencies, compute_rope_magnitude, make_norm
+from jaxembed.model.layers import (
+    MLP,
+    build_rope_table,
+    compute_rope_frequencies,
+    compute_rope_magnitude,
+    make_dropout,
+    make_norm,
+)
 from jaxembed.model.lora import select_embedding_dtype
 from jaxembed.model.masks import Mask, TokenInfo
 
 
 @dataclasses.dataclass(frozen=True)
 class ComputeOptions:
-    """How a transformer is executed. These options change its outputs by rounding errors only.
+    """How a transformer is executed. Without a "dropout" key these options change its outputs by rounding errors only.
 
     Attributes:
         dtype: Dtype of the computation.
         remat: Whether the backward pass recomputes the activations of a layer, to save memory.
         unroll: Whether the loop over the layers is unrolled. Steps are faster, compilation takes longer.
         attention_kernel: Name of the attention kernel (see `pick_kernel`).
+        dropout: Rates of dropout. It is on where the caller passes a "dropout" key, as training does.
     """
 
     dtype: Any = jnp.float32
     remat: bool = False
     unroll: bool = True
     attention_kernel: str = "auto"
+    dropout: DropoutConfig = dataclasses.field(default_factory=DropoutConfig)
 
 
 @flax.struct.dataclass
@@ -142,7 +151,7 @@ class TransformerLayer(nn.Module):
             heads=c.heads, kv_heads=c.kv_heads, head_width=c.head_width, qkv_bias=c.qkv_bias, out_bias=c.out_bias,
             qk_norm=c.qk_norm, norm=c.norm, norm_epsilon=c.norm_epsilon, query_scale=c.query_scale,
             windows=c.list_windows(self.mask), mask=self.mask, dtype=dtype, kernel=self.compute.attention_kernel,
-            lora=self.lora, name="attention",
+            dropout=self.compute.dropout.attention, lora=self.lora, name="attention",
         )  # fmt: skip
         mlp = MLP(c.mlp_width, dtype, c.activation, c.gated_mlp, c.mlp_bias, self.lora, name="mlp")
         rope = variant.pick_rope(ropes)
@@ -155,10 +164,11 @@ class TransformerLayer(nn.Module):
         """Add the output of a block to its input, with norms before, after, or around it."""
         c = self.config
         norm = make_norm(c.norm, c.norm_epsilon, self.compute.dtype, f"{name}_norm")
+        drop = make_dropout(self, self.compute.dropout.hidden)
         if c.norm_placement == "post":
-            return jnp.asarray(norm(x + block(x)))
+            return jnp.asarray(norm(x + drop(block(x))))
         normed = variant.norm_attention_input(norm, x) if name == "attention" else norm(x)
-        out = block(normed)
+        out = drop(block(normed))
         if c.norm_placement == "both":
             out = make_norm(c.norm, c.norm_epsilon, self.compute.dtype, f"{name}_out_norm")(out)
         return x + out
@@ -246,7 +256,7 @@ class Transformer(nn.Module):
         c, dtype = self.config, self.compute.dtype
         embedding = Embedding(c, dtype, select_embedding_dtype(self.lora))
         nn.share_scope(self, embedding)
-        x = embedding(texts)
+        x = make_dropout(self, self.compute.dropout.hidden)(embedding(texts))
         token_info = TokenInfo(texts.segment_ids, texts.positions, texts.pool_mask)
         # If layers differ, their variants become arrays [L], which `nn.scan` slices. Arrays have no None, so a layer without a
         # window gets one as long as the longest text. Otherwise Python values stay: some kernels need a static window.

@@ -84,8 +84,9 @@ class Stage:
             model: The model.
             state: A `TrainState` of arrays or of shapes, whose shardings the step keeps.
         """
+        compute = dataclasses.replace(model.compute, dropout=self.config.train.dropout)
         return make_train_step(
-            model,
+            model.clone(compute=compute),
             self.objectives,
             self.make_optimizer(model),
             self.schedule,

@@ -41,6 +41,7 @@ LAYOUT_FIELDS = {
 }  # fmt: skip
 TRANSFORMERS_FIELDS = {
     "optim.schedule": "lr_scheduler_type", "optim.weight_decay": "weight_decay", "optim.clip": "max_grad_norm",
+    "stages.0.optim.learning_rate": "learning_rate", "stages.0.optim.warmup_steps": "warmup_steps",
 }  # fmt: skip
 
 

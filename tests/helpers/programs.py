@@ -16,7 +16,8 @@ def share_train_steps() -> None:
     make_train_step, steps = Stage.make_train_step, {}
 
     def make_once(self: Stage, model: EmbeddingModel, state: Any) -> Any:
-        settings = (self.config.optim, self.schedule_steps, self.config.train.on_nan, self.config.gradcache.rows)
+        train = self.config.train
+        settings = (self.config.optim, self.schedule_steps, train.on_nan, train.dropout, self.config.gradcache.rows)
         shardings, structure = jax.tree.flatten(jax.tree.map(lambda x: x.sharding, state))
         # Tests may replace an objective.
         key = (model.without_texts(), repr(self.objectives), repr(settings), tuple(shardings), structure, *OBJECTIVES.values())

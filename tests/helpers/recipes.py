@@ -43,10 +43,10 @@ BASE_SIZES = tiny.SIZES | {"hidden_size": 544, "num_hidden_layers": 2, "max_posi
 
 
 def write_base(folder: Path) -> Path:
-    """Write a base that is wide and has two layers, one of which may be an early exit."""
+    """Write a causal language model that is wide and has two layers, one of which may be an early exit."""
     torch.manual_seed(0)
     transformer_config = transformers.Qwen3Config(**BASE_SIZES, head_dim=16)
-    transformers.AutoModel.from_config(transformer_config).save_pretrained(folder)
+    transformers.AutoModelForCausalLM.from_config(transformer_config).save_pretrained(folder)
     tiny.build_tokenizer().save_pretrained(folder)
     return folder
 

@@ -16,6 +16,7 @@ from jaxembed.config import Config
 from jaxembed.data.jsonl import write_jsonl
 from jaxembed.errors import UserError
 from jaxembed.files import read_json
+from jaxembed.hub.export_adapters import export_adapters
 from jaxembed.runs.train import train
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -57,6 +58,24 @@ def test_a_run_that_predicts_tokens_learns_and_resumes_exactly(folder: Path, cap
     assert read_losses(folder / "resumed")[-8:] == losses[-8:]
     # The trained run is a model.
     assert Embedder.load(str(folder / "mntp")).encode(["a text"]).shape == (1, 32)
+
+
+def test_the_three_steps_of_llm2vec(folder: Path) -> None:
+    """MNTP, SimCSE under dropout, and pairs. The adapters load with peft on the base and give the vectors of the run."""
+    texts, pairs = ({"sources": [{"path": str(folder / f"{name}.jsonl")}]} for name in ("texts", "pairs"))
+    stages = [
+        {"train": {"steps": 1}, "objectives": [MNTP], "data": texts},
+        {"train": {"steps": 2, "dropout": {"hidden": 0.1, "attention": 0.3}}, "data": {**texts, "hard_negatives": 0}},
+        {"train": {"steps": 1}, "data": pairs},
+    ]
+    base = f"model.base={folder / 'with_head'}"
+    train(make_staged_config(folder, "llm2vec", stages, base, "model.lora={rank: 4}", "eval.sets=[]"))
+    losses = read_losses(folder / "llm2vec")
+    assert len(losses) == 4 and losses[1] > 0.01  # two equal vectors would have almost no loss
+    embedder = Embedder.load(str(folder / "llm2vec"))
+    export_adapters(folder / "llm2vec", folder / "adapters", "last")
+    exported = Embedder.load(str(folder / "adapters"))
+    np.testing.assert_allclose(exported.encode(["a text"]), embedder.encode(["a text"]), atol=1e-5)
 
 
 def test_tokens_and_vectors_in_one_stage_after_one_of_tokens(folder: Path) -> None:
