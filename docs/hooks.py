@@ -20,6 +20,7 @@ from jaxembed import config  # noqa: E402
 from jaxembed.__main__ import COMMANDS  # noqa: E402
 from jaxembed.config.curation import CurateConfig  # noqa: E402
 from jaxembed.config.sections import table  # noqa: E402
+from jaxembed.config.synthesis import SynthesisConfig  # noqa: E402
 
 PLACEHOLDER = re.compile(r"<!-- generated: ([\w-]+) -->")
 HELP_COLUMNS = 110
@@ -57,6 +58,11 @@ def curation_keys() -> str:
     return "\n".join(row for row in table(CurateConfig).splitlines() if not row.startswith("| `sources[]."))
 
 
+def synthesis_keys() -> str:
+    """Return a table of the keys of a synthesis recipe."""
+    return table(SynthesisConfig)
+
+
 def command_options() -> str:
     """Return the help text of every command and subcommand."""
     os.environ["COLUMNS"] = str(HELP_COLUMNS)  # the width that argparse wraps at
@@ -77,6 +83,7 @@ def subparsers(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.
 GENERATORS = {
     "config-keys": config_keys,
     "curation-keys": curation_keys,
+    "synthesis-keys": synthesis_keys,
     "command-options": command_options,
     "recipes": recipe_pages.write_list,
     "recipe-plans": recipe_pages.write_plans,

@@ -141,11 +141,14 @@ class Endpoints:
         return endpoint
 
     def _release(self, endpoint: Endpoint, wait_s: float | None) -> None:
+        """Count the end of a request. After a failure, the server rests; further failures of the same time count once."""
         with self._lock:
             endpoint.running -= 1
-            endpoint.failures = 0 if wait_s is None else endpoint.failures + 1
-            if wait_s is not None:
-                endpoint.ready_at = max(endpoint.ready_at, time.monotonic() + wait_s)
+            now = time.monotonic()
+            if wait_s is None:
+                endpoint.failures = 0
+            elif now >= endpoint.ready_at:
+                endpoint.failures, endpoint.ready_at = endpoint.failures + 1, now + wait_s
 
     def _find_wait(self, error: Exception, endpoint: Endpoint) -> float | None:
         """Return the seconds after which a request may succeed, or None if it will not."""

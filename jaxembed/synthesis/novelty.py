@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections import defaultdict
 from collections.abc import Callable
 from typing import Literal
 
@@ -11,7 +10,7 @@ import numpy as np
 
 from jaxembed.config.curation import LanguageStepConfig
 from jaxembed.curation.steps.languages import load_identifier, open_identifier
-from jaxembed.curation.steps.near_copies import choose_band_hashes, compute_signatures, hash_bands, import_rensa
+from jaxembed.curation.steps.near_copies import choose_band_hashes, compute_signatures, hash_bands, import_rensa, mix
 from jaxembed.data.equality import hash_text
 from jaxembed.errors import UserError
 
@@ -32,7 +31,7 @@ class SeenTexts:
         self._minhash = import_rensa() if match == "near" else None
         self._threshold, self._band_hashes = threshold, choose_band_hashes(threshold)
         self._signatures: list[np.ndarray] = []
-        self._buckets: dict[tuple[int, int], list[int]] = defaultdict(list)
+        self._buckets: dict[int, int] = {}
 
     def add(self, text: str) -> bool:
         """Add a text and return True, or return False if a copy is in the set."""
@@ -45,17 +44,20 @@ class SeenTexts:
         return True
 
     def _add_signature(self, text: str) -> bool:
-        """Add the signature of a text and return True, or return False if a similar one is there."""
+        """Add the signature of a text and return True, or return False if a similar one is there.
+
+        A text is compared with the first text of each bucket, as in curation.
+        """
         signature = compute_signatures([text], self._minhash)
-        keys = [(i, int(band[0])) for i, band in enumerate(hash_bands(signature, self._band_hashes))]
-        candidates = sorted({number for key in keys for number in self._buckets.get(key, ())})
-        if candidates:
-            similar = (np.stack([self._signatures[i] for i in candidates]) == signature[0].astype(np.uint16)).mean(1)
-            if similar.max() >= self._threshold:
-                return False
+        hashes = signature[0].astype(np.uint16)
+        bands = hash_bands(signature, self._band_hashes)
+        keys = [int(mix(band ^ np.uint64(i << 32))[0]) for i, band in enumerate(bands)]
+        candidates = {self._buckets[key] for key in keys if key in self._buckets}
+        if any((self._signatures[i] == hashes).mean() >= self._threshold for i in candidates):
+            return False
         for key in keys:
-            self._buckets[key].append(len(self._signatures))
-        self._signatures.append(signature[0].astype(np.uint16))
+            self._buckets.setdefault(key, len(self._signatures))
+        self._signatures.append(hashes)
         return True
 
 
