@@ -43,6 +43,8 @@ def attend_einsum(
 ) -> Float[Array, "r t n h"]:
     """Return softmax(q k^T / sqrt(H)) v over the tokens that a query sees, by its mask and its segment.
 
+    It takes seven parameters because it is called like the other kernels, which have no dropout.
+
     Args:
         q: Queries. Head n reads the key-value head n // (N / G).
         k: Keys.
