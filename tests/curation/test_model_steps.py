@@ -179,6 +179,21 @@ def test_positives_are_replaced_by_better_documents(encoder: StubEncoder, judge:
     assert outcomes[1].reasons == ("negatives: mined",) and outcomes[1].row["pos_scores"] == [1.0]
 
 
+def test_mined_rows_are_kept_when_a_later_step_fails(
+    encoder: StubEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second command does not mine again, and its output equals that of a command without a failure."""
+    monkeypatch.setattr("jaxembed.curation.model_steps.check_model_exists", lambda name: None)
+    mine = {"name": "mine", "model": "M", "rule": "top_k", "depth": 9, "negatives": 2}
+    fail = {"name": "balance", "by": "topic", "max_rows": 5}
+    with pytest.raises(UserError, match="no row has this field"):
+        run_curate(tmp_path, [mine, fail], NUMBERED)
+    num_encoded = len(encoder.inputs)
+    written = run_curate(tmp_path, [mine, {**fail, "by": "source"}], NUMBERED)
+    assert len(written) == 5 and len(encoder.inputs) == num_encoded > 0
+    assert written == run_curate(tmp_path / "whole", [mine, {**fail, "by": "source"}], NUMBERED)
+
+
 def test_rankings_are_fused(encoder: StubEncoder, judge: None, tmp_path: Path) -> None:
     """BM25 ranks texts by words, the vectors and the judge by number. A document that all rank high comes first."""
     rows = [pair(f"red stone {i}", f"blue water {i}") for i in range(1, 20)] + [
