@@ -21,7 +21,7 @@ COMMANDS = {
     "merge": "average several models",
     "prune": "make a model smaller: layers, feed-forward width, vocabulary",
 }
-USAGE = "usage: jaxembed COMMAND ...\n\n" + "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
+USAGE = "usage: jaxembed COMMAND ...\n\n" + "\n".join(f"  {name:<12}{text}" for name, text in COMMANDS.items())
 
 
 def main() -> None:

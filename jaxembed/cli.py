@@ -125,9 +125,15 @@ class Parser(argparse.ArgumentParser):
 
     Attributes:
         hint: A sentence that precedes the pointer to --help in errors.
+        is_intermixed: Whether options may stand between the positional arguments.
     """
 
     hint = ""
+    is_intermixed = False
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse the arguments of the command line."""
+        return self.parse_intermixed_args(args, namespace) if self.is_intermixed else super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with code 2."""

@@ -57,6 +57,7 @@ def get_searcher(step: object) -> str:
 def make_parser() -> cli.Parser:
     """Build the parser of the command."""
     parser = cli.new_parser("synthesize", f"{__doc__}\n{ABOUT}")
+    parser.is_intermixed = True
     parser.add_argument(
         "config", metavar="RECIPE.yaml", help="recipe: a YAML file, or the name of a shipped one, such as example"
     )

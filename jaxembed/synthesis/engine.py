@@ -57,13 +57,12 @@ def synthesize(
     inputs = read_inputs(config, str(recipe))
     tasks = prepare_tasks(config, recipe, inputs, cache)
     with ExitStack() as stack:
-        client_options = dataclasses.replace(server, concurrency=max(server.concurrency, 1))
         prepare_folder(out, make_identity(config, server.model, hash_inputs(inputs)))
         (out / ANSWERS_FILE).parent.mkdir(exist_ok=True)
         store = stack.enter_context(closing(AnswerStore(out / ANSWERS_FILE)))
         budget = Budget(budget_tokens)
-        workers = stack.enter_context(Workers(client_options.concurrency, budget))
-        client = stack.enter_context(closing(LlmClient(client_options, store)))
+        workers = stack.enter_context(Workers(server.concurrency, budget))
+        client = stack.enter_context(closing(LlmClient(server, store)))
         files = write_rows(config, tasks, client, workers, out)
         ended_by = "budget" if budget.is_spent else "rows" if all(task.is_full for task in tasks) else "recipe"
     report = make_report(config, tasks, client, files)

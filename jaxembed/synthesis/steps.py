@@ -112,6 +112,7 @@ class AskStep(Step):
         super().__init__(config)
         self._config, self._context, self._reader, self._values = config, context, reader, values
         self._seen = SeenTexts(config.unique) if config.unique != "none" else None
+        self._too_long_message = ""
 
     def run(self, drafts: Iterable[Draft]) -> Iterator[Draft]:
         """Yield a draft for each valid answer, or for each item of a valid list."""

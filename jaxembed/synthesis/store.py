@@ -20,34 +20,28 @@ class AnswerStore:
     A line is written as a whole: {"key": ..., "request": ..., "answer": ...}. Memory holds the position of each line alone.
     """
 
-    def __init__(self, path: Path, *, read_only: bool = False):
+    def __init__(self, path: Path):
         """Open the file, create it if it does not exist, and drop a last line that is not complete.
 
         Args:
             path: The file. Its folder exists.
-            read_only: Only read it. It must exist.
 
         Raises:
             UserError: Another process writes the file, or a line is damaged.
         """
         self.path = path
-        self._descriptor = os.open(path, os.O_RDONLY if read_only else os.O_RDWR | os.O_CREAT, 0o666)
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         self._lock = threading.Lock()
         try:
-            if not read_only:
-                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._positions, self._end = self._scan()
-            if not read_only:
-                os.ftruncate(self._descriptor, self._end)
+            os.ftruncate(self._descriptor, self._end)
         except BlockingIOError:
             os.close(self._descriptor)
             raise UserError(f"{path}: another process writes it. Wait for it, or name another output.") from None
         except UserError:
             os.close(self._descriptor)
             raise
-
-    def __len__(self) -> int:
-        return len(self._positions)
 
     def close(self) -> None:
         """Write everything to the disk, and close the file."""
@@ -73,11 +67,6 @@ class AnswerStore:
                 written += os.pwrite(self._descriptor, line[written:], self._end + written)
             self._positions[key] = (self._end, len(line))
             self._end += len(line)
-
-    def iter_records(self) -> Any:
-        """Yield all records, in the order in which they were added."""
-        for position in list(self._positions.values()):
-            yield self._read_line(*position)
 
     def _read_line(self, start: int, size: int) -> dict[str, Any]:
         record: dict[str, Any] = json.loads(os.pread(self._descriptor, size, start))

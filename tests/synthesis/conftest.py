@@ -72,8 +72,7 @@ def synthesize(server: LlmServer, recipe: Path, tmp_path: Path) -> Synthesize:
     """Runs the command in this process: synthesize(*arguments, out=..., server=...)."""
 
     def run(*arguments: str, out: str = "out", url: str = server.url, model: str = MODEL) -> dict[str, Any]:
-        parts = [str(recipe), str(tmp_path / out), *[part for part in arguments if not part.startswith("-")]]
-        options = [part for part in arguments if part.startswith("-")]
-        return command.main(command.make_parser().parse_args([*parts, "--server", url, "--model", model, *options]))
+        parts = [str(recipe), "--server", url, str(tmp_path / out), "--model", model, *arguments]
+        return command.main(command.make_parser().parse_args(parts))
 
     return run
