@@ -32,6 +32,7 @@ class AnswerStore:
         self.path = path
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         self._lock = threading.Lock()
+        self._is_closed = False
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._positions, self._end = self._scan()
@@ -44,15 +45,17 @@ class AnswerStore:
             raise
 
     def close(self) -> None:
-        """Write everything to the disk, and close the file."""
-        os.fsync(self._descriptor)
-        os.close(self._descriptor)
+        """Write everything to the disk, and close the file. Threads that still run can add no more answers."""
+        with self._lock:
+            self._is_closed = True
+            os.fsync(self._descriptor)
+            os.close(self._descriptor)
 
     def get(self, key: str) -> Answer | None:
         """Return the answer to the request with a key, or None."""
         with self._lock:
-            position = self._positions.get(bytes.fromhex(key))
-        return None if position is None else Answer(**self._read_line(*position)["answer"])
+            position = None if self._is_closed else self._positions.get(bytes.fromhex(key))
+            return None if position is None else Answer(**self._read_line(*position)["answer"])
 
     def add(self, request: Request, answer: Answer) -> None:
         """Store an answer. The first answer to a request stays."""
@@ -60,7 +63,7 @@ class AnswerStore:
         line = json.dumps(record).encode() + b"\n"
         with self._lock:
             key = bytes.fromhex(request.key)
-            if key in self._positions:
+            if key in self._positions or self._is_closed:
                 return
             written = 0
             while written < len(line):

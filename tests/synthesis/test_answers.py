@@ -93,6 +93,8 @@ def test_a_store_survives_half_a_line_and_refuses_a_second_writer(tmp_path: Path
     with pytest.raises(UserError, match="another process writes it"):
         AnswerStore(path)
     store.close()
+    store.add(make_request("late"), Answer("late"))
+    assert store.get(requests[0].key) is None
     whole = path.read_bytes()
     for size in (len(whole) - 1, len(whole) - 60, whole.index(b"\n") + 1, 5, 0):
         path.write_bytes(whole[:size])
