@@ -3,6 +3,7 @@
 Usage: python -m jaxembed.data validate|preview|stats|convert SOURCE ...
        python -m jaxembed.data packages OUT
        python -m jaxembed.data documents FOLDER OUT.jsonl
+       python -m jaxembed.data split PAIRS OUT
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.curation import passages, python_packages
 from jaxembed.data import reports
 from jaxembed.data.convert import WRITERS, convert_sources, name_files
+from jaxembed.data.heldout import split_pairs
 from jaxembed.errors import UserError
 from jaxembed.files import cache_dir
 from jaxembed.training.shutdown import stop_on_signals
@@ -37,6 +39,7 @@ DESCRIPTIONS = {
     "packages": "Write docstring -> function pairs of installed Python packages: train.jsonl, and the held-out BEIR folders "
     "functions/ and package/. Does nothing if OUT holds the pairs of the same packages and versions.",
     "documents": "Split the text, Markdown, HTML and PDF files of a folder into passages: rows of id, title and text.",
+    "split": "Divide rows of pairs into train.jsonl and the BEIR folder heldout/. No document is a positive of both.",
 }
 MAX_SHARDS = 99_999  # the numbers in the names of shards have five digits
 log = logging.getLogger("jaxembed")
@@ -46,8 +49,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     """Run a command and return its report."""
     if args.command == "packages":
         return write_packages(args)
-    if args.command == "documents":
-        return write_documents(args)
+    if args.command in ("documents", "split"):
+        return write_documents(args) if args.command == "documents" else split(args)
     if args.command == "convert" and args.out is None:
         args.out = take_last_source(args)
     settings = config.load_config(args.config, base="") if args.config else None
@@ -118,6 +121,13 @@ def write_documents(args: argparse.Namespace) -> dict[str, Any]:
     with stop_on_signals(f"{out} was not written; the same command starts over"):
         report = passages.write_passages(Path(args.folder), out, limits, args.skip_bad_files)
     return {"out": str(out), **report}
+
+
+def split(args: argparse.Namespace) -> dict[str, Any]:
+    """Divide pairs into a training file and a held-out folder. Return the folder and the numbers of rows."""
+    out = cli.prepare_new_output(args.out)
+    with stop_on_signals(f"{out} was not written; the same command starts over"):
+        return {"out": str(out), **split_pairs(args.pairs, out, args.percent / 100, args.documents)}
 
 
 def read_passage_limits(args: argparse.Namespace) -> passages.PassageLimits:
@@ -327,7 +337,30 @@ def add_document_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-ADDERS = {"packages": add_package_arguments, "documents": add_document_arguments}  # of commands without a SOURCE
+def add_split_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the pairs, the output, and the size of the held-out part."""
+    parser.add_argument("pairs", metavar="PAIRS", help="file of rows with query and pos")
+    parser.add_argument("out", metavar="OUT", help="folder to write, which must not exist")
+    parser.add_argument(
+        "--percent",
+        type=cli.integer_from(1, 99),
+        default=10,
+        metavar="N",
+        help="percent of the positives to hold out (default: 10)",
+    )
+    parser.add_argument(
+        "--documents",
+        default="",
+        metavar="FILE",
+        help="rows with text: further documents of the held-out corpus, such as passages",
+    )
+
+
+ADDERS = {
+    "packages": add_package_arguments,
+    "documents": add_document_arguments,
+    "split": add_split_arguments,
+}  # of commands without a SOURCE
 
 
 if __name__ == "__main__":

@@ -1,0 +1,72 @@
+"""Pairs divided into training rows and a held-out BEIR folder. No document is a positive of both."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from jaxembed.data.beir import write_beir
+from jaxembed.data.columns import parse_content
+from jaxembed.data.containers import open_container
+from jaxembed.data.equality import hash_text
+from jaxembed.data.jsonl import write_jsonl
+from jaxembed.data.schema import Row, check_pair, check_passage
+from jaxembed.errors import UserError
+
+TRAIN_FILE, HELDOUT_FOLDER = "train.jsonl", "heldout"
+
+
+def split_pairs(pairs: str, out: Path, share: float, documents: str = "") -> dict[str, int]:
+    """Write OUT/train.jsonl and the BEIR folder OUT/heldout from rows of pairs.
+
+    A row is held out if the hash of its first positive is among the lowest `share` of all hashes. So rows with the same first
+    positive stay together, and rows that are added later do not move others. The corpus has the positives of all rows, and the
+    documents.
+
+    Args:
+        pairs: File of rows with query and pos.
+        out: A new folder.
+        share: Expected share of the positives that are held out, between 0 and 1.
+        documents: File of further documents of the corpus: rows with `text`.
+
+    Returns:
+        The number of training rows, held-out queries and documents of the corpus.
+
+    Raises:
+        UserError: A row is bad, or one of the two parts is empty.
+    """
+    rows = _read_rows(pairs, check_pair)
+    heldout = [row for row in rows if _is_heldout(row["pos"][0], share)]
+    train = [row for row in rows if not _is_heldout(row["pos"][0], share)]
+    if not heldout or not train:
+        raise UserError(
+            f"{pairs}: {len(train)} rows to train on and {len(heldout)} held out ({share:.0%} were to be). Change --percent."
+        )
+    texts = [row["text"] for row in _read_rows(documents, check_passage)] if documents else []
+    texts += [text for row in rows for text in row["pos"]]
+    ids = {text: f"d{i}" for i, text in enumerate(dict.fromkeys(texts))}
+    relevant = {f"q{i}": {ids[text]: 1 for text in row["pos"]} for i, row in enumerate(heldout)}
+    queries = {f"q{i}": row["query"] for i, row in enumerate(heldout)}
+    unfinished = out.with_name(f"{out.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)  # a killed command may have left it
+    write_beir(unfinished / HELDOUT_FOLDER, {id_: text for text, id_ in ids.items()}, queries, relevant)
+    write_jsonl(unfinished / TRAIN_FILE, train)
+    unfinished.rename(out)
+    return {"train": len(train), "heldout": len(heldout), "documents": len(ids)}
+
+
+def _read_rows(path: str, check: Callable[[Row], str | None]) -> list[Row]:
+    rows = []
+    for _, where, content in open_container(path).scan():
+        row = parse_content(content, where)
+        if problem := check(row):
+            raise UserError(f"{where}: {problem}")
+        rows.append(row)
+    return rows
+
+
+def _is_heldout(text: str, share: float) -> bool:
+    return int(hash_text(text).view(np.uint64)[0]) < share * 2**64
