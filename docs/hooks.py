@@ -86,5 +86,7 @@ GENERATORS = {
     "synthesis-keys": synthesis_keys,
     "command-options": command_options,
     "recipes": recipe_pages.write_list,
+    "synthesis-keys": synthesis_keys,
+    "synthesis-recipes": recipe_pages.write_synthesis_recipes,
     "recipe-plans": recipe_pages.write_plans,
 }

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "configs" / "recipes"
+SYNTHESIS = ROOT / "configs" / "synthesis"
 CATALOG = ROOT / "configs" / "catalog.yaml"
 PLANS = ROOT / "docs" / "results" / "recipe-plans.json"
 PLAN_HEADER, PLAN_RULE = (
@@ -19,6 +21,7 @@ PLAN_HEADER, PLAN_RULE = (
     "|---|---|---|---|---|---|",
 )
 COMMENT = re.compile(r"\s#\s(.*)$")
+DRAWN_VALUE = re.compile(r".*\.values\.\w+|.*")  # the key of a placeholder, without its values
 SENTENCE_END = re.compile(r"[.] (?=[\"A-Z])")
 
 
@@ -115,6 +118,31 @@ def write_page(name: str) -> str:
     """Return the page of a recipe in Markdown."""
     text = (RECIPES / f"{name}.yaml").read_text()
     return "\n\n".join([f"# {name}", _write_introduction(text), _write_values(text), _write_data(text), _write_plans(name)])
+
+
+def write_synthesis_recipes() -> str:
+    """Return a section for each synthesis recipe: its command, its description, and its values with their sources."""
+    return "\n\n".join(_write_synthesis_recipe(path) for path in sorted(SYNTHESIS.glob("*.yaml")))
+
+
+def _write_synthesis_recipe(path: Path) -> str:
+    text = path.read_text()
+    command, about = _read_introduction(text)
+    values = (value for value in iter_values(text) if isinstance(value, Value))
+    groups = itertools.groupby(values, lambda value: DRAWN_VALUE.match(value.key)[0])  # type: ignore[index]
+    rows = [_write_synthesis_row(key, list(group)) for key, group in groups]
+    table = "\n".join(["| key | value | source |", "|---|---|---|", *rows])
+    return "\n\n".join([f"## {path.stem}", f"```text\n{command}\n```", _escape(about), table])
+
+
+def _write_synthesis_row(key: str, group: Sequence[Value]) -> str:
+    """Return a row: a value, or the values of a placeholder with their weights. A prompt keeps its lines."""
+    if len(group) > 1:
+        cell = _escape(", ".join(f"{value.key.removeprefix(key + '.')}: {value.text}" for value in group))
+    else:
+        value = json.loads(group[0].text)
+        cell = _escape(value).replace("\n", "<br>") if isinstance(value, str) else f"`{_escape(group[0].text)}`"
+    return f"| `{key}` | {cell} | {_escape(group[0].source)} |"
 
 
 def _read_introduction(text: str) -> tuple[str, str]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from jaxembed.config.sections import table
 from jaxembed.config.shipped import SYNTHESIS_FOLDER, find_config
 from jaxembed.config.synthesis import SynthesisConfig, load_synthesis_config
 from jaxembed.config.synthesis_steps import BM25, RetrieveStepConfig, RoundTripStepConfig
+from jaxembed.data.heldout import split_pairs
 from jaxembed.errors import UserError
 from jaxembed.files import cache_dir
 from jaxembed.training.shutdown import stop_on_signals
@@ -46,7 +49,21 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         timeout_s=args.timeout, concurrency=args.concurrency,
     )  # fmt: skip
     with stop_on_signals(f"{out} is not finished; the same command continues"):
-        return synthesize(config, recipe, server, out, cache=cache_dir(), budget_tokens=args.budget_tokens)
+        report = synthesize(config, recipe, server, out, cache=cache_dir(), budget_tokens=args.budget_tokens)
+        return report | hold_out(config, report["files"], args.heldout_percent)
+
+
+def hold_out(config: SynthesisConfig, files: Sequence[str], percent: int | None) -> dict[str, Any]:
+    """Divide each file of pairs into NAME-split/train.jsonl and the BEIR folder NAME-split/heldout. Return the row counts."""
+    if percent is None:
+        return {}
+    names = {task.name for task in config.tasks if "pos" in task.row}
+    pairs = [path for path in map(Path, files) if path.stem in names]
+    splits = {path: path.with_name(f"{path.stem}-split") for path in pairs}
+    for split in splits.values():
+        shutil.rmtree(split, ignore_errors=True)  # that of an earlier run, with fewer rows
+    documents = config.inputs.get("documents", "")
+    return {"heldout": {str(out): split_pairs(str(path), out, percent / 100, documents) for path, out in splits.items()}}
 
 
 def get_searcher(step: object) -> str:
@@ -79,6 +96,11 @@ def make_parser() -> cli.Parser:
     parser.add_argument(
         "--concurrency", type=cli.integer_from(1, 1024), default=16, metavar="N",
         help="requests at the same time, to all servers together (default: 16)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--heldout-percent", type=cli.integer_from(1, 99), metavar="N",
+        help="also write each file of pairs as TASK-split/train.jsonl and the BEIR folder TASK-split/heldout, which has N "
+        "percent of the positives and all documents of inputs.documents (default: no)",
     )  # fmt: skip
     parser.add_argument(
         "--dry-run", action="store_true", help="estimate requests and tokens, and show a prompt of each step; ask no server"

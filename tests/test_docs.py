@@ -47,6 +47,7 @@ PROVIDED = {
     "the base model from the hub; a GPU or TPU is recommended",
     "the run of the fine-tune",
     "two trained runs",
+    "the rows of the LLM server, and the base model from the hub",
 }
 SECTIONS = "run|model|data|matryoshka|gradcache|mine|optim|mesh|train|eval"
 FILE_ENDINGS = ("jsonl", "json", "yaml", "parquet", "txt", "npy", "arrow", "py")
@@ -191,6 +192,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "Qwen").mkdir()
     tiny.write_folder(root / "Qwen" / "Qwen2-0.5B", "qwen3")
     (root / "runs" / "quickstart").mkdir(parents=True)
+    tiny.write_folder(root / "sentence-transformers" / "all-MiniLM-L6-v2", "qwen3")
     for seed, name in enumerate(["quickstart/export", "retrieval", "sts"]):
         tiny.write_folder(root / "runs" / name, "qwen3", seed)
     words = ["card", "PIN", "delivery", "account", "transfer", "limit", "fee", "refund", "app", "code", "phone", "address"]
@@ -203,6 +205,9 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {f"{name}{i}": text for i, text in enumerate(texts)} for name, texts in (("d", answers), ("q", questions))
     )
     write_beir(root / "news_beir", corpus, queries, {f"q{i}": {f"d{i}": 1} for i in range(len(questions))})
+    split = root / "synthetic" / "questions-split"
+    write_beir(split / "heldout", corpus, queries, {f"q{i}": {f"d{i}": 1} for i in range(len(questions))})
+    write_jsonl(split / "train.jsonl", [{"query": q, "pos": [a]} for q, a in both])
     write_jsonl(root / "topics.jsonl", [{"text": q, "label": q.split()[-1]} for q in questions])
     write_jsonl(root / "articles.jsonl", [{"title": q, "abstract": a, "lang": "en", "question": q} for q, a in both])
     (root / "handbook").mkdir()

@@ -48,6 +48,16 @@ def test_rows_train_and_their_provenance_is_beside_them(synthesize: Synthesize, 
     assert "Synthesis report" in page and "distinct-2" in page and "http" not in page
 
 
+def test_a_part_is_held_out(synthesize: Synthesize, server: LlmServer, tmp_path: Path) -> None:
+    result = synthesize("--max-rows=20", "--heldout-percent=40")
+    split = tmp_path / "out/search-split"
+    sizes = result["heldout"][str(split)]
+    assert sizes["train"] + sizes["heldout"] == 20 and sizes["documents"] == 20
+    assert len(read_rows(split / "train.jsonl")) == sizes["train"]
+    again = synthesize("--max-rows=26", "--heldout-percent=40")["heldout"][str(split)]
+    assert again["train"] + again["heldout"] == 26 and again["train"] >= sizes["train"] and again["heldout"] >= sizes["heldout"]
+
+
 def test_a_rerun_asks_nothing_and_more_rows_continue(synthesize: Synthesize, server: LlmServer, tmp_path: Path) -> None:
     synthesize("--max-rows=6")
     first, asked = (tmp_path / "out/search.jsonl").read_text(), len(server.bodies)
