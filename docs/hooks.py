@@ -83,7 +83,6 @@ def subparsers(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.
 GENERATORS = {
     "config-keys": config_keys,
     "curation-keys": curation_keys,
-    "synthesis-keys": synthesis_keys,
     "command-options": command_options,
     "recipes": recipe_pages.write_list,
     "synthesis-keys": synthesis_keys,
