@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -58,7 +59,7 @@ def split_pairs(pairs: str, out: Path, share: float, documents: str = "") -> dic
     return {"train": len(train), "heldout": len(heldout), "documents": len(ids)}
 
 
-def _read_rows(path: str, check: Callable[[Row], str | None]) -> list[Row]:
+def _read_rows(path: str, check: Callable[[Row], str | None]) -> list[dict[str, Any]]:
     rows = []
     for _, where, content in open_container(path).scan():
         row = parse_content(content, where)
