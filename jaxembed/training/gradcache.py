@@ -99,7 +99,7 @@ def encode_tokens(
     """Return the hidden states that predict tokens.
 
     Args:
-        model: The model, of which the transformer runs.
+        model: The model, whose transformer runs.
         mask: Which tokens of a text see each other.
         params: The parameters of the model.
         batch: Texts, and the positions whose hidden states are returned.

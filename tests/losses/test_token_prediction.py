@@ -23,7 +23,7 @@ def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def draw_arrays() -> tuple[jax.Array, jax.Array, TokenBatch]:
-    """Draw hidden states, a table, and predictions of 6 texts in 2 shards, of which the last two are padding."""
+    """Draw hidden states, a table, and predictions of 6 texts in 2 shards. The last two are padding."""
     random = np.random.default_rng(0)
     hidden = random.normal(size=(SHARDS, PREDICTIONS, WIDTH)).astype(np.float32)
     table = random.normal(size=(VOCABULARY, WIDTH)).astype(np.float32)
