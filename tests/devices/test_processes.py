@@ -73,7 +73,7 @@ def intact_steps(run: Path) -> list[int]:
     """Return the steps that have a checkpoint, and assert that all of these are intact."""
     checkpoints = CheckpointReader(run)
     steps = checkpoints.steps()
-    assert not [step for step in steps if checkpoints._find_damage(step)]
+    assert not [step for step in steps if checkpoints.find_damage(step)]
     checkpoints.close()
     return steps
 
