@@ -11,6 +11,7 @@ those of parameters and gradients, and the roofline that docs/results/scaling.md
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
@@ -37,7 +38,9 @@ from jaxembed.model.families import TransformerConfig  # noqa: E402
 from jaxembed.model.hf_config import parse_hf_config  # noqa: E402
 from jaxembed.model.presets import find_preset  # noqa: E402
 from jaxembed.model.transformer import ComputeOptions  # noqa: E402
-from jaxembed.planning.program import OutOfMemory, Program, compile_step, count_bytes, count_elements  # noqa: E402
+from jaxembed.planning.flops import matmul_flops  # noqa: E402
+from jaxembed.planning.program import OutOfMemory, Program, compile_loss, compile_step, count_bytes, count_elements  # noqa: E402
+from jaxembed.planning.proposal import make_job, propose  # noqa: E402
 from jaxembed.training.optim import make_optimizer, make_schedule  # noqa: E402
 from jaxembed.training.state import state_shapes  # noqa: E402
 from jaxembed.training.step import make_train_step  # noqa: E402
@@ -118,7 +121,7 @@ def estimate_memory_traffic(args: argparse.Namespace, transformer: TransformerCo
     matrix_elements = width * (2 * heads + 2 * kv_heads + 3 * transformer.mlp_width)
     rows = args.batch_size * (2 + args.negatives) // chips
     chunks = -(-rows // (args.rows or rows))
-    forward = 1 + (args.rows is not None) + args.remat
+    forward = 1 + (args.rows is not None and not args.keep_chunks) + (args.remat and args.policy != "matmuls")
     passes = forward + (1 if args.lora else 2)
     scores = 0 if args.attention in ("auto", "splash") else 16 * transformer.heads * TOKENS_PER_ROW
     bytes_per_token = 2 * (4 * width + 3 * heads + 2 * kv_heads + 4 * transformer.mlp_width) + scores
@@ -130,9 +133,12 @@ def estimate_memory_traffic(args: argparse.Namespace, transformer: TransformerCo
 
 def build_step(args: argparse.Namespace, mesh: Any) -> tuple[TransformerConfig, Any, Any]:
     """Return the decoder, the jitted step and the shapes of its state."""
-    transformer = parse_hf_config(find_preset(args.model), args.model)
+    sizes = {"num_hidden_layers": args.layers} if args.layers else {}
+    transformer = parse_hf_config({**find_preset(args.model), **sizes}, args.model)
     lora = LoraConfig(rank=16, alpha=32, base_dtype="bfloat16") if args.lora else None
-    compute = ComputeOptions(dtype=jnp.bfloat16, remat=args.remat, unroll=False, attention_kernel=args.attention)
+    compute = ComputeOptions(
+        dtype=jnp.bfloat16, remat=args.remat, unroll=False, attention_kernel=args.attention, remat_policy=args.policy
+    )
     model = EmbeddingModel(transformer, EmbeddingSpec(), compute, lora)
     optim = OptimConfig()
     optimizer = make_optimizer(optim, SCHEDULE_STEPS)
@@ -145,6 +151,7 @@ def build_step(args: argparse.Namespace, mesh: Any) -> tuple[TransformerConfig, 
             optimizer,
             make_schedule(optim, SCHEDULE_STEPS),
             chunk_rows=args.rows,
+            recompute=not args.keep_chunks,
             shardings=shardings,
         )
     return transformer, step, state
@@ -164,6 +171,19 @@ def compile_and_measure(args: argparse.Namespace) -> dict[str, Any]:
     }
     row |= {"state_bytes": count_bytes((state.params, state.opt_state, state.frozen)), "device_bytes": memory}
     del row["hlo"]
+    if args.propose:
+        lora = LoraConfig(base_dtype="bfloat16") if args.lora else None
+        tokens = args.batch_size * (2 + args.negatives), TOKENS_PER_ROW
+        proposal = propose(make_job(transformer, row["parameters"], lora, jnp.bfloat16, tokens), mesh, memory)
+        return row | {"proposal": proposal and {**dataclasses.asdict(proposal), "settings": proposal.describe()}}
+    if args.loss:
+        loss = compile_loss(Objectives([InfoNCEConfig()]), {}, transformer.width, build_batch_shapes(args, mesh), mesh)
+        return row | {"temporaries": loss.temporaries, "collectives": loss.collectives.table()}
+    if args.trace:
+        with jax.set_mesh(mesh):
+            flops = matmul_flops(step.trace(state, build_batch_shapes(args, mesh)).jaxpr)
+        useful = count_useful_flops(transformer, args.lora, args.batch_size * (2 + args.negatives) * TOKENS_PER_ROW)
+        return row | {"flops": flops, "useful_of_all_flops": round(useful / flops, 3)}
     try:
         program, compiled = compile_step(step, state, build_batch_shapes(args, mesh), mesh)
     except OutOfMemory as error:
@@ -192,6 +212,12 @@ if __name__ == "__main__":
     parser.add_argument("--rows", type=int, help="gradcache.rows (default: all rows at once)")
     parser.add_argument("--fsdp", type=int, help="devices that share the parameters (default: all)")
     parser.add_argument("--remat", action="store_true", help="model.remat")
+    parser.add_argument("--policy", default="nothing", help="model.remat_policy (default: %(default)s)")
+    parser.add_argument("--keep-chunks", action="store_true", help="gradcache.recompute=false")
+    parser.add_argument("--layers", type=int, help="layers of the decoder, for memory by layer (default: all)")
+    parser.add_argument("--propose", action="store_true", help="print the settings that --plan proposes, without compiling")
+    parser.add_argument("--loss", action="store_true", help="compile the loss and its gradient alone")
+    parser.add_argument("--trace", action="store_true", help="count FLOPs only, without compiling")
     parser.add_argument("--attention", default="auto", help="model.attention_kernel (default: auto, which is splash)")
     parser.add_argument("--batch-size", type=int, default=32_768, help="queries per step (default: %(default)s)")
     parser.add_argument("--negatives", type=int, default=0, help="hard negatives per query (default: %(default)s)")

@@ -241,3 +241,8 @@ class GradCacheConfig(Section):
         None,
         description="Rows that a device encodes at a time. Only their activations are in memory. Default: all rows.",
     )
+    recompute: bool = Field(
+        True,
+        description="Encode every chunk of rows again in the backward pass. false: keep what the backward pass needs of all "
+        "chunks, which with model.remat is the input of every layer. If that fits, steps are faster.",
+    )

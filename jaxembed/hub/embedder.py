@@ -198,7 +198,7 @@ class Embedder:
             show_progress: Show a progress bar.
 
         Returns:
-            Vectors, float32 [N, D], in the order of `texts`.
+            Vectors, float32 [N, D], in the order of `texts`. Equal texts are encoded once.
 
         Raises:
             UserError: The model has no such `dim` or `prompt_name`, `long_texts` is unknown, the examples leave no room for a
@@ -214,20 +214,21 @@ class Embedder:
         if long_texts not in ("cut", *COMBINE_PIECES):
             raise UserError(f"long_texts: {long_texts!r} is unknown (expected cut, {', '.join(COMBINE_PIECES)}).")
         full_prompt = self._choose_prompt(instruction, prompt, prompt_name, examples)
-        out = np.zeros((len(texts), dim or width), np.float32)
-        starts = range(0, len(texts), TEXTS_PER_WINDOW)
+        positions = {text: i for i, text in enumerate(dict.fromkeys(texts))}  # equal texts are encoded once
+        distinct = list(positions)
+        out = np.zeros((len(distinct), dim or width), np.float32)
+        starts = range(0, len(distinct), TEXTS_PER_WINDOW)
         for start in progress_bar(starts, disable=not show_progress, unit=f"x{TEXTS_PER_WINDOW} texts"):
-            window = list(texts[start : start + TEXTS_PER_WINDOW])
+            window = distinct[start : start + TEXTS_PER_WINDOW]
             vectors = self._encode_window(window, full_prompt, long_texts)[:, :dim]
             if not np.isfinite(vectors).all():
-                index = start + int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
+                index = list(texts).index(window[int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])])
                 raise UserError(
                     f"encode: the vector of text {index} is not finite (NaN or infinity). The weights are damaged, or the "
                     "dtype is too narrow for them. Use another checkpoint, or --dtype float32."
                 )
-            norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-            out[start : start + len(window)] = vectors / np.maximum(norms, 1e-12)
-        return out
+            out[start : start + len(window)] = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        return out if len(distinct) == len(texts) else out[[positions[text] for text in texts]]
 
     def similarity(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """Return the cosine similarities [A, B] of two sets of vectors from `encode`.

@@ -7,12 +7,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jaxembed.config import LoraConfig
 from jaxembed.model.kernels import pick_dropout_kernel, pick_kernel
 from jaxembed.model.layers import Linear, apply_rope, make_norm
 from jaxembed.model.masks import Mask, TokenInfo
+from jaxembed.model.remat import ATTENTION_OUTPUT
 
 
 class Attention(nn.Module):
@@ -88,5 +90,6 @@ class Attention(nn.Module):
         if self.dropout and self.has_rng("dropout"):
             attend = pick_dropout_kernel(self.kernel, shards, self.dropout, self.make_rng("dropout"))
         mixed = attend(q, k, v, token_info, self.mask, window)
+        mixed = checkpoint_name(mixed, ATTENTION_OUTPUT)
         out = Linear(x.shape[-1], ("heads", "embed"), self.dtype, self.out_bias, lora=self.lora, name="out")
         return out(mixed.reshape(x.shape[0], -1))

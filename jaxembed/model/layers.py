@@ -18,11 +18,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxembed.config import LoraConfig
 from jaxembed.model.lora import has_adapter, select_kernel_dtype
 from jaxembed.model.matmul import frozen_matmul, sharded_matmul
+from jaxembed.model.remat import MATMUL_OUTPUT
 
 
 def promote_to_float32(x: jax.Array) -> jax.Array:
@@ -61,7 +63,7 @@ class Linear(nn.Module):
             y = (promote_to_float32(y) + self.param("bias", bias_init, (self.features,))).astype(self.dtype)
         if self.lora is not None and has_adapter(self.lora, self.name):
             y = y + self._apply_adapter(x, self.lora)
-        return y
+        return checkpoint_name(y, MATMUL_OUTPUT)
 
     def _apply_kernel(self, x: jax.Array) -> jax.Array:
         shape, fsdp_axis = (x.shape[-1], self.features), self.axes.index("embed")

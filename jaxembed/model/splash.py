@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxembed.devices.mesh import target_platform
 from jaxembed.model.masks import BIDIRECTIONAL, CAUSAL, Mask, TokenInfo
+from jaxembed.model.remat import ATTENTION_OUTPUT
 from jaxembed.model.sharded_kernel import shard_kernel
 
 TPU_LANES = 128  # a block of tokens must be a multiple of this
@@ -65,6 +66,7 @@ def _attend_local(
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,
+        residual_checkpoint_name=ATTENTION_OUTPUT,
     )
 
     def attend_row(q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array) -> jax.Array:

@@ -30,6 +30,7 @@ from jaxembed.model.layers import (
 )
 from jaxembed.model.lora import select_embedding_dtype
 from jaxembed.model.masks import Mask, TokenInfo
+from jaxembed.model.remat import REMAT_POLICIES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,7 @@ class ComputeOptions:
         unroll: Whether the loop over the layers is unrolled. Steps are faster, compilation takes longer.
         attention_kernel: Name of the attention kernel (see `pick_kernel`).
         dropout: Rates of dropout. It is on where the caller passes a "dropout" key, as training does.
+        remat_policy: What `remat` keeps of a layer (see `REMAT_POLICIES`).
     """
 
     dtype: Any = jnp.float32
@@ -49,6 +51,7 @@ class ComputeOptions:
     unroll: bool = True
     attention_kernel: str = "auto"
     dropout: DropoutConfig = dataclasses.field(default_factory=DropoutConfig)
+    remat_policy: str = "nothing"
 
 
 @flax.struct.dataclass
@@ -267,7 +270,9 @@ class Transformer(nn.Module):
             variant = jax.tree.map(lambda *values: jnp.array(values), *variants)
         layer = TransformerLayer
         if self.compute.remat:
-            layer = nn.remat(TransformerLayer, prevent_cse=False, static_argnums=() if is_mixed else (4,))  # 4: variant
+            policy = REMAT_POLICIES[self.compute.remat_policy]
+            static = () if is_mixed else (4,)  # the variant
+            layer = nn.remat(TransformerLayer, prevent_cse=False, static_argnums=static, policy=policy)
         stack = nn.scan(
             layer,
             variable_axes={"params": 0, "intermediates": 0},  # "intermediates" is for `capture_intermediates`

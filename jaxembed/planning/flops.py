@@ -10,16 +10,22 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from jax.interpreters.partial_eval import dce_jaxpr
+
 
 def matmul_flops(jaxpr: Any) -> int:
     """Count the FLOPs of all matmuls in a jaxpr, over all devices: two for each multiplication and addition.
 
     The longest branch of a conditional is counted, and a loop without a known number of iterations once. An equation whose
-    results nothing uses is not counted: XLA removes it.
+    results nothing uses is not counted, here and in loops: XLA removes it.
     """
     inner = getattr(jaxpr, "jaxpr", jaxpr)
-    used = {id(variable) for part in (*(equation.invars for equation in inner.eqns), inner.outvars) for variable in part}
-    return sum(_equation_flops(equation) for equation in inner.eqns if any(id(output) in used for output in equation.outvars))
+    live, _ = dce_jaxpr(inner, [True] * len(inner.outvars))
+    return _count(live)
+
+
+def _count(jaxpr: Any) -> int:
+    return sum(map(_equation_flops, getattr(jaxpr, "jaxpr", jaxpr).eqns))
 
 
 def _equation_flops(equation: Any) -> int:
@@ -37,7 +43,7 @@ def _equation_flops(equation: Any) -> int:
         a, b, y = (variable.aval.size for variable in (*equation.invars, *equation.outvars))
         return 2 * y * math.isqrt(a * b // y)
     # Equations that contain other jaxprs.
-    inner = [matmul_flops(jaxpr) for jaxpr in _inner_jaxprs(params)]
+    inner = [_count(jaxpr) for jaxpr in _inner_jaxprs(params)]
     if name == "cond":
         return max(inner)
     if name == "shard_map":  # its shapes are those of one shard

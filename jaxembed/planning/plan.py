@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxembed.config import Config, MeshConfig
-from jaxembed.data.batch import HostBatch
+from jaxembed.data.batch import Batch, HostBatch
 from jaxembed.data.pipeline import iter_batches
 from jaxembed.devices.chips import GIB
 from jaxembed.devices.mesh import make_mesh
@@ -21,7 +21,8 @@ from jaxembed.devices.placement import batch_shapes
 from jaxembed.errors import UserError
 from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.planning.mined import with_stand_in_negatives
-from jaxembed.planning.program import OutOfMemory, Program, compile_step, count_bytes, count_elements
+from jaxembed.planning.program import OutOfMemory, Program, compile_loss, compile_step, count_bytes, count_elements
+from jaxembed.planning.proposal import Proposal, make_job, propose
 from jaxembed.planning.topology import topology_devices
 from jaxembed.training.stage import Stage
 from jaxembed.training.state import state_shapes
@@ -83,14 +84,44 @@ def _plan_stage(stage: Stage, config: Config, model: EmbeddingModel, mesh: Mesh,
     # Compile, and compare with the memory of a device.
     with jax.set_mesh(mesh):
         step = stage.make_train_step(model, state)
+    rows, tokens = host_batch.batch.row_shapes[0]
+    proposal = _propose(model, count_elements(state.weights), (rows, tokens), mesh, memory)
     try:
         program, _ = compile_step(step, state, batch_shapes(mesh, host_batch.batch), mesh)
     except OutOfMemory as error:
-        raise _out_of_memory_error(config, stage, error.needed, error.available) from None
+        raise _out_of_memory_error(config, stage, error.needed, error.available, proposal) from None
     if memory is not None and program.memory > memory:
-        raise _out_of_memory_error(config, stage, program.memory, memory)
-    rows, tokens = host_batch.batch.row_shapes[0]
-    return _make_report(state, program, memory, mesh) | {"rows": rows, "row_length": tokens, "batches_looked_at": examined}
+        raise _out_of_memory_error(config, stage, program.memory, memory, proposal)
+    return _make_report(state, program, memory, mesh) | {
+        "rows": rows,
+        "row_length": tokens,
+        "batches_looked_at": examined,
+        "loss": _plan_loss(stage, model, host_batch.batch, mesh),
+        "proposal": proposal and {**dataclasses.asdict(proposal), "settings": proposal.describe()},
+    }
+
+
+def _propose(
+    model: EmbeddingModel, parameters: int, tokens: tuple[int, int], mesh: Mesh, memory: int | None
+) -> Proposal | None:
+    """Return the proposed settings of a step; None if the memory of a device is unknown, or no settings fit."""
+    if memory is None:
+        return None
+    job = make_job(model.transformer, parameters, model.lora, model.compute.dtype, tokens)
+    return propose(job, mesh, memory)
+
+
+def _plan_loss(stage: Stage, model: EmbeddingModel, batch: Batch, mesh: Mesh) -> dict[str, Any]:
+    """Compile the loss of vectors with its gradient alone, and return its memory and messages on a device.
+
+    They are 0 where a stage only predicts tokens.
+    """
+    if batch.texts is None:
+        return {"temporaries": 0, "sent_bytes": 0}
+    params = jax.eval_shape(partial(stage.new_objective_params, model), jax.random.key(0))
+    program = compile_loss(stage.objectives, params, model.width, batch, mesh)
+    sent = sum(c.count * c.sent_bytes for c in program.collectives.collectives)
+    return {"temporaries": program.temporaries, "sent_bytes": sent}
 
 
 def _find_largest_batch(stage: Stage) -> tuple[HostBatch, int]:
@@ -117,8 +148,10 @@ def _make_report(state: TrainState, program: Program, memory: int | None, mesh: 
     }
 
 
-def _out_of_memory_error(config: Config, stage: Stage, needed: int, available: int) -> UserError:
-    """Return the error of a step that does not fit. It lists the settings that would help and are not in use."""
+def _out_of_memory_error(
+    config: Config, stage: Stage, needed: int, available: int, proposal: Proposal | None = None
+) -> UserError:
+    """Return the error of a step that does not fit. It proposes settings, or lists those that would help and are not in use."""
     model, chunk_rows = config.model, stage.config.gradcache.rows
     is_applicable = {
         "mesh.fsdp=-1": config.mesh.fsdp == 1,
@@ -132,6 +165,8 @@ def _out_of_memory_error(config: Config, stage: Stage, needed: int, available: i
     remedies = ", ".join(remedy for remedy, applies in is_applicable.items() if applies) or "more devices"
     where = f"stages.{stage.index}: " if stage.index else ""
     problem = f"a step needs {_format_bytes(needed)}, but a device has {_format_bytes(available)}"
+    if proposal is not None:
+        return UserError(f"{where}{problem}. By estimates, these settings fit: {proposal.describe()}.")
     return UserError(f"{where}{problem}. Try {remedies}.")
 
 
@@ -155,6 +190,14 @@ def _show_report(stage: Stage, report: dict[str, Any], count: int) -> None:
         for kind, totals in kinds.items():
             results, sent = _format_bytes(totals["result_bytes"]), _format_bytes(totals["sent_bytes"])
             log.info("collectives of %s: %s %s, results %s, sent %s", scope, f"{totals['count']:,}", kind, results, sent)
+    loss = report["loss"]
+    log.info(
+        "loss alone: %s of temporaries per device, sent %s",
+        _format_bytes(loss["temporaries"]), _format_bytes(loss["sent_bytes"]),
+    )  # fmt: skip
+    if proposal := report["proposal"]:
+        size = _format_bytes(proposal["memory"])
+        log.info("proposal, estimated and not compiled: %s (%s, %.3g s)", proposal["settings"], size, proposal["seconds"])
     if report["loops_counted_once"]:
         log.info("%d loops have unknown iterations: their collectives are counted once", report["loops_counted_once"])
 

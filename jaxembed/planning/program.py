@@ -9,8 +9,12 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxembed.devices.mesh import shard_count
+from jaxembed.devices.placement import batch_shapes
+from jaxembed.losses.objectives import Objectives
 from jaxembed.planning.collectives import Collectives, find_collectives
 from jaxembed.planning.flops import matmul_flops
 from jaxembed.training.step import SCOPES, TrainState
@@ -90,6 +94,33 @@ def compile_step(step: Any, state: TrainState, batch: Any, mesh: Mesh) -> tuple[
             raise OutOfMemory(
                 round(float(needed) * UNIT_BYTES[needed_unit]), round(float(available) * UNIT_BYTES[available_unit])
             ) from None
+    return _describe(traced, compiled), compiled
+
+
+def compile_loss(objectives: Objectives, params: Any, width: int, batch: Any, mesh: Mesh) -> Program:
+    """Compile the loss and its gradient by the vectors, without a model, for the shapes of a batch.
+
+    Args:
+        objectives: What is minimized.
+        params: Shapes of the parameters of the objectives.
+        width: Width of the vectors.
+        batch: A batch, or its shapes.
+        mesh: The device mesh.
+    """
+    documents = jax.ShapeDtypeStruct((*batch.doc_slot.shape, width), jnp.float32)
+    queries = jax.ShapeDtypeStruct((documents.shape[0], width), jnp.float32)
+
+    def loss(queries: jax.Array, documents: jax.Array, batch: Any, params: Any) -> jax.Array:
+        return objectives(queries, documents, batch, jax.random.key(0), params, shard_count(mesh))[0]
+
+    shapes = batch_shapes(mesh, (queries, documents, dataclasses.replace(batch, texts=None, token_batches={})))
+    with jax.set_mesh(mesh):
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(*shapes, params)
+        return _describe(traced, traced.lower().compile())
+
+
+def _describe(traced: Any, compiled: Any) -> Program:
+    """Return what a compiled program needs."""
     memory = compiled.memory_analysis()
     return Program(
         arguments=memory.argument_size_in_bytes,
@@ -99,7 +130,7 @@ def compile_step(step: Any, state: TrainState, batch: Any, mesh: Mesh) -> tuple[
         code=memory.generated_code_size_in_bytes,
         flops=matmul_flops(traced.jaxpr),
         collectives=find_collectives(_program_text(compiled), SCOPES),
-    ), compiled
+    )
 
 
 def _program_text(compiled: Any) -> str:

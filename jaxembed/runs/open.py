@@ -196,7 +196,11 @@ def _build_compute_options(config: Config) -> ComputeOptions:
     """Return the dtype, kernels and memory options of the model."""
     model = config.model
     return ComputeOptions(
-        dtype=jnp.dtype(model.dtype), remat=model.remat, unroll=model.unroll, attention_kernel=model.attention_kernel
+        dtype=jnp.dtype(model.dtype),
+        remat=model.remat,
+        unroll=model.unroll,
+        attention_kernel=model.attention_kernel,
+        remat_policy=model.remat_policy,
     )
 
 

@@ -29,8 +29,10 @@ def encode(
     key: jax.Array,
     chunk_rows: int | None,
     exit_layers: Int[Array, " e"] | None = None,
+    *,
+    recompute: bool = True,
 ) -> Float[Array, "b m *x d"]:
-    """Encode the texts in the given slots as unit vectors. It has seven parameters because a step chooses each of them.
+    """Encode the texts in the given slots as unit vectors. It has eight parameters because a step chooses each of them.
 
     Each device sums the gradients of its own chunks. They are summed over devices once, after the loop, unless the parameters
     are sharded too (`map_over_shards`).
@@ -43,6 +45,7 @@ def encode(
         key: Random key of dropout.
         chunk_rows: Rows that each device encodes at a time; None for all.
         exit_layers: Also return the vectors of the model cut to so many of its first layers.
+        recompute: Whether chunks are encoded again in the backward pass. Otherwise what it needs of all chunks is kept.
 
     Returns:
         Unit vectors [B, M, D], with exits [B, M, 1+E, D], those of all layers first. Absent texts have zeros, without gradient.
@@ -75,8 +78,9 @@ def encode(
 
         def add_chunk(sums: jax.Array, inputs: tuple[Any, jax.Array]) -> tuple[jax.Array, None]:
             chunk, text_indices = inputs
-            # Encode, and recompute in the backward pass instead of keeping activations.
-            vectors = jax.checkpoint(encode_chunk, prevent_cse=False)(chunk).reshape(shards, -1, sums.shape[-1])
+            # Encode, and usually recompute in the backward pass instead of keeping activations.
+            run = jax.checkpoint(encode_chunk, prevent_cse=False) if recompute else encode_chunk
+            vectors = run(chunk).reshape(shards, -1, sums.shape[-1])
             # Add each slot's vector to its text's row. Empty slots have an index out of bounds, and are dropped.
             add = jax.vmap(lambda sums, indices, new: sums.at[indices].add(new, mode="drop"))
             return shard_rows(add(sums, text_indices, vectors)), None
@@ -94,9 +98,10 @@ def encode(
 
 
 def encode_tokens(
-    model: EmbeddingModel, mask: Mask, params: Any, batch: TokenBatch, key: jax.Array, chunk_rows: int | None
-) -> Float[Array, "n p d"]:
-    """Return the hidden states that predict tokens.
+    model: EmbeddingModel, mask: Mask, params: Any, batch: TokenBatch, key: jax.Array, chunk_rows: int | None,
+    *, recompute: bool = True,
+) -> Float[Array, "n p d"]:  # fmt: skip
+    """Return the hidden states that predict tokens. It has seven parameters because a step chooses each of them.
 
     Args:
         model: The model, whose transformer runs.
@@ -105,6 +110,7 @@ def encode_tokens(
         batch: Texts, and the positions whose hidden states are returned.
         key: Random key of dropout.
         chunk_rows: Rows that each device encodes at a time; None for all.
+        recompute: Whether chunks are encoded again in the backward pass.
 
     Returns:
         Hidden states after the last norm, for n shards, in the dtype of the computation.
@@ -130,8 +136,8 @@ def encode_tokens(
 
     def encode_part(params: Any, row_arrays: dict[str, jax.Array], keys: jax.Array) -> jax.Array:
         def encode_chunk(_: None, chunk: tuple[dict[str, jax.Array], jax.Array]) -> tuple[None, jax.Array]:
-            encode_again = jax.checkpoint(encode_rows, prevent_cse=False, static_argnums=3)
-            return None, encode_again(params, *chunk, shards)
+            run = jax.checkpoint(encode_rows, prevent_cse=False, static_argnums=3) if recompute else encode_rows
+            return None, run(params, *chunk, shards)
 
         inputs = jax.tree.map(lambda x: _split_into_chunks(x, shards, chunks, chunk_rows), row_arrays), keys[0]
         _, hidden = jax.lax.scan(encode_chunk, None, inputs)

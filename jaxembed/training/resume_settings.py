@@ -4,7 +4,8 @@ A run may resume after an upgrade, on other devices, or with other logging. So o
 decide which checkpoint is the best, are compared. These may change:
 
 - `run`: the name, and the directory, so that a run can be moved.
-- `mesh`, `model.remat`, `model.unroll` and `model.attention_kernel`: how the same numbers are computed, up to rounding.
+- `mesh`, `model.remat`, `model.remat_policy`, `model.unroll`, `model.attention_kernel` and `gradcache.recompute`: how the same
+  numbers are computed, up to rounding.
 - `name`, `catalog` and `equality` of a source: names select stored prompts, the keys of an entry are compared themselves, and
   a run keeps the equality that it has recorded (`keep_recorded_equality`).
 - `train.log_every`, `checkpoint_every`, `eval_every`, `keep_checkpoints`, `profile_steps`, `peak_flops`, `loggers` and
@@ -24,7 +25,7 @@ from jaxembed.config import Config, StageConfig
 from jaxembed.config.stage import StageSections
 
 FREE_SOURCE_KEYS = frozenset({"name", "catalog", "equality"})
-FREE_MODEL_KEYS = frozenset({"remat", "unroll", "attention_kernel"})
+FREE_MODEL_KEYS = frozenset({"remat", "remat_policy", "unroll", "attention_kernel"})
 FREE_TRAIN_KEYS = frozenset(
     {
         "log_every",
@@ -62,6 +63,7 @@ def _fixed_stage_settings(stage: StageConfig) -> dict[str, Any]:
         {key: value for key, value in source.items() if key not in FREE_SOURCE_KEYS} for source in sections["data"]["sources"]
     ]
     sections["data"] = {**sections["data"], "sources": sources}
+    del sections["gradcache"]["recompute"]
     return {**sections, "train": {key: value for key, value in sections["train"].items() if key not in FREE_TRAIN_KEYS}}
 
 

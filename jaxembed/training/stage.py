@@ -92,6 +92,7 @@ class Stage:
             self.schedule,
             skip_nonfinite=self.config.train.on_nan == "skip",
             chunk_rows=self.config.gradcache.rows,
+            recompute=self.config.gradcache.recompute,
             shardings=jax.tree.map(lambda x: x.sharding, state),
         )
 

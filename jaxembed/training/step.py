@@ -61,8 +61,10 @@ def batch_loss(
     batch: Batch,
     key: jax.Array,
     chunk_rows: int | None = None,
+    *,
+    recompute: bool = True,
 ) -> tuple[jax.Array, Metrics]:
-    """Compute the loss of a global batch.
+    """Compute the loss of a global batch. It has seven parameters because a step chooses each of them.
 
     Args:
         model: The model.
@@ -71,6 +73,7 @@ def batch_loss(
         batch: The batch.
         key: Random key of dropout and of the objectives.
         chunk_rows: Rows that each device encodes at a time (gradient caching); None for all.
+        recompute: Whether chunks are encoded again in the backward pass.
 
     Returns:
         The weighted sum of the objectives, and its parts by name.
@@ -82,7 +85,7 @@ def batch_loss(
         with jax.named_scope("encode"):
             slots = jnp.concatenate([batch.query_slot[:, None], batch.doc_slot], axis=1)
             exit_layers = draw_exit_layers(objectives.exits, model.transformer.layers, jax.random.fold_in(key, EXITS_KEY))
-            vectors = encode(model, params, batch.texts, slots, dropout_key, chunk_rows, exit_layers)
+            vectors = encode(model, params, batch.texts, slots, dropout_key, chunk_rows, exit_layers, recompute=recompute)
         with jax.named_scope("loss"):
             objective_params, shards = params.get(OBJECTIVE_PARAMS, {}), batch.texts.shards
             if exit_layers is None:
@@ -92,7 +95,7 @@ def batch_loss(
     for i, (label, config) in enumerate(objectives.token_configs.items()):
         tokens, key = batch.token_batches[label], jax.random.fold_in(dropout_key, i)
         with jax.named_scope("encode"):
-            hidden = encode_tokens(model, MASKS[model.spec.attention], params, tokens, key, chunk_rows)
+            hidden = encode_tokens(model, MASKS[model.spec.attention], params, tokens, key, chunk_rows, recompute=recompute)
         with jax.named_scope("loss"):
             metrics[label] = token_prediction_loss(config, hidden, get_head_table(model, params), tokens)
             total = total + config.weight * metrics[label]
@@ -107,9 +110,10 @@ def make_train_step(
     *,
     skip_nonfinite: bool = False,
     chunk_rows: int | None = None,
+    recompute: bool = True,
     shardings: TrainState | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Build the compiled train step. It takes seven parameters because a stage may choose each of them.
+    """Build the compiled train step. It takes eight parameters because a stage may choose each of them.
 
     Of several adapters, those that a batch does not train keep their parameters and moments.
 
@@ -121,6 +125,7 @@ def make_train_step(
         skip_nonfinite: If the loss or the gradient is not finite, leave parameters and optimizer as they are. The step counts,
             but the schedule does not advance.
         chunk_rows: Rows that each device encodes at a time (gradient caching); None for all.
+        recompute: Whether chunks are encoded again in the backward pass.
         shardings: Shardings of the state, which the step keeps. Default: XLA's choice.
 
     Returns:
@@ -134,7 +139,8 @@ def make_train_step(
         # Loss and gradients of the trained parameters.
         def compute_loss(params: Any) -> tuple[jax.Array, Metrics]:
             key = jax.random.fold_in(state.key, state.step)
-            return batch_loss(model, objectives, join_params(params, state.frozen), batch, key, chunk_rows)
+            all_params = join_params(params, state.frozen)
+            return batch_loss(model, objectives, all_params, batch, key, chunk_rows, recompute=recompute)
 
         (loss, parts), grads = jax.value_and_grad(compute_loss, has_aux=True)(params)
         with jax.named_scope("optimizer"):

@@ -57,6 +57,21 @@ def test_long_text_is_encoded_to_its_end(model: Embedder, long_texts: str, combi
     np.testing.assert_allclose(narrow, vectors[:, :8] / np.linalg.norm(vectors[:, :8], axis=1, keepdims=True), atol=1e-5)
 
 
+def test_equal_texts_are_encoded_once(model: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = np.array(["one", "two", "one", "three", "two", "one"])
+    expected = np.concatenate([model.encode([str(text)]) for text in texts])
+    encoded: list[str] = []
+    apply_to_texts = Embedder.apply_to_texts
+
+    def record(self: Embedder, texts: Any, *arguments: Any) -> np.ndarray:
+        encoded.extend(texts)
+        return apply_to_texts(self, texts, *arguments)
+
+    monkeypatch.setattr(Embedder, "apply_to_texts", record)
+    np.testing.assert_allclose(model.encode(texts), expected, atol=1e-6)  # type: ignore[arg-type]
+    assert encoded == ["one", "two", "three"]
+
+
 def test_unknown_value_of_long_texts_is_refused(model: Embedder) -> None:
     with pytest.raises(UserError, match=r"long_texts: 'middle' is unknown \(expected cut, mean, max\)"):
         model.encode(["x"], long_texts="middle")

@@ -85,7 +85,7 @@ def test_flops_count_loops_and_recomputation() -> None:
     layer_flops = 2 * 4 * 8 * 8
     x = jnp.ones((4, 8))
     assert matmul_flops(jax.make_jaxpr(looped)(x)) == 5 * layer_flops
-    checkpointed = jax.make_jaxpr(jax.grad(lambda x: jax.checkpoint(layer)(x).sum()))(x)
+    checkpointed = jax.make_jaxpr(jax.value_and_grad(lambda x: jax.checkpoint(layer)(x).sum()))(x)
     assert matmul_flops(checkpointed) == 3 * layer_flops  # forward, recomputed, backward
     branches = jax.make_jaxpr(lambda x: jax.lax.cond(x[0, 0] > 0, layer, lambda x: x, x))(x)
     assert matmul_flops(branches) == layer_flops
@@ -179,5 +179,8 @@ def test_the_tpu_compiler_plans_for_two_slices(tmp_path: Path) -> None:
     assert "libtpu" not in done.stderr and "hostname" not in done.stderr, "no warnings of a missing TPU"
     (stage,) = result["stages"]
     assert stage["memory"]["device"] == 16 << 30
+    assert stage["loss"]["temporaries"] > 0 and stage["loss"]["sent_bytes"] > 0
+    assert stage["proposal"]["settings"].startswith("mesh.data=-1 mesh.fsdp=")
+    assert "proposal, estimated and not compiled: mesh.data=-1" in done.stderr and "loss alone: " in done.stderr
     kinds = {kind for scope in stage["collectives"].values() for kind in scope}
     assert {"all-gather", "all-gather between slices", "all-reduce between slices"} <= kinds

@@ -34,6 +34,7 @@ from jaxembed.losses.objectives import Objectives
 from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.model.layers import l2_normalize
 from jaxembed.model.lora import join_params, split_params
+from jaxembed.planning.flops import matmul_flops
 from jaxembed.training.gradcache import encode
 from jaxembed.training.step import OBJECTIVE_PARAMS, batch_loss
 
@@ -68,6 +69,32 @@ def compile_loss_and_grad(
 ) -> jax.stages.Compiled:
     grad = jax.jit(jax.value_and_grad(lambda p, b: batch_loss(model, objectives, p, b, KEY, chunk_rows)[0]))
     return grad.lower(params, batch).compile()
+
+
+def test_remat_policies_and_kept_chunks_change_what_is_computed_twice(base_folder: Folder, source: Source) -> None:
+    """The gradients are equal. The FLOPs are those of the passes, where a forward pass counts 1 and a backward pass 2."""
+    host = build_host_batches(source, 1, 1, row_length=32)[0].batch
+    grads, flops = {}, {}
+    for policy, recompute in (
+        ("nothing", True),
+        ("nothing", False),
+        ("attention", True),
+        ("matmuls", True),
+    ):
+        options: dict[str, Any] = {"remat": True, "unroll": False, "remat_policy": policy, "attention_kernel": "einsum"}
+        model, params = load_model(base_folder("qwen2"), SPEC, 1, **options)
+
+        def loss(params: Any, batch: Any, model: Any = model, recompute: bool = recompute) -> jax.Array:
+            return batch_loss(model, FOUR_DIRECTIONS, params, batch, KEY, 4, recompute=recompute)[0]
+
+        traced = jax.jit(jax.grad(loss)).trace(params, jax.device_put(host))
+        flops[policy, recompute] = matmul_flops(traced.jaxpr)
+        grads[policy, recompute] = traced.lower().compile()(params, jax.device_put(host))
+    for other in list(grads.values())[1:]:
+        assert_trees_close(grads["nothing", True], other)
+    passes = {key: 5 * value / flops["nothing", True] for key, value in flops.items()}
+    assert passes["nothing", False] == pytest.approx(4, abs=0.1)
+    assert 4 < passes["matmuls", True] < passes["attention", True] < 5
 
 
 @pytest.mark.parametrize(("devices", "objectives"), [(1, OTHER_OBJECTIVES), (8, FOUR_DIRECTIONS)])

@@ -1,0 +1,25 @@
+"""What rematerialized layers keep for the backward pass, by name.
+
+Values of a layer have names (`jax.ad_checkpoint.checkpoint_name`). A policy says which of them are kept; the others are
+computed again. The input of a layer is always kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import jax
+
+ATTENTION_OUTPUT = "attention_output"
+MATMUL_OUTPUT = "matmul_output"
+
+# By the values of `model.remat_policy`. None keeps nothing.
+REMAT_POLICIES: Mapping[str, Callable[..., Any] | None] = MappingProxyType(
+    {
+        "nothing": None,
+        "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION_OUTPUT),
+        "matmuls": jax.checkpoint_policies.save_only_these_names(ATTENTION_OUTPUT, MATMUL_OUTPUT),
+    }
+)
