@@ -145,6 +145,7 @@ NEW_KEYS: dict[str, object] = {
     "fixed_prompts": False,
     "hidden_projections": [],
     "instruction_table": "",
+    "exit_layers": [],
 }
 
 

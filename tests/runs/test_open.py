@@ -63,7 +63,7 @@ def test_spec_has_the_matryoshka_widths_of_the_last_stage_and_leaves_instruction
 
 @pytest.mark.parametrize(
     "moment",
-    ["jaxembed.runs.open.open_sources", "transformers.PreTrainedTokenizerBase.save_pretrained", "jaxembed.runs.train.resume"],
+    ["jaxembed.runs.plans.open_sources", "transformers.PreTrainedTokenizerBase.save_pretrained", "jaxembed.runs.train.resume"],
 )
 def test_a_signal_before_the_first_step_ends_with_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
     """While data is read, while the tokenizer is written, and before weights are loaded."""

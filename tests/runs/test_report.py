@@ -65,7 +65,7 @@ def make_stage(sources: int, examples: list[Example], batch_size: int = 2) -> An
     return SimpleNamespace(
         sources=[FakeSource()] * sources, config=settings, tokenizer=tokenizer,
         plan=SimpleNamespace(count_epochs=lambda steps: [1.0] * sources),
-        batch_builder=SimpleNamespace(sampler=FakeSampler(examples)),
+        batch_builder=SimpleNamespace(sampler=FakeSampler(examples), token_builders={}),
         needs_hard_negatives=lambda source: False, needs_teacher_scores=lambda source: False,
     )  # fmt: skip
 

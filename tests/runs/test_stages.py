@@ -17,7 +17,7 @@ from jaxembed import Embedder, config
 from jaxembed.data.sources import open_sources
 from jaxembed.errors import UserError
 from jaxembed.hub.frozen_encoder import open_frozen_encoder
-from jaxembed.runs import open
+from jaxembed.runs import encoders
 from jaxembed.runs.train import train
 from jaxembed.training import loop
 from jaxembed.training.metrics import read_metrics
@@ -162,7 +162,7 @@ def test_a_model_that_is_guide_and_teacher_is_opened_once(folder: Path, monkeypa
     monkeypatch.setenv("JAXEMBED_CACHE", str(folder / "cache"))
     opened: list[str] = []
     monkeypatch.setattr(
-        open, "open_frozen_encoder", lambda name, *rest, **kw: opened.append(name) or open_frozen_encoder(name, *rest, **kw)
+        encoders, "open_frozen_encoder", lambda name, *rest, **kw: opened.append(name) or open_frozen_encoder(name, *rest, **kw)
     )
     base = str(folder / "base")
     both = [{"name": "infonce", "guide": base}, {"name": "embedding_matching", "teacher": base}]
