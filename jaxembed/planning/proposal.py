@@ -21,6 +21,8 @@ from jaxembed.model.families import TransformerConfig
 UNKNOWN_CHIP = TpuChip("", peak_flops=200e12, memory=0, memory_bandwidth=800e9, link_bandwidth=200e9)
 # Bytes per trained parameter: itself, two moments, and the gradients of a chunk, of a step, and in transit, in float32.
 STATE_BYTES = 28
+# Bytes per token and width that the embedding, the last norm and the pooling keep of all chunks, if these are not recomputed.
+OUTSIDE_LAYERS_BYTES = 16
 MEMORY_SHARE = 0.95  # of the device, which the estimate may fill
 EQUAL_SPEED = 1.02  # ratio of the times of settings that count as equally fast
 
@@ -162,8 +164,9 @@ def estimate(job: Job, settings: Proposal, devices: int, chip: TpuChip) -> Propo
     trained_bytes = STATE_BYTES if job.lora is None else {"float32": 4, "bfloat16": 2, "int8": 1}[job.lora.base_dtype]
     kept_tokens = chunk_tokens if settings.recompute else tokens
     kept = size * _count_kept(job, settings) * c.layers * kept_tokens
+    outside_layers = 0 if settings.recompute else OUTSIDE_LAYERS_BYTES * c.width * tokens
     layer = 2 * size * job.layer_numbers * chunk_tokens + (2 * size + 4) * job.layer_weights
-    memory = trained_bytes * job.parameters / settings.fsdp + kept + layer
+    memory = trained_bytes * job.parameters / settings.fsdp + kept + outside_layers + layer
 
     # Time: passes over the matrices, their traffic and the activations', and messages.
     again = (chunks > 1 and settings.recompute) + (settings.remat and settings.policy != "matmuls")
