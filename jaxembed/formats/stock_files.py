@@ -48,6 +48,8 @@ def build_config(
     config = {key: value for key, value in hf_config.items() if key not in UNSAVED_CONFIG_KEYS} | {
         "architectures": [family.architecture + ("" if spec.pooling in SERVED_POOLINGS else OWN_POOLING_SUFFIX)],
         "dtype": dtype,
+        # vLLM needs it for RoBERTa and XLM-R. transformers 5 does not write it.
+        **({"position_embedding_type": "absolute"} if transformer.position_kind == "learned" else {}),
         # The padding token of an encoder says where its positions start, and its mask is that of its class.
         **(build_rope_fields(transformer) if family.is_encoder else _build_decoder_fields(spec, transformer, tokenizer)),
     }

@@ -143,7 +143,7 @@ TORCH_SENTENCE_TRANSFORMERS = ("sentence-transformers 6", "sentence-transformers
 STORES = "Chroma, LanceDB"
 FRAMEWORKS = ("LangChain", "LlamaIndex")
 SERVERS = ("vLLM", "TEI", "llama.cpp")
-COMPARED_FAMILIES = frozenset({"qwen2", "qwen3", "mistral", "llama"})  # with servers
+COMPARED_DECODERS = frozenset({"qwen2", "qwen3", "mistral", "llama"})  # with servers
 
 RULES = (
     Rule(
@@ -208,7 +208,11 @@ RULES = (
     ),
     Rule(lambda model: model.rope_type == "llama3", ("llama.cpp",), Status.REFUSED, "has no such RoPE scaling (llama3)"),
     Rule(
-        lambda model: model.transformer.family not in COMPARED_FAMILIES, SERVERS, Status.CONDITIONAL,
+        lambda model: model.transformer.family not in COMPARED_DECODERS, ("TEI",), Status.CONDITIONAL,
+        "if it has this family, which was not compared", False,
+    ),
+    Rule(
+        lambda model: model.transformer.family not in COMPARED_DECODERS | {"bert"}, ("llama.cpp",), Status.CONDITIONAL,
         "if it has this family, which was not compared", False,
     ),
     Rule(
@@ -216,7 +220,7 @@ RULES = (
         "if it computes this RoPE scaling (yarn) alike, which was not compared",
     ),
     Rule(
-        lambda model: model.has_window and model.transformer.family in COMPARED_FAMILIES, ("llama.cpp",), Status.DIFFERENT,
+        lambda model: model.has_window and model.transformer.family in COMPARED_DECODERS, ("llama.cpp",), Status.DIFFERENT,
         "computes no sliding window",
     ),
     Rule(

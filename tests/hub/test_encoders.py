@@ -56,6 +56,7 @@ def test_exported_encoder_gives_the_vectors_of_the_model(
     config, base_config = (json.loads((folder / "config.json").read_text()) for folder in (out, base_folder(family)))
     assert not {"is_causal", "use_bidirectional_attention", "head_dim", "rope_theta"} & config.keys()
     assert config["pad_token_id"] == base_config["pad_token_id"], "the positions of XLM-R follow that row"
+    assert config.get("position_embedding_type") == (None if family == "modernbert" else "absolute"), "vLLM reads it"
     (out / "jaxembed.json").unlink()
     spec = Embedder.load(out).spec
     prompts = {"query": "", "document": "", **model.spec.prompts}
