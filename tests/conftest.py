@@ -50,6 +50,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 from helpers import tiny
 from helpers.programs import share_train_steps
 from helpers.runs import use_one_device
+from jaxembed.config import field_lists
 
 share_train_steps()
 # Tracing allocates many objects. The collector should not walk through all imported modules again and again.
@@ -70,6 +71,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the slowest files first, so that parallel workers end at about the same time."""
     gc.freeze()  # all modules are imported
     items.sort(key=lambda item: SLOWEST_FILES.index(item.path.stem) if item.path.stem in SLOWEST_FILES else len(SLOWEST_FILES))
+
+
+def pytest_runtest_setup() -> None:
+    """Let every test see the messages that a process logs once."""
+    field_lists._logged.clear()
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from jaxembed.config import field_lists
 from jaxembed.config.instructions import INSTRUCTION_TABLES, InstructionTable, load_instruction_table
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.evaluation.mteb_encoder import choose_prompts, get_task_instruction
@@ -94,7 +93,6 @@ def test_scores_belong_to_the_tables_of_their_instructions() -> None:
 
 
 def test_choice_of_prompts_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    field_lists._logged.clear()
     caplog.set_level("INFO", "jaxembed")
     for spec in (EmbeddingSpec(), EmbeddingSpec(prompts={"query": "q: "}), INSTRUCT_SPEC, INSTRUCT_SPEC):
         PromptChooser(spec).log()

@@ -14,7 +14,6 @@ import transformers
 
 from helpers import tiny
 from helpers.loading import draw_texts, encode_packed, load_model, pack_texts
-from jaxembed.config import field_lists
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.errors import UserError
 from jaxembed.model.families import FAMILIES
@@ -141,7 +140,6 @@ def test_older_configs_name_two_rotary_bases_and_the_size_of_a_group() -> None:
 
 
 def test_unknown_fields_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    field_lists._logged.clear()
     for _ in range(2):
         parse_hf_config({"model_type": "llama", **SIZES, "brand_new": 1, "rope_parameters": {**PLAIN, "new": 2}}, "a.json")
     messages = sorted(record.message for record in caplog.records)

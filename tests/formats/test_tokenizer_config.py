@@ -15,7 +15,6 @@ from helpers import tiny
 from helpers.loading import min_cosine
 from helpers.runs import make_config, write_base_and_data
 from jaxembed import Embedder
-from jaxembed.config import field_lists
 from jaxembed.data.tokenize import load_tokenizer
 from jaxembed.errors import UserError
 from jaxembed.formats.sentence_transformers import (
@@ -102,7 +101,6 @@ def test_flag_without_its_token_is_refused(tmp_path: Path) -> None:
 def test_a_false_flag_does_not_remove_tokens(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tiny.write_folder(tmp_path, "mistral")  # its tokenizer.json adds BOS
     edit_json(tmp_path / "tokenizer_config.json", add_bos_token=False)
-    field_lists._logged.clear()
     for _ in range(2):
         ids = load_folder_tokenizer(tmp_path)("a")["input_ids"]
     assert ids == transformers.AutoTokenizer.from_pretrained(tmp_path)("a")["input_ids"] and ids[0] == 0
@@ -200,7 +198,6 @@ def test_the_default_prompt_precedes_texts(tmp_path: Path) -> None:
 
 def test_unknown_fields_are_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = write_sentence_transformer(tmp_path, False, False)
-    field_lists._logged.clear()
     edit_json(folder / "1_Pooling" / "config.json", brand_new=1)
     for _ in range(2):
         find_base(str(folder))
@@ -219,7 +216,6 @@ def test_code_that_is_not_run_is_logged_once(tmp_path: Path, caplog: pytest.LogC
     """A decoder of a known type is read as the stock one, as sentence-transformers does without trust_remote_code."""
     folder = write_sentence_transformer(tmp_path, False, False)
     expected = Embedder.load(folder).encode(TEXTS)
-    field_lists._logged.clear()
     edit_json(folder / "config.json", auto_map={"AutoModel": "modeling.Model"})
     for _ in range(2):
         np.testing.assert_array_equal(Embedder.load(folder).encode(TEXTS), expected)

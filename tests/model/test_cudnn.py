@@ -14,7 +14,6 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo as library
 from jax.sharding import Mesh
 
-from jaxembed.config import field_lists
 from jaxembed.model import cudnn, kernels
 from jaxembed.model.cudnn import attend_masked, attend_packed, draw_check_inputs, find_fault, find_texts, measure_error
 from jaxembed.model.kernels import pick_kernel
@@ -30,7 +29,6 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(kernels, "target_platform", lambda: "gpu")
     monkeypatch.setattr(library, "check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(library, "check_compute_capability", lambda capability: True)
-    field_lists._logged.clear()
     find_fault.cache_clear()
     yield
     find_fault.cache_clear()

@@ -18,7 +18,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from helpers.commands import TPU_COMPILER_ENV, run_command
 from helpers.loading import draw_texts, load_model, pack_texts
 from helpers.training_batches import list_all_slots
-from jaxembed.config import field_lists
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.devices.mesh import make_mesh, target_platform
 from jaxembed.devices.placement import put_batch
@@ -139,7 +138,6 @@ def test_a_model_with_splash_has_the_gradients_of_einsum(
     base_folder: Callable[[str], Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Encode in chunks of rows on two devices, with a sliding window and rematerialized layers."""
-    field_lists._logged.clear()
     packed, _ = pack_texts(draw_texts((3, 17, 30, 9, 1, 12, 25, 20)), 32, shards=2)
     weights = np.random.default_rng(0).normal(size=(len(packed.tokens), packed.segments, 32))
     mesh, grads = make_mesh(2), {}
@@ -169,7 +167,6 @@ def test_a_model_with_splash_has_the_gradients_of_einsum(
 def test_einsum_replaces_splash_with_one_warning(
     mask: str, window: Any, dtype: Any, limit: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    field_lists._logged.clear()
     with jax.enable_x64(dtype == jnp.float64), caplog.at_level(logging.INFO, "jaxembed"):
         inputs = draw_inputs(8, dtype=dtype)
         for _ in range(2):

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from jaxembed.config import field_lists
 from jaxembed.formats.checkpoints import CheckpointReader, pick_step
 from jaxembed.training.loop import Trainer
 
@@ -33,7 +32,6 @@ def make_checkpoints(monkeypatch: pytest.MonkeyPatch, scores: dict[int, float | 
 def test_the_best_checkpoint_has_the_highest_score(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, scores: Any, best: int, message: str | None
 ) -> None:
-    field_lists._logged.clear()
     caplog.set_level(logging.INFO, "jaxembed")
     assert pick_step(make_checkpoints(monkeypatch, scores), "best", Path("run")) == best
     assert caplog.messages == ([] if message is None else [message])

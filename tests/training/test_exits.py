@@ -19,7 +19,7 @@ from helpers.loading import draw_texts, load_model, pack_texts
 from helpers.runs import make_config, use_one_device, write_base_and_data
 from helpers.text_batches import make_batch
 from jaxembed import Embedder
-from jaxembed.config import ExitsConfig, InfoNCEConfig, MatryoshkaConfig, field_lists
+from jaxembed.config import ExitsConfig, InfoNCEConfig, MatryoshkaConfig
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.data.packing import PackedTexts
 from jaxembed.errors import UserError
@@ -138,7 +138,6 @@ def test_a_run_trains_exits_and_its_model_is_cut_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     use_one_device(monkeypatch)
-    monkeypatch.setattr(field_lists, "_logged", set())  # another test may have logged the same
     root = write_base_and_data(tmp_path)
     quick = ("train.steps=2", "train.checkpoint_every=2", "eval.sets=[]", "mesh.data=1", "matryoshka.dims=[8]")
     config = make_config(root, "run", *quick, "exits={layers: [2], random: 1, align: 0.3}", "gradcache.rows=4")
