@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from helpers.mining import draw_vectors
+from helpers.mining import StubEncoder
 from helpers.sources import write_jsonl
 from jaxembed.curation.data_insight import (
     TextSample,
@@ -20,17 +19,7 @@ from jaxembed.curation.data_insight import (
     describe_nearness,
 )
 from jaxembed.data import __main__ as data_command
-from jaxembed.data.batch import EncoderInput
 from jaxembed.errors import UserError
-
-
-class StubEncoder:
-    """Texts that share a number have similar vectors (`draw_vectors`)."""
-
-    width = 6
-
-    def encode(self, texts: Sequence[EncoderInput]) -> np.ndarray:
-        return draw_vectors([text.text for text in texts])
 
 
 def draw_unit_vectors(count: int, center: int, width: int = 16, seed: int = 0) -> np.ndarray:

@@ -8,20 +8,18 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from helpers.commands import ENV, Process
-from helpers.mining import draw_vectors
+from helpers.mining import StubEncoder
 from helpers.sources import write_jsonl
 from jaxembed import cli
 from jaxembed import mine as mine_command
 from jaxembed.config import MineConfig
-from jaxembed.data.batch import EncoderInput
 from jaxembed.errors import Stopped, UserError
 from jaxembed.hub.embedder import Embedder
 
@@ -71,19 +69,6 @@ def test_killed_command_continues_where_it_stopped(
     report = json.loads(Path(counts["report"]).read_text())
     assert report["written"] == 20 and report["model"]["name"] == arguments[0] and report["ways"]["rule"]["name"] == "top_k"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "in.jsonl", "out.jsonl", "out.jsonl.report.json"]
-
-
-class StubEncoder:
-    """The part of a frozen encoder that mining uses. `inputs` are the texts that it encoded."""
-
-    identity, width = {"name": "stub"}, 6
-
-    def __init__(self) -> None:
-        self.inputs: list[EncoderInput] = []
-
-    def encode(self, texts: Sequence[EncoderInput]) -> np.ndarray:
-        self.inputs += texts
-        return draw_vectors([text.text for text in texts])
 
 
 @pytest.fixture

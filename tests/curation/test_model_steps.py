@@ -13,29 +13,15 @@ import pytest
 import yaml
 
 from helpers.curation import pair, queries_left, run_all_rows_step
-from helpers.mining import draw_vectors, make_pool, mine_pool, rows_by_query
+from helpers.mining import StubEncoder, draw_vectors, make_pool, mine_pool, rows_by_query
 from jaxembed import curate as curate_command
 from jaxembed.config.curation import DuplicatesStepConfig
 from jaxembed.config.curation_models import MineStepConfig
 from jaxembed.curation.steps.curated_row import CuratedRow, StepOutcome
 from jaxembed.curation.steps.semantic_copies import FIRST_NEIGHBORS, find_similar
-from jaxembed.data.batch import EncoderInput
 from jaxembed.data.jsonl import write_jsonl
 from jaxembed.errors import UserError
 from jaxembed.search.fusion import fuse_rankings
-
-
-class StubEncoder:
-    """Texts that share a number have similar vectors (`draw_vectors`)."""
-
-    width = 6
-
-    def __init__(self) -> None:
-        self.inputs: list[EncoderInput] = []
-
-    def encode(self, texts: Sequence[EncoderInput]) -> np.ndarray:
-        self.inputs += texts
-        return draw_vectors([text.text for text in texts])
 
 
 @pytest.fixture

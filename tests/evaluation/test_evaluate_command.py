@@ -55,6 +55,15 @@ def write_model(folder: Path, spec: EmbeddingSpec) -> Path:
     return folder / "out"
 
 
+def write_model_and_beir(folder: Path) -> list[str]:
+    """Write a model with instructions and a BEIR folder. Return the arguments that score the model on it at two widths."""
+    tiny.write_folder(folder / "base", "qwen3")
+    write_spec(folder / "base", SPECS["instructed"])
+    documents = {f"d{i}": text for i, text in enumerate(tiny.TEXTS)}
+    write_beir(folder / "own", documents, documents, {name: {name: 1} for name in documents})
+    return [str(folder / "base"), "--beir", str(folder / "own"), "--dim", "32", "8"]
+
+
 @pytest.mark.parametrize("name", SPECS)
 def test_scores_equal_those_of_sentence_transformers_and_mteb(name: str, tmp_path: Path) -> None:
     import mteb
@@ -109,11 +118,7 @@ cli.run_command(evaluate.main, evaluate.make_parser())
 
 
 def test_two_processes_give_the_scores_of_one(tmp_path: Path) -> None:
-    folder = tiny.write_folder(tmp_path / "base", "qwen3")
-    write_spec(folder, SPECS["instructed"])
-    documents = {f"d{i}": text for i, text in enumerate(tiny.TEXTS)}
-    write_beir(tmp_path / "own", documents, documents, {name: {name: 1} for name in documents})
-    arguments = [str(folder), "--dim", "32", "8", "--tasks", "STSBenchmark", "SciFact", "--beir", str(tmp_path / "own")]
+    arguments = [*write_model_and_beir(tmp_path), "--tasks", "STSBenchmark", "SciFact"]
     expected = run(*arguments)
     first, second = start_all(SCRIPT, [*arguments, "--out", str(tmp_path / "out")], tmp_path, count=2, devices=1)
     (output, errors), (other_output, other_errors) = first.communicate(), second.communicate()
@@ -171,11 +176,7 @@ cli.run_command(evaluate.main, evaluate.make_parser())
 
 def test_a_command_that_is_killed_continues_without_repeating_tasks(tmp_path: Path) -> None:
     """SIGKILL inside the first task, before anything of the last one is encoded, and inside that one."""
-    folder = tiny.write_folder(tmp_path / "base", "qwen3")
-    write_spec(folder, SPECS["instructed"])
-    documents = {f"d{i}": text for i, text in enumerate(tiny.TEXTS)}
-    write_beir(tmp_path / "own", documents, documents, {name: {name: 1} for name in documents})
-    options = [str(folder), "--beir", str(tmp_path / "own"), "--dim", "32", "8"]
+    options = write_model_and_beir(tmp_path)
     undisturbed = run(*options)["scores"]
     assert list(undisturbed) == ["STSBenchmark", "SciFact", "own"]
 

@@ -14,6 +14,7 @@ from jaxembed.config import MineConfig, SourceConfig
 from jaxembed.curation.mining import MiningOptions, MiningResult, ScoreIds, mine_negatives
 from jaxembed.curation.pool import MiningPool, open_mining_source, read_pool
 from jaxembed.curation.report import to_output_row
+from jaxembed.data.batch import EncoderInput
 from jaxembed.data.sources import Source
 
 DEPTH = 40
@@ -44,6 +45,20 @@ def draw_vector(text: str) -> np.ndarray:
 def draw_vectors(texts: Sequence[str]) -> np.ndarray:
     """Return the unit vectors [N, 6] of texts."""
     return np.stack([draw_vector(text) for text in texts])
+
+
+class StubEncoder:
+    """The part of a frozen encoder that curation uses, with `draw_vectors`. `inputs` are the texts that it encoded."""
+
+    identity, width = {"name": "stub"}, 6
+
+    def __init__(self) -> None:
+        self.inputs: list[EncoderInput] = []
+
+    def encode(self, texts: Sequence[EncoderInput]) -> np.ndarray:
+        """Return the vectors of texts."""
+        self.inputs += texts
+        return draw_vectors([text.text for text in texts])
 
 
 def mine_pool(pool: MiningPool, rescore: ScoreIds | None = None, rule: str = "top_k", **options: Any) -> MiningResult:
