@@ -16,7 +16,7 @@ from jaxembed import cli
 from jaxembed.config.sections import table
 from jaxembed.config.shipped import SYNTHESIS_FOLDER, find_config
 from jaxembed.config.synthesis import SynthesisConfig, load_synthesis_config
-from jaxembed.config.synthesis_steps import BM25, RetrieveStepConfig, RoundTripStepConfig
+from jaxembed.config.synthesis_steps import BM25, SearchStepConfig
 from jaxembed.data.heldout import split_pairs
 from jaxembed.errors import UserError
 from jaxembed.files import cache_dir
@@ -42,7 +42,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     from jaxembed.synthesis.endpoints import ServerOptions
     from jaxembed.synthesis.engine import synthesize
 
-    if any(get_searcher(step) != BM25 for task in config.tasks for step in task.steps):
+    if any(isinstance(step, SearchStepConfig) and step.by != BM25 for task in config.tasks for step in task.steps):
         cli.set_up_jax()
     server = ServerOptions(
         urls=args.server, model=args.model, key=os.environ.get(args.key_env, "").strip(), key_variable=args.key_env,
@@ -64,11 +64,6 @@ def hold_out(config: SynthesisConfig, files: Sequence[str], percent: int | None)
         shutil.rmtree(split, ignore_errors=True)  # that of an earlier run, with fewer rows
     documents = config.inputs.get("documents", "")
     return {"heldout": {str(out): split_pairs(str(path), out, percent / 100, documents) for path, out in splits.items()}}
-
-
-def get_searcher(step: object) -> str:
-    """Return what a step searches by: bm25, or a model. Steps that search nothing count as bm25."""
-    return step.by if isinstance(step, RetrieveStepConfig | RoundTripStepConfig) else BM25
 
 
 def make_parser() -> cli.Parser:

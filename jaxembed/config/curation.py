@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from jaxembed.config.curation_models import ClusterStepConfig, JudgeStepConfig, MineStepConfig
 from jaxembed.config.data import NonEmpty, SourceConfig, Where
-from jaxembed.config.sections import Positive, Section, apply_override, parse_section, read_tree
+from jaxembed.config.sections import Patterns, Positive, Section, parse_section, read_tree
 from jaxembed.config.shipped import CURATION_FOLDER, find_config
 
 Side = Literal["query", "positives", "negatives"]
@@ -27,16 +26,6 @@ class StepConfig(Section):
 
     name: str
 
-    @field_validator("drop_patterns", "boilerplate", check_fields=False)
-    @classmethod
-    def _check_patterns(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{pattern!r} is not a regular expression of Python ({error})") from None
-        return patterns
-
 
 class CleanStepConfig(StepConfig):
     """Repair texts. Only texts that become empty are dropped."""
@@ -49,9 +38,7 @@ class CleanStepConfig(StepConfig):
     control_chars: bool = Field(
         True, description="Remove control and zero-width characters, except joiners between other characters."
     )
-    boilerplate: tuple[str, ...] = Field(
-        (), description="Regular expressions. A line is removed if one of them matches all of it."
-    )
+    boilerplate: Patterns = Field((), description="Regular expressions. A line is removed if one of them matches all of it.")
     whitespace: bool = Field(
         True, description="Collapse runs of spaces and blank lines, and strip both ends. Indentation stays."
     )
@@ -74,7 +61,7 @@ class QualityStepConfig(StepConfig):
     max_symbols: Share | None = Field(
         None, description="Maximum share of characters that are neither letters, digits, marks, nor white space."
     )
-    drop_patterns: tuple[str, ...] = Field(
+    drop_patterns: Patterns = Field(
         (), description="Regular expressions, such as those of personal data. A text that contains a match is dropped."
     )
 
@@ -326,7 +313,4 @@ def load_curate_config(path: str | Path, overrides: Sequence[str] = ()) -> Curat
         UserError: The file cannot be read, or a key is unknown or has a wrong value.
     """
     path = find_config(path, [CURATION_FOLDER])
-    tree: dict[str, Any] = read_tree(path)
-    for override in overrides:
-        apply_override(tree, override)
-    return parse_section(CurateConfig, tree, str(path))
+    return parse_section(CurateConfig, read_tree(path, overrides), str(path))

@@ -10,11 +10,11 @@ import json
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from jaxembed.config.fields import MAX_INTEGER, quote_value
 from jaxembed.config.removed import SECTION_HINT as PYTHON_PACKAGES_HINT
@@ -68,14 +68,30 @@ class Section(BaseModel):
 
 
 Positive = Annotated[int, Field(gt=0, le=MAX_INTEGER)]
+
+
+def _check_patterns(patterns: tuple[str, ...]) -> tuple[str, ...]:
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is not a regular expression of Python ({error})") from None
+    return patterns
+
+
+Patterns = Annotated[tuple[str, ...], AfterValidator(_check_patterns)]  # regular expressions
 AnySection = TypeVar("AnySection", bound=Section)
 
 
-def read_tree(path: Path) -> dict[str, Any]:
+def read_tree(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Read the mapping in a YAML file, unchecked.
 
+    Args:
+        path: The file.
+        overrides: Settings of the form `key.sub=value`, applied in order.
+
     Raises:
-        UserError: The file is missing, not UTF-8, not YAML, or not a mapping.
+        UserError: The file is missing, not UTF-8, not YAML, or not a mapping; or an override does not apply (`apply_override`).
     """
     try:
         tree = load_yaml(path.read_text(encoding="utf-8"))
@@ -87,6 +103,8 @@ def read_tree(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid YAML ({summarize(error, MAX_MESSAGE_CHARS)})") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: holds {_type_name(tree)} (expected a mapping of sections such as model: and data:)")
+    for override in overrides:
+        apply_override(tree, override)
     return tree
 
 

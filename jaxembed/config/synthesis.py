@@ -55,7 +55,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from jaxembed.config.data import NonEmpty, RowField, SourceConfig
-from jaxembed.config.sections import Positive, Section, apply_override, parse_section, read_tree
+from jaxembed.config.sections import Positive, Section, parse_section, read_tree
 from jaxembed.config.shipped import SYNTHESIS_FOLDER, find_config
 from jaxembed.config.synthesis_steps import (
     AnySynthesisStep,
@@ -225,9 +225,7 @@ def load_synthesis_config(path: str | Path, overrides: Sequence[str] = (), max_r
         UserError: The file cannot be read, or a key is unknown or has a wrong value.
     """
     path = find_config(path, [SYNTHESIS_FOLDER])
-    tree: dict[str, Any] = read_tree(path)
-    for override in overrides:
-        apply_override(tree, override)
+    tree = read_tree(path, overrides)
     if max_rows is not None:
         tree["max_rows"] = max_rows
     return parse_section(SynthesisConfig, tree, str(path))

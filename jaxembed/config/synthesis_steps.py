@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from jaxembed.config.data import NonEmpty
-from jaxembed.config.sections import Positive, Section
+from jaxembed.config.sections import Patterns, Positive, Section
 from jaxembed.config.templates import list_placeholders
 from jaxembed.config.yaml_text import write_scalar
 
@@ -102,21 +101,11 @@ class AnswerConfig(Section):
     type: Literal["text", "list", "object"] = Field("text", description="Type of the answer.")
     fields: dict[Name, FieldConfig] = Field({}, description="object: its fields.")
     items: FieldConfig = Field(FieldConfig(), description="text: its rules. list: the rules of each string, and how many.")
-    reject: tuple[str, ...] = Field(
+    reject: Patterns = Field(
         (),
         description="Regular expressions. An answer with a string that contains a match is not valid. Strings in which the "
         "model refuses, such as one that starts with I'm sorry, are never valid.",
     )
-
-    @field_validator("reject")
-    @classmethod
-    def _check_patterns(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{pattern!r} is not a regular expression of Python ({error})") from None
-        return patterns
 
     @model_validator(mode="after")
     def _check_fields(self) -> AnswerConfig:
@@ -132,7 +121,7 @@ class AnswerConfig(Section):
         return {"text": ("text",), "list": ("item",), "object": tuple(self.fields)}[self.type]
 
 
-class StepConfig(Section):
+class SynthesisStepConfig(Section):
     """The keys that all steps share."""
 
     kind: str
@@ -153,7 +142,7 @@ class StepConfig(Section):
         return {}
 
 
-class AskStepConfig(StepConfig):
+class AskStepConfig(SynthesisStepConfig):
     """Ask the model, once for each draft that reaches the step."""
 
     kind: Literal["ask"] = "ask"
@@ -197,18 +186,23 @@ class AskStepConfig(StepConfig):
         return self
 
 
-class RetrieveStepConfig(StepConfig):
-    """Find the documents of an input that are nearest to a query."""
+class SearchStepConfig(SynthesisStepConfig):
+    """The keys that all steps share that search the documents of an input."""
 
-    kind: Literal["retrieve"] = "retrieve"
     input: Name = Field("documents", description="Input whose rows are searched: their title and text.")
     query: NonEmpty = Field(description="Template of the query.")
     by: NonEmpty = Field(BM25, description="bm25, or a MODEL: a run directory, folder, or hub id.")
-    k: Positive = Field(20, description="Number of documents.")
 
     def list_templates(self) -> dict[str, str]:
         """Return the templates of the step by key."""
         return {"query": self.query}
+
+
+class RetrieveStepConfig(SearchStepConfig):
+    """Find the documents of an input that are nearest to a query."""
+
+    kind: Literal["retrieve"] = "retrieve"
+    k: Positive = Field(20, description="Number of documents.")
 
 
 class RelevanceConfig(Section):
@@ -234,7 +228,7 @@ class LikelihoodConfig(Section):
     prompt: NonEmpty = Field(description="Template of the text before the query. {candidate.text} is the candidate.")
 
 
-class RankStepConfig(StepConfig):
+class RankStepConfig(SynthesisStepConfig):
     """Rank the candidates of a retrieve step by the model (Gecko, arXiv:2403.20327, section 3.2).
 
     The ranks by likelihood and by relevance are combined by reciprocal rank fusion. Fields: `positive` is the best candidate,
@@ -280,21 +274,15 @@ class RankStepConfig(StepConfig):
         return self
 
 
-class RoundTripStepConfig(StepConfig):
+class RoundTripStepConfig(SearchStepConfig):
     """Keep a draft only if its query finds its own document among the nearest ones (Alberti et al. 2019, arXiv:1906.05416)."""
 
     kind: Literal["round_trip"] = "round_trip"
     input: Name = Field("documents", description="Input whose rows are searched. The first step must name it in per.")
-    query: NonEmpty = Field(description="Template of the query.")
-    by: NonEmpty = Field(BM25, description="bm25, or a MODEL: a run directory, folder, or hub id.")
     k: Positive = Field(1, description="Number of nearest documents among which the own document must be.")
 
-    def list_templates(self) -> dict[str, str]:
-        """Return the templates of the step by key."""
-        return {"query": self.query}
 
-
-class FilterStepConfig(StepConfig):
+class FilterStepConfig(SynthesisStepConfig):
     """Keep a draft only if a value meets a condition."""
 
     kind: Literal["filter"] = "filter"

@@ -13,7 +13,7 @@ from jaxembed.config.data import SourceConfig
 from jaxembed.config.model import ModelConfig
 from jaxembed.config.names import check_names
 from jaxembed.config.removed import upgrade_run_tree
-from jaxembed.config.sections import Section, apply_override, parse_section, read_tree
+from jaxembed.config.sections import Section, parse_section, read_tree
 from jaxembed.config.shipped import find_config
 from jaxembed.config.stage import RUN_TRAIN_KEYS, StageConfig, StageSections, resolve_stage
 from jaxembed.config.training import EvalConfig, MeshConfig, RunConfig
@@ -144,9 +144,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), base: str | Non
         UserError: The file cannot be read, a key is unknown or has a wrong value, or two names are equal (`check_names`).
     """
     path = find_config(path)
-    tree = read_tree(path)
-    for override in overrides:
-        apply_override(tree, override)
+    tree = read_tree(path, overrides)
     if base is not None and isinstance(model := tree.setdefault("model", {}), dict):
         model.setdefault("base", base)
     run = tree.setdefault("run", {})

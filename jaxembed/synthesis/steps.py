@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from jaxembed.config.synthesis_steps import AskStepConfig, FilterStepConfig, StepConfig
+from jaxembed.config.synthesis_steps import AskStepConfig, FilterStepConfig, SynthesisStepConfig
 from jaxembed.config.templates import get_only_placeholder
 from jaxembed.errors import UserError, summarize
 from jaxembed.synthesis.answers import AnswerReader, InvalidAnswerError
@@ -61,16 +62,16 @@ class StepContext:
     show_progress: Callable[[], None]
 
 
-class Step:
+class Step(abc.ABC):
     """A step of a task. Its subclasses say what it does with drafts."""
 
-    def __init__(self, config: StepConfig):
+    def __init__(self, config: SynthesisStepConfig):
         """Start without drafts."""
         self.name, self.counts = config.name, StepCounts()
 
+    @abc.abstractmethod
     def run(self, drafts: Iterable[Draft]) -> Iterator[Draft]:
         """Yield the drafts that leave the step."""
-        raise NotImplementedError
 
     def emit(self, draft: Draft) -> Draft:
         """Count a draft that leaves the step, and return it."""
