@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import random
 import threading
 import time
@@ -12,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from jaxembed.errors import UserError, suggest, summarize
-from jaxembed.verification.http_client import parse_root
+from jaxembed.verification.http_client import REACH_ADVICE, parse_retry_after, parse_root
 
 MAX_ATTEMPTS = 8  # of a request that fails for a reason that may pass
 FIRST_WAIT_S, MAX_WAIT_S = 0.5, 30.0  # the wait doubles, unless the server says how long
@@ -162,7 +161,7 @@ class Endpoints:
             return None
         backoff = min(FIRST_WAIT_S * 2 ** min(endpoint.failures, 10), MAX_WAIT_S) * random.uniform(0.75, 1.25)
         headers = error.response.headers if isinstance(error, openai.APIStatusError) else {}
-        return parse_seconds(headers.get("retry-after")) or backoff
+        return min(parse_retry_after(headers.get("retry-after")), MAX_WAIT_S) or backoff
 
     def _explain(self, error: Exception, endpoint: Endpoint) -> NoReturn:
         """Raise the error that says what to do about an error of the library."""
@@ -213,10 +212,7 @@ class Endpoints:
             models = [model.id for model in endpoint.client.models.list().data]
         except openai.APIConnectionError as error:
             endpoint.ready_at, endpoint.failures = time.monotonic() + MAX_WAIT_S, 1
-            return (
-                f"{endpoint.url}: cannot be reached ({self._quote(error)}). Check that the server runs, and the host and port "
-                "of the URL."
-            )
+            return f"{endpoint.url}: cannot be reached ({self._quote(error)}). {REACH_ADVICE}"
         except openai.APIStatusError as error:
             if error.status_code in (401, 403):
                 self._explain(error, endpoint)
@@ -229,12 +225,3 @@ class Endpoints:
                 f"Set --model to one of them.{suggest(self._options.model, models)}"
             )
         return None
-
-
-def parse_seconds(text: str | None) -> float:
-    """Return the seconds of a Retry-After header, at most `MAX_WAIT_S`; 0 if it has none, or a date."""
-    try:
-        seconds = float(text or 0)
-    except ValueError:
-        return 0.0
-    return min(seconds, MAX_WAIT_S) if math.isfinite(seconds) and seconds > 0 else 0.0

@@ -107,7 +107,7 @@ class HttpClient:
             answer, headers = self._ask_once(path, body)
             if answer.status not in BUSY_STATUSES or attempt == MAX_ATTEMPTS:
                 break
-            seconds = min(_parse_seconds(headers.get("Retry-After")) or wait_s, MAX_WAIT_S)
+            seconds = min(parse_retry_after(headers.get("Retry-After")) or wait_s, MAX_WAIT_S)
             log.info("%s: busy (status %d); asking again in %g s", answer.url, answer.status, seconds)
             time.sleep(seconds)
             wait_s *= 2
@@ -201,7 +201,7 @@ def _parse_json(text: str) -> Any:
         return None
 
 
-def _parse_seconds(text: str | None) -> float:
+def parse_retry_after(text: str | None) -> float:
     """Return the seconds of a Retry-After header; 0 if it has none, or a date."""
     try:
         seconds = float(text or 0)
