@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from jaxembed.config.curation_models import ClusterStepConfig
-from jaxembed.curation.mining import MAX_TEXT_CHARS
 from jaxembed.curation.steps.changes import RowChange
 from jaxembed.curation.steps.curated_row import CuratedRow, get_texts, hash_row
-from jaxembed.data.batch import EncoderInput
+from jaxembed.curation.steps.text_vectors import TextVectors
 from jaxembed.errors import UserError
 from jaxembed.hub.frozen_encoder import FrozenEncoder
 from jaxembed.search.clustering import cluster_vectors
@@ -29,20 +28,17 @@ class Clusters:
             encoder: The model.
             seed: Seed of the first centers.
         """
-        self._config, self._encoder, self._seed = config, encoder, seed
-        self._side = "query" if config.of == "queries" else "document"
-        self._vectors = (folder / "vectors").open("w+b")
+        self._config, self._seed = config, seed
+        self._vectors = TextVectors(folder, encoder, are_queries=config.of == "queries")
         self._content: list[int] = []
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the file of vectors."""
         self._vectors.close()
 
     def collect(self, rows: Sequence[CuratedRow]) -> None:
         """Encode a text of each row."""
-        texts = [EncoderInput(self._select_text(row)[:MAX_TEXT_CHARS], self._side, "") for row in rows]
-        if texts:
-            self._vectors.write(self._encoder.encode(texts).tobytes())
+        self._vectors.add([self._select_text(row) for row in rows])
         self._content += [hash_row(row.fields) for row in rows]
 
     def _select_text(self, row: CuratedRow) -> str:
@@ -55,8 +51,7 @@ class Clusters:
         config, num_rows = self._config, len(self._content)
         if num_rows < config.clusters:
             raise UserError(f"cluster: clusters is {config.clusters}, but only {num_rows} rows are left. Lower it.")
-        self._vectors.seek(0)
-        vectors = np.fromfile(self._vectors, np.float32).reshape(num_rows, self._encoder.width)
+        vectors = self._vectors.read()
         order = np.argsort(np.array(self._content, np.uint64), kind="stable")  # the order of rows must make no difference
         labels = np.empty(num_rows, np.int64)
         labels[order] = cluster_vectors(vectors[order], config.clusters, self._seed, config.iterations).labels

@@ -30,7 +30,8 @@ def make_judge_step(config: JudgeStepConfig, open_scorer: Callable[[], ScorePair
         scores = iter(score(pairs).tolist())
         parts = iter([[next(scores) for _ in side] for side in texts])
         return [
-            apply_scores(row, next(parts), next(parts), config) if row in judged else StepOutcome(row.fields) for row in rows
+            apply_scores(row, next(parts), next(parts), config) if row.format == "pairs" else StepOutcome(row.fields)
+            for row in rows
         ]
 
     def score(pairs: list[tuple[str, str]]) -> np.ndarray:

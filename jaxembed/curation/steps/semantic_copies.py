@@ -17,10 +17,10 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxembed.config.curation import DuplicatesStepConfig
-from jaxembed.curation.mining import MAX_TEXT_CHARS, SCORE_TOLERANCE
+from jaxembed.curation.mining import SCORE_TOLERANCE
 from jaxembed.curation.steps.curated_row import CuratedRow
 from jaxembed.curation.steps.items import list_items
-from jaxembed.data.batch import EncoderInput
+from jaxembed.curation.steps.text_vectors import TextVectors
 from jaxembed.data.equality import hash_exact_text, normalize_text
 from jaxembed.hub.frozen_encoder import FrozenEncoder
 from jaxembed.search.nearest import search
@@ -42,13 +42,12 @@ class SemanticCopies:
             encoder: The model.
             memory_mb: Memory of the search in MiB, besides the vectors.
         """
-        self._config, self._encoder, self._memory_mb = config, encoder, memory_mb
-        self._side = "query" if config.of == "queries" else "document"
-        self._vectors = (folder / "vectors").open("w+b")
+        self._config, self._memory_mb = config, memory_mb
+        self._vectors = TextVectors(folder, encoder, are_queries=config.of == "queries")
         self._parts: list[np.ndarray] = []
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the file of vectors."""
         self._vectors.close()
 
     def collect(self, rows: Sequence[CuratedRow]) -> None:
@@ -56,8 +55,7 @@ class SemanticCopies:
         items = [(row.source, item) for row in rows for item in list_items(row, self._config)]
         if not items:
             return
-        texts = [EncoderInput(item.text[:MAX_TEXT_CHARS], self._side, "") for _, item in items]
-        self._vectors.write(self._encoder.encode(texts).tobytes())
+        self._vectors.add([item.text for _, item in items])
         records = np.empty(len(items), ITEM_RECORD)
         records["rank"], records["content"] = [item.rank for _, item in items], [item.content for _, item in items]
         records["text"] = [int(hash_exact_text(normalize_text(item.text)).view("<u8")[0]) for _, item in items]
@@ -69,8 +67,7 @@ class SemanticCopies:
         if not self._parts:
             return np.zeros(0, bool)
         records = np.concatenate(self._parts)
-        self._vectors.seek(0)
-        vectors = np.fromfile(self._vectors, np.float32).reshape(len(records), self._encoder.width)
+        vectors = self._vectors.read()
         order = np.lexsort((np.arange(len(records)), records["content"], ~records["rank"], records["group"]))
         dropped = np.ones(len(records), bool)
         for members in np.split(order, np.flatnonzero(np.diff(records["group"][order])) + 1):
