@@ -34,19 +34,20 @@ def write_vectors(
     try:
         with partial.open("wb") as file, tqdm(total=count, unit="text") as bar:
             # The header has a fixed length, and is written again when the number of vectors is known.
-            _write_header(file, (0, width), dtype)
+            write_header(file, (0, width), dtype)
             for part in parts:
                 file.write(np.ascontiguousarray(part, dtype).tobytes())
                 written += len(part)
                 bar.update(len(part))
             file.seek(0)
-            _write_header(file, (written, width), dtype)
+            write_header(file, (written, width), dtype)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}). Free space, or name another output.") from None
     return written
 
 
-def _write_header(file: IO[bytes], shape: tuple[int, int], dtype: np.dtype) -> None:
+def write_header(file: IO[bytes], shape: tuple[int, int], dtype: np.dtype = FLOAT32) -> None:
+    """Write the header of a .npy file, which has the same length for every shape."""
     np.lib.format.write_array_header_1_0(file, {"descr": dtype.str, "fortran_order": False, "shape": shape})
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxembed.data.vector_file import write_header
 from jaxembed.errors import UserError
 from jaxembed.files import atomic_write, exists
 
@@ -92,6 +93,6 @@ class VectorCache:
 def _write_vectors(path: Path, count: int, width: int, parts: Iterable[np.ndarray]) -> None:
     """Write a .npy file part by part. Ordinary writes raise an error on a full disk; mapped writes would crash."""
     with path.open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (count, width)})
+        write_header(file, (count, width))
         for part in parts:
             file.write(np.ascontiguousarray(part, "<f4").tobytes())

@@ -19,7 +19,7 @@ from jaxembed.devices.cpu import is_tuned
 from jaxembed.errors import UserError
 from jaxembed.model.kernels import resolve_kernel
 from jaxembed.runs.open import OpenedRun
-from jaxembed.runs.token_report import show_token_data
+from jaxembed.runs.token_report import describe_lengths, describe_rows, show_token_data
 from jaxembed.training.metrics import read_metrics
 from jaxembed.training.stage import Stage
 from jaxembed.training.step import TrainState
@@ -95,23 +95,14 @@ def describe_source(stage: Stage, source: Source, epochs: float, examples: Seque
     if isinstance(sampler, GradedPairSampler):
         graded = {"score_range": sampler.score_range, "min_score": source.config.min_score, "positives": sampler.positive_count}
     return {
-        "name": source.name,
-        "path": source.config.path,
-        "format": source.format,
-        "rows": source.row_count,
-        "examples": len(source),
+        **describe_rows(source),
         "epochs": epochs,
         "share": epochs * len(source) / (train.steps * train.batch_size),
         "in_batch_negatives": source.in_batch,
-        "dropped": {reason: count for reason, count in sampler.drop_counts.items() if count},
         **({"graded": graded} if graded else {}),
         "tokens": {
-            "texts": len(lengths),
-            "mean": float(lengths.mean()),
-            "median": float(np.median(lengths)),
+            **describe_lengths(lengths, limit),
             "p95": float(np.quantile(lengths, 0.95, method="higher")),
-            "most": int(lengths.max()),
-            "max_length": limit,
             "truncated": float(np.mean(lengths > limit)),
             "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
         },

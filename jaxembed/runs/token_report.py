@@ -55,18 +55,30 @@ def _show_source(stage: Stage, builder: TokenBatchBuilder, source: Source, first
     for text in texts[:SHOWN_TEXTS]:
         log.info("  reads    %r", stage.tokenizer.hf_tokenizer.decode(text.tokens[:MAX_SHOWN_TOKENS]))
     return {
+        **describe_rows(source),
+        "predicted": share,
+        "tokens": describe_lengths(lengths, stage.tokenizer.spec.max_length),
+    }
+
+
+def describe_rows(source: Source) -> dict[str, Any]:
+    """Return name, path, format and sizes of a source, and what was dropped, by reason."""
+    return {
         "name": source.name,
         "path": source.config.path,
         "format": source.format,
         "rows": source.row_count,
         "examples": len(source),
         "dropped": {reason: count for reason, count in source.sampler.drop_counts.items() if count},
-        "predicted": share,
-        "tokens": {
-            "texts": len(lengths),
-            "mean": float(lengths.mean()),
-            "median": float(np.median(lengths)),
-            "most": int(lengths.max()),
-            "max_length": stage.tokenizer.spec.max_length,
-        },
+    }
+
+
+def describe_lengths(lengths: np.ndarray, limit: int) -> dict[str, Any]:
+    """Return statistics of the lengths of texts in tokens, and their limit."""
+    return {
+        "texts": len(lengths),
+        "mean": float(lengths.mean()),
+        "median": float(np.median(lengths)),
+        "most": int(lengths.max()),
+        "max_length": limit,
     }

@@ -65,11 +65,7 @@ def encode(
     # Without chunks: encode all rows, then gather the vectors.
     if chunk_rows is None or chunk_rows * texts.shards >= len(texts.tokens):
         return gather_vectors(apply((params, exit_layers), texts, key), slots, texts.shards)
-    # Each part of the batch is mapped over its own shards. Every chunk has its own dropout key.
-    parts = shard_map_size()
-    shards = texts.shards // parts  # of a part
-    chunks = -(-len(texts.tokens) // (texts.shards * chunk_rows))
-    keys = jax.random.split(key, (parts, chunks))
+    shards, chunks, keys = _plan_chunks(texts, chunk_rows, key)
 
     def encode_part(params: Any, row_arrays: dict[str, jax.Array], slots: jax.Array, keys: jax.Array) -> jax.Array:
         def encode_chunk(chunk: tuple[dict[str, jax.Array], jax.Array]) -> jax.Array:
@@ -129,10 +125,7 @@ def encode_tokens(
     if chunk_rows is None or chunk_rows * texts.shards >= len(texts.tokens):
         return gather(encode_rows(params, _row_arrays(texts), key, texts.shards))
     # Otherwise chunks of rows of every shard, as in `encode`.
-    parts = shard_map_size()
-    shards = texts.shards // parts
-    chunks = -(-len(texts.tokens) // (texts.shards * chunk_rows))
-    keys = jax.random.split(key, (parts, chunks))
+    shards, chunks, keys = _plan_chunks(texts, chunk_rows, key)
 
     def encode_part(params: Any, row_arrays: dict[str, jax.Array], keys: jax.Array) -> jax.Array:
         def encode_chunk(_: None, chunk: tuple[dict[str, jax.Array], jax.Array]) -> tuple[None, jax.Array]:
@@ -185,6 +178,16 @@ def _find_texts_in_slots(slots: jax.Array, shards: int, chunks: int, chunk_slots
 def _row_arrays(texts: PackedTexts) -> dict[str, jax.Array]:
     """Return the arrays of packed texts by name."""
     return {name: getattr(texts, name) for name in ("tokens", "segment_ids", "positions", "pool_mask")}
+
+
+def _plan_chunks(texts: PackedTexts, chunk_rows: int, key: jax.Array) -> tuple[int, int, jax.Array]:
+    """Return the shards and chunks of a part of the batch, and a dropout key for each chunk of each part, [parts, chunks].
+
+    Each part is mapped over its own shards (`map_over_shards`).
+    """
+    parts = shard_map_size()
+    chunks = -(-len(texts.tokens) // (texts.shards * chunk_rows))
+    return texts.shards // parts, chunks, jax.random.split(key, (parts, chunks))
 
 
 def _split_into_chunks(x: jax.Array, shards: int, chunks: int, chunk_rows: int) -> jax.Array:
