@@ -4,7 +4,7 @@ Usage: python benchmarks/curation_models.py MODEL DATA [--rows N]
 
 MODEL is a sentence-transformers model such as all-MiniLM-L6-v2. DATA is a folder with ag_news/pairs_train.jsonl and
 stsb/en/train.jsonl. Semantic duplicates: pairs of sentences of STS-B; those with a score of 5 are duplicates, those with a
-score up to 3 are not. Mining: rows of AG News (title -> text), of which a tenth have the text of another row.
+score up to 3 are not. Mining: rows of AG News (title -> text). A tenth of them have the text of another row.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def measure_duplicates(model: str, data: Path) -> Iterator[str]:
 
 
 def measure_mining(model: str, data: Path, num_rows: int, folder: Path) -> Iterator[str]:
-    """Yield a line for each setting of `mine` on rows of which a tenth have a wrong positive."""
+    """Yield a line for each setting of `mine` on rows; a tenth of these have a wrong positive."""
     rng = np.random.default_rng(0)
     lines = (data / "ag_news" / "pairs_train.jsonl").read_text().splitlines()[:num_rows]
     right = [json.loads(line) for line in lines]

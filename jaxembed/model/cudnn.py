@@ -153,7 +153,7 @@ def find_fault(attend: Callable[..., jax.Array], mask: Mask, width: int) -> str:
 def draw_check_inputs(
     width: int, rows: int = CHECK_ROWS, tokens: int = CHECK_TOKENS, heads: int = CHECK_HEADS, kv_heads: int = CHECK_KV_HEADS
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, TokenInfo]:
-    """Draw queries, keys, values and token information of rows of several texts, of which every other one ends with padding."""
+    """Draw queries, keys, values and token information of rows of several texts. Every other row ends with padding."""
     random = np.random.default_rng(0)
     q, k, v = (random.standard_normal((rows, tokens, n, width), np.float32) for n in (heads, kv_heads, kv_heads))
     segment = np.sort(random.integers(1, 2 + max_segments(tokens) // 2, (rows, tokens)).astype(np.int32), axis=1)
