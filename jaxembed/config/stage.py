@@ -77,14 +77,19 @@ class StageSections(Section):
         return list(dict.fromkeys(name for name in names if name is not None))
 
     @property
+    def token_objectives(self) -> dict[int, TokenObjectiveConfig]:
+        """The objectives that predict tokens, by their index."""
+        return {i: objective for i, objective in enumerate(self.objectives) if isinstance(objective, TokenObjectiveConfig)}
+
+    @property
     def compares_vectors(self) -> bool:
         """Whether any objective compares vectors of texts. Otherwise all of them predict tokens."""
-        return not all(isinstance(objective, TokenObjectiveConfig) for objective in self.objectives)
+        return len(self.token_objectives) < len(self.objectives)
 
     @property
     def predicts_tokens(self) -> bool:
         """Whether any objective predicts tokens."""
-        return any(isinstance(objective, TokenObjectiveConfig) for objective in self.objectives)
+        return bool(self.token_objectives)
 
     @property
     def row_length(self) -> int:

@@ -40,8 +40,9 @@ def split_pairs(pairs: str, out: Path, share: float, documents: str = "") -> dic
         UserError: A row is bad, or one of the two parts is empty.
     """
     rows = _read_rows(pairs, check_pair)
-    heldout = [row for row in rows if _is_heldout(row["pos"][0], share)]
-    train = [row for row in rows if not _is_heldout(row["pos"][0], share)]
+    heldout, train = list[Row](), list[Row]()
+    for row in rows:
+        (heldout if _is_heldout(row["pos"][0], share) else train).append(row)
     if not heldout or not train:
         raise UserError(
             f"{pairs}: {len(train)} rows to train on and {len(heldout)} held out ({share:.0%} were to be). Change --percent."

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxembed.config import Config, EmbeddingSpec, StageConfig, TokenObjectiveConfig
+from jaxembed.config import Config, EmbeddingSpec, StageConfig
 from jaxembed.config.fields import quote_value
 from jaxembed.curation.remining import check_miner_exists
 from jaxembed.data.batch import BatchBuilder
@@ -208,8 +208,8 @@ def _check_stage(stage: StageConfig, model: EmbeddingModel, shards: int, prefix:
     """Raise `UserError` if batch, widths, exits, or names of sources do not fit the shards, the model, or the data."""
     batch_sizes = {"train.batch_size": stage.train.batch_size} | {
         f"objectives.{i}.batch_size": objective.batch_size
-        for i, objective in enumerate(stage.objectives)
-        if isinstance(objective, TokenObjectiveConfig) and objective.batch_size
+        for i, objective in stage.token_objectives.items()
+        if objective.batch_size
     }
     for key, batch_size in batch_sizes.items():
         if batch_size % shards:

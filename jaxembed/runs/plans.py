@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from jaxembed.config import Config, GradedObjectiveConfig, InfoNCEConfig, StageConfig, TokenObjectiveConfig
+from jaxembed.config import Config, GradedObjectiveConfig, InfoNCEConfig, StageConfig
 from jaxembed.curation.remining import check_mined_sources
 from jaxembed.data.batch_plan import BatchPlan
 from jaxembed.data.scored_pairs import GradedPairSampler
@@ -51,12 +51,11 @@ def _open_stage_plans(config: Config, index: int) -> StagePlans:
     if stage.mine is not None:
         check_mined_sources(query_sources, stage.mine, stage.train.seed, prefix)
     batching, mixture, seed = stage.data.batching, stage.data.mixture, stage.train.seed
-    token_objectives = [o for o in stage.objectives if isinstance(o, TokenObjectiveConfig)]
     return StagePlans(
         BatchPlan(query_sources, stage.train.batch_size, seed, index, batching, mixture),
         [
             BatchPlan(own, objective.batch_size or stage.train.batch_size, seed, index, mixture=mixture)
-            for own, objective in zip(token_sources, token_objectives, strict=True)
+            for own, objective in zip(token_sources, stage.token_objectives.values(), strict=True)
         ],
     )
 
@@ -68,9 +67,7 @@ def _assign_token_sources(stage: StageConfig, sources: Sequence[Source], prefix:
         UserError: It names a source of another format, or there is no source for it.
     """
     assigned = []
-    for i, objective in enumerate(stage.objectives):
-        if not isinstance(objective, TokenObjectiveConfig):
-            continue
+    for i, objective in stage.token_objectives.items():
         wanted, where = objective.source_format, f"{prefix}objectives.{i}: {objective.name}"
         needed = f"{where} needs sources of format {wanted} ({objective.source_rows})"
         named = [source for source in sources if source.name in objective.sources]
@@ -96,14 +93,14 @@ def _assign_query_sources(
     """
     if not stage.compares_vectors:
         return []
-    named = {name for o in stage.objectives if not isinstance(o, TokenObjectiveConfig) for name in o.sources}
+    vector_objectives = [objective for i, objective in enumerate(stage.objectives) if i not in stage.token_objectives]
+    named = {name for objective in vector_objectives for name in objective.sources}
     taken = {source.name for source in token_sources} - named
     own = [source for source in sources if source.name not in taken]
     if not own:
-        names = [o.name for o in stage.objectives if not isinstance(o, TokenObjectiveConfig)]
         raise UserError(
-            f"{prefix}objectives: no source is left for {names[0]}, because all of them train objectives that predict tokens. "
-            "Add a source, or name one in the objective's sources."
+            f"{prefix}objectives: no source is left for {vector_objectives[0].name}, because all of them train objectives "
+            "that predict tokens. Add a source, or name one in the objective's sources."
         )
     return own
 

@@ -24,9 +24,7 @@ def check_token_objectives(config: Config, base: Base, spec: EmbeddingSpec) -> N
             be seen, or adapters are named.
     """
     for index, stage in enumerate(config.stages):
-        for i, objective in enumerate(stage.objectives):
-            if not isinstance(objective, TokenObjectiveConfig):
-                continue
+        for i, objective in stage.token_objectives.items():
             where = f"{config.key_prefix(index)}objectives.{i}: {objective.name}"
             if FAMILIES[base.transformer.family].is_encoder:
                 raise UserError(
@@ -67,7 +65,7 @@ def make_token_builders(
     Raises:
         UserError: The tokenizer lacks a token that an objective needs.
     """
-    keys = [f"{prefix}objectives.{i}" for i, o in enumerate(stage.objectives) if isinstance(o, TokenObjectiveConfig)]
+    keys = [f"{prefix}objectives.{i}" for i in stage.token_objectives]
     configs = Objectives(stage.objectives).token_configs
     plain = TextTokenizer(tokenizer.hf_tokenizer, tokenizer.spec.replace(echo="", plain_echo=""))
     return {

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from jaxembed.errors import UserError, suggest, summarize
-from jaxembed.verification.http_client import REACH_ADVICE, parse_retry_after, parse_root
+from jaxembed.verification.http_client import KEY_VARIABLE, REACH_ADVICE, parse_retry_after, parse_root
 
 MAX_ATTEMPTS = 8  # of a request that fails for a reason that may pass
 FIRST_WAIT_S, MAX_WAIT_S = 0.5, 30.0  # the wait doubles, unless the server says how long
@@ -57,7 +57,7 @@ class ServerOptions:
     urls: Sequence[str]
     model: str
     key: str = dataclasses.field(default="", repr=False)
-    key_variable: str = "OPENAI_API_KEY"
+    key_variable: str = KEY_VARIABLE
     timeout_s: float = 120.0
     concurrency: int = 16
 

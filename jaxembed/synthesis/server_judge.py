@@ -20,6 +20,7 @@ from jaxembed.synthesis.endpoints import ServerOptions, TooLongError
 from jaxembed.synthesis.ranking import read_grade
 from jaxembed.synthesis.requests import Request
 from jaxembed.synthesis.store import AnswerStore
+from jaxembed.verification.http_client import KEY_VARIABLE
 
 SYSTEM = "You judge whether a document meets the requirements of an instruction and a query. Answer only {yes} or {no}."
 PROMPT = "Instruction: {instruction}\n\nQuery: {query}\n\nDocument: {document}\n\nAnswer only {yes} or {no}."
@@ -43,7 +44,7 @@ def open_server_judge(config: JudgeConfig, cache: Path) -> ScorePairs:
     """
     digest = hashlib.sha256(config.model_dump_json(exclude={"url"}).encode()).hexdigest()
     make_private_folder(folder := cache / "judges" / digest)
-    options = ServerOptions([config.url], config.model, os.environ.get("OPENAI_API_KEY", "").strip())
+    options = ServerOptions([config.url], config.model, os.environ.get(KEY_VARIABLE, "").strip())
     client = LlmClient(options, AnswerStore(folder / "answers.jsonl"))
 
     def score(pairs: Sequence[tuple[str, str]]) -> np.ndarray:
