@@ -61,8 +61,8 @@ def synthesize(
         (out / ANSWERS_FILE).parent.mkdir(exist_ok=True)
         store = stack.enter_context(closing(AnswerStore(out / ANSWERS_FILE)))
         budget = Budget(budget_tokens)
-        workers = stack.enter_context(Workers(server.concurrency, budget))
         client = stack.enter_context(closing(LlmClient(server, store)))
+        workers = stack.enter_context(Workers(server.concurrency, budget))
         files = write_rows(config, tasks, client, workers, out)
         ended_by = "budget" if budget.is_spent else "rows" if all(task.is_full for task in tasks) else "recipe"
     report = make_report(config, tasks, client, files)
@@ -93,10 +93,9 @@ def write_rows(
     config: SynthesisConfig, tasks: Sequence[TaskRun], client: LlmClient, workers: Workers, out: Path
 ) -> dict[str, str]:
     """Write the rows of all tasks. Return the name of the file of each task, empty for one without rows."""
-    with RowFiles(out, config) as files, Progress(config.max_rows, tasks, client) as progress, ExitStack() as stack:
+    with RowFiles(out, config) as files, Progress(config.max_rows, tasks, client) as progress:
         for task in tasks:
             task.connect(client, workers, progress.show)
-            stack.callback(task.close)
         for task, row in interleave_tasks(tasks):
             files.add(task.config, row)
             progress.add_row()

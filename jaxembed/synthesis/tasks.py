@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -111,16 +111,12 @@ class TaskRun:
         """Return the next row, or None if there are no more."""
         return None if self.is_full else next(self._rows, None)
 
-    def close(self) -> None:
-        """Drop the requests that have not started."""
-        self._rows.close()
-
     def _window(self, threads: int) -> int:
         """Return the most drafts of a step to work on at once: no more than rows are missing."""
         missing = threads if self.target is None else self.target - self.samples.num_rows
         return max(min(threads, missing), 1)
 
-    def _iter_rows(self) -> Generator[AcceptedRow]:
+    def _iter_rows(self) -> Iterator[AcceptedRow]:
         drafts = self.start_drafts()
         for step in self.steps:
             drafts = step.run(drafts)

@@ -54,7 +54,11 @@ class Budget:
 
 
 class Workers:
-    """Threads that run jobs within a budget. It is a context manager; at its end, jobs that have not started are dropped."""
+    """Threads that run jobs within a budget. It is a context manager.
+
+    At its end, all jobs that were taken are finished, so that the requests of a run do not depend on timing. After an error,
+    jobs that have not started are dropped.
+    """
 
     def __init__(self, threads: int, budget: Budget):
         """Start `threads` threads."""
@@ -64,8 +68,8 @@ class Workers:
     def __enter__(self) -> Workers:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+    def __exit__(self, error_type: type[BaseException] | None, *rest: object) -> None:
+        self._pool.shutdown(wait=error_type is None, cancel_futures=error_type is not None)
 
     def run_in_order(self, jobs: Iterable[Job[T]], window: Callable[[int], int]) -> Iterator[T]:
         """Yield the results of jobs, in their order. It ends early when the budget is spent.
@@ -75,24 +79,19 @@ class Workers:
             window: Returns the most jobs to have at once, at least 1, given how many results were taken.
         """
         source: Iterator[Job[T]] | None = iter(jobs)
-        running: deque[tuple[Job[T], Future[T]]] = deque()
+        running: deque[Future[T]] = deque()
         taken = 0
-        try:
-            while True:
-                while source is not None and len(running) < window(taken):
-                    job = next(source, None)
-                    if job is None or not self.budget.reserve(job.max_tokens):
-                        source = None
-                    else:
-                        running.append((job, self._pool.submit(self._run, job)))
-                if not running:
-                    return
-                taken += 1
-                yield running.popleft()[1].result()
-        finally:
-            for job, future in running:
-                if future.cancel():
-                    self.budget.settle(job.max_tokens, 0)
+        while True:
+            while source is not None and len(running) < window(taken):
+                job = next(source, None)
+                if job is None or not self.budget.reserve(job.max_tokens):
+                    source = None
+                else:
+                    running.append(self._pool.submit(self._run, job))
+            if not running:
+                return
+            taken += 1
+            yield running.popleft().result()
 
     def _run(self, job: Job[T]) -> T:
         used = 0
