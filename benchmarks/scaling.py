@@ -40,7 +40,7 @@ from jaxembed.model.presets import find_preset  # noqa: E402
 from jaxembed.model.transformer import ComputeOptions  # noqa: E402
 from jaxembed.planning.flops import matmul_flops  # noqa: E402
 from jaxembed.planning.program import OutOfMemory, Program, compile_loss, compile_step, count_bytes, count_elements  # noqa: E402
-from jaxembed.planning.proposal import make_job, propose  # noqa: E402
+from jaxembed.planning.proposal import make_step_sizes, propose  # noqa: E402
 from jaxembed.training.optim import make_optimizer, make_schedule  # noqa: E402
 from jaxembed.training.state import state_shapes  # noqa: E402
 from jaxembed.training.step import make_train_step  # noqa: E402
@@ -174,7 +174,7 @@ def compile_and_measure(args: argparse.Namespace) -> dict[str, Any]:
     if args.propose:
         lora = LoraConfig(base_dtype="bfloat16") if args.lora else None
         tokens = args.batch_size * (2 + args.negatives), TOKENS_PER_ROW
-        proposal = propose(make_job(transformer, row["parameters"], lora, jnp.bfloat16, tokens), mesh, memory)
+        proposal = propose(make_step_sizes(transformer, row["parameters"], lora, jnp.bfloat16, tokens), mesh, memory)
         return row | {"proposal": proposal and {**dataclasses.asdict(proposal), "settings": proposal.describe()}}
     if args.loss:
         loss = compile_loss(Objectives([InfoNCEConfig()]), {}, transformer.width, build_batch_shapes(args, mesh), mesh)

@@ -18,7 +18,7 @@ from jaxembed.training.shutdown import stop_on_signals
 
 if TYPE_CHECKING:
     from jaxembed.config.curation_models import JudgeConfig
-    from jaxembed.curation.stages import StepContext
+    from jaxembed.curation.stages import CurationContext
     from jaxembed.hub.cross_encoder import ScorePairs
 
 ABOUT = """\
@@ -38,11 +38,11 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         return curate(config, make_context(cache_dir()), args.config)
 
 
-def make_context(cache: Path) -> StepContext:
+def make_context(cache: Path) -> CurationContext:
     """Return what the steps of a curation share. `cache` is the folder for row indexes, vectors and scores."""
-    from jaxembed.curation.stages import StepContext
+    from jaxembed.curation.stages import CurationContext
 
-    return StepContext(cache, read_task, open_server)
+    return CurationContext(cache, read_task, open_server)
 
 
 def open_server(config: JudgeConfig, cache: Path) -> ScorePairs:

@@ -14,9 +14,9 @@ import numpy as np
 
 from jaxembed import cli
 from jaxembed.config.field_lists import log_once
+from jaxembed.data.npy_writer import check_disk_space, write_vectors
 from jaxembed.data.text_input import group_texts, is_pipe, read_few_shot_examples, read_texts
 from jaxembed.data.tokenize import MAX_TEXT_CHARS
-from jaxembed.data.vector_file import check_disk_space, write_vectors
 from jaxembed.errors import UserError
 from jaxembed.files import atomic_write
 from jaxembed.search.precision import PRECISIONS, RANGES_FILE, Quantizer, find_ranges, quantized_layout, read_ranges

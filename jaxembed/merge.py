@@ -13,7 +13,7 @@ from jaxembed import cli
 from jaxembed.errors import UserError
 from jaxembed.training.shutdown import stop_on_signals
 
-METHODS = ("soup", "slerp")
+METHOD_NAMES = ("soup", "slerp")
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def make_parser() -> cli.Parser:
     parser.add_argument(
         "models", metavar="MODEL", nargs="+", help="run directory; exported, PEFT, or Hugging Face folder; or hub id"
     )
-    parser.add_argument("--method", choices=METHODS, default=METHODS[0], help="merging method (default: soup)")
+    parser.add_argument("--method", choices=METHOD_NAMES, default=METHOD_NAMES[0], help="merging method (default: soup)")
     parser.add_argument(
         "--weights", metavar="A,B,...",
         help="soup: one number per model, divided by their sum (default: equal); slerp: weight of the second model, 0 to 1 "

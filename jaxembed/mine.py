@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxembed import cli, config
 from jaxembed.config.curation_models import Ranker
-from jaxembed.config.mining import RULES, RULES_BY_KEY, SAMPLED_RULES, STAGE_KEYS, MineConfig
+from jaxembed.config.mining import MINING_RULES, RULES_BY_KEY, SAMPLED_RULES, STAGE_KEYS, MineConfig
 from jaxembed.config.sections import parse_section
 from jaxembed.curation.rules import option_name
 from jaxembed.errors import UserError
@@ -80,7 +80,7 @@ def read_rule(args: argparse.Namespace) -> MineConfig:
     given = {key: value for key in rule_fields() if (value := getattr(args, key)) is not None}
     rule = given.setdefault("rule", MineConfig().rule)
     for key in given:
-        if rule not in (rules := RULES_BY_KEY.get(key, RULES)):
+        if rule not in (rules := RULES_BY_KEY.get(key, MINING_RULES)):
             raise UserError(
                 f"{option_name(key)}: --rule {rule} does not read it (read by: {', '.join(rules)}). Remove it or choose "
                 "another rule."

@@ -19,7 +19,7 @@ from jaxembed.errors import UserError
 log = logging.getLogger("jaxembed")
 
 ENDINGS = (".html", ".htm")
-PACKAGES = ("altair", "vl_convert")
+CHART_PACKAGES = ("altair", "vl_convert")
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 def check_packages() -> None:
     """Raise `UserError` if a package that draws charts is not installed."""
-    for name in PACKAGES:
+    for name in CHART_PACKAGES:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"report: {name} is not installed. Run pip install '.[report]'.")
 

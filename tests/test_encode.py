@@ -18,7 +18,7 @@ from sentence_transformers.util import quantize_embeddings
 from jaxembed import cli, encode
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.data import text_input
-from jaxembed.data.vector_file import write_vectors
+from jaxembed.data.npy_writer import write_vectors
 from jaxembed.errors import UserError
 from jaxembed.search.precision import merge_ranges, quantize_vectors, quantized_layout
 

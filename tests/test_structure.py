@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "jaxembed"
 FILES = sorted(PACKAGE.rglob("*.py"))
 MAX_LINES = 400
+SHARED_NAMES = ("ABOUT",)  # what a command's --help says below its options
 
 
 def read_layers() -> list[str]:
@@ -87,6 +88,28 @@ def iter_undocumented(path: Path) -> Iterator[str]:
 def test_public_names_have_docstrings() -> None:
     files = [path for path in FILES if path.name != "__init__.py" or path.read_text()]
     assert [name for path in files for name in iter_undocumented(path)] == []
+
+
+def find_shared_names(files: list[Path]) -> dict[str, list[str]]:
+    """Return the classes, with or without a leading underscore, and the constants that several files define."""
+    places: dict[str, set[str]] = {}
+    for path in files:
+        tree = ast.parse(path.read_text())
+        names = [node.name.lstrip("_") for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+        for node in tree.body:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+            bound = [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
+            names += [name for name in bound if len(name) > 1 and name[:1] != "_" and name != name.lower()]
+        for name in names:
+            places.setdefault(name, set()).add(str(path))
+    return {name: sorted(found) for name, found in places.items() if len(found) > 1 and name not in SHARED_NAMES}
+
+
+def test_a_name_has_one_meaning(tmp_path: Path) -> None:
+    assert find_shared_names(FILES) == {}
+    (tmp_path / "a.py").write_text("class Job: ...\nMAX_ROWS, log = 2, None")
+    (tmp_path / "b.py").write_text("class _Job: ...\nMAX_ROWS: int = 3\nlog = None\ndef f():\n    MAX_TEXTS = 1")
+    assert set(find_shared_names([tmp_path / "a.py", tmp_path / "b.py"])) == {"Job", "MAX_ROWS"}
 
 
 def test_files_are_short() -> None:

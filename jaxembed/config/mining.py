@@ -12,13 +12,13 @@ from jaxembed.config.fields import MAX_INTEGER
 from jaxembed.config.sections import Positive, Section
 
 MiningRule = Literal["topk_perc_pos", "topk_margin_pos", "topk_abs", "top_k", "sampled_top_k", "window"]
-RULES: tuple[str, ...] = typing.get_args(MiningRule)
+MINING_RULES: tuple[str, ...] = typing.get_args(MiningRule)
 SAMPLED_RULES = ("sampled_top_k", "window")
 STAGE_KEYS = frozenset({"model", "sources"})  # for stages alone: the command has arguments of its own
 # Keys that only some rules read, with these rules. All rules read the other keys.
 RULES_BY_KEY = {
     "share": ("topk_perc_pos",), "margin": ("topk_margin_pos",), "max_score": ("topk_abs",), "window": ("window",),
-    "depth": tuple(rule for rule in RULES if rule != "window"),
+    "depth": tuple(rule for rule in MINING_RULES if rule != "window"),
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from pydantic import Field
 from jaxembed.config.sections import Section, parse_section
 from jaxembed.config.shipped import read_shipped_yaml
 
-SCORES_FILE = "published/scores.yaml"
+PUBLISHED_SCORES_FILE = "published/scores.yaml"
 
 
 class PublishedRow(Section):
@@ -31,5 +31,5 @@ class PublishedTable(Section):
 
 def read_published_tables() -> Mapping[str, PublishedTable]:
     """Return the shipped tables by name."""
-    tree = read_shipped_yaml(SCORES_FILE)
-    return {name: parse_section(PublishedTable, table, f"{SCORES_FILE}: {name}") for name, table in tree.items()}
+    tree = read_shipped_yaml(PUBLISHED_SCORES_FILE)
+    return {name: parse_section(PublishedTable, table, f"{PUBLISHED_SCORES_FILE}: {name}") for name, table in tree.items()}

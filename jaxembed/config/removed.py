@@ -10,7 +10,7 @@ from typing import Any
 
 REMOVED_SOURCE = "python_packages"
 PACKAGES_FOLDER = "data/packages"
-TRAIN_FILE = f"{PACKAGES_FOLDER}/train.jsonl"
+PACKAGES_TRAIN_FILE = f"{PACKAGES_FOLDER}/train.jsonl"
 COMMAND_HINT = f"Run 'python -m jaxembed.data packages {PACKAGES_FOLDER}'"
 SECTION_HINT = (
     f"Its keys are now options of a command. {COMMAND_HINT} (--packages, --holdout-package, --holdout-functions) "
@@ -27,7 +27,7 @@ def reject_python_packages(key: str, value: Any) -> None:
     """
     if value == REMOVED_SOURCE:
         extra = ", without format" if key == "format" else ""
-        raise ValueError(f"{value!r} is no longer a source. {COMMAND_HINT} and set path: {TRAIN_FILE}{extra}.")
+        raise ValueError(f"{value!r} is no longer a source. {COMMAND_HINT} and set path: {PACKAGES_TRAIN_FILE}{extra}.")
     if isinstance(value, str) and value.startswith(f"{REMOVED_SOURCE}:"):
         raise ValueError(f"{value!r} is no longer a held-out set. {COMMAND_HINT} and set path: {_held_out_folder(value)}.")
 
@@ -68,7 +68,7 @@ def _upgrade_source(source: Any) -> Any:
     # The name of a source selects its prompts; without one it was the stem of the path.
     name = source.get("name") or source.get("path")
     kind = "auto" if source.get("format") == REMOVED_SOURCE else source.get("format", "auto")
-    return {**source, "path": TRAIN_FILE, "name": name, "format": kind}
+    return {**source, "path": PACKAGES_TRAIN_FILE, "name": name, "format": kind}
 
 
 def _upgrade_set(held_out: Any) -> Any:

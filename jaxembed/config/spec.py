@@ -13,7 +13,7 @@ from jaxembed.config.model import AttentionKind, ModelConfig, PoolingKind, is_ec
 from jaxembed.config.sections import Section
 
 EXAMPLE_SEPARATOR = "\n\n"  # follows every in-context example (bge-en-icl, Li et al. 2024)
-EXAMPLE_FIELD = re.compile(r"\{(instruction|query|response)\}")
+EXAMPLE_PLACEHOLDER = re.compile(r"\{(instruction|query|response)\}")
 
 MAX_HIDDEN_PROJECTIONS = 4  # linear layers before the projection
 
@@ -141,7 +141,7 @@ class EmbeddingSpec(Section):
         """Return an in-context example as it appears in a prompt."""
         response = self.query_suffix or "\nResponse:"
         template = self.example_template or f"{self.instruction_template}{{query}}{response}{{response}}"
-        return EXAMPLE_FIELD.sub(lambda match: str(getattr(example, match[1])), template) + EXAMPLE_SEPARATOR
+        return EXAMPLE_PLACEHOLDER.sub(lambda match: str(getattr(example, match[1])), template) + EXAMPLE_SEPARATOR
 
     def with_choices(self, model: ModelConfig, max_length: int) -> EmbeddingSpec:
         """Return this spec with the choices of a `model` section. Keys that the section leaves open keep their values."""

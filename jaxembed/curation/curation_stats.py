@@ -45,7 +45,7 @@ class TopSamples:
         return [json.loads(sample) for _, sample in sorted(self._heap, reverse=True)]
 
 
-class StepStats:
+class CurationStepStats:
     """Counts and samples of one step."""
 
     def __init__(self, source_names: Sequence[str], seed: int):

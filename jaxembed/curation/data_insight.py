@@ -25,7 +25,7 @@ from jaxembed.hub.frozen_encoder import FrozenEncoder
 from jaxembed.search.clustering import cluster_vectors
 from jaxembed.search.nearest import search
 
-MAX_SAMPLES, MAX_SAMPLE_CHARS = 3, 200  # texts that are shown of a cluster
+MAX_CLUSTER_TEXTS, MAX_CLUSTER_TEXT_CHARS = 3, 200  # texts that are shown of a cluster
 # Minimum shares of near texts. Two samples of equal size from one distribution have a share of about one half;
 # outliers of a target, which have no near neighbor of their own, give unrelated sources up to 0.1.
 IN_DOMAIN, RELATED = 0.25, 0.15
@@ -147,12 +147,12 @@ def describe_clusters(samples: Sequence[TextSample], options: InsightOptions) ->
     described = []
     for number in range(options.clusters):
         members = np.flatnonzero(clustering.labels == number)
-        central = members[np.argsort(-clustering.similarities[members], kind="stable")[:MAX_SAMPLES]]
+        central = members[np.argsort(-clustering.similarities[members], kind="stable")[:MAX_CLUSTER_TEXTS]]
         described.append(
             {
                 "texts": len(members),
                 "sources": dict(Counter(texts[i][0] for i in members.tolist())),
-                "samples": [texts[i][1][:MAX_SAMPLE_CHARS] for i in central.tolist()],
+                "samples": [texts[i][1][:MAX_CLUSTER_TEXT_CHARS] for i in central.tolist()],
             }
         )
     ends = np.cumsum([len(sample.texts) for sample in samples])[:-1]
@@ -183,7 +183,7 @@ def format_tables(report: Mapping[str, Any]) -> Iterator[str]:
     """Yield the lines of the tables of a report of `describe_sources`."""
     yield "| source | texts | effective rank | coverage | effective clusters | languages |\n|---|---|---|---|---|---|"
     for row in report["sources"]:
-        languages = ", ".join(f"{name} {count}" for name, count in list(row["languages"].items())[:MAX_SAMPLES])
+        languages = ", ".join(f"{name} {count}" for name, count in list(row["languages"].items())[:MAX_CLUSTER_TEXTS])
         numbers = f"{row['texts']:,} | {row['effective_rank']} | {row['coverage']} | {row['effective_clusters']}"
         yield f"| {row['source']} | {numbers} | {languages} |"
     yield "\n| source | target | near share | mean cosine | of the target itself | relation |\n|---|---|---|---|---|---|"

@@ -48,12 +48,12 @@ def check_libraries(files: Iterable[Path]) -> None:
 
 
 def read_document(path: Path) -> Document:
-    """Read a file by its ending, one of `READERS`.
+    """Read a file by its ending, one of `DOCUMENT_READERS`.
 
     Raises:
         UserError: The file cannot be read, is broken, or has no text.
     """
-    document = READERS[path.suffix.lower()](path)
+    document = DOCUMENT_READERS[path.suffix.lower()](path)
     if not any(block.text for block in document.blocks):
         raise UserError(f"{path}: has no text. Remove it, or convert its images to text first.")
     return document
@@ -173,7 +173,7 @@ def _decode_html(path: Path) -> str:
         raise UserError(f"{path}: not valid in the encoding that it declares, {charset}. Save it as UTF-8.") from None
 
 
-READERS: Mapping[str, Callable[[Path], Document]] = {
+DOCUMENT_READERS: Mapping[str, Callable[[Path], Document]] = {
     **dict.fromkeys((".txt", ".text", ".rst"), read_plain_text),
     **dict.fromkeys((".md", ".markdown"), read_markdown),
     **dict.fromkeys((".html", ".htm", ".xhtml"), read_html),

@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from jaxembed.config.curation import CurateConfig
-from jaxembed.curation.curation_page import write_page
+from jaxembed.curation.curation_page import PAGE_FILE, REPORT_FILE, write_page
 from jaxembed.curation.curation_sources import CuratedSource, iter_curated_rows, open_curated_sources
-from jaxembed.curation.curation_stats import RowStats, StepStats
+from jaxembed.curation.curation_stats import CurationStepStats, RowStats
 from jaxembed.curation.stages import (
-    Stage,
-    StepContext,
+    CurationContext,
+    CurationStage,
     check_requirements,
     check_sides,
     compute_stage_digests,
@@ -49,11 +49,10 @@ from jaxembed.files import atomic_write, read_json, write_json, write_text
 ROWS_PER_BATCH = 512
 UNFINISHED = ".unfinished"
 INPUTS_FILE, ROWS_FILE, STAGE_FILE = "inputs.json", "rows.jsonl", "stage.json"
-REPORT_FILE, PAGE_FILE = "report.json", "report.html"
 log = logging.getLogger("jaxembed")
 
 
-def curate(config: CurateConfig, context: StepContext, where: str) -> dict[str, Any]:
+def curate(config: CurateConfig, context: CurationContext, where: str) -> dict[str, Any]:
     """Run all steps and write the training files and the report.
 
     Args:
@@ -100,7 +99,7 @@ class Curation:
         out: Path,
         sources: Sequence[CuratedSource],
         row_steps: dict[int, PreparedStep],
-        context: StepContext,
+        context: CurationContext,
     ):
         """Prepare all stages.
 
@@ -141,7 +140,7 @@ class Curation:
         folder.mkdir(parents=True)
         (keys := folder / "keys").mkdir()
         functions = self._list_functions(index)
-        steps = {i: StepStats(self.names, self.config.seed) for i in functions}
+        steps = {i: CurationStepStats(self.names, self.config.seed) for i in functions}
         rows_in = RowStats(self.names, self.config.seed)
         with closing(self._iter_rows(index, stage, rows_in)) as rows:  # an error ends the progress bar first
             curated = (row for batch in batched(rows, ROWS_PER_BATCH) for row in apply_steps(batch, functions, steps))
@@ -170,7 +169,7 @@ class Curation:
             functions[decided] = read_decisions(stage_folder(self.out, index - 1), self.config.steps[decided])
         return functions | {i: self.row_steps[i].function for i in self.stages[index].row_steps}
 
-    def _iter_rows(self, index: int, stage: Stage, stats: RowStats) -> Generator[CuratedRow]:
+    def _iter_rows(self, index: int, stage: CurationStage, stats: RowStats) -> Generator[CuratedRow]:
         """Yield the rows that a stage reads, with a progress bar."""
         before = () if not index else (self.stages[index - 1].all_rows_step,)
         names = [self.config.steps[i].name for i in (*before, *stage.row_steps, stage.all_rows_step) if i is not None]
@@ -202,7 +201,7 @@ class Curation:
             metadata = {field: row.fields[field] for field in self.config.output_metadata if field in row.fields}
             yield json.loads(write_row(select_fields(row.fields) | metadata))
 
-    def _check_rows_left(self, steps: dict[int, StepStats], stage: Stage) -> None:
+    def _check_rows_left(self, steps: dict[int, CurationStepStats], stage: CurationStage) -> None:
         """Raise `UserError` if no row reached a step of the stage, or the output."""
         order = [*steps, *([] if stage.all_rows_step is None else [stage.all_rows_step])]
         for i, next_step in zip(order, [*order[1:], None], strict=True):
@@ -215,7 +214,9 @@ class Curation:
             )
 
 
-def apply_steps(rows: Sequence[CuratedRow], functions: dict[int, RowStep], stats: dict[int, StepStats]) -> Sequence[CuratedRow]:
+def apply_steps(
+    rows: Sequence[CuratedRow], functions: dict[int, RowStep], stats: dict[int, CurationStepStats]
+) -> Sequence[CuratedRow]:
     """Apply steps to a batch of rows, and count their outcomes in `stats`. Return the rows that are left."""
     for i, function in functions.items():
         outcomes = function(rows)

@@ -21,7 +21,7 @@ from jaxembed.search.fusion import fuse_rankings
 from jaxembed.search.nearest import DEFAULT_MEMORY_MB, SearchResult, search
 
 TEXTS_PER_CALL = 2048  # Texts, or pairs of them. What earlier calls computed survives a kill.
-MAX_TEXT_CHARS = 100_000  # texts are truncated before they are encoded
+MAX_MINED_TEXT_CHARS = 100_000  # texts are truncated before they are encoded
 SCORE_TOLERANCE = 1e-6  # documents with scores this close count as equal
 RECALL_SAMPLE_QUERIES = 256  # sample that estimates the recall of an approximate search
 
@@ -93,7 +93,7 @@ def embed_texts(texts: Sequence[EncoderInput], encode: EncodeInputs, width: int,
     with progress_bar(total=len(texts), unit="text", desc=description) as bar:
         for start in range(0, len(texts), TEXTS_PER_CALL):
             part = texts[start : start + TEXTS_PER_CALL]
-            truncated = [text._replace(text=text.text[:MAX_TEXT_CHARS]) for text in part]
+            truncated = [text._replace(text=text.text[:MAX_MINED_TEXT_CHARS]) for text in part]
             vectors[start : start + len(part)] = encode(truncated)
             bar.update(len(part))
     return vectors
@@ -125,7 +125,7 @@ def score_by_text(score_pairs: ScorePairs, pool: MiningPool) -> ScoreIds:
 
     def score_ids(ids: np.ndarray) -> np.ndarray:
         pairs = [(pool.queries[query].text, pool.documents[document]) for query, document in ids.tolist()]
-        return score_pairs([(query[:MAX_TEXT_CHARS], document[:MAX_TEXT_CHARS]) for query, document in pairs])
+        return score_pairs([(query[:MAX_MINED_TEXT_CHARS], document[:MAX_MINED_TEXT_CHARS]) for query, document in pairs])
 
     return score_ids
 

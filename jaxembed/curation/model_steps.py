@@ -8,7 +8,7 @@ from pathlib import Path
 from jaxembed.config.curation import AnyStep, CurateConfig, DuplicatesStepConfig
 from jaxembed.config.curation_models import ClusterStepConfig, JudgeConfig, JudgeStepConfig, MineStepConfig
 from jaxembed.curation.mining import MiningOptions
-from jaxembed.curation.stages import StepContext
+from jaxembed.curation.stages import CurationContext
 from jaxembed.curation.steps.changes import ChangingStep
 from jaxembed.curation.steps.clusters import Clusters
 from jaxembed.curation.steps.curated_row import PreparedStep
@@ -34,7 +34,9 @@ def check_models(step: AnyStep) -> None:
         check_bm25_installed()
 
 
-def make_all_rows_step(step: AnyStep, folder: Path, config: CurateConfig, context: StepContext) -> AllRowsStep | ChangingStep:
+def make_all_rows_step(
+    step: AnyStep, folder: Path, config: CurateConfig, context: CurationContext
+) -> AllRowsStep | ChangingStep:
     """Return a step that decides after it has seen all rows. See `stages.make_all_rows_step`."""
     if isinstance(step, MineStepConfig):
         return make_mine_step(step, config, context)
@@ -44,7 +46,7 @@ def make_all_rows_step(step: AnyStep, folder: Path, config: CurateConfig, contex
     return SemanticCopies(step, folder, open_frozen_encoder(step.model, context.cache), config.memory_mb)
 
 
-def make_mine_step(step: MineStepConfig, config: CurateConfig, context: StepContext) -> MinedRows:
+def make_mine_step(step: MineStepConfig, config: CurateConfig, context: CurationContext) -> MinedRows:
     """Return a step `mine` with its models."""
     options = MiningOptions(
         config=step,
@@ -59,12 +61,12 @@ def make_mine_step(step: MineStepConfig, config: CurateConfig, context: StepCont
     return MinedRows(step, name_files(config.sources, ""), models, options, context.cache)
 
 
-def prepare_judge_step(step: JudgeStepConfig, context: StepContext) -> PreparedStep:
+def prepare_judge_step(step: JudgeStepConfig, context: CurationContext) -> PreparedStep:
     """Return a step `judge`. Its model is loaded with the first pairs."""
     return PreparedStep(make_judge_step(step, functools.cache(lambda: open_judge(step.judge, context))))
 
 
-def open_judge(config: JudgeConfig, context: StepContext) -> ScorePairs:
+def open_judge(config: JudgeConfig, context: CurationContext) -> ScorePairs:
     """Return the function that scores pairs of a query and a document."""
     if config.kind == "server":
         return context.open_server(config, context.cache)

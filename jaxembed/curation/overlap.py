@@ -23,12 +23,12 @@ from jaxembed.curation.ngrams import UNSPACED_CHARS, hash_runs
 from jaxembed.data.equality import hash_text, normalize_text
 
 DEFAULT_NGRAM_WORDS = 13
-TEXTS_PER_BATCH = 4096  # evaluation texts that are hashed together
-WORD = re.compile(f"[{UNSPACED_CHARS}]|(?:(?![{UNSPACED_CHARS}_])\\w)+")
+TEXTS_PER_HASHING = 4096  # evaluation texts that are hashed together
+NGRAM_WORD = re.compile(f"[{UNSPACED_CHARS}]|(?:(?![{UNSPACED_CHARS}_])\\w)+")
 
 
 @dataclasses.dataclass(frozen=True)
-class Match:
+class Overlap:
     """An indexed text that a text overlaps with.
 
     Attributes:
@@ -60,7 +60,7 @@ class OverlapIndex:
     def add(self, texts: Iterable[str]) -> None:
         """Add texts. They are numbered in the order in which they are added."""
         iterator = iter(texts)
-        while batch := list(islice(iterator, TEXTS_PER_BATCH)):
+        while batch := list(islice(iterator, TEXTS_PER_HASHING)):
             hashes, owners = [], []
             for number, text in enumerate(batch, self.count):
                 self._by_hash.setdefault(hash_text(text).tobytes(), []).append(number)
@@ -70,13 +70,13 @@ class OverlapIndex:
             self._parts.append((np.concatenate(hashes), np.concatenate(owners)))
             self.count += len(batch)
 
-    def find(self, text: str) -> list[Match]:
+    def find(self, text: str) -> list[Overlap]:
         """Return the indexed texts that a text overlaps with, each once. An exact match takes precedence."""
         self._sort()
         equal = self._by_hash.get(hash_text(text).tobytes(), [])
-        return [*(Match(number, "exact") for number in equal), *self._find_ngrams(text, set(equal))]
+        return [*(Overlap(number, "exact") for number in equal), *self._find_ngrams(text, set(equal))]
 
-    def _find_ngrams(self, text: str, found: set[int]) -> Iterator[Match]:
+    def _find_ngrams(self, text: str, found: set[int]) -> Iterator[Overlap]:
         words = split_words(text)
         hashes = hash_ngrams(words, self.ngram_words)
         first, last = (np.searchsorted(self._ngrams, hashes, side) for side in ("left", "right"))
@@ -84,7 +84,7 @@ class OverlapIndex:
             for number in self._owners[first[start] : last[start]].tolist():
                 if number not in found:
                     found.add(number)
-                    yield Match(number, "ngram", " ".join(words[start : start + self.ngram_words]))
+                    yield Overlap(number, "ngram", " ".join(words[start : start + self.ngram_words]))
 
     def _sort(self) -> None:
         """Merge the n-grams of texts that were added since the last call."""
@@ -96,7 +96,9 @@ class OverlapIndex:
 
 def split_words(text: str) -> list[str]:
     """Return the words of a text's normalized form."""
-    return WORD.findall(unicodedata.normalize("NFC", normalize_text(text)))  # NFC joins combining marks with their letters
+    return NGRAM_WORD.findall(
+        unicodedata.normalize("NFC", normalize_text(text))
+    )  # NFC joins combining marks with their letters
 
 
 def hash_ngrams(words: Sequence[str], size: int) -> np.ndarray:

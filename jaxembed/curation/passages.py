@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from jaxembed.curation.document_files import READERS, Document, check_libraries, read_document
+from jaxembed.curation.document_files import DOCUMENT_READERS, Document, check_libraries, read_document
 from jaxembed.data.equality import normalize_text
 from jaxembed.data.jsonl import write_jsonl
 from jaxembed.errors import UserError
@@ -28,7 +28,7 @@ BOUNDARIES = (
     (re.compile(r"\s+"), " "),
 )
 TITLE_SEPARATOR = " > "
-REPEATED, TOO_SHORT = "copy of another passage", "too short"
+REPEATED, SHORT_PASSAGE = "copy of another passage", "too short"
 log = logging.getLogger(__name__)
 
 
@@ -94,10 +94,10 @@ def _find_files(folder: Path) -> tuple[list[Path], Counter[str]]:
         raise UserError(f"{folder}: no such folder")
     paths = sorted(folder.rglob("*")) if folder.is_dir() else [folder]
     visible = [path for path in paths if path.is_file() and not _is_hidden(path.relative_to(folder))]
-    files = [path for path in visible if path.suffix.lower() in READERS]
+    files = [path for path in visible if path.suffix.lower() in DOCUMENT_READERS]
     if not files:
-        raise UserError(f"{folder}: has no documents (expected files that end in {', '.join(READERS)})")
-    return files, Counter(path.suffix.lower() or path.name for path in visible if path.suffix.lower() not in READERS)
+        raise UserError(f"{folder}: has no documents (expected files that end in {', '.join(DOCUMENT_READERS)})")
+    return files, Counter(path.suffix.lower() or path.name for path in visible if path.suffix.lower() not in DOCUMENT_READERS)
 
 
 def _is_hidden(path: Path) -> bool:
@@ -125,7 +125,7 @@ def _iter_rows(documents: dict[str, Document], limits: PassageLimits, dropped: C
         for number, (title, text) in enumerate(split_document(document, Path(name).stem, limits), 1):
             key = normalize_text(text)
             if len(text) < limits.min_chars:
-                dropped[TOO_SHORT] += 1
+                dropped[SHORT_PASSAGE] += 1
             elif key in seen:
                 dropped[REPEATED] += 1
             else:

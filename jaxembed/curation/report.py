@@ -9,13 +9,13 @@ import numpy as np
 
 from jaxembed.config import MineConfig
 from jaxembed.config.mining import STAGE_KEYS
-from jaxembed.curation.mining import MAX_TEXT_CHARS, MinedRow, MiningOptions, MiningResult
+from jaxembed.curation.mining import MAX_MINED_TEXT_CHARS, MinedRow, MiningOptions, MiningResult
 from jaxembed.curation.pool import MiningPool, PoolRow
 from jaxembed.curation.rules import format_rule_options
 
 NUM_BINS = 20
-NUM_SAMPLES = 5  # rows of each kind
-MAX_SAMPLE_CHARS = 300  # characters of each text of a sample
+SAMPLES_PER_KIND = 5  # rows of each kind
+MAX_SAMPLE_TEXT_CHARS = 300  # characters of each text of a sample
 
 
 def count_outcomes(pool: MiningPool, result: MiningResult, config: MineConfig) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def count_outcomes(pool: MiningPool, result: MiningResult, config: MineConfig) -
         "queries": len(pool.queries),
         "corpus": pool.corpus_size,
         "blank_documents": pool.num_blank_documents,
-        "cut_texts": sum(len(text) > MAX_TEXT_CHARS for text in texts),
+        "cut_texts": sum(len(text) > MAX_MINED_TEXT_CHARS for text in texts),
         "negatives": int(num_mined.sum()),
         "short_rows": int((num_mined < config.negatives).sum()),
         "missing_negatives": int((config.negatives - num_mined).sum()),
@@ -97,7 +97,7 @@ def _restore_texts(pool: MiningPool, row: PoolRow) -> dict[str, Any]:
 
 
 def _pick_evenly(rows: Sequence[Any]) -> list[Any]:
-    indices = np.unique(np.linspace(0, len(rows) - 1, NUM_SAMPLES).astype(int)) if rows else ()
+    indices = np.unique(np.linspace(0, len(rows) - 1, SAMPLES_PER_KIND).astype(int)) if rows else ()
     return [rows[i] for i in indices]
 
 
@@ -105,6 +105,6 @@ def _truncate_texts(row: dict[str, Any]) -> dict[str, Any]:
     def truncate(value: Any) -> Any:
         if isinstance(value, list):
             return [truncate(entry) for entry in value]
-        return value[:MAX_SAMPLE_CHARS] if isinstance(value, str) else value
+        return value[:MAX_SAMPLE_TEXT_CHARS] if isinstance(value, str) else value
 
     return {key: truncate(value) for key, value in row.items()}

@@ -54,14 +54,14 @@ STEP_LIBRARIES = ("ftfy", "py3langid", "rensa")
 OpenServer = Callable[[JudgeConfig, Path], Callable[[Sequence[tuple[str, str]]], np.ndarray]]
 
 
-class Stage(NamedTuple):
+class CurationStage(NamedTuple):
     """Steps by their index in the config: those that see one row at a time, then one that must see all rows, or None."""
 
     row_steps: tuple[int, ...]
     all_rows_step: int | None
 
 
-class StepContext(NamedTuple):
+class CurationContext(NamedTuple):
     """What steps share, besides the config.
 
     Attributes:
@@ -91,19 +91,19 @@ def needs_model(step: AnyStep) -> bool:
     return is_semantic or isinstance(step, MineStepConfig | JudgeStepConfig | ClusterStepConfig)
 
 
-def split_into_stages(steps: Sequence[AnyStep]) -> list[Stage]:
+def split_into_stages(steps: Sequence[AnyStep]) -> list[CurationStage]:
     """Return the stages of some steps. The last one writes the output."""
-    stages, row_steps = list[Stage](), list[int]()
+    stages, row_steps = list[CurationStage](), list[int]()
     for i, step in enumerate(steps):
         if needs_all_rows(step):
-            stages.append(Stage(tuple(row_steps), i))
+            stages.append(CurationStage(tuple(row_steps), i))
             row_steps = []
         else:
             row_steps.append(i)
-    return [*stages, Stage(tuple(row_steps), None)]
+    return [*stages, CurationStage(tuple(row_steps), None)]
 
 
-def prepare_step(step: AnyStep, locate: LocateRow, context: StepContext) -> PreparedStep:
+def prepare_step(step: AnyStep, locate: LocateRow, context: CurationContext) -> PreparedStep:
     """Return a step that sees one row at a time.
 
     Args:
@@ -143,7 +143,7 @@ def check_requirements(step: AnyStep) -> None:
 
 
 def make_all_rows_step(
-    step: AnyStep, folder: Path, max_rows: int, config: CurateConfig, context: StepContext
+    step: AnyStep, folder: Path, max_rows: int, config: CurateConfig, context: CurationContext
 ) -> AllRowsStep | ChangingStep:
     """Return a step that decides after it has seen all rows.
 
@@ -210,7 +210,7 @@ def check_sides(config: CurateConfig, formats: Sequence[str]) -> None:
 
 
 def compute_stage_digests(
-    config: CurateConfig, stages: Sequence[Stage], inputs: str, row_steps: Mapping[int, PreparedStep]
+    config: CurateConfig, stages: Sequence[CurationStage], inputs: str, row_steps: Mapping[int, PreparedStep]
 ) -> list[str]:
     """Return, for each stage, a hash of all that its result depends on: inputs, seed, and all steps so far.
 

@@ -15,7 +15,7 @@ from jaxembed.data.schema import Example
 from jaxembed.data.sources import Source
 from jaxembed.data.tokenize import TextTokenizer
 
-MAX_REDRAWS = 100  # of one example, to find one without duplicates; the loss masks the duplicates that remain
+MAX_EXAMPLE_REDRAWS = 100  # of one example, to find one without duplicates; the loss masks the duplicates that remain
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class BatchSampler:
             source = self.sources[source_index]
             example = self._draw(source, int(index), step, int(id_))
             is_checked = self.no_duplicates and source.in_batch
-            for attempt in range(MAX_REDRAWS if is_checked else 0):
+            for attempt in range(MAX_EXAMPLE_REDRAWS if is_checked else 0):
                 if seen.isdisjoint(_normalize_pair(example)):
                     break
                 example = self._draw(source, None, step, int(id_), attempt)

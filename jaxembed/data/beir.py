@@ -21,7 +21,7 @@ from jaxembed.errors import UserError
 from jaxembed.files import read_text
 
 QRELS_HEADER = ["query-id", "corpus-id", "score"]  # the first line of qrels, which may be absent
-MAX_QUOTED_CHARS = 60  # characters of a bad line that an error quotes
+MAX_LINE_CHARS = 60  # characters of a bad line that an error quotes
 NO_TEXT_REASON = "queries without a document that has a text"
 MAX_LISTED_IDS = 3  # ids that a warning lists
 TRAINING_SPLITS = ("train", "dev", "test")  # the first one that exists is trained on
@@ -162,7 +162,7 @@ def _parse_judgment(line: str, where: str) -> tuple[str, str, float]:
         return query, document, int(grade) if grade.is_integer() else grade
     except ValueError:
         raise UserError(
-            f"{where}: expected {', '.join(QRELS_HEADER)} separated by tabs (found {line[:MAX_QUOTED_CHARS]!r})"
+            f"{where}: expected {', '.join(QRELS_HEADER)} separated by tabs (found {line[:MAX_LINE_CHARS]!r})"
         ) from None
 
 

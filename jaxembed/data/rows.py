@@ -25,7 +25,7 @@ import numpy as np
 
 from jaxembed.data.columns import Columns, build_row, drop_nulls, list_columns, parse_content, rename_columns
 from jaxembed.data.containers import Container
-from jaxembed.data.schema import MISSING, Row, RowCheck, list_fields
+from jaxembed.data.schema import MISSING_FIELD, Row, RowCheck, list_fields
 from jaxembed.devices.processes import progress_bar
 from jaxembed.errors import UserError
 
@@ -172,7 +172,7 @@ def iter_checked_rows(
         first_row_fields = first_row_fields or list_fields(original)
         missing_columns = {column: field for column, field in missing_columns.items() if column not in original}
         problem = check(row := drop_nulls(rename_columns(original, columns)))
-        fields_note = f". The row has {list_fields(original)}" if problem and f'" is {MISSING} (' in problem else ""
+        fields_note = f". The row has {list_fields(original)}" if problem and f'" is {MISSING_FIELD} (' in problem else ""
         yield address, content, UserError(f"{where}: {problem}{fields_note}{columns_note}") if problem else row
     for column, field in missing_columns.items():
         raise MissingColumnError(

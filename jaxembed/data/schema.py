@@ -52,7 +52,7 @@ Row = Mapping[str, Any]
 RowCheck = Callable[[Row], str | None]  # returns what is wrong with a row, or None
 LIST_FIELDS = ("pos", "neg", "pos_scores", "neg_scores")  # fields that are lists
 NUMBER_FIELDS = ("score", "pos_scores", "neg_scores")  # fields that are numbers, or lists of numbers
-MISSING = "missing"  # how a check describes an absent field
+MISSING_FIELD = "missing"  # how a check describes an absent field
 MAX_LISTED_FIELDS = 10
 MAX_SUGGESTED_CHARS = 40  # characters of a value that an error repeats in the form it should have
 MAX_ABS_NUMBER = 1e30  # larger numbers count as infinite
@@ -212,7 +212,7 @@ def _is_finite_number(value: Any) -> bool:
 
 
 def _describe_field_problem(row: Row, field: str, expected: str) -> str:
-    return f'"{field}" is {quote_value(row[field]) if field in row else MISSING} (expected {expected})'
+    return f'"{field}" is {quote_value(row[field]) if field in row else MISSING_FIELD} (expected {expected})'
 
 
 def list_fields(row: Row) -> str:

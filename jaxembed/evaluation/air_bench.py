@@ -34,8 +34,8 @@ from jaxembed.evaluation.tasks import GroupMember
 from jaxembed.files import exists, file_digest, write_json
 
 DATA_SET = re.compile(r"(qa|long-doc)_([a-z]+)_([a-z]+)")
-CUTOFF, SUBMITTED_DOCUMENTS = 10, 1000  # k of nDCG@k and recall@k; documents per query in a submission
-INSTRUCTION = "Given a question, retrieve passages that answer the question"
+AIR_BENCH_CUTOFF, SUBMITTED_DOCUMENTS = 10, 1000  # k of nDCG@k and recall@k; documents per query in a submission
+DEFAULT_INSTRUCTION = "Given a question, retrieve passages that answer the question"
 GROUPS = {"qa": "AIR-Bench QA", "long-doc": "AIR-Bench long documents"}
 METRICS = {"qa": "ndcg_at_10", "long-doc": "recall_at_10"}
 
@@ -144,7 +144,7 @@ class AirBenchTask:
 
         Without judgments the score is None, its metric is empty, and the results of the search are written.
         """
-        prompts = encoder.prompts.choose(self.name, self.type, INSTRUCTION)
+        prompts = encoder.prompts.choose(self.name, self.type, DEFAULT_INSTRUCTION)
         queries = encoder.encode(list(self._queries_by_id.values()), prompts.query)
         documents = encoder.encode(list(self._documents_by_id.values()), prompts.document)
         vectors = [(encoder.convert(queries, version), encoder.convert(documents, version)) for version in encoder.versions]
@@ -171,7 +171,7 @@ class AirBenchTask:
         """Return the score of each query that has judgments."""
         from jaxembed.search.nearest import search  # imports JAX
 
-        ranked = search(queries, documents, CUTOFF)
+        ranked = search(queries, documents, AIR_BENCH_CUTOFF)
         rows = {id_: row for row, id_ in enumerate(self._documents_by_id)}
         judged = _read_qrels(qrels, rows)
         listed = [i for i, id_ in enumerate(self._queries_by_id) if id_ in judged]

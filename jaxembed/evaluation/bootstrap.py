@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 RESAMPLES = 2000
 STANDARD_ERROR_RESAMPLES = 200  # enough for a standard error (Efron and Tibshirani 1993, section 6.4)
 CONFIDENCE = 0.95
-SEED = 0
+BOOTSTRAP_SEED = 0
 MAX_DRAWN_ITEMS = 2**21  # item indices that are drawn at once
 
 # (values of the items [N, C], indices of the items in each resample [R, N]) -> the score of each resample [R]
@@ -157,7 +157,7 @@ class Difference:
         }  # fmt: skip
 
 
-def compare_items(first: ScoredItems, second: ScoredItems, seed: int | Sequence[int] = SEED) -> Difference:
+def compare_items(first: ScoredItems, second: ScoredItems, seed: int | Sequence[int] = BOOTSTRAP_SEED) -> Difference:
     """Compare two models on the same items with the paired bootstrap.
 
     Args:
@@ -189,7 +189,7 @@ def summarize_difference(difference: float, resampled: np.ndarray, count: int, u
     return Difference(difference, (float(low), float(high)), p_value, count, unit, resampled)
 
 
-def _draw_resamples(count: int, resamples: int, seed: int | Sequence[int] = SEED) -> Iterator[np.ndarray]:
+def _draw_resamples(count: int, resamples: int, seed: int | Sequence[int] = BOOTSTRAP_SEED) -> Iterator[np.ndarray]:
     """Yield the item indices of the resamples in blocks, int64 [R, N]."""
     rng = np.random.default_rng(seed)
     step = max(1, MAX_DRAWN_ITEMS // count)

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from jaxembed.errors import UserError
 
 # Settings of MTEB's classification tasks.
-SEED = 42
+MTEB_SEED = 42
 TEXTS_PER_LABEL, EXPERIMENTS, FOLDS = 8, 10, 5
 MAX_ITERATIONS = 100
 # Batch size of MTEB's clustering tasks. The mean over several seeds depends less on the initial centers.
@@ -59,7 +59,7 @@ def cross_validate(vectors: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " 
 
     order: list[int] = []
     predictions = np.zeros((len(labels), 1), np.int64)
-    for train, test in KFold(FOLDS, shuffle=True, random_state=SEED).split(range(len(labels))):
+    for train, test in KFold(FOLDS, shuffle=True, random_state=MTEB_SEED).split(range(len(labels))):
         order = order or list(range(len(train)))
         selected = train[_draw_training_texts(labels[train], order)]
         predictions[test, 0] = _fit_and_predict(vectors[selected], labels[selected], vectors[test])
@@ -68,7 +68,7 @@ def cross_validate(vectors: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " 
 
 def _draw_training_texts(labels: np.ndarray, order: list[int]) -> list[int]:
     """Shuffle `order` in place, and return its first `TEXTS_PER_LABEL` texts of each label."""
-    np.random.RandomState(SEED).shuffle(order)
+    np.random.RandomState(MTEB_SEED).shuffle(order)
     drawn: Counter[int] = Counter()
     selected = []
     for index in order:
@@ -86,7 +86,7 @@ def _fit_and_predict(train_vectors: np.ndarray, train_labels: np.ndarray, vector
         return np.full(len(vectors), train_labels[0])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MTEB's iteration limit may stop it before it converges
-        classifier = LogisticRegression(max_iter=MAX_ITERATIONS, random_state=SEED).fit(train_vectors, train_labels)
+        classifier = LogisticRegression(max_iter=MAX_ITERATIONS, random_state=MTEB_SEED).fit(train_vectors, train_labels)
     return np.asarray(classifier.predict(vectors), np.int64)
 
 
@@ -116,7 +116,7 @@ def cluster(vectors: Float[np.ndarray, "n d"], count: int, clusterings: int = CL
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about fewer distinct vectors than clusters
-        return np.stack([fit(seed) for seed in range(SEED, SEED + clusterings)], axis=1)
+        return np.stack([fit(seed) for seed in range(MTEB_SEED, MTEB_SEED + clusterings)], axis=1)
 
 
 def score_v_measure(values: Float[np.ndarray, "n c"], indices: Int[np.ndarray, "r n"]) -> Float[np.ndarray, " r"]:

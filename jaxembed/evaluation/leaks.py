@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxembed.config import Config, load_config, read_run_config
-from jaxembed.curation.overlap import Match, OverlapIndex
+from jaxembed.curation.overlap import Overlap, OverlapIndex
 from jaxembed.data.schema import Row
 from jaxembed.data.sources import open_sources
 from jaxembed.devices.processes import progress_bar
@@ -23,7 +23,7 @@ from jaxembed.formats.run_files import BASE_RECORD_FILE
 log = logging.getLogger("jaxembed")
 
 LEAKS_FILE = "leaks.json"
-MAX_EXAMPLES = 3  # examples of each task
+EXAMPLES_PER_TASK = 3  # examples of each task
 MAX_EXAMPLE_CHARS = 300  # characters of a text in an example
 
 TaskTexts = Iterable[tuple[str, Sequence[str]]]  # role and texts of each input
@@ -65,12 +65,12 @@ class InputLeaks:
     by_source: dict[str, dict[int, str]] = dataclasses.field(default_factory=dict)
     examples: list[dict[str, str]] = dataclasses.field(default_factory=list)
 
-    def add(self, match: Match, source: str, training_text: str) -> None:
+    def add(self, match: Overlap, source: str, training_text: str) -> None:
         """Count a match with a training text."""
         for rules in (self.rules, self.by_source.setdefault(source, {})):
             if rules.get(match.index) != "exact":
                 rules[match.index] = match.rule
-        if len(self.examples) < MAX_EXAMPLES:
+        if len(self.examples) < EXAMPLES_PER_TASK:
             words = {"words": match.words} if match.words else {}
             self.examples.append(
                 {

@@ -16,7 +16,7 @@ ALL_TASKS, ALL_GROUPS = "all tasks", "all benchmarks"
 # Columns of NV-Embed's Table 1, in its order. Other types of tasks follow.
 TYPE_ORDER = ("Retrieval", "Reranking", "Clustering", "PairClassification", "Classification", "STS", "Summarization")
 VERSION_KEYS = ("widths", "precisions")  # of scores by version of the vectors, in `EvaluationTask.score`
-Cell = float | None
+Score = float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class ScoreTable:
 
     title: str
     columns: Mapping[str, int]
-    rows: Mapping[str, Sequence[Cell]]
+    rows: Mapping[str, Sequence[Score]]
     sources: Sequence[str]
     published: Sequence[str] = ()
 
@@ -110,7 +110,7 @@ def _add_published_rows(table: ScoreTable) -> ScoreTable:
     return dataclasses.replace(table, rows=rows, sources=sources, published=[name for name in rows if name not in table.rows])
 
 
-def _read_score(result: Mapping[str, Any], member: GroupMember, version: tuple[str, str] | None) -> Cell:
+def _read_score(result: Mapping[str, Any], member: GroupMember, version: tuple[str, str] | None) -> Score:
     """Return the score of a task in a group, in percent."""
     parts = [result["subsets"].get(subset) for subset in member.subsets]
     if version is not None:
@@ -123,7 +123,7 @@ def _read_score(result: Mapping[str, Any], member: GroupMember, version: tuple[s
     return None if score is None else 100 * score
 
 
-def _mean(values: Sequence[Cell]) -> Cell:
+def _mean(values: Sequence[Score]) -> Score:
     """Return the mean, or None if a value is missing."""
     return fmean(known) if len(known := [value for value in values if value is not None]) == len(values) else None
 
@@ -133,5 +133,5 @@ def get_type_position(column: str) -> tuple[int, str]:
     return (TYPE_ORDER.index(column) if column in TYPE_ORDER else len(TYPE_ORDER), column)
 
 
-def _format_cell(cell: Cell) -> str:
+def _format_cell(cell: Score) -> str:
     return "-" if cell is None else f"{cell:.2f}"

@@ -19,7 +19,7 @@ from jaxembed.search.precision import Precision, as_scored
 
 EncodeWithPrompt = Callable[[Sequence[str], str], np.ndarray]  # (texts, complete prompt) -> unit vectors [N, D]
 
-TEXTS_PER_CALL = 4096  # texts that are encoded between two updates of the progress bar
+TEXTS_PER_UPDATE = 4096  # texts that are encoded between two updates of the progress bar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,8 +129,8 @@ class TaskEncoder:
         return summary
 
     def _encode_parts(self, texts: Sequence[str], prompt: str) -> Iterator[np.ndarray]:
-        for start in range(0, len(texts), TEXTS_PER_CALL):
-            part = texts[start : start + TEXTS_PER_CALL]
+        for start in range(0, len(texts), TEXTS_PER_UPDATE):
+            part = texts[start : start + TEXTS_PER_UPDATE]
             yield self.encode_with_prompt(part, prompt)
             if self.progress:
                 self.progress.advance(len(part))

@@ -12,7 +12,7 @@ from jaxembed.config.instructions import InstructionTable, load_instruction_tabl
 from jaxembed.config.spec import EmbeddingSpec
 
 DOCUMENT_PROMPTS = ("document", "passage", "corpus")  # names of the prompt of documents in sentence-transformers folders
-DIGEST_CHARS = 8
+PROMPT_DIGEST_CHARS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ class PromptChooser:
     def compute_digest(self) -> str:
         """Return a digest of the tables, on which scores depend; empty without tables."""
         digests = [table.compute_digest() for _, table in self._list_tables()]
-        return hashlib.sha256(" ".join(digests).encode()).hexdigest()[:DIGEST_CHARS] if digests else ""
+        return hashlib.sha256(" ".join(digests).encode()).hexdigest()[:PROMPT_DIGEST_CHARS] if digests else ""
 
     def log(self) -> None:
         """Log once where the prompts of queries and documents come from."""

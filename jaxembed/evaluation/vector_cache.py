@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxembed.data.vector_file import write_header
+from jaxembed.data.npy_writer import write_header
 from jaxembed.errors import UserError
 from jaxembed.files import atomic_write, exists
 

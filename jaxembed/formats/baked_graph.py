@@ -23,7 +23,7 @@ OPSET = 18
 # A file of protobuf holds less than 2 GiB. Larger weights lie beside it, in a file whose name readers derive.
 MAX_INLINE_BYTES = 1_500_000_000
 EXTERNAL_DATA_SUFFIX = "_data"
-AXES = {
+DYNAMIC_AXES = {
     "input_ids": {0: "batch_size", 1: "sequence_length"},
     "attention_mask": {0: "batch_size", 1: "sequence_length"},
     "last_hidden_state": {0: "batch_size", 1: "sequence_length"},
@@ -98,7 +98,7 @@ def write_graph(model: Any, texts: list[str], path: Path) -> None:
         warnings.simplefilter("ignore")
         torch.onnx.export(
             BakedModel(model).eval(), inputs, str(raw_path), input_names=list(INPUTS), output_names=list(OUTPUTS),
-            dynamic_axes=AXES, opset_version=OPSET, dynamo=False,
+            dynamic_axes=DYNAMIC_AXES, opset_version=OPSET, dynamo=False,
         )  # fmt: skip
     _move_graph(raw_folder, path)
 

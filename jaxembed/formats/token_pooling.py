@@ -49,7 +49,7 @@ except ImportError:
                 save_model(self, str(Path(folder) / "model.safetensors"))
 
 
-class Attention(nn.Module):
+class MultiHeadAttention(nn.Module):
     """Multi-head attention to a context, without biases. `to_kv` computes the keys first, then the values."""
 
     def __init__(self, width: int, heads: int, head_width: int):
@@ -88,7 +88,7 @@ class FeedForward(nn.Module):
         return self.net(x)
 
 
-class Block(nn.Module):
+class PreNorm(nn.Module):
     """A layer (`fn`) with the norm of its input and, if it attends to latents, the norm of its context."""
 
     def __init__(self, width: int, fn: nn.Module, has_context: bool = False):
@@ -99,7 +99,7 @@ class Block(nn.Module):
 
 
 class TokenPooling(Module):
-    """Attention over token embeddings, before their mean.
+    """MultiHeadAttention over token embeddings, before their mean.
 
     Args:
         width: Width of the token embeddings.
@@ -122,8 +122,8 @@ class TokenPooling(Module):
         if kind == "latent_attention_paper":
             self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
         else:
-            attention = Attention(width, heads, width if has_latents else width // heads)
-            blocks = [Block(width, attention, has_latents), Block(width, FeedForward(width, 4 * width))]
+            attention = MultiHeadAttention(width, heads, width if has_latents else width // heads)
+            blocks = [PreNorm(width, attention, has_latents), PreNorm(width, FeedForward(width, 4 * width))]
             self.cross_attend_blocks = nn.ModuleList(blocks)
 
     def forward(self, features: dict[str, torch.Tensor], **kwargs: object) -> dict[str, torch.Tensor]:

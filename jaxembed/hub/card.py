@@ -13,7 +13,7 @@ from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.files import read_json, read_text
 from jaxembed.formats.run_files import BASE_RECORD_FILE
 from jaxembed.hub.onnx_export import INT8_GRAPH_FILE, OnnxReport
-from jaxembed.hub.readers import FOLDER, ServedModel, format_reader_table
+from jaxembed.hub.readers import FOLDER_NAME, ServedModel, format_reader_table
 from jaxembed.hub.safe_dtypes import DtypeQuality
 from jaxembed.model.pooling import TRAINABLE_POOLINGS
 from jaxembed.training.metrics import read_metrics
@@ -141,7 +141,7 @@ def _format_usage(spec: EmbeddingSpec) -> str:
         "```python",
         "from sentence_transformers import SentenceTransformer",
         "",
-        f'model = SentenceTransformer("{FOLDER}"{trust})',
+        f'model = SentenceTransformer("{FOLDER_NAME}"{trust})',
         f"queries = model.encode({question}{query})",
         f'documents = model.encode(["a passage"]{document})',
         "print(model.similarity(queries, documents))",
@@ -186,7 +186,7 @@ def _format_check(spec: EmbeddingSpec, parity_error: float) -> str:
         "",
         "```python",
         "import json",
-        f'probes = json.load(open("{FOLDER}/probe.json"))',
+        f'probes = json.load(open("{FOLDER_NAME}/probe.json"))',
         f'print(min(model.encode({text}, prompt=p["prompt"], normalize_embeddings=True) @ p["vector"] for p in probes))',
         "```",
         "",

@@ -15,7 +15,7 @@ from jaxembed.formats.stock_files import SERVED_POOLINGS
 from jaxembed.model.families import FAMILIES, TransformerConfig
 from jaxembed.model.pooling import TRAINABLE_POOLINGS
 
-FOLDER = "PATH_OF_THIS_FOLDER"
+FOLDER_NAME = "PATH_OF_THIS_FOLDER"
 
 
 class Status(enum.IntEnum):
@@ -145,7 +145,7 @@ FRAMEWORKS = ("LangChain", "LlamaIndex")
 SERVERS = ("vLLM", "TEI", "llama.cpp")
 COMPARED_DECODERS = frozenset({"qwen2", "qwen3", "mistral", "llama"})  # with servers
 
-RULES = (
+READER_RULES = (
     Rule(
         has_new_mask, ("transformers",), Status.CONDITIONAL,
         "from transformers 5.2; 5.0 and 5.1 silently apply a causal mask, 4 refuses the tokenizer", False,
@@ -275,25 +275,25 @@ RULES = (
 
 
 def _format_transformers(model: ServedModel) -> str:
-    return f'`AutoModel.from_pretrained("{FOLDER}")`, then {model.spec.pooling} pooling'
+    return f'`AutoModel.from_pretrained("{FOLDER_NAME}")`, then {model.spec.pooling} pooling'
 
 
 def _format_sentence_transformers(model: ServedModel) -> str:
     trust = ", trust_remote_code=True" if has_own_weights(model) else ""
-    return f'`SentenceTransformer("{FOLDER}"{trust})`'
+    return f'`SentenceTransformer("{FOLDER_NAME}"{trust})`'
 
 
 def _format_tei(model: ServedModel) -> str:
     dtype = "float32" if runs_on_tei_cpus(model) else "float16"
     pooling = " --pooling mean" if has_unserved_pooling(model) else ""
-    return f"`text-embeddings-router --model-id {FOLDER} --dtype {dtype}{pooling}`"
+    return f"`text-embeddings-router --model-id {FOLDER_NAME} --dtype {dtype}{pooling}`"
 
 
 def _format_llama_cpp(model: ServedModel) -> str:
     # The converter stores the pooling for some families alone.
     pooling = {"first": "cls"}.get(model.spec.pooling, model.spec.pooling)
     options = f"--embedding --pooling {pooling}" + (" --parallel 1" if is_bidirectional_decoder(model) else "")
-    return f"`convert_hf_to_gguf.py {FOLDER} --outtype f32 --outfile model.gguf`, `llama-server -m model.gguf {options}`"
+    return f"`convert_hf_to_gguf.py {FOLDER_NAME} --outtype f32 --outfile model.gguf`, `llama-server -m model.gguf {options}`"
 
 
 def _format_onnx(library: str) -> Callable[[ServedModel], str]:
@@ -305,14 +305,14 @@ def _format_langchain(model: ServedModel) -> str:
     keys = {"query": "query_encode_kwargs", "document": "encode_kwargs"}
     prompts = "".join(f', {keys[name]}={{"prompt_name": "{name}"}}' for name in names)
     trust = ', model_kwargs={"trust_remote_code": True}' if has_own_weights(model) else ""
-    return f'`HuggingFaceEmbeddings(model_name="{FOLDER}"{trust}{prompts})`'
+    return f'`HuggingFaceEmbeddings(model_name="{FOLDER_NAME}"{trust}{prompts})`'
 
 
 def _format_llama_index(model: ServedModel) -> str:
     keys = {"query": "query_instruction", "document": "text_instruction"}
     prompts = "".join(f", {key}={model.spec.prompts[side]!r}" for side, key in keys.items() if model.spec.prompts.get(side))
     trust = ", trust_remote_code=True" if has_own_weights(model) else ""
-    return f'`HuggingFaceEmbedding("{FOLDER}"{trust}{prompts})`'
+    return f'`HuggingFaceEmbedding("{FOLDER_NAME}"{trust}{prompts})`'
 
 
 READERS = (
@@ -320,7 +320,7 @@ READERS = (
     Reader("sentence-transformers 6", "6.2", _format_sentence_transformers),
     Reader("sentence-transformers 5", "5.1, 5.7", _format_sentence_transformers),
     Reader("sentence-transformers 3, 4", "3.4, 4.1", _format_sentence_transformers),
-    Reader("vLLM", "0.32", lambda model: f"`vllm serve {FOLDER} --runner pooling --dtype {model.dtype}`"),
+    Reader("vLLM", "0.32", lambda model: f"`vllm serve {FOLDER_NAME} --runner pooling --dtype {model.dtype}`"),
     Reader("TEI", "source, July 2026", _format_tei),
     Reader("llama.cpp", "of llama-cpp-python 0.3.36", _format_llama_cpp),
     Reader("ONNX Runtime", "1.32", _format_onnx("onnxruntime")),
@@ -331,11 +331,11 @@ READERS = (
         STORES,
         "1.5, 0.40",
         lambda model: (
-            f'`SentenceTransformerEmbeddingFunction("{FOLDER}")`, '
-            f'`get_registry().get("sentence-transformers").create(name="{FOLDER}")`'
+            f'`SentenceTransformerEmbeddingFunction("{FOLDER_NAME}")`, '
+            f'`get_registry().get("sentence-transformers").create(name="{FOLDER_NAME}")`'
         ),
     ),
-    Reader("infinity", "0.0.78", lambda model: f"`infinity_emb v2 --model-id {FOLDER}`"),
+    Reader("infinity", "0.0.78", lambda model: f"`infinity_emb v2 --model-id {FOLDER_NAME}`"),
 )
 
 
@@ -356,7 +356,7 @@ class Verdict:
 
 def judge_readers(model: ServedModel) -> list[Verdict]:
     """Return the verdict of every reader on a model, in the order of `READERS`."""
-    applying = [rule for rule in RULES if rule.applies(model)]
+    applying = [rule for rule in READER_RULES if rule.applies(model)]
     verdicts = []
     for reader in READERS:
         rules = [rule for rule in applying if reader.name in rule.readers]
@@ -373,7 +373,7 @@ def list_limits(model: ServedModel) -> list[str]:
     """
     refusing = {verdict.reader.name for verdict in judge_readers(model) if verdict.status == Status.REFUSED}
     lines, refused = [], set[str]()
-    for rule in (rule for rule in RULES if rule.is_announced and rule.applies(model)):
+    for rule in (rule for rule in READER_RULES if rule.is_announced and rule.applies(model)):
         candidates = refusing - refused if rule.status == Status.REFUSED else set(rule.readers) - refusing
         if names := [name for name in rule.readers if name in candidates]:
             status = "" if rule.status == Status.CONDITIONAL else f"{rule.status}: "

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from jaxembed.errors import UserError, summarize
 
 SCRATCH_PREFIX = ".export-"  # of the names of temporary folders
-LOCK_FILE = "lock"  # locked as long as the process that writes the folder lives
+SCRATCH_LOCK_FILE = "lock"  # locked as long as the process that writes the folder lives
 MAX_UNLOCKED_AGE_S = 24 * 3600  # after this time a folder without a lock is removed: one of an earlier version
 
 
@@ -40,7 +40,7 @@ def open_scratch_folder(out: Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}). Name another output.") from None
     try:
-        with (folder / LOCK_FILE).open("w") as lock:
+        with (folder / SCRATCH_LOCK_FILE).open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield folder
     except (OSError, SafetensorError) as error:
@@ -73,7 +73,7 @@ def _remove_stale_folders(parent: Path) -> None:
 
 
 def _is_stale(folder: Path) -> bool:
-    lock_path = folder / LOCK_FILE
+    lock_path = folder / SCRATCH_LOCK_FILE
     if not lock_path.exists():
         return time.time() - folder.stat().st_mtime > MAX_UNLOCKED_AGE_S
     with lock_path.open("a") as lock:

@@ -22,7 +22,7 @@ from jaxembed.model.masks import BIDIRECTIONAL, CAUSAL, Mask, TokenInfo, materia
 from jaxembed.model.plain_attention import attend_einsum
 from jaxembed.model.sharded_kernel import shard_kernel
 
-MAX_HEAD_WIDTH = 128  # and a multiple of 8
+MAX_CUDNN_HEAD_WIDTH = 128  # and a multiple of 8
 # With offsets, cuDNN's softmax statistics have room for the most texts of a row: a float32 for each text, head and token.
 # Above this size for a token they would need more memory than a mask.
 MAX_STATISTICS_BYTES = 1 << 15
@@ -77,8 +77,8 @@ def describe_cudnn_limit(q: Float[Array, "r t n h"], mask: Mask, window: jax.Arr
     tokens, width = q.shape[1], q.shape[3]
     if q.dtype.itemsize != 2:
         return f"{q.dtype.name} numbers"
-    if width > MAX_HEAD_WIDTH or width % 8:
-        return f"heads {width} wide (up to {MAX_HEAD_WIDTH}, in steps of 8)"
+    if width > MAX_CUDNN_HEAD_WIDTH or width % 8:
+        return f"heads {width} wide (up to {MAX_CUDNN_HEAD_WIDTH}, in steps of 8)"
     if _is_packed(q, mask, window):
         return ""
     if tokens % 2:

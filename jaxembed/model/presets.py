@@ -22,11 +22,11 @@ _MISTRAL = {
     "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14_336, "rms_norm_eps": 1e-5,
     "rope_theta": 10_000.0, "max_position_embeddings": 32_768, "sliding_window": 4096, "tie_word_embeddings": False,
 }  # fmt: skip
-_BERT = {"model_type": "bert", "vocab_size": 30_522, "type_vocab_size": 2, "max_position_embeddings": 512}
-_BERT_BASE = {
-    **_BERT, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
+_BERT_FIELDS = {"model_type": "bert", "vocab_size": 30_522, "type_vocab_size": 2, "max_position_embeddings": 512}
+_BERT_BASE_FIELDS = {
+    **_BERT_FIELDS, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
 }  # fmt: skip
-_ROBERTA = {"type_vocab_size": 1, "pad_token_id": 1, "layer_norm_eps": 1e-5, "max_position_embeddings": 514}
+_ROBERTA_FIELDS = {"type_vocab_size": 1, "pad_token_id": 1, "layer_norm_eps": 1e-5, "max_position_embeddings": 514}
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         # For training from scratch. It is a Qwen3 model, because transformers replaces the tokenizer of qwen2 folders.
@@ -77,16 +77,16 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "num_hidden_layers": 22, "num_attention_heads": 12,
         },
         "minilm-l6": {
-            **_BERT, "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536,
+            **_BERT_FIELDS, "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536,
         },
-        "bert-base": _BERT_BASE,
+        "bert-base": _BERT_BASE_FIELDS,
         "bert-large": {
-            **_BERT, "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096,
+            **_BERT_FIELDS, "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096,
         },
-        "roberta-base": {**_BERT_BASE, **_ROBERTA, "model_type": "roberta", "vocab_size": 50_265},
-        "xlm-roberta-base": {**_BERT_BASE, **_ROBERTA, "model_type": "xlm-roberta", "vocab_size": 250_002},
+        "roberta-base": {**_BERT_BASE_FIELDS, **_ROBERTA_FIELDS, "model_type": "roberta", "vocab_size": 50_265},
+        "xlm-roberta-base": {**_BERT_BASE_FIELDS, **_ROBERTA_FIELDS, "model_type": "xlm-roberta", "vocab_size": 250_002},
         "bge-m3": {
-            **_ROBERTA, "model_type": "xlm-roberta", "vocab_size": 250_002, "hidden_size": 1024, "num_hidden_layers": 24,
+            **_ROBERTA_FIELDS, "model_type": "xlm-roberta", "vocab_size": 250_002, "hidden_size": 1024, "num_hidden_layers": 24,
             "num_attention_heads": 16, "intermediate_size": 4096, "max_position_embeddings": 8194,
         },
         "nv-embed": {"model_type": "nvembed", "text_config": _MISTRAL, "latent_attention_config": {}},

@@ -14,7 +14,7 @@ BETWEEN_SLICES = " between slices"
 
 # A line that opens a computation, and an instruction in it: name, result type, operation.
 COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .* )?\{$")
-INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\(")
+HLO_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\(")
 ARRAY_TYPE = re.compile(r"([a-z]+[0-9]*(?:e[0-9]m[0-9]\w*)?)\[([0-9,]*)\]")
 # The computations that an instruction calls.
 CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
@@ -155,7 +155,7 @@ def _parse_collective(line: str, count: int, scopes: tuple[str, ...]) -> Collect
     """Return the collective in a line that runs `count` times, or None if the line has none."""
     if send := HOST_SEND.search(line):
         return _parse_send(line, len(send[1].split(",")), send[2], count)
-    instruction = INSTRUCTION.match(line)
+    instruction = HLO_INSTRUCTION.match(line)
     kind = instruction[3].removesuffix("-start") if instruction else ""
     if instruction is None or kind not in KINDS:
         return None

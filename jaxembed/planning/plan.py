@@ -22,7 +22,7 @@ from jaxembed.errors import UserError
 from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.planning.mined import with_stand_in_negatives
 from jaxembed.planning.program import OutOfMemory, Program, compile_loss, compile_step, count_bytes, count_elements
-from jaxembed.planning.proposal import Proposal, make_job, propose
+from jaxembed.planning.proposal import Proposal, make_step_sizes, propose
 from jaxembed.planning.topology import topology_devices
 from jaxembed.training.stage import Stage
 from jaxembed.training.state import state_shapes
@@ -107,8 +107,8 @@ def _propose(
     """Return the proposed settings of a step; None if the memory of a device is unknown, or no settings fit."""
     if memory is None:
         return None
-    job = make_job(model.transformer, parameters, model.lora, model.compute.dtype, tokens)
-    return propose(job, mesh, memory)
+    sizes = make_step_sizes(model.transformer, parameters, model.lora, model.compute.dtype, tokens)
+    return propose(sizes, mesh, memory)
 
 
 def _plan_loss(stage: Stage, model: EmbeddingModel, batch: Batch, mesh: Mesh) -> dict[str, Any]:

@@ -28,7 +28,7 @@ EQUAL_SPEED = 1.02  # ratio of the times of settings that count as equally fast
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class StepSizes:
     """Sizes of a training step.
 
     Attributes:
@@ -94,14 +94,14 @@ class Proposal:
         return " ".join(settings)
 
 
-def propose(job: Job, mesh: Mesh, memory: int) -> Proposal | None:
+def propose(sizes: StepSizes, mesh: Mesh, memory: int) -> Proposal | None:
     """Return the settings with the fastest step that fits, by the estimates; None if none fits.
 
     Of settings that are about as fast, those that need the least memory are returned. The number of devices along `tensor`
     stays.
 
     Args:
-        job: Sizes of the step.
+        sizes: Sizes of the step.
         mesh: The devices.
         memory: Bytes of memory of a device.
     """
@@ -109,16 +109,16 @@ def propose(job: Job, mesh: Mesh, memory: int) -> Proposal | None:
     found = find_chip(device.device_kind)
     chip = found if isinstance(found, TpuChip) else UNKNOWN_CHIP
     devices = mesh.size // mesh.shape["tensor"]
-    candidates = (estimate(job, candidate, devices, chip) for candidate in _iter_candidates(job, devices))
+    candidates = (estimate(sizes, candidate, devices, chip) for candidate in _iter_candidates(sizes, devices))
     fitting = [candidate for candidate in candidates if candidate.memory <= MEMORY_SHARE * memory]
     fastest = min((candidate.seconds for candidate in fitting), default=0.0)
     fast = [candidate for candidate in fitting if candidate.seconds <= EQUAL_SPEED * fastest]
     return min(fast, key=lambda candidate: candidate.memory, default=None)
 
 
-def make_job(
+def make_step_sizes(
     transformer: TransformerConfig, parameters: int, lora: LoraConfig | None, dtype: Any, tokens: tuple[int, int]
-) -> Job:
+) -> StepSizes:
     """Return the sizes of a step.
 
     Args:
@@ -128,15 +128,15 @@ def make_job(
         dtype: Dtype of the computation.
         tokens: Rows of the batch and tokens of a row.
     """
-    return Job(transformer, parameters, lora, jax.numpy.dtype(dtype).itemsize, *tokens)
+    return StepSizes(transformer, parameters, lora, jax.numpy.dtype(dtype).itemsize, *tokens)
 
 
-def _iter_candidates(job: Job, devices: int) -> Iterator[Proposal]:
+def _iter_candidates(sizes: StepSizes, devices: int) -> Iterator[Proposal]:
     """Yield settings to compare."""
-    device_rows = -(-job.rows // devices)
+    device_rows = -(-sizes.rows // devices)
     chunk_sizes = [None, *(1 << i for i in range(device_rows.bit_length()) if 1 << i < device_rows)]
     kept = [(False, "nothing"), (True, "nothing"), (True, "attention"), (True, "matmuls")]
-    for fsdp in (n for n in range(1, devices + 1) if devices % n == 0 and job.transformer.width % n == 0):
+    for fsdp in (n for n in range(1, devices + 1) if devices % n == 0 and sizes.transformer.width % n == 0):
         for rows in chunk_sizes:
             for remat, policy in kept:
                 yield Proposal(fsdp, rows, True, remat, policy)
@@ -144,49 +144,49 @@ def _iter_candidates(job: Job, devices: int) -> Iterator[Proposal]:
                 yield Proposal(fsdp, rows, False, True, "nothing")
 
 
-def estimate(job: Job, settings: Proposal, devices: int, chip: TpuChip) -> Proposal:
+def estimate(sizes: StepSizes, settings: Proposal, devices: int, chip: TpuChip) -> Proposal:
     """Return the settings with estimates of memory and time.
 
     Args:
-        job: Sizes of the step.
+        sizes: Sizes of the step.
         settings: The settings.
         devices: Devices that share the batch.
         chip: Rates of a device.
     """
-    c, size = job.transformer, job.itemsize
-    device_rows = -(-job.rows // devices)
+    c, size = sizes.transformer, sizes.itemsize
+    device_rows = -(-sizes.rows // devices)
     rows = min(settings.rows or device_rows, device_rows)
-    chunks, tokens = -(-device_rows // rows), device_rows * job.row_length
-    chunk_tokens, share = rows * job.row_length, (settings.fsdp - 1) / settings.fsdp
-    matrices = job.layer_weights * c.layers
+    chunks, tokens = -(-device_rows // rows), device_rows * sizes.row_length
+    chunk_tokens, share = rows * sizes.row_length, (settings.fsdp - 1) / settings.fsdp
+    matrices = sizes.layer_weights * c.layers
 
     # Memory: the state, what is kept of a chunk or of all chunks, and one layer with its gradients and matrices.
-    trained_bytes = STATE_BYTES if job.lora is None else {"float32": 4, "bfloat16": 2, "int8": 1}[job.lora.base_dtype]
+    trained_bytes = STATE_BYTES if sizes.lora is None else {"float32": 4, "bfloat16": 2, "int8": 1}[sizes.lora.base_dtype]
     kept_tokens = chunk_tokens if settings.recompute else tokens
-    kept = size * _count_kept(job, settings) * c.layers * kept_tokens
+    kept = size * _count_kept(sizes, settings) * c.layers * kept_tokens
     outside_layers = 0 if settings.recompute else OUTSIDE_LAYERS_BYTES * c.width * tokens
-    layer = 2 * size * job.layer_numbers * chunk_tokens + (2 * size + 4) * job.layer_weights
-    memory = trained_bytes * job.parameters / settings.fsdp + kept + outside_layers + layer
+    layer = 2 * size * sizes.layer_numbers * chunk_tokens + (2 * size + 4) * sizes.layer_weights
+    memory = trained_bytes * sizes.parameters / settings.fsdp + kept + outside_layers + layer
 
     # Time: passes over the matrices, their traffic and the activations', and messages.
     again = (chunks > 1 and settings.recompute) + (settings.remat and settings.policy != "matmuls")
-    forward, backward = 1 + again, 2 if job.lora is None else 1
-    attention = 4 * job.row_length * c.heads * c.head_width * c.layers
+    forward, backward = 1 + again, 2 if sizes.lora is None else 1
+    attention = 4 * sizes.row_length * c.heads * c.head_width * c.layers
     flops = tokens * (2 * matrices * (forward + backward) + attention * (forward + 2))
-    traffic = size * (chunks * (forward + backward) * matrices + (forward + backward) * tokens * c.layers * job.layer_numbers)
+    traffic = size * (chunks * (forward + backward) * matrices + (forward + backward) * tokens * c.layers * sizes.layer_numbers)
     gathers = chunks * (forward + 1) * size * matrices * share
-    sums = 0.0 if job.lora is not None else chunks * 8 * matrices * share
-    if job.lora is None and devices > settings.fsdp:
-        sums += 8 * job.parameters / settings.fsdp * (chunks if settings.fsdp > 1 else 1)
+    sums = 0.0 if sizes.lora is not None else chunks * 8 * matrices * share
+    if sizes.lora is None and devices > settings.fsdp:
+        sums += 8 * sizes.parameters / settings.fsdp * (chunks if settings.fsdp > 1 else 1)
     seconds = flops / chip.peak_flops + traffic / chip.memory_bandwidth + (gathers + sums) / chip.link_bandwidth
     return dataclasses.replace(settings, memory=memory, seconds=seconds)
 
 
-def _count_kept(job: Job, settings: Proposal) -> float:
+def _count_kept(sizes: StepSizes, settings: Proposal) -> float:
     """Return the numbers of a token and layer that are kept between the passes."""
-    c = job.transformer
+    c = sizes.transformer
     heads = c.heads * c.head_width
     if not settings.remat:
-        return job.layer_numbers
+        return sizes.layer_numbers
     projections = 2 * heads + 2 * c.kv_heads * c.head_width + c.width + 2 * c.mlp_width
     return c.width + {"attention": heads, "matmuls": projections}.get(settings.policy, 0)

@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxembed.reporting.charts import Chart
 
-MISSING = "–"
+NO_VALUE = "–"
 Cell = str
 
 
@@ -42,7 +42,7 @@ class Collapsible:
 
 
 @dataclasses.dataclass(frozen=True)
-class Section:
+class ReportSection:
     """A section of a report.
 
     Attributes:
@@ -73,23 +73,23 @@ class Section:
 
 def format_number(value: float | None, digits: int = 4) -> str:
     """Return a number with fixed digits after the point, or a dash."""
-    return MISSING if value is None else f"{value:.{digits}f}"
+    return NO_VALUE if value is None else f"{value:.{digits}f}"
 
 
 def format_count(value: float | None) -> str:
     """Return an integer with thousands separators, or a dash."""
-    return MISSING if value is None else f"{value:,.0f}"
+    return NO_VALUE if value is None else f"{value:,.0f}"
 
 
 def format_percent(value: float | None, digits: int = 1) -> str:
     """Return a share as a percentage, or a dash."""
-    return MISSING if value is None else f"{100 * value:.{digits}f} %"
+    return NO_VALUE if value is None else f"{100 * value:.{digits}f} %"
 
 
 def format_size(value: float | None) -> str:
     """Return a large number in thousands, millions or billions, or a dash."""
     if value is None:
-        return MISSING
+        return NO_VALUE
     for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if value >= limit:
             return f"{value / limit:.3g} {unit}"

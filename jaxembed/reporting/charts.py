@@ -12,10 +12,10 @@ from typing import Any
 
 import altair as alt
 
-Values = Sequence[Mapping[str, Any]]
+ChartValues = Sequence[Mapping[str, Any]]
 TABLE = alt.NamedData("table")
 HEIGHT = 220
-MAX_POINTS = 600  # points of a line; more are averaged
+MAX_LINE_POINTS = 600  # points of a line; more are averaged
 BASELINE_DASH = [5, 4]
 ROW_HEIGHT = 18
 MAX_COLUMN_CHARS = 22  # longest name in a legend of two columns
@@ -38,7 +38,7 @@ class Chart:
     is_wide: bool = False
 
 
-def _finish(chart: alt.TopLevelMixin, values: Values) -> dict[str, Any]:
+def _finish(chart: alt.TopLevelMixin, values: ChartValues) -> dict[str, Any]:
     """Return the specification of a chart with its data, and without Altair's own theme."""
     spec = chart.to_dict()
     del spec["config"]
@@ -46,7 +46,7 @@ def _finish(chart: alt.TopLevelMixin, values: Values) -> dict[str, Any]:
     return {**spec, "datasets": {TABLE.name: list(values)}}
 
 
-def _color(field: str, values: Values) -> alt.Color:
+def _color(field: str, values: ChartValues) -> alt.Color:
     """Return colors for the distinct values of a field, in their order, with a legend if there are several."""
     names = list(dict.fromkeys(row[field] for row in values))
     columns = 2 if max(map(len, names), default=0) <= MAX_COLUMN_CHARS else 1  # a phone has room for two short names
@@ -56,7 +56,7 @@ def _color(field: str, values: Values) -> alt.Color:
 
 def draw_lines(
     title: str,
-    values: Values,
+    values: ChartValues,
     y_title: str,
     *,
     x_title: str = "step",
@@ -100,14 +100,14 @@ def draw_lines(
     return Chart(title, _finish(layers, rows), note)
 
 
-def average_points(values: Values) -> list[dict[str, Any]]:
-    """Return at most `MAX_POINTS` rows of every series: means of consecutive rows. Gaps (null) stay gaps."""
+def average_points(values: ChartValues) -> list[dict[str, Any]]:
+    """Return at most `MAX_LINE_POINTS` rows of every series: means of consecutive rows. Gaps (null) stay gaps."""
     series: dict[str, list[Mapping[str, Any]]] = {}
     for row in values:
         series.setdefault(row["series"], []).append(row)
     thinned = []
     for rows in series.values():
-        size = -(-len(rows) // MAX_POINTS)
+        size = -(-len(rows) // MAX_LINE_POINTS)
         for start in range(0, len(rows), size):
             block = [row for row in rows[start : start + size] if row["value"] is not None]
             last = rows[min(start + size, len(rows)) - 1]
@@ -116,7 +116,7 @@ def average_points(values: Values) -> list[dict[str, Any]]:
     return thinned
 
 
-def draw_histogram(title: str, values: Values, x_title: str, y_title: str, note: str = "") -> Chart:
+def draw_histogram(title: str, values: ChartValues, x_title: str, y_title: str, note: str = "") -> Chart:
     """Draw overlaid histograms, one per `kind`: `share` is the height of the bin from `start` to `end`."""
     base = (
         alt.Chart(TABLE)
@@ -137,7 +137,7 @@ def draw_histogram(title: str, values: Values, x_title: str, y_title: str, note:
     return Chart(title, _finish(base.properties(width="container", height=HEIGHT), values), note)
 
 
-def draw_bars(title: str, values: Values, x_title: str, note: str = "") -> Chart:
+def draw_bars(title: str, values: ChartValues, x_title: str, note: str = "") -> Chart:
     """Draw horizontal bars of `share`, one per `name`, colored by `group`, in the order of the rows."""
     chart = (
         alt.Chart(TABLE)
@@ -158,7 +158,7 @@ def draw_bars(title: str, values: Values, x_title: str, note: str = "") -> Chart
     return Chart(title, _finish(chart.properties(width="container", height=max(bars * ROW_HEIGHT, 60)), values), note)
 
 
-def draw_points(title: str, values: Values, note: str = "") -> Chart:
+def draw_points(title: str, values: ChartValues, note: str = "") -> Chart:
     """Draw a map of texts: points at `x`, `y`, colored by `source`. A click shows the text below the chart."""
     axis = alt.Axis(title=None, labels=False, ticks=False, domain=False, grid=False)
     chart = (
@@ -174,7 +174,7 @@ def draw_points(title: str, values: Values, note: str = "") -> Chart:
     return Chart(title, _finish(chart.properties(width="container", height=420), values), note, is_wide=True)
 
 
-def draw_heat_map(title: str, values: Values, note: str = "") -> Chart:
+def draw_heat_map(title: str, values: ChartValues, note: str = "") -> Chart:
     """Draw cells of `weight`: a `row` for each text, grouped by source, and a `column` for each pair of head and latent."""
     chart = alt.Chart(TABLE).mark_rect(stroke=None).encode(
         x=alt.X("column:O", axis=alt.Axis(title="head and latent", labels=False, ticks=False, grid=False)),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from jax.sharding import Mesh
 
-from jaxembed.reporting.blocks import Section
+from jaxembed.reporting.blocks import ReportSection
 from jaxembed.reporting.inputs import ReportedModel
 from jaxembed.reporting.model_figures import read_model_figures
 from jaxembed.reporting.model_sections import (
@@ -33,7 +33,7 @@ from jaxembed.reporting.training_sections import (
 
 def make_sections(
     models: Sequence[ReportedModel], mesh: Mesh | None, baseline: str | None = None, checkpoint: str = "best"
-) -> list[Section]:
+) -> list[ReportSection]:
     """Return the sections of a report. Some may be empty.
 
     Args:

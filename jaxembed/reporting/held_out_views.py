@@ -15,13 +15,13 @@ from jaxembed.hub.embedder import Embedder
 
 log = logging.getLogger("jaxembed")
 
-SEED = 0  # of the samples, so that two reports of a run show the same ones
-MAX_QUERIES = 256  # queries of a set that are searched
+SAMPLE_SEED = 0  # of the samples, so that two reports of a run show the same ones
+MAX_SET_QUERIES = 256  # queries of a set that are searched
 MAX_DOCUMENTS = 4096  # documents of a set that are searched
 SHOWN_QUERIES = 48  # queries of a set whose neighbors are listed
 SHOWN_NEIGHBORS = 10  # documents that are listed for a query
 NEGATIVES_PER_QUERY = 5  # hard negatives, and random negatives, of a query in the histograms
-MAX_POINTS = 1200  # texts on the map
+MAX_MAP_TEXTS = 1200  # texts on the map
 MAX_SETS = 4  # sets whose neighbors are listed
 MAX_LABELS = 7  # labels of a set that have a color of their own on the map
 MAX_CHARS = 500  # characters of a listed text
@@ -84,10 +84,10 @@ def view_set(held_out: HeldOutSet, embedder: Embedder) -> SetView | None:
 
 
 def _view_retrieval(held_out: RetrievalSet, embedder: Embedder) -> SetView:
-    rng, config = np.random.default_rng(SEED), held_out.config
+    rng, config = np.random.default_rng(SAMPLE_SEED), held_out.config
     # Sample queries with a relevant document in the corpus; keep these documents, and add others.
     found = [i for i, grades in enumerate(held_out.relevant) if any(row >= 0 for row in grades)]
-    query_rows = sample(found, MAX_QUERIES, rng)
+    query_rows = sample(found, MAX_SET_QUERIES, rng)
     relevant_rows = {row for i in query_rows for row in held_out.relevant[i] if row >= 0}
     others = [row for row in range(len(held_out.corpus)) if row not in relevant_rows]
     document_rows = sorted({*relevant_rows, *sample(others, max(MAX_DOCUMENTS - len(relevant_rows), 0), rng)})
@@ -152,7 +152,7 @@ def compare_pairs(
 
 
 def _view_similarity(held_out: SimilaritySet, embedder: Embedder) -> SetView:
-    rng, config = np.random.default_rng(SEED), held_out.config
+    rng, config = np.random.default_rng(SAMPLE_SEED), held_out.config
     rows = sample(range(len(held_out.first)), MAX_DOCUMENTS // 2, rng)
     first, second = ([side[i] for i in rows] for side in (held_out.first, held_out.second))
     a, b = (embedder.encode(texts, config.instruction) for texts in (first, second))
@@ -172,8 +172,8 @@ def _view_similarity(held_out: SimilaritySet, embedder: Embedder) -> SetView:
 
 
 def _view_labels(held_out: ClassificationSet | ClusteringSet, embedder: Embedder) -> SetView:
-    rng, config = np.random.default_rng(SEED), held_out.config
-    rows = sample(range(len(held_out.texts)), MAX_POINTS, rng)
+    rng, config = np.random.default_rng(SAMPLE_SEED), held_out.config
+    rows = sample(range(len(held_out.texts)), MAX_MAP_TEXTS, rng)
     texts, labels = [held_out.texts[i] for i in rows], held_out.labels[rows]
     vectors = embedder.encode(texts, config.instruction)
     # One source for each of the most frequent labels, and one for the others.
@@ -232,8 +232,8 @@ def draw_map(sources: Sequence[EncodedSource]) -> tuple[list[dict[str, Any]], fl
     Returns:
         Points of x, y, source and text, and the share of the variance that the two axes explain.
     """
-    rng = np.random.default_rng(SEED)
-    chosen = [(s, sample(range(len(s.texts)), MAX_POINTS // len(sources), rng)) for s in sources]
+    rng = np.random.default_rng(SAMPLE_SEED)
+    chosen = [(s, sample(range(len(s.texts)), MAX_MAP_TEXTS // len(sources), rng)) for s in sources]
     vectors = np.concatenate([source.vectors[rows] for source, rows in chosen]).astype(np.float64)
     centered = vectors - vectors.mean(axis=0)
     _, scales, axes = np.linalg.svd(centered, full_matrices=False)

@@ -12,7 +12,7 @@ from jaxembed.errors import UserError
 from jaxembed.evaluation.heldout import open_held_out_sets
 from jaxembed.files import cache_dir
 from jaxembed.hub.embedder import Embedder
-from jaxembed.reporting.blocks import Section
+from jaxembed.reporting.blocks import ReportSection
 from jaxembed.reporting.charts import draw_heat_map, draw_histogram, draw_points
 from jaxembed.reporting.held_out_views import (
     MAX_SETS,
@@ -88,7 +88,7 @@ def _iter_sources(sets: Iterable[SetView]) -> Iterable[EncodedSource]:
     return (source for view in sets for source in view.sources)
 
 
-def make_map_section(views: Sequence[RunViews]) -> Section:
+def make_map_section(views: Sequence[RunViews]) -> ReportSection:
     """Return a map of the held-out texts of each run."""
     charts = []
     for view in views:
@@ -97,10 +97,10 @@ def make_map_section(views: Sequence[RunViews]) -> Section:
             note = f"{len(points):,} texts. The axes explain {100 * variance:.0f} % of the variance of their vectors."
             charts.append(draw_points(_title(view, views, "Held-out texts"), points, note))
     intro = "Principal component analysis (PCA) of the vectors. Point at a text to read it, or tap it to keep it below the map."
-    return Section("map", "Map", intro, charts=charts)
+    return ReportSection("map", "Map", intro, charts=charts)
 
 
-def make_neighbor_section(views: Sequence[RunViews]) -> Section:
+def make_neighbor_section(views: Sequence[RunViews]) -> ReportSection:
     """Return queries and their nearest documents, which the reader can browse."""
     neighbors = [
         {
@@ -118,10 +118,10 @@ def make_neighbor_section(views: Sequence[RunViews]) -> Section:
         f"A sample of queries and their nearest documents by cosine. A query is a hit if a relevant document is among "
         f"the first {SHOWN_NEIGHBORS}. The number is the rank of its first relevant document."
     )
-    return Section("neighbors", "Neighbors", intro, neighbors=neighbors)
+    return ReportSection("neighbors", "Neighbors", intro, neighbors=neighbors)
 
 
-def make_similarity_section(views: Sequence[RunViews]) -> Section:
+def make_similarity_section(views: Sequence[RunViews]) -> ReportSection:
     """Return histograms of the cosines of positives, hard negatives, and random negatives."""
     charts = [
         draw_histogram(
@@ -135,10 +135,10 @@ def make_similarity_section(views: Sequence[RunViews]) -> Section:
         "Hard negatives of a held-out set are the five nearest documents that are not relevant, random negatives are five "
         "random other ones. Training rows have hard negatives of their own; their random negatives are positives of other rows."
     )
-    return Section("similarities", "Similarities", intro, charts=charts)
+    return ReportSection("similarities", "Similarities", intro, charts=charts)
 
 
-def make_latent_section(views: Sequence[RunViews]) -> Section:
+def make_latent_section(views: Sequence[RunViews]) -> ReportSection:
     """Return the attention of texts to the latents, where a model has latent attention."""
     charts = [
         draw_heat_map(_title(view, views, "Attention to latents"), view.latents[0], view.latents[1])
@@ -146,7 +146,7 @@ def make_latent_section(views: Sequence[RunViews]) -> Section:
         if view.latents is not None
     ]
     intro = "Mean attention of the tokens of a text to each latent, as in appendix C of NV-Embed (Lee et al. 2024)."
-    return Section("latents", "Latent attention", intro, charts=charts)
+    return ReportSection("latents", "Latent attention", intro, charts=charts)
 
 
 def _title(view: RunViews, views: Sequence[RunViews], title: str) -> str:

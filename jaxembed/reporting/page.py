@@ -19,16 +19,16 @@ import vl_convert
 from markupsafe import Markup
 
 from jaxembed.files import atomic_write
-from jaxembed.reporting.blocks import Section
+from jaxembed.reporting.blocks import ReportSection
 from jaxembed.reporting.charts import Chart
 from jaxembed.training.run_dir import package_versions
 
-FOLDER = Path(__file__).parent
+TEMPLATE_FOLDER = Path(__file__).parent
 # Characters that could end the script element, and line separators that older JavaScript rejects in strings.
 JSON_ESCAPES = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
 
 
-def write_page(path: Path, title: str, sections: Sequence[Section], command: str) -> int:
+def write_page(path: Path, title: str, sections: Sequence[ReportSection], command: str) -> int:
     """Write a report, and return its size in bytes.
 
     Args:
@@ -43,7 +43,7 @@ def write_page(path: Path, title: str, sections: Sequence[Section], command: str
     return len(content)
 
 
-def render_page(title: str, sections: Sequence[Section], command: str) -> bytes:
+def render_page(title: str, sections: Sequence[ReportSection], command: str) -> bytes:
     """Return a report as UTF-8. A lone surrogate, which UTF-8 cannot encode, becomes a question mark."""
     shown = [section for section in sections if not section.is_empty]
     specs: list[Mapping[str, Any]] = []
@@ -52,7 +52,7 @@ def render_page(title: str, sections: Sequence[Section], command: str) -> bytes:
         numbered[section.id] = list(enumerate(section.charts, start=len(specs)))
         specs += [chart.spec for chart in section.charts]
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(FOLDER),
+        loader=jinja2.FileSystemLoader(TEMPLATE_FOLDER),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -86,4 +86,4 @@ def _bundle_library() -> Markup:
 
 
 def _read_asset(name: str) -> Markup:
-    return Markup((FOLDER / name).read_text(encoding="utf-8"))
+    return Markup((TEMPLATE_FOLDER / name).read_text(encoding="utf-8"))

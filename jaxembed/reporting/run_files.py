@@ -17,7 +17,7 @@ from jaxembed.formats.run_files import BASE_RECORD_FILE, DATA_REPORT_FILE, START
 from jaxembed.reporting.score_files import ScoreFile, merge_score_files, read_score_file
 from jaxembed.training.metrics import read_metrics
 
-Row = Mapping[str, Any]
+LoggedRow = Mapping[str, Any]
 HASH_FILES = ("data_hashes", "eval_hashes", "guide", "teacher")
 
 
@@ -43,7 +43,7 @@ class RunFiles:
     name: str
     config: Config
     config_text: str
-    rows: Sequence[Row]
+    rows: Sequence[LoggedRow]
     base: Mapping[str, str]
     versions: Mapping[str, str]
     hashes: Sequence[tuple[str, str, str]]
@@ -52,7 +52,7 @@ class RunFiles:
     benchmark: ScoreFile | None
 
     @property
-    def losses(self) -> list[Row]:
+    def losses(self) -> list[LoggedRow]:
         """The rows of training steps."""
         return [row for row in self.rows if "loss" in row]
 

@@ -8,9 +8,9 @@ from typing import Any
 from jaxembed.errors import UserError
 from jaxembed.evaluation.score_table import get_type_position
 from jaxembed.reporting.blocks import (
-    MISSING,
+    NO_VALUE,
     Collapsible,
-    Section,
+    ReportSection,
     Table,
     format_count,
     format_number,
@@ -25,7 +25,7 @@ from jaxembed.reporting.score_files import average, average_widths
 FiguresByName = Mapping[str, ModelFigures | None]
 
 
-def make_summary_section(models: Sequence[ReportedModel], figures: FiguresByName, baseline: str | None) -> Section:
+def make_summary_section(models: Sequence[ReportedModel], figures: FiguresByName, baseline: str | None) -> ReportSection:
     """Return the main numbers of a model, or a table that compares several.
 
     Args:
@@ -40,8 +40,8 @@ def make_summary_section(models: Sequence[ReportedModel], figures: FiguresByName
     if baseline is not None and baseline not in names:
         raise UserError(f"--baseline: no model of the report is named {baseline!r} (expected one of {', '.join(names)}).")
     if len(models) == 1:
-        return Section("summary", "Summary", figures=_summarize_model(models[0], figures[models[0].name]))
-    return Section("summary", "Models", tables=[_compare_models(models, figures, baseline or names[0])])
+        return ReportSection("summary", "Summary", figures=_summarize_model(models[0], figures[models[0].name]))
+    return ReportSection("summary", "Models", tables=[_compare_models(models, figures, baseline or names[0])])
 
 
 def _summarize_model(model: ReportedModel, figures: ModelFigures | None) -> list[tuple[str, str, str]]:
@@ -88,7 +88,7 @@ def _compare_models(models: Sequence[ReportedModel], figures: FiguresByName, bas
             score, reference = scored[model.name][metric], scored[baseline][metric]
             cells.append(format_number(score, 2 if metric.startswith("mean of") else 4))
             if metric in compared:
-                cells.append(MISSING if model.name == baseline else _format_change(score, reference))
+                cells.append(NO_VALUE if model.name == baseline else _format_change(score, reference))
         rows.append(cells)
     scores = [i for i, column in enumerate(columns) if column in metrics]
     caption = f"Means count the {len(tasks)} tasks that all models with a benchmark have, × 100." if tasks else ""
@@ -97,13 +97,13 @@ def _compare_models(models: Sequence[ReportedModel], figures: FiguresByName, bas
 
 def _format_figures(figures: ModelFigures | None) -> list[str]:
     if figures is None:
-        return [MISSING] * 4
+        return [NO_VALUE] * 4
     memory = format_number(figures.memory_gb, 2 if figures.memory_gb >= 0.1 else 4)
     return [format_number(figures.parameters / 1e6, 1), memory, format_count(figures.width), format_count(figures.max_length)]
 
 
 def _format_change(score: float | None, reference: float | None) -> str:
-    return MISSING if score is None or not reference else f"{100 * (score / reference - 1):+.1f} %"
+    return NO_VALUE if score is None or not reference else f"{100 * (score / reference - 1):+.1f} %"
 
 
 def _shared(lists: Sequence[Sequence[str]]) -> list[str]:
@@ -122,17 +122,17 @@ def _find_best(rows: Sequence[Sequence[str]], columns: Sequence[int]) -> frozens
     """Return the cells with the largest number of a column, unless all are equal."""
     best = set()
     for column in columns:
-        numbers = {i: float(row[column]) for i, row in enumerate(rows) if row[column] != MISSING}
+        numbers = {i: float(row[column]) for i, row in enumerate(rows) if row[column] != NO_VALUE}
         if len(set(numbers.values())) > 1:
             best |= {(i, column) for i, number in numbers.items() if number == max(numbers.values())}
     return frozenset(best)
 
 
-def make_benchmark_section(models: Sequence[ReportedModel]) -> Section:
+def make_benchmark_section(models: Sequence[ReportedModel]) -> ReportSection:
     """Return the scores of every task by type, and their means."""
     scored = [model for model in models if model.tasks]
     if not scored:
-        return Section("benchmark", "Benchmark")
+        return ReportSection("benchmark", "Benchmark")
     kinds = {name: (task.type, task.metric) for model in scored for name, task in model.tasks.items()}
     types = sorted({kind for kind, _ in kinds.values()}, key=get_type_position)
     rows: list[list[str]] = []
@@ -143,13 +143,13 @@ def make_benchmark_section(models: Sequence[ReportedModel]) -> Section:
         rows.append([f"{kind} ({len(names)})", "mean", *(_format_score(average(model.tasks, names)) for model in scored)])
         for name in names:
             scores = [model.tasks[name].score if name in model.tasks else None for model in scored]
-            rows.append([name, kinds[name][1] or MISSING, *map(_format_score, scores)])
+            rows.append([name, kinds[name][1] or NO_VALUE, *map(_format_score, scores)])
     groups.add(len(rows))
     rows.append([f"All ({len(kinds)})", "mean", *(_format_score(average(model.tasks, list(kinds))) for model in scored)])
     best = _find_best_per_row(rows, range(2, 2 + len(scored)))
     caption = "Scores × 100. A mean is shown only if every task has a score."
     table = Table(["task", "metric", *(m.name for m in scored)], rows, 2, caption, frozenset(groups), best)
-    return Section(
+    return ReportSection(
         "benchmark", "Benchmark", tables=[table, *_list_published_tables(scored)], collapsibles=_list_instructions(scored)
     )
 
@@ -180,7 +180,7 @@ def _list_published_tables(models: Sequence[ReportedModel]) -> list[Table]:
 def _find_best_per_row(rows: Sequence[Sequence[str]], columns: range) -> frozenset[tuple[int, int]]:
     best = set()
     for i, row in enumerate(rows):
-        numbers = {column: float(row[column]) for column in columns if row[column] != MISSING}
+        numbers = {column: float(row[column]) for column in columns if row[column] != NO_VALUE}
         if len(set(numbers.values())) > 1:
             best |= {(i, column) for column, number in numbers.items() if number == max(numbers.values())}
     return frozenset(best)
@@ -197,14 +197,14 @@ def _list_instructions(models: Sequence[ReportedModel]) -> list[Collapsible]:
     ]
 
 
-def make_width_section(models: Sequence[ReportedModel]) -> Section:
+def make_width_section(models: Sequence[ReportedModel]) -> ReportSection:
     """Return the score against the width of the vectors, for models that were scored at several."""
     widths = {model.name: average_widths(model.tasks) for model in models}
     values = [
         {"x": width, "value": 100 * score, "series": name} for name, scores in widths.items() for width, score in scores.items()
     ]
     if not values:
-        return Section("widths", "Score against width")
+        return ReportSection("widths", "Score against width")
     columns = sorted({width for scores in widths.values() for width in scores})
     rows = []
     for name, scores in widths.items():
@@ -218,13 +218,15 @@ def make_width_section(models: Sequence[ReportedModel]) -> Section:
     )
     chart = draw_lines("Mean score", values, "score × 100", x_title="width", with_points=True)
     intro = "The mean over the tasks that evaluate --dim scored."
-    return Section("widths", "Score against width", intro, charts=[chart], tables=[table])
+    return ReportSection("widths", "Score against width", intro, charts=[chart], tables=[table])
 
 
-def make_comparison_section(models: Sequence[ReportedModel]) -> Section:
+def make_comparison_section(models: Sequence[ReportedModel]) -> ReportSection:
     """Return what `evaluate --compare` found: differences of two models with their bootstrap intervals, and a conclusion."""
     tables = [_comparison_table(model) for model in models if model.benchmark.comparison]
-    return Section("comparison", "Comparison", "Paired bootstrap over the items of each task. Scores × 100.", tables=tables)
+    return ReportSection(
+        "comparison", "Comparison", "Paired bootstrap over the items of each task. Scores × 100.", tables=tables
+    )
 
 
 def _comparison_table(model: ReportedModel) -> Table:
@@ -238,7 +240,7 @@ def _comparison_table(model: ReportedModel) -> Table:
     groups: frozenset[int] = frozenset()
     if mean := comparison.get("mean"):
         groups = frozenset({len(rows)})
-        rows.append(["mean", MISSING, MISSING, *_format_difference(mean)])
+        rows.append(["mean", NO_VALUE, NO_VALUE, *_format_difference(mean)])
     columns = ["task", model.name, str(comparison.get("model")), "difference", "95 % interval", "p", "verdict"]
     return Table(columns, rows, caption=str(comparison.get("conclusion") or ""), groups=groups)
 
@@ -247,14 +249,14 @@ def _format_difference(found: Mapping[str, Any]) -> list[str]:
     difference = found.get("difference")
     low, high = found.get("interval") or (None, None)
     return [
-        MISSING if difference is None else f"{100 * difference:+.2f}",
-        MISSING if low is None or high is None else f"{100 * low:+.2f} to {100 * high:+.2f}",
+        NO_VALUE if difference is None else f"{100 * difference:+.2f}",
+        NO_VALUE if low is None or high is None else f"{100 * low:+.2f} to {100 * high:+.2f}",
         format_number(found.get("p"), 4),
-        str(found.get("verdict") or found.get("no_interval") or MISSING),
+        str(found.get("verdict") or found.get("no_interval") or NO_VALUE),
     ]
 
 
-def make_leak_section(models: Sequence[ReportedModel]) -> Section:
+def make_leak_section(models: Sequence[ReportedModel]) -> ReportSection:
     """Return what `evaluate --check-leaks` found: texts of the tasks that are in the training data."""
     rows = [
         [task, model.name, *(format_count(found.get(key)) for key in ("texts", "exact", "ngram"))]
@@ -263,4 +265,4 @@ def make_leak_section(models: Sequence[ReportedModel]) -> Section:
     ]
     columns = ["task", "model", "texts", "equal to a training text", "share an n-gram only"]
     tables = [Table(columns, rows, text_columns=2)] if rows else []
-    return Section("leaks", "Leaked texts", "Texts of the tasks that occur in the training files.", tables=tables)
+    return ReportSection("leaks", "Leaked texts", "Texts of the tasks that occur in the training files.", tables=tables)

@@ -9,9 +9,9 @@ from typing import Any
 
 from jaxembed.config.local_paths import shorten_command
 from jaxembed.reporting.blocks import (
-    MISSING,
+    NO_VALUE,
     Collapsible,
-    Section,
+    ReportSection,
     Table,
     format_count,
     format_number,
@@ -38,7 +38,7 @@ ONLY_GROUP = "queries"  # the group of the sources of a single run with a single
 MAX_METRIC_CHARTS = 8  # charts of the objectives' own metrics
 
 
-def make_training_section(runs: Sequence[RunFiles]) -> Section:
+def make_training_section(runs: Sequence[RunFiles]) -> ReportSection:
     """Return curves of the loss and its parts, the learning rate, throughput, and padding."""
     charts = [draw_lines("Loss", _loss_values(runs), "loss", note=_loss_note(runs))]
     if len(runs) > 1:  # the parts of each run would be too many lines for one chart
@@ -58,7 +58,7 @@ def make_training_section(runs: Sequence[RunFiles]) -> Section:
         charts.append(draw_lines("Waiting for data", waits, "share of the step's time", zero=True))
     for key in _own_metrics(runs)[:MAX_METRIC_CHARTS]:
         charts.append(_draw_metric(runs, key, key, ""))
-    return Section("training", "Training", "One point per logged step.", charts=charts)
+    return ReportSection("training", "Training", "One point per logged step.", charts=charts)
 
 
 def _prefix(run: RunFiles, runs: Sequence[RunFiles]) -> str:
@@ -137,7 +137,7 @@ def describe_part(key: str) -> str:
     return f"{label}, width {width}" if label and width.isdecimal() and int(width) > 9 else key
 
 
-def make_held_out_section(runs: Sequence[RunFiles]) -> Section:
+def make_held_out_section(runs: Sequence[RunFiles]) -> ReportSection:
     """Return held-out scores over the steps, beside those of the model before training and of BM25."""
     metrics = list(dict.fromkeys(name for run in runs for _, name, _ in run.scores()))
     charts = []
@@ -156,7 +156,7 @@ def make_held_out_section(runs: Sequence[RunFiles]) -> Section:
         charts.append(draw_lines(metric, values, metric.rpartition("/")[2], with_points=True))
     tables = [_held_out_table(runs, metrics)] if metrics else []
     intro = "Scores on the held-out sets of eval.sets. Dashed lines: the model before training, and BM25."
-    return Section("held-out", "Held-out scores", intro, charts=charts, tables=tables)
+    return ReportSection("held-out", "Held-out scores", intro, charts=charts, tables=tables)
 
 
 def _held_out_table(runs: Sequence[RunFiles], metrics: Sequence[str]) -> Table:
@@ -169,14 +169,14 @@ def _held_out_table(runs: Sequence[RunFiles], metrics: Sequence[str]) -> Table:
                 continue
             best_step, best = max(scores, key=lambda score: score[1])
             last = scores[-1][1]
-            gain = MISSING if before is None else f"{last - before:+.4f}"
+            gain = NO_VALUE if before is None else f"{last - before:+.4f}"
             cells = [format_number(value) for value in (before, bm25, last)]
             rows.append([metric, run.name, *cells, gain, f"{best:.4f} (step {best_step:,})"])
     columns = ["metric", "run", "before training", "BM25", "trained", "gain", "best"]
     return Table(columns, rows, text_columns=2)
 
 
-def make_data_section(runs: Sequence[RunFiles]) -> Section:
+def make_data_section(runs: Sequence[RunFiles]) -> ReportSection:
     """Return the mixture of the sources, the lengths of their texts, what is truncated, and what was dropped."""
     sources = [
         {**source, "name": str(source.get("name")), "group": _stage_name(run, runs, index)}
@@ -185,7 +185,7 @@ def make_data_section(runs: Sequence[RunFiles]) -> Section:
         for source in stage
     ]
     if not sources:
-        return Section("data", "Data")
+        return ReportSection("data", "Data")
     charted = sorted(sources, key=lambda source: -float(source.get("share") or 0))[:MAX_CHARTED_SOURCES]
     cut_note = f"The {len(charted)} largest of {len(sources)} sources." if len(charted) < len(sources) else ""
     charts: list[Chart] = []
@@ -201,7 +201,9 @@ def make_data_section(runs: Sequence[RunFiles]) -> Section:
             )
         )  # fmt: skip
     tables = [_source_table(sources), *_drop_tables(sources)]
-    return Section("data", "Data", "What the run trained on, from data.json in its directory.", charts=charts, tables=tables)
+    return ReportSection(
+        "data", "Data", "What the run trained on, from data.json in its directory.", charts=charts, tables=tables
+    )
 
 
 def _stage_name(run: RunFiles, runs: Sequence[RunFiles], index: int) -> str:
@@ -262,26 +264,26 @@ def _omit_single_group(table: Table) -> Table:
     return dataclasses.replace(table, columns=columns, rows=rows, text_columns=table.text_columns - 1)
 
 
-def make_setup_section(runs: Sequence[RunFiles]) -> Section:
+def make_setup_section(runs: Sequence[RunFiles]) -> ReportSection:
     """Return config, versions, hashes, and commands of the runs."""
     starts = [[run.name, *_describe_start(start)] for run in runs for start in run.starts]
     hashes = [[run.name, *entry] for run in runs for entry in (("base", run.base["name"], run.base["hash"]), *run.hashes)]
     packages = list(dict.fromkeys(package for run in runs for package in run.versions))
-    versions = [[package, *(run.versions.get(package, MISSING) for run in runs)] for package in packages]
+    versions = [[package, *(run.versions.get(package, NO_VALUE) for run in runs)] for package in packages]
     tables = [
         Table(["run", "time (UTC)", "command", "from step", "devices", "computation"], starts, 6, "Starts of the run."),
         Table(["run", "kind", "name", "hash"], hashes, 4, "SHA-256 of the inputs."),
         Table(["package", *(run.name for run in runs)], versions, 1 + len(runs), "Versions."),
     ]
     collapsibles = [Collapsible(f"Config of {run.name}", run.config_text) for run in runs]
-    return Section("setup", "Setup", tables=[table for table in tables if table.rows], collapsibles=collapsibles)
+    return ReportSection("setup", "Setup", tables=[table for table in tables if table.rows], collapsibles=collapsibles)
 
 
 def _describe_start(start: Mapping[str, Any]) -> list[str]:
     return [
-        str(start.get("time", MISSING))[:16].replace("T", " "),
-        shorten_command(str(start.get("command") or MISSING)),
+        str(start.get("time", NO_VALUE))[:16].replace("T", " "),
+        shorten_command(str(start.get("command") or NO_VALUE)),
         format_count(start.get("step")),
-        f"{start.get('devices', MISSING)} × {start.get('device', MISSING)}",
-        str(start.get("computation", MISSING)),
+        f"{start.get('devices', NO_VALUE)} × {start.get('device', NO_VALUE)}",
+        str(start.get("computation", NO_VALUE)),
     ]

@@ -24,7 +24,7 @@ from jaxembed.reporting.held_out_views import (
     NEGATIVES_PER_QUERY,
     POSITIVES,
     RANDOM_NEGATIVES,
-    SEED,
+    SAMPLE_SEED,
     SetView,
     sample,
 )
@@ -33,7 +33,7 @@ from jaxembed.reporting.run_files import RunFiles
 log = logging.getLogger("jaxembed")
 
 MAX_SOURCES = 4  # sources whose examples are encoded
-MAX_EXAMPLES = 128  # examples of a source that are encoded
+MAX_SOURCE_EXAMPLES = 128  # examples of a source that are encoded
 
 
 def open_training_sources(run: RunFiles) -> list[Source]:
@@ -62,8 +62,8 @@ def _open_mined(source: Source, stage: StageConfig, run_dir: Path, name: str) ->
 
 def view_training_source(source: Source, embedder: Embedder) -> SetView | None:
     """Encode a sample of a source's examples with the prompts of training. Return None if they have no hard negatives."""
-    rng = np.random.default_rng(SEED)
-    numbers = sample(range(len(source)), MAX_EXAMPLES, rng)
+    rng = np.random.default_rng(SAMPLE_SEED)
+    numbers = sample(range(len(source)), MAX_SOURCE_EXAMPLES, rng)
     examples = [source.draw(number, rng, NEGATIVES_PER_QUERY) for number in numbers]
     if not any(example.negatives for example in examples):
         return None

@@ -30,7 +30,7 @@ SHOWN_EXAMPLES = 2  # examples of each source that are printed
 MAX_SHOWN_SOURCES = 20  # sources of a stage whose examples are printed
 MAX_SHOWN_TEXTS = 10  # texts of an example that are printed
 MEASURED_EXAMPLES = 512  # examples of each source whose tokens are counted
-MAX_SHOWN_CHARS = 300  # characters of a printed text
+MAX_SHOWN_TEXT_CHARS = 300  # characters of a printed text
 LENGTH_BINS = 40  # bins of a histogram of lengths, from 0 to twice the maximum length; longer texts count in the last one
 
 
@@ -136,7 +136,7 @@ def _show_examples(stage: Stage, source: Source, examples: Sequence[Example]) ->
         shown, hidden = slice(MAX_SHOWN_TEXTS), len(texts) - MAX_SHOWN_TEXTS
         inputs = stage.tokenizer.decode_inputs(texts[shown], prompts[shown])
         for role, (prompt, text, _) in zip(assign_roles(texts)[shown], inputs, strict=True):
-            log.info("  %-8s %r", role, (f"[{prompt}] " if prompt else "") + text[:MAX_SHOWN_CHARS])
+            log.info("  %-8s %r", role, (f"[{prompt}] " if prompt else "") + text[:MAX_SHOWN_TEXT_CHARS])
         if hidden > 0:
             log.info("  and %d more negatives", hidden)
 

@@ -14,7 +14,7 @@ from jaxembed.config.yaml_text import write_scalar
 from jaxembed.data.equality import hash_exact_text
 from jaxembed.errors import UserError
 
-MAX_REDRAWS = 1000  # of values that must differ
+MAX_VALUE_REDRAWS = 1000  # of values that must differ
 Path = tuple[str | int, ...]
 
 
@@ -93,7 +93,7 @@ def draw_values(values: Mapping[str, Values], distinct: Sequence[str], rng: np.r
     Raises:
         UserError: No draw had values that differ.
     """
-    for _ in range(MAX_REDRAWS):
+    for _ in range(MAX_VALUE_REDRAWS):
         drawn = {name: str(choices[rng.choice(len(choices), p=p)]) for name, (choices, p) in values.items()}
         if len({drawn[name] for name in distinct}) == len(distinct):
             return drawn

@@ -11,13 +11,19 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from jaxembed.errors import UserError, suggest, summarize
-from jaxembed.verification.http_client import KEY_VARIABLE, REACH_ADVICE, parse_retry_after, parse_root
+from jaxembed.verification.http_client import (
+    KEY_VARIABLE,
+    MAX_QUOTED_CHARS,
+    MAX_WAIT_S,
+    REACH_ADVICE,
+    parse_retry_after,
+    parse_root,
+)
 
 MAX_ATTEMPTS = 8  # of a request that fails for a reason that may pass
-FIRST_WAIT_S, MAX_WAIT_S = 0.5, 30.0  # the wait doubles, unless the server says how long
+FIRST_WAIT_S = 0.5  # the wait doubles up to `MAX_WAIT_S`, unless the server says how long
 RETRIED_STATUSES = (408, 409, 425, 429)  # and all from 500 on
 CONTEXT_WORDS = ("context length", "context_length", "context window", "context size", "max_model_len", "maximum model length")
-MAX_QUOTED_CHARS = 300
 API_PATH = "/v1"
 # Key of a request -> words of an error by which a server refuses it.
 OPTION_WORDS = {

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxembed.config.synthesis import SynthesisConfig
+from jaxembed.curation.curation_page import PAGE_FILE, REPORT_FILE
 from jaxembed.devices.processes import progress_bar
 from jaxembed.errors import UserError
 from jaxembed.files import write_json, write_text
@@ -23,7 +24,7 @@ from jaxembed.synthesis.acceptance import KnownQueries
 from jaxembed.synthesis.client import LlmClient
 from jaxembed.synthesis.endpoints import ServerOptions
 from jaxembed.synthesis.inputs import InputRows, hash_inputs, read_inputs
-from jaxembed.synthesis.output import ANSWERS_FILE, PAGE_FILE, REPORT_FILE, RowFiles, make_identity, prepare_folder
+from jaxembed.synthesis.output import ANSWERS_FILE, RowFiles, make_identity, prepare_folder
 from jaxembed.synthesis.report import write_page
 from jaxembed.synthesis.steps import StepCounts
 from jaxembed.synthesis.store import AnswerStore

@@ -11,19 +11,20 @@ from typing import Any, NamedTuple
 
 from jaxembed.config.synthesis import SynthesisConfig
 from jaxembed.config.synthesis_steps import AnySynthesisStep, AskStepConfig, RankStepConfig, RetrieveStepConfig
+from jaxembed.curation.curation_page import REPORT_FILE
 from jaxembed.data.beir import join_title_and_text
 from jaxembed.files import cache_dir, read_json
 from jaxembed.synthesis.drafts import Draft, draw_values, fill_template, make_rng
 from jaxembed.synthesis.engine import prepare_tasks
 from jaxembed.synthesis.inputs import InputRows, read_inputs
-from jaxembed.synthesis.output import RECIPE_FILE, REPORT_FILE
+from jaxembed.synthesis.output import RECIPE_FILE
 from jaxembed.synthesis.requests import CHARS_PER_TOKEN, estimate_tokens
 from jaxembed.synthesis.retrieval import CANDIDATES
 from jaxembed.synthesis.steps import make_request
 from jaxembed.synthesis.tasks import TaskRun
 
-NUM_SAMPLES = 20  # drafts whose prompts are made
-MAX_SHOWN_CHARS = 2000  # of a prompt
+SAMPLED_DRAFTS = 20  # drafts whose prompts are made
+MAX_SHOWN_PROMPT_CHARS = 2000  # of a prompt
 ASSUMED_ITEMS = 10  # of a list, if its limits allow it
 ASSUMED_SHARE = 0.5  # of max_tokens that an answer takes
 ASSUMPTIONS = (
@@ -82,13 +83,13 @@ def _scale_report(config: SynthesisConfig, model: str, out: Path) -> dict[str, A
 
 def _list_costs(task: TaskRun, config: SynthesisConfig, inputs: Mapping[str, InputRows]) -> list[StepCost]:
     """Return the cost of each step from samples. The first prompt of each step is logged."""
-    drafts = list(itertools.islice(task.start_drafts(), NUM_SAMPLES))
+    drafts = list(itertools.islice(task.start_drafts(), SAMPLED_DRAFTS))
     costs = []
     for step in task.config.steps:
         sampled = [_sample_step(step, draft, task, config.seed, inputs) for draft in drafts]
         costs.append(StepCost(*(sum(values) / len(values) for values in zip(*(cost for cost, _, _ in sampled), strict=True))))
         if sampled[0][2]:
-            prompt = sampled[0][2][:MAX_SHOWN_CHARS]
+            prompt = sampled[0][2][:MAX_SHOWN_PROMPT_CHARS]
             log.info("task %s, step %s, first prompt:\n%s\n", task.config.name, step.name, prompt)
         drafts = [draft for _, draft, _ in sampled]
     return costs

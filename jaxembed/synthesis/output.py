@@ -22,7 +22,7 @@ from jaxembed.errors import UserError
 from jaxembed.files import atomic_write, read_json, write_json
 from jaxembed.synthesis.acceptance import AcceptedRow
 
-RECIPE_FILE, REPORT_FILE, PAGE_FILE = "recipe.json", "report.json", "report.html"
+RECIPE_FILE = "recipe.json"
 ANSWERS_FILE = Path("answers") / "answers.jsonl"
 PROVENANCE_FOLDER = "provenance"
 # What must be the same if an output is continued, in the order in which differences are named.

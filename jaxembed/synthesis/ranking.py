@@ -15,10 +15,10 @@ from jaxembed.synthesis.drafts import Draft, fill_template, make_request_seed, m
 from jaxembed.synthesis.endpoints import OptionRefusedError, TooLongError
 from jaxembed.synthesis.requests import Answer, Request
 from jaxembed.synthesis.retrieval import CANDIDATES, DocumentIndex
-from jaxembed.synthesis.steps import NO_ANSWER, TOO_LONG, Step, StepContext
+from jaxembed.synthesis.steps import CONTEXT_OVERFLOW, NO_ANSWER, Step, TaskContext
 from jaxembed.synthesis.workers import Job
 
-TOO_FEW = "fewer than two candidates"
+TOO_FEW_CANDIDATES = "fewer than two candidates"
 
 
 class CandidateScores(NamedTuple):
@@ -42,7 +42,7 @@ class CandidateScores(NamedTuple):
 class RankStep(Step):
     """Ranks the candidates of each draft. The best becomes the positive, and another one the hard negative."""
 
-    def __init__(self, config: RankStepConfig, context: StepContext, index: DocumentIndex):
+    def __init__(self, config: RankStepConfig, context: TaskContext, index: DocumentIndex):
         """Start without drafts. `index` has the documents of the candidates."""
         super().__init__(config)
         self._config, self._context, self._index = config, context, index
@@ -63,7 +63,7 @@ class RankStep(Step):
     def _iter_with_candidates(self, drafts: Iterable[Draft]) -> Iterator[Draft]:
         for draft in self.iter_counted(drafts):
             if len(self._list_candidates(draft)) < 2:
-                self.counts.dropped[TOO_FEW] += 1
+                self.counts.dropped[TOO_FEW_CANDIDATES] += 1
             else:
                 yield draft
 
@@ -104,7 +104,7 @@ class RankStep(Step):
                 try:
                     answer = self._context.client.ask(request)
                 except TooLongError:
-                    result.invalid.append(TOO_LONG)
+                    result.invalid.append(CONTEXT_OVERFLOW)
                     continue
                 except OptionRefusedError:
                     break  # this server gives no likelihood

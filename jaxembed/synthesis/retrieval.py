@@ -17,12 +17,12 @@ from jaxembed.errors import UserError
 from jaxembed.search.bm25 import Bm25Index
 from jaxembed.synthesis.drafts import Draft, fill_template
 from jaxembed.synthesis.inputs import InputRows
-from jaxembed.synthesis.steps import Step, StepContext
+from jaxembed.synthesis.steps import Step, TaskContext
 
 if TYPE_CHECKING:
     from jaxembed.hub.embedder import Embedder
 
-MAX_QUERIES = 64  # that are encoded together
+QUERIES_PER_CALL = 64  # that are encoded together
 CANDIDATES = "candidates"
 NOT_FOUND = "its query does not find its document"
 
@@ -83,7 +83,7 @@ class DocumentIndex:
 class RetrieveStep(Step):
     """Adds the documents nearest to a query to a draft: their rows, as the field `candidates`."""
 
-    def __init__(self, config: RetrieveStepConfig, context: StepContext, index: DocumentIndex):
+    def __init__(self, config: RetrieveStepConfig, context: TaskContext, index: DocumentIndex):
         """Start without drafts."""
         super().__init__(config)
         self._config, self._context, self.index = config, context, index
@@ -98,7 +98,7 @@ class RetrieveStep(Step):
 class RoundTripStep(Step):
     """Keeps the drafts whose query finds the document that it was written for, or one with an equal text."""
 
-    def __init__(self, config: RoundTripStepConfig, context: StepContext, index: DocumentIndex):
+    def __init__(self, config: RoundTripStepConfig, context: TaskContext, index: DocumentIndex):
         """Start without drafts."""
         super().__init__(config)
         self._config, self._context, self._index = config, context, index
@@ -115,8 +115,8 @@ class RoundTripStep(Step):
 
 
 def search_drafts(
-    drafts: Iterator[Draft], query: str, index: DocumentIndex, k: int, context: StepContext
+    drafts: Iterator[Draft], query: str, index: DocumentIndex, k: int, context: TaskContext
 ) -> Iterator[tuple[Draft, list[int]]]:
     """Yield drafts with the rows of the documents that are nearest to their query. Several are searched together."""
-    while batch := list(itertools.islice(drafts, min(context.window(), MAX_QUERIES))):
+    while batch := list(itertools.islice(drafts, min(context.window(), QUERIES_PER_CALL))):
         yield from zip(batch, index.search([fill_template(query, draft) for draft in batch], k), strict=True)

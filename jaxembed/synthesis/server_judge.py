@@ -25,7 +25,7 @@ from jaxembed.verification.http_client import KEY_VARIABLE
 SYSTEM = "You judge whether a document meets the requirements of an instruction and a query. Answer only {yes} or {no}."
 PROMPT = "Instruction: {instruction}\n\nQuery: {query}\n\nDocument: {document}\n\nAnswer only {yes} or {no}."
 MAX_ANSWER_TOKENS = 8
-NO_ANSWER = 0.5  # score of a pair that the model does not judge
+SCORE_WITHOUT_ANSWER = 0.5  # score of a pair that the model does not judge
 log = logging.getLogger("jaxembed")
 
 
@@ -52,9 +52,13 @@ def open_server_judge(config: JudgeConfig, cache: Path) -> ScorePairs:
             found = list(pool.map(lambda pair: ask(client, config, pair), pairs))
         if num_missing := found.count(None):
             log.warning(
-                "%s: %d of %d pairs have no answer, and get a score of %s", config.url, num_missing, len(pairs), NO_ANSWER
+                "%s: %d of %d pairs have no answer, and get a score of %s",
+                config.url,
+                num_missing,
+                len(pairs),
+                SCORE_WITHOUT_ANSWER,
             )
-        return np.array([NO_ANSWER if value is None else value for value in found], np.float32)
+        return np.array([SCORE_WITHOUT_ANSWER if value is None else value for value in found], np.float32)
 
     return cache_scores(config.model, cache / "scores" / digest, score)
 

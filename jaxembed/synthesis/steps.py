@@ -20,7 +20,7 @@ from jaxembed.synthesis.requests import Answer, Request
 from jaxembed.synthesis.workers import Job, Workers
 
 MAX_TOO_LONG = 16  # requests that do not fit into the context before any does
-TOO_LONG = "too long for the context"
+CONTEXT_OVERFLOW = "too long for the context"
 NO_ANSWER, KNOWN = "no valid answer", "known already"
 
 
@@ -44,7 +44,7 @@ class StepCounts:
 
 
 @dataclasses.dataclass(frozen=True)
-class StepContext:
+class TaskContext:
     """What the steps of a task share.
 
     Attributes:
@@ -108,7 +108,7 @@ class AskResult(NamedTuple):
 class AskStep(Step):
     """Asks the model for each draft, several times if its answers are not valid."""
 
-    def __init__(self, config: AskStepConfig, context: StepContext, reader: AnswerReader, values: Mapping[str, Values]):
+    def __init__(self, config: AskStepConfig, context: TaskContext, reader: AnswerReader, values: Mapping[str, Values]):
         """Start without drafts. `values` are those of the placeholders of the step."""
         super().__init__(config)
         self._config, self._context, self._reader, self._values = config, context, reader, values
@@ -164,7 +164,7 @@ class AskStep(Step):
                 answer = self._context.client.ask(request)
             except TooLongError as error:
                 self._note_too_long(error)
-                invalid.append(TOO_LONG)
+                invalid.append(CONTEXT_OVERFLOW)
                 break  # it would be so again
             tokens += answer.num_tokens
             try:
@@ -179,13 +179,13 @@ class AskStep(Step):
 
     def _check_context(self) -> None:
         """Raise `UserError` if no request has fitted into the context, but several have not."""
-        too_long = self.counts.invalid[TOO_LONG]
+        too_long = self.counts.invalid[CONTEXT_OVERFLOW]
         if too_long >= MAX_TOO_LONG and too_long == self.counts.answers:
             self.raise_if_all_too_long()
 
     def raise_if_all_too_long(self) -> None:
         """Raise `UserError` if no request of the step has fitted into the context of the model."""
-        if self.counts.answers and self.counts.invalid[TOO_LONG] == self.counts.answers:
+        if self.counts.answers and self.counts.invalid[CONTEXT_OVERFLOW] == self.counts.answers:
             raise UserError(
                 f"step {self.name}: its prompts do not fit into the context of the model ({self._too_long_message}). Lower "
                 "sampling.max_tokens of the step or input_chars, or start the server with a longer context."

@@ -25,7 +25,7 @@ from jaxembed.synthesis.novelty import find_language_code, find_language_problem
 from jaxembed.synthesis.ranking import RankStep
 from jaxembed.synthesis.report import RowSamples
 from jaxembed.synthesis.retrieval import DocumentIndex, RetrieveStep, RoundTripStep
-from jaxembed.synthesis.steps import AskStep, FilterStep, Step, StepContext
+from jaxembed.synthesis.steps import AskStep, FilterStep, Step, TaskContext
 from jaxembed.synthesis.workers import Workers
 
 
@@ -103,7 +103,7 @@ class TaskRun:
 
     def connect(self, client: LlmClient, workers: Workers, show_progress: Callable[[], None]) -> None:
         """Make the steps, and their stream of rows."""
-        context = StepContext(self._seed, client, workers, lambda: self._window(workers.threads), show_progress)
+        context = TaskContext(self._seed, client, workers, lambda: self._window(workers.threads), show_progress)
         self.steps = [self._make_step(step, context) for step in self.config.steps]
         self._rows = self._iter_rows()
 
@@ -138,7 +138,7 @@ class TaskRun:
         for i in make_rng(self._seed, (self.config.name, first.per)).permutation(len(rows)).tolist():
             yield Draft((self.config.name, i), {first.per: rows[i]})
 
-    def _make_step(self, config: AnySynthesisStep, context: StepContext) -> Step:
+    def _make_step(self, config: AnySynthesisStep, context: TaskContext) -> Step:
         if isinstance(config, AskStepConfig):
             return AskStep(config, context, AnswerReader(config.answer, find_language_problem), self.values[config.name])
         if isinstance(config, FilterStepConfig):

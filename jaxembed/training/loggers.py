@@ -96,7 +96,8 @@ def _open_logger(name: str, config: Config, start: int) -> MetricLogger:
             opened = OPENERS[name](config, run_id)
     except Exception as error:  # no key, no network, a full disk
         raise UserError(
-            f"train.loggers: {name} cannot be opened ({summarize(error)}). {ADVICE[name]}, or remove it from train.loggers."
+            f"train.loggers: {name} cannot be opened ({summarize(error)}). {LOGGER_ADVICE[name]}, or remove it from "
+            "train.loggers."
         ) from None
     return PackageLogger(name, opened, _find_written(run_dir, start))
 
@@ -148,7 +149,7 @@ def _open_trackio(config: Config, run_id: str) -> OpenPackage:
 
 
 OPENERS: dict[str, Callable[[Config, str], OpenPackage]] = {"wandb": _open_wandb, "trackio": _open_trackio}
-ADVICE = {
+LOGGER_ADVICE = {
     "wandb": "Set WANDB_API_KEY, set WANDB_MODE=offline to write to the run directory",
     "trackio": "Set TRACKIO_DIR to a folder that can be written",
 }

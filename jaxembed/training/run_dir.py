@@ -17,14 +17,14 @@ from jaxembed.errors import UserError
 from jaxembed.files import exists, read_json, write_json, write_text
 from jaxembed.formats.run_files import read_run_file
 from jaxembed.training.resume_settings import keep_recorded_equality, settings_that_must_match
-from jaxembed.training.run_lock import LOCK_FILE, RunLock, check_unlocked
+from jaxembed.training.run_lock import RUN_LOCK_FILE, RunLock, check_unlocked
 
 log = logging.getLogger("jaxembed")
 
 MAX_LISTED_CHANGES = 4
 MAX_VALUE_CHARS = 200
 
-PACKAGES = (
+RECORDED_PACKAGES = (
     "jax",
     "jaxlib",
     "flax",
@@ -103,7 +103,7 @@ def _holds_files(run_dir: Path) -> bool:
     """Return whether a directory exists and has files other than a config, a lock, and unfinished files."""
     if not exists(run_dir):
         return False
-    return any(path.name not in ("config.yaml", LOCK_FILE) and path.suffix != ".partial" for path in run_dir.iterdir())
+    return any(path.name not in ("config.yaml", RUN_LOCK_FILE) and path.suffix != ".partial" for path in run_dir.iterdir())
 
 
 def check_same_config(config: Config) -> None:
@@ -156,7 +156,7 @@ def record_versions(run_dir: Path) -> None:
 def package_versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that determine what a run computes."""
     versions = {"python": platform.python_version()}
-    for name in PACKAGES:
+    for name in RECORDED_PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -4,7 +4,7 @@ The lock is the file `lock` in the directory. It names its owner, whose thread r
 crash leaves the file behind. Then another job takes the lock over:
 
 - From the same machine: at once, if the owner's process has ended.
-- From another machine: after the heartbeat has not changed for `MAX_SILENCE_S`. Clocks are not compared, as they may differ.
+- From another machine: after the heartbeat has not changed for `MAX_LOCK_SILENCE_S`. Clocks are not compared: they may differ.
 
 An owner that loses its lock, because it was suspended for longer, ends with one line as soon as it notices.
 """
@@ -30,10 +30,10 @@ from jaxembed.errors import UserError
 
 log = logging.getLogger("jaxembed")
 
-LOCK_FILE = "lock"
+RUN_LOCK_FILE = "lock"
 HEARTBEAT_PERIOD_S = 5.0
-MAX_SILENCE_S = 60.0
-POLL_INTERVAL_S = 0.5
+MAX_LOCK_SILENCE_S = 60.0
+LOCK_POLL_INTERVAL_S = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +87,7 @@ class RunLock:
     """The lock of a run directory. It is released when the `with` block ends; `acquire` takes it inside the block."""
 
     def __init__(self, run_dir: Path):
-        self._run_dir, self._path = run_dir, run_dir / LOCK_FILE
+        self._run_dir, self._path = run_dir, run_dir / RUN_LOCK_FILE
         self._owner = LockOwner.this_process()
         self._released = threading.Event()
         self._thread: threading.Thread | None = None
@@ -116,7 +116,7 @@ class RunLock:
             self._wait_until_abandoned()
             # Of several jobs that take over an abandoned lock, the last to write has it.
             _replace(self._path, content)
-            time.sleep(POLL_INTERVAL_S)
+            time.sleep(LOCK_POLL_INTERVAL_S)
             if not self._is_ours():
                 raise _make_occupied_error(self._run_dir, _read(self._path))
         self._thread = threading.Thread(target=self._send_heartbeats, daemon=True)
@@ -130,12 +130,12 @@ class RunLock:
         if not first or (owner is not None and owner.has_ended()):
             return
         line = "%s: waiting up to %g s to see whether %s still trains here"
-        log.warning(line, self._run_dir, MAX_SILENCE_S, owner or "another process")
+        log.warning(line, self._run_dir, MAX_LOCK_SILENCE_S, owner or "another process")
         start = time.monotonic()
-        while last and time.monotonic() - start < MAX_SILENCE_S:
+        while last and time.monotonic() - start < MAX_LOCK_SILENCE_S:
             if last != first:
                 raise _make_occupied_error(self._run_dir, last)
-            time.sleep(POLL_INTERVAL_S)
+            time.sleep(LOCK_POLL_INTERVAL_S)
             last = _read(self._path)
 
     def _send_heartbeats(self) -> None:
@@ -147,7 +147,7 @@ class RunLock:
                 if content and not self._is_ours(content):
                     print_error(
                         f"{self._run_dir}: {_parse(content) or 'another process'} continues this run, because this process did "
-                        f"not respond for {MAX_SILENCE_S:g} s."
+                        f"not respond for {MAX_LOCK_SILENCE_S:g} s."
                     )
                     os._exit(1)
                 if not content:
@@ -165,7 +165,7 @@ class RunLock:
 
 def check_unlocked(run_dir: Path) -> None:
     """Raise `UserError` if a process of this machine has the lock of a run directory."""
-    content = _read(run_dir / LOCK_FILE)
+    content = _read(run_dir / RUN_LOCK_FILE)
     owner = _parse(content)
     if owner is not None and owner.is_running():
         raise _make_occupied_error(run_dir, content)
@@ -212,7 +212,7 @@ def _read(path: Path) -> bytes:
 def _parse(content: bytes) -> LockOwner | None:
     """Return the owner that a lock file names, or None if the file is incomplete."""
     try:
-        fields = Fields(json.loads(content), LOCK_FILE)
+        fields = Fields(json.loads(content), RUN_LOCK_FILE)
         names = [field.name for field in dataclasses.fields(LockOwner) if field.name != "pid"]
         return LockOwner(pid=fields.integer("pid"), **{name: fields.string(name) for name in names})
     except (ValueError, AttributeError, UserError):

@@ -46,7 +46,7 @@ HALF_PRECISION_SLACK = 1.5**2
 
 
 @dataclasses.dataclass(frozen=True)
-class Match:
+class VariantMatch:
     """A set of differences, and the least cosine between its vectors and those of the server."""
 
     changes: Changes
@@ -63,8 +63,8 @@ class Diagnosis:
         closest: The variant whose vectors are closest to the server's.
     """
 
-    matches: list[Match]
-    closest: Match
+    matches: list[VariantMatch]
+    closest: VariantMatch
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,8 +84,8 @@ class _Candidate:
     def count_equal(self, min_cosine: float) -> int:
         return int(np.count_nonzero(self.cosines >= min_cosine))
 
-    def to_match(self) -> Match:
-        return Match(self.changes, self.cosine)
+    def to_match(self) -> VariantMatch:
+        return VariantMatch(self.changes, self.cosine)
 
 
 class VariantEncoder:
@@ -223,7 +223,7 @@ class _Search:
                     break
         return Diagnosis(matches, max(self.candidates, key=lambda candidate: candidate.cosine).to_match())
 
-    def _search(self, min_cosine: float) -> list[Match]:
+    def _search(self, min_cosine: float) -> list[VariantMatch]:
         """Try single differences of a pass of the transformer, then truncations, then pairs."""
         passes = list(itertools.product(self.encoder.transformers, self.encoder.tokenizations))
         self._try_passes([both for both in passes if _count_changes(both) <= 1])
@@ -246,13 +246,13 @@ class _Search:
                 changes = transformer.changes + tokens.changes + pool.changes
                 self.candidates.append(_Candidate(transformer, tokens, p, changes, cosines[p]))
 
-    def _extend(self, matched: Sequence[_Candidate], min_cosine: float) -> list[Match]:
+    def _extend(self, matched: Sequence[_Candidate], min_cosine: float) -> list[VariantMatch]:
         """Return those matches on short texts that explain all texts, or else what the first one with a truncation explains."""
         extended = [self._measure(candidate, self.indices) for candidate in matched[:MAX_EXTENDED_MATCHES]]
         complete = [candidate.to_match() for candidate in extended if candidate.cosine >= min_cosine]
         return complete or (self._explain_failing(extended[0], min_cosine) if extended else [])
 
-    def _explain_failing(self, base: _Candidate, min_cosine: float) -> list[Match]:
+    def _explain_failing(self, base: _Candidate, min_cosine: float) -> list[VariantMatch]:
         """Return variants of a candidate that explain all texts, although the candidate explains only some of them."""
         cosines = self._measure(base, self.indices).cosines
         failing = [i for i, cosine in zip(self.indices, cosines, strict=True) if cosine < min_cosine]

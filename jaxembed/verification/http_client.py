@@ -21,8 +21,8 @@ log = logging.getLogger("jaxembed")
 KEY_VARIABLE = "OPENAI_API_KEY"  # environment variable of a server's key, by default
 BUSY_STATUSES = (429, 503)  # too many requests, and a model that is still being loaded
 KEY_STATUSES = (401, 403)
-MAX_ATTEMPTS = 5  # of a request that a busy server refuses
-FIRST_WAIT_S, MAX_WAIT_S = 1.0, 30.0  # the wait doubles, unless the server says how long
+MAX_BUSY_ATTEMPTS = 5  # of a request that a busy server refuses
+FIRST_BUSY_WAIT_S, MAX_WAIT_S = 1.0, 30.0  # the wait doubles, unless the server says how long
 MAX_ANSWER_BYTES = 2**28
 MAX_QUOTED_CHARS = 300
 
@@ -35,7 +35,7 @@ class _KeepRedirects(urllib.request.HTTPRedirectHandler):
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
+class HttpResponse:
     """What a server answered.
 
     Attributes:
@@ -85,7 +85,7 @@ class HttpClient:
     key_variable: str = ""
     timeout_s: float = 60.0
 
-    def get(self, path: str) -> Answer:
+    def get(self, path: str) -> HttpResponse:
         """Get a path.
 
         Raises:
@@ -93,7 +93,7 @@ class HttpClient:
         """
         return self._ask(path, None)
 
-    def post(self, path: str, content: Any) -> Answer:
+    def post(self, path: str, content: Any) -> HttpResponse:
         """Post a JSON value to a path.
 
         Raises:
@@ -101,11 +101,11 @@ class HttpClient:
         """
         return self._ask(path, json.dumps(content).encode())
 
-    def _ask(self, path: str, body: bytes | None) -> Answer:
-        wait_s = FIRST_WAIT_S
-        for attempt in range(1, MAX_ATTEMPTS + 1):
+    def _ask(self, path: str, body: bytes | None) -> HttpResponse:
+        wait_s = FIRST_BUSY_WAIT_S
+        for attempt in range(1, MAX_BUSY_ATTEMPTS + 1):
             answer, headers = self._ask_once(path, body)
-            if answer.status not in BUSY_STATUSES or attempt == MAX_ATTEMPTS:
+            if answer.status not in BUSY_STATUSES or attempt == MAX_BUSY_ATTEMPTS:
                 break
             seconds = min(parse_retry_after(headers.get("Retry-After")) or wait_s, MAX_WAIT_S)
             log.info("%s: busy (status %d); asking again in %g s", answer.url, answer.status, seconds)
@@ -114,7 +114,7 @@ class HttpClient:
         self._check(answer, headers)
         return answer
 
-    def _ask_once(self, path: str, body: bytes | None) -> tuple[Answer, Mapping[str, str]]:
+    def _ask_once(self, path: str, body: bytes | None) -> tuple[HttpResponse, Mapping[str, str]]:
         """Send one request. Return the answer and its headers."""
         url = self.root + path
         headers = {"Accept": "application/json"}
@@ -130,7 +130,7 @@ class HttpClient:
                 response = error  # an answer too
             with response:
                 text = _read_body(response, url)
-                return Answer(url, response.status, _parse_json(text), text), response.headers
+                return HttpResponse(url, response.status, _parse_json(text), text), response.headers
         except TimeoutError:
             raise self._explain_timeout(url) from None
         except urllib.error.URLError as error:
@@ -144,7 +144,7 @@ class HttpClient:
     def _explain_timeout(self, url: str) -> UserError:
         return UserError(f"{url}: no answer within {self.timeout_s:g} s. Check the server, or raise --timeout.")
 
-    def _check(self, answer: Answer, headers: Mapping[str, str]) -> None:
+    def _check(self, answer: HttpResponse, headers: Mapping[str, str]) -> None:
         """Raise `UserError` for an answer that no other request will improve."""
         if answer.status in KEY_STATUSES:
             state = "does not accept the key in" if self.key else "needs a key, which is read from"
@@ -154,8 +154,8 @@ class HttpClient:
             )
         if answer.status in BUSY_STATUSES:
             raise UserError(
-                f"{answer.url}: still busy after {MAX_ATTEMPTS} requests (status {answer.status}: {answer.quote_error()}). "
-                "Try again later."
+                f"{answer.url}: still busy after {MAX_BUSY_ATTEMPTS} requests (status {answer.status}: "
+                f"{answer.quote_error()}). Try again later."
             )
         if 300 <= answer.status < 400:
             target = headers.get("Location", "an unknown place")

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from jaxembed.verification.comparison import Verification, VerifiedFolder
-from jaxembed.verification.diagnosis import Diagnosis, Match
+from jaxembed.verification.diagnosis import Diagnosis, VariantMatch
 from jaxembed.verification.served_vectors import EmbeddingServer
 
-MAX_TEXT_CHARS, MAX_PROMPT_CHARS = 50, 24
+MAX_PROBE_TEXT_CHARS, MAX_PROBE_PROMPT_CHARS = 50, 24
 # What to do about a difference, by its setting.
-ADVICE = {
+CHANGE_ADVICE = {
     "attention": "The server ignores `is_causal` of config.json. Use one that reads it (transformers 5.2 or newer).",
     "sliding window": "Use a server that reads the windows of config.json.",
     "RoPE scaling": "Use a server that reads `rope_parameters` of config.json.",
@@ -34,11 +34,11 @@ def iter_report_lines(folder: VerifiedFolder, server: EmbeddingServer, result: V
     """Yield the lines for people: the server, each text with its cosine, and the verdict."""
     model = f", model {server.model}" if server.model else ""
     yield f"{server.client.root}: {server.info}{model}, API {server.api_name}{server.path}"
-    yield f"  {'cosine':>9}  {'prompt':{MAX_PROMPT_CHARS}}  text"
+    yield f"  {'cosine':>9}  {'prompt':{MAX_PROBE_PROMPT_CHARS}}  text"
     for probe, cosine in zip(folder.probes, result.cosines, strict=True):
         value = "-" if cosine is None else f"{cosine:.6f}"
-        prompt = _shorten(probe.prompt, MAX_PROMPT_CHARS) if probe.prompt else "-"
-        yield f"  {value:>9}  {prompt:{MAX_PROMPT_CHARS}}  {_shorten(probe.text, MAX_TEXT_CHARS)}"
+        prompt = _shorten(probe.prompt, MAX_PROBE_PROMPT_CHARS) if probe.prompt else "-"
+        yield f"  {value:>9}  {prompt:{MAX_PROBE_PROMPT_CHARS}}  {_shorten(probe.text, MAX_PROBE_TEXT_CHARS)}"
     known = [cosine for cosine in result.cosines if cosine is not None]
     least = f"least cosine {min(known):.6f}, " if known else ""
     yield f"{'equal' if result.is_equal else 'different'}: {least}expected at least {result.min_cosine:.6g}"
@@ -55,14 +55,14 @@ def _iter_diagnosis_lines(diagnosis: Diagnosis) -> Iterator[str]:
         return
     first, *others = diagnosis.matches
     for change in first.changes:
-        yield f"- {change}. {ADVICE[change.setting]}"
+        yield f"- {change}. {CHANGE_ADVICE[change.setting]}"
     subject = "this difference" if len(first.changes) == 1 else "these differences"
     yield f"  With {subject}, the folder gives the server's vectors (cosine {first.cosine:.6f})."
     if others:
         yield f"  The probe texts cannot tell this apart from: {'; or '.join(map(_join, others))}."
 
 
-def _join(match: Match) -> str:
+def _join(match: VariantMatch) -> str:
     return " and ".join(map(str, match.changes)) or "the folder as it is"
 
 

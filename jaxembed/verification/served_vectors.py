@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxembed.errors import UserError
-from jaxembed.verification.http_client import Answer, HttpClient
+from jaxembed.verification.http_client import HttpClient, HttpResponse
 
 # Statuses with which servers refuse an input. vLLM, TEI and Ollama: 400, 413 or 422; llama.cpp: 500 with one of the phrases.
 REFUSAL_STATUSES = (400, 413, 422)
@@ -240,7 +240,7 @@ def _has_path(server: EmbeddingServer) -> bool:
     return answer.status not in (404, 405) or _names_missing_model(answer)
 
 
-def _names_missing_model(answer: Answer) -> bool:
+def _names_missing_model(answer: HttpResponse) -> bool:
     """Return whether a 404 is about the model of the request, not about the path."""
     return isinstance(answer.content, dict) and "model" in answer.quote_error().lower()
 
@@ -250,7 +250,7 @@ def _list_models(info: ServerInfo) -> str:
     return names + (", ..." if len(info.models) > MAX_LISTED_MODELS else "") or "none"
 
 
-def _check_answer(answer: Answer, server: EmbeddingServer) -> None:
+def _check_answer(answer: HttpResponse, server: EmbeddingServer) -> None:
     """Raise `UserError` or `InputRefused` unless the answer is good JSON."""
     message = answer.quote_error()
     if answer.is_ok and answer.content is not None:

@@ -17,7 +17,7 @@ from helpers import tiny
 from helpers.mining import DEPTH, RULE, draw_vector, draw_vectors, make_pool, mine_pool, open_file, rows_by_query
 from helpers.sources import write_jsonl
 from jaxembed.config import MineConfig
-from jaxembed.config.mining import RULES
+from jaxembed.config.mining import MINING_RULES
 from jaxembed.curation import mining
 from jaxembed.curation.mining import MiningOptions, check_rows_left, mine_negatives
 from jaxembed.curation.pool import read_corpus
@@ -38,7 +38,7 @@ def find_allowed(query: str, positive: str, texts: Sequence[str], rule: str) -> 
     return [text for text in best[:DEPTH] if scores[text] <= limit.get(rule, 2)]
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", MINING_RULES)
 def test_rules_match_brute_force(pairs: list[dict[str, Any]], tmp_path: Path, rule: str) -> None:
     drawn_by_chance = rule in ("sampled_top_k", "window")
     pools = [make_pool(tmp_path, pairs, seed=seed) for seed in range(25 if drawn_by_chance else 1)]
@@ -258,7 +258,7 @@ def test_very_long_texts_are_truncated_and_counted(tmp_path: Path) -> None:
         return draw_vectors([text.text for text in texts])
 
     documents = mining.embed_texts([pool.queries[0]._replace(text=text) for text in pool.documents], encode, 6, "documents")
-    assert [len(text.text) for text in seen] == [mining.MAX_TEXT_CHARS, 1] and len(documents) == 2
+    assert [len(text.text) for text in seen] == [mining.MAX_MINED_TEXT_CHARS, 1] and len(documents) == 2
     result = mine_negatives(pool, draw_vectors(["a"]), documents, MiningOptions(MineConfig()))
     assert count_outcomes(pool, result, MineConfig())["cut_texts"] == 1
     assert to_output_row(pool, result.rows[0])["pos"] == [giant, "b"]

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from jaxembed.curation.overlap import Match, OverlapIndex, split_words
+from jaxembed.curation.overlap import Overlap, OverlapIndex, split_words
 
 SENTENCE = "The bank may ask for a passport, a driving license or another proof of identity before it opens an account."
 
@@ -19,17 +19,17 @@ def make_index(*texts: str, ngram_words: int = 13) -> OverlapIndex:
 
 def test_equal_texts_match_whatever_their_case_and_spaces() -> None:
     index = make_index("How do I open an account?", "Something else", "how do  i OPEN an account?")
-    assert index.find(" how do I open an\taccount? ") == [Match(0, "exact"), Match(2, "exact")]
+    assert index.find(" how do I open an\taccount? ") == [Overlap(0, "exact"), Overlap(2, "exact")]
     assert index.find("how do I open an account") == [], "short texts match exactly or not at all"
 
 
 def test_texts_that_share_a_run_of_words_match() -> None:
     index = make_index("unrelated", SENTENCE)
     quote = "It says: the bank MAY ask, for a passport a driving (license) or another proof; nothing more."
-    assert index.find(quote) == [Match(1, "ngram", "the bank may ask for a passport a driving license or another proof")]
+    assert index.find(quote) == [Overlap(1, "ngram", "the bank may ask for a passport a driving license or another proof")]
     assert index.find(quote.replace("another", "some")) == []
     assert make_index(SENTENCE, ngram_words=5).find("or another proof of identity") == [
-        Match(0, "ngram", "or another proof of identity")
+        Overlap(0, "ngram", "or another proof of identity")
     ]
 
 

@@ -37,7 +37,8 @@ def test_paired_interval_equals_that_of_scipy() -> None:
     found = compare_items(first, second)
     theirs = stats.bootstrap(
         (first.values[:, 0], second.values[:, 0]), lambda a, b, axis: a.mean(axis) - b.mean(axis), paired=True,
-        vectorized=True, n_resamples=bootstrap.RESAMPLES, method="percentile", rng=np.random.default_rng(bootstrap.SEED),
+        vectorized=True, n_resamples=bootstrap.RESAMPLES, method="percentile",
+        rng=np.random.default_rng(bootstrap.BOOTSTRAP_SEED),
     )  # fmt: skip
     assert found.interval == pytest.approx(tuple(theirs.confidence_interval), abs=1e-12)
     assert np.std(found.resampled, ddof=1) == pytest.approx(theirs.standard_error, abs=1e-12)

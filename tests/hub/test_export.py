@@ -24,7 +24,7 @@ from jaxembed.hub import stock_folder
 from jaxembed.hub.card import Card
 from jaxembed.hub.embedder import load_embedder
 from jaxembed.hub.export import export
-from jaxembed.hub.readers import FOLDER
+from jaxembed.hub.readers import FOLDER_NAME
 from jaxembed.hub.resolve import find_base
 from jaxembed.hub.text_tokenizer import build_text_tokenizer
 from jaxembed.hub.torch_model import encode_torch, load_sentence_transformer
@@ -199,7 +199,7 @@ def test_card_contains_recipe_scores_and_prompts(bases, tmp_path, capsys):
     scores, cut = "| functions/ndcg_at_10 | 0.5000 |", "truncate_dim=8, normalize_embeddings=True"
     for expected in ("# my-model", "some/base", "step 7", "train: {steps: 7}", scores, 'prompt_name="query"', cut):
         assert expected in text
-    code = text.split("## Check")[1].split("```python\n")[1].split("```")[0].replace(FOLDER, str(tmp_path / "out"))
+    code = text.split("## Check")[1].split("```python\n")[1].split("```")[0].replace(FOLDER_NAME, str(tmp_path / "out"))
     exec(code, {"model": load_sentence_transformer(tmp_path / "out")})
     assert float(capsys.readouterr().out) == pytest.approx(1)
 

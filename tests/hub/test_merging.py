@@ -139,7 +139,7 @@ def test_weights_are_parsed(option: str | None, method: str, model_count: int, e
             parse_weights(option, method, model_count)
     else:
         assert parse_weights(option, method, model_count) == expected
-    assert set(merge.METHODS) == set(METHODS)
+    assert set(merge.METHOD_NAMES) == set(METHODS)
 
 
 def run(*arguments: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from jaxembed.config.spec import EmbeddingSpec
-from jaxembed.hub.readers import READERS, RULES, ServedModel, Status, format_reader_table, judge_readers, list_limits
+from jaxembed.hub.readers import READER_RULES, READERS, ServedModel, Status, format_reader_table, judge_readers, list_limits
 from jaxembed.model.hf_config import parse_hf_config
 from jaxembed.model.presets import find_preset
 
@@ -93,7 +93,7 @@ def test_each_property_is_announced_in_one_line() -> None:
 
 
 def test_rules_name_readers_of_the_table() -> None:
-    assert {name for rule in RULES for name in rule.readers} <= {reader.name for reader in READERS}
+    assert {name for rule in READER_RULES for name in rule.readers} <= {reader.name for reader in READERS}
 
 
 def test_table_of_the_card_has_usage_with_prompts_of_readers_that_do_not_refuse() -> None:

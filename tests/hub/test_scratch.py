@@ -13,7 +13,7 @@ import pytest
 from helpers import tiny
 from helpers.commands import ENV, Process
 from jaxembed.errors import UserError
-from jaxembed.hub.scratch import LOCK_FILE, SCRATCH_PREFIX, move_into_place, open_scratch_folder
+from jaxembed.hub.scratch import SCRATCH_LOCK_FILE, SCRATCH_PREFIX, move_into_place, open_scratch_folder
 
 # Starts a command in which the export waits after it has written the first folder.
 SLOW_COMMAND = """
@@ -83,7 +83,7 @@ def test_old_folders_without_a_lock_are_removed(tmp_path: Path) -> None:
 def test_the_folder_is_locked(tmp_path: Path) -> None:
     with (
         open_scratch_folder(tmp_path / "out") as folder,
-        (folder / LOCK_FILE).open("a") as lock,
+        (folder / SCRATCH_LOCK_FILE).open("a") as lock,
         pytest.raises(BlockingIOError),
     ):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

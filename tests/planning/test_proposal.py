@@ -12,16 +12,16 @@ from jaxembed.config import LoraConfig
 from jaxembed.devices.chips import TPU_CHIPS
 from jaxembed.model.hf_config import parse_hf_config
 from jaxembed.model.presets import find_preset
-from jaxembed.planning.proposal import Job, Proposal, estimate, make_job, propose
+from jaxembed.planning.proposal import Proposal, StepSizes, estimate, make_step_sizes, propose
 
 PARAMETERS = {"mistral-7b": 7_110_660_096, "qwen2-0.5b": 494_032_768}
 LORA = LoraConfig(base_dtype="bfloat16")
 
 
-def make_step(preset: str, lora: LoraConfig | None = None) -> Job:
+def make_step(preset: str, lora: LoraConfig | None = None) -> StepSizes:
     """Return a step of 32,768 pairs of texts of 512 tokens."""
     transformer = parse_hf_config(find_preset(preset), preset)
-    return make_job(transformer, PARAMETERS[preset], lora, "bfloat16", (65_536, 512))
+    return make_step_sizes(transformer, PARAMETERS[preset], lora, "bfloat16", (65_536, 512))
 
 
 def make_slice(kind: str, devices: int) -> Any:
@@ -62,8 +62,8 @@ def test_what_is_kept_saves_time_and_needs_memory() -> None:
 
 
 def test_the_fastest_settings_that_fit_are_proposed() -> None:
-    job, mesh = make_step("mistral-7b"), make_slice("v5p", 256)
-    proposals = [propose(job, mesh, gib << 30) for gib in (1, 16, 48, 95)]
+    sizes, mesh = make_step("mistral-7b"), make_slice("v5p", 256)
+    proposals = [propose(sizes, mesh, gib << 30) for gib in (1, 16, 48, 95)]
     assert proposals[0] is None
     known = [proposal for proposal in proposals if proposal is not None]
     assert [proposal.seconds for proposal in known] == sorted((proposal.seconds for proposal in known), reverse=True)
@@ -73,7 +73,7 @@ def test_the_fastest_settings_that_fit_are_proposed() -> None:
 
 def test_a_small_batch_needs_no_chunks() -> None:
     transformer = parse_hf_config(find_preset("qwen2-0.5b"), "qwen2-0.5b")
-    job = make_job(transformer, PARAMETERS["qwen2-0.5b"], None, "bfloat16", (16, 512))
-    proposal = propose(job, make_slice("v5p", 4), 95 << 30)
+    sizes = make_step_sizes(transformer, PARAMETERS["qwen2-0.5b"], None, "bfloat16", (16, 512))
+    proposal = propose(sizes, make_slice("v5p", 4), 95 << 30)
     assert proposal is not None and proposal.rows is None
     assert "gradcache.rows=null" in proposal.describe() and "recompute" not in proposal.describe()

@@ -18,7 +18,7 @@ import pytest
 from helpers.reports import HOSTILE, TOPICS, write_report
 from jaxembed.errors import UserError
 from jaxembed.hub.embedder import Embedder
-from jaxembed.reporting.blocks import Collapsible, Section, Table
+from jaxembed.reporting.blocks import Collapsible, ReportSection, Table
 from jaxembed.reporting.charts import average_points, draw_points
 from jaxembed.reporting.held_out_views import EncodedSource as Source
 from jaxembed.reporting.held_out_views import attend_to_latents, compare_pairs, describe_query, draw_map
@@ -297,10 +297,10 @@ def test_missing_packages_are_one_line(tmp_path: Path, monkeypatch: pytest.Monke
 def test_every_text_of_a_page_is_escaped() -> None:
     text = HOSTILE[0] + HOSTILE[1] + "\ud83d"
     chart = draw_points(text, [{"x": 0, "y": 0, "source": text, "text": text}], text)
-    section = Section(
+    section = ReportSection(
         "s", text, text, [(text, text, text)], [chart], [Table([text], [[text]], caption=text)], [Collapsible(text, text)]
     )
-    content = render_page(text, [section, Section("empty", "empty")], text).decode()
+    content = render_page(text, [section, ReportSection("empty", "empty")], text).decode()
     page = Page(content)
     assert [attributes["id"] for tag, attributes in page.elements if tag == "section"] == ["s"]
     assert {tag for tag, _ in page.elements}.isdisjoint({"img", "b"})

@@ -16,7 +16,7 @@ from jaxembed import curate as curate_command
 from jaxembed.config.curation_models import JudgeConfig
 from jaxembed.data.jsonl import write_jsonl
 from jaxembed.errors import UserError
-from jaxembed.synthesis.server_judge import NO_ANSWER, open_server_judge
+from jaxembed.synthesis.server_judge import SCORE_WITHOUT_ANSWER, open_server_judge
 
 PAIRS = [("what is red", "a red stone"), ("what is red", "the blue sea"), ("what is red", "silence")]
 
@@ -31,8 +31,8 @@ def test_scores_are_probabilities_of_yes_and_each_pair_is_asked_once(tmp_path: P
     with run_llm_server(Behavior(write=answer, gives_logprobs=False)) as server:
         config = JudgeConfig(kind="server", model=MODEL, url=server.url)
         score = open_server_judge(config, tmp_path)
-        assert score(PAIRS).tolist() == [1, 0, NO_ANSWER]
-    assert score(PAIRS[::-1]).tolist() == [NO_ANSWER, 0, 1]  # the server is gone
+        assert score(PAIRS).tolist() == [1, 0, SCORE_WITHOUT_ANSWER]
+    assert score(PAIRS[::-1]).tolist() == [SCORE_WITHOUT_ANSWER, 0, 1]  # the server is gone
 
 
 def test_probabilities_of_the_server_count(tmp_path: Path) -> None:

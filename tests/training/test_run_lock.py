@@ -20,7 +20,7 @@ from jaxembed.config import load_config
 from jaxembed.errors import UserError
 from jaxembed.training import run_lock
 from jaxembed.training.run_dir import check_run_dir, create_run_dir
-from jaxembed.training.run_lock import LOCK_FILE, LockOwner, RunLock
+from jaxembed.training.run_lock import RUN_LOCK_FILE, LockOwner, RunLock
 
 HOLD_LOCK = """
 import sys, time
@@ -37,8 +37,8 @@ with RunLock(Path(sys.argv[1])) as lock:
 def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make heartbeats and waits short."""
     monkeypatch.setattr(run_lock, "HEARTBEAT_PERIOD_S", 0.05)
-    monkeypatch.setattr(run_lock, "POLL_INTERVAL_S", 0.05)
-    monkeypatch.setattr(run_lock, "MAX_SILENCE_S", 0.5)
+    monkeypatch.setattr(run_lock, "LOCK_POLL_INTERVAL_S", 0.05)
+    monkeypatch.setattr(run_lock, "MAX_LOCK_SILENCE_S", 0.5)
 
 
 def start_owner(run_dir: Path) -> subprocess.Popen[str]:
@@ -51,17 +51,17 @@ def start_owner(run_dir: Path) -> subprocess.Popen[str]:
 def write_foreign_lock(run_dir: Path, heartbeat: int) -> None:
     """Write the lock of a process on another machine."""
     owner = dataclasses.replace(LockOwner.this_process(), host="far", pid=7, pid_space="other boot", token="far")
-    (run_dir / LOCK_FILE).write_text(json.dumps({**dataclasses.asdict(owner), "heartbeat": heartbeat}))
+    (run_dir / RUN_LOCK_FILE).write_text(json.dumps({**dataclasses.asdict(owner), "heartbeat": heartbeat}))
 
 
 def test_a_second_job_is_refused_and_names_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_lock, "MAX_SILENCE_S", 600)
+    monkeypatch.setattr(run_lock, "MAX_LOCK_SILENCE_S", 600)
     first = start_owner(tmp_path)
     try:
         line = rf"^{tmp_path}: process {first.pid} on .+ \(since 20.+\) is training in this run directory\. Stop it, or name"
         with RunLock(tmp_path) as lock, pytest.raises(UserError, match=line):
             lock.acquire()
-        assert (tmp_path / LOCK_FILE).exists(), "a refused job does not release the lock of the other process"
+        assert (tmp_path / RUN_LOCK_FILE).exists(), "a refused job does not release the lock of the other process"
     finally:
         first.send_signal(signal.SIGKILL)
         first.communicate()
@@ -84,9 +84,9 @@ def test_a_zombie_process_does_not_own_the_lock(tmp_path: Path) -> None:
 def test_another_process_with_the_same_id_is_not_the_owner(tmp_path: Path) -> None:
     with RunLock(tmp_path) as lock:
         lock.acquire()
-        content = json.loads((tmp_path / LOCK_FILE).read_text())
+        content = json.loads((tmp_path / RUN_LOCK_FILE).read_text())
     assert content["pid"] == os.getpid()
-    (tmp_path / LOCK_FILE).write_text(json.dumps(content | {"process_start": "1"}))
+    (tmp_path / RUN_LOCK_FILE).write_text(json.dumps(content | {"process_start": "1"}))
     with RunLock(tmp_path) as lock:
         lock.acquire()
 
@@ -97,29 +97,29 @@ def test_a_lock_of_another_machine_is_taken_over_once_its_heartbeat_stops(tmp_pa
     with RunLock(tmp_path) as lock:
         lock.acquire()
         assert time.monotonic() - start >= 0.5
-        assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
+        assert json.loads((tmp_path / RUN_LOCK_FILE).read_text())["pid"] == os.getpid()
 
 
 def test_a_lock_of_another_machine_with_heartbeats_is_respected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_lock, "MAX_SILENCE_S", 600)
+    monkeypatch.setattr(run_lock, "MAX_LOCK_SILENCE_S", 600)
     write_foreign_lock(tmp_path, 0)
     timer = threading.Timer(0.2, write_foreign_lock, [tmp_path, 1])
     timer.start()
     with RunLock(tmp_path) as lock, pytest.raises(UserError, match=r"process 7 on far \(since .*\) is training"):
         lock.acquire()
     timer.join()
-    assert json.loads((tmp_path / LOCK_FILE).read_text())["host"] == "far"
+    assert json.loads((tmp_path / RUN_LOCK_FILE).read_text())["host"] == "far"
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"pid": "x"}', b"\xff"])
 def test_a_damaged_lock_is_taken_over(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / LOCK_FILE).write_bytes(content)
+    (tmp_path / RUN_LOCK_FILE).write_bytes(content)
     with RunLock(tmp_path) as lock:
         lock.acquire()
 
 
 def test_heartbeats_change_the_file_and_restore_it(tmp_path: Path) -> None:
-    path = tmp_path / LOCK_FILE
+    path = tmp_path / RUN_LOCK_FILE
     with RunLock(tmp_path) as lock:
         lock.acquire()
         first = path.read_bytes()
@@ -147,7 +147,7 @@ def test_an_owner_that_lost_its_lock_exits(tmp_path: Path, monkeypatch: pytest.M
         write_foreign_lock(tmp_path, 0)
         assert ended.wait(300)
     assert "process 7 on far" in capsys.readouterr().err
-    assert (tmp_path / LOCK_FILE).exists(), "the lock of the other process stays"
+    assert (tmp_path / RUN_LOCK_FILE).exists(), "the lock of the other process stays"
 
 
 def test_a_run_directory_is_locked_as_it_is_created(tmp_path: Path) -> None:

@@ -26,7 +26,14 @@ from jaxembed.hub.resolve import find_base
 from jaxembed.model.transformer import ComputeOptions
 from jaxembed.verification import comparison
 from jaxembed.verification.comparison import VerifiedFolder, open_folder
-from jaxembed.verification.diagnosis import Diagnosis, Match, VariantEncoder, diagnose, measure_half_precision, to_unit_vectors
+from jaxembed.verification.diagnosis import (
+    Diagnosis,
+    VariantEncoder,
+    VariantMatch,
+    diagnose,
+    measure_half_precision,
+    to_unit_vectors,
+)
 from jaxembed.verification.variants import list_pool_variants
 
 QUERY_PROMPT = "Find the answer:"
@@ -243,7 +250,7 @@ def test_folder_or_model_that_does_not_fit_is_one_line(
     verify_with(one, lambda inputs: random[: len(inputs), :32])
     assert "no variant of the folder's model gives these vectors (closest: " in capsys.readouterr().out
     with monkeypatch.context() as patch:
-        patch.setattr(comparison, "diagnose", lambda *_: Diagnosis([], Match((), 0.5)))
+        patch.setattr(comparison, "diagnose", lambda *_: Diagnosis([], VariantMatch((), 0.5)))
         for width in (48, NARROW_WIDTH):
             with pytest.raises(UserError, match=rf"vectors of {width} numbers \(those of .* have 32\), so the model "):
                 verify_with(one, lambda inputs, width=width: random[: len(inputs), :width])

@@ -10,7 +10,7 @@ import numpy as np
 from jaxembed.config.curation_models import ClusterStepConfig
 from jaxembed.curation.steps.changes import RowChange
 from jaxembed.curation.steps.curated_row import CuratedRow, get_texts, hash_row
-from jaxembed.curation.steps.text_vectors import TextVectors
+from jaxembed.curation.steps.vector_spool import VectorSpool
 from jaxembed.errors import UserError
 from jaxembed.hub.frozen_encoder import FrozenEncoder
 from jaxembed.search.clustering import cluster_vectors
@@ -29,7 +29,7 @@ class Clusters:
             seed: Seed of the first centers.
         """
         self._config, self._seed = config, seed
-        self._vectors = TextVectors(folder, encoder, are_queries=config.of == "queries")
+        self._vectors = VectorSpool(folder, encoder, are_queries=config.of == "queries")
         self._content: list[int] = []
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from jaxembed.config.curation_models import JudgeStepConfig
-from jaxembed.curation.mining import MAX_TEXT_CHARS
+from jaxembed.curation.mining import MAX_MINED_TEXT_CHARS
 from jaxembed.curation.steps.curated_row import CuratedRow, RowStep, StepOutcome, drop_texts, get_texts
 from jaxembed.hub.cross_encoder import ScorePairs
 
@@ -37,7 +37,7 @@ def make_judge_step(config: JudgeStepConfig, open_scorer: Callable[[], ScorePair
     def score(pairs: list[tuple[str, str]]) -> np.ndarray:
         if not pairs:
             return np.zeros(0)
-        cut = [(query[:MAX_TEXT_CHARS], text[:MAX_TEXT_CHARS]) for query, text in pairs]
+        cut = [(query[:MAX_MINED_TEXT_CHARS], text[:MAX_MINED_TEXT_CHARS]) for query, text in pairs]
         return np.round(open_scorer()(cut).astype(float), 6)
 
     return judge

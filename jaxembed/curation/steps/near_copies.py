@@ -29,7 +29,7 @@ from jaxembed.data.equality import normalize_text
 from jaxembed.errors import UserError
 
 NUM_HASHES = 128  # the standard deviation of the estimate is at most 0.044
-SEED = 1
+HASH_SEED = 1
 NGRAM_CHARS, UNSPACED_NGRAM_CHARS = 5, 3
 MIN_RECALL = 0.99  # of pairs whose Jaccard index equals the threshold; determines the width of a band
 PAIRS_PER_READ = 4096
@@ -148,7 +148,7 @@ def compute_signatures(texts: Sequence[str], minhash: Any) -> np.ndarray:
     """Return the MinHash signatures of texts, uint32 [N, NUM_HASHES]."""
     hashes = [hash_ngrams(text) for text in texts]
     offsets = np.concatenate([[0], np.cumsum([len(part) for part in hashes])]).astype(np.uint64)
-    matrix = minhash.digest_matrix_from_flat_token_hashes(np.concatenate(hashes), offsets, num_perm=NUM_HASHES, seed=SEED)
+    matrix = minhash.digest_matrix_from_flat_token_hashes(np.concatenate(hashes), offsets, num_perm=NUM_HASHES, seed=HASH_SEED)
     return np.array(matrix.to_rows(), np.uint32)
 
 

@@ -15,7 +15,7 @@ EQUAL, HAS_ANSWER, SUPERFLUOUS = (
     "contains the answer",
     "beyond max_negatives",
 )
-TOO_FEW = "fewer than min_negatives"
+TOO_FEW_NEGATIVES = "fewer than min_negatives"
 
 
 def make_negatives_step(config: NegativesStepConfig) -> RowStep:
@@ -27,7 +27,7 @@ def make_negatives_step(config: NegativesStepConfig) -> RowStep:
     def check_row(curated: CuratedRow) -> StepOutcome:
         problems = find_negative_problems(curated, config)
         if problems.count(None) < config.min_negatives:
-            return StepOutcome(None, (f"negatives: {TOO_FEW}",))
+            return StepOutcome(None, (f"negatives: {TOO_FEW_NEGATIVES}",))
         return drop_texts(curated, {"negatives": problems})
 
     return check

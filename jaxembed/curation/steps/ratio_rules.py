@@ -31,14 +31,14 @@ C4_POLICY_PHRASES = ("terms of use", "privacy policy", "cookie policy", "uses co
 FINEWEB_MIN_SENTENCE_LINES, FINEWEB_MAX_SHORT_LINES, FINEWEB_SHORT_LINE_CHARS = 0.12, 0.67, 30
 FINEWEB_MAX_REPEATED_CHARS, FINEWEB_MAX_BREAKS_PER_WORD = 0.01, 0.3
 
-WORD = re.compile(r"\w+(?:['\u2019]\w+)*|[^\w\s]")
+WORD_OR_SIGN = re.compile(r"\w+(?:['\u2019]\w+)*|[^\w\s]")
 SENTENCE_END = re.compile(r"[.!?]+[\"'\u201d\u2019)]*(?=\s|$)")
 ELLIPSES = ("...", "…")
 
 
 def find_gopher_problem(text: str) -> str | None:
     """Return why a text fails Gopher's quality rules, or None."""
-    tokens = WORD.findall(text)
+    tokens = WORD_OR_SIGN.findall(text)
     words = [token for token in tokens if token[0].isalnum() or token[0] == "_"]
     if not GOPHER_WORDS[0] <= len(words) <= GOPHER_WORDS[1]:
         return "gopher: number of words"
@@ -64,7 +64,7 @@ def find_repetition_problem(text: str) -> str | None:
         count, chars = count_repeated(parts)
         if count / max(len(parts), 1) > GOPHER_MAX_REPEATED_PARTS or chars / len(text) > GOPHER_MAX_REPEATED_CHARS:
             return f"gopher_repetition: {kind}"
-    words = WORD.findall(text)
+    words = WORD_OR_SIGN.findall(text)
     for n, max_share in GOPHER_MAX_TOP_NGRAM.items():
         ngram, count = next(iter(Counter(iter_ngrams(words, n)).most_common(1)), ("", 0))
         # An n-gram that occurs once is not a repetition, however short the text.
@@ -111,7 +111,7 @@ def find_fineweb_problem(text: str) -> str | None:
     _, chars = count_repeated([line for line in lines if line.strip()])
     if chars / max(len(text.replace("\n", "")), 1) >= FINEWEB_MAX_REPEATED_CHARS:
         return "fineweb: repeated lines"
-    has_many_breaks = text.count("\n") / max(len(WORD.findall(text)), 1) > FINEWEB_MAX_BREAKS_PER_WORD
+    has_many_breaks = text.count("\n") / max(len(WORD_OR_SIGN.findall(text)), 1) > FINEWEB_MAX_BREAKS_PER_WORD
     return "fineweb: line breaks" if has_many_breaks else None
 
 

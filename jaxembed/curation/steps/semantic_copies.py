@@ -20,7 +20,7 @@ from jaxembed.config.curation import DuplicatesStepConfig
 from jaxembed.curation.mining import SCORE_TOLERANCE
 from jaxembed.curation.steps.curated_row import CuratedRow
 from jaxembed.curation.steps.items import list_items
-from jaxembed.curation.steps.text_vectors import TextVectors
+from jaxembed.curation.steps.vector_spool import VectorSpool
 from jaxembed.data.equality import hash_exact_text, normalize_text
 from jaxembed.hub.frozen_encoder import FrozenEncoder
 from jaxembed.search.nearest import search
@@ -43,7 +43,7 @@ class SemanticCopies:
             memory_mb: Memory of the search in MiB, besides the vectors.
         """
         self._config, self._memory_mb = config, memory_mb
-        self._vectors = TextVectors(folder, encoder, are_queries=config.of == "queries")
+        self._vectors = VectorSpool(folder, encoder, are_queries=config.of == "queries")
         self._parts: list[np.ndarray] = []
 
     def close(self) -> None:

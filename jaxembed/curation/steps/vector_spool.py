@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from jaxembed.curation.mining import MAX_TEXT_CHARS
+from jaxembed.curation.mining import MAX_MINED_TEXT_CHARS
 from jaxembed.data.batch import EncoderInput
 from jaxembed.hub.frozen_encoder import FrozenEncoder
 
 
-class TextVectors:
+class VectorSpool:
     """Encodes texts as they come, and returns all their vectors at the end."""
 
     def __init__(self, folder: Path, encoder: FrozenEncoder, are_queries: bool):
@@ -34,7 +34,7 @@ class TextVectors:
     def add(self, texts: Sequence[str]) -> None:
         """Encode and store texts."""
         if texts:
-            inputs = [EncoderInput(text[:MAX_TEXT_CHARS], self._side, "") for text in texts]
+            inputs = [EncoderInput(text[:MAX_MINED_TEXT_CHARS], self._side, "") for text in texts]
             self._file.write(self._encoder.encode(inputs).tobytes())
 
     def read(self) -> Float[np.ndarray, "n d"]:
