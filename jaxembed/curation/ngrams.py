@@ -25,3 +25,11 @@ def hash_runs(values: np.ndarray, size: int) -> np.ndarray:
     for offset in range(size if len(hashes) else 0):
         hashes = (hashes * HASH_FACTOR) ^ values[offset : offset + len(hashes)]
     return hashes
+
+
+def mix(values: np.ndarray) -> np.ndarray:
+    """Return well-distributed 64-bit hashes of 64-bit values (SplitMix64; Steele, Lea and Flood 2014)."""
+    values = (values + HASH_FACTOR) & np.uint64(0xFFFFFFFFFFFFFFFF)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))

@@ -65,8 +65,8 @@ def write_package_pairs(
         The number of pairs of each split: train, functions and package.
 
     Raises:
-        UserError: If `out` exists and holds something else, if the held-out package is not installed, or if no pair is
-            left to train on.
+        UserError: If `out` exists and holds something else, if the held-out package is not installed, if rensa is
+            not installed, or if no pair is left to train on.
     """
     # Find the files and compare them with those that an existing folder was written from.
     names = list(dict.fromkeys([*packages, *([holdout_package] if holdout_package else [])]))
@@ -77,10 +77,11 @@ def write_package_pairs(
     if exists(out):
         return _read_existing_splits(out, inputs)
 
-    # Of near duplicates the first one is kept, so the held-out package comes first.
+    # Of near duplicates the first one is kept, so the held-out package comes first. Parsing takes long: rensa is found before.
+    codes = NearDuplicateFilter()
     pairs, counts = parse_files([file for package_files in files.values() for file in package_files])
     pairs.sort(key=lambda pair: pair.package != holdout_package)
-    unique = _remove_duplicates(pairs, counts)
+    unique = _remove_duplicates(pairs, codes, counts)
 
     splits = _split(unique, holdout_package, holdout_functions)
     split_sizes = {name: len(split) for name, split in splits.items()}
@@ -167,9 +168,11 @@ def _read_existing_splits(out: Path, inputs: Mapping[str, Any]) -> dict[str, int
     return dict(report["splits"])
 
 
-def _remove_duplicates(pairs: Sequence[FunctionPair], counts: Mapping[str, Counts]) -> list[FunctionPair]:
+def _remove_duplicates(
+    pairs: Sequence[FunctionPair], codes: NearDuplicateFilter, counts: Mapping[str, Counts]
+) -> list[FunctionPair]:
     """Return the pairs without those whose docstring equals, or whose code nearly equals, that of an earlier pair."""
-    unique, queries, codes = [], set(), NearDuplicateFilter()
+    unique, queries = [], set()
     for pair in tqdm(pairs, "removing copies", unit="function"):
         query = " ".join(re.findall(r"\w+", pair.query.lower()))
         if query in queries:

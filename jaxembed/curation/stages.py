@@ -30,6 +30,7 @@ from jaxembed.config.curation import (
     Side,
 )
 from jaxembed.config.curation_models import ClusterStepConfig, JudgeConfig, JudgeStepConfig, MineStepConfig
+from jaxembed.curation.minhash import import_rensa
 from jaxembed.curation.steps.balance import Balance, make_balance_rule
 from jaxembed.curation.steps.changes import ChangingStep, make_change_filter, write_changes
 from jaxembed.curation.steps.cleaning import make_clean_step
@@ -39,7 +40,7 @@ from jaxembed.curation.steps.curriculum import Curriculum
 from jaxembed.curation.steps.decontamination import ReadTask, make_decontaminate_step
 from jaxembed.curation.steps.items import AllRowsStep, ItemRule, make_duplicates_rule, make_item_filter
 from jaxembed.curation.steps.languages import make_language_step
-from jaxembed.curation.steps.near_copies import NearCopies, import_rensa
+from jaxembed.curation.steps.near_copies import NearCopies
 from jaxembed.curation.steps.negatives import make_negatives_step
 from jaxembed.curation.steps.quality import make_quality_step
 from jaxembed.curation.steps.user_function import LocateRow, make_function_step

@@ -9,8 +9,9 @@ from typing import Literal
 import numpy as np
 
 from jaxembed.config.curation import LanguageStepConfig
+from jaxembed.curation.minhash import choose_band_hashes, compute_signatures, hash_bands, import_rensa
 from jaxembed.curation.steps.languages import load_identifier, open_identifier
-from jaxembed.curation.steps.near_copies import choose_band_hashes, compute_signatures, hash_bands, import_rensa, mix
+from jaxembed.curation.steps.near_copies import hash_char_ngrams
 from jaxembed.data.equality import hash_text
 from jaxembed.errors import UserError
 
@@ -22,7 +23,7 @@ CLOSE_LANGUAGES = ({"no", "nb", "nn", "da"}, {"hr", "sr", "bs"}, {"id", "ms"}, {
 class SeenTexts:
     """A set of texts without copies: equal texts (`data.equality`), or those that share most character n-grams.
 
-    A near copy has a Jaccard index of at least the threshold, as MinHash signatures estimate it (`curation.steps.near_copies`).
+    A near copy has a Jaccard index of at least the threshold, as MinHash signatures estimate it (`curation.minhash`).
     """
 
     def __init__(self, match: Literal["exact", "near"], threshold: float = DEFAULT_THRESHOLD):
@@ -48,10 +49,9 @@ class SeenTexts:
 
         A text is compared with the first text of each bucket, as in curation.
         """
-        signature = compute_signatures([text], self._minhash)
+        signature = compute_signatures([hash_char_ngrams(text)], self._minhash)
         hashes = signature[0].astype(np.uint16)
-        bands = hash_bands(signature, self._band_hashes)
-        keys = [int(mix(band ^ np.uint64(i << 32))[0]) for i, band in enumerate(bands)]
+        keys = hash_bands(signature, self._band_hashes)[:, 0].tolist()
         candidates = {self._buckets[key] for key in keys if key in self._buckets}
         if any((self._signatures[i] == hashes).mean() >= self._threshold for i in candidates):
             return False

@@ -20,10 +20,11 @@ from jaxembed.config.curation import (
     NegativesStepConfig,
     QualityStepConfig,
 )
+from jaxembed.curation.minhash import NUM_HASHES, choose_band_hashes
 from jaxembed.curation.steps.cleaning import collapse_whitespace, html_to_text, make_clean_step
 from jaxembed.curation.steps.curated_row import CuratedRow, StepOutcome
 from jaxembed.curation.steps.languages import make_language_step
-from jaxembed.curation.steps.near_copies import NUM_HASHES, choose_band_hashes, hash_ngrams
+from jaxembed.curation.steps.near_copies import hash_char_ngrams
 from jaxembed.curation.steps.negatives import make_negatives_step
 from jaxembed.curation.steps.quality import make_quality_step
 from jaxembed.curation.steps.ratio_rules import (
@@ -264,9 +265,9 @@ def test_a_band_finds_pairs_at_the_threshold() -> None:
 
 
 def test_the_ngrams_of_a_text_are_those_of_its_characters() -> None:
-    assert len(hash_ngrams("abcdefgh")) == 4 and len(set(hash_ngrams("aaaaaaaa"))) == 1
-    assert len(hash_ngrams("今天天气很好")) == 4  # shorter n-grams
-    assert len(hash_ngrams("ab")) == 1 and hash_ngrams("AB ") == hash_ngrams("ab")
+    assert len(hash_char_ngrams("abcdefgh")) == 4 and len(set(hash_char_ngrams("aaaaaaaa"))) == 1
+    assert len(hash_char_ngrams("今天天气很好")) == 4  # shorter n-grams
+    assert len(hash_char_ngrams("ab")) == 1 and hash_char_ngrams("AB ") == hash_char_ngrams("ab")
 
 
 def test_records_are_divided_by_key_and_read_in_ascending_ranges(tmp_path: Path) -> None:

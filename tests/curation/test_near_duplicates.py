@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
+import pytest
+
 from helpers.packages import make_module
 from jaxembed.curation.near_duplicates import NearDuplicateFilter
+from jaxembed.errors import UserError
 
 
 def test_near_duplicates_are_rejected_and_siblings_are_not() -> None:
@@ -16,3 +21,9 @@ def test_near_duplicates_are_rejected_and_siblings_are_not() -> None:
     sibling = "def {}(self):\n    return self.tk.getint(self.tk.call('winfo', '{}', self._w))"
     assert codes.add(sibling.format("winfo_width", "width"))
     assert codes.add(sibling.format("winfo_height", "height"))
+
+
+def test_without_rensa_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rensa", None)
+    with pytest.raises(UserError, match=r"^rensa: .*not installed. Run pip install rensa\.$"):
+        NearDuplicateFilter()

@@ -1,0 +1,52 @@
+"""MinHash signatures, and the bands by which similar ones are found (locality-sensitive hashing).
+
+Broder 1997; Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, chapter 3. rensa computes the signatures.
+
+1. The signature of a set has `NUM_HASHES` values. The share of equal values in two signatures estimates the Jaccard index.
+2. Signatures are cut into bands. Sets with an equal band share a bucket, and are compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxembed.curation.ngrams import mix
+from jaxembed.errors import UserError
+
+NUM_HASHES = 128  # the standard deviation of the estimate is at most 0.044
+HASH_SEED = 1
+MIN_RECALL = 0.99  # of pairs whose Jaccard index equals the threshold; determines the width of a band
+
+
+def import_rensa() -> Any:
+    """Return rensa's MinHash."""
+    try:
+        import rensa
+    except ImportError:
+        raise UserError("rensa: finds near copies, but is not installed. Run pip install rensa.") from None
+    return rensa.RMinHash
+
+
+def choose_band_hashes(threshold: float) -> int:
+    """Return the widest band with which a pair at the threshold shares a bucket with a probability of at least `MIN_RECALL`."""
+    widths = range(1, NUM_HASHES + 1)
+    return max(width for width in widths if 1 - (1 - threshold**width) ** (NUM_HASHES // width) >= MIN_RECALL)
+
+
+def compute_signatures(sets: Sequence[np.ndarray], minhash: Any) -> np.ndarray:
+    """Return the MinHash signatures of sets of hashes, uint64 [n] each, as uint32 [N, NUM_HASHES]."""
+    offsets = np.concatenate([[0], np.cumsum([len(part) for part in sets])]).astype(np.uint64)
+    matrix = minhash.digest_matrix_from_flat_token_hashes(np.concatenate(sets), offsets, num_perm=NUM_HASHES, seed=HASH_SEED)
+    return np.array(matrix.to_rows(), np.uint32)
+
+
+def hash_bands(signatures: np.ndarray, width: int) -> np.ndarray:
+    """Return the bucket of each band of `width` values, which no other band has, uint64 [bands, N]."""
+    buckets = np.repeat(np.arange(NUM_HASHES // width, dtype=np.uint64)[:, None], len(signatures), axis=1)
+    for offset in range(width):
+        columns = signatures[:, offset : offset + NUM_HASHES - NUM_HASHES % width : width]
+        buckets = mix(buckets ^ columns.T.astype(np.uint64))
+    return buckets
