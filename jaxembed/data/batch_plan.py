@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -217,6 +217,11 @@ class QuotaSchedule:
         offsets = (self._start + steps * GOLDEN_RATIO_CONJUGATE) % 1.0
         # The grid points inside an interval are the integers between its shifted edges.
         return np.diff(np.floor(self._edges + offsets[:, None]), axis=1).astype(np.int64)
+
+
+def list_sources(plans: Iterable[BatchPlan]) -> list[Source]:
+    """Return the sources of plans, each once."""
+    return list({source.name: source for plan in plans for source in plan.sources}.values())
 
 
 def interleave(count: int) -> np.ndarray:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from jaxembed.config import Config, GradedObjectiveConfig, InfoNCEConfig, StageConfig
 from jaxembed.curation.remining import check_mined_sources
-from jaxembed.data.batch_plan import BatchPlan
+from jaxembed.data.batch_plan import BatchPlan, list_sources
 from jaxembed.data.scored_pairs import GradedPairSampler
 from jaxembed.data.sources import Source, detect_format, open_sources
 from jaxembed.errors import UserError
@@ -28,8 +28,7 @@ class StagePlans(NamedTuple):
     @property
     def sources(self) -> list[Source]:
         """All sources, each once."""
-        plans = (self.queries, *self.tokens)
-        return list({source.name: source for plan in plans for source in plan.sources}.values())
+        return list_sources([self.queries, *self.tokens])
 
 
 def open_plans(config: Config) -> list[StagePlans]:

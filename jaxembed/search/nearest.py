@@ -38,6 +38,12 @@ class SearchResult(NamedTuple):
     scores: np.ndarray
 
 
+def select_best(rows: np.ndarray, scores: np.ndarray, k: int) -> SearchResult:
+    """Return the k best of the documents of each query, [Q, n] each. Of equal scores, the earlier one is first."""
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return SearchResult(np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1))
+
+
 class BlockSizes(NamedTuple):
     """The sizes of a block of scores.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from jaxembed.errors import UserError
-from jaxembed.search.nearest import DEFAULT_MEMORY_MB, SearchResult, choose_faiss_queries
+from jaxembed.search.nearest import DEFAULT_MEMORY_MB, SearchResult, choose_faiss_queries, select_best
 from jaxembed.search.precision import BYTE_VALUES, Precision, compute_steps, needs_ranges, quantize_vectors, quantized_layout
 
 OVERSAMPLING = 4  # documents that bits find, per document that is returned
@@ -79,5 +79,5 @@ def _search_bits(index: object, queries: np.ndarray, documents: np.ndarray, k: i
     _, rows = index.search(quantize_vectors(queries, "ubinary"), min(OVERSAMPLING * k, len(documents)))  # type: ignore[attr-defined]
     bits = np.unpackbits(documents[rows], axis=-1, count=queries.shape[1])
     scores = np.einsum("qd,qkd->qk", queries, 2.0 * bits - 1) / np.sqrt(queries.shape[1])
-    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
+    best = select_best(rows, scores, k)
+    return best.scores, best.rows

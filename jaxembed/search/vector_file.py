@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from jaxembed.devices.processes import progress_bar
 from jaxembed.errors import UserError
-from jaxembed.search.nearest import DEFAULT_MEMORY_MB, SearchResult, search
+from jaxembed.search.nearest import DEFAULT_MEMORY_MB, SearchResult, search, select_best
 
 MAX_HEADER_BYTES = 10_000
 
@@ -156,5 +156,4 @@ def merge_results(parts: Sequence[SearchResult], k: int) -> SearchResult:
         The k best of all. Of equal scores, the document with the lower row is first.
     """
     rows, scores = (np.concatenate([part[i] for part in parts], axis=1) for i in range(2))
-    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-    return SearchResult(np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1))
+    return select_best(rows, scores, k)

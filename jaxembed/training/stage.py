@@ -11,7 +11,7 @@ import optax
 
 from jaxembed.config import DistillationConfig, InfoNCEConfig, MarginMSEConfig, ObjectiveConfig, StageConfig
 from jaxembed.data.batch import Batch, BatchBuilder
-from jaxembed.data.batch_plan import BatchPlan
+from jaxembed.data.batch_plan import BatchPlan, list_sources
 from jaxembed.data.sources import Source
 from jaxembed.data.tokenize import TextTokenizer
 from jaxembed.losses.objectives import Objectives
@@ -57,16 +57,19 @@ class Stage:
         return self.plan.sources
 
     @property
+    def plans(self) -> list[BatchPlan]:
+        """The plan of the queries, and those of objectives that predict tokens."""
+        return [self.plan, *(builder.plan for builder in self.batch_builder.token_builders.values())]
+
+    @property
     def all_sources(self) -> list[Source]:
         """The sources of the stage, each once: those of queries, and those of objectives that predict tokens."""
-        plans = [self.plan, *(builder.plan for builder in self.batch_builder.token_builders.values())]
-        return list({source.name: source for plan in plans for source in plan.sources}.values())
+        return list_sources(self.plans)
 
     @property
     def plan_hash(self) -> str:
         """Hash of all plans of the stage and their data, by which a resumed run finds that its batches are the same."""
-        token_plans = [builder.plan for builder in self.batch_builder.token_builders.values()]
-        return "-".join(plan.hash for plan in (self.plan, *token_plans))
+        return "-".join(plan.hash for plan in self.plans)
 
     @property
     def schedule(self) -> optax.Schedule:
