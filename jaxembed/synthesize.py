@@ -26,7 +26,7 @@ ABOUT = """\
 The folder OUT gets a training file for each task of the recipe, the provenance of its rows, report.json and report.html, and
 every request and answer. After an interruption, the same command continues without asking again. A larger --max-rows adds rows.
 
-A key is read from the environment variable OPENAI_API_KEY, or from the one that --key-env names. It is stored nowhere."""
+A key is read from the environment variable OPENAI_API_KEY, or from the one that --key-env names. It is never stored."""
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def make_parser() -> cli.Parser:
     parser = cli.new_parser("synthesize", f"{__doc__}\n{ABOUT}")
     parser.is_intermixed = True
     parser.add_argument(
-        "config", metavar="RECIPE.yaml", help="recipe: a YAML file, or the name of a shipped one, such as example"
+        "config", metavar="RECIPE.yaml", help="recipe: a YAML file, or the name of a recipe in the package, such as example"
     )
     parser.add_argument("out", metavar="OUT", help="output folder: a new one, or one of the same recipe, to continue it")
     parser.add_argument(

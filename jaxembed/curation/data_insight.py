@@ -1,6 +1,6 @@
-"""Numbers that describe what training data cover: rank, clusters and languages of sources, and their distance to each other.
+"""Describe the coverage of training data: rank, clusters and languages of sources, and their distance to each other.
 
-All are computed from the vectors of a sample of queries, evenly spread over the rows of each source.
+All numbers are computed from the vectors of a sample of queries, evenly spread over the rows of each source.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ UNKNOWN_LANGUAGE = "uncertain"
 
 
 class InsightOptions(NamedTuple):
-    """What is computed.
+    """Options of the description.
 
     Attributes:
-        max_texts: Queries of each source and evaluation set.
+        max_texts: Maximum number of queries of each source and evaluation set.
         clusters: Number of clusters of all sources together.
         seed: Seed of the clusters.
     """
@@ -68,7 +68,7 @@ def describe_sources(
         evaluation_sets: Queries of evaluation sets, by name.
         encoder: The model.
         cache: Folder for the row indexes.
-        options: What is computed.
+        options: Sample size and clusters.
 
     Returns:
         "sources": effective rank, coverage and languages of each; "clusters", the largest first; "nearness" of each source to
@@ -89,10 +89,10 @@ def describe_sources(
             "source": sample.name,
             "texts": len(sample.texts),
             "effective_rank": round(compute_effective_rank(sample.vectors), 2),
-            **describe_coverage(own_labels, len(clusters)),
+            **describe_coverage(source_labels, len(clusters)),
             "languages": dict(Counter(identify(text) or UNKNOWN_LANGUAGE for text in sample.texts).most_common()),
         }
-        for sample, own_labels in zip(samples, labels, strict=True)
+        for sample, source_labels in zip(samples, labels, strict=True)
     ]
     return {
         "sources": sources,
@@ -120,7 +120,7 @@ def compute_effective_rank(vectors: Float[np.ndarray, "n d"]) -> float:
 
 
 def compute_perplexity(weights: Float[np.ndarray, " n"]) -> float:
-    """Return the exponential of the entropy of weights, scaled to sum to 1: how many equal weights have that entropy."""
+    """Return the exponential of the entropy of weights, scaled to sum to 1: the number of equal weights with that entropy."""
     total = weights.sum()
     if total <= 0:
         return 1.0
@@ -144,11 +144,11 @@ def describe_clusters(samples: Sequence[TextSample], options: InsightOptions) ->
         raise UserError(f"--clusters is {options.clusters}, but the sources have only {len(texts)} texts. Lower it.")
     vectors = np.concatenate([sample.vectors for sample in samples])
     clustering = cluster_vectors(vectors, options.clusters, options.seed)
-    described = []
+    descriptions = []
     for number in range(options.clusters):
         members = np.flatnonzero(clustering.labels == number)
         central = members[np.argsort(-clustering.similarities[members], kind="stable")[:MAX_CLUSTER_TEXTS]]
-        described.append(
+        descriptions.append(
             {
                 "texts": len(members),
                 "sources": dict(Counter(texts[i][0] for i in members.tolist())),
@@ -156,7 +156,7 @@ def describe_clusters(samples: Sequence[TextSample], options: InsightOptions) ->
             }
         )
     ends = np.cumsum([len(sample.texts) for sample in samples])[:-1]
-    return np.split(clustering.labels, ends), described
+    return np.split(clustering.labels, ends), descriptions
 
 
 def describe_nearness(source: TextSample, target: TextSample) -> dict[str, Any]:
@@ -186,7 +186,7 @@ def format_tables(report: Mapping[str, Any]) -> Iterator[str]:
         languages = ", ".join(f"{name} {count}" for name, count in list(row["languages"].items())[:MAX_CLUSTER_TEXTS])
         numbers = f"{row['texts']:,} | {row['effective_rank']} | {row['coverage']} | {row['effective_clusters']}"
         yield f"| {row['source']} | {numbers} | {languages} |"
-    yield "\n| source | target | near share | mean cosine | of the target itself | relation |\n|---|---|---|---|---|---|"
+    yield "\n| source | target | near share | mean cosine | target's own mean cosine | relation |\n|---|---|---|---|---|---|"
     for row in [*report["nearness"], *report["evaluation"]]:
         numbers = f"{row['near_share']} | {row['mean_cosine']} | {row['own_mean_cosine']}"
         yield f"| {row['source']} | {row['target']} | {numbers} | {row['relation']} |"

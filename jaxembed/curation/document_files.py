@@ -48,7 +48,7 @@ def check_libraries(files: Iterable[Path]) -> None:
 
 
 def read_document(path: Path) -> Document:
-    """Read a file by its ending, one of `DOCUMENT_READERS`.
+    """Read a file with the reader of its extension (`DOCUMENT_READERS`).
 
     Raises:
         UserError: The file cannot be read, is broken, or has no text.
@@ -153,7 +153,7 @@ def _split_paragraphs(text: str) -> list[Block]:
 
 
 def _decode_lines(path: Path) -> str:
-    """Return the text of a UTF-8 file with line feeds only."""
+    """Return the text of a UTF-8 file. All its line breaks become line feeds."""
     text = decode(read_bytes(path), str(path))
     if "\x00" in text:
         raise UserError(f"{path}: not a text file (it contains a zero byte)")

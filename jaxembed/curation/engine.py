@@ -2,7 +2,7 @@
 
 OUT/.unfinished/inputs.json       hash of the sources; exists until the curation is finished
 OUT/.unfinished/0/rows.jsonl      rows after the steps of a stage: [source, number, row] per line
-OUT/.unfinished/0/dropped.npy     which items the step that ends the stage drops, or changes.jsonl: what it changes in each row
+OUT/.unfinished/0/dropped.npy     items that the last step of the stage drops; or changes.jsonl: its changes of each row
 OUT/.unfinished/0/stage.json      hash and statistics of the stage; written last, so it marks a finished stage
 OUT/SOURCE.jsonl, report.json, report.html
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxembed.config.curation import CurateConfig
-from jaxembed.curation.curation_page import PAGE_FILE, REPORT_FILE, write_page
+from jaxembed.curation.curation_page import PAGE_FILE, REPORT_FILE, render_page
 from jaxembed.curation.curation_sources import CuratedSource, iter_curated_rows, open_curated_sources
 from jaxembed.curation.curation_stats import CurationStepStats, RowStats
 from jaxembed.curation.stages import (
@@ -39,7 +39,7 @@ from jaxembed.curation.stages import (
     write_decisions,
 )
 from jaxembed.curation.steps.changes import ChangingStep
-from jaxembed.curation.steps.curated_row import CuratedRow, PreparedStep, RowStep, write_row
+from jaxembed.curation.steps.curated_row import CuratedRow, PreparedStep, RowStep, encode_row
 from jaxembed.curation.steps.items import AllRowsStep
 from jaxembed.data.convert import WRITERS, select_fields
 from jaxembed.devices.processes import progress_bar
@@ -156,17 +156,17 @@ class Curation:
         write_json(folder / STAGE_FILE, result)
 
     def _decide(self, step_index: int, rows: Iterable[CuratedRow], folder: Path, keys: Path) -> None:
-        """Store the rows of a stage, and which items its last step drops, in `folder`. The step keeps its files in `keys`."""
+        """Store the rows of a stage and the decisions of its last step in `folder`. `keys` is for its temporary files."""
         config = self.config.steps[step_index]
         with closing(make_all_rows_step(config, keys, self.num_rows, self.config, self.context)) as step:
             write_rows(folder / ROWS_FILE, rows, step)
             write_decisions(folder, step)
 
     def _list_functions(self, index: int) -> dict[int, RowStep]:
-        """Return the functions of a stage by the index of their step. The first one drops what the previous stage decided."""
+        """Return the functions of a stage by the index of their step. The first applies the decisions of the previous stage."""
         functions: dict[int, RowStep] = {}
-        if index and (decided := self.stages[index - 1].all_rows_step) is not None:
-            functions[decided] = read_decisions(stage_folder(self.out, index - 1), self.config.steps[decided])
+        if index and (previous := self.stages[index - 1].all_rows_step) is not None:
+            functions[previous] = read_decisions(stage_folder(self.out, index - 1), self.config.steps[previous])
         return functions | {i: self.row_steps[i].function for i in self.stages[index].row_steps}
 
     def _iter_rows(self, index: int, stage: CurationStage, stats: RowStats) -> Generator[CuratedRow]:
@@ -199,7 +199,7 @@ class Curation:
         for row in rows:
             stats.add(row)
             metadata = {field: row.fields[field] for field in self.config.output_metadata if field in row.fields}
-            yield json.loads(write_row(select_fields(row.fields) | metadata))
+            yield json.loads(encode_row(select_fields(row.fields) | metadata))
 
     def _check_rows_left(self, steps: dict[int, CurationStepStats], stage: CurationStage) -> None:
         """Raise `UserError` if no row reached a step of the stage, or the output."""
@@ -233,7 +233,7 @@ def write_rows(path: Path, rows: Iterable[CuratedRow], step: AllRowsStep | Chang
     with path.open("w", encoding="utf-8") as file:
         for batch in batched(rows, ROWS_PER_BATCH):
             step.collect(batch)
-            file.writelines(f"[{row.source},{row.number},{write_row(row.fields)}]\n" for row in batch)
+            file.writelines(f"[{row.source},{row.number},{encode_row(row.fields)}]\n" for row in batch)
 
 
 def read_rows(path: Path, sources: Sequence[CuratedSource]) -> Iterator[CuratedRow]:
@@ -293,7 +293,9 @@ def lock_output(out: Path, inputs_digest: str) -> Iterator[None]:
         write_json(path, {"digest": inputs_digest})
         yield
     except BlockingIOError:
-        raise UserError(f"{out}: another process writes it. Wait for it, or name another folder with out.") from None
+        raise UserError(
+            f"{out}: another process is writing it. Wait for that process, or name another folder with out."
+        ) from None
     finally:
         os.close(descriptor)
 
@@ -311,7 +313,7 @@ def write_report(config: CurateConfig, out: Path, sources: Sequence[CuratedSourc
         "output": stages[-1]["output"],
     }
     write_json(out / REPORT_FILE, report)
-    write_text(out / PAGE_FILE, write_page(report))
+    write_text(out / PAGE_FILE, render_page(report))
     return report
 
 

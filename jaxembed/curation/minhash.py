@@ -1,9 +1,9 @@
-"""MinHash signatures, and the bands by which similar ones are found (locality-sensitive hashing).
+"""MinHash signatures, and locality-sensitive hashing of their bands to find similar sets.
 
 Broder 1997; Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, chapter 3. rensa computes the signatures.
 
 1. The signature of a set has `NUM_HASHES` values. The share of equal values in two signatures estimates the Jaccard index.
-2. Signatures are cut into bands. Sets with an equal band share a bucket, and are compared.
+2. Signatures are split into bands. Sets with an equal band share a bucket and are compared.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def compute_signatures(sets: Sequence[np.ndarray], minhash: Any) -> np.ndarray:
 
 
 def hash_bands(signatures: np.ndarray, width: int) -> np.ndarray:
-    """Return the bucket of each band of `width` values, which no other band has, uint64 [bands, N]."""
+    """Return the bucket of each band of `width` values, uint64 [bands, N]. Different bands never share a bucket."""
     buckets = np.repeat(np.arange(NUM_HASHES // width, dtype=np.uint64)[:, None], len(signatures), axis=1)
     for offset in range(width):
         columns = signatures[:, offset : offset + NUM_HASHES - NUM_HASHES % width : width]

@@ -1,4 +1,4 @@
-"""Hard negatives: candidates by search, filtered by rank and score, with the scores that selected them."""
+"""Mine hard negatives: search candidates, filter them by rank and score, and keep their scores."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class MiningOptions:
         config: Rule that selects negatives among the candidates, and filter that removes positives.
         seed: Seed of the sample that estimates the recall.
         keep_negatives: Keep the negatives of the rows, before the mined ones.
-        rankers: Rankings that order the candidates: vectors, bm25, and judge. Several are fused by reciprocal rank.
+        rankers: Rankings that order the candidates: vectors, bm25 and judge. Several are combined by reciprocal rank fusion.
         memory_mb: Memory of the search on each device, in MiB.
         approximate: Search with `jax.lax.approx_max_k`.
         relabel_margin: Replace the positives of a row by the best candidate if its score is this much above theirs. None: keep
@@ -53,9 +53,9 @@ class MiningOptions:
 
 
 class MinedRow(NamedTuple):
-    """A row with the scores of its positives, and its negatives with theirs. The last `num_mined` negatives are new.
+    """A row with the scores of its positives, and its negatives with their scores. The last `num_mined` negatives are new.
 
-    If `is_relabeled`, its only positive is a candidate that took the place of its own ones.
+    If `is_relabeled`, its only positive is a candidate that replaced the original positives.
     """
 
     row: PoolRow
@@ -120,8 +120,8 @@ def embed_pool(
     return query_vectors, embed_texts(documents, encode, width, f"{prefix}documents")
 
 
-def score_by_text(score_pairs: ScorePairs, pool: MiningPool) -> ScoreIds:
-    """Turn a function that scores pairs of texts into one that scores pairs of ids of a pool."""
+def make_id_scorer(score_pairs: ScorePairs, pool: MiningPool) -> ScoreIds:
+    """Wrap a function that scores pairs of texts so that it scores pairs of ids of a pool."""
 
     def score_ids(ids: np.ndarray) -> np.ndarray:
         pairs = [(pool.queries[query].text, pool.documents[document]) for query, document in ids.tolist()]
@@ -139,7 +139,7 @@ def mine_negatives(
 ) -> MiningResult:
     """Mine negatives for the rows of a pool.
 
-    The consistency filter removes a positive if `consistency_top_k` documents that are no positives score higher
+    The consistency filter removes a positive if `consistency_top_k` documents that are not positives score higher
     (KaLM-Embedding, arXiv:2501.01028: 50. E5, arXiv:2212.03533: 2). It always uses the vectors. It may leave no row.
 
     Args:
@@ -191,7 +191,7 @@ def mine_negatives(
         relabeled = _relabel(kept_rows, positive_scores, candidates, options.relabel_margin)
         kept_rows, positive_scores, is_relabeled = map(list, zip(*relabeled, strict=True))
     kept_negatives = [
-        tuple(document for document in row.negatives if document not in {*pool.excluded[row.query], *row.positives})
+        tuple(document for document in row.negatives if document not in {*pool.excluded_documents[row.query], *row.positives})
         if options.keep_negatives
         else ()
         for row in kept_rows
@@ -209,7 +209,7 @@ def mine_negatives(
 
 
 def check_first_rank(pool: MiningPool, config: MineConfig, advice: str) -> None:
-    """Raise `UserError` if negatives start after the last candidate. `advice` says what to do."""
+    """Raise `UserError` if the first rank lies beyond the last candidate. `advice` says what to do."""
     if pool.max_candidates < config.first_rank:
         raise UserError(
             f"{format_rule_options(config)}: negatives start at rank {config.first_rank}, but a query has at most "
@@ -246,7 +246,7 @@ def _find_nearest(
 ) -> tuple[list[SearchResult], float | None]:
     """Return the nearest corpus documents of each query that may be negatives, and the recall of an approximate search."""
     depth = max(options.config.last_rank, options.config.consistency_top_k)
-    corpus, k = document_vectors[: pool.corpus_size], _search_depth(pool, depth)
+    corpus, k = document_vectors[: pool.corpus_size], _compute_search_depth(pool, depth)
     found = search(query_vectors, corpus, k, memory_mb=options.memory_mb, approximate=options.approximate, show_progress=True)
     recall = None
     if options.approximate:
@@ -254,31 +254,31 @@ def _find_nearest(
         exact = search(query_vectors[sample], corpus, k, memory_mb=options.memory_mb)
         shares = [np.isin(a, b).mean() for a, b in zip(exact.rows, found.rows[sample], strict=True)]
         recall = float(np.mean(shares))
-    per_query = zip(found.rows, found.scores, pool.excluded, strict=True)
+    per_query = zip(found.rows, found.scores, pool.excluded_documents, strict=True)
     return [_remove_excluded(SearchResult(rows, scores), excluded, depth) for rows, scores, excluded in per_query], recall
 
 
 def _iter_rankings(pool: MiningPool, nearest: list[SearchResult], options: MiningOptions) -> Iterator[list[np.ndarray]]:
-    """Yield the candidates of each query, best first, by vectors and by BM25, as the options ask."""
+    """Yield the candidates of each query, best first, by vectors and by BM25, as far as the options ask for them."""
     depth = options.config.last_rank
     if "vectors" in options.rankers:
         yield [found.rows[:depth] for found in nearest]
     if "bm25" in options.rankers:
-        yield _find_by_bm25(pool, depth)
+        yield _rank_by_bm25(pool, depth)
 
 
-def _find_by_bm25(pool: MiningPool, depth: int) -> list[np.ndarray]:
-    """Return the best documents of each query by BM25 that may be negatives, in its order."""
+def _rank_by_bm25(pool: MiningPool, depth: int) -> list[np.ndarray]:
+    """Return the best documents of each query by BM25 that may be negatives, best first."""
     queries = [query.text for query in pool.queries]
-    ranked = bm25.rank_documents(pool.documents[: pool.corpus_size], queries, _search_depth(pool, depth))
+    ranked = bm25.rank_documents(pool.documents[: pool.corpus_size], queries, _compute_search_depth(pool, depth))
     ranks = np.arange(ranked.shape[1])
-    per_query = zip(ranked, pool.excluded, strict=True)
+    per_query = zip(ranked, pool.excluded_documents, strict=True)
     return [_remove_excluded(SearchResult(rows, ranks), excluded, depth).rows for rows, excluded in per_query]
 
 
-def _search_depth(pool: MiningPool, depth: int) -> int:
+def _compute_search_depth(pool: MiningPool, depth: int) -> int:
     """Return how many documents to search so that about `depth` are left after excluded ones are removed."""
-    return depth + min(depth, max(map(len, pool.excluded)))
+    return depth + min(depth, max(map(len, pool.excluded_documents)))
 
 
 def _remove_excluded(found: SearchResult, excluded: set[int], depth: int) -> SearchResult:
@@ -296,7 +296,7 @@ def _rerank(candidates: list[SearchResult], queries: set[int], depth: int, score
 
 
 def _fuse_order(judged: SearchResult, rankings: Sequence[np.ndarray]) -> SearchResult:
-    """Reorder the candidates that a judge has scored by all rankings: that of the judge, and the others."""
+    """Reorder the candidates by reciprocal rank fusion of the judge's ranking and all others."""
     fused = fuse_rankings([judged.rows, *rankings])
     scores = dict(zip(judged.rows.tolist(), judged.scores.tolist(), strict=True))
     rows = [document for document in fused.tolist() if document in scores]
@@ -306,9 +306,9 @@ def _fuse_order(judged: SearchResult, rankings: Sequence[np.ndarray]) -> SearchR
 def _relabel(
     rows: Sequence[PoolRow], positive_scores: Sequence[np.ndarray], candidates: list[SearchResult], margin: float
 ) -> Iterator[tuple[PoolRow, np.ndarray, bool]]:
-    """Yield each row, the scores of its positives, and whether a better candidate took the place of these.
+    """Yield each row, the scores of its positives, and whether a better candidate replaced the positives.
 
-    Gecko (Lee et al. 2024, arXiv:2403.20327) takes the best-ranked passage as the positive, whatever the query was made from.
+    Gecko (Lee et al. 2024, arXiv:2403.20327) takes the best-ranked passage as the positive.
     """
     for row, scores in zip(rows, positive_scores, strict=True):
         found = candidates[row.query]

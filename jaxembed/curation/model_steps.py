@@ -10,12 +10,12 @@ from jaxembed.config.curation_models import ClusterStepConfig, JudgeConfig, Judg
 from jaxembed.curation.mining import MiningOptions
 from jaxembed.curation.stages import CurationContext
 from jaxembed.curation.steps.changes import ChangingStep
-from jaxembed.curation.steps.clusters import Clusters
+from jaxembed.curation.steps.clusters import ClusterStep
 from jaxembed.curation.steps.curated_row import PreparedStep
 from jaxembed.curation.steps.items import AllRowsStep
 from jaxembed.curation.steps.judged_rows import make_judge_step
-from jaxembed.curation.steps.mined_rows import MinedRows, MinerModels
-from jaxembed.curation.steps.semantic_copies import SemanticCopies
+from jaxembed.curation.steps.mined_rows import MinerModels, MineStep
+from jaxembed.curation.steps.semantic_copies import SemanticDuplicatesStep
 from jaxembed.data.convert import name_files
 from jaxembed.hub.causal_judge import open_causal_judge
 from jaxembed.hub.cross_encoder import ScorePairs, open_cross_encoder
@@ -41,12 +41,12 @@ def make_all_rows_step(
     if isinstance(step, MineStepConfig):
         return make_mine_step(step, config, context)
     if isinstance(step, ClusterStepConfig):
-        return Clusters(step, folder, open_frozen_encoder(step.model, context.cache), config.seed)
+        return ClusterStep(step, folder, open_frozen_encoder(step.model, context.cache), config.seed)
     assert isinstance(step, DuplicatesStepConfig)
-    return SemanticCopies(step, folder, open_frozen_encoder(step.model, context.cache), config.memory_mb)
+    return SemanticDuplicatesStep(step, folder, open_frozen_encoder(step.model, context.cache), config.memory_mb)
 
 
-def make_mine_step(step: MineStepConfig, config: CurateConfig, context: CurationContext) -> MinedRows:
+def make_mine_step(step: MineStepConfig, config: CurateConfig, context: CurationContext) -> MineStep:
     """Return a step `mine` with its models."""
     options = MiningOptions(
         config=step,
@@ -58,7 +58,7 @@ def make_mine_step(step: MineStepConfig, config: CurateConfig, context: Curation
     )
     judge = open_judge(step.judge, context) if step.judge else None
     models = MinerModels(open_frozen_encoder(step.model, context.cache), judge)
-    return MinedRows(step, name_files(config.sources, ""), models, options, context.cache)
+    return MineStep(step, name_files(config.sources, ""), models, options, context.cache)
 
 
 def prepare_judge_step(step: JudgeStepConfig, context: CurationContext) -> PreparedStep:

@@ -1,4 +1,4 @@
-"""The texts that mining works on: queries of a source, their positives, and a corpus. Each text is stored once."""
+"""The texts that mining reads: queries of a source, their positives, and a corpus. Each text is stored once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from jaxembed.errors import UserError
 
 
 class PoolRow(NamedTuple):
-    """A row of the input, by the ids of its query and documents. `draw_seed` seeds what is drawn for the row."""
+    """A row of the input as ids of its query and documents. `draw_seed` seeds the random draws for the row."""
 
     query: int
     positives: tuple[int, ...]
@@ -38,8 +38,8 @@ class MiningPool:
         queries: Queries by id.
         documents: Documents by id. The first `corpus_size` of them are searched.
         corpus_size: Number of documents in the corpus.
-        excluded: For each query, the documents that are never its negatives: the positives of all rows with the same query
-            text, and the query text itself.
+        excluded_documents: For each query, the documents that are never its negatives: the positives of all rows with the
+            same query text, and the query text itself.
         num_blank_documents: Number of corpus documents without text, which are left out.
         drop_counts: Number of rows that the source leaves out, by reason.
     """
@@ -48,14 +48,14 @@ class MiningPool:
     queries: list[EncoderInput]
     documents: list[str]
     corpus_size: int
-    excluded: list[set[int]]
+    excluded_documents: list[set[int]]
     num_blank_documents: int
     drop_counts: dict[str, int]
 
     @property
     def max_candidates(self) -> int:
         """The largest number of corpus documents that may be negatives of one query."""
-        return self.corpus_size - min(sum(document < self.corpus_size for document in ids) for ids in self.excluded)
+        return self.corpus_size - min(sum(document < self.corpus_size for document in ids) for ids in self.excluded_documents)
 
 
 class TextIds:
@@ -70,7 +70,7 @@ class TextIds:
         return len(self.texts)
 
     def add(self, text: str) -> int:
-        """Return the id of a text, a new one if the text is new."""
+        """Return the id of a text. A new text gets a new id."""
         text_id = self._ids.setdefault(normalize_text(text), len(self.texts))
         if text_id == len(self.texts):
             self.texts.append(text)
@@ -121,7 +121,7 @@ def build_pool(pairs: Iterable[Row], corpus: Iterable[str] | None, seed: int, de
     Args:
         pairs: Rows with query, positives and negatives.
         corpus: Documents to search. None: all positives and negatives of the rows.
-        seed: Seed of everything drawn for a row, together with the row's texts. The order of rows makes no difference.
+        seed: Seed of all random draws, together with the texts of the row. The order of the rows has no effect.
         default_instruction: Instruction of queries whose row has no prompt.
 
     Raises:
@@ -157,7 +157,9 @@ def build_pool(pairs: Iterable[Row], corpus: Iterable[str] | None, seed: int, de
         queries=list(query_ids),
         documents=documents.texts,
         corpus_size=len(documents) if corpus is None else corpus_size,
-        excluded=[positives_by_text[normalize_text(query.text)] | _find_ids(documents, query.text) for query in query_ids],
+        excluded_documents=[
+            positives_by_text[normalize_text(query.text)] | _find_ids(documents, query.text) for query in query_ids
+        ],
         num_blank_documents=num_blank_documents,
         drop_counts={},
     )

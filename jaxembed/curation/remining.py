@@ -1,4 +1,4 @@
-"""Hard negatives that a model mines for the data of a stage: the one in training (ANCE, arXiv:2007.00808), or another one."""
+"""Mine hard negatives for the data of a training stage, with the model in training (ANCE, arXiv:2007.00808) or another one."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class Miner(NamedTuple):
     identity: Mapping[str, str]
 
 
-def make_own_miner(embedder: Embedder) -> Miner:
-    """Return the model in training as a miner. Prompts are those of training. All processes of a run encode together."""
+def make_training_miner(embedder: Embedder) -> Miner:
+    """Return the model in training as a miner, with the prompts of training. All processes of a run encode together."""
     width = embedder.model.width
 
     def encode(texts: Sequence[EncoderInput]) -> np.ndarray:
@@ -54,7 +54,7 @@ def make_own_miner(embedder: Embedder) -> Miner:
 
 
 def open_miner(name: str) -> Miner:
-    """Load another model as a miner, with prompts of its own. Each process of a run encodes all texts on its devices."""
+    """Load another model as a miner, with its own prompts. Each process of a run encodes all texts on its devices."""
     encoder = open_frozen_encoder(name, cache_dir())
     return Miner(encoder.encode, encoder.width, encoder.identity)
 
@@ -66,7 +66,7 @@ def check_miner_exists(config: MineConfig | None) -> None:
 
 
 def check_mined_sources(sources: Sequence[Source], config: MineConfig, seed: int, prefix: str) -> None:
-    """Check that the sources to mine can be mined, and have more texts than the first rank. Read no more rows than needed.
+    """Check that each source can be mined and has more texts than the first rank. Rows are read only as far as needed.
 
     Args:
         sources: Sources of a stage.

@@ -1,4 +1,4 @@
-"""The rules of the `mine` section, applied: which candidates of a query become its negatives."""
+"""Apply the rules of the `mine` section: choose the negatives of a query among its candidates."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def choose_negatives(config: MineConfig, scores: np.ndarray, positive_score: flo
         config: The rule and its limits.
         scores: Scores [C] of the candidates in rank order.
         positive_score: Score of the positive, the lowest one of several.
-        rng: Draws the sample of rules that sample.
+        rng: Random generator for the rules that sample.
 
     Returns:
         Indices of the negatives among the candidates, ascending. There are fewer than `config.negatives` if fewer
@@ -28,7 +28,7 @@ def choose_negatives(config: MineConfig, scores: np.ndarray, positive_score: flo
 
 
 def format_rule_options(config: MineConfig) -> str:
-    """Return the rule and the limit that only this rule reads as command-line options."""
+    """Return the rule, and the limit that only this rule reads, as command-line options."""
     options = [f"--rule {config.rule}"]
     for key, rules in RULES_BY_KEY.items():
         if rules == (config.rule,):

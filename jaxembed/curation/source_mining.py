@@ -1,4 +1,4 @@
-"""Hard negatives for the pairs of a file, from its texts to the output and its report."""
+"""Mine hard negatives for the pairs of a file, and write the output and its report."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from jaxembed.curation.mining import (
     check_first_rank,
     check_rows_left,
     embed_pool,
+    make_id_scorer,
     mine_negatives,
-    score_by_text,
 )
 from jaxembed.curation.pool import open_mining_source, read_corpus, read_pool
 from jaxembed.curation.report import collect_scores_and_samples, count_outcomes, describe_options, to_output_row
@@ -41,7 +41,7 @@ class MiningJob:
         options: How candidates are found and filtered.
         corpus_paths: Documents to search. Empty or None: the positives and negatives of the pairs.
         text_column: Column of the corpus that has the text.
-        cross_encoder: Cross-encoder whose scores replace those of the model. None: the model's own are used.
+        cross_encoder: Cross-encoder whose scores replace those of the model, or None.
         out: File of the pairs with their mined negatives.
         report_path: File of counts, histograms and samples.
     """
@@ -77,7 +77,7 @@ def mine_source(job: MiningJob, cache: Path, mesh: Mesh) -> dict[str, Any]:
     check_first_rank(pool, job.options.config, "Name more documents with --corpus.")
 
     # Open the models and encode the texts.
-    rescore = score_by_text(open_cross_encoder(job.cross_encoder, cache), pool) if job.cross_encoder else None
+    rescore = make_id_scorer(open_cross_encoder(job.cross_encoder, cache), pool) if job.cross_encoder else None
     encoder = open_frozen_encoder(job.model, cache, mesh)
     query_vectors, document_vectors = embed_pool(pool, job.source, encoder.encode, encoder.width)
 

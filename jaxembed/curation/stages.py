@@ -31,16 +31,16 @@ from jaxembed.config.curation import (
 )
 from jaxembed.config.curation_models import ClusterStepConfig, JudgeConfig, JudgeStepConfig, MineStepConfig
 from jaxembed.curation.minhash import import_rensa
-from jaxembed.curation.steps.balance import Balance, make_balance_rule
+from jaxembed.curation.steps.balance import BalanceStep, make_balance_rule
 from jaxembed.curation.steps.changes import ChangingStep, make_change_filter, write_changes
 from jaxembed.curation.steps.cleaning import make_clean_step
-from jaxembed.curation.steps.copies import ExactCopies
+from jaxembed.curation.steps.copies import ExactDuplicatesStep
 from jaxembed.curation.steps.curated_row import PreparedStep, RowStep, has_side
-from jaxembed.curation.steps.curriculum import Curriculum
+from jaxembed.curation.steps.curriculum import CurriculumStep
 from jaxembed.curation.steps.decontamination import ReadTask, make_decontaminate_step
 from jaxembed.curation.steps.items import AllRowsStep, ItemRule, make_duplicates_rule, make_item_filter
 from jaxembed.curation.steps.languages import make_language_step
-from jaxembed.curation.steps.near_copies import NearCopies
+from jaxembed.curation.steps.near_copies import NearDuplicatesStep
 from jaxembed.curation.steps.negatives import make_negatives_step
 from jaxembed.curation.steps.quality import make_quality_step
 from jaxembed.curation.steps.user_function import LocateRow, make_function_step
@@ -156,15 +156,15 @@ def make_all_rows_step(
         context: What steps share.
     """
     if isinstance(step, BalanceStepConfig):
-        return Balance(step, folder, max_rows, config.memory_mb, config.seed)
+        return BalanceStep(step, folder, max_rows, config.memory_mb, config.seed)
     if isinstance(step, CurriculumStepConfig):
-        return Curriculum(step)
+        return CurriculumStep(step)
     if needs_model(step):
         from jaxembed.curation import model_steps
 
         return model_steps.make_all_rows_step(step, folder, config, context)
     assert isinstance(step, DuplicatesStepConfig)
-    copies = NearCopies if step.match == "near" else ExactCopies
+    copies = NearDuplicatesStep if step.match == "near" else ExactDuplicatesStep
     return copies(step, folder, max_rows, config.memory_mb)
 
 
@@ -213,7 +213,7 @@ def check_sides(config: CurateConfig, formats: Sequence[str]) -> None:
 def compute_stage_digests(
     config: CurateConfig, stages: Sequence[CurationStage], inputs: str, row_steps: Mapping[int, PreparedStep]
 ) -> list[str]:
-    """Return, for each stage, a hash of all that its result depends on: inputs, seed, and all steps so far.
+    """Return, for each stage, a hash of everything that its result depends on: inputs, seed, and all steps so far.
 
     Args:
         config: The whole config.

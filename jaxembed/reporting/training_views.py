@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxembed.config import StageConfig
-from jaxembed.curation.remining import make_own_miner
+from jaxembed.curation.remining import make_training_miner
 from jaxembed.data.batch import EncoderInput
 from jaxembed.data.containers import open_container
 from jaxembed.data.rows import IndexedRows
@@ -73,7 +73,7 @@ def view_training_source(source: Source, embedder: Embedder) -> SetView | None:
 
 def _compare_examples(examples: list[Example], embedder: Embedder, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Return the cosines of queries with their positives, their hard negatives, and the positives of other queries."""
-    encode = make_own_miner(embedder).encode
+    encode = make_training_miner(embedder).encode
     queries = encode([EncoderInput(e.query, "query", e.instruction) for e in examples])
     positives = encode([EncoderInput(e.positive, "document", e.document_instruction) for e in examples])
     owners = [i for i, example in enumerate(examples) for _ in example.negatives]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jaxembed.config.fields import Fields
-from jaxembed.curation.remining import make_own_miner, name_report, open_miner, write_mined_rows
+from jaxembed.curation.remining import make_training_miner, name_report, open_miner, write_mined_rows
 from jaxembed.data.containers import open_container
 from jaxembed.data.rows import IndexedRows
 from jaxembed.data.sampling import MINED_SCHEMA, MinedPairSampler
@@ -53,7 +53,7 @@ def with_mined_negatives(
         if not is_written:
             if mine.model and other_miner is None:
                 other_miner = open_miner(mine.model)
-            miner = other_miner or make_own_miner(encoder_for(source.config.adapter))
+            miner = other_miner or make_training_miner(encoder_for(source.config.adapter))
             write_mined_rows(source, mine, miner, stage.config.train.seed, path, key_prefix)
             processes.barrier()
         sources[number] = _open_mined_pairs(source, path)

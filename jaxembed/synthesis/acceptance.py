@@ -1,4 +1,4 @@
-"""Which rows are accepted: valid training rows that are new and within the quotas."""
+"""Accept the rows that are valid, new, and within the quotas."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jaxembed.errors import UserError
 from jaxembed.synthesis.drafts import Draft, fill_field, fill_template
 from jaxembed.synthesis.novelty import SeenTexts, open_language_identifier
 
-UNKNOWN = "unknown"  # language of a text whose language is not certain
+UNKNOWN = "unknown"  # group of texts whose language cannot be identified
 EQUAL_TEXTS = "query, positives and negatives are not all different"
 COPY = "copy of an earlier row"
 
@@ -29,7 +29,7 @@ class AcceptedRow:
 
     Attributes:
         row: The training row.
-        draft: The draft that it was made of.
+        draft: The draft it was made from.
     """
 
     row: Row
@@ -53,15 +53,15 @@ class KnownQueries:
         self._seen = SeenTexts(config.duplicates, config.threshold) if config.duplicates != "none" else None
         if config.existing and self._seen:
             for row in iter_curated_rows(open_curated_sources(config.existing, cache, where)):
-                self._seen.add(get_identity(row))
+                self._seen.add(get_duplicate_key(row))
 
     def add(self, row: CuratedRow) -> bool:
         """Return whether the query of a row is new, and remember it."""
-        return self._seen is None or self._seen.add(get_identity(row))
+        return self._seen is None or self._seen.add(get_duplicate_key(row))
 
 
-def get_identity(row: CuratedRow) -> str:
-    """Return the text by which copies of a row are found: its query; for pairs with a score or an NLI label, both texts."""
+def get_duplicate_key(row: CuratedRow) -> str:
+    """Return the text that copies of a row share: its query, or both texts of a pair with a score or an NLI label."""
     texts = get_texts(row, "query")
     return "\n".join([*texts, *get_texts(row, "positives")] if row.format == "scored_pairs" else texts)
 
@@ -79,7 +79,7 @@ class RowRules:
 
         Args:
             task: The section of the task.
-            known: Queries that are known already.
+            known: Queries of earlier rows.
             target: Rows to write, or None.
         """
         self.format = find_format(task)
@@ -96,10 +96,10 @@ class RowRules:
             return None
         groups = [self._find_group(quota, row, draft) for quota in self._task.quotas]
         for quota, group, counts in zip(self._task.quotas, groups, self.groups, strict=True):
-            if counts[group] >= self._limit(quota):
+            if counts[group] >= self._compute_limit(quota):
                 self.rejected[f"quota of {quota.by}"] += 1
                 return None
-        if not self._known.add(self._curated(row)):
+        if not self._known.add(self._to_curated_row(row)):
             self.rejected[COPY] += 1
             return None
         for group, counts in zip(groups, self.groups, strict=True):
@@ -116,13 +116,13 @@ class RowRules:
             return EQUAL_TEXTS
         return None
 
-    def _curated(self, row: dict[str, Any]) -> CuratedRow:
+    def _to_curated_row(self, row: dict[str, Any]) -> CuratedRow:
         if self.format == "nli":
             return CuratedRow(0, 0, "scored_pairs", {"sentence1": row["premise"], "sentence2": row["hypothesis"]})
         return CuratedRow(0, 0, self.format, row)
 
     def _find_group(self, quota: QuotaConfig, row: dict[str, Any], draft: Draft) -> str:
-        curated = self._curated(row)
+        curated = self._to_curated_row(row)
         document = (get_texts(curated, "positives") or get_texts(curated, "query"))[0]
         if quota.by == LANGUAGE:
             return open_language_identifier()(document) or UNKNOWN
@@ -130,7 +130,7 @@ class RowRules:
             return f"{2 ** (len(document).bit_length() - 1):,} characters or more"
         return fill_template(quota.by, draft)
 
-    def _limit(self, quota: QuotaConfig) -> float:
+    def _compute_limit(self, quota: QuotaConfig) -> float:
         if quota.max_rows is not None:
             return quota.max_rows
         assert quota.max_share is not None and self._target is not None
@@ -145,7 +145,7 @@ def list_texts(row: Mapping[str, Any]) -> list[str]:
 
 
 def is_unicode(text: str) -> bool:
-    """Return whether a text has no half of a surrogate pair, which no file can hold."""
+    """Return whether a text can be written as UTF-8, which lone surrogates cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:

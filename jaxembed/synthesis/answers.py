@@ -1,4 +1,4 @@
-"""Valid answers: their JSON schema, which a server may enforce, and the pydantic model that reads them."""
+"""Parse and validate answers: a JSON schema, which a server may enforce, and a pydantic model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ THOUGHTS = re.compile(r"\s*<think>.*?</think>", re.DOTALL)
 REFUSAL = re.compile(
     r"\s*(i['\u2019]m sorry|i am sorry|sorry, (but )?i |i can(not|['\u2019]t) (help|assist|comply|fulfill)|as an ai\b)", re.I
 )
-LENGTH_KEYWORDS = ("minLength", "maxLength", "minItems", "maxItems", "minimum", "maximum")
+LIMIT_KEYWORDS = ("minLength", "maxLength", "minItems", "maxItems", "minimum", "maximum")
 
 FindLanguageProblem = Callable[[str, str], str | None]  # (text, expected language) -> problem, or None
 
@@ -36,7 +36,7 @@ class AnswerReader:
     """
 
     def __init__(self, config: AnswerConfig, find_language_problem: FindLanguageProblem):
-        """Build the schema and the model.
+        """Build the schema and the pydantic model.
 
         Args:
             config: The section of the answer.
@@ -51,14 +51,14 @@ class AnswerReader:
         self.schema = None if config.type == "text" else self._model.model_json_schema() | {"additionalProperties": False}
 
     def read(self, answer: Answer, languages: Mapping[str, str]) -> list[dict[str, Any]]:
-        """Return the fields of each draft that an answer gives: one, or one for each item of a list.
+        """Return the fields of one draft, or of one draft for each item of a list.
 
         Args:
             answer: The answer.
             languages: Expected language by field.
 
         Raises:
-            InvalidAnswerError: It is not valid.
+            InvalidAnswerError: The answer is not valid.
         """
         if answer.refusal or answer.finish_reason == "content_filter":
             raise InvalidAnswerError("refused")
@@ -87,7 +87,9 @@ class AnswerReader:
         except ValidationError as error:
             problem = error.errors()[0]
             field = next((str(part) for part in problem["loc"] if part != ITEMS), "the answer")
-            raise InvalidAnswerError(f"{'an item' if field.isdecimal() else field}: {describe(problem['type'])}") from None
+            raise InvalidAnswerError(
+                f"{'an item' if field.isdecimal() else field}: {describe_pydantic_error(problem['type'])}"
+            ) from None
 
     def _check_texts(self, name: str, value: Any, language: str) -> None:
         """Check the strings of a field against refusals, patterns, and a language."""
@@ -100,7 +102,7 @@ class AnswerReader:
                 raise InvalidAnswerError("in another language")
 
 
-def describe(kind: str) -> str:
+def describe_pydantic_error(kind: str) -> str:
     """Return a short reason for one of pydantic's error types."""
     return {"missing": "missing", "extra_forbidden": "not expected", "literal_error": "not one of the choices",
             "string_unicode": "not valid Unicode",
@@ -109,14 +111,14 @@ def describe(kind: str) -> str:
 
 
 def make_model(fields: Mapping[str, FieldConfig]) -> type[BaseModel]:
-    """Return the pydantic model of an object with some fields. Strings lose white space at both ends."""
+    """Return the pydantic model of an object with the given fields. Strings are stripped."""
     definitions: dict[str, Any] = {name: (make_type(field), ...) for name, field in fields.items()}
     config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
     return create_model("Answer", __config__=config, **definitions)
 
 
 def make_type(field: FieldConfig) -> Any:
-    """Return the type of a field for pydantic."""
+    """Return the pydantic type of a field."""
     string = Annotated[
         str, StringConstraints(min_length=field.min_chars, max_length=field.max_chars, strip_whitespace=True, strict=True)
     ]
@@ -129,22 +131,22 @@ def make_type(field: FieldConfig) -> Any:
     return Annotated[int if field.type == "integer" else float, Field(ge=field.minimum, le=field.maximum)]
 
 
-def drop_lengths(schema: Any) -> Any:
+def drop_limits(schema: Any) -> Any:
     """Return a JSON schema without limits on lengths and numbers, which some servers refuse."""
     if isinstance(schema, dict):
-        return {key: drop_lengths(value) for key, value in schema.items() if key not in LENGTH_KEYWORDS}
-    return [drop_lengths(value) for value in schema] if isinstance(schema, list) else schema
+        return {key: drop_limits(value) for key, value in schema.items() if key not in LIMIT_KEYWORDS}
+    return [drop_limits(value) for value in schema] if isinstance(schema, list) else schema
 
 
 def parse_json(text: str, openings: str) -> Any:
-    """Return the JSON value in a text, which may be fenced or surrounded by other text. A list may be written as in Python.
+    """Return the JSON value in a text, which may be fenced or surrounded by other text. Python lists are accepted.
 
     Args:
         text: The text.
         openings: Characters that the value may start with.
 
     Raises:
-        InvalidAnswerError: There is none.
+        InvalidAnswerError: The text has no JSON value.
     """
     if match := FENCE.search(text):
         text = match[1]

@@ -1,4 +1,4 @@
-"""Asks an LLM server: from the store if it has answered before, without options that it refuses, and with tokens counted."""
+"""A client of LLM servers that stores answers, leaves out options that a server refuses, and counts tokens."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import threading
 from typing import Any
 
 from jaxembed.errors import UserError, summarize
-from jaxembed.synthesis.answers import drop_lengths
+from jaxembed.synthesis.answers import drop_limits
 from jaxembed.synthesis.endpoints import Endpoints, OptionRefusedError, ServerOptions
 from jaxembed.synthesis.requests import Answer, Request, estimate_tokens
 from jaxembed.synthesis.store import AnswerStore
 
 log = logging.getLogger("jaxembed")
-ECHO = "logprobs of a prompt"  # what a server must give for the likelihood of a text
+ECHO = "logprobs of a prompt"  # the option that scoring a text needs
 RESPONSE_FORMAT = "response_format"
-MAX_LOGPROBS = 20  # the most that OpenAI gives of a token
+MAX_LOGPROBS = 20  # OpenAI's limit on top_logprobs
 # How answers are structured: the first way that a server does not refuse.
 SCHEMA, SCHEMA_WITHOUT_LENGTHS, JSON, TEXT = range(4)
 STRUCTURE_NAMES = ("a JSON schema", "a JSON schema without lengths", "JSON", "text that is parsed")
@@ -26,14 +26,14 @@ STRUCTURE_NAMES = ("a JSON schema", "a JSON schema without lengths", "JSON", "te
 
 @dataclasses.dataclass
 class TokenCounts:
-    """What was used so far.
+    """Requests and tokens so far.
 
     Attributes:
-        requests: Requests with an answer, from a server or the store.
-        stored: Those of them from the store.
-        prompt_tokens: Tokens of their prompts.
-        completion_tokens: Tokens of their answers.
-        new_tokens: Tokens of prompts and answers from a server.
+        requests: Answered requests, from a server or the store.
+        stored: Requests answered from the store.
+        prompt_tokens: Tokens of the prompts.
+        completion_tokens: Tokens of the answers.
+        new_tokens: Tokens of prompts and answers that did not come from the store.
     """
 
     requests: int = 0
@@ -49,10 +49,10 @@ class TokenCounts:
 
 
 class LlmClient:
-    """Answers requests. Threads may share it."""
+    """Sends requests to LLM servers and stores the answers. Threads may share it."""
 
     def __init__(self, options: ServerOptions, store: AnswerStore):
-        """Prepare the servers. Nothing is sent. Raise `UserError` if a URL is not valid, or openai is not installed."""
+        """Create the HTTP clients; send nothing. Raise `UserError` if a URL is not valid, or openai is not installed."""
         self.model = options.model
         self.counts = TokenCounts()
         self._options, self._store = options, store
@@ -62,15 +62,15 @@ class LlmClient:
         self._lock = threading.Lock()
 
     def close(self) -> None:
-        """End all waits."""
+        """Wake all threads that wait for a server."""
         self._endpoints.close()
 
     def ask(self, request: Request) -> Answer:
-        """Return the answer to a request. It is stored.
+        """Return the answer to a request, from the store or a server. New answers are stored.
 
         Raises:
-            TooLongError: It does not fit into the model's context.
-            OptionRefusedError: The server does not give the likelihood of a text.
+            TooLongError: The request does not fit into the model's context.
+            OptionRefusedError: The server cannot score a text.
             UserError: The server cannot be used.
         """
         stored = self._store.get(request.key)
@@ -90,7 +90,7 @@ class LlmClient:
         return option not in self._refused
 
     def _ask_server(self, request: Request) -> Answer:
-        """Return the answer of a server. What it refuses is left out, from now on."""
+        """Return the answer of a server. Later requests leave out the options that it refuses."""
         send = self._score if request.scored_text else self._chat
         if request.scored_text and ECHO in self._refused:
             raise OptionRefusedError(ECHO, "refused before")
@@ -100,19 +100,23 @@ class LlmClient:
                 return self._endpoints.call(lambda client: send(client, request))
             except OptionRefusedError as refusal:
                 if refusal.option in refused or (refusal.option == RESPONSE_FORMAT and structure == TEXT):
-                    raise UserError(f"--server: refuses {refusal.option}, which it did not get ({refusal})") from None
+                    raise UserError(
+                        f"--server: refuses {refusal.option}, which was not in the request ({refusal}). Check the server's log."
+                    ) from None
                 self._note_refusal(refusal, structure)
                 if refusal.option == ECHO:
                     raise
 
     def _note_refusal(self, refusal: OptionRefusedError, structure: int) -> None:
-        """Leave out an option from now on, and log it once. `structure` is how the answer was to be structured."""
+        """Leave out an option from now on, and log it once. `structure` is the way in which the request asked for structure."""
         with self._lock:
             if refusal.option == RESPONSE_FORMAT:
                 if self._structure == structure:
                     self._structure += 1
                     name = STRUCTURE_NAMES[self._structure]
-                    log.info("the server refuses %s (%s); answers are asked as %s", STRUCTURE_NAMES[structure], refusal, name)
+                    log.info(
+                        "the server refuses %s (%s); answers are requested as %s", STRUCTURE_NAMES[structure], refusal, name
+                    )
             elif refusal.option not in self._refused:
                 self._refused.add(refusal.option)
                 log.info("the server refuses %s (%s); requests leave it out", refusal.option, refusal)
@@ -149,8 +153,8 @@ class LlmClient:
         if not logprobs or not logprobs.token_logprobs or not logprobs.text_offset:
             raise OptionRefusedError(ECHO, "none in the answer")
         first, last = len(request.prompt), len(request.prompt) + len(request.scored_text)
-        places = zip(logprobs.text_offset, logprobs.token_logprobs, strict=False)
-        values = [value for offset, value in places if first <= offset < last and value is not None]
+        offsets_and_logprobs = zip(logprobs.text_offset, logprobs.token_logprobs, strict=False)
+        values = [value for offset, value in offsets_and_logprobs if first <= offset < last and value is not None]
         mean = math.fsum(values) / len(values) if values else None
         return dataclasses.replace(self._make_answer(request, completion, ""), likelihood=mean)
 
@@ -185,9 +189,9 @@ class LlmClient:
             return {}
         if self._structure == JSON:
             return {RESPONSE_FORMAT: {"type": "json_object"}}
-        schema = request.schema if self._structure == SCHEMA else drop_lengths(request.schema)
-        described = {"name": "answer", "strict": True, "schema": schema}
-        return {RESPONSE_FORMAT: {"type": "json_schema", "json_schema": described}}
+        schema = request.schema if self._structure == SCHEMA else drop_limits(request.schema)
+        json_schema = {"name": "answer", "strict": True, "schema": schema}
+        return {RESPONSE_FORMAT: {"type": "json_schema", "json_schema": json_schema}}
 
 
 def read_choice(completion: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Drafts: training rows that are being written. Everything that is drawn for one depends on the seed and its path alone."""
+"""Drafts: training rows in progress. All random draws for a draft depend only on the seed and its path."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jaxembed.config.yaml_text import write_scalar
 from jaxembed.data.equality import hash_exact_text
 from jaxembed.errors import UserError
 
-MAX_VALUE_REDRAWS = 1000  # of values that must differ
+MAX_VALUE_REDRAWS = 1000  # attempts to draw values that differ
 Path = tuple[str | int, ...]
 
 
@@ -23,11 +23,11 @@ class Draft:
     """A row that is being written.
 
     Attributes:
-        path: What identifies it: the task, the number of its first request or input row, and the numbers that followed.
-        fields: Fields of the answers and drawn values by step, and of the input row by input.
-        keys: Keys of the requests whose answers it is made of.
-        time: When its last answer came; empty if there was none.
-        model: Name of the model of that answer.
+        path: Identifies the draft: task, index of the first request or input row, and one index for each later split.
+        fields: Fields of answers and drawn values, keyed by step; fields of the input row, keyed by input.
+        keys: Keys of the requests whose answers went into it.
+        time: Time of its last answer; empty if there was none.
+        model: Name of the model that gave that answer.
     """
 
     path: Path
@@ -38,7 +38,7 @@ class Draft:
 
     @property
     def source_row(self) -> int:
-        """Index of the input row that it started from."""
+        """Index of the input row that the draft started from."""
         return int(self.path[1])
 
     def add(self, name: str, values: Mapping[str, Any]) -> Draft:
@@ -59,21 +59,21 @@ class Draft:
         return values[field]
 
 
-class Values(NamedTuple):
-    """The values of a placeholder, and their probabilities. None: all are equal."""
+class WeightedChoices(NamedTuple):
+    """The possible values of a placeholder, and their probabilities. None: all are equally likely."""
 
     choices: Sequence[str]
     probabilities: np.ndarray | None
 
 
-def make_values(choices: Sequence[str], config: ValuesConfig) -> Values:
-    """Return the values of a placeholder with the weights of its section."""
+def weight_choices(choices: Sequence[str], config: ValuesConfig) -> WeightedChoices:
+    """Return the possible values of a placeholder with the weights of its section."""
     weights = np.array(config.weights)
-    return Values(choices, weights / weights.sum() if len(weights) else None)
+    return WeightedChoices(choices, weights / weights.sum() if len(weights) else None)
 
 
 def make_rng(seed: int, path: Sequence[str | int]) -> np.random.Generator:
-    """Return the generator of a seed and a path."""
+    """Return the random generator of a seed and a path."""
     return np.random.default_rng(hash_exact_text("/".join(map(str, (seed, *path)))))
 
 
@@ -82,32 +82,32 @@ def make_request_seed(seed: int, path: Sequence[str | int]) -> int:
     return int(make_rng(seed, path).integers(2**31))
 
 
-def draw_values(values: Mapping[str, Values], distinct: Sequence[str], rng: np.random.Generator) -> dict[str, str]:
+def draw_values(values: Mapping[str, WeightedChoices], distinct: Sequence[str], rng: np.random.Generator) -> dict[str, str]:
     """Draw a value for each placeholder.
 
     Args:
-        values: The values by placeholder.
+        values: The possible values, keyed by placeholder.
         distinct: Placeholders whose values must differ from each other.
-        rng: The generator.
+        rng: The random generator.
 
     Raises:
-        UserError: No draw had values that differ.
+        UserError: No draw gave different values.
     """
     for _ in range(MAX_VALUE_REDRAWS):
         drawn = {name: str(choices[rng.choice(len(choices), p=p)]) for name, (choices, p) in values.items()}
         if len({drawn[name] for name in distinct}) == len(distinct):
             return drawn
-    raise UserError(f"distinct: {', '.join(distinct)} have no values that differ. Add values.")
+    raise UserError(f"distinct: {', '.join(distinct)} have too few different values. Add values.")
 
 
-def fill_template(template: str, draft: Draft, own: Mapping[str, str] | None = None) -> str:
-    """Return a template with the values of a draft, and of placeholders that only this template has."""
-    own = own or {}
-    return fill_placeholders(template, lambda name: own[name] if name in own else write_value(draft.get_value(name)))
+def fill_template(template: str, draft: Draft, extra_values: Mapping[str, str] | None = None) -> str:
+    """Fill a template with the values of a draft. `extra_values` take precedence."""
+    extra = extra_values or {}
+    return fill_placeholders(template, lambda name: extra[name] if name in extra else format_value(draft.get_value(name)))
 
 
 def fill_field(template: str | Sequence[str], draft: Draft) -> Any:
-    """Return a field of a row. A placeholder alone keeps the type of its value. In a list, a list takes several places."""
+    """Return a field of a row. A template that is one placeholder keeps the value's type. Nested lists are flattened."""
     if isinstance(template, str):
         name = get_only_placeholder(template)
         return draft.get_value(name) if name else fill_template(template, draft)
@@ -115,8 +115,8 @@ def fill_field(template: str | Sequence[str], draft: Draft) -> Any:
     return [value for part in values for value in (part if isinstance(part, list) else [part])]
 
 
-def write_value(value: Any) -> str:
-    """Return a value as a prompt quotes it. The strings of a list are joined by line breaks."""
+def format_value(value: Any) -> str:
+    """Return a value as text for a prompt. The strings of a list are joined by line breaks."""
     if isinstance(value, list):
         return "\n".join(map(str, value))
     return write_scalar(value) if isinstance(value, bool | int | float) else str(value)

@@ -1,4 +1,4 @@
-"""Several OpenAI-compatible endpoints that share the work: retries, waits, and what a server does not support."""
+"""OpenAI-compatible endpoints that share the requests: load balancing, retries, and clear errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jaxembed.verification.http_client import (
     parse_root,
 )
 
-MAX_ATTEMPTS = 8  # of a request that fails for a reason that may pass
+MAX_ATTEMPTS = 8  # of a request with transient failures
 FIRST_WAIT_S = 0.5  # the wait doubles up to `MAX_WAIT_S`, unless the server says how long
 RETRIED_STATUSES = (408, 409, 425, 429)  # and all from 500 on
 CONTEXT_WORDS = ("context length", "context_length", "context window", "context size", "max_model_len", "maximum model length")
@@ -49,15 +49,15 @@ class OptionRefusedError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class ServerOptions:
-    """The servers and how they are asked.
+    """The servers and how to call them.
 
     Attributes:
-        urls: URLs of the servers, which serve the same model.
+        urls: URLs of the servers. All serve the same model.
         model: Name of the model.
-        key: Key for all servers; empty for none.
-        key_variable: Environment variable of the key, for messages.
-        timeout_s: Seconds that an answer may take.
-        concurrency: Requests at the same time, to all servers together.
+        key: API key for all servers; empty for none.
+        key_variable: Environment variable that holds the key, for messages.
+        timeout_s: Timeout of a request, in seconds.
+        concurrency: Maximum number of concurrent requests to all servers together.
     """
 
     urls: Sequence[str]
@@ -68,15 +68,15 @@ class ServerOptions:
     concurrency: int = 16
 
     def redact(self, text: str) -> str:
-        """Return a text without the key, which a server may repeat."""
+        """Remove the key from a text that a server sent."""
         return text.replace(self.key, "***") if self.key else text
 
 
 class Endpoint:
-    """One server, with the number of requests that it is working on, and when it can be asked again."""
+    """One server: its client, the number of running requests and recent failures, and when it is ready again."""
 
     def __init__(self, url: str, options: ServerOptions):
-        """Prepare a client. Nothing is sent."""
+        """Create the client; send nothing."""
         import openai
 
         root = parse_root(url)
@@ -90,7 +90,7 @@ class Endpoints:
     """The servers of a synthesis. Threads may share it."""
 
     def __init__(self, options: ServerOptions):
-        """Prepare the clients. Nothing is sent.
+        """Create the clients; send nothing.
 
         Raises:
             UserError: A URL is not valid, or openai is not installed.
@@ -106,11 +106,11 @@ class Endpoints:
         self._stop = threading.Event()
 
     def close(self) -> None:
-        """End all waits."""
+        """Wake all threads that wait for a server."""
         self._stop.set()
 
     def call(self, send: Callable[[Any], T]) -> T:
-        """Return what `send` returns for the client of a server. It is called again after errors that may pass.
+        """Call `send` with the client of a server and return its result. Transient errors are retried.
 
         Raises:
             TooLongError: The request does not fit into the context.
@@ -119,7 +119,7 @@ class Endpoints:
         """
         self._check_once()
         for attempt in range(1, MAX_ATTEMPTS + 1):
-            endpoint = self._take()
+            endpoint = self._acquire()
             try:
                 result = send(endpoint.client)
                 self._release(endpoint, None)
@@ -128,7 +128,7 @@ class Endpoints:
                 wait_s = self._find_wait(error, endpoint)
                 self._release(endpoint, wait_s)
                 if wait_s is None:
-                    self._explain(error, endpoint)
+                    self._raise_explained(error, endpoint)
                 if attempt == MAX_ATTEMPTS or self._stop.is_set():
                     raise UserError(
                         f"{endpoint.url}: failed {attempt} times in a row, the last time with: {self._quote(error)}. Check the "
@@ -136,8 +136,8 @@ class Endpoints:
                     ) from None
         raise AssertionError
 
-    def _take(self) -> Endpoint:
-        """Return the server that can be asked first, and of several the one with the least work. Wait until it is ready."""
+    def _acquire(self) -> Endpoint:
+        """Wait for the server that is ready first and return it. Of several, take the one with the fewest running requests."""
         with self._lock:
             now = time.monotonic()
             endpoint = min(self._endpoints, key=lambda e: (max(e.ready_at - now, 0), e.running))
@@ -146,7 +146,7 @@ class Endpoints:
         return endpoint
 
     def _release(self, endpoint: Endpoint, wait_s: float | None) -> None:
-        """Count the end of a request. After a failure, the server rests; further failures of the same time count once."""
+        """Count the end of a request. A failure pauses the server; concurrent failures count once."""
         with self._lock:
             endpoint.running -= 1
             now = time.monotonic()
@@ -160,17 +160,17 @@ class Endpoints:
         import openai
 
         status = getattr(error, "status_code", None)
-        may_pass = isinstance(error, openai.APIConnectionError | ValueError) or (
+        is_transient = isinstance(error, openai.APIConnectionError | ValueError) or (
             status is not None and (status in RETRIED_STATUSES or status >= 500)
         )
-        if not may_pass:
+        if not is_transient:
             return None
         backoff = min(FIRST_WAIT_S * 2 ** min(endpoint.failures, 10), MAX_WAIT_S) * random.uniform(0.75, 1.25)
         headers = error.response.headers if isinstance(error, openai.APIStatusError) else {}
         return min(parse_retry_after(headers.get("retry-after")), MAX_WAIT_S) or backoff
 
-    def _explain(self, error: Exception, endpoint: Endpoint) -> NoReturn:
-        """Raise the error that says what to do about an error of the library."""
+    def _raise_explained(self, error: Exception, endpoint: Endpoint) -> NoReturn:
+        """Raise an error that says what to do about an error of the openai library."""
         import openai
 
         if not isinstance(error, openai.APIStatusError):
@@ -221,7 +221,7 @@ class Endpoints:
             return f"{endpoint.url}: cannot be reached ({self._quote(error)}). {REACH_ADVICE}"
         except openai.APIStatusError as error:
             if error.status_code in (401, 403):
-                self._explain(error, endpoint)
+                self._raise_explained(error, endpoint)
             return None  # not every server lists its models
         except (openai.OpenAIError, ValueError, TypeError, AttributeError):
             return None

@@ -1,7 +1,7 @@
-"""The engine of `jaxembed synthesize`: tasks ask an LLM server, and their rows become training files.
+"""The engine of `jaxembed synthesize`: tasks send prompts to an LLM server and turn the answers into training files.
 
-Everything is drawn from the seed, and results are taken in the order of the requests. So the same answers give the same rows,
-whatever finishes first, and however often a run was killed. All answers are stored; the rows are written at the end.
+All random draws depend on the seed, and results are used in the order of the requests. So the same answers give the same rows,
+whichever request finishes first and however often the run is interrupted. All answers are stored; rows are written at the end.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from jaxembed.synthesis.client import LlmClient
 from jaxembed.synthesis.endpoints import ServerOptions
 from jaxembed.synthesis.inputs import InputRows, hash_inputs, read_inputs
 from jaxembed.synthesis.output import ANSWERS_FILE, RowFiles, make_identity, prepare_folder
-from jaxembed.synthesis.report import write_page
+from jaxembed.synthesis.report import render_page
 from jaxembed.synthesis.steps import StepCounts
 from jaxembed.synthesis.store import AnswerStore
 from jaxembed.synthesis.tasks import Indexes, TaskInputs, TaskRun, interleave_tasks, split_rows
@@ -47,7 +47,7 @@ def synthesize(
         server: The servers and the model.
         out: Output folder.
         cache: Folder for row indexes of existing training files.
-        budget_tokens: Tokens that the output may cost, with those of earlier runs; None for no limit.
+        budget_tokens: Token limit of the output folder, earlier runs included; None for no limit.
 
     Returns:
         The output folder, its files, rows by task, requests, tokens, the share of invalid answers, and what ended the run.
@@ -68,7 +68,7 @@ def synthesize(
         ended_by = "budget" if budget.is_spent else "rows" if all(task.is_full for task in tasks) else "recipe"
     report = make_report(config, tasks, client, files)
     write_json(out / REPORT_FILE, report)
-    write_text(out / PAGE_FILE, write_page(report))
+    write_text(out / PAGE_FILE, render_page(report))
     check_rows(tasks, out)
     return {
         "out": str(out),
@@ -82,7 +82,7 @@ def synthesize(
 
 
 def prepare_tasks(config: SynthesisConfig, recipe: Path, inputs: Mapping[str, InputRows], cache: Path) -> list[TaskRun]:
-    """Return the tasks, with everything checked that needs no server. Raise `UserError` for bad input."""
+    """Return the tasks after all checks that need no server. Raise `UserError` for bad input."""
     shared = TaskInputs(inputs, Indexes(inputs), KnownQueries(config, cache, str(recipe)), recipe)
     return [
         TaskRun(task, target, config.seed, shared)
@@ -190,11 +190,11 @@ def check_rows(tasks: Sequence[TaskRun], out: Path) -> None:
         for step in task.steps:
             reasons.update(step.counts.dropped)
             reasons.update({f"{step.name}: {reason}": count for reason, count in step.counts.invalid.items()})
-        named = (
+        main_reasons = (
             "; ".join(f"{reason}: {count:,}" for reason, count in reasons.most_common(MAX_NAMED_REASONS))
-            or "none was asked for"
+            or "no row was requested"
         )
-        line = f"task {task.config.name}: no row was accepted ({named}). See {out / REPORT_FILE}."
+        line = f"task {task.config.name}: no row was accepted ({main_reasons}). See {out / REPORT_FILE}."
         if not any(other.samples.num_rows for other in tasks):
             raise UserError(line)
         log.warning("%s", line)

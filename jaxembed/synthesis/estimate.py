@@ -1,4 +1,4 @@
-"""What a synthesis will cost, without a server: from an earlier, smaller run, or from sample prompts and assumptions."""
+"""Estimate the cost of a synthesis without a server: from an earlier, smaller run, or from sample prompts and assumptions."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from jaxembed.synthesis.drafts import Draft, draw_values, fill_template, make_rn
 from jaxembed.synthesis.engine import prepare_tasks
 from jaxembed.synthesis.inputs import InputRows, read_inputs
 from jaxembed.synthesis.output import RECIPE_FILE
-from jaxembed.synthesis.requests import CHARS_PER_TOKEN, estimate_tokens
+from jaxembed.synthesis.requests import BYTES_PER_TOKEN, estimate_tokens
 from jaxembed.synthesis.retrieval import CANDIDATES
 from jaxembed.synthesis.steps import make_request
 from jaxembed.synthesis.tasks import TaskRun
 
 SAMPLED_DRAFTS = 20  # drafts whose prompts are made
 MAX_SHOWN_PROMPT_CHARS = 2000  # of a prompt
-ASSUMED_ITEMS = 10  # of a list, if its limits allow it
-ASSUMED_SHARE = 0.5  # of max_tokens that an answer takes
+ASSUMED_ITEMS = 10  # length of a list, if its limits allow it
+ASSUMED_SHARE = 0.5  # length of an answer, relative to max_tokens
 ASSUMPTIONS = (
-    f"{CHARS_PER_TOKEN} bytes a token, answers of {ASSUMED_SHARE:.0%} of max_tokens, lists of {ASSUMED_ITEMS} items where "
+    f"{BYTES_PER_TOKEN} bytes a token, answers of {ASSUMED_SHARE:.0%} of max_tokens, lists of {ASSUMED_ITEMS} items where "
     "allowed, all answers valid, no copies. Write a few rows into OUT first for an estimate from real answers."
 )
 log = logging.getLogger("jaxembed")
 
 
 class StepCost(NamedTuple):
-    """What a step costs for each draft that reaches it, and the drafts that leave it."""
+    """Cost of a step per draft that reaches it, and the number of drafts that leave it."""
 
     requests: float
     prompt_tokens: float
@@ -44,7 +44,7 @@ class StepCost(NamedTuple):
 
 
 def estimate(config: SynthesisConfig, recipe: Path, model: str, out: Path) -> dict[str, Any]:
-    """Return the rows, requests and tokens that a synthesis takes, and what the estimate is based on.
+    """Return the rows, requests and tokens of a synthesis, and what the estimate is based on.
 
     Args:
         config: The whole config.
@@ -57,7 +57,7 @@ def estimate(config: SynthesisConfig, recipe: Path, model: str, out: Path) -> di
     """
     inputs = read_inputs(config, str(recipe))
     tasks = prepare_tasks(config, recipe, inputs, cache_dir())
-    costs = {task.config.name: _list_costs(task, config, inputs) for task in tasks}
+    costs = {task.config.name: _estimate_costs(task, config, inputs) for task in tasks}
     if measured := _scale_report(config, model, out):
         return measured
     totals = {"rows": 0, "requests": 0, "prompt_tokens": 0, "completion_tokens": 0}
@@ -81,8 +81,8 @@ def _scale_report(config: SynthesisConfig, model: str, out: Path) -> dict[str, A
     return {"dry_run": True, "rows": config.max_rows, **scaled, "based_on": f"{rows:,} rows in {out}"}
 
 
-def _list_costs(task: TaskRun, config: SynthesisConfig, inputs: Mapping[str, InputRows]) -> list[StepCost]:
-    """Return the cost of each step from samples. The first prompt of each step is logged."""
+def _estimate_costs(task: TaskRun, config: SynthesisConfig, inputs: Mapping[str, InputRows]) -> list[StepCost]:
+    """Estimate the cost of each step from samples. The first prompt of each step is logged."""
     drafts = list(itertools.islice(task.start_drafts(), SAMPLED_DRAFTS))
     costs = []
     for step in task.config.steps:
@@ -98,21 +98,21 @@ def _list_costs(task: TaskRun, config: SynthesisConfig, inputs: Mapping[str, Inp
 def _sample_step(
     step: AnySynthesisStep, draft: Draft, task: TaskRun, seed: int, inputs: Mapping[str, InputRows]
 ) -> tuple[StepCost, Draft, str]:
-    """Return what a step costs for a draft, the draft with an assumed answer, and the prompt."""
+    """Return the cost of a step for a draft, the draft with an assumed answer, and the prompt."""
     if isinstance(step, AskStepConfig):
-        own = draw_values(task.values[step.name], step.distinct, make_rng(seed, (*draft.path, step.name)))
-        request = make_request(step, draft, own, "", None)
+        step_values = draw_values(task.values[step.name], step.distinct, make_rng(seed, (*draft.path, step.name)))
+        request = make_request(step, draft, step_values, "", None)
         items = min(max(ASSUMED_ITEMS, step.answer.items.min_items), step.answer.items.max_items)
         drafts_out = step.repeat * (items if step.answer.type == "list" else 1)
         tokens = ASSUMED_SHARE * step.sampling.max_tokens
-        text = "x" * int(tokens * CHARS_PER_TOKEN / (items if step.answer.type == "list" else len(step.answer.field_names)))
+        text = "x" * int(tokens * BYTES_PER_TOKEN / (items if step.answer.type == "list" else len(step.answer.field_names)))
         cost = StepCost(
             step.repeat,
             step.repeat * (estimate_tokens(request.system) + estimate_tokens(request.prompt)),
             step.repeat * tokens,
             drafts_out,
         )
-        return cost, draft.add(step.name, {**own, **dict.fromkeys(step.answer.field_names, text)}), request.prompt
+        return cost, draft.add(step.name, {**step_values, **dict.fromkeys(step.answer.field_names, text)}), request.prompt
     if isinstance(step, RetrieveStepConfig):
         rows = list(range(min(step.k, len(inputs[step.input]))))
         return StepCost(0, 0, 0, 1), draft.add(step.name, {CANDIDATES: rows}), ""
@@ -124,26 +124,26 @@ def _sample_step(
 def _sample_ranking(
     step: RankStepConfig, draft: Draft, task: TaskRun, inputs: Mapping[str, InputRows]
 ) -> tuple[StepCost, Draft, str]:
-    """Return what a rank step costs for a draft, the draft with a positive and a negative, and a prompt."""
+    """Return the cost of a rank step for a draft, the draft with a positive and a negative, and a prompt."""
     (source,) = [s for s in task.config.steps if isinstance(s, RetrieveStepConfig) and s.name == step.candidates]
     rows = [inputs[source.input][row] for row in draft.fields[step.candidates][CANDIDATES]]
     prompts = []
     relevance, likelihood = step.relevance, step.likelihood
     for template in [*([relevance.prompt] if relevance else []), *([likelihood.prompt] if likelihood else [])]:
         for row in rows:
-            own = {
+            candidate_values = {
                 "candidate.text": join_title_and_text(row),
                 "candidate.title": str(row.get("title") or ""),
                 "candidate.id": "",
             }
-            prompts.append(fill_template(template, draft, own))
+            prompts.append(fill_template(template, draft, candidate_values))
     text = join_title_and_text(rows[0])
     cost = StepCost(len(prompts), sum(map(estimate_tokens, prompts)), len(prompts), 1)
     return cost, draft.add(step.name, {"positive": text, "negative": text, "is_relabeled": False}), prompts[0]
 
 
 def _sum_costs(costs: list[StepCost], task: TaskRun) -> dict[str, float]:
-    """Return the rows, requests and tokens of a task: no more drafts in each step than its rows need."""
+    """Return the rows, requests and tokens of a task. Each step processes only the drafts that its rows need."""
     started = sum(1 for _ in task.start_drafts())
     rows = started * math.prod(cost.drafts_out for cost in costs)
     rows = rows if task.target is None else min(rows, task.target)

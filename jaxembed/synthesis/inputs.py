@@ -1,4 +1,4 @@
-"""What a recipe reads: the rows of its inputs, and files of values."""
+"""Read what a recipe names: the rows of its inputs, and files of placeholder values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jaxembed.data.containers import open_container
 from jaxembed.data.schema import is_text
 from jaxembed.errors import UserError
 from jaxembed.files import exists
-from jaxembed.synthesis.drafts import Values, make_values
+from jaxembed.synthesis.drafts import WeightedChoices, weight_choices
 
 InputRows = Sequence[dict[str, Any]]
 
@@ -28,7 +28,7 @@ def read_inputs(config: SynthesisConfig, where: str) -> dict[str, InputRows]:
         where: File of the config, for errors.
 
     Raises:
-        UserError: A path is empty, or cannot be read, or has no rows.
+        UserError: A path is empty, cannot be read, or has no rows.
     """
     for name, path in config.inputs.items():
         if not path:
@@ -40,7 +40,7 @@ def read_rows(path: str) -> list[dict[str, Any]]:
     """Return the rows of a file or folder. Raise `UserError` if it has none."""
     rows = [dict(parse_content(content, where)) for _, where, content in open_container(path).scan()]
     if not rows:
-        raise UserError(f"{path}: has no rows")
+        raise UserError(f"{path}: has no rows. Add rows, or name another file.")
     return rows
 
 
@@ -57,9 +57,9 @@ def hash_inputs(inputs: dict[str, InputRows]) -> str:
     return digest.hexdigest()
 
 
-def read_values(config: AskStepConfig, recipe: Path) -> dict[str, Values]:
-    """Return the values of the placeholders of a step. A relative path may be beside the recipe."""
-    return {name: make_values(_list_choices(values, recipe), values) for name, values in config.values.items()}
+def read_values(config: AskStepConfig, recipe: Path) -> dict[str, WeightedChoices]:
+    """Return the possible values of the placeholders of a step. A relative path is also looked up beside the recipe."""
+    return {name: weight_choices(_list_choices(values, recipe), values) for name, values in config.values.items()}
 
 
 def _list_choices(config: ValuesConfig, recipe: Path) -> Sequence[str]:

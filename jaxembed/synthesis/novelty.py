@@ -1,4 +1,4 @@
-"""Texts that were seen before, exactly or nearly, and the language of texts. Both use the rules of curation."""
+"""Detect exact and near copies of texts, and the language of a text, by the rules of curation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CLOSE_LANGUAGES = ({"no", "nb", "nn", "da"}, {"hr", "sr", "bs"}, {"id", "ms"}, {
 
 
 class SeenTexts:
-    """A set of texts without copies: equal texts (`data.equality`), or those that share most character n-grams.
+    """A set of texts without copies: equal texts (`data.equality`), or texts that share most character n-grams.
 
     A near copy has a Jaccard index of at least the threshold, as MinHash signatures estimate it (`curation.minhash`).
     """
@@ -45,10 +45,11 @@ class SeenTexts:
         return True
 
     def _add_signature(self, text: str) -> bool:
-        """Add the signature of a text and return True, or return False if a similar one is there.
+        """Add the signature of a text and return True, or return False if a similar one is in the set.
 
-        A text is compared with the first text of each bucket, as in curation.
+        A text is compared only with the first text of each bucket, as in curation.
         """
+        # Buckets (LSH bands) propose candidates; the estimated Jaccard index decides.
         signature = compute_signatures([hash_char_ngrams(text)], self._minhash)
         hashes = signature[0].astype(np.uint16)
         keys = hash_bands(signature, self._band_hashes)[:, 0].tolist()

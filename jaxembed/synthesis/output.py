@@ -1,6 +1,6 @@
 """The output folder of a synthesis.
 
-OUT/recipe.json               which recipe, model and inputs it belongs to
+OUT/recipe.json               the recipe, model and inputs of the folder
 OUT/answers/answers.jsonl     every request and answer (`store`)
 OUT/TASK.jsonl                training rows, written when the synthesis ends
 OUT/provenance/TASK.jsonl     one line for each of them: recipe, version, model, time, drawn values, keys of its requests
@@ -36,7 +36,7 @@ IDENTITY = {
 
 
 def make_identity(config: SynthesisConfig, model: str, inputs_digest: str) -> dict[str, Any]:
-    """Return what must be the same if an output is continued: all but the number of rows."""
+    """Return the fields that must match to continue an output folder: everything but the number of rows."""
     settings = config.model_dump_json(exclude={"max_rows", "name", "version", "inputs"})
     digest = hashlib.sha256(settings.encode()).hexdigest()
     return {"recipe": config.name, "version": config.version, "model": model, "config": digest, "inputs": inputs_digest}
@@ -46,7 +46,7 @@ def prepare_folder(out: Path, identity: Mapping[str, Any]) -> None:
     """Create an output folder, or check that an existing one can be continued.
 
     Raises:
-        UserError: It holds something else, or belongs to another recipe, model or inputs, or cannot be created.
+        UserError: The folder holds something else, belongs to another recipe, model or inputs, or cannot be created.
     """
     path = out / RECIPE_FILE
     if path.exists():
@@ -68,7 +68,7 @@ def prepare_folder(out: Path, identity: Mapping[str, Any]) -> None:
 
 
 class RowFiles:
-    """The files of rows and of their provenance. They appear when the block ends without an error."""
+    """Context manager that writes the files of rows and their provenance. They appear if the block ends without an error."""
 
     def __init__(self, out: Path, config: SynthesisConfig):
         """Start without rows."""

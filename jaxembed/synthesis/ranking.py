@@ -22,13 +22,13 @@ TOO_FEW_CANDIDATES = "fewer than two candidates"
 
 
 class CandidateScores(NamedTuple):
-    """What came of scoring the candidates of a draft.
+    """The scored candidates of a draft.
 
     Attributes:
         draft: The draft.
-        scores: Scores of the candidates by each ranking, larger for better. -inf: no valid answer.
+        scores: Scores of the candidates in each ranking; larger is better. -inf: no valid answer.
         answers: All answers.
-        invalid: Why some were not valid.
+        invalid: Reasons of the answers that were not valid.
         keys: Keys of the requests.
     """
 
@@ -50,7 +50,7 @@ class RankStep(Step):
     def run(self, drafts: Iterable[Draft]) -> Iterator[Draft]:
         """Yield the drafts with `positive`, `negative` and `is_relabeled`."""
         jobs = map(self._make_job, self._iter_with_candidates(drafts))
-        for result in self._context.workers.run_in_order(jobs, lambda taken: self._context.window()):
+        for result in self._context.workers.run_in_order(jobs, lambda num_results: self._context.window()):
             self.counts.answers += len(result.answers)
             self.counts.invalid.update(result.invalid)
             self._context.show_progress()
@@ -82,16 +82,20 @@ class RankStep(Step):
 
     def _make_request(self, draft: Draft, row: int, kind: str) -> Request:
         document = self._index.rows[row]
-        own = {"candidate.text": self._index.texts[row]}
-        own |= {f"candidate.{field}": str(document.get(field) or "") for field in ("title", "id")}
+        candidate_values = {"candidate.text": self._index.texts[row]}
+        candidate_values |= {f"candidate.{field}": str(document.get(field) or "") for field in ("title", "id")}
         seed = make_request_seed(self._context.seed, (*draft.path, self.name, kind, row))
         request = Request(self._context.client.model, "", self._config.sampling, seed)
         if kind == "likelihood" and self._config.likelihood:
-            prompt, query = fill_template(self._config.likelihood.prompt, draft, own), fill_template(self._config.query, draft)
+            prompt, query = (
+                fill_template(self._config.likelihood.prompt, draft, candidate_values),
+                fill_template(self._config.query, draft),
+            )
             return dataclasses.replace(request, prompt=prompt, scored_text=query)
         assert self._config.relevance is not None
         prompt, system = (
-            fill_template(text, draft, own) for text in (self._config.relevance.prompt, self._config.relevance.system)
+            fill_template(text, draft, candidate_values)
+            for text in (self._config.relevance.prompt, self._config.relevance.system)
         )
         return dataclasses.replace(request, prompt=prompt, system=system, grades=self._config.relevance.grades)
 
@@ -136,7 +140,7 @@ class RankStep(Step):
 def read_grade(answer: Answer, grades: Sequence[str]) -> float | None:
     """Return the expected grade of an answer: the index of the grade, weighted by its probability where the server gives it.
 
-    Without log-probabilities, it is the index of the grade that the answer starts with. None: it starts with no grade.
+    Without log-probabilities, the index of the grade that the answer starts with, or None if it starts with no grade.
     """
     if answer.logprobs:
         weights = {grades.index(grade): math.exp(value) for grade, value in answer.logprobs.items()}
@@ -150,8 +154,8 @@ def fuse_scores(scores: Sequence[Sequence[float]], fusion_k: int) -> list[int]:
     """Return the order of candidates by reciprocal rank fusion, best first (Cormack, Clarke and Büttcher 2009).
 
     Args:
-        scores: Scores of the candidates by each ranking, larger for better. Equal ones keep the order of the candidates.
-        fusion_k: The constant that is added to every rank.
+        scores: Scores of the candidates in each ranking; larger is better. Ties keep the order of the candidates.
+        fusion_k: The constant k in 1 / (k + rank).
     """
     rankings = [np.argsort(-np.array(ranking), kind="stable") for ranking in scores]
     return [int(index) for index in fuse_rankings(rankings, fusion_k)]

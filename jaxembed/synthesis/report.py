@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from jaxembed.curation.curation_page import write_document, write_samples, write_table
+from jaxembed.curation.curation_page import render_document, render_samples, render_table
 from jaxembed.curation.curation_stats import TopSamples, shorten_row
 from jaxembed.curation.steps.curated_row import hash_row
 from jaxembed.data.schema import Row
 from jaxembed.synthesis.acceptance import list_texts
 
 WORD = re.compile(r"\w+")
-MAX_NGRAMS = 200_000  # n-grams that the diversity is computed from: the first ones
+MAX_NGRAMS = 200_000  # the diversity is computed from the first n-grams
 
 
 class DiversityMeter:
@@ -27,7 +27,7 @@ class DiversityMeter:
         self._counts = {1: 0, 2: 0}
 
     def add(self, text: str) -> None:
-        """Count the n-grams of a text. From `MAX_NGRAMS` on, more texts are not counted: the share would only fall."""
+        """Count the n-grams of a text. Texts beyond `MAX_NGRAMS` are ignored, because the share falls with more texts."""
         words = WORD.findall(text.casefold())
         for n, seen in self._distinct.items():
             if self._counts[n] < MAX_NGRAMS:
@@ -66,20 +66,20 @@ class RowSamples:
         }
 
 
-def write_page(report: Mapping[str, Any]) -> str:
+def render_page(report: Mapping[str, Any]) -> str:
     """Return the HTML page of a report."""
     tokens = report["tokens"]
     parts = [
         f"<p>Recipe {escape(report['recipe'])}, version {report['version']}; model {escape(report['model'])}.</p>",
-        write_table(["", "count"], [(name.replace("_", " "), value) for name, value in tokens.items()]),
-        *(part for name, task in report["tasks"].items() for part in _write_task(name, task)),
+        render_table(["", "count"], [(name.replace("_", " "), value) for name, value in tokens.items()]),
+        *(part for name, task in report["tasks"].items() for part in _render_task(name, task)),
         "<h2>Recipe</h2>",
         f"<pre>{escape(json.dumps(report['config'], indent=2, ensure_ascii=False))}</pre>",
     ]
-    return write_document("Synthesis report", parts)
+    return render_document("Synthesis report", parts)
 
 
-def _write_task(name: str, task: Mapping[str, Any]) -> list[str]:
+def _render_task(name: str, task: Mapping[str, Any]) -> list[str]:
     """Return the section of a task."""
     rows = [(s["name"], s["drafts_in"], s["answers"], sum(s["invalid"].values()), s["drafts_out"]) for s in task["steps"]]
     reasons = [(s["name"], kind, *item) for s in task["steps"] for kind in ("invalid", "dropped") for item in s[kind].items()]
@@ -90,8 +90,8 @@ def _write_task(name: str, task: Mapping[str, Any]) -> list[str]:
         f"<h2>{escape(name)}</h2>",
         f"<p>{task['rows']:,} rows ({task['format']}) in {escape(task['file'] or 'no file')}; mean length of a text: "
         f"{task['mean_chars']:,} characters; {diversity}.</p>",
-        write_table(["step", "drafts in", "answers", "invalid answers", "drafts out"], rows),
-        write_table(["step", "what", "reason", "count"], reasons) if reasons else "",
-        write_table(["quota", "group", "rows"], groups) if groups else "",
-        write_samples("Samples", task["samples"]),
+        render_table(["step", "drafts in", "answers", "invalid answers", "drafts out"], rows),
+        render_table(["step", "what", "reason", "count"], reasons) if reasons else "",
+        render_table(["quota", "group", "rows"], groups) if groups else "",
+        render_samples("Samples", task["samples"]),
     ]

@@ -1,4 +1,4 @@
-"""What an LLM server is asked, and what it answers. A request is identified by its content."""
+"""Requests to an LLM server, and its answers. A request is identified by a hash of its content."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxembed.config.synthesis_steps import SamplingConfig
 
-CHARS_PER_TOKEN = 4  # of texts whose tokens no server has counted yet, in UTF-8 bytes
+BYTES_PER_TOKEN = 4  # in UTF-8, for texts whose tokens no server has counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,13 +19,13 @@ class Request:
 
     Attributes:
         model: Name of the model.
-        prompt: The prompt: of the user, or of a plain completion.
+        prompt: The user message, or the prompt of a plain completion.
         system: System prompt; empty for none.
-        sampling: How the answer is sampled.
-        seed: Seed of the sampling. It tells requests with equal prompts apart.
+        sampling: Sampling parameters.
+        seed: Seed of the sampling. It distinguishes requests with equal prompts.
         schema: JSON schema of the answer; None for text.
-        grades: Answers whose log-probabilities are wanted.
-        scored_text: Text whose log-probability after the prompt is wanted, instead of an answer; empty for none.
+        grades: Answers whose log-probabilities are requested.
+        scored_text: Text to score: its log-probability after the prompt is requested instead of an answer. Empty for none.
     """
 
     model: str
@@ -38,7 +38,7 @@ class Request:
     scored_text: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the content as plain values, without what is not set."""
+        """Return the content as JSON values, without unset fields."""
         content = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         content |= {"sampling": self.sampling.model_dump()}
         return {name: value for name, value in content.items() if value not in ("", None, ())}
@@ -51,24 +51,24 @@ class Request:
 
     @property
     def max_tokens(self) -> int:
-        """An upper bound of the tokens that the request costs. A token has at least one byte; a chat template adds some."""
+        """An upper bound of the tokens that the request costs: one per byte, and 100 for the chat template."""
         texts = (self.system, self.prompt, self.scored_text)
         return sum(count_bytes(text) for text in texts) + 100 + self.sampling.max_tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What a server answered.
+    """The answer of a server.
 
     Attributes:
         text: The text.
-        finish_reason: Why the text ends: stop, length, content_filter, or another reason of the server.
-        refusal: What the server says about an answer that it refuses; empty if it does not.
+        finish_reason: Why the text ends, as the API gives it: stop, length, content_filter, or another reason.
+        refusal: The server's explanation if it refuses to answer; otherwise empty.
         prompt_tokens: Tokens of the prompt.
         completion_tokens: Tokens of the answer.
         model: Name of the model, as the server gives it.
-        time: When it came, in ISO 8601 and UTC.
-        logprobs: Log-probability of each grade that was wanted and that the server gave.
+        time: Time of arrival, in ISO 8601 and UTC.
+        logprobs: Log-probabilities of the requested grades, as far as the server returned them.
         likelihood: Mean log-probability of the tokens of the scored text, or None.
     """
 
@@ -94,5 +94,5 @@ def count_bytes(text: str) -> int:
 
 
 def estimate_tokens(text: str) -> int:
-    """Return an estimate of the tokens of a text."""
-    return -(-count_bytes(text) // CHARS_PER_TOKEN)
+    """Estimate the number of tokens of a text."""
+    return -(-count_bytes(text) // BYTES_PER_TOKEN)

@@ -1,4 +1,4 @@
-"""Steps that search the documents of an input: candidates for a query, and the round trip from a document to its query."""
+"""Steps that search the documents of an input: candidates for a query, and round-trip filtering of queries."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from jaxembed.synthesis.steps import Step, TaskContext
 if TYPE_CHECKING:
     from jaxembed.hub.embedder import Embedder
 
-QUERIES_PER_CALL = 64  # that are encoded together
+QUERIES_PER_CALL = 64  # queries encoded in one batch
 CANDIDATES = "candidates"
 NOT_FOUND = "its query does not find its document"
 
 
 class DocumentIndex:
-    """The documents of an input, searched by BM25 or by the vectors of a model. It is built when it is first searched."""
+    """The documents of an input, searched by BM25 or by the vectors of a model. The index is built at the first search."""
 
     def __init__(self, name: str, rows: InputRows, by: str):
         """Check the documents.
@@ -48,16 +48,16 @@ class DocumentIndex:
         self.texts = [join_title_and_text(row) for row in rows]
 
     def search(self, queries: Sequence[str], k: int) -> list[list[int]]:
-        """Return the rows of the k nearest documents of each query, best first. BM25 leaves out those without a common term."""
+        """Return the rows of the k nearest documents of each query, best first. BM25 omits documents without a common term."""
         if self._by == BM25:
             rows, scores = self._bm25.search(queries, k)
             return [
-                [int(row) for row, score in zip(*found, strict=True) if score > 0] for found in zip(rows, scores, strict=True)
+                [int(row) for row, score in zip(*result, strict=True) if score > 0] for result in zip(rows, scores, strict=True)
             ]
         from jaxembed.search.nearest import search
 
         rows = search(self._encode(queries, "query"), self._vectors, k).rows
-        return [[int(row) for row in found] for found in rows]
+        return [[int(row) for row in query_rows] for query_rows in rows]
 
     @functools.cached_property
     def _bm25(self) -> Bm25Index:
@@ -81,7 +81,7 @@ class DocumentIndex:
 
 
 class RetrieveStep(Step):
-    """Adds the documents nearest to a query to a draft: their rows, as the field `candidates`."""
+    """Adds the rows of the documents nearest to a query to a draft, as the field `candidates`."""
 
     def __init__(self, config: RetrieveStepConfig, context: TaskContext, index: DocumentIndex):
         """Start without drafts."""
@@ -96,7 +96,7 @@ class RetrieveStep(Step):
 
 
 class RoundTripStep(Step):
-    """Keeps the drafts whose query finds the document that it was written for, or one with an equal text."""
+    """Keeps the drafts whose query retrieves the document that it was written for, or one with an equal text."""
 
     def __init__(self, config: RoundTripStepConfig, context: TaskContext, index: DocumentIndex):
         """Start without drafts."""
@@ -104,11 +104,11 @@ class RoundTripStep(Step):
         self._config, self._context, self._index = config, context, index
 
     def run(self, drafts: Iterable[Draft]) -> Iterator[Draft]:
-        """Yield the drafts whose query finds their document."""
+        """Yield the drafts whose query retrieves their document."""
         config, texts = self._config, self._index.texts
         for draft, found in search_drafts(self.iter_counted(drafts), config.query, self._index, config.k, self._context):
-            own = draft.source_row
-            if own in found or normalize_text(texts[own]) in {normalize_text(texts[row]) for row in found}:
+            source = draft.source_row
+            if source in found or normalize_text(texts[source]) in {normalize_text(texts[row]) for row in found}:
                 yield self.emit(draft)
             else:
                 self.counts.dropped[NOT_FOUND] += 1
@@ -117,6 +117,6 @@ class RoundTripStep(Step):
 def search_drafts(
     drafts: Iterator[Draft], query: str, index: DocumentIndex, k: int, context: TaskContext
 ) -> Iterator[tuple[Draft, list[int]]]:
-    """Yield drafts with the rows of the documents that are nearest to their query. Several are searched together."""
+    """Yield each draft with the rows of the documents nearest to its query. Queries are searched in batches."""
     while batch := list(itertools.islice(drafts, min(context.window(), QUERIES_PER_CALL))):
         yield from zip(batch, index.search([fill_template(query, draft) for draft in batch], k), strict=True)

@@ -34,7 +34,7 @@ def open_server_judge(config: JudgeConfig, cache: Path) -> ScorePairs:
 
     Args:
         config: The section of the judge.
-        cache: Folder under which answers and scores are stored; each pair is asked once.
+        cache: Folder under which answers and scores are stored, so that each pair is sent once.
 
     Returns:
         A function from (query, document) pairs to scores from 0 to 1, float32 [P].
@@ -49,8 +49,8 @@ def open_server_judge(config: JudgeConfig, cache: Path) -> ScorePairs:
 
     def score(pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         with ThreadPoolExecutor(options.concurrency) as pool:
-            found = list(pool.map(lambda pair: ask(client, config, pair), pairs))
-        if num_missing := found.count(None):
+            scores = list(pool.map(lambda pair: score_pair(client, config, pair), pairs))
+        if num_missing := scores.count(None):
             log.warning(
                 "%s: %d of %d pairs have no answer, and get a score of %s",
                 config.url,
@@ -58,13 +58,13 @@ def open_server_judge(config: JudgeConfig, cache: Path) -> ScorePairs:
                 len(pairs),
                 SCORE_WITHOUT_ANSWER,
             )
-        return np.array([SCORE_WITHOUT_ANSWER if value is None else value for value in found], np.float32)
+        return np.array([SCORE_WITHOUT_ANSWER if value is None else value for value in scores], np.float32)
 
     return cache_scores(config.model, cache / "scores" / digest, score)
 
 
-def ask(client: LlmClient, config: JudgeConfig, pair: tuple[str, str]) -> float | None:
-    """Return the score of a pair; None if the model answers something else, or the pair is too long for it."""
+def score_pair(client: LlmClient, config: JudgeConfig, pair: tuple[str, str]) -> float | None:
+    """Return the score of a pair, or None if the model answers something else or the pair is too long for its context."""
     yes, no = config.answers
     fields = {"instruction": config.instruction, "query": pair[0], "document": pair[1], "yes": yes, "no": no}
     request = Request(

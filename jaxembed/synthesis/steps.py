@@ -1,4 +1,4 @@
-"""The steps of a task: each takes drafts and yields drafts, in an order that does not depend on when answers come."""
+"""The steps of a task. Each takes drafts and yields drafts, in an order that does not depend on the timing of answers."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from jaxembed.config.templates import get_only_placeholder
 from jaxembed.errors import UserError, summarize
 from jaxembed.synthesis.answers import AnswerReader, InvalidAnswerError
 from jaxembed.synthesis.client import LlmClient
-from jaxembed.synthesis.drafts import Draft, Values, draw_values, fill_template, make_request_seed, make_rng
+from jaxembed.synthesis.drafts import Draft, WeightedChoices, draw_values, fill_template, make_request_seed, make_rng
 from jaxembed.synthesis.endpoints import TooLongError
 from jaxembed.synthesis.novelty import SeenTexts
 from jaxembed.synthesis.requests import Answer, Request
 from jaxembed.synthesis.workers import Job, Workers
 
-MAX_TOO_LONG = 16  # requests that do not fit into the context before any does
+MAX_TOO_LONG = 16  # stop after this many requests that do not fit into the context, if none did fit
 CONTEXT_OVERFLOW = "too long for the context"
-NO_ANSWER, KNOWN = "no valid answer", "known already"
+NO_ANSWER, DUPLICATE = "no valid answer", "known already"
 
 
 @dataclasses.dataclass
 class StepCounts:
-    """What happened in a step.
+    """Counts of one step.
 
     Attributes:
         drafts_in: Drafts that reached it.
         drafts_out: Drafts that left it.
         answers: Answers, valid or not.
-        invalid: Invalid answers by reason.
-        dropped: Drafts that ended here, by reason.
+        invalid: Invalid answers, by reason.
+        dropped: Drafts that the step dropped, by reason.
     """
 
     drafts_in: int = 0
@@ -51,7 +51,7 @@ class TaskContext:
         seed: Seed of all draws.
         client: Asks the server.
         workers: Threads for requests.
-        window: Returns the most drafts of a step to work on at once.
+        window: Returns the maximum number of drafts in progress in a step.
         show_progress: Called after each answer.
     """
 
@@ -63,7 +63,7 @@ class TaskContext:
 
 
 class Step(abc.ABC):
-    """A step of a task. Its subclasses say what it does with drafts."""
+    """Base class of the steps of a task."""
 
     def __init__(self, config: SynthesisStepConfig):
         """Start without drafts."""
@@ -79,22 +79,22 @@ class Step(abc.ABC):
         return draft
 
     def iter_counted(self, drafts: Iterable[Draft]) -> Iterator[Draft]:
-        """Yield drafts that reach the step, counted."""
+        """Yield the drafts that reach the step, and count them."""
         for draft in drafts:
             self.counts.drafts_in += 1
             yield draft
 
 
 class AskResult(NamedTuple):
-    """What came of asking for one draft.
+    """Result of the requests for one draft.
 
     Attributes:
-        draft: The draft that the question was about.
+        draft: The draft.
         values: The values that were drawn for it.
-        key: Key of the request with the valid answer; empty if there is none.
+        key: Key of the request with a valid answer; empty if there is none.
         answer: The valid answer, or None.
-        records: Fields of each draft that the answer gives.
-        invalid: Why the answers before it were not valid.
+        records: Fields of each new draft.
+        invalid: Why the earlier answers were not valid.
     """
 
     draft: Draft
@@ -106,9 +106,11 @@ class AskResult(NamedTuple):
 
 
 class AskStep(Step):
-    """Asks the model for each draft, several times if its answers are not valid."""
+    """Sends a prompt for each draft, again if the answer is not valid."""
 
-    def __init__(self, config: AskStepConfig, context: TaskContext, reader: AnswerReader, values: Mapping[str, Values]):
+    def __init__(
+        self, config: AskStepConfig, context: TaskContext, reader: AnswerReader, values: Mapping[str, WeightedChoices]
+    ):
         """Start without drafts. `values` are those of the placeholders of the step."""
         super().__init__(config)
         self._config, self._context, self._reader, self._values = config, context, reader, values
@@ -132,31 +134,31 @@ class AskStep(Step):
             self._context.show_progress()
             yield from self._make_drafts(result)
 
-    def _window(self, taken: int) -> int:
-        """Return the most requests to have at once. A list gives many drafts, so its first requests come one by one."""
-        return min(self._context.window(), taken + 1) if self._config.answer.type == "list" else self._context.window()
+    def _window(self, num_results: int) -> int:
+        """Return the maximum number of requests in progress. A list gives many drafts, so its window starts at one request."""
+        return min(self._context.window(), num_results + 1) if self._config.answer.type == "list" else self._context.window()
 
     def _make_job(self, draft: Draft) -> Job[AskResult]:
         config, seed = self._config, self._context.seed
         path = (*draft.path, config.name)
-        own = draw_values(self._values, config.distinct, make_rng(seed, path))
-        request = make_request(config, draft, own, self._context.client.model, self._reader.schema)
+        step_values = draw_values(self._values, config.distinct, make_rng(seed, path))
+        request = make_request(config, draft, step_values, self._context.client.model, self._reader.schema)
         requests = [
             dataclasses.replace(request, seed=make_request_seed(seed, (*path, attempt))) for attempt in range(config.attempts)
         ]
-        languages = self._list_languages(draft, own)
-        return Job(lambda: self._ask(draft, own, requests, languages), request.max_tokens * config.attempts)
+        languages = self._list_languages(draft, step_values)
+        return Job(lambda: self._ask(draft, step_values, requests, languages), request.max_tokens * config.attempts)
 
-    def _list_languages(self, draft: Draft, own: Mapping[str, str]) -> dict[str, str]:
+    def _list_languages(self, draft: Draft, step_values: Mapping[str, str]) -> dict[str, str]:
         """Return the expected language of each field of the answer that has one."""
         answer = self._config.answer
         rules = answer.fields or {"text": answer.items, "items": answer.items}
-        return {name: fill_template(rule.language, draft, own) for name, rule in rules.items() if rule.language}
+        return {name: fill_template(rule.language, draft, step_values) for name, rule in rules.items() if rule.language}
 
     def _ask(
-        self, draft: Draft, own: Mapping[str, str], requests: list[Request], languages: Mapping[str, str]
+        self, draft: Draft, step_values: Mapping[str, str], requests: list[Request], languages: Mapping[str, str]
     ) -> tuple[AskResult, int]:
-        """Return the first valid answer to one of several requests, and the tokens of all. This runs in a thread."""
+        """Send requests until one has a valid answer. Return the result and the tokens of all. This runs in a thread."""
         invalid: list[str] = []
         tokens = 0
         for request in requests:
@@ -165,26 +167,26 @@ class AskStep(Step):
             except TooLongError as error:
                 self._note_too_long(error)
                 invalid.append(CONTEXT_OVERFLOW)
-                break  # it would be so again
+                break  # a retry would have the same length
             tokens += answer.num_tokens
             try:
                 records = self._reader.read(answer, languages)
-                return AskResult(draft, own, request.key, answer, records, tuple(invalid)), tokens
+                return AskResult(draft, step_values, request.key, answer, records, tuple(invalid)), tokens
             except InvalidAnswerError as error:
                 invalid.append(str(error))
-        return AskResult(draft, own, "", None, [], tuple(invalid)), tokens
+        return AskResult(draft, step_values, "", None, [], tuple(invalid)), tokens
 
     def _note_too_long(self, error: TooLongError) -> None:
         self._too_long_message = summarize(error)
 
     def _check_context(self) -> None:
-        """Raise `UserError` if no request has fitted into the context, but several have not."""
+        """Raise `UserError` if `MAX_TOO_LONG` requests did not fit into the context, and none did."""
         too_long = self.counts.invalid[CONTEXT_OVERFLOW]
         if too_long >= MAX_TOO_LONG and too_long == self.counts.answers:
             self.raise_if_all_too_long()
 
     def raise_if_all_too_long(self) -> None:
-        """Raise `UserError` if no request of the step has fitted into the context of the model."""
+        """Raise `UserError` if no request of the step fitted into the context of the model."""
         if self.counts.answers and self.counts.invalid[CONTEXT_OVERFLOW] == self.counts.answers:
             raise UserError(
                 f"step {self.name}: its prompts do not fit into the context of the model ({self._too_long_message}). Lower "
@@ -192,11 +194,11 @@ class AskStep(Step):
             )
 
     def _make_drafts(self, result: AskResult) -> Iterator[Draft]:
-        """Yield the drafts of a valid answer that are new."""
+        """Yield the new drafts of a valid answer."""
         for i, record in enumerate(result.records):
             text = record.get("item") or record.get("text") or "\n".join(map(str, record.values()))
             if self._seen is not None and not self._seen.add(str(text)):
-                self.counts.dropped[KNOWN] += 1
+                self.counts.dropped[DUPLICATE] += 1
                 continue
             draft, answer = result.draft, result.answer
             assert answer is not None
@@ -208,18 +210,18 @@ class AskStep(Step):
 
 
 def make_request(
-    config: AskStepConfig, draft: Draft, own: Mapping[str, str], model: str, schema: Mapping[str, Any] | None
+    config: AskStepConfig, draft: Draft, step_values: Mapping[str, str], model: str, schema: Mapping[str, Any] | None
 ) -> Request:
-    """Return the request of an ask step about a draft, without a seed.
+    """Return the request of an ask step for a draft, with seed 0.
 
     Args:
         config: The section of the step.
         draft: The draft.
-        own: Drawn values of the placeholders of the step.
+        step_values: Drawn values of the placeholders of the step.
         model: Name of the model.
         schema: JSON schema of the answer; None for text.
     """
-    prompt, system = (fill_template(template, draft, own) for template in (config.prompt, config.system))
+    prompt, system = (fill_template(template, draft, step_values) for template in (config.prompt, config.system))
     return Request(model, prompt, config.sampling, seed=0, system=system, schema=schema)
 
 

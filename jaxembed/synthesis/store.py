@@ -1,4 +1,4 @@
-"""All requests and answers of a synthesis, in a file that only grows. A kill at any moment loses at most its last line."""
+"""An append-only file of all requests and answers of a synthesis. A kill at any moment loses at most its last line."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from jaxembed.synthesis.requests import Answer, Request
 
 
 class AnswerStore:
-    """Answers by the content of their request. Threads may share it; a second process is refused.
+    """Answers, keyed by the hash of their request. Threads may share it; a second process is refused.
 
-    A line is written as a whole: {"key": ..., "request": ..., "answer": ...}. Memory holds the position of each line alone.
+    A line is written as a whole: {"key": ..., "request": ..., "answer": ...}. Memory holds only the positions of the lines.
     """
 
     def __init__(self, path: Path):
@@ -39,13 +39,13 @@ class AnswerStore:
             os.ftruncate(self._descriptor, self._end)
         except BlockingIOError:
             os.close(self._descriptor)
-            raise UserError(f"{path}: another process writes it. Wait for it, or name another output.") from None
+            raise UserError(f"{path}: another process is writing it. Wait for that process, or name another output.") from None
         except UserError:
             os.close(self._descriptor)
             raise
 
     def close(self) -> None:
-        """Write everything to the disk, and close the file. Threads that still run can add no more answers."""
+        """Flush the file to the disk and close it. Answers that threads add later are ignored."""
         with self._lock:
             self._is_closed = True
             os.fsync(self._descriptor)
@@ -58,7 +58,7 @@ class AnswerStore:
             return None if position is None else Answer(**self._read_line(*position)["answer"])
 
     def add(self, request: Request, answer: Answer) -> None:
-        """Store an answer. The first answer to a request stays."""
+        """Store an answer, unless the request has one."""
         record = {"key": request.key, "request": request.to_json(), "answer": dataclasses.asdict(answer)}
         line = json.dumps(record).encode() + b"\n"
         with self._lock:

@@ -1,4 +1,4 @@
-"""A task at work: its steps as one stream of drafts, and the rows that are accepted."""
+"""A running task: its steps as one stream of drafts, and the rows that are accepted."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from jaxembed.synthesis.workers import Workers
 
 
 class Indexes:
-    """The searchable documents of inputs. Steps that search the same documents in the same way share an index."""
+    """The indexes of all inputs. Steps that search the same documents in the same way share an index."""
 
     def __init__(self, inputs: Mapping[str, InputRows]):
         """Start without an index."""
@@ -45,13 +45,13 @@ class Indexes:
 
 
 class TaskInputs(NamedTuple):
-    """What the tasks of a recipe share.
+    """Inputs that the tasks of a recipe share.
 
     Attributes:
         rows: Rows of the inputs.
         indexes: Their searchable documents.
-        known: Queries that are known already.
-        recipe: File of the recipe, beside which files of values may be.
+        known: Queries of earlier rows.
+        recipe: File of the recipe. Relative paths are also looked up beside it.
     """
 
     rows: Mapping[str, InputRows]
@@ -61,7 +61,7 @@ class TaskInputs(NamedTuple):
 
 
 class TaskRun:
-    """A task at work.
+    """A running task.
 
     Attributes:
         config: The section of the task.
@@ -72,13 +72,13 @@ class TaskRun:
     """
 
     def __init__(self, config: TaskConfig, target: int | None, seed: int, inputs: TaskInputs):
-        """Prepare the rules. The steps are made by `connect`.
+        """Prepare the rules. `connect` builds the steps.
 
         Args:
             config: The section of the task.
             target: Rows to write; None for all.
             seed: Seed of all draws.
-            inputs: What it shares with other tasks.
+            inputs: Inputs that all tasks share.
         """
         self.config, self.target = config, target
         self.rules = RowRules(config, inputs.known, target)
@@ -88,21 +88,21 @@ class TaskRun:
         asked = [step for step in config.steps if isinstance(step, AskStepConfig)]
         self.values = {step.name: read_values(step, inputs.recipe) for step in asked}
         if any(rule.language for step in asked for rule in (*step.answer.fields.values(), step.answer.items)):
-            open_language_identifier()  # raises an error now if a library is missing
+            open_language_identifier()  # fails early if a library is missing
             find_language_code("")
 
     @property
     def is_full(self) -> bool:
-        """Whether all rows are there."""
+        """Whether the task has all its rows."""
         return self.target is not None and self.samples.num_rows >= self.target
 
     @property
     def progress(self) -> float:
-        """Rows, with the next one, relative to the weight of the task."""
+        """Number of rows after the next one, divided by the weight of the task."""
         return (self.samples.num_rows + 1) / self.config.weight
 
     def connect(self, client: LlmClient, workers: Workers, show_progress: Callable[[], None]) -> None:
-        """Make the steps, and their stream of rows."""
+        """Build the steps and chain them into one stream of rows."""
         context = TaskContext(self._seed, client, workers, lambda: self._window(workers.threads), show_progress)
         self.steps = [self._make_step(step, context) for step in self.config.steps]
         self._rows = self._iter_rows()
@@ -112,7 +112,7 @@ class TaskRun:
         return None if self.is_full else next(self._rows, None)
 
     def _window(self, threads: int) -> int:
-        """Return the most drafts of a step to work on at once: no more than rows are missing."""
+        """Return the maximum number of drafts in progress in a step: no more than the missing rows."""
         missing = threads if self.target is None else self.target - self.samples.num_rows
         return max(min(threads, missing), 1)
 
@@ -152,7 +152,7 @@ class TaskRun:
 
 
 def split_rows(tasks: Sequence[TaskConfig], rows: int | None) -> list[int | None]:
-    """Return the rows of each task by its weight. Their sum is `rows`; None if there is no limit."""
+    """Divide `rows` among the tasks by weight (largest remainder). None: no limit."""
     if rows is None:
         return [None] * len(tasks)
     weights = np.array([task.weight for task in tasks])
@@ -163,7 +163,7 @@ def split_rows(tasks: Sequence[TaskConfig], rows: int | None) -> list[int | None
 
 
 def interleave_tasks(tasks: Sequence[TaskRun]) -> Iterator[tuple[TaskRun, AcceptedRow]]:
-    """Yield the rows of all tasks. The next row is of the task that has the fewest, relative to its weight."""
+    """Yield the rows of all tasks. The next row comes from the task with the fewest rows relative to its weight."""
     active = list(tasks)
     while active:
         task = min(active, key=lambda task: task.progress)

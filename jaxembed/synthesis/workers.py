@@ -1,4 +1,4 @@
-"""Jobs that run in threads. Their results come in the order of the jobs, whatever finishes first, within a budget of tokens."""
+"""Run jobs in threads within a token budget. Results come in the order of the jobs, whichever finishes first."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Job(NamedTuple, Generic[T]):
 
 
 class Budget:
-    """Tokens that jobs may cost. A job starts only if everything that runs at its maximum leaves room for it.
+    """A token budget for jobs. A job starts only if the budget covers it and all running jobs at their maximum cost.
 
-    Which job is the first that does not start depends on what earlier ones have cost, not on when they finish.
+    So the first job that does not start depends only on the cost of earlier jobs, not on their timing.
     """
 
     def __init__(self, tokens: int | None):
@@ -32,7 +32,7 @@ class Budget:
         self._changed = threading.Condition()
 
     def reserve(self, tokens: int) -> bool:
-        """Reserve tokens for a job, once running jobs leave room for it. Return False if they do not when all have finished."""
+        """Wait until the tokens fit into the budget, and reserve them. Return False if they never will."""
         with self._changed:
             if self._left is None:
                 return True
@@ -54,10 +54,10 @@ class Budget:
 
 
 class Workers:
-    """Threads that run jobs within a budget. It is a context manager.
+    """Context manager of threads that run jobs within a budget.
 
-    At its end, all jobs that were taken are finished, so that the requests of a run do not depend on timing. After an error,
-    jobs that have not started are dropped.
+    At its end, it waits for all submitted jobs, so that the requests of a run do not depend on timing. After an error, jobs
+    that have not started are dropped.
     """
 
     def __init__(self, threads: int, budget: Budget):
@@ -72,25 +72,27 @@ class Workers:
         self._pool.shutdown(wait=error_type is None, cancel_futures=error_type is not None)
 
     def run_in_order(self, jobs: Iterable[Job[T]], window: Callable[[int], int]) -> Iterator[T]:
-        """Yield the results of jobs, in their order. It ends early when the budget is spent.
+        """Yield the results of jobs, in their order. Stop early when the budget is spent.
 
         Args:
-            jobs: The jobs. They are taken only as far as needed.
-            window: Returns the most jobs to have at once, at least 1, given how many results were taken.
+            jobs: The jobs. They are consumed only as far as needed.
+            window: Returns the maximum number of jobs in progress, at least 1, given the number of results so far.
         """
         source: Iterator[Job[T]] | None = iter(jobs)
         running: deque[Future[T]] = deque()
-        taken = 0
+        num_results = 0
         while True:
-            while source is not None and len(running) < window(taken):
+            # Fill the window, as far as the budget allows.
+            while source is not None and len(running) < window(num_results):
                 job = next(source, None)
                 if job is None or not self.budget.reserve(job.max_tokens):
                     source = None
                 else:
                     running.append(self._pool.submit(self._run, job))
+            # Wait for the oldest job, so that results keep the order of the jobs.
             if not running:
                 return
-            taken += 1
+            num_results += 1
             yield running.popleft().result()
 
     def _run(self, job: Job[T]) -> T:

@@ -282,7 +282,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_continues(
 
 def test_two_processes_do_not_write_one_output(tmp_path: Path, sources: list[dict[str, Any]]) -> None:
     path = write_config(tmp_path, sources)
-    with engine.lock_output(tmp_path / "out", "digest"), pytest.raises(UserError, match="another process writes it"):
+    with engine.lock_output(tmp_path / "out", "digest"), pytest.raises(UserError, match="another process is writing it"):
         run(path)
 
 

@@ -276,7 +276,7 @@ def test_records_are_divided_by_key_and_read_in_ascending_ranges(tmp_path: Path)
     files = RecordFiles(tmp_path, dtype, len(keys), 1)
     for part in np.array_split(np.rec.fromarrays([keys, np.arange(len(keys))], dtype=dtype), 7):
         files.append(part)
-    partitions = list(files.partitions())
+    partitions = list(files.iter_partitions())
     assert len(partitions) > 4 and max(map(len, partitions)) * dtype.itemsize < 2**20
     assert all(a["key"].max() < b["key"].min() for a, b in pairwise(partitions))
     assert sorted(np.concatenate(partitions)["item"].tolist()) == list(range(len(keys)))

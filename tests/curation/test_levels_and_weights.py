@@ -90,7 +90,9 @@ def test_levels_follow_the_difficulty_whatever_the_order(tmp_path: Path) -> None
 
 
 def test_a_difficulty_that_no_row_has_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"curriculum by hardness: no row has a number there \(the first row has query, pos"):
+    with pytest.raises(
+        UserError, match=r"curriculum by hardness: no row has a number in this field \(the first row has query, pos"
+    ):
         run_all_rows_step(CurriculumStepConfig(by="hardness"), tmp_path, [pair("q", "p", hardness="very")])
 
 

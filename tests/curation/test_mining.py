@@ -223,7 +223,7 @@ def test_cross_encoder_replaces_scores_and_order(
 
     score = open_cross_encoder(str(cross_encoder), tmp_path)
     pool = make_pool(tmp_path, pairs[:4])
-    found = rows_by_query(pool, mine_pool(pool, mining.score_by_text(score, pool), depth=8))
+    found = rows_by_query(pool, mine_pool(pool, mining.make_id_scorer(score, pool), depth=8))
     reference = CrossEncoder(str(cross_encoder), device="cpu")
     for row in found.values():
         nearest = find_allowed(row["query"], row["pos"][0], pool.documents, "top_k")[:8]
@@ -232,7 +232,7 @@ def test_cross_encoder_replaces_scores_and_order(
         np.testing.assert_allclose(row["neg_scores"], [scores[text] for text in row["neg"]], atol=2e-6)
         np.testing.assert_allclose(row["pos_scores"], reference.predict([(row["query"], row["pos"][0])]), atol=2e-6)
     monkeypatch.setattr(CrossEncoder, "predict", None)  # Scores are cached.
-    again = mine_pool(pool, mining.score_by_text(open_cross_encoder(str(cross_encoder), tmp_path), pool), depth=8)
+    again = mine_pool(pool, mining.make_id_scorer(open_cross_encoder(str(cross_encoder), tmp_path), pool), depth=8)
     assert rows_by_query(pool, again) == found
     with pytest.raises(UserError, match="nowhere: neither a folder"):
         open_cross_encoder(str(tmp_path / "nowhere"), tmp_path)

@@ -14,5 +14,5 @@ def test_texts_that_differ_in_case_spaces_or_encoding_are_no_candidates(tmp_path
     pool = read_pool(open_source_file(write_jsonl(tmp_path / "a.jsonl", rows)), corpus, 0)
     searched = pool.documents[: pool.corpus_size]
     assert searched == ["un cafe\u0301", "WHO?", "b ", "else"]
-    for excluded in pool.excluded:
+    for excluded in pool.excluded_documents:
         assert [text for i, text in enumerate(searched) if i not in excluded] == ["else"]

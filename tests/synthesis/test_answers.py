@@ -11,7 +11,7 @@ import pytest
 
 from jaxembed.config.synthesis_steps import AnswerConfig, SamplingConfig
 from jaxembed.errors import UserError
-from jaxembed.synthesis.answers import AnswerReader, InvalidAnswerError, drop_lengths
+from jaxembed.synthesis.answers import AnswerReader, InvalidAnswerError, drop_limits
 from jaxembed.synthesis.novelty import SeenTexts, find_language_code, find_language_problem
 from jaxembed.synthesis.requests import Answer, Request
 from jaxembed.synthesis.store import AnswerStore
@@ -77,7 +77,7 @@ def test_schemas_are_strict_and_their_limits_can_be_left_out() -> None:
     schema = AnswerReader(AnswerConfig.model_validate(OBJECT), find_language_problem).schema
     assert schema is not None and schema["additionalProperties"] is False and schema["required"] == list(GOOD)
     assert schema["properties"]["query"]["maxLength"] == 20 and schema["properties"]["label"]["enum"] == ["yes", "no", "3"]
-    assert "max" not in json.dumps(drop_lengths(schema))
+    assert "max" not in json.dumps(drop_limits(schema))
 
 
 def make_request(prompt: str) -> Request:
@@ -90,7 +90,7 @@ def test_a_store_survives_half_a_line_and_refuses_a_second_writer(tmp_path: Path
     for request in requests:
         store.add(request, Answer(f"answer to {request.prompt}"))
     store.add(requests[0], Answer("a second answer"))
-    with pytest.raises(UserError, match="another process writes it"):
+    with pytest.raises(UserError, match="another process is writing it"):
         AnswerStore(path)
     store.close()
     store.add(make_request("late"), Answer("late"))

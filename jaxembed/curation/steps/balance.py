@@ -20,7 +20,7 @@ from jaxembed.errors import UserError
 DRAW_RECORD = np.dtype([("key", "<u8"), ("group", "<u8"), ("item", "<u8")])
 
 
-class Balance:
+class BalanceStep:
     """Draws rows of each group without replacement: those with the smallest hashes of the seed and their content.
 
     The draw does not depend on the order of the rows.
@@ -81,7 +81,7 @@ class Balance:
         num_kept: dict[int, int] = {}  # by group
         max_key = int(self._config.share * 2**64)
         # Keys are uniformly distributed. Partitions come in ascending order, so each group is filled from its smallest key on.
-        for records in self._records.partitions():
+        for records in self._records.iter_partitions():
             for record in records[np.lexsort((records["item"], records["key"]))]:
                 key, group, item = record.tolist()
                 is_kept = key < max_key and num_kept.get(group, 0) < limits[group]
@@ -98,16 +98,18 @@ def hash_group(value: Any) -> int:
 def divide_rows(total: int, weights: Sequence[float], limits: Sequence[int]) -> list[int]:
     """Divide rows among groups in proportion to their weights, at most `limits` each.
 
-    What a group cannot take is divided among the others. Single rows that are left over go to the largest fractions.
+    The surplus of a group at its limit is divided among the other groups. Fractions are rounded by largest remainder.
     """
-    parts, shares, most = np.zeros(len(weights)), np.asarray(weights, float), np.asarray(limits, float)
+    parts, shares, maxima = np.zeros(len(weights)), np.asarray(weights, float), np.asarray(limits, float)
     is_open = shares > 0
+    # Divide what is left among the open groups; fix groups at their limits, and repeat until none is above.
     while is_open.any():
         parts[is_open] = (total - parts[~is_open].sum()) * shares[is_open] / shares[is_open].sum()
-        is_full = is_open & (parts >= most)
+        is_full = is_open & (parts >= maxima)
         if not is_full.any():
             break
-        parts[is_full], is_open = most[is_full], is_open & ~is_full
+        parts[is_full], is_open = maxima[is_full], is_open & ~is_full
+    # Round down, then give one row each to the largest remainders.
     whole = np.floor(parts + 1e-9).astype(int)
     num_left_over = round(parts.sum()) - int(whole.sum())
     whole[np.argsort(whole - parts, kind="stable")[:num_left_over]] += 1

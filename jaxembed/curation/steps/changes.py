@@ -1,4 +1,4 @@
-"""Changes of rows: what a step that has seen all rows changes in each of them."""
+"""Changes that a step makes to each row after it has seen all rows."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from jaxembed.curation.steps.curated_row import CuratedRow, RowStep, StepOutcome, write_row
+from jaxembed.curation.steps.curated_row import CuratedRow, RowStep, StepOutcome, encode_row
 from jaxembed.data.schema import Row
 
 
 class RowChange(NamedTuple):
-    """What a step changes in a row.
+    """The change of one row.
 
     Attributes:
         fields: New values of some fields; empty for none. None drops the row.
-        reasons: Why, as the report counts it.
+        reasons: Reasons of the change, as the report counts them.
     """
 
     fields: Row | None
@@ -43,7 +43,7 @@ def write_changes(path: Path, changes: Iterable[RowChange]) -> None:
     """Write changes to a file, one per line."""
     with path.open("w", encoding="utf-8") as file:
         for fields, reasons in changes:
-            file.write(write_row({"fields": fields, "reasons": reasons}) + "\n")
+            file.write(encode_row({"fields": fields, "reasons": reasons}) + "\n")
 
 
 def make_change_filter(path: Path) -> RowStep:
@@ -58,6 +58,6 @@ def make_change_filter(path: Path) -> RowStep:
 
 
 def iter_lines(path: Path) -> Iterator[str]:
-    """Yield the lines of a file, which is open meanwhile."""
+    """Yield the lines of a file. The file is closed at its end."""
     with path.open(encoding="utf-8") as file:
         yield from file

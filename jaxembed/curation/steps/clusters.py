@@ -1,4 +1,4 @@
-"""The step `cluster`: the number of the cluster of each row, by spherical k-means."""
+"""The step `cluster`: writes the cluster of each row (spherical k-means)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from jaxembed.hub.frozen_encoder import FrozenEncoder
 from jaxembed.search.clustering import cluster_vectors
 
 
-class Clusters:
-    """Clusters rows by the vectors of their queries or first positives. Memory grows by a vector for each row."""
+class ClusterStep:
+    """ClusterStep rows by the vectors of their queries or first positives. Memory grows by a vector for each row."""
 
     def __init__(self, config: ClusterStepConfig, folder: Path, encoder: FrozenEncoder, seed: int):
         """Start without rows.

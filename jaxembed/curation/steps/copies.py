@@ -16,7 +16,7 @@ from jaxembed.data.equality import hash_exact_text, normalize_text
 COPY_RECORD = np.dtype([("key", "<u8"), ("rank", "<u8"), ("content", "<u8"), ("item", "<u8")])
 
 
-class ExactCopies:
+class ExactDuplicatesStep:
     """Keeps one of all items with equal texts: the one with the largest rank, then the smallest hash of the row's content.
 
     Which content is kept does not depend on the order of the rows.
@@ -46,7 +46,7 @@ class ExactCopies:
     def find_dropped(self) -> np.ndarray:
         """Return whether each item is dropped, bool [I]."""
         dropped = np.zeros(self._num_items, bool)
-        for records in self._records.partitions():
+        for records in self._records.iter_partitions():
             order = np.lexsort((records["item"], records["content"], ~records["rank"], records["key"]))
             keys = records["key"][order]
             dropped[records["item"][order[1:]][keys[1:] == keys[:-1]]] = True

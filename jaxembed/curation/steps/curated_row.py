@@ -120,8 +120,8 @@ def edit_texts(curated: CuratedRow, sides: Sequence[Side], edit: Callable[[str],
     return outcome if outcome.row is None else StepOutcome(outcome.row, (*reasons, *outcome.reasons))
 
 
-def write_row(row: Row) -> str:
-    """Return a row as one line of JSON. Values that JSON lacks, such as dates, become texts."""
+def encode_row(row: Row) -> str:
+    """Return a row as one line of JSON. Values without a JSON type, such as dates, become strings."""
     return ROW_ENCODER.encode(row)
 
 

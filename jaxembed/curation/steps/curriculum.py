@@ -16,7 +16,7 @@ from jaxembed.errors import UserError
 ROW_RECORD = np.dtype([("difficulty", "<f8"), ("content", "<u8")])
 
 
-class Curriculum:
+class CurriculumStep:
     """Sorts rows by difficulty, and divides them into levels of equal size. Rows without a difficulty come first.
 
     Equal difficulties are sorted by a hash of the row, so levels do not depend on the order of the rows.
@@ -29,7 +29,7 @@ class Curriculum:
         self._fields = ""
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: the step has no open files."""
 
     def collect(self, rows: Sequence[CuratedRow]) -> None:
         """Record the difficulties of rows."""
@@ -43,7 +43,7 @@ class Curriculum:
         is_known = ~np.isnan(records["difficulty"])
         if len(records) and not is_known.any():
             raise UserError(
-                f"curriculum by {self._config.by}: no row has a number there (the first row has {self._fields}). "
+                f"curriculum by {self._config.by}: no row has a number in this field (the first row has {self._fields}). "
                 "Name another field, or write scores with a step mine or judge before it."
             )
         sign = -1 if self._config.descending else 1

@@ -1,4 +1,4 @@
-"""Items: what a step that needs all rows compares. The rank of an item decides which copy is kept."""
+"""Items: the texts that a step compares across all rows. Of several copies, the one with the largest rank is kept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The step `judge`: a model scores the documents of pairs. Scores are written for distillation, and documents drop by them."""
+"""The step `judge`: a model scores the documents of pairs. The scores are written, and documents are dropped by score."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def make_judge_step(config: JudgeStepConfig, open_scorer: Callable[[], ScorePair
 
     Args:
         config: The section of the step.
-        open_scorer: Opens the judge, with the first pairs.
+        open_scorer: Opens the judge. Called with the first pairs.
     """
 
     def judge(rows: Sequence[CuratedRow]) -> list[StepOutcome]:
-        judged = [row for row in rows if row.format == "pairs"]
-        texts = [get_texts(row, side) for row in judged for side in ("positives", "negatives")]
-        queries = [row.fields["query"] for row in judged for _ in range(2)]
+        pair_rows = [row for row in rows if row.format == "pairs"]
+        texts = [get_texts(row, side) for row in pair_rows for side in ("positives", "negatives")]
+        queries = [row.fields["query"] for row in pair_rows for _ in range(2)]
         pairs = [(query, text) for query, side in zip(queries, texts, strict=True) for text in side]
         scores = iter(score(pairs).tolist())
         parts = iter([[next(scores) for _ in side] for side in texts])
@@ -37,8 +37,8 @@ def make_judge_step(config: JudgeStepConfig, open_scorer: Callable[[], ScorePair
     def score(pairs: list[tuple[str, str]]) -> np.ndarray:
         if not pairs:
             return np.zeros(0)
-        cut = [(query[:MAX_MINED_TEXT_CHARS], text[:MAX_MINED_TEXT_CHARS]) for query, text in pairs]
-        return np.round(open_scorer()(cut).astype(float), 6)
+        truncated = [(query[:MAX_MINED_TEXT_CHARS], text[:MAX_MINED_TEXT_CHARS]) for query, text in pairs]
+        return np.round(open_scorer()(truncated).astype(float), 6)
 
     return judge
 
@@ -46,7 +46,7 @@ def make_judge_step(config: JudgeStepConfig, open_scorer: Callable[[], ScorePair
 def apply_scores(
     curated: CuratedRow, positive_scores: list[float], negative_scores: list[float], config: JudgeStepConfig
 ) -> StepOutcome:
-    """Write the scores of a row, and drop documents by them."""
+    """Write the scores of a row, and drop documents by score."""
     row = {**curated.fields, "pos_scores": positive_scores}
     if negative_scores:
         row["neg_scores"] = negative_scores

@@ -57,24 +57,24 @@ def find_pair_problem(query_language: str, language: str, config: LanguageStepCo
 
 @functools.cache
 def load_identifier() -> tuple[Any, list[str]]:
-    """Return py3langid's identifier, and the languages that it chooses from."""
+    """Return py3langid's identifier and its languages."""
     try:
         from py3langid import langid
     except ImportError:
         raise UserError("language: py3langid is not installed. Run pip install '.[curate]'.") from None
     identifier = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
     # Longer codes are varieties such as Nigerian Pidgin, which the model confuses with English headlines.
-    known = [label for label in identifier.labels if len(label) == 2]
-    identifier.set_languages(known)
-    return identifier, known
+    labels = [label for label in identifier.labels if len(label) == 2]
+    identifier.set_languages(labels)
+    return identifier, labels
 
 
 def open_identifier(config: LanguageStepConfig) -> IdentifyLanguage:
     """Return a function that identifies the language of a text, as an ISO 639-1 code."""
-    identifier, known = load_identifier()
+    identifier, labels = load_identifier()
     for language in (*config.languages, *(language for pair in config.language_pairs for language in pair)):
-        if language not in known:
-            nearest = difflib.get_close_matches(language, known, n=3, cutoff=0.3)
+        if language not in labels:
+            nearest = difflib.get_close_matches(language, labels, n=3, cutoff=0.3)
             expected = " or ".join(sorted(nearest)) or "an ISO 639-1 code such as en or zh"
             raise UserError(f"language: unknown language {quote_value(language)} (expected {expected})")
 

@@ -13,8 +13,8 @@ from jaxembed.curation.mining import (
     MiningOptions,
     check_first_rank,
     embed_texts,
+    make_id_scorer,
     mine_negatives,
-    score_by_text,
 )
 from jaxembed.curation.pool import MiningPool, build_pool, read_corpus
 from jaxembed.curation.report import to_output_row
@@ -41,8 +41,8 @@ def select_texts(curated: CuratedRow) -> Row:
     return {"query": curated.fields["query"], "prompt": curated.fields.get("prompt"), **texts}
 
 
-class MinedRows:
-    """Collects rows of pairs in memory, then mines for each source alone. Rows of other formats stay as they are."""
+class MineStep:
+    """Collects rows of pairs in memory, then mines each source separately. Rows of other formats stay as they are."""
 
     def __init__(
         self, config: MineStepConfig, source_names: Sequence[str], models: MinerModels, options: MiningOptions, cache: Path
@@ -60,7 +60,7 @@ class MinedRows:
         self._rows: list[tuple[int, Row | None]] = []  # source and pair; None for rows that are not mined
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: the step has no open files."""
 
     def collect(self, rows: Sequence[CuratedRow]) -> None:
         """Record the texts of rows."""
@@ -85,7 +85,7 @@ class MinedRows:
         query_vectors = embed_texts(pool.queries, encoder.encode, encoder.width, f"{name}: queries")
         documents = [EncoderInput(text, "document", "") for text in pool.documents]
         document_vectors = embed_texts(documents, encoder.encode, encoder.width, "documents")
-        rescore = score_by_text(score_pairs, pool) if score_pairs else None
+        rescore = make_id_scorer(score_pairs, pool) if score_pairs else None
         result = mine_negatives(pool, query_vectors, document_vectors, self._options, rescore)
         mined_rows = dict(zip(result.row_numbers, result.rows, strict=True))
         numbers = itertools.count()

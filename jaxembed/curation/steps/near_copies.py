@@ -35,7 +35,7 @@ SIGNATURE_RECORD = np.dtype([("hashes", "<u2", NUM_HASHES)])  # the low 16 bits,
 RANK_RECORD = np.dtype([("rank", "<u8"), ("content", "<u8")])
 
 
-class NearCopies:
+class NearDuplicatesStep:
     """Keeps one item of each connected component of texts with a Jaccard index of at least the threshold.
 
     Which copy is kept depends on its rank and content, not on the order of rows.
@@ -85,10 +85,12 @@ class NearCopies:
         edges = self._find_edges()
         if not len(edges):
             return dropped
+        # Connect similar texts. Nodes are numbered from 0, because most items have no edge.
         nodes, ends = np.unique(edges, return_inverse=True)
         ends = ends.reshape(edges.shape)
         graph = coo_array((np.ones(len(edges), bool), (ends[:, 0], ends[:, 1])), shape=(len(nodes), len(nodes)))
         _, components = connected_components(graph, directed=False)
+        # Keep the first item of each component by rank, then content.
         ranks = read_records(self._ranks, RANK_RECORD, nodes)
         order = np.lexsort((nodes, ranks["content"], ~ranks["rank"], components))
         is_copy = components[order][1:] == components[order][:-1]
@@ -98,13 +100,15 @@ class NearCopies:
     def _find_edges(self) -> np.ndarray:
         """Return the pairs of items that reach the threshold, int64 [E, 2]: the first item of a bucket, and another one."""
         edges = np.zeros((0, 2), np.int64)
-        for records in self._bands.partitions():
+        for records in self._bands.iter_partitions():
             order = np.lexsort((records["item"], records["content"], records["key"]))
+            # Pair the first item of each bucket (a run of equal keys) with the others.
             keys, items = records["key"][order], records["item"][order].astype(np.int64)
             starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]])) if len(keys) else np.zeros(0, np.int64)
             sizes = np.diff(np.append(starts, len(keys)))
             pairs = np.stack([np.repeat(items[starts], sizes), items], 1)
             pairs = np.unique(pairs[pairs[:, 0] != pairs[:, 1]], axis=0)
+            # Keep the pairs whose signatures are similar enough.
             parts = np.split(pairs, range(PAIRS_PER_READ, len(pairs), PAIRS_PER_READ))
             similar = [part[self._compare(part) >= self._config.min_similarity] for part in parts]
             edges = np.unique(np.concatenate([edges, *similar]), axis=0)

@@ -40,7 +40,7 @@ class RecordFiles:
             if end > start:
                 file.write(records[order[start:end]].tobytes())
 
-    def partitions(self) -> Iterator[np.ndarray]:
+    def iter_partitions(self) -> Iterator[np.ndarray]:
         """Yield the records of each range of keys, in ascending order of the ranges. Each file is removed once read."""
         for file in self._files:
             file.seek(0)

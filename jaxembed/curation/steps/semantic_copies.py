@@ -30,7 +30,7 @@ GROWTH = 4  # factor of the neighbors of each further search
 ITEM_RECORD = np.dtype([("rank", "<u8"), ("content", "<u8"), ("text", "<u8"), ("group", "<u8")])
 
 
-class SemanticCopies:
+class SemanticDuplicatesStep:
     """Keeps texts with a cosine below the threshold to every other kept text. Texts that are equal are compared once."""
 
     def __init__(self, config: DuplicatesStepConfig, folder: Path, encoder: FrozenEncoder, memory_mb: int):
@@ -70,14 +70,15 @@ class SemanticCopies:
         vectors = self._vectors.read()
         order = np.lexsort((np.arange(len(records)), records["content"], ~records["rank"], records["group"]))
         dropped = np.ones(len(records), bool)
+        # In each group, compare only the best item of each distinct text; its exact copies stay dropped.
         for members in np.split(order, np.flatnonzero(np.diff(records["group"][order])) + 1):
-            firsts = members[np.sort(np.unique(records["text"][members], return_index=True)[1])]  # of equal texts
-            dropped[firsts] = find_similar(vectors[firsts], self._config.min_similarity, self._memory_mb)
+            unique_items = members[np.sort(np.unique(records["text"][members], return_index=True)[1])]
+            dropped[unique_items] = find_similar(vectors[unique_items], self._config.min_similarity, self._memory_mb)
         return dropped
 
 
 def find_similar(vectors: Float[np.ndarray, "n d"], threshold: float, memory_mb: int) -> np.ndarray:
-    """Return whether each vector reaches the threshold with an earlier one that does not, bool [N].
+    """Mark each vector that reaches the threshold with an earlier unmarked vector, bool [N]. This is greedy, in order.
 
     Args:
         vectors: Unit vectors.
@@ -93,7 +94,7 @@ def find_similar(vectors: Float[np.ndarray, "n d"], threshold: float, memory_mb:
 
 
 def find_neighbors(vectors: Float[np.ndarray, "n d"], threshold: float, memory_mb: int) -> dict[int, np.ndarray]:
-    """Return the earlier vectors that reach the threshold with a vector, by its number. The search is exact.
+    """Return, for each vector, the earlier vectors that reach the threshold with it. The search is exact.
 
     A search returns a fixed number of neighbors. Vectors all of whose neighbors reach the threshold are searched again.
     """

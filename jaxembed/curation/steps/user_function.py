@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxembed.config.curation import FunctionStepConfig
-from jaxembed.curation.steps.curated_row import CuratedRow, PreparedStep, StepOutcome, write_row
+from jaxembed.curation.steps.curated_row import CuratedRow, PreparedStep, StepOutcome, encode_row
 from jaxembed.data.schema import Row
 from jaxembed.data.sources import ROW_SCHEMAS
 from jaxembed.errors import UserError, summarize
@@ -84,7 +84,7 @@ def check_returned_row(row: Any, format_name: str) -> Row:
         raise ValueError(f"returned a {type(row).__name__} (expected a row or None)")
     if problem := ROW_SCHEMAS[format_name].check(row):
         raise ValueError(f"returned a row that is not valid: {problem}")
-    line = write_row(row)
+    line = encode_row(row)
     line.encode()  # raises an error for a lone surrogate, which cannot be written
     checked: dict[str, Any] = json.loads(line)
     return checked

@@ -14,7 +14,7 @@ from jaxembed.hub.frozen_encoder import FrozenEncoder
 
 
 class VectorSpool:
-    """Encodes texts as they come, and returns all their vectors at the end."""
+    """Encodes texts as they arrive, and returns all vectors at the end."""
 
     def __init__(self, folder: Path, encoder: FrozenEncoder, are_queries: bool):
         """Start without texts.
