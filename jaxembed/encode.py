@@ -19,7 +19,7 @@ from jaxembed.data.text_input import group_texts, is_pipe, read_few_shot_example
 from jaxembed.data.tokenize import MAX_TEXT_CHARS
 from jaxembed.errors import UserError
 from jaxembed.files import atomic_write
-from jaxembed.search.precision import PRECISIONS, RANGES_FILE, Quantizer, find_ranges, quantized_layout, read_ranges
+from jaxembed.search.precision import PRECISIONS, RANGES_FILE, Quantizer, find_ranges, get_quantized_layout, read_ranges
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         log_once(f"{args.model}: texts get the prompt {plain} (--prompt-name selects a stored one: {stored})", logging.INFO)
     width = embedder.encode([], **options).shape[1]  # checks the options before anything is written
     quantizer = Quantizer(args.precision, read_ranges(ranges_path, width) if ranges_path else None)
-    dtype, columns = quantized_layout(args.precision, width)
+    dtype, columns = get_quantized_layout(args.precision, width)
     check_disk_space(out, dtype.itemsize * (count or 0) * columns)
     parts = (quantizer(embedder.encode(texts, **options)) for texts in group_texts(read_texts(source, args.field)))
     with atomic_write(out) as partial:
@@ -53,9 +53,9 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             raise UserError(f"{source}: has no texts")
         if count not in (None, written):
             raise UserError(f"{source}: changed while it was read ({count:,} texts, then {written:,}). Run the command again.")
-        if ranges_out and quantizer.found_ranges is not None:
+        if ranges_out and quantizer.measured_ranges is not None:
             with atomic_write(ranges_out) as partial_ranges, partial_ranges.open("wb") as file:
-                np.save(file, quantizer.found_ranges)
+                np.save(file, quantizer.measured_ranges)
     return {"out": str(out), "vectors": written, "width": width} | (
         {} if args.precision == "float32" else {"precision": args.precision}
     )

@@ -37,8 +37,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     result = comparison.compare_with_probes(folder, server, served, args.tolerance)
     if not result.are_vectors_equal and not args.no_diagnosis:
         cli.set_up_jax()
-        fixed = args.tolerance is not None
-        result = comparison.diagnose_server(folder, server, served, result, args.dtype, fixed)
+        is_tolerance_set = args.tolerance is not None
+        result = comparison.diagnose_server(folder, server, served, result, args.dtype, is_tolerance_set)
     print(*iter_report_lines(folder, server, result), sep="\n")
     return summarize(server, result)
 
@@ -57,7 +57,7 @@ def make_parser() -> cli.Parser:
     parser.add_argument("url", metavar="URL", help="root URL of the server, such as http://localhost:8000")
     parser.add_argument(
         "--api", choices=API_NAMES, default="auto",
-        help="how the server is asked: openai (/v1/embeddings), tei (/embed), vllm (/pooling), llama.cpp (/embeddings), ollama "
+        help="API of the server: openai (/v1/embeddings), tei (/embed), vllm (/pooling), llama.cpp (/embeddings), ollama "
         "(/api/embed); default: auto, TEI and Ollama by their own API, all others by OpenAI's",
     )  # fmt: skip
     parser.add_argument("--model", metavar="NAME", help="model of the server (default: the first that it lists)")

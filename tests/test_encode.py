@@ -20,7 +20,7 @@ from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.data import text_input
 from jaxembed.data.npy_writer import write_vectors
 from jaxembed.errors import UserError
-from jaxembed.search.precision import merge_ranges, quantize_vectors, quantized_layout
+from jaxembed.search.precision import get_quantized_layout, merge_ranges, quantize_vectors
 
 TEXTS = [f"text {i}" for i in range(10)]
 
@@ -137,7 +137,7 @@ def test_precisions_equal_those_of_sentence_transformers(precision: Any) -> None
     ours = quantize_vectors(vectors, precision, ranges)
     theirs = quantize_embeddings(vectors, precision, ranges=ranges)
     np.testing.assert_array_equal(ours, theirs)
-    assert (ours.dtype, ours.shape[1]) == quantized_layout(precision, 20) and ours.dtype == theirs.dtype
+    assert (ours.dtype, ours.shape[1]) == get_quantized_layout(precision, 20) and ours.dtype == theirs.dtype
     assert len(np.unique(ours)) > 20
 
 

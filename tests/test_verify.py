@@ -203,7 +203,7 @@ def test_long_texts_that_are_refused_are_a_difference(folder: Path, capsys: pyte
         result = run_verify(folder, server.url, "--no-diagnosis")
     assert not result["equal"] and result["cosines"] == [pytest.approx(1), None, pytest.approx(1)]
     assert result["findings"] == [
-        "long texts: 1 of 3 texts are refused, which the folder truncates (status 500: input is too large to process). "
+        "long texts: the server refuses 1 of 3 texts, which the folder truncates (status 500: input is too large to process). "
         "Truncate in the client, or let the server do it."
     ]
 
@@ -212,7 +212,9 @@ def test_server_whose_vectors_depend_on_other_texts(folder: Path) -> None:
     with run_server(lambda inputs: encode(inputs) + 0.5 * (len(inputs) > 1)) as server:
         result = run_verify(folder, server.url)
     assert not result["equal"] and result["least_cosine"] > 0.999999
-    assert result["findings"][-1].startswith("several texts in one request: other vectors than alone (least cosine 0.")
+    assert result["findings"][-1].startswith(
+        "several texts in one request: the vectors differ from those of single requests (least cosine 0."
+    )
 
 
 def test_wrong_url_is_one_line(folder: Path) -> None:

@@ -15,7 +15,7 @@ from jaxembed.errors import UserError
 from jaxembed.evaluation.progress import TaskProgress
 from jaxembed.evaluation.task_prompts import PromptChooser
 from jaxembed.evaluation.vector_cache import VectorCache
-from jaxembed.search.precision import Precision, as_scored
+from jaxembed.search.precision import Precision, simulate_quantization
 
 EncodeWithPrompt = Callable[[Sequence[str], str], np.ndarray]  # (texts, complete prompt) -> unit vectors [N, D]
 
@@ -116,7 +116,9 @@ class TaskEncoder:
 
     def convert(self, vectors: np.ndarray, version: VectorVersion) -> np.ndarray:
         """Return unit vectors [N, W] whose dot products are the scores of a version of `vectors`."""
-        return as_scored(truncate_vectors(vectors, version.width or vectors.shape[1]), version.precision, self.ranges)
+        return simulate_quantization(
+            truncate_vectors(vectors, version.width or vectors.shape[1]), version.precision, self.ranges
+        )
 
     def summarize_versions(self, scores: Sequence[float | None]) -> dict[str, dict[str, float | None]]:
         """Return the scores of all versions, in their order, by width and by precision, where the options name some."""

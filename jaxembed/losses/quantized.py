@@ -15,7 +15,7 @@ from jaxembed.search.precision import BYTE_VALUES
 def quantize_straight_through(
     vectors: Float[Array, "*b d"], precision: str, ranges: Sequence[Sequence[float]]
 ) -> Float[Array, "*b d"]:
-    """Return the unit vectors of quantized numbers, as `as_scored` does. Zero vectors of absent texts stay zero.
+    """Return the unit vectors of quantized numbers, as `simulate_quantization` does. Zero vectors of absent texts stay zero.
 
     The gradient is that of the numbers before rounding (straight-through estimator, Bengio et al. 2013, arXiv:1308.3432). It is
     zero where int8 clips a number to its range.

@@ -46,7 +46,7 @@ def _finish(chart: alt.TopLevelMixin, values: ChartValues) -> dict[str, Any]:
     return {**spec, "datasets": {TABLE.name: list(values)}}
 
 
-def _color(field: str, values: ChartValues) -> alt.Color:
+def _make_color(field: str, values: ChartValues) -> alt.Color:
     """Return colors for the distinct values of a field, in their order, with a legend if there are several."""
     names = list(dict.fromkeys(row[field] for row in values))
     columns = 2 if max(map(len, names), default=0) <= MAX_COLUMN_CHARS else 1  # a phone has room for two short names
@@ -84,7 +84,7 @@ def draw_lines(
     base = alt.Chart(TABLE).encode(
         x=alt.X("x:Q", title=x_title, axis=alt.Axis(tickMinStep=1, format="~s", grid=False), scale=alt.Scale(nice=False)),
         y=alt.Y("value:Q", title=y_title, scale=alt.Scale(zero=zero), axis=alt.Axis(tickCount=5)),
-        color=_color("series", rows),
+        color=_make_color("series", rows),
     )
     dash = alt.condition("datum.baseline", alt.value(BASELINE_DASH), alt.value([1, 0]))
     lines = base.mark_line(strokeWidth=2, clip=True).encode(strokeDash=dash, detail="baseline:N")
@@ -125,7 +125,7 @@ def draw_histogram(title: str, values: ChartValues, x_title: str, y_title: str, 
             x=alt.X("start:Q", bin="binned", title=x_title, axis=alt.Axis(tickCount=6, grid=False)),
             x2="end:Q",
             y=alt.Y("share:Q", stack=None, title=y_title, axis=alt.Axis(tickCount=4, format="~%")),
-            color=_color("kind", values),
+            color=_make_color("kind", values),
             tooltip=[
                 alt.Tooltip("kind:N", title=" "),
                 alt.Tooltip("start:Q", title="from", format=".3~g"),
@@ -146,7 +146,7 @@ def draw_bars(title: str, values: ChartValues, x_title: str, note: str = "") -> 
             x=alt.X("share:Q", title=x_title, axis=alt.Axis(tickCount=5, format="~%", grid=True)),
             y=alt.Y("name:N", sort=None, title=None, axis=alt.Axis(labelLimit=180, grid=False)),
             yOffset=alt.YOffset("group:N", sort=None),
-            color=_color("group", values),
+            color=_make_color("group", values),
             tooltip=[
                 alt.Tooltip("name:N", title="source"),
                 alt.Tooltip("group:N", title=" "),
@@ -167,7 +167,7 @@ def draw_points(title: str, values: ChartValues, note: str = "") -> Chart:
         .encode(
             x=alt.X("x:Q", axis=axis, scale=alt.Scale(zero=False)),
             y=alt.Y("y:Q", axis=axis, scale=alt.Scale(zero=False)),
-            color=_color("source", values),
+            color=_make_color("source", values),
             tooltip=[alt.Tooltip("source:N"), alt.Tooltip("text:N")],
         )
     )

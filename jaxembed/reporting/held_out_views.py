@@ -18,12 +18,12 @@ log = logging.getLogger("jaxembed")
 SAMPLE_SEED = 0  # of the samples, so that two reports of a run show the same ones
 MAX_SET_QUERIES = 256  # queries of a set that are searched
 MAX_DOCUMENTS = 4096  # documents of a set that are searched
-SHOWN_QUERIES = 48  # queries of a set whose neighbors are listed
-SHOWN_NEIGHBORS = 10  # documents that are listed for a query
+MAX_LISTED_QUERIES = 48  # queries of a set whose neighbors are listed
+MAX_LISTED_NEIGHBORS = 10  # documents that are listed for a query
 NEGATIVES_PER_QUERY = 5  # hard negatives, and random negatives, of a query in the histograms
 MAX_MAP_TEXTS = 1200  # texts on the map
 MAX_SETS = 4  # sets whose neighbors are listed
-MAX_LABELS = 7  # labels of a set that have a color of their own on the map
+MAX_LABELS = 7  # labels of a set with their own color on the map
 MAX_CHARS = 500  # characters of a listed text
 MAX_POINT_CHARS = 240  # characters of a text on the map
 HISTOGRAM_BINS = 40
@@ -101,7 +101,9 @@ def _view_retrieval(held_out: RetrievalSet, embedder: Embedder) -> SetView:
     for q, i in enumerate(query_rows):
         is_relevant[q, [column_of[row] for row in held_out.relevant[i] if row >= 0]] = True
     order = np.argsort(-scores, axis=1, kind="stable")
-    shown = [describe_query(queries[q], scores[q], is_relevant[q], order[q]) for q in range(min(len(queries), SHOWN_QUERIES))]
+    shown = [
+        describe_query(queries[q], scores[q], is_relevant[q], order[q]) for q in range(min(len(queries), MAX_LISTED_QUERIES))
+    ]
     listed = {n["document"] for query in shown for n in query["neighbors"]}
     return SetView(
         name=config.name,
@@ -112,7 +114,7 @@ def _view_retrieval(held_out: RetrievalSet, embedder: Embedder) -> SetView:
         ],
         similarities=compare_pairs(scores, is_relevant, order, rng),
         queries=shown,
-        documents={column: cut(documents[column], MAX_CHARS) for column in sorted(listed)},
+        documents={column: truncate(documents[column], MAX_CHARS) for column in sorted(listed)},
     )
 
 
@@ -121,7 +123,7 @@ def describe_query(
 ) -> dict[str, Any]:
     """Return a query, the rank of its first relevant document (from 1), and its nearest documents.
 
-    The first relevant document is listed in any case, with its rank.
+    The first relevant document is always listed, with its rank.
 
     Args:
         query: Text of the query.
@@ -130,12 +132,12 @@ def describe_query(
         order: The documents, best first.
     """
     rank = int(np.flatnonzero(is_relevant[order])[0]) + 1
-    ranks = [*range(1, min(SHOWN_NEIGHBORS, len(order)) + 1)]
+    ranks = [*range(1, min(MAX_LISTED_NEIGHBORS, len(order)) + 1)]
     neighbors = [
         {"document": int(d := order[r - 1]), "rank": r, "score": round(float(scores[d]), 4), "relevant": bool(is_relevant[d])}
         for r in (ranks if rank in ranks else [*ranks, rank])
     ]
-    return {"text": cut(query, MAX_CHARS), "rank": rank, "neighbors": neighbors}
+    return {"text": truncate(query, MAX_CHARS), "rank": rank, "neighbors": neighbors}
 
 
 def compare_pairs(
@@ -203,7 +205,7 @@ def sample(items: Any, count: int, rng: np.random.Generator) -> list[Any]:
     return [items[i] for i in rng.permutation(len(items))[:count]]
 
 
-def cut(text: str, max_chars: int) -> str:
+def truncate(text: str, max_chars: int) -> str:
     """Return a text of at most `max_chars` characters."""
     return text if len(text) <= max_chars else f"{text[: max_chars - 1]}…"
 
@@ -223,7 +225,7 @@ def count_bins(similarities: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
     return rows
 
 
-def draw_map(sources: Sequence[EncodedSource]) -> tuple[list[dict[str, Any]], float]:
+def project_texts(sources: Sequence[EncodedSource]) -> tuple[list[dict[str, Any]], float]:
     """Project a sample of texts onto the two principal axes of their vectors.
 
     Args:
@@ -240,7 +242,7 @@ def draw_map(sources: Sequence[EncodedSource]) -> tuple[list[dict[str, Any]], fl
     places = centered @ axes[:2].T
     places = np.pad(places, ((0, 0), (0, 2 - places.shape[1])))
     variance = float((scales[:2] ** 2).sum() / max((scales**2).sum(), 1e-12))
-    names = [(source.name, cut(source.texts[row], MAX_POINT_CHARS)) for source, rows in chosen for row in rows]
+    names = [(source.name, truncate(source.texts[row], MAX_POINT_CHARS)) for source, rows in chosen for row in rows]
     points = [
         {"x": round(float(x), 4), "y": round(float(y), 4), "source": name, "text": text}
         for (x, y), (name, text) in zip(places, names, strict=True)
@@ -248,7 +250,7 @@ def draw_map(sources: Sequence[EncodedSource]) -> tuple[list[dict[str, Any]], fl
     return points, variance
 
 
-def attend_to_latents(sources: Sequence[EncodedSource], embedder: Embedder) -> tuple[list[dict[str, Any]], str]:
+def compute_latent_attention(sources: Sequence[EncodedSource], embedder: Embedder) -> tuple[list[dict[str, Any]], str]:
     """Return the attention of some texts to the latents (NV-Embed, Lee et al. 2024, appendix C).
 
     Args:
@@ -268,7 +270,7 @@ def attend_to_latents(sources: Sequence[EncodedSource], embedder: Embedder) -> t
     cells = [
         {
             "row": f"{i + 1:02} {source.rpartition(': ')[2]}",
-            "source": source, "text": cut(text, MAX_POINT_CHARS), "column": place,
+            "source": source, "text": truncate(text, MAX_POINT_CHARS), "column": place,
             "head": int(column // latents) + 1, "latent": int(column % latents) + 1,
             "weight": round(float(columns[i, column]), 6),
         }

@@ -19,7 +19,7 @@ class ReportedModel:
     """A model of a report.
 
     Attributes:
-        name: Its name in the report, which no other model has.
+        name: Its unique name in the report.
         path: Its run directory, folder, or hub id; empty if its scores do not name it.
         run: Its run, if a run directory was given.
         benchmark: Its benchmark scores.
@@ -44,7 +44,7 @@ class ReportedModel:
 def read_inputs(paths: Sequence[str]) -> list[ReportedModel]:
     """Read run directories and files of scores.
 
-    Scores of a run that was given too belong to that run. All paths are checked before any file is read.
+    Scores of a run that is among the paths are added to that run. All paths are checked before any file is read.
 
     Raises:
         UserError: A path is neither a run nor scores, a file is damaged, or a run has no metrics yet.
@@ -98,10 +98,10 @@ def _name_scores(path: str, scores: ScoreFile) -> str:
     if scores.model:
         return Path(scores.model).name
     given = Path(path)
-    return given.stem if given.suffix == ".json" and given.name != SCORES_FILE else _folder_of(given).resolve().name
+    return given.stem if given.suffix == ".json" and given.name != SCORES_FILE else _find_folder(given).resolve().name
 
 
-def _folder_of(path: Path) -> Path:
+def _find_folder(path: Path) -> Path:
     return path if path.is_dir() else path.parent
 
 

@@ -15,13 +15,13 @@ from jaxembed.hub.embedder import Embedder
 from jaxembed.reporting.blocks import ReportSection
 from jaxembed.reporting.charts import draw_heat_map, draw_histogram, draw_points
 from jaxembed.reporting.held_out_views import (
+    MAX_LISTED_NEIGHBORS,
     MAX_SETS,
-    SHOWN_NEIGHBORS,
     EncodedSource,
     SetView,
-    attend_to_latents,
+    compute_latent_attention,
     count_bins,
-    draw_map,
+    project_texts,
     view_set,
 )
 from jaxembed.reporting.run_files import RunFiles
@@ -79,7 +79,7 @@ def view_run(run: RunFiles, name: str, checkpoint: str, mesh: Mesh) -> RunViews:
             if source.config.adapter == adapter and (view := view_training_source(source, embedder)):
                 source_views.append(view)
         if latents is None and views and embedder.spec.pooling.startswith("latent_attention"):
-            latents = attend_to_latents(next(iter(views.values())).sources, embedder)
+            latents = compute_latent_attention(next(iter(views.values())).sources, embedder)
         del embedder  # memory holds one model at a time
     return RunViews(name, [views[config.name] for config in configs if config.name in views], source_views, latents)
 
@@ -93,9 +93,9 @@ def make_map_section(views: Sequence[RunViews]) -> ReportSection:
     charts = []
     for view in views:
         if sources := list(_iter_sources(view.sets)):
-            points, variance = draw_map(sources)
+            points, variance = project_texts(sources)
             note = f"{len(points):,} texts. The axes explain {100 * variance:.0f} % of the variance of their vectors."
-            charts.append(draw_points(_title(view, views, "Held-out texts"), points, note))
+            charts.append(draw_points(_make_title(view, views, "Held-out texts"), points, note))
     intro = "Principal component analysis (PCA) of the vectors. Point at a text to read it, or tap it to keep it below the map."
     return ReportSection("map", "Map", intro, charts=charts)
 
@@ -106,7 +106,7 @@ def make_neighbor_section(views: Sequence[RunViews]) -> ReportSection:
         {
             "label": ", ".join(filter(None, (view.run if len(views) > 1 else "", held_out.name))),
             "note": held_out.note,
-            "hits": SHOWN_NEIGHBORS,
+            "hits": MAX_LISTED_NEIGHBORS,
             "queries": held_out.queries,
             "documents": held_out.documents,
         }
@@ -116,7 +116,7 @@ def make_neighbor_section(views: Sequence[RunViews]) -> ReportSection:
     ]
     intro = (
         f"A sample of queries and their nearest documents by cosine. A query is a hit if a relevant document is among "
-        f"the first {SHOWN_NEIGHBORS}. The number is the rank of its first relevant document."
+        f"the first {MAX_LISTED_NEIGHBORS}. The number is the rank of its first relevant document."
     )
     return ReportSection("neighbors", "Neighbors", intro, neighbors=neighbors)
 
@@ -125,7 +125,11 @@ def make_similarity_section(views: Sequence[RunViews]) -> ReportSection:
     """Return histograms of the cosines of positives, hard negatives, and random negatives."""
     charts = [
         draw_histogram(
-            _title(view, views, held_out.name), count_bins(held_out.similarities), "cosine", "share of the pairs", held_out.note
+            _make_title(view, views, held_out.name),
+            count_bins(held_out.similarities),
+            "cosine",
+            "share of the pairs",
+            held_out.note,
         )
         for view in views
         for held_out in (*view.sets, *view.sources)
@@ -141,7 +145,7 @@ def make_similarity_section(views: Sequence[RunViews]) -> ReportSection:
 def make_latent_section(views: Sequence[RunViews]) -> ReportSection:
     """Return the attention of texts to the latents, where a model has latent attention."""
     charts = [
-        draw_heat_map(_title(view, views, "Attention to latents"), view.latents[0], view.latents[1])
+        draw_heat_map(_make_title(view, views, "Attention to latents"), view.latents[0], view.latents[1])
         for view in views
         if view.latents is not None
     ]
@@ -149,5 +153,5 @@ def make_latent_section(views: Sequence[RunViews]) -> ReportSection:
     return ReportSection("latents", "Latent attention", intro, charts=charts)
 
 
-def _title(view: RunViews, views: Sequence[RunViews], title: str) -> str:
+def _make_title(view: RunViews, views: Sequence[RunViews], title: str) -> str:
     return f"{view.run}: {title}" if len(views) > 1 else title

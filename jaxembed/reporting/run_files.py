@@ -34,8 +34,8 @@ class RunFiles:
         base: Name and hash of its base.
         versions: Versions of the libraries by name.
         hashes: Hashes of data, held-out sets, guide and teacher: rows of kind, name and hash.
-        data: What data.json says about the sources of each stage; empty for runs of earlier versions.
-        starts: What starts.jsonl says about each start; empty for runs of earlier versions.
+        data: Contents of data.json: the sources of each stage; empty for runs of earlier versions.
+        starts: Contents of starts.jsonl: one entry per start; empty for runs of earlier versions.
         benchmark: Scores in its folder, from `evaluate --out RUN/FOLDER`.
     """
 
@@ -138,6 +138,6 @@ def _read_starts(path: Path) -> list[dict[str, Any]]:
 
 
 def _find_benchmark(folder: Path) -> ScoreFile | None:
-    """Return the scores in the run directory or one of its folders. Of several files, later ones replace tasks."""
+    """Return the scores in the run directory or one of its folders. Later files replace tasks of earlier ones."""
     files = [read_score_file(path) for path in (*sorted(folder.glob(f"*/{SCORES_FILE}")), folder / SCORES_FILE) if exists(path)]
     return merge_score_files(files) if files else None

@@ -45,7 +45,7 @@ class ScoreFile:
     """The scores of a model.
 
     Attributes:
-        model: What `evaluate` called the model; empty if the file does not say.
+        model: Name of the model; empty if the file does not give it.
         tasks: The score of each task by its name.
         comparison: What `evaluate --compare` wrote beside the scores; empty without it.
         leaks: What `evaluate --check-leaks` wrote beside the scores; empty without it.
@@ -135,7 +135,7 @@ def average(tasks: Mapping[str, TaskScore], names: list[str] | None = None) -> f
 
     Args:
         tasks: Scores by task.
-        names: The tasks that count. Default: all.
+        names: The tasks to average. Default: all.
     """
     scores = [tasks[name].score if name in tasks else None for name in (tasks if names is None else names)]
     finite = [score for score in scores if score is not None]

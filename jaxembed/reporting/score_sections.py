@@ -68,12 +68,12 @@ def _summarize_model(model: ReportedModel, figures: ModelFigures | None) -> list
 
 def _compare_models(models: Sequence[ReportedModel], figures: FiguresByName, baseline: str) -> Table:
     """Return the table of the survey (Cao 2024, Table 3), with scores relative to a baseline."""
-    tasks = _shared([list(model.tasks) for model in models if model.tasks])
+    tasks = _intersect([list(model.tasks) for model in models if model.tasks])
     held_out = list(dict.fromkeys(metric for model in models for metric in model.held_out))
     scored = {model.name: {metric: model.held_out.get(metric) for metric in held_out} for model in models}
     if tasks:
         scored = {
-            model.name: {f"mean of {len(tasks)} tasks": _percent(average(model.tasks, tasks)), **scored[model.name]}
+            model.name: {f"mean of {len(tasks)} tasks": _to_percent(average(model.tasks, tasks)), **scored[model.name]}
             for model in models
         }
     metrics = list(scored[baseline])
@@ -106,16 +106,16 @@ def _format_change(score: float | None, reference: float | None) -> str:
     return NO_VALUE if score is None or not reference else f"{100 * (score / reference - 1):+.1f} %"
 
 
-def _shared(lists: Sequence[Sequence[str]]) -> list[str]:
+def _intersect(lists: Sequence[Sequence[str]]) -> list[str]:
     return [name for name in lists[0] if all(name in names for names in lists)] if lists else []
 
 
-def _percent(score: float | None) -> float | None:
+def _to_percent(score: float | None) -> float | None:
     return None if score is None else 100 * score
 
 
 def _format_score(score: float | None) -> str:
-    return format_number(_percent(score), 2)
+    return format_number(_to_percent(score), 2)
 
 
 def _find_best(rows: Sequence[Sequence[str]], columns: Sequence[int]) -> frozenset[tuple[int, int]]:
@@ -155,7 +155,7 @@ def make_benchmark_section(models: Sequence[ReportedModel]) -> ReportSection:
 
 
 def _list_published_tables(models: Sequence[ReportedModel]) -> list[Table]:
-    """Return the averages by type of task beside the rows of published models, for each benchmark that a paper has a table of.
+    """Return the averages by type of task beside the rows of published models, for each benchmark with a published table.
 
     Models that were scored on other tasks of a benchmark have a table of their own.
     """
@@ -223,13 +223,13 @@ def make_width_section(models: Sequence[ReportedModel]) -> ReportSection:
 
 def make_comparison_section(models: Sequence[ReportedModel]) -> ReportSection:
     """Return what `evaluate --compare` found: differences of two models with their bootstrap intervals, and a conclusion."""
-    tables = [_comparison_table(model) for model in models if model.benchmark.comparison]
+    tables = [_make_comparison_table(model) for model in models if model.benchmark.comparison]
     return ReportSection(
         "comparison", "Comparison", "Paired bootstrap over the items of each task. Scores × 100.", tables=tables
     )
 
 
-def _comparison_table(model: ReportedModel) -> Table:
+def _make_comparison_table(model: ReportedModel) -> Table:
     comparison = model.benchmark.comparison
     differences: dict[str, Mapping[str, Any]] = dict(comparison.get("differences") or {})
     other = comparison.get("scores") or {}

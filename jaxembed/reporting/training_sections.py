@@ -34,66 +34,75 @@ OTHER_KEYS = frozenset(
 )
 EXIT_PREFIX = "exit_"  # of the losses at early exits
 MAX_CHARTED_SOURCES = 24  # sources of all stages that a chart shows, those with the largest shares
-ONLY_GROUP = "queries"  # the group of the sources of a single run with a single stage
+ONLY_GROUP = "queries"  # name of the group if there is only one run with one stage
 MAX_METRIC_CHARTS = 8  # charts of the objectives' own metrics
 
 
 def make_training_section(runs: Sequence[RunFiles]) -> ReportSection:
     """Return curves of the loss and its parts, the learning rate, throughput, and padding."""
-    charts = [draw_lines("Loss", _loss_values(runs), "loss", note=_loss_note(runs))]
-    if len(runs) > 1:  # the parts of each run would be too many lines for one chart
-        parts = dict.fromkeys(key for run in runs for key in _shown_parts(run))
+    charts = [draw_lines("Loss", _list_loss_values(runs), "loss", note=_describe_loss_parts(runs))]
+    if len(runs) > 1:  # the loss parts of several runs would be too many lines for one chart
+        parts = dict.fromkeys(key for run in runs for key in _list_shown_parts(run))
         charts += [_draw_metric(runs, key, describe_part(key), "loss") for key in parts]
     for key, title, y_title in STEP_METRICS:
-        values = [_point(run, row, key, _prefix(run, runs) or title) for run in runs for row in run.losses if key in row]
+        values = [
+            _make_point(run, row, key, _make_prefix(run, runs) or title) for run in runs for row in run.losses if key in row
+        ]
         if values:
             charts.append(draw_lines(title, values, y_title, zero=key in ("learning_rate", "padding_fraction", "mfu")))
     waits = [
-        {"x": row["step"], "value": row["data_wait_seconds"] / row["step_seconds"], "series": _prefix(run, runs) or "waiting"}
+        {
+            "x": row["step"],
+            "value": row["data_wait_seconds"] / row["step_seconds"],
+            "series": _make_prefix(run, runs) or "waiting",
+        }
         for run in runs
         for row in run.losses
         if row.get("step_seconds") and row.get("data_wait_seconds") is not None
     ]
     if waits:
         charts.append(draw_lines("Waiting for data", waits, "share of the step's time", zero=True))
-    for key in _own_metrics(runs)[:MAX_METRIC_CHARTS]:
+    for key in _list_objective_metrics(runs)[:MAX_METRIC_CHARTS]:
         charts.append(_draw_metric(runs, key, key, ""))
     return ReportSection("training", "Training", "One point per logged step.", charts=charts)
 
 
-def _prefix(run: RunFiles, runs: Sequence[RunFiles]) -> str:
+def _make_prefix(run: RunFiles, runs: Sequence[RunFiles]) -> str:
     """Return the name of a run if a chart shows several, otherwise an empty string."""
     return run.name if len(runs) > 1 else ""
 
 
-def _point(run: RunFiles, row: Mapping[str, Any], key: str, series: str) -> dict[str, Any]:
+def _make_point(run: RunFiles, row: Mapping[str, Any], key: str, series: str) -> dict[str, Any]:
     return {"x": row["step"], "value": row[key], "series": series}
 
 
 def _draw_metric(runs: Sequence[RunFiles], key: str, title: str, y_title: str) -> Chart:
     """Draw a metric of several runs, or of one."""
-    values = [_point(run, row, key, _prefix(run, runs) or title) for run in runs for row in run.losses if key in row]
+    values = [_make_point(run, row, key, _make_prefix(run, runs) or title) for run in runs for row in run.losses if key in row]
     return draw_lines(title, values, y_title)
 
 
-def _loss_values(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
+def _list_loss_values(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
     """Return the loss of every run, and the parts of it if there is one run."""
     if len(runs) > 1:
-        return [_point(run, row, "loss", run.name) for run in runs for row in run.losses]
+        return [_make_point(run, row, "loss", run.name) for run in runs for row in run.losses]
     (run,) = runs
     return [
-        _point(run, row, key, describe_part(key)) for key in ("loss", *_shown_parts(run)) for row in run.losses if key in row
+        _make_point(run, row, key, describe_part(key))
+        for key in ("loss", *_list_shown_parts(run))
+        for row in run.losses
+        if key in row
     ]
 
 
-def _shown_parts(run: RunFiles) -> list[str]:
+def _list_shown_parts(run: RunFiles) -> list[str]:
     """Return the parts of a run's loss if it has several."""
-    parts = _loss_parts(run)
+    parts = _list_loss_parts(run)
     return parts if len(parts) > 1 else []
 
 
-def _loss_note(runs: Sequence[RunFiles]) -> str:
-    keys = {key for run in runs for key in _loss_parts(run)}
+def _describe_loss_parts(runs: Sequence[RunFiles]) -> str:
+    keys = {key for run in runs for key in _list_loss_parts(run)}
     notes = []
     if any(re.search(r"_\d+$", key) for key in keys if not key.startswith(EXIT_PREFIX)):
         notes.append("A part with a width is the loss of vectors cut to that width (Matryoshka).")
@@ -102,7 +111,7 @@ def _loss_note(runs: Sequence[RunFiles]) -> str:
     return " ".join(notes)
 
 
-def _labels(run: RunFiles) -> set[str]:
+def _list_labels(run: RunFiles) -> set[str]:
     """Return the labels of a run's objectives, numbered as in its metrics."""
     labels = set()
     for stage in run.config.stages:
@@ -113,18 +122,18 @@ def _labels(run: RunFiles) -> set[str]:
     return labels
 
 
-def _loss_parts(run: RunFiles) -> list[str]:
+def _list_loss_parts(run: RunFiles) -> list[str]:
     """Return the metrics that are losses: those of the objectives, at widths of Matryoshka vectors, and at early exits."""
-    labels = _labels(run)
+    labels = _list_labels(run)
     widths = {width for stage in run.config.stages for width in stage.matryoshka.dims}
     parts = labels | {f"{label}_{width}" for label in labels for width in widths}
     keys = dict.fromkeys(key for row in run.losses for key in row)
     return [key for key in keys if key in parts or key.startswith(EXIT_PREFIX)]
 
 
-def _own_metrics(runs: Sequence[RunFiles]) -> list[str]:
+def _list_objective_metrics(runs: Sequence[RunFiles]) -> list[str]:
     """Return the metrics of objectives that are not losses, such as the number of negatives."""
-    parts = {key for run in runs for key in _loss_parts(run)}
+    parts = {key for run in runs for key in _list_loss_parts(run)}
     keys = dict.fromkeys(key for run in runs for row in run.losses for key in row)
     return [key for key in keys if key not in parts | OTHER_KEYS]
 
@@ -144,7 +153,7 @@ def make_held_out_section(runs: Sequence[RunFiles]) -> ReportSection:
     for metric in metrics:
         values = []
         for run in runs:
-            prefix = _prefix(run, runs)
+            prefix = _make_prefix(run, runs)
             trained = [{"x": x, "value": v, "series": prefix or "trained"} for x, name, v in run.scores() if name == metric]
             last = trained[-1]["x"] if trained else 0
             values += trained
@@ -154,12 +163,12 @@ def make_held_out_section(runs: Sequence[RunFiles]) -> ReportSection:
                     series = f"{prefix}: {label}" if prefix and key == "untrained" else label
                     values += [{"x": x, "value": score, "series": series, "baseline": True} for x in (0, last)]
         charts.append(draw_lines(metric, values, metric.rpartition("/")[2], with_points=True))
-    tables = [_held_out_table(runs, metrics)] if metrics else []
+    tables = [_make_held_out_table(runs, metrics)] if metrics else []
     intro = "Scores on the held-out sets of eval.sets. Dashed lines: the model before training, and BM25."
     return ReportSection("held-out", "Held-out scores", intro, charts=charts, tables=tables)
 
 
-def _held_out_table(runs: Sequence[RunFiles], metrics: Sequence[str]) -> Table:
+def _make_held_out_table(runs: Sequence[RunFiles], metrics: Sequence[str]) -> Table:
     rows = []
     for metric in metrics:
         for run in runs:
@@ -179,7 +188,7 @@ def _held_out_table(runs: Sequence[RunFiles], metrics: Sequence[str]) -> Table:
 def make_data_section(runs: Sequence[RunFiles]) -> ReportSection:
     """Return the mixture of the sources, the lengths of their texts, what is truncated, and what was dropped."""
     sources = [
-        {**source, "name": str(source.get("name")), "group": _stage_name(run, runs, index)}
+        {**source, "name": str(source.get("name")), "group": _name_stage(run, runs, index)}
         for run in runs
         for index, stage in enumerate(run.data)
         for source in stage
@@ -190,9 +199,9 @@ def make_data_section(runs: Sequence[RunFiles]) -> ReportSection:
     cut_note = f"The {len(charted)} largest of {len(sources)} sources." if len(charted) < len(sources) else ""
     charts: list[Chart] = []
     if len(charted) > 1:
-        shares = [_pick(source, "name", "group", "share") for source in charted]
+        shares = [_select_keys(source, "name", "group", "share") for source in charted]
         charts.append(draw_bars("Mixture", shares, "share of the queries", cut_note))
-    lengths = [row for source in charted[:6] for row in _length_rows(source)]
+    lengths = [row for source in charted[:6] for row in _list_length_rows(source)]
     if lengths:
         charts.append(
             draw_histogram(
@@ -200,22 +209,22 @@ def make_data_section(runs: Sequence[RunFiles]) -> ReportSection:
                 "A sample of each source. The last bin also counts all longer texts.",
             )
         )  # fmt: skip
-    tables = [_source_table(sources), *_drop_tables(sources)]
+    tables = [_make_source_table(sources), *_make_drop_tables(sources)]
     return ReportSection(
         "data", "Data", "What the run trained on, from data.json in its directory.", charts=charts, tables=tables
     )
 
 
-def _stage_name(run: RunFiles, runs: Sequence[RunFiles], index: int) -> str:
+def _name_stage(run: RunFiles, runs: Sequence[RunFiles], index: int) -> str:
     stage = f"stage {index + 1}" if len(run.data) > 1 else ""
-    return ", ".join(filter(None, (_prefix(run, runs), stage))) or ONLY_GROUP
+    return ", ".join(filter(None, (_make_prefix(run, runs), stage))) or ONLY_GROUP
 
 
-def _pick(source: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+def _select_keys(source: Mapping[str, Any], *keys: str) -> dict[str, Any]:
     return {key: source.get(key) for key in keys}
 
 
-def _length_rows(source: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+def _list_length_rows(source: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
     tokens = source.get("tokens") or {}
     histogram = tokens.get("histogram") or {"edges": [], "counts": []}
     total = sum(histogram["counts"]) or 1
@@ -224,7 +233,7 @@ def _length_rows(source: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
         yield {"kind": name, "start": start, "end": end, "share": count / total}
 
 
-def _source_table(sources: Sequence[Mapping[str, Any]]) -> Table:
+def _make_source_table(sources: Sequence[Mapping[str, Any]]) -> Table:
     rows = []
     for source in sources:
         tokens = source.get("tokens") or {}
@@ -238,14 +247,14 @@ def _source_table(sources: Sequence[Mapping[str, Any]]) -> Table:
             ]
         )  # fmt: skip
     columns = [
-        "source", "run or stage", "format", "examples", "share", "epochs", "tokens: mean", "median", "95 %", "most", "limit",
+        "source", "run or stage", "format", "examples", "share", "epochs", "tokens: mean", "median", "95 %", "maximum", "limit",
         "truncated", "dropped",
     ]  # fmt: skip
     caption = "Tokens count a sample of queries, positives and negatives with their prompts, before truncation at the limit."
     return _omit_single_group(Table(columns, rows, text_columns=3, caption=caption))
 
 
-def _drop_tables(sources: Sequence[Mapping[str, Any]]) -> list[Table]:
+def _make_drop_tables(sources: Sequence[Mapping[str, Any]]) -> list[Table]:
     rows = [
         [str(source["name"]), str(source["group"]), str(reason), format_count(count)]
         for source in sources

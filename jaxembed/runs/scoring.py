@@ -15,7 +15,7 @@ from jaxembed.evaluation.heldout import HeldOutSet, RetrievalSet, SetScores, Tex
 from jaxembed.hub.embedder import Embedder
 from jaxembed.model.lora import pick_adapter
 from jaxembed.runs.open import OpenedRun
-from jaxembed.search.precision import as_scored
+from jaxembed.search.precision import simulate_quantization
 from jaxembed.training.step import TrainState
 
 log = logging.getLogger("jaxembed")
@@ -56,7 +56,7 @@ def make_set_scorer(encoder: Embedder, held_out: Sequence[HeldOutSet], ranges: n
         for held_out_set in held_out:
             adapted = with_adapter(encoder, params, held_out_set.config.adapter)
             precision = held_out_set.config.precision
-            vectors = [as_scored(encode_input(adapted, i), precision, ranges) for i in held_out_set.inputs]
+            vectors = [simulate_quantization(encode_input(adapted, i), precision, ranges) for i in held_out_set.inputs]
             scores[held_out_set.config.name] = held_out_set.score(vectors)
         return scores
 

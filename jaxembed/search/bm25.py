@@ -13,7 +13,7 @@ from jaxembed.search.terms import make_term_splitter
 # A baseline should be hard to beat, so every choice here and in `make_term_splitter` is the best of those tried on
 # docstring -> function retrieval, scored on the same texts: no stop words +0.055 nDCG@10, no endings +0.02, b = 0.9 +0.005.
 K1, B = 1.2, 0.9
-NUM_CANDIDATES = 20  # documents with the best scores whose similarity is computed
+NUM_CANDIDATES = 20  # best-scoring documents whose similarity is computed
 
 
 def rank_documents(corpus: Sequence[str], queries: Sequence[str], k: int) -> np.ndarray:
@@ -31,7 +31,7 @@ def rank_documents(corpus: Sequence[str], queries: Sequence[str], k: int) -> np.
 
 
 class Bm25Index:
-    """A corpus that is searched by BM25 (Lucene's variant). Needs bm25s and regex."""
+    """A BM25 index of a corpus (Lucene's variant). Needs bm25s and regex."""
 
     def __init__(self, corpus: Sequence[str]):
         """Index the documents. Raise `UserError` if bm25s is not installed."""
@@ -55,8 +55,8 @@ class Bm25Similarity:
     """Similarity of texts to the documents of a corpus, from 0 to 1, by the weights that BM25 gives to their terms.
 
     BM25 alone is not symmetric: a long text that contains all words of a short document scores as high as the document itself.
-    So the score of each of the two for the terms that both have is divided by its score for all its own terms, and the lower
-    quotient counts. It is 1 for texts with equal terms. Needs bm25s and regex.
+    So for each of the two texts, the score of the shared terms is divided by the score of all its terms. The similarity is the
+    smaller quotient: 1 for texts with equal terms. Needs bm25s and regex.
     """
 
     def __init__(self, corpus: Sequence[str]):
@@ -87,7 +87,7 @@ class Bm25Similarity:
         return -negative_index, similarity
 
     def _weigh(self, counts: Counter[str]) -> dict[str, float]:
-        """Return the BM25 score of a document with these terms for each of its terms."""
+        """Return the BM25 weight of each term of a text, given its term counts."""
         length = 1 - B + B * counts.total() / self._mean_length
         return {term: self._inverse_frequency(term) * count / (count + K1 * length) for term, count in counts.items()}
 

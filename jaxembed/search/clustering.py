@@ -1,4 +1,4 @@
-"""Clusters of unit vectors: spherical k-means (Dhillon and Modha 2001), by the exact search for the nearest center."""
+"""Cluster unit vectors by spherical k-means (Dhillon and Modha 2001), with an exact search for the nearest center."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 
 from jaxembed.search.nearest import search
 
-DRAWS_PER_CENTER = 4  # candidates for each of the first centers
+DRAWS_PER_CENTER = 4  # candidates for each initial center
 
 
 class Clustering(NamedTuple):
@@ -29,14 +29,14 @@ class Clustering(NamedTuple):
 def cluster_vectors(vectors: Float[np.ndarray, "n d"], count: int, seed: int, iterations: int = 20) -> Clustering:
     """Cluster unit vectors.
 
-    The first centers are drawn by k-means++ (Arthur and Vassilvitskii 2007): each with a probability that grows with the
-    distance from the centers so far. A center that loses all its vectors stays where it is.
+    The initial centers are drawn by k-means++ (Arthur and Vassilvitskii 2007), with a probability that grows with the distance
+    from the centers so far. A center that loses all its vectors does not move.
 
     Args:
         vectors: Unit vectors.
         count: Number of clusters, at most N.
-        seed: Seed of the first centers.
-        iterations: Maximum iterations. They end when no vector changes its cluster.
+        seed: Seed of the initial centers.
+        iterations: Maximum number of iterations. They stop early if no vector changes its cluster.
     """
     centers = _draw_centers(vectors, count, np.random.default_rng(seed))
     labels = np.full(len(vectors), -1)
@@ -55,7 +55,7 @@ def cluster_vectors(vectors: Float[np.ndarray, "n d"], count: int, seed: int, it
 
 
 def _draw_centers(vectors: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Return the first centers, float32 [count, D]. If fewer vectors are distinct, some centers are equal."""
+    """Return the initial centers, float32 [count, D]. With fewer distinct vectors, some centers are equal."""
     chosen = [int(rng.integers(len(vectors)))]
     distances = np.maximum(1 - vectors @ vectors[chosen[0]], 0)
     while len(chosen) < count:

@@ -1,4 +1,4 @@
-"""Reciprocal rank fusion: one ranking out of several."""
+"""Reciprocal rank fusion of several rankings."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ def fuse_rankings(rankings: Sequence[np.ndarray], rank_offset: int = RANK_OFFSET
 
     Args:
         rankings: Documents by id, best first, one array per ranking. A document may be missing in some.
-        rank_offset: Constant that is added to every rank.
+        rank_offset: The constant k of the paper, which is added to every rank.
 
     Returns:
-        All documents, best first. Of equal sums, the one that an earlier ranking lists first is first.
+        All documents, best first. Ties are ordered by first appearance in the rankings.
     """
     documents = np.concatenate(rankings)
     points = np.concatenate([1 / (rank_offset + np.arange(1, len(ranking) + 1)) for ranking in rankings])

@@ -1,4 +1,4 @@
-"""Exact nearest documents by dot product, block by block, on the mesh or by FAISS. No score matrix is ever complete."""
+"""Exact nearest documents by dot product, block by block, on the mesh or by FAISS. The full score matrix is never in memory."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from jaxembed.devices.mesh import BATCH_AXES, make_mesh, shard_count
 from jaxembed.devices.placement import batch_sharding, put_global, replicated_sharding, to_host
 from jaxembed.devices.processes import progress_bar
 
-GROUP_SIZE = 32  # documents of a group, which `top_k` represents by its best score
+GROUP_SIZE = 32  # documents per group; `top_k` compares groups by their best scores
 MAX_QUERIES_PER_BLOCK, MAX_DOCUMENTS_PER_BLOCK = 512, 131072  # larger blocks are no faster
-MAX_FAISS_QUERIES = 1024  # of one call
-FAISS_BLOCK_DOCUMENTS = 1024  # documents of a block inside FAISS
+MAX_FAISS_QUERIES = 1024  # in one call
+FAISS_BLOCK_DOCUMENTS = 1024  # documents per block inside FAISS
 DEFAULT_MEMORY_MB = 512
 
 
@@ -67,8 +67,8 @@ def search(
 ) -> SearchResult:
     """Find the k documents nearest to each query by dot product.
 
-    On CPUs FAISS searches, if it is installed. Otherwise queries are split over all devices and meet one block of documents
-    after another.
+    On CPUs, FAISS does the search if it is installed. Otherwise queries are split over all devices, and blocks of documents
+    are scored one after another.
 
     Args:
         queries: Query vectors.
@@ -79,14 +79,14 @@ def search(
         show_progress: Show a progress bar.
 
     Returns:
-        Rows and scores, [Q, min(k, N)]. Of equal scores, the document with the lower row is first.
+        Rows and scores, [Q, min(k, N)]. Ties are ordered by row.
     """
     k = min(k, len(documents))
     if not k:
-        return SearchResult(*_empty_top_k(len(queries), 0))
+        return SearchResult(*_make_empty_top_k(len(queries), 0))
     if approximate or not _can_use_faiss():
         return _search_on_mesh(queries, documents, k, memory_mb, approximate, show_progress)
-    return _search_by_faiss(queries, documents, k, min(k + 1, len(documents)), memory_mb, show_progress)
+    return _search_with_faiss(queries, documents, k, min(k + 1, len(documents)), memory_mb, show_progress)
 
 
 def _can_use_faiss() -> bool:
@@ -100,13 +100,13 @@ def _can_use_faiss() -> bool:
     return True
 
 
-def _search_by_faiss(
+def _search_with_faiss(
     queries: np.ndarray, documents: np.ndarray, k: int, fetch_k: int, memory_mb: int, show_progress: bool = False
 ) -> SearchResult:
-    """Search by FAISS, with the order of `search` for equal scores.
+    """Search with FAISS. Ties are ordered by row, as in `search`.
 
-    FAISS leaves open which of several equal scores come first, and which are left out. So more than k documents are fetched.
-    Queries whose equal scores may continue after the last fetched one are searched again for twice as many.
+    FAISS does not define the order of equal scores, or which of them it leaves out. So more than k documents are fetched.
+    Queries whose ties may continue after the last fetched document are searched again with twice as many.
 
     Args:
         queries: Query vectors.
@@ -118,8 +118,8 @@ def _search_by_faiss(
     """
     import faiss
 
-    result = SearchResult(*_empty_top_k(len(queries), k))
-    step = choose_faiss_queries(memory_mb, fetch_k)
+    result = SearchResult(*_make_empty_top_k(len(queries), k))
+    step = choose_faiss_batch_size(memory_mb, fetch_k)
     for start in progress_bar(range(0, len(queries), step), unit="block", desc="search", disable=not show_progress):
         scores, rows = faiss.knn(queries[start : start + step], documents, fetch_k, faiss.METRIC_INNER_PRODUCT)
         # Sort equal scores by row.
@@ -129,13 +129,13 @@ def _search_by_faiss(
         # Search again, deeper, where the last fetched score equals the k-th one: lower rows of that score may be missing.
         cut = start + np.flatnonzero(scores[:, k - 1] == scores[:, -1])
         if len(cut) and fetch_k < len(documents):
-            deeper = _search_by_faiss(queries[cut], documents, k, min(2 * fetch_k, len(documents)), memory_mb)
+            deeper = _search_with_faiss(queries[cut], documents, k, min(2 * fetch_k, len(documents)), memory_mb)
             result.rows[cut], result.scores[cut] = deeper
     return result
 
 
-def choose_faiss_queries(memory_mb: int, k: int) -> int:
-    """Return the queries per call of FAISS. For each query it keeps a block of scores, twice its k best, and the result."""
+def choose_faiss_batch_size(memory_mb: int, k: int) -> int:
+    """Return the number of queries per FAISS call. Each query takes a block of scores, twice the k best, and the result."""
     bytes_per_query = 4 * FAISS_BLOCK_DOCUMENTS + k * (2 * 12 + 12)
     return max(1, min(MAX_FAISS_QUERIES, memory_mb * 2**20 // bytes_per_query))
 
@@ -151,7 +151,7 @@ def _search_on_mesh(
     query_starts = range(0, len(queries), query_step)
     document_starts = range(0, len(documents), sizes.documents)
     # Every block of queries starts without documents, and keeps its k best while the blocks of documents pass.
-    best = [put_global(split, _empty_top_k(query_step, k)) for _ in query_starts]
+    best = [put_global(split, _make_empty_top_k(query_step, k)) for _ in query_starts]
     merge_block = _compile_merge_block(mesh, approximate)
     blocks = len(query_starts) * len(document_starts)
     with (
@@ -166,13 +166,15 @@ def _search_on_mesh(
                 jax.block_until_ready(best[i - 1])  # so that at most two blocks are in memory
                 bar.update()
     results = [tuple(to_host(x) for x in block) for block in best]
-    return SearchResult(*(np.concatenate(parts)[: len(queries)] for parts in zip(_empty_top_k(0, k), *results, strict=True)))
+    return SearchResult(
+        *(np.concatenate(parts)[: len(queries)] for parts in zip(_make_empty_top_k(0, k), *results, strict=True))
+    )
 
 
 def choose_block_sizes(memory_mb: int, width: int, k: int, queries: int, documents: int) -> BlockSizes:
     """Return the largest useful block sizes that fit into memory.
 
-    Documents take up to a quarter of the memory; scores and the best of them take the rest.
+    A block of documents takes up to a quarter of the memory; the scores and the k best take the rest.
 
     Args:
         memory_mb: Memory on each device in MiB.
@@ -189,7 +191,7 @@ def choose_block_sizes(memory_mb: int, width: int, k: int, queries: int, documen
     return BlockSizes(min(MAX_QUERIES_PER_BLOCK, fitting_queries, max(queries, 1)), block_documents)
 
 
-def _empty_top_k(queries: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+def _make_empty_top_k(queries: int, k: int) -> tuple[np.ndarray, np.ndarray]:
     return np.full((queries, k), -1, np.int32), np.full((queries, k), -np.inf, np.float32)
 
 
@@ -238,5 +240,5 @@ def top_k(scores: Float[jax.Array, "q n"], k: int) -> tuple[jax.Array, jax.Array
     values, place = jax.lax.top_k(jnp.concatenate([members, scores[:, n - rest :]], axis=1), k)
     # Turn places among these candidates back into columns.
     group = jnp.take_along_axis(chosen, jnp.minimum(place // GROUP_SIZE, k - 1), axis=1)
-    place_in_rest = place - k * GROUP_SIZE
-    return values, jnp.where(place_in_rest < 0, group * GROUP_SIZE + place % GROUP_SIZE, n - rest + place_in_rest)
+    rest_position = place - k * GROUP_SIZE
+    return values, jnp.where(rest_position < 0, group * GROUP_SIZE + place % GROUP_SIZE, n - rest + rest_position)

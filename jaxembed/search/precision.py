@@ -1,4 +1,4 @@
-"""Vectors in fewer bits: int8 and uint8 by ranges, and signs packed into bits. Equal to sentence-transformers bit for bit."""
+"""Quantize vectors to int8 and uint8 by ranges, or to packed sign bits. Equal to sentence-transformers bit for bit."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ BYTE_VALUES = 256
 
 
 def needs_ranges(precision: Precision) -> bool:
-    """Return whether a precision maps each number to a byte by its range."""
+    """Return whether a precision maps each dimension to a byte by its range."""
     return precision in ("int8", "uint8")
 
 
-def quantized_layout(precision: Precision, width: int) -> tuple[np.dtype, int]:
-    """Return the dtype and the columns of quantized vectors of a width."""
+def get_quantized_layout(precision: Precision, width: int) -> tuple[np.dtype, int]:
+    """Return the dtype and the number of columns of quantized vectors, given their width before quantization."""
     dtype = np.dtype({"float32": "<f4", "uint8": "u1", "ubinary": "u1"}.get(precision, "i1"))
     return dtype, -(-width // 8) if precision.endswith("binary") else width
 
@@ -33,12 +33,12 @@ def quantize_vectors(vectors: np.ndarray, precision: Precision, ranges: np.ndarr
 
     Args:
         vectors: float32 [N, W].
-        precision: int8 and uint8 divide the range of each number into 256 steps. binary and ubinary keep the sign of each
-            number: 8 in a byte, of which binary subtracts 128.
-        ranges: Lowest and highest value of each number, float32 [2, W], for int8 and uint8. Values outside are clipped.
+        precision: int8 and uint8 divide the range of each dimension into 256 steps. binary and ubinary pack the signs of 8
+            dimensions into a byte, from which binary subtracts 128.
+        ranges: Lowest and highest value of each dimension, float32 [2, W], for int8 and uint8. Values outside are clipped.
 
     Returns:
-        An array [N, columns] as `quantized_layout` describes it.
+        An array [N, columns] as `get_quantized_layout` describes it.
     """
     if precision == "float32":
         return vectors
@@ -51,16 +51,16 @@ def quantize_vectors(vectors: np.ndarray, precision: Precision, ranges: np.ndarr
 
 
 def compute_steps(ranges: np.ndarray) -> np.ndarray:
-    """Return the width of the steps of each number, [W]; 1 for a number that is always the same."""
+    """Return the quantization step of each dimension, [W]; 1 for a dimension that is constant."""
     steps = (ranges[1] - ranges[0]) / (BYTE_VALUES - 1)
     return np.asarray(np.where(steps == 0, 1, steps))
 
 
-def as_scored(vectors: np.ndarray, precision: Precision, ranges: np.ndarray | None = None) -> np.ndarray:
-    """Return float32 unit vectors [N, W] whose dot products are the cosines of quantized vectors.
+def simulate_quantization(vectors: np.ndarray, precision: Precision, ranges: np.ndarray | None = None) -> np.ndarray:
+    """Quantize vectors and return float32 unit vectors [N, W] whose dot products are the cosines of the quantized vectors.
 
-    Those of int8 are the cosines of its numbers; uint8, its numbers plus 128, has the same. Those of binary and ubinary are the
-    cosines of signs, 1 - 2 h / W for h different bits.
+    For int8 these are the cosines of the integers, and uint8 (int8 plus 128) has the same. For binary and ubinary they are the
+    cosines of the signs, 1 - 2 h / W for a Hamming distance of h.
 
     Args:
         vectors: Unit vectors, float32 [N, W].
@@ -102,7 +102,7 @@ def find_ranges(precisions: Iterable[Precision], model: str, option: str | None)
 
 
 def merge_ranges(ranges: np.ndarray | None, vectors: np.ndarray) -> np.ndarray:
-    """Return the ranges [2, W] of earlier vectors, None for none, extended by those of more vectors [N, W], N > 0."""
+    """Return earlier ranges [2, W], or None, extended by the ranges of more vectors [N, W], N > 0."""
     found = np.stack([vectors.min(axis=0), vectors.max(axis=0)]).astype(np.float32)
     return found if ranges is None else np.stack([np.minimum(ranges[0], found[0]), np.maximum(ranges[1], found[1])])
 
@@ -111,7 +111,7 @@ def read_ranges(path: Path, width: int) -> np.ndarray:
     """Read the ranges [2, width] in a .npy file.
 
     Raises:
-        UserError: The file is missing, or does not have them.
+        UserError: The file is missing, or does not hold ranges of this width.
     """
     if not exists(path):
         raise UserError(f"{path}: no such file of ranges. Write one: python -m jaxembed.encode ... --write-ranges {path.name}")
@@ -132,15 +132,15 @@ class Quantizer:
     """Quantizes vectors batch by batch, and measures their ranges.
 
     Attributes:
-        found_ranges: Lowest and highest value of each dimension so far, [2, width]. None before the first vectors.
+        measured_ranges: Lowest and highest value of each dimension so far, [2, width]. None before the first vectors.
     """
 
     def __init__(self, precision: Precision, ranges: np.ndarray | None):
         """Set the precision and its `ranges`, which only int8 and uint8 need."""
         self._precision, self._ranges = precision, ranges
-        self.found_ranges: np.ndarray | None = None
+        self.measured_ranges: np.ndarray | None = None
 
     def __call__(self, vectors: np.ndarray) -> np.ndarray:
         """Return quantized vectors."""
-        self.found_ranges = merge_ranges(self.found_ranges, vectors)
+        self.measured_ranges = merge_ranges(self.measured_ranges, vectors)
         return quantize_vectors(vectors, self._precision, self._ranges)

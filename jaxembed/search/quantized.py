@@ -1,14 +1,21 @@
-"""Search over vectors in fewer bits, as `encode --precision` writes them, by FAISS."""
+"""Search quantized vectors, as `encode --precision` writes them, with FAISS."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from jaxembed.errors import UserError
-from jaxembed.search.nearest import DEFAULT_MEMORY_MB, SearchResult, choose_faiss_queries, select_best
-from jaxembed.search.precision import BYTE_VALUES, Precision, compute_steps, needs_ranges, quantize_vectors, quantized_layout
+from jaxembed.search.nearest import DEFAULT_MEMORY_MB, SearchResult, choose_faiss_batch_size, select_best
+from jaxembed.search.precision import (
+    BYTE_VALUES,
+    Precision,
+    compute_steps,
+    get_quantized_layout,
+    needs_ranges,
+    quantize_vectors,
+)
 
-OVERSAMPLING = 4  # documents that bits find, per document that is returned
+OVERSAMPLING = 4  # candidates by Hamming distance, per returned document
 
 
 def search_quantized(
@@ -21,13 +28,13 @@ def search_quantized(
 ) -> SearchResult:
     """Return the k best quantized documents of each query, best first. Needs FAISS.
 
-    Queries stay float32. For int8 and uint8 a score is the dot product of the query with the middles of the document's steps.
-    For binary and ubinary, the documents with the fewest different bits are found first, four times k, and then ordered by the
-    dot product of the query with the signs, scaled to unit length.
+    Queries stay float32. For int8 and uint8, a score is the dot product of the query with the midpoints of the document's
+    quantization steps. For binary and ubinary, 4 k candidates with the smallest Hamming distance are found first, then ordered
+    by the dot product of the query with the signs, scaled to unit length.
 
     Args:
         queries: Unit vectors, float32 [Q, W].
-        documents: Quantized vectors [N, columns], as `quantized_layout` describes them.
+        documents: Quantized vectors [N, columns], as `get_quantized_layout` describes them.
         k: Documents to return per query.
         precision: Precision of the documents.
         ranges: Ranges for int8 and uint8, float32 [2, W].
@@ -44,8 +51,8 @@ def search_quantized(
     except ImportError:
         raise UserError("search_quantized: faiss is not installed. Run pip install '.[eval]'.") from None
     width = queries.shape[1]
-    if (documents.dtype, documents.shape[1]) != quantized_layout(precision, width):
-        dtype, columns = quantized_layout(precision, width)
+    if (documents.dtype, documents.shape[1]) != get_quantized_layout(precision, width):
+        dtype, columns = get_quantized_layout(precision, width)
         raise UserError(
             f"search_quantized: documents are {documents.dtype} of {documents.shape[1]} columns (expected {dtype} of "
             f"{columns}: {precision} vectors of {width} numbers)."
@@ -54,7 +61,7 @@ def search_quantized(
         raise UserError(f"search_quantized: {precision} needs ranges (found none). Pass those of the documents.")
     k = min(k, len(documents))
     numbers = documents if documents.dtype == np.uint8 else (documents.astype(np.int16) + BYTE_VALUES // 2).astype(np.uint8)
-    step = choose_faiss_queries(memory_mb, k)
+    step = choose_faiss_batch_size(memory_mb, k)
     blocks = [queries[start : start + step] for start in range(0, len(queries), step)]
     if precision == "float32":
         found = [faiss.knn(block, documents, k, faiss.METRIC_INNER_PRODUCT) for block in blocks]
@@ -75,7 +82,7 @@ def search_quantized(
 
 
 def _search_bits(index: object, queries: np.ndarray, documents: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return scores and rows, [q, k] each, of the documents nearest in bits, ordered by the dot product with their signs."""
+    """Return scores and rows, [q, k] each, of the documents with the smallest Hamming distance, ordered by dot product."""
     _, rows = index.search(quantize_vectors(queries, "ubinary"), min(OVERSAMPLING * k, len(documents)))  # type: ignore[attr-defined]
     bits = np.unpackbits(documents[rows], axis=-1, count=queries.shape[1])
     scores = np.einsum("qd,qkd->qk", queries, 2.0 * bits - 1) / np.sqrt(queries.shape[1])

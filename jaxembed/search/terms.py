@@ -1,4 +1,4 @@
-"""Terms of BM25: words for scripts that separate them by spaces, pairs of characters for those that do not."""
+"""Split texts into the terms of BM25: words, or character bigrams in scripts without spaces between words."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def make_term_splitter() -> Callable[[str], list[str]]:
       endings are removed.
     - Texts in `BIGRAM_SCRIPTS` give every pair of neighboring characters, as Lucene's CJKBigramFilter does. A character is
       what a reader sees as one: a letter with its vowel signs and marks. A character without neighbors is a term of its own.
-    - Characters of equal meaning are equal (Unicode's NFKC), as full-width letters and digits.
+    - Equivalent characters, such as full-width letters and digits, are equal (Unicode NFKC).
     """
     import unicodedata
 

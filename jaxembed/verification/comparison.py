@@ -24,7 +24,7 @@ from jaxembed.verification.diagnosis import (
     measure_half_precision,
     to_unit_vectors,
 )
-from jaxembed.verification.served_vectors import EmbeddingServer, InputRefused
+from jaxembed.verification.served_vectors import EmbeddingServer, InputRefusedError
 
 MAX_LENGTH_ERROR = 0.01  # of a vector of unit length; bfloat16 rounds to 0.004
 MIN_OWN_COSINE = {"float32": 0.999, "bfloat16": 0.9}  # between probe.json and the folder's weights, by their dtype
@@ -32,11 +32,11 @@ MIN_OWN_COSINE = {"float32": 0.999, "bfloat16": 0.9}  # between probe.json and t
 
 @dataclasses.dataclass(frozen=True)
 class ServedVectors:
-    """What a server returned for N texts.
+    """The vectors that a server returned for N texts.
 
     Attributes:
         vectors: One request per text, float64 [N, W]. NaN where the server refused a text.
-        grouped: Several texts per request, in the same form.
+        grouped: The same, with several texts per request.
         refusals: Messages of refused texts, by index.
         group_refusal: Message with which the server refused several texts in one request; empty if it did not.
     """
@@ -54,13 +54,13 @@ class ServedVectors:
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
-    """How the vectors of a server compare with those of a folder.
+    """Result of comparing the vectors of a server with those of a folder.
 
     Attributes:
-        cosines: Cosine of each probe's two vectors; None where there is none to compute.
-        min_cosine: Cosine from which on two vectors count as equal.
-        findings: One line for each difference that needs no model to be found.
-        diagnosis: Which variant of the model gives the server's vectors. None: not needed, or not wanted.
+        cosines: Cosine of the two vectors of each probe; None if the server returned no vector.
+        min_cosine: Minimum cosine of equal vectors.
+        findings: One line for each difference that is found without the model.
+        diagnosis: Which variant of the model gives the server's vectors. None: not needed or not requested.
     """
 
     cosines: list[float | None]
@@ -70,7 +70,7 @@ class Verification:
 
     @property
     def are_vectors_equal(self) -> bool:
-        """Whether every vector that the server returned is the folder's."""
+        """Whether every vector that the server returned equals the folder's."""
         is_explained = self.diagnosis is not None and any(not match.changes for match in self.diagnosis.matches)
         return is_explained or all(cosine is not None and cosine >= self.min_cosine for cosine in self.cosines)
 
@@ -109,7 +109,7 @@ def open_folder(path: Path) -> VerifiedFolder:
     """Read an exported folder, except its weights.
 
     Raises:
-        UserError: It is not a folder with a model and a probe.json.
+        UserError: The path is not a folder with a model and a probe.json.
     """
     if not path.is_dir():
         raise UserError(f"{path}: no such folder. Name the folder that the server serves.")
@@ -117,7 +117,7 @@ def open_folder(path: Path) -> VerifiedFolder:
 
 
 def ask_server(server: EmbeddingServer, inputs: Sequence[str], advance: Callable[[], object] = lambda: None) -> ServedVectors:
-    """Ask for every input by itself, then for several in one request.
+    """Request the vector of each input separately, then of several inputs in one request.
 
     Args:
         server: The server.
@@ -132,7 +132,7 @@ def ask_server(server: EmbeddingServer, inputs: Sequence[str], advance: Callable
     for i, text in enumerate(inputs):
         try:
             vectors[i] = server.encode([text])[0]
-        except InputRefused as error:
+        except InputRefusedError as error:
             refusals[i] = str(error)
         advance()
     if not vectors:
@@ -145,7 +145,7 @@ def ask_server(server: EmbeddingServer, inputs: Sequence[str], advance: Callable
         together = server.encode_in_groups([inputs[i] for i in vectors])
         if together.shape[1] == widths[0]:
             grouped[list(vectors)] = together
-    except InputRefused as error:
+    except InputRefusedError as error:
         group_refusal = str(error)
     return ServedVectors(alone, grouped, refusals, group_refusal)
 
@@ -172,7 +172,7 @@ def _iter_refusals(served: ServedVectors) -> list[str]:
     if not served.refusals:
         return []
     count, first = len(served.refusals), next(iter(served.refusals.values()))
-    refused = f"long texts: {count} of {len(served.vectors)} texts are refused, which the folder truncates ({first})"
+    refused = f"long texts: the server refuses {count} of {len(served.vectors)} texts, which the folder truncates ({first})"
     return [f"{refused}. Truncate in the client, or let the server do it."]
 
 
@@ -186,17 +186,22 @@ def _iter_length_errors(folder: VerifiedFolder, served: ServedVectors) -> list[s
 
 def _iter_group_errors(served: ServedVectors, min_cosine: float) -> list[str]:
     if served.group_refusal:
-        return [f"several texts in one request: refused, although each by itself is not ({served.group_refusal})."]
+        return [f"several texts in one request: refused, although each one alone is accepted ({served.group_refusal})."]
     alone, grouped = (to_unit_vectors(vectors[served.indices]) for vectors in (served.vectors, served.grouped))
     least = float(np.sum(alone * grouped, axis=1).min())
     if least >= min_cosine:
         return []
-    found = f"several texts in one request: other vectors than alone (least cosine {least:.6f})"
+    found = f"several texts in one request: the vectors differ from those of single requests (least cosine {least:.6f})"
     return [f"{found}. Send one by one. llama.cpp needs --parallel 1 or --kv-unified for bidirectional models."]
 
 
 def diagnose_server(
-    folder: VerifiedFolder, server: EmbeddingServer, served: ServedVectors, result: Verification, dtype: str | None, fixed: bool
+    folder: VerifiedFolder,
+    server: EmbeddingServer,
+    served: ServedVectors,
+    result: Verification,
+    dtype: str | None,
+    is_tolerance_set: bool,
 ) -> Verification:
     """Load the folder's model, and find out why vectors differ.
 
@@ -207,8 +212,8 @@ def diagnose_server(
         server: The server.
         served: Its vectors.
         result: Their comparison with probe.json.
-        dtype: Dtype of the server's computation. None: what the server says, else that of the folder's weights.
-        fixed: Whether `result.min_cosine` was set by the user. Otherwise it follows from the dtype.
+        dtype: Dtype of the server's computation. None: what the server reports, otherwise that of the folder's weights.
+        is_tolerance_set: Whether the user set `result.min_cosine`. Otherwise it follows from the dtype.
 
     Raises:
         UserError: The vectors have another width, which no variant explains, or probe.json does not fit the weights.
@@ -222,7 +227,7 @@ def diagnose_server(
         if any(cosine is not None for cosine in result.cosines):
             _check_probe_file(folder, encoder, short)
         dtype = dtype or server.info.dtype or folder.dtype
-        if dtype in HALF_DTYPES and not fixed:
+        if dtype in HALF_DTYPES and not is_tolerance_set:
             bound = min(MIN_COSINE, measure_half_precision(encoder, dtype, short))
             result = dataclasses.replace(result, min_cosine=bound)
             if result.are_vectors_equal:
@@ -237,8 +242,8 @@ def diagnose_server(
 def _explain_width(folder: VerifiedFolder, server: EmbeddingServer, served: ServedVectors) -> UserError:
     return UserError(
         f"{server.client.root}: vectors of {served.vectors.shape[1]} numbers (those of {folder.path} have "
-        f"{len(folder.probes[0].vector)}), so the model {server.model!r} is another one. Serve the folder, or name its model "
-        "by --model."
+        f"{len(folder.probes[0].vector)}), so the server has another model, {server.model!r}. Serve the folder, or name "
+        "its model with --model."
     )
 
 

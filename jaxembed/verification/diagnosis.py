@@ -58,8 +58,8 @@ class Diagnosis:
     """What a server does differently.
 
     Attributes:
-        matches: The smallest sets of differences that give the server's vectors. The probe texts do not distinguish several
-            sets. Empty: no variant gives these vectors. A set without differences: the vectors are the folder's.
+        matches: The smallest sets of differences that give the server's vectors. If there are several, the probe texts cannot
+            distinguish them. Empty: no variant gives these vectors. A set without differences: the vectors are the folder's.
         closest: The variant whose vectors are closest to the server's.
     """
 
@@ -94,8 +94,8 @@ class VariantEncoder:
     Attributes:
         embedder: The model.
         probes: N probe texts.
-        width: Width of the vectors; longer ones are cut.
-        dim: Width that the server was asked for. None: the model's.
+        width: Width of the vectors; longer ones are truncated.
+        dim: Width that was requested from the server. None: the model's.
         transformers, tokenizations, pools: The variants. The first of each is the model's own.
     """
 
@@ -116,7 +116,7 @@ class VariantEncoder:
         return self.embedder.tokenizer.count_untruncated_tokens(texts, prompts)
 
     def select_short(self, indices: Iterable[int]) -> list[int]:
-        """Return the indices of the shortest texts of each prompt, few in all."""
+        """Return the indices of the shortest texts of each prompt, at most `MAX_SHORT_TEXTS` in total."""
         shortest_first = sorted(indices, key=lambda i: (self.input_lengths[i], i))
         prompts = dict.fromkeys(self.probes[i].prompt for i in sorted(shortest_first))
         groups = [[i for i in shortest_first if self.probes[i].prompt == prompt][:TEXTS_PER_PROMPT] for prompt in prompts]
@@ -126,7 +126,7 @@ class VariantEncoder:
         """Return the unit vectors of n texts under every variant of `pools`, float32 [n, P, W]."""
         key = transformer, tokens, tuple(indices)
         if key not in self._vectors:
-            self._vectors[key] = self._compute(self._program(transformer), tokens, indices)
+            self._vectors[key] = self._compute(self._get_program(transformer), tokens, indices)
         return self._vectors[key]
 
     def encode_unchanged(self, indices: Sequence[int]) -> np.ndarray:
@@ -156,7 +156,7 @@ class VariantEncoder:
         vectors = embedder.apply_to_texts(texts, prompts, program, few_shapes=True)
         return to_unit_vectors(vectors)
 
-    def _program(self, transformer: TransformerVariant) -> Apply:
+    def _get_program(self, transformer: TransformerVariant) -> Apply:
         if transformer not in self._programs:
             self._programs[transformer] = self._compile(transformer, self.pools, self.embedder.model.compute.dtype)
         return self._programs[transformer]
@@ -197,8 +197,8 @@ def diagnose(
         encoder: Computes variants.
         served: Unit vectors of the server [N, W].
         indices: The texts that the server has encoded, n of the N.
-        min_cosine: Cosine from which on two vectors count as equal.
-        server_lengths: Token limits that the server states.
+        min_cosine: Minimum cosine of equal vectors.
+        server_lengths: Token limits that the server reports.
     """
     return _Search(encoder, served, list(indices), server_lengths).run(min_cosine)
 
@@ -226,7 +226,7 @@ class _Search:
     def _search(self, min_cosine: float) -> list[VariantMatch]:
         """Try single differences of a pass of the transformer, then truncations, then pairs."""
         passes = list(itertools.product(self.encoder.transformers, self.encoder.tokenizations))
-        self._try_passes([both for both in passes if _count_changes(both) <= 1])
+        self._try_passes([variant_pair for variant_pair in passes if _count_changes(variant_pair) <= 1])
         matched = _select_fewest_changes(self.candidates, min_cosine)
         if matched and len(matched[0].changes) <= 1:
             return self._extend(matched, min_cosine)
@@ -234,7 +234,7 @@ class _Search:
         best = max(self.candidates, key=lambda candidate: (candidate.count_equal(min_cosine), -len(candidate.changes)))
         if 0 < best.count_equal(min_cosine) < len(self.short) and (matches := self._explain_failing(best, min_cosine)):
             return matches
-        self._try_passes([both for both in passes if _count_changes(both) > 1])
+        self._try_passes([variant_pair for variant_pair in passes if _count_changes(variant_pair) > 1])
         return self._extend(_select_fewest_changes(self.candidates, min_cosine), min_cosine)
 
     def _try_passes(self, passes: Sequence[tuple[TransformerVariant, TokenVariant]]) -> None:
@@ -247,13 +247,13 @@ class _Search:
                 self.candidates.append(_Candidate(transformer, tokens, p, changes, cosines[p]))
 
     def _extend(self, matched: Sequence[_Candidate], min_cosine: float) -> list[VariantMatch]:
-        """Return those matches on short texts that explain all texts, or else what the first one with a truncation explains."""
+        """Return the matches that explain all texts. If there are none, add differences on long texts to the first."""
         extended = [self._measure(candidate, self.indices) for candidate in matched[:MAX_EXTENDED_MATCHES]]
         complete = [candidate.to_match() for candidate in extended if candidate.cosine >= min_cosine]
         return complete or (self._explain_failing(extended[0], min_cosine) if extended else [])
 
     def _explain_failing(self, base: _Candidate, min_cosine: float) -> list[VariantMatch]:
-        """Return variants of a candidate that explain all texts, although the candidate explains only some of them."""
+        """Return variants of a candidate that explain all texts, given a candidate that explains only some of them."""
         cosines = self._measure(base, self.indices).cosines
         failing = [i for i, cosine in zip(self.indices, cosines, strict=True) if cosine < min_cosine]
         tried = [self._measure(other, failing[:1]) for other in self._iter_long_variants(base, failing)]
@@ -275,8 +275,8 @@ class _Search:
         return dataclasses.replace(candidate, cosines=np.sum(vectors * self.served[list(indices)], axis=-1))
 
 
-def _count_changes(both: tuple[TransformerVariant, TokenVariant]) -> int:
-    return sum(len(variant.changes) for variant in both)
+def _count_changes(variant_pair: tuple[TransformerVariant, TokenVariant]) -> int:
+    return sum(len(variant.changes) for variant in variant_pair)
 
 
 def _select_fewest_changes(candidates: Sequence[_Candidate], min_cosine: float) -> list[_Candidate]:

@@ -1,4 +1,4 @@
-"""Ask a server for JSON over HTTP, with retries while it is busy and one-line errors. Uses Python's own library alone."""
+"""Ask a server for JSON over HTTP, with retries while it is busy and one-line errors. Uses only the standard library."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = logging.getLogger("jaxembed")
 KEY_VARIABLE = "OPENAI_API_KEY"  # environment variable of a server's key, by default
 BUSY_STATUSES = (429, 503)  # too many requests, and a model that is still being loaded
 KEY_STATUSES = (401, 403)
-MAX_BUSY_ATTEMPTS = 5  # of a request that a busy server refuses
+MAX_BUSY_ATTEMPTS = 5  # of a request to a busy server
 FIRST_BUSY_WAIT_S, MAX_WAIT_S = 1.0, 30.0  # the wait doubles, unless the server says how long
 MAX_ANSWER_BYTES = 2**28
 MAX_QUOTED_CHARS = 300
@@ -36,10 +36,10 @@ class _KeepRedirects(urllib.request.HTTPRedirectHandler):
 
 @dataclasses.dataclass(frozen=True)
 class HttpResponse:
-    """What a server answered.
+    """The answer of a server.
 
     Attributes:
-        url: What was asked.
+        url: URL of the request.
         status: HTTP status.
         content: The JSON value of the body; None if the body is not JSON.
         text: The body.
@@ -52,11 +52,11 @@ class HttpResponse:
 
     @property
     def is_ok(self) -> bool:
-        """Whether the server has done what was asked."""
+        """Whether the request succeeded."""
         return 200 <= self.status < 300
 
     def read_object(self) -> Mapping[str, Any]:
-        """Return the JSON object of a good answer; an empty one for any other answer."""
+        """Return the JSON object of a successful answer; an empty one for any other answer."""
         return self.content if self.is_ok and isinstance(self.content, dict) else {}
 
     def quote_error(self) -> str:
@@ -71,13 +71,13 @@ class HttpResponse:
 
 @dataclasses.dataclass(frozen=True)
 class HttpClient:
-    """Asks the paths below one URL.
+    """Sends requests to the paths below one URL.
 
     Attributes:
-        root: URL, without a slash at its end.
+        root: URL without a trailing slash.
         key: Bearer token of every request. Empty: none is sent.
         key_variable: Environment variable that the key comes from, for messages.
-        timeout_s: Seconds that an answer may take.
+        timeout_s: Timeout of a request, in seconds.
     """
 
     root: str
@@ -127,7 +127,7 @@ class HttpClient:
             try:
                 response = opener.open(urllib.request.Request(url, body, headers), timeout=self.timeout_s)
             except urllib.error.HTTPError as error:
-                response = error  # an answer too
+                response = error  # it holds the answer
             with response:
                 text = _read_body(response, url)
                 return HttpResponse(url, response.status, _parse_json(text), text), response.headers
@@ -145,7 +145,7 @@ class HttpClient:
         return UserError(f"{url}: no answer within {self.timeout_s:g} s. Check the server, or raise --timeout.")
 
     def _check(self, answer: HttpResponse, headers: Mapping[str, str]) -> None:
-        """Raise `UserError` for an answer that no other request will improve."""
+        """Raise `UserError` for an answer that a retry would not change."""
         if answer.status in KEY_STATUSES:
             state = "does not accept the key in" if self.key else "needs a key, which is read from"
             raise UserError(
@@ -166,7 +166,7 @@ REACH_ADVICE = "Check that the server runs, and the host and port of the URL."
 
 
 def parse_root(url: str) -> str:
-    """Return a URL without slashes at its end.
+    """Return a URL without trailing slashes.
 
     Raises:
         UserError: It is not an http or https URL, or it contains a password.
@@ -202,7 +202,7 @@ def _parse_json(text: str) -> Any:
 
 
 def parse_retry_after(text: str | None) -> float:
-    """Return the seconds of a Retry-After header; 0 if it has none, or a date."""
+    """Return the seconds of a Retry-After header; 0 if it is missing or a date."""
     try:
         seconds = float(text or 0)
     except ValueError:

@@ -19,7 +19,7 @@ CHANGE_ADVICE = {
     "pooling": "Choose the pooling in the server (vLLM: --pooler-config; TEI and llama.cpp: --pooling), or another server.",
     "instruction": "vLLM, TEI and llama.cpp pool every token. Train with model.pooling.include_instruction=true for them.",
     "projection": "The server skips the Dense module of the folder. Use one that reads modules.json.",
-    "width": "Ask for the width by --dim, or for none.",
+    "width": "Request the width with --dim, or request none.",
     "BOS": "The server does not use the post-processor of tokenizer.json. Change its setting for special tokens.",
     "EOS": "The server does not use the post-processor of tokenizer.json. Change its setting for special tokens.",
     "prompt": "Servers add no prompt: the client sends prompt and text as one string. Check the defaults of both.",

@@ -12,7 +12,7 @@ from jaxembed.data.vector_store import VectorStore, make_text_key
 from jaxembed.errors import UserError
 from jaxembed.hub.frozen_encoder import FrozenEncoder
 from jaxembed.verification.http_client import KEY_VARIABLE, HttpClient, parse_root
-from jaxembed.verification.served_vectors import InputRefused, connect
+from jaxembed.verification.served_vectors import InputRefusedError, connect
 
 SCHEMES = ("http://", "https://")
 PROBE_TEXT = "The quick brown fox jumps over the lazy dog."
@@ -25,9 +25,9 @@ def is_served(name: str) -> bool:
 
 
 def open_served_teacher(name: str, cache: Path) -> FrozenEncoder:
-    """Open a model that a server runs, through OpenAI's API or that of TEI, Ollama, vLLM or llama.cpp.
+    """Open a model on a server, through the API of OpenAI, TEI, Ollama, vLLM or llama.cpp.
 
-    Every text is sent as it is, without an instruction or a prompt. Vectors are stored by the name of the model and their
+    Texts are sent unchanged, without an instruction or a prompt. Vectors are stored under the name of the model and their
     width. A key is read from the environment.
 
     Args:
@@ -43,7 +43,7 @@ def open_served_teacher(name: str, cache: Path) -> FrozenEncoder:
     def encode_group(texts: list[str], _: str) -> np.ndarray:
         try:
             vectors = server.encode_in_groups(texts)
-        except InputRefused as refusal:
+        except InputRefusedError as refusal:
             raise UserError(f"{name}: the server refuses a text ({refusal}). Raise its limit, or shorten the texts.") from None
         return (vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)).astype(np.float32)
 

@@ -21,26 +21,26 @@ MAX_TEXTS_PER_REQUEST = 16  # TEI takes 32 by default
 MAX_LISTED_MODELS = 10
 
 
-class InputRefused(Exception):
+class InputRefusedError(Exception):
     """The server refuses these inputs, for example because they are too long. The message is the server's."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Api:
-    """A way to ask for vectors.
+    """An HTTP API for embeddings.
 
     Attributes:
-        paths: Where the API may be, below the URL of the server. The first one that exists is used.
+        paths: Possible paths below the URL of the server. The first one that exists is used.
         inputs_key: Key of the texts in a request.
-        read_items: Returns what an answer has for each text, in the order of the texts.
-        fixed: Further entries of every request.
+        read_items: Returns the items of an answer, one per text, in the order of the texts.
+        extra_fields: Further fields of every request.
         takes_model: Whether a request names the model.
     """
 
     paths: tuple[str, ...]
     inputs_key: str
     read_items: Callable[[Any], list[Any]]
-    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    extra_fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     takes_model: bool = True
 
 
@@ -73,14 +73,14 @@ MODEL_OWNERS = {"vllm": "vLLM", "llamacpp": "llama.cpp", "infinity": "infinity",
 
 @dataclasses.dataclass(frozen=True)
 class ServerInfo:
-    """What a server says about itself.
+    """What a server reports about itself.
 
     Attributes:
         program: Name of the program; empty if unknown.
         version: Its version; empty if unknown.
-        models: Names of the models that it lists.
-        dtype: Dtype of its computation; empty if it does not say.
-        max_lengths: Token limits that it states.
+        models: Names of its models.
+        dtype: Dtype of its computation; empty if unknown.
+        max_lengths: Token limits.
     """
 
     program: str = ""
@@ -95,7 +95,7 @@ class ServerInfo:
 
 
 def identify_server(client: HttpClient) -> ServerInfo:
-    """Ask a server which program it is and which models it has.
+    """Find out the program and the models of a server.
 
     Raises:
         UserError: The server cannot be reached, or needs a key.
@@ -105,12 +105,14 @@ def identify_server(client: HttpClient) -> ServerInfo:
     if "model_id" in tei and "max_input_length" in tei:
         names = dict.fromkeys(str(tei[key]) for key in ("served_model_name", "model_id") if tei.get(key))
         limit = tei["max_input_length"]
-        return ServerInfo("TEI", str(tei.get("version", "")), tuple(names), str(tei.get("model_dtype", "")), _integers(limit))
+        return ServerInfo(
+            "TEI", str(tei.get("version", "")), tuple(names), str(tei.get("model_dtype", "")), _keep_positive(limit)
+        )
     # Everything else lists its models; infinity without /v1.
     listed = client.get("/v1/models").read_object() or client.get("/models").read_object()
     models = [model for model in listed.get("data") or [] if isinstance(model, dict) and "id" in model]
     names = dict.fromkeys(str(model["id"]) for model in models)
-    info = ServerInfo(models=tuple(names), max_lengths=_integers(*(model.get("max_model_len") for model in models)))
+    info = ServerInfo(models=tuple(names), max_lengths=_keep_positive(*(model.get("max_model_len") for model in models)))
     program = next((MODEL_OWNERS[o] for model in models if (o := model.get("owned_by")) in MODEL_OWNERS), "")
     if program == "vLLM":
         version = client.get("/version").read_object().get("version", "")
@@ -129,7 +131,7 @@ def _read_llama_cpp_properties(client: HttpClient, info: ServerInfo) -> ServerIn
     settings = properties.get("default_generation_settings")
     limit = settings.get("n_ctx") if isinstance(settings, dict) else None
     version = str(properties.get("build_info", ""))
-    return dataclasses.replace(info, program="llama.cpp", version=version, max_lengths=_integers(limit))
+    return dataclasses.replace(info, program="llama.cpp", version=version, max_lengths=_keep_positive(limit))
 
 
 def _read_ollama_models(client: HttpClient, info: ServerInfo) -> ServerInfo:
@@ -138,22 +140,22 @@ def _read_ollama_models(client: HttpClient, info: ServerInfo) -> ServerInfo:
     return dataclasses.replace(info, models=tuple(names) or info.models)
 
 
-def _integers(*values: Any) -> tuple[int, ...]:
-    """Return those values that are positive integers."""
+def _keep_positive(*values: Any) -> tuple[int, ...]:
+    """Return the values that are positive integers."""
     return tuple(value for value in values if isinstance(value, int) and value > 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddingServer:
-    """A server that is asked for the vectors of one model by one API.
+    """An embedding server, with the model and the API to use.
 
     Attributes:
-        client: Asks the server.
-        info: What the server says about itself.
+        client: Client of the server.
+        info: What the server reports about itself.
         api_name: Key of `APIS`.
         path: Path of the API.
         model: Name of the model; empty if none is sent.
-        dim: Width that is asked for. None: the server's own.
+        dim: Width to request. None: the server's default.
     """
 
     client: HttpClient
@@ -168,7 +170,7 @@ class EmbeddingServer:
 
         Raises:
             UserError: The server cannot be reached, fails, or its answer is not one vector of finite numbers per text.
-            InputRefused: The server refuses these texts.
+            InputRefusedError: The server refuses these texts.
         """
         answer = self.client.post(self.path, self._build_request(texts))
         _check_answer(answer, self)
@@ -191,17 +193,17 @@ class EmbeddingServer:
         model = {"model": self.model} if api.takes_model and self.model else {}
         truncation = VLLM_TRUNCATION if self.info.program == "vLLM" or self.api_name == "vllm" else {}
         width = {} if self.dim is None else {"dimensions": self.dim}
-        return {api.inputs_key: list(texts), **model, **api.fixed, **truncation, **width}
+        return {api.inputs_key: list(texts), **model, **api.extra_fields, **truncation, **width}
 
 
 def connect(client: HttpClient, api_name: str = "auto", model: str | None = None, dim: int | None = None) -> EmbeddingServer:
     """Find the API and the model of a server.
 
     Args:
-        client: Asks the server. Its root may end in the path of an API, such as /v1 or /v1/embeddings.
+        client: Client of the server. Its root may end in the path of an API, such as /v1 or /v1/embeddings.
         api_name: Key of `APIS`, or auto.
         model: Name of the model. Default: the first one that the server lists.
-        dim: Width to ask for. Default: the server's own.
+        dim: Width to request. Default: the server's default.
 
     Raises:
         UserError: The server cannot be reached, or has no such model or API.
@@ -235,7 +237,7 @@ def _strip_api_path(root: str) -> str:
 
 
 def _has_path(server: EmbeddingServer) -> bool:
-    """Return whether the path of a server's API exists. 405: only with another method, which this API does not use."""
+    """Return whether the path of a server's API exists. Status 405 means that it exists for another method only."""
     answer = server.client.post(server.path, server._build_request(["text"]))
     return answer.status not in (404, 405) or _names_missing_model(answer)
 
@@ -251,7 +253,7 @@ def _list_models(info: ServerInfo) -> str:
 
 
 def _check_answer(answer: HttpResponse, server: EmbeddingServer) -> None:
-    """Raise `UserError` or `InputRefused` unless the answer is good JSON."""
+    """Raise `UserError` or `InputRefusedError` unless the answer is good JSON."""
     message = answer.quote_error()
     if answer.is_ok and answer.content is not None:
         return
@@ -261,11 +263,11 @@ def _check_answer(answer: HttpResponse, server: EmbeddingServer) -> None:
     if answer.status == 404:
         raise UserError(
             f"{answer.url}: the server has no model {server.model!r} (it lists {_list_models(server.info)}; status 404: "
-            f"{message}). Name one by --model."
+            f"{message}). Name one with --model."
         )
     if answer.status in REFUSAL_STATUSES or any(phrase in message for phrase in LLAMA_CPP_REFUSALS):
-        raise InputRefused(f"status {answer.status}: {message}")
-    raise UserError(f"{answer.url}: the server failed (status {answer.status}: {message}). Look into its log.")
+        raise InputRefusedError(f"status {answer.status}: {message}")
+    raise UserError(f"{answer.url}: the server failed (status {answer.status}: {message}). Check its log.")
 
 
 def _parse_vectors(items: list[Any], count: int, url: str) -> np.ndarray:
@@ -283,9 +285,9 @@ def _parse_vectors(items: list[Any], count: int, url: str) -> np.ndarray:
 
 
 def _find_problem(item: Any, first: Any) -> str:
-    """Return what is wrong with a vector, and what to do; '' if nothing is."""
+    """Return what is wrong with a vector and what to do, or an empty string."""
     if isinstance(item, list) and item and isinstance(item[0], list):
-        return f"is {len(item)} vectors, one per token. Start the server with a pooling."
+        return f"is {len(item)} vectors, one per token. Start the server with pooling."
     if not isinstance(item, list) or not item:
         return f"is {str(item)[:40]!r} (expected a list of numbers). Choose another --api."
     if any(number is None or (isinstance(number, float) and not np.isfinite(number)) for number in item):

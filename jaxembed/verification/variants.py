@@ -25,11 +25,11 @@ from jaxembed.data.tokenize import (
 from jaxembed.hub.embedder import Embedder
 from jaxembed.model.families import TransformerConfig
 
-POOLINGS_OF_SERVERS: tuple[PoolingKind, ...] = ("mean", "last", "first", "max", "weighted_mean")
+SERVER_POOLINGS: tuple[PoolingKind, ...] = ("mean", "last", "first", "max", "weighted_mean")
 DEFAULT_ROPE_THETA = 10_000.0
 # Lengths at which servers truncate, besides those that follow from the model and from what the server states.
 COMMON_LENGTHS = (16, 32, 64, 100, 128, 200, 256, 300, 384, 500, 512, 768, 1000, 1024, 2000, 2048, 4000, 4096, 8000, 8192)
-MAX_LENGTH_RATIO = 4  # common lengths beyond so many times the model's own are not tried
+MAX_LENGTH_RATIO = 4  # longer common lengths, relative to the model's own, are not tried
 MAX_ADDED_PROMPTS = 3
 COUNT_NAMES = ("none", "one", "two")
 
@@ -41,7 +41,7 @@ class Change:
     Attributes:
         setting: What differs, such as pooling.
         served: What the server does.
-        expected: What the folder says.
+        expected: What the folder specifies.
     """
 
     setting: str
@@ -68,7 +68,7 @@ class TransformerVariant:
 
 @dataclasses.dataclass(frozen=True)
 class PoolVariant:
-    """What follows the transformer: pooling, the pooled tokens, and the projection, as a spec says."""
+    """The layers after the transformer, as a spec: pooling, the pooled tokens, and the projection."""
 
     changes: Changes
     spec: EmbeddingSpec
@@ -90,7 +90,7 @@ class TokenVariant:
 
 
 class LastTokensTokenizer(TextTokenizer):
-    """Drops the first tokens of a long input, BOS included, not its last ones."""
+    """Truncates a long input at its start, BOS included, instead of its end."""
 
     def __call__(self, texts: Sequence[str], prompts: Sequence[str]) -> TokenizedTexts:
         """Tokenize N texts, each under its prompt."""
@@ -105,14 +105,14 @@ class LastTokensTokenizer(TextTokenizer):
 
 
 class LastTextTokensTokenizer(LastTokensTokenizer):
-    """Drops the first tokens of a long input after BOS."""
+    """Truncates a long input at its start, after BOS."""
 
     def _drop(self, ids: np.ndarray, count: int) -> np.ndarray:
         return np.concatenate([ids[:1], ids[1 + count :]])
 
 
 def list_transformer_variants(embedder: Embedder) -> list[TransformerVariant]:
-    """Return the transformer of a model as it is, and with one difference each: mask, sliding windows, rotary positions."""
+    """Return the unchanged transformer of a model, and variants with one difference each: mask, windows, rotary positions."""
     transformer, attention = embedder.model.transformer, embedder.spec.attention
     variants = [TransformerVariant((), transformer, attention)]
 
@@ -145,11 +145,11 @@ def list_pool_variants(embedder: Embedder, width: int, dim: int | None = None) -
     Args:
         embedder: The model.
         width: Width of the server's vectors.
-        dim: Width that the server was asked for. Default: the model's.
+        dim: Width that was requested from the server. Default: the model's.
     """
     spec, transformer_width = embedder.spec, embedder.model.transformer.width
     variants = []
-    poolings = dict.fromkeys([spec.pooling, *POOLINGS_OF_SERVERS])
+    poolings = dict.fromkeys([spec.pooling, *SERVER_POOLINGS])
     projections = dict.fromkeys([spec.projection, 0])
     choices = itertools.product(projections, (spec.include_instruction, not spec.include_instruction), poolings)
     for projection, include_instruction, pooling in choices:
@@ -159,7 +159,7 @@ def list_pool_variants(embedder: Embedder, width: int, dim: int | None = None) -
         if pooling != spec.pooling:
             changes.append(Change("pooling", pooling, spec.pooling))
         if include_instruction != spec.include_instruction:
-            changes.append(Change("instruction", *_order(["pooled", "not pooled"], include_instruction)))
+            changes.append(Change("instruction", *_order_words(["pooled", "not pooled"], include_instruction)))
         if projection != spec.projection:
             changes.append(Change("projection", "none", f"to {spec.projection} numbers"))
         if width != (dim or full_width):
@@ -169,19 +169,19 @@ def list_pool_variants(embedder: Embedder, width: int, dim: int | None = None) -
     return variants
 
 
-def _order(words: list[str], is_first_served: bool) -> list[str]:
-    """Return what is served and what is expected, out of two words."""
+def _order_words(words: list[str], is_first_served: bool) -> list[str]:
+    """Return two words in the order (served, expected)."""
     return words if is_first_served else words[::-1]
 
 
 def list_token_variants(embedder: Embedder) -> list[TokenVariant]:
-    """Return the tokenization of a model as it is, and with differences in special tokens, prompts and characters."""
+    """Return the unchanged tokenization of a model, and variants with other special tokens, prompts and characters."""
     own = TokenVariant((), embedder.tokenizer)
     return [own, *_iter_special_token_variants(own), *_iter_text_variants(own, embedder.spec)]
 
 
 def _iter_special_token_variants(own: TokenVariant) -> Iterator[TokenVariant]:
-    """Yield every combination of BOS and EOS that is missing, or there once too often."""
+    """Yield variants in which BOS or EOS is missing or added once more, in every combination."""
     tokenizer, spec = own.tokenizer.hf_tokenizer, own.tokenizer.spec
     bos, eos = find_start_token(tokenizer), find_end_token(tokenizer)
     own_counts = int(starts_with_bos(tokenizer)), int(ends_with_eos(tokenizer))
@@ -214,7 +214,12 @@ def _iter_text_variants(own: TokenVariant, spec: EmbeddingSpec) -> Iterator[Toke
 
     yield vary("prompt", "none", "the one that is sent", lambda _, text: ("", text))
     for added, name in list(named_prompts.items())[:MAX_ADDED_PROMPTS]:
-        yield vary("prompt", f"that of {name!r} and the one that is sent", "the latter alone", partial(_add_prompt, added))
+        yield vary(
+            "prompt",
+            f"the stored prompt {name!r} before the one that is sent",
+            "only the one that is sent",
+            partial(_add_prompt, added),
+        )
     yield vary("line breaks", "spaces", "line breaks", lambda p, t: (p.replace("\n", " "), t.replace("\n", " ")))
     yield vary("letters", "lowercase", "as they are sent", lambda prompt, text: (prompt.lower(), text.lower()))
 
@@ -232,7 +237,7 @@ def iter_truncation_variants(
         base: The tokenization.
         longest_input: Tokens of the longest input.
         max_positions: Longest input of the transformer in tokens.
-        server_lengths: Limits that the server states.
+        server_lengths: Limits that the server reports.
     """
     tokenizer, spec = base.tokenizer.hf_tokenizer, base.tokenizer.spec
     own, special_tokens, has_eos = spec.max_length, tokenizer.num_special_tokens_to_add(), ends_with_eos(tokenizer)

@@ -21,7 +21,7 @@ from jaxembed.hub.embedder import Embedder
 from jaxembed.reporting.blocks import Collapsible, ReportSection, Table
 from jaxembed.reporting.charts import average_points, draw_points
 from jaxembed.reporting.held_out_views import EncodedSource as Source
-from jaxembed.reporting.held_out_views import attend_to_latents, compare_pairs, describe_query, draw_map
+from jaxembed.reporting.held_out_views import compare_pairs, compute_latent_attention, describe_query, project_texts
 from jaxembed.reporting.page import render_page, to_script_json
 from jaxembed.training.metrics import read_metrics
 
@@ -342,7 +342,7 @@ def test_similarities_are_those_of_positives_nearest_and_random_others() -> None
 def test_the_map_is_the_projection_on_the_principal_axes() -> None:
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(40, 5)) * [9, 4, 0.1, 0.1, 0.1]
-    points, variance = draw_map([Source("a", [str(i) for i in range(40)], vectors, "")])
+    points, variance = project_texts([Source("a", [str(i) for i in range(40)], vectors, "")])
     places = {point["text"]: (point["x"], point["y"]) for point in points}
     variances, axes = np.linalg.eigh(np.cov(vectors.T))
     for axis in range(2):
@@ -355,7 +355,7 @@ def test_the_map_is_the_projection_on_the_principal_axes() -> None:
 def test_the_heat_map_has_the_weights_of_the_model(run: Path) -> None:
     embedder = Embedder.load(run)
     texts = [f"a text about {topic}" for topic in TOPICS]
-    cells, note = attend_to_latents([Source("a", texts, np.zeros((len(texts), 1)), "")], embedder)
+    cells, note = compute_latent_attention([Source("a", texts, np.zeros((len(texts), 1)), "")], embedder)
     weights = embedder.latent_weights(texts[:10], "")
     assert len(cells) == 10 * 16 and "all 16 pairs of head and latent" in note
     for cell in cells:

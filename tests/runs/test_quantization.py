@@ -13,7 +13,7 @@ from jaxembed import Embedder, encode, export
 from jaxembed.errors import UserError
 from jaxembed.evaluation.heldout import open_held_out_sets
 from jaxembed.runs.train import train
-from jaxembed.search.precision import RANGES_FILE, as_scored, merge_ranges, quantize_vectors
+from jaxembed.search.precision import RANGES_FILE, merge_ranges, quantize_vectors, simulate_quantization
 from jaxembed.training.metrics import read_metrics
 
 PRECISIONS = ("float32", "int8", "binary")
@@ -46,7 +46,7 @@ def test_a_run_trains_and_scores_quantized_vectors_and_keeps_its_ranges(root: Pa
     (held_out,) = open_held_out_sets(config.eval.sets[:1], root)
     vectors = [embedder.encode(i.texts) for i in held_out.inputs]
     for precision in PRECISIONS:
-        expected = held_out.score([as_scored(v, precision, ranges) for v in vectors]).scores["spearman"]
+        expected = held_out.score([simulate_quantization(v, precision, ranges) for v in vectors]).scores["spearman"]
         assert scores[f"{precision}/spearman"] == pytest.approx(expected, abs=1e-6)
     # A resumed run, encode and export use the ranges of the run.
     (root / "ranges.npy").unlink()

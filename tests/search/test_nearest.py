@@ -12,7 +12,7 @@ import pytest
 
 from jaxembed.devices.mesh import make_mesh
 from jaxembed.search import nearest
-from jaxembed.search.nearest import GROUP_SIZE, choose_block_sizes, choose_faiss_queries, search, top_k
+from jaxembed.search.nearest import GROUP_SIZE, choose_block_sizes, choose_faiss_batch_size, search, top_k
 
 
 @pytest.fixture(params=["faiss", "mesh"])
@@ -108,7 +108,7 @@ print(peak() - before - len(queries) * k * 8 / 2**20)
 def test_faiss_calls_fit_into_memory() -> None:
     """Measured by the growth of a process's memory, without the result."""
     pytest.importorskip("faiss")
-    assert choose_faiss_queries(16, 1000) < choose_faiss_queries(512, 1000) == nearest.MAX_FAISS_QUERIES
-    assert choose_faiss_queries(1, 10**6) == 1
+    assert choose_faiss_batch_size(16, 1000) < choose_faiss_batch_size(512, 1000) == nearest.MAX_FAISS_QUERIES
+    assert choose_faiss_batch_size(1, 10**6) == 1
     done = subprocess.run([sys.executable, "-c", SEARCH, "16", "1000"], capture_output=True, text=True, check=True)
     assert 1 < float(done.stdout) < 16

@@ -14,7 +14,7 @@ from jaxembed.config import EmbeddingMatchingConfig, InfoNCEConfig, MatryoshkaCo
 from jaxembed.errors import UserError
 from jaxembed.losses.objectives import Objectives
 from jaxembed.losses.quantized import quantize_straight_through
-from jaxembed.search.precision import as_scored, compute_steps, merge_ranges, quantize_vectors
+from jaxembed.search.precision import compute_steps, merge_ranges, quantize_vectors, simulate_quantization
 from jaxembed.search.quantized import search_quantized
 
 VECTORS = draw_unit_vectors(np.random.default_rng(0), 12, 24).astype(np.float32)
@@ -23,23 +23,23 @@ NESTED = tuple(map(tuple, RANGES.tolist()))
 
 
 def test_scores_are_the_cosines_of_the_stored_numbers() -> None:
-    binary = as_scored(VECTORS, "binary")
+    binary = simulate_quantization(VECTORS, "binary")
     bits = np.unpackbits(quantize_vectors(VECTORS, "ubinary"), axis=1)
     hamming = (bits[:, None] != bits[None]).sum(axis=-1)
     np.testing.assert_allclose(binary @ binary.T, 1 - 2 * hamming / 24, atol=1e-6)
     numbers = quantize_vectors(VECTORS, "int8", RANGES).astype(np.float64)
     lengths = np.linalg.norm(numbers, axis=1)
-    scored = as_scored(VECTORS, "int8", RANGES)
+    scored = simulate_quantization(VECTORS, "int8", RANGES)
     np.testing.assert_allclose(scored @ scored.T, numbers @ numbers.T / np.outer(lengths, lengths), atol=1e-6)
-    np.testing.assert_array_equal(scored, as_scored(VECTORS, "uint8", RANGES))
-    assert as_scored(VECTORS, "float32") is VECTORS
+    np.testing.assert_array_equal(scored, simulate_quantization(VECTORS, "uint8", RANGES))
+    assert simulate_quantization(VECTORS, "float32") is VECTORS
 
 
 @pytest.mark.parametrize("precision", ["int8", "binary"])
 def test_training_sees_the_vectors_that_are_scored(precision: Any) -> None:
     vectors = jnp.concatenate([VECTORS, jnp.zeros((1, 24))])
     trained = jax.jit(lambda v: quantize_straight_through(v, precision, NESTED))(vectors)
-    np.testing.assert_allclose(trained[:-1], as_scored(VECTORS, precision, RANGES), atol=2e-6)
+    np.testing.assert_allclose(trained[:-1], simulate_quantization(VECTORS, precision, RANGES), atol=2e-6)
     assert not trained[-1].any(), "an absent text stays absent"
 
 
@@ -68,7 +68,10 @@ def test_objectives_hold_for_every_precision_like_for_a_width() -> None:
     objectives = Objectives([InfoNCEConfig()], MatryoshkaConfig(dims=(8,)), quantization=config, ranges=NESTED)
     total, parts = jax.jit(lambda q, d: objectives(q, d, batch, jax.random.key(0), {}, 1))(q, d)
     for precision in ("binary", "int8"):
-        quantized = (jnp.asarray(as_scored(np.asarray(x).reshape(-1, 24), precision, RANGES)).reshape(x.shape) for x in (q, d))
+        quantized = (
+            jnp.asarray(simulate_quantization(np.asarray(x).reshape(-1, 24), precision, RANGES)).reshape(x.shape)
+            for x in (q, d)
+        )
         alone, _ = Objectives([InfoNCEConfig()])(*quantized, batch, jax.random.key(0), {}, 1)
         assert parts[f"infonce_{precision}"] == pytest.approx(float(alone), rel=1e-4)
     expected = parts["infonce"] + parts["infonce_8"] + 0.5 * parts["infonce_binary"] + 2 * parts["infonce_int8"]
@@ -82,7 +85,7 @@ def test_search_over_quantized_vectors_finds_the_best_scores(precision: Any, mon
     random = np.random.default_rng(2)
     documents, queries = (draw_unit_vectors(random, n, 24).astype(np.float32) for n in (40, 7))
     stored = quantize_vectors(documents, precision, RANGES)
-    monkeypatch.setattr("jaxembed.search.quantized.choose_faiss_queries", lambda *_: 3)
+    monkeypatch.setattr("jaxembed.search.quantized.choose_faiss_batch_size", lambda *_: 3)
     found = search_quantized(queries, stored, 5, precision, RANGES if "int8" in precision else None)
     middles = documents
     if "int8" in precision:
