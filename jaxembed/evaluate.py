@@ -68,7 +68,7 @@ def make_parser() -> cli.Parser:
     parser.add_argument(
         "--precision", choices=PRECISIONS, nargs="+", default=[],
         help="precisions to score; texts are encoded once (default: float32). With several of --dim, all but the first are "
-        "scored at the largest width alone",
+        "scored at the largest width only",
     )  # fmt: skip
     parser.add_argument(
         "--ranges", metavar="RANGES.npy", help=f"ranges of int8 and uint8, of MODEL (default: its {RANGES_FILE})"

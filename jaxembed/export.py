@@ -26,7 +26,7 @@ LAYOUTS = ("sentence-transformers", "nv-embed")
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    """Export a model, and push it. Return the folder, its dtype, how far its vectors are from the model's, and its URL."""
+    """Export a model, and push it. Return the folder, its dtype, the distance of its vectors from the model's, and its URL."""
     check_layout_options(args)
     target = read_push_target(args)
     out = cli.prepare_new_output(args.out)
@@ -58,7 +58,7 @@ def read_push_target(args: argparse.Namespace) -> PushTarget | None:
 
 
 def write_folder(args: argparse.Namespace, out: Path) -> dict[str, Any]:
-    """Export a model. Return the folder, its dtype, and how far its vectors are from the model's."""
+    """Export a model. Return the folder, its dtype, and the distance of its vectors from the model's."""
     from transformers.utils import logging
 
     from jaxembed.hub.card import read_card
@@ -86,18 +86,20 @@ def write_folder(args: argparse.Namespace, out: Path) -> dict[str, Any]:
 
 
 def copy_ranges(args: argparse.Namespace, out: Path) -> None:
-    """Copy the ranges of the model's vectors for int8 into its export. Those of all layers do not fit the first ones."""
+    """Copy the int8 ranges of the model into its export. Ranges of the whole model do not fit its first layers."""
     ranges = Path(args.model) / RANGES_FILE
     if not exists(ranges):
         return
     if args.layers is None:
         shutil.copyfile(ranges, out / RANGES_FILE)
     else:
-        getLogger("jaxembed").warning("%s: not copied, because it is of all layers. Write it for the first ones.", ranges)
+        getLogger("jaxembed").warning(
+            "%s: not copied, because it belongs to the whole model. Write ranges for the first layers.", ranges
+        )
 
 
 def check_layout_options(args: argparse.Namespace) -> None:
-    """Raise `UserError` if a graph is wanted beside another layout than that of sentence-transformers."""
+    """Raise `UserError` if --onnx is combined with another layout than that of sentence-transformers."""
     if (args.onnx or args.onnx_int8) and (args.adapters or args.layout != LAYOUTS[0]):
         raise UserError("--onnx: adds a graph to the sentence-transformers layout. Omit --adapters and --layout.")
 
@@ -137,7 +139,7 @@ def make_parser() -> cli.Parser:
         "--push", metavar="OWNER/NAME",
         help="upload OUT to a new private repository of the Hugging Face hub (token: HF_TOKEN, or `hf auth login`)",
     )  # fmt: skip
-    parser.add_argument("--public", action="store_true", help="with --push: let everybody read the new repository")
+    parser.add_argument("--public", action="store_true", help="with --push: make the new repository public")
     parser.add_argument(
         "--update", action="store_true", help="with --push: replace the files of a repository that exists, in a new commit"
     )

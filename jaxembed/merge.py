@@ -17,7 +17,7 @@ METHOD_NAMES = ("soup", "slerp")
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    """Merge models. Return the folder, the models and weights, and how far its vectors are from the merged model's."""
+    """Merge models. Return the folder, the models and weights, and the distance of its vectors from the merged model's."""
     weights = parse_weights(args.weights, args.method, len(args.models))
     out = cli.prepare_new_output(args.out)
     from transformers.utils import logging

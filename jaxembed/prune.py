@@ -16,7 +16,7 @@ from jaxembed.training.shutdown import stop_on_signals
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    """Prune a model. Return the folder, its sizes and those of MODEL, and how far its vectors are from the pruned model's."""
+    """Prune a model. Return the folder, its sizes and those of MODEL, and the error of its vectors."""
     chosen = (args.layer_count, args.keep_layers, args.mlp_width, args.vocabulary_from)
     if all(option is None for option in chosen):
         raise UserError("prune: nothing to prune. Give --layer-count, --keep-layers, --mlp-width or --vocabulary-from.")
@@ -76,7 +76,7 @@ def describe_size(embedder: Any) -> dict[str, int]:
 def make_parser() -> cli.Parser:
     """Return the parser of the command line."""
     about = (
-        "OUT is an export like that of jaxembed.export. Its vectors are not those of MODEL, unless the vocabulary alone is\n"
+        "OUT is an export like that of jaxembed.export. Its vectors are not those of MODEL, unless only the vocabulary is\n"
         "pruned. Train it further, for example by embedding_matching with MODEL as teacher."
     )
     parser = cli.new_parser("prune", f"{__doc__}\n{about}")

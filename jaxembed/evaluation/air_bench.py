@@ -1,4 +1,4 @@
-"""Tasks of AIR-Bench, from copies of its data sets on disk.
+"""Tasks of AIR-Bench, read from local copies of its data sets.
 
 A copy is a folder as the hub has it: `TASK_DOMAIN_LANGUAGE/VERSION/NAME/`, such as qa_wiki_en/AIR-Bench_24.05/default, with
 corpus.jsonl and SPLIT_queries.jsonl (rows of id and text). Judgments lie beside it, in
@@ -74,7 +74,7 @@ def _find_tasks(folder: Path, results: Path | None) -> list[AirBenchTask]:
                 tasks.append(AirBenchTask(corpus, queries, qrels if exists(qrels) else None, results))
     if not tasks:
         raise UserError(
-            f"{folder}: no split has judgments (expected such as {folder}/qrels-qa_wiki_en-dev). Add --out DIR to write the "
+            f"{folder}: no split has judgments (expected {folder}/qrels-qa_wiki_en-dev or similar). Add --out DIR to write the "
             "results of the search for AIR-Bench's leaderboard."
         )
     return tasks

@@ -17,7 +17,7 @@ RESAMPLES = 2000
 STANDARD_ERROR_RESAMPLES = 200  # enough for a standard error (Efron and Tibshirani 1993, section 6.4)
 CONFIDENCE = 0.95
 BOOTSTRAP_SEED = 0
-MAX_DRAWN_ITEMS = 2**21  # item indices that are drawn at once
+MAX_DRAWN_ITEMS = 2**21  # item indices per block of resamples
 
 # (values of the items [N, C], indices of the items in each resample [R, N]) -> the score of each resample [R]
 Statistic = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -133,7 +133,7 @@ class Difference:
         p_value: Two-sided p-value: twice the smaller of the shares of resamples with a difference <= 0 and >= 0.
         count: Number of items.
         unit: What an item is, in the plural.
-        resampled: The differences of the resamples, float64 [R].
+        resampled_differences: The differences of the resamples, float64 [R].
     """
 
     difference: float
@@ -141,11 +141,11 @@ class Difference:
     p_value: float
     count: int
     unit: str
-    resampled: np.ndarray
+    resampled_differences: np.ndarray
 
     @property
     def verdict(self) -> str:
-        """Whether the first model is better or worse: its interval excludes 0. Otherwise no difference is shown."""
+        """Whether the first model is better or worse, if the interval excludes 0. Otherwise no difference is shown."""
         low, high = self.interval
         return "better" if low > 0 else "worse" if high < 0 else "no difference shown"
 
@@ -168,25 +168,25 @@ def compare_items(first: ScoredItems, second: ScoredItems, seed: int | Sequence[
     count = len(first.values)
     if len(second.values) != count:
         raise ValueError(f"{count} and {len(second.values)} items (expected the same items)")
-    resampled = np.concatenate(
+    resampled_differences = np.concatenate(
         [
             first.statistic(first.values, indices) - second.statistic(second.values, indices)
             for indices in _draw_resamples(count, RESAMPLES, seed)
         ]
     )
-    return summarize_difference(first.score - second.score, resampled, count, first.unit)
+    return summarize_difference(first.score - second.score, resampled_differences, count, first.unit)
 
 
-def summarize_difference(difference: float, resampled: np.ndarray, count: int, unit: str) -> Difference:
-    """Return a difference with the interval and the p-value that its resampled values give."""
+def summarize_difference(difference: float, resampled_differences: np.ndarray, count: int, unit: str) -> Difference:
+    """Return a difference with the interval and the p-value that its resampled_differences values give."""
     tail = 50 * (1 - CONFIDENCE)
-    finite = resampled[np.isfinite(resampled)]
+    finite = resampled_differences[np.isfinite(resampled_differences)]
     if not len(finite):  # a score is undefined, for example because all vectors are equal
-        return Difference(difference, (float("nan"), float("nan")), 1.0, count, unit, resampled)
+        return Difference(difference, (float("nan"), float("nan")), 1.0, count, unit, resampled_differences)
     low, high = np.percentile(finite, [tail, 100 - tail])
     rarer = min(np.count_nonzero(finite <= 0), np.count_nonzero(finite >= 0))
-    p_value = min(1.0, 2 * (rarer + 1) / (len(finite) + 1))  # never 0, which no finite number of resamples can show
-    return Difference(difference, (float(low), float(high)), p_value, count, unit, resampled)
+    p_value = min(1.0, 2 * (rarer + 1) / (len(finite) + 1))  # never 0: no finite number of resamples can show that
+    return Difference(difference, (float(low), float(high)), p_value, count, unit, resampled_differences)
 
 
 def _draw_resamples(count: int, resamples: int, seed: int | Sequence[int] = BOOTSTRAP_SEED) -> Iterator[np.ndarray]:

@@ -1,4 +1,4 @@
-"""Compare two models on the same tasks, by the items that their scores are computed from."""
+"""Compare two models on the same tasks, item by item."""
 
 from __future__ import annotations
 
@@ -83,11 +83,11 @@ def average_differences(differences: Sequence[Difference]) -> Difference:
     """Return the mean of the differences of independent sets of items."""
     if len(differences) == 1:
         return differences[0]
-    resampled = np.mean([difference.resampled for difference in differences], axis=0)
+    resampled_differences = np.mean([difference.resampled_differences for difference in differences], axis=0)
     units = {difference.unit for difference in differences}
     return summarize_difference(
         float(np.mean([difference.difference for difference in differences])),
-        resampled,
+        resampled_differences,
         sum(difference.count for difference in differences),
         units.pop() if len(units) == 1 else "items",
     )

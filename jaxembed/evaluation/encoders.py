@@ -87,7 +87,7 @@ def _load_jax_encoder(model: str, checkpoint: str, max_length: int | None, fsdp:
 
 
 def set_precisions(encoder: TaskEncoder, model: str, precisions: Sequence[Precision], ranges: str | None) -> None:
-    """Let a model be scored at some precisions, with the ranges that int8 and uint8 need.
+    """Set the precisions at which a model is scored, and the ranges that int8 and uint8 need.
 
     Args:
         encoder: The model.

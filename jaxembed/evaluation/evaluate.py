@@ -1,4 +1,4 @@
-"""An evaluation from its options to its results: tasks, models, scores, comparison, and the files of --out."""
+"""Run an evaluation: open the tasks, load the models, score and compare them, and write the files of --out."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class TextInput:
 
     @property
     def side(self) -> str:
-        """`document` or `query`. Some models have one prompt for each."""
+        """The side of the texts, `document` or `query`. Some models have one prompt for each."""
         return "document" if self.role == "documents" else "query"
 
 

@@ -28,7 +28,7 @@ Variants = Mapping[str, Sequence[str]]  # kind -> instructions
 
 
 def read_variants(path: str) -> dict[str, Variants]:
-    """Read the instructions under which tasks are scored again.
+    """Read the other instructions under which tasks are scored.
 
     The file maps the name of a task to a list of instructions, or to lists by kind, such as `paraphrased` and `wrong`.
 
@@ -60,7 +60,9 @@ def add_variants(tasks: Sequence[EvaluationTask], path: str) -> list[EvaluationT
     by_task = read_variants(path)
     names = [task.name for task in tasks]
     if unknown := next((name for name in by_task if name not in names), None):
-        raise UserError(f"{path}: {unknown} is no task of this command (tasks: {', '.join(names)}).{suggest(unknown, names)}")
+        raise UserError(
+            f"{path}: {unknown} is not a task of this command (tasks: {', '.join(names)}).{suggest(unknown, names)}"
+        )
     return [VariantTask(task, by_task[task.name]) if task.name in by_task else task for task in tasks]
 
 
@@ -144,7 +146,9 @@ def measure_spread(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     The spread is the highest minus the lowest score. `by_kind` has the spread of each kind together with the default
     instruction, and the mean score of the kind.
     """
-    scores = {kind: [e["score"] for e in entries if e["kind"] == kind and e["score"] is not None] for kind in _kinds(entries)}
+    scores = {
+        kind: [e["score"] for e in entries if e["kind"] == kind and e["score"] is not None] for kind in _list_kinds(entries)
+    }
     chosen = scores.pop(CHOSEN_KIND)
     by_kind = {
         kind: {"mean": float(np.mean(values)), "spread": max(chosen + values) - min(chosen + values)}
@@ -162,5 +166,5 @@ def describe_spread(task: str, spread: Mapping[str, Any]) -> str:
     return f"{task}: mean score by kind of instruction: {kinds}; highest minus lowest of all: {everything}"
 
 
-def _kinds(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+def _list_kinds(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(entry["kind"] for entry in entries))

@@ -137,7 +137,7 @@ def score_v_measure(values: Float[np.ndarray, "n c"], indices: Int[np.ndarray, "
     return np.mean(scores, axis=0)
 
 
-def score_drawn_v_measure(values: Float[np.ndarray, "n c"], indices: Int[np.ndarray, "r n"]) -> Float[np.ndarray, " r"]:
+def score_sampled_v_measure(values: Float[np.ndarray, "n c"], indices: Int[np.ndarray, "r n"]) -> Float[np.ndarray, " r"]:
     """Return the mean V-measure of several clusterings, each of a sample of the texts, for each resample of the texts.
 
     Args:
@@ -154,7 +154,7 @@ def score_drawn_v_measure(values: Float[np.ndarray, "n c"], indices: Int[np.ndar
 
 
 def _compute_entropy(codes: np.ndarray, indices: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-    """Return the entropy of the codes in each resample, float64 [R], in nats. Items count by their weight, or all alike."""
+    """Return the entropy of the codes in each resample, float64 [R], in nats. All items have the same weight by default."""
     from scipy.special import xlogy
 
     distinct, numbers = np.unique(codes, return_inverse=True)

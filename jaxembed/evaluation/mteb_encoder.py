@@ -48,7 +48,7 @@ class MtebEncoder:
 
     @property
     def mteb_model_meta(self) -> Any:
-        """The model's name and revision for mteb, and what its vectors differ in from those of the model itself."""
+        """The model's name and revision for mteb, with the settings that change its vectors."""
         from mteb.models.model_meta import ModelMeta
 
         width, precision, ranges = self.version.width, self.version.precision, self.encoder.ranges

@@ -1,4 +1,4 @@
-"""Results of MTEB tasks by item, from the predictions that mteb stores and the labels in the task's data."""
+"""Read the results of MTEB tasks by item, from the predictions that mteb stores and the labels in the task's data."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from jaxembed.evaluation.bootstrap import (
     score_weighted_f1,
 )
 from jaxembed.evaluation.comparison import ItemScores
-from jaxembed.evaluation.labels import score_drawn_v_measure, score_v_measure
+from jaxembed.evaluation.labels import score_sampled_v_measure, score_v_measure
 from jaxembed.evaluation.task_encoder import TaskEncoder
 from jaxembed.files import exists, read_json
 
@@ -102,7 +102,7 @@ def read_items(task: Any, folder: Path, score: float | None) -> tuple[list[Score
     if not exists(path):
         return [], NO_ITEMS
     predictions = {key: value for key, value in read_json(path).items() if key != "mteb_model_meta"}
-    reset_random_state(task)  # so that the samples of documents are those that mteb has drawn
+    reset_random_state(task)  # so that the same samples of documents are drawn as by mteb
     try:
         parts = [
             part for subset, split, found in _iter_splits(task, predictions) for part in _build(task, subset, split, found)
@@ -116,7 +116,7 @@ def read_items(task: Any, folder: Path, score: float | None) -> tuple[list[Score
 
 
 def reset_random_state(task: Any) -> None:
-    """Let an mteb task draw the same samples again, as a task that was just created does."""
+    """Reset the random state of an mteb task, so that it draws the same samples as a new task."""
     for member in (task, *getattr(task, "taskname_to_task", {}).values()):
         member.rng_state, member.np_rng = random.Random(member.seed), np.random.default_rng(member.seed)
 
@@ -207,7 +207,9 @@ def _build_sampled_clustering(task: Any, split: Split, predictions: Mapping[str,
     mteb stores the clusters but not the samples. They are drawn again, in the order in which mteb draws them.
     """
     rows = (
-        task.rng_state.sample(range(len(split)), k=size) if (size := _count_embedded(task, len(split))) else range(len(split))
+        task.rng_state.sample(range(len(split)), k=size)
+        if (size := _count_drawn_texts(task, len(split)))
+        else range(len(split))
     )
     all_labels = split[task.label_column_name]
     labels = [label if isinstance(label, list) else [label] for label in (all_labels[row] for row in rows)]
@@ -221,11 +223,11 @@ def _build_sampled_clustering(task: Any, split: Split, predictions: Mapping[str,
             cluster_by_text = np.zeros(len(labels), np.int64)
             cluster_by_text[drawn] = clusters
             columns += [numbers, cluster_by_text, np.bincount(drawn, minlength=len(labels))]
-    return [ScoredItems(np.column_stack(columns).astype(np.float64), score_drawn_v_measure, "texts")]
+    return [ScoredItems(np.column_stack(columns).astype(np.float64), score_sampled_v_measure, "texts")]
 
 
-def _count_embedded(task: Any, count: int) -> int:
-    """Return how many of the texts of a split an mteb task draws, clusters and scores. 0: all, in their order."""
+def _count_drawn_texts(task: Any, count: int) -> int:
+    """Return how many texts of a split an mteb task draws and clusters. 0: all, in their order."""
     if task.max_fraction_of_documents_to_embed is not None:
         return min(count, int(task.max_fraction_of_documents_to_embed * count))
     return min(count, task.max_document_to_embed or 0)

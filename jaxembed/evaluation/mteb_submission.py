@@ -63,7 +63,7 @@ model = ModelMeta(
 
 @dataclasses.dataclass(frozen=True)
 class ModelFacts:
-    """What a submission says about a model besides its scores.
+    """The facts about a model in a submission, besides its scores.
 
     Attributes:
         name: Name on the hub, ORGANIZATION/MODEL.
@@ -83,7 +83,7 @@ class ModelFacts:
 
 
 def check_name(name: str | None, model: str) -> str:
-    """Return the name of a submission: the one that is given, or MODEL if it is a hub id.
+    """Return the name of a submission: --submission-name, or MODEL if it is a hub id.
 
     Raises:
         UserError: There is none, or it is not of the form ORGANIZATION/MODEL.
@@ -122,7 +122,7 @@ def write_model_submission(args: argparse.Namespace, encoder: TaskEncoder, tasks
 
 
 def read_facts(base: BaseWithWeights, name: str) -> ModelFacts:
-    """Return what a submission says about a model.
+    """Return the facts about a model for a submission.
 
     Args:
         base: The model. Its weights are not loaded.
@@ -194,7 +194,7 @@ def write_submission(folder: Path, facts: ModelFacts, encoder: TaskEncoder, task
 
     Args:
         folder: The folder to write to.
-        facts: What it says about the model.
+        facts: The facts about the model.
         encoder: The model that was scored.
         tasks: mteb's task objects.
         results: Folder of mteb's results.

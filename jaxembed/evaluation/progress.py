@@ -6,7 +6,7 @@ from jaxembed.devices.processes import progress_bar
 
 
 class TaskProgress:
-    """A bar that counts texts, with the time that is left. Each task takes its expected share of the bar.
+    """A bar that counts texts and shows the remaining time. Each task takes its expected share of the bar.
 
     Attributes:
         task: Name of the current task.

@@ -1,7 +1,6 @@
 """Encode on all processes of a run while process 0 alone runs the tasks.
 
-Process 0 sends every call to the others, which compute their share of it. So the other processes need neither
-mteb nor the data of tasks.
+Process 0 sends every call to the other processes, which compute their share. So they need neither mteb nor the data of tasks.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ MESSAGE_BYTES = 2**20  # size of the messages into which a call is split
 def share_encoding(encoder: TaskEncoder) -> Iterator[None]:
     """Within the block, encode on all processes. Only process 0 enters it.
 
-    Searches in the block use the devices of process 0 alone.
+    Searches in the block use only the devices of process 0.
 
     Args:
         encoder: The model. The other processes pass the same one to `serve_encoding`.

@@ -27,8 +27,8 @@ class VectorVersion:
     """A form of the vectors in which tasks are scored.
 
     Attributes:
-        width: Width to which vectors are cut. None: the full width.
-        precision: Precision to which they are quantized then.
+        width: Width to which vectors are truncated. None: the full width.
+        precision: Precision to which they are then quantized.
     """
 
     width: int | None = None
@@ -51,7 +51,7 @@ class TaskEncoder:
         widths: Widths at which tasks are scored, largest first. Empty: the full width only.
         precisions: Precisions at which tasks are scored: the first at all widths, the others at the largest. Empty: float32.
         ranges: Ranges of the vectors for int8 and uint8, float32 [2, W].
-        prompts: Chooses the prompts of tasks. Default: without a table of the user.
+        prompts: Chooses the prompts of tasks. Default: no table of the user.
         cache: Keeps the vectors of the current task. Default: none are kept.
         progress: Progress bar over all tasks.
     """

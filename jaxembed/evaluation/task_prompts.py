@@ -36,7 +36,7 @@ class TaskPrompts:
 class PromptChooser:
     """Chooses the prompts of tasks.
 
-    The first of these that names an instruction for a task decides: the user's table, the table of the published model, the
+    The first of these that has an instruction for a task is used: the user's table, the table of the published model, the
     prompts that are stored with the model, the task itself.
 
     Attributes:

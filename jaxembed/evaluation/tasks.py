@@ -41,7 +41,7 @@ class EvaluationTask(Protocol):
 
     @property
     def name(self) -> str:
-        """Name of the task, which no other task of a run has."""
+        """Name of the task, unique in a run."""
         ...
 
     @property
@@ -56,12 +56,12 @@ class EvaluationTask(Protocol):
 
     @property
     def expected_texts(self) -> int | None:
-        """About how many texts the task encodes, for the progress bar. None: unknown."""
+        """Approximate number of texts that the task encodes, for the progress bar. None: unknown."""
         ...
 
     @property
     def data_digest(self) -> str:
-        """SHA-256 of the data and of how it is scored. Empty: the task itself keeps its results from run to run."""
+        """SHA-256 of the data and the settings of its scores. Empty: the task itself stores its results across runs."""
         ...
 
     def score(self, encoder: TaskEncoder) -> dict[str, Any]:
@@ -85,7 +85,7 @@ class EvaluationTask(Protocol):
 
 
 def check_names(tasks: Sequence[EvaluationTask]) -> None:
-    """Check that there are tasks, and that each has a name of its own.
+    """Check that there are tasks, and that their names are unique.
 
     Raises:
         UserError: There is no task, or two have the same name.
@@ -117,7 +117,7 @@ def check_instructions(table: InstructionTable, name: str, tasks: Sequence[Evalu
 
 
 class FinishedTasks:
-    """The results of tasks in a folder, which a run that was killed finds again. Tasks of MTEB are stored by mteb instead."""
+    """Results of tasks in a folder, which a restarted run reuses. Results of MTEB tasks are stored by mteb instead."""
 
     def __init__(self, folder: Path):
         """Read the results in `folder`."""

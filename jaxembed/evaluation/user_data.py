@@ -79,7 +79,7 @@ class UserTask:
     """A task on a user's own file.
 
     Attributes:
-        held_out: The data, and how it is scored.
+        held_out: The data and its scores.
         groups: Tables of results that the task belongs to. Empty: the table of all tasks.
     """
 

@@ -30,14 +30,14 @@ class VectorCache:
             folder: Folder of the files. It is removed after every task.
             revision: Identifies everything that the vectors depend on.
             width: Width of the vectors.
-            memory_bytes: Bytes of vectors that are kept in memory at most.
+            memory_bytes: Maximum bytes of vectors in memory.
             keeps_all: Whether vectors in memory are kept too, because a task encodes texts repeatedly. Otherwise only
-                files are.
+                those in files are kept.
         """
         self._folder, self._revision, self._width = folder, revision, width
         self._memory_bytes, self._keeps_all = memory_bytes, keeps_all
-        self._held: dict[str, np.ndarray] = {}
-        self._held_bytes = 0
+        self._arrays: dict[str, np.ndarray] = {}
+        self._used_bytes = 0
 
     def fetch(self, texts: Sequence[str], prompt: str, encode: Callable[[], Iterator[np.ndarray]]) -> np.ndarray:
         """Return the vectors of some texts, float32 [N, width].
@@ -51,18 +51,18 @@ class VectorCache:
             UserError: The vectors cannot be written.
         """
         needed = 4 * self._width * len(texts)
-        fits = self._held_bytes + needed <= self._memory_bytes
+        fits = self._used_bytes + needed <= self._memory_bytes
         if fits and not self._keeps_all:
             return self._concatenate(encode())
         key = self._make_key(texts, prompt)
-        if key not in self._held:
-            self._held[key] = self._concatenate(encode()) if fits else self._map_file(key, len(texts), encode)
-            self._held_bytes += needed if fits else 0
-        return self._held[key]
+        if key not in self._arrays:
+            self._arrays[key] = self._concatenate(encode()) if fits else self._map_file(key, len(texts), encode)
+            self._used_bytes += needed if fits else 0
+        return self._arrays[key]
 
     def clear(self) -> None:
         """Drop the vectors of a finished task, and remove its files."""
-        self._held, self._held_bytes = {}, 0
+        self._arrays, self._used_bytes = {}, 0
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _make_key(self, texts: Sequence[str], prompt: str) -> str:

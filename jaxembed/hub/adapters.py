@@ -16,10 +16,10 @@ from jaxembed.model.families import TransformerConfig
 
 
 def read_kernel_updates(folders: Iterable[Path], transformer: TransformerConfig, shapes: Any) -> dict[str, LowRankUpdate]:
-    """Read what the adapters of PEFT folders add to the kernels of a transformer.
+    """Read the low-rank updates that PEFT folders add to the kernels of a transformer.
 
     Args:
-        folders: PEFT folders. Their updates are added up.
+        folders: PEFT folders. Their updates are summed.
         transformer: The transformer: its family and its number of layers.
         shapes: Tree of the shapes of the model's parameters.
 

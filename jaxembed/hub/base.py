@@ -23,7 +23,7 @@ from jaxembed.model.families import TransformerConfig
 
 log = logging.getLogger("jaxembed")
 
-MAX_TOKENIZER_TEXTS = 200_000  # training texts that a new tokenizer is trained on
+MAX_TOKENIZER_TEXTS = 200_000  # training texts for a new tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,8 +49,8 @@ class Base(abc.ABC):
         """Return the SHA-256 of the config and the weights, in hexadecimal digits."""
 
     @abc.abstractmethod
-    def has_head_table(self) -> bool:
-        """Return whether the base has a language-model head with a table of its own. Those of presets are random."""
+    def has_untied_head(self) -> bool:
+        """Return whether the base has an untied language-model head. A preset has one with random weights."""
 
     @abc.abstractmethod
     def tokenizer(self, texts: Iterable[str] = ()) -> Any:
@@ -62,7 +62,7 @@ class Base(abc.ABC):
 
     @abc.abstractmethod
     def load(self, shapes: Any, shardings: Any) -> dict[str, Any]:
-        """Load the parts of a model (transformer, pooling, projection) that the base has weights of.
+        """Load the parts of a model (transformer, pooling, projection) for which the base has weights.
 
         Args:
             shapes: Tree of `jax.ShapeDtypeStruct` of the parts to load. Its dtypes are those of the result.
@@ -86,7 +86,7 @@ class PresetBase(Base):
         """Return the SHA-256 of the config."""
         return start_digest(self.hf_config).hexdigest()
 
-    def has_head_table(self) -> bool:
+    def has_untied_head(self) -> bool:
         """Return True."""
         return True
 
@@ -96,7 +96,7 @@ class PresetBase(Base):
         return train_tokenizer(islice(texts, MAX_TOKENIZER_TEXTS), self.transformer.vocab_size)
 
     def load(self, shapes: Any, shardings: Any) -> dict[str, Any]:
-        """Return no parts."""
+        """Return an empty dict: a preset has no weights."""
         return {}
 
 
@@ -141,7 +141,7 @@ class BaseWithWeights(Base):
 
     @abc.abstractmethod
     def _add_weights(self, digest: Any) -> None:
-        """Add what identifies the weights to a digest."""
+        """Update a digest with everything that identifies the weights."""
 
     @abc.abstractmethod
     def _load_weights(self, shapes: Any, shardings: Any, updates: Mapping[str, LowRankUpdate]) -> Mapping[str, Any]: ...
@@ -157,7 +157,7 @@ class FolderBase(BaseWithWeights):
 
     folder: Path
 
-    def has_head_table(self) -> bool:
+    def has_untied_head(self) -> bool:
         """Return whether the weight files hold the head."""
         with open_tensors(self.folder) as tensors:
             return LANGUAGE_MODEL_HEAD.tensor_name in tensors

@@ -21,7 +21,7 @@ from jaxembed.training.metrics import read_metrics
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """What a model card says besides the spec.
+    """The content of a model card besides the spec.
 
     Attributes:
         name: Title.
@@ -41,7 +41,7 @@ class Card:
 
 
 def read_card(model: Path, revision: str, adapter: str | None = None) -> Card:
-    """Return what the model card of a run says: its base, its recipe, and the scores of the exported checkpoint.
+    """Return the model card of a run: its base, its recipe, and the scores of the exported checkpoint.
 
     Args:
         model: Run directory. For other models the card has only a name and a base.
@@ -68,13 +68,13 @@ def format_model_card(model: ServedModel, card: Card, parity_error: float, preci
     """Return the README.md of an exported folder, with the hub's front matter.
 
     Args:
-        model: What decides how the folder is used.
-        card: What to say besides.
-        parity_error: Largest difference of a number between the exported vectors and the model's.
-        precision: What `format_precision` says about dtypes.
+        model: The properties that decide how the folder is used.
+        card: Further content.
+        parity_error: Largest difference of a component between the exported vectors and the model's.
+        precision: The section from `format_precision`.
     """
     spec = model.spec
-    projection = f", projected to {spec.projection} numbers" if spec.projection else ""
+    projection = f", projected to {spec.projection} dimensions" if spec.projection else ""
     checkpoint = f", {card.checkpoint}" if card.checkpoint else ""
     trained = f"trained with jaxembed from `{card.base}`{checkpoint}"
     origin = "merged with jaxembed from other models" if card.merged else trained
@@ -96,7 +96,7 @@ def format_model_card(model: ServedModel, card: Card, parity_error: float, preci
 
 
 def format_precision(dtypes: Iterable[DtypeQuality], onnx: OnnxReport | None) -> str:
-    """Return the section of the model card about dtypes: which are safe, and what an int8 graph loses."""
+    """Return the section of the model card about dtypes: which ones are safe, and the loss of an int8 graph."""
     rows = [f"| {quality.dtype} | {'yes' if quality.is_safe else '**no**'} | {quality.finding} |" for quality in dtypes]
     lines = [
         "## Dtypes",
@@ -112,7 +112,7 @@ def format_precision(dtypes: Iterable[DtypeQuality], onnx: OnnxReport | None) ->
         lines += [
             "",
             f"`onnx/{INT8_GRAPH_FILE}` has int8 weights: cosine at least {int8.least_cosine:.4f}, mean {int8.mean_cosine:.4f}. "
-            f"Of two texts the same one is nearer to a third in {int8.ranking_agreement:.1%} of all cases.",
+            f"For {int8.ranking_agreement:.1%} of all triples of texts, it agrees which of two texts is closer to the third.",
         ]
     return "\n".join(lines)
 
@@ -159,8 +159,8 @@ def _format_usage(spec: EmbeddingSpec) -> str:
     if spec.matryoshka_dims:
         widths = ", ".join(map(str, sorted(spec.matryoshka_dims)))
         lines += [
-            f"Vectors may be cut to {widths} numbers. sentence-transformers cuts after the normalization, so both options are "
-            f"needed: `model.encode(texts, truncate_dim={min(spec.matryoshka_dims)}, normalize_embeddings=True)`.",
+            f"Vectors may be truncated to {widths} dimensions. sentence-transformers truncates after the normalization, so "
+            f"both options are needed: `model.encode(texts, truncate_dim={min(spec.matryoshka_dims)}, normalize_embeddings=True)`.",
             "",
         ]
     if spec.exit_layers:
@@ -176,13 +176,13 @@ def _format_usage(spec: EmbeddingSpec) -> str:
 
 
 def _format_check(spec: EmbeddingSpec, parity_error: float) -> str:
-    """Return the section with which users compare a program with the model. A prompt's suffix is part of the text."""
+    """Return the section that shows how to compare a program with the model. A prompt's suffix is part of the text."""
     text = f'p["text"] + {spec.query_suffix!r} * bool(p["prompt"])' if spec.query_suffix else 'p["text"]'
     lines = [
         "## Check",
         "",
         "`probe.json` contains texts, their prompts and their vectors. This prints the lowest cosine: 1.0 in float32 if a "
-        "program computes the same. `jaxembed verify` asks a running server.",
+        "program computes the same vectors. `jaxembed verify` checks a running server.",
         "",
         "```python",
         "import json",

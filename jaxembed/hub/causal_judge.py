@@ -32,7 +32,7 @@ def open_causal_judge(config: JudgeConfig, cache: Path) -> ScorePairs:
 
     Args:
         config: The section of the judge.
-        cache: Folder under which scores are stored; each is computed once.
+        cache: Folder under which scores are stored, so that each is computed once.
 
     Returns:
         A function from (query, document) pairs to scores from 0 to 1, float32 [P].
@@ -56,7 +56,7 @@ def open_causal_judge(config: JudgeConfig, cache: Path) -> ScorePairs:
     head = read_answer_rows(base, find_answer_ids(config, embedder))
 
     def score(pairs: Sequence[tuple[str, str]]) -> np.ndarray:
-        queries = cut_queries([query for query, _ in pairs], embedder, spec.max_length // 2)
+        queries = truncate_queries([query for query, _ in pairs], embedder, spec.max_length // 2)
         prompts = [before.replace("{instruction}", config.instruction).replace("{query}", query) for query in queries]
         assert embedder._apply is not None
         hidden = embedder.apply_to_texts([document for _, document in pairs], prompts, embedder._apply)
@@ -78,7 +78,7 @@ def find_answer_ids(config: JudgeConfig, embedder: Embedder) -> list[int]:
 
 
 def read_answer_rows(base: FolderBase, ids: Sequence[int]) -> np.ndarray:
-    """Return the rows of some tokens in the language-model head, float32 [len(ids), D]. A tied head is the embedding."""
+    """Return the rows of tokens in the language-model head, float32 [len(ids), D]. A tied head is the token embedding."""
     is_tied = bool(base.hf_config.get("tie_word_embeddings", False))
     with open_tensors(base.folder) as tensors:
         name = TIED_HEAD if is_tied and HEAD not in tensors else HEAD
@@ -90,8 +90,8 @@ def read_answer_rows(base: FolderBase, ids: Sequence[int]) -> np.ndarray:
         return np.concatenate([np.asarray(tensors[name][i : i + 1], np.float32) for i in ids])
 
 
-def cut_queries(queries: Sequence[str], embedder: Embedder, max_tokens: int) -> list[str]:
-    """Cut queries at a number of tokens, so that the document and the end of the template fit."""
+def truncate_queries(queries: Sequence[str], embedder: Embedder, max_tokens: int) -> list[str]:
+    """Truncate queries to a number of tokens, so that the document and the end of the template fit."""
     encodings = embedder.tokenizer.hf_tokenizer.backend_tokenizer.encode_batch(list(queries), add_special_tokens=False)
     offsets = [encoding.offsets for encoding in encodings]
     return [

@@ -25,7 +25,7 @@ def open_cross_encoder(name: str, cache: Path) -> ScorePairs:
 
     Args:
         name: Local folder or hub id.
-        cache: Folder under which scores are stored; each is computed once.
+        cache: Folder under which scores are stored, so that each is computed once.
 
     Returns:
         A function from (query, document) pairs to scores, float32 [P].
@@ -58,11 +58,11 @@ def open_cross_encoder(name: str, cache: Path) -> ScorePairs:
 
 
 def cache_scores(name: str, folder: Path, score: ScorePairs) -> ScorePairs:
-    """Return a function that stores scores by the content of the pairs, and computes each once.
+    """Wrap a scoring function so that scores are stored by the content of the pairs and computed once.
 
     Args:
         name: Name of the model, for errors.
-        folder: Folder of the store, which belongs to this model and these settings alone.
+        folder: Folder of the store. Another model, or other settings, need another folder.
         score: Computes scores.
 
     Raises:
@@ -83,7 +83,7 @@ def cache_scores(name: str, folder: Path, score: ScorePairs) -> ScorePairs:
 
 
 def _list_untrained_parameters(model: Any, files: Sequence[Path]) -> list[str]:
-    """Return the parameters of a transformers model's head that no file contains, so that they are random."""
+    """Return the parameters of a transformers model's head that are in no file and therefore random."""
     if model is None or model.base_model is model:
         return []
     stored: set[str] = set()

@@ -36,7 +36,7 @@ from jaxembed.model.parameters import replace_layers, shapes_and_shardings, stac
 from jaxembed.model.transformer import ComputeOptions
 
 TEXTS_PER_WINDOW = 4096  # texts that are tokenized and packed together
-TOKENS_PER_CALL = 8192  # tokens that each device takes at once; CPUs take `ENCODE_TOKENS_PER_CALL`
+TOKENS_PER_CALL = 8192  # tokens per device and program call; for CPUs see `ENCODE_TOKENS_PER_CALL`
 MIN_ROW_LENGTH, LONG_ROW_LENGTH = 64, 512  # tokens
 # How the vectors of a long text's pieces are combined. The mean is a sum, because the result is scaled to unit length.
 COMBINE_PIECES = {"mean": np.add, "max": np.maximum}
@@ -56,8 +56,8 @@ class Embedder:
         tokenizer: Its tokenizer.
         mesh: The devices.
         hf_config: Hugging Face config of its transformer.
-        revision: Names its weights in messages, such as RUN-STEP.
-        weights_hash: SHA-256 of its weights; empty if they have no files.
+        revision: Name of its weights in messages, such as RUN-STEP.
+        weights_hash: SHA-256 of its weights; empty if they were not read from files.
     """
 
     model: EmbeddingModel
@@ -72,7 +72,7 @@ class Embedder:
     def __post_init__(self) -> None:
         """Prepare the compiled program."""
         if self._apply is None:
-            object.__setattr__(self, "_apply", _encoding_program(self.model.without_texts()))
+            object.__setattr__(self, "_apply", _compile_encoding_program(self.model.without_texts()))
 
     @classmethod
     def load(
@@ -131,7 +131,7 @@ class Embedder:
         return dataclasses.replace(self, params=params)
 
     def with_spec(self, spec: EmbeddingSpec) -> Embedder:
-        """Return the same model under another spec, whose tokens and parameters must be those of this model.
+        """Return the same model with another spec, which must not change its tokens or parameters.
 
         Args:
             spec: How texts become vectors.
@@ -140,7 +140,7 @@ class Embedder:
         return dataclasses.replace(self, model=self.model.clone(spec=spec), tokenizer=tokenizer, _apply=None)
 
     def first_layers(self, count: int) -> Embedder:
-        """Return the model cut to its first layers, followed by the final norm. It can be exported.
+        """Return the model with its first layers only, followed by the final norm. It can be exported.
 
         Args:
             count: Number of layers.
@@ -163,7 +163,7 @@ class Embedder:
         Args:
             sizes: The transformer and the parameters.
             spec: How texts become vectors.
-            name: What is appended to the revision.
+            name: Suffix of the revision.
         """
         model, revision = self.model.clone(transformer=sizes.transformer, spec=spec), f"{self.revision}-{name}"
         own = {"params": sizes.params, "hf_config": sizes.hf_config}
@@ -189,11 +189,11 @@ class Embedder:
         Args:
             texts: N texts.
             instruction: Describes the task. The model's template turns it into the prompt of every text.
-            dim: Keep only the first `dim` numbers of each vector (Matryoshka), scaled to unit length again. Default: all.
-            prompt: Text that precedes every text as it is.
+            dim: Keep only the first `dim` dimensions of each vector (Matryoshka), normalized again. Default: all.
+            prompt: Text to put before every text, unchanged.
             prompt_name: Name of a prompt that is stored with the model (`spec.prompts`).
-            examples: (query, response) pairs that precede the instruction and show what it asks for (few-shot).
-            long_texts: What happens to texts beyond `spec.max_length` tokens. cut: the rest is dropped. mean, max: the text is
+            examples: (query, response) pairs before the instruction that show what it asks for (few-shot).
+            long_texts: How to treat texts beyond `spec.max_length` tokens. cut: the rest is dropped. mean, max: the text is
                 encoded in pieces, whose unit vectors are averaged or combined by their maximum.
             show_progress: Show a progress bar.
 
@@ -202,7 +202,7 @@ class Embedder:
 
         Raises:
             UserError: The model has no such `dim` or `prompt_name`, `long_texts` is unknown, the examples leave no room for a
-                text, or the model returns numbers that are not finite.
+                text, or the model returns values that are not finite.
             TypeError: `texts` is not a sequence of strings, two kinds of prompts are given, or `examples` is malformed.
         """
         check_texts(texts)
@@ -210,7 +210,7 @@ class Embedder:
         if not isinstance(dim, int | np.integer | None) or isinstance(dim, bool):
             raise TypeError(f"encode: dim is {quote_value(dim)} ({type(dim).__name__}); expected an integer")
         if dim is not None and not 0 < dim <= width:
-            raise UserError(f"dim: {dim} is out of range (vectors of this model have {width} numbers). Choose 1 to {width}.")
+            raise UserError(f"dim: {dim} is out of range (vectors of this model have {width} dimensions). Choose 1 to {width}.")
         if long_texts not in ("cut", *COMBINE_PIECES):
             raise UserError(f"long_texts: {long_texts!r} is unknown (expected cut, {', '.join(COMBINE_PIECES)}).")
         full_prompt = self._choose_prompt(instruction, prompt, prompt_name, examples)
@@ -299,7 +299,7 @@ class Embedder:
         return full_prompt
 
     def _encode_window(self, texts: list[str], prompt: str, long_texts: str) -> np.ndarray:
-        """Return vectors [N, D]; long texts are cut, or encoded in pieces whose vectors are combined."""
+        """Return vectors [N, D]. Long texts are truncated, or encoded in pieces whose vectors are combined."""
         assert self._apply is not None
         if long_texts == "cut":
             return self.apply_to_texts(texts, [prompt] * len(texts), self._apply)
@@ -312,13 +312,13 @@ class Embedder:
     def apply_to_texts(
         self, texts: Sequence[str], prompts: Sequence[str], apply: Apply, few_shapes: bool = False
     ) -> np.ndarray:
-        """Apply a program to packed texts, some rows at a time.
+        """Apply a program to packed texts, in batches of rows.
 
         Args:
             texts: N texts.
             prompts: The prompt of each.
-            apply: The program, which returns [R, S, ...]. `stack_layers` gives its parameters the form of the model's.
-            few_shapes: Use one long row per call, so that a program is compiled for few shapes.
+            apply: The program, which returns [R, S, ...]. `stack_layers` converts its parameters to those of the model.
+            few_shapes: Use one long row per call, so that the program is compiled for few shapes.
 
         Returns:
             Results, float32 [N, ...], in the order of `texts`.
@@ -326,7 +326,7 @@ class Embedder:
         tokenized = self.tokenizer(texts, prompts)
         lengths = np.array([len(ids) for ids in tokenized.ids], np.int64)
         shards, sharding = shard_count(self.mesh), batch_sharding(self.mesh)
-        rows_per_call = (lambda _: shards) if few_shapes else functools.partial(_rows_per_call, shards)
+        rows_per_call = (lambda _: shards) if few_shapes else functools.partial(_count_rows_per_call, shards)
         min_row_length = LONG_ROW_LENGTH if few_shapes else MIN_ROW_LENGTH
         # Start all programs before the first result is read, so that the devices do not wait.
         pending = []
@@ -362,8 +362,8 @@ class Embedder:
 
 
 @functools.lru_cache(maxsize=8)
-def _encoding_program(model: EmbeddingModel) -> Apply:
-    """Return the compiled program of a model. Models that differ in weights and texts alone share it."""
+def _compile_encoding_program(model: EmbeddingModel) -> Apply:
+    """Return the compiled program of a model. Models that differ only in weights share it."""
 
     def apply(params: Any, texts: PackedTexts) -> jax.Array:
         return model.apply({"params": stack_layers(params)}, texts)
@@ -388,13 +388,13 @@ def load_embedder(base: Base, spec: EmbeddingSpec, compute: ComputeOptions, mesh
     params = base.load(shapes, shardings)
     if missing := shapes.keys() - params.keys():
         part = f"{spec.pooling} pooling" if "pooling" in missing else "projection"
-        raise UserError(f"{base.name}: has no weights of its {part}. Train it, or choose a model without that part.")
+        raise UserError(f"{base.name}: has no weights for its {part}. Train it, or choose a model without that part.")
     tokenizer = build_text_tokenizer(base.tokenizer(), spec, base)
     weights_hash = base.hash()
     return Embedder(model, params, tokenizer, mesh, base.hf_config, weights_hash[:16], weights_hash)
 
 
-def _rows_per_call(shards: int, row_length: int) -> int:
-    """Return how many rows of a length all shards take at once."""
+def _count_rows_per_call(shards: int, row_length: int) -> int:
+    """Return the number of rows of a length per program call, on all shards together."""
     tokens = ENCODE_TOKENS_PER_CALL if is_tuned(jax.default_backend()) else TOKENS_PER_CALL
     return max(1, tokens // row_length) * shards

@@ -74,11 +74,11 @@ def export(embedder: Embedder, out: Path, dtype: str, card: Card, onnx: OnnxWeig
         embedder: The model.
         out: The new folder. Its parent must exist.
         dtype: Dtype of the weights: float32 or bfloat16.
-        card: What the model card says about training.
+        card: Content of the model card about training.
         onnx: Weights of the ONNX graphs to add. The first graph is always float32. None: no graph.
 
     Returns:
-        How far the vectors of the folder are from those of the model.
+        Comparison of the vectors of the folder with those of the model.
 
     Raises:
         UserError: Stock classes cannot represent the model, packages are missing, or the vectors differ. Nothing is written
@@ -115,7 +115,7 @@ def export(embedder: Embedder, out: Path, dtype: str, card: Card, onnx: OnnxWeig
 def _check_folder(
     embedder: Embedder, scratch: Path, out: Path, dtype: str, probes: Mapping[str, list[str]], vectors: np.ndarray
 ) -> tuple[Path, Parity]:
-    """Compare the vectors of the float32 folder with those of the model; write and compare a bfloat16 folder if wanted.
+    """Compare the vectors of the float32 folder with those of the model; write and compare a bfloat16 folder if requested.
 
     Args:
         embedder: The model.
@@ -126,7 +126,7 @@ def _check_folder(
         vectors: Vectors [N, D] of the probes.
 
     Returns:
-        The folder in the wanted dtype, and its comparison.
+        The folder in the requested dtype, and its comparison.
 
     Raises:
         UserError: The vectors differ.
@@ -151,7 +151,7 @@ def _check_folder(
 
 
 def explain_mismatch(out: Path, parity: Parity, embedder: Embedder, folder: Path) -> str:
-    """Return the error for vectors that differ. It says so if stock transformers tokenizes texts differently."""
+    """Return the error for vectors that differ. It mentions if stock transformers tokenizes texts differently."""
     from transformers import AutoTokenizer
 
     stock_ids = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)(PROBE_TEXTS, truncation=True)["input_ids"]

@@ -13,7 +13,7 @@ from jaxembed.formats.weights import save_params
 from jaxembed.hub.embedder import Embedder
 from jaxembed.hub.parity import FLOAT32_TOLERANCE, Parity, compare_vectors, encode_probes, select_probes
 from jaxembed.hub.scratch import move_into_place, open_scratch_folder
-from jaxembed.hub.stock_folder import build_hf_config, dtype_converter
+from jaxembed.hub.stock_folder import build_hf_config, make_dtype_converter
 
 BFLOAT16_TOLERANCE = 0.05  # no PyTorch model tells the error of bfloat16 here
 TENSOR_PREFIXES = {"decoder": "embedding_model.", "pooling": "latent_attention_model."}
@@ -41,7 +41,7 @@ def export_nv_embed(embedder: Embedder, out: Path, dtype: str) -> Parity:
         config = build_nv_embed_config(build_hf_config(embedder, dtype), embedder.spec, embedder.model.transformer.width)
         _check_representable(config, embedder, out)
         write_json(folder / "config.json", config)
-        save_params(folder / "model.safetensors", embedder.params, TENSOR_PREFIXES, dtype_converter(dtype))
+        save_params(folder / "model.safetensors", embedder.params, TENSOR_PREFIXES, make_dtype_converter(dtype))
         tokenizer = copy.deepcopy(embedder.tokenizer.hf_tokenizer)
         drop_eos(tokenizer)
         tokenizer.save_pretrained(folder)
@@ -55,16 +55,16 @@ def export_nv_embed(embedder: Embedder, out: Path, dtype: str) -> Parity:
 
 
 def _check_representable(config: dict[str, object], embedder: Embedder, out: Path) -> None:
-    """Check that the config, read back, gives the spec of the model.
+    """Check that reading the config back gives the spec of the model.
 
     Raises:
-        UserError: It does not.
+        UserError: It gives another spec.
     """
     transformer, spec = embedder.model.transformer, embedder.spec
-    spec_of_config = read_nv_embed_spec(config, transformer, str(out))
+    config_spec = read_nv_embed_spec(config, transformer, str(out))
     differing = [
         f"{key} {getattr(spec, key)!r}"
-        for key, value in vars(spec_of_config).items()
+        for key, value in vars(config_spec).items()
         if key not in UNCHECKED_FIELDS and value != getattr(spec, key)
     ]
     if differing or transformer.family != "mistral":

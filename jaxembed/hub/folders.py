@@ -12,7 +12,7 @@ from jaxembed.formats.run_files import BASE_RECORD_FILE
 from jaxembed.model.presets import find_preset
 
 PRESET_PREFIX = "preset:"
-DOWNLOADED_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*/config.json"]  # patterns of the files we read
+DOWNLOAD_PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*/config.json"]  # patterns of the files we read
 
 
 def check_base_exists(name: str) -> None:
@@ -61,7 +61,7 @@ def download_model(hub_id: str) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=DOWNLOADED_FILES))
+        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=DOWNLOAD_PATTERNS))
     except huggingface_hub.errors.LocalEntryNotFoundError as error:
         is_offline = huggingface_hub.constants.HF_HUB_OFFLINE
         reason = "HF_HUB_OFFLINE is set" if is_offline else summarize(error.__cause__ or error)

@@ -36,7 +36,7 @@ HASHED_SUFFIXES = {".json", ".txt", ".model", ".safetensors"}  # files that dete
 
 @dataclasses.dataclass(frozen=True)
 class FrozenEncoder:
-    """A model that is not trained, and a store of the vectors it has computed.
+    """A model that is not trained, with a store of the vectors it has computed.
 
     Attributes:
         name: Name that the user gave.
@@ -68,7 +68,7 @@ class FrozenEncoder:
             Unit vectors, float32 [N, D].
 
         Raises:
-            UserError: The model returns numbers that are not finite.
+            UserError: The model returns values that are not finite.
         """
         prompts = [self.select_prompt(text.side, text.instruction) for text in texts]
         return encode_in_groups(texts, prompts, self._read_or_encode, self.width)
@@ -85,7 +85,7 @@ class FrozenEncoder:
 
 
 class ZeroEncoder(FrozenEncoder):
-    """Returns zeros instead of vectors, and stores nothing. Planning needs only their shapes."""
+    """Returns zeros instead of vectors, and stores nothing. For planning, which needs only shapes."""
 
     def encode(self, texts: Sequence[EncoderInput]) -> np.ndarray:
         """Return zeros, float32 [N, D]."""
@@ -95,7 +95,7 @@ class ZeroEncoder(FrozenEncoder):
 def encode_in_groups(
     texts: Sequence[EncoderInput], prompts: Sequence[str], encode_group: EncodeGroup, width: int
 ) -> np.ndarray:
-    """Encode texts of one prompt together.
+    """Encode texts in groups with the same prompt.
 
     Args:
         texts: N texts.
@@ -133,7 +133,7 @@ def open_frozen_encoder(name: str, cache: Path, mesh: Mesh | None = None, record
         mesh: Devices for models that jaxembed loads. Default: the devices of this process.
         recorded_hash: Hash of the model in the run that resumes, if any. A folder whose files do not say how texts become
             vectors is read with the defaults of earlier versions if these give that hash. A folder that an earlier version
-            loaded with sentence-transformers is loaded so again.
+            loaded with sentence-transformers is loaded in the same way.
 
     Raises:
         UserError: The model cannot be loaded.
@@ -188,7 +188,7 @@ def _hash_embedder(base: Base, embedder: Embedder) -> str:
 def _open_sentence_transformer(name: str, folder: Path, cache: Path) -> FrozenEncoder:
     """Open a folder with sentence-transformers. It has one prompt per side, so the side is passed in place of a prompt."""
     find_weight_files(name, folder)
-    model, digest = _load(name, folder), hash_folder(folder)
+    model, digest = _load_sentence_transformer(name, folder), hash_folder(folder)
 
     def encode_group(texts: list[str], side: str) -> np.ndarray:
         encode = model.encode_query if side == "query" else model.encode_document
@@ -202,7 +202,7 @@ def find_weight_files(name: str, folder: Path) -> list[Path]:
     """Return the safetensors files of a sentence-transformers folder.
 
     Raises:
-        UserError: There are none.
+        UserError: The folder has none.
     """
     if not (files := sorted(folder.rglob("*.safetensors"))):
         raise UserError(f"{name}: has no weights in safetensors files. Save it again with sentence-transformers.")
@@ -216,7 +216,7 @@ def hash_folder(folder: Path) -> str:
     return hashlib.sha256("\n".join(content).encode()).hexdigest()
 
 
-def _load(name: str, folder: Path) -> Any:
+def _load_sentence_transformer(name: str, folder: Path) -> Any:
     try:
         return load_sentence_transformer(folder)
     except UserError:

@@ -1,4 +1,4 @@
-"""Models with some of their layers, or with narrower feed-forward layers: sizes, config and parameters cut together."""
+"""Cut a model to some of its layers or to narrower feed-forward layers: sizes, config and parameters together."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from jaxembed.model.parameters import replace_layers
 
 
 class SizedModel(NamedTuple):
-    """A transformer whose parts fit together.
+    """A transformer config with the matching Hugging Face config and parameters.
 
     Attributes:
-        transformer: Its sizes.
+        transformer: The transformer config.
         hf_config: Its Hugging Face config.
         params: Parameters of the whole model.
     """
@@ -53,10 +53,10 @@ def select_layers(model: SizedModel, indices: Sequence[int]) -> SizedModel:
 
 
 def check_config(model: SizedModel) -> None:
-    """Check that the config of a cut model describes it.
+    """Check that the Hugging Face config of a cut model describes it.
 
     Raises:
-        UserError: It does not.
+        UserError: The config cannot describe the model.
     """
     if parse_hf_config(model.hf_config, "the pruned model") != model.transformer:
         raise UserError(
@@ -90,8 +90,8 @@ def select_mlp_units(model: SizedModel, units: np.ndarray) -> SizedModel:
     )
 
 
-def rank_mlp_units(layers: Any, activity: np.ndarray | None) -> np.ndarray:
-    """Return a score of every unit of the feed-forward layers, [L, F]: the norm of what it adds to the hidden states.
+def score_mlp_units(layers: Any, activity: np.ndarray | None) -> np.ndarray:
+    """Score every unit of the feed-forward layers by the norm of its contribution to the hidden states, [L, F].
 
     Args:
         layers: Parameters of the layers.

@@ -31,12 +31,12 @@ GRAPH_FILE, INT8_GRAPH_FILE = "model.onnx", "model_int8.onnx"
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedQuality:
-    """How far the vectors of a quantized graph are from those of the model, on the probe texts.
+    """Comparison of the vectors of a quantized graph with those of the model, on the probe texts.
 
     Attributes:
         least_cosine: Smallest cosine of two vectors of the same text.
         mean_cosine: Mean of these cosines.
-        ranking_agreement: How often, among all pairs of texts compared with a third one, the same text is nearer.
+        ranking_agreement: Share of the triples of texts for which both agree which of two texts is closer to the third.
     """
 
     least_cosine: float
@@ -46,7 +46,7 @@ class QuantizedQuality:
 
 @dataclasses.dataclass(frozen=True)
 class OnnxReport:
-    """What was written, and how it compares with the model.
+    """Comparison of the graphs with the model.
 
     Attributes:
         parity: Comparison of the float32 graph.
@@ -145,12 +145,12 @@ def open_session(path: Path) -> Any:
 
 
 def encode_probes_onnx(session: Any, tokenizer: Any, embedder: Embedder, probes: Mapping[str, list[str]]) -> np.ndarray:
-    """Encode the probes with the graph alone, with padding on each side that the model allows.
+    """Encode the probes with only the graph, with padding on each side that the model allows.
 
     Args:
         session: The graph.
         tokenizer: Tokenizer of the exported folder.
-        embedder: The model. Its suffix is appended to texts under a prompt, as users have to do it.
+        embedder: The model. Its suffix is appended to texts with a prompt, as users must do.
         probes: Texts by prompt.
 
     Returns:
@@ -183,7 +183,7 @@ def measure_quality(vectors: np.ndarray, quantized: np.ndarray) -> QuantizedQual
 
 
 def measure_ranking_agreement(a: np.ndarray, b: np.ndarray) -> float:
-    """Return how often two sets of unit vectors [N, D] order two texts alike by their similarity to a third one.
+    """Return the share of text triples for which two sets of unit vectors [N, D] agree which text is closer to the third.
 
     This is the mean over the texts of (1 + Kendall's tau) / 2. Pairs that `a` ranks equally do not count.
     """

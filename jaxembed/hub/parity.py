@@ -36,7 +36,7 @@ class Parity:
     """Distance between two sets of unit vectors of the same texts.
 
     Attributes:
-        error: Largest difference of a number.
+        error: Largest difference of a component.
         allowed: Largest `error` that passes.
         cosine: Smallest cosine of two vectors of the same text.
     """
@@ -74,7 +74,7 @@ def select_probes(embedder: Embedder, *, truncated: bool = True) -> dict[str, li
 
     Args:
         embedder: The model.
-        truncated: Include texts that the model truncates. Under a prompt with a suffix they are left out anyway, because
+        truncated: Include texts that the model truncates. For a prompt with a suffix they are always left out, because
             stock classes would truncate the suffix.
     """
     spec = embedder.spec
@@ -117,7 +117,7 @@ def encode_probes_torch(
 
     Args:
         folder: The exported folder.
-        spec: Spec of the model. Its suffix is appended to texts under a prompt, as users have to do it.
+        spec: Spec of the model. Its suffix is appended to texts with a prompt, as users must do.
         probes: Texts by prompt.
         dtype: Dtype of the computation. Default: that of the folder.
         sides: Sides of the padding (`list_padding_sides`).

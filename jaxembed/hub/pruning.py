@@ -21,7 +21,7 @@ from jaxembed.data.vocabulary import renumber_config, shrink_vocabulary
 from jaxembed.devices.cpu import compiler_options
 from jaxembed.errors import UserError
 from jaxembed.hub.embedder import TEXTS_PER_WINDOW, Embedder
-from jaxembed.hub.layer_cuts import SizedModel, check_config, rank_mlp_units, select_layers, select_mlp_units
+from jaxembed.hub.layer_cuts import SizedModel, check_config, score_mlp_units, select_layers, select_mlp_units
 from jaxembed.model.parameters import stack_layers
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -59,7 +59,7 @@ def spread_layers(layers: int, count: int) -> list[int]:
 
 
 def prune_mlp(embedder: Embedder, width: int, texts: Iterable[str] | None) -> Embedder:
-    """Return a model with narrower feed-forward layers. Each layer keeps the units with the highest scores (`rank_mlp_units`).
+    """Return a model with narrower feed-forward layers. Each layer keeps the units with the highest scores (`score_mlp_units`).
 
     Args:
         embedder: The model.
@@ -76,7 +76,7 @@ def prune_mlp(embedder: Embedder, width: int, texts: Iterable[str] | None) -> Em
             f"Choose 1 to {transformer.mlp_width}."
         )
     activity = None if texts is None else measure_activity(embedder, texts)
-    scores = rank_mlp_units(embedder.params["decoder"]["layers"], activity)
+    scores = score_mlp_units(embedder.params["decoder"]["layers"], activity)
     units = np.sort(np.argsort(-scores, axis=1, kind="stable")[:, :width], axis=1)
     return embedder.with_sizes(select_mlp_units(_get_sizes(embedder), units), embedder.spec, f"mlp-{width}")
 
@@ -113,7 +113,7 @@ def prune_vocabulary(embedder: Embedder, texts: Iterable[str]) -> Embedder:
         texts: The texts.
 
     Raises:
-        UserError: The tokenizer cannot be shrunk, or its new files split the texts otherwise.
+        UserError: The tokenizer cannot be shrunk, or the new one tokenizes the texts differently.
     """
     old = embedder.tokenizer
     prompts = [*embedder.spec.prompts.values(), embedder.spec.plain_prompt, embedder.spec.query_suffix]
@@ -151,17 +151,17 @@ def _rebuild_tokenizer(tokenizer: Any, state: Any) -> Any:
 
 
 def _check_tokens(tokenizer: Any, texts: Sequence[str], tokens: Sequence[Sequence[int]], old_ids: Sequence[int]) -> None:
-    """Raise `UserError` if a tokenizer does not split texts into these tokens, in new ids."""
+    """Raise `UserError` if a tokenizer does not split texts into these tokens, with their new ids."""
     new = (ids for window in _group(texts) for ids in tokenizer(window)["input_ids"])
     for text, ids, expected in zip(texts, new, tokens, strict=True):
         if [old_ids[i] for i in ids] != list(expected):
             raise UserError(
-                f"--vocabulary-from: the smaller tokenizer splits a text otherwise ({text[:40]!r}). Its kind cannot be shrunk."
+                f"--vocabulary-from: the smaller tokenizer splits a text differently ({text[:40]!r}). It cannot be shrunk."
             )
 
 
 def _group(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Yield the texts, some at a time."""
+    """Yield the texts in batches."""
     iterator = iter(texts)
     while window := list(islice(iterator, TEXTS_PER_WINDOW)):
         yield window

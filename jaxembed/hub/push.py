@@ -1,6 +1,6 @@
 """Push an exported folder to a repository of the Hugging Face hub.
 
-The token is that of the environment (HF_TOKEN) or of `hf auth login`. It is read by huggingface_hub and written nowhere.
+The token is that of the environment (HF_TOKEN) or of `hf auth login`. huggingface_hub reads it. It is never written.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class PushTarget:
 
     Attributes:
         repo: OWNER/NAME.
-        is_public: Whether everybody may read a new repository.
-        may_exist: Whether a repository that exists gets the new files. Its other files are deleted.
+        is_public: Whether a new repository is public.
+        may_exist: Whether an existing repository may be updated. Its other files are deleted.
     """
 
     repo: str
@@ -32,7 +32,7 @@ class PushTarget:
     may_exist: bool = False
 
     def check(self) -> None:
-        """Check all that could fail later: the name, the token, and whether the repository exists.
+        """Check everything that could fail later: the name, the token, and whether the repository exists.
 
         Raises:
             UserError: Nothing can be pushed there.
@@ -46,7 +46,7 @@ class PushTarget:
             exists = api.repo_exists(self.repo)
         role = user.get("auth", {}).get("accessToken", {}).get("role")
         if role == "read":
-            raise UserError(f"--push: the token may only read. Create one that may write at {TOKENS_PAGE}.")
+            raise UserError(f"--push: the token is read-only. Create one with write access at {TOKENS_PAGE}.")
         if exists and not self.may_exist:
             raise UserError(f"--push: {self.repo} already exists. Name another repository, or add --update.")
 
@@ -67,7 +67,7 @@ def push_folder(folder: Path, target: PushTarget, message: str) -> str:
     """Upload a folder. The repository is created if it does not exist.
 
     Args:
-        folder: An exported folder. It remains, whatever happens.
+        folder: An exported folder. It is kept even if the upload fails.
         target: The repository.
         message: First line of the commit.
 
@@ -90,7 +90,7 @@ def push_folder(folder: Path, target: PushTarget, message: str) -> str:
 
 @contextlib.contextmanager
 def _explain_hub_errors(subject: str) -> Iterator[None]:
-    """Turn what huggingface_hub and its HTTP client raise into one line that starts with `subject`."""
+    """Turn errors of huggingface_hub and its HTTP client into one line that starts with `subject`."""
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
     try:
@@ -103,7 +103,7 @@ def _explain_hub_errors(subject: str) -> Iterator[None]:
         status, reason = error.response.status_code, summarize(error.server_message or error)
         if status in REFUSED_STATUSES:
             raise UserError(
-                f"{subject} (the hub refused the token: {reason}). Use a token that may write there, from {TOKENS_PAGE}."
+                f"{subject} (the hub refused the token: {reason}). Use a token with write access, from {TOKENS_PAGE}."
             ) from None
         raise UserError(f"{subject} (the hub answered {status}: {reason}). Try again with `hf upload`.") from None
     except Exception as error:  # errors of the HTTP client, which has changed between versions

@@ -1,4 +1,4 @@
-"""What other programs make of an exported folder: one table of rules, for the lines of export and for the model card.
+"""How other programs treat an exported folder: one table of rules for the log of export and the model card.
 
 A rule names a property of a model, the readers that it affects, and what they do. A reader without an applying rule computes
 the vectors of the model. The versions are those that were compared with `probe.json`. TEI's source was read, not run.
@@ -34,7 +34,7 @@ class Status(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True)
 class ServedModel:
-    """What decides how readers treat an exported folder.
+    """The properties of an exported folder that decide how readers treat it.
 
     Attributes:
         spec: How texts become vectors.
@@ -50,7 +50,7 @@ class ServedModel:
 
     @property
     def is_encoder(self) -> bool:
-        """Whether the family is bidirectional by itself."""
+        """Whether the family is an encoder, whose attention is bidirectional."""
         return FAMILIES[self.transformer.family].is_encoder
 
     @property
@@ -86,14 +86,14 @@ class Reader:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What some readers do with models that have a property.
+    """How some readers treat models that have a property.
 
     Attributes:
         applies: Whether a model has the property.
         readers: Names of the readers.
         status: How their vectors compare with the model's.
         reason: Why, and what to do. {pooling} and {rope} stand for those of the model.
-        is_announced: Whether export says so, beside the card.
+        is_announced: Whether export also logs the rule.
     """
 
     applies: Callable[[ServedModel], bool]
@@ -104,7 +104,7 @@ class Rule:
 
 
 def is_bidirectional_decoder(model: ServedModel) -> bool:
-    """Return whether a decoder has a bidirectional mask. Encoders have it by their class."""
+    """Return whether the model is a decoder with a bidirectional mask."""
     return model.spec.attention != "causal" and not model.is_encoder
 
 
@@ -119,7 +119,7 @@ def has_own_weights(model: ServedModel) -> bool:
 
 
 def has_unserved_pooling(model: ServedModel) -> bool:
-    """Return whether servers have no such pooling."""
+    """Return whether servers lack the pooling."""
     return model.spec.pooling not in SERVED_POOLINGS
 
 
@@ -128,14 +128,14 @@ def runs_on_tei_cpus(model: ServedModel) -> bool:
     return model.transformer.family in ("qwen3", "gemma3_text") or model.is_encoder or model.has_onnx
 
 
-def has_ignored_head_width(model: ServedModel) -> bool:
-    """Return whether the head width is not what TEI computes for this family."""
+def has_head_width_unlike_tei(model: ServedModel) -> bool:
+    """Return whether the head width differs from the one that TEI computes for this family."""
     transformer = model.transformer
     return transformer.family in ("mistral", "llama") and transformer.head_width * transformer.heads != transformer.width
 
 
-def has_ignored_bias(model: ServedModel) -> bool:
-    """Return whether the attention has biases that TEI leaves out for this family."""
+def has_bias_unlike_tei(model: ServedModel) -> bool:
+    """Return whether the attention has biases that TEI ignores for this family."""
     return model.transformer.out_bias and model.transformer.family in ("qwen3", "llama")
 
 
@@ -192,7 +192,7 @@ READER_RULES = (
     ),
     Rule(
         lambda model: not runs_on_tei_cpus(model), ("TEI",), Status.CLOSE,
-        "runs this family on NVIDIA GPUs alone, in float16", False,
+        "runs this family only on NVIDIA GPUs, in float16", False,
     ),
     Rule(
         lambda model: model.rope_type != "default" and model.transformer.family == "llama", ("TEI",), Status.REFUSED,
@@ -231,23 +231,23 @@ READER_RULES = (
         lambda model: model.has_window and model.transformer.family == "mistral", ("TEI",), Status.DIFFERENT,
         "computes another sliding window",
     ),
-    Rule(has_ignored_head_width, ("TEI",), Status.REFUSED, "expects heads of hidden_size / num_attention_heads numbers"),
-    Rule(has_ignored_bias, ("TEI",), Status.DIFFERENT, "leaves out biases of the attention"),
+    Rule(has_head_width_unlike_tei, ("TEI",), Status.REFUSED, "expects heads of hidden_size / num_attention_heads numbers"),
+    Rule(has_bias_unlike_tei, ("TEI",), Status.DIFFERENT, "leaves out biases of the attention"),
     Rule(
         lambda model: not model.has_onnx, ("ONNX Runtime", "OpenVINO"), Status.REFUSED,
         "needs a graph: export with --onnx", False,
     ),
     Rule(
         lambda model: bool(model.spec.matryoshka_dims), (*TORCH_SENTENCE_TRANSFORMERS, *FRAMEWORKS), Status.CONDITIONAL,
-        "truncate_dim needs normalize_embeddings=True, because it cuts after the normalization",
+        "truncate_dim needs normalize_embeddings=True, because it truncates after the normalization",
     ),
     Rule(
         lambda model: True, ("sentence-transformers 3, 4", "infinity"), Status.CONDITIONAL,
-        "for texts without white space at their ends, which it removes", False,
+        "for texts without leading or trailing white space, which it removes", False,
     ),
     Rule(
         lambda model: True, ("sentence-transformers 5",), Status.CONDITIONAL,
-        "its versions up to 5.1 remove white space at the ends of texts", False,
+        "its versions up to 5.1 strip white space", False,
     ),
     Rule(
         lambda model: True, ("OpenVINO",), Status.CONDITIONAL,
@@ -265,7 +265,7 @@ READER_RULES = (
     ),
     Rule(
         lambda model: True, ("llama.cpp",), Status.CONDITIONAL,
-        "for texts up to the maximum length, because it cuts none", False,
+        "for texts up to the maximum length, because it does not truncate", False,
     ),
     Rule(
         lambda model: True, ("llama.cpp",), Status.CONDITIONAL,
@@ -346,7 +346,7 @@ class Verdict:
     Attributes:
         reader: The reader.
         status: The worst status of the rules that apply.
-        reasons: Reasons of these rules; of a reader that refuses the folder, only those.
+        reasons: Reasons of these rules. If the reader refuses the folder, only the reasons of the refusal.
     """
 
     reader: Reader
@@ -369,7 +369,7 @@ def judge_readers(model: ServedModel) -> list[Verdict]:
 def list_limits(model: ServedModel) -> list[str]:
     """Return one line for each announced rule: which readers give other vectors than the model, or none, and why.
 
-    Of a reader that refuses the model, one reason is enough.
+    For a reader that refuses the model, one reason is enough.
     """
     refusing = {verdict.reader.name for verdict in judge_readers(model) if verdict.status == Status.REFUSED}
     lines, refused = [], set[str]()

@@ -34,9 +34,9 @@ class RunBase(BaseWithWeights):
         run_dir: Run directory.
         step: Step of the checkpoint.
         trained_from: Name of the base that the run started from.
-        trained_spec: Spec of the run. `spec` differs from it if adapters with a spec of their own are added.
+        trained_spec: Spec of the run. `spec` differs from it if adapters with their own spec are added.
         lora: Adapters of the run, or None if it trained all parameters.
-        has_head: Whether the run has a language-model head with a table of its own.
+        has_head: Whether the run has an untied language-model head.
         find_frozen_base: Finds the base under the run's adapters. It is called when weights are loaded, so that the tokenizer
             can be read without that base.
     """
@@ -82,7 +82,7 @@ class RunBase(BaseWithWeights):
         finally:
             checkpoints.close()
 
-    def has_head_table(self) -> bool:
+    def has_untied_head(self) -> bool:
         """Return whether the run has trained, or kept, such a head."""
         return self.has_head
 
@@ -111,7 +111,7 @@ class RestoredRun:
         model: The model with the run's adapters.
         trained: Trained parameters. Named adapters are stacked along a first axis until `select_adapter` picks one.
         frozen: Parameters of the base under the adapters; {} if the run trained all parameters.
-        revision: Names the weights: run directory, step, and adapter.
+        revision: Name of the weights: run directory, step, and adapter.
         adapter: Name of the adapter that was selected, or None.
     """
 
@@ -133,7 +133,7 @@ class RestoredRun:
             adapter: Name of the adapter. None for a run without named adapters, or with a single one.
 
         Raises:
-            UserError: The run has no such adapter, or has several of which one must be chosen.
+            UserError: The run has no such adapter, or has several and none is chosen.
         """
         lora, names, run_dir = self.model.lora, self.model.adapters, self.base.run_dir
         name = names[0] if adapter is None and len(names) == 1 else adapter

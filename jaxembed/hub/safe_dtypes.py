@@ -1,4 +1,4 @@
-"""Which dtypes a server may compute an exported model in: float32, bfloat16, float16."""
+"""Find the dtypes in which a server may compute an exported model: float32, bfloat16, float16."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ CODE_TEXTS = [
 
 @dataclasses.dataclass(frozen=True)
 class DtypeQuality:
-    """How a model computes in a dtype.
+    """Quality of a model's vectors when it computes in a dtype.
 
     Attributes:
         dtype: Name of the dtype.
         cosine: Smallest cosine to the float32 vectors of the model; NaN if a vector is not finite.
-        overflow: Layer in which a number was first too large for the dtype; empty if none was.
+        overflow: First layer with a value too large for the dtype; empty if there is none.
     """
 
     dtype: str
@@ -66,7 +66,7 @@ class DtypeQuality:
 
     @property
     def finding(self) -> str:
-        """What was measured, in a few words."""
+        """The measurement in a few words."""
         cosine = "vectors are NaN" if np.isnan(self.cosine) else f"smallest cosine {self.cosine:.4f}"
         return f"overflow in {self.overflow}, {cosine}" if self.overflow else cosine
 

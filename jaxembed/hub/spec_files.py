@@ -33,7 +33,7 @@ def write_spec(folder: Path, spec: EmbeddingSpec) -> None:
 
 
 def parse_spec(values: Mapping[str, Any], where: str) -> EmbeddingSpec:
-    """Parse the content of a jaxembed.json. null counts as absent, and absent keys mean what they meant to earlier versions.
+    """Parse the content of a jaxembed.json. null counts as absent, and absent keys have the values of earlier versions.
 
     Raises:
         UserError: A key is unknown or has a wrong value; the line starts with `where`.
@@ -63,7 +63,7 @@ def make_preset_spec(name: str, config: Mapping[str, Any], transformer: Transfor
 def read_folder_spec(name: str, folder: Path, config: Mapping[str, Any], transformer: TransformerConfig) -> EmbeddingSpec:
     """Read the spec of a model folder.
 
-    The first of these that exists decides: jaxembed.json, NV-Embed's config, a published layout (with the prompts of
+    The first of these that exists is used: jaxembed.json, NV-Embed's config, a published layout (with the prompts of
     sentence-transformers' files), sentence-transformers' files, our defaults.
 
     Args:

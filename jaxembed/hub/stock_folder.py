@@ -28,12 +28,12 @@ NUMPY_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.
 
 
 class ModuleContent(NamedTuple):
-    """What a module of a sentence-transformers folder consists of.
+    """The content of a module of a sentence-transformers folder.
 
     Attributes:
         config: Its config.json.
-        params: Parameters that have its weights among others.
-        prefixes: Prefix of the names of its weights, by their part of the parameters. Empty: it has no weights.
+        params: Parameters that include its weights.
+        prefixes: Name prefix of its weights, keyed by their part of the parameters. Empty: it has no weights.
     """
 
     config: dict[str, Any]
@@ -42,10 +42,10 @@ class ModuleContent(NamedTuple):
 
 
 def check_exportable(spec: EmbeddingSpec) -> None:
-    """Check that stock classes can treat texts as the spec does.
+    """Check that stock classes can represent the spec.
 
     Raises:
-        UserError: They cannot.
+        UserError: Stock classes cannot represent it.
     """
     if spec.attention not in ("causal", "bidirectional"):
         raise UserError(
@@ -69,8 +69,8 @@ def check_exportable(spec: EmbeddingSpec) -> None:
         )
     if spec.eos_as_text:
         raise UserError(
-            "this model cuts EOS off long texts, which stock classes do not do. Export it with --layout nv-embed, or train it "
-            "further."
+            "this model truncates EOS from long texts, which stock classes do not do. Export it with --layout nv-embed, or "
+            "train it further."
         )
 
 
@@ -86,12 +86,12 @@ def write_stock_folder(embedder: Embedder, folder: Path, dtype: str) -> None:
     # What transformers loads.
     write_json(folder / "config.json", build_hf_config(embedder, dtype))
     family = embedder.model.transformer.family
-    save_params(folder / "model.safetensors", embedder.params, {"decoder": ""}, dtype_converter(dtype), family)
+    save_params(folder / "model.safetensors", embedder.params, {"decoder": ""}, make_dtype_converter(dtype), family)
     _write_tokenizer(folder, embedder)
     # What sentence-transformers adds.
     write_json(folder / "config_sentence_transformers.json", stock_files.build_model_config(embedder.spec, family))
     write_json(folder / "sentence_bert_config.json", stock_files.build_transformer_config(embedder.spec))
-    _write_modules(folder, embedder, dtype_converter(dtype))
+    _write_modules(folder, embedder, make_dtype_converter(dtype))
 
 
 def _write_modules(folder: Path, embedder: Embedder, convert: Convert) -> None:
@@ -111,7 +111,7 @@ def _write_modules(folder: Path, embedder: Embedder, convert: Convert) -> None:
 
 
 def _list_module_contents(embedder: Embedder) -> dict[str, list[ModuleContent]]:
-    """Return what each module after the transformer consists of, by kind, in the order of modules.json."""
+    """Return the content of each module after the transformer, by kind, in the order of modules.json."""
     width = embedder.model.transformer.width
     dense_configs = stock_files.build_dense_configs(embedder.spec, width)
     layers = _split_projection(embedder.params["projection"], len(dense_configs)) if dense_configs else []
@@ -127,13 +127,13 @@ def _list_module_contents(embedder: Embedder) -> dict[str, list[ModuleContent]]:
 
 
 def _split_projection(projection: Mapping[str, Any], count: int) -> list[Any]:
-    """Return the parameters of each of the layers of a projection, as those of a projection with a single layer."""
+    """Split a projection into its layers. Each gets the parameters of a projection with a single layer."""
     hidden = [f"hidden_{i}" for i in range(count - 1)]
     last = {name: leaf for name, leaf in projection.items() if name not in hidden}
     return [*(projection[name] for name in hidden), last]
 
 
-def dtype_converter(dtype: str) -> Convert:
+def make_dtype_converter(dtype: str) -> Convert:
     """Return a function that converts arrays to float32 or bfloat16."""
     return lambda x: x.astype(NUMPY_DTYPES[dtype])
 

@@ -1,4 +1,4 @@
-"""Build the tokenizer of a model out of its base's tokenizer and its spec."""
+"""Build the tokenizer of a model from its base's tokenizer and its spec."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def check_texts(texts: Any) -> None:
     """Check that the argument of `encode` is a sequence of strings.
 
     Raises:
-        TypeError: It is not. The message names the first wrong item and its index.
+        TypeError: The message names the first wrong item and its index.
     """
     expected = "expected a list of strings"
     if isinstance(texts, str | bytes):
@@ -74,6 +74,4 @@ def check_texts(texts: Any) -> None:
         if not isinstance(text, str):
             raise TypeError(f"encode: texts[{index}] is {quote_value(text)} ({type(text).__name__}); expected a string")
         if not text.isascii() and SURROGATE.search(text):
-            raise TypeError(
-                f"encode: texts[{index}] is {quote_value(text)}, with half of a surrogate pair; expected a Unicode text"
-            )
+            raise TypeError(f"encode: texts[{index}] is {quote_value(text)}, with a lone surrogate; expected Unicode text")

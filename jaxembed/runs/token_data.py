@@ -31,7 +31,7 @@ def check_token_objectives(config: Config, base: Base, spec: EmbeddingSpec) -> N
                     f"{where} trains a causal language model, but {base.name} is an encoder ({base.transformer.family}). "
                     "Remove it, or name a decoder as model.base."
                 )
-            if not base.transformer.tie_embeddings and not base.has_head_table():
+            if not base.transformer.tie_embeddings and not base.has_untied_head():
                 raise UserError(
                     f"{where} needs a language-model head, but {base.name} has none (expected lm_head.weight among its "
                     "weights). Name a base that has one."

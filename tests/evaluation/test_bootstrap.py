@@ -20,7 +20,7 @@ from jaxembed.evaluation.bootstrap import (
     score_spearman,
     score_weighted_f1,
 )
-from jaxembed.evaluation.labels import score_drawn_v_measure, score_v_measure
+from jaxembed.evaluation.labels import score_sampled_v_measure, score_v_measure
 
 
 def make_items(statistic: Statistic, columns: int, seed: int, shift: float = 0.0) -> ScoredItems:
@@ -41,7 +41,7 @@ def test_paired_interval_equals_that_of_scipy() -> None:
         rng=np.random.default_rng(bootstrap.BOOTSTRAP_SEED),
     )  # fmt: skip
     assert found.interval == pytest.approx(tuple(theirs.confidence_interval), abs=1e-12)
-    assert np.std(found.resampled, ddof=1) == pytest.approx(theirs.standard_error, abs=1e-12)
+    assert np.std(found.resampled_differences, ddof=1) == pytest.approx(theirs.standard_error, abs=1e-12)
     assert found.difference == pytest.approx(first.values.mean() - second.values.mean())
 
 
@@ -101,7 +101,7 @@ def test_v_measures_of_drawn_texts_equal_those_of_sklearn() -> None:
     for indices in rng.integers(50, size=(3, 50)):
         samples = [(values[np.repeat(indices, values[indices, i + 2].astype(int))], i) for i in (0, 3)]
         expected = np.mean([v_measure_score(texts[:, i], texts[:, i + 1]) for texts, i in samples])
-        assert score_drawn_v_measure(values, indices[None]) == pytest.approx([expected], abs=1e-9)
+        assert score_sampled_v_measure(values, indices[None]) == pytest.approx([expected], abs=1e-9)
 
 
 def test_translations_of_resamples_are_scored_as_by_sklearn() -> None:

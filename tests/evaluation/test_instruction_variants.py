@@ -87,7 +87,7 @@ def test_mistakes_in_the_file_are_one_line(tmp_path: Path) -> None:
     pairs = write_rows(tmp_path / "pairs.jsonl", make_scored_pairs(8))
     tasks = open_tasks(evaluate.make_parser().parse_args(["x", "--sts", str(pairs)]))
     for content, problem in (
-        ({"pair": ["a"]}, r"pair is no task of this command \(tasks: pairs\)\. Did you mean 'pairs'\?$"),
+        ({"pair": ["a"]}, r"pair is not a task of this command \(tasks: pairs\)\. Did you mean 'pairs'\?$"),
         ({"pairs": "a"}, r"pairs: expected a list of instructions, or such lists by kind"),
         ({"pairs": {"wrong": [""]}}, r"pairs: expected a list of instructions"),
         ({"pairs": {"missing": ["a"]}}, r"pairs: the kind 'missing' is always scored\. Remove it\."),

@@ -121,7 +121,7 @@ def test_nv_embed_can_be_fine_tuned_and_exported(
     nv_embed: tuple[TinyNVEmbed, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     _, folder = nv_embed
-    with pytest.raises(UserError, match="cuts EOS off long texts"):
+    with pytest.raises(UserError, match="truncates EOS from long texts"):
         export(Embedder.load(folder), tmp_path / "whole", "float32", Card("nv", "base"))
     export_nv_embed(Embedder.load(folder), tmp_path / "whole", "float32")
     np.testing.assert_array_equal(Embedder.load(tmp_path / "whole").encode(TEXTS), Embedder.load(folder).encode(TEXTS))

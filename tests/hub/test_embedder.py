@@ -160,7 +160,7 @@ class Frame(dict):  # type: ignore[type-arg]
         ([float("nan")], r"texts\[0\] is nan \(float\)"),
         ([["a", "b"]], r"texts\[0\] is a list of 2 \(list\)"),
         (["a"] * 5000 + [b"x"], r"texts\[5000\] is b'x' \(bytes\)"),
-        (["é", "\ud83d"], r"texts\[1\] is '\\ud83d', with half of a surrogate pair"),
+        (["é", "\ud83d"], r"texts\[1\] is '\\ud83d', with a lone surrogate"),
     ],
 )
 def test_texts_that_are_not_strings_are_named(model: Embedder, texts: Any, message: str) -> None:

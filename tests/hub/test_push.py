@@ -73,7 +73,7 @@ def test_public_repositories_are_public(hub: FakeHub, tmp_path: Path) -> None:
 
 def test_refused_tokens_are_one_line(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.role = "read"
-    with pytest.raises(UserError, match=r"^--push: the token may only read\. Create one that may write at https://"):
+    with pytest.raises(UserError, match=r"^--push: the token is read-only\. Create one with write access at https://"):
         PushTarget("me/model").check()
     with pytest.raises(UserError, match=r"out: written, but not pushed to them/model \(the hub refused the token: .*rights"):
         push_folder(write_export(tmp_path / "out"), PushTarget("them/model"), "Export")

@@ -83,7 +83,7 @@ def test_each_property_is_announced_in_one_line() -> None:
     assert projection == "llama.cpp: different: leaves out the projection"
     assert bfloat16 == "TEI: close: computes in float16 or float32, not in bfloat16"
     assert matryoshka.endswith(
-        "LlamaIndex: truncate_dim needs normalize_embeddings=True, because it cuts after the normalization"
+        "LlamaIndex: truncate_dim needs normalize_embeddings=True, because it truncates after the normalization"
     )
     refused, leaves_out = list_limits(make_model(attention="causal", pooling="max", include_instruction=False))
     assert refused == "vLLM, TEI, llama.cpp: refused: has no max pooling"
