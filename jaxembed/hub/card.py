@@ -160,7 +160,8 @@ def _format_usage(spec: EmbeddingSpec) -> str:
         widths = ", ".join(map(str, sorted(spec.matryoshka_dims)))
         lines += [
             f"Vectors may be truncated to {widths} dimensions. sentence-transformers truncates after the normalization, so "
-            f"both options are needed: `model.encode(texts, truncate_dim={min(spec.matryoshka_dims)}, normalize_embeddings=True)`.",
+            f"both options are needed: `model.encode(texts, truncate_dim={min(spec.matryoshka_dims)}, "
+            "normalize_embeddings=True)`.",
             "",
         ]
     if spec.exit_layers:
