@@ -123,7 +123,7 @@ def plan_recipe(name: str, machine: str, folder: Path, rows: Mapping[str, Path])
     from jaxembed.config.sections import read_tree
     from jaxembed.devices.chips import CHIPS
     from jaxembed.errors import UserError
-    from jaxembed.planning.plan import plan, planning_mesh
+    from jaxembed.planning.plan import make_planning_mesh, plan
     from jaxembed.runs.open import open_run
 
     tree = read_tree(RECIPES / f"{name}.yaml")
@@ -139,7 +139,7 @@ def plan_recipe(name: str, machine: str, folder: Path, rows: Mapping[str, Path])
     short = run_config.model_copy(update={"stages": tuple(
         stage.model_copy(update={"train": stage.train.model_copy(update={"steps": 1})}) for stage in run_config.stages
     )})  # fmt: skip
-    mesh, memory = planning_mesh(short.mesh, TPU_TOPOLOGY if machine == "tpu" else None)
+    mesh, memory = make_planning_mesh(short.mesh, TPU_TOPOLOGY if machine == "tpu" else None)
     memory = memory if machine == "tpu" else GPU_BYTES
     kind = mesh.devices.flat[0].device_kind if machine == "tpu" else GPU_KIND
     peak = next(chip.peak_flops for chip in CHIPS if re.search(chip.device_kind, kind))

@@ -19,7 +19,7 @@ from typing import Any
 
 from jaxembed.config import LoraConfig
 from jaxembed.devices.chips import TPU_CHIPS
-from jaxembed.planning.topology import skip_tpu_discovery, topology_devices
+from jaxembed.planning.topology import list_topology_devices, skip_tpu_discovery
 
 skip_tpu_discovery()
 
@@ -38,11 +38,11 @@ from jaxembed.model.families import TransformerConfig  # noqa: E402
 from jaxembed.model.hf_config import parse_hf_config  # noqa: E402
 from jaxembed.model.presets import find_preset  # noqa: E402
 from jaxembed.model.transformer import ComputeOptions  # noqa: E402
-from jaxembed.planning.flops import matmul_flops  # noqa: E402
-from jaxembed.planning.program import OutOfMemory, Program, compile_loss, compile_step, count_bytes, count_elements  # noqa: E402
+from jaxembed.planning.flops import count_matmul_flops  # noqa: E402
+from jaxembed.planning.program import OutOfMemoryError, Program, compile_loss, compile_step, count_bytes, count_elements  # noqa: E402
 from jaxembed.planning.proposal import make_step_sizes, propose  # noqa: E402
 from jaxembed.training.optim import make_optimizer, make_schedule  # noqa: E402
-from jaxembed.training.state import state_shapes  # noqa: E402
+from jaxembed.training.state import compute_state_shapes  # noqa: E402
 from jaxembed.training.step import make_train_step  # noqa: E402
 
 TOKENS_PER_ROW, SCHEDULE_STEPS = 512, 1000
@@ -142,7 +142,7 @@ def build_step(args: argparse.Namespace, mesh: Any) -> tuple[TransformerConfig, 
     model = EmbeddingModel(transformer, EmbeddingSpec(), compute, lora)
     optim = OptimConfig()
     optimizer = make_optimizer(optim, SCHEDULE_STEPS)
-    state = state_shapes(model, optimizer, mesh)
+    state = compute_state_shapes(model, optimizer, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     with jax.set_mesh(mesh):
         step = make_train_step(
@@ -159,7 +159,7 @@ def build_step(args: argparse.Namespace, mesh: Any) -> tuple[TransformerConfig, 
 
 def compile_and_measure(args: argparse.Namespace) -> dict[str, Any]:
     """Compile the step and return its memory, collectives and roofline."""
-    devices, memory = topology_devices(args.topology)
+    devices, memory = list_topology_devices(args.topology)
     mesh = make_mesh(fsdp=args.fsdp or len(devices), devices=devices)
     transformer, step, state = build_step(args, mesh)
     start = time.perf_counter()
@@ -181,12 +181,12 @@ def compile_and_measure(args: argparse.Namespace) -> dict[str, Any]:
         return row | {"temporaries": loss.temporaries, "collectives": loss.collectives.table()}
     if args.trace:
         with jax.set_mesh(mesh):
-            flops = matmul_flops(step.trace(state, build_batch_shapes(args, mesh)).jaxpr)
+            flops = count_matmul_flops(step.trace(state, build_batch_shapes(args, mesh)).jaxpr)
         useful = count_useful_flops(transformer, args.lora, args.batch_size * (2 + args.negatives) * TOKENS_PER_ROW)
         return row | {"flops": flops, "useful_of_all_flops": round(useful / flops, 3)}
     try:
         program, compiled = compile_step(step, state, build_batch_shapes(args, mesh), mesh)
-    except OutOfMemory as error:
+    except OutOfMemoryError as error:
         return row | {"needs_bytes": error.needed, "fits": False, "compile_seconds": round(time.perf_counter() - start)}
     if args.hlo:
         with open(args.hlo, "w") as file:

@@ -48,10 +48,10 @@ def _plan(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     """Compile the steps of a run ahead of time and return what they need."""
     if args.topology:
         skip_tpu_discovery()
-    from jaxembed.planning.plan import plan, planning_mesh
+    from jaxembed.planning.plan import make_planning_mesh, plan
     from jaxembed.runs.open import open_run
 
-    mesh, memory = planning_mesh(config.mesh, args.topology, args.slices or 1)
+    mesh, memory = make_planning_mesh(config.mesh, args.topology, args.slices or 1)
     run = open_run(config, mesh)
     return plan(config, mesh, memory, run.model, run.stages)
 

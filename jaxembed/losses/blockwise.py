@@ -1,7 +1,7 @@
-"""The log-sum-exp over all pairs of texts of a global batch, computed block by block.
+"""Compute the log-sum-exp over all pairs of texts of a global batch, block by block.
 
-The whole score matrix [B, N] never exists, neither in the forward nor in the backward pass. Letters in shapes: n shards,
-B anchors, N candidates, D vector width, G guide width, W candidates per block.
+The full score matrix [B, N] is never materialized, in the forward or the backward pass. Letters in shapes: n shards, B anchors,
+N candidates, D vector width, G guide width, W candidates per block.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class AnchorVectors(TextVectors):
     """Anchors: texts whose negatives are summed.
 
     Attributes:
-        positive_scores: Score of each anchor's own pair (query, positive), [N].
+        positive_scores: Score of each anchor's positive pair (query, positive), [N].
         guide_positive_scores: The guide model's scores of the same pairs, [N].
     """
 
@@ -97,7 +97,7 @@ def _log_sum_exp(rules: PairRules, anchors: jax.Array, candidates: jax.Array, sc
 def _forward(
     rules: PairRules, anchors: jax.Array, candidates: jax.Array, scale: jax.Array, metadata: Any
 ) -> tuple[NegativeSums, Any]:
-    """Return the sums, and what the backward pass needs: the inputs and the log-sum-exp of every anchor [n, B/n]."""
+    """Return the sums and the residuals for the backward pass: the inputs and the log-sum-exp of every anchor [n, B/n]."""
     blocks = _PairBlocks(rules, anchors, candidates, metadata)
     lowest = jnp.finfo(anchors.dtype).min
 
@@ -144,7 +144,7 @@ def _backward(rules: PairRules, saved: Any, grads: NegativeSums) -> tuple[jax.Ar
     # complete after that block, so they are stacked.
     start = (jnp.zeros_like(blocks.anchors), jnp.zeros_like(scale))
     (anchor_sum, scale_sum), candidate_sums = jax.lax.scan(add_block, start, blocks.candidate_blocks)
-    # Sum the shards' parts after the last block, so that devices communicate once. Then cut off the padding.
+    # Sum the shards' parts after the last block, so that devices communicate once. Then remove the padding.
     candidate_sum = candidate_sums.sum(axis=1).reshape(-1, candidates.shape[-1])[: len(candidates)]
     return scale * anchor_sum.reshape(anchors.shape), scale * candidate_sum, scale_sum, None
 
@@ -153,7 +153,7 @@ _log_sum_exp.defvjp(_forward, _backward)
 
 
 class _PairBlocks:
-    """Anchors split into shards, [n, B/n, ...], and candidates split into equal blocks, which every device holds in full."""
+    """Anchors split into shards, [n, B/n, ...], and candidates split into equal blocks, replicated on every device."""
 
     def __init__(self, rules: PairRules, anchors: jax.Array, candidates: jax.Array, metadata: Any):
         anchor_info, positive_scores, guide_positive_scores, candidate_info = metadata

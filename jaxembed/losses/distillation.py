@@ -1,4 +1,4 @@
-"""Distillation objectives: match a teacher's scores of a query's documents, or its vectors."""
+"""Distillation objectives: match the teacher's scores of a query's documents, or its vectors."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def embedding_matching(config: EmbeddingMatchingConfig, encoded: EncodedBatch) -
     """Return the mean squared distance between the model's and the teacher's vectors, over queries and their documents.
 
     EmbedDistill (Kim et al. 2023, arXiv:2301.12005). If the widths differ, the model's vectors are first projected to the
-    teacher's width and scaled to unit length again.
+    teacher's width and normalized again.
     """
     teacher = encoded.batch.teacher
     assert teacher is not None
@@ -70,7 +70,7 @@ def embedding_matching(config: EmbeddingMatchingConfig, encoded: EncodedBatch) -
 
 
 def init_teacher_projection(width: int, teacher_width: int, key: jax.Array) -> dict[str, Any]:
-    """Draw the projection {"kernel": [width, teacher_width]}. Equal widths need none: return {}."""
+    """Initialize the projection {"kernel": [width, teacher_width]}, or return {} if the widths are equal."""
     if width == teacher_width:
         return {}
     return {"kernel": jax.random.normal(key, (width, teacher_width)) / math.sqrt(width)}
@@ -79,9 +79,9 @@ def init_teacher_projection(width: int, teacher_width: int, key: jax.Array) -> d
 def _compute_scores(
     config: DistillationConfig | MarginMSEConfig, encoded: EncodedBatch
 ) -> tuple[Float[Array, "b m"], Float[Array, "b m"], jax.Array, jax.Array]:
-    """Compute the scores of each query's own documents, and which of them the losses use.
+    """Compute the scores of each query's own documents, and the masks and weights for the losses.
 
-    The teacher's are those of the data, or the cosines of its vectors if the objective names a teacher.
+    The teacher's scores come from the data, or are the cosines of its vectors if the objective names a teacher.
 
     Returns:
         The model's scores [B, 1+K]; the teacher's scores [B, 1+K], 0 where there is none; True where the teacher scored a

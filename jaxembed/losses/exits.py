@@ -11,10 +11,10 @@ from jaxembed.errors import UserError
 
 
 def check_exits(config: ExitsConfig, layers: int, prefix: str = "") -> None:
-    """Check that a model of so many layers has the exits.
+    """Check that a model with this number of layers has the exits.
 
     Raises:
-        UserError: It does not; the line starts with `prefix`, that of the keys of the stage.
+        UserError: It does not have them. The message starts with `prefix`, the key prefix of the stage.
     """
     if (deepest := max(config.layers, default=0)) >= layers:
         raise UserError(f"{prefix}exits.layers contains {deepest} (expected less than {layers}, the layers of this model)")
@@ -33,13 +33,13 @@ def draw_exit_layers(config: ExitsConfig, layers: int, key: jax.Array) -> Int[Ar
 def align_exits(vectors: Float[Array, "b m x d"], is_present: jax.Array, temperature: float) -> Float[Array, " e"]:
     """Return KL(whole model || exit), averaged over the texts, for each of E exits.
 
-    The distributions are softmaxes over the D numbers of a vector divided by a temperature (equation 11 of the survey
+    The distributions are softmaxes over the D components of a vector divided by a temperature (equation 11 of the survey
     arXiv:2406.01607). That of the whole model is a target without gradient, as in sentence-transformers.
 
     Args:
         vectors: Unit vectors of the texts, those of the whole model first, then those of the exits.
         is_present: True for texts that are present, [B, M].
-        temperature: Divides the numbers.
+        temperature: Temperature of the softmaxes.
     """
     log_p = jax.nn.log_softmax(vectors / temperature, axis=-1)
     target = jax.lax.stop_gradient(log_p[:, :, :1])

@@ -13,7 +13,7 @@ from jaxembed.config import AnglEConfig, CoSENTConfig, CosineRegressionConfig
 from jaxembed.devices.collectives import replicate
 from jaxembed.losses.encoded import EncodedBatch, LossAndMetrics
 
-BLOCK_SIZE = 128  # pairs whose cumulative sums are computed at once
+BLOCK_SIZE = 128  # pairs per block of the cumulative sum
 
 
 def cosent(config: CoSENTConfig, encoded: EncodedBatch) -> LossAndMetrics:
@@ -70,7 +70,7 @@ def compute_angle_similarities(queries: Float[Array, "b d"], documents: Float[Ar
 
 
 def _rank_pairs(similarities: Float[Array, " b"], encoded: EncodedBatch, temperature: float) -> LossAndMetrics:
-    # Every device needs the similarities and scores of the whole batch, B numbers each.
+    # Every device needs the similarities and scores of the whole batch, two arrays of B values.
     is_counted = encoded.query_weights > 0
     scores = encoded.batch.score.astype(similarities.dtype)
     loss = rank_by_score(replicate(similarities), replicate(scores), replicate(is_counted), temperature)
@@ -106,7 +106,7 @@ def rank_by_score(
 def _cumulative_log_sum_exp(logits: Float[Array, " b"]) -> Float[Array, " b"]:
     """Return the cumulative log-sum-exp, computed block by block.
 
-    Each prefix subtracts its own maximum, so numbers far below the largest one of the batch are not lost.
+    Each block subtracts the running maximum, so values far below the maximum of the batch do not underflow.
     """
     lowest = jnp.finfo(logits.dtype).min
     blocks = jnp.pad(logits, (0, -len(logits) % BLOCK_SIZE), constant_values=lowest).reshape(-1, BLOCK_SIZE)

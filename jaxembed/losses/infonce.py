@@ -35,12 +35,12 @@ def info_nce(config: InfoNCEConfig, encoded: EncodedBatch) -> LossAndMetrics:
     - `document_document`: documents of others, compared with the positive.
 
     All four in one denominator are GTE's loss (equations 2 and 3 of the survey). `query_document` with `query_query` is SamToNe
-    (arXiv:2306.02516). With `per_direction`, the directions of the query and those of the positive have a denominator each, and
-    the two losses are averaged; all four are UAE's in-batch objective (arXiv:2309.12871). A query without negatives has loss 0
-    (log 2 in GTE's loss, which counts the positive twice).
+    (arXiv:2306.02516). With `per_direction`, the directions of the query and those of the positive have separate denominators,
+    and the two losses are averaged; all four are UAE's in-batch objective (arXiv:2309.12871). A query without negatives has
+    loss 0 (log 2 in GTE's loss, which counts the positive twice).
 
     Returns:
-        The loss and metrics: `accuracy`, the fraction of queries nearer to their positive than to every negative document;
+        The loss and metrics: `accuracy`, the fraction of queries closer to their positive than to any negative document;
         `negatives`, the mean number of negatives per query; and `temperature`, if it is learned.
     """
     scale = _compute_scale(config, encoded)
@@ -151,10 +151,10 @@ def _score_own_negatives(
     present = negative_info.present & ~is_false_negative
     # Append the mixed negatives.
     if config.mixed_negatives:
-        mixed, mixed_present = _mix_negatives(config.mixed_negatives, negatives, present, encoded.key)
+        mixed, mixed_presence = _mix_negatives(config.mixed_negatives, negatives, present, encoded.key)
         mixed_scores = jnp.einsum("bd,bkd->bk", queries.vectors, mixed, precision=HIGHEST_PRECISION)
         scores = jnp.concatenate([scores, mixed_scores], axis=1)
-        present = jnp.concatenate([present, mixed_present], axis=1)
+        present = jnp.concatenate([present, mixed_presence], axis=1)
     # Multiply a negative's term by e^(hardness * s), without gradient through that weight (EmbeddingGemma, arXiv:2509.20354).
     return scale * scores + _get_hardness(config, "hard") * jax.lax.stop_gradient(scores), scores, present
 

@@ -1,4 +1,4 @@
-"""Rules that decide which texts of a global batch are negatives of which, from their metadata and scores."""
+"""Rules that decide which texts of a global batch are negatives of an anchor, from their metadata and scores."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jaxembed.data.batch import Batch
 
 @flax.struct.dataclass
 class TextInfo:
-    """Metadata of texts for the rules on negatives, with any leading axes. An absent text has a hash of zeros.
+    """Metadata of texts for the negative rules, with any leading axes. The hash of an absent text is zero.
 
     Attributes:
         text_hash: Hash of the text, uint32 [..., 2].

@@ -31,7 +31,7 @@ from jaxembed.losses.quantized import quantize_straight_through
 from jaxembed.losses.spread_out import spread_out
 from jaxembed.model.layers import l2_normalize
 
-OBJECTIVES: dict[str, Callable[[Any, EncodedBatch], LossAndMetrics]] = {
+VECTOR_OBJECTIVES: dict[str, Callable[[Any, EncodedBatch], LossAndMetrics]] = {
     "infonce": info_nce,
     "spread_out": spread_out,
     "kl_distillation": kl_distillation,
@@ -48,12 +48,12 @@ FULL_WIDTH_OBJECTIVES = {"embedding_matching"}  # not applied to Matryoshka widt
 class Objectives:
     """The function that training minimizes: the weighted sum of a config's objectives.
 
-    There are two kinds of objectives. Those of vectors (`OBJECTIVES`) compare the vectors of texts: calling this object sums
-    them. Those of tokens (`TokenObjectiveConfig`) predict tokens from hidden states, by `token_prediction_loss`.
+    There are two kinds of objectives. Vector objectives (`VECTOR_OBJECTIVES`) compare the vectors of texts: calling this object
+    sums them. Token objectives (`TokenObjectiveConfig`) predict tokens from hidden states (`token_prediction_loss`).
 
     With Matryoshka widths (Kusupati et al. 2022, arXiv:2205.13147), an objective's loss is the loss of the whole vectors plus
     the weighted losses of vectors truncated to each width and normalized again. With early exits, the sum is that of the whole
-    model plus the weighted sums of the vectors of each exit (`sum_over_exits`). Vectors in fewer bits count like a width.
+    model plus the weighted sums of the vectors of each exit (`sum_over_exits`). Quantized vectors are treated like a width.
 
     Attributes:
         configs: The sections of the objectives.
@@ -61,7 +61,7 @@ class Objectives:
         source_names: Names of the sources, in the order of `Batch.source`.
         exits: Early exits and their weights.
         quantization: Precisions and their weights.
-        ranges: Lowest and highest value of each number of a vector, [2][D], for int8.
+        ranges: Lowest and highest value of each dimension, [2][D], for int8.
     """
 
     configs: Sequence[ObjectiveConfig]
@@ -80,7 +80,7 @@ class Objectives:
         params: Mapping[str, Any],
         shards: int,
     ) -> LossAndMetrics:
-        """Compute the sum of all objectives of vectors.
+        """Compute the sum of all vector objectives.
 
         Args:
             queries: Unit vectors of the queries, [B, D].
@@ -104,11 +104,11 @@ class Objectives:
                 queries=queries, documents=documents, batch=batch, query_weights=weights, key=jax.random.fold_in(key, i),
                 shards=shards, params=params.get(label, {}),
             )  # fmt: skip
-            loss, own_metrics = OBJECTIVES[config.name](config, encoded)
+            loss, own_metrics = VECTOR_OBJECTIVES[config.name](config, encoded)
             metrics |= {label: loss} | {f"{label}_{name}": value for name, value in own_metrics.items()}
             for version, weight, convert in self._list_versions(config):
                 converted = dataclasses.replace(encoded, queries=convert(queries), documents=convert(documents))
-                version_loss, _ = OBJECTIVES[config.name](config, converted)
+                version_loss, _ = VECTOR_OBJECTIVES[config.name](config, converted)
                 metrics[f"{label}_{version}"] = version_loss
                 loss = loss + weight * version_loss
             total = total + config.weight * loss
@@ -117,7 +117,7 @@ class Objectives:
     def sum_over_exits(
         self, vectors: Float[Array, "b m x d"], batch: Batch, key: jax.Array, params: Mapping[str, Any], shards: int
     ) -> LossAndMetrics:
-        """Compute the sum of all objectives for the whole model, its exits, and the alignment of these.
+        """Compute the sum of all objectives for the whole model and its exits, and the alignment of the exits.
 
         Equations 7 to 11 of the survey arXiv:2406.01607 (2DMSE) are this sum with one random layer. All exits share the
         parameters of the objectives, and their random key.
@@ -159,7 +159,7 @@ class Objectives:
         return {label: config for label, config in self.label_configs() if isinstance(config, TokenObjectiveConfig)}
 
     def init_params(self, width: int, teacher_width: int, key: jax.Array) -> dict[str, Any]:
-        """Draw the parameters that the objectives train, by label. Objectives without parameters are left out.
+        """Initialize the trained parameters of the objectives, by label. Objectives without parameters are left out.
 
         Args:
             width: Width of the model's vectors.
@@ -190,9 +190,9 @@ class Objectives:
         return is_counted / jnp.maximum(is_counted.sum(), 1)
 
     def _list_versions(self, config: ObjectiveConfig) -> list[tuple[str, float, Callable[[jax.Array], jax.Array]]]:
-        """Return the other versions of the vectors that an objective holds for: name, weight, and conversion.
+        """Return the converted versions of the vectors that an objective also applies to: name, weight, and conversion.
 
-        These are the vectors at the Matryoshka widths, and in fewer bits.
+        These are the vectors at the Matryoshka widths, and the quantized vectors.
         """
         if config.name in FULL_WIDTH_OBJECTIVES:
             return []
@@ -211,5 +211,5 @@ class Objectives:
 
 
 def _truncate(vectors: Float[Array, "*b d"], width: int) -> Float[Array, "*b w"]:
-    """Return the first `width` dimensions, scaled to unit length."""
+    """Return the first `width` dimensions, normalized."""
     return l2_normalize(vectors[..., :width])

@@ -15,15 +15,15 @@ from jaxembed.search.precision import BYTE_VALUES
 def quantize_straight_through(
     vectors: Float[Array, "*b d"], precision: str, ranges: Sequence[Sequence[float]]
 ) -> Float[Array, "*b d"]:
-    """Return the unit vectors of quantized numbers, as `simulate_quantization` does. Zero vectors of absent texts stay zero.
+    """Return the unit vectors of quantized vectors, as `simulate_quantization` does. Zero vectors of absent texts stay zero.
 
-    The gradient is that of the numbers before rounding (straight-through estimator, Bengio et al. 2013, arXiv:1308.3432). It is
-    zero where int8 clips a number to its range.
+    The gradient is that of the values before rounding (straight-through estimator, Bengio et al. 2013, arXiv:1308.3432). It is
+    zero where int8 clips a value to its range.
 
     Args:
         vectors: Unit vectors.
         precision: int8 or binary.
-        ranges: Lowest and highest value of each number, [2, D], for int8.
+        ranges: Lowest and highest value of each dimension, [2, D], for int8.
     """
     is_present = jnp.any(vectors != 0, axis=-1, keepdims=True)
     if precision == "binary":

@@ -15,8 +15,8 @@ def spread_out(config: SpreadOutConfig, encoded: EncodedBatch) -> LossAndMetrics
     """Return M1^2 + max(0, M2 - 1/D) of the queries, plus that of their positives.
 
     M1 and M2 are the means of the cosines and of the squared cosines of all pairs of different texts of one kind. The loss is
-    zero for vectors that are spread evenly over the sphere. Both means follow from sums over texts, so memory does not grow
-    with the number of pairs: the squared dot products of all pairs of rows of E add up to |E^T E|^2 (Frobenius norm).
+    zero for vectors that are spread evenly over the sphere. Both means are computed from sums over texts, so memory does not
+    grow with the number of pairs: the squared dot products of all pairs of rows of E add up to |E^T E|^2 (Frobenius norm).
 
     Returns:
         The loss, and the metrics `mean_cosine` and `mean_squared_cosine` of the queries.

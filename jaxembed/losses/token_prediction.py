@@ -1,6 +1,6 @@
-"""The loss of predicted tokens: cross-entropy over the vocabulary, computed a block of the vocabulary at a time.
+"""The loss of token predictions: cross-entropy over the vocabulary, computed block by block.
 
-The logits of all predictions [P, V] never exist, neither in the forward nor in the backward pass. Letters in shapes: n shards,
+The logits of all predictions [P, V] are never materialized, in the forward or the backward pass. Letters in shapes: n shards,
 P predictions of a shard, V tokens of the vocabulary, W tokens of a block, D model width, B texts.
 """
 
@@ -31,15 +31,15 @@ def token_prediction_loss(
 
     Args:
         config: The objective.
-        hidden: Hidden states that predict.
+        hidden: Hidden states at the predicting positions.
         table: The kernel of the language-model head, one row for each token of the vocabulary.
-        batch: The texts that were read, with the tokens to predict.
+        batch: The texts, with the tokens to predict.
 
     Returns:
         The loss, float32. Groups without predicted tokens do not count.
     """
     weighted = batch.weight * cross_entropy(hidden, table, batch.target)
-    # The group of each text, and of each prediction.
+    # Find the group of each text and of each prediction.
     texts, texts_per_shard = len(batch.size), len(batch.size) // len(batch.weight)
     group_size = config.group or texts
     group_count = -(-texts // group_size)
@@ -60,7 +60,7 @@ def cross_entropy(hidden: Float[Array, "n p d"], table: Float[Array, "v d"], tar
 
 
 def _forward(hidden: jax.Array, table: jax.Array, target: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Return the cross-entropies, and what the backward pass needs: the inputs and the log-sum-exp of every prediction."""
+    """Return the cross-entropies, and the residuals for the backward pass: inputs and log-sum-exp of every prediction."""
     blocks, first_tokens = _split_vocabulary(table, hidden)
     lowest = jnp.finfo(jnp.float32).min
 

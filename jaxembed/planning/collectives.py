@@ -1,4 +1,4 @@
-"""The collectives of a compiled program, read from its HLO text: how often each runs, how much it moves, and for what."""
+"""Read the collectives of a compiled program from its HLO text: how often each one runs, its bytes, and its purpose."""
 
 from __future__ import annotations
 
@@ -64,14 +64,14 @@ class Collectives:
 
     Attributes:
         collectives: All of them.
-        unknown_loops: Number of loops with collectives whose iterations the text does not state. They are counted once.
+        unknown_loops: Number of loops with collectives and an unknown number of iterations. They are counted once.
     """
 
     collectives: tuple[Collective, ...]
     unknown_loops: int
 
     def table(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Return totals of a step by scope and kind: count, bytes of the results, bytes that a device sends."""
+        """Return the totals of a step by scope and kind: count, bytes of the results, bytes sent by a device."""
         scopes: dict[str, dict[str, dict[str, float]]] = collections.defaultdict(dict)
         for collective in self.collectives:
             row = scopes[collective.scope].setdefault(collective.kind, {"count": 0, "result_bytes": 0, "sent_bytes": 0})
@@ -125,8 +125,8 @@ def _count_runs(computations: dict[str, list[str]], entry: str) -> tuple[dict[st
         runs[name] += count
         has_collectives = False
         for line in computations.get(name, ()):
-            trips = _trip_count(line, computations) if " while(" in line else 1
-            called = [visit(called_name, count * (trips or 1)) for called_name in _called_computations(line)]
+            trips = _find_trip_count(line, computations) if " while(" in line else 1
+            called = [visit(called_name, count * (trips or 1)) for called_name in _list_called_computations(line)]
             unknown_loops += trips is None and any(called)
             has_collectives |= any(called) or HOST_SEND.search(line) is not None
             has_collectives |= any(f" {kind}(" in line or f" {kind}-start(" in line for kind in KINDS)
@@ -136,14 +136,14 @@ def _count_runs(computations: dict[str, list[str]], entry: str) -> tuple[dict[st
     return runs, unknown_loops
 
 
-def _called_computations(line: str) -> Iterator[str]:
+def _list_called_computations(line: str) -> Iterator[str]:
     yield from CALLED.findall(line)
     for branches in BRANCHES.findall(line):
         yield from (name.strip().lstrip("%") for name in branches.split(","))
 
 
-def _trip_count(line: str, computations: dict[str, list[str]]) -> int | None:
-    """Return the iterations of a loop: as its line states, else the only number that its condition compares with."""
+def _find_trip_count(line: str, computations: dict[str, list[str]]) -> int | None:
+    """Return the number of iterations of a loop: the one in its line, otherwise the only constant in its condition."""
     if known := TRIP_COUNT.search(line):
         return int(known[1])
     condition = CONDITION.search(line)
@@ -159,24 +159,24 @@ def _parse_collective(line: str, count: int, scopes: tuple[str, ...]) -> Collect
     kind = instruction[3].removesuffix("-start") if instruction else ""
     if instruction is None or kind not in KINDS:
         return None
-    sizes = [_array_bytes(*array) for array in ARRAY_TYPE.findall(instruction[2])]
+    sizes = [_count_array_bytes(*array) for array in ARRAY_TYPE.findall(instruction[2])]
     if instruction[3].endswith("-start") and kind != "all-reduce":
         sizes = sizes[1:2]  # (operand, result, ...)
     op_name = OP_NAME.search(line)
     names = re.findall(r"\w+", op_name[1]) if op_name else []
     scope = next((scope for scope in scopes if scope in names), "other")
-    return Collective(kind, count, sum(sizes), _group_size(line), scope)
+    return Collective(kind, count, sum(sizes), _find_group_size(line), scope)
 
 
 def _parse_send(line: str, slices: int, transfer: str, count: int) -> Collective:
-    """Return a collective between slices, from the array that the host is given. Its line does not say what it is for."""
+    """Return a collective between slices, from the array that the host is given. Its line does not name its purpose."""
     kind, (operand, *_) = transfer.lower().replace("_", "-"), ARRAY_TYPE.findall(line)
     result_per_operand = {"all-gather": slices, "reduce-scatter": 1 / slices}
-    result_bytes = round(_array_bytes(*operand) * result_per_operand.get(kind, 1))
+    result_bytes = round(_count_array_bytes(*operand) * result_per_operand.get(kind, 1))
     return Collective(kind + BETWEEN_SLICES, count, result_bytes, slices, "other")
 
 
-def _group_size(line: str) -> int:
+def _find_group_size(line: str) -> int:
     """Return the devices in a group: {{0,1},...}, [groups,devices] or mesh['a'=4,'b'=2] {'b'}."""
     groups = REPLICA_GROUPS.search(line)
     if groups is None:
@@ -189,6 +189,6 @@ def _group_size(line: str) -> int:
     return math.prod(int(axis_sizes[axis]) for axis in re.findall(r"'(\w+)'", groups[4]))
 
 
-def _array_bytes(dtype: str, shape: str) -> int:
+def _count_array_bytes(dtype: str, shape: str) -> int:
     bits = DTYPE_BITS.get(dtype) or int("".join(re.findall(r"\d+", dtype)[:1]) or 0)
     return math.prod(int(n) for n in shape.split(",") if n) * bits // 8

@@ -1,7 +1,7 @@
-"""Floating-point operations of the matmuls in a traced function.
+"""Count the floating-point operations of the matmuls in a traced function.
 
-All matmuls are counted, and loops as often as they run: XLA's own count takes the body of a loop once, so this one walks the
-jaxpr. Elementwise work is not counted.
+XLA's own count takes the body of a loop once. So this one walks the jaxpr, and counts the body of a loop once per iteration.
+Elementwise operations are not counted.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 from jax.interpreters.partial_eval import dce_jaxpr
 
 
-def matmul_flops(jaxpr: Any) -> int:
+def count_matmul_flops(jaxpr: Any) -> int:
     """Count the FLOPs of all matmuls in a jaxpr, over all devices: two for each multiplication and addition.
 
-    The longest branch of a conditional is counted, and a loop without a known number of iterations once. An equation whose
-    results nothing uses is not counted, here and in loops: XLA removes it.
+    The longest branch of a conditional is counted, and a loop without a known number of iterations once. Equations
+    with unused results are not counted, because XLA removes them.
     """
     inner = getattr(jaxpr, "jaxpr", jaxpr)
     live, _ = dce_jaxpr(inner, [True] * len(inner.outvars))
@@ -25,12 +25,12 @@ def matmul_flops(jaxpr: Any) -> int:
 
 
 def _count(jaxpr: Any) -> int:
-    return sum(map(_equation_flops, getattr(jaxpr, "jaxpr", jaxpr).eqns))
+    return sum(map(_count_equation_flops, getattr(jaxpr, "jaxpr", jaxpr).eqns))
 
 
-def _equation_flops(equation: Any) -> int:
+def _count_equation_flops(equation: Any) -> int:
     name, params = equation.primitive.name, equation.params
-    # Matmuls themselves.
+    # Matmuls.
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         return 2 * equation.outvars[0].aval.size * math.prod(equation.invars[0].aval.shape[i] for i in contracted)
@@ -43,7 +43,7 @@ def _equation_flops(equation: Any) -> int:
         a, b, y = (variable.aval.size for variable in (*equation.invars, *equation.outvars))
         return 2 * y * math.isqrt(a * b // y)
     # Equations that contain other jaxprs.
-    inner = [_count(jaxpr) for jaxpr in _inner_jaxprs(params)]
+    inner = [_count(jaxpr) for jaxpr in _iter_inner_jaxprs(params)]
     if name == "cond":
         return max(inner)
     if name == "shard_map":  # its shapes are those of one shard
@@ -53,7 +53,7 @@ def _equation_flops(equation: Any) -> int:
     return sum(inner) * (params["length"] if name == "scan" else 1)
 
 
-def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
+def _iter_inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
     for value in params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
             if hasattr(getattr(item, "jaxpr", item), "eqns"):

@@ -1,4 +1,4 @@
-"""Stand-ins for the hard negatives that a stage mines before its first step, so that a plan counts their texts."""
+"""Stand-ins for the hard negatives that a stage will mine, so that a plan counts their texts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxembed.training.stage import Stage
 
 
 class StandInSampler(ExampleSampler):
-    """Draws from another sampler, with positives of other examples in place of negatives that are not mined yet."""
+    """Draws from another sampler, with positives of other examples in place of the negatives to mine."""
 
     def __init__(self, sampler: ExampleSampler, max_mined: int):
         """Draw from `sampler`. A query gets at most `max_mined` negatives."""
@@ -36,8 +36,8 @@ class StandInSampler(ExampleSampler):
         return self.sampler.iter_pairs(index, seed, max_texts)
 
 
-def with_stand_in_negatives(stage: Stage) -> Stage:
-    """Return a stage whose sources to mine have stand-ins for the negatives. A stage without `mine` stays as it is."""
+def add_stand_in_negatives(stage: Stage) -> Stage:
+    """Return a stage with stand-ins for the negatives that it will mine. A stage without `mine` is returned unchanged."""
     mine = stage.config.mine
     if mine is None:
         return stage

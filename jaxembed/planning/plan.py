@@ -1,4 +1,4 @@
-"""Report what a run needs before its first step: each stage's step is compiled from shapes, without weights or memory."""
+"""Report the memory and FLOPs of a run before its first step: each stage's step is compiled from shapes only."""
 
 from __future__ import annotations
 
@@ -20,39 +20,39 @@ from jaxembed.devices.mesh import make_mesh
 from jaxembed.devices.placement import batch_shapes
 from jaxembed.errors import UserError
 from jaxembed.model.embedder import EmbeddingModel
-from jaxembed.planning.mined import with_stand_in_negatives
-from jaxembed.planning.program import OutOfMemory, Program, compile_loss, compile_step, count_bytes, count_elements
+from jaxembed.planning.mined import add_stand_in_negatives
+from jaxembed.planning.program import OutOfMemoryError, Program, compile_loss, compile_step, count_bytes, count_elements
 from jaxembed.planning.proposal import Proposal, make_step_sizes, propose
-from jaxembed.planning.topology import topology_devices
+from jaxembed.planning.topology import list_topology_devices
 from jaxembed.training.stage import Stage
-from jaxembed.training.state import state_shapes
+from jaxembed.training.state import compute_state_shapes
 from jaxembed.training.step import TrainState
 
 log = logging.getLogger("jaxembed")
 
-MAX_EXAMINED_BATCHES = 8  # of a stage; the step is compiled for the largest of them
+MAX_EXAMINED_BATCHES = 8  # per stage; the step is compiled for the largest one
 
 
-def planning_mesh(config: MeshConfig, topology: str | None = None, slices: int = 1) -> tuple[Mesh, int | None]:
+def make_planning_mesh(config: MeshConfig, topology: str | None = None, slices: int = 1) -> tuple[Mesh, int | None]:
     """Return the mesh to plan for, and the memory of one of its devices in bytes, or None if that is unknown.
 
     Args:
         config: Sizes of the mesh.
-        topology: Name of a TPU slice that need not exist here, such as v5e:16x16. Default: the devices here.
+        topology: Name of a TPU slice, such as v5e:16x16, which need not exist here. Default: the local devices.
         slices: Number of such slices.
     """
-    devices, memory = (None, _local_device_memory()) if topology is None else topology_devices(topology, slices)
+    devices, memory = (None, _get_device_memory()) if topology is None else list_topology_devices(topology, slices)
     return make_mesh(**dict(config), devices=devices), memory
 
 
 def plan(config: Config, mesh: Mesh, memory: int | None, model: EmbeddingModel, stages: Sequence[Stage]) -> dict[str, Any]:
     """Compile the step of every stage for the largest of its first batches, and report what it needs. Nothing is written.
 
-    Other texts of a source stand for negatives that a stage mines.
+    Negatives that a stage will mine are replaced by other texts of the source.
 
     Args:
         config: Settings of the run.
-        mesh: The devices to plan for (`planning_mesh`).
+        mesh: The devices to plan for (`make_planning_mesh`).
         memory: Bytes of memory of a device, or None if that is unknown.
         model: The model of the run.
         stages: The stages of the run.
@@ -69,7 +69,7 @@ def plan(config: Config, mesh: Mesh, memory: int | None, model: EmbeddingModel, 
     return {"devices": mesh.size, "device": mesh.devices.flat[0].device_kind, "mesh": dict(mesh.shape), "stages": reports}
 
 
-def _local_device_memory() -> int | None:
+def _get_device_memory() -> int | None:
     """Return the bytes of memory of a device here, or None if it does not report that."""
     stats = jax.local_devices()[0].memory_stats() or {}
     return stats.get("bytes_limit")
@@ -77,10 +77,10 @@ def _local_device_memory() -> int | None:
 
 def _plan_stage(stage: Stage, config: Config, model: EmbeddingModel, mesh: Mesh, memory: int | None) -> dict[str, Any]:
     """Compile the step of a stage for the largest of its first batches, and return what it needs."""
-    # Shapes of the state, and of the largest of the first batches.
-    objective_params = jax.eval_shape(partial(stage.new_objective_params, model), jax.random.key(0))
-    state = state_shapes(model, stage.make_optimizer(model), mesh, objective_params)
-    host_batch, examined = _find_largest_batch(with_stand_in_negatives(stage))
+    # Find the shapes of the state, and of the largest of the first batches.
+    objective_params = jax.eval_shape(partial(stage.init_objective_params, model), jax.random.key(0))
+    state = compute_state_shapes(model, stage.make_optimizer(model), mesh, objective_params)
+    host_batch, examined = _find_largest_batch(add_stand_in_negatives(stage))
     # Compile, and compare with the memory of a device.
     with jax.set_mesh(mesh):
         step = stage.make_train_step(model, state)
@@ -88,10 +88,10 @@ def _plan_stage(stage: Stage, config: Config, model: EmbeddingModel, mesh: Mesh,
     proposal = _propose(model, count_elements(state.weights), (rows, tokens), mesh, memory)
     try:
         program, _ = compile_step(step, state, batch_shapes(mesh, host_batch.batch), mesh)
-    except OutOfMemory as error:
-        raise _out_of_memory_error(config, stage, error.needed, error.available, proposal) from None
+    except OutOfMemoryError as error:
+        raise _make_out_of_memory_error(config, stage, error.needed, error.available, proposal) from None
     if memory is not None and program.memory > memory:
-        raise _out_of_memory_error(config, stage, program.memory, memory, proposal)
+        raise _make_out_of_memory_error(config, stage, program.memory, memory, proposal)
     return _make_report(state, program, memory, mesh) | {
         "rows": rows,
         "row_length": tokens,
@@ -112,20 +112,20 @@ def _propose(
 
 
 def _plan_loss(stage: Stage, model: EmbeddingModel, batch: Batch, mesh: Mesh) -> dict[str, Any]:
-    """Compile the loss of vectors with its gradient alone, and return its memory and messages on a device.
+    """Compile only the loss of vectors with its gradient, and return its memory and communication on a device.
 
     They are 0 where a stage only predicts tokens.
     """
     if batch.texts is None:
         return {"temporaries": 0, "sent_bytes": 0}
-    params = jax.eval_shape(partial(stage.new_objective_params, model), jax.random.key(0))
+    params = jax.eval_shape(partial(stage.init_objective_params, model), jax.random.key(0))
     program = compile_loss(stage.objectives, params, model.width, batch, mesh)
     sent = sum(c.count * c.sent_bytes for c in program.collectives.collectives)
     return {"temporaries": program.temporaries, "sent_bytes": sent}
 
 
 def _find_largest_batch(stage: Stage) -> tuple[HostBatch, int]:
-    """Return the batch with the most tokens among the first ones, and how many those are."""
+    """Return the batch with the most tokens among the first ones, and the number of batches examined."""
     steps = min(MAX_EXAMINED_BATCHES, stage.config.train.steps)
     first_batches = list(islice(iter_batches(stage.plan, stage.batch_builder, 0, steps), steps))
     return max(first_batches, key=lambda host_batch: host_batch.padded_tokens), len(first_batches)
@@ -148,10 +148,10 @@ def _make_report(state: TrainState, program: Program, memory: int | None, mesh: 
     }
 
 
-def _out_of_memory_error(
+def _make_out_of_memory_error(
     config: Config, stage: Stage, needed: int, available: int, proposal: Proposal | None = None
 ) -> UserError:
-    """Return the error of a step that does not fit. It proposes settings, or lists those that would help and are not in use."""
+    """Return the error of a step that does not fit. It proposes settings, or lists unused settings that would help."""
     model, chunk_rows = config.model, stage.config.gradcache.rows
     is_applicable = {
         "mesh.fsdp=-1": config.mesh.fsdp == 1,

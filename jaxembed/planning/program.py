@@ -1,4 +1,4 @@
-"""A train step compiled ahead of time, from shapes alone, and what the compiler reports about it."""
+"""Compile a train step ahead of time from shapes, and read the compiler's report about it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxembed.devices.mesh import shard_count
 from jaxembed.devices.placement import batch_shapes
 from jaxembed.losses.objectives import Objectives
 from jaxembed.planning.collectives import Collectives, find_collectives
-from jaxembed.planning.flops import matmul_flops
+from jaxembed.planning.flops import count_matmul_flops
 from jaxembed.training.step import SCOPES, TrainState
 
 log = logging.getLogger("jaxembed")
@@ -28,7 +28,7 @@ UNIT_BYTES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What a compiled program needs.
+    """The resources that a compiled program needs.
 
     Attributes:
         arguments: Bytes of the arguments on a device.
@@ -54,7 +54,7 @@ class Program:
         return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
 
 
-class OutOfMemory(Exception):
+class OutOfMemoryError(Exception):
     """A program does not fit the memory of its device.
 
     Attributes:
@@ -77,10 +77,10 @@ def compile_step(step: Any, state: TrainState, batch: Any, mesh: Mesh) -> tuple[
         mesh: The device mesh.
 
     Returns:
-        What the program needs, and the compiled step.
+        The resources of the program, and the compiled step.
 
     Raises:
-        OutOfMemory: The program is too large for a TPU. Other compilers do not check this.
+        OutOfMemoryError: The program is too large for a TPU. Other compilers do not check this.
     """
     with jax.set_mesh(mesh):
         traced = step.trace(state, batch)
@@ -91,17 +91,17 @@ def compile_step(step: Any, state: TrainState, batch: Any, mesh: Mesh) -> tuple[
             if match is None:
                 raise
             needed, needed_unit, available, available_unit = match.groups()
-            raise OutOfMemory(
+            raise OutOfMemoryError(
                 round(float(needed) * UNIT_BYTES[needed_unit]), round(float(available) * UNIT_BYTES[available_unit])
             ) from None
     return _describe(traced, compiled), compiled
 
 
 def compile_loss(objectives: Objectives, params: Any, width: int, batch: Any, mesh: Mesh) -> Program:
-    """Compile the loss and its gradient by the vectors, without a model, for the shapes of a batch.
+    """Compile the loss and its gradient with respect to the vectors, without a model, for the shapes of a batch.
 
     Args:
-        objectives: What is minimized.
+        objectives: The objectives.
         params: Shapes of the parameters of the objectives.
         width: Width of the vectors.
         batch: A batch, or its shapes.
@@ -120,7 +120,7 @@ def compile_loss(objectives: Objectives, params: Any, width: int, batch: Any, me
 
 
 def _describe(traced: Any, compiled: Any) -> Program:
-    """Return what a compiled program needs."""
+    """Return the resources of a compiled program."""
     memory = compiled.memory_analysis()
     return Program(
         arguments=memory.argument_size_in_bytes,
@@ -128,12 +128,12 @@ def _describe(traced: Any, compiled: Any) -> Program:
         aliased=memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
-        flops=matmul_flops(traced.jaxpr),
-        collectives=find_collectives(_program_text(compiled), SCOPES),
+        flops=count_matmul_flops(traced.jaxpr),
+        collectives=find_collectives(_read_program_text(compiled), SCOPES),
     )
 
 
-def _program_text(compiled: Any) -> str:
+def _read_program_text(compiled: Any) -> str:
     """Return the HLO text of a program; empty if XLA cannot print it.
 
     libtpu 0.0.51 cannot print some programs whose collectives overlap with computation.

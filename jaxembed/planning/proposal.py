@@ -1,7 +1,7 @@
-"""Proposes mesh, rows per chunk, and what is kept or computed again, from estimates of memory and time.
+"""Propose the mesh, the rows per chunk and the rematerialization of a step, from estimates of memory and time.
 
-The estimates are arithmetic on sizes; nothing is compiled. Time is a roofline in which matmuls, memory traffic and messages
-follow each other. Against programs that the TPU compiler has compiled, memory is estimated 0 to 20% too high.
+The estimates are arithmetic on sizes; nothing is compiled. Time is a roofline model without overlap: matmuls, then memory
+traffic, then communication. Compared with programs of the TPU compiler, memory is estimated 0 to 20% too high.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ UNKNOWN_CHIP = TpuChip("", peak_flops=200e12, memory=0, memory_bandwidth=800e9, 
 STATE_BYTES = 28
 # Bytes per token and width that the embedding, the last norm and the pooling keep of all chunks, if these are not recomputed.
 OUTSIDE_LAYERS_BYTES = 16
-MEMORY_SHARE = 0.95  # of the device, which the estimate may fill
-EQUAL_SPEED = 1.02  # ratio of the times of settings that count as equally fast
+MEMORY_SHARE = 0.95  # share of the device memory that the estimate may fill
+EQUAL_SPEED = 1.02  # settings within this ratio of step times count as equally fast
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class StepSizes:
         transformer: Sizes of the transformer.
         parameters: Number of its parameters.
         lora: Adapters, if the transformer is frozen.
-        itemsize: Bytes of a number of the computation.
+        itemsize: Bytes per element of the compute dtype.
         rows: Rows of a batch, over all devices.
         row_length: Tokens of a row.
     """
@@ -49,21 +49,21 @@ class StepSizes:
 
     @property
     def layer_weights(self) -> int:
-        """Weights of the matrices of a layer."""
+        """Number of weights in the matrices of a layer."""
         c = self.transformer
         heads = c.head_width * (2 * c.heads + 2 * c.kv_heads)
         return c.width * (heads + (3 if c.gated_mlp else 2) * c.mlp_width)
 
     @property
     def layer_numbers(self) -> int:
-        """Numbers of a token that the backward pass of a layer needs."""
+        """Elements per token that the backward pass of a layer needs."""
         c = self.transformer
         return 4 * c.width + c.head_width * (3 * c.heads + 2 * c.kv_heads) + 4 * c.mlp_width
 
 
 @dataclasses.dataclass(frozen=True)
 class Proposal:
-    """Settings of a step, with estimates of what it needs on each device.
+    """Settings of a step, with estimates of its memory and time on each device.
 
     Attributes:
         fsdp: `mesh.fsdp`.
@@ -95,10 +95,10 @@ class Proposal:
 
 
 def propose(sizes: StepSizes, mesh: Mesh, memory: int) -> Proposal | None:
-    """Return the settings with the fastest step that fits, by the estimates; None if none fits.
+    """Return the settings with the fastest estimated step that fits into memory; None if none fits.
 
-    Of settings that are about as fast, those that need the least memory are returned. The number of devices along `tensor`
-    stays.
+    Of settings that are about as fast, those with the least memory are returned. The number of devices along `tensor` does
+    not change.
 
     Args:
         sizes: Sizes of the step.
@@ -160,7 +160,7 @@ def estimate(sizes: StepSizes, settings: Proposal, devices: int, chip: TpuChip) 
     chunk_tokens, share = rows * sizes.row_length, (settings.fsdp - 1) / settings.fsdp
     matrices = sizes.layer_weights * c.layers
 
-    # Memory: the state, what is kept of a chunk or of all chunks, and one layer with its gradients and matrices.
+    # Memory: the state, the stored activations of a chunk or of all chunks, and one layer with its gradients and matrices.
     trained_bytes = STATE_BYTES if sizes.lora is None else {"float32": 4, "bfloat16": 2, "int8": 1}[sizes.lora.base_dtype]
     kept_tokens = chunk_tokens if settings.recompute else tokens
     kept = size * _count_kept(sizes, settings) * c.layers * kept_tokens
@@ -168,7 +168,7 @@ def estimate(sizes: StepSizes, settings: Proposal, devices: int, chip: TpuChip) 
     layer = 2 * size * sizes.layer_numbers * chunk_tokens + (2 * size + 4) * sizes.layer_weights
     memory = trained_bytes * sizes.parameters / settings.fsdp + kept + outside_layers + layer
 
-    # Time: passes over the matrices, their traffic and the activations', and messages.
+    # Time: matmuls, memory traffic of matrices and activations, and communication.
     again = (chunks > 1 and settings.recompute) + (settings.remat and settings.policy != "matmuls")
     forward, backward = 1 + again, 2 if sizes.lora is None else 1
     attention = 4 * sizes.row_length * c.heads * c.head_width * c.layers
@@ -183,7 +183,7 @@ def estimate(sizes: StepSizes, settings: Proposal, devices: int, chip: TpuChip) 
 
 
 def _count_kept(sizes: StepSizes, settings: Proposal) -> float:
-    """Return the numbers of a token and layer that are kept between the passes."""
+    """Return the elements per token and layer that are stored between the forward and the backward pass."""
     c = sizes.transformer
     heads = c.heads * c.head_width
     if not settings.remat:

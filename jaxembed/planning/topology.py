@@ -1,4 +1,4 @@
-"""Devices of a TPU slice for ahead-of-time compilation. The slice need not exist here."""
+"""List the devices of a TPU slice for ahead-of-time compilation. The slice need not exist here."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def skip_tpu_discovery() -> None:
     os.environ |= {"JAX_PLATFORMS": "cpu", **NO_TPU_ENVIRONMENT}
 
 
-def topology_devices(name: str, slices: int = 1) -> tuple[list[Any], int]:
+def list_topology_devices(name: str, slices: int = 1) -> tuple[list[Any], int]:
     """Return the devices of TPU slices, and the memory of one device in bytes.
 
     Args:

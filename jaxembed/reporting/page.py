@@ -21,7 +21,7 @@ from markupsafe import Markup
 from jaxembed.files import atomic_write
 from jaxembed.reporting.blocks import ReportSection
 from jaxembed.reporting.charts import Chart
-from jaxembed.training.run_dir import package_versions
+from jaxembed.training.run_dir import collect_package_versions
 
 TEMPLATE_FOLDER = Path(__file__).parent
 # Characters that could end the script element, and line separators that older JavaScript rejects in strings.
@@ -68,7 +68,7 @@ def render_page(title: str, sections: Sequence[ReportSection], command: str) -> 
         program=_read_asset("report.js"),
         library=_bundle_library() if specs else "",
         written=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        version=package_versions()["jaxembed"],
+        version=collect_package_versions()["jaxembed"],
         command=command,
     )
     return page.encode("utf-8", errors="replace")

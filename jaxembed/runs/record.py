@@ -13,7 +13,7 @@ from jaxembed.hub.spec_files import write_spec
 from jaxembed.runs.open import OpenedRun
 from jaxembed.runs.ranges import record_ranges
 from jaxembed.runs.report import count_parameters, describe_computation
-from jaxembed.training.resume_settings import selecting_set_name
+from jaxembed.training.resume_settings import find_selection_set_name
 from jaxembed.training.run_dir import record_or_check, record_versions
 from jaxembed.training.step import TrainState
 
@@ -40,7 +40,7 @@ def record_run(run: OpenedRun) -> None:
     if run.held_out:  # only the set that selects the best checkpoint must stay: scores of other data cannot be ranked
         held_out_digests = {held_out.config.name: held_out.digest for held_out in run.held_out}
         problem = "the held-out data that selects its best checkpoint changed"
-        record_or_check(run_dir, "eval_hashes", held_out_digests, problem, compared_keys={selecting_set_name(run.config)})
+        record_or_check(run_dir, "eval_hashes", held_out_digests, problem, compared_keys={find_selection_set_name(run.config)})
     for role, encoder in run.encoders.items():
         record_or_check(run_dir, role, encoder.identity, f"its {role} changed")
     base: dict[str, Any] = {"name": run.base.name, "hash": run.base.hash(), "config": dict(run.base.hf_config)}

@@ -30,7 +30,7 @@ from jaxembed.training.checkpoint import Checkpoints
 from jaxembed.training.loggers import open_loggers
 from jaxembed.training.loop import Trainer
 from jaxembed.training.metrics import NullRecorder, Recorder, read_metrics
-from jaxembed.training.mfu import MfuMeter, device_peak, make_mfu_meter
+from jaxembed.training.mfu import MfuMeter, find_device_peak, make_mfu_meter
 from jaxembed.training.profile import Profile
 from jaxembed.training.run_dir import check_same_config
 from jaxembed.training.run_lock import RunLock
@@ -137,7 +137,7 @@ def _open_recorder(run: OpenedRun, start: int) -> Recorder:
 
 def _make_mfu_meter(run: OpenedRun, state: TrainState) -> MfuMeter | None:
     """Return the meter of the model FLOPs utilization, or None if the peak of the devices is unknown."""
-    peak = run.config.train.peak_flops or device_peak(run.config.model.dtype)
+    peak = run.config.train.peak_flops or find_device_peak(run.config.model.dtype)
     if peak is None:
         return None
     adapters = len(run.model.adapters)

@@ -1,4 +1,4 @@
-"""Checkpoints of a run by Orbax, written in the background. The last few and the best are kept."""
+"""Checkpoints of a run, written by Orbax in the background. The last few and the best one are kept."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NO_SCORE = -1e9  # the score under which Orbax ranks a checkpoint that was not s
 
 
 class Checkpoints(CheckpointReader):
-    """The checkpoints of a run directory, for the run itself. It removes what a killed run has left unfinished."""
+    """The checkpoints of a run directory, for the run itself. It removes unfinished files of a killed run."""
 
     def __init__(self, run_dir: Path, keep: int):
         """Open the checkpoints.
@@ -51,7 +51,7 @@ class Checkpoints(CheckpointReader):
 
         Args:
             state: The training state.
-            cursor: Where the run is: stage, step and hash of the batch plan.
+            cursor: Position of the run: stage, step and hash of the batch plan.
             score: The held-out score that picks the best checkpoint; None if the state was not scored.
 
         Raises:

@@ -44,13 +44,14 @@ def encode(
         slots: Shard-local slots of texts, shard-major [B, M]; -1 for an absent text.
         key: Random key of dropout.
         chunk_rows: Rows that each device encodes at a time; None for all.
-        exit_layers: Also return the vectors of the model cut to so many of its first layers.
-        recompute: Whether chunks are encoded again in the backward pass. Otherwise what it needs of all chunks is kept.
+        exit_layers: Numbers of layers after which vectors are also returned (early exits).
+        recompute: Whether chunks are encoded again in the backward pass. Otherwise the activations of all chunks are kept.
 
     Returns:
-        Unit vectors [B, M, D], with exits [B, M, 1+E, D], those of all layers first. Absent texts have zeros, without gradient.
+        Unit vectors [B, M, D]; with exits [B, M, 1+E, D], those of the whole model first. Absent texts have zeros, without
+        gradient.
     """
-    # With exits, every text has several slots, one after the other.
+    # With exits, every text has several consecutive slots.
     slots_per_text = 1
     if exit_layers is not None:
         slots_per_text = 1 + len(exit_layers)
@@ -74,14 +75,14 @@ def encode(
 
         def add_chunk(sums: jax.Array, inputs: tuple[Any, jax.Array]) -> tuple[jax.Array, None]:
             chunk, text_indices = inputs
-            # Encode, and usually recompute in the backward pass instead of keeping activations.
+            # Encode. Usually the chunk is encoded again in the backward pass instead of keeping its activations.
             run = jax.checkpoint(encode_chunk, prevent_cse=False) if recompute else encode_chunk
             vectors = run(chunk).reshape(shards, -1, sums.shape[-1])
             # Add each slot's vector to its text's row. Empty slots have an index out of bounds, and are dropped.
             add = jax.vmap(lambda sums, indices, new: sums.at[indices].add(new, mode="drop"))
             return shard_rows(add(sums, text_indices, vectors)), None
 
-        # Cut the rows into chunks, and find the text in each slot of a chunk. `keys` are [1, chunks] here.
+        # Split the rows into chunks, and find the text in each slot of a chunk. `keys` are [1, chunks] here.
         inputs = jax.tree.map(lambda x: _split_into_chunks(x, shards, chunks, chunk_rows), row_arrays), keys[0]
         text_indices = _find_texts_in_slots(slots, shards, chunks, chunk_rows * texts.segments * slots_per_text)
         # Loop over the chunks. Every text is in one chunk only, so the sums are the vectors.
@@ -90,7 +91,7 @@ def encode(
         sums, _ = jax.lax.scan(add_chunk, shard_rows(zeros), (inputs, text_indices))
         return l2_normalize(sums).reshape(*slots.shape, -1)
 
-    return map_over_shards(encode_part)((params, exit_layers), _row_arrays(texts), slots, keys)
+    return map_over_shards(encode_part)((params, exit_layers), _get_row_arrays(texts), slots, keys)
 
 
 def encode_tokens(
@@ -123,8 +124,8 @@ def encode_tokens(
 
     # Without chunks: all rows at once.
     if chunk_rows is None or chunk_rows * texts.shards >= len(texts.tokens):
-        return gather(encode_rows(params, _row_arrays(texts), key, texts.shards))
-    # Otherwise chunks of rows of every shard, as in `encode`.
+        return gather(encode_rows(params, _get_row_arrays(texts), key, texts.shards))
+    # With chunks: loop over chunks of rows of every shard, as in `encode`.
     shards, chunks, keys = _plan_chunks(texts, chunk_rows, key)
 
     def encode_part(params: Any, row_arrays: dict[str, jax.Array], keys: jax.Array) -> jax.Array:
@@ -136,7 +137,7 @@ def encode_tokens(
         _, hidden = jax.lax.scan(encode_chunk, None, inputs)
         return _join_chunks(hidden, shards, len(texts.tokens) // texts.shards)
 
-    return gather(map_over_shards(encode_part)(params, _row_arrays(texts), keys))
+    return gather(map_over_shards(encode_part)(params, _get_row_arrays(texts), keys))
 
 
 def gather_vectors(vectors: Float[Array, "r s d"], slots: Int[Array, "b *m"], shards: int) -> Float[Array, "b *m d"]:
@@ -175,7 +176,7 @@ def _find_texts_in_slots(slots: jax.Array, shards: int, chunks: int, chunk_slots
     return indices.reshape(shards, chunks, chunk_slots).swapaxes(0, 1)
 
 
-def _row_arrays(texts: PackedTexts) -> dict[str, jax.Array]:
+def _get_row_arrays(texts: PackedTexts) -> dict[str, jax.Array]:
     """Return the arrays of packed texts by name."""
     return {name: getattr(texts, name) for name in ("tokens", "segment_ids", "positions", "pool_mask")}
 

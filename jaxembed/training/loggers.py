@@ -1,7 +1,7 @@
 """Loggers that receive the metrics of a run besides metrics.jsonl: TensorBoard, Weights & Biases, trackio (`train.loggers`).
 
-Weights & Biases and trackio are optional packages with settings of their own, which they read from the environment
-(WANDB_PROJECT, WANDB_MODE, TRACKIO_DIR, ...). API keys come from there too, and are never written.
+Weights & Biases and trackio are optional packages, which read their own settings from the environment
+(WANDB_PROJECT, WANDB_MODE, TRACKIO_DIR, ...). API keys come from there too, and are never logged.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ OpenPackage = tuple[Callable[..., object], Callable[[], object]]  # log the valu
 
 
 class PackageLogger:
-    """Passes metrics to a tracking package. A failure never stops training: after the first one, it logs nothing more."""
+    """Passes metrics to a tracking package. A failure never stops training: after the first one, nothing more is logged."""
 
-    def __init__(self, name: str, opened: OpenPackage, written: Collection[tuple[int, frozenset[str]]] = ()):
+    def __init__(self, name: str, package: OpenPackage, logged: Collection[tuple[int, frozenset[str]]] = ()):
         """Wrap an open run.
 
         Args:
             name: Name of the package, for warnings.
-            opened: The functions that log the values of a step and finish the run.
-            written: Steps and metric names that an earlier start has logged. They are not logged twice.
+            package: The functions that log the values of a step and finish the run.
+            logged: Steps and metric names that an earlier start has logged. They are not logged again.
         """
-        self._name, self._written = name, written
-        self._log, self._finish = opened
+        self._name, self._written = name, logged
+        self._log, self._finish = package
         self._has_failed = False
 
     def write_scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -80,7 +80,7 @@ def open_loggers(config: Config, start: int) -> list[MetricLogger]:
         start: Last step of the checkpoint that the run resumes from, 0 for a new run.
 
     Raises:
-        UserError: A logger is not installed, or cannot be opened.
+        UserError: A logger is not installed, or cannot be package.
     """
     check_loggers_installed(config.train.loggers)
     return [_open_logger(name, config, start) for name in config.train.loggers]
@@ -93,13 +93,13 @@ def _open_logger(name: str, config: Config, start: int) -> MetricLogger:
     run_id = _find_run_id(run_dir, name)
     try:
         with contextlib.redirect_stdout(sys.stderr):  # standard output is for the result
-            opened = OPENERS[name](config, run_id)
+            package = OPENERS[name](config, run_id)
     except Exception as error:  # no key, no network, a full disk
         raise UserError(
-            f"train.loggers: {name} cannot be opened ({summarize(error)}). {LOGGER_ADVICE[name]}, or remove it from "
+            f"train.loggers: {name} cannot be package ({summarize(error)}). {LOGGER_ADVICE[name]}, or remove it from "
             "train.loggers."
         ) from None
-    return PackageLogger(name, opened, _find_written(run_dir, start))
+    return PackageLogger(name, package, _find_written(run_dir, start))
 
 
 def _find_written(run_dir: Path, start: int) -> set[tuple[int, frozenset[str]]]:
@@ -151,5 +151,5 @@ def _open_trackio(config: Config, run_id: str) -> OpenPackage:
 OPENERS: dict[str, Callable[[Config, str], OpenPackage]] = {"wandb": _open_wandb, "trackio": _open_trackio}
 LOGGER_ADVICE = {
     "wandb": "Set WANDB_API_KEY, set WANDB_MODE=offline to write to the run directory",
-    "trackio": "Set TRACKIO_DIR to a folder that can be written",
+    "trackio": "Set TRACKIO_DIR to a folder that can be logged",
 }

@@ -1,4 +1,4 @@
-"""The training loop: take a batch, run a step, then log, evaluate and checkpoint where it is time."""
+"""The training loop: take a batch, run a step, then log, evaluate and save a checkpoint when due."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class StepStats:
     """Counts and times since the last logged step.
 
     Attributes:
-        start_time: When counting started (`time.perf_counter`).
+        start_time: Start of the measurement (`time.perf_counter`).
         steps: Number of steps.
         data_wait_seconds: Seconds of waiting for batches.
         useful_tokens: Tokens of texts.
@@ -61,7 +61,7 @@ class StepStats:
         self.token_pairs += host_batch.token_pairs
         self.examples += host_batch.examples
 
-    def rates(self, mfu_meter: MfuMeter | None) -> dict[str, float]:
+    def compute_rates(self, mfu_meter: MfuMeter | None) -> dict[str, float]:
         """Return the throughput metrics by name."""
         seconds = time.perf_counter() - self.start_time
         rates = {
@@ -79,7 +79,7 @@ class StepStats:
 
 @dataclasses.dataclass(frozen=True)
 class InFlightStep:
-    """A step that was started, and may not have finished."""
+    """A step that was started and may still be running."""
 
     step: int
     host_batch: HostBatch
@@ -88,7 +88,7 @@ class InFlightStep:
 
 @dataclasses.dataclass(kw_only=True)
 class Trainer:
-    """The loop of one stage, and what it needs besides the state. Steps are counted through all stages.
+    """The training loop of one stage. Steps are counted across all stages.
 
     Attributes:
         stage: The stage to train.
@@ -96,13 +96,13 @@ class Trainer:
         mesh: The device mesh.
         train_step: The compiled step of the stage.
         evaluate: Scores all parameters on the held-out sets; None without such sets.
-        best_metric: SET/METRIC whose maximum picks the best checkpoint.
+        best_metric: SET/METRIC whose maximum selects the best checkpoint.
         checkpoints: Where states are saved.
         recorder: Where metrics are written.
         profile: Records a trace of some steps.
         mfu_meter: Computes MFU; None if the peak of the devices is unknown.
-        check_scores: Is called with the step and its scores after every evaluation.
-        program_shapes: Shapes of the batches that a program is compiled for.
+        check_scores: Called with the step and its scores after every evaluation.
+        program_shapes: Batch shapes for which a program is compiled.
     """
 
     stage: Stage
@@ -142,9 +142,9 @@ class Trainer:
         in_flight: InFlightStep | None = None
         last_step = self.stage.last_step
         for step in range(int(state.step) + 1, last_step + 1):
-            self.profile.before(step)
+            self.profile.before_step(step)
             with must_finish(f"step {step}", self.config.stall_timeout_s), StepTraceAnnotation("train", step_num=step):
-                # Next batch.
+                # Take the next batch.
                 wait_start = time.perf_counter()
                 host_batch = next(batches)
                 stats.add(host_batch, time.perf_counter() - wait_start)
@@ -152,7 +152,7 @@ class Trainer:
                 state, metrics = self._start_step(state, host_batch, stats)
                 self._check_finite(in_flight)
                 in_flight = InFlightStep(step, host_batch, metrics)
-                # Decide what follows. Logging and saving need a step that has finished.
+                # Decide what is due. Logging and saving must wait until the step has finished.
                 is_last = step == last_step
                 log = is_last or step % self.config.log_every == 0
                 evaluate = self.evaluate is not None and (is_last or step % self.config.eval_every == 0)
@@ -161,14 +161,14 @@ class Trainer:
                 if log or save:
                     self._check_finite(in_flight)
                     in_flight = None
-            self.profile.after(step, metrics)
+            self.profile.after_step(step, metrics)
             if log:
                 self._log(step, metrics, stats)
                 stats = StepStats()
             self.recorder.advance()
             score = None
             if evaluate and not is_stopping:
-                score = self._finite_score(self._evaluate(state, step)[self.best_metric], step)
+                score = self._check_score(self._evaluate(state, step)[self.best_metric], step)
                 stats.start_time = time.perf_counter()
             if save:
                 self._save(state, step, score)
@@ -217,7 +217,7 @@ class Trainer:
 
     def _log(self, step: int, metrics: Metrics, stats: StepStats) -> None:
         values = {name: float(value) for name, value in metrics.items()}
-        values |= stats.rates(self.mfu_meter)
+        values |= stats.compute_rates(self.mfu_meter)
         with must_finish(f"logging of step {step}", self.config.stall_timeout_s):
             self.recorder.log(step, values, self.stage.index)
         self.recorder.show(loss=f"{values['loss']:.4f}", tokens_s=f"{values['useful_tokens_per_second']:,.0f}")
@@ -230,8 +230,8 @@ class Trainer:
         self.check_scores(step, scores)
         return scores
 
-    def _finite_score(self, score: float, step: int) -> float | None:
-        """Return a score that ranks a checkpoint, or None, and a line, if it is not a number: NaN has no rank."""
+    def _check_score(self, score: float, step: int) -> float | None:
+        """Return the score that ranks a checkpoint. If it is NaN, which has no rank, log a line and return None."""
         if math.isfinite(score):
             return score
         self.recorder.say(f"step {step}: {self.best_metric} is not finite, so this checkpoint is not ranked")

@@ -19,14 +19,14 @@ from jaxembed.files import exists, finite_or_none, read_bytes, write_text
 
 
 class MetricLogger(Protocol):
-    """Writes the metrics of a run to a place of its own."""
+    """Receives the metrics of a run."""
 
     def write_scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Write the values of a step."""
         ...
 
     def close(self) -> None:
-        """Write what is left, and close the logger."""
+        """Flush and close the logger."""
         ...
 
 
@@ -40,7 +40,7 @@ class Recorder:
             run_dir: The run directory.
             start: Last step of the checkpoint that the run resumes from, 0 for a new run. Rows after it are dropped.
             steps: Number of steps of the whole run.
-            loggers: Where metrics are written too. The recorder closes them.
+            loggers: Further receivers of the metrics. The recorder closes them.
         """
         path = run_dir / "metrics.jsonl"
         rows = [row for row in read_metrics(run_dir) if row["step"] <= start] if start else []
@@ -71,7 +71,7 @@ class Recorder:
         self._bar.write(text, file=self._stderr)
 
     def close(self) -> None:
-        """Close all files and the progress bar. What was logged is written already, so a full disk is no error here."""
+        """Close all files and the progress bar. All rows are already written, so a full disk is not an error here."""
         self._bar.close()
         for close in (self._file.close, *(logger.close for logger in self._loggers)):
             with contextlib.suppress(OSError):
@@ -79,7 +79,7 @@ class Recorder:
 
 
 class NullRecorder:
-    """Records nothing. Every process but the first has it in place of a `Recorder`."""
+    """Records nothing. Every process but the first uses it instead of a `Recorder`."""
 
     def advance(self) -> None:
         """Do nothing."""

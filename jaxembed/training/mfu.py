@@ -1,4 +1,4 @@
-"""Model FLOPs utilization (MFU): the share of the devices' peak that the model's own arithmetic uses.
+"""Model FLOPs utilization (MFU): the share of the devices' peak FLOP/s that the model uses.
 
 Definition: Chowdhery et al. 2022, PaLM, appendix B. It counts the matmuls that the model asks for, not those that are
 recomputed to save memory:
@@ -41,7 +41,7 @@ class MfuMeter:
     peak_flops: float
 
     def mfu(self, tokens: int, pairs: int, seconds: float) -> float:
-        """Return the MFU of a number of useful tokens and of pairs of tokens that were computed in `seconds`."""
+        """Return the MFU, given the useful tokens and token pairs that were computed in `seconds`."""
         return (self.token_flops * tokens + self.pair_flops * pairs) / (seconds * self.peak_flops)
 
 
@@ -60,7 +60,7 @@ def make_mfu_meter(transformer: TransformerConfig, trained: Any, frozen: Any, ad
 
 
 def count_kernel_weights(params: Any, adapters: int = 0) -> int:
-    """Count the weights of the kernels that a token passes; of stacked adapters it passes one."""
+    """Count the weights of the kernels that a token passes; of stacked adapters, only one is counted."""
     flat = flatten_dict(params)
     kernels = {
         path: x for path, x in flat.items() if path[0] in ("decoder", "pooling") and path[-1] in ("kernel", *ADAPTER_PARAMS)
@@ -71,7 +71,7 @@ def count_kernel_weights(params: Any, adapters: int = 0) -> int:
     return sum(math.prod(x.shape) // (stacked if path[-1] in ADAPTER_PARAMS else 1) for path, x in kernels.items())
 
 
-def device_peak(dtype: str) -> float | None:
+def find_device_peak(dtype: str) -> float | None:
     """Return the peak FLOP/s of one device here when it computes in `dtype`, or None if it is not known."""
     chip = find_chip(jax.devices()[0].device_kind)
     return chip.peak_flops if chip is not None and dtype == "bfloat16" else None

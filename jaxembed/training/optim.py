@@ -53,8 +53,8 @@ def make_optimizer(config: OptimConfig, steps: int, has_adapters: bool = False) 
     adam = optax.scale_by_adam()
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
-        optax.partition({ADAPTER_STATE: adam, "shared": adam}, _adam_groups) if has_adapters else adam,
-        optax.add_decayed_weights(config.weight_decay, decay_mask),
+        optax.partition({ADAPTER_STATE: adam, "shared": adam}, _label_adam_groups) if has_adapters else adam,
+        optax.add_decayed_weights(config.weight_decay, make_decay_mask),
         optax.scale_by_learning_rate(make_schedule(config, steps)),
     )
 
@@ -65,12 +65,12 @@ def count_updates(opt_state: Any) -> jax.Array:
     return counts[0][1]
 
 
-def _adam_groups(params: Any) -> Any:
+def _label_adam_groups(params: Any) -> Any:
     """Return the label of each parameter for `optax.partition`: adapters, or parameters that all adapters share."""
     return jax.tree.map_with_path(lambda path, _: ADAPTER_STATE if path[-1].key in ADAPTER_PARAMS else "shared", params)
 
 
-def decay_mask(params: Any) -> Any:
+def make_decay_mask(params: Any) -> Any:
     """Return a tree that is True where weight decay applies.
 
     Raises:

@@ -25,13 +25,13 @@ class Profile:
         self._folder = folder
         self._is_recording = False
 
-    def before(self, step: int) -> None:
+    def before_step(self, step: int) -> None:
         """Start the trace if the step that starts now is one of those to record."""
         if not self._is_recording and self._first <= step <= self._last and processes.is_first():
             jax.profiler.start_trace(self._folder)
             self._is_recording = True
 
-    def after(self, step: int, result: Any) -> None:
+    def after_step(self, step: int, result: Any) -> None:
         """Write the trace if this was the last step to record, once the devices have computed its result."""
         if self._is_recording and step == self._last:
             jax.block_until_ready(result)

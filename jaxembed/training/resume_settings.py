@@ -5,7 +5,7 @@ decide which checkpoint is the best, are compared. These may change:
 
 - `run`: the name, and the directory, so that a run can be moved.
 - `mesh`, `model.remat`, `model.remat_policy`, `model.unroll`, `model.attention_kernel` and `gradcache.recompute`: how the same
-  numbers are computed, up to rounding.
+  values are computed, up to rounding.
 - `name`, `catalog` and `equality` of a source: names select stored prompts, the keys of an entry are compared themselves, and
   a run keeps the equality that it has recorded (`keep_recorded_equality`).
 - `train.log_every`, `checkpoint_every`, `eval_every`, `keep_checkpoints`, `profile_steps`, `peak_flops`, `loggers` and
@@ -43,21 +43,21 @@ FREE_TRAIN_KEYS = frozenset(
 
 def settings_that_must_match(recorded: Config, config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the settings of a recorded config, and of the config that resumes its run, as far as they must be equal."""
-    before, after = _fixed_settings(recorded), _fixed_settings(config)
+    before, after = _collect_fixed_settings(recorded), _collect_fixed_settings(config)
     if not recorded.eval.sets:
         del before["eval"], after["eval"]
     return before, after
 
 
-def _fixed_settings(config: Config) -> dict[str, Any]:
+def _collect_fixed_settings(config: Config) -> dict[str, Any]:
     """Return the settings that a resumed run must share, as plain values under the keys of the config file."""
     model = {key: value for key, value in config.model.model_dump(mode="json").items() if key not in FREE_MODEL_KEYS}
-    stages = [_fixed_stage_settings(stage) for stage in config.stages]
+    stages = [_collect_fixed_stage_settings(stage) for stage in config.stages]
     trained = stages[0] if len(stages) == 1 else {"stages": stages}
-    return {"model": model, **trained, "eval": {"selecting_set": _selecting_set(config)}}
+    return {"model": model, **trained, "eval": {"selecting_set": _find_selection_set(config)}}
 
 
-def _fixed_stage_settings(stage: StageConfig) -> dict[str, Any]:
+def _collect_fixed_stage_settings(stage: StageConfig) -> dict[str, Any]:
     sections = stage.model_dump(mode="json", include=set(StageSections.model_fields))
     sources = [
         {key: value for key, value in source.items() if key not in FREE_SOURCE_KEYS} for source in sections["data"]["sources"]
@@ -67,13 +67,13 @@ def _fixed_stage_settings(stage: StageConfig) -> dict[str, Any]:
     return {**sections, "train": {key: value for key, value in sections["train"].items() if key not in FREE_TRAIN_KEYS}}
 
 
-def _selecting_set(config: Config) -> dict[str, Any] | None:
+def _find_selection_set(config: Config) -> dict[str, Any] | None:
     """Return the held-out set whose score selects the best checkpoint. A set has one metric."""
     sets = {held_out.name: held_out.model_dump(mode="json") for held_out in config.eval.sets}
-    return sets.get(selecting_set_name(config))
+    return sets.get(find_selection_set_name(config))
 
 
-def selecting_set_name(config: Config) -> str:
+def find_selection_set_name(config: Config) -> str:
     """Return the name of the held-out set whose score selects the best checkpoint, empty without held-out sets."""
     return config.eval.best.rpartition("/")[0] or next((held_out.name for held_out in config.eval.sets), "")
 

@@ -1,4 +1,4 @@
-"""The run directory. What identifies a run is written there once, and compared when the run is resumed."""
+"""The run directory. It records what identifies a run, which is compared when the run is resumed."""
 
 from __future__ import annotations
 
@@ -146,14 +146,14 @@ def record_or_check(
 def record_versions(run_dir: Path) -> None:
     """Write versions.json. Warn if a resumed run had other versions: its losses may differ in the last bits."""
     path = run_dir / "versions.json"
-    versions = package_versions()
+    versions = collect_package_versions()
     if path.is_file() and (changes := _summarize_differences(read_run_file(read_json, path), versions)):
         log.warning("versions differ from those at the start of this run, so results are not bit-identical: %s", changes)
     if processes.is_first():
         write_json(path, versions)
 
 
-def package_versions() -> dict[str, str]:
+def collect_package_versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that determine what a run computes."""
     versions = {"python": platform.python_version()}
     for name in RECORDED_PACKAGES:

@@ -43,10 +43,10 @@ class LockOwner:
     Attributes:
         host: Name of its machine.
         pid: Its process id.
-        since: When it took the lock, for messages.
+        since: Time when it took the lock, for messages.
         pid_space: Identifies the boot and the container to which `pid` belongs; empty if the system does not say.
-        process_start: When the process started, in ticks of that boot. It distinguishes processes that had the same id.
-        token: Random text that no other owner has.
+        process_start: Start time of the process, in ticks since that boot. It distinguishes processes that reuse an id.
+        token: Random text, unique to this owner.
     """
 
     host: str
@@ -63,21 +63,21 @@ class LockOwner:
             host=socket.gethostname(),
             pid=os.getpid(),
             since=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-            pid_space=_pid_space(),
-            process_start=_process_start(os.getpid()),
+            pid_space=_find_pid_space(),
+            process_start=_find_process_start(os.getpid()),
             token=uuid.uuid4().hex,
         )
 
     def has_ended(self) -> bool:
         """Return whether the process is known to have ended. It is not known for a process of another machine."""
-        return self._is_on_this_machine() and _process_start(self.pid) != self.process_start
+        return self._is_on_this_machine() and _find_process_start(self.pid) != self.process_start
 
     def is_running(self) -> bool:
         """Return whether the process is known to run. It is not known for a process of another machine."""
-        return self._is_on_this_machine() and _process_start(self.pid) == self.process_start
+        return self._is_on_this_machine() and _find_process_start(self.pid) == self.process_start
 
     def _is_on_this_machine(self) -> bool:
-        return bool(self.pid_space) and self.pid_space == _pid_space()
+        return bool(self.pid_space) and self.pid_space == _find_pid_space()
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host} (since {self.since})"
@@ -111,7 +111,7 @@ class RunLock:
             UserError: Another job is training in the directory.
             OSError: The directory cannot be written.
         """
-        content = self._content(0)
+        content = self._format_content(0)
         if not _create(self._path, content):
             self._wait_until_abandoned()
             # Of several jobs that take over an abandoned lock, the last to write has it.
@@ -151,15 +151,15 @@ class RunLock:
                     )
                     os._exit(1)
                 if not content:
-                    _create(self._path, self._content(count))
+                    _create(self._path, self._format_content(count))
                 else:
-                    _overwrite(self._path, self._content(count))
+                    _overwrite(self._path, self._format_content(count))
 
     def _is_ours(self, content: bytes | None = None) -> bool:
         owner = _parse(_read(self._path) if content is None else content)
         return owner is not None and owner.token == self._owner.token
 
-    def _content(self, heartbeat: int) -> bytes:
+    def _format_content(self, heartbeat: int) -> bytes:
         return json.dumps({**dataclasses.asdict(self._owner), "heartbeat": f"{heartbeat:09}"}).encode()
 
 
@@ -219,7 +219,7 @@ def _parse(content: bytes) -> LockOwner | None:
         return None
 
 
-def _pid_space() -> str:
+def _find_pid_space() -> str:
     """Return what identifies the boot and the container of this process on Linux, empty elsewhere."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -228,7 +228,7 @@ def _pid_space() -> str:
         return ""
 
 
-def _process_start(pid: int) -> str:
+def _find_process_start(pid: int) -> str:
     """Return when a process started, in ticks since the boot; empty if it does not run, or has ended as a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -17,7 +17,7 @@ from jaxembed.devices.group_exit import print_error
 from jaxembed.devices.standard_streams import LossyStream
 from jaxembed.errors import Stopped, interrupt_signal
 
-MAX_UNWINDING_S = 20.0  # for a block that was interrupted, with whatever it cleans up
+MAX_UNWINDING_S = 20.0  # for an interrupted block to clean up and end
 RESUME_MESSAGE = "the run continues from its last checkpoint, if it has one. Run the same command."
 
 
@@ -146,7 +146,7 @@ def must_finish(name: str, limit_s: float) -> AbstractContextManager[None]:
     """Return a context that ends the process if its block takes too long: exit code 1, and the stacks of all threads.
 
     Args:
-        name: What the error calls the block.
+        name: Name of the block in the error.
         limit_s: Seconds that the block may take.
     """
     return call_if_late(limit_s, _exit_with_stacks, name, limit_s)

@@ -27,12 +27,12 @@ class Stage:
     Attributes:
         index: Position among the stages of the run.
         config: Settings of the stage.
-        first_step: Steps of the run before this stage.
-        schedule_steps: Steps that share the optimizer and the learning-rate schedule, those of this stage among them.
+        first_step: Number of steps of the run before this stage.
+        schedule_steps: Number of steps that share the optimizer and the learning-rate schedule, including those of this stage.
         plan: The queries of every batch. It has no sources if all objectives predict tokens.
         batch_builder: Builds a batch from the ids of its queries.
         tokenizer: Tokenizer with the stage's maximum length.
-        objectives: What the stage minimizes.
+        objectives: The objectives of the stage.
         teacher_width: Width of the teacher's vectors, 0 without a teacher.
     """
 
@@ -63,12 +63,12 @@ class Stage:
 
     @property
     def all_sources(self) -> list[Source]:
-        """The sources of the stage, each once: those of queries, and those of objectives that predict tokens."""
+        """The distinct sources of the stage: of its queries, and of objectives that predict tokens."""
         return list_sources(self.plans)
 
     @property
     def plan_hash(self) -> str:
-        """Hash of all plans of the stage and their data, by which a resumed run finds that its batches are the same."""
+        """Hash of all plans of the stage and their data. A resumed run compares it to verify that its batches are the same."""
         return "-".join(plan.hash for plan in self.plans)
 
     @property
@@ -99,8 +99,8 @@ class Stage:
             shardings=jax.tree.map(lambda x: x.sharding, state),
         )
 
-    def new_objective_params(self, model: EmbeddingModel, key: jax.Array) -> Any:
-        """Return fresh parameters of the objectives that have some, by the label of the objective."""
+    def init_objective_params(self, model: EmbeddingModel, key: jax.Array) -> Any:
+        """Initialize the parameters of the objectives that have any, keyed by objective label."""
         return self.objectives.init_params(model.width, self.teacher_width, key)
 
     def mines(self, source: Source) -> bool:
@@ -112,14 +112,14 @@ class Stage:
         """Return whether a query of this source has a loss only if its row has hard negatives."""
         hard_only = all(
             isinstance(objective, InfoNCEConfig) and (objective.negatives == "hard" or not source.in_batch)
-            for objective in self._objectives_for(source)
+            for objective in self._list_objectives(source)
         )
         return hard_only and not self.mines(source)
 
     def needs_teacher_scores(self, source: Source) -> bool:
         """Return whether a query of this source has a loss only if its row has a teacher's scores."""
-        objectives = self._objectives_for(source)
+        objectives = self._list_objectives(source)
         return all(isinstance(o, DistillationConfig | MarginMSEConfig) and o.teacher is None for o in objectives)
 
-    def _objectives_for(self, source: Source) -> list[ObjectiveConfig]:
+    def _list_objectives(self, source: Source) -> list[ObjectiveConfig]:
         return [o for o in self.config.objectives if not o.sources or source.name in o.sources]

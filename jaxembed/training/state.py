@@ -1,4 +1,4 @@
-"""The training state at the start of a stage, and its shapes, with which a step compiles without memory."""
+"""The training state at the start of a stage, and its shapes, from which a step is compiled without allocating memory."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from jaxembed.training.step import OBJECTIVE_PARAMS, TrainState
 def begin_stage(stage: Stage, state: TrainState, model: EmbeddingModel, mesh: Mesh) -> TrainState:
     """Return the state a stage starts from: the previous stage's, with a fresh optimizer if the stage restarts.
 
-    An objective with parameters of its own keeps those that an objective of the same label had in the previous stage.
+    An objective with parameters keeps those of the objective with the same label in the previous stage.
 
     Raises:
         UserError: The stage continues the optimizer, but its objectives train other parameters.
     """
-    # Parameters of objectives: from the previous stage where the label is the same, else fresh.
+    # Parameters of objectives: from the previous stage if the label is the same, otherwise fresh.
     key = jax.random.fold_in(state.key, stage.index)
     previous = state.params.get(OBJECTIVE_PARAMS, {})
-    fresh = replicated_jit(mesh, partial(stage.new_objective_params, model), key)
+    fresh = replicated_jit(mesh, partial(stage.init_objective_params, model), key)
     objective_params = {label: previous.get(label, params) for label, params in fresh.items()}
     params = {name: part for name, part in state.params.items() if name != OBJECTIVE_PARAMS}
     if objective_params:
@@ -48,7 +48,7 @@ def begin_stage(stage: Stage, state: TrainState, model: EmbeddingModel, mesh: Me
     return dataclasses.replace(state, params=params, opt_state=opt_state)
 
 
-def state_shapes(
+def compute_state_shapes(
     model: EmbeddingModel, optimizer: optax.GradientTransformation, mesh: Mesh, objective_params: Any = None
 ) -> TrainState:
     """Return the shapes, with shardings, of the state that a stage starts from. No memory is needed.
@@ -67,7 +67,7 @@ def state_shapes(
     trained, frozen = split_params(attach_shardings(*shapes_and_shardings(model, mesh)))
     if objective_params:
         trained |= {OBJECTIVE_PARAMS: replicate_shapes(objective_params)}
-    opt_state = _optimizer_shapes(optimizer, trained, adapter_count, mesh)
+    opt_state = _compute_optimizer_shapes(optimizer, trained, adapter_count, mesh)
     step_and_key = jax.eval_shape(lambda: {"step": jnp.zeros((), jnp.int32), "key": jax.random.key(0)})
     params = stack_shapes(trained, adapter_count) if adapter_count else trained
     return TrainState(params, opt_state, frozen=frozen, **replicate_shapes(step_and_key))
@@ -85,11 +85,11 @@ def _init_optimizer(optimizer: optax.GradientTransformation, params: Any, adapte
         state = optimizer.init(params)
         return stack_adapters([state] * adapter_count) if adapter_count else state
 
-    shapes = _optimizer_shapes(optimizer, params, adapter_count, mesh)
+    shapes = _compute_optimizer_shapes(optimizer, params, adapter_count, mesh)
     return jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, shapes))(params)
 
 
-def _optimizer_shapes(optimizer: optax.GradientTransformation, params: Any, adapter_count: int, mesh: Mesh) -> Any:
+def _compute_optimizer_shapes(optimizer: optax.GradientTransformation, params: Any, adapter_count: int, mesh: Mesh) -> Any:
     """Return the shapes, with shardings, of the optimizer's state. `params` may be shapes too.
 
     An entry whose path ends in a parameter's path is placed like that parameter; everything else is replicated.

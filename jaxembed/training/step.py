@@ -24,7 +24,7 @@ from jaxembed.training.optim import count_updates
 
 Metrics = dict[str, jax.Array]
 SCOPES = ("loss", "encode", "optimizer")  # names of the parts of a step in the compiled program
-EXITS_KEY = 1  # tells the random key of the exits from the others of a step
+EXITS_KEY = 1  # distinguishes the random key of the exits from the other keys of a step
 OBJECTIVE_PARAMS = "objectives"  # name of the objectives' parameters among the trained ones; the model does not have them
 
 
@@ -37,9 +37,9 @@ class TrainState:
     Attributes:
         params: The trained parameters, float32. Those of the objectives are under OBJECTIVE_PARAMS.
         opt_state: State of the optax optimizer.
-        step: Number of steps done, int32.
+        step: Number of completed steps, int32.
         key: Random key of the run.
-        frozen: Parameters that are not trained: those of a base under adapters. No checkpoint holds them.
+        frozen: Parameters that are not trained: those of a base under adapters. They are not part of checkpoints.
     """
 
     params: Any
@@ -54,7 +54,7 @@ class TrainState:
         return join_params({name: part for name, part in self.params.items() if name != OBJECTIVE_PARAMS}, self.frozen)
 
 
-def batch_loss(
+def compute_batch_loss(
     model: EmbeddingModel,
     objectives: Objectives,
     params: Any,
@@ -68,7 +68,7 @@ def batch_loss(
 
     Args:
         model: The model.
-        objectives: What is minimized.
+        objectives: The objectives to minimize.
         params: Parameters of the model, and of the objectives under OBJECTIVE_PARAMS.
         batch: The batch.
         key: Random key of dropout and of the objectives.
@@ -80,7 +80,7 @@ def batch_loss(
     """
     dropout_key, objectives_key = jax.random.split(key)
     total, metrics = jnp.zeros(()), dict[str, jax.Array]()
-    # Objectives that compare vectors.
+    # Add the objectives that compare vectors.
     if batch.texts is not None:
         with jax.named_scope("encode"):
             slots = jnp.concatenate([batch.query_slot[:, None], batch.doc_slot], axis=1)
@@ -91,7 +91,7 @@ def batch_loss(
             if exit_layers is None:
                 vectors = vectors[:, :, None]
             total, metrics = objectives.sum_over_exits(vectors, batch, objectives_key, objective_params, shards)
-    # Objectives that predict tokens.
+    # Add the objectives that predict tokens.
     for i, (label, config) in enumerate(objectives.token_configs.items()):
         tokens, key = batch.token_batches[label], jax.random.fold_in(dropout_key, i)
         with jax.named_scope("encode"):
@@ -115,11 +115,11 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Build the compiled train step. It takes eight parameters because a stage may choose each of them.
 
-    Of several adapters, those that a batch does not train keep their parameters and moments.
+    Adapters that a batch does not train keep their parameters and moments.
 
     Args:
         model: The model.
-        objectives: What is minimized.
+        objectives: The objectives to minimize.
         optimizer: Updates the trained parameters.
         schedule: The learning rate of `optimizer`, for the metrics.
         skip_nonfinite: If the loss or the gradient is not finite, leave parameters and optimizer as they are. The step counts,
@@ -133,14 +133,14 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        # The adapter of this batch, if there are several: all that follows sees only that one.
+        # Select the adapter of this batch, if there are several.
         params, opt_state = before = pick_adapter((state.params, state.opt_state), batch.adapter)
 
-        # Loss and gradients of the trained parameters.
+        # Compute the loss and the gradients of the trained parameters.
         def compute_loss(params: Any) -> tuple[jax.Array, Metrics]:
             key = jax.random.fold_in(state.key, state.step)
             all_params = join_params(params, state.frozen)
-            return batch_loss(model, objectives, all_params, batch, key, chunk_rows, recompute=recompute)
+            return compute_batch_loss(model, objectives, all_params, batch, key, chunk_rows, recompute=recompute)
 
         (loss, parts), grads = jax.value_and_grad(compute_loss, has_aux=True)(params)
         with jax.named_scope("optimizer"):

@@ -26,7 +26,7 @@ class EventFile:
 
         Args:
             folder: The folder, which is created if it does not exist.
-            purge_step: Step of the checkpoint that a run resumes from. TensorBoard hides what earlier files have after it.
+            purge_step: Step of the checkpoint that a run resumes from. TensorBoard hides later steps of earlier files.
         """
         folder.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"

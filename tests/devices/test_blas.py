@@ -22,7 +22,7 @@ from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.model.hf_config import parse_hf_config
 from jaxembed.model.matmul import sharded_matmul
 from jaxembed.model.transformer import ComputeOptions
-from jaxembed.planning.flops import matmul_flops
+from jaxembed.planning.flops import count_matmul_flops
 
 
 def draw_normal(*shape: int) -> jax.Array:
@@ -41,7 +41,7 @@ def test_values_and_gradients_equal_those_of_numpy(monkeypatch: pytest.MonkeyPat
         np.testing.assert_allclose(gradient, expected, atol=1e-5)
     for arguments, matmuls in (((0, 1), 3), (0, 2)):  # one of them forward
         traced = jax.make_jaxpr(jax.grad(lambda *a: jnp.square(sharded_matmul(*a, 0)).sum(), arguments))(x, kernel)
-        assert matmul_flops(traced) == matmuls * 2 * 37 * 24 * 50
+        assert count_matmul_flops(traced) == matmuls * 2 * 37 * 24 * 50
 
 
 def test_blas_is_used_for_large_float32_matrices_on_one_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jaxembed.losses.objectives import OBJECTIVES
+from jaxembed.losses.objectives import VECTOR_OBJECTIVES
 from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.training.stage import Stage
 
@@ -20,7 +20,14 @@ def share_train_steps() -> None:
         settings = (self.config.optim, self.schedule_steps, train.on_nan, train.dropout, self.config.gradcache.rows)
         shardings, structure = jax.tree.flatten(jax.tree.map(lambda x: x.sharding, state))
         # Tests may replace an objective.
-        key = (model.without_texts(), repr(self.objectives), repr(settings), tuple(shardings), structure, *OBJECTIVES.values())
+        key = (
+            model.without_texts(),
+            repr(self.objectives),
+            repr(settings),
+            tuple(shardings),
+            structure,
+            *VECTOR_OBJECTIVES.values(),
+        )
         if key not in steps:
             steps[key] = make_train_step(self, model, state)
         return steps[key]

@@ -26,7 +26,7 @@ from jaxembed.data.batch import Batch
 from jaxembed.devices.mesh import make_mesh
 from jaxembed.devices.placement import put_batch
 from jaxembed.losses.graded import compute_angle_similarities, rank_by_score
-from jaxembed.losses.objectives import OBJECTIVES, Objectives
+from jaxembed.losses.objectives import VECTOR_OBJECTIVES, Objectives
 from jaxembed.model.layers import l2_normalize
 
 B, D = 16, 7  # an odd width: the angle similarity pads it
@@ -204,6 +204,6 @@ def test_graded_objectives_at_matryoshka_widths() -> None:
     objectives = Objectives(GRADED, MatryoshkaConfig(dims=(4,), weights=(0.5,)))
     total, parts = jax.jit(lambda q, d: objectives(q, d, batch, jax.random.key(0), {}, 1))(q, d)
     truncated = l2_normalize(q[:, :4]), l2_normalize(d[..., :4])
-    expected = jax.jit(lambda q, d: [OBJECTIVES[c.name](c, make_encoded(q, d, batch))[0] for c in GRADED])(*truncated)
+    expected = jax.jit(lambda q, d: [VECTOR_OBJECTIVES[c.name](c, make_encoded(q, d, batch))[0] for c in GRADED])(*truncated)
     assert [float(parts[f"{c.name}_4"]) for c in GRADED] == pytest.approx([float(x) for x in expected], rel=1e-5)
     assert float(total) == pytest.approx(sum(float(parts[c.name] + 0.5 * parts[f"{c.name}_4"]) for c in GRADED), rel=1e-5)

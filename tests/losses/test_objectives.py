@@ -25,7 +25,7 @@ from jaxembed.data.batch import Batch, FrozenVectors
 from jaxembed.devices.mesh import make_mesh
 from jaxembed.devices.placement import put_batch
 from jaxembed.losses import blockwise, infonce
-from jaxembed.losses.objectives import OBJECTIVES, Objectives
+from jaxembed.losses.objectives import VECTOR_OBJECTIVES, Objectives
 
 B, K, D, G = 8, 2, 6, 5
 # Queries and documents repeat. Some sources have no in-batch negatives, some documents are absent, some queries have labels.
@@ -198,11 +198,13 @@ def test_hard_labels_and_missing_scores_equal_constants() -> None:
     t = 1 / (1 + math.exp(-1.0))
     kl = t * math.log(t / p) + (1 - t) * math.log((1 - t) / (1 - p))
     config = DistillationConfig(temperature=0.5, hard_labels=0.2)
-    loss, metrics = jax.jit(lambda: OBJECTIVES["kl_distillation"](config, make_encoded(q, d, batch)))()
+    loss, metrics = jax.jit(lambda: VECTOR_OBJECTIVES["kl_distillation"](config, make_encoded(q, d, batch)))()
     assert float(loss) == pytest.approx(0.8 * kl - 0.2 * math.log(p), rel=1e-5)
     assert float(metrics["scored"]) == 1
-    assert float(OBJECTIVES["margin_mse"](MarginMSEConfig(), make_encoded(q, d, batch))[0]) == pytest.approx((0.4 - 1.0) ** 2)
-    gradient = jax.jit(jax.grad(lambda d: OBJECTIVES["kl_distillation"](config, make_encoded(q, d, batch))[0]))(d)
+    assert float(VECTOR_OBJECTIVES["margin_mse"](MarginMSEConfig(), make_encoded(q, d, batch))[0]) == pytest.approx(
+        (0.4 - 1.0) ** 2
+    )
+    gradient = jax.jit(jax.grad(lambda d: VECTOR_OBJECTIVES["kl_distillation"](config, make_encoded(q, d, batch))[0]))(d)
     assert np.isfinite(gradient).all() and not np.asarray(gradient)[1].any() and not np.asarray(gradient)[0, 2].any()
 
 
@@ -221,7 +223,7 @@ def test_embedding_matching_through_a_projection() -> None:
         ours = [x @ kernel for x, _ in pairs]
         total += np.mean([np.sum((x / np.linalg.norm(x) - y) ** 2) for x, (_, y) in zip(ours, pairs, strict=True)]) / B
     encoded = make_encoded(q, d, batch, params=params["embedding_matching"])
-    loss = jax.jit(lambda: OBJECTIVES["embedding_matching"](config, encoded)[0])()
+    loss = jax.jit(lambda: VECTOR_OBJECTIVES["embedding_matching"](config, encoded)[0])()
     assert float(loss) == pytest.approx(total, rel=1e-5)
 
 
@@ -268,7 +270,7 @@ def test_matryoshka_adds_the_losses_of_the_first_dimensions() -> None:
 
     def compute_losses(width: int) -> dict[str, float]:
         first = [x[..., :width] / np.maximum(np.linalg.norm(x[..., :width], axis=-1, keepdims=True), 1e-9) for x in (q, d)]
-        losses = jax.jit(lambda *first: [OBJECTIVES[c.name](c, make_encoded(*first, batch))[0] for c in chosen])(*first)
+        losses = jax.jit(lambda *first: [VECTOR_OBJECTIVES[c.name](c, make_encoded(*first, batch))[0] for c in chosen])(*first)
         return {c.name: float(loss) for c, loss in zip(chosen, losses, strict=True)}
 
     whole, four, two = compute_losses(D), compute_losses(4), compute_losses(2)
@@ -302,7 +304,7 @@ def test_gradients_agree_with_finite_differences(config: ObjectiveConfig) -> Non
 
         @jax.jit
         def loss(q: jax.Array, d: jax.Array) -> jax.Array:
-            return OBJECTIVES[config.name](config, make_encoded(q, d, batch))[0]
+            return VECTOR_OBJECTIVES[config.name](config, make_encoded(q, d, batch))[0]
 
         gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))(q, d)
         direction, step = (random.normal(size=q.shape), random.normal(size=d.shape)), 1e-6

@@ -21,7 +21,7 @@ from jaxembed.config import (
     SpreadOutConfig,
 )
 from jaxembed.data.batch import Batch, FrozenVectors
-from jaxembed.losses.objectives import OBJECTIVES, Objectives
+from jaxembed.losses.objectives import VECTOR_OBJECTIVES, Objectives
 from jaxembed.model.layers import l2_normalize
 
 
@@ -33,7 +33,9 @@ def compute_ours(
     batch = batch or make_batch(names, [[f"{name} {k}" for k in range(d.shape[1])] for name in names])
 
     def loss(q: jax.Array) -> jax.Array:
-        return OBJECTIVES[config.name](config, make_encoded(l2_normalize(q), jax.device_put(d), batch, params=params or {}))[0]
+        return VECTOR_OBJECTIVES[config.name](
+            config, make_encoded(l2_normalize(q), jax.device_put(d), batch, params=params or {})
+        )[0]
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(jax.device_put(q))
     return float(value), np.asarray(gradient)

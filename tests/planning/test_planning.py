@@ -21,10 +21,10 @@ from jaxembed.config import Config
 from jaxembed.data.sources import open_rows
 from jaxembed.errors import UserError
 from jaxembed.planning.collectives import find_collectives
-from jaxembed.planning.flops import matmul_flops
-from jaxembed.planning.mined import with_stand_in_negatives
-from jaxembed.planning.plan import _find_largest_batch, _out_of_memory_error, plan, planning_mesh
-from jaxembed.planning.topology import topology_devices
+from jaxembed.planning.flops import count_matmul_flops
+from jaxembed.planning.mined import add_stand_in_negatives
+from jaxembed.planning.plan import _find_largest_batch, _make_out_of_memory_error, make_planning_mesh, plan
+from jaxembed.planning.topology import list_topology_devices
 from jaxembed.runs.open import open_run
 
 HLO = """\
@@ -56,7 +56,7 @@ ENTRY %main (a: f32[4,8]) -> f32[4,8] {
 
 def make_plan(config: Config) -> dict[str, Any]:
     """Plan a run for the devices here."""
-    mesh, memory = planning_mesh(config.mesh)
+    mesh, memory = make_planning_mesh(config.mesh)
     run = open_run(config, mesh)
     return plan(config, mesh, memory, run.model, run.stages)
 
@@ -84,11 +84,11 @@ def test_flops_count_loops_and_recomputation() -> None:
 
     layer_flops = 2 * 4 * 8 * 8
     x = jnp.ones((4, 8))
-    assert matmul_flops(jax.make_jaxpr(looped)(x)) == 5 * layer_flops
+    assert count_matmul_flops(jax.make_jaxpr(looped)(x)) == 5 * layer_flops
     checkpointed = jax.make_jaxpr(jax.value_and_grad(lambda x: jax.checkpoint(layer)(x).sum()))(x)
-    assert matmul_flops(checkpointed) == 3 * layer_flops  # forward, recomputed, backward
+    assert count_matmul_flops(checkpointed) == 3 * layer_flops  # forward, recomputed, backward
     branches = jax.make_jaxpr(lambda x: jax.lax.cond(x[0, 0] > 0, layer, lambda x: x, x))(x)
-    assert matmul_flops(branches) == layer_flops
+    assert count_matmul_flops(branches) == layer_flops
 
 
 def test_a_plan_counts_parameters_moments_and_collectives(tmp_path: Path) -> None:
@@ -109,8 +109,8 @@ def test_a_plan_counts_the_negatives_that_a_stage_will_mine(tmp_path: Path) -> N
     """The pairs have one negative each. Mining finds at most two."""
     mine = json.dumps({"rule": "top_k", "negatives": 2})
     config = runs.make_config(runs.write_base_and_data(tmp_path), "run", "data.hard_negatives=3", f"mine={mine}", "mesh.data=1")
-    [stage] = open_run(config, planning_mesh(config.mesh)[0]).stages
-    planned = with_stand_in_negatives(stage)
+    [stage] = open_run(config, make_planning_mesh(config.mesh)[0]).stages
+    planned = add_stand_in_negatives(stage)
     drawn = [[s.sources[0].draw(i, np.random.default_rng(i), 3) for i in range(8)] for s in (stage, planned)]
     assert [{len(example.negatives) for example in examples} for examples in drawn] == [{1}, {2}]
     assert [example.positive for example in drawn[0]] == [example.positive for example in drawn[1]]
@@ -124,7 +124,7 @@ def test_the_error_of_too_little_memory_lists_remedies(tmp_path: Path) -> None:
     runs.write_base_and_data(tmp_path)
     config = runs.make_config(tmp_path, "run", "model.remat=true", "gradcache.rows=4")
     stage: Any = SimpleNamespace(index=0, config=config.stages[0])
-    message = str(_out_of_memory_error(config, stage, 40 << 30, 16 << 30))
+    message = str(_make_out_of_memory_error(config, stage, 40 << 30, 16 << 30))
     assert message == (
         "a step needs 40.00 GiB, but a device has 16.00 GiB. Try mesh.fsdp=-1, a smaller gradcache.rows, "
         "model.dtype=bfloat16, model.lora."
@@ -133,7 +133,7 @@ def test_the_error_of_too_little_memory_lists_remedies(tmp_path: Path) -> None:
 
 def test_a_step_that_does_not_fit_its_device_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs.write_base_and_data(tmp_path)
-    monkeypatch.setattr("jaxembed.planning.plan._local_device_memory", lambda: 1 << 10)
+    monkeypatch.setattr("jaxembed.planning.plan._get_device_memory", lambda: 1 << 10)
     message = r"^a step needs [\d.]+ MiB, but a device has 1\.00 KiB\. Try mesh\.fsdp=-1, "
     with pytest.raises(UserError, match=message):
         make_plan(runs.make_config(tmp_path, "run"))
@@ -142,7 +142,7 @@ def test_a_step_that_does_not_fit_its_device_is_refused(tmp_path: Path, monkeypa
 def test_a_topology_needs_the_tpu_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"^--topology: the TPU compiler is not installed\. Run pip install"):
-        topology_devices("v5e:2x2")
+        list_topology_devices("v5e:2x2")
 
 
 def test_jax_does_not_look_for_a_tpu_on_a_machine_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +162,7 @@ def test_jax_does_not_look_for_a_tpu_on_a_machine_without_one(monkeypatch: pytes
 @pytest.mark.parametrize("name", ["v9:2x2", "v5e", "v5e:4xx4", ""])
 def test_an_unknown_topology_is_refused(name: str) -> None:
     with pytest.raises(UserError, match=r"^--topology: no such slice .* Expected v4, v5e, v5p, v6e with a shape"):
-        topology_devices(name)
+        list_topology_devices(name)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")

@@ -22,7 +22,7 @@ from jaxembed.errors import UserError
 from jaxembed.formats.checkpoints import CheckpointReader
 from jaxembed.hub.card import read_card
 from jaxembed.losses import infonce
-from jaxembed.losses.objectives import OBJECTIVES
+from jaxembed.losses.objectives import VECTOR_OBJECTIVES
 from jaxembed.runs.train import train
 from jaxembed.training import run_dir
 from jaxembed.training.metrics import read_metrics
@@ -188,7 +188,7 @@ def diverging(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
         loss, metrics = infonce.info_nce(config, encoded)
         return loss * jnp.where((encoded.batch.query_hash == bad).all(axis=-1).any(), jnp.nan, 1.0), metrics
 
-    monkeypatch.setitem(OBJECTIVES, "infonce", info_nce)
+    monkeypatch.setitem(VECTOR_OBJECTIVES, "infonce", info_nce)
     pairs, bad_pairs = ({"path": str(folder / f"{name}.jsonl")} for name in ("pairs", "bad"))
     return (f"data.sources={json.dumps([pairs, {**bad_pairs, 'weight': 0.01}])}", "train.checkpoint_every=2")
 
@@ -236,7 +236,7 @@ def test_a_step_that_hangs_ends_the_process_with_its_stacks(folder: Path) -> Non
 def test_another_base_is_refused_and_other_versions_are_reported(folder: Path, monkeypatch, caplog) -> None:
     config = make_config(folder, "mine", "train.steps=1")
     train(config)
-    monkeypatch.setattr(run_dir, "package_versions", lambda: {"python": "3.99"})
+    monkeypatch.setattr(run_dir, "collect_package_versions", lambda: {"python": "3.99"})
     with caplog.at_level("WARNING"):
         train(config)
     assert "python: '3.11" in caplog.text

@@ -34,9 +34,9 @@ from jaxembed.losses.objectives import Objectives
 from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.model.layers import l2_normalize
 from jaxembed.model.lora import join_params, split_params
-from jaxembed.planning.flops import matmul_flops
+from jaxembed.planning.flops import count_matmul_flops
 from jaxembed.training.gradcache import encode
-from jaxembed.training.step import OBJECTIVE_PARAMS, batch_loss
+from jaxembed.training.step import OBJECTIVE_PARAMS, compute_batch_loss
 
 Folder = Callable[[str], Path]
 KEY, CHUNK_ROWS = jax.random.key(3), 6
@@ -67,7 +67,7 @@ def add_teacher(batch: Batch, width: int) -> Batch:
 def compile_loss_and_grad(
     model: EmbeddingModel, objectives: Objectives, params: Any, batch: Any, chunk_rows: int | None
 ) -> jax.stages.Compiled:
-    grad = jax.jit(jax.value_and_grad(lambda p, b: batch_loss(model, objectives, p, b, KEY, chunk_rows)[0]))
+    grad = jax.jit(jax.value_and_grad(lambda p, b: compute_batch_loss(model, objectives, p, b, KEY, chunk_rows)[0]))
     return grad.lower(params, batch).compile()
 
 
@@ -85,10 +85,10 @@ def test_remat_policies_and_kept_chunks_change_what_is_computed_twice(base_folde
         model, params = load_model(base_folder("qwen2"), SPEC, 1, **options)
 
         def loss(params: Any, batch: Any, model: Any = model, recompute: bool = recompute) -> jax.Array:
-            return batch_loss(model, FOUR_DIRECTIONS, params, batch, KEY, 4, recompute=recompute)[0]
+            return compute_batch_loss(model, FOUR_DIRECTIONS, params, batch, KEY, 4, recompute=recompute)[0]
 
         traced = jax.jit(jax.grad(loss)).trace(params, jax.device_put(host))
-        flops[policy, recompute] = matmul_flops(traced.jaxpr)
+        flops[policy, recompute] = count_matmul_flops(traced.jaxpr)
         grads[policy, recompute] = traced.lower().compile()(params, jax.device_put(host))
     for other in list(grads.values())[1:]:
         assert_trees_close(grads["nothing", True], other)

@@ -19,7 +19,7 @@ from jaxembed.devices.mesh import make_mesh
 from jaxembed.devices.placement import put_batch
 from jaxembed.losses.objectives import Objectives
 from jaxembed.model.lora import join_params, split_params
-from jaxembed.training.step import batch_loss
+from jaxembed.training.step import compute_batch_loss
 
 UAE = Objectives(
     [
@@ -47,7 +47,7 @@ def test_loss_and_gradients_of_adapters_on_eight_devices_in_chunks(base_folder: 
             batch = put_batch(mesh, add_scores(build_host_batches(source, devices, 1, row_length=32)[0].batch))
 
             def loss(trained, frozen, batch, model=model, chunk_rows=chunk_rows):
-                return batch_loss(model, UAE, join_params(trained, frozen), batch, jax.random.key(3), chunk_rows)[0]
+                return compute_batch_loss(model, UAE, join_params(trained, frozen), batch, jax.random.key(3), chunk_rows)[0]
 
             results.append(jax.device_get(jax.jit(jax.value_and_grad(loss))(trained, frozen, batch)))
     (loss, grads), (sharded_loss, sharded_grads) = results
@@ -58,5 +58,5 @@ def test_loss_and_gradients_of_adapters_on_eight_devices_in_chunks(base_folder: 
 def test_reductions_are_float32_under_bfloat16(base_folder: Callable[[str], Path], source: Source) -> None:
     model, params = load_model(base_folder("qwen2"), SPEC, 1, dtype=jnp.bfloat16)
     batch = add_scores(build_host_batches(source, 1, 1)[0].batch)
-    loss, parts = jax.eval_shape(lambda p, b: batch_loss(model, UAE, p, b, jax.random.key(0)), params, batch)
+    loss, parts = jax.eval_shape(lambda p, b: compute_batch_loss(model, UAE, p, b, jax.random.key(0)), params, batch)
     assert {x.dtype for x in (loss, *parts.values())} == {np.dtype(np.float32)}

@@ -23,7 +23,7 @@ from jaxembed.model.lora import split_params, stack_shapes
 from jaxembed.model.transformer import ComputeOptions
 from jaxembed.runs.train import train
 from jaxembed.training.metrics import read_metrics
-from jaxembed.training.mfu import count_kernel_weights, device_peak, make_mfu_meter
+from jaxembed.training.mfu import count_kernel_weights, find_device_peak, make_mfu_meter
 from jaxembed.training.profile import Profile
 
 DECODER = TransformerConfig("qwen2", vocab_size=50, width=8, layers=3, heads=2, kv_heads=1, head_width=4, mlp_width=16)
@@ -63,10 +63,10 @@ def test_poolings_count_the_kernels_that_tokens_pass() -> None:
 
 def test_the_peak_is_that_of_the_chip_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind="TPU v5 lite")])
-    assert device_peak("bfloat16") == 197e12
-    assert device_peak("float32") is None
+    assert find_device_peak("bfloat16") == 197e12
+    assert find_device_peak("float32") is None
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind="cpu")])
-    assert device_peak("bfloat16") is None
+    assert find_device_peak("bfloat16") is None
 
 
 def test_a_run_logs_mfu_and_traces_the_chosen_steps(tmp_path: Path) -> None:
@@ -90,11 +90,11 @@ def test_a_run_logs_mfu_and_traces_the_chosen_steps(tmp_path: Path) -> None:
 
 def test_the_trace_of_a_run_that_ends_early_is_written(tmp_path: Path) -> None:
     profile = Profile((2, 5), tmp_path)
-    profile.before(1)
+    profile.before_step(1)
     profile.close()
     assert not list(tmp_path.iterdir())
-    profile.before(3)  # a run that resumes there
-    profile.after(3, jnp.ones(3) + 1)
+    profile.before_step(3)  # a run that resumes there
+    profile.after_step(3, jnp.ones(3) + 1)
     profile.close()
     assert list(tmp_path.rglob("*.xplane.pb"))
 

@@ -16,7 +16,7 @@ from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.model.embedder import EmbeddingModel, infer_parameter_shapes
 from jaxembed.model.hf_config import parse_hf_config
 from jaxembed.model.presets import find_preset
-from jaxembed.training.optim import decay_mask, make_optimizer, make_schedule
+from jaxembed.training.optim import make_decay_mask, make_optimizer, make_schedule
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_learning_rates_of_given_steps(options: dict[str, Any], expected: dict[i
 
 def test_norms_and_biases_do_not_decay() -> None:
     model = EmbeddingModel(parse_hf_config(find_preset("qwen2-0.5b"), "test"), EmbeddingSpec())
-    mask = decay_mask(nn.unbox(infer_parameter_shapes(model)))
+    mask = make_decay_mask(nn.unbox(infer_parameter_shapes(model)))
     decays: dict[str, set[bool]] = {}
     for path, is_decayed in jax.tree.leaves_with_path(mask):
         decays.setdefault(path[-1].key, set()).add(is_decayed)
@@ -49,9 +49,9 @@ def test_norms_and_biases_do_not_decay() -> None:
 
 def test_a_parameter_without_a_decay_rule_raises() -> None:
     with pytest.raises(ValueError, match=r"no rule for parameter \['pooling'\]\['gain'\]"):
-        decay_mask({"a": {"kernel": 1}, "pooling": {"gain": 1}})
+        make_decay_mask({"a": {"kernel": 1}, "pooling": {"gain": 1}})
     with pytest.raises(ValueError, match="matches no parameter"):
-        decay_mask({"a": {"bias": 1, "scale": 1}})
+        make_decay_mask({"a": {"bias": 1, "scale": 1}})
 
 
 PARAMS = {"kernel": jnp.full((2, 3), 2.0), "scale": jnp.full(3, 2.0), "bias": jnp.full(3, 2.0)}

@@ -26,7 +26,7 @@ from jaxembed.model.embedder import EmbeddingModel, init_params
 from jaxembed.model.hf_config import parse_hf_config
 from jaxembed.model.parameters import shapes_and_shardings
 from jaxembed.model.transformer import ComputeOptions
-from jaxembed.training.step import batch_loss
+from jaxembed.training.step import compute_batch_loss
 
 Folder = Callable[[str], Path]
 KEY = jax.random.key(1)
@@ -62,7 +62,7 @@ def value_and_grad(
     def run(params: Any, batch: Batch) -> jax.Array:
         # Adapters and poolings start at zero, which would hide half of the gradients.
         params = jax.tree.map(lambda x: jnp.where(x.any(), x, x + 0.02), params)
-        return batch_loss(model, OBJECTIVES, params, batch, KEY, rows)[0]
+        return compute_batch_loss(model, OBJECTIVES, params, batch, KEY, rows)[0]
 
     with jax.set_mesh(mesh):
         loss, grads = run(params, put_batch(mesh, host))

@@ -24,7 +24,7 @@ from jaxembed.devices.placement import put_batch, replicated_sharding
 from jaxembed.losses.objectives import Objectives
 from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.training.optim import make_optimizer, make_schedule
-from jaxembed.training.step import TrainState, batch_loss, make_train_step
+from jaxembed.training.step import TrainState, compute_batch_loss, make_train_step
 
 Folder = Callable[[str], Path]
 
@@ -117,7 +117,9 @@ def test_the_loss_is_the_weighted_sum_of_the_objectives(base_folder: Folder, sou
     batch = put_batch(make_mesh(1), build_host_batches(source, 1, 1)[0].batch)
 
     def loss(*objectives: InfoNCEConfig) -> float:
-        return float(jax.jit(lambda p, b: batch_loss(model, Objectives(objectives), p, b, jax.random.key(0))[0])(params, batch))
+        return float(
+            jax.jit(lambda p, b: compute_batch_loss(model, Objectives(objectives), p, b, jax.random.key(0))[0])(params, batch)
+        )
 
     warm, cold = InfoNCEConfig(temperature=0.5), InfoNCEConfig(temperature=0.1, weight=3.0)
     assert loss(warm, cold) == pytest.approx(loss(warm) + loss(cold), rel=1e-5)
@@ -145,7 +147,7 @@ def test_losses_are_float32_when_the_model_computes_in_bfloat16(base_folder: Fol
     objectives, losses = Objectives([InfoNCEConfig(temperature=0.2)]), {}
     for dtype in (jnp.float32, jnp.bfloat16):
         model, params = load_model(base_folder("qwen2"), SPEC, dtype=dtype)
-        value = jax.value_and_grad(lambda p, b: batch_loss(model, objectives, p, b, jax.random.key(0)), has_aux=True)  # noqa: B023
+        value = jax.value_and_grad(lambda p, b: compute_batch_loss(model, objectives, p, b, jax.random.key(0)), has_aux=True)  # noqa: B023
         (loss, parts), grads = jax.jit(value)(params, batch)
         assert {x.dtype.name for x in jax.tree.leaves((loss, parts, grads))} == {"float32"}
         losses[dtype] = float(loss)

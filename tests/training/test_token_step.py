@@ -29,7 +29,7 @@ from jaxembed.devices.mesh import all_shards, make_mesh, shard_count
 from jaxembed.devices.placement import put_batch
 from jaxembed.losses.objectives import Objectives
 from jaxembed.model.lora import join_params, split_params
-from jaxembed.training.step import batch_loss
+from jaxembed.training.step import compute_batch_loss
 
 MNTP = MaskedPredictionConfig(mask_rate=0.4, group=4)
 
@@ -59,7 +59,9 @@ def compute(folder: Path, base: Path, mesh: Mesh, lora: bool, chunk_rows: int | 
         batch = put_batch(mesh, Batch(token_batches={"mntp": host_batch.batch}))
 
         def loss(trained, frozen, batch):
-            return batch_loss(model, Objectives([MNTP]), join_params(trained, frozen), batch, jax.random.key(0), chunk_rows)[0]
+            return compute_batch_loss(
+                model, Objectives([MNTP]), join_params(trained, frozen), batch, jax.random.key(0), chunk_rows
+            )[0]
 
         return jax.device_get(jax.jit(jax.value_and_grad(loss))(trained, frozen, batch))
 

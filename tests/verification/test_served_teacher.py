@@ -15,7 +15,7 @@ from helpers.text_batches import draw_unit_vectors, make_batch, make_encoded
 from jaxembed.config import DistillationConfig, MarginMSEConfig
 from jaxembed.data.batch import EncoderInput, FrozenVectors
 from jaxembed.errors import UserError
-from jaxembed.losses.objectives import OBJECTIVES
+from jaxembed.losses.objectives import VECTOR_OBJECTIVES
 from jaxembed.runs.train import train
 from jaxembed.training.metrics import read_metrics
 from jaxembed.verification.served_teacher import PROBE_TEXT, is_served, open_served_teacher
@@ -62,8 +62,8 @@ def test_scores_of_a_teacher_are_its_cosines(config: DistillationConfig | Margin
     q, d = jax.device_put((q, d))
     named = make_encoded(q, d, batch.replace(teacher=FrozenVectors(teacher[:, 0], teacher[:, 1:])))
     scored = make_encoded(q, d, batch.replace(teacher_scores=jax.device_put(scores)))
-    expected, _ = OBJECTIVES[config.name](config.replace(teacher=None), scored)
-    assert float(OBJECTIVES[config.name](config, named)[0]) == pytest.approx(float(expected), rel=1e-5) != 0
+    expected, _ = VECTOR_OBJECTIVES[config.name](config.replace(teacher=None), scored)
+    assert float(VECTOR_OBJECTIVES[config.name](config, named)[0]) == pytest.approx(float(expected), rel=1e-5) != 0
 
 
 def test_a_run_learns_from_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
