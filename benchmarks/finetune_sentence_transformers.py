@@ -3,8 +3,9 @@
 
     python benchmarks/finetune_sentence_transformers.py BASE DATA.jsonl OUT [--steps 60] [--batch-size 64]
 
-BASE is a decoder folder (Qwen2, Mistral, ...). Each line of DATA.jsonl gives one pair: query and pos[0]. The model is BASE
-with its causal attention, mean pooling and L2 normalization, in float32 on the CPU with all cores, without EOS and prompts.
+BASE is a sentence-transformers folder, or a decoder folder (Qwen2, Mistral, ...), which gets mean pooling and L2 normalization
+and keeps its causal attention. Each line of DATA.jsonl gives one pair: query and pos[0]. It is trained in float32 on the CPU
+with all cores, without prompts, and decoders without EOS.
 The loss is MultipleNegativesRankingLoss with scale 20 (InfoNCE at temperature 0.05 with in-batch negatives, from query to
 document). The optimizer is AdamW with weight decay 0.01 (none on biases and norms, as the trainer does it), linear warmup
 and decay, and gradient clipping at 1. `--steps 0` saves the untrained model.
@@ -48,6 +49,10 @@ def read_pairs(path: Path) -> Dataset:
 
 
 def build_model(base: str, max_length: int) -> SentenceTransformer:
+    if Path(base, "modules.json").exists():
+        model = SentenceTransformer(base, device="cpu", model_kwargs={"dtype": torch.float32})
+        model.max_seq_length = max_length
+        return model
     # By default, sentence-transformers 6 wraps every text in the tokenizer's chat template.
     transformer = Transformer(
         base,
@@ -143,7 +148,7 @@ def train(model: SentenceTransformer, pairs: Dataset, opts: argparse.Namespace) 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("base", metavar="BASE", help="decoder folder in Hugging Face format")
+    parser.add_argument("base", metavar="BASE", help="sentence-transformers or decoder folder")
     parser.add_argument("data", metavar="DATA.jsonl", type=Path, help="JSONL file of {query, pos, neg}")
     parser.add_argument("out", metavar="OUT", help="folder to write the sentence-transformers model to")
     parser.add_argument(
