@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxembed import cli
 from jaxembed.config.curation import CurateConfig, load_curate_config
 from jaxembed.config.sections import table
+from jaxembed.errors import UserError
 from jaxembed.files import cache_dir
 from jaxembed.training.shutdown import stop_on_signals
 
@@ -29,13 +31,22 @@ report.json and report.html. After an interruption, the same command continues; 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Run the curation. Return the files that were written, and the rows in and out of each source."""
     config = load_curate_config(args.config, args.overrides)
+    from jaxembed.curation.batches import map_batches
     from jaxembed.curation.engine import curate
+    from jaxembed.curation.ray_workers import RayWorkers
     from jaxembed.curation.stages import needs_model
 
+    if args.workers and not args.ray:
+        raise UserError("--workers is for --ray. Add --ray, or leave it out.")
     if any(map(needs_model, config.steps)):
         cli.set_up_jax()
-    with stop_on_signals(f"{config.out} is not finished; the same command continues"):
-        return curate(config, make_context(cache_dir()), args.config)
+    with ExitStack() as stack:
+        map_elsewhere = map_batches
+        if args.ray:
+            map_elsewhere = stack.enter_context(RayWorkers(args.ray, args.workers)).map_batches
+        # Ray replaces the handlers of signals, so this comes after it.
+        stack.enter_context(stop_on_signals(f"{config.out} is not finished; the same command continues"))
+        return curate(config, make_context(cache_dir()), args.config, map_elsewhere)
 
 
 def make_context(cache: Path) -> CurationContext:
@@ -73,6 +84,14 @@ def make_parser() -> cli.Parser:
         default=[],
         metavar="key.sub=value",
         help="a key to set, such as out=curated2 or steps.0.html=true",
+    )
+    parser.add_argument(
+        "--ray", nargs="?", const="local", metavar="ADDRESS",
+        help="apply the steps that see texts alone (clean, quality, language, negatives, decontaminate, function) on a Ray "
+        "cluster: its address, auto for the cluster of this machine, or no address to start one here",
+    )  # fmt: skip
+    parser.add_argument(
+        "--workers", type=cli.integer_from(1), metavar="N", help="workers of --ray (default: the processors of the cluster)"
     )
     keys = table(CurateConfig).replace("%", "%%")
     parser.add_argument("--keys", action="version", version=keys, help="list every key of a config and exit")

@@ -16,12 +16,13 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 from jaxembed.config.curation import CurateConfig
+from jaxembed.curation.batches import MapBatches, batched, keep_rows, map_batches
 from jaxembed.curation.curation_page import PAGE_FILE, REPORT_FILE, render_page
 from jaxembed.curation.curation_sources import CuratedSource, iter_curated_rows, open_curated_sources
 from jaxembed.curation.curation_stats import CurationStepStats, RowStats
@@ -33,32 +34,35 @@ from jaxembed.curation.stages import (
     compute_stage_digests,
     make_all_rows_step,
     needs_all_rows,
+    needs_model,
     prepare_step,
     read_decisions,
     split_into_stages,
     write_decisions,
 )
 from jaxembed.curation.steps.changes import ChangingStep
-from jaxembed.curation.steps.curated_row import CuratedRow, PreparedStep, RowStep, encode_row
+from jaxembed.curation.steps.curated_row import CuratedRow, PreparedStep, RowStep, RowStepError, encode_row
 from jaxembed.curation.steps.items import AllRowsStep
 from jaxembed.data.convert import WRITERS, select_fields
 from jaxembed.devices.processes import progress_bar
 from jaxembed.errors import UserError
 from jaxembed.files import atomic_write, read_json, write_json, write_text
 
-ROWS_PER_BATCH = 512
 UNFINISHED = ".unfinished"
 INPUTS_FILE, ROWS_FILE, STAGE_FILE = "inputs.json", "rows.jsonl", "stage.json"
 log = logging.getLogger("jaxembed")
 
 
-def curate(config: CurateConfig, context: CurationContext, where: str) -> dict[str, Any]:
+def curate(
+    config: CurateConfig, context: CurationContext, where: str, map_elsewhere: MapBatches = map_batches
+) -> dict[str, Any]:
     """Run all steps and write the training files and the report.
 
     Args:
         config: The whole config.
         context: What steps share.
         where: File of the config, for errors.
+        map_elsewhere: Applies the steps that see texts alone to batches of rows. Default: in this process.
 
     Returns:
         The output folder, its files, and the rows in and out of each source.
@@ -68,20 +72,15 @@ def curate(config: CurateConfig, context: CurationContext, where: str) -> dict[s
     """
     out = Path(config.out)
     check_output(out)
-    sources: list[CuratedSource] = []
-
-    def locate(row: CuratedRow) -> str:
-        return sources[row.source].locate(row.number)
-
     for step in config.steps:
         check_requirements(step)
-    row_steps = {i: prepare_step(step, locate, context) for i, step in enumerate(config.steps) if not needs_all_rows(step)}
-    sources += open_curated_sources(config.sources, context.cache, where)
+    row_steps = {i: prepare_step(step, context) for i, step in enumerate(config.steps) if not needs_all_rows(step)}
+    sources = open_curated_sources(config.sources, context.cache, where)
     check_sides(config, [source.format for source in sources])
     inputs = [[source.name, source.format, source.digest, source.num_rows] for source in sources]
     inputs_digest = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
     with lock_output(out, inputs_digest):
-        Curation(config, out, sources, row_steps, context).run(inputs_digest)
+        Curation(config, out, sources, row_steps, context, map_elsewhere).run(inputs_digest)
         report = write_report(config, out, sources)
         remove_unfinished(out)
     outputs = report["output"]["sources"]
@@ -100,6 +99,7 @@ class Curation:
         sources: Sequence[CuratedSource],
         row_steps: dict[int, PreparedStep],
         context: CurationContext,
+        map_elsewhere: MapBatches,
     ):
         """Prepare all stages.
 
@@ -109,7 +109,9 @@ class Curation:
             sources: The open sources.
             row_steps: The steps that see one row at a time, by index.
             context: What steps share.
+            map_elsewhere: Applies the steps that see texts alone to batches of rows.
         """
+        self.map_elsewhere = map_elsewhere
         self.config, self.out, self.sources, self.row_steps, self.context = config, out, sources, row_steps, context
         self.stages = split_into_stages(config.steps)
         self.names = [source.name for source in sources]
@@ -143,7 +145,7 @@ class Curation:
         steps = {i: CurationStepStats(self.names, self.config.seed) for i in functions}
         rows_in = RowStats(self.names, self.config.seed)
         with closing(self._iter_rows(index, stage, rows_in)) as rows:  # an error ends the progress bar first
-            curated = (row for batch in batched(rows, ROWS_PER_BATCH) for row in apply_steps(batch, functions, steps))
+            curated = self._apply_steps(rows, functions, steps)
             if stage.all_rows_step is None:
                 result = self._write_output(curated)
             else:
@@ -154,6 +156,32 @@ class Curation:
         result |= {"digest": digest, "steps": {str(i): stats.to_json() for i, stats in steps.items()}}
         result |= {} if index else {"input": rows_in.to_json()}
         write_json(folder / STAGE_FILE, result)
+
+    def _apply_steps(
+        self, rows: Iterable[CuratedRow], functions: Mapping[int, RowStep], stats: Mapping[int, CurationStepStats]
+    ) -> Iterator[CuratedRow]:
+        """Yield the rows that some steps leave, and count the outcomes. Neighboring steps that see texts alone go together."""
+        groups = itertools.groupby(functions, lambda i: i in self.row_steps and not needs_model(self.config.steps[i]))
+        for is_elsewhere, group in groups:
+            chosen = {i: functions[i] for i in group}
+            rows = self._apply_group(rows, chosen, stats, self.map_elsewhere if is_elsewhere else map_batches)
+        yield from rows
+
+    def _apply_group(
+        self,
+        rows: Iterable[CuratedRow],
+        functions: Mapping[int, RowStep],
+        stats: Mapping[int, CurationStepStats],
+        map_batches: MapBatches,
+    ) -> Iterator[CuratedRow]:
+        for batch, result in map_batches(tuple(functions.values()), batched(rows)):
+            if isinstance(result, RowStepError):
+                raise UserError(f"{self.sources[result.row.source].locate(result.row.number)}: {result.problem}")
+            for i, outcomes in zip(functions, result, strict=True):
+                for row, outcome in zip(batch, outcomes, strict=True):
+                    stats[i].add(row, outcome)
+                batch = keep_rows(batch, outcomes)
+            yield from batch
 
     def _decide(self, step_index: int, rows: Iterable[CuratedRow], folder: Path, keys: Path) -> None:
         """Store the rows of a stage and the decisions of its last step in `folder`. `keys` is for its temporary files."""
@@ -214,24 +242,10 @@ class Curation:
             )
 
 
-def apply_steps(
-    rows: Sequence[CuratedRow], functions: dict[int, RowStep], stats: dict[int, CurationStepStats]
-) -> Sequence[CuratedRow]:
-    """Apply steps to a batch of rows, and count their outcomes in `stats`. Return the rows that are left."""
-    for i, function in functions.items():
-        outcomes = function(rows)
-        for row, outcome in zip(rows, outcomes, strict=True):
-            stats[i].add(row, outcome)
-        rows = [
-            row._replace(fields=outcome.row) for row, outcome in zip(rows, outcomes, strict=True) if outcome.row is not None
-        ]
-    return rows
-
-
 def write_rows(path: Path, rows: Iterable[CuratedRow], step: AllRowsStep | ChangingStep) -> None:
     """Write the rows of a stage, and pass them to the step that ends it."""
     with path.open("w", encoding="utf-8") as file:
-        for batch in batched(rows, ROWS_PER_BATCH):
+        for batch in batched(rows):
             step.collect(batch)
             file.writelines(f"[{row.source},{row.number},{encode_row(row.fields)}]\n" for row in batch)
 
@@ -242,13 +256,6 @@ def read_rows(path: Path, sources: Sequence[CuratedSource]) -> Iterator[CuratedR
         for line in file:
             source, number, row = json.loads(line)
             yield CuratedRow(source, number, sources[source].format, row)
-
-
-def batched(rows: Iterable[CuratedRow], size: int) -> Iterator[list[CuratedRow]]:
-    """Yield rows in lists of at most `size`."""
-    iterator = iter(rows)
-    while batch := list(itertools.islice(iterator, size)):
-        yield batch
 
 
 def stage_folder(out: Path, index: int) -> Path:

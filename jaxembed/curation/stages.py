@@ -43,7 +43,7 @@ from jaxembed.curation.steps.languages import make_language_step
 from jaxembed.curation.steps.near_copies import NearDuplicatesStep
 from jaxembed.curation.steps.negatives import make_negatives_step
 from jaxembed.curation.steps.quality import make_quality_step
-from jaxembed.curation.steps.user_function import LocateRow, make_function_step
+from jaxembed.curation.steps.user_function import make_function_step
 from jaxembed.errors import UserError
 
 DROPPED_FILE, CHANGES_FILE = "dropped.npy", "changes.jsonl"
@@ -104,12 +104,11 @@ def split_into_stages(steps: Sequence[AnyStep]) -> list[CurationStage]:
     return [*stages, CurationStage(tuple(row_steps), None)]
 
 
-def prepare_step(step: AnyStep, locate: LocateRow, context: CurationContext) -> PreparedStep:
+def prepare_step(step: AnyStep, context: CurationContext) -> PreparedStep:
     """Return a step that sees one row at a time.
 
     Args:
         step: The section of the step.
-        locate: Returns where a row is stored, for errors.
         context: What steps share.
 
     Raises:
@@ -130,7 +129,7 @@ def prepare_step(step: AnyStep, locate: LocateRow, context: CurationContext) -> 
 
         return model_steps.prepare_judge_step(step, context)
     assert isinstance(step, FunctionStepConfig)
-    return make_function_step(step, locate)
+    return make_function_step(step)
 
 
 def check_requirements(step: AnyStep) -> None:

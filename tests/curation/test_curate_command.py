@@ -148,6 +148,83 @@ def test_a_killed_curation_continues_with_the_same_bytes(tmp_path: Path, sources
     assert written < (tmp_path / "out" / "report.json").stat().st_mtime_ns
 
 
+RAY_FUNCTIONS = """
+import os
+from pathlib import Path
+
+MARK = Path(__file__).with_name("worker-ended")
+
+def end_once(row):
+    if row.get("query", "").endswith("question 50 about harbor") and not MARK.exists():
+        MARK.touch()
+        os._exit(1)
+    return row
+
+def fail(row):
+    return row if "question 50" not in row.get("query", "") else row["no such key"]
+
+def end(row):
+    os._exit(1)
+
+class Absent:
+    def __reduce__(self):  # what a worker that lacks a module gets
+        return __import__, ("absent_module",)
+
+    def __call__(self, row):
+        return row
+
+absent = Absent()
+"""
+
+
+# One cluster serves all cases. It is started by a process without JAX, because Ray forks.
+RAY_SCRIPT = """
+import json, sys
+from pathlib import Path
+from jaxembed.config.curation import load_curate_config
+from jaxembed.curate import make_context
+from jaxembed.curation import batches
+from jaxembed.curation.engine import curate
+from jaxembed.curation.ray_workers import RayWorkers
+from jaxembed.errors import UserError
+
+batches.ROWS_PER_BATCH = 16
+messages = []
+with RayWorkers("local", 2) as workers:
+    for out, function in json.loads(sys.argv[2]):
+        config = load_curate_config(sys.argv[1], [f"out={out}", f"steps.2.function=ray_functions.{function}"])
+        try:
+            curate(config, make_context(Path("cache")), sys.argv[1], workers.map_batches)
+            messages.append("written")
+        except UserError as error:
+            messages.append(str(error))
+Path("messages.json").write_text(json.dumps(messages))
+"""
+
+
+def test_workers_of_a_ray_cluster_give_the_same_bytes_and_may_end(
+    tmp_path: Path, sources: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ray_functions.py").write_text(RAY_FUNCTIONS)
+    monkeypatch.syspath_prepend(tmp_path)
+    steps = [*STEPS[:2], {"name": "function", "function": "ray_functions.end_once"}, {"name": "language", "languages": ["en"]}]
+    path = write_config(tmp_path, sources, [*steps, *STEPS[2:]])
+    (tmp_path / "worker-ended").touch()
+    run(path, f"out={tmp_path / 'alone'}")
+    (tmp_path / "worker-ended").unlink()
+    cases = [("spread", "end_once"), ("failed", "fail"), ("absent", "absent"), ("ended", "end")]
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    command = [sys.executable, "-c", RAY_SCRIPT, str(path), json.dumps(cases)]
+    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    messages = json.loads((tmp_path / "messages.json").read_text())
+    assert messages[0] == "written" and (tmp_path / "worker-ended").exists()
+    assert "pairs.jsonl:51: ray_functions.fail failed (KeyError: 'no such key'). Correct it" in messages[1]
+    assert messages[2].startswith("--ray: a worker cannot load the steps (No module named 'absent_module'). Install it")
+    assert messages[3].startswith("--ray: the workers of rows 1 to 16 ended 3 times. Run the same command without --ray")
+    assert read_all(tmp_path / "spread") == read_all(tmp_path / "alone")
+
+
 def test_a_step_that_changed_is_repeated_and_the_stages_before_are_not(
     tmp_path: Path, sources: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

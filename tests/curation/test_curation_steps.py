@@ -22,7 +22,7 @@ from jaxembed.config.curation import (
 )
 from jaxembed.curation.minhash import NUM_HASHES, choose_band_hashes
 from jaxembed.curation.steps.cleaning import collapse_whitespace, html_to_text, make_clean_step
-from jaxembed.curation.steps.curated_row import CuratedRow, StepOutcome
+from jaxembed.curation.steps.curated_row import CuratedRow, RowStepError, StepOutcome
 from jaxembed.curation.steps.languages import make_language_step
 from jaxembed.curation.steps.near_copies import hash_char_ngrams
 from jaxembed.curation.steps.negatives import make_negatives_step
@@ -308,10 +308,6 @@ def test_a_group_field_that_no_row_has_is_refused(tmp_path: Path) -> None:
 # function
 
 
-def locate_row(row: CuratedRow) -> str:
-    return f"a.jsonl:{row.number}"
-
-
 @pytest.fixture
 def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / "my_curation_rules.py").write_text(
@@ -329,7 +325,7 @@ def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_a_function_edits_and_drops_rows(user_module: str) -> None:
-    step, _ = make_function_step(FunctionStepConfig(function=f"{user_module}.edit"), locate_row)
+    step, _ = make_function_step(FunctionStepConfig(function=f"{user_module}.edit"))
     rows = [pair("q", "p"), pair("drop", "p")]
     edited, dropped = step(rows)
     assert edited == StepOutcome({"query": "q", "pos": ["p", "more"], "neg": []}, ("changed",))
@@ -339,13 +335,15 @@ def test_a_function_edits_and_drops_rows(user_module: str) -> None:
 def test_a_function_that_fails_stops_drops_or_keeps(user_module: str) -> None:
     row = CuratedRow(0, 17, "pairs", {"query": "bad", "pos": ["p"]})
     config = FunctionStepConfig(function=f"{user_module}.edit")
-    with pytest.raises(UserError, match=r"^a\.jsonl:17: my_curation_rules.edit failed \(KeyError: 'no such key'\)"):
-        make_function_step(config, locate_row).function([row])
+    with pytest.raises(RowStepError) as error:
+        make_function_step(config).function([row])
+    assert error.value.row == row
+    assert error.value.problem.startswith("my_curation_rules.edit failed (KeyError: 'no such key'). Correct it")
     for on_error, left in (("drop", None), ("keep", row.fields)):
-        step, _ = make_function_step(config.replace(on_error=on_error), locate_row)
+        step, _ = make_function_step(config.replace(on_error=on_error))
         assert step([row]) == [StepOutcome(left, ("failed with KeyError",))]
-    with pytest.raises(UserError, match='returned a row that is not valid: "query" is 5'):
-        make_function_step(FunctionStepConfig(function=f"{user_module}.break_row"), locate_row).function([row])
+    with pytest.raises(RowStepError, match='returned a row that is not valid: "query" is 5'):
+        make_function_step(FunctionStepConfig(function=f"{user_module}.break_row")).function([row])
 
 
 @pytest.mark.parametrize(
@@ -354,7 +352,7 @@ def test_a_function_that_fails_stops_drops_or_keeps(user_module: str) -> None:
 )
 def test_a_function_that_does_not_exist_is_refused(path: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        make_function_step(FunctionStepConfig(function=path), locate_row)
+        make_function_step(FunctionStepConfig(function=path))
 
 
 def test_tokens_are_those_of_a_model(tmp_path: Path) -> None:

@@ -46,6 +46,15 @@ class StepOutcome(NamedTuple):
     reasons: tuple[str, ...] = ()
 
 
+class RowStepError(Exception):
+    """A step failed for a row. The engine adds where the row is stored."""
+
+    def __init__(self, row: CuratedRow, problem: str):
+        """Keep the row and what is wrong, with advice."""
+        super().__init__(row, problem)
+        self.row, self.problem = row, problem
+
+
 RowStep = Callable[[Sequence[CuratedRow]], list[StepOutcome]]
 
 

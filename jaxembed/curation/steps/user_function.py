@@ -11,24 +11,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxembed.config.curation import FunctionStepConfig
-from jaxembed.curation.steps.curated_row import CuratedRow, PreparedStep, StepOutcome, encode_row
+from jaxembed.curation.steps.curated_row import CuratedRow, PreparedStep, RowStepError, StepOutcome, encode_row
 from jaxembed.data.schema import Row
 from jaxembed.data.sources import ROW_SCHEMAS
 from jaxembed.errors import UserError, summarize
 
-LocateRow = Callable[[CuratedRow], str]
 UserFunction = Callable[[dict[str, Any]], Any]
 
 
-def make_function_step(config: FunctionStepConfig, locate: LocateRow) -> PreparedStep:
-    """Return the step.
-
-    Args:
-        config: The section of the step.
-        locate: Returns where a row is stored, for errors.
+def make_function_step(config: FunctionStepConfig) -> PreparedStep:
+    """Return the step. It raises `RowStepError` if the function fails and `on_error` is stop.
 
     Raises:
-        UserError: The function cannot be imported. The step raises it too, if the function fails and `on_error` is stop.
+        UserError: The function cannot be imported.
     """
     function = import_function(config.function)
 
@@ -44,10 +39,8 @@ def make_function_step(config: FunctionStepConfig, locate: LocateRow) -> Prepare
         except Exception as error:
             problem = f"{type(error).__name__}: {summarize(error)}"
             if config.on_error == "stop":
-                raise UserError(
-                    f"{locate(curated)}: {config.function} failed ({problem}). Correct it and run "
-                    "the same command, or set on_error of the step to drop or keep."
-                ) from None
+                advice = "Correct it and run the same command, or set on_error of the step to drop or keep."
+                raise RowStepError(curated, f"{config.function} failed ({problem}). {advice}") from None
             return StepOutcome(curated.fields if config.on_error == "keep" else None, (f"failed with {type(error).__name__}",))
         return StepOutcome(checked, ("changed",) if checked != curated.fields else ())
 
