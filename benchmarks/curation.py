@@ -48,7 +48,7 @@ def read_foreign(data: Path) -> list[tuple[str, str]]:
 def read_held_out(data: Path) -> list[tuple[str, str]]:
     """Return the queries of the held-out BEIR folder with their documents of 20 words or more."""
     beir = open_beir(data / "ag_news" / "retrieval", EVALUATION_SPLITS)
-    pairs = [(beir.query_text(i), beir.document_text(next(iter(rows)))) for i, rows in enumerate(beir.relevant)]
+    pairs = [(beir.get_query_text(i), beir.get_document_text(next(iter(rows)))) for i, rows in enumerate(beir.relevant)]
     return [pair for pair in pairs if len(pair[1].split()) >= 20]
 
 

@@ -16,7 +16,7 @@ from gpu_workload import LORA_ALPHA, LORA_RANK, MAX_TOKENS, Workload, build_toke
 from jaxembed.config import InfoNCEConfig, LoraConfig, OptimConfig
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.data.batch import Batch
-from jaxembed.data.packing import PackedTexts, fill_rows, max_segments, pack_shards
+from jaxembed.data.packing import PackedTexts, compute_max_segments, fill_rows, pack_shards
 from jaxembed.data.tokenize import TextTokenizer
 from jaxembed.devices.mesh import make_mesh
 from jaxembed.devices.placement import put_batch
@@ -54,7 +54,7 @@ def build_batch(texts: list[np.ndarray]) -> Batch:
     lengths = np.array([len(text) for text in texts])
     (packing,), shape = pack_shards([lengths], MAX_TOKENS)
     arrays = fill_rows(texts, np.zeros(len(texts), int), packing.row, packing.segment, shape)
-    segments = max_segments(shape[1])
+    segments = compute_max_segments(shape[1])
     slots = (packing.row * segments + packing.segment).astype(np.int32)
     b = len(texts) // 2
     hashes = np.arange(4 * b, dtype=np.uint32).reshape(2, b, 2) + 1

@@ -29,7 +29,7 @@ import jax.numpy as jnp  # noqa: E402
 from jaxembed.config import InfoNCEConfig, OptimConfig  # noqa: E402
 from jaxembed.config.spec import EmbeddingSpec  # noqa: E402
 from jaxembed.data.batch import Batch  # noqa: E402
-from jaxembed.data.packing import PackedTexts, max_segments  # noqa: E402
+from jaxembed.data.packing import PackedTexts, compute_max_segments  # noqa: E402
 from jaxembed.devices.mesh import make_mesh, shard_count  # noqa: E402
 from jaxembed.devices.placement import batch_shapes  # noqa: E402
 from jaxembed.losses.objectives import Objectives  # noqa: E402
@@ -56,7 +56,7 @@ def build_batch_shapes(args: argparse.Namespace, mesh: Any) -> Batch:
         return jax.ShapeDtypeStruct(shape, dtype)
 
     ids = array(rows, TOKENS_PER_ROW)
-    segments = args.segments or max_segments(TOKENS_PER_ROW)
+    segments = args.segments or compute_max_segments(TOKENS_PER_ROW)
     texts = PackedTexts(ids, ids, ids, array(rows, TOKENS_PER_ROW, dtype=bool), segments, shard_count(mesh))
     batch = Batch(
         texts=texts, query_slot=array(b), doc_slot=array(b, 1 + k), in_batch=array(b, dtype=bool),

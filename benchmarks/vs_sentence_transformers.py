@@ -90,8 +90,8 @@ def train_jaxembed(args: argparse.Namespace, seed: int, out: Path) -> dict[str, 
 def encode(side: str, model: str, heldout: Path) -> None:
     """Print a model's nDCG@10 on a BEIR folder. Then encode its corpus for each line of standard input and print tokens/s."""
     beir = open_beir(heldout, ("test", "dev", "train"))
-    documents = [beir.document_text(row) for row in range(len(beir.corpus))]
-    queries = [beir.query_text(i) for i in range(len(beir.query_rows))]
+    documents = [beir.get_document_text(row) for row in range(len(beir.corpus))]
+    queries = [beir.get_query_text(i) for i in range(len(beir.query_rows))]
     if side == "jaxembed":
         from jaxembed import cli
 

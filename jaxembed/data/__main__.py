@@ -34,7 +34,7 @@ DESCRIPTIONS = {
     "With --config, print a table of the sources: which can be used, and what is missing for the others.",
     "preview": "Print the first batch as the model sees it, and the lengths of its texts.",
     "stats": "Print rows, examples, lengths, duplicates, labels, positives and negatives of each source, and shared texts. "
-    "With --vectors, also what the sources cover, and how near they are to each other and to evaluation sets.",
+    "With --vectors, also the coverage of the sources and their distance to each other and to evaluation sets.",
     "convert": "Write sources as .jsonl or .array_record files, one per source, with our field names.",
     "packages": "Write docstring -> function pairs of installed Python packages: train.jsonl, and the held-out BEIR folders "
     "functions/ and package/. Does nothing if OUT holds the pairs of the same packages and versions.",
@@ -71,7 +71,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def compute_stats(args: argparse.Namespace, data: config.DataConfig, tokenizer: TextTokenizer | None) -> dict[str, Any]:
-    """Return the statistics of sources; with --vectors, print tables of what they cover, and add these to the report."""
+    """Return the statistics of sources. With --vectors, also print tables of their coverage and add these to the report."""
     if not args.vectors:
         if args.against:
             raise UserError("--against: compares vectors. Name their model with --vectors MODEL.")
@@ -133,7 +133,7 @@ def split(args: argparse.Namespace) -> dict[str, Any]:
 def read_passage_limits(args: argparse.Namespace) -> passages.PassageLimits:
     """Return the lengths of passages that the options name."""
     if (args.max_tokens is None) != (args.model is None):
-        raise UserError("--max-tokens: needs --model MODEL, whose tokens are counted. Give both, or --max-chars alone.")
+        raise UserError("--max-tokens: needs --model MODEL, whose tokens are counted. Give both, or only --max-chars.")
     tokenizer = open_tokenizer(args.model, None)[1]
     if tokenizer is None:
         return passages.PassageLimits(args.max_chars, args.min_chars)
@@ -175,16 +175,16 @@ def convert(args: argparse.Namespace, data: config.DataConfig) -> dict[str, Any]
     outs = [args.out.replace("*", name) for name in names]
     outputs = [[cli.prepare_new_output(path, WRITERS) for path in list_shards(out, args.shards)] for out in outs]
     rows = convert_sources(data, cache_dir(), outputs, args.pairs)
-    paths = outs if args.shards == 1 else [shard_path(glob.escape(out), "*", args.shards) for out in outs]
+    paths = outs if args.shards == 1 else [name_shard(glob.escape(out), "*", args.shards) for out in outs]
     return {"files": [str(path) for source_paths in outputs for path in source_paths], "paths": paths, "rows": rows}
 
 
 def list_shards(out: str, count: int) -> list[str]:
     """Return the paths of the shards of an output: NAME-00000-of-00002.jsonl, and so on. A single one keeps its name."""
-    return [out] if count == 1 else [shard_path(out, f"{i:05d}", count) for i in range(count)]
+    return [out] if count == 1 else [name_shard(out, f"{i:05d}", count) for i in range(count)]
 
 
-def shard_path(out: str, number: str, count: int) -> str:
+def name_shard(out: str, number: str, count: int) -> str:
     """Return the path of one shard."""
     path = Path(out)
     return str(path.with_name(f"{path.stem}-{number}-of-{count:05d}{path.suffix}"))
@@ -325,9 +325,9 @@ def add_document_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="FOLDER", help="folder of documents, or one file; hidden files are left out")
     parser.add_argument("out", metavar="OUT.jsonl", help="file to write, which must not exist")
     parser.add_argument(
-        "--max-chars", type=number(1), default=1500, metavar="N", help="most characters of a passage (default: 1500)"
+        "--max-chars", type=number(1), default=1500, metavar="N", help="maximum characters of a passage (default: 1500)"
     )
-    parser.add_argument("--max-tokens", type=number(1), metavar="N", help="most tokens of a passage, instead of --max-chars")
+    parser.add_argument("--max-tokens", type=number(1), metavar="N", help="maximum tokens of a passage, instead of --max-chars")
     parser.add_argument("--model", metavar="MODEL", help="model whose tokens --max-tokens counts")
     parser.add_argument(
         "--min-chars", type=number(1), default=50, metavar="N", help="shorter passages are dropped (default: 50)"

@@ -18,7 +18,7 @@ class ArrayRecordFile:
     """An ArrayRecord file. An address is the number of a record, from 0."""
 
     def __init__(self, path: Path):
-        """Open the file, whose records are read later."""
+        """Open the file. No record is read yet."""
         from array_record.python.array_record_module import ArrayRecordReader
 
         self.name = str(path)
@@ -50,7 +50,7 @@ class ArrayRecordFile:
 def write_array_record(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write rows as JSON, one per record.
 
-    Groups hold one record each, so that each record can be read alone.
+    Each group holds one record, so that single records can be read.
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 

@@ -5,7 +5,7 @@ schema, then messages of a batch of rows each. A message has a header, whose met
 
     0xFFFFFFFF | length of the metadata | metadata | body
 
-Opening a file reads the headers alone. A batch is read when one of its rows is needed.
+Opening a file reads only the headers. A batch is read when one of its rows is needed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ROW_COUNT_FIELD = 0
 
 
 class ArrowBatch(NamedTuple):
-    """Where a batch of rows starts in a file, in bytes, and its number of rows."""
+    """The offset of a batch of rows in a file, in bytes, and its number of rows."""
 
     start: int
     rows: int

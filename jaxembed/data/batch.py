@@ -1,4 +1,4 @@
-"""The global batch: packed texts, and for every query where its vectors are and what the losses must know about it."""
+"""The global batch: packed texts, and for every query the slots of its vectors and the metadata for the losses."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from jaxembed.errors import UserError
 
 
 class EncoderInput(NamedTuple):
-    """A text for any model, before that model's own prompt is applied.
+    """A text for any model, before the prompt of that model is applied.
 
     Attributes:
         text: The text itself.
@@ -69,8 +69,8 @@ class Batch:
         in_batch: True if the source uses in-batch negatives and its texts may be such negatives, bool [B].
         query_hash: uint32 [B, 2].
         doc_hash: uint32 [B, 1+K, 2].
-        positive_hash: Hashes of all known positives of a query and of the query itself, which is no negative of its own
-            where it is a document of another query, uint32 [B, P, 2].
+        positive_hash: Hashes of all known positives of a query, and of the query itself, so that a document that equals it is
+            never its negative, uint32 [B, P, 2].
         label: Label in its source, -1 for none, int32 [B].
         source: Index of the source, int32 [B].
         teacher_scores: Scores of the documents by a teacher, NaN for none, float32 [B, 1+K].
@@ -108,7 +108,7 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class HostBatch:
-    """The part of a batch that belongs to this process's devices, in host memory, and numbers of the whole batch for logs.
+    """The part of a batch that belongs to this process's devices, in host memory, and counts of the whole batch for logs.
 
     Attributes:
         batch: The shards of this process, one after the other.
@@ -131,12 +131,12 @@ class HostBatch:
 class BatchBuilder:
     """Builds the batch of a step: draws its examples, tokenizes and packs their texts.
 
-    Pure: the same (step, ids) give the same batch. Each of several processes builds its own shards. They agree on the shape of
-    the rows, so all of them must build the same steps in the same order.
+    This is a pure function: the same (step, ids) give the same batch. Each of several processes builds its own shards. They
+    agree on the shape of the rows, so all of them must build the same steps in the same order.
 
     Attributes:
         sampler: Draws the examples.
-        row_length: Tokens of a packed row, at most.
+        row_length: Maximum tokens of a packed row.
         shards: The shards of a batch, and which of them this process builds.
         adapters: Names of the adapters, in the order of their indices.
         guide: Encodes texts for `Batch.guide`.
@@ -190,7 +190,7 @@ class BatchBuilder:
         present = np.array([text is not None for text in texts])
         tokenized = self.sampler.tokenizer(*drop_absent(texts, prompts))
         packed, slots, sync = self._pack(tokenized, present)
-        # Describe each query for the losses.
+        # Collect the metadata of each query for the losses.
         slots = slots.reshape(len(examples), -1)
         hashes = np.stack([_hash_or_zero(text) for text in texts]).reshape(len(examples), -1, 2)
         batch_sources, _ = self.sampler.index.locate(ids)
@@ -258,7 +258,7 @@ class BatchBuilder:
             present: Which texts of the batch these are, bool [B * (2+K)].
 
         Returns:
-            The packed texts, the slot of each text of the batch (-1 if absent), and the numbers of the whole batch.
+            The packed texts, the slot of each text of the batch (-1 if absent), and the counts of the whole batch.
         """
         own = self.shards.own
         shard_of_text = np.repeat(own, len(present) // len(own))[present]

@@ -1,7 +1,7 @@
 """The data plan: which examples a step trains on, as a pure function of (seed, stage, step).
 
-Index arithmetic mixes, shuffles, repeats and batches global example ids, one batch at a time. Nothing has state, so a cursor is
-a stage and a step in it, the same for any number of processes.
+Index arithmetic mixes, shuffles, repeats and batches global example ids, one batch at a time. Nothing has state, so a
+cursor is a stage and a step in it, the same for any number of processes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from jaxembed.data.sources import Source
 from jaxembed.errors import UserError
 
 GOLDEN_RATIO_CONJUGATE = (math.sqrt(5) - 1) / 2  # its multiples, modulo 1, fill the unit interval evenly
-LATER_KEYS = frozenset({"graded", "score_range", "label_scores"})  # keys of sources that the hash of a plan had to learn
+KEYS_NEWER_THAN_HASH = frozenset(
+    {"graded", "score_range", "label_scores"}
+)  # keys of sources that the hash of a plan had to learn
 STEPS_PER_CHUNK = 256  # steps whose counts are summed at once
 
 
@@ -37,8 +39,8 @@ class BatchPlan:
        SFR-Embedding-Mistral), or a part (semi-homogeneous: KaLM-Embedding, arXiv:2501.01028, section 2.2).
     3. The remaining examples are blended from all sources of the group in proportion to their shares.
 
-    Which group, which single source, and how many blended examples of each source a step gets are `QuotaSchedule`s. They also
-    give the totals of all earlier steps, and thus where each source continues.
+    `QuotaSchedule`s choose the group of a step, its single source, and its number of blended examples of each source. They also
+    give the totals of all earlier steps, and so the position at which each source continues.
     """
 
     def __init__(
@@ -57,8 +59,8 @@ class BatchPlan:
             batch_size: Examples of a batch.
             seed: Seed of the run.
             stage: Index of the stage.
-            batching: How the examples of one batch go together. Default: blended.
-            mixture: How the shares of the sources follow from weights and sizes. Default: the weights are the shares.
+            batching: How a batch is composed. Default: blended.
+            mixture: How to compute the shares of the sources from weights and sizes. Default: the weights are the shares.
 
         Raises:
             UserError: If a batch needs more examples than its sources have.
@@ -80,7 +82,7 @@ class BatchPlan:
         self._group_schedule = QuotaSchedule([shares[g].sum() for g in self._groups], 1, self._draw_start("groups"))
         self._single_schedules = [QuotaSchedule(shares[g], 1, self._draw_start("one", *g)) for g in self._groups]
         self._blend_schedules = [QuotaSchedule(shares[g], blended_size, self._draw_start("blend", *g)) for g in self._groups]
-        self._interleaving = interleave(batch_size)
+        self._interleaving = make_interleaving(batch_size)
         self._hash = self._compute_hash()
 
     def __len__(self) -> int:
@@ -89,13 +91,13 @@ class BatchPlan:
     def __getitem__(self, step: int) -> np.ndarray:
         if not self.sources:
             return np.zeros(0, np.int64)
-        # Find the group of this step, and how many batches of that group came before.
+        # Find the group of this step, and the number of earlier batches of that group.
         group_batches, is_next = self._group_schedule.at(step)
         group = int(is_next.argmax())
-        # Take the next ids of each source that this batch has examples of.
+        # Take the next ids of each source in this batch.
         used, counts = self._count_examples(group, int(group_batches[group]))
         members = self._groups[group]
-        parts = [self._next_ids(members[i], int(used[i]), int(counts[i])) for i in np.flatnonzero(counts)]
+        parts = [self._take_ids(members[i], int(used[i]), int(counts[i])) for i in np.flatnonzero(counts)]
         ids = np.concatenate(parts)
         # Interleave the sources, so that each shard gets a similar mix.
         return ids if len(parts) == 1 else ids[self._interleaving]
@@ -119,9 +121,9 @@ class BatchPlan:
         return self._hash
 
     def with_sources(self, sources: Sequence[Source]) -> BatchPlan:
-        """Return the plan for sources that were mined from those of this plan, and may have fewer examples.
+        """Return the plan for mined versions of its sources, which may have fewer examples.
 
-        Its hash is that of this plan: a run that resumes compares it before it reads the mined rows.
+        It keeps the hash of this plan, because a resumed run compares the hash before it reads the mined rows.
 
         Raises:
             UserError: If a batch needs more examples than the sources have.
@@ -134,21 +136,21 @@ class BatchPlan:
         """Return the hash.
 
         Keys that do not change the examples are left out, as are those that the digest (split) or the number of examples
-        (equality) covers, and those of `LATER_KEYS` with their default, which runs of earlier versions do not know.
+        (equality) covers, and those of `KEYS_NEWER_THAN_HASH` with their default, which runs of earlier versions do not know.
         """
         ignored = {"catalog", "path", "name", "split", "equality"}
         content = []
         for source in self.sources:
             keys = source.config.model_dump(mode="json", exclude=ignored)
-            keys = {key: value for key, value in keys.items() if value or key not in LATER_KEYS}
+            keys = {key: value for key, value in keys.items() if value or key not in KEYS_NEWER_THAN_HASH}
             content.append([source.digest, len(source), keys])
         configs = [self._batching.model_dump(mode="json"), self._mixture.model_dump(mode="json")]
         return hashlib.sha256(json.dumps([content, configs, self._batch_size, self._seed]).encode()).hexdigest()[:16]
 
-    def _next_ids(self, source: int, used: int, count: int) -> np.ndarray:
+    def _take_ids(self, source: int, used: int, count: int) -> np.ndarray:
         """Return the ids of the next `count` examples of a source after the first `used` ones."""
         size, end, indices = self._sizes[source], used + count, []
-        # The range may span several epochs, each a permutation of its own.
+        # The range may span several epochs, each with its own permutation.
         for epoch in range(used // size, (end - 1) // size + 1):
             first, last = max(used - epoch * size, 0), min(end - epoch * size, size)
             indices.append(permute_indices(np.arange(first, last), size, self._make_key(self._stage, source, epoch)))
@@ -224,8 +226,8 @@ def list_sources(plans: Iterable[BatchPlan]) -> list[Source]:
     return list({source.name: source for plan in plans for source in plan.sources}.values())
 
 
-def interleave(count: int) -> np.ndarray:
-    """Return a permutation of `count` places that spreads neighbors evenly over the result, int64 [count].
+def make_interleaving(count: int) -> np.ndarray:
+    """Return a permutation of `count` positions that spreads neighbors evenly, int64 [count].
 
     Shards take the examples of a batch in order, and each should get some of every source. The permutation steps by about the
     golden ratio's conjugate of `count`, rounded up to a step that is coprime with `count`.

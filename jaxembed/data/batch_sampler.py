@@ -28,8 +28,8 @@ class BatchSampler:
         hard_negatives: Maximum negatives of a query (K).
         seed: Seed of the draws, together with step and id.
         step_offset: Steps of the stages before this one. They make the draws of each stage differ.
-        no_duplicates: Replace an example whose query or positive is already in the batch by another one of its source. This
-            holds for sources with in-batch negatives.
+        no_duplicates: Replace an example whose query or positive is already in the batch by another one of its source. Applies
+            to sources with in-batch negatives.
     """
 
     sources: Sequence[Source]
@@ -45,7 +45,7 @@ class BatchSampler:
         return ExampleIndex(self.sources)
 
     def sample(self, step: int, ids: np.ndarray, members: np.ndarray | None = None) -> list[Example]:
-        """Draw the examples of a step, or only those at the places `members` of the batch."""
+        """Draw the examples of a step, or only those at the positions `members` of the batch."""
         members = np.arange(len(ids)) if members is None else members
         if not self.no_duplicates:
             return self._limit_few_shot(self._draw_batch(step, ids[members]))
@@ -77,7 +77,7 @@ class BatchSampler:
     def _limit_few_shot(self, examples: list[Example]) -> list[Example]:
         """Drop in-context examples, the last first, until they leave the text at least half of its tokens.
 
-        Their tokens are counted one by one, so that each is tokenized once.
+        Tokens are counted per in-context example, so that each one is tokenized once.
         """
         # Count the tokens of the instruction and of each in-context example.
         spec = self.tokenizer.spec
@@ -112,7 +112,7 @@ class BatchSampler:
 
 
 def _normalize_pair(example: Example) -> set[str]:
-    """Return the normalized query and positive, by which duplicates are found."""
+    """Return the normalized query and positive, which identify duplicates."""
     return {normalize_text(example.query), normalize_text(example.positive)}
 
 

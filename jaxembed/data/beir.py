@@ -50,11 +50,11 @@ class BeirFolder:
     digest: str
     split: str
 
-    def query_text(self, index: int) -> str:
+    def get_query_text(self, index: int) -> str:
         """Return the text of a query, by its index in `query_rows`."""
         return str(self.queries[self.query_rows[index]]["text"])
 
-    def document_text(self, row: int) -> str:
+    def get_document_text(self, row: int) -> str:
         """Return title and text of a document, by its row of the corpus."""
         return join_title_and_text(self.corpus[row])
 
@@ -125,7 +125,7 @@ def open_beir(folder: Path, defaults: tuple[str, ...], split: str = "") -> BeirF
 
 
 def _choose_qrels(folder: Path, defaults: tuple[str, ...], split: str) -> Path:
-    """Return the qrels of a split, or of the first of `defaults` that exists. The log says which one was chosen, and why."""
+    """Return the qrels of a split, or of the first of `defaults` that exists. The choice is logged."""
     present = sorted(path.stem for path in (folder / "qrels").glob("*.tsv"))
     wanted = (split,) if split else defaults
     chosen = next((name for name in wanted if name in present), None)
@@ -204,18 +204,18 @@ def write_beir(
 class BeirPairRows:
     """A BEIR folder as rows of pairs: each query that has relevant documents, with those as positives.
 
-    A document without a text is no positive, and a query without any positive is dropped. The filters of the source apply:
+    A document without a text is not a positive, and a query without any positive is dropped. The filters of the source apply:
     `where` to the fields of a query, `min_chars` and `max_chars` to queries and documents.
 
     Attributes:
         row_count: The number of queries that have relevant documents.
         digest: SHA-256 of the three files.
-        max_positives: The most positives of a query.
-        drop_counts: Reason -> how many queries are dropped.
+        max_positives: Maximum number of positives of a query.
+        drop_counts: Reason -> number of dropped queries.
     """
 
     def __init__(self, config: SourceConfig):
-        """Open the folder of a source. Default of its split: train, else dev, else test."""
+        """Open the folder of a source. The default split is the first one of train, dev and test that exists."""
         folder = Path(config.path)
         beir = self._beir = open_beir(folder, TRAINING_SPLITS, config.split)
         self.digest, self.row_count = beir.digest, len(beir.relevant)
@@ -242,12 +242,12 @@ class BeirPairRows:
     def _select_documents(self, index: int, config: SourceConfig) -> tuple[list[int], list[str]]:
         """Return the documents of a query that can be used, and a reason for what is left out otherwise."""
         beir = self._beir
-        texts = {row: text for row in sorted(beir.relevant[index]) if row >= 0 and is_text(text := beir.document_text(row))}
+        texts = {row: text for row in sorted(beir.relevant[index]) if row >= 0 and is_text(text := beir.get_document_text(row))}
         if not texts:
             return [], [NO_TEXT_REASON]
         if not has_filters(config):
             return list(texts), []
-        pair = {**beir.queries[beir.query_rows[index]], "query": beir.query_text(index), "pos": list(texts.values())}
+        pair = {**beir.queries[beir.query_rows[index]], "query": beir.get_query_text(index), "pos": list(texts.values())}
         kept_pair, reasons = filter_row(pair, "pairs", config)
         return [row for row, text in texts.items() if kept_pair and text in kept_pair["pos"]], reasons
 
@@ -256,5 +256,5 @@ class BeirPairRows:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         query = self._query_indices[index]
-        positives = [self._beir.document_text(row) for row in self._positive_rows[query]]
-        return {"query": self._beir.query_text(query), "pos": positives}
+        positives = [self._beir.get_document_text(row) for row in self._positive_rows[query]]
+        return {"query": self._beir.get_query_text(query), "pos": positives}

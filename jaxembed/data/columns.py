@@ -1,4 +1,4 @@
-"""A row with our field names, whatever the columns of its container are."""
+"""Convert rows of a container to our field names."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def build_row(content: Any, where: str, columns: Columns) -> dict[str, Any]:
 def rename_columns(row: dict[str, Any], columns: Columns) -> dict[str, Any]:
     """Return a row with our field names.
 
-    A field in `columns` is read from its columns alone. A field that is a list may have several columns, or one that holds a
-    single value. Nulls of these columns are left out.
+    A field in `columns` is read only from its columns. A list field may have several columns, or one column with a single
+    value. Nulls of these columns are left out.
     """
     is_untyped = isinstance(row, TextCells)
     if columns:

@@ -1,4 +1,4 @@
-"""Containers: where rows are stored, whatever they mean. Each is scanned once, then read at random.
+"""Containers of rows in any format. Each is scanned once, then read with random access.
 
 A source path is one of:
 
@@ -148,7 +148,7 @@ def find_line_reader(path: Path, lines: Iterable[bytes]) -> type[LineFile]:
     ending = get_ending(path)
     if ending:
         if ending not in LINE_READERS:
-            raise _unsupported_error(path, ", ".join(LINE_READERS))
+            raise _make_unsupported_error(path, ", ".join(LINE_READERS))
         return LINE_READERS[ending]
     first = next((line for line in lines if line.removeprefix(BYTE_ORDER_MARK).strip()), b"")
     is_json = first.removeprefix(BYTE_ORDER_MARK).lstrip()[:1] in (b"{", b"[")
@@ -161,7 +161,7 @@ def _find_reader(path: Path) -> Any:
     """Return the reader of a regular file."""
     if ending := get_ending(path):
         if ending not in FILE_READERS:
-            raise _unsupported_error(path, KNOWN_ENDINGS)
+            raise _make_unsupported_error(path, KNOWN_ENDINGS)
         return FILE_READERS[ending]
     try:
         with path.open("rb") as file:
@@ -170,7 +170,7 @@ def _find_reader(path: Path) -> Any:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def _unsupported_error(path: Path, known: str) -> UserError:
+def _make_unsupported_error(path: Path, known: str) -> UserError:
     return UserError(f"{path}: unsupported file type {path.suffix} (expected one of {known})")
 
 

@@ -1,4 +1,4 @@
-"""Conversion of training sources to .jsonl and .array_record files."""
+"""Convert training sources to .jsonl and .array_record files."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def convert_sources(data: DataConfig, cache: Path, outputs: Sequence[Sequence[Pa
         data: The sources.
         cache: Folder for the row indexes.
         outputs: Output files of each source. Its rows are split evenly among them.
-        as_pairs: Write the examples as rows of pairs, whatever the format of the source. Documents are always written so.
+        as_pairs: Write the examples as rows of pairs, whatever the format of the source. Documents are always written as pairs.
 
     Returns:
         The number of rows.

@@ -1,4 +1,4 @@
-"""CSV and TSV files with a header, read in one pass or at random."""
+"""CSV and TSV files with a header, with sequential and random access."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ csv.field_size_limit(2**31 - 1)  # Python's default refuses texts of more than 1
 
 
 class TextCells(dict[str, Any]):
-    """A row whose values are texts, whatever they mean, and None where a cell is empty."""
+    """A row of a CSV file: all values are strings, and None where a cell is empty."""
 
 
 class _CountedLines:

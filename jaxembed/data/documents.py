@@ -21,8 +21,8 @@ SAME_SIDES = "query and positive are equal"
 DROP_REASONS = (INCOMPLETE, SAME_SIDES, TOO_SHORT, TOO_LONG)
 
 
-def document_schema(config: SourceConfig) -> RowSchema:
-    """Return the schema whose index value says which `pair_templates` of a source turn a row into a usable pair.
+def make_document_schema(config: SourceConfig) -> RowSchema:
+    """Return the schema whose index value encodes which `pair_templates` of a source make a usable pair of a row.
 
     The value is the sum of 2^i over these templates i. If there is none, it is -1 - r, where r is the index of the reason
     in `DROP_REASONS`, followed by the fields of `where`.
@@ -44,7 +44,7 @@ class DocumentSampler(ExampleSampler):
         """Find the usable rows.
 
         Args:
-            rows: Rows with the source's `document_schema`.
+            rows: Rows with the source's `make_document_schema`.
             config: The source.
 
         Raises:
@@ -87,7 +87,7 @@ class DocumentSampler(ExampleSampler):
 
 
 def _encode_usable_templates(row: Row, config: SourceConfig) -> int:
-    """Return the index value of a row (see `document_schema`)."""
+    """Return the index value of a row (see `make_document_schema`)."""
     if mismatch := find_where_mismatch(row, config):
         return -1 - len(DROP_REASONS) - list(map(describe_where, config.where)).index(mismatch)
     pairs = [fill_template(template, row) for template in config.pair_templates]

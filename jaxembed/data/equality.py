@@ -1,4 +1,4 @@
-"""When two texts are equal: one rule for masking, duplicates, statistics and mining."""
+"""The rule by which two texts are equal, for masking, duplicates, statistics and mining."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def normalize_text(text: str) -> str:
 def hash_text(text: str) -> np.ndarray:
     """Return a 64-bit hash of a text, as uint32 [2]. Equal texts (`normalize_text`) have equal hashes.
 
-    Texts are compared by it across a global batch.
+    Texts of a global batch are compared by their hashes.
     """
     return hash_exact_text(normalize_text(text))
 
@@ -52,7 +52,7 @@ def exclude_equal(texts: Iterable[str], others: Iterable[str]) -> list[str]:
     texts, others = list(texts), list(others)
     if not texts:
         return []
-    # Most texts differ at their start. Only those that start alike are normalized whole.
+    # Most texts differ at their start. Only texts with equal starts are normalized completely.
     starts = [_normalize_start(text) for text in (*others, *texts)]
     counts = Counter(starts)
     seen = {normalize_text(text) for text, start in zip(others, starts, strict=False) if counts[start] > 1}

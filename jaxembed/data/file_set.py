@@ -13,7 +13,7 @@ from jaxembed.errors import UserError
 
 
 class FileSet:
-    """Several files of one type as one container. The addresses of a file follow those of the file before it."""
+    """Several files of one type as one container. The addresses of a file continue those of the previous file."""
 
     def __init__(self, name: str, files: Sequence[Path], reader: Callable[[Path], Any]):
         """Open all files with `reader`, the class of their type."""

@@ -46,8 +46,8 @@ def add_filters(schema: RowSchema, config: SourceConfig) -> RowSchema:
     """Return the schema of a format with the filters of a source: rows and texts that fail them are left out.
 
     A row is left out if it lacks the metadata of `where`, or if its query or another text that it needs is too short or too
-    long. So are single positives and negatives of a row of pairs. The row goes with its last positive. Rows that `where`
-    leaves out may be anything: they are not checked.
+    long. Single positives and negatives of a row of pairs are left out too. A row without positives is left out. Rows that
+    `where` leaves out are not checked.
     """
     if not has_filters(config):
         return schema

@@ -1,4 +1,4 @@
-"""Pairs divided into training rows and a held-out BEIR folder. No document is a positive of both."""
+"""Divide pairs into training rows and a held-out BEIR folder. No document is a positive of both."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def split_pairs(pairs: str, out: Path, share: float, documents: str = "") -> dic
         (heldout if _is_heldout(row["pos"][0], share) else train).append(row)
     if not heldout or not train:
         raise UserError(
-            f"{pairs}: {len(train)} rows to train on and {len(heldout)} held out ({share:.0%} were to be). Change --percent."
+            f"{pairs}: {len(train)} rows to train on and {len(heldout)} held out (expected {share:.0%}). Change --percent."
         )
     texts = [row["text"] for row in _read_rows(documents, check_passage)] if documents else []
     texts += [text for row in rows for text in row["pos"]]

@@ -1,4 +1,4 @@
-"""Line files: JSONL and plain text, read in one pass or at random. Nothing is mapped into memory."""
+"""Line files: JSONL and plain text, with sequential and random access. Nothing is memory-mapped."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class JsonLinesFile(LineFile):
 
 
 class JsonFile(JsonLinesFile):
-    """A .json file that holds one row per line. A file that holds one list of rows is refused with what to do."""
+    """A .json file that holds one row per line. A file that holds one list of rows is refused."""
 
     @classmethod
     def scan_lines(cls, lines: Iterable[bytes], name: str) -> Iterator[ScannedRow]:

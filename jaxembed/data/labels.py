@@ -28,9 +28,9 @@ class LabelSampler(ExampleSampler):
 
     The documents are of one of two kinds:
 
-    - Label texts, if there are two labels or `label_documents` says so. The positive is the text of the row's label, the
+    - Label texts, if there are two labels or `label_documents` is `labels`. The positive is the text of the row's label, the
       negatives are the texts of other labels of this source, or of all sources (`add_negative_labels`, KaLM-Embedding 2.1).
-    - Examples otherwise. The positive is another text with the same label. The negatives are texts of other labels, each of
+    - Examples otherwise. The positive is another text with the same label. The negatives are texts of other labels, each from
       a label drawn uniformly.
     """
 
@@ -82,7 +82,7 @@ class LabelSampler(ExampleSampler):
         return rows_per_label
 
     def add_negative_labels(self, texts: Sequence[str]) -> LabelSampler:
-        """Return a copy that draws its negatives from `texts` too."""
+        """Return a copy that also draws negatives from `texts`."""
         sampler = copy.copy(self)
         sampler._candidate_labels = tuple(dict.fromkeys((*self._label_texts, *texts)))
         return sampler
@@ -143,7 +143,7 @@ class LabelSampler(ExampleSampler):
     def _resolve_label_texts(self, config: SourceConfig) -> Sequence[str | None]:
         """Return the text of each label: its entry in `label_names`, or the label itself if there are no names.
 
-        The label that stands for none has no text.
+        The label that means "no label" has no text.
         """
         labels = [None if i == self._unlabeled else label for i, label in enumerate(self.rows.label_names)]
         if not config.label_names:
@@ -193,10 +193,10 @@ class LabelSampler(ExampleSampler):
 
 
 def find_unlabeled(labels: Sequence[str], names: Mapping[str, str] = MappingProxyType({})) -> int | None:
-    """Return the index of the label that stands for none, or None.
+    """Return the index of the label that means "no label", or None.
 
-    Hugging Face datasets number classes from 0, and write -1 for a row without a label. Without a label 0, as in data whose
-    labels are -1 and 1, or with a name of its own, -1 is a label like any other.
+    Hugging Face datasets number classes from 0, and write -1 for a row without a label. If there is no label 0, as in data with
+    the labels -1 and 1, or if -1 has a name, it is a label like any other.
 
     Args:
         labels: The labels of the data.
@@ -213,6 +213,6 @@ def _sample_except(excluded: int, count: int, max_samples: int, rng: np.random.G
 
 
 def _list_labels(labels: Sequence[str]) -> str:
-    """Return the first `MAX_LISTED_LABELS` labels, and how many more there are."""
+    """Return the first `MAX_LISTED_LABELS` labels, and the number of further ones."""
     more = f" and {len(labels) - MAX_LISTED_LABELS:,} more" if len(labels) > MAX_LISTED_LABELS else ""
     return f"{', '.join(map(repr, labels[:MAX_LISTED_LABELS]))}{more}"

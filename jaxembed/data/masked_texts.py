@@ -49,18 +49,18 @@ class MaskedTextReader:
     def mask(self, tokens: np.ndarray, rng: np.random.Generator) -> TokenText:
         """Mask the tokens of one text, int32 [T]."""
         config = self._config
-        # Which tokens are predicted.
+        # Choose the tokens to predict.
         rate = config.mask_rate if config.max_mask_rate is None else rng.uniform(config.mask_rate, config.max_mask_rate)
         can_be_predicted = ~np.isin(tokens, self._special_ids)
         if config.predict_from == "previous":
             can_be_predicted[:1] = False
         is_predicted = can_be_predicted & (rng.random(len(tokens)) < rate)
-        # What the model reads instead of them.
+        # Mask or replace them in the input.
         fate, random_ids = rng.random(len(tokens)), rng.integers(self._vocab_size, size=len(tokens))
         masked, changed = (1.0, 1.0) if config.mask_rule == "all" else (BERT_MASKED, BERT_CHANGED)
         read = np.where(is_predicted & (fate < changed), random_ids, tokens)
         read = np.where(is_predicted & (fate < masked), self._mask_id, read).astype(np.int32)
-        # Which hidden state predicts them.
+        # Assign each one to the hidden state that predicts it.
         targets = np.where(is_predicted, tokens, NOT_PREDICTED).astype(np.int32)
         if config.predict_from == "previous":
             targets = np.append(targets[1:], np.int32(NOT_PREDICTED)).astype(np.int32)
@@ -70,7 +70,7 @@ class MaskedTextReader:
 
 
 def find_mask_token(name: str | None, hf_tokenizer: Any, key: str) -> int:
-    """Return the id of the token that stands for a masked one.
+    """Return the id of the token that replaces masked tokens.
 
     Args:
         name: The token, or None: the tokenizer's mask token, otherwise "_", otherwise its unknown token.

@@ -1,4 +1,4 @@
-"""Datasets of other libraries, by name and split: Hugging Face datasets and TensorFlow Datasets."""
+"""Open datasets of other libraries by name and split: Hugging Face datasets and TensorFlow Datasets."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class HubDataset:
         """Wrap the rows of a dataset.
 
         Args:
-            name: Appears in errors.
+            name: Name for errors.
             files: Files of the rows.
             rows: A `FileSet`, or `LibraryRows`.
             class_names: Names of the classes, for every column that holds class labels.

@@ -1,4 +1,4 @@
-"""Natural language inference as pairs: what a premise entails is a positive, what contradicts it is a negative."""
+"""Natural language inference as pairs: entailed hypotheses are positives, contradicting ones are negatives."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class NliPairRows:
     Attributes:
         row_count: The number of (premise, hypothesis, label) rows.
         digest: SHA-256 of the content.
-        max_positives: The most entailed hypotheses of a premise.
-        drop_counts: Reason -> how many rows or premises are dropped.
+        max_positives: Maximum number of entailed hypotheses of a premise.
+        drop_counts: Reason -> number of dropped rows or premises.
     """
 
     def __init__(self, rows: IndexedRows):

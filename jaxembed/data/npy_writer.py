@@ -24,7 +24,7 @@ def write_vectors(
 
     Args:
         partial: The file to write.
-        out: The name that errors give it.
+        out: Name of the file in errors.
         parts: Vectors [n, width] each.
         width: Width of the vectors.
         count: Expected number of vectors, for the progress bar. None: unknown.

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import flax.struct
 import numpy as np
 
-ROW_COUNT_GROWTH = 1.06  # ratio of successive row counts: at most 6% padding, and few programs to compile
+ROW_COUNT_GROWTH = 1.06  # ratio of successive row counts: at most 6% padding, but few programs to compile
 MAX_ROWS_TO_SHORTEN = 32  # up to this many rows, where one row is a large part of the batch, rows may be shorter
 MIN_FILL = 31 / 32  # share of the tokens of shorter rows that texts must fill to make them worthwhile
 TOKENS_PER_SEGMENT = 8  # a row has room for one text per so many tokens
@@ -54,7 +54,7 @@ class PackedTexts:
     shards: int = flax.struct.field(pytree_node=False)
 
 
-def max_segments(row_length: int) -> int:
+def compute_max_segments(row_length: int) -> int:
     """Return the maximum texts of a row. It is fixed so that the pooled vectors have a static shape."""
     return max(1, row_length // TOKENS_PER_SEGMENT)
 
@@ -66,7 +66,7 @@ def pack_rows(lengths: Sequence[int] | np.ndarray, row_length: int) -> Packing:
         lengths: Tokens of each text, at most `row_length`.
         row_length: Tokens of a row.
     """
-    max_texts = max_segments(row_length)
+    max_texts = compute_max_segments(row_length)
     row, segment = np.empty(len(lengths), np.int64), np.empty(len(lengths), np.int64)
     # Open rows by their free tokens. Bit n of `free_bits` is set if there is an open row with n free tokens, so the fullest
     # row that still takes a text is found in constant time.
@@ -98,16 +98,16 @@ def pack_rows(lengths: Sequence[int] | np.ndarray, row_length: int) -> Packing:
 def pack_by_length(
     lengths: np.ndarray, min_row_length: int, rows_per_call: Callable[[int], int]
 ) -> Iterator[tuple[np.ndarray, Packing, int]]:
-    """Pack many texts into rows of several lengths, because attention costs a text as much as its row is long.
+    """Pack many texts into rows of several lengths, because the cost of attention for a text grows with its row length.
 
-    Row lengths halve from the power of two that takes the longest text down to `min_row_length`. The rows of one length are as
-    many as the texts beyond half that length need, rounded up to full calls; shorter texts fill the space between. The other
-    texts go to rows of half the length if they fill them, and otherwise stay.
+    Row lengths halve from the power of two that fits the longest text down to `min_row_length`. The number of rows of a length
+    is what the texts longer than half of it need, rounded up to full calls; shorter texts fill the gaps. The remaining texts go
+    to rows of half the length if they fill these, and otherwise stay.
 
     Args:
         lengths: Tokens of each text, int64 [N].
         min_row_length: Shortest row length, a power of two.
-        rows_per_call: Maps a row length to the rows that are computed at once.
+        rows_per_call: Maps a row length to the number of rows per program call.
 
     Yields:
         Indices of texts, their packing, and its row length.
@@ -162,7 +162,7 @@ def pack_shards(
     Args:
         lengths: Tokens of each text, for each shard.
         row_length: Maximum tokens of a row.
-        sync: Maps the row counts that the fullest shard of this process needs, one for each of `candidate_row_lengths`, to
+        sync: Maps the row counts that the fullest shard of this process needs, one for each of `list_candidate_row_lengths`, to
             the maxima over all processes. Both iterators may end early.
 
     Returns:
@@ -174,7 +174,7 @@ def pack_shards(
     return pack_at(shape[1]), shape
 
 
-def candidate_row_lengths(row_length: int) -> range:
+def list_candidate_row_lengths(row_length: int) -> range:
     """Return the row lengths to choose from, longest first.
 
     Steps are 1/32 of `row_length`, and at least 8 tokens, so that few programs are compiled.
@@ -183,8 +183,8 @@ def candidate_row_lengths(row_length: int) -> range:
 
 
 def _iter_rows_needed(pack_at: Callable[[int], list[Packing]], longest: int, row_length: int) -> Iterator[int]:
-    """Yield the rows that the fullest shard needs at each candidate length, until these are too many or too short."""
-    for length in candidate_row_lengths(row_length):
+    """Yield the rows that the fullest shard needs at each candidate length, until there are too many or they are too short."""
+    for length in list_candidate_row_lengths(row_length):
         if length < longest:
             return
         rows = max(packing.row_count for packing in pack_at(length))
@@ -194,14 +194,14 @@ def _iter_rows_needed(pack_at: Callable[[int], list[Packing]], longest: int, row
 
 
 def _choose_shape(rows_needed: Iterator[int], row_length: int) -> tuple[int, int]:
-    """Return the (rows, row length) of a batch, from the rows needed at each of `candidate_row_lengths`."""
+    """Return the (rows, row length) of a batch, from the rows needed at each of `list_candidate_row_lengths`."""
     # The row count follows from rows of full length.
     rows = next(rows_needed)
     shape = (round_up_rows(rows), row_length)
     if rows > MAX_ROWS_TO_SHORTEN:
         return shape
     # Take the shortest row length that needs no more rows.
-    for length, rows_at_length in zip(candidate_row_lengths(row_length)[1:], rows_needed, strict=False):
+    for length, rows_at_length in zip(list_candidate_row_lengths(row_length)[1:], rows_needed, strict=False):
         if round_up_rows(rows_at_length) > shape[0]:
             break
         shape = (shape[0], length)

@@ -23,7 +23,7 @@ from jaxembed.data.tokenize import TextTokenizer
 from jaxembed.errors import UserError
 
 MAX_LISTED = 20  # bad rows of a source, and labels, that a report lists
-MAX_MEASURED_ROWS = 10_000  # rows of a source whose texts are measured, evenly spread
+MAX_MEASURED_ROWS = 10_000  # evenly spread rows of a source whose texts are measured
 # The status of a source.
 USABLE, UNREACHABLE, MISSING_COLUMN, BAD_ROWS, REFUSED = "ok", "unreachable", "missing column", "bad rows", "refused"
 STATUS_CHARS = len(MISSING_COLUMN)  # the longest status
@@ -47,7 +47,7 @@ def validate_sources(data: DataConfig, cache: Path) -> dict[str, Any]:
 
     Returns:
         "sources" with one report per source, and "bad_rows" with the total. A source that training refuses has at least one
-        bad row. Its "problems" lists the first ones, and its "status" says what kind they are.
+        bad row. Its "problems" lists the first ones, and its "status" is their kind.
     """
     reports = [_validate_source(source, cache) for source in data.sources]
     return {"sources": reports, "bad_rows": sum(report["bad_rows"] for report in reports)}
@@ -113,7 +113,7 @@ def _name_or_path(source: SourceConfig) -> str:
 
 
 def compute_stats(data: DataConfig, cache: Path, tokenizer: TextTokenizer | None) -> dict[str, Any]:
-    """Compute statistics of the examples that training draws from, and of the texts that each two sources share.
+    """Compute statistics of the examples that training draws from, and of the texts that every two sources share.
 
     A text of a source of labels counts with one positive and one negative. Lengths are those of texts without instructions.
     Memory grows by 8 bytes for every query, text and pair.
@@ -209,7 +209,7 @@ def preview_batch(
         spec: How texts become inputs.
         tokenizer: Truncates texts and counts tokens. None: texts are complete, and lengths are in characters.
     """
-    # These import JAX, which the other reports do without.
+    # These import JAX, which the other reports do not need.
     from jaxembed.config.fields import MAX_INTEGER
     from jaxembed.data.batch_plan import BatchPlan
     from jaxembed.data.batch_sampler import BatchSampler, assign_roles

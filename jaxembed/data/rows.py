@@ -1,4 +1,4 @@
-"""Rows of one schema in any container: all checked once, then read at random, with constant memory.
+"""Rows of one schema in any container: all are checked once, then read with random access, in constant memory.
 
 One pass over the container checks every row and builds an index: the address of each row and one number that its schema
 derives, such as a score. The index is a file in the cache. It is memory-mapped, so opening it again reads only its end:
@@ -44,14 +44,14 @@ class MissingColumnError(UserError):
 
 
 class RowSchema(NamedTuple):
-    """What a row of a format must satisfy, and what the index stores of it.
+    """The checks of a row of a format, and the value that the index stores of it.
 
     Attributes:
         name: Name of the format.
         check: Returns what is wrong with a row, or None.
-        index_value: Returns the number that the index stores of a row, or the name of its label. None leaves the row out.
+        index_value: Returns the number that the index stores of a row, or the name of its label. None: the row is left out.
         find_drops: Returns a reason for each part of a row that is never used, or for a row that is left out.
-        select: Returns the part of a row of the index that is used.
+        select: Returns the used part of an indexed row.
     """
 
     name: str
@@ -68,13 +68,13 @@ class IndexedRows:
         container: Where the rows are stored.
         schema: The schema that every row satisfies.
         columns: Our field -> the container's column.
-        index_values: What the schema derives of each row, float64 [N]. Labels are indices into `label_names`.
+        index_values: The value that the schema derives from each row, float64 [N]. Labels are indices into `label_names`.
         max_value: The largest of `index_values`.
         label_names: Sorted names of the labels, or empty.
         label_counts: The number of rows of each label.
         rows_grouped_by_label: Row indices, int64 [N]: those of the first label, then those of the second, and so on.
         row_count: The number of rows in the container, including those that the schema leaves out.
-        drop_counts: Reason -> how many rows, or parts of rows, the schema leaves out because of it.
+        drop_counts: Reason -> number of rows, or parts of rows, that the schema leaves out.
         digest: SHA-256 of the content. For a JSONL file without blank lines it is the SHA-256 of the file.
     """
 
@@ -211,7 +211,7 @@ def _load_index(rows: IndexedRows, cache: Path | None) -> Index:
 
 
 def _remove_stale_files(folder: Path) -> None:
-    """Remove the unfinished indexes of processes that were killed: those that nobody has written to for long."""
+    """Remove the unfinished indexes of killed processes: files that have not been written for a long time."""
     for path in folder.glob(f"{UNFINISHED_PREFIX}*"):
         with suppress(OSError):  # another process may remove it too
             if time.time() - path.stat().st_mtime > MAX_UNFINISHED_AGE_S:
@@ -219,7 +219,7 @@ def _remove_stale_files(folder: Path) -> None:
 
 
 def _stamp_file(path: Path) -> list[Any]:
-    """Return what changes if a file does: its path, size, time of modification, inode, and time of any change (ctime).
+    """Return values that change with a file: its path, size, modification time, inode, and change time (ctime).
 
     A program can restore the first two times after an edit, but not the last.
     """

@@ -1,4 +1,4 @@
-"""Samplers: how the rows of a file become training examples. Each row schema draws positives and negatives in its own way.
+"""Samplers turn the rows of a file into training examples. Each row schema draws positives and negatives in its own way.
 
 Scored pairs, labels and documents have modules of their own. Entailment (`nli.py`) and BEIR folders (`beir.py`) are read as
 rows of pairs.
@@ -16,7 +16,7 @@ from jaxembed.data.rows import IndexedRows, RowSchema
 from jaxembed.data.schema import Example, Row, check_pair
 
 EXAMPLE_FIELD = "example"  # number of the example that a mined row belongs to; files of earlier versions have none
-# Rows of pairs that were mined for a source. Rows with the same number follow each other; those without one are alone.
+# Rows of pairs that were mined for a source. Rows with the same number are consecutive; a row without a number is one example.
 MINED_SCHEMA = RowSchema("mined pairs", check_pair, lambda row: row.get(EXAMPLE_FIELD, -1))
 
 
@@ -31,8 +31,8 @@ class ExampleSampler(Protocol):
     """Draws examples from rows.
 
     Attributes:
-        max_positives: No example has more positives than this.
-        drop_counts: Reason -> how many rows, premises, queries or labels are not drawn from because of it.
+        max_positives: Maximum number of positives of an example.
+        drop_counts: Reason -> number of rows, premises, queries or labels that are not used.
     """
 
     max_positives: int
@@ -48,8 +48,8 @@ class ExampleSampler(Protocol):
 
         Args:
             index: Which example.
-            seed: Selects the texts, together with `index`, where a row could be paired with a whole source.
-            max_texts: In that case, the most positives and the most negatives. None: all label texts, or 8 examples.
+            seed: Selects the texts, together with `index`, if a row could be paired with a whole source.
+            max_texts: In that case, the maximum number of positives and of negatives. None: all label texts, or 8 examples.
         """
 
 

@@ -32,7 +32,7 @@ class Example:
         label: Class of the query within its source, -1 for none.
         teacher_scores: A teacher's scores of the positive and of each negative, or empty.
         score: Similarity of query and positive, on the scale of cosines, NaN for none.
-        is_positive: Whether the positive answers the query. Of a graded pair it may not: then it is only a pair with a score.
+        is_positive: Whether the positive answers the query. That of a graded pair may not: it is then only a pair with a score.
     """
 
     query: str
@@ -54,7 +54,7 @@ LIST_FIELDS = ("pos", "neg", "pos_scores", "neg_scores")  # fields that are list
 NUMBER_FIELDS = ("score", "pos_scores", "neg_scores")  # fields that are numbers, or lists of numbers
 MISSING_FIELD = "missing"  # how a check describes an absent field
 MAX_LISTED_FIELDS = 10
-MAX_SUGGESTED_CHARS = 40  # characters of a value that an error repeats in the form it should have
+MAX_SUGGESTED_CHARS = 40  # characters of a value that an error repeats in its correct form
 MAX_ABS_NUMBER = 1e30  # larger numbers count as infinite
 SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")  # the JSON escape of one half of a surrogate pair
 
@@ -121,7 +121,7 @@ def _is_class_number(label: Any) -> bool:
 
 
 def read_label(row: Row) -> str | None:
-    """Return the name of the label of a checked row, or None if it has none."""
+    """Return the label name of a checked row, or None if it has none."""
     label = row.get("label")
     if label is None or label != label:  # NaN
         return None
@@ -228,7 +228,7 @@ def parse_row(line: bytes, where: str) -> dict[str, Any]:
         where: File and line, for errors.
 
     Raises:
-        UserError: If the line is not UTF-8, not a JSON object, or holds half of a surrogate pair.
+        UserError: If the line is not UTF-8, not a JSON object, or contains a lone surrogate.
     """
     text = decode(line, where)
     try:
@@ -238,7 +238,7 @@ def parse_row(line: bytes, where: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise UserError(f"{where}: not a JSON object (found a {type(row).__name__})")
     if SURROGATE_ESCAPE.search(line) and not _is_encodable(row):
-        raise UserError(f"{where}: not valid Unicode: a text has half of a surrogate pair, such as \\ud83d alone")
+        raise UserError(f"{where}: not valid Unicode: a text has a lone surrogate, such as \\ud83d")
     return row
 
 

@@ -1,4 +1,4 @@
-"""Scored pairs of sentences: used as positives if they score at least `min_score`, or graded, all pairs with their scores."""
+"""Scored pairs of sentences: either pairs with at least `min_score` are positives, or all pairs are graded by their scores."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ UNSCORED_LABEL_REASON = "labels without a score in label_scores"
 log = logging.getLogger(__name__)
 
 
-def scored_pair_schema(config: SourceConfig) -> RowSchema:
+def make_scored_pair_schema(config: SourceConfig) -> RowSchema:
     """Return the schema of a source of scored pairs, with its filters, score range, and label scores."""
     schema = SCORED_PAIR_SCHEMA._replace(check=lambda row: _check_row(row, config))
     if config.label_scores:
@@ -85,7 +85,7 @@ class ScoredPairSampler(ExampleSampler):
 
     def iter_pairs(self, index: int, seed: int, max_texts: int | None) -> Iterator[Row]:
         """Yield both directions of the row."""
-        yield from _pair_rows(self.rows[self._usable_rows[index]])
+        yield from _iter_pair_rows(self.rows[self._usable_rows[index]])
 
     def _check_range(self, config: SourceConfig) -> None:
         """Refuse scores that do not fit `min_score`, and warn if it makes every pair a positive."""
@@ -148,7 +148,7 @@ class GradedPairSampler(ExampleSampler):
 
     def iter_pairs(self, index: int, seed: int, max_texts: int | None) -> Iterator[Row]:
         """Yield both directions of the row, even if the pair is not a positive."""
-        yield from _pair_rows(self.rows[index])
+        yield from _iter_pair_rows(self.rows[index])
 
 
 def normalize_score(score: float, score_range: Sequence[float]) -> float:
@@ -177,7 +177,7 @@ def _read_pair(row: Row) -> tuple[str, str]:
     return row["sentence1"], row["sentence2"]
 
 
-def _pair_rows(row: Row) -> Iterator[Row]:
+def _iter_pair_rows(row: Row) -> Iterator[Row]:
     """Yield both directions of a scored pair as rows of pairs."""
     first, second = _read_pair(row)
     yield from ({"query": first, "pos": [second]}, {"query": second, "pos": [first]})

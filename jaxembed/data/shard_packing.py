@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from jaxembed.data.packing import PackedTexts, Packing, fill_rows, max_segments, pack_shards
+from jaxembed.data.packing import PackedTexts, Packing, compute_max_segments, fill_rows, pack_shards
 from jaxembed.data.tokenize import TokenizedTexts
 from jaxembed.devices.mesh import Shards
 from jaxembed.devices.processes import Channel
@@ -21,12 +21,12 @@ def pack_batch(
     Args:
         tokenized: N texts.
         shard_of_text: Shard of each text, int [N].
-        row_length: Tokens of a row, at most.
+        row_length: Maximum tokens of a row.
         shards: The shards of the batch, and which of them this process builds.
         channel: Connects the processes.
 
     Returns:
-        The packed texts, the place of each text in its shard, and the numbers of the whole batch.
+        The packed texts, the place of each text in its shard, and the token counts of the whole batch.
     """
     members = [np.flatnonzero(shard_of_text == shard) for shard in shards.own]
     # Pack all shards, of all processes, into rows of one shape.
@@ -41,17 +41,17 @@ def pack_batch(
         parts.append(fill_rows([tokenized.ids[i] for i in m], tokenized.pool_start[m], packing.row, packing.segment, shape))
         row[m], segment[m] = packing.row, packing.segment
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    packed = PackedTexts(**arrays, segments=max_segments(shape[1]), shards=shards.count)
+    packed = PackedTexts(**arrays, segments=compute_max_segments(shape[1]), shards=shards.count)
     return packed, Packing(row, segment, shape[0]), sync
 
 
 @dataclasses.dataclass
 class RowShapeSync:
-    """Makes the processes that build one batch agree on its row shape, and adds up their numbers.
+    """Makes the processes that build one batch agree on its row shape, and sums their token counts.
 
     Every process must choose the same shape, but knows the texts of its own shards only. So each sends the rows that its
     fullest shard needs at each candidate row length, and all get the maximum at each length. They then choose the shape from
-    the same numbers (`pack_shards`). The counts of tokens travel in the same message.
+    the same row counts (`pack_shards`). The counts of tokens travel in the same message.
 
     Attributes:
         channel: Connects the processes.
@@ -64,7 +64,7 @@ class RowShapeSync:
     token_pairs: int
 
     def sync_rows(self, needed: Iterator[int]) -> Iterator[int]:
-        """Turn the rows that this process needs at each candidate row length into those that any process needs."""
+        """Return the maximum over all processes of the rows needed at each candidate row length."""
         if self.channel.is_single_process:
             return needed
         message = np.array([self.useful_tokens, self.token_pairs, *needed]).tobytes()
@@ -74,9 +74,9 @@ class RowShapeSync:
 
 
 def merge_row_counts(messages: Sequence[bytes]) -> bytes:
-    """Merge the messages of all processes: sum tokens and token pairs, and take the most rows at each row length.
+    """Merge the messages of all processes: sum tokens and token pairs, and take the maximum of the rows at each row length.
 
-    A process sends no numbers for row lengths that its longest text exceeds, or that need too many rows. Row lengths that any
+    A process omits row lengths that its longest text exceeds, or that need too many rows. Row lengths that any
     process left out are dropped.
     """
     numbers = [np.frombuffer(message, np.int64).tolist() for message in messages]

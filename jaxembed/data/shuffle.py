@@ -1,4 +1,4 @@
-"""Keyed permutations that need little memory: each index is permuted on demand."""
+"""Keyed permutations in little memory: each index is permuted on demand."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _draw_permutation(count: int, key: bytes) -> np.ndarray:
     return np.random.default_rng(np.frombuffer(key, np.uint32)).permutation(count)
 
 
-def _rectangle_sides(count: int) -> tuple[int, int]:
+def _compute_rectangle_sides(count: int) -> tuple[int, int]:
     """Return the columns and rows of the rectangle."""
     columns = math.isqrt(count - 1) + 1
     return columns, -(-count // columns)
@@ -53,14 +53,14 @@ def _rectangle_sides(count: int) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=64)
 def _draw_round_shifts(count: int, key: bytes) -> list[np.ndarray]:
-    """Draw the round functions: for each round, how far one coordinate moves at each value of the other."""
-    sides, rng = _rectangle_sides(count), np.random.default_rng(np.frombuffer(key, np.uint32))
+    """Draw the round functions: for each round, the shift of one coordinate at each value of the other."""
+    sides, rng = _compute_rectangle_sides(count), np.random.default_rng(np.frombuffer(key, np.uint32))
     return [rng.integers(sides[i % 2], size=sides[1 - i % 2], dtype=np.uint32) for i in range(FEISTEL_ROUNDS)]
 
 
 def _apply_feistel(cells: np.ndarray, count: int, key: bytes) -> np.ndarray:
     """Permute the cells of the rectangle once. Cells are numbered row by row."""
-    sides = [np.uint32(side) for side in _rectangle_sides(count)]
+    sides = [np.uint32(side) for side in _compute_rectangle_sides(count)]
     rows, columns = np.divmod(cells, sides[0])
     coordinates = [columns, rows]
     for i, shifts in enumerate(_draw_round_shifts(count, key)):

@@ -16,7 +16,7 @@ from jaxembed.config.spec import FewShotExample
 from jaxembed.data.beir import BeirPairRows
 from jaxembed.data.columns import parse_content, rename_columns
 from jaxembed.data.containers import Container, is_beir_folder, name_split, open_container
-from jaxembed.data.documents import DocumentSampler, document_schema
+from jaxembed.data.documents import DocumentSampler, make_document_schema
 from jaxembed.data.equality import normalize_text
 from jaxembed.data.filters import add_filters
 from jaxembed.data.labels import LabelSampler
@@ -36,7 +36,7 @@ from jaxembed.data.schema import (
     list_fields,
     read_label,
 )
-from jaxembed.data.scored_pairs import SCORED_PAIR_SCHEMA, GradedPairSampler, ScoredPairSampler, scored_pair_schema
+from jaxembed.data.scored_pairs import SCORED_PAIR_SCHEMA, GradedPairSampler, ScoredPairSampler, make_scored_pair_schema
 from jaxembed.data.shuffle import make_key, permute_indices
 from jaxembed.errors import UserError
 
@@ -48,7 +48,7 @@ ROW_SCHEMAS = {
         RowSchema("labels", check_label, read_label, find_label_drops),
         NLI_SCHEMA,
         RowSchema("text", check_text),
-        RowSchema("documents", check_document),  # for checks alone; `document_schema` has the index value for a source
+        RowSchema("documents", check_document),  # for checks alone; `make_document_schema` has the index value for a source
     )
 }
 # The fields that identify each schema. The first match wins.
@@ -105,9 +105,9 @@ class Source:
         """Draw an example with its instructions and in-context examples.
 
         Args:
-            index: Which example, below `len(self)`.
-            rng: The source of all randomness: the same state gives the same example.
-            max_negatives: The most hard negatives.
+            index: Index of the example, below `len(self)`.
+            rng: The only source of randomness: the same state gives the same example.
+            max_negatives: Maximum number of hard negatives.
         """
         example = self.sampler.draw(self._to_sampler_index(index), rng, max_negatives)
         choices = self.config.instructions
@@ -127,7 +127,7 @@ class Source:
     def _to_sampler_index(self, index: int) -> int:
         """Return the sampler's index of an example.
 
-        With `max_examples` it is a pseudorandom one, which depends on the content of the source alone.
+        With `max_examples` it is a pseudorandom one, which depends only on the content of the source.
         """
         if len(self) == len(self.sampler):
             return index
@@ -136,7 +136,7 @@ class Source:
     def _draw_few_shot_examples(
         self, index: int, query: str, instruction: str, rng: np.random.Generator
     ) -> tuple[FewShotExample, ...]:
-        """Draw in-context examples from other rows, with queries other than `query`. There may be fewer than drawn for.
+        """Draw in-context examples from other rows, with queries other than `query`. There may be fewer than the drawn number.
 
         Each has its row's own instruction, if any, otherwise that of the query.
         """
@@ -219,12 +219,12 @@ def open_rows(config: SourceConfig, cache: Path) -> tuple[str, IndexedRows | Bei
 def build_schema(format_name: str, config: SourceConfig) -> RowSchema:
     """Return the schema of a format's rows, with the filters of a source."""
     if format_name == "documents":
-        return document_schema(config)
-    return scored_pair_schema(config) if format_name == "scored_pairs" else add_filters(ROW_SCHEMAS[format_name], config)
+        return make_document_schema(config)
+    return make_scored_pair_schema(config) if format_name == "scored_pairs" else add_filters(ROW_SCHEMAS[format_name], config)
 
 
 def detect_format(config: SourceConfig) -> str:
-    """Return the format of a source: the one in the config, or the one its path or first row suggests."""
+    """Return the format of a source: the one in the config, or the one detected from its path or first row."""
     return open_source_container(config)[0]
 
 

@@ -1,4 +1,4 @@
-"""Files of tables whose rows are decoded group by group: what Parquet and Arrow files share."""
+"""The common base of Parquet and Arrow files: tables whose rows are decoded group by group."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class TableFile(abc.ABC):
                     yield address, f"{self.name}: row {address + 1}", row
                     address += 1
         except self._read_errors as error:
-            raise self._damage_error(address, error) from None
+            raise self._make_damage_error(address, error) from None
 
     def _iter_tables(self) -> Iterator[Any]:
         """Yield the rows in order, in tables of at most `ROWS_PER_READ`."""
@@ -76,7 +76,7 @@ class TableFile(abc.ABC):
                 row = self._decode_group(group).slice(address - start, 1)
             return row.to_pylist()[0]
         except self._read_errors as error:
-            raise self._damage_error(address, error) from None
+            raise self._make_damage_error(address, error) from None
 
     def locate(self, address: int) -> str:
         """Return file and row number of the row at an address, for errors."""
@@ -92,5 +92,5 @@ class TableFile(abc.ABC):
         decoded.move_to_end(group)
         return decoded[group]
 
-    def _damage_error(self, address: int, error: Exception) -> UserError:
+    def _make_damage_error(self, address: int, error: Exception) -> UserError:
         return UserError(f"{self.name}: row {address + 1} or a later row is damaged ({summarize(error)})")

@@ -1,4 +1,4 @@
-"""The texts of a file or pipe that is encoded, read one after the other, whatever its format."""
+"""Read the texts to encode from a file or pipe of any format, one after the other."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def read_few_shot_examples(path: Path) -> list[tuple[str, str]]:
 def read_texts(source: str, field: str) -> Iterator[str]:
     """Yield the texts of an input: the lines of a text file, or one field of each row of any other.
 
-    The ending of a file decides how it is read, as in training (`data.containers`). Blank lines of a text file are empty texts,
-    so that lines and vectors correspond; those at its end are skipped. Texts are cut at `MAX_TEXT_CHARS`.
+    The extension of a file determines how it is read, as in training (`data.containers`). Blank lines of a text file are
+    empty texts, so that lines and vectors correspond; those at its end are skipped. Texts are cut at `MAX_TEXT_CHARS`.
 
     Raises:
         UserError: If a line is malformed. The error names file and line.
@@ -111,5 +111,5 @@ def _read_field(rows: Iterable[tuple[int, str, Any]], field: str) -> Iterator[st
     for _, where, content in rows:
         text = parse_content(content, where).get(field)
         if not isinstance(text, str):
-            raise UserError(f'{where}: no string field "{field}". Name the field to encode by --field.')
+            raise UserError(f'{where}: no string field "{field}". Name the field to encode with --field.')
         yield text

@@ -1,4 +1,4 @@
-"""Batches of texts whose tokens are predicted: packed rows, and which hidden state predicts which token."""
+"""Batches for token prediction: packed rows, and the hidden state that predicts each target token."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class TokenText(NamedTuple):
         targets: Token that the hidden state at each position predicts, NOT_PREDICTED for none, int32 [T].
         context: Number of leading tokens that are context. Masks such as `prefix_lm` treat them like an instruction.
         weight: Weight of each predicted token.
-        size: What the sum over the text's predicted tokens is divided by, in a group of this text alone.
+        size: Divisor of the sum over the text's predicted tokens, if the text is a group of its own.
     """
 
     tokens: np.ndarray
@@ -51,7 +51,7 @@ class TokenBatch:
 
     Attributes:
         texts: The packed texts.
-        position: Index of the token whose hidden state predicts, in the rows of its shard joined end to end, int32 [n, P].
+        position: Index of the predicting token in the concatenated rows of its shard, int32 [n, P].
         target: The token that it predicts, int32 [n, P].
         weight: Weight of the prediction, 0 for padding, float32 [n, P].
         text: Index of the text of the prediction in its shard, int32 [n, P].
@@ -68,7 +68,7 @@ class TokenBatch:
 
 @dataclasses.dataclass(frozen=True)
 class HostTokenBatch:
-    """The part of a `TokenBatch` that belongs to this process's devices, in host memory, and numbers of the whole batch.
+    """The part of a `TokenBatch` that belongs to this process's devices, in host memory, and counts of the whole batch.
 
     Attributes:
         batch: The shards of this process, one after the other.
@@ -87,12 +87,12 @@ class HostTokenBatch:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenBatchBuilder:
-    """Builds the texts of one objective that predicts tokens. Pure: a step always gives the same batch.
+    """Builds the texts of one objective that predicts tokens. This is a pure function of the step.
 
     Attributes:
         plan: The texts of every step.
         read: Turns rows of the sources into tokens.
-        row_length: Tokens of a packed row, at most.
+        row_length: Maximum tokens of a packed row.
         shards: The shards of a batch, and which of them this process builds.
         seed: Seed of the draws, together with step and id.
         step_offset: Steps of the stages before this one.
@@ -117,16 +117,16 @@ class TokenBatchBuilder:
         ids = self.plan[step]
         own, texts_per_shard = list(self.shards.own), len(ids) // self.shards.count
         texts = self.read_texts(step, ids.reshape(self.shards.count, -1)[own].ravel())
-        # Pack them.
+        # Pack them into rows.
         tokenized = TokenizedTexts([text.tokens for text in texts], np.array([text.context for text in texts], np.int64))
         shard_of_text = np.repeat(own, texts_per_shard)
         packed, places, sync = pack_batch(tokenized, shard_of_text, self.row_length, self.shards, self.channel)
-        # List the predictions of each shard, all shards of all processes to the same number.
+        # List the predictions of each shard, padded to the same number on all shards of all processes.
         parts = [texts[start : start + texts_per_shard] for start in range(0, len(texts), texts_per_shard)]
         needed = max(sum(int(np.sum(text.targets != NOT_PREDICTED)) for text in part) for part in parts)
         count = round_up_predictions(self._agree_on_maximum(needed))
         predictions = [
-            _list_predictions(part, _slice_places(places, i * texts_per_shard, texts_per_shard), packed.tokens.shape[1], count)
+            _list_predictions(part, _slice_packing(places, i * texts_per_shard, texts_per_shard), packed.tokens.shape[1], count)
             for i, part in enumerate(parts)
         ]
         arrays = {name: np.stack([prediction[name] for prediction in predictions]) for name in predictions[0]}
@@ -148,14 +148,14 @@ class TokenBatchBuilder:
         """Return the maximum of a number over all processes."""
         if self.channel.is_single_process:
             return number
-        merged = self.channel.agree(np.int64(number).tobytes(), max_of_messages)
+        merged = self.channel.agree(np.int64(number).tobytes(), take_largest_message)
         return int(np.frombuffer(merged, np.int64)[0])
 
 
 def round_up_predictions(count: int) -> int:
     """Return the smallest allowed number of predictions that is at least `count`: 4, 5, 6 or 7 times a power of two.
 
-    So at most a quarter of them is padding, and the numbers of most steps are equal: each one compiles a program.
+    So at most a quarter is padding, and few programs are compiled, because most steps round to the same number.
     """
     unit = 1
     while 7 * unit < count:
@@ -163,12 +163,12 @@ def round_up_predictions(count: int) -> int:
     return max(4, -(-count // unit)) * unit
 
 
-def max_of_messages(messages: Sequence[bytes]) -> bytes:
+def take_largest_message(messages: Sequence[bytes]) -> bytes:
     """Return the message with the largest int64."""
     return max(messages, key=lambda message: int(np.frombuffer(message, np.int64)[0]))
 
 
-def _slice_places(places: Packing, start: int, count: int) -> Packing:
+def _slice_packing(places: Packing, start: int, count: int) -> Packing:
     return Packing(places.row[start : start + count], places.segment[start : start + count], places.row_count)
 
 

@@ -1,4 +1,4 @@
-"""Turn texts into tokens, in one way for training, encoding, evaluation and export.
+"""Tokenize texts in the same way for training, encoding, evaluation and export.
 
 Prompt and text are joined first, then tokenized once. BOS and EOS come from the tokenizer's own post-processor, to which EOS
 is added if a model wants it. Truncation keeps both. CLS and SEP of an encoder's tokenizer count as BOS and EOS.
@@ -163,7 +163,7 @@ class TextTokenizer:
         self.hf_tokenizer, self.spec = hf_tokenizer, spec
         self._special_ids = set(hf_tokenizer.all_special_ids)
         self._eos_text = hf_tokenizer.eos_token if spec.eos_as_text else ""
-        self._copies = self._template("prompt").count("{text}")  # of the text in one input
+        self._copies = self._get_template("prompt").count("{text}")  # of the text in one input
 
     @cached_property
     def _truncating_backend(self) -> Tokenizer:
@@ -184,7 +184,7 @@ class TextTokenizer:
         truncated, encodings = self._encode_truncated([text[:MAX_TEXT_CHARS] for text in texts], prompts)
         ids = [np.array(encoding.ids, np.int32) for encoding in encodings]
         if self._copies > 1:
-            starts = list(map(self._second_copy_start, truncated, prompts, encodings))
+            starts = list(map(self._find_second_copy, truncated, prompts, encodings))
         elif self.spec.pool_text_tokens:
             inputs = [text + self.spec.suffix(prompt) for text, prompt in zip(truncated, prompts, strict=True)]
             alone = self._full_backend.encode_batch_fast(inputs, add_special_tokens=False)
@@ -194,17 +194,17 @@ class TextTokenizer:
         return TokenizedTexts(ids, np.array(starts, np.int64))
 
     def decode_inputs(self, texts: Sequence[str], prompts: Sequence[str]) -> Iterator[tuple[str, str, int]]:
-        """Yield what the model reads of each text: the part before pooling starts, the pooled part, and the token count."""
+        """Yield the input of each text as the model reads it: the part before pooling, the pooled part, and the token count."""
         tokenized = self(texts, prompts)
         for ids, start in zip(tokenized.ids, tokenized.pool_start, strict=True):
             yield self.hf_tokenizer.decode(ids[:start]), self.hf_tokenizer.decode(ids[start:]), len(ids)
 
     def _encode_truncated(self, texts: Sequence[str], prompts: Sequence[str]) -> tuple[list[str], list[Encoding]]:
-        """Return the texts as they are truncated, and the tokens of the whole inputs.
+        """Return the truncated texts, and the tokens of the whole inputs.
 
-        Only texts that are followed by something are truncated as strings. For all others the backend truncates the tokens.
+        Only texts with something after them are truncated as strings. For all others the backend truncates the tokens.
         """
-        truncated, limits = list(texts), self._max_input_tokens(prompts)
+        truncated, limits = list(texts), self._compute_max_input_tokens(prompts)
         encodings = self._encode(self._truncating_backend, texts, prompts)
 
         def is_too_long(i: int) -> bool:
@@ -213,7 +213,7 @@ class TextTokenizer:
         # Find the texts that are too long and followed by something.
         always_followed = self._copies > 1 or self.spec.text_length > 0
         long = [i for i in range(len(truncated)) if is_too_long(i) and (always_followed or self.spec.suffix(prompts[i]))]
-        # Find where their own tokens start, and how many of those fit.
+        # Find the start of their own tokens, and the number of tokens that fit.
         alone = self._full_backend.encode_batch([texts[i] for i in long], add_special_tokens=False)
         offsets = {i: encoding.offsets for i, encoding in zip(long, alone, strict=True)}
         room = dict(zip(long, self.max_text_tokens([prompts[i] for i in long]), strict=True))
@@ -232,28 +232,28 @@ class TextTokenizer:
 
     def _encode(self, backend: Tokenizer, texts: Sequence[str], prompts: Sequence[str]) -> list[Encoding]:
         """Encode the whole inputs; for echoes with the character offsets of each token."""
-        inputs = list(map(self._input_parts, texts, prompts))
+        inputs = list(map(self._split_input, texts, prompts))
         if all(len(parts) == 1 for parts in inputs):
             encode = backend.encode_batch_fast if self._copies == 1 else backend.encode_batch
             return list(encode([joined for (joined,) in inputs]))
         encoded_parts = iter(self._full_backend.encode_batch(list(chain.from_iterable(inputs)), add_special_tokens=False))
         return [backend.post_process(Encoding.merge(list(islice(encoded_parts, len(parts))))) for parts in inputs]
 
-    def _input_parts(self, text: str, prompt: str) -> list[str]:
+    def _split_input(self, text: str, prompt: str) -> list[str]:
         """Return the whole input of a text, split at the token boundaries of its templates."""
         *before, last = prompt.split(TOKEN_BOUNDARY)
-        template = self._template(prompt) + self.spec.suffix(prompt) + self._eos_text
+        template = self._get_template(prompt) + self.spec.suffix(prompt) + self._eos_text
         first, *rest = template.split(TOKEN_BOUNDARY)
         return [*before, last + first.replace("{text}", text), *(part.replace("{text}", text) for part in rest)]
 
-    def _template(self, prompt: str) -> str:
+    def _get_template(self, prompt: str) -> str:
         """Return the template of a text under a prompt; that of plain texts for an empty one."""
         spec = self.spec
         return (spec.echo if prompt else spec.plain_echo or spec.echo) or "{text}"
 
-    def _second_copy_start(self, text: str, prompt: str, encoding: Encoding) -> int:
+    def _find_second_copy(self, text: str, prompt: str, encoding: Encoding) -> int:
         """Return the index of the first token of the second copy of an echo."""
-        joined = "".join(self._input_parts(text, prompt))
+        joined = "".join(self._split_input(text, prompt))
         start = len(joined) - len(self._eos_text) - len(self.spec.suffix(prompt)) - len(text)
         return next((i for i, (_, end) in enumerate(encoding.offsets) if end > start), len(encoding) - 1)
 
@@ -273,20 +273,20 @@ class TextTokenizer:
         return _count_once(prompts, count)
 
     def max_text_tokens(self, prompts: Sequence[str]) -> np.ndarray:
-        """Return how many tokens of a text fit under each prompt, int64 [N].
+        """Return the number of tokens of a text that fit under each prompt, int64 [N].
 
         The number may be off by tokens that merge at the ends of the text. It is below 1 if the prompt leaves no room.
         """
-        room = (self.spec.max_length - self._surrounding_tokens(prompts)) // self._copies
+        room = (self.spec.max_length - self._count_surrounding_tokens(prompts)) // self._copies
         return np.minimum(room, self.spec.text_length or room)
 
-    def _max_input_tokens(self, prompts: Sequence[str]) -> np.ndarray:
-        """Return how many tokens a text and everything around it may have, under each prompt."""
+    def _compute_max_input_tokens(self, prompts: Sequence[str]) -> np.ndarray:
+        """Return the maximum tokens of a text and everything around it, under each prompt."""
         if not self.spec.text_length:
             return np.full(len(prompts), self.spec.max_length)
-        return np.minimum(self.spec.max_length, self._surrounding_tokens(prompts) + self._copies * self.spec.text_length)
+        return np.minimum(self.spec.max_length, self._count_surrounding_tokens(prompts) + self._copies * self.spec.text_length)
 
-    def _surrounding_tokens(self, prompts: Sequence[str]) -> np.ndarray:
+    def _count_surrounding_tokens(self, prompts: Sequence[str]) -> np.ndarray:
         """Count the tokens around a text under each prompt: prompt, templates, suffix and special tokens."""
         return _count_once(prompts, lambda distinct: self.count_untruncated_tokens([""] * len(distinct), distinct))
 
@@ -302,7 +302,7 @@ class TextTokenizer:
             UserError: If the prompt leaves no room for a text.
         """
         lengths = self.count_untruncated_tokens(texts, [prompt] * len(texts))
-        room, limit = int(self.max_text_tokens([prompt])[0]), int(self._max_input_tokens([prompt])[0])
+        room, limit = int(self.max_text_tokens([prompt])[0]), int(self._compute_max_input_tokens([prompt])[0])
         if room < 1 and (lengths > limit).any():
             raise UserError(
                 f"prompt: {len(prompt)} characters fill the {self.spec.max_length} tokens that the model reads. "
@@ -318,7 +318,7 @@ class TextTokenizer:
         starts = sorted({offsets[i][0] for i in range(0, len(offsets), piece_tokens)})
         pieces = [text[start:end] for start, end in zip([0, *starts[1:]], [*starts[1:], len(text)], strict=True)]
         longest = self.count_untruncated_tokens(pieces, [prompt] * len(pieces)).max()
-        if longest > self._max_input_tokens([prompt])[0] and piece_tokens > 1:
+        if longest > self._compute_max_input_tokens([prompt])[0] and piece_tokens > 1:
             # Pieces may tokenize differently near the cuts: try again with one token less.
             return self._split_text(text, prompt, piece_tokens - 1)
         return pieces

@@ -1,4 +1,4 @@
-"""Store vectors on disk by key, so that later runs read back, bit for bit, what was computed once."""
+"""Store vectors on disk by key, so that later runs read the computed vectors back, bit for bit."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class VectorStore:
     The file `vectors-v2` holds one row after another. The file `index-v2` holds one frame per addition: the number of its keys,
     the keys, a CRC-32 of each vector, and a CRC-32 of all that. A vector is checked whenever it is read.
 
-    A frame is written after its vectors are on disk, so a kill leaves an addition complete or absent. The remains of an
-    incomplete addition are overwritten by the next one. The first vector stored for a key stays.
+    A frame is written after its vectors are on disk, so a kill leaves an addition complete or absent. The next addition
+    overwrites the remains of an incomplete one. A key keeps its first vector.
 
     Only the owner of the folder can read and write it. Files without `-v2` have an earlier format, without checksums of the
     vectors, and are not read.
@@ -63,7 +63,7 @@ class VectorStore:
 
         Args:
             keys: N keys.
-            compute: Computes the vectors that are not stored. It gets their indices in `keys`, ascending, each key once.
+            compute: Computes the vectors that are not stored, given their indices in `keys`, ascending, each key once.
 
         Raises:
             UserError: If stored vectors are damaged, or the folder cannot be written.

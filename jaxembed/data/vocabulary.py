@@ -1,4 +1,4 @@
-"""Smaller vocabularies: a tokenizer.json with the tokens that some texts use, which splits these texts as before.
+"""Shrink the vocabulary of a tokenizer.json to the tokens that some texts use. It tokenizes these texts as before.
 
 The functions work on the JSON value of a tokenizer.json of the library tokenizers.
 """
@@ -25,8 +25,8 @@ POST_PROCESSOR_PAIRS = ("sep", "cls")  # [token, id] in a post-processor of BERT
 def shrink_vocabulary(state: State, used: Collection[int]) -> tuple[State, list[int]]:
     """Return a tokenizer.json with fewer tokens, and the old id of each new one.
 
-    It keeps the tokens that are used, the special tokens, bytes, single ASCII characters, and whatever BPE merges into a used
-    token. Texts that use no other tokens are split as before: a dropped token was never the choice of the model in them.
+    It keeps used tokens, special tokens, bytes, single ASCII characters, and the parts that BPE merges into a used token. Texts
+    that use no other tokens are split as before, because the tokenizer never chose a dropped token for them.
 
     Args:
         state: JSON value of a tokenizer.json.

@@ -297,8 +297,8 @@ def _open_set(config: EvalSetConfig, cache: Path, where: str) -> HeldOutSet:
 
 def _read_retrieval_set(config: EvalSetConfig) -> RetrievalSet:
     beir = open_beir(Path(config.path), EVALUATION_SPLITS, config.split)
-    queries = [beir.query_text(i) for i in range(len(beir.query_rows))]
-    corpus = [beir.document_text(row) for row in range(len(beir.corpus))]
+    queries = [beir.get_query_text(i) for i in range(len(beir.query_rows))]
+    corpus = [beir.get_document_text(row) for row in range(len(beir.corpus))]
     return RetrievalSet(config, queries, corpus, beir.relevant, beir.digest)
 
 

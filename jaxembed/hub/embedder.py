@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxembed.config.field_lists import log_once
 from jaxembed.config.fields import quote_value
 from jaxembed.config.spec import EmbeddingSpec, FewShotExample
-from jaxembed.data.packing import PackedTexts, fill_rows, max_segments, pack_by_length, split_rows
+from jaxembed.data.packing import PackedTexts, compute_max_segments, fill_rows, pack_by_length, split_rows
 from jaxembed.data.tokenize import TextTokenizer
 from jaxembed.devices.cpu import ENCODE_TOKENS_PER_CALL, compiler_options, is_tuned
 from jaxembed.devices.mesh import make_mesh, shard_count
@@ -331,7 +331,7 @@ class Embedder:
         # Start all programs before the first result is read, so that the devices do not wait.
         pending = []
         for indices, (row, segment, row_count), row_length in pack_by_length(lengths, min_row_length, rows_per_call):
-            segments = max_segments(row_length)
+            segments = compute_max_segments(row_length)
             for first, last, padded in split_rows(row_count, rows_per_call(row_length), shards):
                 selected = np.flatnonzero((row >= first) & (row < last))
                 members, call_row, call_segment = indices[selected], row[selected] - first, segment[selected]

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxembed.data.packing import max_segments
+from jaxembed.data.packing import compute_max_segments
 from jaxembed.model.masks import BIDIRECTIONAL, CAUSAL, Mask, TokenInfo, materialize_mask
 from jaxembed.model.plain_attention import attend_einsum
 from jaxembed.model.sharded_kernel import shard_kernel
@@ -91,7 +91,7 @@ def _is_packed(q: jax.Array, mask: Mask, window: jax.Array | int | None) -> bool
     """Return whether the texts of the rows are attended by their offsets. Otherwise there is an explicit mask."""
     tokens, heads, width = q.shape[1:]
     is_plain = mask in (CAUSAL, BIDIRECTIONAL) and (window is None or (isinstance(window, int) and window >= tokens))
-    is_small = 4 * heads * (max_segments(tokens) + 1) <= MAX_STATISTICS_BYTES
+    is_small = 4 * heads * (compute_max_segments(tokens) + 1) <= MAX_STATISTICS_BYTES
     return is_plain and is_small and not find_fault(attend_packed, mask, width)
 
 
@@ -120,7 +120,7 @@ def find_texts(segment: Int[Array, "r t"]) -> tuple[Int[Array, "r m1"], Int[Arra
     Padding at the end of a row counts as a text.
     """
     tokens = segment.shape[1]
-    texts = max_segments(tokens) + 1
+    texts = compute_max_segments(tokens) + 1
     is_first = jnp.diff(segment, axis=1, prepend=-1) != 0
     find = functools.partial(jnp.nonzero, size=texts + 1, fill_value=tokens)
     starts = jax.vmap(lambda row: find(row)[0])(is_first).astype(jnp.int32)
@@ -156,7 +156,7 @@ def draw_check_inputs(
     """Draw queries, keys, values and token information of rows of several texts. Every other row ends with padding."""
     random = np.random.default_rng(0)
     q, k, v = (random.standard_normal((rows, tokens, n, width), np.float32) for n in (heads, kv_heads, kv_heads))
-    segment = np.sort(random.integers(1, 2 + max_segments(tokens) // 2, (rows, tokens)).astype(np.int32), axis=1)
+    segment = np.sort(random.integers(1, 2 + compute_max_segments(tokens) // 2, (rows, tokens)).astype(np.int32), axis=1)
     segment[::2, -tokens // 4 :] = 0
     is_first = np.diff(segment, axis=1, prepend=-1) != 0
     starts = np.maximum.accumulate(np.where(is_first, np.arange(tokens), 0), axis=1)

@@ -32,8 +32,8 @@ def test_no_document_is_trained_on_and_held_out(tmp_path: Path) -> None:
     assert len(train) + len(beir.query_rows) == 200 and 20 <= len(beir.query_rows) <= 60
     trained = {text for row in train for text in row["pos"]}
     for i, relevant in enumerate(beir.relevant):
-        number = int(beir.query_text(i).split()[1])
-        assert [beir.document_text(row) for row in relevant] == [f"passage {number // 2}"]
+        number = int(beir.get_query_text(i).split()[1])
+        assert [beir.get_document_text(row) for row in relevant] == [f"passage {number // 2}"]
         assert f"passage {number // 2}" not in trained
     assert all(row in ROWS for row in train)
 

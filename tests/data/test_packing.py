@@ -19,8 +19,8 @@ from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.data.packing import (
     MIN_FILL,
     PackedTexts,
+    compute_max_segments,
     fill_rows,
-    max_segments,
     pack_by_length,
     pack_rows,
     pack_shards,
@@ -48,7 +48,7 @@ def test_every_text_has_one_place_and_no_row_is_overfull(case: tuple[list[int], 
     for r in range(row_count):
         assert sum(np.array(lengths)[row == r]) <= row_length
         assert sorted(segment[row == r]) == list(range(np.sum(row == r)))
-        assert np.sum(row == r) <= max_segments(row_length)
+        assert np.sum(row == r) <= compute_max_segments(row_length)
 
 
 @given(draw_lengths())
@@ -72,7 +72,7 @@ def test_shards_share_a_shape_no_larger_than_full_rows(cases: list[tuple[list[in
         fill_rows(draw_texts(lengths.tolist()), [0] * len(lengths), row, segment, (rows, shorter))
         for r in range(rows):
             assert sum(lengths[row == r]) <= shorter
-            assert np.sum(row == r) <= max_segments(shorter)
+            assert np.sum(row == r) <= compute_max_segments(shorter)
 
 
 @given(st.lists(draw_lengths(), min_size=2, max_size=3))
@@ -178,7 +178,7 @@ def pack_into(texts: list[np.ndarray], pool_start: np.ndarray, row: np.ndarray, 
     segment = np.array([np.sum(row[:i] == row[i]) for i in range(len(row))])
     arrays = fill_rows(texts, pool_start, row, segment, (ROWS, ROW_LENGTH))
     arrays = {name: jax.device_put(array) for name, array in arrays.items()}
-    segments = max_segments(ROW_LENGTH)
+    segments = compute_max_segments(ROW_LENGTH)
     return PackedTexts(**arrays, segments=segments, shards=shards), row * segments + segment
 
 

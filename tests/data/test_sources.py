@@ -72,7 +72,7 @@ GOOD_LINE = b'{"query": "q", "pos": ["p"]}\n'
         (GOOD_LINE + b'\n{"query": "q", "pos": ["p"]', ":3: not valid JSON (Expecting"),
         (GOOD_LINE + b'["q", "p"]', ":2: not a JSON object (found a list)"),
         (GOOD_LINE + b'{"query": "\xff", "pos": ["p"]}', ":2: not valid UTF-8 (byte 11)"),
-        (GOOD_LINE + b'{"query": "\\ud83d!", "pos": ["p"]}', ":2: not valid Unicode: a text has half of a surrogate pair"),
+        (GOOD_LINE + b'{"query": "\\ud83d!", "pos": ["p"]}', ":2: not valid Unicode: a text has a lone surrogate"),
         (GOOD_LINE + b'{"query": "\xed\xa0\xbd", "pos": ["p"]}', ":2: not valid UTF-8"),
         (GOOD_LINE + b"[" * 100_000, ":2: not valid JSON"),
         (b"", ": contains no rows"),
@@ -283,7 +283,7 @@ def test_the_split_is_named_or_the_first_that_exists(tmp_path: Path, caplog: pyt
     assert caplog.messages == [f"{tmp_path}: uses qrels/test.tsv, the first that exists of dev, test"]
     (tmp_path / "qrels" / "dev.tsv").write_text(f"{HEADER}\nq2\td2\t1\n")
     beir = open_beir(tmp_path, ("dev", "test"))
-    assert (beir.query_text(0), beir.relevant, beir.document_text(0)) == ("second", [{1: 1}], "Title one")
+    assert (beir.get_query_text(0), beir.relevant, beir.get_document_text(0)) == ("second", [{1: 1}], "Title one")
     assert "uses qrels/dev.tsv, the first that exists of dev, test; also there: test. Set split to choose" in caplog.text
     caplog.clear()
     assert open_beir(tmp_path, ("dev", "test"), "test").split == "test" and not caplog.messages
@@ -346,8 +346,8 @@ def test_judgments_of_absent_documents_are_counted_and_cost_recall(tmp_path: Pat
 def test_a_written_beir_folder_is_read_back(tmp_path: Path) -> None:
     write_beir(tmp_path, {"d1": "ein\nText", "d2": "é🙂"}, {"q1": "who?", "q2": "unasked"}, {"q1": {"d2": 3, "d1": 1}})
     beir = open_beir(tmp_path, ("test",))
-    assert [beir.document_text(row) for row in range(2)] == ["ein\nText", "é🙂"]
-    assert (beir.query_text(0), beir.relevant) == ("who?", [{1: 3, 0: 1}])
+    assert [beir.get_document_text(row) for row in range(2)] == ["ein\nText", "é🙂"]
+    assert (beir.get_query_text(0), beir.relevant) == ("who?", [{1: 3, 0: 1}])
 
 
 def test_the_digest_of_a_beir_folder_depends_on_every_file(tmp_path: Path) -> None:

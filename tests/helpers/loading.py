@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxembed.config import LoraConfig
 from jaxembed.config.spec import EmbeddingSpec
-from jaxembed.data.packing import PackedTexts, fill_rows, max_segments, pack_rows
+from jaxembed.data.packing import PackedTexts, compute_max_segments, fill_rows, pack_rows
 from jaxembed.devices.mesh import logical_axis_table, make_mesh, param_shardings
 from jaxembed.devices.placement import put_batch
 from jaxembed.formats.weights import load_params
@@ -67,7 +67,7 @@ def pack_texts(
     row, place, rows = pack_rows([len(text) for text in texts], row_length)
     shape = (-(-rows // shards) * shards, row_length)
     arrays = fill_rows(texts, [0] * len(texts) if pool_start is None else pool_start, row, place, shape)
-    segments = max_segments(row_length)
+    segments = compute_max_segments(row_length)
     packed = PackedTexts(**arrays, segments=segments, shards=shards)
     return jax.device_put(packed), row * segments + place
 

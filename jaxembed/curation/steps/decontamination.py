@@ -85,8 +85,8 @@ def iter_evaluation_sets(config: DecontaminateStepConfig, cache: Path, read_task
 def read_beir_parts(folder: Path) -> Iterator[tuple[str, Iterable[str]]]:
     """Yield the queries of the first of test, dev and train that a BEIR folder has, and all its documents."""
     beir = open_beir(folder, EVALUATION_SPLITS)
-    yield QUERIES, map(beir.query_text, range(len(beir.query_rows)))
-    yield DOCUMENTS, map(beir.document_text, range(len(beir.corpus)))
+    yield QUERIES, map(beir.get_query_text, range(len(beir.query_rows)))
+    yield DOCUMENTS, map(beir.get_document_text, range(len(beir.corpus)))
 
 
 def read_file_parts(path: str, cache: Path) -> Iterator[tuple[str, Iterable[str]]]:
