@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
+from helpers.commands import ENV, start_module
 from helpers.curation import pair, queries_left, run_all_rows_step
 from helpers.mining import StubEncoder, draw_vectors, make_pool, mine_pool, rows_by_query
 from jaxembed import curate as curate_command
@@ -21,6 +22,7 @@ from jaxembed.curation.steps.curated_row import CuratedRow, StepOutcome
 from jaxembed.curation.steps.semantic_copies import FIRST_NEIGHBORS, find_similar
 from jaxembed.data.jsonl import write_jsonl
 from jaxembed.errors import UserError
+from jaxembed.hub.embedder import Embedder
 from jaxembed.search.fusion import fuse_rankings
 
 
@@ -31,15 +33,21 @@ def encoder(monkeypatch: pytest.MonkeyPatch) -> StubEncoder:
     return stub
 
 
-def run_curate(
-    folder: Path, steps: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], **keys: Any
-) -> list[dict[str, Any]]:
-    """Curate rows by the command's function. Return the rows that are written."""
+def write_curation(folder: Path, steps: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], **keys: Any) -> Path:
+    """Write rows and the config of their curation. Return the config."""
     folder.mkdir(exist_ok=True)
     write_jsonl(folder / "rows.jsonl", rows)
     tree = {"out": str(folder / "out"), "sources": [{"path": str(folder / "rows.jsonl")}], "steps": list(steps), **keys}
     (folder / "config.yaml").write_text(yaml.safe_dump(tree))
-    curate_command.main(curate_command.make_parser().parse_args([str(folder / "config.yaml")]))
+    return folder / "config.yaml"
+
+
+def run_curate(
+    folder: Path, steps: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], **keys: Any
+) -> list[dict[str, Any]]:
+    """Curate rows by the command's function. Return the rows that are written."""
+    config = write_curation(folder, steps, rows, **keys)
+    curate_command.main(curate_command.make_parser().parse_args([str(config)]))
     return [json.loads(line) for line in (folder / "out" / "rows.jsonl").read_text().splitlines()]
 
 
@@ -178,6 +186,44 @@ def test_mined_rows_are_kept_when_a_later_step_fails(
     written = run_curate(tmp_path, [mine, {**fail, "by": "source"}], NUMBERED)
     assert len(written) == 5 and len(encoder.inputs) == num_encoded > 0
     assert written == run_curate(tmp_path / "whole", [mine, {**fail, "by": "source"}], NUMBERED)
+
+
+KILLED = """
+import os, signal
+from jaxembed.curation import mining
+from jaxembed.hub.frozen_encoder import FrozenEncoder
+mining.TEXTS_PER_CALL, encode, calls = 8, FrozenEncoder.encode, []
+def encode_or_die(self, texts):
+    calls.append(texts)
+    if len(calls) == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return encode(self, texts)
+FrozenEncoder.encode = encode_or_die
+"""
+
+
+def test_a_kill_while_mining_loses_no_vectors_and_the_bytes_are_the_same(
+    base_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"query": f"q {i}", "pos": [f"answer {i}"]} for i in range(20)]
+    step = {"name": "mine", "model": str(base_folder("qwen3")), "rule": "top_k", "depth": 9, "negatives": 2}
+    monkeypatch.setenv("JAXEMBED_CACHE", str(tmp_path / "whole-cache"))
+    run_curate(tmp_path / "whole", [step], rows)
+    config = write_curation(tmp_path / "killed", [step], rows)
+    environment = {**ENV, "JAXEMBED_CACHE": str(tmp_path / "cache")}
+    killed = start_module("jaxembed.curate", str(config), env=environment, setup_code=KILLED)
+    _, error = killed.communicate()
+    assert killed.returncode == -9, error
+    (vectors,) = (tmp_path / "cache").rglob("vectors/*/vectors-v2")
+    assert vectors.stat().st_size == 28 * 4 * 32  # three parts of the queries, one of the documents
+    monkeypatch.setenv("JAXEMBED_CACHE", str(tmp_path / "cache"))
+    encode, texts = Embedder.encode, list[str]()
+    monkeypatch.setattr(Embedder, "encode", lambda self, new, **options: texts.extend(new) or encode(self, new, **options))
+    run_curate(tmp_path / "killed", [step], rows)
+    assert texts == [f"answer {i}" for i in range(8, 20)]
+    for name in ("rows.jsonl", "report.html"):
+        written, expected = ((tmp_path / folder / "out" / name).read_text() for folder in ("killed", "whole"))
+        assert written.replace("/killed/", "/whole/") == expected
 
 
 def test_rankings_are_fused(encoder: StubEncoder, judge: None, tmp_path: Path) -> None:
