@@ -27,7 +27,7 @@ from jaxembed.model.embedder import EmbeddingModel, init_params
 from jaxembed.model.hf_config import parse_hf_config
 from jaxembed.model.lora import split_params
 from jaxembed.model.masks import BIDIRECTIONAL, CAUSAL, Mask, TokenInfo
-from jaxembed.model.parameters import shapes_and_shardings
+from jaxembed.model.parameters import compute_shapes_and_shardings
 from jaxembed.model.plain_attention import attend_einsum, attend_rows
 from jaxembed.model.transformer import ComputeOptions
 from jaxembed.training.optim import make_optimizer, make_schedule
@@ -68,7 +68,7 @@ def build_batch(texts: list[np.ndarray]) -> Batch:
 
 def draw_params(model: EmbeddingModel) -> Any:
     """Draw random parameters on the first device."""
-    return init_params(model, jax.random.key(0), shapes_and_shardings(model, make_mesh(1))[1])
+    return init_params(model, jax.random.key(0), compute_shapes_and_shardings(model, make_mesh(1))[1])
 
 
 def measure_training(work: Workload) -> dict[str, Any]:

@@ -40,7 +40,7 @@ from jaxembed.hub.resolve import find_base
 from jaxembed.hub.text_tokenizer import build_text_tokenizer
 from jaxembed.model.embedder import EmbeddingModel, init_params
 from jaxembed.model.lora import merge_adapters
-from jaxembed.model.parameters import shapes_and_shardings
+from jaxembed.model.parameters import compute_shapes_and_shardings
 from jaxembed.model.transformer import ComputeOptions
 
 MAX_LENGTH = 64  # tokens; fewer than the decoder's positions, so that a reader must read it
@@ -168,7 +168,7 @@ def load_embedder(base: Base, kind: Kind) -> Embedder:
     spec, mesh = EmbeddingSpec(**{**SHARED_CHOICES, **kind.choices}), make_mesh(1)
     lora = LORA if kind.has_adapters else None
     model = EmbeddingModel(base.transformer, spec, ComputeOptions(), lora)
-    shapes, shardings = shapes_and_shardings(model, mesh)
+    shapes, shardings = compute_shapes_and_shardings(model, mesh)
     parts = {"decoder": shapes["decoder"]}, {"decoder": shardings["decoder"]}
     params = flatten_dict(init_params(model, jax.random.key(0), shardings))
     random = np.random.default_rng(0)

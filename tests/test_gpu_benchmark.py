@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxembed.config.shipped import shipped_folder
-from jaxembed.model.parameters import shapes_and_shardings
+from jaxembed.model.parameters import compute_shapes_and_shardings
 from jaxembed.training.mfu import make_mfu_meter
 
 
@@ -58,7 +58,7 @@ def test_flops_are_those_of_the_meter_of_training(gpu: Any) -> None:
         work = gpu.WORKLOADS["lora" if lora else "full"].shrink()
         model = jaxembed_side.build_model(work)
         texts = work.draw_texts()
-        trained, frozen = jaxembed_side.split_params(shapes_and_shardings(model, jaxembed_side.make_mesh(1))[0])
+        trained, frozen = jaxembed_side.split_params(compute_shapes_and_shardings(model, jaxembed_side.make_mesh(1))[0])
         meter = make_mfu_meter(model.transformer, {} if lora else trained, frozen, 0, 1.0)
         lengths = np.array([len(text) for text in texts])
         assert work.count_flops(texts) == pytest.approx(meter.mfu(int(lengths.sum()), int((lengths**2).sum()), 1.0))

@@ -32,7 +32,7 @@ from jaxembed.hub.restore import RestoredRun
 from jaxembed.hub.spec_files import log_default_spec
 from jaxembed.hub.text_tokenizer import build_text_tokenizer, check_texts
 from jaxembed.model.embedder import EmbeddingModel
-from jaxembed.model.parameters import replace_layers, shapes_and_shardings, stack_layers
+from jaxembed.model.parameters import compute_shapes_and_shardings, replace_layers, stack_layers
 from jaxembed.model.transformer import ComputeOptions
 
 TEXTS_PER_WINDOW = 4096  # texts that are tokenized and packed together
@@ -72,7 +72,7 @@ class Embedder:
     def __post_init__(self) -> None:
         """Prepare the compiled program."""
         if self._apply is None:
-            object.__setattr__(self, "_apply", _compile_encoding_program(self.model.without_texts()))
+            object.__setattr__(self, "_apply", _compile_encoding_program(self.model.drop_text_fields()))
 
     @classmethod
     def load(
@@ -384,7 +384,7 @@ def load_embedder(base: Base, spec: EmbeddingSpec, compute: ComputeOptions, mesh
         UserError: The base lacks weights that the spec needs.
     """
     model = EmbeddingModel(base.transformer, spec, compute)
-    shapes, shardings = shapes_and_shardings(model, mesh)
+    shapes, shardings = compute_shapes_and_shardings(model, mesh)
     params = base.load(shapes, shardings)
     if missing := shapes.keys() - params.keys():
         part = f"{spec.pooling} pooling" if "pooling" in missing else "projection"

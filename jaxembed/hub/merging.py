@@ -19,7 +19,7 @@ from jaxembed.hub.identity import read_tokenizer_state
 from jaxembed.hub.resolve import find_base_with_weights
 from jaxembed.hub.text_tokenizer import build_text_tokenizer
 from jaxembed.model.interpolation import interpolate
-from jaxembed.model.parameters import shapes_and_shardings
+from jaxembed.model.parameters import compute_shapes_and_shardings
 from jaxembed.training.run_dir import iter_differences
 
 log = logging.getLogger("jaxembed")
@@ -62,7 +62,7 @@ def merge_models(
 
     params = interpolate(map(load_params, models), weights, method)
     first = loaded[0]
-    _, shardings = shapes_and_shardings(first.model, first.mesh)
+    _, shardings = compute_shapes_and_shardings(first.model, first.mesh)
     merged = dataclasses.replace(first, params=jax.device_put(params, shardings), revision="", weights_hash="")
     table = _format_table(models, weights, [embedder.revision for embedder in loaded])
     return merged, Card(name, merged=f"{METHOD_DESCRIPTIONS[method]}\n\n{table}")

@@ -22,7 +22,7 @@ from jaxembed.hub.base import Base, BaseWithWeights
 from jaxembed.hub.text_tokenizer import build_text_tokenizer
 from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.model.lora import FROZEN_PARTS, join_params, merge_adapters, pick_adapter, split_params, stack_shapes
-from jaxembed.model.parameters import attach_shardings, shapes_and_shardings
+from jaxembed.model.parameters import attach_shardings, compute_shapes_and_shardings
 from jaxembed.model.transformer import ComputeOptions
 
 
@@ -64,7 +64,7 @@ class RunBase(BaseWithWeights):
         if lora is not None and base_dtype is not None:
             lora = lora.replace(base_dtype=base_dtype)
         model = EmbeddingModel(self.transformer, self.trained_spec, compute, lora, self.has_head)
-        shapes, shardings = shapes_and_shardings(model, mesh)
+        shapes, shardings = compute_shapes_and_shardings(model, mesh)
         trained = self._restore_trained(model, shapes, shardings)
         frozen = {}
         if lora is not None:

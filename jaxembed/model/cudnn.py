@@ -1,6 +1,6 @@
 """cuDNN's attention for NVIDIA GPUs: packed rows by the offsets of their texts, or by an explicit mask.
 
-With offsets, cuDNN computes each text alone and there is no array [T, T]. JAX has no public function for that, so the module
+With offsets, cuDNN computes each text separately, without an array [T, T]. JAX has no public function for that, so the module
 calls the one behind `jax.nn.dot_product_attention`. Before cuDNN is used on a GPU, it is compared with `attend_einsum` once,
 on a small input: drivers, libraries and GPUs differ in what they support.
 """
@@ -88,7 +88,7 @@ def describe_cudnn_limit(q: Float[Array, "r t n h"], mask: Mask, window: jax.Arr
 
 
 def _is_packed(q: jax.Array, mask: Mask, window: jax.Array | int | None) -> bool:
-    """Return whether the texts of the rows are attended by their offsets. Otherwise there is an explicit mask."""
+    """Return whether attention uses the offsets of the texts. Otherwise it uses an explicit mask."""
     tokens, heads, width = q.shape[1:]
     is_plain = mask in (CAUSAL, BIDIRECTIONAL) and (window is None or (isinstance(window, int) and window >= tokens))
     is_small = 4 * heads * (compute_max_segments(tokens) + 1) <= MAX_STATISTICS_BYTES
@@ -101,7 +101,7 @@ def _attend_texts(
 ) -> Float[Array, "r t n h"]:  # fmt: skip
     """Attend inside each text of one device's rows, and among the padding of a row as if it were a text.
 
-    cuDNN leaves tokens that belong to no text as they are in memory.
+    cuDNN does not write the outputs of tokens that belong to no text.
     """
     from jax._src.cudnn import fused_attention_stablehlo as library
 

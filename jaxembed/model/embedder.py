@@ -51,21 +51,21 @@ class Projection(nn.Module):
 
 
 class LanguageModelHead(nn.Module):
-    """The table [V, D] of a language-model head, in the layout of the token embedding. Losses of tokens multiply with it."""
+    """The kernel [V, D] of a language-model head, in the layout of the token embedding. Token losses multiply by it."""
 
     transformer: TransformerConfig
     lora: LoraConfig | None
 
     @nn.compact
     def __call__(self) -> Float[Array, "v d"]:
-        """Return the table."""
+        """Return the kernel."""
         init = nn.with_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
         shape = (self.transformer.vocab_size, self.transformer.width)
         return self.param("embedding", init, shape, select_embedding_dtype(self.lora))
 
 
 class EmbeddingModel(nn.Module):
-    """Maps packed texts to vectors [R, S, D], or [R, S, P] where the spec has a projection to width P. In at least float32.
+    """Maps packed texts to vectors [R, S, D], or [R, S, P] where the spec has a projection to width P. At least float32.
 
     The vectors of absent texts are zeros, or the projection of zeros.
 
@@ -74,7 +74,7 @@ class EmbeddingModel(nn.Module):
         spec: How texts become vectors: mask, pooling, projection, normalization.
         compute: How the transformer is executed.
         lora: Adapters of the transformer, if any.
-        has_head: Whether there is a language-model head with a table of its own. Vectors do not depend on it.
+        has_head: Whether there is an untied language-model head. Vectors do not depend on it.
     """
 
     transformer: TransformerConfig
@@ -93,12 +93,12 @@ class EmbeddingModel(nn.Module):
         """The names of the adapters. Empty without adapters, and with a single adapter that has no name."""
         return () if self.lora is None else self.lora.names
 
-    def without_texts(self) -> EmbeddingModel:
+    def drop_text_fields(self) -> EmbeddingModel:
         """Return the same model with the defaults of TEXT_FIELDS. Models with the same program become equal."""
         return self.clone(spec=_reset(self.spec, TEXT_FIELDS))
 
-    def for_parameters(self) -> EmbeddingModel:
-        """Return a model with the same parameters, which are drawn alike. Models with the same parameters become equal."""
+    def drop_program_fields(self) -> EmbeddingModel:
+        """Return a model with the same parameters and initialization. Models with the same parameters become equal."""
         compute = ComputeOptions(self.compute.dtype, unroll=False, attention_kernel="einsum")
         return self.clone(spec=_reset(self.spec, (*TEXT_FIELDS, *PROGRAM_FIELDS)), compute=compute)
 
@@ -114,10 +114,10 @@ class EmbeddingModel(nn.Module):
         Args:
             texts: The texts.
             hidden: Hidden states of their tokens, if the transformer has run already.
-            exit_layers: Also return the vectors of the model cut to so many of its first layers.
+            exit_layers: Numbers of layers after which vectors are also returned (early exits).
 
         Returns:
-            Vectors [R, S, P]. With exits [R, S, 1+E, P]: those of all layers first.
+            Vectors [R, S, P]. With exits [R, S, 1+E, P]: those of the whole model first.
         """
         if hidden is None:
             mask = MASKS[self.spec.attention]
@@ -139,12 +139,12 @@ class EmbeddingModel(nn.Module):
 
 
 def make_transformer(model: EmbeddingModel, mask: Mask) -> Transformer:
-    """Return the transformer of a model under a mask. It takes the parameters under "decoder"."""
+    """Return the transformer of a model with a mask. It takes the parameters under "decoder"."""
     return Transformer(model.transformer, mask, model.compute, model.lora)
 
 
 def get_head_table(model: EmbeddingModel, params: Any) -> jax.Array:
-    """Return the table [V, D] of the language-model head: its own, or that of the token embedding."""
+    """Return the kernel [V, D] of the language-model head: its own, or the token embedding."""
     return jnp.asarray(params["head" if model.has_head else "decoder"]["embedding"])
 
 
@@ -179,7 +179,7 @@ def infer_parameter_shapes(model: EmbeddingModel) -> Any:
             f"model.pooling.heads: {model.spec.pooling} cannot split the model's width {width} into heads "
             f"(found {heads}; expected a divisor of {width}). Choose another number."
         )
-    return _trace_parameter_shapes(model.for_parameters())
+    return _trace_parameter_shapes(model.drop_program_fields())
 
 
 @functools.lru_cache(maxsize=64)
@@ -196,7 +196,9 @@ def init_params(model: EmbeddingModel, key: jax.Array, shardings: Any) -> Any:
         shardings: Shardings of the parameters to draw. Parameters that are missing in this tree are not drawn.
     """
     wanted = flatten_dict(shardings)
-    return unflatten_dict(_init_program(model.for_parameters(), tuple(wanted.items()), key.ndim > 0)(key)) if wanted else {}
+    return (
+        unflatten_dict(_init_program(model.drop_program_fields(), tuple(wanted.items()), key.ndim > 0)(key)) if wanted else {}
+    )
 
 
 @functools.lru_cache(maxsize=8)

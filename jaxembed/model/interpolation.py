@@ -1,6 +1,6 @@
 """Interpolation between the parameters of models of the same shape: linear (soup) or spherical (slerp).
 
-Each tensor is interpolated by itself; tensors that are stacked over the layers are split into layers first.
+Each tensor is interpolated separately; tensors that are stacked over the layers are first split into layers.
 
 - A soup is the weighted mean (Wortsman et al. 2022, arXiv:2203.05482; for embedding models Xiao et al. 2023, LM-Cocktail,
   arXiv:2311.13534).
@@ -21,23 +21,23 @@ from flax.traverse_util import flatten_dict
 from jaxtyping import Float32
 
 STACKED_LAYERS = ("decoder", "layers")  # path of the parameters that are stacked over the layers
-FLOAT64_CHUNK = 1 << 22  # numbers that are converted to float64 at once
+FLOAT64_CHUNK = 1 << 22  # elements per float64 chunk
 MIN_ARC = 1e-8  # least 1 - |cosine| for slerp; below it, line and arc agree in float32, or the arc is undefined
 
 Tensor = Float32[np.ndarray, "*n"]
 
 
 def compute_linear_weights(a: Tensor, b: Tensor, t: float) -> tuple[float, float]:
-    """Return the factors of `a` and `b` in the point at `t` (0 to 1) on the line from `a` to `b`."""
+    """Return the weights of `a` and `b` at the point `t` (0 to 1) on the line from `a` to `b`."""
     return 1 - t, t
 
 
 def compute_slerp_weights(a: Tensor, b: Tensor, t: float) -> tuple[float, float]:
-    """Return the factors of `a` and `b` in the point at `t` (0 to 1) on the arc from `a` to `b`.
+    """Return the weights of `a` and `b` at the point `t` (0 to 1) on the arc from `a` to `b`.
 
     Zero tensors and tensors that point in the same or in opposite directions are interpolated linearly.
     """
-    # The angle between the tensors, seen as vectors.
+    # The angle between the tensors as vectors.
     length_a, length_b = math.sqrt(_dot(a, a)), math.sqrt(_dot(b, b))
     if not length_a or not length_b:
         return compute_linear_weights(a, b, t)

@@ -58,7 +58,7 @@ def resolve_kernel(name: str) -> str:
 def pick_kernel(name: str, shards: int, windows: tuple[int, ...] = ()) -> Callable[..., jax.Array]:
     """Return the attention function of a config's `attention_kernel`, with the arguments of `attend_einsum`.
 
-    Where the kernel does not support the attention, the function falls back to `attend_einsum` and logs one warning.
+    If the kernel does not support the attention, the function falls back to `attend_einsum` and logs one warning.
 
     Args:
         name: auto, einsum, rows, splash or cudnn.
@@ -99,7 +99,7 @@ def pick_kernel(name: str, shards: int, windows: tuple[int, ...] = ()) -> Callab
 def pick_dropout_kernel(name: str, shards: int, rate: float, key: jax.Array) -> Callable[..., jax.Array]:
     """Return an attention function with dropout: `attend_rows` where `name` resolves to it, otherwise `attend_einsum`.
 
-    The kernels of platforms have no dropout. A warning says so once.
+    The platform kernels do not support dropout. A warning is logged once.
     """
     resolved, dropout = resolve_kernel(name), AttentionDropout(rate, key)
     if resolved == "rows":

@@ -189,8 +189,8 @@ class MLP(nn.Module):
     def __call__(self, x: Float[Array, "tokens d"], is_text: Bool[Array, " tokens"] | None = None) -> Float[Array, "tokens d"]:
         """Map each token independently.
 
-        If the collection "intermediates" is mutable, it stores `hidden_squares` [F]: the sum of the squared hidden numbers over
-        the tokens where `is_text`.
+        If the collection "intermediates" is mutable, it stores `hidden_squares` [F]: the sum of the squared hidden activations
+        over the tokens where `is_text`.
         """
 
         def project(name: str, y: jax.Array, features: int, axes: tuple[str, str]) -> jax.Array:

@@ -43,7 +43,7 @@ def check_targets_exist(lora: LoraConfig | None, transformer: TransformerConfig)
     """Check that a transformer has projections for adapters. Targets that it lacks are left out, such as the gate of BERT.
 
     Raises:
-        UserError: It has none of the targets.
+        UserError: The transformer has none of the targets.
     """
     if lora is not None and not transformer.gated_mlp and set(lora.targets) == {"gate_proj"}:
         raise UserError(
@@ -132,7 +132,7 @@ def pick_adapter(tree: Any, index: jax.Array | int | None) -> Any:
 
 
 def put_adapter(tree: Any, index: jax.Array | int | None, adapter_tree: Any) -> Any:
-    """Return `tree` after the adapter at `index` is replaced: the inverse of `pick_adapter`.
+    """Return `tree` with the adapter at `index` replaced: the inverse of `pick_adapter`.
 
     Args:
         tree: Tree with stacked adapters.

@@ -1,4 +1,4 @@
-"""Matmuls x @ kernel for kernels that may be stored in another dtype than that of x, and sharded over `fsdp`.
+"""Matmuls x @ kernel for kernels that may be stored in another dtype than x, and sharded over `fsdp`.
 
 A kernel is converted to the dtype of x before it is gathered: in 16 bits, devices send half the bytes. The gradient of a
 trained kernel is summed over devices in the kernel's own dtype, and each device receives only the sum of its own shard.
@@ -29,7 +29,7 @@ def frozen_matmul(
 ) -> Float[Array, "*t o"]:
     """Return x @ (kernel * scale) for a kernel without gradient, in the dtype of x.
 
-    int8 numbers are exact in every dtype of x. Their scales are common factors of the sums and are applied after them.
+    int8 values are exact in every dtype of x. The scale of an output channel is a common factor, applied after the sum.
     """
     y = _multiply(x, all_gather_fsdp(kernel.astype(x.dtype), fsdp_axis))
     return y if scale is None else (y * scale).astype(x.dtype)

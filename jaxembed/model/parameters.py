@@ -13,7 +13,7 @@ from jaxembed.devices.mesh import logical_axis_table, param_shardings
 from jaxembed.model.embedder import EmbeddingModel, infer_parameter_shapes
 
 
-def shapes_and_shardings(model: EmbeddingModel, mesh: Mesh) -> tuple[Any, Any]:
+def compute_shapes_and_shardings(model: EmbeddingModel, mesh: Mesh) -> tuple[Any, Any]:
     """Return a tree of `jax.ShapeDtypeStruct` and a tree of shardings of a model's parameters.
 
     Raises:
@@ -27,7 +27,7 @@ def shapes_and_shardings(model: EmbeddingModel, mesh: Mesh) -> tuple[Any, Any]:
 
 
 def attach_shardings(shapes: Any, shardings: Any) -> Any:
-    """Attach shardings to a tree of `jax.ShapeDtypeStruct`. Takes the two trees of `shapes_and_shardings`."""
+    """Attach shardings to a tree of `jax.ShapeDtypeStruct`: the two trees of `compute_shapes_and_shardings`."""
     return jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings)
 
 
@@ -37,7 +37,7 @@ def replace_layers(params: Any, layers: Any) -> Any:
 
 
 def stack_layers(params: Any) -> Any:
-    """Return parameters as the model takes them, with the layers of a list stacked."""
+    """Return parameters in the form of the model: stack the layers, if they are a list."""
     layers = params["decoder"]["layers"]
     if not isinstance(layers, list):
         return params

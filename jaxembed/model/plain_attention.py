@@ -1,4 +1,4 @@
-"""Attention over packed rows in plain JAX: the function that every attention kernel computes, and a form that saves memory."""
+"""Attention over packed rows in plain JAX: the reference for all attention kernels, and a version that saves memory."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def attend_einsum(
     window: jax.Array | int | None,
     dropout: AttentionDropout | None = None,
 ) -> Float[Array, "r t n h"]:
-    """Return softmax(q k^T / sqrt(H)) v over the tokens that a query sees, by its mask and its segment.
+    """Return softmax(q k^T / sqrt(H)) v over the tokens that a query sees according to mask and segment.
 
     It takes seven parameters because it is called like the other kernels, which have no dropout.
 
@@ -52,7 +52,7 @@ def attend_einsum(
         token_info: Segments and positions of the tokens, [R, T] each.
         mask: Which tokens of a text see each other.
         window: Sliding window of the layer in tokens, or None.
-        dropout: Drops weights after the softmax, and scales up the rest.
+        dropout: Dropout of the weights after the softmax.
     """
     rows, tokens, heads, width = q.shape
     # Query heads that share a key-value head lie along a new axis M = N / G.

@@ -1,7 +1,7 @@
-"""What rematerialized layers keep for the backward pass, by name.
+"""Rematerialization policies: which named values of a layer are kept for the backward pass.
 
-Values of a layer have names (`jax.ad_checkpoint.checkpoint_name`). A policy says which of them are kept; the others are
-computed again. The input of a layer is always kept.
+Values of a layer have names (`jax.ad_checkpoint.checkpoint_name`). A policy selects the ones to keep; the others are
+recomputed. The input of a layer is always kept.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class ComputeOptions:
         unroll: Whether the loop over the layers is unrolled. Steps are faster, compilation takes longer.
         attention_kernel: Name of the attention kernel (see `pick_kernel`).
         dropout: Rates of dropout. It is on where the caller passes a "dropout" key, as training does.
-        remat_policy: What `remat` keeps of a layer (see `REMAT_POLICIES`).
+        remat_policy: Values of a layer that `remat` keeps (see `REMAT_POLICIES`).
     """
 
     dtype: Any = jnp.float32
@@ -56,7 +56,7 @@ class ComputeOptions:
 
 @flax.struct.dataclass
 class LayerVariant:
-    """What differs between the layers of a model. None: does not apply.
+    """The properties in which layers of a model differ. None: does not apply.
 
     Fields are Python values, or arrays if layers differ (see `Transformer`).
 
@@ -78,7 +78,7 @@ class LayerVariant:
             return ropes[self.is_local]
         return jax.tree.map(lambda full, local: jnp.where(self.is_local, local, full), *ropes)
 
-    def norm_attention_input(self, norm: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    def normalize_attention_input(self, norm: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
         """Return norm(x), or x in a layer without that norm."""
         if isinstance(self.has_attention_norm, bool):
             return norm(x) if self.has_attention_norm else x
@@ -99,17 +99,17 @@ def list_layer_variants(config: TransformerConfig, mask: Mask) -> list[LayerVari
 
 @flax.struct.dataclass
 class LayerExits:
-    """Hidden states of chosen layers, collected while the layers run. Only these are kept, not those of all layers.
+    """Hidden states at the exits, collected while the layers run. The states of other layers are not kept.
 
     Attributes:
         layers: Number of layers before each of E exits, int32 [E].
         hidden: Hidden states at each exit, [E, R * T, D]; zeros before its layer has run.
-        done: Layers that have run, an int32 scalar.
+        layers_done: Number of layers that have run, an int32 scalar.
     """
 
     layers: Any
     hidden: Any
-    done: Any
+    layers_done: Any
 
     @classmethod
     def start(cls, layers: Int[Array, " e"], x: jax.Array) -> LayerExits:
@@ -118,9 +118,9 @@ class LayerExits:
 
     def collect(self, x: jax.Array) -> LayerExits:
         """Return the exits after one more layer, whose output is `x`."""
-        done = self.done + 1
-        is_here = (self.layers == done)[:, None, None]
-        return dataclasses.replace(self, hidden=jnp.where(is_here, x, self.hidden), done=done)
+        layers_done = self.layers_done + 1
+        is_here = (self.layers == layers_done)[:, None, None]
+        return dataclasses.replace(self, hidden=jnp.where(is_here, x, self.hidden), layers_done=layers_done)
 
 
 class TransformerLayer(nn.Module):
@@ -146,7 +146,7 @@ class TransformerLayer(nn.Module):
             carry: Hidden states, and the exits of the layers before, if any are wanted.
             token_info: Segments and positions of the tokens.
             ropes: Rotary tables (`build_rope_tables`).
-            variant: What differs between layers.
+            variant: The properties in which layers differ.
         """
         c, dtype = self.config, self.compute.dtype
         x, exits = carry
@@ -170,7 +170,7 @@ class TransformerLayer(nn.Module):
         drop = make_dropout(self, self.compute.dropout.hidden)
         if c.norm_placement == "post":
             return jnp.asarray(norm(x + drop(block(x))))
-        normed = variant.norm_attention_input(norm, x) if name == "attention" else norm(x)
+        normed = variant.normalize_attention_input(norm, x) if name == "attention" else norm(x)
         out = drop(block(normed))
         if c.norm_placement == "both":
             out = make_norm(c.norm, c.norm_epsilon, self.compute.dtype, f"{name}_out_norm")(out)
@@ -251,10 +251,10 @@ class Transformer(nn.Module):
 
         Args:
             texts: The texts.
-            exit_layers: Also return the states after so many layers, followed by the last norm like those of all layers.
+            exit_layers: Numbers of layers after which states are also returned, followed by the last norm.
 
         Returns:
-            Hidden states [R, T, D]. With exits [1+E, R, T, D]: those of all layers first.
+            Hidden states [R, T, D]. With exits [1+E, R, T, D]: those of the whole model first.
         """
         c, dtype = self.config, self.compute.dtype
         embedding = Embedding(c, dtype, select_embedding_dtype(self.lora))

@@ -16,7 +16,7 @@ def open_encoders(config: Config) -> dict[str, FrozenEncoder]:
     """Open the guide and the teacher, by role. A model with both roles is opened once.
 
     Raises:
-        UserError: A model cannot be loaded, or a server cannot be asked.
+        UserError: A model cannot be loaded, or a server cannot be reached.
     """
     names, recorded_hashes = config.models_by_role, _read_recorded_hashes(config)
     opened = {

@@ -1,4 +1,4 @@
-"""Hard negatives that the model mines for its own data before a stage."""
+"""Mine hard negatives for the data of a stage before it starts."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from jaxembed.hub.embedder import Embedder
 from jaxembed.training.stage import Stage
 
 
-def with_mined_negatives(
+def add_mined_negatives(
     stage: Stage, encoder_for: Callable[[str], Embedder], run_dir: Path, key_prefix: str, steps_done: int
 ) -> Stage:
-    """Return the stage with the hard negatives that its miner finds for its pairs. A stage without `mine` stays as it is.
+    """Return the stage with the hard negatives that its miner finds for its pairs. A stage without `mine` is unchanged.
 
     The miner is the model that is about to be trained, or `mine.model`, which is in memory only while it is needed. Pairs
     with their negatives are written to the run directory. A resumed run reads them from there. The consistency filter of
-    `mine` may leave fewer examples: the stage then has a plan of its own for them.
+    `mine` may leave fewer examples: the stage then has a new plan for them.
 
     Args:
         stage: The stage that is about to start, or to continue.
         encoder_for: Maps the name of an adapter to the model with that adapter.
         run_dir: Directory of the run.
         key_prefix: Prefix of the keys of the stage in errors, such as "stages.1.".
-        steps_done: Steps of the stage that the run has trained.
+        steps_done: Number of steps of the stage that the run has trained.
 
     Raises:
-        UserError: The mined pairs of a stage that has begun are missing or changed, or too few examples are left.
+        UserError: The mined pairs of a stage that has started are missing or changed, or too few examples are left.
     """
     mine = stage.config.mine
     if mine is None:

@@ -1,4 +1,4 @@
-"""Opening a run: everything that training and planning need, checked and put together once."""
+"""Open a run: check and assemble everything that training and planning need."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from jaxembed.model.lora import check_targets_exist
 from jaxembed.model.transformer import ComputeOptions
 from jaxembed.runs.encoders import open_encoders
 from jaxembed.runs.plans import StagePlans, open_plans
-from jaxembed.runs.ranges import open_ranges, with_ranges
+from jaxembed.runs.ranges import apply_ranges, open_ranges
 from jaxembed.runs.token_data import check_token_objectives, make_token_builders
 from jaxembed.search.bm25 import check_bm25_installed
 from jaxembed.training.loggers import check_loggers_installed
@@ -62,7 +62,7 @@ class OpenedRun:
         stages: The stages, in order.
         encoders: The guide and the teacher, by role.
         held_out: The held-out sets. A planned run has none.
-        ranges: Ranges of the model's vectors for int8, float32 [2, D]. None: nothing needs them.
+        ranges: Ranges of the model's vectors for int8, float32 [2, D]. None: not needed.
     """
 
     config: Config
@@ -105,8 +105,8 @@ def open_run(config: Config, mesh: Mesh, lock: RunLock | None = None) -> OpenedR
         config: Settings of the run.
         mesh: The devices.
         lock: The lock of the run directory. None opens the run for planning only: nothing is written, this process builds
-            every shard of a batch, and zeros stand for the vectors of guide and teacher. The mesh may then be one of a
-            topology that is not here.
+            every shard of a batch, and the vectors of guide and teacher are zeros. The mesh may then belong to a
+            topology that does not exist here.
 
     Raises:
         UserError: The run directory, the base, the mesh, the data, or the objectives do not fit together.
@@ -116,7 +116,7 @@ def open_run(config: Config, mesh: Mesh, lock: RunLock | None = None) -> OpenedR
         if config.eval.bm25:
             check_bm25_installed()
         check_loggers_installed(config.train.loggers)
-    # Base, mesh, and model: no data is read.
+    # Check base, mesh, and model. No data is read.
     base = find_base(config.model.base)
     logical_axis_table(mesh, base.transformer.axis_sizes)
     if config.model.lora is not None and not base.has_weights:
@@ -136,11 +136,11 @@ def open_run(config: Config, mesh: Mesh, lock: RunLock | None = None) -> OpenedR
     encoders = open_encoders(config)
     if lock is None:
         encoders = {role: ZeroEncoder(**vars(encoder)) for role, encoder in encoders.items()}
-    # Data: the first process reads it and writes indexes to the cache, which the others then find.
+    # Open the data. The first process reads it and writes indexes to the cache for the others.
     first = processes.run_on_first_process_first
     plans = first(partial(open_plans, config))
     held_out = () if lock is None else first(partial(open_held_out_sets, config.eval.sets, cache_dir()))
-    # The run directory, now that the data is known to be good; a new tokenizer is written there.
+    # Create the run directory, now that the data is known to be good, and write a new tokenizer there.
     run_dir = None if lock is None else first(partial(create_run_dir, config, lock))
     tokenizer = first(partial(_open_tokenizer, run_dir, base, spec, plans))
     stages = _open_stages(config, plans, model, tokenizer, base, shards, encoders)
@@ -150,7 +150,7 @@ def open_run(config: Config, mesh: Mesh, lock: RunLock | None = None) -> OpenedR
         mesh=mesh,
         model=model,
         tokenizer=tokenizer,
-        stages=with_ranges(stages, ranges),
+        stages=apply_ranges(stages, ranges),
         ranges=ranges,
         encoders=encoders,
         held_out=held_out,
@@ -164,7 +164,7 @@ def _resolve_spec(config: Config, base: Base, recorded: EmbeddingSpec | None) ->
         config: Settings of the run.
         base: What the model starts from.
         recorded: The spec of the run that is resumed. Earlier versions left instructions out of the pooling by default, and
-            their runs continue so.
+            their runs continue to do so.
     """
     spec = base.spec.with_choices(config.model, config.stages[-1].data.max_length)
     last = config.stages[-1]

@@ -1,4 +1,4 @@
-"""The data of every stage: which sources each objective trains on, and the plans of their batches."""
+"""The data of every stage: the sources of each objective, and the plans of their batches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class StagePlans(NamedTuple):
 
     Attributes:
         queries: The queries of every step, for objectives that compare vectors. It has no sources if there are none.
-        tokens: The texts of every step for each objective that predicts tokens, in the order of the objectives.
+        tokens: The texts of every step, for each objective that predicts tokens, in the order of the objectives.
     """
 
     queries: BatchPlan
@@ -63,7 +63,7 @@ def _assign_token_sources(stage: StageConfig, sources: Sequence[Source], prefix:
     """Return the sources of each objective that predicts tokens: those it names, otherwise all of its format.
 
     Raises:
-        UserError: It names a source of another format, or there is no source for it.
+        UserError: An objective names a source of another format, or has no source.
     """
     assigned = []
     for i, objective in stage.token_objectives.items():
@@ -85,7 +85,7 @@ def _assign_query_sources(
 ) -> list[Source]:
     """Return the sources whose queries are compared: all but those of objectives that predict tokens.
 
-    A source that an objective of vectors names belongs to both.
+    A source that a vector objective names belongs to both.
 
     Raises:
         UserError: Every source is one of objectives that predict tokens, but others compare vectors.

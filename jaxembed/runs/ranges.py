@@ -1,4 +1,4 @@
-"""The ranges that int8 vectors of a run need: found, given to its objectives, and recorded."""
+"""Find the int8 ranges of a run, pass them to its objectives, and record them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jaxembed.training.stage import Stage
 def open_ranges(config: Config, base: Base, width: int) -> np.ndarray | None:
     """Return the ranges of a run for int8, float32 [2, width]. None if neither its objectives nor its held-out sets need them.
 
-    A resumed run has those that it recorded. Otherwise `quantization.ranges` names the file, or the folder of the base has it.
+    A resumed run uses those that it recorded. Otherwise `quantization.ranges` names the file, or the folder of the base has it.
 
     Raises:
         UserError: There is no such file, or it does not fit the vectors.
@@ -38,7 +38,7 @@ def open_ranges(config: Config, base: Base, width: int) -> np.ndarray | None:
     return read_ranges(recorded if exists(recorded) else Path(named or stored), width)
 
 
-def with_ranges(stages: Sequence[Stage], ranges: np.ndarray | None) -> Sequence[Stage]:
+def apply_ranges(stages: Sequence[Stage], ranges: np.ndarray | None) -> Sequence[Stage]:
     """Return stages whose objectives have the ranges."""
     if ranges is None:
         return stages
@@ -47,7 +47,7 @@ def with_ranges(stages: Sequence[Stage], ranges: np.ndarray | None) -> Sequence[
 
 
 def record_ranges(run_dir: Path, ranges: np.ndarray | None) -> None:
-    """Write the ranges into the run directory, where commands find those of its model."""
+    """Write the ranges into the run directory, where commands look for them."""
     path = run_dir / RANGES_FILE
     if ranges is not None and not exists(path):
         with atomic_write(path) as partial, partial.open("wb") as file:

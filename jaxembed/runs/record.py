@@ -1,4 +1,4 @@
-"""What identifies a run, written to its directory and compared when the run resumes."""
+"""Record what identifies a run in its directory, and compare it when the run resumes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def record_run(run: OpenedRun) -> None:
 
 
 def record_start(run: OpenedRun, state: TrainState, command: str) -> None:
-    """Append a line about this start of a run: when, from which step, by which command, and what it computes with."""
+    """Append a line about this start of a run: time, first step, command, devices, and computation."""
     trained, frozen = count_parameters(state)
     devices = run.mesh.devices.flat
     start = {

@@ -1,4 +1,4 @@
-"""What a run prints: its data, its size, its stages, and its scores."""
+"""Print the data, the size, the stages, and the scores of a run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from jaxembed.training.step import TrainState
 
 log = logging.getLogger("jaxembed")
 
-SHOWN_EXAMPLES = 2  # examples of each source that are printed
+MAX_SHOWN_EXAMPLES = 2  # examples of each source that are printed
 MAX_SHOWN_SOURCES = 20  # sources of a stage whose examples are printed
 MAX_SHOWN_TEXTS = 10  # texts of an example that are printed
 MEASURED_EXAMPLES = 512  # examples of each source whose tokens are counted
@@ -54,7 +54,7 @@ def show_data(stage: Stage) -> list[dict[str, Any]]:
         examples = stage.batch_builder.sampler.sample(0, ids)
         reports.append(describe_source(stage, source, epochs, examples))
         _show_source(reports[-1])
-        if missing := _missing_for_loss(stage, source, examples):
+        if missing := _describe_missing_inputs(stage, source, examples):
             problems.append(f"{source.name} has {missing}")
             log.warning("  %s: its queries have no loss", problems[-1])
         if source.in_batch and not have_negatives(examples):
@@ -74,12 +74,12 @@ def show_data(stage: Stage) -> list[dict[str, Any]]:
 
 
 def describe_source(stage: Stage, source: Source, epochs: float, examples: Sequence[Example]) -> dict[str, Any]:
-    """Return what `data.json` of a run says about a source.
+    """Return the entry of a source in `data.json` of a run.
 
     Args:
         stage: The stage that trains on it.
         source: The source.
-        epochs: How often the stage sees the source.
+        epochs: Number of epochs of the source in the stage.
         examples: Examples whose texts are measured, as the model reads them.
 
     Returns:
@@ -110,7 +110,7 @@ def describe_source(stage: Stage, source: Source, epochs: float, examples: Seque
 
 
 def _show_source(report: Mapping[str, Any]) -> None:
-    """Print one line about a source, and one about each reason for which rows, or parts of rows, were dropped."""
+    """Print one line about a source, and one for each reason why rows, or parts of rows, were dropped."""
     tokens = report["tokens"]
     log.info(
         "%s (%s): %s examples, %.3g epochs; %.0f tokens per text on average, %.1f%% truncated at %d; in-batch negatives %s",
@@ -131,7 +131,7 @@ def _show_examples(stage: Stage, source: Source, examples: Sequence[Example]) ->
     if source.config.few_shot is not None:
         count = np.mean([len(example.few_shot) for example in examples])
         log.info("  %.1f in-context examples per query; a prompt gets at most half of data.max_length", count)
-    for example in examples[:SHOWN_EXAMPLES]:
+    for example in examples[:MAX_SHOWN_EXAMPLES]:
         texts, prompts = stage.batch_builder.sampler.list_texts([example])
         shown, hidden = slice(MAX_SHOWN_TEXTS), len(texts) - MAX_SHOWN_TEXTS
         inputs = stage.tokenizer.decode_inputs(texts[shown], prompts[shown])
@@ -152,8 +152,8 @@ def have_negatives(examples: Sequence[Example]) -> bool:
     return len(queries) > 1 and len({normalize_text(example.positive) for example in examples}) > 1
 
 
-def _missing_for_loss(stage: Stage, source: Source, examples: Sequence[Example]) -> str:
-    """Return what the examples of a source lack so that none of its queries has a loss, or an empty string."""
+def _describe_missing_inputs(stage: Stage, source: Source, examples: Sequence[Example]) -> str:
+    """Return what the examples of a source lack if none of its queries has a loss, otherwise an empty string."""
     if stage.needs_hard_negatives(source) and not any(example.negatives for example in examples):
         return "no hard negatives, and its objectives use nothing else"
     if stage.needs_teacher_scores(source) and not any(example.teacher_scores for example in examples):

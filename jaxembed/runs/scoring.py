@@ -1,4 +1,4 @@
-"""Scoring a run on its held-out sets: under which adapter, by which metric, beside which baselines."""
+"""Score a run and its baselines on the held-out sets, each with its adapter, prompt and metric."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from jaxembed.training.step import TrainState
 log = logging.getLogger("jaxembed")
 
 
-def with_adapter(encoder: Embedder, params: Any, adapter: str) -> Embedder:
+def use_adapter(encoder: Embedder, params: Any, adapter: str) -> Embedder:
     """Return the encoder with the parameters of one adapter.
 
     Args:
         encoder: The model of a run.
-        params: All parameters of the model, those of several adapters stacked.
-        adapter: Name of the adapter. It is ignored if the model has no named ones.
+        params: All parameters of the model. Those of several adapters are stacked.
+        adapter: Name of the adapter. It is ignored if the model has no named adapters.
     """
     names = encoder.model.adapters
     return encoder.with_params(pick_adapter(params, names.index(adapter) if names else None))
 
 
 def encode_input(encoder: Embedder, text_input: TextInput) -> np.ndarray:
-    """Encode texts of a held-out set under the prompt of their instruction, or of their side."""
+    """Encode texts of a held-out set with the prompt of their instruction, or of their side."""
     prompt = encoder.spec.prompt(text_input.instruction, side=text_input.side)
     return encoder.encode(text_input.texts, prompt=prompt)
 
@@ -54,7 +54,7 @@ def make_set_scorer(encoder: Embedder, held_out: Sequence[HeldOutSet], ranges: n
     def score_sets(params: Any) -> dict[str, SetScores]:
         scores = {}
         for held_out_set in held_out:
-            adapted = with_adapter(encoder, params, held_out_set.config.adapter)
+            adapted = use_adapter(encoder, params, held_out_set.config.adapter)
             precision = held_out_set.config.precision
             vectors = [simulate_quantization(encode_input(adapted, i), precision, ranges) for i in held_out_set.inputs]
             scores[held_out_set.config.name] = held_out_set.score(vectors)

@@ -10,20 +10,20 @@ from jaxembed.devices.placement import replicated_jit
 from jaxembed.errors import UserError
 from jaxembed.model.embedder import init_params
 from jaxembed.model.lora import ADAPTER_PARAMS, join_params, split_params, stack_shapes
-from jaxembed.model.parameters import attach_shardings, shapes_and_shardings
+from jaxembed.model.parameters import attach_shardings, compute_shapes_and_shardings
 from jaxembed.runs.open import OpenedRun
 from jaxembed.training.checkpoint import Checkpoints
 from jaxembed.training.state import begin_stage
 from jaxembed.training.step import TrainState
 
 
-def initial_state(run: OpenedRun) -> TrainState:
+def make_initial_state(run: OpenedRun) -> TrainState:
     """Return the state before the first stage: parameters of the base, random where it has none, and no optimizer."""
-    shapes, shardings = shapes_and_shardings(run.model, run.mesh)
+    shapes, shardings = compute_shapes_and_shardings(run.model, run.mesh)
     key = jax.random.key(run.config.train.seed)
-    # Parameters of the base.
+    # Load the parameters of the base.
     params = flatten_dict(run.base.load(shapes, shardings))
-    # Random parameters for the rest.
+    # Initialize the others at random.
     missing = {path: sharding for path, sharding in flatten_dict(shardings).items() if path not in params}
     params |= flatten_dict(init_params(run.model, key, unflatten_dict(missing)))
     trained, frozen = split_params(unflatten_dict(params))
@@ -47,17 +47,17 @@ def resume(run: OpenedRun, checkpoints: Checkpoints) -> tuple[int, TrainState]:
     Raises:
         UserError: The data of the stage has changed since the checkpoint.
     """
-    # Which stage the last checkpoint belongs to.
+    # Find the stage of the last checkpoint.
     latest = checkpoints.latest()
     cursor = {"stage": 0} if latest is None else checkpoints.cursor(latest)
     index = cursor["stage"]
-    # A state of the same structure: every stage up to this one may add parameters and replace the optimizer.
-    state = initial_state(run)
+    # Build a state of the same structure: every stage up to this one may add parameters and replace the optimizer.
+    state = make_initial_state(run)
     for stage in run.stages[: index + 1]:
         state = begin_stage(stage, state, run.model, run.mesh)
     if latest is None:
         return 0, state
-    # The arrays of the checkpoint, if its batches are still those that this run would draw.
+    # Restore the arrays of the checkpoint, unless this run would draw other batches than those of the checkpoint.
     if cursor["plan_hash"] != run.stages[index].plan_hash:
         raise UserError(
             f"{checkpoints.run_dir}: the training data changed since step {latest}. Restore it, or name another run.dir."

@@ -1,4 +1,4 @@
-"""The objectives that predict tokens: whether a model fits them, and the builders of their batches."""
+"""Objectives that predict tokens: check that a model supports them, and build their batches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jaxembed.model.families import FAMILIES
 
 
 def check_token_objectives(config: Config, base: Base, spec: EmbeddingSpec) -> None:
-    """Check that the model has a use for the objectives that predict tokens.
+    """Check that the model supports the objectives that predict tokens.
 
     Raises:
         UserError: The base is an encoder or has no language-model head, the mask is causal where both sides of a token should

@@ -1,4 +1,4 @@
-"""What a run prints about the texts of objectives that predict tokens."""
+"""Print the data of objectives that predict tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jaxembed.training.stage import Stage
 log = logging.getLogger("jaxembed")
 
 MEASURED_TEXTS = 512  # texts of each source whose tokens are counted
-SHOWN_TEXTS = 2  # texts of each source that are printed
+MAX_SHOWN_TOKEN_TEXTS = 2  # texts of each source that are printed
 MAX_SHOWN_TOKENS = 60  # tokens of a printed text
 
 
@@ -43,7 +43,7 @@ def show_token_data(stage: Stage) -> list[dict[str, Any]]:
 
 
 def _show_source(stage: Stage, builder: TokenBatchBuilder, source: Source, first_id: int) -> dict[str, Any]:
-    """Print and return numbers of one source, whose first text has the id `first_id`."""
+    """Print and return statistics of one source, whose first text has the id `first_id`."""
     texts = builder.read_texts(0, np.arange(first_id, first_id + min(MEASURED_TEXTS, len(source))))
     lengths = np.array([len(text.tokens) for text in texts])
     predicted = sum(int(np.sum(text.targets != NOT_PREDICTED)) for text in texts)
@@ -52,7 +52,7 @@ def _show_source(stage: Stage, builder: TokenBatchBuilder, source: Source, first
         "%s (%s): %s texts; %.0f tokens per text on average, %.1f%% of them predicted",
         source.name, source.format, f"{len(source):,}", lengths.mean(), 100 * share,
     )  # fmt: skip
-    for text in texts[:SHOWN_TEXTS]:
+    for text in texts[:MAX_SHOWN_TOKEN_TEXTS]:
         log.info("  reads    %r", stage.tokenizer.hf_tokenizer.decode(text.tokens[:MAX_SHOWN_TOKENS]))
     return {
         **describe_rows(source),

@@ -1,4 +1,4 @@
-"""Training a run, from its config to its scores."""
+"""Train a run, from its config to its scores."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from jaxembed.files import write_json
 from jaxembed.formats.run_files import DATA_REPORT_FILE
 from jaxembed.hub.embedder import Embedder
 from jaxembed.runs.base_monitor import BaseMonitor
-from jaxembed.runs.mined import with_mined_negatives
+from jaxembed.runs.mined import add_mined_negatives
 from jaxembed.runs.open import OpenedRun, open_run
 from jaxembed.runs.record import record_run, record_start
 from jaxembed.runs.report import describe_stage, show_data, show_scores, show_size, summarize_run
-from jaxembed.runs.scoring import choose_best_metric, make_evaluator, score_baselines, with_adapter
+from jaxembed.runs.scoring import choose_best_metric, make_evaluator, score_baselines, use_adapter
 from jaxembed.runs.state import resume
 from jaxembed.training.checkpoint import Checkpoints
 from jaxembed.training.loggers import open_loggers
@@ -44,7 +44,7 @@ def train(config: Config, command: str = "") -> dict[str, Any]:
 
     Args:
         config: Settings of the run.
-        command: The command line that starts the run, which is recorded.
+        command: The command line that starts the run. It is recorded.
 
     Returns:
         `run_dir`, the last `step` and its `loss`, the duration in `seconds`, and held-out scores by SET/METRIC: of the last
@@ -101,8 +101,8 @@ def _train(config: Config, lock: RunLock, command: str) -> dict[str, Any]:
                     if int(state.step) == stage.first_step > 0:
                         state = begin_stage(stage, state, run.model, run.mesh)
                     done = int(state.step) - stage.first_step
-                    encoder_for = partial(with_adapter, encoder, state.weights)
-                    stage = with_mined_negatives(stage, encoder_for, run.run_dir, config.key_prefix(stage.index), done)
+                    encoder_for = partial(use_adapter, encoder, state.weights)
+                    stage = add_mined_negatives(stage, encoder_for, run.run_dir, config.key_prefix(stage.index), done)
                 trainer = Trainer(
                     stage=stage,
                     total_steps=run.total_steps,

@@ -15,7 +15,7 @@ from jaxembed.devices.placement import replicated_jit, replicated_sharding
 from jaxembed.errors import UserError
 from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.model.lora import pick_adapter, split_params, stack_adapters, stack_shapes
-from jaxembed.model.parameters import attach_shardings, shapes_and_shardings
+from jaxembed.model.parameters import attach_shardings, compute_shapes_and_shardings
 from jaxembed.training.stage import Stage
 from jaxembed.training.step import OBJECTIVE_PARAMS, TrainState
 
@@ -64,7 +64,7 @@ def compute_state_shapes(
     def replicate_shapes(shapes: Any) -> Any:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), shapes)
 
-    trained, frozen = split_params(attach_shardings(*shapes_and_shardings(model, mesh)))
+    trained, frozen = split_params(attach_shardings(*compute_shapes_and_shardings(model, mesh)))
     if objective_params:
         trained |= {OBJECTIVE_PARAMS: replicate_shapes(objective_params)}
     opt_state = _compute_optimizer_shapes(optimizer, trained, adapter_count, mesh)

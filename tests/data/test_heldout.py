@@ -55,7 +55,7 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r'pairs\.jsonl:1: "pos"'):
         split(tmp_path, rows=[{"query": "q"}])
     with pytest.raises(
-        UserError, match=r"pairs\.jsonl: \d rows to train on and \d held out \(1% were to be\)\. Change --percent"
+        UserError, match=r"pairs\.jsonl: \d rows to train on and \d held out \(expected 1%\)\. Change --percent"
     ):
         split(tmp_path, "--percent", "1", rows=ROWS[:4])
     assert not (tmp_path / "out").exists()

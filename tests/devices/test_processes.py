@@ -194,7 +194,7 @@ from pathlib import Path
 import jax
 from jaxembed.devices.mesh import make_mesh
 from jaxembed.devices import processes
-from jaxembed.model.parameters import shapes_and_shardings
+from jaxembed.model.parameters import compute_shapes_and_shardings
 from jaxembed.formats.weights import load_params
 from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.model.hf_config import parse_hf_config
@@ -211,7 +211,7 @@ def sample():
 
 def load(folder):
     config = parse_hf_config(json.loads((folder / "config.json").read_text()), str(folder))
-    trees = shapes_and_shardings(EmbeddingModel(config, EmbeddingSpec()), make_mesh(1, 2))
+    trees = compute_shapes_and_shardings(EmbeddingModel(config, EmbeddingSpec()), make_mesh(1, 2))
     return load_params(folder, config, *({"decoder": tree["decoder"]} for tree in trees))
 
 big, small = map(Path, sys.argv[1:])

@@ -21,7 +21,7 @@ def share_train_steps() -> None:
         shardings, structure = jax.tree.flatten(jax.tree.map(lambda x: x.sharding, state))
         # Tests may replace an objective.
         key = (
-            model.without_texts(),
+            model.drop_text_fields(),
             repr(self.objectives),
             repr(settings),
             tuple(shardings),

@@ -37,7 +37,7 @@ from jaxembed.hub.resolve import find_base
 from jaxembed.hub.spec_files import SPEC_FILE, write_spec
 from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.model.families import TransformerConfig
-from jaxembed.model.parameters import shapes_and_shardings
+from jaxembed.model.parameters import compute_shapes_and_shardings
 
 MODULES = [
     {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
@@ -71,7 +71,7 @@ def copy_folder(base: Path) -> Iterator[Path]:
 
 @functools.lru_cache(maxsize=4)
 def get_shapes(transformer: TransformerConfig, spec: EmbeddingSpec) -> tuple[Any, Any]:
-    return shapes_and_shardings(EmbeddingModel(transformer, spec), make_mesh(1))
+    return compute_shapes_and_shardings(EmbeddingModel(transformer, spec), make_mesh(1))
 
 
 def load_base_params(folder: Path) -> None:

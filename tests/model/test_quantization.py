@@ -24,7 +24,7 @@ from jaxembed.model.embedder import EmbeddingModel, infer_parameter_shapes
 from jaxembed.model.hf_config import parse_hf_config
 from jaxembed.model.lora import merge_adapters, split_params
 from jaxembed.model.matmul import frozen_matmul
-from jaxembed.model.parameters import shapes_and_shardings
+from jaxembed.model.parameters import compute_shapes_and_shardings
 from jaxembed.model.presets import find_preset
 from jaxembed.model.quantization import dequantize, quantize
 from jaxembed.model.transformer import ComputeOptions
@@ -88,7 +88,7 @@ def test_loaded_parameters_have_the_declared_shapes_dtypes_and_shardings(base_fo
     model, params = load_model(
         base_folder("qwen3"), EmbeddingSpec(), devices=2, lora=LoraConfig(rank=4, alpha=8.0, base_dtype="int8")
     )
-    shapes, shardings = shapes_and_shardings(model, make_mesh(2))
+    shapes, shardings = compute_shapes_and_shardings(model, make_mesh(2))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(lambda x: (x.shape, x.dtype), shapes)
     assert jax.tree.map(lambda x: x.sharding, params) == shardings
     assert {x.dtype.name for x in jax.tree.leaves(split_params(params)[0])} == {"float32"}
@@ -102,7 +102,7 @@ def test_a_peft_base_is_merged_before_it_is_quantized(base_folder: Folder, tmp_p
     write_adapters(tmp_path, params, lora, str(base_folder("qwen3")))
     base, exact = find_base(str(tmp_path)), flatten_dict(merge_adapters(params, lora))
     model = EmbeddingModel(base.transformer, base.spec, lora=LoraConfig(rank=2, alpha=8.0, base_dtype="int8"))
-    rounded = flatten_dict(base.load(*shapes_and_shardings(model, make_mesh(1))))
+    rounded = flatten_dict(base.load(*compute_shapes_and_shardings(model, make_mesh(1))))
     for path in (path for path in rounded if path[-1] == "kernel"):
         scale = rounded[*path[:-1], "kernel_scale"]
         error = np.abs(dequantize(rounded[path], scale) - exact[path])

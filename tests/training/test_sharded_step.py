@@ -24,7 +24,7 @@ from jaxembed.losses import blockwise
 from jaxembed.losses.objectives import Objectives
 from jaxembed.model.embedder import EmbeddingModel, init_params
 from jaxembed.model.hf_config import parse_hf_config
-from jaxembed.model.parameters import shapes_and_shardings
+from jaxembed.model.parameters import compute_shapes_and_shardings
 from jaxembed.model.transformer import ComputeOptions
 from jaxembed.training.step import compute_batch_loss
 
@@ -46,7 +46,7 @@ def build_model(base: Path, lora: bool) -> EmbeddingModel:
 
 def draw_params(model: EmbeddingModel, shape: tuple[int, int, int]) -> Any:
     """Draw the parameters on a mesh."""
-    return init_params(model, KEY, shapes_and_shardings(model, make_mesh(*shape))[1])
+    return init_params(model, KEY, compute_shapes_and_shardings(model, make_mesh(*shape))[1])
 
 
 def value_and_grad(
@@ -54,7 +54,7 @@ def value_and_grad(
 ) -> tuple[float, Any]:
     """Return the loss and the gradients of all parameters, also the frozen ones, on a mesh."""
     mesh = make_mesh(*shape)
-    params = jax.device_put(params, shapes_and_shardings(model, mesh)[1])
+    params = jax.device_put(params, compute_shapes_and_shardings(model, mesh)[1])
     host = build_host_batches(source, shard_count(mesh), 1, row_length=32)[0].batch
 
     @jax.jit
@@ -88,7 +88,7 @@ def test_gradients_equal_those_of_one_device(
 
 def test_every_device_holds_its_shard_of_the_parameters(base_folder: Folder) -> None:
     model = build_model(base_folder("qwen2"), False)
-    params = flatten_dict(init_params(model, KEY, shapes_and_shardings(model, make_mesh(2, 2, 2))[1]), sep="/")
+    params = flatten_dict(init_params(model, KEY, compute_shapes_and_shardings(model, make_mesh(2, 2, 2))[1]), sep="/")
     shard_counts = {path: x.size // x.addressable_shards[0].data.size for path, x in params.items()}
     layers = "decoder/layers"
     assert shard_counts["decoder/embedding"] == shard_counts[f"{layers}/attention/q/bias"] == 2
@@ -104,7 +104,7 @@ def test_every_device_holds_its_shard_of_the_parameters(base_folder: Folder) -> 
 def test_key_value_heads_that_tensor_does_not_divide_are_replicated(base_folder: Folder) -> None:
     """The model has two key-value heads and four query heads, on four devices."""
     model = build_model(base_folder("qwen2"), False)
-    shardings = flatten_dict(shapes_and_shardings(model, make_mesh(1, 2, 4))[1], sep="/")
+    shardings = flatten_dict(compute_shapes_and_shardings(model, make_mesh(1, 2, 4))[1], sep="/")
     kernels = (shardings[f"decoder/layers/attention/{name}/kernel"].spec for name in ("q", "k"))
     assert [tuple(spec) for spec in kernels] == [(None, "fsdp", "tensor"), (None, "fsdp", None)]
 
@@ -112,6 +112,6 @@ def test_key_value_heads_that_tensor_does_not_divide_are_replicated(base_folder:
 def test_a_run_can_load_another_model_under_its_mesh(base_folder: Folder) -> None:
     """A run sets its mesh before it opens the model that mines for a stage."""
     with jax.set_mesh(make_mesh(2)):
-        shapes, shardings = shapes_and_shardings(build_model(base_folder("qwen3"), False), make_mesh(1))
+        shapes, shardings = compute_shapes_and_shardings(build_model(base_folder("qwen3"), False), make_mesh(1))
     assert {sharding.mesh.size for sharding in jax.tree.leaves(shardings)} == {1}
     assert jax.tree.structure(shapes) == jax.tree.structure(shardings)
