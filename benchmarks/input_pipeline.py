@@ -24,7 +24,7 @@ from jaxembed.data.batch_sampler import BatchSampler
 from jaxembed.data.pipeline import iter_batches
 from jaxembed.data.sources import open_source
 from jaxembed.data.tokenize import TextTokenizer, load_tokenizer
-from jaxembed.devices.mesh import all_shards
+from jaxembed.devices.mesh import make_all_shards
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
     source = open_source(SourceConfig(path=str(args.data.resolve())), args.data.parent)
     tokenizer = TextTokenizer(load_tokenizer(args.base), EmbeddingSpec(append_eos=False, max_length=args.row_length))
     sampler = BatchSampler(sources=[source], tokenizer=tokenizer, hard_negatives=0, seed=0)
-    builder = BatchBuilder(sampler=sampler, row_length=args.row_length, shards=all_shards(1))
+    builder = BatchBuilder(sampler=sampler, row_length=args.row_length, shards=make_all_shards(1))
     plan = BatchPlan([source], args.batch_size, seed=0)
     builder(0, plan[0])  # opens files, and builds the tokenizer's threads
 

@@ -37,7 +37,7 @@ from vs_sentence_transformers import run_script
 from jaxembed.config import InfoNCEConfig
 from jaxembed.data.batch import Batch, FrozenVectors
 from jaxembed.devices.mesh import make_mesh
-from jaxembed.devices.placement import batch_sharding
+from jaxembed.devices.placement import make_batch_sharding
 from jaxembed.losses.encoded import EncodedBatch
 from jaxembed.losses.infonce import info_nce
 from jaxembed.losses.negatives import collect_text_info, in_batch_candidates, is_known_positive
@@ -98,7 +98,7 @@ def compile_gradient(loss: Loss, count: int) -> jax.stages.Compiled:
     mesh = make_mesh()
 
     def shard(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=make_batch_sharding(mesh))
 
     with jax.set_mesh(mesh):
         shapes = jax.tree.map(shard, jax.eval_shape(lambda: build_batch(count)))

@@ -35,8 +35,8 @@ from jaxembed.data.batch import BatchBuilder
 from jaxembed.data.batch_plan import BatchPlan
 from jaxembed.data.batch_sampler import BatchSampler
 from jaxembed.data.sources import open_sources
-from jaxembed.devices.cpu import compiler_options, retain_freed_memory
-from jaxembed.devices.mesh import all_shards, make_mesh
+from jaxembed.devices.cpu import get_compiler_options, retain_freed_memory
+from jaxembed.devices.mesh import make_all_shards, make_mesh
 from jaxembed.devices.placement import put_batch
 from jaxembed.hub.embedder import Embedder, load_embedder
 from jaxembed.hub.resolve import find_base
@@ -73,7 +73,7 @@ def main() -> None:
     embedder = load_embedder(base, spec, ComputeOptions(), mesh)
     sources = open_sources(config.data, Path(tempfile.gettempdir()))
     sampler = BatchSampler(sources=sources, tokenizer=embedder.tokenizer, hard_negatives=0, seed=0)
-    build_batch = BatchBuilder(sampler=sampler, row_length=config.row_length, shards=all_shards(1))
+    build_batch = BatchBuilder(sampler=sampler, row_length=config.row_length, shards=make_all_shards(1))
     plan = BatchPlan(sources, config.train.batch_size, 0)
     host_batch = build_batch(0, np.asarray(plan[0]))
     batch = put_batch(mesh, host_batch.batch)
@@ -120,7 +120,7 @@ def jit_part(run: Callable[..., Any], *arrays: Any, flops: float = 0) -> Part:
     """Return the part that runs the jitted function. The bytes that it must move are those of its arguments and results."""
     bytes_moved = sum(x.nbytes for x in jax.tree.leaves(arrays))
     bytes_moved += sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(run, *arrays)))
-    jitted = jax.jit(run, compiler_options=compiler_options())
+    jitted = jax.jit(run, compiler_options=get_compiler_options())
     return lambda: jitted(*arrays), flops, bytes_moved
 
 
@@ -244,7 +244,7 @@ def build_optimizer(config: configuration.Config, embedder: Embedder) -> Part:
         updates, state = update.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    jitted = jax.jit(apply, donate_argnums=(0, 1), compiler_options=compiler_options())
+    jitted = jax.jit(apply, donate_argnums=(0, 1), compiler_options=get_compiler_options())
     state = [jax.tree.map(jnp.copy, params), update.init(params)]
 
     def run() -> Any:

@@ -30,8 +30,8 @@ from jaxembed.config import InfoNCEConfig, OptimConfig  # noqa: E402
 from jaxembed.config.spec import EmbeddingSpec  # noqa: E402
 from jaxembed.data.batch import Batch  # noqa: E402
 from jaxembed.data.packing import PackedTexts, compute_max_segments  # noqa: E402
-from jaxembed.devices.mesh import make_mesh, shard_count  # noqa: E402
-from jaxembed.devices.placement import batch_shapes  # noqa: E402
+from jaxembed.devices.mesh import count_shards, make_mesh  # noqa: E402
+from jaxembed.devices.placement import compute_batch_shapes  # noqa: E402
 from jaxembed.losses.objectives import Objectives  # noqa: E402
 from jaxembed.model.embedder import EmbeddingModel  # noqa: E402
 from jaxembed.model.families import TransformerConfig  # noqa: E402
@@ -57,14 +57,14 @@ def build_batch_shapes(args: argparse.Namespace, mesh: Any) -> Batch:
 
     ids = array(rows, TOKENS_PER_ROW)
     segments = args.segments or compute_max_segments(TOKENS_PER_ROW)
-    texts = PackedTexts(ids, ids, ids, array(rows, TOKENS_PER_ROW, dtype=bool), segments, shard_count(mesh))
+    texts = PackedTexts(ids, ids, ids, array(rows, TOKENS_PER_ROW, dtype=bool), segments, count_shards(mesh))
     batch = Batch(
         texts=texts, query_slot=array(b), doc_slot=array(b, 1 + k), in_batch=array(b, dtype=bool),
         query_hash=array(b, 2, dtype=jnp.uint32), doc_hash=array(b, 1 + k, 2, dtype=jnp.uint32),
         positive_hash=array(b, 1, 2, dtype=jnp.uint32), label=array(b), source=array(b),
         teacher_scores=array(b, 1 + k, dtype=jnp.float32), score=array(b, dtype=jnp.float32), is_positive=array(b, dtype=bool),
     )  # fmt: skip
-    return batch_shapes(mesh, batch)
+    return compute_batch_shapes(mesh, batch)
 
 
 def count_useful_flops(transformer: TransformerConfig, lora: bool, tokens: int) -> float:

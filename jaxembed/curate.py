@@ -87,7 +87,7 @@ def make_parser() -> cli.Parser:
     )
     parser.add_argument(
         "--ray", nargs="?", const="local", metavar="ADDRESS",
-        help="apply the steps that see texts alone (clean, quality, language, negatives, decontaminate, function) on a Ray "
+        help="apply the steps that read only texts (clean, quality, language, negatives, decontaminate, function) on a Ray "
         "cluster: its address, auto for the cluster of this machine, or no address to start one here",
     )  # fmt: skip
     parser.add_argument(

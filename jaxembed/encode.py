@@ -89,7 +89,7 @@ def make_parser() -> cli.Parser:
         "--precision",
         choices=PRECISIONS,
         default="float32",
-        help="numbers in OUT.npy: float32 (default), int8 or uint8 (see --ranges), or 8 sign bits per byte (binary, ubinary)",
+        help="values of OUT.npy: float32 (default), int8, uint8 (see --ranges), or 8 signs per byte (binary, ubinary)",
     )
     parser.add_argument(
         "--ranges",

@@ -30,7 +30,7 @@ class UserError(Exception):
 
     The message names the file and line, or the config key. Commands print it after `error:` and exit with code 2. Whatever the
     message quotes, it stays one line: line breaks and other control characters are escaped, and the middle of a very long
-    message is cut out. It ends with a period.
+    message is removed. It ends with a period.
     """
 
     def __init__(self, message: str):
@@ -48,7 +48,7 @@ class Stopped(Exception):
         self.signal = signal
 
 
-def interrupt_signal(interrupt: KeyboardInterrupt) -> int:
+def get_interrupt_signal(interrupt: KeyboardInterrupt) -> int:
     """Return the signal that a `KeyboardInterrupt` stands for: its argument, or SIGINT if Python itself raised it."""
     return interrupt.args[0] if interrupt.args else signal.SIGINT
 
@@ -65,7 +65,7 @@ def suggest(name: str, known: Iterable[str], count: int = 3) -> str:
     Args:
         name: The unknown name.
         known: Names that exist.
-        count: How many names to suggest at most.
+        count: Maximum number of suggested names.
     """
     by_lower = {candidate.lower(): candidate for candidate in known}
     nearest = [by_lower[lower] for lower in difflib.get_close_matches(name.lower(), by_lower, n=count, cutoff=0.5)]
@@ -73,7 +73,7 @@ def suggest(name: str, known: Iterable[str], count: int = 3) -> str:
 
 
 def explain_system_error(error: BaseException) -> str | None:
-    """Return one line about a refusal of the system, such as a full disk or no memory; None for any other error.
+    """Return one line about an error of the operating system, such as a full disk or no memory; None for any other error.
 
     Failures of tokenizers count too: it panics on some regular expressions of a tokenizer.json, and raises a plain
     `Exception`, which nothing else does, for texts that the vocabulary cannot spell.

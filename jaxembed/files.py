@@ -17,13 +17,13 @@ from jaxembed.errors import UserError
 
 
 def cache_dir() -> Path:
-    """Return the folder of everything that is computed once: extracted data, row indexes, compiled programs, encoded vectors.
+    """Return the cache folder, for extracted data, row indexes, compiled programs and encoded vectors.
 
-    It is $JAXEMBED_CACHE if set, else ~/.cache/jaxembed. A user without a home directory, or with one that cannot be written,
-    has a private folder in the system's temporary directory.
+    It is $JAXEMBED_CACHE if set, otherwise ~/.cache/jaxembed. Without a writable home directory, it is a private folder in the
+    system's temporary directory.
 
     Raises:
-        UserError: That folder is needed, but cannot be used.
+        UserError: The temporary folder is needed, but cannot be used.
     """
     if folder := os.environ.get("JAXEMBED_CACHE"):
         return Path(folder)
@@ -49,14 +49,14 @@ def make_private_folder(path: Path) -> Path:
     """
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     info = path.lstat()
-    if stat.S_ISLNK(info.st_mode) or (info.st_uid != os.geteuid() and info.st_uid != _owner_of_new_file(path)):
+    if stat.S_ISLNK(info.st_mode) or (info.st_uid != os.geteuid() and info.st_uid != _find_owner_of_new_files(path)):
         raise UserError(f"{path}: belongs to another user, or is a link. Remove it, or set JAXEMBED_CACHE to another folder.")
     if stat.S_IMODE(info.st_mode) & 0o077:
         path.chmod(0o700)
     return path
 
 
-def _owner_of_new_file(folder: Path) -> int:
+def _find_owner_of_new_files(folder: Path) -> int:
     """Return the owner of files that this process creates in a folder. A network disk may map users to others."""
     with tempfile.TemporaryFile(dir=folder) as file:
         return os.fstat(file.fileno()).st_uid
@@ -80,7 +80,7 @@ def read_bytes(path: Path) -> bytes:
         raise UserError(f"{path}: cannot be read ({error})") from None
 
 
-def file_digest(path: Path) -> str:
+def compute_file_digest(path: Path) -> str:
     """Return the SHA-256 of a file's bytes in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -131,7 +131,7 @@ def format_json(value: Any, indent: int | None = None) -> str:
 
 
 def finite_or_none(value: float) -> float | None:
-    """Return a number that JSON has: None for NaN and infinity."""
+    """Return a number, or None for NaN and infinity, which JSON does not have."""
     return value if math.isfinite(value) else None
 
 
@@ -153,7 +153,7 @@ def write_text(path: Path, text: str) -> None:
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a path beside `path` to write to, and move it there at the end.
 
-    Neither a reader nor a kill ever leaves half a file at `path`.
+    `path` never holds an incomplete file, even after a kill.
     """
     partial, descriptor = _create_partial(path)
     try:
@@ -186,9 +186,9 @@ def check_writable(path: Path) -> None:
 
 
 def _create_partial(path: Path) -> tuple[Path, int]:
-    """Create an empty file beside `path`. Return its path, and an open descriptor that tells it from any later file there.
+    """Create an empty file beside `path`. Return its path, and an open descriptor that identifies it.
 
-    What stood there is removed: the file of a process that was killed, or a link, which is not followed.
+    An existing file is removed: one of a killed process, or a link, which is not followed.
     """
     partial = path.with_name(path.name + ".partial")
     partial.unlink(missing_ok=True)

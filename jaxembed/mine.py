@@ -24,8 +24,8 @@ from jaxembed.training.shutdown import stop_on_signals
 
 ABOUT = """\
 IN is anything that training reads, except rows of text and label. OUT has the rows of IN as pairs (query, pos, neg), with the
-mined negatives, and the scores of positives and negatives. Neither the positives of a query, in whatever row, nor the query
-itself become its negatives. Vectors are cached, so the same command continues after a stop."""
+mined negatives, and the scores of positives and negatives. The positives of a query, in any row, and the query
+itself never become its negatives. Vectors are cached, so the same command continues after a stop."""
 RANKERS: dict[str, tuple[Ranker, ...]] = {"model": ("vectors",), "bm25": ("bm25",), "fused": ("vectors", "bm25")}
 
 
@@ -77,7 +77,7 @@ def prepare_outputs(args: argparse.Namespace) -> tuple[Path, Path]:
 
 def read_rule(args: argparse.Namespace) -> MineConfig:
     """Return the `mine` section that the options define. Raise `UserError` for an option that the rule does not read."""
-    given = {key: value for key in rule_fields() if (value := getattr(args, key)) is not None}
+    given = {key: value for key in list_rule_fields() if (value := getattr(args, key)) is not None}
     rule = given.setdefault("rule", MineConfig().rule)
     for key in given:
         if rule not in (rules := RULES_BY_KEY.get(key, MINING_RULES)):
@@ -102,22 +102,22 @@ def read_source(args: argparse.Namespace) -> config.SourceConfig:
     return matches[0].model_copy(update=changes)
 
 
-def rule_fields() -> dict[str, Any]:
+def list_rule_fields() -> dict[str, Any]:
     """Return the fields of the `mine` section that are options of the command."""
     return {key: field for key, field in MineConfig.model_fields.items() if key not in STAGE_KEYS}
 
 
 def add_rule_options(parser: argparse.ArgumentParser) -> None:
     """Add an option for each key of the `mine` section, with the key's type, default and description."""
-    group = parser.add_argument_group("rule", "as the keys of a config's section mine; see docs/guides/mining.md")
-    for key, field in rule_fields().items():
+    group = parser.add_argument_group("rule", "the keys of the section mine of a config; see docs/guides/mining.md")
+    for key, field in list_rule_fields().items():
         default = " ".join(map(str, np.ravel(field.default)))
         group.add_argument(
-            option_name(key), help=f"{field.description} Default: {default}.", **_argument_type(field.annotation)
+            option_name(key), help=f"{field.description} Default: {default}.", **_make_argument_settings(field.annotation)
         )
 
 
-def _argument_type(annotation: Any) -> dict[str, Any]:
+def _make_argument_settings(annotation: Any) -> dict[str, Any]:
     """Return the settings of an option that reads values of a type. Integers are positive, tuples have two integers."""
     if typing.get_origin(annotation) is typing.Literal:
         return {"choices": typing.get_args(annotation)}
@@ -150,7 +150,7 @@ def make_parser() -> cli.Parser:
         "--candidates",
         choices=list(RANKERS),
         default="model",
-        help="nearest by MODEL (default), best by BM25, or both, fused by reciprocal rank",
+        help="nearest by MODEL (default), best by BM25, or both, combined by reciprocal rank fusion",
     )
     group.add_argument(
         "--cross-encoder", metavar="MODEL",

@@ -1,4 +1,4 @@
-"""Make a model smaller: fewer layers, narrower feed-forward layers, a vocabulary of the texts that matter.
+"""Make a model smaller: fewer layers, narrower feed-forward layers, a smaller vocabulary.
 
 Usage: python -m jaxembed.prune MODEL OUT --layer-count 6 --mlp-width 1024 --vocabulary-from TEXTS ...
 """

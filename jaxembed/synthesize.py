@@ -86,11 +86,11 @@ def make_parser() -> cli.Parser:
     parser.add_argument("--max-rows", type=cli.integer_from(1), metavar="N", help="rows to write, of all tasks (default: all)")
     parser.add_argument(
         "--budget-tokens", type=cli.integer_from(1), metavar="N",
-        help="tokens that OUT may cost, prompts and answers, with those of earlier runs (default: no limit)",
+        help="token limit of OUT: prompts and answers, earlier runs included (default: no limit)",
     )  # fmt: skip
     parser.add_argument(
         "--concurrency", type=cli.integer_from(1, 1024), default=16, metavar="N",
-        help="requests at the same time, to all servers together (default: 16)",
+        help="concurrent requests to all servers together (default: 16)",
     )  # fmt: skip
     parser.add_argument(
         "--heldout-percent", type=cli.integer_from(1, 99), metavar="N",
@@ -98,7 +98,7 @@ def make_parser() -> cli.Parser:
         "percent of the positives and all documents of inputs.documents (default: no)",
     )  # fmt: skip
     parser.add_argument(
-        "--dry-run", action="store_true", help="estimate requests and tokens, and show a prompt of each step; ask no server"
+        "--dry-run", action="store_true", help="estimate requests and tokens, and show a prompt of each step; send no request"
     )
     cli.add_server_arguments(parser, timeout_s=120)
     keys = table(SynthesisConfig).replace("%", "%%")

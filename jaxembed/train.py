@@ -45,7 +45,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _plan(config: Config, args: argparse.Namespace) -> dict[str, Any]:
-    """Compile the steps of a run ahead of time and return what they need."""
+    """Compile the steps of a run ahead of time and return their memory and FLOPs."""
     if args.topology:
         skip_tpu_discovery()
     from jaxembed.planning.plan import make_planning_mesh, plan
@@ -68,7 +68,9 @@ def make_parser() -> cli.Parser:
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key.sub=value", help="such as train.steps=100 or run.dir=runs/a"
     )
-    parser.add_argument("--plan", action="store_true", help="compile ahead of time, print what a step needs, and exit")
+    parser.add_argument(
+        "--plan", action="store_true", help="compile ahead of time, print the memory and FLOPs of a step, and exit"
+    )
     parser.add_argument("--topology", metavar="NAME:SHAPE", help="plan for a TPU slice that is not here, such as v5e:16x16")
     parser.add_argument("--slices", type=cli.integer_from(1), metavar="N", help="number of slices of the topology (default: 1)")
     return parser

@@ -1,4 +1,4 @@
-"""Check that a running server gives the vectors of the folder that it serves, and say what differs if it does not.
+"""Check that a running server gives the vectors of the folder that it serves, and explain differences.
 
 Usage: python -m jaxembed.verify FOLDER URL
 """
@@ -61,7 +61,7 @@ def make_parser() -> cli.Parser:
         "(/api/embed); default: auto, TEI and Ollama by their own API, all others by OpenAI's",
     )  # fmt: skip
     parser.add_argument("--model", metavar="NAME", help="model of the server (default: the first that it lists)")
-    parser.add_argument("--dim", type=cli.integer_from(1), metavar="N", help="ask for vectors of N numbers (Matryoshka)")
+    parser.add_argument("--dim", type=cli.integer_from(1), metavar="N", help="request vectors of N dimensions (Matryoshka)")
     parser.add_argument(
         "--tolerance", type=cli.number_up_to(1), metavar="COSINE",
         help="least cosine of equal vectors (default: 0.9999; for half precision, that of vectors with 1.5 times the error "
@@ -69,7 +69,7 @@ def make_parser() -> cli.Parser:
     )  # fmt: skip
     parser.add_argument(
         "--dtype", choices=["float32", "float16", "bfloat16"],
-        help="dtype in which the server computes (default: what the server says, else that of the folder's weights)",
+        help="dtype in which the server computes (default: the one that it reports, otherwise that of the folder's weights)",
     )  # fmt: skip
     parser.add_argument("--no-diagnosis", action="store_true", help="do not look for what differs (the model is not loaded)")
     parser.add_argument(

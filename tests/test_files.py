@@ -104,7 +104,7 @@ def test_a_folder_of_another_owner_is_refused(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(UserError, match="belongs to another user"):
         make_private_folder(tmp_path / "theirs")
     # A network disk that maps this user to the other one.
-    monkeypatch.setattr(files, "_owner_of_new_file", lambda folder: 12345)
+    monkeypatch.setattr(files, "_find_owner_of_new_files", lambda folder: 12345)
     assert make_private_folder(tmp_path / "theirs").stat().st_mode & 0o777 == 0o700
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxembed.config.shipped import shipped_folder
+from jaxembed.config.shipped import find_shipped_folder
 from jaxembed.model.parameters import compute_shapes_and_shardings
 from jaxembed.training.mfu import make_mfu_meter
 
@@ -17,7 +17,7 @@ from jaxembed.training.mfu import make_mfu_meter
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The script, with one device."""
-    monkeypatch.syspath_prepend(str(shipped_folder().parent / "benchmarks"))
+    monkeypatch.syspath_prepend(str(find_shipped_folder().parent / "benchmarks"))
     return importlib.import_module("gpu")
 
 

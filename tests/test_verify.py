@@ -85,7 +85,7 @@ def test_width_is_asked_for(folder: Path) -> None:
         assert result["cosines"] == pytest.approx([1, 1, 1])
         assert [finding.partition(":")[0] for finding in result["findings"]] == ["normalization"]
         assert all(request["dimensions"] == 4 for _, request, _ in server.requests if request)
-        assert run_verify(folder, server.url, "--no-diagnosis")["findings"][-1] == "width: 4 numbers instead of 8."
+        assert run_verify(folder, server.url, "--no-diagnosis")["findings"][-1] == "width: 4 dimensions instead of 8."
 
 
 def test_texts_are_listed_with_their_cosines(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -170,10 +170,10 @@ BAD_ANSWERS = [
     ((200, {"data": []}), "0 vectors for 1 texts"),
     ((200, OPENAI_NAN), "the vector of text 0 of the request has numbers that are not finite (NaN or infinity)"),
     ((200, OPENAI_NULL), "has numbers that are not finite"),
-    ((200, OPENAI_TOKENS), "is 3 vectors, one per token. Start the server with a pooling"),
+    ((200, OPENAI_TOKENS), "is 3 vectors, one per token. Start the server with pooling"),
     ((200, {"data": [{"index": 0, "embedding": "AAAA"}]}), "is 'AAAA' (expected a list of numbers). Choose another --api"),
     ((200, {"data": [{"index": 0, "embedding": ["a"]}]}), "has entries that are not numbers"),
-    ((500, {"error": {"message": "out of memory"}}), "the server failed (status 500: out of memory). Look into its log"),
+    ((500, {"error": {"message": "out of memory"}}), "the server failed (status 500: out of memory). Check its log"),
     ((413, {"error": "too long"}), "the server refuses every text (status 413: too long)"),
     ((422, {"detail": "at most 9 tokens"}), "the server refuses every text (status 422: at most 9 tokens)"),
     ((404, {"error": "model 'x' not found"}), "no model 'served-model' (it lists served-model; status 404: model 'x'"),

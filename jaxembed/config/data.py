@@ -12,7 +12,7 @@ from jaxembed.config.catalog import check_catalog_name, fill_from_catalog
 from jaxembed.config.fields import quote_value
 from jaxembed.config.removed import reject_python_packages
 from jaxembed.config.sections import Positive, Section
-from jaxembed.config.yaml_text import write_scalar
+from jaxembed.config.yaml_text import format_scalar
 
 TEMPLATE_FIELD = re.compile(r"\{([^{}]+)\}")  # a placeholder for a field of a row, such as {title}
 
@@ -214,7 +214,7 @@ class SourceConfig(Section):
             return names
         if not all(isinstance(label, str | int | float) for label in names):
             raise ValueError("expected a label as each key. Quote a label that is null, ~, or empty.")
-        texts = {write_scalar(label): text for label, text in names.items()}
+        texts = {format_scalar(label): text for label, text in names.items()}
         if len(texts) < len(names):
             raise ValueError("two keys are the same label")
         return texts
@@ -236,7 +236,7 @@ class SourceConfig(Section):
         """The name, or the stem of the path if there is none."""
         return self.name or Path(self.path).stem
 
-    def instruction_for_documents(self, query_instruction: str) -> str:
+    def get_document_instruction(self, query_instruction: str) -> str:
         """Return the instruction of the documents of a query with this instruction."""
         return query_instruction if self.symmetric else self.document_instruction
 
@@ -319,7 +319,7 @@ class DataConfig(Section):
             )
         return self
 
-    def first_instructions(self, adapter: str | None = None) -> dict[str, tuple[str, str]]:
+    def collect_first_instructions(self, adapter: str | None = None) -> dict[str, tuple[str, str]]:
         """Return the (query, document) instructions of each source that has any, by source name.
 
         Args:
@@ -327,6 +327,6 @@ class DataConfig(Section):
         """
         sources = [source for source in self.sources if source.instructions and adapter in (None, source.adapter)]
         return {
-            source.display_name: (source.instructions[0], source.instruction_for_documents(source.instructions[0]))
+            source.display_name: (source.instructions[0], source.get_document_instruction(source.instructions[0]))
             for source in sources
         }

@@ -95,7 +95,7 @@ class MineConfig(Section):
         """Whether negatives are drawn at random, instead of the best ones."""
         return self.rule in SAMPLED_RULES
 
-    def max_negative_score(self, positive_score: float) -> float:
+    def compute_max_negative_score(self, positive_score: float) -> float:
         """Return the maximum score of a negative, given the positive's score."""
         limits = {
             "topk_abs": self.max_score,

@@ -31,7 +31,7 @@ def check_names(config: Config, where: str) -> None:
     """
     earlier: dict[str, tuple[str, str]] = {}  # name -> key and path, over the earlier stages
     for i, stage in enumerate(config.stages):
-        prefix = config.key_prefix(i)
+        prefix = config.get_key_prefix(i)
         own: dict[str, tuple[str, str]] = {}
         for j, source in enumerate(stage.data.sources):
             key, name = f"{prefix}data.sources.{j}", source.display_name

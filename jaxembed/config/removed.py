@@ -29,7 +29,7 @@ def reject_python_packages(key: str, value: Any) -> None:
         extra = ", without format" if key == "format" else ""
         raise ValueError(f"{value!r} is no longer a source. {COMMAND_HINT} and set path: {PACKAGES_TRAIN_FILE}{extra}.")
     if isinstance(value, str) and value.startswith(f"{REMOVED_SOURCE}:"):
-        raise ValueError(f"{value!r} is no longer a held-out set. {COMMAND_HINT} and set path: {_held_out_folder(value)}.")
+        raise ValueError(f"{value!r} is no longer a held-out set. {COMMAND_HINT} and set path: {_name_held_out_folder(value)}.")
 
 
 def upgrade_run_tree(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,8 +75,8 @@ def _upgrade_set(held_out: Any) -> Any:
     path = held_out.get("path") if isinstance(held_out, dict) else None
     if not isinstance(path, str) or not path.startswith(f"{REMOVED_SOURCE}:"):
         return held_out
-    return {**held_out, "path": _held_out_folder(path)}
+    return {**held_out, "path": _name_held_out_folder(path)}
 
 
-def _held_out_folder(path: str) -> str:
+def _name_held_out_folder(path: str) -> str:
     return f"{PACKAGES_FOLDER}/{path.removeprefix(f'{REMOVED_SOURCE}:')}"

@@ -102,7 +102,7 @@ def read_tree(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     except YAML_ERRORS as error:
         raise UserError(f"{path}: not valid YAML ({summarize(error, MAX_MESSAGE_CHARS)})") from None
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: holds {_type_name(tree)} (expected a mapping of sections such as model: and data:)")
+        raise UserError(f"{path}: holds {_describe_type(tree)} (expected a mapping of sections such as model: and data:)")
     for override in overrides:
         apply_override(tree, override)
     return tree
@@ -127,10 +127,10 @@ def parse_section(section: type[AnySection], tree: Mapping[str, Any], where: str
 
 def table(section: type[Section]) -> str:
     """Return a Markdown table of every key of a section: key, default, meaning."""
-    return "| key | default | meaning |\n|---|---|---|\n" + reference_rows(section)
+    return "| key | default | meaning |\n|---|---|---|\n" + format_reference_rows(section)
 
 
-def reference_rows(section: type[Section], prefix: str = "") -> str:
+def format_reference_rows(section: type[Section], prefix: str = "") -> str:
     """Return one Markdown table row per key, with its default and meaning.
 
     `[]` marks the entries of a list, `KEY` those of a mapping. If an entry is one of several sections, chosen by its `name` or
@@ -138,7 +138,7 @@ def reference_rows(section: type[Section], prefix: str = "") -> str:
     """
     rows: list[str] = []
     for name, field in section.model_fields.items():
-        nested = _sections_in(field.annotation)
+        nested = _find_sections(field.annotation)
         if nested and (field.json_schema_extra or {}) == {"nested_rows": False}:
             rows.append(f"| `{prefix}{name}` | `[]` | {field.description} |")
         elif nested:
@@ -146,28 +146,28 @@ def reference_rows(section: type[Section], prefix: str = "") -> str:
                 rows.append(f"| `{prefix}{name}` | `{_to_json(field.default)}` | {field.description} |")
             suffixes: dict[Any, str] = {tuple: "[]", dict: ".KEY"}
             suffix = suffixes.get(typing.get_origin(field.annotation), "")
-            rows += _nested_rows(nested, f"{prefix}{name}{suffix}.")
+            rows += _format_nested_rows(nested, f"{prefix}{name}{suffix}.")
         else:
             default = "required" if field.is_required() else f"`{_to_json(field.default)}`"
-            choices = " or ".join(str(choice) for choice in _choices(field.annotation))
+            choices = " or ".join(str(choice) for choice in _list_choices(field.annotation))
             meaning = ". ".join(filter(None, [choices, field.description]))
             rows.append(f"| `{prefix}{name}` | {default} | {meaning} |")
     return "\n".join(rows)
 
 
-def _nested_rows(sections: list[type[Section]], prefix: str) -> list[str]:
+def _format_nested_rows(sections: list[type[Section]], prefix: str) -> list[str]:
     """Return the rows of the sections that a key may hold; keys that all of them have come first."""
-    tables = [reference_rows(member, prefix).splitlines() for member in sections]
+    tables = [format_reference_rows(member, prefix).splitlines() for member in sections]
     if len(sections) == 1:
         return tables[0]
     shared = [row for row in tables[0] if all(row in other for other in tables)]
-    tag_key = f"| `{prefix}{_tag_field(sections[0])}` |"
-    rows = [f"{tag_key} required | {' or '.join(map(_tag, sections))} |", *shared]
+    tag_key = f"| `{prefix}{_find_tag_field(sections[0])}` |"
+    rows = [f"{tag_key} required | {' or '.join(map(_get_tag, sections))} |", *shared]
     for member, member_rows in zip(sections, tables, strict=True):
         own = [row for row in member_rows if row not in shared and not row.startswith(tag_key)]
         for row in own:
             key, default, meaning = row.split(" | ", 2)
-            rows.append(f"{key} | {default} | {_tag(member)}: {meaning}")
+            rows.append(f"{key} | {default} | {_get_tag(member)}: {meaning}")
     return rows
 
 
@@ -177,11 +177,11 @@ def _to_json(value: Any) -> str:
     return json.dumps(list(value) if isinstance(value, tuple) else value)
 
 
-def _choices(annotation: Any) -> tuple[Any, ...]:
+def _list_choices(annotation: Any) -> tuple[Any, ...]:
     """Return the values of a Literal inside an annotation."""
     if typing.get_origin(annotation) is Literal:
         return typing.get_args(annotation)
-    return tuple(choice for part in typing.get_args(annotation) for choice in _choices(part))
+    return tuple(choice for part in typing.get_args(annotation) for choice in _list_choices(part))
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
@@ -208,7 +208,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         elif isinstance(node, dict):
             node = node.setdefault(part, {})
         if not isinstance(node, dict | list):
-            raise UserError(f"override {override!r}: {part} is {_type_name(node)}, not a section")
+            raise UserError(f"override {override!r}: {part} is {_describe_type(node)}, not a section")
     if isinstance(node, list):
         node[_list_index(node, last, override)] = value
     else:
@@ -239,9 +239,9 @@ def _explain(error: ValidationError, section: type[Section]) -> str:
     if kind == "missing":
         return f"{key} is missing. It has no default."
     if kind.startswith("union_tag"):
-        field = _tag_field(sections[0])
+        field = _find_tag_field(sections[0])
         tag = value.get(field) if isinstance(value, dict) else value
-        return f"{key}.{field} is {quote_value(tag)} (expected {' or '.join(map(_tag, sections))})"
+        return f"{key}.{field} is {quote_value(tag)} (expected {' or '.join(map(_get_tag, sections))})"
     if kind in EXPECTATIONS:
         return f"{key} is {quote_value(value)} (expected {EXPECTATIONS[kind] % problem.get('ctx', {})})"
     message = summarize(problem["msg"], MAX_MESSAGE_CHARS).removeprefix("Value error, ").replace("Input should be", "expected")
@@ -275,32 +275,32 @@ def _locate(section: type[Section], loc: tuple[int | str, ...]) -> tuple[list[st
     keys: list[str] = []
     sections = [section]
     for part in loc:
-        tagged = [member for member in sections if len(sections) > 1 and _tag(member) == part]
+        tagged = [member for member in sections if len(sections) > 1 and _get_tag(member) == part]
         if tagged:  # pydantic puts the name that chose one of several sections into the location
             sections = tagged
             continue
         keys.append(str(part))
         if isinstance(part, str) and sections and part in sections[0].model_fields:
-            sections = _sections_in(sections[0].model_fields[part].annotation)
+            sections = _find_sections(sections[0].model_fields[part].annotation)
     return keys, sections
 
 
-def _sections_in(annotation: Any) -> list[type[Section]]:
+def _find_sections(annotation: Any) -> list[type[Section]]:
     """Return the Section classes inside an annotation such as `tuple[SourceConfig, ...]`."""
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
         return [annotation] if issubclass(annotation, Section) else []
-    return [section for part in typing.get_args(annotation) for section in _sections_in(part)]
+    return [section for part in typing.get_args(annotation) for section in _find_sections(part)]
 
 
-def _tag_field(section: type[Section]) -> str:
+def _find_tag_field(section: type[Section]) -> str:
     """Return the key that chooses one of several sections."""
     return "kind" if "kind" in section.model_fields else "name"
 
 
-def _tag(section: type[Section]) -> str:
+def _get_tag(section: type[Section]) -> str:
     """Return the value that chooses one of several sections."""
-    return str(section.model_fields[_tag_field(section)].default)
+    return str(section.model_fields[_find_tag_field(section)].default)
 
 
-def _type_name(value: object) -> str:
+def _describe_type(value: object) -> str:
     return "nothing" if value is None else f"a {type(value).__name__}"

@@ -19,7 +19,7 @@ SYNTHESIS_FOLDER = "synthesis"
 TRAINING_FOLDERS = (".", RECIPES_FOLDER)  # of configs that train
 
 
-def shipped_folder() -> Path:
+def find_shipped_folder() -> Path:
     """Return the folder of the shipped files: inside the package if it was installed, beside it in a checkout."""
     package = Path(__file__).parents[1]
     inside = package / "configs"
@@ -40,12 +40,12 @@ def read_shipped_yaml(name: str) -> dict[str, Any]:
     Raises:
         UserError: The file is missing or not a mapping.
     """
-    return _read_once(shipped_folder() / name)
+    return _read_once(find_shipped_folder() / name)
 
 
 def list_shipped_configs(folders: Sequence[str] = TRAINING_FOLDERS) -> dict[str, Path]:
     """Return the shipped configs in some folders by name, in alphabetical order. Default: configs and recipes of training."""
-    paths = [path for folder in folders for path in (shipped_folder() / folder).glob("*.yaml")]
+    paths = [path for folder in folders for path in (find_shipped_folder() / folder).glob("*.yaml")]
     return {path.stem: path for path in sorted(paths, key=lambda path: path.stem) if path.name != CATALOG_FILE}
 
 

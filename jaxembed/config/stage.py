@@ -64,14 +64,14 @@ class StageSections(Section):
         if self.mine is not None and not drawn:
             raise ValueError("mine finds hard negatives, but data.hard_negatives is 0. Set how many a query draws.")
         for i, objective in enumerate(self.objectives):
-            setting, needed = _needed_hard_negatives(objective)
+            setting, needed = _find_needed_hard_negatives(objective)
             if drawn < needed:
                 raise ValueError(
                     f"objectives.{i}: {setting} compares a query with its own negatives, but data.hard_negatives is {drawn}. "
                     f"Set it to {needed} or more."
                 )
 
-    def models_with_role(self, role: str) -> list[str]:
+    def list_models_with_role(self, role: str) -> list[str]:
         """Return the models that the objectives name as `guide` or `teacher`, each once."""
         names = [getattr(objective, role, None) for objective in self.objectives]
         return list(dict.fromkeys(name for name in names if name is not None))
@@ -99,12 +99,12 @@ class StageSections(Section):
     @property
     def guide(self) -> str | None:
         """The model that guides the objectives of this stage, if any."""
-        return next(iter(self.models_with_role("guide")), None)
+        return next(iter(self.list_models_with_role("guide")), None)
 
     @property
     def teacher(self) -> str | None:
         """The model whose vectors the objectives of this stage match, if any."""
-        return next(iter(self.models_with_role("teacher")), None)
+        return next(iter(self.list_models_with_role("teacher")), None)
 
 
 class StageConfig(StageSections):
@@ -147,7 +147,7 @@ def merge_trees(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str
     return merged
 
 
-def _needed_hard_negatives(objective: ObjectiveConfig) -> tuple[str, int]:
+def _find_needed_hard_negatives(objective: ObjectiveConfig) -> tuple[str, int]:
     """Return the setting because of which an objective needs hard negatives, and the minimum number that it needs."""
     if isinstance(objective, InfoNCEConfig) and objective.mixed_negatives:
         return "mixed_negatives", 2

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from jaxembed.config.data import NonEmpty
 from jaxembed.config.sections import Patterns, Positive, Section
 from jaxembed.config.templates import list_placeholders
-from jaxembed.config.yaml_text import write_scalar
+from jaxembed.config.yaml_text import format_scalar
 
 BM25 = "bm25"
 Name = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")]
@@ -34,9 +34,9 @@ class ValuesConfig(Section):
     @classmethod
     def _read_short_forms(cls, values: Any) -> Any:
         if isinstance(values, list | tuple):
-            return {"choices": [write_scalar(value) if isinstance(value, int | float) else value for value in values]}
+            return {"choices": [format_scalar(value) if isinstance(value, int | float) else value for value in values]}
         if isinstance(values, dict) and values and not {"file", "choices"} & set(values):
-            choices = [write_scalar(value) if isinstance(value, int | float) else value for value in values]
+            choices = [format_scalar(value) if isinstance(value, int | float) else value for value in values]
             return {"choices": choices, "weights": list(values.values())}
         return values
 
@@ -78,7 +78,7 @@ class FieldConfig(Section):
     @classmethod
     def _read_scalars(cls, choices: Any) -> Any:
         is_list = isinstance(choices, list | tuple)
-        return [write_scalar(c) if isinstance(c, int | float) else c for c in choices] if is_list else choices
+        return [format_scalar(c) if isinstance(c, int | float) else c for c in choices] if is_list else choices
 
     @model_validator(mode="after")
     def _check_choices(self) -> FieldConfig:
@@ -216,7 +216,7 @@ class RelevanceConfig(Section):
     @classmethod
     def _read_scalars(cls, grades: Any) -> Any:
         is_list = isinstance(grades, list | tuple)
-        return [write_scalar(grade) if isinstance(grade, int | float) else grade for grade in grades] if is_list else grades
+        return [format_scalar(grade) if isinstance(grade, int | float) else grade for grade in grades] if is_list else grades
 
 
 class LikelihoodConfig(Section):

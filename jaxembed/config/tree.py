@@ -88,7 +88,7 @@ class Config(StageSections, RunSections):
     @model_validator(mode="after")
     def _check_one_model_per_role(self) -> Config:
         for role in ("guide", "teacher"):
-            names = list(dict.fromkeys(name for stage in self.stages for name in stage.models_with_role(role)))
+            names = list(dict.fromkeys(name for stage in self.stages for name in stage.list_models_with_role(role)))
             if len(names) > 1:
                 raise ValueError(f"objectives name several models as {role} ({', '.join(names)}); a run has one")
         return self
@@ -106,9 +106,11 @@ class Config(StageSections, RunSections):
     @property
     def models_by_role(self) -> dict[str, str]:
         """The guide and the teacher of the run, by role. Roles that no stage fills are absent."""
-        return {role: name for role in ("guide", "teacher") for stage in self.stages for name in stage.models_with_role(role)}
+        return {
+            role: name for role in ("guide", "teacher") for stage in self.stages for name in stage.list_models_with_role(role)
+        }
 
-    def key_prefix(self, index: int) -> str:
+    def get_key_prefix(self, index: int) -> str:
         """Return what precedes a key of a stage in errors; empty in a config of one stage."""
         return f"stages.{index}." if len(self.stages) > 1 else ""
 

@@ -2,7 +2,7 @@
 
 YAML 1.1 reads `no` as false, `007` as 7, `1.10` as 1.1, `12:30` as 750, and `2024-01-01` as a date. In a list of languages or
 labels that is silently wrong. Here those stay texts, as they are written. A key that expects a number or a truth value still
-takes them, because pydantic parses texts: `steps: 1_000`, `remat: yes`. `write_scalar` returns what was written for any scalar.
+takes them, because pydantic parses texts: `steps: 1_000`, `remat: yes`. `format_scalar` returns any scalar as it was written.
 
 A key that occurs twice in a mapping is an error. YAML would silently keep the last one.
 """
@@ -51,7 +51,7 @@ def _construct_float(loader: _Loader, node: yaml.ScalarNode) -> float | str:
     """Return a number, or the text if the number would be written differently, such as 1.10."""
     text = loader.construct_scalar(node)
     number = float(text.replace(".inf", "inf").replace(".nan", "nan"))
-    return number if write_scalar(number) == text else text
+    return number if format_scalar(number) == text else text
 
 
 for _tag, (_pattern, _first) in SCALARS.items():
@@ -64,7 +64,7 @@ def load_yaml(text: str) -> Any:
     return yaml.load(text, _Loader)  # a subclass of SafeLoader
 
 
-def write_scalar(value: bool | int | float | str) -> str:
+def format_scalar(value: bool | int | float | str) -> str:
     """Return a scalar as it was written: a text itself, and anything else in its only spelling."""
     if isinstance(value, bool):
         return str(value).lower()

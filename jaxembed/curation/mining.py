@@ -114,7 +114,7 @@ def embed_pool(
     Returns:
         Unit vectors of the queries, float32 [Q, width], and of the documents, float32 [N, width].
     """
-    instruction = config.instruction_for_documents(next(iter(config.instructions), ""))
+    instruction = config.get_document_instruction(next(iter(config.instructions), ""))
     documents = [EncoderInput(text, "document", instruction) for text in pool.documents]
     query_vectors = embed_texts(pool.queries, encode, width, f"{prefix}queries")
     return query_vectors, embed_texts(documents, encode, width, f"{prefix}documents")

@@ -20,7 +20,7 @@ from jaxembed.data.sampling import EXAMPLE_FIELD
 from jaxembed.data.sources import Source
 from jaxembed.devices import processes
 from jaxembed.errors import UserError
-from jaxembed.files import atomic_write, cache_dir, file_digest, write_json
+from jaxembed.files import atomic_write, cache_dir, compute_file_digest, write_json
 from jaxembed.hub.embedder import Embedder
 from jaxembed.hub.frozen_encoder import check_model_exists, encode_in_groups, open_frozen_encoder
 
@@ -133,7 +133,8 @@ def write_mined_rows(source: Source, config: MineConfig, miner: Miner, seed: int
         write_jsonl(partial, _build_rows(source, pool, result, seed))
         counts = count_outcomes(pool, result, config)
         write_json(
-            name_report(path), {"source": source.name, "digest": file_digest(partial), "model": miner.identity, **counts}
+            name_report(path),
+            {"source": source.name, "digest": compute_file_digest(partial), "model": miner.identity, **counts},
         )
     num_mined = [mined.num_mined for mined in result.rows]
     log.info("%s: mined %.1f negatives per query; %d queries have none", source.name, np.mean(num_mined), num_mined.count(0))

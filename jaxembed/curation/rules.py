@@ -20,7 +20,7 @@ def choose_negatives(config: MineConfig, scores: np.ndarray, positive_score: flo
         Indices of the negatives among the candidates, ascending. There are fewer than `config.negatives` if fewer
         candidates pass the rule.
     """
-    is_eligible = scores[: config.last_rank] <= config.max_negative_score(positive_score)
+    is_eligible = scores[: config.last_rank] <= config.compute_max_negative_score(positive_score)
     indices = np.flatnonzero(is_eligible)[config.first_rank - 1 :]
     if config.is_sampled and len(indices) > config.negatives:
         indices = np.sort(rng.choice(indices, config.negatives, replace=False))

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from jaxembed.config import SourceConfig
 from jaxembed.config.data import Where
-from jaxembed.config.yaml_text import write_scalar
+from jaxembed.config.yaml_text import format_scalar
 from jaxembed.data.rows import RowSchema
 from jaxembed.data.schema import Row, get_nli_fields
 
@@ -124,7 +124,7 @@ def _equals_setting(value: Any, setting: bool | int | float | str) -> bool:
 
     YAML reads `5` as a number, and `no` and `1.10` as texts. Rows may have either type.
     """
-    text = write_scalar(setting)
+    text = format_scalar(setting)
     if isinstance(value, bool):
         return text.lower() in (TRUE_WORDS if value else FALSE_WORDS)
     if isinstance(value, int | float) and not isinstance(setting, bool):

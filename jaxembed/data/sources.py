@@ -115,7 +115,7 @@ class Source:
         return dataclasses.replace(
             example,
             instruction=instruction,
-            document_instruction=self.config.instruction_for_documents(instruction),
+            document_instruction=self.config.get_document_instruction(instruction),
             few_shot=self._draw_few_shot_examples(index, example.query, instruction, rng),
         )
 

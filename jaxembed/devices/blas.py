@@ -1,4 +1,4 @@
-"""Large float32 matmuls on CPUs by numpy's BLAS, which takes about four fifths of the time of XLA's own.
+"""Compute large float32 matmuls on CPUs with numpy's BLAS, which takes about four fifths of the time of XLA.
 
 XLA calls back into this process through its foreign function interface (xla/ffi/api/c_api.h, version 0). It passes pointers to
 the operands and the result, so nothing is copied. Compiled programs refer to the functions by name and are cached like others.
@@ -21,10 +21,10 @@ import numpy as np
 from jaxtyping import Array, Float32
 
 from jaxembed.devices.cpu import is_tuned
-from jaxembed.devices.mesh import target_platform
+from jaxembed.devices.mesh import get_target_platform
 
-MIN_FLOPS = 1 << 28  # of a matmul for which the detour through Python pays off
-IDLE_S = 1.0  # without a call for so long, no program is running
+MIN_FLOPS = 1 << 28  # matmuls above this size are worth the call through Python
+IDLE_S = 1.0  # without a call for this long, no program is running
 API_VERSION = (0, 1)  # major and minor version of the interface that the structures below describe
 
 
@@ -38,7 +38,7 @@ class _Metadata(ctypes.Structure):
 
 
 class _Extension(ctypes.Structure):
-    """A call with an extension asks the function for its version, and for nothing else."""
+    """A call with an extension only requests the version of the function."""
 
     _fields_ = (
         ("size", ctypes.c_size_t), ("type", ctypes.c_int), ("next", ctypes.c_void_p),
@@ -129,10 +129,10 @@ def _register_handlers() -> None:
     capsule.restype, capsule.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
     for transposed, handler in _HANDLERS.items():
         address = ctypes.cast(handler, ctypes.c_void_p)
-        jax.ffi.register_ffi_target(_target_name(transposed), capsule(address, None, None), platform="cpu")
+        jax.ffi.register_ffi_target(_name_target(transposed), capsule(address, None, None), platform="cpu")
 
 
-def _target_name(transposed: str) -> str:
+def _name_target(transposed: str) -> str:
     return f"jaxembed_matmul_{transposed}"
 
 
@@ -153,21 +153,21 @@ def is_worthwhile(x: jax.Array, kernel: jax.Array) -> bool:
     """Return whether `matmul` should compute `x @ kernel`: large float32 matrices on a CPU that is a single device."""
     mesh = jax.sharding.get_abstract_mesh()
     is_float32_matrix = x.ndim == 2 and x.dtype == kernel.dtype == np.float32
-    is_one_cpu = is_tuned(target_platform()) and (mesh.empty or mesh.size == 1)
+    is_one_cpu = is_tuned(get_target_platform()) and (mesh.empty or mesh.size == 1)
     return is_float32_matrix and is_one_cpu and 2 * x.size * kernel.shape[1] >= MIN_FLOPS
 
 
 def _call_blas(transposed: str, a: jax.Array, b: jax.Array) -> jax.Array:
     rows = a.shape[1] if transposed == "first" else a.shape[0]
     columns = b.shape[0] if transposed == "second" else b.shape[1]
-    y = jax.ffi.ffi_call(_target_name(transposed), jax.ShapeDtypeStruct((rows, columns), np.float32))(a, b)
+    y = jax.ffi.ffi_call(_name_target(transposed), jax.ShapeDtypeStruct((rows, columns), np.float32))(a, b)
     assert isinstance(y, jax.Array)
     return y
 
 
 @jax.custom_vjp
 def matmul(x: Float32[Array, "t i"], kernel: Float32[Array, "i o"]) -> Float32[Array, "t o"]:
-    """Compute `x @ kernel` by BLAS, and its gradients too."""
+    """Compute `x @ kernel` and its gradients with BLAS."""
     return _call_blas("", x, kernel)
 
 

@@ -22,15 +22,15 @@ def replicate(x: jax.Array) -> jax.Array:
 
 def shard_rows(x: jax.Array) -> jax.Array:
     """Constrain an array to be split over its first axis as a batch is, and over no other axis."""
-    axes = tuple(axis for axis in BATCH_AXES if axis in auto_axes())
+    axes = tuple(axis for axis in BATCH_AXES if axis in get_auto_axes())
     return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
 
 
 def embedding_lookup(table: jax.Array, rows: jax.Array, dtype: Any) -> jax.Array:
     """Look up rows of a table whose width is split over `fsdp`.
 
-    Each device first reads its part of the width, for its neighbors' rows too; then the devices exchange these parts. Left to
-    itself, XLA may send all rows to all devices.
+    Each device first reads its part of the width, for its neighbors' rows too; then the devices exchange these parts. Without
+    this constraint, XLA may send all rows to all devices.
 
     Args:
         table: [V, D].
@@ -40,7 +40,7 @@ def embedding_lookup(table: jax.Array, rows: jax.Array, dtype: Any) -> jax.Array
     Returns:
         [N, D], split over the first axis as a batch is.
     """
-    x, axes = table[rows].astype(dtype), auto_axes()
+    x, axes = table[rows].astype(dtype), get_auto_axes()
     if "fsdp" in axes:
         x = jax.lax.with_sharding_constraint(x, PartitionSpec("data" if "data" in axes else None, "fsdp"))
     return shard_rows(x)
@@ -48,16 +48,16 @@ def embedding_lookup(table: jax.Array, rows: jax.Array, dtype: Any) -> jax.Array
 
 def has_sharded_parameters() -> bool:
     """Return whether XLA splits parameters over `fsdp`."""
-    return "fsdp" in auto_axes() and jax.sharding.get_abstract_mesh().shape["fsdp"] > 1
+    return "fsdp" in get_auto_axes() and jax.sharding.get_abstract_mesh().shape["fsdp"] > 1
 
 
 def all_gather_fsdp(kernel: jax.Array, axis: int) -> jax.Array:
-    """All-gather a matrix along the axis that `fsdp` splits, so that every device holds it whole."""
+    """All-gather a matrix along the axis that `fsdp` splits, so that every device holds all of it."""
     if not has_sharded_parameters():
         return kernel
     gather = jax.shard_map(
         functools.partial(jax.lax.all_gather, axis_name="fsdp", axis=axis, tiled=True),
-        in_specs=_fsdp_spec(axis), out_specs=PartitionSpec(), axis_names={"fsdp"}, check_vma=False,
+        in_specs=_make_fsdp_spec(axis), out_specs=PartitionSpec(), axis_names={"fsdp"}, check_vma=False,
     )  # fmt: skip
     return gather(kernel)
 
@@ -78,15 +78,15 @@ def reduce_scatter_sum(function: Callable[..., jax.Array], axis: int, *arrays: j
         return jax.lax.psum(part, "data")
 
     specs, axes = (PartitionSpec(BATCH_AXES),) * len(arrays), set(BATCH_AXES)
-    mapped = jax.shard_map(reduce_scatter, in_specs=specs, out_specs=_fsdp_spec(axis), axis_names=axes, check_vma=False)
+    mapped = jax.shard_map(reduce_scatter, in_specs=specs, out_specs=_make_fsdp_spec(axis), axis_names=axes, check_vma=False)
     return mapped(*arrays)
 
 
-def _fsdp_spec(axis: int) -> PartitionSpec:
+def _make_fsdp_spec(axis: int) -> PartitionSpec:
     return PartitionSpec(*[None] * axis, "fsdp")
 
 
-def auto_axes() -> tuple[str, ...]:
+def get_auto_axes() -> tuple[str, ...]:
     """Return the mesh axes that XLA may shard over here: none inside `map_over_shards` or without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return tuple(axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto)
@@ -101,9 +101,9 @@ def shard_map_size() -> int:
 def map_over_shards(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """Map `function(params, *arrays)` over the shards of `arrays`, which are split over their first axis.
 
-    - Where each shard holds all parameters, gradients stay local to a shard until the function ends. They are summed over the
+    - If each shard holds all parameters, gradients stay local to a shard until the function ends. They are summed over the
       shards once, at the end.
-    - Where `fsdp` splits the parameters there is a single part, and XLA places everything: each layer's gradients are reduced
+    - If `fsdp` splits the parameters there is a single part, and XLA places everything: each layer's gradients are reduced
       to the devices that its parameters were gathered from.
     - Without a mesh there is a single part.
     """

@@ -1,11 +1,11 @@
 """CPU tuning. JAXEMBED_CPU_TUNING=off in the environment turns all of it off.
 
-Everything here was measured to save time on CPUs; results agree to rounding with and without it. Set the variable before
+Everything here was measured to save time on CPUs. Results with and without it agree up to rounding. Set the variable before
 `jaxembed` is imported. What it controls:
 
 - `configure_blas_threads`: idle BLAS threads sleep between matmuls.
 - `configure_jax`: programs run in the thread that calls them.
-- `compiler_options`: XLA's order of operations and vector width.
+- `get_compiler_options`: XLA's order of operations and vector width.
 - `retain_freed_memory`, `release_freed_memory`: the allocator keeps large buffers between steps.
 - `jaxembed.devices.blas`: numpy's BLAS computes large float32 matmuls.
 - `jaxembed.search.nearest`: FAISS searches where it is installed.
@@ -59,17 +59,17 @@ def configure_jax() -> None:
         jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
-def compiler_options() -> dict[str, str]:
-    """Return the options to compile a model's program with (`compiler_options` of `jax.jit`).
+def get_compiler_options() -> dict[str, str]:
+    """Return the options to compile a model's program with (`get_compiler_options` of `jax.jit`).
 
     On CPUs they choose:
 
     - XLA's memory-optimized order of operations. It needs less memory, and no two matmuls run at once on a core each.
     - Vectors as wide as the widest registers. XLA's default is half of AVX-512's.
     """
-    from jaxembed.devices.mesh import target_platform
+    from jaxembed.devices.mesh import get_target_platform
 
-    if not is_tuned(target_platform()):
+    if not is_tuned(get_target_platform()):
         return {}
     return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED", "xla_cpu_prefer_vector_width": "512"}
 
@@ -79,7 +79,7 @@ def retain_freed_memory() -> None:
 
     Fetching pages from the system, and zeroing them, takes a noticeable part of a step (docs/dev/log.md).
     """
-    if libc := _glibc():
+    if libc := _load_glibc():
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)
 
@@ -89,11 +89,11 @@ def release_freed_memory() -> None:
 
     Call it before compiling another program, whose small buffers would fragment the large ones.
     """
-    if libc := _glibc():
+    if libc := _load_glibc():
         libc.malloc_trim(0)
 
 
-def _glibc() -> ctypes.CDLL | None:
+def _load_glibc() -> ctypes.CDLL | None:
     """Return the C library if it is glibc and CPU tuning applies to this process."""
     import jax
 

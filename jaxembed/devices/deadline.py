@@ -10,7 +10,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def call_if_late(limit_s: float, function: Callable[..., Any], *args: Any) -> Iterator[None]:
-    """Call a function in a thread of its own if the block is not done in time. The block itself is not interrupted.
+    """Call a function in a separate thread if the block is not done in time. The block itself is not interrupted.
 
     Args:
         limit_s: Seconds that the block may take.

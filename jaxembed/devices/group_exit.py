@@ -1,4 +1,4 @@
-"""How the processes of a run end together: each with one clear line, and none hangs for longer than the run's limit.
+"""End the processes of a run together: each prints one clear line, and none hangs for longer than the run's limit.
 
 A thread of each process (`GroupMonitor`) sends heartbeats to the shared store and waits for the exit reason there. The
 reason is written once, by the process that ends the group first:
@@ -28,7 +28,7 @@ from jaxembed.devices.deadline import call_if_late
 from jaxembed.devices.key_value_store import KeyValueStore
 from jaxembed.devices.standard_streams import LossyStream, StandardOutputError
 
-MAX_SILENCE_S = 120.0  # without a heartbeat for so long, a process counts as lost
+MAX_SILENCE_S = 120.0  # a process without a heartbeat for this long counts as lost
 MAX_HEARTBEAT_PERIOD_S = 5.0
 FAILURE_GRACE_S = 1.0  # for another process to write why it has ended
 LINGER_S = 3.0  # for the other processes to read the exit reason from process 0, with which the store ends
@@ -47,7 +47,7 @@ class ExitReason:
     Attributes:
         code: Exit code of every process; 0 where the run is done.
         message: The line that each of them prints.
-        process: Index of the process whose error it is; None if the message concerns all alike.
+        process: Index of the process whose error it is; None if the message concerns all processes.
     """
 
     code: int
@@ -63,7 +63,7 @@ class ExitReason:
         """Read a reason from its JSON."""
         return cls(**json.loads(content))
 
-    def line_for(self, index: int, count: int) -> str:
+    def format_line(self, index: int, count: int) -> str:
         """Return the line that process `index` of `count` prints: it names the process unless that is its own error."""
         return self.message if self.process in (None, index) else f"process {self.process} of {count}: {self.message}"
 
@@ -141,7 +141,7 @@ class GroupMonitor:
     def _exit(self, reason: ExitReason) -> NoReturn:
         """End the process at once: JAX's regular way to leave a group would wait for the others."""
         self._exit_lock.acquire()  # never released: another thread that is about to end the process waits here
-        print_error(reason.line_for(self._index, self._count))
+        print_error(reason.format_line(self._index, self._count))
         with contextlib.suppress(OSError, StandardOutputError):
             sys.stdout.flush()
         if self._index == 0:
@@ -150,7 +150,7 @@ class GroupMonitor:
 
 
 def print_error(line: str) -> None:
-    """Print an error on a line of its own, also where a progress bar stands."""
+    """Print an error on a separate line, even if a progress bar is shown."""
     print(f"\nerror: {line}", file=LossyStream(sys.stderr), flush=True)
 
 
@@ -161,7 +161,7 @@ def report_jax_aborts(line: str) -> None:
     """
     global _abort_line
     _abort_line = line
-    _set_abort_handler(_abort_handler)
+    _set_abort_handler(_handle_abort)
 
 
 def stop_reporting_aborts() -> None:
@@ -176,6 +176,6 @@ def _set_abort_handler(handler: Any) -> None:
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
-def _abort_handler(signal_number: int) -> None:
+def _handle_abort(signal_number: int) -> None:
     print_error(_abort_line)
     os._exit(1)

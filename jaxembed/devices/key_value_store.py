@@ -1,11 +1,11 @@
-"""A key-value store that all processes of a run share. This file alone touches JAX's private API for several processes.
+"""A key-value store that all processes of a run share. Only this file uses JAX's private API for several processes.
 
 The store belongs to JAX's coordination service, which process 0 hosts. JAX has no public name for it: this file reads
 `jax._src.distributed.global_state` (its `client`, `process_id` and `num_processes`).
 
 The public equivalents do not suffice. `jax.experimental.multihost_utils` (`broadcast_one_to_all`, `process_allgather`,
-`sync_global_devices`) runs collectives on the devices. Two threads of a process must not do that side by side: another process
-may meet their collectives in the other order, and both hang. Any thread may use the store. `jax.process_index` initializes the
+`sync_global_devices`) runs collectives on the devices. Two threads of a process must not do that concurrently: another process
+may run their collectives in the other order, and both hang. Any thread may use the store. `jax.process_index` initializes the
 devices, which can only be done once the processes have joined.
 """
 
@@ -15,7 +15,7 @@ import contextlib
 from typing import Any
 
 
-def process_index_and_count() -> tuple[int, int]:
+def get_process_index_and_count() -> tuple[int, int]:
     """Return this process's index and the number of processes, after `jax.distributed.initialize`."""
     from jax._src import distributed
 

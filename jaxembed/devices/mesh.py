@@ -35,7 +35,7 @@ LOGICAL_AXES: dict[str, str | None] = {
     "layers": None,
     "vocab": None,
     "embed": "fsdp",
-    "channel": None,  # norms and single heads: too small to be worth a message
+    "channel": None,  # norms and single heads: too small to be worth communicating
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
@@ -50,7 +50,7 @@ _uses_own_devices = ContextVar("uses_own_devices", default=False)
 
 @contextlib.contextmanager
 def own_devices_only() -> Iterator[None]:
-    """Let meshes that are made in the block have this process's devices alone, for work that other processes do not share."""
+    """Within the block, build meshes from this process's devices only, for work that other processes do not share."""
     token = _uses_own_devices.set(True)
     try:
         yield
@@ -115,14 +115,14 @@ def _arrange_devices(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarr
 
 
 def _prefer_whole_axes(arrange: Callable[..., np.ndarray]) -> np.ndarray:
-    """Lay each mesh axis along whole physical axes of the machine if possible, else along parts of them."""
+    """Map each mesh axis to whole physical axes of the machine if possible, otherwise to parts of them."""
     try:
         return arrange()
     except NotImplementedError:
         return arrange(allow_split_physical_axes=True)
 
 
-def logical_axis_table(mesh: Mesh, sizes: Mapping[str, int]) -> dict[str, str | None]:
+def make_logical_axis_table(mesh: Mesh, sizes: Mapping[str, int]) -> dict[str, str | None]:
     """Return the table from logical to mesh axes for a model.
 
     Key-value heads that `tensor` does not divide are replicated.
@@ -147,7 +147,7 @@ def logical_axis_table(mesh: Mesh, sizes: Mapping[str, int]) -> dict[str, str | 
     return table
 
 
-def target_platform() -> str:
+def get_target_platform() -> str:
     """Return the platform that a program is compiled for: "cpu", "gpu" or "tpu".
 
     It is that of the current mesh (`jax.set_mesh`), else JAX's default backend.
@@ -156,7 +156,7 @@ def target_platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
-def shard_count(mesh: Mesh) -> int:
+def count_shards(mesh: Mesh) -> int:
     """Return the number of shards that a batch is split into."""
     return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
 
@@ -169,7 +169,7 @@ class Shards:
 
     Attributes:
         count: Number of shards of the global batch.
-        own: Indices of the shards that this process's devices hold, whole or in part.
+        own: Indices of the shards that this process's devices hold, completely or in part.
         counted: Those of `own` that no process with a lower index holds, so that each shard is counted once.
     """
 
@@ -178,21 +178,21 @@ class Shards:
     counted: tuple[int, ...]
 
 
-def all_shards(count: int) -> Shards:
+def make_all_shards(count: int) -> Shards:
     """Return the shards of a process that holds all of them."""
     return Shards(count, tuple(range(count)), tuple(range(count)))
 
 
-def local_shards(mesh: Mesh) -> Shards:
+def find_local_shards(mesh: Mesh) -> Shards:
     """Return the shards of a batch on a mesh, as seen by this process."""
     this_process = jax.process_index()
-    devices_by_shard = mesh.devices.reshape(shard_count(mesh), -1)
+    devices_by_shard = mesh.devices.reshape(count_shards(mesh), -1)
     holders = [{device.process_index for device in devices.flat} for devices in devices_by_shard]
     own = [shard for shard, processes in enumerate(holders) if this_process in processes]
     return Shards(len(holders), tuple(own), tuple(shard for shard in own if min(holders[shard]) == this_process))
 
 
-def param_shardings(mesh: Mesh, logical_specs: Any, table: Mapping[str, str | None] = LOGICAL_AXES) -> Any:
+def make_param_shardings(mesh: Mesh, logical_specs: Any, table: Mapping[str, str | None] = LOGICAL_AXES) -> Any:
     """Return the shardings of parameters from the logical axes that they declare.
 
     Args:

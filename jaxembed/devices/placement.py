@@ -1,4 +1,4 @@
-"""Moving host arrays onto the mesh and back."""
+"""Move host arrays onto the mesh and back."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxembed.devices.mesh import BATCH_AXES, local_shards
+from jaxembed.devices.mesh import BATCH_AXES, find_local_shards
 
 ALIGNMENT_BYTES = 64  # the CPU backend aliases host memory that starts on such a boundary, instead of copying it
 
 
-def replicated_sharding(mesh: Mesh) -> NamedSharding:
-    """Return the sharding of arrays that every device holds whole."""
+def make_replicated_sharding(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of arrays that are replicated on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def make_batch_sharding(mesh: Mesh) -> NamedSharding:
     """Return the sharding of batch arrays: the first axis over the batch axes."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
@@ -37,11 +37,11 @@ def put_batch(mesh: Mesh, tree: Any) -> Any:
     Returns:
         Global arrays split over their first axis. Scalars are replicated.
     """
-    shards = local_shards(mesh)
+    shards = find_local_shards(mesh)
 
     def put(x: Any) -> jax.Array:
         if not np.ndim(x):
-            return put_global(_leaf_sharding(mesh, x), x)
+            return put_global(_choose_leaf_sharding(mesh, x), x)
         rows_per_shard = len(x) // len(shards.own)
 
         def read_shard(index: Any) -> np.ndarray:
@@ -49,28 +49,28 @@ def put_batch(mesh: Mesh, tree: Any) -> Any:
             return np.asarray(x[start : start + rows_per_shard])
 
         global_shape = (rows_per_shard * shards.count, *x.shape[1:])
-        return jax.make_array_from_callback(global_shape, _leaf_sharding(mesh, x), read_shard)
+        return jax.make_array_from_callback(global_shape, _choose_leaf_sharding(mesh, x), read_shard)
 
     return jax.tree.map(put, tree)
 
 
-def batch_shapes(mesh: Mesh, tree: Any) -> Any:
+def compute_batch_shapes(mesh: Mesh, tree: Any) -> Any:
     """Return the shapes, with shardings, that `put_batch` gives for a single process's host arrays or their shapes."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_leaf_sharding(mesh, x)), tree)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_choose_leaf_sharding(mesh, x)), tree)
 
 
-def _leaf_sharding(mesh: Mesh, x: Any) -> NamedSharding:
-    return batch_sharding(mesh) if np.ndim(x) else replicated_sharding(mesh)
+def _choose_leaf_sharding(mesh: Mesh, x: Any) -> NamedSharding:
+    return make_batch_sharding(mesh) if np.ndim(x) else make_replicated_sharding(mesh)
 
 
 def put_global(sharding: NamedSharding, tree: Any) -> Any:
-    """Build global arrays from host arrays that every process holds whole."""
+    """Build global arrays from host arrays of which every process holds a complete copy."""
     return jax.tree.map(lambda x: jax.make_array_from_callback(np.shape(x), sharding, lambda i: np.asarray(x)[i]), tree)
 
 
 def replicated_jit(mesh: Mesh, make: Callable[..., Any], *arrays: jax.Array) -> Any:
     """Run `make` on global arrays (or on none) under jit, with replicated outputs."""
-    return jax.jit(make, out_shardings=replicated_sharding(mesh))(*arrays)
+    return jax.jit(make, out_shardings=make_replicated_sharding(mesh))(*arrays)
 
 
 def put_local_parts(
@@ -78,7 +78,7 @@ def put_local_parts(
 ) -> jax.Array:
     """Build a global array from the parts that this process's devices hold.
 
-    On CPUs the array aliases the memory of parts that start on a 64-byte boundary (`aligned_empty`).
+    On CPUs the array aliases the memory of parts that start on a 64-byte boundary (`allocate_aligned`).
 
     Args:
         sharding: Sharding of the global array.
@@ -96,7 +96,7 @@ def put_local_parts(
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 
-def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+def allocate_aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """Return an uninitialized array on a 64-byte boundary, which the CPU backend aliases instead of copying it."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     buffer = np.empty(size + ALIGNMENT_BYTES, np.uint8)
@@ -110,7 +110,7 @@ def unstack_views(mesh: Mesh, x: jax.Array) -> list[jax.Array]:
     On one CPU, entries that start on a 64-byte boundary are views of the array's own memory. While such a view is alive,
     donating the array to a program copies it.
     """
-    return [jax.device_put(entry, replicated_sharding(mesh), may_alias=True) for entry in np.asarray(x)]
+    return [jax.device_put(entry, make_replicated_sharding(mesh), may_alias=True) for entry in np.asarray(x)]
 
 
 def to_host(x: jax.Array | np.ndarray) -> np.ndarray:
@@ -120,10 +120,10 @@ def to_host(x: jax.Array | np.ndarray) -> np.ndarray:
     """
     if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
         assert isinstance(x.sharding, NamedSharding)
-        x = _all_gather_program(x.sharding.mesh)(x)
+        x = _compile_all_gather(x.sharding.mesh)(x)
     return np.asarray(x)
 
 
 @functools.cache
-def _all_gather_program(mesh: Mesh) -> jax.stages.Wrapped:
-    return jax.jit(lambda x: x, out_shardings=replicated_sharding(mesh))
+def _compile_all_gather(mesh: Mesh) -> jax.stages.Wrapped:
+    return jax.jit(lambda x: x, out_shardings=make_replicated_sharding(mesh))

@@ -26,9 +26,9 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from jaxembed.devices.group_exit import LOST_FIRST, RESUME_HINT, GroupMonitor, report_jax_aborts, stop_reporting_aborts
-from jaxembed.devices.key_value_store import KeyValueStore, process_index_and_count
+from jaxembed.devices.key_value_store import KeyValueStore, get_process_index_and_count
 from jaxembed.devices.standard_streams import LossyStream
-from jaxembed.errors import Stopped, UserError, explain_system_error, interrupt_signal, summarize
+from jaxembed.errors import Stopped, UserError, explain_system_error, get_interrupt_signal, summarize
 
 ADDRESS_VARIABLE, COUNT_VARIABLE, INDEX_VARIABLE = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 MAX_JOIN_S = 86_400
@@ -108,7 +108,7 @@ def process_group(limit_s: float) -> Iterator[None]:
         _leave(monitor)
         raise
     except KeyboardInterrupt as interrupt:
-        monitor.end_all(128 + interrupt_signal(interrupt), "interrupted")
+        monitor.end_all(128 + get_interrupt_signal(interrupt), "interrupted")
     except UserError as error:
         monitor.end_all(2, str(error))
     except BaseException as error:
@@ -160,7 +160,7 @@ def _join(limit_s: float) -> None:
         ) from None
     finally:
         reminder.cancel()
-    _group.index, _group.count = process_index_and_count()
+    _group.index, _group.count = get_process_index_and_count()
     if _group.count > 1:
         _group.store = KeyValueStore()
     if is_first():

@@ -1,8 +1,8 @@
-"""Standard output and standard error that may not be writable: a closed pipe, a closed terminal, a full disk.
+"""Handle standard output and standard error that cannot be written: a closed pipe, a closed terminal, a full disk.
 
-Progress and logs must never end a command, so what standard error does not take is lost (`LossyStream`). The result on standard
-output must not be lost in silence, so a failure there ends the command, under an exception of its own (`CheckedStream`): an
-`OSError` would look like one of the command's files.
+Progress and logs must never end a command, so text that standard error cannot take is dropped (`LossyStream`). The result on
+standard output must not be lost silently, so a failure there ends the command with a separate exception (`CheckedStream`): an
+`OSError` would look like an error of one of the command's files.
 """
 
 from __future__ import annotations

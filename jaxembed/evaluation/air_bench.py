@@ -31,7 +31,7 @@ from jaxembed.evaluation.comparison import ItemScores
 from jaxembed.evaluation.retrieval import ndcg, recall
 from jaxembed.evaluation.task_encoder import TaskEncoder
 from jaxembed.evaluation.tasks import GroupMember
-from jaxembed.files import exists, file_digest, write_json
+from jaxembed.files import compute_file_digest, exists, write_json
 
 DATA_SET = re.compile(r"(qa|long-doc)_([a-z]+)_([a-z]+)")
 AIR_BENCH_CUTOFF, SUBMITTED_DOCUMENTS = 10, 1000  # k of nDCG@k and recall@k; documents per query in a submission
@@ -127,7 +127,7 @@ class AirBenchTask:
         """SHA-256 of the files. Empty without judgments: the results of the search are written again."""
         if self.qrels is None:
             return ""
-        digests = [file_digest(path) for path in (self.corpus, self.queries, self.qrels)]
+        digests = [compute_file_digest(path) for path in (self.corpus, self.queries, self.qrels)]
         return hashlib.sha256("".join(digests).encode()).hexdigest()
 
     def list_texts(self) -> Iterator[tuple[str, Sequence[str]]]:

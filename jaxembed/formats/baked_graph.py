@@ -1,4 +1,4 @@
-"""Write a sentence-transformers model as one ONNX graph: attention mask, positions, pooling and projection are inside.
+"""Write a sentence-transformers model as one ONNX graph that includes attention mask, positions, pooling and projection.
 
 Its inputs are `input_ids` and `attention_mask`, int64 [B, T], with padding on either side. Its outputs have the names that
 readers look for: `last_hidden_state` [B, T, D] (sentence-transformers, transformers.js) and `sentence_embedding` [B, D'] (TEI).
@@ -32,7 +32,7 @@ DYNAMIC_AXES = {
 
 
 class BakedModel(nn.Module):
-    """A `SentenceTransformer` as a function of token ids and the attention mask alone.
+    """A `SentenceTransformer` as a function of only token ids and attention mask.
 
     Args:
         model: The model. Its modules are shared.
@@ -60,7 +60,7 @@ class BakedModel(nn.Module):
 
 
 class GraphTransformer(nn.Module):
-    """A transformer whose hidden states an ONNX session computes. It replaces that of a `SentenceTransformer`.
+    """A transformer that computes its hidden states with an ONNX session. Replaces that of a `SentenceTransformer`.
 
     Args:
         session: An onnxruntime `InferenceSession` of a baked graph.
@@ -127,7 +127,7 @@ def quantize_graph(path: Path, quantized_path: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     is_large = (path.parent / (path.name + EXTERNAL_DATA_SUFFIX)).exists()
-    logging.disable(logging.WARNING)  # its advice to run a preprocessing step, which changes nothing here
+    logging.disable(logging.WARNING)  # hides the advice to run a preprocessing step, which changes nothing here
     try:
         quantize_dynamic(
             path, quantized_path, op_types_to_quantize=["MatMul", "Gather"], per_channel=True, weight_type=QuantType.QInt8,

@@ -1,4 +1,4 @@
-"""Checkpoints of a run by Orbax, read onto any mesh.
+"""Checkpoints of a run, written by Orbax and read onto any mesh.
 
 A checkpoint has three items:
 
@@ -6,8 +6,8 @@ A checkpoint has three items:
 - `optimizer`: optax's state, the step, the random key, and the parameters of the objectives.
 - `cursor` (JSON): the stage, the step, the hash of the batch plan, and the held-out score.
 
-digests.json in the run directory has the SHA-256 of every file of every finished checkpoint. It tells a damaged checkpoint from
-an intact one before anything is restored.
+digests.json in the run directory has the SHA-256 of every file of every finished checkpoint. Damaged
+checkpoints are detected with it before anything is restored.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from jaxembed.config.field_lists import log_once
 from jaxembed.config.fields import Fields
 from jaxembed.devices import processes
 from jaxembed.errors import UserError, summarize
-from jaxembed.files import file_digest, read_json
+from jaxembed.files import compute_file_digest, read_json
 from jaxembed.formats.run_files import read_run_file
 
 DIGESTS_FILE = "digests.json"
@@ -50,33 +50,33 @@ class CheckpointReader:
             UserError: The folder cannot be opened.
         """
         self.run_dir = run_dir
-        self._folder = checkpoints_folder(run_dir)
+        self._folder = get_checkpoints_folder(run_dir)
         try:
             self._manager = ocp.CheckpointManager(self._folder, options=options or ocp.CheckpointManagerOptions(create=False))
         except OSError as error:
             raise UserError(f"{self._folder}: cannot be opened ({error.strerror}). Check its permissions.") from None
 
     def close(self) -> None:
-        """Release what Orbax holds."""
+        """Release the resources of Orbax."""
         self._manager.close()
 
-    def steps(self) -> list[int]:
+    def list_steps(self) -> list[int]:
         """Return the steps that have a finished checkpoint, in order."""
         return sorted(self._manager.all_steps())
 
-    def latest(self) -> int | None:
+    def find_latest(self) -> int | None:
         """Return the last step that has a checkpoint."""
-        return max(self.steps(), default=None)
+        return max(self.list_steps(), default=None)
 
-    def best(self) -> int | None:
+    def find_best(self) -> int | None:
         """Return the step with the highest score, or the latest step if none was scored."""
-        scores = {step: self.cursor(step)["score"] for step in self.steps()}
+        scores = {step: self.read_cursor(step)["score"] for step in self.list_steps()}
         # Earlier versions stored NaN as a score.
         ranked = [(score, step) for step, score in scores.items() if score is not None and math.isfinite(score)]
-        return max(ranked)[1] if ranked else self.latest()
+        return max(ranked)[1] if ranked else self.find_latest()
 
-    def cursor(self, step: int) -> dict[str, Any]:
-        """Return the cursor of a step: where the run was, and its score."""
+    def read_cursor(self, step: int) -> dict[str, Any]:
+        """Return the cursor of a step: the position of the run, and its score."""
         restored = self.restore_items(step, cursor=ocp.args.JsonRestore())
         return dict(restored["cursor"])
 
@@ -94,21 +94,21 @@ class CheckpointReader:
                 if processes.is_connection_error(error):
                     raise
                 damage = f"it cannot be read: {summarize(error)}"
-        intact = [earlier for earlier in self.steps() if earlier < step and not self.find_damage(earlier)]
+        intact = [earlier for earlier in self.list_steps() if earlier < step and not self.find_damage(earlier)]
         outcome = (
             f"resume from step {intact[-1]}, the last intact one" if intact else "start over: no earlier checkpoint is intact"
         )
         raise UserError(f"{self._folder / str(step)}: this checkpoint is damaged ({damage}). Remove it to {outcome}.")
 
     def find_damage(self, step: int, items: set[str] | None = None) -> str:
-        """Compare files with their digests, of some items or of all. Return what is wrong; empty if nothing is."""
+        """Compare the files of some or all items with their digests. Return what is wrong, or an empty string."""
         folder = self._folder / str(step)
         for name, digest in read_digests(self.run_dir).get(str(step), {}).items():
             if items is not None and name.partition("/")[0] not in items:
                 continue
             if not (folder / name).is_file():
                 return f"{name} is missing"
-            if file_digest(folder / name) != digest:
+            if compute_file_digest(folder / name) != digest:
                 return f"{name} has changed"
         return ""
 
@@ -124,27 +124,27 @@ def pick_step(checkpoints: CheckpointReader, which: str, run_dir: Path) -> int:
     Raises:
         UserError: There is no such checkpoint.
     """
-    step = checkpoints.best() if which == "best" else checkpoints.latest()
-    if which == "best" and step is not None and checkpoints.cursor(step)["score"] is None:
+    step = checkpoints.find_best() if which == "best" else checkpoints.find_latest()
+    if which == "best" and step is not None and checkpoints.read_cursor(step)["score"] is None:
         log_once(f"{run_dir}: no checkpoint was scored, so best is the last one, of step {step}", logging.INFO)
     if which not in ("best", "last"):
-        step = int(which) if which.isdecimal() and int(which) in checkpoints.steps() else None
+        step = int(which) if which.isdecimal() and int(which) in checkpoints.list_steps() else None
     if step is None:
         raise UserError(f"{run_dir}: no checkpoint {which!r}. Train the run first, or choose another with --checkpoint.")
     return step
 
 
-def params_digest(run_dir: Path, step: int) -> str:
+def compute_params_digest(run_dir: Path, step: int) -> str:
     """Return a SHA-256 that identifies the trained parameters of a step: that of the digests of their files.
 
     A single process may call it: it does not wait for the others.
     """
-    digests = read_digests(run_dir).get(str(step)) or compute_digests(checkpoints_folder(run_dir) / str(step))
+    digests = read_digests(run_dir).get(str(step)) or compute_digests(get_checkpoints_folder(run_dir) / str(step))
     params_digests = {name: digest for name, digest in digests.items() if name.startswith("params/")}
     return hashlib.sha256(json.dumps(params_digests, sort_keys=True).encode()).hexdigest()
 
 
-def checkpoints_folder(run_dir: Path) -> Path:
+def get_checkpoints_folder(run_dir: Path) -> Path:
     """Return the folder of the checkpoints in a run directory."""
     return run_dir.absolute() / "checkpoints"
 
@@ -157,6 +157,6 @@ def read_digests(run_dir: Path) -> dict[str, dict[str, str]]:
 
 
 def compute_digests(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of each file of a checkpoint that is recorded, by its path in the checkpoint."""
+    """Return the SHA-256 of each recorded file of a checkpoint, by its path in the checkpoint."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in UNRECORDED_FILES)
-    return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
+    return {path.relative_to(folder).as_posix(): compute_file_digest(path) for path in files}

@@ -57,7 +57,7 @@ def check_names_no_code(folder: Path) -> None:
         folder: Folder that one of these libraries is about to load.
 
     Raises:
-        UserError: A file names other code. Nothing has been imported then.
+        UserError: A file names other code. Nothing is imported.
     """
     if "TokenPooling" in dict(read_modules(folder)) and not has_own_token_pooling(folder):
         raise UserError(

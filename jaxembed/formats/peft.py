@@ -28,7 +28,7 @@ FACTORS = {"lora_A": "lora_a", "lora_B": "lora_b"}
 
 
 def read_adapters(folder: Path, transformer: TransformerConfig) -> tuple[LoraConfig, Any]:
-    """Read the LoRA adapters of a PEFT folder for a transformer: its family and its number of layers count.
+    """Read the LoRA adapters of a PEFT folder for a transformer with a given family and number of layers.
 
     Returns:
         The sizes of the adapters, and their parameters: `lora_a` [L, in, rank] and `lora_b` [L, rank, out] in float32 at the

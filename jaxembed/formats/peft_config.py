@@ -1,4 +1,4 @@
-"""Reading adapter_config.json, the config of a PEFT folder. Needs no JAX."""
+"""Read adapter_config.json, the config of a PEFT folder. Needs no JAX."""
 
 from __future__ import annotations
 

@@ -240,7 +240,7 @@ def find_published_layout(name: str, folder: Path | None, config: Mapping[str, A
 def find_first_stage_adapters(name: str, folder: Path) -> str | None:
     """Return the name of the adapters on which LLM2Vec's second stage was trained, or None for other adapters.
 
-    The files of the second stage refer to the transformer alone.
+    The files of the second stage refer only to the transformer.
     """
     pattern = r"(LLM2Vec-.*-mntp)-(supervised|unsup-simcse)"
     matches = (re.fullmatch(pattern, candidate) for candidate in _list_possible_names(name, folder))

@@ -17,7 +17,7 @@ from torch import nn
 
 @dataclasses.dataclass
 class Overflow:
-    """Where numbers first became too large for the dtype.
+    """The first layer with a value too large for the dtype.
 
     Attributes:
         layer: Name of the layer; empty if none overflowed.
@@ -70,7 +70,7 @@ class _LayerRounding:
         return tuple(map(self._round, output)) if isinstance(output, tuple) else self._round(output)
 
     def _round(self, x: Any) -> Any:
-        """Return a float32 tensor with numbers of the dtype; anything else as it is."""
+        """Return a float32 tensor rounded to the dtype; anything else unchanged."""
         if not isinstance(x, torch.Tensor) or x.dtype != torch.float32:
             return x
         rounded = x.to(self.dtype).float()

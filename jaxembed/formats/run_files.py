@@ -1,4 +1,4 @@
-"""The names of the files that a run leaves in its directory, and how they are read."""
+"""Names of the files in a run directory, and a reader for them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def read_run_file(read: Callable[[Path], T], path: Path, alternative: str = "nam
     Args:
         read: Reads the file.
         path: The file.
-        alternative: What the error offers besides restoring the file.
+        alternative: Alternative to restoring the file, for the error.
 
     Raises:
         UserError: The file is damaged.

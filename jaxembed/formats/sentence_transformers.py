@@ -12,13 +12,13 @@ from jaxembed.config.fields import Fields
 from jaxembed.config.model import PoolingKind
 from jaxembed.config.spec import MAX_HIDDEN_PROJECTIONS, EmbeddingSpec, HiddenProjection
 from jaxembed.errors import UserError
-from jaxembed.files import exists, file_digest, read_json, read_json_value
+from jaxembed.files import compute_file_digest, exists, read_json, read_json_value
 from jaxembed.formats.tokenizer_config import load_folder_tokenizer, wants_eos
 from jaxembed.model.embedder import PROJECTION_ACTIVATIONS
 from jaxembed.model.families import FAMILIES, TransformerConfig
 
 MODULES_FILE = "modules.json"
-MAX_PROJECTION_WIDTH = 2**12  # numbers
+MAX_PROJECTION_WIDTH = 2**12
 MODULE_ORDER = ("Transformer", "Pooling", "Dense", "Normalize")  # the modules that are supported, in their order
 # sentence-transformers' names of the poolings without weights, and the suffixes of the flags in its older files.
 POOLING_MODES: dict[PoolingKind, str] = {
@@ -94,7 +94,10 @@ EARLIER_TOKEN_POOLING_DIGESTS = frozenset(
 def has_own_token_pooling(folder: Path) -> bool:
     """Return whether the Python file of the token pooling in `folder` is one that jaxembed wrote, so that it is safe to run."""
     path = folder / TOKEN_POOLING_FILE.name
-    return path.is_file() and file_digest(path) in {file_digest(TOKEN_POOLING_FILE), *EARLIER_TOKEN_POOLING_DIGESTS}
+    return path.is_file() and compute_file_digest(path) in {
+        compute_file_digest(TOKEN_POOLING_FILE),
+        *EARLIER_TOKEN_POOLING_DIGESTS,
+    }
 
 
 def read_modules(folder: Path) -> list[tuple[str, Path]]:
@@ -247,7 +250,7 @@ def read_attention(config: Mapping[str, Any], family: str, where: str) -> Litera
 
 
 def _read_matryoshka_dims(config: Mapping[str, Any], width: int, where: str) -> tuple[int, ...]:
-    """Return the widths below `width` to which vectors may be cut, in ascending order."""
+    """Return the widths below `width` to which vectors may be truncated, in ascending order."""
     dims = config.get("matryoshka_dimensions") or []
     if not isinstance(dims, list) or any(not isinstance(dim, int) or isinstance(dim, bool) or dim < 1 for dim in dims):
         raise UserError(f"{where}: matryoshka_dimensions is {dims!r:.80}; expected a list of positive integers")
@@ -310,7 +313,7 @@ def _read_max_length(folder: Path, transformer: TransformerConfig, tokenizer: An
 
 
 def _check_modalities(modalities: Mapping[str, Any], path: Path) -> None:
-    """Check that texts are read as they are: with "message" among them, sentence-transformers puts texts into a chat."""
+    """Check that texts are read as they are. With "message", sentence-transformers wraps them in a chat template."""
     text = modalities.get("text")
     wrong = sorted(modalities.keys() - {"text"})
     if wrong or not isinstance(text, Mapping) or any(value != PLAIN_TEXTS["text"].get(key) for key, value in text.items()):

@@ -1,7 +1,7 @@
-"""The JSON files of a stock folder: what each reader (transformers, sentence-transformers, vLLM, TEI, llama.cpp) looks for.
+"""Build the JSON files of a stock folder for all readers: transformers, sentence-transformers, vLLM, TEI and llama.cpp.
 
-Newer and older readers expect the same facts under different keys. Every key is written that some reader needs, as long as no
-other reader refuses it.
+Readers expect the same values under different keys. Every key that some reader needs is written, unless another reader
+refuses it.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def build_rope_fields(transformer: TransformerConfig) -> dict[str, Any]:
 
 
 def _build_rope_fields_by_kind(rope: Mapping[str, Any], local_theta: float, family: Family) -> dict[str, Any]:
-    """Return the rotary positions of a family that has others in layers with a window. Older readers know the bases alone."""
+    """Return the rotary positions of a family that has others in layers with a window. Older readers know only the bases."""
     return {
         family.get_key("rope_theta"): rope["rope_theta"],
         family.get_key("local_rope_theta"): local_theta,
@@ -153,7 +153,7 @@ def build_dense_configs(spec: EmbeddingSpec, width: int) -> list[dict[str, Any]]
 
 
 def build_transformer_config(spec: EmbeddingSpec) -> dict[str, Any]:
-    """Return sentence_bert_config.json. vLLM and TEI know the maximum length from it."""
+    """Return sentence_bert_config.json. vLLM and TEI read the maximum length from it."""
     return {"max_seq_length": spec.max_length, "do_lower_case": False}
 
 
@@ -193,14 +193,14 @@ def find_default_prompt_name(spec: EmbeddingSpec) -> str | None:
 def build_tokenizer_config(
     saved: Mapping[str, Any], spec: EmbeddingSpec, transformer: TransformerConfig, adds_bos: bool, adds_eos: bool
 ) -> dict[str, Any]:
-    """Return tokenizer_config.json, out of what transformers saves.
+    """Return tokenizer_config.json, built from the one that transformers saves.
 
     - `tokenizer_class`: transformers 4 has no `TokenizersBackend`. It ignores `is_causal`, so it must not load a bidirectional
       model of a family with that field. Other models it may load, with a class that takes BOS and EOS from tokenizer.json. It
       has another one for Qwen2.
     - `add_bos_token`, `add_eos_token`: llama.cpp reads them before tokenizer.json.
 
-    Every reader knows the tokenizers of encoders: they keep their class, under its old name, and their special tokens.
+    All readers support the tokenizers of encoders: these keep their class, under its old name, and their special tokens.
 
     Args:
         saved: The file as transformers saves it.

@@ -1,4 +1,4 @@
-"""Reading tokenizer_config.json: the one place that decides which special tokens the tokenizer of a folder adds.
+"""Read tokenizer_config.json. Only this module decides which special tokens the tokenizer of a folder adds.
 
 Saves of transformers 4 may leave BOS and EOS to the flags `add_bos_token` and `add_eos_token` of this file, while
 tokenizer.json adds neither. transformers 5 does not read the flags of a folder that has a tokenizer.json.
@@ -44,7 +44,7 @@ TOKENIZER_FIELDS = FieldList(
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerFlags:
-    """The flags of a tokenizer_config.json; None where the file says nothing.
+    """The flags of a tokenizer_config.json; None for a missing flag.
 
     Attributes:
         add_bos: Whether texts start with BOS.
@@ -74,12 +74,12 @@ def read_tokenizer_flags(folder: Path) -> TokenizerFlags:
 def load_folder_tokenizer(folder: Path, *, is_trained_embedder: bool = False) -> Any:
     """Load the fast tokenizer of a model folder. It adds BOS if tokenizer.json or the flags say so.
 
-    EOS is left to `append_eos` of the spec, which `wants_eos` decides for a foreign folder. Long texts are always cut at their
-    end.
+    EOS is left to `append_eos` of the spec, which `wants_eos` decides for a foreign folder. Long texts are always truncated at
+    their end.
 
     Args:
         folder: The folder.
-        is_trained_embedder: Whether the folder is an embedding model, whose own way to cut texts must be kept.
+        is_trained_embedder: Whether the folder is an embedding model, whose truncation side must be kept.
 
     Raises:
         UserError: The folder has no fast tokenizer, or one that asks for something that is not implemented.
@@ -101,7 +101,7 @@ def load_folder_tokenizer(folder: Path, *, is_trained_embedder: bool = False) ->
                 f"{folder}: add_{key}_token is false, but tokenizer.json adds the token; it is added, as in transformers 5"
             )
     if tokenizer.truncation_side != "right":
-        _cut_at_the_end(tokenizer, folder, is_trained_embedder)
+        _truncate_at_end(tokenizer, folder, is_trained_embedder)
     return tokenizer
 
 
@@ -115,21 +115,21 @@ def wants_eos(folder: Path, tokenizer: Any) -> bool:
     return ends_with_eos(tokenizer) or bool(read_tokenizer_flags(folder).add_eos)
 
 
-def _cut_at_the_end(tokenizer: Any, folder: Path, is_trained_embedder: bool) -> None:
-    """Make a tokenizer that cuts long texts at their start cut them at their end, unless its model was trained otherwise."""
+def _truncate_at_end(tokenizer: Any, folder: Path, is_trained_embedder: bool) -> None:
+    """Make a tokenizer truncate long texts at their end, unless its model was trained with texts truncated at their start."""
     problem = f"{folder}: truncation_side is left in {TOKENIZER_CONFIG_FILE} or tokenizer.json"
     if is_trained_embedder:
         raise UserError(
             f"{problem}, so that long texts lose their start, which is not supported (expected right). If all texts are short, "
             "change it in a copy."
         )
-    log_once(f"{problem}; jaxembed cuts long texts at their end")
+    log_once(f"{problem}; jaxembed truncates long texts at their end")
     tokenizer.truncation_side = tokenizer.init_kwargs["truncation_side"] = "right"
     tokenizer.backend_tokenizer.no_truncation()
 
 
 def _prepend_bos(tokenizer: Any) -> None:
-    """Make the post-processor start every text with BOS, after whatever it does now."""
+    """Make the post-processor also start every text with BOS."""
     backend, bos = tokenizer.backend_tokenizer, tokenizer.bos_token
     template = processors.TemplateProcessing(
         single=[bos, "$A"], pair=[bos, "$A", "$B"], special_tokens=[(bos, tokenizer.bos_token_id)]

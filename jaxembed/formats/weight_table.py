@@ -1,4 +1,4 @@
-"""The conversion table between Hugging Face tensors and our parameter tree, read both ways.
+"""The conversion table between Hugging Face tensors and our parameter tree, used in both directions.
 
 Linear weights are [out, in] in the files and [in, out] in the tree. The tree stacks the tensors of all layers on a leading
 axis.
@@ -23,8 +23,8 @@ class TensorMapping:
         path: Path of the parameter in our tree, joined with "/".
         tensor_name: Name of the tensor in the files. "{i}" stands for the layer of a parameter that is stacked.
         is_transposed: Whether the file holds the transpose.
-        part: Index of the parameter among the equal parts of the tensor, and their number. They lie along its first axis.
-        first_layer: First layer that has the tensor, if the parameter is stacked. Layers before it do not use the parameter.
+        part: (index, count) of the parameter among the equal parts of the tensor, along its first axis.
+        first_layer: First layer that has the tensor, if the parameter is stacked. Earlier layers do not use the parameter.
     """
 
     path: str
@@ -127,5 +127,5 @@ def get_model_part(table_name: str) -> str:
 
 
 def is_unused(table_name: str) -> bool:
-    """Return whether an embedding model has no use for a tensor: a head on top of the transformer, or an old buffer."""
+    """Return whether an embedding model does not use a tensor: a head on top of the transformer, or an old buffer."""
     return table_name.partition(".")[0] in HEADS or table_name.endswith(UNUSED_BUFFERS)

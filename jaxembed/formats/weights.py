@@ -1,4 +1,4 @@
-"""Reading and writing the weights of Hugging Face safetensors files, by the table in `weight_table`."""
+"""Read and write Hugging Face safetensors files with the conversion table in `weight_table`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxembed.config.fields import Fields
-from jaxembed.devices.placement import aligned_empty, put_global, put_local_parts, to_host
+from jaxembed.devices.placement import allocate_aligned, put_global, put_local_parts, to_host
 from jaxembed.errors import UserError
 from jaxembed.files import exists, read_json
 from jaxembed.formats.sentence_transformers import find_projection_weights
@@ -24,14 +24,14 @@ from jaxembed.formats.weight_table import TensorMapping, get_model_part, is_unus
 from jaxembed.model.families import TransformerConfig
 from jaxembed.model.quantization import quantize
 
-LowRankUpdate = tuple[np.ndarray, np.ndarray]  # factors ([L, in, rank], [L, rank, out]) of what is added to a stacked kernel
+LowRankUpdate = tuple[np.ndarray, np.ndarray]  # factors ([L, in, rank], [L, rank, out]) of an update of a stacked kernel
 TensorIndex = tuple[slice, ...]  # one slice with start and stop per axis
 
 
 POOLING_FOLDER = "1_TokenPooling"  # subfolder of an exported model; tensor names in its file lack "pooling."
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names of the dtypes of unquantized weights
 MAX_LISTED_TENSORS = 6  # names that an error lists for each kind of problem
-MAX_COPIED_NUMBERS = 1 << 24  # numbers that are read from a file at a time
+MAX_COPIED_ELEMENTS = 1 << 24  # numbers that are read from a file at a time
 
 
 @contextlib.contextmanager
@@ -111,8 +111,8 @@ def load_params(
     """Load parameters from the safetensors files of `folder` onto the devices.
 
     Tensors stream through the host one parameter at a time, largest first, so that the peak stays near the size of the
-    result. They are rounded on the host. A process reads only what its own devices hold, except for parameters that are
-    updated or become int8: it reads these in full.
+    result. They are rounded on the host. A process reads only the parts that its own devices hold, except for parameters
+    that are updated or become int8, which it reads completely.
 
     Args:
         folder: Folder of the model.
@@ -165,7 +165,7 @@ def place_params(
             for path, array in zip(paths, _read_int8_kernel(mapping, tensors, shape.shape, update), strict=True):
                 params[path] = _put_on_devices(array, flat_shardings[path])
         elif update is not None:
-            array = _read_param(mapping, tensors, shape.dtype, _full_index(shape.shape), update)
+            array = _read_param(mapping, tensors, shape.dtype, _make_full_index(shape.shape), update)
             params[mapping.path] = _put_on_devices(array, flat_shardings[mapping.path])
         else:
             read_part = functools.partial(_read_param, mapping, tensors, shape.dtype)
@@ -228,7 +228,7 @@ def _read_param(
     mapping: TensorMapping, tensors: Mapping[str, Any], dtype: Any, index: TensorIndex, update: LowRankUpdate | None = None
 ) -> np.ndarray:
     """Read the part of a parameter at `index`. With an update, `index` must cover the whole parameter."""
-    out = aligned_empty(tuple(axis.stop - axis.start for axis in index), dtype)
+    out = allocate_aligned(tuple(axis.stop - axis.start for axis in index), dtype)
     if mapping.is_stacked:
         layers, layer_arrays, layer_index = range(index[0].start, index[0].stop), list(out), index[1:]
     else:
@@ -247,10 +247,10 @@ def _read_int8_kernel(
     mapping: TensorMapping, tensors: Mapping[str, Any], shape: tuple[int, ...], update: LowRankUpdate | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Read a stacked kernel and quantize it. Returns the int8 kernel and its scales."""
-    kernel, scales = aligned_empty(shape, np.int8), []
+    kernel, scales = allocate_aligned(shape, np.int8), []
     for i, layer_kernel in enumerate(kernel):
         buffer = np.empty(layer_kernel.shape, np.float32)
-        _read_layer(mapping, tensors, i, _full_index(layer_kernel.shape), buffer, update)
+        _read_layer(mapping, tensors, i, _make_full_index(layer_kernel.shape), buffer, update)
         layer_kernel[...], scale = quantize(buffer)
         scales.append(scale)
     return kernel, np.stack(scales)
@@ -278,13 +278,13 @@ def _read_layer(
         out += update[0][i] @ update[1][i]
 
 
-def _full_index(shape: tuple[int, ...]) -> TensorIndex:
+def _make_full_index(shape: tuple[int, ...]) -> TensorIndex:
     return tuple(slice(0, size) for size in shape)
 
 
 def _copy_rows(tensor: Any, index: TensorIndex, out: np.ndarray) -> None:
     """Copy a part of a lazy tensor to a float32 array, a block of rows at a time, so that no second copy of it exists."""
-    block = max(1, MAX_COPIED_NUMBERS // max(1, out[0].size))
+    block = max(1, MAX_COPIED_ELEMENTS // max(1, out[0].size))
     first = index[0].start
     for start in range(0, out.shape[0], block):
         stop = min(start + block, out.shape[0])
@@ -350,7 +350,7 @@ def save_params(
         family: Family of the transformer, if it is written.
 
     Raises:
-        UserError: A number is NaN or infinite.
+        UserError: A weight is NaN or infinite.
     """
     tensors = {
         prefix + name.removeprefix(f"{part}."): np.ascontiguousarray(convert(tensor))

@@ -19,9 +19,9 @@ from jaxembed.config.fields import quote_value
 from jaxembed.config.spec import EmbeddingSpec, FewShotExample
 from jaxembed.data.packing import PackedTexts, compute_max_segments, fill_rows, pack_by_length, split_rows
 from jaxembed.data.tokenize import TextTokenizer
-from jaxembed.devices.cpu import ENCODE_TOKENS_PER_CALL, compiler_options, is_tuned
-from jaxembed.devices.mesh import make_mesh, shard_count
-from jaxembed.devices.placement import batch_sharding, put_global, to_host, unstack_views
+from jaxembed.devices.cpu import ENCODE_TOKENS_PER_CALL, get_compiler_options, is_tuned
+from jaxembed.devices.mesh import count_shards, make_mesh
+from jaxembed.devices.placement import make_batch_sharding, put_global, to_host, unstack_views
 from jaxembed.devices.processes import progress_bar
 from jaxembed.errors import UserError
 from jaxembed.formats.run_files import BASE_RECORD_FILE
@@ -261,7 +261,7 @@ class Embedder:
             _, sown = self.model.apply({"params": stack_layers(params)}, packed, mutable=["intermediates"])
             return jnp.asarray(sown["intermediates"]["pooling"]["latent_weights"][0])
 
-        program = jax.jit(apply, compiler_options=compiler_options())
+        program = jax.jit(apply, compiler_options=get_compiler_options())
         check_texts(texts)
         prompt = self._choose_prompt(instruction, None, None)
         starts = range(0, len(texts), TEXTS_PER_WINDOW)
@@ -325,7 +325,7 @@ class Embedder:
         """
         tokenized = self.tokenizer(texts, prompts)
         lengths = np.array([len(ids) for ids in tokenized.ids], np.int64)
-        shards, sharding = shard_count(self.mesh), batch_sharding(self.mesh)
+        shards, sharding = count_shards(self.mesh), make_batch_sharding(self.mesh)
         rows_per_call = (lambda _: shards) if few_shapes else functools.partial(_count_rows_per_call, shards)
         min_row_length = LONG_ROW_LENGTH if few_shapes else MIN_ROW_LENGTH
         # Start all programs before the first result is read, so that the devices do not wait.
@@ -368,7 +368,7 @@ def _compile_encoding_program(model: EmbeddingModel) -> Apply:
     def apply(params: Any, texts: PackedTexts) -> jax.Array:
         return model.apply({"params": stack_layers(params)}, texts)
 
-    return jax.jit(apply, compiler_options=compiler_options())
+    return jax.jit(apply, compiler_options=get_compiler_options())
 
 
 def build_embedder(run: RestoredRun, mesh: Mesh) -> Embedder:

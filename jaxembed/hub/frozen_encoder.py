@@ -18,7 +18,7 @@ from jaxembed.data.batch import EncoderInput
 from jaxembed.data.vector_store import VectorStore, make_text_key
 from jaxembed.devices.mesh import make_mesh
 from jaxembed.errors import UserError, summarize
-from jaxembed.files import exists, file_digest
+from jaxembed.files import compute_file_digest, exists
 from jaxembed.formats.sentence_transformers import MODULES_FILE
 from jaxembed.hub.base import Base, FolderBase
 from jaxembed.hub.embedder import Embedder
@@ -212,7 +212,7 @@ def find_weight_files(name: str, folder: Path) -> list[Path]:
 def hash_folder(folder: Path) -> str:
     """Return the SHA-256 of the files that decide what a sentence-transformers folder computes, in hexadecimal digits."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix in HASHED_SUFFIXES and path.is_file())
-    content = [f"{path.relative_to(folder)}\n{file_digest(path)}" for path in paths]
+    content = [f"{path.relative_to(folder)}\n{compute_file_digest(path)}" for path in paths]
     return hashlib.sha256("\n".join(content).encode()).hexdigest()
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from jaxembed.data.packing import PackedTexts
 from jaxembed.data.tokenize import TextTokenizer, load_tokenizer
 from jaxembed.data.vocabulary import renumber_config, shrink_vocabulary
-from jaxembed.devices.cpu import compiler_options
+from jaxembed.devices.cpu import get_compiler_options
 from jaxembed.errors import UserError
 from jaxembed.hub.embedder import TEXTS_PER_WINDOW, Embedder
 from jaxembed.hub.layer_cuts import SizedModel, check_config, score_mlp_units, select_layers, select_mlp_units
@@ -85,7 +85,7 @@ def measure_activity(embedder: Embedder, texts: Iterable[str]) -> np.ndarray:
     """Return the root of the mean squared activation of each unit of the feed-forward layers on some texts, [L, F]."""
     model = embedder.model
 
-    @functools.partial(jax.jit, compiler_options=compiler_options())
+    @functools.partial(jax.jit, compiler_options=get_compiler_options())
     def sum_squares(params: Any, packed: PackedTexts) -> tuple[jax.Array, jax.Array]:
         _, sown = model.apply({"params": stack_layers(params)}, packed, mutable=["intermediates"])
         return sown["intermediates"]["decoder"]["layers"]["mlp"]["hidden_squares"][0], jnp.sum(packed.segment_ids > 0)

@@ -15,7 +15,7 @@ from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.data.tokenize import TextTokenizer
 from jaxembed.errors import UserError
 from jaxembed.files import read_bytes
-from jaxembed.formats.checkpoints import CheckpointReader, params_digest
+from jaxembed.formats.checkpoints import CheckpointReader, compute_params_digest
 from jaxembed.formats.run_files import BASE_RECORD_FILE, read_run_file
 from jaxembed.formats.weights import LowRankUpdate, place_params, to_tensors
 from jaxembed.hub.base import Base, BaseWithWeights
@@ -92,7 +92,7 @@ class RunBase(BaseWithWeights):
 
     def _add_weights(self, digest: Any) -> None:
         digest.update(read_bytes(self.run_dir / BASE_RECORD_FILE))  # it contains the hash of the base under the adapters
-        digest.update(params_digest(self.run_dir, self.step).encode())
+        digest.update(compute_params_digest(self.run_dir, self.step).encode())
 
     def _load_weights(self, shapes: Any, shardings: Any, updates: Mapping[str, LowRankUpdate]) -> Mapping[str, Any]:
         mesh = jax.tree.leaves(shardings)[0].mesh
@@ -145,7 +145,7 @@ class RestoredRun:
             problem = "has several adapters" if name is None else f"no adapter {name!r}"
             raise UserError(f"{run_dir}: {problem} ({', '.join(names)}). Choose one with --adapter (adapter=...).")
         config = read_run_file(read_run_config, run_dir / "config.yaml", "train again")
-        spec = self.model.spec.replace(prompts={}).with_prompts(config.data.first_instructions(name))
+        spec = self.model.spec.replace(prompts={}).with_prompts(config.data.collect_first_instructions(name))
         return dataclasses.replace(
             self,
             model=self.model.clone(spec=spec, lora=lora.replace(names=())),

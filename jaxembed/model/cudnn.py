@@ -76,7 +76,7 @@ def describe_cudnn_limit(q: Float[Array, "r t n h"], mask: Mask, window: jax.Arr
     """Return a phrase for the feature of this attention that cuDNN does not support, or an empty string."""
     tokens, width = q.shape[1], q.shape[3]
     if q.dtype.itemsize != 2:
-        return f"{q.dtype.name} numbers"
+        return f"{q.dtype.name} values"
     if width > MAX_CUDNN_HEAD_WIDTH or width % 8:
         return f"heads {width} wide (up to {MAX_CUDNN_HEAD_WIDTH}, in steps of 8)"
     if _is_packed(q, mask, window):

@@ -85,7 +85,7 @@ class TransformerConfig:
 
     @property
     def axis_sizes(self) -> dict[str, int]:
-        """Number of units along each logical axis that a mesh may split (`logical_axis_table`)."""
+        """Number of units along each logical axis that a mesh may split (`make_logical_axis_table`)."""
         return {"embed": self.width, "heads": self.heads, "kv_heads": self.kv_heads, "mlp": self.mlp_width}
 
     def get_windows(self, mask: Mask) -> tuple[int | None, ...]:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxembed.config.field_lists import log_once
-from jaxembed.devices.mesh import target_platform
+from jaxembed.devices.mesh import get_target_platform
 from jaxembed.errors import UserError
 from jaxembed.model.cudnn import attend_cudnn, describe_cudnn_limit
 from jaxembed.model.masks import Mask, TokenInfo
@@ -52,7 +52,7 @@ DEFAULT_KERNELS = {"cpu": "rows", "gpu": "cudnn", "tpu": "splash"}
 
 def resolve_kernel(name: str) -> str:
     """Return the kernel that a config's `attention_kernel` names on the target platform: `auto` depends on the platform."""
-    return DEFAULT_KERNELS.get(target_platform(), "einsum") if name == "auto" else name
+    return DEFAULT_KERNELS.get(get_target_platform(), "einsum") if name == "auto" else name
 
 
 def pick_kernel(name: str, shards: int, windows: tuple[int, ...] = ()) -> Callable[..., jax.Array]:
@@ -68,7 +68,7 @@ def pick_kernel(name: str, shards: int, windows: tuple[int, ...] = ()) -> Callab
     Raises:
         UserError: The kernel does not run on this platform.
     """
-    platform, name = target_platform(), resolve_kernel(name)
+    platform, name = get_target_platform(), resolve_kernel(name)
     if name == "einsum":
         return attend_einsum
     if name == "rows":

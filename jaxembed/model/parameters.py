@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxembed.devices.mesh import logical_axis_table, param_shardings
+from jaxembed.devices.mesh import make_logical_axis_table, make_param_shardings
 from jaxembed.model.embedder import EmbeddingModel, infer_parameter_shapes
 
 
@@ -19,11 +19,11 @@ def compute_shapes_and_shardings(model: EmbeddingModel, mesh: Mesh) -> tuple[Any
     Raises:
         UserError: The sizes of the mesh do not divide those of the model.
     """
-    table = logical_axis_table(mesh, model.transformer.axis_sizes)
+    table = make_logical_axis_table(mesh, model.transformer.axis_sizes)
     with jax.set_mesh(None):  # under the mesh of a run that loads another model, Flax would look for the logical axes in it
         boxed = infer_parameter_shapes(model)
         shapes = nn.unbox(boxed)
-    return shapes, param_shardings(mesh, nn.get_partition_spec(boxed), table)
+    return shapes, make_param_shardings(mesh, nn.get_partition_spec(boxed), table)
 
 
 def attach_shardings(shapes: Any, shardings: Any) -> Any:

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from jaxembed.config.field_lists import log_once
-from jaxembed.devices.collectives import auto_axes
+from jaxembed.devices.collectives import get_auto_axes
 from jaxembed.devices.mesh import BATCH_AXES
 
 
@@ -25,7 +25,7 @@ def shard_kernel(name: str, function: Callable[..., jax.Array], rows: int, kv_he
         rows: Number of rows R.
         kv_heads: Number of key-value heads G.
     """
-    mesh, axes = jax.sharding.get_abstract_mesh(), auto_axes()
+    mesh, axes = jax.sharding.get_abstract_mesh(), get_auto_axes()
     if not axes:
         return function
     row_axes = tuple(axis for axis in BATCH_AXES if axis in axes)

@@ -10,7 +10,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jaxtyping import Array, Float, Int
 
-from jaxembed.devices.mesh import target_platform
+from jaxembed.devices.mesh import get_target_platform
 from jaxembed.model.masks import BIDIRECTIONAL, CAUSAL, Mask, TokenInfo
 from jaxembed.model.remat import ATTENTION_OUTPUT
 from jaxembed.model.sharded_kernel import shard_kernel
@@ -24,7 +24,7 @@ def describe_splash_limit(q: Float[Array, "r t n h"], mask: Mask, window: object
     """Return a phrase for the feature of this attention that splash does not support, or an empty string."""
     if mask not in (CAUSAL, BIDIRECTIONAL):
         return "a mask that treats instructions differently"
-    return f"{q.dtype.name} numbers" if q.dtype.itemsize > 4 else ""
+    return f"{q.dtype.name} values" if q.dtype.itemsize > 4 else ""
 
 
 def attend_splash(
@@ -36,7 +36,7 @@ def attend_splash(
     window: int | None,
 ) -> Float[Array, "r t n h"]:
     """Compute the same as `attend_einsum`, except at padding tokens. On CPUs the kernel is interpreted, and slow."""
-    attend = functools.partial(_attend_local, mask=mask, window=window, interpret=target_platform() == "cpu")
+    attend = functools.partial(_attend_local, mask=mask, window=window, interpret=get_target_platform() == "cpu")
     return shard_kernel("splash", attend, q.shape[0], k.shape[2])(q, k, v, token_info.segment)
 
 

@@ -17,7 +17,7 @@ from jaxembed.data.batch import Batch, HostBatch
 from jaxembed.data.pipeline import iter_batches
 from jaxembed.devices.chips import GIB
 from jaxembed.devices.mesh import make_mesh
-from jaxembed.devices.placement import batch_shapes
+from jaxembed.devices.placement import compute_batch_shapes
 from jaxembed.errors import UserError
 from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.planning.mined import add_stand_in_negatives
@@ -87,7 +87,7 @@ def _plan_stage(stage: Stage, config: Config, model: EmbeddingModel, mesh: Mesh,
     rows, tokens = host_batch.batch.row_shapes[0]
     proposal = _propose(model, count_elements(state.weights), (rows, tokens), mesh, memory)
     try:
-        program, _ = compile_step(step, state, batch_shapes(mesh, host_batch.batch), mesh)
+        program, _ = compile_step(step, state, compute_batch_shapes(mesh, host_batch.batch), mesh)
     except OutOfMemoryError as error:
         raise _make_out_of_memory_error(config, stage, error.needed, error.available, proposal) from None
     if memory is not None and program.memory > memory:

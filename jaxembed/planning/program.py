@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxembed.devices.mesh import shard_count
-from jaxembed.devices.placement import batch_shapes
+from jaxembed.devices.mesh import count_shards
+from jaxembed.devices.placement import compute_batch_shapes
 from jaxembed.losses.objectives import Objectives
 from jaxembed.planning.collectives import Collectives, find_collectives
 from jaxembed.planning.flops import count_matmul_flops
@@ -111,9 +111,9 @@ def compile_loss(objectives: Objectives, params: Any, width: int, batch: Any, me
     queries = jax.ShapeDtypeStruct((documents.shape[0], width), jnp.float32)
 
     def loss(queries: jax.Array, documents: jax.Array, batch: Any, params: Any) -> jax.Array:
-        return objectives(queries, documents, batch, jax.random.key(0), params, shard_count(mesh))[0]
+        return objectives(queries, documents, batch, jax.random.key(0), params, count_shards(mesh))[0]
 
-    shapes = batch_shapes(mesh, (queries, documents, dataclasses.replace(batch, texts=None, token_batches={})))
+    shapes = compute_batch_shapes(mesh, (queries, documents, dataclasses.replace(batch, texts=None, token_batches={})))
     with jax.set_mesh(mesh):
         traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(*shapes, params)
         return _describe(traced, traced.lower().compile())

@@ -22,7 +22,7 @@ from jaxembed.data.batch_sampler import BatchSampler
 from jaxembed.data.sources import Source
 from jaxembed.data.tokenize import TextTokenizer, load_tokenizer
 from jaxembed.devices import processes
-from jaxembed.devices.mesh import Shards, all_shards, local_shards, logical_axis_table, shard_count
+from jaxembed.devices.mesh import Shards, count_shards, find_local_shards, make_all_shards, make_logical_axis_table
 from jaxembed.errors import UserError
 from jaxembed.evaluation.heldout import HeldOutSet, open_held_out_sets
 from jaxembed.files import cache_dir
@@ -118,7 +118,7 @@ def open_run(config: Config, mesh: Mesh, lock: RunLock | None = None) -> OpenedR
         check_loggers_installed(config.train.loggers)
     # Check base, mesh, and model. No data is read.
     base = find_base(config.model.base)
-    logical_axis_table(mesh, base.transformer.axis_sizes)
+    make_logical_axis_table(mesh, base.transformer.axis_sizes)
     if config.model.lora is not None and not base.has_weights:
         raise UserError(f"model.lora: {base.name} has no weights to adapt. Name a base that has weights, or remove model.lora.")
     check_targets_exist(config.model.lora, base.transformer)
@@ -126,9 +126,9 @@ def open_run(config: Config, mesh: Mesh, lock: RunLock | None = None) -> OpenedR
     check_token_objectives(config, base, spec)
     has_head = config.predicts_tokens and not base.transformer.tie_embeddings
     model = EmbeddingModel(base.transformer, spec, _build_compute_options(config), config.model.lora, has_head)
-    shards = all_shards(shard_count(mesh)) if lock is None else local_shards(mesh)
+    shards = make_all_shards(count_shards(mesh)) if lock is None else find_local_shards(mesh)
     for index, stage in enumerate(config.stages):
-        _check_stage(stage, model, shards.count, config.key_prefix(index))
+        _check_stage(stage, model, shards.count, config.get_key_prefix(index))
         _warn_of_long_warmup(config, index)
         if lock is not None:
             check_miner_exists(stage.mine)
@@ -179,7 +179,7 @@ def _resolve_spec(config: Config, base: Base, recorded: EmbeddingSpec | None) ->
         )
     instructions: dict[str, tuple[str, str]] = {}
     for stage in config.stages:
-        instructions |= stage.data.first_instructions()
+        instructions |= stage.data.collect_first_instructions()
     if instructions and spec.fixed_prompts:
         if spec.prompts:
             shown = ", ".join(f"{name} {prompt!r}" for name, prompt in spec.prompts.items())
@@ -239,7 +239,7 @@ def _warn_of_long_warmup(config: Config, index: int) -> None:
     if warmup > steps:
         log.warning(
             "%soptim.warmup_steps is %d, more than the %d steps of the schedule: the learning rate never reaches its peak",
-            config.key_prefix(index), warmup, steps,
+            config.get_key_prefix(index), warmup, steps,
         )  # fmt: skip
 
 
@@ -311,7 +311,7 @@ def _open_stages(
             guide=encoders["guide"].encode if stage.guide else None,
             teacher=encoders["teacher"].encode if stage.teacher else None,
             token_builders=make_token_builders(
-                stage, plan.tokens, stage_tokenizer, shards, first_step, config.key_prefix(index)
+                stage, plan.tokens, stage_tokenizer, shards, first_step, config.get_key_prefix(index)
             ),
         )
         names = [source.name for source in plan.sources]

@@ -41,7 +41,7 @@ def open_plans(config: Config) -> list[StagePlans]:
 
 
 def _open_stage_plans(config: Config, index: int) -> StagePlans:
-    stage, prefix = config.stages[index], config.key_prefix(index)
+    stage, prefix = config.stages[index], config.get_key_prefix(index)
     _check_scores(stage, prefix)
     sources = open_sources(stage.data, cache_dir())
     token_sources = _assign_token_sources(stage, sources, prefix)

@@ -48,8 +48,8 @@ def resume(run: OpenedRun, checkpoints: Checkpoints) -> tuple[int, TrainState]:
         UserError: The data of the stage has changed since the checkpoint.
     """
     # Find the stage of the last checkpoint.
-    latest = checkpoints.latest()
-    cursor = {"stage": 0} if latest is None else checkpoints.cursor(latest)
+    latest = checkpoints.find_latest()
+    cursor = {"stage": 0} if latest is None else checkpoints.read_cursor(latest)
     index = cursor["stage"]
     # Build a state of the same structure: every stage up to this one may add parameters and replace the optimizer.
     state = make_initial_state(run)

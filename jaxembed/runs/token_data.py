@@ -25,7 +25,7 @@ def check_token_objectives(config: Config, base: Base, spec: EmbeddingSpec) -> N
     """
     for index, stage in enumerate(config.stages):
         for i, objective in stage.token_objectives.items():
-            where = f"{config.key_prefix(index)}objectives.{i}: {objective.name}"
+            where = f"{config.get_key_prefix(index)}objectives.{i}: {objective.name}"
             if FAMILIES[base.transformer.family].is_encoder:
                 raise UserError(
                     f"{where} trains a causal language model, but {base.name} is an encoder ({base.transformer.family}). "

@@ -102,7 +102,7 @@ def _train(config: Config, lock: RunLock, command: str) -> dict[str, Any]:
                         state = begin_stage(stage, state, run.model, run.mesh)
                     done = int(state.step) - stage.first_step
                     encoder_for = partial(use_adapter, encoder, state.weights)
-                    stage = add_mined_negatives(stage, encoder_for, run.run_dir, config.key_prefix(stage.index), done)
+                    stage = add_mined_negatives(stage, encoder_for, run.run_dir, config.get_key_prefix(stage.index), done)
                 trainer = Trainer(
                     stage=stage,
                     total_steps=run.total_steps,

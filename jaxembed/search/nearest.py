@@ -12,8 +12,8 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Float
 
 from jaxembed.devices.cpu import is_tuned
-from jaxembed.devices.mesh import BATCH_AXES, make_mesh, shard_count
-from jaxembed.devices.placement import batch_sharding, put_global, replicated_sharding, to_host
+from jaxembed.devices.mesh import BATCH_AXES, count_shards, make_mesh
+from jaxembed.devices.placement import make_batch_sharding, make_replicated_sharding, put_global, to_host
 from jaxembed.devices.processes import progress_bar
 
 GROUP_SIZE = 32  # documents per group; `top_k` compares groups by their best scores
@@ -145,9 +145,9 @@ def _search_on_mesh(
 ) -> SearchResult:
     """Search on the devices of JAX. Queries are split over them, and each block of documents is on all of them."""
     mesh = make_mesh()
-    split, replicated = batch_sharding(mesh), replicated_sharding(mesh)
+    split, replicated = make_batch_sharding(mesh), make_replicated_sharding(mesh)
     sizes = choose_block_sizes(memory_mb, queries.shape[1], k, len(queries), len(documents))
-    query_step = sizes.queries * shard_count(mesh)
+    query_step = sizes.queries * count_shards(mesh)
     query_starts = range(0, len(queries), query_step)
     document_starts = range(0, len(documents), sizes.documents)
     # Every block of queries starts without documents, and keeps its k best while the blocks of documents pass.

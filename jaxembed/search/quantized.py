@@ -55,7 +55,7 @@ def search_quantized(
         dtype, columns = get_quantized_layout(precision, width)
         raise UserError(
             f"search_quantized: documents are {documents.dtype} of {documents.shape[1]} columns (expected {dtype} of "
-            f"{columns}: {precision} vectors of {width} numbers)."
+            f"{columns}: {precision} vectors of {width} dimensions)."
         )
     if needs_ranges(precision) and ranges is None:
         raise UserError(f"search_quantized: {precision} needs ranges (found none). Pass those of the documents.")

@@ -109,8 +109,8 @@ def search_file(
     """
     if queries.shape[1] != documents.shape[1]:
         raise UserError(
-            f"{documents.path}: its vectors have {documents.shape[1]} numbers, those of the queries {queries.shape[1]}. Encode "
-            "both with the same model and --dim."
+            f"{documents.path}: its vectors have {documents.shape[1]} dimensions, those of the queries {queries.shape[1]}. "
+            "Encode both with the same model and --dim."
         )
     if processes == 1:
         return search_part(queries, documents, k, (0, len(documents)), memory_mb, show_progress)

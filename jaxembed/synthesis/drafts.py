@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxembed.config.synthesis_steps import ValuesConfig
 from jaxembed.config.templates import fill_placeholders, get_only_placeholder
-from jaxembed.config.yaml_text import write_scalar
+from jaxembed.config.yaml_text import format_scalar
 from jaxembed.data.equality import hash_exact_text
 from jaxembed.errors import UserError
 
@@ -119,4 +119,4 @@ def format_value(value: Any) -> str:
     """Return a value as text for a prompt. The strings of a list are joined by line breaks."""
     if isinstance(value, list):
         return "\n".join(map(str, value))
-    return write_scalar(value) if isinstance(value, bool | int | float) else str(value)
+    return format_scalar(value) if isinstance(value, bool | int | float) else str(value)

@@ -58,7 +58,7 @@ class Checkpoints(CheckpointReader):
             UserError: This checkpoint, or the one before, cannot be written.
         """
         step = int(state.step)
-        if step in self.steps():
+        if step in self.list_steps():
             return
         params, optimizer = _split_items(state)
         items = ocp.args.Composite(
@@ -116,7 +116,7 @@ class Checkpoints(CheckpointReader):
             raise OSError(f"it takes {needed / 1e6:,.1f} MB, the disk has {free / 1e6:,.1f} MB left")
 
     def _write_error(self, error: Exception) -> UserError:
-        intact = [step for step in self.steps() if not self.find_damage(step)]
+        intact = [step for step in self.list_steps() if not self.find_damage(step)]
         last = f"The last intact one is of step {intact[-1]}" if intact else "There is no earlier one"
         problem = f"{self._folder}: a checkpoint could not be written ({summarize(error)})"
         return UserError(f"{problem}. {last}. Make room and run the same command.")

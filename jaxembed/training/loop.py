@@ -207,7 +207,7 @@ class Trainer:
         if self.config.on_nan == "skip":
             self.recorder.say(f"{problem}. Skipped the update.")
             return
-        latest = self.checkpoints.latest()
+        latest = self.checkpoints.find_latest()
         checkpoint = "There is no checkpoint yet" if latest is None else f"The last good checkpoint is of step {latest}"
         start = "" if latest is None else f" (model.base={self.checkpoints.run_dir} starts it from this run)"
         raise UserError(

@@ -15,7 +15,7 @@ from jaxembed.devices import processes
 from jaxembed.devices.deadline import call_if_late
 from jaxembed.devices.group_exit import print_error
 from jaxembed.devices.standard_streams import LossyStream
-from jaxembed.errors import Stopped, interrupt_signal
+from jaxembed.errors import Stopped, get_interrupt_signal
 
 MAX_UNWINDING_S = 20.0  # for an interrupted block to clean up and end
 RESUME_MESSAGE = "the run continues from its last checkpoint, if it has one. Run the same command."
@@ -78,7 +78,7 @@ def stop_on_signals(message: str) -> Iterator[None]:
         try:
             yield
         except KeyboardInterrupt as error:
-            raise Stopped(message, interrupt_signal(error)) from None
+            raise Stopped(message, get_interrupt_signal(error)) from None
         if received:
             raise Stopped(message, received[0])
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jaxembed.devices.placement import replicated_jit, replicated_sharding
+from jaxembed.devices.placement import make_replicated_sharding, replicated_jit
 from jaxembed.errors import UserError
 from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.model.lora import pick_adapter, split_params, stack_adapters, stack_shapes
@@ -59,7 +59,7 @@ def compute_state_shapes(
         mesh: The device mesh.
         objective_params: Shapes of the parameters of the stage's objectives.
     """
-    replicated, adapter_count = replicated_sharding(mesh), len(model.adapters)
+    replicated, adapter_count = make_replicated_sharding(mesh), len(model.adapters)
 
     def replicate_shapes(shapes: Any) -> Any:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), shapes)
@@ -95,7 +95,7 @@ def _compute_optimizer_shapes(optimizer: optax.GradientTransformation, params: A
     An entry whose path ends in a parameter's path is placed like that parameter; everything else is replicated.
     """
     shardings = {tuple(key.key for key in path): x.sharding for path, x in jax.tree.leaves_with_path(params)}
-    replicated = replicated_sharding(mesh)
+    replicated = make_replicated_sharding(mesh)
 
     def place(path: Any, x: Any) -> jax.ShapeDtypeStruct:
         keys = tuple(getattr(key, "key", None) for key in path)

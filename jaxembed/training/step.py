@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxembed.data.batch import Batch
-from jaxembed.devices.cpu import compiler_options
+from jaxembed.devices.cpu import get_compiler_options
 from jaxembed.losses.exits import draw_exit_layers
 from jaxembed.losses.objectives import Objectives
 from jaxembed.losses.token_prediction import token_prediction_loss
@@ -163,5 +163,5 @@ def make_train_step(
             metrics["adapter"] = batch.adapter
         return dataclasses.replace(state, params=new_params, opt_state=new_opt_state, step=state.step + 1), metrics
 
-    options = compiler_options()
+    options = get_compiler_options()
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)

@@ -164,7 +164,7 @@ def compare_with_probes(
     full_width = server.dim or expected.shape[1]
     findings = [*_iter_refusals(served), *_iter_length_errors(folder, served), *_iter_group_errors(served, min_cosine)]
     if width != full_width:
-        findings.append(f"width: {width} numbers instead of {full_width}.")
+        findings.append(f"width: {width} dimensions instead of {full_width}.")
     return Verification(cosines, min_cosine, findings)
 
 
@@ -241,7 +241,7 @@ def diagnose_server(
 
 def _explain_width(folder: VerifiedFolder, server: EmbeddingServer, served: ServedVectors) -> UserError:
     return UserError(
-        f"{server.client.root}: vectors of {served.vectors.shape[1]} numbers (those of {folder.path} have "
+        f"{server.client.root}: vectors of {served.vectors.shape[1]} dimensions (those of {folder.path} have "
         f"{len(folder.probes[0].vector)}), so the server has another model, {server.model!r}. Serve the folder, or name "
         "its model with --model."
     )

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxembed.data.packing import PackedTexts
-from jaxembed.devices.cpu import compiler_options
+from jaxembed.devices.cpu import get_compiler_options
 from jaxembed.devices.processes import progress_bar
 from jaxembed.hub.embedder import Apply, Embedder
 from jaxembed.hub.parity import Probe
@@ -173,7 +173,7 @@ class VariantEncoder:
             each = [model.clone(spec=pool.spec).apply({"params": params}, packed, hidden)[..., :width] for pool in pools]
             return jnp.stack(each, axis=2)
 
-        return jax.jit(apply, compiler_options=compiler_options())
+        return jax.jit(apply, compiler_options=get_compiler_options())
 
 
 def to_unit_vectors(vectors: np.ndarray) -> np.ndarray:

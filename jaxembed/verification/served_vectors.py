@@ -295,5 +295,5 @@ def _find_problem(item: Any, first: Any) -> str:
     if not all(isinstance(number, int | float) and not isinstance(number, bool) for number in item):
         return "has entries that are not numbers. Choose another --api."
     if len(item) != len(first):
-        return f"has {len(item)} numbers, but that of text 0 has {len(first)}. Check the server."
+        return f"has {len(item)} dimensions, but that of text 0 has {len(first)}. Check the server."
     return ""

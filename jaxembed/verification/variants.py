@@ -138,7 +138,7 @@ def list_transformer_variants(embedder: Embedder) -> list[TransformerVariant]:
 
 
 def list_pool_variants(embedder: Embedder, width: int, dim: int | None = None) -> list[PoolVariant]:
-    """Return every combination of poolings, pooled tokens and projections that gives vectors of at least `width` numbers.
+    """Return every combination of poolings, pooled tokens and projections that gives vectors of at least `width` dimensions.
 
     The first one is the model's own, unless its vectors are shorter.
 
@@ -161,9 +161,9 @@ def list_pool_variants(embedder: Embedder, width: int, dim: int | None = None) -
         if include_instruction != spec.include_instruction:
             changes.append(Change("instruction", *_order_words(["pooled", "not pooled"], include_instruction)))
         if projection != spec.projection:
-            changes.append(Change("projection", "none", f"to {spec.projection} numbers"))
+            changes.append(Change("projection", "none", f"to {spec.projection} dimensions"))
         if width != (dim or full_width):
-            changes.append(Change("width", f"the first {width} numbers", f"{dim or full_width}"))
+            changes.append(Change("width", f"the first {width} dimensions", f"{dim or full_width}"))
         choice = {"pooling": pooling, "include_instruction": include_instruction, "projection": projection}
         variants.append(PoolVariant(tuple(changes), spec.replace(**choice)))
     return variants

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jaxembed.config.instructions import INSTRUCTION_TABLES, load_instruction_table, read_instruction_table
-from jaxembed.config.shipped import shipped_folder
+from jaxembed.config.shipped import find_shipped_folder
 from jaxembed.errors import UserError
 
 CLAIM = "Given a claim, retrieve documents that support or refute the claim"
@@ -26,7 +26,7 @@ def read_mteb_names() -> set[str]:
 
 
 def test_the_tables_are_the_files_that_ship() -> None:
-    assert tuple(sorted(path.stem for path in (shipped_folder() / "instructions").glob("*.yaml"))) == INSTRUCTION_TABLES
+    assert tuple(sorted(path.stem for path in (find_shipped_folder() / "instructions").glob("*.yaml"))) == INSTRUCTION_TABLES
 
 
 def test_mteb_has_every_task() -> None:

@@ -15,11 +15,11 @@ import transformers
 import yaml
 
 from helpers.recipes import NAMES, find_recipe, load_recipe
-from jaxembed.config.shipped import shipped_folder
+from jaxembed.config.shipped import find_shipped_folder
 from jaxembed.data.tokenize import TOKEN_BOUNDARY
 from jaxembed.formats.published import find_published_layout
 
-ROOT = shipped_folder().parent
+ROOT = find_shipped_folder().parent
 PAGES = runpy.run_path(str(ROOT / "docs" / "recipe_pages.py"))
 TABLE = yaml.safe_load((ROOT / "tests" / "data_tables" / "published.yaml").read_text())
 # Sources that test_recipes.py compares (a number begins a calculation from their tables), and those that nobody can compare.

@@ -14,10 +14,10 @@ import yaml
 from helpers.recipes import NAMES, find_recipe, load_recipe
 from jaxembed.config import Config, InfoNCEConfig, SourceConfig
 from jaxembed.config.instructions import load_instruction_table
-from jaxembed.config.shipped import shipped_folder
+from jaxembed.config.shipped import find_shipped_folder
 
 TABLES = Path(__file__).parents[1] / "data_tables"
-ROOT = shipped_folder().parent
+ROOT = find_shipped_folder().parent
 # Paths of before there were recipes -> the recipes that they link to.
 OLD_PATHS = {"kalm": "kalm_v1", "nv_embed": "nv_embed_v2"} | {name: name for name in ("nv_embed_single", "nv_embed_reversed")}
 NV_RECIPES = ("nv_embed_v1", "nv_embed_v2", "nv_embed_single", "nv_embed_reversed")

@@ -36,7 +36,7 @@ def catalog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     source = [{"catalog": "questions"}]
     for name in ("first.yaml", "recipes/second.yaml"):
         (folder / name).write_text(yaml.safe_dump({"model": {"base": "x"}, "data": {"sources": source}}))
-    monkeypatch.setattr(shipped, "shipped_folder", lambda: folder)
+    monkeypatch.setattr(shipped, "find_shipped_folder", lambda: folder)
     monkeypatch.chdir(tmp_path)
     yield
     shipped._read_once.cache_clear()
@@ -93,7 +93,7 @@ def test_configs_are_found_by_name(catalog: None, tmp_path: Path) -> None:
 
 def test_the_shipped_files_are_those_of_the_checkout() -> None:
     """Configs with the same name are the same: an earlier path links to a recipe."""
-    assert shipped.shipped_folder() == ROOT / "configs"
+    assert shipped.find_shipped_folder() == ROOT / "configs"
     paths = [path for pattern in ("*.yaml", "recipes/*.yaml") for path in (ROOT / "configs").glob(pattern)]
     assert {(path.stem, path.resolve()) for path in paths if path.stem != "catalog"} == {
         (name, path.resolve()) for name, path in shipped.list_shipped_configs().items()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from jaxembed.config.shipped import SYNTHESIS_FOLDER, list_shipped_configs, shipped_folder
+from jaxembed.config.shipped import SYNTHESIS_FOLDER, find_shipped_folder, list_shipped_configs
 from jaxembed.config.synthesis import SynthesisConfig, TaskConfig, load_synthesis_config
 from jaxembed.config.synthesis_steps import (
     AskStepConfig,
@@ -57,7 +57,7 @@ def test_seven_recipes_ship() -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_recipe_begins_with_its_command_and_has_its_name(name: str, recipes: dict[str, SynthesisConfig]) -> None:
-    first = (shipped_folder() / SYNTHESIS_FOLDER / f"{name}.yaml").read_text().splitlines()[0]
+    first = (find_shipped_folder() / SYNTHESIS_FOLDER / f"{name}.yaml").read_text().splitlines()[0]
     assert re.match(rf"# python -m jaxembed\.synthesize {name} OUT (inputs\.\w+=\S+ )?--server URL --model NAME$", first)
     assert recipes[name].name == name
 
@@ -157,7 +157,7 @@ def test_kalm_has_personas_in_the_instruction_step_only(recipes: dict[str, Synth
         step.system == "{persona}" and step.answer.type == "list" and step.values["persona"].file for step in with_persona
     )
     assert not any("persona" in template for step, _ in steps for template in (step.prompt,))
-    personas = (shipped_folder() / SYNTHESIS_FOLDER / "personas.txt").read_text().splitlines()
+    personas = (find_shipped_folder() / SYNTHESIS_FOLDER / "personas.txt").read_text().splitlines()
     assert len(set(personas)) == len(personas) == 60
 
 

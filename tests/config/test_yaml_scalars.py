@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from jaxembed.config import Config, SourceConfig, load_config
 from jaxembed.config.sections import apply_override
-from jaxembed.config.yaml_text import YAML_ERRORS, load_yaml, write_scalar
+from jaxembed.config.yaml_text import YAML_ERRORS, format_scalar, load_yaml
 from jaxembed.data.filters import _equals_setting
 from jaxembed.errors import UserError
 
@@ -26,8 +26,8 @@ scalars = number_like | time_like | word | st.sampled_from([".inf", "-.inf", ".n
 
 @given(scalars)
 def test_every_plain_scalar_is_found_as_it_was_written(text: str) -> None:
-    assert write_scalar(load_yaml(text)) == text
-    assert write_scalar(load_yaml(f"[{text}, a]")[0]) == text
+    assert format_scalar(load_yaml(text)) == text
+    assert format_scalar(load_yaml(f"[{text}, a]")[0]) == text
     assert [*load_yaml(f"{text}: a")] == [load_yaml(text)] or text == ".nan"
 
 

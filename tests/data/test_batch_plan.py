@@ -23,7 +23,7 @@ from jaxembed.data.schema import Example
 from jaxembed.data.shuffle import make_key, permute_indices
 from jaxembed.data.sources import Source
 from jaxembed.data.tokenize import TextTokenizer, append_eos
-from jaxembed.devices.mesh import all_shards
+from jaxembed.devices.mesh import make_all_shards
 from jaxembed.errors import UserError
 from jaxembed.losses.negatives import collect_text_info, in_batch_candidates, is_known_positive
 
@@ -61,7 +61,7 @@ def make_builder(sources: Sequence[Source], shards: int = 1, **options: Any) -> 
     append_eos(tokenizer)
     options = {"hard_negatives": 2, "seed": 0} | options
     sampler = BatchSampler(sources=sources, tokenizer=TextTokenizer(tokenizer, SPEC), **options)
-    return BatchBuilder(sampler=sampler, row_length=48, shards=all_shards(shards))
+    return BatchBuilder(sampler=sampler, row_length=48, shards=make_all_shards(shards))
 
 
 def are_equal(a: HostBatch, b: HostBatch) -> bool:

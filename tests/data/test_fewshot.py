@@ -23,7 +23,7 @@ from jaxembed.data.batch import BatchBuilder
 from jaxembed.data.batch_sampler import BatchSampler
 from jaxembed.data.sources import Source
 from jaxembed.data.tokenize import TextTokenizer, append_eos
-from jaxembed.devices.mesh import all_shards
+from jaxembed.devices.mesh import make_all_shards
 from jaxembed.errors import UserError
 from jaxembed.hub.card import Card
 from jaxembed.hub.export import export
@@ -181,7 +181,7 @@ def test_examples_leave_the_text_half_of_its_tokens(tmp_path: Path) -> None:
     texts, prompts = sampler.list_texts(limited)
     assert prompts[::2] == [ICL.prompt("find", example.few_shot) for example in limited] and not any(prompts[1::2])
     assert texts[::2] == [example.query for example in limited]
-    build = BatchBuilder(sampler=sampler, row_length=440, shards=all_shards(1))
+    build = BatchBuilder(sampler=sampler, row_length=440, shards=make_all_shards(1))
     assert np.array_equal(build(3, ids).batch.texts.tokens, build(3, ids).batch.texts.tokens)
 
 

@@ -20,7 +20,7 @@ from jaxembed.data.batch_sampler import BatchSampler
 from jaxembed.data.convert import convert_sources
 from jaxembed.data.sources import Source
 from jaxembed.data.tokenize import TextTokenizer, append_eos
-from jaxembed.devices.mesh import all_shards
+from jaxembed.devices.mesh import make_all_shards
 from jaxembed.errors import UserError
 
 NLI_LABELS = ["entailment", "neutral", "contradiction"]
@@ -160,7 +160,7 @@ def test_a_batch_has_scores_and_says_which_pairs_are_positives(tmp_path: Path) -
     tokenizer = tiny.build_tokenizer()
     append_eos(tokenizer)
     sampler = BatchSampler(sources=[scored, pairs], tokenizer=TextTokenizer(tokenizer, SPEC), hard_negatives=0, seed=0)
-    batch = BatchBuilder(sampler=sampler, row_length=32, shards=all_shards(1))(0, np.arange(12)).batch
+    batch = BatchBuilder(sampler=sampler, row_length=32, shards=make_all_shards(1))(0, np.arange(12)).batch
     np.testing.assert_allclose(batch.score, [0, 0.2, 0.4, 0.6, 0.8, 1, *[np.nan] * 6], rtol=1e-6)
     assert batch.is_positive.tolist() == [False] * 4 + [True] * 8
     assert batch.score.dtype == np.float32

@@ -173,7 +173,9 @@ def test_a_symmetric_source_uses_the_instruction_on_both_sides(tmp_path: Path) -
     assert {e.document_instruction for e in draw_examples(open_source_file(path, **options), 0, 0)} == {""}
     with_prompt = draw_examples(open_source_file(write_jsonl(tmp_path / "b.jsonl", PAIR_ROWS), symmetric=True), 2, 0)[0]
     assert (with_prompt.instruction, with_prompt.document_instruction) == ("its own", "its own")
-    stored = DataConfig.model_validate({"sources": [{"path": "a.jsonl", "symmetric": True, **options}]}).first_instructions()
+    stored = DataConfig.model_validate(
+        {"sources": [{"path": "a.jsonl", "symmetric": True, **options}]}
+    ).collect_first_instructions()
     assert stored == {"a": ("one", "one")}
 
 

@@ -59,7 +59,7 @@ import jax
 from jaxembed import cli
 from jaxembed.config import load_config
 from jaxembed.devices import blas
-from jaxembed.devices.cpu import compiler_options
+from jaxembed.devices.cpu import get_compiler_options
 from jaxembed.runs.train import train
 from jaxembed.training.metrics import read_metrics
 
@@ -69,7 +69,7 @@ config = load_config(sys.argv[1])
 train(config)
 tuned = {
     "blas": blas._Calls.last_end > 0,
-    "compiler options": bool(compiler_options()),
+    "compiler options": bool(get_compiler_options()),
     "dispatch": not jax.config.values["jax_cpu_enable_async_dispatch"],
     "threads": "OPENBLAS_THREAD_TIMEOUT" in os.environ,
 }

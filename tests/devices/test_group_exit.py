@@ -69,7 +69,7 @@ def test_the_first_error_ends_all_processes_with_the_same_line(exits: list[int],
 def test_a_process_names_itself_to_the_others_only() -> None:
     """Its own monitor may read the reason before its main thread prints it: the line is the same."""
     reason = ExitReason.from_bytes(ExitReason(1, "no such file", process=1).to_bytes())
-    assert [reason.line_for(i, 2) for i in (0, 1)] == ["process 1 of 2: no such file", "no such file"]
+    assert [reason.format_line(i, 2) for i in (0, 1)] == ["process 1 of 2: no such file", "no such file"]
 
 
 def test_the_first_process_reports_one_without_heartbeats(exits: list[int]) -> None:

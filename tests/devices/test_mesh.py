@@ -13,12 +13,12 @@ from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.devices.mesh import (
     LOGICAL_AXES,
     _arrange_devices,
-    logical_axis_table,
+    count_shards,
+    make_logical_axis_table,
     make_mesh,
-    param_shardings,
-    shard_count,
+    make_param_shardings,
 )
-from jaxembed.devices.placement import put_batch, replicated_jit, replicated_sharding, unstack_views
+from jaxembed.devices.placement import make_replicated_sharding, put_batch, replicated_jit, unstack_views
 from jaxembed.errors import UserError
 from jaxembed.model.embedder import EmbeddingModel, infer_parameter_shapes, init_params
 from jaxembed.model.hf_config import parse_hf_config
@@ -26,7 +26,7 @@ from jaxembed.model.presets import find_preset
 
 
 def test_a_mesh_has_all_devices_or_the_requested_number() -> None:
-    assert [shard_count(make_mesh(count)) for count in (-1, 1, 3, 8)] == [8, 1, 3, 8]
+    assert [count_shards(make_mesh(count)) for count in (-1, 1, 3, 8)] == [8, 1, 3, 8]
     assert dict(make_mesh(-1, 2, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
 
 
@@ -45,11 +45,11 @@ def test_a_mesh_that_the_devices_do_not_fit_is_refused(sizes: tuple[int, int, in
 
 def test_a_mesh_that_does_not_divide_the_model_is_refused() -> None:
     sizes = {"embed": 896, "heads": 14, "kv_heads": 2, "mlp": 4864}
-    assert logical_axis_table(make_mesh(1, 4, 2), sizes) == LOGICAL_AXES
+    assert make_logical_axis_table(make_mesh(1, 4, 2), sizes) == LOGICAL_AXES
     with pytest.raises(UserError, match=r"^mesh.tensor=4: does not divide the model's heads \(14\)\. Use at most 2\.$"):
-        logical_axis_table(make_mesh(1, 1, 4), sizes)
+        make_logical_axis_table(make_mesh(1, 1, 4), sizes)
     with pytest.raises(UserError, match=r"^mesh.fsdp=6: does not divide the model's embed \(896\)\. Use at most 4\.$"):
-        logical_axis_table(make_mesh(1, 6, 1), sizes)
+        make_logical_axis_table(make_mesh(1, 6, 1), sizes)
 
 
 def test_slices_lie_along_the_data_axis() -> None:
@@ -108,23 +108,24 @@ def test_every_parameter_declares_axes_of_the_table() -> None:
 
 def test_an_axis_missing_from_the_table_raises() -> None:
     mesh = make_mesh(2)
-    assert param_shardings(mesh, {"a": PartitionSpec("embed", None)})["a"].spec == PartitionSpec("fsdp", None)
+    assert make_param_shardings(mesh, {"a": PartitionSpec("embed", None)})["a"].spec == PartitionSpec("fsdp", None)
     with pytest.raises(KeyError, match="colour"):
-        param_shardings(mesh, {"a": PartitionSpec("colour")})
+        make_param_shardings(mesh, {"a": PartitionSpec("colour")})
     with pytest.raises(Exception, match="at most one positional dimension"):
-        param_shardings(mesh, {"a": PartitionSpec("heads", "mlp")})  # both on one mesh axis
+        make_param_shardings(mesh, {"a": PartitionSpec("heads", "mlp")})  # both on one mesh axis
 
 
 def test_initial_parameters_do_not_depend_on_the_mesh() -> None:
     model = EmbeddingModel(parse_hf_config({**find_preset("tiny"), "vocab_size": 50}, "test"), EmbeddingSpec())
     specs = nn.get_partition_spec(infer_parameter_shapes(model))
     one, eight = (
-        init_params(model, jax.random.key(0), param_shardings(make_mesh(*shape), specs)) for shape in ((1, 1, 1), (2, 2, 2))
+        init_params(model, jax.random.key(0), make_param_shardings(make_mesh(*shape), specs))
+        for shape in ((1, 1, 1), (2, 2, 2))
     )
     kernel, scale = one["decoder"]["layers"]["mlp"]["up"]["kernel"], one["decoder"]["norm"]["scale"]
     assert abs(float(kernel.std()) - 0.02) < 1e-3 and (scale == 1).all()
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True))
-    shardings = {"decoder": {"embedding": replicated_sharding(make_mesh(8))}}
+    shardings = {"decoder": {"embedding": make_replicated_sharding(make_mesh(8))}}
     keys = jax.random.split(jax.random.key(1))
     stacked = init_params(model, keys, shardings)["decoder"]["embedding"]
     for key, embedding in zip(keys, stacked, strict=True):

@@ -72,7 +72,7 @@ def signal_at_step(run: Path, step: int, processes: Sequence[Process], index: in
 def intact_steps(run: Path) -> list[int]:
     """Return the steps that have a checkpoint, and assert that all of these are intact."""
     checkpoints = CheckpointReader(run)
-    steps = checkpoints.steps()
+    steps = checkpoints.list_steps()
     assert not [step for step in steps if checkpoints.find_damage(step)]
     checkpoints.close()
     return steps

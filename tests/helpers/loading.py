@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxembed.config import LoraConfig
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.data.packing import PackedTexts, compute_max_segments, fill_rows, pack_rows
-from jaxembed.devices.mesh import logical_axis_table, make_mesh, param_shardings
+from jaxembed.devices.mesh import make_logical_axis_table, make_mesh, make_param_shardings
 from jaxembed.devices.placement import put_batch
 from jaxembed.formats.weights import load_params
 from jaxembed.model.embedder import EmbeddingModel, infer_parameter_shapes, init_params
@@ -41,7 +41,7 @@ def load_model(
     model = EmbeddingModel(config, spec, ComputeOptions(**compute), lora)
     boxed = infer_parameter_shapes(model)
     mesh = make_mesh(devices) if isinstance(devices, int) else devices
-    shardings = param_shardings(mesh, nn.get_partition_spec(boxed), logical_axis_table(mesh, config.axis_sizes))
+    shardings = make_param_shardings(mesh, nn.get_partition_spec(boxed), make_logical_axis_table(mesh, config.axis_sizes))
     parts = [{"decoder": tree["decoder"]} for tree in (nn.unbox(boxed), shardings)]
     loaded = flatten_dict(load_params(folder, config, *parts))
     absent = tuple((path, sharding) for path, sharding in flatten_dict(shardings).items() if path not in loaded)

@@ -13,15 +13,15 @@ from helpers import tiny
 from jaxembed import config
 from jaxembed.config.catalog import read_catalog
 from jaxembed.config.sections import read_tree
-from jaxembed.config.shipped import shipped_folder
+from jaxembed.config.shipped import find_shipped_folder
 from jaxembed.data.jsonl import write_jsonl
 
-RECIPES = sorted((shipped_folder() / "recipes").glob("*.yaml"))
+RECIPES = sorted((find_shipped_folder() / "recipes").glob("*.yaml"))
 NAMES = [path.stem for path in RECIPES]
 
 
 def find_recipe(name: str) -> Path:
-    return shipped_folder() / "recipes" / f"{name}.yaml"
+    return find_shipped_folder() / "recipes" / f"{name}.yaml"
 
 
 def iter_sources(tree: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -21,7 +21,7 @@ from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.data.batch import Batch
 from jaxembed.data.packing import PackedTexts
 from jaxembed.devices.mesh import make_mesh
-from jaxembed.devices.placement import batch_sharding, replicated_sharding
+from jaxembed.devices.placement import make_batch_sharding, make_replicated_sharding
 from jaxembed.losses.objectives import Objectives
 from jaxembed.model.embedder import EmbeddingModel, infer_parameter_shapes
 from jaxembed.model.hf_config import parse_hf_config
@@ -98,10 +98,10 @@ def compile_step() -> jax.stages.Compiled:
         params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), nn.unbox(infer_parameter_shapes(model)))
         return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), jax.random.key(0))
 
-    state = add_sharding(jax.eval_shape(init_state), replicated_sharding(mesh))
+    state = add_sharding(jax.eval_shape(init_state), make_replicated_sharding(mesh))
     with jax.set_mesh(mesh):
         train = make_train_step(model, Objectives([InfoNCEConfig()]), optimizer, make_schedule(optim, 10))
-        return train.lower(state, add_sharding(make_batch_shapes(), batch_sharding(mesh))).compile()
+        return train.lower(state, add_sharding(make_batch_shapes(), make_batch_sharding(mesh))).compile()
 
 
 if __name__ == "__main__":

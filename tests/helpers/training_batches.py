@@ -19,7 +19,7 @@ from jaxembed.data.batch_sampler import BatchSampler
 from jaxembed.data.packing import PackedTexts
 from jaxembed.data.sources import Source, open_source
 from jaxembed.data.tokenize import TextTokenizer, append_eos
-from jaxembed.devices.mesh import all_shards
+from jaxembed.devices.mesh import make_all_shards
 
 SPEC = EmbeddingSpec(attention="bidirectional", pooling="mean", max_length=16)
 BATCH_SIZE = 16
@@ -47,7 +47,7 @@ def build_host_batches(source: Source, shards: int, steps: int, row_length: int 
     tokenizer = tiny.build_tokenizer()
     append_eos(tokenizer)
     sampler = BatchSampler(sources=[source], tokenizer=TextTokenizer(tokenizer, SPEC), hard_negatives=2, seed=0)
-    build = BatchBuilder(sampler=sampler, row_length=row_length, shards=all_shards(shards))
+    build = BatchBuilder(sampler=sampler, row_length=row_length, shards=make_all_shards(shards))
     plan = BatchPlan([source], BATCH_SIZE, seed=0)
     return [build(step, plan[step]) for step in range(steps)]
 

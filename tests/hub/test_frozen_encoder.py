@@ -29,7 +29,7 @@ from jaxembed.data.batch_sampler import BatchSampler
 from jaxembed.data.pipeline import iter_batches
 from jaxembed.data.sources import open_source
 from jaxembed.data.tokenize import TextTokenizer
-from jaxembed.devices.mesh import all_shards, make_mesh
+from jaxembed.devices.mesh import make_all_shards, make_mesh
 from jaxembed.devices.placement import put_batch
 from jaxembed.errors import UserError
 from jaxembed.hub.frozen_encoder import FrozenEncoder, hash_folder, open_frozen_encoder
@@ -235,7 +235,7 @@ def make_builder(folder: Path, **encoders: Any) -> BatchBuilder:
         sources.append(open_source(SourceConfig(path=str(path), **options), folder))
     tokenizer = TextTokenizer(tiny.build_tokenizer(), EmbeddingSpec(max_length=256))
     sampler = BatchSampler(sources=sources, tokenizer=tokenizer, hard_negatives=2, seed=0)
-    return BatchBuilder(sampler=sampler, row_length=256, shards=all_shards(2), **encoders)
+    return BatchBuilder(sampler=sampler, row_length=256, shards=make_all_shards(2), **encoders)
 
 
 def test_batch_has_the_vector_of_each_text(encoder: FrozenEncoder, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ PACKED, MASKED = "__cudnn$fmhaSoftmax", "__cudnn$fmhaScaleBiasSoftmax"
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Lower for a GPU: JAX asks cuDNN for its version and the GPU for its generation."""
-    monkeypatch.setattr(kernels, "target_platform", lambda: "gpu")
+    monkeypatch.setattr(kernels, "get_target_platform", lambda: "gpu")
     monkeypatch.setattr(library, "check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(library, "check_compute_capability", lambda capability: True)
     find_fault.cache_clear()
@@ -74,7 +74,7 @@ def test_einsum_replaces_cudnn_with_one_warning(caplog: pytest.LogCaptureFixture
         assert not list_calls(lower_text("causal", None, jnp.float32))
         assert not list_calls(lower_text("prefix", None, jnp.bfloat16, tokens=65))
     warning = "attention kernel cudnn does not support {}; einsum is used instead"
-    limits = ("float32 numbers", "rows of an odd number of tokens")
+    limits = ("float32 values", "rows of an odd number of tokens")
     assert [record.message for record in caplog.records] == [warning.format(limit) for limit in limits]
 
 

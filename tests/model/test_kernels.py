@@ -19,7 +19,7 @@ from helpers.commands import TPU_COMPILER_ENV, run_command
 from helpers.loading import draw_texts, load_model, pack_texts
 from helpers.training_batches import list_all_slots
 from jaxembed.config.spec import EmbeddingSpec
-from jaxembed.devices.mesh import make_mesh, target_platform
+from jaxembed.devices.mesh import get_target_platform, make_mesh
 from jaxembed.devices.placement import put_batch
 from jaxembed.errors import UserError
 from jaxembed.model import kernels, splash
@@ -161,7 +161,7 @@ def test_a_model_with_splash_has_the_gradients_of_einsum(
     ("mask", "window", "dtype", "limit"),
     [
         ("prefix", None, jnp.float32, "a mask that treats instructions differently"),
-        ("causal", 3, jnp.float64, "float64 numbers"),
+        ("causal", 3, jnp.float64, "float64 values"),
     ],
 )
 def test_einsum_replaces_splash_with_one_warning(
@@ -178,11 +178,11 @@ def test_einsum_replaces_splash_with_one_warning(
 
 def set_platform(monkeypatch: pytest.MonkeyPatch, platform: str) -> None:
     for module in (kernels, splash):
-        monkeypatch.setattr(module, "target_platform", lambda: platform)
+        monkeypatch.setattr(module, "get_target_platform", lambda: platform)
 
 
 def test_each_platform_has_a_default_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert target_platform() == "cpu"
+    assert get_target_platform() == "cpu"
     assert pick_kernel("auto", 2).func is attend_rows
     message = (
         r"^model.attention_kernel: cudnn does not run on this platform \(found cpu; expected gpu\). "

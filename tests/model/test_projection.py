@@ -36,7 +36,7 @@ DENSE = {"in_features": 32, "out_features": 6, "bias": True, "activation_functio
 
 
 def load_projected(folder: Path, **choices: Any) -> Embedder:
-    """Load a tiny model with a random projection to 6 numbers."""
+    """Load a tiny model with a random projection to 6 dimensions."""
     spec = EmbeddingSpec(max_length=64, projection=6, **choices)
     model, params = load_model(folder, spec)
     random = np.random.default_rng(0)
@@ -52,7 +52,7 @@ def test_export_as_a_dense_module_loads_again(base_folder: Folder, tmp_path: Pat
     # This compares the float32 folder too.
     parity = export(model, out, "bfloat16", Card("projected", "base")).parity
     assert 0 < parity.error <= parity.allowed < 0.1
-    assert "projected to 6 numbers" in (out / "README.md").read_text()
+    assert "projected to 6 dimensions" in (out / "README.md").read_text()
     (out / SPEC_FILE).unlink()  # so that the folder is read as one that sentence-transformers wrote
     again = Embedder.load(out)
     for name, value in ({"projection": 6} | choices).items():
@@ -63,7 +63,7 @@ def test_export_as_a_dense_module_loads_again(base_folder: Folder, tmp_path: Pat
     np.testing.assert_allclose(encode_torch(load_sentence_transformer(out).float(), tiny.TEXTS, ""), ours, atol=1e-5)
     narrow = ours[:, :3] / np.linalg.norm(ours[:, :3], axis=1, keepdims=True)
     np.testing.assert_allclose(again.encode(tiny.TEXTS, dim=3), narrow, atol=1e-6)
-    with pytest.raises(UserError, match=r"dim: 7 is out of range \(vectors of this model have 6 numbers\)"):
+    with pytest.raises(UserError, match=r"dim: 7 is out of range \(vectors of this model have 6 dimensions\)"):
         again.encode(["x"], dim=7)
 
 

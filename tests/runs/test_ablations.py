@@ -14,7 +14,7 @@ import pytest
 
 from helpers.recipes import write_base, write_rows
 from helpers.runs import use_one_device
-from jaxembed.config.shipped import shipped_folder
+from jaxembed.config.shipped import find_shipped_folder
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def ablations() -> Iterator[Any]:
     """The script. It silences a logger, which speaks again afterwards."""
     level = logging.getLogger("jaxembed").level
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(shipped_folder().parent / "benchmarks"))
+        patch.syspath_prepend(str(find_shipped_folder().parent / "benchmarks"))
         yield importlib.import_module("ablations")
     logging.getLogger("jaxembed").setLevel(level)
 

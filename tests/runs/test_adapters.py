@@ -23,9 +23,9 @@ from jaxembed.data.batch_plan import BatchPlan
 from jaxembed.data.batch_sampler import BatchSampler
 from jaxembed.data.sources import Source, open_source
 from jaxembed.data.tokenize import TextTokenizer, append_eos
-from jaxembed.devices.cpu import compiler_options
-from jaxembed.devices.mesh import all_shards, make_mesh
-from jaxembed.devices.placement import put_batch, replicated_sharding
+from jaxembed.devices.cpu import get_compiler_options
+from jaxembed.devices.mesh import make_all_shards, make_mesh
+from jaxembed.devices.placement import make_replicated_sharding, put_batch
 from jaxembed.errors import UserError
 from jaxembed.evaluation.encoders import load_encoder
 from jaxembed.evaluation.heldout import open_held_out_sets, score_sets
@@ -74,7 +74,7 @@ def builder(sources: list[Source], adapters: tuple[str, ...]) -> BatchBuilder:
     append_eos(tokenizer)
     tokenizer = TextTokenizer(tokenizer, EmbeddingSpec(max_length=32))
     sampler = BatchSampler(sources=sources, tokenizer=tokenizer, hard_negatives=0, seed=0)
-    return BatchBuilder(sampler=sampler, row_length=64, shards=all_shards(1), adapters=adapters)
+    return BatchBuilder(sampler=sampler, row_length=64, shards=make_all_shards(1), adapters=adapters)
 
 
 def test_batches_of_adapters_mix_by_the_weights_of_their_sources(folder: Path) -> None:
@@ -117,8 +117,8 @@ def equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
 def test_each_adapter_is_trained_as_if_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a batch does not train stays as it is; what it trains has the parameters, moments and count of one trained alone."""
     # XLA's default fusions, which the tests turn off, round alike in the programs for one adapter and for two.
-    default_fusions = {**compiler_options(), "xla_cpu_use_fusion_emitters": True}
-    monkeypatch.setattr("jaxembed.training.step.compiler_options", lambda: default_fusions)
+    default_fusions = {**get_compiler_options(), "xla_cpu_use_fusion_emitters": True}
+    monkeypatch.setattr("jaxembed.training.step.get_compiler_options", lambda: default_fusions)
     lora = LoraConfig(rank=2, alpha=4.0, targets=("q_proj", "down_proj"))
     mesh, optim = make_mesh(1), OptimConfig(learning_rate=0.01, schedule="constant", weight_decay=0.1)
     model, params = load_model(
@@ -136,7 +136,7 @@ def test_each_adapter_is_trained_as_if_alone(folder: Path, monkeypatch: pytest.M
         build, zero = builder(opened(folder, *adapters or ("",)), adapters), jnp.zeros((), jnp.int32)
         batches = [put_batch(mesh, build(0, np.arange(8) + 96 * i).batch) for i in range(len(adapters) or 1)]
         state, seen, found = TrainState(trained, opt_state, zero, jax.random.key(0), frozen), [], []
-        state = jax.device_put(state, replicated_sharding(mesh))
+        state = jax.device_put(state, make_replicated_sharding(mesh))
         for index in order:
             seen.append(jax.device_get((state.params, state.opt_state)))
             state, metrics = step(copy(state), batches[index])

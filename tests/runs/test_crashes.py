@@ -44,7 +44,7 @@ def uninterrupted(folder: Path) -> list[float]:
 
 def list_checkpoints(run: Path) -> list[int]:
     checkpoints = CheckpointReader(run)
-    steps = checkpoints.steps()
+    steps = checkpoints.list_steps()
     checkpoints.close()
     return steps
 

@@ -64,7 +64,7 @@ def test_files_that_are_no_vectors_are_refused(tmp_path: Path) -> None:
         ):
             VectorFile(path)
     _, _, file = write_vectors(tmp_path, "float32")
-    with pytest.raises(UserError, match=r"its vectors have 64 numbers, those of the queries 8\. Encode both"):
+    with pytest.raises(UserError, match=r"its vectors have 64 dimensions, those of the queries 8\. Encode both"):
         search_file(np.zeros((1, 8), np.float32), file, 1)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(

@@ -18,7 +18,7 @@ from helpers.training_batches import SPEC, assert_trees_close, build_host_batche
 from jaxembed.config import ExitsConfig, InfoNCEConfig, LoraConfig, MatryoshkaConfig
 from jaxembed.data.batch import Batch
 from jaxembed.data.sources import Source
-from jaxembed.devices.mesh import make_mesh, shard_count
+from jaxembed.devices.mesh import count_shards, make_mesh
 from jaxembed.devices.placement import put_batch
 from jaxembed.losses import blockwise
 from jaxembed.losses.objectives import Objectives
@@ -55,7 +55,7 @@ def value_and_grad(
     """Return the loss and the gradients of all parameters, also the frozen ones, on a mesh."""
     mesh = make_mesh(*shape)
     params = jax.device_put(params, compute_shapes_and_shardings(model, mesh)[1])
-    host = build_host_batches(source, shard_count(mesh), 1, row_length=32)[0].batch
+    host = build_host_batches(source, count_shards(mesh), 1, row_length=32)[0].batch
 
     @jax.jit
     @jax.value_and_grad

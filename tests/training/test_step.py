@@ -19,8 +19,8 @@ from helpers.loading import load_model
 from helpers.training_batches import BATCH_SIZE, SPEC, build_host_batches
 from jaxembed.config import InfoNCEConfig, OptimConfig
 from jaxembed.data.sources import Source
-from jaxembed.devices.mesh import make_mesh, shard_count
-from jaxembed.devices.placement import put_batch, replicated_sharding
+from jaxembed.devices.mesh import count_shards, make_mesh
+from jaxembed.devices.placement import make_replicated_sharding, put_batch
 from jaxembed.losses.objectives import Objectives
 from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.training.optim import make_optimizer, make_schedule
@@ -36,7 +36,7 @@ def place_copy(x: jax.Array, sharding: Sharding, dtype: Any = None) -> jax.Array
 
 def init_state(params: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     params = jax.tree.map(lambda x: place_copy(x, x.sharding), params)  # a step donates its state
-    replicated = replicated_sharding(mesh)
+    replicated = make_replicated_sharding(mesh)
     opt_state = optax.tree.map_params(
         optimizer, lambda x, like: place_copy(x, like.sharding), jax.jit(optimizer.init)(params), params,
         transform_non_params=lambda x: place_copy(x, replicated),
@@ -53,7 +53,7 @@ def train_steps(
     state, metrics = init_state(params, optimizer, mesh), []
     objectives, shardings = Objectives([InfoNCEConfig(temperature=0.1)]), jax.tree.map(lambda x: x.sharding, state)
     step = make_train_step(model, objectives, optimizer, make_schedule(optim, steps), shardings=shardings)
-    batches = [put_batch(mesh, host.batch) for host in build_host_batches(source, shard_count(mesh), 2, row_length)]
+    batches = [put_batch(mesh, host.batch) for host in build_host_batches(source, count_shards(mesh), 2, row_length)]
     with jax.set_mesh(mesh):
         for batch in islice(cycle(batches), steps):
             state, values = step(state, batch)

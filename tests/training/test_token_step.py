@@ -25,7 +25,7 @@ from jaxembed.data.masked_texts import MaskedTextReader
 from jaxembed.data.sources import open_source
 from jaxembed.data.token_batch import NOT_PREDICTED, TokenBatchBuilder, TokenText
 from jaxembed.data.tokenize import TextTokenizer
-from jaxembed.devices.mesh import all_shards, make_mesh, shard_count
+from jaxembed.devices.mesh import count_shards, make_all_shards, make_mesh
 from jaxembed.devices.placement import put_batch
 from jaxembed.losses.objectives import Objectives
 from jaxembed.model.lora import join_params, split_params
@@ -45,7 +45,7 @@ def make_builder(folder: Path, shards: int) -> TokenBatchBuilder:
     source = open_source(SourceConfig(path=str(folder / "texts.jsonl")), folder)
     reader = MaskedTextReader(MNTP, TextTokenizer(tiny.build_tokenizer(), SPEC), "objectives.0")
     plan = BatchPlan([source], 16, seed=0)
-    return TokenBatchBuilder(plan=plan, read=reader, row_length=32, shards=all_shards(shards), seed=0)
+    return TokenBatchBuilder(plan=plan, read=reader, row_length=32, shards=make_all_shards(shards), seed=0)
 
 
 def compute(folder: Path, base: Path, mesh: Mesh, lora: bool, chunk_rows: int | None, **keys: Any) -> tuple[Any, Any]:
@@ -55,7 +55,7 @@ def compute(folder: Path, base: Path, mesh: Mesh, lora: bool, chunk_rows: int | 
     if lora:
         trained = jax.tree.map(lambda x: x + 0.02 * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), trained)
     with jax.set_mesh(mesh):
-        host_batch = make_builder(folder, shard_count(mesh))(0)
+        host_batch = make_builder(folder, count_shards(mesh))(0)
         batch = put_batch(mesh, Batch(token_batches={"mntp": host_batch.batch}))
 
         def loss(trained, frozen, batch):

@@ -195,7 +195,7 @@ def test_other_model_has_no_explanation(served: dict[str, Served]) -> None:
 def test_fewer_numbers_are_named(served: dict[str, Served], narrow_variants: VariantEncoder) -> None:
     one = dataclasses.replace(served["causal"], variants=narrow_variants)
     vectors = np.stack([probe.vector for probe in one.folder.probes])[:, :NARROW_WIDTH]
-    assert name_changes(one.diagnose(vectors)) == [["width: the first 16 numbers instead of 32"]]
+    assert name_changes(one.diagnose(vectors)) == [["width: the first 16 dimensions instead of 32"]]
     assert list_pool_variants(narrow_variants.embedder, NARROW_WIDTH, dim=NARROW_WIDTH)[0].changes == ()
     assert list_pool_variants(narrow_variants.embedder, 48) == []
 
@@ -252,7 +252,7 @@ def test_folder_or_model_that_does_not_fit_is_one_line(
     with monkeypatch.context() as patch:
         patch.setattr(comparison, "diagnose", lambda *_: Diagnosis([], VariantMatch((), 0.5)))
         for width in (48, NARROW_WIDTH):
-            with pytest.raises(UserError, match=rf"vectors of {width} numbers \(those of .* have 32\), so the model "):
+            with pytest.raises(UserError, match=rf"vectors of {width} dimensions \(those of .* have 32\), so the model "):
                 verify_with(one, lambda inputs, width=width: random[: len(inputs), :width])
     others = [dataclasses.replace(probe, vector=-probe.vector) for probe in one.folder.probes]
     monkeypatch.setattr(comparison, "read_probe_file", lambda _: others)
