@@ -1,8 +1,9 @@
 """Time and peak memory of `jaxembed curate` on synthetic rows, each size in a process of its own.
 
-Usage: python benchmarks/curation_scale.py STEPS ROWS [ROWS ...] [--words N] [--memory-mb N]
+Usage: python benchmarks/curation_scale.py STEPS ROWS [ROWS ...] [--words N] [--memory-mb N] [--datatrove PYTHON]
 
-STEPS is `text` (clean, quality, negatives, exact duplicates, balance) or `near` (near duplicates of queries).
+STEPS is `text` (clean, quality, negatives, exact duplicates, balance) or `near` (near duplicates of queries). PYTHON is that of
+an environment for `near_copies_datatrove.py`, which then works on the same rows.
 """
 
 from __future__ import annotations
@@ -51,11 +52,20 @@ def measure(name: str, count: int, words: int, memory_mb: int) -> None:
         write_jsonl(folder / "rows.jsonl", iter_synthetic(count, words))
         sources = [{"path": str(folder / "rows.jsonl")}]
         tree = {"out": str(folder / "out"), "memory_mb": memory_mb, "sources": sources, "steps": STEPS[name]}
-        start = time.monotonic()
+        start, cpu_start = time.monotonic(), time.process_time()
         result = curate(CurateConfig.model_validate(tree), make_context(folder / "cache"), "benchmark")
-        seconds = time.monotonic() - start
+        seconds, cpu = time.monotonic() - start, time.process_time() - cpu_start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    print(f"| {name} | {count:,} | {result['rows']['rows']['out']:,} | {seconds:,.0f} | {peak:,.0f} |", flush=True)
+    print(f"| {name} | {count:,} | {result['rows']['rows']['out']:,} | {seconds:,.0f} | {cpu:,.0f} | {peak:,.0f} |", flush=True)
+
+
+def run_datatrove(python: str, count: int, words: int) -> None:
+    """Let datatrove remove the near copies of the same rows."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.jsonl"
+        write_jsonl(path, iter_synthetic(count, words))
+        script = str(Path(__file__).with_name("near_copies_datatrove.py"))
+        subprocess.run([python, script, str(path), str(count)], check=True, stderr=subprocess.DEVNULL)
 
 
 def main() -> None:
@@ -64,15 +74,18 @@ def main() -> None:
     parser.add_argument("rows", nargs="+", type=int)
     parser.add_argument("--words", type=int, default=16, help="words of a query")
     parser.add_argument("--memory-mb", type=int, default=64)
+    parser.add_argument("--datatrove", metavar="PYTHON", help="also run datatrove, with this Python")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         measure(args.steps, args.rows[0], args.words, args.memory_mb)
         return
-    print("| steps | rows | kept | seconds | peak memory, MiB |\n|---|---|---|---|---|", flush=True)
+    print("| steps | rows | kept | seconds | CPU seconds | peak memory, MiB |\n|---|---|---|---|---|---|", flush=True)
     for count in args.rows:
         options = ["--words", str(args.words), "--memory-mb", str(args.memory_mb), "--child"]
         subprocess.run([sys.executable, __file__, args.steps, str(count), *options], check=True, stderr=subprocess.DEVNULL)
+        if args.datatrove:
+            run_datatrove(args.datatrove, count, args.words)
 
 
 if __name__ == "__main__":
