@@ -69,7 +69,7 @@ def main() -> None:
     retain_freed_memory()
     mesh = make_mesh(1)
     base = find_base(args.base)
-    spec = base.spec.with_choices(config.model, config.data.max_length)
+    spec = base.spec.apply_model_config(config.model, config.data.max_length)
     embedder = load_embedder(base, spec, ComputeOptions(), mesh)
     sources = open_sources(config.data, Path(tempfile.gettempdir()))
     sampler = BatchSampler(sources=sources, tokenizer=embedder.tokenizer, hard_negatives=0, seed=0)

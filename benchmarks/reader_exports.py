@@ -45,7 +45,7 @@ from jaxembed.model.transformer import ComputeOptions
 
 MAX_LENGTH = 64  # tokens; fewer than the decoder's positions, so that a reader must read it
 OWN_TOKENIZER_SIZE = 600  # entries
-QUERY_PROMPT = EmbeddingSpec().prompt(PROBE_INSTRUCTION)
+QUERY_PROMPT = EmbeddingSpec().build_prompt(PROBE_INSTRUCTION)
 DIM = 32  # numbers of short vectors
 PROJECTION = {"projection": 48, "projection_bias": True, "projection_activation": "tanh"}
 LORA = LoraConfig(rank=4, alpha=8, dropout=0.0)

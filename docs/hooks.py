@@ -19,7 +19,7 @@ import recipe_pages  # noqa: E402  (after the checkout is on the path)
 from jaxembed import config  # noqa: E402
 from jaxembed.__main__ import COMMANDS  # noqa: E402
 from jaxembed.config.curation import CurateConfig  # noqa: E402
-from jaxembed.config.sections import table  # noqa: E402
+from jaxembed.config.sections import make_key_table  # noqa: E402
 from jaxembed.config.synthesis import SynthesisConfig  # noqa: E402
 
 PLACEHOLDER = re.compile(r"<!-- generated: ([\w-]+) -->")
@@ -44,7 +44,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 def config_keys() -> str:
     """Return a heading and a table of keys for each section of the configuration."""
-    header, rule, *rows = table(config.Config).splitlines()
+    header, rule, *rows = make_key_table(config.Config).splitlines()
     sections: dict[str, list[str]] = {}
     for row in rows:
         section = re.match(r"\| `(\w+)", row)
@@ -55,12 +55,12 @@ def config_keys() -> str:
 
 def curation_keys() -> str:
     """Return a table of the keys of a curation, without those of sources."""
-    return "\n".join(row for row in table(CurateConfig).splitlines() if not row.startswith("| `sources[]."))
+    return "\n".join(row for row in make_key_table(CurateConfig).splitlines() if not row.startswith("| `sources[]."))
 
 
 def synthesis_keys() -> str:
     """Return a table of the keys of a synthesis recipe."""
-    return table(SynthesisConfig)
+    return make_key_table(SynthesisConfig)
 
 
 def command_options() -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxembed import cli
 from jaxembed.config.curation import CurateConfig, load_curate_config
-from jaxembed.config.sections import table
+from jaxembed.config.sections import make_key_table
 from jaxembed.errors import UserError
 from jaxembed.files import cache_dir
 from jaxembed.training.shutdown import stop_on_signals
@@ -93,7 +93,7 @@ def make_parser() -> cli.Parser:
     parser.add_argument(
         "--workers", type=cli.integer_from(1), metavar="N", help="workers of --ray (default: the processors of the cluster)"
     )
-    keys = table(CurateConfig).replace("%", "%%")
+    keys = make_key_table(CurateConfig).replace("%", "%%")
     parser.add_argument("--keys", action="version", version=keys, help="list every key of a config and exit")
     return parser
 

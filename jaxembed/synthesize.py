@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxembed import cli
-from jaxembed.config.sections import table
+from jaxembed.config.sections import make_key_table
 from jaxembed.config.shipped import SYNTHESIS_FOLDER, find_config
 from jaxembed.config.synthesis import SynthesisConfig, load_synthesis_config
 from jaxembed.config.synthesis_steps import BM25, SearchStepConfig
@@ -101,7 +101,7 @@ def make_parser() -> cli.Parser:
         "--dry-run", action="store_true", help="estimate requests and tokens, and show a prompt of each step; send no request"
     )
     cli.add_server_arguments(parser, timeout_s=120)
-    keys = table(SynthesisConfig).replace("%", "%%")
+    keys = make_key_table(SynthesisConfig).replace("%", "%%")
     parser.add_argument("--keys", action="version", version=keys, help="list every key of a recipe and exit")
     return parser
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxembed import cli
 from jaxembed.config import Config, load_config
-from jaxembed.config.sections import table
+from jaxembed.config.sections import make_key_table
 from jaxembed.config.shipped import list_shipped_configs
 from jaxembed.data.sources import detect_format
 from jaxembed.devices import processes
@@ -62,7 +62,7 @@ def make_parser() -> cli.Parser:
     parser.epilog = f"shipped configs: {', '.join(list_shipped_configs())}"
     parser.hint = "Set config keys as train.steps=3. "
     parser.add_argument(
-        "--keys", action="version", version=table(Config).replace("%", "%%"), help="list every config key and exit"
+        "--keys", action="version", version=make_key_table(Config).replace("%", "%%"), help="list every config key and exit"
     )
     parser.add_argument("config", metavar="CONFIG.yaml", help="config file, or the name of a shipped config (below)")
     parser.add_argument(

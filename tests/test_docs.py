@@ -31,7 +31,7 @@ from helpers.runs import use_one_device
 from jaxembed import config
 from jaxembed.config.curation import CurateConfig
 from jaxembed.config.instructions import InstructionTable
-from jaxembed.config.sections import parse_section, table
+from jaxembed.config.sections import make_key_table, parse_section
 from jaxembed.data.beir import write_beir
 from jaxembed.data.jsonl import write_jsonl
 
@@ -129,7 +129,7 @@ def anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", PAGES, ids=page_id)
 def test_every_key_exists(path: Path) -> None:
-    known = {key.replace("[]", "") for key in re.findall(r"^\| `([^`]+)`", table(config.Config), re.M)}
+    known = {key.replace("[]", "") for key in re.findall(r"^\| `([^`]+)`", make_key_table(config.Config), re.M)}
     parents = {key.rpartition(".")[0] for key in known}
     text = re.sub(r"python -m [\w.]+|jaxembed/[\w/]+\.py", "", path.read_text())
     keys = re.findall(rf"\b((?:{SECTIONS})\.[\w.]+)=", text) + re.findall(rf"`((?:{SECTIONS})\.[\w.\[\]]+)[`=]", text)
@@ -148,7 +148,7 @@ def test_paths_of_the_checkout_exist(path: Path) -> None:
 def test_the_config_reference_has_every_key() -> None:
     hooks = runpy.run_path(str(DOCS / "hooks.py"))
     page = hooks["on_page_markdown"]((DOCS / "reference" / "config.md").read_text())
-    assert set(table(config.Config).splitlines()) <= set(page.splitlines())
+    assert set(make_key_table(config.Config).splitlines()) <= set(page.splitlines())
 
 
 def test_every_page_is_in_the_navigation() -> None:

@@ -38,7 +38,9 @@ class CleanStepConfig(StepConfig):
     control_chars: bool = Field(
         True, description="Remove control and zero-width characters, except joiners between other characters."
     )
-    boilerplate: Patterns = Field((), description="Regular expressions. A line is removed if one of them matches all of it.")
+    boilerplate: Patterns = Field(
+        (), description="Regular expressions. A line is removed if one of them matches the whole line."
+    )
     whitespace: bool = Field(
         True, description="Collapse runs of spaces and blank lines, and strip both ends. Indentation stays."
     )
@@ -108,13 +110,13 @@ class DuplicatesStepConfig(StepConfig):
     name: Literal["duplicates"] = "duplicates"
     of: Literal["queries", "positives", "pairs"] = Field(
         "pairs",
-        description="What must not occur twice: a query, a positive, or a query with a positive. A row whose query is a copy "
-        "is dropped; otherwise only the positive is.",
+        description="What must be unique: queries, positives, or pairs of both. For queries, the whole row of a copy is "
+        "dropped; otherwise only the positive.",
     )
     match: Literal["exact", "near", "semantic"] = Field(
         "exact",
-        description="exact: equal by the rule of training. near: a Jaccard index of at least threshold. semantic: a cosine of "
-        "the vectors of model of at least threshold.",
+        description="exact: texts that training treats as equal. near: a Jaccard index of at least threshold. semantic: "
+        "a cosine of at least threshold between the vectors of model.",
     )
     threshold: Annotated[float, Field(ge=0.5, le=1)] | None = Field(
         None,
@@ -122,11 +124,12 @@ class DuplicatesStepConfig(StepConfig):
         "minimum cosine of two texts. Default: 0.95.",
     )
     model: str = Field("", description="semantic: MODEL that encodes the texts: a run directory, folder, or hub id.")
-    across_sources: bool = Field(True, description="Compare the texts of all sources. false: each source alone.")
+    across_sources: bool = Field(True, description="Compare texts across sources. false: compare within each source.")
     keep: tuple[KeepRule, ...] = Field(
         ("longest",),
         max_length=3,
-        description="Rules for the copy to keep. A later rule breaks ties. source_priority: the source that is listed first.",
+        description="Rules that choose the copy to keep; later rules break ties. source_priority: the copy from the "
+        "source that is listed first.",
     )
 
     @model_validator(mode="after")
@@ -151,7 +154,9 @@ class NegativesStepConfig(StepConfig):
         description="Field of a row with the answer, or a list of answers. A negative that contains one is dropped. "
         "Default: no field.",
     )
-    max_negatives: Positive | None = Field(None, description="Maximum negatives of a row: the first ones. Default: no limit.")
+    max_negatives: Positive | None = Field(
+        None, description="Maximum negatives of a row; the first ones are kept. Default: no limit."
+    )
     min_negatives: int = Field(0, ge=0, description="Minimum negatives of a row. Rows with fewer are dropped.")
 
     @model_validator(mode="after")
@@ -169,13 +174,15 @@ class DecontaminateStepConfig(StepConfig):
     name: Literal["decontaminate"] = "decontaminate"
     tasks: tuple[NonEmpty, ...] = Field((), description="Names of MTEB tasks.")
     beir: tuple[NonEmpty, ...] = Field(
-        (), description="BEIR folders: their documents, and the queries of the first of test, dev and train that exists."
+        (),
+        description="BEIR folders: their documents, and the queries of the first existing split of test, dev and train.",
     )
     files: tuple[NonEmpty, ...] = Field((), description="Files, folders, patterns, or datasets, as in the path of a source.")
     parts: tuple[Literal["queries", "documents"], ...] = Field(
         ("queries", "documents"),
         min_length=1,
-        description="Parts of the evaluation sets to compare with. Texts that are neither are always compared.",
+        description="Parts of the evaluation sets to compare with. Texts that are neither queries nor documents are "
+        "always used.",
     )
     sides: tuple[Side, ...] = Field(ALL_SIDES, min_length=1, description="Sides of a row whose texts are compared.")
     ngram_words: Annotated[int, Field(ge=3, le=100)] | None = Field(
@@ -185,7 +192,7 @@ class DecontaminateStepConfig(StepConfig):
     )
     bm25_threshold: Share | None = Field(
         None,
-        description="Also drop texts whose BM25 similarity to an evaluation text is at least this, from 0 to 1 (equal terms). "
+        description="Also drop texts with at least this BM25 similarity to an evaluation text, from 0 to 1 (equal terms). "
         "Default: not compared.",
     )
 
@@ -202,7 +209,7 @@ class FunctionStepConfig(StepConfig):
     name: Literal["function"] = "function"
     function: str = Field(
         description="Dotted path of a function, such as my_package.my_module.my_function. It gets a row and returns it, "
-        "changed or not, or None to drop it."
+        "possibly changed, or None to drop it."
     )
     on_error: Literal["stop", "drop", "keep"] = Field(
         "stop", description="What to do if the function raises: end the command, drop the row, or keep it unchanged."
@@ -217,25 +224,26 @@ class FunctionStepConfig(StepConfig):
 
 
 class BalanceStepConfig(StepConfig):
-    """Limit the rows of each source, label, or value of a field. The draw depends on the seed and the rows' content."""
+    """Limit the rows of each source, label, or value of a field. The draw depends only on the seed and the rows' content."""
 
     name: Literal["balance"] = "balance"
     by: NonEmpty = Field(
         "source",
-        description="What rows are grouped by: source, label, or another field of the rows. Rows without it form one group.",
+        description="Key by which rows are grouped: source, label, or another field of the rows. Rows without it form "
+        "one group.",
     )
     max_rows: Positive | None = Field(None, description="Maximum rows of a group. Default: no limit.")
     share: Share = Field(1.0, description="Share of the rows to draw. max_rows applies after it.")
     rows: Positive | None = Field(
         None,
-        description="Number of rows to draw from all groups together: from each in proportion to its weight times its size to "
-        "the power of exponent, and at most all of it. Default: no number.",
+        description="Number of rows to draw in total, divided among the groups in proportion to weight * size^exponent. "
+        "Default: no limit.",
     )
     exponent: float = Field(
-        1.0, ge=0, le=1, description="rows: power of the size of a group. 1: groups keep their shares. 0: equal shares."
+        1.0, ge=0, le=1, description="rows: exponent of the group size. 1: groups keep their shares. 0: equal shares."
     )
     weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
-        {}, description="rows: weight of a group, by its value. Default: 1 each."
+        {}, description="rows: weight of each group, by its value. Default: 1."
     )
 
     @model_validator(mode="after")
@@ -243,14 +251,14 @@ class BalanceStepConfig(StepConfig):
         if self.max_rows is None and self.share == 1 and self.rows is None:
             raise ValueError("a balance step needs rows, max_rows or share. Set one of them.")
         if self.rows is None and (self.exponent != 1 or self.weights):
-            raise ValueError("exponent and weights divide a number of rows among groups. Set rows.")
+            raise ValueError("exponent and weights apply only to rows. Set rows.")
         if self.rows is not None and self.share != 1:
-            raise ValueError("rows and share both say how much is drawn. Remove one of them.")
+            raise ValueError("rows and share exclude each other. Remove one of them.")
         return self
 
 
 class CurriculumStepConfig(StepConfig):
-    """Write the level of each row, by its difficulty, into a field. Stages of training select levels with `where`."""
+    """Divide rows into levels of difficulty, written into a field. Stages of training select levels with `where`."""
 
     name: Literal["curriculum"] = "curriculum"
     by: NonEmpty = Field(
@@ -259,7 +267,7 @@ class CurriculumStepConfig(StepConfig):
         "positive, as mine and judge write them.",
     )
     levels: Annotated[int, Field(ge=2, le=100)] = Field(3, description="Number of levels, with equal numbers of rows.")
-    descending: bool = Field(False, description="Put rows with large numbers first. Default: small numbers, the easy rows.")
+    descending: bool = Field(False, description="Put rows with large values first. Default: small values first, the easy rows.")
     field: NonEmpty = Field("level", description="Field that is written: 1 for the first level.")
 
 
@@ -285,19 +293,22 @@ class CurateConfig(Section):
 
     out: NonEmpty = Field(description="Folder of the training files and the report. It must not exist.")
     format: Literal["jsonl", "array_record"] = Field("jsonl", description="Format of the training files.")
-    metadata: tuple[str, ...] = Field((), description="Fields to write besides those that training reads, if a row has them.")
+    metadata: tuple[str, ...] = Field((), description="Additional fields to write, besides those that training reads.")
     seed: int = Field(
         0, ge=0, le=2**63 - 1, description="Seed of the rows that balance draws, and of the samples in the report."
     )
     memory_mb: int = Field(
-        512, ge=16, le=2**20, description="Memory in MiB for what a step compares at a time. Each text needs about a byte more."
+        512,
+        ge=16,
+        le=2**20,
+        description="Memory in MiB for the data that a step compares at a time. Each text needs about one byte in addition.",
     )
     sources: tuple[SourceConfig, ...] = Field(min_length=1, description="Sources, as in the data section of training.")
     steps: tuple[AnyStep, ...] = Field(min_length=1)
 
     @property
     def output_metadata(self) -> tuple[str, ...]:
-        """Fields to write besides those that training reads: `metadata`, and the fields that steps write."""
+        """Fields to write in addition to those that training reads: `metadata`, and the fields that steps write."""
         fields = [step.field for step in self.steps if isinstance(step, CurriculumStepConfig | ClusterStepConfig)]
         return tuple(dict.fromkeys([*self.metadata, *fields]))
 

@@ -34,14 +34,15 @@ class JudgeConfig(Section):
         description="causal_lm and server: what makes a document relevant. Default: that of Qwen3-Reranker.",
     )
     max_length: Positive = Field(
-        1024, description="causal_lm: maximum tokens of the whole input. Documents are cut, and queries at half of it."
+        1024,
+        description="causal_lm: maximum tokens of the whole input. Longer documents are truncated. A query gets at most half.",
     )
     template: str = Field(
         QWEN3_TEMPLATE,
         description="causal_lm: input with {instruction}, {query} and {document}. Default: that of Qwen3-Reranker.",
     )
     answers: tuple[NonEmpty, NonEmpty] = Field(
-        ("yes", "no"), description="causal_lm: the tokens of the answers relevant and not relevant."
+        ("yes", "no"), description="causal_lm: the tokens that mean relevant and not relevant."
     )
 
     @model_validator(mode="after")
@@ -51,7 +52,7 @@ class JudgeConfig(Section):
                 f"kind is {self.kind!r}: {'set the url of the server' if not self.url else 'only server reads url'}"
             )
         if self.template.count("{document}") != 1 or "{query}" not in self.split_template()[0]:
-            raise ValueError("template must contain {query}, and after it {document}, once")
+            raise ValueError("template must contain {query} and then {document}, each once")
         return self
 
     def split_template(self) -> tuple[str, str]:
@@ -61,7 +62,7 @@ class JudgeConfig(Section):
 
 
 class MineStepConfig(MineConfig):
-    """Mine negatives for pairs, remove positives that a model does not find, and replace positives by better documents."""
+    """Mine negatives for pairs, remove positives that a model does not find, and replace positives with better documents."""
 
     name: Literal["mine"] = "mine"
     model: NonEmpty = Field(description="MODEL whose vectors find candidates: a run directory, folder, or hub id.")
@@ -77,16 +78,18 @@ class MineStepConfig(MineConfig):
     rankers: tuple[Ranker, ...] = Field(
         ("vectors",),
         min_length=1,
-        description="Rankings that order the candidates. Several are fused by reciprocal rank. Without judge among them, the "
-        "scores of a judge alone reorder the candidates.",
+        description="Rankings of the candidates. Several are combined by reciprocal rank fusion. If a judge is set but "
+        "not listed here, its scores alone reorder the candidates.",
     )
     judge: JudgeConfig | None = Field(
-        None, description="Scores that replace the cosines of candidates, positives and negatives. Default: cosines."
+        None, description="Model whose scores replace the cosines of candidates, positives and negatives. Default: cosines."
     )
     relabel: bool = Field(
-        False, description="Replace the positives of a row by the candidate with the best score, if that is higher than theirs."
+        False, description="Replace the positives of a row with the best-scoring candidate, if it scores higher than they do."
     )
-    relabel_margin: float = Field(0, ge=0, description="How much higher that candidate must score than the best positive.")
+    relabel_margin: float = Field(
+        0, ge=0, description="Minimum difference between the scores of that candidate and of the best positive."
+    )
 
     @model_validator(mode="after")
     def _check_judge(self) -> MineStepConfig:
@@ -98,23 +101,27 @@ class MineStepConfig(MineConfig):
 
 
 class JudgeStepConfig(Section):
-    """Score the documents of pairs, write the scores, and drop documents by them."""
+    """Score the documents of pairs, write the scores, and drop documents by score."""
 
     name: Literal["judge"] = "judge"
     judge: JudgeConfig = Field(description="The model that scores.")
     min_positive: float | None = Field(None, description="Minimum score of a positive. Default: no limit.")
     max_negative: float | None = Field(None, description="Maximum score of a negative. Default: no limit.")
     negative_margin: float | None = Field(
-        None, description="Minimum distance of a negative below the lowest positive of its row. Default: no limit."
+        None,
+        description="Minimum difference between the lowest "
+        "score of a positive of the row and the score of a negative. Default: no limit.",
     )
 
 
 class ClusterStepConfig(Section):
-    """Write the number of the cluster of each row into a field, by spherical k-means of vectors."""
+    """Cluster the vectors of rows by spherical k-means, and write the cluster of each row into a field."""
 
     name: Literal["cluster"] = "cluster"
     model: NonEmpty = Field(description="MODEL that encodes the texts: a run directory, folder, or hub id.")
-    of: Literal["queries", "positives"] = Field("queries", description="What is clustered: the query, or the first positive.")
+    of: Literal["queries", "positives"] = Field(
+        "queries", description="Text that represents a row: the query, or the first positive."
+    )
     clusters: Annotated[int, Field(ge=2, le=2**20)] = Field(description="Number of clusters.")
     iterations: Positive = Field(20, description="Maximum iterations of k-means.")
     field: NonEmpty = Field("cluster", description="Field that is written.")

@@ -29,7 +29,7 @@ class FewShotConfig(Section):
 
 
 class PairTemplate(Section):
-    """How a row of a documents source becomes a pair."""
+    """Templates that turn a row of a documents source into a pair."""
 
     query: str = Field(description='Template of the query. Names fields of a row in braces, such as "{title}".')
     positive: str = Field(description='Template of the positive, such as "{body}".')
@@ -104,11 +104,11 @@ class SourceConfig(Section):
     )
     split: str = Field(
         "",
-        description="Split of a dataset whose path names none (hf:NAME, tfds:NAME, or a saved dataset with several splits), "
-        "or of a BEIR folder (qrels/SPLIT.tsv). Default for BEIR: the first that exists of train, dev and test; the log says "
-        "which.",
+        description="Split of a dataset whose path names none (hf:NAME, tfds:NAME, or a saved dataset with several "
+        "splits), or of a BEIR folder (qrels/SPLIT.tsv). Default for BEIR: the first that exists of train, dev and test. "
+        "The choice is logged.",
     )
-    name: str = Field("", description="Name in logs, and of the exported prompt of the source. Default: the stem of the path.")
+    name: str = Field("", description="Name of the source in logs, and of its exported prompt. Default: the stem of the path.")
     weight: float = Field(
         1.0, ge=1e-6, le=1e6, description="Share of the mixture, relative to the weights of the other sources."
     )
@@ -127,16 +127,16 @@ class SourceConfig(Section):
         description="labels: which texts are the documents. labels: the names of the labels. examples: other labeled texts. "
         "auto: labels if there are two labels, otherwise examples.",
     )
-    label_names: dict[str, NonEmpty] = Field(
-        {}, description="labels: text that spells out each label. Default: the label itself."
-    )
+    label_names: dict[str, NonEmpty] = Field({}, description="labels: text to use for each label. Default: the label itself.")
     label_negatives: Literal["own", "all"] = Field(
-        "own", description="labels: draw negatives from the labels of this source, or of all sources of the stage (KaLM)."
+        "own",
+        description="labels: draw negatives from the labels of this source (own), or of all sources of the stage "
+        "(all, as in KaLM).",
     )
     single_labels: Literal["error", "skip"] = Field(
-        "error", description="labels: what to do with a text whose label has no other example that could be its positive."
+        "error", description="labels: what to do with a text that has no positive because no other example has its label."
     )
-    max_examples: Positive | None = Field(None, description="Number of examples to use, drawn once. Default: all of them.")
+    max_examples: Positive | None = Field(None, description="Number of examples to use, drawn once. Default: all.")
     min_score: float = Field(
         4.0,
         description="scored_pairs: minimum score of a positive pair. The default is for scores from 0 to 5; scores above 5 "
@@ -149,8 +149,8 @@ class SourceConfig(Section):
     )
     score_range: tuple[float, float] | None = Field(
         None,
-        description="scored_pairs: lowest and highest possible score, such as [0, 5]. A score outside is an error. Default for "
-        "graded sources: the first of [0, 1], [-1, 1] and [0, 5] that contains all scores.",
+        description="scored_pairs: lowest and highest possible score, such as [0, 5]. A score outside of it is an error. "
+        "Default for graded sources: the first of [0, 1], [-1, 1] and [0, 5] that contains all scores.",
     )
     label_scores: dict[str, float] = Field(
         {},
@@ -160,13 +160,13 @@ class SourceConfig(Section):
     pair_templates: tuple[PairTemplate, ...] = Field(
         (),
         max_length=32,
-        description="documents: templates of the pairs that a row yields. Each visit draws one whose fields the row has.",
+        description="documents: templates of the pairs of a row. Each time, one is drawn among those whose fields the row has.",
     )
     equality: Literal["normalized", "exact"] = Field(
         "normalized",
-        description="documents: when a query and a positive count as equal, which makes no pair. normalized: if they differ at "
-        "most in case, white space, Unicode form, and invisible characters. exact: only if they are identical. Runs of earlier "
-        "versions keep exact.",
+        description="documents: rule by which a query and a positive are equal, in which case they make no pair. "
+        "normalized: case, white space, Unicode form, and invisible characters are ignored. exact: only identical texts "
+        "are equal. Runs of earlier versions keep exact.",
     )
     where: Where = Field({}, description="Value, or list of values, that a field of a row must have. Other rows are left out.")
     min_chars: int = Field(
@@ -273,7 +273,7 @@ class MixtureConfig(Section):
     """The shares of the sources in the training data."""
 
     by: Literal["weight", "size"] = Field(
-        "weight", description="What the share of a source is proportional to: its weight, or its weight times its size."
+        "weight", description="Make the share of a source proportional to its weight, or to its weight times its size."
     )
     temperature: float = Field(
         1.0, ge=0.1, le=1e6, description="Shares are raised to 1 / temperature. Above 1, they become more even."
@@ -320,7 +320,7 @@ class DataConfig(Section):
         return self
 
     def collect_first_instructions(self, adapter: str | None = None) -> dict[str, tuple[str, str]]:
-        """Return the (query, document) instructions of each source that has any, by source name.
+        """Return the (query, document) instructions by source name, for the sources that have any.
 
         Args:
             adapter: Only consider the sources that train this adapter.

@@ -19,7 +19,7 @@ from jaxembed.errors import UserError, suggest
 from jaxembed.files import exists
 
 INSTRUCTION_TABLES = ("e5_mistral", "gritlm", "kalm", "kalm_v2", "nv_embed", "qwen3_embedding")
-# Later versions and reductions of an MTEB task have its instruction: FEVERHardNegatives.v2, CQADupstackTexRetrieval.
+# Later versions and smaller variants of an MTEB task share its instruction: FEVERHardNegatives.v2, CQADupstackTexRetrieval.
 REVISION = re.compile(r"\.v\d+$")
 REDUCTION = re.compile(r"HardNegatives$")
 CQADUPSTACK_PART = re.compile(r"CQADupstack[A-Z][a-z]+Retrieval")
@@ -47,7 +47,7 @@ class InstructionTable(Section):
             task_type: Its type in MTEB, such as Retrieval.
 
         Returns:
-            The instruction. It is empty if the model gives the task none, and None if the table does not say.
+            The instruction. It is empty if the model gives the task none, and None if the table does not list the task.
         """
         names = [name for name in _list_task_names(task_name) if name in self.by_task]
         return self.by_task[names[0]] if names else self.by_type.get(task_type)
@@ -57,7 +57,7 @@ class InstructionTable(Section):
         return task_type in self.symmetric or any(name in self.symmetric for name in _list_task_names(task_name))
 
     def compute_digest(self) -> str:
-        """Return the SHA-256 of what decides the prompts, in hexadecimal digits."""
+        """Return the SHA-256 of the parts that determine the prompts, in hexadecimal digits."""
         content = self.model_dump(mode="json", include={"by_type", "by_task", "symmetric"})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""Local paths in what others will read: only their last part is shown."""
+"""Shorten local paths in published files to their last part."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ ABSOLUTE_PATH = re.compile(r"(/|~|[A-Za-z]:[\\/])\S")  # start of a path of this
 
 
 def shorten_path(name: str) -> str:
-    """Return the last part of an absolute local path, which is nobody else's business. Other names remain as they are."""
+    """Return the last part of an absolute local path, to keep local folders private. Return other names unchanged."""
     is_local = ABSOLUTE_PATH.match(name) is not None
     return PurePath(name.replace("\\", "/")).name or name if is_local else name
 
 
 def shorten_command(command: str) -> str:
-    """Return a command line with the absolute paths of its arguments shortened, also after the = of a setting."""
+    """Return a command line with absolute paths shortened, in arguments and in settings of the form key=path."""
     words = []
     for word in shlex.split(command):
         key, equals, value = word.partition("=")

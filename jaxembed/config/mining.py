@@ -14,7 +14,7 @@ from jaxembed.config.sections import Positive, Section
 MiningRule = Literal["topk_perc_pos", "topk_margin_pos", "topk_abs", "top_k", "sampled_top_k", "window"]
 MINING_RULES: tuple[str, ...] = typing.get_args(MiningRule)
 SAMPLED_RULES = ("sampled_top_k", "window")
-STAGE_KEYS = frozenset({"model", "sources"})  # for stages alone: the command has arguments of its own
+STAGE_KEYS = frozenset({"model", "sources"})  # only for stages; the command has arguments instead
 # Keys that only some rules read, with these rules. All rules read the other keys.
 RULES_BY_KEY = {
     "share": ("topk_perc_pos",), "margin": ("topk_margin_pos",), "max_score": ("topk_abs",), "window": ("window",),
@@ -77,7 +77,7 @@ class MineConfig(Section):
         return self
 
     def applies_to(self, source: str) -> bool:
-        """Return whether negatives are to be mined for the source of this name."""
+        """Return whether to mine negatives for the source of this name."""
         return not self.sources or source in self.sources
 
     @property

@@ -24,9 +24,9 @@ def is_echo_template(template: str) -> bool:
 
 
 def is_example_template(template: str) -> bool:
-    """Return whether a template can show an in-context example: it contains {query} and {response}, or is empty.
+    """Return whether a template of an in-context example is valid: it contains {query} and {response}, or is empty.
 
-    The instruction is optional. An empty template stands for one built from other templates.
+    {instruction} is optional. An empty template means that it is built from other templates.
     """
     return not template or ("{query}" in template and "{response}" in template)
 
@@ -143,14 +143,14 @@ class ModelConfig(Section):
     remat: bool = Field(False, description="Recompute the activations of each layer in the backward pass, which saves memory.")
     remat_policy: Literal["nothing", "attention", "matmuls"] = Field(
         "nothing",
-        description="What remat keeps of a layer, besides its input. attention: the output of the attention. matmuls: also the "
-        "outputs of all projections.",
+        description="Values that remat keeps of a layer, besides its input. attention: the output of the attention. "
+        "matmuls: also the outputs of all projections.",
     )
     unroll: bool = Field(True, description="Unroll the loop over the layers: steps are faster, compilation takes longer.")
     attention_kernel: Literal["auto", "einsum", "rows", "splash", "cudnn"] = Field(
         "auto",
         description="Attention kernel. auto: rows on CPUs, splash on TPUs, cudnn on GPUs. cudnn needs an NVIDIA GPU "
-        "and bfloat16. Where it does not work, einsum is used.",
+        "and bfloat16. If the chosen kernel does not support the model or the device, einsum is used.",
     )
 
     @model_validator(mode="after")

@@ -38,13 +38,13 @@ def check_names(config: Config, where: str) -> None:
             if name in RESERVED_NAMES:
                 raise UserError(
                     f"{where}: {key} is named {name!r}, which is reserved for the prompt of every {name}. "
-                    f"{_suggest(key, source)}"
+                    f"{_suggest_name(key, source)}"
                 )
             other_key, other_path = own.get(name) or earlier.get(name) or ("", source.path)
             if name in own or other_path != source.path:
                 raise UserError(
                     f"{where}: {key} ({source.path}) is named {name!r}, like {other_key} ({other_path}), but prompts and "
-                    f"counts are stored by name. {_suggest(key, source)}"
+                    f"counts are stored by name. {_suggest_name(key, source)}"
                 )
             own[name] = key, source.path
         earlier |= own
@@ -59,7 +59,7 @@ def check_names(config: Config, where: str) -> None:
         sets[held_out.name] = key
 
 
-def _suggest(key: str, source: SourceConfig) -> str:
+def _suggest_name(key: str, source: SourceConfig) -> str:
     """Return the sentence that says how to name a source."""
     path = Path(source.path)
     folder = path.parent.name or "my"

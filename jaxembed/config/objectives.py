@@ -18,8 +18,10 @@ class InfoNCEConfig(ObjectiveConfig):
     """InfoNCE over the global batch (van den Oord et al. 2018), and its variants."""
 
     name: Literal["infonce"] = "infonce"
-    temperature: float = Field(0.05, gt=0, description="Temperature that similarities are divided by.")
-    learn_temperature: bool = Field(False, description="Train the temperature from this value on. It stays at least 0.01.")
+    temperature: float = Field(0.05, gt=0, description="Temperature by which similarities are divided.")
+    learn_temperature: bool = Field(
+        False, description="Train the temperature, starting from this value. It stays at least 0.01."
+    )
     negatives: Literal["all", "in_batch", "hard"] = Field(
         "all", description="Negatives: documents of other queries (in_batch), the query's own negatives (hard), or both."
     )
@@ -28,8 +30,8 @@ class InfoNCEConfig(ObjectiveConfig):
     )
     per_direction: bool = Field(
         False,
-        description="Average two losses with a denominator each: one of the queries, with query_query, and one of the "
-        "documents, with document_document (UAE). false: all directions share one denominator.",
+        description="Average two losses that each have their own denominator: one of the queries, with query_query, and "
+        "one of the documents, with document_document (UAE). false: all directions share one denominator.",
     )
     mask_same_label: bool = Field(False, description="Exclude texts with the label of the query from the in-batch negatives.")
     margin: float | None = Field(
@@ -39,17 +41,18 @@ class InfoNCEConfig(ObjectiveConfig):
     )
     guide: str | None = Field(
         None,
-        description="MODEL that excludes negatives it scores above the positive (GISTEmbed). A run has at most one guide.",
+        description="MODEL whose scores exclude negatives: those that it scores above the positive (GISTEmbed). A run "
+        "has at most one guide.",
     )
     guide_margin: float = Field(
-        0.0, description="The guide excludes negatives that it scores above the positive's score minus this margin."
+        0.0, description="Margin of the guide: it excludes negatives that score above the positive's score minus this margin."
     )
     guide_margin_kind: Literal["absolute", "relative"] = Field(
         "absolute", description="absolute: guide_margin is a difference of scores. relative: a share of the positive's score."
     )
     focal: float = Field(0.0, ge=0, description="Exponent of the focal weight (1 - p)^focal of each query's loss (KaLM-V2).")
     hardness: float = Field(0.0, ge=0, description="Weight negatives by e^(hardness * similarity) (EmbeddingGemma: 5).")
-    hardness_of: Literal["hard", "in_batch", "all"] = Field("hard", description="Which negatives hardness applies to.")
+    hardness_of: Literal["hard", "in_batch", "all"] = Field("hard", description="Negatives to which hardness applies.")
     mixed_negatives: int = Field(
         0, ge=0, le=1024, description="Number of negatives synthesized by mixing each query's own negatives (KaLM-V2)."
     )
@@ -116,14 +119,14 @@ class CoSENTConfig(GradedObjectiveConfig):
     """Ranking of the cosines of all pairs of a batch by their scores (Su 2022)."""
 
     name: Literal["cosent"] = "cosent"
-    temperature: float = Field(0.05, gt=0, description="Temperature that differences of cosines are divided by.")
+    temperature: float = Field(0.05, gt=0, description="Temperature by which differences of cosines are divided.")
 
 
 class AnglEConfig(GradedObjectiveConfig):
     """Ranking of the angle similarities of all pairs of a batch by their scores (Li and Li 2023)."""
 
     name: Literal["angle"] = "angle"
-    temperature: float = Field(1.0, gt=0, description="Temperature that differences of angle similarities are divided by.")
+    temperature: float = Field(1.0, gt=0, description="Temperature by which differences of angle similarities are divided.")
 
 
 class CosineRegressionConfig(GradedObjectiveConfig):
@@ -147,7 +150,7 @@ AnyObjective = Annotated[
 
 
 def check_weights(key: str, entries: Sequence[object], weights: Sequence[float]) -> None:
-    """Raise `ValueError` if there are weights, but not a positive one for each entry of a list of the same section."""
+    """Raise `ValueError` unless `weights` is empty or holds a positive weight for each entry."""
     if weights and len(weights) != len(entries):
         raise ValueError(
             f"{len(weights)} weights for {len(entries)} {key} (expected one weight per {key.removesuffix('s')}, or none)"
@@ -173,24 +176,25 @@ class MatryoshkaConfig(Section):
 
 
 class ExitsConfig(Section):
-    """Early exits: models cut to their first layers, trained beside the whole one (2DMSE, Li et al. 2024, arXiv:2402.14776)."""
+    """Early exits: the first layers, trained together with the whole model (2DMSE, Li et al. 2024, arXiv:2402.14776)."""
 
     layers: tuple[Positive, ...] = Field(
         (),
-        description="Also apply the objectives to the vectors of the model cut to so many of its first layers, such as [6, 9].",
+        description="Also apply the objectives to the vectors of the model cut to this many of its first layers, such as "
+        "[6, 9].",
     )
     weights: tuple[float, ...] = Field(
         (), description="Weight of each of layers in the sum; the whole model has weight 1. Default: all 1."
     )
     random: int = Field(
-        0, ge=0, le=1024, description="Also cut the model at so many random layers, drawn in every step (2DMSE: 1)."
+        0, ge=0, le=1024, description="Number of further exits at random layers, drawn in every step (2DMSE: 1)."
     )
     random_weight: float = Field(1.0, gt=0, description="Weight of each random layer in the sum.")
     align: float = Field(
         0.0,
         ge=0,
-        description="Weight of the KL divergence between softmaxes over the numbers of a vector: of each exit and of the whole "
-        "model.",
+        description="Weight of the KL divergence between the vectors of each exit and of the whole model, each turned "
+        "into a distribution by a softmax over its dimensions.",
     )
     align_temperature: float = Field(0.3, gt=0, description="Temperature of these softmaxes.")
 
@@ -207,12 +211,12 @@ class ExitsConfig(Section):
         return (*(self.weights or (1.0,) * len(self.layers)), *(self.random_weight,) * self.random)
 
     def list_trained(self, layers: int) -> tuple[int, ...]:
-        """Return the exits, below `layers`, that training covers. Random layers cover all."""
+        """Return the exits below `layers` that training covers. With random layers, these are all."""
         return tuple(range(1, layers)) if self.random else tuple(sorted(set(self.layers)))
 
 
 class QuantizationConfig(Section):
-    """Quantization-aware training: the objectives hold for vectors in fewer bits too."""
+    """Quantization-aware training: the objectives also apply to quantized vectors."""
 
     precisions: tuple[Literal["int8", "binary"], ...] = Field(
         (),
@@ -243,6 +247,6 @@ class GradCacheConfig(Section):
     )
     recompute: bool = Field(
         True,
-        description="Encode every chunk of rows again in the backward pass. false: keep what the backward pass needs of all "
-        "chunks, which with model.remat is the input of every layer. If that fits, steps are faster.",
+        description="Encode every chunk of rows again in the backward pass. false: keep the residuals of all chunks "
+        "(with model.remat, the input of every layer), which is faster if they fit into memory.",
     )

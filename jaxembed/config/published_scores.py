@@ -1,4 +1,4 @@
-"""Scores of published models as their papers print them, which evaluation shows beside its own."""
+"""Scores of published models, as printed in their papers. Evaluation shows them next to its own scores."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class PublishedRow(Section):
     """The scores of a model, in percent."""
 
     scores: tuple[float | None, ...] = Field(description="Score by column; null if the paper does not give it.")
-    average: float | None = Field(None, description="Average as the paper prints it.")
+    average: float | None = Field(None, description="Average, as printed in the paper.")
 
 
 class PublishedTable(Section):
@@ -25,7 +25,7 @@ class PublishedTable(Section):
     source: str = Field(description="The paper and the table.")
     benchmark: str = Field(description="Benchmark of MTEB, or name of the group, that the table belongs to.")
     columns: dict[str, int] = Field(description="Number of tasks by column: types of tasks, domains, or benchmarks.")
-    metric: str = Field("", description="Metric of all scores, if it is one.")
+    metric: str = Field("", description="Metric of all scores, if they have the same one.")
     rows: dict[str, PublishedRow] = Field(description="Scores by model.")
 
 

@@ -19,7 +19,7 @@ SECTION_HINT = (
 
 
 def reject_python_packages(key: str, value: Any) -> None:
-    """Raise `ValueError` if a value of a source or a held-out set names Python packages, which are now written to files.
+    """Raise `ValueError` if a value of a source or a held-out set names Python packages, which a command now writes to files.
 
     Args:
         key: Name of the key, `path` or `format`.
@@ -62,10 +62,10 @@ def _upgrade_data(data: Any) -> Any:
 
 def _upgrade_source(source: Any) -> Any:
     if isinstance(source, dict) and source.get("pair_templates"):
-        return {"equality": "exact", **source}  # documents were compared so before there was a key
+        return {"equality": "exact", **source}  # the rule before the key existed
     if not isinstance(source, dict) or REMOVED_SOURCE not in (source.get("path"), source.get("format")):
         return source
-    # The name of a source selects its prompts; without one it was the stem of the path.
+    # The name of a source selects its prompts. It defaulted to the stem of the path.
     name = source.get("name") or source.get("path")
     kind = "auto" if source.get("format") == REMOVED_SOURCE else source.get("format", "auto")
     return {**source, "path": PACKAGES_TRAIN_FILE, "name": name, "format": kind}

@@ -21,7 +21,7 @@ from jaxembed.config.removed import SECTION_HINT as PYTHON_PACKAGES_HINT
 from jaxembed.config.yaml_text import YAML_ERRORS, load_yaml
 from jaxembed.errors import MAX_MESSAGE_CHARS, UserError, summarize
 
-# What a key expects, by pydantic's error type, whose own messages use Python's terms. %(...)s are the limits.
+# Expected value by pydantic error type, because pydantic's own messages use Python terms. %(...)s are the limits.
 EXPECTATIONS = {
     "model_type": "a mapping such as {key: value}", "model_attributes_type": "a mapping such as {key: value}",
     "dict_type": "a mapping such as {key: value}",
@@ -38,7 +38,7 @@ EXPECTATIONS = {
 }  # fmt: skip
 
 
-# What to do instead of setting a key that does not exist here, by a part of the key's name.
+# Advice for keys that other tools have, by a part of the key's name.
 UNSUPPORTED_KEYS = {
     "accum": "gradient accumulation over small batches gives fewer negatives than one large batch. Set train.batch_size to all "
     "queries of a step, and gradcache.rows to the rows that fit into memory.",
@@ -59,7 +59,7 @@ class Section(BaseModel):
         return value
 
     def replace(self, **changes: Any) -> Self:
-        """Return a copy with other values of some fields, checked as any input is."""
+        """Return a copy with some fields replaced, validated like any input."""
         return type(self).model_validate({**dict(self), **changes})
 
     def __hash__(self) -> int:
@@ -125,13 +125,13 @@ def parse_section(section: type[AnySection], tree: Mapping[str, Any], where: str
         raise UserError(f"{where}: {_explain(error, section)}") from None
 
 
-def table(section: type[Section]) -> str:
+def make_key_table(section: type[Section]) -> str:
     """Return a Markdown table of every key of a section: key, default, meaning."""
     return "| key | default | meaning |\n|---|---|---|\n" + format_reference_rows(section)
 
 
 def format_reference_rows(section: type[Section], prefix: str = "") -> str:
-    """Return one Markdown table row per key, with its default and meaning.
+    """Return Markdown table rows, one per key, with its default and meaning.
 
     `[]` marks the entries of a list, `KEY` those of a mapping. If an entry is one of several sections, chosen by its `name` or
     `kind`, rows of keys that only some of them have start with that value.
@@ -156,7 +156,7 @@ def format_reference_rows(section: type[Section], prefix: str = "") -> str:
 
 
 def _format_nested_rows(sections: list[type[Section]], prefix: str) -> list[str]:
-    """Return the rows of the sections that a key may hold; keys that all of them have come first."""
+    """Return the rows of the sections that a key may hold, common keys first."""
     tables = [format_reference_rows(member, prefix).splitlines() for member in sections]
     if len(sections) == 1:
         return tables[0]
@@ -204,18 +204,18 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     node: Any = tree
     for part in parents:
         if isinstance(node, list):
-            node = node[_list_index(node, part, override)]
+            node = node[_parse_list_index(node, part, override)]
         elif isinstance(node, dict):
             node = node.setdefault(part, {})
         if not isinstance(node, dict | list):
             raise UserError(f"override {override!r}: {part} is {_describe_type(node)}, not a section")
     if isinstance(node, list):
-        node[_list_index(node, last, override)] = value
+        node[_parse_list_index(node, last, override)] = value
     else:
         node[last] = value
 
 
-def _list_index(node: list[Any], part: str, override: str) -> int:
+def _parse_list_index(node: list[Any], part: str, override: str) -> int:
     if not part.isdecimal() or int(part) >= len(node):
         raise UserError(f"override {override!r}: {part!r} is not an index into a list of {len(node)} entries")
     return int(part)
@@ -256,7 +256,7 @@ def _explain(error: ValidationError, section: type[Section]) -> str:
 
 
 def _choose_problem(error: ValidationError) -> Any:
-    """Return the first problem. If a key is missing and its section has an unknown one, probably a misspelling: that."""
+    """Return the first problem. A missing key next to an unknown one is probably misspelled; then return the unknown one."""
     first, *others = error.errors()
     unknown = [other for other in others if other["type"] == "extra_forbidden" and other["loc"][:-1] == first["loc"][:-1]]
     return unknown[0] if unknown and first["type"] == "missing" else first

@@ -1,4 +1,4 @@
-"""The YAML files that ship with the package: configs and recipes, which commands take by name, and tables that code reads."""
+"""The YAML files that ship with the package: configs and recipes, which commands accept by name, and tables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CATALOG_FILE = "catalog.yaml"
 RECIPES_FOLDER = "recipes"
 CURATION_FOLDER = "curation"
 SYNTHESIS_FOLDER = "synthesis"
-TRAINING_FOLDERS = (".", RECIPES_FOLDER)  # of configs that train
+TRAINING_FOLDERS = (".", RECIPES_FOLDER)  # configs of training runs
 
 
 def find_shipped_folder() -> Path:

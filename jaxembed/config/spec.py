@@ -1,4 +1,4 @@
-"""The embedding spec: everything besides the weights that decides how a text becomes a vector."""
+"""The embedding spec: all choices, besides the weights, that determine the vector of a text."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class HiddenProjection(Section):
 
 
 class EmbeddingSpec(Section):
-    """How texts become vectors: mask, pooling, special tokens, prompts. It is stored with the model. Every command reads it."""
+    """How texts become vectors: mask, pooling, special tokens, prompts. Stored with the model, and read by every command."""
 
     model_config = ConfigDict(strict=True)
 
@@ -71,15 +71,13 @@ class EmbeddingSpec(Section):
         "the same token, and the second one is pooled.",
     )
     plain_echo: str = Field("", description="Echo template for texts without a prompt.")
-    text_length: LengthOrZero = Field(
-        0, description="Maximum tokens of the text itself. 0: whatever the prompt leaves of max_length."
-    )
+    text_length: LengthOrZero = Field(0, description="Maximum tokens of the text itself. 0: max_length minus the prompt.")
     max_length: Length = Field(512, description="Maximum tokens of prompt and text together, special tokens included.")
     instruction_template: str = Field(
-        "Instruct: {instruction}\nQuery:", description="Turns an instruction into the prompt that precedes a text."
+        "Instruct: {instruction}\nQuery:", description="Template of the prompt that precedes a text; contains {instruction}."
     )
     plain_prompt: str = Field("", description="Prompt of texts without an instruction.")
-    query_suffix: str = Field("", description="Follows the text of every input that has a prompt.")
+    query_suffix: str = Field("", description="Text after every text that has a prompt.")
     example_template: str = Field(
         "",
         description="Template of an in-context example before the instruction. Empty: built from instruction_template and "
@@ -95,10 +93,12 @@ class EmbeddingSpec(Section):
         "", description="Table of the instructions that evaluation gives tasks (configs/instructions). Empty: no table."
     )
     matryoshka_dims: tuple[Length, ...] = Field(
-        (), strict=False, description="Widths to which vectors may be cut, because training included them."
+        (), strict=False, description="Widths to which vectors can be truncated, because the model was trained with them."
     )
     exit_layers: tuple[Length, ...] = Field(
-        (), strict=False, description="Numbers of first layers to which the model may be cut, because training included them."
+        (),
+        strict=False,
+        description="Numbers of layers to which the model can be truncated, because it was trained with these exits.",
     )
 
     @model_validator(mode="after")
@@ -112,7 +112,7 @@ class EmbeddingSpec(Section):
             raise ValueError("example_template must contain {query} and {response}")
         return self
 
-    def prompt(self, instruction: str | None, examples: Sequence[FewShotExample] = (), side: str | None = None) -> str:
+    def build_prompt(self, instruction: str | None, examples: Sequence[FewShotExample] = (), side: str | None = None) -> str:
         """Return the prompt that precedes a text.
 
         Args:
@@ -128,13 +128,13 @@ class EmbeddingSpec(Section):
         return examples_prompt + self.instruction_template.replace("{instruction}", instruction)
 
     def extract_instruction(self, prompt: str) -> str:
-        """Return the instruction in a prompt that `prompt` made; empty for a prompt of another form."""
+        """Return the instruction in a prompt that `build_prompt` returned; empty for a prompt of another form."""
         before, _, after = self.instruction_template.partition("{instruction}")
         has_form = len(prompt) > len(before) + len(after) and prompt.startswith(before) and prompt.endswith(after)
         return prompt[len(before) : len(prompt) - len(after)] if has_form else ""
 
-    def suffix(self, prompt: str) -> str:
-        """Return what follows a text under a prompt; nothing follows a text without one."""
+    def get_suffix(self, prompt: str) -> str:
+        """Return the suffix of a text with this prompt; empty without a prompt."""
         return self.query_suffix if prompt else ""
 
     def format_example(self, example: FewShotExample) -> str:
@@ -143,11 +143,11 @@ class EmbeddingSpec(Section):
         template = self.example_template or f"{self.instruction_template}{{query}}{response}{{response}}"
         return EXAMPLE_PLACEHOLDER.sub(lambda match: str(getattr(example, match[1])), template) + EXAMPLE_SEPARATOR
 
-    def with_choices(self, model: ModelConfig, max_length: int) -> EmbeddingSpec:
+    def apply_model_config(self, model: ModelConfig, max_length: int) -> EmbeddingSpec:
         """Return this spec with the choices of a `model` section. Keys that the section leaves open keep their values."""
         pools_instruction = model.pooling.include_instruction
         if pools_instruction is None and model.echo:
-            pools_instruction = False  # an echo pools its second copy only
+            pools_instruction = False  # an echo pools only its second copy
         choices: dict[str, Any] = {
             # Training keeps EOS on truncated texts.
             **({"eos_as_text": False, "append_eos": True} if self.eos_as_text else {}),
@@ -171,12 +171,12 @@ class EmbeddingSpec(Section):
         return self.replace(**{key: value for key, value in choices.items() if value is not None})
 
     def describe_vectors(self) -> dict[str, Any]:
-        """Return the fields that decide which vector a text has, as plain values. They identify a model in caches and runs."""
-        # Absent at its default, so that the hashes of earlier versions stay valid.
+        """Return the fields that determine the vector of a text, as plain values. They identify a model in caches and runs."""
+        # Left out at its default, so that the hashes of earlier versions stay valid.
         absent = {key for key in ("fixed_prompts", "hidden_projections") if not getattr(self, key)}
         return self.model_dump(mode="json", exclude={"matryoshka_dims", "exit_layers", "instruction_table", *absent})
 
-    def with_prompts(self, instructions: Mapping[str, tuple[str, str]]) -> EmbeddingSpec:
+    def add_source_prompts(self, instructions: Mapping[str, tuple[str, str]]) -> EmbeddingSpec:
         """Return this spec with the prompts of named sources stored.
 
         Args:
@@ -186,7 +186,7 @@ class EmbeddingSpec(Section):
         if not instructions:
             return self
         query, document = next(iter(instructions.values()))
-        prompts = {"query": self.prompt(query), "document": self.prompt(document)}
+        prompts = {"query": self.build_prompt(query), "document": self.build_prompt(document)}
         # A source of an old run may be named `query` or `document`. It does not replace the prompts of the two sides.
-        prompts |= {name: self.prompt(query) for name, (query, _) in instructions.items() if name not in prompts}
+        prompts |= {name: self.build_prompt(query) for name, (query, _) in instructions.items() if name not in prompts}
         return self.replace(prompts=prompts)

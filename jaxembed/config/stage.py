@@ -37,14 +37,14 @@ class StageSections(Section):
     gradcache: GradCacheConfig = GradCacheConfig()
     mine: MineConfig | None = Field(
         None,
-        description="Before a stage, find hard negatives for its pairs with the model as it is then. Default: no mining.",
+        description="Before the stage, mine hard negatives for its pairs with the current model. Default: no mining.",
     )
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
 
     @model_validator(mode="after")
     def _set_graded_sources(self) -> StageSections:
-        """Set `graded` of the sources that a graded objective applies to, where the file does not."""
+        """Set `graded` of the sources to which a graded objective applies, unless the file sets it."""
         graded = [objective for objective in self.objectives if isinstance(objective, GradedObjectiveConfig)]
         sources = tuple(
             source.model_copy(update={"graded": True})
@@ -62,7 +62,9 @@ class StageSections(Section):
         """Raise `ValueError` if an objective needs more hard negatives than `data.hard_negatives` draws."""
         drawn = self.data.hard_negatives
         if self.mine is not None and not drawn:
-            raise ValueError("mine finds hard negatives, but data.hard_negatives is 0. Set how many a query draws.")
+            raise ValueError(
+                "mine finds hard negatives, but data.hard_negatives is 0. Set it to the number that a query draws."
+            )
         for i, objective in enumerate(self.objectives):
             setting, needed = _find_needed_hard_negatives(objective)
             if drawn < needed:
@@ -134,7 +136,7 @@ def resolve_stage(defaults: Mapping[str, Any], changes: Mapping[str, Any], index
     if shared:
         raise ValueError(f"{where}.{shared[0]}: all stages share this key. Set it outside of stages.")
     if "steps" not in train_keys:
-        raise ValueError(f"{where}.train.steps is missing. Every stage names its own number of steps.")
+        raise ValueError(f"{where}.train.steps is missing. Set it: every stage has its own number of steps.")
     return merge_trees(defaults, changes)
 
 
@@ -148,7 +150,7 @@ def merge_trees(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str
 
 
 def _find_needed_hard_negatives(objective: ObjectiveConfig) -> tuple[str, int]:
-    """Return the setting because of which an objective needs hard negatives, and the minimum number that it needs."""
+    """Return the setting that makes an objective need hard negatives, and the minimum number."""
     if isinstance(objective, InfoNCEConfig) and objective.mixed_negatives:
         return "mixed_negatives", 2
     if isinstance(objective, InfoNCEConfig) and objective.negatives == "hard":

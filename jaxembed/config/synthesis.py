@@ -1,4 +1,4 @@
-"""The config of `jaxembed synthesize`: a recipe, which says how an LLM writes training rows.
+"""The config of `jaxembed synthesize`: a recipe by which an LLM writes training rows.
 
 A recipe has inputs (optional), and tasks. A task has steps and a row:
 
@@ -67,20 +67,20 @@ from jaxembed.config.synthesis_steps import (
     find_unknown_placeholder,
 )
 
-LANGUAGE, LENGTH = "language", "length"  # what quotas can be by, besides a template
+LANGUAGE, LENGTH = "language", "length"  # keys of quotas, besides templates
 
 
 class QuotaConfig(Section):
-    """Limit the rows of a task that share a value. Further ones are rejected."""
+    """Limit the rows of a task that share a value. Further rows are rejected."""
 
     by: NonEmpty = Field(
-        description='What rows are grouped by: a template such as "{tasks.language}"; language: the language of the first '
-        "document, as it is detected; or length: the power of two below its characters."
+        description='Key by which rows are grouped: a template such as "{tasks.language}"; language: the detected language '
+        "of the first document; or length: its characters, rounded down to a power of two."
     )
     max_rows: Positive | None = Field(None, description="Maximum rows of a group.")
     max_share: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None,
-        description="Maximum rows of a group, as a share of the rows that the task is to write. Needs max_rows of the recipe.",
+        description="Maximum rows of a group, as a share of all rows of the task. Needs max_rows of the recipe.",
     )
 
     @model_validator(mode="after")
@@ -93,7 +93,7 @@ class QuotaConfig(Section):
 class TaskConfig(Section):
     """One kind of rows: the steps that write them, and the file that they go to."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = Field(description="Name of the task, and of its file.")
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = Field(description="Name of the task and of its file.")
     weight: float = Field(1.0, gt=0, le=1e6, description="Share of the rows of all tasks, relative to the other weights.")
     steps: tuple[AnySynthesisStep, ...] = Field(min_length=1)
     row: dict[RowField, str | tuple[str, ...]] = Field(
@@ -164,15 +164,15 @@ class SynthesisConfig(Section):
     )
     inputs: dict[Name, str] = Field(
         {},
-        description="Files or folders whose rows start drafts or are searched. An empty path must be set by the user: "
+        description="Files or folders of rows, which start drafts or are searched. The user must set an empty path: "
         "inputs.NAME=PATH.",
     )
     input_chars: Positive = Field(
-        20000, description="Characters of a field of an input that a template takes. The rest is cut."
+        20000, description="Maximum characters of an input field in a template. Longer values are truncated."
     )
     existing: tuple[SourceConfig, ...] = Field(
         (),
-        description="Training files, as in the data section of training. A row whose query equals one of theirs is rejected.",
+        description="Training files, as in the data section of training. A row whose query occurs in them is rejected.",
         json_schema_extra={"nested_rows": False},
     )
     duplicates: Literal["none", "exact", "near"] = Field(

@@ -1,4 +1,4 @@
-"""The steps of a synthesis recipe: what the model is asked, which answers are valid, and how documents are found and ranked."""
+"""The steps of a synthesis recipe: prompts, valid answers, and the retrieval and ranking of documents."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ class SamplingConfig(Section):
 
     temperature: float = Field(1.0, ge=0, le=5, description="Sampling temperature.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling: probability mass of the tokens to sample from.")
-    max_tokens: Positive = Field(1024, description="Maximum tokens of an answer. A longer one is cut, and not valid.")
+    max_tokens: Positive = Field(1024, description="Maximum tokens of an answer. A longer answer is truncated and invalid.")
 
 
 class FieldConfig(Section):
-    """A field of an answer, and which values are valid."""
+    """A field of an answer and its valid values."""
 
     type: Literal["string", "number", "integer", "choice", "list"] = Field("string", description="Type of the value.")
     choices: tuple[str, ...] = Field((), description="choice: the valid values.")
@@ -88,10 +88,10 @@ class FieldConfig(Section):
 
 
 class AnswerConfig(Section):
-    """Which answers are valid.
+    """The form of a valid answer.
 
     - text: the answer as it is. Its field is `text`.
-    - list: a JSON list of strings. Each one continues as a draft of its own. Its field is `item`.
+    - list: a JSON list of strings. Each string continues as a separate draft. Its field is `item`.
     - object: a JSON object with the given fields.
 
     The server gets the JSON schema of a list or object and enforces it if it can. Otherwise the answer may be fenced or
@@ -100,11 +100,13 @@ class AnswerConfig(Section):
 
     type: Literal["text", "list", "object"] = Field("text", description="Type of the answer.")
     fields: dict[Name, FieldConfig] = Field({}, description="object: its fields.")
-    items: FieldConfig = Field(FieldConfig(), description="text: its rules. list: the rules of each string, and how many.")
+    items: FieldConfig = Field(
+        FieldConfig(), description="text: its rules. list: the rules of each string, and the number of strings."
+    )
     reject: Patterns = Field(
         (),
-        description="Regular expressions. An answer with a string that contains a match is not valid. Strings in which the "
-        "model refuses, such as one that starts with I'm sorry, are never valid.",
+        description="Regular expressions. An answer with a string that contains a match is not valid. Refusals, such as "
+        "strings that start with I'm sorry, are never valid.",
     )
 
     @model_validator(mode="after")
@@ -125,7 +127,7 @@ class SynthesisStepConfig(Section):
     """The keys that all steps share."""
 
     kind: str
-    name: Name = Field(description="Name of the step, by which later templates use its fields: {NAME.FIELD}.")
+    name: Name = Field(description="Name of the step. Later templates use its fields as {NAME.FIELD}.")
 
     @property
     def field_names(self) -> tuple[str, ...]:
@@ -143,7 +145,7 @@ class SynthesisStepConfig(Section):
 
 
 class AskStepConfig(SynthesisStepConfig):
-    """Ask the model, once for each draft that reaches the step."""
+    """Send a prompt to the model for each draft that reaches the step."""
 
     kind: Literal["ask"] = "ask"
     requests: Positive | None = Field(None, description="First step: number of requests. Each one starts a draft.")
@@ -156,9 +158,9 @@ class AskStepConfig(SynthesisStepConfig):
     sampling: SamplingConfig = SamplingConfig()
     answer: AnswerConfig = AnswerConfig()
     unique: Literal["none", "exact", "near"] = Field(
-        "none", description="Drop an answer that equals an earlier one (exact), or nearly so (near). For a list: each item."
+        "none", description="Drop an answer that equals (exact) or nearly equals (near) an earlier one. For a list: each item."
     )
-    attempts: Positive = Field(3, description="Maximum requests until an answer is valid.")
+    attempts: Positive = Field(3, description="Maximum number of requests for one valid answer.")
 
     @property
     def field_names(self) -> tuple[str, ...]:
@@ -187,7 +189,7 @@ class AskStepConfig(SynthesisStepConfig):
 
 
 class SearchStepConfig(SynthesisStepConfig):
-    """The keys that all steps share that search the documents of an input."""
+    """The keys of all steps that search the documents of an input."""
 
     input: Name = Field("documents", description="Input whose rows are searched: their title and text.")
     query: NonEmpty = Field(description="Template of the query.")
@@ -206,7 +208,7 @@ class RetrieveStepConfig(SearchStepConfig):
 
 
 class RelevanceConfig(Section):
-    """The model grades how well a candidate answers the query. The expected grade is used if the server gives logprobs."""
+    """Grades that the model gives candidates. If the server returns logprobs, the expected grade is used."""
 
     system: str = Field("", description="Template of the system prompt. Default: none.")
     prompt: NonEmpty = Field(description="Template of the prompt. {candidate.text} is the candidate.")
@@ -222,7 +224,7 @@ class RelevanceConfig(Section):
 class LikelihoodConfig(Section):
     """The mean log-probability of the query after a prompt with the candidate (Sachan et al. 2022, arXiv:2204.07496).
 
-    It needs a server whose completions return the logprobs of the prompt (`echo`), such as vLLM. Otherwise it is left out.
+    It needs a server whose completions return the logprobs of the prompt (`echo`), such as vLLM. With others, it is skipped.
     """
 
     prompt: NonEmpty = Field(description="Template of the text before the query. {candidate.text} is the candidate.")
@@ -232,7 +234,7 @@ class RankStepConfig(SynthesisStepConfig):
     """Rank the candidates of a retrieve step by the model (Gecko, arXiv:2403.20327, section 3.2).
 
     The ranks by likelihood and by relevance are combined by reciprocal rank fusion. Fields: `positive` is the best candidate,
-    `negative` a hard negative, and `is_relabeled` whether the best one is another than the document of the draft.
+    `negative` a hard negative, and `is_relabeled` whether it differs from the document of the draft.
     """
 
     kind: Literal["rank"] = "rank"
@@ -275,11 +277,11 @@ class RankStepConfig(SynthesisStepConfig):
 
 
 class RoundTripStepConfig(SearchStepConfig):
-    """Keep a draft only if its query finds its own document among the nearest ones (Alberti et al. 2019, arXiv:1906.05416)."""
+    """Keep a draft only if its document is among the nearest to its query (Alberti et al. 2019, arXiv:1906.05416)."""
 
     kind: Literal["round_trip"] = "round_trip"
     input: Name = Field("documents", description="Input whose rows are searched. The first step must name it in per.")
-    k: Positive = Field(1, description="Number of nearest documents among which the own document must be.")
+    k: Positive = Field(1, description="The draft's document must be among this many nearest documents.")
 
 
 class FilterStepConfig(SynthesisStepConfig):

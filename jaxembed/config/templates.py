@@ -12,7 +12,7 @@ def list_placeholders(template: str) -> list[str]:
     """Return the names of the placeholders of a template, each once, in order.
 
     A placeholder is a name in braces, with or without a field: {language}, {tasks.item}. Other braces, as in JSON, are text.
-    Doubled braces around a name stand for the name in braces.
+    Double braces around a name are an escape for the name in braces.
     """
     return list(dict.fromkeys(match["name"] for match in PLACEHOLDER.finditer(template) if match["name"]))
 

@@ -11,10 +11,10 @@ from jaxembed.config.sections import Positive
 
 
 class TokenObjectiveConfig(ObjectiveConfig):
-    """The keys that all objectives share that predict tokens."""
+    """The keys of all objectives that predict tokens."""
 
     source_format: ClassVar[str]  # format of the sources that the objective trains on
-    source_rows: ClassVar[str]  # what their rows hold, for errors
+    source_rows: ClassVar[str]  # content of their rows, for errors
 
     batch_size: Positive | None = Field(
         None, description="Texts per step of this objective, over all devices. Default: train.batch_size."
@@ -39,13 +39,13 @@ class MaskedPredictionConfig(TokenObjectiveConfig):
         None,
         gt=0,
         le=1,
-        description="Draw the rate of each text uniformly from mask_rate up to this one (masked diffusion: 1). Default: every "
-        "text has mask_rate.",
+        description="Draw the rate of each text uniformly between mask_rate and this rate (masked diffusion: 1). "
+        "Default: every text has mask_rate.",
     )
     mask_rule: Literal["bert", "all"] = Field(
         "bert",
-        description="What the model reads instead of a predicted token. bert: the mask token (80%), a random token (10%), or "
-        "the token itself (10%). all: always the mask token.",
+        description="Token that the model reads in place of a predicted one. bert: the mask token (80%), a random token "
+        "(10%), or the token itself (10%). all: always the mask token.",
     )
     mask_token: str | None = Field(
         None,
@@ -54,8 +54,8 @@ class MaskedPredictionConfig(TokenObjectiveConfig):
     )
     predict_from: Literal["previous", "same"] = Field(
         "previous",
-        description="Whose hidden state predicts a token: that of the token before it, as in pretraining (LLM2Vec), or its "
-        "own.",
+        description="Hidden state that predicts a token: that of the previous token, as in pretraining (LLM2Vec), or of "
+        "the same token.",
     )
     token_weight: Literal["equal", "inverse_rate"] = Field(
         "equal",

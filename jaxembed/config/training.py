@@ -30,7 +30,7 @@ class OptimConfig(Section):
     clip: float = Field(1.0, gt=0, description="Maximum global norm of the gradient.")
     restart: bool = Field(
         True,
-        description="Start a stage with a new optimizer and schedule. false: continue those of the previous stage.",
+        description="Start the stage with a new optimizer and schedule. false: continue with those of the previous stage.",
     )
 
 
@@ -86,9 +86,7 @@ class TrainConfig(Section):
     on_nan: Literal["stop", "skip"] = Field(
         "stop", description="What to do at a loss or gradient that is not finite: stop the run, or skip the step."
     )
-    stall_timeout_s: float = Field(
-        1800.0, gt=0, le=1e9, description="Seconds after which a step that does not finish ends the process."
-    )
+    stall_timeout_s: float = Field(1800.0, gt=0, le=1e9, description="Seconds after which an unfinished step ends the process.")
     keep_checkpoints: Positive = Field(2, description="Number of latest checkpoints to keep, beside the best one.")
     profile_steps: tuple[Positive, Positive] | None = Field(
         None,
@@ -97,7 +95,7 @@ class TrainConfig(Section):
     )
     loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
         ("tensorboard",),
-        description="Where metrics are written besides metrics.jsonl: any of tensorboard, wandb, and trackio.",
+        description="Loggers to use besides metrics.jsonl: any of tensorboard, wandb, and trackio.",
     )
     peak_flops: float | None = Field(
         None, gt=0, description="Peak FLOP/s of a device, the denominator of mfu. Default: the data sheet's bfloat16 value."
@@ -125,8 +123,8 @@ class EvalSetConfig(Section):
     )
     split: str = Field(
         "",
-        description="retrieval: the split qrels/SPLIT.tsv. Default: the first that exists of test, dev and train; the log says "
-        "which. Other kinds: the split of a dataset whose path names none.",
+        description="retrieval: the split qrels/SPLIT.tsv. Default: the first that exists of test, dev and train; the "
+        "choice is logged. Other kinds: the split of a dataset whose path names none.",
     )
     train_path: str = Field(
         "",

@@ -20,7 +20,7 @@ from jaxembed.config.training import EvalConfig, MeshConfig, RunConfig
 
 
 class RunSections(Section):
-    """The sections `run` and `model`. `Config` inherits from this class last, so that they come first in files and tables."""
+    """The sections `run` and `model`. `Config` inherits from it last, so that they come first in files and tables."""
 
     run: RunConfig = RunConfig()
     model: ModelConfig
@@ -29,7 +29,7 @@ class RunSections(Section):
 class Config(StageSections, RunSections):
     """The whole tree of settings. `load_config` reads one from a YAML file.
 
-    The sections of a stage (data, objectives, ...) stand for the defaults of all stages here. `stages` holds every stage with
+    The sections of a stage (data, objectives, ...) hold the defaults of all stages here. `stages` holds every stage with
     its defaults resolved, and has at least one entry: a file without stages has one.
     """
 
@@ -38,14 +38,14 @@ class Config(StageSections, RunSections):
     stages: tuple[StageConfig, ...] = Field(
         (),
         json_schema_extra={"nested_rows": False},
-        description="Stages, trained one after the other. Each entry names what differs from the rest of the file: keys of "
+        description="Stages, trained one after the other. Each entry lists its differences from the rest of the file: keys of "
         "data, objectives, matryoshka, exits, quantization, gradcache, mine, optim, and train. Each sets its own train.steps.",
     )
 
     @model_validator(mode="before")
     @classmethod
     def _resolve_stages(cls, tree: Any) -> Any:
-        """Replace the entries of `stages`, which list changes only, by complete stages."""
+        """Replace the entries of `stages`, which only list changes, with complete stages."""
         stages = tree.get("stages") if isinstance(tree, dict) else None
         if not isinstance(stages, list | tuple) or not stages or isinstance(stages[0], Section):
             return tree
@@ -111,7 +111,7 @@ class Config(StageSections, RunSections):
         }
 
     def get_key_prefix(self, index: int) -> str:
-        """Return what precedes a key of a stage in errors; empty in a config of one stage."""
+        """Return the prefix of a stage's keys in errors; empty in a config of one stage."""
         return f"stages.{index}." if len(self.stages) > 1 else ""
 
     def all_sources(self) -> tuple[SourceConfig, ...]:
@@ -119,7 +119,7 @@ class Config(StageSections, RunSections):
         return tuple(dict.fromkeys(source for stage in self.stages for source in stage.data.sources))
 
     def dump(self) -> str:
-        """Return the tree as YAML text with every default spelled out. `load_config` reads it back."""
+        """Return the tree as YAML text, defaults included. `load_config` can read it."""
         tree = self.model_dump(mode="json")
         if self._is_single_stage():
             tree["stages"] = []

@@ -1,8 +1,8 @@
 """YAML in which a plain scalar is a number, a truth value or null only if it is written as this program would write it.
 
 YAML 1.1 reads `no` as false, `007` as 7, `1.10` as 1.1, `12:30` as 750, and `2024-01-01` as a date. In a list of languages or
-labels that is silently wrong. Here those stay texts, as they are written. A key that expects a number or a truth value still
-takes them, because pydantic parses texts: `steps: 1_000`, `remat: yes`. `format_scalar` returns any scalar as it was written.
+labels, that would be silently wrong. Here they stay texts, as written. A key that expects a number or a truth value still takes
+them, because pydantic parses texts: `steps: 1_000`, `remat: yes`. `format_scalar` returns any scalar as it was written.
 
 A key that occurs twice in a mapping is an error. YAML would silently keep the last one.
 """

@@ -47,7 +47,7 @@ def make_training_miner(embedder: Embedder) -> Miner:
     width = embedder.model.width
 
     def encode(texts: Sequence[EncoderInput]) -> np.ndarray:
-        prompts = [embedder.spec.prompt(text.instruction, side=text.side) for text in texts]
+        prompts = [embedder.spec.build_prompt(text.instruction, side=text.side) for text in texts]
         return encode_in_groups(texts, prompts, lambda group, prompt: embedder.encode(group, prompt=prompt), width)
 
     return Miner(encode, width, {})

@@ -208,14 +208,14 @@ def open_tokenizer(model: str | None, settings: config.Config | None) -> tuple[E
     """Return the spec of a model, with the choices of a config, and its tokenizer; None for the tokenizer without a model."""
     choices = (settings.model, settings.data.max_length) if settings else None
     if model is None:
-        return EmbeddingSpec().with_choices(*choices) if choices else EmbeddingSpec(), None
+        return EmbeddingSpec().apply_model_config(*choices) if choices else EmbeddingSpec(), None
     from jaxembed.hub.resolve import find_base
     from jaxembed.hub.text_tokenizer import build_text_tokenizer
 
     base = find_base(model)
     if not base.has_weights:
         raise UserError(f"--model {model}: a preset has no tokenizer. Name a model that has one.")
-    spec = base.spec.with_choices(*choices) if choices else base.spec
+    spec = base.spec.apply_model_config(*choices) if choices else base.spec
     return spec, build_text_tokenizer(base.tokenizer(), spec, base)
 
 

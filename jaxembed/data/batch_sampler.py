@@ -82,7 +82,7 @@ class BatchSampler:
         # Count the tokens of the instruction and of each in-context example.
         spec = self.tokenizer.spec
         parts = [
-            [spec.prompt(example.instruction), *map(spec.format_example, example.few_shot)] if example.few_shot else []
+            [spec.build_prompt(example.instruction), *map(spec.format_example, example.few_shot)] if example.few_shot else []
             for example in examples
         ]
         token_counts = iter(self.tokenizer.count_prompt_tokens(list(chain.from_iterable(parts))))
@@ -106,8 +106,10 @@ class BatchSampler:
         for example in examples:
             absent = [None] * (self.hard_negatives - len(example.negatives))
             texts += [example.query, example.positive, *example.negatives, *absent]
-            prompts.append(self.tokenizer.spec.prompt(example.instruction, example.few_shot, "query"))
-            prompts += [self.tokenizer.spec.prompt(example.document_instruction, side="document")] * (1 + self.hard_negatives)
+            prompts.append(self.tokenizer.spec.build_prompt(example.instruction, example.few_shot, "query"))
+            prompts += [self.tokenizer.spec.build_prompt(example.document_instruction, side="document")] * (
+                1 + self.hard_negatives
+            )
         return texts, prompts
 
 

@@ -186,7 +186,7 @@ class TextTokenizer:
         if self._copies > 1:
             starts = list(map(self._find_second_copy, truncated, prompts, encodings))
         elif self.spec.pool_text_tokens:
-            inputs = [text + self.spec.suffix(prompt) for text, prompt in zip(truncated, prompts, strict=True)]
+            inputs = [text + self.spec.get_suffix(prompt) for text, prompt in zip(truncated, prompts, strict=True)]
             alone = self._full_backend.encode_batch_fast(inputs, add_special_tokens=False)
             starts = [max(0, len(whole) - len(text)) for whole, text in zip(ids, alone, strict=True)]
         else:
@@ -212,7 +212,7 @@ class TextTokenizer:
 
         # Find the texts that are too long and followed by something.
         always_followed = self._copies > 1 or self.spec.text_length > 0
-        long = [i for i in range(len(truncated)) if is_too_long(i) and (always_followed or self.spec.suffix(prompts[i]))]
+        long = [i for i in range(len(truncated)) if is_too_long(i) and (always_followed or self.spec.get_suffix(prompts[i]))]
         # Find the start of their own tokens, and the number of tokens that fit.
         alone = self._full_backend.encode_batch([texts[i] for i in long], add_special_tokens=False)
         offsets = {i: encoding.offsets for i, encoding in zip(long, alone, strict=True)}
@@ -242,7 +242,7 @@ class TextTokenizer:
     def _split_input(self, text: str, prompt: str) -> list[str]:
         """Return the whole input of a text, split at the token boundaries of its templates."""
         *before, last = prompt.split(TOKEN_BOUNDARY)
-        template = self._get_template(prompt) + self.spec.suffix(prompt) + self._eos_text
+        template = self._get_template(prompt) + self.spec.get_suffix(prompt) + self._eos_text
         first, *rest = template.split(TOKEN_BOUNDARY)
         return [*before, last + first.replace("{text}", text), *(part.replace("{text}", text) for part in rest)]
 
@@ -254,7 +254,7 @@ class TextTokenizer:
     def _find_second_copy(self, text: str, prompt: str, encoding: Encoding) -> int:
         """Return the index of the first token of the second copy of an echo."""
         joined = "".join(self._split_input(text, prompt))
-        start = len(joined) - len(self._eos_text) - len(self.spec.suffix(prompt)) - len(text)
+        start = len(joined) - len(self._eos_text) - len(self.spec.get_suffix(prompt)) - len(text)
         return next((i for i, (_, end) in enumerate(encoding.offsets) if end > start), len(encoding) - 1)
 
     def count_prompt_tokens(self, prompts: Sequence[str]) -> np.ndarray:

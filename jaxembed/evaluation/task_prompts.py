@@ -64,14 +64,14 @@ class PromptChooser:
                 break
             instruction = table.find_instruction(task_name, task_type)
             if instruction is not None:
-                query = self.spec.prompt(instruction)
+                query = self.spec.build_prompt(instruction)
                 document = query if table.is_symmetric(task_name, task_type) else self._document_prompt
                 return TaskPrompts(instruction, query, document, origin)
         if stored is None:
             stored = find_stored_prompt(self.spec, task_name, task_type)
         if stored is not None:
             return TaskPrompts(self.spec.extract_instruction(stored), stored, self._document_prompt, "the stored prompts")
-        return TaskPrompts(default, self.spec.prompt(default), self._document_prompt, "mteb")
+        return TaskPrompts(default, self.spec.build_prompt(default), self._document_prompt, "mteb")
 
     def compute_digest(self) -> str:
         """Return a digest of the tables, on which scores depend; empty without tables."""
@@ -124,6 +124,6 @@ def find_stored_prompt(spec: EmbeddingSpec, task_name: str, task_type: str) -> s
 def _find_fixed_prompt(spec: EmbeddingSpec) -> str | None:
     """Return the stored prompt of queries if no stored prompt contains an instruction, otherwise None."""
     if spec.fixed_prompts:
-        return spec.prompt(None, side="query")
+        return spec.build_prompt(None, side="query")
     others = [prompt for name, prompt in spec.prompts.items() if name not in DOCUMENT_PROMPTS]
     return None if any(map(spec.extract_instruction, others)) else spec.prompts.get("query")

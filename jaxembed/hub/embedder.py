@@ -289,7 +289,7 @@ class Embedder:
             return self.spec.prompts[prompt_name]
         if any(not isinstance(example, tuple) or len(example) != 2 for example in examples):
             raise TypeError("encode: examples must be pairs (query, response)")
-        full_prompt = self.spec.prompt(instruction, [FewShotExample(instruction or "", *example) for example in examples])
+        full_prompt = self.spec.build_prompt(instruction, [FewShotExample(instruction or "", *example) for example in examples])
         if examples and self.tokenizer.max_text_tokens([full_prompt])[0] < 1:
             tokens, limit = int(self.tokenizer.count_untruncated_tokens([""], [full_prompt])[0]), self.spec.max_length
             raise UserError(

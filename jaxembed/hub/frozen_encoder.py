@@ -168,7 +168,7 @@ def _open_embedder(name: str, base: Base, embedder: Embedder, cache: Path, recor
 
     def select_prompt(side: str, instruction: str) -> str:
         if instruction and not spec.fixed_prompts:
-            return spec.prompt(instruction)
+            return spec.build_prompt(instruction)
         return spec.prompts.get(side, spec.plain_prompt)
 
     def encode_group(texts: list[str], prompt: str) -> np.ndarray:

@@ -160,7 +160,7 @@ def encode_probes_onnx(session: Any, tokenizer: Any, embedder: Embedder, probes:
     for side in list_padding_sides(embedder.model.transformer):
         tokenizer.padding_side = side
         for prompt, texts in probes.items():
-            inputs = [prompt + text + embedder.spec.suffix(prompt) for text in texts]
+            inputs = [prompt + text + embedder.spec.get_suffix(prompt) for text in texts]
             features = tokenizer(inputs, padding=True, truncation=True, return_tensors="np")
             feed = {name: features[name].astype(np.int64) for name in ("input_ids", "attention_mask")}
             (batch,) = session.run(["sentence_embedding"], feed)

@@ -78,7 +78,7 @@ def select_probes(embedder: Embedder, *, truncated: bool = True) -> dict[str, li
             stock classes would truncate the suffix.
     """
     spec = embedder.spec
-    prompts = dict.fromkeys([spec.plain_prompt, spec.prompt(PROBE_INSTRUCTION), *spec.prompts.values()])
+    prompts = dict.fromkeys([spec.plain_prompt, spec.build_prompt(PROBE_INSTRUCTION), *spec.prompts.values()])
     texts_by_prompt = {
         prompt: PROBE_TEXTS if truncated and not (prompt and spec.query_suffix) else _select_complete(embedder, prompt)
         for prompt in prompts
@@ -137,7 +137,7 @@ def encode_probes_with(model: Any, spec: EmbeddingSpec, probes: Mapping[str, lis
     for side in sides:
         model.tokenizer.padding_side = side
         for prompt, texts in probes.items():
-            vectors.append(encode_torch(model, [text + spec.suffix(prompt) for text in texts], prompt))
+            vectors.append(encode_torch(model, [text + spec.get_suffix(prompt) for text in texts], prompt))
     return np.concatenate(vectors)
 
 

@@ -145,7 +145,7 @@ class RestoredRun:
             problem = "has several adapters" if name is None else f"no adapter {name!r}"
             raise UserError(f"{run_dir}: {problem} ({', '.join(names)}). Choose one with --adapter (adapter=...).")
         config = read_run_file(read_run_config, run_dir / "config.yaml", "train again")
-        spec = self.model.spec.replace(prompts={}).with_prompts(config.data.collect_first_instructions(name))
+        spec = self.model.spec.replace(prompts={}).add_source_prompts(config.data.collect_first_instructions(name))
         return dataclasses.replace(
             self,
             model=self.model.clone(spec=spec, lora=lora.replace(names=())),

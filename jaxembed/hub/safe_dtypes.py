@@ -85,7 +85,7 @@ def measure_dtypes(folder: Path, spec: EmbeddingSpec) -> list[DtypeQuality]:
     from jaxembed.formats.rounded_arithmetic import round_layers
 
     prompt = spec.prompts.get("query", spec.plain_prompt)
-    texts = [text + spec.suffix(prompt) for text in [*PROBE_TEXTS, *CODE_TEXTS] if len(text) <= MAX_CHECKED_CHARS]
+    texts = [text + spec.get_suffix(prompt) for text in [*PROBE_TEXTS, *CODE_TEXTS] if len(text) <= MAX_CHECKED_CHARS]
     model = load_sentence_transformer(folder).float()
     reference = encode_torch(model, texts, prompt)
     qualities = []

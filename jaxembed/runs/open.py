@@ -166,7 +166,7 @@ def _resolve_spec(config: Config, base: Base, recorded: EmbeddingSpec | None) ->
         recorded: The spec of the run that is resumed. Earlier versions left instructions out of the pooling by default, and
             their runs continue to do so.
     """
-    spec = base.spec.with_choices(config.model, config.stages[-1].data.max_length)
+    spec = base.spec.apply_model_config(config.model, config.stages[-1].data.max_length)
     last = config.stages[-1]
     exit_layers = last.exits.list_trained(base.transformer.layers)
     spec = spec.replace(matryoshka_dims=tuple(sorted(last.matryoshka.dims)), exit_layers=exit_layers)
@@ -189,7 +189,7 @@ def _resolve_spec(config: Config, base: Base, recorded: EmbeddingSpec | None) ->
                 "model.instruction_template."
             )
         spec = spec.replace(fixed_prompts=False)
-    return spec.with_prompts(instructions)
+    return spec.add_source_prompts(instructions)
 
 
 def _build_compute_options(config: Config) -> ComputeOptions:

@@ -35,7 +35,7 @@ def use_adapter(encoder: Embedder, params: Any, adapter: str) -> Embedder:
 
 def encode_input(encoder: Embedder, text_input: TextInput) -> np.ndarray:
     """Encode texts of a held-out set with the prompt of their instruction, or of their side."""
-    prompt = encoder.spec.prompt(text_input.instruction, side=text_input.side)
+    prompt = encoder.spec.build_prompt(text_input.instruction, side=text_input.side)
     return encoder.encode(text_input.texts, prompt=prompt)
 
 

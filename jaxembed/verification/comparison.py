@@ -97,7 +97,7 @@ class VerifiedFolder:
     @property
     def inputs(self) -> list[str]:
         """What a client sends for each probe: prompt, text, and the suffix of texts with a prompt. Servers add none of them."""
-        return [probe.prompt + probe.text + self.base.spec.suffix(probe.prompt) for probe in self.probes]
+        return [probe.prompt + probe.text + self.base.spec.get_suffix(probe.prompt) for probe in self.probes]
 
     @property
     def dtype(self) -> str:

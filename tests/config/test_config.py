@@ -251,7 +251,7 @@ def test_shipped_configs_are_valid(name: str) -> None:
 
 def test_a_spec_takes_the_choices_of_a_config_and_keeps_the_rest(tmp_path: Path) -> None:
     spec = EmbeddingSpec(attention="causal", pooling="last", append_eos=False, prompts={"query": "q"})
-    assert spec.with_choices(load_smallest(tmp_path).model, 77) == spec.replace(max_length=77)
+    assert spec.apply_model_config(load_smallest(tmp_path).model, 77) == spec.replace(max_length=77)
     chosen = load_smallest(
         tmp_path, "model.attention=bidirectional",
         "model.pooling={kind: latent_attention, include_instruction: true, latents: 9, heads: 2}",
@@ -263,14 +263,14 @@ def test_a_spec_takes_the_choices_of_a_config_and_keeps_the_rest(tmp_path: Path)
         normalize=False, append_eos=True, max_length=77, instruction_template="{instruction}:", prompts={"query": "q"},
         query_suffix="?", example_template="{query}{response}", projection=3, projection_bias=True,
     )  # fmt: skip
-    assert spec.with_choices(chosen.model, 77) == expected
+    assert spec.apply_model_config(chosen.model, 77) == expected
 
 
 def test_prompts_are_built_from_the_template_and_stored_by_name() -> None:
     spec = EmbeddingSpec(instruction_template="<{instruction}> ")
-    assert (spec.prompt("find {x}"), spec.prompt(""), spec.prompt(None)) == ("<find {x}> ", "", "")
-    assert spec.with_prompts({}) == spec
-    named = spec.with_prompts({"a": ("find", "doc"), "b": ("sort", "")}).prompts
+    assert (spec.build_prompt("find {x}"), spec.build_prompt(""), spec.build_prompt(None)) == ("<find {x}> ", "", "")
+    assert spec.add_source_prompts({}) == spec
+    named = spec.add_source_prompts({"a": ("find", "doc"), "b": ("sort", "")}).prompts
     assert named == {"query": "<find> ", "document": "<doc> ", "a": "<find> ", "b": "<sort> "}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from jaxembed.config.sections import table
+from jaxembed.config.sections import make_key_table
 from jaxembed.config.shipped import SYNTHESIS_FOLDER, list_shipped_configs
 from jaxembed.config.synthesis import SynthesisConfig, load_synthesis_config
 from jaxembed.config.synthesis_steps import ValuesConfig
@@ -87,6 +87,6 @@ def test_inputs_must_be_named(tmp_path: Path) -> None:
 
 
 def test_the_table_of_keys_lists_kinds_and_nested_fields() -> None:
-    rows = table(SynthesisConfig)
+    rows = make_key_table(SynthesisConfig)
     assert "| `tasks[].steps[].kind` | required | ask or retrieve or rank or round_trip or filter |" in rows
     assert "`tasks[].steps[].answer.fields.KEY.max_chars`" in rows and "| rank: Rank by grades. |" in rows

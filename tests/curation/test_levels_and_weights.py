@@ -120,8 +120,8 @@ def test_clusters_are_those_of_separate_groups_in_any_order() -> None:
     ("step", "message"),
     [
         ({"name": "balance", "exponent": 0.5}, "a balance step needs rows, max_rows or share. Set one of them"),
-        ({"name": "balance", "max_rows": 5, "exponent": 0.5}, "exponent and weights divide a number of rows among groups"),
-        ({"name": "balance", "rows": 5, "share": 0.5}, "rows and share both say how much is drawn"),
+        ({"name": "balance", "max_rows": 5, "exponent": 0.5}, "exponent and weights apply only to rows"),
+        ({"name": "balance", "rows": 5, "share": 0.5}, "rows and share exclude each other"),
         ({"name": "balance", "rows": 5, "weights": {"a": -1}}, "steps.0.weights.a is -1"),
         ({"name": "curriculum", "levels": 1}, r"steps.0.levels is 1 \(expected a number that is at least 2\)"),
         ({"name": "cluster", "model": "M"}, "steps.0.clusters"),
@@ -129,7 +129,7 @@ def test_clusters_are_those_of_separate_groups_in_any_order() -> None:
         ({"name": "cluster", "modle": "M", "clusters": 2}, r"unknown key steps.0.modle. Did you mean steps.0.model\?"),
         (
             {"name": "judge", "judge": {"model": "J", "template": "{document}"}},
-            r"template must contain \{query\}, and after it",
+            r"template must contain \{query\} and then",
         ),
         ({"name": "judge", "judge": {"model": "J", "modl": "J"}}, "steps.0.judge.modl"),
     ],

@@ -335,7 +335,7 @@ def test_pooling_starts_after_the_instruction(sources: list[Source], shards: int
         ):
             row = i // (24 // shards) * rows + slot // texts.segments
             members = texts.segment_ids[row] == slot % texts.segments + 1
-            skipped = build.sampler.tokenizer.count_prompt_tokens([SPEC.prompt(instruction)])[0]
+            skipped = build.sampler.tokenizer.count_prompt_tokens([SPEC.build_prompt(instruction)])[0]
             assert (skipped > 0) == bool(instruction)
             assert np.array_equal(texts.pool_mask[row][members], np.arange(members.sum()) >= skipped)
 

@@ -56,10 +56,10 @@ def test_prompt_equals_that_of_bge_en_icl() -> None:
     examples = [FewShotExample(TASK, *pair) for pair in PAIRS]
     without_example_template = ICL.replace(example_template="")
     for spec in (ICL, without_example_template):
-        assert spec.prompt(TASK, examples) + "why" + spec.query_suffix == format_query("why", PAIRS)
-        assert spec.prompt(TASK) + "why" + spec.query_suffix == format_query("why", [])
-        assert spec.prompt("", examples) == ""
-    plain = EmbeddingSpec().prompt("b", [FewShotExample("a", "q", "r")])
+        assert spec.build_prompt(TASK, examples) + "why" + spec.query_suffix == format_query("why", PAIRS)
+        assert spec.build_prompt(TASK) + "why" + spec.query_suffix == format_query("why", [])
+        assert spec.build_prompt("", examples) == ""
+    plain = EmbeddingSpec().build_prompt("b", [FewShotExample("a", "q", "r")])
     assert plain == "Instruct: a\nQuery:q\nResponse:r\n\nInstruct: b\nQuery:"
     with pytest.raises(UserError, match=r"FILE: example_template must contain \{query\} and \{response\}"):
         parse_spec({"example_template": "{query}"}, "FILE")
@@ -171,7 +171,7 @@ def test_examples_leave_the_text_half_of_its_tokens(tmp_path: Path) -> None:
     for example, whole in zip(limited, drawn, strict=True):
         count = len(example.few_shot)
         assert whole.few_shot[:count] == example.few_shot
-        prompts = [ICL.prompt("find", whole.few_shot[:number]) for number in (count, count + 1)]
+        prompts = [ICL.build_prompt("find", whole.few_shot[:number]) for number in (count, count + 1)]
         length, with_next = tokenizer.count_prompt_tokens(prompts)
         assert length <= 110
         # The sampler counts the tokens of each part by itself, which are a few more than those of the whole prompt.
@@ -179,7 +179,7 @@ def test_examples_leave_the_text_half_of_its_tokens(tmp_path: Path) -> None:
         dropped += len(whole.few_shot) - count
     assert 10 < dropped < sum(len(example.few_shot) for example in drawn) - 10
     texts, prompts = sampler.list_texts(limited)
-    assert prompts[::2] == [ICL.prompt("find", example.few_shot) for example in limited] and not any(prompts[1::2])
+    assert prompts[::2] == [ICL.build_prompt("find", example.few_shot) for example in limited] and not any(prompts[1::2])
     assert texts[::2] == [example.query for example in limited]
     build = BatchBuilder(sampler=sampler, row_length=440, shards=make_all_shards(1))
     assert np.array_equal(build(3, ids).batch.texts.tokens, build(3, ids).batch.texts.tokens)
@@ -244,7 +244,7 @@ def test_bge_en_icl_encodes_as_published(icl: Path, tmp_path: Path, monkeypatch:
     with pytest.raises(TypeError, match="examples need an instruction"):
         model.encode(["x"], examples=PAIRS)
     export(model, tmp_path / "exported", "float32", Card("icl", "base"))
-    stock, prompt = load_sentence_transformer(tmp_path / "exported"), model.spec.prompt(TASK)
+    stock, prompt = load_sentence_transformer(tmp_path / "exported"), model.spec.build_prompt(TASK)
     theirs = encode_torch(stock, [text + "\n<response>" for text in tiny.TEXTS], prompt)
     np.testing.assert_allclose(theirs, model.encode(tiny.TEXTS, prompt=prompt), atol=1e-5)
     assert r"Append '\n<response>' to every text" in (tmp_path / "exported" / "README.md").read_text()

@@ -41,7 +41,7 @@ def test_stored_prompts_without_an_instruction_are_used_for_every_task() -> None
     flagged = INSTRUCT_SPEC.replace(fixed_prompts=True, prompts={"query": "Instruct: x\nQuery:", "document": "d: "})
     assert choose_query(flagged) == "Instruct: x\nQuery:"
     assert choose_query(EmbeddingSpec(prompts={"query": "", "document": ""})) == ""  # trained without instructions
-    trained = EmbeddingSpec().with_prompts({"plain": ("", ""), "instructed": ("Find it", "")})
+    trained = EmbeddingSpec().add_source_prompts({"plain": ("", ""), "instructed": ("Find it", "")})
     assert choose_query(trained) == "Instruct: mteb's\nQuery:"
     by_type = EmbeddingSpec(prompts={"query": "q: ", "STS": "sts: "})
     assert choose_query(by_type, "STS17", "STS") == "sts: "
@@ -66,7 +66,7 @@ def test_a_published_model_gets_the_instruction_of_its_paper_for_every_task(name
         metadata = task.metadata
         expected = table.by_task.get(metadata.name, table.by_type.get(metadata.type))
         prompts = choose_prompts(encoder, metadata)
-        if (prompts.instruction, prompts.query) != (expected, spec.prompt(expected)):
+        if (prompts.instruction, prompts.query) != (expected, spec.build_prompt(expected)):
             differences.append(metadata.name)
         if get_task_instruction(metadata) != expected:
             differences_without_table.append(metadata.name)
@@ -81,7 +81,7 @@ def test_tables_belong_to_published_models_and_survive_training() -> None:
     tables = [layout and layout.read_spec_choices(None, "").get("instruction_table") for layout in layouts]
     assert tables == ["e5_mistral", "kalm", "kalm_v2", "qwen3_embedding", "gritlm"]
     base = EmbeddingSpec(instruction_table="kalm")
-    assert base.with_prompts({"a": ("Find", "")}).instruction_table == "kalm"
+    assert base.add_source_prompts({"a": ("Find", "")}).instruction_table == "kalm"
     assert base.describe_vectors() == EmbeddingSpec().describe_vectors()  # the vectors do not depend on it
 
 

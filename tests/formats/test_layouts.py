@@ -80,7 +80,7 @@ def test_published_model_is_trained_and_exported(get_reference: Callable[[str], 
     assert 1e-5 < np.abs(model.encode(SHORT) - before.encode(SHORT)).max() < 0.02
     export(model, tmp_path / "out", "float32", Card("tuned", "base"))
     stock_model = load_sentence_transformer(tmp_path / "out")
-    for prompt in (model.spec.plain_prompt, model.spec.prompt(INSTRUCTION)):
+    for prompt in (model.spec.plain_prompt, model.spec.build_prompt(INSTRUCTION)):
         np.testing.assert_allclose(encode_torch(stock_model, TEXTS, prompt), model.encode(TEXTS, prompt=prompt), atol=1e-5)
     default_vectors = stock_model.encode(TEXTS, normalize_embeddings=True)
     np.testing.assert_allclose(default_vectors, model.encode(TEXTS), atol=1e-5)
@@ -127,7 +127,7 @@ def test_hub_id_selects_the_published_layout(
     (tmp_path / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda hub_id, **options: {name: str(tmp_path)}[hub_id])
     spec = find_base(name).spec
-    assert (spec.attention, spec.pooling, spec.prompt("T"), spec.query_suffix) == expected
+    assert (spec.attention, spec.pooling, spec.build_prompt("T"), spec.query_suffix) == expected
 
 
 @pytest.mark.parametrize("offline", [True, False])
@@ -274,5 +274,5 @@ def test_bge_en_icl_is_recognized_by_its_tokens(mistral: Path, tmp_path: Path) -
     assert spec != plain
     assert (spec.attention, spec.pooling, spec.append_eos) == ("causal", "last", True)
     shots = [FewShotExample("T", "q", "r")]
-    assert spec.prompt("T", shots) == "<instruct>T\n<query>q\n<response>r\n\n<instruct>T\n<query>"
+    assert spec.build_prompt("T", shots) == "<instruct>T\n<query>q\n<response>r\n\n<instruct>T\n<query>"
     assert spec.query_suffix == "\n<response>"

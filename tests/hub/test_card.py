@@ -62,5 +62,5 @@ def test_exported_folders_contain_no_local_paths(tmp_path: Path, monkeypatch: py
 def test_sources_do_not_replace_the_prompts_of_both_sides() -> None:
     """Configs that are given refuse these names; runs of earlier versions may have them."""
     instructions = {"first": ("Find it", "Represent it"), "query": ("Other", ""), "document": ("Other", "Other")}
-    prompts = EmbeddingSpec(instruction_template="{instruction}: ").with_prompts(instructions).prompts
+    prompts = EmbeddingSpec(instruction_template="{instruction}: ").add_source_prompts(instructions).prompts
     assert prompts == {"query": "Find it: ", "document": "Represent it: ", "first": "Find it: "}

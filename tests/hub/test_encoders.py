@@ -133,8 +133,8 @@ def test_layouts_of_published_encoders(
     (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
     spec = find_base(str(folder)).spec
     assert (spec.attention, spec.pooling, spec.append_eos, spec.fixed_prompts) == ("bidirectional", pooling, True, is_fixed)
-    assert spec.prompt("T", side="query").startswith(query) and bool(spec.prompt("T", side="query")) == bool(query)
-    assert spec.prompt("", side="document") == document
+    assert spec.build_prompt("T", side="query").startswith(query) and bool(spec.build_prompt("T", side="query")) == bool(query)
+    assert spec.build_prompt("", side="document") == document
 
 
 def test_a_position_table_shorter_than_the_texts_is_refused(base_folder: Folder) -> None:

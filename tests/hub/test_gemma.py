@@ -80,7 +80,7 @@ def test_embedding_gemma_is_read_and_exported(embedding_gemma: Path, tmp_path: P
     spec = model.spec
     assert (spec.attention, spec.pooling, spec.projection, spec.normalize) == ("bidirectional", "mean", 24, True)
     assert spec.hidden_projections == (HiddenProjection(width=48),)
-    assert spec.prompt("anything", side="document") == PROMPTS["document"] == spec.prompts["document"]
+    assert spec.build_prompt("anything", side="document") == PROMPTS["document"] == spec.prompts["document"]
     export(model, tmp_path / "out", "float32", Card("test", "base"))
     written, reloaded = load_sentence_transformer(tmp_path / "out"), Embedder.load(tmp_path / "out")
     assert [type(module).__name__ for module in written] == [type(module).__name__ for module in stock]
