@@ -34,7 +34,7 @@ from jaxembed.devices.mesh import make_mesh
 from jaxembed.hub.base import Base
 from jaxembed.hub.card import Card
 from jaxembed.hub.embedder import Embedder
-from jaxembed.hub.export import OnnxWeights, export
+from jaxembed.hub.export import export
 from jaxembed.hub.parity import PROBE_INSTRUCTION, PROBE_TEXTS
 from jaxembed.hub.resolve import find_base
 from jaxembed.hub.text_tokenizer import build_text_tokenizer
@@ -91,7 +91,6 @@ class Kind:
         dtype: Dtype of the weights in the folder.
         has_adapters: Whether LoRA adapters are merged into the weights.
         tokenizer: Name of the tokenizer: "qwen2" or "bert", those of the options; "own" or "own encoder", trained from scratch.
-        has_graph: Whether the export has an ONNX graph, which Gemma 3 cannot have.
     """
 
     family: str
@@ -99,7 +98,6 @@ class Kind:
     dtype: str = "float32"
     has_adapters: bool = False
     tokenizer: str = "own"
-    has_graph: bool = True
 
 
 CAUSAL_LAST = {"attention": "causal", "pooling": "last"}
@@ -127,8 +125,8 @@ KINDS = {
     "bfloat16": Kind("qwen3", {}, dtype="bfloat16"),
     "sliding window": Kind("mistral-window", {"attention": "causal", "pooling": "mean"}, tokenizer="qwen2"),
     "llama3 RoPE": Kind("llama3-rope", {"attention": "causal", "pooling": "mean"}, tokenizer="qwen2"),
-    "gemma3 causal last": Kind("gemma3", CAUSAL_LAST, has_graph=False),
-    "EmbeddingGemma": Kind("gemma3", EMBEDDING_GEMMA, has_graph=False),
+    "gemma3 causal last": Kind("gemma3", CAUSAL_LAST),
+    "EmbeddingGemma": Kind("gemma3", EMBEDDING_GEMMA),
     "BERT mean": Kind("bert", {}, tokenizer="bert"),
     "BERT first": Kind("bert", {"pooling": "first"}, tokenizer="bert"),
     "XLM-R mean": Kind("xlm-roberta", {}, tokenizer="own encoder"),
@@ -221,8 +219,7 @@ def write_kind(out: Path, name: str, kind: Kind, tokenizer: Any) -> str:
         write_base(Path(scratch), kind, tokenizer)
         embedder = load_embedder(find_base(scratch), kind)
     shutil.rmtree(folder, ignore_errors=True)
-    graph: OnnxWeights | None = "float32" if kind.has_graph else None
-    report = export(embedder, folder, kind.dtype, Card(name, "random weights"), onnx=graph)
+    report = export(embedder, folder, kind.dtype, Card(name, "random weights"), onnx="float32")
     # A 16-bit folder is compared with its own rounded weights, computed in float32.
     written = embedder if kind.dtype == "float32" else Embedder.load(folder)
     write_rows(out / f"{folder.name}.json", written)

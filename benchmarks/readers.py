@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 
 from jaxembed.files import read_json
-from jaxembed.hub.readers import STORES, ServedModel, Status, Verdict, judge_readers
+from jaxembed.hub.reader_rules import STORES, ServedModel, Status
+from jaxembed.hub.readers import Verdict, judge_readers
 from jaxembed.hub.spec_files import parse_spec
 from jaxembed.model.hf_config import parse_hf_config
 

@@ -51,12 +51,34 @@ class BakedModel(nn.Module):
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the token vectors [B, T, D] and the vectors of the texts [B, D']."""
         positions = self.first_position + (attention_mask.cumsum(dim=1) - 1).clamp(min=0)  # left padding moves no token
-        output = self.transformer(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False)
+        config = self.transformer.config
+        mask = build_gemma_masks(config, attention_mask) if config.model_type == "gemma3_text" else attention_mask
+        output = self.transformer(input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=False)
         hidden = output.last_hidden_state
         features = {"token_embeddings": hidden, "attention_mask": attention_mask}
         for module in self.rest:
             features = module(features)
         return hidden, features["sentence_embedding"]
+
+
+def build_gemma_masks(config: Any, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Build the attention masks of Gemma 3. Those of transformers use `torch.vmap` and cannot be traced.
+
+    Args:
+        config: Config of the transformer. A bidirectional mask has halved its window.
+        attention_mask: 1 for tokens, 0 for padding [B, T].
+
+    Returns:
+        What is added to the attention scores [B, 1, T, T], by the kind of layer.
+    """
+    index = torch.ones_like(attention_mask).cumsum(dim=1)
+    distance = index[:, :, None] - index[:, None, :]  # of a query to the keys before it
+    is_visible = (attention_mask[:, None, :] > 0).expand_as(distance)
+    if not config.use_bidirectional_attention:
+        is_visible = is_visible & (distance >= 0)
+    by_kind = {"full_attention": is_visible, "sliding_attention": is_visible & (distance.abs() < config.sliding_window)}
+    hidden_score = torch.finfo(torch.float32).min  # not infinity: rows of padding stay finite
+    return {kind: torch.where(mask, 0.0, hidden_score)[:, None] for kind, mask in by_kind.items()}
 
 
 class GraphTransformer(nn.Module):

@@ -13,7 +13,7 @@ from typing import Any
 from jaxembed.config.model import PoolingKind
 from jaxembed.config.spec import EmbeddingSpec, HiddenProjection
 from jaxembed.formats.sentence_transformers import POOLING_FLAGS, POOLING_MODES, TOKEN_POOLING_TYPE
-from jaxembed.model.families import FAMILIES, Family, TransformerConfig
+from jaxembed.model.families import FAMILIES, TransformerConfig, find_window_group
 
 # Types that every sentence-transformers resolves: versions 3 to 5.3 have these modules, newer ones map them to new paths. vLLM
 # and TEI compare them literally.
@@ -26,7 +26,12 @@ SERVED_POOLINGS: frozenset[PoolingKind] = frozenset({"mean", "last", "first"})  
 OWN_POOLING_SUFFIX = "WithOwnPooling"
 REQUIREMENT_REASON = "Earlier versions ignore the field of the mask and would compute other vectors, with a causal mask."
 # Fields of a base's config.json that do not belong to the exported model.
-UNSAVED_CONFIG_KEYS = ("torch_dtype", "auto_map", "_name_or_path", "tokenizer_class", "matryoshka_dimensions", "rope_scaling")
+UNSAVED_CONFIG_KEYS = (
+    "torch_dtype", "auto_map", "_name_or_path", "tokenizer_class", "matryoshka_dimensions", "rope_scaling", "rope_parameters",
+    "_sliding_window_pattern", "global_attn_every_n_layers",
+)  # fmt: skip
+# Where TEI and older readers look for the size of a group of layers, of which one has no sliding window.
+WINDOW_GROUP_KEYS = {"gemma3_text": "_sliding_window_pattern", "modernbert": "global_attn_every_n_layers"}
 
 MODEL_INPUTS = ("input_ids", "attention_mask")
 LOADING_KEYS = ("is_local", "local_files_only")  # fields of a saved tokenizer_config.json that say how it was loaded
@@ -87,21 +92,26 @@ def build_rope_fields(transformer: TransformerConfig) -> dict[str, Any]:
         scaling["original_max_position_embeddings"] = int(scaling["original_max_position_embeddings"])
     rope = {"rope_type": kind, "rope_theta": transformer.rope_theta, **scaling}
     if transformer.local_rope_theta is not None:
-        return _build_rope_fields_by_kind(rope, transformer.local_rope_theta, FAMILIES[transformer.family])
+        return _build_grouped_fields(transformer, rope, transformer.local_rope_theta)
     fields = {"rope_theta": transformer.rope_theta, "rope_parameters": rope}
     return {**fields, "rope_scaling": scaling} if kind != "default" else fields
 
 
-def _build_rope_fields_by_kind(rope: Mapping[str, Any], local_theta: float, family: Family) -> dict[str, Any]:
-    """Return the rotary positions of a family that has others in layers with a window. Older readers know only the bases."""
-    return {
-        family.get_key("rope_theta"): rope["rope_theta"],
-        family.get_key("local_rope_theta"): local_theta,
-        "rope_parameters": {
-            "full_attention": dict(rope),
-            "sliding_attention": {"rope_type": "default", "rope_theta": local_theta},
-        },
-    }
+def _build_grouped_fields(transformer: TransformerConfig, rope: Mapping[str, Any], local_theta: float) -> dict[str, Any]:
+    """Return the rotary positions of a family that has others in layers with a window, and which layers those are.
+
+    - Gemma 3 has none by kind of layer (`rope_parameters`), because TEI refuses it with them. transformers reads both forms.
+    - Without the size of a group, TEI refuses a model whose layers form no groups.
+    """
+    family, group = FAMILIES[transformer.family], find_window_group(transformer)
+    fields: dict[str, Any] = {family.get_key("rope_theta"): rope["rope_theta"], family.get_key("local_rope_theta"): local_theta}
+    if group is not None:
+        fields[WINDOW_GROUP_KEYS[transformer.family]] = group
+    if transformer.family == "gemma3_text":
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+        return {**fields, "rope_scaling": scaling} if scaling["rope_type"] != "default" else fields
+    local_rope = {"rope_type": "default", "rope_theta": local_theta}
+    return {**fields, "rope_parameters": {"full_attention": dict(rope), "sliding_attention": local_rope}}
 
 
 def build_module_list(spec: EmbeddingSpec) -> list[dict[str, Any]]:

@@ -13,7 +13,8 @@ from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.files import read_json, read_text
 from jaxembed.formats.run_files import BASE_RECORD_FILE
 from jaxembed.hub.onnx_export import INT8_GRAPH_FILE, OnnxReport
-from jaxembed.hub.readers import FOLDER_NAME, ServedModel, format_reader_table
+from jaxembed.hub.reader_rules import ServedModel
+from jaxembed.hub.readers import FOLDER_NAME, format_reader_table
 from jaxembed.hub.safe_dtypes import DtypeQuality
 from jaxembed.model.pooling import TRAINABLE_POOLINGS
 from jaxembed.training.metrics import read_metrics

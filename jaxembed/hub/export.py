@@ -31,7 +31,8 @@ from jaxembed.hub.parity import (
     select_probes,
     write_probe_file,
 )
-from jaxembed.hub.readers import ServedModel, list_limits
+from jaxembed.hub.reader_rules import ServedModel
+from jaxembed.hub.readers import list_limits
 from jaxembed.hub.safe_dtypes import DtypeQuality, list_unsafe_dtypes, measure_dtypes
 from jaxembed.hub.scratch import move_into_place, open_scratch_folder
 from jaxembed.hub.spec_files import write_spec

@@ -21,7 +21,7 @@ from jaxembed.hub.parity import (
     encode_probes_with,
     list_padding_sides,
 )
-from jaxembed.hub.readers import ServedModel
+from jaxembed.hub.reader_rules import ServedModel
 from jaxembed.hub.torch_model import load_sentence_transformer
 
 ONNX_PACKAGES = ("torch", "onnx", "onnxruntime")

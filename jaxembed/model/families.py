@@ -280,3 +280,16 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         ),
     }
 )  # fmt: skip
+
+
+def find_window_group(transformer: TransformerConfig) -> int | None:
+    """Return the size of the groups of layers that have one layer without a window each; None if there are no such groups.
+
+    Args:
+        transformer: A transformer of a family whose windows are "grouped".
+    """
+    full_layer = FAMILIES[transformer.family].full_layer
+    for size in range(1, transformer.layers + 2):
+        if all((window is None) == (i % size == full_layer % size) for i, window in enumerate(transformer.windows)):
+            return size
+    return None

@@ -16,6 +16,7 @@ CHANGE_ADVICE = {
     "sliding window": "Use a server that reads the windows of config.json.",
     "RoPE scaling": "Use a server that reads `rope_parameters` of config.json.",
     "RoPE base": "Use a server that reads `rope_parameters` of config.json.",
+    "GELU": "TEI approximates it, except on its CPU image with an ONNX graph: export with --onnx.",
     "pooling": "Choose the pooling in the server (vLLM: --pooler-config; TEI and llama.cpp: --pooling), or another server.",
     "instruction": "vLLM, TEI and llama.cpp pool every token. Train with model.pooling.include_instruction=true for them.",
     "projection": "The server skips the Dense module of the folder. Use one that reads modules.json.",

@@ -112,7 +112,7 @@ class LastTextTokensTokenizer(LastTokensTokenizer):
 
 
 def list_transformer_variants(embedder: Embedder) -> list[TransformerVariant]:
-    """Return the unchanged transformer of a model, and variants with one difference each: mask, windows, rotary positions."""
+    """Return the unchanged transformer of a model, and variants with one difference each: mask, positions, windows, GELU."""
     transformer, attention = embedder.model.transformer, embedder.spec.attention
     variants = [TransformerVariant((), transformer, attention)]
 
@@ -134,6 +134,8 @@ def list_transformer_variants(embedder: Embedder) -> list[TransformerVariant]:
         add("RoPE scaling", "none", str(kind), rope_scaling=())
     if transformer.rope_theta != DEFAULT_ROPE_THETA:
         add("RoPE base", f"{DEFAULT_ROPE_THETA:g}", f"{transformer.rope_theta:g}", rope_theta=DEFAULT_ROPE_THETA)
+    if transformer.activation == "gelu":
+        add("GELU", "its tanh approximation", "exact", activation="gelu_tanh")
     return variants
 
 

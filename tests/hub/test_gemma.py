@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from jaxembed.errors import UserError
 from jaxembed.hub.card import Card
 from jaxembed.hub.embedder import load_embedder
 from jaxembed.hub.export import export
-from jaxembed.hub.readers import ServedModel, judge_readers
+from jaxembed.hub.reader_rules import ServedModel
+from jaxembed.hub.readers import judge_readers
 from jaxembed.hub.resolve import find_base
 from jaxembed.hub.torch_model import encode_torch, load_sentence_transformer
 from jaxembed.model.transformer import ComputeOptions
@@ -48,12 +50,26 @@ def test_exported_folder_has_mask_windows_and_rotary_bases(base_folder: Folder, 
     verdicts = {verdict.reader.name: verdict for verdict in judge_readers(ServedModel(spec, model.model.transformer))}
     reasons = " ".join(verdicts["sentence-transformers 5"].reasons)
     assert ("from transformers 4.57" in reasons, "5.2" in reasons) == (attention == "bidirectional", False)
-    assert {kind: rope["rope_theta"] for kind, rope in config["rope_parameters"].items()} == {
-        "full_attention": config["rope_theta"], "sliding_attention": config["rope_local_base_freq"],
-    }  # fmt: skip
+    # In the form of published models: TEI reads no rotary positions by kind of layer.
+    rope = {"rope_theta": 1e6, "rope_local_base_freq": 10_000.0, "_sliding_window_pattern": 2}
+    assert {key: config[key] for key in rope} == rope
+    assert "rope_parameters" not in config and "rope_scaling" not in config
     (tmp_path / "out" / "jaxembed.json").unlink()
     reloaded = Embedder.load(tmp_path / "out")
     assert reloaded.spec.attention == attention
+    np.testing.assert_allclose(reloaded.encode(tiny.TEXTS), model.encode(tiny.TEXTS), atol=1e-6)
+
+
+def test_scaled_rotary_positions_are_written_in_the_form_of_published_models(base_folder: Folder, tmp_path: Path) -> None:
+    base = shutil.copytree(base_folder("gemma3_text"), tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    config["rope_parameters"]["full_attention"] = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
+    (base / "config.json").write_text(json.dumps(config))
+    model = load_embedder(find_base(str(base)), EmbeddingSpec(max_length=64), ComputeOptions(), make_mesh(1))
+    assert export(model, tmp_path / "out", "float32", Card("test", "base")).parity.error < 1e-5
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["rope_scaling"] == {"rope_type": "linear", "factor": 8.0}
+    reloaded = Embedder.load(tmp_path / "out")
+    assert reloaded.model.transformer == model.model.transformer
     np.testing.assert_allclose(reloaded.encode(tiny.TEXTS), model.encode(tiny.TEXTS), atol=1e-6)
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from jaxembed.config.spec import EmbeddingSpec
-from jaxembed.hub.readers import READER_RULES, READERS, ServedModel, Status, format_reader_table, judge_readers, list_limits
+from jaxembed.hub.reader_rules import READER_RULES, ServedModel, Status
+from jaxembed.hub.readers import READERS, format_reader_table, judge_readers, list_limits
 from jaxembed.model.hf_config import parse_hf_config
 from jaxembed.model.presets import find_preset
 
@@ -67,6 +68,7 @@ def test_a_bidirectional_model_needs_a_new_transformers() -> None:
         (make_model("mistral-7b", {"sliding_window": 4096}), "llama.cpp", Status.CONDITIONAL, "one slot"),
         (make_model("mistral-7b", {"head_dim": 64}), "TEI", Status.REFUSED, "heads of hidden_size"),
         (make_model("llama3-8b", {"attention_bias": True}), "TEI", Status.DIFFERENT, "leaves out biases"),
+        (make_model("llama3-8b", {"rope_parameters": LLAMA3}, has_onnx=True), "TEI", Status.CONDITIONAL, "ONNX graph"),
         (make_model(matryoshka_dims=(64,)), "sentence-transformers 6", Status.CONDITIONAL, "normalize_embeddings=True"),
     ],
 )

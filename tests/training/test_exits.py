@@ -24,7 +24,7 @@ from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.data.packing import PackedTexts
 from jaxembed.errors import UserError
 from jaxembed.hub.card import Card, format_model_card
-from jaxembed.hub.readers import ServedModel
+from jaxembed.hub.reader_rules import ServedModel
 from jaxembed.losses.exits import align_exits, draw_exit_layers
 from jaxembed.losses.objectives import Objectives
 from jaxembed.model.parameters import replace_layers

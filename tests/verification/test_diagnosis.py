@@ -34,7 +34,8 @@ from jaxembed.verification.diagnosis import (
     measure_half_precision,
     to_unit_vectors,
 )
-from jaxembed.verification.variants import list_pool_variants
+from jaxembed.verification.report import ADVICE
+from jaxembed.verification.variants import list_pool_variants, list_transformer_variants
 
 QUERY_PROMPT = "Find the answer:"
 KINDS: dict[str, dict[str, Any]] = {
@@ -169,6 +170,17 @@ def test_every_single_difference_is_named_or_listed_as_indistinguishable(served:
                 matches = one.diagnose(vectors[:, p], server_lengths=[50]).matches
                 is_visible = np.sum(vectors[:, p] * unchanged, axis=1).min() < MIN_COSINE
                 assert changes in [match.changes for match in matches] if is_visible else not matches[0].changes, changes
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"), [("bert", {"GELU"}), ("gemma3_text", {"attention", "sliding window", "RoPE base"})]
+)
+def test_transformers_of_a_family_differ_in_what_it_has(
+    base_folder: Callable[[str], Path], family: str, expected: set[str]
+) -> None:
+    variants = list_transformer_variants(load_tiny(base_folder(family)))
+    settings = {change.setting for variant in variants for change in variant.changes}
+    assert expected <= settings <= ADVICE.keys()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
