@@ -12,10 +12,10 @@ from jaxembed.verification.served_vectors import EmbeddingServer
 MAX_PROBE_TEXT_CHARS, MAX_PROBE_PROMPT_CHARS = 50, 24
 # What to do about a difference, by its setting.
 CHANGE_ADVICE = {
-    "attention": "The server ignores `is_causal` of config.json. Use one that reads it (transformers 5.2 or newer).",
+    "attention": "The server ignores the mask in config.json. Use one that reads it (decoders: transformers 5.2 or newer).",
     "sliding window": "Use a server that reads the windows of config.json.",
-    "RoPE scaling": "Use a server that reads `rope_parameters` of config.json.",
-    "RoPE base": "Use a server that reads `rope_parameters` of config.json.",
+    "RoPE scaling": "Use a server that reads the rotary positions of config.json.",
+    "RoPE base": "Use a server that reads the rotary positions of config.json.",
     "GELU": "TEI approximates it, except on its CPU image with an ONNX graph: export with --onnx.",
     "pooling": "Choose the pooling in the server (vLLM: --pooler-config; TEI and llama.cpp: --pooling), or another server.",
     "instruction": "vLLM, TEI and llama.cpp pool every token. Train with model.pooling.include_instruction=true for them.",

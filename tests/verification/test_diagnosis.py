@@ -34,7 +34,7 @@ from jaxembed.verification.diagnosis import (
     measure_half_precision,
     to_unit_vectors,
 )
-from jaxembed.verification.report import ADVICE
+from jaxembed.verification.report import CHANGE_ADVICE
 from jaxembed.verification.variants import list_pool_variants, list_transformer_variants
 
 QUERY_PROMPT = "Find the answer:"
@@ -180,7 +180,7 @@ def test_transformers_of_a_family_differ_in_what_it_has(
 ) -> None:
     variants = list_transformer_variants(load_tiny(base_folder(family)))
     settings = {change.setting for variant in variants for change in variant.changes}
-    assert expected <= settings <= ADVICE.keys()
+    assert expected <= settings <= CHANGE_ADVICE.keys()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -264,7 +264,9 @@ def test_folder_or_model_that_does_not_fit_is_one_line(
     with monkeypatch.context() as patch:
         patch.setattr(comparison, "diagnose", lambda *_: Diagnosis([], VariantMatch((), 0.5)))
         for width in (48, NARROW_WIDTH):
-            with pytest.raises(UserError, match=rf"vectors of {width} dimensions \(those of .* have 32\), so the model "):
+            with pytest.raises(
+                UserError, match=rf"vectors of {width} dimensions \(those of .* have 32\), so the server has another model, "
+            ):
                 verify_with(one, lambda inputs, width=width: random[: len(inputs), :width])
     others = [dataclasses.replace(probe, vector=-probe.vector) for probe in one.folder.probes]
     monkeypatch.setattr(comparison, "read_probe_file", lambda _: others)
