@@ -149,7 +149,7 @@ def same_words(text: str, other: str) -> bool:
 
 
 def measure(data: Path, max_rows: int, folder: Path) -> Iterable[tuple[str, str, tuple[int, int, float, float]]]:
-    """Yield step, what it should find, and its score."""
+    """Yield each step, its target, and its score."""
     rng = np.random.default_rng(0)
     clean = read_pairs(data, max_rows)
     rows = clean + inject(clean, read_foreign(data), read_held_out(data), rng)
@@ -201,7 +201,7 @@ def measure_decontamination(rows: Rows, data: Path, folder: Path) -> Iterable[tu
 
 
 def print_table(results: Iterable[tuple[str, str, tuple[int, int, float, float]]]) -> None:
-    print("| step | what it should find | injected | found | precision | recall |\n|---|---|---|---|---|---|", flush=True)
+    print("| step | target | injected | found | precision | recall |\n|---|---|---|---|---|---|", flush=True)
     for step, kind, (expected, found, precision, recall) in results:
         print(f"| {step} | {kind} | {expected:,} | {found:,} | {precision:.3f} | {recall:.3f} |", flush=True)
 

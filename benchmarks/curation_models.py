@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--judge", metavar="JUDGE", help="a causal language model that judges positives too")
     args = parser.parse_args()
     cli.set_up_jax()
-    print("| step | what it should find | injected | found | precision | recall |\n|---|---|---|---|---|---|", flush=True)
+    print("| step | target | injected | found | precision | recall |\n|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as name:
         for line in measure_duplicates(args.model, args.data):
             print(line, flush=True)

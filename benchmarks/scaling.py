@@ -111,7 +111,7 @@ def estimate_memory_traffic(args: argparse.Namespace, transformer: TransformerCo
     - each matrix once per pass over a chunk of rows, in bfloat16;
     - the inputs and outputs of the matmuls for each token and layer, in bfloat16;
     - the attention scores four times in float32, unless the kernel is splash, which keeps them on the chip;
-    - eight float32 numbers of the optimizer per parameter.
+    - eight float32 values of the optimizer per parameter.
     """
     width, heads, kv_heads = (
         transformer.width,
