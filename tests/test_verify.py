@@ -79,7 +79,7 @@ def test_api_can_be_chosen(folder: Path, program: str, api: str) -> None:
         assert run_verify(folder, f"{server.url}/v1/embeddings", "--api", api)["url"] == server.url
 
 
-def test_width_is_asked_for(folder: Path) -> None:
+def test_width_is_requested(folder: Path) -> None:
     with run_server(lambda inputs: encode(inputs)[:, :4]) as server:
         result = run_verify(folder, server.url, "--dim", "4", "--no-diagnosis")
         assert result["cosines"] == pytest.approx([1, 1, 1])

@@ -249,7 +249,7 @@ def test_shipped_configs_are_valid(name: str) -> None:
     assert load_config(name).run.name == name
 
 
-def test_a_spec_takes_the_choices_of_a_config_and_keeps_the_rest(tmp_path: Path) -> None:
+def test_a_config_changes_only_its_own_keys_of_a_spec(tmp_path: Path) -> None:
     spec = EmbeddingSpec(attention="causal", pooling="last", append_eos=False, prompts={"query": "q"})
     assert spec.apply_model_config(load_smallest(tmp_path).model, 77) == spec.replace(max_length=77)
     chosen = load_smallest(
@@ -274,7 +274,7 @@ def test_prompts_are_built_from_the_template_and_stored_by_name() -> None:
     assert named == {"query": "<find> ", "document": "<doc> ", "a": "<find> ", "b": "<sort> "}
 
 
-def test_choices_in_the_tree_are_those_of_the_model() -> None:
+def test_choices_in_the_config_equal_those_of_the_model() -> None:
     """The tree lists them again, because reading a config must not import JAX."""
     attention = typing.get_args(typing.get_args(ModelConfig.model_fields["attention"].annotation)[0])
     assert set(attention) == set(MASKS)

@@ -57,7 +57,7 @@ def join_boundaries(template: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_value_has_a_source_that_was_read_or_says_that_it_has_none(name: str) -> None:
+def test_every_value_has_a_confirmed_source_or_is_marked(name: str) -> None:
     transcribed = {key for entry in TABLE.get(name, ()) for key in entry["values"]}
     values = read_values(name)
     assert len(values) > 20

@@ -47,7 +47,7 @@ def load_sources(folder: Path, *sources: dict[str, Any], overrides: tuple[str, .
     return load_config(folder / "a.yaml", overrides, base="").data.sources
 
 
-def test_a_source_takes_over_the_keys_of_its_entry(catalog: None, tmp_path: Path) -> None:
+def test_a_source_has_the_keys_of_its_catalog_entry(catalog: None, tmp_path: Path) -> None:
     own = {"catalog": "questions", "name": "mine", "columns": {"query": "q"}, "max_examples": 7}
     entry, changed = load_sources(tmp_path, {"catalog": "questions"}, own)
     columns = {"query": "question", "pos": "answer"}

@@ -25,7 +25,7 @@ scalars = number_like | time_like | word | st.sampled_from([".inf", "-.inf", ".n
 
 
 @given(scalars)
-def test_every_plain_scalar_is_found_as_it_was_written(text: str) -> None:
+def test_every_plain_scalar_is_read_literally(text: str) -> None:
     assert format_scalar(load_yaml(text)) == text
     assert format_scalar(load_yaml(f"[{text}, a]")[0]) == text
     assert [*load_yaml(f"{text}: a")] == [load_yaml(text)] or text == ".nan"
@@ -44,7 +44,7 @@ def test_dumped_numbers_and_truth_values_are_read_back(value: Any) -> None:
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False))
-def test_a_key_of_a_number_reads_every_dumped_float(value: float) -> None:
+def test_numeric_keys_read_every_dumped_float(value: float) -> None:
     source = SourceConfig.model_validate({"path": "a", "min_score": load_yaml(yaml.safe_dump(value))})
     assert source.min_score == value
 

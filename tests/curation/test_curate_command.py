@@ -107,7 +107,7 @@ def test_the_same_config_gives_the_same_bytes_in_any_memory(tmp_path: Path, sour
     assert read_all(tmp_path / "c")["pairs.jsonl"] != results[0]["pairs.jsonl"]
 
 
-def test_the_order_of_rows_does_not_decide_what_is_kept(tmp_path: Path, sources: list[dict[str, Any]]) -> None:
+def test_the_order_of_rows_does_not_affect_the_kept_rows(tmp_path: Path, sources: list[dict[str, Any]]) -> None:
     path, kept = write_config(tmp_path, sources), []
     for name in ("a", "b"):
         run(path, f"out={tmp_path / name}")
@@ -225,7 +225,7 @@ def test_workers_of_a_ray_cluster_give_the_same_bytes_and_may_end(
     assert read_all(tmp_path / "spread") == read_all(tmp_path / "alone")
 
 
-def test_a_step_that_changed_is_repeated_and_the_stages_before_are_not(
+def test_a_changed_step_is_repeated_and_earlier_stages_are_not(
     tmp_path: Path, sources: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_config(tmp_path, sources, [*STEPS, {"name": "quality", "min_chars": 9999}])
@@ -325,7 +325,7 @@ def test_a_side_that_no_source_has_is_refused(tmp_path: Path) -> None:
         run(path, "steps=[{name: negatives}]")
 
 
-def test_an_output_of_others_is_refused(tmp_path: Path, sources: list[dict[str, Any]]) -> None:
+def test_the_output_of_another_curation_is_refused(tmp_path: Path, sources: list[dict[str, Any]]) -> None:
     path = write_config(tmp_path, sources)
     run(path)
     before = read_all(tmp_path / "out")

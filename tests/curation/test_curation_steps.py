@@ -189,7 +189,7 @@ def test_an_unknown_language_is_refused() -> None:
 # duplicates
 
 
-def test_exact_copies_of_pairs_queries_and_positives(tmp_path: Path) -> None:
+def test_exact_duplicates_of_pairs_queries_and_positives(tmp_path: Path) -> None:
     rows = [pair("How?", "so", "thus"), pair("how? ", "So"), pair("How?", "other"), pair("Why?", "so")]
     left = {}
     for of in ("pairs", "queries", "positives"):
@@ -234,7 +234,7 @@ UNLIKE = ["The parliament rejected a proposal to raise taxes", "def total(values
           "昨天股市大幅下跌投资者损失惨重", "พรุ่งนี้ฝนจะตกหนักทั่วประเทศ"]  # fmt: skip
 
 
-def test_near_copies_are_found_in_all_scripts(tmp_path: Path) -> None:
+def test_near_duplicates_are_found_in_all_scripts(tmp_path: Path) -> None:
     texts = [text for texts in NEAR.values() for text in texts] + UNLIKE
     rows = [pair(text, "p") for text in texts]
     left = queries_left(run_all_rows_step(DuplicatesStepConfig(of="queries", match="near", threshold=0.7), tmp_path, rows))
@@ -242,7 +242,7 @@ def test_near_copies_are_found_in_all_scripts(tmp_path: Path) -> None:
     assert [len(set(left) & set(texts)) for texts in NEAR.values()] == [1, 1, 1, 1]
 
 
-def test_what_is_kept_does_not_depend_on_the_order_of_rows(tmp_path: Path) -> None:
+def test_the_kept_rows_do_not_depend_on_their_order(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     base = ["".join(rng.choice(list("abcdefghij   "), 60)) for _ in range(20)]
     rows = [pair(f"{text} {suffix}", "p") for text in base for suffix in ("", "now", "then", "")]

@@ -26,7 +26,7 @@ def score_length(pairs: Any) -> np.ndarray:
     return np.array([len(document) / 10 for _, document in pairs], np.float32)
 
 
-def test_scores_are_written_and_documents_drop_by_them() -> None:
+def test_scores_are_written_and_documents_are_dropped_by_score() -> None:
     config = JudgeStepConfig(judge={"model": "J"}, min_positive=0.3, max_negative=0.8, negative_margin=0.1)
     step = make_judge_step(config, lambda: score_length)
     rows = [

@@ -203,7 +203,7 @@ def test_stop_message_says_what_is_kept(encoder: StubEncoder, monkeypatch: pytes
 def test_options_mirror_the_mine_section() -> None:
     """Names, defaults and descriptions of the options come from the section."""
     text = " ".join(mine_command.make_parser().format_help().split())
-    for key, field in mine_command.rule_fields().items():
+    for key, field in mine_command.list_rule_fields().items():
         assert f"--{key.replace('_', '-')}" in text and " ".join(str(field.description).split()) in text
     arguments = mine_command.make_parser().parse_args(["MODEL", "IN", "OUT"])
     assert mine_command.read_rule(arguments) == MineConfig()

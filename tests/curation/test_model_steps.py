@@ -75,7 +75,7 @@ def test_similar_vectors_are_those_of_a_comparison_of_all_pairs(threshold: float
     assert found.tolist() == expected and 0 < sum(expected) < len(expected)
 
 
-def test_semantic_copies_are_dropped_by_rule(encoder: StubEncoder, tmp_path: Path) -> None:
+def test_semantic_duplicates_are_dropped_by_rule(encoder: StubEncoder, tmp_path: Path) -> None:
     config = DuplicatesStepConfig(match="semantic", model="M", of="queries", threshold=0.7, keep=("source_priority",))
     texts = ["a 1", "b 2", "c 3", "d 1", "e 2", "f 3", "A  1"]
     rows = [pair(text, "p", source=int(i < 3)) for i, text in enumerate(texts)]
@@ -89,7 +89,7 @@ def test_semantic_copies_are_dropped_by_rule(encoder: StubEncoder, tmp_path: Pat
     assert set(texts[:3]) <= set(apart) and len(apart) >= len(left)
 
 
-def test_semantic_copies_do_not_depend_on_the_order_of_rows(encoder: StubEncoder, tmp_path: Path) -> None:
+def test_semantic_duplicates_do_not_depend_on_the_order_of_rows(encoder: StubEncoder, tmp_path: Path) -> None:
     rng, results = np.random.default_rng(0), set()
     rows = [pair(f"text {chr(97 + i % 26)} {i % 9}", f"p{i}") for i in range(40)]
     config = DuplicatesStepConfig(match="semantic", model="M", of="queries", threshold=0.6)

@@ -112,7 +112,7 @@ def test_permutations_are_bijections_that_look_random() -> None:
 
 
 @pytest.mark.parametrize("kind", ["blended", "homogeneous", "semi_homogeneous"])
-def test_every_batching_kind_sees_every_example_once_per_epoch(tmp_path: Path, kind: Any) -> None:
+def test_every_batching_kind_draws_every_example_once_per_epoch(tmp_path: Path, kind: Any) -> None:
     sizes = {"a": 100, "b": 60, "c": 40}
     weighted = [make_source(tmp_path, name, make_pairs(size), weight=size) for name, size in sizes.items()]
     plan = BatchPlan(weighted, 20, 3, batching=BatchingConfig(kind=kind, ratio=0.7))
@@ -236,7 +236,7 @@ def test_plan_hash_is_that_of_earlier_versions() -> None:
     assert BatchPlan([source], 2, 7, 1).hash == "35c9ba8309706214"
 
 
-def test_plan_hash_changes_with_what_a_step_sees(tmp_path: Path) -> None:
+def test_plan_hash_changes_with_the_examples_of_a_step(tmp_path: Path) -> None:
     first = make_source(tmp_path, "a", make_pairs(30))
     other = make_source(tmp_path, "b", make_pairs(31))
     weighted = make_source(tmp_path, "a", make_pairs(30), weight=2.0)

@@ -104,7 +104,7 @@ TEMPLATES = [{"query": "{title}", "positive": "{body}"}]
         (PAIRS, {"columns": {"prompt": "task"}}, "no row has the column 'task', which `columns` names for prompt"),
     ],
 )
-def test_validate_refuses_what_training_does(data: Path, rows: Any, options: Any, message: str) -> None:
+def test_validate_refuses_what_training_refuses(data: Path, rows: Any, options: Any, message: str) -> None:
     write_jsonl(data / "a.jsonl", rows)
     (data / "a.yaml").write_text(yaml.safe_dump({"data": {"sources": [{"path": "a.jsonl", "name": "mine", **options}]}}))
     with pytest.raises(UserError, match=message) as error:
@@ -178,7 +178,7 @@ def test_configs_of_the_guide_load(tmp_path: Path) -> None:
         assert load_config(tmp_path / "a.yaml", base="").data.sources
 
 
-def test_preview_shows_what_the_model_sees(
+def test_preview_shows_the_input_of_the_model(
     data: Path, base_folder: Callable[[str], Path], capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     report = run("preview", "pairs.jsonl", "texts.txt", "--batch-size", "16")

@@ -41,7 +41,7 @@ def test_other_texts_stay_different() -> None:
 @given(st.text())
 @example("\u0345a\u0301")
 @example("ß\u1e9e İ\ud83d")
-def test_the_form_of_a_text_is_its_own_form_and_ignores_encoding_and_white_space(text: str) -> None:
+def test_normalization_is_idempotent_and_ignores_encoding_and_white_space(text: str) -> None:
     form = normalize_text(text)
     assert normalize_text(form) == form
     for other in (f" {text}\n", *(unicodedata.normalize(kind, text) for kind in ("NFC", "NFD")), text.casefold()):

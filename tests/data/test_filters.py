@@ -124,7 +124,7 @@ def test_rows_that_where_leaves_out_are_not_checked(tmp_path: Path) -> None:
         open_source_file(tmp_path / "a.jsonl", format="pairs", where={"lang": "en"})
 
 
-def test_filters_change_the_plan_of_the_sources_that_have_them_alone(tmp_path: Path) -> None:
+def test_filters_change_only_the_plan_of_their_sources(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"query": f"query {i}", "pos": [f"text {i}"]} for i in range(8)])
 
     def plan_hash(**options: Any) -> str:
@@ -134,7 +134,7 @@ def test_filters_change_the_plan_of_the_sources_that_have_them_alone(tmp_path: P
     assert plan_hash() == "cea763d0a5d75db5"  # the hash before sources of pairs had filters: runs resume
 
 
-def test_reports_and_converted_files_have_what_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reports_and_converted_files_have_the_filtered_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAXEMBED_CACHE", str(tmp_path / "cache"))
     path, out = write_jsonl(tmp_path / "a.jsonl", PAIRS), tmp_path / "out.jsonl"
     source = {"path": str(path), **LIMITS, "where": {"lang": "en"}}

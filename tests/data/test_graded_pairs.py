@@ -154,7 +154,7 @@ def test_a_plan_of_an_earlier_version_keeps_its_hash(tmp_path: Path) -> None:
     assert BatchPlan([graded], 2, seed=0).hash != BatchPlan([plain], 2, seed=0).hash
 
 
-def test_a_batch_has_scores_and_says_which_pairs_are_positives(tmp_path: Path) -> None:
+def test_a_batch_has_scores_and_marks_positive_pairs(tmp_path: Path) -> None:
     scored = open_source_file(write_jsonl(tmp_path / "a.jsonl", SCORED_ROWS), graded=True)
     pairs = open_source_file(write_jsonl(tmp_path / "b.jsonl", [{"query": f"q{i}", "pos": [f"p{i}"]} for i in range(6)]))
     tokenizer = tiny.build_tokenizer()

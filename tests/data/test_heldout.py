@@ -38,7 +38,7 @@ def test_no_document_is_trained_on_and_held_out(tmp_path: Path) -> None:
     assert all(row in ROWS for row in train)
 
 
-def test_rows_that_are_added_move_no_others(tmp_path: Path) -> None:
+def test_added_rows_move_no_others(tmp_path: Path) -> None:
     split(tmp_path, rows=ROWS[:100])
     (tmp_path / "out").rename(tmp_path / "before")
     split(tmp_path)

@@ -32,7 +32,7 @@ def mask_many(reader: MaskedTextReader, texts: int = 300) -> tuple[np.ndarray, n
     return np.stack([text.tokens for text in masked]), np.stack([text.targets for text in masked])
 
 
-def test_the_blank_of_llm2vec() -> None:
+def test_llm2vec_masks_with_a_blank() -> None:
     assert tiny.build_tokenizer().convert_ids_to_tokens(BLANK) == "_"
     assert find_mask_token(None, tiny.build_tokenizer(), "objectives.0") == BLANK
     assert find_mask_token(None, tiny.build_wordpiece_tokenizer(), "objectives.0") == 4  # [MASK]
@@ -72,7 +72,7 @@ def test_masked_diffusion_draws_a_rate_and_weights_with_its_inverse() -> None:
     assert np.mean(weighted) == pytest.approx(98, rel=0.05)
 
 
-def test_draws_depend_on_the_generator_alone() -> None:
+def test_draws_depend_only_on_the_generator() -> None:
     reader = make_reader()
     first, again, other = (reader.mask(TOKENS, np.random.default_rng(seed)) for seed in (1, 1, 2))
     assert (first.tokens == again.tokens).all() and (first.targets != other.targets).any()

@@ -194,7 +194,7 @@ def encode_separately(model: EmbeddingModel, params: Any, texts: list[np.ndarray
 @pytest.mark.parametrize(
     ("attention", "pooling"), [*itertools.product(("causal", "bidirectional"), ("mean", "last")), ("prefix", "self_attention")]
 )
-def test_vector_depends_on_its_text_alone(base_folder: Folder, attention: str, pooling: str) -> None:
+def test_vector_depends_only_on_its_text(base_folder: Folder, attention: str, pooling: str) -> None:
     spec = EmbeddingSpec(attention=attention, pooling=pooling, include_instruction=False)
     loaded = {devices: load_model(base_folder("qwen2"), spec, devices) for devices in (1, 8)}
     random = np.random.default_rng(0)

@@ -55,7 +55,7 @@ def get_error(path: Path, **options: Any) -> str:
 
 
 @pytest.mark.parametrize("name", SAMPLER_CASES)
-def test_draws_depend_on_the_generator_alone_and_appear_among_the_pairs(tmp_path: Path, name: str) -> None:
+def test_draws_depend_only_on_the_generator_and_appear_among_the_pairs(tmp_path: Path, name: str) -> None:
     rows, options = SAMPLER_CASES[name]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     source, second_source = open_source_file(path, **options), open_source_file(path, **options)

@@ -125,7 +125,7 @@ def test_lost_vectors_are_never_replaced_by_others(tmp_path: Path, monkeypatch: 
     assert np.array_equal(fetch(again, list("bc"), seed=1)[0], make_vectors("bc", 1))
 
 
-def test_the_first_vector_of_a_key_stays(tmp_path: Path) -> None:
+def test_the_first_vector_of_a_key_is_kept(tmp_path: Path) -> None:
     """Both stores were opened before either computed a vector."""
     first, second = VectorStore(tmp_path, WIDTH), VectorStore(tmp_path, WIDTH)
     fetch(first, list("ab"), seed=1)

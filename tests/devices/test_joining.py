@@ -51,7 +51,7 @@ def test_an_abort_while_joining_is_one_line() -> None:
     assert done.stderr.strip().startswith("error: the processes could not join in 30 s: another one has ended, or was not")
 
 
-def test_a_long_wait_says_what_for_and_an_abort_afterwards_is_as_usual() -> None:
+def test_a_long_wait_is_logged_and_can_be_aborted() -> None:
     code = (
         "import os, time, jax, logging\nfrom jaxembed.devices import processes\nlogging.basicConfig(format='%(message)s')\n"
         "processes.JOIN_REMINDER_S = 0.1\ndef wait(**_):\n    time.sleep(1)\n    raise ValueError('no cluster')\n"

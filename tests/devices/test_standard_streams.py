@@ -122,7 +122,7 @@ def test_a_lossy_stream_behaves_like_its_stream(capsys: pytest.CaptureFixture[st
     assert (stream.encoding, stream.isatty()) == (sys.stderr.encoding, False)
 
 
-def test_a_lossy_stream_without_a_stream_takes_everything(tmp_path: Path) -> None:
+def test_a_lossy_stream_without_a_stream_discards_everything(tmp_path: Path) -> None:
     closed: Any = (tmp_path / "file").open("w")
     closed.close()
     for stream in (None, closed):

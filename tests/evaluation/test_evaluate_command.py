@@ -85,7 +85,7 @@ def test_scores_equal_those_of_sentence_transformers_and_mteb(name: str, tmp_pat
     assert (tmp_path / "scores" / "scores.md").read_text().startswith("## all tasks\n\n| Model | Retrieval (1) | STS (1) |")
 
 
-def test_files_of_a_user_have_the_scores_of_sentence_transformers(tmp_path: Path) -> None:
+def test_files_of_the_user_have_the_scores_of_sentence_transformers(tmp_path: Path) -> None:
     folder = write_model(tmp_path, SPECS["instructed"])
     rows = [f"{text} {i}" for i in range(3) for text in tiny.TEXTS]
     documents = {f"d{i}": text for i, text in enumerate(rows)}

@@ -120,7 +120,7 @@ def test_a_task_without_items_has_no_interval(monkeypatch: pytest.MonkeyPatch) -
     assert comparison["conclusion"].endswith(f"Without an interval: {task.name}.") and "mean" not in comparison
 
 
-def test_texts_that_a_model_left_out_leave_no_interval() -> None:
+def test_texts_without_a_score_leave_no_interval() -> None:
     """mteb skips a text whose summaries are equally similar, so two models may have other texts."""
     task = make_tasks()["Summarization"]
     rows = [*task.dataset["test"]]

@@ -149,7 +149,7 @@ def test_a_run_continues_after_a_kill_without_repeating_tasks(tmp_path: Path) ->
         assert scores[name]["widths"] == pytest.approx(result["widths"])
 
 
-def test_vectors_beyond_the_memory_lie_on_disk_and_survive_a_kill(tmp_path: Path) -> None:
+def test_vectors_beyond_the_memory_limit_are_on_disk_and_survive_a_kill(tmp_path: Path) -> None:
     texts = [f"text {i}" for i in range(10)]
     vectors = CountingEncoder()(texts, "p")
 

@@ -20,7 +20,7 @@ def choose_query(spec: EmbeddingSpec, task: str = "SciFact", kind: str = "Retrie
     return PromptChooser(spec, **options).choose(task, kind, "mteb's").query  # type: ignore[arg-type]
 
 
-def test_the_order_of_the_sources_of_instructions() -> None:
+def test_instructions_come_from_the_first_source_that_has_them() -> None:
     option = InstructionTable(by_task={"SciFact": "option"})
     published = INSTRUCT_SPEC.replace(instruction_table="kalm")
     stored = published.replace(prompts={"NFCorpus": "Instruct: stored\nQuery:", "Tatoeba": "Instruct: ours\nQuery:"})

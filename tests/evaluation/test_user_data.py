@@ -54,7 +54,7 @@ def run(*arguments: str) -> dict[str, Any]:
     return dict(evaluate.evaluate(evaluate.make_parser().parse_args([*arguments])))
 
 
-def test_own_files_are_scored(folder: Path) -> None:
+def test_files_of_the_user_are_scored(folder: Path) -> None:
     result = run("good", "--beir", "bank/", "--sts", "pairs.jsonl", "--labels", "topics.jsonl", "--out", "out")
     scores = result["scores"]
     assert {name: (s["type"], s["metric"]) for name, s in scores.items()} == {
@@ -129,7 +129,7 @@ def test_files_that_were_scored_are_not_scored_again(folder: Path, monkeypatch: 
     assert scored[4:] == ["pairs"], "its file has changed"
 
 
-def test_a_model_to_compare_with_is_looked_for_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_to_compare_with_is_checked_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation, "load_encoder", lambda *_, **__: pytest.fail("loaded"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
@@ -194,7 +194,7 @@ def test_leaks_are_counted_by_task_role_and_source(folder: Path, caplog: pytest.
     assert run("good", *arguments[:4], "--check-leaks", "train.yaml")["leaks"]["bank"]["ngram"] == 0, "13 words by default"
 
 
-def test_files_that_are_named_alike_have_the_names_of_their_folders() -> None:
+def test_files_with_equal_names_are_named_after_their_folders() -> None:
     assert name_tasks(["a/test.jsonl", "b/test.tsv", "c/bank/", "hf:glue:test"]) == {
         "a/test.jsonl": "a/test", "b/test.tsv": "b/test", "c/bank/": "bank", "hf:glue:test": "hf:glue:test"
     }  # fmt: skip

@@ -95,7 +95,7 @@ def test_contradicting_rope_is_refused(parameters: Any, scaling: Any, kind: str 
         assert dict(parse_hf_config(config, "config.json").rope_scaling)["rope_type"] == kind
 
 
-def test_rope_said_twice_gives_the_vectors_of_transformers(tmp_path: Path) -> None:
+def test_duplicated_rope_keys_give_the_vectors_of_transformers(tmp_path: Path) -> None:
     torch.manual_seed(0)
     body = transformers.AutoModel.from_config(transformers.LlamaConfig(**tiny.SIZES, rope_parameters=LINEAR)).eval()
     body.save_pretrained(tmp_path)

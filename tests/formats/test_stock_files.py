@@ -44,7 +44,7 @@ def test_config_states_mask_positions_tokens_and_class(family: str, architecture
     assert parse_hf_config(config, "again") == parse_hf_config({"model_type": family, **SIZES} | config, family)
 
 
-def test_rope_scaling_stands_where_old_and_new_readers_look() -> None:
+def test_rope_scaling_is_written_for_old_and_new_readers() -> None:
     config = build_config("llama", EmbeddingSpec(), rope_parameters={**LLAMA3, "rope_theta": 1e4})
     assert config["rope_scaling"] == LLAMA3
     assert config["rope_parameters"] == {**LLAMA3, "rope_theta": 1e4}

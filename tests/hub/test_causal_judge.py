@@ -45,7 +45,7 @@ def test_scores_equal_those_of_transformers_and_are_stored(folder: Path, tmp_pat
     assert score(PAIRS[::-1]).tolist() == scores[::-1].tolist() and len(list(tmp_path.rglob("vectors-v2"))) == 1
 
 
-def test_long_texts_are_cut_and_the_end_of_the_template_stays(folder: Path, tmp_path: Path) -> None:
+def test_long_texts_are_truncated_and_keep_the_end_of_the_template(folder: Path, tmp_path: Path) -> None:
     """The documents differ only beyond the limit, so their scores are equal."""
     score = open_causal_judge(JudgeConfig(model=str(folder), max_length=40, **KEYS), tmp_path)
     query = "why " * 100

@@ -150,7 +150,7 @@ NEW_KEYS: dict[str, object] = {
 
 
 @pytest.mark.parametrize("dropped_key", [None, "include_instruction"])
-def test_run_that_left_instructions_out_by_default_continues_so(folder: Path, dropped_key: str | None) -> None:
+def test_a_run_that_left_instructions_out_by_default_keeps_doing_so(folder: Path, dropped_key: str | None) -> None:
     name = f"earlier-{dropped_key}"
     run(folder, name, "base")
     path = folder / name / "jaxembed.json"

@@ -142,7 +142,7 @@ def test_a_position_table_shorter_than_the_texts_is_refused(base_folder: Folder)
         load_tiny(base_folder("xlm-roberta"), max_length=126)
 
 
-def test_another_mask_than_that_of_the_class_is_refused(base_folder: Folder) -> None:
+def test_a_mask_that_the_class_lacks_is_refused(base_folder: Folder) -> None:
     with pytest.raises(UserError, match=r"model\.attention: bert is an encoder \(found causal; expected bidirectional\)"):
         load_tiny(base_folder("bert"), attention="causal")
 

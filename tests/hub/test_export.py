@@ -131,7 +131,7 @@ def test_first_layers_are_a_model_that_can_be_exported(bases, tmp_path):
             complete.first_layers(count)
 
 
-def test_latent_weights_belong_to_each_text(bases):
+def test_latent_weights_are_those_of_each_text(bases):
     model = load_with_random_pooling(bases["mistral"], pooling="latent_attention", latents=6, pooling_heads=3)
     weights = model.latent_weights(tiny.TEXTS)
     assert weights.shape == (len(tiny.TEXTS), 3, 6)

@@ -130,7 +130,7 @@ def test_export_of_a_bfloat16_folder_adds_float32_and_int8_graphs(base_folder: A
     assert report.summarize()["onnx"]["int8"]["least_cosine"] == int8.least_cosine
 
 
-def test_large_weights_lie_beside_the_graph(base_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_weights_are_stored_next_to_the_graph(base_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(baked_graph, "MAX_INLINE_BYTES", 1000)
     model, out = load_with_random_parts(base_folder("qwen2")), tmp_path / "out"
     report = add_graphs(model, out, int8=True)

@@ -101,7 +101,7 @@ def test_bad_names_are_refused_before_anything_is_exported(tmp_path: Path, name:
         command.main(args)
 
 
-def test_options_of_push_need_it(tmp_path: Path) -> None:
+def test_options_of_push_need_push(tmp_path: Path) -> None:
     args = command.make_parser().parse_args(["no-such-model", str(tmp_path / "out"), "--public"])
     with pytest.raises(UserError, match="--public: says how to push, so it needs --push OWNER/NAME"):
         command.main(args)

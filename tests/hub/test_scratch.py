@@ -58,7 +58,7 @@ def test_a_terminated_command_leaves_nothing(base: Path, tmp_path: Path, name: s
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_next_call_removes_what_a_killed_command_left(base: Path, tmp_path: Path) -> None:
+def test_the_next_call_removes_the_files_of_a_killed_command(base: Path, tmp_path: Path) -> None:
     process = start_slow_command(make_command("export", base, tmp_path / "out"))
     with open_scratch_folder(tmp_path / "other"):
         assert len(list(tmp_path.iterdir())) == 2, "the folder of a living process is kept"

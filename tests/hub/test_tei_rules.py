@@ -196,7 +196,7 @@ def list_differences(service: tei.Service, embedder: Embedder) -> list[str]:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_the_table_of_readers_says_what_tei_makes_of_a_folder(export_kind: Callable[[str], Export], name: str) -> None:
+def test_the_table_of_readers_agrees_with_the_rules_of_tei(export_kind: Callable[[str], Export], name: str) -> None:
     folder, embedder, model = export_kind(name)
     (verdict,) = [verdict for verdict in judge_readers(model) if verdict.reader.name == "TEI"]
     option = "mean" if "--pooling mean" in verdict.reader.usage(model) else None

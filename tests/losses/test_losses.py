@@ -41,11 +41,11 @@ def find_negatives(batch: Batch) -> jax.Array:
     return (is_own | in_batch_candidates(queries, documents)) & documents.present & ~is_known_positive(queries, documents)
 
 
-def test_own_and_in_batch_negatives_count() -> None:
+def test_own_and_in_batch_negatives_are_used() -> None:
     assert compute_negative_mask(["a", "b"], [["pa", "x"], ["pb", None]]) == [[0, 1, 1, 0], [1, 1, 0, 0]]
 
 
-def test_texts_of_a_source_without_in_batch_negatives_have_none_and_are_none() -> None:
+def test_texts_of_a_source_without_in_batch_negatives_neither_have_nor_are_negatives() -> None:
     documents: TextRows = [["pa", "x"], ["pb", "y"], ["pc", "z"]]
     assert compute_negative_mask(["a", "b", "c"], documents, in_batch=[True, False, True]) == [
         [0, 1, 0, 0, 1, 1],

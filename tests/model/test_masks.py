@@ -112,7 +112,7 @@ def test_rows_are_independent() -> None:
 
 
 @pytest.mark.parametrize("window", [None, 1])
-def test_every_token_sees_a_token(window: int | None) -> None:
+def test_every_token_attends_to_a_token(window: int | None) -> None:
     token_info = TokenInfo(jnp.array([0, 0, 1]), jnp.array([0, 0, 0]), jnp.array([False, False, True]))
     for mask in MASKS.values():
         assert materialize_mask(mask, token_info, window).any(axis=-1).all()

@@ -67,7 +67,7 @@ def test_merging_keeps_the_vectors(base_folder: Folder, family: str, dtype: Any)
     assert 1e-4 < rounded < 0.05
 
 
-def test_bytes_of_the_frozen_tree() -> None:
+def test_memory_of_the_frozen_parameters() -> None:
     def count_bytes(tree: Any) -> int:
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 

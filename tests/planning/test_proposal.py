@@ -50,7 +50,7 @@ def test_memory_is_estimated_as_the_compiler_reported(
     assert 0.95 * compiled < step.memory < 1.25 * compiled
 
 
-def test_what_is_kept_saves_time_and_needs_memory() -> None:
+def test_kept_values_save_time_and_need_memory() -> None:
     def run(recompute: bool, policy: str) -> Proposal:
         settings = Proposal(256, 32, recompute, True, policy)
         return estimate(make_step("mistral-7b"), settings, 256, TPU_CHIPS["v5p"])

@@ -26,7 +26,7 @@ def test_training_rows_have_similarities_with_their_own_negatives(report: Any) -
     assert ": training rows" in page and "12 of 12 examples" in page
 
 
-def test_training_files_that_are_gone_leave_a_report(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_missing_training_files_leave_a_report(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "jaxembed")
     files = read_run_files(run)
     assert [source.name for source in open_training_sources(files)] == ["<b>faq</b>"]
@@ -38,7 +38,7 @@ def test_training_files_that_are_gone_leave_a_report(run: Path, caplog: pytest.L
     assert "the report has no similarities of training rows" in caplog.text
 
 
-def test_benchmarks_stand_beside_the_rows_of_papers(tmp_path: Path) -> None:
+def test_benchmarks_are_shown_next_to_published_rows(tmp_path: Path) -> None:
     group = GroupMember("MTEB(eng, v1)", "STS")
     models = []
     for name, widths in (("one", {}), ("two", {"64": 0.7, "32": 0.6})):

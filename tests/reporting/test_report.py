@@ -75,7 +75,7 @@ def test_a_run_directory_alone_gives_every_section(report: Any) -> None:
     assert places == [str(i) for i in range(len(page.data["chart-data"]))]
 
 
-def test_the_page_fetches_nothing_and_runs_no_text(report: Any) -> None:
+def test_the_page_loads_nothing_and_executes_no_text(report: Any) -> None:
     page = read_page(report.path)
     found = [
         (tag, name, value) for tag, attributes in page.elements for name, value in attributes.items() if name in REFERENCES
@@ -89,7 +89,7 @@ def test_the_page_fetches_nothing_and_runs_no_text(report: Any) -> None:
     assert "<b>faq</b>" in page.texts  # the name of a source
 
 
-def test_hostile_texts_are_shown_as_they_are(report: Any) -> None:
+def test_hostile_texts_are_shown_literally(report: Any) -> None:
     (browsed,) = read_page(report.path).data["neighbor-data"]
     texts = {*browsed["documents"].values(), *(query["text"] for query in browsed["queries"])}
     assert {*HOSTILE, *(f"about {text}" for text in HOSTILE)} <= texts
@@ -176,7 +176,7 @@ def test_models_are_compared_on_the_tasks_that_they_share(tmp_path: Path) -> Non
     assert page.rows("kept")[1:3] == ["75.0 %", "100.0 %"]
 
 
-def test_what_evaluate_writes_beside_its_scores_is_shown(tmp_path: Path) -> None:
+def test_other_results_of_evaluate_are_shown(tmp_path: Path) -> None:
     folder = write_scores(tmp_path / "own", A={"score": 0.5}, B={"score": 0.25})
     found = {"difference": 0.125, "interval": [0.02, 0.2], "p": 0.0125, "verdict": "better", "queries": 9}
     unknown = {"difference": None, "no_interval": "mteb gives no results by item"}
@@ -206,7 +206,7 @@ def test_scores_in_a_run_directory_are_those_of_the_run(run: Path, tmp_path: Pat
     assert write_report(folder, tmp_path / "out.html")["models"] == ["own"]
 
 
-def test_runs_of_one_name_are_told_apart(run: Path, tmp_path: Path) -> None:
+def test_runs_with_the_same_name_are_distinguished(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "copy")
     result = write_report(run, tmp_path / "copy", tmp_path / "out.html", "--no-model")
     assert result["models"] == ["tiny", "tiny (2)"]

@@ -92,7 +92,7 @@ def test_every_row_is_a_valid_config(ablations: Any, arguments: list[str], monke
     assert len({run.dump() for run in trained}) == len(trained) - 4  # five ablations have the same first row
 
 
-def test_directions_within_the_spread_are_none(ablations: Any) -> None:
+def test_effects_within_the_spread_have_no_direction(ablations: Any) -> None:
     claim = ablations.Claim("a", "b", "mean", "")
     assert ablations.judge_claim(claim, {"a": [2.0, 2.2], "b": [1.0, 1.2]})[1] == "the paper's"
     assert ablations.judge_claim(claim, {"a": [1.0, 1.2], "b": [2.0, 2.2]})[1] == "the opposite"

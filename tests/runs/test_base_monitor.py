@@ -57,7 +57,7 @@ def test_a_drop_beyond_the_noise_is_reported_once_per_set(tmp_path: Path) -> Non
     assert [step for step, _ in lines.logged] == [20, 30]
 
 
-def test_only_models_that_can_be_merged_are_to_be(tmp_path: Path) -> None:
+def test_merging_is_suggested_only_if_it_is_possible(tmp_path: Path) -> None:
     monitor, lines = open_monitor(tmp_path, BASE_ROWS, spec=EmbeddingSpec(pooling="last"))
     monitor.check(10, {"a/accuracy": 0.0})
     assert "jaxembed.merge" not in lines.said[0] and "Lower optim.learning_rate" in lines.said[0]

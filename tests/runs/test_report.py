@@ -79,7 +79,7 @@ def test_many_sources_and_negatives_print_few_lines(caplog: pytest.LogCaptureFix
     assert "  and 1016 more negatives" in caplog.messages and "  dropped: 3 (odd)" in caplog.messages
 
 
-def test_data_that_teaches_nothing_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+def test_data_without_a_training_signal_gives_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     report.show_data(make_stage(1, [make_example("q", "p"), make_example("q", "p")], batch_size=1))
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == 2 and "they train at loss 0" in warnings[0] and "its loss is 0" in warnings[1]

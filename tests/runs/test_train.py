@@ -66,7 +66,7 @@ def test_dropped_rows_are_reported_and_recorded(folder, caplog):
     assert json.loads((folder / "part" / "dropped.json").read_text()) == [{"sts": {"score below min_score": 48}}]
 
 
-def test_losses_depend_on_the_seed_alone(folder):
+def test_losses_depend_only_on_the_seed(folder):
     train(make_config(folder, "again", "train.steps=3"))
     train(make_config(folder, "twin", "train.steps=3"))
     train(make_config(folder, "other", "train.steps=3", "train.seed=1"))

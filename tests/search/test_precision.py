@@ -22,7 +22,7 @@ RANGES = merge_ranges(None, draw_unit_vectors(np.random.default_rng(1), 8, 24).a
 NESTED = tuple(map(tuple, RANGES.tolist()))
 
 
-def test_scores_are_the_cosines_of_the_stored_numbers() -> None:
+def test_scores_are_the_cosines_of_the_stored_values() -> None:
     binary = simulate_quantization(VECTORS, "binary")
     bits = np.unpackbits(quantize_vectors(VECTORS, "ubinary"), axis=1)
     hamming = (bits[:, None] != bits[None]).sum(axis=-1)
@@ -36,7 +36,7 @@ def test_scores_are_the_cosines_of_the_stored_numbers() -> None:
 
 
 @pytest.mark.parametrize("precision", ["int8", "binary"])
-def test_training_sees_the_vectors_that_are_scored(precision: Any) -> None:
+def test_training_uses_the_scored_vectors(precision: Any) -> None:
     vectors = jnp.concatenate([VECTORS, jnp.zeros((1, 24))])
     trained = jax.jit(lambda v: quantize_straight_through(v, precision, NESTED))(vectors)
     np.testing.assert_allclose(trained[:-1], simulate_quantization(VECTORS, precision, RANGES), atol=2e-6)
@@ -60,7 +60,7 @@ def test_gradients_pass_straight_through_the_rounding() -> None:
     np.testing.assert_allclose(np.asarray(grad)[inside], expected[inside], rtol=1e-3, atol=1e-4)
 
 
-def test_objectives_hold_for_every_precision_like_for_a_width() -> None:
+def test_objectives_apply_to_every_precision_as_to_a_width() -> None:
     names = list("abcdef")
     batch = make_batch(names, [[f"{name} 0", f"{name} 1"] for name in names])
     q, d = jnp.asarray(VECTORS[:6]), jnp.asarray(np.stack([VECTORS[6:], VECTORS[5:11]], axis=1))

@@ -48,7 +48,7 @@ def test_an_object_is_found_in_all_usual_forms(form: str) -> None:
         ({"query": "half \ud83d"}, "query: not valid Unicode"),
     ],
 )  # fmt: skip
-def test_an_answer_that_is_not_valid_says_why(changes: dict[str, Any], reason: str) -> None:
+def test_the_reason_of_an_invalid_answer_is_named(changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(InvalidAnswerError) as error:
         read(OBJECT, json.dumps(GOOD | changes))
     assert str(error.value) == reason
@@ -62,7 +62,7 @@ def test_a_list_may_be_wrapped_or_written_as_in_python() -> None:
             read({"type": "list"}, text)
 
 
-def test_refusals_cuts_and_patterns_are_not_valid() -> None:
+def test_refused_truncated_and_matching_answers_are_invalid() -> None:
     assert read({"type": "text"}, " fine ") == [{"text": "fine"}]
     for config, answer, reason in (
         ({}, {"text": "x", "refusal": "no"}, "refused"), ({}, {"text": "x", "finish_reason": "content_filter"}, "refused"),
@@ -109,7 +109,7 @@ def test_a_store_survives_half_a_line_and_refuses_a_second_writer(tmp_path: Path
         AnswerStore(path)
 
 
-def test_a_request_is_its_content() -> None:
+def test_a_request_is_identified_by_its_content() -> None:
     assert make_request("a").key == make_request("a").key != make_request("b").key
     assert (
         len(
@@ -140,7 +140,7 @@ def test_results_come_in_the_order_of_the_jobs_and_stop_at_the_budget() -> None:
             assert workers.budget.is_spent
 
 
-def test_dropped_jobs_give_their_reservation_back() -> None:
+def test_dropped_jobs_release_their_reservation() -> None:
     budget = Budget(100)
     with Workers(1, budget) as workers:
         results = workers.run_in_order((Job(lambda: (time.sleep(0.01), 1), 20) for _ in range(9)), lambda taken: 5)
@@ -149,7 +149,7 @@ def test_dropped_jobs_give_their_reservation_back() -> None:
         assert budget.reserve(95)
 
 
-def test_near_copies_are_found_in_several_scripts() -> None:
+def test_near_duplicates_are_found_in_several_scripts() -> None:
     seen = SeenTexts("near", 0.8)
     texts = ["Find the article that explains the cause of a symptom", "请找到解释症状原因的文章和相关资料", "short"]
     assert all(map(seen.add, texts))

@@ -146,7 +146,7 @@ def test_ranks_are_fused_by_their_reciprocals() -> None:
     assert fuse_scores([[0.0, 0.0, 1.0]], 60) == [2, 0, 1]
 
 
-def test_a_grade_is_expected_over_the_probabilities_that_the_server_gives() -> None:
+def test_the_grade_is_the_expectation_over_the_probabilities_of_the_server() -> None:
     grades = ("0", "1", "2")
     assert read_grade(Answer("2", logprobs={"2": np.log(0.5), "0": np.log(0.25)}), grades) == pytest.approx(4 / 3)
     assert read_grade(Answer(" 1."), grades) == 1 and read_grade(Answer("none"), grades) is None

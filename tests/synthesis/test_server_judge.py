@@ -27,7 +27,7 @@ def answer(body: Mapping[str, Any]) -> str:
     return "I cannot say." if "silence" in text else "yes" if "red stone" in text else "no"
 
 
-def test_scores_are_probabilities_of_yes_and_each_pair_is_asked_once(tmp_path: Path) -> None:
+def test_scores_are_probabilities_of_yes_and_each_pair_is_sent_once(tmp_path: Path) -> None:
     with run_llm_server(Behavior(write=answer, gives_logprobs=False)) as server:
         config = JudgeConfig(kind="server", model=MODEL, url=server.url)
         score = open_server_judge(config, tmp_path)
@@ -35,7 +35,7 @@ def test_scores_are_probabilities_of_yes_and_each_pair_is_asked_once(tmp_path: P
     assert score(PAIRS[::-1]).tolist() == [SCORE_WITHOUT_ANSWER, 0, 1]  # the server is gone
 
 
-def test_probabilities_of_the_server_count(tmp_path: Path) -> None:
+def test_probabilities_of_the_server_are_used(tmp_path: Path) -> None:
     """The server gives its answer a log-probability of -0.1; the other one is not among its tokens."""
     with run_llm_server(Behavior(write=answer)) as server:
         config = JudgeConfig(kind="server", model=MODEL, url=server.url, answers=("yes", "0"))
@@ -43,7 +43,7 @@ def test_probabilities_of_the_server_count(tmp_path: Path) -> None:
     assert scores[0] == pytest.approx(math.exp(-0.1) / (math.exp(-0.1) + math.exp(-2.4)))
 
 
-def test_the_step_asks_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_step_uses_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAXEMBED_CACHE", str(tmp_path / "cache"))
     write_jsonl(tmp_path / "rows.jsonl", [{"query": "what is red", "pos": ["a red stone", "the blue sea"]}])
     with run_llm_server(Behavior(write=answer, gives_logprobs=False)) as server:

@@ -59,7 +59,7 @@ def test_a_part_is_held_out(synthesize: Synthesize, server: LlmServer, tmp_path:
     assert again["train"] + again["heldout"] == 26 and again["train"] >= sizes["train"] and again["heldout"] >= sizes["heldout"]
 
 
-def test_a_rerun_asks_nothing_and_more_rows_continue(synthesize: Synthesize, server: LlmServer, tmp_path: Path) -> None:
+def test_a_rerun_sends_no_requests_and_more_rows_continue(synthesize: Synthesize, server: LlmServer, tmp_path: Path) -> None:
     synthesize("--max-rows=6")
     first, asked = (tmp_path / "out/search.jsonl").read_text(), len(server.bodies)
     again = synthesize("--max-rows=6", url="http://127.0.0.1:9")  # nothing listens there
@@ -70,7 +70,7 @@ def test_a_rerun_asks_nothing_and_more_rows_continue(synthesize: Synthesize, ser
     assert max(server.answered.values()) == 1
 
 
-def test_a_server_that_misbehaves_gives_the_rows_of_one_that_does_not(
+def test_an_unreliable_server_yields_the_rows_of_a_reliable_one(
     synthesize: Synthesize, server: LlmServer, tmp_path: Path
 ) -> None:
     synthesize("--max-rows=30", "--concurrency=1", out="calm")
@@ -80,7 +80,7 @@ def test_a_server_that_misbehaves_gives_the_rows_of_one_that_does_not(
     assert {FAULTS[int(digest[:8], 16) % len(FAULTS)] for digest in server.faults} == set(FAULTS)
 
 
-def test_invalid_answers_are_counted_and_asked_again(synthesize: Synthesize, server: LlmServer, tmp_path: Path) -> None:
+def test_invalid_answers_are_counted_and_requested_again(synthesize: Synthesize, server: LlmServer, tmp_path: Path) -> None:
     server.behavior = Behavior(flaw_share=0.4)
     result = synthesize("--max-rows=30")
     report = json.loads((tmp_path / "out/report.json").read_text())
@@ -110,7 +110,7 @@ def test_duplicated_answers_become_one_row(synthesize: Synthesize, server: LlmSe
     assert report["tasks"]["search"]["steps"][0]["dropped"].keys() <= {"known already"}
 
 
-def test_kills_at_random_moments_lose_and_double_nothing(
+def test_kills_at_random_moments_neither_lose_nor_duplicate_rows(
     synthesize: Synthesize, server: LlmServer, recipe: Path, tmp_path: Path
 ) -> None:
     server.behavior = Behavior(fault_share=0.2, flaw_share=0.2)
@@ -182,7 +182,7 @@ def test_endpoints_share_the_work_and_a_dead_one_is_left_out(
     assert "http://127.0.0.1:9/v1: cannot be reached" in caplog.text
 
 
-def test_the_key_is_sent_and_found_nowhere_else(
+def test_the_key_is_only_in_requests(
     synthesize: Synthesize,
     server: LlmServer,
     tmp_path: Path,
@@ -235,7 +235,7 @@ def test_bad_input_is_one_line(
         synthesize("inputs.documents=")
 
 
-def test_a_server_without_schemas_or_seeds_is_asked_without_them_and_the_log_says_so_once(
+def test_unsupported_schemas_and_seeds_are_left_out_and_logged_once(
     synthesize: Synthesize, server: LlmServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     server.behavior = Behavior(refused=("lengths",))
@@ -265,7 +265,7 @@ def test_quotas_limit_groups_and_tasks_share_the_rows(synthesize: Synthesize, re
     assert report["tasks"]["search"]["groups"]["language"] == {"en": 15}
 
 
-def test_a_dry_run_asks_nothing_and_estimates(
+def test_a_dry_run_estimates_without_requests(
     synthesize: Synthesize, server: LlmServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "jaxembed")

@@ -135,7 +135,7 @@ def test_settings_that_change_the_losses_are_refused(old_run: Path, override: st
         check_run_dir(load(old_run.parent, override))
 
 
-def test_settings_of_stages_are_compared_as_those_of_a_file_without(tmp_path: Path) -> None:
+def test_settings_of_stages_are_compared_like_those_of_a_single_stage(tmp_path: Path) -> None:
     stages = "stages=[{train: {steps: 2, log_every: 3}}, {train: {steps: 3}}]"
     path = tmp_path / "mine.yaml"
 
@@ -167,7 +167,7 @@ def test_only_the_named_keys_of_a_record_are_compared(tmp_path: Path) -> None:
         record_or_check(tmp_path, "base", {"name": "a", "hash": "2"}, "its base changed", compared_keys={"hash"})
 
 
-def test_documents_of_an_earlier_run_are_compared_as_then(old_run: Path) -> None:
+def test_documents_of_an_earlier_run_keep_its_equality(old_run: Path) -> None:
     """Another rule would leave out other pairs. New runs use the one rule of equality."""
     templates = "pair_templates: [{query: '{title}', positive: '{body}'}]"
     recorded = (old_run / "config.yaml").read_text().replace("pair_templates: []", templates)

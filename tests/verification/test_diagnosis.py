@@ -204,7 +204,7 @@ def test_other_model_has_no_explanation(served: dict[str, Served]) -> None:
     assert diagnosis.closest.cosine < 0.9
 
 
-def test_fewer_numbers_are_named(served: dict[str, Served], narrow_variants: VariantEncoder) -> None:
+def test_fewer_dimensions_are_named(served: dict[str, Served], narrow_variants: VariantEncoder) -> None:
     one = dataclasses.replace(served["causal"], variants=narrow_variants)
     vectors = np.stack([probe.vector for probe in one.folder.probes])[:, :NARROW_WIDTH]
     assert name_changes(one.diagnose(vectors)) == [["width: the first 16 dimensions instead of 32"]]
@@ -231,7 +231,7 @@ def reuse_variants(served: dict[str, Served], narrow_variants: VariantEncoder, m
 
 
 @pytest.mark.usefixtures("reuse_variants")
-def test_command_prints_what_differs(served: dict[str, Served], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_the_differences(served: dict[str, Served], capsys: pytest.CaptureFixture[str]) -> None:
     one = served["bidirectional"]
     result = verify_with(one, one.torch_encoder.encode)
     assert result["diagnosis"] == [["instruction: pooled instead of not pooled"]]

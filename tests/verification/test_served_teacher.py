@@ -28,7 +28,7 @@ def encode_letters(texts: Sequence[str], seed: int = 0) -> np.ndarray:
     return np.asarray(3 * vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
 
 
-def test_vectors_of_a_server_are_asked_once_and_scaled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vectors_of_a_server_are_requested_once_and_scaled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     inputs = [EncoderInput(text, "query", "an instruction") for text in ("one", "two", "one")]
     with run_server(encode_letters) as server:

@@ -20,7 +20,7 @@ from jaxembed.data.vector_store import VECTORS_FILE, VectorStore
 from jaxembed.errors import UserError
 
 
-def test_stored_vectors_that_are_cut_while_they_are_used_are_refused(tmp_path: Path) -> None:
+def test_stored_vectors_that_are_truncated_while_in_use_are_refused(tmp_path: Path) -> None:
     """A memory map would end the process by a SIGBUS."""
     keys, vectors = [bytes([i]) * 16 for i in range(4)], np.ones((4, 3000), np.float32)
     store = VectorStore(tmp_path, 3000)
@@ -43,7 +43,7 @@ def test_indexes_that_killed_processes_left_are_removed(tmp_path: Path) -> None:
     assert not stale.exists() and young.exists()
 
 
-def test_a_long_text_is_cut_before_it_is_tokenized(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_text_is_truncated_before_it_is_tokenized(monkeypatch: pytest.MonkeyPatch) -> None:
     """Training and the statistics take a text of any length, with the tokens that the cut text has."""
     monkeypatch.setattr(tokenize, "MAX_TEXT_CHARS", 1000)
     tokenizer = TextTokenizer(tiny.build_tokenizer(), EmbeddingSpec(max_length=50, query_suffix=" end"))

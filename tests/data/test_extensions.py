@@ -51,7 +51,7 @@ def test_blank_lines_at_the_end_are_skipped(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.md", "a.gz", "a.jsonl.gz", "a.xlsx", "a.log", "a.npy"])
-def test_other_endings_are_refused_by_all_commands(tmp_path: Path, name: str) -> None:
+def test_other_extensions_are_refused_by_all_commands(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_text('{"text": "one"}\n')
     for read in (lambda: list(read_texts(str(path), "text")), lambda: list(read_corpus([str(path)], tmp_path)),
@@ -60,7 +60,7 @@ def test_other_endings_are_refused_by_all_commands(tmp_path: Path, name: str) ->
             read()
 
 
-def test_a_missing_ending_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_missing_extension_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "jaxembed")
     (tmp_path / "rows").write_text('\n{"text": "one"}\n')
     (tmp_path / "lines").write_text("one\n")
@@ -146,7 +146,7 @@ def test_bad_columns_are_named(tmp_path: Path, columns: Any, message: str) -> No
     assert message in str(error.value)
 
 
-def test_a_folder_of_any_ending_is_read(tmp_path: Path) -> None:
+def test_a_folder_of_any_extension_is_read(tmp_path: Path) -> None:
     for name in ("b.CSV", "a.csv"):
         (tmp_path / name).write_text(f"text\n{name}\n")
     assert list(read_texts(str(tmp_path), "text")) == ["a.csv", "b.CSV"]
