@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Run the ablations of NV-Embed and KaLM-Embedding that a small model can show, and compare their directions with the papers'.
+"""Run the ablations of NV-Embed and KaLM-Embedding that suit a small model, and compare the signs of the effects.
 
     python benchmarks/ablations.py BASE DATA MINER OUT.jsonl [--only pooling stages ...] [--steps 60] [--seeds 3]
 
@@ -8,9 +8,9 @@ BEIR folder of the same kind), banking77/{train,test}.jsonl (texts and labels) a
 MINER is an embedding model that finds hard negatives, such as MiniLM.
 
 Every row of an ablation is trained from BASE, once per seed. Scores: nDCG@10 of the BEIR folder, Spearman's correlation of the
-scored pairs, and the accuracy of logistic regression on the labels. Each finished run is one line of OUT.jsonl, and is not
-repeated by the next command with the same settings. Prints the tables, with the papers' differences beside ours; --report
-prints them without training.
+scored pairs, and the accuracy of logistic regression on the labels. Each finished run is one line of OUT.jsonl, and later
+commands with the same settings do not repeat it. Prints the tables, with the papers' differences next to ours; --report only
+prints the tables.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ WIDTHS = (512, 256, 128, 64)  # KaLM, section 2.2
 
 
 class Claim(NamedTuple):
-    """A difference that a paper reports: a score is higher in one row than in another. `paper` names place and numbers."""
+    """A reported difference: a score is higher in one row than in another. `paper` names the table and the scores."""
 
     higher: str
     lower: str
@@ -55,7 +55,7 @@ class Claim(NamedTuple):
 
 
 class Ablation(NamedTuple):
-    """Rows with their changes to the config, and what the paper says of them."""
+    """Rows with their changes to the config, and the paper's claims about them."""
 
     rows: Mapping[str, Mapping[str, Any]]
     claims: Sequence[Claim]
@@ -63,7 +63,7 @@ class Ablation(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What all runs share. The command line sets it."""
+    """The settings that all runs share, from the command line."""
 
     base: str
     data: Path
@@ -74,7 +74,7 @@ class Settings:
 
     @functools.cached_property
     def widths(self) -> list[int]:
-        """The widths to which vectors are cut: KaLM's, below that of the base."""
+        """The widths to which vectors are truncated: those of KaLM below the width of the base."""
         width = json.loads((Path(self.base) / "config.json").read_text())["hidden_size"]
         return [dim for dim in WIDTHS if dim < width]
 
@@ -112,7 +112,7 @@ def list_ablations(settings: Settings) -> dict[str, Ablation]:
 
 
 def list_poolings() -> Ablation:
-    """NV-Embed, Table 2: four poolings with two masks. Numbers are the averages of 56 tasks after both stages."""
+    """NV-Embed, Table 2: four poolings with two masks. Scores are averages over 56 tasks after both stages."""
     averages = {
         "last": (67.85, 66.50),
         "mean": (68.97, 68.13),
@@ -132,7 +132,7 @@ def list_poolings() -> Ablation:
 
 
 def list_stages(settings: Settings) -> Ablation:
-    """NV-Embed, Table 4, section 5.3.1: one stage, two stages, and in which of them negatives are in-batch."""
+    """NV-Embed, Table 4, section 5.3.1: one stage, two stages, and the stages with in-batch negatives."""
     hard = {"objectives": [{"name": "infonce", "temperature": 0.05, "negatives": "hard"}]}
     news, all_sources = ({"data": make_sources(settings.data, *names)} for names in (["news"], INSTRUCTIONS))
     in_batch = {"data": make_sources(settings.data, *INSTRUCTIONS, banking={"in_batch_negatives": True})}
@@ -190,10 +190,10 @@ def list_instructions(settings: Settings) -> Ablation:
 
 
 def list_widths(settings: Settings) -> Ablation:
-    """KaLM, Figure 4a: cut vectors, with and without Matryoshka training. Numbers are read from no figure."""
+    """KaLM, Figure 4a: truncated vectors, with and without Matryoshka training. The paper gives no numbers."""
     dims = settings.widths
     rows = {"Matryoshka": {"matryoshka": {"dims": dims, "weights": [0.3, 0.2, 0.1, 0.1][-len(dims) :]}}, "plain": {}}
-    claims = [Claim("Matryoshka", "plain", f"retrieval@{dim}", "KaLM, Figure 4a: higher when cut") for dim in dims]
+    claims = [Claim("Matryoshka", "plain", f"retrieval@{dim}", "KaLM, Figure 4a: higher when truncated") for dim in dims]
     return Ablation(rows, claims)
 
 
@@ -239,7 +239,7 @@ def train_row(settings: Settings, changes: Mapping[str, Any], seed: int, folder:
 
 
 def score_model(settings: Settings, model: str, has_instructions: bool, widths: Sequence[int]) -> dict[str, float]:
-    """Return the scores of a model on the held-out parts of the data by name, also of vectors cut to some widths."""
+    """Return the scores of a model on the held-out parts of the data by name, also of vectors truncated to some widths."""
     embedder = Embedder.load(model)
     paths = {"retrieval": ("news", "ag_news/retrieval"), "sts": ("similar", "stsb/en/test.jsonl"),
              "classification": ("banking", "banking77/test.jsonl")}  # fmt: skip
@@ -295,7 +295,7 @@ def describe(values: Sequence[float]) -> str:
 
 
 def judge_claim(claim: Claim, values: Mapping[str, Sequence[float]]) -> tuple[str, str]:
-    """Return our difference, and whether it has the paper's direction. One within the spread of the seeds has none."""
+    """Return our difference, and whether it has the paper's sign. A difference within the spread of the seeds has none."""
     higher, lower = values[claim.higher], values[claim.lower]
     difference = statistics.mean(higher) - statistics.mean(lower)
     if min(len(higher), len(lower)) < 2:

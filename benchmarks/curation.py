@@ -1,4 +1,4 @@
-"""Precision and recall of the steps of `jaxembed curate` on real data with injected trouble whose truth is known.
+"""Precision and recall of the steps of `jaxembed curate` on real data with injected defects.
 
 Usage: python benchmarks/curation.py DATA [--rows N]
 
@@ -55,7 +55,7 @@ def read_held_out(data: Path) -> list[tuple[str, str]]:
 def inject(
     clean: Rows, foreign: Sequence[tuple[str, str]], held_out: Sequence[tuple[str, str]], rng: np.random.Generator
 ) -> Rows:
-    """Return rows with trouble. `kind-N` is the id of a row; `of` names the clean row that it was made from."""
+    """Return rows with defects. `kind-N` is the id of a row; `of` names the clean row from which it was made."""
     picks = iter(rng.permutation(len(clean)).tolist())
     makers = {"copy": make_copy, "near": make_near_copy, "html": make_html, "control": make_control}
     trouble = []
@@ -76,7 +76,7 @@ def inject(
         query, document = held_out[index]
         row = {"id": f"leak-{number}", "query": query, "pos": [f"  {document}"]}
         words = document.split()
-        for position in range(int(rng.integers(4)), len(words), 6):  # no 13 words in a row are left
+        for position in range(int(rng.integers(4)), len(words), 6):  # leaves no 13 consecutive words
             words[position] = "moreover"
         near = {"id": f"nearleak-{number}", "query": "What has happened?", "pos": [" ".join(words)]}
         trouble.append(row if number < INJECTED else near)
@@ -92,7 +92,7 @@ def make_copy(text: str, rng: np.random.Generator) -> str:
 
 
 def make_near_copy(text: str, rng: np.random.Generator) -> str:
-    """Replace a word of a long text; a short text stays."""
+    """Replace a word of a long text. Short texts do not change."""
     words = text.split()
     if len(words) >= 15:
         words[int(rng.integers(len(words)))] = "moreover"
@@ -113,7 +113,7 @@ def make_control(text: str, rng: np.random.Generator) -> str:
 
 
 def run_step(rows: Rows, step: dict[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the rows that a step leaves, by id."""
+    """Return the rows that a step keeps, by id."""
     name = f"{len(list(folder.iterdir()))}"
     write_jsonl(folder / f"{name}.jsonl", rows)
     source = {"path": str(folder / f"{name}.jsonl"), "name": "rows"}

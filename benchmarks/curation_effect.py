@@ -1,4 +1,4 @@
-"""Train one small model with random weights on noisy data, and on what `jaxembed curate` leaves of them, with the same steps.
+"""Train one small model with random weights on noisy data and on its curated rows, for the same number of steps.
 
 Usage: python benchmarks/curation_effect.py MODEL DATA [--rows N] [--steps N] [--seeds N]
 
@@ -64,7 +64,7 @@ def write_pairs(folder: Path, sources: dict[str, Pairs]) -> dict[str, Path]:
 
 
 def curate_files(files: dict[str, Path], model: str, out: Path) -> dict[str, Path]:
-    """Remove copies and positives that the model does not find. Return the files of what is left."""
+    """Remove copies and positives that the model does not find. Return the files of the remaining rows."""
     steps = [
         {"name": "duplicates"},
         {"name": "mine", "model": model, "negatives": 0, "consistency_top_k": 2},

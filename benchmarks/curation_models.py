@@ -1,12 +1,12 @@
-"""Precision and recall of the steps of `jaxembed curate` that use a model, on trouble whose truth is known.
+"""Precision and recall of the steps of `jaxembed curate` that use a model, on injected defects.
 
 Usage: python benchmarks/curation_models.py MODEL DATA [--rows N] [--judge JUDGE]
 
 MODEL is a sentence-transformers model such as all-MiniLM-L6-v2. DATA is a folder with ag_news/pairs_train.jsonl and
 stsb/en/train.jsonl. Semantic duplicates: pairs of sentences of STS-B; those with a score of 5 are duplicates, those with a
 score up to 3 are not. Mining: rows of AG News (title -> text). A tenth of them have the text of another row. JUDGE is a causal
-language model, such as Qwen2.5-Coder-0.5B-Instruct, which judges the same rows. Its limits are those below which a tenth, two
-tenths, and four tenths of all positives score.
+language model, such as Qwen2.5-Coder-0.5B-Instruct, which judges the same rows. Its limits are the 10%, 20% and 40% quantiles
+of the scores of all positives.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TEMPLATE = (
 
 
 def run_steps(rows: Rows, steps: list[dict[str, Any]], folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the rows that are left, by id."""
+    """Return the remaining rows, by id."""
     number = len(list(folder.glob("out*")))
     path, out = folder / f"rows{number}.jsonl", folder / f"out{number}"
     write_jsonl(path, rows)
@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("data", type=Path)
     parser.add_argument("--rows", type=int, default=2000, help="rows of AG News")
-    parser.add_argument("--judge", metavar="JUDGE", help="a causal language model that judges positives too")
+    parser.add_argument("--judge", metavar="JUDGE", help="a causal language model that also judges positives")
     args = parser.parse_args()
     cli.set_up_jax()
     print("| step | target | injected | found | precision | recall |\n|---|---|---|---|---|---|", flush=True)

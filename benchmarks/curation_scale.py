@@ -1,9 +1,9 @@
-"""Time and peak memory of `jaxembed curate` on synthetic rows, each size in a process of its own.
+"""Time and peak memory of `jaxembed curate` on synthetic rows, each size in a separate process.
 
 Usage: python benchmarks/curation_scale.py STEPS ROWS [ROWS ...] [--words N] [--memory-mb N] [--datatrove PYTHON]
 
-STEPS is `text` (clean, quality, negatives, exact duplicates, balance) or `near` (near duplicates of queries). PYTHON is that of
-an environment for `near_copies_datatrove.py`, which then works on the same rows.
+STEPS is `text` (clean, quality, negatives, exact duplicates, balance) or `near` (near duplicates of queries). PYTHON is the
+interpreter of an environment for `near_copies_datatrove.py`, which then processes the same rows.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ STEPS: dict[str, list[dict[str, Any]]] = {
 
 
 def iter_synthetic(count: int, words: int) -> Iterable[dict[str, Any]]:
-    """Yield rows of random words. Each tenth is a near copy of the one before."""
+    """Yield rows of random words. Every tenth row is a near copy of the previous one."""
     rng = np.random.default_rng(0)
     text: list[str] = []
     for i in range(count):

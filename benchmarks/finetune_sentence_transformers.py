@@ -7,7 +7,7 @@ BASE is a sentence-transformers folder, or a decoder folder (Qwen2, Mistral, ...
 and keeps its causal attention. Each line of DATA.jsonl gives one pair: query and pos[0]. It is trained in float32 on the CPU
 with all cores, without prompts, and decoders without EOS.
 The loss is MultipleNegativesRankingLoss with scale 20 (InfoNCE at temperature 0.05 with in-batch negatives, from query to
-document). The optimizer is AdamW with weight decay 0.01 (none on biases and norms, as the trainer does it), linear warmup
+document). The optimizer is AdamW with weight decay 0.01 (none on biases and norms, as in the trainer), linear warmup
 and decay, and gradient clipping at 1. `--steps 0` saves the untrained model.
 
 Prints the loss of each step to standard error and, as the last line of standard output, one JSON object: seconds per step,

@@ -7,10 +7,10 @@ BASE is a sentence-transformers folder (all-MiniLM-L6-v2), or a decoder folder. 
 tweet_emotion, stsb and ocnli_zh: the pairs are title and text, two texts of one label (banking77, tweet_emotion), sentences
 with a score of 4 or more, and premise and entailed sentence. TASKS.py is the file of tasks for benchmarks/score.py.
 
-Both programs get the same pairs, batch size, steps and optimizer; each seed chooses other pairs and orders. The losses have
-temperature 0.05 and in-batch negatives. sentence-transformers trains with the dropout of the base's config; jaxembed with none.
-`--equal-time` trains jaxembed once more, for as many steps as fit into the time of sentence-transformers (steps that compile
-not counted).
+Both programs get the same pairs, batch size, steps and optimizer; each seed chooses different pairs and orders. The losses have
+temperature 0.05 and in-batch negatives. sentence-transformers trains with the dropout of the base's config, jaxembed without
+dropout. `--equal-time` also trains jaxembed for as many steps as fit into the time of sentence-transformers (without the time
+of steps that compile).
 
 Prints a Markdown table (mean and standard deviation over the seeds) and, on the last line, one JSON object of all scores.
 """
@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=400, help="pairs of each data set (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="pairs per step (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=2e-5, help="(default: %(default)s)")
-    parser.add_argument("--equal-time", action="store_true", help="train jaxembed for the time of sentence-transformers too")
+    parser.add_argument("--equal-time", action="store_true", help="also train jaxembed for the time of sentence-transformers")
     parser.add_argument("--out", type=Path, help="folder of the models (default: a temporary folder)")
     args = parser.parse_args()
     out = args.out or Path(tempfile.mkdtemp(prefix="finetuned-"))

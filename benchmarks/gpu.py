@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Measure jaxembed on one NVIDIA GPU beside sentence-transformers with SDPA attention, in at most 8 minutes on an H200.
+"""Compare jaxembed with sentence-transformers and its SDPA attention on one NVIDIA GPU, in at most 8 minutes on an H200.
 
     python benchmarks/gpu.py [--parts kernels full lora large_batch encode] [--minutes 8] [--tiny]
 
-Weights and texts are random, so nothing is downloaded. Lengths of texts are log-normal with a mean of 128 tokens, cut at 512
-(large_batch: 64). Both sides compute the same texts in bfloat16.
+Weights and texts are random, so nothing is downloaded. Lengths of texts are log-normal with a mean of 128 tokens, truncated to
+512 (large_batch: 64). Both sides compute the same texts in bfloat16.
 
 - kernels: error of every attention kernel against einsum in float32, and its time forward and backward. Under 3 minutes.
 - full: fine-tuning of all parameters of a Qwen2-0.5B, 64 pairs a step.
@@ -12,10 +12,10 @@ Weights and texts are random, so nothing is downloaded. Lengths of texts are log
 - large_batch: one step of 32,768 pairs with a Qwen2-0.5B and gradient caching (jaxembed only).
 - encode: texts to vectors with a Qwen2-0.5B, tokenization included.
 
-Each side of a part runs in its own process, because JAX and PyTorch both reserve the GPU's memory. A side that fails or runs
-out of time is a line of the table, and the others go on. Tokens are useful ones, without padding. MFU counts the matmuls of
-useful tokens once, over the chip's published rate. Needs torch, sentence-transformers and peft for the other side. --tiny is
-a dry run that a CPU finishes in seconds. Prints Markdown tables and, on the last line, one JSON object.
+Each side of a part runs in its own process, because JAX and PyTorch both reserve the GPU's memory. If a side fails or runs out
+of time, the table says so, and the others continue. Tokens are useful ones, without padding. MFU counts the matmuls of useful
+tokens once, over the chip's published rate. Needs torch, sentence-transformers and peft. --tiny is a dry run
+that a CPU finishes in seconds. Prints Markdown tables and, on the last line, one JSON object.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def run_task(part: str, side: str, is_tiny: bool) -> dict[str, Any]:
 
 
 def run_in_process(part: str, side: str, is_tiny: bool, seconds: float) -> dict[str, Any]:
-    """Measure one side of a part in its own process. Return its result, or what failed."""
+    """Measure one side of a part in its own process. Return its result, or the reason of the failure."""
     command = [sys.executable, __file__, "--task", part, side, *(["--tiny"] if is_tiny else [])]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=max(seconds, 1))

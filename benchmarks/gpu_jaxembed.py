@@ -141,7 +141,7 @@ def measure_kernels(is_tiny: bool) -> dict[str, Any]:
 
 
 def measure_kernel(kernel: Callable[..., jax.Array], inputs: Any, mask: Mask) -> dict[str, Any]:
-    """Return the error of a kernel, and the median milliseconds of its forward and backward pass; or what failed."""
+    """Return the error of a kernel, and the median milliseconds of its forward and backward pass; or its failure."""
     *qkv, token_info = inputs
     try:
         error = measure_error(kernel, inputs, mask)

@@ -23,12 +23,12 @@ class Workload:
     Attributes:
         preset: Preset of the transformer.
         texts: Texts of a step, half of them queries; or texts to encode.
-        mean_tokens: Mean length of the texts before they are cut at MAX_TOKENS.
+        mean_tokens: Mean length of the texts before they are truncated to MAX_TOKENS.
         steps: Timed steps, or timed rounds of encoding.
         lora: Whether adapters are trained on a frozen bfloat16 base, instead of all parameters.
         recompute: Whether the activations of each layer are recomputed in the backward pass.
         chunk_rows: Rows that are encoded at a time (gradient caching); None for all.
-        is_tiny: Whether the model is cut to a size for a dry run.
+        is_tiny: Whether the model is reduced to a size for a dry run.
     """
 
     preset: str
@@ -51,7 +51,7 @@ class Workload:
         return dataclasses.replace(self, preset="tiny", texts=16, steps=1, mean_tokens=16, chunk_rows=chunk_rows, is_tiny=True)
 
     def draw_texts(self) -> list[np.ndarray]:
-        """Draw the token ids of each text. Lengths are log-normal, and cut at MAX_TOKENS."""
+        """Draw the token ids of each text. Lengths are log-normal, at most MAX_TOKENS."""
         random = np.random.default_rng(0)
         mean = np.log(self.mean_tokens) - LENGTH_SPREAD**2 / 2
         lengths = np.exp(random.normal(mean, LENGTH_SPREAD, self.texts)).astype(int).clip(MIN_TOKENS, MAX_TOKENS)

@@ -1,9 +1,9 @@
-"""Train one model on STS-B with each graded objective, and with InfoNCE on its positives alone.
+"""Train one model on STS-B with each graded objective, and with InfoNCE on its positives only.
 
 Usage: python benchmarks/graded.py STSB [--base FOLDER] [--steps N] [--seeds N]
 
 STSB is a folder with a folder for each language (en, zh, fr, pl, de), each with train.jsonl and test.jsonl: rows of sentence1,
-sentence2, and score from 0 to 5. Training is on English alone. The model is FOLDER, or a small one with random weights.
+sentence2, and score from 0 to 5. Training uses only English. The model is FOLDER, or a small one with random weights.
 Each run prints a line of JSON. The table at the end has Spearman's correlation on the test sets, as mean and standard deviation
 over the seeds.
 """
@@ -54,7 +54,7 @@ def make_config(base: str, objectives: list[dict[str, Any]], seed: int, out: Pat
 
 
 def write_base(out: Path, args: argparse.Namespace) -> str:
-    """Write a small model with random weights and a tokenizer of the training texts: a run of a step that changes nothing."""
+    """Write a small model with random weights and a tokenizer of the training texts: a run of one step with no effect."""
     config = make_config("preset:tiny", OBJECTIVES["cosine regression"], 0, out, args)
     optim, steps = config.optim.replace(learning_rate=1e-12), config.train.replace(steps=1)
     tree = config.model_dump(mode="json", exclude={"stages"}) | {"optim": optim.model_dump(), "train": steps.model_dump()}

@@ -3,10 +3,10 @@
 
     python benchmarks/input_pipeline.py BASE DATA.jsonl [--batch-size 1024] [--steps 20]
 
-BASE is a folder with a tokenizer, DATA a JSONL file of pairs. Tokens are useful ones. Core seconds are those of all threads,
-so tokens per core second do not depend on other work on the machine as much as tokens per second do. The last column has the
-share of core seconds outside the tokenizer's library, which one thread computes. Prints a Markdown table and, on the last
-line, one JSON object.
+BASE is a folder with a tokenizer, DATA a JSONL file of pairs. Tokens exclude padding. Core seconds are those of all threads, so
+tokens per core second depend less on other work on the machine than tokens per second. The last column has the share of core
+seconds outside the tokenizer's library, which one thread computes. Prints a Markdown table and, on the last line, one JSON
+object.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main() -> None:
     plan = BatchPlan([source], args.batch_size, seed=0)
     builder(0, plan[0])  # opens files, and builds the tokenizer's threads
 
-    # One thread alone, to tell what the tokenizer's threads take from what it takes itself.
+    # A single thread, to separate its own time from that of the tokenizer's threads.
     start, core_start, thread_start = time.perf_counter(), time.process_time(), time.thread_time()
     batches = [builder(step, plan[step]) for step in range(1, 1 + args.steps)]
     thread, cores = time.thread_time() - thread_start, time.process_time() - core_start

@@ -7,7 +7,7 @@ BASE is a small decoder folder, DATA a JSONL file of at least --batch-size pairs
 last line, one JSON object:
 
 1. Temporary memory of the loss and its gradient, as the compiler reports it: for several objectives computed block by block,
-   and for InfoNCE on the whole score matrix at once ("plain"). Vectors have 256 numbers, each query has one document. On one
+   and for InfoNCE on the whole score matrix ("plain"). Vectors have 256 dimensions, and each query has one document. On one
    device, and per device on a simulated mesh of 8.
 2. Seconds of both at --timed queries, the median of 5 runs after the first.
 3. One step of jaxembed (with gradcache.rows) and of sentence-transformers' trainer with
@@ -84,7 +84,7 @@ def make_blockwise_loss(config: InfoNCEConfig, shards: int = 1) -> Loss:
 
 
 def plain_loss(q: jax.Array, d: jax.Array, batch: Batch) -> jax.Array:
-    """Compute InfoNCE on the whole score matrix at once."""
+    """Compute InfoNCE on the whole score matrix."""
     query_texts, document_texts = collect_text_info(batch)
     queries, documents = query_texts.reshape(-1, 1), document_texts.reshape(-1)
     scores = (q @ d.reshape(-1, WIDTH).T) / 0.05

@@ -27,7 +27,7 @@ BLOCK_VECTORS = 100_000
 
 
 def write_file(path: Path, vectors: int, width: int) -> None:
-    """Write random vectors. Blocks repeat the same vectors, each time with other signs of their numbers."""
+    """Write random vectors. Blocks repeat the same vectors with different signs."""
     block, random = draw_unit_vectors(BLOCK_VECTORS, width, 1).astype(np.float16), np.random.default_rng(2)
     with path.open("wb") as file:
         header = {"descr": "<f2", "fortran_order": False, "shape": (vectors, width)}
@@ -54,7 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", metavar="FILE.npy", type=Path, help="file of the vectors")
     parser.add_argument("--vectors", type=int, default=6_000_000, help="(default: %(default)s)")
-    parser.add_argument("--width", type=int, default=768, help="numbers per vector (default: %(default)s)")
+    parser.add_argument("--width", type=int, default=768, help="dimensions of a vector (default: %(default)s)")
     parser.add_argument("--queries", type=int, default=16, help="(default: %(default)s)")
     parser.add_argument("--k", type=int, default=100, help="neighbors per query (default: %(default)s)")
     parser.add_argument("--memory-mb", type=int, default=512, help="memory limit of the search (default: %(default)s)")

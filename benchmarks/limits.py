@@ -50,7 +50,7 @@ from jaxembed.training.optim import make_optimizer, make_schedule
 from jaxembed.training.step import TrainState, make_train_step
 
 MACHINE_ROUNDS = 30  # runs of the matmul and the addition that measure the machine; the fastest run counts
-# The first round compiles. The second may too, if a result has another sharding than the argument that it replaces.
+# The first round compiles. The second may compile too, if a result has a different sharding from the argument that it replaces.
 WARMUP_ROUNDS = 2
 model_matmul = functools.partial(sharded_matmul, fsdp_axis=0)  # x @ W as the model computes it
 Part = tuple[Callable[[], Any], float, float]  # function to time, FLOPs of its matmuls, bytes it must move
@@ -255,7 +255,7 @@ def build_optimizer(config: configuration.Config, embedder: Embedder) -> Part:
 
 
 def build_whole_step(config: configuration.Config, embedder: Embedder, batch: Any) -> Part:
-    """Build the training step itself. It has no limit of its own."""
+    """Build the training step itself. No limit is computed for it."""
     update = make_optimizer(config.optim, config.train.steps)
     schedule = make_schedule(config.optim, config.train.steps)
     step = make_train_step(embedder.model, Objectives(config.objectives), update, schedule)

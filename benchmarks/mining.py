@@ -68,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--queries", type=int, default=100_000, help="(default: %(default)s)")
     parser.add_argument("--documents", type=int, default=500_000, help="(default: %(default)s)")
-    parser.add_argument("--width", type=int, default=384, help="numbers per vector (default: %(default)s)")
+    parser.add_argument("--width", type=int, default=384, help="dimensions of a vector (default: %(default)s)")
     parser.add_argument("--k", type=int, default=100, help="neighbors per query (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=1, help="searches per side (default: %(default)s)")
     parser.add_argument("--memory-mb", type=int, default=DEFAULT_MEMORY_MB, help="memory limit of jaxembed's search")

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Measure how closely our transformer matches transformers on a real checkpoint and real texts, in float32.
+"""Measure how closely jaxembed's transformer matches transformers on a real checkpoint and real texts, in float32.
 
     python benchmarks/parity.py BASE TEXTS.jsonl [--field text] [--count 64]
 
 BASE is a model folder, TEXTS.jsonl has texts in the field --field. The script cuts --count texts of 5 to 400 tokens from
-them. jaxembed encodes them packed, transformers one by one: with causal attention and last-token pooling (decoders alone), and
+them. jaxembed encodes them packed, transformers one by one: with causal attention and last-token pooling (only decoders), and
 with bidirectional attention and mean pooling. Prints a Markdown table (least cosine, largest absolute difference of
 any vector element) and, on the last line, one JSON object. Exits with code 1 if a cosine is below 0.99999.
 """

@@ -43,10 +43,10 @@ from jaxembed.model.lora import merge_adapters
 from jaxembed.model.parameters import compute_shapes_and_shardings
 from jaxembed.model.transformer import ComputeOptions
 
-MAX_LENGTH = 64  # tokens; fewer than the decoder's positions, so that a reader must read it
+MAX_LENGTH = 64  # tokens; fewer than the decoder's positions, so that readers have to respect it
 OWN_TOKENIZER_SIZE = 600  # entries
 QUERY_PROMPT = EmbeddingSpec().build_prompt(PROBE_INSTRUCTION)
-DIM = 32  # numbers of short vectors
+DIM = 32  # dimensions of short vectors
 PROJECTION = {"projection": 48, "projection_bias": True, "projection_activation": "tanh"}
 LORA = LoraConfig(rank=4, alpha=8, dropout=0.0)
 SIZES: dict[str, Any] = {
@@ -57,7 +57,7 @@ LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }  # fmt: skip
-ALL_KEYS = {"num_key_value_heads": SIZES["num_attention_heads"]}  # of encoders, in which every head has keys of its own
+ALL_KEYS = {"num_key_value_heads": SIZES["num_attention_heads"]}  # of encoders, in which every head has its own keys
 CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "qwen2": (
         transformers.Qwen2Config,
@@ -146,7 +146,7 @@ def train_own_tokenizer(is_encoder: bool) -> Any:
 
 
 def write_base(folder: Path, kind: Kind, tokenizer: Any) -> None:
-    """Write a random transformer whose biases and norm scales are random too: a missing bias of zeros would not be noticed."""
+    """Write a random transformer. Biases and norm scales are random too, so that missing ones are noticed."""
     torch.manual_seed(0)
     config_class, options = CONFIGS[kind.family]
     config = config_class(vocab_size=len(tokenizer), **{**SIZES, **options})
@@ -213,7 +213,7 @@ def write_rows(path: Path, embedder: Embedder) -> None:
 
 
 def write_kind(out: Path, name: str, kind: Kind, tokenizer: Any) -> str:
-    """Write one export and its rows. Return what the export reported."""
+    """Write one export and its rows. Return a line with the result."""
     folder = out / name.replace(" ", "-")
     with tempfile.TemporaryDirectory() as scratch:
         write_base(Path(scratch), kind, tokenizer)

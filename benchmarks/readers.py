@@ -2,13 +2,13 @@
 """Read exports in the programs that serve them, and compare the vectors with those of the model.
 
     python benchmarks/reader_exports.py EXPORTS --tokenizer FOLDER
-    python benchmarks/readers.py install ENVIRONMENTS            # prints the commands that make the environments
+    python benchmarks/readers.py install ENVIRONMENTS            # prints the commands that create the environments
     python benchmarks/readers.py read EXPORTS ENVIRONMENTS --converter CONVERT_HF_TO_GGUF.py [--readers NAME ...]
     python benchmarks/readers.py table EXPORTS
 
-Every reader has a virtual environment of its own below ENVIRONMENTS and runs as a program of benchmarks/reader_programs/.
-EXPORTS/results/NAME.jsonl has what it returned. The table says for each kind of export and each reader: equal (every cosine
-at least 0.9999; in 16 bits at least 0.99), the least cosine of each group of texts that differs, or refused, with its reason.
+Every reader has its own virtual environment below ENVIRONMENTS, and runs a program of benchmarks/reader_programs/.
+EXPORTS/results/NAME.jsonl has its results. The table says for each kind of export and each reader: equal (every cosine at least
+0.9999; in 16 bits at least 0.99), the least cosine of each group of texts that differs, or refused, with its reason.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from jaxembed.model.hf_config import parse_hf_config
 PROGRAMS = Path(__file__).parent / "reader_programs"
 MIN_COSINE, MIN_COSINE_16_BIT = 0.9999, 0.99
 GROUPS = ("plain", "spaces", "newline", "prompt", "cut")  # of texts, in the order of the table
-# What a reason of the model card says where the texts of a group differ. Another mask or graph concerns all of them.
+# Patterns of the reasons in the model card, by group of texts that differ. A different mask or graph affects all groups.
 REASON_PATTERNS = {
     "plain": "mask|other vectors", "spaces": "white space|line breaks|mask|other vectors",
     "newline": "line breaks|mask|other vectors", "prompt": "instruction|line breaks|mask|other vectors",
@@ -88,7 +88,7 @@ ST6, ST5, ST34 = "sentence-transformers 6", "sentence-transformers 5", "sentence
 PROGRAM_LIST = (
     Program(
         "st62", SENTENCE_TRANSFORMERS,
-        {"auto_model": "transformers 5.23", "torch": "ST 6.2", "short": f"ST 6.2, {DIM} numbers"},
+        {"auto_model": "transformers 5.23", "torch": "ST 6.2", "short": f"ST 6.2, {DIM} dimensions"},
         {"auto_model": "transformers", "torch": ST6, "short": ST6},
     ),
     Program(
@@ -109,7 +109,7 @@ PROGRAM_LIST = (
         {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"},
     ),
     Program(
-        "vllm", "read_vllm.py", {"all": "vLLM 0.32", "short": f"vLLM 0.32, {DIM} numbers"}, {"all": "vLLM", "short": "vLLM"},
+        "vllm", "read_vllm.py", {"all": "vLLM 0.32", "short": f"vLLM 0.32, {DIM} dimensions"}, {"all": "vLLM", "short": "vLLM"},
     ),
     Program("llamacpp", "read_llama_cpp.py", {"server": "llama.cpp"}, {"server": "llama.cpp"}),
     Program("infinity", "read_infinity.py", {"torch": "infinity 0.0.78"}, {"torch": "infinity"}),
@@ -132,7 +132,7 @@ OPTIONS = {  # environment variables of the programs
 
 
 def format_install_commands(environments: Path) -> str:
-    """Return the shell commands that make every environment."""
+    """Return the shell commands that create the environments."""
     constraints = environments / "constraints.txt"
     lines = [f"mkdir -p {environments}", f"echo {TORCH} > {constraints}  # the CPU build, not gigabytes of CUDA"]
     for name, packages in ENVIRONMENTS.items():
@@ -143,7 +143,7 @@ def format_install_commands(environments: Path) -> str:
 
 
 def list_exports(exports: Path) -> list[Path]:
-    """Return the folders of all exports that have rows beside them."""
+    """Return the folders of all exports that have a file of rows."""
     return sorted(path.with_suffix("") for path in exports.glob("*.json"))
 
 
@@ -183,7 +183,7 @@ def run_program(program: Program, folders: list[Path], environments: Path, conve
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """How the vectors of one reader compare with those of an export's model.
+    """The comparison of a reader's vectors with those of an export's model.
 
     Attributes:
         cosines: Least cosine of each group of texts that has vectors.
@@ -218,8 +218,8 @@ def compare(folder: Path, result: dict[str, Any], dim: int | None) -> Comparison
 
     Args:
         folder: The export.
-        result: What a program wrote.
-        dim: Number of numbers of the vectors; None: all.
+        result: Line that a program wrote.
+        dim: Number of dimensions to compare; None: all.
     """
     limit = MIN_COSINE_16_BIT if "float16" in folder.name else MIN_COSINE
     if "refusal" in result:
@@ -242,7 +242,7 @@ def compare(folder: Path, result: dict[str, Any], dim: int | None) -> Comparison
 
 
 def load_served_model(folder: Path) -> ServedModel:
-    """Return what decides how the model card describes an export."""
+    """Return the properties of an export that determine its model card."""
     config = read_json(folder / "config.json")
     spec = parse_spec(read_json(folder / "jaxembed.json"), str(folder))
     has_onnx = (folder / "onnx" / "model.onnx").is_file()
@@ -250,7 +250,7 @@ def load_served_model(folder: Path) -> ServedModel:
 
 
 def is_unnamed(comparison: Comparison, verdict: Verdict) -> bool:
-    """Return whether a reader differs from the model, or refuses it, and the model card does not say so."""
+    """Return whether a difference or refusal of a reader is missing in the model card."""
     if comparison.refusal:
         return verdict.status == Status.EQUAL
     if verdict.status in (Status.DIFFERENT, Status.REFUSED):
@@ -291,7 +291,7 @@ def format_table(exports: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    install = commands.add_parser("install", help="print the commands that make the environments")
+    install = commands.add_parser("install", help="print the commands that create the environments")
     install.add_argument("environments", metavar="ENVIRONMENTS", type=Path)
     names = list(PROGRAMS_BY_NAME)
     read = commands.add_parser("read", help="read all exports")

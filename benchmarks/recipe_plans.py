@@ -5,7 +5,7 @@
     python benchmarks/recipe_plans.py --machine gpu [RECIPE ...]
 
 Writes docs/results/recipe-plans.json, from which the recipes' pages and docs/results/recipe-plans.md take their tables. Results
-of other recipes and of the other machine stay. Without names, recipes that have results are skipped, so the same command
+of other recipes and of the other machine are kept. Without names, recipes that have results are skipped, so the same command
 continues after it was stopped. Each takes minutes of a CPU. Nothing is downloaded: the bases are configs of the real sizes
 without weights, and the rows are generated.
 """
@@ -96,7 +96,7 @@ def write_rows(folder: Path) -> dict[str, Path]:
 
 
 def fill_recipe(tree: dict[str, Any], base: Path, rows: Mapping[str, Path]) -> dict[str, Any]:
-    """Replace the base and the paths of a recipe, and the guide by the base. Mining is left out: it is no part of a step."""
+    """Replace the base and the paths of a recipe, and the guide by the base. Mining is left out: it is not part of a step."""
     from jaxembed.config.catalog import read_catalog
 
     tree["model"]["base"] = str(base)
@@ -184,7 +184,7 @@ def record(plans: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", nargs="*", metavar="RECIPE", help="names of recipes (default: those without results)")
-    parser.add_argument("--machine", choices=MACHINES, required=True, help="what to compile for")
+    parser.add_argument("--machine", choices=MACHINES, required=True, help="machine to compile for")
     args = parser.parse_args()
     skip_tpu_discovery()
     logging.disable(logging.WARNING)

@@ -27,7 +27,7 @@ from jaxembed.evaluation.mteb_tasks import MtebTask
 from jaxembed.evaluation.tasks import score_tasks
 from jaxembed.evaluation.vector_cache import VectorCache
 
-MEMORY_BYTES = 2**32  # of the vectors of a task; more lie on disk
+MEMORY_BYTES = 2**32  # of the vectors of a task; larger ones are stored on disk
 
 
 def load_tasks(path: str, names: list[str] | None) -> list[MtebTask]:

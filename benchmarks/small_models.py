@@ -1,8 +1,8 @@
-"""Shrink a model and distill it from itself: quality against size.
+"""Prune a model and distill it from the original, to compare quality and size.
 
 Usage: python benchmarks/small_models.py MODEL TEXTS STSB BEIR OUT [--steps N]
 
-TEXTS is a JSONL file of rows with query and pos. Their texts choose the vocabulary and the units of the feed-forward layers.
+TEXTS is a JSONL file of rows with query and pos. Their texts determine the vocabulary and the units of the feed-forward layers.
 Each pruned model is then trained on them to match the vectors of MODEL. STSB is a file of scored pairs, BEIR a folder. Prints
 one row of a table per model, before and after the distillation.
 """

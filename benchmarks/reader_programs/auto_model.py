@@ -1,4 +1,4 @@
-"""Read exports with transformers' AutoModel, and pool by hand as 1_Pooling/config.json says."""
+"""Read exports with transformers' AutoModel, and pool explicitly by 1_Pooling/config.json."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def read_pooling(folder: str) -> dict[str, bool]:
 
 
 def encode_with_auto_model(folder: str, rows: list[Row]) -> list[torch.Tensor]:
-    """Return unit vectors of every row. Raises `ValueError` for folders with weights beside those of the model."""
+    """Return unit vectors of every row. Raises `ValueError` for folders with other weights than those of the model."""
     if (Path(folder) / "token_pooling.py").is_file():
         raise ValueError("the pooling has weights, which AutoModel does not load")
     if list(Path(folder).glob("*_Dense")):
@@ -43,7 +43,7 @@ def encode_with_auto_model(folder: str, rows: list[Row]) -> list[torch.Tensor]:
             hidden = model(**inputs).last_hidden_state
         mask = inputs["attention_mask"].bool()
         if prompt and not config.get("include_prompt", True):
-            # sentence-transformers' rule: the prompt has as many tokens as it has alone, without EOS.
+            # As in sentence-transformers, the prompt's token count is that of the prompt alone, without EOS.
             count = len(tokenizer(prompt)["input_ids"])
             count -= tokenizer(prompt)["input_ids"][-1] in tokenizer.all_special_ids
             mask &= torch.arange(mask.shape[1])[None] >= count

@@ -1,7 +1,7 @@
 """Read exports with LangChain, LlamaIndex, Chroma and LanceDB, which load sentence-transformers.
 
 Texts without a prompt, or with the default prompt, are documents. Texts with the prompt `query` are queries. Chroma and LanceDB
-know no prompts but the default prompt, so another one is part of the text there.
+only support the default prompt, so other prompts are part of the text there.
 """
 
 import json
@@ -40,7 +40,7 @@ def encode_with_langchain(folder: str, rows: list[Row]) -> list[Any]:
 
 
 def encode_with_llama_index(folder: str, rows: list[Row]) -> list[Any]:
-    """Return vectors of every row. LlamaIndex takes the prompt of queries and of documents as text."""
+    """Return vectors of every row. LlamaIndex receives the prompts of queries and documents as text."""
     from llama_index.embeddings.huggingface import HuggingFaceEmbedding
 
     query, document = read_prompts(folder)

@@ -24,7 +24,7 @@ POOLING_TYPES = {
 
 
 def convert(folder: str) -> Path:
-    """Return the GGUF file of an export, which is written beside it."""
+    """Write the GGUF file of an export next to it, and return its path."""
     out = Path(f"{folder}.gguf")
     messages: list[str] = []
     handler = logging.Handler(logging.ERROR)
@@ -45,12 +45,12 @@ def read_pooling(folder: str) -> str:
 
 
 def encode(folder: str, rows: list[Row]) -> list[Any]:
-    """Return vectors of every row. The server cuts no texts, so longer ones get no vector if it refuses them."""
+    """Return vectors of every row. The server does not truncate texts, so long texts that it refuses have no vector."""
     params = xllamacpp.CommonParams()
     params.model.path = str(convert(folder))
     params.embedding, params.n_parallel, params.n_ctx, params.warmup = True, 1, 0, False
     params.n_batch = params.n_ubatch = 2048
-    params.pooling_type = POOLING_TYPES[read_pooling(folder)]  # as --pooling: the converter names none for Llama and Mistral
+    params.pooling_type = POOLING_TYPES[read_pooling(folder)]  # like --pooling; the converter writes none for Llama and Mistral
     server = xllamacpp.Server(params)
     vectors = []
     for text in join_texts(rows):

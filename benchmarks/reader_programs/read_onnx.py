@@ -1,6 +1,6 @@
-"""Read the ONNX graph of exports with ONNX Runtime or OpenVINO alone.
+"""Read the ONNX graph of exports with plain ONNX Runtime or OpenVINO.
 
-The tokenizer is tokenizer.json, as it is, with padding on the right. A prompt is part of the text.
+The tokenizer is the unchanged tokenizer.json, with padding on the right. A prompt is part of the text.
 """
 
 import functools

@@ -1,6 +1,6 @@
 """Read exports with sentence-transformers, or with transformers alone (variant auto_model).
 
-The variants torch, onnx and openvino are backends. With `short`, vectors are cut to DIM numbers.
+The variants torch, onnx and openvino are backends. With `short`, vectors are truncated to DIM dimensions.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from auto_model import encode_with_auto_model
 from row_files import Row, encode_by_prompt, run
 from sentence_transformers import SentenceTransformer
 
-DIM = 32  # numbers of short vectors
+DIM = 32  # dimensions of short vectors
 PACKAGES = {"optimum.onnxruntime": ("optimum-onnx", "onnxruntime"), "optimum.intel": ("optimum-intel", "openvino")}
 
 

@@ -1,4 +1,4 @@
-"""Read exports with vLLM (all; short: DIM dimensions are asked for). A prompt is part of the text."""
+"""Read exports with vLLM (all; short: with DIM dimensions). A prompt is part of the text."""
 
 import functools
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from row_files import Row, join_texts, run
 from vllm import LLM, PoolingParams
 
-DIM = 32  # numbers of short vectors
+DIM = 32  # dimensions of short vectors
 
 
 LOADED: dict[str, LLM] = {}  # the last model
@@ -21,7 +21,7 @@ def load(folder: str) -> LLM:
 
 
 def encode(folder: str, rows: list[Row], dim: int | None) -> list[Any]:
-    """Return vectors of every row. Texts beyond the maximum length of the model are cut by its tokenizer."""
+    """Return vectors of every row. Texts beyond the maximum length of the model are truncated by its tokenizer."""
     params = None if dim is None else PoolingParams(dimensions=dim)
     options = {"truncate_prompt_tokens": -1}
     outputs = load(folder).embed(join_texts(rows), pooling_params=params, use_tqdm=False, tokenization_kwargs=options)

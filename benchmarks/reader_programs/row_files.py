@@ -1,7 +1,8 @@
-"""What the reader programs share: they read rows of texts, and write the vectors of each export or why it was refused.
+"""Input and output of the reader programs: read rows of texts, and write the vectors of each export or the reason of its
+refusal.
 
-A program is started as `python PROGRAM.py RESULTS.jsonl VARIANTS EXPORT [EXPORT ...]` and imports nothing of jaxembed. VARIANTS
-are names of what the program can do, separated by commas. EXPORT.json has the rows of an export.
+A program is started as `python PROGRAM.py RESULTS.jsonl VARIANTS EXPORT [EXPORT ...]` and imports nothing from jaxembed.
+VARIANTS are names of variants of the program, separated by commas. EXPORT.json has the rows of an export.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def read_rows(folder: str) -> list[Row]:
 
 
 def join_texts(rows: list[Row]) -> list[str]:
-    """Return prompt and text of each row as one text, for readers that know no prompts."""
+    """Return prompt and text of each row as one text, for readers without prompts."""
     return [row["prompt"] + row["text"] for row in rows]
 
 
@@ -47,7 +48,7 @@ def run(variants: Mapping[str, Encode], *packages: str) -> None:
     """Read every export that the command line names, and append one line for each variant to the file of results.
 
     Args:
-        variants: Functions by name that return the vectors of an export. What they raise counts as a refusal.
+        variants: Functions by name that return the vectors of an export. An exception counts as a refusal.
         *packages: Packages whose versions the table names.
     """
     results, names, folders = Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[3:]
@@ -57,7 +58,7 @@ def run(variants: Mapping[str, Encode], *packages: str) -> None:
         try:
             vectors = variants[name](folder, read_rows(folder))
             result["vectors"] = [None if vector is None else [float(x) for x in vector] for vector in vectors]
-        except Exception as error:  # whatever a reader raises is its refusal
+        except Exception as error:  # any exception of a reader counts as a refusal
             result["refusal"] = " ".join(f"{type(error).__name__}: {error}".split())
         with results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(result) + "\n")
