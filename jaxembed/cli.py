@@ -54,7 +54,8 @@ def run_command(main: Callable[[argparse.Namespace], Mapping[str, Any]], parser:
         _configure_logging()
         result = main(args)
         if processes.is_first():
-            print(format_json(result), flush=True)
+            encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+            print(format_json(result, is_ascii=not encoding.lower().startswith("utf")), flush=True)
         return result
 
 
@@ -291,7 +292,7 @@ def prepare_new_output(path: str, endings: Collection[str] = ()) -> Path:
     out = Path(path)
     if endings and out.suffix not in endings:
         raise UserError(f"{out}: expected an output that ends in {' or '.join(endings)}")
-    if exists(out):
+    if exists(out) or out.is_symlink():  # a link to nothing: the output would replace it
         raise UserError(f"{out}: already exists. Remove it, or name another output.")
     return prepare_output(out)
 

@@ -2,6 +2,8 @@
 
 import difflib
 import errno
+import os
+import re
 import signal
 from collections.abc import Iterable
 
@@ -22,6 +24,7 @@ SYSTEM_ERRORS = {
 }
 # What JAX's errors say where memory ran out. YNNPACK computes matmuls on CPUs.
 MEMORY_ERRORS = ("RESOURCE_EXHAUSTED", "YNNPACK operation failed", "std::bad_alloc", "Out of memory")
+RUST_SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")  # how Rust, as in tokenizers and safetensors, writes an `OSError`
 LINE_BREAKS = frozenset("\t\n\v\f\r\x1c\x1d\x1e\x1f\x85\u2028\u2029")
 
 
@@ -78,6 +81,8 @@ def explain_system_error(error: BaseException) -> str | None:
     Failures of tokenizers count too: it panics on some regular expressions of a tokenizer.json, and raises a plain
     `Exception`, which nothing else does, for texts that the vocabulary cannot spell.
     """
+    if (match := RUST_SYSTEM_ERROR.search(str(error))) and int(match[1]) in SYSTEM_ERRORS and not isinstance(error, OSError):
+        error = OSError(int(match[1]), os.strerror(int(match[1])))
     if type(error).__name__ == "PanicException" or type(error) is Exception:
         return (
             f"a library failed ({summarize(error)}). Check the tokenizer.json of the model, mainly its regular expressions and "

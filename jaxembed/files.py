@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import math
 import os
+import re
 import stat
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -14,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxembed.errors import UserError
+
+SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character that UTF-16 writes as two; no Unicode text has one alone
 
 
 def cache_dir() -> Path:
@@ -125,9 +129,14 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, format_json(value, indent=2) + "\n")
 
 
-def format_json(value: Any, indent: int | None = None) -> str:
-    """Return a value as JSON. NaN and infinity, which JSON does not have, become null."""
-    return json.dumps(_replace_not_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+def format_json(value: Any, indent: int | None = None, is_ascii: bool = False) -> str:
+    """Return a value as JSON that UTF-8 can encode.
+
+    NaN and infinity, which JSON does not have, become null. Bytes of a file name that are not UTF-8, which Python reads as
+    halves of surrogate pairs, are escaped.
+    """
+    text = json.dumps(_replace_not_finite(value), indent=indent, ensure_ascii=is_ascii, allow_nan=False)
+    return SURROGATE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def finite_or_none(value: float) -> float | None:
@@ -144,9 +153,50 @@ def _replace_not_finite(value: Any) -> Any:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file atomically."""
+    """Write a UTF-8 file atomically. Halves of surrogate pairs, such as file names may have, become question marks."""
     with atomic_write(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="replace")
+
+
+@contextmanager
+def lock_folder(folder: Path, subject: Path) -> Iterator[None]:
+    """Lock a folder inside the block against other processes of this machine.
+
+    Args:
+        folder: The folder, which exists.
+        subject: The output that the error names.
+
+    Raises:
+        UserError: Another process has locked it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(f"{subject}: another process writes it. Wait for it, or name another output.") from None
+    except OSError:  # a network disk that has no locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a UTF-8 file."""
+    with name_in_errors(path), path.open("a", encoding="utf-8") as file:
+        file.write(f"{line}\n")
+
+
+@contextmanager
+def name_in_errors(path: Path) -> Iterator[None]:
+    """Give an `OSError` of the block that names no file the name of this one. A full disk is reported without a name."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 @contextmanager
@@ -157,13 +207,11 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """
     partial, descriptor = _create_partial(path)
     try:
-        yield partial
-        if not _is_open_file(partial, descriptor):
-            raise UserError(f"{path}: another process writes this file at the same time. Name another output.")
-        partial.replace(path)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk is reported without one
-        raise
+        with name_in_errors(path):
+            yield partial
+            if not _is_open_file(partial, descriptor):
+                raise UserError(f"{path}: another process writes this file at the same time. Name another output.")
+            partial.replace(path)
     finally:
         if _is_open_file(partial, descriptor):
             partial.unlink()

@@ -10,6 +10,8 @@ import jaxembed
 from helpers import tiny
 from helpers.commands import ENV
 from jaxembed.__main__ import COMMANDS
+from jaxembed.cli import prepare_new_output
+from jaxembed.errors import UserError
 
 PACKAGE = Path(jaxembed.__file__).parent
 
@@ -45,6 +47,14 @@ def test_public_names(monkeypatch: pytest.MonkeyPatch) -> None:
         _ = jaxembed.Trainer
 
 
+@pytest.mark.parametrize("target", ["nowhere", "out"])
+def test_an_output_that_is_a_link_to_nothing_is_refused(tmp_path: Path, target: str) -> None:
+    """It would be replaced, and the output would not be where the link leads."""
+    (tmp_path / "out").symlink_to(target)
+    with pytest.raises(UserError, match="out: already exists"):
+        prepare_new_output(str(tmp_path / "out"))
+
+
 CONFIG = "model: {base: BASE}\ndata: {sources: [{path: pairs.jsonl, format: pairs}]}\ntrain: {batch_size: 8}\nrun: {dir: out}\n"
 
 
@@ -55,6 +65,7 @@ CONFIG = "model: {base: BASE}\ndata: {sources: [{path: pairs.jsonl, format: pair
         ("base", "train.stepz=1", "unknown key train.stepz. Did you mean train.steps?"),
         ("base", "mesh.data=9", "mesh.data=9: more devices than available"),
         ("base", "run.dir=.", ": holds files, but not a run"),
+        ("base", "run.dir=pairs.jsonl", "pairs.jsonl: is a file (expected a run directory)"),
     ],
 )
 def test_mistakes_are_reported_before_data_is_read(tmp_path: Path, base: str, override: str, message: str) -> None:

@@ -7,6 +7,7 @@ standard output must not be lost silently, so a failure there ends the command w
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Any, TextIO
@@ -78,6 +79,8 @@ class CheckedStream:
 def protect_standard_streams() -> None:
     """Replace `sys.stderr` by a lossy stream and `sys.stdout` by a checked one.
 
+    Characters that the encoding of standard output lacks are escaped, as Python does on standard error.
+
     A standard stream that is closed gets the null device as its descriptor. Otherwise the next file that is opened would get
     its number, and messages of C libraries would be written into that file.
     """
@@ -92,4 +95,6 @@ def protect_standard_streams() -> None:
     if not isinstance(sys.stderr, LossyStream):
         sys.stderr = LossyStream(sys.stderr)
     if sys.stdout is not None and not isinstance(sys.stdout, CheckedStream):
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")
         sys.stdout = CheckedStream(sys.stdout)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,9 +9,8 @@ from jaxembed.config.fields import quote_value
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.data.tokenize import TextTokenizer, append_eos
 from jaxembed.errors import UserError
+from jaxembed.files import SURROGATE
 from jaxembed.hub.base import Base
-
-SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character that UTF-16 writes as two; no Unicode text has one alone
 
 
 def build_text_tokenizer(hf_tokenizer: Any, spec: EmbeddingSpec, base: Base) -> TextTokenizer:

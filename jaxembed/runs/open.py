@@ -25,7 +25,7 @@ from jaxembed.devices import processes
 from jaxembed.devices.mesh import Shards, count_shards, find_local_shards, make_all_shards, make_logical_axis_table
 from jaxembed.errors import UserError
 from jaxembed.evaluation.heldout import HeldOutSet, open_held_out_sets
-from jaxembed.files import cache_dir
+from jaxembed.files import cache_dir, name_in_errors
 from jaxembed.hub.base import Base
 from jaxembed.hub.frozen_encoder import FrozenEncoder, ZeroEncoder
 from jaxembed.hub.resolve import find_base
@@ -262,8 +262,9 @@ def _write_tokenizer(tokenizer: TextTokenizer, folder: Path) -> None:
     """Write a tokenizer to a new folder, completely or not at all."""
     partial_folder = folder.with_suffix(".partial")
     try:
-        tokenizer.hf_tokenizer.save_pretrained(partial_folder)
-        partial_folder.rename(folder)
+        with name_in_errors(folder):
+            tokenizer.hf_tokenizer.save_pretrained(partial_folder)
+            partial_folder.rename(folder)
     finally:
         shutil.rmtree(partial_folder, ignore_errors=True)
 

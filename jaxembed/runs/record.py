@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from jaxembed.devices import processes
-from jaxembed.files import write_json
+from jaxembed.files import append_line, write_json
 from jaxembed.formats.run_files import STARTS_FILE
 from jaxembed.hub.spec_files import write_spec
 from jaxembed.runs.open import OpenedRun
@@ -68,5 +68,4 @@ def record_start(run: OpenedRun, state: TrainState, command: str) -> None:
         "trained_parameters": trained,
         "computation": describe_computation(run),
     }
-    with (run.run_dir / STARTS_FILE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(start) + "\n")
+    append_line(run.run_dir / STARTS_FILE, json.dumps(start))

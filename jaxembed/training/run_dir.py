@@ -103,6 +103,8 @@ def _holds_files(run_dir: Path) -> bool:
     """Return whether a directory exists and has files other than a config, a lock, and unfinished files."""
     if not exists(run_dir):
         return False
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir}: is a file (expected a run directory). Name another run.dir.")
     return any(path.name not in ("config.yaml", RUN_LOCK_FILE) and path.suffix != ".partial" for path in run_dir.iterdir())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -62,6 +63,17 @@ def test_a_reader_that_has_gone_ends_a_command_quietly() -> None:
     assert run("pass", '"$@" | true', "--help").stderr == ""
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_any_text_can_be_printed(encoding: str) -> None:
+    """Names of files may have bytes that are not UTF-8, and the encoding of a terminal may lack characters."""
+    text = "\udcff \u2192 \U0001f642 \xe9"
+    body = f"text = {text!a}; print(text); return dict(done=text)"
+    done = run(body, f'PYTHONIOENCODING={encoding} "$@"')
+    assert done.returncode == 0, done.stderr
+    shown, result = done.stdout.splitlines()
+    assert json.loads(result) == {"done": text} and shown.startswith("\\udcff ")
+
+
 def test_a_full_disk_under_standard_output_is_one_line() -> None:
     for body in ("for i in range(100000): print(i)", "pass"):
         done = run(body, '"$@" >/dev/full')
@@ -103,6 +115,7 @@ def test_a_command_leaves_at_once_after_its_error() -> None:
         (RuntimeError("INTERNAL: YNNPACK operation failed"), "out of memory (INTERNAL: YNNPACK operation failed). Free"),
         (OSError(errno.EROFS, "Read-only file system", "/cache/a\n"), r"/cache/a\n: cannot be used (Read-only file system)."),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), "a file: cannot be used (Disk quota exceeded)."),
+        (Exception("No space left on device (os error 28)"), "a file: cannot be used (No space left on device). Make room on"),
         (Exception("WordPiece error: Missing [UNK]"), "a library failed (WordPiece error: Missing [UNK]). Check the tokenizer"),
         (PanicException("called `Result::unwrap()`"), "a library failed (called `Result::unwrap()`). Check the tokenizer.json"),
         (RuntimeError("shape mismatch"), None),
