@@ -10,7 +10,9 @@ import threading
 from typing import Any
 
 from jaxembed.errors import UserError, summarize
+from jaxembed.files import finite_or_none
 from jaxembed.synthesis.answers import drop_limits
+from jaxembed.synthesis.completions import Choice, read_chat, read_echo, read_json_answer
 from jaxembed.synthesis.endpoints import Endpoints, OptionRefusedError, ServerOptions
 from jaxembed.synthesis.requests import Answer, Request, estimate_tokens
 from jaxembed.synthesis.store import AnswerStore
@@ -124,19 +126,15 @@ class LlmClient:
     def _chat(self, client: Any, request: Request) -> Answer:
         messages = [{"role": "system", "content": request.system}] if request.system else []
         messages.append({"role": "user", "content": request.prompt})
-        completion = client.chat.completions.create(
-            model=request.model, messages=messages, **self._list_options(request), **self._structure_options(request)
+        content = self._send(
+            client.chat.completions,
+            {"messages": messages, **self._list_options(request), **self._structure_options(request)},
+            request,
         )
-        choice = read_choice(completion)
-        text = choice.message.content or ""
-        if not isinstance(text, str):
-            raise ValueError("the answer has no text")
-        first = (choice.logprobs.content or [None])[0] if choice.logprobs else None
-        tokens = {top.token.strip(): top.logprob for top in reversed(first.top_logprobs)} if first else {}
-        logprobs = {grade: tokens[grade] for grade in request.grades if grade in tokens}
-        answer = self._make_answer(request, completion, text)
-        refusal = self._options.redact(choice.message.refusal or "")
-        return dataclasses.replace(answer, refusal=refusal, finish_reason=choice.finish_reason or "stop", logprobs=logprobs)
+        choice = read_chat(content)
+        logprobs = {grade: choice.logprobs[grade] for grade in request.grades if grade in choice.logprobs}
+        refusal, reason = self._options.redact(choice.refusal), choice.finish_reason or "stop"
+        return dataclasses.replace(self._make_answer(request, choice), refusal=refusal, finish_reason=reason, logprobs=logprobs)
 
     def _score(self, client: Any, request: Request) -> Answer:
         """Return the mean log-probability of the scored text, from the logprobs of an echoed prompt."""
@@ -144,28 +142,30 @@ class LlmClient:
 
         text = request.prompt + request.scored_text
         try:
-            completion = client.completions.create(
-                model=request.model, prompt=text, echo=True, logprobs=1, max_tokens=1, temperature=0
-            )
+            options = {"prompt": text, "echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0}
+            content = self._send(client.completions, options, request)
         except (openai.BadRequestError, openai.NotFoundError, openai.UnprocessableEntityError) as error:
             raise OptionRefusedError(ECHO, summarize(self._options.redact(error.message))) from None
-        logprobs = read_choice(completion).logprobs
-        if not logprobs or not logprobs.token_logprobs or not logprobs.text_offset:
+        choice, tokens = read_echo(content)
+        if not tokens:
             raise OptionRefusedError(ECHO, "none in the answer")
-        first, last = len(request.prompt), len(request.prompt) + len(request.scored_text)
-        offsets_and_logprobs = zip(logprobs.text_offset, logprobs.token_logprobs, strict=False)
-        values = [value for offset, value in offsets_and_logprobs if first <= offset < last and value is not None]
-        mean = math.fsum(values) / len(values) if values else None
-        return dataclasses.replace(self._make_answer(request, completion, ""), likelihood=mean)
+        values = [logprob for offset, logprob in tokens.items() if len(request.prompt) <= offset < len(text)]
+        mean = math.fsum(values) / len(values) if values else math.nan
+        return dataclasses.replace(self._make_answer(request, choice), likelihood=finite_or_none(mean))
 
-    def _make_answer(self, request: Request, completion: Any, text: str) -> Answer:
-        usage = completion.usage
+    def _send(self, api: Any, options: dict[str, Any], request: Request) -> Any:
+        """Send a request, and return the JSON value of the answer."""
+        with api.with_streaming_response.create(model=request.model, **options) as response:
+            return read_json_answer(response, self._options.timeout_s)
+
+    def _make_answer(self, request: Request, choice: Choice) -> Answer:
         prompt = request.system + request.prompt + request.scored_text
+        prompt_tokens, completion_tokens = choice.prompt_tokens, choice.completion_tokens
         return Answer(
-            text=self._options.redact(text),
-            prompt_tokens=(usage.prompt_tokens or 0) if usage else estimate_tokens(prompt),
-            completion_tokens=(usage.completion_tokens or 0) if usage else estimate_tokens(text),
-            model=self._options.redact(completion.model or request.model),
+            text=self._options.redact(choice.text),
+            prompt_tokens=estimate_tokens(prompt) if prompt_tokens is None else prompt_tokens,
+            completion_tokens=estimate_tokens(choice.text) if completion_tokens is None else completion_tokens,
+            model=self._options.redact(choice.model or request.model),
             time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )
 
@@ -192,11 +192,3 @@ class LlmClient:
         schema = request.schema if self._structure == SCHEMA else drop_limits(request.schema)
         json_schema = {"name": "answer", "strict": True, "schema": schema}
         return {RESPONSE_FORMAT: {"type": "json_schema", "json_schema": json_schema}}
-
-
-def read_choice(completion: Any) -> Any:
-    """Return the only choice of a completion. Raise `ValueError` if a server answered something else."""
-    choices = getattr(completion, "choices", None)
-    if not choices or not (getattr(choices[0], "message", None) or hasattr(choices[0], "text")):
-        raise ValueError("the answer is not a completion")
-    return choices[0]

@@ -10,6 +10,7 @@ OUT/report.json, report.html
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -80,15 +81,16 @@ class RowFiles:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        for files in self._files.values():
-            for file in files:
-                file.close()
-        self._stack.__exit__(*error)
-        if error[0] is None:
-            for task in self._config.tasks:
-                if task.name not in self._files:  # those of an earlier run, which asked for more rows
-                    for path in self._list_paths(task):
-                        path.unlink(missing_ok=True)
+        if error[0] is not None:
+            self._stack.__exit__(*error)
+            return
+        with self._stack:  # a disk that is full now leaves none of the files
+            for file in itertools.chain(*self._files.values()):
+                file.flush()
+        for task in self._config.tasks:
+            if task.name not in self._files:  # those of an earlier run, which asked for more rows
+                for path in self._list_paths(task):
+                    path.unlink(missing_ok=True)
 
     def add(self, task: TaskConfig, accepted: AcceptedRow) -> None:
         """Write a row and its provenance."""
@@ -108,7 +110,8 @@ class RowFiles:
 
     def _open(self, path: Path) -> IO[str]:
         path.parent.mkdir(exist_ok=True)
-        return self._stack.enter_context(atomic_write(path)).open("w", encoding="utf-8")
+        partial = self._stack.enter_context(atomic_write(path))
+        return self._stack.enter_context(partial.open("w", encoding="utf-8"))
 
     def _describe(self, task: TaskConfig, accepted: AcceptedRow) -> dict[str, Any]:
         """Return the provenance of a row."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxembed.errors import UserError
+from jaxembed.files import name_in_errors
 from jaxembed.synthesis.requests import Answer, Request
 
 
@@ -48,7 +49,8 @@ class AnswerStore:
         """Flush the file to the disk and close it. Answers that threads add later are ignored."""
         with self._lock:
             self._is_closed = True
-            os.fsync(self._descriptor)
+            with name_in_errors(self.path):
+                os.fsync(self._descriptor)
             os.close(self._descriptor)
 
     def get(self, key: str) -> Answer | None:
@@ -66,8 +68,9 @@ class AnswerStore:
             if key in self._positions or self._is_closed:
                 return
             written = 0
-            while written < len(line):
-                written += os.pwrite(self._descriptor, line[written:], self._end + written)
+            with name_in_errors(self.path):
+                while written < len(line):
+                    written += os.pwrite(self._descriptor, line[written:], self._end + written)
             self._positions[key] = (self._end, len(line))
             self._end += len(line)
 

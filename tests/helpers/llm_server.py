@@ -45,6 +45,7 @@ class Behavior:
         delay_s: Seconds that each answer takes.
         gives_logprobs: Whether it gives the log-probabilities of grades and of prompts.
         write: Returns the answer to a request instead of the one of `write_answer`, or None for that one.
+        change: Returns the whole JSON value that is sent, given the one of an honest server.
     """
 
     fault_share: float = 0.0
@@ -55,6 +56,7 @@ class Behavior:
     delay_s: float = 0.0
     gives_logprobs: bool = True
     write: Callable[[Mapping[str, Any]], str | None] = lambda body: None
+    change: Callable[[dict[str, Any]], Any] = lambda content: content
 
 
 class LlmServer:
@@ -127,7 +129,7 @@ class StubHandler(BaseHTTPRequestHandler):
         with stub.lock:
             stub.answered[digest] += 1
             stub.bodies.append(body)
-        self._send(200, answer)
+        self._send(200, behavior.change(answer))
 
     def _misbehave(self, kind: str) -> None:
         if kind == "cut":

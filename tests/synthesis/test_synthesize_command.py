@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 import subprocess
 import sys
@@ -147,6 +149,37 @@ def test_kills_at_random_moments_neither_lose_nor_duplicate_rows(
     answers = read_answers(tmp_path / "killed")
     assert answers == read_answers(tmp_path / "calm")
     assert len(server.bodies) <= len(answers) + kills * CONCURRENCY
+
+
+def test_a_disk_that_fills_is_named_and_leaves_no_half_file(
+    synthesize: Synthesize, server: LlmServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pwrite, written = os.pwrite, 0
+
+    def fill_after_five(descriptor: int, content: bytes, offset: int) -> int:
+        nonlocal written
+        written += 1
+        if written > 5:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return pwrite(descriptor, content[: 1 + len(content) // 2], offset)  # a write may be short
+
+    open_path = Path.open
+
+    def open_full(path: Path, mode: str = "r", **options: Any) -> Any:
+        return open_path(Path("/dev/full") if mode == "w" else path, mode, **options)
+
+    for patch, file in (("os.pwrite", "answers/answers.jsonl"), ("pathlib.Path.open", "search.jsonl")):
+        with monkeypatch.context() as context:
+            context.setattr(patch, fill_after_five if patch == "os.pwrite" else open_full)
+            with pytest.raises(OSError, match="No space left") as error:
+                synthesize("--max-rows=6")
+        assert str(error.value.filename).endswith(file)
+        assert not list((tmp_path / "out").rglob("*.partial")) and not (tmp_path / "out/search.jsonl").exists()
+    synthesize("--max-rows=6")
+    synthesize("--max-rows=6", out="calm")
+    assert read_rows(tmp_path / "out/search.jsonl") == read_rows(tmp_path / "calm/search.jsonl")
+    # Once for each output, and what could not be stored again.
+    assert sum(server.answered.values()) <= 2 * len(server.answered) + CONCURRENCY
 
 
 def read_answers(out: Path) -> dict[str, dict[str, Any]]:
