@@ -173,6 +173,9 @@ BAD_ANSWERS = [
     ((200, OPENAI_TOKENS), "is 3 vectors, one per token. Start the server with pooling"),
     ((200, {"data": [{"index": 0, "embedding": "AAAA"}]}), "is 'AAAA' (expected a list of numbers). Choose another --api"),
     ((200, {"data": [{"index": 0, "embedding": ["a"]}]}), "has entries that are not numbers"),
+    ((200, {"data": [{"index": 0, "embedding": [10**400] * WIDTH}]}), "has numbers that are not finite"),
+    ((200, {"data": [{"index": 0, "embedding": [True] * WIDTH}]}), "has entries that are not numbers"),
+    ((200, {"data": [{"index": 1, "embedding": [0.5] * WIDTH}]}), "the answer has no vectors where the API openai has them"),
     ((500, {"error": {"message": "out of memory"}}), "the server failed (status 500: out of memory). Check its log"),
     ((413, {"error": "too long"}), "the server refuses every text (status 413: too long)"),
     ((422, {"detail": "at most 9 tokens"}), "the server refuses every text (status 422: at most 9 tokens)"),
@@ -241,6 +244,28 @@ def test_slow_server_is_one_line(folder: Path) -> None:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         with pytest.raises(UserError, match=r"/info: no answer within 0\.1 s\. Check the server, or raise --timeout"):
             run_verify(folder, url, "--timeout", "0.1")
+
+
+class DrippingBody:
+    """The body of an answer that never ends."""
+
+    def read1(self, size: int) -> bytes:
+        return b" "
+
+
+def test_an_answer_that_does_not_end_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TimeoutError):
+        http_client._read_body(DrippingBody(), "url", 0.0)
+    monkeypatch.setattr(http_client, "MAX_ANSWER_BYTES", 9)
+    with pytest.raises(UserError, match="url: the answer is longer than 9 bytes"):
+        http_client._read_body(DrippingBody(), "url", 1e9)
+
+
+@pytest.mark.parametrize("listed", [5, "x", [3], {"a": 1}, [{"id": MODEL, "owned_by": ["vllm"]}]])
+def test_a_server_may_list_its_models_in_any_form(folder: Path, listed: Any) -> None:
+    with run_server(encode) as server:
+        server.overrides["/v1/models"] = (200, {"data": listed}, {})
+        assert run_verify(folder, server.url)["equal"]
 
 
 def test_model_is_one_of_those_listed(folder: Path) -> None:

@@ -12,7 +12,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping
-from typing import IO, Any
+from typing import Any
 
 from jaxembed.errors import UserError, summarize
 
@@ -24,6 +24,7 @@ KEY_STATUSES = (401, 403)
 MAX_BUSY_ATTEMPTS = 5  # of a request to a busy server
 FIRST_BUSY_WAIT_S, MAX_WAIT_S = 1.0, 30.0  # the wait doubles, unless the server says how long
 MAX_ANSWER_BYTES = 2**28
+READ_BYTES = 2**16
 MAX_QUOTED_CHARS = 300
 
 
@@ -129,7 +130,7 @@ class HttpClient:
             except urllib.error.HTTPError as error:
                 response = error  # it holds the answer
             with response:
-                text = _read_body(response, url)
+                text = _read_body(response, url, self.timeout_s)
                 return HttpResponse(url, response.status, _parse_json(text), text), response.headers
         except TimeoutError:
             raise self._explain_timeout(url) from None
@@ -186,10 +187,15 @@ def parse_root(url: str) -> str:
     return url.rstrip("/")
 
 
-def _read_body(response: IO[bytes], url: str) -> str:
-    body = response.read(MAX_ANSWER_BYTES + 1)
-    if len(body) > MAX_ANSWER_BYTES:
-        raise UserError(f"{url}: the answer is longer than {MAX_ANSWER_BYTES:,} bytes. Check the URL.")
+def _read_body(response: Any, url: str, limit_s: float) -> str:
+    """Return the body. Raise `TimeoutError` if it takes too long: the limit of the connection is one of each read alone."""
+    end, body = time.monotonic() + limit_s, bytearray()
+    while part := response.read1(READ_BYTES):
+        body += part
+        if len(body) > MAX_ANSWER_BYTES:
+            raise UserError(f"{url}: the answer is longer than {MAX_ANSWER_BYTES:,} bytes. Check the URL.")
+        if time.monotonic() > end:
+            raise TimeoutError
     return body.decode("utf-8", errors="replace")
 
 

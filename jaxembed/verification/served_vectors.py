@@ -19,6 +19,7 @@ REFUSAL_STATUSES = (400, 413, 422)
 LLAMA_CPP_REFUSALS = ("too large to process", "larger than the max context size", "exceeds the available context size")
 MAX_TEXTS_PER_REQUEST = 16  # TEI takes 32 by default
 MAX_LISTED_MODELS = 10
+MAX_NUMBER = 1e30  # of a vector: its square has to be finite in float64, and its rounding in float32
 
 
 class InputRefusedError(Exception):
@@ -44,15 +45,23 @@ class Api:
     takes_model: bool = True
 
 
+def _sort_by_index(items: Any) -> list[Any]:
+    """Return items in the order of the texts that they belong to. Raise `IndexError` if their indices are not 0, 1, ..."""
+    ordered = sorted(items, key=lambda item: item["index"])
+    if any(item["index"] != i for i, item in enumerate(ordered)):
+        raise IndexError
+    return ordered
+
+
 def _read_openai_items(content: Any) -> list[Any]:
     """Return the vectors of `{"data": [{"index": 0, "embedding": [...]}, ...]}`. vLLM's /pooling calls them `data`."""
-    items = sorted(content["data"], key=lambda item: item["index"])
+    items = _sort_by_index(content["data"])
     return [item["embedding"] if "embedding" in item else item["data"] for item in items]
 
 
 def _read_llama_cpp_items(content: Any) -> list[Any]:
     """Return the vectors of `[{"index": 0, "embedding": [[...]]}, ...]`. A server without pooling returns one per token."""
-    items = [item["embedding"] for item in sorted(content, key=lambda item: item["index"])]
+    items = [item["embedding"] for item in _sort_by_index(content)]
     return [item[0] if len(item) == 1 and isinstance(item[0], list) else item for item in items]
 
 
@@ -110,10 +119,11 @@ def identify_server(client: HttpClient) -> ServerInfo:
         )
     # Everything else lists its models; infinity without /v1.
     listed = client.get("/v1/models").read_object() or client.get("/models").read_object()
-    models = [model for model in listed.get("data") or [] if isinstance(model, dict) and "id" in model]
+    models = _read_models(listed, "data", "id")
     names = dict.fromkeys(str(model["id"]) for model in models)
     info = ServerInfo(models=tuple(names), max_lengths=_keep_positive(*(model.get("max_model_len") for model in models)))
-    program = next((MODEL_OWNERS[o] for model in models if (o := model.get("owned_by")) in MODEL_OWNERS), "")
+    owners = [str(model.get("owned_by")) for model in models]
+    program = next((MODEL_OWNERS[owner] for owner in owners if owner in MODEL_OWNERS), "")
     if program == "vLLM":
         version = client.get("/version").read_object().get("version", "")
         return dataclasses.replace(info, program=program, version=str(version))
@@ -126,6 +136,12 @@ def identify_server(client: HttpClient) -> ServerInfo:
     return dataclasses.replace(info, program=program)
 
 
+def _read_models(listed: Mapping[str, Any], key: str, name_key: str) -> list[Mapping[str, Any]]:
+    """Return the models that an answer lists under a key, each with a name; none if there is no such list."""
+    models = listed.get(key)
+    return [model for model in models if isinstance(model, dict) and name_key in model] if isinstance(models, list) else []
+
+
 def _read_llama_cpp_properties(client: HttpClient, info: ServerInfo) -> ServerInfo:
     properties = client.get("/props").read_object()
     settings = properties.get("default_generation_settings")
@@ -135,8 +151,7 @@ def _read_llama_cpp_properties(client: HttpClient, info: ServerInfo) -> ServerIn
 
 
 def _read_ollama_models(client: HttpClient, info: ServerInfo) -> ServerInfo:
-    models = client.get("/api/tags").read_object().get("models") or []
-    names = [str(model["name"]) for model in models if isinstance(model, dict) and "name" in model]
+    names = [str(model["name"]) for model in _read_models(client.get("/api/tags").read_object(), "models", "name")]
     return dataclasses.replace(info, models=tuple(names) or info.models)
 
 
@@ -290,10 +305,10 @@ def _find_problem(item: Any, first: Any) -> str:
         return f"is {len(item)} vectors, one per token. Start the server with pooling."
     if not isinstance(item, list) or not item:
         return f"is {str(item)[:40]!r} (expected a list of numbers). Choose another --api."
-    if any(number is None or (isinstance(number, float) and not np.isfinite(number)) for number in item):
-        return "has numbers that are not finite (NaN or infinity). Use another dtype or device in the server."
-    if not all(isinstance(number, int | float) and not isinstance(number, bool) for number in item):
+    if any(number is not None and type(number) not in (int, float) for number in item):
         return "has entries that are not numbers. Choose another --api."
+    if not all(number is not None and abs(number) < MAX_NUMBER for number in item):
+        return "has numbers that are not finite (NaN or infinity). Use another dtype or device in the server."
     if len(item) != len(first):
         return f"has {len(item)} dimensions, but that of text 0 has {len(first)}. Check the server."
     return ""
