@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxembed import cli
 from jaxembed.errors import UserError
-from jaxembed.files import exists
+from jaxembed.files import atomic_write, exists
 from jaxembed.formats.run_files import BASE_RECORD_FILE
 from jaxembed.search.precision import RANGES_FILE
 from jaxembed.training.shutdown import stop_on_signals
@@ -91,7 +91,8 @@ def copy_ranges(args: argparse.Namespace, out: Path) -> None:
     if not exists(ranges):
         return
     if args.layers is None:
-        shutil.copyfile(ranges, out / RANGES_FILE)
+        with atomic_write(out / RANGES_FILE) as partial:
+            shutil.copyfile(ranges, partial)
     else:
         getLogger("jaxembed").warning(
             "%s: not copied, because it belongs to the whole model. Write ranges for the first layers.", ranges

@@ -15,7 +15,6 @@ import json
 import logging
 import platform
 import re
-import shutil
 import sysconfig
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from jaxembed.curation.near_duplicates import NearDuplicateFilter
 from jaxembed.curation.python_functions import Counts, FunctionPair, SourceFile, parse_files
 from jaxembed.data.beir import write_beir
 from jaxembed.data.jsonl import write_jsonl
+from jaxembed.data.scratch import move_into_place, open_scratch_folder
 from jaxembed.errors import UserError
 from jaxembed.files import exists, read_json
 
@@ -204,21 +204,15 @@ def _split(pairs: Sequence[FunctionPair], holdout_package: str | None, holdout_f
 
 
 def _write_folder(out: Path, splits: Mapping[str, Sequence[FunctionPair]], report: Mapping[str, Any]) -> None:
-    """Write everything to OUT.unfinished and rename it, so that a folder that exists is complete."""
-    partial = out.with_name(f"{out.name}.unfinished")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)  # a killed run may have left it
-        partial.mkdir(parents=True)
-        write_jsonl(partial / "train.jsonl", [{"query": pair.query, "pos": [pair.code], "neg": []} for pair in splits["train"]])
+    """Write everything, completely or not at all."""
+    with open_scratch_folder(out) as scratch:
+        (folder := scratch / "packages").mkdir()
+        write_jsonl(folder / "train.jsonl", [{"query": pair.query, "pos": [pair.code], "neg": []} for pair in splits["train"]])
         for name in ("functions", "package"):
             if splits[name]:
-                _write_holdout(partial / name, splits[name])
-        (partial / REPORT).write_text(json.dumps(report, indent=2) + "\n", "utf-8")
-        partial.rename(out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}). Make room or name another OUT.") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+                _write_holdout(folder / name, splits[name])
+        (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+        move_into_place(folder, out)
 
 
 def _write_holdout(folder: Path, pairs: Sequence[FunctionPair]) -> None:

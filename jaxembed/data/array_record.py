@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -60,4 +61,4 @@ def write_array_record(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
             writer.write(json.dumps(row, ensure_ascii=False).encode())
         writer.close()
     except RuntimeError as error:
-        raise OSError(f"{path}: cannot be written ({summarize(error)})") from error
+        raise OSError(errno.EIO, summarize(error), str(path)) from error

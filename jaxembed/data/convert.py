@@ -66,7 +66,9 @@ def convert_sources(data: DataConfig, cache: Path, outputs: Sequence[Sequence[Pa
                     partial = stack.enter_context(atomic_write(path))
                     WRITERS[path.suffix](partial, map(select_fields, shard))
                 except OSError as error:
-                    raise UserError(f"{path}: cannot be written ({error.strerror or error}).") from None
+                    raise UserError(
+                        f"{path}: cannot be written ({error.strerror}). Free space, or name another output."
+                    ) from None
     return sum(count for count, _ in sources)
 
 

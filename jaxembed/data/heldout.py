@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from jaxembed.data.containers import open_container
 from jaxembed.data.equality import hash_text
 from jaxembed.data.jsonl import write_jsonl
 from jaxembed.data.schema import Row, check_pair, check_passage
+from jaxembed.data.scratch import move_into_place, open_scratch_folder
 from jaxembed.errors import UserError
 
 TRAIN_FILE, HELDOUT_FOLDER = "train.jsonl", "heldout"
@@ -52,11 +52,11 @@ def split_pairs(pairs: str, out: Path, share: float, documents: str = "") -> dic
     ids = {text: f"d{i}" for i, text in enumerate(dict.fromkeys(texts))}
     relevant = {f"q{i}": {ids[text]: 1 for text in row["pos"]} for i, row in enumerate(heldout)}
     queries = {f"q{i}": row["query"] for i, row in enumerate(heldout)}
-    unfinished = out.with_name(f"{out.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # a killed command may have left it
-    write_beir(unfinished / HELDOUT_FOLDER, {id_: text for text, id_ in ids.items()}, queries, relevant)
-    write_jsonl(unfinished / TRAIN_FILE, train)
-    unfinished.rename(out)
+    with open_scratch_folder(out) as scratch:
+        folder = scratch / "split"
+        write_beir(folder / HELDOUT_FOLDER, {id_: text for text, id_ in ids.items()}, queries, relevant)
+        write_jsonl(folder / TRAIN_FILE, train)
+        move_into_place(folder, out)
     return {"train": len(train), "heldout": len(heldout), "documents": len(ids)}
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from jaxembed.data.scratch import move_into_place, open_scratch_folder
 from jaxembed.errors import UserError
 from jaxembed.hub.card import Card, format_model_card, format_precision
 from jaxembed.hub.embedder import Embedder
@@ -34,7 +35,6 @@ from jaxembed.hub.parity import (
 from jaxembed.hub.reader_rules import ServedModel
 from jaxembed.hub.readers import list_limits
 from jaxembed.hub.safe_dtypes import DtypeQuality, list_unsafe_dtypes, measure_dtypes
-from jaxembed.hub.scratch import move_into_place, open_scratch_folder
 from jaxembed.hub.spec_files import write_spec
 from jaxembed.hub.stock_folder import check_exportable, write_stock_folder
 from jaxembed.hub.torch_model import import_sentence_transformers

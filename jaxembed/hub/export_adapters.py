@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 from jaxembed.config import LoraConfig
+from jaxembed.data.scratch import move_into_place, open_scratch_folder
 from jaxembed.devices.mesh import make_mesh
 from jaxembed.errors import UserError
 from jaxembed.formats.peft import write_adapters
@@ -16,7 +17,6 @@ from jaxembed.hub.export import explain_mismatch
 from jaxembed.hub.parity import FLOAT32_TOLERANCE, PROBE_TEXTS, Parity, compare_vectors
 from jaxembed.hub.resolve import find_run
 from jaxembed.hub.restore import RestoredRun
-from jaxembed.hub.scratch import move_into_place, open_scratch_folder
 from jaxembed.hub.spec_files import write_spec
 from jaxembed.model.transformer import ComputeOptions
 

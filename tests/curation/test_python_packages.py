@@ -19,6 +19,7 @@ from helpers.packages import make_function, make_module
 from jaxembed.curation import python_functions, python_packages
 from jaxembed.curation.python_packages import write_package_pairs
 from jaxembed.data.__main__ import main, make_parser
+from jaxembed.data.scratch import SCRATCH_PREFIX
 from jaxembed.errors import UserError
 
 WriteFile = Callable[[str, str], None]
@@ -179,7 +180,7 @@ def test_kill_leaves_no_folder_and_the_command_starts_over(tmp_path: Path) -> No
     arguments = ["packages", str(out), "--packages", "json", "--holdout-package", "", "--holdout-functions", "3"]
     killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], env=ENV, check=False, capture_output=True)
     assert killed.returncode == -signal.SIGKILL
-    assert [path.name for path in tmp_path.iterdir()] == ["out.unfinished"]
+    assert [path.name.startswith(SCRATCH_PREFIX) for path in tmp_path.iterdir()] == [True]
     assert main(make_parser().parse_args(arguments))["functions"] == 3
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (out / "functions/qrels/test.tsv").exists()
@@ -192,7 +193,7 @@ def test_failed_write_leaves_nothing(write: WriteFile, tmp_path: Path, monkeypat
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr(python_packages, "write_beir", fail)
-    with pytest.raises(UserError, match=r"out: cannot be written \(No space left on device\)\. Make room"):
+    with pytest.raises(UserError, match=r"out: not written \(No space left on device\)\. Free space"):
         write_package_pairs(tmp_path / "out", ["alpha"], None, 5)
     assert [path.name for path in tmp_path.iterdir()] == ["site"]
 

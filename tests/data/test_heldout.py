@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from jaxembed.data import heldout
 from jaxembed.data.__main__ import main, make_parser
 from jaxembed.data.beir import EVALUATION_SPLITS, open_beir
 from jaxembed.data.jsonl import write_jsonl
@@ -62,3 +65,14 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match="already exists"):
         split(tmp_path)
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "out.unfinished").mkdir()  # a folder of the user
+    monkeypatch.setattr(heldout, "write_jsonl", fail)
+    with pytest.raises(UserError, match=r"/out: not written \(No space left on device\)\. Free space"):
+        split(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.unfinished", "pairs.jsonl"]

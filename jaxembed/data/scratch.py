@@ -60,7 +60,7 @@ def move_into_place(folder: Path, out: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
             path.chmod(0o666 & ~umask)
-    shutil.move(str(folder), str(out))
+    folder.rename(out)  # fails if another process has written there meanwhile
 
 
 def _remove_stale_folders(parent: Path) -> None:

@@ -12,8 +12,8 @@ import pytest
 
 from helpers import tiny
 from helpers.commands import ENV, Process
+from jaxembed.data.scratch import SCRATCH_LOCK_FILE, SCRATCH_PREFIX, move_into_place, open_scratch_folder
 from jaxembed.errors import UserError
-from jaxembed.hub.scratch import SCRATCH_LOCK_FILE, SCRATCH_PREFIX, move_into_place, open_scratch_folder
 
 # Starts a command in which the export waits after it has written the first folder.
 SLOW_COMMAND = """
@@ -112,6 +112,15 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     message = r"nowhere/out: cannot be written \(No such file or directory\)"
     with pytest.raises(UserError, match=message), open_scratch_folder(tmp_path / "nowhere" / "out"):
         pass
+
+
+def test_a_folder_that_another_process_has_written_meanwhile_is_kept(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"out: not written .*not empty"), open_scratch_folder(tmp_path / "out") as scratch:
+        (scratch / "folder").mkdir()
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "file").touch()
+        move_into_place(scratch / "folder", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["file"]
 
 
 def test_files_of_a_finished_folder_are_as_readable_as_new_ones(tmp_path: Path) -> None:
