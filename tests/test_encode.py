@@ -165,4 +165,6 @@ def test_errors_of_ranges(tmp_path: Path, encoder: LengthEncoder) -> None:
         run(source, out, "--precision", "int8", "--ranges", str(source))
     with pytest.raises(UserError, match=r"--ranges: is for --precision int8 and uint8 \(found binary\)"):
         run(source, out, "--precision", "binary", "--ranges", str(bad))
+    with pytest.raises(UserError, match=r"--write-ranges .*out\.npy: is the same file as OUT"):
+        run(source, out, "--write-ranges", str(out))
     assert not out.exists()

@@ -119,9 +119,27 @@ class TextLinesFile(LineFile):
     def scan_lines(cls, lines: Iterable[bytes], name: str) -> Iterator[ScannedRow]:
         """Yield byte offset, name:line and row of every line that is not blank."""
         for start, where, line in _locate_lines(lines, name):
+            check_line_end(start, line, name)
             text = decode(line, where).strip("\r\n")
             if is_text(text):
                 yield start, where, {"text": text}
+
+
+def check_line_end(index: int, line: bytes, name: str) -> None:
+    """Check that a file of text does not end its lines with carriage returns alone, which would make it a single text.
+
+    Args:
+        index: Number or byte offset of the line, 0 for the first one.
+        line: The line, with its end.
+        name: Name of the file, for the error.
+
+    Raises:
+        UserError: The file is one line with carriage returns between its texts.
+    """
+    if index == 0 and not line.endswith(b"\n") and b"\r" in line.rstrip(b"\r"):
+        raise UserError(
+            f"{name}: its lines end in carriage returns alone (expected line feeds). Convert it with: tr '\\r' '\\n' < IN > OUT"
+        )
 
 
 def _locate_lines(lines: Iterable[bytes], name: str) -> Iterator[tuple[int, str, bytes]]:

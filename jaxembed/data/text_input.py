@@ -10,7 +10,7 @@ from typing import Any
 from jaxembed.config.field_lists import log_once
 from jaxembed.data.columns import parse_content
 from jaxembed.data.containers import FILE_READERS, LINE_READERS, find_line_reader, get_ending, open_container
-from jaxembed.data.jsonl import TextLinesFile
+from jaxembed.data.jsonl import TextLinesFile, check_line_end
 from jaxembed.data.rows import IndexedRows, RowSchema
 from jaxembed.data.sampling import iter_rows
 from jaxembed.data.schema import check_few_shot_example
@@ -97,6 +97,7 @@ def _read_lines(lines: Iterable[bytes], source: str) -> Iterator[str]:
     """Yield the lines of a text file without the blank ones at its end."""
     blank: list[str] = []  # blank lines since the last text
     for number, line in enumerate(lines, 1):
+        check_line_end(number - 1, line, source)
         text = decode(line, f"{source}:{number}").rstrip("\r\n")
         if not text.strip():
             blank.append(text)

@@ -50,6 +50,19 @@ def test_blank_lines_at_the_end_are_skipped(tmp_path: Path, name: str) -> None:
     assert [row["query"] for row in open_source_file(path).iter_pairs()] == ["one", "  two"]
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a"])
+def test_lines_that_end_in_carriage_returns_alone_are_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"one\rtwo\r")
+    for read in (lambda: list(read_texts(str(path), "text")), lambda: open_source_file(path)):
+        with pytest.raises(UserError, match=rf"{name}: its lines end in carriage returns alone .*\. Convert it with: tr"):
+            read()
+    path.write_bytes(b"one\r")
+    assert list(read_texts(str(path), "text")) == ["one"]
+    path.write_bytes(b"one\rtwo\nthree\n")  # a carriage return inside a text
+    assert list(read_texts(str(path), "text")) == ["one\rtwo", "three"]
+
+
 @pytest.mark.parametrize("name", ["a.md", "a.gz", "a.jsonl.gz", "a.xlsx", "a.log", "a.npy"])
 def test_other_extensions_are_refused_by_all_commands(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
