@@ -16,9 +16,18 @@ from jaxembed.files import decode, read_bytes
 
 EMPTY_LINES = re.compile(r"\n[ \t]*(?:\n[ \t]*)+")
 FRONT_MATTER = re.compile(r"\A---[ \t]*\n.*?\n---[ \t]*\n", re.S)
-HTML_TITLE = re.compile(r"<title[^>]*>(.*?)</title>", re.S | re.I)
+HTML_TITLE = re.compile(r"<title[^<>]*>", re.I)
+HTML_TITLE_END = re.compile("</title", re.I)
 HTML_CHARSET = re.compile(rb"<meta[^>]+charset=[\"']?([\w-]+)", re.I)
 HTML_CHARSET_BYTES = 1024  # the declaration must lie within these (HTML standard, 4.2.5.4)
+# What browsers read instead of these encodings, which pages declare wrongly (Encoding Standard, 4.2). A declaration that can
+# be read byte by byte is not in UTF-16 (HTML standard, 13.2.3.2).
+BROWSER_ENCODINGS = {
+    **dict.fromkeys(("utf-16", "utf-16le", "utf-16be"), "utf-8"),
+    **dict.fromkeys(("iso-8859-1", "latin1", "us-ascii", "ascii"), "cp1252"),
+    **dict.fromkeys(("gb2312", "gbk"), "gb18030"),
+    "shift_jis": "cp932", "euc-kr": "cp949", "iso-8859-9": "cp1254",
+}  # fmt: skip
 HYPHENATED_WORD = re.compile(r"(?<=[a-z])-\n(?=[a-z])")
 HEADING_TAGS = {f"h{level}": level for level in range(1, 7)}
 PARAGRAPH_TAG_NAMES = "address article aside blockquote div dl figure form header hr main ol p pre section table ul"
@@ -54,9 +63,17 @@ def read_document(path: Path) -> Document:
         UserError: The file cannot be read, is broken, or has no text.
     """
     document = DOCUMENT_READERS[path.suffix.lower()](path)
+    # No file can hold half of a surrogate pair, which broken PDF files and some encodings of HTML give.
+    blocks = [Block(level, _repair_surrogates(text)) for level, text in document.blocks]
+    document = Document(_repair_surrogates(document.title), blocks)
     if not any(block.text for block in document.blocks):
         raise UserError(f"{path}: has no text. Remove it, or convert its images to text first.")
     return document
+
+
+def _repair_surrogates(text: str) -> str:
+    """Return a text whose surrogate pairs are one character each; halves are replaced."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def read_plain_text(path: Path) -> Document:
@@ -89,13 +106,20 @@ def _iter_markdown_blocks(text: str) -> Iterator[Block]:
 
 def read_html(path: Path) -> Document:
     """Return the headings and paragraphs of an HTML page, without its scripts, styles, navigation and footer."""
-    text = _decode_html(path)
+    text = _cut_open_comment(_decode_html(path))
     collector = _BlockCollector()
     collector.feed(text)
     collector.close()
     collector.end_block(0)
     title = HTML_TITLE.search(text)
-    return Document(html_to_text(title[1]).strip() if title else "", collector.blocks)
+    end = HTML_TITLE_END.search(text, title.end()) if title else None
+    return Document(html_to_text(text[title.end() : end.start()]).strip() if title and end else "", collector.blocks)
+
+
+def _cut_open_comment(text: str) -> str:
+    """Return a page without a comment that does not end. Python's parser would look for its end again and again."""
+    start = text.find("<!--", text.rfind("-->") + 1)
+    return text if start < 0 else text[:start]
 
 
 class _BlockCollector(TextCollector):
@@ -168,8 +192,8 @@ def _decode_html(path: Path) -> str:
         return decode(content, str(path))
     charset = declared[1].decode()
     try:
-        return content.decode(charset)
-    except (LookupError, UnicodeDecodeError):
+        return content.decode(BROWSER_ENCODINGS.get(charset.lower(), charset))
+    except (LookupError, UnicodeError):
         raise UserError(f"{path}: not valid in the encoding that it declares, {charset}. Save it as UTF-8.") from None
 
 

@@ -9,12 +9,10 @@ OUT/SOURCE.jsonl, report.json, report.html
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import itertools
 import json
 import logging
-import os
 import shutil
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -46,7 +44,7 @@ from jaxembed.curation.steps.items import AllRowsStep
 from jaxembed.data.convert import WRITERS, select_fields
 from jaxembed.devices.processes import progress_bar
 from jaxembed.errors import UserError
-from jaxembed.files import atomic_write, read_json, write_json, write_text
+from jaxembed.files import atomic_write, exists, lock_folder, read_json, write_json, write_text
 
 UNFINISHED = ".unfinished"
 INPUTS_FILE, ROWS_FILE, STAGE_FILE = "inputs.json", "rows.jsonl", "stage.json"
@@ -271,9 +269,9 @@ def read_stage_digest(out: Path, index: int) -> str | None:
 
 def check_output(out: Path) -> None:
     """Raise `UserError` if an output folder has content that is not an unfinished curation."""
-    if not out.exists() or (out / UNFINISHED / INPUTS_FILE).exists():
+    if not exists(out) or (out / UNFINISHED / INPUTS_FILE).exists():
         return
-    if not out.is_dir() or any(out.iterdir()):
+    if not out.is_dir() or any(path.name != UNFINISHED for path in out.iterdir()):
         raise UserError(f"{out}: already exists. Remove it, or name another folder with out.")
 
 
@@ -287,11 +285,9 @@ def lock_output(out: Path, inputs_digest: str) -> Iterator[None]:
     folder = out / UNFINISHED
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
     except OSError as error:
         raise UserError(f"{out}: cannot be created ({error.strerror}). Name another folder with out.") from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with lock_folder(folder, out):
         path = folder / INPUTS_FILE
         if path.exists() and read_json(path).get("digest") != inputs_digest:
             raise UserError(
@@ -299,12 +295,6 @@ def lock_output(out: Path, inputs_digest: str) -> Iterator[None]:
             )
         write_json(path, {"digest": inputs_digest})
         yield
-    except BlockingIOError:
-        raise UserError(
-            f"{out}: another process is writing it. Wait for that process, or name another folder with out."
-        ) from None
-    finally:
-        os.close(descriptor)
 
 
 def write_report(config: CurateConfig, out: Path, sources: Sequence[CuratedSource]) -> dict[str, Any]:

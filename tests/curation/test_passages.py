@@ -187,6 +187,39 @@ def test_bad_files_can_be_skipped(folder: Path) -> None:
     assert report["files"] == 4 and len(report["bad_files"]) == 5
 
 
+@pytest.mark.parametrize("charset", ["idna", "punycode", "undefined", "zlib", "no-such"])
+def test_a_page_in_an_encoding_that_is_none_is_refused(tmp_path: Path, charset: str) -> None:
+    (tmp_path / "a.html").write_bytes(b'<meta charset="%s"><p>text \xff\\%s' % (charset.encode(), b"x" * 100))
+    with pytest.raises(UserError, match=rf"a\.html: not valid in the encoding that it declares, {charset}\. Save it as UTF-8"):
+        read_document(tmp_path / "a.html")
+
+
+@pytest.mark.parametrize(
+    ("charset", "content", "text"),
+    [
+        ("iso-8859-1", b"\x93quoted\x94", "\u201cquoted\u201d"), ("UTF-16", b"na\xc3\xafve", "na\xefve"),
+        ("gb2312", b"\x81\x40", "\u4e02"),
+    ],
+)  # fmt: skip
+def test_encodings_are_those_of_browsers(tmp_path: Path, charset: str, content: bytes, text: str) -> None:
+    (tmp_path / "a.html").write_bytes(f'<meta charset="{charset}"><p>'.encode() + content)
+    assert read_document(tmp_path / "a.html").blocks == [Block(0, text)]
+
+
+def test_halves_of_surrogate_pairs_are_repaired_or_replaced(tmp_path: Path) -> None:
+    page = r'<meta charset="unicode_escape"><head><title>\ud83d</title></head><p>\ud83d\ude42 \udc00'
+    (tmp_path / "a.html").write_text(page)
+    document = read_document(tmp_path / "a.html")
+    assert document == ("\ufffd", [Block(0, "\U0001f642 \ufffd")])
+
+
+@pytest.mark.parametrize("content", ["<title" * 20_000, "<title>" * 20_000, "<p>a" + " " * 300_000 + "b"])
+def test_a_hostile_page_takes_no_quadratic_time(tmp_path: Path, content: str) -> None:
+    """The spaces would take hours in quadratic time."""
+    (tmp_path / "a.html").write_text(f"{content}<p>text" + "<!--" * 100_000)
+    assert read_document(tmp_path / "a.html").blocks[-1].text.endswith("text")
+
+
 def test_a_locked_pdf_is_refused(tmp_path: Path) -> None:
     write_pdf(tmp_path / "locked.pdf", ["A secret."], password="secret")
     with pytest.raises(UserError, match=r"locked\.pdf: needs a password"):

@@ -106,7 +106,7 @@ class TextCollector(HTMLParser):
 
     def get_text(self) -> str:
         """Return the text so far, without empty lines and indentation."""
-        return re.sub(r"[ \t]*\n\s*", "\n", "".join(self.parts)).strip()
+        return re.sub(r"(?<![ \t])[ \t]*\n\s*", "\n", "".join(self.parts)).strip()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         """Process a start tag."""
