@@ -8,6 +8,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from jaxembed.evaluation.shared_encoding import serve_encoding, share_encoding
 from jaxembed.evaluation.task_encoder import TaskEncoder
 from jaxembed.evaluation.tasks import EvaluationTask, check_instructions, check_names, score_tasks
 from jaxembed.evaluation.vector_cache import VectorCache
-from jaxembed.files import make_output_folder, write_json, write_text
+from jaxembed.files import lock_folder, make_output_folder, write_json, write_text
 from jaxembed.search.precision import find_ranges
 
 log = logging.getLogger("jaxembed")
@@ -36,6 +37,12 @@ TASK_SOURCES = (mteb_tasks, user_data, air_bench)
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Score a model, as one of the processes of a group. Process 0 runs the tasks; the others encode with it."""
+    with ExitStack() as locks:
+        return _evaluate(args, locks)
+
+
+def _evaluate(args: argparse.Namespace, locks: ExitStack) -> dict[str, Any]:
+    """Do the same, and lock the folder of the results once the options are known to be good."""
     if processes.count() > 1:
         import jax
 
@@ -50,6 +57,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     tasks: list[EvaluationTask] = []
     if processes.is_first():
         tasks = open_tasks(args, table)
+        if out:
+            locks.enter_context(lock_folder(out, out))
         if args.check_leaks is not None:
             result["leaks"] = check_leaks(tasks, args.check_leaks or args.model, args.leak_words, out)
     processes.barrier()  # errors in the tasks are raised before any process loads weights
@@ -115,8 +124,12 @@ def score_model(
     if table:
         encoder.use_instructions(table, args.instructions)
     encoder.cache = make_cache(encoder, out, args)
-    with share_encoding(encoder):
-        scores = score_tasks(encoder, tasks, out, items)
+    try:
+        with share_encoding(encoder):
+            scores = score_tasks(encoder, tasks, out, items)
+    finally:
+        if out is None:  # no later run finds what an interrupted task has left
+            encoder.cache.clear()
     tables = build_tables(encoder.name, tasks, scores)
     report = "\n\n".join(table.format() for table in tables)
     log.info("\n%s\n", report)

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxembed.data.npy_writer import write_header
 from jaxembed.errors import UserError
-from jaxembed.files import atomic_write, exists
+from jaxembed.files import atomic_write, exists, make_private_folder
 
 DEFAULT_MEMORY_GIB = 4.0
 
@@ -80,7 +80,7 @@ class VectorCache:
         path = self._folder / f"{key}.npy"
         if not exists(path):
             try:
-                self._folder.mkdir(parents=True, exist_ok=True)
+                make_private_folder(self._folder)
                 with atomic_write(path) as partial:
                     _write_vectors(partial, count, self._width, encode())
             except OSError as error:

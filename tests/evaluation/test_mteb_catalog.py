@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import builtins
+from typing import Any
+
 import pytest
 
 from jaxembed.errors import UserError
-from jaxembed.evaluation.mteb_catalog import find_tasks
+from jaxembed.evaluation.mteb_catalog import find_tasks, import_mteb
 from jaxembed.evaluation.tasks import GroupMember
 
 
@@ -56,3 +59,20 @@ def test_unknown_names_are_one_line(names: list[str], benchmarks: list[str], lan
     with pytest.raises(UserError) as error:
         find_tasks(names, benchmarks, languages)
     assert str(error.value).startswith(line)
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError(13, "Permission denied"), RuntimeError("Could not determine home directory")]
+)
+def test_a_home_that_mteb_cannot_use_is_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """mteb creates a folder in it on import."""
+    real_import = builtins.__import__
+
+    def fail(name: str, *args: Any) -> Any:
+        if name == "mteb":
+            raise error
+        return real_import(name, *args)
+
+    monkeypatch.setattr(builtins, "__import__", fail)
+    with pytest.raises(UserError, match=r"mteb: cannot be imported \(.*\)\. Set HOME or MTEB_CACHE to a folder"):
+        import_mteb()

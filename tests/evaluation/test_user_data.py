@@ -23,6 +23,7 @@ from jaxembed.evaluation.bootstrap import CONFIDENCE
 from jaxembed.evaluation.heldout import open_held_out_sets, score_set
 from jaxembed.evaluation.task_encoder import TaskEncoder
 from jaxembed.evaluation.user_data import UserTask, name_tasks, open_tasks
+from jaxembed.files import lock_folder
 
 NOISE = {"good": 0.0, "poor": 6.0, "copy": 0.0}  # of the vectors of stand-ins for models
 
@@ -70,6 +71,31 @@ def test_files_of_the_user_are_scored(folder: Path) -> None:
     assert scores["bank"]["bm25"]["ndcg_at_10"] > 0.3
     assert all(0.1 < s["score"] <= 1 for s in scores.values())
     assert json.loads((folder / "out" / "scores.json").read_text())["pairs"] == scores["pairs"]
+
+
+def test_two_processes_do_not_write_one_output(folder: Path) -> None:
+    """Each would replace the scores of the other."""
+    (folder / "out").mkdir()
+    with lock_folder(folder / "out", folder / "out"), pytest.raises(UserError, match=r"^out: another process writes it"):
+        run("good", "--sts", "pairs.jsonl", "--out", "out")
+    run("good", "--sts", "pairs.jsonl", "--out", "out")
+
+
+def test_an_interrupted_run_leaves_no_vectors_behind(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def encode_and_stop(texts: Sequence[str], prompt: str) -> np.ndarray:
+        if found := list(folder.glob("temporary/*/*.partial")):
+            raise KeyboardInterrupt(len(found))
+        return encode_words(texts)
+
+    (folder / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder / "temporary"))
+    width = encode_words(["a"], "").shape[1]
+    monkeypatch.setattr(
+        evaluation, "load_encoder", lambda model, **_: TaskEncoder(encode_and_stop, EmbeddingSpec(), model, model, width=width)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        run("good", "--sts", "pairs.jsonl", "--vector-memory", "0")
+    assert list((folder / "temporary").iterdir()) == []
 
 
 def test_texts_get_the_prompts_of_the_model(folder: Path) -> None:
