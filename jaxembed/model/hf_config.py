@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from jaxembed.config.field_lists import FieldList, log_once
-from jaxembed.config.fields import Fields
+from jaxembed.config.fields import Fields, quote_value
 from jaxembed.errors import UserError
 from jaxembed.model.families import FAMILIES, Family, TransformerConfig
 
@@ -315,6 +315,7 @@ def _read_windows(config: Mapping[str, Any], family: Family, where: str) -> tupl
     """Return the sliding window of each layer, with None for layers without one."""
     fields = Fields(config, where)
     layers = fields.integer("num_hidden_layers", maximum=MAX_LAYERS)
+    _check_layer_types(config, layers, where)
     if family.window == "grouped":
         return _read_grouped_windows(config, family, where)
     is_off = family.window == "never" or (family.window == "switched" and not fields.boolean("use_sliding_window"))
@@ -338,18 +339,23 @@ def _read_grouped_windows(config: Mapping[str, Any], family: Family, where: str)
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
+def _check_layer_types(config: Mapping[str, Any], layers: int, where: str) -> None:
+    """Raise `UserError` if `layer_types` is not a list with a known entry for each layer, which transformers refuses too."""
+    kinds = config.get("layer_types")
+    if kinds and not (isinstance(kinds, list) and len(kinds) == layers and all(kind in LAYER_TYPES for kind in kinds)):
+        raise UserError(
+            f"{where}: layer_types is invalid (found {quote_value(kinds)}; expected a list of {layers}, each "
+            f"{' or '.join(LAYER_TYPES)}). Correct it."
+        )
+
+
 def _read_layer_types(config: Mapping[str, Any], layers: int, where: str) -> list[str]:
     """Return the attention type of each layer.
 
     Newer configs list them in `layer_types`. Older ones have `max_window_layers`: the first layers, this many, have full
     attention, and the others a sliding window.
     """
-    layer_types = config.get("layer_types")
-    if not layer_types:
-        full_layers = Fields(config, where).integer("max_window_layers", 28, minimum=0)
-        return [LAYER_TYPES[i >= full_layers] for i in range(layers)]
-    if not isinstance(layer_types, list) or len(layer_types) < layers or any(kind not in LAYER_TYPES for kind in layer_types):
-        raise UserError(
-            f"{where}: layer_types is invalid (expected a list of {layers}, each {' or '.join(LAYER_TYPES)}). Correct it."
-        )
-    return layer_types[:layers]
+    if layer_types := config.get("layer_types"):
+        return list(layer_types)
+    full_layers = Fields(config, where).integer("max_window_layers", 28, minimum=0)
+    return [LAYER_TYPES[i >= full_layers] for i in range(layers)]

@@ -241,7 +241,12 @@ def test_sliding_windows_follow_transformers(changes: dict[str, Any], window: li
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes' .expected true or false"),
         ({"max_position_embeddings": 0}, "max_position_embeddings is 0"),
         ({"model_type": "mistral", "sliding_window": -4}, "sliding_window is -4"),
-        ({"use_sliding_window": True, "layer_types": [[]]}, r"layer_types is invalid \(expected a list of 24"),
+        (
+            {"use_sliding_window": True, "layer_types": [[]]},
+            r"layer_types is invalid \(found a list of 1; expected a list of 24",
+        ),
+        ({"layer_types": ["full_attention"] * 25}, r"layer_types is invalid \(found a list of 25; expected a list of 24"),
+        ({"model_type": "llama", "layer_types": "full"}, r"layer_types is invalid \(found 'full'; expected a list of 24"),
     ],
 )
 def test_unsupported_configs_are_errors(changes: dict[str, Any], message: str) -> None:
