@@ -141,3 +141,9 @@ def test_the_tests_that_the_docs_name_exist() -> None:
     assert len(named) > 50
     missing = [f"{path}::{name}" for path, name in named if f"def {name}(" not in (ROOT / path).read_text()]
     assert missing == []
+
+
+def test_no_message_names_a_package_that_anyone_could_register() -> None:
+    """Until the package is published, extras are installed from the checkout: pip install '.[eval]'."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *PACKAGE.rglob("*.py"), *(ROOT / "launch").iterdir()]
+    assert [path for path in pages if path.is_file() and re.search(r"jaxembed\[|pip install jaxembed", path.read_text())] == []
