@@ -174,7 +174,7 @@ def lock_folder(folder: Path, subject: Path) -> Iterator[None]:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise UserError(f"{subject}: another process writes it. Wait for it, or name another output.") from None
+        raise UserError(f"{subject}: another process is writing it. Wait for that process, or name another output.") from None
     except OSError:  # a network disk that has no locks
         pass
     try:

@@ -13,7 +13,7 @@ from jaxembed.formats.nv_embed import build_nv_embed_config, read_nv_embed_spec
 from jaxembed.formats.weights import save_params
 from jaxembed.hub.embedder import Embedder
 from jaxembed.hub.parity import FLOAT32_TOLERANCE, Parity, compare_vectors, encode_probes, select_probes
-from jaxembed.hub.stock_folder import build_hf_config, dtype_converter
+from jaxembed.hub.stock_folder import build_hf_config, make_dtype_converter
 
 BFLOAT16_TOLERANCE = 0.05  # no PyTorch model tells the error of bfloat16 here
 TENSOR_PREFIXES = {"decoder": "embedding_model.", "pooling": "latent_attention_model."}

@@ -76,7 +76,7 @@ def test_files_of_the_user_are_scored(folder: Path) -> None:
 def test_two_processes_do_not_write_one_output(folder: Path) -> None:
     """Each would replace the scores of the other."""
     (folder / "out").mkdir()
-    with lock_folder(folder / "out", folder / "out"), pytest.raises(UserError, match=r"^out: another process writes it"):
+    with lock_folder(folder / "out", folder / "out"), pytest.raises(UserError, match=r"^out: another process is writing it"):
         run("good", "--sts", "pairs.jsonl", "--out", "out")
     run("good", "--sts", "pairs.jsonl", "--out", "out")
 
