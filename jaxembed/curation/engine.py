@@ -225,7 +225,8 @@ class Curation:
         for row in rows:
             stats.add(row)
             metadata = {field: row.fields[field] for field in self.config.output_metadata if field in row.fields}
-            yield json.loads(encode_row(select_fields(row.fields) | metadata))
+            line = encode_row(select_fields(row.fields) | metadata)
+            yield json.loads(line, parse_constant=lambda name: None)  # JSON has no NaN and no infinity
 
     def _check_rows_left(self, steps: dict[int, CurationStepStats], stage: CurationStage) -> None:
         """Raise `UserError` if no row reached a step of the stage, or the output."""

@@ -377,22 +377,6 @@ def test_a_function_that_fails_keeps_finished_stages_and_continues_after_the_rep
     sys.modules.pop("fragile")
 
 
-def test_a_function_that_exits_is_an_error(
-    tmp_path: Path, sources: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Otherwise the command would end with the exit code of success, without an output."""
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "quits.py").write_text("import sys\ndef check(row):\n    sys.exit(0)\n")
-    (tmp_path / "quits_at_once.py").write_text("raise SystemExit(0)\n")
-    for name, message in (
-        ("quits", r"quits.check failed \(SystemExit: 0\)"),
-        ("quits_at_once", r"cannot be imported \(SystemExit"),
-    ):
-        with pytest.raises(UserError, match=message):
-            run(write_config(tmp_path, sources, [{"name": "function", "function": f"{name}.check"}]))
-        sys.modules.pop(name, None)
-
-
 def test_an_output_whose_disk_was_full_at_the_start_is_used_later(tmp_path: Path, sources: list[dict[str, Any]]) -> None:
     (tmp_path / "out" / ".unfinished").mkdir(parents=True)
     assert run(write_config(tmp_path, sources))["files"]

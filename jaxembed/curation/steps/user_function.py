@@ -36,7 +36,9 @@ def make_function_step(config: FunctionStepConfig) -> PreparedStep:
             if row is None:
                 return StepOutcome(None, ("dropped",))
             checked = check_returned_row(row, curated.format)
-        except (Exception, SystemExit) as error:  # sys.exit() in it would end the command with the code of success
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # sys.exit() in it would end the command with the code of success
             problem = f"{type(error).__name__}: {summarize(error)}"
             if config.on_error == "stop":
                 advice = "Correct it and run the same command, or set on_error of the step to drop or keep."
@@ -60,7 +62,9 @@ def import_function(path: str) -> UserFunction:
     module_name, _, name = path.rpartition(".")
     try:
         module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise UserError(
             f"function {path}: the module {module_name} cannot be imported ({type(error).__name__}: {summarize(error)}). "
             "Install it, or add its folder to PYTHONPATH."
