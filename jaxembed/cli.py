@@ -45,7 +45,7 @@ def run_command(main: Callable[[argparse.Namespace], Mapping[str, Any]], parser:
     with 141 and no message if the reader of standard output has gone, as after `| head`.
     """
     protect_standard_streams()
-    with _exit_with_one_line(), stop_on_signals("the command is not done. Run it again."):
+    with _exit_with_one_line(), stop_on_signals("an output that exists is complete; if there is none, run the command again."):
         try:
             args = parser.parse_args()
         finally:
