@@ -150,8 +150,7 @@ CANDLE_RULES = (
     ),
     Rule(
         lambda model: model.transformer.activation == "gelu", ("TEI",), Status.CLOSE,
-        "computes GELU in its tanh approximation (all-MiniLM-L6-v2: cosine 0.999999); --onnx adds a graph for its CPU image "
-        "that does not", False,
+        "computes GELU in its tanh approximation (all-MiniLM-L6-v2: cosine 0.999999)", False,
     ),
     Rule(
         lambda model: model.spec.pooling == "first" and model.transformer.family == "gemma3_text", ("TEI",), Status.REFUSED,
@@ -159,8 +158,7 @@ CANDLE_RULES = (
     ),
     Rule(
         has_unapplied_mask, ("TEI",), Status.DIFFERENT,
-        "applies no mask and no sliding window to a batch of several texts of equal length; --onnx adds a graph for its CPU "
-        "image that does",
+        "applies no mask and no sliding window to a batch of several texts of equal length",
     ),
     Rule(has_irregular_windows, ("TEI",), Status.REFUSED, "has only groups of layers with one layer without a window each"),
     Rule(
@@ -188,8 +186,13 @@ CANDLE_RULES = (
 )  # fmt: skip
 
 
-def _limit_to_folders_without_graph(rule: Rule) -> Rule:
-    return dataclasses.replace(rule, applies=lambda model: not model.has_onnx and rule.applies(model))
+def _split_by_graph(rule: Rule) -> tuple[Rule, Rule]:
+    """Return a rule of TEI's own models for folders without a graph, and one for folders with a graph."""
+    reason = f"on the CPU image, which runs the ONNX graph; another image {rule.reason}"
+    return (
+        dataclasses.replace(rule, applies=lambda model: not model.has_onnx and rule.applies(model)),
+        Rule(lambda model: model.has_onnx and rule.applies(model), ("TEI",), Status.CONDITIONAL, reason, False),
+    )
 
 
 READER_RULES = (
@@ -293,9 +296,5 @@ READER_RULES = (
         lambda model: True, ("llama.cpp",), Status.CONDITIONAL,
         "if the converter knows the tokenizer, which it does not if it was trained from scratch", False,
     ),
-    *(_limit_to_folders_without_graph(rule) for rule in CANDLE_RULES),
-    Rule(
-        lambda model: model.has_onnx and any(rule.applies(model) for rule in CANDLE_RULES), ("TEI",), Status.CONDITIONAL,
-        "on the CPU image, which runs the ONNX graph; the others do not compute this model alike", False,
-    ),
+    *(split for rule in CANDLE_RULES for split in _split_by_graph(rule)),
 )  # fmt: skip
