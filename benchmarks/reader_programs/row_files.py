@@ -1,5 +1,4 @@
-"""Input and output of the reader programs: read rows of texts, and write the vectors of each export or the reason of its
-refusal.
+"""Read the rows of texts of an export, and write its vectors or the reason of its refusal.
 
 A program is started as `python PROGRAM.py RESULTS.jsonl VARIANTS EXPORT [EXPORT ...]` and imports nothing from jaxembed.
 VARIANTS are names of variants of the program, separated by commas. EXPORT.json has the rows of an export.
