@@ -41,12 +41,12 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     if any(map(needs_model, config.steps)):
         cli.set_up_jax()
     with ExitStack() as stack:
-        map_elsewhere = map_batches
+        map_in_workers = map_batches
         if args.ray:
-            map_elsewhere = stack.enter_context(RayWorkers(args.ray, args.workers)).map_batches
+            map_in_workers = stack.enter_context(RayWorkers(args.ray, args.workers)).map_batches
         # Ray replaces the handlers of signals, so this comes after it.
         stack.enter_context(stop_on_signals(f"{config.out} is not finished; the same command continues"))
-        return curate(config, make_context(cache_dir()), args.config, map_elsewhere)
+        return curate(config, make_context(cache_dir()), args.config, map_in_workers)
 
 
 def make_context(cache: Path) -> CurationContext:

@@ -15,7 +15,7 @@ MapBatches = Callable[[Sequence[RowStep], Iterable[RowBatch]], BatchResults]
 
 
 def run_steps(functions: Sequence[RowStep], rows: RowBatch) -> BatchOutcomes:
-    """Return the outcomes of each step, for the rows that the steps before it left; or the error of a step."""
+    """Return the outcomes of each step, for the rows that the previous steps kept; or the error of a step."""
     outcomes = []
     try:
         for function in functions:
@@ -27,7 +27,7 @@ def run_steps(functions: Sequence[RowStep], rows: RowBatch) -> BatchOutcomes:
 
 
 def keep_rows(rows: RowBatch, outcomes: Sequence[StepOutcome]) -> RowBatch:
-    """Return the rows that a step left, as it left them."""
+    """Return the rows that a step kept, with its changes."""
     return [row._replace(fields=outcome.row) for row, outcome in zip(rows, outcomes, strict=True) if outcome.row is not None]
 
 

@@ -55,7 +55,7 @@ def _render_cell(value: Any) -> str:
 
 
 def _render_overview(report: Mapping[str, Any]) -> str:
-    """Return the table of rows in and out of each source."""
+    """Return the table of the number of rows of each source, before and after."""
     outputs = report["output"]["sources"]
     rows = [
         (name, source["path"], source["rows"], outputs[name]["rows"], report["files"].get(name, "none: no row is left"))

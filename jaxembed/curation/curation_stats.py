@@ -31,7 +31,7 @@ class TopSamples:
         return len(self._heap) < MAX_SAMPLES or key >= self._heap[0][0]
 
     def add(self, key: float, sample: dict[str, Any]) -> None:
-        """Add a sample. One that is already there counts once."""
+        """Add a sample. Equal samples are kept once."""
         entry = (key, json.dumps(sample, ensure_ascii=False, sort_keys=True))
         if entry in self._heap:
             return
@@ -94,7 +94,7 @@ class CurationStepStats:
 
 
 class RowStats:
-    """Counts, lengths and samples of the rows that go in or come out."""
+    """Counts, lengths and samples of input or output rows."""
 
     def __init__(self, source_names: Sequence[str], seed: int):
         """Start without rows."""
@@ -140,7 +140,7 @@ def _name_range(bits: int) -> str:
 
 
 def shorten_row(row: Row) -> dict[str, Any]:
-    """Return the fields of a row that training reads, with long texts and lists cut."""
+    """Return the fields of a row that training reads, with long texts and lists truncated."""
     return {field: _shorten(value) for field, value in select_fields(row).items()}
 
 

@@ -52,15 +52,15 @@ log = logging.getLogger("jaxembed")
 
 
 def curate(
-    config: CurateConfig, context: CurationContext, where: str, map_elsewhere: MapBatches = map_batches
+    config: CurateConfig, context: CurationContext, where: str, map_in_workers: MapBatches = map_batches
 ) -> dict[str, Any]:
     """Run all steps and write the training files and the report.
 
     Args:
         config: The whole config.
-        context: What steps share.
+        context: The resources that steps share.
         where: File of the config, for errors.
-        map_elsewhere: Applies the steps that see texts alone to batches of rows. Default: in this process.
+        map_in_workers: Applies the steps that process rows independently to batches of rows. Default: in this process.
 
     Returns:
         The output folder, its files, and the rows in and out of each source.
@@ -78,7 +78,7 @@ def curate(
     inputs = [[source.name, source.format, source.digest, source.num_rows] for source in sources]
     inputs_digest = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
     with lock_output(out, inputs_digest):
-        Curation(config, out, sources, row_steps, context, map_elsewhere).run(inputs_digest)
+        Curation(config, out, sources, row_steps, context, map_in_workers).run(inputs_digest)
         report = write_report(config, out, sources)
         remove_unfinished(out)
     outputs = report["output"]["sources"]
@@ -97,7 +97,7 @@ class Curation:
         sources: Sequence[CuratedSource],
         row_steps: dict[int, PreparedStep],
         context: CurationContext,
-        map_elsewhere: MapBatches,
+        map_in_workers: MapBatches,
     ):
         """Prepare all stages.
 
@@ -106,10 +106,10 @@ class Curation:
             out: Output folder.
             sources: The open sources.
             row_steps: The steps that see one row at a time, by index.
-            context: What steps share.
-            map_elsewhere: Applies the steps that see texts alone to batches of rows.
+            context: The resources that steps share.
+            map_in_workers: Applies the steps that process rows independently to batches of rows.
         """
-        self.map_elsewhere = map_elsewhere
+        self.map_in_workers = map_in_workers
         self.config, self.out, self.sources, self.row_steps, self.context = config, out, sources, row_steps, context
         self.stages = split_into_stages(config.steps)
         self.names = [source.name for source in sources]
@@ -120,8 +120,8 @@ class Curation:
         digests = compute_stage_digests(self.config, self.stages, inputs_digest, self.row_steps)
         is_finished = [read_stage_digest(self.out, i) == digest for i, digest in enumerate(digests)]
         first = is_finished.index(False) if False in is_finished else len(digests)
-        while 0 < first < len(digests) and not (stage_folder(self.out, first - 1) / ROWS_FILE).exists():
-            first -= 1  # the rows that this stage reads were removed, so the stage before must run again
+        while 0 < first < len(digests) and not (get_stage_folder(self.out, first - 1) / ROWS_FILE).exists():
+            first -= 1  # the rows that this stage reads were removed, so the previous stage must run again
         if first:
             log.info("%s: continues after %d of %d stages", self.out, first, len(digests))
         for i in range(first, len(digests)):
@@ -131,11 +131,11 @@ class Curation:
                 message = f"{self.out}: cannot be written ({error.strerror}). Make room, and the same command continues."
                 raise UserError(message) from None
             if i:  # its rows are not needed any more
-                (stage_folder(self.out, i - 1) / ROWS_FILE).unlink(missing_ok=True)
+                (get_stage_folder(self.out, i - 1) / ROWS_FILE).unlink(missing_ok=True)
 
     def _run_stage(self, index: int, digest: str) -> None:
         """Read the rows of the previous stage, apply the steps of this stage, and store the result."""
-        stage, folder = self.stages[index], stage_folder(self.out, index)
+        stage, folder = self.stages[index], get_stage_folder(self.out, index)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         (keys := folder / "keys").mkdir()
@@ -158,11 +158,11 @@ class Curation:
     def _apply_steps(
         self, rows: Iterable[CuratedRow], functions: Mapping[int, RowStep], stats: Mapping[int, CurationStepStats]
     ) -> Iterator[CuratedRow]:
-        """Yield the rows that some steps leave, and count the outcomes. Neighboring steps that see texts alone go together."""
+        """Yield the rows that steps keep, and count the outcomes. Consecutive independent steps form a group."""
         groups = itertools.groupby(functions, lambda i: i in self.row_steps and not needs_model(self.config.steps[i]))
-        for is_elsewhere, group in groups:
+        for runs_in_workers, group in groups:
             chosen = {i: functions[i] for i in group}
-            rows = self._apply_group(rows, chosen, stats, self.map_elsewhere if is_elsewhere else map_batches)
+            rows = self._apply_group(rows, chosen, stats, self.map_in_workers if runs_in_workers else map_batches)
         yield from rows
 
     def _apply_group(
@@ -192,7 +192,7 @@ class Curation:
         """Return the functions of a stage by the index of their step. The first applies the decisions of the previous stage."""
         functions: dict[int, RowStep] = {}
         if index and (previous := self.stages[index - 1].all_rows_step) is not None:
-            functions[previous] = read_decisions(stage_folder(self.out, index - 1), self.config.steps[previous])
+            functions[previous] = read_decisions(get_stage_folder(self.out, index - 1), self.config.steps[previous])
         return functions | {i: self.row_steps[i].function for i in self.stages[index].row_steps}
 
     def _iter_rows(self, index: int, stage: CurationStage, stats: RowStats) -> Generator[CuratedRow]:
@@ -201,7 +201,7 @@ class Curation:
         names = [self.config.steps[i].name for i in (*before, *stage.row_steps, stage.all_rows_step) if i is not None]
         description = f"stage {index + 1} of {len(self.stages)} ({', '.join(names) or 'output'})"
         if index:
-            rows = read_rows(stage_folder(self.out, index - 1) / ROWS_FILE, self.sources)
+            rows = read_rows(get_stage_folder(self.out, index - 1) / ROWS_FILE, self.sources)
             yield from progress_bar(rows, desc=description, unit="row")
             return
         for row in progress_bar(iter_curated_rows(self.sources), desc=description, unit="row", total=self.num_rows):
@@ -257,14 +257,14 @@ def read_rows(path: Path, sources: Sequence[CuratedSource]) -> Iterator[CuratedR
             yield CuratedRow(source, number, sources[source].format, row)
 
 
-def stage_folder(out: Path, index: int) -> Path:
+def get_stage_folder(out: Path, index: int) -> Path:
     """Return the folder of a stage."""
     return out / UNFINISHED / str(index)
 
 
 def read_stage_digest(out: Path, index: int) -> str | None:
     """Return the hash of a finished stage, or None if it is not finished."""
-    path = stage_folder(out, index) / STAGE_FILE
+    path = get_stage_folder(out, index) / STAGE_FILE
     return read_json(path).get("digest") if path.exists() else None
 
 
@@ -300,7 +300,7 @@ def lock_output(out: Path, inputs_digest: str) -> Iterator[None]:
 
 def write_report(config: CurateConfig, out: Path, sources: Sequence[CuratedSource]) -> dict[str, Any]:
     """Write report.json and report.html from the files of the stages. Return the report."""
-    stages = [read_json(stage_folder(out, i) / STAGE_FILE) for i in range(len(split_into_stages(config.steps)))]
+    stages = [read_json(get_stage_folder(out, i) / STAGE_FILE) for i in range(len(split_into_stages(config.steps)))]
     steps = {int(i): stats for stage in stages for i, stats in stage["steps"].items()}
     report = {
         "config": config.model_dump(mode="json", exclude_defaults=True, exclude={"out", "memory_mb"}),

@@ -30,7 +30,7 @@ ScoreIds = Callable[[np.ndarray], np.ndarray]  # (query, document) ids [P, 2] ->
 
 @dataclasses.dataclass(frozen=True)
 class MiningOptions:
-    """How candidates are found and filtered.
+    """Options for finding and filtering candidates.
 
     Attributes:
         config: Rule that selects negatives among the candidates, and filter that removes positives.
@@ -259,7 +259,7 @@ def _find_nearest(
 
 
 def _iter_rankings(pool: MiningPool, nearest: list[SearchResult], options: MiningOptions) -> Iterator[list[np.ndarray]]:
-    """Yield the candidates of each query, best first, by vectors and by BM25, as far as the options ask for them."""
+    """Yield the candidates of each query, best first, by vectors and by BM25, as the options request."""
     depth = options.config.last_rank
     if "vectors" in options.rankers:
         yield [found.rows[:depth] for found in nearest]
@@ -277,7 +277,7 @@ def _rank_by_bm25(pool: MiningPool, depth: int) -> list[np.ndarray]:
 
 
 def _compute_search_depth(pool: MiningPool, depth: int) -> int:
-    """Return how many documents to search so that about `depth` are left after excluded ones are removed."""
+    """Return the number of documents to search, so that about `depth` remain after excluded ones are removed."""
     return depth + min(depth, max(map(len, pool.excluded_documents)))
 
 

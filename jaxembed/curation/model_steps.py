@@ -15,7 +15,7 @@ from jaxembed.curation.steps.curated_row import PreparedStep
 from jaxembed.curation.steps.items import AllRowsStep
 from jaxembed.curation.steps.judged_rows import make_judge_step
 from jaxembed.curation.steps.mined_rows import MinerModels, MineStep
-from jaxembed.curation.steps.semantic_copies import SemanticDuplicatesStep
+from jaxembed.curation.steps.semantic_duplicates import SemanticDuplicatesStep
 from jaxembed.data.convert import name_files
 from jaxembed.hub.causal_judge import open_causal_judge
 from jaxembed.hub.cross_encoder import ScorePairs, open_cross_encoder

@@ -1,12 +1,12 @@
-"""Overlap of two collections: which texts of one occur in the other, as a whole or in part.
+"""Overlap of two collections: texts of one that occur in the other, as a whole or in part.
 
-Evaluation texts are indexed, and training texts are matched one after another. Memory depends on the evaluation texts alone.
+Evaluation texts are indexed, and training texts are matched one after another. Memory depends only on the evaluation texts.
 The rules:
 
 - **exact**: both texts are equal (`jaxembed.data.equality`).
-- **n-gram**: both texts share a run of N words, 13 by default, as in the decontamination of GPT-3 (Brown et al. 2020, appendix
-  C). Words are runs of letters and digits of the texts' normalized forms. A character of a script without spaces is a word of
-  its own. A text with fewer than N words has no n-gram, so it matches exactly or not at all.
+- **n-gram**: both texts share N consecutive words, 13 by default, as in the decontamination of GPT-3 (Brown et al. 2020,
+  appendix C). Words are runs of letters and digits of the texts' normalized forms. A character of a script without spaces
+  counts as a word. A text with fewer than N words has no n-gram, so it matches exactly or not at all.
 """
 
 from __future__ import annotations

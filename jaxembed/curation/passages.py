@@ -20,7 +20,7 @@ from jaxembed.data.jsonl import write_jsonl
 from jaxembed.errors import UserError
 from jaxembed.files import atomic_write, exists
 
-# Where a text that is too long is divided, in this order, and what joins its parts again.
+# Boundaries at which a long text is divided, in this order, and the text that joins its parts.
 BOUNDARIES = (
     (re.compile(r"\n[ \t]*(?:\n[ \t]*)+"), "\n\n"),
     (re.compile(r"\n"), "\n"),
@@ -89,7 +89,7 @@ def write_passages(folder: Path, out: Path, limits: PassageLimits, skip_bad_file
 
 
 def _find_files(folder: Path) -> tuple[list[Path], Counter[str]]:
-    """Return the documents below a folder in sorted order, and counts of other files by ending. Hidden files do not count."""
+    """Return the documents below a folder in sorted order, and counts of other files by extension. Hidden files are ignored."""
     if not exists(folder):
         raise UserError(f"{folder}: no such folder")
     paths = sorted(folder.rglob("*")) if folder.is_dir() else [folder]

@@ -68,7 +68,7 @@ def _parse_all(files: Sequence[SourceFile]) -> Iterator[tuple[list[FunctionPair]
 
 def _parse_file(file: SourceFile) -> tuple[list[FunctionPair], Counts]:
     try:
-        with warnings.catch_warnings(action="ignore"):  # invalid escapes in other people's code
+        with warnings.catch_warnings(action="ignore"):  # invalid escapes in third-party code
             tree = ast.parse(file.path.read_bytes())
         return _extract_pairs(file, tree)
     except (SyntaxError, ValueError, RecursionError):

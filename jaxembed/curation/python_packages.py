@@ -50,7 +50,7 @@ def write_package_pairs(
     holdout_package: str | None = DEFAULT_HOLDOUT_PACKAGE,
     holdout_functions: int = DEFAULT_HOLDOUT_FUNCTIONS,
 ) -> dict[str, int]:
-    """Write the docstring pairs of installed packages to a folder, unless the folder holds exactly these already.
+    """Write the docstring pairs of installed packages to a folder, unless the folder already holds them.
 
     The folder gets train.jsonl, the BEIR folders functions/ and package/, and report.json. An empty held-out set has no
     folder. A package that is not installed is skipped with a warning. A kill leaves no folder.
@@ -77,7 +77,8 @@ def write_package_pairs(
     if exists(out):
         return _read_existing_splits(out, inputs)
 
-    # Of near duplicates the first one is kept, so the held-out package comes first. Parsing takes long: rensa is found before.
+    # Of near duplicates the first one is kept, so the held-out package comes first. Parsing takes long, so rensa is imported
+    # before.
     codes = NearDuplicateFilter()
     pairs, counts = parse_files([file for package_files in files.values() for file in package_files])
     pairs.sort(key=lambda pair: pair.package != holdout_package)
@@ -126,7 +127,7 @@ def _find_roots(package: str) -> list[Path]:
 
 
 def _find_versions(packages: Sequence[str]) -> dict[str, str]:
-    """Return for each package the distributions that own it, such as "numpy 1.26.4". The rest belongs to Python."""
+    """Return for each package the distributions that own it, such as "numpy 1.26.4". Packages without one belong to Python."""
     owners = importlib.metadata.packages_distributions()
     versions = {}
     for package in packages:

@@ -1,7 +1,7 @@
 """Workers of a Ray cluster that apply steps to batches of rows.
 
-Results come in the order of the batches, so the output is that of a single process. Ray's actors are used directly: Ray Data
-would store the rows in blocks of its own, and the order of blocks that arrive depends on timing.
+Results come in the order of the batches, so the output equals that of a single process. Ray's actors are used directly: Ray
+Data would store the rows in blocks of its own, and the order of blocks that arrive depends on timing.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class StepWorker:
 
 
 def _import_ray() -> Any:
-    """Return Ray, without its reports of usage, and without its log of workers that end."""
+    """Return Ray, with its usage reports and its log of ended workers turned off."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:

@@ -114,7 +114,7 @@ def write_mined_rows(source: Source, config: MineConfig, miner: Miner, seed: int
         miner: The model.
         seed: Training seed.
         path: Where the pairs go. The report has the suffix .json instead.
-        prefix: Prefix of the keys in errors, such as "stages.1.". It is the sixth parameter, because only an error needs it.
+        prefix: Prefix of the keys in errors, such as "stages.1.".
 
     Raises:
         UserError: If the consistency filter leaves no example.
@@ -146,7 +146,7 @@ def write_mined_rows(source: Source, config: MineConfig, miner: Miner, seed: int
 
 
 def name_report(path: Path) -> Path:
-    """Return the path of the report beside a file of mined pairs."""
+    """Return the path of the report of a file of mined pairs."""
     return path.with_suffix(".json")
 
 

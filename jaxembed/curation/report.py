@@ -21,7 +21,7 @@ MAX_SAMPLE_TEXT_CHARS = 300  # characters of each text of a sample
 def count_outcomes(pool: MiningPool, result: MiningResult, config: MineConfig) -> dict[str, Any]:
     """Return the counts of a mining run.
 
-    A row is short if fewer candidates passed the rule than it asks for. If no candidate of any row did, the counts have a
+    A row is short if fewer candidates passed the rule than it requests. If no candidate of any row did, the counts have a
     warning.
     """
     num_mined = np.array([row.num_mined for row in result.rows], np.int64)

@@ -34,13 +34,13 @@ from jaxembed.curation.minhash import import_rensa
 from jaxembed.curation.steps.balance import BalanceStep, make_balance_rule
 from jaxembed.curation.steps.changes import ChangingStep, make_change_filter, write_changes
 from jaxembed.curation.steps.cleaning import make_clean_step
-from jaxembed.curation.steps.copies import ExactDuplicatesStep
 from jaxembed.curation.steps.curated_row import PreparedStep, RowStep, has_side
 from jaxembed.curation.steps.curriculum import CurriculumStep
 from jaxembed.curation.steps.decontamination import ReadTask, make_decontaminate_step
+from jaxembed.curation.steps.exact_duplicates import ExactDuplicatesStep
 from jaxembed.curation.steps.items import AllRowsStep, ItemRule, make_duplicates_rule, make_item_filter
 from jaxembed.curation.steps.languages import make_language_step
-from jaxembed.curation.steps.near_copies import NearDuplicatesStep
+from jaxembed.curation.steps.near_duplicates import NearDuplicatesStep
 from jaxembed.curation.steps.negatives import make_negatives_step
 from jaxembed.curation.steps.quality import make_quality_step
 from jaxembed.curation.steps.user_function import make_function_step
@@ -63,7 +63,7 @@ class CurationStage(NamedTuple):
 
 
 class CurationContext(NamedTuple):
-    """What steps share, besides the config.
+    """The resources that steps share, besides the config.
 
     Attributes:
         cache: Folder for row indexes, vectors and scores.
@@ -109,7 +109,7 @@ def prepare_step(step: AnyStep, context: CurationContext) -> PreparedStep:
 
     Args:
         step: The section of the step.
-        context: What steps share.
+        context: The resources that steps share.
 
     Raises:
         UserError: Something that the step needs is missing.
@@ -152,7 +152,7 @@ def make_all_rows_step(
         folder: Empty folder for what the step stores.
         max_rows: Number of rows before the first step.
         config: The whole config.
-        context: What steps share.
+        context: The resources that steps share.
     """
     if isinstance(step, BalanceStepConfig):
         return BalanceStep(step, folder, max_rows, config.memory_mb, config.seed)

@@ -63,7 +63,7 @@ class AnswerReader:
         if answer.refusal or answer.finish_reason == "content_filter":
             raise InvalidAnswerError("refused")
         if answer.finish_reason == "length":
-            raise InvalidAnswerError("cut at max_tokens")
+            raise InvalidAnswerError("truncated at max_tokens")
         text = THOUGHTS.sub("", answer.text, count=1).strip()
         if REFUSAL.match(text):
             raise InvalidAnswerError("refused")

@@ -1,4 +1,4 @@
-"""Read what a recipe names: the rows of its inputs, and files of placeholder values."""
+"""Read the data of a recipe: the rows of its inputs, and files of placeholder values."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ InputRows = Sequence[dict[str, Any]]
 
 
 def read_inputs(config: SynthesisConfig, where: str) -> dict[str, InputRows]:
-    """Return the rows of each input, with long texts cut.
+    """Return the rows of each input, with long texts truncated.
 
     Args:
         config: The whole config.
@@ -33,7 +33,7 @@ def read_inputs(config: SynthesisConfig, where: str) -> dict[str, InputRows]:
     for name, path in config.inputs.items():
         if not path:
             raise UserError(f"{where}: inputs.{name} is empty. Set it to your data: inputs.{name}=PATH.")
-    return {name: [_cut(row, config.input_chars) for row in read_rows(path)] for name, path in config.inputs.items()}
+    return {name: [_truncate(row, config.input_chars) for row in read_rows(path)] for name, path in config.inputs.items()}
 
 
 def read_rows(path: str) -> list[dict[str, Any]]:
@@ -44,7 +44,7 @@ def read_rows(path: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _cut(row: dict[str, Any], max_chars: int) -> dict[str, Any]:
+def _truncate(row: dict[str, Any], max_chars: int) -> dict[str, Any]:
     return {field: value[:max_chars] if isinstance(value, str) else value for field, value in row.items()}
 
 
@@ -58,7 +58,7 @@ def hash_inputs(inputs: dict[str, InputRows]) -> str:
 
 
 def read_values(config: AskStepConfig, recipe: Path) -> dict[str, WeightedChoices]:
-    """Return the possible values of the placeholders of a step. A relative path is also looked up beside the recipe."""
+    """Return the possible values of the placeholders of a step. Relative paths are also looked up next to the recipe."""
     return {name: weight_choices(_list_choices(values, recipe), values) for name, values in config.values.items()}
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from jaxembed.config.curation import LanguageStepConfig
 from jaxembed.curation.minhash import choose_band_hashes, compute_signatures, hash_bands, import_rensa
 from jaxembed.curation.steps.languages import load_identifier, open_identifier
-from jaxembed.curation.steps.near_copies import hash_char_ngrams
+from jaxembed.curation.steps.near_duplicates import hash_char_ngrams
 from jaxembed.data.equality import hash_text
 from jaxembed.errors import UserError
 

@@ -26,7 +26,7 @@ from jaxembed.synthesis.acceptance import AcceptedRow
 RECIPE_FILE = "recipe.json"
 ANSWERS_FILE = Path("answers") / "answers.jsonl"
 PROVENANCE_FOLDER = "provenance"
-# What must be the same if an output is continued, in the order in which differences are named.
+# Fields that must match to continue an output, in the order in which differences are reported.
 IDENTITY = {
     "recipe": "recipe",
     "version": "version",
@@ -88,7 +88,7 @@ class RowFiles:
             for file in itertools.chain(*self._files.values()):
                 file.flush()
         for task in self._config.tasks:
-            if task.name not in self._files:  # those of an earlier run, which asked for more rows
+            if task.name not in self._files:  # files of an earlier run that requested more rows
                 for path in self._list_paths(task):
                     path.unlink(missing_ok=True)
 

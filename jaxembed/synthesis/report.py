@@ -1,4 +1,4 @@
-"""The report of a synthesis as JSON and HTML: rows by task, what was rejected and why, tokens, diversity, samples."""
+"""The report of a synthesis as JSON and HTML: rows by task, reasons of rejections, tokens, diversity, samples."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class StepCounts:
 
 @dataclasses.dataclass(frozen=True)
 class TaskContext:
-    """What the steps of a task share.
+    """The resources that the steps of a task share.
 
     Attributes:
         seed: Seed of all draws.

@@ -91,7 +91,7 @@ class AnswerStore:
                     Answer(**record["answer"])
                     positions.setdefault(bytes.fromhex(record["key"]), (start, len(line)))
                 except (ValueError, KeyError, TypeError):
-                    problem = "damaged line (expected a stored answer). Remove the line; its request is asked again"
+                    problem = "damaged line (expected a stored answer). Remove the line; its request is sent again"
                     raise UserError(f"{self.path}:{number}: {problem}.") from None
                 start += len(line)
         return positions, start

@@ -51,7 +51,7 @@ class TaskInputs(NamedTuple):
         rows: Rows of the inputs.
         indexes: Their searchable documents.
         known: Queries of earlier rows.
-        recipe: File of the recipe. Relative paths are also looked up beside it.
+        recipe: File of the recipe. Relative paths are also looked up next to it.
     """
 
     rows: Mapping[str, InputRows]

@@ -24,7 +24,7 @@ from jaxembed.curation.minhash import NUM_HASHES, choose_band_hashes
 from jaxembed.curation.steps.cleaning import collapse_whitespace, html_to_text, make_clean_step
 from jaxembed.curation.steps.curated_row import CuratedRow, RowStepError, StepOutcome
 from jaxembed.curation.steps.languages import make_language_step
-from jaxembed.curation.steps.near_copies import hash_char_ngrams
+from jaxembed.curation.steps.near_duplicates import hash_char_ngrams
 from jaxembed.curation.steps.negatives import make_negatives_step
 from jaxembed.curation.steps.quality import make_quality_step
 from jaxembed.curation.steps.ratio_rules import (

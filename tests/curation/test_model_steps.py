@@ -19,7 +19,7 @@ from jaxembed import curate as curate_command
 from jaxembed.config.curation import DuplicatesStepConfig
 from jaxembed.config.curation_models import MineStepConfig
 from jaxembed.curation.steps.curated_row import CuratedRow, StepOutcome
-from jaxembed.curation.steps.semantic_copies import FIRST_NEIGHBORS, find_similar
+from jaxembed.curation.steps.semantic_duplicates import FIRST_NEIGHBORS, find_similar
 from jaxembed.data.jsonl import write_jsonl
 from jaxembed.errors import UserError
 from jaxembed.hub.embedder import Embedder

@@ -87,7 +87,7 @@ def test_invalid_answers_are_counted_and_requested_again(synthesize: Synthesize,
     result = synthesize("--max-rows=30")
     report = json.loads((tmp_path / "out/report.json").read_text())
     invalid = {reason for step in report["tasks"]["search"]["steps"] for reason in step["invalid"]}
-    assert {"refused", "not JSON", "in another language", "cut at max_tokens"} <= invalid
+    assert {"refused", "not JSON", "in another language", "truncated at max_tokens"} <= invalid
     assert result["rows"] == {"search": 30} and 0.2 < result["invalid_share"] < 0.6
     texts = (tmp_path / "out/search.jsonl").read_text()
     assert "sorry" not in texts and "Sprache" not in texts

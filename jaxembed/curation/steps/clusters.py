@@ -17,7 +17,7 @@ from jaxembed.search.clustering import cluster_vectors
 
 
 class ClusterStep:
-    """ClusterStep rows by the vectors of their queries or first positives. Memory grows by a vector for each row."""
+    """Clusters rows by the vectors of their queries or first positives. Memory grows by a vector for each row."""
 
     def __init__(self, config: ClusterStepConfig, folder: Path, encoder: FrozenEncoder, seed: int):
         """Start without rows.
@@ -42,7 +42,7 @@ class ClusterStep:
         self._content += [hash_row(row.fields) for row in rows]
 
     def _select_text(self, row: CuratedRow) -> str:
-        """Return the query or the first positive. Rows without positives give their query."""
+        """Return the query or the first positive; the query if there is no positive."""
         positives = get_texts(row, "positives") if self._config.of == "positives" else []
         return [*positives, *get_texts(row, "query")][0]
 

@@ -47,7 +47,7 @@ class StepOutcome(NamedTuple):
 
 
 class RowStepError(Exception):
-    """A step failed for a row. The engine adds where the row is stored."""
+    """A step failed for a row. The engine adds the location of the row."""
 
     def __init__(self, row: CuratedRow, problem: str):
         """Keep the row and what is wrong, with advice."""

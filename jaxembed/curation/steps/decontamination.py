@@ -1,4 +1,4 @@
-"""The step `decontaminate`: drops texts that equal an evaluation text, share a run of words with it, or resemble it."""
+"""The step `decontaminate`: drops texts that equal an evaluation text, share consecutive words with it, or resemble it."""
 
 from __future__ import annotations
 

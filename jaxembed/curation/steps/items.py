@@ -43,7 +43,7 @@ class Item(NamedTuple):
 
 
 class ItemRule(NamedTuple):
-    """How a step divides a row into items, and what it drops with an item.
+    """The division of rows into items, and the effect of dropping an item.
 
     Attributes:
         count_items: Returns the number of items of a row.

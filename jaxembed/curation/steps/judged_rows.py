@@ -15,7 +15,7 @@ LOW, HIGH, NEAR_POSITIVE = "scored below min_positive", "scored above max_negati
 
 
 def make_judge_step(config: JudgeStepConfig, open_scorer: Callable[[], ScorePairs]) -> RowStep:
-    """Return the step. It changes rows of pairs only.
+    """Return the step. It only changes rows of pairs.
 
     Args:
         config: The section of the step.

@@ -19,7 +19,7 @@ TOO_FEW_NEGATIVES = "fewer than min_negatives"
 
 
 def make_negatives_step(config: NegativesStepConfig) -> RowStep:
-    """Return the step. It changes rows of pairs only."""
+    """Return the step. It only changes rows of pairs."""
 
     def check(rows: Sequence[CuratedRow]) -> list[StepOutcome]:
         return [check_row(row) if row.format == "pairs" else StepOutcome(row.fields) for row in rows]

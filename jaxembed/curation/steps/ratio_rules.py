@@ -1,6 +1,6 @@
 """Published rules for web documents, with the values that datatrove ships. They are written for languages with spaces.
 
-| rules | source | what a document must have |
+| rules | source | requirements of a document |
 |---|---|---|
 | gopher | Rae et al. 2021, arXiv:2112.11446, A.1 | 50 to 100,000 words, 3 to 10 characters on average, few symbols |
 | gopher_repetition | the same, table A1 | few repeated lines, paragraphs and n-grams |
