@@ -66,7 +66,8 @@ def test_refused_truncated_and_matching_answers_are_invalid() -> None:
     assert read({"type": "text"}, " fine ") == [{"text": "fine"}]
     for config, answer, reason in (
         ({}, {"text": "x", "refusal": "no"}, "refused"), ({}, {"text": "x", "finish_reason": "content_filter"}, "refused"),
-        ({}, {"text": "As an AI, I do not"}, "refused"), ({}, {"text": "x", "finish_reason": "length"}, "truncated at max_tokens"),
+        ({}, {"text": "As an AI, I do not"}, "refused"),
+        ({}, {"text": "x", "finish_reason": "length"}, "truncated at max_tokens"),
         ({"reject": ["the passage"]}, {"text": "What does the passage say?"}, "matches a pattern of reject"),
     ):  # fmt: skip
         with pytest.raises(InvalidAnswerError, match=reason):
