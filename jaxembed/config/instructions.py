@@ -92,7 +92,8 @@ def read_instruction_table(name: str) -> InstructionTable:
         known = ", ".join(INSTRUCTION_TABLES)
         raise UserError(f"{name}: no such instruction file or table (tables: {known}).{suggest(name, INSTRUCTION_TABLES)}")
     tree = read_tree(path)
-    if not tree.keys() & InstructionTable.model_fields.keys():
+    has_table_keys = tree.keys() & InstructionTable.model_fields.keys() or any(isinstance(v, dict) for v in tree.values())
+    if not has_table_keys:
         tree = {"by_task": tree}
     return parse_section(InstructionTable, tree, name)
 

@@ -63,22 +63,22 @@ def _iter_named(mteb: Any, names: Sequence[str]) -> Iterator[tuple[str, Any]]:
     for name in names:
         try:
             yield "", mteb.get_task(name)
-        except KeyError as error:
-            raise UserError(f"mteb: no such task: {_summarize_key_error(error)}") from None
+        except KeyError:
+            from mteb.get_tasks import TASK_LIST
+
+            known = [task.metadata.name for task in TASK_LIST]
+            raise UserError(f"mteb: no such task {name!r}.{suggest(name, known)}") from None
 
 
 def _iter_benchmark_tasks(mteb: Any, benchmarks: Sequence[str]) -> Iterator[tuple[str, Any]]:
     for name in benchmarks:
         try:
             benchmark = mteb.get_benchmark(name)
-        except KeyError as error:
-            raise UserError(f"mteb: no such benchmark: {_summarize_key_error(error)}") from None
+        except KeyError:
+            known = [known.name for known in mteb.get_benchmarks()]
+            raise UserError(f"mteb: no such benchmark {name!r}.{suggest(name, known)}") from None
         for task in benchmark.tasks:
             yield str(benchmark.name), copy.copy(task)  # mteb gives every caller the same objects
-
-
-def _summarize_key_error(error: KeyError) -> str:
-    return summarize(error.args[0]).removeprefix("KeyError: ")
 
 
 def _check_languages(languages: Sequence[str]) -> None:

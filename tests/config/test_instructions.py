@@ -96,6 +96,7 @@ def test_a_user_names_a_table_or_a_file(tmp_path: Path) -> None:
     [
         (None, r"kalmm: no such instruction file or table \(tables: .*\)\. Did you mean 'kalm' or 'kalm_v2'\?"),
         ("by_tasks: {SciFact: x}\nby_type: {}", r"kalmm: unknown key by_tasks\. Did you mean by_task\?"),
+        ("by_typ: {STS: x}", r"kalmm: unknown key by_typ\. Did you mean by_type\?"),
         ("SciFact: 3", r"kalmm: by_task\.SciFact is 3 \(expected a text"),
         ("[a]", "kalmm: holds a list"),
     ],

@@ -46,9 +46,9 @@ FRENCH = "--languages: no such language 'french' (expected codes of ISO 639-3, s
 @pytest.mark.parametrize(
     ("names", "benchmarks", "languages", "line"),
     [
-        (["Nonsense"], [], [], "mteb: no such task: 'Nonsense' not found and no similar"),
-        (["STSBenchmrk"], [], [], "mteb: no such task: 'STSBenchmrk' not found. Did you mean: 'STSBenchmark'?"),
-        ([], ["MTEB(eng, v3)"], [], r"mteb: no such benchmark: 'MTEB(eng, v3)' not found. Did you mean: MTEB(eng, v"),
+        (["Zzzz"], [], [], "mteb: no such task 'Zzzz'."),
+        (["STSBenchmrk"], [], [], "mteb: no such task 'STSBenchmrk'. Did you mean 'STSBenchmark'"),
+        ([], ["MTEB(eng, v3)"], [], "mteb: no such benchmark 'MTEB(eng, v3)'. Did you mean 'MTEB(eng, v"),
         (["STS22"], [], ["french"], FRENCH),
         (["STS22"], [], ["fra-Latin"], "--languages: no such language 'fra-Latin'"),
         (["CIFAR10Clustering"], [], [], "mteb: CIFAR10Clustering has image (expected texts). Choose other tasks."),
