@@ -22,9 +22,9 @@ from jaxembed.evaluation.leaks import check_leaks
 from jaxembed.evaluation.score_table import TABLES_FILE, build_tables
 from jaxembed.evaluation.shared_encoding import serve_encoding, share_encoding
 from jaxembed.evaluation.task_encoder import TaskEncoder
-from jaxembed.evaluation.tasks import EvaluationTask, check_instructions, check_names, score_tasks
+from jaxembed.evaluation.tasks import MODEL_FILE, EvaluationTask, check_instructions, check_names, score_tasks
 from jaxembed.evaluation.vector_cache import VectorCache
-from jaxembed.files import lock_folder, make_output_folder, write_json, write_text
+from jaxembed.files import exists, lock_folder, make_output_folder, write_json, write_text
 from jaxembed.search.precision import find_ranges
 
 log = logging.getLogger("jaxembed")
@@ -121,6 +121,8 @@ def score_model(
         serve_encoding(encoder.encode_with_prompt)
         return {}
     out = Path(args.out) if args.out and is_main else None
+    if out:
+        write_json(out / MODEL_FILE, {"model": str(Path(model).resolve()) if exists(Path(model)) else model})
     if table:
         encoder.use_instructions(table, args.instructions)
     encoder.cache = make_cache(encoder, out, args)

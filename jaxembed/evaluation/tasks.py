@@ -18,6 +18,7 @@ from jaxembed.files import exists, read_json, write_json
 
 MAX_LISTED_NAMES = 5
 SCORES_FILE = "scores.json"
+MODEL_FILE = "model.json"  # names the model that scores.json belongs to
 FINISHED_FILE = "finished_tasks.json"
 
 

@@ -179,7 +179,7 @@ def draw_heat_map(title: str, values: ChartValues, note: str = "") -> Chart:
     chart = alt.Chart(TABLE).mark_rect(stroke=None).encode(
         x=alt.X("column:O", axis=alt.Axis(title="head and latent", labels=False, ticks=False, grid=False)),
         y=alt.Y("row:O", sort=None, axis=alt.Axis(title="text", grid=False, ticks=False)),
-        color=alt.Color("weight:Q", legend=alt.Legend(title="weight", orient="top", format=".2~g", gradientLength=160)),
+        color=alt.Color("weight:Q", legend=alt.Legend(title="weight", orient="top", format=".3~g", gradientLength=160)),
         tooltip=[
             alt.Tooltip("source:N"), alt.Tooltip("text:N"), alt.Tooltip("head:Q"), alt.Tooltip("latent:Q"),
             alt.Tooltip("weight:Q", format=".4~g"),

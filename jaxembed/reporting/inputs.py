@@ -89,7 +89,7 @@ def _detect_kind(path: str) -> Path | None:
 
 
 def _name_model(scores: ScoreFile, path: Path) -> ScoreFile:
-    """Return scores with their model filled in: the run directory that contains them, if the file names no model."""
+    """Return scores with their model filled in: the run directory that contains them, if no file names the model."""
     run_dir = path.resolve().parent.parent
     return dataclasses.replace(scores, model=str(run_dir)) if not scores.model and is_run(run_dir) else scores
 

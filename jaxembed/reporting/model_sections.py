@@ -137,8 +137,10 @@ def make_similarity_section(views: Sequence[RunViews]) -> ReportSection:
     ]
     intro = (
         "Hard negatives of a held-out set are the five nearest documents that are not relevant, random negatives are five "
-        "random other ones. Training rows have hard negatives of their own; their random negatives are positives of other rows."
+        "random other ones."
     )
+    if any(view.sources for view in views):
+        intro += " Training rows have hard negatives of their own; their random negatives are positives of other rows."
     return ReportSection("similarities", "Similarities", intro, charts=charts)
 
 

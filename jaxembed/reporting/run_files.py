@@ -27,7 +27,7 @@ class RunFiles:
 
     Attributes:
         folder: The run directory.
-        name: Name of the run.
+        name: Name of the run directory: several runs may share the name of a config.
         config: Its config.
         config_text: Its config as YAML, with absolute paths shortened.
         rows: The rows of its metrics.
@@ -95,7 +95,7 @@ def read_run_files(folder: Path) -> RunFiles:
     hashes = {name: read(f"{name}.json") for name in HASH_FILES}
     return RunFiles(
         folder=folder,
-        name=config.run.name or folder.resolve().name,
+        name=folder.resolve().name,
         config=config,
         config_text=shorten_paths_in_yaml(read_text(config_path)),
         rows=rows,

@@ -15,7 +15,7 @@ from jaxembed.errors import UserError
 from jaxembed.evaluation.comparison import COMPARISON_FILE
 from jaxembed.evaluation.leaks import LEAKS_FILE
 from jaxembed.evaluation.score_table import TABLES_FILE, ScoreTable
-from jaxembed.evaluation.tasks import SCORES_FILE
+from jaxembed.evaluation.tasks import MODEL_FILE, SCORES_FILE
 from jaxembed.files import exists, read_json, read_json_value
 
 OTHER_TYPE = "Other"  # the type of a task whose scores do not name one
@@ -78,11 +78,11 @@ def read_score_file(path: Path) -> ScoreFile:
     if not tasks:
         raise UserError(f"{path}: has no scores (expected a file that evaluate --out writes)")
     scores = {name: _parse_task(entry, f"{path}: {name}") for name, entry in tasks.items()}
-    besides = [path.with_name(name) for name in (COMPARISON_FILE, LEAKS_FILE)]
-    comparison, leaks = (read_json(file) if path.name == SCORES_FILE and exists(file) else {} for file in besides)
+    besides = [path.with_name(name) for name in (COMPARISON_FILE, LEAKS_FILE, MODEL_FILE)]
+    comparison, leaks, named = (read_json(file) if path.name == SCORES_FILE and exists(file) else {} for file in besides)
     tables_path = path.with_name(TABLES_FILE)
     tables = _read_tables(tables_path) if path.name == SCORES_FILE and exists(tables_path) else []
-    return ScoreFile(model, scores, comparison, leaks, tables)
+    return ScoreFile(model or str(named.get("model") or ""), scores, comparison, leaks, tables)
 
 
 def _read_tables(path: Path) -> list[ScoreTable]:

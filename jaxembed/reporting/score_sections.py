@@ -59,7 +59,7 @@ def _summarize_model(model: ReportedModel, figures: ModelFigures | None) -> list
     if model.tasks:
         numbers.append(("benchmark", _format_score(average(model.tasks)), f"mean of {len(model.tasks)} tasks, × 100"))
     if figures:
-        detail = f"{figures.memory_gb:.2f} GiB in float32; {figures.attention} attention, "
+        detail = f"{_format_memory(figures)} GiB in float32; {figures.attention} attention, "
         detail += f"{figures.pooling.replace('_', ' ')} pooling"
         numbers.append(("parameters", format_size(figures.parameters), detail))
         numbers.append(("vectors", format_count(figures.width), f"dimensions; texts of up to {figures.max_length:,} tokens"))
@@ -98,8 +98,12 @@ def _compare_models(models: Sequence[ReportedModel], figures: FiguresByName, bas
 def _format_figures(figures: ModelFigures | None) -> list[str]:
     if figures is None:
         return [NO_VALUE] * 4
-    memory = format_number(figures.memory_gb, 2 if figures.memory_gb >= 0.1 else 4)
-    return [format_number(figures.parameters / 1e6, 1), memory, format_count(figures.width), format_count(figures.max_length)]
+    parameters = format_number(figures.parameters / 1e6, 1 if figures.parameters >= 1e6 else 3)
+    return [parameters, _format_memory(figures), format_count(figures.width), format_count(figures.max_length)]
+
+
+def _format_memory(figures: ModelFigures) -> str:
+    return format_number(figures.memory_gb, 2 if figures.memory_gb >= 0.1 else 4)
 
 
 def _format_change(score: float | None, reference: float | None) -> str:

@@ -83,6 +83,7 @@ def test_scores_equal_those_of_sentence_transformers_and_mteb(name: str, tmp_pat
         for result in mteb.evaluate(wrapper, [task for task, _ in make_tasks()], cache=None, show_progress_bar=False):
             assert scores[result.task_name]["widths"][width] == pytest.approx(result.get_score(), abs=1e-3)
     assert (tmp_path / "scores" / "scores.md").read_text().startswith("## all tasks\n\n| Model | Retrieval (1) | STS (1) |")
+    assert json.loads((tmp_path / "scores" / "model.json").read_text()) == {"model": str(folder.resolve())}
 
 
 def test_files_of_the_user_have_the_scores_of_sentence_transformers(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from helpers.reports import HOSTILE, TOPICS
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+TIMEOUT_MS = 120_000  # of every step in the browser, for machines under load
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: apt-get install chromium)")
 
 
@@ -27,6 +28,7 @@ def browser() -> Iterator[Any]:
 @pytest.mark.parametrize(("width", "height", "scheme"), [(1280, 900, "light"), (390, 844, "dark")], ids=["desktop", "phone"])
 def test_a_report_works_in_a_browser(browser: Any, report: Any, width: int, height: int, scheme: str) -> None:
     context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
+    context.set_default_timeout(TIMEOUT_MS)
     page = context.new_page()
     problems: list[str] = []
     requests: list[str] = []
@@ -34,7 +36,7 @@ def test_a_report_works_in_a_browser(browser: Any, report: Any, width: int, heig
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("request", lambda request: requests.append(request.url))
     page.goto(report.path.as_uri())
-    page.wait_for_selector(f"html[data-drawn={scheme}]", timeout=120_000)
+    page.wait_for_selector(f"html[data-drawn={scheme}]")
     # Every chart is drawn, and the page is as wide as the window.
     charts = page.locator(".chart").count()
     assert page.locator(".chart canvas").count() == charts > 10
@@ -61,7 +63,7 @@ def test_a_report_works_in_a_browser(browser: Any, report: Any, width: int, heig
     before = page.evaluate("getComputedStyle(document.body).backgroundColor")
     other = "dark" if scheme == "light" else "light"
     page.emulate_media(color_scheme=other)
-    page.wait_for_selector(f"html[data-drawn={other}]", timeout=120_000)
+    page.wait_for_selector(f"html[data-drawn={other}]")
     assert page.locator(".chart canvas").count() == charts
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") != before
     assert problems == [] and [url for url in requests if not url.startswith(("file:", "data:", "blob:"))] == []

@@ -153,8 +153,8 @@ def test_a_run_of_an_earlier_version_has_a_report(run: Path, tmp_path: Path) -> 
 # Scores of several models
 
 
-def write_scores(folder: Path, **scores: dict[str, Any]) -> Path:
-    folder.mkdir()
+def write_scores(folder: Path, **scores: Any) -> Path:
+    folder.mkdir(parents=True)
     (folder / "scores.json").write_text(json.dumps(scores))
     return folder
 
@@ -189,7 +189,8 @@ def test_other_results_of_evaluate_are_shown(tmp_path: Path) -> None:
     result = write_report(folder, tmp_path / "out.html")
     assert result["sections"] == ["summary", "benchmark", "comparison", "leaks"]
     page = read_page(tmp_path / "out.html")
-    cells = page.rows("own is better than base.")
+    assert "own is better than base." in page.texts
+    cells = page.rows("Paired bootstrap over the items of each task. Scores × 100.")
     interval = ["+12.50", "+2.00 to +20.00", "0.0125", "better"]
     assert cells[8:15] == ["A", "50.00", "37.50", *interval]
     assert cells[15:22] == ["B", "25.00", "–", "–", "–", "–", "mteb gives no results by item"]
@@ -202,31 +203,36 @@ def test_scores_in_a_run_directory_are_those_of_the_run(run: Path, tmp_path: Pat
     folder = write_scores(tmp_path / "own" / "mteb", A={"score": 0.5, "type": "STS"})
     for inputs in ([tmp_path / "own"], [folder, tmp_path / "own"]):
         result = write_report(*inputs, tmp_path / "out.html", "--no-model")
-        assert (result["models"], "benchmark" in result["sections"]) == (["tiny"], True)
+        assert (result["models"], "benchmark" in result["sections"]) == (["own"], True)
     assert write_report(folder, tmp_path / "out.html")["models"] == ["own"]
 
 
 def test_runs_with_the_same_name_are_distinguished(run: Path, tmp_path: Path) -> None:
-    shutil.copytree(run, tmp_path / "copy")
-    result = write_report(run, tmp_path / "copy", tmp_path / "out.html", "--no-model")
-    assert result["models"] == ["tiny", "tiny (2)"]
+    for name in ("copy", "tiny"):
+        shutil.copytree(run, tmp_path / name)
+    result = write_report(run, tmp_path / "copy", tmp_path / "tiny", tmp_path / "out.html", "--no-model")
+    assert result["models"] == ["tiny", "copy", "tiny (2)"]
     loss, *parts = read_page(tmp_path / "out.html").data["chart-data"][:3]
-    assert {row["series"] for row in loss["datasets"]["table"]} == {"tiny", "tiny (2)"}
+    assert {row["series"] for row in loss["datasets"]["table"]} == {"tiny", "copy", "tiny (2)"}
     rows = [row for row in read_metrics(run) if "loss" in row]
     for spec, key in zip(parts, ("infonce", "infonce_16"), strict=True):
         values = [(row["series"], row["value"]) for row in spec["datasets"]["table"]]
         assert values == [(name, row[key]) for name in result["models"] for row in rows]
 
 
-def test_scores_of_a_run_belong_to_it_and_its_size_is_shown(run: Path, tmp_path: Path) -> None:
-    scores = tmp_path / "scores.json"
-    scores.write_text(json.dumps({"model": str(run), "scores": {"A": {"score": 0.5, "type": "STS"}}}))
-    other = write_scores(tmp_path / "other", A={"score": 0.25})
+@pytest.mark.parametrize("has_model_file", [True, False])
+def test_scores_of_a_run_belong_to_it_and_its_size_is_shown(run: Path, tmp_path: Path, has_model_file: bool) -> None:
+    tasks = {"A": {"score": 0.5, "type": "STS"}}
+    scores = write_scores(tmp_path / "mteb", **(tasks if has_model_file else {"model": str(run), "scores": tasks}))
+    if has_model_file:
+        (scores / "model.json").write_text(json.dumps({"model": str(run)}))
+    other = write_scores(tmp_path / "other" / "mteb", A={"score": 0.25})
+    (other / "model.json").write_text(json.dumps({"model": "organization/other"}))
     result = write_report(run, scores, other, tmp_path / "out.html", "--no-model", "--baseline", "other")
     assert result["models"] == ["tiny", "other"]
     cells = read_page(tmp_path / "out.html").rows("tiny")[1:7]
     parameters = sum(x.size for x in jax.tree.leaves(Embedder.load(run).params))
-    assert cells[0] == f"{parameters / 1e6:.1f}" and cells[2:] == ["32", "48", "50.00", "+100.0 %"]
+    assert cells[0] == f"{parameters / 1e6:.3f}" and cells[2:] == ["32", "48", "50.00", "+100.0 %"]
 
 
 # Bad input
@@ -305,7 +311,8 @@ def test_every_text_of_a_page_is_escaped() -> None:
     assert [attributes["id"] for tag, attributes in page.elements if tag == "section"] == ["s"]
     assert {tag for tag, _ in page.elements}.isdisjoint({"img", "b"})
     assert page.data["chart-data"][0]["datasets"]["table"][0]["text"] == text
-    assert page.texts.count(text.replace("\ud83d", "?")) == 16
+    shown = text.replace("\ud83d", "?")
+    assert page.texts.count(shown) == 15 and "".join(page.texts).count(shown) == 16  # a column may break after a slash
 
 
 def test_json_in_a_script_cannot_end_it_and_has_no_nan() -> None:
