@@ -27,7 +27,7 @@ class Card:
     Attributes:
         name: Title.
         base: Name of the base.
-        checkpoint: Which checkpoint of the run was exported.
+        checkpoint: The exported checkpoint of the run.
         recipe: Config of the run in YAML; empty for a model that was not trained.
         scores: Held-out scores by SET/METRIC.
         merged: How the model was merged from others; empty if it was not.
@@ -69,7 +69,7 @@ def format_model_card(model: ServedModel, card: Card, parity_error: float, preci
     """Return the README.md of an exported folder, with the hub's front matter.
 
     Args:
-        model: The properties that decide how the folder is used.
+        model: The properties that determine how the folder is used.
         card: Further content.
         parity_error: Largest difference of a component between the exported vectors and the model's.
         precision: The section from `format_precision`.
@@ -102,7 +102,7 @@ def format_precision(dtypes: Iterable[DtypeQuality], onnx: OnnxReport | None) ->
     lines = [
         "## Dtypes",
         "",
-        "Cosines are to the float32 vectors of the same texts, prose and code. The ONNX graph computes in float32.",
+        "Cosines with the float32 vectors of the same texts, prose and code. The ONNX graph computes in float32.",
         "",
         "| dtype | safe | measured |",
         "|---|---|---|",
@@ -151,7 +151,7 @@ def _format_usage(spec: EmbeddingSpec) -> str:
     ]
     if has_own_code:
         lines += [
-            "The pooling has weights of its own. `token_pooling.py` in this folder is its PyTorch module. If jaxembed is "
+            "The pooling has its own weights. `token_pooling.py` in this folder is its PyTorch module. If jaxembed is "
             "installed, `jaxembed.hub.load_sentence_transformer(folder)` loads the folder without `trust_remote_code`.",
             "",
         ]
@@ -168,7 +168,8 @@ def _format_usage(spec: EmbeddingSpec) -> str:
     if spec.exit_layers:
         exits = ", ".join(map(str, spec.exit_layers))
         lines += [
-            f"Training included the model cut to its first {exits} layers. `jaxembed export MODEL OUT --layers N` cuts it.",
+            f"The model was also trained with only its first {exits} layers. `jaxembed export MODEL OUT --layers N` "
+            "truncates it.",
             "",
         ]
     if spec.prompts:
@@ -192,7 +193,7 @@ def _format_check(spec: EmbeddingSpec, parity_error: float) -> str:
         f'print(min(model.encode({text}, prompt=p["prompt"], normalize_embeddings=True) @ p["vector"] for p in probes))',
         "```",
         "",
-        "At export the largest difference between this folder under sentence-transformers and the model in JAX (float32) was "
+        "At export, the largest difference between this folder under sentence-transformers and the model in JAX (float32) was "
         f"{parity_error:.1e}.",
     ]
     return "\n".join(lines)

@@ -38,7 +38,7 @@ from jaxembed.model.transformer import ComputeOptions
 TEXTS_PER_WINDOW = 4096  # texts that are tokenized and packed together
 TOKENS_PER_CALL = 8192  # tokens per device and program call; for CPUs see `ENCODE_TOKENS_PER_CALL`
 MIN_ROW_LENGTH, LONG_ROW_LENGTH = 64, 512  # tokens
-# How the vectors of a long text's pieces are combined. The mean is a sum, because the result is scaled to unit length.
+# Functions that combine the vectors of a long text's pieces. The mean is a sum, because the result is scaled to unit length.
 COMBINE_PIECES = {"mean": np.add, "max": np.maximum}
 
 Apply = Callable[[Any, PackedTexts], jax.Array]  # (parameters, packed texts [R, T]) -> arrays [R, S, ...]
@@ -102,7 +102,7 @@ class Embedder:
             UserError: There is no such model, checkpoint or adapter, or its files cannot be read.
         """
         embedder = cls._load(model, dtype, checkpoint, adapter, make_mesh() if mesh is None else mesh)
-        return embedder if layers is None else embedder.first_layers(layers)
+        return embedder if layers is None else embedder.keep_first_layers(layers)
 
     @classmethod
     def _load(cls, model: str | Path, dtype: str, checkpoint: str, adapter: str | None, mesh: Mesh) -> Embedder:
@@ -139,7 +139,7 @@ class Embedder:
         tokenizer = TextTokenizer(self.tokenizer.hf_tokenizer, spec)
         return dataclasses.replace(self, model=self.model.clone(spec=spec), tokenizer=tokenizer, _apply=None)
 
-    def first_layers(self, count: int) -> Embedder:
+    def keep_first_layers(self, count: int) -> Embedder:
         """Return the model with its first layers only, followed by the final norm. It can be exported.
 
         Args:
@@ -183,8 +183,7 @@ class Embedder:
     ) -> np.ndarray:
         """Encode texts as unit vectors. The score of two texts is the dot product of their vectors.
 
-        At most one of `instruction`, `prompt` and `prompt_name` may be given. The method has more than six parameters because
-        all but the texts are options.
+        At most one of `instruction`, `prompt` and `prompt_name` may be given.
 
         Args:
             texts: N texts.

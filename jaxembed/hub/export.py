@@ -1,6 +1,6 @@
 """Export a model as a Hugging Face / sentence-transformers folder that gives the same vectors.
 
-The folder is built beside its final place. It is moved there only if its vectors, computed by sentence-transformers in
+The folder is built next to its final place. It is moved there only if its vectors, computed by sentence-transformers in
 PyTorch, match those of the model.
 """
 
@@ -44,16 +44,16 @@ log = logging.getLogger("jaxembed")
 BFLOAT16_SLACK = 1.5  # allowed error of a bfloat16 folder, in multiples of the error of transformers' own cast to bfloat16
 
 
-OnnxWeights = Literal["float32", "int8"]  # int8: a graph with such weights beside the float32 one
+OnnxWeights = Literal["float32", "int8"]  # int8: also a graph with int8 weights
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportReport:
-    """How an exported folder compares with the model.
+    """Comparison of an exported folder with the model.
 
     Attributes:
         parity: Comparison of the folder in sentence-transformers.
-        dtypes: How the model computes in bfloat16 and float16.
+        dtypes: Quality of the model's vectors in bfloat16 and float16.
         onnx: Comparison of the ONNX graphs; None without any.
     """
 
@@ -69,7 +69,7 @@ class ExportReport:
 
 
 def export(embedder: Embedder, out: Path, dtype: str, card: Card, onnx: OnnxWeights | None = None) -> ExportReport:
-    """Write a model as a sentence-transformers folder. Log what readers cannot do with it, one line each.
+    """Write a model as a sentence-transformers folder. Log each limitation of a reader in one line.
 
     Args:
         embedder: The model.

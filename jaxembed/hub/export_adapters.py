@@ -27,7 +27,7 @@ def export_adapters(run_dir: Path, out: Path, checkpoint: str) -> Parity:
     """Write the adapters of a run with their spec and tokenizer. Named adapters get a folder each below `out`.
 
     Readers of such a folder add the adapters to the files of the base. The vectors are therefore compared with those of the
-    adapters on the base in float32. A run that stored its base in fewer bits has slightly different vectors. The returned
+    adapters on the base in float32. A run with a quantized base has slightly different vectors. The returned
     `cosine` then compares with these.
 
     Args:

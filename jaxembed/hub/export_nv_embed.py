@@ -15,7 +15,7 @@ from jaxembed.hub.embedder import Embedder
 from jaxembed.hub.parity import FLOAT32_TOLERANCE, Parity, compare_vectors, encode_probes, select_probes
 from jaxembed.hub.stock_folder import build_hf_config, make_dtype_converter
 
-BFLOAT16_TOLERANCE = 0.05  # no PyTorch model tells the error of bfloat16 here
+BFLOAT16_TOLERANCE = 0.05  # there is no PyTorch model to measure the error of bfloat16
 TENSOR_PREFIXES = {"decoder": "embedding_model.", "pooling": "latent_attention_model."}
 # Fields of a spec that the layout fixes or lacks.
 UNCHECKED_FIELDS = ("max_length", "prompts", "append_eos", "eos_as_text", "matryoshka_dims", "exit_layers")

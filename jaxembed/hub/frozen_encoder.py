@@ -210,7 +210,7 @@ def find_weight_files(name: str, folder: Path) -> list[Path]:
 
 
 def hash_folder(folder: Path) -> str:
-    """Return the SHA-256 of the files that decide what a sentence-transformers folder computes, in hexadecimal digits."""
+    """Return the SHA-256 of the files that determine the vectors of a sentence-transformers folder, in hexadecimal digits."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix in HASHED_SUFFIXES and path.is_file())
     content = [f"{path.relative_to(folder)}\n{compute_file_digest(path)}" for path in paths]
     return hashlib.sha256("\n".join(content).encode()).hexdigest()

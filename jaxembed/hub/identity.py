@@ -1,4 +1,4 @@
-"""Identify a model by everything that decides its vectors, for caches of results."""
+"""Identify a model by everything that determines its vectors, for caches of results."""
 
 from __future__ import annotations
 

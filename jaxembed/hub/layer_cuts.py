@@ -1,4 +1,4 @@
-"""Cut a model to some of its layers or to narrower feed-forward layers: sizes, config and parameters together."""
+"""Reduce a model to some of its layers, or to narrower feed-forward layers: sizes, config and parameters."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ def select_layers(model: SizedModel, indices: Sequence[int]) -> SizedModel:
 
 
 def check_config(model: SizedModel) -> None:
-    """Check that the Hugging Face config of a cut model describes it.
+    """Check that the Hugging Face config of a reduced model describes it.
 
     Raises:
         UserError: The config cannot describe the model.
     """
     if parse_hf_config(model.hf_config, "the pruned model") != model.transformer:
         raise UserError(
-            f"the config of {model.transformer.family} cannot describe the pruned model: it says by a rule which layers "
+            f"the config of {model.transformer.family} cannot describe the pruned model: a rule determines which layers "
             "have a sliding window. Keep other layers, or the first ones by export --layers N."
         )
 

@@ -1,4 +1,4 @@
-"""Merge several models of one shape into one."""
+"""Merge several models of the same shape into one."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def write_onnx(
         onnx_folder: The new folder for the graphs.
         probes: Texts by prompt.
         vectors: The model's vectors [N, D] of the probes.
-        int8: Write a graph with int8 weights too.
+        int8: Also write a graph with int8 weights.
 
     Raises:
         UserError: The vectors of the float32 graph differ.
@@ -95,7 +95,7 @@ def write_onnx(
     model = load_sentence_transformer(folder)
     try:
         write_graph(model, PROBE_TEXTS[:2], path)
-    except RuntimeError as error:  # of the exporter, for operations that it does not know
+    except RuntimeError as error:  # of the exporter, for unsupported operations
         raise UserError(
             f"--onnx: torch cannot write the graph of {embedder.model.transformer.family} ({summarize(error)}). "
             "Export without --onnx."
@@ -139,7 +139,7 @@ def open_session(path: Path) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors alone
+    options.log_severity_level = 3  # only errors
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads sleep
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 

@@ -18,7 +18,7 @@ from jaxembed.hub.torch_model import encode_torch, load_sentence_transformer
 from jaxembed.model.families import TransformerConfig
 
 PROBE_FILE = "probe.json"
-FLOAT32_TOLERANCE = 1e-4  # largest difference of a number of a unit vector
+FLOAT32_TOLERANCE = 1e-4  # largest difference of a component of a unit vector
 MIN_COSINE = 0.9999
 PROBE_INSTRUCTION = "Given a question, find the passage that answers it"
 PROBE_TEXTS = [
@@ -47,7 +47,7 @@ class Parity:
 
     @property
     def passes(self) -> bool:
-        """Whether the vectors agree. False if any number is NaN."""
+        """Whether the vectors agree. False if any value is NaN."""
         return self.error <= self.allowed
 
     def __str__(self) -> str:

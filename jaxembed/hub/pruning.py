@@ -25,7 +25,7 @@ from jaxembed.hub.layer_cuts import SizedModel, check_config, score_mlp_units, s
 from jaxembed.model.parameters import stack_layers
 
 TOKENIZER_FILE = "tokenizer.json"
-VOCABULARY_FILES = ("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model")  # what else names tokens or their ids
+VOCABULARY_FILES = ("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model")  # other files with tokens or their ids
 
 
 def prune_layers(embedder: Embedder, indices: Sequence[int]) -> Embedder:

@@ -1,4 +1,4 @@
-"""Rules of what other programs make of an exported folder.
+"""Rules that describe how other programs handle an exported folder.
 
 A rule names a property of a model, the readers that it affects, and what they do. A reader without an applying rule computes
 the vectors of the model.
@@ -33,7 +33,7 @@ class Status(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True)
 class ServedModel:
-    """The properties of an exported folder that decide how readers treat it.
+    """The properties of an exported folder that determine how readers treat it.
 
     Attributes:
         spec: How texts become vectors.
@@ -171,7 +171,7 @@ CANDLE_RULES = (
     ),
     Rule(
         lambda model: model.rope_type in ("linear", "yarn") and model.transformer.family == "mistral", ("TEI",),
-        Status.DIFFERENT, "computes another RoPE scaling than {rope}",
+        Status.DIFFERENT, "computes a different RoPE scaling from {rope}",
     ),
     Rule(
         lambda model: any(model.transformer.windows) and model.transformer.family.startswith("qwen"), ("TEI",), Status.REFUSED,
@@ -179,9 +179,9 @@ CANDLE_RULES = (
     ),
     Rule(
         lambda model: model.has_window and model.transformer.family == "mistral", ("TEI",), Status.DIFFERENT,
-        "computes another sliding window",
+        "computes a different sliding window",
     ),
-    Rule(has_head_width_unlike_tei, ("TEI",), Status.REFUSED, "expects heads of hidden_size / num_attention_heads numbers"),
+    Rule(has_head_width_unlike_tei, ("TEI",), Status.REFUSED, "expects a head width of hidden_size / num_attention_heads"),
     Rule(has_bias_unlike_tei, ("TEI",), Status.DIFFERENT, "leaves out biases of the attention"),
 )  # fmt: skip
 
@@ -247,16 +247,16 @@ READER_RULES = (
     ),
     Rule(
         lambda model: model.rope_type == "yarn", ("vLLM", "llama.cpp"), Status.CONDITIONAL,
-        "if it computes this RoPE scaling (yarn) alike, which was not compared",
+        "if it computes this RoPE scaling (yarn) in the same way, which was not compared",
     ),
     Rule(
         lambda model: model.has_window and model.transformer.family in COMPARED_DECODERS, ("llama.cpp",), Status.DIFFERENT,
-        "computes no sliding window",
+        "has no sliding windows",
     ),
     Rule(
         lambda model: model.transformer.family == "modernbert" and has_irregular_windows(model),
         ("transformers", *TORCH_SENTENCE_TRANSFORMERS, "infinity"), Status.CONDITIONAL,
-        "from transformers 5; version 4 takes other layers for those with a sliding window",
+        "from transformers 5; version 4 applies the sliding window to other layers",
     ),
     Rule(
         lambda model: not model.has_onnx, ("ONNX Runtime", "OpenVINO"), Status.REFUSED,

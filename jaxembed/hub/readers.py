@@ -1,6 +1,6 @@
 """The programs that load exported folders, and how they treat them, for the log of export and the model card.
 
-`reader_rules.py` has how they treat models of different properties. The versions are those that were compared with
+`reader_rules.py` has the rules for models of different properties. The versions are those that were compared with
 `probe.json`. TEI's source was read, not run.
 """
 
@@ -55,7 +55,7 @@ def _format_tei(model: ServedModel) -> str:
 
 
 def _format_llama_cpp(model: ServedModel) -> str:
-    # The converter stores the pooling for some families alone.
+    # The converter stores the pooling only for some families.
     pooling = {"first": "cls"}.get(model.spec.pooling, model.spec.pooling)
     options = f"--embedding --pooling {pooling}" + (" --parallel 1" if is_bidirectional_decoder(model) else "")
     return f"`convert_hf_to_gguf.py {FOLDER_NAME} --outtype f32 --outfile model.gguf`, `llama-server -m model.gguf {options}`"
@@ -132,7 +132,7 @@ def judge_readers(model: ServedModel) -> list[Verdict]:
 
 
 def list_limits(model: ServedModel) -> list[str]:
-    """Return one line for each announced rule: which readers give other vectors than the model, or none, and why.
+    """Return one line for each announced rule: the readers that compute different vectors or none, and the reason.
 
     For a reader that refuses the model, one reason is enough.
     """

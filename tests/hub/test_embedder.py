@@ -83,9 +83,9 @@ def test_programs_of_a_single_cpu_read_each_layer_without_a_copy(model: Embedder
     kernels = [layer["mlp"]["up"]["kernel"] for layer in single._program_params["decoder"]["layers"]]
     offsets = [x.unsafe_buffer_pointer() - stacked.unsafe_buffer_pointer() for x in kernels]
     assert offsets == [layer * stacked[0].nbytes for layer in range(single.model.transformer.layers)]
-    for other in (model, single.first_layers(single.model.transformer.layers), single.with_params(single.params)):
+    for other in (model, single.keep_first_layers(single.model.transformer.layers), single.with_params(single.params)):
         np.testing.assert_allclose(other.encode([LONG_TEXT, "short"]), single.encode([LONG_TEXT, "short"]), atol=1e-5)
-    shallow = single.first_layers(1)
+    shallow = single.keep_first_layers(1)
     assert np.abs(shallow.encode(["short"]) - single.encode(["short"])).max() > 1e-3
 
 
@@ -205,7 +205,7 @@ def test_digest_identifies_weights_spec_and_tokenizer(base_folder: Callable[[str
         load_with_spec(base_folder, model.spec.replace(**change))
         for change in ({"pooling": "last"}, {"append_eos": False}, {"prompts": {"query": "q"}}, {"attention": "causal"})
     ]
-    others += [model.first_layers(2), Embedder.load(copy, dtype="bfloat16")]
+    others += [model.keep_first_layers(2), Embedder.load(copy, dtype="bfloat16")]
     (copy / "tokenizer_config.json").write_text(
         json.dumps(json.loads((copy / "tokenizer_config.json").read_text()) | {"add_bos_token": True})
     )

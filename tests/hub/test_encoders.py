@@ -66,7 +66,7 @@ def test_exported_encoder_gives_the_vectors_of_the_model(
 @pytest.mark.parametrize(("family", "layers"), [("bert", 2), ("modernbert", 1)])
 def test_first_layers_of_an_encoder_can_be_exported(base_folder: Folder, tmp_path: Path, family: str, layers: int) -> None:
     """The first layer of ModernBERT has a norm less, and a window of its own."""
-    shallow = load_tiny(base_folder(family)).first_layers(layers)
+    shallow = load_tiny(base_folder(family)).keep_first_layers(layers)
     export(shallow, tmp_path / "out", "float32", Card("test", "base"))
     np.testing.assert_allclose(Embedder.load(tmp_path / "out").encode(tiny.TEXTS), shallow.encode(tiny.TEXTS), atol=1e-6)
 

@@ -116,7 +116,7 @@ def test_pooling_with_weights_is_exported_with_its_module(bases, tmp_path, pooli
 
 def test_first_layers_are_a_model_that_can_be_exported(bases, tmp_path):
     base = bases["qwen2-mixed"]
-    shallow = load_tiny(base).first_layers(2)
+    shallow = load_tiny(base).keep_first_layers(2)
     export(shallow, tmp_path / "out", "float32", CARD)
     reloaded = Embedder.load(tmp_path / "out")
     assert reloaded.model.transformer.windows == (4, None)
@@ -124,11 +124,13 @@ def test_first_layers_are_a_model_that_can_be_exported(bases, tmp_path):
     complete = load_tiny(base)
     assert np.abs(complete.encode(tiny.TEXTS) - shallow.encode(tiny.TEXTS)).max() > 1e-2
     np.testing.assert_allclose(
-        Embedder.load(base, layers=2).encode(["x"]), load_tiny(base, max_length=128).first_layers(2).encode(["x"]), atol=1e-6
+        Embedder.load(base, layers=2).encode(["x"]),
+        load_tiny(base, max_length=128).keep_first_layers(2).encode(["x"]),
+        atol=1e-6,
     )
     for count in (0, 4):
         with pytest.raises(UserError, match=rf"layers: {count} is out of range \(this model has 3\)"):
-            complete.first_layers(count)
+            complete.keep_first_layers(count)
 
 
 def test_latent_weights_are_those_of_each_text(bases):

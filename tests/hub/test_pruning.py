@@ -36,7 +36,9 @@ def test_layers_are_those_that_are_kept(tmp_path: Path) -> None:
     pruned = prune_layers(embedder, [2, 0])
     assert (pruned.model.transformer.layers, pruned.model.transformer.windows) == (2, (4, None))
     assert pruned.hf_config["layer_types"] == ["sliding_attention", "full_attention"]
-    np.testing.assert_allclose(prune_layers(embedder, [0, 1]).encode(TEXTS), embedder.first_layers(2).encode(TEXTS), atol=1e-6)
+    np.testing.assert_allclose(
+        prune_layers(embedder, [0, 1]).encode(TEXTS), embedder.keep_first_layers(2).encode(TEXTS), atol=1e-6
+    )
     # A layer that adds nothing can be left out.
     layers = jax.tree.map(lambda x: x, embedder.params["decoder"]["layers"])
     for part in (layers["attention"]["out"], layers["mlp"]["down"]):
