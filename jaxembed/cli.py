@@ -279,19 +279,19 @@ def set_up_jax() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def prepare_new_output(path: str, endings: Collection[str] = ()) -> Path:
+def prepare_new_output(path: str, extensions: Collection[str] = ()) -> Path:
     """Return the path of an output that does not exist yet and can be written.
 
     Args:
         path: The output.
-        endings: Allowed endings. Default: any.
+        extensions: Allowed extensions. Default: any.
 
     Raises:
-        UserError: The output exists, has another ending, or cannot be written.
+        UserError: The output exists, has another extension, or cannot be written.
     """
     out = Path(path)
-    if endings and out.suffix not in endings:
-        raise UserError(f"{out}: expected an output that ends in {' or '.join(endings)}")
+    if extensions and out.suffix not in extensions:
+        raise UserError(f"{out}: expected an output that ends in {' or '.join(extensions)}")
     if exists(out) or out.is_symlink():  # a link to nothing: the output would replace it
         raise UserError(f"{out}: already exists. Remove it, or name another output.")
     return prepare_output(out)

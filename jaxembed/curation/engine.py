@@ -211,8 +211,8 @@ class Curation:
     def _write_output(self, rows: Iterable[CuratedRow]) -> dict[str, Any]:
         """Write one file for each source that has rows left. Return the file names and the statistics of the rows."""
         files, stats = {}, RowStats(self.names, self.config.seed)
-        for name, ending in itertools.product(self.names, WRITERS):
-            (self.out / f"{name}{ending}").unlink(missing_ok=True)  # of an earlier attempt with other steps
+        for name, extension in itertools.product(self.names, WRITERS):
+            (self.out / f"{name}{extension}").unlink(missing_ok=True)  # of an earlier attempt with other steps
         for index, source_rows in itertools.groupby(rows, key=lambda row: row.source):
             path = self.out / f"{self.names[index]}.{self.config.format}"
             with atomic_write(path) as partial:

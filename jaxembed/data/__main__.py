@@ -35,7 +35,7 @@ DESCRIPTIONS = {
     "preview": "Print the first batch as the model sees it, and the lengths of its texts.",
     "stats": "Print rows, examples, lengths, duplicates, labels, positives and negatives of each source, and shared texts. "
     "With --vectors, also the coverage of the sources and their distance to each other and to evaluation sets.",
-    "convert": "Write sources as .jsonl or .array_record files, one per source, with our field names.",
+    "convert": "Write sources as .jsonl or .array_record files, one per source, with jaxembed's field names.",
     "packages": "Write docstring -> function pairs of installed Python packages: train.jsonl, and the held-out BEIR folders "
     "functions/ and package/. Does nothing if OUT holds the pairs of the same packages and versions.",
     "documents": "Split the text, Markdown, HTML and PDF files of a folder into passages: rows of id, title and text.",
@@ -295,7 +295,7 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", metavar="OUT",
         help=".jsonl or .array_record file, which must not exist; * is replaced by the source name (default: the last SOURCE)",
     )  # fmt: skip
-    parser.add_argument("--pairs", action="store_true", help="write rows of pairs (query, pos, neg), whatever the format")
+    parser.add_argument("--pairs", action="store_true", help="write rows of pairs (query, pos, neg), regardless of the format")
     parser.add_argument(
         "--shards", type=cli.integer_from(1, MAX_SHARDS), default=1, metavar="N", help="files per source (default: 1)"
     )

@@ -1,4 +1,4 @@
-"""The data plan: which examples a step trains on, as a pure function of (seed, stage, step).
+"""The data plan: the examples of every step, as a pure function of (seed, stage, step).
 
 Index arithmetic mixes, shuffles, repeats and batches global example ids, one batch at a time. Nothing has state, so a
 cursor is a stage and a step in it, the same for any number of processes.
@@ -22,7 +22,7 @@ from jaxembed.errors import UserError
 GOLDEN_RATIO_CONJUGATE = (math.sqrt(5) - 1) / 2  # its multiples, modulo 1, fill the unit interval evenly
 KEYS_NEWER_THAN_HASH = frozenset(
     {"graded", "score_range", "label_scores"}
-)  # keys of sources that the hash of a plan had to learn
+)  # keys of sources that are newer than the hash of a plan
 STEPS_PER_CHUNK = 256  # steps whose counts are summed at once
 
 
@@ -103,7 +103,7 @@ class BatchPlan:
         return ids if len(parts) == 1 else ids[self._interleaving]
 
     def count_epochs(self, steps: int) -> list[float]:
-        """Return how many epochs of each source the first `steps` steps see."""
+        """Return the number of epochs of each source in the first `steps` steps."""
         used = np.zeros(len(self.sources))
         for group, batches in enumerate(self._group_schedule.at(steps)[0]):
             used[self._groups[group]], _ = self._count_examples(group, int(batches))

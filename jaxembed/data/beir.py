@@ -20,12 +20,12 @@ from jaxembed.data.schema import MAX_ABS_NUMBER, Row, check_beir_document, check
 from jaxembed.errors import UserError
 from jaxembed.files import read_text
 
-QRELS_HEADER = ["query-id", "corpus-id", "score"]  # the first line of qrels, which may be absent
+QRELS_HEADER = ["query-id", "corpus-id", "score"]  # the first line of qrels, which is optional
 MAX_LINE_CHARS = 60  # characters of a bad line that an error quotes
 NO_TEXT_REASON = "queries without a document that has a text"
 MAX_LISTED_IDS = 3  # ids that a warning lists
-TRAINING_SPLITS = ("train", "dev", "test")  # the first one that exists is trained on
-EVALUATION_SPLITS = ("test", "dev", "train")  # the first one that exists is scored
+TRAINING_SPLITS = ("train", "dev", "test")  # the first one that exists is used for training
+EVALUATION_SPLITS = ("test", "dev", "train")  # the first one that exists is used for evaluation
 log = logging.getLogger(__name__)
 
 

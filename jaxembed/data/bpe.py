@@ -22,7 +22,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
     No token crosses the boundary of a word of an identifier. Decoding restores any text exactly. Encoding adds no special
     tokens. EOS is <|endoftext|> and padding is <|pad|>.
 
-    When saved, it loads by AutoTokenizer, except beside a config.json of model_type qwen2: transformers 5 then silently
+    When saved, AutoTokenizer can load it, except next to a config.json of model_type qwen2: transformers 5 then silently
     replaces its pre-tokenizer by Qwen2's own. Another model_type, or PreTrainedTokenizerFast, keeps it.
 
     Args:

@@ -2,8 +2,8 @@
 
 A source path is one of:
 
-- a file whose ending is in `FILE_READERS`, in any case, or that has no ending (see `find_line_reader`)
-- a folder of such files (`FOLDER_ENDINGS`), or a glob pattern
+- a file whose extension is in `FILE_READERS`, in any case, or that has no extension (see `find_line_reader`)
+- a folder of such files (`FOLDER_EXTENSIONS`), or a glob pattern
 - a folder written by `datasets.Dataset.save_to_disk`
 - hf:NAME:SPLIT or tfds:NAME:SPLIT
 """
@@ -35,15 +35,15 @@ from jaxembed.errors import UserError
 from jaxembed.files import exists
 
 DATASET_LOADERS: dict[str, Any] = {"hf:": load_hub_dataset, "tfds:": TfDataset}  # by prefix of the path
-# By the ending of a file's name in lower case. Every command reads a file by this table.
+# By the extension of a file's name in lower case. Every command reads a file by this table.
 LINE_READERS: dict[str, type[LineFile]] = {
     ".jsonl": JsonLinesFile, ".ndjson": JsonLinesFile, ".json": JsonFile, ".txt": TextLinesFile,
     ".csv": CsvFile, ".tsv": TsvFile,
 }  # fmt: skip
 FILE_READERS: dict[str, Any] = LINE_READERS | {".parquet": ParquetFile, ".array_record": ArrayRecordFile}
-# Endings of the files that a folder is read for. The others often hold something else beside the data.
-FOLDER_ENDINGS = (".jsonl", ".ndjson", ".txt", ".parquet", ".array_record")
-KNOWN_ENDINGS = ", ".join(FILE_READERS)
+# Extensions of the files that a folder is read for. The others often hold something else beside the data.
+FOLDER_EXTENSIONS = (".jsonl", ".ndjson", ".txt", ".parquet", ".array_record")
+KNOWN_EXTENSIONS = ", ".join(FILE_READERS)
 SHARD_NAME = re.compile(r"(.+)-(\d{5,})-of-(\d{5,})(\..+)")
 BEIR_FILES = ("corpus.jsonl", "queries.jsonl")
 
@@ -96,8 +96,8 @@ def open_container(source: str) -> Container:
             f"'{path}/{splits[0]}'."
         )
     inner_files = sorted(path.iterdir())
-    data_files = [file for file in inner_files if get_ending(file) in FOLDER_ENDINGS]
-    return _open_file_set(source, data_files or [file for file in inner_files if get_ending(file) in FILE_READERS])
+    data_files = [file for file in inner_files if get_extension(file) in FOLDER_EXTENSIONS]
+    return _open_file_set(source, data_files or [file for file in inner_files if get_extension(file) in FILE_READERS])
 
 
 def name_split(source: str, split: str) -> str:
@@ -128,41 +128,41 @@ def name_split(source: str, split: str) -> str:
     return str(Path(source) / split)
 
 
-def get_ending(path: Path) -> str:
-    """Return the ending of a file's name in lower case, such as .jsonl, or an empty string."""
+def get_extension(path: Path) -> str:
+    """Return the extension of a file's name in lower case, such as .jsonl, or an empty string."""
     return path.suffix.lower()
 
 
 def find_line_reader(path: Path, lines: Iterable[bytes]) -> type[LineFile]:
-    """Return the reader of a file of lines: the one of its ending, or of its content if the name has no ending.
+    """Return the reader of a file of lines: the one of its extension, or of its content if the name has no extension.
 
-    Without an ending, a file whose first character is { or [ holds rows of JSON, any other one lines of text. The log says so.
+    Without an extension, a file whose first character is { or [ holds rows of JSON, any other one lines of text. The choice is logged.
 
     Args:
         path: The file, or a pipe.
         lines: Its lines. Only those up to the first that is not blank are taken.
 
     Raises:
-        UserError: If the ending is not one of a line file.
+        UserError: If the extension is not one of a line file.
     """
-    ending = get_ending(path)
-    if ending:
-        if ending not in LINE_READERS:
+    extension = get_extension(path)
+    if extension:
+        if extension not in LINE_READERS:
             raise _make_unsupported_error(path, ", ".join(LINE_READERS))
-        return LINE_READERS[ending]
+        return LINE_READERS[extension]
     first = next((line for line in lines if line.removeprefix(BYTE_ORDER_MARK).strip()), b"")
     is_json = first.removeprefix(BYTE_ORDER_MARK).lstrip()[:1] in (b"{", b"[")
     kind = "rows of JSON" if is_json else "lines of text"
-    log_once(f"{path}: has no ending; read as {kind}, because of its first character", logging.INFO)
+    log_once(f"{path}: has no extension; read as {kind}, because of its first character", logging.INFO)
     return JsonLinesFile if is_json else TextLinesFile
 
 
 def _find_reader(path: Path) -> Any:
     """Return the reader of a regular file."""
-    if ending := get_ending(path):
-        if ending not in FILE_READERS:
-            raise _make_unsupported_error(path, KNOWN_ENDINGS)
-        return FILE_READERS[ending]
+    if extension := get_extension(path):
+        if extension not in FILE_READERS:
+            raise _make_unsupported_error(path, KNOWN_EXTENSIONS)
+        return FILE_READERS[extension]
     try:
         with path.open("rb") as file:
             return find_line_reader(path, file)
@@ -185,11 +185,11 @@ def _open_file_set(source: str, files: Sequence[Path]) -> Container:
     Raises:
         UserError: If they have different types, belong to several sets of shards, or a shard is missing.
     """
-    suffixes = sorted(set(map(get_ending, files)))
+    suffixes = sorted(set(map(get_extension, files)))
     if len(suffixes) != 1 or suffixes[0] not in FILE_READERS:
         found = f"files of several types ({', '.join(suffixes)})" if len(suffixes) > 1 else "no data files"
         raise UserError(
-            f"{source}: found {found} (expected one of {KNOWN_ENDINGS}). Select files with a pattern, such as 'folder/*.jsonl'."
+            f"{source}: found {found} (expected one of {KNOWN_EXTENSIONS}). Select files with a pattern, such as 'folder/*.jsonl'."
         )
     shard_sets: dict[tuple[str, int, str], list[int]] = {}
     for match in filter(None, (SHARD_NAME.fullmatch(path.name) for path in files)):

@@ -17,7 +17,7 @@ from jaxembed.errors import UserError
 
 INCOMPLETE = "no template has all its fields"
 SAME_SIDES = "query and positive are equal"
-# Why a row makes no pair. If its templates fail for different reasons, the last of these counts.
+# Reasons for which a row makes no pair. If its templates fail for different reasons, the last of these counts.
 DROP_REASONS = (INCOMPLETE, SAME_SIDES, TOO_SHORT, TOO_LONG)
 
 
@@ -34,8 +34,8 @@ def make_document_schema(config: SourceConfig) -> RowSchema:
 class DocumentSampler(ExampleSampler):
     """Draws from rows with any fields. The source's `pair_templates` turn them into pairs (KaLM-Embedding 2.1: title and body).
 
-    A row is used if it has the metadata of `where` and at least one template makes a pair of an allowed length. Each visit
-    draws one of its pairs.
+    A row is used if it has the metadata of `where` and at least one template makes a pair of an allowed length. One of its
+    pairs is drawn each time.
     """
 
     max_positives = 1

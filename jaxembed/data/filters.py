@@ -11,12 +11,12 @@ from jaxembed.config.yaml_text import format_scalar
 from jaxembed.data.rows import RowSchema
 from jaxembed.data.schema import Row, get_nli_fields
 
-# How a config may write a truth value (YAML 1.1).
+# Spellings of truth values in a config (YAML 1.1).
 TRUE_WORDS, FALSE_WORDS = frozenset({"true", "yes", "on"}), frozenset({"false", "no", "off"})
 TOO_SHORT = "shorter than min_chars"
 TOO_LONG = "longer than max_chars"
 FILTER_KEYS = {"where", "min_chars", "max_chars"}
-# The texts that a row cannot do without. Those of `nli` rows may have other names (`get_nli_fields`).
+# The texts that a row needs. Those of `nli` rows may have other names (`get_nli_fields`).
 REQUIRED_TEXTS = {"pairs": ("query",), "scored_pairs": ("sentence1", "sentence2"), "labels": ("text",), "text": ("text",)}
 LISTED_TEXTS = {"pos": "positives", "neg": "negatives"}  # lists of texts in a row of pairs, which lose single entries
 

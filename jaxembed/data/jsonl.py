@@ -14,7 +14,7 @@ from jaxembed.data.schema import is_text
 from jaxembed.errors import UserError
 from jaxembed.files import decode
 
-JSON_WHITESPACE = b" \t\r\n"  # what JSON allows between values
+JSON_WHITESPACE = b" \t\r\n"  # characters that JSON allows between values
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 MIN_READ_BYTES, MAX_READ_BYTES = 2**12, 2**20  # of one read; reads of a long line grow from the first to the second
 

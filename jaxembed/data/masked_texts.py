@@ -22,7 +22,7 @@ class MaskedTextReader:
     """Tokenizes texts and masks some of their tokens (BehnamGhader et al. 2024, arXiv:2404.05961, section 2.1).
 
     Each token that is not special is predicted with the probability `mask_rate`, independently of the others. The first token
-    of a text has no token before it, so it is never predicted from there.
+    of a text is never predicted from the previous token, because there is none.
     """
 
     def __init__(self, config: MaskedPredictionConfig, tokenizer: TextTokenizer, key: str):

@@ -19,7 +19,7 @@ from jaxembed.files import exists, read_json
 
 DATASET_SPLIT = re.compile(r"(.+?):([\w.-]+(?:\[.*\])?(?:\+.*)?)")  # a split may be a slice (train[:10%]) or a sum of several
 STATE_FILE = "state.json"  # written by `Dataset.save_to_disk`, with the names of the data files
-INFO_FILE = "dataset_info.json"  # written beside it, with the types of the columns
+INFO_FILE = "dataset_info.json"  # written next to it, with the types of the columns
 SPLITS_FILE = "dataset_dict.json"  # written by `DatasetDict.save_to_disk`, with the names of the splits
 
 

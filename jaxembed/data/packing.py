@@ -12,7 +12,7 @@ import numpy as np
 ROW_COUNT_GROWTH = 1.06  # ratio of successive row counts: at most 6% padding, but few programs to compile
 MAX_ROWS_TO_SHORTEN = 32  # up to this many rows, where one row is a large part of the batch, rows may be shorter
 MIN_FILL = 31 / 32  # share of the tokens of shorter rows that texts must fill to make them worthwhile
-TOKENS_PER_SEGMENT = 8  # a row has room for one text per so many tokens
+TOKENS_PER_SEGMENT = 8  # a row has room for one text per this many tokens
 
 SyncRowCounts = Callable[[Iterator[int]], Iterator[int]]  # rows that this process needs -> rows that any process needs
 
@@ -69,7 +69,7 @@ def pack_rows(lengths: Sequence[int] | np.ndarray, row_length: int) -> Packing:
     max_texts = compute_max_segments(row_length)
     row, segment = np.empty(len(lengths), np.int64), np.empty(len(lengths), np.int64)
     # Open rows by their free tokens. Bit n of `free_bits` is set if there is an open row with n free tokens, so the fullest
-    # row that still takes a text is found in constant time.
+    # row with room for a text is found in constant time.
     rows_by_free: list[list[int]] = [[] for _ in range(row_length + 1)]
     free_bits = 0
     texts_in_row: list[int] = []

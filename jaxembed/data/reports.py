@@ -113,7 +113,7 @@ def _name_or_path(source: SourceConfig) -> str:
 
 
 def compute_stats(data: DataConfig, cache: Path, tokenizer: TextTokenizer | None) -> dict[str, Any]:
-    """Compute statistics of the examples that training draws from, and of the texts that every two sources share.
+    """Compute statistics of the examples that training draws from, and of the texts that each pair of sources shares.
 
     A text of a source of labels counts with one positive and one negative. Lengths are those of texts without instructions.
     Memory grows by 8 bytes for every query, text and pair.

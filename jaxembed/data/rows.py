@@ -44,12 +44,12 @@ class MissingColumnError(UserError):
 
 
 class RowSchema(NamedTuple):
-    """The checks of a row of a format, and the value that the index stores of it.
+    """The checks of a row of a format, and the value that the index stores for it.
 
     Attributes:
         name: Name of the format.
         check: Returns what is wrong with a row, or None.
-        index_value: Returns the number that the index stores of a row, or the name of its label. None: the row is left out.
+        index_value: Returns the number that the index stores for a row, or the name of its label. None: the row is left out.
         find_drops: Returns a reason for each part of a row that is never used, or for a row that is left out.
         select: Returns the used part of an indexed row.
     """
@@ -297,7 +297,7 @@ def _group_by_label(file: IO[bytes], count: int, new_labels: np.ndarray) -> list
     """Renumber the labels of an index and append its rows grouped by label.
 
     Args:
-        file: The index, with the entries alone.
+        file: The index, with only the entries.
         count: The number of rows.
         new_labels: The new number of each label, int [L].
 

@@ -1,6 +1,6 @@
 """Samplers turn the rows of a file into training examples. Each row schema draws positives and negatives in its own way.
 
-Scored pairs, labels and documents have modules of their own. Entailment (`nli.py`) and BEIR folders (`beir.py`) are read as
+Scored pairs, labels and documents have their own modules. Entailment (`nli.py`) and BEIR folders (`beir.py`) are read as
 rows of pairs.
 """
 
@@ -92,7 +92,7 @@ class PairSampler(ExampleSampler):
 class MinedPairSampler(PairSampler):
     """Draws from rows of pairs that were mined for another source. Rows of one of its examples become one example again.
 
-    A similar pair has a row for each direction, and a document one for each template. A visit draws one of the rows.
+    A similar pair has a row for each direction, and a document one for each template. One of the rows is drawn each time.
     """
 
     def __init__(self, rows: IndexedRows, max_positives: int):

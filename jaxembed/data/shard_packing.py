@@ -49,9 +49,9 @@ def pack_batch(
 class RowShapeSync:
     """Makes the processes that build one batch agree on its row shape, and sums their token counts.
 
-    Every process must choose the same shape, but knows the texts of its own shards only. So each sends the rows that its
+    Every process must choose the same shape, but only knows the texts of its own shards. So each sends the rows that its
     fullest shard needs at each candidate row length, and all get the maximum at each length. They then choose the shape from
-    the same row counts (`pack_shards`). The counts of tokens travel in the same message.
+    the same row counts (`pack_shards`). The counts of tokens are in the same message.
 
     Attributes:
         channel: Connects the processes.

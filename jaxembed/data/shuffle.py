@@ -18,7 +18,7 @@ def make_key(*parts: int | str) -> bytes:
 
 
 def permute_indices(indices: np.ndarray, count: int, key: bytes) -> np.ndarray:
-    """Return where a pseudorandom permutation of `count` items takes each index.
+    """Return the images of indices under a pseudorandom permutation of `count` items.
 
     The permutation is the generalized Feistel network of Black and Rogaway ("Ciphers with Arbitrary Finite Domains", 2002)
     over the smallest near-square rectangle that has a cell for every item. A result outside the items is permuted again

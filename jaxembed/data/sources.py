@@ -48,7 +48,7 @@ ROW_SCHEMAS = {
         RowSchema("labels", check_label, read_label, find_label_drops),
         NLI_SCHEMA,
         RowSchema("text", check_text),
-        RowSchema("documents", check_document),  # for checks alone; `make_document_schema` has the index value for a source
+        RowSchema("documents", check_document),  # only for checks; `make_document_schema` has the index value for a source
     )
 }
 # The fields that identify each schema. The first match wins.
@@ -87,7 +87,7 @@ class Source:
     def is_mineable(self) -> bool:
         """Whether negatives can be mined for it: its documents answer single queries.
 
-        Labels define their own negatives, and pairs with scores are all trained on.
+        Labels define their own negatives, and all pairs with scores are used for training.
         """
         return isinstance(self.sampler, PairSampler | ScoredPairSampler | DocumentSampler)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxembed.config.field_lists import log_once
 from jaxembed.data.columns import parse_content
-from jaxembed.data.containers import FILE_READERS, LINE_READERS, find_line_reader, get_ending, open_container
+from jaxembed.data.containers import FILE_READERS, LINE_READERS, find_line_reader, get_extension, open_container
 from jaxembed.data.jsonl import TextLinesFile, check_line_end
 from jaxembed.data.rows import IndexedRows, RowSchema
 from jaxembed.data.sampling import iter_rows
@@ -55,7 +55,7 @@ def read_texts(source: str, field: str) -> Iterator[str]:
     """Yield the texts of an input: the lines of a text file, or one field of each row of any other.
 
     The extension of a file determines how it is read, as in training (`data.containers`). Blank lines of a text file are
-    empty texts, so that lines and vectors correspond; those at its end are skipped. Texts are cut at `MAX_TEXT_CHARS`.
+    empty texts, so that lines and vectors correspond; those at its end are skipped. Texts are truncated to `MAX_TEXT_CHARS`.
 
     Raises:
         UserError: If a line is malformed. The error names file and line.
@@ -65,13 +65,13 @@ def read_texts(source: str, field: str) -> Iterator[str]:
         cut += len(text) > MAX_TEXT_CHARS
         yield text[:MAX_TEXT_CHARS]
     if cut:
-        log_once(f"{source}: {cut:,} texts have more than {MAX_TEXT_CHARS:,} characters and are cut there")
+        log_once(f"{source}: {cut:,} texts have more than {MAX_TEXT_CHARS:,} characters and are truncated")
 
 
 def _read_whole_texts(source: str, field: str) -> Iterator[str]:
 
     path = Path(source)
-    if not exists(path) or path.is_dir() or get_ending(path) in FILE_READERS.keys() - LINE_READERS.keys():
+    if not exists(path) or path.is_dir() or get_extension(path) in FILE_READERS.keys() - LINE_READERS.keys():
         yield from _read_field(open_container(source).scan(), field)
         return
     try:

@@ -21,7 +21,7 @@ from tokenizers.processors import TemplateProcessing
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.errors import UserError, summarize
 
-MAX_TEXT_CHARS = 1_000_000  # longer texts are cut before they are tokenized, which takes about 100 bytes per character
+MAX_TEXT_CHARS = 1_000_000  # longer texts are truncated before tokenization, which takes about 100 bytes per character
 # In a template: a boundary that no token crosses. It reproduces models whose own code tokenizes the parts separately.
 TOKEN_BOUNDARY = "\x1f"
 
@@ -78,7 +78,7 @@ def _find_added_token(tokenizer: Any, place: int, roles: tuple[str, str]) -> tup
 
 
 def _encode_sample(tokenizer: Any) -> list[int]:
-    """Return the tokens of a short text with its special tokens, without the padding that some files ask for."""
+    """Return the tokens of a short text with its special tokens, without the padding that some files enable."""
     encoding = tokenizer.backend_tokenizer.encode("a")
     return [id_ for id_, is_real in zip(encoding.ids, encoding.attention_mask, strict=True) if is_real]
 

@@ -83,7 +83,7 @@ class VectorStore:
     def _read(self, rows: np.ndarray) -> np.ndarray:
         """Return the vectors of some rows. Raises `UserError` if one has changed since it was stored."""
         vectors = np.zeros((len(rows), self._width), np.float32)
-        with (self._folder / VECTORS_FILE).open("rb", buffering=0) as file:  # no memory map: a cut file would be a SIGBUS
+        with (self._folder / VECTORS_FILE).open("rb", buffering=0) as file:  # no memory map: a truncated file would be a SIGBUS
             for vector, row in zip(vectors, rows.tolist(), strict=True):
                 os.preadv(file.fileno(), [vector.data], row * vector.nbytes)
         damaged = np.flatnonzero(_compute_checksums(vectors) != self._checksums[rows])
@@ -120,7 +120,7 @@ class VectorStore:
             self._read_new_frames()
 
     def _write_at_end(self, name: str, end: int, content: bytes) -> None:
-        """Cut a file at `end` bytes, append to it, and wait until it is on disk."""
+        """Truncate a file to `end` bytes, append to it, and wait until it is on disk."""
         with (self._folder / name).open("r+b") as file:
             file.truncate(end)
             file.seek(end)

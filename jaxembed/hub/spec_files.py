@@ -22,7 +22,7 @@ from jaxembed.model.families import TransformerConfig
 log = logging.getLogger("jaxembed")
 
 SPEC_FILE = "jaxembed.json"
-# What a jaxembed.json without a key means, where that differs from the default of new models. Earlier versions left
+# Values of keys that a jaxembed.json lacks, if they differ from the defaults of new models. Earlier versions left
 # instructions out of the pooling.
 EARLIER_DEFAULTS: Mapping[str, Any] = MappingProxyType({"include_instruction": False})
 
@@ -73,7 +73,7 @@ def read_folder_spec(name: str, folder: Path, config: Mapping[str, Any], transfo
         transformer: The transformer that `config` describes.
 
     Raises:
-        UserError: A file is invalid, or the folder needs Python code of its own.
+        UserError: A file is invalid, or the folder needs its own Python code.
     """
     if (folder / SPEC_FILE).is_file():
         return parse_spec(read_json(folder / SPEC_FILE), str(folder / SPEC_FILE))
@@ -83,7 +83,7 @@ def read_folder_spec(name: str, folder: Path, config: Mapping[str, Any], transfo
     if layout is None and not exists(folder / MODULES_FILE) and "auto_map" in config:
         supported = ", ".join(layout.title for layout in PUBLISHED_LAYOUTS)
         raise UserError(
-            f"{folder}: config.json needs Python code of its own (auto_map), which is not run (expected {SPEC_FILE}, "
+            f"{folder}: config.json needs its own Python code (auto_map), which is not run (expected {SPEC_FILE}, "
             f"sentence-transformers' {MODULES_FILE}, or the layout of NV-Embed, {supported}). "
             "If the weights are those of a plain decoder, remove auto_map from a copy."
         )

@@ -50,12 +50,12 @@ def check_exportable(spec: EmbeddingSpec) -> None:
     if spec.attention not in ("causal", "bidirectional"):
         raise UserError(
             f"model.attention: {spec.attention} cannot be exported, because stock classes lack this mask "
-            "(expected causal or bidirectional). Export the adapters alone, or train with another mask."
+            "(expected causal or bidirectional). Export only the adapters, or train with another mask."
         )
     if spec.pool_last_instruction_token and spec.pooling in POOLING_MODES:
         raise UserError(
             f"{spec.pooling} pooling with the last token of the instruction cannot be exported, because stock classes pool "
-            "either all of the instruction or nothing. Train it further with another choice."
+            "either all of the instruction or nothing. Train it further with another setting."
         )
     if spec.echo:
         raise UserError(
@@ -83,12 +83,12 @@ def write_stock_folder(embedder: Embedder, folder: Path, dtype: str) -> None:
         dtype: Dtype of the weights: float32 or bfloat16.
     """
     folder.mkdir()
-    # What transformers loads.
+    # Files that transformers loads.
     write_json(folder / "config.json", build_hf_config(embedder, dtype))
     family = embedder.model.transformer.family
     save_params(folder / "model.safetensors", embedder.params, {"decoder": ""}, make_dtype_converter(dtype), family)
     _write_tokenizer(folder, embedder)
-    # What sentence-transformers adds.
+    # Files that sentence-transformers adds.
     write_json(folder / "config_sentence_transformers.json", stock_files.build_model_config(embedder.spec, family))
     write_json(folder / "sentence_bert_config.json", stock_files.build_transformer_config(embedder.spec))
     _write_modules(folder, embedder, make_dtype_converter(dtype))

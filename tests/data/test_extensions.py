@@ -80,8 +80,8 @@ def test_a_missing_extension_is_logged_once(tmp_path: Path, caplog: pytest.LogCa
     for _ in range(2):
         assert [list(read_texts(str(tmp_path / name), "text")) for name in ("rows", "lines")] == [["one"], ["one"]]
     assert caplog.messages == [
-        f"{tmp_path}/rows: has no ending; read as rows of JSON, because of its first character",
-        f"{tmp_path}/lines: has no ending; read as lines of text, because of its first character",
+        f"{tmp_path}/rows: has no extension; read as rows of JSON, because of its first character",
+        f"{tmp_path}/lines: has no extension; read as lines of text, because of its first character",
     ]
 
 
