@@ -136,7 +136,7 @@ def get_extension(path: Path) -> str:
 def find_line_reader(path: Path, lines: Iterable[bytes]) -> type[LineFile]:
     """Return the reader of a file of lines: the one of its extension, or of its content if the name has no extension.
 
-    Without an extension, a file whose first character is { or [ holds rows of JSON, any other one lines of text. The choice is logged.
+    Without an extension, a file that starts with { or [ holds rows of JSON, any other one lines of text. The choice is logged.
 
     Args:
         path: The file, or a pipe.
@@ -189,7 +189,8 @@ def _open_file_set(source: str, files: Sequence[Path]) -> Container:
     if len(suffixes) != 1 or suffixes[0] not in FILE_READERS:
         found = f"files of several types ({', '.join(suffixes)})" if len(suffixes) > 1 else "no data files"
         raise UserError(
-            f"{source}: found {found} (expected one of {KNOWN_EXTENSIONS}). Select files with a pattern, such as 'folder/*.jsonl'."
+            f"{source}: found {found} (expected one of {KNOWN_EXTENSIONS}). "
+            "Select files with a pattern, such as 'folder/*.jsonl'."
         )
     shard_sets: dict[tuple[str, int, str], list[int]] = {}
     for match in filter(None, (SHARD_NAME.fullmatch(path.name) for path in files)):
