@@ -183,7 +183,8 @@ class Embedder:
     ) -> np.ndarray:
         """Encode texts as unit vectors. The score of two texts is the dot product of their vectors.
 
-        At most one of `instruction`, `prompt` and `prompt_name` may be given.
+        At most one of `instruction`, `prompt` and `prompt_name` may be given. The method has more than six parameters, because
+        all of them except the texts are options.
 
         Args:
             texts: N texts.
