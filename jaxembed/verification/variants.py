@@ -127,7 +127,8 @@ def list_transformer_variants(embedder: Embedder) -> list[TransformerVariant]:
             "sliding window",
             "none",
             f"{next(filter(None, transformer.windows))} tokens",
-            windows=(None,) * len(transformer.windows),
+            # Not None: layers without a window may have another rotary base.
+            windows=tuple(window and 2 * transformer.max_positions for window in transformer.windows),
         )
     if transformer.rope_scaling:
         kind = dict(transformer.rope_scaling).get("rope_type", "scaled")

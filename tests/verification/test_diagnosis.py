@@ -179,6 +179,8 @@ def test_transformers_of_a_family_differ_in_what_it_has(
     base_folder: Callable[[str], Path], family: str, expected: set[str]
 ) -> None:
     variants = list_transformer_variants(load_tiny(base_folder(family)))
+    layer_kinds = {tuple(window is None for window in variant.transformer.windows) for variant in variants}
+    assert len(layer_kinds) == 1, "layers with a window keep their rotary base without it"
     settings = {change.setting for variant in variants for change in variant.changes}
     assert expected <= settings <= CHANGE_ADVICE.keys()
 
