@@ -178,7 +178,7 @@ def compile_and_measure(args: argparse.Namespace) -> dict[str, Any]:
         return row | {"proposal": proposal and {**dataclasses.asdict(proposal), "settings": proposal.describe()}}
     if args.loss:
         loss = compile_loss(Objectives([InfoNCEConfig()]), {}, transformer.width, build_batch_shapes(args, mesh), mesh)
-        return row | {"temporaries": loss.temporaries, "collectives": loss.collectives.table()}
+        return row | {"temporaries": loss.temporaries, "collectives": loss.collectives.to_table()}
     if args.trace:
         with jax.set_mesh(mesh):
             flops = count_matmul_flops(step.trace(state, build_batch_shapes(args, mesh)).jaxpr)
@@ -197,7 +197,7 @@ def compile_and_measure(args: argparse.Namespace) -> dict[str, Any]:
         "arguments": program.arguments,
         "temporaries": program.temporaries,
         "flops": program.flops,
-        "collectives": program.collectives.table(),
+        "collectives": program.collectives.to_table(),
         "unknown_loops": program.collectives.unknown_loops,
         **compute_roofline(args, transformer, program, len(devices)),
         "compile_seconds": round(time.perf_counter() - start),

@@ -33,7 +33,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     client = HttpClient(root, os.environ.get(args.key_env, ""), args.key_env, args.timeout)
     server = connect(client, args.api, args.model, args.dim)
     with progress_bar(total=len(folder.probes), unit="texts", leave=False) as bar:
-        served = comparison.ask_server(server, folder.inputs, bar.update)
+        served = comparison.request_vectors(server, folder.inputs, bar.update)
     result = comparison.compare_with_probes(folder, server, served, args.tolerance)
     if not result.are_vectors_equal and not args.no_diagnosis:
         cli.set_up_jax()

@@ -178,7 +178,7 @@ def compare_items(first: ScoredItems, second: ScoredItems, seed: int | Sequence[
 
 
 def summarize_difference(difference: float, resampled_differences: np.ndarray, count: int, unit: str) -> Difference:
-    """Return a difference with the interval and the p-value that its resampled_differences values give."""
+    """Return a difference with the interval and the p-value of its resampled values."""
     tail = 50 * (1 - CONFIDENCE)
     finite = resampled_differences[np.isfinite(resampled_differences)]
     if not len(finite):  # a score is undefined, for example because all vectors are equal

@@ -130,7 +130,7 @@ def find_texts(segment: Int[Array, "r t"]) -> tuple[Int[Array, "r m1"], Int[Arra
 
 @functools.cache
 def find_fault(attend: Callable[..., jax.Array], mask: Mask, width: int) -> str:
-    """Run a form of cuDNN's attention once on the GPU here, and return what is wrong with it, or an empty string.
+    """Run a variant of cuDNN's attention once on the local GPU, and return what is wrong with it, or an empty string.
 
     Programs that are compiled for GPUs elsewhere are not checked.
 
@@ -145,7 +145,7 @@ def find_fault(attend: Callable[..., jax.Array], mask: Mask, width: int) -> str:
     with ThreadPoolExecutor(1) as pool:
         try:
             error = pool.submit(lambda: measure_error(attend, draw_check_inputs(width), mask)).result()
-        except Exception as problem:  # what fails, and how, is up to the libraries
+        except Exception as problem:  # the libraries can fail in any way
             return (str(problem) or repr(problem)).splitlines()[0][:160]
     return "" if error <= MAX_RELATIVE_ERROR else f"its results differ by {error:.2g} from those of einsum"
 

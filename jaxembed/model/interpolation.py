@@ -59,8 +59,8 @@ METHODS: Mapping[str, Callable[[Tensor, Tensor, float], tuple[float, float]]] = 
 def interpolate(models: Iterator[Any], weights: Sequence[float], method: str) -> Any:
     """Merge models in their order and return the float32 parameters as NumPy arrays.
 
-    Model i moves the result so far toward itself by t = weights[i] / (weights[0] + ... + weights[i]). For soups, this is the
-    weighted mean of all models. Sums are computed in float64.
+    Each model i moves the merged result toward itself by t = weights[i] / (weights[0] + ... + weights[i]). For soups, this is
+    the weighted mean of all models. Sums are computed in float64.
 
     Args:
         models: Parameters of each model. If the iterator loads them lazily, only the result and one model are in memory.

@@ -70,7 +70,7 @@ class Collectives:
     collectives: tuple[Collective, ...]
     unknown_loops: int
 
-    def table(self) -> dict[str, dict[str, dict[str, float]]]:
+    def to_table(self) -> dict[str, dict[str, dict[str, float]]]:
         """Return the totals of a step by scope and kind: count, bytes of the results, bytes sent by a device."""
         scopes: dict[str, dict[str, dict[str, float]]] = collections.defaultdict(dict)
         for collective in self.collectives:

@@ -143,7 +143,7 @@ def _make_report(state: TrainState, program: Program, memory: int | None, mesh: 
         "memory": {**memory_parts, "all": program.memory, "device": memory, "estimate": is_estimate},
         "flops": program.flops,
         "flops_a_device": program.flops // mesh.size,
-        "collectives": program.collectives.table(),
+        "collectives": program.collectives.to_table(),
         "loops_counted_once": program.collectives.unknown_loops,
     }
 

@@ -52,7 +52,7 @@ class EncodedSource:
 
 @dataclasses.dataclass(frozen=True)
 class SetView:
-    """What a report shows of a held-out set.
+    """The content of a report about a held-out set.
 
     Attributes:
         name: Name of the set.

@@ -32,7 +32,7 @@ log = logging.getLogger("jaxembed")
 
 @dataclasses.dataclass(frozen=True)
 class RunViews:
-    """What a report shows of the model of a run.
+    """The content of a report about the model of a run.
 
     Attributes:
         run: Name of the run.
@@ -140,7 +140,7 @@ def make_similarity_section(views: Sequence[RunViews]) -> ReportSection:
         "random other ones."
     )
     if any(view.sources for view in views):
-        intro += " Training rows have hard negatives of their own; their random negatives are positives of other rows."
+        intro += " Training rows have their own hard negatives; their random negatives are positives of other rows."
     return ReportSection("similarities", "Similarities", intro, charts=charts)
 
 

@@ -105,9 +105,9 @@ def _describe_loss_parts(runs: Sequence[RunFiles]) -> str:
     keys = {key for run in runs for key in _list_loss_parts(run)}
     notes = []
     if any(re.search(r"_\d+$", key) for key in keys if not key.startswith(EXIT_PREFIX)):
-        notes.append("A part with a width is the loss of vectors cut to that width (Matryoshka).")
+        notes.append("A part with a width is the loss of vectors truncated to that width (Matryoshka).")
     if any(key.startswith(EXIT_PREFIX) for key in keys):
-        notes.append("A part of an exit is the loss of the model cut to its first layers.")
+        notes.append("A part of an exit is the loss of the model truncated to its first layers.")
     return " ".join(notes)
 
 
@@ -147,7 +147,7 @@ def describe_part(key: str) -> str:
 
 
 def make_held_out_section(runs: Sequence[RunFiles]) -> ReportSection:
-    """Return held-out scores over the steps, beside those of the model before training and of BM25."""
+    """Return held-out scores over the steps, next to those of the model before training and of BM25."""
     metrics = list(dict.fromkeys(name for run in runs for _, name, _ in run.scores()))
     charts = []
     for metric in metrics:

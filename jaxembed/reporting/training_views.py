@@ -39,7 +39,7 @@ MAX_SOURCE_EXAMPLES = 128  # examples of a source that are encoded
 def open_training_sources(run: RunFiles) -> list[Source]:
     """Return the first sources of a run's last stage that have pairs, with the negatives that the run mined for them.
 
-    If the training files are gone when a report is written, the list is empty.
+    If the training files are missing, the list is empty.
     """
     index, stage = len(run.config.stages) - 1, run.config.stages[-1]
     try:

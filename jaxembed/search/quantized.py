@@ -70,7 +70,7 @@ def search_quantized(
         index.add(numbers)
         steps = compute_steps(ranges)
         found = [index.search(np.ascontiguousarray(block * steps), k) for block in blocks]
-        # The middle of a step is start + (level + 1/2) * step, so the rest of a score depends on the query alone.
+        # The middle of a step is start + (level + 1/2) * step, so the rest of a score depends only on the query.
         found = [(s + (b @ (ranges[0] + steps / 2))[:, None], rows) for b, (s, rows) in zip(blocks, found, strict=True)]
     else:
         bits = faiss.IndexBinaryFlat(8 * numbers.shape[1])

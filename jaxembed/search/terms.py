@@ -18,7 +18,7 @@ def make_term_splitter() -> Callable[[str], list[str]]:
     - Words are written in lower case. Identifiers are split at underscores, case changes and digits; English stop words and
       endings are removed.
     - Texts in `BIGRAM_SCRIPTS` give every pair of neighboring characters, as Lucene's CJKBigramFilter does. A character is
-      what a reader sees as one: a letter with its vowel signs and marks. A character without neighbors is a term of its own.
+      what a reader sees as one: a letter with its vowel signs and marks. A character without neighbors is a separate term.
     - Equivalent characters, such as full-width letters and digits, are equal (Unicode NFKC).
     """
     import unicodedata

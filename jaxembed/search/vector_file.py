@@ -23,8 +23,8 @@ MAX_HEADER_BYTES = 10_000
 class VectorFile:
     """The vectors of a .npy file, as `jaxembed.encode` writes it, read in slices. Nothing is kept in memory.
 
-    The file is not memory-mapped: a file that is cut while it is read would end the process, and mapped pages count as memory
-    of the process.
+    The file is not memory-mapped: a file that is truncated while it is read would end the process, and mapped pages count as
+    memory of the process.
 
     Attributes:
         path: The file.

@@ -55,7 +55,7 @@ class Checkpoints(CheckpointReader):
             score: The held-out score that picks the best checkpoint; None if the state was not scored.
 
         Raises:
-            UserError: This checkpoint, or the one before, cannot be written.
+            UserError: This checkpoint, or the previous one, cannot be written.
         """
         step = int(state.step)
         if step in self.list_steps():

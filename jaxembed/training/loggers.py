@@ -80,7 +80,7 @@ def open_loggers(config: Config, start: int) -> list[MetricLogger]:
         start: Last step of the checkpoint that the run resumes from, 0 for a new run.
 
     Raises:
-        UserError: A logger is not installed, or cannot be package.
+        UserError: A logger is not installed, or cannot be opened.
     """
     check_loggers_installed(config.train.loggers)
     return [_open_logger(name, config, start) for name in config.train.loggers]
@@ -96,7 +96,7 @@ def _open_logger(name: str, config: Config, start: int) -> MetricLogger:
             package = OPENERS[name](config, run_id)
     except Exception as error:  # no key, no network, a full disk
         raise UserError(
-            f"train.loggers: {name} cannot be package ({summarize(error)}). {LOGGER_ADVICE[name]}, or remove it from "
+            f"train.loggers: {name} cannot be opened ({summarize(error)}). {LOGGER_ADVICE[name]}, or remove it from "
             "train.loggers."
         ) from None
     return PackageLogger(name, package, _find_written(run_dir, start))
@@ -151,5 +151,5 @@ def _open_trackio(config: Config, run_id: str) -> OpenPackage:
 OPENERS: dict[str, Callable[[Config, str], OpenPackage]] = {"wandb": _open_wandb, "trackio": _open_trackio}
 LOGGER_ADVICE = {
     "wandb": "Set WANDB_API_KEY, set WANDB_MODE=offline to write to the run directory",
-    "trackio": "Set TRACKIO_DIR to a folder that can be logged",
+    "trackio": "Set TRACKIO_DIR to a folder that can be written",
 }

@@ -55,7 +55,7 @@ class Recorder:
         self._bar.update()
 
     def show(self, **values: str) -> None:
-        """Show values beside the progress bar."""
+        """Show values next to the progress bar."""
         self._bar.set_postfix(values)
 
     def log(self, step: int, values: Mapping[str, float], stage: int = 0) -> None:

@@ -1,7 +1,7 @@
 """Model FLOPs utilization (MFU): the share of the devices' peak FLOP/s that the model uses.
 
-Definition: Chowdhery et al. 2022, PaLM, appendix B. It counts the matmuls that the model asks for, not those that are
-recomputed to save memory:
+Definition: Chowdhery et al. 2022, PaLM, appendix B. It counts the matmuls that the model needs, not those that are recomputed
+    to save memory:
 
 - Kernels: each useful token takes 6 FLOPs for each weight of the kernels that it passes, 2 forward and 4 backward. A frozen
   kernel takes 4: it needs no gradient of its own.

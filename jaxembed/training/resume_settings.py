@@ -1,4 +1,4 @@
-"""Which settings a resumed run must share with its recorded config, and which may change.
+"""The settings that a resumed run must share with its recorded config, and those that may change.
 
 A run may resume after an upgrade, on other devices, or with other logging. So only settings that change the losses, or that
 decide which checkpoint is the best, are compared. These may change:
@@ -41,8 +41,8 @@ FREE_TRAIN_KEYS = frozenset(
 )
 
 
-def settings_that_must_match(recorded: Config, config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the settings of a recorded config, and of the config that resumes its run, as far as they must be equal."""
+def collect_compared_settings(recorded: Config, config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings of a recorded config, and of the config that resumes its run, that must be equal."""
     before, after = _collect_fixed_settings(recorded), _collect_fixed_settings(config)
     if not recorded.eval.sets:
         del before["eval"], after["eval"]

@@ -1,4 +1,4 @@
-"""The run directory. It records what identifies a run, which is compared when the run is resumed."""
+"""The run directory. It records the identity of a run, which is compared when the run is resumed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxembed.devices import processes
 from jaxembed.errors import UserError
 from jaxembed.files import exists, read_json, write_json, write_text
 from jaxembed.formats.run_files import read_run_file
-from jaxembed.training.resume_settings import keep_recorded_equality, settings_that_must_match
+from jaxembed.training.resume_settings import collect_compared_settings, keep_recorded_equality
 from jaxembed.training.run_lock import RUN_LOCK_FILE, RunLock, check_unlocked
 
 log = logging.getLogger("jaxembed")
@@ -63,7 +63,7 @@ def _check_settings(config: Config, run_dir: Path) -> Config:
     if not exists(config_path):
         raise UserError(f"{run_dir}: holds files, but not a run. Name another run.dir.")
     recorded = read_run_file(read_run_config, config_path)
-    if changes := _summarize_differences(*settings_that_must_match(recorded, config)):
+    if changes := _summarize_differences(*collect_compared_settings(recorded, config)):
         raise UserError(f"{run_dir}: belongs to another config ({changes}). Name another run.dir, or restore the config.")
     return recorded
 
@@ -127,7 +127,7 @@ def record_or_check(
         run_dir: The run directory.
         name: Name of the file without its suffix.
         value: What identifies a part of the run.
-        problem: What the error says if the value differs, such as "its base changed".
+        problem: Phrase of the error if the value differs, such as "its base changed".
         compared_keys: Keys of the value that are compared. Default: all.
 
     Raises:

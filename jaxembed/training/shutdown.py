@@ -21,10 +21,10 @@ MAX_UNWINDING_S = 20.0  # for an interrupted block to clean up and end
 RESUME_MESSAGE = "the run continues from its last checkpoint, if it has one. Run the same command."
 
 
-def stop_signals() -> list[int]:
+def list_stop_signals() -> list[int]:
     """Return the signals that ask a command to stop: Ctrl-C, SIGTERM, and these if they are not ignored.
 
-    - SIGHUP: the terminal was closed. `nohup` has it ignored.
+    - SIGHUP: the terminal was closed. `nohup` ignores it.
     - SIGUSR1 and SIGUSR2: Slurm's `--signal` sends them before the time limit.
     """
     optional = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -33,7 +33,7 @@ def stop_signals() -> list[int]:
 
 @contextmanager
 def handle_stop_signals(handle: Callable[[int, FrameType | None], None], wakeup_descriptor: int = -1) -> Iterator[None]:
-    """Handle `stop_signals` inside the block, and restore the previous handlers at its end.
+    """Handle `list_stop_signals` inside the block, and restore the previous handlers at its end.
 
     With several processes JAX handles SIGTERM, to notify the others, so that signal is left to it. Outside the main thread
     Python accepts no handlers, and signals keep their meaning.
@@ -45,7 +45,7 @@ def handle_stop_signals(handle: Callable[[int, FrameType | None], None], wakeup_
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handled = [number for number in stop_signals() if number != signal.SIGTERM or processes.count() == 1]
+    handled = [number for number in list_stop_signals() if number != signal.SIGTERM or processes.count() == 1]
     previous = {number: signal.signal(number, handle) for number in handled}
     previous_descriptor = signal.set_wakeup_fd(wakeup_descriptor, warn_on_full_buffer=False)
     try:
@@ -58,7 +58,7 @@ def handle_stop_signals(handle: Callable[[int, FrameType | None], None], wakeup_
 
 @contextmanager
 def stop_on_signals(message: str) -> Iterator[None]:
-    """Turn `stop_signals` inside the block into `Stopped` with a message.
+    """Turn `list_stop_signals` inside the block into `Stopped` with a message.
 
     A signal raises `KeyboardInterrupt` in the main thread. That can take long, as while a program compiles, and callbacks of
     libraries may swallow it. So the process ends with the message after `MAX_UNWINDING_S` if the block has not ended by then.
@@ -93,7 +93,7 @@ def _exit_if_stuck(message: str) -> Iterator[int]:
     def watch() -> None:
         with open(read_end, "rb", buffering=0) as signals:
             while number := signals.read(1):  # nothing once the block has ended
-                if number[0] in stop_signals() and not has_ended.wait(MAX_UNWINDING_S):
+                if number[0] in list_stop_signals() and not has_ended.wait(MAX_UNWINDING_S):
                     print(f"\nstopped: {message}", file=LossyStream(sys.stderr), flush=True)
                     os._exit(128 + number[0])
 
@@ -106,7 +106,7 @@ def _exit_if_stuck(message: str) -> Iterator[int]:
 
 
 class StopRequest:
-    """Turns `stop_signals` into a request to stop after a step. A second Ctrl-C interrupts at once.
+    """Turns `list_stop_signals` into a request to stop after a step. A second Ctrl-C interrupts at once.
 
     It is a context manager: the signals are handled inside the block (`handle_stop_signals`). With several processes the
     signals are turned into a SIGTERM, which JAX handles.

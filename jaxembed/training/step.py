@@ -155,7 +155,7 @@ def make_train_step(
         with jax.named_scope("optimizer"):
             after = jax.lax.cond(is_finite, update, lambda: before) if skip_nonfinite else update()
 
-        # Put the adapter back beside the others.
+        # Put the adapter back into the stack.
         new_params, new_opt_state = put_adapter((state.params, state.opt_state), batch.adapter, after)
         rate = schedule(count_updates(state.opt_state))
         metrics = {"loss": loss, **parts, "grad_norm": grad_norm, "learning_rate": jnp.asarray(rate)}

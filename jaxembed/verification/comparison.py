@@ -60,7 +60,7 @@ class Verification:
         cosines: Cosine of the two vectors of each probe; None if the server returned no vector.
         min_cosine: Minimum cosine of equal vectors.
         findings: One line for each difference that is found without the model.
-        diagnosis: Which variant of the model gives the server's vectors. None: not needed or not requested.
+        diagnosis: Variants of the model that explain the server's vectors. None: not needed or not requested.
     """
 
     cosines: list[float | None]
@@ -96,7 +96,7 @@ class VerifiedFolder:
 
     @property
     def inputs(self) -> list[str]:
-        """What a client sends for each probe: prompt, text, and the suffix of texts with a prompt. Servers add none of them."""
+        """The input that a client sends for each probe: prompt, text, and the suffix after texts with a prompt."""
         return [probe.prompt + probe.text + self.base.spec.get_suffix(probe.prompt) for probe in self.probes]
 
     @property
@@ -116,7 +116,9 @@ def open_folder(path: Path) -> VerifiedFolder:
     return VerifiedFolder(path, find_base_with_weights(str(path)), read_probe_file(path))
 
 
-def ask_server(server: EmbeddingServer, inputs: Sequence[str], advance: Callable[[], object] = lambda: None) -> ServedVectors:
+def request_vectors(
+    server: EmbeddingServer, inputs: Sequence[str], advance: Callable[[], object] = lambda: None
+) -> ServedVectors:
     """Request the vector of each input separately, then of several inputs in one request.
 
     Args:

@@ -37,11 +37,11 @@ from jaxembed.verification.variants import (
     list_transformer_variants,
 )
 
-TEXTS_PER_PROMPT, MAX_SHORT_TEXTS = 4, 24  # texts that all variants are tried on
+TEXTS_PER_PROMPT, MAX_SHORT_TEXTS = 4, 24  # texts on which all variants are tried
 MAX_EXTENDED_MATCHES = 4  # variants that explain the short texts and are tried on the long ones
 HALF_DTYPES = ("float16", "bfloat16")
 # Allowed distance from the exact vectors, in multiples of that of our own computation in half precision. Export allows 1.5
-# times the difference of a number; 1 - cosine is half the squared distance.
+# times the difference of a component; 1 - cosine is half the squared distance.
 HALF_PRECISION_SLACK = 1.5**2
 
 

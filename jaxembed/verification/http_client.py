@@ -1,4 +1,4 @@
-"""Ask a server for JSON over HTTP, with retries while it is busy and one-line errors. Uses only the standard library."""
+"""Request JSON from a server over HTTP, with retries while it is busy and one-line errors. Uses only the standard library."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class HttpClient:
         Raises:
             UserError: The server cannot be reached, takes too long, stays busy, redirects, or needs another key.
         """
-        return self._ask(path, None)
+        return self._request(path, None)
 
     def post(self, path: str, content: Any) -> HttpResponse:
         """Post a JSON value to a path.
@@ -100,22 +100,22 @@ class HttpClient:
         Raises:
             UserError: As for `get`.
         """
-        return self._ask(path, json.dumps(content).encode())
+        return self._request(path, json.dumps(content).encode())
 
-    def _ask(self, path: str, body: bytes | None) -> HttpResponse:
+    def _request(self, path: str, body: bytes | None) -> HttpResponse:
         wait_s = FIRST_BUSY_WAIT_S
         for attempt in range(1, MAX_BUSY_ATTEMPTS + 1):
-            answer, headers = self._ask_once(path, body)
+            answer, headers = self._send_once(path, body)
             if answer.status not in BUSY_STATUSES or attempt == MAX_BUSY_ATTEMPTS:
                 break
             seconds = min(parse_retry_after(headers.get("Retry-After")) or wait_s, MAX_WAIT_S)
-            log.info("%s: busy (status %d); asking again in %g s", answer.url, answer.status, seconds)
+            log.info("%s: busy (status %d); retrying in %g s", answer.url, answer.status, seconds)
             time.sleep(seconds)
             wait_s *= 2
         self._check(answer, headers)
         return answer
 
-    def _ask_once(self, path: str, body: bytes | None) -> tuple[HttpResponse, Mapping[str, str]]:
+    def _send_once(self, path: str, body: bytes | None) -> tuple[HttpResponse, Mapping[str, str]]:
         """Send one request. Return the answer and its headers."""
         url = self.root + path
         headers = {"Accept": "application/json"}
@@ -188,7 +188,7 @@ def parse_root(url: str) -> str:
 
 
 def _read_body(response: Any, url: str, limit_s: float) -> str:
-    """Return the body. Raise `TimeoutError` if it takes too long: the limit of the connection is one of each read alone."""
+    """Return the body. Raise `TimeoutError` if it takes too long: the timeout of the connection only limits each read."""
     end, body = time.monotonic() + limit_s, bytearray()
     while part := response.read1(READ_BYTES):
         body += part

@@ -32,7 +32,7 @@ CHANGE_ADVICE = {
 
 
 def iter_report_lines(folder: VerifiedFolder, server: EmbeddingServer, result: Verification) -> Iterator[str]:
-    """Yield the lines for people: the server, each text with its cosine, and the verdict."""
+    """Yield the lines for human readers: the server, each text with its cosine, and the verdict."""
     model = f", model {server.model}" if server.model else ""
     yield f"{server.client.root}: {server.info}{model}, API {server.api_name}{server.path}"
     yield f"  {'cosine':>9}  {'prompt':{MAX_PROBE_PROMPT_CHARS}}  text"
@@ -60,7 +60,7 @@ def _iter_diagnosis_lines(diagnosis: Diagnosis) -> Iterator[str]:
     subject = "this difference" if len(first.changes) == 1 else "these differences"
     yield f"  With {subject}, the folder gives the server's vectors (cosine {first.cosine:.6f})."
     if others:
-        yield f"  The probe texts cannot tell this apart from: {'; or '.join(map(_join, others))}."
+        yield f"  The probe texts cannot distinguish this from: {'; or '.join(map(_join, others))}."
 
 
 def _join(match: VariantMatch) -> str:

@@ -1,4 +1,4 @@
-"""Ask embedding servers for vectors: OpenAI's API and those of TEI, vLLM, llama.cpp and Ollama.
+"""Request vectors from embedding servers: OpenAI's API and those of TEI, vLLM, llama.cpp and Ollama.
 
 Servers do not add a model's prompt. The client sends prompt and text as one string.
 """
@@ -72,7 +72,7 @@ APIS = {
     "llama.cpp": Api(("/embeddings", "/embedding"), "input", _read_llama_cpp_items, takes_model=False),
     "ollama": Api(("/api/embed",), "input", lambda content: list(content["embeddings"]), {"truncate": True}),
 }
-# The API that `auto` chooses for a program. All other servers are asked by OpenAI's.
+# The API that `auto` chooses for a program. For all other servers it is OpenAI's.
 PREFERRED_APIS = {"TEI": "tei", "Ollama": "ollama"}
 # Requests to vLLM need this in both of its APIs: without it, vLLM refuses long texts instead of truncating them.
 VLLM_TRUNCATION = {"truncate_prompt_tokens": -1}

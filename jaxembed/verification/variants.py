@@ -27,7 +27,7 @@ from jaxembed.model.families import TransformerConfig
 
 SERVER_POOLINGS: tuple[PoolingKind, ...] = ("mean", "last", "first", "max", "weighted_mean")
 DEFAULT_ROPE_THETA = 10_000.0
-# Lengths at which servers truncate, besides those that follow from the model and from what the server states.
+# Lengths at which servers truncate, besides those of the model and those that the server reports.
 COMMON_LENGTHS = (16, 32, 64, 100, 128, 200, 256, 300, 384, 500, 512, 768, 1000, 1024, 2000, 2048, 4000, 4096, 8000, 8192)
 MAX_LENGTH_RATIO = 4  # longer common lengths, relative to the model's own, are not tried
 MAX_ADDED_PROMPTS = 3

@@ -63,7 +63,7 @@ def make_plan(config: Config) -> dict[str, Any]:
 
 def test_collectives_in_loops_are_counted_as_often_as_they_run() -> None:
     found = find_collectives(HLO, ("loss", "encode"))
-    assert found.table() == {
+    assert found.to_table() == {
         "encode": {"all-gather": {"count": 26, "result_bytes": 26 * 1024, "sent_bytes": 26 * 768}},
         "loss": {"all-gather": {"count": 1, "result_bytes": 512, "sent_bytes": 384}},
         "other": {
