@@ -16,6 +16,7 @@ from jaxembed.devices import processes
 from jaxembed.evaluation.evaluate import TASK_SOURCES, evaluate
 from jaxembed.evaluation.vector_cache import DEFAULT_MEMORY_GIB
 from jaxembed.search.precision import PRECISIONS, RANGES_FILE
+from jaxembed.training.shutdown import stop_on_signals
 
 JOIN_LIMIT_S = 600.0  # time limit for all processes of a run to join
 
@@ -27,11 +28,13 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         {"model", "scores": {task: scores}}, as `EvaluationTask.score` describes them. --compare adds "comparison"
         (`compare_tasks`), and --check-leaks adds "leaks" (`find_leaks`).
     """
-    if args.backend == "jax":
-        cli.set_up_jax()
-        with processes.process_group(JOIN_LIMIT_S):
-            return evaluate(args)
-    return evaluate(args)
+    kept = f"{args.out} keeps the scores of finished tasks; the same command continues" if args.out else "nothing was written"
+    with stop_on_signals(kept):
+        if args.backend == "jax":
+            cli.set_up_jax()
+            with processes.process_group(JOIN_LIMIT_S):
+                return evaluate(args)
+        return evaluate(args)
 
 
 def make_parser() -> cli.Parser:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from helpers.held_out import encode_words, make_labeled_texts, make_scored_pairs
 from jaxembed import evaluate
 from jaxembed.config.instructions import InstructionTable
 from jaxembed.config.spec import EmbeddingSpec
-from jaxembed.errors import UserError
+from jaxembed.errors import Stopped, UserError
 from jaxembed.evaluation import evaluate as evaluation
 from jaxembed.evaluation.bootstrap import CONFIDENCE
 from jaxembed.evaluation.heldout import open_held_out_sets, score_set
@@ -79,6 +80,20 @@ def test_two_processes_do_not_write_one_output(folder: Path) -> None:
     with lock_folder(folder / "out", folder / "out"), pytest.raises(UserError, match=r"^out: another process is writing it"):
         run("good", "--sts", "pairs.jsonl", "--out", "out")
     run("good", "--sts", "pairs.jsonl", "--out", "out")
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [(["--out", "out"], "out keeps the scores of finished tasks; the same command continues"), ([], "nothing was written")],
+)
+def test_a_signal_says_what_is_kept(folder: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], line: str) -> None:
+    def stop(*_: Any) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(evaluation, "score_tasks", stop)
+    arguments = ["good", "--sts", "pairs.jsonl", "--backend", "sentence-transformers", *options]
+    with pytest.raises(Stopped, match=f"^{line}$"):
+        evaluate.main(evaluate.make_parser().parse_args(arguments))
 
 
 def test_an_interrupted_run_leaves_no_vectors_behind(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
