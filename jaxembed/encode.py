@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,21 @@ import numpy as np
 
 from jaxembed import cli
 from jaxembed.config.field_lists import log_once
+from jaxembed.data.jsonl import write_jsonl
 from jaxembed.data.npy_writer import check_disk_space, write_vectors
 from jaxembed.data.text_input import group_texts, is_pipe, read_few_shot_examples, read_texts
 from jaxembed.data.tokenize import MAX_TEXT_CHARS
 from jaxembed.errors import UserError
 from jaxembed.files import atomic_write
 from jaxembed.search.precision import PRECISIONS, RANGES_FILE, Quantizer, find_ranges, get_quantized_layout, read_ranges
+from jaxembed.search.quantized import check_layout, import_faiss, read_documents, search_quantized
+
+DEFAULT_TOP = 10  # documents that --search finds per text
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    """Encode the texts of IN. Return the path of OUT, the number of its vectors, and their width."""
-    source, out = args.input, cli.prepare_new_output(args.out)
+    """Encode the texts of IN, or find their nearest documents. Return the path of OUT, and counts."""
+    source, out = args.input, cli.prepare_new_output(args.out, [".jsonl"] if args.search else ())
     if args.examples and not args.instruction:
         raise UserError("--examples: in-context examples need an instruction. Add --instruction.")
     examples = read_few_shot_examples(Path(args.examples)) if args.examples else []
@@ -32,6 +37,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     ranges_out = args.write_ranges and cli.prepare_new_output(args.write_ranges)
     if ranges_out and ranges_out.absolute() == out.absolute():
         raise UserError(f"--write-ranges {ranges_out}: is the same file as OUT. Name another file.")
+    documents = open_documents(args)
     # A pipe can be read only once. Anything else is read and checked before the model is loaded.
     count = None if is_pipe(source) else sum(1 for _ in read_texts(source, args.field))
     if count == 0:
@@ -45,12 +51,15 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         plain = repr(embedder.spec.plain_prompt)
         log_once(f"{args.model}: texts get the prompt {plain} (--prompt-name selects a stored one: {stored})", logging.INFO)
     width = embedder.encode([], **options).shape[1]  # checks the options before anything is written
-    quantizer = Quantizer(args.precision, read_ranges(ranges_path, width) if ranges_path else None)
+    ranges = read_ranges(ranges_path, width) if ranges_path else None
+    groups = (embedder.encode(texts, **options) for texts in group_texts(read_texts(source, args.field)))
+    if documents is not None:
+        return write_nearest(out, args, groups, documents, width, ranges)
+    quantizer = Quantizer(args.precision, ranges)
     dtype, columns = get_quantized_layout(args.precision, width)
     check_disk_space(out, dtype.itemsize * (count or 0) * columns)
-    parts = (quantizer(embedder.encode(texts, **options)) for texts in group_texts(read_texts(source, args.field)))
     with atomic_write(out) as partial:
-        written = write_vectors(partial, out, parts, columns, count, dtype)
+        written = write_vectors(partial, out, map(quantizer, groups), columns, count, dtype)
         if not written:
             raise UserError(f"{source}: has no texts")
         if count not in (None, written):
@@ -61,6 +70,45 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     return {"out": str(out), "vectors": written, "width": width} | (
         {} if args.precision == "float32" else {"precision": args.precision}
     )
+
+
+def open_documents(args: argparse.Namespace) -> np.ndarray | None:
+    """Return the vectors that --search names, or None without it. Raise `UserError` if they cannot be searched."""
+    if args.search is None:
+        if args.top is not None:
+            raise UserError("--top: says how many documents to find, so it needs --search DOCUMENTS.npy.")
+        return None
+    if args.write_ranges:
+        raise UserError("--search: finds documents and writes no vectors, so it writes no ranges. Omit --write-ranges.")
+    import_faiss("--search")
+    return read_documents(Path(args.search))
+
+
+def write_nearest(
+    out: Path,
+    args: argparse.Namespace,
+    groups: Iterable[np.ndarray],
+    documents: np.ndarray,
+    width: int,
+    ranges: np.ndarray | None,
+) -> dict[str, Any]:
+    """Write the nearest documents of each text, one JSON line per text. Return what the command prints.
+
+    Args:
+        out: The file.
+        args: Options of the command.
+        groups: Vectors of the texts, float32 [n, width] each.
+        documents: Vectors of the documents in `args.precision`.
+        width: Width of the vectors.
+        ranges: Ranges for int8 and uint8.
+    """
+    check_layout(documents, args.precision, width, f"--search {args.search}: its vectors are")
+    queries = np.concatenate([np.zeros((0, width), np.float32), *groups])
+    found = search_quantized(queries, documents, args.top or DEFAULT_TOP, args.precision, ranges)
+    rows = ({"rows": rows, "scores": scores} for rows, scores in zip(found.rows.tolist(), found.scores.tolist(), strict=True))
+    with atomic_write(out) as partial:
+        write_jsonl(partial, rows)
+    return {"out": str(out), "texts": len(queries), "documents": len(documents), "precision": args.precision}
 
 
 def make_parser() -> cli.Parser:
@@ -91,7 +139,7 @@ def make_parser() -> cli.Parser:
         "--precision",
         choices=PRECISIONS,
         default="float32",
-        help="values of OUT.npy: float32 (default), int8, uint8 (see --ranges), or 8 signs per byte (binary, ubinary)",
+        help="numbers in OUT.npy: float32 (default), int8 or uint8 (see --ranges), or 8 sign bits per byte (binary, ubinary)",
     )
     parser.add_argument(
         "--ranges",
@@ -100,6 +148,15 @@ def make_parser() -> cli.Parser:
     )
     parser.add_argument(
         "--write-ranges", metavar="RANGES.npy", help="write the lowest and highest value of each dimension, for --ranges"
+    )
+    parser.add_argument(
+        "--search",
+        metavar="DOCUMENTS.npy",
+        help="instead of vectors, write the nearest rows of this file, which encode wrote with the same --precision: OUT.jsonl "
+        'has {"rows": [...], "scores": [...]} for each text. Needs the eval extra.',
+    )
+    parser.add_argument(
+        "--top", type=cli.integer_from(1), metavar="K", help=f"documents that --search finds per text (default: {DEFAULT_TOP})"
     )
     parser.add_argument(
         "--long-texts",

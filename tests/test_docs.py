@@ -214,6 +214,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "handbook" / "app.md").write_text("# App\n\n" + "\n\n".join(answers))
     write_jsonl(root / "examples.jsonl", [{"query": questions[0], "response": answers[0]}])
     (root / "questions.txt").write_text("\n".join(questions[:3]))
+    (root / "documents.txt").write_text("\n".join(questions))
     question_table = pa.table({"question": questions, "answer": answers})
     nli_table = pa.table({"premise": questions, "hypothesis": answers, "label": [i % 2 * 2 for i in range(len(both))]})
     for name, rows in (("train", question_table), ("msmarco/train", question_table), ("nli/train-00000-of-00001", nli_table)):

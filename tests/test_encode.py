@@ -168,3 +168,42 @@ def test_errors_of_ranges(tmp_path: Path, encoder: LengthEncoder) -> None:
     with pytest.raises(UserError, match=r"--write-ranges .*out\.npy: is the same file as OUT"):
         run(source, out, "--write-ranges", str(out))
     assert not out.exists()
+
+
+@pytest.mark.parametrize("precision", ["float32", "ubinary"])
+def test_search_finds_the_rows_of_a_file_that_encode_wrote(tmp_path: Path, encoder: LengthEncoder, precision: str) -> None:
+    """A text is nearest to the document whose direction is most like its own: that of its own length."""
+    (tmp_path / "documents.txt").write_text("".join("x" * n + "\n" for n in (1, 40, 3)))
+    (tmp_path / "queries.txt").write_text("yyy\n" + "y" * 50)
+    run(tmp_path / "documents.txt", tmp_path / "documents.npy", "--precision", precision)
+    options = ("--precision", precision, "--search", str(tmp_path / "documents.npy"), "--top", "2")
+    result = run(tmp_path / "queries.txt", tmp_path / "found.jsonl", *options)
+    assert result == {
+        "out": str(tmp_path / "found.jsonl"), "texts": 2, "documents": 3, "precision": precision,
+    }  # fmt: skip
+    found = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
+    assert [len(row["rows"]) for row in found] == [2, 2]
+    queries = np.array([[3, 1], [50, 1]])
+    documents = np.array([[1, 1], [40, 1], [3, 1]]) if precision == "float32" else np.ones((3, 2)) / np.sqrt(2)
+    for row, scores in zip(found, queries @ documents.T, strict=True):
+        np.testing.assert_allclose(row["scores"], scores[row["rows"]], rtol=1e-6)
+        np.testing.assert_allclose(row["scores"], np.sort(scores)[::-1][:2], rtol=1e-6)
+
+
+def test_search_refuses_what_it_cannot_read(tmp_path: Path, encoder: LengthEncoder) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "bad.npy").write_text("no vectors")
+    np.save(tmp_path / "wide.npy", np.zeros((3, 5), np.float32))
+    out, search = tmp_path / "out.jsonl", ("--search", str(tmp_path / "wide.npy"))
+    for options, message in (
+        (("--search", str(tmp_path / "none.npy")), "--search: no such file .*none.npy"),
+        (("--search", str(tmp_path / "bad.npy")), "--search .*bad.npy: not a .npy file"),
+        (search, "wide.npy: its vectors are float32 of 5 columns .expected float32 of 2: float32 vectors of 2 numbers"),
+        ((*search, "--write-ranges", str(tmp_path / "r.npy")), "--search: finds documents and writes no vectors"),
+        (("--top", "3"), "--top: says how many documents to find"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(tmp_path / "a.txt", out, *options)
+    with pytest.raises(UserError, match=r"out.npy: expected an output that ends in .jsonl"):
+        run(tmp_path / "a.txt", tmp_path / "out.npy", *search)
+    assert not out.exists()

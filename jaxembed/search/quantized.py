@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 
 from jaxembed.errors import UserError
+from jaxembed.files import exists
 from jaxembed.search.nearest import DEFAULT_MEMORY_MB, SearchResult, choose_faiss_batch_size, select_best
 from jaxembed.search.precision import (
     BYTE_VALUES,
@@ -46,17 +50,8 @@ def search_quantized(
     Raises:
         UserError: FAISS is not installed, the ranges are missing, or the documents have another layout.
     """
-    try:
-        import faiss
-    except ImportError:
-        raise UserError("search_quantized: faiss is not installed. Run pip install '.[eval]'.") from None
-    width = queries.shape[1]
-    if (documents.dtype, documents.shape[1]) != get_quantized_layout(precision, width):
-        dtype, columns = get_quantized_layout(precision, width)
-        raise UserError(
-            f"search_quantized: documents are {documents.dtype} of {documents.shape[1]} columns (expected {dtype} of "
-            f"{columns}: {precision} vectors of {width} dimensions)."
-        )
+    faiss, width = import_faiss("search_quantized"), queries.shape[1]
+    check_layout(documents, precision, width, "search_quantized: documents are")
     if needs_ranges(precision) and ranges is None:
         raise UserError(f"search_quantized: {precision} needs ranges (found none). Pass those of the documents.")
     k = min(k, len(documents))
@@ -79,6 +74,37 @@ def search_quantized(
     empty = (np.zeros((0, k), np.float32), np.zeros((0, k), np.int64))
     scores, rows = (np.concatenate(parts) for parts in zip(empty, *found, strict=True))
     return SearchResult(rows.astype(np.int32), scores.astype(np.float32))
+
+
+def import_faiss(where: str) -> Any:
+    """Import FAISS. Raise `UserError` that starts with `where` if it is not installed."""
+    try:
+        import faiss
+    except ImportError:
+        raise UserError(f"{where}: faiss is not installed. Run pip install '.[eval]'.") from None
+    return faiss
+
+
+def check_layout(documents: np.ndarray, precision: Precision, width: int, where: str) -> None:
+    """Raise `UserError` that starts with `where` unless documents are quantized vectors of a width."""
+    dtype, columns = get_quantized_layout(precision, width)
+    if documents.ndim != 2 or (documents.dtype, documents.shape[1]) != (dtype, columns):
+        found = f"{documents.dtype} of {documents.shape[-1]} columns" if documents.ndim == 2 else f"of shape {documents.shape}"
+        raise UserError(f"{where} {found} (expected {dtype} of {columns}: {precision} vectors of {width} numbers).")
+
+
+def read_documents(path: Path) -> np.ndarray:
+    """Read the vectors in a .npy file, as `encode` writes them.
+
+    Raises:
+        UserError: The file is missing, or is no .npy file.
+    """
+    if not exists(path):
+        raise UserError(f"--search: no such file {path} (expected vectors of documents). Write it with jaxembed encode.")
+    try:
+        return np.asarray(np.load(path, allow_pickle=False))
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"--search {path}: not a .npy file ({error}). Write one with jaxembed encode.") from None
 
 
 def _search_bits(index: object, queries: np.ndarray, documents: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
