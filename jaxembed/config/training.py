@@ -79,6 +79,11 @@ class TrainConfig(Section):
     seed: int = Field(
         0, ge=0, le=MAX_INTEGER, description="Seed of the parameters, the order of examples, and every random draw."
     )
+    merge_adapters: bool = Field(
+        False,
+        description="Before a stage that is not the first, merge the adapters into the base and start new ones, as LLM2Vec "
+        "does. false: train the same adapters on.",
+    )
     dropout: DropoutConfig = DropoutConfig()
     log_every: Positive = Field(10, description="Steps between lines of metrics.jsonl.")
     checkpoint_every: Positive = Field(500, description="Steps between checkpoints.")

@@ -86,6 +86,22 @@ class Config(StageSections, RunSections):
         return self
 
     @model_validator(mode="after")
+    def _check_merging(self) -> Config:
+        for i, stage in enumerate(self.stages):
+            key = f"{self.get_key_prefix(i)}train.merge_adapters"
+            if not stage.train.merge_adapters:
+                continue
+            if len(self.stages) == 1:
+                raise ValueError(f"{key} merges adapters before later stages, but there is one stage. Remove it.")
+            if self.model.lora is None:
+                raise ValueError(f"{key} merges adapters into the base, but model.lora is not set. Set it, or remove the key.")
+            if names := self.model.lora.names:
+                raise ValueError(f"{key} merges the only adapter, but model.lora.names has {len(names)}. Remove one of both.")
+            if i and not stage.optim.restart:
+                raise ValueError(f"{key} starts new adapters, but optim.restart is false. Set optim.restart=true.")
+        return self
+
+    @model_validator(mode="after")
     def _check_one_model_per_role(self) -> Config:
         for role in ("guide", "teacher"):
             names = list(dict.fromkeys(name for stage in self.stages for name in stage.list_models_with_role(role)))
@@ -102,6 +118,10 @@ class Config(StageSections, RunSections):
     def predicts_tokens(self) -> bool:
         """Whether any objective of any stage predicts tokens."""
         return any(stage.predicts_tokens for stage in self.stages)
+
+    def list_merging_stages(self, last: int) -> tuple[int, ...]:
+        """Return the stages, up to `last`, before which the adapters are merged into the base."""
+        return tuple(i for i in range(1, last + 1) if self.stages[i].train.merge_adapters)
 
     @property
     def models_by_role(self) -> dict[str, str]:

@@ -16,6 +16,11 @@ LOGGERS_FILE = "loggers.json"  # the id under which each logger knows the run
 STARTS_FILE = "starts.jsonl"  # one line per start: time, command, devices, parameters
 
 
+def name_merged_adapters(run_dir: Path, stage: int) -> Path:
+    """Return the PEFT folder of the adapters that were merged into the base before a stage."""
+    return run_dir / "merged" / f"stage-{stage}"
+
+
 def read_run_file(read: Callable[[Path], T], path: Path, alternative: str = "name another run.dir") -> T:
     """Read a file that a run has written.
 

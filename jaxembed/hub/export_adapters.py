@@ -10,7 +10,7 @@ from jaxembed.config import LoraConfig
 from jaxembed.data.scratch import move_into_place, open_scratch_folder
 from jaxembed.devices.mesh import make_mesh
 from jaxembed.errors import UserError
-from jaxembed.formats.peft import write_adapters
+from jaxembed.formats.peft import read_adapters, write_adapters
 from jaxembed.hub.card import format_adapter_card
 from jaxembed.hub.embedder import Embedder, build_embedder
 from jaxembed.hub.export import explain_mismatch
@@ -18,6 +18,7 @@ from jaxembed.hub.parity import FLOAT32_TOLERANCE, PROBE_TEXTS, Parity, compare_
 from jaxembed.hub.resolve import find_run
 from jaxembed.hub.restore import RestoredRun
 from jaxembed.hub.spec_files import write_spec
+from jaxembed.model.lora import concatenate_adapters
 from jaxembed.model.transformer import ComputeOptions
 
 log = logging.getLogger("jaxembed")
@@ -85,8 +86,11 @@ def export_adapters(run_dir: Path, out: Path, checkpoint: str) -> Parity:
 
 
 def _write_adapter(folder: Path, run: RestoredRun, lora: LoraConfig) -> None:
-    spec, base_name = run.model.spec, run.base.trained_from
-    write_adapters(folder, run.trained, lora, base_name, run.model.transformer.family)
+    """Write an adapter. Those that the run has merged into its base are joined with it, so that the base itself fits."""
+    spec, base_name, transformer = run.model.spec, run.base.trained_from, run.model.transformer
+    merged = [read_adapters(merged_folder, transformer)[1] for merged_folder in run.base.merged_adapters]
+    lora, adapters = concatenate_adapters(lora, [*merged, run.trained])
+    write_adapters(folder, adapters, lora, base_name, transformer.family)
     run.build_tokenizer().hf_tokenizer.save_pretrained(folder)
     write_spec(folder, spec)
     (folder / "README.md").write_text(format_adapter_card(spec, base_name), encoding="utf-8")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
-from jaxembed.config import LoraConfig
+from jaxembed.config import LoraConfig, read_run_config
 from jaxembed.config.fields import Fields
 from jaxembed.config.sections import parse_section
 from jaxembed.errors import UserError
@@ -14,7 +15,7 @@ from jaxembed.formats.checkpoints import CheckpointReader, pick_step
 from jaxembed.formats.nv_embed import read_transformer_config
 from jaxembed.formats.peft_config import ADAPTER_CONFIG_FILE, is_peft_folder, read_base_name
 from jaxembed.formats.published import find_first_stage_adapters
-from jaxembed.formats.run_files import BASE_RECORD_FILE, read_run_file
+from jaxembed.formats.run_files import BASE_RECORD_FILE, name_merged_adapters, read_run_file
 from jaxembed.hub.base import Base, BaseWithWeights, FolderBase, PresetBase
 from jaxembed.hub.folders import PRESET_PREFIX, find_folder
 from jaxembed.hub.restore import RunBase
@@ -78,6 +79,8 @@ def find_run(name: str, run_dir: Path, checkpoint: str = "best") -> RunBase:
     transformer = parse_hf_config(hf_config, f"{where}: config")
     spec = read_folder_spec(str(run_dir), run_dir, hf_config, transformer)
     lora = record.mapping("lora", {})
+    step = _pick_checkpoint(run_dir, checkpoint)
+    merged = _list_merged_adapters(run_dir, step) if lora else ()
     return RunBase(
         name=name,
         hf_config=hf_config,
@@ -85,12 +88,13 @@ def find_run(name: str, run_dir: Path, checkpoint: str = "best") -> RunBase:
         spec=spec,
         weights_name=name,
         run_dir=run_dir,
-        step=_pick_checkpoint(run_dir, checkpoint),
+        step=step,
         trained_from=record.string("name"),
         trained_spec=spec,
         lora=parse_section(LoraConfig, lora, f"{where}: lora") if lora else None,
         has_head=record.boolean("has_head"),
-        find_frozen_base=functools.partial(_find_frozen_base, record),
+        merged_adapters=merged,
+        find_frozen_base=functools.partial(_find_frozen_base, record, merged),
     )
 
 
@@ -102,8 +106,26 @@ def _pick_checkpoint(run_dir: Path, checkpoint: str) -> int:
         checkpoints.close()
 
 
-def _find_frozen_base(record: Fields) -> Base:
-    """Return the base under the adapters of a run, from the name and hash in the run's base.json."""
+def _list_merged_adapters(run_dir: Path, step: int) -> tuple[Path, ...]:
+    """Return the folders of the adapters that a run merged into its base before a step."""
+    config = read_run_file(read_run_config, run_dir / "config.yaml", "train again")
+    if not config.list_merging_stages(len(config.stages) - 1):
+        return ()
+    checkpoints = CheckpointReader(run_dir)
+    try:
+        stage = int(checkpoints.read_cursor(step)["stage"])
+    finally:
+        checkpoints.close()
+    return tuple(name_merged_adapters(run_dir, merging) for merging in config.list_merging_stages(stage))
+
+
+def _find_frozen_base(record: Fields, merged_adapters: Sequence[Path]) -> Base:
+    """Return the base under the adapters of a run, with those that the run has merged into it.
+
+    Args:
+        record: The run's base.json, with name and hash of the base.
+        merged_adapters: PEFT folders.
+    """
     name = record.string("name")
     try:
         base = find_base(name)
@@ -111,6 +133,9 @@ def _find_frozen_base(record: Fields) -> Base:
         raise UserError(f"{error} The run contains adapters only and needs its base. Restore it.") from None
     if base.hash() != record.string("hash"):
         raise UserError(f"{name}: not the base that the run's adapters were trained on (its hash differs). Restore that base.")
+    for folder in merged_adapters:
+        assert isinstance(base, BaseWithWeights)  # adapters need weights
+        base = base.with_adapters(name, folder, base.spec)
     return base
 
 

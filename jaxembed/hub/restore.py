@@ -18,7 +18,7 @@ from jaxembed.files import read_bytes
 from jaxembed.formats.checkpoints import CheckpointReader, compute_params_digest
 from jaxembed.formats.run_files import BASE_RECORD_FILE, read_run_file
 from jaxembed.formats.weights import LowRankUpdate, place_params, to_tensors
-from jaxembed.hub.base import Base, BaseWithWeights
+from jaxembed.hub.base import Base, BaseWithWeights, add_weight_files
 from jaxembed.hub.text_tokenizer import build_text_tokenizer
 from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.model.lora import FROZEN_PARTS, join_params, merge_adapters, pick_adapter, split_params, stack_shapes
@@ -37,6 +37,7 @@ class RunBase(BaseWithWeights):
         trained_spec: Spec of the run. `spec` differs from it if adapters with their own spec are added.
         lora: Adapters of the run, or None if it trained all parameters.
         has_head: Whether the run has an untied language-model head.
+        merged_adapters: PEFT folders of adapters that the run has merged into its base, before those of `step`.
         find_frozen_base: Finds the base under the run's adapters. It is called when weights are loaded, so that the tokenizer
             can be read without that base.
     """
@@ -47,6 +48,7 @@ class RunBase(BaseWithWeights):
     trained_spec: EmbeddingSpec
     lora: LoraConfig | None
     has_head: bool
+    merged_adapters: tuple[Path, ...]
     find_frozen_base: Callable[[], Base]
 
     def restore(self, compute: ComputeOptions, mesh: Mesh, base_dtype: str | None = None) -> RestoredRun:
@@ -93,6 +95,8 @@ class RunBase(BaseWithWeights):
     def _add_weights(self, digest: Any) -> None:
         digest.update(read_bytes(self.run_dir / BASE_RECORD_FILE))  # it contains the hash of the base under the adapters
         digest.update(compute_params_digest(self.run_dir, self.step).encode())
+        for folder in self.merged_adapters:
+            add_weight_files(digest, folder)
 
     def _load_weights(self, shapes: Any, shardings: Any, updates: Mapping[str, LowRankUpdate]) -> Mapping[str, Any]:
         mesh = jax.tree.leaves(shardings)[0].mesh

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -102,6 +103,29 @@ def merge_adapters(params: Any, lora: LoraConfig) -> Any:
             a, b = (flat[*path[:-1], name] for name in ADAPTER_PARAMS)
             merged[path] += lora.scale * jnp.einsum("...ir,...ro->...io", a, b, precision=jax.lax.Precision.HIGHEST)
     return unflatten_dict(merged)
+
+
+def zero_adapters(params: Any) -> Any:
+    """Return parameters whose adapters change nothing, so that the model is its base. They have no gradient."""
+    flat = flatten_dict(jax.lax.stop_gradient(params))
+    return unflatten_dict({path: jnp.zeros_like(x) if path[-1] == "lora_b" else x for path, x in flat.items()})
+
+
+def concatenate_adapters(lora: LoraConfig, trees: Sequence[Any]) -> tuple[LoraConfig, Any]:
+    """Return adapters whose update is the sum of several ones': A1 B1 + A2 B2 = [A1 A2] [B1; B2].
+
+    Args:
+        lora: Sizes of each.
+        trees: Their parameters. Others are left out.
+
+    Returns:
+        The sizes and the parameters.
+    """
+    flats = [{path: x for path, x in flatten_dict(tree).items() if path[-1] in ADAPTER_PARAMS} for tree in trees]
+    axes = dict(zip(ADAPTER_PARAMS, (-1, -2), strict=True))
+    joined = {path: np.concatenate([flat[path] for flat in flats], axis=axes[path[-1]]) for path in flats[0]}
+    count = len(trees)
+    return lora.replace(rank=count * lora.rank, alpha=count * lora.alpha), unflatten_dict(joined)
 
 
 def stack_adapters(trees: Sequence[Any]) -> Any:

@@ -11,18 +11,22 @@ from jaxembed.errors import UserError
 from jaxembed.model.embedder import init_params
 from jaxembed.model.lora import ADAPTER_PARAMS, join_params, split_params, stack_shapes
 from jaxembed.model.parameters import attach_shardings, compute_shapes_and_shardings
+from jaxembed.runs.merged_adapters import open_stage_base
 from jaxembed.runs.open import OpenedRun
 from jaxembed.training.checkpoint import Checkpoints
 from jaxembed.training.state import begin_stage
 from jaxembed.training.step import TrainState
 
 
-def make_initial_state(run: OpenedRun) -> TrainState:
-    """Return the state before the first stage: parameters of the base, random where it has none, and no optimizer."""
+def make_initial_state(run: OpenedRun, stage_index: int = 0) -> TrainState:
+    """Return the state before the first stage: parameters of the base, random where it has none, and no optimizer.
+
+    The base is that of a stage, which differs if adapters were merged into it.
+    """
     shapes, shardings = compute_shapes_and_shardings(run.model, run.mesh)
     key = jax.random.key(run.config.train.seed)
     # Load the parameters of the base.
-    params = flatten_dict(run.base.load(shapes, shardings))
+    params = flatten_dict(open_stage_base(run, stage_index).load(shapes, shardings))
     # Initialize the others at random.
     missing = {path: sharding for path, sharding in flatten_dict(shardings).items() if path not in params}
     params |= flatten_dict(init_params(run.model, key, unflatten_dict(missing)))
@@ -52,7 +56,7 @@ def resume(run: OpenedRun, checkpoints: Checkpoints) -> tuple[int, TrainState]:
     cursor = {"stage": 0} if latest is None else checkpoints.read_cursor(latest)
     index = cursor["stage"]
     # Build a state of the same structure: every stage up to this one may add parameters and replace the optimizer.
-    state = make_initial_state(run)
+    state = make_initial_state(run, index)
     for stage in run.stages[: index + 1]:
         state = begin_stage(stage, state, run.model, run.mesh)
     if latest is None:

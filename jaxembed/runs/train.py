@@ -20,6 +20,7 @@ from jaxembed.files import write_json
 from jaxembed.formats.run_files import DATA_REPORT_FILE
 from jaxembed.hub.embedder import Embedder
 from jaxembed.runs.base_monitor import BaseMonitor
+from jaxembed.runs.merged_adapters import merge_trained_adapters
 from jaxembed.runs.mined import add_mined_negatives
 from jaxembed.runs.open import OpenedRun, open_run
 from jaxembed.runs.record import record_run, record_start
@@ -99,6 +100,7 @@ def _train(config: Config, lock: RunLock, command: str) -> dict[str, Any]:
             for stage in run.stages[stage_index:]:
                 with stop_on_signals(RESUME_MESSAGE):  # nothing to save before the first step of a stage
                     if int(state.step) == stage.first_step > 0:
+                        state = merge_trained_adapters(run, stage, state)
                         state = begin_stage(stage, state, run.model, run.mesh)
                     done = int(state.step) - stage.first_step
                     encoder_for = partial(use_adapter, encoder, state.weights)
