@@ -57,7 +57,10 @@ QWEN15_7B = {
 
 
 def write_base(folder: Path, name: str) -> Path:
-    """Write the config of a base and a tokenizer. There are no weights."""
+    """Write the config of a base and a tokenizer. Of the weights there is only the name of the head, which runs look for."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
     from jaxembed.data.bpe import train_tokenizer
     from jaxembed.model.presets import find_preset
 
@@ -65,6 +68,7 @@ def write_base(folder: Path, name: str) -> Path:
     config = {**find_preset(PRESETS[name]), **(QWEN15_7B if name == "Qwen/Qwen1.5-7B" else {})}
     train_tokenizer([make_text(i, DOCUMENT_WORDS) for i in range(64)], 4096).save_pretrained(path)
     (path / "config.json").write_text(json.dumps(config))
+    save_file({"lm_head.weight": np.zeros(0, np.float32)}, path / "model.safetensors")
     return path
 
 
@@ -89,6 +93,7 @@ def write_rows(folder: Path) -> dict[str, Path]:
         "scored_pairs": [{"sentence1": q, "sentence2": few[i - 1], "score": 5} for i, q in enumerate(few)],
         "nli": [{"premise": q, "hypothesis": few[i - 1 - j], "label": 2 * j} for i, q in enumerate(few) for j in (0, 1)],
         "text": [{"text": text} for text in documents[:ROWS]],
+        "chat": [{"prompt": q, "response": documents[i]} for i, q in enumerate(few)],
     }
     for name, listed in rows.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in listed))

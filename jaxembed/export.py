@@ -68,6 +68,7 @@ def write_folder(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     from jaxembed.hub.onnx_export import check_onnx_installed
 
     logging.disable_progress_bar()  # the folder is loaded and saved several times
+    logging.set_verbosity_error()  # it warns of a language-model head, which embedders do not load
     getLogger("sentence_transformers").setLevel(ERROR)  # it warns that the CPU, which checks the folder, is slow
     onnx: OnnxWeights | None = "int8" if args.onnx_int8 else "float32" if args.onnx else None
     if onnx:

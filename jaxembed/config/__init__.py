@@ -29,13 +29,14 @@ from jaxembed.config.objectives import (
 )
 from jaxembed.config.spec import EmbeddingSpec, FewShotExample
 from jaxembed.config.stage import StageConfig
-from jaxembed.config.token_objectives import MaskedPredictionConfig, TokenObjectiveConfig
+from jaxembed.config.token_objectives import CausalLMConfig, MaskedPredictionConfig, TokenObjectiveConfig
 from jaxembed.config.training import DropoutConfig, EvalConfig, EvalSetConfig, MeshConfig, OptimConfig, RunConfig, TrainConfig
 from jaxembed.config.tree import Config, load_config, parse_config, read_run_config
 
 __all__ = [
     "AnglEConfig",
     "BatchingConfig",
+    "CausalLMConfig",
     "CoSENTConfig",
     "Config",
     "CosineRegressionConfig",

@@ -67,6 +67,8 @@ RowField = Literal[
     "score",
     "premise",
     "hypothesis",
+    "messages",
+    "response",
 ]
 
 
@@ -82,7 +84,7 @@ def _convert_values_to_lists(where: Any) -> Any:
 
 
 Where = Annotated[dict[str, tuple[bool | int | float | str, ...]], BeforeValidator(_convert_values_to_lists)]
-Format = Literal["auto", "pairs", "labels", "scored_pairs", "nli", "documents", "text", "beir"]
+Format = Literal["auto", "pairs", "labels", "scored_pairs", "nli", "documents", "text", "chat", "beir"]
 
 
 class SourceConfig(Section):

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from jaxembed.config.objective import ObjectiveConfig
 from jaxembed.config.sections import Positive, Section
-from jaxembed.config.token_objectives import MaskedPredictionConfig
+from jaxembed.config.token_objectives import CausalLMConfig, MaskedPredictionConfig
 
 Direction = Literal["query_document", "query_query", "document_query", "document_document"]
 
@@ -144,7 +144,8 @@ AnyObjective = Annotated[
     | CoSENTConfig
     | AnglEConfig
     | CosineRegressionConfig
-    | MaskedPredictionConfig,
+    | MaskedPredictionConfig
+    | CausalLMConfig,
     Field(discriminator="name"),
 ]
 

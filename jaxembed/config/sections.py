@@ -174,7 +174,7 @@ def _format_nested_rows(sections: list[type[Section]], prefix: str) -> list[str]
 def _to_json(value: Any) -> str:
     if isinstance(value, Section):
         return value.model_dump_json(exclude_defaults=True)
-    return json.dumps(list(value) if isinstance(value, tuple) else value)
+    return json.dumps(list(value) if isinstance(value, tuple) else value).replace("|", r"\|")  # a bar ends a cell of a table
 
 
 def _list_choices(annotation: Any) -> tuple[Any, ...]:

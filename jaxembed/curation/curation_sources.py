@@ -14,6 +14,8 @@ from jaxembed.data.sampling import iter_rows
 from jaxembed.data.schema import Row
 from jaxembed.data.sources import open_rows, open_source
 
+BUILT_PAIRS = ("documents", "chat")  # formats whose rows a sampler turns into pairs
+
 
 class CuratedSource(NamedTuple):
     """An open source.
@@ -21,7 +23,7 @@ class CuratedSource(NamedTuple):
     Attributes:
         name: Name in the report and of the output file.
         path: Path in the config.
-        format: Format of the rows that go through the steps. Documents, NLI and BEIR data become pairs.
+        format: Format of the rows that go through the steps. Documents, chats, NLI and BEIR data become pairs.
         digest: SHA-256 of the content.
         num_rows: Number of rows. For documents: the number of documents, each of which yields a row per template.
         iter_rows: Returns an iterator over the rows.
@@ -46,12 +48,12 @@ def open_curated_sources(configs: Sequence[SourceConfig], cache: Path, where: st
 def _open_source(config: SourceConfig, name: str, cache: Path) -> CuratedSource:
     def locate(number: int) -> str:
         """Return the file and line of a row. For pairs that are built from several rows or templates: the pair's number."""
-        if isinstance(rows, IndexedRows) and format_name != "documents":
+        if isinstance(rows, IndexedRows) and format_name not in BUILT_PAIRS:
             return rows.locate(number - 1)
         return f"{config.path}: pair {number}"
 
     format_name, rows = open_rows(config, cache)
-    if format_name == "documents":
+    if format_name in BUILT_PAIRS:
         source = open_source(config, cache)
         return CuratedSource(name, config.path, "pairs", source.digest, len(source), source.iter_pairs, locate)
     curated_format = format_name if format_name in SINGLE_FIELDS else "pairs"

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from jaxembed.config import SourceConfig
 from jaxembed.config.data import Where
 from jaxembed.config.yaml_text import format_scalar
+from jaxembed.data.chat import read_messages
 from jaxembed.data.rows import RowSchema
 from jaxembed.data.schema import Row, get_nli_fields
 
@@ -16,7 +17,7 @@ TRUE_WORDS, FALSE_WORDS = frozenset({"true", "yes", "on"}), frozenset({"false", 
 TOO_SHORT = "shorter than min_chars"
 TOO_LONG = "longer than max_chars"
 FILTER_KEYS = {"where", "min_chars", "max_chars"}
-# The texts that a row needs. Those of `nli` rows may have other names (`get_nli_fields`).
+# The texts that a row needs. Those of `nli` rows may have other names (`get_nli_fields`); of a chat they are all messages.
 REQUIRED_TEXTS = {"pairs": ("query",), "scored_pairs": ("sentence1", "sentence2"), "labels": ("text",), "text": ("text",)}
 LISTED_TEXTS = {"pos": "positives", "neg": "negatives"}  # lists of texts in a row of pairs, which lose single entries
 
@@ -81,8 +82,7 @@ def filter_row(row: Row, format_name: str, config: SourceConfig) -> tuple[Row | 
     """
     if mismatch := find_where_mismatch(row, config):
         return None, [mismatch]
-    fields = get_nli_fields(row) if format_name == "nli" else REQUIRED_TEXTS[format_name]
-    if problem := find_length_problem([row[field] for field in fields], config):
+    if problem := find_length_problem(_list_required_texts(row, format_name), config):
         return None, [problem]
     if format_name != "pairs":
         return row, []
@@ -96,6 +96,13 @@ def filter_row(row: Row, format_name: str, config: SourceConfig) -> tuple[Row | 
             if key in row:
                 kept_row[key] = [value for value, problem in zip(row[key], problems, strict=True) if problem is None]
     return kept_row, reasons
+
+
+def _list_required_texts(row: Row, format_name: str) -> list[str]:
+    if format_name == "chat":
+        return [message["content"] for message in read_messages(row)]
+    fields = get_nli_fields(row) if format_name == "nli" else REQUIRED_TEXTS[format_name]
+    return [row[field] for field in fields]
 
 
 def find_where_mismatch(row: Row, config: RowFilters) -> str | None:

@@ -61,7 +61,7 @@ SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")  # the JSON escape of one h
 
 def check_pair(row: Row) -> str | None:
     """Check a row of pairs: query, pos and neg, as in the training files of FlagEmbedding, BGE and KaLM."""
-    if problem := _check_text_field(row, "query"):
+    if problem := check_text_field(row, "query"):
         return problem
     for field, is_required in (("pos", True), ("neg", False)):
         if problem := _check_text_list(row, field, is_required) or _check_teacher_scores(row, field):
@@ -100,12 +100,12 @@ def _check_teacher_scores(row: Row, field: str) -> str | None:
 
 def check_text(row: Row) -> str | None:
     """Check a row that holds a single text."""
-    return _check_text_field(row, "text")
+    return check_text_field(row, "text")
 
 
 def check_label(row: Row) -> str | None:
     """Check a (text, label) row."""
-    return _check_text_field(row, "text") or _check_label_field(row, "label")
+    return check_text_field(row, "text") or _check_label_field(row, "label")
 
 
 def _check_label_field(row: Row, field: str) -> str | None:
@@ -149,7 +149,7 @@ def check_label_scored(row: Row) -> str | None:
 
 
 def _check_sentences(row: Row) -> str | None:
-    return _check_text_field(row, "sentence1") or _check_text_field(row, "sentence2")
+    return check_text_field(row, "sentence1") or check_text_field(row, "sentence2")
 
 
 NLI_LABELS = {"entailment": 0, "neutral": 1, "contradiction": 2, "-": -1}  # -1: the annotators did not agree
@@ -158,7 +158,7 @@ NLI_LABELS = {"entailment": 0, "neutral": 1, "contradiction": 2, "-": -1}  # -1:
 def check_nli(row: Row) -> str | None:
     """Check a (premise, hypothesis, label) row. The texts may be named sentence1 and sentence2 instead."""
     premise, hypothesis = get_nli_fields(row)
-    if problem := _check_text_field(row, premise) or _check_text_field(row, hypothesis):
+    if problem := check_text_field(row, premise) or check_text_field(row, hypothesis):
         return problem
     label = row.get("label", NLI_LABELS["-"])
     if isinstance(label, str | int) and not isinstance(label, bool) and label in {*NLI_LABELS, *NLI_LABELS.values()}:
@@ -185,17 +185,17 @@ def check_passage(row: Row) -> str | None:
 
 def check_beir_document(row: Row) -> str | None:
     """Check a document of a BEIR corpus."""
-    return check_passage(row) or _check_text_field(row, "_id")
+    return check_passage(row) or check_text_field(row, "_id")
 
 
 def check_beir_query(row: Row) -> str | None:
     """Check a query of a BEIR folder."""
-    return _check_text_field(row, "_id") or _check_text_field(row, "text")
+    return check_text_field(row, "_id") or check_text_field(row, "text")
 
 
 def check_few_shot_example(row: Row) -> str | None:
     """Check an in-context example."""
-    return _check_text_field(row, "query") or _check_text_field(row, "response")
+    return check_text_field(row, "query") or check_text_field(row, "response")
 
 
 def is_text(value: Any) -> bool:
@@ -203,7 +203,8 @@ def is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-def _check_text_field(row: Row, field: str) -> str | None:
+def check_text_field(row: Row, field: str) -> str | None:
+    """Check that a field of a row is a text."""
     return None if is_text(row.get(field)) else _describe_field_problem(row, field, "a non-empty string")
 
 

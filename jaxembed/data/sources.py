@@ -14,6 +14,7 @@ from jaxembed.config.catalog import check_has_path
 from jaxembed.config.fields import MAX_INTEGER
 from jaxembed.config.spec import FewShotExample
 from jaxembed.data.beir import BeirPairRows
+from jaxembed.data.chat import ChatSampler, check_chat
 from jaxembed.data.columns import parse_content, rename_columns
 from jaxembed.data.containers import Container, is_beir_folder, name_split, open_container
 from jaxembed.data.documents import DocumentSampler, make_document_schema
@@ -48,13 +49,14 @@ ROW_SCHEMAS = {
         RowSchema("labels", check_label, read_label, find_label_drops),
         NLI_SCHEMA,
         RowSchema("text", check_text),
+        RowSchema("chat", check_chat),
         RowSchema("documents", check_document),  # only for checks; `make_document_schema` has the index value for a source
     )
 }
 # The fields that identify each schema. The first match wins.
 IDENTIFYING_FIELDS = {
     "pairs": {"query", "pos"}, "scored_pairs": {"sentence1", "score"}, "labels": {"text", "label"},
-    "nli": {"premise", "hypothesis", "label"}, "text": {"text"},
+    "nli": {"premise", "hypothesis", "label"}, "chat": {"messages"}, "text": {"text"},
 }  # fmt: skip
 
 
@@ -120,7 +122,7 @@ class Source:
         )
 
     def read_row(self, index: int) -> Row:
-        """Return the row of an example, for objectives that predict tokens. Only sources of single texts have one."""
+        """Return the row of an example, for objectives that predict tokens. Only sources of texts and chats have one."""
         assert isinstance(self.sampler, TextSampler)
         return self.sampler.rows[self._to_sampler_index(index)]
 
@@ -194,6 +196,8 @@ def open_source(config: SourceConfig, cache: Path) -> Source:
         sampler = DocumentSampler(rows, config)
     elif format_name == "text":
         sampler = TextSampler(rows, rows.drop_counts)
+    elif format_name == "chat":
+        sampler = ChatSampler(rows, rows.drop_counts)
     else:
         sampler = PairSampler(rows, int(rows.max_value), rows.drop_counts)
     return Source(
@@ -253,6 +257,8 @@ def _detect_schema(row: Row, where: str, renamed_fields: Set[str]) -> str:
     """
     fields = row.keys() | renamed_fields
     matches = [name for name, identifying in IDENTIFYING_FIELDS.items() if identifying <= fields]
+    if {"prompt", "response"} <= fields:
+        matches.append("chat")
     if matches or "query" in fields:
         return next(iter(matches), "pairs")
     if {"sentence1", "sentence2", "label"} <= fields:
@@ -264,6 +270,6 @@ def _detect_schema(row: Row, where: str, renamed_fields: Set[str]) -> str:
         )
     raise UserError(
         f"{where}: unknown format (the row has {list_fields(row)}; expected query and pos, text and label, "
-        "sentence1, sentence2 and score, premise, hypothesis and label, or text). "
+        "sentence1, sentence2 and score, premise, hypothesis and label, messages, or text). "
         "Map the fields with the source's columns, or make pairs of other fields with pair_templates."
     )

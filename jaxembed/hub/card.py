@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from jaxembed.config import read_run_config
+from jaxembed.config import CausalLMConfig, read_run_config
 from jaxembed.config.fields import Fields
 from jaxembed.config.local_paths import shorten_path, shorten_paths_in_yaml
 from jaxembed.config.spec import EmbeddingSpec
@@ -16,8 +16,11 @@ from jaxembed.hub.onnx_export import INT8_GRAPH_FILE, OnnxReport
 from jaxembed.hub.reader_rules import ServedModel
 from jaxembed.hub.readers import FOLDER_NAME, format_reader_table
 from jaxembed.hub.safe_dtypes import DtypeQuality
+from jaxembed.model.families import FAMILIES
 from jaxembed.model.pooling import TRAINABLE_POOLINGS
 from jaxembed.training.metrics import read_metrics
+
+QUESTION = "What is a text embedding?"  # of the example that generates text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Card:
         recipe: Config of the run in YAML; empty for a model that was not trained.
         scores: Held-out scores by SET/METRIC.
         merged: How the model was merged from others; empty if it was not.
+        prompt: How a question is written, if the model was trained to answer it; otherwise empty.
     """
 
     name: str
@@ -39,6 +43,7 @@ class Card:
     recipe: str = ""
     scores: Mapping[str, float] = dataclasses.field(default_factory=dict)
     merged: str = ""
+    prompt: str = ""
 
 
 def read_card(model: Path, revision: str, adapter: str | None = None) -> Card:
@@ -62,7 +67,9 @@ def read_card(model: Path, revision: str, adapter: str | None = None) -> Card:
         scores = {name: score for name, score in scores.items() if name.rpartition("/")[0] not in other_sets}
     base = shorten_path(Fields(read_json(record_path), str(record_path)).string("name"))
     recipe = shorten_paths_in_yaml(read_text(config_path))
-    return Card(name=model.resolve().name, base=base, checkpoint=checkpoint, recipe=recipe, scores=scores)
+    generative = [o for stage in read_run_config(config_path).stages for o in stage.objectives if isinstance(o, CausalLMConfig)]
+    prompt = generative[-1].write_prompt(QUESTION) if generative else ""
+    return Card(name=model.resolve().name, base=base, checkpoint=checkpoint, recipe=recipe, scores=scores, prompt=prompt)
 
 
 def format_model_card(model: ServedModel, card: Card, parity_error: float, precision: str) -> str:
@@ -86,6 +93,7 @@ def format_model_card(model: ServedModel, card: Card, parity_error: float, preci
         f"A text-embedding model {origin}: "
         f"{spec.attention} attention, {spec.pooling} pooling{projection}, up to {spec.max_length} tokens per text.",
         _format_usage(spec),
+        _format_generation(model, card.prompt) if card.prompt else "",
         f"## Programs\n\n{format_reader_table(model)}",
         precision,
         _format_check(spec, parity_error),
@@ -176,6 +184,34 @@ def _format_usage(spec: EmbeddingSpec) -> str:
         lines += ["Prompts stored with the model:", ""]
         lines += [f"- `{name}`: {text!r}" for name, text in spec.prompts.items()]
     return "\n".join(lines).rstrip()
+
+
+def _format_generation(model: ServedModel, prompt: str) -> str:
+    """Return the section about generating text. The folder's mask is that of vectors, so another one is asked for."""
+    transformer, causal = model.transformer, ""
+    if model.spec.attention != "causal":
+        field = FAMILIES[transformer.family].mask_field
+        causal = f", {field}={field == 'is_causal'}"
+        if transformer.halves_windows:  # transformers has halved the window when it sees the argument
+            causal += "".join(f", sliding_window={window}" for window in sorted({w for w in transformer.windows if w}))
+    lines = [
+        "## Generate",
+        "",
+        "The folder also is a causal language model, which was trained to answer. Its weights are those of the embedder.",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'tokenizer = AutoTokenizer.from_pretrained("{FOLDER_NAME}")',
+        f'model = AutoModelForCausalLM.from_pretrained("{FOLDER_NAME}"{causal})',
+        f"prompt = {prompt!r}",
+        'inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")',
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))",
+        "```",
+    ]
+    if causal:
+        lines += ["", f"Without{causal.removeprefix(',')}, every token would see the tokens after it, as for vectors."]
+    return "\n".join(lines)
 
 
 def _format_check(spec: EmbeddingSpec, parity_error: float) -> str:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxembed.data.scratch import move_into_place, open_scratch_folder
+from jaxembed.data.tokenize import starts_with_bos
 from jaxembed.errors import UserError
 from jaxembed.hub.card import Card, format_model_card, format_precision
 from jaxembed.hub.embedder import Embedder
@@ -106,6 +107,9 @@ def export(embedder: Embedder, out: Path, dtype: str, card: Card, onnx: OnnxWeig
         write_probe_file(folder, probes, vectors)
         served = ServedModel(embedder.spec, embedder.model.transformer, dtype, has_onnx=onnx is not None)
         measured = format_precision(report.dtypes, report.onnx)
+        hf_tokenizer = embedder.tokenizer.hf_tokenizer
+        if card.prompt and starts_with_bos(hf_tokenizer):
+            card = dataclasses.replace(card, prompt=f"{hf_tokenizer.bos_token}{card.prompt}")
         (folder / "README.md").write_text(format_model_card(served, card, parity.error, measured), encoding="utf-8")
         move_into_place(folder, out)
     for line in [*list_limits(served), *list_unsafe_dtypes(report.dtypes)]:

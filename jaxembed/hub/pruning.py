@@ -125,8 +125,8 @@ def prune_vocabulary(embedder: Embedder, texts: Iterable[str]) -> Embedder:
     _check_tokens(tokenizer, samples, tokens, old_ids)
     config = renumber_config(embedder.hf_config, old_ids)
     transformer = dataclasses.replace(embedder.model.transformer, vocab_size=len(old_ids))
-    decoder = embedder.params["decoder"]
-    params = {**embedder.params, "decoder": {**decoder, "embedding": decoder["embedding"][np.array(old_ids)]}}
+    tables = {part: embedder.params[part] for part in ("decoder", "head") if part in embedder.params}
+    params = {**embedder.params, **{part: {**t, "embedding": t["embedding"][np.array(old_ids)]} for part, t in tables.items()}}
     check_config(sizes := SizedModel(transformer, config, params))
     pruned = embedder.with_sizes(sizes, embedder.spec, f"vocabulary-{len(old_ids)}")
     return dataclasses.replace(pruned, tokenizer=TextTokenizer(tokenizer, embedder.spec))

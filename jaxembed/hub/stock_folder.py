@@ -86,7 +86,9 @@ def write_stock_folder(embedder: Embedder, folder: Path, dtype: str) -> None:
     # Files that transformers loads.
     write_json(folder / "config.json", build_hf_config(embedder, dtype))
     family = embedder.model.transformer.family
-    save_params(folder / "model.safetensors", embedder.params, {"decoder": ""}, make_dtype_converter(dtype), family)
+    # TEI reads the transformer under these names alone, without "model.". transformers 5 finds a head beside them.
+    prefixes = dict.fromkeys(("decoder", "head") if embedder.model.has_head else ("decoder",), "")
+    save_params(folder / "model.safetensors", embedder.params, prefixes, make_dtype_converter(dtype), family)
     _write_tokenizer(folder, embedder)
     # Files that sentence-transformers adds.
     write_json(folder / "config_sentence_transformers.json", stock_files.build_model_config(embedder.spec, family))

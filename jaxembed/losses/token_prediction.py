@@ -38,7 +38,12 @@ def token_prediction_loss(
     Returns:
         The loss, float32. Groups without predicted tokens do not count.
     """
-    weighted = batch.weight * cross_entropy(hidden, table, batch.target)
+    return average_over_groups(config, cross_entropy(hidden, table, batch.target), batch)
+
+
+def average_over_groups(config: TokenObjectiveConfig, losses: Float[Array, "n p"], batch: TokenBatch) -> Float[Array, ""]:
+    """Return the mean over groups of texts of the losses of their predictions, as `token_prediction_loss` defines it."""
+    weighted = batch.weight * losses
     # Find the group of each text and of each prediction.
     texts, texts_per_shard = len(batch.size), len(batch.size) // len(batch.weight)
     group_size = config.group or texts
@@ -48,6 +53,39 @@ def token_prediction_loss(
     sizes = jax.ops.segment_sum(batch.size, jnp.arange(texts) // group_size, group_count)
     counts = sizes > 0
     return jnp.sum(jnp.where(counts, sums / jnp.where(counts, sizes, 1), 0)) / jnp.maximum(counts.sum(), 1)
+
+
+def kl_divergence(
+    reference: Float[Array, "n p d"], hidden: Float[Array, "n p d"], table: Float[Array, "v d"]
+) -> Float[Array, "n p"]:
+    """Return the KL divergence of each prediction, from the distribution of `reference` to that of `hidden`, in float32.
+
+    With logits r of the reference, z of the model, and p the softmax of r: sum p (r - z) - logsumexp(r) + logsumexp(z).
+    The backward pass computes the blocks of logits again. `reference` and `table` get no gradient.
+    """
+    reference, table = jax.lax.stop_gradient((reference, table))
+    blocks, first_tokens = _split_vocabulary(table, hidden)
+    no_target = jnp.full(hidden.shape[:2], -1)
+
+    def add_terms(max_logit: jax.Array, logits: jax.Array, total: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return the new maximum, and the sum of e^(logit - maximum) with a block added (online softmax)."""
+        new_max = jax.lax.stop_gradient(jnp.maximum(max_logit, logits.max(axis=-1)))
+        return new_max, total * jnp.exp(max_logit - new_max) + jnp.sum(jnp.exp(logits - new_max[..., None]), axis=-1)
+
+    @jax.checkpoint
+    def add_block(totals: tuple[jax.Array, ...], block: tuple[jax.Array, jax.Array]) -> tuple[tuple[jax.Array, ...], None]:
+        z_max, z_total, r_max, r_total, weighted = totals
+        z, r = (_compute_logits(states, no_target, len(table), *block)[0] for states in (hidden, reference))
+        new_r_max, r_total = add_terms(r_max, r, r_total)
+        terms = jnp.where(jnp.isfinite(r), jnp.exp(r - new_r_max[..., None]) * (r - z), 0)  # padding has logits of -inf
+        weighted = weighted * jnp.exp(r_max - new_r_max) + jnp.sum(terms, axis=-1)
+        return (*add_terms(z_max, z, z_total), new_r_max, r_total, weighted), None
+
+    zeros = jnp.zeros(hidden.shape[:2], jnp.float32)
+    lowest = zeros + jnp.finfo(jnp.float32).min
+    totals, _ = jax.lax.scan(add_block, (lowest, zeros, lowest, zeros, zeros), (blocks, first_tokens))
+    z_max, z_total, r_max, r_total, weighted = totals
+    return weighted / r_total - (r_max + jnp.log(r_total)) + (z_max + jnp.log(z_total))
 
 
 @jax.custom_vjp

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jaxembed.config import Config, EmbeddingSpec, MaskedPredictionConfig, StageConfig, TokenObjectiveConfig
+from jaxembed.config import (
+    CausalLMConfig,
+    Config,
+    EmbeddingSpec,
+    MaskedPredictionConfig,
+    StageConfig,
+    TokenObjectiveConfig,
+)
 from jaxembed.data.batch_plan import BatchPlan
+from jaxembed.data.chat_texts import ChatReader
 from jaxembed.data.masked_texts import MaskedTextReader
 from jaxembed.data.token_batch import ReadTokenTexts, TokenBatchBuilder
 from jaxembed.data.tokenize import TextTokenizer
@@ -39,6 +47,11 @@ def check_token_objectives(config: Config, base: Base, spec: EmbeddingSpec) -> N
             if isinstance(objective, MaskedPredictionConfig) and spec.attention == "causal":
                 raise UserError(
                     f"{where} predicts tokens from both sides, but model.attention is causal (expected bidirectional). Set it."
+                )
+            if isinstance(objective, CausalLMConfig) and objective.kl_to_base and config.model.lora is None:
+                raise UserError(
+                    f"{where}: kl_to_base compares with the frozen base, but model.lora is not set, so the base is trained. "
+                    "Set model.lora, or remove kl_to_base."
                 )
             if config.model.lora is not None and config.model.lora.names:
                 raise UserError(f"{where} trains one adapter, but model.lora.names has several. Remove the names.")
@@ -82,5 +95,7 @@ def make_token_builders(
 
 
 def _make_reader(config: TokenObjectiveConfig, tokenizer: TextTokenizer, key: str) -> ReadTokenTexts:
-    assert isinstance(config, MaskedPredictionConfig)
-    return MaskedTextReader(config, tokenizer, key)
+    if isinstance(config, MaskedPredictionConfig):
+        return MaskedTextReader(config, tokenizer, key)
+    assert isinstance(config, CausalLMConfig)
+    return ChatReader(config, tokenizer, key)

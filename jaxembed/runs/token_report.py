@@ -37,7 +37,10 @@ def show_token_data(stage: Stage) -> list[dict[str, Any]]:
             first_id += len(source)
         if not any(report["predicted"] for report in own):
             names = ", ".join(report["name"] for report in own)
-            raise UserError(f"{label}: no token of {names} is predicted (expected longer texts, or a higher mask_rate).")
+            raise UserError(
+                f"{label}: no token of {names} is predicted (expected longer texts, a higher mask_rate, or a higher "
+                "data.max_length)."
+            )
         reports += own
     return reports
 

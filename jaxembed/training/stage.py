@@ -9,7 +9,14 @@ from typing import Any
 import jax
 import optax
 
-from jaxembed.config import DistillationConfig, InfoNCEConfig, MarginMSEConfig, ObjectiveConfig, StageConfig
+from jaxembed.config import (
+    DistillationConfig,
+    InfoNCEConfig,
+    MarginMSEConfig,
+    ObjectiveConfig,
+    StageConfig,
+    TokenObjectiveConfig,
+)
 from jaxembed.data.batch import Batch, BatchBuilder
 from jaxembed.data.batch_plan import BatchPlan, list_sources
 from jaxembed.data.sources import Source
@@ -122,4 +129,6 @@ class Stage:
         return all(isinstance(o, DistillationConfig | MarginMSEConfig) and o.teacher is None for o in objectives)
 
     def _list_objectives(self, source: Source) -> list[ObjectiveConfig]:
-        return [o for o in self.config.objectives if not o.sources or source.name in o.sources]
+        """Return the objectives that compare vectors of a source."""
+        objectives = [o for o in self.config.objectives if not isinstance(o, TokenObjectiveConfig)]
+        return [o for o in objectives if not o.sources or source.name in o.sources]

@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxembed.config import CausalLMConfig, DropoutConfig
 from jaxembed.data.batch import Batch
 from jaxembed.devices.cpu import get_compiler_options
 from jaxembed.losses.exits import draw_exit_layers
 from jaxembed.losses.objectives import Objectives
-from jaxembed.losses.token_prediction import token_prediction_loss
+from jaxembed.losses.token_prediction import average_over_groups, kl_divergence, token_prediction_loss
 from jaxembed.model.embedder import EmbeddingModel, get_head_table
-from jaxembed.model.lora import join_params, pick_adapter, put_adapter
+from jaxembed.model.lora import join_params, pick_adapter, put_adapter, zero_adapters
 from jaxembed.model.masks import MASKS
 from jaxembed.training.gradcache import encode, encode_tokens
 from jaxembed.training.optim import count_updates
@@ -95,10 +96,19 @@ def compute_batch_loss(
     for i, (label, config) in enumerate(objectives.token_configs.items()):
         tokens, key = batch.token_batches[label], jax.random.fold_in(dropout_key, i)
         with jax.named_scope("encode"):
-            hidden = encode_tokens(model, MASKS[model.spec.attention], params, tokens, key, chunk_rows, recompute=recompute)
+            mask = MASKS[config.select_attention(model.spec.attention)]
+            hidden = encode_tokens(model, mask, params, tokens, key, chunk_rows, recompute=recompute)
         with jax.named_scope("loss"):
             metrics[label] = token_prediction_loss(config, hidden, get_head_table(model, params), tokens)
             total = total + config.weight * metrics[label]
+        if isinstance(config, CausalLMConfig) and config.kl_to_base:
+            with jax.named_scope("encode"):
+                base = model.clone(compute=dataclasses.replace(model.compute, dropout=DropoutConfig()))
+                reference = encode_tokens(base, mask, zero_adapters(params), tokens, key, chunk_rows, recompute=recompute)
+            with jax.named_scope("loss"):
+                losses = kl_divergence(reference, hidden, get_head_table(model, params))
+                metrics[f"{label}_kl"] = average_over_groups(config, losses, tokens)
+                total = total + config.weight * config.kl_to_base * metrics[f"{label}_kl"]
     return total, metrics
 
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from helpers.recipes import NAMES, find_recipe, load_recipe
-from jaxembed.config import Config, InfoNCEConfig, SourceConfig
+from jaxembed.config import CausalLMConfig, Config, InfoNCEConfig, SourceConfig
 from jaxembed.config.instructions import load_instruction_table
 from jaxembed.config.shipped import find_shipped_folder
 
@@ -249,7 +249,9 @@ def test_recipes_have_the_surveys_values(name: str) -> None:
     values = {
         "base": model.base, "attention": model.attention, "pooling": model.pooling.kind, "template": model.instruction_template,
         "include_instruction": model.pooling.include_instruction, "lora_rank": model.lora and model.lora.rank,
-        "batch_size": run.stages[0].train.batch_size, "batching": last.data.batching.kind,
+        "batch_size": run.stages[0].train.batch_size,
+        "generative_batch_size": next((o.batch_size for o in last.objectives if isinstance(o, CausalLMConfig)), None),
+        "batching": last.data.batching.kind,
         "dims": list(last.matryoshka.dims), "directions": list(get_infonce(last).directions),
         "hard_negatives": last.data.hard_negatives, "random_exits": last.exits.random,
         "miner": last.mine and [last.mine.model, last.mine.depth],

@@ -26,7 +26,12 @@ from jaxembed.model.transformer import ComputeOptions
 
 
 def load_model(
-    folder: Path, spec: EmbeddingSpec, devices: int | Mesh = 1, lora: LoraConfig | None = None, **compute: Any
+    folder: Path,
+    spec: EmbeddingSpec,
+    devices: int | Mesh = 1,
+    lora: LoraConfig | None = None,
+    has_head: bool = False,
+    **compute: Any,
 ) -> tuple[EmbeddingModel, Any]:
     """Load the model of a folder with a spec. Parameters that the folder does not have are drawn at random.
 
@@ -35,14 +40,15 @@ def load_model(
         spec: How texts become vectors.
         devices: Number of devices, or a mesh over which the parameters are split.
         lora: Adapters of the decoder, if any.
+        has_head: Whether to load the folder's language-model head.
         **compute: Fields of `ComputeOptions`.
     """
     config = parse_hf_config(json.loads((folder / "config.json").read_text()), str(folder))
-    model = EmbeddingModel(config, spec, ComputeOptions(**compute), lora)
+    model = EmbeddingModel(config, spec, ComputeOptions(**compute), lora, has_head)
     boxed = infer_parameter_shapes(model)
     mesh = make_mesh(devices) if isinstance(devices, int) else devices
     shardings = make_param_shardings(mesh, nn.get_partition_spec(boxed), make_logical_axis_table(mesh, config.axis_sizes))
-    parts = [{"decoder": tree["decoder"]} for tree in (nn.unbox(boxed), shardings)]
+    parts = [{part: tree[part] for part in ("decoder", "head") if part in tree} for tree in (nn.unbox(boxed), shardings)]
     loaded = flatten_dict(load_params(folder, config, *parts))
     absent = tuple((path, sharding) for path, sharding in flatten_dict(shardings).items() if path not in loaded)
     return model, unflatten_dict(loaded | draw_params(model, absent))

@@ -67,11 +67,16 @@ def write_rows(folder: Path) -> dict[str, Path]:
             for i, q in enumerate(queries[:-1]) for j in range(2)
         ],
         "text": [{"text": d} for d in documents],
+        "chat": [{"messages": write_exchange(q, d)} for q, d in zip(queries, documents, strict=True)],
     }  # fmt: skip
     for name, listed in rows.items():
         write_jsonl(folder / f"{name}.jsonl", listed)
     write_beir(folder / "beir", queries, documents)
     return {name: folder / f"{name}.jsonl" for name in rows} | {"beir": folder / "beir"}
+
+
+def write_exchange(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def write_beir(folder: Path, queries: list[str], documents: list[str]) -> None:
@@ -106,6 +111,8 @@ def make_short_run(name: str, root: Path, base: Path, rows: Mapping[str, Path], 
         for objective in stage.get("objectives", ()):
             if "guide" in objective:
                 objective["guide"] = str(base)
+            if "batch_size" in objective:
+                objective["batch_size"] = batch_size
         if "model" in stage.get("mine", ()):
             stage["mine"]["model"] = str(base)
     return config.parse_config(tree, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from helpers import tiny
 from jaxembed import Embedder
@@ -71,6 +73,21 @@ def test_scaled_rotary_positions_are_written_in_the_form_of_published_models(bas
     reloaded = Embedder.load(tmp_path / "out")
     assert reloaded.model.transformer == model.model.transformer
     np.testing.assert_allclose(reloaded.encode(tiny.TEXTS), model.encode(tiny.TEXTS), atol=1e-6)
+
+
+def test_the_card_says_how_to_ask_for_a_causal_mask(base_folder: Folder, tmp_path: Path) -> None:
+    """The arguments give the causal model back: transformers has halved the windows of the folder's config."""
+    base = base_folder("gemma3_text")
+    spec = EmbeddingSpec(max_length=64, attention="bidirectional")
+    model = load_embedder(find_base(str(base)), spec, ComputeOptions(), make_mesh(1))
+    export(model, tmp_path / "out", "float32", Card("test", "base", prompt="a question"))
+    card = (tmp_path / "out" / "README.md").read_text()
+    (arguments,) = re.findall(r"AutoModelForCausalLM\.from_pretrained\(\"PATH_OF_THIS_FOLDER\", (.*)\)", card)
+    assert arguments == "use_bidirectional_attention=False, sliding_window=5"
+    ids = torch.arange(5, 35)[None]
+    folders = ((base, {}), (tmp_path / "out", {"use_bidirectional_attention": False, "sliding_window": 5}))
+    hidden = [transformers.AutoModel.from_pretrained(path, **keys)(ids).last_hidden_state.detach() for path, keys in folders]
+    torch.testing.assert_close(*hidden)
 
 
 @pytest.fixture(scope="module")

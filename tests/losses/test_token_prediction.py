@@ -12,7 +12,7 @@ import torch
 
 from jaxembed.config import MaskedPredictionConfig
 from jaxembed.data.token_batch import TokenBatch, round_up_predictions
-from jaxembed.losses.token_prediction import cross_entropy, token_prediction_loss
+from jaxembed.losses.token_prediction import cross_entropy, kl_divergence, token_prediction_loss
 
 SHARDS, PREDICTIONS, WIDTH, VOCABULARY = 2, 10, 8, 37
 
@@ -75,6 +75,21 @@ def test_a_loss_computed_by_hand() -> None:
     assert float(loss) == pytest.approx((quarter + half) / 2)
     by_text = token_prediction_loss(MaskedPredictionConfig(group=1), hidden, table, batch.replace(size=jnp.array([4.0, 0.0])))
     assert float(by_text) == pytest.approx(quarter)  # the second group has no size, so it does not count
+
+
+def test_kl_divergence_is_that_of_pytorch(blocks: None) -> None:
+    hidden, table, _ = draw_arrays()
+    reference = 0.5 * hidden[:, ::-1]
+    total, grads = jax.value_and_grad(lambda r, h, t: kl_divergence(r, h, t).sum(), (0, 1, 2))(reference, hidden, table)
+    ours, theirs, kernel = (torch.tensor(np.array(x), requires_grad=True) for x in (hidden, reference, table))
+    logits = [torch.log_softmax(states @ kernel.T.detach(), dim=-1) for states in (ours, theirs)]
+    expected = torch.nn.functional.kl_div(logits[0], logits[1].detach(), reduction="sum", log_target=True)
+    expected.backward()
+    assert float(total) == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert ours.grad is not None
+    np.testing.assert_allclose(grads[1], ours.grad, rtol=2e-4, atol=2e-5)
+    assert not grads[0].any() and not grads[2].any()
+    np.testing.assert_allclose(kl_divergence(hidden, hidden, table), 0, atol=1e-5)
 
 
 def test_the_sums_are_float32_under_bfloat16(blocks: None) -> None:

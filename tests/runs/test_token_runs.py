@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import transformers
 
 from helpers import tiny
+from helpers.loading import pack_texts
 from helpers.runs import copy_run_at_first_checkpoint, make_config, make_staged_config, read_losses, write_base_and_data
 from jaxembed import Embedder
 from jaxembed.config import Config
 from jaxembed.data.jsonl import write_jsonl
 from jaxembed.errors import UserError
 from jaxembed.files import read_json
+from jaxembed.formats.weights import open_tensors
+from jaxembed.hub.card import read_card
+from jaxembed.hub.export import export
 from jaxembed.hub.export_adapters import export_adapters
+from jaxembed.hub.resolve import find_base
+from jaxembed.model.embedder import get_head_table, make_transformer
+from jaxembed.model.masks import CAUSAL
 from jaxembed.runs.train import train
+from jaxembed.training.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("one_device")
 MNTP = {"name": "mntp", "mask_rate": 0.5}
+CAUSAL_LM = {"name": "causal_lm", "batch_size": 8}
+GRIT_KEYS = {"model.attention": "bidirectional", "model.append_eos": "false", "gradcache.rows": 2}
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = write_base_and_data(tmp_path_factory.mktemp("tokens"))
     rows = [json.loads(line) for line in (root / "pairs.jsonl").read_text().splitlines()]
     write_jsonl(root / "texts.jsonl", [{"text": f"{row['query']} {row['pos'][0]}"} for row in rows])
+    write_jsonl(root / "chats.jsonl", [{"prompt": row["query"], "response": row["pos"][0]} for row in rows])
     tiny.write_folder(root / "with_head", "mistral", head=True)
     tiny.write_folder(root / "without_head", "mistral")
     tiny.write_folder(root / "encoder", "bert")
@@ -78,6 +93,74 @@ def test_the_three_steps_of_llm2vec(folder: Path) -> None:
     np.testing.assert_allclose(exported.encode(["a text"]), embedder.encode(["a text"]), atol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def grit(folder: Path) -> Path:
+    """Train GRIT: pairs and conversations in every step, with a head of its own, in chunks of rows. Return the run."""
+    sources = ("pairs", "chats")
+    config = make_token_config(folder, "grit", {"name": "infonce"}, CAUSAL_LM, sources=sources, **GRIT_KEYS)
+    assert train(config)["step"] == 12
+    return folder / "grit"
+
+
+def test_grit_learns_to_answer_and_resumes_exactly(folder: Path, grit: Path) -> None:
+    rows = [row for row in read_metrics(grit) if "loss" in row]
+    assert all(row["loss"] == pytest.approx(row["infonce"] + row["causal_lm"], rel=1e-5) for row in rows)
+    answers = [row["causal_lm"] for row in rows]
+    assert np.mean(answers[-3:]) < np.mean(answers[:3]) - 0.3
+    assert read_head(folder / "with_head").shape == read_head_of_run(grit).shape
+    assert np.abs(read_head(folder / "with_head") - read_head_of_run(grit)).max() > 1e-3  # it is trained
+    resumed = make_token_config(folder, "grit-resumed", {"name": "infonce"}, CAUSAL_LM, sources=("pairs", "chats"), **GRIT_KEYS)
+    assert copy_run_at_first_checkpoint(grit, resumed) < 12
+    train(resumed)
+    assert read_losses(folder / "grit-resumed")[-8:] == read_losses(grit)[-8:]
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_an_export_of_grit_embeds_and_generates(folder: Path, grit: Path, lora: bool, tmp_path: Path) -> None:
+    """Equal vectors under sentence-transformers, which the export checks, and equal logits under the causal mask."""
+    run = grit
+    if lora:
+        run, keys = folder / "grit-lora", {**GRIT_KEYS, "model.lora": "{rank: 4}", "train.steps": 1}
+        train(make_token_config(folder, "grit-lora", {"name": "infonce"}, CAUSAL_LM, sources=("pairs", "chats"), **keys))
+    embedder = Embedder.load(str(run))
+    assert embedder.model.has_head
+    card = read_card(run, embedder.revision)
+    export(embedder, tmp_path / "out", "float32", card)
+    # Logits.
+    (prompt,) = re.findall("^prompt = (.*)$", (tmp_path / "out" / "README.md").read_text(), re.MULTILINE)
+    assert ast.literal_eval(prompt) == "<s><|user|>\nWhat is a text embedding?\n<|assistant|>\n"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", is_causal=True)
+    inputs = tokenizer(ast.literal_eval(prompt), add_special_tokens=False, return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**inputs).logits[0].numpy()
+    np.testing.assert_allclose(logits, compute_logits(embedder, inputs["input_ids"].numpy()), atol=2e-5)
+    answer = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert answer[0] == logits[-1].argmax()
+    # Vectors, also where jaxembed reads the folder, and the next run may start from its head.
+    exported = Embedder.load(tmp_path / "out")
+    np.testing.assert_allclose(exported.encode(tiny.TEXTS), embedder.encode(tiny.TEXTS), atol=1e-5)
+    assert find_base(str(tmp_path / "out")).has_untied_head()
+
+
+def compute_logits(embedder: Embedder, ids: np.ndarray) -> np.ndarray:
+    """Return the logits [T, V] of one text by the causal mask."""
+    (packed, _) = pack_texts([ids[0].astype(np.int32)], ids.shape[1])
+    transformer = make_transformer(embedder.model, CAUSAL)
+    hidden = transformer.apply({"params": embedder.params["decoder"]}, packed)[0]
+    return np.asarray(hidden @ get_head_table(embedder.model, embedder.params).T)
+
+
+def read_head(folder: Path) -> np.ndarray:
+    with open_tensors(folder) as tensors:
+        return np.asarray(tensors["lm_head.weight"][:])
+
+
+def read_head_of_run(run: Path) -> np.ndarray:
+    embedder = Embedder.load(str(run))
+    return np.asarray(get_head_table(embedder.model, embedder.params))
+
+
 def test_tokens_and_vectors_in_one_stage_after_one_of_tokens(folder: Path) -> None:
     """With adapters, under which the head is frozen."""
     sources = [{"path": str(folder / "texts.jsonl")}, {"path": str(folder / "pairs.jsonl")}]
@@ -105,6 +188,15 @@ def test_tokens_and_vectors_in_one_stage_after_one_of_tokens(folder: Path) -> No
             {"sources": ("pairs",)},
             'mntp needs sources of format text (rows with a "text"), but the stage has none (found pairs: pairs). Add one.',
         ),
+        (
+            {"objectives": [{"name": "infonce"}, CAUSAL_LM]},
+            'objectives.1: causal_lm needs sources of format chat (rows with "messages", or with "prompt" and "response"), but '
+            "the stage has none (found texts: text). Add one.",
+        ),
+        (
+            {"sources": ("chats",), "objectives": [{**CAUSAL_LM, "kl_to_base": 0.1}]},
+            "objectives.0: causal_lm: kl_to_base compares with the frozen base, but model.lora is not set",
+        ),
         ({"base": "without_head"}, "objectives.0: mntp needs a language-model head, but {folder}/without_head has none"),
         ({"objectives.0.mask_token": "'<none>'"}, "objectives.0.mask_token: is '<none>', which is not a token of the base's"),
         ({"objectives.0.batch_size": 1000}, "train.batch_size: 1000 is more than the examples of the sources (96)"),
@@ -112,7 +204,8 @@ def test_tokens_and_vectors_in_one_stage_after_one_of_tokens(folder: Path) -> No
 )  # fmt: skip
 def test_errors(folder: Path, keys: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as error:
-        train(make_token_config(folder, f"refused-{len(message)}", MNTP, **keys))
+        objectives = keys.pop("objectives", [MNTP])
+        train(make_token_config(folder, f"refused-{len(message)}", *objectives, **keys))
     assert message.format(folder=folder) in str(error.value)
 
 
