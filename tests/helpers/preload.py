@@ -3,6 +3,7 @@
 import logging
 import warnings
 
+import mteb
 import scipy.stats
 import sentence_transformers
 import transformers
@@ -23,6 +24,7 @@ LOADED = (
     transformers.PreTrainedTokenizerFast,
     sentence_transformers.SentenceTransformer,
     scipy.stats,
+    mteb,
     helpers.commands,
     jaxembed,
 )

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from helpers.text_batches import ALL_DIRECTIONS, draw_unit_vectors, make_batch, make_encoded
 from jaxembed.config import (
@@ -97,24 +98,24 @@ def find_negatives(config: InfoNCEConfig, q: jax.Array, d: jax.Array, batch: Bat
 
 
 def compute_plain_losses(
-    config: InfoNCEConfig, q: jax.Array, d: jax.Array, pairs: list[tuple[np.ndarray, np.ndarray]]
-) -> jax.Array:
-    """Return the loss of each query from the scores of all pairs."""
+    config: InfoNCEConfig, q: torch.Tensor, d: torch.Tensor, pairs: list[tuple[np.ndarray, np.ndarray]]
+) -> torch.Tensor:
+    """Return the loss of each query from the scores of all pairs, in PyTorch, which compiles nothing."""
     anchors = {"query": q, "document": d[:, 0]}
     candidates = {"query": q, "document": d.reshape(-1, D)}
-    positive = jnp.einsum("bd,bd->b", q, d[:, 0])[:, None] / config.temperature
+    positive = torch.einsum("bd,bd->b", q, d[:, 0])[:, None] / config.temperature
     denominators = [[positive]]
     for direction, (is_negative, hardness) in zip(config.directions, pairs, strict=True):
         anchor_kind, candidate_kind = direction.split("_")
-        scores = jnp.einsum("bd,nd->bn", anchors[anchor_kind], candidates[candidate_kind])
+        scores = torch.einsum("bd,nd->bn", anchors[anchor_kind], candidates[candidate_kind])
         if direction == "document_query":
             denominators += [[]] if config.per_direction else []
             denominators[-1].append(positive)
-        logits = scores / config.temperature + hardness * jax.lax.stop_gradient(scores)
-        denominators[-1].append(jnp.where(is_negative, logits, -jnp.inf))
-    direction_losses = [jax.nn.logsumexp(jnp.concatenate(terms, axis=1), axis=1) - positive[:, 0] for terms in denominators]
-    losses = jnp.stack(direction_losses).mean(axis=0)
-    return losses * (1 - jnp.exp(-losses)) ** config.focal if config.focal else losses
+        logits = scores / config.temperature + torch.tensor(hardness, dtype=scores.dtype) * scores.detach()
+        denominators[-1].append(logits.masked_fill(~torch.tensor(is_negative), -torch.inf))
+    direction_losses = [torch.logsumexp(torch.cat(terms, dim=1), dim=1) - positive[:, 0] for terms in denominators]
+    losses = torch.stack(direction_losses).mean(dim=0)
+    return losses * (1 - torch.exp(-losses)) ** config.focal if config.focal else losses
 
 
 INFONCE = {
@@ -146,10 +147,9 @@ def test_blockwise_infonce_agrees_with_the_plain_form(
     monkeypatch.setattr(blockwise, "MAX_SCORES_PER_BLOCK", 3 * B // devices)
     with jax.enable_x64(dtype == "float64"):
         (q, d), batch = draw_vectors(random, dtype), draw_batch(random, dtype)
-        pairs = find_negatives(config, q, d, batch)
-        expected = jax.jit(jax.value_and_grad(lambda q, d: compute_plain_losses(config, q, d, pairs).mean(), argnums=(0, 1)))(
-            q, d
-        )
+        leaves = [torch.tensor(np.asarray(x), requires_grad=True) for x in (q, d)]
+        expected = compute_plain_losses(config, *leaves, find_negatives(config, q, d, batch)).mean()
+        expected.backward()
         mesh = make_mesh(devices)
 
         def loss(q: jax.Array, d: jax.Array, batch: Batch) -> jax.Array:
@@ -159,9 +159,10 @@ def test_blockwise_infonce_agrees_with_the_plain_form(
             inputs = put_batch(mesh, jax.device_get((q, d, batch)))
             actual = jax.device_get(jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(*inputs))
     tolerance = 1e-9 if dtype == "float64" else 1e-5
-    assert float(expected[0]) > 0.1
-    assert abs(actual[0] - expected[0]) < tolerance
-    for ours, reference in zip(actual[1], expected[1], strict=True):
+    assert expected.item() > 0.1
+    assert abs(actual[0] - expected.item()) < tolerance
+    for ours, leaf in zip(actual[1], leaves, strict=True):
+        reference = leaf.grad.numpy()
         assert np.linalg.norm(ours - reference) <= tolerance * np.linalg.norm(reference)
         assert np.linalg.norm(reference) > 0.01
 
@@ -169,9 +170,8 @@ def test_blockwise_infonce_agrees_with_the_plain_form(
 def test_every_option_changes_the_loss() -> None:
     random = np.random.default_rng(0)
     (q, d), batch = draw_vectors(random, jnp.float32), draw_batch(random, jnp.float32)
-    values = jax.jit(
-        lambda: {name: infonce.info_nce(config, make_encoded(q, d, batch))[0] for name, config in INFONCE.items()}
-    )()
+    compute = jax.jit(lambda *x: {name: infonce.info_nce(config, make_encoded(*x))[0] for name, config in INFONCE.items()})
+    values = compute(q, d, batch)
     losses = {name: float(value) for name, value in values.items()}
     assert len({round(value, 4) for value in losses.values()}) == len(losses), losses
 
@@ -287,7 +287,8 @@ def test_an_objective_of_some_sources_is_the_mean_over_their_queries() -> None:
     chosen = [config.model_copy(update={"sources": ("one",)}), config.model_copy(update={"sources": ("two",)})]
     objectives = Objectives(chosen, source_names=names)
     _, parts = jax.jit(lambda q, d: objectives(q, d, batch, key, {}, 1))(q, d)
-    losses = np.asarray(compute_plain_losses(config, q, d, find_negatives(config, q, d, batch)))
+    leaves = (torch.tensor(np.asarray(x)) for x in (q, d))
+    losses = compute_plain_losses(config, *leaves, find_negatives(config, q, d, batch)).numpy()
     assert float(parts["infonce"]) == pytest.approx(losses[np.array(SOURCES) == 0].mean(), rel=1e-5)
     assert float(parts["infonce_2"]) == pytest.approx(losses[np.array(SOURCES) == 1].mean(), rel=1e-5)
 

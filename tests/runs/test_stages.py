@@ -48,6 +48,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(folder: Path) -> dict[str, Any]:
+    """Return what a run of these stages returned. Its folder is `uninterrupted`."""
+    return train(make_staged_config(folder, "uninterrupted", STAGES))
+
+
 def make_staged_config(root: Path, run: str, stages: list[dict[str, Any]], *overrides: str) -> config.Config:
     """Return a config with these stages and no held-out set. All but the first stage train on labels too."""
     pairs = yaml.safe_load(make_config(root, run, *overrides).dump())["data"]["sources"]
@@ -60,30 +66,32 @@ def read_metric(root: Path, run: str, key: str) -> list[float]:
     return [row[key] for row in read_metrics(root / run) if key in row]
 
 
-def test_each_stage_applies_its_changes(folder: Path) -> None:
-    summary = train(make_staged_config(folder, "two", STAGES))
-    assert summary["step"] == 9
-    assert read_metric(folder, "two", "stage") == [0] * 5 + [1] * 4
-    assert read_metric(folder, "two", "step") == list(range(1, 10))
-    assert np.allclose(read_metric(folder, "two", "learning_rate")[:6], [5e-4, 1e-3, 1e-3, 2e-3 / 3, 1e-3 / 3, 5e-4], atol=1e-9)
-    assert (
-        read_metric(folder, "two", "infonce_negatives")[0] > 20
-        and max(read_metric(folder, "two", "infonce_negatives")[5:]) <= 1
+def test_each_stage_applies_its_changes(folder: Path, uninterrupted: dict[str, Any]) -> None:
+    assert uninterrupted["step"] == 9
+    assert read_metric(folder, "uninterrupted", "stage") == [0] * 5 + [1] * 4
+    assert read_metric(folder, "uninterrupted", "step") == list(range(1, 10))
+    assert np.allclose(
+        read_metric(folder, "uninterrupted", "learning_rate")[:6], [5e-4, 1e-3, 1e-3, 2e-3 / 3, 1e-3 / 3, 5e-4], atol=1e-9
     )
-    assert len(read_metric(folder, "two", "infonce_16")) == len(read_metric(folder, "two", "infonce_2")) == 4
-    temperatures = read_metric(folder, "two", "infonce_temperature")
+    assert (
+        read_metric(folder, "uninterrupted", "infonce_negatives")[0] > 20
+        and max(read_metric(folder, "uninterrupted", "infonce_negatives")[5:]) <= 1
+    )
+    assert (
+        len(read_metric(folder, "uninterrupted", "infonce_16")) == len(read_metric(folder, "uninterrupted", "infonce_2")) == 4
+    )
+    temperatures = read_metric(folder, "uninterrupted", "infonce_temperature")
     assert temperatures[0] == pytest.approx(0.1) and len(set(temperatures)) == 9
     assert abs(temperatures[5] - temperatures[4]) < 1e-3  # not 0.05, the initial value of the second stage
-    assert {"pairs", "labels"} <= set(json.loads((folder / "two" / "jaxembed.json").read_text())["prompts"])
-    recorded = config.load_config(folder / "two" / "config.yaml")  # can be read again
+    assert {"pairs", "labels"} <= set(json.loads((folder / "uninterrupted" / "jaxembed.json").read_text())["prompts"])
+    recorded = config.load_config(folder / "uninterrupted" / "config.yaml")  # can be read again
     assert [stage.train.steps for stage in recorded.stages] == [5, 4]
 
 
+@pytest.mark.usefixtures("uninterrupted")
 @pytest.mark.parametrize("last", [5, 8])
 def test_a_run_killed_in_any_stage_resumes_bit_for_bit(folder: Path, last: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed after the checkpoint at the end of the first stage, or after one in the second."""
-    if not (folder / "uninterrupted").exists():
-        train(make_staged_config(folder, "uninterrupted", STAGES))
 
     class Killed(Exception):
         pass

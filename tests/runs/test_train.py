@@ -61,7 +61,9 @@ def test_training_records_sizes_shares_and_lengths_of_its_sources(folder):
 def test_dropped_rows_are_reported_and_recorded(folder, caplog):
     source = f"data.sources=[{{path: {folder / 'sts.jsonl'}, name: sts, min_score: 1}}]"
     with caplog.at_level("INFO", "jaxembed"):
-        train(make_config(folder, "part", source, "train.steps=1", "data.hard_negatives=0", "eval.sets=[]"))
+        train(
+            make_config(folder, "part", source, "train.steps=3", "data.max_length=8", "data.hard_negatives=0", "eval.sets=[]")
+        )
     assert "  dropped: 48 (score below min_score)" in caplog.messages
     assert json.loads((folder / "part" / "dropped.json").read_text()) == [{"sts": {"score below min_score": 48}}]
 
@@ -142,7 +144,7 @@ def test_best_and_last_checkpoints_load(folder):
 
 def test_a_preset_trains_a_tokenizer(folder, monkeypatch):
     use_one_device(monkeypatch)
-    train(make_config(folder, "scratch", "model.base=preset:tiny", "train.steps=1"))
+    train(make_config(folder, "scratch", "model.base=preset:tiny", "train.steps=1", "eval.sets=[]"))
     model = Embedder.load(folder / "scratch")
     ids = model.tokenizer(["aaa bbb"], [""]).ids[0]
     assert model.tokenizer.hf_tokenizer.decode(ids) == "aaa bbb<|endoftext|>"
