@@ -71,7 +71,7 @@ _Handler = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.POINTER(_CallFrame))
 
 
 def _as_matrix(buffer: Any) -> np.ndarray:
-    """Return a numpy view of a buffer of XLA's."""
+    """Return a numpy view of an XLA buffer."""
     rows, columns = buffer.contents.shape[:2]
     data = (ctypes.c_float * (rows * columns)).from_address(buffer.contents.data)
     return np.frombuffer(data, np.float32).reshape(rows, columns)

@@ -9,7 +9,7 @@ Everything here was measured to save time on CPUs. Results with and without it a
 - `retain_freed_memory`, `release_freed_memory`: the allocator keeps large buffers between steps.
 - `jaxembed.devices.blas`: numpy's BLAS computes large float32 matmuls.
 - `jaxembed.search.nearest`: FAISS searches where it is installed.
-- `jaxembed.hub.embedder`: each call takes `ENCODE_TOKENS_PER_CALL` tokens, and reads the layers as views of the stacked
+- `jaxembed.hub.embedder`: each call encodes `ENCODE_TOKENS_PER_CALL` tokens, and reads the layers as views of the stacked
   parameters.
 
 The attention kernel has its own config key, `model.attention_kernel`.
@@ -25,7 +25,7 @@ import sys
 
 TUNING_VARIABLE = "JAXEMBED_CPU_TUNING"
 OPENBLAS_SPIN_LOG2_CYCLES = "4"  # how long an idle OpenBLAS thread spins before it sleeps; 4 is the minimum
-ENCODE_TOKENS_PER_CALL = 2048  # more than that leaves a CPU's caches
+ENCODE_TOKENS_PER_CALL = 2048  # more would not fit into a CPU's caches
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of mallopt in glibc's malloc.h
 
 
@@ -60,7 +60,7 @@ def configure_jax() -> None:
 
 
 def get_compiler_options() -> dict[str, str]:
-    """Return the options to compile a model's program with (`get_compiler_options` of `jax.jit`).
+    """Return the options with which to compile a model's program (`compiler_options` of `jax.jit`).
 
     On CPUs they choose:
 

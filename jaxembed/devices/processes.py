@@ -33,7 +33,7 @@ from jaxembed.errors import Stopped, UserError, explain_system_error, get_interr
 ADDRESS_VARIABLE, COUNT_VARIABLE, INDEX_VARIABLE = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 MAX_JOIN_S = 86_400
 POLL_INTERVAL_S = 1.0
-JOIN_REMINDER_S = 10.0  # a line says what a start that takes longer waits for
+JOIN_REMINDER_S = 10.0  # after this time, a log line says what the start waits for
 COUNT_KEY = "jaxembed/count"
 # Words in JAX's errors which mean that another process is gone.
 CONNECTION_ERRORS = ("Gloo", "NCCL", "UNAVAILABLE", "CoordinationService", "DEADLINE_EXCEEDED", "Barrier")

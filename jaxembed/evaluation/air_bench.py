@@ -1,7 +1,7 @@
 """Tasks of AIR-Bench, read from local copies of its data sets.
 
 A copy is a folder as the hub has it: `TASK_DOMAIN_LANGUAGE/VERSION/NAME/`, such as qa_wiki_en/AIR-Bench_24.05/default, with
-corpus.jsonl and SPLIT_queries.jsonl (rows of id and text). Judgments lie beside it, in
+corpus.jsonl and SPLIT_queries.jsonl (rows of id and text). Judgments are next to it, in
 `qrels-TASK_DOMAIN_LANGUAGE-SPLIT/VERSION/NAME/SPLIT_qrels.jsonl` (rows of qid, docid and relevance).
 
 The judgments of the test split are not public. For such splits the results of the search are written in AIR-Bench's format, for

@@ -41,8 +41,8 @@ Split = Any  # a split's data as mteb loads it
 def score_task_items(task: MtebTask, encoder: TaskEncoder) -> ItemScores:
     """Return the scores of a model on an mteb task with the items that they are computed from.
 
-    The predictions lie beside the results, or in a temporary folder if results are not stored. A task whose result was stored
-    without predictions is scored again.
+    The predictions are stored next to the results, or in a temporary folder if results are not stored. A task whose result was
+    stored without predictions is scored again.
     """
     with contextlib.ExitStack() as stack:
         if task.cache_folder:

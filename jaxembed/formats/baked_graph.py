@@ -18,9 +18,9 @@ from transformers.modeling_outputs import BaseModelOutput
 
 INPUTS = ("input_ids", "attention_mask")
 OUTPUTS = ("last_hidden_state", "sentence_embedding")
-# The oldest opset in which the graph needs no other operators. Old versions of readers know it too.
+# The oldest opset in which the graph needs no other operators. Old versions of readers support it too.
 OPSET = 18
-# A file of protobuf holds less than 2 GiB. Larger weights lie beside it, in a file whose name readers derive.
+# A file of protobuf holds less than 2 GiB. Larger weights are next to it, in a file whose name readers derive.
 MAX_INLINE_BYTES = 1_500_000_000
 EXTERNAL_DATA_SUFFIX = "_data"
 DYNAMIC_AXES = {
@@ -69,7 +69,7 @@ def build_gemma_masks(config: Any, attention_mask: torch.Tensor) -> dict[str, to
         attention_mask: 1 for tokens, 0 for padding [B, T].
 
     Returns:
-        What is added to the attention scores [B, 1, T, T], by the kind of layer.
+        Terms to add to the attention scores [B, 1, T, T], by the kind of layer.
     """
     index = torch.ones_like(attention_mask).cumsum(dim=1)
     distance = index[:, :, None] - index[:, None, :]  # of a query to the keys before it
@@ -115,7 +115,7 @@ def write_graph(model: Any, texts: list[str], path: Path) -> None:
     raw_folder.mkdir(parents=True)
     raw_path = raw_folder / "model.onnx"
     # The exporter that traces takes a second where the one on torch.export takes half a minute, and needs no other packages.
-    # What a trace fixes by mistake, the comparison of other batch sizes, lengths and padding sides shows.
+    # Comparisons with other batch sizes, lengths and padding sides reveal values that the trace fixed by mistake.
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
@@ -140,7 +140,7 @@ def _move_graph(raw_folder: Path, path: Path) -> None:
 
 
 def quantize_graph(path: Path, quantized_path: Path) -> None:
-    """Write a graph with int8 weights. Activations are quantized while it runs.
+    """Write a graph with int8 weights. Activations are quantized dynamically.
 
     Args:
         path: A baked graph.

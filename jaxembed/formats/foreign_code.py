@@ -1,4 +1,4 @@
-"""Refuse model folders that name Python code of their own, before transformers or sentence-transformers loads them.
+"""Refuse model folders that name their own Python code, before transformers or sentence-transformers loads them.
 
 Both libraries import what the JSON files of a folder name: modules, models, tokenizers, activations, and kernels. A folder
 is therefore loaded by them only if all of these belong to the libraries themselves or to jaxembed.
@@ -16,7 +16,7 @@ from jaxembed.files import read_json_value
 from jaxembed.formats.sentence_transformers import STOCK_TYPE, TOKEN_POOLING_FILE, has_own_token_pooling, read_modules
 
 TORCH_ACTIVATION = re.compile(r"torch\.nn(\.\w+)+")
-CONFIG_PATTERN = "*config*.json"  # name of the JSON files that can name code, beside modules.json
+CONFIG_PATTERN = "*config*.json"  # name of the JSON files that can name code, besides modules.json
 
 
 def _is_stock(value: Any) -> bool:

@@ -1,6 +1,7 @@
 """NV-Embed's own folder layout (Lee et al. 2024).
 
-The config of the transformer is nested in config.json. The weights of the latent attention lie beside those of the transformer.
+The config of the transformer is nested in config.json. The weights of the latent attention are next to those of the
+transformer.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ NV_EMBED_FIELDS = FieldList(
 )  # fmt: skip
 LATENT_ATTENTION_FIELDS = FieldList(
     read=frozenset({"num_latents_value", "num_cross_heads", "cross_dim_head", "output_normalize"}),
-    # The tensors themselves say how wide they are.
+    # The widths follow from the tensors.
     harmless=frozenset({"model_type", "hidden_dim", "latent_dim", "dtype", "torch_dtype", "transformers_version"}),
     refused={"mult": (4,)},
 )

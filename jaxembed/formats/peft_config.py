@@ -10,13 +10,13 @@ from jaxembed.errors import UserError
 from jaxembed.files import exists, read_json
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
-# Initializations that leave the base as its files are. Others (pissa, olora, corda, loftq, lora_ga, mica) change it.
+# Initializations that do not change the base. Others (pissa, olora, corda, loftq, lora_ga, mica) change it.
 SUPPORTED_INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 # Fields that turn LoRA variants off in the folders that we write.
 DISABLED_VARIANTS = {"use_dora": False, "use_rslora": False, "fan_in_fan_out": False, "bias": "none"}
 ADAPTER_FIELDS = FieldList(
     read=frozenset({"peft_type", "r", "lora_alpha", "base_model_name_or_path", "init_lora_weights"}),
-    # The tensors themselves say which projections have adapters. The configs of initializations matter only with these.
+    # The tensors show which projections have adapters. The configs of initializations matter only with these.
     harmless=frozenset(
         {
             "task_type", "auto_mapping", "peft_version", "inference_mode", "lora_dropout", "target_modules", "exclude_modules",

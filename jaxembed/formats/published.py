@@ -77,7 +77,7 @@ LLM2VEC_CHAT_TEMPLATES = {
 def _read_llm2vec_choices(folder: Path | None, transformer_name: str) -> SpecChoices:
     """Return the fields of `EmbeddingSpec` for LLM2Vec (BehnamGhader et al. 2024, and its code).
 
-    The instruction stands before a text without a line break. Both are wrapped in the chat template of `transformer_name`.
+    The instruction precedes a text without a line break. Both are wrapped in the chat template of `transformer_name`.
     LLM2Vec truncates documents at a word so that at most 400 tokens remain. Here they are truncated at the 400th token.
     """
     path = folder / LLM2VEC_CONFIG_FILE if folder is not None else None
@@ -121,7 +121,7 @@ def _is_bge_icl(folder: Path, config: Mapping[str, Any]) -> bool:
 
 
 E5_CHOICES = {"pooling": "mean", "fixed_prompts": True, "prompts": {"query": "query: ", "document": "passage: "}}
-# Encoders that pool [CLS] and have a prompt for queries alone.
+# Encoders that pool [CLS] and only have a prompt for queries.
 BGE_CHOICES = {
     "pooling": "first", "fixed_prompts": True,
     "prompts": {"query": "Represent this sentence for searching relevant passages: ", "document": ""},
@@ -165,7 +165,7 @@ PUBLISHED_LAYOUTS = (
     PublishedLayout(
         "stella-1.5B-v5",
         r"stella[-_](en[-_])?1\.5B[-_]v5",
-        # Its files say what remains: EOS, and the width of the projection.
+        # Its files specify the rest: EOS, and the width of the projection.
         {
             "attention": "bidirectional", "pooling": "mean", "include_instruction": True, "prompts": EMPTY_DOCUMENT_PROMPT,
             "instruction_template": E5_TEMPLATE,

@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 BASE_RECORD_FILE = "base.json"  # describes the base of a run; a folder with this file is a run
 DATA_REPORT_FILE = "data.json"  # sizes, shares and lengths of the sources of each stage
-LOGGERS_FILE = "loggers.json"  # the id under which each logger knows the run
+LOGGERS_FILE = "loggers.json"  # the id of the run in each logger
 STARTS_FILE = "starts.jsonl"  # one line per start: time, command, devices, parameters
 
 

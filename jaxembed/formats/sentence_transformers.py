@@ -76,7 +76,7 @@ MODEL_FIELDS = FieldList(  # of config_sentence_transformers.json
     refused={"model_type": ("SentenceTransformer",), "truncate_dim": ()},
 )
 E5_PROMPT = re.compile(r"Instruct: .+?( ?\n ?Query: ?)", re.DOTALL)  # form of E5's stored prompts
-# The PyTorch module of poolings with weights. Export copies this file beside the model.
+# The PyTorch module of poolings with weights. Export copies this file into the folder of the model.
 TOKEN_POOLING_FILE = Path(__file__).with_name("token_pooling.py")
 TOKEN_POOLING_TYPE = f"{TOKEN_POOLING_FILE.stem}.TokenPooling"  # its type in modules.json
 STOCK_TYPE = re.compile(r"sentence_transformers(\.\w+)+")  # types of sentence-transformers' own classes
@@ -306,8 +306,8 @@ def _read_max_length(folder: Path, transformer: TransformerConfig, tokenizer: An
     max_length = Fields(config, str(path)).integer("max_seq_length", limit)
     if max_length > transformer.max_positions:
         log_once(
-            f"{path}: max_seq_length {max_length} is more than max_position_embeddings, so texts are cut at "
-            f"{transformer.max_positions} tokens; sentence-transformers cuts them later"
+            f"{path}: max_seq_length {max_length} is more than max_position_embeddings, so texts are truncated to "
+            f"{transformer.max_positions} tokens; sentence-transformers truncates them later"
         )
     return max_length
 

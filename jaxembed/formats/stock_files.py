@@ -30,7 +30,7 @@ UNSAVED_CONFIG_KEYS = (
     "torch_dtype", "auto_map", "_name_or_path", "tokenizer_class", "matryoshka_dimensions", "rope_scaling", "rope_parameters",
     "_sliding_window_pattern", "global_attn_every_n_layers",
 )  # fmt: skip
-# Where TEI and older readers look for the size of a group of layers, of which one has no sliding window.
+# Keys in which TEI and older readers find the size of a group of layers, one of which has no sliding window.
 WINDOW_GROUP_KEYS = {"gemma3_text": "_sliding_window_pattern", "modernbert": "global_attn_every_n_layers"}
 
 MODEL_INPUTS = ("input_ids", "attention_mask")
@@ -79,9 +79,9 @@ def _build_decoder_fields(spec: EmbeddingSpec, transformer: TransformerConfig, t
 
 
 def build_rope_fields(transformer: TransformerConfig) -> dict[str, Any]:
-    """Return the rotary positions as transformers 5 reads them (`rope_parameters`), and as older readers do, beside it.
+    """Return the rotary positions as transformers 5 reads them (`rope_parameters`), and also as older readers do.
 
-    Without `rope_theta` at the top, transformers 4 takes 10,000. Without `rope_scaling`, TEI leaves scaling out silently; with
+    Without `rope_theta` at the top, transformers 4 uses 10,000. Without `rope_scaling`, TEI leaves scaling out silently; with
     it, TEI refuses a Llama model that it cannot compute.
     """
     if transformer.position_kind != "rope":
@@ -115,7 +115,7 @@ def _build_grouped_fields(transformer: TransformerConfig, rope: Mapping[str, Any
 
 
 def build_module_list(spec: EmbeddingSpec) -> list[dict[str, Any]]:
-    """Return modules.json. TEI looks for the folder 1_Pooling, and refuses a model with a pooling of its own without it."""
+    """Return modules.json. TEI looks for the folder 1_Pooling, and without it refuses a model with its own pooling."""
     kinds = ["Transformer", *(() if spec.pooling in POOLING_MODES else ("TokenPooling",)), "Pooling"]
     dense_count = len(spec.hidden_projections) + 1 if spec.projection else 0
     kinds += [*["Dense"] * dense_count, *(("Normalize",) if spec.normalize else ())]

@@ -99,7 +99,7 @@ class PreNorm(nn.Module):
 
 
 class TokenPooling(Module):
-    """MultiHeadAttention over token embeddings, before their mean.
+    """Multi-head attention over token embeddings, before their mean.
 
     Args:
         width: Width of the token embeddings.

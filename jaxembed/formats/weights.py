@@ -31,7 +31,7 @@ TensorIndex = tuple[slice, ...]  # one slice with start and stop per axis
 POOLING_FOLDER = "1_TokenPooling"  # subfolder of an exported model; tensor names in its file lack "pooling."
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names of the dtypes of unquantized weights
 MAX_LISTED_TENSORS = 6  # names that an error lists for each kind of problem
-MAX_COPIED_ELEMENTS = 1 << 24  # numbers that are read from a file at a time
+MAX_COPIED_ELEMENTS = 1 << 24  # elements that are read from a file at a time
 
 
 @contextlib.contextmanager
@@ -65,7 +65,7 @@ def open_tensors(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def find_part_files(folder: Path) -> dict[str, Path]:
-    """Return the weight files beside those of the transformer, by the start of their tensor names: pooling and projections.
+    """Return the weight files besides those of the transformer, by the start of their tensor names: pooling and projections.
 
     Raises:
         UserError: If the folder names such a file and it does not exist.
