@@ -145,7 +145,7 @@ def test_latent_weights_are_those_of_each_text(bases):
 
 
 def test_base_without_weights_of_its_pooling_is_refused(bases):
-    with pytest.raises(UserError, match=r"has no weights of its latent_attention pooling\. Train it"):
+    with pytest.raises(UserError, match=r"has no weights for its latent_attention pooling\. Train it"):
         load_tiny(bases["qwen3"], pooling="latent_attention")
 
 
