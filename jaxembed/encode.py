@@ -115,7 +115,7 @@ def make_parser() -> cli.Parser:
     """Return the parser of the command line."""
     about = (
         "OUT.npy has one vector of unit length per line or row, in input order. Memory does not grow with the file.\n"
-        f"Texts are cut at {MAX_TEXT_CHARS:,} characters before they are tokenized. Blank lines at the end are skipped."
+        f"Texts are truncated to {MAX_TEXT_CHARS:,} characters before they are tokenized. Blank lines at the end are skipped."
     )
     parser = cli.new_parser("encode", f"{__doc__}\n{about}")
     cli.add_model_arguments(parser)

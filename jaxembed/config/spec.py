@@ -118,7 +118,7 @@ class EmbeddingSpec(Section):
         Args:
             instruction: The instruction. Without one, the prompt is `plain_prompt`.
             examples: In-context examples that precede the instruction.
-            side: Side of the text, query or document. With `fixed_prompts` it alone decides.
+            side: Side of the text, query or document. With `fixed_prompts`, only the side matters.
         """
         if self.fixed_prompts and side is not None:
             return self.prompts.get(side, self.plain_prompt)

@@ -27,7 +27,7 @@ from jaxembed.search.nearest import search
 
 MAX_CLUSTER_TEXTS, MAX_CLUSTER_TEXT_CHARS = 3, 200  # texts that are shown of a cluster
 # Minimum shares of near texts. Two samples of equal size from one distribution have a share of about one half;
-# outliers of a target, which have no near neighbor of their own, give unrelated sources up to 0.1.
+# outliers of a target, which have no near neighbors, give unrelated sources up to 0.1.
 IN_DOMAIN, RELATED = 0.25, 0.15
 UNKNOWN_LANGUAGE = "uncertain"
 

@@ -153,7 +153,7 @@ def mine_negatives(
     def compute_cosines(ids: np.ndarray) -> np.ndarray:
         return np.einsum("pd,pd->p", query_vectors[ids[:, 0]], document_vectors[ids[:, 1]])
 
-    # Search, unless BM25 alone finds the candidates and nothing else needs the nearest documents.
+    # Search, unless only BM25 finds the candidates and nothing else needs the nearest documents.
     recall: float | None = None
     nearest: list[SearchResult] = []
     top_k = options.config.consistency_top_k

@@ -1,7 +1,7 @@
 """Workers of a Ray cluster that apply steps to batches of rows.
 
 Results come in the order of the batches, so the output equals that of a single process. Ray's actors are used directly: Ray
-Data would store the rows in blocks of its own, and the order of blocks that arrive depends on timing.
+Data would store the rows in its own blocks, and the order of blocks that arrive depends on timing.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def import_data_extra(module: str, feature: str) -> Any:
 class ParquetFile(TableFile):
     """A Parquet file. An address is the number of a row, from 0.
 
-    If the row groups of a file do not fit into memory together, random reads are slow, and a warning says so.
+    If the row groups of a file do not fit into memory together, random reads are slow, and a warning is logged.
     """
 
     def __init__(self, path: Path):

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-# Characters without width or meaning of their own: soft hyphen, zero-width spaces and joiners, marks of the text direction,
+# Characters without width or meaning: soft hyphen, zero-width spaces and joiners, marks of the text direction,
 # variation selectors, and the byte order mark.
 INVISIBLE_CHARS = re.compile("[\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufe00-\ufe0f\ufeff]")
 

@@ -29,7 +29,7 @@ class TokenText(NamedTuple):
         targets: Token that the hidden state at each position predicts, NOT_PREDICTED for none, int32 [T].
         context: Number of leading tokens that are context. Masks such as `prefix_lm` treat them like an instruction.
         weight: Weight of each predicted token.
-        size: Divisor of the sum over the text's predicted tokens, if the text is a group of its own.
+        size: Divisor of the sum over the text's predicted tokens, if the text is a separate group.
     """
 
     tokens: np.ndarray

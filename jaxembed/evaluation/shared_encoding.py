@@ -1,4 +1,4 @@
-"""Encode on all processes of a run while process 0 alone runs the tasks.
+"""Encode on all processes of a run while only process 0 runs the tasks.
 
 Process 0 sends every call to the other processes, which compute their share. So they need neither mteb nor the data of tasks.
 """

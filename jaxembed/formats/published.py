@@ -31,7 +31,7 @@ class PublishedLayout:
         choices: Values of fields of `EmbeddingSpec`, or a function that reads them from the folder (None for a preset) and the
             name of the transformer that its adapters belong to. They override the sentence-transformers files in the folder,
             except for `prompts`.
-        matches_files: Function of a folder and its config.json that recognizes the family by its files alone.
+        matches_files: Function of a folder and its config.json that recognizes the family only by its files.
     """
 
     title: str

@@ -118,7 +118,7 @@ def read_modules(folder: Path) -> list[tuple[str, Path]]:
     for kind, _ in modules:
         if kind != TOKEN_POOLING_TYPE and not STOCK_TYPE.fullmatch(kind):
             raise UserError(
-                f"{listing}: module type {kind[:80]!r} is Python code of its own, which is not run (expected modules of "
+                f"{listing}: module type {kind[:80]!r} is the folder's own Python code, which is not run (expected modules of "
                 "sentence_transformers). Use another model."
             )
     for _, path in modules:

@@ -351,7 +351,7 @@ class Embedder:
     def _program_params(self) -> Any:
         """The parameters as arguments of programs.
 
-        On a single CPU each layer is an argument of its own: XLA would otherwise copy it out of the stack in every program.
+        On a single CPU, each layer is a separate argument: XLA would otherwise copy it out of the stack in every program.
         """
         if self.mesh.size > 1 or not is_tuned(self.mesh.devices.flat[0].platform) or not self.model.compute.unroll:
             return self.params

@@ -97,7 +97,7 @@ def export(embedder: Embedder, out: Path, dtype: str, card: Card, onnx: OnnxWeig
         folder, parity = _check_folder(embedder, scratch, out, dtype, probes, vectors)
         onnx_report = None
         if onnx:
-            # The graph computes in float32 whatever the dtype of the weights is, so it gets the weights before rounding.
+            # The graph computes in float32 for any dtype of the weights, so it gets the weights before rounding.
             onnx_folder = scratch / ONNX_FOLDER
             onnx_report = write_onnx(embedder, scratch / "float32", onnx_folder, probes, vectors, int8=onnx == "int8")
             shutil.move(str(onnx_folder), str(folder / ONNX_FOLDER))

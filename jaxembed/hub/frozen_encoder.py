@@ -125,7 +125,7 @@ def open_frozen_encoder(name: str, cache: Path, mesh: Mesh | None = None, record
     """Open a model that jaxembed can load, or any other sentence-transformers folder.
 
     The template of the model turns an instruction into a prompt. Texts without an instruction get the prompt that is stored
-    for their side. Folders that only sentence-transformers can load use their stored prompts, whatever the instruction.
+    for their side. Folders that only sentence-transformers can load use their stored prompts, regardless of the instruction.
 
     Args:
         name: Name of the model: a local folder, a run directory, or a hub id.
@@ -151,7 +151,7 @@ def open_frozen_encoder(name: str, cache: Path, mesh: Mesh | None = None, record
                 f"{name}: loaded by sentence-transformers, which cannot split a model over devices. Omit --fsdp."
             ) from None
         reason = str(error).removesuffix(".")
-        line = "%s: loaded by sentence-transformers (%s); texts get the prompts stored there, whatever their instruction"
+        line = "%s: loaded by sentence-transformers (%s); texts get the prompts stored there, regardless of their instruction"
         log.info(line, name, reason)
         return _open_sentence_transformer(name, folder, cache)
     mesh = make_mesh(devices=jax.local_devices()) if mesh is None else mesh

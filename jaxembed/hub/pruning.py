@@ -64,7 +64,7 @@ def prune_mlp(embedder: Embedder, width: int, texts: Iterable[str] | None) -> Em
     Args:
         embedder: The model.
         width: The new width.
-        texts: Texts on which the activations are measured. None: the weights alone decide.
+        texts: Texts on which the activations are measured. None: only the weights decide.
 
     Raises:
         UserError: The feed-forward layers are not that wide.

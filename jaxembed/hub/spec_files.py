@@ -114,7 +114,7 @@ def log_default_spec(folder: Path, spec: EmbeddingSpec) -> None:
 def read_adapter_spec(
     name: str, folder: Path, transformer: TransformerConfig, base_spec: EmbeddingSpec, weights_name: str
 ) -> EmbeddingSpec:
-    """Read the spec of a PEFT folder, as `read_folder_spec` does. Without files of its own it has the spec of its base.
+    """Read the spec of a PEFT folder, as `read_folder_spec` does. Without such files, it has the spec of its base.
 
     Args:
         name: Name that the user gave.

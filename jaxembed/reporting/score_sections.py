@@ -161,7 +161,7 @@ def make_benchmark_section(models: Sequence[ReportedModel]) -> ReportSection:
 def _list_published_tables(models: Sequence[ReportedModel]) -> list[Table]:
     """Return the averages by type of task next to the rows of published models, for each benchmark with a published table.
 
-    Models that were scored on other tasks of a benchmark have a table of their own.
+    Models that were scored on other tasks of a benchmark have a separate table.
     """
     tables: dict[tuple[str, ...], Table] = {}
     for model in models:

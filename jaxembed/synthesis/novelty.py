@@ -16,7 +16,7 @@ from jaxembed.data.equality import hash_text
 from jaxembed.errors import UserError
 
 DEFAULT_THRESHOLD = 0.8
-# Languages that the identifier cannot tell apart in a few sentences.
+# Languages that the identifier cannot distinguish in a few sentences.
 CLOSE_LANGUAGES = ({"no", "nb", "nn", "da"}, {"hr", "sr", "bs"}, {"id", "ms"}, {"cs", "sk"}, {"gl", "pt"}, {"af", "nl"})
 
 

@@ -4,7 +4,7 @@ Definition: Chowdhery et al. 2022, PaLM, appendix B. It counts the matmuls that 
     to save memory:
 
 - Kernels: each useful token takes 6 FLOPs for each weight of the kernels that it passes, 2 forward and 4 backward. A frozen
-  kernel takes 4: it needs no gradient of its own.
+  kernel takes 4: it needs no gradient.
 - Attention: each pair of tokens of one text takes 12 H N L FLOPs (H head width, N heads, L layers). As in PaLM, masks and
   windows do not reduce that.
 
