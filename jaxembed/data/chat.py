@@ -12,7 +12,7 @@ from jaxembed.data.sampling import TextSampler
 from jaxembed.data.schema import Example, Row, check_text_field, is_text
 
 CHAT_ROLES = ("system", "user", "assistant")
-MESSAGE = '{"role": "user", "content": "..."}'  # how a message looks, for errors
+MESSAGE = '{"role": "user", "content": "..."}'  # an example of a message, for errors
 
 
 def check_chat(row: Row) -> str | None:

@@ -21,7 +21,7 @@ class FormattedChat(NamedTuple):
 
     Attributes:
         text: The text.
-        answers: Start and end of each answer, with what ends it, in characters.
+        answers: Start and end of each answer in characters, including its end token.
     """
 
     text: str
@@ -31,8 +31,8 @@ class FormattedChat(NamedTuple):
 class ChatReader:
     """Turns conversations into tokens, of which those of the answers are predicted, each from the tokens before it.
 
-    A conversation is written as one text and tokenized once. A token belongs to an answer if it starts in it: then the prompt
-    before the answer has the tokens that it has alone when text is generated (Muennighoff et al. 2024, arXiv:2402.09906).
+    A conversation is written as one text and tokenized once. A token belongs to an answer if it starts in it: so the prompt
+    before the answer has the same tokens as when text is generated (Muennighoff et al. 2024, arXiv:2402.09906).
     """
 
     def __init__(self, config: CausalLMConfig, tokenizer: TextTokenizer, key: str):
@@ -83,7 +83,7 @@ class ChatReader:
     def _build(self, answers: Sequence[tuple[int, int]], encoding: Encoding) -> TokenText:
         is_prefix_lm, first = self._config.attention == "prefix_lm", len(self._first_ids)
         tokens = np.array([*self._first_ids, *encoding.ids], np.int32)[: self._max_length]
-        # Which tokens are predicted: those that start in an answer, or in the last one.
+        # Select the predicted tokens: those that start in an answer, or in the last one.
         starts = np.array([start for start, _ in encoding.offsets], np.int64)[: max(0, self._max_length - first)]
         is_predicted = np.zeros(len(tokens), bool)
         for start, end in answers[-1:] if is_prefix_lm else answers:

@@ -17,14 +17,14 @@ MAX_LOGPROB = 1e-3
 
 
 class Choice(NamedTuple):
-    """An answer, and what it cost.
+    """An answer and its tokens.
 
     Attributes:
         text: The text.
         finish_reason: Why the text ends; empty if the server does not say.
-        refusal: What the server says about an answer that it refuses; empty if it does not.
-        logprobs: Log-probability of the first token by its text, for the likeliest tokens.
-        model: Name of the model, as the server gives it; empty if it does not.
+        refusal: The server's explanation if it refuses to answer; otherwise empty.
+        logprobs: Log-probabilities of the likeliest first tokens, by their text.
+        model: Name of the model, as the server reports it; empty if it does not.
         prompt_tokens: Tokens of the prompt; None if the server does not count.
         completion_tokens: Tokens of the answer; None if the server does not count.
     """
@@ -40,7 +40,7 @@ class Choice(NamedTuple):
 
 @contextmanager
 def expect_completion() -> Iterator[None]:
-    """Turn what a malformed answer raises in the block into `ValueError`."""
+    """Turn the exceptions that a malformed answer causes in the block into `ValueError`."""
     try:
         yield
     except (TypeError, AttributeError, LookupError, RecursionError) as error:
@@ -52,7 +52,7 @@ def read_json_answer(response: Any, limit_s: float) -> Any:
 
     Args:
         response: The response, whose body has not been read.
-        limit_s: Seconds that the body may take. The limit of the library is one of each read alone.
+        limit_s: Seconds that the body may take. The timeout of the library only limits each read.
     """
     import openai
 
@@ -110,7 +110,7 @@ def is_logprob(value: Any) -> bool:
 
 
 def _read_logprobs(tokens: Any) -> dict[str, float]:
-    """Return the log-probability of each token, without what is none. Of equal tokens, the first and likeliest counts."""
+    """Return the log-probability of each token, without invalid ones. Of equal tokens, the first and likeliest is used."""
     found = {_read_text(token["token"]).strip(): token.get("logprob") for token in reversed(tokens)}
     return {token: float(value) for token, value in found.items() if is_logprob(value)}
 
