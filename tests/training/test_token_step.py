@@ -84,7 +84,7 @@ def compute(
 ) -> tuple[Any, Any]:  # fmt: skip
     """Return loss and gradients of a step on a mesh, by default of one objective alone."""
     lora_config = LoraConfig(rank=4, alpha=8.0) if lora else None
-    model, params = load_model(base, SPEC, mesh, lora_config, has_head=base.name == "with_head")
+    model, params = load_model(base, SPEC, mesh, lora_config, has_head=base.name == "with_head", unroll=False)
     trained, frozen = split_params(params)
     if lora:
         trained = perturb(trained)
