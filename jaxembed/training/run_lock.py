@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import errno
 import json
 import logging
 import os
@@ -125,6 +126,9 @@ class RunLock:
     def _wait_until_abandoned(self) -> None:
         """Return once the lock is known to be abandoned, and raise `UserError` once it is known that it is not."""
         check_unlocked(self._run_dir)
+        if not _read(self._path):  # another process may be creating it
+            time.sleep(LOCK_POLL_INTERVAL_S)
+            check_unlocked(self._run_dir)
         first = last = _read(self._path)
         owner = _parse(first)
         if not first or (owner is not None and owner.has_ended()):
@@ -177,17 +181,32 @@ def _make_occupied_error(run_dir: Path, content: bytes) -> UserError:
 
 
 def _create(path: Path, content: bytes) -> bool:
-    """Create a file with some content; return whether it did not exist yet."""
+    """Create a file with some content; return whether it did not exist yet.
+
+    Where the disk has hard links, no other process ever sees the file without its content.
+    """
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        partial.write_bytes(content)
+        os.link(partial, path)
     except FileExistsError:
         return False
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        return _create_without_link(path, content)
+    finally:
+        partial.unlink(missing_ok=True)
+    return True
+
+
+def _create_without_link(path: Path, content: bytes) -> bool:
+    """Do the same on a disk without hard links."""
     try:
-        with open(descriptor, "wb") as file:
+        with path.open("xb") as file:
             file.write(content)
-    except OSError:
-        path.unlink()
-        raise
+    except FileExistsError:
+        return False
     return True
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -52,6 +53,25 @@ def write_foreign_lock(run_dir: Path, heartbeat: int) -> None:
     """Write the lock of a process on another machine."""
     owner = dataclasses.replace(LockOwner.this_process(), host="far", pid=7, pid_space="other boot", token="far")
     (run_dir / RUN_LOCK_FILE).write_text(json.dumps({**dataclasses.asdict(owner), "heartbeat": heartbeat}))
+
+
+@pytest.mark.parametrize("code", [0, errno.EPERM])
+def test_a_lock_that_another_process_is_creating_is_respected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """On a disk without hard links it exists for a moment without its content."""
+    path, content = tmp_path / RUN_LOCK_FILE, RunLock(tmp_path)._format_content(0)
+    path.touch()
+    monkeypatch.setattr("time.sleep", lambda seconds: path.write_bytes(content))
+    if code:
+        monkeypatch.setattr("os.link", lambda *_: (_ for _ in ()).throw(OSError(code, os.strerror(code))))
+    with RunLock(tmp_path) as lock, pytest.raises(UserError, match="is training in this run directory"):
+        lock.acquire()
+    assert path.read_bytes() == content and [file.name for file in tmp_path.iterdir()] == [RUN_LOCK_FILE]
+    path.unlink()
+    with RunLock(tmp_path) as lock:
+        lock.acquire()
+        assert json.loads(path.read_text())["pid"] == os.getpid()
 
 
 def test_a_second_job_is_refused_and_names_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
