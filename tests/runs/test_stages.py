@@ -199,7 +199,7 @@ def test_a_stage_may_continue_the_optimizer(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
-        ([{"train": {"batch_size": 8}}], r"stages\.0\.train\.steps is missing\. Every stage names its own"),
+        ([{"train": {"batch_size": 8}}], r"stages\.0\.train\.steps is missing\. Set it: every stage has its own"),
         ([{"train": {"steps": 1}}, {"train": {"steps": 1}, "model": {}}], r"stages\.1\.model: all stages share this key"),
         ([{"train": {"steps": 1, "seed": 3}}], r"stages\.0\.train\.seed: all stages share this key\. Set it outside of stages"),
         ([{"train": {"steps": 1}, "optm": {}}], r"unknown key stages\.0\.optm\. Did you mean stages\.0\.optim\?"),
