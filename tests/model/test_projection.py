@@ -79,7 +79,7 @@ def test_a_run_with_adapters_trains_the_projection(tmp_path: Path) -> None:
 
 
 def test_a_base_without_weights_of_its_projection_is_an_error(base_folder: Folder) -> None:
-    with pytest.raises(UserError, match=r"has no weights of its projection\. Train it"):
+    with pytest.raises(UserError, match=r"has no weights for its projection\. Train it"):
         load_embedder(find_base(str(base_folder("qwen3"))), EmbeddingSpec(projection=6), ComputeOptions(), make_mesh(1))
 
 

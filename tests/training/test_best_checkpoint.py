@@ -16,8 +16,8 @@ from jaxembed.training.loop import Trainer
 def make_checkpoints(monkeypatch: pytest.MonkeyPatch, scores: dict[int, float | None]) -> CheckpointReader:
     """Return checkpoints with these scores by step."""
     checkpoints = CheckpointReader.__new__(CheckpointReader)
-    monkeypatch.setattr(CheckpointReader, "steps", lambda self: list(scores))
-    monkeypatch.setattr(CheckpointReader, "cursor", lambda self, step: {"score": scores[step]})
+    monkeypatch.setattr(CheckpointReader, "list_steps", lambda self: list(scores))
+    monkeypatch.setattr(CheckpointReader, "read_cursor", lambda self, step: {"score": scores[step]})
     return checkpoints
 
 
