@@ -125,7 +125,7 @@ def test_long_texts_are_cut_before_they_are_encoded(
     assert np.load(tmp_path / "out.npy")[:, 0].tolist() == [50, 50, 50, 50, 50, 1]
     assert encoder.calls == [2, 2, 2]
     assert [message for message in caplog.messages if "cut" in message] == [
-        f"{tmp_path}/a.txt: 1 texts have more than 50 characters and are cut there"
+        f"{tmp_path}/a.txt: 1 texts have more than 50 characters and are truncated"
     ]
 
 

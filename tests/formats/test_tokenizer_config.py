@@ -160,7 +160,7 @@ def test_modules_of_other_packages_are_refused(tmp_path: Path) -> None:
     modules = json.loads((folder / "modules.json").read_text())
     modules[1]["type"] = "my_package.Pooling"
     (folder / "modules.json").write_text(json.dumps(modules))
-    with pytest.raises(UserError, match=r"module type 'my_package\.Pooling' is Python code of its own"):
+    with pytest.raises(UserError, match=r"module type 'my_package\.Pooling' is the folder's own Python code"):
         find_base(str(folder))
 
 
@@ -209,7 +209,7 @@ def test_a_limit_beyond_the_positions_is_logged(tmp_path: Path, caplog: pytest.L
     folder = write_sentence_transformer(tmp_path, False, False)
     edit_json(folder / "sentence_bert_config.json", max_seq_length=500)
     assert find_base(str(folder)).spec.max_length == 128
-    assert "max_seq_length 500 is more than max_position_embeddings, so texts are cut at 128 tokens" in caplog.text
+    assert "max_seq_length 500 is more than max_position_embeddings, so texts are truncated to 128 tokens" in caplog.text
 
 
 def test_code_that_is_not_run_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

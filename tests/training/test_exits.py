@@ -151,7 +151,7 @@ def test_a_run_trains_exits_and_its_model_is_cut_there(
     cut = embedder.keep_first_layers(2)
     assert (cut.spec.exit_layers, cut.model.transformer.layers, caplog.text.count("not trained to end")) == ((1,), 2, 0)
     card = format_model_card(ServedModel(embedder.spec, embedder.model.transformer, "float32"), Card("m"), 0.0, "")
-    assert "Training included the model cut to its first 1, 2 layers" in card
+    assert "The model was also trained with only its first 1, 2 layers" in card
     plain = embedder.with_spec(embedder.spec.replace(exit_layers=())).keep_first_layers(2)
     assert "layers: the model was not trained to end after 2 layers (trained exits: [])" in caplog.text
     np.testing.assert_array_equal(plain.encode(["aaa bbb"]), cut.encode(["aaa bbb"]))
