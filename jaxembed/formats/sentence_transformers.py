@@ -84,8 +84,10 @@ STOCK_TYPE = re.compile(r"sentence_transformers(\.\w+)+")  # types of sentence-t
 EARLIER_TOKEN_POOLING_DIGESTS = frozenset(
     {
         "8a1a3602c7515bc20e5fb86c1eec16ec83c197042fe78d89d5d39070abe972a8",
+        "1be1d0c7b6e0545011273d5397527547b89732883b7dea721de03075d38325fc",
         "61b583d85923382c6abf090f2a5039fdf5a90df002a219235c49026379f66fe6",
         "59aa31bc580d11d3ded36e26ada2de1e322af3d04dc6a1eec610dbbdd4ad390e",
+        "b5b0e31df06691427f9f2b97e607515d96564f57547fef67b95572c7e1e67193",
         "f72894e7e09ec6b1879886225b8a4c385e00b9b0c5113a941db9d82d987d25d9",
     }
 )
