@@ -61,6 +61,7 @@ def write_folder(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     """Export a model. Return the folder, its dtype, and the distance of its vectors from the model's."""
     from transformers.utils import logging
 
+    from jaxembed.data.tokenize import silence_transformers
     from jaxembed.hub.card import read_card
     from jaxembed.hub.export import export
     from jaxembed.hub.export_adapters import export_adapters
@@ -68,12 +69,12 @@ def write_folder(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     from jaxembed.hub.onnx_export import check_onnx_installed
 
     logging.disable_progress_bar()  # the folder is loaded and saved several times
-    logging.set_verbosity_error()  # it warns of a language-model head, which embedders do not load
     getLogger("sentence_transformers").setLevel(ERROR)  # it warns that the CPU, which checks the folder, is slow
     onnx: OnnxWeights | None = "int8" if args.onnx_int8 else "float32" if args.onnx else None
     if onnx:
         check_onnx_installed()
-    with stop_on_signals(f"{out}: not written"):
+    # transformers would warn of a language-model head, which embedders do not load.
+    with stop_on_signals(f"{out}: not written"), silence_transformers():
         if args.adapters:
             check_adapter_options(args)
             cli.set_up_jax()

@@ -23,7 +23,7 @@ MAX_UNLOCKED_AGE_S = 24 * 3600  # after this time a folder without a lock is rem
 
 @contextlib.contextmanager
 def open_scratch_folder(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside an output, and remove it at the end.
+    """Yield a temporary folder beside an output, and remove it at the end. The folder of the output is created if needed.
 
     Folders that killed processes left there are removed first. Commands turn SIGTERM and Ctrl-C into exceptions, so that they
     remove their folder themselves.
@@ -35,6 +35,7 @@ def open_scratch_folder(out: Path) -> Iterator[Path]:
         UserError: A file could not be written, for example because the disk is full.
     """
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale_folders(out.parent)
         folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=SCRATCH_PREFIX))
     except OSError as error:

@@ -254,7 +254,7 @@ def make_arguments(folder: Path, **options: Any) -> argparse.Namespace:
     """Make the arguments of the encode command for files of a folder."""
     files = {"input": str(folder / "in.txt"), "out": str(folder / "out.npy"), "examples": str(folder / "examples.jsonl")}
     others = {"instruction": None, "prompt_name": None, "dim": None, "long_texts": "cut", "field": "text"}
-    others |= {"precision": "float32", "ranges": None, "write_ranges": None}
+    others |= {"precision": "float32", "ranges": None, "write_ranges": None, "search": None, "top": None}
     loading = {"model": "m", "checkpoint": "best", "dtype": "float32", "layers": None, "adapter": None, "fsdp": 1}
     return argparse.Namespace(**{**files, **others, **loading, **options})
 

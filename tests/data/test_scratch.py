@@ -109,8 +109,9 @@ def test_a_full_disk_ends_in_one_line(base: Path, tmp_path: Path, name: str) -> 
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    message = r"nowhere/out: cannot be written \(No such file or directory\)"
-    with pytest.raises(UserError, match=message), open_scratch_folder(tmp_path / "nowhere" / "out"):
+    (tmp_path / "file").touch()
+    message = r"file/folder/out: cannot be written \(Not a directory\)"
+    with pytest.raises(UserError, match=message), open_scratch_folder(tmp_path / "file" / "folder" / "out"):
         pass
 
 
@@ -132,3 +133,11 @@ def test_files_of_a_finished_folder_are_as_readable_as_new_ones(tmp_path: Path) 
     (tmp_path / "new").touch()
     modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert modes == {(tmp_path / "new").stat().st_mode & 0o777} != {0o600}
+
+
+def test_the_folder_of_an_output_is_created(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "data" / "out"
+    with open_scratch_folder(out) as scratch:
+        (scratch / "folder").mkdir()
+        move_into_place(scratch / "folder", out)
+    assert out.is_dir() and list(out.parent.iterdir()) == [out]
