@@ -22,7 +22,6 @@ from jaxembed.data.tokenize import MAX_TEXT_CHARS
 from jaxembed.errors import UserError
 from jaxembed.files import atomic_write
 from jaxembed.search.precision import PRECISIONS, RANGES_FILE, Quantizer, find_ranges, get_quantized_layout, read_ranges
-from jaxembed.search.quantized import check_layout, import_faiss, read_documents, search_quantized
 
 DEFAULT_TOP = 10  # documents that --search finds per text
 
@@ -80,6 +79,8 @@ def open_documents(args: argparse.Namespace) -> np.ndarray | None:
         return None
     if args.write_ranges:
         raise UserError("--search: finds documents and writes no vectors, so it writes no ranges. Omit --write-ranges.")
+    from jaxembed.search.quantized import import_faiss, read_documents
+
     import_faiss("--search")
     return read_documents(Path(args.search))
 
@@ -102,6 +103,8 @@ def write_nearest(
         width: Width of the vectors.
         ranges: Ranges for int8 and uint8.
     """
+    from jaxembed.search.quantized import check_layout, search_quantized
+
     check_layout(documents, args.precision, width, f"--search {args.search}: its vectors are")
     queries = np.concatenate([np.zeros((0, width), np.float32), *groups])
     found = search_quantized(queries, documents, args.top or DEFAULT_TOP, args.precision, ranges)

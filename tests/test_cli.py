@@ -76,3 +76,10 @@ def test_mistakes_are_reported_before_data_is_read(tmp_path: Path, base: str, ov
     done = run_script("train", "c.yaml", override, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert message in done.stderr.splitlines()[-1]
+
+
+def test_commands_start_without_jax() -> None:
+    """So --help and errors in options come fast. `evaluate` does import it."""
+    modules = [f"jaxembed.{name}" if name != "data" else "jaxembed.data.__main__" for name in COMMANDS if name != "evaluate"]
+    code = f"import {', '.join(modules)}, sys; assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], env=ENV, check=True)
