@@ -104,12 +104,9 @@ def _forward(
     def add_block(totals: BlockTotals, block: Any) -> tuple[BlockTotals, None]:
         max_logit, total, max_score, count = totals
         scores, logits, is_negative = blocks.score(block, scale)
-        # Online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867): a sum of e^(logit - max) is rescaled whenever a
-        # block raises the maximum, so no exponential overflows.
-        new_max = jnp.maximum(max_logit, logits.max(axis=-1))
-        total = total * jnp.exp(max_logit - new_max) + jnp.sum(jnp.exp(logits - new_max[..., None]), axis=-1)
+        max_logit, total = add_exponentials(max_logit, total, logits)
         max_score = jnp.maximum(max_score, jnp.where(is_negative, scores, -jnp.inf).max(axis=-1))
-        return (new_max, total, max_score, count + is_negative.sum(axis=-1, dtype=jnp.int32)), None
+        return (max_logit, total, max_score, count + is_negative.sum(axis=-1, dtype=jnp.int32)), None
 
     # Scan over the blocks of candidates; the totals of all anchors are the carry.
     zeros = jnp.zeros(blocks.anchors.shape[:2], anchors.dtype)
@@ -119,6 +116,23 @@ def _forward(
     lse = jnp.where(count > 0, max_logit + jnp.log(jnp.where(count > 0, total, 1)), lowest)
     sums = (lse.reshape(-1), max_score.reshape(-1), count.reshape(-1).astype(anchors.dtype))
     return sums, (anchors, candidates, scale, metadata, lse)
+
+
+def add_exponentials(max_logit: jax.Array, total: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Add a block of logits to a sum of exponentials (online softmax; Milakov and Gimelshein 2018, arXiv:1805.02867).
+
+    The sum of e^(logit - max) is rescaled whenever a block raises the maximum, so no exponential overflows.
+
+    Args:
+        max_logit: Maximum so far, [...]. It gets no gradient.
+        total: Sum of e^(logit - max_logit) so far, [...].
+        logits: The block, [..., W].
+
+    Returns:
+        The new maximum and sum.
+    """
+    new_max = jax.lax.stop_gradient(jnp.maximum(max_logit, logits.max(axis=-1)))
+    return new_max, total * jnp.exp(max_logit - new_max) + jnp.sum(jnp.exp(logits - new_max[..., None]), axis=-1)
 
 
 def _backward(rules: PairRules, saved: Any, grads: NegativeSums) -> tuple[jax.Array, jax.Array, jax.Array, None]:

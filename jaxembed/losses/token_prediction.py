@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from jaxembed.config import TokenObjectiveConfig
 from jaxembed.data.token_batch import TokenBatch
 from jaxembed.devices.collectives import replicate
-from jaxembed.losses.blockwise import HIGHEST_PRECISION
+from jaxembed.losses.blockwise import HIGHEST_PRECISION, add_exponentials
 
 Totals = tuple[jax.Array, jax.Array, jax.Array]  # max logit, sum of e^(logit - max), and logit of the target: [n, P] each
 MAX_LOGITS_PER_BLOCK = 1 << 24  # on each device: 64 MiB in float32
@@ -67,19 +67,14 @@ def kl_divergence(
     blocks, first_tokens = _split_vocabulary(table, hidden)
     no_target = jnp.full(hidden.shape[:2], -1)
 
-    def add_terms(max_logit: jax.Array, logits: jax.Array, total: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Return the new maximum, and the sum of e^(logit - maximum) with a block added (online softmax)."""
-        new_max = jax.lax.stop_gradient(jnp.maximum(max_logit, logits.max(axis=-1)))
-        return new_max, total * jnp.exp(max_logit - new_max) + jnp.sum(jnp.exp(logits - new_max[..., None]), axis=-1)
-
     @jax.checkpoint
     def add_block(totals: tuple[jax.Array, ...], block: tuple[jax.Array, jax.Array]) -> tuple[tuple[jax.Array, ...], None]:
         z_max, z_total, r_max, r_total, weighted = totals
         z, r = (_compute_logits(states, no_target, len(table), *block)[0] for states in (hidden, reference))
-        new_r_max, r_total = add_terms(r_max, r, r_total)
+        new_r_max, r_total = add_exponentials(r_max, r_total, r)
         terms = jnp.where(jnp.isfinite(r), jnp.exp(r - new_r_max[..., None]) * (r - z), 0)  # padding has logits of -inf
         weighted = weighted * jnp.exp(r_max - new_r_max) + jnp.sum(terms, axis=-1)
-        return (*add_terms(z_max, z, z_total), new_r_max, r_total, weighted), None
+        return (*add_exponentials(z_max, z_total, z), new_r_max, r_total, weighted), None
 
     zeros = jnp.zeros(hidden.shape[:2], jnp.float32)
     lowest = zeros + jnp.finfo(jnp.float32).min
@@ -105,10 +100,8 @@ def _forward(hidden: jax.Array, table: jax.Array, target: jax.Array) -> tuple[ja
     def add_block(totals: Totals, block: tuple[jax.Array, jax.Array]) -> tuple[Totals, None]:
         max_logit, total, target_logit = totals
         logits, is_target = _compute_logits(hidden, target, len(table), *block)
-        # Online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867), as in `losses.blockwise`.
-        new_max = jnp.maximum(max_logit, logits.max(axis=-1))
-        total = total * jnp.exp(max_logit - new_max) + jnp.sum(jnp.exp(logits - new_max[..., None]), axis=-1)
-        return (new_max, total, target_logit + jnp.sum(jnp.where(is_target, logits, 0), axis=-1)), None
+        target_logit += jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
+        return (*add_exponentials(max_logit, total, logits), target_logit), None
 
     zeros = jnp.zeros(target.shape, jnp.float32)
     (max_logit, total, target_logit), _ = jax.lax.scan(add_block, (zeros + lowest, zeros, zeros), (blocks, first_tokens))
