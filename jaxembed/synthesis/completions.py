@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from jaxembed.errors import summarize
-from jaxembed.verification.http_client import READ_BYTES
+from jaxembed.verification.http_client import READ_BYTES, AnswerTooLongError, join_parts
 
 MAX_COMPLETION_BYTES = 2**26
 MAX_LOGPROB = 1e-3
@@ -56,21 +55,16 @@ def read_json_answer(response: Any, limit_s: float) -> Any:
     """
     import openai
 
-    end, parts, size = time.monotonic() + limit_s, list[bytes](), 0
     try:
-        for part in response.iter_bytes(READ_BYTES):
-            parts.append(part)
-            size += len(part)
-            if size > MAX_COMPLETION_BYTES:
-                raise ValueError(f"the answer is longer than {MAX_COMPLETION_BYTES:,} bytes")
-            if time.monotonic() > end:
-                raise ValueError(f"the answer did not end within {limit_s:g} s")
+        body = join_parts(response.iter_bytes(READ_BYTES), MAX_COMPLETION_BYTES, limit_s)
+    except (AnswerTooLongError, TimeoutError) as error:
+        raise ValueError(str(error)) from None
     except (ValueError, openai.OpenAIError):
         raise
     except Exception as error:  # of the library's HTTP client, whose kind depends on the version
         raise ValueError(f"the answer broke off ({type(error).__name__}: {summarize(error)})") from None
     with expect_completion():
-        return json.loads(b"".join(parts))
+        return json.loads(body)
 
 
 def read_chat(content: Any) -> Choice:

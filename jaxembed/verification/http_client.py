@@ -11,7 +11,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxembed.errors import UserError, summarize
@@ -188,15 +188,33 @@ def parse_root(url: str) -> str:
 
 
 def _read_body(response: Any, url: str, limit_s: float) -> str:
-    """Return the body. Raise `TimeoutError` if it takes too long: the timeout of the connection only limits each read."""
-    end, body = time.monotonic() + limit_s, bytearray()
-    while part := response.read1(READ_BYTES):
-        body += part
-        if len(body) > MAX_ANSWER_BYTES:
-            raise UserError(f"{url}: the answer is longer than {MAX_ANSWER_BYTES:,} bytes. Check the URL.")
-        if time.monotonic() > end:
-            raise TimeoutError
+    """Return the body. Raise `TimeoutError` if it takes too long."""
+    try:
+        body = join_parts(iter(lambda: response.read1(READ_BYTES), b""), MAX_ANSWER_BYTES, limit_s)
+    except AnswerTooLongError as error:
+        raise UserError(f"{url}: {error}. Check the URL.") from None
     return body.decode("utf-8", errors="replace")
+
+
+class AnswerTooLongError(Exception):
+    """An answer has too many bytes."""
+
+
+def join_parts(parts: Iterable[bytes], max_bytes: int, limit_s: float) -> bytes:
+    """Return a body that arrives in parts. The timeout of a connection only limits each part.
+
+    Raises:
+        AnswerTooLongError: It has more than `max_bytes`.
+        TimeoutError: It takes more than `limit_s` seconds.
+    """
+    end, body = time.monotonic() + limit_s, bytearray()
+    for part in parts:
+        body += part
+        if len(body) > max_bytes:
+            raise AnswerTooLongError(f"the answer is longer than {max_bytes:,} bytes")
+        if time.monotonic() > end:
+            raise TimeoutError(f"the answer did not end within {limit_s:g} s")
+    return bytes(body)
 
 
 def _parse_json(text: str) -> Any:
