@@ -170,9 +170,9 @@ class Curation:
         rows: Iterable[CuratedRow],
         functions: Mapping[int, RowStep],
         stats: Mapping[int, CurationStepStats],
-        map_batches: MapBatches,
+        map_group: MapBatches,
     ) -> Iterator[CuratedRow]:
-        for batch, result in map_batches(tuple(functions.values()), batched(rows)):
+        for batch, result in map_group(tuple(functions.values()), batched(rows)):
             if isinstance(result, RowStepError):
                 raise UserError(f"{self.sources[result.row.source].locate(result.row.number)}: {result.problem}")
             for i, outcomes in zip(functions, result, strict=True):

@@ -23,7 +23,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from jaxembed.curation.near_duplicates import NearDuplicateFilter
+from jaxembed.curation.code_duplicates import NearDuplicateFilter
 from jaxembed.curation.python_functions import Counts, FunctionPair, SourceFile, parse_files
 from jaxembed.data.beir import write_beir
 from jaxembed.data.jsonl import write_jsonl

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from helpers.packages import make_module
-from jaxembed.curation.near_duplicates import NearDuplicateFilter
+from jaxembed.curation.code_duplicates import NearDuplicateFilter
 from jaxembed.errors import UserError
 
 
