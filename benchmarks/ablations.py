@@ -29,6 +29,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from table_cells import format_mean
+
 from jaxembed import Embedder, cli
 from jaxembed.config import EvalSetConfig, parse_config
 from jaxembed.config.stage import merge_trees
@@ -289,11 +291,6 @@ def run_missing(settings: Settings, names: Sequence[str], seeds: int, out: Path)
                 print(json.dumps(line), file=sys.stderr, flush=True)
 
 
-def describe(values: Sequence[float]) -> str:
-    """Return mean and standard deviation."""
-    return f"{statistics.mean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
-
-
 def judge_claim(claim: Claim, values: Mapping[str, Sequence[float]]) -> tuple[str, str]:
     """Return our difference, and whether it has the paper's sign. A difference within the spread of the seeds has none."""
     higher, lower = values[claim.higher], values[claim.lower]
@@ -317,7 +314,7 @@ def print_report(settings: Settings, names: Sequence[str], out: Path) -> None:
         scores = sorted(next(iter(done.values()))[0]["scores"], key=lambda score: (score != "mean", "@" in score))
         print(f"## {name}\n\n| row | seeds | {' | '.join(scores)} | minutes a run |\n|---|---|{'---|' * len(scores)}---|")
         for row, listed in done.items():
-            cells = [describe([run["scores"][score] for run in listed]) for score in scores]
+            cells = [format_mean([run["scores"][score] for run in listed], 4) for score in scores]
             minutes = statistics.mean(run["minutes"] for run in listed)
             print(f"| {row} | {len(listed)} | {' | '.join(cells)} | {minutes:.1f} |")
         print("\n| higher | lower | score | paper | ours | direction |\n|---|---|---|---|---|---|")

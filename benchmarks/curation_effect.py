@@ -13,12 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from table_cells import format_mean
 
 from jaxembed import Embedder, cli
 from jaxembed.config import Config, EvalSetConfig, parse_config
@@ -124,8 +124,7 @@ def main() -> None:
     for name, files in data.items():
         runs = [train(make_config(files, seed, folder / f"{name}-{seed}", args)) for seed in range(args.seeds)]
         scores = [score_model(run["run_dir"], args.data) for run in runs]
-        values = [[score[metric] for score in scores] for metric in METRICS]
-        cells = [f"{statistics.mean(column):.4f} ± {statistics.stdev(column):.4f}" for column in values]
+        cells = [format_mean([score[metric] for score in scores], 4) for metric in METRICS]
         num_rows = sum(len(path.read_text().splitlines()) for path in files.values())
         print(f"| {name} | {num_rows:,} | {' | '.join(cells)} |", flush=True)
 

@@ -72,7 +72,7 @@ class ShuffledRows(NamedTuple):
 
 
 def shuffle_positives(data: Path, num_rows: int) -> ShuffledRows:
-    """Return rows, a tenth of which have the positive of another row."""
+    """Return rows. The positives of a tenth of them are shuffled."""
     rng = np.random.default_rng(0)
     lines = (data / "ag_news" / "pairs_train.jsonl").read_text().splitlines()[:num_rows]
     right = [json.loads(line) for line in lines]

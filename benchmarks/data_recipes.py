@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from pathlib import Path
 from typing import Any
 
 from objectives import mine_pairs, parse_and_set_up
 from score import load_tasks
+from table_cells import format_mean
 
 from jaxembed.evaluation.encoders import load_encoder
 from jaxembed.evaluation.tasks import score_tasks
@@ -86,8 +86,7 @@ def print_row(name: str, runs: list[dict[str, float]]) -> None:
     cells = []
     for task in TASKS:
         values = [run[task] for run in runs if task in run]
-        deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-        cells.append(f"{statistics.mean(values):.4f}{deviation}" if values else "")
+        cells.append(format_mean(values, 4) if values else "")
     print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
 

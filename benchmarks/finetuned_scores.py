@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from table_cells import format_mean
 from vs_sentence_transformers import BENCHMARKS, run_script
 
 from jaxembed.training.metrics import read_metrics
@@ -117,11 +118,7 @@ def score(model: Path | str, args: argparse.Namespace) -> Scores:
 
 def format_row(name: str, scores: Sequence[Scores]) -> str:
     """Return one row of the table."""
-    cells = []
-    for task in scores[0]:
-        values = [score[task] for score in scores]
-        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-        cells.append(f"{statistics.mean(values):.2f}{spread}")
+    cells = [format_mean([score[task] for score in scores], 2) for task in scores[0]]
     return f"| {name} | {' | '.join(cells)} |"
 
 

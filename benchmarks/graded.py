@@ -14,10 +14,11 @@ import argparse
 import json
 import logging
 import shutil
-import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from table_cells import format_mean
 
 from jaxembed import Embedder, cli
 from jaxembed.config import Config, EvalSetConfig, parse_config
@@ -77,11 +78,7 @@ def score_model(model: str, folder: Path) -> dict[str, float]:
 
 def format_row(name: str, scores: list[dict[str, float]]) -> str:
     """Return one row of the table: mean and standard deviation over the seeds for each language."""
-    cells = []
-    for language in LANGUAGES:
-        values = [score[f"{language}/spearman"] for score in scores]
-        spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-        cells.append(f"{statistics.mean(values):.3f}{spread}")
+    cells = [format_mean([score[f"{language}/spearman"] for score in scores], 3) for language in LANGUAGES]
     return f"| {name} | {' | '.join(cells)} |"
 
 

@@ -28,8 +28,10 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         {"model", "scores": {task: scores}}, as `EvaluationTask.score` describes them. --compare adds "comparison"
         (`compare_tasks`), and --check-leaks adds "leaks" (`find_leaks`).
     """
-    kept = f"{args.out} keeps the scores of finished tasks; the same command continues" if args.out else "nothing was written"
-    with stop_on_signals(kept):
+    message = (
+        f"{args.out} keeps the scores of finished tasks; the same command continues" if args.out else "nothing was written"
+    )
+    with stop_on_signals(message):
         if args.backend == "jax":
             cli.set_up_jax()
             with processes.process_group(JOIN_LIMIT_S):

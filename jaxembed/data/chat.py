@@ -55,10 +55,13 @@ class ChatSampler(TextSampler):
 
     def draw(self, index: int, rng: np.random.Generator, max_negatives: int) -> Example:
         """Return the first question and its answer."""
-        question, answer = next(_iter_exchanges(read_messages(self.rows[index])))
+        question, answer = self._read_first_exchange(index)
         return Example(query=question, positive=answer, negatives=(), positives=(answer,))
 
     def iter_pairs(self, index: int, seed: int, max_texts: int | None) -> Iterator[Row]:
         """Yield the first question and its answer as a pair."""
-        question, answer = next(_iter_exchanges(read_messages(self.rows[index])))
+        question, answer = self._read_first_exchange(index)
         yield {"query": question, "pos": [answer]}
+
+    def _read_first_exchange(self, index: int) -> tuple[str, str]:
+        return next(_iter_exchanges(read_messages(self.rows[index])))
