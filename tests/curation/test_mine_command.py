@@ -14,28 +14,14 @@ from typing import Any
 
 import pytest
 
-from helpers.commands import ENV, Process
-from helpers.mining import StubEncoder
+from helpers.commands import ENV, start_module
+from helpers.mining import KILL_WHILE_ENCODING, StubEncoder
 from helpers.sources import write_jsonl
 from jaxembed import cli
 from jaxembed import mine as mine_command
 from jaxembed.config import MineConfig
 from jaxembed.errors import Stopped, UserError
 from jaxembed.hub.embedder import Embedder
-
-KILLED = """
-import os, runpy, signal
-from jaxembed.curation import mining
-from jaxembed.hub.frozen_encoder import FrozenEncoder
-mining.TEXTS_PER_CALL, encode, calls = 8, FrozenEncoder.encode, []
-def encode_or_die(self, texts):
-    calls.append(texts)
-    if len(calls) == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return encode(self, texts)
-FrozenEncoder.encode = encode_or_die
-runpy.run_module("jaxembed.mine", run_name="__main__", alter_sys=True)
-"""
 
 
 def test_killed_command_continues_where_it_stopped(
@@ -47,7 +33,7 @@ def test_killed_command_continues_where_it_stopped(
     arguments = [str(base_folder("qwen3")), str(source), str(out), "--rule", "top_k", "--instruction", "Find it"]
     monkeypatch.setenv("JAXEMBED_CACHE", str(tmp_path / "cache"))
     environment = {**ENV, "JAXEMBED_CACHE": str(tmp_path / "cache")}
-    killed = Process(KILLED, arguments, environment)
+    killed = start_module("jaxembed.mine", *arguments, env=environment, setup_code=KILL_WHILE_ENCODING)
     killed.communicate()
     assert killed.returncode == -9
     assert not out.exists()

@@ -14,7 +14,7 @@ import yaml
 
 from helpers.commands import ENV, start_module
 from helpers.curation import pair, queries_left, run_all_rows_step
-from helpers.mining import StubEncoder, draw_vectors, make_pool, mine_pool, rows_by_query
+from helpers.mining import KILL_WHILE_ENCODING, StubEncoder, draw_vectors, make_pool, mine_pool, rows_by_query
 from jaxembed import curate as curate_command
 from jaxembed.config.curation import DuplicatesStepConfig
 from jaxembed.config.curation_models import MineStepConfig
@@ -188,20 +188,6 @@ def test_mined_rows_are_kept_when_a_later_step_fails(
     assert written == run_curate(tmp_path / "whole", [mine, {**fail, "by": "source"}], NUMBERED)
 
 
-KILLED = """
-import os, signal
-from jaxembed.curation import mining
-from jaxembed.hub.frozen_encoder import FrozenEncoder
-mining.TEXTS_PER_CALL, encode, calls = 8, FrozenEncoder.encode, []
-def encode_or_die(self, texts):
-    calls.append(texts)
-    if len(calls) == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return encode(self, texts)
-FrozenEncoder.encode = encode_or_die
-"""
-
-
 def test_a_kill_while_mining_loses_no_vectors_and_the_bytes_are_the_same(
     base_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,7 +197,7 @@ def test_a_kill_while_mining_loses_no_vectors_and_the_bytes_are_the_same(
     run_curate(tmp_path / "whole", [step], rows)
     config = write_curation(tmp_path / "killed", [step], rows)
     environment = {**ENV, "JAXEMBED_CACHE": str(tmp_path / "cache")}
-    killed = start_module("jaxembed.curate", str(config), env=environment, setup_code=KILLED)
+    killed = start_module("jaxembed.curate", str(config), env=environment, setup_code=KILL_WHILE_ENCODING)
     _, error = killed.communicate()
     assert killed.returncode == -9, error
     (vectors,) = (tmp_path / "cache").rglob("vectors/*/vectors-v2")

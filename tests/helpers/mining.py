@@ -17,6 +17,19 @@ from jaxembed.curation.report import to_output_row
 from jaxembed.data.batch import EncoderInput
 from jaxembed.data.sources import Source
 
+# Code that kills the process of a command at the fifth call of the model, with 8 texts a call.
+KILL_WHILE_ENCODING = """
+import os, signal
+from jaxembed.curation import mining
+from jaxembed.hub.frozen_encoder import FrozenEncoder
+mining.TEXTS_PER_CALL, encode, calls = 8, FrozenEncoder.encode, []
+def encode_or_die(self, texts):
+    calls.append(texts)
+    if len(calls) == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return encode(self, texts)
+FrozenEncoder.encode = encode_or_die
+"""
 DEPTH = 40
 RULE = {"negatives": 4, "depth": DEPTH, "window": (5, 12), "max_score": 0.2, "margin": 0.1, "share": 0.8}
 
