@@ -269,8 +269,10 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 "local_attention": 128, "global_attn_every_n_layers": 3, "global_rope_theta": 160_000.0,
                 "local_rope_theta": 10_000.0, "tie_word_embeddings": True,
             },
-            # transformers sets local_attention to twice the sliding_window.
-            refused={"norm_bias": (False,), "position_embedding_type": ("absolute",), "sliding_window": ()},
+            # transformers sets local_attention to twice the sliding_window, and scales the positions of all layers alike.
+            refused={
+                "norm_bias": (False,), "position_embedding_type": ("absolute",), "sliding_window": (), "rope_scaling": (),
+            },
             modules=MODERNBERT_MODULES,
         ),
         "bert": _BERT,
