@@ -193,11 +193,23 @@ def test_search_finds_the_rows_of_a_file_that_encode_wrote(tmp_path: Path, encod
 def test_search_refuses_what_it_cannot_read(tmp_path: Path, encoder: LengthEncoder) -> None:
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "bad.npy").write_text("no vectors")
+    (tmp_path / "zip.npy").write_bytes(b"PK\x03\x04 no archive")
+    (tmp_path / "empty.npy").write_text("")
+    np.savez(tmp_path / "archive.npz", a=np.zeros((3, 2), np.float32))
+    np.save(tmp_path / "nan.npy", np.full((3, 2), np.nan, np.float32))
+    np.save(tmp_path / "none.npy", np.zeros((0, 2), np.float32))
     np.save(tmp_path / "wide.npy", np.zeros((3, 5), np.float32))
+    for name in ("bad.npy", "zip.npy", "empty.npy", "archive.npz"):
+        options = ("--precision", "int8", "--ranges", str(tmp_path / name))
+        with pytest.raises(UserError, match=f"{name}: not a .npy file"):
+            run(tmp_path / "a.txt", tmp_path / "out.npy", *options)
+        with pytest.raises(UserError, match=f"--search .*{name}: not a .npy file"):
+            run(tmp_path / "a.txt", tmp_path / "out.jsonl", "--search", str(tmp_path / name))
     out, search = tmp_path / "out.jsonl", ("--search", str(tmp_path / "wide.npy"))
     for options, message in (
-        (("--search", str(tmp_path / "none.npy")), "--search: no such file .*none.npy"),
-        (("--search", str(tmp_path / "bad.npy")), "--search .*bad.npy: not a .npy file"),
+        (("--search", str(tmp_path / "absent.npy")), "--search: no such file .*absent.npy"),
+        (("--search", str(tmp_path / "none.npy")), "--search .*none.npy: has no vectors"),
+        (("--search", str(tmp_path / "nan.npy")), "--search .*nan.npy: has numbers that are not finite"),
         (search, "wide.npy: its vectors are float32 of 5 columns .expected float32 of 2: float32 vectors of 2 numbers"),
         ((*search, "--write-ranges", str(tmp_path / "r.npy")), "--search: finds documents and writes no vectors"),
         (("--top", "3"), "--top: says how many documents to find"),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
 
-from jaxembed.errors import UserError
+from jaxembed.errors import UserError, summarize
 from jaxembed.files import exists
 
 Precision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
@@ -107,6 +108,18 @@ def merge_ranges(ranges: np.ndarray | None, vectors: np.ndarray) -> np.ndarray:
     return found if ranges is None else np.stack([np.minimum(ranges[0], found[0]), np.maximum(ranges[1], found[1])])
 
 
+def read_array(path: Path, subject: str) -> np.ndarray:
+    """Return the array in a .npy file, or raise `UserError` that starts with `subject`."""
+    try:
+        with path.open("rb") as file:
+            array = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{subject}: not a .npy file ({summarize(error)}). Write one with jaxembed encode.") from None
+    if not isinstance(array, np.ndarray):  # np.load opens archives too
+        raise UserError(f"{subject}: not a .npy file (found an archive of arrays). Write one with jaxembed encode.")
+    return array
+
+
 def read_ranges(path: Path, width: int) -> np.ndarray:
     """Read the ranges [2, width] in a .npy file.
 
@@ -115,10 +128,7 @@ def read_ranges(path: Path, width: int) -> np.ndarray:
     """
     if not exists(path):
         raise UserError(f"{path}: no such file of ranges. Write one: python -m jaxembed.encode ... --write-ranges {path.name}")
-    try:
-        ranges = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a .npy file ({error})") from None
+    ranges = read_array(path, str(path))
     if ranges.shape != (2, width) or ranges.dtype.kind != "f" or not np.isfinite(ranges).all() or (ranges[0] > ranges[1]).any():
         found = f"{ranges.dtype} {list(ranges.shape)}"
         raise UserError(

@@ -17,6 +17,7 @@ from jaxembed.search.precision import (
     get_quantized_layout,
     needs_ranges,
     quantize_vectors,
+    read_array,
 )
 
 OVERSAMPLING = 4  # candidates by Hamming distance, per returned document
@@ -54,7 +55,8 @@ def search_quantized(
     check_layout(documents, precision, width, "search_quantized: documents are")
     if needs_ranges(precision) and ranges is None:
         raise UserError(f"search_quantized: {precision} needs ranges (found none). Pass those of the documents.")
-    k = min(k, len(documents))
+    if not (k := min(k, len(documents))):
+        return SearchResult(np.zeros((len(queries), 0), np.int32), np.zeros((len(queries), 0), np.float32))
     numbers = documents if documents.dtype == np.uint8 else (documents.astype(np.int16) + BYTE_VALUES // 2).astype(np.uint8)
     step = choose_faiss_batch_size(memory_mb, k)
     blocks = [queries[start : start + step] for start in range(0, len(queries), step)]
@@ -97,14 +99,16 @@ def read_documents(path: Path) -> np.ndarray:
     """Read the vectors in a .npy file, as `encode` writes them.
 
     Raises:
-        UserError: The file is missing, or is no .npy file.
+        UserError: The file is missing, or holds no vectors, or some that are not finite.
     """
     if not exists(path):
         raise UserError(f"--search: no such file {path} (expected vectors of documents). Write it with jaxembed encode.")
-    try:
-        return np.asarray(np.load(path, allow_pickle=False))
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"--search {path}: not a .npy file ({error}). Write one with jaxembed encode.") from None
+    documents = read_array(path, f"--search {path}")
+    if not len(np.atleast_1d(documents)):
+        raise UserError(f"--search {path}: has no vectors. Name another file.")
+    if documents.dtype.kind == "f" and not np.isfinite(documents).all():
+        raise UserError(f"--search {path}: has numbers that are not finite. Write it again with jaxembed encode.")
+    return documents
 
 
 def _search_bits(index: object, queries: np.ndarray, documents: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
