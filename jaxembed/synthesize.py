@@ -6,7 +6,6 @@ Usage: python -m jaxembed.synthesize RECIPE.yaml --server URL --model NAME OUT [
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from jaxembed.data.heldout import split_pairs
 from jaxembed.errors import UserError
 from jaxembed.files import cache_dir
 from jaxembed.training.shutdown import stop_on_signals
+from jaxembed.verification.http_client import read_key
 
 ABOUT = """\
 The folder OUT gets a training file for each task of the recipe, the provenance of its rows, report.json and report.html, and
@@ -45,7 +45,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     if any(isinstance(step, SearchStepConfig) and step.by != BM25 for task in config.tasks for step in task.steps):
         cli.set_up_jax()
     server = ServerOptions(
-        urls=args.server, model=args.model, key=os.environ.get(args.key_env, "").strip(), key_variable=args.key_env,
+        urls=args.server, model=args.model, key=read_key(args.key_env), key_variable=args.key_env,
         timeout_s=args.timeout, concurrency=args.concurrency,
     )  # fmt: skip
     with stop_on_signals(f"{out} is not finished; the same command continues"):

@@ -127,16 +127,20 @@ def test_exit_codes(folder: Path) -> None:
 
 def test_key_comes_from_the_environment(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "secret-1")
-    monkeypatch.setenv("MY_KEY", "secret-2")
+    monkeypatch.setenv("MY_KEY", "secret-2\n")  # as many programs write a file
     with run_server(encode) as server:
         run_verify(folder, server.url)
         run_verify(folder, server.url, "--key-env", "MY_KEY")
     assert {key for _, _, key in server.requests} == {"Bearer secret-1", "Bearer secret-2"}
     with run_server(encode) as server:
-        server.overrides["/info"] = (401, {"error": "no"}, {})
+        server.overrides["/info"] = (401, {"error": "no secret-2"}, {})
         with pytest.raises(
-            UserError, match=r"does not accept the key in the environment variable MY_KEY \(status 401: no\)"
+            UserError, match=r"does not accept the key in the environment variable MY_KEY \(status 401: no \*\*\*\)"
         ) as caught:
+            run_verify(folder, server.url, "--key-env", "MY_KEY")
+        assert "secret" not in str(caught.value)
+        monkeypatch.setenv("MY_KEY", "secret\nsecret")
+        with pytest.raises(UserError, match=r"^MY_KEY: the key has other characters than printable ASCII") as caught:
             run_verify(folder, server.url, "--key-env", "MY_KEY")
         assert "secret" not in str(caught.value)
         monkeypatch.delenv("OPENAI_API_KEY")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +19,7 @@ from jaxembed.synthesis.endpoints import ServerOptions, TooLongError
 from jaxembed.synthesis.ranking import read_grade
 from jaxembed.synthesis.requests import Request
 from jaxembed.synthesis.store import AnswerStore
-from jaxembed.verification.http_client import KEY_VARIABLE
+from jaxembed.verification.http_client import KEY_VARIABLE, read_key
 
 SYSTEM = "You judge whether a document meets the requirements of an instruction and a query. Answer only {yes} or {no}."
 PROMPT = "Instruction: {instruction}\n\nQuery: {query}\n\nDocument: {document}\n\nAnswer only {yes} or {no}."
@@ -44,7 +43,7 @@ def open_server_judge(config: JudgeConfig, cache: Path) -> ScorePairs:
     """
     digest = hashlib.sha256(config.model_dump_json(exclude={"url"}).encode()).hexdigest()
     make_private_folder(folder := cache / "judges" / digest)
-    options = ServerOptions([config.url], config.model, os.environ.get(KEY_VARIABLE, "").strip())
+    options = ServerOptions([config.url], config.model, read_key(KEY_VARIABLE))
     client = LlmClient(options, AnswerStore(folder / "answers.jsonl"))
 
     def score(pairs: Sequence[tuple[str, str]]) -> np.ndarray:

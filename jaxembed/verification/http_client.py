@@ -7,6 +7,7 @@ import http.client
 import json
 import logging
 import math
+import os
 import time
 import urllib.error
 import urllib.parse
@@ -131,6 +132,8 @@ class HttpClient:
                 response = error  # it holds the answer
             with response:
                 text = _read_body(response, url, self.timeout_s)
+                if self.key and response.status >= 400:  # messages quote it
+                    text = text.replace(self.key, "***")
                 return HttpResponse(url, response.status, _parse_json(text), text), response.headers
         except TimeoutError:
             raise self._explain_timeout(url) from None
@@ -161,6 +164,18 @@ class HttpClient:
         if 300 <= answer.status < 400:
             target = headers.get("Location", "an unknown place")
             raise UserError(f"{answer.url}: redirects to {target} (status {answer.status}). Give the URL of the server itself.")
+
+
+def read_key(variable: str) -> str:
+    """Return the key in an environment variable, without white space around it; empty if it is not set.
+
+    Raises:
+        UserError: No header of a request can hold it.
+    """
+    key = os.environ.get(variable, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise UserError(f"{variable}: the key has other characters than printable ASCII. Correct this environment variable.")
+    return key
 
 
 REACH_ADVICE = "Check that the server runs, and the host and port of the URL."

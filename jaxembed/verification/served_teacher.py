@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ import numpy as np
 from jaxembed.data.vector_store import VectorStore, make_text_key
 from jaxembed.errors import UserError
 from jaxembed.hub.frozen_encoder import FrozenEncoder
-from jaxembed.verification.http_client import KEY_VARIABLE, HttpClient, parse_root
+from jaxembed.verification.http_client import KEY_VARIABLE, HttpClient, parse_root, read_key
 from jaxembed.verification.served_vectors import InputRefusedError, connect
 
 SCHEMES = ("http://", "https://")
@@ -38,7 +37,7 @@ def open_served_teacher(name: str, cache: Path) -> FrozenEncoder:
         UserError: The server cannot be reached, has no such model, or its vectors differ from those in the store.
     """
     model, _, url = name.rpartition("@")
-    server = connect(HttpClient(parse_root(url), os.environ.get(KEY_VARIABLE, ""), KEY_VARIABLE), model=model or None)
+    server = connect(HttpClient(parse_root(url), read_key(KEY_VARIABLE), KEY_VARIABLE), model=model or None)
 
     def encode_group(texts: list[str], _: str) -> np.ndarray:
         try:
