@@ -6,13 +6,13 @@ Usage: python -m jaxembed.verify FOLDER URL
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from jaxembed import cli
-from jaxembed.verification.http_client import KEY_VARIABLE
+from jaxembed.training.shutdown import stop_on_signals
+from jaxembed.verification.http_client import KEY_VARIABLE, HttpClient, parse_root, read_key
 
 API_NAMES = ("auto", "openai", "tei", "vllm", "llama.cpp", "ollama")
 
@@ -24,21 +24,21 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     jax.config.update("jax_platforms", args.platform)
     from jaxembed.devices.processes import progress_bar
     from jaxembed.verification import comparison
-    from jaxembed.verification.http_client import HttpClient, parse_root
     from jaxembed.verification.report import iter_report_lines, summarize
     from jaxembed.verification.served_vectors import connect
 
     root = parse_root(args.url)
-    folder = comparison.open_folder(Path(args.folder))
-    client = HttpClient(root, os.environ.get(args.key_env, ""), args.key_env, args.timeout)
-    server = connect(client, args.api, args.model, args.dim)
-    with progress_bar(total=len(folder.probes), unit="texts", leave=False) as bar:
-        served = comparison.request_vectors(server, folder.inputs, bar.update)
-    result = comparison.compare_with_probes(folder, server, served, args.tolerance)
-    if not result.are_vectors_equal and not args.no_diagnosis:
-        cli.set_up_jax()
-        is_tolerance_set = args.tolerance is not None
-        result = comparison.diagnose_server(folder, server, served, result, args.dtype, is_tolerance_set)
+    with stop_on_signals(f"{args.folder} is not compared, and nothing is written; the same command starts over"):
+        folder = comparison.open_folder(Path(args.folder))
+        client = HttpClient(root, read_key(args.key_env), args.key_env, args.timeout)
+        server = connect(client, args.api, args.model, args.dim)
+        with progress_bar(total=len(folder.probes), unit="texts", leave=False) as bar:
+            served = comparison.request_vectors(server, folder.inputs, bar.update)
+        result = comparison.compare_with_probes(folder, server, served, args.tolerance)
+        if not result.are_vectors_equal and not args.no_diagnosis:
+            cli.set_up_jax()
+            is_tolerance_set = args.tolerance is not None
+            result = comparison.diagnose_server(folder, server, served, result, args.dtype, is_tolerance_set)
     print(*iter_report_lines(folder, server, result), sep="\n")
     return summarize(server, result)
 

@@ -57,6 +57,12 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     data = read_data(args, settings)
     if args.command == "convert":
         return convert(args, data)
+    with stop_on_signals("nothing is written; the same command starts over"):
+        return inspect_sources(args, data, settings)
+
+
+def inspect_sources(args: argparse.Namespace, data: config.DataConfig, settings: config.Config | None) -> dict[str, Any]:
+    """Run a command that only reads its sources. Return its report."""
     if args.command == "validate":
         report = reports.validate_sources(data, cache_dir())
         for source in report["sources"]:

@@ -18,6 +18,7 @@ from jaxembed.devices.standard_streams import LossyStream
 from jaxembed.errors import Stopped, get_interrupt_signal
 
 MAX_UNWINDING_S = 20.0  # for an interrupted block to clean up and end
+RESEND_DELAY_S = 0.05
 RESUME_MESSAGE = "the run continues from its last checkpoint, if it has one. Run the same command."
 
 
@@ -62,6 +63,7 @@ def stop_on_signals(message: str) -> Iterator[None]:
 
     A signal raises `KeyboardInterrupt` in the main thread. That can take long, as while a program compiles, and callbacks of
     libraries may swallow it. So the process ends with the message after `MAX_UNWINDING_S` if the block has not ended by then.
+    Where Python itself swallows it, as in callbacks of the garbage collector, the signal is sent again.
 
     A process of a group cannot stop alone: there the signals keep the meaning that they have outside the block.
     """
@@ -74,13 +76,39 @@ def stop_on_signals(message: str) -> Iterator[None]:
         received.append(number)
         raise KeyboardInterrupt(number)  # libraries that catch `Exception` do not catch it
 
-    with _exit_if_stuck(message) as wakeup_descriptor, handle_stop_signals(interrupt, wakeup_descriptor):
+    with (
+        _exit_if_stuck(message) as wakeup_descriptor,
+        handle_stop_signals(interrupt, wakeup_descriptor),
+        _send_again_if_ignored(),
+    ):
         try:
             yield
         except KeyboardInterrupt as error:
             raise Stopped(message, get_interrupt_signal(error)) from None
         if received:
             raise Stopped(message, received[0])
+
+
+@contextmanager
+def _send_again_if_ignored() -> Iterator[None]:
+    """Send a signal again if Python ignores its `KeyboardInterrupt`, which it would otherwise print with a traceback."""
+    previous, timers = sys.unraisablehook, list[threading.Timer]()
+
+    def handle(ignored: sys.UnraisableHookArgs) -> None:
+        if not isinstance(ignored.exc_value, KeyboardInterrupt):
+            previous(ignored)
+            return
+        # Later: here Python would ignore it again.
+        timers.append(threading.Timer(RESEND_DELAY_S, os.kill, (os.getpid(), get_interrupt_signal(ignored.exc_value))))
+        timers[-1].start()
+
+    sys.unraisablehook = handle
+    try:
+        yield
+    finally:
+        sys.unraisablehook = previous
+        for timer in timers:
+            timer.cancel()
 
 
 @contextmanager

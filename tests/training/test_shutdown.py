@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -78,6 +79,24 @@ def test_a_signal_that_is_swallowed_still_ends_the_command(is_stuck: bool, monke
             os.kill(os.getpid(), signal.SIGTERM)
         assert exited.wait(10 if is_stuck else 0) == is_stuck
     assert codes == [128 + signal.SIGTERM] * is_stuck
+
+
+def test_a_signal_that_python_ignores_is_sent_again(capfd: pytest.CaptureFixture[str]) -> None:
+    """What a finalizer or a callback of the garbage collector raises is printed and ignored."""
+
+    class Finalized:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0)  # the handler runs here
+
+    hook = sys.unraisablehook
+    with pytest.raises(Stopped, match="nothing is lost") as error, stop_on_signals("nothing is lost"):
+        del (finalized := [Finalized()])[0]
+        assert not finalized
+        time.sleep(10)
+        pytest.fail("not interrupted")
+    assert error.value.signal == signal.SIGTERM and sys.unraisablehook is hook
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_run_that_saves_its_state_has_no_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
