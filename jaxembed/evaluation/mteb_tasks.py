@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Iterator, Sequence
+import json
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,9 @@ from jaxembed.evaluation.mteb_results import summarize_task
 from jaxembed.evaluation.mteb_texts import list_task_texts
 from jaxembed.evaluation.task_encoder import TaskEncoder
 from jaxembed.evaluation.tasks import GroupMember
-from jaxembed.files import exists
+from jaxembed.files import exists, read_bytes
+
+log = logging.getLogger("jaxembed")
 
 
 def add_arguments(parser: argparse._ActionsContainer) -> None:
@@ -94,6 +98,8 @@ class MtebTask:
             UserError: The data of the task cannot be downloaded.
         """
         encoders = [MtebEncoder(encoder, version) for version in encoder.versions]
+        for mteb_encoder in encoders:
+            remove_damaged_files(self._list_files(mteb_encoder))
         try:
             results = [self._load_result(mteb_encoder) for mteb_encoder in encoders]
             if None in results:
@@ -140,16 +146,29 @@ class MtebTask:
             if loads_data:
                 self.task.unload_data()
 
-    def _call_mteb(self, encoder: MtebEncoder, mode: str, prediction_folder: Path | None = None) -> Any:
-        mteb = import_mteb()
+    def _list_files(self, encoder: MtebEncoder) -> Iterator[Path]:
+        """Yield the files that mteb reads and writes for this task. A task may consist of others."""
+        cache = self._open_cache()
+        for member in (self.task, *getattr(self.task, "taskname_to_task", {}).values()):
+            if cache is not None:
+                path = cache.get_task_result_path(member.metadata.name, encoder.mteb_model_meta)
+                yield from (path, path.with_name("run_settings.jsonl"))
+            if self.prediction_folder is not None:
+                yield self.prediction_folder / member.prediction_file_name
+
+    def _open_cache(self) -> Any:
+        """Return mteb's store of results; None if results are not stored."""
         from mteb.cache import ResultCache
 
+        return ResultCache(self.cache_folder) if self.cache_folder else None
+
+    def _call_mteb(self, encoder: MtebEncoder, mode: str, prediction_folder: Path | None = None) -> Any:
+        mteb = import_mteb()
         reset_random_state(self.task)  # every model and every width is scored on the same samples
-        cache = ResultCache(self.cache_folder) if self.cache_folder else None
         results = mteb.evaluate(
             encoder,
             self.task,
-            cache=cache,
+            cache=self._open_cache(),
             overwrite_strategy=mode,
             prediction_folder=prediction_folder,
             show_progress_bar=False,
@@ -159,3 +178,15 @@ class MtebTask:
                 f"{self.name}: its data are not public. Leave the task out, or log in to the hub with access to them."
             )
         return results.task_results[0]
+
+
+def remove_damaged_files(paths: Iterable[Path]) -> None:
+    """Remove JSON files that a killed process or a full disk left incomplete. mteb writes in place, and fails to read them."""
+    for path in filter(exists, paths):
+        content = read_bytes(path)
+        try:
+            for value in content.splitlines() if path.suffix == ".jsonl" else [content]:
+                json.loads(value)
+        except ValueError:
+            log.warning("%s: removed, because it is incomplete, as after a kill", path)
+            path.unlink()

@@ -149,6 +149,11 @@ def test_stored_predictions_are_used_again(tmp_path: Path) -> None:
     again = task.score_items(encoder)
     assert again.parts[0].score == first.parts[0].score
     assert again.summary["score"] == task.score(encoder)["score"] == pytest.approx(first.summary["score"], abs=1e-6)  # rounded
+    for path in [path for path in tmp_path.rglob("*.json*") if path.name != "model_meta.json"]:  # as a full disk leaves them
+        path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(pytest.fail.Exception, match="encoded again"):
+        task.score_items(encoder)
+    assert [path.name for path in tmp_path.rglob("*.json*")] == ["model_meta.json"]
     other = make_encoder(8.0)  # its predictions lie elsewhere
     assert task.score_items(other).parts[0].score < first.parts[0].score
 
