@@ -60,7 +60,7 @@ class RayWorkers:
         A batch whose worker ended is processed again by a new worker.
 
         Raises:
-            UserError: The workers of one batch ended again and again.
+            UserError: The workers of one batch ended again and again, or one failed, as for lack of memory.
         """
         actor = self._ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=MAX_RETRIES)(StepWorker)
         stored = self._ray.put(functions)
@@ -81,11 +81,13 @@ class RayWorkers:
                 raise UserError(
                     f"--ray: a worker cannot load the steps ({missing[0]}). Install it on every machine of the cluster."
                 ) from None
-            first, last = batch[0], batch[-1]
-            raise UserError(
-                f"--ray: the workers of rows {first.number} to {last.number} ended {MAX_RETRIES + 1} times. Run the same "
-                "command without --ray, which shows why."
-            ) from None
+            raise self._explain(batch, f"the workers ended {MAX_RETRIES + 1} times") from None
+        except self._ray.exceptions.RayError as error:
+            raise self._explain(batch, f"a worker failed ({summarize(getattr(error, 'cause', None) or error)})") from None
+
+    def _explain(self, batch: RowBatch, problem: str) -> UserError:
+        rows = f"rows {batch[0].number} to {batch[-1].number}"
+        return UserError(f"--ray: {rows}: {problem}. Run the same command without --ray, which shows why.")
 
 
 class StepWorker:

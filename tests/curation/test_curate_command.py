@@ -221,7 +221,7 @@ def test_workers_of_a_ray_cluster_give_the_same_bytes_and_may_end(
     assert messages[0] == "written" and (tmp_path / "worker-ended").exists()
     assert "pairs.jsonl:51: ray_functions.fail failed (KeyError: 'no such key'). Correct it" in messages[1]
     assert messages[2].startswith("--ray: a worker cannot load the steps (No module named 'absent_module'). Install it")
-    assert messages[3].startswith("--ray: the workers of rows 1 to 16 ended 3 times. Run the same command without --ray")
+    assert messages[3].startswith("--ray: rows 1 to 16: the workers ended 3 times. Run the same command without --ray")
     assert read_all(tmp_path / "spread") == read_all(tmp_path / "alone")
 
 
