@@ -297,6 +297,12 @@ def prepare_new_output(path: str, extensions: Collection[str] = ()) -> Path:
     return prepare_output(out)
 
 
+def check_other_file(path: Path, option: str, out: Path) -> None:
+    """Raise `UserError` if a second output, which `option` names, is the same file as OUT."""
+    if path.resolve() == out.resolve():
+        raise UserError(f"{option} {path}: is the same file as OUT. Name another file.")
+
+
 def prepare_output(out: Path) -> Path:
     """Return the path of an output after creating its folder.
 

@@ -34,8 +34,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     examples = read_few_shot_examples(Path(args.examples)) if args.examples else []
     ranges_path = find_ranges([args.precision], args.model, args.ranges)
     ranges_out = args.write_ranges and cli.prepare_new_output(args.write_ranges)
-    if ranges_out and ranges_out.absolute() == out.absolute():
-        raise UserError(f"--write-ranges {ranges_out}: is the same file as OUT. Name another file.")
+    if ranges_out:
+        cli.check_other_file(ranges_out, "--write-ranges", out)
     documents = open_documents(args)
     # A pipe can be read only once. Anything else is read and checked before the model is loaded.
     count = None if is_pipe(source) else sum(1 for _ in read_texts(source, args.field))
