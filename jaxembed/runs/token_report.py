@@ -49,12 +49,18 @@ def _show_source(stage: Stage, builder: TokenBatchBuilder, source: Source, first
     """Print and return statistics of one source, whose first text has the id `first_id`."""
     texts = builder.read_texts(0, np.arange(first_id, first_id + min(MEASURED_TEXTS, len(source))))
     lengths = np.array([len(text.tokens) for text in texts])
-    predicted = sum(int(np.sum(text.targets != NOT_PREDICTED)) for text in texts)
+    counts = np.array([np.sum(text.targets != NOT_PREDICTED) for text in texts])
+    predicted, silent = int(counts.sum()), int(np.sum(counts == 0))
     share = predicted / max(1, int(lengths.sum()))
     log.info(
         "%s (%s): %s texts; %.0f tokens per text on average, %.1f%% of them predicted",
         source.name, source.format, f"{len(source):,}", lengths.mean(), 100 * share,
     )  # fmt: skip
+    if silent:
+        log.info(
+            "  %s of %s texts have no predicted token: they are too short, or truncated at data.max_length %s",
+            f"{silent:,}", f"{len(texts):,}", stage.tokenizer.spec.max_length,
+        )  # fmt: skip
     for text in texts[:MAX_SHOWN_TOKEN_TEXTS]:
         log.info("  reads    %r", stage.tokenizer.hf_tokenizer.decode(text.tokens[:MAX_SHOWN_TOKENS]))
     return {

@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from helpers.runs import copy_run_at_first_checkpoint, make_config, make_staged_
 from jaxembed import Embedder
 from jaxembed.config import Config
 from jaxembed.data.jsonl import write_jsonl
+from jaxembed.data.token_batch import NOT_PREDICTED, TokenText
 from jaxembed.errors import UserError
 from jaxembed.files import read_json
 from jaxembed.formats.weights import open_tensors
@@ -28,6 +30,7 @@ from jaxembed.hub.export_adapters import export_adapters
 from jaxembed.hub.resolve import find_base
 from jaxembed.model.embedder import get_head_table, make_transformer
 from jaxembed.model.masks import CAUSAL
+from jaxembed.runs.token_report import _show_source
 from jaxembed.runs.train import train
 from jaxembed.training.metrics import read_metrics
 
@@ -207,6 +210,18 @@ def test_errors(folder: Path, keys: dict[str, Any], message: str) -> None:
         objectives = keys.pop("objectives", [MNTP])
         train(make_token_config(folder, f"refused-{len(message)}", *objectives, **keys))
     assert message.format(folder=folder) in str(error.value)
+
+
+def test_texts_without_a_predicted_token_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    texts = [TokenText(np.arange(2), np.array([1, NOT_PREDICTED])), TokenText(np.arange(2), np.full(2, NOT_PREDICTED))]
+    source, builder, tokenizer = MagicMock(format="chat"), MagicMock(), MagicMock()
+    source.__len__.return_value = 2
+    source.sampler.drop_counts = {}
+    builder.read_texts.return_value, tokenizer.spec.max_length = texts, 9
+    with caplog.at_level("INFO", "jaxembed"):
+        report = _show_source(MagicMock(tokenizer=tokenizer), builder, source, 0)
+    assert report["predicted"] == 0.25
+    assert "  1 of 2 texts have no predicted token: they are too short, or truncated at data.max_length 9" in caplog.messages
 
 
 def test_no_source_is_left_for_vectors(folder: Path) -> None:
