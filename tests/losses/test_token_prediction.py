@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -9,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.test_util import check_grads
 
-from jaxembed.config import MaskedPredictionConfig
+from jaxembed.config import CausalLMConfig, MaskedPredictionConfig
 from jaxembed.data.token_batch import TokenBatch, round_up_predictions
 from jaxembed.losses.token_prediction import cross_entropy, kl_divergence, token_prediction_loss
 
@@ -92,6 +94,20 @@ def test_kl_divergence_is_that_of_pytorch(blocks: None) -> None:
     np.testing.assert_allclose(kl_divergence(hidden, hidden, table), 0, atol=1e-5)
 
 
+def test_gradients_are_those_of_finite_differences(blocks: None) -> None:
+    hidden, table, batch = draw_arrays()
+
+    def loss(hidden: jax.Array, table: jax.Array) -> jax.Array:
+        return token_prediction_loss(CausalLMConfig(group=2), jnp.asarray(hidden), jnp.asarray(table), batch)
+
+    def divergence(states: jax.Array) -> jax.Array:
+        return kl_divergence(hidden[:, ::-1], jnp.asarray(states), table).mean()
+
+    check = functools.partial(check_grads, order=1, modes=["rev"], eps=1e-2, atol=5e-3, rtol=5e-3)
+    check(loss, (hidden, table))
+    check(divergence, (hidden,))
+
+
 def test_the_sums_are_float32_under_bfloat16(blocks: None) -> None:
     hidden, table, batch = draw_arrays()
     rounded = jnp.asarray(hidden, jnp.bfloat16)
@@ -99,6 +115,11 @@ def test_the_sums_are_float32_under_bfloat16(blocks: None) -> None:
     exact = cross_entropy(rounded.astype(jnp.float32), jnp.asarray(table, jnp.bfloat16).astype(jnp.float32), batch.target)
     assert losses.dtype == jnp.float32
     np.testing.assert_allclose(losses, exact, rtol=1e-5, atol=1e-5)
+    reference = rounded[:, ::-1]
+    divergences = kl_divergence(reference, rounded, table)
+    exact = kl_divergence(reference.astype(jnp.float32), rounded.astype(jnp.float32), table.astype(jnp.bfloat16))
+    assert divergences.dtype == jnp.float32
+    np.testing.assert_allclose(divergences, exact, rtol=1e-5, atol=1e-5)
 
 
 def test_large_logits_do_not_overflow(blocks: None) -> None:

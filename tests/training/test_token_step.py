@@ -45,8 +45,9 @@ from jaxembed.training.step import compute_batch_loss
 MNTP = MaskedPredictionConfig(mask_rate=0.4, group=4)
 CAUSAL_LM = CausalLMConfig(group=4)
 PREFIX_LM = CausalLMConfig(group=4, attention="prefix_lm")
+BY_TEXTS = CausalLMConfig(group=4, average="texts")
 KL = CausalLMConfig(group=4, kl_to_base=10.0)
-OBJECTIVES = {"mntp": MNTP, "causal_lm": CAUSAL_LM, "prefix_lm": PREFIX_LM, "kl": KL}
+OBJECTIVES = {"mntp": MNTP, "causal_lm": CAUSAL_LM, "prefix_lm": PREFIX_LM, "by_texts": BY_TEXTS, "kl": KL}
 
 
 @pytest.fixture(scope="module")
@@ -107,18 +108,22 @@ def perturb(trained: Any) -> Any:
 
 
 def torch_token_loss(model: Any, texts: list[TokenText], config: TokenObjectiveConfig) -> torch.Tensor:
-    """Return the loss of transformers, with labels at the predicted tokens, which it shifts by one; 4 texts a mean."""
+    """Return the loss of transformers, with labels at the predicted tokens, which it shifts by one; 4 texts a mean.
+
+    The sum over 4 texts is divided by their predicted tokens, or by 4 as GritLM's `NextTokenLoss` of the type "token" does.
+    """
     losses = []
     for start in range(0, len(texts), 4):
+        group = texts[start : start + 4]
         total, count = torch.zeros(()), 0
-        for text in texts[start : start + 4]:
+        for text in group:
             labels = np.where(np.roll(text.targets, 1) == NOT_PREDICTED, -100, np.roll(text.targets, 1))
             if (predicted := int((labels >= 0).sum())) == 0:
                 continue
             inputs, targets = (torch.tensor(x).long()[None] for x in (text.tokens, labels))
             mask = {"attention_mask": build_prefix_mask(text)} if config is PREFIX_LM else {}
             total, count = total + model(input_ids=inputs, labels=targets, **mask).loss * predicted, count + predicted
-        losses.append(total / count)
+        losses.append(total / (len(group) if config is BY_TEXTS else count))
     return torch.stack(losses).mean()
 
 
@@ -148,8 +153,10 @@ def assert_gradients_close(grads: Any, model: Any) -> None:
         np.testing.assert_allclose(grad, torch_grad.numpy(), rtol=2e-3, atol=2e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("base_name", ["qwen2", "with_head"])
-@pytest.mark.parametrize("name", ["mntp", "causal_lm", "prefix_lm"])
+@pytest.mark.parametrize(
+    ("name", "base_name"),
+    [*((name, base) for name in ("mntp", "causal_lm", "prefix_lm") for base in ("qwen2", "with_head")), ("by_texts", "qwen2")],
+)
 def test_the_loss_and_its_gradient_are_those_of_transformers(
     base_folder: Callable[[str], Path], folder: Path, name: str, base_name: str
 ) -> None:
