@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -13,6 +13,7 @@ from jaxembed.evaluation.tasks import EvaluationTask, GroupMember
 
 TABLES_FILE = "tables.json"
 ALL_TASKS, ALL_GROUPS = "all tasks", "all benchmarks"
+BM25_ROW = "BM25"
 # Columns of NV-Embed's Table 1, in its order. Other types of tasks follow.
 TYPE_ORDER = ("Retrieval", "Reranking", "Clustering", "PairClassification", "Classification", "STS", "Summarization")
 VERSION_KEYS = ("widths", "precisions")  # of scores by version of the vectors, in `EvaluationTask.score`
@@ -73,7 +74,10 @@ def build_tables(model: str, tasks: Sequence[EvaluationTask], scores: Mapping[st
 
 
 def _build_table(group: str, model: str, members: Sequence[tuple[GroupMember, Mapping[str, Any]]]) -> ScoreTable:
-    """Return the table of a group. The model has one row for each width and each precision that was scored."""
+    """Return the table of a group.
+
+    The model has one row for each width and each precision that was scored. The row of BM25 follows if a task has its score.
+    """
     counts = Counter(member.column for member, _ in members)
     columns = {name: counts[name] for name in sorted(counts, key=get_type_position)}
     names = ((key, name) for key in VERSION_KEYS for _, result in members for name in result.get(key, {}))
@@ -81,15 +85,22 @@ def _build_table(group: str, model: str, members: Sequence[tuple[GroupMember, Ma
     rows = {}
     for version in versions or [None]:
         values = [(member.column, _read_score(result, member, version)) for member, result in members]
-        cells = [_mean([value for column, value in values if column == name]) for name in columns]
         label = f"{model}, {version[1]}" if version and len(versions) > 1 else model
-        rows[label] = [*cells, _mean([value for _, value in values])]
+        rows[label] = _average_columns(columns, values)
+    if any("bm25" in result for _, result in members):
+        rows[BM25_ROW] = _average_columns(columns, [(member.column, _read_bm25(result)) for member, result in members])
     return ScoreTable(group, columns, rows, ())
+
+
+def _average_columns(columns: Iterable[str], values: Sequence[tuple[str, Score]]) -> list[Score]:
+    """Return the mean of each column, given the values with their columns, and the mean of all."""
+    means = [_mean([value for column, value in values if column == name]) for name in columns]
+    return [*means, _mean([value for _, value in values])]
 
 
 def _build_overview(tables: Sequence[ScoreTable]) -> ScoreTable:
     """Return a table with the averages of the others, one column each (KaLM, Table 2)."""
-    labels = dict.fromkeys(label for table in tables for label in table.rows)
+    labels = dict.fromkeys(label for table in tables for label in table.rows if label != BM25_ROW)
     averages = {label: [table.rows[label][-1] if label in table.rows else None for table in tables] for label in labels}
     rows = {label: [*cells, _mean(cells)] for label, cells in averages.items()}
     return ScoreTable(ALL_GROUPS, {table.title: sum(table.columns.values()) for table in tables}, rows, ())
@@ -121,6 +132,11 @@ def _read_score(result: Mapping[str, Any], member: GroupMember, version: tuple[s
     else:
         score = result["score"]
     return None if score is None else 100 * score
+
+
+def _read_bm25(result: Mapping[str, Any]) -> Score:
+    """Return the main score of BM25 on a task in percent, or None if it was not scored there."""
+    return 100 * result["bm25"][result["metric"]] if "bm25" in result else None
 
 
 def _mean(values: Sequence[Score]) -> Score:

@@ -31,6 +31,7 @@ class TaskScore:
         metric: Name of the main score; empty if unknown.
         instruction: Instruction of the queries.
         widths: The score by width of the vectors, where several were scored.
+        bm25: The main score of BM25 on the same task; None if it was not scored.
     """
 
     score: float | None
@@ -38,6 +39,7 @@ class TaskScore:
     metric: str = ""
     instruction: str = ""
     widths: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    bm25: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,12 +115,17 @@ def _parse_task(entry: Any, where: str) -> TaskScore:
     if not isinstance(widths, dict) or not all(str(width).isdecimal() for width in widths):
         raise UserError(f"{where}: widths is {quote_value(widths)} (expected scores by width, such as {{'512': 0.7}})")
     scores = {int(width): _parse_number(score, f"{where}: widths") for width, score in widths.items()}
+    metric = str(entry.get("metric") or "")
+    bm25 = entry.get("bm25") or {}
+    if not isinstance(bm25, dict):
+        raise UserError(f"{where}: bm25 is {quote_value(bm25)} (expected scores by metric, such as {{'ndcg_at_10': 0.7}})")
     return TaskScore(
         score=_parse_number(entry["score"], where),
         type=str(entry.get("type") or OTHER_TYPE),
-        metric=str(entry.get("metric") or ""),
+        metric=metric,
         instruction=str(entry.get("instruction") or ""),
         widths={width: score for width, score in sorted(scores.items()) if score is not None},
+        bm25=_parse_number(bm25.get(metric), f"{where}: bm25"),
     )
 
 
@@ -137,7 +144,11 @@ def average(tasks: Mapping[str, TaskScore], names: list[str] | None = None) -> f
         tasks: Scores by task.
         names: The tasks to average. Default: all.
     """
-    scores = [tasks[name].score if name in tasks else None for name in (tasks if names is None else names)]
+    return average_scores([tasks[name].score if name in tasks else None for name in (tasks if names is None else names)])
+
+
+def average_scores(scores: Sequence[float | None]) -> float | None:
+    """Return the mean, or None if there are no scores or one is missing."""
     finite = [score for score in scores if score is not None]
     return float(np.mean(finite)) if scores and len(finite) == len(scores) else None
 

@@ -20,7 +20,7 @@ from jaxembed.reporting.blocks import (
 from jaxembed.reporting.charts import draw_lines
 from jaxembed.reporting.inputs import ReportedModel
 from jaxembed.reporting.model_figures import ModelFigures
-from jaxembed.reporting.score_files import average, average_widths
+from jaxembed.reporting.score_files import average, average_scores, average_widths
 
 FiguresByName = Mapping[str, ModelFigures | None]
 
@@ -137,25 +137,38 @@ def make_benchmark_section(models: Sequence[ReportedModel]) -> ReportSection:
     scored = [model for model in models if model.tasks]
     if not scored:
         return ReportSection("benchmark", "Benchmark")
-    kinds = {name: (task.type, task.metric) for model in scored for name, task in model.tasks.items()}
-    types = sorted({kind for kind, _ in kinds.values()}, key=get_type_position)
-    rows: list[list[str]] = []
-    groups = set()
-    for kind in types:
-        names = [name for name, (own, _) in kinds.items() if own == kind]
-        groups.add(len(rows))
-        rows.append([f"{kind} ({len(names)})", "mean", *(_format_score(average(model.tasks, names)) for model in scored)])
-        for name in names:
-            scores = [model.tasks[name].score if name in model.tasks else None for model in scored]
-            rows.append([name, kinds[name][1] or NO_VALUE, *map(_format_score, scores)])
-    groups.add(len(rows))
-    rows.append([f"All ({len(kinds)})", "mean", *(_format_score(average(model.tasks, list(kinds))) for model in scored)])
-    best = _find_best_per_row(rows, range(2, 2 + len(scored)))
-    caption = "Scores × 100. A mean is shown only if every task has a score."
-    table = Table(["task", "metric", *(m.name for m in scored)], rows, 2, caption, frozenset(groups), best)
+    table = _make_benchmark_table(scored)
     return ReportSection(
         "benchmark", "Benchmark", tables=[table, *_list_published_tables(scored)], collapsibles=_list_instructions(scored)
     )
+
+
+def _make_benchmark_table(models: Sequence[ReportedModel]) -> Table:
+    """Return the scores by task, with a column for each model, and one for BM25 if it was scored."""
+    kinds = {name: (task.type, task.metric) for model in models for name, task in model.tasks.items()}
+    columns: dict[str, dict[str, float | None]] = {
+        model.name: {name: task.score for name, task in model.tasks.items()} for model in models
+    }
+    if bm25 := {name: task.bm25 for model in models for name, task in model.tasks.items() if task.bm25 is not None}:
+        columns["BM25"] = {**bm25}
+    rows: list[list[str]] = []
+    groups = set()
+
+    def add_mean(title: str, names: Sequence[str]) -> None:
+        groups.add(len(rows))
+        means = (average_scores([scores.get(name) for name in names]) for scores in columns.values())
+        rows.append([f"{title} ({len(names)})", "mean", *map(_format_score, means)])
+
+    for kind in sorted({kind for kind, _ in kinds.values()}, key=get_type_position):
+        names = [name for name, (own, _) in kinds.items() if own == kind]
+        add_mean(kind, names)
+        for name in names:
+            scores = (column.get(name) for column in columns.values())
+            rows.append([name, kinds[name][1] or NO_VALUE, *map(_format_score, scores)])
+    add_mean("All", list(kinds))
+    best = _find_best_per_row(rows, range(2, 2 + len(columns)))
+    caption = "Scores × 100. A mean is shown only if every task has a score."
+    return Table(["task", "metric", *columns], rows, 2, caption, frozenset(groups), best)
 
 
 def _list_published_tables(models: Sequence[ReportedModel]) -> list[Table]:

@@ -69,6 +69,15 @@ def test_every_width_has_a_row() -> None:
     assert table.rows == {"mine, 512": [50, 50], "mine, 64": [25, 25]}
 
 
+def test_bm25_has_a_row_where_it_was_scored() -> None:
+    tasks = [FakeTask("a", "Retrieval"), FakeTask("b", "STS")]
+    scores = {"a": make_result(0.5, bm25={"recall_at_10": 0.9, "ndcg_at_10": 0.4}, widths={"8": 0.5, "4": 0.3})}
+    [table] = build_tables("mine", tasks[:1], scores)
+    assert table.rows == {"mine, 8": [50, 50], "mine, 4": [30, 30], "BM25": [40, 40]}
+    [table] = build_tables("mine", tasks, scores | {"b": make_result(0.7)})
+    assert table.rows["BM25"] == [40, None, None]
+
+
 def test_published_models_stand_beside_a_benchmark() -> None:
     tasks = [FakeTask(kind, kind, (GroupMember("MTEB(eng, v1)", kind),)) for kind in ("STS", "Retrieval")]
     [table] = build_tables("mine", tasks, {task.name: make_result(0.5) for task in tasks})

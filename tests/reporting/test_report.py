@@ -177,7 +177,8 @@ def test_models_are_compared_on_the_tasks_that_they_share(tmp_path: Path) -> Non
 
 
 def test_other_results_of_evaluate_are_shown(tmp_path: Path) -> None:
-    folder = write_scores(tmp_path / "own", A={"score": 0.5}, B={"score": 0.25})
+    bm25 = {"metric": "ndcg_at_10", "bm25": {"recall_at_10": 0.9, "ndcg_at_10": 0.375}}
+    folder = write_scores(tmp_path / "own", A={"score": 0.5, "type": "Retrieval", **bm25}, B={"score": 0.25})
     found = {"difference": 0.125, "interval": [0.02, 0.2], "p": 0.0125, "verdict": "better", "queries": 9}
     unknown = {"difference": None, "no_interval": "mteb gives no results by item"}
     comparison = {
@@ -190,6 +191,8 @@ def test_other_results_of_evaluate_are_shown(tmp_path: Path) -> None:
     assert result["sections"] == ["summary", "benchmark", "comparison", "leaks"]
     page = read_page(tmp_path / "out.html")
     assert "own is better than base." in page.texts
+    assert page.rows("BM25")[1:9] == ["Retrieval (1)", "mean", "50.00", "37.50", "A", "ndcg_at_10", "50.00", "37.50"]
+    assert page.rows("All (2)")[1:4] == ["mean", "37.50", "–"]
     cells = page.rows("Paired bootstrap over the items of each task. Scores × 100.")
     interval = ["+12.50", "+2.00 to +20.00", "0.0125", "better"]
     assert cells[8:15] == ["A", "50.00", "37.50", *interval]
@@ -247,6 +250,7 @@ def test_scores_of_a_run_belong_to_it_and_its_size_is_shown(run: Path, tmp_path:
         (lambda f: [f / "run", f / "o.html"], r"run: has no metrics yet\. Train it until it logs a step"),
         (lambda f: [f / "odd.json", f / "o.html"], r"odd\.json: task is not the score of a task \(expected a file that"),
         (lambda f: [f / "text.json", f / "o.html"], r"text\.json: A: the score is 'high' \(expected a number, or"),
+        (lambda f: [f / "bm25.json", f / "o.html"], r"bm25\.json: A: bm25 is 0\.5 \(expected scores by metric, such as"),
         (lambda f: [f / "run", f / "run"], r"run: expected a page that ends in \.html or \.htm\. Name it last"),
         (lambda f: [f / "good.json", f / "page.html"], r"page\.html: is a folder \(expected a page to write\)\."),
         (lambda f: [f / "good.json", f / "odd.json" / "o.html"], r"o\.html: its folder cannot be created"),
@@ -261,6 +265,7 @@ def test_bad_input_is_one_line(run: Path, tmp_path: Path, make: Callable[[Path],
     shutil.copy(run / "config.yaml", tmp_path / "early")
     (tmp_path / "odd.json").write_text('{"task": 3}')
     (tmp_path / "text.json").write_text('{"A": {"score": "high"}}')
+    (tmp_path / "bm25.json").write_text('{"A": {"score": 0.5, "bm25": 0.5}}')
     (tmp_path / "good.json").write_text('{"A": {"score": 0.5}}')
     with pytest.raises(UserError, match=message):
         write_report(*make(tmp_path))
