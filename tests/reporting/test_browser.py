@@ -53,10 +53,12 @@ def test_a_report_works_in_a_browser(browser: Any, report: Any, width: int, heig
     assert queries.count() == hits
     page.locator("[data-filter=miss]").click()
     assert queries.count() == len(HOSTILE) + len(TOPICS) - hits
-    # A click on a point of the map shows its text.
+    # The pointer over a point of the map shows its source and text; a click keeps the text below the map.
     figure = page.locator("#map figure")
     figure.scroll_into_view_if_needed()
     point = page.evaluate(FIND_POINT)
+    figure.locator("canvas").hover(position=point)
+    assert page.locator("#vg-tooltip-element.visible").inner_text().split()[0] == "source"
     figure.locator("canvas").click(position=point)
     assert figure.locator(".picked").inner_text().startswith(("faq: ", "sts "))
     # Charts are drawn again in the other colors.
