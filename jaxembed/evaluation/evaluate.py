@@ -22,7 +22,7 @@ from jaxembed.evaluation.leaks import check_leaks
 from jaxembed.evaluation.score_table import TABLES_FILE, build_tables
 from jaxembed.evaluation.shared_encoding import serve_encoding, share_encoding
 from jaxembed.evaluation.task_encoder import TaskEncoder
-from jaxembed.evaluation.tasks import MODEL_FILE, EvaluationTask, check_instructions, check_names, score_tasks
+from jaxembed.evaluation.tasks import MODEL_FILE, EvaluationTask, FinishedTasks, check_instructions, check_names, score_tasks
 from jaxembed.evaluation.vector_cache import VectorCache
 from jaxembed.files import exists, lock_folder, make_output_folder, write_json, write_text
 from jaxembed.search.precision import find_ranges
@@ -101,7 +101,7 @@ def score_model(
     items: dict[str, ItemScores] | None,
     is_main: bool,
 ) -> dict[str, Any]:
-    """Load a model and score it. The options that select part of a model, and --out, apply to MODEL only.
+    """Load a model and score it. The options that select part of a model, and the scores in --out, are for MODEL only.
 
     Args:
         args: The options.
@@ -125,12 +125,13 @@ def score_model(
         write_json(out / MODEL_FILE, {"model": str(Path(model).resolve()) if exists(Path(model)) else model})
     if table:
         encoder.use_instructions(table, args.instructions)
-    encoder.cache = make_cache(encoder, out, args)
+    encoder.cache = make_cache(encoder, args)
+    finished = FinishedTasks(Path(args.out)) if args.out else None
     try:
         with share_encoding(encoder):
-            scores = score_tasks(encoder, tasks, out, items)
+            scores = score_tasks(encoder, tasks, out, items, finished)
     finally:
-        if out is None:  # no later run finds what an interrupted task has left
+        if not args.out:  # no later run finds what an interrupted task has left
             encoder.cache.clear()
     tables = build_tables(encoder.name, tasks, scores)
     report = "\n\n".join(table.format() for table in tables)
@@ -143,9 +144,9 @@ def score_model(
     return scores
 
 
-def make_cache(encoder: TaskEncoder, out: Path | None, args: argparse.Namespace) -> VectorCache:
-    """Return the cache of a task's vectors. Its files are in `out`, or in a temporary folder."""
-    folder = out / "vectors" if out else Path(tempfile.gettempdir()) / f"jaxembed-vectors-{os.getpid()}"
+def make_cache(encoder: TaskEncoder, args: argparse.Namespace) -> VectorCache:
+    """Return the cache of a task's vectors. Its files are in --out, or in a temporary folder."""
+    folder = Path(args.out) / "vectors" if args.out else Path(tempfile.gettempdir()) / f"jaxembed-vectors-{os.getpid()}"
     memory_bytes = int(args.vector_memory * 2**30)
     # Every version of the vectors, and every instruction of the queries, uses the same vectors of the documents again.
     keeps_all = len(encoder.versions) > 1 or bool(args.instruction_variants)

@@ -9,17 +9,24 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from jaxembed.config.instructions import InstructionTable
 from jaxembed.errors import UserError, suggest
+from jaxembed.evaluation.bootstrap import ScoredItems, score_mean, score_spearman
 from jaxembed.evaluation.comparison import ItemScores
+from jaxembed.evaluation.labels import score_v_measure
 from jaxembed.evaluation.progress import TaskProgress
 from jaxembed.evaluation.task_encoder import TaskEncoder
-from jaxembed.files import exists, read_json, write_json
+from jaxembed.files import exists, format_json, read_json, write_json, write_text
 
 MAX_LISTED_NAMES = 5
 SCORES_FILE = "scores.json"
 MODEL_FILE = "model.json"  # names the model that scores.json belongs to
 FINISHED_FILE = "finished_tasks.json"
+ITEMS_FOLDER = "finished_items"
+# The statistics of tasks whose results are stored, by name.
+STATISTICS = {statistic.__name__: statistic for statistic in (score_mean, score_spearman, score_v_measure)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,24 +125,59 @@ def check_instructions(table: InstructionTable, name: str, tasks: Sequence[Evalu
 
 
 class FinishedTasks:
-    """Results of tasks in a folder, which a restarted run reuses. Results of MTEB tasks are stored by mteb instead."""
+    """Results of tasks in a folder, of any model, which a restarted run reuses. Results of MTEB tasks are stored by mteb."""
 
     def __init__(self, folder: Path):
         """Read the results in `folder`."""
-        self._path = folder / FINISHED_FILE
+        self._path, self._items_folder = folder / FINISHED_FILE, folder / ITEMS_FOLDER
         self._results: dict[str, Any] = read_json(self._path) if exists(self._path) else {}
 
     def score(self, task: EvaluationTask, encoder: TaskEncoder) -> dict[str, Any]:
         """Return the scores of a task. They are computed if the folder has none of the same data and model."""
         if not task.data_digest:
             return task.score(encoder)
-        identity = [task.name, task.data_digest, encoder.results_revision, encoder.widths]
-        key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+        key = compute_key(task, encoder)
         if key not in self._results:
-            self._results[key] = task.score(encoder)
-            write_json(self._path, self._results)
+            self._store(key, task.score(encoder))
         scores: dict[str, Any] = self._results[key]
         return scores
+
+    def score_items(self, task: EvaluationTask, encoder: TaskEncoder) -> ItemScores:
+        """Return the scores of a task with the items that they are computed from, likewise."""
+        if not task.data_digest:
+            return task.score_items(encoder)
+        key = compute_key(task, encoder)
+        path = self._items_folder / f"{key}.json"
+        if key in self._results and exists(path):
+            return ItemScores(self._results[key], [_unpack(part) for part in read_json(path)["parts"]])
+        found = task.score_items(encoder)
+        self._items_folder.mkdir(exist_ok=True)
+        write_text(path, format_json({"parts": [_pack(part) for part in found.parts]}))
+        self._store(key, found.summary)
+        return found
+
+    def _store(self, key: str, scores: dict[str, Any]) -> None:
+        self._results[key] = scores
+        write_json(self._path, self._results)
+
+
+def compute_key(task: EvaluationTask, encoder: TaskEncoder) -> str:
+    """Return the SHA-256 of everything that the scores of a task depend on."""
+    identity: list[Any] = [task.name, task.data_digest, encoder.results_revision, encoder.widths]
+    if encoder.precisions:
+        ranges = None if encoder.ranges is None else encoder.ranges.tolist()
+        identity += [encoder.precisions, ranges]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+
+def _pack(items: ScoredItems) -> dict[str, Any]:
+    """Return items as plain values."""
+    [statistic] = [name for name, statistic in STATISTICS.items() if statistic is items.statistic]
+    return {"statistic": statistic, "unit": items.unit, "values": items.values.tolist()}
+
+
+def _unpack(part: dict[str, Any]) -> ScoredItems:
+    return ScoredItems(np.array(part["values"], np.float64), STATISTICS[part["statistic"]], part["unit"])
 
 
 def score_tasks(
@@ -143,20 +185,21 @@ def score_tasks(
     tasks: Sequence[EvaluationTask],
     out: Path | None = None,
     items: dict[str, ItemScores] | None = None,
+    finished: FinishedTasks | None = None,
 ) -> dict[str, Any]:
     """Score a model on tasks.
 
     Args:
         encoder: The model.
         tasks: The tasks.
-        out: Folder for `scores.json`, which is written after every task, and for the results that a later run uses again.
+        out: Folder for `scores.json`, which is written after every task.
         items: Receives the items of every task, for a comparison with another model. None: they are not needed.
+        finished: Results that a later run uses again.
 
     Returns:
         {task: scores}, as in `EvaluationTask.score`.
     """
     encoder.prompts.log()
-    finished = FinishedTasks(out) if out and items is None else None
     encoder.progress = TaskProgress({task.name: task.expected_texts for task in tasks})
     scores: dict[str, Any] = {}
     try:
@@ -165,7 +208,7 @@ def score_tasks(
             if items is None:
                 scores[task.name] = finished.score(task, encoder) if finished else task.score(encoder)
             else:
-                items[task.name] = task.score_items(encoder)
+                items[task.name] = finished.score_items(task, encoder) if finished else task.score_items(encoder)
                 scores[task.name] = items[task.name].summary
             encoder.progress.finish_task()
             if encoder.cache:

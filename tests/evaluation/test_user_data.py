@@ -161,13 +161,18 @@ def test_equal_models_show_no_difference(folder: Path) -> None:
 def test_files_that_were_scored_are_not_scored_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ["--beir", "bank", "--sts", "pairs.jsonl", "--labels", "topics.jsonl", "--out", "out"]
     first = run("good", *options)
-    score, scored = UserTask.score, list[str]()
-    monkeypatch.setattr(UserTask, "score", lambda self, encoder: scored.append(self.name) or score(self, encoder))
+    score_items, scored = UserTask.score_items, list[str]()
+    monkeypatch.setattr(UserTask, "score_items", lambda self, encoder: scored.append(self.name) or score_items(self, encoder))
     assert run("good", *options) == first and not scored
     assert run("poor", *options)["scores"] != first["scores"] and len(scored) == 4
+    signs = run("good", *options, "--precision", "binary")["scores"]
+    assert signs["pairs"]["score"] != first["scores"]["pairs"]["score"] and len(scored) == 8
+    compared = run("good", *options, "--compare", "poor")
+    assert len(scored) == 16, "their items were not needed before"
+    assert run("good", *options, "--compare", "poor") == compared and len(scored) == 16
     write_rows(folder / "pairs.jsonl", make_scored_pairs(81))
     assert run("good", *options)["scores"]["bank"] == first["scores"]["bank"]
-    assert scored[4:] == ["pairs"], "its file has changed"
+    assert scored[16:] == ["pairs"], "its file has changed"
 
 
 def test_a_model_to_compare_with_is_checked_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
