@@ -238,7 +238,7 @@ def _read_local_theta(config: Mapping[str, Any], family: Family, where: str) -> 
         )
     local = Fields(by_kind, f"{where}: rope_parameters").mapping("sliding_attention", {})
     fields = Fields(local, f"{where}: rope_parameters: sliding_attention")
-    fields.choice("rope_type", ("default",), "default")
+    fields.choice("rope_type", ("default",), fields.string("type", "default"))
     return fields.positive_number("rope_theta", Fields(config, where).positive_number(key))
 
 

@@ -62,6 +62,10 @@ def test_absent_fields_have_the_defaults_of_transformers(family: str) -> None:
         ({"is_causal": None}, "is_causal is null, which transformers takes for false"),
         ({"model_type": "gemma3_text", "is_causal": None}, "is_causal is null, which transformers takes for false"),
         ({"model_type": "modernbert", "sliding_window": 3}, "sliding_window 3 is not supported"),
+        (
+            {"model_type": "gemma3_text", "rope_parameters": {"sliding_attention": {"type": "linear", "factor": 2.0}}},
+            "sliding_attention: rope_type is 'linear'",
+        ),
         ({"model_type": "modernbert", "rope_scaling": LINEAR}, "rope_scaling .* is not supported"),
         ({"model_type": "modernbert", "local_attention": 1}, "local_attention is 1 .expected an integer from 2"),
         ({"per_layer_config": {"0": {"num_attention_heads": 1}}}, "per_layer_config .* is not supported"),
