@@ -6,8 +6,8 @@
 
 Writes docs/results/recipe-plans.json, from which the recipes' pages and docs/results/recipe-plans.md take their tables. Results
 of other recipes and of the other machine are kept. Without names, recipes that have results are skipped, so the same command
-continues after it was stopped. Each takes minutes of a CPU. Nothing is downloaded: the bases are configs of the real sizes
-without weights, and the rows are generated.
+continues after it was stopped. Each stage takes about 20 seconds of a CPU. Nothing is downloaded: the bases are configs of the
+real sizes without weights, and the rows are generated.
 """
 
 from __future__ import annotations
@@ -21,11 +21,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from jaxembed.config import Config, parse_config
+from jaxembed.config.sections import read_tree
+from jaxembed.errors import UserError
+from jaxembed.planning.assignment import run_in_child, write_assignments
 from jaxembed.planning.topology import skip_tpu_discovery
 
 ROOT = Path(__file__).parents[1]
@@ -38,14 +43,15 @@ UTILIZATION = 0.4  # of the peak, in the step times
 QUERY_WORDS, DOCUMENT_WORDS = 32, 256  # a word is a token of the generated tokenizer
 ROWS, PRETRAINING_ROWS = 2500, 33_000  # at least the largest batch, with and without hard negatives
 ABOUT = (
-    f"Compiled without accelerators, for queries of {QUERY_WORDS} and documents of {DOCUMENT_WORDS} tokens. Memory is the "
-    "compiler's: of the TPU compiler for the slice, and of the CPU compiler, as an estimate, for the GPU. Step times are the "
+    f"Compiled without accelerators, for queries of {QUERY_WORDS} and documents of {DOCUMENT_WORDS} tokens. Memory is what the "
+    "compiler assigns, without the code of the program: the TPU compiler for the slice, and the CPU compiler, as an estimate, "
+    "for the GPU. Step times are the "
     f"step's matmul FLOPs at {UTILIZATION:.0%} of the chip's peak by its data sheet, not measured. With its special tokens, "
     "such a document fills more than half of a row of 512 tokens: step times there are about twice those of rows that are full."
 )
 # Bases of the recipes -> presets of their sizes. Adapters on a base have its size too.
 PRESETS = {
-    "Qwen/Qwen2-0.5B": "qwen2-0.5b", "Qwen/Qwen2-1.5B": "qwen2-1.5b", "Qwen/Qwen2-7B-Instruct": "qwen2-7b",
+    "Qwen/Qwen2-0.5B": "qwen2-0.5b", "Qwen/Qwen2-1.5B": "qwen2-1.5b", "Qwen/Qwen2-7B": "qwen2-7b",
     "Qwen/Qwen1.5-7B": "qwen2-7b", "Qwen/Qwen3-0.6B-Base": "qwen3-0.6b", "mistralai/Mistral-7B-v0.1": "mistral-7b",
     "intfloat/e5-mistral-7b-instruct": "mistral-7b", "McGill-NLP/LLM2Vec-Mistral-7B-Instruct-v2-mntp": "mistral-7b",
     "meta-llama/Llama-3.1-8B": "llama3-8b",
@@ -121,16 +127,7 @@ def fill_recipe(tree: dict[str, Any], base: Path, rows: Mapping[str, Path]) -> d
 
 
 def plan_recipe(name: str, machine: str, folder: Path, rows: Mapping[str, Path]) -> list[dict[str, Any]]:
-    """Return the plan of every stage of a recipe."""
-    import jax
-
-    from jaxembed.config import parse_config
-    from jaxembed.config.sections import read_tree
-    from jaxembed.devices.chips import CHIPS
-    from jaxembed.errors import UserError
-    from jaxembed.planning.plan import make_planning_mesh, plan
-    from jaxembed.runs.open import open_run
-
+    """Return the plan of every stage of a recipe. Each is made in a process of its own."""
     tree = read_tree(RECIPES / f"{name}.yaml")
     base = folder / tree["model"]["base"].replace("/", "--")
     if not base.exists():
@@ -139,37 +136,51 @@ def plan_recipe(name: str, machine: str, folder: Path, rows: Mapping[str, Path])
     if machine == "gpu":
         tree["mesh"] = {"data": 1, "fsdp": 1}
         tree["model"]["attention_kernel"] = "einsum"
-    run_config = parse_config({**tree, "run": {"name": name, "dir": str(folder / "run")}}, name)
-    steps = [stage.train.steps for stage in run_config.stages]
-    short = run_config.model_copy(update={"stages": tuple(
-        stage.model_copy(update={"train": stage.train.model_copy(update={"steps": 1})}) for stage in run_config.stages
+    config = parse_config({**tree, "run": {"name": name, "dir": str(folder / "run")}}, name)
+    results = []
+    for index, stage in enumerate(config.stages):
+        about = {
+            "recipe": name, "machine": MACHINES[machine], "stage": index,
+            "gradcache_rows": stage.gradcache.rows, "date": str(datetime.date.today()),
+        }  # fmt: skip
+        start = time.perf_counter()
+        try:
+            found = run_in_child(partial(plan_stage, config, machine, index, folder / f"{name}-{index}"))
+        except UserError as error:
+            found = {"error": str(error)[:200]}
+        results.append(about | found | {"compile_s": round(time.perf_counter() - start, 1)})
+    return results
+
+
+def plan_stage(config: Config, machine: str, index: int, folder: Path) -> dict[str, Any]:
+    """Return the memory, step time and hours of a stage. Data of one step are read."""
+    import jax
+
+    from jaxembed.devices.chips import CHIPS
+    from jaxembed.planning.plan import make_planning_mesh, plan
+    from jaxembed.runs.open import open_run
+
+    if machine == "tpu":
+        write_assignments(folder)
+    steps = config.stages[index].train.steps
+    short = config.model_copy(update={"stages": tuple(
+        stage.model_copy(update={"train": stage.train.model_copy(update={"steps": 1})}) for stage in config.stages
     )})  # fmt: skip
     mesh, memory = make_planning_mesh(short.mesh, TPU_TOPOLOGY if machine == "tpu" else None)
     memory = memory if machine == "tpu" else GPU_BYTES
     kind = mesh.devices.flat[0].device_kind if machine == "tpu" else GPU_KIND
     peak = next(chip.peak_flops for chip in CHIPS if re.search(chip.device_kind, kind))
-    results = []
-    for index in range(len(steps)):
-        about = {
-            "recipe": name, "machine": MACHINES[machine], "stage": index,
-            "gradcache_rows": short.stages[index].gradcache.rows, "date": str(datetime.date.today()),
-        }  # fmt: skip
-        start = time.perf_counter()
-        try:
-            run = open_run(short, mesh)
-            with jax.default_device(None):
-                [report] = plan(short, mesh, None, run.model, run.stages[index : index + 1])["stages"]
-        except UserError as error:
-            results.append(about | {"error": str(error)[:200]})
-            continue
-        step_s = report["flops_a_device"] / (UTILIZATION * peak)
-        results.append(about | {
-            "memory_bytes": report["memory"]["all"], "device_bytes": memory, "step_s": round(step_s, 4),
-            "hours": round(step_s * steps[index] / 3600, 2), "steps": steps[index], "flops": report["flops"],
-            "trained": report["trained"], "rows": report["rows"], "row_length": report["row_length"],
-            "compile_s": round(time.perf_counter() - start, 1),
-        })  # fmt: skip
-    return results
+    run = open_run(short, mesh)
+    with jax.default_device(None):
+        assignments = folder if machine == "tpu" else None
+        stages = run.stages[index : index + 1]
+        [report] = plan(short, mesh, None, run.model, stages, assignments, with_loss=False)["stages"]
+    step_s = report["flops_a_device"] / (UTILIZATION * peak)
+    return {
+        "memory_bytes": report["memory"]["all"] - (report["memory"]["code"] or 0), "device_bytes": memory,
+        "step_s": round(step_s, 4), "hours": round(step_s * steps / 3600, 2), "steps": steps, "flops": report["flops"],
+        "trained": report["trained"], "rows": report["rows"], "row_length": report["row_length"],
+    }  # fmt: skip
 
 
 def read_plans() -> list[dict[str, Any]]:
@@ -193,6 +204,8 @@ def main() -> None:
     args = parser.parse_args()
     skip_tpu_discovery()
     logging.disable(logging.WARNING)
+    import jaxembed.runs.open  # once, and not in the process of every stage  # noqa: F401
+
     recorded = {plan["recipe"] for plan in read_plans() if plan["machine"] == MACHINES[args.machine]}
     names = args.recipes or sorted({path.stem for path in RECIPES.glob("*.yaml")} - recorded)
     with tempfile.TemporaryDirectory() as temporary:

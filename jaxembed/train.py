@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import tempfile
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from jaxembed import cli
@@ -17,6 +21,7 @@ from jaxembed.data.sources import detect_format
 from jaxembed.devices import processes
 from jaxembed.errors import UserError
 from jaxembed.hub.folders import check_base_exists
+from jaxembed.planning.assignment import run_in_child, write_assignments
 from jaxembed.planning.topology import skip_tpu_discovery
 from jaxembed.training.run_dir import check_run_dir
 from jaxembed.training.shutdown import RESUME_MESSAGE, stop_on_signals
@@ -29,6 +34,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         detect_format(source)  # a mistyped path is reported before JAX loads
     if args.slices and not args.topology:
         raise UserError(f"--slices is {args.slices} without --topology. Name the slice, such as --topology v5e:16x16.")
+    if args.code and not args.topology:
+        raise UserError("--code needs --topology. Name the slice, such as --topology v5e:16x16.")
     if args.plan or args.topology:
         return _plan(config, args)
     check_base_exists(config.model.base)
@@ -45,7 +52,28 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _plan(config: Config, args: argparse.Namespace) -> dict[str, Any]:
-    """Compile the steps of a run ahead of time and return their memory and FLOPs."""
+    """Compile the steps of a run ahead of time and return their memory and FLOPs.
+
+    For a slice that is not here, each stage is planned in a process of its own, which does not generate code
+    (`jaxembed.planning.assignment`).
+    """
+    if not args.topology or args.code:
+        return _plan_stages(config, args, range(len(config.stages)))
+    plans = [run_in_child(partial(_plan_without_code, config, args, index)) for index in range(len(config.stages))]
+    return plans[0] | {"stages": [stage for plan in plans for stage in plan["stages"]]}
+
+
+def _plan_without_code(config: Config, args: argparse.Namespace, index: int) -> dict[str, Any]:
+    """Plan a stage. Its machine code is not generated."""
+    with tempfile.TemporaryDirectory(prefix="jaxembed-plan-") as folder:
+        write_assignments(Path(folder))
+        return _plan_stages(config, args, [index], Path(folder))
+
+
+def _plan_stages(
+    config: Config, args: argparse.Namespace, indices: Iterable[int], assignments: Path | None = None
+) -> dict[str, Any]:
+    """Plan some stages of a run."""
     if args.topology:
         skip_tpu_discovery()
     from jaxembed.planning.plan import make_planning_mesh, plan
@@ -53,7 +81,7 @@ def _plan(config: Config, args: argparse.Namespace) -> dict[str, Any]:
 
     mesh, memory = make_planning_mesh(config.mesh, args.topology, args.slices or 1)
     run = open_run(config, mesh)
-    return plan(config, mesh, memory, run.model, run.stages)
+    return plan(config, mesh, memory, run.model, [run.stages[index] for index in indices], assignments)
 
 
 def make_parser() -> cli.Parser:
@@ -72,6 +100,9 @@ def make_parser() -> cli.Parser:
         "--plan", action="store_true", help="compile ahead of time, print the memory and FLOPs of a step, and exit"
     )
     parser.add_argument("--topology", metavar="NAME:SHAPE", help="plan for a TPU slice that is not here, such as v5e:16x16")
+    parser.add_argument(
+        "--code", action="store_true", help="with --topology, also generate the machine code of a step (many times slower)"
+    )
     parser.add_argument("--slices", type=cli.integer_from(1), metavar="N", help="number of slices of the topology (default: 1)")
     return parser
 

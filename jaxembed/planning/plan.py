@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -45,17 +46,29 @@ def make_planning_mesh(config: MeshConfig, topology: str | None = None, slices: 
     return make_mesh(**dict(config), devices=devices), memory
 
 
-def plan(config: Config, mesh: Mesh, memory: int | None, model: EmbeddingModel, stages: Sequence[Stage]) -> dict[str, Any]:
+def plan(
+    config: Config,
+    mesh: Mesh,
+    memory: int | None,
+    model: EmbeddingModel,
+    stages: Sequence[Stage],
+    assignments: Path | None = None,
+    *,
+    with_loss: bool = True,
+) -> dict[str, Any]:
     """Compile the step of every stage for the largest of its first batches, and report what it needs. Nothing is written.
 
-    Negatives that a stage will mine are replaced by other texts of the source.
+    Negatives that a stage will mine are replaced by other texts of the source. It has seven parameters because a caller chooses
+    each of them.
 
     Args:
         config: Settings of the run.
         mesh: The devices to plan for (`make_planning_mesh`).
         memory: Bytes of memory of a device, or None if that is unknown.
         model: The model of the run.
-        stages: The stages of the run.
+        stages: The stages of the run, or some of them.
+        assignments: Folder of `write_assignments`, to stop before code is generated. None: generate it.
+        with_loss: Whether to report on the loss alone too.
 
     Returns:
         Number and kind of devices, shape of the mesh, and a report for each stage: parameters, memory, FLOPs, and collectives.
@@ -63,9 +76,14 @@ def plan(config: Config, mesh: Mesh, memory: int | None, model: EmbeddingModel, 
     Raises:
         UserError: A step does not fit the memory of its device.
     """
-    reports = [_plan_stage(stage, config, model, mesh, memory) for stage in stages]
-    for stage, report in zip(stages, reports, strict=True):
-        _show_report(stage, report, len(stages))
+    reports = []
+    for stage in stages:
+        host_batch, examined = _find_largest_batch(add_stand_in_negatives(stage))
+        # The loss comes first: it is smaller, and its compiler may go on in a thread.
+        loss = _plan_loss(stage, model, host_batch.batch, mesh, assignments) if with_loss else None
+        report = _plan_step(stage, host_batch.batch, config, model, mesh, memory, assignments)
+        reports.append(report | {"batches_looked_at": examined, "loss": loss})
+        _show_report(stage, reports[-1], len(config.stages))
     return {"devices": mesh.size, "device": mesh.devices.flat[0].device_kind, "mesh": dict(mesh.shape), "stages": reports}
 
 
@@ -75,19 +93,26 @@ def _get_device_memory() -> int | None:
     return stats.get("bytes_limit")
 
 
-def _plan_stage(stage: Stage, config: Config, model: EmbeddingModel, mesh: Mesh, memory: int | None) -> dict[str, Any]:
-    """Compile the step of a stage for the largest of its first batches, and return what it needs."""
-    # Find the shapes of the state, and of the largest of the first batches.
+def _plan_step(
+    stage: Stage,
+    batch: Batch,
+    config: Config,
+    model: EmbeddingModel,
+    mesh: Mesh,
+    memory: int | None,
+    assignments: Path | None,
+) -> dict[str, Any]:
+    """Compile the step of a stage for a batch, and return what it needs. It has the parameters of `plan`."""
+    # Find the shapes of the state.
     objective_params = jax.eval_shape(partial(stage.init_objective_params, model), jax.random.key(0))
     state = compute_state_shapes(model, stage.make_optimizer(model), mesh, objective_params)
-    host_batch, examined = _find_largest_batch(add_stand_in_negatives(stage))
     # Compile, and compare with the memory of a device.
     with jax.set_mesh(mesh):
         step = stage.make_train_step(model, state)
-    rows, tokens = host_batch.batch.row_shapes[0]
+    rows, tokens = batch.row_shapes[0]
     proposal = _propose(model, count_elements(state.weights), (rows, tokens), mesh, memory)
     try:
-        program, _ = compile_step(step, state, compute_batch_shapes(mesh, host_batch.batch), mesh)
+        program, _ = compile_step(step, state, compute_batch_shapes(mesh, batch), mesh, assignments)
     except OutOfMemoryError as error:
         raise _make_out_of_memory_error(config, stage, error.needed, error.available, proposal) from None
     if memory is not None and program.memory > memory:
@@ -95,8 +120,6 @@ def _plan_stage(stage: Stage, config: Config, model: EmbeddingModel, mesh: Mesh,
     return _make_report(state, program, memory, mesh) | {
         "rows": rows,
         "row_length": tokens,
-        "batches_looked_at": examined,
-        "loss": _plan_loss(stage, model, host_batch.batch, mesh),
         "proposal": proposal and {**dataclasses.asdict(proposal), "settings": proposal.describe()},
     }
 
@@ -111,7 +134,7 @@ def _propose(
     return propose(sizes, mesh, memory)
 
 
-def _plan_loss(stage: Stage, model: EmbeddingModel, batch: Batch, mesh: Mesh) -> dict[str, Any]:
+def _plan_loss(stage: Stage, model: EmbeddingModel, batch: Batch, mesh: Mesh, assignments: Path | None) -> dict[str, Any]:
     """Compile only the loss of vectors with its gradient, and return its memory and communication on a device.
 
     They are 0 where a stage only predicts tokens.
@@ -119,7 +142,7 @@ def _plan_loss(stage: Stage, model: EmbeddingModel, batch: Batch, mesh: Mesh) ->
     if batch.texts is None:
         return {"temporaries": 0, "sent_bytes": 0}
     params = jax.eval_shape(partial(stage.init_objective_params, model), jax.random.key(0))
-    program = compile_loss(stage.objectives, params, model.width, batch, mesh)
+    program = compile_loss(stage.objectives, params, model.width, batch, mesh, assignments)
     sent = sum(c.count * c.sent_bytes for c in program.collectives.collectives)
     return {"temporaries": program.temporaries, "sent_bytes": sent}
 
@@ -181,7 +204,7 @@ def _show_report(stage: Stage, report: dict[str, Any], count: int) -> None:
     )  # fmt: skip
     memory = report["memory"]
     names = ("arguments", "outputs", "aliased", "temporaries", "code")
-    parts = ", ".join(f"{name} {_format_bytes(memory[name])}" for name in names)
+    parts = ", ".join(f"{name} {_format_bytes(memory[name])}" for name in names if memory[name] is not None)
     limit = f"of {_format_bytes(memory['device'])}" if memory["device"] else "(the device does not report how much it has)"
     source = ", estimated by the CPU compiler" if memory["estimate"] else ""
     log.info("memory per device%s: %s %s: %s", source, _format_bytes(memory["all"]), limit, parts)
@@ -190,11 +213,11 @@ def _show_report(stage: Stage, report: dict[str, Any], count: int) -> None:
         for kind, totals in kinds.items():
             results, sent = _format_bytes(totals["result_bytes"]), _format_bytes(totals["sent_bytes"])
             log.info("collectives of %s: %s %s, results %s, sent %s", scope, f"{totals['count']:,}", kind, results, sent)
-    loss = report["loss"]
-    log.info(
-        "loss alone: %s of temporaries per device, sent %s",
-        _format_bytes(loss["temporaries"]), _format_bytes(loss["sent_bytes"]),
-    )  # fmt: skip
+    if loss := report["loss"]:
+        log.info(
+            "loss alone: %s of temporaries per device, sent %s",
+            _format_bytes(loss["temporaries"]), _format_bytes(loss["sent_bytes"]),
+        )  # fmt: skip
     if proposal := report["proposal"]:
         size = _format_bytes(proposal["memory"])
         log.info("proposal, estimated and not compiled: %s (%s, %.3g s)", proposal["settings"], size, proposal["seconds"])

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from jax.sharding import Mesh
 from jaxembed.devices.mesh import count_shards
 from jaxembed.devices.placement import compute_batch_shapes
 from jaxembed.losses.objectives import Objectives
+from jaxembed.planning.assignment import compile_until_assigned
 from jaxembed.planning.collectives import Collectives, find_collectives
 from jaxembed.planning.flops import count_matmul_flops
 from jaxembed.training.step import SCOPES, TrainState
@@ -35,7 +37,7 @@ class Program:
         outputs: Bytes of the outputs on a device.
         aliased: Bytes of outputs that reuse the memory of arguments. They are counted in `arguments` and in `outputs`.
         temporaries: Bytes of temporary buffers on a device.
-        code: Bytes of the program itself.
+        code: Bytes of the program itself; None if its code was not generated.
         flops: FLOPs of all matmuls, over all devices.
         collectives: The collectives of the program.
     """
@@ -44,14 +46,14 @@ class Program:
     outputs: int
     aliased: int
     temporaries: int
-    code: int
+    code: int | None
     flops: int
     collectives: Collectives
 
     @property
     def memory(self) -> int:
         """Bytes that the program needs on a device."""
-        return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
+        return self.arguments + self.outputs - self.aliased + self.temporaries + (self.code or 0)
 
 
 class OutOfMemoryError(Exception):
@@ -67,7 +69,9 @@ class OutOfMemoryError(Exception):
         self.needed, self.available = needed, available
 
 
-def compile_step(step: Any, state: TrainState, batch: Any, mesh: Mesh) -> tuple[Program, Any]:
+def compile_step(
+    step: Any, state: TrainState, batch: Any, mesh: Mesh, assignments: Path | None = None
+) -> tuple[Program, jax.stages.Compiled | None]:
     """Compile a jitted train step for shapes with shardings.
 
     Args:
@@ -75,9 +79,10 @@ def compile_step(step: Any, state: TrainState, batch: Any, mesh: Mesh) -> tuple[
         state: Shapes of the state.
         batch: Shapes of the batch.
         mesh: The device mesh.
+        assignments: Folder of `write_assignments`, to stop before code is generated. None: generate it.
 
     Returns:
-        The resources of the program, and the compiled step.
+        The resources of the program, and the compiled step, or None if its code is not generated.
 
     Raises:
         OutOfMemoryError: The program is too large for a TPU. Other compilers do not check this.
@@ -85,7 +90,7 @@ def compile_step(step: Any, state: TrainState, batch: Any, mesh: Mesh) -> tuple[
     with jax.set_mesh(mesh):
         traced = step.trace(state, batch)
         try:
-            compiled = traced.lower().compile()
+            return _compile(traced, assignments)
         except jax.errors.JaxRuntimeError as error:
             match = OUT_OF_MEMORY.search(str(error))
             if match is None:
@@ -94,10 +99,11 @@ def compile_step(step: Any, state: TrainState, batch: Any, mesh: Mesh) -> tuple[
             raise OutOfMemoryError(
                 round(float(needed) * UNIT_BYTES[needed_unit]), round(float(available) * UNIT_BYTES[available_unit])
             ) from None
-    return _describe(traced, compiled), compiled
 
 
-def compile_loss(objectives: Objectives, params: Any, width: int, batch: Any, mesh: Mesh) -> Program:
+def compile_loss(
+    objectives: Objectives, params: Any, width: int, batch: Any, mesh: Mesh, assignments: Path | None = None
+) -> Program:
     """Compile the loss and its gradient with respect to the vectors, without a model, for the shapes of a batch.
 
     Args:
@@ -106,6 +112,7 @@ def compile_loss(objectives: Objectives, params: Any, width: int, batch: Any, me
         width: Width of the vectors.
         batch: A batch, or its shapes.
         mesh: The device mesh.
+        assignments: As in `compile_step`.
     """
     documents = jax.ShapeDtypeStruct((*batch.doc_slot.shape, width), jnp.float32)
     queries = jax.ShapeDtypeStruct((documents.shape[0], width), jnp.float32)
@@ -115,22 +122,28 @@ def compile_loss(objectives: Objectives, params: Any, width: int, batch: Any, me
 
     shapes = compute_batch_shapes(mesh, (queries, documents, dataclasses.replace(batch, texts=None, token_batches={})))
     with jax.set_mesh(mesh):
-        traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(*shapes, params)
-        return _describe(traced, traced.lower().compile())
+        return _compile(jax.jit(jax.grad(loss, argnums=(0, 1))).trace(*shapes, params), assignments)[0]
 
 
-def _describe(traced: Any, compiled: Any) -> Program:
-    """Return the resources of a compiled program."""
+def _compile(traced: jax.stages.Traced, assignments: Path | None) -> tuple[Program, jax.stages.Compiled | None]:
+    """Compile a traced function. Return its resources, and itself if its code is generated."""
+    lowered, flops = traced.lower(), count_matmul_flops(traced.jaxpr)
+    if assignments is not None:
+        found = compile_until_assigned(lowered, traced.fun_name, assignments)
+        sizes, text = {name: size for name, size in vars(found).items() if name != "hlo"}, found.hlo
+        return Program(**sizes, code=None, flops=flops, collectives=find_collectives(text, SCOPES)), None
+    compiled = lowered.compile()
     memory = compiled.memory_analysis()
-    return Program(
+    program = Program(
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes,
         aliased=memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
-        flops=count_matmul_flops(traced.jaxpr),
+        flops=flops,
         collectives=find_collectives(_read_program_text(compiled), SCOPES),
     )
+    return program, compiled
 
 
 def _read_program_text(compiled: Any) -> str:

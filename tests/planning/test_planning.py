@@ -20,6 +20,7 @@ from jaxembed import cli
 from jaxembed.config import Config
 from jaxembed.data.sources import open_rows
 from jaxembed.errors import UserError
+from jaxembed.planning.assignment import Assignment, parse_assignment, run_in_child
 from jaxembed.planning.collectives import find_collectives
 from jaxembed.planning.flops import count_matmul_flops
 from jaxembed.planning.mined import add_stand_in_negatives
@@ -52,6 +53,19 @@ ENTRY %main (a: f32[4,8]) -> f32[4,8] {
   %sum = f32[10]{0} all-reduce(%z), channel_id=4, replica_groups=mesh['a'=2,'b'=4] {'b'}, to_apply=%add
 }
 """  # noqa: E501
+
+# As the TPU compiler writes it; a color is a memory other than that of the device.
+ASSIGNMENT = """\
+BufferAssignment:
+allocation 0: size 512, thread-local:
+ value: <2 add @0> (size=512,offset=0): f32[]{:T(128)}
+allocation 1: size 4096, parameter 3, shape |bf16[4,512]| at ShapeIndex {}:
+allocation 2: size 2048, parameter 0, shape |bf16[2,512]| at ShapeIndex {}, maybe-live-out:
+allocation 3: size 32, output shape is |(bf16[2,512], f32[])|, maybe-live-out:
+allocation 4: size 512, constant:
+allocation 5: size 8192, preallocated-temp:
+allocation 6: size 65536, color 1, preallocated-temp:
+"""
 
 
 def make_plan(config: Config) -> dict[str, Any]:
@@ -139,6 +153,20 @@ def test_a_step_that_does_not_fit_its_device_is_refused(tmp_path: Path, monkeypa
         make_plan(runs.make_config(tmp_path, "run"))
 
 
+def test_memory_is_read_from_the_assignment_of_the_compiler() -> None:
+    expected = Assignment(arguments=6144, outputs=2080, aliased=2048, temporaries=8704, hlo="HloModule m")
+    assert parse_assignment(ASSIGNMENT, "HloModule m") == expected
+
+
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_a_child_process_returns_its_result_or_error() -> None:
+    assert run_in_child(os.getpid) != os.getpid()
+    with pytest.raises(UserError, match=r"^--topology: no such slice 'v9'"):
+        run_in_child(lambda: list_topology_devices("v9"))
+    with pytest.raises(UserError, match=r"^--topology: the process that compiles ended with code -9\. Check"):
+        run_in_child(lambda: os.kill(os.getpid(), 9))
+
+
 def test_a_topology_needs_the_tpu_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"^--topology: the TPU compiler is not installed\. Run pip install"):
@@ -178,7 +206,7 @@ def test_the_tpu_compiler_plans_for_two_slices(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
     assert "libtpu" not in done.stderr and "hostname" not in done.stderr, "no warnings of a missing TPU"
     (stage,) = result["stages"]
-    assert stage["memory"]["device"] == 16 << 30
+    assert stage["memory"]["device"] == 16 << 30 and stage["memory"]["code"] is None
     assert stage["loss"]["temporaries"] > 0 and stage["loss"]["sent_bytes"] > 0
     assert stage["proposal"]["settings"].startswith("mesh.data=-1 mesh.fsdp=")
     assert "proposal, estimated and not compiled: mesh.data=-1" in done.stderr and "loss alone: " in done.stderr

@@ -1,0 +1,142 @@
+"""Read the memory of a step from the TPU compiler as soon as it has assigned it, before it generates machine code.
+
+Generating code takes more than nine tenths of the time of a compilation, and a plan needs none of it. XLA has no option to stop
+before it, but writes its assignment of memory to a folder on request (`write_assignments`). So the program is compiled in a
+thread that is left behind once these files are there, in a process that ends after that (`run_in_child`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pickle
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from jaxembed.errors import UserError
+
+T = TypeVar("T")
+POLL_INTERVAL_S = 0.05
+# Files of a module: its optimized HLO, the assignment, and one that XLA writes after both.
+HLO, ASSIGNMENT, FINISHED = (
+    f"after_optimizations{suffix}.txt" for suffix in ("", "-buffer-assignment", "_after_buffer_assignment")
+)
+# A buffer of the assignment: its size, and its properties. A color is a memory other than that of the device, such as VMEM.
+ALLOCATION = re.compile(r"^allocation \d+: size (\d+), (.*):$", re.M)
+
+
+@dataclasses.dataclass(frozen=True)
+class Assignment:
+    """The memory of a program on a device, in bytes (see `jaxembed.planning.program.Program`), and its optimized HLO."""
+
+    arguments: int
+    outputs: int
+    aliased: int
+    temporaries: int
+    hlo: str
+
+
+def write_assignments(folder: Path) -> None:
+    """Let XLA write its assignments of memory to a folder. Call it before JAX compiles for the first time."""
+    flags = f"--xla_dump_to={folder} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=jit_(train_step|loss)$"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
+
+
+def compile_until_assigned(lowered: Any, name: str, folder: Path) -> Assignment:
+    """Compile a lowered function in a thread, and return its memory once that is assigned.
+
+    Args:
+        lowered: The lowered function.
+        name: Its name. No other function of the process has it.
+        folder: The folder of `write_assignments`.
+
+    Raises:
+        Exception: The compiler failed, with its exception.
+    """
+    errors: list[Exception] = []
+
+    def compile_and_keep_error() -> None:
+        try:
+            lowered.compile()
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=compile_and_keep_error, daemon=True)
+    thread.start()
+    while True:
+        is_done = not thread.is_alive()
+        if errors:
+            raise errors[0]
+        if finished := list(folder.glob(f"*.jit_{name}.*{FINISHED}")):
+            stem = finished[0].name.removesuffix(FINISHED)
+            return parse_assignment(*((folder / f"{stem}{suffix}").read_text() for suffix in (ASSIGNMENT, HLO)))
+        if is_done:
+            raise RuntimeError(f"XLA wrote no assignment of {name} to {folder}")
+        time.sleep(POLL_INTERVAL_S)
+
+
+def parse_assignment(text: str, hlo: str) -> Assignment:
+    """Return the memory that the text of an assignment lists. Only the memory of the device counts."""
+    sizes = {"arguments": 0, "outputs": 0, "aliased": 0, "temporaries": 0}
+    for size, properties in _iter_buffers(text):
+        is_argument, is_output = "parameter " in properties, "maybe-live-out" in properties
+        sizes["arguments"] += size * is_argument
+        sizes["outputs"] += size * is_output
+        sizes["aliased"] += size * (is_argument and is_output)
+        sizes["temporaries"] += size * (not is_argument and not is_output)
+    return Assignment(**sizes, hlo=hlo)
+
+
+def _iter_buffers(text: str) -> Iterator[tuple[int, str]]:
+    """Yield size and properties of the buffers in the memory of the device."""
+    for size, properties in ALLOCATION.findall(text):
+        if not re.search(r"\bcolor \d|thread-local", properties):
+            yield int(size), properties
+
+
+def run_in_child(function: Callable[[], T]) -> T:
+    """Run a function in a forked process, and return its result. Threads that it leaves behind end with the process.
+
+    Raises:
+        UserError: The process was killed.
+        Exception: The function failed, with its exception.
+    """
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        _send_result(function, write_end)
+    os.close(write_end)
+    try:
+        with open(read_end, "rb") as stream:
+            message = stream.read()
+    except BaseException:
+        os.kill(child, signal.SIGKILL)
+        raise
+    finally:
+        _, status = os.waitpid(child, 0)
+    if not message:
+        code = os.waitstatus_to_exitcode(status)
+        raise UserError(f"--topology: the process that compiles ended with code {code}. Check that it has enough memory.")
+    succeeded, result = pickle.loads(message)
+    if not succeeded:
+        raise result
+    return result
+
+
+def _send_result(function: Callable[[], Any], write_end: int) -> NoReturn:
+    """Write (whether it succeeded, its result or exception) to a pipe, and end this process with all of its threads."""
+    try:
+        message: tuple[bool, Any] = True, function()
+    except Exception as error:
+        message = False, error
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    with open(write_end, "wb") as pipe:
+        pickle.dump(message, pipe)
+    os._exit(0)
