@@ -188,7 +188,7 @@ def compile_and_measure(args: argparse.Namespace) -> dict[str, Any]:
         program, compiled = compile_step(step, state, build_batch_shapes(args, mesh), mesh)
     except OutOfMemoryError as error:
         return row | {"needs_bytes": error.needed, "fits": False, "compile_seconds": round(time.perf_counter() - start)}
-    if args.hlo and compiled is not None:
+    if args.hlo:
         with open(args.hlo, "w") as file:
             file.write(compiled.as_text())
     return row | {

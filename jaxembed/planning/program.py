@@ -69,9 +69,7 @@ class OutOfMemoryError(Exception):
         self.needed, self.available = needed, available
 
 
-def compile_step(
-    step: Any, state: TrainState, batch: Any, mesh: Mesh, assignments: Path | None = None
-) -> tuple[Program, jax.stages.Compiled | None]:
+def compile_step(step: Any, state: TrainState, batch: Any, mesh: Mesh, assignments: Path | None = None) -> tuple[Program, Any]:
     """Compile a jitted train step for shapes with shardings.
 
     Args:
@@ -125,7 +123,7 @@ def compile_loss(
         return _compile(jax.jit(jax.grad(loss, argnums=(0, 1))).trace(*shapes, params), assignments)[0]
 
 
-def _compile(traced: jax.stages.Traced, assignments: Path | None) -> tuple[Program, jax.stages.Compiled | None]:
+def _compile(traced: jax.stages.Traced, assignments: Path | None) -> tuple[Program, Any]:
     """Compile a traced function. Return its resources, and itself if its code is generated."""
     lowered, flops = traced.lower(), count_matmul_flops(traced.jaxpr)
     if assignments is not None:
