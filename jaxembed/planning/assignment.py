@@ -22,7 +22,7 @@ from typing import Any, NoReturn, TypeVar
 from jaxembed.errors import UserError
 
 T = TypeVar("T")
-POLL_INTERVAL_S = 0.05
+FILE_POLL_INTERVAL_S = 0.05
 # Files of a module: its optimized HLO, the assignment, and one that XLA writes after both.
 HLO, ASSIGNMENT, FINISHED = (
     f"after_optimizations{suffix}.txt" for suffix in ("", "-buffer-assignment", "_after_buffer_assignment")
@@ -78,7 +78,7 @@ def compile_until_assigned(lowered: Any, name: str, folder: Path) -> Assignment:
             return parse_assignment(*((folder / f"{stem}{suffix}").read_text() for suffix in (ASSIGNMENT, HLO)))
         if is_done:
             raise RuntimeError(f"XLA wrote no assignment of {name} to {folder}")
-        time.sleep(POLL_INTERVAL_S)
+        time.sleep(FILE_POLL_INTERVAL_S)
 
 
 def parse_assignment(text: str, hlo: str) -> Assignment:
@@ -131,6 +131,7 @@ def run_in_child(function: Callable[[], T]) -> T:
 
 def _send_result(function: Callable[[], Any], write_end: int) -> NoReturn:
     """Write (whether it succeeded, its result or exception) to a pipe, and end this process with all of its threads."""
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     try:
         message: tuple[bool, Any] = True, function()
     except Exception as error:
@@ -140,3 +141,10 @@ def _send_result(function: Callable[[], Any], write_end: int) -> NoReturn:
     with open(write_end, "wb") as pipe:
         pickle.dump(message, pipe)
     os._exit(0)
+
+
+def _end_with_parent(parent: int) -> None:
+    """End this process when its parent has ended."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)

@@ -102,7 +102,7 @@ def _plan_step(
     memory: int | None,
     assignments: Path | None,
 ) -> dict[str, Any]:
-    """Compile the step of a stage for a batch, and return what it needs. It has the parameters of `plan`."""
+    """Compile the step of a stage for a batch, and return what it needs. It has seven parameters, those of `plan`."""
     # Find the shapes of the state.
     objective_params = jax.eval_shape(partial(stage.init_objective_params, model), jax.random.key(0))
     state = compute_state_shapes(model, stage.make_optimizer(model), mesh, objective_params)
