@@ -53,8 +53,8 @@ ABOUT = (
 PRESETS = {
     "Qwen/Qwen2-0.5B": "qwen2-0.5b", "Qwen/Qwen2-1.5B": "qwen2-1.5b", "Qwen/Qwen2-7B": "qwen2-7b",
     "Qwen/Qwen1.5-7B": "qwen2-7b", "Qwen/Qwen3-0.6B-Base": "qwen3-0.6b", "mistralai/Mistral-7B-v0.1": "mistral-7b",
-    "intfloat/e5-mistral-7b-instruct": "mistral-7b", "McGill-NLP/LLM2Vec-Mistral-7B-Instruct-v2-mntp": "mistral-7b",
-    "meta-llama/Llama-3.1-8B": "llama3-8b",
+    "intfloat/e5-mistral-7b-instruct": "mistral-7b", "mistralai/Mistral-7B-Instruct-v0.2": "mistral-7b",
+    "meta-llama/Llama-3.1-8B": "llama3-8b", "google-bert/bert-base-uncased": "bert-base",
 }  # fmt: skip
 QWEN15_7B = {
     "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,

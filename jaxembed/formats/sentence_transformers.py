@@ -326,7 +326,7 @@ def _check_modalities(modalities: Mapping[str, Any], path: Path) -> None:
 
 
 def _infer_template(prompts: Iterable[str]) -> dict[str, str]:
-    """Return the `instruction_template` that all stored prompts of E5's form share, or nothing."""
+    """Return the `instruction_template` that all stored prompts of the form "Instruct: ..." share, or nothing."""
     matches = (E5_PROMPT.fullmatch(prompt) for prompt in prompts)
     templates = {match.expand(r"Instruct: {instruction}\1") for match in matches if match}
     return {"instruction_template": templates.pop()} if len(templates) == 1 else {}

@@ -283,6 +283,11 @@ def test_echo_has_the_data_of_e5_mistral() -> None:
     assert ours == [name for name in e5 if name != "e5-mistral-synthetic"]
 
 
+def test_every_base_has_sizes_to_plan_with() -> None:
+    plans = runpy.run_path(str(ROOT / "benchmarks" / "recipe_plans.py"))
+    assert {load_recipe(name).model.base for name in NAMES} == set(plans["PRESETS"])
+
+
 def test_recorded_plans_are_of_the_recipes_as_they_are() -> None:
     plans = json.loads((ROOT / "docs" / "results" / "recipe-plans.json").read_text())["plans"]
     for plan in plans:
