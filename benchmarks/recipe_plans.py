@@ -78,6 +78,19 @@ def write_base(folder: Path, name: str) -> Path:
     return path
 
 
+def write_guide(folder: Path) -> Path:
+    """Write a small model as the guide of objectives. A plan does not run it, but reads its weights' names and its width."""
+    import transformers
+
+    from jaxembed.data.bpe import train_tokenizer
+
+    path = folder / "guide"
+    sizes = {"hidden_size": 1024, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 8, "vocab_size": 4096}
+    transformers.AutoModel.from_config(transformers.Qwen2Config(**sizes, num_key_value_heads=8)).save_pretrained(path)
+    train_tokenizer([make_text(i, DOCUMENT_WORDS) for i in range(64)], 4096).save_pretrained(path)
+    return path
+
+
 def make_text(seed: int, words: int) -> str:
     """Return a text of a number of words. A tokenizer trained on such texts has a token for each of them."""
     return " ".join(f"w{chr(97 + (seed + i) % 26)}" for i in range(words))
@@ -107,7 +120,7 @@ def write_rows(folder: Path) -> dict[str, Path]:
 
 
 def fill_recipe(tree: dict[str, Any], base: Path, rows: Mapping[str, Path]) -> dict[str, Any]:
-    """Replace the base and the paths of a recipe, and the guide by the base. Mining is left out: it is not part of a step."""
+    """Replace the base, the guide and the paths of a recipe. Mining is left out: it is not part of a step."""
     from jaxembed.config.catalog import read_catalog
 
     tree["model"]["base"] = str(base)
@@ -122,7 +135,7 @@ def fill_recipe(tree: dict[str, Any], base: Path, rows: Mapping[str, Path]) -> d
                 source |= {"format": "pairs", "split": ""}
         for objective in stage.get("objectives", ()):
             if "guide" in objective:
-                objective["guide"] = str(base)
+                objective["guide"] = str(write_guide(base.parent))
     return tree
 
 
