@@ -23,7 +23,7 @@ ROOT = find_shipped_folder().parent
 PAGES = runpy.run_path(str(ROOT / "docs" / "recipe_pages.py"))
 TABLE = yaml.safe_load((ROOT / "tests" / "data_tables" / "published.yaml").read_text())
 # Sources that test_recipes.py compares (a number begins a calculation from their tables), and those that nobody can compare.
-OTHER_SOURCES = re.compile(r"NV-Embed,|KaLM,|first KaLM report|one epoch|survey,|\d|our choice|unconfirmed: ")
+OTHER_SOURCES = re.compile(r"NV-Embed,|KaLM,|first KaLM report|one epoch|survey,|\d|our choice")
 PUBLISHED_MODELS = {
     "bge_en_icl": "bge-en-icl", "e5_mistral": "e5-mistral-7b-instruct", "echo_mistral": "echo-mistral-7b-instruct-lasttoken",
     "gritlm": "GritLM-7B", "gte_qwen1_5": "gte-Qwen1.5-7B-instruct", "gte_qwen2": "gte-Qwen2-7B-instruct",
@@ -57,7 +57,7 @@ def join_boundaries(template: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_value_has_a_confirmed_source_or_is_marked(name: str) -> None:
+def test_every_value_has_a_confirmed_source_or_is_our_choice(name: str) -> None:
     transcribed = {key for entry in TABLE.get(name, ()) for key in entry["values"]}
     values = read_values(name)
     assert len(values) > 20
