@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compare the scores of models that jaxembed and sentence-transformers fine-tune from one base, on the same data.
 
-    python benchmarks/finetuned_scores.py BASE DATA TASKS.py [--steps 60] [--seeds 3] [--rows 400] [--out DIR]
+    python benchmarks/finetuned_scores.py BASE DATA TASKS.py [--steps 60] [--seeds 3] [--tasks NAME ...] [--out DIR]
 
 BASE is a sentence-transformers folder (all-MiniLM-L6-v2), or a decoder folder. DATA has the folders ag_news, banking77,
 tweet_emotion, stsb and ocnli_zh: the pairs are title and text, two texts of one label (banking77, tweet_emotion), sentences
@@ -9,8 +9,12 @@ with a score of 4 or more, and premise and entailed sentence. TASKS.py is the fi
 
 Both programs get the same pairs, batch size, steps and optimizer; each seed chooses different pairs and orders. The losses have
 temperature 0.05 and in-batch negatives. sentence-transformers trains with the dropout of the base's config, jaxembed without
-dropout. `--equal-time` also trains jaxembed for as many steps as fit into the time of sentence-transformers (without the time
-of steps that compile).
+dropout. For each seed they train one after the other, and the program that goes first alternates. `--equal-time` also trains
+jaxembed for as many steps as fit into the time of sentence-transformers (by the step times of all seeds, without steps that
+compile).
+
+The step times and scores of each finished model are stored in --out. A run that was stopped continues if it is started again
+with the same options.
 
 Prints a Markdown table (mean and standard deviation over the seeds) and, on the last line, one JSON object of all scores.
 """
@@ -18,13 +22,15 @@ Prints a Markdown table (mean and standard deviation over the seeds) and, on the
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import statistics
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +118,33 @@ def train_jaxembed(args: argparse.Namespace, pairs: Path, seed: int, steps: int,
 
 def score(model: Path | str, args: argparse.Namespace) -> Scores:
     """Return the score of each task, in percent."""
-    result, _ = run_script([str(BENCHMARKS / "score.py"), str(args.tasks), str(model), "--checkpoint=last"])
+    names = ["--tasks", *args.task_names] if args.task_names else []
+    result, _ = run_script([str(BENCHMARKS / "score.py"), str(args.tasks), str(model), "--checkpoint=last", *names])
     return {task: 100 * values["score"] for task, values in result[str(model)].items()}
+
+
+def store(path: Path, compute: Callable[[], Any]) -> Any:
+    """Return the JSON value in a file. If the file is missing, compute the value and write it."""
+    if not path.exists():
+        path.write_text(json.dumps(compute()))
+        print(f"{path.stem}: {path.read_text()}", file=sys.stderr, flush=True)
+    return json.loads(path.read_text())
+
+
+def measure_step_times(args: argparse.Namespace, out: Path) -> dict[str, list[float]]:
+    """Train both programs with each seed, in turns. Return the seconds of a step of each."""
+    train = {
+        "sentence-transformers": train_sentence_transformers,
+        "jaxembed": lambda args, pairs, seed, model: train_jaxembed(args, pairs, seed, args.steps, model),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in train}
+    for seed in range(args.seeds):
+        pairs = out / f"pairs-{seed}.jsonl"
+        write_pairs(pairs, read_pairs(args.data, seed), args.rows, seed)
+        for name in list(train)[:: 1 if seed % 2 == 0 else -1]:
+            model = out / f"{name}-{seed}"
+            seconds[name].append(store(out / f"seconds-{model.name}.json", partial(train[name], args, pairs, seed, model)))
+    return seconds
 
 
 def format_row(name: str, scores: Sequence[Scores]) -> str:
@@ -132,30 +163,32 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=400, help="pairs of each data set (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="pairs per step (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=2e-5, help="(default: %(default)s)")
+    parser.add_argument(
+        "--tasks", dest="task_names", metavar="NAME", nargs="*", help="names of tasks (default: all of TASKS.py)"
+    )
     parser.add_argument("--equal-time", action="store_true", help="also train jaxembed for the time of sentence-transformers")
     parser.add_argument("--out", type=Path, help="folder of the models (default: a temporary folder)")
     args = parser.parse_args()
     out = args.out or Path(tempfile.mkdtemp(prefix="finetuned-"))
     out.mkdir(exist_ok=True)
-    scores: dict[str, list[Scores]] = {"before": [score(args.base, args)]}
-    for seed in range(args.seeds):
-        pairs = out / f"pairs-{seed}.jsonl"
-        write_pairs(pairs, read_pairs(args.data, seed), args.rows, seed)
-        models = {name: out / f"{name}-{seed}" for name in ("sentence-transformers", "jaxembed", "jaxembed, equal time")}
-        seconds = train_sentence_transformers(args, pairs, seed, models["sentence-transformers"])
-        own_seconds = train_jaxembed(args, pairs, seed, args.steps, models["jaxembed"])
-        if args.equal_time:
-            steps = max(round(args.steps * seconds / own_seconds), 1)
-            train_jaxembed(args, pairs, seed, steps, models["jaxembed, equal time"])
-            print(f"seed {seed}: {steps} steps in the time of {args.steps}", file=sys.stderr, flush=True)
-        for name, model in models.items():
-            if model.exists():
-                scores.setdefault(name, []).append(score(model, args))
-                print(f"seed {seed}, {name}: {json.dumps(scores[name][-1])}", file=sys.stderr, flush=True)
+    seconds = {name: statistics.mean(values) for name, values in measure_step_times(args, out).items()}
+    names = list(seconds)
+    if args.equal_time:
+        names.append("jaxembed, equal time")
+        steps = max(round(args.steps * seconds["sentence-transformers"] / seconds["jaxembed"]), 1)
+        print(f"{steps} steps in the time of {args.steps}", file=sys.stderr, flush=True)
+        for seed in range(args.seeds):
+            model = out / f"{names[-1]}-{seed}"
+            train = partial(train_jaxembed, args, out / f"pairs-{seed}.jsonl", seed, steps, model)
+            store(out / f"seconds-{model.name}.json", train)
+    scores = {"before": [store(out / "scores-before.json", lambda: score(args.base, args))]}
+    for seed, name in itertools.product(range(args.seeds), names):
+        model = out / f"{name}-{seed}"
+        scores.setdefault(name, []).append(store(out / f"scores-{model.name}.json", partial(score, model, args)))
     print("| | " + " | ".join(scores["before"][0]) + " |\n|" + "---|" * (len(scores["before"][0]) + 1))
     for name, rows in scores.items():
         print(format_row(name, rows))
-    print(json.dumps(scores))
+    print(json.dumps({"seconds": seconds, "scores": scores}))
 
 
 if __name__ == "__main__":
