@@ -143,6 +143,12 @@ PUBLISHED_LAYOUTS = (
         {"attention": "bidirectional", **KALM_CHOICES, "instruction_table": "kalm_v2"},
     ),
     PublishedLayout(
+        "KaLM-Embedding-Gemma3",
+        r"kalm-embedding-gemma3-.*",
+        # Its files specify mask and pooling.
+        {name: KALM_CHOICES[name] for name in ("include_instruction", "prompts", "instruction_template")},
+    ),
+    PublishedLayout(
         "e5-mistral-7b-instruct", r"e5-mistral-7b-instruct", {**E5_MISTRAL_CHOICES, "instruction_table": "e5_mistral"}
     ),
     PublishedLayout(

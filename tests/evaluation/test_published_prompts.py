@@ -28,8 +28,8 @@ def test_prompts_are_those_of_mteb(name: str) -> None:
     assert choices["prompts"]["document"] == expected.get("document", "")
 
 
-def test_the_template_is_that_of_mteb() -> None:
-    name = "intfloat/multilingual-e5-large-instruct"
+@pytest.mark.parametrize("name", ["intfloat/multilingual-e5-large-instruct", "tencent/KaLM-Embedding-Gemma3-12B-2511"])
+def test_the_template_is_that_of_mteb(name: str) -> None:
     layout = find_published_layout(name, None, {})
     assert layout is not None
     expected = mteb.get_model_meta(name).loader_kwargs["instruction_template"]
