@@ -36,7 +36,7 @@ from typing import Any
 
 import yaml
 from table_cells import format_mean
-from vs_sentence_transformers import BENCHMARKS, run_script
+from vs_sentence_transformers import BENCHMARKS, make_model_section, run_script
 
 from jaxembed.training.metrics import read_metrics
 
@@ -95,13 +95,10 @@ def train_sentence_transformers(args: argparse.Namespace, pairs: Path, seed: int
 
 def train_jaxembed(args: argparse.Namespace, pairs: Path, seed: int, steps: int, out: Path) -> float:
     """Train with jaxembed. Return the seconds of a step."""
-    model: dict[str, Any] = {"base": args.base}
-    if not Path(args.base, "modules.json").exists():
-        model |= {"attention": "causal", "pooling": {"kind": "mean"}, "append_eos": False}
     tree = {
         "run": {"dir": str(out)},
         "data": {"max_length": MAX_LENGTH, "sources": [{"path": str(pairs), "name": "pairs"}]},
-        "model": model,
+        "model": make_model_section(args.base),
         "objectives": [{"name": "infonce", "temperature": 0.05}],
         "optim": {"learning_rate": args.learning_rate, "warmup_steps": WARMUP_STEPS, "schedule": "linear", "weight_decay": 0.01,
                   "clip": 1.0},

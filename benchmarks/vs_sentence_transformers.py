@@ -3,11 +3,14 @@
 
     python benchmarks/vs_sentence_transformers.py BASE DATA.jsonl HELDOUT [--steps 20] [--seeds 3] [--out DIR]
 
-BASE is a decoder folder, DATA a JSONL file of pairs (one positive per line), HELDOUT a BEIR folder that is encoded and
-scored. Both sides use the same base, data, batch size, steps and learning rate. For each seed they train one after the
-other, each in its own process with all cores; the side that goes first alternates. Then they take turns to encode, five
-times each. The settings are those of benchmarks/finetune_sentence_transformers.py and configs/ag_news.yaml: causal
-attention, mean pooling, no prompts, InfoNCE at temperature 0.05 with in-batch negatives, AdamW.
+BASE is a sentence-transformers folder or a decoder folder, DATA a JSONL file of pairs (one positive per line), HELDOUT a BEIR
+folder that is encoded and scored. Both sides use the same base, data, batch size, steps and learning rate. For each seed they
+train one after the other, each in its own process with all cores; the side that goes first alternates. Then they take turns to
+encode. The settings are those of benchmarks/finetune_sentence_transformers.py and configs/ag_news.yaml: no prompts, InfoNCE at
+temperature 0.05 with in-batch negatives, AdamW; decoders get causal attention and mean pooling.
+
+`--backend-packages FOLDER` also encodes with the ONNX and OpenVINO backends of sentence-transformers, in float32. FOLDER has
+the packages that these backends need: pip install --target FOLDER "sentence-transformers[onnx,openvino]".
 
 Token counts exclude padding. Training speed is the sum of tokens over the sum of seconds, of all steps that compile nothing.
 It is not a median, because sentence-transformers pads each batch to its longest text: one batch can take twice as long as
@@ -38,7 +41,10 @@ from jaxembed.training.metrics import read_metrics
 
 BENCHMARKS = Path(__file__).parent
 SIDES = ("sentence-transformers", "jaxembed")
-ENCODE_ROUNDS = 5
+BACKENDS = {  # of sentence-transformers, and their options for float32
+    "onnx": {"provider": "CPUExecutionProvider"},
+    "openvino": {"ov_config": {"INFERENCE_PRECISION_HINT": "f32"}},
+}
 
 
 def run_script(command: list[str]) -> tuple[dict[str, Any], float]:
@@ -50,6 +56,13 @@ def run_script(command: list[str]) -> tuple[dict[str, Any], float]:
     if status:
         sys.exit(f"{' '.join(command)} failed")
     return json.loads(lines[-1]), usage.ru_maxrss / 2**20
+
+
+def make_model_section(base: str) -> dict[str, Any]:
+    """Return the config section of a model: as its folder says, or causal attention and mean pooling for a decoder folder."""
+    if Path(base, "modules.json").exists():
+        return {"base": base}
+    return {"base": base, "attention": "causal", "pooling": {"kind": "mean"}, "append_eos": False}
 
 
 def train_sentence_transformers(args: argparse.Namespace, seed: int, out: Path) -> dict[str, Any]:
@@ -70,7 +83,8 @@ def train_jaxembed(args: argparse.Namespace, seed: int, out: Path) -> dict[str, 
     """Train with jaxembed and return the same measurements."""
     config = str(BENCHMARKS.parent / "configs" / "ag_news.yaml")
     overrides = [
-        f"model.base={args.base}", f"data.sources.0.path={args.data}", f"run.dir={out}", f"train.steps={args.steps}",
+        f"model={json.dumps(make_model_section(args.base))}",
+        f"data.sources.0.path={args.data}", f"run.dir={out}", f"train.steps={args.steps}",
         f"train.batch_size={args.batch_size}", f"train.seed={seed}", f"optim.learning_rate={args.learning_rate}",
         "optim.warmup_steps=2",
     ]  # fmt: skip
@@ -87,6 +101,17 @@ def train_jaxembed(args: argparse.Namespace, seed: int, out: Path) -> dict[str, 
     }
 
 
+def load_backend(name: str, model: str) -> Any:
+    """Load a folder with sentence-transformers and one of its backends."""
+    if name not in BACKENDS:
+        from jaxembed.hub.torch_model import load_sentence_transformer
+
+        return load_sentence_transformer(Path(model))
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(model, device="cpu", backend=name, model_kwargs=BACKENDS[name])
+
+
 def encode(side: str, model: str, heldout: Path) -> None:
     """Print a model's nDCG@10 on a BEIR folder. Then encode its corpus for each line of standard input and print tokens/s."""
     beir = open_beir(heldout, ("test", "dev", "train"))
@@ -98,9 +123,9 @@ def encode(side: str, model: str, heldout: Path) -> None:
         embedder = cli.load_model(model, checkpoint="last")
         lengths = [len(ids) for ids in embedder.tokenizer(documents, [""] * len(documents)).ids]
     else:
-        from jaxembed.hub.torch_model import encode_torch, load_sentence_transformer
+        from jaxembed.hub.torch_model import encode_torch
 
-        torch_model = load_sentence_transformer(Path(model))
+        torch_model = load_backend(side, model)
         lengths = [len(ids) for ids in torch_model.tokenizer(documents, truncation=True)["input_ids"]]
 
     def encode_texts(texts: list[str]) -> Any:
@@ -114,12 +139,19 @@ def encode(side: str, model: str, heldout: Path) -> None:
 
 
 def encode_in_turns(models: dict[str, Path], args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Return the score and the median encoding speed (tokens per second) of each side."""
+    """Return the score and the median encoding speed (tokens per second) of each side, and of the other backends."""
+    models = models | dict.fromkeys(BACKENDS if args.backend_packages else (), models["sentence-transformers"])
     with contextlib.ExitStack() as stack:
 
         def start(side: str) -> subprocess.Popen[str]:
             command = [sys.executable, __file__, str(models[side]), str(args.data), str(args.heldout), "--encode", side]
-            return stack.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+            paths = [args.backend_packages] if side in BACKENDS else []
+            path = os.pathsep.join([*map(str, paths), os.environ.get("PYTHONPATH", "")])
+            return stack.enter_context(
+                subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}
+                )
+            )
 
         def read_number(process: subprocess.Popen[str]) -> float:
             assert process.stdout is not None
@@ -130,16 +162,16 @@ def encode_in_turns(models: dict[str, Path], args: argparse.Namespace) -> dict[s
             print(file=process.stdin, flush=True)
             return read_number(process)
 
-        processes = {side: start(side) for side in SIDES}
+        processes = {side: start(side) for side in models}
         scores = {side: read_number(process) for side, process in processes.items()}
-        rounds = [{side: measure_speed(process) for side, process in processes.items()} for _ in range(ENCODE_ROUNDS)]
-    speeds = {side: statistics.median(turn[side] for turn in rounds) for side in SIDES}
-    return {side: {"encode_tokens_per_second": speeds[side], "ndcg": scores[side]} for side in SIDES}
+        rounds = [{side: measure_speed(process) for side, process in processes.items()} for _ in range(args.rounds)]
+    speeds = {side: statistics.median(turn[side] for turn in rounds) for side in models}
+    return {side: {"encode_tokens_per_second": speeds[side], "ndcg": scores[side]} for side in models}
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("base", metavar="BASE", help="decoder folder")
+    parser.add_argument("base", metavar="BASE", help="sentence-transformers or decoder folder")
     parser.add_argument("data", metavar="DATA.jsonl", type=Path, help="JSONL file of pairs")
     parser.add_argument("heldout", metavar="HELDOUT", type=Path, help="BEIR folder to encode and score")
     parser.add_argument("--steps", type=int, default=20, help="training steps (default: %(default)s)")
@@ -147,7 +179,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=64, help="pairs per step (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=2e-5, help="(default: %(default)s)")
     parser.add_argument("--out", type=Path, help="folder of the models (default: a temporary folder)")
-    parser.add_argument("--encode", choices=SIDES, help=argparse.SUPPRESS)  # used by the processes that this script starts
+    parser.add_argument("--rounds", type=int, default=5, help="times that each side encodes HELDOUT (default: %(default)s)")
+    parser.add_argument("--backend-packages", metavar="FOLDER", type=Path, help="packages of the ONNX and OpenVINO backends")
+    parser.add_argument(
+        "--encode", choices=[*SIDES, *BACKENDS], help=argparse.SUPPRESS
+    )  # used by the processes that this script starts
     return parser.parse_args()
 
 
@@ -158,13 +194,13 @@ def main() -> None:
         return
     out = args.out or Path(tempfile.mkdtemp(prefix="vs-"))
     train = {"sentence-transformers": train_sentence_transformers, "jaxembed": train_jaxembed}
-    results: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
+    results: dict[str, list[dict[str, Any]]] = {}
     for seed in range(args.seeds):
         models = {side: out / f"{side}-{seed}" for side in SIDES}
         order = SIDES if seed % 2 == 0 else SIDES[::-1]
         trained = {side: train[side](args, seed, models[side]) for side in order}
         for side, encoded in encode_in_turns(models, args).items():
-            results[side].append(trained[side] | encoded)
+            results.setdefault(side, []).append(trained.get(side, {}) | encoded)
             print(f"seed {seed}, {side}: {json.dumps(results[side][-1])}", file=sys.stderr, flush=True)
     print_report(results)
 
@@ -172,16 +208,19 @@ def main() -> None:
 def print_report(results: dict[str, list[dict[str, Any]]]) -> None:
     """Print the table of medians over the seeds, and the ratios."""
     names = list(results["jaxembed"][0])
-    median = {side: {name: statistics.median(row[name] for row in rows) for name in names} for side, rows in results.items()}
+    median = {side: {name: statistics.median(row[name] for row in rows) for name in rows[0]} for side, rows in results.items()}
     print("| | " + " | ".join(names) + " |\n|" + "---|" * (len(names) + 1))
     for side, values in median.items():
-        print(f"| {side} | " + " | ".join(f"{values[name]:.4g}" for name in names) + " |")
+        print(f"| {side} | " + " | ".join(f"{values[name]:.4g}" if name in values else "" for name in names) + " |")
     theirs, ours = (median[side] for side in SIDES)
     ratios = {
         "train_tokens_ratio": ours["tokens_per_second"] / theirs["tokens_per_second"],
         "encode_tokens_ratio": ours["encode_tokens_per_second"] / theirs["encode_tokens_per_second"],
         "memory_ratio": ours["memory"] / theirs["memory"],
     }
+    for name in BACKENDS:
+        if name in median:
+            ratios[f"encode_{name}_ratio"] = ours["encode_tokens_per_second"] / median[name]["encode_tokens_per_second"]
     scores = {side: [round(row["ndcg"], 4) for row in rows] for side, rows in results.items()}
     print(json.dumps({name: round(value, 3) for name, value in ratios.items()} | {"ndcg": scores}))
 
