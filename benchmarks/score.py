@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxembed import cli
 from jaxembed.evaluation.encoders import load_encoder
 from jaxembed.evaluation.mteb_submission import list_prompts
 from jaxembed.evaluation.mteb_tasks import MtebTask
@@ -71,6 +72,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", default="best", help="checkpoint of a run: best, last or a step (default: %(default)s)")
     parser.add_argument("--dim", type=int, nargs="+", default=[], metavar="N", help="widths to score")
     args = parser.parse_args()
+    cli.set_up_jax()
     scores = {}
     for model in args.models:
         tasks = load_tasks(args.tasks_file, args.tasks)
