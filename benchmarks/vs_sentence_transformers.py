@@ -10,7 +10,7 @@ encode. The settings are those of benchmarks/finetune_sentence_transformers.py a
 temperature 0.05 with in-batch negatives, AdamW; decoders get causal attention and mean pooling.
 
 `--backend-packages FOLDER` also encodes with the ONNX and OpenVINO backends of sentence-transformers, in float32. FOLDER has
-the packages that these backends need: pip install --target FOLDER "sentence-transformers[onnx,openvino]".
+the packages that these backends need: pip install --target FOLDER "sentence-transformers[onnx,openvino]" datasets.
 
 Token counts exclude padding. Training speed is the sum of tokens over the sum of seconds, of all steps that compile nothing.
 It is not a median, because sentence-transformers pads each batch to its longest text: one batch can take twice as long as
