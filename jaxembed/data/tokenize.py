@@ -18,6 +18,8 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 from tokenizers.processors import TemplateProcessing
 
+from jaxembed.config.field_lists import log_once
+from jaxembed.config.fields import quote_value
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.errors import UserError, summarize
 
@@ -183,6 +185,7 @@ class TextTokenizer:
         """Tokenize N texts, each under its prompt."""
         truncated, encodings = self._encode_truncated([text[:MAX_TEXT_CHARS] for text in texts], prompts)
         ids = [np.array(encoding.ids, np.int32) for encoding in encodings]
+        self._log_full_prompts([p for p, tokens in zip(prompts, ids, strict=True) if len(tokens) >= self.spec.max_length])
         if self._copies > 1:
             starts = list(map(self._find_second_copy, truncated, prompts, encodings))
         elif self.spec.pool_text_tokens:
@@ -192,6 +195,16 @@ class TextTokenizer:
         else:
             return TokenizedTexts(ids, self.count_prompt_tokens(prompts))
         return TokenizedTexts(ids, np.array(starts, np.int64))
+
+    def _log_full_prompts(self, prompts: Sequence[str]) -> None:
+        """Log prompts that leave no room for a text: all texts under one of them have the same vector."""
+        distinct = list(dict.fromkeys(prompts))
+        for prompt, room in zip(distinct, self.max_text_tokens(distinct) if distinct else (), strict=True):
+            if prompt and room < 1:
+                log_once(
+                    f"prompt {quote_value(prompt)}: fills the {self.spec.max_length} tokens that the model reads, so texts "
+                    "under it are not read. Shorten the prompt, or raise the maximum length."
+                )
 
     def decode_inputs(self, texts: Sequence[str], prompts: Sequence[str]) -> Iterator[tuple[str, str, int]]:
         """Yield the input of each text as the model reads it: the part before pooling, the pooled part, and the token count."""

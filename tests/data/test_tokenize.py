@@ -107,6 +107,18 @@ def test_truncation_keeps_both_ends(bos: bool) -> None:
         assert truncated == (whole if length >= len(whole) else [*whole[: length - 1], EOS])
 
 
+def test_a_prompt_that_leaves_no_room_for_texts_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = make_tokenizer(12)
+    tokenizer(tiny.TEXTS, ["a: "] * len(tiny.TEXTS))
+    assert not caplog.messages
+    inputs = tokenizer(tiny.TEXTS, ["Given a question, retrieve "] * len(tiny.TEXTS)).ids
+    assert len({tuple(ids.tolist()) for ids in inputs}) == 1
+    assert caplog.messages == [
+        "prompt 'Given a question, retrieve ': fills the 12 tokens that the model reads, so texts under it are not read. "
+        "Shorten the prompt, or raise the maximum length."
+    ]
+
+
 def test_prompt_is_joined_before_tokenization() -> None:
     tokenizer = make_tokenizer(512)
     joined = tokenizer(["guitar"], ["a man is playing a "]).ids[0]
