@@ -24,7 +24,7 @@ def choose_widths(model: str, checkpoint: str, widths: Sequence[int], max_length
 
     base = find_model(model, checkpoint)
     width = base.spec.projection or base.transformer.width
-    chosen_widths = check_widths(widths, base.spec, width)
+    chosen_widths = check_widths(widths, base.spec, width, model)
     if max_length is not None and max_length > base.transformer.max_positions:
         raise UserError(
             f"--max-length: {max_length} is above the model's limit ({base.transformer.max_positions} tokens). Lower it."

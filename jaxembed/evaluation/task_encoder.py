@@ -150,7 +150,7 @@ def truncate_vectors(vectors: np.ndarray, width: int) -> np.ndarray:
     return cut / np.maximum(np.linalg.norm(cut, axis=1, keepdims=True), 1e-12)
 
 
-def check_widths(widths: Sequence[int], spec: EmbeddingSpec, model_width: int) -> tuple[int, ...]:
+def check_widths(widths: Sequence[int], spec: EmbeddingSpec, model_width: int, model: str) -> tuple[int, ...]:
     """Return the widths of --dim, largest first, each once.
 
     Widths that training did not include are logged.
@@ -159,6 +159,7 @@ def check_widths(widths: Sequence[int], spec: EmbeddingSpec, model_width: int) -
         widths: Widths of the option.
         spec: Spec of the model.
         model_width: Width of its vectors.
+        model: Its name, for messages.
 
     Raises:
         UserError: A width is above the model's.
@@ -167,5 +168,8 @@ def check_widths(widths: Sequence[int], spec: EmbeddingSpec, model_width: int) -
         raise UserError(f"--dim: {max(widths)} is above the width of this model ({model_width}). Choose 1 to {model_width}.")
     if untrained := sorted(set(widths) - {model_width, *spec.matryoshka_dims}, reverse=True):
         trained = ", ".join(map(str, spec.matryoshka_dims)) or "none"
-        log_once(f"--dim: training did not include {', '.join(map(str, untrained))} (it included: {trained})", logging.INFO)
+        log_once(
+            f"--dim: training of {model} did not include {', '.join(map(str, untrained))} (it included: {trained})",
+            logging.INFO,
+        )
     return tuple(sorted(set(widths), reverse=True))

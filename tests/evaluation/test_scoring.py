@@ -207,12 +207,12 @@ def test_the_progress_bar_has_the_time_that_is_left_over_all_tasks() -> None:
 def test_widths_are_checked(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "jaxembed")
     spec = EmbeddingSpec(matryoshka_dims=(64, 32))
-    assert check_widths([32, 128, 32, 64], spec, 128) == (128, 64, 32)
+    assert check_widths([32, 128, 32, 64], spec, 128, "tiny") == (128, 64, 32)
     assert not caplog.records
-    assert check_widths([48], spec, 128) == (48,)
-    assert "--dim: training did not include 48 (it included: 64, 32)" in caplog.text
+    assert check_widths([48], spec, 128, "tiny") == (48,)
+    assert "--dim: training of tiny did not include 48 (it included: 64, 32)" in caplog.text
     with pytest.raises(UserError, match=r"^--dim: 256 is above the width of this model \(128\)\. Choose 1 to 128\.$"):
-        check_widths([32, 256], spec, 128)
+        check_widths([32, 256], spec, 128, "tiny")
 
 
 def test_bad_tasks_and_instructions_are_one_line() -> None:
