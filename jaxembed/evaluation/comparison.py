@@ -118,12 +118,14 @@ def conclude(names: tuple[str, str], differences: Mapping[str, Mapping[str, Any]
     """Return a sentence about two models: on how many tasks the first is better, worse, or not shown to differ."""
     first, second = names
     tasks = {v: [task for task, found in differences.items() if found.get("verdict") == v] for v in VERDICTS}
-    parts = [f"{verdict} on {', '.join(named)}" for verdict, named in tasks.items() if named and verdict != VERDICTS[2]]
-    if parts:
-        sentence = f"{first} is {' and '.join(parts)} than {second}."
+    better, worse = (f"on {', '.join(tasks[verdict])}" if tasks[verdict] else "" for verdict in VERDICTS[:2])
+    if better:
+        sentence = f"{first} is better than {second} {better}{f', and worse {worse}' if worse else ''}."
+    elif worse:
+        sentence = f"{first} is worse than {second} {worse}."
     else:
         sentence = f"No difference between {first} and {second} is shown."
-    if parts and tasks[VERDICTS[2]]:
+    if (better or worse) and tasks[VERDICTS[2]]:
         sentence += f" No difference is shown on {', '.join(tasks[VERDICTS[2]])}."
     if unknown := [task for task, found in differences.items() if "no_interval" in found]:
         sentence += f" Without an interval: {', '.join(unknown)}."

@@ -165,7 +165,7 @@ def check_widths(widths: Sequence[int], spec: EmbeddingSpec, model_width: int, m
         UserError: A width is above the model's.
     """
     if widths and max(widths) > model_width:
-        raise UserError(f"--dim: {max(widths)} is above the width of this model ({model_width}). Choose 1 to {model_width}.")
+        raise UserError(f"--dim: {max(widths)} is above the width of {model} ({model_width}). Choose 1 to {model_width}.")
     if untrained := sorted(set(widths) - {model_width, *spec.matryoshka_dims}, reverse=True):
         trained = ", ".join(map(str, spec.matryoshka_dims)) or "none"
         log_once(

@@ -21,6 +21,7 @@ from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.errors import Stopped, UserError
 from jaxembed.evaluation import evaluate as evaluation
 from jaxembed.evaluation.bootstrap import CONFIDENCE
+from jaxembed.evaluation.comparison import VERDICTS, conclude
 from jaxembed.evaluation.heldout import open_held_out_sets, score_set
 from jaxembed.evaluation.task_encoder import TaskEncoder
 from jaxembed.evaluation.user_data import UserTask, name_tasks, open_tasks
@@ -145,9 +146,16 @@ def test_models_are_compared_on_the_same_items(folder: Path, caplog: pytest.LogC
     assert (comparison["differences"]["bank"]["queries"], comparison["differences"]["pairs"]["pairs"]) == (60, 80)
     assert comparison["mean"]["verdict"] == "better"
     names = "bank, pairs, topics-classification, topics-clustering"
-    assert comparison["conclusion"] == f"good is better on {names} than poor." == caplog.messages[-1]
+    assert comparison["conclusion"] == f"good is better than poor on {names}." == caplog.messages[-1]
     assert json.loads((folder / "out" / "comparison.json").read_text()) == comparison
-    assert run("poor", *files, "--compare", "good")["comparison"]["conclusion"] == f"poor is worse on {names} than good."
+    assert run("poor", *files, "--compare", "good")["comparison"]["conclusion"] == f"poor is worse than good on {names}."
+
+
+def test_a_comparison_names_the_tasks_of_every_verdict() -> None:
+    differences = {task: {"verdict": verdict} for task, verdict in zip("abc", VERDICTS, strict=True)}
+    expected = "new is better than old on a, and worse on b. No difference is shown on c."
+    assert conclude(("new", "old"), differences) == expected
+    assert conclude(("new", "old"), {"c": differences["c"]}) == "No difference between new and old is shown."
 
 
 def test_equal_models_show_no_difference(folder: Path) -> None:
@@ -188,7 +196,7 @@ def test_a_model_to_compare_with_is_checked_first(tmp_path: Path, monkeypatch: p
 def test_a_model_to_compare_with_must_have_the_widths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation, "load_encoder", lambda *_, **__: pytest.fail("loaded"))
     base = tiny.write_folder(tmp_path / "base", "qwen3")
-    with pytest.raises(UserError, match=r"^--dim: 64 is above the width of this model \(32\)"):
+    with pytest.raises(UserError, match=r"^--dim: 64 is above the width of .+ \(32\)"):
         run("x", "--beir", "bank", "--compare", str(base), "--dim", "64")
 
 
