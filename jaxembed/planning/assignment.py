@@ -8,16 +8,16 @@ thread that is left behind once these files are there, in a process that ends af
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 import os
-import pickle
 import re
-import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from jaxembed.errors import UserError
 
@@ -107,39 +107,36 @@ def run_in_child(function: Callable[[], T]) -> T:
         UserError: The process was killed.
         Exception: The function failed, with its exception.
     """
-    read_end, write_end = os.pipe()
-    child = os.fork()
-    if child == 0:
-        _send_result(function, write_end)
-    os.close(write_end)
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_send_result, args=(function, sender))
+    child.start()
+    sender.close()
     try:
-        with open(read_end, "rb") as stream:
-            message = stream.read()
-    except BaseException:
-        os.kill(child, signal.SIGKILL)
-        raise
+        succeeded, result = receiver.recv()
+    except EOFError:
+        child.join()
+        raise UserError(
+            f"--topology: the process that compiles ended with code {child.exitcode}. Check that it has enough memory."
+        ) from None
     finally:
-        _, status = os.waitpid(child, 0)
-    if not message:
-        code = os.waitstatus_to_exitcode(status)
-        raise UserError(f"--topology: the process that compiles ended with code {code}. Check that it has enough memory.")
-    succeeded, result = pickle.loads(message)
+        child.kill()
+        child.join()
     if not succeeded:
         raise result
     return result
 
 
-def _send_result(function: Callable[[], Any], write_end: int) -> NoReturn:
-    """Write (whether it succeeded, its result or exception) to a pipe, and end this process with all of its threads."""
+def _send_result(function: Callable[[], Any], sender: Connection) -> None:
+    """Send (whether it succeeded, its result or exception), and end this process with all of its threads."""
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     try:
         message: tuple[bool, Any] = True, function()
     except Exception as error:
         message = False, error
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    with open(write_end, "wb") as pipe:
-        pickle.dump(message, pipe)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sender.send(message)
     os._exit(0)
 
 
