@@ -53,7 +53,7 @@ def list_rows(data: Path, miner: str, folder: Path) -> dict[str, tuple[list[str]
         "OCNLI, mined": ([TASKS[1]], with_sources({"path": mined_ocnli, "name": "mined"})),
         "Banking77, examples": ([TASKS[2]], with_sources({**banking, "label_documents": "examples"})),
         "Banking77, labels": ([TASKS[2]], with_sources({**banking, "label_documents": "labels"})),
-        **{f"all three, {ratio:.0%} of a batch of one source": (list(TASKS), blend(ratio)) for ratio in (0, 0.5, 1)},
+        **{f"all three, semi_homogeneous, ratio {ratio}": (list(TASKS), blend(ratio)) for ratio in (0, 0.5, 1)},
     }
 
 

@@ -4,7 +4,7 @@
     python benchmarks/input_pipeline.py BASE DATA.jsonl [--batch-size 1024] [--steps 20]
 
 BASE is a folder with a tokenizer, DATA a JSONL file of pairs. Tokens exclude padding. Core seconds are those of all threads, so
-tokens per core second depend less on other work on the machine than tokens per second. The last column has the share of core
+tokens per CPU second depend less on other work on the machine than tokens per second. The last column has the share of core
 seconds outside the tokenizer's library, which one thread computes. Prints a Markdown table and, on the last line, one JSON
 object.
 """
@@ -57,7 +57,7 @@ def main() -> None:
         "tokens_per_core_second": round(tokens / core_seconds),
         "one_thread_share": round(thread / cores, 3),
     }
-    print("| tokens | tokens/s | tokens per core second | share of one thread |\n|---|---|---|---|")
+    print("| tokens | tokens/s | tokens per CPU second | share of one thread |\n|---|---|---|---|")
     print(f"| {tokens:,} | {tokens / seconds:,.0f} | {tokens / core_seconds:,.0f} | {thread / cores:.2f} |")
     print(json.dumps(result))
 

@@ -50,7 +50,7 @@ ALL_DIRECTIONS = ("query_document", "query_query", "document_query", "document_d
 VARIANTS = {
     "InfoNCE": InfoNCEConfig(),
     "GTE's four directions": InfoNCEConfig(directions=ALL_DIRECTIONS),
-    "four, by label and margin": InfoNCEConfig(directions=ALL_DIRECTIONS, mask_same_label=True, margin=0.1),
+    "four directions, mask_same_label and margin": InfoNCEConfig(directions=ALL_DIRECTIONS, mask_same_label=True, margin=0.1),
     "with a guide": InfoNCEConfig(guide="a model"),
     "hardness and focal": InfoNCEConfig(hardness=9.0, hardness_of="all", focal=0.5),
 }

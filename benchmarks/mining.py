@@ -5,7 +5,7 @@
 
 Each side runs in its own process with all cores. The sides take turns, --repeats times. Memory is the peak of the process
 minus its peak after creating the vectors and loading the libraries. Needs faiss (pip install faiss-cpu). Prints a Markdown
-table of medians (seconds, core seconds, memory) and, on the last line, one JSON object that also has the ratio of the times
+table of medians (seconds, CPU seconds, memory) and, on the last line, one JSON object that also has the ratio of the times
 and, as `shared`, the fraction of neighbors that both sides found.
 """
 
@@ -92,7 +92,7 @@ def main() -> None:
         side: {name: statistics.median(run[name] for run in side_runs) for name in side_runs[0]}
         for side, side_runs in runs.items()
     }
-    print("| search | seconds | core seconds | memory besides the vectors |\n|---|---|---|---|")
+    print("| search | seconds | CPU seconds | memory besides the vectors |\n|---|---|---|---|")
     for side, medians in median.items():
         print(f"| {side} | {medians['seconds']:.1f} | {medians['core_seconds']:.1f} | {medians['gib']:.2f} GiB |")
     ratio = median["faiss"]["seconds"] / median["jaxembed"]["seconds"]

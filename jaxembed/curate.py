@@ -93,7 +93,7 @@ def make_parser() -> cli.Parser:
     parser.add_argument(
         "--workers", type=cli.integer_from(1), metavar="N", help="workers of --ray (default: the processors of the cluster)"
     )
-    keys = make_key_table(CurateConfig).replace("%", "%%")
+    keys = make_key_table(CurateConfig)
     parser.add_argument("--keys", action="version", version=keys, help="list every key of a config and exit")
     return parser
 

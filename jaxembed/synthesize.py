@@ -1,6 +1,6 @@
 """Write training rows with an LLM server, by a recipe of prompts.
 
-Usage: python -m jaxembed.synthesize RECIPE.yaml --server URL --model NAME OUT [key.sub=value ...]
+Usage: python -m jaxembed.synthesize RECIPE.yaml OUT [key.sub=value ...] --server URL --model NAME
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def make_parser() -> cli.Parser:
         "--dry-run", action="store_true", help="estimate requests and tokens, and show a prompt of each step; send no request"
     )
     cli.add_server_arguments(parser, timeout_s=120)
-    keys = make_key_table(SynthesisConfig).replace("%", "%%")
+    keys = make_key_table(SynthesisConfig)
     parser.add_argument("--keys", action="version", version=keys, help="list every key of a recipe and exit")
     return parser
 

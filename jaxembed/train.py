@@ -89,9 +89,7 @@ def make_parser() -> cli.Parser:
     parser = cli.new_parser("train", f"{__doc__}\nThe same command resumes a run whose directory holds a checkpoint.")
     parser.epilog = f"shipped configs: {', '.join(list_shipped_configs())}"
     parser.hint = "Set config keys as train.steps=3. "
-    parser.add_argument(
-        "--keys", action="version", version=make_key_table(Config).replace("%", "%%"), help="list every config key and exit"
-    )
+    parser.add_argument("--keys", action="version", version=make_key_table(Config), help="list every config key and exit")
     parser.add_argument("config", metavar="CONFIG.yaml", help="config file, or the name of a shipped config (below)")
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key.sub=value", help="such as train.steps=100 or run.dir=runs/a"

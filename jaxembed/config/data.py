@@ -101,7 +101,7 @@ class SourceConfig(Section):
     format: Format = Field("auto", description="Format of the rows. auto: detected from the path or the first row.")
     columns: dict[RowField, str | tuple[str, ...]] = Field(
         {},
-        description="Column that holds each of our fields, such as {query: question, pos: answer}. pos, neg, pos_scores and "
+        description="Column that holds each field, such as {query: question, pos: answer}. pos, neg, pos_scores and "
         "neg_scores may have a list of columns: {neg: [negative_1, negative_2]}.",
     )
     split: str = Field(
@@ -126,7 +126,7 @@ class SourceConfig(Section):
     )
     label_documents: Literal["auto", "labels", "examples"] = Field(
         "auto",
-        description="labels: which texts are the documents. labels: the names of the labels. examples: other labeled texts. "
+        description="Documents of the format labels. labels: the names of the labels. examples: other labeled texts. "
         "auto: labels if there are two labels, otherwise examples.",
     )
     label_names: dict[str, NonEmpty] = Field({}, description="labels: text to use for each label. Default: the label itself.")
@@ -307,7 +307,7 @@ class DataConfig(Section):
     max_length: Tokens = Field(
         512, description="Maximum tokens of a text, special tokens included. Longer texts are truncated."
     )
-    row_length: Tokens | None = Field(None, description="Tokens of a packed row. Default: max_length, the minimum.")
+    row_length: Tokens | None = Field(None, description="Tokens of a packed row, at least max_length. Default: max_length.")
     hard_negatives: int = Field(0, ge=0, le=1024, description="Number of hard negatives drawn for each query.")
     batching: BatchingConfig = BatchingConfig()
     mixture: MixtureConfig = MixtureConfig()

@@ -122,7 +122,7 @@ class ModelConfig(Section):
     instruction_template: str | None = Field(
         None,
         description="Template of the prompt before a text; contains {instruction}. Default: taken from the base model, "
-        'otherwise "Instruct: ", the instruction, and "Query:" on a separate line. E5 has a space after it.',
+        'otherwise "Instruct: ", the instruction, and "Query:" on a separate line.',
     )
     query_suffix: str | None = Field(
         None,

@@ -221,8 +221,7 @@ class QuantizationConfig(Section):
 
     precisions: tuple[Literal["int8", "binary"], ...] = Field(
         (),
-        description="Also apply the objectives to vectors in these precisions, int8 and binary. Gradients pass straight "
-        "through the rounding.",
+        description="Also apply the objectives to vectors in these precisions. Gradients pass straight through the rounding.",
     )
     weights: tuple[float, ...] = Field(
         (), description="Weight of each of precisions in the sum; the float32 vectors have weight 1. Default: all 1."

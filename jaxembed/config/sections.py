@@ -149,8 +149,7 @@ def format_reference_rows(section: type[Section], prefix: str = "") -> str:
             rows += _format_nested_rows(nested, f"{prefix}{name}{suffix}.")
         else:
             default = "required" if field.is_required() else f"`{_to_json(field.default)}`"
-            choices = " or ".join(str(choice) for choice in _list_choices(field.annotation))
-            meaning = ". ".join(filter(None, [choices, field.description]))
+            meaning = ". ".join(filter(None, [_format_choices(field.annotation), field.description]))
             rows.append(f"| `{prefix}{name}` | {default} | {meaning} |")
     return "\n".join(rows)
 
@@ -162,7 +161,7 @@ def _format_nested_rows(sections: list[type[Section]], prefix: str) -> list[str]
         return tables[0]
     shared = [row for row in tables[0] if all(row in other for other in tables)]
     tag_key = f"| `{prefix}{_find_tag_field(sections[0])}` |"
-    rows = [f"{tag_key} required | {' or '.join(map(_get_tag, sections))} |", *shared]
+    rows = [f"{tag_key} required | One of {', '.join(map(_get_tag, sections))}. |", *shared]
     for member, member_rows in zip(sections, tables, strict=True):
         own = [row for row in member_rows if row not in shared and not row.startswith(tag_key)]
         for row in own:
@@ -175,6 +174,13 @@ def _to_json(value: Any) -> str:
     if isinstance(value, Section):
         return value.model_dump_json(exclude_defaults=True)
     return json.dumps(list(value) if isinstance(value, tuple) else value).replace("|", r"\|")  # a bar ends a cell of a table
+
+
+def _format_choices(annotation: Any) -> str:
+    """Return "One of a, b" for a Literal, "Any of a, b" for a collection of them, and nothing for other annotations."""
+    choices = ", ".join(map(str, _list_choices(annotation)))
+    quantity = "Any" if typing.get_origin(annotation) in (tuple, dict) else "One"
+    return f"{quantity} of {choices}" if choices else ""
 
 
 def _list_choices(annotation: Any) -> tuple[Any, ...]:

@@ -84,7 +84,7 @@ class CausalLMConfig(TokenObjectiveConfig):
     name: Literal["causal_lm"] = "causal_lm"
     attention: Literal["causal", "prefix_lm"] = Field(
         "causal",
-        description="Attention mask of conversations, whatever model.attention is. causal: a token sees itself and the tokens "
+        description="Attention mask of conversations, instead of model.attention. causal: a token sees itself and the tokens "
         "before it. prefix_lm: the tokens before the last answer also see each other, and only that answer is predicted.",
     )
     average: Literal["tokens", "texts"] = Field(

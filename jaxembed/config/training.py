@@ -82,7 +82,7 @@ class TrainConfig(Section):
     merge_adapters: bool = Field(
         False,
         description="Before a stage that is not the first, merge the adapters into the base and start new ones, as LLM2Vec "
-        "does. false: train the same adapters on.",
+        "does. false: keep training the same adapters.",
     )
     dropout: DropoutConfig = DropoutConfig()
     log_every: Positive = Field(10, description="Steps between lines of metrics.jsonl.")
@@ -100,7 +100,7 @@ class TrainConfig(Section):
     )
     loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
         ("tensorboard",),
-        description="Loggers to use besides metrics.jsonl: any of tensorboard, wandb, and trackio.",
+        description="Loggers to use besides metrics.jsonl.",
     )
     peak_flops: float | None = Field(
         None, gt=0, description="Peak FLOP/s of a device, the denominator of mfu. Default: the data sheet's bfloat16 value."

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from jaxembed.data.tokenize import TextTokenizer
 
 DESCRIPTIONS = {
-    "validate": "Open sources as training does, list bad rows by file and line (up to 20 per source), exit with 2 for any. "
+    "validate": "Open sources as training does, and list bad rows by file and line (at most 20 per source; exit code 2). "
     "With --config, print a table of the sources: which can be used, and what is missing for the others.",
     "preview": "Print the first batch as the model sees it, and the lengths of its texts.",
     "stats": "Print rows, examples, lengths, duplicates, labels, positives and negatives of each source, and shared texts. "

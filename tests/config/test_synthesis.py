@@ -88,5 +88,5 @@ def test_inputs_must_be_named(tmp_path: Path) -> None:
 
 def test_the_table_of_keys_lists_kinds_and_nested_fields() -> None:
     rows = make_key_table(SynthesisConfig)
-    assert "| `tasks[].steps[].kind` | required | ask or retrieve or rank or round_trip or filter |" in rows
+    assert "| `tasks[].steps[].kind` | required | One of ask, retrieve, rank, round_trip, filter. |" in rows
     assert "`tasks[].steps[].answer.fields.KEY.max_chars`" in rows and "| rank: Rank by grades. |" in rows
