@@ -27,7 +27,7 @@ check: $(VENV)/.dev  ## ruff (lint and format) and mypy
 docs: $(VENV)/.dev  ## builds the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-test: $(VENV)/.dev  ## the checks, then every test, offline
+test: $(VENV)/.dev  ## the checks, then the tests, offline
 	$(MAKE) --jobs=2 check docs
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
