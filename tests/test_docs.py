@@ -28,7 +28,7 @@ import yaml
 from helpers import tiny
 from helpers.commands import ENV
 from helpers.runs import use_one_device
-from jaxembed import config, train
+from jaxembed import config
 from jaxembed.config.curation import CurateConfig
 from jaxembed.config.instructions import InstructionTable
 from jaxembed.config.sections import make_key_table, parse_section
@@ -147,7 +147,7 @@ def test_paths_of_the_checkout_exist(path: Path) -> None:
 
 def test_the_config_reference_has_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        train.make_parser().parse_args(["--keys"])
+        runpy.run_module("jaxembed.train", run_name="command")["make_parser"]().parse_args(["--keys"])
     assert capsys.readouterr().out.strip() == make_key_table(config.Config)
     hooks = runpy.run_path(str(DOCS / "hooks.py"))
     page = hooks["on_page_markdown"]((DOCS / "reference" / "config.md").read_text())
