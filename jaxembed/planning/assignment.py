@@ -8,16 +8,17 @@ thread that is left behind once these files are there, in a process that ends af
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import os
 import re
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from jaxembed.errors import UserError
 
@@ -107,27 +108,30 @@ def run_in_child(function: Callable[[], T]) -> T:
         UserError: The process was killed.
         Exception: The function failed, with its exception.
     """
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_send_result, args=(function, sender))
-    child.start()
+    receiver, sender = Pipe(duplex=False)
+    child = os.fork()
+    if child == 0:
+        _send_result(function, sender)
     sender.close()
     try:
         succeeded, result = receiver.recv()
     except EOFError:
-        child.join()
+        _, status = os.waitpid(child, 0)
+        code = os.waitstatus_to_exitcode(status)
         raise UserError(
-            f"--topology: the process that compiles ended with code {child.exitcode}. Check that it has enough memory."
+            f"--topology: the process that compiles ended with code {code}. Check that it has enough memory."
         ) from None
-    finally:
-        child.kill()
-        child.join()
+    except BaseException:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        raise
+    os.waitpid(child, 0)
     if not succeeded:
         raise result
     return result
 
 
-def _send_result(function: Callable[[], Any], sender: Connection) -> None:
+def _send_result(function: Callable[[], Any], sender: Connection) -> NoReturn:
     """Send (whether it succeeded, its result or exception), and end this process with all of its threads."""
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     try:
