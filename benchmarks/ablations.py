@@ -48,7 +48,14 @@ WIDTHS = (512, 256, 128, 64)  # KaLM, section 2.2
 
 
 class Claim(NamedTuple):
-    """A reported difference: a score is higher in one row than in another. `paper` names the table and the scores."""
+    """A difference that a paper reports.
+
+    Attributes:
+        higher: Row with the higher score.
+        lower: Row with the lower score.
+        score: Name of the score.
+        paper: The table of the paper, with both scores.
+    """
 
     higher: str
     lower: str
@@ -57,7 +64,12 @@ class Claim(NamedTuple):
 
 
 class Ablation(NamedTuple):
-    """Rows with their changes to the config, and the paper's claims about them."""
+    """An ablation.
+
+    Attributes:
+        rows: Changes to the config by row.
+        claims: What the paper reports about the rows.
+    """
 
     rows: Mapping[str, Mapping[str, Any]]
     claims: Sequence[Claim]
@@ -65,7 +77,16 @@ class Ablation(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The settings that all runs share, from the command line."""
+    """The settings that all runs share, from the command line.
+
+    Attributes:
+        base: Folder of the base model.
+        data: Folder of the training and test files.
+        miner: Embedding model that finds hard negatives.
+        steps: Training steps of a run.
+        batch_size: Queries per step.
+        learning_rate: Peak learning rate.
+    """
 
     base: str
     data: Path
@@ -80,8 +101,8 @@ class Settings:
         width = json.loads((Path(self.base) / "config.json").read_text())["hidden_size"]
         return [dim for dim in WIDTHS if dim < width]
 
-    def identify(self) -> dict[str, Any]:
-        """Return the settings that a line of the results records."""
+    def to_json(self) -> dict[str, Any]:
+        """Return the settings as a line of the results has them."""
         return {key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(self).items()}
 
 
@@ -103,19 +124,19 @@ def make_sources(data: Path, *names: str, **changes: Mapping[str, Any]) -> dict[
 def list_ablations(settings: Settings) -> dict[str, Ablation]:
     """Return the ablations by name."""
     return {
-        "pooling": list_poolings(),
-        "stages": list_stages(settings),
-        "negatives": list_negatives(),
-        "labels": list_label_documents(settings),
-        "instructions": list_instructions(settings),
-        "widths": list_widths(settings),
-        "batches": list_batches(settings),
+        "pooling": make_pooling_ablation(),
+        "stages": make_stage_ablation(settings),
+        "negatives": make_negative_ablation(),
+        "labels": make_label_ablation(settings),
+        "instructions": make_instruction_ablation(settings),
+        "widths": make_width_ablation(settings),
+        "batches": make_batch_ablation(settings),
     }
 
 
-def list_poolings() -> Ablation:
-    """NV-Embed, Table 2: four poolings with two masks. Scores are averages over 56 tasks after both stages."""
-    averages = {
+def make_pooling_ablation() -> Ablation:
+    """Return four poolings with two masks (NV-Embed, Table 2: averages over 56 tasks after both stages)."""
+    averages = {  # with both masks
         "last": (67.85, 66.50),
         "mean": (68.97, 68.13),
         "latent_attention": (69.32, 68.47),
@@ -124,8 +145,8 @@ def list_poolings() -> Ablation:
     masks = ("bidirectional", "causal")
     rows = {f"{kind}, {mask}": {"model": {"attention": mask, "pooling": {"kind": kind}}} for kind in averages for mask in masks}
     claims = [
-        Claim(f"{k}, {masks[0]}", f"{k}, {masks[1]}", "mean", f"NV-Embed, Table 2: {a} and {b}")
-        for k, (a, b) in averages.items()
+        Claim(f"{kind}, {masks[0]}", f"{kind}, {masks[1]}", "mean", f"NV-Embed, Table 2: {both[0]} and {both[1]}")
+        for kind, both in averages.items()
     ]
     for higher, lower in (("mean", "last"), ("latent_attention", "mean")):
         numbers = f"NV-Embed, Table 2: {averages[higher][0]} and {averages[lower][0]}"
@@ -133,8 +154,8 @@ def list_poolings() -> Ablation:
     return Ablation(rows, claims)
 
 
-def list_stages(settings: Settings) -> Ablation:
-    """NV-Embed, Table 4, section 5.3.1: one stage, two stages, and the stages with in-batch negatives."""
+def make_stage_ablation(settings: Settings) -> Ablation:
+    """Return one stage, two stages, and stages with in-batch negatives (NV-Embed, Table 4, section 5.3.1)."""
     hard = {"objectives": [{"name": "infonce", "temperature": 0.05, "negatives": "hard"}]}
     news, all_sources = ({"data": make_sources(settings.data, *names)} for names in (["news"], INSTRUCTIONS))
     in_batch = {"data": make_sources(settings.data, *INSTRUCTIONS, banking={"in_batch_negatives": True})}
@@ -158,8 +179,8 @@ def list_stages(settings: Settings) -> Ablation:
     return Ablation(rows, claims)
 
 
-def list_negatives() -> Ablation:
-    """NV-Embed, Table 4, section 5.3.5: hard negatives. KaLM, section 3.1 and Table 3: its window, and its filter."""
+def make_negative_ablation() -> Ablation:
+    """Return hard negatives (NV-Embed, Table 4, section 5.3.5), and the window and filter of KaLM (section 3.1, Table 3)."""
     window = {"rule": "window", "window": [50, 100]}
     rows: dict[str, dict[str, Any]] = {
         "none": {"data": {"hard_negatives": 0}, "mine": None},
@@ -175,8 +196,8 @@ def list_negatives() -> Ablation:
     return Ablation(rows, claims)
 
 
-def list_label_documents(settings: Settings) -> Ablation:
-    """NV-Embed, Table 5: examples or labels as the documents of classes."""
+def make_label_ablation(settings: Settings) -> Ablation:
+    """Return examples and labels as the documents of classes (NV-Embed, Table 5)."""
     rows = {
         kind: {"data": make_sources(settings.data, *INSTRUCTIONS, banking={"label_documents": kind})}
         for kind in ("examples", "labels")
@@ -184,23 +205,23 @@ def list_label_documents(settings: Settings) -> Ablation:
     return Ablation(rows, [Claim("examples", "labels", "classification", "NV-Embed, Table 5, average: 69.27 and 64.80")])
 
 
-def list_instructions(settings: Settings) -> Ablation:
-    """KaLM, Table 3: instructions."""
+def make_instruction_ablation(settings: Settings) -> Ablation:
+    """Return training with and without instructions (KaLM, Table 3)."""
     none: dict[str, dict[str, Any]] = {name: {"instructions": []} for name in INSTRUCTIONS}
     rows: dict[str, dict[str, Any]] = {"with": {}, "without": {"data": make_sources(settings.data, *INSTRUCTIONS, **none)}}
     return Ablation(rows, [Claim("with", "without", "mean", "KaLM, Table 3, English: 64.94 and 61.13")])
 
 
-def list_widths(settings: Settings) -> Ablation:
-    """KaLM, Figure 4a: truncated vectors, with and without Matryoshka training. The paper gives no numbers."""
+def make_width_ablation(settings: Settings) -> Ablation:
+    """Return truncated vectors with and without Matryoshka training (KaLM, Figure 4a, which has no numbers)."""
     dims = settings.widths
     rows = {"Matryoshka": {"matryoshka": {"dims": dims, "weights": [0.3, 0.2, 0.1, 0.1][-len(dims) :]}}, "plain": {}}
     claims = [Claim("Matryoshka", "plain", f"retrieval@{dim}", "KaLM, Figure 4a: higher when truncated") for dim in dims]
     return Ablation(rows, claims)
 
 
-def list_batches(settings: Settings) -> Ablation:
-    """KaLM, Figure 5: one to three times the batch, and epochs, with and without a mask of likely false negatives."""
+def make_batch_ablation(settings: Settings) -> Ablation:
+    """Return one to three times the batch and the epochs, with and without a mask of false negatives (KaLM, Figure 5)."""
     rows = {}
     for masked in (False, True):
         infonce = {"name": "infonce", "temperature": 0.05} | ({"margin": 0.1} if masked else {})
@@ -225,7 +246,7 @@ def name_batch(size: int, epochs: int, masked: bool) -> str:
 
 
 def train_row(settings: Settings, changes: Mapping[str, Any], seed: int, folder: Path) -> None:
-    """Train a row into a folder."""
+    """Train a row with one seed. `changes` are those of the row, and `folder` becomes the run directory."""
     train_keys = {"batch_size": settings.batch_size, "seed": seed, "log_every": 10, "checkpoint_every": 10**6}
     tree: dict[str, Any] = {
         "run": {"dir": str(folder)},
@@ -241,14 +262,25 @@ def train_row(settings: Settings, changes: Mapping[str, Any], seed: int, folder:
 
 
 def score_model(settings: Settings, model: str, has_instructions: bool, widths: Sequence[int]) -> dict[str, float]:
-    """Return the scores of a model on the held-out parts of the data by name, also of vectors truncated to some widths."""
+    """Score a model on the held-out parts of the data.
+
+    Args:
+        settings: The settings.
+        model: Run directory.
+        has_instructions: Whether queries get their instructions.
+        widths: Widths below that of the model to which vectors are truncated.
+
+    Returns:
+        The scores of `SCORES` by name, those of truncated vectors as NAME@WIDTH, and the mean of the full width.
+    """
     embedder = Embedder.load(model)
     paths = {"retrieval": ("news", "ag_news/retrieval"), "sts": ("similar", "stsb/en/test.jsonl"),
              "classification": ("banking", "banking77/test.jsonl")}  # fmt: skip
     sections = [
-        {"name": kind, "kind": kind, "path": str(settings.data / path), "instruction": INSTRUCTIONS[name] * has_instructions}
+        {"name": kind, "kind": kind, "path": str(settings.data / path),
+         "instruction": INSTRUCTIONS[name] if has_instructions else ""}
         for kind, (name, path) in paths.items()
-    ]
+    ]  # fmt: skip
     sections[-1]["train_path"] = str(settings.data / "banking77" / "train.jsonl")
     held_out_sets = open_held_out_sets([EvalSetConfig.model_validate(section) for section in sections], cache_dir())
     scores = {}
@@ -265,7 +297,7 @@ def score_model(settings: Settings, model: str, has_instructions: bool, widths: 
 def read_results(path: Path, settings: Settings) -> dict[tuple[str, str, int], dict[str, Any]]:
     """Return the finished runs with these settings, by ablation, row and seed."""
     lines = path.read_text().splitlines() if path.exists() else []
-    rows = [row for row in map(json.loads, lines) if row["settings"] == settings.identify()]
+    rows = [row for row in map(json.loads, lines) if row["settings"] == settings.to_json()]
     return {(row["ablation"], row["row"], row["seed"]): row for row in rows}
 
 
@@ -287,12 +319,20 @@ def run_missing(settings: Settings, names: Sequence[str], seeds: int, out: Path)
                 minutes = round((time.perf_counter() - start) / 60, 2)
                 line = {"ablation": name, "row": row, "seed": seed, "scores": scores, "minutes": minutes}
                 with out.open("a") as file:
-                    file.write(json.dumps(line | {"settings": settings.identify()}) + "\n")
+                    file.write(json.dumps(line | {"settings": settings.to_json()}) + "\n")
                 print(json.dumps(line), file=sys.stderr, flush=True)
 
 
 def judge_claim(claim: Claim, values: Mapping[str, Sequence[float]]) -> tuple[str, str]:
-    """Return our difference, and whether it has the paper's sign. A difference within the spread of the seeds has none."""
+    """Compare our scores with a claim.
+
+    Args:
+        claim: The claim.
+        values: Our scores by row, one per seed.
+
+    Returns:
+        Our difference with its spread over the seeds, and the direction. A difference within the spread has none.
+    """
     higher, lower = values[claim.higher], values[claim.lower]
     difference = statistics.mean(higher) - statistics.mean(lower)
     if min(len(higher), len(lower)) < 2:
@@ -307,16 +347,16 @@ def print_report(settings: Settings, names: Sequence[str], out: Path) -> None:
     results = read_results(out, settings)
     for name in names:
         ablation = list_ablations(settings)[name]
-        runs = {row: [run for (a, r, _), run in results.items() if (a, r) == (name, row)] for row in ablation.rows}
-        done = {row: listed for row, listed in runs.items() if listed}
+        runs = {row: [run for (*key, _), run in results.items() if key == [name, row]] for row in ablation.rows}
+        done = {row: row_runs for row, row_runs in runs.items() if row_runs}
         if not done:
             continue
         scores = sorted(next(iter(done.values()))[0]["scores"], key=lambda score: (score != "mean", "@" in score))
         print(f"## {name}\n\n| row | seeds | {' | '.join(scores)} | minutes a run |\n|---|---|{'---|' * len(scores)}---|")
-        for row, listed in done.items():
-            cells = [format_mean([run["scores"][score] for run in listed], 4) for score in scores]
-            minutes = statistics.mean(run["minutes"] for run in listed)
-            print(f"| {row} | {len(listed)} | {' | '.join(cells)} | {minutes:.1f} |")
+        for row, row_runs in done.items():
+            cells = [format_mean([run["scores"][score] for run in row_runs], 4) for score in scores]
+            minutes = statistics.mean(run["minutes"] for run in row_runs)
+            print(f"| {row} | {len(row_runs)} | {' | '.join(cells)} | {minutes:.1f} |")
         print("\n| higher | lower | score | paper | ours | direction |\n|---|---|---|---|---|---|")
         for claim in ablation.claims:
             if {claim.higher, claim.lower} <= done.keys():

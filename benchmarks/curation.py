@@ -10,88 +10,111 @@ from __future__ import annotations
 
 import argparse
 import html
-import json
 import re
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from curation_scores import TABLE_HEADER, Rows, StepScore, run_steps, score_step
+from jsonl_rows import read_rows
 
-from jaxembed.config.curation import CurateConfig
-from jaxembed.curate import make_context
-from jaxembed.curation.engine import curate
 from jaxembed.data.beir import EVALUATION_SPLITS, open_beir
-from jaxembed.data.jsonl import write_jsonl
 
-INJECTED = 200  # rows of each kind
-FOREIGN = ("de", "fr", "pl")
-Rows = list[dict[str, Any]]
+ROWS_PER_DEFECT = 200
+LANGUAGES = ("de", "fr", "pl")  # of the rows that are not English
+MIN_LEAK_WORDS = 20  # of the held-out documents that are injected
+TextPairs = Sequence[tuple[str, str]]
 
 
 def read_pairs(data: Path, max_rows: int) -> Rows:
-    lines = (data / "ag_news" / "pairs_train.jsonl").read_text().splitlines()[:max_rows]
-    rows = [json.loads(line) for line in lines]
+    """Return the first rows of AG News with the ids clean-0, clean-1, ..."""
+    rows = read_rows(data / "ag_news" / "pairs_train.jsonl")[:max_rows]
     return [{"id": f"clean-{i}", "query": row["query"], "pos": row["pos"][:1]} for i, row in enumerate(rows)]
 
 
-def read_foreign(data: Path) -> list[tuple[str, str]]:
-    """Return translated pairs of similar sentences."""
-    pairs = []
-    for language in FOREIGN:
-        rows = [json.loads(line) for line in (data / "stsb" / language / "train.jsonl").read_text().splitlines()]
-        pairs += [(row["sentence1"], row["sentence2"]) for row in rows if row["score"] >= 4]
-    return pairs
+def read_translations(data: Path) -> TextPairs:
+    """Return pairs of similar sentences in other languages."""
+    rows = [row for language in LANGUAGES for row in read_rows(data / "stsb" / language / "train.jsonl")]
+    return [(row["sentence1"], row["sentence2"]) for row in rows if row["score"] >= 4]
 
 
-def read_held_out(data: Path) -> list[tuple[str, str]]:
-    """Return the queries of the held-out BEIR folder with their documents of 20 words or more."""
+def read_held_out(data: Path) -> TextPairs:
+    """Return the queries of the held-out BEIR folder with their documents of `MIN_LEAK_WORDS` words or more."""
     beir = open_beir(data / "ag_news" / "retrieval", EVALUATION_SPLITS)
     pairs = [(beir.get_query_text(i), beir.get_document_text(next(iter(rows)))) for i, rows in enumerate(beir.relevant)]
-    return [pair for pair in pairs if len(pair[1].split()) >= 20]
+    return [pair for pair in pairs if len(pair[1].split()) >= MIN_LEAK_WORDS]
 
 
-def inject(
-    clean: Rows, foreign: Sequence[tuple[str, str]], held_out: Sequence[tuple[str, str]], rng: np.random.Generator
-) -> Rows:
-    """Return rows with defects. `kind-N` is the id of a row; `of` names the clean row from which it was made."""
+def make_defects(clean: Rows, translations: TextPairs, held_out: TextPairs, rng: np.random.Generator) -> Rows:
+    """Return rows with defects.
+
+    Returns:
+        Rows whose ids are the kind of the defect and a number. `of` is the id of the clean row from which a row was made, and
+        `original` its texts before the damage.
+    """
+    # The order of the draws determines the rows.
+    edited = edit_clean_rows(clean, rng)
+    foreign = make_foreign_rows(translations, rng)
+    return [*edited, *foreign, *make_leaks(held_out, rng), *make_junk(rng)]
+
+
+def edit_clean_rows(clean: Rows, rng: np.random.Generator) -> Rows:
+    """Return edited copies of different clean rows, `ROWS_PER_DEFECT` for each way to edit a text."""
     picks = iter(rng.permutation(len(clean)).tolist())
-    makers = {"copy": make_copy, "near": make_near_copy, "html": make_html, "control": make_control}
-    trouble = []
-    for kind, make in makers.items():
-        for number in range(INJECTED):
+    editors = {"copy": change_case, "near": replace_word, "html": add_html, "control": add_control_characters}
+    rows = []
+    for kind, edit in editors.items():
+        for number in range(ROWS_PER_DEFECT):
             row = clean[next(picks)]
-            query, positive = make(row["query"], rng), make(row["pos"][0], rng)
-            trouble.append({"id": f"{kind}-{number}", "of": row["id"], "query": query, "pos": [positive]})
-    for number, index in enumerate(rng.choice(len(foreign), INJECTED, replace=False).tolist()):
-        first, second = foreign[index]
-        trouble.append({"id": f"foreign-{number}", "query": first, "pos": [second]})
-    accented = [pair for pair in foreign if not all(map(str.isascii, pair))]
-    for number, index in enumerate(rng.choice(len(accented), INJECTED, replace=False).tolist()):
-        wrong = [text.encode().decode("cp1252", "replace") for text in accented[index]]
-        if "\ufffd" not in "".join(wrong):  # bytes that the wrong encoding lacks cannot be repaired
-            trouble.append({"id": f"mojibake-{number}", "query": wrong[0], "pos": [wrong[1]], "right": accented[index]})
-    for number, index in enumerate(rng.choice(len(held_out), 2 * INJECTED, replace=False).tolist()):
+            query, positive = edit(row["query"], rng), edit(row["pos"][0], rng)
+            original = (row["query"], row["pos"][0])
+            rows.append({"id": f"{kind}-{number}", "of": row["id"], "original": original, "query": query, "pos": [positive]})
+    return rows
+
+
+def make_foreign_rows(translations: TextPairs, rng: np.random.Generator) -> Rows:
+    """Return rows in other languages (foreign), and rows that were decoded with the wrong encoding (mojibake)."""
+    rows: Rows = []
+    for number, index in enumerate(rng.choice(len(translations), ROWS_PER_DEFECT, replace=False).tolist()):
+        first, second = translations[index]
+        rows.append({"id": f"foreign-{number}", "query": first, "pos": [second]})
+    accented = [pair for pair in translations if not all(map(str.isascii, pair))]
+    for number, index in enumerate(rng.choice(len(accented), ROWS_PER_DEFECT, replace=False).tolist()):
+        first, second = (text.encode().decode("cp1252", "replace") for text in accented[index])
+        if "\ufffd" not in first + second:  # bytes that cp1252 lacks cannot be repaired
+            rows.append({"id": f"mojibake-{number}", "original": accented[index], "query": first, "pos": [second]})
+    return rows
+
+
+def make_leaks(held_out: TextPairs, rng: np.random.Generator) -> Rows:
+    """Return rows with held-out texts (leak), and rows with held-out documents without 13 equal words in a row (nearleak)."""
+    rows = []
+    for number, index in enumerate(rng.choice(len(held_out), 2 * ROWS_PER_DEFECT, replace=False).tolist()):
         query, document = held_out[index]
-        row = {"id": f"leak-{number}", "query": query, "pos": [f"  {document}"]}
         words = document.split()
-        for position in range(int(rng.integers(4)), len(words), 6):  # leaves no 13 consecutive words
+        for position in range(int(rng.integers(4)), len(words), 6):
             words[position] = "moreover"
-        near = {"id": f"nearleak-{number}", "query": "What has happened?", "pos": [" ".join(words)]}
-        trouble.append(row if number < INJECTED else near)
-    for number in range(INJECTED):
-        junk = "".join(rng.choice(list("#$%&*|~^=+<>@{}[]a1 "), 60))
-        trouble.append({"id": f"junk-{number}", "query": f"x {junk}", "pos": [junk]})
-    return trouble
+        if number < ROWS_PER_DEFECT:
+            rows.append({"id": f"leak-{number}", "query": query, "pos": [f"  {document}"]})
+        else:
+            rows.append({"id": f"nearleak-{number}", "query": "What has happened?", "pos": [" ".join(words)]})
+    return rows
 
 
-def make_copy(text: str, rng: np.random.Generator) -> str:
-    """Change case and white space."""
+def make_junk(rng: np.random.Generator) -> Rows:
+    """Return rows of random symbols."""
+    texts = ["".join(rng.choice(list("#$%&*|~^=+<>@{}[]a1 "), 60)) for _ in range(ROWS_PER_DEFECT)]
+    return [{"id": f"junk-{number}", "query": f"x {text}", "pos": [text]} for number, text in enumerate(texts)]
+
+
+def change_case(text: str, rng: np.random.Generator) -> str:
+    """Change case or white space."""
     return f" {text.upper()}" if rng.random() < 0.5 else text.replace(" ", "  ")
 
 
-def make_near_copy(text: str, rng: np.random.Generator) -> str:
+def replace_word(text: str, rng: np.random.Generator) -> str:
     """Replace a word of a long text. Short texts do not change."""
     words = text.split()
     if len(words) >= 15:
@@ -99,120 +122,122 @@ def make_near_copy(text: str, rng: np.random.Generator) -> str:
     return " ".join(words)
 
 
-def make_html(text: str, rng: np.random.Generator) -> str:
+def add_html(text: str, rng: np.random.Generator) -> str:
     """Wrap a text in tags, with escaped characters."""
     words = [html.escape(word) for word in text.split()]
     words[int(rng.integers(len(words)))] += "<br/>"
     return f'<div class="a"><p>{" ".join(words)}</p><script>track("x")</script></div>'
 
 
-def make_control(text: str, rng: np.random.Generator) -> str:
+def add_control_characters(text: str, rng: np.random.Generator) -> str:
     """Put invisible characters into a text."""
     position = int(rng.integers(1, len(text)))
     return f"{text[:position]}\u200b\x07{text[position:]}"
 
 
-def run_step(rows: Rows, step: dict[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the rows that a step keeps, by id."""
-    name = f"{len(list(folder.iterdir()))}"
-    write_jsonl(folder / f"{name}.jsonl", rows)
-    source = {"path": str(folder / f"{name}.jsonl"), "name": "rows"}
-    config = CurateConfig.model_validate(
-        {"out": str(folder / f"out{name}"), "metadata": ["id"], "sources": [source], "steps": [step]}
-    )
-    curate(config, make_context(folder / "cache"), "benchmark")
-    return {row["id"]: row for row in map(json.loads, (folder / f"out{name}" / "rows.jsonl").read_text().splitlines())}
+def score_copies(step: str, rows: Rows, remaining: Iterable[str], kinds: Sequence[str]) -> StepScore:
+    """Score a step that should drop one of each pair of a clean row and a copy of it.
 
-
-def score(found: Iterable[str], expected: Iterable[str]) -> tuple[int, int, float, float]:
-    """Return the numbers of expected and found ids, precision and recall."""
-    found, expected = set(found), set(expected)
-    hits = len(found & expected)
-    return len(expected), len(found), hits / max(len(found), 1), hits / max(len(expected), 1)
-
-
-def score_pairs(rows: Rows, left: Iterable[str], kinds: Sequence[str]) -> tuple[int, int, float, float]:
-    """Score a step that should drop one of each pair of a clean row and a copy of it."""
-    left = set(left)
-    pairs = [{row["id"], row["of"]} for row in rows if row["id"].split("-")[0] in kinds]
-    dropped = {row["id"] for row in rows} - left
+    Args:
+        step: The step with its settings.
+        rows: All rows.
+        remaining: Ids of the rows that the step keeps.
+        kinds: Kinds of copies.
+    """
+    pairs = [{row["id"], row["of"]} for row in rows if get_kind(row) in kinds]
+    dropped = {row["id"] for row in rows} - set(remaining)
     hits = sum(len(pair & dropped) == 1 for pair in pairs)
-    return len(pairs), len(dropped), hits / max(len(dropped), 1), hits / len(pairs)
+    return StepScore(step, ", ".join(kinds), len(pairs), len(dropped), hits)
 
 
-def ids_of(rows: Rows, *kinds: str) -> set[str]:
-    return {row["id"] for row in rows if row["id"].split("-")[0] in kinds}
+def get_kind(row: dict[str, Any]) -> str:
+    """Return the kind of a row: clean, or that of its defect."""
+    return str(row["id"]).split("-")[0]
 
 
-def same_words(text: str, other: str) -> bool:
+def list_ids(rows: Rows, *kinds: str) -> set[str]:
+    """Return the ids of the rows of some kinds."""
+    return {row["id"] for row in rows if get_kind(row) in kinds}
+
+
+def has_same_words(text: str, other: str) -> bool:
+    """Return whether two texts differ at most in white space."""
     return re.sub(r"\s+", " ", text).strip() == re.sub(r"\s+", " ", other).strip()
 
 
-def measure(data: Path, max_rows: int, folder: Path) -> Iterable[tuple[str, str, tuple[int, int, float, float]]]:
-    """Yield each step, its target, and its score."""
+def measure(data: Path, max_rows: int, folder: Path) -> Iterator[StepScore]:
+    """Yield the score of every step."""
     rng = np.random.default_rng(0)
     clean = read_pairs(data, max_rows)
-    rows = clean + inject(clean, read_foreign(data), read_held_out(data), rng)
+    rows = clean + make_defects(clean, read_translations(data), read_held_out(data), rng)
     rows = [rows[i] for i in rng.permutation(len(rows)).tolist()]
-    by_id, all_ids = {row["id"]: row for row in rows}, ids_of(rows, *{row["id"].split("-")[0] for row in rows})
-
-    # Cleaning: a row is found if it is changed, and repaired if it has the words of the clean one.
-    settings: list[tuple[str, str]] = [("html", "html"), ("control_chars", "control"), ("repair", "mojibake")]
-    for key, kind in settings:
-        off = {"unicode": "none", "control_chars": False, "whitespace": False}
-        left = run_step(rows, {"name": "clean", **off, key: True}, folder)
-        changed = [i for i, row in left.items() if (row["query"], row["pos"]) != (by_id[i]["query"], by_id[i]["pos"])]
-        yield f"clean: {key}", f"{kind} (changed)", score(changed, ids_of(rows, kind))
-        right = []
-        for i in ids_of(rows, kind):
-            origin = by_id[i].get("right") or [by_id[by_id[i]["of"]]["query"], by_id[by_id[i]["of"]]["pos"][0]]
-            right += [i] if same_words(left[i]["query"], origin[0]) and same_words(left[i]["pos"][0], origin[1]) else []
-        yield f"clean: {key}", f"{kind} (as before the damage)", score(right, ids_of(rows, kind))
-
-    left = run_step(rows, {"name": "quality", "max_symbols": 0.3}, folder)
-    yield "quality: max_symbols 0.3", "junk", score(all_ids - set(left), ids_of(rows, "junk"))
-    left = run_step(rows, {"name": "language", "languages": ["en"]}, folder)
-    yield "language: en", "foreign, mojibake", score(all_ids - set(left), ids_of(rows, "foreign", "mojibake"))
-    left = run_step(rows, {"name": "duplicates"}, folder)
-    yield "duplicates: pairs, exact", "copy", score_pairs(rows, left, ["copy"])
-    for threshold in (0.7, 0.8):
-        step = {"name": "duplicates", "match": "near", "threshold": threshold}
-        left = run_step(rows, step, folder)
-        yield (
-            f"duplicates: pairs, near, {threshold}",
-            "copy, near, control",
-            score_pairs(rows, left, ["copy", "near", "control"]),
-        )
+    yield from measure_cleaning(rows, folder)
+    yield from measure_filters(rows, folder)
+    yield from measure_duplicates(rows, folder)
     yield from measure_decontamination(rows, data, folder)
 
 
-def measure_decontamination(rows: Rows, data: Path, folder: Path) -> Iterable[tuple[str, str, tuple[int, int, float, float]]]:
+def run_step(rows: Rows, step: dict[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the rows that a step keeps, by id."""
+    return run_steps(rows, [step], folder, folder / "cache")
+
+
+def measure_cleaning(rows: Rows, folder: Path) -> Iterator[StepScore]:
+    """Yield the scores of each key of `clean` alone: by the rows that it changes, and by those that it repairs."""
+    rows_by_id = {row["id"]: row for row in rows}
+    for key, kind in (("html", "html"), ("control_chars", "control"), ("repair", "mojibake")):
+        off = {"unicode": "none", "control_chars": False, "whitespace": False}
+        cleaned = run_step(rows, {"name": "clean", **off, key: True}, folder)
+        changed = [i for i, row in cleaned.items() if any(row[field] != rows_by_id[i][field] for field in ("query", "pos"))]
+        repaired = [i for i in list_ids(rows, kind) if is_repaired(cleaned[i], rows_by_id[i]["original"])]
+        yield score_step(f"clean: {key}", f"{kind} (changed)", changed, list_ids(rows, kind))
+        yield score_step(f"clean: {key}", f"{kind} (as before the damage)", repaired, list_ids(rows, kind))
+
+
+def is_repaired(row: dict[str, Any], original: tuple[str, str]) -> bool:
+    """Return whether a row has the words that it had before the damage."""
+    return all(map(has_same_words, (row["query"], row["pos"][0]), original))
+
+
+def measure_filters(rows: Rows, folder: Path) -> Iterator[StepScore]:
+    """Yield the scores of `quality` and `language`."""
+    all_ids = {row["id"] for row in rows}
+    remaining = run_step(rows, {"name": "quality", "max_symbols": 0.3}, folder)
+    yield score_step("quality: max_symbols 0.3", "junk", all_ids - set(remaining), list_ids(rows, "junk"))
+    remaining = run_step(rows, {"name": "language", "languages": ["en"]}, folder)
+    expected = list_ids(rows, "foreign", "mojibake")
+    yield score_step("language: en", "foreign, mojibake", all_ids - set(remaining), expected)
+
+
+def measure_duplicates(rows: Rows, folder: Path) -> Iterator[StepScore]:
+    """Yield the scores of `duplicates` for exact copies, and for near copies by threshold."""
+    remaining = run_step(rows, {"name": "duplicates"}, folder)
+    yield score_copies("duplicates: pairs, exact", rows, remaining, ["copy"])
+    for threshold in (0.7, 0.8):
+        remaining = run_step(rows, {"name": "duplicates", "match": "near", "threshold": threshold}, folder)
+        yield score_copies(f"duplicates: pairs, near, {threshold}", rows, remaining, ["copy", "near", "control"])
+
+
+def measure_decontamination(rows: Rows, data: Path, folder: Path) -> Iterator[StepScore]:
     """Yield the scores of `decontaminate` by rule."""
     all_ids = {row["id"] for row in rows}
-    rules: list[tuple[str, dict[str, Any]]] = [
-        ("equal", {"ngram_words": None}), ("13 words", {}),
-        ("BM25 0.5", {"ngram_words": None, "bm25_threshold": 0.5}), ("BM25 0.6", {"ngram_words": None, "bm25_threshold": 0.6}),
-        ("BM25 0.7", {"ngram_words": None, "bm25_threshold": 0.7}), ("BM25 0.8", {"ngram_words": None, "bm25_threshold": 0.8}),
-    ]  # fmt: skip
+    rules: list[tuple[str, dict[str, Any]]] = [("equal", {"ngram_words": None}), ("13 words", {})]
+    rules += [(f"BM25 {threshold}", {"ngram_words": None, "bm25_threshold": threshold}) for threshold in (0.5, 0.6, 0.7, 0.8)]
     for name, options in rules:
         step = {"name": "decontaminate", "beir": [str(data / "ag_news" / "retrieval")], **options}
         dropped = all_ids - set(run_step(rows, step, folder))
-        yield f"decontaminate: {name}", "leak, nearleak", score(dropped, ids_of(rows, "leak", "nearleak"))
-
-
-def print_table(results: Iterable[tuple[str, str, tuple[int, int, float, float]]]) -> None:
-    print("| step | target | injected | found | precision | recall |\n|---|---|---|---|---|---|", flush=True)
-    for step, kind, (expected, found, precision, recall) in results:
-        print(f"| {step} | {kind} | {expected:,} | {found:,} | {precision:.3f} | {recall:.3f} |", flush=True)
+        yield score_step(f"decontaminate: {name}", "leak, nearleak", dropped, list_ids(rows, "leak", "nearleak"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--rows", type=int, default=5600, help="clean rows")
+    parser.add_argument("data", metavar="DATA", type=Path, help="folder of the data sets")
+    parser.add_argument("--rows", type=int, default=5600, help="clean rows (default: %(default)s)")
     args = parser.parse_args()
+    print(TABLE_HEADER, flush=True)
     with tempfile.TemporaryDirectory() as name:
-        print_table(measure(args.data, args.rows, Path(name)))
+        for score in measure(args.data, args.rows, Path(name)):
+            print(score.format_row(), flush=True)
 
 
 if __name__ == "__main__":

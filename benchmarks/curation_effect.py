@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jsonl_rows import read_rows
 from table_cells import format_mean
 
 from jaxembed import Embedder, cli
@@ -30,33 +31,30 @@ from jaxembed.evaluation.heldout import open_held_out_sets, score_sets
 from jaxembed.files import cache_dir
 from jaxembed.runs.train import train
 
-SHUFFLED, COPIED = 0.4, 0.2
+WRONG_SHARE, REPEATED_SHARE = 0.4, 0.2  # of the rows of a source
 METRICS = ("news/ndcg_at_10", "sentences/spearman")
 Pairs = list[tuple[str, str]]
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def read_clean(data: Path, num_rows: int) -> dict[str, Pairs]:
-    news = [(row["query"], row["pos"][0]) for row in read_lines(data / "ag_news" / "pairs_train.jsonl")]
-    rows = read_lines(data / "stsb" / "en" / "train.jsonl")
+def read_clean_pairs(data: Path, num_rows: int) -> dict[str, Pairs]:
+    """Return the first pairs of each source, by name."""
+    news = [(row["query"], row["pos"][0]) for row in read_rows(data / "ag_news" / "pairs_train.jsonl")]
+    rows = read_rows(data / "stsb" / "en" / "train.jsonl")
     sentences = [(row["sentence1"], row["sentence2"]) for row in rows if row["score"] >= 4]
     return {"news": news[:num_rows], "sentences": sentences[:num_rows]}
 
 
 def add_noise(pairs: Pairs, rng: np.random.Generator) -> Pairs:
     """Give some rows the positive of another one, and repeat some rows."""
-    wrong = rng.choice(len(pairs), int(SHUFFLED * len(pairs)), replace=False)
+    wrong = rng.choice(len(pairs), int(WRONG_SHARE * len(pairs)), replace=False)
     noisy = list(pairs)
     for i, j in zip(wrong.tolist(), np.roll(wrong, 1).tolist(), strict=True):
         noisy[i] = (pairs[i][0], pairs[j][1])
-    return noisy + [noisy[i] for i in rng.choice(len(noisy), int(COPIED * len(noisy)), replace=False).tolist()]
+    return noisy + [noisy[i] for i in rng.choice(len(noisy), int(REPEATED_SHARE * len(noisy)), replace=False).tolist()]
 
 
 def write_pairs(folder: Path, sources: dict[str, Pairs]) -> dict[str, Path]:
-    """Write the rows of each source. Return their files."""
+    """Write the pairs of each source to a file of a new folder. Return the files by source."""
     folder.mkdir()
     for name, pairs in sources.items():
         write_jsonl(folder / f"{name}.jsonl", [{"query": query, "pos": [positive]} for query, positive in pairs])
@@ -64,7 +62,7 @@ def write_pairs(folder: Path, sources: dict[str, Pairs]) -> dict[str, Path]:
 
 
 def curate_files(files: dict[str, Path], model: str, out: Path) -> dict[str, Path]:
-    """Remove copies and positives that the model does not find. Return the files of the remaining rows."""
+    """Remove copies, and rows whose positive the model does not find. Return the files of the remaining rows by source."""
     steps = [
         {"name": "duplicates"},
         {"name": "mine", "model": model, "negatives": 0, "consistency_top_k": 2},
@@ -97,7 +95,7 @@ def make_config(files: dict[str, Path], seed: int, out: Path, args: argparse.Nam
 
 
 def score_model(model: str, data: Path) -> dict[str, float]:
-    """Return the scores on both held-out sets."""
+    """Return the scores on both held-out sets, by the names in `METRICS`."""
     sets = [
         EvalSetConfig(name="news", path=str(data / "ag_news" / "retrieval")),
         EvalSetConfig(name="sentences", kind="sts", path=str(data / "stsb" / "en" / "test.jsonl")),
@@ -107,8 +105,8 @@ def score_model(model: str, data: Path) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("data", type=Path)
+    parser.add_argument("model", metavar="MODEL", help="sentence-transformers model")
+    parser.add_argument("data", metavar="DATA", type=Path, help="folder of the data sets")
     parser.add_argument("--rows", type=int, default=1000, help="clean rows of each source (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=60, help="training steps of a run (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each row (default: %(default)s)")
@@ -116,7 +114,7 @@ def main() -> None:
     cli.set_up_jax()
     logging.getLogger("jaxembed").setLevel(logging.WARNING)
     folder = Path(tempfile.mkdtemp())
-    clean, rng = read_clean(args.data, args.rows), np.random.default_rng(0)
+    clean, rng = read_clean_pairs(args.data, args.rows), np.random.default_rng(0)
     noisy = write_pairs(folder / "noisy", {name: add_noise(pairs, rng) for name, pairs in clean.items()})
     data = {"noisy": noisy, "curated": curate_files(noisy, args.model, folder / "curated")}
     data["clean"] = write_pairs(folder / "clean", clean)

@@ -46,7 +46,14 @@ def iter_synthetic(count: int, words: int) -> Iterable[dict[str, Any]]:
 
 
 def measure(name: str, count: int, words: int, memory_mb: int) -> None:
-    """Curate `count` rows in this process, and print time and peak memory."""
+    """Curate rows in this process, and print the row of the table.
+
+    Args:
+        name: Key of `STEPS`.
+        count: Number of rows.
+        words: Words of a query.
+        memory_mb: Key `memory_mb` of the config.
+    """
     with tempfile.TemporaryDirectory() as folder_name:
         folder = Path(folder_name)
         write_jsonl(folder / "rows.jsonl", iter_synthetic(count, words))
@@ -60,7 +67,7 @@ def measure(name: str, count: int, words: int, memory_mb: int) -> None:
 
 
 def run_datatrove(python: str, count: int, words: int) -> None:
-    """Let datatrove remove the near copies of the same rows."""
+    """Remove the near copies of the same rows with datatrove, which prints its row of the table."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.jsonl"
         write_jsonl(path, iter_synthetic(count, words))
@@ -70,11 +77,12 @@ def run_datatrove(python: str, count: int, words: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("steps", choices=sorted(STEPS))
-    parser.add_argument("rows", nargs="+", type=int)
-    parser.add_argument("--words", type=int, default=16, help="words of a query")
-    parser.add_argument("--memory-mb", type=int, default=64)
+    parser.add_argument("steps", choices=sorted(STEPS), help="steps to run")
+    parser.add_argument("rows", metavar="ROWS", nargs="+", type=int, help="number of rows")
+    parser.add_argument("--words", type=int, default=16, help="words of a query (default: %(default)s)")
+    parser.add_argument("--memory-mb", type=int, default=64, help="memory_mb of the config (default: %(default)s)")
     parser.add_argument("--datatrove", metavar="PYTHON", help="also run datatrove, with this Python")
+    # Used by the processes that this script starts.
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:

@@ -28,32 +28,41 @@ TASKS = ("AGNewsTitleRetrieval", "STSBenchmarkMultilingualSTS", "Banking77Classi
 
 
 def list_rows(data: Path, miner: str, folder: Path) -> dict[str, tuple[list[str], dict[str, Any]]]:
-    """Return the rows of the table by name: the names of the tasks that score a row, and its changes to the config."""
+    """Return the rows of the table.
+
+    Args:
+        data: Folder of the training files.
+        miner: Model that mines negatives.
+        folder: Folder for the mined files.
+
+    Returns:
+        By the name of a row: the names of the tasks that score it, and its changes to the config.
+    """
     news, ocnli = data / "ag_news" / "pairs_train.jsonl", data / "ocnli_zh" / "train.jsonl"
     banking = {"path": str(data / "banking77" / "train.jsonl"), "name": "banking"}
 
-    def with_sources(*sources: dict[str, Any], negatives: int = 3, **keys: Any) -> dict[str, Any]:
+    def choose_sources(*sources: dict[str, Any], negatives: int = 3, **keys: Any) -> dict[str, Any]:
         return {"data": {"max_length": 128, "hard_negatives": negatives, "sources": list(sources), **keys}}
 
-    def blend(ratio: float) -> dict[str, Any]:
+    def mix_sources(ratio: float) -> dict[str, Any]:
         batching = {"kind": "semi_homogeneous", "ratio": ratio}
-        return with_sources({"path": str(news)}, {"path": str(ocnli), "name": "ocnli"}, banking, batching=batching)
+        return choose_sources({"path": str(news)}, {"path": str(ocnli), "name": "ocnli"}, banking, batching=batching)
 
     mined_news = mine_pairs(miner, news, folder / "news.jsonl")
     mined_ocnli = mine_pairs(miner, ocnli, folder / "ocnli.jsonl")
     top_50 = mine_pairs(miner, news, folder / "consistent.jsonl", "--consistency-top-k=50")
     top_2 = mine_pairs(miner, news, folder / "most.jsonl", "--consistency-top-k=2")
     return {
-        "AG News, no hard negatives": ([TASKS[0]], with_sources({"path": str(news)}, negatives=0)),
-        "AG News, mined": ([TASKS[0]], with_sources({"path": mined_news, "name": "mined"})),
-        "AG News, mined, positive in the top 50": ([TASKS[0]], with_sources({"path": top_50, "name": "mined"})),
-        "AG News, mined, positive in the top 2": ([TASKS[0]], with_sources({"path": top_2, "name": "mined"})),
-        "OCNLI, no hard negatives": ([TASKS[1]], with_sources({"path": str(ocnli)}, negatives=0)),
-        "OCNLI, its contradictions": ([TASKS[1]], with_sources({"path": str(ocnli)})),
-        "OCNLI, mined": ([TASKS[1]], with_sources({"path": mined_ocnli, "name": "mined"})),
-        "Banking77, examples": ([TASKS[2]], with_sources({**banking, "label_documents": "examples"})),
-        "Banking77, labels": ([TASKS[2]], with_sources({**banking, "label_documents": "labels"})),
-        **{f"all three, semi_homogeneous, ratio {ratio}": (list(TASKS), blend(ratio)) for ratio in (0, 0.5, 1)},
+        "AG News, no hard negatives": ([TASKS[0]], choose_sources({"path": str(news)}, negatives=0)),
+        "AG News, mined": ([TASKS[0]], choose_sources({"path": mined_news, "name": "mined"})),
+        "AG News, mined, positive in the top 50": ([TASKS[0]], choose_sources({"path": top_50, "name": "mined"})),
+        "AG News, mined, positive in the top 2": ([TASKS[0]], choose_sources({"path": top_2, "name": "mined"})),
+        "OCNLI, no hard negatives": ([TASKS[1]], choose_sources({"path": str(ocnli)}, negatives=0)),
+        "OCNLI, its contradictions": ([TASKS[1]], choose_sources({"path": str(ocnli)})),
+        "OCNLI, mined": ([TASKS[1]], choose_sources({"path": mined_ocnli, "name": "mined"})),
+        "Banking77, examples": ([TASKS[2]], choose_sources({**banking, "label_documents": "examples"})),
+        "Banking77, labels": ([TASKS[2]], choose_sources({**banking, "label_documents": "labels"})),
+        **{f"all three, semi_homogeneous, ratio {ratio}": (list(TASKS), mix_sources(ratio)) for ratio in (0, 0.5, 1)},
     }
 
 

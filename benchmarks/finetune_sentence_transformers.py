@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import sys
 import tempfile
@@ -29,6 +28,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from jsonl_rows import read_rows
+from script_runs import read_peak_gib
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
@@ -43,12 +44,13 @@ from transformers import PrinterCallback, TrainerCallback
 
 
 def read_pairs(path: Path) -> Dataset:
-    with path.open(encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines]
-    return Dataset.from_dict({"query": [r["query"] for r in rows], "positive": [r["pos"][0] for r in rows]})
+    """Return the queries of a JSONL file of pairs with their first positives."""
+    rows = read_rows(path)
+    return Dataset.from_dict({"query": [row["query"] for row in rows], "positive": [row["pos"][0] for row in rows]})
 
 
 def build_model(base: str, max_length: int) -> SentenceTransformer:
+    """Load a base in float32. A decoder gets mean pooling and L2 normalization."""
     if Path(base, "modules.json").exists():
         model = SentenceTransformer(base, device="cpu", model_kwargs={"dtype": torch.float32})
         model.max_seq_length = max_length
@@ -107,7 +109,7 @@ class StepLog(TrainerCallback):
 
 
 def train(model: SentenceTransformer, pairs: Dataset, opts: argparse.Namespace) -> dict:
-    """Train `model` in place and return the measurements."""
+    """Train `model` in place. Return the seconds and tokens of a step, and the loss of each step."""
     log, tokens = StepLog(), TokenCounter(model[0])
     with tempfile.TemporaryDirectory() as scratch:
         args = SentenceTransformerTrainingArguments(
@@ -149,7 +151,7 @@ def train(model: SentenceTransformer, pairs: Dataset, opts: argparse.Namespace) 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", metavar="BASE", help="sentence-transformers or decoder folder")
-    parser.add_argument("data", metavar="DATA.jsonl", type=Path, help="JSONL file of {query, pos, neg}")
+    parser.add_argument("data", metavar="DATA.jsonl", type=Path, help="JSONL file of pairs (query, pos)")
     parser.add_argument("out", metavar="OUT", help="folder to write the sentence-transformers model to")
     parser.add_argument(
         "--steps", type=int, default=60, help="training steps; 0 saves the untrained model (default: %(default)s)"
@@ -176,7 +178,7 @@ def main() -> None:
     if opts.steps:
         results |= train(model, read_pairs(opts.data), opts)
     model.save(opts.out)
-    results["peak_memory_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+    results["peak_memory_gib"] = round(read_peak_gib(), 2)
     print(json.dumps(results))
 
 

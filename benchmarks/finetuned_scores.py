@@ -35,8 +35,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from script_runs import BENCHMARKS, run_script
 from table_cells import format_mean
-from vs_sentence_transformers import BENCHMARKS, make_model_section, run_script
+from vs_sentence_transformers import make_model_section
 
 from jaxembed.training.metrics import read_metrics
 

@@ -41,7 +41,7 @@ ONE_SIDED_PARTS = ("kernels", "large_batch")
 
 
 def run_task(part: str, side: str, is_tiny: bool) -> dict[str, Any]:
-    """Measure one side of a part in this process."""
+    """Measure one side of a part in this process. Return what the module of the side measures."""
     module = importlib.import_module(MODULES[side])
     if part == "kernels":
         return dict(module.measure_kernels(is_tiny))
@@ -50,7 +50,17 @@ def run_task(part: str, side: str, is_tiny: bool) -> dict[str, Any]:
 
 
 def run_in_process(part: str, side: str, is_tiny: bool, seconds: float) -> dict[str, Any]:
-    """Measure one side of a part in its own process. Return its result, or the reason of the failure."""
+    """Measure one side of a part in its own process.
+
+    Args:
+        part: One of `PARTS`.
+        side: One of `SIDES`.
+        is_tiny: Whether this is a dry run.
+        seconds: Time limit.
+
+    Returns:
+        The result of `run_task`, or {"failed": reason}.
+    """
     command = [sys.executable, __file__, "--task", part, side, *(["--tiny"] if is_tiny else [])]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=max(seconds, 1))
@@ -63,7 +73,7 @@ def run_in_process(part: str, side: str, is_tiny: bool, seconds: float) -> dict[
 
 
 def find_error_line(stderr: str) -> str:
-    """Return the last line of a traceback's error: `NameOfError: message`."""
+    """Return the error of a traceback, such as `ValueError: message`; empty if there is none."""
     errors = re.findall(r"^[\w.]*(?:Error|Exception|Interrupt)\b.*", stderr, re.MULTILINE)
     return errors[-1][:300] if errors else ""
 
@@ -122,7 +132,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
     parser.add_argument("--minutes", type=float, default=8.0, help="time for all parts (default: %(default)s)")
     parser.add_argument("--tiny", action="store_true", help="dry run at tiny sizes")
-    parser.add_argument("--same-process", action="store_true", help=argparse.SUPPRESS)  # for a test
+    # Used by the processes that this script starts.
     parser.add_argument("--task", nargs=2, metavar=("PART", "SIDE"), help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.task:
@@ -132,11 +142,9 @@ def main(arguments: list[str] | None = None) -> None:
     results: dict[str, dict[str, Any]] = {}
     for part in args.parts:
         for side in SIDES[:1] if part in ONE_SIDED_PARTS else SIDES:
-            if args.same_process:
-                results[f"{part}:{side}"] = run_task(part, side, args.tiny)
-            else:
-                results[f"{part}:{side}"] = run_in_process(part, side, args.tiny, deadline - time.monotonic())
-            print(f"{part} {side}: {results[f'{part}:{side}'].get('failed', 'done')}", file=sys.stderr, flush=True)
+            result = run_in_process(part, side, args.tiny, deadline - time.monotonic())
+            results[f"{part}:{side}"] = result
+            print(f"{part} {side}: {result.get('failed', 'done')}", file=sys.stderr, flush=True)
     kernels = results.pop("kernels:jaxembed", {})
     device = next((result["device"] for result in (kernels, *results.values()) if "device" in result), None)
     print(f"device: {device}")

@@ -1,4 +1,4 @@
-"""The side of jaxembed in benchmarks/gpu.py."""
+"""Measure jaxembed for benchmarks/gpu.py."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def build_model(work: Workload) -> EmbeddingModel:
 
 
 def build_batch(texts: list[np.ndarray]) -> Batch:
-    """Pack the texts into rows. The first half are queries, the second half their documents."""
+    """Return a batch of texts, packed into rows. The first half are queries, the second half their documents."""
     lengths = np.array([len(text) for text in texts])
     (packing,), shape = pack_shards([lengths], MAX_TOKENS)
     arrays = fill_rows(texts, np.zeros(len(texts), int), packing.row, packing.segment, shape)
     segments = compute_max_segments(shape[1])
     slots = (packing.row * segments + packing.segment).astype(np.int32)
     b = len(texts) // 2
-    hashes = np.arange(4 * b, dtype=np.uint32).reshape(2, b, 2) + 1
+    hashes = np.arange(4 * b, dtype=np.uint32).reshape(2, b, 2) + 1  # all texts are distinct
     return Batch(
         texts=PackedTexts(**arrays, segments=segments, shards=1), query_slot=slots[:b], doc_slot=slots[b:, None],
         in_batch=np.ones(b, bool), query_hash=hashes[0], doc_hash=hashes[1][:, None], positive_hash=hashes[1][:, None],
@@ -72,7 +72,7 @@ def draw_params(model: EmbeddingModel) -> Any:
 
 
 def measure_training(work: Workload) -> dict[str, Any]:
-    """Train on one batch again and again. Return tokens, seconds, FLOPs and memory of a step."""
+    """Train on one batch again and again. Return tokens, median seconds, FLOPs and memory of a step."""
     model, mesh, optim, texts = build_model(work), make_mesh(1), OptimConfig(), work.draw_texts()
     optimizer = make_optimizer(optim, SCHEDULE_STEPS)
     trained, frozen = split_params(draw_params(model))
@@ -85,7 +85,8 @@ def measure_training(work: Workload) -> dict[str, Any]:
         compiled = step.lower(state, batch).compile()
         compile_seconds = time.perf_counter() - start
         seconds = []
-        for _ in range(work.steps + (work.steps > 1)):
+        num_warmup_steps = 1 if work.steps > 1 else 0  # a single step takes long enough without one
+        for _ in range(num_warmup_steps + work.steps):
             start = time.perf_counter()
             state, metrics = compiled(state, batch)
             loss = float(metrics["loss"])
@@ -95,9 +96,9 @@ def measure_training(work: Workload) -> dict[str, Any]:
     return {
         "tokens": sum(map(len, texts)),
         "computed_tokens": int(batch.texts.tokens.size),
-        "seconds": statistics.median(seconds[-work.steps :]),
+        "seconds": statistics.median(seconds[num_warmup_steps:]),
         "flops": work.count_flops(texts),
-        "gib": read_peak_gib(),
+        "gib": read_device_peak_gib(),
         "planned_gib": (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**30,
         "compile_seconds": round(compile_seconds, 1),
         "loss": loss,
@@ -115,10 +116,10 @@ def measure_encoding(work: Workload) -> dict[str, Any]:
         start = time.perf_counter()
         embedder.encode(words)
         seconds.append(time.perf_counter() - start)
-    return {"tokens": sum(map(len, texts)), "seconds": statistics.median(seconds[1:]), "gib": read_peak_gib()}
+    return {"tokens": sum(map(len, texts)), "seconds": statistics.median(seconds[1:]), "gib": read_device_peak_gib()}
 
 
-def read_peak_gib() -> float | None:
+def read_device_peak_gib() -> float | None:
     """Return the peak of the device's memory in GiB, or None if the device does not report it."""
     stats = jax.local_devices()[0].memory_stats() or {}
     return stats["peak_bytes_in_use"] / 2**30 if "peak_bytes_in_use" in stats else None

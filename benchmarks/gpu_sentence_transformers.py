@@ -1,4 +1,4 @@
-"""The side of sentence-transformers in benchmarks/gpu.py: its model, pooling and loss, with PyTorch's SDPA attention.
+"""Measure sentence-transformers for benchmarks/gpu.py: its model, pooling and loss, with PyTorch's SDPA attention.
 
 Training does what its trainer does with `bf16=True`: float32 parameters under autocast, fused AdamW, and gradient clipping.
 Texts are padded to the longest of their side, as its collator does.
@@ -25,7 +25,10 @@ LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 
 def build_model(work: Workload, dtype: torch.dtype) -> SentenceTransformer:
-    """Return a model with random weights. Its folder has a tiny model, which is replaced without writing the large one."""
+    """Return a model with random weights.
+
+    Transformer loads a folder. To avoid writing the large model, the folder has a tiny one, which is replaced after loading.
+    """
     config = dict(work.hf_config)
     kind = config.pop("model_type")
     tiny = {**config, **TINY_SIZES, "vocab_size": config["vocab_size"]}
@@ -58,7 +61,7 @@ def add_adapters(model: SentenceTransformer) -> None:
 
 
 def pad_texts(texts: list[np.ndarray]) -> dict[str, torch.Tensor]:
-    """Return the features of texts, padded to the longest."""
+    """Return token ids and attention mask, [N, T] each, of texts padded to the longest."""
     ids = np.zeros((len(texts), max(map(len, texts))), np.int64)
     mask = np.zeros_like(ids)
     for row, text in enumerate(texts):
@@ -67,7 +70,7 @@ def pad_texts(texts: list[np.ndarray]) -> dict[str, torch.Tensor]:
 
 
 def measure_training(work: Workload) -> dict[str, Any]:
-    """Train on one batch again and again. Return tokens, seconds, FLOPs and memory of a step."""
+    """Train on one batch again and again. Return tokens, median seconds, FLOPs and memory of a step."""
     texts = work.draw_texts()
     model = build_model(work, torch.bfloat16 if work.lora else torch.float32)
     if work.lora:
@@ -98,7 +101,7 @@ def measure_training(work: Workload) -> dict[str, Any]:
         "computed_tokens": sum(features["input_ids"].numel() for features in sides),
         "seconds": statistics.median(seconds[1:]),
         "flops": work.count_flops(texts),
-        "gib": read_peak_gib(),
+        "gib": read_device_peak_gib(),
         "loss": value,
     }
 
@@ -112,9 +115,9 @@ def measure_encoding(work: Workload) -> dict[str, Any]:
         start = time.perf_counter()
         model.encode(words, batch_size=ENCODE_BATCH, show_progress_bar=False)
         seconds.append(time.perf_counter() - start)
-    return {"tokens": sum(map(len, texts)), "seconds": statistics.median(seconds[1:]), "gib": read_peak_gib()}
+    return {"tokens": sum(map(len, texts)), "seconds": statistics.median(seconds[1:]), "gib": read_device_peak_gib()}
 
 
-def read_peak_gib() -> float | None:
+def read_device_peak_gib() -> float | None:
     """Return the peak of the GPU's memory in GiB, or None without a GPU."""
     return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None

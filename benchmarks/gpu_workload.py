@@ -1,4 +1,4 @@
-"""Sizes and texts of benchmarks/gpu.py, which both sides share. It imports neither JAX nor PyTorch."""
+"""Models and texts that both sides of benchmarks/gpu.py share. Imports neither JAX nor PyTorch."""
 
 from __future__ import annotations
 
@@ -65,8 +65,10 @@ class Workload:
         attention_weights = c["hidden_size"] * head_width * (2 * heads + 2 * kv_heads)
         weights = attention_weights + 3 * c["hidden_size"] * c["intermediate_size"]
         lengths = np.array([len(text) for text in texts], np.float64)
-        per_layer = (4 if self.lora else 6) * weights * lengths.sum() + 12 * head_width * heads * (lengths**2).sum()
-        return float(c["num_hidden_layers"] * per_layer)
+        # 2 FLOPs per token and weight for each matmul: forward, gradient of the inputs, and gradient of trained weights.
+        weight_flops = (4 if self.lora else 6) * weights * lengths.sum()
+        attention_flops = 12 * head_width * heads * (lengths**2).sum()
+        return float(c["num_hidden_layers"] * (weight_flops + attention_flops))
 
 
 WORKLOADS = {

@@ -15,6 +15,7 @@ import json
 import logging
 import shutil
 import tempfile
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,13 @@ from table_cells import format_mean
 
 from jaxembed import Embedder, cli
 from jaxembed.config import Config, EvalSetConfig, parse_config
+from jaxembed.config.objectives import Direction
 from jaxembed.evaluation.heldout import open_held_out_sets, score_sets
 from jaxembed.files import cache_dir
 from jaxembed.runs.train import train
 
 LANGUAGES = ("en", "zh", "fr", "pl", "de")
-ALL_DIRECTIONS = ["query_document", "query_query", "document_query", "document_document"]
-IN_BATCH = {"name": "infonce", "directions": ALL_DIRECTIONS, "per_direction": True}
+IN_BATCH = {"name": "infonce", "directions": list(typing.get_args(Direction)), "per_direction": True}
 OBJECTIVES: dict[str, list[dict[str, Any]]] = {
     "InfoNCE on scores of 4 and more": [{"name": "infonce"}],
     "CoSENT": [{"name": "cosent"}],
@@ -55,11 +56,12 @@ def make_config(base: str, objectives: list[dict[str, Any]], seed: int, out: Pat
 
 
 def write_base(out: Path, args: argparse.Namespace) -> str:
-    """Write a small model with random weights and a tokenizer of the training texts: a run of one step with no effect."""
-    config = make_config("preset:tiny", OBJECTIVES["cosine regression"], 0, out, args)
-    optim, steps = config.optim.replace(learning_rate=1e-12), config.train.replace(steps=1)
-    tree = config.model_dump(mode="json", exclude={"stages"}) | {"optim": optim.model_dump(), "train": steps.model_dump()}
-    train(parse_config(tree, "base"))
+    """Train a small model with random weights for one step, at a learning rate that changes nothing. Return its run directory.
+
+    The run has the tokenizer of the training texts.
+    """
+    options = argparse.Namespace(**{**vars(args), "steps": 1, "learning_rate": 1e-12})
+    train(make_config("preset:tiny", OBJECTIVES["cosine regression"], 0, out, options))
     return str(out)
 
 

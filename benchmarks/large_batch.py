@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import typing
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -32,9 +33,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import yaml
-from vs_sentence_transformers import run_script
+from script_runs import BENCHMARKS, run_script
 
 from jaxembed.config import InfoNCEConfig
+from jaxembed.config.objectives import Direction
 from jaxembed.data.batch import Batch, FrozenVectors
 from jaxembed.devices.mesh import make_mesh
 from jaxembed.devices.placement import make_batch_sharding
@@ -45,8 +47,9 @@ from jaxembed.training.metrics import read_metrics
 
 WIDTH = 256
 BATCH_SIZES = (4096, 16384, 65536)
-EIGHT_DEVICES_FLAG = "--xla_force_host_platform_device_count=8"
-ALL_DIRECTIONS = ("query_document", "query_query", "document_query", "document_document")
+MESH_DEVICES = 8
+MESH_OPTION = "--on-mesh"  # of the process that simulates the devices
+ALL_DIRECTIONS: tuple[Direction, ...] = typing.get_args(Direction)
 VARIANTS = {
     "InfoNCE": InfoNCEConfig(),
     "GTE's four directions": InfoNCEConfig(directions=ALL_DIRECTIONS),
@@ -58,7 +61,11 @@ Loss = Callable[[jax.Array, jax.Array, Batch], jax.Array]
 
 
 def build_batch(count: int) -> tuple[jax.Array, jax.Array, Batch]:
-    """Return random queries [count, D] and documents [count, 1, D] of about unit length, and a batch of distinct texts."""
+    """Return random vectors, and a batch of distinct texts that they belong to.
+
+    Returns:
+        Queries [count, WIDTH] and documents [count, 1, WIDTH] of about unit length, and the batch, which has no tokens.
+    """
     keys = jax.random.split(jax.random.key(0), 4)
     q, d, guide_queries, guide_documents = (jax.random.normal(key, (count, 1, WIDTH)) / WIDTH**0.5 for key in keys)
     hashes = jnp.arange(4 * count, dtype=jnp.uint32).reshape(2, count, 2)
@@ -124,7 +131,7 @@ def measure_seconds(loss: Loss, count: int) -> float:
 
 
 def measure_jaxembed_step(args: argparse.Namespace) -> dict[str, float]:
-    """Return the seconds and the peak memory in GiB of a step of jaxembed."""
+    """Return the batch size, the seconds, and the peak memory in GiB of a step of jaxembed."""
     tree = {
         "model": {"base": args.base, "attention": "causal", "pooling": {"kind": "mean"}, "append_eos": False},
         "data": {"max_length": args.max_length, "sources": [{"path": str(args.data)}]},
@@ -140,8 +147,8 @@ def measure_jaxembed_step(args: argparse.Namespace) -> dict[str, float]:
 
 
 def measure_sentence_transformers_step(args: argparse.Namespace, batch_size: int) -> dict[str, float]:
-    """Return the seconds and the peak memory in GiB of a step of sentence-transformers' trainer."""
-    script = str(Path(__file__).parent / "finetune_sentence_transformers.py")
+    """Return the batch size, the seconds, and the peak memory in GiB of a step of sentence-transformers' trainer."""
+    script = str(BENCHMARKS / "finetune_sentence_transformers.py")
     options = [f"--batch-size={batch_size}", "--steps=1", "--mini-batch-size=64", f"--max-length={args.max_length}"]
     with tempfile.TemporaryDirectory() as folder:
         result, memory = run_script([script, args.base, str(args.data), f"{folder}/out", *options])
@@ -167,24 +174,25 @@ def main() -> None:
 
 
 def print_memory() -> dict[str, list[float]]:
-    """Print the table of temporary memory and return its values in MiB for each batch size, by name of the loss."""
-    losses = {"plain InfoNCE": plain_loss} | {name: make_blockwise_loss(config) for name, config in VARIANTS.items()}
-    memory: dict[str, list[float]] = {}
+    """Print the table of temporary memory. Return its values in MiB for each of `BATCH_SIZES`, by name of the loss."""
     print("| loss and gradient | " + " | ".join(f"B = {size:,}" for size in BATCH_SIZES) + " |")
     print("|---|" + "---|" * len(BATCH_SIZES))
-    for name, loss in losses.items():
-        memory[name] = [measure_temporary_mib(loss, size) for size in BATCH_SIZES]
-        print_memory_row(name, memory[name])
-    command, env = [sys.executable, __file__, "--mesh-part"], {**os.environ, "XLA_FLAGS": EIGHT_DEVICES_FLAG}
-    mesh_part = subprocess.run(command, env=env, stdout=subprocess.PIPE, check=True)
-    for name, values in json.loads(mesh_part.stdout.splitlines()[-1]).items():
-        memory[f"{name}, each of 8 devices"] = values
-        print_memory_row(f"{name}, each of 8 devices", values)
+    memory = {"plain InfoNCE": [measure_temporary_mib(plain_loss, size) for size in BATCH_SIZES]}
+    memory |= measure_blockwise_memory(shards=1)
+    command = [sys.executable, __file__, MESH_OPTION]
+    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={MESH_DEVICES}"}
+    on_mesh = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
+    values_by_loss = json.loads(on_mesh.stdout.splitlines()[-1])
+    memory |= {f"{name}, each of {MESH_DEVICES} devices": values for name, values in values_by_loss.items()}
+    for name, values in memory.items():
+        print(f"| {name} | " + " | ".join(f"{size:,.0f} MiB" for size in values) + " |")
     return memory
 
 
-def print_memory_row(name: str, values: list[float]) -> None:
-    print(f"| {name} | " + " | ".join(f"{size:,.0f} MiB" for size in values) + " |")
+def measure_blockwise_memory(shards: int) -> dict[str, list[float]]:
+    """Return the temporary memory per device in MiB for each of `BATCH_SIZES`, by name of the loss."""
+    losses = {name: make_blockwise_loss(config, shards) for name, config in VARIANTS.items()}
+    return {name: [measure_temporary_mib(loss, size) for size in BATCH_SIZES] for name, loss in losses.items()}
 
 
 def print_times(count: int) -> dict[str, float]:
@@ -212,8 +220,7 @@ def print_steps(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--mesh-part"]:  # in a process that simulates 8 devices
-        losses = {name: make_blockwise_loss(config, 8) for name, config in VARIANTS.items()}
-        print(json.dumps({name: [measure_temporary_mib(loss, size) for size in BATCH_SIZES] for name, loss in losses.items()}))
+    if sys.argv[1:] == [MESH_OPTION]:
+        print(json.dumps(measure_blockwise_memory(shards=MESH_DEVICES)))
     else:
         main()

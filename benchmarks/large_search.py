@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mining import draw_unit_vectors, read_peak_gib
+from mining import draw_unit_vectors
+from script_runs import read_peak_gib
 
 from jaxembed.search.nearest import SearchResult, search
 from jaxembed.search.vector_file import VectorFile, search_file
@@ -38,7 +39,7 @@ def write_file(path: Path, vectors: int, width: int) -> None:
 
 
 def measure(file: VectorFile, queries: np.ndarray, processes: int, args: argparse.Namespace) -> tuple[SearchResult, Any]:
-    """Return the result of a search, and its seconds and memory."""
+    """Return the result of a search, and its measurements: processes, seconds, and memory in GiB."""
     before, start = read_peak_gib(), time.perf_counter()
     result = search_file(queries, file, args.k, memory_mb=args.memory_mb, processes=processes)
     seconds = time.perf_counter() - start
@@ -65,16 +66,13 @@ def main() -> None:
     file = VectorFile(args.file)
     queries = draw_unit_vectors(args.queries, file.shape[1], 0)
     search(queries, file.read(0, 1000), 1)  # loads the libraries
-    (alone, first), (together, second) = (measure(file, queries, count, args) for count in (1, args.processes))
+    results, runs = zip(*(measure(file, queries, count, args) for count in (1, args.processes)), strict=True)
     print("| processes | seconds | memory, GiB |\n|---|---|---|")
-    for row in (first, second):
-        print(f"| {row['processes']} | {row['seconds']} | {row['gib']} |")
-    equal = bool(np.array_equal(alone.rows, together.rows))
-    print(
-        json.dumps(
-            {"vectors": len(file), "gib": round(args.file.stat().st_size / 2**30, 2), "runs": [first, second], "equal": equal}
-        )
-    )
+    for run in runs:
+        print(f"| {run['processes']} | {run['seconds']} | {run['gib']} |")
+    file_gib = round(args.file.stat().st_size / 2**30, 2)
+    equal = bool(np.array_equal(results[0].rows, results[1].rows))
+    print(json.dumps({"vectors": len(file), "gib": file_gib, "runs": runs, "equal": equal}))
 
 
 if __name__ == "__main__":

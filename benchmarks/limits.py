@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ import numpy as np
 import optax
 
 from jaxembed import cli
-from jaxembed import config as configuration
+from jaxembed.config import Config, parse_config
 from jaxembed.data.batch import BatchBuilder
 from jaxembed.data.batch_plan import BatchPlan
 from jaxembed.data.batch_sampler import BatchSampler
@@ -53,7 +53,21 @@ MACHINE_ROUNDS = 30  # runs of the matmul and the addition that measure the mach
 # The first round compiles. The second may compile too, if a result has a different sharding from the argument that it replaces.
 WARMUP_ROUNDS = 2
 model_matmul = functools.partial(sharded_matmul, fsdp_axis=0)  # x @ W as the model computes it
-Part = tuple[Callable[[], Any], float, float]  # function to time, FLOPs of its matmuls, bytes it must move
+LARGEST_MATMUL, ADDITION = "one matmul", "adding two arrays"  # the parts that measure the machine
+
+
+class Part(NamedTuple):
+    """A part of a train step.
+
+    Attributes:
+        run: Runs it.
+        flops: FLOPs of its matmuls.
+        bytes_moved: Bytes of its inputs and outputs.
+    """
+
+    run: Callable[[], Any]
+    flops: float = 0
+    bytes_moved: float = 0
 
 
 def main() -> None:
@@ -79,9 +93,9 @@ def main() -> None:
     batch = put_batch(mesh, host_batch.batch)
 
     parts: dict[str, Part] = {
-        "one matrix product": build_largest_matmul(embedder, batch),
-        "adding two arrays": build_addition(),
-        "batch on the host": (lambda: build_batch(1, np.asarray(plan[1])), 0, 0),
+        LARGEST_MATMUL: build_largest_matmul(embedder, batch),
+        ADDITION: build_addition(),
+        "batch on the host": Part(lambda: build_batch(1, np.asarray(plan[1]))),
         "projections": build_projections(embedder, batch),
         "attention": build_attention(embedder, batch),
         "norms, rotation, gate": build_pointwise(embedder, batch),
@@ -91,37 +105,38 @@ def main() -> None:
         "whole step": build_whole_step(config, embedder, batch),
     }
     seconds = {name: statistics.median(times) for name, times in time_in_turns(parts, args.rounds).items()}
-    machine = {name: parts[name] for name in ("one matrix product", "adding two arrays")}
+    machine = {name: parts[name] for name in (LARGEST_MATMUL, ADDITION)}
     seconds |= {name: min(times) for name, times in time_in_turns(machine, MACHINE_ROUNDS).items()}
     print_report(parts, seconds, host_batch)
 
 
-def build_config(args: argparse.Namespace) -> configuration.Config:
+def build_config(args: argparse.Namespace) -> Config:
+    """Return the config of the run whose step is measured."""
     tree = {
         "model": {"base": args.base, "attention": "causal", "pooling": {"kind": "mean"}},
         "data": {"max_length": args.max_length, "sources": [{"path": args.data}]},
         "train": {"batch_size": args.batch_size},
     }
-    return configuration.parse_config(tree, "benchmark")
+    return parse_config(tree, "benchmark")
 
 
 def time_in_turns(parts: dict[str, Part], rounds: int) -> dict[str, list[float]]:
     """Return the seconds of each part in each round, after the warmup rounds."""
     times: dict[str, list[float]] = {name: [] for name in parts}
     for _ in range(WARMUP_ROUNDS + rounds):
-        for name, (run, _, _) in parts.items():
+        for name, part in parts.items():
             start = time.perf_counter()
-            jax.block_until_ready(run())
+            jax.block_until_ready(part.run())
             times[name].append(time.perf_counter() - start)
     return {name: part_times[WARMUP_ROUNDS:] for name, part_times in times.items()}
 
 
 def jit_part(run: Callable[..., Any], *arrays: Any, flops: float = 0) -> Part:
-    """Return the part that runs the jitted function. The bytes that it must move are those of its arguments and results."""
+    """Return the part that runs a jitted function on arrays. The bytes that it must move are those of arguments and results."""
     bytes_moved = sum(x.nbytes for x in jax.tree.leaves(arrays))
     bytes_moved += sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(run, *arrays)))
     jitted = jax.jit(run, compiler_options=get_compiler_options())
-    return lambda: jitted(*arrays), flops, bytes_moved
+    return Part(lambda: jitted(*arrays), flops, bytes_moved)
 
 
 def draw_normal(*shape: int) -> jax.Array:
@@ -163,7 +178,7 @@ def build_projections(embedder: Embedder, batch: Any) -> Part:
 
     count = sum(weight.size for weight in weights)
     bytes_moved = sum(3 * 4 * (tokens * sum(weight.shape) + weight.size) for weight in weights)
-    return run, 6 * count * tokens, bytes_moved
+    return Part(run, 6 * count * tokens, bytes_moved)
 
 
 def build_attention(embedder: Embedder, batch: Any) -> Part:
@@ -171,10 +186,7 @@ def build_attention(embedder: Embedder, batch: Any) -> Part:
     c, texts = embedder.model.transformer, batch.texts
     rows, length = texts.tokens.shape
     token_info = TokenInfo(texts.segment_ids, texts.positions, texts.pool_mask)
-    q, k, v = (
-        draw_normal(rows, length, c.heads, c.head_width),
-        *(draw_normal(rows, length, c.kv_heads, c.head_width) for _ in "kv"),
-    )
+    q, k, v = (draw_normal(rows, length, heads, c.head_width) for heads in (c.heads, c.kv_heads, c.kv_heads))
     attend = pick_kernel("auto", 1)
 
     def all_layers(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
@@ -186,15 +198,15 @@ def build_attention(embedder: Embedder, batch: Any) -> Part:
 
     # 8 matmuls per layer: 2 forward, 2 for the forward pass that is recomputed, 4 backward.
     flops = 2 * rows * length**2 * c.heads * c.head_width * c.layers * 8
-    run, _, bytes_moved = jit_part(all_layers, q, k, v)
-    return run, flops, bytes_moved * c.layers
+    part = jit_part(all_layers, q, k, v, flops=flops)
+    return part._replace(bytes_moved=part.bytes_moved * c.layers)
 
 
 def build_pointwise(embedder: Embedder, batch: Any) -> Part:
     """Build both norms, RoPE on queries and keys, and the gate of all layers, forward and backward."""
     c, texts = embedder.model.transformer, batch.texts
     rows, length = texts.tokens.shape
-    x, gate, up = draw_normal(rows * length, c.width), *(draw_normal(rows * length, c.mlp_width) for _ in "gu")
+    x, gate, up = (draw_normal(rows * length, width) for width in (c.width, c.mlp_width, c.mlp_width))
     heads = draw_normal(rows, length, c.heads + c.kv_heads, c.head_width)
     norm, scale = RMSNorm(c.norm_epsilon, jnp.float32), {"params": {"scale": jnp.ones(c.width)}}
     frequencies = compute_rope_frequencies(c.head_width, c.rope_theta, dict(c.rope_scaling))
@@ -207,23 +219,24 @@ def build_pointwise(embedder: Embedder, batch: Any) -> Part:
         out, backward = jax.vjp(values, x, heads, gate, up)
         return out, backward(out)
 
-    run, _, bytes_moved = jit_part(one_layer, x, heads, gate, up)
-    return lambda: [run() for _ in range(c.layers)], 0, bytes_moved * c.layers
+    layer = jit_part(one_layer, x, heads, gate, up)
+    return Part(lambda: [layer.run() for _ in range(c.layers)], bytes_moved=layer.bytes_moved * c.layers)
 
 
 def build_embedding(embedder: Embedder, batch: Any) -> Part:
-    """Build the embedding lookup of all tokens, and the gradient of the table."""
+    """Build the embedding lookup of all tokens, and the gradient with respect to the table."""
     tokens, table = batch.texts.tokens.reshape(-1), embedder.params["decoder"]["embedding"]
 
     def weighted_sum(table: jax.Array, weight: jax.Array) -> jax.Array:
         return jnp.vdot(table[tokens], weight)
 
-    run, _, _ = jit_part(jax.grad(weighted_sum), table, draw_normal(tokens.size, table.shape[1]))
-    return run, 0, table.nbytes + 3 * tokens.size * table.shape[1] * 4  # most rows of the table are not read
+    part = jit_part(jax.grad(weighted_sum), table, draw_normal(tokens.size, table.shape[1]))
+    # Most rows of the table are not read, but the gradient has all of them.
+    return part._replace(bytes_moved=table.nbytes + 3 * tokens.size * table.shape[1] * 4)
 
 
-def build_loss(config: configuration.Config, embedder: Embedder, batch: Any) -> Part:
-    """Build the gradients of the objectives by the vectors of queries and documents."""
+def build_loss(config: Config, embedder: Embedder, batch: Any) -> Part:
+    """Build the gradients of the objectives with respect to the vectors of queries and documents."""
     objectives = Objectives(config.objectives)
     queries, documents = batch.query_slot.size, batch.doc_slot.size
     width = embedder.model.transformer.width
@@ -235,7 +248,7 @@ def build_loss(config: configuration.Config, embedder: Embedder, batch: Any) -> 
     return jit_part(jax.grad(value, (0, 1)), *vectors, flops=6 * queries * documents * width)
 
 
-def build_optimizer(config: configuration.Config, embedder: Embedder) -> Part:
+def build_optimizer(config: Config, embedder: Embedder) -> Part:
     """Build an AdamW step over all parameters. It reads gradients, two moments and parameters, and writes the last three."""
     update, params = make_optimizer(config.optim, config.train.steps), embedder.params
     grads = jax.tree.map(lambda x: 1e-3 * x, params)
@@ -251,10 +264,10 @@ def build_optimizer(config: configuration.Config, embedder: Embedder) -> Part:
         state[:] = jitted(*state, grads)  # the arguments are donated
         return state[0]
 
-    return run, 0, 7 * sum(x.nbytes for x in jax.tree.leaves(params))
+    return Part(run, bytes_moved=7 * sum(x.nbytes for x in jax.tree.leaves(params)))
 
 
-def build_whole_step(config: configuration.Config, embedder: Embedder, batch: Any) -> Part:
+def build_whole_step(config: Config, embedder: Embedder, batch: Any) -> Part:
     """Build the training step itself. No limit is computed for it."""
     update = make_optimizer(config.optim, config.train.steps)
     schedule = make_schedule(config.optim, config.train.steps)
@@ -266,19 +279,20 @@ def build_whole_step(config: configuration.Config, embedder: Embedder, batch: An
         state[0], metrics = step(state[0], batch)
         return metrics
 
-    return run, 0, 0
+    return Part(run)
 
 
 def print_report(parts: dict[str, Part], seconds: dict[str, float], host_batch: Any) -> None:
-    rate = parts["one matrix product"][1] / seconds["one matrix product"]
-    bandwidth = parts["adding two arrays"][2] / seconds["adding two arrays"]
+    """Print token counts, the rates of the machine, and the time and limit of each part."""
+    rate = parts[LARGEST_MATMUL].flops / seconds[LARGEST_MATMUL]
+    bandwidth = parts[ADDITION].bytes_moved / seconds[ADDITION]
     step = seconds["whole step"]
     print(f"{host_batch.padded_tokens} tokens, {host_batch.useful_tokens} of them useful; ", end="")
     print(f"a matmul {rate / 1e9:.0f} GFLOP/s, memory {bandwidth / 1e9:.1f} GB/s\n")
     print("| part | seconds | fraction of the step | limit, seconds | limit / time |\n|---|---|---|---|---|")
     rows = {}
-    for name, (_, flops, bytes_moved) in parts.items():
-        limit = max(flops / rate, bytes_moved / bandwidth)
+    for name, part in parts.items():
+        limit = max(part.flops / rate, part.bytes_moved / bandwidth)
         rows[name] = {"seconds": seconds[name], "limit": limit}
         cells = f"{limit:.3f} | {limit / seconds[name]:.2f}" if limit else "|"
         print(f"| {name} | {seconds[name]:.3f} | {seconds[name] / step:.2f} | {cells} |")

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import tempfile
 import time
@@ -21,20 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from vs_sentence_transformers import run_script
+from script_runs import read_peak_gib, run_script
 
 from jaxembed.search.nearest import DEFAULT_MEMORY_MB, search
 
 SIDES = ("faiss", "jaxembed")
 
 
-def read_peak_gib() -> float:
-    """Return the peak memory of this process so far in GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
 def read_clocks() -> np.ndarray:
-    """Return the wall time, and the CPU time of this process summed over all cores, in seconds."""
+    """Return two clocks in seconds, [2]: wall time, and the CPU time of this process on all cores."""
     return np.array([time.perf_counter(), time.process_time()])
 
 
@@ -46,7 +40,11 @@ def draw_unit_vectors(count: int, width: int, seed: int) -> np.ndarray:
 
 
 def measure_search(side: str, args: argparse.Namespace) -> dict[str, float]:
-    """Measure one search, including compilation or building the index, and write the document rows [queries, k] it found."""
+    """Measure one search, including compilation or building the index. Write its document rows [queries, k] to --out.
+
+    Returns:
+        Seconds, core seconds, and memory besides the vectors in GiB.
+    """
     queries, documents = draw_unit_vectors(args.queries, args.width, 0), draw_unit_vectors(args.documents, args.width, 1)
     if side == "faiss":
         import faiss

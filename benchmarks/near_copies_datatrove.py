@@ -60,21 +60,21 @@ def remove_near_copies(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", metavar="ROWS.jsonl", type=Path)
-    parser.add_argument("count", metavar="ROWS", type=int)
+    parser.add_argument("rows", metavar="ROWS.jsonl", type=Path, help="file of the rows")
+    parser.add_argument("count", metavar="ROWS", type=int, help="number of rows in the file")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder_name:
         folder = Path(folder_name)
         write_parts(args.rows, args.count, folder / "in")
         start = time.monotonic()
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_utime
+        cpu_start = resource.getrusage(resource.RUSAGE_SELF).ru_utime
         remove_near_copies(folder)
         seconds = time.monotonic() - start
-        kept = sum(len(path.read_bytes().splitlines()) for path in (folder / "out").rglob("*.jsonl"))
+        num_remaining = sum(len(path.read_bytes().splitlines()) for path in (folder / "out").rglob("*.jsonl"))
     children, own = (resource.getrusage(who) for who in (resource.RUSAGE_CHILDREN, resource.RUSAGE_SELF))
-    cpu = children.ru_utime + children.ru_stime + own.ru_utime - before
+    cpu = children.ru_utime + children.ru_stime + own.ru_utime - cpu_start
     peak = max(children.ru_maxrss, own.ru_maxrss) / 2**10
-    print(f"| near, datatrove | {args.count:,} | {kept:,} | {seconds:,.0f} | {cpu:,.0f} | {peak:,.0f} |", flush=True)
+    print(f"| near, datatrove | {args.count:,} | {num_remaining:,} | {seconds:,.0f} | {cpu:,.0f} | {peak:,.0f} |", flush=True)
 
 
 if __name__ == "__main__":

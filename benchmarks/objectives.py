@@ -22,20 +22,23 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import typing
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from jaxembed import Embedder, cli, config
+from jaxembed.config.objectives import Direction
+from jaxembed.config.stage import merge_trees
 from jaxembed.evaluation.heldout import open_held_out_sets, score_set
 from jaxembed.runs.train import train
 
-DIRECTIONS = ["query_document", "query_query", "document_query", "document_document"]
+ALL_DIRECTIONS = list(typing.get_args(Direction))
 
 
-def with_infonce(**keys: Any) -> dict[str, Any]:
-    """Return the change of the config to InfoNCE with these keys."""
+def make_infonce(**keys: Any) -> dict[str, Any]:
+    """Return the change of a config to InfoNCE with these keys."""
     return {"objectives": [{"name": "infonce", "temperature": 0.05, **keys}]}
 
 
@@ -43,18 +46,18 @@ def list_objectives(teacher: str) -> dict[str, dict[str, Any]]:
     """Return the rows of the table: the changes to the config, by name."""
     infonce = {"name": "infonce", "temperature": 0.05}
     return {
-        "InfoNCE": with_infonce(),
-        "in-batch negatives alone": with_infonce(negatives="in_batch"),
-        "hard negatives alone": with_infonce(negatives="hard"),
-        "GTE's four directions": with_infonce(directions=DIRECTIONS),
-        "same tower (SamToNe)": with_infonce(directions=DIRECTIONS[:2]),
-        "symmetric": with_infonce(directions=[DIRECTIONS[0], DIRECTIONS[2]], per_direction=True),
-        "margin 0.1 (Qwen3)": with_infonce(margin=0.1),
-        "guide (GISTEmbed)": with_infonce(guide=teacher),
-        "focal 0.5 (KaLM-V2)": with_infonce(focal=0.5),
-        "hardness 5 (EmbeddingGemma)": with_infonce(hardness=5.0),
-        "4 mixed negatives (KaLM-V2)": with_infonce(mixed_negatives=4),
-        "learned temperature": with_infonce(learn_temperature=True),
+        "InfoNCE": make_infonce(),
+        "in-batch negatives alone": make_infonce(negatives="in_batch"),
+        "hard negatives alone": make_infonce(negatives="hard"),
+        "GTE's four directions": make_infonce(directions=ALL_DIRECTIONS),
+        "same tower (SamToNe)": make_infonce(directions=["query_document", "query_query"]),
+        "symmetric": make_infonce(directions=["query_document", "document_query"], per_direction=True),
+        "margin 0.1 (Qwen3)": make_infonce(margin=0.1),
+        "guide (GISTEmbed)": make_infonce(guide=teacher),
+        "focal 0.5 (KaLM-V2)": make_infonce(focal=0.5),
+        "hardness 5 (EmbeddingGemma)": make_infonce(hardness=5.0),
+        "4 mixed negatives (KaLM-V2)": make_infonce(mixed_negatives=4),
+        "learned temperature": make_infonce(learn_temperature=True),
         "InfoNCE + spread-out": {"objectives": [infonce, {"name": "spread_out"}]},
         "KL to a teacher": {"objectives": [{"name": "kl_distillation", "teacher_temperature": 0.05, "hard_labels": 0.2}]},
         "MarginMSE": {"objectives": [{"name": "margin_mse", "weight": 10.0}]},
@@ -66,7 +69,14 @@ def list_objectives(teacher: str) -> dict[str, dict[str, Any]]:
 
 @dataclasses.dataclass(frozen=True)
 class RowTrainer:
-    """Trains the rows of a table from one base, each in its own run directory."""
+    """Trains the rows of a table from one base, each in its own run directory.
+
+    Attributes:
+        base: Folder of the base model.
+        folder: Folder of the run directories.
+        batch_size: Queries per step.
+        learning_rate: Peak learning rate.
+    """
 
     base: str
     folder: Path
@@ -74,7 +84,18 @@ class RowTrainer:
     learning_rate: float
 
     def train_row(self, name: str, changes: dict[str, Any], seed: int, pairs: str, steps: int) -> str:
-        """Train one row with one seed and return its run directory."""
+        """Train one row with one seed.
+
+        Args:
+            name: Name of the row.
+            changes: Its changes to the config.
+            seed: The seed.
+            pairs: JSONL file of pairs. `changes` may replace it.
+            steps: Training steps.
+
+        Returns:
+            The run directory.
+        """
         train_keys = {"batch_size": self.batch_size, "seed": seed, "log_every": 10, "checkpoint_every": 10**6}
         tree: dict[str, Any] = {
             "model": {"base": self.base, "attention": "bidirectional", "pooling": {"kind": "mean"}, "unroll": False},
@@ -84,11 +105,9 @@ class RowTrainer:
             "train": {**train_keys, "steps": steps},
             "mesh": {"data": 1},
         }
-        for key, value in changes.items():
-            tree[key] = {**tree[key], **value} if isinstance(value, dict) and key in tree else value
         out = self.folder / f"{name}-{seed}".replace(" ", "_").replace(",", "").replace(":", "")
         path = out.with_suffix(".yaml")
-        path.write_text(yaml.safe_dump(tree | {"run": {"dir": str(out)}}))
+        path.write_text(yaml.safe_dump(merge_trees(tree, {**changes, "run": {"dir": str(out)}})))
         train(config.load_config(path))
         return str(out)
 

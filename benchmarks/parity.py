@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 import torch
+from jsonl_rows import read_rows
 from transformers import AutoConfig, AutoModel
 
 from jaxembed.config.spec import EmbeddingSpec
@@ -35,8 +36,7 @@ MIN_COSINE = 0.99999
 
 def pick_texts(path: Path, field: str, count: int, tokenizer: Any) -> list[str]:
     """Return `count` texts whose lengths are evenly spaced from 5 to 400 tokens."""
-    rows = [json.loads(line)[field] for line in path.read_text(encoding="utf-8").splitlines()]
-    words = " ".join(rows).split()
+    words = " ".join(row[field] for row in read_rows(path)).split()
     texts, position = [], 0
     for target in np.linspace(5, 400, count).astype(int):
         ids = tokenizer(" ".join(words[position : position + target]))["input_ids"][:target]

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import transformers
 from flax.traverse_util import flatten_dict, unflatten_dict
+from readers import SHORT_DIM
 
 from jaxembed.config import LoraConfig
 from jaxembed.config.spec import EmbeddingSpec, HiddenProjection
@@ -44,9 +45,8 @@ from jaxembed.model.parameters import compute_shapes_and_shardings
 from jaxembed.model.transformer import ComputeOptions
 
 MAX_LENGTH = 64  # tokens; fewer than the decoder's positions, so that readers have to respect it
-OWN_TOKENIZER_SIZE = 600  # entries
+VOCABULARY_SIZE = 600  # of the tokenizers that are trained from scratch
 QUERY_PROMPT = EmbeddingSpec().build_prompt(PROBE_INSTRUCTION)
-DIM = 32  # dimensions of short vectors
 PROJECTION = {"projection": 48, "projection_bias": True, "projection_activation": "tanh"}
 LORA = LoraConfig(rank=4, alpha=8, dropout=0.0)
 SIZES: dict[str, Any] = {
@@ -57,7 +57,7 @@ LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }  # fmt: skip
-ALL_KEYS = {"num_key_value_heads": SIZES["num_attention_heads"]}  # of encoders, in which every head has its own keys
+ENCODER_HEADS = {"num_key_value_heads": SIZES["num_attention_heads"]}  # every query head has its own keys
 CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "qwen2": (
         transformers.Qwen2Config,
@@ -72,11 +72,11 @@ CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
         transformers.Gemma3TextConfig,
         {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16, "sliding_window_pattern": 2},
     ),
-    "bert": (transformers.BertConfig, {**ALL_KEYS, "pad_token_id": 0}),
-    "xlm-roberta": (transformers.XLMRobertaConfig, {**ALL_KEYS, "pad_token_id": 1, "type_vocab_size": 1}),
+    "bert": (transformers.BertConfig, {**ENCODER_HEADS, "pad_token_id": 0}),
+    "xlm-roberta": (transformers.XLMRobertaConfig, {**ENCODER_HEADS, "pad_token_id": 1, "type_vocab_size": 1}),
     "modernbert": (
         transformers.ModernBertConfig,
-        {**ALL_KEYS, "pad_token_id": 1, "local_attention": 16, "global_attn_every_n_layers": 2},
+        {**ENCODER_HEADS, "pad_token_id": 1, "local_attention": 16, "global_attn_every_n_layers": 2},
     ),
 }
 
@@ -87,7 +87,7 @@ class Kind:
 
     Attributes:
         family: Key of `CONFIGS`.
-        choices: Fields of the spec.
+        choices: Fields of the spec that differ from `SHARED_CHOICES`.
         dtype: Dtype of the weights in the folder.
         has_adapters: Whether LoRA adapters are merged into the weights.
         tokenizer: Name of the tokenizer: "qwen2" or "bert", those of the options; "own" or "own encoder", trained from scratch.
@@ -101,7 +101,7 @@ class Kind:
 
 
 CAUSAL_LAST = {"attention": "causal", "pooling": "last"}
-EMBEDDING_GEMMA = {"hidden_projections": (HiddenProjection(width=96),), "projection": 64, "matryoshka_dims": (DIM,)}
+EMBEDDING_GEMMA = {"hidden_projections": (HiddenProjection(width=96),), "projection": 64, "matryoshka_dims": (SHORT_DIM,)}
 KINDS = {
     "qwen2 causal last": Kind("qwen2", CAUSAL_LAST, tokenizer="qwen2"),
     "qwen2 bidirectional mean": Kind("qwen2", {}, tokenizer="qwen2"),
@@ -120,7 +120,7 @@ KINDS = {
     "default prompt": Kind("qwen3", {"plain_prompt": "passage: ", "prompts": {"query": QUERY_PROMPT, "document": "passage: "}}),
     "no EOS": Kind("qwen3", {"append_eos": False}),
     "projection": Kind("qwen3", PROJECTION, tokenizer="qwen2"),
-    "matryoshka": Kind("qwen3", {"matryoshka_dims": (DIM,)}),
+    "matryoshka": Kind("qwen3", {"matryoshka_dims": (SHORT_DIM,)}),
     "merged LoRA": Kind("qwen3", CAUSAL_LAST, has_adapters=True),
     "bfloat16": Kind("qwen3", {}, dtype="bfloat16"),
     "sliding window": Kind("mistral-window", {"attention": "causal", "pooling": "mean"}, tokenizer="qwen2"),
@@ -137,7 +137,7 @@ SHARED_CHOICES = {"max_length": MAX_LENGTH, "include_instruction": True, "prompt
 
 def train_own_tokenizer(is_encoder: bool) -> Any:
     """Train a tokenizer on the probe texts. That of an encoder puts [CLS] and [SEP] around each text."""
-    tokenizer = train_tokenizer([*PROBE_TEXTS, QUERY_PROMPT] * 3, OWN_TOKENIZER_SIZE)
+    tokenizer = train_tokenizer([*PROBE_TEXTS, QUERY_PROMPT] * 3, VOCABULARY_SIZE)
     if is_encoder:
         tokenizer.add_special_tokens({"cls_token": "[CLS]", "sep_token": "[SEP]"})
         special_tokens = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("[CLS]", "[SEP]")]
@@ -174,13 +174,14 @@ def load_embedder(base: Base, kind: Kind) -> Embedder:
         if "lora" in path[-1] or path[0] == "pooling":
             params[path] = jnp.asarray(random.normal(0, 0.3, x.shape), x.dtype)
     tree = unflatten_dict(params | flatten_dict(base.load(*parts)))
-    tree = tree if lora is None else merge_adapters(tree, lora)
+    if lora is not None:
+        tree = merge_adapters(tree, lora)
     tokenizer = build_text_tokenizer(base.tokenizer(), spec, base)
     return Embedder(EmbeddingModel(base.transformer, spec, ComputeOptions()), tree, tokenizer, mesh, base.hf_config)
 
 
 def pick_texts(embedder: Embedder, prompt: str) -> list[str]:
-    """Return the probes, texts of all lengths around the model's maximum, and texts that tokenizers treat differently."""
+    """Return the probe texts, texts within a token of the maximum length, and texts that tokenizers treat differently."""
     long_text = max(PROBE_TEXTS, key=len)
     prefixes = [long_text[:end] for end in range(1, MAX_LENGTH * 8)]
     lengths = embedder.tokenizer.count_untruncated_tokens(prefixes, [prompt] * len(prefixes))
@@ -213,7 +214,7 @@ def write_rows(path: Path, embedder: Embedder) -> None:
 
 
 def write_kind(out: Path, name: str, kind: Kind, tokenizer: Any) -> str:
-    """Write one export and its rows. Return a line with the result."""
+    """Write one export and its rows. Return a line with its largest difference from the model."""
     folder = out / name.replace(" ", "-")
     with tempfile.TemporaryDirectory() as scratch:
         write_base(Path(scratch), kind, tokenizer)

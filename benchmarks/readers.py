@@ -32,14 +32,14 @@ from jaxembed.model.hf_config import parse_hf_config
 
 PROGRAMS = Path(__file__).parent / "reader_programs"
 MIN_COSINE, MIN_COSINE_16_BIT = 0.9999, 0.99
-GROUPS = ("plain", "spaces", "newline", "prompt", "cut")  # of texts, in the order of the table
+TEXT_GROUPS = ("plain", "spaces", "newline", "prompt", "cut")  # in the order of the table
 # Patterns of the reasons in the model card, by group of texts that differ. A different mask or graph affects all groups.
 REASON_PATTERNS = {
     "plain": "mask|other vectors", "spaces": "white space|line breaks|mask|other vectors",
     "newline": "line breaks|mask|other vectors", "prompt": "instruction|line breaks|mask|other vectors",
     "cut": "maximum length|line breaks|mask|other vectors",
 }  # fmt: skip
-DIM = 32  # numbers of the truncated vectors
+SHORT_DIM = 32  # dimensions of truncated vectors, as in reader_programs/row_files.py
 TORCH = "torch==2.13.0"  # the CPU build
 # Packages of each environment.
 ENVIRONMENTS = {
@@ -85,10 +85,10 @@ class Program:
 
 SENTENCE_TRANSFORMERS = "read_sentence_transformers.py"
 ST6, ST5, ST34 = "sentence-transformers 6", "sentence-transformers 5", "sentence-transformers 3, 4"
-PROGRAM_LIST = (
+ALL_PROGRAMS = (
     Program(
         "st62", SENTENCE_TRANSFORMERS,
-        {"auto_model": "transformers 5.23", "torch": "ST 6.2", "short": f"ST 6.2, {DIM} dimensions"},
+        {"auto_model": "transformers 5.23", "torch": "ST 6.2", "short": f"ST 6.2, {SHORT_DIM} dimensions"},
         {"auto_model": "transformers", "torch": ST6, "short": ST6},
     ),
     Program(
@@ -109,7 +109,8 @@ PROGRAM_LIST = (
         {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"},
     ),
     Program(
-        "vllm", "read_vllm.py", {"all": "vLLM 0.32", "short": f"vLLM 0.32, {DIM} dimensions"}, {"all": "vLLM", "short": "vLLM"},
+        "vllm", "read_vllm.py", {"all": "vLLM 0.32", "short": f"vLLM 0.32, {SHORT_DIM} dimensions"},
+        {"all": "vLLM", "short": "vLLM"},
     ),
     Program("llamacpp", "read_llama_cpp.py", {"server": "llama.cpp"}, {"server": "llama.cpp"}),
     Program("infinity", "read_infinity.py", {"torch": "infinity 0.0.78"}, {"torch": "infinity"}),
@@ -124,8 +125,8 @@ TABLES = (
     ("st62", "st62_tf51"), ("st57_tf523", "st57", "st51", "st41", "st34"), ("onnx", "vllm", "llamacpp", "infinity"),
     ("frameworks",),
 )  # fmt: skip
-PROGRAMS_BY_NAME = {program.name: program for program in PROGRAM_LIST}
-OPTIONS = {  # environment variables of the programs
+PROGRAMS_BY_NAME = {program.name: program for program in ALL_PROGRAMS}
+ENVIRONMENT_VARIABLES = {  # of the programs
     "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }  # fmt: skip
@@ -155,7 +156,14 @@ def read_results(exports: Path, program: Program) -> dict[tuple[str, str], dict[
 
 
 def run_program(program: Program, folders: list[Path], environments: Path, converter: str) -> None:
-    """Run a program until every export has new results. An export at which the program dies counts as refused."""
+    """Run a program until every export has new results. An export at which the program ends early counts as refused.
+
+    Args:
+        program: The program.
+        folders: The exports.
+        environments: Folder of the virtual environments.
+        converter: Path of llama.cpp's convert_hf_to_gguf.py.
+    """
     exports, names = folders[0].parent, {folder.name for folder in folders}
     results = exports / "results" / f"{program.name}.jsonl"
     results.parent.mkdir(exist_ok=True)
@@ -165,6 +173,7 @@ def run_program(program: Program, folders: list[Path], environments: Path, conve
     command: list[str | Path] = [python, PROGRAMS / program.file, results, ",".join(program.columns)]
 
     def list_missing() -> list[tuple[str, str]]:
+        """Return the exports and variants without results."""
         found = read_results(exports, program)
         wanted = ((folder.name, variant) for folder in folders for variant in program.columns)
         return [key for key in wanted if key not in found]
@@ -172,7 +181,7 @@ def run_program(program: Program, folders: list[Path], environments: Path, conve
     while missing := list_missing():
         rest = [folder for folder in folders if folder.name in dict(missing)]
         with results.with_suffix(".log").open("a") as log:
-            environment = {**os.environ, **OPTIONS, "CONVERTER": converter}
+            environment = {**os.environ, **ENVIRONMENT_VARIABLES, "CONVERTER": converter}
             code = subprocess.run([*command, *rest], env=environment, stdout=log, stderr=log).returncode
         for kind, variant in list_missing()[:1]:
             with results.open("a") as file:
@@ -200,7 +209,7 @@ class Comparison:
     @property
     def different_groups(self) -> list[str]:
         """Groups whose vectors differ. NaN differs."""
-        return [group for group in GROUPS if group in self.cosines and not self.cosines[group] >= self.limit]
+        return [group for group in TEXT_GROUPS if group in self.cosines and not self.cosines[group] >= self.limit]
 
     def format_cell(self, reasons: list[str]) -> str:
         """Return the cell of the table. A new reason of a refusal is appended to `reasons`."""
@@ -249,8 +258,8 @@ def load_served_model(folder: Path) -> ServedModel:
     return ServedModel(spec, parse_hf_config(config, str(folder)), config["dtype"], has_onnx)
 
 
-def is_unnamed(comparison: Comparison, verdict: Verdict) -> bool:
-    """Return whether a difference or refusal of a reader is missing in the model card."""
+def contradicts_card(comparison: Comparison, verdict: Verdict) -> bool:
+    """Return whether the model card says something else: a refusal or a difference that it lacks, or one that is not there."""
     if comparison.refusal:
         return verdict.status == Status.EQUAL
     if verdict.status in (Status.DIFFERENT, Status.REFUSED):
@@ -260,11 +269,15 @@ def is_unnamed(comparison: Comparison, verdict: Verdict) -> bool:
 
 
 def format_table(exports: Path) -> str:
-    """Return Markdown: tables of exports and readers, the reasons of refusals, versions, and cells that the card lacks."""
-    folders, reasons, unnamed, lines, versions = list_exports(exports), list[str](), list[str](), list[str](), list[str]()
+    """Return Markdown: tables of exports and readers, reasons of refusals, versions, and cells that contradict the card."""
+    folders = list_exports(exports)
+    reasons: list[str] = []
+    contradictions: list[str] = []
+    lines: list[str] = []
+    versions: list[str] = []
     verdicts = {folder: {v.reader.name: v for v in judge_readers(load_served_model(folder))} for folder in folders}
     for names in TABLES:
-        programs = [program for program in PROGRAM_LIST if program.name in names]
+        programs = [program for program in ALL_PROGRAMS if program.name in names]
         columns = [(program, variant) for program in programs for variant in program.columns]
         results = {program.name: read_results(exports, program) for program in programs}
         header = ["export", *(program.columns[variant] for program, variant in columns)]
@@ -275,17 +288,20 @@ def format_table(exports: Path) -> str:
                 if (result := results[program.name].get((folder.name, variant))) is None:
                     cells.append("not read")
                     continue
-                comparison = compare(folder, result, DIM if variant == "short" else None)
+                comparison = compare(folder, result, SHORT_DIM if variant == "short" else None)
                 cells.append(comparison.format_cell(reasons))
                 verdict = verdicts[folder][program.card_names[variant]]
-                if is_unnamed(comparison, verdict):
-                    unnamed.append(f"- {cells[0]}, {program.columns[variant]}: {cells[-1]}; the card says {verdict.status}")
+                if contradicts_card(comparison, verdict):
+                    difference = f"{cells[0]}, {program.columns[variant]}: {cells[-1]}"
+                    contradictions.append(f"- {difference}; the card says {verdict.status}")
             lines.append(f"| {' | '.join(cells)} |")
         for program in programs:
             found = {result["versions"] for result in results[program.name].values() if "versions" in result}
             versions.append(f"- {', '.join(program.columns.values())}: {'; '.join(sorted(found))}")
     numbered = [f"{i}. {reason}" for i, reason in enumerate(reasons, 1)]
-    return "\n".join([*lines[1:], "", *numbered, "", *versions, "", "Not in the model card:", "", *(unnamed or ["nothing"])])
+    return "\n".join(
+        [*lines[1:], "", *numbered, "", *versions, "", "Not in the model card:", "", *(contradictions or ["nothing"])]
+    )
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ LABEL_COUNT = 150
 
 
 def build_row(i: int, shape: str) -> str:
-    """Return row `i` of a file, as a line of JSON."""
+    """Return row `i` of a file, as a line of JSON. `shape` is one of the choices of --shape."""
     if shape == "labels":
         return f'{{"text": "the text of row {i}", "label": "label {i * 7919 % LABEL_COUNT}"}}\n'
     if shape == "scored_pairs":
@@ -62,7 +62,11 @@ class PeakMemory(threading.Thread):
 
 
 def measure_opening(path: Path) -> dict[str, float]:
-    """Open a file as a source, draw examples from it, and return seconds, draws per second, and memory in MiB."""
+    """Open a file as a source and draw examples from it.
+
+    Returns:
+        The seconds to open it, the draws per second, and the memory before and at its peak ("most") in MiB.
+    """
     before, memory = read_anonymous_mib(), PeakMemory()
     memory.start()
     start = time.perf_counter()

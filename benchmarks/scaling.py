@@ -13,8 +13,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from jaxembed.config import LoraConfig
@@ -50,7 +50,7 @@ TOKENS_PER_ROW, SCHEDULE_STEPS = 512, 1000
 
 def build_batch_shapes(args: argparse.Namespace, mesh: Any) -> Batch:
     """Return the shapes of a batch in which each text fills a row."""
-    b, k, rows = args.batch_size, args.negatives, args.batch_size * (2 + args.negatives)
+    b, k, rows = args.batch_size, args.negatives, count_rows(args)
 
     def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
@@ -72,21 +72,32 @@ def count_useful_flops(transformer: TransformerConfig, lora: bool, tokens: int) 
 
     With adapters, the frozen matrices need no gradients, so each of them has two matmuls instead of three.
     """
-    width, heads, kv_heads = (
-        transformer.width,
-        transformer.heads * transformer.head_width,
-        transformer.kv_heads * transformer.head_width,
-    )
-    matrix_elements = width * (2 * heads + 2 * kv_heads + 3 * transformer.mlp_width)
+    query_width = transformer.heads * transformer.head_width
     passes = 2 if lora else 3
-    return transformer.layers * tokens * (2 * matrix_elements * passes + 4 * TOKENS_PER_ROW * heads * 3)
+    flops_per_token = 2 * count_layer_weights(transformer) * passes + 4 * TOKENS_PER_ROW * query_width * 3
+    return transformer.layers * tokens * flops_per_token
+
+
+def count_layer_weights(transformer: TransformerConfig) -> int:
+    """Return the number of elements of a layer's matrices: four of attention, and three of the gated MLP."""
+    query_width, key_width = (heads * transformer.head_width for heads in (transformer.heads, transformer.kv_heads))
+    return transformer.width * (2 * query_width + 2 * key_width + 3 * transformer.mlp_width)
+
+
+def count_rows(args: argparse.Namespace) -> int:
+    """Return the rows of a batch: one for each query, positive and negative."""
+    return int(args.batch_size * (2 + args.negatives))
 
 
 def compute_roofline(args: argparse.Namespace, transformer: TransformerConfig, program: Program, chips: int) -> dict[str, Any]:
-    """Return the seconds of matmuls, memory traffic and collectives on a chip, each at the chip's published rate."""
+    """Return the roofline of a step.
+
+    Returns:
+        The seconds of matmuls, memory traffic and collectives on a chip, each at the chip's published rate; the seconds and
+        the MFU of a step if the three overlap, and if they follow each other; and the share of the FLOPs that are useful.
+    """
     chip = TPU_CHIPS[args.topology.split(":")[0]]
-    rows = args.batch_size * (2 + args.negatives)
-    useful = count_useful_flops(transformer, args.lora, rows * TOKENS_PER_ROW)
+    useful = count_useful_flops(transformer, args.lora, count_rows(args) * TOKENS_PER_ROW)
     seconds = {
         "compute": program.flops / chips / chip.peak_flops,
         "memory": estimate_memory_traffic(args, transformer, chips) / chip.memory_bandwidth,
@@ -113,20 +124,17 @@ def estimate_memory_traffic(args: argparse.Namespace, transformer: TransformerCo
     - the attention scores four times in float32, unless the kernel is splash, which keeps them on the chip;
     - eight float32 values of the optimizer per parameter.
     """
-    width, heads, kv_heads = (
-        transformer.width,
-        transformer.heads * transformer.head_width,
-        transformer.kv_heads * transformer.head_width,
-    )
-    matrix_elements = width * (2 * heads + 2 * kv_heads + 3 * transformer.mlp_width)
-    rows = args.batch_size * (2 + args.negatives) // chips
+    query_width, key_width = (heads * transformer.head_width for heads in (transformer.heads, transformer.kv_heads))
+    layer_weights = count_layer_weights(transformer)
+    rows = count_rows(args) // chips
     chunks = -(-rows // (args.rows or rows))
-    forward = 1 + (args.rows is not None and not args.keep_chunks) + (args.remat and args.policy != "matmuls")
-    passes = forward + (1 if args.lora else 2)
-    scores = 0 if args.attention in ("auto", "splash") else 16 * transformer.heads * TOKENS_PER_ROW
-    bytes_per_token = 2 * (4 * width + 3 * heads + 2 * kv_heads + 4 * transformer.mlp_width) + scores
-    trained = 0 if args.lora else transformer.layers * matrix_elements + transformer.vocab_size * width
-    matrix_bytes = chunks * passes * 2 * matrix_elements * transformer.layers
+    recomputes_chunks = args.rows is not None and not args.keep_chunks
+    recomputes_layers = args.remat and args.policy != "matmuls"
+    passes = 1 + recomputes_chunks + recomputes_layers + (1 if args.lora else 2)
+    score_bytes = 0 if args.attention in ("auto", "splash") else 16 * transformer.heads * TOKENS_PER_ROW
+    bytes_per_token = 2 * (4 * transformer.width + 3 * query_width + 2 * key_width + 4 * transformer.mlp_width) + score_bytes
+    trained = 0 if args.lora else transformer.layers * layer_weights + transformer.vocab_size * transformer.width
+    matrix_bytes = chunks * passes * 2 * layer_weights * transformer.layers
     token_bytes = passes * rows * TOKENS_PER_ROW * transformer.layers * bytes_per_token
     return matrix_bytes + token_bytes + 32 * trained / chips
 
@@ -157,41 +165,55 @@ def build_step(args: argparse.Namespace, mesh: Any) -> tuple[TransformerConfig, 
     return transformer, step, state
 
 
-def compile_and_measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Compile the step and return its memory, collectives and roofline."""
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options, the sizes of the step, and what the options ask for: by default, all that compiling shows."""
     devices, memory = list_topology_devices(args.topology)
     mesh = make_mesh(fsdp=args.fsdp or len(devices), devices=devices)
     transformer, step, state = build_step(args, mesh)
-    start = time.perf_counter()
-    row = {
-        **vars(args),
+    sizes = {
+        **{name: value for name, value in vars(args).items() if name != "hlo"},
         "chips": len(devices),
         "parameters": count_elements(state.weights),
         "trained": count_elements(state.params),
+        "state_bytes": count_bytes((state.params, state.opt_state, state.frozen)),
+        "device_bytes": memory,
     }
-    row |= {"state_bytes": count_bytes((state.params, state.opt_state, state.frozen)), "device_bytes": memory}
-    del row["hlo"]
     if args.propose:
-        lora = LoraConfig(base_dtype="bfloat16") if args.lora else None
-        tokens = args.batch_size * (2 + args.negatives), TOKENS_PER_ROW
-        proposal = propose(make_step_sizes(transformer, row["parameters"], lora, jnp.bfloat16, tokens), mesh, memory)
-        return row | {"proposal": proposal and {**dataclasses.asdict(proposal), "settings": proposal.describe()}}
+        return sizes | propose_settings(args, transformer, sizes["parameters"], mesh, memory)
     if args.loss:
         loss = compile_loss(Objectives([InfoNCEConfig()]), {}, transformer.width, build_batch_shapes(args, mesh), mesh)
-        return row | {"temporaries": loss.temporaries, "collectives": loss.collectives.to_table()}
+        return sizes | {"temporaries": loss.temporaries, "collectives": loss.collectives.to_table()}
     if args.trace:
         with jax.set_mesh(mesh):
             flops = count_matmul_flops(step.trace(state, build_batch_shapes(args, mesh)).jaxpr)
-        useful = count_useful_flops(transformer, args.lora, args.batch_size * (2 + args.negatives) * TOKENS_PER_ROW)
-        return row | {"flops": flops, "useful_of_all_flops": round(useful / flops, 3)}
+        useful = count_useful_flops(transformer, args.lora, count_rows(args) * TOKENS_PER_ROW)
+        return sizes | {"flops": flops, "useful_of_all_flops": round(useful / flops, 3)}
+    return sizes | compile_and_measure(args, transformer, step, state, mesh, memory)
+
+
+def propose_settings(
+    args: argparse.Namespace, transformer: TransformerConfig, parameters: int, mesh: Any, memory: int
+) -> dict[str, Any]:
+    """Return the settings that `train --plan` proposes; None if none fit into `memory` bytes of a chip."""
+    lora = LoraConfig(base_dtype="bfloat16") if args.lora else None
+    sizes = make_step_sizes(transformer, parameters, lora, jnp.bfloat16, (count_rows(args), TOKENS_PER_ROW))
+    proposal = propose(sizes, mesh, memory)
+    return {"proposal": proposal and {**dataclasses.asdict(proposal), "settings": proposal.describe()}}
+
+
+def compile_and_measure(
+    args: argparse.Namespace, transformer: TransformerConfig, step: Any, state: Any, mesh: Any, memory: int
+) -> dict[str, Any]:
+    """Compile the step. Return bytes, FLOPs, collectives and roofline, and whether it fits into `memory` bytes of a chip."""
+    start = time.perf_counter()
     try:
         program, compiled = compile_step(step, state, build_batch_shapes(args, mesh), mesh)
     except OutOfMemoryError as error:
-        return row | {"needs_bytes": error.needed, "fits": False, "compile_seconds": round(time.perf_counter() - start)}
+        return {"needs_bytes": error.needed, "fits": False, "compile_seconds": round(time.perf_counter() - start)}
+    compile_seconds = round(time.perf_counter() - start)
     if args.hlo:
-        with open(args.hlo, "w") as file:
-            file.write(compiled.as_text())
-    return row | {
+        args.hlo.write_text(compiled.as_text())
+    return {
         "fits": program.memory <= memory,
         "needs_bytes": program.memory,
         "arguments": program.arguments,
@@ -199,12 +221,12 @@ def compile_and_measure(args: argparse.Namespace) -> dict[str, Any]:
         "flops": program.flops,
         "collectives": program.collectives.to_table(),
         "unknown_loops": program.collectives.unknown_loops,
-        **compute_roofline(args, transformer, program, len(devices)),
-        "compile_seconds": round(time.perf_counter() - start),
+        **compute_roofline(args, transformer, program, mesh.devices.size),
+        "compile_seconds": compile_seconds,
     }
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL", help="preset of the decoder")
     parser.add_argument("topology", metavar="TOPOLOGY", help="TPU slice, such as v5e:16x16")
@@ -222,6 +244,9 @@ if __name__ == "__main__":
     parser.add_argument("--batch-size", type=int, default=32_768, help="queries per step (default: %(default)s)")
     parser.add_argument("--negatives", type=int, default=0, help="hard negatives per query (default: %(default)s)")
     parser.add_argument("--segments", type=int, help="maximum number of texts per row (default: one per 8 tokens)")
-    parser.add_argument("--hlo", help="file to write the compiled program to")
-    print(json.dumps(compile_and_measure(parser.parse_args())))
-    sys.stdout.flush()
+    parser.add_argument("--hlo", type=Path, help="file to write the compiled program to")
+    print(json.dumps(measure(parser.parse_args())))
+
+
+if __name__ == "__main__":
+    main()

@@ -28,7 +28,7 @@ from jaxembed.evaluation.mteb_tasks import MtebTask
 from jaxembed.evaluation.tasks import score_tasks
 from jaxembed.evaluation.vector_cache import VectorCache
 
-MEMORY_BYTES = 2**32  # of the vectors of a task; larger ones are stored on disk
+MAX_VECTOR_BYTES = 2**32  # of a task in memory; more are stored on disk
 
 
 def load_tasks(path: str, names: list[str] | None) -> list[MtebTask]:
@@ -41,7 +41,16 @@ def load_tasks(path: str, names: list[str] | None) -> list[MtebTask]:
 
 
 def score_with_mteb(folder: str, tasks: Sequence[MtebTask], widths: Sequence[int]) -> dict[str, Any]:
-    """Return the scores of an exported folder by mteb's own wrapper of sentence-transformers, under the prompts of jaxembed."""
+    """Score an exported folder with mteb's own wrapper of sentence-transformers, under the prompts of jaxembed.
+
+    Args:
+        folder: The folder.
+        tasks: The tasks.
+        widths: Widths of the vectors. Empty: that of the model.
+
+    Returns:
+        Score at the largest width, scores by width, and instruction of each task.
+    """
     import mteb
     from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderWrapper
     from sentence_transformers import SentenceTransformer
@@ -81,7 +90,7 @@ def main() -> None:
         else:
             encoder = load_encoder(model, args.checkpoint, args.backend, widths=args.dim)
             folder = Path(tempfile.gettempdir()) / f"score-vectors-{os.getpid()}"
-            encoder.cache = VectorCache(folder, encoder.revision, encoder.width, MEMORY_BYTES, keeps_all=len(args.dim) > 1)
+            encoder.cache = VectorCache(folder, encoder.revision, encoder.width, MAX_VECTOR_BYTES, keeps_all=len(args.dim) > 1)
             scores[model] = score_tasks(encoder, tasks)
         for task, result in scores[model].items():
             by_width = ", ".join(f"{width}: {score:.5f}" for width, score in result.get("widths", {}).items())

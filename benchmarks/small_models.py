@@ -10,20 +10,21 @@ one row of a table per model, before and after the distillation.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import jax
+from jsonl_rows import read_rows
 
 from jaxembed import Embedder, cli, prune
 from jaxembed.config import EvalSetConfig, parse_config
+from jaxembed.data.jsonl import write_jsonl
 from jaxembed.evaluation.heldout import HeldOutSet, open_held_out_sets, score_sets
 from jaxembed.files import cache_dir
 from jaxembed.runs.train import train
 
-# Options of `jaxembed prune` by row. {half} and {third} are parts of the model's own sizes, {texts} the file of texts.
+# Options of `jaxembed prune` by row. {half}, {third} and {half_mlp} are parts of the model's sizes, {texts} a file.
 VARIANTS = {
     "vocabulary of the texts": "--vocabulary-from {texts}",
     "half of the layers": "--layer-count {half}",
@@ -35,10 +36,9 @@ VARIANTS = {
 
 
 def write_texts(source: Path, out: Path) -> None:
-    """Write the texts of rows of query and pos, one per row."""
-    rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
-    texts = dict.fromkeys(text for row in rows for text in (row["query"], *row["pos"]))
-    out.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    """Write the distinct texts of rows of query and pos, one per row."""
+    texts = dict.fromkeys(text for row in read_rows(source) for text in (row["query"], *row["pos"]))
+    write_jsonl(out, ({"text": text} for text in texts))
 
 
 def distill(student: Path, out: Path, args: argparse.Namespace) -> str:
@@ -66,8 +66,11 @@ def format_row(name: str, model: str, sets: list[HeldOutSet]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("model", "texts", "stsb", "beir", "out"):
-        parser.add_argument(name, metavar=name.upper(), type=str if name == "model" else Path)
+    parser.add_argument("model", metavar="MODEL", help="model to prune")
+    parser.add_argument("texts", metavar="TEXTS", type=Path, help="JSONL file of rows with query and pos")
+    parser.add_argument("stsb", metavar="STSB", type=Path, help="file of scored pairs")
+    parser.add_argument("beir", metavar="BEIR", type=Path, help="BEIR folder to score")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder of the models, which must not exist")
     parser.add_argument("--steps", type=int, default=100, help="steps of a distillation (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="pairs of a step (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=2e-4, help="(default: %(default)s)")
@@ -87,8 +90,8 @@ def main() -> None:
     sizes = {"half": transformer.layers // 2, "third": transformer.layers // 3, "half_mlp": transformer.mlp_width // 2}
     for i, (name, options) in enumerate(VARIANTS.items()):
         folder = args.out / f"pruned-{i}"
-        chosen = options.format(texts=texts, **sizes).split()
-        prune.main(prune.make_parser().parse_args([args.model, str(folder), *chosen]))
+        arguments = [args.model, str(folder), *options.format(texts=texts, **sizes).split()]
+        prune.main(prune.make_parser().parse_args(arguments))
         print(format_row(f"{name}, pruned", str(folder), sets), flush=True)
         print(format_row(f"{name}, distilled", distill(folder, args.out / f"run-{i}", args), sets), flush=True)
 

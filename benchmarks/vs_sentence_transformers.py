@@ -34,28 +34,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+from script_runs import BENCHMARKS, run_script
+
 from jaxembed.data.beir import open_beir
 from jaxembed.evaluation.retrieval import ndcg
 from jaxembed.search.nearest import search
 from jaxembed.training.metrics import read_metrics
 
-BENCHMARKS = Path(__file__).parent
 SIDES = ("sentence-transformers", "jaxembed")
 BACKENDS = {  # of sentence-transformers, and their options for float32
     "onnx": {"provider": "CPUExecutionProvider"},
     "openvino": {"ov_config": {"INFERENCE_PRECISION_HINT": "f32"}},
 }
-
-
-def run_script(command: list[str]) -> tuple[dict[str, Any], float]:
-    """Run a Python script and return the JSON object on its last line, and the peak memory of its process in GiB."""
-    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    lines = process.stdout.read().splitlines()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        sys.exit(f"{' '.join(command)} failed")
-    return json.loads(lines[-1]), usage.ru_maxrss / 2**20
 
 
 def make_model_section(base: str) -> dict[str, Any]:
@@ -66,7 +56,7 @@ def make_model_section(base: str) -> dict[str, Any]:
 
 
 def train_sentence_transformers(args: argparse.Namespace, seed: int, out: Path) -> dict[str, Any]:
-    """Train with sentence-transformers and return seconds, tokens per second, memory in GiB, and the share of padding."""
+    """Train with sentence-transformers. Return seconds, tokens per second, memory in GiB, and the share of padding."""
     script = [str(BENCHMARKS / "finetune_sentence_transformers.py"), args.base, str(args.data), str(out)]
     options = [f"--steps={args.steps}", f"--batch-size={args.batch_size}", f"--seed={seed}", "--warmup-steps=2"]
     result, memory = run_script([*script, *options, f"--learning-rate={args.learning_rate}"])
@@ -113,7 +103,13 @@ def load_backend(name: str, model: str) -> Any:
 
 
 def encode(side: str, model: str, heldout: Path) -> None:
-    """Print a model's nDCG@10 on a BEIR folder. Then encode its corpus for each line of standard input and print tokens/s."""
+    """Print a model's nDCG@10 on a BEIR folder. Then, for each line of standard input, encode the corpus and print tokens/s.
+
+    Args:
+        side: Program that encodes: one of `SIDES` or `BACKENDS`.
+        model: Run directory or model folder.
+        heldout: The BEIR folder.
+    """
     beir = open_beir(heldout, ("test", "dev", "train"))
     documents = [beir.get_document_text(row) for row in range(len(beir.corpus))]
     queries = [beir.get_query_text(i) for i in range(len(beir.query_rows))]
@@ -139,19 +135,19 @@ def encode(side: str, model: str, heldout: Path) -> None:
 
 
 def encode_in_turns(models: dict[str, Path], args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Return the score and the median encoding speed (tokens per second) of each side, and of the other backends."""
+    """Return the nDCG@10 and the median encoding speed (tokens per second) of each side, and of the other backends.
+
+    All sides take turns to encode.
+    """
     models = models | dict.fromkeys(BACKENDS if args.backend_packages else (), models["sentence-transformers"])
     with contextlib.ExitStack() as stack:
 
         def start(side: str) -> subprocess.Popen[str]:
             command = [sys.executable, __file__, str(models[side]), str(args.data), str(args.heldout), "--encode", side]
-            paths = [args.backend_packages] if side in BACKENDS else []
-            path = os.pathsep.join([*map(str, paths), os.environ.get("PYTHONPATH", "")])
-            return stack.enter_context(
-                subprocess.Popen(
-                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}
-                )
-            )
+            packages = [str(args.backend_packages)] if side in BACKENDS else []
+            environment = os.environ | {"PYTHONPATH": os.pathsep.join([*packages, os.environ.get("PYTHONPATH", "")])}
+            pipe = subprocess.PIPE
+            return stack.enter_context(subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment))
 
         def read_number(process: subprocess.Popen[str]) -> float:
             assert process.stdout is not None
@@ -181,9 +177,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder of the models (default: a temporary folder)")
     parser.add_argument("--rounds", type=int, default=5, help="times that each side encodes HELDOUT (default: %(default)s)")
     parser.add_argument("--backend-packages", metavar="FOLDER", type=Path, help="packages of the ONNX and OpenVINO backends")
-    parser.add_argument(
-        "--encode", choices=[*SIDES, *BACKENDS], help=argparse.SUPPRESS
-    )  # used by the processes that this script starts
+    # Used by the processes that this script starts.
+    parser.add_argument("--encode", choices=[*SIDES, *BACKENDS], help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

@@ -4,38 +4,48 @@ import json
 from pathlib import Path
 
 import torch
-from row_files import Row, encode_by_prompt
+from row_files import Row, encode_by_prompt, has_code
 from transformers import AutoModel, AutoTokenizer
 
 
 def pool(hidden: torch.Tensor, mask: torch.Tensor, config: dict[str, bool]) -> torch.Tensor:
-    """Return vectors [B, D] of hidden states [B, T, D] and the mask [B, T] of the tokens to pool."""
-    weights = mask[..., None].to(hidden.dtype)
+    """Return vectors [B, D] of hidden states [B, T, D].
+
+    Args:
+        hidden: The hidden states.
+        mask: True at the tokens to pool, [B, T].
+        config: Content of 1_Pooling/config.json, which has a flag for every mode.
+    """
     if config["pooling_mode_cls_token"]:
         return hidden[torch.arange(len(hidden)), mask.int().argmax(1)]
     if config["pooling_mode_lasttoken"]:
         return hidden[torch.arange(len(hidden)), mask.shape[1] - 1 - mask.flip(1).int().argmax(1)]
     if config["pooling_mode_max_tokens"]:
         return hidden.masked_fill(~mask[..., None], -torch.inf).amax(1)
+    weights = mask[..., None].to(hidden.dtype)
     if config["pooling_mode_weightedmean_tokens"]:
         weights = weights * torch.arange(1, mask.shape[1] + 1)[None, :, None]
     return (hidden * weights).sum(1) / weights.sum(1)
 
 
-def read_pooling(folder: str) -> dict[str, bool]:
-    """Return the config of the pooling, which has a flag for every mode."""
+def read_pooling_config(folder: str) -> dict[str, bool]:
+    """Return the content of 1_Pooling/config.json."""
     return json.loads((Path(folder) / "1_Pooling" / "config.json").read_text())
 
 
 def encode_with_auto_model(folder: str, rows: list[Row]) -> list[torch.Tensor]:
-    """Return unit vectors of every row. Raises `ValueError` for folders with other weights than those of the model."""
-    if (Path(folder) / "token_pooling.py").is_file():
+    """Return the unit vector of every row.
+
+    Raises:
+        ValueError: The folder has weights that AutoModel does not load.
+    """
+    if has_code(folder):
         raise ValueError("the pooling has weights, which AutoModel does not load")
     if list(Path(folder).glob("*_Dense")):
         raise ValueError("the projection is a module of sentence-transformers, which AutoModel does not load")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModel.from_pretrained(folder).eval()
-    config = read_pooling(folder)
+    config = read_pooling_config(folder)
 
     def encode_texts(texts: list[str], prompt: str) -> torch.Tensor:
         inputs = tokenizer([prompt + text for text in texts], padding=True, truncation=True, return_tensors="pt")

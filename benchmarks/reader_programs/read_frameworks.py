@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from row_files import Row, join_texts, run
+from row_files import Row, has_code, join_texts, run
 
 
 def read_prompts(folder: str) -> tuple[str, str]:
@@ -17,18 +17,13 @@ def read_prompts(folder: str) -> tuple[str, str]:
     return config["prompts"].get("query", ""), config["prompts"].get(config.get("default_prompt_name"), "")
 
 
-def needs_code(folder: str) -> bool:
-    """Return whether an export has Python code."""
-    return (Path(folder) / "token_pooling.py").is_file()
-
-
 def encode_with_langchain(folder: str, rows: list[Row]) -> list[Any]:
     """Return vectors of every row. LangChain passes documents and queries with one prompt each."""
     from langchain_huggingface import HuggingFaceEmbeddings
 
     model = HuggingFaceEmbeddings(
         model_name=folder,
-        model_kwargs={"device": "cpu", **({"trust_remote_code": True} if needs_code(folder) else {})},
+        model_kwargs={"device": "cpu", **({"trust_remote_code": True} if has_code(folder) else {})},
         query_encode_kwargs={"prompt_name": "query"},
     )
     query, _ = read_prompts(folder)
@@ -49,7 +44,7 @@ def encode_with_llama_index(folder: str, rows: list[Row]) -> list[Any]:
         device="cpu",
         query_instruction=query,
         text_instruction=document,
-        trust_remote_code=needs_code(folder),
+        trust_remote_code=has_code(folder),
     )
     return [
         model.get_query_embedding(row["text"]) if row["prompt"] == query else model.get_text_embedding(row["text"])
@@ -67,7 +62,7 @@ def encode_with_chroma(folder: str, rows: list[Row]) -> list[Any]:
     """Return vectors of every row."""
     from chromadb.utils.embedding_functions import SentenceTransformerEmbeddingFunction
 
-    options = {"trust_remote_code": True} if needs_code(folder) else {}
+    options = {"trust_remote_code": True} if has_code(folder) else {}
     return list(
         SentenceTransformerEmbeddingFunction(model_name=folder, device="cpu", **options)(join_query_prompts(folder, rows))
     )
@@ -77,7 +72,7 @@ def encode_with_lancedb(folder: str, rows: list[Row]) -> list[Any]:
     """Return vectors of every row."""
     from lancedb.embeddings import get_registry
 
-    model = get_registry().get("sentence-transformers").create(name=folder, device="cpu", trust_remote_code=needs_code(folder))
+    model = get_registry().get("sentence-transformers").create(name=folder, device="cpu", trust_remote_code=has_code(folder))
     return list(model.compute_source_embeddings(join_query_prompts(folder, rows)))
 
 

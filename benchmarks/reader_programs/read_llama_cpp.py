@@ -38,19 +38,25 @@ def convert(folder: str) -> Path:
     return out
 
 
-def read_pooling(folder: str) -> str:
-    """Return the flag of the pooling that 1_Pooling/config.json has."""
+def read_pooling_flag(folder: str) -> str:
+    """Return the flag of the pooling that is set in 1_Pooling/config.json."""
     config = json.loads((Path(folder) / "1_Pooling" / "config.json").read_text())
     return next(key for key, value in config.items() if key.startswith("pooling_mode_") and value is True)
 
 
 def encode(folder: str, rows: list[Row]) -> list[Any]:
-    """Return vectors of every row. The server does not truncate texts, so long texts that it refuses have no vector."""
+    """Return the vector of every row; None for a text that the server refuses, because it does not truncate long ones.
+
+    Raises:
+        RuntimeError: The server refuses every text.
+    """
     params = xllamacpp.CommonParams()
     params.model.path = str(convert(folder))
     params.embedding, params.n_parallel, params.n_ctx, params.warmup = True, 1, 0, False
     params.n_batch = params.n_ubatch = 2048
-    params.pooling_type = POOLING_TYPES[read_pooling(folder)]  # like --pooling; the converter writes none for Llama and Mistral
+    params.pooling_type = POOLING_TYPES[
+        read_pooling_flag(folder)
+    ]  # like --pooling; the converter writes none for Llama and Mistral
     server = xllamacpp.Server(params)
     vectors = []
     for text in join_texts(rows):

