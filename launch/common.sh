@@ -7,7 +7,7 @@ print_usage() { # prints the comment at the top of the script
   sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
 }
 
-fail() {
+fail() { # MESSAGE...: prints an error on one line, and exits with code 2
   echo "error: $*; see $0 --help" >&2
   exit 2
 }
@@ -20,7 +20,7 @@ require_options() { # OPTION...: fails unless each has a value
   done
 }
 
-require_positive_integer() { # NAME VALUE
+require_positive_integer() { # NAME VALUE: fails unless the value is one
   [[ $2 =~ ^[1-9][0-9]*$ ]] || fail "$1: '$2' is not a positive integer"
 }
 
@@ -61,7 +61,7 @@ parse_options() { # "OPTIONS WITH A VALUE" "FLAGS" ARGUMENTS OF THE SCRIPT...
   reject_late_dry_run "$@"
 }
 
-reject_late_dry_run() { # ARGUMENTS OF THE TRAIN COMMAND...
+reject_late_dry_run() { # ARGUMENTS OF THE TRAIN COMMAND...: fails if --dry-run is among them
   [[ " $* " != *" --dry-run "* ]] || fail "--dry-run is among the arguments of the train command; put it before --"
 }
 
@@ -75,7 +75,7 @@ require_config() {
     fail "${train_args[0]}: no such file in $checkout (the checkout is copied to the workers)"
 }
 
-install_on_all_workers() { # KIND (tpu-vm or queued-resources) NAME FLAGS...
+install_on_all_workers() { # KIND (tpu-vm or queued-resources) NAME FLAGS...: copies this checkout, and installs it
   local kind=$1 name=$2 archive
   shift 2
   # A private folder with a random name: nobody else can read the archive, or put a link in its place.
@@ -93,7 +93,7 @@ python3 -m pip install --user --quiet uv && ~/.local/bin/uv venv --quiet --allow
 ~/.local/bin/uv pip install --quiet --python .venv -c constraints.txt '.[tpu]'"
 }
 
-train_on_all_workers() { # TPU_VM_NAME FLAGS...
+train_on_all_workers() { # TPU_VM_NAME FLAGS...: starts the train command, and waits for it
   local name=$1
   shift
   run gcloud compute tpus tpu-vm ssh "$name" "$@" --worker=all \

@@ -54,12 +54,12 @@ quote_yaml() { # prints a text as a YAML string on one line: a line such as --- 
   if [[ $text == "$1" ]]; then echo "'${1//\'/\'\'}'"; else echo "\"$text\""; fi
 }
 
-quote_argument() { # prints an argument of a container as a YAML string; Kubernetes replaces $(NAME), and $$ by $
+quote_argument() { # prints an argument of a container as a YAML string; in it, Kubernetes expands $(NAME), and reads $$ as $
   # shellcheck disable=SC2016 # these are literal
   quote_yaml "${1//'$'/'$$'}"
 }
 
-print_manifest() {
+print_manifest() { # ARGUMENTS OF THE TRAIN COMMAND...
   cat <<EOF
 apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet

@@ -7,8 +7,8 @@
 #   --dry-run      print the commands and run nothing
 #
 # Prints the output of process 0, and the standard error of the other processes with their number in front. Ctrl-C,
-# SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 stop all processes. The script waits for all of them and exits with the code of the first that failed. Set
-# PYTHON to use another interpreter than python.
+# SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 stop all processes. The script waits for all of them, and exits with the code of the
+# first that failed. Set PYTHON to use another interpreter than python.
 
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -37,7 +37,7 @@ type -P "$python" >/dev/null || fail "$python: no such command. Activate the env
 
 port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])')
 pids=()
-add_prefix() { # NUMBER: copies lines to standard error with [NUMBER] in front; signals are for the processes alone
+add_prefix() { # NUMBER: copies lines to standard error with [NUMBER] in front, and ignores the signals that stop processes
   trap '' INT TERM
   exec sed -u "s/^/[$1] /" >&2
 }

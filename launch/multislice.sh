@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains on several TPU slices, joined over the data center network, as a queued resource of gcloud. With --create it
-# requests the slices first, or does only that.
+# Trains on several TPU slices of a queued resource of gcloud, which are joined over the data center network. With --create
+# it requests the slices first. Without CONFIG.yaml, --create only requests them.
 #
 #   launch/multislice.sh --name NAME --zone ZONE --slices N [options] -- CONFIG.yaml [key.sub=value ...]
 #   launch/multislice.sh --name NAME --zone ZONE --slices N --create [options]
@@ -30,7 +30,7 @@ require_positive_integer --slices "$slices"
 [[ -n $create && ${#train_args[@]} == 0 ]] || require_config
 location=(--zone="$zone" ${project:+--project="$project"})
 
-wait_until_active() {
+wait_until_active() { # fails if the request does
   local state
   while true; do
     state=$(gcloud compute tpus queued-resources describe "$name" "${location[@]}" --format='value(state.state)')

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains on one TPU slice with one or more workers, through gcloud. With --create it creates the slice first, or does only
-# that.
+# Trains on one TPU slice with one or more workers, through gcloud. With --create it creates the slice first. Without
+# CONFIG.yaml, --create only creates it.
 #
 #   launch/tpu_vm.sh --name NAME --zone ZONE [options] -- CONFIG.yaml [key.sub=value ...]
 #   launch/tpu_vm.sh --name NAME --zone ZONE --create [options]
