@@ -32,8 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("jaxembed")
 
-MAX_TIMEOUT_S = 86_400
-
+MAX_TIMEOUT_S = 86_400  # of --timeout
 # Libraries whose progress messages are hidden.
 CHATTY_LOGGERS = ("jax", "orbax", "httpx", "httpx2", "openai", "datasets", "bm25s", "faiss", "sentence_transformers", "mteb")
 
@@ -297,8 +296,17 @@ def prepare_new_output(path: str, extensions: Collection[str] = ()) -> Path:
     return prepare_output(out)
 
 
-def check_other_file(path: Path, option: str, out: Path) -> None:
-    """Raise `UserError` if a second output, which `option` names, is the same file as OUT."""
+def check_not_out(path: Path, option: str, out: Path) -> None:
+    """Check that an option does not name OUT.
+
+    Args:
+        path: Value of the option.
+        option: Its name.
+        out: OUT.
+
+    Raises:
+        UserError: Both are the same file.
+    """
     if path.resolve() == out.resolve():
         raise UserError(f"{option} {path}: is the same file as OUT. Name another file.")
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxembed import cli
 from jaxembed.config.field_lists import log_once
+from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.data.jsonl import write_jsonl
 from jaxembed.data.npy_writer import check_disk_space, write_vectors
 from jaxembed.data.text_input import group_texts, is_pipe, read_few_shot_examples, read_texts
@@ -35,7 +36,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     ranges_path = find_ranges([args.precision], args.model, args.ranges)
     ranges_out = args.write_ranges and cli.prepare_new_output(args.write_ranges)
     if ranges_out:
-        cli.check_other_file(ranges_out, "--write-ranges", out)
+        cli.check_not_out(ranges_out, "--write-ranges", out)
     documents = open_documents(args)
     # A pipe can be read only once. Anything else is read and checked before the model is loaded.
     count = None if is_pipe(source) else sum(1 for _ in read_texts(source, args.field))
@@ -45,10 +46,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     embedder = cli.load_model(args.model, dtype=args.dtype, **cli.get_model_options(args))
     options = {name: getattr(args, name) for name in ("instruction", "prompt_name", "dim", "long_texts")}
     options["examples"] = examples
-    if args.instruction is None and args.prompt_name is None and embedder.spec.prompts:
-        stored = ", ".join(embedder.spec.prompts)
-        plain = repr(embedder.spec.plain_prompt)
-        log_once(f"{args.model}: texts get the prompt {plain} (--prompt-name selects a stored one: {stored})", logging.INFO)
+    if args.instruction is None and args.prompt_name is None:
+        log_plain_prompt(args.model, embedder.spec)
     width = embedder.encode([], **options).shape[1]  # checks the options before anything is written
     ranges = read_ranges(ranges_path, width) if ranges_path else None
     groups = (embedder.encode(texts, **options) for texts in group_texts(read_texts(source, args.field)))
@@ -66,9 +65,16 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         if ranges_out and quantizer.measured_ranges is not None:
             with atomic_write(ranges_out) as partial_ranges, partial_ranges.open("wb") as file:
                 np.save(file, quantizer.measured_ranges)
-    return {"out": str(out), "vectors": written, "width": width} | (
-        {} if args.precision == "float32" else {"precision": args.precision}
-    )
+    precision = {} if args.precision == "float32" else {"precision": args.precision}
+    return {"out": str(out), "vectors": written, "width": width, **precision}
+
+
+def log_plain_prompt(model: str, spec: EmbeddingSpec) -> None:
+    """Log the prompt that texts get without --instruction and --prompt-name, if the model has stored prompts to choose from."""
+    if spec.prompts:
+        names = ", ".join(spec.prompts)
+        message = f"{model}: texts get the prompt {spec.plain_prompt!r} (--prompt-name selects a stored one: {names})"
+        log_once(message, logging.INFO)
 
 
 def open_documents(args: argparse.Namespace) -> np.ndarray | None:
@@ -93,7 +99,7 @@ def write_nearest(
     width: int,
     ranges: np.ndarray | None,
 ) -> dict[str, Any]:
-    """Write the nearest documents of each text, one JSON line per text. Return what the command prints.
+    """Write the nearest documents of each text, one JSON line per text.
 
     Args:
         out: The file.
@@ -101,7 +107,13 @@ def write_nearest(
         groups: Vectors of the texts, float32 [n, width] each.
         documents: Vectors of the documents in `args.precision`.
         width: Width of the vectors.
-        ranges: Ranges for int8 and uint8.
+        ranges: Ranges for int8 and uint8, float32 [2, width].
+
+    Returns:
+        The path of OUT, the numbers of texts and documents, and the precision.
+
+    Raises:
+        UserError: The documents have another width or precision.
     """
     from jaxembed.search.quantized import check_layout, search_quantized
 

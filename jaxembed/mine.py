@@ -70,7 +70,7 @@ def prepare_outputs(args: argparse.Namespace) -> tuple[Path, Path]:
     report_path = (
         cli.prepare_new_output(args.report) if args.report else cli.prepare_output(out.with_name(f"{out.name}.report.json"))
     )
-    cli.check_other_file(report_path, "--report", out)
+    cli.check_not_out(report_path, "--report", out)
     return out, report_path
 
 

@@ -39,7 +39,7 @@ class NearDuplicateFilter:
 
 
 def hash_shingles(code: str) -> np.ndarray:
-    """Return the distinct hashes of all runs of `SHINGLE_TOKENS` tokens, sorted, uint64 [N]; of fewer tokens, one hash."""
+    """Return the distinct hashes of all runs of `SHINGLE_TOKENS` tokens, uint64 [N], sorted. Shorter code has one hash."""
     tokens = np.array([_hash_token(token) for token in re.findall(r"\w+|[^\w\s]", code)], np.uint64)
     return np.unique(mix(hash_runs(tokens, min(SHINGLE_TOKENS, len(tokens)))))
 

@@ -172,6 +172,7 @@ class Curation:
         stats: Mapping[int, CurationStepStats],
         map_group: MapBatches,
     ) -> Iterator[CuratedRow]:
+        """Yield the rows that a group of steps keeps, and count the outcomes in `stats`."""
         for batch, result in map_group(tuple(functions.values()), batched(rows)):
             if isinstance(result, RowStepError):
                 raise UserError(f"{self.sources[result.row.source].locate(result.row.number)}: {result.problem}")

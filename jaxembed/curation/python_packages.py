@@ -1,4 +1,4 @@
-"""Training pairs from the Python packages of the running environment: docstring -> function. Nothing is downloaded.
+"""Write training pairs of the installed Python packages: docstring -> function. Nothing is downloaded.
 
     files --ast--> (docstring, code) --remove near duplicates--> train.jsonl | functions/ | package/
 
@@ -65,8 +65,8 @@ def write_package_pairs(
         The number of pairs of each split: train, functions and package.
 
     Raises:
-        UserError: If `out` exists and holds something else, if the held-out package is not installed, if rensa is
-            not installed, or if no pair is left to train on.
+        UserError: `out` exists and holds something else, the held-out package or rensa is not installed, or no pair is left to
+            train on.
     """
     # Find the files and compare them with those that an existing folder was written from.
     names = list(dict.fromkeys([*packages, *([holdout_package] if holdout_package else [])]))
@@ -77,10 +77,10 @@ def write_package_pairs(
     if exists(out):
         return _read_existing_splits(out, inputs)
 
-    # Of near duplicates the first one is kept, so the held-out package comes first. Parsing takes long, so rensa is imported
-    # before.
+    # The filter imports rensa. It is created first, because parsing takes long.
     codes = NearDuplicateFilter()
     pairs, counts = parse_files([file for package_files in files.values() for file in package_files])
+    # The first of several near duplicates is kept. It should be the one of the held-out package.
     pairs.sort(key=lambda pair: pair.package != holdout_package)
     unique = _remove_duplicates(pairs, codes, counts)
 
@@ -97,6 +97,7 @@ def write_package_pairs(
 
 
 def _check_installed(names: Sequence[str], installed: Mapping[str, Any], holdout_package: str | None) -> None:
+    """Warn of packages that are not installed. Raise `UserError` if the held-out one is not, or none is."""
     for name in names:
         if name in installed:
             continue
@@ -118,6 +119,7 @@ def _iter_files(package: str) -> Iterator[SourceFile]:
 
 
 def _find_roots(package: str) -> list[Path]:
+    """Return the folders of a package, or the file of a module; none if it is not installed."""
     if package == "stdlib":
         return [Path(sysconfig.get_path("stdlib"))]
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
@@ -205,7 +207,7 @@ def _split(pairs: Sequence[FunctionPair], holdout_package: str | None, holdout_f
 
 
 def _write_folder(out: Path, splits: Mapping[str, Sequence[FunctionPair]], report: Mapping[str, Any]) -> None:
-    """Write everything, completely or not at all."""
+    """Write the splits and the report, completely or not at all."""
     with open_scratch_folder(out) as scratch:
         (folder := scratch / "packages").mkdir()
         write_jsonl(folder / "train.jsonl", [{"query": pair.query, "pos": [pair.code], "neg": []} for pair in splits["train"]])
@@ -217,6 +219,7 @@ def _write_folder(out: Path, splits: Mapping[str, Sequence[FunctionPair]], repor
 
 
 def _write_holdout(folder: Path, pairs: Sequence[FunctionPair]) -> None:
+    """Write pairs as a BEIR folder: docstrings are queries, functions are documents."""
     corpus = {pair.location: pair.code for pair in pairs}
     queries = {f"query:{pair.location}": pair.query for pair in pairs}
     write_beir(folder, corpus, queries, {f"query:{pair.location}": {pair.location: 1} for pair in pairs})

@@ -17,7 +17,7 @@ from jaxembed.curation.batches import BatchOutcomes, BatchResults, RowBatch, run
 from jaxembed.curation.steps.curated_row import RowStep
 from jaxembed.errors import UserError, summarize
 
-LOCAL = "local"
+LOCAL_ADDRESS = "local"
 MAX_RETRIES = 2  # of a batch whose worker ended
 BATCHES_PER_WORKER = 2  # one that is processed, and one that waits
 
@@ -38,7 +38,7 @@ class RayWorkers:
         self._ray = _import_ray()
         # Functions of the user are imported by the workers too.
         environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}}
-        options: dict[str, Any] = {"num_cpus": num_workers, "include_dashboard": False} if address == LOCAL else {}
+        options: dict[str, Any] = {"num_cpus": num_workers, "include_dashboard": False} if address == LOCAL_ADDRESS else {}
         try:
             self._ray.init(address=address, log_to_driver=False, logging_level="ERROR", runtime_env=environment, **options)
         except (ConnectionError, ValueError, RuntimeError) as error:
@@ -60,7 +60,7 @@ class RayWorkers:
         A batch whose worker ended is processed again by a new worker.
 
         Raises:
-            UserError: The workers of one batch ended again and again, or one failed, as for lack of memory.
+            UserError: The worker of a batch ended `MAX_RETRIES` + 1 times, or failed, for example because memory ran out.
         """
         actor = self._ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=MAX_RETRIES)(StepWorker)
         stored = self._ray.put(functions)
@@ -74,6 +74,7 @@ class RayWorkers:
             yield self._wait(*running.popleft())
 
     def _wait(self, batch: RowBatch, result: Any) -> tuple[RowBatch, BatchOutcomes]:
+        """Return a batch with its outcomes once a worker has them. `result` is Ray's reference to them."""
         try:
             return batch, self._ray.get(result)
         except self._ray.exceptions.RayActorError as error:
@@ -81,11 +82,11 @@ class RayWorkers:
                 raise UserError(
                     f"--ray: a worker cannot load the steps ({missing[0]}). Install it on every machine of the cluster."
                 ) from None
-            raise self._explain(batch, f"the workers ended {MAX_RETRIES + 1} times") from None
+            raise self._make_error(batch, f"the workers ended {MAX_RETRIES + 1} times") from None
         except self._ray.exceptions.RayError as error:
-            raise self._explain(batch, f"a worker failed ({summarize(getattr(error, 'cause', None) or error)})") from None
+            raise self._make_error(batch, f"a worker failed ({summarize(getattr(error, 'cause', None) or error)})") from None
 
-    def _explain(self, batch: RowBatch, problem: str) -> UserError:
+    def _make_error(self, batch: RowBatch, problem: str) -> UserError:
         rows = f"rows {batch[0].number} to {batch[-1].number}"
         return UserError(f"--ray: {rows}: {problem}. Run the same command without --ray, which shows why.")
 

@@ -49,8 +49,10 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     """Run a command and return its report."""
     if args.command == "packages":
         return write_packages(args)
-    if args.command in ("documents", "split"):
-        return write_documents(args) if args.command == "documents" else split(args)
+    if args.command == "documents":
+        return write_documents(args)
+    if args.command == "split":
+        return split(args)
     if args.command == "convert" and args.out is None:
         args.out = take_last_source(args)
     settings = config.load_config(args.config, base="") if args.config else None
@@ -143,8 +145,11 @@ def read_passage_limits(args: argparse.Namespace) -> passages.PassageLimits:
     tokenizer = open_tokenizer(args.model, None)[1]
     if tokenizer is None:
         return passages.PassageLimits(args.max_chars, args.min_chars)
-    measure = lambda text: int(tokenizer.count_untruncated_tokens([text], [""])[0])  # noqa: E731
-    return passages.PassageLimits(args.max_tokens, args.min_chars, measure)
+
+    def count_tokens(text: str) -> int:
+        return int(tokenizer.count_untruncated_tokens([text], [""])[0])
+
+    return passages.PassageLimits(args.max_tokens, args.min_chars, count_tokens)
 
 
 def preview(
@@ -197,7 +202,7 @@ def name_shard(out: str, number: str, count: int) -> str:
 
 
 def read_data(args: argparse.Namespace, settings: config.Config | None) -> config.DataConfig:
-    """Return the `data` section to work on: that of a config with the sources of all stages, or one of the named sources."""
+    """Return the `data` section of a config, with the sources of all stages, or a section of the named sources."""
     if bool(args.sources) == bool(settings):
         raise UserError("SOURCE: expected either sources or --config CONFIG.yaml. Name one of the two.")
     row_settings, hard_negatives = cli.get_row_settings(args), args.hard_negatives
@@ -250,8 +255,8 @@ def make_parser() -> DataParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, description in DESCRIPTIONS.items():
         command = commands.add_parser(name, help=description, description=description, allow_abbrev=False)
-        if name in ADDERS:
-            ADDERS[name](command)
+        if name in ARGUMENT_ADDERS:
+            ARGUMENT_ADDERS[name](command)
             continue
         command.add_argument("sources", metavar="SOURCE", nargs="*", help="path or name, as in a config")
         command.add_argument("--config", metavar="CONFIG.yaml", help="take the sources of a config instead")
@@ -270,7 +275,6 @@ def make_parser() -> DataParser:
 
 def add_stats_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options about vectors."""
-    number = cli.integer_from
     parser.add_argument(
         "--vectors", metavar="MODEL",
         help="print effective rank, coverage, clusters, languages and nearness of the sources, by the vectors of this model",
@@ -280,19 +284,26 @@ def add_stats_arguments(parser: argparse.ArgumentParser) -> None:
         help="evaluation sets whose distance to each source is measured: BEIR folders, files of rows, or MTEB tasks",
     )  # fmt: skip
     parser.add_argument(
-        "--max-texts", type=number(2), default=2000, metavar="N", help="queries of each source and set (default: 2000)"
+        "--max-texts",
+        type=cli.integer_from(2),
+        default=2000,
+        metavar="N",
+        help="queries of each source and set (default: 2000)",
     )
-    parser.add_argument("--clusters", type=number(2), default=20, metavar="N", help="clusters of all sources (default: 20)")
+    parser.add_argument(
+        "--clusters", type=cli.integer_from(2), default=20, metavar="N", help="clusters of all sources (default: 20)"
+    )
 
 
 def add_preview_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that shape the batch."""
-    number = cli.integer_from
-    parser.add_argument("--batch-size", type=number(1), default=8, metavar="N", help="queries of the batch (default: 8)")
     parser.add_argument(
-        "--hard-negatives", type=number(0), metavar="N", help="negatives per query of named sources (default: 1)"
+        "--batch-size", type=cli.integer_from(1), default=8, metavar="N", help="queries of the batch (default: 8)"
     )
-    parser.add_argument("--seed", type=number(0), default=0, help="seed of the order and of every draw (default: 0)")
+    parser.add_argument(
+        "--hard-negatives", type=cli.integer_from(0), metavar="N", help="negatives per query of named sources (default: 1)"
+    )
+    parser.add_argument("--seed", type=cli.integer_from(0), default=0, help="seed of the order and of every draw (default: 0)")
 
 
 def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
@@ -327,16 +338,21 @@ def add_package_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_document_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the folder, the output and the lengths of passages."""
-    number = cli.integer_from
     parser.add_argument("folder", metavar="FOLDER", help="folder of documents, or one file; hidden files are left out")
     parser.add_argument("out", metavar="OUT.jsonl", help="file to write, which must not exist")
     parser.add_argument(
-        "--max-chars", type=number(1), default=1500, metavar="N", help="maximum characters of a passage (default: 1500)"
+        "--max-chars",
+        type=cli.integer_from(1),
+        default=1500,
+        metavar="N",
+        help="maximum characters of a passage (default: 1500)",
     )
-    parser.add_argument("--max-tokens", type=number(1), metavar="N", help="maximum tokens of a passage, instead of --max-chars")
+    parser.add_argument(
+        "--max-tokens", type=cli.integer_from(1), metavar="N", help="maximum tokens of a passage, instead of --max-chars"
+    )
     parser.add_argument("--model", metavar="MODEL", help="model whose tokens --max-tokens counts")
     parser.add_argument(
-        "--min-chars", type=number(1), default=50, metavar="N", help="shorter passages are dropped (default: 50)"
+        "--min-chars", type=cli.integer_from(1), default=50, metavar="N", help="shorter passages are dropped (default: 50)"
     )
     parser.add_argument(
         "--skip-bad-files", action="store_true", help="leave out files that cannot be read (default: write nothing)"
@@ -362,11 +378,11 @@ def add_split_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-ADDERS = {
+ARGUMENT_ADDERS = {  # of commands without a SOURCE
     "packages": add_package_arguments,
     "documents": add_document_arguments,
     "split": add_split_arguments,
-}  # of commands without a SOURCE
+}
 
 
 if __name__ == "__main__":

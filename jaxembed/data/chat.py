@@ -64,4 +64,5 @@ class ChatSampler(TextSampler):
         yield {"query": question, "pos": [answer]}
 
     def _read_first_exchange(self, index: int) -> tuple[str, str]:
+        """Return the first message of the user that the assistant answers, and the answer."""
         return next(_iter_exchanges(read_messages(self.rows[index])))

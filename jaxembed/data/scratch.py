@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 
 from jaxembed.errors import UserError, summarize
 
-SCRATCH_PREFIX = ".export-"  # of the names of temporary folders
-SCRATCH_LOCK_FILE = "lock"  # locked as long as the process that writes the folder lives
-MAX_UNLOCKED_AGE_S = 24 * 3600  # after this time a folder without a lock is removed: one of an earlier version
+SCRATCH_PREFIX = ".export-"  # of the name of a temporary folder
+SCRATCH_LOCK_FILE = "lock"  # locked while the process that writes the folder runs
+MAX_UNLOCKED_AGE_S = 24 * 3600  # of a folder without a lock file, as earlier versions wrote it; older ones are removed
 
 
 @contextlib.contextmanager
@@ -74,6 +74,7 @@ def _remove_stale_folders(parent: Path) -> None:
 
 
 def _is_stale(folder: Path) -> bool:
+    """Return whether the process that wrote a temporary folder has ended."""
     lock_path = folder / SCRATCH_LOCK_FILE
     if not lock_path.exists():
         return time.time() - folder.stat().st_mtime > MAX_UNLOCKED_AGE_S

@@ -61,7 +61,15 @@ def kl_divergence(
     """Return the KL divergence of each prediction, from the distribution of `reference` to that of `hidden`, in float32.
 
     With logits r of the reference, z of the model, and p the softmax of r: sum p (r - z) - logsumexp(r) + logsumexp(z).
-    The backward pass computes the blocks of logits again. `reference` and `table` get no gradient.
+    The backward pass computes the blocks of logits again.
+
+    Args:
+        reference: Hidden states of the reference model. They get no gradient.
+        hidden: Hidden states of the model at the same positions.
+        table: The kernel of the language-model head, which both share. It gets no gradient.
+
+    Returns:
+        The divergence of each prediction, which is 0 or more.
     """
     reference, table = jax.lax.stop_gradient((reference, table))
     blocks, first_tokens = _split_vocabulary(table, hidden)
@@ -88,6 +96,11 @@ def cross_entropy(hidden: Float[Array, "n p d"], table: Float[Array, "v d"], tar
     """Return the cross-entropy of each prediction, log(sum of e^logit) - (logit of the target), in float32.
 
     The logits are hidden @ table^T, in the dtype of `hidden` and summed in float32.
+
+    Args:
+        hidden: Hidden states at the predicting positions.
+        table: The kernel of the language-model head, one row for each token of the vocabulary.
+        target: The tokens to predict.
     """
     return _forward(hidden, table, target)[0]
 

@@ -23,43 +23,44 @@ def show_token_data(stage: Stage) -> list[dict[str, Any]]:
     """Print the size of every source of the objectives that predict tokens, and its first texts as the model reads them.
 
     Returns:
-        A report about each, like those about other sources: name, path, format and sizes; its objective; and of the measured
-        texts their tokens and the share that is predicted.
+        A report for each source. It has what `describe_rows` returns, "objective", "epochs", and for the measured texts
+        "tokens" (`describe_lengths`) and "predicted", the share of their tokens that is predicted.
 
     Raises:
         UserError: No token of an objective's texts is predicted.
     """
     reports = []
     for label, builder in stage.batch_builder.token_builders.items():
-        epochs, first_id, own = builder.plan.count_epochs(stage.config.train.steps), 0, []
+        epochs, first_id, objective_reports = builder.plan.count_epochs(stage.config.train.steps), 0, []
         for source, source_epochs in zip(builder.plan.sources, epochs, strict=True):
-            own.append(_show_source(stage, builder, source, first_id) | {"objective": label, "epochs": source_epochs})
+            report = _show_source(stage, builder, source, first_id)
+            objective_reports.append(report | {"objective": label, "epochs": source_epochs})
             first_id += len(source)
-        if not any(report["predicted"] for report in own):
-            names = ", ".join(report["name"] for report in own)
+        if not any(report["predicted"] for report in objective_reports):
+            names = ", ".join(report["name"] for report in objective_reports)
             raise UserError(
                 f"{label}: no token of {names} is predicted (expected longer texts, a higher mask_rate, or a higher "
                 "data.max_length)."
             )
-        reports += own
+        reports += objective_reports
     return reports
 
 
 def _show_source(stage: Stage, builder: TokenBatchBuilder, source: Source, first_id: int) -> dict[str, Any]:
-    """Print and return statistics of one source, whose first text has the id `first_id`."""
+    """Print a source, whose first text has the id `first_id`. Return its report without objective and epochs."""
     texts = builder.read_texts(0, np.arange(first_id, first_id + min(MEASURED_TEXTS, len(source))))
     lengths = np.array([len(text.tokens) for text in texts])
     counts = np.array([np.sum(text.targets != NOT_PREDICTED) for text in texts])
-    predicted, silent = int(counts.sum()), int(np.sum(counts == 0))
-    share = predicted / max(1, int(lengths.sum()))
+    num_unpredicted = int(np.sum(counts == 0))
+    share = int(counts.sum()) / max(1, int(lengths.sum()))
     log.info(
         "%s (%s): %s texts; %.0f tokens per text on average, %.1f%% of them predicted",
         source.name, source.format, f"{len(source):,}", lengths.mean(), 100 * share,
     )  # fmt: skip
-    if silent:
+    if num_unpredicted:
         log.info(
             "  %s of %s texts have no predicted token: they are too short, or truncated at data.max_length %s",
-            f"{silent:,}", f"{len(texts):,}", stage.tokenizer.spec.max_length,
+            f"{num_unpredicted:,}", f"{len(texts):,}", stage.tokenizer.spec.max_length,
         )  # fmt: skip
     for text in texts[:MAX_SHOWN_TOKEN_TEXTS]:
         log.info("  reads    %r", stage.tokenizer.hf_tokenizer.decode(text.tokens[:MAX_SHOWN_TOKENS]))
@@ -83,7 +84,7 @@ def describe_rows(source: Source) -> dict[str, Any]:
 
 
 def describe_lengths(lengths: np.ndarray, limit: int) -> dict[str, Any]:
-    """Return statistics of the lengths of texts in tokens, and their limit."""
+    """Return the number of texts, statistics of their lengths in tokens, and the limit of a length."""
     return {
         "texts": len(lengths),
         "mean": float(lengths.mean()),

@@ -57,19 +57,16 @@ def search_quantized(
         raise UserError(f"search_quantized: {precision} needs ranges (found none). Pass those of the documents.")
     if not (k := min(k, len(documents))):
         return SearchResult(np.zeros((len(queries), 0), np.int32), np.zeros((len(queries), 0), np.float32))
-    numbers = documents if documents.dtype == np.uint8 else (documents.astype(np.int16) + BYTE_VALUES // 2).astype(np.uint8)
-    step = choose_faiss_batch_size(memory_mb, k)
-    blocks = [queries[start : start + step] for start in range(0, len(queries), step)]
+    batch_size = choose_faiss_batch_size(memory_mb, k)
+    blocks = [queries[start : start + batch_size] for start in range(0, len(queries), batch_size)]
     if precision == "float32":
         found = [faiss.knn(block, documents, k, faiss.METRIC_INNER_PRODUCT) for block in blocks]
     elif ranges is not None and needs_ranges(precision):
         index = faiss.IndexScalarQuantizer(width, faiss.ScalarQuantizer.QT_8bit_direct, faiss.METRIC_INNER_PRODUCT)
-        index.add(numbers)
-        steps = compute_steps(ranges)
-        found = [index.search(np.ascontiguousarray(block * steps), k) for block in blocks]
-        # The middle of a step is start + (level + 1/2) * step, so the rest of a score depends only on the query.
-        found = [(s + (b @ (ranges[0] + steps / 2))[:, None], rows) for b, (s, rows) in zip(blocks, found, strict=True)]
+        index.add(_to_unsigned(documents))
+        found = [_search_levels(index, block, ranges, k) for block in blocks]
     else:
+        numbers = _to_unsigned(documents)
         bits = faiss.IndexBinaryFlat(8 * numbers.shape[1])
         bits.add(numbers)
         found = [_search_bits(bits, block, numbers, k) for block in blocks]
@@ -111,9 +108,24 @@ def read_documents(path: Path) -> np.ndarray:
     return documents
 
 
-def _search_bits(index: object, queries: np.ndarray, documents: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def _to_unsigned(documents: np.ndarray) -> np.ndarray:
+    """Return int8 or uint8 vectors as uint8, as FAISS takes them."""
+    if documents.dtype == np.uint8:
+        return documents
+    return (documents.astype(np.int16) + BYTE_VALUES // 2).astype(np.uint8)
+
+
+def _search_levels(index: Any, queries: np.ndarray, ranges: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return scores and rows, [q, k] each, of the documents with the largest dot product, given an index of their levels."""
+    steps = compute_steps(ranges)
+    scores, rows = index.search(np.ascontiguousarray(queries * steps), k)
+    # The middle of a step is start + (level + 1/2) * step, so the rest of a score depends only on the query.
+    return scores + (queries @ (ranges[0] + steps / 2))[:, None], rows
+
+
+def _search_bits(index: Any, queries: np.ndarray, documents: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Return scores and rows, [q, k] each, of the documents with the smallest Hamming distance, ordered by dot product."""
-    _, rows = index.search(quantize_vectors(queries, "ubinary"), min(OVERSAMPLING * k, len(documents)))  # type: ignore[attr-defined]
+    _, rows = index.search(quantize_vectors(queries, "ubinary"), min(OVERSAMPLING * k, len(documents)))
     bits = np.unpackbits(documents[rows], axis=-1, count=queries.shape[1])
     scores = np.einsum("qd,qkd->qk", queries, 2.0 * bits - 1) / np.sqrt(queries.shape[1])
     best = select_best(rows, scores, k)

@@ -12,7 +12,7 @@ from jaxembed.errors import summarize
 from jaxembed.verification.http_client import READ_BYTES, AnswerTooLongError, join_parts
 
 MAX_COMPLETION_BYTES = 2**26
-MAX_LOGPROB = 1e-3
+MAX_LOGPROB = 1e-3  # servers may round a log-probability of 0 up
 
 
 class Choice(NamedTuple):
@@ -52,6 +52,9 @@ def read_json_answer(response: Any, limit_s: float) -> Any:
     Args:
         response: The response, whose body has not been read.
         limit_s: Seconds that the body may take. The timeout of the library only limits each read.
+
+    Raises:
+        ValueError: The body is too long, takes too long, breaks off, or is not JSON.
     """
     import openai
 
@@ -85,9 +88,11 @@ def read_chat(content: Any) -> Choice:
 
 
 def read_echo(content: Any) -> tuple[Choice, dict[int, float]]:
-    """Return the first choice of a completion that echoes its prompt, and the log-probability of the tokens by their offset.
+    """Read the first choice of a completion that echoes its prompt.
 
-    A log-probability is NaN if the server gave another number. The first token of a prompt has none.
+    Returns:
+        The choice without text, and the log-probabilities of the tokens by their offset in the prompt. A log-probability is
+        NaN if the server gave another number. The first token has none.
     """
     with expect_completion():
         choice, usage = content["choices"][0], content.get("usage") or {}

@@ -50,13 +50,8 @@ def open_server_judge(config: JudgeConfig, cache: Path) -> ScorePairs:
         with ThreadPoolExecutor(options.concurrency) as pool:
             scores = list(pool.map(lambda pair: score_pair(client, config, pair), pairs))
         if num_missing := scores.count(None):
-            log.warning(
-                "%s: %d of %d pairs have no answer, and get a score of %s",
-                config.url,
-                num_missing,
-                len(pairs),
-                SCORE_WITHOUT_ANSWER,
-            )
+            message = "%s: %d of %d pairs have no answer, and get a score of %s"
+            log.warning(message, config.url, num_missing, len(pairs), SCORE_WITHOUT_ANSWER)
         return np.array([SCORE_WITHOUT_ANSWER if value is None else value for value in scores], np.float32)
 
     return cache_scores(config.model, cache / "scores" / digest, score)

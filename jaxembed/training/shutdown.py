@@ -18,7 +18,7 @@ from jaxembed.devices.standard_streams import LossyStream
 from jaxembed.errors import Stopped, get_interrupt_signal
 
 MAX_UNWINDING_S = 20.0  # for an interrupted block to clean up and end
-RESEND_DELAY_S = 0.05
+RESEND_DELAY_S = 0.05  # before a signal is sent again
 RESUME_MESSAGE = "the run continues from its last checkpoint, if it has one. Run the same command."
 
 
@@ -59,13 +59,15 @@ def handle_stop_signals(handle: Callable[[int, FrameType | None], None], wakeup_
 
 @contextmanager
 def stop_on_signals(message: str) -> Iterator[None]:
-    """Turn `list_stop_signals` inside the block into `Stopped` with a message.
+    """Raise `Stopped` with a message when a signal of `list_stop_signals` arrives inside the block.
 
-    A signal raises `KeyboardInterrupt` in the main thread. That can take long, as while a program compiles, and callbacks of
-    libraries may swallow it. So the process ends with the message after `MAX_UNWINDING_S` if the block has not ended by then.
-    Where Python itself swallows it, as in callbacks of the garbage collector, the signal is sent again.
+    A signal raises `KeyboardInterrupt` in the main thread:
 
-    A process of a group cannot stop alone: there the signals keep the meaning that they have outside the block.
+    - This can take long, for example while a program compiles, and callbacks of libraries may swallow the exception. So the
+      process ends with the message if the block has not ended after `MAX_UNWINDING_S`.
+    - Python itself ignores the exception in finalizers and callbacks of the garbage collector. Then the signal is sent again.
+
+    A process of a group cannot stop alone: there, signals keep the meaning that they have outside the block.
     """
     if processes.count() > 1:
         yield
@@ -98,7 +100,7 @@ def _send_again_if_ignored() -> Iterator[None]:
         if not isinstance(ignored.exc_value, KeyboardInterrupt):
             previous(ignored)
             return
-        # Later: here Python would ignore it again.
+        # A timer, because Python would ignore an exception that is raised here too.
         timers.append(threading.Timer(RESEND_DELAY_S, os.kill, (os.getpid(), get_interrupt_signal(ignored.exc_value))))
         timers[-1].start()
 
@@ -134,7 +136,7 @@ def _exit_if_stuck(message: str) -> Iterator[int]:
 
 
 class StopRequest:
-    """Turns `list_stop_signals` into a request to stop after a step. A second Ctrl-C interrupts at once.
+    """Takes a signal of `list_stop_signals` as a request to stop after the step. A second Ctrl-C interrupts at once.
 
     It is a context manager: the signals are handled inside the block (`handle_stop_signals`). With several processes the
     signals are turned into a SIGTERM, which JAX handles.
@@ -155,7 +157,7 @@ class StopRequest:
         self._handlers.__exit__(kind, error, trace)
 
     def is_due(self, step: int) -> bool:
-        """Return whether to stop after this step: the same answer on all processes of a run."""
+        """Return whether to stop after this step. All processes of a run get the same answer."""
         if processes.count() == 1:
             return bool(self.signal)
         if processes.should_stop_at(step):

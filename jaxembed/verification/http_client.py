@@ -25,12 +25,13 @@ KEY_STATUSES = (401, 403)
 MAX_BUSY_ATTEMPTS = 5  # of a request to a busy server
 FIRST_BUSY_WAIT_S, MAX_WAIT_S = 1.0, 30.0  # the wait doubles, unless the server says how long
 MAX_ANSWER_BYTES = 2**28
-READ_BYTES = 2**16
-MAX_QUOTED_CHARS = 300
+READ_BYTES = 2**16  # of an answer at a time
+MAX_QUOTED_CHARS = 300  # of an error of a server
+REACH_ADVICE = "Check that the server runs, and the host and port of the URL."
 
 
-class _KeepRedirects(urllib.request.HTTPRedirectHandler):
-    """Returns redirects as they are. A key must not follow one to another host."""
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Does not follow redirects, because they could send a key to another host."""
 
     def redirect_request(self, *args: Any) -> None:
         """Refuse to follow."""
@@ -104,6 +105,7 @@ class HttpClient:
         return self._request(path, json.dumps(content).encode())
 
     def _request(self, path: str, body: bytes | None) -> HttpResponse:
+        """Send a request, again while the server is busy. Return the answer."""
         wait_s = FIRST_BUSY_WAIT_S
         for attempt in range(1, MAX_BUSY_ATTEMPTS + 1):
             answer, headers = self._send_once(path, body)
@@ -124,15 +126,15 @@ class HttpClient:
             headers["Content-Type"] = "application/json"
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
-        opener = urllib.request.build_opener(_KeepRedirects)
+        opener = urllib.request.build_opener(_NoRedirects)
         try:
             try:
                 response = opener.open(urllib.request.Request(url, body, headers), timeout=self.timeout_s)
             except urllib.error.HTTPError as error:
-                response = error  # it holds the answer
+                response = error  # an answer with an error status
             with response:
                 text = _read_body(response, url, self.timeout_s)
-                if self.key and response.status >= 400:  # messages quote it
+                if self.key and response.status >= 400:  # messages quote the answer, and must not show the key
                     text = text.replace(self.key, "***")
                 return HttpResponse(url, response.status, _parse_json(text), text), response.headers
         except TimeoutError:
@@ -170,15 +172,12 @@ def read_key(variable: str) -> str:
     """Return the key in an environment variable, without white space around it; empty if it is not set.
 
     Raises:
-        UserError: No header of a request can hold it.
+        UserError: It has characters that no header of a request can hold.
     """
     key = os.environ.get(variable, "").strip()
     if not (key.isascii() and key.isprintable()):
         raise UserError(f"{variable}: the key has other characters than printable ASCII. Correct this environment variable.")
     return key
-
-
-REACH_ADVICE = "Check that the server runs, and the host and port of the URL."
 
 
 def parse_root(url: str) -> str:

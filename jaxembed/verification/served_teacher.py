@@ -15,11 +15,12 @@ from jaxembed.verification.served_vectors import InputRefusedError, connect
 
 SCHEMES = ("http://", "https://")
 PROBE_TEXT = "The quick brown fox jumps over the lazy dog."
-MIN_PROBE_COSINE = 0.99  # between the vectors of the probe text now and in the store; servers may round by their batch
+# Between the vectors of the probe text now and in the store. Rounding in a server may depend on its batches.
+MIN_PROBE_COSINE = 0.99
 
 
 def is_served(name: str) -> bool:
-    """Return whether the name of a model is that of a served one: URL, or NAME@URL."""
+    """Return whether the name of a model is a URL or NAME@URL."""
     return any(scheme in name for scheme in SCHEMES)
 
 
@@ -32,6 +33,9 @@ def open_served_teacher(name: str, cache: Path) -> FrozenEncoder:
     Args:
         name: URL of the server, or NAME@URL for one of several models.
         cache: Folder under which vectors are stored.
+
+    Returns:
+        The model. Its vectors have unit length.
 
     Raises:
         UserError: The server cannot be reached, has no such model, or its vectors differ from those in the store.
