@@ -36,13 +36,17 @@ TASK_SOURCES = (mteb_tasks, user_data, air_bench)
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    """Score a model, as one of the processes of a group. Process 0 runs the tasks; the others encode with it."""
+    """Score a model, as one of the processes of a group. Process 0 runs the tasks; the others encode with it.
+
+    Returns:
+        {"model", "scores"}, with "comparison" and "leaks" if the options ask for them. The scores are empty but on process 0.
+    """
     with ExitStack() as locks:
         return _evaluate(args, locks)
 
 
 def _evaluate(args: argparse.Namespace, locks: ExitStack) -> dict[str, Any]:
-    """Do the same, and lock the folder of the results once the options are known to be good."""
+    """Run `evaluate`. `locks` gets the lock of --out, which is taken after the checks of the options."""
     if processes.count() > 1:
         import jax
 

@@ -107,8 +107,8 @@ class MtebTask:
         except ConnectionError as error:
             raise explain_failed_download(self.task, error) from None
         metadata = self.task.metadata
-        named = {"metric": str(metadata.main_score), "type": self.type}
-        summaries = [summarize_task(result, choose_prompts(encoder, metadata).instruction) | named for result in results]
+        names = {"metric": str(metadata.main_score), "type": self.type}
+        summaries = [summarize_task(result, choose_prompts(encoder, metadata).instruction) | names for result in results]
         return summaries[0] | encoder.summarize_versions([summary["score"] for summary in summaries])
 
     def score_items(self, encoder: TaskEncoder) -> ItemScores:
@@ -121,6 +121,7 @@ class MtebTask:
 
     @property
     def _lacks_predictions(self) -> bool:
+        """Whether predictions are wanted, but not there yet."""
         folder = self.prediction_folder
         return folder is not None and not exists(folder / self.task.prediction_file_name)
 
@@ -134,7 +135,7 @@ class MtebTask:
             return None
 
     def _evaluate(self, encoders: Sequence[MtebEncoder]) -> list[Any]:
-        """Score at every width. The data of the task are loaded once."""
+        """Return mteb's result for each encoder. The data of the task are loaded once."""
         loads_data = len(encoders) > 1 and not self.task.data_loaded and not hasattr(self.task, "taskname_to_task")
         if loads_data:
             self.task.load_data()
@@ -163,6 +164,16 @@ class MtebTask:
         return ResultCache(self.cache_folder) if self.cache_folder else None
 
     def _call_mteb(self, encoder: MtebEncoder, mode: str, prediction_folder: Path | None = None) -> Any:
+        """Return mteb's result of the task.
+
+        Args:
+            encoder: The model at one width and precision.
+            mode: mteb's `overwrite_strategy`.
+            prediction_folder: Folder for the predictions. None: they are not stored.
+
+        Raises:
+            UserError: The data are not public.
+        """
         mteb = import_mteb()
         reset_random_state(self.task)  # every model and every width is scored on the same samples
         results = mteb.evaluate(

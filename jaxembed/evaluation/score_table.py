@@ -113,8 +113,8 @@ def _add_published_rows(table: ScoreTable) -> ScoreTable:
         if published.benchmark != table.title or not published.columns.keys() & table.columns.keys():
             continue
         counts = ", ".join(f"{name} ({count})" for name, count in published.columns.items())
-        same = dict(published.columns) == dict(table.columns)
-        sources.append(published.source if same else f"{published.source}, whose columns are {counts}")
+        has_same_columns = dict(published.columns) == dict(table.columns)
+        sources.append(published.source if has_same_columns else f"{published.source}, whose columns are {counts}")
         for name, row in published.rows.items():
             cells = dict(zip(published.columns, row.scores, strict=True))
             rows.setdefault(name, [*(cells.get(column) for column in table.columns), row.average])

@@ -177,6 +177,7 @@ def _pack(items: ScoredItems) -> dict[str, Any]:
 
 
 def _unpack(part: dict[str, Any]) -> ScoredItems:
+    """Return the items that `_pack` was given."""
     return ScoredItems(np.array(part["values"], np.float64), STATISTICS[part["statistic"]], part["unit"])
 
 

@@ -80,14 +80,15 @@ def read_score_file(path: Path) -> ScoreFile:
     if not tasks:
         raise UserError(f"{path}: has no scores (expected a file that evaluate --out writes)")
     scores = {name: _parse_task(entry, f"{path}: {name}") for name, entry in tasks.items()}
-    besides = [path.with_name(name) for name in (COMPARISON_FILE, LEAKS_FILE, MODEL_FILE)]
-    comparison, leaks, named = (read_json(file) if path.name == SCORES_FILE and exists(file) else {} for file in besides)
+    neighbors = [path.with_name(name) for name in (COMPARISON_FILE, LEAKS_FILE, MODEL_FILE)]
+    comparison, leaks, model_file = (read_json(file) if path.name == SCORES_FILE and exists(file) else {} for file in neighbors)
     tables_path = path.with_name(TABLES_FILE)
     tables = _read_tables(tables_path) if path.name == SCORES_FILE and exists(tables_path) else []
-    return ScoreFile(model or str(named.get("model") or ""), scores, comparison, leaks, tables)
+    return ScoreFile(model or str(model_file.get("model") or ""), scores, comparison, leaks, tables)
 
 
 def _read_tables(path: Path) -> list[ScoreTable]:
+    """Return the tables in a file. Raise `UserError` if it has something else."""
     try:
         return [ScoreTable(**table) for table in read_json_value(path)]
     except TypeError:
@@ -109,6 +110,7 @@ def merge_score_files(files: Sequence[ScoreFile]) -> ScoreFile:
 
 
 def _parse_task(entry: Any, where: str) -> TaskScore:
+    """Read the score of a task. Raise `UserError` that starts with `where` if `entry` is not one."""
     if not isinstance(entry, dict) or "score" not in entry:
         raise UserError(f"{where} is not the score of a task (expected a file that evaluate --out writes)")
     widths = entry.get("widths") or {}
@@ -130,6 +132,7 @@ def _parse_task(entry: Any, where: str) -> TaskScore:
 
 
 def _parse_number(value: Any, where: str) -> float | None:
+    """Return a score, or None if it is missing or not finite. Raise `UserError` for anything else."""
     if value is None:
         return None
     if not isinstance(value, int | float) or isinstance(value, bool):

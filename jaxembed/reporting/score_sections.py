@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxembed.errors import UserError
@@ -91,8 +91,9 @@ def _compare_models(models: Sequence[ReportedModel], figures: FiguresByName, bas
                 cells.append(NO_VALUE if model.name == baseline else _format_change(score, reference))
         rows.append(cells)
     scores = [i for i, column in enumerate(columns) if column in metrics]
+    best = _find_best(rows, ([(i, column) for i in range(len(rows))] for column in scores))
     caption = f"Means count the {len(tasks)} tasks that all models with a benchmark have, × 100." if tasks else ""
-    return Table(columns, rows, caption=caption, best=_find_best(rows, scores))
+    return Table(columns, rows, caption=caption, best=best)
 
 
 def _format_figures(figures: ModelFigures | None) -> list[str]:
@@ -122,13 +123,18 @@ def _format_score(score: float | None) -> str:
     return format_number(_to_percent(score), 2)
 
 
-def _find_best(rows: Sequence[Sequence[str]], columns: Sequence[int]) -> frozenset[tuple[int, int]]:
-    """Return the cells with the largest number of a column, unless all are equal."""
-    best = set()
-    for column in columns:
-        numbers = {i: float(row[column]) for i, row in enumerate(rows) if row[column] != NO_VALUE}
+def _find_best(rows: Sequence[Sequence[str]], groups: Iterable[Iterable[tuple[int, int]]]) -> frozenset[tuple[int, int]]:
+    """Return the cells with the largest number of their group, unless all cells of the group are equal.
+
+    Args:
+        rows: The cells of a table.
+        groups: Row and column of each cell of each group.
+    """
+    best: set[tuple[int, int]] = set()
+    for cells in groups:
+        numbers = {(i, column): float(rows[i][column]) for i, column in cells if rows[i][column] != NO_VALUE}
         if len(set(numbers.values())) > 1:
-            best |= {(i, column) for i, number in numbers.items() if number == max(numbers.values())}
+            best |= {cell for cell, number in numbers.items() if number == max(numbers.values())}
     return frozenset(best)
 
 
@@ -155,18 +161,19 @@ def _make_benchmark_table(models: Sequence[ReportedModel]) -> Table:
     groups = set()
 
     def add_mean(title: str, names: Sequence[str]) -> None:
+        """Add a row with the means over some tasks, which heads a group of rows."""
         groups.add(len(rows))
         means = (average_scores([scores.get(name) for name in names]) for scores in columns.values())
         rows.append([f"{title} ({len(names)})", "mean", *map(_format_score, means)])
 
-    for kind in sorted({kind for kind, _ in kinds.values()}, key=get_type_position):
-        names = [name for name, (own, _) in kinds.items() if own == kind]
-        add_mean(kind, names)
+    for task_type in sorted({task_type for task_type, _ in kinds.values()}, key=get_type_position):
+        names = [name for name, (other, _) in kinds.items() if other == task_type]
+        add_mean(task_type, names)
         for name in names:
             scores = (column.get(name) for column in columns.values())
             rows.append([name, kinds[name][1] or NO_VALUE, *map(_format_score, scores)])
     add_mean("All", list(kinds))
-    best = _find_best_per_row(rows, range(2, 2 + len(columns)))
+    best = _find_best(rows, ([(i, column) for column in range(2, 2 + len(columns))] for i in range(len(rows))))
     caption = "Scores × 100. A mean is shown only if every task has a score."
     return Table(["task", "metric", *columns], rows, 2, caption, frozenset(groups), best)
 
@@ -192,15 +199,6 @@ def _list_published_tables(models: Sequence[ReportedModel]) -> list[Table]:
             caption = f"{table.title}. Published rows: {'; '.join(table.sources)}."
             tables[key] = Table(["model", *columns, "average"], [*own, *earlier], caption=caption)
     return list(tables.values())
-
-
-def _find_best_per_row(rows: Sequence[Sequence[str]], columns: range) -> frozenset[tuple[int, int]]:
-    best = set()
-    for i, row in enumerate(rows):
-        numbers = {column: float(row[column]) for column in columns if row[column] != NO_VALUE}
-        if len(set(numbers.values())) > 1:
-            best |= {(i, column) for column, number in numbers.items() if number == max(numbers.values())}
-    return frozenset(best)
 
 
 def _list_instructions(models: Sequence[ReportedModel]) -> list[Collapsible]:
