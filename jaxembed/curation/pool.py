@@ -125,7 +125,7 @@ def build_pool(pairs: Iterable[Row], corpus: Iterable[str] | None, seed: int, de
         default_instruction: Instruction of queries whose row has no prompt.
 
     Raises:
-        UserError: If no document of the corpus has a text.
+        UserError: No document of the corpus has a text.
     """
     documents = TextIds()
 

@@ -75,7 +75,7 @@ def check_mined_sources(sources: Sequence[Source], config: MineConfig, seed: int
         prefix: Prefix of the keys in errors, such as "stages.1.".
 
     Raises:
-        UserError: If a source has too few texts, or `mine.sources` names one whose rows are not mined.
+        UserError: A source has too few texts, or `mine.sources` names one whose rows are not mined.
     """
     for source in sources:
         if source.name in config.sources and not source.is_mineable:
@@ -117,7 +117,7 @@ def write_mined_rows(source: Source, config: MineConfig, miner: Miner, seed: int
         prefix: Prefix of the keys in errors, such as "stages.1.".
 
     Raises:
-        UserError: If the consistency filter leaves no example.
+        UserError: The consistency filter leaves no example.
     """
     # Mine on all processes.
     pool = read_pool(source, None, seed)

@@ -225,7 +225,7 @@ class BatchBuilder:
         """Return the index of the adapter that the sources of a batch train.
 
         Raises:
-            UserError: If they train several adapters.
+            UserError: They train several adapters.
         """
         sources = [self.sampler.sources[s] for s in np.unique(batch_sources)]
         trained = {source.config.adapter: source.name for source in sources}

@@ -63,7 +63,7 @@ class BatchPlan:
             mixture: How to compute the shares of the sources from weights and sizes. Default: the weights are the shares.
 
         Raises:
-            UserError: If a batch needs more examples than its sources have.
+            UserError: A batch needs more examples than its sources have.
         """
         self.sources, self._batch_size, self._seed, self._stage = sources, batch_size, seed, stage
         self._batching, self._mixture = batching or BatchingConfig(), mixture or MixtureConfig()
@@ -126,7 +126,7 @@ class BatchPlan:
         It keeps the hash of this plan, because a resumed run compares the hash before it reads the mined rows.
 
         Raises:
-            UserError: If a batch needs more examples than the sources have.
+            UserError: A batch needs more examples than the sources have.
         """
         plan = BatchPlan(sources, self._batch_size, self._seed, self._stage, self._batching, self._mixture)
         plan._hash = self._hash

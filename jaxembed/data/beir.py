@@ -68,7 +68,7 @@ def open_corpus(folder: Path) -> tuple[IndexedRows, dict[str, int]]:
     """Return the documents of a BEIR folder, and id -> row.
 
     Raises:
-        UserError: If the corpus is missing or has a bad row.
+        UserError: The corpus is missing or has a bad row.
     """
     corpus = IndexedRows(open_container(str(folder / "corpus.jsonl")), RowSchema("corpus", check_beir_document))
     return corpus, _map_ids_to_rows(corpus)
@@ -85,7 +85,7 @@ def open_beir(folder: Path, defaults: tuple[str, ...], split: str = "") -> BeirF
         split: The split.
 
     Raises:
-        UserError: If a file is missing or has a bad line; the error names file and line.
+        UserError: A file is missing or has a bad line; the error names file and line.
     """
     corpus, corpus_rows = open_corpus(folder)
     queries = IndexedRows(open_container(str(folder / "queries.jsonl")), RowSchema("queries", check_beir_query))

@@ -30,7 +30,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
         vocab_size: Maximum number of tokens.
 
     Raises:
-        UserError: If `vocab_size` has no room for all bytes and the special tokens.
+        UserError: `vocab_size` has no room for all bytes and the special tokens.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

@@ -23,7 +23,7 @@ def import_data_extra(module: str, feature: str) -> Any:
         feature: What needs it, a plural that starts the error.
 
     Raises:
-        UserError: If the module is not installed.
+        UserError: The module is not installed.
     """
     try:
         return importlib.import_module(module)

@@ -62,7 +62,7 @@ class Container(Protocol):
         """Yield address, location (for errors) and content of every row, in order.
 
         Raises:
-            UserError: If a file is damaged.
+            UserError: A file is damaged.
         """
 
     def read(self, address: int) -> Any:
@@ -73,7 +73,7 @@ def open_container(source: str) -> Container:
     """Open what the path of a source names.
 
     Raises:
-        UserError: If it does not exist, is incomplete, or has an unsupported type.
+        UserError: It does not exist, is incomplete, or has an unsupported type.
     """
     for prefix, load_dataset in DATASET_LOADERS.items():
         if source.startswith(prefix):
@@ -143,7 +143,7 @@ def find_line_reader(path: Path, lines: Iterable[bytes]) -> type[LineFile]:
         lines: Its lines. Only those up to the first that is not blank are taken.
 
     Raises:
-        UserError: If the extension is not one of a line file.
+        UserError: The extension is not one of a line file.
     """
     extension = get_extension(path)
     if extension:
@@ -183,7 +183,7 @@ def _open_file_set(source: str, files: Sequence[Path]) -> Container:
     """Open several files as one container.
 
     Raises:
-        UserError: If they have different types, belong to several sets of shards, or a shard is missing.
+        UserError: They have different types, belong to several sets of shards, or a shard is missing.
     """
     suffixes = sorted(set(map(get_extension, files)))
     if len(suffixes) != 1 or suffixes[0] not in FILE_READERS:

@@ -48,7 +48,7 @@ class DocumentSampler(ExampleSampler):
             config: The source.
 
         Raises:
-            UserError: If a template makes no pair of any row.
+            UserError: A template makes no pair of any row.
         """
         self.rows = rows
         self._templates = config.pair_templates

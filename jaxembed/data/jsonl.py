@@ -65,7 +65,7 @@ class LineFile(abc.ABC):
         """Return the content of the first row of some lines.
 
         Raises:
-            UserError: If the file is shorter than it was, or has no row there any more.
+            UserError: The file is shorter than it was, or has no row there any more.
         """
         is_shorter = os.fstat(self._descriptor).st_size < self.address_limit
         row = None if is_shorter else next(self.scan_lines(lines, self.name), None)

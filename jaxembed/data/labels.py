@@ -44,7 +44,7 @@ class LabelSampler(ExampleSampler):
             config: The source.
 
         Raises:
-            UserError: If a label has no name in `label_names`, or a text has no positive and `single_labels` is `error`.
+            UserError: A label has no name in `label_names`, or a text has no positive and `single_labels` is `error`.
         """
         self.rows = rows
         self._path = config.path
@@ -167,7 +167,7 @@ class LabelSampler(ExampleSampler):
         """Skip texts without another example of their label.
 
         Raises:
-            UserError: If `single_labels` is `error`, no row would be left, or keys for label texts are set.
+            UserError: `single_labels` is `error`, no row would be left, or keys for label texts are set.
         """
         if config.label_names or config.label_negatives == "all":
             key = "label_names" if config.label_names else "label_negatives=all"

@@ -45,7 +45,7 @@ class NliPairRows:
         """Group the rows, which have the `NLI_SCHEMA`, by premise.
 
         Raises:
-            UserError: If no premise has an entailed hypothesis.
+            UserError: No premise has an entailed hypothesis.
         """
         self._rows, self.row_count = rows, rows.row_count
         self.digest = rows.digest

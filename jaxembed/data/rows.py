@@ -138,7 +138,7 @@ def scan_with_progress(container: Container) -> Iterator[tuple[int, str, Any]]:
     """Yield address, location and content of every row, and show a progress bar if it takes long.
 
     Raises:
-        UserError: If the container cannot be read or has no rows.
+        UserError: The container cannot be read or has no rows.
     """
     is_empty = True
     try:
@@ -157,8 +157,8 @@ def iter_checked_rows(
     """Yield address, content and row of every row, in order. A bad row is replaced by its error, which names its location.
 
     Raises:
-        UserError: If the rest cannot be read.
-        MissingColumnError: If no row has one of the columns.
+        UserError: The rest cannot be read.
+        MissingColumnError: No row has one of the columns.
     """
     missing_columns = {column: field for field, names in columns.items() for column in list_columns(names)}
     first_row_fields = ""
@@ -333,7 +333,7 @@ def _read_index(file: IO[bytes]) -> Index:
     """Map an index into memory.
 
     Raises:
-        ValueError: If it is incomplete.
+        ValueError: It is incomplete.
     """
     footer_end = file.seek(0, os.SEEK_END) - FOOTER_LENGTH.size
     if footer_end < 0:

@@ -229,7 +229,7 @@ def parse_row(line: bytes, where: str) -> dict[str, Any]:
         where: File and line, for errors.
 
     Raises:
-        UserError: If the line is not UTF-8, not a JSON object, or contains a lone surrogate.
+        UserError: The line is not UTF-8, not a JSON object, or contains a lone surrogate.
     """
     text = decode(line, where)
     try:

@@ -67,7 +67,7 @@ class ScoredPairSampler(ExampleSampler):
         """Find the rows with a score of at least `min_score`.
 
         Raises:
-            UserError: If there is none, or the scores do not fit the default of `min_score`.
+            UserError: There is none, or the scores do not fit the default of `min_score`.
         """
         self.rows = rows
         self._usable_rows = RowsAbove(rows.index_values, config.min_score)
@@ -121,7 +121,7 @@ class GradedPairSampler(ExampleSampler):
         """Set the range of the scores: that of the config, or a detected one.
 
         Raises:
-            UserError: If the config has no range, and none of `DETECTED_RANGES` contains all scores.
+            UserError: The config has no range, and none of `DETECTED_RANGES` contains all scores.
         """
         self.rows, self._min_score = rows, config.min_score
         self.drop_counts = dict(rows.drop_counts)

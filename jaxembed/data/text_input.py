@@ -45,7 +45,7 @@ def read_few_shot_examples(path: Path) -> list[tuple[str, str]]:
     """Read the (query, response) pair of each row of a JSONL file.
 
     Raises:
-        UserError: If a row is malformed. The error names file and line.
+        UserError: A row is malformed. The error names file and line.
     """
     rows = IndexedRows(open_container(str(path)), RowSchema("few_shot_examples", check_few_shot_example))
     return [(row["query"], row["response"]) for row in iter_rows(rows)]
@@ -58,7 +58,7 @@ def read_texts(source: str, field: str) -> Iterator[str]:
     empty texts, so that lines and vectors correspond; those at its end are skipped. Texts are truncated to `MAX_TEXT_CHARS`.
 
     Raises:
-        UserError: If a line is malformed. The error names file and line.
+        UserError: A line is malformed. The error names file and line.
     """
     cut = 0
     for text in _read_whole_texts(source, field):

@@ -45,7 +45,7 @@ def load_tokenizer(folder: Path | str) -> Any:
     """Load the fast Hugging Face tokenizer of a folder, without its chat template.
 
     Raises:
-        UserError: If the folder has no tokenizer, or only a slow one.
+        UserError: The folder has no tokenizer, or only a slow one.
     """
     from transformers import AutoTokenizer
 
@@ -95,7 +95,7 @@ def append_eos(tokenizer: Any) -> None:
     """Make the tokenizer's post-processor end every text with EOS, or SEP, and keep its BOS.
 
     Raises:
-        UserError: If the tokenizer has no such token.
+        UserError: The tokenizer has no such token.
     """
     if ends_with_eos(tokenizer):
         return
@@ -312,7 +312,7 @@ class TextTokenizer:
         """Split each text at token boundaries into pieces that fit under a prompt. A text that fits stays whole.
 
         Raises:
-            UserError: If the prompt leaves no room for a text.
+            UserError: The prompt leaves no room for a text.
         """
         lengths = self.count_untruncated_tokens(texts, [prompt] * len(texts))
         room, limit = int(self.max_text_tokens([prompt])[0]), int(self._compute_max_input_tokens([prompt])[0])

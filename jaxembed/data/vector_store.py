@@ -43,7 +43,7 @@ class VectorStore:
             width: Width of the vectors.
 
         Raises:
-            UserError: If the folder cannot be written, or belongs to another user.
+            UserError: The folder cannot be written, or belongs to another user.
         """
         self._folder, self._width = folder, width
         self._keys, self._rows = np.zeros(0, f"S{KEY_BYTES}"), np.zeros(0, np.int64)  # sorted by key
@@ -66,7 +66,7 @@ class VectorStore:
             compute: Computes the vectors that are not stored, given their indices in `keys`, ascending, each key once.
 
         Raises:
-            UserError: If stored vectors are damaged, or the folder cannot be written.
+            UserError: Stored vectors are damaged, or the folder cannot be written.
         """
         if not keys:
             return np.zeros((0, self._width), np.float32)

@@ -52,7 +52,7 @@ def load_encoder(
         **options: layers, adapter and fsdp, as options of the commands.
 
     Raises:
-        UserError: If the model cannot be loaded, or an option does not apply to it or to the backend.
+        UserError: The model cannot be loaded, or an option does not apply to it or to the backend.
     """
     width, chosen_widths = choose_widths(model, checkpoint, widths, max_length)
     if backend == "sentence-transformers":

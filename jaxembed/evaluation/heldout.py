@@ -278,7 +278,7 @@ def open_held_out_sets(configs: Sequence[EvalSetConfig], cache: Path, where: str
         where: The config key or command that names the sets, for errors.
 
     Raises:
-        UserError: If a set does not exist or is malformed.
+        UserError: A set does not exist or is malformed.
     """
     return [_open_set(config, cache, where) for config in configs]
 

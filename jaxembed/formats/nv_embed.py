@@ -107,7 +107,7 @@ def read_nv_embed_spec(config: Mapping[str, Any], transformer: TransformerConfig
         where: Origin of the config, for errors.
 
     Raises:
-        UserError: If the latent attention has other sizes than in the published models.
+        UserError: The latent attention has other sizes than in the published models.
     """
     fields = Fields(config, where)
     NV_EMBED_FIELDS.check(config, where)

@@ -35,7 +35,7 @@ def read_adapters(folder: Path, transformer: TransformerConfig) -> tuple[LoraCon
         paths of the projections.
 
     Raises:
-        UserError: If the adapters are of another kind than LoRA, or if tensors are missing, misshapen or unexpected.
+        UserError: The adapters are of another kind than LoRA, or tensors are missing, misshapen or unexpected.
     """
     fields = read_lora_config(folder / ADAPTER_CONFIG_FILE)
     path, rank = folder / ADAPTER_WEIGHTS_FILE, fields.integer("r", maximum=MAX_LORA_RANK)
@@ -82,7 +82,7 @@ def _stack_layers(tensors: dict[str, np.ndarray], names: Sequence[str], factor: 
     """Take a factor's tensors of all layers, [rank, in] or [out, rank], and stack their transposes.
 
     Raises:
-        UserError: If a tensor has another rank than the config, or another shape than in the first layer.
+        UserError: A tensor has another rank than the config, or another shape than in the first layer.
     """
     first = tensors[names[0]].shape
     expected = (rank, *first[1:]) if factor == "lora_A" else (*first[:1], rank)

@@ -49,7 +49,7 @@ def read_lora_config(path: Path) -> Fields:
     """Read an adapter_config.json.
 
     Raises:
-        UserError: If it describes anything but plain LoRA with one rank on an unchanged base.
+        UserError: It describes anything but plain LoRA with one rank on an unchanged base.
     """
     config = read_json(path)
     fields = Fields(config, str(path))

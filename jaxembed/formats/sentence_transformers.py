@@ -145,7 +145,7 @@ def read_projection_choices(folders: Sequence[Path], width: int) -> dict[str, An
         The fields of `EmbeddingSpec` that describe the projection.
 
     Raises:
-        UserError: If a module is more than a matrix, a bias and a supported activation, their widths do not chain, or there are
+        UserError: A module is more than a matrix, a bias and a supported activation, their widths do not chain, or there are
             too many.
     """
     if len(folders) > MAX_HIDDEN_PROJECTIONS + 1:
@@ -197,7 +197,7 @@ def read_sentence_transformers_spec(folder: Path, config: Mapping[str, Any], tra
         transformer: The transformer that `config` describes.
 
     Raises:
-        UserError: If the folder has a module, or an order of modules, that is not supported.
+        UserError: The folder has a module, or an order of modules, that is not supported.
     """
     modules = read_modules(folder)
     module_folders = dict(modules)

@@ -42,7 +42,7 @@ def open_tensors(folder: Path) -> Iterator[dict[str, Any]]:
         Lazy slices of the files by the tensor names of the table.
 
     Raises:
-        UserError: If a file is missing or damaged, or if two tensors have the same name.
+        UserError: A file is missing or damaged, or two tensors have the same name.
     """
     files = [(path, "") for path in _find_weight_files(folder)]
     files += [(path, f"{part}.") for part, path in find_part_files(folder).items()]
@@ -68,7 +68,7 @@ def find_part_files(folder: Path) -> dict[str, Path]:
     """Return the weight files besides those of the transformer, by the start of their tensor names: pooling and projections.
 
     Raises:
-        UserError: If the folder names such a file and it does not exist.
+        UserError: The folder names such a file and it does not exist.
     """
     pooling = folder / POOLING_FOLDER
     found = {"pooling": pooling / "model.safetensors"} if exists(pooling) else {}
@@ -126,7 +126,7 @@ def load_params(
         The parameters of the transformer, and those of the other parts that the files contain.
 
     Raises:
-        UserError: If a file cannot be read. One error lists all missing, unexpected and misshapen tensors.
+        UserError: A file cannot be read. One error lists all missing, unexpected and misshapen tensors.
     """
     with open_tensors(folder) as tensors:
         error_prefix = f"{folder}: the weights do not match config.json"
@@ -197,7 +197,7 @@ def _check_tensors(tensors: Mapping[str, Any], expected: Mapping[str, tuple[int,
     """Check that the files hold the expected tensors in their shapes, and no others.
 
     Raises:
-        UserError: If they do not. It starts with `error_prefix` and lists all problems.
+        UserError: They do not. The message starts with `error_prefix` and lists all problems.
     """
     found = {name: tensors[name] for name in expected if name in tensors}
     problems = {

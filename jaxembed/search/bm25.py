@@ -25,7 +25,7 @@ def rank_documents(corpus: Sequence[str], queries: Sequence[str], k: int) -> np.
         Indices of the k best documents of each query, best first, int64 [Q, min(k, len(corpus))].
 
     Raises:
-        UserError: If bm25s is not installed.
+        UserError: bm25s is not installed.
     """
     return Bm25Index(corpus).search(queries, k)[0]
 
