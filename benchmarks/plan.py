@@ -23,7 +23,7 @@ class EmptySource:
     """A source without data: it has only the attributes that the plan reads."""
 
     def __init__(self, name: str, size: int, weight: float):
-        self.config, self.name, self.size = SourceConfig(path=name, weight=weight), name, size
+        self.config, self.name, self.digest, self.size = SourceConfig(path=name, weight=weight), name, "", size
 
     def __len__(self) -> int:
         return self.size
