@@ -141,7 +141,7 @@ def make_logical_axis_table(mesh: Mesh, sizes: Mapping[str, int]) -> dict[str, s
         split_sizes = {name: size for name, size in sizes.items() if table[name] == axis}
         common, count = math.gcd(*split_sizes.values()), mesh.shape[axis]
         if common % count:
-            largest = max(n for n in range(1, count) if common % n == 0)
+            largest = max(n for n in range(1, count) if common % n == 0 == mesh.size % n)
             indivisible = ", ".join(f"{name} ({size})" for name, size in split_sizes.items() if size % count)
             raise UserError(f"mesh.{axis}={count}: does not divide the model's {indivisible}. Use at most {largest}.")
     return table

@@ -22,7 +22,7 @@ CONFIG_FIELDS = FieldList(
             "tie_word_embeddings", "max_position_embeddings", "is_causal", "use_bidirectional_attention", "auto_map",
             "matryoshka_dimensions", "layer_norm_eps", "type_vocab_size", "pad_token_id", "hidden_activation",
             "sliding_window_pattern", "rope_local_base_freq", "query_pre_attn_scalar", "norm_eps", "local_attention",
-            "global_attn_every_n_layers", "global_rope_theta", "local_rope_theta",
+            "global_attn_every_n_layers", "global_rope_theta", "local_rope_theta", "original_max_position_embeddings",
         }
     ),
     # Fields on generation, training, class names, and how PyTorch computes.
@@ -94,6 +94,7 @@ ROPE_SCALING_KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 OPTIONAL_ROPE_KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")}
 )
+ORIGINAL_LENGTH = "original_max_position_embeddings"  # of texts, before the positions were scaled
 LAYER_TYPES = ("full_attention", "sliding_attention")
 ROPE_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")  # allowed with every `rope_type`
 # Limits far above any model, so that a wrong config is refused before memory is allocated.
@@ -290,17 +291,17 @@ def _parse_rope(config: Mapping[str, Any], key: str, where: str) -> dict[str, An
         raise UserError(f"{where}: {key}: rotary positions by kind of layer are not supported ({nested[0]}). Use another base.")
     if rope.get("partial_rotary_factor") not in (None, 1):
         raise UserError(f"{where}: {key}: partial_rotary_factor is not supported (expected 1). Use another base.")
-    optional_keys = OPTIONAL_ROPE_KEYS.get(kind, ())
+    scaling_keys, optional_keys = ROPE_SCALING_KEYS[kind], OPTIONAL_ROPE_KEYS.get(kind, ())
     switches = ("truncate",) if kind == "yarn" else ()
-    if unread := sorted(rope.keys() - {*ROPE_KEYS, *ROPE_SCALING_KEYS[kind], *optional_keys, *switches}):
+    if unread := sorted(rope.keys() - {*ROPE_KEYS, *scaling_keys, *optional_keys, *switches}):
         log_once(
             f"{where}: {key}: {', '.join(unread)[:200]} of rope_type {kind} {'is' if len(unread) == 1 else 'are'} not read"
         )
     if rope.get("rope_theta") is not None and config.get("rope_theta") not in (None, rope["rope_theta"]):
         log_once(f"{where}: rope_theta beside {key} is not read, as in transformers: {key} has another value")
     theta = fields.positive_number("rope_theta", Fields(config, where).positive_number("rope_theta", 10_000.0))
-    defaults = {"original_max_position_embeddings": config.get("max_position_embeddings")} if kind == "yarn" else {}
-    numbers = {name: fields.positive_number(name, defaults.get(name)) for name in ROPE_SCALING_KEYS[kind]}
+    defaults = {ORIGINAL_LENGTH: _read_original_length(config, rope, key, where)} if ORIGINAL_LENGTH in scaling_keys else {}
+    numbers = {name: fields.positive_number(name, defaults.get(name)) for name in scaling_keys}
     numbers |= {name: fields.positive_number(name) for name in optional_keys if rope.get(name) is not None}
     flags = {name: False for name in switches if not fields.boolean(name, True)}
     if kind == "llama3" and numbers["high_freq_factor"] <= numbers["low_freq_factor"]:
@@ -309,6 +310,23 @@ def _parse_rope(config: Mapping[str, Any], key: str, where: str) -> dict[str, An
             f"{numbers['low_freq_factor']}). Correct them."
         )
     return {"rope_type": kind, "rope_theta": theta, **numbers, **flags}
+
+
+def _read_original_length(config: Mapping[str, Any], rope: Mapping[str, Any], key: str, where: str) -> Any:
+    """Return the length before scaling that `rope`, the field `key`, has if it names none itself.
+
+    transformers 5 reads it beside `key` first, older versions do not, so the two must agree. Without either it is
+    `max_position_embeddings` for YaRN.
+    """
+    if config.get(ORIGINAL_LENGTH) is None:
+        return config.get("max_position_embeddings") if rope.get("rope_type", rope.get("type")) == "yarn" else None
+    length = Fields(config, where).positive_number(ORIGINAL_LENGTH)
+    if rope.get(ORIGINAL_LENGTH) not in (None, length):
+        raise UserError(
+            f"{where}: {ORIGINAL_LENGTH} is {length:g}, and in {key} {quote_value(rope[ORIGINAL_LENGTH])} (expected the same "
+            "in both, or one of them). Remove the one that does not belong to the weights."
+        )
+    return length
 
 
 def _read_windows(config: Mapping[str, Any], family: Family, where: str) -> tuple[int | None, ...]:

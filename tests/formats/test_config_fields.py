@@ -100,6 +100,21 @@ def test_contradicting_rope_is_refused(parameters: Any, scaling: Any, kind: str 
         assert dict(parse_hf_config(config, "config.json").rope_scaling)["rope_type"] == kind
 
 
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize("rope", [LLAMA3, {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0}], ids=["llama3", "yarn"])
+def test_the_original_length_may_stand_beside_the_rope(rope: dict[str, Any], tmp_path: Path) -> None:
+    config = {"model_type": "llama", **SIZES, "rope_parameters": rope, "original_max_position_embeddings": 16}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    reference = transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
+    expected = reference.config.rope_parameters["original_max_position_embeddings"]
+    assert dict(parse_hf_config(config, "config.json").rope_scaling)["original_max_position_embeddings"] == expected == 16
+    line = r"^config.json: original_max_position_embeddings is 16, and in rope_parameters 32 \(expected the same in both"
+    with pytest.raises(UserError, match=line):
+        parse_hf_config(config | {"rope_parameters": {**rope, "original_max_position_embeddings": 32}}, "config.json")
+
+
 def test_duplicated_rope_keys_give_the_vectors_of_transformers(tmp_path: Path) -> None:
     torch.manual_seed(0)
     body = transformers.AutoModel.from_config(transformers.LlamaConfig(**tiny.SIZES, rope_parameters=LINEAR)).eval()
