@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "jaxembed"
 FILES = sorted(PACKAGE.rglob("*.py"))
-MAX_LINES = 400
+MAX_LINES, MAX_README_LINES = 400, 120
 SHARED_NAMES = ("ABOUT",)  # what a command's --help says below its options
 
 
@@ -116,6 +116,7 @@ def test_files_are_short() -> None:
     others = [path for folder in ("benchmarks", "tests") for path in (ROOT / folder).rglob("*.py")]
     lengths = {path: len(path.read_text().splitlines()) for path in [*FILES, *others]}
     assert {path: length for path, length in lengths.items() if length > MAX_LINES} == {}
+    assert len((ROOT / "README.md").read_text().splitlines()) <= MAX_README_LINES
 
 
 def iter_parameters(function: ast.FunctionDef) -> Iterator[str]:
