@@ -81,20 +81,20 @@ MISSING_FEATURES: Mapping[str, str] = MappingProxyType(
         "t5": "relative position biases",
     }
 )
+ORIGINAL_LENGTH = "original_max_position_embeddings"  # of texts, before the positions were scaled
 # Scaling parameters that each supported `rope_type` needs.
 ROPE_SCALING_KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "default": (),
         "linear": ("factor",),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-        "yarn": ("factor", "original_max_position_embeddings"),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor", ORIGINAL_LENGTH),
+        "yarn": ("factor", ORIGINAL_LENGTH),
     }
 )
 # Optional scaling parameters of a `rope_type`.
 OPTIONAL_ROPE_KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")}
 )
-ORIGINAL_LENGTH = "original_max_position_embeddings"  # of texts, before the positions were scaled
 LAYER_TYPES = ("full_attention", "sliding_attention")
 ROPE_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")  # allowed with every `rope_type`
 # Limits far above any model, so that a wrong config is refused before memory is allocated.
@@ -300,7 +300,9 @@ def _parse_rope(config: Mapping[str, Any], key: str, where: str) -> dict[str, An
     if rope.get("rope_theta") is not None and config.get("rope_theta") not in (None, rope["rope_theta"]):
         log_once(f"{where}: rope_theta beside {key} is not read, as in transformers: {key} has another value")
     theta = fields.positive_number("rope_theta", Fields(config, where).positive_number("rope_theta", 10_000.0))
-    defaults = {ORIGINAL_LENGTH: _read_original_length(config, rope, key, where)} if ORIGINAL_LENGTH in scaling_keys else {}
+    defaults = {ORIGINAL_LENGTH: config.get("max_position_embeddings")} if kind == "yarn" else {}
+    if ORIGINAL_LENGTH in scaling_keys and config.get(ORIGINAL_LENGTH) is not None:
+        defaults = {ORIGINAL_LENGTH: _read_outer_length(config, rope, key, where)}
     numbers = {name: fields.positive_number(name, defaults.get(name)) for name in scaling_keys}
     numbers |= {name: fields.positive_number(name) for name in optional_keys if rope.get(name) is not None}
     flags = {name: False for name in switches if not fields.boolean(name, True)}
@@ -312,14 +314,11 @@ def _parse_rope(config: Mapping[str, Any], key: str, where: str) -> dict[str, An
     return {"rope_type": kind, "rope_theta": theta, **numbers, **flags}
 
 
-def _read_original_length(config: Mapping[str, Any], rope: Mapping[str, Any], key: str, where: str) -> Any:
-    """Return the length before scaling that `rope`, the field `key`, has if it names none itself.
+def _read_outer_length(config: Mapping[str, Any], rope: Mapping[str, Any], key: str, where: str) -> float:
+    """Return the length before scaling that stands beside `rope`, the field `key`.
 
-    transformers 5 reads it beside `key` first, older versions do not, so the two must agree. Without either it is
-    `max_position_embeddings` for YaRN.
+    transformers 5 prefers it to that in `rope`, older versions do not read it, so the two must agree.
     """
-    if config.get(ORIGINAL_LENGTH) is None:
-        return config.get("max_position_embeddings") if rope.get("rope_type", rope.get("type")) == "yarn" else None
     length = Fields(config, where).positive_number(ORIGINAL_LENGTH)
     if rope.get(ORIGINAL_LENGTH) not in (None, length):
         raise UserError(

@@ -84,6 +84,7 @@ def test_fields_that_change_the_decoder_are_refused(changes: dict[str, Any], mes
         (None, LINEAR, "linear"),
         (LINEAR, {}, "linear"),
         (LINEAR, {"type": "linear", "factor": 4.0}, "linear"),
+        ({"rope_type": None, "type": "yarn", "factor": 4.0}, None, "yarn"),  # without the length before scaling
         (PLAIN, LINEAR, None),
         (LINEAR, PLAIN, None),
         (LINEAR, {**LINEAR, "factor": 8.0}, None),
