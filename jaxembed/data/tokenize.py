@@ -185,7 +185,8 @@ class TextTokenizer:
         """Tokenize N texts, each under its prompt."""
         truncated, encodings = self._encode_truncated([text[:MAX_TEXT_CHARS] for text in texts], prompts)
         ids = [np.array(encoding.ids, np.int32) for encoding in encodings]
-        self._log_full_prompts([p for p, tokens in zip(prompts, ids, strict=True) if len(tokens) >= self.spec.max_length])
+        limit = self.spec.max_length
+        self._log_full_prompts([p for p, tokens in zip(prompts, ids, strict=True) if p and len(tokens) >= limit])
         if self._copies > 1:
             starts = list(map(self._find_second_copy, truncated, prompts, encodings))
         elif self.spec.pool_text_tokens:
@@ -198,9 +199,8 @@ class TextTokenizer:
 
     def _log_full_prompts(self, prompts: Sequence[str]) -> None:
         """Log prompts that leave no room for a text: all texts under one of them have the same vector."""
-        distinct = list(dict.fromkeys(prompts))
-        for prompt, room in zip(distinct, self.max_text_tokens(distinct) if distinct else (), strict=True):
-            if prompt and room < 1:
+        for prompt, room in zip(prompts, self.max_text_tokens(prompts), strict=True):
+            if room < 1:
                 log_once(
                     f"prompt {quote_value(prompt)}: fills the {self.spec.max_length} tokens that the model reads, so texts "
                     "under it are not read. Shorten the prompt, or raise the maximum length."
