@@ -55,7 +55,7 @@ def measure_duplicates(model: str, data: Path) -> Iterator[StepScore]:
 
 
 class ShuffledRows(NamedTuple):
-    """Rows of AG News, of which some have the positive of another row.
+    """Rows of AG News; some have the positive of another row.
 
     Attributes:
         rows: The rows. The id of a row is its index.

@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonl_rows import read_rows
 from script_runs import BENCHMARKS, run_script
 from table_cells import format_mean
 from vs_sentence_transformers import make_model_section
@@ -60,10 +61,6 @@ def read_pairs(data: Path, seed: int) -> dict[str, Pairs]:
     for rows in pairs.values():
         rng.shuffle(rows)
     return pairs
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def pair_by_label(rows: Sequence[Mapping[str, Any]], rng: random.Random) -> Pairs:

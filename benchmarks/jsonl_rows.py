@@ -9,4 +9,5 @@ from typing import Any
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Return the JSON object on each line of a file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with path.open(encoding="utf-8") as file:  # its lines end at line feeds only, not at other separators inside a text
+        return [json.loads(line) for line in file]
