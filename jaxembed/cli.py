@@ -12,7 +12,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
@@ -21,6 +21,7 @@ from jaxembed.config import Format
 from jaxembed.config.sections import apply_override
 from jaxembed.devices import processes
 from jaxembed.devices.cpu import configure_jax
+from jaxembed.devices.ray_cluster import LOCAL_ADDRESS, RayCluster
 from jaxembed.devices.standard_streams import StandardOutputError, protect_standard_streams
 from jaxembed.errors import Stopped, UserError, explain_system_error
 from jaxembed.files import cache_dir, check_writable, exists, format_json, make_output_folder, make_private_folder
@@ -168,6 +169,31 @@ def add_server_arguments(parser: argparse._ActionsContainer, *, timeout_s: float
     parser.add_argument(
         "--key-env", default=KEY_VARIABLE, metavar="NAME", help=f"environment variable of the key (default: {KEY_VARIABLE})"
     )
+
+
+def add_ray_arguments(parser: argparse._ActionsContainer, work: str) -> None:
+    """Add --ray and --workers. `work` says what the workers do, such as "send the requests"."""
+    parser.add_argument(
+        "--ray", nargs="?", const=LOCAL_ADDRESS, metavar="ADDRESS",
+        help=f"{work} on a Ray cluster: its address, auto for the cluster of this machine, or no address to start one here",
+    )  # fmt: skip
+    parser.add_argument(
+        "--workers", type=integer_from(1), metavar="N", help="workers of --ray (default: the processors of the cluster)"
+    )
+
+
+def check_ray_arguments(args: argparse.Namespace) -> None:
+    """Raise `UserError` if there is --workers without --ray."""
+    if args.workers and not args.ray:
+        raise UserError("--workers is for --ray. Add --ray, or leave it out.")
+
+
+def open_ray_cluster(args: argparse.Namespace) -> AbstractContextManager[RayCluster | None]:
+    """Return the connection to the cluster of --ray; None as its value if the option is not given.
+
+    Ray replaces the handlers of signals, so enter `stop_on_signals` after this.
+    """
+    return RayCluster(args.ray, args.workers) if args.ray else nullcontext()
 
 
 def add_row_arguments(parser: argparse._ActionsContainer) -> None:

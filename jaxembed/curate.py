@@ -6,6 +6,7 @@ Usage: python -m jaxembed.curate CONFIG.yaml [key.sub=value ...]
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from jaxembed import cli
 from jaxembed.config.curation import CurateConfig, load_curate_config
 from jaxembed.config.sections import make_key_table
-from jaxembed.errors import UserError
 from jaxembed.files import cache_dir
 from jaxembed.training.shutdown import stop_on_signals
 
@@ -33,17 +33,15 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     config = load_curate_config(args.config, args.overrides)
     from jaxembed.curation.batches import map_batches
     from jaxembed.curation.engine import curate
-    from jaxembed.curation.ray_workers import RayWorkers
+    from jaxembed.curation.ray_workers import map_batches_with_ray
     from jaxembed.curation.stages import needs_model
 
-    if args.workers and not args.ray:
-        raise UserError("--workers is for --ray. Add --ray, or leave it out.")
+    cli.check_ray_arguments(args)
     if any(map(needs_model, config.steps)):
         cli.set_up_jax()
     with ExitStack() as stack:
-        map_in_workers = map_batches
-        if args.ray:
-            map_in_workers = stack.enter_context(RayWorkers(args.ray, args.workers)).map_batches
+        cluster = stack.enter_context(cli.open_ray_cluster(args))
+        map_in_workers = functools.partial(map_batches_with_ray, cluster) if cluster else map_batches
         # Ray replaces the handlers of signals, so this comes after it.
         stack.enter_context(stop_on_signals(f"{config.out} is not finished; the same command continues"))
         return curate(config, make_context(cache_dir()), args.config, map_in_workers)
@@ -85,13 +83,8 @@ def make_parser() -> cli.Parser:
         metavar="key.sub=value",
         help="a key to set, such as out=curated2 or steps.0.html=true",
     )
-    parser.add_argument(
-        "--ray", nargs="?", const="local", metavar="ADDRESS",
-        help="apply the steps that read only texts (clean, quality, language, negatives, decontaminate, function) on a Ray "
-        "cluster: its address, auto for the cluster of this machine, or no address to start one here",
-    )  # fmt: skip
-    parser.add_argument(
-        "--workers", type=cli.integer_from(1), metavar="N", help="workers of --ray (default: the processors of the cluster)"
+    cli.add_ray_arguments(
+        parser, "apply the steps that read only texts (clean, quality, language, negatives, decontaminate, function)"
     )
     keys = make_key_table(CurateConfig)
     parser.add_argument("--keys", action="version", version=keys, help="list every key of a config and exit")

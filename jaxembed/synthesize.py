@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +40,23 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         return estimate(config, recipe, args.model, out)
     if not args.server or not args.model:
         raise UserError("synthesize: needs --server URL and --model NAME. Set both, or add --dry-run for an estimate.")
+    cli.check_ray_arguments(args)
     from jaxembed.synthesis.endpoints import ServerOptions
     from jaxembed.synthesis.engine import synthesize
+    from jaxembed.synthesis.ray_servers import RayServers
+    from jaxembed.synthesis.servers import LlmServers
 
     if any(isinstance(step, SearchStepConfig) and step.by != BM25 for task in config.tasks for step in task.steps):
         cli.set_up_jax()
-    server = ServerOptions(
+    options = ServerOptions(
         urls=args.server, model=args.model, key=read_key(args.key_env), key_variable=args.key_env,
         timeout_s=args.timeout, concurrency=args.concurrency,
     )  # fmt: skip
-    with stop_on_signals(f"{out} is not finished; the same command continues"):
-        report = synthesize(config, recipe, server, out, cache=cache_dir(), budget_tokens=args.budget_tokens)
+    with ExitStack() as stack:
+        cluster = stack.enter_context(cli.open_ray_cluster(args))
+        stack.enter_context(stop_on_signals(f"{out} is not finished; the same command continues"))
+        source = stack.enter_context(closing(RayServers(cluster, options) if cluster else LlmServers(options)))
+        report = synthesize(config, recipe, source, out, cache=cache_dir(), budget_tokens=args.budget_tokens)
         return report | hold_out(config, report["files"], args.heldout_percent)
 
 
@@ -101,6 +108,7 @@ def make_parser() -> cli.Parser:
         "--dry-run", action="store_true", help="estimate requests and tokens, and show a prompt of each step; send no request"
     )
     cli.add_server_arguments(parser, timeout_s=120)
+    cli.add_ray_arguments(parser, "send the requests from workers")
     keys = make_key_table(SynthesisConfig)
     parser.add_argument("--keys", action="version", version=keys, help="list every key of a recipe and exit")
     return parser

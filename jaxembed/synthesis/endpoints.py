@@ -43,8 +43,11 @@ class OptionRefusedError(Exception):
     """A server does not support an option of a request."""
 
     def __init__(self, option: str, reason: str):
-        super().__init__(reason)
-        self.option = option
+        super().__init__(option, reason)  # what unpickling calls
+        self.option, self.reason = option, reason
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 @dataclasses.dataclass(frozen=True)

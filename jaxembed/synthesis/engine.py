@@ -21,8 +21,7 @@ from jaxembed.devices.processes import progress_bar
 from jaxembed.errors import UserError
 from jaxembed.files import write_json, write_text
 from jaxembed.synthesis.acceptance import KnownQueries
-from jaxembed.synthesis.client import LlmClient
-from jaxembed.synthesis.endpoints import ServerOptions
+from jaxembed.synthesis.client import AnswerSource, LlmClient
 from jaxembed.synthesis.inputs import InputRows, hash_inputs, read_inputs
 from jaxembed.synthesis.output import ANSWERS_FILE, RowFiles, make_identity, prepare_folder
 from jaxembed.synthesis.report import render_page
@@ -37,14 +36,14 @@ log = logging.getLogger("jaxembed")
 
 
 def synthesize(
-    config: SynthesisConfig, recipe: Path, server: ServerOptions, out: Path, *, cache: Path, budget_tokens: int | None = None
+    config: SynthesisConfig, recipe: Path, source: AnswerSource, out: Path, *, cache: Path, budget_tokens: int | None = None
 ) -> dict[str, Any]:
-    """Ask the server for rows until there are enough, the budget is spent, or the recipe ends; write the files and the report.
+    """Ask the servers for rows until there are enough, the budget is spent, or the recipe ends; write the files and the report.
 
     Args:
         config: The whole config.
         recipe: File of the config.
-        server: The servers and the model.
+        source: Answers the requests that are not stored. The caller closes it.
         out: Output folder.
         cache: Folder for row indexes of existing training files.
         budget_tokens: Token limit of the output folder, earlier runs included; None for no limit.
@@ -58,12 +57,12 @@ def synthesize(
     inputs = read_inputs(config, str(recipe))
     tasks = prepare_tasks(config, recipe, inputs, cache)
     with ExitStack() as stack:
-        prepare_folder(out, make_identity(config, server.model, hash_inputs(inputs)))
+        prepare_folder(out, make_identity(config, source.options.model, hash_inputs(inputs)))
         (out / ANSWERS_FILE).parent.mkdir(exist_ok=True)
         store = stack.enter_context(closing(AnswerStore(out / ANSWERS_FILE)))
         budget = Budget(budget_tokens)
-        client = stack.enter_context(closing(LlmClient(server, store)))
-        workers = stack.enter_context(Workers(server.concurrency, budget))
+        client = LlmClient(source, store)
+        workers = stack.enter_context(Workers(source.options.concurrency, budget))
         files = write_rows(config, tasks, client, workers, out)
         ended_by = "budget" if budget.is_spent else "rows" if all(task.is_full for task in tasks) else "recipe"
     report = make_report(config, tasks, client, files)

@@ -18,6 +18,7 @@ from jaxembed.synthesis.client import LlmClient
 from jaxembed.synthesis.endpoints import ServerOptions, TooLongError
 from jaxembed.synthesis.ranking import read_grade
 from jaxembed.synthesis.requests import Request
+from jaxembed.synthesis.servers import LlmServers
 from jaxembed.synthesis.store import AnswerStore
 from jaxembed.verification.http_client import KEY_VARIABLE, read_key
 
@@ -44,7 +45,7 @@ def open_server_judge(config: JudgeConfig, cache: Path) -> ScorePairs:
     digest = hashlib.sha256(config.model_dump_json(exclude={"url"}).encode()).hexdigest()
     make_private_folder(folder := cache / "judges" / digest)
     options = ServerOptions([config.url], config.model, read_key(KEY_VARIABLE))
-    client = LlmClient(options, AnswerStore(folder / "answers.jsonl"))
+    client = LlmClient(LlmServers(options), AnswerStore(folder / "answers.jsonl"))
 
     def score(pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         with ThreadPoolExecutor(options.concurrency) as pool:

@@ -10,36 +10,9 @@ import pytest
 import yaml
 
 from helpers.llm_server import MODEL, LlmServer, run_llm_server
+from helpers.synthesis import RECIPE
 from jaxembed import synthesize as command
 from jaxembed.synthesis import endpoints
-
-RECIPE: dict[str, Any] = {
-    "name": "test",
-    "tasks": [
-        {
-            "name": "search",
-            "steps": [
-                {
-                    "name": "tasks", "kind": "ask", "requests": 30, "prompt": "Write a list of tasks in {domain}.",
-                    "values": {"domain": ["law", "medicine"]}, "answer": {"type": "list"}, "unique": "near",
-                },
-                {
-                    "name": "example", "kind": "ask",
-                    "prompt": 'Task: {tasks.item}\nWrite JSON in {language}:\n"query": short\n"document": {words} words\n'
-                    '"wrong": no',
-                    "values": {"language": ["English"], "words": {"50": 0.9, "100": 0.1}},
-                    "answer": {
-                        "type": "object",
-                        "fields": {"query": {"language": "{language}"}, "document": {"language": "{language}"}, "wrong": {}},
-                    },
-                },
-            ],
-            "row": {
-                "prompt": "{tasks.item}", "query": "{example.query}", "pos": ["{example.document}"], "neg": ["{example.wrong}"]
-            },
-        }
-    ],
-}  # fmt: skip
 
 Synthesize = Callable[..., dict[str, Any]]
 

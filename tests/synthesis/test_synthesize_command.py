@@ -17,12 +17,13 @@ import yaml
 
 from helpers.commands import ENV
 from helpers.llm_server import FAULTS, MODEL, Behavior, LlmServer, make_text, read_prompt, run_llm_server
+from helpers.synthesis import RECIPE
 from jaxembed.config import SourceConfig
 from jaxembed.data.jsonl import write_jsonl
 from jaxembed.data.sources import open_source
 from jaxembed.errors import UserError
 
-from .conftest import RECIPE, Synthesize
+from .conftest import Synthesize
 
 KEY = "sk-very-secret-0123456789"
 CONCURRENCY = 16  # requests at once, the default
