@@ -91,6 +91,7 @@ def log_sum_exp(rules: PairRules, anchors: AnchorVectors, candidates: TextVector
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _log_sum_exp(rules: PairRules, anchors: jax.Array, candidates: jax.Array, scale: jax.Array, metadata: Any) -> NegativeSums:
+    """Compute `log_sum_exp`, with a backward pass that keeps only the log-sum-exp of every anchor, not the scores."""
     return _forward(rules, anchors, candidates, scale, metadata)[0]
 
 
@@ -197,6 +198,7 @@ class _PairBlocks:
             self._anchor_info, candidate_info, scores, guide_scores, self._positive_scores, self._guide_positive_scores
         )
         is_negative = in_batch_candidates(self._anchor_info, candidate_info) & ~is_false_negative
+        # `_backward` differentiates only scale * s, so the second term, hardness * s, has no gradient.
         return scores, jnp.where(is_negative, scores * (scale + self._rules.hardness), -jnp.inf), is_negative
 
 

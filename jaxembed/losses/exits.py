@@ -23,7 +23,10 @@ def check_exits(config: ExitsConfig, layers: int, prefix: str = "") -> None:
 
 
 def draw_exit_layers(config: ExitsConfig, layers: int, key: jax.Array) -> Int[Array, " e"] | None:
-    """Return the exits of a step: the fixed ones, then different random ones from 1 to `layers` - 1. None without exits."""
+    """Return the number of layers before each exit: the fixed ones, then different random ones from 1 to `layers` - 1.
+
+    None without exits.
+    """
     if not config.all_weights:
         return None
     random_layers = 1 + jax.random.choice(key, layers - 1, (config.random,), replace=False)

@@ -70,6 +70,7 @@ def compute_angle_similarities(queries: Float[Array, "b d"], documents: Float[Ar
 
 
 def _rank_pairs(similarities: Float[Array, " b"], encoded: EncodedBatch, temperature: float) -> LossAndMetrics:
+    """Return `rank_by_score` over the scored pairs of a batch, and the metric `pairs`."""
     # Every device needs the similarities and scores of the whole batch, two arrays of B values.
     is_counted = encoded.query_weights > 0
     scores = encoded.batch.score.astype(similarities.dtype)
@@ -91,12 +92,11 @@ def rank_by_score(
     order = jnp.argsort(scores)
     scores, is_counted = scores[order], is_counted[order]
     logits = jnp.where(is_counted, similarities[order] / temperature, lowest)
-    # The log of the sum of e^(s_i/t) over the pairs up to each one. Pairs with an equal score must not count: find the first
-    # pair of each score.
+    # The log of the sum of e^(s_i/t) over the pairs up to each one.
     sums = _cumulative_log_sum_exp(logits)
-    places = jnp.arange(len(scores))
+    # Pairs with an equal score must not count. The index of the first pair with the same score is the number of lower pairs.
     is_first = jnp.concatenate([jnp.ones(1, bool), scores[1:] > scores[:-1]])
-    lower_count = jax.lax.cummax(jnp.where(is_first, places, 0))
+    lower_count = jax.lax.cummax(jnp.where(is_first, jnp.arange(len(scores)), 0))
     # The log of the sum over i for each j, then over all j and e^0 = 1.
     is_ranked = is_counted & (lower_count > 0)
     terms = sums[jnp.maximum(lower_count - 1, 0)] - jnp.where(is_ranked, logits, 0)
@@ -110,11 +110,11 @@ def _cumulative_log_sum_exp(logits: Float[Array, " b"]) -> Float[Array, " b"]:
     """
     lowest = jnp.finfo(logits.dtype).min
     blocks = jnp.pad(logits, (0, -len(logits) % BLOCK_SIZE), constant_values=lowest).reshape(-1, BLOCK_SIZE)
-    is_up_to = jnp.tril(jnp.ones((BLOCK_SIZE, BLOCK_SIZE), bool))
+    prefix_mask = jnp.tril(jnp.ones((BLOCK_SIZE, BLOCK_SIZE), bool))
 
     @jax.checkpoint
     def add_block(total: jax.Array, block: jax.Array) -> tuple[jax.Array, jax.Array]:
-        sums = jnp.logaddexp(total, jax.nn.logsumexp(jnp.where(is_up_to, block, lowest), axis=-1))
+        sums = jnp.logaddexp(total, jax.nn.logsumexp(jnp.where(prefix_mask, block, lowest), axis=-1))
         return sums[-1], sums
 
     return jax.lax.scan(add_block, jnp.array(lowest, logits.dtype), blocks)[1].reshape(-1)[: len(logits)]

@@ -44,15 +44,16 @@ def token_prediction_loss(
 def average_over_groups(config: TokenObjectiveConfig, losses: Float[Array, "n p"], batch: TokenBatch) -> Float[Array, ""]:
     """Return the mean over groups of texts of the losses of their predictions, as `token_prediction_loss` defines it."""
     weighted = batch.weight * losses
-    # Find the group of each text and of each prediction.
-    texts, texts_per_shard = len(batch.size), len(batch.size) // len(batch.weight)
-    group_size = config.group or texts
-    group_count = -(-texts // group_size)
+    # Number the texts of the whole batch, and sum losses and sizes over the groups of consecutive texts.
+    text_count, texts_per_shard = len(batch.size), len(batch.size) // len(batch.weight)
+    group_size = config.group or text_count
+    group_count = -(-text_count // group_size)
     text = batch.text + texts_per_shard * jnp.arange(len(batch.weight))[:, None]
     sums = jax.ops.segment_sum(weighted.ravel(), (text // group_size).ravel(), group_count)
-    sizes = jax.ops.segment_sum(batch.size, jnp.arange(texts) // group_size, group_count)
-    counts = sizes > 0
-    return jnp.sum(jnp.where(counts, sums / jnp.where(counts, sizes, 1), 0)) / jnp.maximum(counts.sum(), 1)
+    sizes = jax.ops.segment_sum(batch.size, jnp.arange(text_count) // group_size, group_count)
+    # Average over the groups that have predicted tokens.
+    is_counted = sizes > 0
+    return jnp.sum(jnp.where(is_counted, sums / jnp.where(is_counted, sizes, 1), 0)) / jnp.maximum(is_counted.sum(), 1)
 
 
 def kl_divergence(
@@ -75,6 +76,7 @@ def kl_divergence(
     blocks, first_tokens = _split_vocabulary(table, hidden)
     no_target = jnp.full(hidden.shape[:2], -1)
 
+    # Carry max and sum of e^(logit - max) of both models (z, r), and `weighted`: the sum of e^(r - r_max) (r - z).
     @jax.checkpoint
     def add_block(totals: tuple[jax.Array, ...], block: tuple[jax.Array, jax.Array]) -> tuple[tuple[jax.Array, ...], None]:
         z_max, z_total, r_max, r_total, weighted = totals
@@ -133,10 +135,9 @@ def _backward(saved: tuple[jax.Array, ...], grad: jax.Array) -> tuple[jax.Array,
     def add_block(hidden_sum: jax.Array, block: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         logits, is_target = _compute_logits(hidden, target, len(table), *block)
         logit_grad = grad[..., None] * (jnp.exp(logits - lse[..., None]) - is_target)
-        rows = block[0].astype(jnp.float32)
+        rows, states = block[0].astype(jnp.float32), hidden.astype(jnp.float32)
         hidden_sum += jnp.einsum("npw,wd->npd", logit_grad, rows, precision=HIGHEST_PRECISION)
-        wide = hidden.astype(jnp.float32)
-        return hidden_sum, jnp.einsum("npw,npd->wd", logit_grad, wide, precision=HIGHEST_PRECISION)
+        return hidden_sum, jnp.einsum("npw,npd->wd", logit_grad, states, precision=HIGHEST_PRECISION)
 
     start = jnp.zeros(hidden.shape, jnp.float32)
     hidden_sum, block_sums = jax.lax.scan(add_block, start, (blocks, first_tokens))
