@@ -20,11 +20,11 @@ from jaxembed.data.packing import PackedTexts, compute_max_segments, fill_rows, 
 from jaxembed.data.tokenize import TextTokenizer
 from jaxembed.devices.mesh import make_mesh
 from jaxembed.devices.placement import put_batch
+from jaxembed.formats.hf_config import parse_hf_config
 from jaxembed.hub.embedder import Embedder
 from jaxembed.losses.objectives import Objectives
 from jaxembed.model.cudnn import attend_masked, attend_packed, draw_check_inputs, find_fault, measure_error
 from jaxembed.model.embedder import EmbeddingModel, init_params
-from jaxembed.model.hf_config import parse_hf_config
 from jaxembed.model.lora import split_params
 from jaxembed.model.masks import BIDIRECTIONAL, CAUSAL, Mask, TokenInfo
 from jaxembed.model.parameters import compute_shapes_and_shardings

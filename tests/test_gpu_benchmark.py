@@ -62,4 +62,4 @@ def test_flops_are_those_of_the_meter_of_training(gpu: Any) -> None:
         trained, frozen = jaxembed_side.split_params(compute_shapes_and_shardings(model, jaxembed_side.make_mesh(1))[0])
         meter = make_mfu_meter(model.transformer, {} if lora else trained, frozen, 0, 1.0)
         lengths = np.array([len(text) for text in texts])
-        assert work.count_flops(texts) == pytest.approx(meter.mfu(int(lengths.sum()), int((lengths**2).sum()), 1.0))
+        assert work.count_flops(texts) == pytest.approx(meter.compute_mfu(int(lengths.sum()), int((lengths**2).sum()), 1.0))

@@ -29,7 +29,7 @@ from jaxembed.runs.scoring import choose_best_metric, make_evaluator, score_base
 from jaxembed.runs.state import resume
 from jaxembed.training.checkpoint import Checkpoints
 from jaxembed.training.loggers import open_loggers
-from jaxembed.training.loop import Trainer
+from jaxembed.training.loop import TrainingLoop
 from jaxembed.training.metrics import NullRecorder, Recorder, read_metrics
 from jaxembed.training.mfu import MfuMeter, find_device_peak, make_mfu_meter
 from jaxembed.training.profile import Profile
@@ -105,7 +105,7 @@ def _train(config: Config, lock: RunLock, command: str) -> dict[str, Any]:
                     done = int(state.step) - stage.first_step
                     encoder_for = partial(use_adapter, encoder, state.weights)
                     stage = add_mined_negatives(stage, encoder_for, run.run_dir, config.get_key_prefix(stage.index), done)
-                trainer = Trainer(
+                loop = TrainingLoop(
                     stage=stage,
                     total_steps=run.total_steps,
                     mesh=run.mesh,
@@ -120,7 +120,7 @@ def _train(config: Config, lock: RunLock, command: str) -> dict[str, Any]:
                 )
                 recorder.say(describe_stage(stage, len(run.stages)))
                 batches = iter_batches(stage.plan, stage.batch_builder, done, stage.config.train.steps)
-                state = trainer.fit(state, batches, stop)
+                state = loop.fit(state, batches, stop)
     except OSError as error:  # a full disk, or a folder that is no longer writable
         raise UserError(
             f"{run.run_dir}: cannot be written ({error.strerror}). Fix the cause and run the same command."

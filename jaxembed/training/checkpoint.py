@@ -74,7 +74,7 @@ class Checkpoints(CheckpointReader):
         except Exception as error:  # file systems and Orbax raise many kinds, some of them about the checkpoint before
             if processes.is_connection_error(error):
                 raise
-            raise self._write_error(error) from error
+            raise self._make_write_error(error) from error
 
     def close(self) -> None:
         """Wait until everything is on disk. Raises `UserError` if it cannot be written."""
@@ -83,7 +83,7 @@ class Checkpoints(CheckpointReader):
         except Exception as error:
             if processes.is_connection_error(error):
                 raise
-            raise self._write_error(error) from error
+            raise self._make_write_error(error) from error
         finally:
             self._manager.close()
 
@@ -115,7 +115,7 @@ class Checkpoints(CheckpointReader):
         if needed > free:
             raise OSError(f"it takes {needed / 1e6:,.1f} MB, the disk has {free / 1e6:,.1f} MB left")
 
-    def _write_error(self, error: Exception) -> UserError:
+    def _make_write_error(self, error: Exception) -> UserError:
         intact = [step for step in self.list_steps() if not self.find_damage(step)]
         last = f"The last intact one is of step {intact[-1]}" if intact else "There is no earlier one"
         problem = f"{self._folder}: a checkpoint could not be written ({summarize(error)})"

@@ -182,9 +182,9 @@ def _get_row_arrays(texts: PackedTexts) -> dict[str, jax.Array]:
 
 
 def _plan_chunks(texts: PackedTexts, chunk_rows: int, key: jax.Array) -> tuple[int, int, jax.Array]:
-    """Return the shards and chunks of a part of the batch, and a dropout key for each chunk of each part, [parts, chunks].
+    """Return the number of shards and of chunks in one part of the batch, and the dropout keys [parts, chunks].
 
-    Each part is mapped over its own shards (`map_over_shards`).
+    The parts are those that `map_over_shards` splits a batch into.
     """
     parts = shard_map_size()
     chunks = -(-len(texts.tokens) // (texts.shards * chunk_rows))

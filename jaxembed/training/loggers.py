@@ -41,13 +41,13 @@ class PackageLogger:
             package: The functions that log the values of a step and finish the run.
             logged: Steps and metric names that an earlier start has logged. They are not logged again.
         """
-        self._name, self._written = name, logged
+        self._name, self._logged = name, logged
         self._log, self._finish = package
         self._has_failed = False
 
     def write_scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Write the values of a step."""
-        if (step, frozenset(values)) not in self._written:
+        if (step, frozenset(values)) not in self._logged:
             self._try(lambda: self._log(dict(values), step=step))
 
     def close(self) -> None:
@@ -99,11 +99,11 @@ def _open_logger(name: str, config: Config, start: int) -> MetricLogger:
             f"train.loggers: {name} cannot be opened ({summarize(error)}). {LOGGER_ADVICE[name]}, or remove it from "
             "train.loggers."
         ) from None
-    return PackageLogger(name, package, _find_written(run_dir, start))
+    return PackageLogger(name, package, _find_logged_values(run_dir, start))
 
 
-def _find_written(run_dir: Path, start: int) -> set[tuple[int, frozenset[str]]]:
-    """Return step and names of the rows of metrics.jsonl that a run which resumes at `start` computes again."""
+def _find_logged_values(run_dir: Path, start: int) -> set[tuple[int, frozenset[str]]]:
+    """Return step and metric names of the rows of metrics.jsonl that a run which resumes at `start` computes again."""
     rows = [row for row in read_metrics(run_dir) if row["step"] > start or not start]
     return {(row["step"], frozenset(row) - {"stage", "step"}) for row in rows}
 

@@ -73,7 +73,7 @@ class StepStats:
             "new_programs": self.new_programs,
         }
         if mfu_meter is not None:
-            rates["mfu"] = mfu_meter.mfu(self.useful_tokens, self.token_pairs, seconds)
+            rates["mfu"] = mfu_meter.compute_mfu(self.useful_tokens, self.token_pairs, seconds)
         return rates
 
 
@@ -87,7 +87,7 @@ class InFlightStep:
 
 
 @dataclasses.dataclass(kw_only=True)
-class Trainer:
+class TrainingLoop:
     """The training loop of one stage. Steps are counted across all stages.
 
     Attributes:
@@ -168,7 +168,7 @@ class Trainer:
             self.recorder.advance()
             score = None
             if evaluate and not is_stopping:
-                score = self._check_score(self._evaluate(state, step)[self.best_metric], step)
+                score = self._get_ranking_score(self._evaluate(state, step)[self.best_metric], step)
                 stats.start_time = time.perf_counter()
             if save:
                 self._save(state, step, score)
@@ -230,8 +230,8 @@ class Trainer:
         self.check_scores(step, scores)
         return scores
 
-    def _check_score(self, score: float, step: int) -> float | None:
-        """Return the score that ranks a checkpoint. If it is NaN, which has no rank, log a line and return None."""
+    def _get_ranking_score(self, score: float, step: int) -> float | None:
+        """Return the score by which a checkpoint is ranked. If it is not finite, log a line and return None."""
         if math.isfinite(score):
             return score
         self.recorder.say(f"step {step}: {self.best_metric} is not finite, so this checkpoint is not ranked")

@@ -1,7 +1,7 @@
 """Model FLOPs utilization (MFU): the share of the devices' peak FLOP/s that the model uses.
 
 Definition: Chowdhery et al. 2022, PaLM, appendix B. It counts the matmuls that the model needs, not those that are recomputed
-    to save memory:
+to save memory:
 
 - Kernels: each useful token takes 6 FLOPs for each weight of the kernels that it passes, 2 forward and 4 backward. A frozen
   kernel takes 4: it needs no gradient.
@@ -40,7 +40,7 @@ class MfuMeter:
     pair_flops: float
     peak_flops: float
 
-    def mfu(self, tokens: int, pairs: int, seconds: float) -> float:
+    def compute_mfu(self, tokens: int, pairs: int, seconds: float) -> float:
         """Return the MFU, given the useful tokens and token pairs that were computed in `seconds`."""
         return (self.token_flops * tokens + self.pair_flops * pairs) / (seconds * self.peak_flops)
 

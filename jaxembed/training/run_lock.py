@@ -1,7 +1,7 @@
 """The lock of a run directory: only one job trains in it at a time, also where several machines share the disk.
 
 The lock is the file `lock` in the directory. It names its owner, whose thread rewrites it every few seconds (a heartbeat). A
-crash leaves the file behind. Then another job takes the lock over:
+crash leaves the file behind. Then another job takes over the lock:
 
 - From the same machine: at once, if the owner's process has ended.
 - From another machine: after the heartbeat has not changed for `MAX_LOCK_SILENCE_S`. Clocks are not compared: they may differ.
@@ -124,7 +124,8 @@ class RunLock:
         self._thread.start()
 
     def _wait_until_abandoned(self) -> None:
-        """Return once the lock is known to be abandoned, and raise `UserError` once it is known that it is not."""
+        """Wait until the lock is known to be abandoned. Raise `UserError` as soon as its owner is known to run."""
+        # On this machine, the owner's process tells.
         check_unlocked(self._run_dir)
         if not _read(self._path):  # another process may be creating it
             time.sleep(LOCK_POLL_INTERVAL_S)
@@ -133,6 +134,7 @@ class RunLock:
         owner = _parse(first)
         if not first or (owner is not None and owner.has_ended()):
             return
+        # On another machine, only its heartbeats tell.
         line = "%s: waiting up to %g s to see whether %s still trains here"
         log.warning(line, self._run_dir, MAX_LOCK_SILENCE_S, owner or "another process")
         start = time.monotonic()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from jaxembed.formats.checkpoints import CheckpointReader, pick_step
-from jaxembed.training.loop import Trainer
+from jaxembed.training.loop import TrainingLoop
 
 
 def make_checkpoints(monkeypatch: pytest.MonkeyPatch, scores: dict[int, float | None]) -> CheckpointReader:
@@ -39,7 +39,7 @@ def test_the_best_checkpoint_has_the_highest_score(
 
 def test_a_score_that_is_not_finite_is_reported_and_not_saved() -> None:
     lines: list[str] = []
-    trainer: Any = SimpleNamespace(best_metric="sts/spearman", recorder=SimpleNamespace(say=lines.append))
-    assert Trainer._check_score(trainer, 0.5, 3) == 0.5 and not lines
-    assert Trainer._check_score(trainer, float("nan"), 4) is None
+    loop: Any = SimpleNamespace(best_metric="sts/spearman", recorder=SimpleNamespace(say=lines.append))
+    assert TrainingLoop._get_ranking_score(loop, 0.5, 3) == 0.5 and not lines
+    assert TrainingLoop._get_ranking_score(loop, float("nan"), 4) is None
     assert lines == ["step 4: sts/spearman is not finite, so this checkpoint is not ranked"]

@@ -40,7 +40,7 @@ def split_shapes(spec: EmbeddingSpec, lora: LoraConfig | None = None) -> tuple[A
 def test_a_token_costs_six_flops_per_weight_and_a_pair_twelve_per_channel() -> None:
     meter = make_mfu_meter(DECODER, *split_shapes(EmbeddingSpec()), adapters=0, peak_flops=1e6)
     assert (meter.token_flops, meter.pair_flops) == (6 * KERNEL_WEIGHTS, 12 * 3 * 2 * 4)
-    assert meter.mfu(tokens=10, pairs=25, seconds=0.5) == (10 * 6 * 1728 + 25 * 288) / 0.5e6
+    assert meter.compute_mfu(tokens=10, pairs=25, seconds=0.5) == (10 * 6 * 1728 + 25 * 288) / 0.5e6
 
 
 def test_frozen_weights_cost_four_flops_and_only_one_of_several_adapters_counts() -> None:
