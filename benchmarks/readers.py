@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 
 from jaxembed.files import read_json
+from jaxembed.formats.hf_config import parse_hf_config
 from jaxembed.hub.reader_rules import STORES, ServedModel, Status
 from jaxembed.hub.readers import Verdict, judge_readers
 from jaxembed.hub.spec_files import parse_spec
-from jaxembed.model.hf_config import parse_hf_config
 
 PROGRAMS = Path(__file__).parent / "reader_programs"
 MIN_COSINE, MIN_COSINE_16_BIT = 0.9999, 0.99

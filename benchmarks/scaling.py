@@ -32,10 +32,10 @@ from jaxembed.data.batch import Batch  # noqa: E402
 from jaxembed.data.packing import PackedTexts, compute_max_segments  # noqa: E402
 from jaxembed.devices.mesh import count_shards, make_mesh  # noqa: E402
 from jaxembed.devices.placement import compute_batch_shapes  # noqa: E402
+from jaxembed.formats.hf_config import parse_hf_config  # noqa: E402
 from jaxembed.losses.objectives import Objectives  # noqa: E402
 from jaxembed.model.embedder import EmbeddingModel  # noqa: E402
 from jaxembed.model.families import TransformerConfig  # noqa: E402
-from jaxembed.model.hf_config import parse_hf_config  # noqa: E402
 from jaxembed.model.presets import find_preset  # noqa: E402
 from jaxembed.model.transformer import ComputeOptions  # noqa: E402
 from jaxembed.planning.flops import count_matmul_flops  # noqa: E402

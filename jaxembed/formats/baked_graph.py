@@ -76,9 +76,9 @@ def build_gemma_masks(config: Any, attention_mask: torch.Tensor) -> dict[str, to
     is_visible = (attention_mask[:, None, :] > 0).expand_as(distance)
     if not config.use_bidirectional_attention:
         is_visible = is_visible & (distance >= 0)
-    by_kind = {"full_attention": is_visible, "sliding_attention": is_visible & (distance.abs() < config.sliding_window)}
+    masks = {"full_attention": is_visible, "sliding_attention": is_visible & (distance.abs() < config.sliding_window)}
     hidden_score = torch.finfo(torch.float32).min  # not infinity: rows of padding stay finite
-    return {kind: torch.where(mask, 0.0, hidden_score)[:, None] for kind, mask in by_kind.items()}
+    return {kind: torch.where(mask, 0.0, hidden_score)[:, None] for kind, mask in masks.items()}
 
 
 class GraphTransformer(nn.Module):

@@ -219,15 +219,15 @@ def build_tokenizer_config(
         adds_bos: Whether tokenizer.json starts texts with BOS.
         adds_eos: Whether tokenizer.json ends texts with EOS.
     """
-    lasting = {key: value for key, value in saved.items() if key not in LOADING_KEYS}
+    fields = {key: value for key, value in saved.items() if key not in LOADING_KEYS}
     tokenizer_class = saved.get("tokenizer_class")
     if FAMILIES[transformer.family].is_encoder:
         if tokenizer_class != "TokenizersBackend":
-            return lasting
+            return fields
         # By default, the class of transformers 4 returns token types too, which ModernBERT does not take.
-        return {"model_input_names": list(MODEL_INPUTS), **lasting, "tokenizer_class": "PreTrainedTokenizerFast"}
+        return {"model_input_names": list(MODEL_INPUTS), **fields, "tokenizer_class": "PreTrainedTokenizerFast"}
     if spec.attention != "causal" and FAMILIES[transformer.family].bidirectional_since >= "5":
         tokenizer_class = "TokenizersBackend"
     elif transformer.family != "qwen2":
         tokenizer_class = "PreTrainedTokenizerFast"
-    return {**lasting, "add_bos_token": adds_bos, "add_eos_token": adds_eos, "tokenizer_class": tokenizer_class}
+    return {**fields, "add_bos_token": adds_bos, "add_eos_token": adds_eos, "tokenizer_class": tokenizer_class}

@@ -50,7 +50,7 @@ def _map_layer_norm(path: str, module: str) -> tuple[TensorMapping, TensorMappin
 LATENT_BLOCKS = "pooling.cross_attend_blocks"
 EMBEDDINGS = ("decoder/embedding", "decoder/positions", "decoder/token_types")  # tables, which are not transposed
 LANGUAGE_MODEL_HEAD = TensorMapping("head/embedding", "lm_head.weight")
-HEAD_MAPPINGS: tuple[TensorMapping, ...] = (
+POOLING_AND_PROJECTION: tuple[TensorMapping, ...] = (
     # Poolings with weights use the tensor names of the NV-Embed release.
     TensorMapping("pooling/latents", "pooling.latents"),
     *_map_layer_norm("pooling/latent_norm", f"{LATENT_BLOCKS}.0.norm_context"),
@@ -76,7 +76,7 @@ HEAD_MAPPINGS: tuple[TensorMapping, ...] = (
 def list_tensor_mappings(family: str) -> tuple[TensorMapping, ...]:
     """Return the rows of the table for a family. Head, pooling and projection have the same rows in all."""
     rows = itertools.chain.from_iterable(_map_module(FAMILIES[family], path) for path in FAMILIES[family].modules)
-    return (*rows, LANGUAGE_MODEL_HEAD, *HEAD_MAPPINGS)
+    return (*rows, LANGUAGE_MODEL_HEAD, *POOLING_AND_PROJECTION)
 
 
 def _map_module(family: Family, path: str) -> Iterable[TensorMapping]:

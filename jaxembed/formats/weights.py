@@ -151,12 +151,14 @@ def place_params(
         shardings: See `load_params`.
         updates: See `load_params`.
     """
+    # Select the rows of the table for the parts that are wanted and there, and check all tensors before any is read.
     tensors = {name: tensor for name, tensor in tensors.items() if get_model_part(name) in shapes}
     parts = shapes.keys() & {"decoder", *map(get_model_part, tensors)}
     flat_shapes, flat_shardings = (flatten_dict({part: tree[part] for part in parts}, sep="/") for tree in (shapes, shardings))
     mappings = [mapping for mapping in list_tensor_mappings(transformer.family) if mapping.path in flat_shapes]
     mappings.sort(key=lambda mapping: -flat_shapes[mapping.path].size)
     _check_tensors(tensors, _list_tensor_shapes(mappings, flat_shapes, transformer.layers), error_prefix)
+    # Read and place one parameter at a time. Devices read their own parts of those that are neither quantized nor updated.
     params: dict[str, jax.Array] = {}
     for mapping in mappings:
         shape, update = flat_shapes[mapping.path], (updates or {}).get(mapping.path)
@@ -265,10 +267,11 @@ def _read_layer(
     update: LowRankUpdate | None,
 ) -> None:
     """Copy the part of a tensor at `index` to `out` and add its update; of a stacked parameter, the tensor of layer `i`."""
-    if i < mapping.first_layer:
+    if i < mapping.first_layer:  # the scale of a norm that this layer does not use
         out.fill(1)
         return
     tensor = tensors[mapping.tensor_name.format(i=i)]
+    # Convert the index from our layout to that of the file, where the parameter may be one of several equal parts.
     first, *rest = index[::-1] if mapping.is_transposed else index
     part, parts = mapping.part
     start = part * (tensor.get_shape()[0] // parts)

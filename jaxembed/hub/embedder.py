@@ -166,8 +166,8 @@ class Embedder:
             name: Suffix of the revision.
         """
         model, revision = self.model.clone(transformer=sizes.transformer, spec=spec), f"{self.revision}-{name}"
-        own = {"params": sizes.params, "hf_config": sizes.hf_config}
-        return dataclasses.replace(self, model=model, revision=revision, _apply=None, **own)
+        resized = dataclasses.replace(self, model=model, revision=revision, _apply=None)
+        return dataclasses.replace(resized, params=sizes.params, hf_config=sizes.hf_config)
 
     def encode(
         self,

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxembed.errors import UserError
+from jaxembed.formats.hf_config import parse_hf_config
 from jaxembed.model.families import TransformerConfig
-from jaxembed.model.hf_config import parse_hf_config
 from jaxembed.model.parameters import replace_layers
 
 

@@ -12,6 +12,7 @@ from jaxembed.config.sections import parse_section
 from jaxembed.errors import UserError
 from jaxembed.files import exists, read_json
 from jaxembed.formats.checkpoints import CheckpointReader, pick_step
+from jaxembed.formats.hf_config import parse_hf_config
 from jaxembed.formats.nv_embed import read_transformer_config
 from jaxembed.formats.peft_config import ADAPTER_CONFIG_FILE, is_peft_folder, read_base_name
 from jaxembed.formats.published import find_first_stage_adapters
@@ -20,7 +21,6 @@ from jaxembed.hub.base import Base, BaseWithWeights, FolderBase, PresetBase
 from jaxembed.hub.folders import PRESET_PREFIX, find_folder
 from jaxembed.hub.restore import RunBase
 from jaxembed.hub.spec_files import make_preset_spec, read_adapter_spec, read_folder_spec
-from jaxembed.model.hf_config import parse_hf_config
 from jaxembed.model.presets import find_preset
 
 
@@ -159,6 +159,7 @@ def _find_base_with_weights(name: str, visited: tuple[Path, ...]) -> BaseWithWei
 
 
 def _find_earlier_run(name: str, run_dir: Path) -> RunBase:
+    """Return the model of a run at its best checkpoint. Raise `UserError` if it has several adapters to choose from."""
     run = find_run(name, run_dir)
     if run.lora is not None and len(run.lora.names) > 1:
         raise UserError(

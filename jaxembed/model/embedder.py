@@ -196,14 +196,15 @@ def init_params(model: EmbeddingModel, key: jax.Array, shardings: Any) -> Any:
         shardings: Shardings of the parameters to draw. Parameters that are missing in this tree are not drawn.
     """
     wanted = flatten_dict(shardings)
-    return (
-        unflatten_dict(_init_program(model.drop_program_fields(), tuple(wanted.items()), key.ndim > 0)(key)) if wanted else {}
-    )
+    if not wanted:
+        return {}
+    init = _make_init_program(model.drop_program_fields(), tuple(wanted.items()), is_stacked=key.ndim > 0)
+    return unflatten_dict(init(key))
 
 
 @functools.lru_cache(maxsize=8)
-def _init_program(
-    model: EmbeddingModel, wanted: tuple[tuple[tuple[str, ...], jax.sharding.Sharding], ...], several: bool
+def _make_init_program(
+    model: EmbeddingModel, wanted: tuple[tuple[tuple[str, ...], jax.sharding.Sharding], ...], is_stacked: bool
 ) -> Callable[[jax.Array], dict[tuple[str, ...], jax.Array]]:
     """Return the program that draws parameters, given their paths and shardings. Models with equal parameters share it."""
 
@@ -211,4 +212,4 @@ def _init_program(
         params = flatten_dict(nn.unbox(model.init(key, make_example_texts())["params"]))
         return {path: params[path] for path, _ in wanted}
 
-    return jax.jit(jax.vmap(init) if several else init, out_shardings=dict(wanted))
+    return jax.jit(jax.vmap(init) if is_stacked else init, out_shardings=dict(wanted))

@@ -1,6 +1,6 @@
 """Model families: one transformer implements all of them. A family is an entry of `FAMILIES`.
 
-`hf_config.py` reads their configs, `presets.py` lists published sizes.
+`formats/hf_config.py` reads their configs, `presets.py` lists published sizes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from jaxembed.model.masks import CAUSAL, Mask
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-    """Sizes and options of a transformer, read from a Hugging Face config by `hf_config.parse_hf_config`.
+    """Sizes and options of a transformer, read from a Hugging Face config by `parse_hf_config`.
 
     Attributes:
         family: Key of `FAMILIES`.

@@ -214,8 +214,8 @@ def compute_rope_frequencies(head_width: int, theta: float, scaling: Mapping[str
     Args:
         head_width: Width H of a head.
         theta: Base of the geometric series of frequencies.
-        scaling: `rope_type` and its parameters, as in Hugging Face configs (see `hf_config.ROPE_SCALING_KEYS` and
-            `hf_config.OPTIONAL_ROPE_KEYS`). Empty: no scaling.
+        scaling: `rope_type` and its parameters, as in Hugging Face configs (see `ROPE_SCALING_KEYS` and `OPTIONAL_ROPE_KEYS`
+            in `formats/hf_config.py`). Empty: no scaling.
     """
     # Pair i rotates by theta^(-2i / H) per position: short wavelengths come first, long ones last.
     frequencies = 1.0 / theta ** (jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)

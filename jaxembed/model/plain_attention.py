@@ -90,8 +90,8 @@ def attend_rows(
 
     def attend(xs: tuple[jax.Array, jax.Array, jax.Array, TokenInfo, jax.Array | None]) -> jax.Array:
         q, k, v, token_info, key = xs
-        own = None if dropout is None or key is None else AttentionDropout(dropout.rate, key)
-        return attend_einsum(q, k, v, token_info, mask, window, own)
+        step_dropout = None if dropout is None or key is None else AttentionDropout(dropout.rate, key)
+        return attend_einsum(q, k, v, token_info, mask, window, step_dropout)
 
     # `lax.map` loops over groups of steps. `checkpoint` recomputes a group's scores in the backward pass, so that only one
     # group's scores are in memory at a time.

@@ -18,8 +18,8 @@ from helpers.loading import draw_texts, load_model, pack_texts
 from helpers.training_batches import SPEC
 from jaxembed.devices import blas
 from jaxembed.devices.mesh import make_mesh
+from jaxembed.formats.hf_config import parse_hf_config
 from jaxembed.model.embedder import EmbeddingModel
-from jaxembed.model.hf_config import parse_hf_config
 from jaxembed.model.matmul import sharded_matmul
 from jaxembed.model.transformer import ComputeOptions
 from jaxembed.planning.flops import count_matmul_flops

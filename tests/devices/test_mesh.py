@@ -20,8 +20,8 @@ from jaxembed.devices.mesh import (
 )
 from jaxembed.devices.placement import make_replicated_sharding, put_batch, replicated_jit, unstack_views
 from jaxembed.errors import UserError
+from jaxembed.formats.hf_config import parse_hf_config
 from jaxembed.model.embedder import EmbeddingModel, infer_parameter_shapes, init_params
-from jaxembed.model.hf_config import parse_hf_config
 from jaxembed.model.presets import find_preset
 
 

@@ -25,9 +25,9 @@ from helpers.runs import copy_run_at_first_checkpoint, make_config, make_staged_
 from jaxembed import config
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.formats.checkpoints import CheckpointReader
+from jaxembed.formats.hf_config import parse_hf_config
 from jaxembed.formats.weights import save_params
 from jaxembed.model.embedder import EmbeddingModel, infer_parameter_shapes
-from jaxembed.model.hf_config import parse_hf_config
 from jaxembed.runs.train import train
 from jaxembed.training.metrics import read_metrics
 
@@ -197,7 +197,7 @@ from jaxembed.devices import processes
 from jaxembed.model.parameters import compute_shapes_and_shardings
 from jaxembed.formats.weights import load_params
 from jaxembed.model.embedder import EmbeddingModel
-from jaxembed.model.hf_config import parse_hf_config
+from jaxembed.formats.hf_config import parse_hf_config
 from jaxembed.config.spec import EmbeddingSpec
 
 def anonymous_bytes():

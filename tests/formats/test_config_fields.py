@@ -16,8 +16,8 @@ from helpers import tiny
 from helpers.loading import draw_texts, encode_packed, load_model, pack_texts
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.errors import UserError
+from jaxembed.formats.hf_config import get_config_fields, parse_hf_config
 from jaxembed.model.families import FAMILIES
-from jaxembed.model.hf_config import get_config_fields, parse_hf_config
 
 CONFIG_CLASSES = {
     "qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config, "mistral": transformers.MistralConfig,

@@ -9,7 +9,7 @@ import pytest
 
 from jaxembed.config.spec import EmbeddingSpec, HiddenProjection
 from jaxembed.formats import stock_files
-from jaxembed.model.hf_config import parse_hf_config
+from jaxembed.formats.hf_config import parse_hf_config
 
 SIZES: dict[str, Any] = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,

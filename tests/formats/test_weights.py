@@ -19,9 +19,9 @@ from helpers import tiny
 from helpers.loading import load_model
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.errors import UserError
+from jaxembed.formats.hf_config import parse_hf_config
 from jaxembed.formats.weights import save_params
 from jaxembed.model.embedder import EmbeddingModel, infer_parameter_shapes
-from jaxembed.model.hf_config import parse_hf_config
 
 FolderFixture = Callable[[str], Path]
 Tensors = dict[str, np.ndarray]

@@ -19,9 +19,9 @@ from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.data.packing import PackedTexts, compute_max_segments, fill_rows, pack_rows
 from jaxembed.devices.mesh import make_logical_axis_table, make_mesh, make_param_shardings
 from jaxembed.devices.placement import put_batch
+from jaxembed.formats.hf_config import parse_hf_config
 from jaxembed.formats.weights import load_params
 from jaxembed.model.embedder import EmbeddingModel, infer_parameter_shapes, init_params
-from jaxembed.model.hf_config import parse_hf_config
 from jaxembed.model.transformer import ComputeOptions
 
 

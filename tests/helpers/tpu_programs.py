@@ -22,9 +22,9 @@ from jaxembed.data.batch import Batch
 from jaxembed.data.packing import PackedTexts
 from jaxembed.devices.mesh import make_mesh
 from jaxembed.devices.placement import make_batch_sharding, make_replicated_sharding
+from jaxembed.formats.hf_config import parse_hf_config
 from jaxembed.losses.objectives import Objectives
 from jaxembed.model.embedder import EmbeddingModel, infer_parameter_shapes
-from jaxembed.model.hf_config import parse_hf_config
 from jaxembed.model.kernels import pick_kernel
 from jaxembed.model.masks import MASKS, TokenInfo
 from jaxembed.model.presets import find_preset

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from jaxembed.config.spec import EmbeddingSpec
+from jaxembed.formats.hf_config import parse_hf_config
 from jaxembed.hub.reader_rules import READER_RULES, ServedModel, Status
 from jaxembed.hub.readers import READERS, format_reader_table, judge_readers, list_limits
-from jaxembed.model.hf_config import parse_hf_config
 from jaxembed.model.presets import find_preset
 
 LLAMA3 = {

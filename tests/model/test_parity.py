@@ -17,9 +17,9 @@ from helpers import tiny
 from helpers.loading import draw_texts, encode_packed, load_model, pack_texts
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.errors import UserError
+from jaxembed.formats.hf_config import parse_hf_config
 from jaxembed.hub.resolve import find_base
 from jaxembed.model.embedder import EmbeddingModel, infer_parameter_shapes
-from jaxembed.model.hf_config import parse_hf_config
 from jaxembed.model.presets import PRESETS, find_preset
 from jaxembed.model.transformer import TransformerLayer
 

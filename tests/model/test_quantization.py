@@ -18,10 +18,10 @@ from helpers.loading import draw_texts, encode_packed, load_model, pack_texts
 from jaxembed.config import LoraConfig
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.devices.mesh import make_mesh
+from jaxembed.formats.hf_config import parse_hf_config
 from jaxembed.formats.peft import write_adapters
 from jaxembed.hub.resolve import find_base
 from jaxembed.model.embedder import EmbeddingModel, infer_parameter_shapes
-from jaxembed.model.hf_config import parse_hf_config
 from jaxembed.model.lora import merge_adapters, split_params
 from jaxembed.model.matmul import frozen_matmul
 from jaxembed.model.parameters import compute_shapes_and_shardings

@@ -10,7 +10,7 @@ import pytest
 
 from jaxembed.config import LoraConfig
 from jaxembed.devices.chips import TPU_CHIPS
-from jaxembed.model.hf_config import parse_hf_config
+from jaxembed.formats.hf_config import parse_hf_config
 from jaxembed.model.presets import find_preset
 from jaxembed.planning.proposal import Proposal, StepSizes, estimate, make_step_sizes, propose
 

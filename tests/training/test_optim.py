@@ -13,8 +13,8 @@ import pytest
 
 from jaxembed.config import OptimConfig
 from jaxembed.config.spec import EmbeddingSpec
+from jaxembed.formats.hf_config import parse_hf_config
 from jaxembed.model.embedder import EmbeddingModel, infer_parameter_shapes
-from jaxembed.model.hf_config import parse_hf_config
 from jaxembed.model.presets import find_preset
 from jaxembed.training.optim import make_decay_mask, make_optimizer, make_schedule
 

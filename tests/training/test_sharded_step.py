@@ -20,10 +20,10 @@ from jaxembed.data.batch import Batch
 from jaxembed.data.sources import Source
 from jaxembed.devices.mesh import count_shards, make_mesh
 from jaxembed.devices.placement import put_batch
+from jaxembed.formats.hf_config import parse_hf_config
 from jaxembed.losses import blockwise
 from jaxembed.losses.objectives import Objectives
 from jaxembed.model.embedder import EmbeddingModel, init_params
-from jaxembed.model.hf_config import parse_hf_config
 from jaxembed.model.parameters import compute_shapes_and_shardings
 from jaxembed.model.transformer import ComputeOptions
 from jaxembed.training.step import compute_batch_loss

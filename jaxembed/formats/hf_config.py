@@ -118,7 +118,7 @@ def parse_hf_config(config: Mapping[str, Any], where: str) -> TransformerConfig:
     config = {**family.defaults, **config}
     fields = Fields(config, where)
     heads, kv_heads, head_width = _read_heads(config, family, where)
-    read = {
+    values = {
         "family": str(config["model_type"]),
         "vocab_size": fields.integer("vocab_size", maximum=MAX_VOCAB_SIZE),
         "width": fields.integer("hidden_size", maximum=MAX_WIDTH),
@@ -137,7 +137,7 @@ def parse_hf_config(config: Mapping[str, Any], where: str) -> TransformerConfig:
         **_read_positions(config, family, where),
         **_read_scales(config, family, where),
     }
-    return TransformerConfig(**{**read, **family.options})
+    return TransformerConfig(**{**values, **family.options})
 
 
 def get_config_fields(family: Family) -> FieldList:
@@ -222,9 +222,9 @@ def _select_full_rope(config: Mapping[str, Any], family: Family, where: str) -> 
     """Return the config with the rotary settings of full-attention layers under the keys of Llama configs."""
     if "local_rope_theta" not in family.keys:
         return dict(config)
-    by_kind = config.get("rope_parameters") or {}
+    ropes = config.get("rope_parameters") or {}
     theta = Fields(config, where).positive_number(family.get_key("rope_theta"))
-    return {**config, "rope_parameters": by_kind.get("full_attention"), "rope_theta": theta}
+    return {**config, "rope_parameters": ropes.get("full_attention"), "rope_theta": theta}
 
 
 def _read_local_theta(config: Mapping[str, Any], family: Family, where: str) -> float | None:
@@ -232,12 +232,12 @@ def _read_local_theta(config: Mapping[str, Any], family: Family, where: str) -> 
     if "local_rope_theta" not in family.keys:
         return None
     key = family.keys["local_rope_theta"]
-    by_kind = Fields(config, where).mapping("rope_parameters", {})
-    if unknown := sorted(by_kind.keys() - {"full_attention", "sliding_attention"}):
+    ropes = Fields(config, where).mapping("rope_parameters", {})
+    if unknown := sorted(ropes.keys() - {"full_attention", "sliding_attention"}):
         raise UserError(
             f"{where}: rope_parameters has {unknown[0]} (expected full_attention and sliding_attention). Correct it."
         )
-    local = Fields(by_kind, f"{where}: rope_parameters").mapping("sliding_attention", {})
+    local = Fields(ropes, f"{where}: rope_parameters").mapping("sliding_attention", {})
     fields = Fields(local, f"{where}: rope_parameters: sliding_attention")
     fields.choice("rope_type", ("default",), fields.string("type", "default"))
     return fields.positive_number("rope_theta", Fields(config, where).positive_number(key))
@@ -279,7 +279,8 @@ def _read_rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _parse_rope(config: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
-    """Read and check the field `key`, one of the two that `_read_rope` reads. Return the same dict."""
+    """Return what `_read_rope` returns, read from the field `key` alone."""
+    # The type of the scaling.
     rope = Fields(config, where).mapping(key, {})
     fields = Fields(rope, f"{where}: {key}")
     kind = fields.string("rope_type", fields.string("type", "default"))
@@ -287,6 +288,7 @@ def _parse_rope(config: Mapping[str, Any], key: str, where: str) -> dict[str, An
         raise UserError(
             f"{where}: rope_type {kind!r} is not supported (expected {' or '.join(ROPE_SCALING_KEYS)}). Use another base."
         )
+    # Refuse what the transformer cannot compute, and report what is not read.
     if nested := sorted(name for name, value in rope.items() if isinstance(value, Mapping)):
         raise UserError(f"{where}: {key}: rotary positions by kind of layer are not supported ({nested[0]}). Use another base.")
     if rope.get("partial_rotary_factor") not in (None, 1):
@@ -299,6 +301,7 @@ def _parse_rope(config: Mapping[str, Any], key: str, where: str) -> dict[str, An
         )
     if rope.get("rope_theta") is not None and config.get("rope_theta") not in (None, rope["rope_theta"]):
         log_once(f"{where}: rope_theta beside {key} is not read, as in transformers: {key} has another value")
+    # The base and the parameters of the scaling.
     theta = fields.positive_number("rope_theta", Fields(config, where).positive_number("rope_theta", 10_000.0))
     defaults = {ORIGINAL_LENGTH: config.get("max_position_embeddings")} if kind == "yarn" else {}
     if ORIGINAL_LENGTH in scaling_keys and config.get(ORIGINAL_LENGTH) is not None:
@@ -315,9 +318,9 @@ def _parse_rope(config: Mapping[str, Any], key: str, where: str) -> dict[str, An
 
 
 def _read_outer_length(config: Mapping[str, Any], rope: Mapping[str, Any], key: str, where: str) -> float:
-    """Return the length before scaling that stands beside `rope`, the field `key`.
+    """Return the length before scaling that the config has outside `rope`, the value of its field `key`.
 
-    transformers 5 prefers it to that in `rope`, older versions do not read it, so the two must agree.
+    transformers 5 prefers it to the one in `rope`, and older versions do not read it, so the two must agree.
     """
     length = Fields(config, where).positive_number(ORIGINAL_LENGTH)
     if rope.get(ORIGINAL_LENGTH) not in (None, length):
