@@ -60,5 +60,5 @@ CHIPS: tuple[Chip, ...] = (*TPU_CHIPS.values(), *GPU_CHIPS)
 
 
 def find_chip(device_kind: str) -> Chip | None:
-    """Return the chip with JAX's name of a device: the first of the table that matches, or None."""
+    """Return the first chip in the table whose pattern matches JAX's name of a device, or None."""
     return next((chip for chip in CHIPS if re.search(chip.device_kind, device_kind)), None)

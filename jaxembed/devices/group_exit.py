@@ -36,8 +36,8 @@ EXIT_REASON, HEARTBEATS = "jaxembed/exit_reason", "jaxembed/heartbeats/"
 DEFAULT_HANDLER = 0  # SIG_DFL
 RESUME_HINT = "Run the same command on all processes to resume from the last checkpoint."
 
-LOST_FIRST = f"JAX aborted this process: process 0 has ended or cannot be reached. {RESUME_HINT}"
-_abort_line = LOST_FIRST
+FIRST_PROCESS_LOST = f"JAX aborted this process: process 0 has ended or cannot be reached. {RESUME_HINT}"
+_abort_line = FIRST_PROCESS_LOST
 
 
 @dataclasses.dataclass(frozen=True)

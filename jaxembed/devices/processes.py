@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from jaxembed.devices.group_exit import LOST_FIRST, RESUME_HINT, GroupMonitor, report_jax_aborts, stop_reporting_aborts
+from jaxembed.devices.group_exit import FIRST_PROCESS_LOST, RESUME_HINT, GroupMonitor, report_jax_aborts, stop_reporting_aborts
 from jaxembed.devices.key_value_store import KeyValueStore, get_process_index_and_count
 from jaxembed.devices.standard_streams import LossyStream
 from jaxembed.errors import Stopped, UserError, explain_system_error, get_interrupt_signal, summarize
@@ -166,7 +166,7 @@ def _join(limit_s: float) -> None:
     if is_first():
         stop_reporting_aborts()
     else:
-        report_jax_aborts(LOST_FIRST)
+        report_jax_aborts(FIRST_PROCESS_LOST)
         _hide_progress()
 
 
@@ -244,12 +244,15 @@ class Channel:
             return merge([message])
         self._round += 1
         key = f"{self._name}/{self._round}"
+        # Every other process sends its message to process 0, and waits for the result.
         if not is_first():
             store.set(f"{key}/{index()}", message)
             return _wait_for(store, f"{key}/merged")
+        # Process 0 collects the messages.
         messages = [message, *(_wait_for(store, f"{key}/{i}") for i in range(1, count()))]
-        # A process that has written in this round has read the result of the round before.
+        # A process that has written in this round has read the result of the round before: its keys can go.
         store.delete(f"{self._name}/{self._round - 1}")
+        # Merge the messages, and send the result to all.
         merged = merge(messages)
         store.set(f"{key}/merged", merged)
         return merged

@@ -88,10 +88,10 @@ def protect_standard_streams() -> None:
         try:
             os.fstat(number)
         except OSError:
-            opened = os.open(os.devnull, os.O_RDWR)
-            if opened != number:
-                os.dup2(opened, number)
-                os.close(opened)
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            if descriptor != number:
+                os.dup2(descriptor, number)
+                os.close(descriptor)
     if not isinstance(sys.stderr, LossyStream):
         sys.stderr = LossyStream(sys.stderr)
     if sys.stdout is not None and not isinstance(sys.stdout, CheckedStream):
