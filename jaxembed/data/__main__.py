@@ -99,7 +99,10 @@ def compute_stats(args: argparse.Namespace, data: config.DataConfig, tokenizer: 
 
 
 def read_queries(name: str) -> list[str]:
-    """Return the queries of an evaluation set: a BEIR folder, a file of rows, or an MTEB task. Other tasks give all texts."""
+    """Return the queries of an evaluation set: a BEIR folder, a file of rows, or an MTEB task.
+
+    A task without queries, such as classification, gives all its texts.
+    """
     from jaxembed.curate import read_task
     from jaxembed.curation.steps.decontamination import DOCUMENTS, read_beir_parts, read_file_parts
     from jaxembed.data.containers import is_beir_folder
@@ -167,7 +170,7 @@ def preview(
 
 
 def take_last_source(args: argparse.Namespace) -> str:
-    """Remove the last SOURCE and return it as the output, as earlier versions read it."""
+    """Remove the last SOURCE and return it as the output, where earlier versions expected it."""
     if not args.sources:
         raise UserError("convert: the output is missing. Name it with --out OUT.")
     out = str(args.sources.pop())

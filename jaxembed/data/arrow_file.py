@@ -21,7 +21,7 @@ from jaxembed.errors import UserError, summarize
 MESSAGE_PREFIX = struct.Struct("<iI")  # marker and length of the metadata; a length of 0 ends the stream
 MESSAGE_MARKER = -1
 SCHEMA_KIND, BATCH_KIND = 1, 3  # kinds of messages
-# Fields of the flatbuffer tables Message and RecordBatch, by their place (format/Message.fbs).
+# Indices of fields in the flatbuffer tables Message and RecordBatch (format/Message.fbs).
 KIND_FIELD, HEADER_FIELD, BODY_LENGTH_FIELD = 1, 2, 3
 ROW_COUNT_FIELD = 0
 
@@ -59,7 +59,12 @@ class ArrowFile(TableFile):
 
 
 def _list_batches(file: IO[bytes]) -> list[ArrowBatch]:
-    """Return the batches of an Arrow stream. Raises `ValueError` or `struct.error` if it is incomplete or has other parts."""
+    """Return the batches of an Arrow stream.
+
+    Raises:
+        ValueError: The stream is incomplete, or has dictionary-encoded columns.
+        struct.error: The stream is incomplete.
+    """
     batches: list[ArrowBatch] = []
     size, start = file.seek(0, 2), 0
     while True:
@@ -105,7 +110,7 @@ class _FlatTable(NamedTuple):
     def _find(self, field: int) -> int:
         """Return the offset of a field from the table's position, 0 if it is absent."""
         vtable = self.position - struct.unpack_from("<i", self.buffer, self.position)[0]
-        place = 4 + 2 * field
-        if place >= struct.unpack_from("<H", self.buffer, vtable)[0]:
+        entry = 4 + 2 * field  # after the sizes of the vtable and of the table
+        if entry >= struct.unpack_from("<H", self.buffer, vtable)[0]:
             return 0
-        return int(struct.unpack_from("<H", self.buffer, vtable + place)[0])
+        return int(struct.unpack_from("<H", self.buffer, vtable + entry)[0])

@@ -170,14 +170,15 @@ class BatchBuilder:
             ids: Global ids of the examples of the whole batch (`BatchPlan`), int64 [B]. Empty for a batch without queries.
         """
         host_batch = self._build_queries(step, ids) if len(ids) else HostBatch(Batch())
-        built = {label: build(step) for label, build in self.token_builders.items()}
+        host_tokens = {label: build_tokens(step) for label, build_tokens in self.token_builders.items()}
+        token_batches = {label: tokens.batch for label, tokens in host_tokens.items()}
         return dataclasses.replace(
             host_batch,
-            batch=dataclasses.replace(host_batch.batch, token_batches={label: t.batch for label, t in built.items()}),
-            useful_tokens=host_batch.useful_tokens + sum(tokens.useful_tokens for tokens in built.values()),
-            padded_tokens=host_batch.padded_tokens + sum(tokens.padded_tokens for tokens in built.values()),
-            token_pairs=host_batch.token_pairs + sum(tokens.token_pairs for tokens in built.values()),
-            examples=host_batch.examples + sum(tokens.examples for tokens in built.values()),
+            batch=dataclasses.replace(host_batch.batch, token_batches=token_batches),
+            useful_tokens=host_batch.useful_tokens + sum(tokens.useful_tokens for tokens in host_tokens.values()),
+            padded_tokens=host_batch.padded_tokens + sum(tokens.padded_tokens for tokens in host_tokens.values()),
+            token_pairs=host_batch.token_pairs + sum(tokens.token_pairs for tokens in host_tokens.values()),
+            examples=host_batch.examples + sum(tokens.examples for tokens in host_tokens.values()),
         )
 
     def _build_queries(self, step: int, ids: np.ndarray) -> HostBatch:
@@ -262,9 +263,9 @@ class BatchBuilder:
         """
         own = self.shards.own
         shard_of_text = np.repeat(own, len(present) // len(own))[present]
-        packed, places, sync = pack_batch(tokenized, shard_of_text, self.row_length, self.shards, self.channel)
+        packed, packing, sync = pack_batch(tokenized, shard_of_text, self.row_length, self.shards, self.channel)
         slots = np.full(len(present), -1, np.int32)
-        slots[present] = places.row * packed.segments + places.segment
+        slots[present] = packing.row * packed.segments + packing.segment
         return packed, slots, sync
 
     def _stack_teacher_scores(self, examples: Sequence[Example]) -> np.ndarray:

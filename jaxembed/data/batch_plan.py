@@ -92,8 +92,8 @@ class BatchPlan:
         if not self.sources:
             return np.zeros(0, np.int64)
         # Find the group of this step, and the number of earlier batches of that group.
-        group_batches, is_next = self._group_schedule.at(step)
-        group = int(is_next.argmax())
+        group_batches, is_chosen = self._group_schedule.at(step)
+        group = int(is_chosen.argmax())
         # Take the next ids of each source in this batch.
         used, counts = self._count_examples(group, int(group_batches[group]))
         members = self._groups[group]
@@ -112,8 +112,8 @@ class BatchPlan:
     def _count_examples(self, group: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
         """Count the examples of each source of a group in its batches before number `batch`, and in that batch."""
         used, counts = self._blend_schedules[group].at(batch)
-        single_batches, is_next = self._single_schedules[group].at(batch)
-        return used + self._single_source_size * single_batches, counts + self._single_source_size * is_next
+        single_batches, is_chosen = self._single_schedules[group].at(batch)
+        return used + self._single_source_size * single_batches, counts + self._single_source_size * is_chosen
 
     @property
     def hash(self) -> str:
@@ -229,8 +229,8 @@ def list_sources(plans: Iterable[BatchPlan]) -> list[Source]:
 def make_interleaving(count: int) -> np.ndarray:
     """Return a permutation of `count` positions that spreads neighbors evenly, int64 [count].
 
-    Shards take the examples of a batch in order, and each should get some of every source. The permutation steps by about the
-    golden ratio's conjugate of `count`, rounded up to a step that is coprime with `count`.
+    Shards take the examples of a batch in order, and each should get some of every source. The permutation visits every n-th
+    position modulo `count`, where n is about `count` times the golden ratio's conjugate, and coprime with `count`.
     """
     first = max(round(count * GOLDEN_RATIO_CONJUGATE), 1)
     step = next(n for n in range(first, count + 2) if math.gcd(n, count) == 1)

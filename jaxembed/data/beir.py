@@ -87,10 +87,12 @@ def open_beir(folder: Path, defaults: tuple[str, ...], split: str = "") -> BeirF
     Raises:
         UserError: A file is missing or has a bad line; the error names file and line.
     """
+    # Open the documents and queries.
     corpus, corpus_rows = open_corpus(folder)
     queries = IndexedRows(open_container(str(folder / "queries.jsonl")), RowSchema("queries", check_beir_query))
     qrels = _choose_qrels(folder, defaults, split)
     query_rows = _map_ids_to_rows(queries)
+    # Read the judgments. The dicts of absent ids have the line of each.
     relevant: dict[int, dict[int, float]] = {}
     absent_queries, absent_documents, conflicts = dict[str, int](), dict[str, int](), 0
     text = read_text(qrels)
@@ -99,7 +101,7 @@ def open_beir(folder: Path, defaults: tuple[str, ...], split: str = "") -> BeirF
             continue
         query, document, grade = _parse_judgment(line, f"{qrels}:{number}")
         if grade <= 0 and (query not in query_rows or document not in corpus_rows):
-            continue
+            continue  # nothing is lost
         if query not in query_rows:
             absent_queries.setdefault(query, number)
             continue

@@ -15,7 +15,7 @@ from jaxembed.errors import UserError
 
 # The rule of BERT (Devlin et al. 2018, section 3.1): of the predicted tokens, the share that is masked, and the share that is
 # masked or replaced.
-BERT_MASKED, BERT_CHANGED = 0.8, 0.9
+BERT_MASKED_SHARE, BERT_CHANGED_SHARE = 0.8, 0.9
 
 
 class MaskedTextReader:
@@ -56,17 +56,17 @@ class MaskedTextReader:
             can_be_predicted[:1] = False
         is_predicted = can_be_predicted & (rng.random(len(tokens)) < rate)
         # Mask or replace them in the input.
-        fate, random_ids = rng.random(len(tokens)), rng.integers(self._vocab_size, size=len(tokens))
-        masked, changed = (1.0, 1.0) if config.mask_rule == "all" else (BERT_MASKED, BERT_CHANGED)
-        read = np.where(is_predicted & (fate < changed), random_ids, tokens)
-        read = np.where(is_predicted & (fate < masked), self._mask_id, read).astype(np.int32)
+        draws, random_ids = rng.random(len(tokens)), rng.integers(self._vocab_size, size=len(tokens))
+        masked, changed = (1.0, 1.0) if config.mask_rule == "all" else (BERT_MASKED_SHARE, BERT_CHANGED_SHARE)
+        inputs = np.where(is_predicted & (draws < changed), random_ids, tokens)
+        inputs = np.where(is_predicted & (draws < masked), self._mask_id, inputs).astype(np.int32)
         # Assign each one to the hidden state that predicts it.
         targets = np.where(is_predicted, tokens, NOT_PREDICTED).astype(np.int32)
         if config.predict_from == "previous":
             targets = np.append(targets[1:], np.int32(NOT_PREDICTED)).astype(np.int32)
         if config.token_weight == "inverse_rate":
-            return TokenText(read, targets, weight=1 / rate, size=float(can_be_predicted.sum()))
-        return TokenText(read, targets, size=float(is_predicted.sum()))
+            return TokenText(inputs, targets, weight=1 / rate, size=float(can_be_predicted.sum()))
+        return TokenText(inputs, targets, size=float(is_predicted.sum()))
 
 
 def find_mask_token(name: str | None, hf_tokenizer: Any, key: str) -> int:

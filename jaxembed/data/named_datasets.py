@@ -67,7 +67,7 @@ class RowRanges:
     """Ranges of the rows of several files, one after the other. An address counts through all ranges."""
 
     def __init__(self, ranges: Sequence[tuple[FileSet, int, int]]):
-        """Take a `FileSet`, the address of the first row, and that after the last row, of each range."""
+        """Join ranges, each given by its files, the address of its first row, and the address after its last row."""
         self._ranges, self._ends = ranges, list(accumulate(end - first for _, first, end in ranges))
         self.address_limit = self._ends[-1]
 
@@ -97,12 +97,15 @@ def load_hub_dataset(name: str) -> HubDataset:
         dataset = datasets.load_dataset(repository, config, split=split)
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"hf:{name}: cannot be loaded ({summarize(error)})") from None
+    # Read the rows from the Arrow files, if these hold exactly the rows of the split.
     files = [Path(part["filename"]) for part in dataset.cache_files]
     rows: Any = FileSet(f"hf:{name}", files, ArrowFile) if files else None
+    # If not, the split may be a slice, or a sum of slices.
     if rows is not None and rows.address_limit != len(dataset):
         rows = _open_slices(
             f"hf:{name}", dataset.info.splits, split, functools.partial(datasets.load_dataset, repository, config)
         )
+    # Anything else is left to the library.
     if rows is None or rows.address_limit != len(dataset):
         rows = LibraryRows(dataset.with_format(None))  # a stored format, such as numpy, would change the types of the values
     return HubDataset(f"hf:{name}", files, rows, _get_class_names(dataset.features))

@@ -207,7 +207,8 @@ def _load_index(rows: IndexedRows, cache: Path | None) -> Index:
         log.warning("%s: cannot be written (%s). The index of %s is not cached.", path, error.strerror, rows.container.name)
         return _build_temporary_index(rows)
     finally:
-        Path(unfinished).unlink(missing_ok=True) if unfinished else None
+        if unfinished:
+            Path(unfinished).unlink(missing_ok=True)
 
 
 def _remove_stale_files(folder: Path) -> None:

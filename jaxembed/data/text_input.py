@@ -60,16 +60,16 @@ def read_texts(source: str, field: str) -> Iterator[str]:
     Raises:
         UserError: A line is malformed. The error names file and line.
     """
-    cut = 0
+    truncated_count = 0
     for text in _read_whole_texts(source, field):
-        cut += len(text) > MAX_TEXT_CHARS
+        truncated_count += len(text) > MAX_TEXT_CHARS
         yield text[:MAX_TEXT_CHARS]
-    if cut:
-        log_once(f"{source}: {cut:,} texts have more than {MAX_TEXT_CHARS:,} characters and are truncated")
+    if truncated_count:
+        log_once(f"{source}: {truncated_count:,} texts have more than {MAX_TEXT_CHARS:,} characters and are truncated")
 
 
 def _read_whole_texts(source: str, field: str) -> Iterator[str]:
-
+    """Yield the texts of an input, not truncated."""
     path = Path(source)
     if not exists(path) or path.is_dir() or get_extension(path) in FILE_READERS.keys() - LINE_READERS.keys():
         yield from _read_field(open_container(source).scan(), field)

@@ -120,13 +120,15 @@ class TokenBatchBuilder:
         # Pack them into rows.
         tokenized = TokenizedTexts([text.tokens for text in texts], np.array([text.context for text in texts], np.int64))
         shard_of_text = np.repeat(own, texts_per_shard)
-        packed, places, sync = pack_batch(tokenized, shard_of_text, self.row_length, self.shards, self.channel)
+        packed, packing, sync = pack_batch(tokenized, shard_of_text, self.row_length, self.shards, self.channel)
         # List the predictions of each shard, padded to the same number on all shards of all processes.
         parts = [texts[start : start + texts_per_shard] for start in range(0, len(texts), texts_per_shard)]
         needed = max(sum(int(np.sum(text.targets != NOT_PREDICTED)) for text in part) for part in parts)
         count = round_up_predictions(self._agree_on_maximum(needed))
         predictions = [
-            _list_predictions(part, _slice_packing(places, i * texts_per_shard, texts_per_shard), packed.tokens.shape[1], count)
+            _list_predictions(
+                part, _slice_packing(packing, i * texts_per_shard, texts_per_shard), packed.tokens.shape[1], count
+            )
             for i, part in enumerate(parts)
         ]
         arrays = {name: np.stack([prediction[name] for prediction in predictions]) for name in predictions[0]}
@@ -168,14 +170,14 @@ def take_largest_message(messages: Sequence[bytes]) -> bytes:
     return max(messages, key=lambda message: int(np.frombuffer(message, np.int64)[0]))
 
 
-def _slice_packing(places: Packing, start: int, count: int) -> Packing:
-    return Packing(places.row[start : start + count], places.segment[start : start + count], places.row_count)
+def _slice_packing(packing: Packing, start: int, count: int) -> Packing:
+    return Packing(packing.row[start : start + count], packing.segment[start : start + count], packing.row_count)
 
 
-def _list_predictions(texts: Sequence[TokenText], places: Packing, row_length: int, count: int) -> Mapping[str, np.ndarray]:
+def _list_predictions(texts: Sequence[TokenText], packing: Packing, row_length: int, count: int) -> Mapping[str, np.ndarray]:
     """Return the arrays of a shard's predictions by their names in `TokenBatch`, [P] each, padded to `count`."""
     lengths = np.array([len(text.tokens) for text in texts], np.int64)
-    index, _ = locate_tokens(lengths, places.row, places.segment, row_length)
+    index, _ = locate_tokens(lengths, packing.row, packing.segment, row_length)
     targets = np.concatenate([text.targets for text in texts])
     text_of_token = np.repeat(np.arange(len(texts)), lengths)
     predicted = np.flatnonzero(targets != NOT_PREDICTED)

@@ -70,12 +70,12 @@ def find_end_token(tokenizer: Any) -> tuple[str, int] | None:
     return _find_added_token(tokenizer, -1, ("eos_token", "sep_token"))
 
 
-def _find_added_token(tokenizer: Any, place: int, roles: tuple[str, str]) -> tuple[str, int] | None:
-    """Return the first of the tokens of two roles that the tokenizer puts at a place of a text, else the first that exists."""
+def _find_added_token(tokenizer: Any, index: int, roles: tuple[str, str]) -> tuple[str, int] | None:
+    """Return the token of the first role that the tokenizer puts at `index` of its texts, else the first that is defined."""
     tokens = [(getattr(tokenizer, role), getattr(tokenizer, f"{role}_id")) for role in roles]
     defined = [(token, id_) for token, id_ in tokens if id_ is not None]
     ids = _encode_sample(tokenizer)
-    added = [entry for entry in defined if ids and ids[place] == entry[1]]
+    added = [entry for entry in defined if ids and ids[index] == entry[1]]
     return next(iter([*added, *defined]), None)
 
 
@@ -187,13 +187,13 @@ class TextTokenizer:
         ids = [np.array(encoding.ids, np.int32) for encoding in encodings]
         limit = self.spec.max_length
         self._log_full_prompts([p for p, tokens in zip(prompts, ids, strict=True) if p and len(tokens) >= limit])
-        if self._copies > 1:
+        if self._copies > 1:  # pool the second copy of the text
             starts = list(map(self._find_second_copy, truncated, prompts, encodings))
-        elif self.spec.pool_text_tokens:
+        elif self.spec.pool_text_tokens:  # pool as many tokens at the end as the text has on its own
             inputs = [text + self.spec.get_suffix(prompt) for text, prompt in zip(truncated, prompts, strict=True)]
             alone = self._full_backend.encode_batch_fast(inputs, add_special_tokens=False)
             starts = [max(0, len(whole) - len(text)) for whole, text in zip(ids, alone, strict=True)]
-        else:
+        else:  # pool what follows the tokens that the prompt has on its own
             return TokenizedTexts(ids, self.count_prompt_tokens(prompts))
         return TokenizedTexts(ids, np.array(starts, np.int64))
 
@@ -305,8 +305,8 @@ class TextTokenizer:
 
     def count_untruncated_tokens(self, texts: Sequence[str], prompts: Sequence[str]) -> np.ndarray:
         """Count the tokens that each whole input has without truncation, int64 [N]. Texts count up to `MAX_TEXT_CHARS`."""
-        cut = [text[:MAX_TEXT_CHARS] for text in texts]
-        return np.array([len(encoding) for encoding in self._encode(self._full_backend, cut, prompts)])
+        shortened = [text[:MAX_TEXT_CHARS] for text in texts]
+        return np.array([len(encoding) for encoding in self._encode(self._full_backend, shortened, prompts)])
 
     def split_texts(self, texts: Sequence[str], prompt: str) -> list[list[str]]:
         """Split each text at token boundaries into pieces that fit under a prompt. A text that fits stays whole.

@@ -99,11 +99,11 @@ def _find_merged_parts(model: State, tokens: Collection[str]) -> set[str]:
         symbols = list(token)
         parts.update(symbols)
         while len(symbols) > 1:
-            rank, place = min((ranks.get(pair, len(ranks)), i) for i, pair in enumerate(pairwise(symbols)))
+            rank, index = min((ranks.get(pair, len(ranks)), i) for i, pair in enumerate(pairwise(symbols)))
             if rank == len(ranks):  # a token that no merge makes, such as an added one
                 break
-            symbols[place : place + 2] = [symbols[place] + symbols[place + 1]]
-            parts.add(symbols[place])
+            symbols[index : index + 2] = [symbols[index] + symbols[index + 1]]
+            parts.add(symbols[index])
     return parts
 
 
