@@ -33,8 +33,8 @@ class Card:
         checkpoint: The exported checkpoint of the run.
         recipe: Config of the run in YAML; empty for a model that was not trained.
         scores: Held-out scores by SET/METRIC.
-        merged: How the model was merged from others; empty if it was not.
-        prompt: How a question is written, if the model was trained to answer it; otherwise empty.
+        merging: How the model was merged from others, in Markdown; empty if it was not.
+        prompt: A question in the model's template, if the model was trained to generate answers; otherwise empty.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Card:
     checkpoint: str = ""
     recipe: str = ""
     scores: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    merged: str = ""
+    merging: str = ""
     prompt: str = ""
 
 
@@ -85,7 +85,7 @@ def format_model_card(model: ServedModel, card: Card, parity_error: float, preci
     projection = f", projected to {spec.projection} dimensions" if spec.projection else ""
     checkpoint = f", {card.checkpoint}" if card.checkpoint else ""
     trained = f"trained with jaxembed from `{card.base}`{checkpoint}"
-    origin = "merged with jaxembed from other models" if card.merged else trained
+    origin = "merged with jaxembed from other models" if card.merging else trained
     parts = [
         "---\nlibrary_name: sentence-transformers\npipeline_tag: sentence-similarity\n"
         "tags: [sentence-transformers, feature-extraction, jaxembed]\n---",
@@ -98,7 +98,7 @@ def format_model_card(model: ServedModel, card: Card, parity_error: float, preci
         precision,
         _format_check(spec, parity_error),
         _format_scores(card.scores),
-        f"## Merged models\n\n{card.merged}" if card.merged else "",
+        f"## Merged models\n\n{card.merging}" if card.merging else "",
         f"## Recipe\n\n```yaml\n{card.recipe.rstrip()}\n```" if card.recipe else "",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"

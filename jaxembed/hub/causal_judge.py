@@ -21,7 +21,8 @@ from jaxembed.hub.embedder import Embedder, load_embedder
 from jaxembed.hub.resolve import find_base_with_weights
 from jaxembed.model.transformer import ComputeOptions
 
-HEAD, TIED_HEAD = "lm_head.weight", "embed_tokens.weight"  # tensors that turn the last hidden state into logits
+# Tensors that turn the last hidden state into logits: that of an untied head, and that of a tied one.
+HEAD_TENSOR, TIED_HEAD_TENSOR = "lm_head.weight", "embed_tokens.weight"
 
 
 def open_causal_judge(config: JudgeConfig, cache: Path) -> ScorePairs:
@@ -81,7 +82,7 @@ def read_answer_rows(base: FolderBase, ids: Sequence[int]) -> np.ndarray:
     """Return the rows of tokens in the language-model head, float32 [len(ids), D]. A tied head is the token embedding."""
     is_tied = bool(base.hf_config.get("tie_word_embeddings", False))
     with open_tensors(base.folder) as tensors:
-        name = TIED_HEAD if is_tied and HEAD not in tensors else HEAD
+        name = TIED_HEAD_TENSOR if is_tied and HEAD_TENSOR not in tensors else HEAD_TENSOR
         if name not in tensors:
             raise UserError(
                 f"{base.name}: has no {name}, the head of a language model (expected a model that generates text). "
@@ -95,6 +96,6 @@ def truncate_queries(queries: Sequence[str], embedder: Embedder, max_tokens: int
     encodings = embedder.tokenizer.hf_tokenizer.backend_tokenizer.encode_batch(list(queries), add_special_tokens=False)
     offsets = [encoding.offsets for encoding in encodings]
     return [
-        query if len(places) <= max_tokens else query[: places[max_tokens][0]]
-        for query, places in zip(queries, offsets, strict=True)
+        query if len(token_offsets) <= max_tokens else query[: token_offsets[max_tokens][0]]
+        for query, token_offsets in zip(queries, offsets, strict=True)
     ]

@@ -65,7 +65,7 @@ def merge_models(
     _, shardings = compute_shapes_and_shardings(first.model, first.mesh)
     merged = dataclasses.replace(first, params=jax.device_put(params, shardings), revision="", weights_hash="")
     table = _format_table(models, weights, [embedder.revision for embedder in loaded])
-    return merged, Card(name, merged=f"{METHOD_DESCRIPTIONS[method]}\n\n{table}")
+    return merged, Card(name, merging=f"{METHOD_DESCRIPTIONS[method]}\n\n{table}")
 
 
 def _format_table(models: Sequence[str], weights: Sequence[float], revisions: Sequence[str]) -> str:

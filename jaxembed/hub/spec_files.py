@@ -87,10 +87,7 @@ def read_folder_spec(name: str, folder: Path, config: Mapping[str, Any], transfo
             f"sentence-transformers' {MODULES_FILE}, or the layout of NV-Embed, {supported}). "
             "If the weights are those of a plain decoder, remove auto_map from a copy."
         )
-    if layout is None and "auto_map" in config:
-        log_once(
-            f"{folder}: config.json names Python code (auto_map), which is not run: it is read as a stock {transformer.family}"
-        )
+    _log_ignored_code(folder, config, layout, transformer)
     spec = _read_listed_modules(EmbeddingSpec(), folder, config, transformer)
     return _apply_layout(spec, layout, name, folder, str(config.get("_name_or_path")), transformer)
 

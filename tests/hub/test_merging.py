@@ -204,7 +204,7 @@ def test_adapters_are_first_merged_into_their_base(models: list[str], tmp_path: 
     first, base = (Embedder.load(model).params["decoder"]["layers"]["attention"]["q"]["kernel"] for model in models[:2])
     expected = (np.asarray(first) + np.asarray(base) + 2 * q["lora_a"] @ q["lora_b"]) / 2
     np.testing.assert_allclose(embedder.params["decoder"]["layers"]["attention"]["q"]["kernel"], expected, atol=1e-6)
-    assert f"`{tmp_path.name}`" in card.merged
+    assert f"`{tmp_path.name}`" in card.merging
 
 
 def change_shape(folder: Path) -> None:
