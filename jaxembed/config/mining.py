@@ -30,7 +30,7 @@ class MineConfig(Section):
     - `top_k`: anything (ANCE, arXiv:2007.00808).
     - `topk_abs`: `max_score`.
     - `topk_margin_pos`: the positive's score minus `margin`.
-    - `topk_perc_pos`: `share` of the positive's score. Below a negative score, the distance is the same.
+    - `topk_perc_pos`: `share` of the positive's score s; if s is negative, s - (1 - `share`) |s|.
 
     NV-Retriever (arXiv:2407.15831) names these four. Two rules take a random sample:
 

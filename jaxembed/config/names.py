@@ -29,10 +29,11 @@ def check_names(config: Config, where: str) -> None:
     Raises:
         UserError: Two names are equal, or one is reserved.
     """
-    earlier: dict[str, tuple[str, str]] = {}  # name -> key and path, over the earlier stages
+    # Sources: compare each with those of its stage, and with those of earlier stages. Name -> key and path.
+    earlier_sources: dict[str, tuple[str, str]] = {}
     for i, stage in enumerate(config.stages):
         prefix = config.get_key_prefix(i)
-        own: dict[str, tuple[str, str]] = {}
+        stage_sources: dict[str, tuple[str, str]] = {}
         for j, source in enumerate(stage.data.sources):
             key, name = f"{prefix}data.sources.{j}", source.display_name
             if name in RESERVED_NAMES:
@@ -40,14 +41,15 @@ def check_names(config: Config, where: str) -> None:
                     f"{where}: {key} is named {name!r}, which is reserved for the prompt of every {name}. "
                     f"{_suggest_name(key, source)}"
                 )
-            other_key, other_path = own.get(name) or earlier.get(name) or ("", source.path)
-            if name in own or other_path != source.path:
+            other_key, other_path = stage_sources.get(name) or earlier_sources.get(name) or ("", source.path)
+            if name in stage_sources or other_path != source.path:
                 raise UserError(
                     f"{where}: {key} ({source.path}) is named {name!r}, like {other_key} ({other_path}), but prompts and "
                     f"counts are stored by name. {_suggest_name(key, source)}"
                 )
-            own[name] = key, source.path
-        earlier |= own
+            stage_sources[name] = key, source.path
+        earlier_sources |= stage_sources
+    # Held-out sets.
     sets: dict[str, str] = {}
     for i, held_out in enumerate(config.eval.sets):
         key = f"eval.sets.{i}.name"

@@ -233,21 +233,25 @@ def _explain(error: ValidationError, section: type[Section]) -> str:
     kind, value = problem["type"], problem["input"]
     # pydantic marks the keys of a mapping with "[key]".
     loc = tuple(part for part in problem["loc"] if part != "[key]")
+    # A key that does not exist.
     is_mapping_key = loc != problem["loc"] and kind == "literal_error"
     if is_mapping_key or kind == "extra_forbidden":
         keys, sections = _locate(section, loc[:-1])
         known = re.findall(r"'(.+?)'", problem["ctx"]["expected"]) if is_mapping_key else list(sections[0].model_fields)
         return _explain_unknown_key(keys, str(loc[-1]), known)
+    # A key or a list entry that is missing.
     keys, sections = _locate(section, loc)
     key = ".".join(keys)
     if kind == "missing" and isinstance(loc[-1], int):
         return f"{'.'.join(keys[:-1])} is {quote_value(value)} (expected a longer list)"
     if kind == "missing":
         return f"{key} is missing. It has no default."
+    # A name or kind that chooses none of several sections.
     if kind.startswith("union_tag"):
         field = _find_tag_field(sections[0])
         tag = value.get(field) if isinstance(value, dict) else value
         return f"{key}.{field} is {quote_value(tag)} (expected {' or '.join(map(_get_tag, sections))})"
+    # A wrong value: in our terms, otherwise with the message of our own check or of pydantic.
     if kind in EXPECTATIONS:
         return f"{key} is {quote_value(value)} (expected {EXPECTATIONS[kind] % problem.get('ctx', {})})"
     message = summarize(problem["msg"], MAX_MESSAGE_CHARS).removeprefix("Value error, ").replace("Input should be", "expected")

@@ -144,7 +144,7 @@ class EmbeddingSpec(Section):
         return EXAMPLE_PLACEHOLDER.sub(lambda match: str(getattr(example, match[1])), template) + EXAMPLE_SEPARATOR
 
     def apply_model_config(self, model: ModelConfig, max_length: int) -> EmbeddingSpec:
-        """Return this spec with the choices of a `model` section. Keys that the section leaves open keep their values."""
+        """Return this spec with the choices of a `model` section. Keys that the section does not set keep their values."""
         pools_instruction = model.pooling.include_instruction
         if pools_instruction is None and model.echo:
             pools_instruction = False  # an echo pools only its second copy
