@@ -70,8 +70,8 @@ def suggest(name: str, known: Iterable[str], count: int = 3) -> str:
         known: Names that exist.
         count: Maximum number of suggested names.
     """
-    by_lower = {candidate.lower(): candidate for candidate in known}
-    nearest = [by_lower[lower] for lower in difflib.get_close_matches(name.lower(), by_lower, n=count, cutoff=0.5)]
+    spellings = {candidate.lower(): candidate for candidate in known}
+    nearest = [spellings[lower] for lower in difflib.get_close_matches(name.lower(), spellings, n=count, cutoff=0.5)]
     return f" Did you mean {' or '.join(map(repr, nearest))}?" if nearest else ""
 
 

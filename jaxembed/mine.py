@@ -76,15 +76,15 @@ def prepare_outputs(args: argparse.Namespace) -> tuple[Path, Path]:
 
 def read_rule(args: argparse.Namespace) -> MineConfig:
     """Return the `mine` section that the options define. Raise `UserError` for an option that the rule does not read."""
-    given = {key: value for key in list_rule_fields() if (value := getattr(args, key)) is not None}
-    rule = given.setdefault("rule", MineConfig().rule)
-    for key in given:
+    settings = {key: value for key in list_rule_fields() if (value := getattr(args, key)) is not None}
+    rule = settings.setdefault("rule", MineConfig().rule)
+    for key in settings:
         if rule not in (rules := RULES_BY_KEY.get(key, MINING_RULES)):
             raise UserError(
                 f"{option_name(key)}: --rule {rule} does not read it (read by: {', '.join(rules)}). Remove it or choose "
                 "another rule."
             )
-    return parse_section(MineConfig, given, f"--rule {rule}")
+    return parse_section(MineConfig, settings, f"--rule {rule}")
 
 
 def read_source(args: argparse.Namespace) -> config.SourceConfig:

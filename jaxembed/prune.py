@@ -49,8 +49,8 @@ def prune(embedder: Any, args: argparse.Namespace) -> Any:
         embedder = prune_vocabulary(embedder, read_all(args.vocabulary_from, args.field))
     if args.layer_count is not None or args.keep_layers is not None:
         layers = embedder.model.transformer.layers
-        kept = spread_layers(layers, args.layer_count) if args.keep_layers is None else args.keep_layers
-        embedder = prune_layers(embedder, kept)
+        indices = spread_layers(layers, args.layer_count) if args.keep_layers is None else args.keep_layers
+        embedder = prune_layers(embedder, indices)
     if args.mlp_width is not None:
         texts = read_all(args.activations_from, args.field) if args.activations_from else None
         embedder = prune_mlp(embedder, args.mlp_width, texts)

@@ -71,7 +71,7 @@ def compile_until_assigned(lowered: Any, name: str, folder: Path) -> Assignment:
     thread = threading.Thread(target=compile_and_keep_error, daemon=True)
     thread.start()
     while True:
-        is_done = not thread.is_alive()
+        is_done = not thread.is_alive()  # before the files are listed: then none can appear afterwards
         if errors:
             raise errors[0]
         if finished := list(folder.glob(f"*.jit_{name}.*{FINISHED}")):

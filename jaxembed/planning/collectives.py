@@ -91,14 +91,14 @@ def find_collectives(text: str, scopes: tuple[str, ...]) -> Collectives:
     computations, entry = _split_computations(text)
     runs, unknown_loops = _count_runs(computations, entry)
     # On TPUs a collective that overlaps with computation is repeated in every fusion on its way. Its channel identifies it.
-    by_channel: dict[str, Collective] = {}
+    collectives: dict[str, Collective] = {}
     for name, lines in computations.items():
         for line in lines:
             collective = _parse_collective(line, runs[name], scopes) if runs[name] else None
             if collective is not None:
                 channel = CHANNEL_ID.search(line)
-                by_channel.setdefault(channel[1] if channel else f"{name} {line}", collective)
-    return Collectives(tuple(by_channel.values()), unknown_loops)
+                collectives.setdefault(channel[1] if channel else f"{name} {line}", collective)
+    return Collectives(tuple(collectives.values()), unknown_loops)
 
 
 def _split_computations(text: str) -> tuple[dict[str, list[str]], str]:

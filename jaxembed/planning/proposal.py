@@ -55,7 +55,7 @@ class StepSizes:
         return c.width * (heads + (3 if c.gated_mlp else 2) * c.mlp_width)
 
     @property
-    def layer_numbers(self) -> int:
+    def layer_elements(self) -> int:
         """Elements per token that the backward pass of a layer needs."""
         c = self.transformer
         return 4 * c.width + c.head_width * (3 * c.heads + 2 * c.kv_heads) + 4 * c.mlp_width
@@ -135,10 +135,10 @@ def _iter_candidates(sizes: StepSizes, devices: int) -> Iterator[Proposal]:
     """Yield settings to compare."""
     device_rows = -(-sizes.rows // devices)
     chunk_sizes = [None, *(1 << i for i in range(device_rows.bit_length()) if 1 << i < device_rows)]
-    kept = [(False, "nothing"), (True, "nothing"), (True, "attention"), (True, "matmuls")]
+    remat_settings = [(False, "nothing"), (True, "nothing"), (True, "attention"), (True, "matmuls")]
     for fsdp in (n for n in range(1, devices + 1) if devices % n == 0 and sizes.transformer.width % n == 0):
         for rows in chunk_sizes:
-            for remat, policy in kept:
+            for remat, policy in remat_settings:
                 yield Proposal(fsdp, rows, True, remat, policy)
             if rows is not None:
                 yield Proposal(fsdp, rows, False, True, "nothing")
@@ -153,40 +153,44 @@ def estimate(sizes: StepSizes, settings: Proposal, devices: int, chip: TpuChip) 
         devices: Devices that share the batch.
         chip: Rates of a device.
     """
-    c, size = sizes.transformer, sizes.itemsize
+    # Sizes on a device.
+    c, itemsize = sizes.transformer, sizes.itemsize
     device_rows = -(-sizes.rows // devices)
     rows = min(settings.rows or device_rows, device_rows)
-    chunks, tokens = -(-device_rows // rows), device_rows * sizes.row_length
-    chunk_tokens, share = rows * sizes.row_length, (settings.fsdp - 1) / settings.fsdp
-    matrices = sizes.layer_weights * c.layers
+    chunks, tokens, chunk_tokens = -(-device_rows // rows), device_rows * sizes.row_length, rows * sizes.row_length
+    weights = sizes.layer_weights * c.layers
+    remote_share = (settings.fsdp - 1) / settings.fsdp  # of the parameters, which other devices hold
 
-    # Memory: the state, the stored activations of a chunk or of all chunks, and one layer with its gradients and matrices.
-    trained_bytes = STATE_BYTES if sizes.lora is None else {"float32": 4, "bfloat16": 2, "int8": 1}[sizes.lora.base_dtype]
-    kept_tokens = chunk_tokens if settings.recompute else tokens
-    kept = size * _count_kept(sizes, settings) * c.layers * kept_tokens
-    outside_layers = 0 if settings.recompute else OUTSIDE_LAYERS_BYTES * c.width * tokens
-    layer = 2 * size * sizes.layer_numbers * chunk_tokens + (2 * size + 4) * sizes.layer_weights
-    memory = trained_bytes * sizes.parameters / settings.fsdp + kept + outside_layers + layer
+    # Memory: the state, the stored activations of a chunk or of all chunks, and one layer with its gradients and weights.
+    parameter_bytes = STATE_BYTES if sizes.lora is None else {"float32": 4, "bfloat16": 2, "int8": 1}[sizes.lora.base_dtype]
+    stored_tokens = chunk_tokens if settings.recompute else tokens
+    activation_bytes = itemsize * _count_stored_elements(sizes, settings) * c.layers * stored_tokens
+    outside_bytes = 0 if settings.recompute else OUTSIDE_LAYERS_BYTES * c.width * tokens
+    layer_bytes = 2 * itemsize * sizes.layer_elements * chunk_tokens + (2 * itemsize + 4) * sizes.layer_weights
+    memory = parameter_bytes * sizes.parameters / settings.fsdp + activation_bytes + outside_bytes + layer_bytes
 
-    # Time: matmuls, memory traffic of matrices and activations, and communication.
-    again = (chunks > 1 and settings.recompute) + (settings.remat and settings.policy != "matmuls")
-    forward, backward = 1 + again, 2 if sizes.lora is None else 1
-    attention = 4 * sizes.row_length * c.heads * c.head_width * c.layers
-    flops = tokens * (2 * matrices * (forward + backward) + attention * (forward + 2))
-    traffic = size * (chunks * (forward + backward) * matrices + (forward + backward) * tokens * c.layers * sizes.layer_numbers)
-    gathers = chunks * (forward + 1) * size * matrices * share
-    sums = 0.0 if sizes.lora is not None else chunks * 8 * matrices * share
+    # Passes over the weights: forward, once more for each recomputation, and backward for inputs and trained weights.
+    recomputations = (chunks > 1 and settings.recompute) + (settings.remat and settings.policy != "matmuls")
+    forward, backward = 1 + recomputations, 2 if sizes.lora is None else 1
+    # Time: matmuls, memory traffic of weights and activations, and communication.
+    attention_flops = 4 * sizes.row_length * c.heads * c.head_width * c.layers
+    flops = tokens * (2 * weights * (forward + backward) + attention_flops * (forward + 2))
+    traffic_elements = chunks * weights + tokens * c.layers * sizes.layer_elements
+    traffic_bytes = itemsize * (forward + backward) * traffic_elements
+    gathered_bytes = chunks * (forward + 1) * itemsize * weights * remote_share
+    summed_bytes = 0.0 if sizes.lora is not None else chunks * 8 * weights * remote_share
     if sizes.lora is None and devices > settings.fsdp:
-        sums += 8 * sizes.parameters / settings.fsdp * (chunks if settings.fsdp > 1 else 1)
-    seconds = flops / chip.peak_flops + traffic / chip.memory_bandwidth + (gathers + sums) / chip.link_bandwidth
+        summed_bytes += 8 * sizes.parameters / settings.fsdp * (chunks if settings.fsdp > 1 else 1)
+    compute_seconds = flops / chip.peak_flops + traffic_bytes / chip.memory_bandwidth
+    seconds = compute_seconds + (gathered_bytes + summed_bytes) / chip.link_bandwidth
     return dataclasses.replace(settings, memory=memory, seconds=seconds)
 
 
-def _count_kept(sizes: StepSizes, settings: Proposal) -> float:
+def _count_stored_elements(sizes: StepSizes, settings: Proposal) -> float:
     """Return the elements per token and layer that are stored between the forward and the backward pass."""
     c = sizes.transformer
     heads = c.heads * c.head_width
     if not settings.remat:
-        return sizes.layer_numbers
+        return sizes.layer_elements
     projections = 2 * heads + 2 * c.kv_heads * c.head_width + c.width + 2 * c.mlp_width
     return c.width + {"attention": heads, "matmuls": projections}.get(settings.policy, 0)

@@ -19,13 +19,13 @@ def open_encoders(config: Config) -> dict[str, FrozenEncoder]:
         UserError: A model cannot be loaded, or a server cannot be reached.
     """
     names, recorded_hashes = config.models_by_role, _read_recorded_hashes(config)
-    opened = {
+    encoders = {
         name: open_served_teacher(name, cache_dir())
         if is_served(name)
         else open_frozen_encoder(name, cache_dir(), recorded_hash=recorded_hashes.get(name, ""))
         for name in dict.fromkeys(names.values())
     }
-    return {role: opened[name] for role, name in names.items()}
+    return {role: encoders[name] for role, name in names.items()}
 
 
 def _read_recorded_hashes(config: Config) -> dict[str, str]:

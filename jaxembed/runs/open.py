@@ -294,8 +294,8 @@ def _open_stages(
             tokenizer.hf_tokenizer, model.spec.replace(max_length=stage.data.max_length), base
         )
         _check_prompts_fit(model.spec.prompts, stage_tokenizer)
-        names = [source.name for source in plan.queries.sources]
-        objectives = Objectives(stage.objectives, stage.matryoshka, names, stage.exits, stage.quantization)
+        source_names = [source.name for source in plan.queries.sources]
+        objectives = Objectives(stage.objectives, stage.matryoshka, source_names, stage.exits, stage.quantization)
         sampler = BatchSampler(
             sources=plan.queries.sources,
             tokenizer=stage_tokenizer,
@@ -315,7 +315,6 @@ def _open_stages(
                 stage, plan.tokens, stage_tokenizer, shards, first_step, config.get_key_prefix(index)
             ),
         )
-        names = [source.name for source in plan.sources]
         stages.append(
             Stage(
                 index=index,

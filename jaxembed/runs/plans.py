@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 from jaxembed.config import Config, GradedObjectiveConfig, InfoNCEConfig, StageConfig
@@ -45,7 +46,7 @@ def _open_stage_plans(config: Config, index: int) -> StagePlans:
     _check_scores(stage, prefix)
     sources = open_sources(stage.data, cache_dir())
     token_sources = _assign_token_sources(stage, sources, prefix)
-    query_sources = _assign_query_sources(stage, sources, [source for own in token_sources for source in own], prefix)
+    query_sources = _assign_query_sources(stage, sources, list(chain.from_iterable(token_sources)), prefix)
     _check_positives(stage, query_sources, prefix)
     if stage.mine is not None:
         check_mined_sources(query_sources, stage.mine, stage.train.seed, prefix)
@@ -53,8 +54,8 @@ def _open_stage_plans(config: Config, index: int) -> StagePlans:
     return StagePlans(
         BatchPlan(query_sources, stage.train.batch_size, seed, index, batching, mixture),
         [
-            BatchPlan(own, objective.batch_size or stage.train.batch_size, seed, index, mixture=mixture)
-            for own, objective in zip(token_sources, stage.token_objectives.values(), strict=True)
+            BatchPlan(own_sources, objective.batch_size or stage.train.batch_size, seed, index, mixture=mixture)
+            for own_sources, objective in zip(token_sources, stage.token_objectives.values(), strict=True)
         ],
     )
 
@@ -72,11 +73,11 @@ def _assign_token_sources(stage: StageConfig, sources: Sequence[Source], prefix:
         named = [source for source in sources if source.name in objective.sources]
         if wrong := [source for source in named if source.format != wanted]:
             raise UserError(f"{needed}, but source {wrong[0].name} has format {wrong[0].format}. Name other sources.")
-        own = named or [source for source in sources if source.format == wanted]
-        if not own:
+        own_sources = named or [source for source in sources if source.format == wanted]
+        if not own_sources:
             found = ", ".join(f"{source.name}: {source.format}" for source in sources)
             raise UserError(f"{needed}, but the stage has none (found {found}). Add one.")
-        assigned.append(own)
+        assigned.append(own_sources)
     return assigned
 
 
@@ -94,14 +95,14 @@ def _assign_query_sources(
         return []
     vector_objectives = [objective for i, objective in enumerate(stage.objectives) if i not in stage.token_objectives]
     named = {name for objective in vector_objectives for name in objective.sources}
-    taken = {source.name for source in token_sources} - named
-    own = [source for source in sources if source.name not in taken]
-    if not own:
+    token_only = {source.name for source in token_sources} - named
+    query_sources = [source for source in sources if source.name not in token_only]
+    if not query_sources:
         raise UserError(
             f"{prefix}objectives: no source is left for {vector_objectives[0].name}, because all of them train objectives "
             "that predict tokens. Add a source, or name one in the objective's sources."
         )
-    return own
+    return query_sources
 
 
 def _check_scores(stage: StageConfig, prefix: str) -> None:

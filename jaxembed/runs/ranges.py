@@ -19,7 +19,8 @@ from jaxembed.training.stage import Stage
 def open_ranges(config: Config, base: Base, width: int) -> np.ndarray | None:
     """Return the ranges of a run for int8, float32 [2, width]. None if neither its objectives nor its held-out sets need them.
 
-    A resumed run uses those that it recorded. Otherwise `quantization.ranges` names the file, or the folder of the base has it.
+    A resumed run uses the ranges that it recorded. Otherwise `quantization.ranges` names their file, or the folder of the base
+    has it.
 
     Raises:
         UserError: There is no such file, or it does not fit the vectors.
@@ -27,15 +28,15 @@ def open_ranges(config: Config, base: Base, width: int) -> np.ndarray | None:
     trained = any("int8" in stage.quantization.precisions for stage in config.stages)
     if not trained and all(held_out.precision != "int8" for held_out in config.eval.sets):
         return None
-    recorded, stored = Path(config.run.dir) / RANGES_FILE, Path(base.name) / RANGES_FILE
-    named = next((stage.quantization.ranges for stage in config.stages if stage.quantization.ranges), None)
-    if not exists(recorded) and named is None and not exists(stored):
+    run_path, base_path = Path(config.run.dir) / RANGES_FILE, Path(base.name) / RANGES_FILE
+    config_path = next((stage.quantization.ranges for stage in config.stages if stage.quantization.ranges), None)
+    if not exists(run_path) and config_path is None and not exists(base_path):
         key = "quantization.precisions" if trained else "eval.sets"
         raise UserError(
-            f"{key}: int8 needs ranges (found neither quantization.ranges nor {stored}). Write a file of them: python -m "
+            f"{key}: int8 needs ranges (found neither quantization.ranges nor {base_path}). Write a file of them: python -m "
             f"jaxembed.encode {base.name} TEXTS OUT.npy --write-ranges RANGES.npy"
         )
-    return read_ranges(recorded if exists(recorded) else Path(named or stored), width)
+    return read_ranges(run_path if exists(run_path) else Path(config_path or base_path), width)
 
 
 def apply_ranges(stages: Sequence[Stage], ranges: np.ndarray | None) -> Sequence[Stage]:

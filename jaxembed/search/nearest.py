@@ -127,10 +127,10 @@ def _search_with_faiss(
         rows[tied] = np.take_along_axis(rows[tied], np.lexsort((rows[tied], -scores[tied])), axis=1)
         result.rows[start : start + step], result.scores[start : start + step] = rows[:, :k], scores[:, :k]
         # Search again, deeper, where the last fetched score equals the k-th one: lower rows of that score may be missing.
-        cut = start + np.flatnonzero(scores[:, k - 1] == scores[:, -1])
-        if len(cut) and fetch_k < len(documents):
-            deeper = _search_with_faiss(queries[cut], documents, k, min(2 * fetch_k, len(documents)), memory_mb)
-            result.rows[cut], result.scores[cut] = deeper
+        unsure = start + np.flatnonzero(scores[:, k - 1] == scores[:, -1])
+        if len(unsure) and fetch_k < len(documents):
+            deeper = _search_with_faiss(queries[unsure], documents, k, min(2 * fetch_k, len(documents)), memory_mb)
+            result.rows[unsure], result.scores[unsure] = deeper
     return result
 
 
@@ -237,8 +237,8 @@ def top_k(scores: Float[jax.Array, "q n"], k: int) -> tuple[jax.Array, jax.Array
     chosen = jnp.sort(jax.lax.top_k(groups.max(axis=2), k)[1])
     # Find the k best among the members of these groups and the columns after the last group.
     members = jnp.take_along_axis(groups, chosen[:, :, None], axis=1).reshape(queries, k * GROUP_SIZE)
-    values, place = jax.lax.top_k(jnp.concatenate([members, scores[:, n - rest :]], axis=1), k)
-    # Turn places among these candidates back into columns.
-    group = jnp.take_along_axis(chosen, jnp.minimum(place // GROUP_SIZE, k - 1), axis=1)
-    rest_position = place - k * GROUP_SIZE
-    return values, jnp.where(rest_position < 0, group * GROUP_SIZE + place % GROUP_SIZE, n - rest + rest_position)
+    values, index = jax.lax.top_k(jnp.concatenate([members, scores[:, n - rest :]], axis=1), k)
+    # Turn indices into these candidates back into columns.
+    group = jnp.take_along_axis(chosen, jnp.minimum(index // GROUP_SIZE, k - 1), axis=1)
+    rest_index = index - k * GROUP_SIZE
+    return values, jnp.where(rest_index < 0, group * GROUP_SIZE + index % GROUP_SIZE, n - rest + rest_index)
