@@ -24,7 +24,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     jax.config.update("jax_platforms", args.platform)
     from jaxembed.devices.processes import progress_bar
     from jaxembed.verification import comparison
-    from jaxembed.verification.report import iter_report_lines, summarize
+    from jaxembed.verification.report import iter_report_lines, summarize_verification
     from jaxembed.verification.served_vectors import connect
 
     root = parse_root(args.url)
@@ -40,7 +40,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             is_tolerance_set = args.tolerance is not None
             result = comparison.diagnose_server(folder, server, served, result, args.dtype, is_tolerance_set)
     print(*iter_report_lines(folder, server, result), sep="\n")
-    return summarize(server, result)
+    return summarize_verification(server, result)
 
 
 def make_parser() -> cli.Parser:

@@ -164,13 +164,13 @@ def compare_with_probes(
         values = np.sum(to_unit_vectors(expected[:, :width]) * to_unit_vectors(served.vectors), axis=1)
         cosines = [None if np.isnan(value) else float(value) for value in values]
     full_width = server.dim or expected.shape[1]
-    findings = [*_iter_refusals(served), *_iter_length_errors(folder, served), *_iter_group_errors(served, min_cosine)]
+    findings = [*_find_refusals(served), *_find_length_errors(folder, served), *_find_group_errors(served, min_cosine)]
     if width != full_width:
         findings.append(f"width: {width} dimensions instead of {full_width}.")
     return Verification(cosines, min_cosine, findings)
 
 
-def _iter_refusals(served: ServedVectors) -> list[str]:
+def _find_refusals(served: ServedVectors) -> list[str]:
     if not served.refusals:
         return []
     count, first = len(served.refusals), next(iter(served.refusals.values()))
@@ -178,7 +178,7 @@ def _iter_refusals(served: ServedVectors) -> list[str]:
     return [f"{refused}. Truncate in the client, or let the server do it."]
 
 
-def _iter_length_errors(folder: VerifiedFolder, served: ServedVectors) -> list[str]:
+def _find_length_errors(folder: VerifiedFolder, served: ServedVectors) -> list[str]:
     lengths = np.linalg.norm(served.vectors[served.indices], axis=1)
     if not folder.base.spec.normalize or np.abs(lengths - 1).max() <= MAX_LENGTH_ERROR:
         return []
@@ -186,7 +186,7 @@ def _iter_length_errors(folder: VerifiedFolder, served: ServedVectors) -> list[s
     return [f"normalization: vectors of length {found} instead of 1. Normalize in the server or in the client."]
 
 
-def _iter_group_errors(served: ServedVectors, min_cosine: float) -> list[str]:
+def _find_group_errors(served: ServedVectors, min_cosine: float) -> list[str]:
     if served.group_refusal:
         return [f"several texts in one request: refused, although each one alone is accepted ({served.group_refusal})."]
     alone, grouped = (to_unit_vectors(vectors[served.indices]) for vectors in (served.vectors, served.grouped))

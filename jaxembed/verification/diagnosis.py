@@ -170,8 +170,8 @@ class VariantEncoder:
         def apply(params: Any, packed: PackedTexts) -> jax.Array:
             params = stack_layers(params)
             hidden = transformer.apply({"params": params["decoder"]}, packed)
-            each = [model.clone(spec=pool.spec).apply({"params": params}, packed, hidden)[..., :width] for pool in pools]
-            return jnp.stack(each, axis=2)
+            vectors = [model.clone(spec=pool.spec).apply({"params": params}, packed, hidden)[..., :width] for pool in pools]
+            return jnp.stack(vectors, axis=2)
 
         return jax.jit(apply, compiler_options=get_compiler_options())
 
@@ -184,8 +184,8 @@ def to_unit_vectors(vectors: np.ndarray) -> np.ndarray:
 def measure_half_precision(encoder: VariantEncoder, dtype: str, indices: Sequence[int]) -> float:
     """Return the least cosine that half precision explains: our own error in that dtype, with some slack."""
     exact = encoder.encode_unchanged(indices)
-    own = np.sum(exact * encoder.encode_in_half_precision(dtype, indices), axis=-1).min()
-    return 1 - HALF_PRECISION_SLACK * (1 - float(own))
+    least_cosine = np.sum(exact * encoder.encode_in_half_precision(dtype, indices), axis=-1).min()
+    return 1 - HALF_PRECISION_SLACK * (1 - float(least_cosine))
 
 
 def diagnose(

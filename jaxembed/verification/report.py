@@ -50,7 +50,7 @@ def iter_report_lines(folder: VerifiedFolder, server: EmbeddingServer, result: V
 
 def _iter_diagnosis_lines(diagnosis: Diagnosis) -> Iterator[str]:
     if not diagnosis.matches:
-        closest = f"{_join(diagnosis.closest)}, cosine {diagnosis.closest.cosine:.6f}"
+        closest = f"{_join_changes(diagnosis.closest)}, cosine {diagnosis.closest.cosine:.6f}"
         yield f"- no variant of the folder's model gives these vectors (closest: {closest})."
         yield "  The server has other weights, quantized ones, or more than one difference that is not tried."
         return
@@ -60,10 +60,10 @@ def _iter_diagnosis_lines(diagnosis: Diagnosis) -> Iterator[str]:
     subject = "this difference" if len(first.changes) == 1 else "these differences"
     yield f"  With {subject}, the folder gives the server's vectors (cosine {first.cosine:.6f})."
     if others:
-        yield f"  The probe texts cannot distinguish this from: {'; or '.join(map(_join, others))}."
+        yield f"  The probe texts cannot distinguish this from: {'; or '.join(map(_join_changes, others))}."
 
 
-def _join(match: VariantMatch) -> str:
+def _join_changes(match: VariantMatch) -> str:
     return " and ".join(map(str, match.changes)) or "the folder as it is"
 
 
@@ -73,8 +73,8 @@ def _shorten(text: str, max_chars: int) -> str:
     return line if len(line) <= max_chars else f"{line[: max_chars - 3]}..."
 
 
-def summarize(server: EmbeddingServer, result: Verification) -> dict[str, Any]:
-    """Return the result as one object."""
+def summarize_verification(server: EmbeddingServer, result: Verification) -> dict[str, Any]:
+    """Return the result as commands print it."""
     known = [cosine for cosine in result.cosines if cosine is not None]
     matches = None if result.diagnosis is None else [list(map(str, match.changes)) for match in result.diagnosis.matches]
     return {

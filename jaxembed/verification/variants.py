@@ -179,13 +179,13 @@ def _order_words(words: list[str], is_first_served: bool) -> list[str]:
 
 def list_token_variants(embedder: Embedder) -> list[TokenVariant]:
     """Return the unchanged tokenization of a model, and variants with other special tokens, prompts and characters."""
-    own = TokenVariant((), embedder.tokenizer)
-    return [own, *_iter_special_token_variants(own), *_iter_text_variants(own, embedder.spec)]
+    unchanged = TokenVariant((), embedder.tokenizer)
+    return [unchanged, *_iter_special_token_variants(unchanged), *_iter_text_variants(unchanged, embedder.spec)]
 
 
-def _iter_special_token_variants(own: TokenVariant) -> Iterator[TokenVariant]:
+def _iter_special_token_variants(unchanged: TokenVariant) -> Iterator[TokenVariant]:
     """Yield variants in which BOS or EOS is missing or added once more, in every combination."""
-    tokenizer, spec = own.tokenizer.hf_tokenizer, own.tokenizer.spec
+    tokenizer, spec = unchanged.tokenizer.hf_tokenizer, unchanged.tokenizer.spec
     bos, eos = find_start_token(tokenizer), find_end_token(tokenizer)
     own_counts = int(starts_with_bos(tokenizer)), int(ends_with_eos(tokenizer))
     possible = [
@@ -206,14 +206,14 @@ def _iter_special_token_variants(own: TokenVariant) -> Iterator[TokenVariant]:
         yield TokenVariant(changes, TextTokenizer(changed, spec))
 
 
-def _iter_text_variants(own: TokenVariant, spec: EmbeddingSpec) -> Iterator[TokenVariant]:
+def _iter_text_variants(unchanged: TokenVariant, spec: EmbeddingSpec) -> Iterator[TokenVariant]:
     """Yield other prompts, and other characters of prompt and text."""
     named_prompts = {prompt: name for name, prompt in reversed(spec.prompts.items()) if prompt}
     if spec.plain_prompt:
         named_prompts.setdefault(spec.plain_prompt, "plain texts")
 
     def vary(setting: str, served: str, expected: str, rewrite: Rewrite) -> TokenVariant:
-        return TokenVariant((Change(setting, served, expected),), own.tokenizer, rewrite)
+        return TokenVariant((Change(setting, served, expected),), unchanged.tokenizer, rewrite)
 
     yield vary("prompt", "none", "the one that is sent", lambda _, text: ("", text))
     for added, name in list(named_prompts.items())[:MAX_ADDED_PROMPTS]:
@@ -243,20 +243,20 @@ def iter_truncation_variants(
         server_lengths: Limits that the server reports.
     """
     tokenizer, spec = base.tokenizer.hf_tokenizer, base.tokenizer.spec
-    own, special_tokens, has_eos = spec.max_length, tokenizer.num_special_tokens_to_add(), ends_with_eos(tokenizer)
-    near = [length + offset for length in (own, *server_lengths) for offset in (0, -1, 1, -2, 2)]
-    common = [length for length in COMMON_LENGTHS if length <= MAX_LENGTH_RATIO * own]
+    own_length, special_tokens, has_eos = spec.max_length, tokenizer.num_special_tokens_to_add(), ends_with_eos(tokenizer)
+    near = [length + offset for length in (own_length, *server_lengths) for offset in (0, -1, 1, -2, 2)]
+    common = [length for length in COMMON_LENGTHS if length <= MAX_LENGTH_RATIO * own_length]
     lengths = [n for n in dict.fromkeys([*near, *common]) if special_tokens < n <= max_positions and n < longest_input]
     without_eos = copy.deepcopy(tokenizer)
     drop_eos(without_eos)
 
     def vary(served: str, changed: TextTokenizer) -> TokenVariant:
-        change = Change("truncation", served, f"to the first {own} tokens" + ", EOS included" * has_eos)
+        change = Change("truncation", served, f"to the first {own_length} tokens" + ", EOS included" * has_eos)
         return TokenVariant((*base.changes, change), changed, base.rewrite)
 
     for length in lengths:
         at_length = spec.replace(max_length=length)
-        if length != own:
+        if length != own_length:
             yield vary(f"to the first {length} tokens", TextTokenizer(tokenizer, at_length))
         if length in near:
             yield vary(f"to the last {length} tokens", LastTokensTokenizer(tokenizer, at_length))
@@ -265,5 +265,5 @@ def iter_truncation_variants(
         if length in near and has_eos:
             changed = TextTokenizer(without_eos, at_length.replace(eos_as_text=True))
             yield vary(f"to the first {length} tokens, EOS cut off", changed)
-    if own < longest_input <= max_positions:
+    if own_length < longest_input <= max_positions:
         yield vary("none", TextTokenizer(tokenizer, spec.replace(max_length=longest_input)))
