@@ -58,8 +58,8 @@ def estimate(config: SynthesisConfig, recipe: Path, model: str, out: Path) -> di
     inputs = read_inputs(config, str(recipe))
     tasks = prepare_tasks(config, recipe, inputs, cache_dir())
     costs = {task.config.name: _estimate_costs(task, config, inputs) for task in tasks}
-    if measured := _scale_report(config, model, out):
-        return measured
+    if scaled_report := _scale_report(config, model, out):
+        return scaled_report
     totals = {"rows": 0, "requests": 0, "prompt_tokens": 0, "completion_tokens": 0}
     for task in tasks:
         for name, value in _sum_costs(costs[task.config.name], task).items():
@@ -77,8 +77,8 @@ def _scale_report(config: SynthesisConfig, model: str, out: Path) -> dict[str, A
     if not is_same or not rows:
         return None
     names = ("requests", "prompt_tokens", "completion_tokens")
-    scaled = {name: math.ceil(report["tokens"][name] * config.max_rows / rows) for name in names}
-    return {"dry_run": True, "rows": config.max_rows, **scaled, "based_on": f"{rows:,} rows in {out}"}
+    counts = {name: math.ceil(report["tokens"][name] * config.max_rows / rows) for name in names}
+    return {"dry_run": True, "rows": config.max_rows, **counts, "based_on": f"{rows:,} rows in {out}"}
 
 
 def _estimate_costs(task: TaskRun, config: SynthesisConfig, inputs: Mapping[str, InputRows]) -> list[StepCost]:
@@ -86,12 +86,13 @@ def _estimate_costs(task: TaskRun, config: SynthesisConfig, inputs: Mapping[str,
     drafts = list(itertools.islice(task.start_drafts(), SAMPLED_DRAFTS))
     costs = []
     for step in task.config.steps:
-        sampled = [_sample_step(step, draft, task, config.seed, inputs) for draft in drafts]
-        costs.append(StepCost(*(sum(values) / len(values) for values in zip(*(cost for cost, _, _ in sampled), strict=True))))
-        if sampled[0][2]:
-            prompt = sampled[0][2][:MAX_SHOWN_PROMPT_CHARS]
+        # Average the cost over the drafts, and go on with the drafts that have assumed answers.
+        samples = [_sample_step(step, draft, task, config.seed, inputs) for draft in drafts]
+        sample_costs, drafts, prompts = (list(values) for values in zip(*samples, strict=True))
+        costs.append(StepCost(*(sum(values) / len(values) for values in zip(*sample_costs, strict=True))))
+        if prompts[0]:
+            prompt = prompts[0][:MAX_SHOWN_PROMPT_CHARS]
             log.info("task %s, step %s, first prompt:\n%s\n", task.config.name, step.name, prompt)
-        drafts = [draft for _, draft, _ in sampled]
     return costs
 
 
@@ -144,8 +145,8 @@ def _sample_ranking(
 
 def _sum_costs(costs: list[StepCost], task: TaskRun) -> dict[str, float]:
     """Return the rows, requests and tokens of a task. Each step processes only the drafts that its rows need."""
-    started = sum(1 for _ in task.start_drafts())
-    rows = started * math.prod(cost.drafts_out for cost in costs)
+    draft_count = sum(1 for _ in task.start_drafts())
+    rows = draft_count * math.prod(cost.drafts_out for cost in costs)
     rows = rows if task.target is None else min(rows, task.target)
     totals: dict[str, float] = {"rows": rows, "requests": 0, "prompt_tokens": 0, "completion_tokens": 0}
     needed = float(rows)

@@ -85,9 +85,9 @@ class TaskRun:
         self.samples = RowSamples(seed)
         self.steps: list[Step] = []
         self._seed, self._inputs, self._indexes = seed, inputs.rows, inputs.indexes
-        asked = [step for step in config.steps if isinstance(step, AskStepConfig)]
-        self.values = {step.name: read_values(step, inputs.recipe) for step in asked}
-        if any(rule.language for step in asked for rule in (*step.answer.fields.values(), step.answer.items)):
+        ask_steps = [step for step in config.steps if isinstance(step, AskStepConfig)]
+        self.values = {step.name: read_values(step, inputs.recipe) for step in ask_steps}
+        if any(rule.language for step in ask_steps for rule in (*step.answer.fields.values(), step.answer.items)):
             open_language_identifier()  # fails early if a library is missing
             find_language_code("")
 
