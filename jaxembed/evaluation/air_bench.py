@@ -153,7 +153,7 @@ class AirBenchTask:
             results = [self._score_vectors(*pair, self.qrels) for pair in vectors]
         elif self.results is not None:
             self._write_results(*vectors[0], encoder.name)
-        scores = [None if found is None else float(np.mean(found)) for found in results]
+        scores = [None if query_scores is None else float(np.mean(query_scores)) for query_scores in results]
         score, values = scores[0], results[0]
         summary: dict[str, Any] = {
             "score": score,
@@ -187,14 +187,14 @@ class AirBenchTask:
         ranked = search(queries, documents, SUBMITTED_DOCUMENTS)
         _, version, name = self.corpus.parts[-4:-1]
         ids = list(self._documents_by_id)
-        found = {
+        search_results = {
             query: {ids[row]: float(score) for row, score in zip(query_rows, query_scores, strict=True)}
             for query, query_rows, query_scores in zip(self._queries_by_id, ranked.rows.tolist(), ranked.scores, strict=True)
         }
         content = {
             "model_name": model, "reranker_name": "NoReranker", "benchmark_version": version, "task_type": self._kind,
             "domain": self._domain, "language": self._language, "dataset_name": name, "split": self.split,
-            "search_results": found,
+            "search_results": search_results,
         }  # fmt: skip
         folder = self.results / model / "NoReranker" / self._kind / self._domain
         folder.mkdir(parents=True, exist_ok=True)
@@ -210,9 +210,9 @@ class AirBenchTask:
 
     @property
     def _parts(self) -> Sequence[str]:
-        found = DATA_SET.fullmatch(self.corpus.parts[-4])
-        assert found is not None
-        return found.groups()
+        match = DATA_SET.fullmatch(self.corpus.parts[-4])
+        assert match is not None
+        return match.groups()
 
     @property
     def _kind(self) -> str:

@@ -72,19 +72,22 @@ def score_average_precision(values: Float[np.ndarray, "n c"], indices: Int[np.nd
         values: The similarity of each pair, and its label: 1 for a positive pair, otherwise 0.
         indices: The pairs of each resample.
     """
+    # Number the thresholds from the highest similarity down. Items with equal similarities share one.
     order = np.argsort(-values[:, 0], kind="stable")
-    thresholds = np.cumsum(np.append(0, np.diff(values[order, 0]) != 0))  # threshold of each item; ties share one
-    numbers = np.empty(len(order), np.int64)
-    numbers[order] = thresholds
-    rows = np.arange(len(indices))[:, None] * (thresholds[-1] + 1)
+    sorted_thresholds = np.cumsum(np.append(0, np.diff(values[order, 0]) != 0))
+    thresholds = np.empty(len(order), np.int64)
+    thresholds[order] = sorted_thresholds
+    threshold_count = int(sorted_thresholds[-1]) + 1
+    first_bins = np.arange(len(indices))[:, None] * threshold_count  # each resample has its own bins
 
     def count(weights: np.ndarray) -> np.ndarray:
-        counts = np.bincount((numbers[indices] + rows).ravel(), weights.ravel(), len(indices) * (thresholds[-1] + 1))
+        counts = np.bincount((thresholds[indices] + first_bins).ravel(), weights.ravel(), len(indices) * threshold_count)
         return counts.reshape(len(indices), -1)
 
-    found, positives = count(np.ones(indices.shape)), count(values[:, 1][indices])
+    # Sum the precision at each threshold times the share of the positives that are reached there.
+    totals, positives = count(np.ones(indices.shape)), count(values[:, 1][indices])
     with np.errstate(invalid="ignore", divide="ignore"):
-        precision = np.cumsum(positives, axis=1) / np.cumsum(found, axis=1)
+        precision = np.cumsum(positives, axis=1) / np.cumsum(totals, axis=1)
         return np.nansum(precision * positives, axis=1) / positives.sum(axis=1)
 
 

@@ -101,7 +101,7 @@ def _subtract_scores(first: ItemScores, second: ItemScores) -> dict[str, Any]:
 
 def describe_task(task: str, first: ItemScores, second: ItemScores, summary: Mapping[str, Any]) -> str:
     """Return one line about the scores of two models on a task."""
-    scores = [_format(found.summary["score"]) for found in (first, second)]
+    scores = [_format(model_scores.summary["score"]) for model_scores in (first, second)]
     return f"{task} ({first.summary['metric']}): {scores[0]} against {scores[1]}, {describe_difference(summary)}"
 
 
@@ -117,7 +117,7 @@ def describe_difference(summary: Mapping[str, Any]) -> str:
 def conclude(names: tuple[str, str], differences: Mapping[str, Mapping[str, Any]]) -> str:
     """Return a sentence about two models: on how many tasks the first is better, worse, or not shown to differ."""
     first, second = names
-    tasks = {v: [task for task, found in differences.items() if found.get("verdict") == v] for v in VERDICTS}
+    tasks = {v: [task for task, summary in differences.items() if summary.get("verdict") == v] for v in VERDICTS}
     better, worse = (f"on {', '.join(tasks[verdict])}" if tasks[verdict] else "" for verdict in VERDICTS[:2])
     if better:
         sentence = f"{first} is better than {second} {better}{f', and worse {worse}' if worse else ''}."
@@ -127,7 +127,7 @@ def conclude(names: tuple[str, str], differences: Mapping[str, Mapping[str, Any]
         sentence = f"No difference between {first} and {second} is shown."
     if (better or worse) and tasks[VERDICTS[2]]:
         sentence += f" No difference is shown on {', '.join(tasks[VERDICTS[2]])}."
-    if unknown := [task for task, found in differences.items() if "no_interval" in found]:
+    if unknown := [task for task, summary in differences.items() if "no_interval" in summary]:
         sentence += f" Without an interval: {', '.join(unknown)}."
     return sentence
 

@@ -147,14 +147,14 @@ class RetrievalSet:
     def _score_ranking(self, ranked: np.ndarray) -> SetScores:
         first = ranked[:, :CUTOFF]
         gains = ndcg(self.relevant, first)
-        by_metric = {
+        values_by_metric = {
             "ndcg_at_10": gains,
             "recall_at_10": recall(self.relevant, first),
             "recall_at_100": recall(self.relevant, ranked),
             "mrr_at_10": reciprocal_rank(self.relevant, first),
             "map_at_100": average_precision(self.relevant, ranked),
         }
-        scores = {metric: float(values.mean()) for metric, values in by_metric.items()}
+        scores = {metric: float(values.mean()) for metric, values in values_by_metric.items()}
         return SetScores(scores, ScoredItems(gains[:, None], score_mean, "queries"))
 
 
@@ -354,12 +354,12 @@ def _read_labeled_texts(path: str, split: str, cache: Path) -> LabeledTexts:
     rows = IndexedRows(open_container(name_split(path, split)), ROW_SCHEMAS["labels"], cache)
     labels = np.array(rows.index_values, np.int64)
     unlabeled = find_unlabeled(rows.label_names)
-    used = np.flatnonzero(labels != unlabeled) if unlabeled is not None else np.arange(len(rows))
-    found = np.unique(labels[used])
-    if len(found) < 2:
-        label = rows.label_names[found[0]]
-        raise UserError(f"{path}: all {len(used):,} texts have one label, {label!r} (expected two labels or more)")
-    return LabeledTexts([rows[int(i)]["text"] for i in used], labels[used], rows.digest, rows.label_names)
+    indices = np.flatnonzero(labels != unlabeled) if unlabeled is not None else np.arange(len(rows))
+    distinct = np.unique(labels[indices])
+    if len(distinct) < 2:
+        label = rows.label_names[distinct[0]]
+        raise UserError(f"{path}: all {len(indices):,} texts have one label, {label!r} (expected two labels or more)")
+    return LabeledTexts([rows[int(i)]["text"] for i in indices], labels[indices], rows.digest, rows.label_names)
 
 
 def score_set(held_out: HeldOutSet, encode: Encode) -> SetScores:

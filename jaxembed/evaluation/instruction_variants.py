@@ -40,15 +40,15 @@ def read_variants(path: str) -> dict[str, Variants]:
 
 
 def _parse_variants(entry: Any, where: str) -> Variants:
-    by_kind = entry if isinstance(entry, dict) else {DEFAULT_KIND: entry}
-    for kind, instructions in by_kind.items():
+    variants = entry if isinstance(entry, dict) else {DEFAULT_KIND: entry}
+    for kind, instructions in variants.items():
         if kind in (CHOSEN_KIND, MISSING_KIND):
             raise UserError(f"{where}: the kind {kind!r} is always scored. Remove it.")
         if not isinstance(instructions, list) or not instructions or not all(isinstance(i, str) and i for i in instructions):
             raise UserError(
                 f"{where}: expected a list of instructions, or such lists by kind (paraphrased: [...], wrong: [...])"
             )
-    return by_kind
+    return variants
 
 
 def add_variants(tasks: Sequence[EvaluationTask], path: str) -> list[EvaluationTask]:
@@ -57,13 +57,13 @@ def add_variants(tasks: Sequence[EvaluationTask], path: str) -> list[EvaluationT
     Raises:
         UserError: The file is malformed, or names a task that is not scored.
     """
-    by_task = read_variants(path)
+    task_variants = read_variants(path)
     names = [task.name for task in tasks]
-    if unknown := next((name for name in by_task if name not in names), None):
+    if unknown := next((name for name in task_variants if name not in names), None):
         raise UserError(
             f"{path}: {unknown} is not a task of this command (tasks: {', '.join(names)}).{suggest(unknown, names)}"
         )
-    return [VariantTask(task, by_task[task.name]) if task.name in by_task else task for task in tasks]
+    return [VariantTask(task, task_variants[task.name]) if task.name in task_variants else task for task in tasks]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +115,8 @@ class VariantTask:
 
     def score_items(self, encoder: TaskEncoder) -> ItemScores:
         """Return the scores of a model with the items that they are computed from."""
-        found = self.task.score_items(encoder)
-        return dataclasses.replace(found, summary=self._add_variants(found.summary, encoder))
+        scores = self.task.score_items(encoder)
+        return dataclasses.replace(scores, summary=self._add_variants(scores.summary, encoder))
 
     def _add_variants(self, summary: dict[str, Any], encoder: TaskEncoder) -> dict[str, Any]:
         """Return the scores under the default instruction, with those under the other ones."""
@@ -150,20 +150,20 @@ def measure_spread(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         kind: [e["score"] for e in entries if e["kind"] == kind and e["score"] is not None] for kind in _list_kinds(entries)
     }
     chosen = scores.pop(CHOSEN_KIND)
-    by_kind = {
+    spreads = {
         kind: {"mean": float(np.mean(values)), "spread": max(chosen + values) - min(chosen + values)}
         for kind, values in scores.items()
         if values
     }
-    everything = chosen + [score for values in scores.values() for score in values]
-    return {"all": max(everything) - min(everything) if everything else None, "by_kind": by_kind}
+    all_scores = chosen + [score for values in scores.values() for score in values]
+    return {"all": max(all_scores) - min(all_scores) if all_scores else None, "by_kind": spreads}
 
 
 def describe_spread(task: str, spread: Mapping[str, Any]) -> str:
     """Return one line about the spread of a task's scores."""
-    kinds = ", ".join(f"{kind} {found['mean']:.4f}" for kind, found in spread["by_kind"].items())
-    everything = "none" if spread["all"] is None else f"{spread['all']:.4f}"
-    return f"{task}: mean score by kind of instruction: {kinds}; highest minus lowest of all: {everything}"
+    kinds = ", ".join(f"{kind} {values['mean']:.4f}" for kind, values in spread["by_kind"].items())
+    total = "none" if spread["all"] is None else f"{spread['all']:.4f}"
+    return f"{task}: mean score by kind of instruction: {kinds}; highest minus lowest of all: {total}"
 
 
 def _list_kinds(entries: Sequence[Mapping[str, Any]]) -> list[str]:

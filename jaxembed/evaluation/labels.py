@@ -131,9 +131,7 @@ def score_v_measure(values: Float[np.ndarray, "n c"], indices: Int[np.ndarray, "
     scores = []
     for clusters in clusterings:
         joint_entropy = _compute_entropy(labels * (clusters.max() + 1) + clusters, indices)
-        both = label_entropy + _compute_entropy(clusters, indices)
-        with np.errstate(invalid="ignore"):
-            scores.append(np.where(both > 0, 2 - 2 * joint_entropy / both, 1.0))
+        scores.append(_compute_v_measure(label_entropy + _compute_entropy(clusters, indices), joint_entropy))
     return np.mean(scores, axis=0)
 
 
@@ -147,10 +145,18 @@ def score_sampled_v_measure(values: Float[np.ndarray, "n c"], indices: Int[np.nd
     scores = []
     for labels, clusters, counts in values.astype(np.int64).T.reshape(-1, 3, len(values)):
         joint_entropy = _compute_entropy(labels * (clusters.max() + 1) + clusters, indices, counts)
-        both = _compute_entropy(labels, indices, counts) + _compute_entropy(clusters, indices, counts)
-        with np.errstate(invalid="ignore"):
-            scores.append(np.where(both > 0, 2 - 2 * joint_entropy / both, 1.0))
+        entropy_sum = _compute_entropy(labels, indices, counts) + _compute_entropy(clusters, indices, counts)
+        scores.append(_compute_v_measure(entropy_sum, joint_entropy))
     return np.mean(scores, axis=0)
+
+
+def _compute_v_measure(entropy_sum: np.ndarray, joint_entropy: np.ndarray) -> np.ndarray:
+    """Return 2 - 2 H(labels, clusters) / (H(labels) + H(clusters)), float64 [R], and 1 where the sum is 0.
+
+    This equals the harmonic mean of homogeneity and completeness.
+    """
+    with np.errstate(invalid="ignore"):
+        return np.where(entropy_sum > 0, 2 - 2 * joint_entropy / entropy_sum, 1.0)
 
 
 def _compute_entropy(codes: np.ndarray, indices: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:

@@ -53,7 +53,7 @@ class InputLeaks:
         texts: The texts.
         first: Index of the first text in the `OverlapIndex`.
         rules: The matching rule (`exact` or `ngram`) of each text that was found, by index. `exact` takes precedence.
-        by_source: The same, by training source.
+        rules_by_source: The same, by training source.
         examples: Matches to show.
     """
 
@@ -62,12 +62,12 @@ class InputLeaks:
     texts: Sequence[str]
     first: int
     rules: dict[int, str] = dataclasses.field(default_factory=dict)
-    by_source: dict[str, dict[int, str]] = dataclasses.field(default_factory=dict)
+    rules_by_source: dict[str, dict[int, str]] = dataclasses.field(default_factory=dict)
     examples: list[dict[str, str]] = dataclasses.field(default_factory=list)
 
     def add(self, match: Overlap, source: str, training_text: str) -> None:
         """Count a match with a training text."""
-        for rules in (self.rules, self.by_source.setdefault(source, {})):
+        for rules in (self.rules, self.rules_by_source.setdefault(source, {})):
             if rules.get(match.index) != "exact":
                 rules[match.index] = match.rule
         if len(self.examples) < EXAMPLES_PER_TASK:
@@ -156,22 +156,22 @@ def _summarize(inputs: Sequence[InputLeaks]) -> dict[str, Any]:
     """Return the leak counts of a task, by role and by source, with examples."""
     sources: dict[str, Counter[str]] = {}
     for leaks in inputs:
-        for source, rules in leaks.by_source.items():
+        for source, rules in leaks.rules_by_source.items():
             sources.setdefault(source, Counter()).update(rules.values())
-    by_role = {
+    inputs_by_role = {
         role: [leaks for leaks in inputs if leaks.role == role] for role in dict.fromkeys(leaks.role for leaks in inputs)
     }
     return {
         **_count_inputs(inputs),
-        "roles": [{"role": role, **_count_inputs(own)} for role, own in by_role.items()],
+        "roles": [{"role": role, **_count_inputs(role_inputs)} for role, role_inputs in inputs_by_role.items()],
         "sources": {source: _count(counts.elements()) for source, counts in sources.items()},
         "examples": [example for leaks in inputs for example in leaks.examples],
     }
 
 
 def _count_inputs(inputs: Sequence[InputLeaks]) -> dict[str, int]:
-    found = _count(rule for leaks in inputs for rule in leaks.rules.values())
-    return {"texts": sum(len(leaks.texts) for leaks in inputs), **found}
+    counts = _count(rule for leaks in inputs for rule in leaks.rules.values())
+    return {"texts": sum(len(leaks.texts) for leaks in inputs), **counts}
 
 
 def _count(rules: Iterable[str]) -> dict[str, int]:

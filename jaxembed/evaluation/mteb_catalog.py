@@ -42,24 +42,24 @@ def find_tasks(
     """
     mteb = import_mteb()
     _check_languages(languages)
-    found: dict[str, tuple[Any, list[GroupMember]]] = {}
-    for group, task in [*_iter_named(mteb, names), *_iter_benchmark_tasks(mteb, benchmarks)]:
+    tasks: dict[str, tuple[Any, list[GroupMember]]] = {}
+    for group, task in [*_iter_named_tasks(mteb, names), *_iter_benchmark_tasks(mteb, benchmarks)]:
         if others := [modality for modality in task.metadata.modalities if modality != "text"]:
             raise UserError(f"mteb: {task.metadata.name} has {' and '.join(others)} (expected texts). Choose other tasks.")
         if not _keep_languages(task, languages):
             continue
-        first, groups = found.setdefault(task.metadata.name, (task, []))
+        first, groups = tasks.setdefault(task.metadata.name, (task, []))
         first.hf_subsets = list(dict.fromkeys([*first.hf_subsets, *task.hf_subsets]))
         if group:
             groups.append(GroupMember(group, str(task.metadata.type), tuple(task.hf_subsets)))
-    if not found:
+    if not tasks:
         raise UserError(f"--languages: no task has {' or '.join(languages)}. Choose other languages or tasks.")
     if not benchmarks and len(languages) > 1:
-        return [(task, _group_by_language(task, languages)) for task, _ in found.values()]
-    return [(task, tuple(groups)) for task, groups in found.values()]
+        return [(task, _group_by_language(task, languages)) for task, _ in tasks.values()]
+    return [(task, tuple(groups)) for task, groups in tasks.values()]
 
 
-def _iter_named(mteb: Any, names: Sequence[str]) -> Iterator[tuple[str, Any]]:
+def _iter_named_tasks(mteb: Any, names: Sequence[str]) -> Iterator[tuple[str, Any]]:
     for name in names:
         try:
             yield "", mteb.get_task(name)

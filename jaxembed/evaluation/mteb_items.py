@@ -105,13 +105,15 @@ def read_items(task: Any, folder: Path, score: float | None) -> tuple[list[Score
     reset_random_state(task)  # so that the same samples of documents are drawn as by mteb
     try:
         parts = [
-            part for subset, split, found in _iter_splits(task, predictions) for part in _build(task, subset, split, found)
+            part
+            for subset, split, split_predictions in _iter_splits(task, predictions)
+            for part in _build_items(task, subset, split, split_predictions)
         ]
     except NoItemsError as error:
         return [], str(error)
-    found_score = float(np.mean([part.score for part in parts])) if parts else float("nan")
-    if score is None or not abs(found_score - score) <= MAX_DEVIATION:
-        return [], f"results by item give {found_score:.4f}, not the score of mteb"
+    item_score = float(np.mean([part.score for part in parts])) if parts else float("nan")
+    if score is None or not abs(item_score - score) <= MAX_DEVIATION:
+        return [], f"results by item give {item_score:.4f}, not the score of mteb"
     return parts, ""
 
 
@@ -124,12 +126,12 @@ def reset_random_state(task: Any) -> None:
 def _iter_splits(task: Any, predictions: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str, Any]]:
     """Yield the subsets and splits in the order in which mteb scores them, with their predictions."""
     for split in task.eval_splits:
-        for subset, by_split in predictions.items():
-            if split in by_split:
-                yield subset, split, by_split[split]
+        for subset, split_predictions in predictions.items():
+            if split in split_predictions:
+                yield subset, split, split_predictions[split]
 
 
-def _build(task: Any, subset: str, split: str, predictions: Any) -> list[ScoredItems]:
+def _build_items(task: Any, subset: str, split: str, predictions: Any) -> list[ScoredItems]:
     """Return the items of a split."""
     from mteb import abstasks
     from mteb.abstasks.text.bitext_mining import AbsTaskBitextMining
@@ -180,7 +182,8 @@ def _build_classification(task: Any, split: Split, predictions: Sequence[Sequenc
     labels = list(split[task.label_column_name])
     if task.metadata.main_score != "accuracy" or task.is_cross_validation:
         raise NoItemsError(f"{task.metadata.main_score} of this task is not a mean over texts")
-    shares = np.mean([[a == b for a, b in zip(labels, found, strict=True)] for found in predictions], axis=0)
+    hits = [[a == b for a, b in zip(labels, predicted_labels, strict=True)] for predicted_labels in predictions]
+    shares = np.mean(hits, axis=0)
     return [ScoredItems(shares[:, None], score_mean, "texts")]
 
 
@@ -241,9 +244,9 @@ def _build_bitext_mining(
     if statistic is None:
         raise NoItemsError(f"results by item are not known for {task.metadata.main_score}")
     parts = []
-    for found in predictions.values():
-        gold = [target for _, target in split["gold"]] if "gold" in split else range(len(found))
-        values = np.array([gold, [neighbor["corpus_id"] for neighbor in found]], np.float64).T
+    for neighbors in predictions.values():
+        gold = [target for _, target in split["gold"]] if "gold" in split else range(len(neighbors))
+        values = np.array([gold, [neighbor["corpus_id"] for neighbor in neighbors]], np.float64).T
         parts.append(ScoredItems(values, statistic, "texts"))
     return parts
 

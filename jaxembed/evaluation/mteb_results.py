@@ -27,13 +27,13 @@ def summarize_task(result: Any, instruction: str) -> dict[str, Any]:
     """
     if len(result.scores) > 1:
         log_once(f"{result.task_name}: the score is mteb's mean over the splits {', '.join(result.scores)}", logging.INFO)
-    by_subset: dict[str, list[float]] = {}
-    by_split: dict[str, list[float]] = {}
+    subset_scores: dict[str, list[float]] = {}
+    split_scores: dict[str, list[float]] = {}
     for split, entries in result.scores.items():
         for entry in entries:
             score = float(entry["main_score"])
-            by_subset.setdefault(entry["hf_subset"], []).append(score)
-            by_split.setdefault(split, []).append(score)
+            subset_scores.setdefault(entry["hf_subset"], []).append(score)
+            split_scores.setdefault(split, []).append(score)
     aggregate = finite_or_none(float(result.get_score()))
     if aggregate is None:
         log.warning(
@@ -42,8 +42,8 @@ def summarize_task(result: Any, instruction: str) -> dict[str, Any]:
     return {
         "score": aggregate,
         "instruction": instruction,
-        "subsets": {subset: _mean(values) for subset, values in by_subset.items()},
-        "splits": {split: _mean(values) for split, values in by_split.items()},
+        "subsets": {subset: _mean(values) for subset, values in subset_scores.items()},
+        "splits": {split: _mean(values) for split, values in split_scores.items()},
     }
 
 

@@ -162,8 +162,8 @@ def read_sources(model: Path) -> list[SourceConfig] | None:
 def read_license(model: Path) -> str:
     """Return the license in the front matter of a folder's README.md, or an empty string."""
     card = model / "README.md"
-    found = LICENSE.match(read_text(card)) if exists(card) else None
-    return found[1] if found else ""
+    match = LICENSE.match(read_text(card)) if exists(card) else None
+    return match[1] if match else ""
 
 
 def find_training_tasks(sources: Iterable[SourceConfig]) -> tuple[list[str], list[str]]:
@@ -173,20 +173,20 @@ def find_training_tasks(sources: Iterable[SourceConfig]) -> tuple[list[str], lis
     """
     tasks = import_mteb().get_tasks(exclude_superseded=False, exclude_beta=False)
     names = {task.metadata.name.lower(): task.metadata.name for task in tasks}
-    by_path: dict[str, list[str]] = {}
+    names_by_path: dict[str, list[str]] = {}
     for task in tasks:
-        by_path.setdefault(str(task.metadata.dataset.get("path")).lower(), []).append(task.metadata.name)
-    found: set[str] = set()
+        names_by_path.setdefault(str(task.metadata.dataset.get("path")).lower(), []).append(task.metadata.name)
+    training_tasks: set[str] = set()
     others: dict[str, None] = {}
     for source in sources:
         entry = read_catalog().get(source.display_name, {})
         candidates = [source.display_name, *SEEN_TASK.findall(" ".join(map(str, entry.get("seen", ()))))]
         known = [names[name.lower()] for name in candidates if name.lower() in names]
-        known += by_path.get("/".join(source.path.removeprefix("hf:").split(":")[0].split("/")[:2]).lower(), [])
-        found.update(known)
+        known += names_by_path.get("/".join(source.path.removeprefix("hf:").split(":")[0].split("/")[:2]).lower(), [])
+        training_tasks.update(known)
         if not known:
             others.setdefault(source.display_name)
-    return sorted(found), list(others)
+    return sorted(training_tasks), list(others)
 
 
 def write_submission(folder: Path, facts: ModelFacts, encoder: TaskEncoder, tasks: Sequence[Any], results: Path) -> None:
@@ -207,13 +207,13 @@ def write_submission(folder: Path, facts: ModelFacts, encoder: TaskEncoder, task
     known, others = (None, []) if facts.sources is None else find_training_tasks(facts.sources)
     fields = list_fields(facts, encoder, known)
     prompts = list_prompts(encoder, tasks)
-    scored = MtebEncoder(encoder, encoder.versions[0]).mteb_model_meta
+    scored_meta = MtebEncoder(encoder, encoder.versions[0]).mteb_model_meta
     target = folder / "results" / facts.name.replace("/", "__") / str(fields["revision"])
     target.mkdir(parents=True, exist_ok=True)
     write_text(folder / MODULE_FILE, format_module(fields, prompts, others))
     for task in tasks:
         name = task.metadata.name
-        shutil.copyfile(ResultCache(results).get_task_result_path(name, scored), target / f"{name}.json")
+        shutil.copyfile(ResultCache(results).get_task_result_path(name, scored_meta), target / f"{name}.json")
     meta = ModelMeta(loader=SentenceTransformerEncoderWrapper, loader_kwargs={"model_prompts": prompts}, **fields)
     write_json(target / "model_meta.json", meta.to_dict())
 

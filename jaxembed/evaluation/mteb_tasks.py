@@ -50,8 +50,8 @@ def open_tasks(args: argparse.Namespace) -> list[MtebTask]:
             raise UserError("--languages: applies to tasks of MTEB. Add --tasks or --benchmark.")
         return []
     cache_folder = Path(args.out) / "results" if args.out else None
-    found = find_tasks(args.tasks, args.benchmark, args.languages)
-    return [MtebTask(task, cache_folder, groups) for task, groups in found]
+    tasks = find_tasks(args.tasks, args.benchmark, args.languages)
+    return [MtebTask(task, cache_folder, groups) for task, groups in tasks]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,12 +62,12 @@ def build_tables(model: str, tasks: Sequence[EvaluationTask], scores: Mapping[st
         tasks: The tasks.
         scores: Scores by task, as in `EvaluationTask.score`.
     """
-    by_group: dict[str, list[tuple[GroupMember, Mapping[str, Any]]]] = {}
+    members_by_group: dict[str, list[tuple[GroupMember, Mapping[str, Any]]]] = {}
     scored = [task for task in tasks if scores[task.name]["metric"]]  # tasks without judgments have no metric
     for task in scored:
         for member in task.groups or (GroupMember(ALL_TASKS, task.type),):
-            by_group.setdefault(member.group, []).append((member, scores[task.name]))
-    tables = [_build_table(group, model, members) for group, members in by_group.items()]
+            members_by_group.setdefault(member.group, []).append((member, scores[task.name]))
+    tables = [_build_table(group, model, members) for group, members in members_by_group.items()]
     if len(tables) > 1:
         tables.append(_build_overview(tables))
     return [_add_published_rows(table) for table in tables]

@@ -122,12 +122,12 @@ class TaskEncoder:
 
     def summarize_versions(self, scores: Sequence[float | None]) -> dict[str, dict[str, float | None]]:
         """Return the scores of all versions, in their order, by width and by precision, where the options name some."""
-        by_version = dict(zip(self.versions, scores, strict=True))
+        version_scores = dict(zip(self.versions, scores, strict=True))
         first, summary = self.versions[0], {}
         if self.widths:
-            summary["widths"] = {str(w): by_version[dataclasses.replace(first, width=w)] for w in self.widths}
+            summary["widths"] = {str(w): version_scores[dataclasses.replace(first, width=w)] for w in self.widths}
         if self.precisions:
-            summary["precisions"] = {p: by_version[dataclasses.replace(first, precision=p)] for p in self.precisions}
+            summary["precisions"] = {p: version_scores[dataclasses.replace(first, precision=p)] for p in self.precisions}
         return summary
 
     def _encode_parts(self, texts: Sequence[str], prompt: str) -> Iterator[np.ndarray]:
@@ -146,8 +146,8 @@ def truncate_vectors(vectors: np.ndarray, width: int) -> np.ndarray:
     """Return the first `width` dimensions of each vector, normalized again (Matryoshka), float32 [N, width]."""
     if width == vectors.shape[1]:
         return vectors
-    cut = np.array(vectors[:, :width], np.float32)
-    return cut / np.maximum(np.linalg.norm(cut, axis=1, keepdims=True), 1e-12)
+    leading = np.array(vectors[:, :width], np.float32)
+    return leading / np.maximum(np.linalg.norm(leading, axis=1, keepdims=True), 1e-12)
 
 
 def check_widths(widths: Sequence[int], spec: EmbeddingSpec, model_width: int, model: str) -> tuple[int, ...]:

@@ -41,13 +41,13 @@ class PromptChooser:
 
     Attributes:
         spec: How the model's texts become vectors.
-        option: The user's table.
-        option_name: Its name, for messages.
+        user_table: The user's table, if any.
+        user_table_name: Its name, for messages.
     """
 
     spec: EmbeddingSpec
-    option: InstructionTable | None = None
-    option_name: str = ""
+    user_table: InstructionTable | None = None
+    user_table_name: str = ""
 
     def choose(self, task_name: str, task_type: str, default: str, stored_name: str = "") -> TaskPrompts:
         """Return the prompts of a task.
@@ -60,7 +60,7 @@ class PromptChooser:
         """
         stored = self.spec.prompts.get(stored_name)
         for origin, table in self._list_tables():
-            if stored is not None and table is not self.option:
+            if stored is not None and table is not self.user_table:
                 break
             instruction = table.find_instruction(task_name, task_type)
             if instruction is not None:
@@ -94,8 +94,8 @@ class PromptChooser:
         log_once(f"{first}{rest}; documents get {stored}{self._document_prompt!r}", logging.INFO)
 
     def _list_tables(self) -> Iterator[tuple[str, InstructionTable]]:
-        if self.option is not None:
-            yield self.option_name, self.option
+        if self.user_table is not None:
+            yield self.user_table_name, self.user_table
         if self.spec.instruction_table:
             yield f"the table {self.spec.instruction_table}", load_instruction_table(self.spec.instruction_table)
 

@@ -143,18 +143,18 @@ class FinishedTasks:
         return scores
 
     def score_items(self, task: EvaluationTask, encoder: TaskEncoder) -> ItemScores:
-        """Return the scores of a task with the items that they are computed from, likewise."""
+        """Return the scores of a task with the items that they are computed from. They are computed as by `score`."""
         if not task.data_digest:
             return task.score_items(encoder)
         key = compute_key(task, encoder)
         path = self._items_folder / f"{key}.json"
         if key in self._results and exists(path):
-            return ItemScores(self._results[key], [_unpack(part) for part in read_json(path)["parts"]])
-        found = task.score_items(encoder)
+            return ItemScores(self._results[key], [_parse_items(part) for part in read_json(path)["parts"]])
+        scores = task.score_items(encoder)
         self._items_folder.mkdir(exist_ok=True)
-        write_text(path, format_json({"parts": [_pack(part) for part in found.parts]}))
-        self._store(key, found.summary)
-        return found
+        write_text(path, format_json({"parts": [_items_to_json(part) for part in scores.parts]}))
+        self._store(key, scores.summary)
+        return scores
 
     def _store(self, key: str, scores: dict[str, Any]) -> None:
         self._results[key] = scores
@@ -170,14 +170,14 @@ def compute_key(task: EvaluationTask, encoder: TaskEncoder) -> str:
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 
-def _pack(items: ScoredItems) -> dict[str, Any]:
+def _items_to_json(items: ScoredItems) -> dict[str, Any]:
     """Return items as plain values."""
     [statistic] = [name for name, statistic in STATISTICS.items() if statistic is items.statistic]
     return {"statistic": statistic, "unit": items.unit, "values": items.values.tolist()}
 
 
-def _unpack(part: dict[str, Any]) -> ScoredItems:
-    """Return the items that `_pack` was given."""
+def _parse_items(part: dict[str, Any]) -> ScoredItems:
+    """Return the items that `_items_to_json` was given."""
     return ScoredItems(np.array(part["values"], np.float64), STATISTICS[part["statistic"]], part["unit"])
 
 

@@ -61,7 +61,7 @@ def draw_lines(
     *,
     x_title: str = "step",
     note: str = "",
-    zero: bool = False,
+    starts_at_zero: bool = False,
     with_points: bool = False,
 ) -> Chart:
     """Draw lines of `value` by `x`, one per `series`. Rows with `baseline` true are dashed.
@@ -74,7 +74,7 @@ def draw_lines(
         y_title: Title of the axis of values.
         x_title: Title of the other axis.
         note: Caption below the chart.
-        zero: Whether the axis of values starts at 0.
+        starts_at_zero: Whether the axis of values starts at 0.
         with_points: Whether points are always marked. Otherwise only the one nearest to the pointer is.
     """
     rows = [{"baseline": False, **row} for row in average_points(values)]
@@ -83,7 +83,7 @@ def draw_lines(
     )
     base = alt.Chart(TABLE).encode(
         x=alt.X("x:Q", title=x_title, axis=alt.Axis(tickMinStep=1, format="~s", grid=False), scale=alt.Scale(nice=False)),
-        y=alt.Y("value:Q", title=y_title, scale=alt.Scale(zero=zero), axis=alt.Axis(tickCount=5)),
+        y=alt.Y("value:Q", title=y_title, scale=alt.Scale(zero=starts_at_zero), axis=alt.Axis(tickCount=5)),
         color=_make_color("series", rows),
     )
     dash = alt.condition("datum.baseline", alt.value(BASELINE_DASH), alt.value([1, 0]))

@@ -86,12 +86,12 @@ def view_set(held_out: HeldOutSet, embedder: Embedder) -> SetView | None:
 def _view_retrieval(held_out: RetrievalSet, embedder: Embedder) -> SetView:
     rng, config = np.random.default_rng(SAMPLE_SEED), held_out.config
     # Sample queries with a relevant document in the corpus; keep these documents, and add others.
-    found = [i for i, grades in enumerate(held_out.relevant) if any(row >= 0 for row in grades)]
-    query_rows = sample(found, MAX_SET_QUERIES, rng)
+    answerable = [i for i, grades in enumerate(held_out.relevant) if any(row >= 0 for row in grades)]
+    query_rows = sample(answerable, MAX_SET_QUERIES, rng)
     relevant_rows = {row for i in query_rows for row in held_out.relevant[i] if row >= 0}
     others = [row for row in range(len(held_out.corpus)) if row not in relevant_rows]
     document_rows = sorted({*relevant_rows, *sample(others, max(MAX_DOCUMENTS - len(relevant_rows), 0), rng)})
-    column_of = {row: column for column, row in enumerate(document_rows)}
+    columns = {row: column for column, row in enumerate(document_rows)}
     queries, documents = [held_out.queries[i] for i in query_rows], [held_out.corpus[row] for row in document_rows]
     query_vectors = embedder.encode(queries, config.instruction)
     document_vectors = embedder.encode(documents, config.document_instruction)
@@ -99,7 +99,7 @@ def _view_retrieval(held_out: RetrievalSet, embedder: Embedder) -> SetView:
     scores = query_vectors @ document_vectors.T
     is_relevant = np.zeros(scores.shape, bool)
     for q, i in enumerate(query_rows):
-        is_relevant[q, [column_of[row] for row in held_out.relevant[i] if row >= 0]] = True
+        is_relevant[q, [columns[row] for row in held_out.relevant[i] if row >= 0]] = True
     order = np.argsort(-scores, axis=1, kind="stable")
     shown = [
         describe_query(queries[q], scores[q], is_relevant[q], order[q]) for q in range(min(len(queries), MAX_LISTED_QUERIES))
@@ -239,13 +239,13 @@ def project_texts(sources: Sequence[EncodedSource]) -> tuple[list[dict[str, Any]
     vectors = np.concatenate([source.vectors[rows] for source, rows in chosen]).astype(np.float64)
     centered = vectors - vectors.mean(axis=0)
     _, scales, axes = np.linalg.svd(centered, full_matrices=False)
-    places = centered @ axes[:2].T
-    places = np.pad(places, ((0, 0), (0, 2 - places.shape[1])))
+    coordinates = centered @ axes[:2].T
+    coordinates = np.pad(coordinates, ((0, 0), (0, 2 - coordinates.shape[1])))
     variance = float((scales[:2] ** 2).sum() / max((scales**2).sum(), 1e-12))
     names = [(source.name, truncate(source.texts[row], MAX_POINT_CHARS)) for source, rows in chosen for row in rows]
     points = [
         {"x": round(float(x), 4), "y": round(float(y), 4), "source": name, "text": text}
-        for (x, y), (name, text) in zip(places, names, strict=True)
+        for (x, y), (name, text) in zip(coordinates, names, strict=True)
     ]
     return points, variance
 
@@ -265,18 +265,19 @@ def compute_latent_attention(sources: Sequence[EncodedSource], embedder: Embedde
     weights = np.concatenate([embedder.latent_weights(texts, source.instruction) for source, texts in chosen])
     heads, latents = weights.shape[1:]
     columns = weights.reshape(len(weights), -1)
-    kept = np.sort(np.argsort(-columns.std(axis=0), kind="stable")[:MAX_LATENT_COLUMNS])
+    shown_columns = np.sort(np.argsort(-columns.std(axis=0), kind="stable")[:MAX_LATENT_COLUMNS])
     rows = [(source.name, text) for source, texts in chosen for text in texts]
     cells = [
         {
             "row": f"{i + 1:02} {source.rpartition(': ')[2]}",
-            "source": source, "text": truncate(text, MAX_POINT_CHARS), "column": place,
+            "source": source, "text": truncate(text, MAX_POINT_CHARS), "column": position,
             "head": int(column // latents) + 1, "latent": int(column % latents) + 1,
             "weight": round(float(columns[i, column]), 6),
         }
         for i, (source, text) in enumerate(rows)
-        for place, column in enumerate(kept)
+        for position, column in enumerate(shown_columns)
     ]  # fmt: skip
-    every = f"all {heads * latents:,}" if len(kept) == heads * latents else f"the {len(kept):,} of {heads * latents:,}"
-    chosen_by = "" if len(kept) == heads * latents else " whose weight differs most between the texts"
-    return cells, f"Columns: {every} pairs of head and latent{chosen_by} ({heads} heads, {latents} latents)."
+    total, shown = heads * latents, len(shown_columns)
+    quantity = f"all {total:,}" if shown == total else f"the {shown:,} of {total:,}"
+    criterion = "" if shown == total else " whose weight differs most between the texts"
+    return cells, f"Columns: {quantity} pairs of head and latent{criterion} ({heads} heads, {latents} latents)."

@@ -49,13 +49,12 @@ def read_inputs(paths: Sequence[str]) -> list[ReportedModel]:
     Raises:
         UserError: A path is neither a run nor scores, a file is damaged, or a run has no metrics yet.
     """
-    kinds = [_detect_kind(path) for path in paths]
-    given = list(zip(paths, kinds, strict=True))
-    runs = {Path(path).resolve(): read_run_files(Path(path)) for path, score_file in given if not score_file}
+    score_files = {path: _find_score_file_or_run(path) for path in paths}
+    runs = {Path(path).resolve(): read_run_files(Path(path)) for path in paths if not score_files[path]}
     files = {folder: [run.benchmark] if run.benchmark else [] for folder, run in runs.items()}
     others: list[tuple[str, ScoreFile]] = []
-    for path, score_file in given:
-        if score_file:
+    for path in paths:
+        if score_file := score_files[path]:
             scores = _name_model(read_score_file(score_file), score_file)
             owner = Path(scores.model).resolve() if scores.model else None
             if owner in files:
@@ -70,7 +69,7 @@ def read_inputs(paths: Sequence[str]) -> list[ReportedModel]:
     return _make_names_unique(models)
 
 
-def _detect_kind(path: str) -> Path | None:
+def _find_score_file_or_run(path: str) -> Path | None:
     """Return the file of scores that a path names, or None if it is a run directory."""
     folder = Path(path)
     if not exists(folder):

@@ -78,7 +78,7 @@ def _compare_models(models: Sequence[ReportedModel], figures: FiguresByName, bas
         }
     metrics = list(scored[baseline])
     # A relative score needs a second model that has the score.
-    compared = {metric for metric in metrics if sum(own[metric] is not None for own in scored.values()) > 1}
+    compared = {metric for metric in metrics if sum(scores[metric] is not None for scores in scored.values()) > 1}
     columns = ["model", "parameters (M)", "memory (GiB, float32)", "width", "max. tokens"]
     columns += [title for m in metrics for title in ([m, f"{m} vs {baseline}"] if m in compared else [m])]
     rows = []
@@ -90,8 +90,8 @@ def _compare_models(models: Sequence[ReportedModel], figures: FiguresByName, bas
             if metric in compared:
                 cells.append(NO_VALUE if model.name == baseline else _format_change(score, reference))
         rows.append(cells)
-    scores = [i for i, column in enumerate(columns) if column in metrics]
-    best = _find_best(rows, ([(i, column) for i in range(len(rows))] for column in scores))
+    score_columns = [i for i, column in enumerate(columns) if column in metrics]
+    best = _find_best(rows, ([(i, column) for i in range(len(rows))] for column in score_columns))
     caption = f"Means count the {len(tasks)} tasks that all models with a benchmark have, × 100." if tasks else ""
     return Table(columns, rows, caption=caption, best=best)
 
@@ -193,11 +193,11 @@ def _list_published_tables(models: Sequence[ReportedModel]) -> list[Table]:
                 continue
             first = next(iter(rows))  # the model's own name, or its name and a width
             name = first.rpartition(", ")[0] if len(rows) > 1 else first
-            own = [[model.name + label.removeprefix(name), *cells] for label, cells in rows.items()]
+            model_rows = [[model.name + label.removeprefix(name), *cells] for label, cells in rows.items()]
             key = (table.title, *columns)
             earlier = tables[key].rows if key in tables else published
             caption = f"{table.title}. Published rows: {'; '.join(table.sources)}."
-            tables[key] = Table(["model", *columns, "average"], [*own, *earlier], caption=caption)
+            tables[key] = Table(["model", *columns, "average"], [*model_rows, *earlier], caption=caption)
     return list(tables.values())
 
 

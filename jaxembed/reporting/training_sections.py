@@ -49,7 +49,8 @@ def make_training_section(runs: Sequence[RunFiles]) -> ReportSection:
             _make_point(run, row, key, _make_prefix(run, runs) or title) for run in runs for row in run.losses if key in row
         ]
         if values:
-            charts.append(draw_lines(title, values, y_title, zero=key in ("learning_rate", "padding_fraction", "mfu")))
+            starts_at_zero = key in ("learning_rate", "padding_fraction", "mfu")
+            charts.append(draw_lines(title, values, y_title, starts_at_zero=starts_at_zero))
     waits = [
         {
             "x": row["step"],
@@ -61,7 +62,7 @@ def make_training_section(runs: Sequence[RunFiles]) -> ReportSection:
         if row.get("step_seconds") and row.get("data_wait_seconds") is not None
     ]
     if waits:
-        charts.append(draw_lines("Waiting for data", waits, "share of the step's time", zero=True))
+        charts.append(draw_lines("Waiting for data", waits, "share of the step's time", starts_at_zero=True))
     for key in _list_objective_metrics(runs)[:MAX_METRIC_CHARTS]:
         charts.append(_draw_metric(runs, key, key, ""))
     return ReportSection("training", "Training", "One point per logged step.", charts=charts)

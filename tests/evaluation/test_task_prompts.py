@@ -24,14 +24,14 @@ def test_instructions_come_from_the_first_source_that_has_them() -> None:
     option = InstructionTable(by_task={"SciFact": "option"})
     published = INSTRUCT_SPEC.replace(instruction_table="kalm")
     stored = published.replace(prompts={"NFCorpus": "Instruct: stored\nQuery:", "Tatoeba": "Instruct: ours\nQuery:"})
-    assert choose_query(stored, option=option) == "Instruct: option\nQuery:"
-    assert "Given a query, retrieve documents" in choose_query(stored, "NFCorpus", option=option)
+    assert choose_query(stored, user_table=option) == "Instruct: option\nQuery:"
+    assert "Given a query, retrieve documents" in choose_query(stored, "NFCorpus", user_table=option)
     assert choose_query(stored, "Tatoeba", "BitextMining") == "Instruct: ours\nQuery:"
     assert choose_query(stored, "BUCC", "BitextMining") == "Instruct: mteb's\nQuery:"
     assert PromptChooser(stored).choose("Tatoeba", "BitextMining", "").instruction == "ours"
     # An instruction that a user asks for is given to a model without prompts too; other tasks get none.
-    assert choose_query(EmbeddingSpec(), option=option) == "Instruct: option\nQuery:"
-    assert choose_query(EmbeddingSpec(), "NFCorpus", option=option) == ""
+    assert choose_query(EmbeddingSpec(), user_table=option) == "Instruct: option\nQuery:"
+    assert choose_query(EmbeddingSpec(), "NFCorpus", user_table=option) == ""
 
 
 def test_stored_prompts_without_an_instruction_are_used_for_every_task() -> None:
