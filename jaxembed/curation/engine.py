@@ -152,7 +152,8 @@ class Curation:
         self._check_rows_left(steps, stage)
         shutil.rmtree(keys)
         result |= {"digest": digest, "steps": {str(i): stats.to_json() for i, stats in steps.items()}}
-        result |= {} if index else {"input": rows_in.to_json()}
+        if index == 0:
+            result["input"] = rows_in.to_json()
         write_json(folder / STAGE_FILE, result)
 
     def _apply_steps(

@@ -77,6 +77,7 @@ class OverlapIndex:
         return [*(Overlap(number, "exact") for number in equal), *self._find_ngrams(text, set(equal))]
 
     def _find_ngrams(self, text: str, found: set[int]) -> Iterator[Overlap]:
+        """Yield the texts that share an n-gram with a text and are not in `found`, and add them to it."""
         words = split_words(text)
         hashes = hash_ngrams(words, self.ngram_words)
         first, last = (np.searchsorted(self._ngrams, hashes, side) for side in ("left", "right"))

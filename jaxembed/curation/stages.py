@@ -163,8 +163,8 @@ def make_all_rows_step(
 
         return model_steps.make_all_rows_step(step, folder, config, context)
     assert isinstance(step, DuplicatesStepConfig)
-    copies = NearDuplicatesStep if step.match == "near" else ExactDuplicatesStep
-    return copies(step, folder, max_rows, config.memory_mb)
+    step_class = NearDuplicatesStep if step.match == "near" else ExactDuplicatesStep
+    return step_class(step, folder, max_rows, config.memory_mb)
 
 
 def write_decisions(folder: Path, step: AllRowsStep | ChangingStep) -> None:

@@ -31,7 +31,8 @@ class BalanceStep:
         self._config, self._seed = config, seed
         self._records = RecordFiles(folder, DRAW_RECORD, max_rows, memory_mb)
         self._num_items = 0
-        self._has_field, self._fields = config.by == "source", ""
+        self._has_field = config.by == "source"
+        self._fields = ""  # of the first row, for errors
         self._sizes = Counter[int]()  # of the groups
 
     def close(self) -> None:

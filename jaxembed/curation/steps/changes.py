@@ -58,6 +58,6 @@ def make_change_filter(path: Path) -> RowStep:
 
 
 def iter_lines(path: Path) -> Iterator[str]:
-    """Yield the lines of a file. The file is closed at its end."""
+    """Yield the lines of a file, and close it after the last one."""
     with path.open(encoding="utf-8") as file:
         yield from file

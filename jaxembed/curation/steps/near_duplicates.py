@@ -2,7 +2,7 @@
 
 1. A text becomes the set of its character n-grams. Unlike words, they need no segmenter for code, Chinese or Thai.
 2. Texts that share a bucket are compared with the first text in it.
-3. Texts whose estimate reaches the threshold are connected. One text of each connected component is kept.
+3. Texts whose estimated Jaccard index reaches the threshold are connected. One text of each connected component is kept.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from jaxembed.curation.overlap import split_words
 from jaxembed.curation.steps.curated_row import CuratedRow, RowStep, StepOutcome, drop_texts, get_texts
 from jaxembed.data.equality import normalize_text
 
-EQUAL, HAS_ANSWER, SUPERFLUOUS = (
+EQUAL, HAS_ANSWER, BEYOND_LIMIT = (
     "equal to the query, a positive or another negative",
     "contains the answer",
     "beyond max_negatives",
@@ -45,7 +45,7 @@ def find_negative_problems(curated: CuratedRow, config: NegativesStepConfig) -> 
         elif answers and contains_any(split_words(negative), answers):
             problems.append(HAS_ANSWER)
         elif config.max_negatives is not None and problems.count(None) >= config.max_negatives:
-            problems.append(SUPERFLUOUS)
+            problems.append(BEYOND_LIMIT)
         else:
             problems.append(None)
         seen.add(normalized)

@@ -66,7 +66,7 @@ def find_repetition_problem(text: str) -> str | None:
             return f"gopher_repetition: {kind}"
     words = WORD_OR_SIGN.findall(text)
     for n, max_share in GOPHER_MAX_TOP_NGRAM.items():
-        ngram, count = next(iter(Counter(iter_ngrams(words, n)).most_common(1)), ("", 0))
+        ngram, count = next(iter(Counter(list_ngrams(words, n)).most_common(1)), ("", 0))
         # An n-gram that occurs once is not a repetition, however short the text.
         if count > 1 and len(ngram) * count / len(text) > max_share:
             return f"gopher_repetition: most frequent {n}-gram"
@@ -121,14 +121,14 @@ def count_repeated(parts: Sequence[str]) -> tuple[int, int]:
     return sum(count for _, count in repeats), sum(chars * count for chars, count in repeats)
 
 
-def iter_ngrams(words: Sequence[str], n: int) -> list[str]:
+def list_ngrams(words: Sequence[str], n: int) -> list[str]:
     """Return the n-grams of words, each as one text."""
     return [" ".join(run) for run in zip(*(islice(words, i, None) for i in range(n)), strict=False)]
 
 
 def count_repeated_ngram_chars(words: Sequence[str], n: int) -> int:
     """Return the number of characters in repeated n-grams. Overlapping ones are counted once."""
-    ngrams, seen, chars, i = iter_ngrams(words, n), set[str](), 0, 0
+    ngrams, seen, chars, i = list_ngrams(words, n), set[str](), 0, 0
     while i < len(ngrams):
         if ngrams[i] in seen:
             chars += sum(map(len, words[i : i + n]))

@@ -4,8 +4,8 @@ SemDeDup (Abbas et al. 2023, arXiv:2303.09540) drops items by the cosine of thei
 are those of an exact search over all texts:
 
 1. Texts are sorted by rank, then by a hash of their row.
-2. A text is dropped if a kept text before it reaches the threshold. So each dropped text has a kept one that is similar to
-   it, which connected components would not guarantee, and no two kept texts reach the threshold.
+2. A text is dropped if its cosine with a kept text before it reaches the threshold. So each dropped text has a kept one that
+   is similar to it, which connected components would not guarantee, and no two kept texts are similar.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class SemanticDuplicatesStep:
 
 
 def find_similar(vectors: Float[np.ndarray, "n d"], threshold: float, memory_mb: int) -> np.ndarray:
-    """Mark each vector that reaches the threshold with an earlier unmarked vector, bool [N]. This is greedy, in order.
+    """Return whether the cosine of each vector with an earlier one that is not similar itself reaches the threshold, bool [N].
 
     Args:
         vectors: Unit vectors.
@@ -94,9 +94,9 @@ def find_similar(vectors: Float[np.ndarray, "n d"], threshold: float, memory_mb:
 
 
 def find_neighbors(vectors: Float[np.ndarray, "n d"], threshold: float, memory_mb: int) -> dict[int, np.ndarray]:
-    """Return, for each vector, the earlier vectors that reach the threshold with it. The search is exact.
+    """Return, for each vector, the earlier vectors whose cosine with it reaches the threshold. The search is exact.
 
-    A search returns a fixed number of neighbors. Vectors all of whose neighbors reach the threshold are searched again.
+    A search returns a fixed number of neighbors. If all neighbors of a vector reach the threshold, it is searched again.
     """
     neighbors: dict[int, np.ndarray] = {}
     pending, count = np.arange(len(vectors)), FIRST_NEIGHBORS
