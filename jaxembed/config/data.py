@@ -76,11 +76,11 @@ def _convert_values_to_lists(where: Any) -> Any:
     """Return the conditions of `where` with a list of values for each field."""
     if not isinstance(where, dict):
         return where
-    listed = {field: list(value) if isinstance(value, list | tuple) else [value] for field, value in where.items()}
-    for field, values in listed.items():
+    values_by_field = {field: list(value) if isinstance(value, list | tuple) else [value] for field, value in where.items()}
+    for field, values in values_by_field.items():
         if not values or not all(isinstance(value, str | int | float) for value in values):
             raise ValueError(f"{field}: expected a text, a number, true, false, or a list of these")
-    return listed
+    return values_by_field
 
 
 Where = Annotated[dict[str, tuple[bool | int | float | str, ...]], BeforeValidator(_convert_values_to_lists)]
@@ -204,8 +204,8 @@ class SourceConfig(Section):
                 raise ValueError(
                     f"{field}: expected one column; a list is for {', '.join(sorted(FIELDS_WITH_SEVERAL_COLUMNS))}"
                 )
-            listed = names if isinstance(names, list | tuple) else [names]
-            if not listed or not all(isinstance(name, str) for name in listed):
+            column_names = names if isinstance(names, list | tuple) else [names]
+            if not column_names or not all(isinstance(name, str) for name in column_names):
                 raise ValueError(f"{field} is {quote_value(names)} (expected the name of a column, or a list of names)")
         return columns
 

@@ -49,15 +49,15 @@ class FieldList:
         Raises:
             UserError: A field has a value whose effect is not implemented.
         """
-        present = {key: value for key, value in values.items() if value is not None and value not in ([], {})}
+        set_values = {key: value for key, value in values.items() if value is not None and value not in ([], {})}
         for key in self.refused:
-            value, neutral = present.get(key), self.refused[key]
-            if key not in present or any(type(value) is type(x) and value == x for x in neutral):
+            value, neutral = set_values.get(key), self.refused[key]
+            if key not in set_values or any(type(value) is type(x) and value == x for x in neutral):
                 continue
             expected = " or ".join(map(quote_value, neutral)) or "no such field"
-            shown = quote_value(value) if isinstance(value, str | int | float | bool) else str(value)[:80]
-            raise UserError(f"{where}: {key} {shown} is not supported (expected {expected}). Use a model without it.")
-        if unknown := sorted(key for key in present.keys() - self.known if not key.startswith("_")):
+            value_text = quote_value(value) if isinstance(value, str | int | float | bool) else str(value)[:80]
+            raise UserError(f"{where}: {key} {value_text} is not supported (expected {expected}). Use a model without it.")
+        if unknown := sorted(key for key in set_values.keys() - self.known if not key.startswith("_")):
             log_once(f"{where}: unknown fields are not read ({', '.join(unknown)[:200]})")
 
 

@@ -89,8 +89,8 @@ def read_instruction_table(name: str) -> InstructionTable:
     if not exists(path):
         if name in INSTRUCTION_TABLES:
             return load_instruction_table(name)
-        known = ", ".join(INSTRUCTION_TABLES)
-        raise UserError(f"{name}: no such instruction file or table (tables: {known}).{suggest(name, INSTRUCTION_TABLES)}")
+        tables = ", ".join(INSTRUCTION_TABLES)
+        raise UserError(f"{name}: no such instruction file or table (tables: {tables}).{suggest(name, INSTRUCTION_TABLES)}")
     tree = read_tree(path)
     has_table_keys = tree.keys() & InstructionTable.model_fields.keys() or any(isinstance(v, dict) for v in tree.values())
     if not has_table_keys:

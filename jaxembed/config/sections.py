@@ -163,8 +163,8 @@ def _format_nested_rows(sections: list[type[Section]], prefix: str) -> list[str]
     tag_key = f"| `{prefix}{_find_tag_field(sections[0])}` |"
     rows = [f"{tag_key} required | One of {', '.join(map(_get_tag, sections))}. |", *shared]
     for member, member_rows in zip(sections, tables, strict=True):
-        own = [row for row in member_rows if row not in shared and not row.startswith(tag_key)]
-        for row in own:
+        specific_rows = [row for row in member_rows if row not in shared and not row.startswith(tag_key)]
+        for row in specific_rows:
             key, default, meaning = row.split(" | ", 2)
             rows.append(f"{key} | {default} | {_get_tag(member)}: {meaning}")
     return rows
@@ -237,8 +237,8 @@ def _explain(error: ValidationError, section: type[Section]) -> str:
     is_mapping_key = loc != problem["loc"] and kind == "literal_error"
     if is_mapping_key or kind == "extra_forbidden":
         keys, sections = _locate(section, loc[:-1])
-        known = re.findall(r"'(.+?)'", problem["ctx"]["expected"]) if is_mapping_key else list(sections[0].model_fields)
-        return _explain_unknown_key(keys, str(loc[-1]), known)
+        known_keys = re.findall(r"'(.+?)'", problem["ctx"]["expected"]) if is_mapping_key else list(sections[0].model_fields)
+        return _explain_unknown_key(keys, str(loc[-1]), known_keys)
     # A key or a list entry that is missing.
     keys, sections = _locate(section, loc)
     key = ".".join(keys)
@@ -272,10 +272,10 @@ def _choose_problem(error: ValidationError) -> Any:
     return unknown[0] if unknown and first["type"] == "missing" else first
 
 
-def _explain_unknown_key(keys: list[str], unknown: str, known: list[str]) -> str:
+def _explain_unknown_key(keys: list[str], unknown: str, known_keys: list[str]) -> str:
     """Return one line about an unknown key below `keys`, with the nearest known one."""
-    nearest = difflib.get_close_matches(unknown, known, n=1, cutoff=0.5)
-    hint = f"Did you mean {'.'.join([*keys, *nearest])}?" if nearest else f"Known keys: {', '.join(known)}"
+    nearest = difflib.get_close_matches(unknown, known_keys, n=1, cutoff=0.5)
+    hint = f"Did you mean {'.'.join([*keys, *nearest])}?" if nearest else f"Known keys: {', '.join(known_keys)}"
     hint = next((reason for part, reason in UNSUPPORTED_KEYS.items() if part in unknown), hint)
     return f"unknown key {'.'.join([*keys, unknown])}. {hint[0].upper()}{hint[1:]}"
 

@@ -60,16 +60,16 @@ class StageSections(Section):
 
     def check_negatives(self) -> None:
         """Raise `ValueError` if an objective needs more hard negatives than `data.hard_negatives` draws."""
-        drawn = self.data.hard_negatives
-        if self.mine is not None and not drawn:
+        count = self.data.hard_negatives
+        if self.mine is not None and not count:
             raise ValueError(
                 "mine finds hard negatives, but data.hard_negatives is 0. Set it to the number that a query draws."
             )
         for i, objective in enumerate(self.objectives):
             setting, needed = _find_needed_hard_negatives(objective)
-            if drawn < needed:
+            if count < needed:
                 raise ValueError(
-                    f"objectives.{i}: {setting} compares a query with its own negatives, but data.hard_negatives is {drawn}. "
+                    f"objectives.{i}: {setting} compares a query with its own negatives, but data.hard_negatives is {count}. "
                     f"Set it to {needed} or more."
                 )
 

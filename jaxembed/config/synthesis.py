@@ -131,23 +131,23 @@ class TaskConfig(Section):
     def check_placeholders(self, inputs: frozenset[str]) -> None:
         """Raise `ValueError` for a placeholder without values. `inputs` are the names of the inputs."""
         prefixes = frozenset({self.first.per} & inputs)
-        known: frozenset[str] = frozenset()
+        known_names: frozenset[str] = frozenset()
         for i, step in enumerate(self.steps):
             for key, template in step.list_templates().items():
-                self._check_template(f"steps.{i}.{key}", template, known | step.own_placeholders, prefixes)
-            known |= {f"{step.name}.{field}" for field in step.field_names}
+                self._check_template(f"steps.{i}.{key}", template, known_names | step.own_placeholders, prefixes)
+            known_names |= {f"{step.name}.{field}" for field in step.field_names}
         templates = {f"quotas.{i}.by": quota.by for i, quota in enumerate(self.quotas)}
         for field, value in self.row.items():
             templates |= {f"row.{field}": text for text in ([value] if isinstance(value, str) else value)}
         for key, template in templates.items():
-            self._check_template(key, template, known, prefixes)
+            self._check_template(key, template, known_names, prefixes)
 
     @staticmethod
-    def _check_template(key: str, template: str, known: frozenset[str], prefixes: frozenset[str]) -> None:
-        unknown = find_unknown_placeholder(template, known, prefixes)
+    def _check_template(key: str, template: str, known_names: frozenset[str], prefixes: frozenset[str]) -> None:
+        unknown = find_unknown_placeholder(template, known_names, prefixes)
         if unknown is None:
             return
-        choices = sorted([*known, *(f"{prefix}.FIELD" for prefix in prefixes)])
+        choices = sorted([*known_names, *(f"{prefix}.FIELD" for prefix in prefixes)])
         expected = f"expected one of {', '.join(choices)}" if choices else "none is known here"
         hint = "" if "." in unknown else f" Add values.{unknown} to the step."
         raise ValueError(f"{key}: placeholder {{{unknown}}} has no values ({expected}).{hint}")

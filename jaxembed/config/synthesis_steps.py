@@ -183,8 +183,8 @@ class AskStepConfig(SynthesisStepConfig):
         if unknown := [name for name in self.distinct if name not in self.values]:
             raise ValueError(f"distinct names {unknown[0]!r}, which has no values. Add values.{unknown[0]}.")
         fields = set(self.answer.field_names)
-        if both := [name for name in self.values if name in fields]:
-            raise ValueError(f"{both[0]!r} is a field of the answer and has values. Rename one.")
+        if duplicates := [name for name in self.values if name in fields]:
+            raise ValueError(f"{duplicates[0]!r} is a field of the answer and has values. Rename one.")
         return self
 
 
@@ -309,13 +309,13 @@ AnySynthesisStep = Annotated[
 ]
 
 
-def find_unknown_placeholder(template: str, known: frozenset[str], prefixes: frozenset[str]) -> str | None:
+def find_unknown_placeholder(template: str, known_names: frozenset[str], prefixes: frozenset[str]) -> str | None:
     """Return the first placeholder of a template that is not known, or None.
 
     Args:
         template: The template.
-        known: Known placeholders.
+        known_names: Known placeholders.
         prefixes: Names of inputs, whose rows may have any fields.
     """
     placeholders = list_placeholders(template)
-    return next((name for name in placeholders if name not in known and name.partition(".")[0] not in prefixes), None)
+    return next((name for name in placeholders if name not in known_names and name.partition(".")[0] not in prefixes), None)

@@ -114,8 +114,8 @@ class CausalLMConfig(TokenObjectiveConfig):
     def _check_template(cls, template: str, info: ValidationInfo) -> str:
         is_answer = info.field_name == "assistant_template"
         if template.count("{text}") != 1 or (is_answer and not template.endswith("{text}")):
-            place = "at its end" if is_answer else "once"
-            raise ValueError(f"is {template!r} (expected a template with {{text}} {place})")
+            requirement = "at its end" if is_answer else "once"
+            raise ValueError(f"is {template!r} (expected a template with {{text}} {requirement})")
         return template
 
     def select_attention(self, model_attention: AttentionKind) -> AttentionKind:
