@@ -57,16 +57,18 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     dtype, columns = get_quantized_layout(args.precision, width)
     check_disk_space(out, dtype.itemsize * (count or 0) * columns)
     with atomic_write(out) as partial:
-        written = write_vectors(partial, out, map(quantizer, groups), columns, count, dtype)
-        if not written:
+        num_written = write_vectors(partial, out, map(quantizer, groups), columns, count, dtype)
+        if not num_written:
             raise UserError(f"{source}: has no texts")
-        if count not in (None, written):
-            raise UserError(f"{source}: changed while it was read ({count:,} texts, then {written:,}). Run the command again.")
+        if count not in (None, num_written):
+            raise UserError(
+                f"{source}: changed while it was read ({count:,} texts, then {num_written:,}). Run the command again."
+            )
         if ranges_out and quantizer.measured_ranges is not None:
             with atomic_write(ranges_out) as partial_ranges, partial_ranges.open("wb") as file:
                 np.save(file, quantizer.measured_ranges)
     precision = {} if args.precision == "float32" else {"precision": args.precision}
-    return {"out": str(out), "vectors": written, "width": width, **precision}
+    return {"out": str(out), "vectors": num_written, "width": width, **precision}
 
 
 def log_plain_prompt(model: str, spec: EmbeddingSpec) -> None:
@@ -119,8 +121,11 @@ def write_nearest(
 
     check_layout(documents, args.precision, width, f"--search {args.search}: its vectors are")
     queries = np.concatenate([np.zeros((0, width), np.float32), *groups])
-    found = search_quantized(queries, documents, args.top or DEFAULT_TOP, args.precision, ranges)
-    rows = ({"rows": rows, "scores": scores} for rows, scores in zip(found.rows.tolist(), found.scores.tolist(), strict=True))
+    neighbors = search_quantized(queries, documents, args.top or DEFAULT_TOP, args.precision, ranges)
+    rows = (
+        {"rows": rows, "scores": scores}
+        for rows, scores in zip(neighbors.rows.tolist(), neighbors.scores.tolist(), strict=True)
+    )
     with atomic_write(out) as partial:
         write_jsonl(partial, rows)
     return {"out": str(out), "texts": len(queries), "documents": len(documents), "precision": args.precision}

@@ -62,15 +62,15 @@ def summarize(error: object, max_chars: int = 200) -> str:
     return line if len(line) <= max_chars else f"{line[:max_chars].rsplit(' ', 1)[0]} ..."
 
 
-def suggest(name: str, known: Iterable[str], count: int = 3) -> str:
-    """Return a sentence, after a space, that names the nearest known names; empty if none is near.
+def suggest(name: str, candidates: Iterable[str], count: int = 3) -> str:
+    """Return a sentence, after a space, that names the nearest candidates; empty if none is near.
 
     Args:
         name: The unknown name.
-        known: Names that exist.
+        candidates: Names that exist.
         count: Maximum number of suggested names.
     """
-    spellings = {candidate.lower(): candidate for candidate in known}
+    spellings = {candidate.lower(): candidate for candidate in candidates}
     nearest = [spellings[lower] for lower in difflib.get_close_matches(name.lower(), spellings, n=count, cutoff=0.5)]
     return f" Did you mean {' or '.join(map(repr, nearest))}?" if nearest else ""
 

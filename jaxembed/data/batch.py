@@ -184,13 +184,13 @@ class BatchBuilder:
     def _build_queries(self, step: int, ids: np.ndarray) -> HostBatch:
         """Build the queries and documents of a batch."""
         # Draw the examples of this process's shards.
-        members = np.arange(len(ids)).reshape(self.shards.count, -1)[list(self.shards.own)].ravel()
+        members = np.arange(len(ids)).reshape(self.shards.count, -1)[list(self.shards.local)].ravel()
         examples = self.sampler.sample(step, ids, members)
         # Tokenize and pack the texts.
         texts, prompts = self.sampler.list_padded_texts(examples)
-        present = np.array([text is not None for text in texts])
+        is_present = np.array([text is not None for text in texts])
         tokenized = self.sampler.tokenizer(*drop_absent(texts, prompts))
-        packed, slots, sync = self._pack(tokenized, present)
+        packed, slots, sync = self._pack(tokenized, is_present)
         # Collect the metadata of each query for the losses.
         slots = slots.reshape(len(examples), -1)
         hashes = np.stack([_hash_or_zero(text) for text in texts]).reshape(len(examples), -1, 2)
@@ -216,7 +216,7 @@ class BatchBuilder:
         return HostBatch(
             batch=batch,
             useful_tokens=sync.useful_tokens,
-            padded_tokens=packed.segment_ids.size // len(self.shards.own) * self.shards.count,
+            padded_tokens=packed.segment_ids.size // len(self.shards.local) * self.shards.count,
             token_pairs=sync.token_pairs,
             examples=len(ids),
             sources=np.unique(batch_sources).tolist(),
@@ -251,21 +251,21 @@ class BatchBuilder:
         vectors[np.array([text is not None for text in texts]).reshape(vectors.shape[:2])] = encoded
         return FrozenVectors(vectors[:, 0], vectors[:, 1:])
 
-    def _pack(self, tokenized: TokenizedTexts, present: np.ndarray) -> tuple[PackedTexts, np.ndarray, RowShapeSync]:
+    def _pack(self, tokenized: TokenizedTexts, is_present: np.ndarray) -> tuple[PackedTexts, np.ndarray, RowShapeSync]:
         """Pack the texts of each shard into its own rows, all of one shape.
 
         Args:
             tokenized: The texts that are present.
-            present: Which texts of the batch these are, bool [B * (2+K)].
+            is_present: Which texts of the batch these are, bool [B * (2+K)].
 
         Returns:
             The packed texts, the slot of each text of the batch (-1 if absent), and the counts of the whole batch.
         """
-        own = self.shards.own
-        shard_of_text = np.repeat(own, len(present) // len(own))[present]
+        local_shards = self.shards.local
+        shard_of_text = np.repeat(local_shards, len(is_present) // len(local_shards))[is_present]
         packed, packing, sync = pack_batch(tokenized, shard_of_text, self.row_length, self.shards, self.channel)
-        slots = np.full(len(present), -1, np.int32)
-        slots[present] = packing.row * packed.segments + packing.segment
+        slots = np.full(len(is_present), -1, np.int32)
+        slots[is_present] = packing.row * packed.segments + packing.segment
         return packed, slots, sync
 
     def _stack_teacher_scores(self, examples: Sequence[Example]) -> np.ndarray:

@@ -95,25 +95,25 @@ class BatchPlan:
         group_batches, is_chosen = self._group_schedule.at(step)
         group = int(is_chosen.argmax())
         # Take the next ids of each source in this batch.
-        used, counts = self._count_examples(group, int(group_batches[group]))
+        num_used, counts = self._count_examples(group, int(group_batches[group]))
         members = self._groups[group]
-        parts = [self._take_ids(members[i], int(used[i]), int(counts[i])) for i in np.flatnonzero(counts)]
+        parts = [self._take_ids(members[i], int(num_used[i]), int(counts[i])) for i in np.flatnonzero(counts)]
         ids = np.concatenate(parts)
         # Interleave the sources, so that each shard gets a similar mix.
         return ids if len(parts) == 1 else ids[self._interleaving]
 
     def count_epochs(self, steps: int) -> list[float]:
         """Return the number of epochs of each source in the first `steps` steps."""
-        used = np.zeros(len(self.sources))
+        num_used = np.zeros(len(self.sources))
         for group, batches in enumerate(self._group_schedule.at(steps)[0]):
-            used[self._groups[group]], _ = self._count_examples(group, int(batches))
-        return [float(n / size) for n, size in zip(used, self._sizes, strict=True)]
+            num_used[self._groups[group]], _ = self._count_examples(group, int(batches))
+        return [float(n / size) for n, size in zip(num_used, self._sizes, strict=True)]
 
     def _count_examples(self, group: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
         """Count the examples of each source of a group in its batches before number `batch`, and in that batch."""
-        used, counts = self._blend_schedules[group].at(batch)
+        num_used, counts = self._blend_schedules[group].at(batch)
         single_batches, is_chosen = self._single_schedules[group].at(batch)
-        return used + self._single_source_size * single_batches, counts + self._single_source_size * is_chosen
+        return num_used + self._single_source_size * single_batches, counts + self._single_source_size * is_chosen
 
     @property
     def hash(self) -> str:
@@ -147,12 +147,12 @@ class BatchPlan:
         configs = [self._batching.model_dump(mode="json"), self._mixture.model_dump(mode="json")]
         return hashlib.sha256(json.dumps([content, configs, self._batch_size, self._seed]).encode()).hexdigest()[:16]
 
-    def _take_ids(self, source: int, used: int, count: int) -> np.ndarray:
+    def _take_ids(self, source: int, num_used: int, count: int) -> np.ndarray:
         """Return the ids of the next `count` examples of a source after the first `used` ones."""
-        size, end, indices = self._sizes[source], used + count, []
+        size, end, indices = self._sizes[source], num_used + count, []
         # The range may span several epochs, each with its own permutation.
-        for epoch in range(used // size, (end - 1) // size + 1):
-            first, last = max(used - epoch * size, 0), min(end - epoch * size, size)
+        for epoch in range(num_used // size, (end - 1) // size + 1):
+            first, last = max(num_used - epoch * size, 0), min(end - epoch * size, size)
             indices.append(permute_indices(np.arange(first, last), size, self._make_key(self._stage, source, epoch)))
         return self._first_ids[source] + np.concatenate(indices)
 

@@ -50,11 +50,11 @@ class BatchSampler:
         if not self.no_duplicates:
             return self._limit_few_shot(self._draw_batch(step, ids[members]))
         # Whether an example is a duplicate depends on the whole batch.
-        drawn = self._draw_batch(step, ids)
-        return self._limit_few_shot([drawn[i] for i in members])
+        examples = self._draw_batch(step, ids)
+        return self._limit_few_shot([examples[i] for i in members])
 
     def _draw_batch(self, step: int, ids: np.ndarray) -> list[Example]:
-        drawn: list[Example] = []
+        examples: list[Example] = []
         seen: set[str] = set()
         for source_index, index, id_ in zip(*self.index.locate(ids), ids, strict=True):
             source = self.sources[source_index]
@@ -66,8 +66,8 @@ class BatchSampler:
                 example = self._draw(source, None, step, int(id_), attempt)
             if is_checked:
                 seen |= _normalize_pair(example)
-            drawn.append(example)
-        return drawn
+            examples.append(example)
+        return examples
 
     def _draw(self, source: Source, index: int | None, step: int, *key: int) -> Example:
         """Draw the example at `index`, or at a random index for None."""
@@ -120,8 +120,8 @@ def _normalize_pair(example: Example) -> set[str]:
 
 def drop_absent(texts: Sequence[str | None], prompts: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return the texts that are not None, and their prompts."""
-    present = [(text, prompt) for text, prompt in zip(texts, prompts, strict=True) if text is not None]
-    return [text for text, _ in present], [prompt for _, prompt in present]
+    prompted_texts = [(text, prompt) for text, prompt in zip(texts, prompts, strict=True) if text is not None]
+    return [text for text, _ in prompted_texts], [prompt for _, prompt in prompted_texts]
 
 
 def assign_roles(texts: Sequence[str]) -> list[str]:

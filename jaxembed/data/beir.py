@@ -128,26 +128,28 @@ def open_beir(folder: Path, defaults: tuple[str, ...], split: str = "") -> BeirF
 
 def _choose_qrels(folder: Path, defaults: tuple[str, ...], split: str) -> Path:
     """Return the qrels of a split, or of the first of `defaults` that exists. The choice is logged."""
-    present = sorted(path.stem for path in (folder / "qrels").glob("*.tsv"))
-    wanted = (split,) if split else defaults
-    chosen = next((name for name in wanted if name in present), None)
-    if chosen is None:
-        found = f"found {', '.join(present)}" if present else "expected it next to corpus.jsonl and queries.jsonl"
-        advice = " Set split to one of them." if present else ""
-        raise UserError(f"{folder}: qrels/{wanted[0]}.tsv is missing ({found}).{advice}")
+    splits = sorted(path.stem for path in (folder / "qrels").glob("*.tsv"))
+    candidates = (split,) if split else defaults
+    chosen_split = next((name for name in candidates if name in splits), None)
+    if chosen_split is None:
+        detail = f"found {', '.join(splits)}" if splits else "expected it next to corpus.jsonl and queries.jsonl"
+        advice = " Set split to one of them." if splits else ""
+        raise UserError(f"{folder}: qrels/{candidates[0]}.tsv is missing ({detail}).{advice}")
     if not split:
-        others = [name for name in present if name != chosen]
+        others = [name for name in splits if name != chosen_split]
         also = f"; also there: {', '.join(others)}. Set split to choose" if others else ""
-        log.info("%s: uses qrels/%s.tsv, the first that exists of %s%s", folder, chosen, ", ".join(defaults), also)
-    return folder / "qrels" / f"{chosen}.tsv"
+        log.info("%s: uses qrels/%s.tsv, the first that exists of %s%s", folder, chosen_split, ", ".join(defaults), also)
+    return folder / "qrels" / f"{chosen_split}.tsv"
 
 
 def _warn_of_absent(absent: dict[str, int], qrels: Path, rows: IndexedRows, effect: str) -> None:
     """Warn of the ids in qrels that are not among the rows, given the line of each."""
     if absent:
-        listed = ", ".join(f"{id_!r} (line {line})" for id_, line in islice(absent.items(), MAX_LISTED_IDS))
+        first_ids = ", ".join(f"{id_!r} (line {line})" for id_, line in islice(absent.items(), MAX_LISTED_IDS))
         more = ", ..." if len(absent) > MAX_LISTED_IDS else ""
-        log.warning("%s: %s ids are not in %s: %s%s; %s", qrels, f"{len(absent):,}", rows.container.name, listed, more, effect)
+        log.warning(
+            "%s: %s ids are not in %s: %s%s; %s", qrels, f"{len(absent):,}", rows.container.name, first_ids, more, effect
+        )
 
 
 def _split_fields(line: str) -> list[str]:

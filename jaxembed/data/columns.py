@@ -39,10 +39,10 @@ def list_columns(names: str | Sequence[str]) -> Sequence[str]:
 
 def _read_columns(row: Row, field: str, names: str | Sequence[str]) -> list[Any]:
     """Return the value of a field in a list, which is empty if the row has none of its columns."""
-    present = [row[name] for name in list_columns(names) if name in row]
-    if field not in LIST_FIELDS or not present or present == [None]:
-        return present[:1]
-    return [[item for value in present if value is not None for item in (value if isinstance(value, list) else [value])]]
+    column_values = [row[name] for name in list_columns(names) if name in row]
+    if field not in LIST_FIELDS or not column_values or column_values == [None]:
+        return column_values[:1]
+    return [[item for value in column_values if value is not None for item in (value if isinstance(value, list) else [value])]]
 
 
 def _convert_cells(row: Mapping[str, Any]) -> dict[str, Any]:

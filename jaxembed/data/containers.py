@@ -170,8 +170,8 @@ def _find_reader(path: Path) -> Any:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def _make_unsupported_error(path: Path, known: str) -> UserError:
-    return UserError(f"{path}: unsupported file type {path.suffix} (expected one of {known})")
+def _make_unsupported_error(path: Path, extensions: str) -> UserError:
+    return UserError(f"{path}: unsupported file type {path.suffix} (expected one of {extensions})")
 
 
 def is_beir_folder(path: Path) -> bool:

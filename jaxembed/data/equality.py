@@ -56,14 +56,14 @@ def exclude_equal(texts: Iterable[str], others: Iterable[str]) -> list[str]:
     starts = [_normalize_start(text) for text in (*others, *texts)]
     counts = Counter(starts)
     seen = {normalize_text(text) for text, start in zip(others, starts, strict=False) if counts[start] > 1}
-    kept = []
+    distinct_texts = []
     for text, start in zip(texts, starts[len(others) :], strict=True):
         if counts[start] == 1:
-            kept.append(text)
+            distinct_texts.append(text)
         elif (normalized := normalize_text(text)) not in seen:
             seen.add(normalized)
-            kept.append(text)
-    return kept
+            distinct_texts.append(text)
+    return distinct_texts
 
 
 def _normalize_start(text: str) -> str:

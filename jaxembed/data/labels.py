@@ -126,8 +126,8 @@ class LabelSampler(ExampleSampler):
             others = _sample_except(int(np.searchsorted(same_label, row)), len(same_label), max_positives, rng)
             positives = [self._read_text(same_label[i]) for i in others]
             count = len(self._label_texts) - 1  # other labels
-            drawn = rng.integers(count, size=max_negatives) if count else np.empty(0, int)
-            negatives = [self._read_text(rng.choice(self._get_label_rows(i))) for i in drawn + (drawn >= class_id)]
+            draws = rng.integers(count, size=max_negatives) if count else np.empty(0, int)
+            negatives = [self._read_text(rng.choice(self._get_label_rows(i))) for i in draws + (draws >= class_id)]
         positives = list(dict.fromkeys(positives))
         return text, class_id, positives, exclude_equal(negatives, (text, *positives))
 
@@ -208,8 +208,8 @@ def find_unlabeled(labels: Sequence[str], names: Mapping[str, str] = MappingProx
 
 def _sample_except(excluded: int, count: int, max_samples: int, rng: np.random.Generator) -> np.ndarray:
     """Draw up to `max_samples` different integers below `count`, none of them `excluded`."""
-    drawn = rng.choice(count - 1, min(max_samples, count - 1), replace=False)
-    return drawn + (drawn >= excluded)
+    draws = rng.choice(count - 1, min(max_samples, count - 1), replace=False)
+    return draws + (draws >= excluded)
 
 
 def _list_labels(labels: Sequence[str]) -> str:

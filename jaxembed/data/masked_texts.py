@@ -82,10 +82,10 @@ def find_mask_token(name: str | None, hf_tokenizer: Any, key: str) -> int:
     """
     vocabulary = hf_tokenizer.get_vocab()
     names = [name] if name is not None else [hf_tokenizer.mask_token, "_", hf_tokenizer.unk_token]
-    found = next((token for token in names if token in vocabulary), None)
-    if found is None:
+    mask_token = next((token for token in names if token in vocabulary), None)
+    if mask_token is None:
         problem = "the base's tokenizer has no mask token, no '_' and no unknown token" if name is None else (
             f"is {name!r}, which is not a token of the base's tokenizer"
         )  # fmt: skip
         raise UserError(f"{key}.mask_token: {problem} (expected one of its tokens, such as '_'). Name another token.")
-    return int(vocabulary[found])
+    return int(vocabulary[mask_token])

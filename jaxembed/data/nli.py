@@ -78,6 +78,6 @@ class NliPairRows:
     def __getitem__(self, index: int) -> Row:
         rows = [_parse_nli_row(self._rows[int(i)]) for i in self._order[self._starts[index] : self._ends[index]]]
         positives, negatives = (
-            [hypothesis for _, hypothesis, label in rows if label == wanted] for wanted in (ENTAILMENT, CONTRADICTION)
+            [hypothesis for _, hypothesis, label in rows if label == kind] for kind in (ENTAILMENT, CONTRADICTION)
         )
         return {"query": rows[0][0], "pos": positives, "neg": negatives}

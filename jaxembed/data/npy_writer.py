@@ -30,20 +30,20 @@ def write_vectors(
         count: Expected number of vectors, for the progress bar. None: unknown.
         dtype: Dtype of the file.
     """
-    written = 0
+    num_written = 0
     try:
         with partial.open("wb") as file, tqdm(total=count, unit="text") as bar:
             # The header has a fixed length, and is written again when the number of vectors is known.
             write_header(file, (0, width), dtype)
             for part in parts:
                 file.write(np.ascontiguousarray(part, dtype).tobytes())
-                written += len(part)
+                num_written += len(part)
                 bar.update(len(part))
             file.seek(0)
-            write_header(file, (written, width), dtype)
+            write_header(file, (num_written, width), dtype)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}). Free space, or name another output.") from None
-    return written
+    return num_written
 
 
 def write_header(file: IO[bytes], shape: tuple[int, int], dtype: np.dtype = FLOAT32) -> None:

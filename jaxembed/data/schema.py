@@ -74,8 +74,8 @@ def check_pair(row: Row) -> str | None:
 def find_pair_drops(row: Row) -> list[str]:
     """Return a reason for each negative of a pair row that is never drawn."""
     negatives = row.get("neg")
-    used = exclude_equal(negatives, (row["query"], *row["pos"])) if negatives else ()
-    return ["negatives equal to the query, to a positive or to each other"] * (len(negatives or ()) - len(used))
+    distinct_negatives = exclude_equal(negatives, (row["query"], *row["pos"])) if negatives else ()
+    return ["negatives equal to the query, to a positive or to each other"] * (len(negatives or ()) - len(distinct_negatives))
 
 
 def _check_text_list(row: Row, field: str, is_required: bool) -> str | None:

@@ -90,20 +90,20 @@ class ScoredPairSampler(ExampleSampler):
     def _check_range(self, config: SourceConfig) -> None:
         """Refuse scores that do not fit `min_score`, and warn if it makes every pair a positive."""
         lowest, highest = _find_limits(self.rows)
-        found = f"the scores go from {lowest:g} to {highest:g}"
+        limits = f"the scores go from {lowest:g} to {highest:g}"
         if not len(self):
             raise UserError(
-                f"{config.path}: no pair has a score of {config.min_score} or more ({found}). Lower the source's min_score."
+                f"{config.path}: no pair has a score of {config.min_score} or more ({limits}). Lower the source's min_score."
             )
         if highest > MAX_DEFAULT_SCORE and "min_score" not in config.model_fields_set:
             raise UserError(
-                f"{config.path}: {found}, but min_score is {config.min_score}, the default for scores from 0 to "
+                f"{config.path}: {limits}, but min_score is {config.min_score}, the default for scores from 0 to "
                 f"{MAX_DEFAULT_SCORE}. Set the source's min_score to the lowest score of a positive pair."
             )
         if len(self) == len(self.rows) and lowest < highest:
             log.warning(
                 "%s: every pair is a positive, because %s and min_score is %g; raise it if some pairs are not positives",
-                config.path, found, config.min_score,
+                config.path, limits, config.min_score,
             )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ def pack_batch(
     Returns:
         The packed texts, the place of each text in its shard, and the token counts of the whole batch.
     """
-    members = [np.flatnonzero(shard_of_text == shard) for shard in shards.own]
+    members = [np.flatnonzero(shard_of_text == shard) for shard in shards.local]
     # Pack all shards, of all processes, into rows of one shape.
     lengths = np.array([len(ids) for ids in tokenized.ids], np.int64)
     counted = lengths[np.isin(shard_of_text, shards.counted)]

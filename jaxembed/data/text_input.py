@@ -86,10 +86,10 @@ def _read_whole_texts(source: str, field: str) -> Iterator[str]:
         raise UserError(f"{source}: cannot be read ({error.strerror})") from None
 
 
-def _record(lines: Iterable[bytes], taken: list[bytes]) -> Iterator[bytes]:
+def _record(lines: Iterable[bytes], recorded_lines: list[bytes]) -> Iterator[bytes]:
     """Yield lines, and append each one to a list."""
     for line in lines:
-        taken.append(line)
+        recorded_lines.append(line)
         yield line
 
 

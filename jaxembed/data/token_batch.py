@@ -115,11 +115,11 @@ class TokenBatchBuilder:
         """Build the texts of a step of the stage."""
         # Read the texts of this process's shards.
         ids = self.plan[step]
-        own, texts_per_shard = list(self.shards.own), len(ids) // self.shards.count
-        texts = self.read_texts(step, ids.reshape(self.shards.count, -1)[own].ravel())
+        local_shards, texts_per_shard = list(self.shards.local), len(ids) // self.shards.count
+        texts = self.read_texts(step, ids.reshape(self.shards.count, -1)[local_shards].ravel())
         # Pack them into rows.
         tokenized = TokenizedTexts([text.tokens for text in texts], np.array([text.context for text in texts], np.int64))
-        shard_of_text = np.repeat(own, texts_per_shard)
+        shard_of_text = np.repeat(local_shards, texts_per_shard)
         packed, packing, sync = pack_batch(tokenized, shard_of_text, self.row_length, self.shards, self.channel)
         # List the predictions of each shard, padded to the same number on all shards of all processes.
         parts = [texts[start : start + texts_per_shard] for start in range(0, len(texts), texts_per_shard)]
@@ -136,7 +136,7 @@ class TokenBatchBuilder:
         return HostTokenBatch(
             batch=TokenBatch(texts=packed, size=size, **arrays),
             useful_tokens=sync.useful_tokens,
-            padded_tokens=packed.segment_ids.size // len(own) * self.shards.count,
+            padded_tokens=packed.segment_ids.size // len(local_shards) * self.shards.count,
             token_pairs=sync.token_pairs,
             examples=len(ids),
         )

@@ -192,7 +192,7 @@ class TextTokenizer:
         elif self.spec.pool_text_tokens:  # pool as many tokens at the end as the text has on its own
             inputs = [text + self.spec.get_suffix(prompt) for text, prompt in zip(truncated, prompts, strict=True)]
             alone = self._full_backend.encode_batch_fast(inputs, add_special_tokens=False)
-            starts = [max(0, len(whole) - len(text)) for whole, text in zip(ids, alone, strict=True)]
+            starts = [max(0, len(whole_ids) - len(text)) for whole_ids, text in zip(ids, alone, strict=True)]
         else:  # pool what follows the tokens that the prompt has on its own
             return TokenizedTexts(ids, self.count_prompt_tokens(prompts))
         return TokenizedTexts(ids, np.array(starts, np.int64))
@@ -280,8 +280,8 @@ class TextTokenizer:
         def count(distinct: list[str]) -> Iterator[int]:
             for prompt, encoding in zip(distinct, self._truncating_backend.encode_batch_fast(distinct), strict=True):
                 ends_with_special = len(encoding) > 0 and encoding.ids[-1] in self._special_ids
-                not_counted = ends_with_special + self.spec.pool_last_instruction_token
-                yield max(0, len(encoding) - not_counted) if prompt else 0
+                num_uncounted = ends_with_special + self.spec.pool_last_instruction_token
+                yield max(0, len(encoding) - num_uncounted) if prompt else 0
 
         return _count_once(prompts, count)
 

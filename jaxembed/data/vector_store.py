@@ -96,12 +96,12 @@ class VectorStore:
 
     def _find_rows(self, keys: Sequence[bytes]) -> np.ndarray:
         """Return the row of each key, -1 for a key that is not stored."""
-        wanted = np.array(keys, self._keys.dtype)
-        places = np.searchsorted(self._keys, wanted)
+        wanted_keys = np.array(keys, self._keys.dtype)
+        positions = np.searchsorted(self._keys, wanted_keys)
         rows = np.full(len(keys), -1)
-        inside = np.flatnonzero(places < len(self))
-        found = inside[self._keys[places[inside]] == wanted[inside]]
-        rows[found] = self._rows[places[found]]
+        inside = np.flatnonzero(positions < len(self))
+        matches = inside[self._keys[positions[inside]] == wanted_keys[inside]]
+        rows[matches] = self._rows[positions[matches]]
         return rows
 
     def _add(self, keys: Sequence[bytes], vectors: np.ndarray) -> None:
@@ -148,9 +148,9 @@ class VectorStore:
         if added:
             keys = np.concatenate(added)
             order = np.argsort(keys)
-            places = np.searchsorted(self._keys, keys[order])
-            self._rows = np.insert(self._rows, places, len(self) + order)
-            self._keys = np.insert(self._keys, places, keys[order])
+            positions = np.searchsorted(self._keys, keys[order])
+            self._rows = np.insert(self._rows, positions, len(self) + order)
+            self._keys = np.insert(self._keys, positions, keys[order])
             self._checksums = np.concatenate([self._checksums, *checksums])
 
     @contextmanager

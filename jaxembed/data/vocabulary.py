@@ -22,7 +22,7 @@ WORD_PREFIXES = ("##", "▁", "Ġ")
 POST_PROCESSOR_PAIRS = ("sep", "cls")  # [token, id] in a post-processor of BERT or RoBERTa
 
 
-def shrink_vocabulary(state: State, used: Collection[int]) -> tuple[State, list[int]]:
+def shrink_vocabulary(state: State, used_ids: Collection[int]) -> tuple[State, list[int]]:
     """Return a tokenizer.json with fewer tokens, and the old id of each new one.
 
     It keeps used tokens, special tokens, bytes, single ASCII characters, and the parts that BPE merges into a used token. Texts
@@ -30,7 +30,7 @@ def shrink_vocabulary(state: State, used: Collection[int]) -> tuple[State, list[
 
     Args:
         state: JSON value of a tokenizer.json.
-        used: Ids of the tokens that the texts have.
+        used_ids: Ids of the tokens that the texts have.
 
     Raises:
         UserError: The kind of tokenizer is not supported.
@@ -39,7 +39,7 @@ def shrink_vocabulary(state: State, used: Collection[int]) -> tuple[State, list[
     if kind not in REBUILDERS:
         raise UserError(f"--vocabulary-from: cannot shrink a tokenizer of this kind (found {kind}; expected {_list_kinds()}).")
     ids_by_token = _collect_ids(state)
-    needed = {token for token, id_ in ids_by_token.items() if id_ in used or _is_always_kept(token)}
+    needed = {token for token, id_ in ids_by_token.items() if id_ in used_ids or _is_always_kept(token)}
     needed |= {entry["content"] for entry in state["added_tokens"]}
     if kind == "BPE":
         needed |= _find_merged_parts(state["model"], needed & state["model"]["vocab"].keys())

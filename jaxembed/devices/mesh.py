@@ -84,10 +84,10 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
             f"{where}: {requested} does not divide the number of available devices ({len(devices)}). Use a divisor."
         )
     shape = tuple(len(devices) // requested if size == -1 else size for size in sizes.values())
-    chosen = devices[: math.prod(shape)]
-    if idle := {device.process_index for device in devices} - {device.process_index for device in chosen}:
+    mesh_devices = devices[: math.prod(shape)]
+    if idle := {device.process_index for device in devices} - {device.process_index for device in mesh_devices}:
         raise UserError(f"{where}: process {min(idle)} would have no device. Use all {len(devices)} devices.")
-    return Mesh(_arrange_devices(shape, chosen), AXES)
+    return Mesh(_arrange_devices(shape, mesh_devices), AXES)
 
 
 def make_fsdp_mesh(fsdp: int) -> Mesh:
@@ -169,12 +169,12 @@ class Shards:
 
     Attributes:
         count: Number of shards of the global batch.
-        own: Indices of the shards that this process's devices hold, completely or in part.
-        counted: Those of `own` that no process with a lower index holds, so that each shard is counted once.
+        local: Indices of the shards that this process's devices hold, completely or in part.
+        counted: Those of `local` that no process with a lower index holds, so that each shard is counted once.
     """
 
     count: int
-    own: tuple[int, ...]
+    local: tuple[int, ...]
     counted: tuple[int, ...]
 
 
@@ -188,8 +188,10 @@ def find_local_shards(mesh: Mesh) -> Shards:
     this_process = jax.process_index()
     devices_by_shard = mesh.devices.reshape(count_shards(mesh), -1)
     holders = [{device.process_index for device in devices.flat} for devices in devices_by_shard]
-    own = [shard for shard, processes in enumerate(holders) if this_process in processes]
-    return Shards(len(holders), tuple(own), tuple(shard for shard in own if min(holders[shard]) == this_process))
+    local_shards = [shard for shard, processes in enumerate(holders) if this_process in processes]
+    return Shards(
+        len(holders), tuple(local_shards), tuple(shard for shard in local_shards if min(holders[shard]) == this_process)
+    )
 
 
 def make_param_shardings(mesh: Mesh, logical_specs: Any, table: Mapping[str, str | None] = LOGICAL_AXES) -> Any:

@@ -42,10 +42,10 @@ def put_batch(mesh: Mesh, tree: Any) -> Any:
     def put(x: Any) -> jax.Array:
         if not np.ndim(x):
             return put_global(_choose_leaf_sharding(mesh, x), x)
-        rows_per_shard = len(x) // len(shards.own)
+        rows_per_shard = len(x) // len(shards.local)
 
         def read_shard(index: Any) -> np.ndarray:
-            start = shards.own.index((index[0].start or 0) // rows_per_shard) * rows_per_shard
+            start = shards.local.index((index[0].start or 0) // rows_per_shard) * rows_per_shard
             return np.asarray(x[start : start + rows_per_shard])
 
         global_shape = (rows_per_shard * shards.count, *x.shape[1:])
