@@ -57,11 +57,11 @@ def info_nce(config: InfoNCEConfig, encoded: EncodedBatch) -> LossAndMetrics:
 
     # Stage 1: the query's own negatives.
     if config.negatives != "in_batch" and encoded.documents.shape[1] > 1:
-        logits, scores, present = _score_own_negatives(
+        logits, scores, is_present = _score_own_negatives(
             config, encoded, rule, anchors["query"], candidates["document"].info, scale
         )
-        denominators[0].append(jax.nn.logsumexp(jnp.where(present, logits, jnp.finfo(logits.dtype).min), axis=-1))
-        max_negative, count = jnp.where(present, scores, -jnp.inf).max(axis=-1), count + present.sum(axis=-1)
+        denominators[0].append(jax.nn.logsumexp(jnp.where(is_present, logits, jnp.finfo(logits.dtype).min), axis=-1))
+        max_negative, count = jnp.where(is_present, scores, -jnp.inf).max(axis=-1), count + is_present.sum(axis=-1)
 
     # Stage 2: texts of other queries, direction by direction.
     for direction in config.directions if config.negatives != "hard" else ():
@@ -148,18 +148,18 @@ def _score_own_negatives(
         anchor_info, negative_info, jax.lax.stop_gradient(scores), guide_scores,
         queries.positive_scores[:, None], queries.guide_positive_scores[:, None],
     )  # fmt: skip
-    present = negative_info.present & ~is_false_negative
+    is_present = negative_info.is_present & ~is_false_negative
     # Append the mixed negatives.
     if config.mixed_negatives:
-        mixed, mixed_presence = _mix_negatives(config.mixed_negatives, negatives, present, encoded.key)
+        mixed, mixed_presence = _mix_negatives(config.mixed_negatives, negatives, is_present, encoded.key)
         mixed_scores = jnp.einsum("bd,bkd->bk", queries.vectors, mixed, precision=HIGHEST_PRECISION)
         scores = jnp.concatenate([scores, mixed_scores], axis=1)
-        present = jnp.concatenate([present, mixed_presence], axis=1)
+        is_present = jnp.concatenate([is_present, mixed_presence], axis=1)
     # Multiply a negative's term by e^(hardness * s), without gradient through that weight (EmbeddingGemma, arXiv:2509.20354).
-    return scale * scores + _get_hardness(config, "hard") * jax.lax.stop_gradient(scores), scores, present
+    return scale * scores + _get_hardness(config, "hard") * jax.lax.stop_gradient(scores), scores, is_present
 
 
-def _mix_negatives(count: int, negatives: jax.Array, present: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _mix_negatives(count: int, negatives: jax.Array, is_present: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Mix `count` new negatives of unit length per query, each from two of its own negatives (KaLM-Embedding-V2).
 
     The mixing weight is drawn from Beta(2, 2) (arXiv:2506.20923). Queries with fewer than two negatives have none.
@@ -169,9 +169,9 @@ def _mix_negatives(count: int, negatives: jax.Array, present: jax.Array, key: ja
     """
     pair_key, weight_key = jax.random.split(key)
     # Draw two different present negatives: those with the two largest random numbers.
-    random_ranks = jax.random.uniform(pair_key, (*present.shape[:1], count, present.shape[1]))
-    pair = jax.lax.top_k(jnp.where(present[:, None], random_ranks, -1.0), 2)[1]
+    random_ranks = jax.random.uniform(pair_key, (*is_present.shape[:1], count, is_present.shape[1]))
+    pair = jax.lax.top_k(jnp.where(is_present[:, None], random_ranks, -1.0), 2)[1]
     first, second = (jnp.take_along_axis(negatives, pair[..., i, None], axis=1) for i in (0, 1))
     weight = jax.random.beta(weight_key, 2.0, 2.0, pair.shape[:2])[..., None].astype(negatives.dtype)
-    has_two = jnp.broadcast_to((present.sum(axis=1) >= 2)[:, None], pair.shape[:2])
+    has_two = jnp.broadcast_to((is_present.sum(axis=1) >= 2)[:, None], pair.shape[:2])
     return l2_normalize(weight * first + (1 - weight) * second), has_two

@@ -24,7 +24,7 @@ class TextInfo:
         query_hash: Hash of the query that the text is or belongs to, uint32 [..., 2].
         positive_hashes: Hashes of all known positives of that query, uint32 [..., P, 2].
         in_batch: True if the text is present and its source uses in-batch negatives, bool [...].
-        present: False for absent documents, bool [...].
+        is_present: False for absent documents, bool [...].
         label: Label in its source, -1 for none, int [...].
         source: Index of the source, int [...].
         guide: Vectors of the guide model, float [..., G]; G is 0 without one.
@@ -34,7 +34,7 @@ class TextInfo:
     query_hash: Any
     positive_hashes: Any
     in_batch: Any
-    present: Any
+    is_present: Any
     label: Any
     source: Any
     guide: Any
@@ -50,17 +50,17 @@ def collect_text_info(batch: Batch) -> tuple[TextInfo, TextInfo]:
 
     The known positives of a query are stored with the query only; the documents have none (P = 0).
     """
-    query, shape, present = batch.query_hash, batch.doc_slot.shape, batch.doc_slot >= 0
+    query, shape, is_present = batch.query_hash, batch.doc_slot.shape, batch.doc_slot >= 0
     query_guide = jnp.zeros((len(query), 0)) if batch.guide is None else batch.guide.queries
     document_guide = jnp.zeros((*shape, 0)) if batch.guide is None else batch.guide.documents
     queries = TextInfo(
         text_hash=query, query_hash=query, positive_hashes=batch.positive_hash, in_batch=batch.in_batch,
-        present=jnp.ones_like(batch.in_batch), label=batch.label, source=batch.source, guide=query_guide,
+        is_present=jnp.ones_like(batch.in_batch), label=batch.label, source=batch.source, guide=query_guide,
     )  # fmt: skip
     documents = jax.tree.map(lambda x: jnp.broadcast_to(x[:, None], (*shape, *x.shape[1:])), queries)
     documents = documents.replace(
-        text_hash=batch.doc_hash, positive_hashes=documents.positive_hashes[..., :0, :], in_batch=documents.in_batch & present,
-        present=present, guide=document_guide,
+        text_hash=batch.doc_hash, positive_hashes=documents.positive_hashes[..., :0, :],
+        in_batch=documents.in_batch & is_present, is_present=is_present, guide=document_guide,
     )  # fmt: skip
     return queries, documents
 

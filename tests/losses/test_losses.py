@@ -38,7 +38,7 @@ def find_negatives(batch: Batch) -> jax.Array:
     queries, documents = queries.reshape(count, 1), documents.reshape(count * per_query)
     column = jnp.arange(count * per_query)
     is_own = (jnp.arange(count)[:, None] == column // per_query) & (column % per_query > 0)
-    return (is_own | in_batch_candidates(queries, documents)) & documents.present & ~is_known_positive(queries, documents)
+    return (is_own | in_batch_candidates(queries, documents)) & documents.is_present & ~is_known_positive(queries, documents)
 
 
 def test_own_and_in_batch_negatives_are_used() -> None:
