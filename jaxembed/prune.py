@@ -17,8 +17,8 @@ from jaxembed.training.shutdown import stop_on_signals
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Prune a model. Return the folder, its sizes and those of MODEL, and the error of its vectors."""
-    chosen = (args.layer_count, args.keep_layers, args.mlp_width, args.vocabulary_from)
-    if all(option is None for option in chosen):
+    size_options = (args.layer_count, args.keep_layers, args.mlp_width, args.vocabulary_from)
+    if all(option is None for option in size_options):
         raise UserError("prune: nothing to prune. Give --layer-count, --keep-layers, --mlp-width or --vocabulary-from.")
     if args.activations_from and args.mlp_width is None:
         raise UserError("--activations-from: chooses the units of --mlp-width. Add it.")

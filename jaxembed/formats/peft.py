@@ -53,8 +53,8 @@ def read_adapters(folder: Path, transformer: TransformerConfig) -> tuple[LoraCon
         for factor, param_name in FACTORS.items():
             params[*param_path, param_name] = _stack_layers(tensors, names[factor], factor, rank, path)
     if tensors or not targets:
-        found = f"unexpected tensor {next(iter(tensors))}" if tensors else "no adapters"
-        raise UserError(f"{path}: {found} (expected adapters of {', '.join(projections)} in {num_layers} layers).")
+        problem = f"unexpected tensor {next(iter(tensors))}" if tensors else "no adapters"
+        raise UserError(f"{path}: {problem} (expected adapters of {', '.join(projections)} in {num_layers} layers).")
     return LoraConfig(rank=rank, alpha=fields.positive_number("lora_alpha"), targets=tuple(targets)), unflatten_dict(params)
 
 
@@ -62,8 +62,10 @@ def _load_tensors(path: Path) -> dict[str, np.ndarray]:
     """Load the adapters' tensors in float32, by their names without PEFT's prefix."""
     if not exists(path):
         pickled = path.with_suffix(".bin")
-        found = f"only {pickled.name} is there, and of the two only safetensors is read" if exists(pickled) else "no such file"
-        raise UserError(f"{path}: {found}. Load the adapters with PEFT, and save them again with safe_serialization=True.")
+        problem = (
+            f"only {pickled.name} is there, and of the two only safetensors is read" if exists(pickled) else "no such file"
+        )
+        raise UserError(f"{path}: {problem}. Load the adapters with PEFT, and save them again with safe_serialization=True.")
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:

@@ -204,9 +204,9 @@ def read_sentence_transformers_spec(folder: Path, config: Mapping[str, Any], tra
     dense_folders = [path for kind, path in modules if kind == "Dense"]
     expected = [kind for kind in MODULE_ORDER for _ in (dense_folders if kind == "Dense" else [0]) if kind in module_folders]
     if [kind for kind, _ in modules] != expected or "Pooling" not in module_folders:
-        found = ", ".join(kind for kind, _ in modules) or "none"
+        kinds = ", ".join(kind for kind, _ in modules) or "none"
         raise UserError(
-            f"{folder / MODULES_FILE}: these modules are not supported (found {found}; expected {', '.join(MODULE_ORDER)} or "
+            f"{folder / MODULES_FILE}: these modules are not supported (found {kinds}; expected {', '.join(MODULE_ORDER)} or "
             "some of them, Pooling among them)."
         )
     pooling_path = module_folders["Pooling"] / "config.json"

@@ -71,17 +71,17 @@ def find_part_files(folder: Path) -> dict[str, Path]:
         UserError: The folder names such a file and it does not exist.
     """
     pooling = folder / POOLING_FOLDER
-    found = {"pooling": pooling / "model.safetensors"} if exists(pooling) else {}
+    paths = {"pooling": pooling / "model.safetensors"} if exists(pooling) else {}
     projections = find_projection_weights(folder)
-    found |= {f"projection.hidden_{i}": path for i, path in enumerate(projections[:-1])}
+    paths |= {f"projection.hidden_{i}": path for i, path in enumerate(projections[:-1])}
     if projections:
-        found["projection"] = projections[-1]
-    for part, path in found.items():
+        paths["projection"] = projections[-1]
+    for part, path in paths.items():
         if not exists(path):
             raise UserError(
                 f"{path}: no such file (expected the weights of the {part.partition('.')[0]}). Save them as safetensors."
             )
-    return found
+    return paths
 
 
 def _find_weight_files(folder: Path) -> list[Path]:
@@ -201,24 +201,24 @@ def _check_tensors(tensors: Mapping[str, Any], expected: Mapping[str, tuple[int,
     Raises:
         UserError: They do not. The message starts with `error_prefix` and lists all problems.
     """
-    found = {name: tensors[name] for name in expected if name in tensors}
+    stored_tensors = {name: tensors[name] for name in expected if name in tensors}
     problems = {
-        "missing": [name for name in expected if name not in found],
+        "missing": [name for name in expected if name not in stored_tensors],
         "unexpected": [name for name in tensors if name not in expected and not is_unused(name)],
         "misshapen": [
             f"{name} {tuple(tensor.get_shape())}, expected {expected[name]}"
-            for name, tensor in found.items()
+            for name, tensor in stored_tensors.items()
             if tuple(tensor.get_shape()) != expected[name]
         ],
         "unsupported dtype": [
             f"{name} {tensor.get_dtype()}, expected one of {', '.join(FLOAT_DTYPES)}"
-            for name, tensor in found.items()
+            for name, tensor in stored_tensors.items()
             if tensor.get_dtype() not in FLOAT_DTYPES
         ],
     }
-    listed = "; ".join(f"{kind}: {_format_names(names)}" for kind, names in problems.items() if names)
-    if listed:
-        raise UserError(f"{error_prefix} ({listed}). Use weights and a config of the same model.")
+    problem_list = "; ".join(f"{kind}: {_format_names(names)}" for kind, names in problems.items() if names)
+    if problem_list:
+        raise UserError(f"{error_prefix} ({problem_list}). Use weights and a config of the same model.")
 
 
 def _format_names(names: list[str]) -> str:

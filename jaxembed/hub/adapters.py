@@ -37,11 +37,11 @@ def read_kernel_updates(folders: Iterable[Path], transformer: TransformerConfig,
         for path in (path[:-1] for path in flat if path[-1] == "lora_a"):
             a, b = flat[*path, "lora_a"], np.float32(lora.scale) * flat[*path, "lora_b"]
             kernel_path = "/".join((*path, "kernel"))
-            found, expected = (a.shape[-2], b.shape[-1]), flat_shapes[*path, "kernel"].shape[-2:]
-            if found != expected:
+            shape, kernel_shape = (a.shape[-2], b.shape[-1]), flat_shapes[*path, "kernel"].shape[-2:]
+            if shape != kernel_shape:
                 raise UserError(
-                    f"{folder}: the adapters do not fit the base ({'/'.join(path[1:])} maps {found[0]} to {found[1]}; "
-                    f"expected {expected[0]} to {expected[1]}). Use the base that they were trained on."
+                    f"{folder}: the adapters do not fit the base ({'/'.join(path[1:])} maps {shape[0]} to {shape[1]}; "
+                    f"expected {kernel_shape[0]} to {kernel_shape[1]}). Use the base that they were trained on."
                 )
             if kernel_path in updates:  # A1 B1 + A2 B2 = [A1 A2] [B1; B2]
                 first_a, first_b = updates[kernel_path]

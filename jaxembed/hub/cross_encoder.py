@@ -86,9 +86,9 @@ def _list_untrained_parameters(model: Any, files: Sequence[Path]) -> list[str]:
     """Return the parameters of a transformers model's head that are in no file and therefore random."""
     if model is None or model.base_model is model:
         return []
-    stored: set[str] = set()
+    stored_names: set[str] = set()
     for file in files:
         with safe_open(file, "numpy") as tensors:
-            stored.update(tensors.keys())
+            stored_names.update(tensors.keys())
     body_prefix = f"{model.base_model_prefix}."
-    return [name for name, _ in model.named_parameters() if not name.startswith(body_prefix) and name not in stored]
+    return [name for name, _ in model.named_parameters() if not name.startswith(body_prefix) and name not in stored_names]

@@ -284,8 +284,8 @@ class Embedder:
             return prompt
         if prompt_name is not None:
             if prompt_name not in self.spec.prompts:
-                stored = ", ".join(self.spec.prompts) or "none"
-                raise UserError(f"prompt_name: {prompt_name!r} is not stored with this model (stored: {stored}).")
+                names = ", ".join(self.spec.prompts) or "none"
+                raise UserError(f"prompt_name: {prompt_name!r} is not stored with this model (stored: {names}).")
             return self.spec.prompts[prompt_name]
         if any(not isinstance(example, tuple) or len(example) != 2 for example in examples):
             raise TypeError("encode: examples must be pairs (query, response)")

@@ -146,10 +146,12 @@ def _check_folder(
         return folder, parity
     # Write bfloat16 weights, and compare with the error that casting the float32 folder in PyTorch makes.
     cast_vectors = encode_probes_torch(folder, embedder.spec, probes, dtype, sides)
-    allowed = BFLOAT16_SLACK * compare_vectors(torch_vectors, cast_vectors, 0).error
+    tolerance = BFLOAT16_SLACK * compare_vectors(torch_vectors, cast_vectors, 0).error
     folder = scratch / dtype
     write_stock_folder(embedder, folder, dtype)
-    parity = compare_vectors(vectors_per_padding_side, encode_probes_torch(folder, embedder.spec, probes, sides=sides), allowed)
+    parity = compare_vectors(
+        vectors_per_padding_side, encode_probes_torch(folder, embedder.spec, probes, sides=sides), tolerance
+    )
     if not parity.passes:
         raise UserError(explain_mismatch(out, parity, embedder, folder))
     return folder, parity

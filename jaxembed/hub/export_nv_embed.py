@@ -46,8 +46,8 @@ def export_nv_embed(embedder: Embedder, out: Path, dtype: str) -> Parity:
         drop_eos(tokenizer)
         tokenizer.save_pretrained(folder)
         probes = select_probes(embedder, truncated=False)
-        allowed = FLOAT32_TOLERANCE if dtype == "float32" else BFLOAT16_TOLERANCE
-        parity = compare_vectors(encode_probes(embedder, probes), encode_probes(Embedder.load(folder), probes), allowed)
+        tolerance = FLOAT32_TOLERANCE if dtype == "float32" else BFLOAT16_TOLERANCE
+        parity = compare_vectors(encode_probes(embedder, probes), encode_probes(Embedder.load(folder), probes), tolerance)
         if not parity.passes:
             raise UserError(f"{out}: not written, because {parity}.")
         move_into_place(folder, out)

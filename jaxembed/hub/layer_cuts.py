@@ -78,8 +78,8 @@ def select_mlp_units(model: SizedModel, units: np.ndarray) -> SizedModel:
     def select(name: str, part: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         if name == "down":
             return {**part, "kernel": jnp.take_along_axis(part["kernel"], index[:, :, None], axis=1)}
-        chosen = {"kernel": jnp.take_along_axis(part["kernel"], index[:, None, :], axis=2)}
-        return chosen | ({"bias": jnp.take_along_axis(part["bias"], index, axis=1)} if "bias" in part else {})
+        cut = {"kernel": jnp.take_along_axis(part["kernel"], index[:, None, :], axis=2)}
+        return cut | ({"bias": jnp.take_along_axis(part["bias"], index, axis=1)} if "bias" in part else {})
 
     mlp = {name: select(name, part) for name, part in layers["mlp"].items()}
     width = units.shape[1]

@@ -85,9 +85,9 @@ def _check_models_match(models: Sequence[str], bases: Sequence[BaseWithWeights])
     """
     first = _collect_shared_properties(bases[0])
     for model, base in zip(models[1:], bases[1:], strict=True):
-        found = list(islice(iter_differences(first, _collect_shared_properties(base)), MAX_LISTED_DIFFERENCES))
-        if found:
-            raise UserError(f"{model}: cannot be merged with {models[0]}, because they differ ({'; '.join(found)}).")
+        differences = list(islice(iter_differences(first, _collect_shared_properties(base)), MAX_LISTED_DIFFERENCES))
+        if differences:
+            raise UserError(f"{model}: cannot be merged with {models[0]}, because they differ ({'; '.join(differences)}).")
         for key in FIRST_MODEL_FIELDS:
             if getattr(base.spec, key) != getattr(bases[0].spec, key):
                 log.warning("%s: %s differs from that of %s, which is used", model, key, models[0])

@@ -62,9 +62,9 @@ class Parity:
         return {"largest_difference": self.error, "allowed": self.allowed, "least_cosine": self.cosine}
 
 
-def compare_vectors(a: np.ndarray, b: np.ndarray, allowed: float) -> Parity:
+def compare_vectors(a: np.ndarray, b: np.ndarray, tolerance: float) -> Parity:
     """Compare two arrays of unit vectors [N, D], row by row."""
-    return Parity(float(np.abs(a - b).max()), allowed, float(np.sum(a * b, axis=1).min()))
+    return Parity(float(np.abs(a - b).max()), tolerance, float(np.sum(a * b, axis=1).min()))
 
 
 def select_probes(embedder: Embedder, *, truncated: bool = True) -> dict[str, list[str]]:

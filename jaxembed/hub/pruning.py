@@ -39,12 +39,12 @@ def prune_layers(embedder: Embedder, indices: Sequence[int]) -> Embedder:
         UserError: The model does not have these layers, or none is left.
     """
     layers = embedder.model.transformer.layers
-    kept = sorted(set(indices))
-    if not kept or kept[0] < 0 or kept[-1] >= layers:
+    kept_layers = sorted(set(indices))
+    if not kept_layers or kept_layers[0] < 0 or kept_layers[-1] >= layers:
         raise UserError(f"--keep-layers: {list(indices)} is out of range (this model has {layers}, counted from 0).")
-    cut = select_layers(_get_sizes(embedder), kept)
+    cut = select_layers(_get_sizes(embedder), kept_layers)
     check_config(cut)
-    return embedder.with_sizes(cut, embedder.spec.replace(exit_layers=()), f"{len(kept)}-of-{layers}-layers")
+    return embedder.with_sizes(cut, embedder.spec.replace(exit_layers=()), f"{len(kept_layers)}-of-{layers}-layers")
 
 
 def spread_layers(layers: int, count: int) -> list[int]:
@@ -119,8 +119,8 @@ def prune_vocabulary(embedder: Embedder, texts: Iterable[str]) -> Embedder:
     prompts = [*embedder.spec.prompts.values(), embedder.spec.plain_prompt, embedder.spec.query_suffix]
     samples = list(dict.fromkeys([*prompts, *texts]))
     tokens = [ids for window in _group(samples) for ids in old.hf_tokenizer(window)["input_ids"]]
-    used = set().union(*tokens)
-    state, old_ids = shrink_vocabulary(json.loads(old.hf_tokenizer.backend_tokenizer.to_str()), used)
+    used_ids = set().union(*tokens)
+    state, old_ids = shrink_vocabulary(json.loads(old.hf_tokenizer.backend_tokenizer.to_str()), used_ids)
     tokenizer = _rebuild_tokenizer(old.hf_tokenizer, state)
     _check_tokens(tokenizer, samples, tokens, old_ids)
     config = renumber_config(embedder.hf_config, old_ids)

@@ -38,8 +38,8 @@ def parse_spec(values: Mapping[str, Any], where: str) -> EmbeddingSpec:
     Raises:
         UserError: A key is unknown or has a wrong value; the line starts with `where`.
     """
-    given = {key: value for key, value in values.items() if value is not None}
-    return parse_section(EmbeddingSpec, {**EARLIER_DEFAULTS, **given}, where)
+    given_values = {key: value for key, value in values.items() if value is not None}
+    return parse_section(EmbeddingSpec, {**EARLIER_DEFAULTS, **given_values}, where)
 
 
 def read_recorded_spec(run_dir: Path) -> EmbeddingSpec | None:

@@ -195,21 +195,21 @@ def init_params(model: EmbeddingModel, key: jax.Array, shardings: Any) -> Any:
         key: A random key, or N keys [N] to draw N sets of parameters, stacked along a first axis.
         shardings: Shardings of the parameters to draw. Parameters that are missing in this tree are not drawn.
     """
-    wanted = flatten_dict(shardings)
-    if not wanted:
+    flat_shardings = flatten_dict(shardings)
+    if not flat_shardings:
         return {}
-    init = _make_init_program(model.drop_program_fields(), tuple(wanted.items()), is_stacked=key.ndim > 0)
+    init = _make_init_program(model.drop_program_fields(), tuple(flat_shardings.items()), is_stacked=key.ndim > 0)
     return unflatten_dict(init(key))
 
 
 @functools.lru_cache(maxsize=8)
 def _make_init_program(
-    model: EmbeddingModel, wanted: tuple[tuple[tuple[str, ...], jax.sharding.Sharding], ...], is_stacked: bool
+    model: EmbeddingModel, flat_shardings: tuple[tuple[tuple[str, ...], jax.sharding.Sharding], ...], is_stacked: bool
 ) -> Callable[[jax.Array], dict[tuple[str, ...], jax.Array]]:
     """Return the program that draws parameters, given their paths and shardings. Models with equal parameters share it."""
 
     def init(key: jax.Array) -> dict[tuple[str, ...], jax.Array]:
         params = flatten_dict(nn.unbox(model.init(key, make_example_texts())["params"]))
-        return {path: params[path] for path, _ in wanted}
+        return {path: params[path] for path, _ in flat_shardings}
 
-    return jax.jit(jax.vmap(init) if is_stacked else init, out_shardings=dict(wanted))
+    return jax.jit(jax.vmap(init) if is_stacked else init, out_shardings=dict(flat_shardings))

@@ -110,8 +110,8 @@ class GatedFeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map each token independently."""
-        both = Linear(2 * self.hidden_width, ("embed", "mlp"), self.dtype, True, name="in")(x)
-        value, gate = jnp.split(both, 2, axis=-1)
+        values_and_gates = Linear(2 * self.hidden_width, ("embed", "mlp"), self.dtype, True, name="in")(x)
+        value, gate = jnp.split(values_and_gates, 2, axis=-1)
         out = Linear(x.shape[-1], ("mlp", "embed"), self.dtype, True, init_std=0.0, name="out")
         return out(value * nn.gelu(gate, approximate=False))
 
