@@ -45,8 +45,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     command = shorten_command(shlex.join(["python", "-m", "jaxembed.report", *args.inputs, args.out]))
     size = write_page(out, f"Report: {', '.join(names)}", sections, command)
     log.info("wrote %s (%.1f MB): open it in a browser", out, size / 1e6)
-    shown = [section.id for section in sections if not section.is_empty]
-    return {"report": str(out), "bytes": size, "models": names, "sections": shown}
+    section_ids = [section.id for section in sections if not section.is_empty]
+    return {"report": str(out), "bytes": size, "models": names, "sections": section_ids}
 
 
 def check_packages() -> None:

@@ -174,10 +174,10 @@ class AirBenchTask:
         ranked = search(queries, documents, AIR_BENCH_CUTOFF)
         rows = {id_: row for row, id_ in enumerate(self._documents_by_id)}
         judged = _read_qrels(qrels, rows)
-        listed = [i for i, id_ in enumerate(self._queries_by_id) if id_ in judged]
+        judged_rows = [i for i, id_ in enumerate(self._queries_by_id) if id_ in judged]
         relevant = [judged[id_] for id_ in self._queries_by_id if id_ in judged]
         metric = ndcg if METRICS[self._kind].startswith("ndcg") else recall
-        return metric(relevant, ranked.rows[listed])
+        return metric(relevant, ranked.rows[judged_rows])
 
     def _write_results(self, queries: np.ndarray, documents: np.ndarray, model: str) -> None:
         """Write a file for AIR-Bench's leaderboard: the top documents of each query with their scores."""

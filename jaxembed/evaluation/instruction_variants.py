@@ -120,15 +120,15 @@ class VariantTask:
 
     def _add_variants(self, summary: dict[str, Any], encoder: TaskEncoder) -> dict[str, Any]:
         """Return the scores under the default instruction, with those under the other ones."""
-        chosen, usual_prompts = summary["score"], encoder.prompts
-        entries = [{"kind": CHOSEN_KIND, "instruction": summary["instruction"], "score": chosen, "difference": 0.0}]
+        chosen_score, usual_prompts = summary["score"], encoder.prompts
+        entries = [{"kind": CHOSEN_KIND, "instruction": summary["instruction"], "score": chosen_score, "difference": 0.0}]
         for kind, instruction in self._list_instructions():
             encoder.use_instructions(InstructionTable(by_task={self.name: instruction}), "the instruction variants")
             try:
                 score = self.task.score(encoder)["score"]
             finally:
                 encoder.prompts = usual_prompts
-            difference = None if None in (score, chosen) else score - chosen
+            difference = None if None in (score, chosen_score) else score - chosen_score
             entries.append({"kind": kind, "instruction": instruction, "score": score, "difference": difference})
         spread = measure_spread(entries)
         log.info("%s", describe_spread(self.name, spread))
@@ -149,13 +149,13 @@ def measure_spread(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     scores = {
         kind: [e["score"] for e in entries if e["kind"] == kind and e["score"] is not None] for kind in _list_kinds(entries)
     }
-    chosen = scores.pop(CHOSEN_KIND)
+    chosen_scores = scores.pop(CHOSEN_KIND)
     spreads = {
-        kind: {"mean": float(np.mean(values)), "spread": max(chosen + values) - min(chosen + values)}
+        kind: {"mean": float(np.mean(values)), "spread": max(chosen_scores + values) - min(chosen_scores + values)}
         for kind, values in scores.items()
         if values
     }
-    all_scores = chosen + [score for values in scores.values() for score in values]
+    all_scores = chosen_scores + [score for values in scores.values() for score in values]
     return {"all": max(all_scores) - min(all_scores) if all_scores else None, "by_kind": spreads}
 
 

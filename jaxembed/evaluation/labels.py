@@ -69,13 +69,13 @@ def cross_validate(vectors: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " 
 def _draw_training_texts(labels: np.ndarray, order: list[int]) -> list[int]:
     """Shuffle `order` in place, and return its first `TEXTS_PER_LABEL` texts of each label."""
     np.random.RandomState(MTEB_SEED).shuffle(order)
-    drawn: Counter[int] = Counter()
+    counts: Counter[int] = Counter()
     selected = []
     for index in order:
         label = int(labels[index])
-        if drawn[label] < TEXTS_PER_LABEL:
+        if counts[label] < TEXTS_PER_LABEL:
             selected.append(index)
-            drawn[label] += 1
+            counts[label] += 1
     return selected
 
 

@@ -145,8 +145,8 @@ def check_leaks(tasks: Sequence[EvaluationTask], training: str, ngram_words: int
     """
     sources = iter_training_rows(read_training_config(training))
     leaks = find_leaks({task.name: task.list_texts() for task in tasks}, sources, ngram_words)
-    for task, found in leaks.items():
-        log.info("%s", describe_leaks(task, found, ngram_words))
+    for task, task_leaks in leaks.items():
+        log.info("%s", describe_leaks(task, task_leaks, ngram_words))
     if out:
         write_json(out / LEAKS_FILE, leaks)
     return leaks

@@ -66,8 +66,8 @@ def _iter_named_tasks(mteb: Any, names: Sequence[str]) -> Iterator[tuple[str, An
         except KeyError:
             from mteb.get_tasks import TASK_LIST
 
-            known = [task.metadata.name for task in TASK_LIST]
-            raise UserError(f"mteb: no such task {name!r}.{suggest(name, known)}") from None
+            task_names = [task.metadata.name for task in TASK_LIST]
+            raise UserError(f"mteb: no such task {name!r}.{suggest(name, task_names)}") from None
 
 
 def _iter_benchmark_tasks(mteb: Any, benchmarks: Sequence[str]) -> Iterator[tuple[str, Any]]:
@@ -75,8 +75,8 @@ def _iter_benchmark_tasks(mteb: Any, benchmarks: Sequence[str]) -> Iterator[tupl
         try:
             benchmark = mteb.get_benchmark(name)
         except KeyError:
-            known = [known.name for known in mteb.get_benchmarks()]
-            raise UserError(f"mteb: no such benchmark {name!r}.{suggest(name, known)}") from None
+            known_names = [benchmark.name for benchmark in mteb.get_benchmarks()]
+            raise UserError(f"mteb: no such benchmark {name!r}.{suggest(name, known_names)}") from None
         for task in benchmark.tasks:
             yield str(benchmark.name), copy.copy(task)  # mteb gives every caller the same objects
 

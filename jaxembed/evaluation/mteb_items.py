@@ -222,10 +222,10 @@ def _build_sampled_clustering(task: Any, split: Split, predictions: Mapping[str,
         texts = np.flatnonzero([label != -1 for label in level_labels])
         numbers = np.unique(level_labels, return_inverse=True)[1]
         for clusters in clusterings:
-            drawn = texts[task.rng_state.choices(range(len(texts)), k=task.max_documents_per_cluster)]
+            drawn_texts = texts[task.rng_state.choices(range(len(texts)), k=task.max_documents_per_cluster)]
             cluster_by_text = np.zeros(len(labels), np.int64)
-            cluster_by_text[drawn] = clusters
-            columns += [numbers, cluster_by_text, np.bincount(drawn, minlength=len(labels))]
+            cluster_by_text[drawn_texts] = clusters
+            columns += [numbers, cluster_by_text, np.bincount(drawn_texts, minlength=len(labels))]
     return [ScoredItems(np.column_stack(columns).astype(np.float64), score_sampled_v_measure, "texts")]
 
 

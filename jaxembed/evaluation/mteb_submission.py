@@ -181,10 +181,10 @@ def find_training_tasks(sources: Iterable[SourceConfig]) -> tuple[list[str], lis
     for source in sources:
         entry = read_catalog().get(source.display_name, {})
         candidates = [source.display_name, *SEEN_TASK.findall(" ".join(map(str, entry.get("seen", ()))))]
-        known = [names[name.lower()] for name in candidates if name.lower() in names]
-        known += names_by_path.get("/".join(source.path.removeprefix("hf:").split(":")[0].split("/")[:2]).lower(), [])
-        training_tasks.update(known)
-        if not known:
+        matches = [names[name.lower()] for name in candidates if name.lower() in names]
+        matches += names_by_path.get("/".join(source.path.removeprefix("hf:").split(":")[0].split("/")[:2]).lower(), [])
+        training_tasks.update(matches)
+        if not matches:
             others.setdefault(source.display_name)
     return sorted(training_tasks), list(others)
 
@@ -204,13 +204,13 @@ def write_submission(folder: Path, facts: ModelFacts, encoder: TaskEncoder, task
     from mteb.models.model_meta import ModelMeta
     from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderWrapper
 
-    known, others = (None, []) if facts.sources is None else find_training_tasks(facts.sources)
-    fields = list_fields(facts, encoder, known)
+    training_tasks, other_sources = (None, []) if facts.sources is None else find_training_tasks(facts.sources)
+    fields = list_fields(facts, encoder, training_tasks)
     prompts = list_prompts(encoder, tasks)
     scored_meta = MtebEncoder(encoder, encoder.versions[0]).mteb_model_meta
     target = folder / "results" / facts.name.replace("/", "__") / str(fields["revision"])
     target.mkdir(parents=True, exist_ok=True)
-    write_text(folder / MODULE_FILE, format_module(fields, prompts, others))
+    write_text(folder / MODULE_FILE, format_module(fields, prompts, other_sources))
     for task in tasks:
         name = task.metadata.name
         shutil.copyfile(ResultCache(results).get_task_result_path(name, scored_meta), target / f"{name}.json")
@@ -248,9 +248,9 @@ def list_prompts(encoder: TaskEncoder, tasks: Iterable[Any]) -> dict[str, str]:
     prompts: dict[str, str] = {}
     for task in tasks:
         for part in getattr(task, "tasks", [task]):  # a task that aggregates others
-            chosen = choose_prompts(encoder, part.metadata)
-            prompts[part.metadata.name] = chosen.query
-            prompts[f"{part.metadata.name}-document"] = chosen.document
+            task_prompts = choose_prompts(encoder, part.metadata)
+            prompts[part.metadata.name] = task_prompts.query
+            prompts[f"{part.metadata.name}-document"] = task_prompts.document
     return prompts
 
 

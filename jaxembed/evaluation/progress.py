@@ -18,8 +18,8 @@ class TaskProgress:
         Args:
             expected_texts: Expected number of texts by task. None: unknown; it counts as the mean of the others.
         """
-        known = [count for count in expected_texts.values() if count]
-        mean = max(1, sum(known) // len(known)) if known else 1
+        known_counts = [count for count in expected_texts.values() if count]
+        mean = max(1, sum(known_counts) // len(known_counts)) if known_counts else 1
         self._shares = {name: count or mean for name, count in expected_texts.items()}
         self.task = ""
         self._end = 0  # position where the current task's share ends

@@ -141,7 +141,7 @@ def _read_bm25(result: Mapping[str, Any]) -> Score:
 
 def _mean(values: Sequence[Score]) -> Score:
     """Return the mean, or None if a value is missing."""
-    return fmean(known) if len(known := [value for value in values if value is not None]) == len(values) else None
+    return fmean(known_values) if len(known_values := [value for value in values if value is not None]) == len(values) else None
 
 
 def get_type_position(column: str) -> tuple[int, str]:

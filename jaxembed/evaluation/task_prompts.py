@@ -58,19 +58,21 @@ class PromptChooser:
             default: The instruction that the task itself names.
             stored_name: Name of the stored prompt that only the user's table overrides, if the model has it.
         """
-        stored = self.spec.prompts.get(stored_name)
+        stored_prompt = self.spec.prompts.get(stored_name)
         for origin, table in self._list_tables():
-            if stored is not None and table is not self.user_table:
+            if stored_prompt is not None and table is not self.user_table:
                 break
             instruction = table.find_instruction(task_name, task_type)
             if instruction is not None:
                 query = self.spec.build_prompt(instruction)
                 document = query if table.is_symmetric(task_name, task_type) else self._document_prompt
                 return TaskPrompts(instruction, query, document, origin)
-        if stored is None:
-            stored = find_stored_prompt(self.spec, task_name, task_type)
-        if stored is not None:
-            return TaskPrompts(self.spec.extract_instruction(stored), stored, self._document_prompt, "the stored prompts")
+        if stored_prompt is None:
+            stored_prompt = find_stored_prompt(self.spec, task_name, task_type)
+        if stored_prompt is not None:
+            return TaskPrompts(
+                self.spec.extract_instruction(stored_prompt), stored_prompt, self._document_prompt, "the stored prompts"
+            )
         return TaskPrompts(default, self.spec.build_prompt(default), self._document_prompt, "mteb")
 
     def compute_digest(self) -> str:
@@ -86,12 +88,12 @@ class PromptChooser:
             first, rest = "", "queries get "
         if not self.spec.prompts and not self.spec.instruction_table:
             rest += f"the prompt {self.spec.plain_prompt!r}, because no prompts are stored with the model"
-        elif (fixed := _find_fixed_prompt(self.spec)) is not None:
-            rest += f"the stored prompt {fixed!r}"
+        elif (fixed_prompt := _find_fixed_prompt(self.spec)) is not None:
+            rest += f"the stored prompt {fixed_prompt!r}"
         else:
             rest += f"mteb's instruction in {self.spec.instruction_template!r}"
-        stored = "the stored prompt " if self._find_document_prompt() is not None else ""
-        log_once(f"{first}{rest}; documents get {stored}{self._document_prompt!r}", logging.INFO)
+        prompt_kind = "the stored prompt " if self._find_document_prompt() is not None else ""
+        log_once(f"{first}{rest}; documents get {prompt_kind}{self._document_prompt!r}", logging.INFO)
 
     def _list_tables(self) -> Iterator[tuple[str, InstructionTable]]:
         if self.user_table is not None:

@@ -118,9 +118,9 @@ def check_instructions(table: InstructionTable, name: str, tasks: Sequence[Evalu
     """
     if any(table.find_instruction(task.name, task.type) is not None for task in tasks):
         return
-    listed, task_names = [*table.by_task, *table.by_type], [task.name for task in tasks]
-    found, expected = (", ".join(names[:MAX_LISTED_NAMES]) or "nothing" for names in (listed, task_names))
-    suggestion = suggest(listed[0], task_names) if listed else ""
+    table_entries, task_names = [*table.by_task, *table.by_type], [task.name for task in tasks]
+    found, expected = (", ".join(names[:MAX_LISTED_NAMES]) or "nothing" for names in (table_entries, task_names))
+    suggestion = suggest(table_entries[0], task_names) if table_entries else ""
     raise UserError(f"{name}: names no task of this run (it names: {found}; tasks: {expected}).{suggestion}")
 
 

@@ -101,10 +101,10 @@ def _view_retrieval(held_out: RetrievalSet, embedder: Embedder) -> SetView:
     for q, i in enumerate(query_rows):
         is_relevant[q, [columns[row] for row in held_out.relevant[i] if row >= 0]] = True
     order = np.argsort(-scores, axis=1, kind="stable")
-    shown = [
+    query_views = [
         describe_query(queries[q], scores[q], is_relevant[q], order[q]) for q in range(min(len(queries), MAX_LISTED_QUERIES))
     ]
-    listed = {n["document"] for query in shown for n in query["neighbors"]}
+    neighbor_columns = {n["document"] for query in query_views for n in query["neighbors"]}
     return SetView(
         name=config.name,
         note=f"{len(queries):,} of {len(held_out.queries):,} queries, {len(documents):,} of {len(held_out.corpus):,} documents",
@@ -113,8 +113,8 @@ def _view_retrieval(held_out: RetrievalSet, embedder: Embedder) -> SetView:
             EncodedSource(f"{config.name}: documents", documents, document_vectors, config.document_instruction),
         ],
         similarities=compare_pairs(scores, is_relevant, order, rng),
-        queries=shown,
-        documents={column: truncate(documents[column], MAX_CHARS) for column in sorted(listed)},
+        queries=query_views,
+        documents={column: truncate(documents[column], MAX_CHARS) for column in sorted(neighbor_columns)},
     )
 
 
@@ -180,9 +180,9 @@ def _view_labels(held_out: ClassificationSet | ClusteringSet, embedder: Embedder
     vectors = embedder.encode(texts, config.instruction)
     # One source for each of the most frequent labels, and one for the others.
     names, counts = np.unique(labels, return_counts=True)
-    shown = names[np.argsort(-counts, kind="stable")[:MAX_LABELS]]
-    groups = {f"{config.name}: label {label}": np.flatnonzero(labels == label) for label in shown}
-    groups[f"{config.name}: other labels"] = np.flatnonzero(~np.isin(labels, shown))
+    shown_labels = names[np.argsort(-counts, kind="stable")[:MAX_LABELS]]
+    groups = {f"{config.name}: label {label}": np.flatnonzero(labels == label) for label in shown_labels}
+    groups[f"{config.name}: other labels"] = np.flatnonzero(~np.isin(labels, shown_labels))
     # The cosines of random pairs.
     other = rng.permutation(len(texts))
     cosines, is_same = np.sum(vectors * vectors[other], axis=1), labels == labels[other]
@@ -235,14 +235,14 @@ def project_texts(sources: Sequence[EncodedSource]) -> tuple[list[dict[str, Any]
         Points of x, y, source and text, and the share of the variance that the two axes explain.
     """
     rng = np.random.default_rng(SAMPLE_SEED)
-    chosen = [(s, sample(range(len(s.texts)), MAX_MAP_TEXTS // len(sources), rng)) for s in sources]
-    vectors = np.concatenate([source.vectors[rows] for source, rows in chosen]).astype(np.float64)
+    samples = [(s, sample(range(len(s.texts)), MAX_MAP_TEXTS // len(sources), rng)) for s in sources]
+    vectors = np.concatenate([source.vectors[rows] for source, rows in samples]).astype(np.float64)
     centered = vectors - vectors.mean(axis=0)
     _, scales, axes = np.linalg.svd(centered, full_matrices=False)
     coordinates = centered @ axes[:2].T
     coordinates = np.pad(coordinates, ((0, 0), (0, 2 - coordinates.shape[1])))
     variance = float((scales[:2] ** 2).sum() / max((scales**2).sum(), 1e-12))
-    names = [(source.name, truncate(source.texts[row], MAX_POINT_CHARS)) for source, rows in chosen for row in rows]
+    names = [(source.name, truncate(source.texts[row], MAX_POINT_CHARS)) for source, rows in samples for row in rows]
     points = [
         {"x": round(float(x), 4), "y": round(float(y), 4), "source": name, "text": text}
         for (x, y), (name, text) in zip(coordinates, names, strict=True)
@@ -261,12 +261,12 @@ def compute_latent_attention(sources: Sequence[EncodedSource], embedder: Embedde
         Cells of text, source, head, latent and weight, and a note on which columns are shown: those pairs of head and latent
         whose weight differs most between the texts.
     """
-    chosen = [(s, list(s.texts[:LATENT_TEXTS])) for s in sources[:2]]
-    weights = np.concatenate([embedder.latent_weights(texts, source.instruction) for source, texts in chosen])
+    samples = [(s, list(s.texts[:LATENT_TEXTS])) for s in sources[:2]]
+    weights = np.concatenate([embedder.latent_weights(texts, source.instruction) for source, texts in samples])
     heads, latents = weights.shape[1:]
     columns = weights.reshape(len(weights), -1)
     shown_columns = np.sort(np.argsort(-columns.std(axis=0), kind="stable")[:MAX_LATENT_COLUMNS])
-    rows = [(source.name, text) for source, texts in chosen for text in texts]
+    rows = [(source.name, text) for source, texts in samples for text in texts]
     cells = [
         {
             "row": f"{i + 1:02} {source.rpartition(': ')[2]}",
@@ -277,7 +277,7 @@ def compute_latent_attention(sources: Sequence[EncodedSource], embedder: Embedde
         for i, (source, text) in enumerate(rows)
         for position, column in enumerate(shown_columns)
     ]  # fmt: skip
-    total, shown = heads * latents, len(shown_columns)
-    quantity = f"all {total:,}" if shown == total else f"the {shown:,} of {total:,}"
-    criterion = "" if shown == total else " whose weight differs most between the texts"
+    total, num_shown = heads * latents, len(shown_columns)
+    quantity = f"all {total:,}" if num_shown == total else f"the {num_shown:,} of {total:,}"
+    criterion = "" if num_shown == total else " whose weight differs most between the texts"
     return cells, f"Columns: {quantity} pairs of head and latent{criterion} ({heads} heads, {latents} latents)."

@@ -96,8 +96,10 @@ def _name_model(scores: ScoreFile, path: Path) -> ScoreFile:
 def _name_scores(path: str, scores: ScoreFile) -> str:
     if scores.model:
         return Path(scores.model).name
-    given = Path(path)
-    return given.stem if given.suffix == ".json" and given.name != SCORES_FILE else _find_folder(given).resolve().name
+    source_path = Path(path)
+    if source_path.suffix == ".json" and source_path.name != SCORES_FILE:
+        return source_path.stem
+    return _find_folder(source_path).resolve().name
 
 
 def _find_folder(path: Path) -> Path:

@@ -45,10 +45,10 @@ def write_page(path: Path, title: str, sections: Sequence[ReportSection], comman
 
 def render_page(title: str, sections: Sequence[ReportSection], command: str) -> bytes:
     """Return a report as UTF-8. A lone surrogate, which UTF-8 cannot encode, becomes a question mark."""
-    shown = [section for section in sections if not section.is_empty]
+    shown_sections = [section for section in sections if not section.is_empty]
     specs: list[Mapping[str, Any]] = []
     numbered: dict[str, list[tuple[int, Chart]]] = {}
-    for section in shown:
+    for section in shown_sections:
         numbered[section.id] = list(enumerate(section.charts, start=len(specs)))
         specs += [chart.spec for chart in section.charts]
     environment = jinja2.Environment(
@@ -60,10 +60,10 @@ def render_page(title: str, sections: Sequence[ReportSection], command: str) -> 
     )
     page = environment.get_template("report.html.j2").render(
         title=title,
-        sections=shown,
+        sections=shown_sections,
         charts=numbered,
         chart_data=to_script_json(specs),
-        neighbor_data=to_script_json([entry for section in shown for entry in section.neighbors]),
+        neighbor_data=to_script_json([entry for section in shown_sections for entry in section.neighbors]),
         style=_read_asset("report.css"),
         program=_read_asset("report.js"),
         library=_bundle_library() if specs else "",

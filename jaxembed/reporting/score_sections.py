@@ -249,9 +249,9 @@ def _make_comparison_table(model: ReportedModel) -> Table:
     differences: dict[str, Mapping[str, Any]] = dict(comparison.get("differences") or {})
     other = comparison.get("scores") or {}
     rows = []
-    for task, found in differences.items():
+    for task, difference in differences.items():
         scores = [model.tasks[task].score if task in model.tasks else None, (other.get(task) or {}).get("score")]
-        rows.append([task, *map(_format_score, scores), *_format_difference(found)])
+        rows.append([task, *map(_format_score, scores), *_format_difference(difference)])
     groups: frozenset[int] = frozenset()
     if mean := comparison.get("mean"):
         groups = frozenset({len(rows)})
@@ -260,23 +260,23 @@ def _make_comparison_table(model: ReportedModel) -> Table:
     return Table(columns, rows, caption=str(comparison.get("conclusion") or ""), groups=groups)
 
 
-def _format_difference(found: Mapping[str, Any]) -> list[str]:
-    difference = found.get("difference")
-    low, high = found.get("interval") or (None, None)
+def _format_difference(comparison: Mapping[str, Any]) -> list[str]:
+    difference = comparison.get("difference")
+    low, high = comparison.get("interval") or (None, None)
     return [
         NO_VALUE if difference is None else f"{100 * difference:+.2f}",
         NO_VALUE if low is None or high is None else f"{100 * low:+.2f} to {100 * high:+.2f}",
-        format_number(found.get("p"), 4),
-        str(found.get("verdict") or found.get("no_interval") or NO_VALUE),
+        format_number(comparison.get("p"), 4),
+        str(comparison.get("verdict") or comparison.get("no_interval") or NO_VALUE),
     ]
 
 
 def make_leak_section(models: Sequence[ReportedModel]) -> ReportSection:
     """Return what `evaluate --check-leaks` found: texts of the tasks that are in the training data."""
     rows = [
-        [task, model.name, *(format_count(found.get(key)) for key in ("texts", "exact", "ngram"))]
+        [task, model.name, *(format_count(counts.get(key)) for key in ("texts", "exact", "ngram"))]
         for model in models
-        for task, found in model.benchmark.leaks.items()
+        for task, counts in model.benchmark.leaks.items()
     ]
     columns = ["task", "model", "texts", "equal to a training text", "share an n-gram only"]
     tables = [Table(columns, rows, text_columns=2)] if rows else []
