@@ -126,9 +126,9 @@ def _count_runs(computations: dict[str, list[str]], entry: str) -> tuple[dict[st
         has_collectives = False
         for line in computations.get(name, ()):
             trips = _find_trip_count(line, computations) if " while(" in line else 1
-            called = [visit(called_name, count * (trips or 1)) for called_name in _list_called_computations(line)]
-            unknown_loops += trips is None and any(called)
-            has_collectives |= any(called) or HOST_SEND.search(line) is not None
+            callees_communicate = [visit(called_name, count * (trips or 1)) for called_name in _list_called_computations(line)]
+            unknown_loops += trips is None and any(callees_communicate)
+            has_collectives |= any(callees_communicate) or HOST_SEND.search(line) is not None
             has_collectives |= any(f" {kind}(" in line or f" {kind}-start(" in line for kind in KINDS)
         return has_collectives
 
@@ -144,8 +144,8 @@ def _list_called_computations(line: str) -> Iterator[str]:
 
 def _find_trip_count(line: str, computations: dict[str, list[str]]) -> int | None:
     """Return the number of iterations of a loop: the one in its line, otherwise the only constant in its condition."""
-    if known := TRIP_COUNT.search(line):
-        return int(known[1])
+    if match := TRIP_COUNT.search(line):
+        return int(match[1])
     condition = CONDITION.search(line)
     constants = CONSTANT.findall("\n".join(computations.get(condition[1], ()))) if condition else []
     return int(constants[0]) if len(constants) == 1 else None

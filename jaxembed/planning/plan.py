@@ -78,11 +78,11 @@ def plan(
     """
     reports = []
     for stage in stages:
-        host_batch, examined = _find_largest_batch(add_stand_in_negatives(stage))
+        host_batch, num_examined = _find_largest_batch(add_stand_in_negatives(stage))
         # The loss comes first: it is smaller, and its compiler may go on in a thread.
         loss = _plan_loss(stage, model, host_batch.batch, mesh, assignments) if with_loss else None
         report = _plan_step(stage, host_batch.batch, config, model, mesh, memory, assignments)
-        reports.append(report | {"batches_looked_at": examined, "loss": loss})
+        reports.append(report | {"batches_looked_at": num_examined, "loss": loss})
         _show_report(stage, reports[-1], len(config.stages))
     return {"devices": mesh.size, "device": mesh.devices.flat[0].device_kind, "mesh": dict(mesh.shape), "stages": reports}
 
@@ -143,8 +143,8 @@ def _plan_loss(stage: Stage, model: EmbeddingModel, batch: Batch, mesh: Mesh, as
         return {"temporaries": 0, "sent_bytes": 0}
     params = jax.eval_shape(partial(stage.init_objective_params, model), jax.random.key(0))
     program = compile_loss(stage.objectives, params, model.width, batch, mesh, assignments)
-    sent = sum(c.count * c.sent_bytes for c in program.collectives.collectives)
-    return {"temporaries": program.temporaries, "sent_bytes": sent}
+    sent_bytes = sum(c.count * c.sent_bytes for c in program.collectives.collectives)
+    return {"temporaries": program.temporaries, "sent_bytes": sent_bytes}
 
 
 def _find_largest_batch(stage: Stage) -> tuple[HostBatch, int]:

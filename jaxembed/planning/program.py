@@ -127,8 +127,8 @@ def _compile(traced: jax.stages.Traced, assignments: Path | None) -> tuple[Progr
     """Compile a traced function. Return its resources, and itself if its code is generated."""
     lowered, flops = traced.lower(), count_matmul_flops(traced.jaxpr)
     if assignments is not None:
-        found = compile_until_assigned(lowered, traced.fun_name, assignments)
-        sizes, text = {name: size for name, size in vars(found).items() if name != "hlo"}, found.hlo
+        assignment = compile_until_assigned(lowered, traced.fun_name, assignments)
+        sizes, text = {name: size for name, size in vars(assignment).items() if name != "hlo"}, assignment.hlo
         return Program(**sizes, code=None, flops=flops, collectives=find_collectives(text, SCOPES)), None
     compiled = lowered.compile()
     memory = compiled.memory_analysis()

@@ -106,8 +106,8 @@ def propose(sizes: StepSizes, mesh: Mesh, memory: int) -> Proposal | None:
         memory: Bytes of memory of a device.
     """
     device = mesh.devices.flat[0]
-    found = find_chip(device.device_kind)
-    chip = found if isinstance(found, TpuChip) else UNKNOWN_CHIP
+    device_chip = find_chip(device.device_kind)
+    chip = device_chip if isinstance(device_chip, TpuChip) else UNKNOWN_CHIP
     devices = mesh.size // mesh.shape["tensor"]
     candidates = (estimate(sizes, candidate, devices, chip) for candidate in _iter_candidates(sizes, devices))
     fitting = [candidate for candidate in candidates if candidate.memory <= MEMORY_SHARE * memory]

@@ -157,21 +157,21 @@ def open_run(config: Config, mesh: Mesh, lock: RunLock | None = None) -> OpenedR
     )
 
 
-def _resolve_spec(config: Config, base: Base, recorded: EmbeddingSpec | None) -> EmbeddingSpec:
+def _resolve_spec(config: Config, base: Base, recorded_spec: EmbeddingSpec | None) -> EmbeddingSpec:
     """Return the base's spec with the choices of the config, and the prompts of all sources by name.
 
     Args:
         config: Settings of the run.
         base: What the model starts from.
-        recorded: The spec of the run that is resumed. Earlier versions left instructions out of the pooling by default, and
-            their runs continue to do so.
+        recorded_spec: The spec of the run that is resumed. Earlier versions left instructions out of the pooling by default,
+            and their runs continue to do so.
     """
     spec = base.spec.apply_model_config(config.model, config.stages[-1].data.max_length)
     last = config.stages[-1]
     exit_layers = last.exits.list_trained(base.transformer.layers)
     spec = spec.replace(matryoshka_dims=tuple(sorted(last.matryoshka.dims)), exit_layers=exit_layers)
-    if recorded is not None and config.model.pooling.include_instruction is None:
-        spec = spec.replace(include_instruction=recorded.include_instruction)
+    if recorded_spec is not None and config.model.pooling.include_instruction is None:
+        spec = spec.replace(include_instruction=recorded_spec.include_instruction)
     pools_instruction = spec.include_instruction or spec.pool_last_instruction_token
     if not pools_instruction and spec.instruction_template.endswith(" "):
         log.warning(
@@ -182,10 +182,10 @@ def _resolve_spec(config: Config, base: Base, recorded: EmbeddingSpec | None) ->
         instructions |= stage.data.collect_first_instructions()
     if instructions and spec.fixed_prompts:
         if spec.prompts:
-            shown = ", ".join(f"{name} {prompt!r}" for name, prompt in spec.prompts.items())
+            prompt_list = ", ".join(f"{name} {prompt!r}" for name, prompt in spec.prompts.items())
             raise UserError(
                 f"data.sources: {base.name} reads no instructions, because every text has the prompt of its side (found "
-                f"instructions of {next(iter(instructions))}; its prompts are {shown}). Remove them, or set "
+                f"instructions of {next(iter(instructions))}; its prompts are {prompt_list}). Remove them, or set "
                 "model.instruction_template."
             )
         spec = spec.replace(fixed_prompts=False)
@@ -224,12 +224,12 @@ def _check_stage(stage: StageConfig, model: EmbeddingModel, shards: int, prefix:
 
 def _check_source_names(stage: StageConfig, prefix: str) -> None:
     """Raise `UserError` if an objective or `mine` names a source that the stage does not have."""
-    listed = {f"objectives.{i}.sources": objective.sources for i, objective in enumerate(stage.objectives)}
+    names_by_key = {f"objectives.{i}.sources": objective.sources for i, objective in enumerate(stage.objectives)}
     if stage.mine is not None:
-        listed["mine.sources"] = stage.mine.sources
+        names_by_key["mine.sources"] = stage.mine.sources
     names = [source.display_name for source in stage.data.sources]
-    for key, chosen in listed.items():
-        if unknown := [name for name in chosen if name not in names]:
+    for key, chosen_names in names_by_key.items():
+        if unknown := [name for name in chosen_names if name not in names]:
             raise UserError(f"{prefix}{key} contains {unknown[0]!r} (expected names of sources: {', '.join(names)})")
 
 
@@ -248,13 +248,13 @@ def _open_tokenizer(run_dir: Path | None, base: Base, spec: EmbeddingSpec, plans
 
     A preset has no tokenizer: it trains one on the training texts.
     """
-    recorded = run_dir / "tokenizer" if run_dir else None
-    if recorded and recorded.is_dir():
-        return build_text_tokenizer(load_tokenizer(recorded), spec, base)
+    tokenizer_dir = run_dir / "tokenizer" if run_dir else None
+    if tokenizer_dir and tokenizer_dir.is_dir():
+        return build_text_tokenizer(load_tokenizer(tokenizer_dir), spec, base)
     texts = chain.from_iterable(_iter_texts(source) for plan in plans for source in plan.sources)
     tokenizer = build_text_tokenizer(base.tokenizer(texts), spec, base)
-    if recorded:
-        _write_tokenizer(tokenizer, recorded)
+    if tokenizer_dir:
+        _write_tokenizer(tokenizer, tokenizer_dir)
     return tokenizer
 
 

@@ -66,19 +66,19 @@ def _assign_token_sources(stage: StageConfig, sources: Sequence[Source], prefix:
     Raises:
         UserError: An objective names a source of another format, or has no source.
     """
-    assigned = []
+    source_lists = []
     for i, objective in stage.token_objectives.items():
-        wanted, where = objective.source_format, f"{prefix}objectives.{i}: {objective.name}"
-        needed = f"{where} needs sources of format {wanted} ({objective.source_rows})"
-        named = [source for source in sources if source.name in objective.sources]
-        if wrong := [source for source in named if source.format != wanted]:
+        source_format, where = objective.source_format, f"{prefix}objectives.{i}: {objective.name}"
+        needed = f"{where} needs sources of format {source_format} ({objective.source_rows})"
+        named_sources = [source for source in sources if source.name in objective.sources]
+        if wrong := [source for source in named_sources if source.format != source_format]:
             raise UserError(f"{needed}, but source {wrong[0].name} has format {wrong[0].format}. Name other sources.")
-        own_sources = named or [source for source in sources if source.format == wanted]
+        own_sources = named_sources or [source for source in sources if source.format == source_format]
         if not own_sources:
-            found = ", ".join(f"{source.name}: {source.format}" for source in sources)
-            raise UserError(f"{needed}, but the stage has none (found {found}). Add one.")
-        assigned.append(own_sources)
-    return assigned
+            formats = ", ".join(f"{source.name}: {source.format}" for source in sources)
+            raise UserError(f"{needed}, but the stage has none (found {formats}). Add one.")
+        source_lists.append(own_sources)
+    return source_lists
 
 
 def _assign_query_sources(
@@ -94,8 +94,8 @@ def _assign_query_sources(
     if not stage.compares_vectors:
         return []
     vector_objectives = [objective for i, objective in enumerate(stage.objectives) if i not in stage.token_objectives]
-    named = {name for objective in vector_objectives for name in objective.sources}
-    token_only = {source.name for source in token_sources} - named
+    named_sources = {name for objective in vector_objectives for name in objective.sources}
+    token_only = {source.name for source in token_sources} - named_sources
     query_sources = [source for source in sources if source.name not in token_only]
     if not query_sources:
         raise UserError(
@@ -108,9 +108,9 @@ def _assign_query_sources(
 def _check_scores(stage: StageConfig, prefix: str) -> None:
     """Raise `UserError` if a graded objective needs scores that no source has. One row of each source under it is read."""
     graded = {i: o for i, o in enumerate(stage.objectives) if isinstance(o, GradedObjectiveConfig)}
-    named = {name for objective in graded.values() for name in objective.sources}
+    named_sources = {name for objective in graded.values() for name in objective.sources}
     sources = stage.data.sources if graded else ()
-    formats = {s.display_name: detect_format(s) for s in sources if s.graded or s.display_name in named}
+    formats = {s.display_name: detect_format(s) for s in sources if s.graded or s.display_name in named_sources}
     scored = {s.display_name for s in sources if s.graded and formats[s.display_name] == "scored_pairs"}
     for i, objective in graded.items():
         if unscored := [name for name in objective.sources if name not in scored]:

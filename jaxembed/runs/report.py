@@ -199,8 +199,8 @@ def describe_stage(stage: Stage, count: int) -> str:
     steps = "1 step" if train.steps == 1 else f"{train.steps:,} steps"
     parts = []
     if stage.config.compares_vectors:
-        each = f", each with up to {max(negatives):,} negatives" if negatives else ""
-        parts.append(f"{train.batch_size:,} queries{each}")
+        negatives_text = f", each with up to {max(negatives):,} negatives" if negatives else ""
+        parts.append(f"{train.batch_size:,} queries{negatives_text}")
     token_objectives = stage.objectives.token_configs
     parts += [f"{config.batch_size or train.batch_size:,} texts for {label}" for label, config in token_objectives.items()]
     return f"{name}{steps} of {' and '.join(parts)}"

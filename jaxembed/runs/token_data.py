@@ -80,11 +80,11 @@ def make_token_builders(
     """
     keys = [f"{prefix}objectives.{i}" for i in stage.token_objectives]
     configs = Objectives(stage.objectives).token_configs
-    plain = TextTokenizer(tokenizer.hf_tokenizer, tokenizer.spec.replace(echo="", plain_echo=""))
+    plain_tokenizer = TextTokenizer(tokenizer.hf_tokenizer, tokenizer.spec.replace(echo="", plain_echo=""))
     return {
         label: TokenBatchBuilder(
             plan=plan,
-            read=_make_reader(config, plain, key),
+            read=_make_reader(config, plain_tokenizer, key),
             row_length=stage.row_length,
             shards=shards,
             seed=stage.train.seed,

@@ -76,10 +76,10 @@ class Bm25Similarity:
     def find_most_similar(self, text: str) -> tuple[int, float]:
         """Return the index of the document that is most similar to a text, and the similarity; (-1, 0.0) without one."""
         counts = Counter(self._list_terms(text))
-        known = [term for term in counts if term in self._frequencies]
-        if not known:
+        known_terms = [term for term in counts if term in self._frequencies]
+        if not known_terms:
             return -1, 0.0
-        scores = self._index.get_scores(known)
+        scores = self._index.get_scores(known_terms)
         candidates = np.argsort(-scores, kind="stable")[:NUM_CANDIDATES].tolist()
         weights = self._weigh(counts)
         similarities = [(self._compare(weights, self._weigh(self._counts[index])), -index) for index in candidates]

@@ -56,14 +56,14 @@ def cluster_vectors(vectors: Float[np.ndarray, "n d"], count: int, seed: int, it
 
 def _draw_centers(vectors: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
     """Return the initial centers, float32 [count, D]. With fewer distinct vectors, some centers are equal."""
-    chosen = [int(rng.integers(len(vectors)))]
-    distances = np.maximum(1 - vectors @ vectors[chosen[0]], 0)
-    while len(chosen) < count:
+    centers = [int(rng.integers(len(vectors)))]
+    distances = np.maximum(1 - vectors @ vectors[centers[0]], 0)
+    while len(centers) < count:
         total = distances.sum()
-        drawn = rng.choice(len(vectors), DRAWS_PER_CENTER, p=distances / total if total > 0 else None)
+        candidates = rng.choice(len(vectors), DRAWS_PER_CENTER, p=distances / total if total > 0 else None)
         # Take the draw after which vectors are nearest to their centers.
-        reduced = np.minimum(distances[:, None], np.maximum(1 - vectors @ vectors[drawn].T, 0))
+        reduced = np.minimum(distances[:, None], np.maximum(1 - vectors @ vectors[candidates].T, 0))
         best = int(reduced.sum(0).argmin())
-        chosen.append(int(drawn[best]))
+        centers.append(int(candidates[best]))
         distances = reduced[:, best]
-    return vectors[chosen].astype(np.float32)
+    return vectors[centers].astype(np.float32)

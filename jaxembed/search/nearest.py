@@ -234,11 +234,11 @@ def top_k(scores: Float[jax.Array, "q n"], k: int) -> tuple[jax.Array, jax.Array
         return jax.lax.top_k(scores, k)
     # Choose the k groups with the highest maxima. Sort them, so that the first of equal scores stays first.
     groups = scores[:, : group_count * GROUP_SIZE].reshape(queries, group_count, GROUP_SIZE)
-    chosen = jnp.sort(jax.lax.top_k(groups.max(axis=2), k)[1])
+    group_indices = jnp.sort(jax.lax.top_k(groups.max(axis=2), k)[1])
     # Find the k best among the members of these groups and the columns after the last group.
-    members = jnp.take_along_axis(groups, chosen[:, :, None], axis=1).reshape(queries, k * GROUP_SIZE)
+    members = jnp.take_along_axis(groups, group_indices[:, :, None], axis=1).reshape(queries, k * GROUP_SIZE)
     values, index = jax.lax.top_k(jnp.concatenate([members, scores[:, n - rest :]], axis=1), k)
     # Turn indices into these candidates back into columns.
-    group = jnp.take_along_axis(chosen, jnp.minimum(index // GROUP_SIZE, k - 1), axis=1)
+    group = jnp.take_along_axis(group_indices, jnp.minimum(index // GROUP_SIZE, k - 1), axis=1)
     rest_index = index - k * GROUP_SIZE
     return values, jnp.where(rest_index < 0, group * GROUP_SIZE + index % GROUP_SIZE, n - rest + rest_index)

@@ -87,25 +87,27 @@ def find_ranges(precisions: Iterable[Precision], model: str, option: str | None)
     Raises:
         UserError: There is no such file, or --ranges is given for precisions without ranges.
     """
-    chosen = list(precisions) or ["float32"]
-    if not any(map(needs_ranges, chosen)):
+    names = list(precisions) or ["float32"]
+    if not any(map(needs_ranges, names)):
         if option:
-            raise UserError(f"--ranges: is for --precision int8 and uint8 (found {', '.join(chosen)}). Remove it.")
+            raise UserError(f"--ranges: is for --precision int8 and uint8 (found {', '.join(names)}). Remove it.")
         return None
-    stored = Path(model) / RANGES_FILE
-    if not option and not exists(stored):
-        precision = next(filter(needs_ranges, chosen))
+    default_path = Path(model) / RANGES_FILE
+    if not option and not exists(default_path):
+        precision = next(filter(needs_ranges, names))
         raise UserError(
-            f"--precision {precision}: needs ranges (found neither --ranges nor {stored}). Encode texts like yours with "
-            f"--write-ranges {stored} first."
+            f"--precision {precision}: needs ranges (found neither --ranges nor {default_path}). Encode texts like yours with "
+            f"--write-ranges {default_path} first."
         )
-    return Path(option) if option else stored
+    return Path(option) if option else default_path
 
 
 def merge_ranges(ranges: np.ndarray | None, vectors: np.ndarray) -> np.ndarray:
     """Return earlier ranges [2, W], or None, extended by the ranges of more vectors [N, W], N > 0."""
-    found = np.stack([vectors.min(axis=0), vectors.max(axis=0)]).astype(np.float32)
-    return found if ranges is None else np.stack([np.minimum(ranges[0], found[0]), np.maximum(ranges[1], found[1])])
+    new_ranges = np.stack([vectors.min(axis=0), vectors.max(axis=0)]).astype(np.float32)
+    if ranges is None:
+        return new_ranges
+    return np.stack([np.minimum(ranges[0], new_ranges[0]), np.maximum(ranges[1], new_ranges[1])])
 
 
 def read_array(path: Path, subject: str) -> np.ndarray:
@@ -130,9 +132,9 @@ def read_ranges(path: Path, width: int) -> np.ndarray:
         raise UserError(f"{path}: no such file of ranges. Write one: python -m jaxembed.encode ... --write-ranges {path.name}")
     ranges = read_array(path, str(path))
     if ranges.shape != (2, width) or ranges.dtype.kind != "f" or not np.isfinite(ranges).all() or (ranges[0] > ranges[1]).any():
-        found = f"{ranges.dtype} {list(ranges.shape)}"
+        layout = f"{ranges.dtype} {list(ranges.shape)}"
         raise UserError(
-            f"{path}: not the ranges of these vectors (found {found}; expected finite floats [2, {width}], the lowest values "
+            f"{path}: not the ranges of these vectors (found {layout}; expected finite floats [2, {width}], the lowest values "
             "first). Write ranges with the same model, prompt and --dim."
         )
     return ranges.astype(np.float32)

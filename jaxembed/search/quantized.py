@@ -60,18 +60,18 @@ def search_quantized(
     batch_size = choose_faiss_batch_size(memory_mb, k)
     blocks = [queries[start : start + batch_size] for start in range(0, len(queries), batch_size)]
     if precision == "float32":
-        found = [faiss.knn(block, documents, k, faiss.METRIC_INNER_PRODUCT) for block in blocks]
+        results = [faiss.knn(block, documents, k, faiss.METRIC_INNER_PRODUCT) for block in blocks]
     elif ranges is not None and needs_ranges(precision):
         index = faiss.IndexScalarQuantizer(width, faiss.ScalarQuantizer.QT_8bit_direct, faiss.METRIC_INNER_PRODUCT)
         index.add(_to_unsigned(documents))
-        found = [_search_levels(index, block, ranges, k) for block in blocks]
+        results = [_search_levels(index, block, ranges, k) for block in blocks]
     else:
         numbers = _to_unsigned(documents)
         bits = faiss.IndexBinaryFlat(8 * numbers.shape[1])
         bits.add(numbers)
-        found = [_search_bits(bits, block, numbers, k) for block in blocks]
+        results = [_search_bits(bits, block, numbers, k) for block in blocks]
     empty = (np.zeros((0, k), np.float32), np.zeros((0, k), np.int64))
-    scores, rows = (np.concatenate(parts) for parts in zip(empty, *found, strict=True))
+    scores, rows = (np.concatenate(parts) for parts in zip(empty, *results, strict=True))
     return SearchResult(rows.astype(np.int32), scores.astype(np.float32))
 
 
@@ -88,8 +88,8 @@ def check_layout(documents: np.ndarray, precision: Precision, width: int, where:
     """Raise `UserError` that starts with `where` unless documents are quantized vectors of a width."""
     dtype, columns = get_quantized_layout(precision, width)
     if documents.ndim != 2 or (documents.dtype, documents.shape[1]) != (dtype, columns):
-        found = f"{documents.dtype} of {documents.shape[-1]} columns" if documents.ndim == 2 else f"of shape {documents.shape}"
-        raise UserError(f"{where} {found} (expected {dtype} of {columns}: {precision} vectors of {width} numbers).")
+        layout = f"{documents.dtype} of {documents.shape[-1]} columns" if documents.ndim == 2 else f"of shape {documents.shape}"
+        raise UserError(f"{where} {layout} (expected {dtype} of {columns}: {precision} vectors of {width} numbers).")
 
 
 def read_documents(path: Path) -> np.ndarray:

@@ -56,9 +56,9 @@ class VectorFile:
                 "Write one with jaxembed encode."
             )
         self.shape = (int(shape[0]), int(shape[1]))
-        expected, found = self._start + self.dtype.itemsize * math.prod(self.shape), self.path.stat().st_size
-        if found < expected:
-            raise UserError(f"{path}: incomplete (found {found:,} bytes; expected {expected:,}). Write it again.")
+        expected_size, size = self._start + self.dtype.itemsize * math.prod(self.shape), self.path.stat().st_size
+        if size < expected_size:
+            raise UserError(f"{path}: incomplete (found {size:,} bytes; expected {expected_size:,}). Write it again.")
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -140,8 +140,8 @@ def search_part(
     step = max(1, memory_mb * 2**19 // bytes_per_row)
     best = SearchResult(np.zeros((len(queries), 0), np.int32), np.zeros((len(queries), 0), np.float32))
     for first in progress_bar(range(start, end, step), unit="block", desc="search", disable=not show_progress):
-        found = search(queries, documents.read(first, min(first + step, end)), k, memory_mb=max(1, memory_mb // 2))
-        best = merge_results([best, SearchResult(found.rows + np.int32(first), found.scores)], k)
+        result = search(queries, documents.read(first, min(first + step, end)), k, memory_mb=max(1, memory_mb // 2))
+        best = merge_results([best, SearchResult(result.rows + np.int32(first), result.scores)], k)
     return best
 
 
