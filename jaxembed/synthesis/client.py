@@ -76,14 +76,14 @@ class LlmClient:
             OptionRefusedError: The server cannot score a text.
             UserError: The server cannot be used.
         """
-        stored = self._store.get(request.key)
-        answer = stored or self._source.ask(request)
+        stored_answer = self._store.get(request.key)
+        answer = stored_answer or self._source.ask(request)
         with self._lock:
             self.counts.requests += 1
-            self.counts.stored += stored is not None
+            self.counts.stored += stored_answer is not None
             self.counts.prompt_tokens += answer.prompt_tokens
             self.counts.completion_tokens += answer.completion_tokens
-            self.counts.new_tokens += 0 if stored else answer.num_tokens
-        if stored is None:
+            self.counts.new_tokens += 0 if stored_answer else answer.num_tokens
+        if stored_answer is None:
             self._store.add(request, answer)
         return answer

@@ -110,8 +110,8 @@ def is_logprob(value: Any) -> bool:
 
 def _read_logprobs(tokens: Any) -> dict[str, float]:
     """Return the log-probability of each token, without invalid ones. Of equal tokens, the first and likeliest is used."""
-    found = {_read_text(token["token"]).strip(): token.get("logprob") for token in reversed(tokens)}
-    return {token: float(value) for token, value in found.items() if is_logprob(value)}
+    logprobs = {_read_text(token["token"]).strip(): token.get("logprob") for token in reversed(tokens)}
+    return {token: float(value) for token, value in logprobs.items() if is_logprob(value)}
 
 
 def _read_text(value: Any) -> str:

@@ -54,8 +54,8 @@ class Draft:
         name, _, field = placeholder.partition(".")
         values = self.fields[name]
         if field not in values:
-            known = ", ".join(values) or "none"
-            raise UserError(f"inputs.{name}: a row has no field {field!r} (found {known}). Change the recipe, or the rows.")
+            names = ", ".join(values) or "none"
+            raise UserError(f"inputs.{name}: a row has no field {field!r} (found {names}). Change the recipe, or the rows.")
         return values[field]
 
 
@@ -94,9 +94,9 @@ def draw_values(values: Mapping[str, WeightedChoices], distinct: Sequence[str], 
         UserError: No draw gave different values.
     """
     for _ in range(MAX_VALUE_REDRAWS):
-        drawn = {name: str(choices[rng.choice(len(choices), p=p)]) for name, (choices, p) in values.items()}
-        if len({drawn[name] for name in distinct}) == len(distinct):
-            return drawn
+        drawn_values = {name: str(choices[rng.choice(len(choices), p=p)]) for name, (choices, p) in values.items()}
+        if len({drawn_values[name] for name in distinct}) == len(distinct):
+            return drawn_values
     raise UserError(f"distinct: {', '.join(distinct)} have too few different values. Add values.")
 
 

@@ -88,7 +88,7 @@ def find_language_code(name: str) -> str | None:
 def find_language_problem(text: str, expected: str) -> str | None:
     """Return why a text is not in an expected language; None if it is, or if the language of either is not certain."""
     code = find_language_code(expected)
-    if code not in load_identifier()[1] or not (found := open_language_identifier()(text)):
+    if code not in load_identifier()[1] or not (language := open_language_identifier()(text)):
         return None
-    is_close = any({code, found} <= group for group in CLOSE_LANGUAGES)
-    return None if code == found or is_close else f"in {found}"
+    is_close = any({code, language} <= group for group in CLOSE_LANGUAGES)
+    return None if code == language or is_close else f"in {language}"

@@ -51,12 +51,12 @@ def prepare_folder(out: Path, identity: Mapping[str, Any]) -> None:
     """
     path = out / RECIPE_FILE
     if path.exists():
-        found = read_json(path)
+        recorded = read_json(path)
         for key, name in IDENTITY.items():
-            if found.get(key) != identity[key]:
-                values = (
-                    f" (found {found.get(key)!r}; expected {identity[key]!r})" if key in ("recipe", "version", "model") else ""
-                )
+            if recorded.get(key) != identity[key]:
+                values = ""
+                if key in ("recipe", "version", "model"):
+                    values = f" (found {recorded.get(key)!r}; expected {identity[key]!r})"
                 raise UserError(f"{out}: belongs to a synthesis with another {name}{values}. Name another output.")
         return
     if out.exists() and (not out.is_dir() or any(file.name != f"{RECIPE_FILE}.partial" for file in out.iterdir())):

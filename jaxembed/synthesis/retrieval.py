@@ -91,8 +91,8 @@ class RetrieveStep(Step):
     def run(self, drafts: Iterable[Draft]) -> Iterator[Draft]:
         """Yield the drafts with candidates."""
         config = self._config
-        for draft, found in search_drafts(self.iter_counted(drafts), config.query, self.index, config.k, self._context):
-            yield self.emit(draft.add(self.name, {CANDIDATES: found}))
+        for draft, candidates in search_drafts(self.iter_counted(drafts), config.query, self.index, config.k, self._context):
+            yield self.emit(draft.add(self.name, {CANDIDATES: candidates}))
 
 
 class RoundTripStep(Step):
@@ -106,9 +106,9 @@ class RoundTripStep(Step):
     def run(self, drafts: Iterable[Draft]) -> Iterator[Draft]:
         """Yield the drafts whose query retrieves their document."""
         config, texts = self._config, self._index.texts
-        for draft, found in search_drafts(self.iter_counted(drafts), config.query, self._index, config.k, self._context):
+        for draft, candidates in search_drafts(self.iter_counted(drafts), config.query, self._index, config.k, self._context):
             source = draft.source_row
-            if source in found or normalize_text(texts[source]) in {normalize_text(texts[row]) for row in found}:
+            if source in candidates or normalize_text(texts[source]) in {normalize_text(texts[row]) for row in candidates}:
                 yield self.emit(draft)
             else:
                 self.counts.dropped[NOT_FOUND] += 1

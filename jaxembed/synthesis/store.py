@@ -67,10 +67,10 @@ class AnswerStore:
             key = bytes.fromhex(request.key)
             if key in self._positions or self._is_closed:
                 return
-            written = 0
+            num_written = 0
             with name_in_errors(self.path):
-                while written < len(line):
-                    written += os.pwrite(self._descriptor, line[written:], self._end + written)
+                while num_written < len(line):
+                    num_written += os.pwrite(self._descriptor, line[num_written:], self._end + num_written)
             self._positions[key] = (self._end, len(line))
             self._end += len(line)
 

@@ -44,12 +44,12 @@ class Budget:
             self._reserved += 0 if self.is_spent else tokens
             return not self.is_spent
 
-    def settle(self, reserved: int, used: int) -> None:
+    def settle(self, reserved: int, used_tokens: int) -> None:
         """Replace the reservation of a job by what it used."""
         with self._changed:
             if self._left is not None:
                 self._reserved -= reserved
-                self._left -= used
+                self._left -= used_tokens
                 self._changed.notify_all()
 
 
@@ -96,9 +96,9 @@ class Workers:
             yield running.popleft().result()
 
     def _run(self, job: Job[T]) -> T:
-        used = 0
+        used_tokens = 0
         try:
-            result, used = job.run()
+            result, used_tokens = job.run()
             return result
         finally:
-            self.budget.settle(job.max_tokens, used)
+            self.budget.settle(job.max_tokens, used_tokens)

@@ -41,10 +41,10 @@ FREE_TRAIN_KEYS = frozenset(
 )
 
 
-def collect_compared_settings(recorded: Config, config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
+def collect_compared_settings(recorded_config: Config, config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the settings of a recorded config, and of the config that resumes its run, that must be equal."""
-    before, after = _collect_fixed_settings(recorded), _collect_fixed_settings(config)
-    if not recorded.eval.sets:
+    before, after = _collect_fixed_settings(recorded_config), _collect_fixed_settings(config)
+    if not recorded_config.eval.sets:
         del before["eval"], after["eval"]
     return before, after
 
@@ -78,15 +78,15 @@ def find_selection_set_name(config: Config) -> str:
     return config.eval.best.rpartition("/")[0] or next((held_out.name for held_out in config.eval.sets), "")
 
 
-def keep_recorded_equality(recorded: Config, config: Config) -> Config:
+def keep_recorded_equality(recorded_config: Config, config: Config) -> Config:
     """Return a config whose sources compare texts as those of a recorded config do: another rule would change the examples."""
-    stages = [_copy_equality(*pair) for pair in zip(recorded.stages, config.stages, strict=True)]
+    stages = [_copy_equality(*pair) for pair in zip(recorded_config.stages, config.stages, strict=True)]
     return config.model_copy(update={"stages": tuple(stages)})
 
 
-def _copy_equality(recorded: StageConfig, stage: StageConfig) -> StageConfig:
+def _copy_equality(recorded_stage: StageConfig, stage: StageConfig) -> StageConfig:
     sources = tuple(
         source.model_copy(update={"equality": recorded_source.equality})
-        for recorded_source, source in zip(recorded.data.sources, stage.data.sources, strict=True)
+        for recorded_source, source in zip(recorded_stage.data.sources, stage.data.sources, strict=True)
     )
     return stage.model_copy(update={"data": stage.data.model_copy(update={"sources": sources})})

@@ -62,10 +62,10 @@ def _check_settings(config: Config, run_dir: Path) -> Config:
     config_path = run_dir / "config.yaml"
     if not exists(config_path):
         raise UserError(f"{run_dir}: holds files, but not a run. Name another run.dir.")
-    recorded = read_run_file(read_run_config, config_path)
-    if changes := _summarize_differences(*collect_compared_settings(recorded, config)):
+    recorded_config = read_run_file(read_run_config, config_path)
+    if changes := _summarize_differences(*collect_compared_settings(recorded_config, config)):
         raise UserError(f"{run_dir}: belongs to another config ({changes}). Name another run.dir, or restore the config.")
-    return recorded
+    return recorded_config
 
 
 def create_run_dir(config: Config, lock: RunLock) -> Path:

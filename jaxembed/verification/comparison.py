@@ -182,8 +182,8 @@ def _find_length_errors(folder: VerifiedFolder, served: ServedVectors) -> list[s
     lengths = np.linalg.norm(served.vectors[served.indices], axis=1)
     if not folder.base.spec.normalize or np.abs(lengths - 1).max() <= MAX_LENGTH_ERROR:
         return []
-    found = f"{lengths.min():.4g} to {lengths.max():.4g}"
-    return [f"normalization: vectors of length {found} instead of 1. Normalize in the server or in the client."]
+    length_range = f"{lengths.min():.4g} to {lengths.max():.4g}"
+    return [f"normalization: vectors of length {length_range} instead of 1. Normalize in the server or in the client."]
 
 
 def _find_group_errors(served: ServedVectors, min_cosine: float) -> list[str]:
@@ -193,8 +193,8 @@ def _find_group_errors(served: ServedVectors, min_cosine: float) -> list[str]:
     least = float(np.sum(alone * grouped, axis=1).min())
     if least >= min_cosine:
         return []
-    found = f"several texts in one request: the vectors differ from those of single requests (least cosine {least:.6f})"
-    return [f"{found}. Send one by one. llama.cpp needs --parallel 1 or --kv-unified for bidirectional models."]
+    problem = f"several texts in one request: the vectors differ from those of single requests (least cosine {least:.6f})"
+    return [f"{problem}. Send one by one. llama.cpp needs --parallel 1 or --kv-unified for bidirectional models."]
 
 
 def diagnose_server(

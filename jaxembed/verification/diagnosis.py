@@ -218,8 +218,8 @@ class _Search:
             for dtype in HALF_DTYPES:
                 bound = min(min_cosine, measure_half_precision(self.encoder, dtype, self.short))
                 rounding = Change("dtype", f"{dtype} or a similar rounding", "float32")
-                if found := self._extend(_select_fewest_changes(self.candidates, bound), bound):
-                    matches = [dataclasses.replace(match, changes=(*match.changes, rounding)) for match in found]
+                if inexact_matches := self._extend(_select_fewest_changes(self.candidates, bound), bound):
+                    matches = [dataclasses.replace(match, changes=(*match.changes, rounding)) for match in inexact_matches]
                     break
         return Diagnosis(matches, max(self.candidates, key=lambda candidate: candidate.cosine).to_match())
 
@@ -227,9 +227,9 @@ class _Search:
         """Try single differences of a pass of the transformer, then truncations, then pairs."""
         passes = list(itertools.product(self.encoder.transformers, self.encoder.tokenizations))
         self._try_passes([variant_pair for variant_pair in passes if _count_changes(variant_pair) <= 1])
-        matched = _select_fewest_changes(self.candidates, min_cosine)
-        if matched and len(matched[0].changes) <= 1:
-            return self._extend(matched, min_cosine)
+        candidates = _select_fewest_changes(self.candidates, min_cosine)
+        if candidates and len(candidates[0].changes) <= 1:
+            return self._extend(candidates, min_cosine)
         # Texts that one variant explains, and longer ones that it does not: the server may truncate even the short texts.
         best = max(self.candidates, key=lambda candidate: (candidate.count_equal(min_cosine), -len(candidate.changes)))
         if 0 < best.count_equal(min_cosine) < len(self.short) and (matches := self._explain_failing(best, min_cosine)):
@@ -246,9 +246,9 @@ class _Search:
                 changes = transformer.changes + tokens.changes + pool.changes
                 self.candidates.append(_Candidate(transformer, tokens, p, changes, cosines[p]))
 
-    def _extend(self, matched: Sequence[_Candidate], min_cosine: float) -> list[VariantMatch]:
+    def _extend(self, candidates: Sequence[_Candidate], min_cosine: float) -> list[VariantMatch]:
         """Return the matches that explain all texts. If there are none, add differences on long texts to the first."""
-        extended = [self._measure(candidate, self.indices) for candidate in matched[:MAX_EXTENDED_MATCHES]]
+        extended = [self._measure(candidate, self.indices) for candidate in candidates[:MAX_EXTENDED_MATCHES]]
         complete = [candidate.to_match() for candidate in extended if candidate.cosine >= min_cosine]
         return complete or (self._explain_failing(extended[0], min_cosine) if extended else [])
 
@@ -256,9 +256,9 @@ class _Search:
         """Return variants of a candidate that explain all texts, given a candidate that explains only some of them."""
         cosines = self._measure(base, self.indices).cosines
         failing = [i for i, cosine in zip(self.indices, cosines, strict=True) if cosine < min_cosine]
-        tried = [self._measure(other, failing[:1]) for other in self._iter_long_variants(base, failing)]
-        others = [self._measure(other, self.indices) for other in tried if other.cosine >= min_cosine]
-        return [candidate.to_match() for candidate in _select_fewest_changes(others, min_cosine)]
+        variants = [self._measure(other, failing[:1]) for other in self._iter_long_variants(base, failing)]
+        matches = [self._measure(other, self.indices) for other in variants if other.cosine >= min_cosine]
+        return [candidate.to_match() for candidate in _select_fewest_changes(matches, min_cosine)]
 
     def _iter_long_variants(self, base: _Candidate, failing: Sequence[int]) -> Iterable[_Candidate]:
         """Yield variants of a candidate that may differ on long texts alone: truncation, windows, rotary positions."""

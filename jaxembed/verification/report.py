@@ -40,8 +40,8 @@ def iter_report_lines(folder: VerifiedFolder, server: EmbeddingServer, result: V
         value = "-" if cosine is None else f"{cosine:.6f}"
         prompt = _shorten(probe.prompt, MAX_PROBE_PROMPT_CHARS) if probe.prompt else "-"
         yield f"  {value:>9}  {prompt:{MAX_PROBE_PROMPT_CHARS}}  {_shorten(probe.text, MAX_PROBE_TEXT_CHARS)}"
-    known = [cosine for cosine in result.cosines if cosine is not None]
-    least = f"least cosine {min(known):.6f}, " if known else ""
+    known_cosines = [cosine for cosine in result.cosines if cosine is not None]
+    least = f"least cosine {min(known_cosines):.6f}, " if known_cosines else ""
     yield f"{'equal' if result.is_equal else 'different'}: {least}expected at least {result.min_cosine:.6g}"
     yield from (f"- {finding}" for finding in result.findings)
     if result.diagnosis is not None and not result.are_vectors_equal:
@@ -75,11 +75,11 @@ def _shorten(text: str, max_chars: int) -> str:
 
 def summarize_verification(server: EmbeddingServer, result: Verification) -> dict[str, Any]:
     """Return the result as commands print it."""
-    known = [cosine for cosine in result.cosines if cosine is not None]
+    known_cosines = [cosine for cosine in result.cosines if cosine is not None]
     matches = None if result.diagnosis is None else [list(map(str, match.changes)) for match in result.diagnosis.matches]
     return {
         "equal": result.is_equal,
-        "least_cosine": min(known, default=None),
+        "least_cosine": min(known_cosines, default=None),
         "tolerance": result.min_cosine,
         "url": server.client.root,
         "server": str(server.info),

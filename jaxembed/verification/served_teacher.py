@@ -53,8 +53,8 @@ def open_served_teacher(name: str, cache: Path) -> FrozenEncoder:
     probe = encode_group([PROBE_TEXT], "")
     digest = hashlib.sha256(f"{server.model}\n{probe.shape[1]}".encode()).hexdigest()
     store = VectorStore(cache / "vectors" / digest, probe.shape[1])
-    stored = store.fetch([make_text_key("", PROBE_TEXT)], lambda _: probe)
-    if (cosine := float(np.sum(stored * probe))) < MIN_PROBE_COSINE:
+    stored_probe = store.fetch([make_text_key("", PROBE_TEXT)], lambda _: probe)
+    if (cosine := float(np.sum(stored_probe * probe))) < MIN_PROBE_COSINE:
         raise UserError(
             f"{name}: its vectors are not those that an earlier run stored (cosine {cosine:.3f} for a text). If the model "
             f"has changed, delete {cache / 'vectors' / digest}."

@@ -118,8 +118,8 @@ def identify_server(client: HttpClient) -> ServerInfo:
             "TEI", str(tei.get("version", "")), tuple(names), str(tei.get("model_dtype", "")), _keep_positive(limit)
         )
     # Everything else lists its models; infinity without /v1.
-    listed = client.get("/v1/models").read_object() or client.get("/models").read_object()
-    models = _read_models(listed, "data", "id")
+    answer = client.get("/v1/models").read_object() or client.get("/models").read_object()
+    models = _read_models(answer, "data", "id")
     names = dict.fromkeys(str(model["id"]) for model in models)
     info = ServerInfo(models=tuple(names), max_lengths=_keep_positive(*(model.get("max_model_len") for model in models)))
     owners = [str(model.get("owned_by")) for model in models]
@@ -136,9 +136,9 @@ def identify_server(client: HttpClient) -> ServerInfo:
     return dataclasses.replace(info, program=program)
 
 
-def _read_models(listed: Mapping[str, Any], key: str, name_key: str) -> list[Mapping[str, Any]]:
+def _read_models(answer: Mapping[str, Any], key: str, name_key: str) -> list[Mapping[str, Any]]:
     """Return the models that an answer lists under a key, each with a name; none if there is no such list."""
-    models = listed.get(key)
+    models = answer.get(key)
     return [model for model in models if isinstance(model, dict) and name_key in model] if isinstance(models, list) else []
 
 

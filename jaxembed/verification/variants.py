@@ -244,9 +244,9 @@ def iter_truncation_variants(
     """
     tokenizer, spec = base.tokenizer.hf_tokenizer, base.tokenizer.spec
     own_length, special_tokens, has_eos = spec.max_length, tokenizer.num_special_tokens_to_add(), ends_with_eos(tokenizer)
-    near = [length + offset for length in (own_length, *server_lengths) for offset in (0, -1, 1, -2, 2)]
+    near_lengths = [length + offset for length in (own_length, *server_lengths) for offset in (0, -1, 1, -2, 2)]
     common = [length for length in COMMON_LENGTHS if length <= MAX_LENGTH_RATIO * own_length]
-    lengths = [n for n in dict.fromkeys([*near, *common]) if special_tokens < n <= max_positions and n < longest_input]
+    lengths = [n for n in dict.fromkeys([*near_lengths, *common]) if special_tokens < n <= max_positions and n < longest_input]
     without_eos = copy.deepcopy(tokenizer)
     drop_eos(without_eos)
 
@@ -258,11 +258,11 @@ def iter_truncation_variants(
         at_length = spec.replace(max_length=length)
         if length != own_length:
             yield vary(f"to the first {length} tokens", TextTokenizer(tokenizer, at_length))
-        if length in near:
+        if length in near_lengths:
             yield vary(f"to the last {length} tokens", LastTokensTokenizer(tokenizer, at_length))
-        if length in near and starts_with_bos(tokenizer):
+        if length in near_lengths and starts_with_bos(tokenizer):
             yield vary(f"to BOS and the last {length - 1} tokens", LastTextTokensTokenizer(tokenizer, at_length))
-        if length in near and has_eos:
+        if length in near_lengths and has_eos:
             changed = TextTokenizer(without_eos, at_length.replace(eos_as_text=True))
             yield vary(f"to the first {length} tokens, EOS cut off", changed)
     if own_length < longest_input <= max_positions:
