@@ -138,15 +138,15 @@ def format_reference_rows(section: type[Section], prefix: str = "") -> str:
     """
     rows: list[str] = []
     for name, field in section.model_fields.items():
-        nested = _find_sections(field.annotation)
-        if nested and (field.json_schema_extra or {}) == {"nested_rows": False}:
+        nested_sections = _find_sections(field.annotation)
+        if nested_sections and (field.json_schema_extra or {}) == {"nested_rows": False}:
             rows.append(f"| `{prefix}{name}` | `[]` | {field.description} |")
-        elif nested:
+        elif nested_sections:
             if field.description and not field.is_required():
                 rows.append(f"| `{prefix}{name}` | `{_to_json(field.default)}` | {field.description} |")
             suffixes: dict[Any, str] = {tuple: "[]", dict: ".KEY"}
             suffix = suffixes.get(typing.get_origin(field.annotation), "")
-            rows += _format_nested_rows(nested, f"{prefix}{name}{suffix}.")
+            rows += _format_nested_rows(nested_sections, f"{prefix}{name}{suffix}.")
         else:
             default = "required" if field.is_required() else f"`{_to_json(field.default)}`"
             meaning = ". ".join(filter(None, [_format_choices(field.annotation), field.description]))
@@ -159,11 +159,11 @@ def _format_nested_rows(sections: list[type[Section]], prefix: str) -> list[str]
     tables = [format_reference_rows(member, prefix).splitlines() for member in sections]
     if len(sections) == 1:
         return tables[0]
-    shared = [row for row in tables[0] if all(row in other for other in tables)]
+    shared_rows = [row for row in tables[0] if all(row in other for other in tables)]
     tag_key = f"| `{prefix}{_find_tag_field(sections[0])}` |"
-    rows = [f"{tag_key} required | One of {', '.join(map(_get_tag, sections))}. |", *shared]
+    rows = [f"{tag_key} required | One of {', '.join(map(_get_tag, sections))}. |", *shared_rows]
     for member, member_rows in zip(sections, tables, strict=True):
-        specific_rows = [row for row in member_rows if row not in shared and not row.startswith(tag_key)]
+        specific_rows = [row for row in member_rows if row not in shared_rows and not row.startswith(tag_key)]
         for row in specific_rows:
             key, default, meaning = row.split(" | ", 2)
             rows.append(f"{key} | {default} | {_get_tag(member)}: {meaning}")
@@ -285,9 +285,9 @@ def _locate(section: type[Section], loc: tuple[int | str, ...]) -> tuple[list[st
     keys: list[str] = []
     sections = [section]
     for part in loc:
-        tagged = [member for member in sections if len(sections) > 1 and _get_tag(member) == part]
-        if tagged:  # pydantic puts the name that chose one of several sections into the location
-            sections = tagged
+        tagged_sections = [member for member in sections if len(sections) > 1 and _get_tag(member) == part]
+        if tagged_sections:  # pydantic puts the name that chose one of several sections into the location
+            sections = tagged_sections
             continue
         keys.append(str(part))
         if isinstance(part, str) and sections and part in sections[0].model_fields:

@@ -64,9 +64,9 @@ def find_config(path: str | Path, folders: Sequence[str] = TRAINING_FOLDERS) -> 
     path = Path(path)
     if exists(path):
         return path
-    shipped = list_shipped_configs(folders)
-    if str(path) in shipped:
-        return shipped[str(path)]
-    nearest = difflib.get_close_matches(path.stem, shipped, n=3, cutoff=0.5)
+    paths = list_shipped_configs(folders)
+    if str(path) in paths:
+        return paths[str(path)]
+    nearest = difflib.get_close_matches(path.stem, paths, n=3, cutoff=0.5)
     hint = f" Did you mean the shipped config {' or '.join(nearest)}?" if nearest else ""
     raise UserError(f"{path}: no such config file. Give the path of a YAML file, or the name of a shipped config.{hint}")

@@ -45,12 +45,12 @@ class StageSections(Section):
     @model_validator(mode="after")
     def _set_graded_sources(self) -> StageSections:
         """Set `graded` of the sources to which a graded objective applies, unless the file sets it."""
-        graded = [objective for objective in self.objectives if isinstance(objective, GradedObjectiveConfig)]
+        graded_objectives = [objective for objective in self.objectives if isinstance(objective, GradedObjectiveConfig)]
         sources = tuple(
             source.model_copy(update={"graded": True})
             if source.graded is None
             and source.format in ("auto", "scored_pairs")
-            and any(not objective.sources or source.display_name in objective.sources for objective in graded)
+            and any(not objective.sources or source.display_name in objective.sources for objective in graded_objectives)
             else source
             for source in self.data.sources
         )
@@ -66,11 +66,11 @@ class StageSections(Section):
                 "mine finds hard negatives, but data.hard_negatives is 0. Set it to the number that a query draws."
             )
         for i, objective in enumerate(self.objectives):
-            setting, needed = _find_needed_hard_negatives(objective)
-            if count < needed:
+            setting, min_count = _find_needed_hard_negatives(objective)
+            if count < min_count:
                 raise ValueError(
                     f"objectives.{i}: {setting} compares a query with its own negatives, but data.hard_negatives is {count}. "
-                    f"Set it to {needed} or more."
+                    f"Set it to {min_count} or more."
                 )
 
     def list_models_with_role(self, role: str) -> list[str]:
@@ -132,9 +132,9 @@ def resolve_stage(defaults: Mapping[str, Any], changes: Mapping[str, Any], index
     where = f"stages.{index}"
     train = changes.get("train")
     train_keys = set(train) if isinstance(train, Mapping) else set()
-    shared = [*sorted(set(changes) & RUN_SECTIONS), *(f"train.{key}" for key in sorted(train_keys & RUN_TRAIN_KEYS))]
-    if shared:
-        raise ValueError(f"{where}.{shared[0]}: all stages share this key. Set it outside of stages.")
+    shared_keys = [*sorted(set(changes) & RUN_SECTIONS), *(f"train.{key}" for key in sorted(train_keys & RUN_TRAIN_KEYS))]
+    if shared_keys:
+        raise ValueError(f"{where}.{shared_keys[0]}: all stages share this key. Set it outside of stages.")
     if "steps" not in train_keys:
         raise ValueError(f"{where}.train.steps is missing. Set it: every stage has its own number of steps.")
     return merge_trees(defaults, changes)

@@ -53,9 +53,9 @@ class MeshConfig(Section):
         for axis, size in sizes.items():
             if size < 1 and size != -1:
                 raise ValueError(f"{axis} is {size} (expected a number of devices, or -1 for the remaining ones)")
-        rest = [axis for axis, size in sizes.items() if size == -1]
-        if len(rest) > 1:
-            raise ValueError(f"{' and '.join(rest)} are -1; only one axis can take the remaining devices")
+        open_axes = [axis for axis, size in sizes.items() if size == -1]
+        if len(open_axes) > 1:
+            raise ValueError(f"{' and '.join(open_axes)} are -1; only one axis can take the remaining devices")
         return self
 
 

@@ -53,8 +53,8 @@ class Config(StageSections, RunSections):
         if isinstance(train, dict) and "steps" in train:
             raise ValueError("train.steps and stages exclude each other. Give each stage its own train.steps.")
         defaults = {name: tree[name] for name in StageSections.model_fields if name in tree}
-        resolved = [resolve_stage(defaults, s, i) if isinstance(s, dict) else s for i, s in enumerate(stages)]
-        return {**tree, "stages": resolved}
+        resolved_stages = [resolve_stage(defaults, s, i) if isinstance(s, dict) else s for i, s in enumerate(stages)]
+        return {**tree, "stages": resolved_stages}
 
     @model_validator(mode="after")
     def _add_single_stage(self) -> Config:
@@ -78,8 +78,8 @@ class Config(StageSections, RunSections):
                 raise ValueError(f"{key} is {adapter!r} (expected one of model.lora.names: {', '.join(names)})")
             if adapter and not names:
                 raise ValueError(f"{key} is {adapter!r}, but model.lora.names is empty. Name the adapters there.")
-        trained = {source.adapter for stage in self.stages for source in stage.data.sources}
-        if idle := sorted(set(names) - trained):
+        trained_adapters = {source.adapter for stage in self.stages for source in stage.data.sources}
+        if idle := sorted(set(names) - trained_adapters):
             raise ValueError(
                 f"model.lora.names: no source trains {idle[0]!r}. Name it as the adapter of a source, or remove it."
             )
