@@ -238,13 +238,13 @@ class DataParser(cli.Parser):
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse the command line. Arguments that argparse leaves over are sources, unless they look like options."""
-        parsed, rest = self.parse_known_args(args, namespace)
-        unknown = [text for text in rest if text.startswith("-") or not hasattr(parsed, "sources")]
+        options, extra_args = self.parse_known_args(args, namespace)
+        unknown = [text for text in extra_args if text.startswith("-") or not hasattr(options, "sources")]
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
-        if rest:
-            parsed.sources += rest
-        return parsed
+        if extra_args:
+            options.sources += extra_args
+        return options
 
 
 def make_parser() -> DataParser:

@@ -102,8 +102,8 @@ class Batch:
     @property
     def row_shapes(self) -> list[tuple[int, int]]:
         """Rows and tokens per row of the queries and documents, then of the texts of each objective that predicts tokens."""
-        packed = [self.texts, *(token_batch.texts for token_batch in self.token_batches.values())]
-        return [texts.tokens.shape for texts in packed if texts is not None]
+        packed_texts = [self.texts, *(token_batch.texts for token_batch in self.token_batches.values())]
+        return [texts.tokens.shape for texts in packed_texts if texts is not None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,11 +229,11 @@ class BatchBuilder:
             UserError: They train several adapters.
         """
         sources = [self.sampler.sources[s] for s in np.unique(batch_sources)]
-        trained = {source.config.adapter: source.name for source in sources}
-        if len(trained) > 1:
-            names = ", ".join(f"{adapter} (source {name})" for adapter, name in trained.items())
+        source_by_adapter = {source.config.adapter: source.name for source in sources}
+        if len(source_by_adapter) > 1:
+            names = ", ".join(f"{adapter} (source {name})" for adapter, name in source_by_adapter.items())
             raise UserError(f"batch: trains several adapters: {names} (expected one). Batch their sources separately.")
-        return np.array(self.adapters.index(*trained), np.int32)
+        return np.array(self.adapters.index(*source_by_adapter), np.int32)
 
     def _encode_frozen(
         self, encode: EncodeInputs | None, examples: Sequence[Example], texts: Sequence[str | None]
@@ -246,9 +246,9 @@ class BatchBuilder:
             [("query", example.instruction), *[("document", example.document_instruction)] * documents] for example in examples
         ]
         pairs = zip(texts, chain.from_iterable(contexts), strict=True)
-        encoded = encode([EncoderInput(text, *context) for text, context in pairs if text is not None])
-        vectors = np.zeros((len(examples), 1 + documents, encoded.shape[1]), np.float32)
-        vectors[np.array([text is not None for text in texts]).reshape(vectors.shape[:2])] = encoded
+        text_vectors = encode([EncoderInput(text, *context) for text, context in pairs if text is not None])
+        vectors = np.zeros((len(examples), 1 + documents, text_vectors.shape[1]), np.float32)
+        vectors[np.array([text is not None for text in texts]).reshape(vectors.shape[:2])] = text_vectors
         return FrozenVectors(vectors[:, 0], vectors[:, 1:])
 
     def _pack(self, tokenized: TokenizedTexts, is_present: np.ndarray) -> tuple[PackedTexts, np.ndarray, RowShapeSync]:

@@ -148,7 +148,7 @@ class BatchPlan:
         return hashlib.sha256(json.dumps([content, configs, self._batch_size, self._seed]).encode()).hexdigest()[:16]
 
     def _take_ids(self, source: int, num_used: int, count: int) -> np.ndarray:
-        """Return the ids of the next `count` examples of a source after the first `used` ones."""
+        """Return the ids of the next `count` examples of a source after the first `num_used` ones."""
         size, end, indices = self._sizes[source], num_used + count, []
         # The range may span several epochs, each with its own permutation.
         for epoch in range(num_used // size, (end - 1) // size + 1):

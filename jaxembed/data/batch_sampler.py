@@ -86,14 +86,14 @@ class BatchSampler:
             for example in examples
         ]
         token_counts = iter(self.tokenizer.count_prompt_tokens(list(chain.from_iterable(parts))))
-        limited = []
+        limited_examples = []
         for example, example_parts in zip(examples, parts, strict=True):
             # Keep as many in-context examples as fit, together with the instruction.
             prompt_tokens = np.cumsum(list(islice(token_counts, len(example_parts))))
             fitting = int((2 * prompt_tokens <= spec.max_length).sum()) - 1
             few_shot = example.few_shot[: max(0, fitting)]
-            limited.append(dataclasses.replace(example, few_shot=few_shot) if example_parts else example)
-        return limited
+            limited_examples.append(dataclasses.replace(example, few_shot=few_shot) if example_parts else example)
+        return limited_examples
 
     def list_texts(self, examples: Sequence[Example]) -> tuple[list[str], list[str]]:
         """Return the texts of examples in the order query, positive, negatives, and the prompt of each text."""

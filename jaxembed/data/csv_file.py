@@ -46,11 +46,11 @@ class CsvFile(LineFile):
     @classmethod
     def scan_lines(cls, lines: Iterable[bytes], name: str) -> Iterator[ScannedRow]:
         """Yield byte offset, name:line and row of every record after the header."""
-        counted = _CountedLines(lines, name)
-        reader = csv.reader(counted, delimiter=cls.delimiter, strict=True)
+        counted_lines = _CountedLines(lines, name)
+        reader = csv.reader(counted_lines, delimiter=cls.delimiter, strict=True)
         header: list[str] = []
         while True:
-            start, where = counted.bytes, f"{name}:{counted.lines + 1}"
+            start, where = counted_lines.bytes, f"{name}:{counted_lines.lines + 1}"
             try:
                 cells = next(reader)
             except StopIteration:
@@ -74,11 +74,11 @@ class CsvFile(LineFile):
 
     def _count_header_lines(self) -> int:
         """Return the number of lines up to the end of the header."""
-        counted = _CountedLines(self._iter_lines(0), self.name)
-        for cells in csv.reader(counted, delimiter=self.delimiter, strict=True):
+        counted_lines = _CountedLines(self._iter_lines(0), self.name)
+        for cells in csv.reader(counted_lines, delimiter=self.delimiter, strict=True):
             if any(cell.strip() for cell in cells):
                 break
-        return counted.lines
+        return counted_lines.lines
 
 
 class TsvFile(CsvFile):
@@ -89,6 +89,6 @@ class TsvFile(CsvFile):
 
 def _check_header(cells: list[str], where: str) -> list[str]:
     """Return the names of the columns, or raise `UserError` if two are equal."""
-    if repeated := [cell for i, cell in enumerate(cells) if cell in cells[:i]]:
-        raise UserError(f"{where}: two columns are named {repeated[0]!r}. Rename one.")
+    if repeated_names := [cell for i, cell in enumerate(cells) if cell in cells[:i]]:
+        raise UserError(f"{where}: two columns are named {repeated_names[0]!r}. Rename one.")
     return cells

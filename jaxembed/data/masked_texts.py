@@ -57,9 +57,9 @@ class MaskedTextReader:
         is_predicted = can_be_predicted & (rng.random(len(tokens)) < rate)
         # Mask or replace them in the input.
         draws, random_ids = rng.random(len(tokens)), rng.integers(self._vocab_size, size=len(tokens))
-        masked, changed = (1.0, 1.0) if config.mask_rule == "all" else (BERT_MASKED_SHARE, BERT_CHANGED_SHARE)
-        inputs = np.where(is_predicted & (draws < changed), random_ids, tokens)
-        inputs = np.where(is_predicted & (draws < masked), self._mask_id, inputs).astype(np.int32)
+        mask_share, change_share = (1.0, 1.0) if config.mask_rule == "all" else (BERT_MASKED_SHARE, BERT_CHANGED_SHARE)
+        inputs = np.where(is_predicted & (draws < change_share), random_ids, tokens)
+        inputs = np.where(is_predicted & (draws < mask_share), self._mask_id, inputs).astype(np.int32)
         # Assign each one to the hidden state that predicts it.
         targets = np.where(is_predicted, tokens, NOT_PREDICTED).astype(np.int32)
         if config.predict_from == "previous":

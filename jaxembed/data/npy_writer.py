@@ -51,14 +51,14 @@ def write_header(file: IO[bytes], shape: tuple[int, int], dtype: np.dtype = FLOA
     np.lib.format.write_array_header_1_0(file, {"descr": dtype.str, "fortran_order": False, "shape": shape})
 
 
-def check_disk_space(out: Path, needed: int) -> None:
-    """Raise `UserError` if an output of `needed` bytes does not fit on its disk.
+def check_disk_space(out: Path, needed_bytes: int) -> None:
+    """Raise `UserError` if an output of this many bytes does not fit on its disk.
 
     Without this check a full disk would be noticed only while writing.
     """
     free = shutil.disk_usage(out.parent).free
-    if needed > free:
+    if needed_bytes > free:
         raise UserError(
-            f"{out}: needs {needed / 1e6:,.1f} MB, but the disk has {free / 1e6:,.1f} MB left. Free space, or name another "
-            "output."
+            f"{out}: needs {needed_bytes / 1e6:,.1f} MB, but the disk has {free / 1e6:,.1f} MB left. Free space, or name "
+            "another output."
         )

@@ -119,19 +119,19 @@ def pack_by_length(
     while row_length > min_row_length:
         # Keep the rows that hold texts too long for half the length. Texts are packed by decreasing length, so these texts
         # opened the first rows.
-        call_rows, half = rows_per_call(row_length), row_length // 2
-        long_texts = int(np.count_nonzero(lengths[texts] > half))
+        call_rows, half_length = rows_per_call(row_length), row_length // 2
+        long_texts = int(np.count_nonzero(lengths[texts] > half_length))
         rows_to_keep = -(-long_texts // call_rows) * call_rows
         stays = packing.row < rows_to_keep
         # Pack the other texts into rows of half the length. Stop if there are none, or if they leave too much padding: they
         # must fill all rows but the last one.
-        rest = texts[~stays]
-        shorter = pack_rows(lengths[rest], half)
-        if rows_to_keep >= packing.row_count or lengths[rest].sum() <= MIN_FILL * (shorter.row_count - 1) * half:
+        other_texts = texts[~stays]
+        shorter = pack_rows(lengths[other_texts], half_length)
+        if rows_to_keep >= packing.row_count or lengths[other_texts].sum() <= MIN_FILL * (shorter.row_count - 1) * half_length:
             break
         if rows_to_keep:
             yield texts[stays], Packing(packing.row[stays], packing.segment[stays], rows_to_keep), row_length
-        texts, packing, row_length = rest, shorter, half
+        texts, packing, row_length = other_texts, shorter, half_length
     yield texts, packing, row_length
 
 

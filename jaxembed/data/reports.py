@@ -155,7 +155,7 @@ def _summarize_rows(
     """Return the statistics of a source, and the distinct hashes of its queries and of all its texts."""
     query_hashes, text_hashes, pair_hashes = array("Q"), array("Q"), array("Q")
     num_per_row = {"positives": array("I"), "negatives": array("I")}
-    measured: dict[str, list[str]] = {"query": [], "positive": [], "negative": []}
+    texts_by_role: dict[str, list[str]] = {"query": [], "positive": [], "negative": []}
     step = -(-num_examples // MAX_MEASURED_ROWS)
     for i, row in enumerate(rows):
         query, positives, negatives = row["query"], row["pos"], row.get("neg") or []
@@ -165,14 +165,14 @@ def _summarize_rows(
         num_per_row["positives"].append(len(positives))
         num_per_row["negatives"].append(len(negatives))
         if i % step == 0:
-            for role, texts in zip(measured, ((query,), positives, negatives), strict=True):
-                measured[role].extend(texts)
+            for role, texts in zip(texts_by_role, ((query,), positives, negatives), strict=True):
+                texts_by_role[role].extend(texts)
     queries, texts, pairs = (np.unique(np.asarray(hashes)) for hashes in (query_hashes, text_hashes, pair_hashes))
     stats: dict[str, Any] = {
         "duplicate_queries": len(query_hashes) - len(queries),
         "duplicate_pairs": len(pair_hashes) - len(pairs),
         "a_row": {kind: _summarize(np.asarray(counts)) for kind, counts in num_per_row.items()},
-        "lengths": {role: _summarize(count_lengths(texts)) for role, texts in measured.items() if texts},
+        "lengths": {role: _summarize(count_lengths(texts)) for role, texts in texts_by_role.items() if texts},
     }
     return stats, {"queries": queries, "texts": texts}
 

@@ -252,19 +252,19 @@ def _read_cached_index(path: Path, stamps: list[Any]) -> Index | None:
             index_time = os.fstat(file.fileno()).st_mtime_ns
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    is_younger = index_time > FILE_CLOCK_TICK_NS + max(max(modified, changed) for _, _, modified, _, changed in stamps)
+    is_younger = index_time > FILE_CLOCK_TICK_NS + max(max(mtime, ctime) for _, _, mtime, _, ctime in stamps)
     return index if is_younger and index[2]["stamp"] == stamps else None
 
 
 def _write_index(file: IO[bytes], rows: IndexedRows, stamps: list[Any]) -> None:
     """Read and check every row of a container, and write its index."""
     digest, largest, count, labels = hashlib.sha256(), -np.inf, 0, dict[str, int]()
-    scanned, dropped = 0, Counter[str]()
+    num_scanned, dropped = 0, Counter[str]()
     for address, content, row in iter_checked_rows(rows.container, rows.schema.check, rows.columns):
         if isinstance(row, UserError):
             raise row
         digest.update(content if isinstance(content, bytes) else json.dumps(drop_nulls(content), default=str).encode())
-        scanned += 1
+        num_scanned += 1
         dropped.update(rows.schema.find_drops(row))
         if (value := rows.schema.index_value(row)) is None:
             continue
@@ -285,12 +285,12 @@ def _write_index(file: IO[bytes], rows: IndexedRows, stamps: list[Any]) -> None:
         "largest": largest,
         "names": names,
         "counts": counts,
-        "scanned": scanned,
+        "scanned": num_scanned,
         "dropped": dropped,
     }
-    encoded = json.dumps(footer).encode()
+    footer_bytes = json.dumps(footer).encode()
     file.seek(0, os.SEEK_END)
-    file.write(encoded + FOOTER_LENGTH.pack(len(encoded)))
+    file.write(footer_bytes + FOOTER_LENGTH.pack(len(footer_bytes)))
     file.flush()
 
 
@@ -311,7 +311,7 @@ def _group_by_label(file: IO[bytes], count: int, new_labels: np.ndarray) -> list
         file.write(bytes(8 * min(ROWS_PER_BLOCK, count - start)))
     file.flush()
     entries = np.memmap(file, INDEX_ENTRY, "r+", shape=(count,))
-    grouped = np.memmap(file, "<i8", "r+", entries.nbytes, (count,))
+    rows_by_label = np.memmap(file, "<i8", "r+", entries.nbytes, (count,))
     blocks = [slice(start, start + ROWS_PER_BLOCK) for start in range(0, count, ROWS_PER_BLOCK)]
     counts = np.zeros(len(new_labels), np.int64)
     # First pass: renumber the labels and count their rows.
@@ -325,7 +325,7 @@ def _group_by_label(file: IO[bytes], count: int, new_labels: np.ndarray) -> list
         order = np.argsort(row_labels, kind="stable")
         labels, first, block_counts = np.unique(row_labels[order], return_index=True, return_counts=True)
         rank_in_label = np.arange(len(order)) - np.repeat(first, block_counts)
-        grouped[next_positions[row_labels[order]] + rank_in_label] = block.start + order
+        rows_by_label[next_positions[row_labels[order]] + rank_in_label] = block.start + order
         next_positions[labels] += block_counts
     return counts.tolist()
 
@@ -349,6 +349,6 @@ def _read_index(file: IO[bytes]) -> Index:
     if footer_end - footer_length != count * (INDEX_ENTRY.itemsize + 8 * has_labels):
         raise ValueError("incomplete index")
     entries = np.memmap(file, INDEX_ENTRY, "r", shape=(count,))
-    grouped = np.memmap(file, "<i8", "r", entries.nbytes, (count,)) if has_labels else np.zeros(0, np.int64)
+    rows_by_label = np.memmap(file, "<i8", "r", entries.nbytes, (count,)) if has_labels else np.zeros(0, np.int64)
     # Plain arrays instead of np.memmap: their elements are read faster.
-    return np.asarray(entries), np.asarray(grouped), footer
+    return np.asarray(entries), np.asarray(rows_by_label), footer

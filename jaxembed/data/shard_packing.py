@@ -31,8 +31,8 @@ def pack_batch(
     members = [np.flatnonzero(shard_of_text == shard) for shard in shards.local]
     # Pack all shards, of all processes, into rows of one shape.
     lengths = np.array([len(ids) for ids in tokenized.ids], np.int64)
-    counted = lengths[np.isin(shard_of_text, shards.counted)]
-    sync = RowShapeSync(channel, int(counted.sum()), int(np.square(counted).sum()))
+    counted_lengths = lengths[np.isin(shard_of_text, shards.counted)]
+    sync = RowShapeSync(channel, int(counted_lengths.sum()), int(np.square(counted_lengths).sum()))
     packings, shape = pack_shards([lengths[m] for m in members], row_length, sync.sync_rows)
     # Fill the rows, and note the place of each text.
     row, segment = np.zeros(len(lengths), np.int64), np.zeros(len(lengths), np.int64)

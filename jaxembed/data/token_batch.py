@@ -123,8 +123,8 @@ class TokenBatchBuilder:
         packed, packing, sync = pack_batch(tokenized, shard_of_text, self.row_length, self.shards, self.channel)
         # List the predictions of each shard, padded to the same number on all shards of all processes.
         parts = [texts[start : start + texts_per_shard] for start in range(0, len(texts), texts_per_shard)]
-        needed = max(sum(int(np.sum(text.targets != NOT_PREDICTED)) for text in part) for part in parts)
-        count = round_up_predictions(self._agree_on_maximum(needed))
+        num_predictions = max(sum(int(np.sum(text.targets != NOT_PREDICTED)) for text in part) for part in parts)
+        count = round_up_predictions(self._agree_on_maximum(num_predictions))
         predictions = [
             _list_predictions(
                 part, _slice_packing(packing, i * texts_per_shard, texts_per_shard), packed.tokens.shape[1], count
@@ -180,12 +180,12 @@ def _list_predictions(texts: Sequence[TokenText], packing: Packing, row_length: 
     index, _ = locate_tokens(lengths, packing.row, packing.segment, row_length)
     targets = np.concatenate([text.targets for text in texts])
     text_of_token = np.repeat(np.arange(len(texts)), lengths)
-    predicted = np.flatnonzero(targets != NOT_PREDICTED)
+    predicted_indices = np.flatnonzero(targets != NOT_PREDICTED)
     weights = np.array([text.weight for text in texts], np.float32)
     arrays = {
-        "position": index[predicted].astype(np.int32),
-        "target": targets[predicted].astype(np.int32),
-        "weight": weights[text_of_token[predicted]],
-        "text": text_of_token[predicted].astype(np.int32),
+        "position": index[predicted_indices].astype(np.int32),
+        "target": targets[predicted_indices].astype(np.int32),
+        "weight": weights[text_of_token[predicted_indices]],
+        "text": text_of_token[predicted_indices].astype(np.int32),
     }
-    return {name: np.pad(array, (0, count - len(predicted))) for name, array in arrays.items()}
+    return {name: np.pad(array, (0, count - len(predicted_indices))) for name, array in arrays.items()}

@@ -73,10 +73,10 @@ def find_end_token(tokenizer: Any) -> tuple[str, int] | None:
 def _find_added_token(tokenizer: Any, index: int, roles: tuple[str, str]) -> tuple[str, int] | None:
     """Return the token of the first role that the tokenizer puts at `index` of its texts, else the first that is defined."""
     tokens = [(getattr(tokenizer, role), getattr(tokenizer, f"{role}_id")) for role in roles]
-    defined = [(token, id_) for token, id_ in tokens if id_ is not None]
+    candidates = [(token, id_) for token, id_ in tokens if id_ is not None]
     ids = _encode_sample(tokenizer)
-    added = [entry for entry in defined if ids and ids[index] == entry[1]]
-    return next(iter([*added, *defined]), None)
+    added_tokens = [entry for entry in candidates if ids and ids[index] == entry[1]]
+    return next(iter([*added_tokens, *candidates]), None)
 
 
 def _encode_sample(tokenizer: Any) -> list[int]:
@@ -237,8 +237,8 @@ class TextTokenizer:
                 truncated[i] = texts[i][: offsets[i][room[i]][0]] if room[i] > 0 else ""
                 room[i] -= 1
             # The text may tokenize differently near the cut and still be too long: try again with one token less.
-            retried = self._encode(self._truncating_backend, [truncated[i] for i in long], [prompts[i] for i in long])
-            for i, encoding in zip(long, retried, strict=True):
+            new_encodings = self._encode(self._truncating_backend, [truncated[i] for i in long], [prompts[i] for i in long])
+            for i, encoding in zip(long, new_encodings, strict=True):
                 encodings[i] = encoding
             long = [i for i in long if is_too_long(i) and truncated[i]]
         return truncated, encodings

@@ -86,11 +86,11 @@ class VectorStore:
         with (self._folder / VECTORS_FILE).open("rb", buffering=0) as file:  # no memory map: a truncated file would be a SIGBUS
             for vector, row in zip(vectors, rows.tolist(), strict=True):
                 os.preadv(file.fileno(), [vector.data], row * vector.nbytes)
-        damaged = np.flatnonzero(_compute_checksums(vectors) != self._checksums[rows])
-        if damaged.size:
+        damaged_rows = np.flatnonzero(_compute_checksums(vectors) != self._checksums[rows])
+        if damaged_rows.size:
             raise UserError(
-                f"{self._folder}: the stored vectors are damaged ({damaged.size} of the {len(rows)} read differ from their "
-                "checksums). Remove this folder, and they are computed again."
+                f"{self._folder}: the stored vectors are damaged ({damaged_rows.size} of the {len(rows)} read differ from "
+                "their checksums). Remove this folder, and they are computed again."
             )
         return vectors
 
@@ -134,19 +134,19 @@ class VectorStore:
         with (self._folder / INDEX_FILE).open("rb") as file:
             file.seek(self._index_end)
             content = file.read()
-        added, checksums, end = [], [], 0
+        new_keys, checksums, end = [], [], 0
         while frame := _read_frame(content, end):
             count = PACKED_UINT32.unpack_from(frame)[0]
             keys = np.frombuffer(frame, self._keys.dtype, count, offset=PACKED_UINT32.size)
             unindexed_rows -= len(keys)
             if unindexed_rows < 0:
                 break
-            added.append(keys)
+            new_keys.append(keys)
             checksums.append(np.frombuffer(frame, UINT32, count, offset=PACKED_UINT32.size + KEY_BYTES * count))
             end += len(frame) + PACKED_UINT32.size
         self._index_end += end
-        if added:
-            keys = np.concatenate(added)
+        if new_keys:
+            keys = np.concatenate(new_keys)
             order = np.argsort(keys)
             positions = np.searchsorted(self._keys, keys[order])
             self._rows = np.insert(self._rows, positions, len(self) + order)

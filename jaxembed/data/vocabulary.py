@@ -39,15 +39,15 @@ def shrink_vocabulary(state: State, used_ids: Collection[int]) -> tuple[State, l
     if kind not in REBUILDERS:
         raise UserError(f"--vocabulary-from: cannot shrink a tokenizer of this kind (found {kind}; expected {_list_kinds()}).")
     ids_by_token = _collect_ids(state)
-    needed = {token for token, id_ in ids_by_token.items() if id_ in used_ids or _is_always_kept(token)}
-    needed |= {entry["content"] for entry in state["added_tokens"]}
+    needed_tokens = {token for token, id_ in ids_by_token.items() if id_ in used_ids or _is_always_kept(token)}
+    needed_tokens |= {entry["content"] for entry in state["added_tokens"]}
     if kind == "BPE":
-        needed |= _find_merged_parts(state["model"], needed & state["model"]["vocab"].keys())
+        needed_tokens |= _find_merged_parts(state["model"], needed_tokens & state["model"]["vocab"].keys())
     if unknown := state["model"].get("unk_token"):
-        needed.add(unknown)
+        needed_tokens.add(unknown)
     if kind == "Unigram" and (unknown_id := state["model"].get("unk_id")) is not None:
-        needed.add(state["model"]["vocab"][unknown_id][0])
-    old_ids = sorted(ids_by_token[token] for token in needed if token in ids_by_token)
+        needed_tokens.add(state["model"]["vocab"][unknown_id][0])
+    old_ids = sorted(ids_by_token[token] for token in needed_tokens if token in ids_by_token)
     new_ids = {old: new for new, old in enumerate(old_ids)}
     smaller = copy.deepcopy(state)
     smaller["model"] = REBUILDERS[kind](state["model"], new_ids)

@@ -76,14 +76,14 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
         devices = jax.local_devices() if _uses_own_devices.get() else jax.devices()
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     where = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if size != 1 or axis == "data")
-    requested = math.prod(size for size in sizes.values() if size != -1)
-    if requested > len(devices):
+    requested_count = math.prod(size for size in sizes.values() if size != -1)
+    if requested_count > len(devices):
         raise UserError(f"{where}: more devices than available ({len(devices)}). Use at most that many, or -1 for all.")
-    if -1 in sizes.values() and len(devices) % requested:
+    if -1 in sizes.values() and len(devices) % requested_count:
         raise UserError(
-            f"{where}: {requested} does not divide the number of available devices ({len(devices)}). Use a divisor."
+            f"{where}: {requested_count} does not divide the number of available devices ({len(devices)}). Use a divisor."
         )
-    shape = tuple(len(devices) // requested if size == -1 else size for size in sizes.values())
+    shape = tuple(len(devices) // requested_count if size == -1 else size for size in sizes.values())
     mesh_devices = devices[: math.prod(shape)]
     if idle := {device.process_index for device in devices} - {device.process_index for device in mesh_devices}:
         raise UserError(f"{where}: process {min(idle)} would have no device. Use all {len(devices)} devices.")
