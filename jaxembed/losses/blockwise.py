@@ -136,14 +136,14 @@ def add_exponentials(max_logit: jax.Array, total: jax.Array, logits: jax.Array) 
     return new_max, total * jnp.exp(max_logit - new_max) + jnp.sum(jnp.exp(logits - new_max[..., None]), axis=-1)
 
 
-def _backward(rules: PairRules, saved: Any, grads: NegativeSums) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+def _backward(rules: PairRules, residuals: Any, grads: NegativeSums) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     """Return the gradients of anchors, candidates and scale, and None for the metadata. Recomputes each block of scores.
 
     With p = e^(logit - lse), the softmax over the negatives, and g the gradient of lse:
     d lse / d score = scale * p, so d anchors = scale * (g p) @ candidates, d candidates = scale * (g p)^T @ anchors, and
     d scale = sum of g p score.
     """
-    anchors, candidates, scale, metadata, lse = saved
+    anchors, candidates, scale, metadata, lse = residuals
     blocks = _PairBlocks(rules, anchors, candidates, metadata)
     lse_grad = grads[0].reshape(lse.shape)[..., None]
 

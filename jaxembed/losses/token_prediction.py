@@ -43,13 +43,13 @@ def token_prediction_loss(
 
 def average_over_groups(config: TokenObjectiveConfig, losses: Float[Array, "n p"], batch: TokenBatch) -> Float[Array, ""]:
     """Return the mean over groups of texts of the losses of their predictions, as `token_prediction_loss` defines it."""
-    weighted = batch.weight * losses
+    weighted_losses = batch.weight * losses
     # Number the texts of the whole batch, and sum losses and sizes over the groups of consecutive texts.
     text_count, texts_per_shard = len(batch.size), len(batch.size) // len(batch.weight)
     group_size = config.group or text_count
     group_count = -(-text_count // group_size)
     text = batch.text + texts_per_shard * jnp.arange(len(batch.weight))[:, None]
-    sums = jax.ops.segment_sum(weighted.ravel(), (text // group_size).ravel(), group_count)
+    sums = jax.ops.segment_sum(weighted_losses.ravel(), (text // group_size).ravel(), group_count)
     sizes = jax.ops.segment_sum(batch.size, jnp.arange(text_count) // group_size, group_count)
     # Average over the groups that have predicted tokens.
     is_counted = sizes > 0
@@ -76,21 +76,21 @@ def kl_divergence(
     blocks, first_tokens = _split_vocabulary(table, hidden)
     no_target = jnp.full(hidden.shape[:2], -1)
 
-    # Carry max and sum of e^(logit - max) of both models (z, r), and `weighted`: the sum of e^(r - r_max) (r - z).
+    # Carry max and sum of e^(logit - max) of both models (z, r), and `weighted_sum`: the sum of e^(r - r_max) (r - z).
     @jax.checkpoint
     def add_block(totals: tuple[jax.Array, ...], block: tuple[jax.Array, jax.Array]) -> tuple[tuple[jax.Array, ...], None]:
-        z_max, z_total, r_max, r_total, weighted = totals
+        z_max, z_total, r_max, r_total, weighted_sum = totals
         z, r = (_compute_logits(states, no_target, len(table), *block)[0] for states in (hidden, reference))
         new_r_max, r_total = add_exponentials(r_max, r_total, r)
         terms = jnp.where(jnp.isfinite(r), jnp.exp(r - new_r_max[..., None]) * (r - z), 0)  # padding has logits of -inf
-        weighted = weighted * jnp.exp(r_max - new_r_max) + jnp.sum(terms, axis=-1)
-        return (*add_exponentials(z_max, z_total, z), new_r_max, r_total, weighted), None
+        weighted_sum = weighted_sum * jnp.exp(r_max - new_r_max) + jnp.sum(terms, axis=-1)
+        return (*add_exponentials(z_max, z_total, z), new_r_max, r_total, weighted_sum), None
 
     zeros = jnp.zeros(hidden.shape[:2], jnp.float32)
     lowest = zeros + jnp.finfo(jnp.float32).min
     totals, _ = jax.lax.scan(add_block, (lowest, zeros, lowest, zeros, zeros), (blocks, first_tokens))
-    z_max, z_total, r_max, r_total, weighted = totals
-    return weighted / r_total - (r_max + jnp.log(r_total)) + (z_max + jnp.log(z_total))
+    z_max, z_total, r_max, r_total, weighted_sum = totals
+    return weighted_sum / r_total - (r_max + jnp.log(r_total)) + (z_max + jnp.log(z_total))
 
 
 @jax.custom_vjp
@@ -124,12 +124,12 @@ def _forward(hidden: jax.Array, table: jax.Array, target: jax.Array) -> tuple[ja
     return lse - target_logit, (hidden, table, target, lse)
 
 
-def _backward(saved: tuple[jax.Array, ...], grad: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+def _backward(residuals: tuple[jax.Array, ...], grad: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     """Return the gradients of hidden states and table. Recomputes each block of logits.
 
     With p the softmax and g the gradient of a cross-entropy: d logit = g (p - [is target]).
     """
-    hidden, table, target, lse = saved
+    hidden, table, target, lse = residuals
     blocks, first_tokens = _split_vocabulary(table, hidden)
 
     def add_block(hidden_sum: jax.Array, block: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -50,8 +50,8 @@ def _forward(fsdp_axis: int, x: jax.Array, kernel: jax.Array) -> tuple[jax.Array
     return _gather_and_multiply(fsdp_axis, x, kernel), (x, kernel)
 
 
-def _backward(fsdp_axis: int, saved: tuple[jax.Array, jax.Array], y_grad: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, kernel = saved
+def _backward(fsdp_axis: int, residuals: tuple[jax.Array, jax.Array], y_grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = residuals
     # dx = dy @ kernel^T, with the whole kernel in the dtype of x.
     x_grad = y_grad @ all_gather_fsdp(kernel.astype(x.dtype), fsdp_axis).T
     # dkernel = x^T @ dy: every device multiplies its own tokens and accumulates in the kernel's dtype. A reduce-scatter sums
