@@ -72,8 +72,8 @@ class CheckpointReader:
         """Return the step with the highest score, or the latest step if none was scored."""
         scores = {step: self.read_cursor(step)["score"] for step in self.list_steps()}
         # Earlier versions stored NaN as a score.
-        ranked = [(score, step) for step, score in scores.items() if score is not None and math.isfinite(score)]
-        return max(ranked)[1] if ranked else self.find_latest()
+        ranked_steps = [(score, step) for step, score in scores.items() if score is not None and math.isfinite(score)]
+        return max(ranked_steps)[1] if ranked_steps else self.find_latest()
 
     def read_cursor(self, step: int) -> dict[str, Any]:
         """Return the cursor of a step: the position of the run, and its score."""

@@ -289,8 +289,10 @@ def _parse_rope(config: Mapping[str, Any], key: str, where: str) -> dict[str, An
             f"{where}: rope_type {kind!r} is not supported (expected {' or '.join(ROPE_SCALING_KEYS)}). Use another base."
         )
     # Refuse what the transformer cannot compute, and report what is not read.
-    if nested := sorted(name for name, value in rope.items() if isinstance(value, Mapping)):
-        raise UserError(f"{where}: {key}: rotary positions by kind of layer are not supported ({nested[0]}). Use another base.")
+    if nested_keys := sorted(name for name, value in rope.items() if isinstance(value, Mapping)):
+        raise UserError(
+            f"{where}: {key}: rotary positions by kind of layer are not supported ({nested_keys[0]}). Use another base."
+        )
     if rope.get("partial_rotary_factor") not in (None, 1):
         raise UserError(f"{where}: {key}: partial_rotary_factor is not supported (expected 1). Use another base.")
     scaling_keys, optional_keys = ROPE_SCALING_KEYS[kind], OPTIONAL_ROPE_KEYS.get(kind, ())

@@ -61,9 +61,11 @@ def read_adapters(folder: Path, transformer: TransformerConfig) -> tuple[LoraCon
 def _load_tensors(path: Path) -> dict[str, np.ndarray]:
     """Load the adapters' tensors in float32, by their names without PEFT's prefix."""
     if not exists(path):
-        pickled = path.with_suffix(".bin")
+        pickle_path = path.with_suffix(".bin")
         problem = (
-            f"only {pickled.name} is there, and of the two only safetensors is read" if exists(pickled) else "no such file"
+            f"only {pickle_path.name} is there, and of the two only safetensors is read"
+            if exists(pickle_path)
+            else "no such file"
         )
         raise UserError(f"{path}: {problem}. Load the adapters with PEFT, and save them again with safe_serialization=True.")
     try:

@@ -264,5 +264,5 @@ def _list_possible_names(name: str, folder: Path | None) -> list[str]:
     the hub's cache (models--OWNER--NAME).
     """
     path = folder.resolve() if folder is not None else Path(name)
-    cached = [part.rsplit("--", 1)[-1] for part in path.parts if part.startswith("models--")]
-    return [re.split("[/:]", name.rstrip("/"))[-1], path.name, *cached]
+    cache_names = [part.rsplit("--", 1)[-1] for part in path.parts if part.startswith("models--")]
+    return [re.split("[/:]", name.rstrip("/"))[-1], path.name, *cache_names]

@@ -84,8 +84,8 @@ def format_model_card(model: ServedModel, card: Card, parity_error: float, preci
     spec = model.spec
     projection = f", projected to {spec.projection} dimensions" if spec.projection else ""
     checkpoint = f", {card.checkpoint}" if card.checkpoint else ""
-    trained = f"trained with jaxembed from `{card.base}`{checkpoint}"
-    origin = "merged with jaxembed from other models" if card.merging else trained
+    training_note = f"trained with jaxembed from `{card.base}`{checkpoint}"
+    origin = "merged with jaxembed from other models" if card.merging else training_note
     parts = [
         "---\nlibrary_name: sentence-transformers\npipeline_tag: sentence-similarity\n"
         "tags: [sentence-transformers, feature-extraction, jaxembed]\n---",

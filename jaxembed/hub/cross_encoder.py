@@ -45,9 +45,9 @@ def open_cross_encoder(name: str, cache: Path) -> ScorePairs:
         raise UserError(
             f"{name}: returns {model.num_labels} numbers per pair (expected 1, the relevance). Choose another cross-encoder."
         )
-    if untrained := _list_untrained_parameters(model.model, files):
+    if names := _list_untrained_parameters(model.model, files):
         raise UserError(
-            f"{name}: has no {', '.join(untrained)}, so its scores would be random (expected a trained cross-encoder with its "
+            f"{name}: has no {', '.join(names)}, so its scores would be random (expected a trained cross-encoder with its "
             "head). Choose another model."
         )
 

@@ -148,12 +148,12 @@ class Embedder:
         Raises:
             UserError: The model does not have so many layers.
         """
-        total, trained = self.model.transformer.layers, self.spec.exit_layers
+        total, exit_layers = self.model.transformer.layers, self.spec.exit_layers
         if not 0 < count <= total:
             raise UserError(f"layers: {count} is out of range (this model has {total}). Choose 1 to {total}.")
-        if count not in (total, *trained):
-            log_once(f"layers: the model was not trained to end after {count} layers (trained exits: {list(trained)})")
-        spec = self.spec.replace(exit_layers=tuple(layers for layers in trained if layers < count))
+        if count not in (total, *exit_layers):
+            log_once(f"layers: the model was not trained to end after {count} layers (trained exits: {list(exit_layers)})")
+        spec = self.spec.replace(exit_layers=tuple(layers for layers in exit_layers if layers < count))
         cut = select_layers(SizedModel(self.model.transformer, self.hf_config, self.params), range(count))
         return self.with_sizes(cut, spec, f"{count}-layers")
 

@@ -105,14 +105,14 @@ def export(embedder: Embedder, out: Path, dtype: str, card: Card, onnx: OnnxWeig
         # Add our own files, and move the folder to its place.
         write_spec(folder, embedder.spec)
         write_probe_file(folder, probes, vectors)
-        served = ServedModel(embedder.spec, embedder.model.transformer, dtype, has_onnx=onnx is not None)
-        measured = format_precision(report.dtypes, report.onnx)
+        served_model = ServedModel(embedder.spec, embedder.model.transformer, dtype, has_onnx=onnx is not None)
+        precision_note = format_precision(report.dtypes, report.onnx)
         hf_tokenizer = embedder.tokenizer.hf_tokenizer
         if card.prompt and starts_with_bos(hf_tokenizer):
             card = dataclasses.replace(card, prompt=f"{hf_tokenizer.bos_token}{card.prompt}")
-        (folder / "README.md").write_text(format_model_card(served, card, parity.error, measured), encoding="utf-8")
+        (folder / "README.md").write_text(format_model_card(served_model, card, parity.error, precision_note), encoding="utf-8")
         move_into_place(folder, out)
-    for line in [*list_limits(served), *list_unsafe_dtypes(report.dtypes)]:
+    for line in [*list_limits(served_model), *list_unsafe_dtypes(report.dtypes)]:
         log.warning("%s: %s", out, line)
     return report
 

@@ -61,18 +61,18 @@ def export_adapters(run_dir: Path, out: Path, checkpoint: str) -> Parity:
         root = scratch / "adapters"
         for name in lora.names or (None,):
             # Write the adapter, and compare its vectors as they are read back.
-            adapted, folder = float32_run.select_adapter(name), root / (name or "")
+            adapter_run, folder = float32_run.select_adapter(name), root / (name or "")
             folder.mkdir(parents=True)
-            _write_adapter(folder, adapted, lora)
-            embedder, vectors = build_embedder(adapted, mesh), Embedder.load(folder).encode(PROBE_TEXTS)
+            _write_adapter(folder, adapter_run, lora)
+            embedder, vectors = build_embedder(adapter_run, mesh), Embedder.load(folder).encode(PROBE_TEXTS)
             parity = compare_vectors(embedder.encode(PROBE_TEXTS), vectors, FLOAT32_TOLERANCE)
             if not parity.passes:
                 raise UserError(explain_mismatch(out, parity, embedder, folder))
             # Compare with the vectors of the run itself.
             if is_rounded:
                 _, params = run.select_adapter(name).merge_adapters()
-                rounded = compare_vectors(embedder.with_params(params).encode(PROBE_TEXTS), vectors, FLOAT32_TOLERANCE)
-                parity = dataclasses.replace(parity, cosine=rounded.cosine)
+                rounded_parity = compare_vectors(embedder.with_params(params).encode(PROBE_TEXTS), vectors, FLOAT32_TOLERANCE)
+                parity = dataclasses.replace(parity, cosine=rounded_parity.cosine)
             comparisons.append(parity)
         move_into_place(root, out)
     worst = Parity(max(p.error for p in comparisons), FLOAT32_TOLERANCE, min(p.cosine for p in comparisons))
@@ -88,8 +88,8 @@ def export_adapters(run_dir: Path, out: Path, checkpoint: str) -> Parity:
 def _write_adapter(folder: Path, run: RestoredRun, lora: LoraConfig) -> None:
     """Write an adapter. Those that the run has merged into its base are joined with it, so that the base itself fits."""
     spec, base_name, transformer = run.model.spec, run.base.trained_from, run.model.transformer
-    merged = [read_adapters(merged_folder, transformer)[1] for merged_folder in run.base.merged_adapters]
-    lora, adapters = concatenate_adapters(lora, [*merged, run.trained])
+    merged_adapters = [read_adapters(merged_folder, transformer)[1] for merged_folder in run.base.merged_adapters]
+    lora, adapters = concatenate_adapters(lora, [*merged_adapters, run.trained])
     write_adapters(folder, adapters, lora, base_name, transformer.family)
     run.build_tokenizer().hf_tokenizer.save_pretrained(folder)
     write_spec(folder, spec)

@@ -52,19 +52,19 @@ def merge_models(
         UserError: The models differ in more than their parameters. This is checked before any weights are read.
     """
     _check_models_match(models, [find_base_with_weights(model) for model in models])
-    loaded: list[Embedder] = []  # without parameters, so that memory holds one model at a time
+    embedders: list[Embedder] = []  # without parameters, so that memory holds one model at a time
 
     def load_params(model: str) -> Any:
         embedder = Embedder.load(model, checkpoint=checkpoint)
-        loaded.append(embedder.with_params({}))
-        log.info("%s: %s, weight %.4g", model, embedder.revision, weights[len(loaded) - 1])
+        embedders.append(embedder.with_params({}))
+        log.info("%s: %s, weight %.4g", model, embedder.revision, weights[len(embedders) - 1])
         return embedder.params
 
     params = interpolate(map(load_params, models), weights, method)
-    first = loaded[0]
+    first = embedders[0]
     _, shardings = compute_shapes_and_shardings(first.model, first.mesh)
     merged = dataclasses.replace(first, params=jax.device_put(params, shardings), revision="", weights_hash="")
-    table = _format_table(models, weights, [embedder.revision for embedder in loaded])
+    table = _format_table(models, weights, [embedder.revision for embedder in embedders])
     return merged, Card(name, merging=f"{METHOD_DESCRIPTIONS[method]}\n\n{table}")
 
 

@@ -102,12 +102,12 @@ def write_onnx(
         ) from None
     session = open_session(path)
     # A graph sees no prompt. Where instruction tokens are left out, only texts without a prompt have the model's vectors.
-    served = ServedModel(embedder.spec, embedder.model.transformer)
-    plain_probes = {"": PROBE_TEXTS} if served.leaves_out_instructions else probes
+    served_model = ServedModel(embedder.spec, embedder.model.transformer)
+    plain_probes = {"": PROBE_TEXTS} if served_model.leaves_out_instructions else probes
     plain_vectors = vectors if plain_probes is probes else encode_probes(embedder, plain_probes)
-    pooled = encode_probes_onnx(session, model.tokenizer, embedder, plain_probes)
+    onnx_vectors = encode_probes_onnx(session, model.tokenizer, embedder, plain_probes)
     sides = len(list_padding_sides(embedder.model.transformer))
-    parity = compare_vectors(np.tile(plain_vectors, (sides, 1)), pooled, FLOAT32_TOLERANCE)
+    parity = compare_vectors(np.tile(plain_vectors, (sides, 1)), onnx_vectors, FLOAT32_TOLERANCE)
     check_graph(parity, "sentence_embedding")
     # sentence-transformers reads the token vectors, and pools them itself.
     token_parity = compare_vectors(
@@ -187,10 +187,10 @@ def measure_ranking_agreement(a: np.ndarray, b: np.ndarray) -> float:
 
     This is the mean over the texts of (1 + Kendall's tau) / 2. Pairs that `a` ranks equally do not count.
     """
-    agreeing = counted = 0
+    num_agreeing = num_counted = 0
     for similarities_a, similarities_b in zip(a @ a.T, b @ b.T, strict=True):
         order_a = np.sign(similarities_a[:, None] - similarities_a)
         order_b = np.sign(similarities_b[:, None] - similarities_b)
-        counted += int(np.count_nonzero(order_a))
-        agreeing += int(np.count_nonzero((order_a == order_b) & (order_a != 0)))
-    return agreeing / counted if counted else 1.0
+        num_counted += int(np.count_nonzero(order_a))
+        num_agreeing += int(np.count_nonzero((order_a == order_b) & (order_a != 0)))
+    return num_agreeing / num_counted if num_counted else 1.0

@@ -137,14 +137,14 @@ def list_limits(model: ServedModel) -> list[str]:
     For a reader that refuses the model, one reason is enough.
     """
     refusing = {verdict.reader.name for verdict in judge_readers(model) if verdict.status == Status.REFUSED}
-    lines, refused = [], set[str]()
+    lines, refused_names = [], set[str]()
     for rule in (rule for rule in READER_RULES if rule.is_announced and rule.applies(model)):
-        candidates = refusing - refused if rule.status == Status.REFUSED else set(rule.readers) - refusing
+        candidates = refusing - refused_names if rule.status == Status.REFUSED else set(rule.readers) - refusing
         if names := [name for name in rule.readers if name in candidates]:
             status = "" if rule.status == Status.CONDITIONAL else f"{rule.status}: "
             lines.append(f"{', '.join(names)}: {status}{_format_reason(rule, model)}")
         if rule.status == Status.REFUSED:
-            refused |= set(names)
+            refused_names |= set(names)
     return lines
 
 

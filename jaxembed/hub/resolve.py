@@ -80,7 +80,7 @@ def find_run(name: str, run_dir: Path, checkpoint: str = "best") -> RunBase:
     spec = read_folder_spec(str(run_dir), run_dir, hf_config, transformer)
     lora = record.mapping("lora", {})
     step = _pick_checkpoint(run_dir, checkpoint)
-    merged = _list_merged_adapters(run_dir, step) if lora else ()
+    merged_adapters = _list_merged_adapters(run_dir, step) if lora else ()
     return RunBase(
         name=name,
         hf_config=hf_config,
@@ -93,8 +93,8 @@ def find_run(name: str, run_dir: Path, checkpoint: str = "best") -> RunBase:
         trained_spec=spec,
         lora=parse_section(LoraConfig, lora, f"{where}: lora") if lora else None,
         has_head=record.boolean("has_head"),
-        merged_adapters=merged,
-        find_frozen_base=functools.partial(_find_frozen_base, record, merged),
+        merged_adapters=merged_adapters,
+        find_frozen_base=functools.partial(_find_frozen_base, record, merged_adapters),
     )
 
 

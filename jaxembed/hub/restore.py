@@ -67,12 +67,12 @@ class RunBase(BaseWithWeights):
             lora = lora.replace(base_dtype=base_dtype)
         model = EmbeddingModel(self.transformer, self.trained_spec, compute, lora, self.has_head)
         shapes, shardings = compute_shapes_and_shardings(model, mesh)
-        trained = self._restore_trained(model, shapes, shardings)
+        trained_params = self._restore_trained(model, shapes, shardings)
         frozen = {}
         if lora is not None:
             parts = shapes.keys() & FROZEN_PARTS
             frozen = self.find_frozen_base().load(*({part: tree[part] for part in parts} for tree in (shapes, shardings)))
-        return RestoredRun(self, model, trained, frozen, f"{self.run_dir.resolve().name}-{self.step}")
+        return RestoredRun(self, model, trained_params, frozen, f"{self.run_dir.resolve().name}-{self.step}")
 
     def _restore_trained(self, model: EmbeddingModel, shapes: Any, shardings: Any) -> Any:
         trained, _ = split_params(attach_shardings(shapes, shardings))

@@ -81,10 +81,10 @@ def read_folder_spec(name: str, folder: Path, config: Mapping[str, Any], transfo
         return read_nv_embed_spec(config, transformer, f"{name}: config.json")
     layout = find_published_layout(name, folder, config)
     if layout is None and not exists(folder / MODULES_FILE) and "auto_map" in config:
-        supported = ", ".join(layout.title for layout in PUBLISHED_LAYOUTS)
+        titles = ", ".join(layout.title for layout in PUBLISHED_LAYOUTS)
         raise UserError(
             f"{folder}: config.json needs its own Python code (auto_map), which is not run (expected {SPEC_FILE}, "
-            f"sentence-transformers' {MODULES_FILE}, or the layout of NV-Embed, {supported}). "
+            f"sentence-transformers' {MODULES_FILE}, or the layout of NV-Embed, {titles}). "
             "If the weights are those of a plain decoder, remove auto_map from a copy."
         )
     _log_ignored_code(folder, config, layout, transformer)
