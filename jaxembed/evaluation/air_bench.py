@@ -171,25 +171,25 @@ class AirBenchTask:
         """Return the score of each query that has judgments."""
         from jaxembed.search.nearest import search  # imports JAX
 
-        ranked = search(queries, documents, AIR_BENCH_CUTOFF)
+        result = search(queries, documents, AIR_BENCH_CUTOFF)
         rows = {id_: row for row, id_ in enumerate(self._documents_by_id)}
         judged = _read_qrels(qrels, rows)
         judged_rows = [i for i, id_ in enumerate(self._queries_by_id) if id_ in judged]
         relevant = [judged[id_] for id_ in self._queries_by_id if id_ in judged]
         metric = ndcg if METRICS[self._kind].startswith("ndcg") else recall
-        return metric(relevant, ranked.rows[judged_rows])
+        return metric(relevant, result.rows[judged_rows])
 
     def _write_results(self, queries: np.ndarray, documents: np.ndarray, model: str) -> None:
         """Write a file for AIR-Bench's leaderboard: the top documents of each query with their scores."""
         assert self.results is not None
         from jaxembed.search.nearest import search  # imports JAX
 
-        ranked = search(queries, documents, SUBMITTED_DOCUMENTS)
+        result = search(queries, documents, SUBMITTED_DOCUMENTS)
         _, version, name = self.corpus.parts[-4:-1]
         ids = list(self._documents_by_id)
         search_results = {
             query: {ids[row]: float(score) for row, score in zip(query_rows, query_scores, strict=True)}
-            for query, query_rows, query_scores in zip(self._queries_by_id, ranked.rows.tolist(), ranked.scores, strict=True)
+            for query, query_rows, query_scores in zip(self._queries_by_id, result.rows.tolist(), result.scores, strict=True)
         }
         content = {
             "model_name": model, "reranker_name": "NoReranker", "benchmark_version": version, "task_type": self._kind,

@@ -48,13 +48,13 @@ def compare_tasks(first: Mapping[str, ItemScores], second: Mapping[str, ItemScor
         sentence. A task without results by item has "no_interval", the reason, instead of an interval.
     """
     differences: dict[str, Any] = {}
-    compared: list[Difference] = []
+    all_differences: list[Difference] = []
     log.info("%s compared with %s (difference, %.0f%% interval of the paired bootstrap)", *names, 100 * CONFIDENCE)
     for task, scores in first.items():
         other = second[task]
         if scores.parts and other.parts:
-            compared.append(compare_parts(scores.parts, other.parts, task))
-            differences[task] = compared[-1].summarize()
+            all_differences.append(compare_parts(scores.parts, other.parts, task))
+            differences[task] = all_differences[-1].summarize()
         else:
             differences[task] = _subtract_scores(scores, other)
         log.info("  %s", describe_task(task, scores, other, differences[task]))
@@ -64,10 +64,10 @@ def compare_tasks(first: Mapping[str, ItemScores], second: Mapping[str, ItemScor
         "differences": differences,
         "conclusion": conclude(names, differences),
     }
-    if len(compared) > 1:
-        mean = average_differences(compared)
+    if len(all_differences) > 1:
+        mean = average_differences(all_differences)
         result["mean"] = mean.summarize()
-        log.info("  mean of %d tasks: %s", len(compared), describe_difference(result["mean"]))
+        log.info("  mean of %d tasks: %s", len(all_differences), describe_difference(result["mean"]))
     log.info("%s", result["conclusion"])
     return result
 

@@ -144,15 +144,15 @@ class RetrievalSet:
         """Return the same scores for BM25, the lexical baseline."""
         return self._score_ranking(bm25.rank_documents(self.corpus, self.queries, DEEP_CUTOFF))
 
-    def _score_ranking(self, ranked: np.ndarray) -> SetScores:
-        first = ranked[:, :CUTOFF]
+    def _score_ranking(self, ranked_rows: np.ndarray) -> SetScores:
+        first = ranked_rows[:, :CUTOFF]
         gains = ndcg(self.relevant, first)
         values_by_metric = {
             "ndcg_at_10": gains,
             "recall_at_10": recall(self.relevant, first),
-            "recall_at_100": recall(self.relevant, ranked),
+            "recall_at_100": recall(self.relevant, ranked_rows),
             "mrr_at_10": reciprocal_rank(self.relevant, first),
-            "map_at_100": average_precision(self.relevant, ranked),
+            "map_at_100": average_precision(self.relevant, ranked_rows),
         }
         scores = {metric: float(values.mean()) for metric, values in values_by_metric.items()}
         return SetScores(scores, ScoredItems(gains[:, None], score_mean, "queries"))

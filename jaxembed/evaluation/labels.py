@@ -42,8 +42,8 @@ def classify(
     order = list(range(len(train_labels)))
     predictions = []
     for _ in range(EXPERIMENTS):
-        selected = _draw_training_texts(train_labels, order)
-        predictions.append(_fit_and_predict(train_vectors[selected], train_labels[selected], vectors))
+        training_rows = _draw_training_texts(train_labels, order)
+        predictions.append(_fit_and_predict(train_vectors[training_rows], train_labels[training_rows], vectors))
     return np.stack(predictions, axis=1)
 
 
@@ -61,8 +61,8 @@ def cross_validate(vectors: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " 
     predictions = np.zeros((len(labels), 1), np.int64)
     for train, test in KFold(FOLDS, shuffle=True, random_state=MTEB_SEED).split(range(len(labels))):
         order = order or list(range(len(train)))
-        selected = train[_draw_training_texts(labels[train], order)]
-        predictions[test, 0] = _fit_and_predict(vectors[selected], labels[selected], vectors[test])
+        training_rows = train[_draw_training_texts(labels[train], order)]
+        predictions[test, 0] = _fit_and_predict(vectors[training_rows], labels[training_rows], vectors[test])
     return predictions
 
 
@@ -70,13 +70,13 @@ def _draw_training_texts(labels: np.ndarray, order: list[int]) -> list[int]:
     """Shuffle `order` in place, and return its first `TEXTS_PER_LABEL` texts of each label."""
     np.random.RandomState(MTEB_SEED).shuffle(order)
     counts: Counter[int] = Counter()
-    selected = []
+    indices = []
     for index in order:
         label = int(labels[index])
         if counts[label] < TEXTS_PER_LABEL:
-            selected.append(index)
+            indices.append(index)
             counts[label] += 1
-    return selected
+    return indices
 
 
 def _fit_and_predict(train_vectors: np.ndarray, train_labels: np.ndarray, vectors: np.ndarray) -> np.ndarray:

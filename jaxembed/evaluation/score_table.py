@@ -63,8 +63,8 @@ def build_tables(model: str, tasks: Sequence[EvaluationTask], scores: Mapping[st
         scores: Scores by task, as in `EvaluationTask.score`.
     """
     members_by_group: dict[str, list[tuple[GroupMember, Mapping[str, Any]]]] = {}
-    scored = [task for task in tasks if scores[task.name]["metric"]]  # tasks without judgments have no metric
-    for task in scored:
+    scored_tasks = [task for task in tasks if scores[task.name]["metric"]]  # tasks without judgments have no metric
+    for task in scored_tasks:
         for member in task.groups or (GroupMember(ALL_TASKS, task.type),):
             members_by_group.setdefault(member.group, []).append((member, scores[task.name]))
     tables = [_build_table(group, model, members) for group, members in members_by_group.items()]

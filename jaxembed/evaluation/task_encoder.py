@@ -167,9 +167,9 @@ def check_widths(widths: Sequence[int], spec: EmbeddingSpec, model_width: int, m
     if widths and max(widths) > model_width:
         raise UserError(f"--dim: {max(widths)} is above the width of {model} ({model_width}). Choose 1 to {model_width}.")
     if untrained := sorted(set(widths) - {model_width, *spec.matryoshka_dims}, reverse=True):
-        trained = ", ".join(map(str, spec.matryoshka_dims)) or "none"
+        trained_widths = ", ".join(map(str, spec.matryoshka_dims)) or "none"
         log_once(
-            f"--dim: training of {model} did not include {', '.join(map(str, untrained))} (it included: {trained})",
+            f"--dim: training of {model} did not include {', '.join(map(str, untrained))} (it included: {trained_widths})",
             logging.INFO,
         )
     return tuple(sorted(set(widths), reverse=True))

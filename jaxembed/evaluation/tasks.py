@@ -101,8 +101,8 @@ def check_names(tasks: Sequence[EvaluationTask]) -> None:
     names = [task.name for task in tasks]
     if not names:
         raise UserError("evaluate: no tasks to score. Name them, such as --tasks STSBenchmark.")
-    if repeated := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(f"evaluate: two tasks are named {repeated!r}. Remove or rename one.")
+    if repeated_name := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"evaluate: two tasks are named {repeated_name!r}. Remove or rename one.")
 
 
 def check_instructions(table: InstructionTable, name: str, tasks: Sequence[EvaluationTask]) -> None:

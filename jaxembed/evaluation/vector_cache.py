@@ -50,14 +50,14 @@ class VectorCache:
         Raises:
             UserError: The vectors cannot be written.
         """
-        needed = 4 * self._width * len(texts)
-        fits = self._used_bytes + needed <= self._memory_bytes
+        needed_bytes = 4 * self._width * len(texts)
+        fits = self._used_bytes + needed_bytes <= self._memory_bytes
         if fits and not self._keeps_all:
             return self._concatenate(encode())
         key = self._make_key(texts, prompt)
         if key not in self._arrays:
             self._arrays[key] = self._concatenate(encode()) if fits else self._map_file(key, len(texts), encode)
-            self._used_bytes += needed if fits else 0
+            self._used_bytes += needed_bytes if fits else 0
         return self._arrays[key]
 
     def clear(self) -> None:

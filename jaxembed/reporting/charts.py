@@ -105,15 +105,15 @@ def average_points(values: ChartValues) -> list[dict[str, Any]]:
     series: dict[str, list[Mapping[str, Any]]] = {}
     for row in values:
         series.setdefault(row["series"], []).append(row)
-    thinned = []
+    means = []
     for rows in series.values():
         size = -(-len(rows) // MAX_LINE_POINTS)
         for start in range(0, len(rows), size):
             block = [row for row in rows[start : start + size] if row["value"] is not None]
             last = rows[min(start + size, len(rows)) - 1]
             mean = sum(row["value"] for row in block) / len(block) if block else None
-            thinned.append({**last, "value": mean})
-    return thinned
+            means.append({**last, "value": mean})
+    return means
 
 
 def draw_histogram(title: str, values: ChartValues, x_title: str, y_title: str, note: str = "") -> Chart:

@@ -47,9 +47,9 @@ def render_page(title: str, sections: Sequence[ReportSection], command: str) -> 
     """Return a report as UTF-8. A lone surrogate, which UTF-8 cannot encode, becomes a question mark."""
     shown_sections = [section for section in sections if not section.is_empty]
     specs: list[Mapping[str, Any]] = []
-    numbered: dict[str, list[tuple[int, Chart]]] = {}
+    charts_by_section: dict[str, list[tuple[int, Chart]]] = {}
     for section in shown_sections:
-        numbered[section.id] = list(enumerate(section.charts, start=len(specs)))
+        charts_by_section[section.id] = list(enumerate(section.charts, start=len(specs)))
         specs += [chart.spec for chart in section.charts]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATE_FOLDER),
@@ -61,7 +61,7 @@ def render_page(title: str, sections: Sequence[ReportSection], command: str) -> 
     page = environment.get_template("report.html.j2").render(
         title=title,
         sections=shown_sections,
-        charts=numbered,
+        charts=charts_by_section,
         chart_data=to_script_json(specs),
         neighbor_data=to_script_json([entry for section in shown_sections for entry in section.neighbors]),
         style=_read_asset("report.css"),

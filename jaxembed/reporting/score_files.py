@@ -161,6 +161,6 @@ def average_widths(tasks: Mapping[str, TaskScore]) -> dict[int, float]:
 
     Only widths that all of these tasks have are returned.
     """
-    measured = [task.widths for task in tasks.values() if task.widths]
-    shared = set.intersection(*(set(widths) for widths in measured)) if measured else set()
-    return {width: float(np.mean([widths[width] for widths in measured])) for width in sorted(shared)}
+    width_scores = [task.widths for task in tasks.values() if task.widths]
+    shared_widths = set.intersection(*(set(widths) for widths in width_scores)) if width_scores else set()
+    return {width: float(np.mean([widths[width] for widths in width_scores])) for width in sorted(shared_widths)}

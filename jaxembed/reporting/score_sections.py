@@ -70,24 +70,26 @@ def _compare_models(models: Sequence[ReportedModel], figures: FiguresByName, bas
     """Return the table of the survey (Cao 2024, Table 3), with scores relative to a baseline."""
     tasks = _intersect([list(model.tasks) for model in models if model.tasks])
     held_out = list(dict.fromkeys(metric for model in models for metric in model.held_out))
-    scored = {model.name: {metric: model.held_out.get(metric) for metric in held_out} for model in models}
+    scores_by_model = {model.name: {metric: model.held_out.get(metric) for metric in held_out} for model in models}
     if tasks:
-        scored = {
-            model.name: {f"mean of {len(tasks)} tasks": _to_percent(average(model.tasks, tasks)), **scored[model.name]}
+        scores_by_model = {
+            model.name: {f"mean of {len(tasks)} tasks": _to_percent(average(model.tasks, tasks)), **scores_by_model[model.name]}
             for model in models
         }
-    metrics = list(scored[baseline])
+    metrics = list(scores_by_model[baseline])
     # A relative score needs a second model that has the score.
-    compared = {metric for metric in metrics if sum(scores[metric] is not None for scores in scored.values()) > 1}
+    compared_metrics = {
+        metric for metric in metrics if sum(scores[metric] is not None for scores in scores_by_model.values()) > 1
+    }
     columns = ["model", "parameters (M)", "memory (GiB, float32)", "width", "max. tokens"]
-    columns += [title for m in metrics for title in ([m, f"{m} vs {baseline}"] if m in compared else [m])]
+    columns += [title for m in metrics for title in ([m, f"{m} vs {baseline}"] if m in compared_metrics else [m])]
     rows = []
     for model in models:
         cells = [model.name, *_format_figures(figures[model.name])]
         for metric in metrics:
-            score, reference = scored[model.name][metric], scored[baseline][metric]
+            score, reference = scores_by_model[model.name][metric], scores_by_model[baseline][metric]
             cells.append(format_number(score, 2 if metric.startswith("mean of") else 4))
-            if metric in compared:
+            if metric in compared_metrics:
                 cells.append(NO_VALUE if model.name == baseline else _format_change(score, reference))
         rows.append(cells)
     score_columns = [i for i, column in enumerate(columns) if column in metrics]
@@ -140,12 +142,15 @@ def _find_best(rows: Sequence[Sequence[str]], groups: Iterable[Iterable[tuple[in
 
 def make_benchmark_section(models: Sequence[ReportedModel]) -> ReportSection:
     """Return the scores of every task by type, and their means."""
-    scored = [model for model in models if model.tasks]
-    if not scored:
+    scored_models = [model for model in models if model.tasks]
+    if not scored_models:
         return ReportSection("benchmark", "Benchmark")
-    table = _make_benchmark_table(scored)
+    table = _make_benchmark_table(scored_models)
     return ReportSection(
-        "benchmark", "Benchmark", tables=[table, *_list_published_tables(scored)], collapsibles=_list_instructions(scored)
+        "benchmark",
+        "Benchmark",
+        tables=[table, *_list_published_tables(scored_models)],
+        collapsibles=_list_instructions(scored_models),
     )
 
 

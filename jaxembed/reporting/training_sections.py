@@ -155,9 +155,9 @@ def make_held_out_section(runs: Sequence[RunFiles]) -> ReportSection:
         values = []
         for run in runs:
             prefix = _make_prefix(run, runs)
-            trained = [{"x": x, "value": v, "series": prefix or "trained"} for x, name, v in run.scores() if name == metric]
-            last = trained[-1]["x"] if trained else 0
-            values += trained
+            points = [{"x": x, "value": v, "series": prefix or "trained"} for x, name, v in run.scores() if name == metric]
+            last = points[-1]["x"] if points else 0
+            values += points
             for key, label in (("untrained", "before training"), ("bm25", "BM25")):
                 score = run.last_scores(key).get(metric)
                 if score is not None:
@@ -196,13 +196,13 @@ def make_data_section(runs: Sequence[RunFiles]) -> ReportSection:
     ]
     if not sources:
         return ReportSection("data", "Data")
-    charted = sorted(sources, key=lambda source: -float(source.get("share") or 0))[:MAX_CHARTED_SOURCES]
-    cut_note = f"The {len(charted)} largest of {len(sources)} sources." if len(charted) < len(sources) else ""
+    largest_sources = sorted(sources, key=lambda source: -float(source.get("share") or 0))[:MAX_CHARTED_SOURCES]
+    cut_note = f"The {len(largest_sources)} largest of {len(sources)} sources." if len(largest_sources) < len(sources) else ""
     charts: list[Chart] = []
-    if len(charted) > 1:
-        shares = [_select_keys(source, "name", "group", "share") for source in charted]
+    if len(largest_sources) > 1:
+        shares = [_select_keys(source, "name", "group", "share") for source in largest_sources]
         charts.append(draw_bars("Mixture", shares, "share of the queries", cut_note))
-    lengths = [row for source in charted[:6] for row in _list_length_rows(source)]
+    lengths = [row for source in largest_sources[:6] for row in _list_length_rows(source)]
     if lengths:
         charts.append(
             draw_histogram(
