@@ -74,8 +74,8 @@ def compile_until_assigned(lowered: Any, name: str, folder: Path) -> Assignment:
         is_done = not thread.is_alive()  # before the files are listed: then none can appear afterwards
         if errors:
             raise errors[0]
-        if finished := list(folder.glob(f"*.jit_{name}.*{FINISHED}")):
-            stem = finished[0].name.removesuffix(FINISHED)
+        if finished_files := list(folder.glob(f"*.jit_{name}.*{FINISHED}")):
+            stem = finished_files[0].name.removesuffix(FINISHED)
             return parse_assignment(*((folder / f"{stem}{suffix}").read_text() for suffix in (ASSIGNMENT, HLO)))
         if is_done:
             raise RuntimeError(f"XLA wrote no assignment of {name} to {folder}")

@@ -32,8 +32,8 @@ def _count_equation_flops(equation: Any) -> int:
     name, params = equation.primitive.name, equation.params
     # Matmuls.
     if name == "dot_general":
-        (contracted, _), _ = params["dimension_numbers"]
-        return 2 * equation.outvars[0].aval.size * math.prod(equation.invars[0].aval.shape[i] for i in contracted)
+        (contracted_axes, _), _ = params["dimension_numbers"]
+        return 2 * equation.outvars[0].aval.size * math.prod(equation.invars[0].aval.shape[i] for i in contracted_axes)
     if name == "conv_general_dilated":
         kernel = equation.invars[1].aval
         output_channels = kernel.shape[params["dimension_numbers"].rhs_spec[0]]

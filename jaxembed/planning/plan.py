@@ -172,7 +172,7 @@ def _make_report(state: TrainState, program: Program, memory: int | None, mesh: 
 
 
 def _make_out_of_memory_error(
-    config: Config, stage: Stage, needed: int, available: int, proposal: Proposal | None = None
+    config: Config, stage: Stage, needed_bytes: int, available_bytes: int, proposal: Proposal | None = None
 ) -> UserError:
     """Return the error of a step that does not fit. It proposes settings, or lists unused settings that would help."""
     model, chunk_rows = config.model, stage.config.gradcache.rows
@@ -187,7 +187,7 @@ def _make_out_of_memory_error(
     }
     remedies = ", ".join(remedy for remedy, applies in is_applicable.items() if applies) or "more devices"
     where = f"stages.{stage.index}: " if stage.index else ""
-    problem = f"a step needs {_format_bytes(needed)}, but a device has {_format_bytes(available)}"
+    problem = f"a step needs {_format_bytes(needed_bytes)}, but a device has {_format_bytes(available_bytes)}"
     if proposal is not None:
         return UserError(f"{where}{problem}. By estimates, these settings fit: {proposal.describe()}.")
     return UserError(f"{where}{problem}. Try {remedies}.")

@@ -69,14 +69,14 @@ def _assign_token_sources(stage: StageConfig, sources: Sequence[Source], prefix:
     source_lists = []
     for i, objective in stage.token_objectives.items():
         source_format, where = objective.source_format, f"{prefix}objectives.{i}: {objective.name}"
-        needed = f"{where} needs sources of format {source_format} ({objective.source_rows})"
+        requirement = f"{where} needs sources of format {source_format} ({objective.source_rows})"
         named_sources = [source for source in sources if source.name in objective.sources]
         if wrong := [source for source in named_sources if source.format != source_format]:
-            raise UserError(f"{needed}, but source {wrong[0].name} has format {wrong[0].format}. Name other sources.")
+            raise UserError(f"{requirement}, but source {wrong[0].name} has format {wrong[0].format}. Name other sources.")
         own_sources = named_sources or [source for source in sources if source.format == source_format]
         if not own_sources:
             formats = ", ".join(f"{source.name}: {source.format}" for source in sources)
-            raise UserError(f"{needed}, but the stage has none (found {formats}). Add one.")
+            raise UserError(f"{requirement}, but the stage has none (found {formats}). Add one.")
         source_lists.append(own_sources)
     return source_lists
 
@@ -107,18 +107,18 @@ def _assign_query_sources(
 
 def _check_scores(stage: StageConfig, prefix: str) -> None:
     """Raise `UserError` if a graded objective needs scores that no source has. One row of each source under it is read."""
-    graded = {i: o for i, o in enumerate(stage.objectives) if isinstance(o, GradedObjectiveConfig)}
-    named_sources = {name for objective in graded.values() for name in objective.sources}
-    sources = stage.data.sources if graded else ()
+    graded_objectives = {i: o for i, o in enumerate(stage.objectives) if isinstance(o, GradedObjectiveConfig)}
+    named_sources = {name for objective in graded_objectives.values() for name in objective.sources}
+    sources = stage.data.sources if graded_objectives else ()
     formats = {s.display_name: detect_format(s) for s in sources if s.graded or s.display_name in named_sources}
-    scored = {s.display_name for s in sources if s.graded and formats[s.display_name] == "scored_pairs"}
-    for i, objective in graded.items():
-        if unscored := [name for name in objective.sources if name not in scored]:
-            problem = f"source {unscored[0]} has no scores (format {formats[unscored[0]]}; expected scored_pairs)"
-            if formats[unscored[0]] == "scored_pairs":
-                problem = f"source {unscored[0]} does not keep its scores (graded is false; expected true)"
+    scored_names = {s.display_name for s in sources if s.graded and formats[s.display_name] == "scored_pairs"}
+    for i, objective in graded_objectives.items():
+        if unscored_names := [name for name in objective.sources if name not in scored_names]:
+            problem = f"source {unscored_names[0]} has no scores (format {formats[unscored_names[0]]}; expected scored_pairs)"
+            if formats[unscored_names[0]] == "scored_pairs":
+                problem = f"source {unscored_names[0]} does not keep its scores (graded is false; expected true)"
             raise UserError(f"{prefix}objectives.{i}: {objective.name} needs scores, but {problem}. Name other sources.")
-        if not scored:
+        if not scored_names:
             raise UserError(
                 f"{prefix}objectives.{i}: {objective.name} needs scores, but no source has any (expected a source of rows of "
                 "sentence1, sentence2 and score). Add one."

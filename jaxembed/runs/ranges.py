@@ -25,13 +25,13 @@ def open_ranges(config: Config, base: Base, width: int) -> np.ndarray | None:
     Raises:
         UserError: There is no such file, or it does not fit the vectors.
     """
-    trained = any("int8" in stage.quantization.precisions for stage in config.stages)
-    if not trained and all(held_out.precision != "int8" for held_out in config.eval.sets):
+    trains_int8 = any("int8" in stage.quantization.precisions for stage in config.stages)
+    if not trains_int8 and all(held_out.precision != "int8" for held_out in config.eval.sets):
         return None
     run_path, base_path = Path(config.run.dir) / RANGES_FILE, Path(base.name) / RANGES_FILE
     config_path = next((stage.quantization.ranges for stage in config.stages if stage.quantization.ranges), None)
     if not exists(run_path) and config_path is None and not exists(base_path):
-        key = "quantization.precisions" if trained else "eval.sets"
+        key = "quantization.precisions" if trains_int8 else "eval.sets"
         raise UserError(
             f"{key}: int8 needs ranges (found neither quantization.ranges nor {base_path}). Write a file of them: python -m "
             f"jaxembed.encode {base.name} TEXTS OUT.npy --write-ranges RANGES.npy"

@@ -29,8 +29,8 @@ def record_run(run: OpenedRun) -> None:
     if processes.is_first():
         write_spec(run_dir, run.spec)
         record_ranges(run_dir, run.ranges)
-        dropped = [{source.name: source.sampler.drop_counts for source in stage.all_sources} for stage in run.stages]
-        write_json(run_dir / "dropped.json", dropped)
+        drop_counts = [{source.name: source.sampler.drop_counts for source in stage.all_sources} for stage in run.stages]
+        write_json(run_dir / "dropped.json", drop_counts)
     digests: dict[str, str] = {}
     for source in run.sources:
         path = source.config.path

@@ -91,15 +91,19 @@ def describe_source(stage: Stage, source: Source, epochs: float, examples: Seque
     lengths = tokenizer.count_untruncated_tokens(*stage.batch_builder.sampler.list_texts(examples))
     limit = tokenizer.spec.max_length
     counts, edges = np.histogram(np.minimum(lengths, 2 * limit), bins=LENGTH_BINS, range=(0, 2 * limit))
-    graded = {}
+    grading = {}
     if isinstance(sampler, GradedPairSampler):
-        graded = {"score_range": sampler.score_range, "min_score": source.config.min_score, "positives": sampler.positive_count}
+        grading = {
+            "score_range": sampler.score_range,
+            "min_score": source.config.min_score,
+            "positives": sampler.positive_count,
+        }
     return {
         **describe_rows(source),
         "epochs": epochs,
         "share": epochs * len(source) / (train.steps * train.batch_size),
         "in_batch_negatives": source.in_batch,
-        **({"graded": graded} if graded else {}),
+        **({"graded": grading} if grading else {}),
         "tokens": {
             **describe_lengths(lengths, limit),
             "p95": float(np.quantile(lengths, 0.95, method="higher")),
@@ -117,10 +121,10 @@ def _show_source(report: Mapping[str, Any]) -> None:
         report["name"], report["format"], f"{report['examples']:,}", report["epochs"], tokens["mean"],
         100 * tokens["truncated"], tokens["max_length"], "on" if report["in_batch_negatives"] else "off",
     )  # fmt: skip
-    if graded := report.get("graded"):
+    if grading := report.get("graded"):
         log.info(
             "  graded: scores from %g to %g; %s pairs have at least min_score, %g, and are positives",
-            *graded["score_range"], f"{graded['positives']:,}", graded["min_score"],
+            *grading["score_range"], f"{grading['positives']:,}", grading["min_score"],
         )  # fmt: skip
     for reason, count in report["dropped"].items():
         log.info("  dropped: %s (%s)", f"{count:,}", reason)
@@ -223,8 +227,8 @@ def summarize_run(run: OpenedRun, seconds: float) -> dict[str, Any]:
     losses = [row for row in rows if "loss" in row]
 
     def last_scores(prefix: str) -> dict[str, float]:
-        scored = [row for row in rows if any(key.startswith(f"{prefix}/") for key in row)]
-        last = scored[-1] if scored else {}
+        scored_rows = [row for row in rows if any(key.startswith(f"{prefix}/") for key in row)]
+        last = scored_rows[-1] if scored_rows else {}
         return {key.removeprefix(f"{prefix}/"): value for key, value in last.items() if key.startswith(f"{prefix}/")}
 
     return {

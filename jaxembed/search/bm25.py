@@ -96,9 +96,9 @@ class Bm25Similarity:
         return math.log(1 + (len(self._counts) - frequency + 0.5) / (frequency + 0.5))
 
     def _compare(self, first: dict[str, float], second: dict[str, float]) -> float:
-        shared = [term for term in first if term in second]
+        shared_terms = [term for term in first if term in second]
         totals = [math.fsum(weights.values()) for weights in (first, second)]
-        return min(math.fsum(w[term] for term in shared) / t for w, t in zip((first, second), totals, strict=True) if t)
+        return min(math.fsum(w[term] for term in shared_terms) / t for w, t in zip((first, second), totals, strict=True) if t)
 
 
 def check_bm25_installed() -> None:

@@ -62,8 +62,8 @@ def _draw_centers(vectors: np.ndarray, count: int, rng: np.random.Generator) -> 
         total = distances.sum()
         candidates = rng.choice(len(vectors), DRAWS_PER_CENTER, p=distances / total if total > 0 else None)
         # Take the draw after which vectors are nearest to their centers.
-        reduced = np.minimum(distances[:, None], np.maximum(1 - vectors @ vectors[candidates].T, 0))
-        best = int(reduced.sum(0).argmin())
+        new_distances = np.minimum(distances[:, None], np.maximum(1 - vectors @ vectors[candidates].T, 0))
+        best = int(new_distances.sum(0).argmin())
         centers.append(int(candidates[best]))
-        distances = reduced[:, best]
+        distances = new_distances[:, best]
     return vectors[centers].astype(np.float32)

@@ -123,8 +123,8 @@ def _search_with_faiss(
     for start in progress_bar(range(0, len(queries), step), unit="block", desc="search", disable=not show_progress):
         scores, rows = faiss.knn(queries[start : start + step], documents, fetch_k, faiss.METRIC_INNER_PRODUCT)
         # Sort equal scores by row.
-        tied = (scores[:, 1:] == scores[:, :-1]).any(axis=1)
-        rows[tied] = np.take_along_axis(rows[tied], np.lexsort((rows[tied], -scores[tied])), axis=1)
+        has_ties = (scores[:, 1:] == scores[:, :-1]).any(axis=1)
+        rows[has_ties] = np.take_along_axis(rows[has_ties], np.lexsort((rows[has_ties], -scores[has_ties])), axis=1)
         result.rows[start : start + step], result.scores[start : start + step] = rows[:, :k], scores[:, :k]
         # Search again, deeper, where the last fetched score equals the k-th one: lower rows of that score may be missing.
         unsure = start + np.flatnonzero(scores[:, k - 1] == scores[:, -1])

@@ -72,12 +72,12 @@ class VectorFile:
         block = np.empty((min(end, len(self)) - start, self.shape[1]), self.dtype)
         with self.path.open("rb", buffering=0) as file:
             file.seek(self._start + start * self.dtype.itemsize * self.shape[1])
-            view, filled = block.data.cast("B"), 0
-            while filled < block.nbytes and (count := file.readinto(view[filled:])):
-                filled += count
+            view, num_read = block.data.cast("B"), 0
+            while num_read < block.nbytes and (count := file.readinto(view[num_read:])):
+                num_read += count
             if hasattr(os, "posix_fadvise"):  # these pages are not read again before the next pass
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        if filled < block.nbytes:
+        if num_read < block.nbytes:
             raise UserError(f"{self.path}: became shorter while it was read. Write it again.")
         return block.astype(np.float32, copy=False)
 

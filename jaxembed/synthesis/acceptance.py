@@ -89,8 +89,8 @@ class RowRules:
 
     def check(self, draft: Draft) -> AcceptedRow | None:
         """Return the row of a draft, or None if it is rejected."""
-        filled = {str(field): fill_field(template, draft) for field, template in self._task.row.items()}
-        row = {field: value.strip() if isinstance(value, str) else value for field, value in filled.items()}
+        row_values = {str(field): fill_field(template, draft) for field, template in self._task.row.items()}
+        row = {field: value.strip() if isinstance(value, str) else value for field, value in row_values.items()}
         if problem := self._find_problem(row):
             self.rejected[problem] += 1
             return None

@@ -178,21 +178,21 @@ class Endpoints:
 
         if not isinstance(error, openai.APIStatusError):
             raise error
-        quoted, lowered = self._quote(error), f"{error.code} {error.param} {error.message}".lower()
+        quote, lowered = self._quote(error), f"{error.code} {error.param} {error.message}".lower()
         if error.status_code in (401, 403):
             state = "does not accept the key in" if self._options.key else "needs a key, which is read from"
             raise UserError(
                 f"{endpoint.url}: the server {state} the environment variable {self._options.key_variable} "
-                f"(status {error.status_code}: {quoted}). Set it to a key of this server."
+                f"(status {error.status_code}: {quote}). Set it to a key of this server."
             ) from None
         if any(word in lowered for word in CONTEXT_WORDS):
-            raise TooLongError(quoted) from None
+            raise TooLongError(quote) from None
         if error.status_code in (400, 422):
             for option, words in OPTION_WORDS.items():
                 if error.param == option or any(word in lowered for word in words):
-                    raise OptionRefusedError(option, quoted) from None
+                    raise OptionRefusedError(option, quote) from None
         raise UserError(
-            f"{endpoint.url}: the server refused a request (status {error.status_code}: {quoted}). Check --server and --model."
+            f"{endpoint.url}: the server refused a request (status {error.status_code}: {quote}). Check --server and --model."
         ) from None
 
     def _quote(self, error: Exception) -> str:

@@ -82,9 +82,9 @@ def synthesize(
 
 def prepare_tasks(config: SynthesisConfig, recipe: Path, inputs: Mapping[str, InputRows], cache: Path) -> list[TaskRun]:
     """Return the tasks after all checks that need no server. Raise `UserError` for bad input."""
-    shared = TaskInputs(inputs, Indexes(inputs), KnownQueries(config, cache, str(recipe)), recipe)
+    task_inputs = TaskInputs(inputs, Indexes(inputs), KnownQueries(config, cache, str(recipe)), recipe)
     return [
-        TaskRun(task, target, config.seed, shared)
+        TaskRun(task, target, config.seed, task_inputs)
         for task, target in zip(config.tasks, split_rows(config.tasks, config.max_rows), strict=True)
     ]
 

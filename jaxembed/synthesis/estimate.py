@@ -149,10 +149,10 @@ def _sum_costs(costs: list[StepCost], task: TaskRun) -> dict[str, float]:
     rows = draft_count * math.prod(cost.drafts_out for cost in costs)
     rows = rows if task.target is None else min(rows, task.target)
     totals: dict[str, float] = {"rows": rows, "requests": 0, "prompt_tokens": 0, "completion_tokens": 0}
-    needed = float(rows)
+    num_drafts = float(rows)
     for cost in reversed(costs):
-        needed = math.ceil(needed / cost.drafts_out)
-        totals["requests"] += needed * cost.requests
-        totals["prompt_tokens"] += needed * cost.prompt_tokens
-        totals["completion_tokens"] += needed * cost.completion_tokens
+        num_drafts = math.ceil(num_drafts / cost.drafts_out)
+        totals["requests"] += num_drafts * cost.requests
+        totals["prompt_tokens"] += num_drafts * cost.prompt_tokens
+        totals["completion_tokens"] += num_drafts * cost.completion_tokens
     return totals

@@ -92,12 +92,12 @@ class RowFiles:
                 for path in self._list_paths(task):
                     path.unlink(missing_ok=True)
 
-    def add(self, task: TaskConfig, accepted: AcceptedRow) -> None:
+    def add(self, task: TaskConfig, accepted_row: AcceptedRow) -> None:
         """Write a row and its provenance."""
         if task.name not in self._files:
             first, second = (self._open(path) for path in self._list_paths(task))
             self._files[task.name] = first, second
-        for file, content in zip(self._files[task.name], (accepted.row, self._describe(task, accepted)), strict=True):
+        for file, content in zip(self._files[task.name], (accepted_row.row, self._describe(task, accepted_row)), strict=True):
             file.write(json.dumps(content, ensure_ascii=False) + "\n")
 
     def get_name(self, task: TaskConfig) -> str:
@@ -113,9 +113,9 @@ class RowFiles:
         partial = self._stack.enter_context(atomic_write(path))
         return self._stack.enter_context(partial.open("w", encoding="utf-8"))
 
-    def _describe(self, task: TaskConfig, accepted: AcceptedRow) -> dict[str, Any]:
+    def _describe(self, task: TaskConfig, accepted_row: AcceptedRow) -> dict[str, Any]:
         """Return the provenance of a row."""
-        draft = accepted.draft
+        draft = accepted_row.draft
         steps = {step.name: step for step in task.steps if isinstance(step, AskStepConfig)}
         values = {name: {key: draft.fields[name][key] for key in step.values} for name, step in steps.items() if step.values}
         origin = {"input": task.first.per, "input_row": draft.source_row + 1} if task.first.per else {}

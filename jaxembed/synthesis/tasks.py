@@ -121,9 +121,9 @@ class TaskRun:
         for step in self.steps:
             drafts = step.run(drafts)
         for draft in drafts:
-            if accepted := self.rules.check(draft):
-                self.samples.add(accepted.row)
-                yield accepted
+            if accepted_row := self.rules.check(draft):
+                self.samples.add(accepted_row.row)
+                yield accepted_row
         for step in self.steps:
             if isinstance(step, AskStep):
                 step.raise_if_all_too_long()

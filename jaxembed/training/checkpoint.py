@@ -110,10 +110,10 @@ class Checkpoints(CheckpointReader):
 
     def _check_space(self, state: TrainState) -> None:
         """Raise OSError if the disk has no room for one more checkpoint."""
-        needed = sum(x.nbytes for x in jax.tree.leaves((state.params, state.opt_state)))
+        needed_bytes = sum(x.nbytes for x in jax.tree.leaves((state.params, state.opt_state)))
         free = shutil.disk_usage(self._folder).free
-        if needed > free:
-            raise OSError(f"it takes {needed / 1e6:,.1f} MB, the disk has {free / 1e6:,.1f} MB left")
+        if needed_bytes > free:
+            raise OSError(f"it takes {needed_bytes / 1e6:,.1f} MB, the disk has {free / 1e6:,.1f} MB left")
 
     def _make_write_error(self, error: Exception) -> UserError:
         intact = [step for step in self.list_steps() if not self.find_damage(step)]

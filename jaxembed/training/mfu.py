@@ -67,8 +67,8 @@ def count_kernel_weights(params: Any, adapters: int = 0) -> int:
     }
     if ("pooling", "latents") in flat:
         del kernels["pooling", "attention", "kv", "kernel"]  # applied to the latents once per step, not to tokens
-    stacked = max(adapters, 1)
-    return sum(math.prod(x.shape) // (stacked if path[-1] in ADAPTER_PARAMS else 1) for path, x in kernels.items())
+    copies = max(adapters, 1)
+    return sum(math.prod(x.shape) // (copies if path[-1] in ADAPTER_PARAMS else 1) for path, x in kernels.items())
 
 
 def find_device_peak(dtype: str) -> float | None:

@@ -53,8 +53,8 @@ def _collect_fixed_settings(config: Config) -> dict[str, Any]:
     """Return the settings that a resumed run must share, as plain values under the keys of the config file."""
     model = {key: value for key, value in config.model.model_dump(mode="json").items() if key not in FREE_MODEL_KEYS}
     stages = [_collect_fixed_stage_settings(stage) for stage in config.stages]
-    trained = stages[0] if len(stages) == 1 else {"stages": stages}
-    return {"model": model, **trained, "eval": {"selecting_set": _find_selection_set(config)}}
+    stage_settings = stages[0] if len(stages) == 1 else {"stages": stages}
+    return {"model": model, **stage_settings, "eval": {"selecting_set": _find_selection_set(config)}}
 
 
 def _collect_fixed_stage_settings(stage: StageConfig) -> dict[str, Any]:

@@ -46,8 +46,8 @@ def handle_stop_signals(handle: Callable[[int, FrameType | None], None], wakeup_
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handled = [number for number in list_stop_signals() if number != signal.SIGTERM or processes.count() == 1]
-    previous = {number: signal.signal(number, handle) for number in handled}
+    handled_signals = [number for number in list_stop_signals() if number != signal.SIGTERM or processes.count() == 1]
+    previous = {number: signal.signal(number, handle) for number in handled_signals}
     previous_descriptor = signal.set_wakeup_fd(wakeup_descriptor, warn_on_full_buffer=False)
     try:
         yield
@@ -72,10 +72,10 @@ def stop_on_signals(message: str) -> Iterator[None]:
     if processes.count() > 1:
         yield
         return
-    received: list[int] = []
+    received_signals: list[int] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        received.append(number)
+        received_signals.append(number)
         raise KeyboardInterrupt(number)  # libraries that catch `Exception` do not catch it
 
     with (
@@ -87,8 +87,8 @@ def stop_on_signals(message: str) -> Iterator[None]:
             yield
         except KeyboardInterrupt as error:
             raise Stopped(message, get_interrupt_signal(error)) from None
-        if received:
-            raise Stopped(message, received[0])
+        if received_signals:
+            raise Stopped(message, received_signals[0])
 
 
 @contextmanager

@@ -174,8 +174,8 @@ def _find_refusals(served: ServedVectors) -> list[str]:
     if not served.refusals:
         return []
     count, first = len(served.refusals), next(iter(served.refusals.values()))
-    refused = f"long texts: the server refuses {count} of {len(served.vectors)} texts, which the folder truncates ({first})"
-    return [f"{refused}. Truncate in the client, or let the server do it."]
+    problem = f"long texts: the server refuses {count} of {len(served.vectors)} texts, which the folder truncates ({first})"
+    return [f"{problem}. Truncate in the client, or let the server do it."]
 
 
 def _find_length_errors(folder: VerifiedFolder, served: ServedVectors) -> list[str]:

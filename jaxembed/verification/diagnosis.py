@@ -189,18 +189,22 @@ def measure_half_precision(encoder: VariantEncoder, dtype: str, indices: Sequenc
 
 
 def diagnose(
-    encoder: VariantEncoder, served: np.ndarray, indices: Sequence[int], min_cosine: float, server_lengths: Sequence[int] = ()
+    encoder: VariantEncoder,
+    served_vectors: np.ndarray,
+    indices: Sequence[int],
+    min_cosine: float,
+    server_lengths: Sequence[int] = (),
 ) -> Diagnosis:
     """Find the differences that explain the vectors of a server.
 
     Args:
         encoder: Computes variants.
-        served: Unit vectors of the server [N, W].
+        served_vectors: Unit vectors of the server [N, W].
         indices: The texts that the server has encoded, n of the N.
         min_cosine: Minimum cosine of equal vectors.
         server_lengths: Token limits that the server reports.
     """
-    return _Search(encoder, served, list(indices), server_lengths).run(min_cosine)
+    return _Search(encoder, served_vectors, list(indices), server_lengths).run(min_cosine)
 
 
 class _Search:

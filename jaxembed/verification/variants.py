@@ -95,9 +95,9 @@ class LastTokensTokenizer(TextTokenizer):
     def __call__(self, texts: Sequence[str], prompts: Sequence[str]) -> TokenizedTexts:
         """Tokenize N texts, each under its prompt."""
         inputs = [np.array(encoding.ids, np.int32) for encoding in self._encode(self._full_backend, texts, prompts)]
-        dropped = np.maximum([len(ids) - self.spec.max_length for ids in inputs], 0)
-        pool_start = np.maximum(self.count_prompt_tokens(prompts) - dropped, 0)
-        shortened = [self._drop(ids, count) for ids, count in zip(inputs, dropped, strict=True)]
+        num_dropped = np.maximum([len(ids) - self.spec.max_length for ids in inputs], 0)
+        pool_start = np.maximum(self.count_prompt_tokens(prompts) - num_dropped, 0)
+        shortened = [self._drop(ids, count) for ids, count in zip(inputs, num_dropped, strict=True)]
         return TokenizedTexts(shortened, pool_start)
 
     def _drop(self, ids: np.ndarray, count: int) -> np.ndarray:
@@ -117,8 +117,8 @@ def list_transformer_variants(embedder: Embedder) -> list[TransformerVariant]:
     variants = [TransformerVariant((), transformer, attention)]
 
     def add(setting: str, served: str, expected: str, mask: AttentionKind = attention, **fields: object) -> None:
-        changed = dataclasses.replace(transformer, **fields)  # type: ignore[arg-type]
-        variants.append(TransformerVariant((Change(setting, served, expected),), changed, mask))
+        changed_config = dataclasses.replace(transformer, **fields)  # type: ignore[arg-type]
+        variants.append(TransformerVariant((Change(setting, served, expected),), changed_config, mask))
 
     other: AttentionKind = "bidirectional" if attention == "causal" else "causal"
     add("attention", other, attention, other)
@@ -200,10 +200,10 @@ def _iter_special_token_variants(unchanged: TokenVariant) -> Iterator[TokenVaria
             for name, count, own_count in zip(("BOS", "EOS"), counts, own_counts, strict=True)
             if count != own_count
         )
-        changed = copy.deepcopy(tokenizer)
+        changed_tokenizer = copy.deepcopy(tokenizer)
         first, last = ([token] * count if token else [] for token, count in zip((bos, eos), counts, strict=True))
-        set_special_tokens(changed, first, last)
-        yield TokenVariant(changes, TextTokenizer(changed, spec))
+        set_special_tokens(changed_tokenizer, first, last)
+        yield TokenVariant(changes, TextTokenizer(changed_tokenizer, spec))
 
 
 def _iter_text_variants(unchanged: TokenVariant, spec: EmbeddingSpec) -> Iterator[TokenVariant]:
@@ -216,19 +216,19 @@ def _iter_text_variants(unchanged: TokenVariant, spec: EmbeddingSpec) -> Iterato
         return TokenVariant((Change(setting, served, expected),), unchanged.tokenizer, rewrite)
 
     yield vary("prompt", "none", "the one that is sent", lambda _, text: ("", text))
-    for added, name in list(named_prompts.items())[:MAX_ADDED_PROMPTS]:
+    for added_prompt, name in list(named_prompts.items())[:MAX_ADDED_PROMPTS]:
         yield vary(
             "prompt",
             f"the stored prompt {name!r} before the one that is sent",
             "only the one that is sent",
-            partial(_add_prompt, added),
+            partial(_add_prompt, added_prompt),
         )
     yield vary("line breaks", "spaces", "line breaks", lambda p, t: (p.replace("\n", " "), t.replace("\n", " ")))
     yield vary("letters", "lowercase", "as they are sent", lambda prompt, text: (prompt.lower(), text.lower()))
 
 
-def _add_prompt(added: str, prompt: str, text: str) -> tuple[str, str]:
-    return added + prompt, text
+def _add_prompt(added_prompt: str, prompt: str, text: str) -> tuple[str, str]:
+    return added_prompt + prompt, text
 
 
 def iter_truncation_variants(
@@ -250,9 +250,9 @@ def iter_truncation_variants(
     without_eos = copy.deepcopy(tokenizer)
     drop_eos(without_eos)
 
-    def vary(served: str, changed: TextTokenizer) -> TokenVariant:
+    def vary(served: str, changed_tokenizer: TextTokenizer) -> TokenVariant:
         change = Change("truncation", served, f"to the first {own_length} tokens" + ", EOS included" * has_eos)
-        return TokenVariant((*base.changes, change), changed, base.rewrite)
+        return TokenVariant((*base.changes, change), changed_tokenizer, base.rewrite)
 
     for length in lengths:
         at_length = spec.replace(max_length=length)
@@ -263,7 +263,7 @@ def iter_truncation_variants(
         if length in near_lengths and starts_with_bos(tokenizer):
             yield vary(f"to BOS and the last {length - 1} tokens", LastTextTokensTokenizer(tokenizer, at_length))
         if length in near_lengths and has_eos:
-            changed = TextTokenizer(without_eos, at_length.replace(eos_as_text=True))
-            yield vary(f"to the first {length} tokens, EOS cut off", changed)
+            changed_tokenizer = TextTokenizer(without_eos, at_length.replace(eos_as_text=True))
+            yield vary(f"to the first {length} tokens, EOS cut off", changed_tokenizer)
     if own_length < longest_input <= max_positions:
         yield vary("none", TextTokenizer(tokenizer, spec.replace(max_length=longest_input)))
