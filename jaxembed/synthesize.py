@@ -35,9 +35,9 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     config = load_synthesis_config(args.config, args.overrides, args.max_rows)
     recipe, out = find_config(args.config, [SYNTHESIS_FOLDER]), Path(args.out)
     if args.dry_run:
-        from jaxembed.synthesis.estimate import estimate
+        from jaxembed.synthesis.estimate import estimate_synthesis
 
-        return estimate(config, recipe, args.model, out)
+        return estimate_synthesis(config, recipe, args.model, out)
     if not args.server or not args.model:
         raise UserError("synthesize: needs --server URL and --model NAME. Set both, or add --dry-run for an estimate.")
     cli.check_ray_arguments(args)

@@ -57,7 +57,7 @@ def compare_tasks(first: Mapping[str, ItemScores], second: Mapping[str, ItemScor
             differences[task] = all_differences[-1].summarize()
         else:
             differences[task] = _subtract_scores(scores, other)
-        log.info("  %s", describe_task(task, scores, other, differences[task]))
+        log.info("  %s", describe_task_difference(task, scores, other, differences[task]))
     result: dict[str, Any] = {
         "model": names[1],
         "scores": {task: scores.summary for task, scores in second.items()},
@@ -99,7 +99,7 @@ def _subtract_scores(first: ItemScores, second: ItemScores) -> dict[str, Any]:
     return {"difference": difference, "no_interval": first.missing_reason or second.missing_reason}
 
 
-def describe_task(task: str, first: ItemScores, second: ItemScores, summary: Mapping[str, Any]) -> str:
+def describe_task_difference(task: str, first: ItemScores, second: ItemScores, summary: Mapping[str, Any]) -> str:
     """Return one line about the scores of two models on a task."""
     scores = [_format(model_scores.summary["score"]) for model_scores in (first, second)]
     return f"{task} ({first.summary['metric']}): {scores[0]} against {scores[1]}, {describe_difference(summary)}"

@@ -205,7 +205,7 @@ def write_submission(folder: Path, facts: ModelFacts, encoder: TaskEncoder, task
     from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderWrapper
 
     training_tasks, other_sources = (None, []) if facts.sources is None else find_training_tasks(facts.sources)
-    fields = list_fields(facts, encoder, training_tasks)
+    fields = collect_metadata(facts, encoder, training_tasks)
     prompts = list_prompts(encoder, tasks)
     scored_meta = MtebEncoder(encoder, encoder.versions[0]).mteb_model_meta
     target = folder / "results" / facts.name.replace("/", "__") / str(fields["revision"])
@@ -218,7 +218,7 @@ def write_submission(folder: Path, facts: ModelFacts, encoder: TaskEncoder, task
     write_json(target / "model_meta.json", meta.to_dict())
 
 
-def list_fields(facts: ModelFacts, encoder: TaskEncoder, training_tasks: Sequence[str] | None) -> dict[str, Any]:
+def collect_metadata(facts: ModelFacts, encoder: TaskEncoder, training_tasks: Sequence[str] | None) -> dict[str, Any]:
     """Return the fields of mteb's ModelMeta, except those that load the model."""
     dims = sorted({encoder.width, *encoder.spec.matryoshka_dims}, reverse=True)
     return {

@@ -109,7 +109,7 @@ def propose(sizes: StepSizes, mesh: Mesh, memory: int) -> Proposal | None:
     device_chip = find_chip(device.device_kind)
     chip = device_chip if isinstance(device_chip, TpuChip) else UNKNOWN_CHIP
     devices = mesh.size // mesh.shape["tensor"]
-    candidates = (estimate(sizes, candidate, devices, chip) for candidate in _iter_candidates(sizes, devices))
+    candidates = (estimate_step(sizes, candidate, devices, chip) for candidate in _iter_candidates(sizes, devices))
     fitting = [candidate for candidate in candidates if candidate.memory <= MEMORY_SHARE * memory]
     fastest = min((candidate.seconds for candidate in fitting), default=0.0)
     fast = [candidate for candidate in fitting if candidate.seconds <= EQUAL_SPEED * fastest]
@@ -144,7 +144,7 @@ def _iter_candidates(sizes: StepSizes, devices: int) -> Iterator[Proposal]:
                 yield Proposal(fsdp, rows, False, True, "nothing")
 
 
-def estimate(sizes: StepSizes, settings: Proposal, devices: int, chip: TpuChip) -> Proposal:
+def estimate_step(sizes: StepSizes, settings: Proposal, devices: int, chip: TpuChip) -> Proposal:
     """Return the settings with estimates of memory and time.
 
     Args:

@@ -44,16 +44,14 @@ def open_training_sources(run: RunFiles) -> list[Source]:
     index, stage = len(run.config.stages) - 1, run.config.stages[-1]
     try:
         sources = open_sources(stage.data, cache_dir())
-        sources = [
-            _open_mined_pairs(source, stage, run.folder, f"stage-{index}-source-{i}") for i, source in enumerate(sources)
-        ]
+        sources = [_use_mined_pairs(source, stage, run.folder, f"stage-{index}-source-{i}") for i, source in enumerate(sources)]
     except UserError as error:
         log.info("%s: the report has no similarities of training rows (%s)", run.name, str(error).removesuffix("."))
         return []
     return [source for source in sources if source.is_mineable][:MAX_SOURCES]
 
 
-def _open_mined_pairs(source: Source, stage: StageConfig, run_dir: Path, name: str) -> Source:
+def _use_mined_pairs(source: Source, stage: StageConfig, run_dir: Path, name: str) -> Source:
     """Return a source with the pairs that were mined for it, if there are any."""
     path = run_dir / "mined" / f"{name}.jsonl"
     if stage.mine is None or not exists(path):

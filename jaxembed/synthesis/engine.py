@@ -27,7 +27,7 @@ from jaxembed.synthesis.output import ANSWERS_FILE, RowFiles, make_identity, pre
 from jaxembed.synthesis.report import render_page
 from jaxembed.synthesis.steps import StepCounts
 from jaxembed.synthesis.store import AnswerStore
-from jaxembed.synthesis.tasks import Indexes, TaskInputs, TaskRun, interleave_tasks, split_rows
+from jaxembed.synthesis.tasks import Indexes, TaskInputs, TaskRun, compute_row_targets, interleave_tasks
 from jaxembed.synthesis.workers import Budget, Workers
 
 PROGRESS_INTERVAL_S = 0.5
@@ -85,7 +85,7 @@ def prepare_tasks(config: SynthesisConfig, recipe: Path, inputs: Mapping[str, In
     task_inputs = TaskInputs(inputs, Indexes(inputs), KnownQueries(config, cache, str(recipe)), recipe)
     return [
         TaskRun(task, target, config.seed, task_inputs)
-        for task, target in zip(config.tasks, split_rows(config.tasks, config.max_rows), strict=True)
+        for task, target in zip(config.tasks, compute_row_targets(config.tasks, config.max_rows), strict=True)
     ]
 
 

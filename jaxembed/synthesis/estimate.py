@@ -43,7 +43,7 @@ class StepCost(NamedTuple):
     drafts_out: float
 
 
-def estimate(config: SynthesisConfig, recipe: Path, model: str, out: Path) -> dict[str, Any]:
+def estimate_synthesis(config: SynthesisConfig, recipe: Path, model: str, out: Path) -> dict[str, Any]:
     """Return the rows, requests and tokens of a synthesis, and what the estimate is based on.
 
     Args:

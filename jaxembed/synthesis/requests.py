@@ -53,7 +53,7 @@ class Request:
     def max_tokens(self) -> int:
         """An upper bound of the tokens that the request costs: one per byte, and 100 for the chat template."""
         texts = (self.system, self.prompt, self.scored_text)
-        return sum(count_bytes(text) for text in texts) + 100 + self.sampling.max_tokens
+        return sum(count_utf8_bytes(text) for text in texts) + 100 + self.sampling.max_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,11 +88,11 @@ class Answer:
         return self.prompt_tokens + self.completion_tokens
 
 
-def count_bytes(text: str) -> int:
+def count_utf8_bytes(text: str) -> int:
     """Return the number of bytes of a text in UTF-8."""
     return len(text.encode("utf-8", "surrogatepass"))
 
 
 def estimate_tokens(text: str) -> int:
     """Estimate the number of tokens of a text."""
-    return -(-count_bytes(text) // BYTES_PER_TOKEN)
+    return -(-count_utf8_bytes(text) // BYTES_PER_TOKEN)

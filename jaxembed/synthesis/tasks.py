@@ -151,7 +151,7 @@ class TaskRun:
         return RankStep(config, context, self._indexes.get(source.input, source.by))
 
 
-def split_rows(tasks: Sequence[TaskConfig], rows: int | None) -> list[int | None]:
+def compute_row_targets(tasks: Sequence[TaskConfig], rows: int | None) -> list[int | None]:
     """Divide `rows` among the tasks by weight (largest remainder). None: no limit."""
     if rows is None:
         return [None] * len(tasks)

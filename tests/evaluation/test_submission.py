@@ -21,9 +21,9 @@ from jaxembed.errors import UserError
 from jaxembed.evaluation.mteb_submission import (
     ModelFacts,
     check_name,
+    collect_metadata,
     find_training_tasks,
     format_module,
-    list_fields,
     read_facts,
     read_license,
     write_submission,
@@ -88,7 +88,7 @@ def test_training_data_follow_from_the_sources() -> None:
     assert {"MSMARCO", "SciFact", "Banking77Classification"} <= set(tasks) and others == ["own"]
     encoder = TaskEncoder(lambda texts, prompt: np.zeros((0, 4)), EmbeddingSpec(), "m", "1", width=4)
     facts = ModelFacts("org/model", 10, 5, adapted_from="org/base", license="mit")
-    text = format_module(list_fields(facts, encoder, tasks), {"STS12": "q: "}, others)
+    text = format_module(collect_metadata(facts, encoder, tasks), {"STS12": "q: "}, others)
     assert "without a task of MTEB: own." in text and "'MSMARCO'" in text and "license='mit'" in text
 
 

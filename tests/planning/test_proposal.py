@@ -12,7 +12,7 @@ from jaxembed.config import LoraConfig
 from jaxembed.devices.chips import TPU_CHIPS
 from jaxembed.formats.hf_config import parse_hf_config
 from jaxembed.model.presets import find_preset
-from jaxembed.planning.proposal import Proposal, StepSizes, estimate, make_step_sizes, propose
+from jaxembed.planning.proposal import Proposal, StepSizes, estimate_step, make_step_sizes, propose
 
 PARAMETERS = {"mistral-7b": 7_110_660_096, "qwen2-0.5b": 494_032_768}
 LORA = LoraConfig(base_dtype="bfloat16")
@@ -46,14 +46,14 @@ def test_memory_is_estimated_as_the_compiler_reported(
     preset: str, lora: LoraConfig | None, kind: str, devices: int, fsdp: int, rows: int, compiled: float
 ) -> None:
     """The figures are those of docs/results/scaling.md."""
-    step = estimate(make_step(preset, lora), Proposal(fsdp, rows, True, True, "nothing"), devices, TPU_CHIPS[kind])
+    step = estimate_step(make_step(preset, lora), Proposal(fsdp, rows, True, True, "nothing"), devices, TPU_CHIPS[kind])
     assert 0.95 * compiled < step.memory < 1.25 * compiled
 
 
 def test_kept_values_save_time_and_need_memory() -> None:
     def run(recompute: bool, policy: str) -> Proposal:
         settings = Proposal(256, 32, recompute, True, policy)
-        return estimate(make_step("mistral-7b"), settings, 256, TPU_CHIPS["v5p"])
+        return estimate_step(make_step("mistral-7b"), settings, 256, TPU_CHIPS["v5p"])
 
     least, attention, matmuls = (run(True, policy) for policy in ("nothing", "attention", "matmuls"))
     kept = run(False, "nothing")
