@@ -78,8 +78,8 @@ def suggest(name: str, candidates: Iterable[str], count: int = 3) -> str:
 def explain_system_error(error: BaseException) -> str | None:
     """Return one line about an error of the operating system, such as a full disk or no memory; None for any other error.
 
-    Failures of tokenizers count too: it panics on some regular expressions of a tokenizer.json, and raises a plain
-    `Exception`, which nothing else does, for texts that the vocabulary cannot spell.
+    Failures of the library tokenizers count too. It panics on some regular expressions of a tokenizer.json. For texts that the
+    vocabulary cannot spell, it raises a plain `Exception`, which nothing else does.
     """
     if (match := RUST_SYSTEM_ERROR.search(str(error))) and int(match[1]) in SYSTEM_ERRORS and not isinstance(error, OSError):
         error = OSError(int(match[1]), os.strerror(int(match[1])))

@@ -133,8 +133,8 @@ def make_key_table(section: type[Section]) -> str:
 def format_reference_rows(section: type[Section], prefix: str = "") -> str:
     """Return Markdown table rows, one per key, with its default and meaning.
 
-    `[]` marks the entries of a list, `KEY` those of a mapping. If an entry is one of several sections, chosen by its `name` or
-    `kind`, rows of keys that only some of them have start with that value.
+    `[]` marks the entries of a list, `KEY` those of a mapping. The `name` or `kind` of an entry may choose one of several
+    sections. A key that not all of these have gets a row for each section that has it, which starts with the section's name.
     """
     rows: list[str] = []
     for name, field in section.model_fields.items():

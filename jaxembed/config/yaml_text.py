@@ -1,4 +1,4 @@
-"""YAML in which a plain scalar is a number, a truth value or null only if it is written as this program would write it.
+"""Read YAML, but take a plain scalar as a number, truth value or null only if it has the form that this program writes.
 
 YAML 1.1 reads `no` as false, `007` as 7, `1.10` as 1.1, `12:30` as 750, and `2024-01-01` as a date. In a list of languages or
 labels, that would be silently wrong. Here they stay texts, as written. A key that expects a number or a truth value still takes

@@ -133,10 +133,13 @@ class BatchPlan:
         return plan
 
     def _compute_hash(self) -> str:
-        """Return the hash.
+        """Return the hash of all that determines the plan: the sources, batching, mixture, batch size and seed.
 
-        Keys that do not change the examples are left out, as are those that the digest (split) or the number of examples
-        (equality) covers, and those of `KEYS_NEWER_THAN_HASH` with their default, which runs of earlier versions do not know.
+        A source counts by its digest, its number of examples and its keys. Three kinds of keys are left out:
+
+        - Keys that do not change the examples.
+        - Keys that the digest (split) or the number of examples (equality) covers.
+        - Keys of `KEYS_NEWER_THAN_HASH` with their default: the hash of a run of an earlier version does not have them.
         """
         ignored = {"catalog", "path", "name", "split", "equality"}
         content = []

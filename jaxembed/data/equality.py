@@ -21,10 +21,15 @@ START_CHARS = 32  # characters that are compared before whole texts are
 def normalize_text(text: str) -> str:
     """Return a form of a text that all equal texts share.
 
-    Texts are equal if they differ only in letter case, in how letters with marks are encoded (NFC or NFD), in white space
-    (runs, line breaks, non-breaking spaces, either end), or in invisible characters. This is canonical caseless matching
-    (Unicode, definition D145) with white space collapsed. Compatibility forms, such as ² and 2, stay different (no NFKC):
-    they can change what a text means.
+    Texts are equal if they differ only in these ways:
+
+    - letter case,
+    - the encoding of letters with marks (NFC or NFD),
+    - white space: runs, line breaks, non-breaking spaces, and white space at either end,
+    - invisible characters.
+
+    This is canonical caseless matching (Unicode, definition D145) with white space collapsed. Compatibility forms, such as
+    ² and 2, stay different (no NFKC), because they can change what a text means.
     """
     if text.isascii():
         folded = text.lower().strip()

@@ -28,8 +28,8 @@ class LabelSampler(ExampleSampler):
 
     The documents are of one of two kinds:
 
-    - Label texts, if there are two labels or `label_documents` is `labels`. The positive is the text of the row's label, the
-      negatives are the texts of other labels of this source, or of all sources (`add_negative_labels`, KaLM-Embedding 2.1).
+    - Label texts, if there are two labels or `label_documents` is `labels`. The positive is the text of the row's label. The
+      negatives are texts of other labels: those of this source, or of all sources (`add_negative_labels`, KaLM-Embedding 2.1).
     - Examples otherwise. The positive is another text with the same label. The negatives are texts of other labels, each from
       a label drawn uniformly.
     """
@@ -104,8 +104,8 @@ class LabelSampler(ExampleSampler):
     def iter_pairs(self, index: int, seed: int, max_texts: int | None) -> Iterator[Row]:
         """Yield one row of pairs for the text.
 
-        Its documents are the label's text and up to `max_texts` other label texts, or up to `max_texts` examples of the label
-        and as many of other labels.
+        Its documents are label texts (the label's own and up to `max_texts` others) or examples (up to `max_texts` of the label
+        and as many of other labels).
         """
         count = max_texts or (len(self._candidate_labels) if self._uses_label_texts else EXAMPLES_PER_PAIR_ROW)
         text, _, positives, negatives = self._draw_texts(index, np.random.default_rng((seed, index)), count, count)
@@ -195,8 +195,8 @@ class LabelSampler(ExampleSampler):
 def find_unlabeled(labels: Sequence[str], names: Mapping[str, str] = MappingProxyType({})) -> int | None:
     """Return the index of the label that means "no label", or None.
 
-    Hugging Face datasets number classes from 0, and write -1 for a row without a label. If there is no label 0, as in data with
-    the labels -1 and 1, or if -1 has a name, it is a label like any other.
+    Hugging Face datasets number classes from 0, and write -1 for a row without a label. But -1 is a label like any other if it
+    has a name, or if there is no label 0, as in data with the labels -1 and 1.
 
     Args:
         labels: The labels of the data.

@@ -78,8 +78,8 @@ class EvaluationTask(Protocol):
         Returns:
             {"score", "metric", "type", "instruction", "subsets", "splits"}. `score` is the main score, or None if it is not
             finite; `metric` is its name, and `type` the type of the task, such as Retrieval. `subsets` and `splits` have the
-            main score by part. If the encoder has widths or precisions, `score` and the parts are those of the largest
-            width at the first precision, and "widths" and "precisions" have the main score by each.
+            main score by part. If the encoder has several widths or precisions, all of these are for the largest width at
+            the first precision. "widths" and "precisions" then have the main score of each.
         """
         ...
 

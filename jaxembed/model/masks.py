@@ -45,8 +45,8 @@ class TokenInfo:
 class Mask:
     """Which tokens of one text see each other.
 
-    With different settings for text and instruction, each part is causal or bidirectional within itself, and the text sees
-    the instruction before it (the per-part choices of GRIT, Muennighoff et al. 2024, arXiv:2402.09906, figure 3).
+    The settings for text and instruction may differ. Each part is then causal or bidirectional within itself, and the text
+    sees the instruction before it (GRIT, Muennighoff et al. 2024, arXiv:2402.09906, figure 3).
 
     Attributes:
         causal: Whether a token sees only itself and earlier tokens. Otherwise it sees later ones too.

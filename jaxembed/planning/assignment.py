@@ -1,8 +1,8 @@
 """Read the memory of a step from the TPU compiler as soon as it has assigned it, before it generates machine code.
 
 Generating code takes more than nine tenths of the time of a compilation, and a plan needs none of it. XLA has no option to stop
-before it, but writes its assignment of memory to a folder on request (`write_assignments`). So the program is compiled in a
-thread that is left behind once these files are there, in a process that ends after that (`run_in_child`).
+before it, but writes its assignment of memory to a folder on request (`write_assignments`). So a child process compiles the
+program in a thread, waits for these files, and ends without waiting for the thread (`run_in_child`).
 """
 
 from __future__ import annotations

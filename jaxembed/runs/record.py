@@ -48,8 +48,8 @@ def record_run(run: OpenedRun) -> None:
         base["lora"] = run.model.lora.model_dump(mode="json")
     if run.model.has_head:
         base["has_head"] = True
-    # Last, because this file makes the folder a run for other commands. The hash covers the config of the base, and the run's
-    # config covers LoRA, so that a new key of either does not make a run look like another.
+    # Last, because this file makes the folder a run for other commands. Only the hash is compared: it covers the config of the
+    # base, and the run's config covers LoRA. So keys that a later version adds to this file do not stop a resumed run.
     record_or_check(run_dir, "base", base, "its base changed", compared_keys={"hash"})
 
 

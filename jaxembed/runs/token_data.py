@@ -28,8 +28,8 @@ def check_token_objectives(config: Config, base: Base, spec: EmbeddingSpec) -> N
     """Check that the model supports the objectives that predict tokens.
 
     Raises:
-        UserError: The base is an encoder or has no language-model head, the mask is causal where both sides of a token should
-            be seen, or adapters are named.
+        UserError: The base is an encoder, or has no language-model head. Masked prediction has a causal mask. `kl_to_base` has
+            no frozen base. Or the adapters have names.
     """
     for index, stage in enumerate(config.stages):
         for i, objective in stage.token_objectives.items():

@@ -33,9 +33,11 @@ def search_quantized(
 ) -> SearchResult:
     """Return the k best quantized documents of each query, best first. Needs FAISS.
 
-    Queries stay float32. For int8 and uint8, a score is the dot product of the query with the midpoints of the document's
-    quantization steps. For binary and ubinary, 4 k candidates with the smallest Hamming distance are found first, then ordered
-    by the dot product of the query with the signs, scaled to unit length.
+    Queries stay float32.
+
+    - int8 and uint8: A score is the dot product of the query with the midpoints of the document's quantization steps.
+    - binary and ubinary: The search takes the 4 k documents with the smallest Hamming distance. It orders them by the dot
+      product of the query with the document's signs, scaled to unit length.
 
     Args:
         queries: Unit vectors, float32 [Q, W].
