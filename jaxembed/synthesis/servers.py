@@ -56,11 +56,11 @@ class LlmServers:
         if request.scored_text and ECHO in self._refused:
             raise OptionRefusedError(ECHO, "refused before")
         while True:
-            structure, refused = self._structure, frozenset(self._refused)
+            structure, refused_options = self._structure, frozenset(self._refused)
             try:
                 return self._endpoints.call(lambda client: send(client, request))
             except OptionRefusedError as refusal:
-                if refusal.option in refused or (refusal.option == RESPONSE_FORMAT and structure == TEXT):
+                if refusal.option in refused_options or (refusal.option == RESPONSE_FORMAT and structure == TEXT):
                     raise UserError(
                         f"--server: refuses {refusal.option}, which was not in the request ({refusal}). Check the server's log."
                     ) from None
