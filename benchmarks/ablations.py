@@ -20,15 +20,12 @@ import dataclasses
 import functools
 import json
 import logging
-import shutil
 import statistics
-import sys
-import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from finished_runs import FinishedRuns, Scores
 from table_cells import format_mean
 
 from jaxembed import Embedder, cli
@@ -261,7 +258,7 @@ def train_row(settings: Settings, changes: Mapping[str, Any], seed: int, folder:
     train(parse_config(merge_trees(tree, changes), "ablation"))
 
 
-def score_model(settings: Settings, model: str, has_instructions: bool, widths: Sequence[int]) -> dict[str, float]:
+def score_model(settings: Settings, model: str, has_instructions: bool, widths: Sequence[int]) -> Scores:
     """Score a model on the held-out parts of the data.
 
     Args:
@@ -294,33 +291,20 @@ def score_model(settings: Settings, model: str, has_instructions: bool, widths: 
 # Results
 
 
-def read_results(path: Path, settings: Settings) -> dict[tuple[str, str, int], dict[str, Any]]:
-    """Return the finished runs with these settings, by ablation, row and seed."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = [row for row in map(json.loads, lines) if row["settings"] == settings.to_json()]
-    return {(row["ablation"], row["row"], row["seed"]): row for row in rows}
-
-
-def run_missing(settings: Settings, names: Sequence[str], seeds: int, out: Path) -> None:
-    """Train and score the runs that the results lack, and append each to them."""
+def run_missing(settings: Settings, names: Sequence[str], seeds: int, finished: FinishedRuns) -> None:
+    """Train and score the runs that the results lack."""
     for name in names:
-        ablation = list_ablations(settings)[name]
-        for row, changes in ablation.rows.items():
+        for row, changes in list_ablations(settings)[name].rows.items():
             for seed in range(seeds):
-                if (name, row, seed) in read_results(out, settings):
-                    continue
-                start, folder = time.perf_counter(), Path(tempfile.mkdtemp())
-                try:
-                    train_row(settings, changes, seed, folder / "run")
-                    widths = settings.widths if name == "widths" else ()
-                    scores = score_model(settings, str(folder / "run"), (name, row) != ("instructions", "without"), widths)
-                finally:
-                    shutil.rmtree(folder)
-                minutes = round((time.perf_counter() - start) / 60, 2)
-                line = {"ablation": name, "row": row, "seed": seed, "scores": scores, "minutes": minutes}
-                with out.open("a") as file:
-                    file.write(json.dumps(line | {"settings": settings.to_json()}) + "\n")
-                print(json.dumps(line), file=sys.stderr, flush=True)
+                measure = functools.partial(measure_run, settings, (name, row), changes, seed)
+                finished.run_missing(measure, ablation=name, row=row, seed=seed)
+
+
+def measure_run(settings: Settings, key: tuple[str, str], changes: Mapping[str, Any], seed: int, folder: Path) -> Scores:
+    """Train a row, which `key` names with its ablation, and return its scores. `folder` becomes the run directory."""
+    train_row(settings, changes, seed, folder)
+    widths = settings.widths if key[0] == "widths" else ()
+    return score_model(settings, str(folder), key != ("instructions", "without"), widths)
 
 
 def judge_claim(claim: Claim, values: Mapping[str, Sequence[float]]) -> tuple[str, str]:
@@ -342,12 +326,11 @@ def judge_claim(claim: Claim, values: Mapping[str, Sequence[float]]) -> tuple[st
     return f"{difference:+.4f} ± {spread:.4f}", verdict
 
 
-def print_report(settings: Settings, names: Sequence[str], out: Path) -> None:
+def print_report(settings: Settings, names: Sequence[str], finished: FinishedRuns) -> None:
     """Print the tables of finished runs."""
-    results = read_results(out, settings)
     for name in names:
         ablation = list_ablations(settings)[name]
-        runs = {row: [run for (*key, _), run in results.items() if key == [name, row]] for row in ablation.rows}
+        runs = {row: finished.read(ablation=name, row=row) for row in ablation.rows}
         done = {row: row_runs for row, row_runs in runs.items() if row_runs}
         if not done:
             continue
@@ -384,9 +367,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = args.only or list(list_ablations(settings))
     if unknown := set(names) - set(list_ablations(settings)):
         parser.error(f"--only: no such ablation {unknown.pop()!r} (expected: {', '.join(list_ablations(settings))})")
+    finished = FinishedRuns(args.out, settings.to_json())
     if not args.report:
-        run_missing(settings, names, args.seeds, args.out)
-    print_report(settings, names, args.out)
+        run_missing(settings, names, args.seeds, finished)
+    print_report(settings, names, finished)
 
 
 if __name__ == "__main__":
