@@ -90,6 +90,7 @@ class Kind:
         choices: Fields of the spec that differ from `SHARED_CHOICES`.
         dtype: Dtype of the weights in the folder.
         has_adapters: Whether LoRA adapters are merged into the weights.
+        has_head: Whether there is a language-model head, as after training on answers.
         tokenizer: Name of the tokenizer: "qwen2" or "bert", those of the options; "own" or "own encoder", trained from scratch.
     """
 
@@ -97,6 +98,7 @@ class Kind:
     choices: dict[str, Any]
     dtype: str = "float32"
     has_adapters: bool = False
+    has_head: bool = False
     tokenizer: str = "own"
 
 
@@ -122,6 +124,7 @@ KINDS = {
     "projection": Kind("qwen3", PROJECTION, tokenizer="qwen2"),
     "matryoshka": Kind("qwen3", {"matryoshka_dims": (SHORT_DIM,)}),
     "merged LoRA": Kind("qwen3", CAUSAL_LAST, has_adapters=True),
+    "language-model head": Kind("llama", {}, has_head=True, tokenizer="qwen2"),
     "bfloat16": Kind("qwen3", {}, dtype="bfloat16"),
     "sliding window": Kind("mistral-window", {"attention": "causal", "pooling": "mean"}, tokenizer="qwen2"),
     "llama3 RoPE": Kind("llama3-rope", {"attention": "causal", "pooling": "mean"}, tokenizer="qwen2"),
@@ -150,7 +153,8 @@ def write_base(folder: Path, kind: Kind, tokenizer: Any) -> None:
     torch.manual_seed(0)
     config_class, options = CONFIGS[kind.family]
     config = config_class(vocab_size=len(tokenizer), **{**SIZES, **options})
-    model = transformers.AutoModel.from_config(config).eval()
+    auto_class = transformers.AutoModelForCausalLM if kind.has_head else transformers.AutoModel
+    model = auto_class.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
@@ -165,9 +169,10 @@ def load_embedder(base: Base, kind: Kind) -> Embedder:
     """Load a base with the kind's spec. Pooling, projection and adapters are random; adapters are merged."""
     spec, mesh = EmbeddingSpec(**{**SHARED_CHOICES, **kind.choices}), make_mesh(1)
     lora = LORA if kind.has_adapters else None
-    model = EmbeddingModel(base.transformer, spec, ComputeOptions(), lora)
+    model = EmbeddingModel(base.transformer, spec, ComputeOptions(), lora, kind.has_head)
     shapes, shardings = compute_shapes_and_shardings(model, mesh)
-    parts = {"decoder": shapes["decoder"]}, {"decoder": shardings["decoder"]}
+    names = ("decoder", "head") if kind.has_head else ("decoder",)
+    parts = ({name: tree[name] for name in names} for tree in (shapes, shardings))
     params = flatten_dict(init_params(model, jax.random.key(0), shardings))
     random = np.random.default_rng(0)
     for path, x in params.items():
@@ -177,7 +182,8 @@ def load_embedder(base: Base, kind: Kind) -> Embedder:
     if lora is not None:
         tree = merge_adapters(tree, lora)
     tokenizer = build_text_tokenizer(base.tokenizer(), spec, base)
-    return Embedder(EmbeddingModel(base.transformer, spec, ComputeOptions()), tree, tokenizer, mesh, base.hf_config)
+    served = EmbeddingModel(base.transformer, spec, ComputeOptions(), has_head=kind.has_head)
+    return Embedder(served, tree, tokenizer, mesh, base.hf_config)
 
 
 def pick_texts(embedder: Embedder, prompt: str) -> list[str]:

@@ -28,6 +28,7 @@ from jaxembed.files import read_json
 from jaxembed.formats.hf_config import parse_hf_config
 from jaxembed.hub.reader_rules import STORES, ServedModel, Status
 from jaxembed.hub.readers import Verdict, judge_readers
+from jaxembed.hub.resolve import find_base
 from jaxembed.hub.spec_files import parse_spec
 
 PROGRAMS = Path(__file__).parent / "reader_programs"
@@ -255,7 +256,8 @@ def load_served_model(folder: Path) -> ServedModel:
     config = read_json(folder / "config.json")
     spec = parse_spec(read_json(folder / "jaxembed.json"), str(folder))
     has_onnx = (folder / "onnx" / "model.onnx").is_file()
-    return ServedModel(spec, parse_hf_config(config, str(folder)), config["dtype"], has_onnx)
+    has_head = find_base(str(folder)).has_untied_head()
+    return ServedModel(spec, parse_hf_config(config, str(folder)), config["dtype"], has_onnx, has_head)
 
 
 def contradicts_card(comparison: Comparison, verdict: Verdict) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jsonl_rows import read_rows
+from jsonl_rows import list_texts, read_rows
 
 from jaxembed import Embedder, cli, prune
 from jaxembed.config import EvalSetConfig, parse_config
@@ -37,8 +37,7 @@ VARIANTS = {
 
 def write_texts(source: Path, out: Path) -> None:
     """Write the distinct texts of rows of query and pos, one per row."""
-    texts = dict.fromkeys(text for row in read_rows(source) for text in (row["query"], *row["pos"]))
-    write_jsonl(out, ({"text": text} for text in texts))
+    write_jsonl(out, ({"text": text} for text in list_texts(read_rows(source))))
 
 
 def distill(student: Path, out: Path, args: argparse.Namespace) -> str:

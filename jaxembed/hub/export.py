@@ -105,7 +105,9 @@ def export(embedder: Embedder, out: Path, dtype: str, card: Card, onnx: OnnxWeig
         # Add our own files, and move the folder to its place.
         write_spec(folder, embedder.spec)
         write_probe_file(folder, probes, vectors)
-        served_model = ServedModel(embedder.spec, embedder.model.transformer, dtype, has_onnx=onnx is not None)
+        served_model = ServedModel(
+            embedder.spec, embedder.model.transformer, dtype, has_onnx=onnx is not None, has_head=embedder.model.has_head
+        )
         precision_note = format_precision(report.dtypes, report.onnx)
         hf_tokenizer = embedder.tokenizer.hf_tokenizer
         if card.prompt and starts_with_bos(hf_tokenizer):

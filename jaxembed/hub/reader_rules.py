@@ -40,12 +40,14 @@ class ServedModel:
         transformer: The transformer.
         dtype: Dtype of the weights.
         has_onnx: Whether the folder has an ONNX graph of the whole model, onnx/model.onnx.
+        has_head: Whether the folder has a language-model head of its own, lm_head.weight.
     """
 
     spec: EmbeddingSpec
     transformer: TransformerConfig
     dtype: str = "float32"
     has_onnx: bool = False
+    has_head: bool = False
 
     @property
     def is_encoder(self) -> bool:
@@ -241,6 +243,11 @@ READER_RULES = (
         lambda model: model.dtype == "bfloat16", ("TEI",), Status.CLOSE, "computes in float16 or float32, not in bfloat16",
     ),
     Rule(lambda model: model.rope_type == "llama3", ("llama.cpp",), Status.REFUSED, "has no such RoPE scaling (llama3)"),
+    Rule(
+        lambda model: model.has_head and model.transformer.family in ("qwen2", "llama"), ("llama.cpp",), Status.REFUSED,
+        "its converter does not know the head (lm_head.weight) of this class. Convert a copy of the folder, with the class "
+        "that ends in ForCausalLM in architectures of config.json",
+    ),
     Rule(
         lambda model: model.transformer.family not in COMPARED_DECODERS | {"bert"}, ("llama.cpp",), Status.CONDITIONAL,
         "if it has this family, which was not compared", False,

@@ -19,7 +19,7 @@ LLAMA3 = {
 
 
 def make_model(preset: str = "qwen2-0.5b", fields: dict[str, Any] | None = None, **choices: Any) -> ServedModel:
-    own = {key: choices.pop(key) for key in ("dtype", "has_onnx") if key in choices}
+    own = {key: choices.pop(key) for key in ("dtype", "has_onnx", "has_head") if key in choices}
     transformer = parse_hf_config({**find_preset(preset), "sliding_window": None, **(fields or {})}, preset)
     return ServedModel(EmbeddingSpec(**choices), transformer, **own)
 
@@ -63,6 +63,8 @@ def test_a_bidirectional_model_needs_a_new_transformers() -> None:
         (make_model("tiny", dtype="bfloat16"), "TEI", Status.CLOSE, "not in bfloat16"),
         (make_model("llama3-8b", {"rope_parameters": LLAMA3}), "TEI", Status.REFUSED, "no RoPE scaling for this family"),
         (make_model("llama3-8b", {"rope_parameters": LLAMA3}), "llama.cpp", Status.REFUSED, "llama3"),
+        (make_model(has_head=True), "llama.cpp", Status.REFUSED, "does not know the head"),
+        (make_model("mistral-7b", has_head=True), "llama.cpp", Status.CONDITIONAL, "one slot"),
         (make_model("mistral-7b", {"sliding_window": 64}), "llama.cpp", Status.DIFFERENT, "has no sliding windows"),
         (make_model("mistral-7b", {"sliding_window": 64}), "TEI", Status.DIFFERENT, "a different sliding window"),
         (make_model("mistral-7b", {"sliding_window": 4096}), "llama.cpp", Status.CONDITIONAL, "one slot"),

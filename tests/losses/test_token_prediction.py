@@ -122,6 +122,15 @@ def test_the_sums_are_float32_under_bfloat16(blocks: None) -> None:
     np.testing.assert_allclose(divergences, exact, rtol=1e-5, atol=1e-5)
 
 
+def test_the_logits_of_a_large_vocabulary_are_never_all_in_memory() -> None:
+    count, vocabulary = 4096, 151_936
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, count, 2), (vocabulary, 2))]
+    targets = jax.ShapeDtypeStruct((1, count), jnp.int32)
+    grad = jax.jit(jax.grad(lambda h, t, y: jnp.sum(cross_entropy(h, t, y)), (0, 1)))
+    temporary = grad.lower(*shapes, targets).compile().memory_analysis().temp_size_in_bytes
+    assert temporary < count * vocabulary * 4 / 5
+
+
 def test_large_logits_do_not_overflow(blocks: None) -> None:
     hidden, table, batch = draw_arrays()
     assert np.isfinite(cross_entropy(1e4 * hidden, table, batch.target)).all()

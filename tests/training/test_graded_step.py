@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,15 @@ import pytest
 
 from helpers.loading import load_model
 from helpers.training_batches import BATCH_SIZE, SPEC, assert_trees_close, build_host_batches
-from jaxembed.config import AnglEConfig, CoSENTConfig, CosineRegressionConfig, InfoNCEConfig, LoraConfig
+from jaxembed.config import (
+    AnglEConfig,
+    CoSENTConfig,
+    CosineRegressionConfig,
+    ExitsConfig,
+    InfoNCEConfig,
+    LoraConfig,
+    QuantizationConfig,
+)
 from jaxembed.data.batch import Batch
 from jaxembed.data.sources import Source
 from jaxembed.devices.mesh import make_mesh
@@ -56,7 +65,12 @@ def test_loss_and_gradients_of_adapters_on_eight_devices_in_chunks(base_folder: 
 
 
 def test_reductions_are_float32_under_bfloat16(base_folder: Callable[[str], Path], source: Source) -> None:
+    """With early exits and quantized vectors too."""
     model, params = load_model(base_folder("qwen2"), SPEC, 1, dtype=jnp.bfloat16)
     batch = add_scores(build_host_batches(source, 1, 1)[0].batch)
-    loss, parts = jax.eval_shape(lambda p, b: compute_batch_loss(model, UAE, p, b, jax.random.key(0)), params, batch)
+    objectives = dataclasses.replace(
+        UAE, exits=ExitsConfig(random=1, align=0.5), quantization=QuantizationConfig(precisions=("binary",))
+    )
+    loss, parts = jax.eval_shape(lambda p, b: compute_batch_loss(model, objectives, p, b, jax.random.key(0)), params, batch)
+    assert {"exit_random", "exit_align", "cosent_binary"} <= parts.keys()
     assert {x.dtype for x in (loss, *parts.values())} == {np.dtype(np.float32)}

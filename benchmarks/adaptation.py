@@ -1,0 +1,153 @@
+"""Adapt a causal model before contrastive training, or train it to answer beside it, and compare with InfoNCE alone.
+
+Usage: python benchmarks/adaptation.py BASE PAIRS HELDOUT OUT.jsonl [--steps N] [--seeds N] [--only NAME ...]
+
+BASE is the folder of a causal language model. PAIRS is a JSONL file of rows with query and pos, such as the train.jsonl that
+`python -m jaxembed.data packages` writes, and HELDOUT a BEIR folder of the same kind. The adaptations train on the texts of
+PAIRS, and GRIT answers a query with its positive. Every row ends with the same number of contrastive steps.
+Each finished run is one line of OUT.jsonl, and later commands with the same settings do not repeat it. Prints the nDCG@10 of
+HELDOUT, and the losses of the answers in the first and in the last steps, on texts that were not seen before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import logging
+import statistics
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from finished_runs import FinishedRuns, Scores
+from jsonl_rows import list_texts, read_rows
+from table_cells import format_mean
+
+from jaxembed import Embedder, cli
+from jaxembed.config import EvalSetConfig, parse_config
+from jaxembed.data.jsonl import write_jsonl
+from jaxembed.evaluation.heldout import HeldOutSet, open_held_out_sets, score_set
+from jaxembed.files import cache_dir
+from jaxembed.runs.train import train
+from jaxembed.training.metrics import read_metrics
+
+UNTRAINED = "untrained"
+RETRIEVAL, FIRST_ANSWERS, LAST_ANSWERS = "nDCG@10", "answers, first steps", "answers, last steps"
+ANSWER_STEPS = 3  # steps whose losses of answers are averaged
+INFONCE = {"name": "infonce", "temperature": 0.05}
+
+
+def write_sources(folder: Path, pairs: Path) -> dict[str, str]:
+    """Write the texts of pairs one by one, and as conversations. Return the path of each source by name."""
+    rows = read_rows(pairs)
+    contents: dict[str, Iterable[dict[str, Any]]] = {
+        "texts": ({"text": text} for text in list_texts(rows)),
+        "chats": ({"prompt": row["query"], "response": row["pos"][0]} for row in rows),
+    }
+    paths = {name: folder / f"{name}.jsonl" for name in contents}
+    for name, content in contents.items():
+        write_jsonl(paths[name], content)
+    return {"pairs": str(pairs), **{name: str(path) for name, path in paths.items()}}
+
+
+def list_rows(paths: dict[str, str], args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """Return the stages of each row. `paths` are those of the sources."""
+
+    def make_stage(objectives: list[dict[str, Any]], *sources: str, **train_keys: Any) -> dict[str, Any]:
+        steps = args.steps if "pairs" in sources else args.adaptation_steps
+        listed = [{"path": paths[name], "name": name} for name in sources]
+        return {"objectives": objectives, "data": {"sources": listed}, "train": {"steps": steps, **train_keys}}
+
+    contrastive = make_stage([INFONCE], "pairs")
+    mntp = make_stage([{"name": "mntp"}], "texts")
+    simcse = make_stage([INFONCE], "texts", dropout={"attention": 0.3})
+    rates = {"mask_rate": 0.001, "max_mask_rate": 1.0, "mask_rule": "all", "token_weight": "inverse_rate"}
+    return {
+        "InfoNCE": [contrastive],
+        "MNTP, then InfoNCE": [mntp, contrastive],
+        "MNTP, SimCSE, then InfoNCE (LLM2Vec)": [mntp, simcse, contrastive],
+        "GRIT: InfoNCE and answers": [make_stage([INFONCE, {"name": "causal_lm"}], "pairs", "chats")],
+        "SimCSE, then InfoNCE": [simcse, contrastive],
+        "masked diffusion, then InfoNCE": [make_stage([{"name": "mntp", **rates}], "texts"), contrastive],
+    }
+
+
+def train_row(stages: list[dict[str, Any]], seed: int, run: Path, args: argparse.Namespace) -> None:
+    """Train the stages of a row with one seed. `run` becomes the run directory."""
+    first, *_ = stages
+    tree: dict[str, Any] = {
+        "run": {"dir": str(run)},
+        "model": {"base": args.base, "attention": "bidirectional", "pooling": {"kind": "mean"}, "unroll": False},
+        "data": {"max_length": args.max_length, **first["data"]},
+        "optim": {"learning_rate": args.learning_rate, "warmup_steps": 3},
+        "train": {"batch_size": args.batch_size, "seed": seed, "log_every": 1, "eval_every": 10**6, "checkpoint_every": 10**6},
+        "eval": {"untrained": False},
+        "mesh": {"data": 1},
+        "stages": stages,
+    }
+    train(parse_config(tree, "benchmark"))
+
+
+def score_model(model: str, held_out: HeldOutSet) -> Scores:
+    """Return the nDCG@10 of a model."""
+    return {RETRIEVAL: score_set(held_out, Embedder.load(model).encode).items.score}
+
+
+def score_run(run: Path, held_out: HeldOutSet) -> Scores:
+    """Return the nDCG@10 of a run, and its losses of answers if it has any."""
+    scores = score_model(str(run), held_out)
+    if losses := [row["causal_lm"] for row in read_metrics(run) if "causal_lm" in row]:
+        scores[FIRST_ANSWERS] = statistics.mean(losses[:ANSWER_STEPS])
+        scores[LAST_ANSWERS] = statistics.mean(losses[-ANSWER_STEPS:])
+    return scores
+
+
+def print_table(names: list[str], finished: FinishedRuns) -> None:
+    """Print the table of finished runs."""
+    columns = (RETRIEVAL, FIRST_ANSWERS, LAST_ANSWERS)
+    print(f"| trained with | seeds | {' | '.join(columns)} |\n|---|---{'|---' * len(columns)}|")
+    for name in names:
+        runs = [run["scores"] for run in finished.read(row=name)]
+        cells = [format_mean(values, 4) if (values := [run[column] for run in runs if column in run]) else ""
+                 for column in columns]  # fmt: skip
+        print(f"| {name} | {len(runs)} | {' | '.join(cells)} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base", metavar="BASE", help="folder of a causal language model")
+    parser.add_argument("pairs", metavar="PAIRS", type=Path, help="JSONL file of rows with query and pos")
+    parser.add_argument("heldout", metavar="HELDOUT", help="BEIR folder to score")
+    parser.add_argument("out", metavar="OUT.jsonl", type=Path, help="file of the finished runs")
+    parser.add_argument("--only", nargs="*", metavar="NAME", help="train only rows whose name contains one of these texts")
+    parser.add_argument("--steps", type=int, default=100, help="contrastive steps (default: %(default)s)")
+    parser.add_argument("--adaptation-steps", type=int, default=100, help="steps of other stages (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32, help="texts or pairs of a step (default: %(default)s)")
+    parser.add_argument("--max-length", type=int, default=128, help="maximum tokens of a text (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=2e-4, help="(default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each row (default: %(default)s)")
+    args = parser.parse_args()
+    cli.set_up_jax()
+    logging.getLogger("jaxembed").setLevel(logging.WARNING)
+    [held_out] = open_held_out_sets([EvalSetConfig(name="heldout", path=args.heldout)], cache_dir())
+    rows = list_rows(write_sources(Path(tempfile.mkdtemp()), args.pairs), args)
+    ignored = ("out", "only", "seeds")
+    settings = {name: str(value) if isinstance(value, Path) else value
+                for name, value in vars(args).items() if name not in ignored}  # fmt: skip
+    finished = FinishedRuns(args.out, settings)
+    finished.run_missing(lambda _: score_model(args.base, held_out), row=UNTRAINED, seed=0)
+
+    def measure(stages: list[dict[str, Any]], seed: int, run: Path) -> Scores:
+        train_row(stages, seed, run, args)
+        return score_run(run, held_out)
+
+    for seed in range(args.seeds):
+        for name, stages in rows.items():
+            if not args.only or any(part in name for part in args.only):
+                finished.run_missing(functools.partial(measure, stages, seed), row=name, seed=seed)
+    print_table([UNTRAINED, *rows], finished)
+
+
+if __name__ == "__main__":
+    main()
