@@ -129,6 +129,7 @@ def compute_stats(data: DataConfig, cache: Path, tokenizer: TextTokenizer | None
             return np.array([len(text) for text in texts])
         return tokenizer.count_untruncated_tokens(texts, [""] * len(texts))
 
+    # The statistics of each source.
     reports, hashes = [], []
     for source in open_sources(data, cache):
         report, sampler = _count_rows(source), source.sampler
@@ -139,6 +140,7 @@ def compute_stats(data: DataConfig, cache: Path, tokenizer: TextTokenizer | None
         label_stats = _summarize_labels(sampler) if isinstance(sampler, LabelSampler) else {}
         reports.append({**report, **source_stats, **label_stats})
         hashes.append(source_hashes)
+    # The numbers of texts that two sources share.
     shared = [
         {
             "sources": [a["source"], b["source"]],

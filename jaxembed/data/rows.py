@@ -189,10 +189,12 @@ def _load_index(rows: IndexedRows, cache: Path | None) -> Index:
     stamps = [_stamp_file(path) for path in rows.container.files]
     if cache is None or not stamps:
         return _build_temporary_index(rows)
+    # Read the file of this schema and these data, if it was written after the data.
     identity = [INDEX_VERSION, rows.schema.name, rows.columns, rows.container.name, *(path for path, *_ in stamps)]
     path = cache / "rows" / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
     if (cached := _read_cached_index(path, stamps)) is not None:
         return cached
+    # Otherwise write it under another name, then rename it: other processes may write the same index.
     unfinished = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -134,6 +134,7 @@ class VectorStore:
         with (self._folder / INDEX_FILE).open("rb") as file:
             file.seek(self._index_end)
             content = file.read()
+        # Parse the frames whose vectors are in the file. The end of the last one is where the next call continues.
         new_keys, checksums, end = [], [], 0
         while frame := _read_frame(content, end):
             count = PACKED_UINT32.unpack_from(frame)[0]
@@ -145,6 +146,7 @@ class VectorStore:
             checksums.append(np.frombuffer(frame, UINT32, count, offset=PACKED_UINT32.size + KEY_BYTES * count))
             end += len(frame) + PACKED_UINT32.size
         self._index_end += end
+        # Insert the new keys into the sorted ones. Checksums stay in the order of the vectors.
         if new_keys:
             keys = np.concatenate(new_keys)
             order = np.argsort(keys)

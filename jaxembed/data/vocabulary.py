@@ -38,6 +38,7 @@ def shrink_vocabulary(state: State, used_ids: Collection[int]) -> tuple[State, l
     kind = (state.get("model") or {}).get("type")
     if kind not in REBUILDERS:
         raise UserError(f"--vocabulary-from: cannot shrink a tokenizer of this kind (found {kind}; expected {_list_kinds()}).")
+    # The tokens to keep.
     ids_by_token = _collect_ids(state)
     needed_tokens = {token for token, id_ in ids_by_token.items() if id_ in used_ids or _is_always_kept(token)}
     needed_tokens |= {entry["content"] for entry in state["added_tokens"]}
@@ -47,6 +48,7 @@ def shrink_vocabulary(state: State, used_ids: Collection[int]) -> tuple[State, l
         needed_tokens.add(unknown)
     if kind == "Unigram" and (unknown_id := state["model"].get("unk_id")) is not None:
         needed_tokens.add(state["model"]["vocab"][unknown_id][0])
+    # Number them in their old order, and rebuild each part of the tokenizer that has ids.
     old_ids = sorted(ids_by_token[token] for token in needed_tokens if token in ids_by_token)
     new_ids = {old: new for new, old in enumerate(old_ids)}
     smaller = copy.deepcopy(state)

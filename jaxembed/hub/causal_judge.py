@@ -61,6 +61,7 @@ def open_causal_judge(config: JudgeConfig, cache: Path) -> ScorePairs:
         prompts = [before.replace("{instruction}", config.instruction).replace("{query}", query) for query in queries]
         assert embedder._apply is not None
         hidden = embedder.apply_to_texts([document for _, document in pairs], prompts, embedder._apply)
+        # The probability of the first answer among the two.
         logits = hidden @ head.T
         return np.asarray(jax.nn.sigmoid(jnp.asarray(logits[:, 0] - logits[:, 1])), np.float32)
 

@@ -106,6 +106,7 @@ class Objectives:
             )  # fmt: skip
             loss, own_metrics = VECTOR_OBJECTIVES[config.name](config, encoded)
             metrics |= {label: loss} | {f"{label}_{name}": value for name, value in own_metrics.items()}
+            # Add the same loss of truncated or quantized vectors.
             for version, weight, convert in self._list_versions(config):
                 converted = dataclasses.replace(encoded, queries=convert(queries), documents=convert(documents))
                 version_loss, _ = VECTOR_OBJECTIVES[config.name](config, converted)

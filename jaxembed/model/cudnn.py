@@ -182,7 +182,7 @@ def measure_error(attend: Callable[..., jax.Array], inputs: Any, mask: Mask) -> 
         def total(*qkv: jax.Array) -> Any:
             out = kernel(*(x.astype(jnp.bfloat16).astype(dtype) for x in qkv), token_info, mask, None)
             out = jnp.where(is_text, out.astype(jnp.float32), 0)
-            return jnp.sum(jnp.sin(out)), out
+            return jnp.sum(jnp.sin(out)), out  # sin gives every output another gradient, cos(out)
 
         grads, out = jax.grad(total, argnums=(0, 1, 2), has_aux=True)(*qkv)
         return out, *grads

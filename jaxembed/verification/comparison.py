@@ -129,6 +129,7 @@ def request_vectors(
     Raises:
         UserError: The server fails, refuses every input, or returns vectors of different widths.
     """
+    # Each input in a request of its own.
     vectors: dict[int, np.ndarray] = {}
     refusals: dict[int, str] = {}
     for i, text in enumerate(inputs):
@@ -143,6 +144,7 @@ def request_vectors(
         raise UserError(f"{server.client.root}: vectors of different widths ({', '.join(map(str, widths))}). Check the server.")
     alone, grouped, group_refusal = np.full((len(inputs), widths[0]), np.nan), np.full((len(inputs), widths[0]), np.nan), ""
     alone[list(vectors)] = list(vectors.values())
+    # The accepted inputs again, several in a request.
     try:
         together = server.encode_in_groups([inputs[i] for i in vectors])
         if together.shape[1] == widths[0]:
@@ -228,6 +230,7 @@ def diagnose_server(
         short = encoder.select_short(served.indices)
         if any(cosine is not None for cosine in result.cosines):
             _check_probe_file(folder, encoder, short)
+        # A server that computes in half precision may differ more, and then nothing is left to explain.
         dtype = dtype or server.info.dtype or folder.dtype
         if dtype in HALF_DTYPES and not is_tolerance_set:
             bound = min(MIN_COSINE, measure_half_precision(encoder, dtype, short))

@@ -244,6 +244,7 @@ def iter_truncation_variants(
     """
     tokenizer, spec = base.tokenizer.hf_tokenizer, base.tokenizer.spec
     own_length, special_tokens, has_eos = spec.max_length, tokenizer.num_special_tokens_to_add(), ends_with_eos(tokenizer)
+    # The lengths to try. Servers may count special tokens differently, so limits are tried with small offsets.
     near_lengths = [length + offset for length in (own_length, *server_lengths) for offset in (0, -1, 1, -2, 2)]
     common = [length for length in COMMON_LENGTHS if length <= MAX_LENGTH_RATIO * own_length]
     lengths = [n for n in dict.fromkeys([*near_lengths, *common]) if special_tokens < n <= max_positions and n < longest_input]
