@@ -28,7 +28,11 @@ def run_steps(functions: Sequence[RowStep], rows: RowBatch) -> BatchOutcomes:
 
 def keep_rows(rows: RowBatch, outcomes: Sequence[StepOutcome]) -> RowBatch:
     """Return the rows that a step kept, with its changes."""
-    return [row._replace(fields=outcome.row) for row, outcome in zip(rows, outcomes, strict=True) if outcome.row is not None]
+    return [
+        row if outcome.row is row.fields else row._replace(fields=outcome.row)
+        for row, outcome in zip(rows, outcomes, strict=True)
+        if outcome.row is not None
+    ]
 
 
 def map_batches(functions: Sequence[RowStep], batches: Iterable[RowBatch]) -> BatchResults:

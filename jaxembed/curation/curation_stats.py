@@ -19,18 +19,21 @@ MAX_SAMPLE_CHARS = 400  # of a text
 MAX_SAMPLE_TEXTS = 3  # of a list
 
 
+SampleKey = tuple[float, int]  # what samples are selected by, and a hash of the row, which breaks ties
+
+
 class TopSamples:
     """The `MAX_SAMPLES` samples with the largest keys. Samples with equal keys are ordered by their content."""
 
     def __init__(self) -> None:
         """Start without samples."""
-        self._heap: list[tuple[float, str]] = []
+        self._heap: list[tuple[SampleKey, str]] = []
 
-    def is_candidate(self, key: float) -> bool:
+    def is_candidate(self, key: SampleKey) -> bool:
         """Return whether a sample with this key would be among the largest so far."""
         return len(self._heap) < MAX_SAMPLES or key >= self._heap[0][0]
 
-    def add(self, key: float, sample: dict[str, Any]) -> None:
+    def add(self, key: SampleKey, sample: dict[str, Any]) -> None:
         """Add a sample. Equal samples are kept once."""
         entry = (key, json.dumps(sample, ensure_ascii=False, sort_keys=True))
         if entry in self._heap:
@@ -76,7 +79,7 @@ class CurationStepStats:
         kind = "dropped" if outcome.row is None else "changed"
         self._changed[name] += outcome.row is not None
         self._reasons[kind].update(outcome.reasons)
-        samples, key = self._samples[kind], hash_row(before.fields, self._seed)
+        samples, key = self._samples[kind], (0, hash_row(before.fields, self._seed))
         if samples.is_candidate(key):
             after = {} if outcome.row is None else {"after": shorten_row(outcome.row)}
             samples.add(key, {"source": name, "reasons": list(outcome.reasons[:1]), "row": shorten_row(before.fields), **after})
@@ -106,17 +109,16 @@ class RowStats:
     def add(self, curated: CuratedRow) -> None:
         """Count a row."""
         name = self._names[curated.source]
-        texts = {side: get_texts(curated, side) for side in ALL_SIDES}
         self._rows[name] += 1
-        for side, side_texts in texts.items():
-            self._lengths[name][side].update(len(text).bit_length() for text in side_texts)
-        all_texts = [text for side_texts in texts.values() for text in side_texts]
-        keys = {
-            "random": hash_row(curated.fields, self._seed),
-            "longest": max(map(len, all_texts)),
-            "strangest": max(map(compute_symbol_share, all_texts)),
-        }
-        for kind, key in keys.items():
+        all_texts = []
+        for side, counts in self._lengths[name].items():
+            for text in get_texts(curated, side):
+                counts[len(text).bit_length()] += 1
+                all_texts.append(text)
+        keys = {"random": 0.0, "longest": max(map(len, all_texts)), "strangest": max(map(compute_symbol_share, all_texts))}
+        content = hash_row(curated.fields, self._seed)
+        for kind, value in keys.items():
+            key = (value, content)
             if self._samples[kind].is_candidate(key):
                 self._samples[kind].add(key, {"source": name, "row": shorten_row(curated.fields)})
 

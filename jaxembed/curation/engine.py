@@ -39,7 +39,7 @@ from jaxembed.curation.stages import (
     write_decisions,
 )
 from jaxembed.curation.steps.changes import ChangingStep
-from jaxembed.curation.steps.curated_row import CuratedRow, PreparedStep, RowStep, RowStepError, encode_row
+from jaxembed.curation.steps.curated_row import CuratedRow, PreparedStep, RowStep, RowStepError, encode_row, is_json
 from jaxembed.curation.steps.items import AllRowsStep
 from jaxembed.data.convert import WRITERS, select_fields
 from jaxembed.devices.processes import progress_bar
@@ -227,8 +227,10 @@ class Curation:
         for row in rows:
             stats.add(row)
             metadata = {field: row.fields[field] for field in self.config.output_metadata if field in row.fields}
-            line = encode_row(select_fields(row.fields) | metadata)
-            yield json.loads(line, parse_constant=lambda name: None)  # JSON has no NaN and no infinity
+            fields = select_fields(row.fields) | metadata
+            if not is_json(fields):  # JSON has no dates, no NaN and no infinity
+                fields = json.loads(encode_row(fields), parse_constant=lambda name: None)
+            yield fields
 
     def _check_rows_left(self, steps: dict[int, CurationStepStats], stage: CurationStage) -> None:
         """Raise `UserError` if no row reached a step of the stage, or the output."""

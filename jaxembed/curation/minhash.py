@@ -8,6 +8,7 @@ Broder 1997; Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, chapter
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,7 +41,8 @@ def compute_signatures(sets: Sequence[np.ndarray], minhash: Any) -> np.ndarray:
     """Return the MinHash signatures of sets of hashes, uint64 [n] each, as uint32 [N, NUM_HASHES]."""
     offsets = np.concatenate([[0], np.cumsum([len(part) for part in sets])]).astype(np.uint64)
     matrix = minhash.digest_matrix_from_flat_token_hashes(np.concatenate(sets), offsets, num_perm=NUM_HASHES, seed=HASH_SEED)
-    return np.array(matrix.to_rows(), np.uint32)
+    values = itertools.chain.from_iterable(matrix.to_rows())
+    return np.fromiter(values, np.uint32, len(sets) * NUM_HASHES).reshape(len(sets), NUM_HASHES)
 
 
 def hash_bands(signatures: np.ndarray, width: int) -> np.ndarray:

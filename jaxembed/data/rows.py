@@ -91,6 +91,7 @@ class IndexedRows:
             UserError: Names file and line of the first bad row.
         """
         self.container, self.schema, self.columns = container, schema, columns or {}
+        self._stamps = [_stamp_file(path) for path in container.files]
         entries, self.rows_grouped_by_label, footer = _load_index(self, cache)
         self._addresses, self.index_values = entries["address"], entries["value"]
         self.digest, self.max_value = str(footer["digest"]), float(footer["largest"])
@@ -105,6 +106,21 @@ class IndexedRows:
         """Return where a row is stored, for errors: file and line, or the container and the number of the row."""
         locate: Callable[[int], str] | None = getattr(self.container, "locate", None)
         return locate(int(self._addresses[index])) if locate else f"{self.container.name} (row {index + 1})"
+
+    def __iter__(self) -> Iterator[Row]:
+        """Yield all rows in order, read from the start of the container. The index stays out of memory if it has every row.
+
+        Raises:
+            UserError: A file changed meanwhile.
+        """
+        if len(self) < self.row_count:
+            yield from (self[i] for i in range(len(self)))
+            return
+        number = 0
+        for number, (_, _, content) in enumerate(self.container.scan(), 1):
+            yield self.schema.select(build_row(content, f"{self.container.name} (row {number})", self.columns))
+        if number != len(self) or self._stamps != [_stamp_file(path) for path in self.container.files]:
+            raise UserError(f"{self.container.name}: changed while it was in use. Restore it, and start again.")
 
     def __getitem__(self, index: int) -> Row:
         address = int(self._addresses[index])

@@ -141,7 +141,7 @@ class TextSampler(ExampleSampler):
 
 def iter_rows(rows: RowSequence) -> Iterator[Row]:
     """Yield all rows once, in order."""
-    return (rows[i] for i in range(len(rows)))
+    return iter(rows) if isinstance(rows, IndexedRows) else (rows[i] for i in range(len(rows)))
 
 
 def _get_teacher_scores(row: Mapping[str, Any], texts: Sequence[str]) -> tuple[float, ...]:

@@ -50,7 +50,7 @@ class SeenTexts:
         A text is compared only with the first text of each bucket, as in curation.
         """
         # Buckets (LSH bands) propose candidates; the estimated Jaccard index decides.
-        signature = compute_signatures([hash_char_ngrams(text)], self._minhash)
+        signature = compute_signatures(hash_char_ngrams([text]), self._minhash)
         hashes = signature[0].astype(np.uint16)
         keys = hash_bands(signature, self._band_hashes)[:, 0].tolist()
         candidates = {self._buckets[key] for key in keys if key in self._buckets}

@@ -54,7 +54,7 @@ class RowSamples:
         for text in list_texts(row):
             self._diversity.add(text)
             self._chars += len(text)
-        self._samples.add(hash_row(row, self._seed), shorten_row(row))
+        self._samples.add((0, hash_row(row, self._seed)), shorten_row(row))
 
     def to_json(self) -> dict[str, Any]:
         """Return the counts and samples as plain values."""

@@ -265,9 +265,11 @@ def test_a_band_finds_pairs_at_the_threshold() -> None:
 
 
 def test_the_ngrams_of_a_text_are_those_of_its_characters() -> None:
-    assert len(hash_char_ngrams("abcdefgh")) == 4 and len(set(hash_char_ngrams("aaaaaaaa"))) == 1
-    assert len(hash_char_ngrams("今天天气很好")) == 4  # shorter n-grams
-    assert len(hash_char_ngrams("ab")) == 1 and hash_char_ngrams("AB ") == hash_char_ngrams("ab")
+    texts = ["abcdefgh", "aaaaaaaa", "今天天气很好", "ab", "AB ", "\u200b"]
+    ngrams = hash_char_ngrams(texts)
+    assert list(map(len, ngrams)) == [4, 4, 4, 1, 1, 1]  # shorter n-grams in scripts without spaces and in short texts
+    assert len(set(ngrams[1])) == 1 and ngrams[3] == ngrams[4]
+    assert all(np.array_equal(hash_char_ngrams([text])[0], alone) for text, alone in zip(texts, ngrams, strict=True))
 
 
 def test_records_are_divided_by_key_and_read_in_ascending_ranges(tmp_path: Path) -> None:

@@ -267,6 +267,19 @@ def test_a_file_that_is_truncated_while_in_use_is_an_error(tmp_path: Path, suffi
         container.read(container.address_limit // 2 if suffix == ".parquet" else 0)
 
 
+@pytest.mark.parametrize("edit", [lambda lines: lines[:-1], lambda lines: [*lines, "\n"]])
+def test_a_file_that_changes_while_its_rows_are_read_in_order_is_an_error(
+    tmp_path: Path, edit: Callable[[list[str]], list[str]]
+) -> None:
+    path = tmp_path / "a.jsonl"
+    write_jsonl(path, PAIRS)
+    rows = open_rows(path)
+    assert list(rows) == [rows[i] for i in range(len(rows))]
+    path.write_text("".join(edit(path.read_text().splitlines(keepends=True))))
+    with pytest.raises(UserError, match=r"a\.jsonl: changed while it was in use"):
+        list(rows)
+
+
 def test_an_index_as_young_as_its_file_is_rebuilt(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     write_jsonl(path, PAIRS)

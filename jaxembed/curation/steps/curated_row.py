@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxembed.config.curation import ALL_SIDES, Side
 from jaxembed.data.equality import hash_exact_text
@@ -132,6 +133,15 @@ def edit_texts(curated: CuratedRow, sides: Sequence[Side], edit: Callable[[str],
 def encode_row(row: Row) -> str:
     """Return a row as one line of JSON. Values without a JSON type, such as dates, become strings."""
     return ROW_ENCODER.encode(row)
+
+
+def is_json(value: Any) -> bool:
+    """Return whether a value is unchanged if it is written as JSON and read again."""
+    if isinstance(value, dict):
+        return all(type(key) is str for key in value) and all(map(is_json, value.values()))
+    if type(value) is list:
+        return all(map(is_json, value))
+    return value is None or type(value) in (str, int, bool) or (type(value) is float and math.isfinite(value))
 
 
 def hash_row(row: Row, seed: int = 0) -> int:

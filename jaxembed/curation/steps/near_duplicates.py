@@ -26,7 +26,8 @@ from jaxembed.curation.steps.record_files import RecordFiles
 from jaxembed.data.equality import normalize_text
 
 NGRAM_CHARS, UNSPACED_NGRAM_CHARS = 5, 3
-PAIRS_PER_READ = 4096
+ITEMS_PER_READ = 4096
+PAIR_BITS = np.uint64(32)  # so that a pair of items fits into 64 bits
 
 # Hangul too: a syllable carries more information than a letter.
 UNSPACED_CHAR = re.compile(f"[{UNSPACED_CHARS}\uac00-\ud7af]")
@@ -62,7 +63,7 @@ class NearDuplicatesStep:
         pairs = [(row.source, item) for row in rows for item in list_items(row, self._config)]
         if not pairs:
             return
-        signatures = compute_signatures([hash_char_ngrams(item.text) for _, item in pairs], self._minhash)
+        signatures = compute_signatures(hash_char_ngrams([item.text for _, item in pairs]), self._minhash)
         content = np.array([item.content for _, item in pairs], np.uint64)
         numbers = np.arange(self._num_items, self._num_items + len(pairs), dtype=np.uint64)
         groups = np.array([0 if self._config.across_sources else source for source, _ in pairs], np.uint64)
@@ -82,13 +83,13 @@ class NearDuplicatesStep:
         dropped = np.zeros(self._num_items, bool)
         if not self._num_items:
             return dropped
-        edges = self._find_edges()
-        if not len(edges):
+        first, second = split_pairs(self._find_edges())
+        if not len(first):
             return dropped
         # Connect similar texts. Nodes are numbered from 0, because most items have no edge.
-        nodes, ends = np.unique(edges, return_inverse=True)
-        ends = ends.reshape(edges.shape)
-        graph = coo_array((np.ones(len(edges), bool), (ends[:, 0], ends[:, 1])), shape=(len(nodes), len(nodes)))
+        nodes = np.unique(np.concatenate([first, second]))
+        ends = tuple(np.searchsorted(nodes, items).astype(np.int32) for items in (first, second))
+        graph = coo_array((np.ones(len(first), bool), ends), shape=(len(nodes), len(nodes)))
         _, components = connected_components(graph, directed=False)
         # Keep the first item of each component by rank, then content.
         ranks = read_records(self._ranks, RANK_RECORD, nodes)
@@ -98,39 +99,75 @@ class NearDuplicatesStep:
         return dropped
 
     def _find_edges(self) -> np.ndarray:
-        """Return the pairs of items that reach the threshold, int64 [E, 2]: the first item of a bucket, and another one."""
-        edges = np.zeros((0, 2), np.int64)
+        """Return the pairs (`join_pairs`) that reach the threshold, sorted: the first item of a bucket, and another one."""
+        edges = np.zeros(0, np.uint64)
         for records in self._bands.iter_partitions():
-            order = np.lexsort((records["item"], records["content"], records["key"]))
-            # Pair the first item of each bucket (a run of equal keys) with the others.
-            keys, items = records["key"][order], records["item"][order].astype(np.int64)
-            starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]])) if len(keys) else np.zeros(0, np.int64)
-            sizes = np.diff(np.append(starts, len(keys)))
-            pairs = np.stack([np.repeat(items[starts], sizes), items], 1)
-            pairs = np.unique(pairs[pairs[:, 0] != pairs[:, 1]], axis=0)
+            pairs = np.setdiff1d(list_bucket_pairs(records), edges, assume_unique=True)
             # Keep the pairs whose signatures are similar enough.
-            parts = np.split(pairs, range(PAIRS_PER_READ, len(pairs), PAIRS_PER_READ))
+            parts = np.split(pairs, range(ITEMS_PER_READ, len(pairs), ITEMS_PER_READ))
             similar = [part[self._compare(part) >= self._config.min_similarity] for part in parts]
-            edges = np.unique(np.concatenate([edges, *similar]), axis=0)
+            edges = np.union1d(edges, np.concatenate(similar))
         return edges
 
     def _compare(self, pairs: np.ndarray) -> np.ndarray:
         """Return the estimated Jaccard index of pairs of items, float64 [P]."""
-        first, second = (read_records(self._signatures, SIGNATURE_RECORD, items)["hashes"] for items in pairs.T)
+        first, second = (read_records(self._signatures, SIGNATURE_RECORD, items)["hashes"] for items in split_pairs(pairs))
         return np.asarray((first == second).mean(1))
+
+
+def list_bucket_pairs(records: np.ndarray) -> np.ndarray:
+    """Return the pairs (`join_pairs`) of the first item of each bucket and the other items in it, sorted and each once."""
+    # Most items are alone in their bucket (a run of equal keys) and need no further sorting.
+    records = records[np.argsort(records["key"])]
+    is_equal = records["key"][1:] == records["key"][:-1]
+    records = records[np.append(is_equal, False) | np.append(False, is_equal)]
+    records = records[np.lexsort((records["item"], records["content"], records["key"]))]
+    starts = np.flatnonzero(np.append(True, records["key"][1:] != records["key"][:-1])[: len(records)])
+    items = records["item"]
+    first = np.repeat(items[starts], np.diff(np.append(starts, len(items))))
+    return np.unique(join_pairs(first, items)[first != items])
+
+
+def join_pairs(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return each pair of items as one number, uint64 [P]."""
+    return first << PAIR_BITS | second
+
+
+def split_pairs(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first and the second items of pairs that `join_pairs` returned."""
+    return pairs >> PAIR_BITS, pairs & np.uint64(2**32 - 1)
 
 
 def read_records(file: IO[bytes], dtype: np.dtype, indices: np.ndarray) -> np.ndarray:
     """Return the records of a file at some indices. A memory map would count as memory of the process."""
     file.flush()
     size, descriptor = dtype.itemsize, file.fileno()
-    return np.frombuffer(b"".join(os.pread(descriptor, size, size * index) for index in indices.tolist()), dtype)
+    records = np.empty(len(indices), dtype)
+    for start in range(0, len(indices), ITEMS_PER_READ):
+        part = indices[start : start + ITEMS_PER_READ].tolist()
+        records[start : start + len(part)] = np.frombuffer(b"".join(os.pread(descriptor, size, size * i) for i in part), dtype)
+    return records
 
 
-def hash_char_ngrams(text: str) -> np.ndarray:
-    """Return hashes of the character n-grams of a text, uint64 [N]. They are shorter if most of it has no spaces."""
-    normalized = normalize_text(text)
-    is_unspaced = 2 * len(UNSPACED_CHAR.findall(normalized)) > len(normalized)
-    size = UNSPACED_NGRAM_CHARS if is_unspaced else NGRAM_CHARS
-    chars = np.frombuffer(normalized.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
-    return mix(hash_runs(chars, min(size, len(chars))))
+def hash_char_ngrams(texts: Sequence[str]) -> list[np.ndarray]:
+    """Return hashes of the character n-grams of each text, uint64 [N]. They are shorter if most of a text has no spaces."""
+    normalized = [normalize_text(text) for text in texts]
+    sizes = [choose_ngram_chars(text) for text in normalized]
+    hashes = dict[int, np.ndarray]()
+    # Texts with equally long n-grams are hashed as one text. N-grams that span two texts are left out.
+    for size in set(sizes):
+        numbers = [i for i, other in enumerate(sizes) if other == size]
+        joined = "".join(normalized[i] for i in numbers)
+        chars = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
+        runs, start = mix(hash_runs(chars, size)), 0
+        for i in numbers:
+            end = start + len(normalized[i])
+            hashes[i] = runs[start : end - size + 1]
+            start = end
+    return [hashes[i] for i in range(len(texts))]
+
+
+def choose_ngram_chars(normalized: str) -> int:
+    """Return the number of characters in an n-gram of a text, at most its length."""
+    is_unspaced = not normalized.isascii() and 2 * len(UNSPACED_CHAR.findall(normalized)) > len(normalized)
+    return min(UNSPACED_NGRAM_CHARS if is_unspaced else NGRAM_CHARS, len(normalized))
