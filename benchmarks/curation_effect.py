@@ -1,8 +1,9 @@
-"""Train one small model with random weights on noisy data and on its curated rows, for the same number of steps.
+"""Train one small model on noisy data and on its curated rows, for the same number of steps.
 
-Usage: python benchmarks/curation_effect.py MODEL DATA [--rows N] [--steps N] [--seeds N]
+Usage: python benchmarks/curation_effect.py MODEL DATA [--base BASE] [--learning-rate RATE] [--rows N] [--steps N] [--seeds N]
 
-MODEL finds wrong positives, such as all-MiniLM-L6-v2. DATA is a folder with ag_news/pairs_train.jsonl, ag_news/retrieval
+MODEL finds wrong positives, such as all-MiniLM-L6-v2. BASE is trained: random weights (preset:tiny), or a pretrained model,
+which is also scored without training. DATA is a folder with ag_news/pairs_train.jsonl, ag_news/retrieval
 (BEIR) and stsb/en/{train,test}.jsonl. The noisy data are pairs of AG News (title -> text) and pairs of STS-B with a score of 4
 or more. Of each source, 40% of the rows have the positive of another row, and a fifth of all rows occur twice. The table has
 nDCG@10 on the BEIR folder and Spearman's correlation on STS-B, as mean and standard deviation over the seeds.
@@ -14,6 +15,7 @@ import argparse
 import json
 import logging
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +83,11 @@ def make_config(files: dict[str, Path], seed: int, out: Path, args: argparse.Nam
     """Return the config of a run without held-out sets."""
     tree: dict[str, Any] = {
         "run": {"dir": str(out)},
-        "model": {"base": "preset:tiny", "attention": "bidirectional", "pooling": {"kind": "mean"}},
+        "model": {"base": args.base, "attention": "bidirectional", "pooling": {"kind": "mean"}},
         "data": {"max_length": 64, "hard_negatives": 0,
                  "sources": [{"path": str(path), "name": name} for name, path in files.items()]},
         "objectives": [{"name": "infonce", "temperature": 0.05}],
-        "optim": {"learning_rate": 2e-3, "warmup_steps": 10, "schedule": "cosine"},
+        "optim": {"learning_rate": args.learning_rate, "warmup_steps": 10, "schedule": "cosine"},
         "train": {"steps": args.steps, "batch_size": 64, "seed": seed, "log_every": 50, "eval_every": args.steps,
                   "checkpoint_every": args.steps},
         "eval": {"untrained": False},
@@ -103,10 +105,18 @@ def score_model(model: str, data: Path) -> dict[str, float]:
     return score_sets(open_held_out_sets(sets, cache_dir()), Embedder.load(model).encode)
 
 
+def print_row(name: str, num_rows: int, scores: Sequence[Mapping[str, float]]) -> None:
+    """Print the row of the table for some data, given the scores of each run."""
+    cells = [format_mean([score[metric] for score in scores], 4) for metric in METRICS]
+    print(f"| {name} | {num_rows:,} | {' | '.join(cells)} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL", help="sentence-transformers model")
     parser.add_argument("data", metavar="DATA", type=Path, help="folder of the data sets")
+    parser.add_argument("--base", default="preset:tiny", help="model to train (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="learning rate (default: %(default)s)")
     parser.add_argument("--rows", type=int, default=1000, help="clean rows of each source (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=60, help="training steps of a run (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each row (default: %(default)s)")
@@ -119,12 +129,13 @@ def main() -> None:
     data = {"noisy": noisy, "curated": curate_files(noisy, args.model, folder / "curated")}
     data["clean"] = write_pairs(folder / "clean", clean)
     print("| data | rows | AG News, nDCG@10 | STS-B, Spearman |\n|---|---|---|---|", flush=True)
+    if not args.base.startswith("preset:"):
+        print_row("none: the base", 0, [score_model(args.base, args.data)])
     for name, files in data.items():
         runs = [train(make_config(files, seed, folder / f"{name}-{seed}", args)) for seed in range(args.seeds)]
-        scores = [score_model(run["run_dir"], args.data) for run in runs]
-        cells = [format_mean([score[metric] for score in scores], 4) for metric in METRICS]
-        num_rows = sum(len(path.read_text().splitlines()) for path in files.values())
-        print(f"| {name} | {num_rows:,} | {' | '.join(cells)} |", flush=True)
+        print_row(
+            name, sum(len(read_rows(path)) for path in files.values()), [score_model(run["run_dir"], args.data) for run in runs]
+        )
 
 
 if __name__ == "__main__":
