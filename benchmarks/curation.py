@@ -3,7 +3,8 @@
 Usage: python benchmarks/curation.py DATA [--rows N]
 
 DATA is a folder with ag_news/pairs_train.jsonl, ag_news/retrieval (BEIR) and stsb/{de,fr,pl}/train.jsonl. Rows of AG News
-(title -> text) are mixed with rows that a step should find. Each step runs alone on the mixture.
+(title -> text) are mixed with rows that a step should find. Each step runs alone on the mixture, those for defects inside
+single texts on a mixture of their own.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from curation_scores import TABLE_HEADER, Rows, StepScore, run_steps, score_step
+from curation_text_defects import BOILERPLATE_PATTERNS, PERSONAL_PATTERNS, make_rows_with_negatives, make_text_defects
 from jsonl_rows import read_rows
 
 from jaxembed.data.beir import EVALUATION_SPLITS, open_beir
@@ -175,6 +177,8 @@ def measure(data: Path, max_rows: int, folder: Path) -> Iterator[StepScore]:
     yield from measure_filters(rows, folder)
     yield from measure_duplicates(rows, folder)
     yield from measure_decontamination(rows, data, folder)
+    yield from measure_text_defects(clean, read_translations(data), folder)
+    yield from measure_negatives(clean, folder)
 
 
 def run_step(rows: Rows, step: dict[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
@@ -184,14 +188,19 @@ def run_step(rows: Rows, step: dict[str, Any], folder: Path) -> dict[str, dict[s
 
 def measure_cleaning(rows: Rows, folder: Path) -> Iterator[StepScore]:
     """Yield the scores of each key of `clean` alone: by the rows that it changes, and by those that it repairs."""
-    rows_by_id = {row["id"]: row for row in rows}
     for key, kind in (("html", "html"), ("control_chars", "control"), ("repair", "mojibake")):
-        off = {"unicode": "none", "control_chars": False, "whitespace": False}
-        cleaned = run_step(rows, {"name": "clean", **off, key: True}, folder)
-        changed = [i for i, row in cleaned.items() if any(row[field] != rows_by_id[i][field] for field in ("query", "pos"))]
-        repaired = [i for i in list_ids(rows, kind) if is_repaired(cleaned[i], rows_by_id[i]["original"])]
-        yield score_step(f"clean: {key}", f"{kind} (changed)", changed, list_ids(rows, kind))
-        yield score_step(f"clean: {key}", f"{kind} (as before the damage)", repaired, list_ids(rows, kind))
+        yield from measure_cleaning_key(rows, key, True, kind, folder)
+
+
+def measure_cleaning_key(rows: Rows, key: str, value: Any, kind: str, folder: Path) -> Iterator[StepScore]:
+    """Yield the scores of a key of `clean` alone, for the defects of a kind."""
+    rows_by_id = {row["id"]: row for row in rows}
+    off = {"unicode": "none", "control_chars": False, "whitespace": False}
+    cleaned = run_step(rows, {"name": "clean", **off, key: value}, folder)
+    changed = [i for i, row in cleaned.items() if any(row[field] != rows_by_id[i][field] for field in ("query", "pos"))]
+    repaired = [i for i in list_ids(rows, kind) if is_repaired(cleaned[i], rows_by_id[i]["original"])]
+    yield score_step(f"clean: {key}", f"{kind} (changed)", changed, list_ids(rows, kind))
+    yield score_step(f"clean: {key}", f"{kind} (as before the damage)", repaired, list_ids(rows, kind))
 
 
 def is_repaired(row: dict[str, Any], original: tuple[str, str]) -> bool:
@@ -227,6 +236,30 @@ def measure_decontamination(rows: Rows, data: Path, folder: Path) -> Iterator[St
         step = {"name": "decontaminate", "beir": [str(data / "ag_news" / "retrieval")], **options}
         dropped = all_ids - set(run_step(rows, step, folder))
         yield score_step(f"decontaminate: {name}", "leak, nearleak", dropped, list_ids(rows, "leak", "nearleak"))
+
+
+def measure_text_defects(clean: Rows, translations: TextPairs, folder: Path) -> Iterator[StepScore]:
+    """Yield the scores of steps on rows with defects inside single texts."""
+    rng = np.random.default_rng(1)
+    accented = [pair for pair in translations if not all(map(str.isascii, pair))]
+    rows = clean + make_text_defects(clean, accented, rng)
+    rows = [rows[i] for i in rng.permutation(len(rows)).tolist()]
+    yield from measure_cleaning_key(rows, "unicode", "NFC", "decomposed", folder)
+    yield from measure_cleaning_key(rows, "boilerplate", BOILERPLATE_PATTERNS, "boilerplate", folder)
+    all_ids = {row["id"] for row in rows}
+    filters = {"rules": ["gopher_repetition"], "drop_patterns": PERSONAL_PATTERNS}
+    for (key, value), kind in zip(filters.items(), ("repetition", "personal"), strict=True):
+        remaining = run_step(rows, {"name": "quality", "sides": ["positives"], key: value}, folder)
+        yield score_step(f"quality: {key}", kind, all_ids - set(remaining), list_ids(rows, kind))
+
+
+def measure_negatives(clean: Rows, folder: Path) -> Iterator[StepScore]:
+    """Yield the scores of `negatives`, by the negatives that it drops."""
+    rows, false = make_rows_with_negatives(clean, np.random.default_rng(2))
+    for name, options, kinds in (("", {}, ("copy",)), (": answer_field", {"answer_field": "answer"}, ("copy", "answer"))):
+        remaining = run_step(rows, {"name": "negatives", **options}, folder)
+        dropped = [f"{row['id']} {text}" for row in rows for text in row["neg"] if text not in remaining[row["id"]]["neg"]]
+        yield score_step(f"negatives{name}", ", ".join(kinds), dropped, set[str]().union(*(false[kind] for kind in kinds)))
 
 
 def main() -> None:

@@ -170,6 +170,22 @@ def _format_nested_rows(sections: list[type[Section]], prefix: str) -> list[str]
     return rows
 
 
+def dump_changed_keys(section: Section) -> dict[str, Any]:
+    """Return the keys that differ from their defaults, as plain values, and those that choose one of several sections."""
+    changed, keys = section.model_dump(mode="json", exclude_defaults=True), dict[str, Any]()
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if name not in changed and len(_list_choices(field.annotation)) != 1:
+            continue
+        if isinstance(value, Section):
+            keys[name] = dump_changed_keys(value)
+        elif isinstance(value, tuple) and any(isinstance(entry, Section) for entry in value):
+            keys[name] = [dump_changed_keys(entry) for entry in value]
+        else:
+            keys[name] = changed.get(name, value)
+    return keys
+
+
 def _to_json(value: Any) -> str:
     if isinstance(value, Section):
         return value.model_dump_json(exclude_defaults=True)

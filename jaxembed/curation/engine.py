@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxembed.config.curation import CurateConfig
+from jaxembed.config.sections import dump_changed_keys
 from jaxembed.curation.batches import MapBatches, batched, keep_rows, map_batches
 from jaxembed.curation.curation_page import PAGE_FILE, REPORT_FILE, render_page
 from jaxembed.curation.curation_sources import CuratedSource, iter_curated_rows, open_curated_sources
@@ -307,7 +308,7 @@ def write_report(config: CurateConfig, out: Path, sources: Sequence[CuratedSourc
     stages = [read_json(get_stage_folder(out, i) / STAGE_FILE) for i in range(len(split_into_stages(config.steps)))]
     steps = {int(i): stats for stage in stages for i, stats in stage["steps"].items()}
     report = {
-        "config": config.model_dump(mode="json", exclude_defaults=True, exclude={"out", "memory_mb"}),
+        "config": {key: value for key, value in dump_changed_keys(config).items() if key not in ("out", "memory_mb")},
         "sources": {s.name: {"path": s.path, "format": s.format, "rows": s.num_rows, "digest": s.digest} for s in sources},
         "files": stages[-1]["files"],
         "steps": [{"name": step.name, **steps[i]} for i, step in enumerate(config.steps)],

@@ -15,6 +15,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
+from jaxembed.config.sections import dump_changed_keys
 from jaxembed.config.synthesis import SynthesisConfig
 from jaxembed.curation.curation_page import PAGE_FILE, REPORT_FILE
 from jaxembed.devices.processes import progress_bar
@@ -154,7 +155,7 @@ def make_report(
         },
         "invalid_share": round(compute_invalid_share(tasks), 4),
         "tasks": {task.config.name: describe_task(task, files[task.config.name]) for task in tasks},
-        "config": config.model_dump(mode="json", exclude_defaults=True),
+        "config": dump_changed_keys(config),
     }  # fmt: skip
 
 

@@ -80,7 +80,8 @@ def test_files_train_and_the_report_accounts_for_every_row(tmp_path: Path, sourc
         assert len(open_source(source, tmp_path)) == counts["out"] == report["output"]["sources"][name]["rows"]
         steps = [step["sources"][name] for step in report["steps"]]
         assert [counts["in"], *(step["out"] for step in steps)] == [*(step["in"] for step in steps), counts["out"]]
-    assert [step["name"] for step in report["steps"]] == [step["name"] for step in STEPS]
+    for steps in (report["steps"], report["config"]["steps"]):
+        assert [step["name"] for step in steps] == [step["name"] for step in STEPS]
     assert report["steps"][0]["reasons"]["dropped"] == {"query: empty": 1}
     assert report["steps"][1]["reasons"]["dropped"] == {"positives: copy of another of the pairs": 2}
     assert report["steps"][2]["reasons"]["dropped"] == {"positives: shorter than min_chars": 10}
