@@ -1,10 +1,11 @@
-"""Adapt a causal model before contrastive training, or train it to answer beside it, and compare with InfoNCE alone.
+"""Adapt a causal model before contrastive training, or add objectives to it, and compare with InfoNCE alone.
 
 Usage: python benchmarks/adaptation.py BASE PAIRS HELDOUT OUT.jsonl [--steps N] [--seeds N] [--only NAME ...]
 
 BASE is the folder of a causal language model. PAIRS is a JSONL file of rows with query and pos, such as the train.jsonl that
 `python -m jaxembed.data packages` writes, and HELDOUT a BEIR folder of the same kind. The adaptations train on the texts of
-PAIRS, and GRIT answers a query with its positive. Every row ends with the same number of contrastive steps.
+PAIRS, GRIT answers a query with its positive, and --teacher names the model whose vectors are matched. Every row ends with the
+same number of steps on pairs.
 Each finished run is one line of OUT.jsonl, and later commands with the same settings do not repeat it. Prints the nDCG@10 of
 HELDOUT, and the losses of the answers in the first and in the last steps, on texts that were not seen before.
 """
@@ -62,7 +63,12 @@ def list_rows(paths: dict[str, str], args: argparse.Namespace) -> dict[str, list
     contrastive = make_stage([INFONCE], "pairs")
     mntp = make_stage([{"name": "mntp"}], "texts")
     simcse = make_stage([INFONCE], "texts", dropout={"attention": 0.3})
+    matching = {"name": "embedding_matching", "teacher": args.teacher}
     rates = {"mask_rate": 0.001, "max_mask_rate": 1.0, "mask_rule": "all", "token_weight": "inverse_rate"}
+    distilled = {
+        "embedding matching": [make_stage([matching], "pairs")],
+        "InfoNCE and embedding matching": [make_stage([INFONCE, matching], "pairs")],
+    }
     return {
         "InfoNCE": [contrastive],
         "MNTP, then InfoNCE": [mntp, contrastive],
@@ -70,6 +76,7 @@ def list_rows(paths: dict[str, str], args: argparse.Namespace) -> dict[str, list
         "GRIT: InfoNCE and answers": [make_stage([INFONCE, {"name": "causal_lm"}], "pairs", "chats")],
         "SimCSE, then InfoNCE": [simcse, contrastive],
         "masked diffusion, then InfoNCE": [make_stage([{"name": "mntp", **rates}], "texts"), contrastive],
+        **(distilled if args.teacher else {}),
     }
 
 
@@ -120,6 +127,7 @@ def main() -> None:
     parser.add_argument("pairs", metavar="PAIRS", type=Path, help="JSONL file of rows with query and pos")
     parser.add_argument("heldout", metavar="HELDOUT", help="BEIR folder to score")
     parser.add_argument("out", metavar="OUT.jsonl", type=Path, help="file of the finished runs")
+    parser.add_argument("--teacher", metavar="MODEL", help="embedding model to match (default: no such rows)")
     parser.add_argument("--only", nargs="*", metavar="NAME", help="train only rows whose name contains one of these texts")
     parser.add_argument("--steps", type=int, default=100, help="contrastive steps (default: %(default)s)")
     parser.add_argument("--adaptation-steps", type=int, default=100, help="steps of other stages (default: %(default)s)")

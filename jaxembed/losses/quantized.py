@@ -18,7 +18,8 @@ def quantize_straight_through(
     """Return the unit vectors of quantized vectors, as `simulate_quantization` does. Zero vectors of absent texts stay zero.
 
     The gradient is that of the values before rounding (straight-through estimator, Bengio et al. 2013, arXiv:1308.3432). It is
-    zero where int8 clips a value to its range.
+    zero where int8 clips a value to its range, and in dimensions that are constant up to rounding errors: their step would
+    divide the gradient by almost zero.
 
     Args:
         vectors: Unit vectors.
@@ -31,6 +32,7 @@ def quantize_straight_through(
         return jnp.where(is_present, vectors + jax.lax.stop_gradient(signs - vectors), 0)
     starts, ends = jnp.asarray(ranges, vectors.dtype)
     steps = (ends - starts) / (BYTE_VALUES - 1)
-    exact = jnp.clip((vectors - starts) / jnp.where(steps == 0, 1, steps), 0, BYTE_VALUES - 1)
+    values = jnp.where(steps < jnp.finfo(vectors.dtype).eps, jax.lax.stop_gradient(vectors), vectors)
+    exact = jnp.clip((values - starts) / jnp.where(steps == 0, 1, steps), 0, BYTE_VALUES - 1)
     levels = exact + jax.lax.stop_gradient(jnp.floor(exact) - exact)
     return jnp.where(is_present, l2_normalize(levels - BYTE_VALUES // 2), 0)
