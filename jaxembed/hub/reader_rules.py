@@ -245,8 +245,8 @@ READER_RULES = (
     Rule(lambda model: model.rope_type == "llama3", ("llama.cpp",), Status.REFUSED, "has no such RoPE scaling (llama3)"),
     Rule(
         lambda model: model.has_head and model.transformer.family in ("qwen2", "llama"), ("llama.cpp",), Status.CONDITIONAL,
-        "if the converter knows the head (lm_head.weight) of this class: that of llama-cpp-python 0.3.36 does, that of gguf 0.19 "
-        "does not", False,
+        "if the converter knows the head (lm_head.weight) of this class: that of llama-cpp-python 0.3.36 does, that of gguf "
+        "0.19 does not", False,
     ),
     Rule(
         lambda model: model.transformer.family not in COMPARED_DECODERS | {"bert"}, ("llama.cpp",), Status.CONDITIONAL,
