@@ -68,7 +68,7 @@ def hold_out(config: SynthesisConfig, files: Sequence[str], percent: int | None)
     pairs = [path for path in map(Path, files) if path.stem in names]
     splits = {path: path.with_name(f"{path.stem}-split") for path in pairs}
     for split in splits.values():
-        shutil.rmtree(split, ignore_errors=True)  # that of an earlier run, with fewer rows
+        shutil.rmtree(split, ignore_errors=True)  # left by an earlier run with fewer rows
     documents = config.inputs.get("documents", "")
     return {"heldout": {str(out): split_pairs(str(path), out, percent / 100, documents) for path, out in splits.items()}}
 

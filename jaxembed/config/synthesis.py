@@ -1,4 +1,4 @@
-"""The config of `jaxembed synthesize`: a recipe by which an LLM writes training rows.
+"""The config of `jaxembed synthesize`: a recipe for training rows that an LLM writes.
 
 A recipe has inputs (optional), and tasks. A task has steps and a row:
 

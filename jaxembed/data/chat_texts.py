@@ -1,4 +1,4 @@
-"""Conversations as tokens, of which those of the answers are predicted: the generative objective of GRIT."""
+"""Conversations as tokens. The generative objective of GRIT predicts the tokens of the answers."""
 
 from __future__ import annotations
 

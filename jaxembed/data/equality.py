@@ -1,4 +1,4 @@
-"""The rule by which two texts are equal, for masking, duplicates, statistics and mining."""
+"""The rule that decides whether two texts are equal, for masking, duplicates, statistics and mining."""
 
 from __future__ import annotations
 

@@ -140,7 +140,7 @@ class Source:
     ) -> tuple[FewShotExample, ...]:
         """Draw in-context examples from other rows, with queries other than `query`. There may be fewer than the drawn number.
 
-        Each has its row's own instruction, if any, otherwise that of the query.
+        Each has its row's own instruction, if any, otherwise the query's.
         """
         few_shot = self.config.few_shot
         if few_shot is None or rng.random() < few_shot.zero_shot:

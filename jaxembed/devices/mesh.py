@@ -150,7 +150,7 @@ def make_logical_axis_table(mesh: Mesh, sizes: Mapping[str, int]) -> dict[str, s
 def get_target_platform() -> str:
     """Return the platform that a program is compiled for: "cpu", "gpu" or "tpu".
 
-    It is that of the current mesh (`jax.set_mesh`), else JAX's default backend.
+    This is the platform of the current mesh (`jax.set_mesh`). Without a mesh, it is JAX's default backend.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform

@@ -48,7 +48,7 @@ def load_encoder(
         checkpoint: Checkpoint of a run: best, last, or a step.
         backend: jax, or sentence-transformers for an exported folder.
         widths: Widths at which tasks are scored.
-        max_length: Maximum tokens of a text. Default: that of the model.
+        max_length: Maximum tokens of a text. Default: the model's.
         **options: layers, adapter and fsdp, as options of the commands.
 
     Raises:

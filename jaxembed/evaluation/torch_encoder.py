@@ -19,7 +19,7 @@ def load_torch_encoder(folder: Path, max_length: int | None = None) -> TaskEncod
 
     Args:
         folder: The folder.
-        max_length: Maximum tokens of a text. Default: that of the folder.
+        max_length: Maximum tokens of a text. Default: the folder's.
     """
     base = find_base(str(folder))
     model = load_sentence_transformer(folder)

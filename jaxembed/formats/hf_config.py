@@ -175,7 +175,7 @@ def _read_positions(config: Mapping[str, Any], family: Family, where: str) -> di
         theta = rope.pop("rope_theta")
         scaling = tuple(sorted(rope.items()))
         return {"max_positions": positions, "rope_theta": theta, "rope_scaling": scaling, "local_rope_theta": local_theta}
-    # Position 0 is the row after that of the padding token in RoBERTa, and row 0 in BERT.
+    # Position 0 has row 0 in BERT, and the row after the padding token's in RoBERTa.
     offset = 1 + fields.integer("pad_token_id", minimum=0) if family.has_offset_positions else 0
     if positions <= offset:
         raise UserError(

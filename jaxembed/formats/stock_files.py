@@ -55,7 +55,7 @@ def build_config(
         "dtype": dtype,
         # vLLM needs it for RoBERTa and XLM-R. transformers 5 does not write it.
         **({"position_embedding_type": "absolute"} if transformer.position_kind == "learned" else {}),
-        # The padding token of an encoder says where its positions start, and its mask is that of its class.
+        # The padding token of an encoder says where its positions start. Its class determines the mask.
         **(build_rope_fields(transformer) if family.is_encoder else _build_decoder_fields(spec, transformer, tokenizer)),
     }
     if spec.matryoshka_dims:

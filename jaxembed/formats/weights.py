@@ -271,7 +271,7 @@ def _read_layer(
         out.fill(1)
         return
     tensor = tensors[mapping.tensor_name.format(i=i)]
-    # Convert the index from our layout to that of the file, where the parameter may be one of several equal parts.
+    # Convert the index from our layout to the file's, where the parameter may be one of several equal parts.
     first, *rest = index[::-1] if mapping.is_transposed else index
     part, parts = mapping.part
     start = part * (tensor.get_shape()[0] // parts)

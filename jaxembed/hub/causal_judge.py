@@ -21,7 +21,7 @@ from jaxembed.hub.embedder import Embedder, load_embedder
 from jaxembed.hub.resolve import find_base_with_weights
 from jaxembed.model.transformer import ComputeOptions
 
-# Tensors that turn the last hidden state into logits: that of an untied head, and that of a tied one.
+# The tensor that turns the last hidden state into logits, in a model with an untied head and with a tied one.
 HEAD_TENSOR, TIED_HEAD_TENSOR = "lm_head.weight", "embed_tokens.weight"
 
 

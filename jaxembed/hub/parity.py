@@ -119,7 +119,7 @@ def encode_probes_torch(
         folder: The exported folder.
         spec: Spec of the model. Its suffix is appended to texts with a prompt, as users must do.
         probes: Texts by prompt.
-        dtype: Dtype of the computation. Default: that of the folder.
+        dtype: Dtype of the computation. Default: the folder's.
         sides: Sides of the padding (`list_padding_sides`).
 
     Returns:

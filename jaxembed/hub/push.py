@@ -1,6 +1,6 @@
 """Push an exported folder to a repository of the Hugging Face hub.
 
-The token is that of the environment (HF_TOKEN) or of `hf auth login`. huggingface_hub reads it. It is never written.
+huggingface_hub reads the token from the environment (HF_TOKEN) or from `hf auth login`. It is never written.
 """
 
 from __future__ import annotations

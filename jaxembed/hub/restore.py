@@ -57,7 +57,7 @@ class RunBase(BaseWithWeights):
         Args:
             compute: How the model computes.
             mesh: The devices.
-            base_dtype: Storage dtype of the base under the run's adapters. Default: that of the run.
+            base_dtype: Storage dtype of the base under the run's adapters. Default: the run's.
 
         Raises:
             UserError: The checkpoint is damaged, or the base under the adapters is missing or has changed.

@@ -33,7 +33,7 @@ class PairRules:
     Attributes:
         false_negatives: Rule for the candidates that must not count as negatives.
         hardness: Factor of the score in the second term of the logit; 0 turns it off.
-        shards: Number of equal, contiguous parts in which the anchors are split over devices.
+        shards: Number of equal, contiguous parts into which the anchors are split over devices.
     """
 
     false_negatives: FalseNegativeRule

@@ -20,7 +20,7 @@ class EncodedBatch:
         batch: The batch that was encoded.
         query_weights: Weight of each query in the mean, [B]: 1/n for the n queries of the objective's sources, 0 for others.
         key: Random key of the objective.
-        shards: Number of equal, contiguous parts in which the queries are split over devices.
+        shards: Number of equal, contiguous parts into which the queries are split over devices.
         params: Parameters of the objective itself.
     """
 

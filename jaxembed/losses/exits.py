@@ -40,7 +40,7 @@ def align_exits(vectors: Float[Array, "b m x d"], is_present: jax.Array, tempera
     arXiv:2406.01607). That of the whole model is a target without gradient, as in sentence-transformers.
 
     Args:
-        vectors: Unit vectors of the texts, those of the whole model first, then those of the exits.
+        vectors: Unit vectors of the texts, from the whole model first, then from the exits.
         is_present: True for texts that are present, [B, M].
         temperature: Temperature of the softmaxes.
     """

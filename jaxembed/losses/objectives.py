@@ -88,7 +88,7 @@ class Objectives:
             batch: The batch that was encoded.
             key: Random key of the step.
             params: Parameters of the objectives, by label.
-            shards: Number of equal, contiguous parts in which the queries are split over devices.
+            shards: Number of equal, contiguous parts into which the queries are split over devices.
 
         Returns:
             The sum, and metrics by label: the loss of each objective (LABEL), its own metrics (LABEL_METRIC), and its loss at
@@ -124,11 +124,11 @@ class Objectives:
         parameters of the objectives, and their random key.
 
         Args:
-            vectors: Unit vectors of each query and its documents, those of the whole model first, then those of the E exits.
+            vectors: Unit vectors of each query and its documents, from the whole model first, then from the E exits.
             batch: The batch that was encoded.
             key: Random key of the step.
             params: Parameters of the objectives, by label.
-            shards: Number of equal, contiguous parts in which the queries are split over devices.
+            shards: Number of equal, contiguous parts into which the queries are split over devices.
 
         Returns:
             The sum, and the metrics of the whole model; the sums of the exits (exit_LAYERS, exit_random), and `exit_align`.

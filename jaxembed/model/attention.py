@@ -70,7 +70,7 @@ class Attention(nn.Module):
             token_info: Segments and positions of the tokens, [R, T] each.
             rope: Cosines and sines of `build_rope_table`; None without rotary positions.
             window: Sliding window of this layer in tokens, or None.
-            shards: Number of equal parts in which the rows are split over devices.
+            shards: Number of equal parts into which the rows are split over devices.
         """
 
         def project(name: str, heads: int, axis: str) -> jax.Array:

@@ -117,7 +117,7 @@ class EmbeddingModel(nn.Module):
             exit_layers: Numbers of layers after which vectors are also returned (early exits).
 
         Returns:
-            Vectors [R, S, P]. With exits [R, S, 1+E, P]: those of the whole model first.
+            Vectors [R, S, P]. With exits [R, S, 1+E, P], the whole model first.
         """
         if hidden is None:
             mask = MASKS[self.spec.attention]

@@ -107,7 +107,7 @@ class Family:
     Attributes:
         architecture: Class name in exported configs. Mistral's is the language model, because llama.cpp converts only that.
         is_encoder: Whether the family is always bidirectional. Its configs do not state a mask.
-        mask_field: Config field in which transformers reads the mask of a decoder.
+        mask_field: Config field from which transformers reads the mask of a decoder.
         bidirectional_since: First version of transformers that supports a bidirectional mask; empty for encoders.
         has_offset_positions: Whether learned positions start after the row of the padding token, as in RoBERTa.
         window: When a configured sliding window is used: "always", "never", if `use_sliding_window` is set ("switched"), or in

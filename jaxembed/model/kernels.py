@@ -62,7 +62,7 @@ def pick_kernel(name: str, shards: int, windows: tuple[int, ...] = ()) -> Callab
 
     Args:
         name: auto, einsum, rows, splash or cudnn.
-        shards: Number of equal parts in which the rows are split over devices.
+        shards: Number of equal parts into which the rows are split over devices.
         windows: The values that a window in an array can have.
 
     Raises:
@@ -88,7 +88,7 @@ def pick_kernel(name: str, shards: int, windows: tuple[int, ...] = ()) -> Callab
             log_once(f"attention kernel {name} does not support {limit}; einsum is used instead")
             return attend_einsum(q, k, v, token_info, mask, window)
         if isinstance(window, jax.Array) and kernel.needs_static_window:
-            # One kernel for each window, of which each layer runs its own.
+            # One branch for each window. A layer runs the branch of its window.
             branches = [functools.partial(kernel.attend, mask=mask, window=value) for value in windows]
             return jax.lax.switch(jnp.argmax(jnp.array(windows) == window), branches, q, k, v, token_info)
         return kernel.attend(q, k, v, token_info, mask, window)

@@ -80,7 +80,7 @@ def attend_rows(
     """Compute `attend_einsum` for some rows at a time.
 
     It takes more than six arguments because it is called like the other kernels. `pick_kernel` binds `shards`, the number of
-    equal, contiguous parts in which the rows are split over devices.
+    equal, contiguous parts into which the rows are split over devices.
     """
     rows, tokens, heads, _ = q.shape
 

@@ -198,7 +198,7 @@ def build_rope_tables(config: TransformerConfig, positions: jax.Array, dtype: An
 def find_position_rows(texts: PackedTexts, offset: int) -> jax.Array:
     """Return each token's row in the table of learned positions, [R, T].
 
-    With an offset, as in RoBERTa, row `offset` - 1 is that of the padding token. A padding token inside a text has this row,
+    With an offset, as in RoBERTa, row `offset` - 1 belongs to the padding token. A padding token inside a text has this row,
     and does not advance the positions of the tokens after it.
     """
     if not offset:
@@ -254,7 +254,7 @@ class Transformer(nn.Module):
             exit_layers: Numbers of layers after which states are also returned, followed by the last norm.
 
         Returns:
-            Hidden states [R, T, D]. With exits [1+E, R, T, D]: those of the whole model first.
+            Hidden states [R, T, D]. With exits [1+E, R, T, D], the whole model first.
         """
         c, dtype = self.config, self.compute.dtype
         embedding = Embedding(c, dtype, select_embedding_dtype(self.lora))

@@ -28,7 +28,7 @@ FILE_POLL_INTERVAL_S = 0.05
 HLO, ASSIGNMENT, FINISHED = (
     f"after_optimizations{suffix}.txt" for suffix in ("", "-buffer-assignment", "_after_buffer_assignment")
 )
-# A buffer of the assignment: its size, and its properties. A color is a memory other than that of the device, such as VMEM.
+# A buffer of the assignment: its size, and its properties. A color is another memory than the device memory, such as VMEM.
 ALLOCATION = re.compile(r"^allocation \d+: size (\d+), (.*):$", re.M)
 
 

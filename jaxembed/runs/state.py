@@ -21,7 +21,7 @@ from jaxembed.training.step import TrainState
 def make_initial_state(run: OpenedRun, stage_index: int = 0) -> TrainState:
     """Return the state before the first stage: parameters of the base, random where it has none, and no optimizer.
 
-    The base is that of a stage, which differs if adapters were merged into it.
+    Each stage has its own base, because adapters of earlier stages may be merged into it.
     """
     shapes, shardings = compute_shapes_and_shardings(run.model, run.mesh)
     key = jax.random.key(run.config.train.seed)

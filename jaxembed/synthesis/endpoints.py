@@ -25,7 +25,7 @@ FIRST_WAIT_S = 0.5  # the wait doubles up to `MAX_WAIT_S`, unless the server say
 RETRIED_STATUSES = (408, 409, 425, 429)  # and all from 500 on
 CONTEXT_WORDS = ("context length", "context_length", "context window", "context size", "max_model_len", "maximum model length")
 API_PATH = "/v1"
-# Key of a request -> words of an error by which a server refuses it.
+# Key of a request -> words in the error of a server that refuses it.
 OPTION_WORDS = {
     "response_format": ("response_format", "json_schema", "json schema", "grammar", "guided", "structured"),
     "seed": ("seed",), "logprobs": ("logprobs",), "temperature": ("temperature",), "top_p": ("top_p",),

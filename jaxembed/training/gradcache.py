@@ -48,7 +48,7 @@ def encode(
         recompute: Whether chunks are encoded again in the backward pass. Otherwise the activations of all chunks are kept.
 
     Returns:
-        Unit vectors [B, M, D]; with exits [B, M, 1+E, D], those of the whole model first. Absent texts have zeros, without
+        Unit vectors [B, M, D]; with exits [B, M, 1+E, D], the whole model first. Absent texts have zeros, without
         gradient.
     """
     # With exits, every text has several consecutive slots.
