@@ -151,10 +151,14 @@ def _wait_until_idle() -> None:
 
 def is_worthwhile(x: jax.Array, kernel: jax.Array) -> bool:
     """Return whether `matmul` should compute `x @ kernel`: large float32 matrices on a CPU that is a single device."""
+    return x.dtype == kernel.dtype == np.float32 and is_large_on_one_cpu(x, kernel)
+
+
+def is_large_on_one_cpu(x: jax.Array, kernel: jax.Array) -> bool:
+    """Return whether `x @ kernel` is a large matmul of matrices on a CPU that is a single device and is tuned."""
     mesh = jax.sharding.get_abstract_mesh()
-    is_float32_matrix = x.ndim == 2 and x.dtype == kernel.dtype == np.float32
     is_one_cpu = is_tuned(get_target_platform()) and (mesh.empty or mesh.size == 1)
-    return is_float32_matrix and is_one_cpu and 2 * x.size * kernel.shape[1] >= MIN_FLOPS
+    return x.ndim == 2 and is_one_cpu and 2 * x.size * kernel.shape[1] >= MIN_FLOPS
 
 
 def _call_blas(transposed: str, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from jaxembed.devices import blas
+from jaxembed.devices import bfloat16, blas
 from jaxembed.devices.collectives import all_gather_fsdp, has_sharded_parameters, reduce_scatter_sum
 
 
@@ -21,7 +21,7 @@ def sharded_matmul(x: Float[Array, "*t i"], kernel: Float[Array, "i o"], fsdp_ax
     """Return x @ kernel for a trained kernel, in the dtype of x. `fsdp` may split the axis `fsdp_axis` of the kernel."""
     if has_sharded_parameters():
         return _gather_and_multiply(fsdp_axis, x, kernel)
-    return _multiply(x, kernel.astype(x.dtype))
+    return _multiply(x, kernel)
 
 
 def frozen_matmul(
@@ -36,6 +36,10 @@ def frozen_matmul(
 
 
 def _multiply(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Return x @ kernel in the dtype of x."""
+    if bfloat16.is_worthwhile(x, kernel):
+        return bfloat16.matmul(x, kernel)
+    kernel = kernel.astype(x.dtype)
     return blas.matmul(x, kernel) if blas.is_worthwhile(x, kernel) else x @ kernel
 
 
