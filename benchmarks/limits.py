@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Measure where the time of a train step goes, and compare each part with the limit of the machine.
 
-    python benchmarks/limits.py BASE DATA.jsonl [--batch-size 64] [--max-length 256] [--rounds 5]
+    python benchmarks/limits.py BASE DATA.jsonl [--batch-size 64] [--max-length 256] [--rounds 5] [--dtypes]
 
 BASE is a decoder folder, DATA a JSONL file of pairs. The script builds one batch as training does (causal attention, mean
 pooling, InfoNCE, AdamW, float32). Then it runs the whole step and its parts in turn, each compiled on its own. The limit of
 a part is the longer of two times: its matmuls at the best rate of one large matmul, and its inputs and outputs moved once at
 the rate of adding two large arrays. Because the parts run separately, they do not show what XLA fuses in the whole step.
+With --dtypes it only runs the step and the forward pass, each in float32 and bfloat16.
 
 Prints token counts and rates of the machine, a Markdown table (seconds, fraction of the step, limit, fraction of the limit)
 and, on the last line, one JSON object.
@@ -41,6 +42,7 @@ from jaxembed.devices.placement import put_batch
 from jaxembed.hub.embedder import Embedder, load_embedder
 from jaxembed.hub.resolve import find_base
 from jaxembed.losses.objectives import Objectives
+from jaxembed.model.embedder import EmbeddingModel
 from jaxembed.model.kernels import pick_kernel
 from jaxembed.model.layers import RMSNorm, apply_rope, build_rope_table, compute_rope_frequencies
 from jaxembed.model.masks import MASKS, TokenInfo
@@ -54,6 +56,7 @@ MACHINE_ROUNDS = 30  # runs of the matmul and the addition that measure the mach
 WARMUP_ROUNDS = 2
 model_matmul = functools.partial(sharded_matmul, fsdp_axis=0)  # x @ W as the model computes it
 LARGEST_MATMUL, ADDITION = "one matmul", "adding two arrays"  # the parts that measure the machine
+WHOLE_STEP = "whole step"
 
 
 class Part(NamedTuple):
@@ -77,6 +80,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64, help="queries per step (default: %(default)s)")
     parser.add_argument("--max-length", type=int, default=256, help="tokens per text (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="runs of each part; the median counts (default: %(default)s)")
+    parser.add_argument(
+        "--dtypes", action="store_true", help="only compare the step and the forward pass in float32 and bfloat16"
+    )
     args = parser.parse_args()
     config = build_config(args)
     cli.set_up_jax()
@@ -92,18 +98,20 @@ def main() -> None:
     host_batch = build_batch(0, np.asarray(plan[0]))
     batch = put_batch(mesh, host_batch.batch)
 
-    parts: dict[str, Part] = {
-        LARGEST_MATMUL: build_largest_matmul(embedder, batch),
-        ADDITION: build_addition(),
-        "batch on the host": Part(lambda: build_batch(1, np.asarray(plan[1]))),
-        "projections": build_projections(embedder, batch),
-        "attention": build_attention(embedder, batch),
-        "norms, rotation, gate": build_pointwise(embedder, batch),
-        "embedding and its gradient": build_embedding(embedder, batch),
-        "loss": build_loss(config, embedder, batch),
-        "optimizer": build_optimizer(config, embedder),
-        "whole step": build_whole_step(config, embedder, batch),
-    }
+    parts: dict[str, Part] = {LARGEST_MATMUL: build_largest_matmul(embedder, batch), ADDITION: build_addition()}
+    if args.dtypes:
+        parts |= build_dtypes(config, embedder, batch)
+    else:
+        parts |= {
+            "batch on the host": Part(lambda: build_batch(1, np.asarray(plan[1]))),
+            "projections": build_projections(embedder, batch),
+            "attention": build_attention(embedder, batch),
+            "norms, rotation, gate": build_pointwise(embedder, batch),
+            "embedding and its gradient": build_embedding(embedder, batch),
+            "loss": build_loss(config, embedder, batch),
+            "optimizer": build_optimizer(config, embedder),
+            WHOLE_STEP: build_whole_step(config, embedder.model, embedder.params, batch),
+        }
     seconds = {name: statistics.median(times) for name, times in time_in_turns(parts, args.rounds).items()}
     machine = {name: parts[name] for name in (LARGEST_MATMUL, ADDITION)}
     seconds |= {name: min(times) for name, times in time_in_turns(machine, MACHINE_ROUNDS).items()}
@@ -267,12 +275,12 @@ def build_optimizer(config: Config, embedder: Embedder) -> Part:
     return Part(run, bytes_moved=7 * sum(x.nbytes for x in jax.tree.leaves(params)))
 
 
-def build_whole_step(config: Config, embedder: Embedder, batch: Any) -> Part:
+def build_whole_step(config: Config, model: EmbeddingModel, params: Any, batch: Any) -> Part:
     """Build the training step itself. No limit is computed for it."""
     update = make_optimizer(config.optim, config.train.steps)
     schedule = make_schedule(config.optim, config.train.steps)
-    step = make_train_step(embedder.model, Objectives(config.objectives), update, schedule)
-    params = jax.tree.map(jnp.copy, embedder.params)
+    step = make_train_step(model, Objectives(config.objectives), update, schedule)
+    params = jax.tree.map(jnp.copy, params)
     state = [TrainState(params, update.init(params), jnp.zeros((), jnp.int32), jax.random.key(0))]
 
     def run() -> Any:
@@ -282,11 +290,22 @@ def build_whole_step(config: Config, embedder: Embedder, batch: Any) -> Part:
     return Part(run)
 
 
+def build_dtypes(config: Config, embedder: Embedder, batch: Any) -> dict[str, Part]:
+    """Build the training step and the forward pass in float32 and in bfloat16."""
+    parts, options = {}, get_compiler_options()
+    for dtype, suffix in ((jnp.float32, ""), (jnp.bfloat16, ", bfloat16")):
+        model = embedder.model.clone(compute=ComputeOptions(dtype=dtype))
+        encode = jax.jit(lambda params, model=model: model.apply({"params": params}, batch.texts), compiler_options=options)
+        parts[WHOLE_STEP + suffix] = build_whole_step(config, model, embedder.params, batch)
+        parts["forward pass" + suffix] = Part(functools.partial(encode, embedder.params))
+    return parts
+
+
 def print_report(parts: dict[str, Part], seconds: dict[str, float], host_batch: Any) -> None:
     """Print token counts, the rates of the machine, and the time and limit of each part."""
     rate = parts[LARGEST_MATMUL].flops / seconds[LARGEST_MATMUL]
     bandwidth = parts[ADDITION].bytes_moved / seconds[ADDITION]
-    step = seconds["whole step"]
+    step = seconds[WHOLE_STEP]
     print(f"{host_batch.padded_tokens} tokens, {host_batch.useful_tokens} of them useful; ", end="")
     print(f"a matmul {rate / 1e9:.0f} GFLOP/s, memory {bandwidth / 1e9:.1f} GB/s\n")
     print("| part | seconds | fraction of the step | limit, seconds | limit / time |\n|---|---|---|---|---|")
