@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("heldout", metavar="HELDOUT", help="BEIR folder to score")
     parser.add_argument("out", metavar="OUT.jsonl", type=Path, help="file of the finished runs")
     parser.add_argument("--teacher", metavar="MODEL", help="embedding model to match (default: no such rows)")
-    parser.add_argument("--only", nargs="*", metavar="NAME", help="train only rows whose name contains one of these texts")
+    parser.add_argument("--only", nargs="*", metavar="NAME", help="train only these rows")
     parser.add_argument("--steps", type=int, default=100, help="contrastive steps (default: %(default)s)")
     parser.add_argument("--adaptation-steps", type=int, default=100, help="steps of other stages (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="texts or pairs of a step (default: %(default)s)")
@@ -140,6 +140,8 @@ def main() -> None:
     logging.getLogger("jaxembed").setLevel(logging.WARNING)
     [held_out] = open_held_out_sets([EvalSetConfig(name="heldout", path=args.heldout)], cache_dir())
     rows = list_rows(write_sources(Path(tempfile.mkdtemp()), args.pairs), args)
+    if unknown := set(args.only or []) - rows.keys():
+        parser.error(f"--only: no such row {unknown.pop()!r} (expected: {', '.join(rows)})")
     ignored = ("out", "only", "seeds")
     settings = {name: str(value) if isinstance(value, Path) else value
                 for name, value in vars(args).items() if name not in ignored}  # fmt: skip
@@ -152,7 +154,7 @@ def main() -> None:
 
     for seed in range(args.seeds):
         for name, stages in rows.items():
-            if not args.only or any(part in name for part in args.only):
+            if not args.only or name in args.only:
                 finished.run_missing(functools.partial(measure, stages, seed), row=name, seed=seed)
     print_table([UNTRAINED, *rows], finished)
 
