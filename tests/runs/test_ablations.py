@@ -1,4 +1,4 @@
-"""benchmarks/ablations.py on a tiny base and generated data."""
+"""benchmarks/ablations.py on a tiny base and generated data, and the rows of similar scripts."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib
 import json
 import logging
 import shutil
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,24 @@ def test_every_row_is_a_valid_config(ablations: Any, arguments: list[str], monke
         assert {row for claim in ablation.claims for row in (claim.higher, claim.lower)} <= set(ablation.rows)
     assert len(trained) == sum(len(ablation.rows) for ablation in listed.values())
     assert len({run.dump() for run in trained}) == len(trained) - 4  # five ablations have the same first row
+
+
+def test_every_row_of_the_objectives_is_a_valid_config(
+    ablations: Any, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of benchmarks/graded.py and benchmarks/adaptation.py."""
+    graded, adaptation = map(importlib.import_module, ("graded", "adaptation"))
+    base, data, miner, _ = arguments
+    shared = {"base": base, "steps": 10, "batch_size": 2, "learning_rate": 1e-4}
+    args = Namespace(**shared, stsb=Path(data) / "stsb", adaptation_steps=5, teacher=miner, max_length=32)
+    rows = graded.list_rows([1], Path("ranges.npy"))
+    assert len({graded.make_config(base, changes, 0, Path("run"), args).dump() for changes in rows.values()}) == len(rows)
+    trained: list[Any] = []
+    monkeypatch.setattr(adaptation, "train", trained.append)
+    paths = {name: str(Path(data) / "ag_news" / "pairs_train.jsonl") for name in ("pairs", "texts", "chats")}
+    for stages in adaptation.list_rows(paths, args).values():
+        adaptation.train_row(stages, 0, Path("run"), args)
+    assert len({run.dump() for run in trained}) == 8
 
 
 def test_effects_within_the_spread_have_no_direction(ablations: Any) -> None:
