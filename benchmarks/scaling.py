@@ -5,7 +5,8 @@
 
 MODEL is a preset (qwen2-0.5b, mistral-7b), TOPOLOGY a slice such as v5e:16x16. Compiles the step (bfloat16, layers in a
 loop, one text per row of 512 tokens, AdamW) and prints one JSON object: memory per chip, the collectives of the loss and
-those of parameters and gradients, and the roofline that docs/results/scaling.md explains. Needs libtpu (the extra `tpu`).
+those of parameters and gradients, and the roofline that docs/results/scaling.md explains. Compilation stops once memory is
+assigned, unless --code or --hlo is given. Needs libtpu (the extra `tpu`).
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from jaxembed.config import LoraConfig
 from jaxembed.devices.chips import TPU_CHIPS
+from jaxembed.planning.assignment import run_in_child, write_assignments
 from jaxembed.planning.topology import list_topology_devices, skip_tpu_discovery
 
 skip_tpu_discovery()
@@ -129,7 +132,7 @@ def estimate_memory_traffic(args: argparse.Namespace, transformer: TransformerCo
     rows = count_rows(args) // chips
     chunks = -(-rows // (args.rows or rows))
     recomputes_chunks = args.rows is not None and not args.keep_chunks
-    recomputes_layers = args.remat and args.policy != "matmuls"
+    recomputes_layers = args.remat and args.policy not in ("matmuls", "offload")
     passes = 1 + recomputes_chunks + recomputes_layers + (1 if args.lora else 2)
     score_bytes = 0 if args.attention in ("auto", "splash") else 16 * transformer.heads * TOKENS_PER_ROW
     bytes_per_token = 2 * (4 * transformer.width + 3 * query_width + 2 * key_width + 4 * transformer.mlp_width) + score_bytes
@@ -137,6 +140,15 @@ def estimate_memory_traffic(args: argparse.Namespace, transformer: TransformerCo
     matrix_bytes = chunks * passes * 2 * layer_weights * transformer.layers
     token_bytes = passes * rows * TOKENS_PER_ROW * transformer.layers * bytes_per_token
     return matrix_bytes + token_bytes + 32 * trained / chips
+
+
+def estimate_host_bytes(args: argparse.Namespace, transformer: TransformerConfig, chips: int) -> int:
+    """Return the bytes that a chip writes to its host and reads back in a step: the bfloat16 values that are offloaded."""
+    if args.policy != "offload":
+        return 0
+    query_width, key_width = (heads * transformer.head_width for heads in (transformer.heads, transformer.kv_heads))
+    values = 2 * transformer.width + 2 * query_width + 2 * key_width + 2 * transformer.mlp_width
+    return 2 * 2 * values * transformer.layers * TOKENS_PER_ROW * count_rows(args) // chips
 
 
 def build_step(args: argparse.Namespace, mesh: Any) -> tuple[TransformerConfig, Any, Any]:
@@ -171,7 +183,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     mesh = make_mesh(fsdp=args.fsdp or len(devices), devices=devices)
     transformer, step, state = build_step(args, mesh)
     sizes = {
-        **{name: value for name, value in vars(args).items() if name != "hlo"},
+        **{name: value for name, value in vars(args).items() if name not in ("hlo", "code", "assignments")},
         "chips": len(devices),
         "parameters": count_elements(state.weights),
         "trained": count_elements(state.params),
@@ -181,7 +193,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if args.propose:
         return sizes | propose_settings(args, transformer, sizes["parameters"], mesh, memory)
     if args.loss:
-        loss = compile_loss(Objectives([InfoNCEConfig()]), {}, transformer.width, build_batch_shapes(args, mesh), mesh)
+        batch = build_batch_shapes(args, mesh)
+        loss = compile_loss(Objectives([InfoNCEConfig()]), {}, transformer.width, batch, mesh, args.assignments)
         return sizes | {"temporaries": loss.temporaries, "collectives": loss.collectives.to_table()}
     if args.trace:
         with jax.set_mesh(mesh):
@@ -207,7 +220,7 @@ def compile_and_measure(
     """Compile the step. Return bytes, FLOPs, collectives and roofline, and whether it fits into `memory` bytes of a chip."""
     start = time.perf_counter()
     try:
-        program, compiled = compile_step(step, state, build_batch_shapes(args, mesh), mesh)
+        program, compiled = compile_step(step, state, build_batch_shapes(args, mesh), mesh, args.assignments)
     except OutOfMemoryError as error:
         return {"needs_bytes": error.needed, "fits": False, "compile_seconds": round(time.perf_counter() - start)}
     compile_seconds = round(time.perf_counter() - start)
@@ -222,6 +235,7 @@ def compile_and_measure(
         "collectives": program.collectives.to_table(),
         "unknown_loops": program.collectives.unknown_loops,
         **compute_roofline(args, transformer, program, mesh.devices.size),
+        "host_bytes": estimate_host_bytes(args, transformer, mesh.devices.size),
         "compile_seconds": compile_seconds,
     }
 
@@ -245,7 +259,14 @@ def main() -> None:
     parser.add_argument("--negatives", type=int, default=0, help="hard negatives per query (default: %(default)s)")
     parser.add_argument("--segments", type=int, help="maximum number of texts per row (default: one per 8 tokens)")
     parser.add_argument("--hlo", type=Path, help="file to write the compiled program to")
-    print(json.dumps(measure(parser.parse_args())))
+    parser.add_argument("--code", action="store_true", help="compile whole, with machine code")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        args.assignments = None if args.code or args.hlo else Path(folder)
+        if args.assignments:
+            write_assignments(args.assignments)
+        # The compiler is left behind in the child's threads.
+        print(json.dumps(run_in_child(lambda: measure(args))))
 
 
 if __name__ == "__main__":

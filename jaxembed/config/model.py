@@ -141,10 +141,10 @@ class ModelConfig(Section):
         "float32", description="Dtype of the computation. Trained parameters are always float32."
     )
     remat: bool = Field(False, description="Recompute the activations of each layer in the backward pass, which saves memory.")
-    remat_policy: Literal["nothing", "attention", "matmuls"] = Field(
+    remat_policy: Literal["nothing", "attention", "matmuls", "offload"] = Field(
         "nothing",
         description="Values that remat keeps of a layer, besides its input. attention: the output of the attention. "
-        "matmuls: also the outputs of all projections.",
+        "matmuls: also the outputs of all projections. offload: the same as matmuls, but in the memory of the host.",
     )
     unroll: bool = Field(True, description="Unroll the loop over the layers: steps are faster, compilation takes longer.")
     attention_kernel: Literal["auto", "einsum", "rows", "splash", "cudnn"] = Field(

@@ -11,8 +11,10 @@ from typing import Any
 from jaxembed.devices.chips import TPU_CHIPS
 from jaxembed.errors import UserError
 
-# Values that the TPU runtime would otherwise request from the metadata server of the machine.
+# Values that the TPU runtime would otherwise request from the metadata server of the machine. Without chips, several processes
+# may use the compiler at the same time.
 NO_TPU_ENVIRONMENT = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",

@@ -22,8 +22,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
-# The compiler of TPUs (libtpu) refuses the flags of CPUs, and a second process at the same time.
-TPU_COMPILER_ENV = {name: value for name, value in ENV.items() if name != "XLA_FLAGS"} | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+# The compiler of TPUs (libtpu) refuses the flags of CPUs.
+TPU_COMPILER_ENV = {name: value for name, value in ENV.items() if name != "XLA_FLAGS"}
 SERVER_PATH = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["helpers.preload"])

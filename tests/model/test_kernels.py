@@ -26,6 +26,7 @@ from jaxembed.model import kernels, splash
 from jaxembed.model.kernels import pick_kernel, resolve_kernel
 from jaxembed.model.masks import MASKS, TokenInfo
 from jaxembed.model.plain_attention import attend_einsum, attend_rows
+from jaxembed.planning.topology import NO_TPU_ENVIRONMENT
 from jaxembed.training.gradcache import encode
 
 ROWS, HEADS, WIDTH = 4, 4, 8
@@ -216,7 +217,7 @@ def test_splash_lowers_for_tpus(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_attention_and_a_training_step_compile_for_tpus() -> None:
     """The compiler needs no chip, but its own process: libtpu is configured when it is first loaded."""
     pytest.importorskip("libtpu")
-    result = run_command("helpers.tpu_programs", env={**TPU_COMPILER_ENV, "TPU_SKIP_MDS_QUERY": "1"})
+    result = run_command("helpers.tpu_programs", env=TPU_COMPILER_ENV | NO_TPU_ENVIRONMENT)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "does not support" not in result.stderr
     report = json.loads(result.stdout.splitlines()[-1])

@@ -83,6 +83,7 @@ def test_remat_policies_and_kept_chunks_change_what_is_computed_twice(base_folde
         ("nothing", False),
         ("attention", True),
         ("matmuls", True),
+        ("offload", True),
     ):
         options: dict[str, Any] = {"remat": True, "unroll": False, "remat_policy": policy, "attention_kernel": "einsum"}
         model, params = load_model(base_folder("qwen2"), SPEC, 1, **options)
