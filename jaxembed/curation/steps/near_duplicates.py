@@ -87,16 +87,23 @@ class NearDuplicatesStep:
         if not len(first):
             return dropped
         # Connect similar texts. Nodes are numbered from 0, because most items have no edge.
-        nodes = np.unique(np.concatenate([first, second]))
+        nodes = sort_unique(np.concatenate([first, second]))
         ends = tuple(np.searchsorted(nodes, items).astype(np.int32) for items in (first, second))
         graph = coo_array((np.ones(len(first), bool), ends), shape=(len(nodes), len(nodes)))
         _, components = connected_components(graph, directed=False)
-        # Keep the first item of each component by rank, then content.
-        ranks = read_records(self._ranks, RANK_RECORD, nodes)
-        order = np.lexsort((nodes, ranks["content"], ~ranks["rank"], components))
-        is_copy = components[order][1:] == components[order][:-1]
-        dropped[nodes[order[1:]][is_copy]] = True
+        # Choose the items to keep in some components at a time.
+        by_component = np.argsort(components, kind="stable")
+        starts = 1 + np.flatnonzero(np.diff(components[by_component]))
+        for part in np.split(by_component, starts[ITEMS_PER_READ::ITEMS_PER_READ]):
+            dropped[self._list_copies(nodes[part], components[part])] = True
         return dropped
+
+    def _list_copies(self, items: np.ndarray, components: np.ndarray) -> np.ndarray:
+        """Return the items that are not the first of their component by rank, then content."""
+        ranks = read_records(self._ranks, RANK_RECORD, items)
+        order = np.lexsort((items, ranks["content"], ~ranks["rank"], components))
+        is_copy = components[order][1:] == components[order][:-1]
+        return items[order[1:]][is_copy]
 
     def _find_edges(self) -> np.ndarray:
         """Return the pairs (`join_pairs`) that reach the threshold, sorted: the first item of a bucket, and another one."""
@@ -106,7 +113,7 @@ class NearDuplicatesStep:
             # Keep the pairs whose signatures are similar enough.
             parts = np.split(pairs, range(ITEMS_PER_READ, len(pairs), ITEMS_PER_READ))
             similar = [part[self._compare(part) >= self._config.min_similarity] for part in parts]
-            edges = np.union1d(edges, np.concatenate(similar))
+            edges = sort_unique(np.concatenate([edges, *similar]))
         return edges
 
     def _compare(self, pairs: np.ndarray) -> np.ndarray:
@@ -125,7 +132,13 @@ def list_bucket_pairs(records: np.ndarray) -> np.ndarray:
     starts = np.flatnonzero(np.append(True, records["key"][1:] != records["key"][:-1])[: len(records)])
     items = records["item"]
     first = np.repeat(items[starts], np.diff(np.append(starts, len(items))))
-    return np.unique(join_pairs(first, items)[first != items])
+    return sort_unique(join_pairs(first, items)[first != items])
+
+
+def sort_unique(values: np.ndarray) -> np.ndarray:
+    """Return values in order and each once. They are sorted in place: np.unique would take several times their memory."""
+    values.sort()
+    return values[np.append(True, values[1:] != values[:-1])[: len(values)]]
 
 
 def join_pairs(first: np.ndarray, second: np.ndarray) -> np.ndarray:
