@@ -144,6 +144,7 @@ def main() -> None:
     parser.add_argument("stsb", metavar="STSB", type=Path, help="folder of the STS benchmark by language")
     parser.add_argument("out", metavar="OUT.jsonl", type=Path, help="file of the finished runs")
     parser.add_argument("--base", metavar="FOLDER", help="model to train (default: a small one with random weights)")
+    parser.add_argument("--only", nargs="*", metavar="NAME", help="train only these rows")
     parser.add_argument("--steps", type=int, default=60, help="training steps of a run (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=64, help="pairs of a step (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="(default: %(default)s)")
@@ -163,14 +164,16 @@ def main() -> None:
     np.save(ranges, measure_ranges(embedder, args))
     exits = list_exits(embedder)
     rows = list_rows(exits, ranges)
+    if unknown := set(args.only or []) - rows.keys():
+        parser.error(f"--only: no such row {unknown.pop()!r} (expected: {', '.join(rows)})")
 
     def measure(changes: dict[str, Any], seed: int, run: Path) -> Scores:
         train(make_config(base, changes, seed, run, args))
         return score_model(str(run), sets, args)
 
     for seed in range(args.seeds):
-        for name, changes in rows.items():
-            finished.run_missing(functools.partial(measure, changes, seed), row=name, seed=seed)
+        for name in args.only or rows:
+            finished.run_missing(functools.partial(measure, rows[name], seed), row=name, seed=seed)
     print_tables([UNTRAINED, *rows], exits, finished)
 
 
