@@ -11,6 +11,7 @@ import numpy as np
 
 ROW_COUNT_GROWTH = 1.06  # ratio of successive row counts: at most 6% padding, but few programs to compile
 MAX_ROWS_TO_SHORTEN = 32  # up to this many rows, where one row is a large part of the batch, rows may be shorter
+LENGTH_STEPS = 16  # shorter rows come in this many lengths, or fewer: each is a program to compile
 MIN_FILL = 31 / 32  # share of the tokens of shorter rows that texts must fill to make them worthwhile
 TOKENS_PER_SEGMENT = 8  # a row has room for one text per this many tokens
 
@@ -177,9 +178,9 @@ def pack_shards(
 def list_candidate_row_lengths(row_length: int) -> range:
     """Return the row lengths to choose from, longest first.
 
-    Steps are 1/32 of `row_length`, and at least 8 tokens, so that few programs are compiled.
+    Steps are 1/16 of `row_length`, and at least 8 tokens, so that few programs are compiled.
     """
-    return range(row_length, 0, -max(8, row_length // MAX_ROWS_TO_SHORTEN))
+    return range(row_length, 0, -max(8, row_length // LENGTH_STEPS))
 
 
 def _iter_rows_needed(pack_at: Callable[[int], list[Packing]], longest: int, row_length: int) -> Iterator[int]:
