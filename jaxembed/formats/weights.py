@@ -31,7 +31,7 @@ TensorIndex = tuple[slice, ...]  # one slice with start and stop per axis
 POOLING_FOLDER = "1_TokenPooling"  # subfolder of an exported model; tensor names in its file lack "pooling."
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names of the dtypes of unquantized weights
 MAX_LISTED_TENSORS = 6  # names that an error lists for each kind of problem
-MAX_COPIED_ELEMENTS = 1 << 24  # elements that are read from a file at a time
+MAX_COPIED_ELEMENTS = 1 << 18  # elements that are read from a file at a time: they stay in a core's cache until converted
 
 
 @contextlib.contextmanager
