@@ -3,8 +3,8 @@
 
 Usage: PYTHON benchmarks/near_copies_datatrove.py ROWS.jsonl ROWS
 
-PYTHON has datatrove, spacy, xxhash before 3.6, and tokenizers. The signatures have datatrove's defaults: 14 bands of 8 hashes
-of word 5-grams; digits stay. Two processes work on halves of the rows. Prints a row of the table of `curation_scale.py`.
+PYTHON has datatrove, spacy, xxhash before 3.6, tokenizers and orjson. The signatures have datatrove's defaults: 14 bands of 8
+hashes of word 5-grams; digits stay. Two processes work on halves of the rows. Prints a row of the table of `curation_scale.py`.
 """
 
 from __future__ import annotations
