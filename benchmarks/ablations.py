@@ -98,10 +98,6 @@ class Settings:
         width = json.loads((Path(self.base) / "config.json").read_text())["hidden_size"]
         return [dim for dim in WIDTHS if dim < width]
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the settings as a line of the results has them."""
-        return {key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(self).items()}
-
 
 # The rows
 
@@ -367,7 +363,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = args.only or list(list_ablations(settings))
     if unknown := set(names) - set(list_ablations(settings)):
         parser.error(f"--only: no such ablation {unknown.pop()!r} (expected: {', '.join(list_ablations(settings))})")
-    finished = FinishedRuns(args.out, settings.to_json())
+    finished = FinishedRuns(args.out, dataclasses.asdict(settings))
     if not args.report:
         run_missing(settings, names, args.seeds, finished)
     print_report(settings, names, finished)

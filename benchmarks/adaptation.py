@@ -143,9 +143,7 @@ def main() -> None:
     if unknown := set(args.only or []) - rows.keys():
         parser.error(f"--only: no such row {unknown.pop()!r} (expected: {', '.join(rows)})")
     ignored = ("out", "only", "seeds")
-    settings = {name: str(value) if isinstance(value, Path) else value
-                for name, value in vars(args).items() if name not in ignored}  # fmt: skip
-    finished = FinishedRuns(args.out, settings)
+    finished = FinishedRuns(args.out, {name: value for name, value in vars(args).items() if name not in ignored})
     finished.run_missing(lambda _: score_model(args.base, held_out), row=UNTRAINED, seed=0)
 
     def measure(stages: list[dict[str, Any]], seed: int, run: Path) -> Scores:

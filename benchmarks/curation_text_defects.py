@@ -72,7 +72,7 @@ def add_personal_data(text: str, rng: np.random.Generator) -> str:
 
 
 def make_rows_with_negatives(clean: Rows, rng: np.random.Generator) -> tuple[Rows, dict[str, set[str]]]:
-    """Return rows with an answer and negatives, some of which are false, and the false negatives of each kind.
+    """Return rows with an answer and negatives, and the false negatives among them by kind.
 
     The negatives are the positives of other rows. In the first row, one is a copy of the positive, the query, or another
     negative in other case (`copy`). In the second, the answer is put into one (`answer`), and so on. A negative is identified

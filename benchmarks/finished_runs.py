@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 import sys
@@ -23,17 +24,25 @@ class FinishedRuns:
 
     Attributes:
         path: The file.
-        settings: The settings that all runs share, as JSON has them. Runs with others are ignored.
+        settings: The settings that all runs share. Runs with others are ignored. Paths are compared as texts.
     """
 
     path: Path
     settings: Mapping[str, Any]
 
+    @functools.cached_property
+    def _stored_settings(self) -> dict[str, Any]:
+        """The settings as the file has them."""
+        stored: dict[str, Any] = json.loads(json.dumps(self.settings, default=str))
+        return stored
+
     def read(self, **key: Any) -> list[dict[str, Any]]:
         """Return the finished runs with these values, in the order of the file."""
         rows = read_rows(self.path) if self.path.exists() else []
         return [
-            row for row in rows if row["settings"] == self.settings and all(row[name] == value for name, value in key.items())
+            row
+            for row in rows
+            if row["settings"] == self._stored_settings and all(row[name] == value for name, value in key.items())
         ]
 
     def run_missing(self, measure: Callable[[Path], Scores], **key: Any) -> None:
@@ -52,5 +61,5 @@ class FinishedRuns:
             shutil.rmtree(folder)
         line = {**key, "scores": scores, "minutes": round((time.perf_counter() - start) / 60, 2)}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line | {"settings": self.settings}) + "\n")
+            file.write(json.dumps(line | {"settings": self._stored_settings}) + "\n")
         print(json.dumps(line), file=sys.stderr, flush=True)

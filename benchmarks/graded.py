@@ -156,9 +156,8 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp())
     sets = open_test_sets(folder, args)
     base = args.base or write_base(folder / "base", args)
-    settings = {"base": args.base, "stsb": str(args.stsb), "test_pairs": args.test_pairs}
-    settings |= {name: getattr(args, name) for name in ("steps", "batch_size", "learning_rate")}
-    finished = FinishedRuns(args.out, settings)
+    ignored = ("out", "only", "seeds")
+    finished = FinishedRuns(args.out, {name: value for name, value in vars(args).items() if name not in ignored})
     finished.run_missing(lambda _: score_model(base, sets, args), row=UNTRAINED, seed=0)
     embedder, ranges = Embedder.load(base), folder / RANGES_FILE
     np.save(ranges, measure_ranges(embedder, args))

@@ -75,15 +75,20 @@ def count_useful_flops(transformer: TransformerConfig, lora: bool, tokens: int) 
 
     With adapters, the frozen matrices need no gradients, so each of them has two matmuls instead of three.
     """
-    query_width = transformer.heads * transformer.head_width
+    query_width, _ = compute_attention_widths(transformer)
     passes = 2 if lora else 3
     flops_per_token = 2 * count_layer_weights(transformer) * passes + 4 * TOKENS_PER_ROW * query_width * 3
     return transformer.layers * tokens * flops_per_token
 
 
+def compute_attention_widths(transformer: TransformerConfig) -> tuple[int, int]:
+    """Return the widths of the queries, and of the keys and values, of all heads together."""
+    return transformer.heads * transformer.head_width, transformer.kv_heads * transformer.head_width
+
+
 def count_layer_weights(transformer: TransformerConfig) -> int:
     """Return the number of elements of a layer's matrices: four of attention, and three of the gated MLP."""
-    query_width, key_width = (heads * transformer.head_width for heads in (transformer.heads, transformer.kv_heads))
+    query_width, key_width = compute_attention_widths(transformer)
     return transformer.width * (2 * query_width + 2 * key_width + 3 * transformer.mlp_width)
 
 
@@ -127,7 +132,7 @@ def estimate_memory_traffic(args: argparse.Namespace, transformer: TransformerCo
     - the attention scores four times in float32, unless the kernel is splash, which keeps them on the chip;
     - eight float32 values of the optimizer per parameter.
     """
-    query_width, key_width = (heads * transformer.head_width for heads in (transformer.heads, transformer.kv_heads))
+    query_width, key_width = compute_attention_widths(transformer)
     layer_weights = count_layer_weights(transformer)
     rows = count_rows(args) // chips
     chunks = -(-rows // (args.rows or rows))
@@ -146,7 +151,7 @@ def estimate_host_bytes(args: argparse.Namespace, transformer: TransformerConfig
     """Return the bytes that a chip writes to its host and reads back in a step: the bfloat16 values that are offloaded."""
     if args.policy != "offload":
         return 0
-    query_width, key_width = (heads * transformer.head_width for heads in (transformer.heads, transformer.kv_heads))
+    query_width, key_width = compute_attention_widths(transformer)
     values = 2 * transformer.width + 2 * query_width + 2 * key_width + 2 * transformer.mlp_width
     return 2 * 2 * values * transformer.layers * TOKENS_PER_ROW * count_rows(args) // chips
 

@@ -55,7 +55,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     with ExitStack() as stack:
         cluster = stack.enter_context(cli.open_ray_cluster(args))
         stack.enter_context(stop_on_signals(f"{out} is not finished; the same command continues"))
-        source = stack.enter_context(closing(RayServers(cluster, options) if cluster else LlmServers(options)))
+        source = RayServers(cluster, options) if cluster else stack.enter_context(closing(LlmServers(options)))
         report = synthesize(config, recipe, source, out, cache=cache_dir(), budget_tokens=args.budget_tokens)
         return report | hold_out(config, report["files"], args.heldout_percent)
 

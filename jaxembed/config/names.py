@@ -49,7 +49,7 @@ def check_names(config: Config, where: str) -> None:
                 )
             stage_sources[name] = key, source.path
         earlier_sources |= stage_sources
-    # Held-out sets.
+    # Held-out sets: compare each with the earlier ones. Name -> key.
     sets: dict[str, str] = {}
     for i, held_out in enumerate(config.eval.sets):
         key = f"eval.sets.{i}.name"

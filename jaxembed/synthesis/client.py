@@ -48,10 +48,6 @@ class AnswerSource(Protocol):
         """Return the answer to a request. The exceptions are those of `LlmServers.ask`."""
         ...
 
-    def close(self) -> None:
-        """Let all calls of `ask` end soon."""
-        ...
-
 
 class LlmClient:
     """Asks LLM servers and stores the answers. Threads may share it.

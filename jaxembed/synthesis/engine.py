@@ -44,7 +44,7 @@ def synthesize(
     Args:
         config: The whole config.
         recipe: File of the config.
-        source: Answers the requests that are not stored. The caller closes it.
+        source: Answers the requests that are not stored.
         out: Output folder.
         cache: Folder for row indexes of existing training files.
         budget_tokens: Token limit of the output folder, earlier runs included; None for no limit.

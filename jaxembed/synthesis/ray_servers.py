@@ -36,7 +36,7 @@ class RequestWorker:
 
 
 class RayServers:
-    """Lets the workers of a cluster send requests in turn. Threads may share it.
+    """Lets the workers of a cluster send requests in turn. Threads may share it. Calls end with the connection to the cluster.
 
     Attributes:
         options: The servers and how to call them.
@@ -58,6 +58,3 @@ class RayServers:
             raise answer
         assert isinstance(answer, Answer)
         return answer
-
-    def close(self) -> None:
-        """Do nothing: calls end with the connection to the cluster."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import logging
@@ -57,7 +58,7 @@ def test_runs_are_kept_and_compared_with_the_paper(
         "seed": 0,
         "scores": scores,
         "minutes": 1.0,
-        "settings": settings.to_json(),
+        "settings": dataclasses.asdict(settings) | {"data": data},
     }
     Path(results).write_text(json.dumps(known) + "\n")
     options = ["--only", "labels", "--steps", "1", "--batch-size", "4", "--seeds", "1"]
