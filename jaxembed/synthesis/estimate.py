@@ -126,8 +126,8 @@ def _sample_ranking(
     step: RankStepConfig, draft: Draft, task: TaskRun, inputs: Mapping[str, InputRows]
 ) -> tuple[StepCost, Draft, str]:
     """Return the cost of a rank step for a draft, the draft with a positive and a negative, and a prompt."""
-    (source,) = [s for s in task.config.steps if isinstance(s, RetrieveStepConfig) and s.name == step.candidates]
-    rows = [inputs[source.input][row] for row in draft.fields[step.candidates][CANDIDATES]]
+    documents = inputs[task.config.find_candidates_of(step).input]
+    rows = [documents[row] for row in draft.fields[step.candidates][CANDIDATES]]
     prompts = []
     relevance, likelihood = step.relevance, step.likelihood
     for template in [*([relevance.prompt] if relevance else []), *([likelihood.prompt] if likelihood else [])]:

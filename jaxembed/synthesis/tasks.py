@@ -147,7 +147,7 @@ class TaskRun:
             return RetrieveStep(config, context, self._indexes.get(config.input, config.by))
         if isinstance(config, RoundTripStepConfig):
             return RoundTripStep(config, context, self._indexes.get(config.input, config.by))
-        (source,) = [s for s in self.config.steps if isinstance(s, RetrieveStepConfig) and s.name == config.candidates]
+        source = self.config.find_candidates_of(config)
         return RankStep(config, context, self._indexes.get(source.input, source.by))
 
 
